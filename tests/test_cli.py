@@ -209,7 +209,7 @@ def test_a_run_that_stops_early_ends_with_its_status(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def stop(task_class: type, options: Any) -> None:
-        raise RunStopped("stopped by a signal", exit_status=143, on_all=False)
+        raise RunStopped("stopped by a signal", exit_status=143, is_on_all_processes=False)
 
     monkeypatch.setattr("modeling_vitcls.api.run_training", stop)
     monkeypatch.setenv("RANK", "1")

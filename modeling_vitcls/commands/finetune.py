@@ -35,4 +35,4 @@ def train(task_class: "type[Task]", options: Any) -> None:
     try:
         run_training(task_class, options)
     except RunStopped as stopped:
-        exit_with_message(str(stopped), stopped.exit_status, stopped.on_all)
+        exit_with_message(str(stopped), stopped.exit_status, stopped.is_on_all_processes)

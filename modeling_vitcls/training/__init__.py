@@ -1,12 +1,12 @@
-"""Training runs, from the options to a model folder with measured results.
+"""Training, from the options to a model folder with evaluation results.
 
-    task.py             a run from top to bottom, for fine-tuning and pre-training; read this file first
+    task.py             complete run of fine-tuning or pre-training; read this file first
     finetune.py         data, model, loss, evaluator and card of fine-tuning
     pretrain.py         data, model, loss, evaluator and card of masked pre-training
-    runner.py           output folder, checkpoints, signals and trackers around the training loop
+    runner.py           output folder, checkpoints, signals and trackers for the training loop
     loop.py             training loop
     output_folder.py    checks of the output folder, removal of replaced files, lock of the folder
 
-Each of the other files in this folder contains one component of a run. Outside this folder, checkpoints.py writes and
-reads checkpoints, options.py defines the flags, and distributed.py configures processes and devices.
+Outside this folder, checkpoints.py writes and reads checkpoints, options.py defines the flags, and distributed.py
+configures processes and devices.
 """

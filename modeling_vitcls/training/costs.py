@@ -1,11 +1,11 @@
 """FLOPs of a forward pass and memory of a training step, computed from the configuration.
 
-    count_forward_flops(model, image_size)    patches + layers + pooler + heads; a multiply-add counts as two
+    count_forward_flops(model, image_size)    patches + layers + pooler + heads; a multiply-add counts as two FLOPs
     estimate_memory(model, image_size)        parameters + gradients + AdamW's moments + activations
 
 The FLOPs include matrix products and the patch projection. Norms, activation functions, softmax, rotary position
 embeddings and the interpolation of position embeddings are excluded (less than 1% of the FLOPs of a ViT-S at 224
-pixels). A backward pass takes about twice the FLOPs of a forward pass. benchmarking/ contains measurements.
+pixels). A backward pass requires about twice the FLOPs of a forward pass. benchmarking/ contains measurements.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ FLOAT32_BYTES = 4  # bytes per element
 
 @dataclasses.dataclass(frozen=True)
 class MemoryEstimate:
-    """Estimated memory of a training step with AdamW in bytes; see `estimate_memory`."""
+    """Estimated memory of a training step with AdamW, in bytes."""
 
     parameters: int  # all weights
     gradients: int  # gradients of the trainable parameters
@@ -38,7 +38,7 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
-        """Sum of all fields."""
+        """Return the total memory in bytes."""
         return self.parameters + self.gradients + self.optimizer + self.activations
 
 
@@ -46,10 +46,10 @@ class MemoryEstimate:
 
 
 def count_forward_flops(model: Any, image_size: ImageSize = None, batch_size: int = 1) -> int:
-    """Return the FLOPs of a forward pass, computed with a formula. In contrast, `model.flops()` counts the operations
-    that a copy of the model executes."""
+    """Return the FLOPs of a forward pass, computed from the sizes of the layers. In contrast, `model.flops()` counts
+    the operations that a copy of the model executes."""
     encoder = model.base_model
-    num_patches, num_tokens = get_sequence_lengths(model.config, image_size)
+    num_patches, num_tokens = get_num_patches_and_tokens(model.config, image_size)
     flops_per_image = 2 * encoder.embeddings.patch_embeddings.projection.weight.numel() * num_patches
     for layer, num_queries in zip(encoder.layers, get_num_queries_per_layer(model, num_tokens), strict=True):
         flops_per_image += count_layer_flops(layer, num_queries, num_tokens)
@@ -65,21 +65,21 @@ def count_forward_flops(model: Any, image_size: ImageSize = None, batch_size: in
     return batch_size * flops_per_image + flops_per_batch
 
 
-def get_sequence_lengths(config: ViTCLSConfig, image_size: ImageSize) -> tuple[int, int]:
+def get_num_patches_and_tokens(config: ViTCLSConfig, image_size: ImageSize) -> tuple[int, int]:
     """Return the number of patches and the number of tokens for an image size. Raise ValueError if the image size is
     smaller than the patch size."""
-    height, width = get_image_size(config, image_size)
+    height, width = resolve_image_size(config, image_size)
     patch_height, patch_width = config.patch_height_width
     rows, columns = height // patch_height, width // patch_width
     if not rows * columns:
         raise ValueError(
-            f"image_size is {height} x {width} pixels, but a patch has {patch_height} x {patch_width} pixels. Set "
-            "image_size to at least the size of one patch"
+            f"image_size is {height} x {width} pixels, but the patch size is {patch_height} x {patch_width} "
+            "pixels. Set image_size to at least the patch size"
         )
     return rows * columns, config.token_layout.get_num_tokens(rows, columns)
 
 
-def get_image_size(config: ViTCLSConfig, image_size: ImageSize) -> tuple[int, int]:
+def resolve_image_size(config: ViTCLSConfig, image_size: ImageSize) -> tuple[int, int]:
     """Return an image size as (height, width) in pixels. None means the image size of the configuration."""
     if image_size is None:
         return config.image_height_width
@@ -88,8 +88,8 @@ def get_image_size(config: ViTCLSConfig, image_size: ImageSize) -> tuple[int, in
 
 
 def get_num_queries_per_layer(model: Any, num_tokens: int) -> list[int]:
-    """Return the number of output tokens of each layer. The last layer computes only the tokens that the pooler and
-    the heads read."""
+    """Return the number of output tokens of each layer. The last layer outputs only the tokens that the pooler and the
+    heads use."""
     num_tokens_read = get_num_tokens_read(model.base_model, {}) if get_heads(model) else None
     return [num_tokens] * (model.config.num_hidden_layers - 1) + [num_tokens_read or num_tokens]
 
@@ -106,28 +106,27 @@ def count_layer_flops(layer: Any, num_queries: int, num_tokens: int) -> int:
 def count_attention_flops(attention: ViTCLSAttention, num_queries: int, num_keys: int) -> int:
     """Return the FLOPs of attention scores and weighted sums of values. Differential attention has two attention maps
     per head, and each map is multiplied by all values of the head."""
-    maps_per_head = attention.head_dim // attention.qk_head_dim
-    return 2 * num_queries * num_keys * attention.o_proj.in_features * (1 + maps_per_head)
+    num_maps_per_head = attention.head_dim // attention.qk_head_dim
+    return 2 * num_queries * num_keys * attention.o_proj.in_features * (1 + num_maps_per_head)
 
 
 def count_attention_pooler_flops(pooler: AttentionPooler, num_patches: int, num_tokens: int) -> int:
-    """Return the FLOPs of an attention pooler per image that `count_linear_flops(pooler)` does not count: attention,
-    and keys and values of all tokens except one token. The FLOPs of the query are subtracted, because the query is
-    computed once per batch."""
+    """Return the FLOPs per image to add to `count_linear_flops(pooler)`, which counts the linear layers for one token.
+    The FLOPs of the query are subtracted, because the query is computed once per batch."""
     num_keys = num_tokens if pooler.tokens == slice(None) else num_patches
-    flops = 4 * num_keys * pooler.probe.shape[-1]  # attention
+    flops = 4 * num_keys * pooler.probe.shape[-1]  # attention scores and weighted sums of values
     flops += (num_keys - 1) * count_linear_flops(pooler.k_proj, pooler.v_proj)
     return flops - count_linear_flops(pooler.q_proj)
 
 
 def count_linear_flops(*modules: nn.Module) -> int:
-    """Return the FLOPs of all linear layers in the given modules if each layer is applied to one vector."""
+    """Return the FLOPs of all linear layers in the given modules, for one input vector per layer."""
     return sum(2 * linear.in_features * linear.out_features for linear in get_linear_layers(modules))
 
 
 def get_linear_layers(modules: Iterable[nn.Module]) -> list[nn.Linear]:
     """Return all linear layers in the given modules, at any depth."""
-    return [child for module in modules for child in module.modules() if isinstance(child, nn.Linear)]
+    return [submodule for module in modules for submodule in module.modules() if isinstance(submodule, nn.Linear)]
 
 
 def get_heads(model: Any) -> list[nn.Module]:
@@ -166,11 +165,12 @@ def estimate_memory(
 ) -> MemoryEstimate:
     """Return the estimated memory of a training step with AdamW: parameters, gradients, moments and activations.
 
-    The estimated size of the activations is within 20% of the measured size. The estimate assumes one process, fused
-    attention unless the implementation is "eager", and activation functions that store their inputs. On CPUs, some
-    activations are recomputed (cpu_kernels_vitcls.py). The estimate excludes temporary buffers, the allocator's
-    overhead, and images that are not yet cast or moved to the device. Frozen parameters, gradient checkpointing and
-    patch dropout are taken into account. Patch dropout has no effect if the embeddings and the first layer are frozen.
+    The estimated size of the activations is within 20% of the measured size. The estimate assumes one process and
+    activation functions that store their inputs. Attention is assumed to be fused, unless the implementation is
+    "eager". On CPUs, some activations are recomputed (cpu_kernels_vitcls.py). The estimate excludes temporary buffers,
+    the allocator's overhead, and images that are not yet cast or moved to the device. Frozen parameters, gradient
+    checkpointing and patch dropout are taken into account. Patch dropout has no effect if the embeddings and the first
+    layer are frozen.
 
     Args:
         model: a ViTCLS model.
@@ -207,26 +207,28 @@ def count_bytes(tensors: Iterable[torch.Tensor]) -> int:
 def count_cast_weights(model: Any, is_on_cpu: bool) -> int:
     """Return the number of linear-layer weights whose autocast copies are stored for the backward pass."""
     layers = list(model.base_model.layers)
-    num_skipped = len(layers) if uses_gradient_checkpointing(layers) else get_first_trained_layer(model.base_model)
-    skipped_linears = set(get_linear_layers(layers[:num_skipped]))
+    num_excluded_layers = (
+        len(layers) if uses_gradient_checkpointing(layers) else get_first_trainable_layer(model.base_model)
+    )
+    excluded_linear_layers = set(get_linear_layers(layers[:num_excluded_layers]))
     if is_on_cpu:
-        skipped_linears.update(get_linear_layers([layer.mlp])[-1] for layer in layers[num_skipped:])
-    return sum(linear.weight.numel() for linear in get_linear_layers([model]) if linear not in skipped_linears)
+        excluded_linear_layers.update(get_linear_layers([layer.mlp])[-1] for layer in layers[num_excluded_layers:])
+    return sum(linear.weight.numel() for linear in get_linear_layers([model]) if linear not in excluded_linear_layers)
 
 
 def count_activation_bytes(model: Any, image_size: ImageSize, settings: StepSettings) -> int:
-    """Return the number of bytes per image that autograd stores for the embeddings, for the first trainable
-    layer and all later layers, and for the modules after the layers."""
+    """Return the number of bytes per image that autograd stores for the embeddings, for the first trainable layer and
+    all later layers, and for the modules after the encoder."""
     config, encoder = model.config, model.base_model
-    num_patches, num_embedded_tokens = get_sequence_lengths(config, image_size)
+    num_patches, num_embedded_tokens = get_num_patches_and_tokens(config, image_size)
     num_tokens = get_num_training_tokens(model, num_patches, num_embedded_tokens)  # tokens per image in the layers
     num_queries_per_layer = get_num_queries_per_layer(model, num_tokens)
-    height, width = get_image_size(config, image_size)
+    height, width = resolve_image_size(config, image_size)
     num_pixel_values = config.num_channels * height * width
     layer_bytes = [
         count_layer_bytes(layer, num_queries, num_tokens, settings)
         for layer, num_queries in zip(encoder.layers, num_queries_per_layer, strict=True)
-    ][get_first_trained_layer(encoder) :]
+    ][get_first_trainable_layer(encoder) :]
     if uses_gradient_checkpointing(encoder.layers):
         input_bytes = num_tokens * config.hidden_size * settings.residual_element_size
         # The backward pass recomputes the activations of one layer at a time.
@@ -234,7 +236,7 @@ def count_activation_bytes(model: Any, image_size: ImageSize, settings: StepSett
     num_bytes = sum(layer_bytes)
     if layer_bytes:
         num_bytes += num_queries_per_layer[-1] * count_norm_bytes(config, settings)  # final norm
-    if has_trained_parameters(encoder.embeddings):
+    if has_trainable_parameters(encoder.embeddings):
         num_bytes += (
             num_pixel_values * settings.matmul_element_size
             + num_embedded_tokens * count_norm_bytes(config, settings) * config.pre_norm
@@ -258,7 +260,7 @@ def count_layer_bytes(layer: Any, num_queries: int, num_tokens: int, settings: S
     if config.layer_type != "parallel" or settings.uses_autocast:
         num_bytes += num_queries * width * matmul_element_size
     num_bytes += num_queries * count_stored_mlp_channels(layer.mlp, settings.is_on_cpu) * matmul_element_size
-    num_layer_scales = sum(isinstance(child, LayerScale) for child in layer.children())
+    num_layer_scales = sum(isinstance(submodule, LayerScale) for submodule in layer.children())
     num_bytes += num_queries * width * matmul_element_size * num_layer_scales
     if config.hidden_dropout_prob > 0:
         num_bytes += 2 * num_queries * width  # dropout masks of one byte per element
@@ -275,22 +277,23 @@ def count_attention_bytes(attention: ViTCLSAttention, num_queries: int, num_keys
     """Return the number of bytes per image that attention stores for the backward pass: queries, keys, values and
     outputs, and also the attention maps if no fused kernel is used."""
     config, width = attention.config, attention.o_proj.in_features  # channels of the values of all heads
-    num_maps, maps_per_head = width // attention.qk_head_dim, attention.head_dim // attention.qk_head_dim
+    num_maps, num_maps_per_head = width // attention.qk_head_dim, attention.head_dim // attention.qk_head_dim
     has_learned_frequencies = config.position_embedding_type.endswith("rope_mixed")
     num_copies = 1 + config.qk_norm + 2 * has_learned_frequencies
     num_vectors = (num_queries + num_keys) * num_copies  # queries and keys
-    num_vectors += (num_queries + num_keys) * maps_per_head  # outputs and values
+    num_vectors += (num_queries + num_keys) * num_maps_per_head  # outputs and values
     num_vectors += num_queries * config.attention_norm
-    num_vectors += 4 * num_queries * (maps_per_head - 1)  # normalized difference between the outputs of both maps
+    # normalized difference between the outputs of the two maps
+    num_vectors += 4 * num_queries * (num_maps_per_head - 1)
     # Fused kernels store the log-sum-exp of the scores of each query instead of attention maps.
-    elements_per_query = count_stored_maps(attention, settings.is_on_cpu) * num_keys or 1
+    num_elements_per_query = count_stored_attention_maps(attention, settings.is_on_cpu) * num_keys or 1
     return (
         width * num_vectors * settings.matmul_element_size
-        + num_maps * num_queries * FLOAT32_BYTES * elements_per_query
+        + num_maps * num_queries * FLOAT32_BYTES * num_elements_per_query
     )
 
 
-def count_stored_maps(attention: ViTCLSAttention, is_on_cpu: bool) -> int:
+def count_stored_attention_maps(attention: ViTCLSAttention, is_on_cpu: bool) -> int:
     """Return the number of copies of the attention maps that autograd stores. Maps are stored if attention is eager or
     differential, if learned terms are added to the scores, or if attention dropout is used on a CPU."""
     config = attention.config
@@ -311,9 +314,9 @@ def count_stored_mlp_channels(mlp: Any, is_on_cpu: bool) -> int:
 
 
 def get_num_training_tokens(model: Any, num_patches: int, num_tokens: int) -> int:
-    """Return the number of tokens per image in the layers during training. Patch dropout reduces this number, unless
-    the embeddings and the first layer are frozen (`set_train_mode` in model.py)."""
-    if get_first_trained_layer(model.base_model) > 0:
+    """Return the number of tokens per image in the encoder layers during training. Patch dropout reduces this number,
+    unless the embeddings and the first layer are frozen (`set_train_mode` in model.py)."""
+    if get_first_trainable_layer(model.base_model) > 0:
         return num_tokens
     return num_tokens - num_patches + get_num_kept_patches(model.config.patch_drop_rate, num_patches)
 
@@ -323,15 +326,15 @@ def uses_gradient_checkpointing(layers: Iterable[Any]) -> bool:
     return any(layer.gradient_checkpointing for layer in layers)
 
 
-def get_first_trained_layer(encoder: Any) -> int:
+def get_first_trainable_layer(encoder: Any) -> int:
     """Return the index of the first layer that the backward pass reaches. Return the number of layers if no layer is
     trainable."""
-    if has_trained_parameters(encoder.embeddings):
+    if has_trainable_parameters(encoder.embeddings):
         return 0
-    trainable_indices = [index for index, layer in enumerate(encoder.layers) if has_trained_parameters(layer)]
+    trainable_indices = [index for index, layer in enumerate(encoder.layers) if has_trainable_parameters(layer)]
     return min(trainable_indices, default=len(encoder.layers))
 
 
-def has_trained_parameters(module: nn.Module) -> bool:
+def has_trainable_parameters(module: nn.Module) -> bool:
     """Return whether any parameter of a module is trainable."""
     return any(parameter.requires_grad for parameter in module.parameters())

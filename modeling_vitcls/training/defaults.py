@@ -14,11 +14,11 @@ flag               fewer than 10,000 images   large dataset: at least 10,000 ima
 batch_size         32                         64
 
 Learning rates for random and pre-trained weights are proportional to 1 / width (muP, arXiv 2203.03466) within fixed
-limits. Narrow models learn slowly with the common initializer range of 0.02, so the default range lies between the
-Xavier standard deviations for the attention (1 / sqrt(width)) and the MLP (0.63 / sqrt(width)). Layer decay follows
-BEiT (arXiv 2106.08254). Masked pre-training uses a learning rate of 5e-4 and no layer decay.
+limits. Narrow models learn slowly with the common initializer range of 0.02. The default range therefore lies between
+the Xavier standard deviations for the attention (1 / sqrt(width)) and the MLP (0.63 / sqrt(width)). Layer decay
+follows BEiT (arXiv 2106.08254). Masked pre-training uses a learning rate of 5e-4 and no layer decay.
 
-The resolved values are printed with their reasons and written to config.resolved.yaml.
+The default values are printed with their reasons and written to config.resolved.yaml.
 """
 
 import math
@@ -34,7 +34,9 @@ from ..options import FinetuneOptions, PretrainOptions
 
 
 Options = TypeVar("Options", FinetuneOptions, PretrainOptions)
-Weights = Literal["random weights", "pre-trained weights", "LoRA", "new head on frozen weights", "masked images"]
+TrainingMethod = Literal[
+    "random weights", "pre-trained weights", "LoRA", "new head on frozen weights", "masked images"
+]
 
 # Checkpoint suggested if the initial weights are random.
 EXAMPLE_CHECKPOINT = "timm:vit_small_patch14_reg4_dinov2.lvd142m"
@@ -44,11 +46,11 @@ MIN_INITIALIZER_RANGE = 0.02  # minimum default standard deviation of initial we
 
 
 @dataclass(frozen=True)
-class RunFacts:
-    """Facts about a run that determine the default values."""
+class RunProperties:
+    """Properties of a run that determine the default values of flags."""
 
-    weights: Weights  # kind of initial weights, or training method
-    is_preset: bool  # whether the initial weights are random
+    method: TrainingMethod
+    has_random_weights: bool  # whether the initial weights are random
     width: int  # hidden size of the model
     image_size: int  # length of the longer side of the model's images, in pixels
     num_training_images: int | None  # number of training images; None for a stream
@@ -64,112 +66,114 @@ class RunFacts:
         return self.image_size <= MAX_SMALL_IMAGE_SIZE
 
     @property
-    def dataset_size(self) -> str:
+    def dataset_size_text(self) -> str:
         """Return the number of training images as text, or "a stream"."""
         return "a stream" if self.num_training_images is None else f"{self.num_training_images:,} images"
 
 
 @dataclass(frozen=True)
-class Default:
+class FlagDefault:
     """Default value of one flag, and the reason for this value."""
 
     group: str  # options field that contains the flag, for example "training"
     name: str  # name of the flag
-    compute_value: Callable[[RunFacts], float]
-    reason: str  # format string; the argument is a `RunFacts` object
+    compute_value: Callable[[RunProperties], float]
+    reason: str  # format string; the argument is a `RunProperties` object
 
 
-def choose_learning_rate(facts: RunFacts) -> float:
+def choose_learning_rate(run_properties: RunProperties) -> float:
     """Return the default learning rate, rounded to two significant digits."""
-    match facts.weights:
+    match run_properties.method:
         case "random weights":
-            rate = min(1e-3 * 96 / facts.width, 1e-3)
+            learning_rate = min(1e-3 * 96 / run_properties.width, 1e-3)
         case "pre-trained weights":
-            rate = min(max(5e-5 * 768 / facts.width, 5e-5), 4e-4)
+            learning_rate = min(max(5e-5 * 768 / run_properties.width, 5e-5), 4e-4)
         case "new head on frozen weights":
-            rate = 1e-3
+            learning_rate = 1e-3
         case _:
-            rate = 5e-4
-    return float(f"{rate:.1e}")
+            learning_rate = 5e-4
+    return float(f"{learning_rate:.1e}")
 
 
-def choose_epochs(facts: RunFacts) -> float:
+def choose_num_epochs(run_properties: RunProperties) -> float:
     """Return the default number of epochs."""
-    return 10.0 if facts.weights == "pre-trained weights" and facts.is_large_dataset else 30.0
+    return 10.0 if run_properties.method == "pre-trained weights" and run_properties.is_large_dataset else 30.0
 
 
-# Reasons for default values, as format strings for a `RunFacts` object.
-WEIGHTS_REASON = "{0.weights}"
-WIDTH_REASON = "{0.weights}, width {0.width}"
-DATASET_REASON = "{0.weights}, {0.dataset_size}"
+# Reasons for default values, as format strings for a `RunProperties` object.
+METHOD_REASON = "{0.method}"
+WIDTH_REASON = "{0.method}, width {0.width}"
+DATASET_REASON = "{0.method}, {0.dataset_size_text}"
 IMAGES_REASON = "image size {0.image_size}"
 
-DEFAULTS: tuple[Default, ...] = (
-    Default("training", "learning_rate", choose_learning_rate, WIDTH_REASON),
-    Default(
+DEFAULTS: tuple[FlagDefault, ...] = (
+    FlagDefault("training", "learning_rate", choose_learning_rate, WIDTH_REASON),
+    FlagDefault(
         "model",
         "initializer_range",
-        lambda facts: max(round(0.8 / math.sqrt(facts.width), 3), MIN_INITIALIZER_RANGE),
+        lambda run: max(round(0.8 / math.sqrt(run.width), 3), MIN_INITIALIZER_RANGE),
         WIDTH_REASON,
     ),
-    Default(
+    FlagDefault(
         "training",
         "layer_decay",
-        lambda facts: 0.75 if facts.weights == "pre-trained weights" else 1.0,
-        WEIGHTS_REASON,
+        lambda run: 0.75 if run.method == "pre-trained weights" else 1.0,
+        METHOD_REASON,
     ),
-    Default("training", "epochs", choose_epochs, DATASET_REASON),
-    Default("training", "batch_size", lambda facts: 64 if facts.is_large_dataset else 32, DATASET_REASON),
-    Default("augmentation", "crop_scale", lambda facts: 1.0 if facts.has_small_images else 0.35, IMAGES_REASON),
-    Default("augmentation", "shift", lambda facts: 0.04 if facts.has_small_images else 0.0, IMAGES_REASON),
+    FlagDefault("training", "epochs", choose_num_epochs, DATASET_REASON),
+    FlagDefault("training", "batch_size", lambda run: 64 if run.is_large_dataset else 32, DATASET_REASON),
+    FlagDefault("augmentation", "crop_scale", lambda run: 1.0 if run.has_small_images else 0.35, IMAGES_REASON),
+    FlagDefault("augmentation", "shift", lambda run: 0.04 if run.has_small_images else 0.0, IMAGES_REASON),
 )
 
 
-def get_run_facts(options: FinetuneOptions | PretrainOptions, num_training_images: int | None) -> RunFacts:
-    """Return the facts that determine the default values. The weights of the model are not read. Raise ValueError if
-    the checkpoint is not a vitcls model, and OSError if the checkpoint cannot be found or read."""
+def get_run_properties(options: FinetuneOptions | PretrainOptions, num_training_images: int | None) -> RunProperties:
+    """Return the properties of a run. Only the configuration of a checkpoint is read, not the weights. Raise
+    ValueError if the checkpoint is not a vitcls model, and OSError if the checkpoint cannot be found or read."""
     name, config_values = options.model.model, options.model.get_config_values()
-    is_from_scratch = is_preset(name)
-    if is_from_scratch:
+    has_random_weights = is_preset(name)
+    if has_random_weights:
         config = ViTCLSConfig.from_preset(name)
     else:
         folder = resolve_checkpoint(name)
         check_is_vitcls(name, folder)
         config = ViTCLSConfig.from_pretrained(folder)
-    weights: Weights = "random weights" if is_from_scratch else "pre-trained weights"
+    method: TrainingMethod = "random weights" if has_random_weights else "pre-trained weights"
     if isinstance(options, PretrainOptions):
-        weights = "masked images"
+        method = "masked images"
     elif options.training.trainable == "head":
-        weights = "new head on frozen weights"
+        method = "new head on frozen weights"
     elif options.training.trainable == "lora":
-        weights = "LoRA"
+        method = "LoRA"
     width = config_values.get("hidden_size", config.hidden_size)
     image_size = max(to_pair(config_values.get("image_size", config.image_size)))
-    return RunFacts(weights, is_from_scratch, width, image_size, num_training_images)
+    return RunProperties(method, has_random_weights, width, image_size, num_training_images)
 
 
-def resolve_defaults(options: Options, facts: RunFacts) -> tuple[Options, dict[str, list[str]]]:
-    """Return the options with a value for every flag in `DEFAULTS`, and a dictionary {reason: ["learning rate 5e-05",
-    ...]} of the default values that affect the run. For checkpoints, `initializer_range` stays None."""
+def resolve_defaults(options: Options, run_properties: RunProperties) -> tuple[Options, dict[str, list[str]]]:
+    """Return the options with a value for every flag in `DEFAULTS`, and the default values that affect the run,
+    grouped by reason: {reason: ["learning rate 5e-05", ...]}. For checkpoints, `initializer_range` remains None."""
     reasons: dict[str, list[str]] = {}
     for default in DEFAULTS:
         group: Any = getattr(options, default.group)
-        uses_checkpoint_value = default.name == "initializer_range" and not facts.is_preset
+        uses_checkpoint_value = default.name == "initializer_range" and not run_properties.has_random_weights
         if getattr(group, default.name) is not None or uses_checkpoint_value:
             continue
-        value = default.compute_value(facts)
+        value = default.compute_value(run_properties)
         options = replace(options, **{default.group: replace(group, **{default.name: value})})
         if default.name != "epochs" or options.training.max_steps is None:
-            reasons.setdefault(default.reason.format(facts), []).append(f"{default.name.replace('_', ' ')} {value:g}")
+            reasons.setdefault(default.reason.format(run_properties), []).append(
+                f"{default.name.replace('_', ' ')} {value:g}"
+            )
     return options, reasons
 
 
-def format_defaults(reasons: dict[str, list[str]]) -> str:
+def format_defaults(values_by_reason: dict[str, list[str]]) -> str:
     """Format the default values, grouped by reason, in one line."""
-    return "; ".join(f"{reason}: {', '.join(values)}" for reason, values in reasons.items())
+    return "; ".join(f"{reason}: {', '.join(values)}" for reason, values in values_by_reason.items())
 
 
-def describe_random_weights(name: str, facts: RunFacts) -> str | None:
+def describe_random_weights(name: str, run_properties: RunProperties) -> str | None:
     """Return the summary line about random initial weights, or None if the initial weights are pre-trained."""
     remedy = f"For better results on a small dataset, set --model to a checkpoint, for example {EXAMPLE_CHECKPOINT}"
-    return f"random, because {name} is a preset. {remedy}" if facts.is_preset else None
+    return f"random, because {name} is a preset. {remedy}" if run_properties.has_random_weights else None

@@ -1,4 +1,4 @@
-"""Exact conversion between the distributed training state and named full tensors, for one process, DDP and FSDP2.
+"""Conversion between the distributed training state and named full tensors, for one process, DDP and FSDP2.
 
 With DeepSpeed, only weights and gradients are supported.
 
@@ -6,9 +6,9 @@ With DeepSpeed, only weights and gradients are supported.
     on every process, possibly sharded       on the main process
 
 Full tensors do not depend on the number of processes. Names are parameter names of the unwrapped model, without the
-prefixes that DDP and torch.compile add. The state excludes values that are determined by the flags and the step: the
-optimizer's hyperparameters, and the states of random number generators, which are seeded in each step. checkpoints.py
-writes the tensors to disk.
+prefixes that DDP and torch.compile add. The state excludes the optimizer's hyperparameters, which are computed from
+the flags and the step, and random number generators, which are seeded in each step. checkpoints.py writes the tensors
+to disk.
 
 The functions of torch.distributed.checkpoint.state_dict gather weights and moments, and distribute weights. Moments
 are not loaded with `set_optimizer_state_dict`, because this function sets a step count of 1 for parameters that have
@@ -37,10 +37,10 @@ from ..checkpoints import Checkpoint, Tensors
 from ..distributed import run_on_main
 
 
-FULL_ON_MAIN_PROCESS = StateDictOptions(full_state_dict=True, cpu_offload=True)
+FULL_STATE_DICT_OPTIONS = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
-def get_unsupported_reason(accelerator: Accelerator) -> str | None:
+def explain_unsupported_checkpoints(accelerator: Accelerator) -> str | None:
     """Return the reason why the launch configuration does not support checkpoints, or None if checkpoints are
     supported."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
@@ -51,37 +51,39 @@ def get_unsupported_reason(accelerator: Accelerator) -> str | None:
 def gather_state(
     accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, shadow: Sequence[torch.Tensor] | None
 ) -> tuple[dict[str, Tensors], dict[str, Any]]:
-    """Return the full tensors of the training state, and the other state values in a JSON-serializable dictionary.
+    """Return the full tensors of the training state, and a JSON-serializable dictionary with the non-tensor state.
 
     The tensors are returned only on the main process. All processes must call this function together. With a single
-    process on the CPU, the returned tensors share memory with the training state, so write the tensors to disk
-    before training continues. `shadow` contains the EMA weights in the order of the trainable parameters. Raise
-    ValueError if checkpoints are unsupported.
+    process on the CPU, the returned tensors share memory with the training state and must be written to disk before
+    training continues. `shadow` contains the EMA weights in the order of the trainable parameters. Raise ValueError if
+    checkpoints are unsupported.
     """
-    if reason := get_unsupported_reason(accelerator):
+    if reason := explain_unsupported_checkpoints(accelerator):
         raise ValueError(f"no checkpoint can be written: {reason}")
-    is_main, torch_optimizer = accelerator.is_main_process, unwrap_optimizer(optimizer)
+    is_main_process, torch_optimizer = accelerator.is_main_process, unwrap_optimizer(optimizer)
     parameter_states: Any = (
-        get_optimizer_state_dict(model, torch_optimizer, options=FULL_ON_MAIN_PROCESS).get("state", {})
+        get_optimizer_state_dict(model, torch_optimizer, options=FULL_STATE_DICT_OPTIONS).get("state", {})
         if torch_optimizer.state
         else {}
     )
     moments: Tensors = {}
-    other_values: dict[str, Any] = {}
+    non_tensor_state: dict[str, Any] = {}
     for name, state in parameter_states.items():
         for key, value in state.items():
-            target = moments if isinstance(value, torch.Tensor) else other_values
+            target = moments if isinstance(value, torch.Tensor) else non_tensor_state
             target[f"{key}/{name}"] = value
-    tensors = {"model": gather_weights(model, is_main), "optimizer": moments}
+    tensors = {"model": gather_weights(model, is_main_process), "optimizer": moments}
     if shadow is not None:
-        tensors["ema"] = gather_tensors(dict(zip(get_trainable_parameter_names(model), shadow, strict=True)), is_main)
+        tensors["ema"] = gather_tensors(
+            dict(zip(get_trainable_parameter_names(model), shadow, strict=True)), is_main_process
+        )
     scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else {}
-    return tensors, {"optimizer": other_values, "scaler": scaler}
+    return tensors, {"optimizer": non_tensor_state, "scaler": scaler}
 
 
 def scatter_state(
     checkpoint: Checkpoint | None,
-    facts: dict[str, Any],
+    metadata: dict[str, Any],
     accelerator: Accelerator,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -91,21 +93,22 @@ def scatter_state(
     checkpoint belongs to another model or optimizer.
 
     Args:
-        checkpoint: the checkpoint on the main process; None on the other processes, which receive shards.
-        facts: the second return value of `gather_state`, on all processes.
+        checkpoint: checkpoint on the main process; None on all other processes.
+        metadata: second return value of `gather_state`, on all processes.
         shadow: EMA weights, which are overwritten in place.
     """
-    scatter_all_weights(checkpoint, accelerator, model, shadow)
+    scatter_weights_and_ema(checkpoint, accelerator, model, shadow)
     moments = None if checkpoint is None else checkpoint.load_tensors("optimizer")
-    scatter_optimizer_state(moments, facts["optimizer"], accelerator, model, optimizer)
-    if accelerator.scaler is not None and facts["scaler"]:
-        accelerator.scaler.load_state_dict(facts["scaler"])
+    scatter_optimizer_state(moments, metadata["optimizer"], accelerator, model, optimizer)
+    if accelerator.scaler is not None and metadata["scaler"]:
+        accelerator.scaler.load_state_dict(metadata["scaler"])
 
 
-def scatter_all_weights(
+def scatter_weights_and_ema(
     checkpoint: Checkpoint | None, accelerator: Accelerator, model: nn.Module, shadow: Sequence[torch.Tensor] | None
 ) -> None:
-    """Load the weights and the EMA weights of a checkpoint. See `scatter_state` for arguments and errors."""
+    """Load the weights and the EMA weights of a checkpoint. Raise ValueError if the checkpoint belongs to another
+    model."""
 
     def load_tensors(name: str) -> Tensors | None:
         return None if checkpoint is None else checkpoint.load_tensors(name)
@@ -117,8 +120,8 @@ def scatter_all_weights(
 
 
 def reshard(model: nn.Module) -> None:
-    """Release the full weights that FSDP2 keeps after a forward pass without a backward pass. Before the release, the
-    model's parameters are copies that the optimizer does not update."""
+    """Release the full weights that FSDP2 keeps after a forward pass without a backward pass. Without this call, the
+    model's parameters would remain copies that the optimizer does not update."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -128,7 +131,7 @@ def reshard(model: nn.Module) -> None:
 
 
 def get_named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return all parameters of the unwrapped model, keyed by name. Tied weights have one name."""
+    """Return all parameters of the unwrapped model, keyed by name. Tied weights are included once."""
     return dict(extract_model_from_parallel(model, keep_torch_compile=False).named_parameters())
 
 
@@ -145,28 +148,28 @@ def unwrap_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
 # Tensors across processes --------------------------------------------------------------------------------------------
 
 
-def gather_weights(model: nn.Module, is_main: bool) -> Tensors:
+def gather_weights(model: nn.Module, is_main_process: bool) -> Tensors:
     """Return parameters and persistent buffers as full CPU tensors on the main process, and an empty dictionary on the
     other processes. All processes must call this function together."""
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):  # ZeRO-3
-        return gather_tensors(model.state_dict(keep_vars=True), is_main)
-    weights: dict[str, Any] = get_model_state_dict(model, options=FULL_ON_MAIN_PROCESS)
+        return gather_tensors(model.state_dict(keep_vars=True), is_main_process)
+    weights: dict[str, Any] = get_model_state_dict(model, options=FULL_STATE_DICT_OPTIONS)
     return weights
 
 
-def gather_tensors(tensors: Tensors, is_main: bool) -> Tensors:
+def gather_tensors(tensors: Tensors, is_main_process: bool) -> Tensors:
     """Return possibly sharded tensors as full CPU tensors on the main process, and an empty dictionary on the other
     processes. All processes must call this function together."""
     full_tensors: Tensors = {}
     for name, tensor in tensors.items():
         full_tensor = gather_tensor(tensor)
-        if is_main:
+        if is_main_process:
             full_tensors[name] = full_tensor.detach().cpu()
     return full_tensors
 
 
 def gather_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the full tensor of a possibly sharded tensor. All processes must call this function together."""
+    """Gather a possibly sharded tensor, and return the full tensor. All processes must call this function together."""
     if isinstance(tensor, DTensor):
         return tensor.full_tensor()
     if hasattr(tensor, "ds_id"):  # ZeRO-3
@@ -192,8 +195,8 @@ def scatter_weights(full_tensors: Tensors | None, model: nn.Module, accelerator:
     or unexpected, or has a different shape."""
     weights: dict[str, Any] = {} if full_tensors is None else {**full_tensors}
     targets: dict[str, Any] = get_model_state_dict(model)
-    run_on_main(accelerator, lambda: check_same_tensors(weights, targets))
-    # FSDP2 on one process also has DTensors, into which full tensors cannot be copied without these options.
+    run_on_main(accelerator, lambda: check_names_and_shapes(weights, targets))
+    # Full tensors cannot be copied into DTensors without these options. FSDP2 uses DTensors even with one process.
     is_sharded = any(isinstance(target, DTensor) for target in targets.values())
     is_distributed = is_sharded or accelerator.num_processes > 1
     options = StateDictOptions(full_state_dict=is_distributed, broadcast_from_rank0=is_distributed)
@@ -204,7 +207,7 @@ def scatter_weights(full_tensors: Tensors | None, model: nn.Module, accelerator:
 def scatter_tensors(full_tensors: Tensors | None, targets: Tensors, accelerator: Accelerator) -> None:
     """Copy full tensors from the main process into `targets` on all processes. Raise ValueError if a tensor is missing
     or unexpected, or has a different shape."""
-    run_on_main(accelerator, lambda: check_same_tensors(full_tensors or {}, targets))
+    run_on_main(accelerator, lambda: check_names_and_shapes(full_tensors or {}, targets))
     for name, target in targets.items():
         target.copy_(
             distribute_like(None if full_tensors is None else full_tensors[name], target.dtype, target, accelerator)
@@ -214,8 +217,8 @@ def scatter_tensors(full_tensors: Tensors | None, targets: Tensors, accelerator:
 def distribute_like(
     full_tensor: torch.Tensor | None, dtype: torch.dtype, like: torch.Tensor, accelerator: Accelerator
 ) -> torch.Tensor:
-    """Distribute `full_tensor` from the main process to all processes. On the other processes, `full_tensor` is None.
-    Return a tensor with the device and the sharding of `like`."""
+    """Send `full_tensor` from the main process to all processes, and return a tensor with the device and the sharding
+    of `like`. `full_tensor` must be None on all other processes."""
     if full_tensor is None:
         full_tensor = torch.empty(like.shape, dtype=dtype)
     full_tensor = full_tensor.to(accelerator.device)
@@ -228,7 +231,7 @@ def distribute_like(
 
 def scatter_optimizer_state(
     full_tensors: Tensors | None,
-    other_values: dict[str, Any],
+    non_tensor_state: dict[str, Any],
     accelerator: Accelerator,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -239,19 +242,21 @@ def scatter_optimizer_state(
     grouped_parameters = chain.from_iterable(group["params"] for group in torch_optimizer.param_groups)
     indices = {id(parameter): index for index, parameter in enumerate(grouped_parameters)}
 
-    def read_values() -> dict[str, Any]:
-        # The result is sent to all processes, so each moment, which has the shape of its parameter, is replaced by its
-        # dtype. Step counts, which are small, are sent as tensors.
-        values: dict[str, Any] = {}
+    def describe_state() -> dict[str, Any]:
+        # The result is sent to all processes, so each moment is replaced by its dtype. A moment has the shape of its
+        # parameter. Step counts are small and sent as tensors.
+        dtypes_and_steps: dict[str, Any] = {}
         for name, tensor in (full_tensors or {}).items():
             parameter = parameters.get(name.split("/", 1)[1])
             if parameter is None or id(parameter) not in indices:
-                raise ValueError(f"the checkpoint belongs to another run: this run's optimizer has no state {name}")
-            values[name] = tensor.dtype if tensor.ndim and tensor.shape == parameter.shape else tensor
-        return values | other_values
+                raise ValueError(
+                    f"the checkpoint belongs to another run: the optimizer of this run has no state {name}"
+                )
+            dtypes_and_steps[name] = tensor.dtype if tensor.ndim and tensor.shape == parameter.shape else tensor
+        return dtypes_and_steps | non_tensor_state
 
     state: dict[int, dict[str, Any]] = {}
-    for name, value in run_on_main(accelerator, read_values).items():
+    for name, value in run_on_main(accelerator, describe_state).items():
         key, parameter_name = name.split("/", 1)
         parameter = parameters[parameter_name]
         if isinstance(value, torch.dtype):
@@ -262,12 +267,16 @@ def scatter_optimizer_state(
     torch_optimizer.load_state_dict({"state": state, "param_groups": torch_optimizer.state_dict()["param_groups"]})
 
 
-def check_same_tensors(full_tensors: Tensors, targets: Tensors) -> None:
+def check_names_and_shapes(full_tensors: Tensors, targets: Tensors) -> None:
     """Raise ValueError if the checkpoint's tensors and `targets` have different names or shapes."""
     for name in sorted(full_tensors.keys() ^ targets.keys()):
-        owner = "the checkpoint" if name in full_tensors else "the model"
-        raise ValueError(f"the checkpoint belongs to another model: only {owner} has {name}")
+        location = "the checkpoint" if name in full_tensors else "the model"
+        raise ValueError(
+            f"the checkpoint belongs to another model: {name} exists only in {location}. Use the same model"
+        )
     for name, target in targets.items():
         if full_tensors[name].shape != target.shape:
             shapes = f"{list(full_tensors[name].shape)} in the checkpoint and {list(target.shape)} in the model"
-            raise ValueError(f"the checkpoint belongs to another model: the shape of {name} is {shapes}")
+            raise ValueError(
+                f"the checkpoint belongs to another model: the shape of {name} is {shapes}. Use the same model"
+            )

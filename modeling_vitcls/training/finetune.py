@@ -1,4 +1,4 @@
-"""Fine-tuning on labeled images. task.py contains the whole run.
+"""Fine-tuning on labeled images. task.py implements the complete run.
 
     full model         trained on pixels; with --teacher, the distillation token is trained on the teacher's logits
     linear probing     heads trained on cached features; the encoder encodes each image once (linear_probe.py)
@@ -41,16 +41,16 @@ from .linear_probe import (
     build_classifier_heads,
     build_probe_evaluator,
     cache_features,
-    find_trained_parameters_outside_heads,
+    find_trainable_parameters_outside_heads,
     iterate_feature_batches,
 )
 from .loop import Metrics
 from .model import build_model, set_trainable_parameters, uses_patch_dropout
 from .model_report import get_teacher_provenance
-from .runner import Components
-from .task import NOTHING_MEASURED, EvaluationFunction, Task, format_metrics
+from .runner import TrainingComponents
+from .task import NO_EVALUATION_TEXT, EvaluationFunction, Task, format_metrics
 from .teacher import Teacher, TeacherCache, check_teacher_views, load_teacher
-from .token_monitor import measure_nothing
+from .token_monitor import return_no_metrics
 
 
 NO_AUGMENTATION = AugmentationOptions(crop_scale=1.0, flip=False, shift=0.0)
@@ -70,7 +70,7 @@ class FinetuneTask(Task):
         num_distillation_tokens=1."""
         if options.distillation.teacher is not None and options.model.num_distillation_tokens is None:
             options = replace(options, model=replace(options.model, num_distillation_tokens=1))
-        check_combinations(options)
+        check_flag_combinations(options)
         return options
 
     def load_data(self) -> TrainingData:
@@ -81,8 +81,8 @@ class FinetuneTask(Task):
     def load_model(self) -> None:
         """Load the model and the teacher, and freeze the parameters that are not trained."""
         options, training = self.options, self.options.training
-        built_model = build_model(options.model, self.data.label_space)
-        config, self.processor, self.teacher = built_model.model.config, built_model.processor, None
+        initial_model = build_model(options.model, self.data.label_space)
+        config, self.processor, self.teacher = initial_model.model.config, initial_model.processor, None
         if options.distillation.teacher is not None:
             self.teacher = load_teacher(
                 options.distillation.teacher,
@@ -92,7 +92,7 @@ class FinetuneTask(Task):
                 self.runner.accelerator.device,
             )
         self.model = set_trainable_parameters(
-            built_model.model, training.trainable, training.lora_rank, built_model.newly_initialized
+            initial_model.model, training.trainable, training.lora_rank, initial_model.new_parameter_names
         )
         if options.model.patch_drop_rate and not uses_patch_dropout(self.model.vitcls):
             raise ValueError(format_patch_dropout_error(options))
@@ -100,22 +100,22 @@ class FinetuneTask(Task):
     def find_warnings(self) -> list[str]:
         """Return warnings about classes that are missing from a split, and about an initial model that was trained
         with different held-out images."""
-        other_split = describe_other_split(self.options.model.model, self.data)
-        return [*describe_missing_classes(self.data), *([other_split] if other_split else [])]
+        split_warning = get_split_warning(self.options.model.model, self.data)
+        return [*describe_missing_classes(self.data), *([split_warning] if split_warning else [])]
 
     # Training --------------------------------------------------------------------------------------------------------
 
-    def build_components(self, evaluator: EvaluationFunction) -> Components:
+    def build_components(self, evaluator: EvaluationFunction) -> TrainingComponents:
         """Build components that train the heads on cached features if possible; otherwise, build components that train
         the model on pixels."""
         if self.options.training.trainable != "head":
             return super().build_components(evaluator)
-        if reason := self.get_no_caching_reason():
+        if reason := self.explain_unsupported_caching():
             self.runner.reporter.print_line("features", f"computed in every step, because {reason}")
             return super().build_components(evaluator)
         return self.build_head_components(evaluator)
 
-    def get_no_caching_reason(self) -> str | None:
+    def explain_unsupported_caching(self) -> str | None:
         """Return the reason why linear probing must run the encoder in every step, or None if features can be
         cached."""
         augmentation = self.options.augmentation
@@ -127,10 +127,10 @@ class FinetuneTask(Task):
             return "images are mixed"
         if self.runner.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
             return "the model is sharded"
-        trained_names = find_trained_parameters_outside_heads(self.model)
-        return f"{trained_names[0]} is trained" if trained_names else None
+        trainable_names = find_trainable_parameters_outside_heads(self.model)
+        return f"{trainable_names[0]} is trained" if trainable_names else None
 
-    def build_head_components(self, evaluator: EvaluationFunction) -> Components:
+    def build_head_components(self, evaluator: EvaluationFunction) -> TrainingComponents:
         """Build the components that train the heads on cached features, which are computed once."""
         accelerator, options = self.runner.accelerator, self.options
         model = self.model.to(accelerator.device)
@@ -148,11 +148,11 @@ class FinetuneTask(Task):
         iterate_batches = partial(
             iterate_feature_batches, cached_batch, self.plan, accelerator.process_index, num_views
         )
-        objective = losses.Classification(losses.get_feature_inputs, self.build_label_loss())
+        objective = losses.ClassificationObjective(losses.add_feature_inputs, self.build_label_loss())
         evaluate = build_probe_evaluator(evaluator, model) if isinstance(evaluator, Evaluator) else evaluator
         heads = build_classifier_heads(model)
-        return Components(
-            heads, objective, iterate_batches, evaluate, measure_nothing, images.describe_unreadable_image
+        return TrainingComponents(
+            heads, objective, iterate_batches, evaluate, return_no_metrics, images.describe_unreadable_image
         )
 
     def get_num_views(self) -> int:
@@ -165,9 +165,9 @@ class FinetuneTask(Task):
         mixer = None
         if augmentation.mixup or augmentation.cutmix:
             mixer = BatchMixer(augmentation, len(self.data.label_space.names))
-        prepare_batch = losses.PixelInputs(normalize, mixer)
+        prepare_batch = losses.PixelTransform(normalize, mixer)
         if self.teacher is None:
-            return losses.Classification(prepare_batch, self.build_label_loss())
+            return losses.ClassificationObjective(prepare_batch, self.build_label_loss())
         predict = self.teacher.predict
         if num_views := self.get_num_views():
             num_images, num_labels = self.data.num_training_images or 0, len(self.data.label_space.names)
@@ -177,7 +177,7 @@ class FinetuneTask(Task):
             with self.runner.accelerator.autocast():
                 return predict(batch)
 
-        return losses.Distillation(
+        return losses.DistillationObjective(
             prepare_batch,
             self.build_label_loss(),
             compute_teacher_logits,
@@ -193,11 +193,11 @@ class FinetuneTask(Task):
             return losses.MultiTaskLoss(label_smoothing)
         if labels.kind == "multi_label_classification":
             return losses.MultiLabelLoss(label_smoothing)
-        weights = None
+        class_weights = None
         if self.options.training.class_balance == "weights" and isinstance(self.data.train, LabeledImages):
-            weights = compute_class_weights(self.data.train.labels, len(labels.names))
-            weights = weights.to(self.runner.accelerator.device)
-        return losses.SingleLabelLoss(label_smoothing, weights)
+            class_weights = compute_class_weights(self.data.train.labels, len(labels.names))
+            class_weights = class_weights.to(self.runner.accelerator.device)
+        return losses.SingleLabelLoss(label_smoothing, class_weights)
 
     # Evaluation and output -------------------------------------------------------------------------------------------
 
@@ -206,39 +206,39 @@ class FinetuneTask(Task):
         return SELECTION_METRICS[self.data.label_space.kind]
 
     def build_evaluator(self, images: LabeledImages) -> Evaluator:
-        arguments = self.get_evaluation_arguments()
+        arguments = self.get_evaluator_arguments()
         return Evaluator(images, self.processor, self.data.label_space, **arguments)
 
     def describe_labels(self) -> str:
         """Return the number of classes of each label column and the kind of labels, as text."""
         labels = self.data.label_space
-        class_counts = " + ".join(f"{len(names)} of {column!r}" for column, names in labels.columns.items())
-        return f"classes: {class_counts}, {labels.kind.replace('_', ' ')}"
+        class_count_text = " + ".join(f"{len(names)} of {column!r}" for column, names in labels.columns.items())
+        return f"classes: {class_count_text}, {labels.kind.replace('_', ' ')}"
 
-    def summarize(self) -> dict[str, str]:
+    def get_summary_lines(self) -> dict[str, str]:
         if self.teacher is None:
             return {}
         return {"teacher": "; ".join(filter(None, [self.teacher.description, self.teacher.note]))}
 
-    def collect_facts(self) -> dict[str, Any]:
-        teacher = self.options.distillation.teacher
-        return {"teacher": strip_folders(teacher) if teacher else None}
+    def get_task_results(self) -> dict[str, Any]:
+        teacher_source = self.options.distillation.teacher
+        return {"teacher": strip_folders(teacher_source) if teacher_source else None}
 
     def format_result(self, metrics: Metrics) -> str:
         text = format_metrics(metrics, self.selection_metric, "cls_accuracy", "distillation_accuracy")
-        return f"{text} on {metrics['num_images']:,} held-out images" if text else NOTHING_MEASURED
+        return f"{text} on {metrics['num_images']:,} held-out images" if text else NO_EVALUATION_TEXT
 
     def build_card(
         self, name: str, results: dict[str, Any], provenance: Provenance | None, images: dict[str, str]
     ) -> ModelCard:
-        teacher = get_teacher_provenance(self.options)
-        return build_card(name, self.model.config, results, to_flags(self.options), provenance, teacher, images)
+        flags, teacher_provenance = to_flags(self.options), get_teacher_provenance(self.options)
+        return build_card(name, self.model.config, results, flags, provenance, teacher_provenance, images)
 
 
 # Checks --------------------------------------------------------------------------------------------------------------
 
 
-def check_combinations(options: FinetuneOptions) -> None:
+def check_flag_combinations(options: FinetuneOptions) -> None:
     """Raise ValueError if flags contradict each other. The check runs before data and models are loaded."""
     training = options.training
     if options.distillation.teacher is not None and not options.model.num_distillation_tokens:
@@ -260,8 +260,8 @@ def check_combinations(options: FinetuneOptions) -> None:
         )
     if options.data.streaming and options.distillation.teacher_views:
         raise ValueError(
-            "--teacher-views caches the teacher's logits of each image, but a stream has an unknown number of images. "
-            "Remove --teacher-views or --streaming"
+            "--teacher-views caches the teacher's logits for each image, but the number of images in a stream is "
+            "unknown. Remove --teacher-views or --streaming"
         )
     if options.data.streaming and training.class_balance != "none":
         raise ValueError(
@@ -296,7 +296,7 @@ def check_label_kind(options: FinetuneOptions, kind: str) -> None:
             )
 
 
-def describe_other_split(source: str, data: TrainingData) -> str | None:
+def get_split_warning(source: str, data: TrainingData) -> str | None:
     """Return a warning if the initial model `source` may have been trained on held-out images of this run; otherwise
     return None. Raise ValueError or OSError if the model cannot be found, or if the model's results.json is
     damaged."""

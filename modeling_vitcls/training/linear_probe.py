@@ -96,8 +96,8 @@ def build_classifier_heads(model: Any) -> ClassifierHeads | MultiTaskHeads:
     return ClassifierHeads(model)
 
 
-def find_trained_parameters_outside_heads(model: nn.Module) -> list[str]:
-    """Return the names of trainable parameters outside the heads. Features can be cached only if none exist."""
+def find_trainable_parameters_outside_heads(model: nn.Module) -> list[str]:
+    """Return the names of trainable parameters outside the heads. Features can be cached only if the list is empty."""
     head_parameter_ids = {id(parameter) for parameter in build_classifier_heads(model).parameters()}
     return [
         name
@@ -122,19 +122,21 @@ def cache_features(
     """Encode the images identified by `keys`, and return one CPU batch with `features` [num_keys, F] instead of
     `pixels`. Raise ValueError if none of the images can be read.
 
-    The model is in eval mode. Each process encodes a subset of the images, and all processes receive the whole batch.
-    `model` is the unwrapped classifier on the device. `normalize` converts pixels on the device to `pixel_values`.
+    Images are encoded in eval mode. Each process encodes a subset of the images and receives the features of all
+    images. `model` is the unwrapped classifier on the device. `normalize` converts pixels on the device to
+    `pixel_values`.
     """
     was_training = model.training
     model.eval()
     batches: list[Batch] = []
-    own_keys = split_keys(keys, batch_size, accelerator.process_index, accelerator.num_processes)
-    for batch in load_batches(images, own_keys, num_workers):
+    process_keys = split_keys(keys, batch_size, accelerator.process_index, accelerator.num_processes)
+    for batch in load_batches(images, process_keys, num_workers):
         pixels = batch.pop("pixels").to(accelerator.device, non_blocking=True)
         with accelerator.autocast():
             features = compute_features(model, normalize(pixels)).float()
-        rows = send_to_device(batch, accelerator.device) | {"features": features}
-        batches.append(send_to_device(accelerator.gather(rows), "cpu"))  # rows are in the order of the keys
+        batch_on_device = send_to_device(batch, accelerator.device) | {"features": features}
+        gathered_batch = accelerator.gather(batch_on_device)  # rows are in the order of the keys
+        batches.append(send_to_device(gathered_batch, "cpu"))
     model.train(was_training)
     return select_rows(concatenate(batches), slice(len(keys)))
 

@@ -1,10 +1,10 @@
 """The training loop.
 
     batch -> objective -> accumulated gradients -> clipping -> AdamW -> moving average
-                          and at intervals: metrics record, evaluation, checkpoint
+                          at intervals: metrics record, evaluation, checkpoint
 
-`TrainingState` contains everything that changes during training, except values that are computed from the step: the
-order and augmentation of the images, the learning rate, and the random numbers in the model. The caller provides the
+`TrainingState` contains the state that changes during training. The learning rate, the order and augmentation of the
+images, and the random numbers in the model are computed from the step and are not stored. The caller provides the
 model, the loss, and callbacks for evaluation and checkpoints.
 """
 
@@ -40,10 +40,11 @@ Metrics = dict[str, Any]
 
 # Maximum number of consecutive steps that the fp16 loss scaler may skip. After one more skipped step, the scale would
 # be 2^20 times smaller.
-MAX_OVERFLOWS = 19
+MAX_CONSECUTIVE_OVERFLOWS = 19
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-LAUNCHER_VARIABLES = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")  # set by accelerate and torchrun
-MAX_ECHO_SECONDS = 1.0  # maximum delay in seconds between a Ctrl-C and the same signal forwarded by a launcher
+# environment variables that accelerate and torchrun set
+LAUNCHER_ENVIRONMENT_VARIABLES = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
+MAX_FORWARDING_SECONDS = 1.0  # maximum delay in seconds between a Ctrl-C and the same signal forwarded by a launcher
 
 
 @dataclass
@@ -58,7 +59,8 @@ class TrainingState:
     num_evaluations_since_best: int = 0  # number of evaluations since the best evaluation
     recent_losses: list[dict[str, float]] = field(default_factory=list)  # losses of the steps since the last record
     attention_metrics: Metrics = field(default_factory=dict)  # attention metrics since the last logged step
-    record: Metrics = field(default_factory=dict)  # record of a step that is not evaluated yet; otherwise empty
+    # metrics of a step that has not been evaluated yet; otherwise empty
+    pending_record: Metrics = field(default_factory=dict)
 
     @property
     def shadow(self) -> list[torch.Tensor] | None:
@@ -71,7 +73,7 @@ class TrainingState:
 
 
 @dataclass
-class Hooks:
+class LoopCallbacks:
     """Callbacks of the training loop. All processes call each callback."""
 
     evaluate: Callable[[], Metrics]  # evaluates the current model
@@ -85,12 +87,12 @@ class Hooks:
     push_checkpoint: Callable[[], None] = lambda: None  # called after each step except the last step
 
 
-class Interrupted(Exception):
-    """Error that ends training after a stop signal. A checkpoint is saved before the error is raised."""
+class TrainingInterrupted(Exception):
+    """Exception that ends training after a stop signal. A checkpoint is saved before the exception is raised."""
 
 
 class NonFiniteLoss(Exception):
-    """Error that ends training if the loss or its gradient is not finite. The weights are unchanged, with one
+    """Exception that ends training if the loss or its gradient is not finite. The weights are unchanged, with one
     exception: DeepSpeed returns the gradient norm after the update, so a non-finite gradient has already changed the
     weights."""
 
@@ -112,7 +114,7 @@ class TrainingLoop:
     plan: BatchPlan
     options: TrainingOptions
     accelerator: Accelerator
-    hooks: Hooks
+    callbacks: LoopCallbacks
     monitor: TokenMonitor
     selection_metric: str  # name of the metric that selects the best checkpoint
     save_every: int | None = None  # number of steps between checkpoints; None to save at each evaluation
@@ -130,23 +132,23 @@ class TrainingLoop:
         """Run the remaining steps, and return the metrics of the final evaluation.
 
         `batches` yields the batches of this process on the CPU, `gradient_accumulation_steps` batches per step. After
-        a stop signal, save a checkpoint and raise Interrupted. Raise NonFiniteLoss if a loss or gradient is not
-        finite.
+        a stop signal, save a checkpoint and raise TrainingInterrupted. Raise NonFiniteLoss if a loss or gradient is
+        not finite.
         """
         set_train_mode(self.state.model)
-        metrics = self.evaluate_step() if self.state.record else {}
-        while self.state.step < self.plan.num_steps and not self.is_out_of_patience:
+        metrics = self.evaluate_step() if self.state.pending_record else {}
+        while self.state.step < self.plan.num_steps and not self.should_stop_early:
             metrics = self.run_step(batches)
-            if self.state.step == self.plan.num_steps or self.is_out_of_patience:
+            if self.state.step == self.plan.num_steps or self.should_stop_early:
                 break
-            if name := self.hooks.get_stop_signal():
-                self.hooks.save(self.is_best)
-                raise Interrupted(name)
-            self.hooks.push_checkpoint()
+            if name := self.callbacks.get_stop_signal():
+                self.callbacks.save(self.is_best)
+                raise TrainingInterrupted(name)
+            self.callbacks.push_checkpoint()
         return metrics or self.evaluate()
 
     @property
-    def is_out_of_patience(self) -> bool:
+    def should_stop_early(self) -> bool:
         """Return whether none of the last `patience` evaluations improved the best score."""
         return self.options.patience is not None and self.state.num_evaluations_since_best >= self.options.patience
 
@@ -158,29 +160,29 @@ class TrainingLoop:
         evaluation. A run that is resumed from this checkpoint starts with the evaluation.
         """
         state, next_step = self.state, self.state.step + 1
-        is_last = next_step == self.plan.num_steps
-        is_evaluated = is_last or is_end_of_epochs(next_step, self.options.evaluate_every, self.plan)
-        is_logged = is_evaluated or next_step % self.options.log_every == 0
-        is_saved = is_evaluated if self.save_every is None else is_last or next_step % self.save_every == 0
+        is_last_step = next_step == self.plan.num_steps
+        should_evaluate = is_last_step or is_end_of_epochs(next_step, self.options.evaluate_every, self.plan)
+        should_log = should_evaluate or next_step % self.options.log_every == 0
+        should_save = should_evaluate if self.save_every is None else is_last_step or next_step % self.save_every == 0
 
         start_time = time.perf_counter()
-        record, batch = self.run_optimizer_step(batches, with_health=is_logged)
+        record, batch = self.run_optimizer_step(batches, should_measure_tokens=should_log)
         self.step_seconds.append(time.perf_counter() - start_time)
 
         if self.options.health_every and next_step % self.options.health_every == 0:
-            state.attention_metrics = self.hooks.measure_attention(batch)
+            state.attention_metrics = self.callbacks.measure_attention(batch)
             reshard(state.model)
         self.is_best = False
-        if is_logged:
+        if should_log:
             record |= self.compute_recent_metrics() | state.attention_metrics
             state.attention_metrics = {}
-        if is_evaluated:
-            state.record = record
-        elif is_logged:
-            self.hooks.log(record)
-        if is_saved:
-            self.hooks.save(False)
-        return self.evaluate_step() if is_evaluated else {}
+        if should_evaluate:
+            state.pending_record = record
+        elif should_log:
+            self.callbacks.log(record)
+        if should_save:
+            self.callbacks.save(False)
+        return self.evaluate_step() if should_evaluate else {}
 
     def evaluate_step(self) -> Metrics:
         """Evaluate the model, log the record of the last step, and save a checkpoint if the score is the best so
@@ -191,16 +193,18 @@ class TrainingLoop:
         self.is_best = score is not None and (state.best_score is None or score > state.best_score)
         state.best_score = score if self.is_best else state.best_score
         state.num_evaluations_since_best = 0 if self.is_best else state.num_evaluations_since_best + 1
-        self.hooks.log(state.record | {f"held_out_{name}": value for name, value in select_scalars(metrics).items()})
-        state.record = {}
+        self.callbacks.log(
+            state.pending_record | {f"held_out_{name}": value for name, value in select_scalars(metrics).items()}
+        )
+        state.pending_record = {}
         if self.is_best:
-            self.hooks.save(True)
+            self.callbacks.save(True)
         return metrics
 
-    def run_optimizer_step(self, batches: Iterator[Batch], with_health: bool) -> tuple[Metrics, Batch]:
+    def run_optimizer_step(self, batches: Iterator[Batch], should_measure_tokens: bool) -> tuple[Metrics, Batch]:
         """Run one optimizer step with gradients accumulated over several batches. Return the record of the step, and
-        the last batch, which is on the device. If `with_health` is set, the record contains metrics of the special
-        tokens."""
+        the last batch, which is on the device. If `should_measure_tokens` is True, the record contains metrics of the
+        special tokens."""
         state, options, accelerator = self.state, self.options, self.accelerator
         learning_rate = get_learning_rate(state.step, self.plan.num_steps, options)
         set_learning_rate(state.optimizer, learning_rate)
@@ -208,13 +212,13 @@ class TrainingLoop:
         losses: list[Losses] = []
         tokens_and_gradients: list[tuple[Tokens, Tokens]] = []  # tokens and gradients before the update
 
-        def before_update() -> None:
-            if with_health:
+        def store_tokens_and_gradients() -> None:
+            if should_measure_tokens:
                 tokens_and_gradients.append((self.monitor.get_tokens(), self.monitor.get_gradients()))
 
         for batch_index in range(self.plan.accumulation_steps):
             batch = next(batches)
-            self.hooks.on_batch(batch)
+            self.callbacks.on_batch(batch)
             step_batches.append(batch)
             batch = send_to_device(batch, accelerator.device, non_blocking=True)
             torch.manual_seed(derive_seed(self.plan.seed, state.step, batch_index, accelerator.process_index))
@@ -224,7 +228,7 @@ class TrainingLoop:
                 self.optimizer_step.backward(batch_losses["loss"])
                 if accelerator.sync_gradients:  # after the last accumulated batch
                     check_norm = partial(self.check_finite, losses, step_batches)
-                    gradient_norm = self.optimizer_step.step(check_norm, before_update)
+                    gradient_norm = self.optimizer_step.step(check_norm, store_tokens_and_gradients)
         state.step += 1
         if state.ema is not None:
             state.ema.update(state.step)
@@ -238,18 +242,18 @@ class TrainingLoop:
             "gradient_norm": round(gradient_norm, 6) if math.isfinite(gradient_norm) else None,
         }
         if tokens_and_gradients:
-            health = self.monitor.compute_health(*tokens_and_gradients[0])
-            record |= health
-            for token in self.monitor.find_new_tokens_without_gradient(health):
-                self.hooks.warn(f"the token {token} received no gradient in step {state.step} and is not trained")
+            token_metrics = self.monitor.compute_token_metrics(*tokens_and_gradients[0])
+            record |= token_metrics
+            for token in self.monitor.find_new_tokens_without_gradient(token_metrics):
+                self.callbacks.warn(f"the token {token} received no gradient in step {state.step} and is not trained")
         return record, batch
 
     def check_finite(self, losses: list[Losses], batches: list[Batch], gradient_norm: float) -> None:
         """Discard the gradients and raise NonFiniteLoss on all processes if a loss or gradient is not finite on any
-        process. With fp16, gradients may overflow: the loss scaler then skips the step and reduces the scale.
-        MAX_OVERFLOWS limits the number of consecutive skipped steps."""
+        process. With fp16, gradients may overflow. The loss scaler then skips the step and reduces the scale.
+        MAX_CONSECUTIVE_OVERFLOWS limits the number of consecutive skipped steps."""
         self.num_overflows = 0 if math.isfinite(gradient_norm) else self.num_overflows + 1
-        max_overflows = MAX_OVERFLOWS if self.accelerator.scaler is not None else 0
+        max_overflows = MAX_CONSECUTIVE_OVERFLOWS if self.accelerator.scaler is not None else 0
         has_finite_losses = all(math.isfinite(batch_losses["loss"]) for batch_losses in losses)
         is_finite = has_finite_losses and self.num_overflows <= max_overflows
         if self.accelerator.num_processes > 1:
@@ -263,7 +267,7 @@ class TrainingLoop:
         """Return the metrics on held-out images. If EMA is used, the averaged weights are evaluated."""
         self.state.model.eval()
         with self.state.use_averaged_weights():
-            metrics = self.hooks.evaluate()
+            metrics = self.callbacks.evaluate()
         reshard(self.state.model)
         set_train_mode(self.state.model)
         return metrics
@@ -272,18 +276,20 @@ class TrainingLoop:
         """Return the metrics since the last record: the mean losses over all processes, the training speed (excluding
         evaluations and checkpoints), and the peak memory."""
         recent_losses = self.state.recent_losses
-        means = [math.fsum(losses[name] for losses in recent_losses) / len(recent_losses) for name in recent_losses[0]]
+        local_means = [
+            math.fsum(losses[name] for losses in recent_losses) / len(recent_losses) for name in recent_losses[0]
+        ]
         num_images, seconds = len(self.step_seconds) * self.plan.images_per_step, math.fsum(self.step_seconds)
-        # Measured before `record_speed`, which may reset the device's peak memory.
+        # The peak memory is read before `record_speed` is called, because this callback may reset the peak memory.
         self.peak_memory = max(self.peak_memory, get_peak_memory(self.accelerator.device))
-        losses = self.accelerator.reduce(torch.tensor(means, device=self.accelerator.device), "mean").tolist()
-        named_losses = {name: round(mean, 6) for name, mean in zip(recent_losses[0], losses, strict=True)}
+        means = self.accelerator.reduce(torch.tensor(local_means, device=self.accelerator.device), "mean").tolist()
+        mean_losses = {name: round(mean, 6) for name, mean in zip(recent_losses[0], means, strict=True)}
         recent_losses.clear()
         self.step_seconds.clear()
         return {
-            **named_losses,
+            **mean_losses,
             "images_per_second": round(num_images / seconds, 1),
-            **self.hooks.record_speed(num_images, seconds),
+            **self.callbacks.record_speed(num_images, seconds),
             "peak_memory_mb": round(self.peak_memory / 2**20, 1),
         }
 
@@ -311,46 +317,46 @@ class SignalHandler:
     signal:
 
         python                    the process itself
-        accelerate, 1 process     SIGTERM: often only the launcher, which ends; `get_signal` then detects that the
-                                  parent process has changed. Ctrl-C: the launcher and the process; the shell's prompt
-                                  appears before the checkpoint is saved
+        accelerate, 1 process     Ctrl-C: the launcher and the process; the shell prompt appears before the checkpoint
+                                  is saved. SIGTERM: often only the launcher, which ends; `get_signal` detects that
+                                  the parent process has changed
         accelerate, N processes   torchrun's agent forwards both signals to all processes, including DataLoader
                                   workers, and kills the processes after 30 s
 
     The launcher's exit status may differ from `exit_status`: torchrun's agent exits with 1 after any signal. Signals
-    are stored only in the main thread, because Python does not allow signal handlers in other threads. Ignored signals
-    (a shell's background jobs ignore Ctrl-C) stay ignored.
+    are stored only in the main thread, because Python does not allow signal handlers in other threads. Signals that
+    are ignored remain ignored, for example Ctrl-C in background jobs of a shell.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.received_signal: signal.Signals | None = None
-        self.received_time = 0.0
+        self.signal_time = 0.0
         self.old_handlers: dict[signal.Signals, Any] = {}
-        self.parent_pid = os.getppid() if any(name in os.environ for name in LAUNCHER_VARIABLES) else None
+        self.parent_pid = os.getppid() if any(name in os.environ for name in LAUNCHER_ENVIRONMENT_VARIABLES) else None
         # A process group for CPU tensors avoids synchronization with the device.
-        self.group: Any = distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
-        self.agreed_signal: signal.Signals | None = None
+        self.process_group: Any = distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
+        self.synchronized_signal: signal.Signals | None = None
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            for number in SIGNALS:
-                old_handler = signal.getsignal(number)
-                if old_handler not in (signal.SIG_IGN, None):  # None means that the handler was not set by Python
-                    self.old_handlers[number] = old_handler
-                    signal.signal(number, self.handle_signal)
+            for signal_number in SIGNALS:
+                old_handler = signal.getsignal(signal_number)
+                if old_handler not in (signal.SIG_IGN, None):  # None if not installed from Python
+                    self.old_handlers[signal_number] = old_handler
+                    signal.signal(signal_number, self.handle_signal)
         return self
 
     def __exit__(self, *error: object) -> None:
-        for number, handler in self.old_handlers.items():
-            signal.signal(number, handler)
+        for signal_number, handler in self.old_handlers.items():
+            signal.signal(signal_number, handler)
         self.old_handlers.clear()
 
-    def handle_signal(self, number: int, frame: FrameType | None) -> None:
+    def handle_signal(self, signal_number: int, frame: FrameType | None) -> None:
         """Store the first signal. Raise KeyboardInterrupt on a later Ctrl-C, but not if a launcher only forwards the
         first Ctrl-C."""
         if self.received_signal is None:
-            self.received_signal, self.received_time = signal.Signals(number), time.monotonic()
-        elif number == signal.SIGINT and time.monotonic() - self.received_time > MAX_ECHO_SECONDS:
+            self.received_signal, self.signal_time = signal.Signals(signal_number), time.monotonic()
+        elif signal_number == signal.SIGINT and time.monotonic() - self.signal_time > MAX_FORWARDING_SECONDS:
             raise KeyboardInterrupt
 
     def get_signal(self) -> str | None:
@@ -358,15 +364,15 @@ class SignalHandler:
         all processes. All processes must call this method together."""
         if self.received_signal is None and self.parent_pid not in (None, os.getppid()):
             self.received_signal = signal.SIGTERM
-        number = int(self.received_signal or 0)
-        if self.group is not None:
-            maximum = torch.tensor(number)
-            distributed.all_reduce(maximum, op=distributed.ReduceOp.MAX, group=self.group)
-            number = int(maximum)
-        self.agreed_signal = signal.Signals(number) if number else None
-        return self.agreed_signal.name if self.agreed_signal else None
+        signal_number = int(self.received_signal or 0)
+        if self.process_group is not None:
+            max_signal_number = torch.tensor(signal_number)
+            distributed.all_reduce(max_signal_number, op=distributed.ReduceOp.MAX, group=self.process_group)
+            signal_number = int(max_signal_number)
+        self.synchronized_signal = signal.Signals(signal_number) if signal_number else None
+        return self.synchronized_signal.name if self.synchronized_signal else None
 
     @property
     def exit_status(self) -> int:
-        """Exit status: 130 after Ctrl-C, 143 after SIGTERM, 0 if no signal was received."""
-        return 128 + self.agreed_signal if self.agreed_signal else 0
+        """Return the exit status: 130 after Ctrl-C, 143 after SIGTERM, 0 if no signal was received."""
+        return 128 + self.synchronized_signal if self.synchronized_signal else 0

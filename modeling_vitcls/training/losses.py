@@ -1,6 +1,6 @@
 """Training objectives.
 
-    batch -> inputs of the model and labels -> model -> loss per kind of labels (-> distillation from a teacher)
+    batch -> model inputs and labels -> model -> loss for the kind of labels (-> distillation from a teacher)
 
 Every loss is a mean over images, and the loss of one image does not depend on other images. The mean loss of
 accumulated batches is therefore equal to the loss of one large batch, up to rounding.
@@ -33,7 +33,7 @@ LabelLossFunction = Callable[[Any, Any], torch.Tensor]  # computes the mean loss
 
 
 @dataclass(frozen=True)
-class PixelInputs:
+class PixelTransform:
     """Transform that converts pixels [B, C, H, W] in [0, 255] to normalized model inputs. If `mixer` is set, images
     and labels are mixed first."""
 
@@ -49,7 +49,7 @@ class PixelInputs:
         return batch | {"inputs": {"pixel_values": self.normalize(batch["pixels"])}}
 
 
-def get_feature_inputs(batch: Batch) -> Batch:
+def add_feature_inputs(batch: Batch) -> Batch:
     """Return the batch with the cached features as `inputs`, for linear probing."""
     return batch | {"inputs": {"features": batch["features"]}}
 
@@ -93,21 +93,21 @@ class MultiTaskLoss:
     ignored.
 
     The loss of each task is averaged over all images of the batch, so that the mean loss of accumulated batches equals
-    the loss of one large batch. `ViTCLSForMultiTaskClassification` (used by Trainer) instead averages over the labeled
-    images. The two losses are equal if no labels are missing.
+    the loss of one large batch. In contrast, `ViTCLSForMultiTaskClassification`, which Trainer uses, averages over the
+    labeled images. The two losses are equal if no labels are missing.
     """
 
     label_smoothing: float
 
     def __call__(self, logits: dict[str, torch.Tensor], labels: dict[str, torch.Tensor]) -> torch.Tensor:
         """Return the sum of the mean losses of all tasks. The loss of an image without a label is 0."""
-        loss_arguments: dict[str, Any] = {
+        loss_kwargs: dict[str, Any] = {
             "label_smoothing": self.label_smoothing,
             "ignore_index": IGNORED_LABEL,
             "reduction": "none",
         }
         task_losses = [
-            nn.functional.cross_entropy(logits[task].float(), labels[task], **loss_arguments).mean() for task in logits
+            nn.functional.cross_entropy(logits[task].float(), labels[task], **loss_kwargs).mean() for task in logits
         ]
         return torch.stack(task_losses).sum()
 
@@ -116,9 +116,9 @@ class MultiTaskLoss:
 
 
 @dataclass(frozen=True)
-class Classification:
-    """Label loss, averaged over the heads. Like the CLS head, the distillation head is trained on the labels
-    (DeiT, arXiv 2012.12877)."""
+class ClassificationObjective:
+    """Label loss, averaged over the heads. The CLS head and the distillation head are trained on the labels (DeiT,
+    arXiv 2012.12877)."""
 
     prepare_batch: Callable[[Batch], Batch]  # adds the model's "inputs"
     label_loss: LabelLossFunction
@@ -131,9 +131,9 @@ class Classification:
 
 
 @dataclass(frozen=True)
-class Distillation:
-    """Distillation (DeiT, section 4): the CLS head is trained on labels, and the distillation head is trained on a
-    teacher's logits for the same pixels."""
+class DistillationObjective:
+    """Distillation loss (DeiT, section 4): the CLS head is trained on labels, and the distillation head is trained on
+    a teacher's logits for the same pixels."""
 
     prepare_batch: Callable[[Batch], Batch]  # adds the model's "inputs"
     label_loss: LabelLossFunction
@@ -147,16 +147,16 @@ class Distillation:
         batch = self.prepare_batch(batch)
         outputs = model(**batch["inputs"])
         label_loss = self.label_loss(outputs.cls_logits, batch["labels"])
-        teacher_loss = compute_distillation_loss(
+        distillation_loss = compute_distillation_loss(
             self.kind, outputs.distillation_logits, self.compute_teacher_logits(batch), self.tau
         )
-        loss = (1 - self.alpha) * label_loss + self.alpha * teacher_loss
-        return {"loss": loss, "label_loss": label_loss, "distillation_loss": teacher_loss}
+        loss = (1 - self.alpha) * label_loss + self.alpha * distillation_loss
+        return {"loss": loss, "label_loss": label_loss, "distillation_loss": distillation_loss}
 
 
 @dataclass(frozen=True)
-class MaskedImageModeling:
-    """Reconstruction of masked patches (MAE, SimMIM). The model computes the loss."""
+class MaskedImageModelingObjective:
+    """Reconstruction loss of masked patches (MAE, SimMIM), computed by the model."""
 
     normalize: Normalizer
     mask_generator: Callable[[int, torch.device], torch.Tensor]  # returns masks [B, patches]; True means masked
@@ -192,8 +192,10 @@ def compute_distillation_loss(
             f"the teacher's logits have the shape {tuple(teacher_logits.shape)}, but the student's logits have the "
             f"shape {tuple(student_logits.shape)}. Use a teacher with the same labels"
         )
-    student, teacher = student_logits.float(), teacher_logits.float()
+    student_logits, teacher_logits = student_logits.float(), teacher_logits.float()
     if kind == "hard":
-        return nn.functional.cross_entropy(student, teacher.argmax(dim=-1))
-    student, teacher = ((logits / tau).log_softmax(dim=-1) for logits in (student, teacher))
-    return tau**2 * nn.functional.kl_div(student, teacher, reduction="batchmean", log_target=True)
+        return nn.functional.cross_entropy(student_logits, teacher_logits.argmax(dim=-1))
+    student_log_probs, teacher_log_probs = (
+        (logits / tau).log_softmax(dim=-1) for logits in (student_logits, teacher_logits)
+    )
+    return tau**2 * nn.functional.kl_div(student_log_probs, teacher_log_probs, reduction="batchmean", log_target=True)

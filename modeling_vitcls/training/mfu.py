@@ -3,15 +3,15 @@
     utilization = FLOPs of the training images per second / FLOP/s of large matrix products on all processes
 
 This ratio is the model FLOPs utilization (MFU; PaLM, Chowdhery et al. 2022, arXiv 2204.02311, appendix B). The FLOPs
-include the forward pass and the gradients that training requires; in the last layer, only the tokens that the heads
-read are counted. The FLOPs exclude gradients of frozen weights, recomputation (gradient checkpointing, fused
+include the forward pass and the gradients that training requires. In the last layer, only the tokens that the heads
+use are counted. The FLOPs exclude gradients of frozen weights, recomputation (gradient checkpointing, fused
 attention), the teacher, evaluations, and linear probing on cached features. No utilization is computed for models that
 merge patches.
 
-The peak (the FLOP/s of large matrix products) is measured before and during training, on all processes at the same
-time. If processes share a CPU, each process reaches a fraction of the CPU's peak, and the sum over all processes is
-the peak. Other programs can only lower a measurement, so the largest measurement is used. A utilization above 100%
-means that other programs lowered every measurement so far. The utilization is then reported as unknown.
+The peak is the FLOP/s of large matrix products, measured before and during training on all processes at the same time.
+If processes share a CPU, each process reaches a fraction of the CPU's peak, and the sum over all processes is the
+CPU's peak. Other running programs can only lower a measurement, so the largest measurement is used. If the utilization
+exceeds 100%, other programs have lowered every measurement so far, and the utilization is reported as unknown.
 """
 
 from collections.abc import Callable, Mapping
@@ -33,17 +33,17 @@ from .costs import (
     count_layer_flops,
     count_linear_flops,
     estimate_memory,
-    get_first_trained_layer,
+    get_first_trainable_layer,
     get_heads,
     get_linear_layers,
+    get_num_patches_and_tokens,
     get_num_queries_per_layer,
     get_num_training_tokens,
-    get_sequence_lengths,
-    has_trained_parameters,
+    has_trainable_parameters,
 )
 
 
-# Mixed precision -> dtype of matrix products.
+# Mixed precision -> dtype of matrix products
 MATMUL_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # Minimum FLOPs of a run per process; the utilization of shorter runs is not measured. One core executes this number of
@@ -67,10 +67,10 @@ class Utilization:
     flops_per_image: float = 0.0  # FLOPs of the forward and backward pass of one image
     peak: float | None = None  # largest measured total FLOP/s of all processes; None if not measured
     dtype: str = ""  # dtype of the matrices in the measurement of the peak
-    # Function that measures `peak` on all processes at the same time.
+    # Function that measures the peak on all processes at the same time.
     measure: Callable[[], float] | None = field(default=None, repr=False)
     executed_flops: float = 0.0  # FLOPs of all training steps
-    available_flops_before: float = 0.0  # FLOPs that the machine could have executed before --resume
+    available_flops_before_resume: float = 0.0  # FLOPs that the machine could have executed before --resume
     seconds: float = 0.0  # total duration of the steps since the start or the last --resume, in seconds
     num_measurements: int = field(default=1, repr=False)
     flops_since_measurement: float = field(default=0.0, repr=False)
@@ -78,7 +78,7 @@ class Utilization:
     @property
     def available_flops(self) -> float:
         """Return the number of FLOPs that the machine could have executed during the training steps."""
-        return self.available_flops_before + self.seconds * (self.peak or 0.0)
+        return self.available_flops_before_resume + self.seconds * (self.peak or 0.0)
 
     def update(self, num_images: int, seconds: float) -> dict[str, float | None]:
         """Add the steps since the last record, and return the utilization of these steps. Return an empty dictionary
@@ -98,13 +98,14 @@ class Utilization:
         return {"utilisation": compute_utilization(flops, seconds * self.peak)}
 
     def get_state(self) -> dict[str, float]:
-        """Return the values to store in a checkpoint."""
+        """Return the state to store in a checkpoint."""
         return {"done": self.executed_flops, "possible": self.available_flops}
 
     def load_state(self, state: Mapping[str, float]) -> None:
-        """Load the values from a checkpoint. Checkpoints written by earlier versions do not contain these values."""
+        """Load the state from a checkpoint. Checkpoints written by earlier versions contain no state of the
+        utilization."""
         self.executed_flops = state.get("done", 0.0)
-        self.available_flops_before = state.get("possible", 0.0)
+        self.available_flops_before_resume = state.get("possible", 0.0)
 
     def get_results(self) -> dict[str, Any] | None:
         """Return the utilization of all training steps, the FLOPs per image and the peak, for results.json."""
@@ -119,12 +120,12 @@ class Utilization:
 
 
 def compute_utilization(executed_flops: float, available_flops: float) -> float | None:
-    """Return `executed_flops / available_flops`, or None if the ratio is above 1, which means that the measured peak
-    is too low."""
+    """Return `executed_flops / available_flops`, or None if the ratio is above 1, because the measured peak is then
+    too low."""
     return round(executed_flops / available_flops, 4) if executed_flops <= available_flops else None
 
 
-def start_utilization(
+def build_utilization(
     model: nn.Module, plan: BatchPlan, accelerator: Accelerator, print_line: Callable[[str, str], None]
 ) -> Utilization:
     """Print the FLOPs and memory of a step, measure the peak if the run is long enough, and build a `Utilization`.
@@ -136,12 +137,12 @@ def start_utilization(
     if not isinstance(model, ViTCLSPreTrainedModel) or model.config.merged_patches_per_layer or dtype is None:
         return Utilization()
     flops = plan.accumulation_steps * count_training_flops(model, plan.batch_size)  # FLOPs per step in this process
-    per_process = " per process" if plan.num_processes > 1 else ""
+    process_note = " per process" if plan.num_processes > 1 else ""
+    memory_mib = estimate_memory_without_weights(model, plan, accelerator) / 2**20
     print_line(
         "costs",
-        f"{format_si(flops * plan.num_processes)}FLOP per step, and about "
-        f"{estimate_memory_beyond_weights(model, plan, accelerator) / 2**20:,.0f} MiB{per_process} in addition to the "
-        "weights (estimated)",
+        f"{format_si(flops * plan.num_processes)}FLOP per step, and about {memory_mib:,.0f} MiB{process_note} in "
+        "addition to the weights (estimated)",
     )
     utilization = Utilization(flops * plan.num_processes / plan.images_per_step)
     if flops * plan.num_steps >= MIN_FLOPS:
@@ -164,7 +165,7 @@ def measure_peak(accelerator: Accelerator, dtype: torch.dtype) -> float:
     return float(accelerator.reduce(torch.tensor(peak, device=accelerator.device), "sum"))
 
 
-def estimate_memory_beyond_weights(model: ViTCLSPreTrainedModel, plan: BatchPlan, accelerator: Accelerator) -> int:
+def estimate_memory_without_weights(model: ViTCLSPreTrainedModel, plan: BatchPlan, accelerator: Accelerator) -> int:
     """Return the estimated memory per process in bytes, excluding the weights: activations, and one shard of the
     gradients and of AdamW's moments."""
     precision = get_precision(accelerator)
@@ -187,7 +188,7 @@ def format_si(value: float) -> str:
 
 
 def count_training_flops(model: ViTCLSPreTrainedModel, batch_size: int = 1) -> int:
-    """Return the FLOPs of the forward and backward pass for a batch of images that have the model's image size. A
+    """Return the FLOPs of the forward and backward pass for a batch of images of the model's image size. A
     multiply-add counts as two FLOPs.
 
     Each matrix product of the forward pass requires two products in the backward pass, one for the gradient of each
@@ -195,32 +196,32 @@ def count_training_flops(model: ViTCLSPreTrainedModel, batch_size: int = 1) -> i
     layer, are not computed. Patch dropout reduces the number of tokens, unless the embeddings and the first layer are
     frozen (model.py).
 
-    Modules after the encoder are trained with every value of `--trainable`. If the encoder is frozen, the gradient of
-    the heads' input is not computed. The count still includes this gradient if the pooler has weights (1% of the
-    FLOPs of a ViT-S).
+    Every value of `--trainable` trains the modules after the encoder. If the encoder is frozen, the gradient of the
+    heads' input is not computed. The count still includes this gradient if the pooler has weights (1% of the FLOPs of
+    a ViT-S).
     """
     encoder: Any = model.base_model
-    num_patches, num_tokens = get_sequence_lengths(model.config, None)
+    num_patches, num_tokens = get_num_patches_and_tokens(model.config, None)
     projection = encoder.embeddings.patch_embeddings.projection.weight
     patch_flops = 2 * projection.numel() * num_patches
     encoder_flops = patch_flops + sum(
-        count_layer_flops(*layer) for layer in get_layers_with_lengths(model, num_tokens)
+        count_layer_flops(*layer) for layer in get_layers_with_token_counts(model, num_tokens)
     )
     head_flops = count_forward_flops(model, batch_size=batch_size) - batch_size * encoder_flops
 
-    layers = get_layers_with_lengths(model, get_num_training_tokens(model, num_patches, num_tokens))
-    first_trained_layer = get_first_trained_layer(encoder)
+    layers = get_layers_with_token_counts(model, get_num_training_tokens(model, num_patches, num_tokens))
+    first_trainable_layer = get_first_trainable_layer(encoder)
     forward_flops = patch_flops + sum(count_layer_flops(*layer) for layer in layers)
-    backward_flops = sum(count_layer_backward_flops(*layer) for layer in layers[first_trained_layer:])
+    backward_flops = sum(count_layer_backward_flops(*layer) for layer in layers[first_trainable_layer:])
     if projection.requires_grad:
         backward_flops += patch_flops
-    is_encoder_trained = first_trained_layer < len(layers) or has_trained_parameters(encoder.layernorm)
-    if not is_encoder_trained and not (encoder.pooler is not None and get_linear_layers([encoder.pooler])):
+    is_encoder_trainable = first_trainable_layer < len(layers) or has_trainable_parameters(encoder.layernorm)
+    if not is_encoder_trainable and not (encoder.pooler is not None and get_linear_layers([encoder.pooler])):
         backward_flops -= sum(count_linear_flops(get_linear_layers([head])[0]) for head in get_heads(model))
     return batch_size * (forward_flops + backward_flops) + 3 * head_flops
 
 
-def get_layers_with_lengths(model: ViTCLSPreTrainedModel, num_tokens: int) -> list[tuple[Any, int, int]]:
+def get_layers_with_token_counts(model: ViTCLSPreTrainedModel, num_tokens: int) -> list[tuple[Any, int, int]]:
     """Return (layer, number of queries, number of keys) for each layer."""
     encoder: Any = model.base_model
     num_queries_per_layer = get_num_queries_per_layer(model, num_tokens)
@@ -235,11 +236,11 @@ def count_layer_backward_flops(layer: Any, num_queries: int, num_tokens: int) ->
     inputs of all products, of trainable weights, and of both factors of the attention products."""
     attention = layer.attention
     input_flops = count_layer_flops(layer, num_queries, num_tokens)
-    weight_flops = num_queries * count_trainable_flops(attention.q_proj, attention.o_proj, layer.mlp)
-    weight_flops += num_tokens * count_trainable_flops(attention.k_proj, attention.v_proj)
+    weight_flops = num_queries * count_trainable_linear_flops(attention.q_proj, attention.o_proj, layer.mlp)
+    weight_flops += num_tokens * count_trainable_linear_flops(attention.k_proj, attention.v_proj)
     return input_flops + weight_flops + count_attention_flops(attention, num_queries, num_tokens)
 
 
-def count_trainable_flops(*modules: nn.Module) -> int:
+def count_trainable_linear_flops(*modules: nn.Module) -> int:
     """Return the FLOPs of the trainable linear layers in `modules`, for one input vector per layer."""
     return count_linear_flops(*(linear for linear in get_linear_layers(modules) if linear.weight.requires_grad))

@@ -8,8 +8,8 @@ The flag `--trainable` selects the trainable parameters:
     lora      low-rank updates of queries and values (Hu et al. 2021, arXiv 2106.09685), special tokens and the head
 
 Parameters that are missing from the checkpoint are always trained, because their initial values are random. An example
-is a new distillation token with its position embedding and its gate. Parameters that are already frozen (the mask
-token) stay frozen.
+is a new distillation token with its position embedding and its gate. The mask token is already frozen and remains
+frozen.
 """
 
 import copy
@@ -32,7 +32,7 @@ from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..inference.load_model import CLASSIFIER_CLASSES, Classifier, format_preset_names, is_preset
 from ..modeling_vitcls import ViTCLSModel
 from ..options import ModelOptions
-from .costs import get_first_trained_layer
+from .costs import get_first_trainable_layer, has_trainable_parameters
 
 
 ENCODER_PREFIX = "vitcls."
@@ -41,21 +41,22 @@ LORA_A_SUFFIX, LORA_B_SUFFIX = ".lora_A.default.weight", ".lora_B.default.weight
 
 
 @dataclass(frozen=True)
-class BuiltModel:
+class InitialModel:
     """Model with its image processor, and the names of the parameters that are not loaded from a checkpoint."""
 
     model: Classifier
     processor: ViTCLSImageProcessor
-    newly_initialized: set[str]
+    new_parameter_names: set[str]
 
 
-def build_model(options: ModelOptions, label_space: LabelSpace) -> BuiltModel:
-    """Build a preset with random weights, or load a checkpoint. A classifier in the checkpoint is kept only if the
-    classifier has the labels of `label_space`. Multi-task models have one CLS token per task.
+def build_model(options: ModelOptions, label_space: LabelSpace) -> InitialModel:
+    """Build a preset with random weights, or load a checkpoint. The checkpoint must be a vitcls model, which
+    `get_run_properties` checks. A classifier in the checkpoint is kept only if the classifier has the labels of
+    `label_space`. Multi-task models have one CLS token per task.
 
     Raises:
         ValueError: if options contradict each other.
-        OSError: if the checkpoint cannot be found or read. `get_run_facts` checks the type of the checkpoint.
+        OSError: if the checkpoint cannot be found or read.
     """
     config_values = options.get_config_values()
     if label_space.kind == "multi_task":
@@ -64,18 +65,18 @@ def build_model(options: ModelOptions, label_space: LabelSpace) -> BuiltModel:
         config = ViTCLSConfig.from_preset(options.model, **config_values, **label_space.to_config_values())
         model = CLASSIFIER_CLASSES[label_space.kind](config)
         processor = ViTCLSImageProcessor()
-        newly_initialized = {name for name, _ in model.named_parameters()}
+        new_parameter_names = {name for name, _ in model.named_parameters()}
     else:
         folder = resolve_checkpoint(options.model)
-        model, newly_initialized = load_for_labels(folder, config_values, label_space)
+        model, new_parameter_names = load_with_label_space(folder, config_values, label_space)
         processor = ViTCLSImageProcessor.from_pretrained(folder)
     if (mask_token := model.vitcls.embeddings.mask_token) is not None:
         mask_token.requires_grad_(False)  # not used in fine-tuning; DDP requires gradients of all trainable parameters
     set_processor_size(processor, model.config)
-    return BuiltModel(model, processor, newly_initialized)
+    return InitialModel(model, processor, new_parameter_names)
 
 
-def load_for_labels(
+def load_with_label_space(
     source: str, config_values: dict[str, Any], label_space: LabelSpace
 ) -> tuple[Classifier, set[str]]:
     """Load a checkpoint as a classifier for the labels in `label_space`. The classifier is new, unless the checkpoint
@@ -86,7 +87,7 @@ def load_for_labels(
         model, loading_info = model_class.from_pretrained(
             source, dtype=torch.float32, output_loading_info=True, **config_values
         )
-        newly_initialized = set(loading_info["missing_keys"])
+        new_parameter_names = set(loading_info["missing_keys"])
     else:
         encoder, loading_info = ViTCLSModel.from_pretrained(
             source,
@@ -103,8 +104,8 @@ def load_for_labels(
         load_result = model.vitcls.load_state_dict(encoder.state_dict(), strict=label_space.kind != "multi_task")
         missing_names = {f"vitcls.{name}" for name in [*loading_info["missing_keys"], *load_result.missing_keys]}
         head_names = {name for name, _ in model.named_parameters() if not name.startswith("vitcls.")}
-        newly_initialized = missing_names | head_names
-    return model, newly_initialized | get_added_token_names(stored_config, model)
+        new_parameter_names = missing_names | head_names
+    return model, new_parameter_names | get_added_token_names(stored_config, model)
 
 
 def has_labels(config: ViTCLSConfig, label_space: LabelSpace) -> bool:
@@ -127,7 +128,7 @@ def get_added_token_names(stored_config: ViTCLSConfig, model: Classifier) -> set
 
 
 def check_preset_name(name: str) -> None:
-    """Raise ValueError if a name looks like a preset, but is not a preset, file or folder."""
+    """Raise ValueError if a name starts with "vitcls-" but is not a preset, file or folder."""
     if name.startswith("vitcls-") and "/" not in name and not is_preset(name) and not Path(name).exists():
         raise ValueError(f"--model {name} is not a preset. Use one of {format_preset_names()}")
 
@@ -145,7 +146,7 @@ def set_processor_size(processor: Any, config: ViTCLSConfig) -> None:
 
 
 def set_trainable_parameters(
-    model: Any, trainable: str, lora_rank: int = 8, newly_initialized: Collection[str] = frozenset()
+    model: Any, trainable: str, lora_rank: int = 8, new_parameter_names: Collection[str] = frozenset()
 ) -> nn.Module:
     """Freeze the parameters that are not trained, and return the same model. The value "lora" also adds LoRA layers to
     the query and value projections.
@@ -154,7 +155,7 @@ def set_trainable_parameters(
         model: a model with a head.
         trainable: value of the flag `--trainable`.
         lora_rank: rank of the LoRA layers.
-        newly_initialized: names of the parameters that are not loaded from a checkpoint, and are therefore trained.
+        new_parameter_names: names of the parameters that are not loaded from a checkpoint, and are therefore trained.
 
     Raises:
         ValueError: if `trainable` is unknown, if N in "last-N" exceeds the number of layers, or if `trainable` is
@@ -163,27 +164,27 @@ def set_trainable_parameters(
     if trainable == "full":
         return model
     parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
-    trained_names = {
+    trainable_names = {
         name for name in parameters if not name.startswith(ENCODER_PREFIX) or name.startswith(POOLER_PREFIX)
     }
-    trained_names |= get_last_layer_names(model, trainable)
+    trainable_names |= get_last_layers_parameter_names(model, trainable)
     tokens = model.vitcls.embeddings.get_special_tokens()
     token_names = {group: name for group, token in tokens.items() for name in parameters if parameters[name] is token}
     if trainable == "lora":
-        trained_names.update(token_names.values())
-    trained_names.update(newly_initialized)
-    if new_groups := [group for group, name in token_names.items() if name in newly_initialized]:
-        trained_names |= {f"{ENCODER_PREFIX}embeddings.position_embeddings.{group}" for group in new_groups}
-        trained_names.add(f"{ENCODER_PREFIX}gates.gates")
-    trained_names &= {name for name, parameter in parameters.items() if parameter.requires_grad}
+        trainable_names.update(token_names.values())
+    trainable_names.update(new_parameter_names)
+    if new_groups := [group for group, name in token_names.items() if name in new_parameter_names]:
+        trainable_names |= {f"{ENCODER_PREFIX}embeddings.position_embeddings.{group}" for group in new_groups}
+        trainable_names.add(f"{ENCODER_PREFIX}gates.gates")
+    trainable_names &= {name for name, parameter in parameters.items() if parameter.requires_grad}
     if trainable == "lora":
         add_lora(model, lora_rank)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in trained_names or ".lora_" in name)
+        parameter.requires_grad_(name in trainable_names or ".lora_" in name)
     return model
 
 
-def get_last_layer_names(model: Any, trainable: str) -> set[str]:
+def get_last_layers_parameter_names(model: Any, trainable: str) -> set[str]:
     """Return the names of the parameters that "last-N" trains in addition to the head. Return an empty set for "head"
     and "lora"."""
     if trainable in ("head", "lora"):
@@ -191,12 +192,12 @@ def get_last_layer_names(model: Any, trainable: str) -> set[str]:
     match = re.fullmatch(r"last-([1-9]\d*)", trainable)
     if match is None:
         raise ValueError(f"unknown --trainable {trainable!r}. Use full, head, lora, or last-N such as last-2")
-    num_trained_layers, num_layers = int(match[1]), len(model.vitcls.layers)
-    if num_trained_layers > num_layers:
+    num_trainable_layers, num_layers = int(match[1]), len(model.vitcls.layers)
+    if num_trainable_layers > num_layers:
         raise ValueError(
             f"--trainable is {trainable}, but the model has {num_layers} layers. Use a smaller N, or full"
         )
-    prefixes = [f"{ENCODER_PREFIX}layers.{index}." for index in range(num_layers - num_trained_layers, num_layers)]
+    prefixes = [f"{ENCODER_PREFIX}layers.{index}." for index in range(num_layers - num_trainable_layers, num_layers)]
     prefixes.append(f"{ENCODER_PREFIX}layernorm.")
     return {name for name, _ in model.named_parameters() if name.startswith(tuple(prefixes))}
 
@@ -210,13 +211,13 @@ def set_train_mode(model: nn.Module) -> None:
         if isinstance(module, ViTCLSModel) and module.patch_dropout is not None:
             module.patch_dropout.train(uses_patch_dropout(module))
         if isinstance(module, ViTCLSEmbeddings | EncoderLayer):
-            module.train(any(parameter.requires_grad for parameter in module.parameters()))
+            module.train(has_trainable_parameters(module))
 
 
 def uses_patch_dropout(encoder: ViTCLSModel) -> bool:
     """Return whether patches are dropped in training, which requires a positive rate and trainable embeddings or a
     trainable first layer."""
-    return encoder.config.patch_drop_rate > 0 and get_first_trained_layer(encoder) == 0
+    return encoder.config.patch_drop_rate > 0 and get_first_trainable_layer(encoder) == 0
 
 
 # LoRA ----------------------------------------------------------------------------------------------------------------

@@ -41,12 +41,12 @@ from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..inference.load_model import is_preset
 from ..options import FinetuneOptions, PretrainOptions, RunOptions
 from ..system import format_device_name, synchronize
-from .reporter import ImageTrackingFunction
+from .reporter import ImageLogger
 
 
 NUM_SAMPLES = 4  # number of images in the card
 NUM_REPORT_IMAGES = 6  # number of images shown in the report
-NUM_STATISTICS_IMAGES = 64  # number of images for the statistics of the report
+NUM_STATISTICS_IMAGES = 64  # number of images for the statistics in the report
 MAX_IMAGES_TO_READ = 20  # maximum number of images to read for the card, including unreadable images
 
 MAX_BATCH_SIZE = 32  # maximum batch size in images for measuring the inference speed
@@ -68,20 +68,20 @@ def build_model_report(
     held_out: LabeledImages,
     label_space: LabelSpace,
     device: torch.device,
-    draw_images: bool,
+    should_draw_images: bool,
     warn: Callable[[str], None],
-    track_images: ImageTrackingFunction | None = None,
+    log_images: ImageLogger | None = None,
     use_samples: bool = True,
 ) -> dict[str, str]:
     """Load the saved model, and write report.html and the images of the card to the folder. Add the inference speed
     ("inference") and the diagnosis of the special tokens ("diagnosis") to `results`. The report of an earlier run is
     deleted.
 
-    Errors are printed as warnings and do not end the run. `track_images` sends named images to the trackers.
+    Errors are printed as warnings and do not end the run. `log_images` sends named images to the trackers.
     `use_samples` states whether the card may contain held-out images; report.html always contains held-out images.
 
     Returns:
-        {name: path in the folder} for the images and the report.
+        Paths in the folder, keyed by name, for the images and the report.
     """
     paths: dict[str, str] = {}
     (folder / REPORT).unlink(missing_ok=True)
@@ -89,16 +89,16 @@ def build_model_report(
         model = model_class.from_pretrained(folder).to(device).eval()
         processor = ViTCLSImageProcessor.from_pretrained(folder)
         results["inference"] = measure_inference_speed(model, device)
-        if draw_images:
+        if should_draw_images:
             samples = select_samples(held_out, label_space) if use_samples else []
             paths |= write_card_images(folder, model, processor, results, samples)
             inspection = None
             with warn_on_error(warn, f"{REPORT} could not be written"):
                 inspection = inspect_saved_model(folder, model, processor, results, held_out, label_space)
                 results["diagnosis"] = inspection.summary
-            if track_images is not None:
+            if log_images is not None:
                 with warn_on_error(warn, "no images were sent to the trackers"):
-                    track_images(collect_tracker_images(folder, paths, inspection))
+                    log_images(collect_tracker_images(folder, paths, inspection))
             if inspection is not None:
                 paths["report"] = REPORT
     return paths
@@ -124,7 +124,7 @@ def inspect_saved_model(
 ) -> Inspection:
     """Inspect the special tokens on held-out images, write report.html, and return the inspection."""
     labels = held_out.labels if label_space.columns else None
-    names = [f"held out, {number}" for number in range(len(held_out))]
+    names = [f"held out, {index}" for index in range(len(held_out))]
     images = InspectionImages(held_out.images, names, labels, f"{results['dataset']}, {results['split']}")
     inspection = inspect_model(
         model,
@@ -185,7 +185,7 @@ def can_show_samples(
 def select_samples(held_out: LabeledImages, label_space: LabelSpace) -> list[Sample]:
     """Return a few readable images with their labels as text, from different classes if possible."""
     samples: list[Sample] = []
-    for index in islice(order_by_class(held_out.labels), MAX_IMAGES_TO_READ):
+    for index in islice(iterate_indices_by_class(held_out.labels), MAX_IMAGES_TO_READ):
         label = label_space.format_label(held_out.labels[index]) if label_space.columns else None
         with suppress(ValueError):  # the evaluation has already reported unreadable images
             samples.append((held_out.images[index], label))
@@ -194,7 +194,7 @@ def select_samples(held_out: LabeledImages, label_space: LabelSpace) -> list[Sam
     return samples
 
 
-def order_by_class(labels: Iterable[Any]) -> Iterator[int]:
+def iterate_indices_by_class(labels: Iterable[Any]) -> Iterator[int]:
     """Return an iterator over the indices of labels: the first index of each class, then all other indices."""
     first_indices: dict[str, int] = {}
     other_indices = []

@@ -2,12 +2,12 @@
 
     optimizer_step = build_optimizer_step(accelerator, model, optimizer, max_gradient_norm)
     optimizer_step.backward(loss)                             for each accumulated batch
-    norm = optimizer_step.step(check_norm, before_update)     after the last batch
+    norm = optimizer_step.step(check_norm, pre_update_hook)     after the last batch
 
 DeepSpeed's engine clips the gradients and updates the weights in one call. PyTorch's optimizer requires two calls.
 
-The exponential moving average of the trainable weights (Polyak and Juditsky 1992; used for ViTs in DeiT, section 6) is
-a list of tensors in the order of the trainable parameters, for one process, DDP and sharded models.
+The exponential moving average of the trainable weights is a list of tensors in the order of the trainable parameters
+(Polyak and Juditsky 1992; used for ViTs in DeiT, section 6). The average supports one process, DDP and sharded models.
 """
 
 import math
@@ -40,8 +40,8 @@ def build_parameter_groups(model: nn.Module, weight_decay: float, layer_decay: f
     """Group parameters by depth and weight decay.
 
     Weight decay applies to weights of linear and convolutional layers, but not to biases, norms, tokens, position
-    embeddings and scales. Each group has `lr_scale`, a factor for the learning rate: `layer_decay` to the power of the
-    number of layers after the group (BEiT, arXiv 2106.08254, appendix).
+    embeddings and scales. The learning rate of each group is multiplied by `lr_scale`, which is `layer_decay` to the
+    power of the number of layers after the group (BEiT, arXiv 2106.08254, appendix).
     """
     weight_decay_ids = {id(module.weight) for module in model.modules() if isinstance(module, WEIGHT_DECAY_MODULES)}
     depths = get_parameter_depths(model)
@@ -93,7 +93,7 @@ class TorchOptimizerStep:
         self, accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, max_gradient_norm: float
     ) -> None:
         self.accelerator = accelerator
-        self.trained_parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.trainable_parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = optimizer
         self.max_gradient_norm = max_gradient_norm
 
@@ -101,13 +101,13 @@ class TorchOptimizerStep:
         """Accumulate the gradients of a batch's loss, divided by the number of accumulation steps."""
         self.accelerator.backward(loss)
 
-    def step(self, check_norm: Callable[[float], None], before_update: Callable[[], None]) -> float:
+    def step(self, check_norm: Callable[[float], None], pre_update_hook: Callable[[], None]) -> float:
         """Clip the gradients, update the weights, and return the norm of all gradients before clipping. `check_norm`
-        receives the norm, and may raise an exception that ends the step. `before_update` is called before the weights
-        change."""
-        norm = float(self.accelerator.clip_grad_norm_(self.trained_parameters, self.max_gradient_norm))
+        receives the norm, and may raise an exception that ends the step. `pre_update_hook` is called before the
+        weights change."""
+        norm = float(self.accelerator.clip_grad_norm_(self.trainable_parameters, self.max_gradient_norm))
         check_norm(norm)
-        before_update()
+        pre_update_hook()
         self.optimizer.step()
         self.optimizer.zero_grad()
         return norm
@@ -125,11 +125,11 @@ class DeepSpeedOptimizerStep:
         self.engine.set_gradient_accumulation_boundary(self.accelerator.sync_gradients)
         self.engine.backward(loss)
 
-    def step(self, check_norm: Callable[[float], None], before_update: Callable[[], None]) -> float:
+    def step(self, check_norm: Callable[[float], None], pre_update_hook: Callable[[], None]) -> float:
         """Update the weights and return the norm of all gradients, which is available only after the update. The
-        gradients are not clipped until `before_update` has returned."""
+        gradients are not clipped until `pre_update_hook` has returned."""
         check_norm(0.0)  # checks only the losses, because the norm is not available yet
-        before_update()
+        pre_update_hook()
         self.engine.step()
         norm = float(self.engine.get_global_grad_norm())
         norm = norm if norm >= 0 else math.nan  # DeepSpeed returns -1 for a non-finite norm
@@ -152,29 +152,29 @@ class Ema:
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
-        self.trained_parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.shadow = [parameter.detach().clone() for parameter in self.trained_parameters]
+        self.trainable_parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.shadow = [parameter.detach().clone() for parameter in self.trainable_parameters]
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Update the average with the current weights. `step` is the number of completed steps (at least 1). The decay
         is smaller in the first steps, so that the influence of the initial weights decreases quickly."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        get_ema_multi_avg_fn(decay)(self.shadow, self.trained_parameters, step)
+        get_ema_multi_avg_fn(decay)(self.shadow, self.trainable_parameters, step)
 
     @contextmanager
     def use_averaged_weights(self) -> Iterator[None]:
         """Copy the averaged weights into the model for the duration of the `with` block, then restore the previous
         weights."""
-        weights = [parameter.detach().clone() for parameter in self.trained_parameters]
-        self.load_weights(self.shadow)
+        weights = [parameter.detach().clone() for parameter in self.trainable_parameters]
+        self.copy_to_model(self.shadow)
         try:
             yield
         finally:
-            self.load_weights(weights)
+            self.copy_to_model(weights)
 
     @torch.no_grad()
-    def load_weights(self, weights: list[torch.Tensor]) -> None:
-        """Copy `weights`, which has one tensor for each trainable parameter, into the model."""
-        for parameter, weight in zip(self.trained_parameters, weights, strict=True):
+    def copy_to_model(self, weights: list[torch.Tensor]) -> None:
+        """Copy `weights` into the model. `weights` contains one tensor for each trainable parameter."""
+        for parameter, weight in zip(self.trainable_parameters, weights, strict=True):
             parameter.copy_(weight)

@@ -6,7 +6,7 @@
     unfinished run without a checkpoint      replaced
 
 A run first removes the files of the earlier run, starting with results.json and the model, and then writes new files.
-An old model is therefore never next to a new configuration, even if the run is killed.
+Therefore, the folder never contains an old model with a new configuration, even if the run is killed.
 
 `FolderLock` prevents other runs from using the folder. The lock file `.vitcls.lock` in the folder contains the host,
 the process ID and the start time of the process. The lock is released at the end of the run and on SIGTERM, but not on
@@ -52,7 +52,7 @@ CONFIG_FILE = "config.json"
 
 ADAPTER_FOLDER = "adapter"  # folder with only the LoRA adapter
 # Files that a run writes at the end, in the order in which they are removed; the results and the model come first.
-FINAL_FILES = (
+FINAL_FILE_PATTERNS = (
     *(RESULTS_FILE, *MODEL_PATTERNS, *(name for name in EXTRA_PATTERNS if name not in (METRICS_FILE, RECIPE))),
     *(f"{ADAPTER_FOLDER}/{name}" for name in ADAPTER_PATTERNS),
 )
@@ -80,10 +80,10 @@ def check_replaceable(options: Any, store: CheckpointStore) -> None:
             f"{folder} contains an unfinished run (a checkpoint of step {steps[-1]:,}). Continue the run with "
             "--resume, restart the run with --overwrite, or choose a different --output-dir"
         )
-    check_no_other_files(folder)
+    check_no_unrelated_files(folder)
 
 
-def check_no_other_files(folder: Path) -> None:
+def check_no_unrelated_files(folder: Path) -> None:
     """Raise ValueError if this run would replace files that were not written by an earlier run."""
     names = list_final_files(folder)
     if (folder / METRICS_FILE).exists() and not (folder / RECIPE).exists():
@@ -109,7 +109,7 @@ def check_sources_not_removed(options: FinetuneOptions | PretrainOptions) -> Non
             )
 
 
-def remove_run(folder: Path, store: CheckpointStore) -> None:
+def remove_run_files(folder: Path, store: CheckpointStore) -> None:
     """Remove the files of an earlier run or model. Other files are kept."""
     if not any((folder / name).exists() for name in (RESULTS_FILE, CONFIG_FILE, RECIPE)) and not store.list_steps():
         return
@@ -120,16 +120,16 @@ def remove_run(folder: Path, store: CheckpointStore) -> None:
             (folder / name).rmdir()
     shutil.rmtree(folder / NON_FINITE_FOLDER, ignore_errors=True)
     store.clear()
-    (folder / RECIPE).unlink(missing_ok=True)  # removed last, because this file marks a folder as a run
+    (folder / RECIPE).unlink(missing_ok=True)  # removed last, because this file marks an output folder
 
 
 def list_final_files(folder: Path) -> list[str]:
-    """Return the names of the existing files that a run writes at the end, in the order of `FINAL_FILES`."""
+    """Return the names of the existing files that a run writes at the end, in the order of `FINAL_FILE_PATTERNS`."""
     patterns = ("*", "pictures/*", ".eval_results/*", f"{ADAPTER_FOLDER}/*")
     files = (path for pattern in patterns for path in folder.glob(pattern) if path.is_file())
     names = [path.relative_to(folder).as_posix() for path in files]
     ranks = {
-        name: [rank for rank, pattern in enumerate(FINAL_FILES) if is_match(name, (pattern,))]
+        name: [rank for rank, pattern in enumerate(FINAL_FILE_PATTERNS) if is_match(name, (pattern,))]
         for name in sorted(names)
     }
     return sorted((name for name in ranks if ranks[name]), key=ranks.__getitem__)
@@ -144,8 +144,8 @@ class LockOwner:
 
     host: str  # name of the machine
     pid: int  # process ID
-    # Seconds between the start of the machine and the start of the process, to distinguish processes with the same ID.
-    # Unlike the time of day, this number does not change if the clock is set.
+    # Start time of the process in seconds since boot, to distinguish processes with the same ID. Unlike the time of
+    # day, this value does not change if the clock is set.
     started_after_boot: float
     since: str  # time at which the lock was acquired
 
@@ -263,8 +263,8 @@ class FolderLock:
 
 @contextmanager
 def exclude_other_processes(folder: Path) -> Iterator[None]:
-    """Prevent other processes on this machine from running the `with` block at the same time. The block is not
-    protected if the operating system or the file system does not support file locks."""
+    """Prevent other processes on this machine from running the `with` block at the same time. Do nothing if the
+    operating system or the file system does not support file locks."""
     if fcntl is None:
         yield
         return
@@ -278,7 +278,7 @@ def exclude_other_processes(folder: Path) -> Iterator[None]:
 
 
 def get_start_time(process: psutil.Process) -> float:
-    """Return the start time of a process in seconds after the start of the machine."""
+    """Return the start time of a process in seconds since boot."""
     return round(process.create_time() - psutil.boot_time(), 2)
 
 

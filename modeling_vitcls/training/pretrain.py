@@ -1,4 +1,4 @@
-"""Pre-training by masked image modeling, on images without labels. task.py contains the whole run.
+"""Pre-training by masked image modeling, on images without labels. task.py implements the complete run.
 
     images with masked patches -> encoder and decoder -> reconstruction of the masked patches
 
@@ -26,9 +26,9 @@ from ..inference.load_model import is_preset
 from ..modeling_vitcls import ViTCLSForMaskedImageModeling
 from ..options import ModelOptions, PretrainOptions, to_flags
 from .loop import Metrics
-from .losses import MaskedImageModeling, Objective
+from .losses import MaskedImageModelingObjective, Objective
 from .model import set_processor_size
-from .task import NOTHING_MEASURED, Task, format_metrics
+from .task import NO_EVALUATION_TEXT, Task, format_metrics
 
 
 class PretrainTask(Task):
@@ -40,7 +40,7 @@ class PretrainTask(Task):
 
     @staticmethod
     def check_options(options: PretrainOptions) -> PretrainOptions:
-        check_combinations(options)
+        check_flag_combinations(options)
         return options
 
     def load_data(self) -> TrainingData:
@@ -48,11 +48,11 @@ class PretrainTask(Task):
 
     def load_model(self) -> None:
         """Load the model, and build the mask generator."""
-        self.model, self.processor = build_model(self.options.model)
+        self.model, self.processor = build_pretraining_model(self.options.model)
         self.mask_generator = MaskGenerator(self.options.masking, self.model.config.grid_size)
 
     def build_objective(self, normalize: Normalizer) -> Objective:
-        return MaskedImageModeling(normalize, self.mask_generator)
+        return MaskedImageModelingObjective(normalize, self.mask_generator)
 
     def build_evaluator(self, images: LabeledImages) -> Evaluator:
         """Build the evaluator for the given held-out images. `--split-seed` determines the masks of the images."""
@@ -61,13 +61,13 @@ class PretrainTask(Task):
             self.processor,
             self.mask_generator,
             mask_seed=self.options.data.split_seed,
-            **self.get_evaluation_arguments(),
+            **self.get_evaluator_arguments(),
         )
 
     def describe_labels(self) -> str:
         return "labels are not used"
 
-    def summarize(self) -> dict[str, str]:
+    def get_summary_lines(self) -> dict[str, str]:
         generator = self.mask_generator
         rows, columns = generator.grid_size
         return {
@@ -75,13 +75,14 @@ class PretrainTask(Task):
             f"{generator.block_size} x {generator.block_size} patches"
         }
 
-    def collect_facts(self) -> dict[str, Any]:
+    def get_task_results(self) -> dict[str, Any]:
         return {"num_hidden_patches": self.mask_generator.num_masked}
 
     def format_result(self, metrics: Metrics) -> str:
         text = format_metrics(metrics, self.selection_metric)
-        masked_patches = f"the masked patches of {metrics['num_images']:,} held-out images"
-        return f"{text} on {masked_patches}" if text else NOTHING_MEASURED
+        if not text:
+            return NO_EVALUATION_TEXT
+        return f"{text} on the masked patches of {metrics['num_images']:,} held-out images"
 
     def build_card(
         self, name: str, results: dict[str, Any], provenance: Provenance | None, images: dict[str, str]
@@ -89,7 +90,7 @@ class PretrainTask(Task):
         return build_encoder_card(name, self.model.config, results, to_flags(self.options), provenance, images)
 
 
-def check_combinations(options: PretrainOptions) -> None:
+def check_flag_combinations(options: PretrainOptions) -> None:
     """Raise ValueError if a flag requires labels or a trained model, or if a flag drops patches."""
     flags = {
         "--mixup": bool(options.augmentation.mixup),
@@ -107,9 +108,10 @@ def check_combinations(options: PretrainOptions) -> None:
         )
 
 
-def build_model(options: ModelOptions) -> tuple[ViTCLSForMaskedImageModeling, ViTCLSImageProcessor]:
-    """Build a preset with random weights, or load a checkpoint. Parameters that are missing from the checkpoint (the
-    mask token, the decoder) are initialized randomly. See `model.build_model` for errors."""
+def build_pretraining_model(options: ModelOptions) -> tuple[ViTCLSForMaskedImageModeling, ViTCLSImageProcessor]:
+    """Build a preset with random weights, or load a checkpoint. Parameters that are missing from the checkpoint, such
+    as the mask token and the decoder, are initialized randomly. Raise ValueError if the checkpoint has a patch drop
+    rate, and OSError if the checkpoint cannot be found or read."""
     config_values = options.get_config_values()
     if is_preset(options.model):
         model = ViTCLSForMaskedImageModeling(ViTCLSConfig.from_preset(options.model, **config_values))

@@ -1,4 +1,4 @@
-"""Output of a run: progress, metrics.jsonl, trackers, printed summary, and facts about the run for results.json.
+"""Output of a run: progress, metrics.jsonl, trackers, printed summary, and run statistics for results.json.
 
 In a terminal, a run shows a progress bar; otherwise, a run prints one line per record. Only the main process prints
 and writes.
@@ -25,14 +25,14 @@ from ..distributed import get_precision
 from ..system import describe_device, estimate_energy, get_versions
 
 
-ImageTrackingFunction = Callable[[Mapping[str, Image.Image]], None]
+ImageLogger = Callable[[Mapping[str, Image.Image]], None]
 
 HELD_OUT_PREFIX = "held_out_"  # prefix of the names of metrics on held-out images
 LOG_IMAGES_ARGUMENTS = {"tensorboard": {"dataformats": "NHWC"}}  # tracker -> keyword arguments of `log_images`
 
 
 class Reporter:
-    """Output of one run. Use a reporter as a context manager around the training loop."""
+    """Output of one run. Use the reporter as a context manager around the training loop."""
 
     def __init__(self, metrics_file: Path, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
@@ -47,7 +47,7 @@ class Reporter:
             console=self.console,
             disable=not (self.is_main_process and self.console.is_terminal),
         )
-        self.task = self.progress.add_task("training", total=None, remaining="")
+        self.progress_task = self.progress.add_task("training", total=None, remaining="")
         self.num_steps = 0
         self.first_step = 0
         self.start_time = 0.0  # time at which the first step started
@@ -60,19 +60,21 @@ class Reporter:
         """Print a highlighted warning."""
         self.console.print(f"WARNING: {message}", style="bold yellow", markup=False)
 
-    def start_at(self, step: int, num_steps: int) -> None:
+    def start_after(self, step: int, num_steps: int) -> None:
         """Start the output of a run that continues after `step`. Keep the records up to this step, and remove the
-        records of later steps, which the run repeats."""
+        records of later steps, which the resumed run repeats."""
         self.num_steps = num_steps
         self.first_step, self.start_time = step, time.perf_counter()
         if self.is_main_process:
             lines = self.metrics_file.read_text(encoding="utf-8").splitlines() if self.metrics_file.exists() else []
-            kept_lines = [line for line in lines if (number := parse_step(line)) is not None and number <= step]
+            earlier_lines = [
+                line for line in lines if (line_step := parse_step(line)) is not None and line_step <= step
+            ]
             partial_file = self.metrics_file.with_name(f".{self.metrics_file.name}.partial")
             with self.explain_write_errors():
-                partial_file.write_text("".join(f"{line}\n" for line in kept_lines), encoding="utf-8")
+                partial_file.write_text("".join(f"{line}\n" for line in earlier_lines), encoding="utf-8")
                 partial_file.replace(self.metrics_file)
-        self.progress.update(self.task, completed=step, total=num_steps)
+        self.progress.update(self.progress_task, completed=step, total=num_steps)
 
     @contextmanager
     def explain_write_errors(self) -> Iterator[None]:
@@ -105,8 +107,8 @@ class Reporter:
         text = f"epoch {record['epoch']:.1f}  loss {record['loss']:.3f}  lr {record['learning_rate']:.1e}  "
         text += f"{record['images_per_second']:.0f} images/s"
         if "utilisation" in record:
-            fraction = record["utilisation"]
-            text += ", utilization unknown" if fraction is None else f", {fraction:.1%} of peak"
+            utilization = record["utilisation"]
+            text += ", utilization unknown" if utilization is None else f", {utilization:.1%} of peak"
         held_out_text = ""
         if (name := f"{HELD_OUT_PREFIX}{selection_metric}") in record:
             held_out_text = f"  held out: {format_metric(selection_metric, record[name])}"
@@ -115,30 +117,30 @@ class Reporter:
             columns = [f"step {record['step']}/{self.num_steps}", text, remaining_time, held_out_text.strip()]
             self.console.print("  ".join(filter(None, columns)), markup=False)
             return
-        self.progress.update(self.task, completed=record["step"], description=text, remaining=remaining_time)
+        self.progress.update(self.progress_task, completed=record["step"], description=text, remaining=remaining_time)
         if held_out_text:
             self.progress.console.print(f"epoch {record['epoch']:>5.1f}{held_out_text}", markup=False)
 
     def format_remaining_time(self, step: int) -> str:
         """Format the remaining time, which is estimated from the speed so far. Return an empty string after the last
         step."""
-        num_done, num_remaining = step - self.first_step, self.num_steps - step
-        if num_done <= 0 or num_remaining <= 0:
+        num_completed_steps, num_remaining_steps = step - self.first_step, self.num_steps - step
+        if num_completed_steps <= 0 or num_remaining_steps <= 0:
             return ""
-        return f"{format_duration((time.perf_counter() - self.start_time) / num_done * num_remaining)} left"
+        seconds_per_step = (time.perf_counter() - self.start_time) / num_completed_steps
+        return f"{format_duration(seconds_per_step * num_remaining_steps)} left"
 
-    @property
-    def track_images(self) -> ImageTrackingFunction | None:
-        """Function that logs named images to the trackers at the last step, or None if no tracker accepts images.
-        Call this function only on the main process."""
+    def get_image_logger(self) -> ImageLogger | None:
+        """Return the function that logs named images to the trackers at the last step, or None if no tracker accepts
+        images. Only the main process may call this method."""
         trackers = [tracker for tracker in self.accelerator.trackers if hasattr(tracker, "log_images")]
 
-        def send_images(images: Mapping[str, Image.Image]) -> None:
+        def log_images(images: Mapping[str, Image.Image]) -> None:
             arrays = {name: np.asarray(image.convert("RGB"))[None] for name, image in images.items()}  # NHWC
             for tracker in trackers:
                 tracker.log_images(arrays, step=self.num_steps, **LOG_IMAGES_ARGUMENTS.get(tracker.name, {}))
 
-        return send_images if trackers else None
+        return log_images if trackers else None
 
 
 def format_duration(seconds: float) -> str:
@@ -171,40 +173,40 @@ def parse_step(line: str) -> int | None:
 def flatten_record(record: dict[str, Any], prefix: str = "") -> dict[str, float]:
     """Flatten a nested record for trackers, and keep only the numeric values. For example, `{"token_norm": {"cls[0]":
     1.0}}` becomes `{"token_norm/cls[0]": 1.0}`."""
-    numbers: dict[str, float] = {}
+    numeric_values: dict[str, float] = {}
     for name, value in record.items():
         if isinstance(value, list):
-            value = {f"{index:02d}": item for index, item in enumerate(value)}
+            value = {f"{index:02d}": element for index, element in enumerate(value)}
         if isinstance(value, dict):
-            numbers |= flatten_record(value, f"{prefix}{name}/")
+            numeric_values |= flatten_record(value, f"{prefix}{name}/")
         elif isinstance(value, int | float):
-            numbers[prefix + name] = value
-    return numbers
+            numeric_values[prefix + name] = value
+    return numeric_values
 
 
-# Facts about a run --------------------------------------------------------------------------------------------------
+# Summary and results -------------------------------------------------------------------------------------------------
 
 
 def describe_model(source: str, model: Any) -> dict[str, str]:
     """Return the summary lines about the model."""
     config = model.config
     token_counts = {name: count for name, count in count_tokens(config).items() if count}
-    tokens = " | ".join(f"{count} {name}" for name, count in token_counts.items())
+    layout_text = " | ".join(f"{count} {name}" for name, count in token_counts.items())
     height, width = config.image_height_width
-    num_trained = count_parameters(model, trainable_only=True)
+    num_trainable = count_parameters(model, only_trainable=True)
     return {
-        "model": f"{source}: {count_parameters(model):,} parameters, {num_trained:,} trainable, "
+        "model": f"{source}: {count_parameters(model):,} parameters, {num_trainable:,} trainable, "
         f"{config.num_hidden_layers} layers of width {config.hidden_size}, pooling {config.pooling}",
-        "tokens": f"[ {tokens} ] = {sum(token_counts.values())} for {height} x {width} pixels",
+        "tokens": f"[ {layout_text} ] = {sum(token_counts.values())} for {height} x {width} pixels",
     }
 
 
 def describe_batches(plan: BatchPlan, accelerator: Accelerator) -> dict[str, str]:
     """Return the summary lines about the batches and the device."""
-    batch = f"{plan.batch_size} x {plan.accumulation_steps} accumulated x {plan.num_processes} process(es)"
-    epochs = f" = {plan.count_epochs(plan.num_steps):.1f} epochs" if plan.num_images else ""
+    batch_text = f"{plan.batch_size} x {plan.accumulation_steps} accumulated x {plan.num_processes} process(es)"
+    epoch_text = f" = {plan.count_epochs(plan.num_steps):.1f} epochs" if plan.num_images else ""
     return {
-        "batches": f"{plan.images_per_step} images per step = {batch}; {plan.num_steps:,} steps{epochs}",
+        "batches": f"{plan.images_per_step} images per step = {batch_text}; {plan.num_steps:,} steps{epoch_text}",
         "device": f"{describe_device(accelerator)}, mixed precision: {get_precision(accelerator)}",
     }
 
@@ -212,7 +214,7 @@ def describe_batches(plan: BatchPlan, accelerator: Accelerator) -> dict[str, str
 def describe_run(
     plan: BatchPlan, num_steps: int, model: Any, accelerator: Accelerator, seconds: float
 ) -> dict[str, Any]:
-    """Return the facts about steps, model, speed and device for results.json. `num_steps` is the number of executed
+    """Return the steps, model size, speed, device and versions for results.json. `num_steps` is the number of executed
     steps."""
     token_counts = count_tokens(model.config)
     return {
@@ -232,12 +234,12 @@ def describe_run(
 
 
 def count_tokens(config: ViTCLSConfig) -> dict[str, int]:
-    """Return the number of tokens in each token group, for images of the configured size."""
-    sequence = range(config.token_layout.get_num_tokens(*config.grid_size))
-    return {name: len(sequence[group]) for name, group in config.token_layout.items()}
+    """Return the number of tokens in each token group, for images of the model's image size."""
+    token_indices = range(config.token_layout.get_num_tokens(*config.grid_size))
+    return {name: len(token_indices[group]) for name, group in config.token_layout.items()}
 
 
-def count_parameters(model: nn.Module, trainable_only: bool = False) -> int:
-    """Return the number of parameters, or the number of trainable parameters if `trainable_only` is set."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad or not trainable_only]
+def count_parameters(model: nn.Module, only_trainable: bool = False) -> int:
+    """Return the number of parameters, or the number of trainable parameters if `only_trainable` is True."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad or not only_trainable]
     return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters)  # with ZeRO-3

@@ -3,7 +3,7 @@
     runner = build_runner(options)        locks and checks the output folder; finds the checkpoint to resume from
     metrics = runner.train(...)           trains, and writes metrics.jsonl and checkpoints/
 
-task.py contains the whole run, and loop.py contains the training steps.
+task.py implements the complete run, and loop.py implements the training steps.
 """
 
 import time
@@ -38,12 +38,20 @@ from ..hub.manifest import RECIPE
 from ..inference.load_model import is_preset
 from ..options import FinetuneOptions, PretrainOptions, to_flags
 from . import output_folder
-from .branch_uploads import BranchUploads
+from .branch_uploads import BranchUploader
 from .defaults import DEFAULTS
-from .distributed_state import gather_state, get_unsupported_reason, scatter_all_weights, scatter_state
-from .loop import Hooks, Interrupted, Metrics, NonFiniteLoss, SignalHandler, TrainingLoop, TrainingState
+from .distributed_state import explain_unsupported_checkpoints, gather_state, scatter_state, scatter_weights_and_ema
+from .loop import (
+    LoopCallbacks,
+    Metrics,
+    NonFiniteLoss,
+    SignalHandler,
+    TrainingInterrupted,
+    TrainingLoop,
+    TrainingState,
+)
 from .losses import Batch, Objective
-from .mfu import Utilization, start_utilization
+from .mfu import Utilization, build_utilization
 from .model import check_preset_name
 from .optimizer import Ema, build_optimizer
 from .reporter import Reporter
@@ -51,10 +59,10 @@ from .token_monitor import TokenMonitor
 
 
 @dataclass
-class Components:
+class TrainingComponents:
     """Trained module, batches, loss and evaluation of a run."""
 
-    model: nn.Module  # unwrapped module: the model, or only the heads of the model
+    model: nn.Module  # unwrapped model, or a module with the heads of the model
     objective: Objective
     iterate_batches: Callable[[int], Generator[Batch, None, None]]  # first step -> batches of this process
     evaluate: Callable[[nn.Module], Metrics]  # model from `Accelerator.prepare` -> metrics on held-out images
@@ -68,22 +76,22 @@ CHANGEABLE_FLAGS = (
     "keep_checkpoints log_with report dry_run push_to_hub hub_model_id hub_private hub_verify hub_checkpoint_every "
     "hub_checkpoint_branch hub_push_optimizer license card_samples eval_benchmark eval_task_id"
 ).split()
-FLAGS_WITH_RUN_DEFAULTS = tuple(default.name for default in DEFAULTS)  # flags whose default depends on the run
+FLAGS_WITH_COMPUTED_DEFAULTS = tuple(default.name for default in DEFAULTS)  # flags whose default depends on the run
 PATH_FLAGS = ("dataset", "model", "teacher")  # flags whose values may be paths
-START_FLAGS = ("resume", "overwrite", "dry_run")  # flags that are not written to config.resolved.yaml
-LENGTH_FLAGS = ("epochs", "max_steps")  # flags that set the number of steps
+UNSAVED_FLAGS = ("resume", "overwrite", "dry_run")  # flags that are not written to config.resolved.yaml
+TRAINING_LENGTH_FLAGS = ("epochs", "max_steps")  # flags that set the number of steps
 
 STREAM_SAVE_EVERY = 1000  # default number of steps of --save-every for streams, which have no epochs
 TOKEN_TRAINING_MODES = ("full", "lora")  # values of --trainable that train the special tokens
 
 
 class RunStopped(Exception):
-    """Error that ends a run early, with a one-line message for the user."""
+    """Exception that ends a run early, with a one-line message for the user."""
 
-    def __init__(self, message: str, exit_status: int = 1, on_all: bool = True) -> None:
+    def __init__(self, message: str, exit_status: int = 1, is_on_all_processes: bool = True) -> None:
         super().__init__(message)
         self.exit_status = exit_status  # exit status of the program
-        self.on_all = on_all  # whether all processes stop for the same reason
+        self.is_on_all_processes = is_on_all_processes  # whether all processes stop for the same reason
 
 
 @dataclass
@@ -94,7 +102,7 @@ class Runner:
     accelerator: Accelerator
     store: CheckpointStore
     checkpoint: Checkpoint | None  # checkpoint to resume from; only on the main process
-    facts: dict[str, Any] | None  # metadata of the checkpoint, on all processes
+    checkpoint_metadata: dict[str, Any] | None  # on all processes; None if the run is not resumed
     reporter: Reporter
     lock: output_folder.FolderLock  # lock of the output folder, held by the main process
     training_seconds: float = 0.0  # training time in seconds, including the time before --resume
@@ -114,19 +122,23 @@ class Runner:
     @property
     def is_finished(self) -> bool:
         """Return whether the resumed run has already written results.json."""
-        return self.facts is not None and (self.folder / output_folder.RESULTS_FILE).exists()
+        return self.checkpoint_metadata is not None and (self.folder / output_folder.RESULTS_FILE).exists()
 
     @property
     def can_save_checkpoints(self) -> bool:
         """Return whether the launch configuration supports checkpoints and --resume."""
-        return get_unsupported_reason(self.accelerator) is None
+        return explain_unsupported_checkpoints(self.accelerator) is None
 
     def train(
-        self, components: Components, plan: BatchPlan, selection_metric: str, uploads: BranchUploads | None = None
+        self,
+        components: TrainingComponents,
+        plan: BatchPlan,
+        selection_metric: str,
+        uploader: BranchUploader | None = None,
     ) -> Metrics:
         """Train from the beginning or from the checkpoint, and return the metrics of the last evaluation. With
-        `--ema-decay`, the model has the averaged weights after training. The `selection_metric` selects the best
-        checkpoint. Lower is better if the name of the metric ends with "loss".
+        `--ema-decay`, the model contains the averaged weights after training. `selection_metric` selects the best
+        checkpoint. Lower values are better if the name of the metric ends with "loss".
 
         Raises:
             RunStopped: after a signal, a non-finite loss, too many unreadable images, or a full disk.
@@ -135,12 +147,13 @@ class Runner:
         training, accelerator = self.options.training, self.accelerator
         if training.compile:
             model.compile()
-        self.utilization = start_utilization(model, plan, accelerator, self.reporter.print_line)
+        self.utilization = build_utilization(model, plan, accelerator, self.reporter.print_line)
         shard_by_layer(accelerator, model)
         set_deepspeed_training_options(accelerator, training)
         state = TrainingState(*accelerator.prepare(model, build_optimizer(model, training)))
         state.ema = Ema(state.model, training.ema_decay) if training.ema_decay else None
-        monitor = TokenMonitor(accelerator.unwrap_model(state.model))  # stores the initial tokens, also on --resume
+        # The monitor stores the initial tokens, so it is built before the checkpoint is loaded.
+        monitor = TokenMonitor(accelerator.unwrap_model(state.model))
         unreadable_images = UnreadableImageCounter(
             components.describe_unreadable_image, self.reporter.warn, self.options.data.max_broken_images
         )
@@ -150,17 +163,17 @@ class Runner:
         if self.options.run.log_with:
             self.start_trackers()
 
-        def report_unreadable() -> None:
+        def report_unreadable_images() -> None:
             with mark_errors_of_all_processes():
                 unreadable_images.add(gather_object(unreported_indices))
             unreported_indices.clear()
 
         def log(record: Metrics) -> None:
-            report_unreadable()
+            report_unreadable_images()
             self.reporter.log(record, selection_metric)
 
         def gather_for_checkpoint() -> tuple[dict[str, Tensors], dict[str, Any]]:
-            report_unreadable()
+            report_unreadable_images()
             return self.gather_checkpoint(state, plan, unreadable_images)
 
         def save(is_best: bool) -> None:
@@ -183,9 +196,9 @@ class Runner:
             SignalHandler(accelerator) as signal_handler,
             self.reporter,
             self.convert_errors(signal_handler),
-            uploads or nullcontext(),
+            uploader or nullcontext(),
         ):
-            hooks = Hooks(
+            callbacks = LoopCallbacks(
                 evaluate=evaluate_with_timing,
                 log=log,
                 warn=self.reporter.warn if training.trainable in TOKEN_TRAINING_MODES else lambda message: None,
@@ -195,21 +208,29 @@ class Runner:
                 record_speed=record_speed,
                 get_stop_signal=signal_handler.get_signal,
             )
-            if uploads is not None:
-                hooks.push_checkpoint = partial(uploads.push_if_due, state, gather_for_checkpoint)
+            if uploader is not None:
+                callbacks.push_checkpoint = partial(uploader.push_if_due, state, gather_for_checkpoint)
             save_every = self.options.run.save_every or (None if plan.num_images else STREAM_SAVE_EVERY)
             loop = TrainingLoop(
-                state, components.objective, plan, training, accelerator, hooks, monitor, selection_metric, save_every
+                state,
+                components.objective,
+                plan,
+                training,
+                accelerator,
+                callbacks,
+                monitor,
+                selection_metric,
+                save_every,
             )
-            with closing(components.iterate_batches(state.step)) as own_batches:  # ends the workers of the iterator
-                metrics = loop.run(own_batches)
+            with closing(components.iterate_batches(state.step)) as batches:  # closing stops the data loading workers
+                metrics = loop.run(batches)
                 if training.select == "best":
-                    self.load_best(state)
+                    self.load_best_weights(state)
             self.training_seconds = self.get_training_seconds()
         if state.ema is not None:
-            state.ema.load_weights(state.ema.shadow)
+            state.ema.copy_to_model(state.ema.shadow)
         if training.trainable in TOKEN_TRAINING_MODES:
-            for token in monitor.find_unmoved_tokens():
+            for token in monitor.find_unchanged_tokens():
                 self.reporter.warn(f"token {token} did not change in {plan.num_steps} training steps")
         if len(unreadable_images):
             self.reporter.warn(
@@ -217,31 +238,31 @@ class Runner:
             )
         return metrics | {
             "num_broken_training_images": len(unreadable_images),
-            "token_movement": monitor.compute_movement(),
+            "token_movement": monitor.compute_token_movement(),
             "utilisation": self.utilization.get_results(),
         }
 
-    def load_best(self, state: TrainingState) -> None:
+    def load_best_weights(self, state: TrainingState) -> None:
         """Load the weights of the checkpoint with the best evaluation into `state`, and print the step of this
         checkpoint. Raise ValueError if the checkpoint is damaged or missing."""
-        checkpoint, facts = load_on_main(self.accelerator, self.store.load_best)
-        assert facts is not None
-        scatter_all_weights(checkpoint, self.accelerator, state.model, state.shadow)
-        self.selected_step = facts["step"]
-        self.reporter.print_line("selected", f"the checkpoint of step {facts['step']:,}, with the best evaluation")
+        checkpoint, metadata = load_on_main(self.accelerator, self.store.load_best)
+        assert metadata is not None
+        scatter_weights_and_ema(checkpoint, self.accelerator, state.model, state.shadow)
+        self.selected_step = metadata["step"]
+        self.reporter.print_line("selected", f"the checkpoint of step {metadata['step']:,}, with the best evaluation")
 
-    def check_same_data(self, data_fingerprint: dict[str, Any]) -> None:
+    def set_data_fingerprint(self, data_fingerprint: dict[str, Any]) -> None:
         """Store the fingerprint of the data for checkpoints. Raise ValueError if --resume would continue with
         different data."""
         self.data_fingerprint = data_fingerprint
-        if self.facts is None:
+        if self.checkpoint_metadata is None:
             return
-        if "data" not in self.facts:
+        if "data" not in self.checkpoint_metadata:
             raise ValueError(
-                f"--resume: the checkpoint in {self.folder} was written by an older version of modeling_vitcls, which "
-                "used a different held-out split. Restart the run with --overwrite, or choose a different --output-dir"
+                f"--resume: the checkpoint in {self.folder} was written by an older version of modeling_vitcls, with "
+                "a different held-out split. Restart the run with --overwrite, or choose a different --output-dir"
             )
-        if change := describe_change(self.facts["data"], data_fingerprint):
+        if change := describe_change(self.checkpoint_metadata["data"], data_fingerprint):
             raise ValueError(
                 f"--resume: the dataset has changed since the run in {self.folder} was started: {change}. Restore "
                 "the dataset, or choose a different --output-dir"
@@ -250,7 +271,7 @@ class Runner:
     def pin_models(self, options: Any) -> Any:
         """Return the options with Hub models pinned to commits. A resumed run uses the commits that are stored in the
         flags of the checkpoint. Raise ValueError or OSError if a model cannot be found."""
-        stored_flags = self.facts["flags"] if self.facts else {}
+        stored_flags = self.checkpoint_metadata["flags"] if self.checkpoint_metadata else {}
 
         def pin(flag: str, source: str) -> str:
             if flag == "model" and is_preset(source):
@@ -262,46 +283,49 @@ class Runner:
     def set_options(self, options: Any) -> None:
         """Set the resolved options. Raise ValueError if --resume would continue the run with different flags."""
         self.options = options
-        if self.facts is not None:
-            check_same_flags(self.facts["flags"], to_flags(options), self.folder)
+        if self.checkpoint_metadata is not None:
+            check_flags_unchanged(self.checkpoint_metadata["flags"], to_flags(options), self.folder)
 
     def check_plan(self, plan: BatchPlan) -> None:
         """Raise ValueError if --resume would change the precision, the number of steps, or the images per step."""
-        facts, precision = self.facts, self.accelerator.mixed_precision
-        if facts and facts["mixed_precision"] != precision:
+        metadata, precision = self.checkpoint_metadata, self.accelerator.mixed_precision
+        if metadata and metadata["mixed_precision"] != precision:
             raise ValueError(
-                f"--resume: the run in {self.folder} uses the mixed precision {facts['mixed_precision']!r}, but the "
-                f"mixed precision of this run is {precision!r}. Use the same mixed precision, or choose a different "
-                "--output-dir"
+                f"--resume: the run in {self.folder} uses the mixed precision {metadata['mixed_precision']!r}, but "
+                f"the mixed precision of this run is {precision!r}. Use the same mixed precision, or choose a "
+                "different --output-dir"
             )
-        if facts and (facts["images_per_step"] != plan.images_per_step or facts["num_steps"] != plan.num_steps):
+        if metadata and (
+            metadata["images_per_step"] != plan.images_per_step or metadata["num_steps"] != plan.num_steps
+        ):
             raise ValueError(
-                f"--resume: the run in {self.folder} has {facts['num_steps']:,} steps of {facts['images_per_step']} "
-                f"images, but this run has {plan.num_steps:,} steps of {plan.images_per_step} images. Keep "
-                "--batch-size x --gradient-accumulation-steps x number of processes unchanged"
+                f"--resume: the run in {self.folder} has {metadata['num_steps']:,} steps of "
+                f"{metadata['images_per_step']} images, but this run has {plan.num_steps:,} steps of "
+                f"{plan.images_per_step} images. Do not change the product of --batch-size, "
+                "--gradient-accumulation-steps and the number of processes"
             )
 
     def check_folder(self) -> None:
-        """Raise ValueError if the run may neither be resumed from the output folder nor replace the files in this
-        folder."""
-        if self.facts is None:
+        """Raise ValueError if the run would replace files without --overwrite, or if --resume would continue the run
+        with different flags."""
+        if self.checkpoint_metadata is None:
             output_folder.check_replaceable(self.options, self.store)
             return
-        check_same_flags(self.facts["flags"], to_flags(self.options), self.folder)
+        check_flags_unchanged(self.checkpoint_metadata["flags"], to_flags(self.options), self.folder)
         if not (self.folder / output_folder.CONFIG_FILE).exists() and not self.options.run.overwrite:
-            output_folder.check_no_other_files(self.folder)
+            output_folder.check_no_unrelated_files(self.folder)
 
-    def claim_folder(self) -> None:
-        """Remove the files of the run that this run replaces, then write config.resolved.yaml."""
+    def prepare_folder(self) -> None:
+        """Remove the files of an earlier run unless that run is resumed, then write config.resolved.yaml."""
 
-        def claim() -> None:
-            if self.facts is None:
-                output_folder.remove_run(self.folder, self.store)
-            flags = {name: value for name, value in self.get_flags().items() if name not in START_FLAGS}
+        def replace_files() -> None:
+            if self.checkpoint_metadata is None:
+                output_folder.remove_run_files(self.folder, self.store)
+            flags = {name: value for name, value in self.get_flags().items() if name not in UNSAVED_FLAGS}
             (self.folder / RECIPE).write_text(yaml.safe_dump(flags, sort_keys=False), encoding="utf-8")
 
         if not self.is_finished:
-            run_on_main(self.accelerator, claim)
+            run_on_main(self.accelerator, replace_files)
 
     def get_flags(self) -> dict[str, Any]:
         """Return all flags of the run, with paths relative to the current directory."""
@@ -319,33 +343,32 @@ class Runner:
 
     def restore(self, plan: BatchPlan, state: TrainingState, unreadable_images: UnreadableImageCounter) -> None:
         """If the run is resumed, load the checkpoint into `state`. Start the reporter."""
-        if self.facts is not None:
+        metadata = self.checkpoint_metadata
+        if metadata is not None:
             try:
-                scatter_state(
-                    self.checkpoint, self.facts, self.accelerator, state.model, state.optimizer, state.shadow
-                )
-            except ValueError as error:  # the checkpoint belongs to another model
-                raise RunStopped(f"--resume: {error}", on_all=is_on_all_processes(error)) from error
-            state.step = self.facts["step"]
-            state.best_score = self.facts["best_score"]
-            state.num_evaluations_since_best = self.facts.get("num_worse", 0)
-            losses_by_process = self.facts["windows"]
+                scatter_state(self.checkpoint, metadata, self.accelerator, state.model, state.optimizer, state.shadow)
+            except ValueError as error:
+                raise RunStopped(f"--resume: {error}", is_on_all_processes=is_on_all_processes(error)) from error
+            state.step = metadata["step"]
+            state.best_score = metadata["best_score"]
+            state.num_evaluations_since_best = metadata.get("num_worse", 0)
+            losses_by_process = metadata["windows"]
             state.recent_losses = losses_by_process[self.accelerator.process_index % len(losses_by_process)]
-            state.attention_metrics = self.facts["attention"]
-            state.record = self.facts["record"]
-            unreadable_images.indices.update(self.facts["broken"])
-            self.training_seconds = self.facts["seconds"]
-            self.utilization.load_state(self.facts.get("utilisation", {}))
+            state.attention_metrics = metadata["attention"]
+            state.pending_record = metadata["record"]
+            unreadable_images.indices.update(metadata["broken"])
+            self.training_seconds = metadata["seconds"]
+            self.utilization.load_state(metadata.get("utilisation", {}))
             self.reporter.print_line("resumed", f"after step {state.step:,} of {plan.num_steps:,}")
-        self.reporter.start_at(state.step - 1 if state.record else state.step, plan.num_steps)
+        self.reporter.start_after(state.step - 1 if state.pending_record else state.step, plan.num_steps)
         self.accelerator.wait_for_everyone()
 
     def gather_checkpoint(
         self, state: TrainingState, plan: BatchPlan, unreadable_images: UnreadableImageCounter
     ) -> tuple[dict[str, Tensors], dict[str, Any]]:
-        """Return the tensors (on the main process) and the metadata that `restore` requires. All processes must call
-        this method together."""
-        facts = {
+        """Return the tensors and the metadata that `restore` requires. The tensors are returned only on the main
+        process. All processes must call this method together."""
+        metadata = {
             "step": state.step,
             "best_score": state.best_score,
             "num_worse": state.num_evaluations_since_best,
@@ -353,7 +376,7 @@ class Runner:
             "utilisation": self.utilization.get_state(),
             "windows": gather_object([state.recent_losses]),
             "attention": state.attention_metrics,
-            "record": state.record,
+            "record": state.pending_record,
             "broken": sorted(unreadable_images.indices),
             "images_per_step": plan.images_per_step,
             "num_steps": plan.num_steps,
@@ -361,8 +384,8 @@ class Runner:
             "data": self.data_fingerprint,
             "flags": self.get_flags(),
         }
-        tensors, other_values = gather_state(self.accelerator, state.model, state.optimizer, state.shadow)
-        return tensors, facts | other_values
+        tensors, non_tensor_state = gather_state(self.accelerator, state.model, state.optimizer, state.shadow)
+        return tensors, metadata | non_tensor_state
 
     def start_trackers(self) -> None:
         """Initialize Accelerate's trackers, which write to the output folder."""
@@ -381,20 +404,20 @@ class Runner:
 
     @contextmanager
     def convert_errors(self, signal_handler: SignalHandler) -> Iterator[None]:
-        """Inside the `with` block, convert errors that end the run early to RunStopped."""
+        """Convert stop signals, non-finite losses, OSError and ValueError inside the `with` block to RunStopped."""
         try:
             yield
-        except Interrupted as error:
+        except TrainingInterrupted as error:
             outcome = "no checkpoint could be saved"
             if self.can_save_checkpoints:
                 outcome = "a checkpoint was saved. Repeat the command with --resume to continue the run"
             raise RunStopped(f"stopped by {error}; {outcome}", signal_handler.exit_status) from None
         except NonFiniteLoss as error:
-            raise RunStopped(f"{error}. {self.save_non_finite(error)}") from None
+            raise RunStopped(f"{error}. {self.save_non_finite_step(error)}") from None
         except (OSError, ValueError) as error:  # a full disk or unreadable images
-            raise RunStopped(str(error), on_all=is_on_all_processes(error)) from error
+            raise RunStopped(str(error), is_on_all_processes=is_on_all_processes(error)) from error
 
-    def save_non_finite(self, error: NonFiniteLoss) -> str:
+    def save_non_finite_step(self, error: NonFiniteLoss) -> str:
         """Save the image indices and the initial state of the step with the non-finite loss. Return a sentence that
         contains the file name, or the error if saving fails."""
         file = self.folder / output_folder.NON_FINITE_FILE
@@ -407,12 +430,18 @@ class Runner:
             if self.can_save_checkpoints:
                 store = CheckpointStore(self.folder / output_folder.NON_FINITE_FOLDER, num_kept=1)
                 state = self.state
-                tensors, other_values = gather_state(self.accelerator, state.model, state.optimizer, state.shadow)
+                tensors, non_tensor_state = gather_state(self.accelerator, state.model, state.optimizer, state.shadow)
                 save_on_main(
-                    store, self.accelerator, error.step, tensors, {"step": error.step} | other_values, is_best=False
+                    store,
+                    self.accelerator,
+                    error.step,
+                    tensors,
+                    {"step": error.step} | non_tensor_state,
+                    is_best=False,
                 )
-        except OSError as problem:
-            return f"The images of step {error.step + 1} and the state before this step could not be saved: {problem}"
+        except OSError as saving_error:
+            saved_data = f"The images of step {error.step + 1} and the state before this step"
+            return f"{saved_data} could not be saved: {saving_error}"
         return f"The images of step {error.step + 1} are listed in {file}"
 
 
@@ -427,7 +456,7 @@ def build_runner(options: FinetuneOptions | PretrainOptions) -> Runner:
         OSError: if the folder cannot be written.
     """
     check_preset_name(options.model.model)
-    options = resolve_names(options)
+    options = resolve_local_paths(options)
     training, run = options.training, options.run
     accelerator = build_accelerator(
         training.gradient_accumulation_steps, training.mixed_precision, run.log_with, options.output_dir / "trackers"
@@ -436,7 +465,7 @@ def build_runner(options: FinetuneOptions | PretrainOptions) -> Runner:
     set_seed(training.seed)
     reporter = Reporter(options.output_dir / output_folder.METRICS_FILE, accelerator)
     store = CheckpointStore(options.output_dir / output_folder.CHECKPOINTS_FOLDER, run.keep_checkpoints)
-    if reason := get_unsupported_reason(accelerator):
+    if reason := explain_unsupported_checkpoints(accelerator):
         reporter.warn(f"no checkpoints are saved, and the run cannot be resumed: {reason}")
     lock = output_folder.FolderLock(options.output_dir)
     run_on_main(accelerator, lock.acquire)
@@ -444,12 +473,12 @@ def build_runner(options: FinetuneOptions | PretrainOptions) -> Runner:
     with runner.release_lock_on_error():
         if run.resume:
             load_newest = partial(store.load_newest, reporter.warn)
-            runner.checkpoint, runner.facts = load_on_main(accelerator, load_newest)
+            runner.checkpoint, runner.checkpoint_metadata = load_on_main(accelerator, load_newest)
         run_on_main(accelerator, runner.check_folder)
         return runner
 
 
-def resolve_names(options: Any) -> Any:
+def resolve_local_paths(options: Any) -> Any:
     """Return the options with absolute paths for a local dataset, model and teacher."""
     dataset = resolve_name(options.data.dataset, is_built_in=options.data.dataset == BUILT_IN_DATASET)
     options = replace(options, data=replace(options.data, dataset=dataset))
@@ -467,7 +496,7 @@ def replace_sources(options: Any, convert: Callable[[str, str], str]) -> Any:
     return replace(options, distillation=replace(options.distillation, teacher=teacher))
 
 
-def check_same_flags(stored_flags: dict[str, Any], current_flags: dict[str, Any], folder: Path) -> None:
+def check_flags_unchanged(stored_flags: dict[str, Any], current_flags: dict[str, Any], folder: Path) -> None:
     """Raise ValueError if --resume would continue the run with flags that differ from the flags of the checkpoint.
 
     A current value of None is accepted if the default value of the flag depends on the run. A current model without a
@@ -480,11 +509,11 @@ def check_same_flags(stored_flags: dict[str, Any], current_flags: dict[str, Any]
             or current_value == value
             or (name in PATH_FLAGS and is_same_path(value, current_value))
             or is_pinned(value, current_value)
-            or (name in FLAGS_WITH_RUN_DEFAULTS and current_value is None)
+            or (name in FLAGS_WITH_COMPUTED_DEFAULTS and current_value is None)
         ):
             continue
         advice = "Use the same flags, or choose a different --output-dir"
-        if name in LENGTH_FLAGS:
+        if name in TRAINING_LENGTH_FLAGS:
             advice = (
                 "The number of steps is fixed, because the learning rate decays to 0 in the last step. To continue "
                 f"training, start another run with --model {folder}"

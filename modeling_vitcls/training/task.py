@@ -47,29 +47,29 @@ from ..inference.evaluator import Evaluator
 from ..inference.metrics import drop_large_matrices
 from ..options import AugmentationOptions, TrainingOptions
 from ..study import compute_interval
-from .branch_uploads import build_branch_uploads
-from .defaults import describe_random_weights, format_defaults, get_run_facts, resolve_defaults
-from .distributed_state import gather_weights, get_unsupported_reason, reshard
+from .branch_uploads import build_branch_uploader
+from .defaults import describe_random_weights, format_defaults, get_run_properties, resolve_defaults
+from .distributed_state import explain_unsupported_checkpoints, gather_weights, reshard
 from .loop import Metrics
 from .losses import Objective
 from .model import merge_lora
 from .model_report import REPORT, build_model_report, can_show_samples, get_model_provenance, write_card
 from .output_folder import ADAPTER_FOLDER, CHECKPOINTS_FOLDER, RESULTS_FILE, check_replaceable
 from .reporter import describe_batches, describe_model, describe_run, format_duration, format_metric
-from .runner import Components, Runner, RunStopped, build_runner, resolve_names
-from .token_monitor import build_attention_measure
+from .runner import Runner, RunStopped, TrainingComponents, build_runner, resolve_local_paths
+from .token_monitor import build_attention_callback
 
 
 EvaluationFunction = Callable[[nn.Module], Metrics]  # model from `Accelerator.prepare` -> metrics on held-out images
 
 FOLDS_FILE = "folds.json"  # results of a cross-validation
 NUM_DECIMALS = 6  # number of decimals in folds.json
-NOTHING_MEASURED = "trained on all images: nothing was measured, because --held-out-fraction is 0"
+NO_EVALUATION_TEXT = "the model was trained on all images and not evaluated, because --held-out-fraction is 0"
 NUM_DRY_RUN_STEPS = 3  # number of steps of a dry run; more than 1, because the first step is slower than later steps
 
 
 class Task(ABC):
-    """Checked options and loaded objects of a run."""
+    """Options, data and model of a run."""
 
     options: Any  # FinetuneOptions or PretrainOptions, with absolute paths
     runner: Runner  # holds the lock of the output folder until `run_task` ends
@@ -78,11 +78,11 @@ class Task(ABC):
     plan: BatchPlan
     model: Any  # unwrapped ViTCLS model; parameters that are not trained are frozen
     processor: ViTCLSImageProcessor
-    start_lines: dict[str, str | None]  # summary lines about random weights and default values, keyed by name
+    summary_lines: dict[str, str | None]  # lines about the initial weights and the default values, keyed by name
 
     def __init__(self, options: Any) -> None:
         """Check the options, lock the output folder, load data and model, and write config.resolved.yaml. Raise
-        ValueError or OSError if data or models cannot be read or do not fit the options."""
+        ValueError or OSError if data or models cannot be read or do not match the options."""
         self.runner = build_runner(self.check_options(options))
         self.options = self.runner.options
         accelerator = self.runner.accelerator
@@ -90,23 +90,23 @@ class Task(ABC):
             self.hub_model_id = self.resolve_repo_id()
             with accelerator.main_process_first():  # only the main process downloads files
                 self.data = self.load_data()
-                self.runner.check_same_data(describe_data(self.data))
+                self.runner.set_data_fingerprint(describe_data(self.data))
                 self.resolve_options()
                 self.plan = self.build_plan(self.options.training)
                 self.load_model()
             if self.options.training.gradient_checkpointing:
                 self.model.gradient_checkpointing_enable()
             self.runner.check_plan(self.plan)
-            self.runner.claim_folder()
+            self.runner.prepare_folder()
 
     def resolve_options(self) -> None:
         """Set the flags whose default depends on the run (defaults.py), and pin Hub models to commits."""
         self.options = self.runner.pin_models(self.options)
-        facts = get_run_facts(self.options, self.data.num_training_images)
-        self.options, reasons = resolve_defaults(self.options, facts)
+        run_properties = get_run_properties(self.options, self.data.num_training_images)
+        self.options, reasons = resolve_defaults(self.options, run_properties)
         self.runner.set_options(self.options)
-        weights = describe_random_weights(self.options.model.model, facts)
-        self.start_lines = {"weights": weights, "defaults": format_defaults(reasons)}
+        weights = describe_random_weights(self.options.model.model, run_properties)
+        self.summary_lines = {"weights": weights, "defaults": format_defaults(reasons)}
 
     # Supplied by each task -------------------------------------------------------------------------------------------
 
@@ -143,16 +143,16 @@ class Task(ABC):
         """Return the description of the labels for the summary line about the data."""
 
     @abstractmethod
-    def summarize(self) -> dict[str, str]:
+    def get_summary_lines(self) -> dict[str, str]:
         """Return the summary lines about the task as {name: text}."""
 
     @abstractmethod
-    def collect_facts(self) -> dict[str, Any]:
-        """Return the entries of results.json that are specific to this task."""
+    def get_task_results(self) -> dict[str, Any]:
+        """Return the fields of results.json that are specific to this task."""
 
     @abstractmethod
     def format_result(self, metrics: Metrics) -> str:
-        """Format the result in one line."""
+        """Format the evaluation metrics as one line of text."""
 
     @abstractmethod
     def build_card(
@@ -172,7 +172,7 @@ class Task(ABC):
         run, accelerator, name = self.options.run, self.runner.accelerator, self.runner.folder.resolve().name
         if not run.push_to_hub:
             return None
-        if run.hub_push_optimizer and (reason := get_unsupported_reason(accelerator)):
+        if run.hub_push_optimizer and (reason := explain_unsupported_checkpoints(accelerator)):
             raise ValueError(f"--hub-push-optimizer requires checkpoints, which are not supported: {reason}")
         return run_on_main(accelerator, lambda: check_push_permissions(run.hub_model_id, name, run.hub_private))
 
@@ -183,17 +183,17 @@ class Task(ABC):
         num_processes = self.runner.accelerator.num_processes
         return BatchPlan.from_options(self.data.num_training_images, training, num_processes, labels, num_copies)
 
-    def build_components(self, evaluator: EvaluationFunction) -> Components:
+    def build_components(self, evaluator: EvaluationFunction) -> TrainingComponents:
         """Build the components that train the model on pixels."""
         accelerator, num_workers = self.runner.accelerator, self.options.data.num_workers
         normalize = Normalizer(self.processor, accelerator.device)
         images = self.build_training_images(self.options.augmentation, self.get_num_views())
-        return Components(
+        return TrainingComponents(
             self.model,
             self.build_objective(normalize),
             partial(iterate_training_batches, images, self.plan, accelerator.process_index, num_workers),
             evaluator,
-            build_attention_measure(self.model, normalize),
+            build_attention_callback(self.model, normalize),
             images.describe_unreadable_image,
         )
 
@@ -204,14 +204,15 @@ class Task(ABC):
     def build_training_images(
         self, augmentation: AugmentationOptions, num_views: int
     ) -> TrainingImages | TrainingStream:
-        """Build the augmented training images. See `get_num_views` for `num_views`."""
+        """Build the augmented training images. `num_views` is the number of views per image, or 0 for a new view in
+        every epoch."""
         processor, config = self.processor, self.model.config
         transform = build_augmentation(augmentation, config.image_height_width, processor.resample)
         to_rgb, seed = bool(processor.do_convert_rgb), self.options.training.seed
         return build_training_dataset(self.data.train, transform, to_rgb, seed, num_views, config.num_channels)
 
-    def get_evaluation_arguments(self) -> dict[str, Any]:
-        """Return the arguments that are the same for all evaluators."""
+    def get_evaluator_arguments(self) -> dict[str, Any]:
+        """Return the keyword arguments shared by all evaluators."""
         return {
             "batch_size": self.plan.batch_size,
             "num_workers": self.options.data.num_workers,
@@ -234,33 +235,37 @@ def run_task(task: Task) -> dict[str, Any]:
             reporter.print_line("finished", f"{runner.folder} already contains the results of this run")
             push_output(task)
             return read_json(runner.folder / RESULTS_FILE)
-        for name, text in summarize(task).items():
+        for name, text in collect_summary_lines(task).items():
             reporter.print_line(name, text)
         for warning in task.find_warnings():
             reporter.warn(warning)
 
         held_out, selection = task.data.held_out, task.data.selection
-        no_metrics = {"num_images": 0, "num_broken_images": 0}  # metrics if no images are held out
-        evaluate_held_out = task.build_evaluator(held_out) if len(held_out) else lambda model: no_metrics
+        empty_metrics = {"num_images": 0, "num_broken_images": 0}  # metrics if no images are held out
+        evaluate_held_out = task.build_evaluator(held_out) if len(held_out) else lambda model: empty_metrics
         components = task.build_components(evaluate_held_out if selection is None else task.build_evaluator(selection))
-        write_files = partial(write_model, task.model, task.processor)
-        uploads = build_branch_uploads(task.options, reporter, task.hub_model_id, task.model, write_files)
-        metrics = runner.train(components, task.plan, task.selection_metric, uploads)
-        metrics |= evaluate_result(task, components, evaluate_held_out)
+        write_model_files = partial(write_model, task.model, task.processor)
+        uploader = build_branch_uploader(task.options, reporter, task.hub_model_id, task.model, write_model_files)
+        metrics = runner.train(components, task.plan, task.selection_metric, uploader)
+        metrics |= evaluate_trained_model(task, components, evaluate_held_out)
 
         results = collect_results(task) | drop_large_matrices(metrics)
         save_output(task, results)
         reporter.print_line("result", task.format_result(metrics))
-        report = f" {REPORT}," if (runner.folder / REPORT).exists() else ""
-        reporter.print_line("saved", f"{runner.folder} (model, image processor, README.md,{report} {RESULTS_FILE})")
+        report_text = f" {REPORT}," if (runner.folder / REPORT).exists() else ""
+        reporter.print_line(
+            "saved", f"{runner.folder} (model, image processor, README.md,{report_text} {RESULTS_FILE})"
+        )
         push_output(task)
         runner.accelerator.end_training()
         return results
 
 
-def evaluate_result(task: Task, components: Components, evaluate_held_out: EvaluationFunction) -> Metrics:
-    """Evaluate the trained model on the held-out images, and return the metrics. Return an empty dictionary if
-    training has already evaluated the whole model on these images."""
+def evaluate_trained_model(
+    task: Task, components: TrainingComponents, evaluate_held_out: EvaluationFunction
+) -> Metrics:
+    """Evaluate the trained model on the held-out images, and return the metrics. Return an empty dictionary if the
+    model has already been evaluated on these images during training."""
     has_only_heads = components.model is not task.model
     if task.data.selection is None and not has_only_heads:
         return {}
@@ -269,26 +274,26 @@ def evaluate_result(task: Task, components: Components, evaluate_held_out: Evalu
     reshard(model)
     if task.data.selection is None:
         return metrics
-    selection = {"images": task.data.selection_name, "num_images": len(task.data.selection)}
-    selection |= {"step": task.runner.selected_step, task.selection_metric: task.runner.state.best_score}
-    return metrics | {"selection": selection}
+    selection_results = {"images": task.data.selection_name, "num_images": len(task.data.selection)}
+    selection_results |= {"step": task.runner.selected_step, task.selection_metric: task.runner.state.best_score}
+    return metrics | {"selection": selection_results}
 
 
-def summarize(task: Task) -> dict[str, str]:
+def collect_summary_lines(task: Task) -> dict[str, str]:
     """Return the summary lines that are printed before training, as {name: text}."""
     data = task.data
-    quantity = "a stream of" if data.num_training_images is None else f"{data.num_training_images:,}"
+    image_count_text = "a stream of" if data.num_training_images is None else f"{data.num_training_images:,}"
     lines = {
-        "data": f"{data.name}: {quantity} images to train on, {len(data.held_out):,} held out "
+        "data": f"{data.name}: {image_count_text} training images, {len(data.held_out):,} held-out images "
         f"({data.held_out_name}); {task.describe_labels()}"
     }
     if data.selection is not None:
         lines["selection"] = (
-            f"best checkpoint according to {len(data.selection):,} other images ({data.selection_name})"
+            f"the best checkpoint is selected on {len(data.selection):,} separate images ({data.selection_name})"
         )
     lines |= describe_model(task.options.model.model, task.model)
-    lines |= {name: line for name, line in task.start_lines.items() if line}
-    return lines | task.summarize() | describe_batches(task.plan, task.runner.accelerator)
+    lines |= {name: line for name, line in task.summary_lines.items() if line}
+    return lines | task.get_summary_lines() | describe_batches(task.plan, task.runner.accelerator)
 
 
 def collect_results(task: Task) -> dict[str, Any]:
@@ -299,7 +304,7 @@ def collect_results(task: Task) -> dict[str, Any]:
         "split": data.held_out_name,
         HELD_OUT_RECORD_KEY: data.record.to_dict(),
         "num_training_images": data.num_training_images,
-        **task.collect_facts(),
+        **task.get_task_results(),
         "selection_metric": task.selection_metric,
         **describe_run(task.plan, runner.state.step, task.model, runner.accelerator, runner.training_seconds),
     }
@@ -321,12 +326,12 @@ def save_output(task: Task, results: dict[str, Any]) -> None:
     folder = runner.folder
     weights = gather_weights(task.model, runner.accelerator.is_main_process)
 
-    def write() -> None:
+    def write_files() -> None:
         write_model(task.model, task.processor, folder, weights)
         if any(".lora_" in name for name in weights):
-            base, rank = options.model.model, options.training.lora_rank
+            base_model, rank = options.model.model, options.training.lora_rank
             write_adapter(
-                folder / ADAPTER_FOLDER, weights, task.model.config, rank, base, get_model_provenance(options)
+                folder / ADAPTER_FOLDER, weights, task.model.config, rank, base_model, get_model_provenance(options)
             )
         images = build_model_report(
             folder,
@@ -337,7 +342,7 @@ def save_output(task: Task, results: dict[str, Any]) -> None:
             runner.accelerator.device,
             options.run.report and len(task.data.held_out) > 0,
             warn,
-            runner.reporter.track_images,
+            runner.reporter.get_image_logger(),
             can_show_samples(options, task.hub_model_id, warn),
         )
         if "diagnosis" in results:
@@ -350,7 +355,7 @@ def save_output(task: Task, results: dict[str, Any]) -> None:
     def write_and_convert_errors() -> None:
         try:
             with silence_transformers(warnings=False):
-                write()
+                write_files()
         except WRITE_ERRORS as error:
             raise OSError(format_error(error)) from error
 
@@ -364,11 +369,11 @@ def save_output(task: Task, results: dict[str, Any]) -> None:
 def write_model(model: PreTrainedModel, processor: ViTCLSImageProcessor, folder: Path, weights: Tensors) -> None:
     """Write weights, configuration, code and image processor. LoRA weights are merged. Only the main process may call
     this function. `weights` are full tensors, because the model may be sharded."""
-    # FSDP2 replaces the model's class. With this class, transformers would save PyTorch's source files as the model's
-    # code.
+    # FSDP2 replaces the model's class with a subclass. With the subclass, transformers would save PyTorch's source
+    # files as the model's code.
     wrapped_class = type(model)
-    plain_class: Any = next(base for base in wrapped_class.__mro__ if not issubclass(base, FSDPModule))
-    model.__class__ = plain_class
+    unsharded_class: Any = next(base for base in wrapped_class.__mro__ if not issubclass(base, FSDPModule))
+    model.__class__ = unsharded_class
     try:
         model.save_pretrained(folder, state_dict=merge_lora(weights))
     finally:
@@ -377,8 +382,8 @@ def write_model(model: PreTrainedModel, processor: ViTCLSImageProcessor, folder:
 
 
 def push_output(task: Task) -> None:
-    """Push the output folder and verify the pushed files. Do nothing in a dry run, or if the task has no repository.
-    Raise RunStopped if the push or the verification fails."""
+    """Push the output folder, and verify the pushed files if `--hub-verify` is set. Do nothing in a dry run, or if the
+    task has no repository. Raise RunStopped if the push or the verification fails."""
     options, reporter, folder = task.options.run, task.runner.reporter, task.runner.folder
     repo_id = task.hub_model_id
     if repo_id is None or options.dry_run:
@@ -405,8 +410,7 @@ def run_folds(task_class: type[Task], options: Any) -> dict[str, Any]:
 
     Each image is held out in exactly one fold. The confidence interval of the mean uses Student's t-distribution. This
     interval is too narrow, because the training images of the folds overlap (Bengio and Grandvalet 2004, "No unbiased
-    estimator of the variance of k-fold cross-validation"). Raise ValueError if --push-to-hub is set. See `Task` and
-    `run_task` for other errors.
+    estimator of the variance of k-fold cross-validation"). Raise ValueError if --push-to-hub is set.
     """
     if options.run.push_to_hub:
         raise ValueError(
@@ -441,40 +445,41 @@ def run_folds(task_class: type[Task], options: Any) -> dict[str, Any]:
 
 def dry_run(task_class: type[Task], options: Any) -> None:
     """Train for a few steps, evaluate a few images, and write a checkpoint and the results to a temporary folder
-    (`--dry-run`). Print the actions that succeeded and the expected duration of the full run. See `Task` and
-    `run_task` for errors."""
+    (`--dry-run`). Print the actions that succeeded and the expected duration of the full run."""
     start_time = time.perf_counter()
-    with make_dry_run_options(options) as short_options:
-        task = task_class(short_options)
-        full_training = replace(task.options.training, max_steps=options.training.max_steps)
-        runner, plan, data = task.runner, task.build_plan(full_training), task.data
+    with build_dry_run_options(options) as dry_run_options:
+        task = task_class(dry_run_options)
+        full_training_options = replace(task.options.training, max_steps=options.training.max_steps)
+        runner, plan, data = task.runner, task.build_plan(full_training_options), task.data
         num_held_out = len(data.held_out if data.selection is None else data.selection)
         indices = range(min(num_held_out, plan.batch_size * plan.num_processes))
         selection = None if data.selection is None else data.selection.select(indices)
         held_out = data.held_out.select(indices[: len(data.held_out)])
         task.data = replace(data, held_out=held_out, selection=selection)
-        if short_options.training.trainable == "head":
+        if dry_run_options.training.trainable == "head":
             limit_training_images(task)
         run_task(task)
-    checkpoint = ", a checkpoint" if runner.can_save_checkpoints else ""
+    checkpoint_text = ", a checkpoint" if runner.can_save_checkpoints else ""
     push_note = f"; pushing to {task.hub_model_id} is permitted" if task.hub_model_id else ""
     duration = format_duration(
         estimate_run_seconds(runner, plan, len(indices) / num_held_out if num_held_out else 1.0)
     )
     runner.reporter.print_line(
         "dry run",
-        f"{len(runner.step_seconds)} steps, an evaluation{checkpoint} and saving succeeded in "
+        f"{len(runner.step_seconds)} steps, an evaluation{checkpoint_text} and saving succeeded in "
         f"{time.perf_counter() - start_time:.0f} s{push_note}; no files were kept. The full run has "
         f"{plan.num_steps:,} steps and takes about {duration}",
     )
 
 
 @contextmanager
-def make_dry_run_options(options: Any) -> Iterator[Any]:
+def build_dry_run_options(options: Any) -> Iterator[Any]:
     """Yield the options of a dry run, which writes to a temporary folder. The folder is removed at the end of the
     `with` block. Raise ValueError if the full run would not be allowed to replace the files in the output folder."""
     if not options.run.resume:
-        check_replaceable(resolve_names(options), CheckpointStore(options.output_dir / CHECKPOINTS_FOLDER, num_kept=1))
+        check_replaceable(
+            resolve_local_paths(options), CheckpointStore(options.output_dir / CHECKPOINTS_FOLDER, num_kept=1)
+        )
     parent, prefix = options.output_dir.absolute().parent, f".{options.output_dir.name}-dry-run-"
     folder = parent / prefix
     if os.environ.get("RANK", "0") == "0":  # Accelerate is not initialized yet
@@ -492,8 +497,8 @@ def make_dry_run_options(options: Any) -> Iterator[Any]:
 
 
 def limit_training_images(task: Task) -> None:
-    """For a dry run, keep only the training images that the planned steps use. Otherwise, linear probing would encode
-    all training images first."""
+    """Keep only the training images that the steps of a dry run use, because linear probing encodes all training
+    images before the first step."""
     if isinstance(task.data.train, LabeledImages):
         plan = task.plan
         batches = [batch for process_index in range(plan.num_processes) for batch in plan.iterate_keys(process_index)]
@@ -504,7 +509,7 @@ def limit_training_images(task: Task) -> None:
 
 def estimate_run_seconds(runner: Runner, plan: BatchPlan, evaluated_fraction: float) -> float:
     """Return the expected duration of the steps and evaluations of the full run in seconds, extrapolated from a dry
-    run. If the dry run has several steps, the first step, which is slower, is ignored.
+    run. The first step is slower than later steps and is ignored if the dry run has several steps.
 
     `plan` is the batch plan of the full run. `evaluated_fraction` is the fraction of the held-out images that the dry
     run evaluated.

@@ -12,7 +12,7 @@ image processor determines the input size, interpolation, scale and normalizatio
 contains the losses.
 
 With `--teacher-views V`, every image has V fixed views, and TeacherCache stores the logits of each view. The cache is
-not stored in checkpoints. A resumed run predicts the logits again in different batches, so the logits may differ by
+not stored in checkpoints. A resumed run computes the logits again in different batches, so the logits may differ by
 rounding errors.
 """
 
@@ -42,7 +42,7 @@ from ..options import AugmentationOptions
 
 
 TIMM_PREFIX = "timm:"
-GRAY, RGB = 1, 3
+NUM_GRAY_CHANNELS, NUM_RGB_CHANNELS = 1, 3
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Teacher(nn.Module):
         return self(batch["pixels"])
 
     def train(self, mode: bool = True) -> Self:
-        """Keep the teacher in eval mode for any `mode`."""
+        """Keep the teacher in eval mode, regardless of `mode`."""
         return super().train(False)
 
 
@@ -117,8 +117,8 @@ def load_teacher(
 ) -> Teacher:
     """Load a teacher for a student with the given labels, number of channels and image size.
 
-    Labels are matched by name. A teacher without label names, but with the same number of labels, is assumed to have
-    the same labels in the same order; `Teacher.note` states this assumption.
+    Labels are matched by name. If a teacher has no label names but the same number of labels, the labels are assumed
+    to be in the same order. `Teacher.note` states this assumption.
 
     Raises:
         ValueError: if the teacher is not an image classifier, if the teacher lacks a label, or if the dataset does not
@@ -131,10 +131,10 @@ def load_teacher(
             "--teacher"
         )
     if source.startswith(TIMM_PREFIX):
-        loaded_teacher = load_timm_teacher(source, num_channels, height_width)
+        loaded_teacher = load_timm_teacher(source)
     else:
         folder = resolve_checkpoint(source) if Path(source).is_file() else source
-        loaded_teacher = load_from_transformers(folder, num_channels, height_width)
+        loaded_teacher = load_transformers_teacher(folder, num_channels, height_width)
     label_indices, note = match_labels(source, loaded_teacher, labels.names)
     height, width = loaded_teacher.preprocessing.height_width
     num_parameters = sum(parameter.numel() for parameter in loaded_teacher.model.parameters())
@@ -156,14 +156,14 @@ def match_labels(source: str, teacher: LoadedTeacher, labels: list[str]) -> tupl
     if names == labels:
         return None, ""
     if missing_names := [name for name in labels if name not in names]:
-        known_names = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+        available_names = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
         raise ValueError(
-            f"the teacher {source} has no label {missing_names[0]!r}, only {known_names}. Use a teacher that was "
+            f"the teacher {source} has no label {missing_names[0]!r}, only {available_names}. Use a teacher that was "
             "trained on these labels"
         )
-    if ambiguous_names := [name for name in labels if Counter(names)[name] > 1]:
+    if duplicate_names := [name for name in labels if Counter(names)[name] > 1]:
         raise ValueError(
-            f"the teacher {source} has more than one label {ambiguous_names[0]!r}. Rename the labels in the teacher's "
+            f"the teacher {source} has more than one label {duplicate_names[0]!r}. Rename the labels in the teacher's "
             "config"
         )
     note = f"{len(labels)} of the teacher's {len(names)} labels are used" if len(names) > len(labels) else ""
@@ -173,7 +173,7 @@ def match_labels(source: str, teacher: LoadedTeacher, labels: list[str]) -> tupl
 # transformers --------------------------------------------------------------------------------------------------------
 
 
-def load_from_transformers(source: str, num_channels: int, height_width: tuple[int, int]) -> LoadedTeacher:
+def load_transformers_teacher(source: str, num_channels: int, height_width: tuple[int, int]) -> LoadedTeacher:
     """Load a `float32` transformers classifier and its image processor."""
     try:
         folder = get_any_model_folder(*split_revision(source.removeprefix("transformers:")))
@@ -197,13 +197,13 @@ def load_from_transformers(source: str, num_channels: int, height_width: tuple[i
     if config.model_type == "timm_wrapper":
         preprocessing = build_timm_preprocessing(processor.data_config)
     else:
-        teacher_channels = getattr(config, "num_channels", RGB)
-        preprocessing = build_processor_preprocessing(processor, teacher_channels, num_channels, height_width)
+        num_teacher_channels = getattr(config, "num_channels", NUM_RGB_CHANNELS)
+        preprocessing = build_processor_preprocessing(processor, num_teacher_channels, num_channels, height_width)
     return LoadedTeacher(model, preprocessing, names if has_names else None, config.num_labels)
 
 
 def build_processor_preprocessing(
-    processor: Any, num_channels: int, student_channels: int, height_width: tuple[int, int]
+    processor: Any, num_channels: int, num_student_channels: int, height_width: tuple[int, int]
 ) -> TeacherPreprocessing:
     """Build the preprocessing from a transformers image processor. The teacher's input size is the processor's output
     size for an image of the student's size."""
@@ -211,7 +211,7 @@ def build_processor_preprocessing(
     def normalize(pixels: torch.Tensor) -> torch.Tensor:
         return run_processor(processor, pixels, do_resize=False)
 
-    blank_image = torch.zeros(1, student_channels, *height_width, dtype=torch.uint8)
+    blank_image = torch.zeros(1, num_student_channels, *height_width, dtype=torch.uint8)
     height, width = run_processor(processor, convert_channels(blank_image, num_channels)).shape[-2:]
     interpolation = get_interpolation(getattr(processor, "resample", None))
     return TeacherPreprocessing(num_channels, (height, width), interpolation, normalize)
@@ -230,8 +230,8 @@ def load_component(source: str, component: str, load: Callable[..., Any], folder
     except Exception as error:  # loading files of other projects may raise any error
         if "trust_remote_code" in str(error):
             raise ValueError(
-                f"the teacher {source} requires code from its repository, which is not executed. Use a model of "
-                "transformers, or timm:NAME"
+                f"the teacher {source} requires code from its repository, which is not executed. Use a model "
+                "that is part of transformers, or timm:NAME"
             ) from error
         reason = f"{type(error).__name__}: {format_error(error)}"
         raise OSError(f"cannot load the {component} of the teacher {source} ({reason})") from error
@@ -240,9 +240,8 @@ def load_component(source: str, component: str, load: Callable[..., Any], folder
 # timm ----------------------------------------------------------------------------------------------------------------
 
 
-def load_timm_teacher(source: str, num_channels: int, height_width: tuple[int, int]) -> LoadedTeacher:
-    """Load a timm model, and the preprocessing that timm specifies for the model's weights. The student's image size
-    and channels are ignored."""
+def load_timm_teacher(source: str) -> LoadedTeacher:
+    """Load a timm model, and the preprocessing that timm specifies for the model's weights."""
     try:
         import timm
     except ImportError as error:
@@ -250,28 +249,28 @@ def load_timm_teacher(source: str, num_channels: int, height_width: tuple[int, i
 
     name, _, file = source.removeprefix(TIMM_PREFIX).partition("@")
     try:
-        model: Any = load_timm_weights(name, file) if file else load_timm(name)[0]
+        model: Any = load_timm_model_from_file(name, file) if file else load_timm(name)[0]
     except Exception as error:  # for example, an unknown name, no network, or weights of another model
         raise OSError(f"cannot load the teacher {source} ({type(error).__name__}: {format_error(error)})") from error
     preprocessing = build_timm_preprocessing(timm.data.resolve_model_data_config(model))
     return LoadedTeacher(model, preprocessing, model.pretrained_cfg.get("label_names"), model.num_classes)
 
 
-def load_timm_weights(name: str, file: str) -> nn.Module:
+def load_timm_model_from_file(name: str, file: str) -> nn.Module:
     """Load a timm model with weights from a file. The weights determine the number of labels and channels."""
     import timm
 
     if not Path(file).is_file():
-        raise FileNotFoundError(f"there is no file {file}")
+        raise FileNotFoundError(f"{file} does not exist")
     weights = timm.models.load_state_dict(file, weights_only=True)
     pretrained_cfg: Any = timm.get_pretrained_cfg(name, allow_unregistered=False)
-    modules = {"num_classes": (pretrained_cfg.classifier, 0), "in_chans": (pretrained_cfg.first_conv, 1)}
-    sizes_in_file = {}
-    for setting, (names, dimension) in modules.items():
+    layers_and_dimensions = {"num_classes": (pretrained_cfg.classifier, 0), "in_chans": (pretrained_cfg.first_conv, 1)}
+    model_sizes = {}
+    for setting, (names, dimension) in layers_and_dimensions.items():
         module = names[0] if isinstance(names, tuple | list) else names  # one module name or several names
         if f"{module}.weight" in weights:
-            sizes_in_file[setting] = weights[f"{module}.weight"].shape[dimension]
-    model = timm.create_model(name, pretrained=False, **sizes_in_file)
+            model_sizes[setting] = weights[f"{module}.weight"].shape[dimension]
+    model = timm.create_model(name, pretrained=False, **model_sizes)
     model.load_state_dict(weights)
     return model
 
@@ -288,22 +287,22 @@ def build_timm_preprocessing(data_config: dict[str, Any]) -> TeacherPreprocessin
     return TeacherPreprocessing(num_channels, (height, width), interpolation, normalize)
 
 
-# Images and text -----------------------------------------------------------------------------------------------------
+# Image conversion and cache ------------------------------------------------------------------------------------------
 
 
 def convert_channels(pixels: torch.Tensor, num_channels: int) -> torch.Tensor:
     """Convert the student's pixels to the teacher's number of channels: gray [B, 1, H, W] to color [B, 3, H, W], or
-    color to gray. Raise ValueError for other combinations of channels."""
-    student_channels = pixels.shape[1]
-    if student_channels == num_channels:
+    color to gray. Raise ValueError for other numbers of channels."""
+    num_student_channels = pixels.shape[1]
+    if num_student_channels == num_channels:
         return pixels
-    if (student_channels, num_channels) == (GRAY, RGB):
-        return pixels.expand(-1, RGB, -1, -1)
-    if (student_channels, num_channels) == (RGB, GRAY):
+    if (num_student_channels, num_channels) == (NUM_GRAY_CHANNELS, NUM_RGB_CHANNELS):
+        return pixels.expand(-1, NUM_RGB_CHANNELS, -1, -1)
+    if (num_student_channels, num_channels) == (NUM_RGB_CHANNELS, NUM_GRAY_CHANNELS):
         return transforms.rgb_to_grayscale(pixels)
     raise ValueError(
         f"the teacher requires images with {num_channels} channel(s), but the student's images have "
-        f"{student_channels} channel(s). Use a teacher for gray or color images"
+        f"{num_student_channels} channel(s). Use a teacher for gray or color images"
     )
 
 
@@ -334,13 +333,13 @@ class TeacherCache:
 
     def predict(self, batch: dict[str, Any]) -> torch.Tensor:
         """Return the teacher's `float32` logits [B, L] for a batch, on the device of the pixels."""
-        view, index = batch["view"].cpu(), batch["index"].cpu()
-        is_missing = ~self.is_cached[view, index]  # [B]
+        views, indices = batch["view"].cpu(), batch["index"].cpu()
+        is_missing = ~self.is_cached[views, indices]  # [B]
         if is_missing.any():
             logits = self.teacher.predict(batch).to("cpu", self.logits.dtype)
-            self.logits[view[is_missing], index[is_missing]] = logits[is_missing]
-            self.is_cached[view, index] = True
-        return self.logits[view, index].to(batch["pixels"].device, torch.float32)
+            self.logits[views[is_missing], indices[is_missing]] = logits[is_missing]
+            self.is_cached[views, indices] = True
+        return self.logits[views, indices].to(batch["pixels"].device, torch.float32)
 
 
 def check_teacher_views(num_views: int, augmentation: AugmentationOptions) -> None:

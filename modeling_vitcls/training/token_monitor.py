@@ -21,7 +21,7 @@ from .model import set_train_mode
 
 Tokens = dict[str, torch.Tensor]  # token name (for example "cls[0]") -> token [D]
 
-NUM_ATTENTION_IMAGES = 8  # maximum number of images for the mean entropy
+MAX_ATTENTION_IMAGES = 8  # maximum number of images for the attention entropy
 
 
 class TokenMonitor:
@@ -51,7 +51,7 @@ class TokenMonitor:
             for index, gradient in enumerate(full_gradient.float().cpu().squeeze(0).clone())
         }
 
-    def compute_health(self, old_tokens: Tokens, gradients: Tokens) -> dict[str, dict[str, float | None]]:
+    def compute_token_metrics(self, old_tokens: Tokens, gradients: Tokens) -> dict[str, dict[str, float | None]]:
         """Return the metrics of each token for metrics.jsonl. `old_tokens` are the tokens before the update."""
         new_tokens = self.get_tokens()
         norms = {name: token.norm().item() for name, token in new_tokens.items()}
@@ -60,36 +60,36 @@ class TokenMonitor:
             name: (token - old_tokens[name]).norm().item() / max(old_tokens[name].norm().item(), 1e-12)
             for name, token in new_tokens.items()
         }
-        values = {"token_norm": norms, "token_gradient_norm": gradient_norms, "token_update_ratio": update_ratios}
-        return {key: {name: round_finite(value) for name, value in group.items()} for key, group in values.items()}
+        metrics = {"token_norm": norms, "token_gradient_norm": gradient_norms, "token_update_ratio": update_ratios}
+        return {key: {name: round_finite(value) for name, value in values.items()} for key, values in metrics.items()}
 
-    def find_new_tokens_without_gradient(self, health: dict[str, dict[str, float | None]]) -> list[str]:
+    def find_new_tokens_without_gradient(self, token_metrics: dict[str, dict[str, float | None]]) -> list[str]:
         """Return the names of the tokens whose gradient is missing or zero in this step. Each name is returned at most
         once per run."""
-        norms = health["token_gradient_norm"]
+        norms = token_metrics["token_gradient_norm"]
         names = [name for name, norm in norms.items() if norm == 0 and name not in self.reported_names]
         self.reported_names.update(names)
         return names
 
-    def find_unmoved_tokens(self) -> list[str]:
+    def find_unchanged_tokens(self) -> list[str]:
         """Return the names of the tokens that still have their initial values, such as `registers[1]`."""
         return [name for name, token in self.get_tokens().items() if torch.equal(token, self.initial_tokens[name])]
 
-    def compute_movement(self) -> dict[str, float]:
+    def compute_token_movement(self) -> dict[str, float]:
         """Return the Euclidean norm of each token's change since the start of training."""
         return {name: (token - self.initial_tokens[name]).norm().item() for name, token in self.get_tokens().items()}
 
 
-def build_attention_measure(
+def build_attention_callback(
     model: Any, normalize: Callable[[torch.Tensor], torch.Tensor]
 ) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """Return the function that measures the CLS attention of a batch, or `measure_nothing` if the model has no CLS
-    tokens or merges patches."""
-    is_available = model.config.num_cls_tokens and not model.config.merged_patches_per_layer
-    return partial(measure_attention_entropy, model, normalize) if is_available else measure_nothing
+    """Build the function that measures the CLS attention of a batch. Return `return_no_metrics` if the model has no
+    CLS tokens or merges patches."""
+    has_cls_attention = model.config.num_cls_tokens and not model.config.merged_patches_per_layer
+    return partial(measure_attention_entropy, model, normalize) if has_cls_attention else return_no_metrics
 
 
-def measure_nothing(batch: dict[str, Any]) -> dict[str, Any]:
+def return_no_metrics(batch: dict[str, Any]) -> dict[str, Any]:
     """Return an empty dictionary, for models whose CLS attention is not available."""
     return {}
 
@@ -100,11 +100,11 @@ def measure_attention_entropy(
 ) -> dict[str, Any]:
     """Return the entropy of the CLS attention of each layer in nats, averaged over the first images of the batch, the
     heads and the CLS tokens."""
-    pixel_values = normalize(batch["pixels"][:NUM_ATTENTION_IMAGES])  # [B, C, H, W]
+    pixel_values = normalize(batch["pixels"][:MAX_ATTENTION_IMAGES])  # [B, C, H, W]
     model.eval()
-    weights = model.token_attention(pixel_values, tokens=("cls",))  # [B, layers, heads, CLS, N]
+    attention_weights = model.token_attention(pixel_values, tokens=("cls",))  # [B, layers, heads, CLS, N]
     set_train_mode(model)
-    entropy = torch.special.entr(weights.float()).sum(-1)  # [B, layers, heads, CLS]
+    entropy = torch.special.entr(attention_weights.float()).sum(-1)  # [B, layers, heads, CLS]
     return {"cls_attention_entropy": [round(value, 4) for value in entropy.mean(dim=(0, 2, 3)).tolist()]}
 
 

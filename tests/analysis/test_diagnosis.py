@@ -273,7 +273,7 @@ def test_a_frozen_token_did_not_move(token: str) -> None:
         optimizer.zero_grad()
         model(PIXELS, labels=torch.arange(len(PIXELS)) % 8).loss.backward()
         optimizer.step()
-    found = judge_tokens(model, monitor.compute_movement())
+    found = judge_tokens(model, monitor.compute_token_movement())
     frozen = {"cls": NAMES[:1], "distillation": NAMES[1:2], "registers": NAMES[2:]}[token]
     assert {name for name, word in get_words(found).items() if word == "not moved"} == set(frozen)
 

@@ -37,7 +37,7 @@ from modeling_vitcls.options import (
     EvaluateOptions,
     InspectOptions,
 )
-from modeling_vitcls.training.finetune import FinetuneTask, describe_other_split
+from modeling_vitcls.training.finetune import FinetuneTask, get_split_warning
 from modeling_vitcls.training.task import run_task
 
 
@@ -271,16 +271,16 @@ def test_a_model_trained_on_held_out_images_is_named(
     first, second = read(folder, **trained), read(folder, **other)
     results = {"dataset": first.name, "held_out": first.record.to_dict()}
     (model / "results.json").write_text(json.dumps(results), encoding="utf-8")
-    warning = describe_other_split(str(model), second)
+    warning = get_split_warning(str(model), second)
     assert warning is None if flags is None else warning.endswith(f"Use the same split with {flags}")
     assert bool(get_names(first.train) & get_names(second.held_out)) is (flags is not None)
-    assert describe_other_split(str(model), replace(second, name="another dataset")) is None
-    assert describe_other_split("vitcls-tiny", second) is None
-    assert describe_other_split(str(model), replace(second, record=HeldOutRecord("test", 5))) is None
+    assert get_split_warning(str(model), replace(second, name="another dataset")) is None
+    assert get_split_warning("vitcls-tiny", second) is None
+    assert get_split_warning(str(model), replace(second, record=HeldOutRecord("test", 5))) is None
     (model / "results.json").write_text(json.dumps(results | {"held_out": {"split": "test", "num_images": 5}}))
-    assert describe_other_split(str(model), second) is None
+    assert get_split_warning(str(model), second) is None
     (model / "results.json").unlink()
-    assert describe_other_split(str(model), second) is None
+    assert get_split_warning(str(model), second) is None
 
 
 def test_a_split_of_the_dataset_is_recorded_and_evaluated(tmp_path: Path) -> None:

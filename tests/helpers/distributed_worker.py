@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import modeling_vitcls as vitcls
 from modeling_vitcls.data.batches import BatchPlan
 from modeling_vitcls.options import TrainingOptions
-from modeling_vitcls.training.loop import Hooks, NonFiniteLoss, TrainingLoop, TrainingState
+from modeling_vitcls.training.loop import LoopCallbacks, NonFiniteLoss, TrainingLoop, TrainingState
 from modeling_vitcls.training.losses import Objective
 from modeling_vitcls.training.optimizer import build_parameter_groups
 from modeling_vitcls.training.token_monitor import TokenMonitor
@@ -195,8 +195,10 @@ def build_training_loop(folder: Path, objective: Objective) -> TrainingLoop:
     optimizer = torch.optim.SGD(build_parameter_groups(model, weight_decay=0.0), lr=0.1)
     state = TrainingState(*accelerator.prepare(model, optimizer))
     plan = BatchPlan.from_options(8, options, NUM_PROCESSES)
-    hooks = Hooks(evaluate=dict, log=lambda record: None, warn=lambda line: None, save=lambda is_best: None)
-    return TrainingLoop(state, objective, plan, options, accelerator, hooks, TokenMonitor(model), "accuracy")
+    callbacks = LoopCallbacks(
+        evaluate=dict, log=lambda record: None, warn=lambda line: None, save=lambda is_best: None
+    )
+    return TrainingLoop(state, objective, plan, options, accelerator, callbacks, TokenMonitor(model), "accuracy")
 
 
 def random_numbers_per_process(folder: Path) -> None:
@@ -211,7 +213,7 @@ def random_numbers_per_process(folder: Path) -> None:
         drawn: list[torch.Tensor] = []
         loop = build_training_loop(folder, draw)
         for _ in range(2):
-            loop.run_optimizer_step(itertools.repeat({}), with_health=False)
+            loop.run_optimizer_step(itertools.repeat({}), should_measure_tokens=False)
         numbers: list[Any] = [None] * NUM_PROCESSES
         distributed.all_gather_object(numbers, drawn)
         runs.append([tuple(each.tolist()) for process in numbers for each in process])
@@ -230,7 +232,7 @@ def non_finite_loss_stops_all_processes(folder: Path) -> None:
         loop = build_training_loop(folder, get_loss)
         before = [parameter.detach().clone() for parameter in loop.state.model.parameters()]
         try:
-            loop.run_optimizer_step(itertools.repeat({}), with_health=False)
+            loop.run_optimizer_step(itertools.repeat({}), should_measure_tokens=False)
         except NonFiniteLoss:
             pass
         else:

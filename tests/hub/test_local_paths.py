@@ -35,7 +35,7 @@ from modeling_vitcls.options import (
     to_flags,
 )
 from modeling_vitcls.training.model_report import can_show_samples
-from modeling_vitcls.training.runner import build_runner, check_same_flags, resolve_names
+from modeling_vitcls.training.runner import build_runner, check_flags_unchanged, resolve_local_paths
 
 
 @pytest.fixture
@@ -97,7 +97,7 @@ def test_a_model_trained_on_local_data_is_pushed_without_its_path(
 ) -> None:
     folder = tmp_path / "run"
     runner = build_runner(options_of(folder, "../clinic/scans"))
-    runner.claim_folder()
+    runner.prepare_folder()
     save_with_processor(ViTCLSForImageClassification(build_tiny_config()), folder)
     shutil.rmtree(tmp_path / "clinic")
     (here / "weights.pt").unlink()
@@ -118,17 +118,17 @@ def test_files_of_a_run_contain_no_local_paths(here: Path, tmp_path: Path, monke
     """The files repeat the run from the same folder, and show that data and teacher are local."""
     folder = tmp_path / "runs" / "mine"
     runner = build_runner(options_of(folder, str(tmp_path / "clinic" / "scans")))
-    runner.claim_folder()
+    runner.prepare_folder()
     runner.lock.release()
     text = (folder / "config.resolved.yaml").read_text()
     flags = yaml.safe_load(text)
     assert (flags["output_dir"], flags["dataset"]) == ("../runs/mine", "../clinic/scans")
     assert (flags["model"], flags["teacher"]) == ("vitcls-tiny", "timm:resnet18@./weights.pt")
     assert str(tmp_path) not in text
-    again = resolve_names(options_of(Path(flags["output_dir"]), flags["dataset"]))
+    again = resolve_local_paths(options_of(Path(flags["output_dir"]), flags["dataset"]))
     assert again.distillation == runner.options.distillation
     assert Path(again.data.dataset).resolve() == Path(runner.options.data.dataset)
-    check_same_flags(runner.get_flags(), to_flags(runner.options), folder)
+    check_flags_unchanged(runner.get_flags(), to_flags(runner.options), folder)
     monkeypatch.chdir(tmp_path / "clinic")  # the dataset is a local folder, from any working folder
     assert is_local(flags["dataset"]) and is_local(flags["teacher"]) and not is_local(flags["model"])
     assert strip_folders(flags["teacher"]) == "timm:resnet18@path/to/weights.pt"
@@ -167,28 +167,28 @@ def test_paths_on_other_drives_stay_absolute(monkeypatch: pytest.MonkeyPatch) ->
 def test_built_in_data_and_presets_take_precedence_over_folders(here: Path, tmp_path: Path) -> None:
     options = build_runner(options_of(tmp_path / "run", "digits")).options
     assert (options.data.dataset, options.model.model) == ("digits", "vitcls-tiny")
-    pretraining = resolve_names(PretrainOptions(tmp_path, DataOptions("data/teach"), ModelOptions("acme/data")))
+    pretraining = resolve_local_paths(PretrainOptions(tmp_path, DataOptions("data/teach"), ModelOptions("acme/data")))
     assert (pretraining.data.dataset, pretraining.model.model) == (f"{here}/data/teach", f"{here}/acme/data")
 
 
 def test_a_run_is_resumed_with_another_spelling_of_its_data(here: Path, tmp_path: Path) -> None:
     def flags(dataset: str) -> dict[str, Any]:
-        return to_flags(resolve_names(options_of(tmp_path / "run", dataset)))
+        return to_flags(resolve_local_paths(options_of(tmp_path / "run", dataset)))
 
     before = flags("data/teach")
     assert before["dataset"] == f"{here}/data/teach"
     for spelling in ("./data/teach", str(here / "data/teach"), "../here/data/teach", "data/../data/teach"):
-        check_same_flags(before, flags(spelling), tmp_path)
+        check_flags_unchanged(before, flags(spelling), tmp_path)
         # as written by earlier versions
-        check_same_flags(before | {"dataset": "data/teach"}, flags(spelling), tmp_path)
-    check_same_flags(before, before | {"license": "mit", "card_samples": True}, tmp_path)
+        check_flags_unchanged(before | {"dataset": "data/teach"}, flags(spelling), tmp_path)
+    check_flags_unchanged(before, before | {"license": "mit", "card_samples": True}, tmp_path)
     with raises_one_line("--dataset", "acme/data", "a different --output-dir"):
-        check_same_flags(before, flags("acme/data"), tmp_path)
+        check_flags_unchanged(before, flags("acme/data"), tmp_path)
     (tmp_path / "new").mkdir()
     shutil.move(here / "data/teach", tmp_path / "new/teach")
-    check_same_flags(before, flags("../new/teach"), tmp_path)
+    check_flags_unchanged(before, flags("../new/teach"), tmp_path)
     with raises_one_line("--dataset"):
-        check_same_flags(before, flags("../clinic/scans"), tmp_path)
+        check_flags_unchanged(before, flags("../clinic/scans"), tmp_path)
 
 
 def test_names_on_the_hub_are_the_same_only_if_they_are_equal(here: Path) -> None:
@@ -241,7 +241,7 @@ def test_local_images_are_not_published_without_a_flag(
     hub: LocalHub, here: Path, dataset: str, repository: str | None, flags: dict[str, Any], shows: bool
 ) -> None:
     warnings: list[str] = []
-    options = resolve_names(options_of(here / "run", dataset, **flags))
+    options = resolve_local_paths(options_of(here / "run", dataset, **flags))
     assert can_show_samples(options, repository, warnings.append) is shows
     if shows:
         assert not warnings

@@ -221,14 +221,14 @@ def test_pushing_checkpoints_does_not_change_the_run(
     """Each upload is finished before the next one is due. The branch contains only the last checkpoint."""
     flags = f"{RUN} --ema-decay 0.9 --drop-path-rate 0.2"
     assert script("finetune.py", flags, "--output-dir", tmp_path / "alone").status == 0
-    start_push = branch_uploads.BranchUploads.start_push
+    start_push = branch_uploads.BranchUploader.start_push
 
-    def push_and_wait(uploads: branch_uploads.BranchUploads, step: int) -> None:
-        start_push(uploads, step)
-        assert uploads.thread is not None and uploads.thread.daemon  # does not delay the end of the process
-        uploads.thread.join()
+    def push_and_wait(uploader: branch_uploads.BranchUploader, step: int) -> None:
+        start_push(uploader, step)
+        assert uploader.thread is not None and uploader.thread.daemon  # does not delay the end of the process
+        uploader.thread.join()
 
-    monkeypatch.setattr(branch_uploads.BranchUploads, "start_push", push_and_wait)
+    monkeypatch.setattr(branch_uploads.BranchUploader, "start_push", push_and_wait)
     pushing = "--push-to-hub --no-hub-verify --hub-checkpoint-every 2 --hub-push-optimizer".split()
     ended = script("finetune.py", flags, "--output-dir", tmp_path / "pushed", *pushing)
     assert ended.status == 0 and not ended.lines("WARNING")
@@ -374,7 +374,7 @@ def test_a_signal_waits_for_the_upload(hub: LocalHub, tmp_path: Path, script: An
 def test_a_signal_does_not_wait_longer_than_the_limit(
     hub: LocalHub, tmp_path: Path, script: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(branch_uploads, "MAX_SECONDS_AFTER_SIGNAL", 0.2)
+    monkeypatch.setattr(branch_uploads, "UPLOAD_TIMEOUT_AFTER_SIGNAL", 0.2)
     monkeypatch.setattr(publish, "TIMEOUT", 1.0)
     hub.fail("POST", "/commit/checkpoints", "wait", times=9)
     stop_at(3, tmp_path / "my-run")

@@ -12,7 +12,7 @@ from tiny_models import build_tiny_config
 from tiny_options import build_tiny_options
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
-from modeling_vitcls.training.branch_uploads import build_branch_uploads
+from modeling_vitcls.training.branch_uploads import build_branch_uploader
 from modeling_vitcls.training.reporter import Reporter
 from modeling_vitcls.training.task import write_model
 
@@ -35,21 +35,21 @@ def test_the_files_and_the_card_of_a_checkpoint(tmp_path: Path) -> None:
     model = ViTCLSForImageClassification(build_tiny_config())
     reporter = Reporter(folder / "metrics.jsonl", Accelerator(cpu=True))
     write_files = partial(write_model, model, ViTCLSImageProcessor(size=32))
-    uploads = build_branch_uploads(options, reporter, "ann/run", model, write_files)
-    assert uploads is not None
-    with uploads:
+    uploader = build_branch_uploader(options, reporter, "ann/run", model, write_files)
+    assert uploader is not None
+    with uploader:
         for step in (2, 4):
-            uploads.recreate_folder()
-            assert list(uploads.folder.iterdir()) == []
-            uploads.fill_folder(step, model.state_dict())
-        names = {path.name for path in uploads.folder.iterdir() if not path.name.endswith("_vitcls.py")}
+            uploader.recreate_folder()
+            assert list(uploader.folder.iterdir()) == []
+            uploader.write_model_folder(step, model.state_dict())
+        names = {path.name for path in uploader.folder.iterdir() if not path.name.endswith("_vitcls.py")}
         records = {"metrics.jsonl", "config.resolved.yaml"}
         model_files = {"config.json", "model.safetensors", "preprocessor_config.json"}
         assert names == records | model_files | {"README.md", "LICENSE"}
-        assert all((uploads.folder / name).read_text() == name for name in records)
-        assert (uploads.folder / "LICENSE").read_text() == "the terms"
-        assert load_file(uploads.folder / "model.safetensors").keys() == model.state_dict().keys()
-        card = ModelCard.load(uploads.folder / "README.md")
+        assert all((uploader.folder / name).read_text() == name for name in records)
+        assert (uploader.folder / "LICENSE").read_text() == "the terms"
+        assert load_file(uploader.folder / "model.safetensors").keys() == model.state_dict().keys()
+        card = ModelCard.load(uploader.folder / "README.md")
         assert (card.data.license, card.data.base_model) == ("apache-2.0", "acme/model")
         assert "# ann/run, step 4\n" in card.text and "--resume" in card.text
         assert "The teacher model of the distillation is licensed under cc-by-nc-4.0." in card.text
@@ -57,4 +57,4 @@ def test_the_files_and_the_card_of_a_checkpoint(tmp_path: Path) -> None:
     dry = replace(options, run=replace(options.run, dry_run=True))
     plain = replace(options, run=replace(options.run, hub_checkpoint_every=None))
     for changed, repo_id in ((dry, "ann/run"), (plain, "ann/run"), (options, None)):
-        assert build_branch_uploads(changed, reporter, repo_id, model, write_files) is None
+        assert build_branch_uploader(changed, reporter, repo_id, model, write_files) is None

@@ -9,10 +9,10 @@ from tiny_models import build_tiny_config, randomize
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
 from modeling_vitcls.options import DataOptions, FinetuneOptions, ModelOptions, PretrainOptions, TrainingOptions
-from modeling_vitcls.training.defaults import RunFacts, format_defaults, get_run_facts, resolve_defaults
+from modeling_vitcls.training.defaults import RunProperties, format_defaults, get_run_properties, resolve_defaults
 
 
-SCRATCH = RunFacts("random weights", True, 96, 28, 2000)
+SCRATCH = RunProperties("random weights", True, 96, 28, 2000)
 
 
 def build_options(**groups: Any) -> FinetuneOptions:
@@ -48,18 +48,18 @@ def get_values(options: Any) -> dict[str, Any]:
         ({"num_training_images": 10_000}, {"batch_size": 64, "epochs": 30.0}),
         ({"num_training_images": None}, {"batch_size": 64, "epochs": 30.0}),
         (
-            {"weights": "pre-trained weights", "is_preset": False, "width": 768, "image_size": 224},
+            {"method": "pre-trained weights", "has_random_weights": False, "width": 768, "image_size": 224},
             {"learning_rate": 5e-5, "layer_decay": 0.75, "initializer_range": None, "epochs": 30.0},
         ),
-        ({"weights": "pre-trained weights", "width": 192}, {"learning_rate": 2e-4}),
-        ({"weights": "pre-trained weights", "width": 48}, {"learning_rate": 4e-4}),
-        ({"weights": "pre-trained weights", "width": 1536}, {"learning_rate": 5e-5}),
-        ({"weights": "pre-trained weights", "num_training_images": 9_999}, {"epochs": 30.0}),
-        ({"weights": "pre-trained weights", "num_training_images": 10_000}, {"epochs": 10.0}),
-        ({"weights": "pre-trained weights", "num_training_images": None}, {"epochs": 10.0}),
-        ({"weights": "new head on frozen weights"}, {"learning_rate": 1e-3, "layer_decay": 1.0}),
-        ({"weights": "LoRA", "width": 768}, {"learning_rate": 5e-4, "layer_decay": 1.0}),
-        ({"weights": "masked images", "width": 96}, {"learning_rate": 5e-4, "initializer_range": 0.082}),
+        ({"method": "pre-trained weights", "width": 192}, {"learning_rate": 2e-4}),
+        ({"method": "pre-trained weights", "width": 48}, {"learning_rate": 4e-4}),
+        ({"method": "pre-trained weights", "width": 1536}, {"learning_rate": 5e-5}),
+        ({"method": "pre-trained weights", "num_training_images": 9_999}, {"epochs": 30.0}),
+        ({"method": "pre-trained weights", "num_training_images": 10_000}, {"epochs": 10.0}),
+        ({"method": "pre-trained weights", "num_training_images": None}, {"epochs": 10.0}),
+        ({"method": "new head on frozen weights"}, {"learning_rate": 1e-3, "layer_decay": 1.0}),
+        ({"method": "LoRA", "width": 768}, {"learning_rate": 5e-4, "layer_decay": 1.0}),
+        ({"method": "masked images", "width": 96}, {"learning_rate": 5e-4, "initializer_range": 0.082}),
     ],
 )
 def test_values(changes: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -88,19 +88,21 @@ def test_max_steps_replace_the_epochs() -> None:
 
 
 def test_facts_about_a_run(tmp_path: Path) -> None:
-    assert get_run_facts(
+    assert get_run_properties(
         build_options(model=ModelOptions("vitcls-tiny", hidden_size=96, image_size=28)), 7
-    ) == RunFacts("random weights", True, 96, 28, 7)
-    assert get_run_facts(build_options(), 7) == RunFacts("random weights", True, 192, 224, 7)
+    ) == RunProperties("random weights", True, 96, 28, 7)
+    assert get_run_properties(build_options(), 7) == RunProperties("random weights", True, 192, 224, 7)
     randomize(ViTCLSForImageClassification(build_tiny_config())).save_pretrained(tmp_path)
     ViTCLSImageProcessor(size=32).save_pretrained(tmp_path)
     model = ModelOptions(str(tmp_path), image_size=(48, 40))
-    assert get_run_facts(build_options(model=model), None) == RunFacts("pre-trained weights", False, 16, 48, None)
+    assert get_run_properties(build_options(model=model), None) == RunProperties(
+        "pre-trained weights", False, 16, 48, None
+    )
     for trainable, weights in (
         ("head", "new head on frozen weights"),
         ("lora", "LoRA"),
         ("last-1", "pre-trained weights"),
     ):
         options = build_options(model=model, training=TrainingOptions(trainable=trainable))
-        assert get_run_facts(options, 7).weights == weights
-    assert get_run_facts(PretrainOptions(Path("out"), DataOptions("digits"), model), 7).weights == "masked images"
+        assert get_run_properties(options, 7).method == weights
+    assert get_run_properties(PretrainOptions(Path("out"), DataOptions("digits"), model), 7).method == "masked images"

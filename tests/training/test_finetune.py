@@ -363,24 +363,24 @@ def test_features_are_not_cached_if_they_change(
     pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     run = FinetuneTask(tiny_options(tmp_path / "out", "digits", model=pretrained, trainable="head"))
-    assert run.get_no_caching_reason() is None
+    assert run.explain_unsupported_caching() is None
     options = run.options
     for flag in ("mixup", "cutmix"):
         run.options = replace(options, augmentation=replace(options.augmentation, **{flag: 0.5}))
-        assert run.get_no_caching_reason() == "images are mixed"
+        assert run.explain_unsupported_caching() == "images are mixed"
         assert run.build_components(lambda model: {}).model is run.model
         assert "computed in every step, because images are mixed" in capsys.readouterr().out
     run.options = options
     run.teacher = run.model
-    assert run.get_no_caching_reason() == "the teacher requires images"
+    assert run.explain_unsupported_caching() == "the teacher requires images"
     run.teacher, data = None, run.data
     run.data = SimpleNamespace(num_training_images=None)
-    assert run.get_no_caching_reason() == "the dataset is a stream"
+    assert run.explain_unsupported_caching() == "the dataset is a stream"
     run.data = data
     run.model.vitcls.layernorm.weight.requires_grad_(True)
-    assert run.get_no_caching_reason() == "vitcls.layernorm.weight is trained"
+    assert run.explain_unsupported_caching() == "vitcls.layernorm.weight is trained"
     run.runner.accelerator.state.distributed_type = DistributedType.FSDP
-    assert run.get_no_caching_reason() == "the model is sharded"
+    assert run.explain_unsupported_caching() == "the model is sharded"
 
 
 def test_a_new_token_is_trained_with_a_frozen_encoder(pretrained: Path, tmp_path: Path) -> None:
@@ -389,7 +389,7 @@ def test_a_new_token_is_trained_with_a_frozen_encoder(pretrained: Path, tmp_path
     trained = {name for name, parameter in run.model.named_parameters() if parameter.requires_grad}
     heads = {f"{head}.{name}" for head in ("classifier", "distillation_classifier") for name in ("weight", "bias")}
     assert trained == heads | {"vitcls.embeddings.distillation_token"}
-    assert run.get_no_caching_reason() == "vitcls.embeddings.distillation_token is trained"
+    assert run.explain_unsupported_caching() == "vitcls.embeddings.distillation_token is trained"
 
 
 @pytest.mark.parametrize("num_views", [0, 2])
@@ -509,9 +509,9 @@ def test_the_flags_determine_the_distillation(teacher: Path, tmp_path: Path) -> 
     description = (
         f"{teacher}: {sum(map(torch.Tensor.numel, run.teacher.parameters())):,} parameters, at 32 x 32 pixels"
     )
-    assert run.summarize() == {"teacher": description}
+    assert run.get_summary_lines() == {"teacher": description}
     run.teacher.note = "a note"
-    assert run.summarize() == {"teacher": f"{description}; a note"}
+    assert run.get_summary_lines() == {"teacher": f"{description}; a note"}
 
 
 def test_cached_predictions_of_the_teacher(teacher: Path, tmp_path: Path) -> None:
@@ -807,7 +807,7 @@ def test_a_checkpoint_keeps_its_classifier_for_the_same_labels(launched: Path) -
     for name, weight in saved.state_dict().items():
         assert torch.equal(built.model.state_dict()[name], weight), name
     assert dict(built.processor.size) == {"height": 32, "width": 32}
-    assert built.newly_initialized == set()
+    assert built.new_parameter_names == set()
 
 
 def test_a_checkpoint_gets_a_new_classifier_for_other_labels(launched: Path) -> None:
@@ -821,7 +821,7 @@ def test_a_checkpoint_gets_a_new_classifier_for_other_labels(launched: Path) -> 
     assert dict(built.processor.size) == {"height": 48, "width": 64}
     assert model(torch.zeros(1, 3, 48, 64)).logits.shape == (1, 2)
     heads = {f"{head}.{part}" for head in ("classifier", "distillation_classifier") for part in ("weight", "bias")}
-    assert built.newly_initialized == heads | {"vitcls.embeddings.register_tokens"}
+    assert built.new_parameter_names == heads | {"vitcls.embeddings.register_tokens"}
 
 
 def test_every_trained_parameter_gets_a_gradient(tmp_path: Path) -> None:

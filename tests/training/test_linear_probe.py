@@ -36,16 +36,16 @@ from modeling_vitcls.training.linear_probe import (
     build_probe_evaluator,
     cache_features,
     compute_features,
-    find_trained_parameters_outside_heads,
+    find_trainable_parameters_outside_heads,
     iterate_feature_batches,
     split_keys,
 )
 from modeling_vitcls.training.losses import (
-    Classification,
+    ClassificationObjective,
     MultiTaskLoss,
-    PixelInputs,
+    PixelTransform,
     SingleLabelLoss,
-    get_feature_inputs,
+    add_feature_inputs,
 )
 from modeling_vitcls.training.model import set_train_mode, set_trainable_parameters
 
@@ -123,7 +123,7 @@ class Probe:
     def train(self, module: Any, batches: Any, inputs: Any) -> None:
         """Train eight steps of two batches each, in train mode."""
         set_train_mode(module)
-        objective = Classification(inputs, self.label_loss)
+        objective = ClassificationObjective(inputs, self.label_loss)
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=1e-2)
         for number, batch in enumerate(batches):
@@ -174,7 +174,7 @@ def test_what_is_trained_outside_the_heads(
     fields: dict[str, Any], choice: str, fresh: set[str], expected: set[str] | None
 ) -> None:
     model = set_trainable_parameters(ViTCLSForImageClassification(build_tiny_config(**fields)), choice, 4, fresh)
-    found = find_trained_parameters_outside_heads(model)
+    found = find_trainable_parameters_outside_heads(model)
     assert set(found) >= (fresh if expected is None else expected)
     assert bool(found) == (expected != set())
 
@@ -196,12 +196,12 @@ def test_what_is_trained_outside_the_heads(
 def test_trained_heads_equal_those_of_training_with_the_frozen_encoder(changes: dict[str, Any]) -> None:
     noisy: dict[str, Any] = {"drop_path_rate": 0.5, "hidden_dropout_prob": 0.3}
     slow, fast = Probe(**noisy, **changes), Probe(**noisy, **changes)
-    slow.train(slow.model, iterate_training_batches(slow.images, slow.plan, 0, 0), PixelInputs(slow.normalise))
+    slow.train(slow.model, iterate_training_batches(slow.images, slow.plan, 0, 0), PixelTransform(slow.normalise))
 
     cached = fast.cache()
     calls = fast.count_calls()
     batches = iterate_feature_batches(cached, fast.plan, 0, fast.views)
-    fast.train(build_classifier_heads(fast.model), batches, get_feature_inputs)
+    fast.train(build_classifier_heads(fast.model), batches, add_feature_inputs)
     assert calls == []  # more than two epochs
     assert fast.plan.count_epochs(fast.plan.num_steps) > 2
 
@@ -313,7 +313,7 @@ def run_process_share(rank: int, num_processes: int) -> dict[str, Any]:
 
     heads = build_classifier_heads(probe.model)
     prepared, optimizer = probe.accelerator.prepare(heads, torch.optim.SGD(heads.parameters(), lr=0.1))
-    objective = Classification(get_feature_inputs, probe.label_loss)
+    objective = ClassificationObjective(add_feature_inputs, probe.label_loss)
     for batch in iterate_feature_batches(cached, plan, rank, probe.views):
         probe.accelerator.backward(objective(prepared, batch)["loss"])
         optimizer.step()

@@ -29,20 +29,20 @@ from modeling_vitcls.data.streaming import build_training_dataset
 from modeling_vitcls.options import DataOptions, TrainingOptions
 from modeling_vitcls.training import loop as loop_module
 from modeling_vitcls.training.loop import (
-    Hooks,
-    Interrupted,
+    LoopCallbacks,
     NonFiniteLoss,
+    TrainingInterrupted,
     TrainingLoop,
     TrainingState,
     is_end_of_epochs,
 )
 from modeling_vitcls.training.losses import (
-    Classification,
-    Distillation,
-    MaskedImageModeling,
+    ClassificationObjective,
+    DistillationObjective,
+    MaskedImageModelingObjective,
     MultiLabelLoss,
     MultiTaskLoss,
-    PixelInputs,
+    PixelTransform,
     SingleLabelLoss,
     compute_distillation_loss,
 )
@@ -54,7 +54,7 @@ from modeling_vitcls.training.optimizer import (
     build_parameter_groups,
     get_learning_rate,
 )
-from modeling_vitcls.training.token_monitor import TokenMonitor, build_attention_measure
+from modeling_vitcls.training.token_monitor import TokenMonitor, build_attention_callback
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -63,7 +63,7 @@ DIGITS = load_training_data(DataOptions(dataset="digits"))
 
 
 class LoopRecorder:
-    """A training loop on digits that records all calls of its hooks."""
+    """A training loop on digits that records all calls of its callbacks."""
 
     def __init__(
         self,
@@ -92,14 +92,14 @@ class LoopRecorder:
         self.evaluations: list[dict[str, torch.Tensor]] = []
         self.accuracies = iter([0.5, 0.75, 0.6, 0.7, 0.8, 0.9])
         self.signal_at: int | None = None
-        hooks = Hooks(
+        callbacks = LoopCallbacks(
             evaluate=self.evaluate,
             log=self.records.append,
             warn=self.warnings.append,
             save=lambda is_best: self.saved.append((self.state.step, is_best)),
             get_stop_signal=lambda: "SIGTERM" if self.state.step == self.signal_at else None,
         )
-        classification = Classification(PixelInputs(self.normalise), SingleLabelLoss(label_smoothing=0.1))
+        classification = ClassificationObjective(PixelTransform(self.normalise), SingleLabelLoss(label_smoothing=0.1))
         self.losses: list[float] = []  # loss of each batch
         self.seeds: list[int] = []  # random seed of each batch
 
@@ -116,7 +116,7 @@ class LoopRecorder:
             self.plan,
             self.options,
             self.accelerator,
-            hooks,
+            callbacks,
             TokenMonitor(self.model),
             "accuracy",
             save_every,
@@ -248,7 +248,7 @@ def test_losses_and_speed_are_measured_since_the_last_record() -> None:
         speeds.append((num_images, seconds))
         return {"mfu": 0.5}
 
-    bench.loop.hooks.record_speed = record_speed
+    bench.loop.callbacks.record_speed = record_speed
     bench.run()
     means = [sum(losses) / len(losses) for losses in (bench.losses[:4], bench.losses[4:8], bench.losses[8:])]
     assert [record["loss"] for record in bench.records] == pytest.approx(means, abs=1e-6)
@@ -268,15 +268,15 @@ def test_the_peak_memory_of_the_whole_run_is_logged(monkeypatch: pytest.MonkeyPa
 
 def test_attention_is_logged_with_the_next_record() -> None:
     bench = LoopRecorder(max_steps=7, log_every=3, health_every=2)
-    bench.loop.hooks.measure_attention = lambda batch: {"entropy": bench.state.step}
+    bench.loop.callbacks.measure_attention = lambda batch: {"entropy": bench.state.step}
     bench.run()
     assert [(record["step"], record.get("entropy")) for record in bench.records] == [(3, 2), (6, 6), (7, None)]
 
 
 def test_each_batch_has_its_own_seed_and_the_same_seed_after_a_resume() -> None:
     whole, batches, pushed = LoopRecorder(max_steps=4, gradient_accumulation_steps=2), [], []
-    whole.loop.hooks.on_batch = batches.append
-    whole.loop.hooks.push_checkpoint = lambda: pushed.append(whole.state.step)
+    whole.loop.callbacks.on_batch = batches.append
+    whole.loop.callbacks.push_checkpoint = lambda: pushed.append(whole.state.step)
     whole.run()
     assert len(whole.seeds) == len(set(whole.seeds)) == len(batches) == 8
     assert pushed == [1, 2, 3]  # the last step pushes the result
@@ -364,7 +364,7 @@ def test_learning_rates_decrease_from_the_head_to_the_tokens() -> None:
 
 def test_learning_rate_and_weight_decay_reach_each_group() -> None:
     bench = LoopRecorder(layer_decay=0.5, max_steps=2, learning_rate=1.0, warmup=0.0, weight_decay=0.3)
-    bench.loop.run_optimizer_step(bench.batches(), with_health=False)
+    bench.loop.run_optimizer_step(bench.batches(), should_measure_tokens=False)
     rates = {group["lr"] for group in bench.state.optimizer.param_groups}
     assert rates == {1.0, 0.5, 0.25, 0.125}
     assert {group["weight_decay"] for group in bench.state.optimizer.param_groups} == {0.3, 0.0}
@@ -443,7 +443,7 @@ def test_the_best_checkpoint_is_marked() -> None:
 def test_a_signal_after_the_best_evaluation_keeps_it_the_best(step: int) -> None:
     bench = LoopRecorder(epochs=3, max_steps=None, batch_size=479)
     bench.signal_at = step
-    with pytest.raises(Interrupted):
+    with pytest.raises(TrainingInterrupted):
         bench.run()
     assert bench.saved == [(3, False), (3, True), (step, step == 3)]
 
@@ -453,12 +453,12 @@ def test_an_interrupted_evaluation_is_repeated_from_the_checkpoint() -> None:
     whole.run()
     reset_accelerate()
     bench = LoopRecorder(epochs=2, max_steps=None, batch_size=479, log_every=2)
-    evaluate, bench.accuracies = bench.loop.hooks.evaluate, iter([])
+    evaluate, bench.accuracies = bench.loop.callbacks.evaluate, iter([])
     with pytest.raises(StopIteration):
         bench.run()
-    assert bench.saved == [(3, False)] and bench.state.record["step"] == 3
+    assert bench.saved == [(3, False)] and bench.state.pending_record["step"] == 3
     bench.accuracies = iter([0.5, 0.75])
-    bench.loop.hooks.evaluate = evaluate
+    bench.loop.callbacks.evaluate = evaluate
     bench.run()
     different = {"images_per_second", "peak_memory_mb"}
     found, expected = (
@@ -472,7 +472,7 @@ def test_an_interrupted_evaluation_is_repeated_from_the_checkpoint() -> None:
 def test_a_signal_saves_and_stops() -> None:
     bench = LoopRecorder(max_steps=6)
     bench.signal_at = 2
-    with pytest.raises(Interrupted, match="SIGTERM"):
+    with pytest.raises(TrainingInterrupted, match="SIGTERM"):
         bench.run()
     assert bench.saved == [(2, False)]
 
@@ -558,8 +558,8 @@ def test_a_token_without_gradient_is_named_once() -> None:
     assert bench.warnings == [
         f"the token registers[{index}] received no gradient in step 2 and is not trained" for index in (0, 1)
     ]
-    assert bench.loop.monitor.find_unmoved_tokens() == ["registers[0]", "registers[1]"]
-    assert bench.loop.monitor.compute_movement()["cls[0]"] > 0
+    assert bench.loop.monitor.find_unchanged_tokens() == ["registers[0]", "registers[1]"]
+    assert bench.loop.monitor.compute_token_movement()["cls[0]"] > 0
 
 
 def test_token_monitor_records_the_current_step() -> None:
@@ -587,7 +587,7 @@ def test_entropy_of_cls_attention_equals_eager_attention() -> None:
     normalise = lambda pixels: pixels / 255  # noqa: E731
     pixels = torch.randint(256, (10, 3, 32, 32), dtype=torch.uint8)
     model.train()
-    (found,) = build_attention_measure(model, normalise)({"pixels": pixels}).values()
+    (found,) = build_attention_callback(model, normalise)({"pixels": pixels}).values()
     assert model.training and [layer.training for layer in model.vitcls.layers] == [False, True]
     eager = build_random_model(num_cls_tokens=2)
     eager.load_state_dict(model.state_dict())
@@ -601,7 +601,7 @@ def test_entropy_of_cls_attention_equals_eager_attention() -> None:
 
 @pytest.mark.parametrize("fields", [{"num_cls_tokens": 0, "pooling": "mean"}, {"merged_patches_per_layer": 1}])
 def test_attention_that_is_not_available_is_not_measured(fields: dict[str, Any]) -> None:
-    measure = build_attention_measure(build_random_model(**fields), lambda pixels: pixels / 255)
+    measure = build_attention_callback(build_random_model(**fields), lambda pixels: pixels / 255)
     assert measure({"pixels": torch.zeros(2, 3, 32, 32, dtype=torch.uint8)}) == {}
 
 
@@ -609,7 +609,7 @@ def test_the_update_of_a_token_that_was_zero() -> None:
     model = build_random_model()
     monitor = TokenMonitor(model)
     zero = torch.zeros(32)
-    health = monitor.compute_health(dict.fromkeys(monitor.initial_tokens, zero), {"cls[0]": zero + 1})
+    health = monitor.compute_token_metrics(dict.fromkeys(monitor.initial_tokens, zero), {"cls[0]": zero + 1})
     norms = {name: token.norm().item() for name, token in monitor.initial_tokens.items()}
     assert health["token_norm"] == pytest.approx(norms, rel=1e-5)
     assert health["token_update_ratio"] == pytest.approx({name: norm * 1e12 for name, norm in norms.items()}, rel=1e-5)
@@ -667,7 +667,7 @@ def test_multi_task_loss_ignores_missing_labels() -> None:
     labels = {"age": torch.tensor([0, -100]), "kind": torch.tensor([-100, -100])}
     normalise = lambda pixels: pixels / 255  # noqa: E731
     batch = {"pixels": torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8), "labels": labels}
-    loss = Classification(PixelInputs(normalise), MultiTaskLoss(0.0))(model, batch)["loss"]
+    loss = ClassificationObjective(PixelTransform(normalise), MultiTaskLoss(0.0))(model, batch)["loss"]
     outputs = model(normalise(batch["pixels"]), labels=labels)
     expected = torch.nn.functional.cross_entropy(outputs.logits["age"][:1], torch.tensor([0]))
     torch.testing.assert_close(loss, expected / 2)
@@ -676,7 +676,9 @@ def test_multi_task_loss_ignores_missing_labels() -> None:
     # DDP waits for the gradients of all parameters
     assert all(parameter.grad is not None for parameter in model.parameters())
     complete = {"age": torch.tensor([0, 2]), "kind": torch.tensor([1, 0])}
-    loss = Classification(PixelInputs(normalise), MultiTaskLoss(0.0))(model, batch | {"labels": complete})["loss"]
+    loss = ClassificationObjective(PixelTransform(normalise), MultiTaskLoss(0.0))(model, batch | {"labels": complete})[
+        "loss"
+    ]
     torch.testing.assert_close(loss, model(normalise(batch["pixels"]), labels=complete).loss)
 
 
@@ -685,7 +687,7 @@ def test_every_head_is_trained_without_a_teacher() -> None:
     model = build_random_model(num_distillation_tokens=1, initializer_range=0.5)
     batch = {"pixels": torch.zeros(2, 3, 32, 32, dtype=torch.uint8), "labels": torch.tensor([0, 1])}
     normalise = lambda pixels: pixels / 255  # noqa: E731
-    loss = Classification(PixelInputs(normalise), SingleLabelLoss(0.0))(model, batch)["loss"]
+    loss = ClassificationObjective(PixelTransform(normalise), SingleLabelLoss(0.0))(model, batch)["loss"]
     loss.backward()
     without = [name for name, parameter in model.named_parameters() if parameter.grad is None]
     assert without == []
@@ -702,9 +704,9 @@ def test_a_teacher_trains_the_distillation_head_on_mixed_images() -> None:
     torch.manual_seed(0)
     model = build_random_model(num_distillation_tokens=1, num_labels=5, initializer_range=0.5)
     pixels, labels = torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8), torch.tensor([4, 0, 1])
-    inputs = PixelInputs(lambda values: values / 255, lambda values, targets: (values.flip(0), targets.roll(1)))
+    inputs = PixelTransform(lambda values: values / 255, lambda values, targets: (values.flip(0), targets.roll(1)))
     predict = lambda batch: batch["pixels"].flatten(1)[:, :5] / 50  # noqa: E731
-    objective = Distillation(inputs, SingleLabelLoss(0.1), predict, "soft", alpha=0.3, tau=2.0)
+    objective = DistillationObjective(inputs, SingleLabelLoss(0.1), predict, "soft", alpha=0.3, tau=2.0)
     losses = objective(model, {"pixels": pixels, "labels": labels})
     outputs = model(pixels.flip(0) / 255)
     label_loss = torch.nn.functional.cross_entropy(outputs.cls_logits, labels.roll(1), label_smoothing=0.1)
@@ -720,7 +722,9 @@ def test_masked_images_are_masked_as_specified() -> None:
     model = ViTCLSForMaskedImageModeling(config)
     pixels = torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8)
     masks = torch.tensor([[True, False, False, True]]).expand(3, -1)
-    objective = MaskedImageModeling(lambda values: values / 255, lambda count, device: masks[:count].to(device))
+    objective = MaskedImageModelingObjective(
+        lambda values: values / 255, lambda count, device: masks[:count].to(device)
+    )
     expected = model(pixels / 255, bool_masked_pos=masks).loss
     assert objective(model, {"pixels": pixels})["loss"] == expected
     assert expected != model(pixels / 255, bool_masked_pos=~masks).loss

@@ -36,10 +36,10 @@ from modeling_vitcls.training.costs import estimate_memory
 from modeling_vitcls.training.finetune import FinetuneTask
 from modeling_vitcls.training.mfu import (
     Utilization,
+    build_utilization,
     count_training_flops,
-    estimate_memory_beyond_weights,
+    estimate_memory_without_weights,
     format_si,
-    start_utilization,
 )
 from modeling_vitcls.training.model import set_train_mode, set_trainable_parameters
 from modeling_vitcls.training.task import run_task
@@ -256,7 +256,7 @@ def build_plan(**changes: Any) -> BatchPlan:
 
 def get_utilization(model: Any, plan: BatchPlan) -> tuple[Utilization, dict[str, str]]:
     lines: dict[str, str] = {}
-    return start_utilization(model, plan, Accelerator(cpu=True), lines.__setitem__), lines
+    return build_utilization(model, plan, Accelerator(cpu=True), lines.__setitem__), lines
 
 
 def test_a_short_run_does_not_measure_the_peak() -> None:
@@ -278,10 +278,10 @@ def test_memory_equals_the_estimate_of_the_model() -> None:
 def test_memory_is_estimated_for_the_training_device() -> None:
     """The model is still on the CPU, which would save less memory."""
     model, accelerator = build_classifier(), Accelerator(cpu=True)
-    here = estimate_memory_beyond_weights(model, build_plan(), accelerator)
+    here = estimate_memory_without_weights(model, build_plan(), accelerator)
     accelerator.state.device = torch.device("cuda")
     of_mlps = 64 * (17 + 1) * 24 * 4  # bytes after the activations of both layers; the last layer computes one token
-    assert estimate_memory_beyond_weights(model, build_plan(batch_size=64), accelerator) == here + of_mlps
+    assert estimate_memory_without_weights(model, build_plan(batch_size=64), accelerator) == here + of_mlps
 
 
 def test_memory_is_estimated_for_the_precision_and_the_shards() -> None:
@@ -289,10 +289,10 @@ def test_memory_is_estimated_for_the_precision_and_the_shards() -> None:
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
     estimate = estimate_memory(model, batch_size=64, autocast=torch.bfloat16)
     whole = estimate.total - estimate.parameters
-    assert estimate_memory_beyond_weights(model, plan, accelerator) == whole
+    assert estimate_memory_without_weights(model, plan, accelerator) == whole
     accelerator.state.distributed_type = DistributedType.FSDP
     sharded = estimate.activations + (estimate.gradients + estimate.optimizer) // 4
-    assert estimate_memory_beyond_weights(model, plan, accelerator) == sharded < whole
+    assert estimate_memory_without_weights(model, plan, accelerator) == sharded < whole
 
 
 def test_only_long_runs_measure_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:

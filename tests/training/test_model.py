@@ -23,7 +23,7 @@ from modeling_vitcls.options import (
     PretrainOptions,
     TrainingOptions,
 )
-from modeling_vitcls.training.finetune import FinetuneTask, check_combinations, check_label_kind
+from modeling_vitcls.training.finetune import FinetuneTask, check_flag_combinations, check_label_kind
 from modeling_vitcls.training.model import (
     build_model,
     check_preset_name,
@@ -72,7 +72,7 @@ def test_a_checkpoint_of_several_tasks_is_trained_on_other_labels(two_tasks: Pat
     saved = ViTCLSForMultiTaskClassification.from_pretrained(two_tasks)
     built = build_model(ModelOptions(model=str(two_tasks)), label_space)
     heads = {name for name, _ in built.model.named_parameters() if not name.startswith("vitcls.")}
-    assert heads <= built.newly_initialized
+    assert heads <= built.new_parameter_names
     kept = saved.vitcls.layers[0].mlp.fc1.weight
     assert torch.equal(built.model.vitcls.layers[0].mlp.fc1.weight, kept)
     logits = built.model(torch.zeros(1, 3, *built.model.config.image_height_width)).logits
@@ -106,7 +106,7 @@ def test_a_classifier_is_kept_only_for_the_same_labels(
     saved.save_pretrained(tmp_path)
     ViTCLSImageProcessor(size=32).save_pretrained(tmp_path)
     built = build_model(ModelOptions(model=str(tmp_path)), LabelSpace(kind, {"label": names}))
-    assert built.newly_initialized == (set() if is_same else {"classifier.weight", "classifier.bias"})
+    assert built.new_parameter_names == (set() if is_same else {"classifier.weight", "classifier.bias"})
     assert torch.equal(built.model.classifier.weight, saved.classifier.weight) is is_same
     assert built.model.config.problem_type == (stored_kind if is_same else kind)
 
@@ -123,7 +123,7 @@ def test_checkpoints_in_bfloat16_are_trained_in_float32(names: list[str], tmp_pa
     heads = [] if len(names) == 3 else ["classifier", "distillation_classifier"]
     new = {f"{head}.{name}" for head in heads for name in ("weight", "bias")}
     new |= {name for name, _ in built.model.named_parameters() if name.startswith("vitcls.pooler.")}
-    assert built.newly_initialized == new | {"vitcls.embeddings.distillation_token"}
+    assert built.new_parameter_names == new | {"vitcls.embeddings.distillation_token"}
 
 
 def test_a_checkpoint_of_an_unknown_type_is_an_error(tmp_path: Path) -> None:
@@ -199,7 +199,7 @@ def test_patches_are_dropped_only_in_trained_layers(two_tasks: Path, tmp_path: P
 
 def test_contradictory_flags_are_errors() -> None:
     options = FinetuneOptions(Path("out"), DataOptions("digits"), ModelOptions("some/checkpoint"))
-    check_combinations(options)
+    check_flag_combinations(options)
     refused = {
         "--teacher requires a distillation token": {
             "distillation": DistillationOptions(teacher="t"),
@@ -219,7 +219,7 @@ def test_contradictory_flags_are_errors() -> None:
             "data": DataOptions("digits", streaming=True),
             "training": TrainingOptions(class_balance="sampling"),
         },
-        "--teacher-views caches the teacher's logits of each image": {
+        "--teacher-views caches the teacher's logits for each image": {
             "data": DataOptions("digits", streaming=True),
             "distillation": DistillationOptions(teacher_views=1),
         },
@@ -230,7 +230,7 @@ def test_contradictory_flags_are_errors() -> None:
     }
     for message, changes in refused.items():
         with pytest.raises(ValueError, match=message):
-            check_combinations(replace(options, **changes))
+            check_flag_combinations(replace(options, **changes))
     token, head = ModelOptions("some/checkpoint", num_distillation_tokens=1), TrainingOptions(trainable="head")
     accepted: list[dict[str, Any]] = [
         {"distillation": DistillationOptions(teacher="t"), "model": token},
@@ -247,7 +247,7 @@ def test_contradictory_flags_are_errors() -> None:
         },
     ]
     for changes in accepted:
-        check_combinations(replace(options, **changes))
+        check_flag_combinations(replace(options, **changes))
 
 
 def test_a_teacher_adds_a_distillation_token() -> None:
@@ -359,7 +359,7 @@ def test_heads_of_all_tasks_are_trained() -> None:
 
 def test_a_new_mask_token_stays_frozen() -> None:
     model = build_random_model(use_mask_token=True)
-    set_trainable_parameters(model, "head", newly_initialized={"vitcls.embeddings.mask_token"})
+    set_trainable_parameters(model, "head", new_parameter_names={"vitcls.embeddings.mask_token"})
     assert group_trainable(model) == {"classifier"}
 
 
@@ -374,7 +374,7 @@ def test_added_tokens_are_trained_with_their_positions_and_gates(choice: str, tm
     labels = LabelSpace("single_label_classification", {"label": names})
     options = ModelOptions(model=str(tmp_path), num_distillation_tokens=1, num_register_tokens=3)
     start = build_model(options, labels)
-    found = group_trainable(set_trainable_parameters(start.model, choice, 4, start.newly_initialized))
+    found = group_trainable(set_trainable_parameters(start.model, choice, 4, start.new_parameter_names))
     new = {f"embeddings.{name}" for name in ("distillation_token", "register_tokens")}
     new |= {f"embeddings.position_embeddings.{group}" for group in ("distillation", "registers")}
     assert new <= found
@@ -386,7 +386,7 @@ def test_gates_of_added_tokens_are_trained() -> None:
     fields = LAYOUT | {"gated_tokens": {"registers": 2}}
     fresh = {"vitcls.embeddings.register_tokens"}
     assert "gates.gates" in group_trainable(
-        set_trainable_parameters(build_random_model(**fields), "head", newly_initialized=fresh)
+        set_trainable_parameters(build_random_model(**fields), "head", new_parameter_names=fresh)
     )
     assert "gates.gates" not in group_trainable(set_trainable_parameters(build_random_model(**fields), "head"))
 

@@ -29,9 +29,9 @@ from modeling_vitcls.training.output_folder import (
     LockOwner,
     check_replaceable,
     list_final_files,
-    remove_run,
+    remove_run_files,
 )
-from modeling_vitcls.training.runner import RunStopped, resolve_names
+from modeling_vitcls.training.runner import RunStopped, resolve_local_paths
 from modeling_vitcls.training.task import dry_run, run_task
 
 
@@ -384,7 +384,7 @@ def test_sources_in_the_output_folder_are_not_removed(tmp_path: Path, monkeypatc
 
     def check(**sources: object) -> None:
         flags = {name: str(value) for name, value in sources.items()}
-        options = resolve_names(options_of(Path("../run"), overwrite=True, num_distillation_tokens=1, **flags))
+        options = resolve_local_paths(options_of(Path("../run"), overwrite=True, num_distillation_tokens=1, **flags))
         check_replaceable(options, CheckpointStore(folder / "checkpoints", num_kept=1))
 
     for source in (inside, "models/mine", "../run", f"transformers:{inside}"):
@@ -453,7 +453,7 @@ def test_only_the_files_of_a_run_are_removed(earlier: Path) -> None:
     for name in (*mine, *failed):
         (earlier / name).parent.mkdir(parents=True, exist_ok=True)
         (earlier / name).write_text("mine")
-    remove_run(earlier, CheckpointStore(earlier / "checkpoints", num_kept=1))
+    remove_run_files(earlier, CheckpointStore(earlier / "checkpoints", num_kept=1))
     assert set(contents(earlier)) == set(mine)
     assert {path.name for path in earlier.iterdir()} == {"notes.txt", "train.py", "pictures", "checkpoints"}
 
@@ -464,13 +464,13 @@ def test_only_folders_of_runs_and_models_are_cleared(folder: Path, name: str | N
     folder.mkdir(parents=True)
     (folder / "README.md").write_text("mine")
     store = CheckpointStore(folder / "checkpoints", num_kept=1)
-    remove_run(folder, store)
+    remove_run_files(folder, store)
     assert contents(folder) == {"README.md": b"mine"}
     if name is None:
         store.save(1, {"model": {"weight": torch.zeros(1)}}, {"step": 1}, is_best=False)
     else:
         (folder / name).touch()
-    remove_run(folder, store)
+    remove_run_files(folder, store)
     assert contents(folder) == {}
 
 

@@ -24,8 +24,8 @@ from modeling_vitcls.inference.evaluator import ReconstructionEvaluator
 from modeling_vitcls.options import DataOptions, MaskingOptions, ModelOptions, PretrainOptions
 from modeling_vitcls.training.finetune import FinetuneTask
 from modeling_vitcls.training.loop import get_score
-from modeling_vitcls.training.losses import MaskedImageModeling
-from modeling_vitcls.training.pretrain import PretrainTask, build_model
+from modeling_vitcls.training.losses import MaskedImageModelingObjective
+from modeling_vitcls.training.pretrain import PretrainTask, build_pretraining_model
 from modeling_vitcls.training.runner import RunStopped
 from modeling_vitcls.training.task import dry_run, run_task
 
@@ -105,7 +105,7 @@ def test_invalid_masks_are_errors() -> None:
 
 def evaluate(model: ViTCLSForMaskedImageModeling, batch_size: int, mask_seed: int = 0) -> dict[str, Any]:
     """Return the metrics of a model on the first held-out digits."""
-    processor = build_model(TINY)[1]
+    processor = build_pretraining_model(TINY)[1]
     evaluator = ReconstructionEvaluator(
         load_unlabeled_data(DIGITS).held_out.select(range(NUM_EVALUATED)).images,
         processor,
@@ -125,7 +125,7 @@ def evaluate(model: ViTCLSForMaskedImageModeling, batch_size: int, mask_seed: in
 @pytest.mark.integration
 def test_the_evaluation_loss_is_the_mean_over_images() -> None:
     torch.manual_seed(0)
-    model, processor = build_model(TINY)
+    model, processor = build_pretraining_model(TINY)
     model.eval()
     metrics = evaluate(model, batch_size=16)
     assert metrics["num_images"] == NUM_EVALUATED
@@ -159,8 +159,8 @@ def test_every_parameter_gets_a_gradient() -> None:
     With several processes, a missing gradient stops the run.
     """
     torch.manual_seed(0)
-    model, processor = build_model(TINY)
-    objective = MaskedImageModeling(Normalizer(processor, CPU), MaskGenerator(MaskingOptions(), (4, 4)))
+    model, processor = build_pretraining_model(TINY)
+    objective = MaskedImageModelingObjective(Normalizer(processor, CPU), MaskGenerator(MaskingOptions(), (4, 4)))
     objective(model, {"pixels": torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8)})["loss"].backward()
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
     tokens = model.vitcls.embeddings.get_special_tokens()
@@ -203,7 +203,7 @@ def test_a_resumed_run_masks_the_same_patches(pretrained: Path, tmp_path: Path) 
     (folder / "results.json").unlink()
     (folder / "model.safetensors").unlink()
     run = PretrainTask(tiny_options(folder, resume=True))
-    assert run.runner.facts is not None and run.runner.facts["step"] == 6
+    assert run.runner.checkpoint_metadata is not None and run.runner.checkpoint_metadata["step"] == 6
     assert run_task(run)["reconstruction_loss"] == read_json(pretrained / "results.json")["reconstruction_loss"]
     resumed, whole = (ViTCLSForMaskedImageModeling.from_pretrained(at).state_dict() for at in (folder, pretrained))
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
@@ -242,7 +242,7 @@ def test_pre_training_on_all_images(tmp_path: Path, capsys: pytest.CaptureFixtur
     flags = {"held_out_fraction": 0.0, "max_steps": 1, "batch_size": 8}
     results = run_task(PretrainTask(tiny_options(tmp_path, **flags)))
     output = capsys.readouterr().out
-    assert "nothing was measured, because --held-out-fraction is 0" in output
+    assert "not evaluated, because --held-out-fraction is 0" in output
     assert "masks     10 of 4 x 4 patches are masked, in squares of 1 x 1 patches" in output
     assert (results["num_training_images"], results["num_images"]) == (1797, 0)
     assert "reconstruction_loss" not in results and results["num_hidden_patches"] == 10
@@ -272,7 +272,7 @@ def test_the_card_contains_the_measured_metrics(pretrained: Path) -> None:
 
 def test_pre_training_starts_from_a_checkpoint(pretrained: Path) -> None:
     trained = ViTCLSForMaskedImageModeling.from_pretrained(pretrained)
-    model, processor = build_model(ModelOptions(model=str(pretrained), image_size=48))
+    model, processor = build_pretraining_model(ModelOptions(model=str(pretrained), image_size=48))
     assert torch.equal(model.decoder.projection.weight, trained.decoder.projection.weight)
     assert (processor.size.height, model.config.grid_size) == (48, (6, 6))
 
@@ -280,7 +280,7 @@ def test_pre_training_starts_from_a_checkpoint(pretrained: Path) -> None:
 def test_a_checkpoint_in_bfloat16_is_trained_in_float32(tmp_path: Path) -> None:
     ViTCLSModel(build_tiny_config()).bfloat16().save_pretrained(tmp_path)
     ViTCLSImageProcessor(size=48).save_pretrained(tmp_path)
-    model, processor = build_model(ModelOptions(model=str(tmp_path)))
+    model, processor = build_pretraining_model(ModelOptions(model=str(tmp_path)))
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert (processor.size.height, processor.size.width) == (32, 32)
 
@@ -305,8 +305,8 @@ def test_a_checkpoint_that_drops_patches_is_an_error(tmp_path: Path) -> None:
     saved.save_pretrained(folder)
     ViTCLSImageProcessor(size=32).save_pretrained(folder)
     with raises_one_line(folder, "--patch-drop-rate 0"):
-        build_model(ModelOptions(model=folder))
-    model, _ = build_model(ModelOptions(model=folder, patch_drop_rate=0.0))
+        build_pretraining_model(ModelOptions(model=folder))
+    model, _ = build_pretraining_model(ModelOptions(model=folder, patch_drop_rate=0.0))
     assert torch.equal(model.vitcls.layers[0].mlp.fc1.weight, saved.layers[0].mlp.fc1.weight)
 
 

@@ -69,7 +69,7 @@ def build_reporter(folder: Path, **console: Any) -> tuple[Reporter, io.StringIO]
 def test_a_line_shows_the_learning_rate_and_the_remaining_time(tmp_path: Path, clock: list[float]) -> None:
     """After a resume at step 10, two steps took four minutes."""
     reporter, output = build_reporter(tmp_path)
-    reporter.start_at(10, 20)
+    reporter.start_after(10, 20)
     clock[0] += 240
     reporter.log(RECORD | {"step": 10}, "accuracy")
     reporter.log(RECORD | {"step": 12, "held_out_loss": 1.0, "held_out_accuracy": 0.25}, "accuracy")
@@ -84,7 +84,7 @@ def test_a_line_shows_the_learning_rate_and_the_remaining_time(tmp_path: Path, c
 def test_the_time_on_the_bar_is_labeled(tmp_path: Path, clock: list[float]) -> None:
     reporter, output = build_reporter(tmp_path, force_terminal=True, width=200)
     reporter.progress.disable = False
-    reporter.start_at(0, 20)
+    reporter.start_after(0, 20)
     with reporter:
         clock[0] += 240
         reporter.log(RECORD | {"step": 2}, "accuracy")
@@ -97,7 +97,7 @@ def test_records_of_repeated_steps_are_removed(tmp_path: Path) -> None:
     reporter, _ = build_reporter(tmp_path)
     lines = [json.dumps({"step": step, "loss": 1.0}) for step in (2, 4, 6)]
     (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, "[]", '{"loss": 1.0}', '{"step": 3, "lo']))
-    reporter.start_at(4, 10)
+    reporter.start_after(4, 10)
     assert (tmp_path / "metrics.jsonl").read_text() == f"{lines[0]}\n{lines[1]}\n"
     reporter.log(RECORD | {"step": 5}, "accuracy")
     assert (tmp_path / "metrics.jsonl").read_text().splitlines()[2:] == [json.dumps(RECORD | {"step": 5})]
@@ -105,7 +105,7 @@ def test_records_of_repeated_steps_are_removed(tmp_path: Path) -> None:
         reporter.log(RECORD | {"step": 6, "loss": math.nan}, "accuracy")
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
-    reporter.start_at(0, 10)
+    reporter.start_after(0, 10)
     assert (tmp_path / "metrics.jsonl").read_text() == ""
 
 
@@ -114,7 +114,7 @@ def test_only_the_main_process_writes_and_prints(
 ) -> None:
     monkeypatch.setattr(Accelerator, "is_main_process", False)
     reporter = Reporter(tmp_path / "metrics.jsonl", Accelerator(cpu=True))
-    reporter.start_at(0, 10)
+    reporter.start_after(0, 10)
     with reporter:
         reporter.print_line("data", "a line")
         reporter.warn("a warning")
@@ -132,7 +132,7 @@ def test_brackets_are_not_markup(tmp_path: Path) -> None:
 def test_evaluations_are_printed_above_the_bar(tmp_path: Path) -> None:
     reporter, output = build_reporter(tmp_path, force_terminal=True, width=200, color_system=None)
     reporter.progress.disable = False
-    reporter.start_at(0, 20)
+    reporter.start_after(0, 20)
     with reporter:
         reporter.log(RECORD | {"step": 2, "held_out_accuracy": 0.25}, "accuracy")
     assert "epoch   0.5  held out: accuracy 25.00%" in output.getvalue()
@@ -159,7 +159,7 @@ def test_trackers_get_only_numbers() -> None:
         "loss": None,
     }
     assert flatten_record(record) == {"step": 3, "norms/cls[0]": 1.5, "entropy/00": 0.25, "entropy/01/a": 2}
-    assert Reporter(Path("metrics.jsonl"), Accelerator(cpu=True)).track_images is None
+    assert Reporter(Path("metrics.jsonl"), Accelerator(cpu=True)).get_image_logger() is None
 
 
 @pytest.mark.usefixtures("fresh_accelerate")
@@ -169,8 +169,10 @@ def test_trackers_get_images_of_the_last_step(tmp_path: Path) -> None:
     accelerator.init_trackers("run")
     accelerator.trackers.append(SimpleNamespace(name="without images"))
     reporter = Reporter(tmp_path / "metrics.jsonl", accelerator)
-    reporter.start_at(0, 7)
-    reporter.track_images({"norms": Image.new("RGBA", (30, 20), (250, 120, 10, 255))})
+    reporter.start_after(0, 7)
+    log_images = reporter.get_image_logger()
+    assert log_images is not None
+    log_images({"norms": Image.new("RGBA", (30, 20), (250, 120, 10, 255))})
     accelerator.trackers.pop()
     accelerator.end_training()
     events = event_files.EventAccumulator(str(next(tmp_path.rglob("events.out.tfevents*")).parent))

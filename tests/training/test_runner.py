@@ -21,7 +21,7 @@ from modeling_vitcls.checkpoints import CheckpointStore, format_state, read_stat
 from modeling_vitcls.files import read_json
 from modeling_vitcls.options import FinetuneOptions
 from modeling_vitcls.training.finetune import FinetuneTask
-from modeling_vitcls.training.runner import RunStopped, check_same_flags
+from modeling_vitcls.training.runner import RunStopped, check_flags_unchanged
 from modeling_vitcls.training.task import run_task
 
 
@@ -207,9 +207,9 @@ def test_a_checkpoint_of_another_model_is_an_error(killed: Path) -> None:
 
 def test_unset_flags_with_defaults_of_the_run_are_accepted(tmp_path: Path) -> None:
     """The default of the learning rate depends on the run, but the default of --seed does not."""
-    check_same_flags({"learning_rate": 0.001}, {"learning_rate": None}, tmp_path)
-    check_same_flags({"model": f"acme/model@{'0' * 40}"}, {"model": "acme/model"}, tmp_path)
+    check_flags_unchanged({"learning_rate": 0.001}, {"learning_rate": None}, tmp_path)
+    check_flags_unchanged({"model": f"acme/model@{'0' * 40}"}, {"model": "acme/model"}, tmp_path)
     with raises_one_line("--seed 1, but the value in this run is unset"):
-        check_same_flags({"seed": 1}, {"seed": None}, tmp_path)
+        check_flags_unchanged({"seed": 1}, {"seed": None}, tmp_path)
     with raises_one_line("--label-column age kind, but the value in this run is age"):
-        check_same_flags({"label_column": ["age", "kind"]}, {"label_column": ["age"]}, tmp_path)
+        check_flags_unchanged({"label_column": ["age", "kind"]}, {"label_column": ["age"]}, tmp_path)
