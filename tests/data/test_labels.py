@@ -138,7 +138,7 @@ def test_each_type_of_list_contains_several_labels(build: Callable[[Any], Any]) 
     reader = build_reader([], build(datasets.ClassLabel(names=["1", "0"])))
     assert reader.label_space == LabelSpace("multi_label_classification", {"label": ["1", "0"]})
     assert read_all(reader, [[1], [1, 0], []]) == [[0.0, 1.0], [1.0, 1.0], [0.0, 0.0]]
-    assert build_reader([["b"], ["a"]], build(datasets.Value("string"))).space.columns == {"label": ["a", "b"]}
+    assert build_reader([["b"], ["a"]], build(datasets.Value("string"))).label_space.columns == {"label": ["a", "b"]}
 
 
 def test_the_image_column_contains_images() -> None:
@@ -154,6 +154,6 @@ def test_the_image_column_contains_images() -> None:
         assert find_image_column(options, {"a": text, name: text}) == name
     for name in "label labels class target category fine_label".split():
         features = {"image": image, "a": text, name: INTEGERS}
-        assert build_label_reader(DataOptions("table"), features, lambda column: [1]).space.columns == {name: ["1"]}
+        assert build_label_reader(DataOptions("table"), features, lambda column: [1]).label_space.columns == {name: ["1"]}
     with raises_one_line("cannot determine the image column among a, b. Set --image-column"):
         find_image_column(options, {"a": image, "b": image})
