@@ -312,7 +312,7 @@ def test_only_the_first_images_of_a_large_held_out_part_are_kept(
     monkeypatch.setattr(HeldOutRule, "is_held_out", lambda part, index: passed.append(index) or holds(part, index))
     data = read(two_shards)
     assert get_held_out(data) == whole[:3]
-    assert sum(holds(data.train.held_out, index) for index in passed) == 3 and len(passed) < NUM_IMAGES
+    assert sum(holds(data.train.held_out_rule, index) for index in passed) == 3 and len(passed) < NUM_IMAGES
     assert data.held_out_name == "about 20%, by checksum, split seed 0, evaluated on the first 3 images"
     trained = get_indices(islice(data.train.iterate_examples(0, 0, 1), NUM_IMAGES - len(whole)))
     assert sorted([*trained, *whole]) == list(range(NUM_IMAGES))  # no held-out images
