@@ -1,8 +1,8 @@
 """Vision Transformers with configurable CLS, distillation and register tokens.
 
 Importing this package registers its classes with transformers' Auto classes, so that a checkpoint loads without
-`trust_remote_code`. Modules that this registration does not require are imported on first use. Only the `*_vitcls.py`
-files are uploaded to the Hub with a model, not this file.
+`trust_remote_code`. All other modules are imported on first use. Only the `*_vitcls.py` files are uploaded to the Hub
+with a model, not this file.
 """
 
 import importlib
@@ -53,8 +53,8 @@ __all__ = [
     "pretrain",
 ]
 
-# Module -> its public names.
-PUBLIC_NAMES = {
+# Module -> names of its public objects.
+IMPORT_STRUCTURE = {
     "api": ("evaluate", "finetune", "inspect_tokens", "predict", "pretrain"),
     "configuration_vitcls": ("TokenLayout", "ViTCLSConfig"),
     "conversion.from_state_dict": ("convert_state_dict",),
@@ -71,24 +71,24 @@ PUBLIC_NAMES = {
         "ViTCLSPreTrainedModel",
     ),
 }
-MODULES = {name: module for module, names in PUBLIC_NAMES.items() for name in names}
+MODULE_BY_NAME = {name: module for module, names in IMPORT_STRUCTURE.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    """Return the public object `name`, and import its module on first use (PEP 562)."""
-    if name not in MODULES:
+    """Import the module of the public object `name` on first use, and return the object (PEP 562)."""
+    if name not in MODULE_BY_NAME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    public_object = getattr(importlib.import_module(f".{MODULES[name]}", __name__), name)
+    public_object = getattr(importlib.import_module(f".{MODULE_BY_NAME[name]}", __name__), name)
     globals()[name] = public_object
     return public_object
 
 
 def __dir__() -> list[str]:
-    """Return the names of the module, including public names that are not imported yet."""
-    return sorted({*globals(), *MODULES})
+    """Return the names defined in the package, including public names that are not imported yet."""
+    return sorted({*globals(), *MODULE_BY_NAME})
 
 
-def is_command_line() -> bool:
+def is_cli_process() -> bool:
     """Return whether this process runs the `vitcls` command, as a script or with `python -m modeling_vitcls.cli`.
 
     The command parses flags before importing torch, and registers the Auto classes itself (cli.py).
@@ -97,5 +97,5 @@ def is_command_line() -> bool:
     return PurePath(program).stem == "vitcls" or (program == "-m" and f"{__name__}.cli" in sys.orig_argv)
 
 
-if not is_command_line():
+if not is_cli_process():
     __getattr__("ViTCLSConfig").register_auto_classes()

@@ -41,7 +41,7 @@ def finetune(model: str | Path, dataset: Any, output_dir: str | Path, **flags: A
         flags: other flags of `vitcls finetune`.
 
     Returns:
-        The content of results.json, or of folds.json if `folds` is set.
+        The contents of results.json, or of folds.json if `folds` is set.
 
     Raises:
         TypeError: if a flag is unknown.
@@ -57,7 +57,7 @@ def finetune(model: str | Path, dataset: Any, output_dir: str | Path, **flags: A
 def pretrain(model: str | Path, dataset: Any, output_dir: str | Path, **flags: Any) -> dict[str, Any]:
     """Pre-train a model on images without labels, as `vitcls pretrain` does.
 
-    The arguments, results and errors are the same as in `finetune`. The labels of the dataset are not used.
+    The arguments, return value and errors are the same as for `finetune`. The labels of the dataset are ignored.
     """
     from .training.pretrain import PretrainTask
 
@@ -118,7 +118,7 @@ def predict(model: str | Path, images: Any = (), **flags: Any) -> list[dict[str,
     from .inference.predict import predict_from_options
 
     images = [images] if isinstance(images, str | bytes | Path) else list(images)
-    placeholder_paths = tuple(map(str, range(len(images))))  # the options require one path per image
+    placeholder_paths = tuple(map(str, range(len(images))))  # PredictOptions requires one path per image
     fixed_flags = {"output": Path("not-written.json"), "shard_size": PredictOptions.shard_size}
     options = build_options(PredictOptions, fixed_flags, model=model, paths=placeholder_paths, **flags)
     return predict_from_options(options, images)
@@ -148,7 +148,8 @@ def inspect_tokens(model: str | Path, images: Any = (), **flags: Any) -> Any:
 
 
 def build_options(options_class: type[Options], fixed_flags: dict[str, Any] | None = None, /, **flags: Any) -> Options:
-    """Build the options of a command from keyword arguments. An in-memory dataset is stored under a generated name.
+    """Build the options of a command from keyword arguments. An in-memory dataset is registered under a generated
+    name.
 
     `fixed_flags` contains flags that callers cannot set. Raise TypeError if a flag is unknown, and ValueError if a
     value is not allowed.
@@ -163,18 +164,18 @@ def build_options(options_class: type[Options], fixed_flags: dict[str, Any] | No
         from .data.in_memory import add_dataset
 
         flags["dataset"] = add_dataset(flags["dataset"])
-    return fill_options(options_class, flags | (fixed_flags or {}))
+    return build_dataclass(options_class, flags | (fixed_flags or {}))
 
 
-def fill_options(options_class: Any, flags: dict[str, Any]) -> Any:
+def build_dataclass(dataclass_type: Any, flags: dict[str, Any]) -> Any:
     """Build an options dataclass, including nested dataclasses, from flags (name -> value)."""
-    field_values, type_hints = {}, get_type_hints(options_class)
-    for field in dataclasses.fields(options_class):
+    field_values, type_hints = {}, get_type_hints(dataclass_type)
+    for field in dataclasses.fields(dataclass_type):
         if dataclasses.is_dataclass(field.type):
-            field_values[field.name] = fill_options(field.type, flags)
+            field_values[field.name] = build_dataclass(field.type, flags)
         elif field.name in flags:
             field_values[field.name] = convert_value(field.name, flags[field.name], type_hints[field.name])
-    return options_class(**field_values)
+    return dataclass_type(**field_values)
 
 
 def convert_value(name: str, value: Any, type_hint: Any) -> Any:
@@ -187,7 +188,7 @@ def convert_value(name: str, value: Any, type_hint: Any) -> Any:
     if isinstance(value, list):
         return tuple(value)
     if isinstance(value, str) and any(get_origin(type_) is tuple for type_ in value_types):
-        return (value,)  # a single value of a flag that accepts several values
+        return (value,)  # the flag accepts several values
     if isinstance(value, str) and Path in value_types:
         return Path(value)
     return str(value) if isinstance(value, Path) and Path not in value_types else value

@@ -4,7 +4,7 @@
       step-00000120/           model.safetensors, optimizer.safetensors, ...: named tensors
                                state.json: step, metadata, the SHA-256 of each file, and a SHA-256 of these fields
       step-00000240/
-      .step-00000360.partial/  left behind if a save or removal was interrupted; removed by the next save
+      .step-00000360.partial/  incomplete folder of an interrupted save or removal; deleted by the next save
 
 A checkpoint is written to a hidden folder, synchronized to the disk and then renamed, so that the previous checkpoint
 remains intact even if the process is killed. Only safetensors and JSON are read: nothing is unpickled or
@@ -34,13 +34,14 @@ from .distributed import run_on_main
 Tensors = dict[str, torch.Tensor]
 
 STATE_FILE = "state.json"
-STEP_FOLDER = re.compile(r"step-(\d{8,})")
-PARTIAL, REPLACED = ".partial", ".replaced"  # suffixes of hidden folders that are incomplete or being replaced
-WRITE_ERRORS = (OSError, SafetensorError)  # errors of a failed write; safetensors also raises its own type
+STEP_FOLDER_PATTERN = re.compile(r"step-(\d{8,})")
+# Suffixes of hidden folders that are incomplete or being replaced.
+PARTIAL_SUFFIX, REPLACED_SUFFIX = ".partial", ".replaced"
+WRITE_ERRORS = (OSError, SafetensorError)  # exceptions raised by failed writes
 
 
-class DamagedCheckpoint(ValueError):
-    """A file of a checkpoint is missing or has changed since the checkpoint was written."""
+class DamagedCheckpointError(ValueError):
+    """Raised if a file of a checkpoint is missing or has changed since the checkpoint was written."""
 
 
 @dataclass(frozen=True)
@@ -49,20 +50,20 @@ class Checkpoint:
 
     folder: Path
     step: int
-    facts: dict[str, Any]
+    metadata: dict[str, Any]  # `facts` in state.json
     files: dict[str, str]  # file name -> SHA-256, for all files except state.json
 
     def load_tensors(self, name: str) -> Tensors:
-        """Return the tensors of `name`.safetensors on the CPU. Raise DamagedCheckpoint if the file is damaged."""
+        """Return the tensors of `name`.safetensors on the CPU. Raise DamagedCheckpointError if the file is damaged."""
         file = f"{name}.safetensors"
         if file not in self.files:
-            raise DamagedCheckpoint(
+            raise DamagedCheckpointError(
                 f"the checkpoint {self.folder} is damaged: {STATE_FILE} has no checksum for {file}"
             )
         try:
             return load_file(self.folder / file)
         except SafetensorError as error:
-            raise DamagedCheckpoint(f"the checkpoint {self.folder} is damaged: {file} ({error})") from error
+            raise DamagedCheckpointError(f"the checkpoint {self.folder} is damaged: {file} ({error})") from error
 
 
 @dataclass
@@ -70,81 +71,82 @@ class CheckpointStore:
     """The checkpoints of one run. Only the main process writes and reads checkpoints."""
 
     folder: Path
-    num_kept: int  # number of newest checkpoints to keep in addition to the best checkpoint
+    num_kept: int  # number of most recent checkpoints to keep, in addition to the best checkpoint
 
-    def save(self, step: int, tensors: dict[str, Tensors], facts: dict[str, Any], is_best: bool) -> Path:
+    def save(self, step: int, tensor_groups: dict[str, Tensors], metadata: dict[str, Any], is_best: bool) -> Path:
         """Write a checkpoint, then remove old checkpoints.
 
         Args:
-            tensors: file name without its suffix -> named tensors, on any device.
-            facts: metadata that JSON can represent. Floats are restored exactly, and tuples become lists.
+            step: number of completed optimizer steps.
+            tensor_groups: file name without its suffix -> named tensors, on any device.
+            metadata: JSON-serializable metadata. Floats are restored exactly, and tuples become lists.
             is_best: whether the model is the best model so far. The newest checkpoint with `is_best` is always kept.
 
         Raises:
             OSError: if the checkpoint cannot be written; earlier checkpoints are unchanged.
         """
-        target = self.get_path(step)
-        partial_folder = get_hidden_path(target, PARTIAL)
+        target = self.get_folder(step)
+        partial_folder = get_hidden_path(target, PARTIAL_SUFFIX)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.remove_leftovers()
+            self.clean_up_interrupted_saves()
             partial_folder.mkdir()
-            write_checkpoint(partial_folder, step, tensors, facts, is_best)
+            write_checkpoint(partial_folder, step, tensor_groups, metadata, is_best)
             move_into_place(partial_folder, target)
         except WRITE_ERRORS as error:
             shutil.rmtree(partial_folder, ignore_errors=True)
-            raise OSError(self.describe_write_error(step, tensors, error)) from error
+            raise OSError(self.describe_write_error(step, tensor_groups, error)) from error
         self.prune(step)
         return target
 
     def load_newest(self, warn: Callable[[str], None]) -> Checkpoint | None:
-        """Return the newest undamaged checkpoint, or None if there are no checkpoints. `warn` is called with a warning
-        about each damaged checkpoint.
+        """Return the newest undamaged checkpoint, or None if there are no checkpoints.
+
+        Args:
+            warn: function that is called with one message for each damaged checkpoint.
 
         Raises:
             ValueError: if all checkpoints are damaged.
         """
-        self.remove_leftovers()
-        messages = []
+        self.clean_up_interrupted_saves()
+        error_messages = []
         for step in reversed(self.list_steps()):
             try:
-                return read_checkpoint(self.get_path(step))
-            except DamagedCheckpoint as error:
-                messages.append(str(error))
+                return read_checkpoint(self.get_folder(step))
+            except DamagedCheckpointError as error:
+                error_messages.append(str(error))
                 warn(f"{error}; trying the previous checkpoint")
-        if messages:
+        if error_messages:
             raise ValueError(
-                f"all checkpoints in {self.folder} are damaged ({messages[0]}). To start from the beginning, set "
-                "--overwrite instead of --resume"
+                f"all checkpoints in {self.folder} are damaged ({error_messages[0]}). To start from the beginning, "
+                "set --overwrite instead of --resume"
             )
         return None
 
     def load_best(self) -> Checkpoint:
         """Return the checkpoint with the best evaluation. Raise ValueError if the checkpoint is missing or damaged."""
         for step in reversed(self.list_steps()):
-            if is_best_checkpoint(self.get_path(step)):
-                return read_checkpoint(self.get_path(step))
-        raise ValueError(
-            f"{self.folder} contains no checkpoint with the best evaluation. Restart the run with --overwrite"
-        )
+            if is_best_checkpoint(self.get_folder(step)):
+                return read_checkpoint(self.get_folder(step))
+        raise ValueError(f"{self.folder} does not contain the best checkpoint. Restart the run with --overwrite")
 
     def clear(self) -> None:
         """Remove all checkpoints of an earlier run, and the folder if it contains nothing else."""
-        self.remove_leftovers()
+        self.clean_up_interrupted_saves()
         for step in self.list_steps():
-            remove_checkpoint(self.get_path(step))
-        with suppress(OSError):  # missing, or not empty
+            remove_checkpoint(self.get_folder(step))
+        with suppress(OSError):  # the folder is missing or not empty
             self.folder.rmdir()
 
     def list_steps(self) -> list[int]:
         """Return the steps of the checkpoints in ascending order."""
         if not self.folder.is_dir():
             return []
-        matches = [STEP_FOLDER.fullmatch(path.name) for path in self.folder.iterdir() if path.is_dir()]
+        matches = [STEP_FOLDER_PATTERN.fullmatch(path.name) for path in self.folder.iterdir() if path.is_dir()]
         return sorted(int(match[1]) for match in matches if match)
 
-    def get_path(self, step: int) -> Path:
-        """Return the folder of the checkpoint of `step`."""
+    def get_folder(self, step: int) -> Path:
+        """Return the folder of the checkpoint that is saved at `step`."""
         return self.folder / f"step-{step:08d}"
 
     def prune(self, step: int) -> None:
@@ -154,34 +156,36 @@ class CheckpointStore:
         """
         steps = self.list_steps()
         earlier_steps = [stored_step for stored_step in steps if stored_step <= step]
-        best_steps = [stored_step for stored_step in earlier_steps if is_best_checkpoint(self.get_path(stored_step))]
-        kept_steps = {*earlier_steps[-self.num_kept :], *best_steps[-1:]}
+        best_steps = [stored_step for stored_step in earlier_steps if is_best_checkpoint(self.get_folder(stored_step))]
+        steps_to_keep = {*earlier_steps[-self.num_kept :], *best_steps[-1:]}
         for stored_step in steps:
-            if stored_step not in kept_steps:
-                remove_checkpoint(self.get_path(stored_step))
+            if stored_step not in steps_to_keep:
+                remove_checkpoint(self.get_folder(stored_step))
 
-    def remove_leftovers(self) -> None:
-        """Remove the hidden folders of an interrupted save, and restore hidden checkpoints that were not replaced."""
-        for replaced_folder in self.folder.glob(f".step-*{REPLACED}"):
-            target = self.folder / replaced_folder.name.removeprefix(".").removesuffix(REPLACED)
+    def clean_up_interrupted_saves(self) -> None:
+        """Remove the partial folders of interrupted saves, and restore hidden checkpoints that were not replaced."""
+        for replaced_folder in self.folder.glob(f".step-*{REPLACED_SUFFIX}"):
+            target = self.folder / replaced_folder.name.removeprefix(".").removesuffix(REPLACED_SUFFIX)
             if target.exists():
                 shutil.rmtree(replaced_folder)
             else:
                 replaced_folder.rename(target)
-        for partial_folder in self.folder.glob(f".step-*{PARTIAL}"):
+        for partial_folder in self.folder.glob(f".step-*{PARTIAL_SUFFIX}"):
             shutil.rmtree(partial_folder)
 
-    def describe_write_error(self, step: int, tensors: dict[str, Tensors], error: Exception) -> str:
+    def describe_write_error(self, step: int, tensor_groups: dict[str, Tensors], error: Exception) -> str:
         """Return the error message for a checkpoint that cannot be written, including the required and free space."""
-        required_bytes = sum(tensor.nbytes for group in tensors.values() for tensor in group.values())
+        required_bytes = sum(tensor.nbytes for tensors in tensor_groups.values() for tensor in tensors.values())
         steps = self.list_steps()
-        earlier_note = f"the checkpoint of step {steps[-1]} is intact" if steps else "there is no earlier checkpoint"
+        earlier_checkpoint_note = (
+            f"the checkpoint of step {steps[-1]} is intact" if steps else "there is no earlier checkpoint"
+        )
         existing_folder = next(folder for folder in (self.folder, *self.folder.parents) if folder.exists())
         free_bytes = shutil.disk_usage(existing_folder).free
         return (
             f"cannot write the checkpoint of step {step} to {self.folder}: {' '.join(str(error).split())}. The "
             f"checkpoint requires {format_megabytes(required_bytes)}, and {format_megabytes(free_bytes)} are free; "
-            f"{earlier_note}. Free disk space, then use --resume"
+            f"{earlier_checkpoint_note}. Free disk space, then use --resume"
         )
 
 
@@ -192,102 +196,103 @@ def save_on_main(
     store: CheckpointStore,
     accelerator: Accelerator,
     step: int,
-    tensors: dict[str, Tensors],
-    facts: dict[str, Any],
+    tensor_groups: dict[str, Tensors],
+    metadata: dict[str, Any],
     is_best: bool,
 ) -> None:
     """Save a checkpoint on the main process while the other processes wait. Errors are raised on all processes."""
-    run_on_main(accelerator, lambda: store.save(step, tensors, facts, is_best))
+    run_on_main(accelerator, lambda: store.save(step, tensor_groups, metadata, is_best))
 
 
 def load_on_main(
     accelerator: Accelerator, load: Callable[[], Checkpoint | None]
 ) -> tuple[Checkpoint | None, dict[str, Any] | None]:
-    """Return the checkpoint that `load` returns, and its metadata; (None, None) if there is no checkpoint.
+    """Call `load` on the main process. Return the checkpoint and its metadata; (None, None) if there is no checkpoint.
 
     All processes return the metadata, but only the main process returns the checkpoint.
     """
     checkpoint: Checkpoint | None = None
 
-    def load_facts() -> dict[str, Any] | None:
+    def load_metadata() -> dict[str, Any] | None:
         nonlocal checkpoint
         checkpoint = load()
-        return None if checkpoint is None else checkpoint.facts
+        return None if checkpoint is None else checkpoint.metadata
 
-    facts = run_on_main(accelerator, load_facts)
-    return checkpoint, facts
+    metadata = run_on_main(accelerator, load_metadata)
+    return checkpoint, metadata
 
 
-# Files of one checkpoint ---------------------------------------------------------------------------------------------
+# Checkpoint files ---------------------------------------------------------------------------------------------------
 
 
 def write_checkpoint(
-    folder: Path, step: int, tensors: dict[str, Tensors], facts: dict[str, Any], is_best: bool
+    folder: Path, step: int, tensor_groups: dict[str, Tensors], metadata: dict[str, Any], is_best: bool
 ) -> None:
     """Write the files of a checkpoint to an empty folder, and synchronize the folder to the disk."""
-    for name, named_tensors in tensors.items():
-        save_file(clone_shared_tensors(named_tensors), folder / f"{name}.safetensors")
+    for name, tensors in tensor_groups.items():
+        save_file(clone_shared_tensors(tensors), folder / f"{name}.safetensors")
     files = {path.name: compute_file_digest(path) for path in sorted(folder.iterdir())}
-    state = {"format": 1, "step": step, "is_best": is_best, "facts": facts, "files": files}
+    state = {"format": 1, "step": step, "is_best": is_best, "facts": metadata, "files": files}
     (folder / STATE_FILE).write_text(format_state(state), encoding="utf-8")
     for path in (*folder.iterdir(), folder):
         sync_to_disk(path)
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """Verify and return a checkpoint. Raise DamagedCheckpoint with the file name if a file is missing or damaged."""
+    """Verify and return a checkpoint. Raise DamagedCheckpointError with the file name if a file is missing or
+    damaged."""
     state = read_state(folder)
-    for name, expected in state["files"].items():
+    for name, expected_digest in state["files"].items():
         file = folder / name
         if not file.is_file():
-            raise DamagedCheckpoint(f"the checkpoint {folder} is damaged: {name} is missing")
-        if compute_file_digest(file) != expected:
-            raise DamagedCheckpoint(f"the checkpoint {folder} is damaged: the checksum of {name} does not match")
+            raise DamagedCheckpointError(f"the checkpoint {folder} is damaged: {name} is missing")
+        if compute_file_digest(file) != expected_digest:
+            raise DamagedCheckpointError(f"the checkpoint {folder} is damaged: the checksum of {name} does not match")
     return Checkpoint(folder, state["step"], state["facts"], state["files"])
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """Return the contents of state.json. Raise DamagedCheckpoint if the file is missing or invalid."""
+    """Return the contents of state.json. Raise DamagedCheckpointError if the file is missing or invalid."""
     if not (folder / STATE_FILE).is_file():
-        raise DamagedCheckpoint(f"the checkpoint {folder} is damaged: {STATE_FILE} is missing")
+        raise DamagedCheckpointError(f"the checkpoint {folder} is damaged: {STATE_FILE} is missing")
     try:
         state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-        expected = state.pop("sha256")
-        has_valid_checksum = compute_digest(state) == expected
+        expected_digest = state.pop("sha256")
+        has_valid_checksum = compute_json_digest(state) == expected_digest
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):  # not a JSON object with a checksum
-        raise DamagedCheckpoint(f"the checkpoint {folder} is damaged: {STATE_FILE} is unreadable") from None
+        raise DamagedCheckpointError(f"the checkpoint {folder} is damaged: {STATE_FILE} is unreadable") from None
     if not has_valid_checksum or not is_valid_state(state):
-        raise DamagedCheckpoint(f"the checkpoint {folder} is damaged: {STATE_FILE} is not valid")
+        raise DamagedCheckpointError(f"the checkpoint {folder} is damaged: {STATE_FILE} is not valid")
     return state
 
 
 def is_valid_state(state: dict[str, Any]) -> bool:
     """Return whether a JSON object has the fields of state.json, and lists no files outside the folder."""
-    files, facts = state.get("files"), state.get("facts")
+    files, metadata = state.get("files"), state.get("facts")
     return (
         type(state.get("step")) is int
-        and isinstance(facts, dict)
-        and isinstance(facts.get("flags", {}), dict)
+        and isinstance(metadata, dict)
+        and isinstance(metadata.get("flags", {}), dict)
         and isinstance(files, dict)
         and all(Path(name).name == name and isinstance(sha256, str) for name, sha256 in files.items())
     )
 
 
 def format_state(state: dict[str, Any]) -> str:
-    """Return the text of state.json: the fields of `state` and the checksum of these fields."""
-    return json.dumps(state | {"sha256": compute_digest(state)}, indent=1) + "\n"
+    """Format the contents of state.json: the fields of `state` and a checksum of the fields."""
+    return json.dumps(state | {"sha256": compute_json_digest(state)}, indent=1) + "\n"
 
 
 def is_best_checkpoint(folder: Path) -> bool:
-    """Return whether the checkpoint was the best so far when it was written."""
+    """Return whether the model in a checkpoint was the best model when the checkpoint was written."""
     try:
         return bool(read_state(folder)["is_best"])
-    except DamagedCheckpoint:
+    except DamagedCheckpointError:
         return False
 
 
 def clone_shared_tensors(tensors: Tensors) -> Tensors:
-    """Return the tensors on the CPU, contiguous and without shared memory.
+    """Return contiguous copies of the tensors on the CPU that share no memory.
 
     Safetensors does not support tensors that share memory, such as tied weights.
     """
@@ -303,7 +308,7 @@ def clone_shared_tensors(tensors: Tensors) -> Tensors:
 
 def move_into_place(partial_folder: Path, target: Path) -> None:
     """Rename a complete folder to `target`. An earlier checkpoint of the same step is hidden first, then removed."""
-    replaced_folder = get_hidden_path(target, REPLACED)
+    replaced_folder = get_hidden_path(target, REPLACED_SUFFIX)
     if target.exists():
         target.rename(replaced_folder)
     partial_folder.rename(target)
@@ -314,18 +319,18 @@ def move_into_place(partial_folder: Path, target: Path) -> None:
 def remove_checkpoint(folder: Path) -> None:
     """Remove the checkpoint in `folder`. The folder is hidden first, so that an interrupted removal does not leave a
     damaged checkpoint."""
-    hidden_folder = folder.rename(get_hidden_path(folder, PARTIAL))
+    hidden_folder = folder.rename(get_hidden_path(folder, PARTIAL_SUFFIX))
     shutil.rmtree(hidden_folder, ignore_errors=True)
 
 
 def get_hidden_path(folder: Path, suffix: str) -> Path:
-    """Return the hidden path that a folder has while it is incomplete, being replaced or being removed."""
+    """Return the hidden path of a folder that is incomplete, being replaced or being removed."""
     return folder.with_name(f".{folder.name}{suffix}")
 
 
 def sync_to_disk(path: Path) -> None:
-    """Synchronize a file, or the list of files in a folder, to the disk (fsync)."""
-    if path.is_dir() and os.name == "nt":  # Windows cannot open folders
+    """Flush a file, or the list of files in a folder, to the disk (fsync)."""
+    if path.is_dir() and os.name == "nt":  # Windows cannot open folders as files
         return
     file_descriptor = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
     try:
@@ -340,7 +345,7 @@ def compute_file_digest(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def compute_digest(state: dict[str, Any]) -> str:
+def compute_json_digest(state: dict[str, Any]) -> str:
     """Return the SHA-256 of a JSON object, independent of its formatting."""
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 

@@ -5,8 +5,8 @@
     vitcls completion bash > ~/.local/share/bash-completion/completions/vitcls      shell completion
 
 The scripts in scripts/ run the same subcommands. Flags are parsed before torch is imported, so that `vitcls --help`
-and errors about flags are printed immediately. The programs are in commands/; no file in the package imports this
-file.
+and errors about flags are printed immediately. The subcommands are implemented in commands/. No file in the package
+imports this file.
 """
 
 import difflib
@@ -24,33 +24,35 @@ from .files import is_closed_pipe
 
 
 SHELLS = ("bash", "zsh", "tcsh")
-LIBRARIES = ("tyro", "yaml")  # libraries that the extra `scripts` installs
+CLI_LIBRARIES = ("tyro", "yaml")  # libraries that the extra `scripts` installs
 
 
 @dataclass(frozen=True)
 class Command:
-    """A subcommand: its summary in `vitcls --help`, its module in commands/, and whether it accepts a recipe."""
+    """A subcommand of `vitcls`."""
 
-    summary: str
-    module: str
-    has_recipes: bool = False
+    summary: str  # description in `vitcls --help`
+    module: str  # name of the module in commands/
+    has_recipe_flag: bool = False  # whether the subcommand accepts --config with a recipe of flags
 
 
 COMMANDS = {
-    "finetune": Command("Fine-tune a ViT on labeled images", "finetune", has_recipes=True),
-    "pretrain": Command("Pre-train a ViT on images without labels (masked image modeling)", "pretrain", True),
-    "evaluate": Command("Evaluate a model on labeled images", "evaluate", has_recipes=True),
+    "finetune": Command("Fine-tune a ViT on labeled images", "finetune", has_recipe_flag=True),
+    "pretrain": Command(
+        "Pre-train a ViT on images without labels (masked image modeling)", "pretrain", has_recipe_flag=True
+    ),
+    "evaluate": Command("Evaluate a model on labeled images", "evaluate", has_recipe_flag=True),
     "predict": Command("Predict the labels of images, or write their features", "predict"),
     "convert": Command("Convert a timm or transformers ViT, with a parity report", "convert"),
     "inspect": Command("Show what the special tokens of a model do, in an HTML report", "inspect_tokens"),
     "push": Command("Push a model to the Hub and verify the pushed commit", "push"),
     "export": Command("Export a model to torch.export, ONNX or OpenVINO", "export"),
     "benchmark": Command("Compare speed and memory with transformers and timm", "benchmark"),
-    "study": Command("Measure the effect of choices: a grid of runs over factors and seeds", "study"),
+    "study": Command("Compare settings with a grid of fine-tuning runs over factors and seeds", "study"),
     "demo": Command("Show the predictions and attention of a model in a browser", "demo"),
     "space": Command("Publish the demo as a Space on the Hub", "space"),
 }
-OTHER_COMMANDS = {
+UTILITY_COMMANDS = {
     "env": "Print versions, devices and CPU kernels, for bug reports",
     "completion": f"Print a completion script for a shell: {', '.join(SHELLS)}",
 }
@@ -65,24 +67,24 @@ def main(arguments: list[str] | None = None) -> None:
     Args:
         arguments: The subcommand and its flags. Default: `sys.argv[1:]`.
     """
-    # Hide a warning: torchao, which transformers imports if installed, uses a deprecated function of PyTorch 2.15.
+    # Hide the deprecation warning that PyTorch 2.15 logs when transformers imports torchao.
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
     try:
-        run_command(arguments)
+        run_command_line(arguments)
     except BrokenPipeError:
         if not is_closed_pipe(sys.stdout):
             raise
         raise SystemExit(1) from None
     finally:
         if is_closed_pipe(sys.stdout):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes the output again at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout at exit
 
 
-def run_command(arguments: list[str] | None) -> None:
+def run_command_line(arguments: list[str] | None) -> None:
     """Run a subcommand, or print the help or the version."""
     name, *flags = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if name in COMMANDS:
-        run_program(name, flags)
+        run_subcommand(name, flags)
     elif name in ("--help", "-h", "help"):
         print(format_help())
     elif name in ("--version", "-V"):
@@ -99,32 +101,36 @@ def run_command(arguments: list[str] | None) -> None:
         exit_on_invalid_command(name)
 
 
-def run_program(name: str, flags: list[str]) -> None:
+def run_subcommand(name: str, flags: list[str]) -> None:
     """Parse the flags of a subcommand, register the Auto classes, and run the subcommand."""
     command, module = COMMANDS[name], load_module(name)
-    from .commands.parsing import exit_on_error, parse, parse_flags
+    from .commands.parsing import exit_on_error, parse_flags, parse_with_recipe
 
-    settings = {"prog": f"vitcls {name}", "description": format_description(module)}
-    options = (parse if command.has_recipes else parse_flags)(module.OPTIONS, flags, **settings)
+    tyro_settings = {"prog": f"vitcls {name}", "description": format_description(module)}
+    options = (parse_with_recipe if command.has_recipe_flag else parse_flags)(
+        module.OPTIONS_CLASS, flags, **tyro_settings
+    )
     if hasattr(module, "check_options"):
         module.check_options(options)
 
     from .configuration_vitcls import ViTCLSConfig
 
-    ViTCLSConfig.register_auto_classes()  # __init__.py does not register the classes for this program
+    ViTCLSConfig.register_auto_classes()  # __init__.py does not register the classes in a CLI process
     with exit_on_error():
         module.run(options)
 
 
 def load_module(name: str) -> ModuleType:
-    """Import the module of a subcommand, which defines OPTIONS, run(options) and optionally check_options(options).
+    """Import and return the module of a subcommand.
 
-    Exit with status 1 if a library that the command line requires is not installed.
+    A module defines OPTIONS_CLASS, run(options) and optionally check_options(options).
+
+    Exit with status 1 if a library in `CLI_LIBRARIES` is not installed.
     """
     try:
         return importlib.import_module(f"modeling_vitcls.commands.{COMMANDS[name].module}")
     except ModuleNotFoundError as error:
-        if error.name not in LIBRARIES:
+        if error.name not in CLI_LIBRARIES:
             raise
         message = f"error: the vitcls command requires {error.name}: run pip install 'modeling_vitcls[scripts]'"
         print(message, file=sys.stderr)
@@ -132,15 +138,15 @@ def load_module(name: str) -> ModuleType:
 
 
 def format_description(module: ModuleType) -> str:
-    """Return the description of a subcommand for --help: the docstring of the options, then the examples."""
+    """Format the description of a subcommand for --help: the docstring of its options, then examples."""
     _, _, examples = str(module.__doc__).partition("\n\n")
-    return f"{textwrap.dedent(str(module.OPTIONS.__doc__))}\n\n{examples}".strip()
+    return f"{textwrap.dedent(str(module.OPTIONS_CLASS.__doc__))}\n\n{examples}".strip()
 
 
 def format_help() -> str:
-    """Return the text of `vitcls --help`."""
+    """Format the output of `vitcls --help`."""
     width = max(20, shutil.get_terminal_size().columns)
-    summaries = {name: command.summary for name, command in COMMANDS.items()} | OTHER_COMMANDS
+    summaries = {name: command.summary for name, command in COMMANDS.items()} | UTILITY_COMMANDS
     indent = max(map(len, summaries)) + 4
     lines = [
         textwrap.fill(f"  {name:<{indent - 2}}{summary}", width, subsequent_indent=" " * indent)
@@ -151,17 +157,17 @@ def format_help() -> str:
 
 def exit_on_invalid_command(name: str) -> NoReturn:
     """Exit with status 2 and a one-line message about an invalid subcommand."""
-    known_commands = [*COMMANDS, *OTHER_COMMANDS]
+    known_commands = [*COMMANDS, *UTILITY_COMMANDS]
     if name == "completion":
         message = f"error: vitcls completion requires the name of a shell: {', '.join(SHELLS)}"
     elif name == "env":
         message = "error: vitcls env accepts no flags"
     else:
         similar_commands = difflib.get_close_matches(name, known_commands, n=1, cutoff=0.5)
-        advice = (
+        hint = (
             f"did you mean {similar_commands[0]}?" if similar_commands else f"choose from {', '.join(known_commands)}"
         )
-        message = f"error: vitcls has no command {name}: {advice}"
+        message = f"error: vitcls has no command {name}: {hint}"
     print(message, file=sys.stderr)
     raise SystemExit(2)
 
@@ -171,13 +177,13 @@ def print_completion(shell: str) -> None:
     modules = {name: load_module(name) for name in COMMANDS}
     import tyro
 
-    programs: list[Any] = [
-        Annotated[module.OPTIONS, tyro.conf.subcommand(name, description=COMMANDS[name].summary)]
+    subcommands: list[Any] = [
+        Annotated[module.OPTIONS_CLASS, tyro.conf.subcommand(name, description=COMMANDS[name].summary)]
         for name, module in modules.items()
     ]
-    settings = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
-    program: Any = Union[tuple(programs)]  # noqa: UP007
-    tyro.cli(program, prog="vitcls", args=["--tyro-print-completion", shell], config=settings)
+    config = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
+    subcommand_union: Any = Union[tuple(subcommands)]  # noqa: UP007
+    tyro.cli(subcommand_union, prog="vitcls", args=["--tyro-print-completion", shell], config=config)
 
 
 if __name__ == "__main__":

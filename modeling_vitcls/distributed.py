@@ -1,8 +1,7 @@
-"""Processes and devices: build the Accelerator, configure FSDP2 and DeepSpeed ZeRO, and run actions on the main
-process.
+"""Build the Accelerator, configure FSDP2 and DeepSpeed ZeRO, and run functions on the main process.
 
 ZeRO-2 shards gradients and optimizer state across the processes; ZeRO-3 also shards the weights. The optimizer step
-is in training/optimizer.py. The shards are gathered in training/distributed_state.py.
+is implemented in training/optimizer.py. The shards are gathered in training/distributed_state.py.
 """
 
 import importlib.util
@@ -31,7 +30,7 @@ from .options import RunOptions, TrainingOptions
 from .system import keep_freed_memory
 
 
-# Maximum time that the other processes wait for downloads, stream reads and pushes by the main process.
+# Maximum time that processes wait for each other, for example for a download or push by the main process.
 PROCESS_GROUP_TIMEOUT = timedelta(hours=12)
 
 
@@ -43,11 +42,13 @@ def build_accelerator(
 ) -> Accelerator:
     """Build the Accelerator for the launched configuration.
 
-    On CPUs, this call makes the process keep freed memory for reuse (system.py). `cpu=True` is required on machines
-    without an accelerator, because Accelerate would otherwise run several processes independently. With DeepSpeed, the
-    gloo backend is set instead of `cpu=True`, because `cpu=True` would disable DeepSpeed.
+    On CPUs, the process also keeps freed memory for reuse (`keep_freed_memory`).
 
-    `mixed_precision` is "no", "bf16" or "fp16"; None selects the precision of the launched configuration.
+    Args:
+        gradient_accumulation_steps: number of forward and backward passes per optimizer step.
+        mixed_precision: "no", "bf16" or "fp16". Default: the precision of the launched configuration.
+        trackers: names of experiment trackers, such as "wandb".
+        tracker_folder: folder for the files of the trackers.
 
     Raises:
         ValueError: if this machine or DeepSpeed does not support the precision, if FSDP 1 or an unsupported ZeRO stage
@@ -57,6 +58,7 @@ def build_accelerator(
     if use_cpu:
         keep_freed_memory()
     use_deepspeed = parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
+    # Without `cpu=True` or the gloo backend, processes on CPUs would run independently. `cpu=True` disables DeepSpeed.
     accelerator = Accelerator(
         cpu=use_cpu and not use_deepspeed,
         mixed_precision=mixed_precision,
@@ -68,18 +70,18 @@ def build_accelerator(
         ],
         project_config=ProjectConfiguration(logging_dir=str(tracker_folder)) if tracker_folder else None,
     )
-    # An environment variable of the launcher would override the argument of the constructor.
+    # Set here, because an environment variable of the launcher overrides the constructor argument.
     accelerator.gradient_accumulation_steps = gradient_accumulation_steps
     if accelerator.distributed_type == DistributedType.MULTI_CPU and parse_flag_from_env("ACCELERATE_USE_FSDP"):
-        shard_on_cpu(accelerator)
+        enable_fsdp_on_cpu(accelerator)
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise ValueError("FSDP 1 is not supported. Set fsdp_version: 2 in accelerate's configuration")
-    if uses_deepspeed(accelerator):
+    if is_deepspeed_enabled(accelerator):
         configure_deepspeed(accelerator)
     return accelerator
 
 
-def shard_on_cpu(accelerator: Accelerator) -> None:
+def enable_fsdp_on_cpu(accelerator: Accelerator) -> None:
     """Enable the launched FSDP2 configuration on CPUs, where Accelerate would otherwise silently run DDP."""
     plugin = FullyShardedDataParallelPlugin()  # reads the environment variables of the launcher
     if accelerator.mixed_precision != "no":
@@ -88,23 +90,22 @@ def shard_on_cpu(accelerator: Accelerator) -> None:
     accelerator.state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
 
-def shard_by_layer(accelerator: Accelerator, model: nn.Module) -> None:
-    """Configure FSDP to shard the model by layer, unless the launched configuration specifies the sharded modules.
+def configure_layer_sharding(accelerator: Accelerator, model: nn.Module) -> None:
+    """Configure FSDP to wrap each encoder layer, unless the launched configuration sets the module classes to wrap.
 
-    By default, Accelerate raises an error if the model does not contain a layer of each type that the model class
-    supports.
+    By default, Accelerate raises an error if the model does not contain all layer classes in `_no_split_modules`.
     """
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is not None and plugin.transformer_cls_names_to_wrap is None:
         layer_class_names = {type(module).__name__ for module in model.modules() if isinstance(module, EncoderLayer)}
         plugin.transformer_cls_names_to_wrap = sorted(layer_class_names)
-    # FSDP2 warns that the patches are a view, but no operation modifies the patches in place.
+    # FSDP2 warns that the patch embeddings are a view. No operation modifies the patch embeddings in place.
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(FSDPViTCLSPatchEmbeddings\)")
 
 
 def check_trackers(trackers: tuple[str, ...]) -> list[str]:
-    """Return the trackers as a list. Raise ValueError if a tracker is not installed, because Accelerate would ignore
-    this tracker."""
+    """Return the trackers as a list. Raise ValueError if a tracker is not installed; Accelerate would ignore the
+    tracker."""
     for name in trackers:
         if importlib.util.find_spec(name) is None:
             raise ValueError(
@@ -116,23 +117,24 @@ def check_trackers(trackers: tuple[str, ...]) -> list[str]:
 ZERO_STAGES = (2, 3)
 
 
-def uses_deepspeed(accelerator: Accelerator) -> bool:
+def is_deepspeed_enabled(accelerator: Accelerator) -> bool:
     """Return whether the launched configuration uses DeepSpeed."""
     return accelerator.distributed_type == DistributedType.DEEPSPEED
 
 
 def get_zero_stage(accelerator: Accelerator) -> int | None:
     """Return the ZeRO stage, or None if DeepSpeed is not used."""
-    return accelerator.deepspeed_plugin.zero_stage if uses_deepspeed(accelerator) else None
+    return accelerator.deepspeed_plugin.zero_stage if is_deepspeed_enabled(accelerator) else None
 
 
 def configure_deepspeed(accelerator: Accelerator) -> None:
-    """Keep weights in float32 and unsharded until the optimizer is built, as in runs without DeepSpeed. Raise
-    ValueError for fp16 or an unsupported ZeRO stage.
+    """Configure DeepSpeed to keep weights in float32, and unsharded until the optimizer is built.
 
-    DeepSpeed's own bf16 mode would train and save bf16 weights, so autocast is used instead. The DeepSpeed
-    configuration of Transformers is unset, because Transformers would otherwise load all models in shards,
-    including the teacher.
+    The bf16 mode of DeepSpeed trains and saves bf16 weights, so autocast is used instead. The DeepSpeed configuration
+    of Transformers is unset, because Transformers would otherwise load all models in shards, including the teacher.
+
+    Raises:
+        ValueError: for fp16 or an unsupported ZeRO stage.
     """
     unset_hf_deepspeed_config()
     stage = get_zero_stage(accelerator)
@@ -143,19 +145,22 @@ def configure_deepspeed(accelerator: Accelerator) -> None:
     config = accelerator.deepspeed_plugin.deepspeed_config
     use_bf16 = config["bf16"]["enabled"]
     config["bf16"]["enabled"] = False
-    # With an empty list of modules, processes communicate in float32.
+    # An empty list of modules selects float32 for communication between processes.
     config["torch_autocast"] = {"enabled": use_bf16, "dtype": "bfloat16", "lower_precision_safe_modules": []}
 
 
 def get_precision(accelerator: Accelerator) -> str:
-    """Return the precision of the model's computations: "no", "bf16" or "fp16"."""
-    if uses_deepspeed(accelerator) and accelerator.deepspeed_plugin.deepspeed_config["torch_autocast"]["enabled"]:
+    """Return the mixed precision of the forward pass: "no", "bf16" or "fp16"."""
+    if (
+        is_deepspeed_enabled(accelerator)
+        and accelerator.deepspeed_plugin.deepspeed_config["torch_autocast"]["enabled"]
+    ):
         return "bf16"
     return accelerator.mixed_precision
 
 
 def check_deepspeed_flags(accelerator: Accelerator, training: TrainingOptions, run: RunOptions) -> None:
-    """Raise ValueError for flags that DeepSpeed does not support."""
+    """Raise ValueError if a flag is set that DeepSpeed does not support."""
     stage = get_zero_stage(accelerator)
     unsupported_flags = {
         "--resume": bool(stage) and run.resume,
@@ -170,7 +175,7 @@ def check_deepspeed_flags(accelerator: Accelerator, training: TrainingOptions, r
 def set_deepspeed_training_options(accelerator: Accelerator, training: TrainingOptions) -> None:
     """Set DeepSpeed's batch size, gradient accumulation and gradient clipping, which would otherwise come from the
     DeepSpeed configuration."""
-    if uses_deepspeed(accelerator):
+    if is_deepspeed_enabled(accelerator):
         batch_size = training.batch_size
         assert batch_size is not None
         accelerator.deepspeed_plugin.deepspeed_config.update(
@@ -181,13 +186,12 @@ def set_deepspeed_training_options(accelerator: Accelerator, training: TrainingO
         )
 
 
-def run_on_main(accelerator: Accelerator, action: Callable[[], Any]) -> Any:
-    """Run an action on the main process. On all processes, return the result, or raise the ValueError or OSError of
-    the action."""
+def run_on_main(accelerator: Accelerator, function: Callable[[], Any]) -> Any:
+    """Run a function on the main process. On all processes, return its result or raise its ValueError or OSError."""
     outcome: list[Any] = [None, None]
     if accelerator.is_main_process:
         try:
-            outcome = [action(), None]
+            outcome = [function(), None]
         except (ValueError, OSError) as error:
             outcome = [None, error]
     broadcast_object_list(outcome)

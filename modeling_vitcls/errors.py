@@ -1,21 +1,20 @@
-"""One-line error messages, and errors that all processes of a run raise."""
+"""Format error messages in one line, and mark errors that are raised on all processes of a run."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 
-MAX_LENGTH = 400  # maximum length of an error message from another library, in characters
-ON_ALL_PROCESSES = "on all processes"  # note that is added to errors that every process of a run raises
+MAX_MESSAGE_LENGTH = 400  # maximum length of a formatted error message, in characters
+ALL_PROCESSES_NOTE = "on all processes"  # note that marks errors that are raised on all processes
 
 
 def format_error(error: BaseException) -> str:
-    """Return the message of an error as one line of valid Unicode with at most 400 characters. If there is no message,
-    return the name of the error type.
+    """Return the message of an error as one line of valid Unicode with at most `MAX_MESSAGE_LENGTH` characters.
 
-    Invalid bytes in file names are replaced.
+    Invalid bytes in file names are replaced. If there is no message, the name of the error type is returned.
     """
     message = " ".join(str(error).split()).encode("utf-8", errors="replace").decode() or type(error).__name__
-    return message if len(message) <= MAX_LENGTH else f"{message[: MAX_LENGTH - 3]}..."
+    return message if len(message) <= MAX_MESSAGE_LENGTH else f"{message[: MAX_MESSAGE_LENGTH - 3]}..."
 
 
 @contextmanager
@@ -24,10 +23,10 @@ def mark_errors_of_all_processes() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        error.add_note(ON_ALL_PROCESSES)
+        error.add_note(ALL_PROCESSES_NOTE)
         raise
 
 
-def is_on_all_processes(error: BaseException) -> bool:
+def is_raised_on_all_processes(error: BaseException) -> bool:
     """Return whether an error is marked by `mark_errors_of_all_processes`."""
-    return ON_ALL_PROCESSES in getattr(error, "__notes__", ())
+    return ALL_PROCESSES_NOTE in getattr(error, "__notes__", ())

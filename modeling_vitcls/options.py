@@ -1,7 +1,8 @@
-"""The flags of `vitcls finetune`, `pretrain`, `evaluate`, `predict` and `inspect`.
+"""Flags of `vitcls finetune`, `pretrain`, `evaluate`, `predict` and `inspect`.
 
-Each field is a flag (`batch_size` is `--batch-size`) and a key of a recipe file. The docstring below a field is shown
-by --help. This file imports only the standard library, so that `--help` and errors about flags appear immediately.
+Each field is a flag (`batch_size` is `--batch-size`) and a key of a recipe file. The docstring below a field is the
+help text of the flag. This file imports only the standard library, so that `--help` and errors about flags appear
+immediately.
 """
 
 import dataclasses
@@ -14,7 +15,7 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class DataOptions:
-    """The dataset and the held-out split."""
+    """Dataset and held-out split."""
 
     dataset: str
     """`digits` (scikit-learn), a folder with a subfolder per class, a CSV, JSON Lines or Parquet file, a folder
@@ -29,18 +30,19 @@ class DataOptions:
     label_names: tuple[str, ...] | None = None
     """Names of all labels; required for a streamed dataset that does not declare the label names."""
     held_out_fraction: float = 0.2
-    """Fraction of the images to hold out for evaluation if the dataset has no evaluation split. The split of an image
-    depends only on a checksum of the image and --split-seed. 0: train on all images, without evaluation."""
+    """Fraction of the images to hold out for evaluation if the dataset has no evaluation split. Whether an image is
+    held out depends only on the checksum of the image and on --split-seed. 0: train on all images, without
+    evaluation."""
     split_seed: int = 0
-    """Random seed of the held-out split. Use the same seed to compare runs. Evaluation uses the seed that was used in
-    training."""
+    """Random seed of the held-out split. Use the same seed for all runs that are compared. Evaluation uses the seed of
+    the training run."""
     folds: int | None = None
     """Cross-validation: train one model per fold in OUTPUT_DIR/fold-1, fold-2, ..., and report the mean accuracy."""
     fold: int | None = None
     """With --folds: hold out only this fold (numbered from 1), and write the output to OUTPUT_DIR itself. Default: all
-    folds in turn."""
+    folds, one after another."""
     streaming: bool = False
-    """Read the dataset during training, without downloading or storing it. Requires --max-steps."""
+    """Stream the dataset during training instead of downloading it. Requires --max-steps."""
     shuffle_buffer: int = 1000
     """Number of images in the shuffle buffer of a streamed dataset. For an image folder, which is streamed class by
     class, set the number of images in the folder."""
@@ -61,7 +63,7 @@ class DataOptions:
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """The model. Fields that are not set keep the value of the preset or checkpoint."""
+    """Model. Flags that are not set keep the values of the preset or checkpoint."""
 
     model: str
     """A preset to train from scratch (`vitcls-tiny`, `vitcls-small`, `vitcls-base`, `vitcls-large`), a folder or Hub
@@ -78,16 +80,16 @@ class ModelOptions:
     cls_pooling: Literal["first", "mean", "concat"] | None = None
     """Reduction of several CLS tokens to one vector."""
     cls_scopes: tuple[str, ...] | None = None
-    """Image regions of the CLS tokens: `image` is one CLS token for the whole image, and `2x2` is one CLS token for
-    each cell of a grid of 2 rows and 2 columns."""
+    """Image regions that the CLS tokens attend to: `image` adds a CLS token for the whole image, and `2x2` adds a CLS
+    token for each cell of a grid of 2 rows and 2 columns."""
     head_type: Literal["linear", "mlp"] | None = None
-    """Type of the classifier."""
+    """Type of the classification head."""
     image_size: int | tuple[int, int] | None = None
     """Image size in pixels; two numbers are height and width."""
     patch_size: int | tuple[int, int] | None = None
     """Patch size in pixels; two numbers are height and width."""
     position_embedding_type: Literal["learned", "sincos_2d", "rope_2d", "none"] | None = None
-    """Type of the position embeddings of patches."""
+    """Type of position embeddings."""
     hidden_size: int | None = None
     """Embedding dimension."""
     num_hidden_layers: int | None = None
@@ -101,38 +103,38 @@ class ModelOptions:
     drop_path_rate: float | None = None
     """Stochastic depth rate of the last layer; the rate increases linearly from 0 in the first layer."""
     patch_drop_rate: float | None = None
-    """Fraction of patches to drop at random from each training image. Training is faster, but accuracy is lower."""
+    """Fraction of patches to drop at random from each training image. Training is faster, but less accurate."""
     merged_patches_per_layer: int | None = None
     """Number of patches that each layer removes by merging similar patches. The model is faster, but less accurate."""
     initializer_range: float | None = None
     """Standard deviation of new weights. Default: depends on the width of the preset (training/defaults.py), because
-    narrow models learn slowly with the usual value of 0.02."""
+    narrow models learn slowly with the common value of 0.02."""
 
     def __post_init__(self) -> None:
-        parse_cls_scopes(self.cls_scopes or ())  # raises ValueError
+        parse_cls_scopes(self.cls_scopes or ())  # raises ValueError if a value is invalid
 
     def get_config_values(self) -> dict[str, Any]:
         """Return the fields of ViTCLSConfig that these options set."""
-        values = {name: value for name, value in vars(self).items() if name != "model" and value is not None}
+        config_values = {name: value for name, value in vars(self).items() if name != "model" and value is not None}
         if self.cls_scopes:
-            values["cls_scopes"] = parse_cls_scopes(self.cls_scopes)
-            values.setdefault("num_cls_tokens", len(values["cls_scopes"]))
-        return values
+            config_values["cls_scopes"] = parse_cls_scopes(self.cls_scopes)
+            config_values.setdefault("num_cls_tokens", len(config_values["cls_scopes"]))
+        return config_values
 
 
-def parse_cls_scopes(texts: Sequence[str]) -> list[str | list[int]]:
+def parse_cls_scopes(values: Sequence[str]) -> list[str | list[int]]:
     """Convert the values of `--cls-scopes` to `ViTCLSConfig.cls_scopes`: one scope per CLS token, "image" or
     [rows, columns, row, column]. Raise ValueError if a value is not `image` or a grid such as `2x2`."""
     scopes: list[str | list[int]] = []
-    for text in texts:
-        if text == "image":
-            scopes.append(text)
-        elif match := re.fullmatch(r"([1-9]\d{0,2})x([1-9]\d{0,2})", text):
+    for value in values:
+        if value == "image":
+            scopes.append(value)
+        elif match := re.fullmatch(r"([1-9]\d{0,2})x([1-9]\d{0,2})", value):
             rows, columns = int(match[1]), int(match[2])
             scopes += [[rows, columns, row, column] for row in range(rows) for column in range(columns)]
         else:
             raise ValueError(
-                f"--cls-scopes requires `image` or ROWSxCOLUMNS, but got {text!r}. Example: --cls-scopes image 2x2"
+                f"--cls-scopes requires `image` or ROWSxCOLUMNS, but got {value!r}. Example: --cls-scopes image 2x2"
             )
     return scopes
 
@@ -150,9 +152,9 @@ class AugmentationOptions:
     """Maximum rotation in degrees."""
     shift: float | None = None
     """Maximum translation along each axis, as a fraction of the image size. Default: 0.04 for images of at most 64
-    pixels, which are not cropped, and 0 for larger images."""
+    pixels, and 0 for larger images."""
     zoom: float = 0.0
-    """Maximum change of scale. For example, 0.1 scales images by a factor from 0.9 to 1.1."""
+    """Maximum relative change of scale. For example, 0.1 scales images by a random factor from 0.9 to 1.1."""
     auto_augment: Literal["none", "rand", "trivial"] = "none"
     """Automatic augmentation: RandAugment (Cubuk et al. 2020) or TrivialAugment (Müller and Hutter 2021)."""
     rand_augment_operations: int = 2
@@ -162,7 +164,7 @@ class AugmentationOptions:
     random_erasing: float = 0.0
     """Probability of replacing a random rectangle with noise (Zhong et al. 2020)."""
     mixup: float = 0.0
-    """Alpha of mixup (Zhang et al. 2018). 0: off. If --cutmix is also set, each batch uses one of the two methods."""
+    """Alpha of mixup (Zhang et al. 2018). 0: off. If --cutmix is also set, each batch uses either mixup or CutMix."""
     cutmix: float = 0.0
     """Alpha of CutMix (Yun et al. 2019). 0: off."""
     repeated_augmentation: int = 1
@@ -181,7 +183,7 @@ class AugmentationOptions:
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """Optimization."""
+    """Training and evaluation."""
 
     epochs: float | None = None
     """Number of passes over the training images. Default: 30, or 10 for pre-trained weights and at least 10,000
@@ -197,29 +199,29 @@ class TrainingOptions:
     schedule. Default: depends on the initial weights and the width (training/defaults.py), for example 5e-4 for a
     ViT-Ti with random weights and 5e-5 for a pre-trained ViT-B."""
     layer_decay: float | None = None
-    """Layer-wise learning rate decay (BEiT, Bao et al. 2021): factor by which the learning rate decreases from each
-    layer to the previous layer. Tokens, position embeddings and patch embeddings count as one layer before the first
-    layer. 1: the same learning rate for all layers. Default: 0.75 for pre-trained weights, otherwise 1."""
+    """Layer-wise learning rate decay (BEiT, Bao et al. 2021): ratio of the learning rates of each layer and the next
+    layer. Tokens, position embeddings and patch embeddings count as one layer before the first layer. 1: the same
+    learning rate for all layers. Default: 0.75 for pre-trained weights, otherwise 1."""
     warmup: float = 0.1
-    """Fraction of the training steps used for learning rate warmup."""
+    """Fraction of training steps used for learning rate warmup."""
     weight_decay: float = 0.05
-    """Weight decay of linear layers and the patch projection. Weight decay is not applied to biases, norms,
-    tokens or position embeddings. DeiT uses 0.05."""
+    """Weight decay of linear layers and the patch projection. Biases, norms, tokens and position embeddings have no
+    weight decay. DeiT uses 0.05."""
     label_smoothing: float = 0.1
-    """Label smoothing: probability that is spread evenly over all classes. DeiT uses 0.1."""
+    """Label smoothing: probability that is distributed evenly over all classes. DeiT uses 0.1."""
     class_balance: Literal["none", "weights", "sampling"] = "none"
-    """Compensation for imbalanced classes: weight the loss by the inverse class size (`weights`), or sample all
-    classes equally often (`sampling`)."""
+    """Method for imbalanced classes: weight the loss by the inverse class size (`weights`), or sample all classes
+    equally often (`sampling`)."""
     max_gradient_norm: float = 1.0
     """Maximum norm of the gradients; gradients with a larger norm are scaled down. The ViT paper uses 1."""
     ema_decay: float | None = None
     """Decay of an exponential moving average of the weights, which is evaluated and saved instead of the last
-    weights. 0.999 is suitable for runs of a few thousand steps. Default: no average."""
+    weights. 0.999 is suitable for runs of a few thousand steps. Default: no moving average."""
     trainable: str = "full"
     """Weights to train: `full` (all), `head` (linear probing), `last-N` (last N layers and head), or `lora`."""
     feature_views: int = 0
-    """With `--trainable head`: number of augmented views of each image. Each view is encoded once. 0: the image is
-    encoded without augmentation."""
+    """With `--trainable head`: number of augmented views of each image. The features of each view are computed once
+    and reused in all epochs. 0: images are not augmented."""
     lora_rank: int = 8
     """Rank of the LoRA matrices for the query and value projections (Hu et al. 2021)."""
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
@@ -227,19 +229,19 @@ class TrainingOptions:
     compile: bool = False
     """Compile the model with torch.compile."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass, which saves memory but takes more time."""
+    """Recompute activations in the backward pass. Training needs less memory, but more time."""
     seed: int = 0
-    """Random seed of initial weights, image order, augmentation and drop path."""
+    """Random seed of the initial weights, image order, augmentation and stochastic depth."""
     log_every: int = 10
-    """Number of steps between lines of metrics.jsonl."""
+    """Number of steps between log entries in metrics.jsonl."""
     health_every: int = 100
     """Number of steps between measurements of the CLS attention entropy per layer. 0: off."""
     evaluate_every: int = 1
     """Number of epochs between evaluations on held-out images. The model is always evaluated after the last step."""
     select: Literal["last", "best"] = "last"
-    """Checkpoint to save and report: the checkpoint of the last step, or the checkpoint with the best evaluation. The
-    best checkpoint is selected on images that the reported metrics do not use: the validation split if there is a test
-    split, otherwise additional held-out training images."""
+    """Checkpoint to save and report: the last checkpoint, or the checkpoint with the best metric. The best checkpoint
+    is selected on the validation split if there is also a test split, otherwise on additional held-out training
+    images. The reported metrics do not use these images."""
     patience: int | None = None
     """With --select best: stop after this number of evaluations without improvement. Default: no early stopping."""
 
@@ -256,30 +258,32 @@ class TrainingOptions:
         is_valid_decay = self.layer_decay is None or 0 < self.layer_decay <= 1
         check_value(self, "layer_decay", is_valid_decay, "above 0 and at most 1")
         check_value(self, "ema_decay", self.ema_decay is None or 0 < self.ema_decay < 1, "between 0 and 1")
-        is_known = self.trainable in ("full", "head", "lora") or re.fullmatch(r"last-[1-9]\d*", self.trainable)
-        check_value(self, "trainable", bool(is_known), "full, head, lora or last-N such as last-2")
+        is_valid_trainable = self.trainable in ("full", "head", "lora") or re.fullmatch(
+            r"last-[1-9]\d*", self.trainable
+        )
+        check_value(self, "trainable", bool(is_valid_trainable), "full, head, lora or last-N such as last-2")
 
 
 @dataclass(frozen=True)
 class DistillationOptions:
     """Distillation from a teacher (DeiT, Touvron et al. 2021).
 
-    The distillation token learns the predictions of the teacher, and the CLS token learns the labels. If the model has
-    no distillation token, a distillation token is added.
+    The distillation token is trained on the predictions of the teacher, and the CLS token is trained on the labels. If
+    the model has no distillation token, a distillation token is added.
     """
 
     teacher: str | None = None
-    """A classifier: a folder or Hub id of a transformers model (`ID@COMMIT` pins the model), `timm:NAME`, or a file
-    with a published state dict. Default: no distillation."""
+    """Teacher: a folder or Hub id of a transformers classifier (`ID@COMMIT` pins the model), `timm:NAME`, or a
+    state-dict file. Default: no distillation."""
     distillation: Literal["soft", "hard"] = "hard"
-    """Target of the distillation token: class probabilities (soft) or top class (hard) of the teacher."""
+    """Target of the distillation token: the class probabilities (soft) or the top-1 class (hard) of the teacher."""
     distillation_alpha: float = 0.5
     """Weight of the distillation loss. The weight of the label loss is 1 minus this value. DeiT uses 0.5."""
     distillation_tau: float = 3.0
     """Temperature of soft distillation. The DeiT paper uses 3."""
     teacher_views: int = 0
-    """Number of augmented views per image. The teacher predicts once for each view, and later epochs reuse the views
-    and predictions. 0: new views and predictions in every step."""
+    """Number of augmented views per image. The teacher predictions for each view are computed once and reused in later
+    epochs. 0: views and predictions are computed in each step."""
 
     def __post_init__(self) -> None:
         check_value(self, "distillation_alpha", 0 < self.distillation_alpha <= 1, "above 0 and at most 1")
@@ -306,7 +310,7 @@ class RunOptions:
     """Write report.html (see `vitcls inspect`) and add attention maps to the model card."""
     dry_run: bool = False
     """Test the run and estimate the duration: train a few steps, evaluate, save a checkpoint and the model, and check
-    the permission to push. The output of the test is removed."""
+    the push permission. The output is removed."""
     push_to_hub: bool = False
     """Push the result to the Hub and verify the pushed commit."""
     hub_model_id: str | None = None
@@ -316,30 +320,30 @@ class RunOptions:
     hub_verify: bool = True
     """Load the pushed commit in a new process, and compare the outputs with the outputs of the saved model."""
     hub_checkpoint_every: int | None = None
-    """Number of steps between background pushes of the model to --hub-checkpoint-branch. Default: off.
+    """Number of steps between pushes of the model to --hub-checkpoint-branch, in the background. Default: off.
     Requires --push-to-hub."""
     hub_checkpoint_branch: str = "checkpoints"
     """Branch for the pushes of --hub-checkpoint-every, created if it does not exist."""
     hub_push_optimizer: bool = False
-    """Also push the checkpoint for --resume to main and to --hub-checkpoint-branch. To resume on another machine,
-    run `hf download ID --revision BRANCH --local-dir FOLDER`, and repeat the same command with
+    """Also push the newest checkpoint, with the optimizer state, to main and to --hub-checkpoint-branch. To resume on
+    another machine, run `hf download ID --revision BRANCH --local-dir FOLDER`, then repeat the command with
     --output-dir FOLDER --resume. Requires --push-to-hub."""
     license: str | None = None
-    """Hub license identifier of the trained weights for the model card, such as apache-2.0. If the initial
-    weights have a license, the card states that license instead. Default: no license in the card."""
+    """Hub license identifier of the trained weights for the model card, such as apache-2.0. If the initial weights
+    have a license, the card contains the license of the initial weights instead. Default: no license in the card."""
     card_samples: bool = False
-    """Show a few held-out images in the card, even if the repository is public and the images are local files. Images
-    of `digits` and of datasets on the Hub are always shown."""
+    """Show a few held-out images in the model card, even if the repository is public and the images are local files.
+    Images of `digits` and of datasets on the Hub are always shown."""
     eval_benchmark: str | None = None
-    """Benchmark on the Hub (`namespace/name`) whose test images are the held-out split. The result is added to the
-    repository (.eval_results/) for the leaderboard of the benchmark. Requires --eval-task-id."""
+    """Benchmark dataset on the Hub (`namespace/name`) whose test images are the held-out split. The result is added to
+    the repository (.eval_results/) for the leaderboard of the benchmark. Requires --eval-task-id."""
     eval_task_id: str | None = None
     """Name of the task in the eval.yaml file of the benchmark."""
 
     def __post_init__(self) -> None:
         check_minimum(self, 1, "save_every", "keep_checkpoints", "hub_checkpoint_every")
-        is_separate = self.hub_checkpoint_branch not in ("", "main")
-        check_value(self, "hub_checkpoint_branch", is_separate, "a branch other than main, which receives the result")
+        is_separate_branch = self.hub_checkpoint_branch not in ("", "main")
+        check_value(self, "hub_checkpoint_branch", is_separate_branch, "a branch other than main")
         is_valid_license = self.license is None or bool(re.fullmatch(r"[a-z0-9][a-z0-9.-]*", self.license))
         requirement = "a license identifier of the Hub, such as apache-2.0 or cc-by-4.0"
         check_value(self, "license", is_valid_license, requirement)
@@ -349,16 +353,17 @@ class RunOptions:
                 raise ValueError(f"{flag} requires --push-to-hub. Set --push-to-hub.")
         if (self.eval_benchmark is None) != (self.eval_task_id is None):
             raise ValueError("--eval-benchmark and --eval-task-id require each other. Set both flags, or neither.")
-        is_id = self.eval_benchmark is None or bool(re.fullmatch(r"[\w.-]+/[\w.-]+", self.eval_benchmark))
-        check_value(self, "eval_benchmark", is_id, "a dataset on the Hub, `namespace/name`")
+        is_dataset_id = self.eval_benchmark is None or bool(re.fullmatch(r"[\w.-]+/[\w.-]+", self.eval_benchmark))
+        check_value(self, "eval_benchmark", is_dataset_id, "a dataset on the Hub, `namespace/name`")
 
 
 @dataclass(frozen=True)
 class TaskOptions:
-    """The flags that fine-tuning and pre-training share."""
+    """Flags of both fine-tuning and pre-training."""
 
     output_dir: Path
-    """Folder to write to. --resume continues an earlier run in this folder; --overwrite replaces the earlier run."""
+    """Output folder. To continue an earlier run in this folder, set --resume. To replace the earlier run, set
+    --overwrite."""
     data: DataOptions
     model: ModelOptions
     augmentation: AugmentationOptions = field(default_factory=AugmentationOptions)
@@ -370,19 +375,19 @@ class TaskOptions:
 
 @dataclass(frozen=True)
 class FinetuneOptions(TaskOptions):
-    """Fine-tune a ViT on labeled images, evaluate the ViT on held-out images, and write the model and the results."""
+    """Fine-tune a ViT on labeled images, evaluate the model on held-out images, and save the model and the results."""
 
     distillation: DistillationOptions = field(default_factory=DistillationOptions)
 
 
 @dataclass(frozen=True)
 class MaskingOptions:
-    """Masks for masked image modeling."""
+    """Masking for masked image modeling."""
 
     mask_ratio: float = 0.6
     """Fraction of the patches to mask. SimMIM uses 0.6 (Xie et al. 2021)."""
     mask_block: int = 1
-    """Side length, in patches, of the square blocks that are masked together. SimMIM uses 32 x 32 pixels."""
+    """Side length of the masked square blocks, in patches. SimMIM uses 32 x 32 pixels."""
 
     def __post_init__(self) -> None:
         check_value(self, "mask_ratio", 0 < self.mask_ratio < 1, "between 0 and 1")
@@ -391,7 +396,7 @@ class MaskingOptions:
 
 @dataclass(frozen=True)
 class PretrainOptions(TaskOptions):
-    """Pre-train a ViT on images without labels by masked image modeling. The output can be fine-tuned."""
+    """Pre-train a ViT on images without labels by masked image modeling. The pre-trained model can be fine-tuned."""
 
     masking: MaskingOptions = field(default_factory=MaskingOptions)
 
@@ -405,8 +410,8 @@ class EvaluateOptions:
     (`timm:NAME`, `transformers:ID`, a folder, a Hub id, a file)."""
     data: DataOptions
     split: str | None = None
-    """Split of the dataset to evaluate on. If the dataset has a single split that is not named `test`, then `test` is
-    the held-out split of fine-tuning. Default: the held-out split that was used in training, or `test`."""
+    """Dataset split to evaluate. If the dataset has a single split that is not named `test`, `test` selects the
+    held-out split of fine-tuning. Default: the held-out split that was used in training, or `test`."""
     batch_size: int = 64
     """Number of images per process and forward pass."""
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
@@ -415,23 +420,25 @@ class EvaluateOptions:
     """Evaluate the frozen encoder instead of the classifier of the model: fit `knn`, `logreg` (logistic regression) or
     `few-shot:N` (logistic regression on N images per class) to the features of the training images."""
     frozen_layers: Literal["last", "all"] = "last"
-    """With --frozen: layers whose features are evaluated."""
+    """With --frozen: evaluate the features of the last layer or of all layers."""
     frozen_repeats: int = 10
-    """With --frozen few-shot:N: number of random selections of N images per class."""
+    """With --frozen few-shot:N: number of random training subsets of N images per class."""
     output: Path | None = None
-    """JSON file for the metrics, the metrics of each class and the confusion matrix."""
+    """JSON file for the metrics, including the metrics of each class and the confusion matrix."""
     config: Path | None = None
     """Recipe: a YAML file of flags. Flags on the command line override flags in the recipe."""
 
     def __post_init__(self) -> None:
         check_minimum(self, 1, "batch_size", "frozen_repeats")
-        is_known = self.frozen in (None, "knn", "logreg") or re.fullmatch(r"few-shot:[1-9]\d*", str(self.frozen))
-        check_value(self, "frozen", bool(is_known), "knn, logreg or few-shot:N such as few-shot:5")
+        is_known_method = self.frozen in (None, "knn", "logreg") or re.fullmatch(
+            r"few-shot:[1-9]\d*", str(self.frozen)
+        )
+        check_value(self, "frozen", bool(is_known_method), "knn, logreg or few-shot:N such as few-shot:5")
 
 
 @dataclass(frozen=True)
 class ImageOptions:
-    """The flags for the model and the images, which prediction and inspection share. Labels are not required."""
+    """Model and image flags of both prediction and inspection. Labels are not required."""
 
     model: str
     """Folder or Hub id of a vitcls model (`ID@COMMIT` pins the model), or another ViT, which is converted once
@@ -444,7 +451,7 @@ class ImageOptions:
     image_column: str | None = None
     """Column with images or image paths. By default, the column is detected by type or name."""
     batch_size: int = 32
-    """Maximum number of images per process and forward pass. To save memory, the batch size is reduced if complete
+    """Maximum number of images per process and forward pass. To save memory, smaller batches are used if full
     attention maps are computed."""
 
 
@@ -452,24 +459,24 @@ class ImageOptions:
 class PredictOptions(ImageOptions):
     """Predict the labels of images, or compute the features of images.
 
-    The images are read from PATHS, --list or --dataset. The row of an unreadable image contains an error message. The
-    images are distributed over all processes.
+    The images are selected by PATHS, --list or --dataset, and distributed over all processes. The row of an unreadable
+    image contains an error message.
     """
 
     list: Path | None = None
     """Text file with one image file, folder or URL per line."""
     split: str | None = None
-    """Split of the dataset to predict. Default: the only split."""
+    """Dataset split to predict. Default: the only split."""
     streaming: bool = False
-    """Read the dataset without downloading or storing it."""
+    """Stream the dataset instead of downloading it."""
     output: Path | None = None
-    """A .csv, .json, .jsonl or .parquet file, or a folder for Parquet files with --shard-size images each. In an
-    existing folder, only missing files are written. Default: a table on the terminal."""
+    """Output file (.csv, .json, .jsonl or .parquet), or a folder for Parquet files with --shard-size images each. In
+    an existing folder, only missing files are written. Default: print a table."""
     shard_size: int = 10_000
     """Number of images per Parquet file, if --output is a folder."""
     top_k: int | None = None
-    """Maximum number of labels per image, starting with the most probable label. Default: 1; for a multi-label model,
-    all labels with a probability of at least --threshold."""
+    """Maximum number of predicted labels per image. Default: 1, or for multi-label models, all labels with a
+    probability of at least --threshold."""
     threshold: float = 0.5
     """Minimum probability of a predicted label (multi-label models only)."""
     features: Literal["cls", "mean", "registers", "distillation"] | None = None
@@ -485,17 +492,17 @@ class PredictOptions(ImageOptions):
         if sum(map(bool, (self.paths, self.list, self.dataset))) != 1:
             raise ValueError("Set exactly one of PATHS, --list and --dataset to select the images.")
         if self.dataset is None and (self.split or self.image_column or self.streaming):
-            raise ValueError("--split, --image-column and --streaming require --dataset, which is not set.")
+            raise ValueError("--split, --image-column and --streaming require --dataset. Set --dataset.")
         suffix = "" if self.output is None or self.output.is_dir() else self.output.suffix.lower()
         if suffix not in ("", ".csv", ".json", ".jsonl", ".parquet"):
             raise ValueError(
                 f"--output {self.output}: set a .csv, .json, .jsonl or .parquet file, or a folder without a suffix"
             )
         if self.features and (self.output is None or suffix == ".csv"):
-            output = "a table" if self.output is None else "CSV"
+            output = "a printed table" if self.output is None else "a CSV file"
             raise ValueError(
-                f"--features {self.features} requires an output format for long vectors, not {output}. Set --output "
-                "to a .parquet, .json or .jsonl file, or to a folder."
+                f"--features {self.features} cannot be written to {output}. Set --output to a .parquet, .json or "
+                ".jsonl file, or to a folder."
             )
 
 
@@ -503,12 +510,12 @@ class PredictOptions(ImageOptions):
 class InspectOptions(ImageOptions):
     """Show what the special tokens of a vitcls model do: write an HTML report and print a summary.
 
-    The images are read from PATHS or --dataset. The names of subfolders of PATHS are used as labels if the model has
-    classes with these names.
+    The images are selected by PATHS or --dataset. Subfolder names in PATHS are used as labels if the model has classes
+    with these names.
     """
 
     split: str | None = None
-    """Split of the dataset to inspect. If the dataset has a single split, then `test` is the held-out split of
+    """Dataset split to inspect. If the dataset has a single split, `test` selects the held-out split of
     fine-tuning. Default: the held-out split that was used in training, or `test`."""
     label_column: tuple[str, ...] | None = None
     """Column with the labels; several columns define several tasks. By default, the column is detected by type or
@@ -524,20 +531,19 @@ class InspectOptions(ImageOptions):
     num_images: int = 8
     """Number of images in the report: wrong predictions, then the least confident predictions, then typical images."""
     max_images: int = 256
-    """Maximum number of images for the statistics. The images are selected at regular intervals and kept in memory."""
+    """Maximum number of images for the statistics. The images are sampled at regular intervals and stored in
+    memory."""
     patch_sizes: tuple[int, ...] = ()
-    """Patch sizes in pixels, such as 8 16 32, to compare by sequence length, cost and (with labels) accuracy."""
+    """Patch sizes in pixels, such as 8 16 32. The sequence length, cost and, with labels, accuracy are compared."""
 
     def __post_init__(self) -> None:
         check_minimum(self, 1, "num_images", "max_images", "batch_size")
-        are_positive = all(size >= 1 for size in self.patch_sizes)
-        check_value(self, "patch_sizes", are_positive, "a list of positive integers (pixels)")
+        has_valid_sizes = all(size >= 1 for size in self.patch_sizes)
+        check_value(self, "patch_sizes", has_valid_sizes, "a list of positive integers (pixels)")
         if bool(self.paths) == (self.dataset is not None):
             raise ValueError("Set either PATHS or --dataset to select the images.")
         if self.dataset is None and (self.image_column or self.label_column or self.label_separator):
-            raise ValueError(
-                "--image-column, --label-column and --label-separator require --dataset, which is not set."
-            )
+            raise ValueError("--image-column, --label-column and --label-separator require --dataset. Set --dataset.")
         if self.output.suffix.lower() not in (".html", ".htm"):
             raise ValueError(f"--output {self.output}: set the name of a .html file")
         if self.json is not None and self.json.suffix.lower() != ".json":
@@ -545,20 +551,20 @@ class InspectOptions(ImageOptions):
 
 
 def check_value(options: Any, name: str, is_valid: bool, requirement: str) -> None:
-    """Raise ValueError with the name and value of a flag unless `is_valid` is True."""
+    """Raise ValueError with the value of a flag and the requirement if `is_valid` is False."""
     if not is_valid:
         raise ValueError(f"--{name.replace('_', '-')} is {getattr(options, name)}, but it must be {requirement}")
 
 
 def check_minimum(options: Any, minimum: int, *names: str) -> None:
-    """Raise ValueError if one of the named flags is set to a value below the minimum."""
+    """Raise ValueError if a flag in `names` is set to a value below the minimum."""
     for name in names:
         value = getattr(options, name)
         check_value(options, name, value is None or value >= minimum, f"{minimum} or more")
 
 
 def get_flag_names(options_class: Any) -> set[str]:
-    """Return the flag names of a dataclass and its nested dataclasses, for example `batch_size`."""
+    """Return the names of the flags of an options dataclass and its nested dataclasses, such as `batch_size`."""
     names: set[str] = set()
     for option in dataclasses.fields(options_class):
         names |= get_flag_names(option.type) if dataclasses.is_dataclass(option.type) else {option.name}
@@ -566,7 +572,7 @@ def get_flag_names(options_class: Any) -> set[str]:
 
 
 def to_flags(options: Any) -> dict[str, Any]:
-    """Return a dict of all flags of a run except `--config`, with values of types that YAML and JSON support."""
+    """Return a dict of all flags except `--config`. The values can be written to YAML and JSON."""
     flags: dict[str, Any] = {}
     for name, value in vars(options).items():
         if dataclasses.is_dataclass(value):
@@ -580,7 +586,7 @@ def to_flags(options: Any) -> dict[str, Any]:
 
 
 def to_arguments(name: str, value: Any) -> list[str]:
-    """Return a flag and its value as command line arguments."""
+    """Convert a flag and its value to command-line arguments."""
     name = name.replace("_", "-")
     if isinstance(value, bool):
         return [f"--{name}" if value else f"--no-{name}"]

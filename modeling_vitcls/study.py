@@ -1,22 +1,22 @@
-"""A study: a grid of runs over factors and seeds, and one page with tables and plots.
+"""Studies: grids of training runs over factors and seeds, and a page of tables and plots for each study.
 
 A study file (scripts/recipes/study_*.yaml) contains
     title, question    text for the page
-    answer             the conclusion in one sentence, added after the measurement (optional)
+    answer             conclusion in one sentence, added after the study was run (optional)
     seeds              list of seeds; each combination of factor levels runs once per seed
     subsets            name -> {dataset, num_images, seed, groups}: random training subsets (optional). `groups` are
                        new label columns: column -> {name of the group: [label, ...]}
     stages             stage -> flags of the vitcls subcommand; stages run in the order of STAGES
     factors            factor -> level -> flags of `finetune`, or {stage: flags}; {stage: null} skips the stage
-    metrics            dotted keys of numbers in results.json, for the tables. `NAME.*` is a list of numbers: the table
-                       has one row per index, for example per layer
-    baseline           factor -> level with which the other levels are compared
+    metrics            dotted keys of numbers in results.json, with one table per metric. `NAME.*` denotes a list of
+                       numbers, with one table row per index, for example per layer
+    baseline           factor -> baseline level, with which all levels of the factor are compared
 
-In flags, `{run}` stands for the folder of the run, `{folder}` for the folder of the study, and `{subset:NAME}` for the
-folder of a subset.
+In flags, `{run}` is replaced with the folder of the run, `{folder}` with the folder of the study, and `{subset:NAME}`
+with the folder of a subset.
 
 The output folder contains
-    README.md, images/*.png    the page: means with 95% confidence intervals, and differences paired by seed
+    README.md, images/*.png    page of means with 95% confidence intervals, and differences paired by seed
     runs.parquet               one row per run: factor levels, seed, status, all numbers of results.json, and the
                                first and the last value of each number in metrics.jsonl
     runs/NAME/                 the output folder of each stage, and log.txt
@@ -49,10 +49,10 @@ if TYPE_CHECKING:
 
 
 STAGES = ("pretrain", "finetune", "evaluate", "inspect")
-SEEDED_STAGES = ("pretrain", "finetune")  # stages with the flag --seed
+SEEDED_STAGES = ("pretrain", "finetune")  # stages that accept --seed
 REQUIRED_KEYS = ("title", "question", "seeds", "stages", "factors", "metrics", "baseline")
 OPTIONAL_KEYS = ("answer", "subsets")
-MAX_LIST_LENGTH = 32  # maximum length of a list that is expanded into columns of runs.parquet, one per element
+MAX_LIST_LENGTH = 32  # maximum length of lists whose elements become columns of runs.parquet
 POLL_SECONDS = 0.2
 BYTES_PER_GIB = 1024**3
 
@@ -71,7 +71,7 @@ class StudyRun:
 
 @dataclass(frozen=True)
 class Study:
-    """The content of a study file."""
+    """The contents of a study file."""
 
     title: str
     question: str
@@ -87,17 +87,17 @@ class Study:
         """Return all runs of the grid, ordered by combination of levels, then by seed."""
         runs = []
         for levels, seed in itertools.product(itertools.product(*self.factors.values()), self.seeds):
-            combination = dict(zip(self.factors, levels, strict=True))
-            level_names = [to_file_name(f"{factor}-{level}") for factor, level in combination.items()]
+            run_levels = dict(zip(self.factors, levels, strict=True))
+            level_names = [to_file_name(f"{factor}-{level}") for factor, level in run_levels.items()]
             name = "_".join([*level_names, f"seed-{seed}"])
-            runs.append(StudyRun(name, combination, seed, self.combine_flags(combination, seed)))
+            runs.append(StudyRun(name, run_levels, seed, self.combine_flags(run_levels, seed)))
         return runs
 
     def combine_flags(self, levels: Mapping[str, str], seed: int) -> dict[str, Flags]:
-        """Combine the flags of the stages, the levels and the seed. Return the flags of each stage of a run."""
+        """Return the flags of each stage of a run, combined from the stages, the levels and the seed."""
         stages: dict[str, Flags | None] = {name: flags or {} for name, flags in self.stages.items()}
         for factor, level in levels.items():
-            for name, flags in split_by_stage(self.factors[factor][level]).items():
+            for name, flags in group_flags_by_stage(self.factors[factor][level]).items():
                 stages[name] = None if flags is None else (stages.get(name) or {}) | flags
         seed_flags = {name: {"seed": seed} if name in SEEDED_STAGES else {} for name in STAGES}
         return {name: flags | seed_flags[name] for name in STAGES if (flags := stages.get(name)) is not None}
@@ -122,14 +122,16 @@ def load_study(file: Path) -> Study:
     baseline = {str(factor): str(level) for factor, level in content["baseline"].items()}
     for factor, level in baseline.items():
         if level not in factors.get(factor, {}):
-            raise ValueError(f"{file}: the baseline level {level} of {factor} is not in `factors`")
+            raise ValueError(
+                f"{file}: the baseline level {level} of {factor} is not in `factors`. Set a level of {factor}"
+            )
     if unknown_stages := sorted(set(content["stages"]) - set(STAGES)):
         raise ValueError(f"{file} has unknown stages: {', '.join(unknown_stages)}. Choose from {', '.join(STAGES)}")
     return Study(**content | {"factors": factors, "baseline": baseline})
 
 
-def split_by_stage(flags: Mapping[str, Any]) -> dict[str, Flags | None]:
-    """Group the flags of a level by stage. Flags without a stage are assigned to `finetune`."""
+def group_flags_by_stage(flags: Mapping[str, Any]) -> dict[str, Flags | None]:
+    """Group the flags of a level by stage. Flags outside of a stage belong to `finetune`."""
     stages = {name: value for name, value in flags.items() if name in STAGES}
     finetune_flags = {name: value for name, value in flags.items() if name not in STAGES}
     return stages | ({"finetune": (stages.get("finetune") or {}) | finetune_flags} if finetune_flags else {})
@@ -145,53 +147,55 @@ def to_file_name(text: str) -> str:
 
 @dataclass
 class RunProcess:
-    """A run in progress: the process of the current stage and the remaining stages."""
+    """A run in progress: the process of the current stage and the commands of the remaining stages."""
 
     run: StudyRun
     process: subprocess.Popen[bytes]
-    stages: Iterator[tuple[str, list[str]]]
-    start_time: float
+    remaining_commands: Iterator[tuple[str, list[str]]]  # (stage, flags)
+    start_time: float  # monotonic clock, in seconds
 
 
 @dataclass
 class StudyRunner:
-    """Executes the runs of a study in parallel processes. Finished runs are skipped, and killed runs are resumed."""
+    """Run a study in parallel processes. Finished runs are skipped, and interrupted runs are resumed."""
 
     study: Study
     folder: Path
-    jobs: int = 1  # maximum number of concurrent runs
-    threads: int = 1  # number of threads per run
-    # Maximum memory of all runs, in GiB. Each run is assumed to need as much memory as the largest run so far.
+    num_jobs: int = 1  # maximum number of parallel runs
+    num_threads: int = 1  # number of CPU threads per run
+    # Maximum total memory of parallel runs, in GiB. Each run is assumed to use as much memory as the largest run so
+    # far.
     memory_limit: float | None = None
     dataset: str | None = None  # dataset for all subsets; overrides the datasets in the study file
     max_run_bytes: float = 0.0  # memory of the largest run so far, in bytes
-    durations: list[float] = field(default_factory=list)  # durations of the runs in this execution, in seconds
+    durations: list[float] = field(default_factory=list)  # durations of the completed runs, in seconds
 
     def execute(self) -> None:
-        """Execute all runs that are not finished. A failed run does not stop the other runs."""
+        """Run all unfinished runs. A failed run does not stop the other runs."""
         self.write_subsets()
         runs = self.study.plan_runs()
-        waiting_runs = [run for run in runs if not self.is_finished(run)]
-        num_finished = len(runs) - len(waiting_runs)
+        pending_runs = [run for run in runs if not self.is_finished(run)]
+        num_finished = len(runs) - len(pending_runs)
         print(f"{len(runs)} runs ({num_finished} already finished)", flush=True)
         running_processes: list[RunProcess] = []
         try:
-            while waiting_runs or running_processes:
+            while pending_runs or running_processes:
                 while (
-                    waiting_runs and len(running_processes) < self.jobs and self.fits_memory_limit(running_processes)
+                    pending_runs and len(running_processes) < self.num_jobs and self.can_start_run(running_processes)
                 ):
-                    running_processes.append(self.start_run(waiting_runs.pop(0)))
+                    running_processes.append(self.start_run(pending_runs.pop(0)))
                 time.sleep(POLL_SECONDS)
                 self.measure_memory(running_processes)
-                ended_processes = [entry for entry in running_processes if entry.process.poll() is not None]
-                for run_process in ended_processes:
-                    if run_process.process.returncode == 0 and (stage := next(run_process.stages, None)) is not None:
-                        run_process.process = self.start_process(run_process.run, *stage)
+                for run_process in [*running_processes]:
+                    if run_process.process.poll() is None:
+                        continue
+                    if run_process.process.returncode == 0 and (command := next(run_process.remaining_commands, None)):
+                        run_process.process = self.start_process(run_process.run, *command)
                         continue
                     running_processes.remove(run_process)
                     num_finished += 1
                     self.durations.append(time.monotonic() - run_process.start_time)
-                    self.print_progress(run_process, num_finished, len(waiting_runs) + len(running_processes))
+                    self.print_progress(run_process, num_finished, len(pending_runs) + len(running_processes))
         finally:
             for run_process in running_processes:
                 run_process.process.send_signal(signal.SIGTERM)  # makes the run save a checkpoint
@@ -215,20 +219,23 @@ class StudyRunner:
         """Start the first unfinished stage of a run."""
         self.get_run_folder(run).mkdir(parents=True, exist_ok=True)
         commands = self.build_commands(run)
-        stages = iter([command for command in commands if not self.get_result_file(run, command[0]).exists()])
-        return RunProcess(run, self.start_process(run, *next(stages)), stages, time.monotonic())
+        remaining_commands = iter(
+            [(stage, flags) for stage, flags in commands if not self.get_result_file(run, stage).exists()]
+        )
+        process = self.start_process(run, *next(remaining_commands))
+        return RunProcess(run, process, remaining_commands, time.monotonic())
 
     def start_process(self, run: StudyRun, stage: str, flags: list[str]) -> subprocess.Popen[bytes]:
         """Start a process for a stage, and append the output of the process to log.txt."""
-        environment = os.environ | {"OMP_NUM_THREADS": str(self.threads), "MKL_NUM_THREADS": str(self.threads)}
-        with (self.get_run_folder(run) / "log.txt").open("ab") as log:
-            log.write(f"$ vitcls {stage} {' '.join(flags)}\n".encode())
-            log.flush()
+        environment = os.environ | {"OMP_NUM_THREADS": str(self.num_threads), "MKL_NUM_THREADS": str(self.num_threads)}
+        with (self.get_run_folder(run) / "log.txt").open("ab") as log_file:
+            log_file.write(f"$ vitcls {stage} {' '.join(flags)}\n".encode())
+            log_file.flush()
             command = [sys.executable, "-m", "modeling_vitcls.cli", stage, *flags]
-            return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+            return subprocess.Popen(command, stdout=log_file, stderr=subprocess.STDOUT, env=environment)
 
     def build_commands(self, run: StudyRun) -> list[tuple[str, list[str]]]:
-        """Return the name and the command line arguments of each stage of a run."""
+        """Return the name and the command-line arguments of each stage of a run."""
         folder = self.get_run_folder(run)
         commands = []
         for stage, stage_flags in run.stages.items():
@@ -254,36 +261,38 @@ class StudyRunner:
             value = value.replace(f"{{subset:{name}}}", str(self.get_subset_folder(name)))
         return value.replace("{run}", str(self.get_run_folder(run))).replace("{folder}", str(self.folder))
 
-    def fits_memory_limit(self, running_processes: list[RunProcess]) -> bool:
-        """Return whether another run is expected to fit in the memory limit. The first run always starts."""
+    def can_start_run(self, running_processes: list[RunProcess]) -> bool:
+        """Return whether an additional run is expected to stay below the memory limit. The first run always starts."""
         if self.memory_limit is None or not running_processes:
             return True
-        expected_bytes = (len(running_processes) + 1) * self.max_run_bytes  # 0 before the first measurement
+        expected_bytes = (len(running_processes) + 1) * self.max_run_bytes  # 0 before memory is measured
         return 0 < expected_bytes <= self.memory_limit * BYTES_PER_GIB
 
     def measure_memory(self, running_processes: list[RunProcess]) -> None:
-        """Update `max_run_bytes`, the memory of the largest run so far."""
+        """Measure the memory of the running processes and update `max_run_bytes`."""
         for run_process in running_processes:
             try:
                 process = psutil.Process(run_process.process.pid)
                 process_tree = [process, *process.children(recursive=True)]
-                used_bytes = sum(member.memory_info().rss for member in process_tree)
-            except psutil.Error:  # the process has just ended
+                used_bytes = sum(process.memory_info().rss for process in process_tree)
+            except psutil.Error:  # the process no longer exists
                 continue
             self.max_run_bytes = max(self.max_run_bytes, used_bytes)
 
-    def print_progress(self, run_process: RunProcess, num_finished: int, num_left: int) -> None:
-        """Print one line about a run that has ended."""
+    def print_progress(self, run_process: RunProcess, num_finished: int, num_remaining: int) -> None:
+        """Print the results or the error of a completed run, and the estimated remaining time, in one line."""
         levels = ", ".join(f"{factor} {level}" for factor, level in run_process.run.levels.items())
-        log = (self.get_run_folder(run_process.run) / "log.txt").read_text(encoding="utf-8", errors="replace")
-        result = f"failed: {log.strip().splitlines()[-1]}"  # the log contains at least the command
+        log_text = (self.get_run_folder(run_process.run) / "log.txt").read_text(encoding="utf-8", errors="replace")
+        result = f"failed: {log_text.strip().splitlines()[-1]}"  # the log contains at least the command
         if run_process.process.returncode == 0:
             row = build_row(self, run_process.run)
             result = ", ".join(f"{name} {row[name]:.4g}" for name in self.study.metrics if name in row)
-        seconds = sum(self.durations) / len(self.durations) * num_left / self.jobs
-        remaining_time = f"; about {max(1, round(seconds / 60))} min remaining" if num_left else ""
-        run_name = f"{levels}, seed {run_process.run.seed}"
-        print(f"[{num_finished}/{num_finished + num_left}] {run_name}: {result}{remaining_time}", flush=True)
+        remaining_seconds = sum(self.durations) / len(self.durations) * num_remaining / self.num_jobs
+        remaining_time = f"; about {max(1, round(remaining_seconds / 60))} min remaining" if num_remaining else ""
+        run_description = f"{levels}, seed {run_process.run.seed}"
+        print(
+            f"[{num_finished}/{num_finished + num_remaining}] {run_description}: {result}{remaining_time}", flush=True
+        )
 
     # Subsets ---------------------------------------------------------------------------------------------------------
 
@@ -306,24 +315,27 @@ class StudyRunner:
             shutil.rmtree(partial_folder, ignore_errors=True)
             partial_folder.mkdir(parents=True)
             source = os.path.expandvars(self.dataset or subset["dataset"])
-            files = {file.stem: str(file) for file in sorted(Path(source).glob("*.parquet"))}
-            splits = load_dataset("parquet", data_files=files) if files else load_dataset(source)
-            disable_progress_bars()  # after the download, because local files are processed quickly
-            for split, images in splits.items():
+            split_files = {file.stem: str(file) for file in sorted(Path(source).glob("*.parquet"))}
+            splits = load_dataset("parquet", data_files=split_files) if split_files else load_dataset(source)
+            disable_progress_bars()  # disabled after the download; processing local files is fast
+            for split, dataset in splits.items():
                 if split == "train":
-                    images = images.shuffle(seed=subset.get("seed", 0)).select(range(subset["num_images"]))
+                    dataset = dataset.shuffle(seed=subset.get("seed", 0)).select(range(subset["num_images"]))
                 for column, groups in subset.get("groups", {}).items():
-                    images = add_label_groups(images, column, groups)
-                images.to_parquet(partial_folder / f"{split}.parquet")
+                    dataset = add_label_groups(dataset, column, groups)
+                dataset.to_parquet(partial_folder / f"{split}.parquet")
             partial_folder.rename(folder)
 
 
-def add_label_groups(images: "Dataset", column: str, groups: Mapping[str, Sequence[str]]) -> "Dataset":
-    """Add a label column that contains the group of each image's label, and return the dataset. Raise ValueError if a
-    label belongs to no group, or if the column `label` has no class names."""
+def add_label_groups(dataset: "Dataset", column: str, groups: Mapping[str, Sequence[str]]) -> "Dataset":
+    """Add a column with the group of each label, and return the dataset.
+
+    Raises:
+        ValueError: if a label belongs to no group, or if the column `label` has no class names.
+    """
     from datasets import ClassLabel
 
-    feature = images.features.get("label")
+    feature = dataset.features.get("label")
     if not isinstance(feature, ClassLabel):
         raise ValueError(
             "`groups` requires a column `label` with class names. Remove `groups`, or set a different dataset"
@@ -335,8 +347,8 @@ def add_label_groups(images: "Dataset", column: str, groups: Mapping[str, Sequen
             f"the groups of the column {column} do not contain the labels {', '.join(missing_labels)}. "
             "Add each label to a group"
         )
-    values = [indices[feature.names[label]] for label in images["label"]]
-    return images.add_column(column, values).cast_column(column, ClassLabel(names=group_names))
+    group_indices = [indices[feature.names[label]] for label in dataset["label"]]
+    return dataset.add_column(column, group_indices).cast_column(column, ClassLabel(names=group_names))
 
 
 # Results -------------------------------------------------------------------------------------------------------------
@@ -346,9 +358,9 @@ def build_row(runner: StudyRunner, run: StudyRun) -> dict[str, Any]:
     """Build the row of a run in runs.parquet: factor levels, seed, status and the numbers in the results.
 
     The names of the numbers start with the stage, such as `inspect.findings.outliers.3`, except for the stage
-    `finetune`. The prefixes `first.` and `last.` mark the first and the last value in the training log, such as
-    `first.loss` and `last.cls_attention_entropy.0`. If a run has one label column, its accuracy and loss are repeated
-    as `COLUMN_accuracy` and `COLUMN_loss`, as in runs with several label columns.
+    `finetune`. The prefixes `first.` and `last.` denote the first and the last value in the training log, such as
+    `first.loss` and `last.cls_attention_entropy.0`. If a run has a single label column, the accuracy and loss are also
+    stored as `COLUMN_accuracy` and `COLUMN_loss`, the names in runs with several label columns.
     """
     status = "finished" if runner.is_finished(run) else "unfinished"
     row: dict[str, Any] = {**run.levels, "seed": run.seed, "status": status}
@@ -357,18 +369,19 @@ def build_row(runner: StudyRunner, run: StudyRun) -> dict[str, Any]:
         if file.exists():
             row |= flatten_numbers(read_json(file), "" if stage == "finetune" else stage)
     column = run.stages["finetune"].get("label_column")
-    if isinstance(column, str):  # a single task: names as in a run with several tasks
+    if isinstance(column, str):  # single task
         row |= {f"{column}_{name}": row[name] for name in ("accuracy", "loss") if name in row}
-    log = runner.get_run_folder(run) / "finetune" / "metrics.jsonl"
-    records = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
+    log_file = runner.get_run_folder(run) / "finetune" / "metrics.jsonl"
+    lines = log_file.read_text(encoding="utf-8").splitlines() if log_file.exists() else []
+    records = [json.loads(line) for line in lines]
     first_values = {name: value for record in reversed(records) for name, value in record.items()}
     last_values = {name: value for record in records for name, value in record.items()}
     return row | flatten_numbers(first_values, "first") | flatten_numbers(last_values, "last")
 
 
 def flatten_numbers(value: Any, name: str) -> dict[str, float]:
-    """Return the numbers in nested dicts and lists. A name consists of keys and indices, joined by dots. Lists of more
-    than MAX_LIST_LENGTH elements are omitted."""
+    """Return a flat dict of the numbers in nested dicts and lists. Each name consists of keys and indices, joined by
+    dots. Lists with more than MAX_LIST_LENGTH elements are omitted."""
     if isinstance(value, list):
         value = dict(enumerate(value)) if len(value) <= MAX_LIST_LENGTH else {}
     if not isinstance(value, dict):
@@ -381,7 +394,7 @@ def flatten_numbers(value: Any, name: str) -> dict[str, float]:
 
 
 def write_results(runner: StudyRunner) -> list[dict[str, Any]]:
-    """Write runs.parquet, and return the rows of the table."""
+    """Write runs.parquet and return its rows."""
     import pandas
 
     rows = [build_row(runner, run) for run in runner.study.plan_runs()]
@@ -399,40 +412,40 @@ def compute_interval(values: list[float]) -> tuple[float, float]:
 
 
 def write_page(runner: StudyRunner, rows: list[dict[str, Any]], command: str) -> Path:
-    """Write README.md and the plots, and return the path of README.md."""
+    """Write README.md and the plots. Return the path of README.md."""
     from .system import get_processor_name, get_versions
 
     study = runner.study
     finished_rows = [row for row in rows if row["status"] == "finished"]
     (runner.folder / "images").mkdir(exist_ok=True)
-    seconds = sum(row.get("seconds", 0.0) for row in finished_rows)
+    training_seconds = sum(row.get("seconds", 0.0) for row in finished_rows)
     sections = [f"# {study.title}", study.question]
     if study.answer:
         sections.append(f"**Answer:** {' '.join(study.answer.split())}")
     for metric in study.metrics:
         groups = group_values(study, finished_rows, metric)
         if groups:
-            image = Path("images") / f"{to_file_name(f'{study.title.lower()} {metric}')}.png"
-            draw_groups(groups, metric, runner.folder / image)
+            image_file = Path("images") / f"{to_file_name(f'{study.title.lower()} {metric}')}.png"
+            plot_groups(groups, metric, runner.folder / image_file)
             table = format_table(study, groups, metric)
-            sections += [f"## {metric}", table, f"![{metric} per combination of levels]({image})"]
+            sections += [f"## {metric}", table, f"![{metric} per combination of levels]({image_file})"]
     seeds = ", ".join(map(str, study.seeds))
     sections.append(
-        f"## How it was measured\n\n{len(finished_rows)} of {len(rows)} runs finished, seeds {seeds}; "
-        f"{seconds / 60:.0f} minutes of training in total, {runner.threads} thread(s) per run, on "
-        f"{get_processor_name()}. A value is the mean over seeds with its 95% confidence interval (Student's t). "
+        f"## Method\n\n{len(finished_rows)} of {len(rows)} runs finished, seeds {seeds}; "
+        f"{training_seconds / 60:.0f} minutes of training in total, {runner.num_threads} thread(s) per run, on "
+        f"{get_processor_name()}. Each value is the mean over seeds with its 95% confidence interval (Student's t). "
         "Differences are paired by seed. Each finished run is evaluated once on the held-out images.\n\n"
         f"```bash\n{command}\n```\n\n"
         + ", ".join(f"{name} {version}" for name, version in get_versions("transformers", "timm").items())
     )
-    page = runner.folder / "README.md"
-    page.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
-    return page
+    page_file = runner.folder / "README.md"
+    page_file.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+    return page_file
 
 
 def group_values(study: Study, rows: list[dict[str, Any]], metric: str) -> dict[tuple[str, ...], dict[int, float]]:
-    """Return a dict from combinations of levels to the values of a metric by seed. For a list of numbers (`NAME.*`),
-    each combination of levels is followed by an index."""
+    """Return a nested dict of the values of a metric: combination of levels -> seed -> value. For a list of numbers
+    (`NAME.*`), the last element of the combination is the index in the list."""
     groups: dict[tuple[str, ...], dict[int, float]] = {}
     for row in rows:
         levels = tuple(row[factor] for factor in study.factors)
@@ -446,7 +459,7 @@ def group_values(study: Study, rows: list[dict[str, Any]], metric: str) -> dict[
 
 
 def format_table(study: Study, groups: dict[tuple[str, ...], dict[int, float]], metric: str) -> str:
-    """Return a Markdown table with means, confidence intervals, and paired differences from the baseline."""
+    """Format a Markdown table of means, confidence intervals, and paired differences from the baseline."""
     names = [*study.factors, *(["index"] if metric.endswith(".*") else [])]
     header = [*names, "runs", metric, "difference from the baseline"]
     rows = [header, ["---"] * len(header)]
@@ -462,8 +475,8 @@ def format_table(study: Study, groups: dict[tuple[str, ...], dict[int, float]], 
 
 
 def format_interval(values: list[float], sign_format: str = "") -> str:
-    """Format the mean and the half width of the interval, with two significant digits of the half width
-    (`0.9780 ± 0.0041`). Format only the mean if there is a single value."""
+    """Format the mean and the 95% confidence interval, with two significant digits of the half width
+    (`0.9780 ± 0.0041`). If there is a single value, format only the mean."""
     mean, half_width = compute_interval(values)
     if math.isnan(half_width):
         return f"{mean:{sign_format}.4g}"
@@ -473,8 +486,9 @@ def format_interval(values: list[float], sign_format: str = "") -> str:
     return f"{mean:{sign_format}.{decimals}f} ± {half_width:.{decimals}f}"
 
 
-def draw_groups(groups: dict[tuple[str, ...], dict[int, float]], metric: str, file: Path) -> None:
-    """Plot a dot for each run, and the mean and interval of each combination of levels. Save the plot as PNG."""
+def plot_groups(groups: dict[tuple[str, ...], dict[int, float]], metric: str, file: Path) -> None:
+    """Save a PNG plot of each run (dots), and of the mean and 95% interval of each combination of levels
+    (diamonds)."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 1 + 0.35 * len(groups)), layout="constrained")
@@ -490,19 +504,22 @@ def draw_groups(groups: dict[tuple[str, ...], dict[int, float]], metric: str, fi
     figure.savefig(file, dpi=120)
 
 
-def run_study(study: Study, folder: Path, command: str, **settings: Any) -> list[dict[str, Any]]:
-    """Execute a study, write the results, and return the rows of runs.parquet.
+def run_study(study: Study, folder: Path, command: str, **runner_settings: Any) -> list[dict[str, Any]]:
+    """Run a study, write the results, and return the rows of runs.parquet.
 
-    `command` is the command line to show on the study page (README.md). `settings` are further arguments of
-    `StudyRunner`.
+    Args:
+        study: contents of the study file.
+        folder: output folder.
+        command: command line to show on the page (README.md).
+        runner_settings: additional arguments of `StudyRunner`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    record_file = folder / "study.json"
+    settings_file = folder / "study.json"
     study_settings = {"stages": study.stages, "factors": study.factors, "subsets": study.subsets}
-    if record_file.exists() and read_json(record_file) != json.loads(json.dumps(study_settings)):
+    if settings_file.exists() and read_json(settings_file) != json.loads(json.dumps(study_settings)):
         raise ValueError(f"{folder} contains runs of a study with different flags. Set a different --output-dir")
-    write_json(record_file, study_settings)
-    runner = StudyRunner(study, folder, **settings)
+    write_json(settings_file, study_settings)
+    runner = StudyRunner(study, folder, **runner_settings)
     try:
         runner.execute()
     finally:

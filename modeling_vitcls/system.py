@@ -1,8 +1,8 @@
-"""Versions of libraries, names of devices and processors, memory, energy, and peak throughput of matrix products.
+"""Library versions, device names, memory, energy estimates, and the peak throughput of matrix products.
 
-Energy is estimated as power times duration. The power is:
+Energy is estimated as power times duration, with these powers:
 
-    GPU             power limit of the board, from the driver
+    GPU             power limit of the GPU, from nvidia-smi
     CPU             `WATTS_PER_CPU_THREAD` per thread
     other devices   no estimate
 
@@ -10,7 +10,7 @@ Peak throughput is measured with large matrix products:
 
     measure_gemm_peak(torch.device("cuda"), torch.bfloat16)      # FLOP/s; a multiply-add counts as two
 
-The result depends on the number of threads, the clock rate and the load of the machine.
+The throughput depends on the number of threads, the clock rate and the load of the machine.
 """
 
 import ctypes
@@ -37,28 +37,28 @@ SHARDING_DESCRIPTIONS = {
     DistributedType.FSDP: "weights sharded by FSDP",
     DistributedType.DEEPSPEED: "sharded by DeepSpeed",
 }
-LIBRARIES = ("torch", "torchvision", "transformers", "accelerate")
+CORE_LIBRARIES = ("torch", "torchvision", "transformers", "accelerate")
 
 # Parameter ids of mallopt, from glibc's <malloc.h>.
-M_TRIM_THRESHOLD = -1  # id of the minimum free memory at the end of the heap, in bytes, that is returned to the system
+M_TRIM_THRESHOLD = -1  # id of the minimum free memory at the end of the heap that is returned to the system, in bytes
 M_MMAP_MAX = -4  # id of the maximum number of blocks that are allocated with mmap and returned when freed
 
 
 def keep_freed_memory() -> None:
-    """Keep the memory of freed tensors in this process, and enable large pages in PyTorch if no tensor exists yet.
+    """Keep freed memory in this process for reuse, and enable large pages in PyTorch if no tensor exists yet.
 
-    Environment variables set by the user take precedence. With C libraries other than glibc, freed memory is not kept.
+    Environment variables that the user sets take precedence. Freed memory is kept only with glibc.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    is_configured = any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ)
-    if platform.libc_ver()[0] == "glibc" and not is_configured:
+    is_malloc_configured = any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ)
+    if platform.libc_ver()[0] == "glibc" and not is_malloc_configured:
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, -1)  # -1: never return memory
 
 
-# Assumed power per CPU thread in watts, including memory and power supply. This is an upper estimate: servers with 16
-# to 64 cores draw about 100 to 300 W, which is 5 to 6 W per core.
+# Assumed power per CPU thread in watts, including memory and power supply. The value is an upper estimate, because
+# servers with 16 to 64 cores draw about 100 to 300 W (5 to 6 W per core).
 WATTS_PER_CPU_THREAD = 10.0
 JOULES_PER_KILOWATT_HOUR = 3.6e6
 NVIDIA_SMI_TIMEOUT = 10.0  # timeout of nvidia-smi, in seconds
@@ -73,7 +73,7 @@ def estimate_energy(seconds: float, num_processes: int, device: torch.device) ->
         device: device of this process.
 
     Returns:
-        A dict with "kilowatt_hours", "watts_per_process" and "assumption", which states how the power was estimated.
+        A dict with "kilowatt_hours", "watts_per_process" and "assumption" (a description of the assumed power).
     """
     if device.type == "cuda":
         watts, assumption = get_power_limit(device), "each GPU ran at its power limit"
@@ -103,30 +103,30 @@ def get_power_limit(device: torch.device) -> float | None:
         return None
 
 
-GEMM_SECONDS = 0.25  # minimum duration of each measurement, in seconds
+MIN_GEMM_SECONDS = 0.25  # minimum duration of each measurement, in seconds
 MIN_GEMM_CALLS = 3
 
-# Device type -> size of the square matrices: large enough to keep the device busy, small enough for several calls.
+# Device type -> number of rows and columns of the matrices. Matrices of this size keep the device busy.
 MATRIX_SIZES = {"cpu": 1024, "cuda": 8192}
 DEFAULT_MATRIX_SIZE = 4096
 
 
 @torch.no_grad()
 def measure_gemm_peak(device: torch.device | str, dtype: torch.dtype) -> float:
-    """Return the FLOP/s of large matrix products in the fastest call of the fastest implementation.
+    """Measure the peak throughput of large matrix products in FLOP/s.
 
-    The measurement takes about half a second. On CPUs, oneDNN is also measured, because PyTorch's default may be half
-    as fast. The result is a lower bound, because other programs that run at the same time reduce the throughput.
+    The fastest call determines the throughput. On CPUs, oneDNN is also measured, because PyTorch's default
+    implementation may be half as fast. Programs that run at the same time reduce the measured throughput.
     """
     device = torch.device(device)
     size = MATRIX_SIZES.get(device.type, DEFAULT_MATRIX_SIZE)
-    generator = torch.Generator(device)  # does not change the random state of training
-    first, second = (torch.randn(size, size, device=device, dtype=dtype, generator=generator) for _ in range(2))
-    implementations: list[Callable[[], torch.Tensor]] = [lambda: nn.functional.linear(first, second)]
+    generator = torch.Generator(device)  # leaves the global random state unchanged
+    x, weight = (torch.randn(size, size, device=device, dtype=dtype, generator=generator) for _ in range(2))
+    implementations: list[Callable[[], torch.Tensor]] = [lambda: nn.functional.linear(x, weight)]
     if device.type == "cpu" and torch.backends.mkldnn.is_available() and dtype in (torch.float32, torch.bfloat16):
-        packed_first, packed_second = first.to_mkldnn(), second.to_mkldnn()
-        implementations.append(lambda: nn.functional.linear(packed_first, packed_second))
-    return 2 * size**3 / min(measure_fastest_call(multiply, device) for multiply in implementations)
+        packed_x, packed_weight = x.to_mkldnn(), weight.to_mkldnn()
+        implementations.append(lambda: nn.functional.linear(packed_x, packed_weight))
+    return 2 * size**3 / min(measure_fastest_call(function, device) for function in implementations)
 
 
 def measure_fastest_call(function: Callable[[], torch.Tensor], device: torch.device) -> float:
@@ -135,7 +135,7 @@ def measure_fastest_call(function: Callable[[], torch.Tensor], device: torch.dev
     durations: list[float] = []
     synchronize(device)
     start_time = time.perf_counter()
-    while len(durations) < MIN_GEMM_CALLS or time.perf_counter() - start_time < GEMM_SECONDS:
+    while len(durations) < MIN_GEMM_CALLS or time.perf_counter() - start_time < MIN_GEMM_SECONDS:
         call_start = time.perf_counter()
         function()
         synchronize(device)
@@ -150,7 +150,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def get_peak_memory(device: torch.device) -> int:
-    """Return the peak memory in bytes: the memory of the GPU, or the memory of this process for other devices."""
+    """Return the peak allocated memory of a GPU, or the peak memory of this process on other devices, in bytes."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     bytes_per_unit = 1 if sys.platform == "darwin" else 1024
@@ -158,14 +158,14 @@ def get_peak_memory(device: torch.device) -> int:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Reset the peak memory statistics of a GPU. The peak memory of a process cannot be reset."""
+    """Reset the peak memory statistics of a GPU. On other devices, the peak memory cannot be reset."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
 
 
 def describe_device(accelerator: Accelerator) -> str:
-    """Return the name of the device and, for a sharded model, the sharding method."""
+    """Return the name of the device and, if the model is sharded, the sharding method."""
     name = format_device_name(accelerator.device) + (" per process" if accelerator.device.type == "cpu" else "")
     return ", ".join(filter(None, [name, SHARDING_DESCRIPTIONS.get(accelerator.distributed_type)]))
 
@@ -178,16 +178,16 @@ def format_device_name(device: torch.device) -> str:
 
 
 def get_versions(*libraries: str) -> dict[str, str]:
-    """Return the versions of this package, Python, and the installed libraries in `LIBRARIES` and `libraries`."""
+    """Return the versions of this package, Python, and the installed libraries in `CORE_LIBRARIES` and `libraries`."""
     versions = {"modeling_vitcls": __version__, "python": platform.python_version()}
-    for name in (*LIBRARIES, *libraries):
+    for name in (*CORE_LIBRARIES, *libraries):
         with suppress(PackageNotFoundError):
             versions[name] = version(name)
     return versions | {"torch": str(torch.__version__)}  # includes the build, such as +cu132
 
 
 def get_processor_name() -> str:
-    """Return the model name of the processor from /proc/cpuinfo, or from Python if the system is not Linux."""
+    """Return the model name of the CPU from /proc/cpuinfo, or from Python if the file does not exist."""
     cpuinfo_file = Path("/proc/cpuinfo")
     if cpuinfo_file.is_file():
         for line in cpuinfo_file.read_text(encoding="utf-8").splitlines():

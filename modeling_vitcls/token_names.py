@@ -10,15 +10,16 @@ SINGLE_TOKEN_NAMES = {"cls": "CLS", "distillation": "distillation", "registers":
 def get_token_names(config: ViTCLSConfig) -> list[str]:
     """Return the name of each special token, in sequence order.
 
-    A single CLS token is named "CLS", and several CLS tokens are named "CLS 1", "CLS 2" and so on. In a multi-task
-    model, "CLS species" is the token of the task "species". "CLS 2 (cell 1, 2 of 2 x 2)" is a token restricted to row
-    1, column 2 of a grid (`config.cls_scopes`). Distillation and register tokens are numbered like CLS tokens.
+    A single CLS token is named "CLS", and several CLS tokens are named "CLS 1", "CLS 2" and so on; distillation and
+    register tokens are named in the same way. In a multi-task model, "CLS species" is the CLS token of the task
+    "species". "CLS 2 (cell 1, 2 of 2 x 2)" is a CLS token for row 1, column 2 of a grid of image regions
+    (`config.cls_scopes`).
     """
     return [name for names in get_token_names_by_group(config).values() for name in names]
 
 
 def get_token_names_by_group(config: ViTCLSConfig) -> dict[str, list[str]]:
-    """Return the token names of each group of special tokens: "cls", "distillation" and "registers"."""
+    """Return a dict from token groups ("cls", "distillation" and "registers") to the names of their tokens."""
     layout = config.token_layout
     indices = range(layout.num_prefix_tokens)
     names = {
@@ -34,5 +35,5 @@ def get_token_names_by_group(config: ViTCLSConfig) -> dict[str, list[str]]:
 
 
 def number_names(name: str, num_tokens: int) -> list[str]:
-    """Return the name of a single token, or the numbered names of several tokens, starting with 1."""
+    """Return a list with the name of a single token, or with the numbered names of several tokens."""
     return [name] if num_tokens == 1 else [f"{name} {number}" for number in range(1, num_tokens + 1)]

@@ -1,4 +1,4 @@
-"""Train a small ViT on handwritten digits, then load it in a new process (`make demo`).
+"""Train a small ViT on handwritten digits, then load the model in a new process (`make demo`).
 
 python scripts/demo.py [flags of `vitcls finetune`, to override the recipe]
 """
@@ -16,7 +16,7 @@ from rich.console import Console
 SCRIPTS = Path(os.path.relpath(Path(__file__).parent))
 RECIPE = SCRIPTS / "recipes" / "digits.yaml"
 OUTPUT = Path("runs", "demo")
-PRETRAINED = "timm:vit_small_patch14_reg4_dinov2"
+PRETRAINED_MODEL = "timm:vit_small_patch14_reg4_dinov2"
 
 # Default values of accelerate's flags. accelerate prints a warning if these flags are not set.
 LAUNCH_FLAGS = "--quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no".split()
@@ -25,11 +25,11 @@ console = Console(soft_wrap=True, highlight=False)
 
 
 def main() -> None:
-    """Train and load a model, and print the next steps. If a step fails, exit with its status."""
+    """Train and load a model, and print the next steps. If a command fails, exit with its status."""
     start_time = time.perf_counter()
     output = get_output_dir(sys.argv[1:])
     finetune_arguments = [SCRIPTS / "finetune.py", "--config", RECIPE, "--output-dir", OUTPUT]
-    if output == OUTPUT:  # replaces an earlier demo
+    if output == OUTPUT:  # replace the model of an earlier demo
         finetune_arguments.append("--overwrite")
     run_step(
         "1. Fine-tune a small ViT on 1,425 handwritten digits",
@@ -37,7 +37,7 @@ def main() -> None:
         [sys.executable, "-m", "accelerate.commands.launch", *LAUNCH_FLAGS, *finetune_arguments, *sys.argv[1:]],
     )
     run_step(
-        "2. Load it in a new process, without importing this package, and classify the 372 held-out digits",
+        "2. Load the model in a new process, without importing this package, and classify the 372 held-out digits",
         ["python", SCRIPTS / "demo_load.py", output],
         [sys.executable, SCRIPTS / "demo_load.py", output],
     )
@@ -45,16 +45,16 @@ def main() -> None:
     console.print(f"  {output / 'README.md'}: the model card, next to the weights, results.json and metrics.jsonl")
     if (output / "report.html").exists():
         console.print(f"  {output / 'report.html'}: open it in a browser to see the attention of the tokens")
-    console.print(f"  {RECIPE}: the recipe; change the number of tokens and run it again")
+    console.print(f"  {RECIPE}: the recipe; change the number of tokens and run the demo again")
     console.print("  fine-tune a pre-trained model on your own images, in one folder per class:")
-    vitcls = os.path.relpath(Path(sys.executable).with_name("vitcls"))
-    console.print(f"    {vitcls} finetune --model {PRETRAINED} --dataset FOLDER --output-dir runs/mine")
+    vitcls_command = os.path.relpath(Path(sys.executable).with_name("vitcls"))
+    console.print(f"    {vitcls_command} finetune --model {PRETRAINED_MODEL} --dataset FOLDER --output-dir runs/mine")
     console.print("  docs/README.md: the documentation, one page per task")
 
 
-def run_step(title: str, printed_command: list[object], command: list[object]) -> None:
+def run_step(title: str, short_command: list[object], command: list[object]) -> None:
     """Print a title and a short form of a command, and run the command."""
-    console.print(f"\n[bold]{title}[/]\n  $ {' '.join(map(str, printed_command))}\n")
+    console.print(f"\n[bold]{title}[/]\n  $ {' '.join(map(str, short_command))}\n")
     # With more than one thread, a small model is hardly faster, and much slower if other programs use the cores.
     environment = {"OMP_NUM_THREADS": "1"} | os.environ
     status = subprocess.run(list(map(str, command)), env=environment, check=False).returncode
@@ -64,8 +64,8 @@ def run_step(title: str, printed_command: list[object], command: list[object]) -
 
 def get_output_dir(flags: list[str]) -> Path:
     """Return the value of the last --output-dir, or the default."""
-    values = [Path(value) for name, value in pairwise(flags) if name == "--output-dir"]
-    return values[-1] if values else OUTPUT
+    output_dirs = [Path(value) for name, value in pairwise(flags) if name == "--output-dir"]
+    return output_dirs[-1] if output_dirs else OUTPUT
 
 
 if __name__ == "__main__":

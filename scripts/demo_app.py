@@ -5,7 +5,7 @@
 # [tool.uv.sources]
 # modeling_vitcls = { path = "..", editable = true }
 # ///
-"""Show the predictions and attention of a model in a browser: the same program as `vitcls demo`.
+"""Show the predictions and attention of a model in a browser. This script is equivalent to `vitcls demo`.
 
 python scripts/demo_app.py --model runs/mine
 """

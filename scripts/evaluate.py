@@ -5,7 +5,7 @@
 # [tool.uv.sources]
 # modeling_vitcls = { path = "..", editable = true }
 # ///
-"""Evaluate a model on labeled images: the same program as `vitcls evaluate`.
+"""Evaluate a model on labeled images. This script is equivalent to `vitcls evaluate`.
 
 accelerate launch scripts/evaluate.py --model runs/digits --dataset digits
 """

@@ -5,7 +5,7 @@
 # [tool.uv.sources]
 # modeling_vitcls = { path = "..", editable = true }
 # ///
-"""Fine-tune a ViT on labeled images: the same program as `vitcls finetune`.
+"""Fine-tune a ViT on labeled images. This script is equivalent to `vitcls finetune`.
 
 accelerate launch scripts/finetune.py --config scripts/recipes/digits.yaml --output-dir runs/digits
 accelerate launch scripts/finetune.py --model vitcls-tiny --dataset path/to/images --output-dir runs/mine

@@ -3,8 +3,8 @@
     python scripts/gpu.py                                                   all parts, about 30 minutes
     python scripts/gpu.py --parts training fsdp2 --output training.md       some parts, each under 10 minutes
 
-The file is written after each row. A failed row or part is reported in the file, and the other parts are measured; the
-exit status is then 1. Without a CUDA device, the script prints a message and exits with status 0.
+The file is written after each row. If a row or part fails, the file contains the error, the next rows and parts are
+measured, and the exit status is 1. Without a CUDA device, the script prints a message and exits with status 0.
 
 `make gpu` installs packages first. On a machine without internet access, run the script with a Python that has the
 packages, from the root of the repository: PYTHONPATH=. python3 scripts/gpu.py
@@ -39,22 +39,23 @@ from modeling_vitcls.training.mfu import count_training_flops
 Lines = Iterator[str]  # lines of the Markdown page
 REPOSITORY = Path(__file__).parents[1]
 OUTPUT = REPOSITORY / "docs" / "speed-gpu.md"
-FAILURE = "failed: "  # prefix of the description of a failed row or part
+FAILURE_PREFIX = "failed: "  # prefix of the error of a failed row or part
 FSDP2_SETTINGS = REPOSITORY / "scripts" / "accelerate" / "fsdp2.yaml"
-TESTS = ("tests/core", "tests/training/test_mfu.py", "tests/benchmarking/test_growth.py", "-m", "not slow")
-TEST_PROCESSES = ("-n", "4", "--dist", "loadfile")
+TEST_ARGUMENTS = ("tests/core", "tests/training/test_mfu.py", "tests/benchmarking/test_growth.py", "-m", "not slow")
+PARALLEL_TEST_ARGUMENTS = ("-n", "4", "--dist", "loadfile")
 BENCHMARKS = ("inference", "growth", "step", "inexact")
-NUM_PAIRS = 5  # number of pairs of measurements per comparison
-FSDP2_SECONDS = 300  # timeout of the run with sharded weights, in seconds
+NUM_PAIRS = 5  # number of measurement pairs per comparison
+FSDP2_TIMEOUT = 300  # timeout of the run with sharded weights, in seconds
 BATCH_SIZE = 64
 # With CUDA graphs, the first call runs without a graph, the second call records a graph, and later calls replay it.
 NUM_WARM_UP_CALLS = 3
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# Name -> mode of torch.compile; max-autotune uses CUDA graphs.
+# Mode of torch.compile by name. max-autotune uses CUDA graphs.
 COMPILE_MODES = {"eager": None, "compiled": "default", "compiled, max-autotune": "max-autotune"}
-AUTOTUNED_PRECISION = "bf16"  # forward passes are autotuned only in this precision, which takes a minute or more
-FLASH_MODE = "eager, flash attention"  # an error is raised if PyTorch would use another kernel; half precision only
-LIMITS = {"fp32": 1e-3, "bf16": 0.05, "fp16": 0.02}  # largest difference from fp32 on the CPU / largest logit
+AUTOTUNED_PRECISION = "bf16"  # other precisions are not autotuned, because autotuning takes a minute or more
+FLASH_MODE = "eager, flash attention"  # half precision only; raises an error if flash attention is not available
+# Maximum difference from the fp32 logits on the CPU, relative to the largest logit.
+MAX_DIFFERENCES = {"fp32": 1e-3, "bf16": 0.05, "fp16": 0.02}
 NUM_REGISTERS = {"197 tokens": 0, "200 tokens": 3}
 
 
@@ -78,17 +79,17 @@ def main() -> None:
             lines.append(line)
             flags.output.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
     print(f"written to {flags.output}")
-    raise SystemExit(int(any(FAILURE in line for line in lines)))
+    raise SystemExit(int(any(FAILURE_PREFIX in line for line in lines)))
 
 
 def run_part(name: str) -> Lines:
-    """Yield the lines of a part of the page. An exception becomes the last line."""
-    title, measure = PARTS[name]
+    """Yield the lines of one part of the page. If the part fails, the last line contains the error."""
+    title, yield_lines = PARTS[name]
     yield from ("", f"## {title}", "")
     try:
-        yield from measure()
+        yield from yield_lines()
     except Exception as error:
-        yield from ("", describe_failure(error))  # a table may precede
+        yield from ("", describe_failure(error))  # the empty line ends an unfinished table
 
 
 def describe_failure(error: Exception) -> str:
@@ -96,25 +97,25 @@ def describe_failure(error: Exception) -> str:
     traceback.print_exception(error)
     message = next(iter(str(error).splitlines()), "")
     if isinstance(error, subprocess.SubprocessError):
-        message = "see the output"  # instead of a command with paths of this machine
-    return f"{FAILURE}{type(error).__name__}: {message[:200]}".replace("|", "/")
+        message = "see the output"  # the error message contains local paths
+    return f"{FAILURE_PREFIX}{type(error).__name__}: {message[:200]}".replace("|", "/")
 
 
 def run_tests() -> Lines:
     """Run the tests, and yield one line with the result. The output of the tests is printed."""
-    command = [sys.executable, "-m", "pytest", "-q", *TEST_PROCESSES, *TESTS]
-    # One thread per test process, as in the Makefile
+    command = [sys.executable, "-m", "pytest", "-q", *PARALLEL_TEST_ARGUMENTS, *TEST_ARGUMENTS]
+    # One thread per test process, as in the Makefile.
     subprocess.run(command, cwd=REPOSITORY, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
-    yield f"passed: `pytest {' '.join(TESTS[:-1])} '{TESTS[-1]}'`"
+    yield f"passed: `pytest {' '.join(TEST_ARGUMENTS[:-1])} '{TEST_ARGUMENTS[-1]}'`"
 
 
-def compare_models(work: str) -> Lines:
-    """Yield a table of the speed compared with other models, after one line for each failed row."""
+def compare_models(work_kind: str) -> Lines:
+    """Yield one line for each failed row, and a table that compares the speed with other models."""
     settings = BenchmarkSettings(("transformers", "timm"), NUM_PAIRS, device="cuda")
     comparisons = []
-    for row in WORK_KINDS[work].rows:
+    for row in WORK_KINDS[work_kind].rows:
         try:
-            for comparison in compare((work,), (row,), settings):
+            for comparison in compare((work_kind,), (row,), settings):
                 comparisons.append(print_comparison(comparison))
         except Exception as error:
             yield from (f"{row}: {describe_failure(error)}", "")
@@ -136,7 +137,7 @@ def measure_forward_passes(device: str = "cuda") -> Lines:
         model = build_model(num_registers).eval()
         images = build_random_images(BATCH_SIZE, model.config.image_size)
         with torch.inference_mode():
-            expected = model(images[:2]).logits
+            expected_logits = model(images[:2]).logits
         for precision, dtype in DTYPES.items():
             modes = COMPILE_MODES if precision == "fp32" else COMPILE_MODES | {FLASH_MODE: None}
             for mode, compile_mode in modes.items():
@@ -144,46 +145,48 @@ def measure_forward_passes(device: str = "cuda") -> Lines:
                     continue
                 try:
                     predict = compile_model(build_model(num_registers).eval().to(device, dtype), compile_mode)
-                    run = torch.inference_mode()(partial(predict, images.to(device, dtype)))
-                    speed, difference = measure_forward_pass(run, mode, expected, LIMITS[precision])
-                    results = f"{speed:,.0f}", f"{difference:.1e}"
+                    forward = torch.inference_mode()(partial(predict, images.to(device, dtype)))
+                    throughput, difference = measure_forward_pass(
+                        forward, mode, expected_logits, MAX_DIFFERENCES[precision]
+                    )
+                    cells = f"{throughput:,.0f}", f"{difference:.1e}"
                 except Exception as error:
-                    results = describe_failure(error), ""
-                yield format_row(precision, mode, tokens, *results)
+                    cells = describe_failure(error), ""
+                yield format_row(precision, mode, tokens, *cells)
 
 
 def measure_forward_pass(
-    run: Callable[[], Any], mode: str, expected: torch.Tensor, limit: float
+    forward: Callable[[], Any], mode: str, expected_logits: torch.Tensor, max_difference: float
 ) -> tuple[float, float]:
     """Return the images per second, and the relative difference between the logits and the expected logits.
 
     Raises:
-        ValueError: If the logits differ by more than `limit` from fp32 logits computed on the CPU.
+        ValueError: If the logits differ by more than `max_difference` from fp32 logits computed on the CPU.
     """
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION) if mode == FLASH_MODE else nullcontext():
         for _ in range(NUM_WARM_UP_CALLS):
-            logits = run().logits[:2].float().cpu()
-        difference = ((logits - expected).abs().max() / expected.abs().max()).item()
-        if not difference <= limit:
+            logits = forward().logits[:2].float().cpu()
+        difference = ((logits - expected_logits).abs().max() / expected_logits.abs().max()).item()
+        if not difference <= max_difference:
             raise ValueError(f"the logits differ from the CPU logits by {difference:.1e}")
-        return measure_throughput(run, BATCH_SIZE), difference
+        return measure_throughput(forward, BATCH_SIZE), difference
 
 
-def measure_steps(device: str = "cuda") -> Lines:
+def measure_training_steps(device: str = "cuda") -> Lines:
     """Yield a table with the model FLOPs utilization (MFU) of a training step for each mode and number of tokens."""
     yield from format_header("mode", "tokens", "images/s", "MFU")
-    peak = measure_gemm_peak(device, torch.bfloat16)
+    peak_flops_per_second = measure_gemm_peak(device, torch.bfloat16)
     for tokens, num_registers in NUM_REGISTERS.items():
         for mode, compile_mode in COMPILE_MODES.items():
             try:
-                speed, flops = measure_step(device, num_registers, compile_mode)
-                results = f"{speed:,.0f}", f"{speed * flops / peak:.0%}"
+                throughput, flops = measure_training_step(device, num_registers, compile_mode)
+                cells = f"{throughput:,.0f}", f"{throughput * flops / peak_flops_per_second:.0%}"
             except Exception as error:
-                results = describe_failure(error), ""
-            yield format_row(mode, tokens, *results)
+                cells = describe_failure(error), ""
+            yield format_row(mode, tokens, *cells)
 
 
-def measure_step(device: str, num_registers: int, compile_mode: str | None) -> tuple[float, int]:
+def measure_training_step(device: str, num_registers: int, compile_mode: str | None) -> tuple[float, int]:
     """Return the images per second of training steps, and the FLOPs of a step per image."""
     model = build_model(num_registers).to(device).train()
     pixel_values = build_random_images(BATCH_SIZE, model.config.image_size).to(device)
@@ -206,22 +209,34 @@ def measure_step(device: str, num_registers: int, compile_mode: str | None) -> t
 def run_fsdp2(settings: Path = FSDP2_SETTINGS, num_processes: int | None = None) -> Lines:
     """Train a small model with sharded weights, and yield one sentence with the loss.
 
-    By default, each GPU has one process. If the run fails or takes longer than `FSDP2_SECONDS`, a SubprocessError is
-    raised; the output of the run was printed.
+    By default, each GPU has one process. The output of the run is printed.
+
+    Raises:
+        SubprocessError: If the run fails, or takes longer than `FSDP2_TIMEOUT` seconds.
     """
     num_processes = num_processes or torch.cuda.device_count()
     with tempfile.TemporaryDirectory() as folder:
-        launch = ["-m", "accelerate.commands.launch", "--config_file", settings, "--num_processes", num_processes]
-        flags = ["--config", "digits", "--max-steps", 10, "--no-report", "--output-dir", folder, "--overwrite"]
-        command = [sys.executable, *launch, "-m", "modeling_vitcls.cli", "finetune", *flags]
-        subprocess.run(list(map(str, command)), cwd=REPOSITORY, check=True, timeout=FSDP2_SECONDS)
+        launch_flags = ["--config_file", settings, "--num_processes", num_processes]
+        training_flags = [
+            "--config",
+            "digits",
+            "--max-steps",
+            10,
+            "--no-report",
+            "--output-dir",
+            folder,
+            "--overwrite",
+        ]
+        launch_command = [sys.executable, "-m", "accelerate.commands.launch", *launch_flags]
+        command = [*launch_command, "-m", "modeling_vitcls.cli", "finetune", *training_flags]
+        subprocess.run(list(map(str, command)), cwd=REPOSITORY, check=True, timeout=FSDP2_TIMEOUT)
         results = read_json(Path(folder, "results.json"))
     device, loss = results["device"], results["loss"]
     yield f"{results['steps']} steps with {num_processes} process(es) on {device}: loss {loss:.3f}"
 
 
 def compile_model(model: nn.Module, mode: str | None) -> Callable:
-    """Return the model; if `mode` is set, compiled in this mode."""
+    """Return the model, compiled with torch.compile unless `mode` is None."""
     torch.compiler.reset()
     return model if mode is None else torch.compile(model, mode=mode)
 
@@ -236,10 +251,10 @@ def format_row(*cells: str) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-# Name -> heading, and function that yields the lines of the part. Tests run last, because they write no measurements.
+# Heading of each part, and function that yields its lines. Tests run last, because they write no measurements.
 PARTS: dict[str, tuple[str, Callable[[], Lines]]] = {
     "forward": (f"Forward passes, batch {BATCH_SIZE}", measure_forward_passes),
-    "training": (f"Training steps, batch {BATCH_SIZE}, bf16 autocast, fused AdamW", measure_steps),
+    "training": (f"Training steps, batch {BATCH_SIZE}, bf16 autocast, fused AdamW", measure_training_steps),
     "fsdp2": ("Sharded training (FSDP2)", run_fsdp2),
     **{name: (f"`vitcls benchmark --work {name}`", partial(compare_models, name)) for name in BENCHMARKS},
     "tests": ("Tests", run_tests),

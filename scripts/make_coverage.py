@@ -44,7 +44,7 @@ TIMM_MODULES = (
     "gemma4_vit",
     "qwen3_vit",
 )
-GRID = (4, 4)  # patches of the native size
+GRID_SIZE = (4, 4)  # native size in patches
 SMALL_CONFIG = {
     "hidden_size": 32,
     "num_hidden_layers": 2,
@@ -58,15 +58,15 @@ SMALL_CONFIG = {
     "mask_ratio": 0.0,
 }
 ENCODER_FIELDS = ("patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "image_size")
-# Reason why a class is not a plain ViT -> configuration fields, any of which is set.
+# Configuration fields of models that are not plain ViTs, by reason.
 NOT_PLAIN_REASONS = {
     "window attention or several resolutions": ("window_size", "depths", "global_attn_indexes"),
     "video inputs": ("temporal_patch_size", "num_frames", "tubelet_size"),
     "patch merging": ("spatial_merge_size", "pixel_shuffle_ratio", "downsample_ratio"),
     "text or audio inputs": ("vocab_size", "text_config", "num_mel_bins"),
 }
-# Class without conversion rules -> feature that ViTCLS or the converter does not support.
-REASONS = {
+# Feature that ViTCLS or the converter does not support, by class name.
+UNSUPPORTED_FEATURES = {
     # timm
     "Beit": "timm resamples position biases at unevenly spaced points; `transformers:` converts BEiT exactly",
     "VisionTransformerRelPos": "position biases are computed by an MLP, or resampled as in `Beit`",
@@ -114,21 +114,23 @@ The timm table lists all modules whose models have a single resolution and globa
 
 
 def main() -> None:
-    """Write the page."""
+    """Write docs/coverage.md."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=OUTPUT)
     output = parser.parse_args().output
     logging.set_verbosity_error()
     text = HEADER.format(timm=timm.__version__, transformers=transformers.__version__)
-    output.write_text(f"{text}{format_timm()}\n\n{format_transformers()}\n", encoding="utf-8")
+    output.write_text(f"{text}{format_timm_section()}\n\n{format_transformers_section()}\n", encoding="utf-8")
 
 
 # timm ----------------------------------------------------------------------------------------------------------------
 
 
-def format_timm() -> str:
+def format_timm_section() -> str:
     """Return the section about timm."""
-    results = {module: [measure_timm(name) for name in timm.list_models(module=module)] for module in TIMM_MODULES}
+    results = {
+        module: [measure_timm_model(name) for name in timm.list_models(module=module)] for module in TIMM_MODULES
+    }
     exact_differences = [difference for rows in results.values() for difference, _ in rows if difference is not None]
     lines = [
         "## timm\n",
@@ -140,71 +142,73 @@ def format_timm() -> str:
     for module, rows in results.items():
         reasons = Counter(reason for _, reason in rows if reason)
         num_exact = len(rows) - sum(reasons.values())
-        others = "; ".join(f"{reason} ({count})" for reason, count in reasons.most_common())
-        lines.append(f"| `{module}` | {len(rows)} | {num_exact} | {others} |")
+        reason_text = "; ".join(f"{reason} ({count})" for reason, count in reasons.most_common())
+        lines.append(f"| `{module}` | {len(rows)} | {num_exact} | {reason_text} |")
     return "\n".join(lines)
 
 
 @torch.no_grad()
-def measure_timm(name: str) -> tuple[float | None, str]:
+def measure_timm_model(name: str) -> tuple[float | None, str]:
     """Return the largest difference of an architecture and "", or None and the reason why it is not exact."""
     try:
-        model = build_timm(name)
-        converted = convert_from_timm(model)
+        model = build_timm_model(name)
+        converted_model = convert_from_timm(model)
         comparisons, reason = compare_models(
-            TimmSource(f"timm:{name}", model, None, []), converted, has_source_classifier=True
+            TimmSource(f"timm:{name}", model, None, []), converted_model, has_source_classifier=True
         )
     except ConversionError as error:
-        return None, shorten(str(error))
-    except Exception as error:  # modules that the conversion was not written for may fail in any way
-        return None, shorten(f"{type(error).__name__}: {error}")
+        return None, shorten_message(str(error))
+    except Exception as error:  # unsupported modules may raise any exception
+        return None, shorten_message(f"{type(error).__name__}: {error}")
     difference = max(difference for comparison in comparisons for difference in comparison.differences.values())
-    return (None, shorten(reason)) if reason else (difference, "")
+    return (None, shorten_message(reason)) if reason else (difference, "")
 
 
-def build_timm(name: str) -> Any:
+def build_timm_model(name: str) -> Any:
     """Build an architecture with two blocks, six heads of the original head size, and random values.
 
     Raises:
-        ConversionError: If the conversion does not support its class.
+        ConversionError: If the class of the model is not supported.
     """
     options: dict[str, Any] = {"depth": 2, "num_classes": 7}
     try:
-        original: Any = timm.create_model(name, device="meta", **options)
+        original_model: Any = timm.create_model(name, device="meta", **options)
     except (TypeError, AssertionError):  # an architecture that has no such arguments, or requires one value per block
-        original = timm.create_model(name, device="meta")
-    if get_class_name(original) not in TIMM_CLASSES:
-        class_name = get_class_name(original)
-        raise ConversionError(f"{class_name}: not supported, {REASONS.get(class_name, 'no rules')}")
-    num_heads = next(module.num_heads for module in original.modules() if hasattr(module, "num_heads"))
-    options |= {"embed_dim": 6 * original.embed_dim // num_heads, "num_heads": 6}
+        original_model = timm.create_model(name, device="meta")
+    if get_class_name(original_model) not in TIMM_CLASSES:
+        class_name = get_class_name(original_model)
+        raise ConversionError(f"{class_name}: not supported, {UNSUPPORTED_FEATURES.get(class_name, 'no rules')}")
+    num_heads = next(module.num_heads for module in original_model.modules() if hasattr(module, "num_heads"))
+    options |= {"embed_dim": 6 * original_model.embed_dim // num_heads, "num_heads": 6}
     if "sapiens2" in name:  # the default has one value for each block of the full depth
         options["num_kv_heads"] = (6, 3)
     model: Any = timm.create_model(name, **options)
     height, width = model.patch_embed.patch_size
-    model.set_input_size(img_size=(GRID[0] * height, GRID[1] * width))
+    model.set_input_size(img_size=(GRID_SIZE[0] * height, GRID_SIZE[1] * width))
     return randomize_weights(model)
 
 
 # transformers --------------------------------------------------------------------------------------------------------
 
 
-def format_transformers() -> str:
+def format_transformers_section() -> str:
     """Return the section about transformers."""
     exact_differences, reasons = {}, defaultdict(list)
     for name, config in list_vision_classes().items():
-        difference, reason = measure_transformers(name) if config is None else (None, describe_config(name, config))
+        difference, reason = (
+            measure_transformers_class(name) if config is None else (None, describe_config(name, config))
+        )
         if difference is None:
             reasons[reason].append(name)
         else:
             exact_differences[name] = difference
-    total = len(exact_differences) + sum(map(len, reasons.values()))
+    num_classes = len(exact_differences) + sum(map(len, reasons.values()))
     rows = {"exact": list(exact_differences)} | dict(sorted(reasons.items()))
     return "\n".join(
         [
             "## transformers\n",
             "The table lists the convertible classes, and all base models whose configuration has the fields of an "
-            f"image encoder. {len(exact_differences)} of {total} classes are exact. The largest difference is "
+            f"image encoder. {len(exact_differences)} of {num_classes} classes are exact. The largest difference is "
             f"{max(exact_differences.values()):.1e}.\n",
             "| result | classes |",
             "|---|---|",
@@ -214,7 +218,7 @@ def format_transformers() -> str:
 
 
 def list_vision_classes() -> dict[str, Any]:
-    """Return class names of transformers -> configuration, or None for convertible classes.
+    """Return the default configuration of each transformers class by name, or None for convertible classes.
 
     The names are the convertible classes, and all base models whose configuration has the fields of an image encoder.
     """
@@ -231,7 +235,7 @@ def list_vision_classes() -> dict[str, Any]:
 
 
 @torch.no_grad()
-def measure_transformers(name: str) -> tuple[float | None, str]:
+def measure_transformers_class(name: str) -> tuple[float | None, str]:
     """Return the largest difference of a convertible class and "", or None and the reason why it is not exact."""
     model_class = getattr(transformers, name)
     try:
@@ -242,32 +246,32 @@ def measure_transformers(name: str) -> tuple[float | None, str]:
             source, source.convert("keep", None), has_source_classifier=source.has_classifier
         )
     except Exception as error:  # some classes do not support the small sizes
-        return None, shorten(f"{type(error).__name__}: {error}")
+        return None, shorten_message(f"{type(error).__name__}: {error}")
     return max(value for comparison in comparisons for value in comparison.differences.values()), ""
 
 
 def build_config(config_class: Any) -> Any:
     """Build a small configuration, with a small vision configuration if the class contains one."""
-    default = config_class()
-    if hasattr(default, "vision_config"):
-        return config_class(vision_config=build_config(type(default.vision_config)).to_dict())
-    fields: dict[str, Any] = {name: value for name, value in SMALL_CONFIG.items() if hasattr(default, name)}
-    if isinstance(getattr(default, "mlp_ratio", None), float):
+    default_config = config_class()
+    if hasattr(default_config, "vision_config"):
+        return config_class(vision_config=build_config(type(default_config.vision_config)).to_dict())
+    fields: dict[str, Any] = {name: value for name, value in SMALL_CONFIG.items() if hasattr(default_config, name)}
+    if isinstance(getattr(default_config, "mlp_ratio", None), float):
         fields["mlp_ratio"] = float(SMALL_CONFIG["mlp_ratio"])
-    if hasattr(default, "summary_idxs"):
+    if hasattr(default_config, "summary_idxs"):
         fields |= {"num_cls_tokens": 3, "num_registers": 2, "summary_idxs": [2, 0]}
     return config_class(**fields)
 
 
 def describe_config(name: str, config: Any) -> str:
-    """Return why a class cannot be converted, from its configuration or from `REASONS`."""
+    """Return the reason why a class cannot be converted."""
     for reason, fields in NOT_PLAIN_REASONS.items():
         if any(getattr(config, field, None) for field in fields):
             return f"not supported: {reason}"
-    return f"not supported: {REASONS.get(name, 'no rules')}"
+    return f"not supported: {UNSUPPORTED_FEATURES.get(name, 'no rules')}"
 
 
-def shorten(text: str) -> str:
+def shorten_message(text: str) -> str:
     """Return the first 160 characters of a message, escaped for a table cell."""
     return " ".join(text.split())[:160].replace("|", "\\|")
 

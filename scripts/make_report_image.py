@@ -28,24 +28,24 @@ class ReportImageOptions:
     model: Path = Path("runs", "digits")
     """Folder of the model."""
     output: Path = Path("docs", "images", "report.png")
-    """The image."""
+    """Image file to write."""
 
 
 def main() -> None:
-    """Write a report, then take a screenshot of it up to the last verdict."""
+    """Write a report, then take a screenshot of the report up to the last verdict."""
     options = tyro.cli(ReportImageOptions, description=__doc__)
     script = Path(__file__).with_name("inspect_tokens.py")
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
         report = Path(folder, "report.html")
         flags = ["--model", options.model, "--dataset", "digits", "--patch-sizes", 4, 8, 16, "--output", report]
         subprocess.run([sys.executable, script, *map(str, flags)], check=True)
-        program = next(filter(None, map(shutil.which, BROWSERS)), None)  # None: the browser that playwright installed
-        browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        browser_path = next(filter(None, map(shutil.which, BROWSERS)), None)  # None selects the browser of Playwright
+        browser = playwright.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": WIDTH, "height": HEIGHT}, color_scheme="light")
         page.goto(report.as_uri())
-        end = page.locator(".verdicts").bounding_box()
-        assert end is not None
-        clip = {"x": 0.0, "y": 0.0, "width": float(WIDTH), "height": end["y"] + end["height"] + MARGIN}
+        verdicts = page.locator(".verdicts").bounding_box()
+        assert verdicts is not None
+        clip = {"x": 0.0, "y": 0.0, "width": float(WIDTH), "height": verdicts["y"] + verdicts["height"] + MARGIN}
         options.output.parent.mkdir(parents=True, exist_ok=True)
         page.screenshot(path=options.output, full_page=True, clip=clip)
         browser.close()

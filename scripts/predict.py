@@ -5,7 +5,7 @@
 # [tool.uv.sources]
 # modeling_vitcls = { path = "..", editable = true }
 # ///
-"""Predict the labels of images, or write their features: the same program as `vitcls predict`.
+"""Predict the labels of images, or write their features. This script is equivalent to `vitcls predict`.
 
 python scripts/predict.py --model runs/mine photo.jpg path/to/folder
 """

@@ -5,7 +5,7 @@
 # [tool.uv.sources]
 # modeling_vitcls = { path = "..", editable = true }
 # ///
-"""Publish the page of demo_app.py as a Space on the Hub: the same program as `vitcls space`.
+"""Publish the page of demo_app.py as a Space on the Hub. This script is equivalent to `vitcls space`.
 
 python scripts/push_space.py --model me/my-model --space-id me/my-model-demo
 """

@@ -5,7 +5,7 @@
 # [tool.uv.sources]
 # modeling_vitcls = { path = "..", editable = true }
 # ///
-"""Push a model to the Hub and verify the pushed commit: the same program as `vitcls push`.
+"""Push a model to the Hub and verify the pushed commit. This script is equivalent to `vitcls push`.
 
 python scripts/push_to_hub.py --model runs/mine --hub-model-id me/my-model
 """

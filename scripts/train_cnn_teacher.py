@@ -37,12 +37,11 @@ def train_cnn_teacher(
     seed: int = 0,
     label_names: tuple[str, ...] | None = None,
 ) -> float:
-    """Train a ResNet with one basic block per stage, save it with its image processor, and return its accuracy on the
-    held-out images.
+    """Train and save a ResNet with one basic block per stage. Return the accuracy on the held-out images.
 
     Args:
-        dataset: Labeled images, as for `vitcls finetune`.
-        folder: Folder for the model.
+        dataset: Dataset of labeled images, as in `vitcls finetune`.
+        folder: Folder in which the model and the image processor are saved.
         image_size: Height and width to which images are resized, in pixels.
         hidden_sizes: Number of channels of each stage.
         epochs: Number of passes over the training images.
@@ -53,27 +52,27 @@ def train_cnn_teacher(
     torch.manual_seed(seed)
     data = load_training_data(DataOptions(dataset=dataset, num_workers=0))
     assert isinstance(data.train, LabeledImages)  # not a streamed dataset
-    names = data.label_space.names
-    order = label_names or tuple(names)
+    dataset_label_names = data.label_space.names
+    label_order = label_names or tuple(dataset_label_names)
     config = ResNetConfig(
         embedding_size=16,
         hidden_sizes=list(hidden_sizes),
         depths=[1] * len(hidden_sizes),
         layer_type="basic",
-        id2label=dict(enumerate(order)),
-        label2id={name: index for index, name in enumerate(order)},
+        id2label=dict(enumerate(label_order)),
+        label2id={name: index for index, name in enumerate(label_order)},
     )
     model = ResNetForImageClassification(config)
     size = {"height": image_size, "width": image_size}
     processor = ViTImageProcessor(size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3)
 
-    def prepare(split: LabeledImages) -> tuple[torch.Tensor, torch.Tensor]:
+    def prepare_split(split: LabeledImages) -> tuple[torch.Tensor, torch.Tensor]:
         images = [split.images[index].convert("RGB") for index in range(len(split))]
-        labels = torch.tensor([order.index(names[label]) for label in split.labels])
+        labels = torch.tensor([label_order.index(dataset_label_names[label]) for label in split.labels])
         return processor(images, return_tensors="pt")["pixel_values"], labels
 
-    train_network(model, *prepare(data.train), epochs, flip)
-    pixel_values, labels = prepare(data.held_out)
+    train_network(model, *prepare_split(data.train), epochs, flip)
+    pixel_values, labels = prepare_split(data.held_out)
     with torch.no_grad():
         logits = torch.cat([model.eval()(batch).logits for batch in pixel_values.split(BATCH_SIZE)])
     model.save_pretrained(folder)
@@ -82,10 +81,10 @@ def train_cnn_teacher(
 
 
 def train_network(model: nn.Module, pixel_values: torch.Tensor, labels: torch.Tensor, epochs: int, flip: bool) -> None:
-    """Train with AdamW and a one-cycle learning rate on shifted images."""
+    """Train a model on randomly shifted images, with AdamW and a one-cycle learning rate schedule."""
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
     num_steps = epochs * (len(labels) // BATCH_SIZE)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=5e-3, total_steps=num_steps)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=5e-3, total_steps=num_steps)
     max_shift = round(MAX_SHIFT * pixel_values.shape[-1])
     model.train()
     for _ in range(num_steps):
@@ -97,7 +96,7 @@ def train_network(model: nn.Module, pixel_values: torch.Tensor, labels: torch.Te
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        schedule.step()
+        scheduler.step()
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@
     python scripts/train_dual_encoder.py --dataset digits --folder runs/dual
     python scripts/train_dual_encoder.py --dataset uoft-cs/cifar10 --folder runs/dual --patch-size 8 --epochs 20 --flip
 
-The model has no classifier. It compares the CLS token of the ViT with the CLS token of the BERT. In the evaluation,
+The model has no classifier. It compares the CLS token of the ViT with the CLS token of BERT. In the evaluation,
 each class has one caption, and the predicted class of an image is the class of the most similar caption. The caption
 of the evaluation is not used in training, but its words are.
 """
@@ -41,7 +41,7 @@ from modeling_vitcls.options import DataOptions
 BATCH_SIZE = 64
 TRAINING_CAPTIONS = ("a photo of a {}", "a picture of the {}", "the {}", "a {}")
 EVALUATION_CAPTION = "a photo of the {}"
-SIZES = {
+ENCODER_FIELDS = {
     "hidden_size": 64,
     "num_hidden_layers": 4,
     "num_attention_heads": 2,
@@ -59,12 +59,11 @@ def train_dual_encoder(
     flip: bool = False,
     seed: int = 0,
 ) -> float:
-    """Train a ViT and a BERT together from random weights. Save both with image processor and tokenizer. Return the
-    accuracy: the fraction of held-out images for which the caption of the correct class is the most similar caption.
+    """Train and save a ViT and a BERT with random initial weights. Return the accuracy on the held-out images.
 
     Args:
-        dataset: Labeled images, as for `vitcls finetune`.
-        folder: Folder for the model.
+        dataset: Dataset of labeled images, as in `vitcls finetune`.
+        folder: Folder in which the model, the image processor and the tokenizer are saved.
         image_size: Height and width to which images are resized, in pixels.
         patch_size: Height and width of a patch, in pixels.
         epochs: Number of passes over the training images.
@@ -78,8 +77,10 @@ def train_dual_encoder(
     tokenizer = build_tokenizer(class_names)
     image_processor = ViTCLSImageProcessor(size={"height": image_size, "width": image_size})
     processor = VisionTextDualEncoderProcessor(image_processor, tokenizer)
-    vision_config = ViTCLSConfig(image_size=image_size, patch_size=patch_size, **SIZES)
-    text_config = BertConfig(vocab_size=len(tokenizer), max_position_embeddings=16, hidden_dropout_prob=0.0, **SIZES)
+    vision_config = ViTCLSConfig(image_size=image_size, patch_size=patch_size, **ENCODER_FIELDS)
+    text_config = BertConfig(
+        vocab_size=len(tokenizer), max_position_embeddings=16, hidden_dropout_prob=0.0, **ENCODER_FIELDS
+    )
     model = VisionTextDualEncoderModel(vision_model=ViTCLSModel(vision_config), text_model=BertModel(text_config))
 
     def preprocess(split: LabeledImages) -> tuple[torch.Tensor, torch.Tensor]:
@@ -88,8 +89,8 @@ def train_dual_encoder(
 
     captions = [[caption.format(name) for name in class_names] for caption in TRAINING_CAPTIONS]
     encodings = [tokenizer(texts, padding="max_length", max_length=8, return_tensors="pt") for texts in captions]
-    train(model, *preprocess(data.train), [dict(encoding) for encoding in encodings], epochs, flip)
-    accuracy = evaluate(model, *preprocess(data.held_out), processor, class_names)
+    train_model(model, *preprocess(data.train), [dict(encoding) for encoding in encodings], epochs, flip)
+    accuracy = evaluate_model(model, *preprocess(data.held_out), processor, class_names)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return accuracy
@@ -107,7 +108,7 @@ def build_tokenizer(class_names: list[str]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special_tokens)
 
 
-def train(
+def train_model(
     model: VisionTextDualEncoderModel,
     pixel_values: torch.Tensor,
     labels: torch.Tensor,
@@ -126,7 +127,7 @@ def train(
     """
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
     num_steps = epochs * (len(labels) // BATCH_SIZE)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-3, total_steps=num_steps, pct_start=0.1)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-3, total_steps=num_steps, pct_start=0.1)
     model.train()
     for step in range(num_steps):
         indices = torch.randint(len(labels), (BATCH_SIZE,))
@@ -137,18 +138,19 @@ def train(
         outputs = model(pixel_values=images, **texts)
         targets = (classes[:, None] == classes).float()
         targets /= targets.sum(1, keepdim=True)
-        both_logits = (outputs.logits_per_image, outputs.logits_per_text)
-        loss = torch.stack([nn.functional.cross_entropy(logits, targets) for logits in both_logits]).mean()
+        image_loss = nn.functional.cross_entropy(outputs.logits_per_image, targets)
+        text_loss = nn.functional.cross_entropy(outputs.logits_per_text, targets)
+        loss = (image_loss + text_loss) / 2
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        schedule.step()
+        scheduler.step()
         if step % 100 == 0 or step == num_steps - 1:
             print(f"step {step + 1} of {num_steps}: loss {loss.item():.3f}", flush=True)
 
 
 @torch.no_grad()
-def evaluate(
+def evaluate_model(
     model: VisionTextDualEncoderModel,
     pixel_values: torch.Tensor,
     labels: torch.Tensor,

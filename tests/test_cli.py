@@ -22,7 +22,7 @@ from tiny_models import raises_one_line
 import modeling_vitcls
 from modeling_vitcls import cli
 from modeling_vitcls.commands import benchmark, convert, demo, env, evaluate, export, finetune, push, space, study
-from modeling_vitcls.commands.parsing import exit_on_error, find_recipe, parse, parse_flags
+from modeling_vitcls.commands.parsing import exit_on_error, find_recipe, parse_flags, parse_with_recipe
 from modeling_vitcls.conversion.parity_report import ParityReport, SizeComparison
 from modeling_vitcls.data.splits import load_evaluation_data
 from modeling_vitcls.hub import space as hub_space
@@ -97,7 +97,7 @@ def test_output_to_a_closed_pipe_stops_the_program(closed_pipe: TextIO, monkeypa
             pytest.fail("the program continues")
 
     monkeypatch.setattr(sys, "stdout", closed_pipe)
-    monkeypatch.setattr(cli, "run_command", print_twice)
+    monkeypatch.setattr(cli, "run_command_line", print_twice)
     assert run_here() == 1
 
 
@@ -105,7 +105,7 @@ def test_other_closed_pipes_are_errors(monkeypatch: pytest.MonkeyPatch, capsys: 
     def fail(arguments: list[str] | None) -> None:
         raise BrokenPipeError("a worker has ended")
 
-    monkeypatch.setattr(cli, "run_command", fail)
+    monkeypatch.setattr(cli, "run_command_line", fail)
     with pytest.raises(BrokenPipeError, match="a worker has ended"):
         cli.main([])
 
@@ -125,7 +125,7 @@ def test_help_has_a_line_for_each_command(capsys: pytest.CaptureFixture[str], mo
     for name, command in cli.COMMANDS.items():
         assert f"  {name:<10}  {command.summary}" in lines
     assert max(map(len, lines)) <= 100
-    assert all(line in "\n".join(lines) for line in cli.OTHER_COMMANDS.values())
+    assert all(line in "\n".join(lines) for line in cli.UTILITY_COMMANDS.values())
     for name in ("--help", "-h", "help"):
         assert run_here(name) == 0
         assert capsys.readouterr().out.splitlines() == lines
@@ -170,7 +170,7 @@ def test_flags_of_all_commands_have_help(capsys: pytest.CaptureFixture[str]) -> 
         assert run_here(name, "--help") == 0
         text = " ".join(capsys.readouterr().out.split())
         assert text.startswith(f"usage: vitcls {name} ")
-        summary = " ".join(str(cli.load_module(name).OPTIONS.__doc__).split()).partition(".")[0]
+        summary = " ".join(str(cli.load_module(name).OPTIONS_CLASS.__doc__).split()).partition(".")[0]
         assert f" {summary}." in text and f" vitcls {name} --" in text.partition(summary)[2]  # an example
 
 
@@ -244,10 +244,12 @@ def test_recipes_are_flags_that_the_command_line_overrides(tmp_path: Path) -> No
     recipe = tmp_path / "recipe.yaml"
     flags = ["--config", str(recipe), "--output-dir", "out", "--model", "vitcls-tiny", "--dataset", "data"]
     recipe.write_text("epochs: 3\nbatch_size: 7\n", encoding="utf-8")
-    options = parse(FinetuneOptions, [*flags, "--epochs", "5"])
+    options = parse_with_recipe(FinetuneOptions, [*flags, "--epochs", "5"])
     assert (options.training.epochs, options.training.batch_size, options.data.dataset) == (5, 7, "data")
     recipe.write_text("# no flags\n", encoding="utf-8")
-    assert replace(parse(FinetuneOptions, flags), config=None) == parse(FinetuneOptions, flags[2:])
+    assert replace(parse_with_recipe(FinetuneOptions, flags), config=None) == parse_with_recipe(
+        FinetuneOptions, flags[2:]
+    )
 
 
 @pytest.mark.parametrize(
@@ -268,7 +270,7 @@ def test_errors_of_recipes_are_one_line(
     if content is not None:
         recipe.write_bytes(content)
     with pytest.raises(SystemExit) as ended:
-        parse(FinetuneOptions, ["--config", str(recipe), "--output-dir", "out"])
+        parse_with_recipe(FinetuneOptions, ["--config", str(recipe), "--output-dir", "out"])
     assert ended.value.code == 2
     error = capsys.readouterr().err
     assert error.startswith(message.format(recipe=recipe)) and error.count("\n") == 1
@@ -295,7 +297,7 @@ def test_valid_flags_are_accepted(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # the benchmark sets it otherwise
     module = cli.load_module(command)
     fields = {"convert": {"output": tmp_path}, "export": {"model": "mine", "output": tmp_path}}.get(command, {})
-    module.check_options(module.OPTIONS(**fields, **valid_flags))
+    module.check_options(module.OPTIONS_CLASS(**fields, **valid_flags))
 
 
 @pytest.mark.parametrize(
@@ -326,7 +328,7 @@ def test_invalid_flags_exit_with_status_2(
     module = cli.load_module(command)
     fields = {"convert": {"output": tmp_path}, "export": {"model": "mine", "output": tmp_path}}.get(command, {})
     with pytest.raises(SystemExit) as ended:
-        module.check_options(module.OPTIONS(**fields, **flags))
+        module.check_options(module.OPTIONS_CLASS(**fields, **flags))
     assert ended.value.code == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
@@ -450,7 +452,7 @@ def test_the_parity_report_is_printed(capsys: pytest.CaptureFixture[str], monkey
     ]
     assert lines == [
         "a note",
-        "Classifier: kept. Limit of the differences: 1e-05",
+        "Classifier: kept. Maximum allowed difference: 1e-05",
         "Image processor: from preprocessor_config.json, largest difference 0.25 of 255 gray levels",
         "Versions: torch 2, timm 1",
         "SHA-256 of model.safetensors: abc",
@@ -458,7 +460,7 @@ def test_the_parity_report_is_printed(capsys: pytest.CaptureFixture[str], monkey
         "Written to out. Load the model with",
         '  model = AutoModelForImageClassification.from_pretrained("out", trust_remote_code=True)',
         '  processor = AutoImageProcessor.from_pretrained("out", trust_remote_code=True)',
-        "or publish the model and its card, and verify the published model, with",
+        "Push the model and its card to the Hub, and verify the pushed model, with",
         "  vitcls push --model out --hub-model-id YOUR-NAME/out",
     ]
     changes: dict[str, Any] = {"not_compared": "fixed size", "preprocessing": {"assumed_because": "there is none"}}
@@ -697,7 +699,7 @@ def test_the_command_is_recognized(
 ) -> None:
     monkeypatch.setattr(sys, "argv", arguments)
     monkeypatch.setattr(sys, "orig_argv", command)
-    assert modeling_vitcls.is_command_line() is expected
+    assert modeling_vitcls.is_cli_process() is expected
 
 
 def test_public_names_are_visible_to_type_checkers() -> None:
@@ -706,7 +708,7 @@ def test_public_names_are_visible_to_type_checkers() -> None:
     seen = {
         alias.name: node.module for node in checked.body if isinstance(node, ast.ImportFrom) for alias in node.names
     }
-    assert seen == modeling_vitcls.MODULES
+    assert seen == modeling_vitcls.MODULE_BY_NAME
     assert {*seen, "__version__"} == set(modeling_vitcls.__all__) <= set(dir(modeling_vitcls))
     for name in modeling_vitcls.__all__:
         assert getattr(modeling_vitcls, name) is not None
@@ -716,9 +718,9 @@ def test_public_names_are_visible_to_type_checkers() -> None:
 
 @pytest.mark.parametrize("flag", ["--private", "--hub-private"])
 def test_both_names_of_the_flag_for_private_repositories_are_accepted(flag: str) -> None:
-    assert parse_flags(push.OPTIONS, ["--model", "mine", flag]).private
-    assert parse_flags(space.OPTIONS, ["--model", "mine", flag]).private
+    assert parse_flags(push.OPTIONS_CLASS, ["--model", "mine", flag]).private
+    assert parse_flags(space.OPTIONS_CLASS, ["--model", "mine", flag]).private
     run = ["--model", "vitcls-tiny", "--dataset", "digits", "--output-dir", "mine", "--push-to-hub"]
-    options = parse(FinetuneOptions, [*run, flag])
+    options = parse_with_recipe(FinetuneOptions, [*run, flag])
     assert options.run.hub_private
-    assert not parse(FinetuneOptions, [*run, flag.replace("--", "--no-")]).run.hub_private
+    assert not parse_with_recipe(FinetuneOptions, [*run, flag.replace("--", "--no-")]).run.hub_private

@@ -10,7 +10,7 @@ from accelerate.state import PartialState
 from tiny_models import build_tiny_config, raises_one_line
 
 from modeling_vitcls import ViTCLSForImageClassification, distributed
-from modeling_vitcls.distributed import build_accelerator, shard_by_layer
+from modeling_vitcls.distributed import build_accelerator, configure_layer_sharding
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -106,6 +106,6 @@ def test_models_are_sharded_by_layer_unless_the_configuration_names_modules() ->
     names = {type(layer).__name__ for layer in model.vitcls.layers}
     for configured, expected in ((None, sorted(names)), (["Linear"], ["Linear"])):
         plugin = SimpleNamespace(transformer_cls_names_to_wrap=configured)
-        shard_by_layer(SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)), model)  # type: ignore[arg-type]
+        configure_layer_sharding(SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)), model)  # type: ignore[arg-type]
         assert plugin.transformer_cls_names_to_wrap == expected
-    shard_by_layer(SimpleNamespace(state=SimpleNamespace()), model)  # type: ignore[arg-type]
+    configure_layer_sharding(SimpleNamespace(state=SimpleNamespace()), model)  # type: ignore[arg-type]

@@ -4,7 +4,7 @@ import pytest
 from accelerate import Accelerator
 
 from modeling_vitcls.distributed import run_on_main
-from modeling_vitcls.errors import format_error, is_on_all_processes
+from modeling_vitcls.errors import format_error, is_raised_on_all_processes
 
 
 @pytest.mark.parametrize(
@@ -30,7 +30,7 @@ def test_errors_of_the_main_process_are_marked() -> None:
         def fail(error: Exception = error) -> None:
             raise error
 
-        assert not is_on_all_processes(error)
+        assert not is_raised_on_all_processes(error)
         with pytest.raises(type(error), match=str(error)) as raised:
             run_on_main(accelerator, fail)
-        assert is_on_all_processes(raised.value) is is_marked
+        assert is_raised_on_all_processes(raised.value) is is_marked

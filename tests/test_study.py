@@ -33,11 +33,11 @@ from modeling_vitcls.study import (
     add_label_groups,
     build_row,
     compute_interval,
-    draw_groups,
     format_interval,
     format_table,
     group_values,
     load_study,
+    plot_groups,
     run_study,
 )
 
@@ -367,7 +367,7 @@ def test_plots_have_a_row_for_each_combination_of_levels(tmp_path: Path, monkeyp
     monkeypatch.setattr(
         Figure, "savefig", lambda self, *args, **kwargs: (figures.append(self), save(self, *args, **kwargs))
     )
-    draw_groups(groups, "accuracy", tmp_path / "plot.png")
+    plot_groups(groups, "accuracy", tmp_path / "plot.png")
     assert Image.open(tmp_path / "plot.png").width == 840
     (axes,) = figures[0].axes
     assert [label.get_text() for label in axes.get_yticklabels()] == ["cls, s", "mean, l"]
@@ -402,7 +402,7 @@ def test_all_runs_are_executed_and_summarized(
         "metrics": ["accuracy", "evaluate.accuracy", "f1"],
     }
     study, output = load_study(write_study(tmp_path, **changes)), tmp_path / "out"
-    rows = run_study(study, output, "vitcls study --config pooling", jobs=2, threads=3)
+    rows = run_study(study, output, "vitcls study --config pooling", num_jobs=2, num_threads=3)
     table = parquet.read_table(output / "runs.parquet").to_pylist()
     assert [dict.fromkeys(table[0]) | row for row in rows] == table
     assert [(row["pooling"], row["seed"], row["status"], row["accuracy"]) for row in rows] == [
@@ -472,14 +472,14 @@ def test_an_interrupted_study_stops_its_runs_and_writes_the_page(
     }
     study = load_study(write_study(tmp_path, factors=factors, **changes))
     with pytest.raises(KeyboardInterrupt):
-        run_study(study, tmp_path / "out", "vitcls study", jobs=2)
+        run_study(study, tmp_path / "out", "vitcls study", num_jobs=2)
     assert (tmp_path / "out" / "runs" / "pooling-endless_seed-0" / "stopped").exists()
     assert "1 of 2 runs finished" in (tmp_path / "out" / "README.md").read_text()
     assert parquet.read_table(tmp_path / "out" / "subsets" / "one" / "train.parquet").num_rows == 1
 
 
 def test_the_remaining_time_is_estimated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    runner = StudyRunner(load_study(write_study(tmp_path)), tmp_path / "out", jobs=2, durations=[120.0, 240.0])
+    runner = StudyRunner(load_study(write_study(tmp_path)), tmp_path / "out", num_jobs=2, durations=[120.0, 240.0])
     run = runner.study.plan_runs()[0]
     runner.get_run_folder(run).mkdir(parents=True)
     (runner.get_run_folder(run) / "log.txt").write_text("$ vitcls finetune\n")
@@ -495,10 +495,10 @@ def test_runs_start_only_if_they_fit_in_the_memory_limit(tmp_path: Path) -> None
     study = load_study(write_study(tmp_path))
     runner = StudyRunner(study, tmp_path / "out", memory_limit=9.0, max_run_bytes=3 * 2**30)
     running: Any = [None]
-    assert runner.fits_memory_limit(2 * running) and not runner.fits_memory_limit(3 * running)
+    assert runner.can_start_run(2 * running) and not runner.can_start_run(3 * running)
     unmeasured = StudyRunner(study, tmp_path / "out", memory_limit=9.0)
-    assert unmeasured.fits_memory_limit([]) and not unmeasured.fits_memory_limit(running)
-    assert StudyRunner(study, tmp_path / "out").fits_memory_limit(3 * running)
+    assert unmeasured.can_start_run([]) and not unmeasured.can_start_run(running)
+    assert StudyRunner(study, tmp_path / "out").can_start_run(3 * running)
 
 
 def test_the_memory_of_the_largest_run_is_measured(tmp_path: Path) -> None:
@@ -565,7 +565,7 @@ def test_the_command_passes_its_flags_and_counts_failed_runs(
     ((study, folder, command), settings), *others = calls
     assert (study, folder, others) == (load_study(file), output, [])
     assert command == f"vitcls study --config {file} --output-dir {output} --jobs 3 --dataset other"
-    assert settings == {"jobs": 3, "threads": 2, "memory_limit": 1.5, "dataset": "other"}
+    assert settings == {"num_jobs": 3, "num_threads": 2, "memory_limit": 1.5, "dataset": "other"}
 
 
 @pytest.mark.parametrize("name", ["jobs", "threads"])

@@ -10,7 +10,7 @@
     effects.py              differences between outputs, with confidence intervals
     ablation.py             effects of tokens on outputs, with null distributions
     artifacts.py            patches with large norms
-    diagnosis.py            verdicts in words, with the measured values
+    diagnosis.py            verdicts as text, with measured values
     map_checks.py           checks whether rollout and attribution show what predictions depend on
     patch_features.py       patch features as colors (PCA), and similarity between all patches and one patch
     attention_recorder.py   attention of every layer of a forward pass
@@ -26,10 +26,10 @@
     inspection.py           all measurements for a model and images
     report_data.py          an inspection as JSON values
     report.py               the HTML report
-    inspect_tokens.py       the program `vitcls inspect`
+    inspect_tokens.py       the command `vitcls inspect`
 
-PUBLIC_NAMES lists the public names. A file is imported when one of its public names is first used. Only those files
-of this folder that the demo imports are copied to the Hub (see the list in hub/space.py).
+A file is imported when one of its names in PUBLIC_NAMES is first used. Only the files that the demo imports are copied
+to the Hub (list in hub/space.py).
 """
 
 import importlib
@@ -72,18 +72,18 @@ PUBLIC_NAMES = {
     "report": ("write_json_values", "write_page", "write_report"),
     "token_statistics": ("Findings", "TokenStatistics"),
 }
-FILES = {name: file for file, names in PUBLIC_NAMES.items() for name in names}
+FILES_BY_NAME = {name: file for file, names in PUBLIC_NAMES.items() for name in names}
 
-__all__ = sorted(FILES)  # noqa: PLE0605
+__all__ = sorted(FILES_BY_NAME)  # noqa: PLE0605
 
 
 def __getattr__(name: str) -> Any:
     """Import and return the public object `name`."""
-    if name not in FILES:
+    if name not in FILES_BY_NAME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{FILES[name]}", __name__), name)
+    return getattr(importlib.import_module(f".{FILES_BY_NAME[name]}", __name__), name)
 
 
 def __dir__() -> list[str]:
     """Return all names, for completion in editors and shells."""
-    return sorted({*globals(), *FILES})
+    return sorted({*globals(), *FILES_BY_NAME})

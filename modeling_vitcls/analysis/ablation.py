@@ -1,4 +1,4 @@
-"""Ablations: the change in outputs if the information or the presence of special tokens is removed.
+"""Ablations: the change in outputs if special tokens are replaced by their means or hidden from attention.
 
     information   the states of the tokens are replaced by their means over images, after the embeddings and each
                   layer, so that the states are the same for every image. Removing tokens or setting them to zero would
@@ -28,9 +28,9 @@ from torch import nn
 
 from ..configuration_vitcls import TokenLayout
 from .effects import CONFIDENCE, AblationEffect, Interval, compute_effect
-from .maps import get_read_tokens
-from .model_outputs import Batches, Predictions, collect_outputs, collect_predictions, join_outputs, read_outputs
-from .model_utils import evaluation_mode, get_runner, is_classifier, unwrap_model
+from .maps import get_used_token_mask
+from .model_outputs import Batches, Predictions, collect_outputs, collect_predictions, extract_outputs, join_outputs
+from .model_utils import evaluation_mode, get_classifier_or_encoder, is_classifier, unwrap_model
 
 
 ABLATION_KINDS = ("information", "presence")
@@ -41,14 +41,14 @@ NUM_NULL_DRAWS = 8  # number of random draws of patches or tokens per null distr
 
 @dataclass(frozen=True)
 class Ablation:
-    """The effect of ablating one token or a group of tokens, and its null distributions.
+    """Effect of ablating a token or a group of tokens, with null distributions.
 
     Attributes:
-        effect: the effect over all images.
+        effect: effect over all images.
         effect_on_null_images: effect size on the images of the null distributions (all images or a subset).
         patch_effects: effect sizes of ablating the same number of random patches.
-        redrawn_effects: effect sizes of ablating redrawn tokens. The list is empty for tokens that the head reads,
-            because these tokens always have an effect.
+        redrawn_effects: effect sizes of ablating redrawn tokens. The list is empty for tokens that the head uses,
+            because ablating these tokens always has an effect.
         redraw_effect: mean effect size of redrawing the tokens; None if the effect was not measured.
     """
 
@@ -77,16 +77,17 @@ class Ablation:
 Ablations = dict[str, dict[str, Ablation]]  # kind -> token key or group name -> ablation
 
 
-def compute_null_limit(sizes: Sequence[float]) -> float:
-    """Return the limit of a null distribution: the largest of the maximum effect size, the upper end of the 95%
-    prediction interval (normal distribution with unknown variance), and MIN_NULL_LIMIT. The interval accounts for rare
-    large effects that a few random draws may miss."""
-    num_sizes = len(sizes)
-    limit = max(*sizes, MIN_NULL_LIMIT)
-    if num_sizes < 2:
+def compute_null_limit(effect_sizes: Sequence[float]) -> float:
+    """Return the limit of a null distribution: the maximum of MIN_NULL_LIMIT, all effect sizes, and the upper end of
+    the 95% prediction interval (normal distribution with unknown variance). The interval accounts for rare large
+    effects that a few random draws may miss."""
+    num_effects = len(effect_sizes)
+    limit = max(*effect_sizes, MIN_NULL_LIMIT)
+    if num_effects < 2:
         return limit
-    quantile = float(stats.t.ppf((1 + CONFIDENCE) / 2, num_sizes - 1))
-    return max(limit, statistics.fmean(sizes) + quantile * statistics.stdev(sizes) * math.sqrt(1 + 1 / num_sizes))
+    quantile = float(stats.t.ppf((1 + CONFIDENCE) / 2, num_effects - 1))
+    margin = quantile * statistics.stdev(effect_sizes) * math.sqrt(1 + 1 / num_effects)
+    return max(limit, statistics.fmean(effect_sizes) + margin)
 
 
 def compute_ablations(
@@ -117,21 +118,25 @@ def compute_ablations(
     ablations: Ablations = {kind: {} for kind in ABLATION_KINDS}
     if not targets:
         return ablations
-    generator, sampled_before = torch.Generator().manual_seed(0), before.select(sampled_indices)
+    generator, sampled_outputs_before = torch.Generator().manual_seed(0), before.select(sampled_indices)
     # Effect on all images, and effect size on the sample. Only the outputs of one ablation are kept in memory.
     effects: dict[str, dict[str, tuple[Any, float]]] = {kind: {} for kind in ABLATION_KINDS}
-    hidden_outputs = {}  # sequence indices of hidden tokens -> outputs for the sample
+    outputs_without_tokens = {}  # sequence indices of hidden tokens -> outputs for the sample
     for key, indices in targets.items():
         with replace_by_means(model, indices, mean_states[:, indices]):
             after = collect_constant_outputs(model, batches, before, indices) or collect_outputs(model, batches)
-        sampled_after = after.select(sampled_indices)
-        effects["information"][key] = compute_effect(before, after), compute_effect(sampled_before, sampled_after).size
+        sampled_outputs_after = after.select(sampled_indices)
+        sampled_effect = compute_effect(sampled_outputs_before, sampled_outputs_after)
+        effects["information"][key] = compute_effect(before, after), sampled_effect.size
         after = (known_outputs or {}).get(key) or collect_outputs(model, batches, indices)
-        hidden_outputs[tuple(indices)] = sampled_after = after.select(sampled_indices)
-        effects["presence"][key] = compute_effect(before, after), compute_effect(sampled_before, sampled_after).size
+        outputs_without_tokens[tuple(indices)] = sampled_outputs_after = after.select(sampled_indices)
+        sampled_effect = compute_effect(sampled_outputs_before, sampled_outputs_after)
+        effects["presence"][key] = compute_effect(before, after), sampled_effect.size
     set_sizes = {len(indices) for indices in targets.values()}
-    patch_effects = measure_patch_effects(model, sample_batches, sampled_before, set_sizes, generator)
-    redraw_effects = measure_redraw_effects(model, sample_batches, sampled_before, hidden_outputs, generator)
+    patch_effects = measure_patch_effects(model, sample_batches, sampled_outputs_before, set_sizes, generator)
+    redraw_effects = measure_redraw_effects(
+        model, sample_batches, sampled_outputs_before, outputs_without_tokens, generator
+    )
     for kind, effects_by_key in effects.items():
         for key, (effect, effect_on_null_images) in effects_by_key.items():
             redraw_effect, redrawn_effects = redraw_effects[key]
@@ -170,11 +175,11 @@ def compute_ablation_effects(
 
 
 def collect_constant_outputs(model: Any, batches: Batches, before: Any, indices: Sequence[int]) -> Predictions | None:
-    """Return the predictions for all images if the classifier reads only the tokens at sequence indices `indices`,
+    """Return the predictions for all images if the classifier uses only the tokens at sequence indices `indices`,
     and None otherwise. Because these tokens are replaced by their means, the predictions are the same for every image,
     and one forward pass is sufficient."""
-    read_indices = {index for index, is_read in enumerate(get_read_tokens(model.config)) if is_read}
-    if not isinstance(before, Predictions) or not read_indices <= set(indices):
+    used_indices = {index for index, is_used in enumerate(get_used_token_mask(model.config)) if is_used}
+    if not isinstance(before, Predictions) or not used_indices <= set(indices):
         return None
     first_image = next(iter(batches()))[0][:1]
     first_image_outputs = collect_outputs(model, lambda: [(first_image, None)])
@@ -197,13 +202,13 @@ def measure_patch_effects(
     num_tokens = min(layout.get_num_tokens(*get_grid_size(pixel_values)) for pixel_values, _ in batches())
     patches = torch.arange(num_tokens)[layout.patches]  # sequence indices of patches that all images have
     sets_by_size = {size: draw_patches(patches, size, generator) for size in sorted(set_sizes)}
-    used_indices = sorted({index for sets in sets_by_size.values() for indices in sets for index in indices})
-    means, _ = collect_mean_states(model, batches, used_indices)
+    sampled_indices = sorted({index for sets in sets_by_size.values() for indices in sets for index in indices})
+    means, _ = collect_mean_states(model, batches, sampled_indices)
     return {
         (kind, size): [
-            compute_effect(before, ablate(kind, model, batches, indices, means[:, positions])).size
+            compute_effect(before, collect_ablated_outputs(kind, model, batches, indices, means[:, positions])).size
             for indices in sets
-            for positions in [[used_indices.index(index) for index in indices]]
+            for positions in [[sampled_indices.index(index) for index in indices]]
         ]
         for size, sets in sets_by_size.items()
         for kind in ABLATION_KINDS
@@ -223,29 +228,30 @@ def measure_redraw_effects(
     model: Any,
     batches: Batches,
     before: Any,
-    hidden_outputs: dict[tuple[int, ...], Any],
+    outputs_without_tokens: dict[tuple[int, ...], Any],
     generator: torch.Generator,
 ) -> dict[str, tuple[float, dict[str, list[float]]]]:
     """Return a dict from token keys and group names to two values: the mean effect size of redrawing the tokens, and
     the effect sizes of ablating the redrawn tokens, by kind. Tokens of a group share a null distribution.
 
-    `hidden_outputs` maps the sequence indices of tokens to the outputs with these tokens hidden from attention.
-    Redrawing the hidden tokens does not change the outputs, because neither other tokens nor the head read hidden
-    tokens.
+    `outputs_without_tokens` maps the sequence indices of tokens to the outputs with these tokens hidden from
+    attention. Redrawing hidden tokens does not change the outputs, because neither other tokens nor the head use
+    hidden tokens.
     """
     effects: dict[str, tuple[float, dict[str, list[float]]]] = {}
     for keys, sets, has_null in plan_redraws(model):
-        sizes: dict[str, list[float]] = {kind: [] for kind in ABLATION_KINDS}
-        redraw_sizes = []
+        redrawn_effects: dict[str, list[float]] = {kind: [] for kind in ABLATION_KINDS}
+        redraw_effects = []
         for indices in sets:
             with redraw_tokens(model, indices, generator):
                 means, redrawn_outputs = collect_mean_states(model, batches, indices)
-                redraw_sizes.append(compute_effect(before, redrawn_outputs).size)
+                redraw_effects.append(compute_effect(before, redrawn_outputs).size)
                 if has_null:
-                    ablated_outputs = ablate("information", model, batches, indices, means)
-                    sizes["information"].append(compute_effect(redrawn_outputs, ablated_outputs).size)
-                    sizes["presence"].append(compute_effect(redrawn_outputs, hidden_outputs[tuple(indices)]).size)
-        effects |= dict.fromkeys(keys, (sum(redraw_sizes) / len(redraw_sizes), sizes))
+                    ablated_outputs = collect_ablated_outputs("information", model, batches, indices, means)
+                    redrawn_effects["information"].append(compute_effect(redrawn_outputs, ablated_outputs).size)
+                    presence_effect = compute_effect(redrawn_outputs, outputs_without_tokens[tuple(indices)])
+                    redrawn_effects["presence"].append(presence_effect.size)
+        effects |= dict.fromkeys(keys, (sum(redraw_effects) / len(redraw_effects), redrawn_effects))
     return effects
 
 
@@ -253,25 +259,25 @@ def plan_redraws(model: Any) -> Iterator[tuple[list[str], list[list[int]], bool]
     """Yield the keys that share a null distribution, the sequence indices of each draw, and whether to ablate the
     redrawn tokens. Each draw replaces all tokens of a group, or one token; the draws cycle through the tokens.
 
-    Redrawn tokens that the head reads are not ablated, because these tokens always have an effect.
+    Redrawn tokens that the head uses are not ablated, because ablating these tokens always has an effect.
     """
     layout = model.config.token_layout
-    keys, is_read_by_head = get_token_keys(layout), get_read_tokens(model.config, is_classifier(model))
-    for group, members in get_groups(layout).items():
-        indices_by_read_status = {
-            is_read: [index for index in members if is_read_by_head[index] == is_read] for is_read in (False, True)
+    keys, is_used_by_head = get_token_keys(layout), get_used_token_mask(model.config, is_classifier(model))
+    for group, members in get_group_indices(layout).items():
+        indices_by_usage = {
+            is_used: [index for index in members if is_used_by_head[index] == is_used] for is_used in (False, True)
         }
-        ablations = [
+        candidates = [
             ([keys[index] for index in indices], [[index] for index in indices])
-            for indices in indices_by_read_status.values()
+            for indices in indices_by_usage.values()
         ]
         if len(members) > 1:
-            ablations.append(([group], [members]))
-        for names, choices in ablations:
-            if choices:
-                has_null = not any(is_read_by_head[index] for index in choices[0])
+            candidates.append(([group], [members]))
+        for shared_keys, sets in candidates:
+            if sets:
+                has_null = not any(is_used_by_head[index] for index in sets[0])
                 num_draws = NUM_NULL_DRAWS if has_null else NUM_NULL_DRAWS // 2
-                yield names, [choices[draw % len(choices)] for draw in range(num_draws)], has_null
+                yield shared_keys, [sets[draw % len(sets)] for draw in range(num_draws)], has_null
 
 
 def count_null_passes(model: Any) -> int:
@@ -285,7 +291,7 @@ def count_null_passes(model: Any) -> int:
 # Tokens --------------------------------------------------------------------------------------------------------------
 
 
-def get_groups(layout: TokenLayout) -> dict[str, list[int]]:
+def get_group_indices(layout: TokenLayout) -> dict[str, list[int]]:
     """Return a dict from groups to the sequence indices of their special tokens; groups without tokens are omitted."""
     special_indices = range(layout.num_prefix_tokens)
     return {name: list(special_indices[group]) for name, group in layout.items() if special_indices[group]}
@@ -293,31 +299,35 @@ def get_groups(layout: TokenLayout) -> dict[str, list[int]]:
 
 def get_token_keys(layout: TokenLayout) -> list[str]:
     """Return the keys of the special tokens as in metrics.jsonl (`cls[0]`, `registers[1]`), in sequence order."""
-    return [f"{group}[{index}]" for group, members in get_groups(layout).items() for index in range(len(members))]
+    return [
+        f"{group}[{index}]" for group, members in get_group_indices(layout).items() for index in range(len(members))
+    ]
 
 
 def get_ablation_targets(layout: TokenLayout) -> dict[str, list[int]]:
     """Return a dict from token keys, and names of groups with several tokens, to sequence indices."""
     targets = {key: [index] for index, key in enumerate(get_token_keys(layout))}
-    return targets | {name: members for name, members in get_groups(layout).items() if len(members) > 1}
+    return targets | {name: members for name, members in get_group_indices(layout).items() if len(members) > 1}
 
 
 @torch.no_grad()
 def collect_mean_states(model: Any, batches: Batches, indices: Sequence[int]) -> tuple[torch.Tensor, Any]:
     """Return the mean states [L + 1, n, D] of the tokens at sequence indices `indices`, in double precision, and the
     outputs of the same forward passes."""
-    batch_outputs, state_sums, runner = [], [], get_runner(model)
+    batch_outputs, state_sums, module = [], [], get_classifier_or_encoder(model)
     with evaluation_mode(model):
         for pixel_values, labels in batches():
-            outputs = runner(pixel_values, output_hidden_states=True)
+            outputs = module(pixel_values, output_hidden_states=True)
             states = torch.stack([state[:, list(indices)] for state in outputs.hidden_states], dim=1)
             state_sums.append(states.cpu().double().sum(dim=0))
-            batch_outputs.append(read_outputs(model, outputs, labels))
+            batch_outputs.append(extract_outputs(model, outputs, labels))
     joined_outputs = join_outputs(batch_outputs)
     return torch.stack(state_sums).sum(dim=0) / len(joined_outputs), joined_outputs
 
 
-def ablate(kind: str, model: Any, batches: Batches, indices: list[int], mean_states: torch.Tensor) -> Any:
+def collect_ablated_outputs(
+    kind: str, model: Any, batches: Batches, indices: list[int], mean_states: torch.Tensor
+) -> Any:
     """Return the outputs with the tokens at sequence indices `indices` replaced by their mean states [L + 1, n, D]
     ("information") or hidden from attention ("presence")."""
     if kind == "presence":
@@ -329,11 +339,11 @@ def ablate(kind: str, model: Any, batches: Batches, indices: list[int], mean_sta
 @contextmanager
 def replace_by_means(model: Any, indices: Sequence[int], mean_states: torch.Tensor) -> Iterator[None]:
     """Replace the states of the tokens at sequence indices `indices` by `mean_states` [L + 1, n, D], after the
-    embeddings and after each layer. The last layer is included only if the head reads one of the tokens."""
-    encoder, is_read_by_head = model.base_model, get_read_tokens(model.config, is_classifier(model))
+    embeddings and after each layer. The last layer is included only if the head uses one of the tokens."""
+    encoder, is_used_by_head = model.base_model, get_used_token_mask(model.config, is_classifier(model))
     modules = [encoder.embeddings, *encoder.layers]
-    if not any(is_read_by_head[min(index, len(is_read_by_head) - 1)] for index in indices):
-        modules.pop()  # a hook on the last layer would make this layer compute all tokens
+    if not any(is_used_by_head[min(index, len(is_used_by_head) - 1)] for index in indices):
+        modules.pop()  # a hook on the last layer would make the layer compute all tokens
     with ExitStack() as hooks:
         hooks.enter_context(torch.compiler.set_stance("force_eager"))  # compiled code does not call hooks
         for module, means in zip(modules, mean_states, strict=False):

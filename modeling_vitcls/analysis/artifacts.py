@@ -11,16 +11,16 @@ from typing import Literal
 import torch
 
 from ..configuration_vitcls import ViTCLSConfig
-from .maps import count_read_layers
+from .maps import count_used_layers
 from .token_statistics import Findings
 
 
 # Bin width of the histogram of the natural logarithms of norm ratios, and widths of the compared windows in bins
 BIN_WIDTH, WINDOW_WIDTHS = 0.05, (5, 9, 17)
 MAX_LOG_RATIO = 5.0  # maximum logarithm of the ratio of a norm to the median; the last bin includes larger norms
-MIN_VALLEY = 0.25  # minimum logarithm of the ratio of the valley to the median
+MIN_VALLEY_LOG_RATIO = 0.25  # minimum logarithm of the ratio of the valley to the median
 MIN_MODE_SCORE = 4.0  # minimum difference between mode and valley, in standard deviations of a Poisson distribution
-MODE_FRACTIONS = 0.001, 0.2  # minimum and maximum fraction of patches in a second mode; larger modes are not outliers
+MODE_FRACTION_RANGE = 0.001, 0.2  # fraction of patches in a second mode; larger modes are not outliers
 MIN_RISE_SCORE = 4.0  # minimum increase of the outlier fraction if registers are hidden, in standard deviations
 
 
@@ -46,7 +46,7 @@ class PatchDiagnosis:
     """Diagnosis of the patch norms.
 
     Attributes:
-        word: "artifacts" if the norms have a second mode in the last layers whose output is read, "no artifacts"
+        word: "artifacts" if the norms have a second mode in the last layers whose output is used, "no artifacts"
             otherwise.
         rating: "bad" or "good".
         reason: sentences with the measured values.
@@ -71,30 +71,31 @@ def find_second_mode(ratios: torch.Tensor) -> SecondMode | None:
 
     Artifacts form a separate mode (Darcet et al. 2023, arXiv 2309.16588, figure 3). A fixed limit on the norm cannot
     detect artifacts, because a wide distribution with one mode also has patches above the limit. In the histogram of
-    logarithms, a second mode is a window with significantly more patches than a window (the valley) between this mode
-    and the median.
+    logarithms, a second mode is a window with significantly more patches than the valley, which is a window between
+    this mode and the median.
 
     Args:
         ratios: [n], norms divided by the median norm of the image (`Findings.patch_ratios` of one layer).
     """
-    logarithms = ratios.float().clamp(min=1e-12).log().clamp(max=MAX_LOG_RATIO)
+    log_ratios = ratios.float().clamp(min=1e-12).log().clamp(max=MAX_LOG_RATIO)
     num_bins = round(MAX_LOG_RATIO / BIN_WIDTH)
-    counts = logarithms[logarithms > 0].histc(num_bins, min=0, max=MAX_LOG_RATIO)
+    counts = log_ratios[log_ratios > 0].histc(num_bins, min=0, max=MAX_LOG_RATIO)
     best_mode: SecondMode | None = None
     for width in WINDOW_WIDTHS:
         windows = counts.unfold(0, width, 1).sum(dim=-1)  # [num_bins - width + 1]
         valley, peak = windows[:, None], windows[None, :]
         scores = (peak - valley) / (peak + valley).clamp(min=1).sqrt()
-        starts = torch.arange(len(windows))
-        is_pair = (starts[:, None] >= math.ceil(MIN_VALLEY / BIN_WIDTH)) & (starts >= starts[:, None] + width)
-        scores = scores.where(is_pair, -torch.inf)
+        window_starts = torch.arange(len(windows))
+        can_be_valley = window_starts >= math.ceil(MIN_VALLEY_LOG_RATIO / BIN_WIDTH)
+        is_valid_pair = can_be_valley[:, None] & (window_starts >= window_starts[:, None] + width)
+        scores = scores.where(is_valid_pair, -torch.inf)
         score = scores.max().item()
         valleys = (scores >= score).any(dim=1).nonzero().flatten()
         threshold = math.exp((valleys.float().mean().item() + width / 2) * BIN_WIDTH)
         is_in_mode = ratios > threshold
         fraction = is_in_mode.float().mean().item()
-        is_mode = score >= MIN_MODE_SCORE and MODE_FRACTIONS[0] <= fraction <= MODE_FRACTIONS[1]
-        if is_mode and (best_mode is None or score > best_mode.score):
+        is_second_mode = score >= MIN_MODE_SCORE and MODE_FRACTION_RANGE[0] <= fraction <= MODE_FRACTION_RANGE[1]
+        if is_second_mode and (best_mode is None or score > best_mode.score):
             best_mode = SecondMode(threshold, ratios[is_in_mode].median().item(), fraction, score)
     return best_mode
 
@@ -102,40 +103,40 @@ def find_second_mode(ratios: torch.Tensor) -> SecondMode | None:
 def diagnose_patches(config: ViTCLSConfig, findings: Findings, has_head: bool = True) -> PatchDiagnosis:
     """Determine whether the patch norms have a second mode, and whether registers absorb outliers.
 
-    The verdict applies to the last quarter of the layers whose output is read; Darcet et al. 2023 (arXiv 2309.16588)
-    measure only the last layer. The reason also describes earlier layers.
+    The verdict applies to the last quarter of the layers whose output is used; Darcet et al. 2023 (arXiv 2309.16588)
+    measure only the last layer. The `reason` also describes earlier layers.
     """
-    last_layer = count_read_layers(config, has_head)[-1]
+    last_layer = count_used_layers(config, has_head)[-1]
     first_layer = last_layer - max(last_layer // 4, 1) + 1
     second_modes = [find_second_mode(ratios) for ratios in findings.patch_ratios[: last_layer + 1]]
     fractions = [0.0 if second_mode is None else second_mode.fraction for second_mode in second_modes]
     layer = max(range(first_layer, last_layer + 1), key=fractions.__getitem__)
-    second_mode, ratios, where = second_modes[layer], findings.patch_ratios[layer], describe_layer(layer)
+    second_mode, ratios, layer_name = second_modes[layer], findings.patch_ratios[layer], describe_layer(layer)
     if second_mode is not None:
         registers = "more registers" if config.num_register_tokens else "registers"
-        statements = [
-            f"Artifacts: {where}, {second_mode.fraction:.2%} of the patches form a second mode of the norm "
+        sentences = [
+            f"Artifacts: {layer_name}, {second_mode.fraction:.2%} of the patches form a second mode of the norm "
             f"distribution, at {second_mode.ratio:.1f} times the median norm of the image; {registers} may absorb "
             "artifacts (train with --num-register-tokens, or see analysis.test_time_registers)"
         ]
         suffix = ""
     else:
-        statements = [
-            f"No artifacts: the norms of {len(ratios):,} patches have one mode {where}; the largest norm is "
+        sentences = [
+            f"No artifacts: the norms of {len(ratios):,} patches have one mode {layer_name}; the largest norm is "
             f"{ratios.max():.1f} times the median norm of its image"
         ]
         suffix = "; the patch norms have no second mode in the last layers whose output is used"
     earlier_layer = max(range(first_layer), key=fractions.__getitem__, default=layer)
     if fractions[earlier_layer] > 1.01 * fractions[layer]:
-        statements.append(
+        sentences.append(
             f"The largest second mode in earlier layers contains {fractions[earlier_layer]:.2%} of the patches "
             f"({describe_layer(earlier_layer)}){suffix}"
         )
-    second_mode_without_registers, sentences = compare_without_registers(findings, layer)
+    second_mode_without_registers, register_sentences = compare_without_registers(findings, layer)
     return PatchDiagnosis(
         word="no artifacts" if second_mode is None else "artifacts",
         rating="good" if second_mode is None else "bad",
-        reason=". ".join(statements + sentences) + ".",
+        reason=". ".join(sentences + register_sentences) + ".",
         layer=layer,
         num_patches=len(ratios),
         second_mode=second_mode,
@@ -144,18 +145,18 @@ def diagnose_patches(config: ViTCLSConfig, findings: Findings, has_head: bool = 
 
 
 def describe_artifacts(config: ViTCLSConfig, findings: Findings, has_head: bool = True) -> str:
-    """Return the reason of the patch diagnosis (`diagnose_patches`) as text."""
+    """Return the patch diagnosis (`diagnose_patches`) as text."""
     return diagnose_patches(config, findings, has_head).reason
 
 
 def describe_layer(layer: int) -> str:
-    """Return the layer in words; 0 means the embeddings."""
+    """Return a layer as text, such as "after layer 3"; 0 means the embeddings."""
     return f"after layer {layer}" if layer else "in the embeddings"
 
 
 def compare_without_registers(findings: Findings, layer: int) -> tuple[SecondMode | None, list[str]]:
-    """Return the second mode of the norms with the registers hidden (None if there is no such mode) and a list of
-    sentences. The list is empty if the registers do not absorb outliers."""
+    """Return the second mode of the norms with the registers hidden from attention, or None, and a list of sentences.
+    The list is empty if the registers do not absorb outliers."""
     if findings.patch_ratios_without_registers is None:
         return None, []
     ratios, ratios_without_registers = findings.patch_ratios[layer], findings.patch_ratios_without_registers[layer]

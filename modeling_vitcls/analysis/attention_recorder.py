@@ -1,4 +1,4 @@
-"""Attention of every layer of one forward pass, for any attention implementation.
+"""Record the attention of every layer in a forward pass, for any attention implementation.
 
     with record_attention_layers(model) as layers:
         model(pixel_values)
@@ -21,7 +21,7 @@ from .model_utils import unwrap_model
 
 @dataclass(frozen=True)
 class RecordedLayer:
-    """Inputs and output of one layer's attention. A head has one map, or two maps in differential attention."""
+    """Inputs and output of one layer's attention. Each head has one map, or two maps with differential attention."""
 
     query: torch.Tensor  # [B, maps, N, d]
     key: torch.Tensor  # [B, maps, N, d]
@@ -52,6 +52,6 @@ def process_attention_layers(model: Any, process_layer: Callable[[RecordedLayer]
     """Call `process_layer` with the attention of each layer during forward passes inside the block, so that the
     attention of only one layer is in memory."""
     encoder = unwrap_model(model).base_model
-    record = lambda index, *recorded: process_layer(RecordedLayer(*recorded))  # noqa: E731
+    record = lambda index, *fields: process_layer(RecordedLayer(*fields))  # noqa: E731
     with record_attention(encoder, range(len(encoder.layers)), record):
         yield

@@ -40,8 +40,8 @@ def average_heads(weights: torch.Tensor, attention: Any) -> torch.Tensor:
     """Return the mean over heads [B, N, N] of a layer's maps [B, maps, N, N]; each row sums to 1."""
     if attention.config.attention_type != "differential":
         return weights.mean(dim=1)
-    first, second = weights.unflatten(1, (-1, 2)).unbind(dim=2)  # [B, heads, N, N] each
-    positive_weights = (first - attention.second_share.float() * second).clamp(min=0)
+    first_maps, second_maps = weights.unflatten(1, (-1, 2)).unbind(dim=2)  # [B, heads, N, N] each
+    positive_weights = (first_maps - attention.second_share.float() * second_maps).clamp(min=0)
     row_sums = positive_weights.sum(dim=-1, keepdim=True)
     identity = torch.eye(weights.shape[-1], device=weights.device)  # replaces rows without positive weights
     return torch.where(row_sums > 0, positive_weights / row_sums, identity).mean(dim=1)
@@ -51,7 +51,7 @@ def compute_attribution(
     model: Any, pixel_values: torch.Tensor, target: torch.Tensor | int | None = None, task: str | None = None
 ) -> torch.Tensor:
     """Return the attribution of a class to each token: attention weighted by its gradient (Chefer et al. 2021, arXiv
-    2103.15679, equations 5 and 6). The attribution starts from the tokens that the head reads.
+    2103.15679, equations 5 and 6). The attribution starts from the tokens that the head uses.
 
     The gradient of a map is computed from the value vectors and the gradient of the attention output, so the maps do
     not have to be part of the autograd graph.
@@ -106,7 +106,7 @@ class AttentionTrace:
             logits = select_class_logits(select_task_logits(self.outputs, task), target)  # [B]
             *gradients, token_gradient = torch.autograd.grad(logits.sum(), recorded_outputs, retain_graph=True)
         with torch.no_grad():
-            start_weights = relevance = compute_read_weights(token_gradient, self.config)  # [B, 1, N]
+            start_weights = relevance = compute_start_weights(token_gradient, self.config)  # [B, 1, N]
             for layer, gradient in zip(reversed(self.layers), reversed(gradients), strict=True):
                 map_gradient = gradient.transpose(1, 2) @ layer.value.transpose(2, 3)  # [B, maps, N, N]
                 weighted_map = (map_gradient * layer.compute_weights()).clamp(min=0).mean(dim=1)
@@ -152,18 +152,22 @@ def select_class_logits(logits: torch.Tensor, target: torch.Tensor | int | None)
     num_images, num_classes = logits.shape
     classes = torch.as_tensor(target, device=logits.device).long()
     if classes.numel() not in (1, num_images):
-        requirement = f"there are {num_images} images. Pass one class, or one class per image."
-        raise ValueError(f"target has {classes.numel()} classes, but {requirement}")
+        raise ValueError(
+            f"target has {classes.numel()} classes, but there are {num_images} images. Pass one class, or one class "
+            "per image."
+        )
     classes = classes.reshape(-1).expand(num_images)
     if not bool(((classes >= 0) & (classes < num_classes)).all()):
-        requirement = f"the model has class indices from 0 to {num_classes - 1}. Pass valid class indices."
-        raise ValueError(f"target is {classes.tolist()}, but {requirement}")
+        raise ValueError(
+            f"target is {classes.tolist()}, but the model has class indices from 0 to {num_classes - 1}. Pass valid "
+            "class indices."
+        )
     return logits.gather(1, classes[:, None]).squeeze(1)
 
 
-def compute_read_weights(gradient: torch.Tensor, config: ViTCLSConfig) -> torch.Tensor:
-    """Return the start weight [B, 1, N] of each token: 1 for a special token that the head reads, 1 in total for all
-    patches that the head reads, and 0 for other tokens. The head reads tokens with a nonzero `gradient` [B, N, D]."""
+def compute_start_weights(gradient: torch.Tensor, config: ViTCLSConfig) -> torch.Tensor:
+    """Return the start weight [B, 1, N] of each token: 1 for a special token that the head uses, 1 in total for all
+    patches that the head uses, and 0 for other tokens. The head uses tokens with a nonzero `gradient` [B, N, D]."""
     weights = (gradient != 0).any(dim=-1).float()  # [B, N]
     patches = config.token_layout.patches
     weights[:, patches] /= weights[:, patches].sum(dim=-1, keepdim=True).clamp(min=1)

@@ -22,7 +22,7 @@ from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..inference.prediction_rows import DEFAULT_THRESHOLD, Row, build_prediction_columns, predict_batch
 from ..token_names import get_token_names
 from .figures import plot_attention, plot_confusion_matrix, plot_token_layout, render_figure
-from .maps import VisibleRegion, count_read_layers, extract_patch_maps, get_visible_region, to_upright_rgb
+from .maps import VisibleRegion, count_used_layers, extract_patch_maps, get_visible_region, to_upright_rgb
 from .model_utils import evaluation_mode, is_classifier, unwrap_model
 
 
@@ -44,7 +44,7 @@ def write_card_images(
     results: Mapping[str, Any],
     samples: Sequence[Sample] = (),
 ) -> dict[str, str]:
-    """Draw the images of a card into `folder`/pictures, as PNG files of less than 300 kB each.
+    """Write the images of a card to `folder`/pictures, as PNG files of less than 300 kB each.
 
     The model runs on its own device, in evaluation mode and without gradients, and is not changed. Call this function
     only on the main process, with a model whose weights are not sharded. Older confusion matrices and attention
@@ -121,10 +121,10 @@ def build_attention_samples(
     model: Any, processor: ViTCLSImageProcessor, samples: Sequence[Sample]
 ) -> Iterator[AttentionSample]:
     """Yield an AttentionSample for each sample that the model accepts. The maps show the attention of each special
-    token in the last layer whose output is read, averaged over heads."""
+    token in the last layer whose output is used, averaged over heads."""
     model = unwrap_model(model)
-    num_read_layers = count_read_layers(model.config, is_classifier(model))[:-1]
-    layers = torch.tensor(num_read_layers).sub(1).clamp(min=0)  # [T]
+    num_used_layers = count_used_layers(model.config, is_classifier(model))[:-1]
+    layers = torch.tensor(num_used_layers).sub(1).clamp(min=0)  # [T]
     predict = None
     if is_classifier(model):
         predict = build_prediction_columns(model, top_k=None, threshold=DEFAULT_THRESHOLD, features=None)
@@ -144,7 +144,7 @@ def build_attention_samples(
 
 
 def format_title(label: str | None, prediction: Row) -> str:
-    """Return the label and the prediction, such as "7, predicted 7"; unknown parts are omitted."""
+    """Return the label and the prediction as text, such as "7, predicted 7". An unknown label is omitted."""
     labels = []
     for column, value in prediction.items():
         if column == "label":

@@ -1,13 +1,13 @@
-"""Diagnosis in words, with measured values: what each special token and each group does, and how selective the
-attention of each token is over depth.
+"""Diagnosis as text, with measured values: the effect of each special token and each group, and the selectivity of
+each token's attention over depth.
 
     diagnose_tokens(config, findings, ablations, ...)   one Verdict per special token
     diagnose_groups(config, ablations, ...)             one Verdict per group of several tokens
     describe_depth(config, findings)                    one text per special token
 
-Each statement about an effect compares the effect with null distributions on the same images (ablation.py). The
-output of a token in the last layer is read only if the head reads this token (`count_read_layers`), so states and
-attention are judged in the last layer whose output is read.
+Each statement about an effect compares the effect with null distributions on the same images (ablation.py). A token's
+output in the last layer is used only if the head uses the token (`count_used_layers`), so states and attention are
+judged in the last layer whose output is used.
 """
 
 import math
@@ -19,15 +19,15 @@ import torch
 
 from ..configuration_vitcls import ViTCLSConfig
 from ..token_names import SINGLE_TOKEN_NAMES, get_token_names
-from .ablation import ABLATION_KINDS, Ablation, Ablations, get_groups, get_token_keys
+from .ablation import ABLATION_KINDS, Ablation, Ablations, get_group_indices, get_token_keys
 from .artifacts import PatchDiagnosis
 from .effects import AblationEffect
-from .maps import count_read_layers
+from .maps import count_used_layers
 from .model_outputs import MIN_IMAGES, Predictions
 from .token_statistics import Findings
 
 
-Word = Literal[
+VerdictWord = Literal[
     "effect beyond the null",
     "no measurable effect",
     "harmful",
@@ -47,7 +47,7 @@ MAX_IDENTICAL_DISTANCE = 0.01  # maximum distance between identical tokens, rela
 MAX_MAP_DISTANCE = 0.1  # maximum distance between equal maps, relative to their distance from uniform maps
 MIN_PATCH_MASS = 0.01  # minimum `patch_mass` of a token that is not cut off from the patches
 MAX_NORM_RATIO = 3.0  # maximum norm of a token's embedding, as a multiple of the median norm of embedded patches
-# Maximum cosine similarity between the embedding and the last state of a token, if the layers change the token.
+# Maximum cosine similarity between the embedding and the last state of a token that the layers change.
 MAX_EMBEDDING_SIMILARITY = 0.9
 ROUNDING_ERROR = 1e-6  # rounding error of a state as a fraction of its norm
 MAX_HARM_P_VALUE = 0.05  # significance level of the verdict "harmful"; divided by the number of ablations (Bonferroni)
@@ -72,11 +72,11 @@ class Verdict:
             another token), or "not judged".
         rating: "good", "neutral", "doubtful" or "bad".
         reason: one sentence with the measured values.
-        numbers: the measured values by name.
+        numbers: measured values by name.
     """
 
     token: str
-    word: Word
+    word: VerdictWord
     rating: Rating
     reason: str
     numbers: dict[str, Any] = field(default_factory=dict)
@@ -110,7 +110,7 @@ def diagnose_tokens(
             findings=findings,
             index=index,
             names=names,
-            num_read_layers=count_read_layers(config, has_head),
+            num_used_layers=count_used_layers(config, has_head),
             ablations={} if ablations is None else {kind: ablations[kind][key] for kind in ABLATION_KINDS},
             num_tests=1 if ablations is None else sum(map(len, ablations.values())),
             movement=movement.get(key),
@@ -128,49 +128,51 @@ class TokenEvidence:
     findings: Findings
     index: int  # sequence index of the token
     names: list[str]  # names of all special tokens
-    num_read_layers: list[int]  # number of layers whose output is read, for each special token and the patches
+    num_used_layers: list[int]  # number of layers whose output is used, for each special token and the patches
     ablations: dict[str, Ablation]  # ablations of the token by kind; empty if not measured
     num_tests: int  # number of ablations of all tokens and groups
-    movement: float | None  # distance that training moved the token; None if unknown
+    movement: float | None  # distance by which training moved the token; None if unknown
     has_moved_tokens: bool  # whether training moved any token
-    caveat: str  # note that the accuracy is not better than chance; empty if it is better or unknown
+    caveat: str  # note if the accuracy is not better than chance; otherwise empty
 
     @property
-    def last_state(self) -> int:
-        """Return the index of the last state that is read; 0 means the embedding."""
-        return self.num_read_layers[self.index]
+    def last_state_index(self) -> int:
+        """Return the index of the last state that is used; 0 means the embedding."""
+        return self.num_used_layers[self.index]
 
     @property
-    def is_read_by_head(self) -> bool:
-        """Return whether the head reads the token."""
-        return self.last_state == len(self.findings.entropy)
+    def is_used_by_head(self) -> bool:
+        """Return whether the head uses the token."""
+        return self.last_state_index == len(self.findings.entropy)
 
     @property
     def is_same_for_all_images(self) -> bool:
-        """Return whether the last state that is read is the same for all images. Both the variation of the whole state
+        """Return whether the last state that is used is the same for all images. Both the variation of the whole state
         and the median variation of the channels must be small, so that one channel of large magnitude cannot hide
         variation."""
         findings, index = self.findings, self.index
         variations = (findings.variation, findings.channel_variation)  # [L + 1, S] each
-        last_variations = [variation[self.last_state, index] for variation in variations]
+        last_variations = [variation[self.last_state_index, index] for variation in variations]
         is_constant = torch.stack(last_variations).max().item() < MIN_IMAGE_VARIATION
-        return self.last_state > 0 and findings.num_images > 1 and is_constant
+        return self.last_state_index > 0 and findings.num_images > 1 and is_constant
 
     @property
     def identical_token_and_state(self) -> tuple[int, int] | None:
-        """Return the index of an identical token and the index of the last state at which both tokens are read, or
+        """Return the index of an identical token and the index of the last state in which both tokens are used, or
         None if there is no identical token."""
         findings, index = self.findings, self.index
         candidates = []
-        for other in range(len(self.names)):
-            state = min(self.last_state, self.num_read_layers[other])
-            norms = findings.mean_states[state].norm(dim=-1)  # [S]
-            variation = findings.variation[state] * norms  # [S], in the unit of `state_distance`
-            limit = MAX_IDENTICAL_DISTANCE * min(variation[index], variation[other]) + ROUNDING_ERROR * norms[index]
-            distance = findings.state_distance[state, index, other]
-            is_similar = bool(findings.between_tokens[state, index, other] >= MIN_IDENTICAL_SIMILARITY)
-            if other != index and is_similar and bool(distance <= limit):
-                candidates.append((distance.item(), other, state))
+        for other_index in range(len(self.names)):
+            state_index = min(self.last_state_index, self.num_used_layers[other_index])
+            norms = findings.mean_states[state_index].norm(dim=-1)  # [S]
+            variation = findings.variation[state_index] * norms  # [S], in the unit of `state_distance`
+            limit = (
+                MAX_IDENTICAL_DISTANCE * min(variation[index], variation[other_index]) + ROUNDING_ERROR * norms[index]
+            )
+            distance = findings.state_distance[state_index, index, other_index]
+            is_similar = bool(findings.between_tokens[state_index, index, other_index] >= MIN_IDENTICAL_SIMILARITY)
+            if other_index != index and is_similar and bool(distance <= limit):
+                candidates.append((distance.item(), other_index, state_index))
         return min(candidates)[1:] if candidates else None
 
     @property
@@ -180,20 +182,20 @@ class TokenEvidence:
         from uniform maps."""
         findings, index = self.findings, self.index
         candidates = []
-        for other in range(len(self.names)):
-            layers = slice(0, min(self.last_state, self.num_read_layers[other]))
-            distance = findings.map_distance[layers, index, other].sum().item()
-            selectivity = findings.map_selectivity[layers][:, [index, other]].mean(dim=1).sum().item()
-            if other != index and selectivity > 0:
-                candidates.append((distance / selectivity, other))
-        distance, other = min(candidates, default=(math.inf, index))
-        return None if distance > MAX_MAP_DISTANCE else (other, distance)
+        for other_index in range(len(self.names)):
+            layers = slice(0, min(self.last_state_index, self.num_used_layers[other_index]))
+            distance = findings.map_distance[layers, index, other_index].sum().item()
+            selectivity = findings.map_selectivity[layers][:, [index, other_index]].mean(dim=1).sum().item()
+            if other_index != index and selectivity > 0:
+                candidates.append((distance / selectivity, other_index))
+        distance, other_index = min(candidates, default=(math.inf, index))
+        return None if distance > MAX_MAP_DISTANCE else (other_index, distance)
 
     @property
     def patch_mass(self) -> float:
-        """Return the maximum fraction of attention to patches over all heads of the layers whose output is read; 1 if
+        """Return the maximum fraction of attention to patches over all heads of the layers whose output is used; 1 if
         there is no such layer."""
-        fractions = self.findings.attention_fractions[: self.last_state, :, self.index, -1]  # [layers, H]
+        fractions = self.findings.attention_fractions[: self.last_state_index, :, self.index, -1]  # [layers, H]
         return fractions.max().item() if fractions.numel() else 1.0
 
     @property
@@ -204,8 +206,8 @@ class TokenEvidence:
 
     @property
     def embedding_similarity(self) -> float:
-        """Return the cosine similarity between the token's embedding and the last state that is read."""
-        return self.findings.across_layers[self.index, 0, self.last_state].item()
+        """Return the cosine similarity between the token's embedding and the last state that is used."""
+        return self.findings.across_layers[self.index, 0, self.last_state_index].item()
 
     def describe_movement(self) -> str:
         """Describe how far training moved the token."""
@@ -221,8 +223,8 @@ class TokenEvidence:
         identical_match, attention_match = self.identical_token_and_state, self.equal_attention_token_and_distance
         return summarize_ablations(self.ablations) | {
             "movement": self.movement,
-            "read_layers": self.last_state,
-            "variation": findings.variation[self.last_state, self.index].item(),
+            "read_layers": self.last_state_index,
+            "variation": findings.variation[self.last_state_index, self.index].item(),
             "patch_mass": self.patch_mass,
             "norm_ratio": self.norm_ratio,
             "embedding_similarity": self.embedding_similarity,
@@ -232,28 +234,32 @@ class TokenEvidence:
         }
 
 
-def judge_token(evidence: TokenEvidence) -> tuple[Word, Rating, str]:
+def judge_token(evidence: TokenEvidence) -> tuple[VerdictWord, Rating, str]:
     """Return the word, rating and reason of the verdict on a token. The first true condition determines the
     verdict."""
     findings = evidence.findings
-    other, state = evidence.identical_token_and_state or (None, evidence.last_state)
-    where = "after the last layer,"
-    if state < len(findings.entropy):
-        where = f"after layer {state}, the last layer whose output is read,"
-    if other is not None:
-        similarity = f"cosine {findings.between_tokens[state, evidence.index, other]:.4f}"
-        distance = f"distance {findings.state_distance[state, evidence.index, other]:.2g}"
-        reason = f"{where} the token is identical to {evidence.names[other]} ({similarity}, {distance})."
+    other_index, state_index = evidence.identical_token_and_state or (None, evidence.last_state_index)
+    layer_name = "after the last layer"
+    if state_index < len(findings.entropy):
+        layer_name = f"after layer {state_index}, the last layer whose output is used"
+    if other_index is not None:
+        similarity = f"cosine {findings.between_tokens[state_index, evidence.index, other_index]:.4f}"
+        distance = f"distance {findings.state_distance[state_index, evidence.index, other_index]:.2g}"
+        reason = f"{layer_name}, the token is identical to {evidence.names[other_index]} ({similarity}, {distance})."
         return "collapsed", "bad", reason
-    if evidence.is_read_by_head and evidence.patch_mass < MIN_PATCH_MASS:
-        limit = f"at most {evidence.patch_mass:.2%} of the token's attention goes to patches"
-        reason = f"in each layer and attention head, {limit}, although the head reads the token."
+    if evidence.is_used_by_head and evidence.patch_mass < MIN_PATCH_MASS:
+        reason = (
+            f"in each layer and attention head, at most {evidence.patch_mass:.2%} of the token's attention goes to "
+            "patches, although the output of the token is used."
+        )
         return "cut off from the patches", "bad", reason
     if evidence.is_same_for_all_images:
-        variation = findings.variation[evidence.last_state, evidence.index].item()
-        same = f"the state is the same for every image (it varies by {variation:.1g} times the norm of the mean state)"
-        word: Word = "not moved" if evidence.movement == 0 else "same for all images"
-        return word, "bad", f"{where} {same}; {evidence.describe_movement()}."
+        variation = findings.variation[evidence.last_state_index, evidence.index].item()
+        constancy = (
+            f"the state is the same for every image (it varies by {variation:.1g} times the norm of the mean state)"
+        )
+        word: VerdictWord = "not moved" if evidence.movement == 0 else "same for all images"
+        return word, "bad", f"{layer_name}, {constancy}; {evidence.describe_movement()}."
     if (harm := find_harm(evidence.ablations, evidence.num_tests)) is not None:
         return "harmful", "bad", f"{describe_harm(*harm)}; {evidence.describe_movement()}."
     if evidence.norm_ratio > MAX_NORM_RATIO and evidence.embedding_similarity > MAX_EMBEDDING_SIMILARITY:
@@ -261,17 +267,17 @@ def judge_token(evidence: TokenEvidence) -> tuple[Word, Rating, str]:
         cosine = f"cosine {evidence.embedding_similarity:.3f} between embedding and last state"
         return "norm too large", "bad", f"{ratio}, so layers hardly change the token ({cosine}){evidence.caveat}."
     if evidence.equal_attention_token_and_distance is not None:
-        other, map_distance = evidence.equal_attention_token_and_distance
+        other_index, map_distance = evidence.equal_attention_token_and_distance
         equality = (
-            f"the attention maps are nearly equal to the maps of {evidence.names[other]} in all layers whose "
-            "output is read"
+            f"the attention maps are nearly equal to the maps of {evidence.names[other_index]} in all layers whose "
+            "output is used"
         )
         distance = f"the distance between the maps is {map_distance:.2g} times their distance from uniform attention"
         return "equal attention", "doubtful", f"{equality} ({distance})."
     if evidence.movement == 0:
         return "not moved", *judge_unmoved_token(evidence)
     if not evidence.ablations:
-        return "not judged", "neutral", "the effects of the two ablations of the token were not measured."
+        return "not judged", "neutral", "the effects of ablating the token were not measured."
     if findings.num_images < MIN_IMAGES:
         return "not judged", "neutral", f"{describe_missing_images(findings.num_images)}."
     reason = f"{describe_comparison(evidence.ablations)}; {evidence.describe_movement()}{evidence.caveat}."
@@ -282,16 +288,16 @@ def judge_unmoved_token(evidence: TokenEvidence) -> tuple[Rating, str]:
     """Return the rating and reason for a token with a movement of 0, which may be frozen or already trained."""
     if evidence.findings.num_images < MIN_IMAGES:
         explanation = describe_missing_images(evidence.findings.num_images)
-        return "neutral", f"the token did not move in this run (movement 0), and its effect is unknown: {explanation}."
+        return "neutral", f"training did not move the token (movement 0), and its effect is unknown: {explanation}."
     if not evidence.ablations:
-        return "neutral", "the token did not move in this run (movement 0): it is frozen or receives no gradient."
+        return "neutral", "training did not move the token (movement 0): it is frozen or receives no gradient."
     comparison = f"{describe_comparison(evidence.ablations)}{evidence.caveat}."
     if any(ablation.is_beyond_null for ablation in evidence.ablations.values()):
-        explanation = "the token did not move in this run (movement 0): it is frozen or already trained"
+        explanation = "training did not move the token (movement 0): it is frozen or already trained"
         return "neutral", f"{explanation}; {comparison}"
     if evidence.has_moved_tokens:
-        return "bad", f"the token did not move in this run (movement 0), but training moved other tokens; {comparison}"
-    return "neutral", f"the token is frozen, like all tokens in this run (movement 0); {comparison}"
+        return "bad", f"training did not move the token (movement 0), but moved other tokens; {comparison}"
+    return "neutral", f"training did not move any special token (movement 0); {comparison}"
 
 
 # Effects -------------------------------------------------------------------------------------------------------------
@@ -303,19 +309,19 @@ def diagnose_groups(
     """Return one verdict for each group of several special tokens. An individual register can be redundant even if
     all registers together have an effect. The arguments are the same as in `diagnose_tokens`."""
     verdicts = []
-    for group, members in get_groups(config.token_layout).items():
+    for group, members in get_group_indices(config.token_layout).items():
         if ablations is None or len(members) == 1:
             continue
         group_ablations = {kind: ablations[kind][group] for kind in ABLATION_KINDS}
-        word = "CLS token" if group == "cls" else SINGLE_TOKEN_NAMES[group]
+        token_name = "CLS token" if group == "cls" else SINGLE_TOKEN_NAMES[group]
         num_tests = sum(map(len, ablations.values()))
         judgment = judge_group(group_ablations, num_tests, describe_chance_accuracy(predictions))
         numbers = summarize_ablations(group_ablations)
-        verdicts.append(Verdict(f"all {len(members)} {word}s", *judgment, numbers=numbers))
+        verdicts.append(Verdict(f"all {len(members)} {token_name}s", *judgment, numbers=numbers))
     return verdicts
 
 
-def judge_group(ablations: dict[str, Ablation], num_tests: int, caveat: str) -> tuple[Word, Rating, str]:
+def judge_group(ablations: dict[str, Ablation], num_tests: int, caveat: str) -> tuple[VerdictWord, Rating, str]:
     """Return the word, rating and reason of the verdict on a group."""
     num_images = ablations[ABLATION_KINDS[0]].effect.num_images
     if num_images < MIN_IMAGES:
@@ -325,7 +331,7 @@ def judge_group(ablations: dict[str, Ablation], num_tests: int, caveat: str) -> 
     return judge_effect(ablations, caveat, f"{describe_comparison(ablations, possessive='their')}{caveat}.")
 
 
-def judge_effect(ablations: dict[str, Ablation], caveat: str, reason: str) -> tuple[Word, Rating, str]:
+def judge_effect(ablations: dict[str, Ablation], caveat: str, reason: str) -> tuple[VerdictWord, Rating, str]:
     """Return the word, rating and reason of a verdict on measured effects."""
     if not any(ablation.is_beyond_null for ablation in ablations.values()):
         return "no measurable effect", "neutral", reason
@@ -353,11 +359,11 @@ def summarize_ablations(ablations: dict[str, Ablation]) -> dict[str, Any]:
 
 def summarize_ablation(ablation: Ablation) -> dict[str, Any]:
     """Return the values of one ablation by name."""
-    effect, null = ablation.effect, ablation.null_interval
+    effect, null_interval = ablation.effect, ablation.null_interval
     values: dict[str, Any] = {
         "effect": effect.size,
         "interval": list(effect.interval),
-        "null": None if null is None else list(null),
+        "null": None if null_interval is None else list(null_interval),
         "null_patches": ablation.patch_effects,
         "null_redrawn": ablation.redrawn_effects,
         "effect_on_null_images": ablation.effect_on_null_images,
@@ -376,7 +382,7 @@ def summarize_ablation(ablation: Ablation) -> dict[str, Any]:
 
 
 def describe_missing_images(num_images: int) -> str:
-    """Return a text that states how many images are required to judge effects."""
+    """Describe how many images are required to judge effects."""
     verb = "are" if num_images > 1 else "is"
     return f"measuring the effect requires {MIN_IMAGES} or more images, but there {verb} {num_images}"
 
@@ -402,8 +408,8 @@ def describe_effect(ablation: Ablation) -> str:
         changes = ", ".join(f"{name} {value:.2g}" for name, value in effect.cosine_change.items())
         text = f"the cosine distance between the features before and after is {changes}"
         if effect.knn_agreement is not None:
-            text += f", and {effect.knn_agreement:.0%} of the nearest images stay the same"
-    null_effects = {"patches": ablation.patch_effects, "random tokens": ablation.redrawn_effects}
+            text += f", and {effect.knn_agreement:.0%} of the nearest neighbors stay the same"
+    null_effects = {"random patches": ablation.patch_effects, "random tokens": ablation.redrawn_effects}
     range_texts = [f"{name} {min(sizes):.2g} to {max(sizes):.2g}" for name, sizes in null_effects.items() if sizes]
     null = f"; null: {', '.join(range_texts)}" if range_texts else ""
     return f"{text} (95% interval {low:.2g} to {high:.2g}{null})"
@@ -426,7 +432,7 @@ def describe_harm(kind: str, effect: AblationEffect, possessive: str = "its") ->
 
 
 def describe_chance_accuracy(predictions: Any) -> str:
-    """Return a note if the accuracy is not better than chance, and an empty text if it is better or unknown."""
+    """Return a note if the accuracy is not better than chance, and an empty string otherwise."""
     if not isinstance(predictions, Predictions) or predictions.is_better_than_chance() is not False:
         return ""
     accuracy, majority_accuracy = predictions.compute_accuracy(), predictions.compute_majority_accuracy()
@@ -441,39 +447,39 @@ def describe_chance_accuracy(predictions: Any) -> str:
 
 def describe_depth(config: ViTCLSConfig, findings: Findings, has_head: bool = True) -> list[str]:
     """Describe the selectivity of each special token in the first, middle and last third of the layers whose output is
-    read. For CLS and distillation tokens, compare the selectivity with the expected pattern: attention is nearly
+    used. For CLS and distillation tokens, compare the selectivity with the expected pattern: attention is nearly
     uniform in early layers and selective in middle layers.
 
     The number of tokens attended to is the exponential of the entropy; 100% means all visible tokens.
     """
-    num_attended = findings.entropy.mean(dim=1).exp()  # [L, S], number of tokens attended to, mean over heads
-    fractions = num_attended / findings.uniform_by_token["entropy"].exp()  # [L, S]
-    num_read_layers = count_read_layers(config, has_head)
-    texts = []
+    num_attended_tokens = findings.entropy.mean(dim=1).exp()  # [L, S], number of tokens attended to, mean over heads
+    fractions = num_attended_tokens / findings.uniform_by_token["entropy"].exp()  # [L, S]
+    num_used_layers = count_used_layers(config, has_head)
+    descriptions = []
     for index, name in enumerate(get_token_names(config)):
-        num_layers = num_read_layers[index]
+        num_layers = num_used_layers[index]
         if num_layers == 0:
-            texts.append(f"{name} attends to other tokens only in layer 1, and its output is not read.")
+            descriptions.append(f"{name} attends to other tokens only in layer 1, and its output is not used.")
             continue
         read_fractions = fractions[:num_layers, index]
         thirds = torch.stack([third.mean() for third in read_fractions.tensor_split(3) if len(third)])  # [3 or fewer]
-        where = "in the first, middle and last layers" if len(thirds) == 3 else "layer by layer"
-        selective_layer = int(num_attended[:num_layers, index].argmin())
-        num_tokens = round(num_attended[selective_layer, index].item())
+        layer_names = "in the first, middle and last third of the layers" if len(thirds) == 3 else "layer by layer"
+        selective_layer = int(num_attended_tokens[:num_layers, index].argmin())
+        num_tokens = round(num_attended_tokens[selective_layer, index].item())
         is_register = index >= config.token_layout.registers.start
         pattern = "" if is_register else describe_depth_pattern(read_fractions, thirds)
-        texts.append(
-            f"{name} attends to {', '.join(f'{third:.0%}' for third in thirds.tolist())} of the visible "
-            f"tokens {where} (100% is uniform), and is most selective in layer {selective_layer + 1}: {num_tokens} "
-            f"token{'s' if num_tokens != 1 else ''}.{pattern}"
+        descriptions.append(
+            f"{name} attends to {', '.join(f'{third:.0%}' for third in thirds.tolist())} of the visible tokens "
+            f"{layer_names} (100% is uniform), and is most selective in layer {selective_layer + 1}: "
+            f"{num_tokens} token{'s' if num_tokens != 1 else ''}.{pattern}"
         )
-    return texts
+    return descriptions
 
 
 def describe_depth_pattern(fractions: torch.Tensor, thirds: torch.Tensor) -> str:
     """Return a sentence that compares the fractions of tokens attended to with the expected pattern. `fractions` [L]
-    has one value per layer, and `thirds` is the mean of each third of the layers, [3] or fewer values for fewer than
-    three layers. The sentence begins with a space."""
+    has one value per layer, and `thirds` [3 or fewer] contains the mean of each third of the layers. The sentence
+    begins with a space."""
     if bool((fractions >= MIN_UNIFORM_FRACTION).all()):
         return " Attention is uniform in every layer, so the token selects no patches."
     if len(thirds) < 3:

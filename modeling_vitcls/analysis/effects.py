@@ -75,7 +75,7 @@ class FeatureEffect:
     Attributes:
         cosine_change: mean over images of 1 minus the cosine similarity between the features before and after the
             ablation, by feature name (`Features`).
-        knn_agreement: mean fraction of the NUM_NEIGHBORS nearest images that stay the same; None for fewer than
+        knn_agreement: mean fraction of the NUM_NEIGHBORS nearest neighbors that stay the same; None for fewer than
             MIN_IMAGES images.
         num_images: number of images.
         interval: 95% interval of `size`, from bootstrap samples of the images.
@@ -133,11 +133,12 @@ def compare_features(before: Features, after: Features) -> FeatureEffect:
         pairs = zip(vectors_before, after.vectors[name], strict=True)
         similarities = [nn.functional.cosine_similarity(*pair, dim=-1).mean() for pair in pairs]
         cosine_changes[name] = (1 - torch.stack(similarities)).clamp(min=0)
-    neighbors, neighbors_after = before.find_neighbors(), after.find_neighbors()
+    neighbors_before, neighbors_after = before.find_neighbors(), after.find_neighbors()
     agreement = None
-    if neighbors is not None and neighbors_after is not None:
-        num_same = sum(len(one & other) for one, other in zip(neighbors, neighbors_after, strict=True))
-        agreement = num_same / (NUM_NEIGHBORS * len(before))
+    if neighbors_before is not None and neighbors_after is not None:
+        neighbor_pairs = zip(neighbors_before, neighbors_after, strict=True)
+        num_shared = sum(len(indices_before & indices_after) for indices_before, indices_after in neighbor_pairs)
+        agreement = num_shared / (NUM_NEIGHBORS * len(before))
     largest_changes = max(cosine_changes.values(), key=lambda changes: changes.mean().item())
     mean_changes = {name: changes.mean().item() for name, changes in cosine_changes.items()}
     return FeatureEffect(mean_changes, agreement, len(before), compute_bootstrap_interval(largest_changes))
@@ -165,6 +166,6 @@ def compute_improvement_p_value(before: Predictions, after: Predictions) -> floa
     1947)."""
     assert before.labels is not None
     is_known = before.labels != IGNORED_LABEL
-    was_right, is_right = ((outputs.predicted == before.labels)[is_known] for outputs in (before, after))
-    num_gained, num_lost = int((is_right & ~was_right).sum()), int((was_right & ~is_right).sum())
+    was_correct, is_correct = ((outputs.predicted == before.labels)[is_known] for outputs in (before, after))
+    num_gained, num_lost = int((is_correct & ~was_correct).sum()), int((was_correct & ~is_correct).sum())
     return float(stats.binom.sf(num_gained - 1, num_gained + num_lost, 0.5)) if num_gained else 1.0

@@ -24,14 +24,14 @@ from PIL import Image
 from ..configuration_vitcls import ViTCLSConfig
 from ..token_names import get_token_names, get_token_names_by_group
 from .image_report import ImageReport
-from .maps import VisibleRegion, is_masked_image_model, is_read, overlay, resize_with_region, to_upright_rgb
+from .maps import VisibleRegion, is_masked_image_model, is_used_by_head, overlay, resize_with_region, to_upright_rgb
 
 
 # Color of each group of `config.token_layout` in all figures and pages. Color-blind readers can distinguish the colors
 # (palette of Okabe and Ito).
 GROUP_COLORS = {"cls": "#0072B2", "distillation": "#D55E00", "registers": "#009E73", "patches": "#8C8C8C"}
 
-INK = "#222222"
+DARK_GRAY = "#222222"
 LIGHT_GRAY = "#EFEFEF"
 ELLIPSIS = "…"
 
@@ -71,25 +71,27 @@ class Box:
 def plot_token_layout(config: ViTCLSConfig) -> Figure:
     """Plot the token sequence [CLS | distillation | registers | patches] as boxes in the colors of `GROUP_COLORS`.
 
-    Arrows mark the tokens that the head reads. The figure is 8 inches wide.
+    Arrows mark the tokens that the head uses. The figure is 8 inches wide.
     """
     figure = Figure(figsize=(LAYOUT_WIDTH, LAYOUT_HEIGHT), dpi=100, facecolor="white")
     axes = figure.add_axes((0, 0, 1, 1), xlim=(0, LAYOUT_WIDTH), ylim=(0, LAYOUT_HEIGHT))
     axes.axis("off")
     boxes, headers, grid_left = arrange_boxes(config)
     for text, center in headers:
-        axes.text(center, BOXES_BOTTOM + BOXES_HEIGHT + 0.1, text, ha="center", va="bottom", fontsize=9, color=INK)
+        axes.text(
+            center, BOXES_BOTTOM + BOXES_HEIGHT + 0.1, text, ha="center", va="bottom", fontsize=9, color=DARK_GRAY
+        )
     is_horizontal = all(len(box.name) * CHARACTER_WIDTH < box.width for box in boxes)
     for box in boxes:
         draw_box(axes, box, rotation=0 if is_horizontal else 90)
-        if box.name != ELLIPSIS and is_read(config, box.group, box.index):
+        if box.name != ELLIPSIS and is_used_by_head(config, box.group, box.index):
             draw_arrow(axes, box.center)
     draw_grid(axes, grid_left, config)
-    if is_read(config, "patches", 0):
+    if is_used_by_head(config, "patches", 0):
         draw_arrow(axes, grid_left + GRID_WIDTH / 2)
     corner, width = (MARGIN, 0.18), LAYOUT_WIDTH - 2 * MARGIN
-    axes.add_patch(Rectangle(corner, width, 0.36, facecolor=LIGHT_GRAY, edgecolor=INK, linewidth=0.8))
-    draw_text(axes, LAYOUT_WIDTH / 2, 0.36, describe_head(config), 10, INK)
+    axes.add_patch(Rectangle(corner, width, 0.36, facecolor=LIGHT_GRAY, edgecolor=DARK_GRAY, linewidth=0.8))
+    draw_text(axes, LAYOUT_WIDTH / 2, 0.36, describe_head(config), 10, DARK_GRAY)
     return figure
 
 
@@ -131,15 +133,15 @@ def build_group_header(config: ViTCLSConfig, group: str) -> str:
 def draw_box(axes: Axes, box: Box, rotation: int) -> None:
     """Draw the box of a token, with the name of the token."""
     corner, middle = (box.left, BOXES_BOTTOM), BOXES_BOTTOM + BOXES_HEIGHT / 2
-    color, size = GROUP_COLORS[box.group], 9 if box.width > 0.25 and len(box.name) <= 16 else 7
+    color, font_size = GROUP_COLORS[box.group], 9 if box.width > 0.25 and len(box.name) <= 16 else 7
     rotation = 0 if box.name == ELLIPSIS else rotation
     axes.add_patch(Rectangle(corner, box.width, BOXES_HEIGHT, facecolor=color, edgecolor="white", linewidth=1.5))
-    draw_text(axes, box.center, middle, box.name.replace(" (", "\n("), size, "white", rotation=rotation)
+    draw_text(axes, box.center, middle, box.name.replace(" (", "\n("), font_size, "white", rotation=rotation)
 
 
 def draw_arrow(axes: Axes, center: float) -> None:
     """Draw an arrow from a token to the head."""
-    arrow_style = {"arrowstyle": "-|>", "color": INK, "linewidth": 1.3, "shrinkA": 0, "shrinkB": 0}
+    arrow_style = {"arrowstyle": "-|>", "color": DARK_GRAY, "linewidth": 1.3, "shrinkA": 0, "shrinkB": 0}
     axes.annotate("", (center, 0.54), (center, BOXES_BOTTOM - 0.02), arrowprops=arrow_style)
 
 
@@ -157,14 +159,14 @@ def draw_grid(axes: Axes, left: float, config: ViTCLSConfig) -> None:
 
 
 def describe_head(config: ViTCLSConfig) -> str:
-    """Return a description of the heads that read the tokens."""
+    """Describe the heads that use the tokens."""
     if is_masked_image_model(config):
-        return "read by the decoder of masked patches"
+        return "used by the decoder of masked patches"
     if config.tasks:
-        return f"read by one head per task: {shorten_text(', '.join(config.task_labels()), 60)}"
+        return f"used by one head per task: {shorten_text(', '.join(config.task_labels()), 60)}"
     if config.has_distillation_head:
-        return f'read by two heads: pooling "{config.pooling}", and distillation'
-    return f'read by the head, pooling "{config.pooling}"'
+        return f'used by two heads: pooling "{config.pooling}", and distillation'
+    return f'used by the head, pooling "{config.pooling}"'
 
 
 # Confusion matrix ----------------------------------------------------------------------------------------------------
@@ -226,7 +228,7 @@ def draw_counts(axes: Axes, counts: np.ndarray, fractions: np.ndarray) -> None:
     """Draw the count in each cell; zeros are light gray."""
     font_size = 9 if counts.max() < 1000 else 7
     for (row, column), count in np.ndenumerate(counts):
-        color = "white" if fractions[row, column] > 0.3 else INK if count else "#B5B5B5"
+        color = "white" if fractions[row, column] > 0.3 else DARK_GRAY if count else "#B5B5B5"
         draw_text(axes, column, row, f"{count}", font_size, color)
 
 
@@ -264,10 +266,10 @@ def plot_attention(
             "The numbers of images, maps, titles and visible regions must be equal and at least one, but they are "
             f"{len(images)}, {len(maps)}, {len(titles)} and {len(visible_regions)}. Pass one of each per image."
         )
-    num_tokens = [len(image_maps) for image_maps in maps]
-    if any(number != len(names) for number in num_tokens):
+    token_counts = [len(image_maps) for image_maps in maps]
+    if any(count != len(names) for count in token_counts):
         raise ValueError(
-            f"The maps have {num_tokens} tokens, but the number of names is {len(names)}. Pass one name per token."
+            f"The maps have {token_counts} tokens, but the number of names is {len(names)}. Pass one name per token."
         )
     num_rows = max(math.ceil(len(names) / (MAX_COLUMNS - 1)), 1)
     num_columns = 1 + math.ceil(len(names) / num_rows)
@@ -313,7 +315,9 @@ def plot_attention_by_layer(config: ViTCLSConfig, report: ImageReport, head: int
         raise ValueError(f"head is {head}, but the model has {num_heads} heads. Choose from 0 to {num_heads - 1}.")
     attention = report.attention.mean(dim=1) if head is None else report.attention[:, head]  # [L, S, gh, gw]
     names = get_token_names(config)
-    titles = [" ".join(filter(None, ("for", item.task, item.top_label))) for item in report.predictions]
+    titles = [
+        " ".join(filter(None, ("for", prediction.task, prediction.top_label))) for prediction in report.predictions
+    ]
     titled_attributions = list(zip(report.attributions, titles, strict=True))
     num_rows = max(len(names), 1 + len(titled_attributions))
     image, visible_region = resize_with_region(report.image, report.visible_region, DEPTH_TILE_SIDE, DEPTH_TILE_SIDE)
@@ -332,7 +336,7 @@ def plot_attention_by_layer(config: ViTCLSConfig, report: ImageReport, head: int
             values = attention[layer, index]
             draw_image(tile, overlay(image, values, visible_region), f"layer {layer + 1}" if index == 0 else "")
             percentage = f"{values.sum():.0%}"
-            draw_text(tile, 0.5, -0.03, percentage, 7, INK, va="top", transform=tile.transAxes)
+            draw_text(tile, 0.5, -0.03, percentage, 7, DARK_GRAY, va="top", transform=tile.transAxes)
         draw_image(tiles[-1], overlay(image, report.rollout[index], visible_region), "rollout" if index == 0 else "")
         tiles[0].text(
             -0.08, 0.5, shorten_text(name, 24), transform=tiles[0].transAxes, rotation=90, ha="right", va="center"
@@ -348,7 +352,7 @@ def draw_text(axes: Axes, x: float, y: float, text: str, font_size: float, color
 def draw_image(axes: Axes, image: Image.Image, title: str) -> None:
     """Draw an image with a title, which is wrapped to the width of the image."""
     axes.imshow(image, interpolation="nearest")
-    axes.set_title(textwrap.fill(shorten_text(title, 60), 22), fontsize=8, color=INK)
+    axes.set_title(textwrap.fill(shorten_text(title, 60), 22), fontsize=8, color=DARK_GRAY)
 
 
 def create_figure(width: float, height: float) -> Figure:
@@ -372,5 +376,6 @@ def shorten_text(text: str, max_length: int) -> str:
     """Shorten a text by replacing its middle with `ELLIPSIS`, because names often differ only at their ends."""
     if len(text) <= max_length:
         return text
-    num_last = (max_length - 1) // 2
-    return f"{text[: max_length - 1 - num_last]}{ELLIPSIS}{text[len(text) - num_last :]}"
+    suffix_length = (max_length - 1) // 2
+    prefix_length = max_length - 1 - suffix_length
+    return f"{text[:prefix_length]}{ELLIPSIS}{text[len(text) - suffix_length :]}"

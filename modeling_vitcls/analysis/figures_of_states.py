@@ -22,16 +22,16 @@ from ..token_names import get_token_names
 from .ablation import get_token_keys
 from .artifacts import SecondMode, find_second_mode
 from .effects import AblationEffect
-from .figures import GROUP_COLORS, INK, create_figure, draw_text, shorten_text
-from .figures_over_depth import MAX_NAME_LENGTH, create_token_grid, hide_frame
+from .figures import DARK_GRAY, GROUP_COLORS, create_figure, draw_text, shorten_text
+from .figures_over_depth import MAX_NAME_LENGTH, create_token_grid, despine
 from .token_statistics import Findings
 
 
 NUM_BINS = 48  # number of bins of a histogram
 MIN_NORM_RATIO = 1e-3  # minimum norm in a figure, as a multiple of the median; smaller norms are drawn at this value
 OUTLIER_COLOR = "#B3261E"  # color of the bars of outlier patches
-OPPOSITE_COLOR, SAME_COLOR = "#B14A00", "#0B5A94"  # colors of the cosines -1 and 1; a cosine of 0 is white
-COSINE_COLORMAP = LinearSegmentedColormap.from_list("cosines", [OPPOSITE_COLOR, "#FFFFFF", SAME_COLOR])
+NEGATIVE_COLOR, POSITIVE_COLOR = "#B14A00", "#0B5A94"  # colors of the cosines -1 and 1; a cosine of 0 is white
+COSINE_COLORMAP = LinearSegmentedColormap.from_list("cosines", [NEGATIVE_COLOR, "#FFFFFF", POSITIVE_COLOR])
 MAX_TOKENS_WITH_COSINES = 12  # maximum number of tokens for which the cosine is written in each cell
 
 
@@ -40,7 +40,7 @@ MAX_TOKENS_WITH_COSINES = 12  # maximum number of tokens for which the cosine is
 
 @dataclass(frozen=True)
 class NormHistogram:
-    """Norms of the patches after one layer, as multiples of the median norm of the image."""
+    """Histogram of the patch norms after one layer, as multiples of the median norm of the image."""
 
     counts: list[int]  # [NUM_BINS], number of patches per bin; bins have equal width on a logarithmic scale
     low: float  # lower edge of the first bin
@@ -78,26 +78,27 @@ def plot_norm_histogram(config: ViTCLSConfig, findings: Findings, layer: int = -
     histogram = compute_norm_histogram(config, findings, layer)
     figure = create_figure(6.4, 3.4)
     axes = figure.subplots()
-    axes.set_title(f"Norms of the patches, {describe_layer(layer)}", fontsize=11, color=INK)
+    axes.set_title(f"Norms of the patches, {format_layer(layer)}", fontsize=11, color=DARK_GRAY)
     edges = np.geomspace(histogram.low, histogram.high, NUM_BINS + 1)
-    limit = math.inf if histogram.mode is None else histogram.mode.threshold
-    colors = [OUTLIER_COLOR if edge >= limit else GROUP_COLORS["patches"] for edge in np.sqrt(edges[1:] * edges[:-1])]
+    threshold = math.inf if histogram.mode is None else histogram.mode.threshold
+    centers = np.sqrt(edges[1:] * edges[:-1])
+    colors = [OUTLIER_COLOR if center >= threshold else GROUP_COLORS["patches"] for center in centers]
     axes.bar(edges[:-1], histogram.counts, width=0.94 * np.diff(edges), align="edge", color=colors)
     axes.set(xscale="log", yscale="log")
     axes.set(xlim=(histogram.low, histogram.high), ylim=(0.7, 2 * max(*histogram.counts, 5)))
     axes.set(xlabel="norm / median norm of the image, logarithmic", ylabel="patches, logarithmic")
     if histogram.mode is not None:
-        axes.axvline(limit, color=INK, linewidth=1, linestyle=(0, (5, 3)))
+        axes.axvline(threshold, color=DARK_GRAY, linewidth=1, linestyle=(0, (5, 3)))
         text = f"second mode: {histogram.mode.fraction:.2%} of the patches, at {histogram.mode.ratio:.1f} × median"
-        position: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
-        position |= {"rotation": 90, "ha": "right", "va": "top"}
-        axes.annotate(text, (limit, 0.97), (-4, 0), **position, fontsize=8, color=INK)
+        text_options: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
+        text_options |= {"rotation": 90, "ha": "right", "va": "top"}
+        axes.annotate(text, (threshold, 0.97), (-4, 0), **text_options, fontsize=8, color=DARK_GRAY)
     if histogram.registers:
         heights = [0.97] * len(histogram.registers)
-        triangles: dict[str, Any] = {"color": GROUP_COLORS["registers"], "label": "registers", "clip_on": False}
-        axes.plot(histogram.registers, heights, "v", transform=axes.get_xaxis_transform(), **triangles)
+        marker_options: dict[str, Any] = {"color": GROUP_COLORS["registers"], "label": "registers", "clip_on": False}
+        axes.plot(histogram.registers, heights, "v", transform=axes.get_xaxis_transform(), **marker_options)
         figure.legend(loc="outside lower center", frameon=False, fontsize=8.5)
-    hide_frame(axes)
+    despine(axes)
     return figure
 
 
@@ -125,22 +126,23 @@ def plot_token_similarity(config: ViTCLSConfig, findings: Findings, layer: int =
     side = min(max(0.45 * len(names) + 2.2, 3.6), 9.0)
     figure = create_figure(side + 0.5, side)
     axes = figure.subplots()
-    axes.set_title(f"Similarity of the tokens, {describe_layer(layer)}", fontsize=11, color=INK)
+    axes.set_title(f"Similarity of the tokens, {format_layer(layer)}", fontsize=11, color=DARK_GRAY)
     matrix = findings.between_tokens[layer]
     axes_image = draw_cosine_matrix(axes, matrix)
     axes.set_xticks(range(len(names)), names, fontsize=8, rotation=0 if max(map(len, names)) <= 3 else 90)
     axes.set_yticks(range(len(names)), names, fontsize=8)
     if len(names) <= MAX_TOKENS_WITH_COSINES:
         for (row, column), value in np.ndenumerate(matrix.numpy()):
-            color = "white" if abs(value) > 0.55 else INK
+            color = "white" if abs(value) > 0.55 else DARK_GRAY
             draw_text(axes, column, row, f"{value:.2f}", 8, color)
     figure.colorbar(axes_image, ax=axes, shrink=0.8, label="cosine")
     return figure
 
 
 def plot_layer_similarity(config: ViTCLSConfig, findings: Findings) -> Figure:
-    """For each special token, plot the cosine similarity between its states after any two layers. Blocks of
-    high similarity are consecutive layers that hardly change the token.
+    """Plot the cosine similarity between the states of each special token after any two layers.
+
+    Blocks of high similarity are consecutive layers that hardly change the token.
 
     Raises:
         ValueError: if the model has no special tokens.
@@ -150,8 +152,8 @@ def plot_layer_similarity(config: ViTCLSConfig, findings: Findings) -> Figure:
     for axes, matrix in zip(grid, findings.across_layers, strict=True):
         axes_image = draw_cosine_matrix(axes, matrix)
         axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-    figure.supxlabel("after layer", fontsize=9, color=INK)
-    figure.supylabel("after layer", fontsize=9, color=INK)
+    figure.supxlabel("after layer", fontsize=9, color=DARK_GRAY)
+    figure.supylabel("after layer", fontsize=9, color=DARK_GRAY)
     figure.colorbar(axes_image, ax=figure.axes, shrink=0.8, label="cosine")
     return figure
 
@@ -191,16 +193,16 @@ def plot_ablation_effects(config: ViTCLSConfig, effects: Mapping[str, AblationEf
     grid = figure.subplots(1, len(measurements), sharey=True)
     for axes, (title, values) in zip(grid, measurements.items(), strict=True):
         bars = axes.barh(names, values, color=[GROUP_COLORS[key.partition("[")[0]] for key in keys], height=0.7)
-        axes.bar_label(bars, [f"{100 * value:.3g}%" for value in values], padding=3, fontsize=8, color=INK)
-        axes.set_title(title, fontsize=9, color=INK)
-        axes.axvline(0, color=INK, linewidth=0.8)
+        axes.bar_label(bars, [f"{100 * value:.3g}%" for value in values], padding=3, fontsize=8, color=DARK_GRAY)
+        axes.set_title(title, fontsize=9, color=DARK_GRAY)
+        axes.axvline(0, color=DARK_GRAY, linewidth=0.8)
         low, high = min(*values, 0, -1e-3 * (min(values) < 0)), max(*values, 0, 1e-3)
         margin = 0.35 * (high - low)  # space for the bar labels
         axes.set_xlim(low - margin * (low < 0), high + margin)
         axes.xaxis.set_major_formatter(PercentFormatter(xmax=1))
         axes.xaxis.set_major_locator(MaxNLocator(nbins=4))
         axes.tick_params(labelsize=8)
-        hide_frame(axes)
+        despine(axes)
     axes.invert_yaxis()
     return figure
 
@@ -219,6 +221,6 @@ def normalize_layer_index(layer: int, findings: Findings) -> int:
     return layer % num_states
 
 
-def describe_layer(layer: int) -> str:
-    """Return the layer in words."""
+def format_layer(layer: int) -> str:
+    """Return a layer as text for a title, such as "after layer 3"."""
     return f"after layer {layer}" if layer else "embeddings"

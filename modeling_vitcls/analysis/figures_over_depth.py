@@ -1,4 +1,4 @@
-"""Figures over depth: values of tokens and patches per layer, over many images (`Findings`).
+"""Figures over depth: statistics of tokens and patches per layer, over many images (`Findings`).
 
 Each plot function returns a matplotlib `Figure` with a white background and the colors of figures.py. pyplot is not
 used. "After layer 0" means the embeddings. Similarities and histograms are in figures_of_states.py. The HTML report
@@ -21,7 +21,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from ..configuration_vitcls import ViTCLSConfig
 from ..token_names import get_token_names, get_token_names_by_group
-from .figures import GROUP_COLORS, GROUP_NAMES, INK, create_figure, shorten_text
+from .figures import DARK_GRAY, GROUP_COLORS, GROUP_NAMES, create_figure, shorten_text
 from .test_time_registers import OUTLIER_RATIO
 from .token_statistics import Findings
 
@@ -43,7 +43,7 @@ MAX_WHITE_FRACTION = 0.55  # fraction of white in the color of the last token of
 # Curves --------------------------------------------------------------------------------------------------------------
 
 
-class Curve(NamedTuple):
+class CurveLabels(NamedTuple):
     """Labels of a figure that shows one attribute of `Findings` over depth."""
 
     title: str
@@ -54,12 +54,12 @@ class Curve(NamedTuple):
 # Attribute of `Findings` -> labels of its figure. Shapes are [L, H, S] for attention of tokens, [L, H] for attention
 # of patches, and [L + 1, S] for states.
 CURVES = {
-    "entropy": Curve("Entropy of attention", "nats"),
-    "spread": Curve("Spread of attention over the image", "pixels"),
-    "received": Curve("Attention received from patches", "fraction", is_percentage=True),
-    "patch_distance": Curve("Attention distance of patches", "pixels"),
-    "variation": Curve("Variation between images", "fraction of the norm", is_percentage=True),
-    "to_patches": Curve("Similarity to the mean patch", "cosine"),
+    "entropy": CurveLabels("Entropy of attention", "nats"),
+    "spread": CurveLabels("Spread of attention over the image", "pixels"),
+    "received": CurveLabels("Attention received from patches", "fraction", is_percentage=True),
+    "patch_distance": CurveLabels("Attention distance of patches", "pixels"),
+    "variation": CurveLabels("Variation between images", "fraction of the norm", is_percentage=True),
+    "to_patches": CurveLabels("Similarity to the mean patch", "cosine"),
 }
 
 
@@ -104,7 +104,7 @@ def plot_curve(config: ViTCLSConfig, findings: Findings, name: str) -> Figure:
     values = getattr(findings, name)
     if values.shape[-1] == 0:
         raise ValueError(
-            f"Figure {name!r} requires special tokens, but the model has no special tokens. Use patch_distance."
+            f"Figure {name!r} requires special tokens, but the model has no special tokens. Choose patch_distance."
         )
     is_patch_figure = name == "patch_distance"
     styles = [PATCH_STYLE] if is_patch_figure else get_token_styles(config)
@@ -112,14 +112,14 @@ def plot_curve(config: ViTCLSConfig, findings: Findings, name: str) -> Figure:
     first_layer = 0 if lines.ndim == 2 else 1
     baselines = sorted({float(f"{value:.5g}") for value in get_uniform_values(findings, name)})
     figure, (axes,) = create_axes(1, len(styles) + bool(baselines))
-    axes.set_title(curve.title, fontsize=11, color=INK)
+    axes.set_title(curve.title, fontsize=11, color=DARK_GRAY)
     axes.set_ylabel(curve.y_label)
     for style, line in zip(styles, lines.unbind(dim=-1), strict=True):
-        heads = line if line.ndim == 2 else line.unsqueeze(1)  # [L, H]
-        draw_line(axes, style, heads.mean(dim=1), heads.amin(dim=1), heads.amax(dim=1), first_layer)
+        head_values = line if line.ndim == 2 else line.unsqueeze(1)  # [L, H]
+        draw_line(axes, style, head_values.mean(dim=1), head_values.amin(dim=1), head_values.amax(dim=1), first_layer)
     for index, value in enumerate(baselines):
         label = "uniform" if index == 0 else "_nolegend_"
-        axes.axhline(value, color=INK, linewidth=1, linestyle=(0, (5, 3)), label=label)
+        axes.axhline(value, color=DARK_GRAY, linewidth=1, linestyle=(0, (5, 3)), label=label)
     format_layer_axis(axes, len(lines), first_layer)
     axes.set_ylim(bottom=min(axes.get_ylim()[0], 0))
     if curve.is_percentage:
@@ -175,10 +175,12 @@ def plot_attention_mass(config: ViTCLSConfig, findings: Findings) -> Figure:
             bottom += values
         axes.set_ylim(0, 1)
         axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
-        hide_frame(axes)
-    figure.supxlabel("layer", fontsize=9, color=INK)
-    squares = [Patch(color=GROUP_COLORS[group], label=GROUP_NAMES[group]) for group in groups]
-    figure.legend(handles=squares, loc="outside upper center", ncols=len(squares), frameon=False, fontsize=9)
+        despine(axes)
+    figure.supxlabel("layer", fontsize=9, color=DARK_GRAY)
+    legend_handles = [Patch(color=GROUP_COLORS[group], label=GROUP_NAMES[group]) for group in groups]
+    figure.legend(
+        handles=legend_handles, loc="outside upper center", ncols=len(legend_handles), frameon=False, fontsize=9
+    )
     return figure
 
 
@@ -197,7 +199,7 @@ def plot_norms(config: ViTCLSConfig, findings: Findings) -> Figure:
     if findings.outliers_without_registers is not None:
         fractions["patches, registers hidden"] = findings.outliers_without_registers
     figure, (norm_axes, outlier_axes) = create_axes(2, len(styles) + len(fractions))
-    norm_axes.set_title("Norms of tokens and patches", fontsize=11, color=INK)
+    norm_axes.set_title("Norms of tokens and patches", fontsize=11, color=DARK_GRAY)
     low, median, high = findings.patch_norms.float().quantile(torch.tensor(PATCH_QUANTILES), dim=1)  # [L + 1] each
     draw_line(norm_axes, PATCH_STYLE, median, low, high, 0)
     for style, line in zip(styles, findings.token_norms.unbind(dim=-1), strict=True):
@@ -209,7 +211,7 @@ def plot_norms(config: ViTCLSConfig, findings: Findings) -> Figure:
     else:
         norm_axes.set_ylim(bottom=0)
         norm_axes.set_ylabel("norm")
-    outlier_axes.set_title(f"Patches above {OUTLIER_RATIO:g} times the median", fontsize=11, color=INK)
+    outlier_axes.set_title(f"Patches above {OUTLIER_RATIO:g} times the median", fontsize=11, color=DARK_GRAY)
     for index, (name, fraction) in enumerate(fractions.items()):
         draw_line(outlier_axes, LineStyle(name, to_rgb(PATCH_COLOR), index), fraction, fraction, fraction, 0)
     outlier_axes.set_ylim(0, max(1.1 * max(fraction.max().item() for fraction in fractions.values()), 0.01))
@@ -246,7 +248,7 @@ def create_token_grid(
     figure = create_figure(max(width * num_columns + extra_width, MIN_WIDTH), height * num_rows + extra_height)
     grid = list(figure.subplots(num_rows, num_columns, squeeze=False, sharex=True, sharey=True).flat)
     for axes, name in zip(grid, names, strict=False):
-        axes.set_title(shorten_text(name, MAX_NAME_LENGTH), fontsize=9, color=INK)
+        axes.set_title(shorten_text(name, MAX_NAME_LENGTH), fontsize=9, color=DARK_GRAY)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
         axes.tick_params(labelsize=8)
     for unused_axes in grid[len(names) :]:
@@ -260,16 +262,16 @@ def get_num_legend_columns(width: float) -> int:
 
 
 def format_layer_axis(axes: Axes, num_values: int, first_layer: int) -> None:
-    """Draw horizontal grid lines, and label the x axis with integer layers."""
+    """Draw horizontal grid lines, and label the x axis with layer indices."""
     axes.set_xlabel("layer" if first_layer else "after layer")
     axes.set_xlim(first_layer - 0.3, first_layer + num_values - 0.7)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(axis="y", color="#E4E4E4", linewidth=0.8)
     axes.set_axisbelow(True)
-    hide_frame(axes)
+    despine(axes)
 
 
-def hide_frame(axes: Axes) -> None:
+def despine(axes: Axes) -> None:
     """Hide the top and right lines of the frame."""
     axes.spines[["top", "right"]].set_visible(False)
 

@@ -19,7 +19,7 @@ from .patch_features import arrange_patch_features
 
 
 MAX_LABELS = 3  # maximum number of labels shown per prediction
-# Kind of an image -> its heading in the report, in display order.
+# Kinds of images and their headings in the report, in display order.
 IMAGE_KINDS = {"wrong": "wrong predictions", "uncertain": "least confident", "typical": "typical"}
 
 
@@ -46,7 +46,7 @@ class ImageReport:
         rollout: [S, gh, gw], attention rollout through all layers (`compute_attention_rollout`).
         attributions: [gh, gw] for each prediction, attribution of the most probable label (`compute_attribution`).
         features: [L, gh, gw, D], hidden states of the patches after each layer (`compute_patch_features`).
-        kind: reason why the image is shown, one of IMAGE_KINDS; None if the image was not selected by prediction.
+        kind: reason why the image is shown, one of IMAGE_KINDS; None if the image was not selected by its prediction.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""The program `vitcls inspect` inspects a model with images, writes the report and JSON values, and prints a
+"""The command `vitcls inspect` inspects a model with images, writes the report and JSON values, and prints a
 summary."""
 
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ from .report import VERDICT_SIGNS, build_patch_size_table, get_model_name, write
 from .report_data import count_images_with_heads
 
 
-SPEED_PERIOD = 600  # period in seconds over which the progress bar estimates the speed
+SPEED_ESTIMATE_PERIOD = 600  # period in seconds over which the progress bar estimates the speed
 RATING_STYLES = {"good": "green", "bad": "red", "doubtful": "yellow", "neutral": "dim"}
 
 
@@ -34,8 +34,8 @@ def inspect_tokens(options: InspectOptions) -> Inspection:
     """Inspect a saved model, write the report, and print the verdicts.
 
     Raises:
-        ValueError, OSError: with a one-line message, if the model or the images cannot be read or do not match, or the
-            report cannot be written.
+        ValueError, OSError: if the model or the images cannot be read, the images do not match the model, or the
+            report cannot be written. The message is one line.
     """
     console = Console(soft_wrap=True, highlight=False)
     error_console = Console(stderr=True, soft_wrap=True, highlight=False)
@@ -81,7 +81,7 @@ def show_progress(console: Console) -> Iterator[ProgressCallback]:
     if not console.is_terminal:
         yield do_nothing
         return
-    with Progress(*bar_columns, console=console, transient=True, speed_estimate_period=SPEED_PERIOD) as bar:
+    with Progress(*bar_columns, console=console, transient=True, speed_estimate_period=SPEED_ESTIMATE_PERIOD) as bar:
         task = bar.add_task("", total=None)
         yield lambda description, num_finished, total: bar.update(
             task, description=description, completed=num_finished, total=total
@@ -94,8 +94,9 @@ def show_progress(console: Console) -> Iterator[ProgressCallback]:
 def print_inspection(inspection: Inspection, options: InspectOptions, console: Console) -> None:
     """Print the verdicts, the comparison of patch sizes, and the paths of the written files."""
     console.print(build_verdict_table(inspection) if inspection.verdicts else "The model has no special tokens.")
-    checks = [check.describe(name).capitalize() for name, check in inspection.map_checks.items()]
-    for text in (inspection.artifact_description, *inspection.depth, *checks, f"Diagnosis: {inspection.summary}"):
+    check_descriptions = [check.describe(name) for name, check in inspection.map_checks.items()]
+    summary = f"Diagnosis: {inspection.summary}"
+    for text in (inspection.artifact_description, *inspection.depth, *check_descriptions, summary):
         console.print(text, markup=False)
     if inspection.patch_sizes:
         patch_size_table = build_patch_size_table(inspection.patch_sizes)
@@ -103,9 +104,11 @@ def print_inspection(inspection: Inspection, options: InspectOptions, console: C
         for sentence in patch_size_table["sentences"]:
             console.print(sentence, markup=False)
     size_in_mib = options.output.stat().st_size / 2**20
-    num_with_heads, num_shown = count_images_with_heads(inspection.image_reports), len(inspection.image_reports)
+    num_images_with_heads, num_shown = count_images_with_heads(inspection.image_reports), len(inspection.image_reports)
     omission_note = (
-        "" if num_with_heads == num_shown else f"; individual heads are shown for the first {num_with_heads} images"
+        ""
+        if num_images_with_heads == num_shown
+        else f"; individual heads are shown for the first {num_images_with_heads} images"
     )
     image_counts = f"statistics over {inspection.findings.num_images:,} images, {num_shown} shown"
     console.print(f"saved {options.output} ({size_in_mib:.1f} MiB{omission_note}; {image_counts})", markup=False)

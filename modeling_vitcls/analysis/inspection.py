@@ -25,7 +25,7 @@ from .diagnosis import Verdict, describe_depth, diagnose_groups, diagnose_tokens
 from .effects import AblationEffect
 from .image_report import ImageReport, build_image_report
 from .map_checks import MapCheck, check_maps
-from .model_outputs import MIN_IMAGES, Batches, Predictions, encode_labels, join_outputs, read_outputs
+from .model_outputs import MIN_IMAGES, Batches, Predictions, encode_labels, extract_outputs, join_outputs
 from .model_utils import is_classifier, unwrap_model
 from .patch_sizes import PatchSizeRow, compare_patch_sizes
 from .token_statistics import Findings, TokenStatistics
@@ -56,7 +56,7 @@ class Inspection:
         verdicts: one verdict per special token.
         group_verdicts: one verdict per group of several special tokens.
         patches: diagnosis of the patch norms.
-        depth: one text per special token about its attention over depth.
+        depth: descriptions of the attention over depth, one per special token.
         image_reports: reports of the images to show.
         num_null_images: number of images for the null distributions.
         map_checks: checks of rollout and attribution (`check_maps`); empty unless the model is a small
@@ -121,7 +121,8 @@ def inspect_model(
     on_warning: WarningCallback = do_nothing,
     on_progress: ProgressCallback = do_nothing,
 ) -> Inspection:
-    """Measure what the special tokens of a model do. The model is not changed and stays on its device.
+    """Measure the states, the attention and the effects of a model's special tokens. The model is not changed and
+    stays on its device.
 
     Args:
         model: any ViTCLS classifier or encoder, with or without special tokens. The model may be compiled or have PEFT
@@ -134,7 +135,7 @@ def inspect_model(
         statistics_images, statistics_labels: images and labels for the statistics. Default: `images` and `labels`.
         num_shown: number of images to show, selected from `images` by their predictions (`select_images`); requires
             statistics over the same images. Default: all images.
-        token_movement: distance that each token moved in training (`token_movement` in results.json).
+        token_movement: distance by which training moved each token (`token_movement` in results.json).
         patch_sizes: patch sizes to compare, in pixels.
         batch_size: maximum number of images per forward pass.
         on_warning: called with a message for each skipped image.
@@ -159,7 +160,7 @@ def inspect_model(
         min(max(count_null_images(model, batches.pixels), MIN_NULL_IMAGES), MAX_NULL_IMAGES)
     )
     num_statistics_passes = 2 if config.num_register_tokens else 1
-    # The outputs with hidden registers are reused.
+    # The outputs with hidden registers are computed together with the statistics.
     num_ablation_passes = 2 * len(get_ablation_targets(config.token_layout)) + 1 - num_statistics_passes
     num_null_passes = count_null_passes(model)
     progress = PassProgress(
@@ -167,25 +168,25 @@ def inspect_model(
         len(batches.order) * (num_statistics_passes + num_ablation_passes) + len(sampled_indices) * num_null_passes,
     )
     watched_batches = progress.watch(batches, "collecting statistics", num_statistics_passes)
-    findings, before, outputs_without_registers = collect_statistics(model, watched_batches)
+    findings, outputs, outputs_without_registers = collect_statistics(model, watched_batches)
     ablations = compute_ablations(
         model,
         progress.watch(batches, "ablating tokens"),
         findings.mean_states,
-        before,
+        outputs,
         (progress.watch(sample_batches, "measuring null effects"), sampled_indices),
         outputs_without_registers,
     )
-    selected_kinds = dict.fromkeys(range(len(images)))
+    kinds_by_index = dict.fromkeys(range(len(images)))
     if num_shown is not None:
-        kinds_by_position = select_images(before, config, num_shown)
-        selected_kinds = {
+        kinds_by_position = select_images(outputs, config, num_shown)
+        kinds_by_index = {
             readable_indices[batches.order[position]]: kind for position, kind in kinds_by_position.items()
         }
-    has_head, predictions = is_classifier(model), before if isinstance(before, Predictions) else None
+    has_head, predictions = is_classifier(model), outputs if isinstance(outputs, Predictions) else None
     label_space, image_reports = get_label_space(config), []
-    for num_finished, (index, kind) in enumerate(selected_kinds.items()):
-        on_progress("computing maps", num_finished, len(selected_kinds))
+    for num_finished, (index, kind) in enumerate(kinds_by_index.items()):
+        on_progress("computing maps", num_finished, len(kinds_by_index))
         if preparer.prepare(images, index) is not None:
             name = f"image {index + 1}" if names is None else names[index]
             truth = label_space.format_label(labels[index]) if has_head and labels is not None else None
@@ -218,8 +219,8 @@ def inspect_model(
 def check_sampled_maps(model: Any, batches: "InspectionBatches", on_progress: ProgressCallback) -> dict[str, MapCheck]:
     """Return the checks of rollout and attribution for a few images.
 
-    The checks require about 40 forward passes per image. No checks are returned for large models or for models other
-    than single-label classifiers.
+    The checks require about 40 forward passes per image. The dict is empty for large models, and for models other than
+    single-label classifiers.
     """
     max_null_images = count_null_images(model, batches.pixels)
     if not is_classifier(model) or model.config.tasks or is_multi_label(model.config) or max_null_images < MIN_IMAGES:
@@ -229,20 +230,20 @@ def check_sampled_maps(model: Any, batches: "InspectionBatches", on_progress: Pr
     return check_maps(model, [image.unsqueeze(0) for pixel_values, _ in sample_batches() for image in pixel_values])
 
 
-def select_images(before: Any, config: Any, num_selected: int) -> dict[int, str | None]:
+def select_images(outputs: Any, config: Any, num_selected: int) -> dict[int, str | None]:
     """Return the indices of the most instructive images, with the kind of each image.
 
-    At most half of the selected images have wrong predictions (the most confident ones), unless there are too few
-    other images. About a quarter have the least confident of the other predictions, and the rest are evenly spaced.
-    For an encoder, all selected images are evenly spaced and have no kind.
+    Up to half of the selected images have the most confident wrong predictions, or more if there are too few other
+    images. About a quarter have the least confident correct or unlabeled predictions. The remaining images are evenly
+    spaced. For an encoder, all selected images are evenly spaced and have no kind.
     """
-    if not isinstance(before, Predictions):
-        return dict.fromkeys(select_evenly_spaced(range(len(before)), num_selected))
-    confidences = compute_confidences(before.logits, config).tolist()
-    sorted_indices = sorted(range(len(before)), key=lambda index: confidences[index])
-    is_wrong = torch.zeros(len(before), dtype=torch.bool)
-    if before.labels is not None:
-        is_wrong = ((before.predicted != before.labels) & (before.labels != IGNORED_LABEL)).any(dim=1)
+    if not isinstance(outputs, Predictions):
+        return dict.fromkeys(select_evenly_spaced(range(len(outputs)), num_selected))
+    confidences = compute_confidences(outputs.logits, config).tolist()
+    sorted_indices = sorted(range(len(outputs)), key=lambda index: confidences[index])
+    is_wrong = torch.zeros(len(outputs), dtype=torch.bool)
+    if outputs.labels is not None:
+        is_wrong = ((outputs.predicted != outputs.labels) & (outputs.labels != IGNORED_LABEL)).any(dim=1)
     other_indices = [index for index in sorted_indices if not is_wrong[index]]
     num_wrong = max((num_selected + 1) // 2, num_selected - len(other_indices))
     wrong_indices = [index for index in reversed(sorted_indices) if is_wrong[index]][:num_wrong]
@@ -278,14 +279,16 @@ def collect_statistics(model: Any, batches: Batches) -> tuple[Findings, Any, dic
     batch_outputs, batch_outputs_without_registers = [], []
     for pixel_values, labels in batches():
         outputs, outputs_without_registers = statistics.update(pixel_values)
-        batch_outputs.append(read_outputs(model, outputs, labels))
+        batch_outputs.append(extract_outputs(model, outputs, labels))
         if outputs_without_registers is not None:
-            batch_outputs_without_registers.append(read_outputs(model, outputs_without_registers, labels))
+            batch_outputs_without_registers.append(extract_outputs(model, outputs_without_registers, labels))
     findings = statistics.compute()
     if not bool(findings.patch_norms.isfinite().all() and findings.token_norms.isfinite().all()):
         raise ValueError("The hidden states of the model are not finite. Check the weights, or load them in float32.")
-    key = "registers[0]" if model.config.num_register_tokens == 1 else "registers"
-    known_outputs = {key: join_outputs(batch_outputs_without_registers)} if batch_outputs_without_registers else {}
+    register_key = "registers[0]" if model.config.num_register_tokens == 1 else "registers"
+    known_outputs = {}
+    if batch_outputs_without_registers:
+        known_outputs[register_key] = join_outputs(batch_outputs_without_registers)
     return findings, join_outputs(batch_outputs), known_outputs
 
 
@@ -363,8 +366,8 @@ class InspectionBatches:
 
 
 class PassProgress:
-    """Reports the progress of all measurements as one number of images, counted once per forward pass, so that the
-    remaining time can be estimated from the start."""
+    """Reports the progress of all measurements as a number of images, counted once per forward pass. The remaining
+    time can therefore be estimated from the start."""
 
     def __init__(self, on_progress: ProgressCallback, num_images: int) -> None:
         self.on_progress, self.num_images, self.num_finished = on_progress, num_images, 0
@@ -372,13 +375,13 @@ class PassProgress:
     def watch(self, batches: Batches, description: str, num_passes: int = 1) -> Batches:
         """Return a function that yields the same batches and reports `num_passes` forward passes per batch."""
 
-        def iterate_watched() -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+        def iterate_with_progress() -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
             for pixel_values, labels in batches():
                 self.on_progress(description, self.num_finished, self.num_images)
                 yield pixel_values, labels
                 self.num_finished += num_passes * len(pixel_values)
 
-        return iterate_watched
+        return iterate_with_progress
 
 
 def count_tokens(model: Any, pixels: torch.Tensor) -> int:

@@ -58,12 +58,12 @@ def open_images(options: InspectOptions, model: Any, record: HeldOutRecord | Non
 
 def load_from_paths(paths: Sequence[str], model: Any) -> InspectionImages:
     """Load image files, and derive labels from the folder names."""
-    image_files = build_list_input(paths)
-    files = [str(content) for content in image_files.contents]
+    list_input = build_list_input(paths)
+    files = [str(content) for content in list_input.contents]
     for file in files:
         if "://" not in file and not Path(file).exists():
             raise ValueError(f"Image {file} does not exist. Check the path.")
-    names = [name if "://" in name else Path(name).name for name in image_files.names]
+    names = [name if "://" in name else Path(name).name for name in list_input.names]
     source = ", ".join(map(get_short_name, paths))
     return InspectionImages(FileImages(files), names, get_folder_labels(files, model), source)
 
@@ -103,8 +103,7 @@ def load_from_dataset(
 
 
 def load_unlabeled_images(data_options: DataOptions, split: str) -> tuple[Sequence[Image.Image], str]:
-    """Return the images of a split and the name of the split. If the dataset has a single split with another name,
-    load this split."""
+    """Return the images of a split and the name of the split. If the dataset has only one split, return this split."""
 
     def select_split(names: list[str]) -> list[str]:
         if split not in names and len(names) > 1:

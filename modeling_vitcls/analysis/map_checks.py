@@ -16,7 +16,7 @@ import torch
 from scipy import stats
 
 from .attribution import trace_attention
-from .maps import extract_patch_maps, get_read_tokens
+from .maps import extract_patch_maps, get_used_token_mask
 from .model_utils import evaluation_mode, unwrap_model
 
 
@@ -56,7 +56,7 @@ class MapCheck:
         return self.p_value <= MAX_P_VALUE and self.weight_correlation <= MAX_CORRELATION
 
     def describe(self, name: str) -> str:
-        """Describe the checks in one sentence."""
+        """Describe the results of the checks."""
         curves = torch.tensor([self.deletion, self.random_deletion, self.insertion, self.random_insertion])
         areas = torch.trapezoid(curves, torch.tensor(FRACTIONS)).tolist()
         verdict = "shows what predictions depend on"
@@ -65,15 +65,15 @@ class MapCheck:
         elif not self.is_faithful:
             verdict = "depends little on the weights of the model"
         return (
-            f"{name} {verdict}: the area under the deletion curve is {areas[0]:.2f} (random order {areas[1]:.2f}, "
-            f"lower is better), the area under the insertion curve is {areas[2]:.2f} (random order {areas[3]:.2f}, "
-            f"higher is better; p = {self.p_value:.2g} for both curves), and the rank correlation with the map for "
-            f"shuffled weights is {self.weight_correlation:.2f} ({self.num_images} images)."
+            f"{name.capitalize()} {verdict} ({self.num_images} images). The area under the deletion curve is "
+            f"{areas[0]:.2f} (random order {areas[1]:.2f}, lower is better), and the area under the insertion curve "
+            f"is {areas[2]:.2f} (random order {areas[3]:.2f}, higher is better; p = {self.p_value:.2g} for both "
+            f"curves). The rank correlation with the map for shuffled weights is {self.weight_correlation:.2f}."
         )
 
 
 def check_maps(model: Any, images: Sequence[torch.Tensor], seed: int = 0) -> dict[str, MapCheck]:
-    """Check the rollout of the first special token that the head reads, and the attribution of the predicted class.
+    """Check the rollout of the first special token that the head uses, and the attribution of the predicted class.
 
     Args:
         model: a single-label classifier.
@@ -81,7 +81,7 @@ def check_maps(model: Any, images: Sequence[torch.Tensor], seed: int = 0) -> dic
         seed: seed of the random orders and of the shuffled weights.
 
     Returns:
-        Dictionary from the name of each map to a check. If the head reads no special token, only the attribution is
+        Dictionary from the name of each map to a check. If the head uses no special token, only the attribution is
         checked.
     """
     model = unwrap_model(model)
@@ -116,8 +116,8 @@ def check_maps(model: Any, images: Sequence[torch.Tensor], seed: int = 0) -> dic
 
 
 def compare_curves(curves: torch.Tensor, random_curves: torch.Tensor) -> float:
-    """Return the p-value of a one-sided Wilcoxon test over images: are the deletion and insertion curves
-    [images, 2, fractions], taken together, better than `random_curves`?"""
+    """Return the p-value under the null hypothesis that `curves` [images, 2, fractions] are not better than
+    `random_curves` (one-sided Wilcoxon test over images, for deletion and insertion together)."""
     deletion, insertion = (curves - random_curves).mean(dim=-1).double().unbind(dim=1)
     gains = (insertion - deletion).numpy()  # [images]
     return float(stats.wilcoxon(gains, alternative="greater").pvalue) if gains.any() else 1.0
@@ -133,9 +133,9 @@ def compute_maps(
     class_index = logits[0].argmax() if target is None else target
     attribution = trace.compute_attribution(class_index)[0]
     maps = {"attribution": extract_patch_maps(attribution.float().cpu(), config, image_size)}
-    *read_tokens, _ = get_read_tokens(config)
-    if any(read_tokens):
-        rollout = trace.compute_rollout()[0, read_tokens.index(True)]
+    *is_used, _ = get_used_token_mask(config)
+    if any(is_used):
+        rollout = trace.compute_rollout()[0, is_used.index(True)]
         maps["rollout"] = extract_patch_maps(rollout.float().cpu(), config, image_size)
     return maps, logits.detach()[0].float().softmax(dim=0).cpu()
 

@@ -48,13 +48,13 @@ def get_head_names(config: ViTCLSConfig) -> list[str]:
     return names
 
 
-# Tokens that are read ------------------------------------------------------------------------------------------------
+# Tokens that are used ------------------------------------------------------------------------------------------------
 
 
-def is_read(config: ViTCLSConfig, group: str, index: int, has_head: bool = True) -> bool:
-    """Return whether the head reads the output of token `index` of a group.
+def is_used_by_head(config: ViTCLSConfig, group: str, index: int, has_head: bool = True) -> bool:
+    """Return whether the head uses the output of token `index` of a group.
 
-    A model without a head outputs the CLS tokens, the distillation tokens and the patches.
+    Without a head, the outputs of the CLS tokens, distillation tokens and patches are used.
     """
     if not has_head:
         return group != "registers"
@@ -71,23 +71,27 @@ def is_read(config: ViTCLSConfig, group: str, index: int, has_head: bool = True)
 
 
 def is_masked_image_model(config: ViTCLSConfig) -> bool:
-    """Return whether the model is a masked image model."""
+    """Return whether the architecture of the model is ViTCLSForMaskedImageModeling."""
     return "ViTCLSForMaskedImageModeling" in (config.architectures or ())
 
 
-def get_read_tokens(config: ViTCLSConfig, has_head: bool = True) -> list[bool]:
-    """Return whether the head reads each special token and, as the last value, the patches (`is_read`)."""
+def get_used_token_mask(config: ViTCLSConfig, has_head: bool = True) -> list[bool]:
+    """Return whether the head uses each special token and, as the last value, the patches (`is_used_by_head`)."""
     groups = get_token_names_by_group(config) | {"patches": ["patches"]}
-    return [is_read(config, group, index, has_head) for group, names in groups.items() for index in range(len(names))]
+    return [
+        is_used_by_head(config, group, index, has_head)
+        for group, names in groups.items()
+        for index in range(len(names))
+    ]
 
 
-def count_read_layers(config: ViTCLSConfig, has_head: bool) -> list[int]:
-    """Return the number of layers whose output is read: one value per special token, then one value for the patches.
+def count_used_layers(config: ViTCLSConfig, has_head: bool) -> list[int]:
+    """Return the number of layers whose output is used: one value per special token, then one value for the patches.
 
-    If the head reads a token, all layers are counted. Otherwise, the last layer is not counted, because its output
-    for this token is not used. The attention of a token is read in the same layers.
+    If the head uses a token, all layers are counted. Otherwise, the last layer is not counted, because its output
+    for this token is not used. The attention of a token is used in the same layers.
     """
-    return [config.num_hidden_layers - (not is_read) for is_read in get_read_tokens(config, has_head)]
+    return [config.num_hidden_layers - (not is_used) for is_used in get_used_token_mask(config, has_head)]
 
 
 # Maps ----------------------------------------------------------------------------------------------------------------
@@ -199,8 +203,8 @@ def get_crop_offsets(processor: Processor, resized_size: Size, crop_size: Size) 
     """Return the top and left offset of the center crop in pixels of the resized image; negative if the crop pads."""
     top, left = ((length - crop_length) / 2 for length, crop_length in zip(resized_size, crop_size, strict=True))
     is_padded = min(top, left) < 0
-    rounding = PAD_ROUNDINGS[processor.backend] if is_padded else CROP_ROUNDINGS[processor.crop_rounding]
-    return rounding(top), rounding(left)
+    round_offset = PAD_ROUNDINGS[processor.backend] if is_padded else CROP_ROUNDINGS[processor.crop_rounding]
+    return round_offset(top), round_offset(left)
 
 
 # Overlay ---------------------------------------------------------------------------------------------------------
@@ -229,7 +233,7 @@ def overlay(
             region.
         visible_region: the region that a map [gh, gw] covers (`get_visible_region`). Default: the whole image.
         max_value: the value that is drawn in the brightest color. Maps with the same `max_value` are comparable.
-            Default: the maximum of the map, but at least MIN_SCALE times the mean, so that uniform attention is not
+            Default: the maximum of the map, but at least MIN_SCALE times the mean, so that a uniform map is not
             bright everywhere.
         max_side: maximum number of pixels per side; a larger image is scaled down.
         min_side: minimum number of pixels of the longer side; a smaller image is scaled up by an integer factor.

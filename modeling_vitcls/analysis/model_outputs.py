@@ -1,6 +1,6 @@
 """Outputs of a model for many images: `Predictions` of a classifier, or `Features` of any other model.
 
-`get_predicted_labels` defines the prediction of a model for the whole analysis.
+All files of the analysis determine predictions with `get_predicted_labels`.
 """
 
 import math
@@ -15,7 +15,7 @@ from ..configuration_vitcls import ViTCLSConfig
 from ..data.labels import is_multi_label
 from ..heads_vitcls import IGNORED_LABEL
 from ..inference.prediction_rows import DEFAULT_THRESHOLD
-from .model_utils import evaluation_mode, get_runner, is_classifier
+from .model_utils import evaluation_mode, get_classifier_or_encoder, is_classifier
 
 
 # Callable that returns batches: pixel_values [B, C, H, W] on the model's device, and labels or None. Labels are [B, A]
@@ -40,7 +40,7 @@ class Predictions:
         return len(self.predicted)
 
     def select(self, indices: Sequence[int]) -> "Predictions":
-        """Return the predictions for some of the images."""
+        """Return the predictions for the images at `indices`."""
         rows = list(indices)
         return Predictions(self.logits[rows], self.predicted[rows], None if self.labels is None else self.labels[rows])
 
@@ -79,13 +79,13 @@ class Features:
         return len(self.vectors["patches"])
 
     def select(self, indices: Sequence[int]) -> "Features":
-        """Return copies of the features of some images, so that the memory of the other features can be freed."""
+        """Return copies of the features of the images at `indices`, so that the other features can be freed."""
         return Features({name: [rows[index].clone() for index in indices] for name, rows in self.vectors.items()})
 
     def find_neighbors(self) -> list[set[int]] | None:
         """Return the indices of the NUM_NEIGHBORS most similar other images for each image, or None for fewer than
-        MIN_IMAGES images. The similarity is the cosine of the CLS tokens, or of the pooled features without CLS
-        tokens."""
+        MIN_IMAGES images. The cosine similarity is computed from the CLS tokens, or from the pooled features if
+        there are no CLS tokens."""
         if len(self) < MIN_IMAGES:
             return None
         rows = torch.stack([row.flatten() for row in self.vectors.get("cls", self.vectors["pooled"])]).numpy()
@@ -97,11 +97,11 @@ class Features:
 def collect_outputs(model: Any, batches: Batches, hidden_indices: Sequence[int] = ()) -> Any:
     """Return `Predictions` of a classifier or `Features` of any other model for all images, on the CPU. The tokens at
     the sequence indices `hidden_indices` are hidden from attention."""
-    batch_outputs, runner = [], get_runner(model)
+    batch_outputs, module = [], get_classifier_or_encoder(model)
     with evaluation_mode(model):
         for pixel_values, labels in batches():
             mask = build_hiding_mask(model, pixel_values, hidden_indices) if hidden_indices else None
-            batch_outputs.append(read_outputs(model, runner(pixel_values, attention_mask=mask), labels))
+            batch_outputs.append(extract_outputs(model, module(pixel_values, attention_mask=mask), labels))
     return join_outputs(batch_outputs)
 
 
@@ -118,7 +118,7 @@ def collect_predictions(model: Any, batches: Batches) -> Predictions:
     return collect_outputs(model, batches)
 
 
-def read_outputs(model: Any, outputs: Any, labels: torch.Tensor | None = None) -> Any:
+def extract_outputs(model: Any, outputs: Any, labels: torch.Tensor | None = None) -> Any:
     """Return `Predictions` or `Features` of a batch, on the CPU. `outputs` is the output of the classifier, or of the
     encoder inside any other model."""
     if not is_classifier(model):
@@ -206,7 +206,7 @@ def reshape_labels(labels: torch.Tensor, predicted: torch.Tensor) -> torch.Tenso
     predictions."""
     if labels.shape not in (predicted.shape, predicted.shape[:1]) or labels.numel() != predicted.numel():
         raise ValueError(
-            f"Labels must have the shape of the predictions, {list(predicted.shape)} [images, labels per image], but "
-            f"the labels have shape {list(labels.shape)}. Pass one label per prediction."
+            f"The predictions have shape {list(predicted.shape)} [images, labels per image], but the labels have "
+            f"shape {list(labels.shape)}. Pass one label per prediction."
         )
     return labels.cpu().view_as(predicted)

@@ -34,7 +34,7 @@ def is_classifier(model: Any) -> bool:
     return has_head and bool(config.tasks or config.num_labels) and config.problem_type != "regression"
 
 
-def get_runner(model: Any) -> Any:
+def get_classifier_or_encoder(model: Any) -> Any:
     """Return an unwrapped classifier unchanged, and the encoder of any other unwrapped model."""
     return model if is_classifier(model) else model.base_model
 

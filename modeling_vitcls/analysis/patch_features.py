@@ -25,7 +25,7 @@ from .maps import (
 )
 
 
-NUM_COLORS = 3  # number of color channels: red, green and blue
+NUM_COLOR_CHANNELS = 3  # number of color channels: red, green and blue
 NUM_COMPONENTS = 32  # number of principal components of compressed features
 # Quantiles of a component that are drawn in the darkest and the brightest color; values beyond these quantiles are
 # clipped.
@@ -85,8 +85,8 @@ def compute_patch_colors(features: Sequence[torch.Tensor], foreground_only: bool
     """
     rows = torch.cat([image.flatten(0, 1) for image in features]).numpy()  # [patches, D]
     is_shown = find_foreground(features, rows) if foreground_only else np.ones(len(rows), dtype=bool)
-    colors = np.full((len(rows), NUM_COLORS), np.nan, dtype=np.float32)
-    num_components = min(NUM_COLORS, *rows[is_shown].shape)
+    colors = np.full((len(rows), NUM_COLOR_CHANNELS), np.nan, dtype=np.float32)
+    num_components = min(NUM_COLOR_CHANNELS, *rows[is_shown].shape)
     if num_components:
         components = PCA(num_components, random_state=0).fit_transform(rows[is_shown])
         low, high = np.quantile(components, COLOR_QUANTILES, axis=0)
@@ -135,8 +135,8 @@ def draw_patch_colors(
     size = (resized_image.height, resized_image.width)
     gray = to_gray(resized_image)
     is_background = colors.isnan().any(dim=-1).float()  # [gh, gw]
-    layers = torch.cat([colors.nan_to_num().permute(2, 0, 1), is_background.unsqueeze(0)])  # [4, gh, gw]
-    *channels, background = upsample_maps(layers, size, region, interpolate=False).unbind(0)
+    channel_maps = torch.cat([colors.nan_to_num().permute(2, 0, 1), is_background.unsqueeze(0)])  # [4, gh, gw]
+    *channels, background = upsample_maps(channel_maps, size, region, interpolate=False).unbind(0)
     canvas = torch.stack(channels, dim=-1).numpy()
     canvas = np.where(background.numpy()[:, :, None] > 0, gray * HIDDEN_BRIGHTNESS, canvas)
     canvas = np.where(background.isnan().numpy()[:, :, None], draw_hatching(gray), canvas)

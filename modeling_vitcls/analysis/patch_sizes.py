@@ -18,13 +18,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..adaptation_vitcls import logger as adaptation_logger
 from ..system import format_device_name, get_processor_name
-from .model_outputs import Predictions, encode_labels, join_outputs, read_outputs
+from .model_outputs import Predictions, encode_labels, extract_outputs, join_outputs
 from .model_utils import evaluation_mode, is_classifier, unwrap_model
 
 
-MIN_ROUNDS = 5  # minimum number of timed batches; batches are repeated if necessary
-MIN_GRID_SIZE = 7  # patches per side below which a note is added; 7 as in ViT-B/32 at 224 pixels (arXiv 2010.11929)
-HIGH_ATTENTION_FRACTION = 0.5  # fraction of operations in attention maps, above which a note is added
+MIN_TIMED_BATCHES = 5  # minimum number of timed batches; batches are repeated if necessary
+# Limits of `describe_patch_size_problems`.
+MIN_GRID_SIZE = 7  # minimum number of patches per side; 7 as in ViT-B/32 at 224 pixels (arXiv 2010.11929)
+MAX_ATTENTION_SHARE = 0.5  # maximum fraction of operations in attention maps
 ACCURACY_TOLERANCE = 0.01  # maximum difference between accuracies that are considered equally good
 
 PatchSize = int | tuple[int, int]  # patch size in pixels; (height, width) if height and width differ
@@ -106,7 +107,7 @@ def compare_patch_sizes(
     pixels = prepare_pixel_values(processor, images)  # [images, C, H, W]
     image_size = (pixels.shape[-2], pixels.shape[-1])
     height, width = model.config.patch_height_width
-    sizes = sort_patch_sizes(patch_sizes, image_size, height if height == width else (height, width))
+    sizes = resolve_patch_sizes(patch_sizes, image_size, height if height == width else (height, width))
     with evaluation_mode(model):
         candidates = [build_candidate(model, size, image_size) for size in sizes]
         measure_candidates(candidates, pixels.split(batch_size))
@@ -137,7 +138,7 @@ def describe_patch_sizes(rows: Sequence[PatchSizeRow]) -> list[str]:
 # Sizes ---------------------------------------------------------------------------------------------------------------
 
 
-def sort_patch_sizes(
+def resolve_patch_sizes(
     patch_sizes: Sequence[int], image_size: tuple[int, int], native_size: PatchSize
 ) -> list[PatchSize]:
     """Return the requested patch sizes and the model's own patch size, the smallest first. Raise ValueError if a size
@@ -146,7 +147,7 @@ def sort_patch_sizes(
     for size in patch_sizes:
         if size != native_size and (size < 1 or common_divisor % size):
             valid_sizes = ", ".join(
-                str(number) for number in range(1, common_divisor + 1) if common_divisor % number == 0
+                str(divisor) for divisor in range(1, common_divisor + 1) if common_divisor % divisor == 0
             )
             images = f"images of {image_size[0]} x {image_size[1]} pixels"
             raise ValueError(f"patch size {size} does not divide {images}. Choose from {valid_sizes}.")
@@ -195,10 +196,10 @@ def prepare_pixel_values(processor: Any, images: Sequence[Image.Image]) -> torch
 def measure_candidates(candidates: list[Candidate], batches: Sequence[torch.Tensor]) -> None:
     """Run all candidates on each batch [B, C, H, W] in turn, so that other load on the machine affects all candidates.
 
-    If there are fewer than MIN_ROUNDS batches, batches are repeated for time measurements only.
+    If there are fewer than MIN_TIMED_BATCHES batches, batches are repeated for time measurements only.
     """
     device = candidates[0].model.device
-    for step in range(-1, max(len(batches), MIN_ROUNDS)):  # step -1 is a warmup
+    for step in range(-1, max(len(batches), MIN_TIMED_BATCHES)):  # step -1 is a warmup
         batch = batches[step % len(batches)].to(device)
         for candidate in candidates:
             start_time = get_synchronized_time(device)
@@ -207,7 +208,7 @@ def measure_candidates(candidates: list[Candidate], batches: Sequence[torch.Tens
             if step >= 0:
                 candidate.milliseconds.append(1000 * seconds / len(batch))
             if 0 <= step < len(batches) and is_classifier(candidate.model):
-                candidate.predictions.append(read_outputs(candidate.model, outputs))
+                candidate.predictions.append(extract_outputs(candidate.model, outputs))
 
 
 def get_synchronized_time(device: torch.device) -> float:
@@ -274,14 +275,14 @@ def get_device_name(device: torch.device) -> str:
 # Sentences -----------------------------------------------------------------------------------------------------------
 
 
-def describe_patch_size_problems(grid: tuple[int, int], attention_fraction: float) -> str:
+def describe_patch_size_problems(grid: tuple[int, int], attention_share: float) -> str:
     """Return a note if patches may be too large or too small for the images, or an empty string otherwise."""
     notes = []
     if min(grid) < MIN_GRID_SIZE:
         notes.append(f"a patch spans 1/{min(grid)} of the image's side: patches may be too large for small details")
-    if attention_fraction > HIGH_ATTENTION_FRACTION:
+    if attention_share > MAX_ATTENTION_SHARE:
         notes.append(
-            f"{attention_fraction:.0%} of the compute is in attention maps, which grow with the square of the "
+            f"{attention_share:.0%} of the compute is in attention maps, which grow with the square of the "
             "sequence length: patches may be too small"
         )
     return "; ".join(notes)

@@ -2,7 +2,7 @@
 
     write_report("report.html", model, processor, images)   # inspects the model and writes the report
 
-    inspection = inspect_model(model, processor, images)    # the same in two steps
+    inspection = inspect_model(model, processor, images)    # the same report in two steps
     write_page("report.html", inspection)
 
     inspection.py      measurements
@@ -37,7 +37,7 @@ from .effects import AblationEffect
 from .figures import describe_head
 from .image_report import IMAGE_KINDS
 from .inspection import Inspection, inspect_model
-from .maps import is_read
+from .maps import is_used_by_head
 from .patch_sizes import PatchSizeRow, describe_patch_sizes, format_patch_size
 from .report_data import build_json_values, build_page_data
 from .test_time_registers import OUTLIER_RATIO
@@ -47,7 +47,7 @@ TEMPLATE_FOLDER = Path(__file__).parent
 MAX_GRIDS = 3  # maximum number of patch grids listed in the page header
 SCRIPTS = ("report_page.js", "report_maps.js", "report_charts.js")  # scripts in loading order
 
-# (verdict, rating) -> sign, so that verdicts can be distinguished without color.
+# Sign of each (verdict, rating) pair, so that verdicts can be distinguished without color.
 VERDICT_SIGNS = {
     ("effect beyond the null", "good"): "✓",
     ("effect beyond the null", "neutral"): "•",
@@ -180,14 +180,14 @@ def format_effect(ablation: Ablation) -> dict[str, str]:
     else:
         columns |= {f"cosine distance, {name}": f"{value:.2g}" for name, value in effect.cosine_change.items()}
         if effect.knn_agreement is not None:
-            columns["same nearest images"] = f"{effect.knn_agreement:.0%}"
+            columns["same nearest neighbors"] = f"{effect.knn_agreement:.0%}"
     low, high = effect.interval
     columns["95% interval"] = f"{low:.2g} to {high:.2g}"
     null_effects = {"random patches": ablation.patch_effects, "random tokens": ablation.redrawn_effects}
     for name, sizes in null_effects.items():
         columns[f"null: {name}"] = f"{min(sizes):.2g} to {max(sizes):.2g}" if sizes else ""
     if isinstance(effect, AblationEffect) and effect.accuracy_change is not None:
-        columns["accuracy change, points"] = f"{effect.accuracy_change * 100:+.1f}"
+        columns["accuracy change, percentage points"] = f"{effect.accuracy_change * 100:+.1f}"
     return columns
 
 
@@ -197,7 +197,7 @@ def build_page_header(inspection: Inspection, title: str | None, source: str | N
     shapes = {report.rollout.shape for report in inspection.image_reports}  # {(S, gh, gw)}
     grids = sorted((rows, columns) for _, rows, columns in shapes) or [config.grid_size]
     num_patches = [rows * columns for rows, columns in grids]
-    fewest, most = min(num_patches), max(num_patches)
+    min_patches, max_patches = min(num_patches), max(num_patches)
     return {
         "title": title or get_model_name(config.name_or_path) or inspection.model_class,
         "commit": get_commit(config),
@@ -205,7 +205,7 @@ def build_page_header(inspection: Inspection, title: str | None, source: str | N
         "date": datetime.now().astimezone().strftime("%d %B %Y, %H:%M %Z"),
         "source": source,
         "read_by": describe_head(config),
-        "num_patches": f"{fewest} to {most}" if fewest < most else f"{fewest}",
+        "num_patches": f"{min_patches} to {max_patches}" if min_patches < max_patches else f"{min_patches}",
         "grid": ", ".join(f"{rows} × {columns}" for rows, columns in grids) if len(grids) <= MAX_GRIDS else None,
     }
 
@@ -223,10 +223,10 @@ def get_commit(config: Any) -> str | None:
 
 
 def build_layout(config: Any, has_head: bool) -> dict[str, list[tuple[str, bool]]]:
-    """Return the tokens of each nonempty group as (name, whether the head reads the token) pairs."""
+    """Return the tokens of each nonempty group as (name, whether the head uses the token) pairs."""
     groups = get_token_names_by_group(config) | {"patches": ["patches"]}
     return {
-        group: [(name, has_head and is_read(config, group, index)) for index, name in enumerate(names)]
+        group: [(name, has_head and is_used_by_head(config, group, index)) for index, name in enumerate(names)]
         for group, names in groups.items()
         if names
     }
@@ -234,7 +234,7 @@ def build_layout(config: Any, has_head: bool) -> dict[str, list[tuple[str, bool]
 
 # Patch sizes ---------------------------------------------------------------------------------------------------------
 
-# Column header -> function that returns the text of a cell, which is empty if the value is unknown.
+# Column headers, and functions that return the text of a cell, or an empty string if the value is unknown.
 PATCH_SIZE_COLUMNS: dict[str, Callable[[PatchSizeRow], str]] = {
     "patch": lambda row: format_patch_size(row.patch_size) + (" (the model's own)" if row.is_native else ""),
     "tokens": lambda row: f"{row.sequence_length:,}",
@@ -248,7 +248,7 @@ PATCH_SIZE_COLUMNS: dict[str, Callable[[PatchSizeRow], str]] = {
 def build_patch_size_table(rows: Sequence[PatchSizeRow]) -> dict[str, Any]:
     """Return the `header` and `rows` of a table of patch sizes, and `sentences` about the patch sizes. Columns without
     known values are omitted."""
-    columns = {name: [text(row) for row in rows] for name, text in PATCH_SIZE_COLUMNS.items()}
+    columns = {name: [format_cell(row) for row in rows] for name, format_cell in PATCH_SIZE_COLUMNS.items()}
     columns = {name: texts for name, texts in columns.items() if any(texts)}
     return {
         "header": list(columns),

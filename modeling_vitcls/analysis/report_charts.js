@@ -92,7 +92,7 @@ function drawUnread(svg, width, height, lines, labels, getX) {
   const names = [...new Set(unread.map(({ group, name }) => (lines.filter((line) => line.group === group).every((line) => unread.includes(line)) ? GROUP_WORDS[group] : name)))];
   const box = { x: left, y: MARGIN.top, width: width - MARGIN.right - left, height: height - MARGIN.top - MARGIN.bottom };
   svg.append(element("rect", { ...box, class: "unread" }));
-  svg.append(element("text", { x: width - MARGIN.right - 2, y: 11, class: "tick end unread-label" }, `not read: ${names.join(", ")}`));
+  svg.append(element("text", { x: width - MARGIN.right - 2, y: 11, class: "tick end unread-label" }, `not used: ${names.join(", ")}`));
 }
 
 // Add an SVG to a figure, and redraw the SVG when the width of the figure changes. Return the function that redraws.
@@ -234,8 +234,8 @@ function getUniformBaselines(name) {
 }
 
 const addTokenStyles = (rows) => rows.map((row, index) => ({ ...tokenStyles[index], ...(Array.isArray(row) ? { mean: row } : row) }));
-// `{ group, read }` replaces the group and the number of read layers of the tokens. For the attention that tokens
-// receive from patches, these are the values of the patches, whose output may be read in fewer layers.
+// `{ group, read }` replaces the group of the tokens and the number of layers whose output is used. The attention that
+// tokens receive from patches requires the values of the patches, whose output may be used in fewer layers.
 const buildAttentionChart = (name, more = {}, { group, read } = {}) => (figure) =>
   drawLineChart(figure, { series: addTokenStyles(data.curves[name]).map((line) => (group ? { ...line, group, read } : line)), labels: inLayers, xTitle: "layer", baselines: getUniformBaselines(name), ...more });
 const buildStateChart = (name, more = {}) => (figure) =>
@@ -280,7 +280,7 @@ function drawMass(box) {
   data.tokens.forEach(({ name, read }, token) => {
     const figure = element("figure", {}, element("figcaption", {}, element("h4", {}, name)));
     box.append(figure);
-    if (read < data.layers) figure.firstChild.append(element("p", {}, `Nothing reads layer ${data.layers} of this token.`));
+    if (read < data.layers) figure.firstChild.append(element("p", {}, `The output of layer ${data.layers} is not used for this token.`));
     const getFraction = (group, layer) => data.curves.mass[token][groups.indexOf(group)][layer];
     const height = 162;
     addDrawing(figure, height, `attention of ${name} to groups of tokens, by layer`, (svg, width) => {
@@ -311,7 +311,7 @@ function addLayerSlider(figure, show) {
   const output = element("output");
   const slider = element("input", { type: "range", min: 0, max: data.layers, value: data.layers, "aria-label": "layer" });
   const choose = () => {
-    const unread = figure.dataset.chart === "histogram" && slider.value > data.patches_read ? " (nothing reads the patches)" : "";
+    const unread = figure.dataset.chart === "histogram" && slider.value > data.patches_read ? " (the patches are not used)" : "";
     output.textContent = (Number(slider.value) ? `after layer ${slider.value}` : "the embeddings") + unread;
     show(Number(slider.value));
   };

@@ -2,7 +2,7 @@
 (`build_json_values`).
 
 A map is stored as one byte per patch, which encodes the square root of (value / maximum of the map). This encoding
-keeps a page with thousands of maps small, and has enough levels for weak attention.
+keeps a page with thousands of maps small, and is precise for weak attention.
 """
 
 import base64
@@ -24,7 +24,7 @@ from .figures_of_states import compute_norm_histogram
 from .image_report import ImageReport
 from .inspection import Inspection
 from .map_checks import FRACTIONS
-from .maps import COLORMAP, MIN_SCALE, count_read_layers, get_head_names
+from .maps import COLORMAP, MIN_SCALE, count_used_layers, get_head_names
 from .patch_features import NUM_COMPONENTS, compress_patch_features, compute_patch_colors
 from .token_statistics import Findings
 
@@ -40,26 +40,28 @@ NORM_QUANTILES = {"low": 0.05, "median": 0.5, "high": 0.95, "largest": 1.0}  # q
 def build_page_data(inspection: Inspection) -> dict[str, Any]:
     """Return all values that the scripts of the page read."""
     reports = inspection.image_reports
-    num_with_heads = count_images_with_heads(reports)
+    num_images_with_heads = count_images_with_heads(reports)
     patch_colors, components = build_patch_data(reports)
     config, findings = inspection.config, inspection.findings
-    *num_read_layers, num_read_patch_layers = count_read_layers(config, inspection.has_head)
+    *num_used_layers, num_used_patch_layers = count_used_layers(config, inspection.has_head)
     groups = [key.partition("[")[0] for key in get_token_keys(config.token_layout)]
-    color_table = (colormaps[COLORMAP](np.arange(256))[:, :3] * 255).round().astype(np.uint8)  # as in `overlay`
+    color_table = (
+        (colormaps[COLORMAP](np.arange(256))[:, :3] * 255).round().astype(np.uint8)
+    )  # the colormap of `overlay`
     histograms = [compute_norm_histogram(config, findings, layer) for layer in range(len(findings.patch_norms))]
     return {
         "tokens": [
             {"name": name, "group": group, "read": num_layers}
-            for name, group, num_layers in zip(get_token_names(config), groups, num_read_layers, strict=True)
+            for name, group, num_layers in zip(get_token_names(config), groups, num_used_layers, strict=True)
         ],
         "layers": len(findings.entropy),
-        "patches_read": num_read_patch_layers,
-        "heads": get_head_names(config) if num_with_heads else [],
+        "patches_read": num_used_patch_layers,
+        "heads": get_head_names(config) if num_images_with_heads else [],
         "colors": color_table.tobytes().hex(),
         "min_scale": MIN_SCALE,
         "components": components,
         "images": [
-            build_image_data(report, has_head_maps=index < num_with_heads) | patch_colors[index]
+            build_image_data(report, has_head_maps=index < num_images_with_heads) | patch_colors[index]
             for index, report in enumerate(reports)
         ],
         "curves": build_curves(findings),
@@ -87,19 +89,21 @@ def build_patch_data(image_reports: list[ImageReport]) -> tuple[list[dict[str, A
     """
     features_by_layer = list(zip(*(report.features for report in image_reports), strict=True))
     sizes = itertools.accumulate(report.features[..., 0].numel() * NUM_COMPONENTS for report in image_reports)
-    num_with_features = sum(size <= MAX_FEATURE_BYTES for size in sizes)
+    num_images_with_features = sum(size <= MAX_FEATURE_BYTES for size in sizes)
     colors = [
         [compute_patch_colors(layer, foreground_only) for layer in features_by_layer]
         for foreground_only in (False, True)
     ]
     compressed_features = [
-        compress_patch_features(layer[:num_with_features]) for layer in features_by_layer if num_with_features
+        compress_patch_features(layer[:num_images_with_features])
+        for layer in features_by_layer
+        if num_images_with_features
     ]
     images = [
         {
             "colors": [encode_base64(torch.stack([to_rgba(layer[index]) for layer in layers])) for layers in colors],
             "features": encode_base64(torch.stack([layer.values[index] for layer in compressed_features]))
-            if index < num_with_features
+            if index < num_images_with_features
             else None,
         }
         for index in range(len(image_reports))

@@ -72,16 +72,16 @@ function getSimilarity(image, layer, count) {
   const length = scale.length;
   const start = layer * count * length;
   const rows = image.features.subarray(start, start + count * length);
-  const multiply = (one, other) => {
+  const multiply = (patch, otherPatch) => {
     let sum = offset;
-    for (let part = 0; part < length; part++)
-      sum += scale[part] ** 2 * rows[one * length + part] * rows[other * length + part];
+    for (let component = 0; component < length; component++)
+      sum += scale[component] ** 2 * rows[patch * length + component] * rows[otherPatch * length + component];
     return sum;
   };
-  const own = multiply(image.selected, image.selected);
+  const selectedSquare = multiply(image.selected, image.selected);
   const values = Float32Array.from(
     { length: count },
-    (_, patch) => multiply(patch, image.selected) / Math.sqrt(Math.max(own * multiply(patch, patch), 1e-12)),
+    (_, patch) => multiply(patch, image.selected) / Math.sqrt(Math.max(selectedSquare * multiply(patch, patch), 1e-12)),
   );
   return { values, largest: 1, sum: 0 };
 }
@@ -104,8 +104,8 @@ function getMaxValue(mapId) {
   return strongest;
 }
 
-// Return whether the output that a map belongs to is unused: no later layer and no head reads the token (attention) or
-// the patches (colors, similarity) after the map's layer.
+// Return whether the output of a map's layer is unused: no later layer and no head uses the token (attention) or the
+// patches (colors, similarity).
 function isUnread({ kind, layer, token }) {
   if (kind === "attention") return layer >= data.tokens[token].read;
   return (kind === "colors" || kind === "similarity") && layer >= data.patches_read;
@@ -275,7 +275,7 @@ function describeValue(mapId, patch) {
 }
 
 function getSummary(mapId) {
-  const unread = isUnread(mapId) ? " Nothing reads this output of the layer." : "";
+  const unread = isUnread(mapId) ? " This output of the layer is not used." : "";
   if (mapId.kind === "image") return "";
   if (mapId.kind === "attribution") return "Point at the map to see its values relative to the maximum.";
   if (mapId.kind === "colors" || mapId.kind === "similarity") {
@@ -320,7 +320,7 @@ function repaint(canvas) {
   if (!share) return;
   const { largest, sum } = getMap(mapId);
   const short = (value) => formatPercent(Number(value.toPrecision(2)));
-  share.replaceChildren(short(sum), element("span", {}, `, peak ${short(largest)}${isUnread(mapId) ? ", not read" : ""}`));
+  share.replaceChildren(short(sum), element("span", {}, `, peak ${short(largest)}${isUnread(mapId) ? ", not used" : ""}`));
 }
 
 const selectsPatch = ({ kind, image }) => (kind === "colors" || kind === "similarity") && images[image].features;
@@ -340,7 +340,7 @@ function buildCell(mapId, label, row, column) {
   canvas.style.aspectRatio = image.width / image.height;
   button.append(canvas);
   if (mapId.kind === "attention" || mapId.kind === "rollout") button.append(element("span", { class: "share" }));
-  else if (isUnread(mapId)) button.append(element("span", { class: "note" }, "not read"));
+  else if (isUnread(mapId)) button.append(element("span", { class: "note" }, "not used"));
   cells.set(canvas, mapId);
   watcher.observe(canvas);
   button.addEventListener("click", (event) => {

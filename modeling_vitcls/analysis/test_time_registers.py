@@ -80,8 +80,8 @@ def find_register_neurons(
     scores = torch.stack([average_outlier_activations(outliers, states) for states in searched_activations])
     if not 0 < num_neurons <= scores.numel():
         raise ValueError(
-            f"num_neurons is {num_neurons}, but it must be between 1 and {scores.numel()}, the number of neurons in "
-            f"layers 0 to {last_layer}."
+            f"num_neurons is {num_neurons}, but layers 0 to {last_layer} have {scores.numel()} neurons. Choose from 1 "
+            f"to {scores.numel()}."
         )
     top_indices = scores.flatten().topk(num_neurons).indices.tolist()
     return [list(divmod(index, scores.shape[1])) for index in top_indices]

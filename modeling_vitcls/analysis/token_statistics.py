@@ -16,7 +16,7 @@ from ..configuration_vitcls import TokenLayout
 from ..token_attention_vitcls import select_mask_rows
 from .attention_recorder import RecordedLayer, process_attention_layers
 from .model_outputs import build_hiding_mask
-from .model_utils import evaluation_mode, get_runner, unwrap_model
+from .model_utils import evaluation_mode, get_classifier_or_encoder, unwrap_model
 from .test_time_registers import OUTLIER_RATIO
 
 
@@ -25,7 +25,7 @@ MAX_NORMS = 200_000  # maximum number of stored patch norms per layer, for histo
 
 @dataclass(frozen=True, kw_only=True)
 class Findings:
-    """Statistics of the special tokens over images. Unless described otherwise, values are means over images.
+    """Statistics of the special tokens over images. Unless stated otherwise, values are means over images.
 
     Shapes: L layers, H attention maps (two per head with differential attention), S special tokens, n patches.
 
@@ -49,7 +49,7 @@ class Findings:
         state_distance: [L + 1, S, S], root mean square distance between the states of two special tokens for the same
             image. Unlike the cosine similarity, the distance shows differences even if one channel is very large in
             all tokens.
-        across_layers: [S, L + 1, L + 1], cosine similarity between the states of a special token at two depths.
+        across_layers: [S, L + 1, L + 1], cosine similarity between the states of a special token after two layers.
         to_patches: [L + 1, S], cosine similarity between the state of a special token and the mean patch state.
         variation: [L + 1, S], variation between images: root mean square distance between the state of a token and the
             mean state over images, divided by the norm of the mean state.
@@ -97,7 +97,7 @@ class Findings:
 
 
 class TokenStatistics:
-    """Accumulate statistics over images, for any ViTCLS model."""
+    """Accumulates statistics over images, for any ViTCLS model."""
 
     def __init__(self, model: Any) -> None:
         self.model = unwrap_model(model)
@@ -121,7 +121,7 @@ class TokenStatistics:
         grid_size = self.model.base_model.embeddings.patch_embeddings.get_grid_size(pixel_values)
         centers = self.get_patch_centers(grid_size).to(pixel_values.device)  # [P, 2]
         layer_statistics: list[dict[str, torch.Tensor]] = []
-        runner = get_runner(self.model)
+        module = get_classifier_or_encoder(self.model)
         registers = range(self.layout.num_prefix_tokens)[self.layout.registers]
         outputs_without_registers = None
 
@@ -130,10 +130,10 @@ class TokenStatistics:
 
         with evaluation_mode(self.model):
             with process_attention_layers(self.model, add_layer):
-                outputs = runner(pixel_values, output_hidden_states=True)
+                outputs = module(pixel_values, output_hidden_states=True)
             if registers:  # register neurons still move activations to the hidden registers
                 mask = build_hiding_mask(self.model, pixel_values, registers)
-                outputs_without_registers = runner(pixel_values, attention_mask=mask, output_hidden_states=True)
+                outputs_without_registers = module(pixel_values, attention_mask=mask, output_hidden_states=True)
         statistics = {
             name: torch.stack([layer[name] for layer in layer_statistics], dim=1) for name in layer_statistics[0]
         }
@@ -142,19 +142,19 @@ class TokenStatistics:
         statistics |= self.compute_state_statistics(outputs.hidden_states)
         statistics |= self.compute_uniform_statistics(grid_size, centers, len(pixel_values))
         norms = self.compute_patch_norms(outputs.hidden_states)
-        patches = {"norms": norms, "ratios": divide_by_median(norms)}
-        statistics["outliers"] = compute_outlier_fractions(patches["ratios"])
+        patch_statistics = {"norms": norms, "ratios": divide_by_median(norms)}
+        statistics["outliers"] = compute_outlier_fractions(patch_statistics["ratios"])
         if outputs_without_registers is not None:
             ratios = divide_by_median(self.compute_patch_norms(outputs_without_registers.hidden_states))
-            patches["ratios_without_registers"] = ratios
+            patch_statistics["ratios_without_registers"] = ratios
             statistics["outliers_without_registers"] = compute_outlier_fractions(ratios)
         for name, value in statistics.items():
             total = value.cpu().double().sum(dim=0)  # some devices do not support double precision
             self.sums[name] = self.sums[name] + total if name in self.sums else total
-        for name, patch_values in patches.items():
+        for name, patch_values in patch_statistics.items():
             batches = self.patch_values.setdefault(name, [])
-            num_stored = sum(batch.shape[1] for batch in batches)
-            batches.append(patch_values.transpose(0, 1).flatten(1)[:, : MAX_NORMS - num_stored].cpu())
+            num_stored_norms = sum(batch.shape[1] for batch in batches)
+            batches.append(patch_values.transpose(0, 1).flatten(1)[:, : MAX_NORMS - num_stored_norms].cpu())
         self.num_images += len(pixel_values)
         return outputs, outputs_without_registers
 

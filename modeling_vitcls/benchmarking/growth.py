@@ -20,8 +20,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from ..analysis.figures import INK, create_figure
-from ..analysis.figures_over_depth import hide_frame
+from ..analysis.figures import DARK_GRAY, create_figure
+from ..analysis.figures_over_depth import despine
 from .comparison import (
     BenchmarkSettings,
     Comparison,
@@ -218,7 +218,7 @@ def plot_growth(comparisons: list[ComparisonDict], machine: str) -> Figure:
         times, peaks = compute_costs(entries, growth_axis)
         draw_lines(time_axes, growth_axis, times)
         draw_lines(memory_axes, growth_axis, peaks)
-        time_axes.set_title(growth_axis.title, fontsize=12, color=INK)
+        time_axes.set_title(growth_axis.title, fontsize=12, color=DARK_GRAY)
         memory_axes.set_xlabel(growth_axis.label, fontsize=11)
         draw_ticks(memory_axes, growth_axis, entries)
     axes_grid[0, 0].set_ylabel("time per image, ms", fontsize=11)
@@ -228,7 +228,7 @@ def plot_growth(comparisons: list[ComparisonDict], machine: str) -> Figure:
     handles = [lines[name] for name in projects]
     figure.legend(handles, projects, loc="outside upper center", ncols=len(projects), frameon=False, fontsize=12)
     caption = textwrap.fill(format_caption(comparisons, machine), int(CHARACTERS_PER_INCH * figure.get_figwidth()))
-    figure.supxlabel(caption, fontsize=9, color=INK)
+    figure.supxlabel(caption, fontsize=9, color=DARK_GRAY)
     return figure
 
 
@@ -280,7 +280,7 @@ def draw_lines(axes: Axes, growth_axis: GrowthAxis, costs: Costs) -> None:
     axes.grid(axis="y", color="#E4E4E4", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(labelsize=10)
-    hide_frame(axes)
+    despine(axes)
 
 
 def draw_ticks(axes: Axes, growth_axis: GrowthAxis, comparisons: list[ComparisonDict]) -> None:

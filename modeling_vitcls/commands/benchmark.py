@@ -1,4 +1,4 @@
-"""`vitcls benchmark`: speed and memory compared with other projects on the same work.
+"""`vitcls benchmark`: compare speed and memory with other projects on the same workloads.
 
     vitcls benchmark --work inference step pixels prediction probe --markdown speed.md --output speed.json
     vitcls benchmark --work inference --rows "fp32, batch 8" --against timm
@@ -23,24 +23,25 @@ PLOT_SUFFIXES = (".png", ".svg")
 
 @dataclass(frozen=True)
 class BenchmarkOptions:
-    """Compare speed and memory with other projects on the same work."""
+    """Compare speed and memory with other projects on the same workloads."""
 
     work: tuple[
         Literal["inference", "growth", "step", "inexact", "pixels", "prediction", "probe", "training", "attention"],
         ...,
     ]
-    """Kinds of work. inference: forward passes. growth: time and memory of a forward pass by image size, patch size,
+    """Workloads. inference: forward passes. growth: time and memory of a forward pass by image size, patch size,
     tokens and batch size. step: time and memory of training steps without data loading. inexact: merged and dropped
     patches, compared with the plain model. pixels: from a JPEG file to pixel_values. prediction: from a JPEG file to a
     label. probe: a linear probe with and without cached features. training: `vitcls finetune`, compared with
-    transformers' Trainer. attention: time and memory of reading attention, compared with a plain forward pass."""
+    transformers' Trainer. attention: time and memory of computing token attention, rollout and attribution, compared
+    with a plain forward pass."""
     against: tuple[Literal["transformers", "timm", "plain"], ...] = ("transformers", "timm")
     """Peers for --work inference, growth and step: the ViT of another project, or `plain`, a vitcls model without CPU
     kernels."""
     rows: tuple[str, ...] = ()
-    """Names of the rows to measure. Default: all rows of --work."""
+    """Names of the table rows to measure. Default: all rows of --work."""
     pairs: int = 9
-    """Number of timed pairs of measurements. Each pair measures both sides of a comparison once."""
+    """Number of timed pairs of measurements. Each pair measures this package and the peer once."""
     output: Path | None = None
     """JSON file for the results."""
     markdown: Path | None = None
@@ -48,18 +49,18 @@ class BenchmarkOptions:
     plot: Path | None = None
     """PNG or SVG file for the figure of --work growth."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Precision of --work growth. Other kinds of work have a fixed precision in each row."""
+    """Precision of --work growth. The rows of all other workloads have a fixed precision."""
     device: Literal["cpu", "cuda"] = "cpu"
-    """Device for --work inference, growth, step and inexact. Other kinds of work are measured on the CPU."""
+    """Device for --work inference, growth, step and inexact. All other workloads run on the CPU."""
     toy: bool = False
-    """Use tiny models and one call per measurement, to test the program. The results are meaningless."""
+    """Use tiny models and one call per measurement, to test the benchmark. The measured values are meaningless."""
 
 
-OPTIONS = BenchmarkOptions
+OPTIONS_CLASS = BenchmarkOptions
 
 
 def check_options(options: BenchmarkOptions) -> None:
-    """Exit with status 2 if a flag has an invalid value, or if flags contradict each other."""
+    """Exit with status 2 if a flag has an invalid value or if flags contradict each other."""
     if options.pairs < 1:
         exit_with_message(f"error: --pairs is {options.pairs}: set --pairs to 1 or more")
     if not options.work or not options.against:
@@ -68,7 +69,7 @@ def check_options(options: BenchmarkOptions) -> None:
         exit_with_message("error: --plot requires --work growth. Add growth to --work, or omit --plot")
     if options.plot is not None and options.plot.suffix not in PLOT_SUFFIXES:
         exit_with_message(f"error: --plot {options.plot}: set a file name that ends in {' or '.join(PLOT_SUFFIXES)}")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # prevents downloads; read when huggingface_hub is imported
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # prevents downloads; must be set before importing huggingface_hub
 
 
 def run(options: BenchmarkOptions) -> None:

@@ -1,4 +1,4 @@
-"""`vitcls convert`: convert a timm or transformers ViT exactly, or a vitcls model to a transformers model.
+"""`vitcls convert`: convert a timm or transformers ViT, or convert a vitcls model to a transformers model.
 
     vitcls convert --source timm:vit_base_patch14_reg4_dinov2.lvd142m --output converted
     vitcls convert --source transformers:facebook/dinov2-base@COMMIT --output converted --num-labels 10
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class ConvertOptions:
-    """Convert a ViT and write it to a folder. Nothing is written if the outputs differ by more than the limit."""
+    """Convert a ViT and save the converted model. Nothing is written if the outputs differ by more than the limit."""
 
     output: Path
-    """Folder to write to. The folder must be empty or must not exist."""
+    """Output folder, which must be empty or must not exist."""
     source: str | None = None
     """timm:NAME, transformers:PATH_OR_ID or a state-dict file. An id may end with @REVISION (commit, branch, tag)."""
     to: Literal["vitcls", "transformers"] = "vitcls"
@@ -44,17 +44,17 @@ class ConvertOptions:
     """Family of a state-dict file, such as dino, ibot, mae or dinov2. Default: detected from the parameter names."""
 
 
-OPTIONS = ConvertOptions
+OPTIONS_CLASS = ConvertOptions
 
 
 def check_options(options: ConvertOptions) -> None:
-    """Exit with status 2 if a flag has an invalid value or flags contradict each other."""
+    """Exit with status 2 if a flag has an invalid value or if flags contradict each other."""
     if options.to == "transformers":
         if options.model is None or options.source is not None:
             exit_with_message("error: --to transformers requires --model, and does not support --source")
         return
     if options.model is not None or options.source is None:
-        exit_with_message("error: a conversion to vitcls requires --source, and does not support --model")
+        exit_with_message("error: --to vitcls requires --source, and does not support --model")
     if Path(options.source, "config.json").is_file() and is_vitcls_folder(Path(options.source)):
         exit_with_message(
             f"error: {options.source} is already a ViTCLS model. To convert the model to transformers, set --to "
@@ -102,7 +102,7 @@ def is_vitcls_folder(folder: Path) -> bool:
 
 
 def print_report(report: "ParityReport", output: Path, trust_argument: str = ", trust_remote_code=True") -> None:
-    """Print the parity report, the code that loads the model, and the command that publishes the model."""
+    """Print the parity report, code that loads the model, and the command that pushes the model to the Hub."""
     from rich.console import Console
     from rich.table import Table
 
@@ -123,12 +123,12 @@ def print_report(report: "ParityReport", output: Path, trust_argument: str = ", 
     console.print(f"\nWritten to {output}. Load the model with")
     console.print(f'  model = {auto_class}.from_pretrained("{output}"{trust_argument})')
     console.print(f'  processor = AutoImageProcessor.from_pretrained("{output}"{trust_argument})')
-    console.print("or publish the model and its card, and verify the published model, with")
+    console.print("Push the model and its card to the Hub, and verify the pushed model, with")
     console.print(f"  {build_push_command(output, f'YOUR-NAME/{output.resolve().name}')}")
 
 
 def format_notes(report: "ParityReport") -> list[str]:
-    """Return the parity report without the differences, as lines of text."""
+    """Format all fields of the parity report except the differences, one per line."""
     preprocessing = report.preprocessing
     if preprocessing["assumed_because"]:
         processor_note = f"Image processor: ASSUMED, because {preprocessing['assumed_because']}. Check the settings"
@@ -140,7 +140,7 @@ def format_notes(report: "ParityReport") -> list[str]:
     return [
         *([f"Not compared at a second image size: {report.not_compared}"] if report.not_compared else []),
         *report.notes,
-        f"Classifier: {report.classifier}. Limit of the differences: {report.limit:g}",
+        f"Classifier: {report.classifier}. Maximum allowed difference: {report.limit:g}",
         processor_note,
         "Versions: " + ", ".join(f"{name} {version}" for name, version in report.versions.items()),
         *([f"SHA-256 of the source, {report.family}: {report.source_sha256}"] if report.source_sha256 else []),

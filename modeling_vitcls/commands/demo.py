@@ -1,4 +1,4 @@
-"""`vitcls demo`: a web page with the predicted labels of images and the attention of every special token.
+"""`vitcls demo`: show the predictions for images and the attention of the special tokens on a web page.
 
     vitcls demo --model runs/mine
     vitcls demo --model someone/their-model --revision COMMIT --port 8000
@@ -19,25 +19,25 @@ class DemoOptions:
     revision: str | None = None
     """Commit hash, branch or tag on the Hub. Default: the newest commit."""
     examples: tuple[Path, ...] = ()
-    """Image files to offer as examples."""
+    """Image files to show as examples."""
     host: str = "127.0.0.1"
     """Address of the server. 0.0.0.0 allows connections from other machines."""
     port: int | None = None
-    """Port of the server. Default: the first free port from 7860."""
+    """Port of the server. Default: the first free port from 7860 upward."""
 
 
-OPTIONS = DemoOptions
+OPTIONS_CLASS = DemoOptions
 
 
 def run(options: DemoOptions) -> None:
-    """Load the model and serve the page."""
+    """Load the model and serve the demo page."""
     from transformers.utils.logging import disable_progress_bar
 
     from ..hub.loading import force_offline, get_cached_commit, get_model_folder
 
     disable_progress_bar()  # hides the progress bar of weight loading
     folder = get_model_folder(options.model, revision=options.revision)
-    from ..demo.page import serve_demo  # slow, because it imports gradio
+    from ..demo.page import serve_demo  # importing gradio is slow
 
     with force_offline():  # all files are local at this point
         serve_demo(options.model, get_cached_commit(folder), options.examples, options.host, options.port)

@@ -9,7 +9,7 @@ from .. import cpu_kernels_vitcls as kernels
 from ..system import format_device_name, get_processor_name, get_versions
 
 
-# Optional libraries that some features require.
+# Libraries that only some features require.
 OPTIONAL_LIBRARIES = (
     "huggingface_hub",
     "datasets",
@@ -21,7 +21,7 @@ OPTIONAL_LIBRARIES = (
     "gradio",
     "tyro",
 )
-# Environment variables that change results, speed or the loaded files. Tokens are never printed.
+# Environment variables that affect results, speed or file locations. Access tokens are never printed.
 ENVIRONMENT_VARIABLES = (
     "OMP_NUM_THREADS",
     "CUDA_VISIBLE_DEVICES",
@@ -33,7 +33,7 @@ ENVIRONMENT_VARIABLES = (
 
 
 def format_environment() -> str:
-    """Return the versions, devices and settings for a bug report, one per line."""
+    """Format the versions, devices and settings for a bug report, one per line."""
     environment = (
         get_versions() | dict.fromkeys(OPTIONAL_LIBRARIES, "not installed") | get_versions(*OPTIONAL_LIBRARIES)
     )
@@ -46,11 +46,11 @@ def format_environment() -> str:
     environment["CPU kernels"] = describe_cpu_kernels()
     environment |= {name: os.environ[name] for name in ENVIRONMENT_VARIABLES if name in os.environ}
     width = max(map(len, environment))
-    return "\n".join(f"{name:<{width}}  {fact}" for name, fact in environment.items())
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in environment.items())
 
 
 def describe_devices() -> str:
-    """Return the names of all CUDA GPUs and the CUDA version, or the name of another accelerator or of the CPU."""
+    """Return the names of all CUDA GPUs and the CUDA version, or the name of another accelerator or the CPU."""
     if torch.cuda.is_available():
         names = [format_device_name(torch.device("cuda", index)) for index in range(torch.cuda.device_count())]
         return f"{', '.join(names)}; CUDA {torch.version.cuda}"
@@ -59,7 +59,7 @@ def describe_devices() -> str:
 
 
 def describe_cpu_kernels() -> str:
-    """Return a text that states whether the CPU kernels and oneDNN are used and, if not, why."""
+    """Describe whether the CPU kernels and oneDNN are enabled and, if not, the reason."""
     if os.environ.get("VITCLS_CPU_KERNELS") == "0":
         return "off: VITCLS_CPU_KERNELS is 0"
     if not kernels.HAS_PRIVATE_NAMES:

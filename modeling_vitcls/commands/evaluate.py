@@ -9,7 +9,7 @@ The evaluation is implemented in modeling_vitcls/inference/evaluate.py, and in f
 from ..options import EvaluateOptions
 
 
-OPTIONS = EvaluateOptions
+OPTIONS_CLASS = EvaluateOptions
 
 
 def run(options: EvaluateOptions) -> None:

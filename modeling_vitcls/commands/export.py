@@ -3,8 +3,8 @@
     vitcls export --model runs/mine --format onnx --output mine.onnx
     vitcls export --model runs/mine --format torch --output mine.pt2 --no-dynamic --image-size 224 320
 
-The export also writes OUTPUT.json, with the largest differences, the compared inputs and the signature of the graph.
-The export is implemented in modeling_vitcls/export/.
+The export also writes OUTPUT.json, with the largest differences, the image shapes of the comparison and the inputs and
+outputs of the graph. The export is implemented in modeling_vitcls/export/.
 """
 
 import warnings
@@ -18,7 +18,7 @@ from .parsing import exit_with_message
 if TYPE_CHECKING:
     from ..export.exporter import ExportReport
 
-MIN_OPSET = 18  # lowest ONNX opset that torch.onnx exports
+MIN_OPSET = 18  # lowest ONNX opset that torch.onnx supports
 
 
 @dataclass(frozen=True)
@@ -32,25 +32,25 @@ class ExportOptions:
     output: Path
     """File to write, or folder if --format is transformers.js. The path must not exist."""
     image_size: tuple[int, int] | None = None
-    """Height and width in pixels: the fixed image size, or the main size of the comparison if the size is dynamic.
-    Default: the image size of the model."""
+    """Height and width in pixels. With --no-dynamic, the graph accepts only this size; otherwise, this size is used in
+    the comparison. Default: the image size of the model."""
     dynamic: bool = True
     """Accept images of any size, not only of --image-size. The batch size is always dynamic."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    """dtype of weights and computations. Inputs and outputs are float32."""
+    """dtype of the weights and computations. Inputs and outputs are always float32."""
     opset: int | None = None
-    """ONNX opset. Default: the default of torch.onnx."""
+    """ONNX opset. Default: the default opset of torch.onnx."""
     dataset: str | None = None
     """With --format transformers.js: labeled images, as in `vitcls evaluate`, to measure the accuracy of each file."""
     split: str | None = None
     """Split of --dataset, as in `vitcls evaluate`."""
 
 
-OPTIONS = ExportOptions
+OPTIONS_CLASS = ExportOptions
 
 
 def check_options(options: ExportOptions) -> None:
-    """Exit with status 2 if a flag has an invalid value or flags contradict each other."""
+    """Exit with status 2 if a flag has an invalid value or if flags contradict each other."""
     if options.image_size is not None and min(options.image_size) < 1:
         exit_with_message(
             f"error: --image-size must be two positive numbers, but it is {' '.join(map(str, options.image_size))}"
@@ -63,7 +63,7 @@ def check_options(options: ExportOptions) -> None:
     if options.dataset is not None and options.format != "transformers.js":
         exit_with_message(f"error: --dataset requires --format transformers.js, but --format is {options.format}")
     if options.split is not None and options.dataset is None:
-        exit_with_message("error: --split requires --dataset")
+        exit_with_message("error: --split requires --dataset. Set --dataset")
     if options.opset is not None and options.format == "torch":
         exit_with_message("error: --opset requires --format onnx or openvino, but --format is torch")
     if options.opset is not None and options.opset < MIN_OPSET:
@@ -77,13 +77,13 @@ def run(options: ExportOptions) -> None:
 
     silence_exporters()
     if options.format == "transformers.js":
-        exported_model = export_for_transformers_js(options.model, options.output, options.dataset, options.split)
-        for comparison in exported_model.comparisons:
+        web_report = export_for_transformers_js(options.model, options.output, options.dataset, options.split)
+        for comparison in web_report.comparisons:
             difference, agreement = comparison.largest_difference, comparison.top1_agreement
             print(f"{comparison.file:26} largest difference {difference:.1e}, same top-1 label: {agreement:.1%}")
-        if (labeled := exported_model.labeled) is not None:
-            print(f"{labeled.metric} on {labeled.num_images} images of {labeled.dataset} ({labeled.split}):")
-            for name, score in {"PyTorch": labeled.model, **labeled.files}.items():
+        if (scores := web_report.labeled) is not None:
+            print(f"{scores.metric} on {scores.num_images} images of {scores.dataset} ({scores.split}):")
+            for name, score in {"PyTorch": scores.model, **scores.files}.items():
                 print(f"{name:26} {score:.2%}")
         return
     report = export_model(
@@ -99,7 +99,7 @@ def run(options: ExportOptions) -> None:
 
 
 def silence_exporters() -> None:
-    """Disable progress bars and the warnings of torch.export and torch.onnx."""
+    """Disable progress bars, and the warnings of torch.export and torch.onnx."""
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
@@ -107,7 +107,7 @@ def silence_exporters() -> None:
 
 
 def print_report(report: "ExportReport", output: Path) -> None:
-    """Print the report, and the code that runs the exported file."""
+    """Print the report and code that runs the exported file."""
     from rich.console import Console
     from rich.table import Table
 
@@ -119,8 +119,10 @@ def print_report(report: "ExportReport", output: Path) -> None:
     for name in report.outputs:
         table.add_column(name, justify="right")
     for comparison in report.tried:
-        batch, _, height, width = comparison.shape
-        table.add_row(f"{batch} of {height} x {width}", *(f"{value:.1e}" for value in comparison.differences.values()))
+        batch_size, _, height, width = comparison.shape
+        table.add_row(
+            f"{batch_size} of {height} x {width}", *(f"{value:.1e}" for value in comparison.differences.values())
+        )
     console.print(table)
     for line in format_notes(report):
         console.print(line, markup=False)
@@ -133,7 +135,7 @@ def print_report(report: "ExportReport", output: Path) -> None:
 
 
 def format_notes(report: "ExportReport") -> list[str]:
-    """Return the report without the differences, as lines of text."""
+    """Format all fields of the report except the differences, one per line."""
     height, width = report.input["image_size"]
     smallest_size = " x ".join(map(str, report.input["smallest_image_size"]))
     accepted_sizes = f"images of at least {smallest_size} pixels"
@@ -143,7 +145,7 @@ def format_notes(report: "ExportReport") -> list[str]:
     return [
         f"Accepts any batch size and {accepted_sizes}",
         *([f"The image size is fixed: {report.fixed_because}"] if report.fixed_because else []),
-        *(["The weights are random, because a preset is untrained"] if report.weights == "random" else []),
+        *(["The weights are random, because presets are untrained"] if report.weights == "random" else []),
         *(["The checkpoint has no image processor"] if report.preprocessing is None else []),
         "Versions: " + ", ".join([*opset, *(f"{name} {version}" for name, version in report.versions.items())]),
     ]

@@ -3,7 +3,7 @@
     vitcls finetune --config scripts/recipes/digits.yaml --output-dir runs/digits
     vitcls finetune --model vitcls-tiny --dataset path/to/images --output-dir runs/mine
 
-To continue an interrupted run, repeat the command with --resume. --dry-run tests every part of a run with a few steps.
+To continue an interrupted run, repeat the command with --resume. --dry-run tests all stages of a run with a few steps.
 The training is implemented in modeling_vitcls/training/task.py and finetune.py.
 """
 
@@ -17,18 +17,18 @@ if TYPE_CHECKING:
     from ..training.task import Task
 
 
-OPTIONS = FinetuneOptions
+OPTIONS_CLASS = FinetuneOptions
 
 
 def run(options: FinetuneOptions) -> None:
-    """Fine-tune the model, or do a dry run if --dry-run is set."""
+    """Fine-tune the model, or test the run if --dry-run is set."""
     from ..training.finetune import FinetuneTask
 
     train(FinetuneTask, options)
 
 
 def train(task_class: "type[Task]", options: Any) -> None:
-    """Run a task, or do a dry run if --dry-run is set. If the run stops early, exit with the status of the run."""
+    """Run a training task. If the run stops early, exit with the exit status of the run."""
     from ..api import run_training
     from ..training.runner import RunStopped
 

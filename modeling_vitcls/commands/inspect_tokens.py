@@ -14,18 +14,18 @@ from ..options import InspectOptions
 
 
 @dataclass(frozen=True)
-class InspectFlags(InspectOptions):
+class InspectCommandOptions(InspectOptions):
     __doc__ = InspectOptions.__doc__
 
     paths: tyro.conf.Positional[tuple[str, ...]] = ()
     """Image files, folders (including subfolders), or URLs."""
 
 
-OPTIONS = InspectFlags
+OPTIONS_CLASS = InspectCommandOptions
 
 
-def run(options: InspectFlags) -> None:
-    """Inspect the model, and write the report."""
+def run(options: InspectCommandOptions) -> None:
+    """Inspect the special tokens of the model and write the report."""
     from transformers.utils.logging import disable_progress_bar
 
     from ..analysis.inspect_tokens import inspect_tokens

@@ -1,9 +1,9 @@
 """Parse flags and recipe files into options.
 
-    options = parse(FinetuneOptions, ["--config", "digits", "--epochs", "3"])
+    options = parse_with_recipe(FinetuneOptions, ["--config", "digits", "--epochs", "3"])
 
 A recipe is a YAML file of flags. The flags of a recipe are inserted before the flags of the command line, so that tyro
-checks all flags in the same way and the command line overrides the recipe. Invalid flags are reported before torch is
+validates all flags and the command line overrides the recipe. Invalid flags are reported before torch is
 imported.
 """
 
@@ -19,16 +19,16 @@ from typing import Any, NoReturn
 import tyro
 import yaml
 
-from ..errors import is_on_all_processes
+from ..errors import is_raised_on_all_processes
 from ..files import is_closed_pipe
 from ..options import get_flag_names, to_arguments
 
 
 PACKAGE_FOLDER = Path(__file__).parents[1]
-# Folders with the recipes that --config accepts by name: in the installed package, and in a source checkout.
+# Folders of the recipes that --config accepts by name: in an installed package, and in a source checkout.
 RECIPE_FOLDERS = (PACKAGE_FOLDER / "recipes", PACKAGE_FOLDER.parent / "scripts" / "recipes")
 
-# Flags of other projects' programs -> equivalent flags of this package.
+# Flags of other training scripts -> equivalent flags of this package.
 EQUIVALENT_FLAGS = {
     "lr": "learning_rate",
     "bs": "batch_size",
@@ -53,43 +53,43 @@ EQUIVALENT_FLAGS = {
     "smoothing": "label_smoothing",
 }
 
-# Flags whose names differ between the programs that push a model. Each program accepts both names.
-SYNONYMS = {"private": "hub_private", "hub_private": "private"}
+# Flags whose names differ between subcommands. Each subcommand accepts both names.
+FLAG_SYNONYMS = {"private": "hub_private", "hub_private": "private"}
 
 
 @dataclass
 class RecipeFlag:
-    """The flag --config, which is parsed before all other flags."""
+    """Flag --config, which is parsed before all other flags."""
 
     config: Path | None = None
 
 
-def parse(options_class: type, arguments: list[str], **settings: Any) -> Any:
-    """Build the options from flags and the recipe of --config. Exit with status 2 if a flag is invalid.
+def parse_with_recipe(options_class: type, arguments: list[str], **tyro_settings: Any) -> Any:
+    """Build options from flags and the recipe in --config. Exit with status 2 if a flag is invalid.
 
     Args:
         options_class: A dataclass of options.py.
         arguments: Flags of the command line.
-        settings: Further arguments of `tyro.cli`, such as the name of the program.
+        tyro_settings: Additional arguments of `tyro.cli`, such as `prog`.
     """
     flag_names = get_flag_names(options_class)
     recipe_flag, _ = tyro.cli(RecipeFlag, args=arguments, return_unknown_args=True, add_help=False)
-    check_foreign_flags(arguments, flag_names)
+    reject_equivalent_flags(arguments, flag_names)
     if recipe_flag.config is not None:
         arguments = [*read_recipe(find_recipe(recipe_flag.config), flag_names), *arguments]
-    return parse_flags(options_class, arguments, **settings, config=(tyro.conf.OmitArgPrefixes,))
+    return parse_flags(options_class, arguments, **tyro_settings, config=(tyro.conf.OmitArgPrefixes,))
 
 
 def find_recipe(path: Path) -> Path:
-    """Return the path of a recipe: the path itself, or the recipe with that name in the package."""
+    """Return `path` itself, or the path of the recipe in the package if `path` is a name, such as `digits`."""
     if path.exists() or path.suffix or path.name != str(path):
         return path
     recipe_files = (folder / f"{path}.yaml" for folder in RECIPE_FOLDERS)
     return next((file for file in recipe_files if file.is_file()), path)
 
 
-def check_foreign_flags(arguments: list[str], flag_names: set[str]) -> None:
-    """Exit with status 2 if a flag is in `EQUIVALENT_FLAGS`; tyro would only suggest similar spellings."""
+def reject_equivalent_flags(arguments: list[str], flag_names: set[str]) -> None:
+    """Exit with status 2 if a flag is in `EQUIVALENT_FLAGS`. The message contains the equivalent flag."""
     for argument in arguments:
         name = argument.partition("=")[0].removeprefix("--").replace("-", "_")
         equivalent_flag = EQUIVALENT_FLAGS.get(name)
@@ -99,24 +99,24 @@ def check_foreign_flags(arguments: list[str], flag_names: set[str]) -> None:
             )
 
 
-def parse_flags(options_class: type, arguments: list[str], **settings: Any) -> Any:
-    """Build the options from flags. Exit with status 2 if a flag is invalid."""
+def parse_flags(options_class: type, arguments: list[str], **tyro_settings: Any) -> Any:
+    """Build options from flags. Exit with status 2 if a flag is invalid."""
     flag_names = get_flag_names(options_class)
     arguments = [rename_synonym(argument, flag_names) for argument in arguments]
-    return tyro.cli(options_class, args=arguments, **settings)
+    return tyro.cli(options_class, args=arguments, **tyro_settings)
 
 
 def rename_synonym(argument: str, flag_names: set[str]) -> str:
-    """Return a flag in `SYNONYMS` with the name that this program uses; return any other argument unchanged."""
+    """Replace a flag with its synonym if only the synonym is in `flag_names`; return other arguments unchanged."""
     for prefix in ("--no-", "--"):
         name = argument.removeprefix(prefix).replace("-", "_")
-        if argument.startswith(prefix) and name not in flag_names and SYNONYMS.get(name) in flag_names:
-            return f"{prefix}{SYNONYMS[name].replace('_', '-')}"
+        if argument.startswith(prefix) and name not in flag_names and FLAG_SYNONYMS.get(name) in flag_names:
+            return f"{prefix}{FLAG_SYNONYMS[name].replace('_', '-')}"
     return argument
 
 
 def read_recipe(path: Path, flag_names: set[str]) -> list[str]:
-    """Return the flags of a recipe. Exit with status 2 if the file cannot be read or a key is not a flag."""
+    """Read a recipe and return its flags. Exit with status 2 if the file cannot be read or a key is not a flag."""
     try:
         text = path.read_text(encoding="utf-8")
         recipe = yaml.safe_load(text) or {}
@@ -130,32 +130,34 @@ def read_recipe(path: Path, flag_names: set[str]) -> list[str]:
             similar_flag = EQUIVALENT_FLAGS.get(name) or next(
                 iter(difflib.get_close_matches(name, flag_names, n=1)), None
             )
-            advice = f"use {similar_flag}" if similar_flag in flag_names else "`--help` lists the flags"
-            exit_with_message(f"error: {path}, line {key.start_mark.line + 1}: unknown flag {key.value}; {advice}")
-    return [token for name, value in recipe.items() for token in to_arguments(str(name), value)]
+            hint = f"use {similar_flag}" if similar_flag in flag_names else "`--help` lists the flags"
+            exit_with_message(f"error: {path}, line {key.start_mark.line + 1}: unknown flag {key.value}; {hint}")
+    return [argument for name, value in recipe.items() for argument in to_arguments(str(name), value)]
 
 
 @contextmanager
 def exit_on_error() -> Iterator[None]:
-    """End the program with status 1 and a one-line message if the block raises ValueError or OSError."""
+    """Exit with status 1 and a one-line message if the block raises ValueError or OSError."""
     try:
         yield
     except (ValueError, OSError) as error:
         if isinstance(error, BrokenPipeError) and is_closed_pipe(sys.stdout):
-            raise  # cli.py ends the program
-        exit_with_message(f"error: {error}", status=1, on_all=is_on_all_processes(error))
+            raise  # cli.py handles closed pipes
+        exit_with_message(f"error: {error}", status=1, is_on_all_processes=is_raised_on_all_processes(error))
 
 
-def exit_with_message(message: str, status: int = 2, on_all: bool = True) -> NoReturn:
-    """Print the message to stderr and end the program. Status 2 means that a flag is invalid.
+def exit_with_message(message: str, status: int = 2, is_on_all_processes: bool = True) -> NoReturn:
+    """Print a message to stderr and exit.
 
     Args:
-        on_all: whether all processes of the run end with this message. If so, only the first process prints the
-            message.
+        message: one-line message.
+        status: exit status; 2 means that a flag is invalid.
+        is_on_all_processes: whether all processes exit with this message. If True, only the first process prints
+            the message.
     """
     rank = os.environ.get("RANK", "0")
     if rank == "0":
         print(message, file=sys.stderr)
-    elif not on_all:
+    elif not is_on_all_processes:
         print(f"process {rank}: {message}", file=sys.stderr)
     raise SystemExit(status)

@@ -4,7 +4,7 @@
     vitcls predict --model runs/mine --list files.txt --output labels.csv
     vitcls predict --model runs/mine --dataset path/or/hub-id --features cls --output features
 
-The predictions are implemented in modeling_vitcls/inference/predict.py.
+The prediction is implemented in modeling_vitcls/inference/predict.py.
 """
 
 from dataclasses import dataclass
@@ -16,20 +16,20 @@ from .parsing import exit_with_message
 
 
 @dataclass(frozen=True)
-class PredictFlags(PredictOptions):
+class PredictCommandOptions(PredictOptions):
     __doc__ = PredictOptions.__doc__
 
     paths: tyro.conf.Positional[tuple[str, ...]] = ()
     """Image files, folders (including subfolders), or URLs."""
 
 
-OPTIONS = PredictFlags
+OPTIONS_CLASS = PredictCommandOptions
 
 
-def run(options: PredictFlags) -> None:
-    """Run the prediction and print a summary.
+def run(options: PredictCommandOptions) -> None:
+    """Predict the labels of images and print a summary. Exit with status 1 if no image has a prediction.
 
-    The row of an unreadable image contains the error. The exit status is 1 only if no image has a prediction.
+    In the output, the row of an unreadable image contains an error message.
     """
     from transformers.utils.logging import disable_progress_bar
 
@@ -41,5 +41,5 @@ def run(options: PredictFlags) -> None:
         print(f"{options.output}: {summary.num_images:,} images, {summary.num_failed:,} without a prediction")
     if summary.num_failed and summary.num_failed == summary.num_images:
         exit_with_message(
-            f"error: none of the {summary.num_images} images has a prediction: see the column `error`", status=1
+            f"error: none of the {summary.num_images} images has a prediction. See the column `error`", status=1
         )

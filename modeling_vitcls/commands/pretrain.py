@@ -3,7 +3,7 @@
     vitcls pretrain --model vitcls-tiny --dataset path/to/images --output-dir runs/pretrained
     vitcls finetune --model runs/pretrained --dataset path/to/labeled --output-dir runs/mine
 
-To continue an interrupted run, repeat the command with --resume. --dry-run tests every part of a run with a few steps.
+To continue an interrupted run, repeat the command with --resume. --dry-run tests all stages of a run with a few steps.
 The training is implemented in modeling_vitcls/training/task.py and pretrain.py.
 """
 
@@ -11,11 +11,11 @@ from ..options import PretrainOptions
 from .finetune import train
 
 
-OPTIONS = PretrainOptions
+OPTIONS_CLASS = PretrainOptions
 
 
 def run(options: PretrainOptions) -> None:
-    """Pre-train the model, or do a dry run if --dry-run is set."""
+    """Pre-train the model, or test the run if --dry-run is set."""
     from ..training.pretrain import PretrainTask
 
     train(PretrainTask, options)

@@ -1,4 +1,4 @@
-"""`vitcls push`: push a model folder to the Hub, then load the pushed commit in a new process and compare outputs.
+"""`vitcls push`: push a model folder to the Hub and verify the pushed commit.
 
     vitcls push --model runs/mine --hub-model-id me/my-model
     vitcls push --verify-only someone/their-model --revision COMMIT
@@ -19,22 +19,22 @@ class PushOptions:
     hub_model_id: str | None = None
     """Repository to push to. Default: the name of the folder, in your account."""
     private: bool = False
-    """Make the repository private if the push creates the repository."""
+    """Create a private repository if the repository does not exist."""
     branch: str | None = None
-    """Branch to push to. A missing branch is created. Default: main."""
+    """Branch to push to, created if it does not exist. Default: main."""
     message: str = "Upload model"
     """Commit message."""
     push_optimizer: bool = False
     """Also push the newest checkpoint in the folder, with the optimizer state. To resume, run
-    `hf download ID --include "checkpoints/*" --local-dir DIR`, then repeat the command of the run with
+    `hf download ID --include "checkpoints/*" --local-dir DIR`, then repeat the training command with
     --output-dir DIR --resume."""
     endpoint_handler: bool = False
     """Also push handler.py, which Hugging Face Inference Endpoints require to serve the model."""
     verify: bool = True
-    """Load the pushed commit in a new process and compare its outputs with the outputs of --model."""
+    """Load the pushed commit in a new process, and compare its outputs with the outputs of --model."""
     verify_only: str | None = None
-    """Repository to verify without a push. If --model is set, the repository is compared with that folder.
-    Verification runs the repository's code."""
+    """Repository to verify without pushing. If --model is set, the outputs of the repository are compared with the
+    outputs of --model. Verification runs the code in the repository."""
     revision: str | None = None
     """Commit hash, branch or tag to verify with --verify-only. Default: main."""
 
@@ -57,15 +57,15 @@ VERIFICATION_FIELDS = ("verify_only", "revision", "model")
 
 
 def format_flag(name: str) -> str:
-    """Return the flag that sets a field to a value other than its default."""
+    """Return the flag that changes a field from its default value."""
     return "--no-verify" if name == "verify" else f"--{name.replace('_', '-')}"
 
 
-OPTIONS = PushOptions
+OPTIONS_CLASS = PushOptions
 
 
 def run(options: PushOptions) -> None:
-    """Push a model and verify the pushed commit, or only verify a repository."""
+    """Push a model and verify the pushed commit, or verify a repository if --verify-only is set."""
     from ..hub.verify import verify
 
     if options.verify_only is None:

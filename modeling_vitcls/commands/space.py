@@ -1,10 +1,10 @@
-"""`vitcls space`: publish a Space with the predicted labels of images and the attention of every special token.
+"""`vitcls space`: publish a Space that shows the predictions for images and the attention of the special tokens.
 
     vitcls space --model me/my-model --space-id me/my-model-demo
     vitcls space --model me/my-model --output space      # only write the files
     vitcls space --model me/my-model --static            # the model runs in the browser
 
-`vitcls demo` shows the same page on this machine. The Space is implemented in modeling_vitcls/hub/space.py, and a
+`vitcls demo` serves the page locally. The Space is implemented in modeling_vitcls/hub/space.py, and a
 static Space in hub/static_space.py.
 """
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SpaceOptions:
-    """Publish a Space with the predictions and attention of a model on the Hub."""
+    """Publish a Space that shows the predictions and attention of a model on the Hub."""
 
     model: str
     """Hub id of the model."""
@@ -33,16 +33,16 @@ class SpaceOptions:
     space_id: str | None = None
     """Id of the Space to push to. Default: the name of the model followed by -demo, in your account."""
     private: bool = False
-    """Make the Space private if the push creates the Space."""
+    """Create a private Space if the Space does not exist."""
     title: str | None = None
     """Title of the Space. Default: derived from the name of the model."""
     examples: tuple[Path, ...] = ()
-    """Image files to offer as examples."""
+    """Image files to show as examples."""
     static: bool = False
     """Build a page that runs a copy of the model in the browser, with transformers.js. The model must have a
     classifier."""
     node_modules: Path | None = None
-    """With --static: node_modules folder with the npm package @huggingface/transformers, which is copied to the Space.
+    """With --static: node_modules folder that contains @huggingface/transformers. The package is copied to the Space.
     Default: the page loads transformers.js from a CDN."""
     output: Path | None = None
     """Write the files of the Space to this folder instead of pushing them."""
@@ -54,14 +54,14 @@ class SpaceOptions:
         if self.static and self.examples:
             raise ValueError("--static does not support --examples. Omit one of these flags")
         if self.node_modules is not None and not self.static:
-            raise ValueError("--node-modules requires --static")
+            raise ValueError("--node-modules requires --static. Set --static")
 
 
-OPTIONS = SpaceOptions
+OPTIONS_CLASS = SpaceOptions
 
 
 def run(options: SpaceOptions) -> None:
-    """Find the model, build the files of the Space, push or write the files, and print their location."""
+    """Build the files of a Space for a model, push or write the files, and print the URL or folder."""
     from ..hub.space import build_space_files, find_published_model
 
     model = find_published_model(options.model, options.revision)
@@ -84,19 +84,19 @@ def run(options: SpaceOptions) -> None:
 
 
 def publish(options: SpaceOptions, model: "PublishedModel", space_files: "RepoFiles") -> None:
-    """Push or write the files, and print their location."""
+    """Push or write the files of a Space, and print the URL or folder."""
     from ..hub.push_permissions import check_push_permissions
     from ..hub.space import push_space, write_space
 
     if options.output is not None:
         write_space(space_files, options.output)
-        program = f"-m http.server --directory {options.output}" if options.static else options.output / "app.py"
-        print(f"wrote {options.output}: show the page with python {program}")
+        arguments = f"-m http.server --directory {options.output}" if options.static else options.output / "app.py"
+        print(f"wrote {options.output}: to serve the page, run python {arguments}")
         return
     default_name = f"{model.repo_id.rpartition('/')[2]}-demo"
     space_id = check_push_permissions(options.space_id, default_name, options.private, repo_type="space")
     flag_values = {name: getattr(options, name) for name in ("title", "examples", "static", "node_modules")}
-    flags = [token for name, value in flag_values.items() if value for token in to_arguments(name, value)]
+    flags = [argument for name, value in flag_values.items() if value for argument in to_arguments(name, value)]
     sdk: Literal["gradio", "static"] = "static" if options.static else "gradio"
     pushed_space = push_space(space_files, model, space_id, options.private, sdk, flags)
     print(f"pushed a Space for {model.repo_id} at {model.commit}: {pushed_space.url}")

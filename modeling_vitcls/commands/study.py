@@ -1,8 +1,9 @@
-"""`vitcls study`: a grid of fine-tuning runs over factors and seeds, with a page of tables and plots.
+"""`vitcls study`: compare settings with a grid of fine-tuning runs over factors and seeds.
 
     vitcls study --config scripts/recipes/study_digits.yaml --output-dir runs/study --jobs 2
 
-To continue an interrupted study, repeat the command. The study file is described in modeling_vitcls/study.py.
+To continue an interrupted study, repeat the command. The format of study files is described in
+modeling_vitcls/study.py.
 """
 
 import shlex
@@ -14,16 +15,17 @@ from .parsing import exit_with_message, find_recipe
 
 @dataclass(frozen=True)
 class StudyOptions:
-    """Measure the effect of choices: a grid of runs over factors and seeds, with a page of tables and plots."""
+    """Compare settings with a grid of fine-tuning runs over factors and seeds, and write a page of tables and
+    plots."""
 
     config: Path
-    """Study file, or the name of a study in the package, such as study_digits."""
+    """Study file, or the name of a study file in the package, such as study_digits."""
     output_dir: Path
     """Folder for the runs and the page. Finished runs in the folder are not repeated."""
     dataset: str | None = None
     """Dataset for all subsets, instead of the dataset in the study file."""
     jobs: int = 1
-    """Maximum number of runs that are executed in parallel."""
+    """Maximum number of parallel runs."""
     threads: int = 1
     """CPU threads per run."""
     memory_limit: float | None = None
@@ -35,23 +37,23 @@ class StudyOptions:
                 raise ValueError(f"--{name} is {getattr(self, name)}: set --{name} to 1 or more")
 
 
-OPTIONS = StudyOptions
+OPTIONS_CLASS = StudyOptions
 
 
 def run(options: StudyOptions) -> None:
-    """Execute the study. Exit with status 1 if a run failed."""
+    """Run the study. Exit with status 1 if a run fails."""
     from ..study import load_study, run_study
 
     flags: dict[str, object] = {"--config": options.config, "--output-dir": options.output_dir, "--jobs": options.jobs}
     if options.dataset:
         flags["--dataset"] = options.dataset
-    command = shlex.join(["vitcls", "study", *(str(item) for pair in flags.items() for item in pair)])
+    command = shlex.join(["vitcls", "study", *(str(argument) for flag in flags.items() for argument in flag)])
     rows = run_study(
         load_study(find_recipe(options.config)),
         options.output_dir,
         command,
-        jobs=options.jobs,
-        threads=options.threads,
+        num_jobs=options.jobs,
+        num_threads=options.threads,
         memory_limit=options.memory_limit,
         dataset=options.dataset,
     )

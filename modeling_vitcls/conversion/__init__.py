@@ -1,7 +1,7 @@
-"""Convert checkpoints of other projects to this package and back, with tables of rules for parameter names.
+"""Convert checkpoints between other projects and this package, with tables of rules for parameter names.
 
     any_checkpoint.py         any supported checkpoint -> a model folder, converted once and cached
-    weight_rules.py           rules for parameter names and shapes in both directions, and treatment of the classifier
+    weight_rules.py           rules for parameter names and shapes in both directions, and handling of the classifier
     random_weights.py         random values for every parameter, for conversions without a checkpoint
     from_transformers.py      conversion of transformers models
     transformers_families.py  parameter names and configurations of the model families of transformers

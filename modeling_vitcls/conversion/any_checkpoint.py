@@ -1,10 +1,10 @@
 """Resolve any supported checkpoint to the folder of a vitcls model. Conversions are cached.
 
-    resolve_checkpoint("runs/mine")                     a vitcls model: the folder itself
-    resolve_checkpoint("someone/their-model@COMMIT")    a vitcls model on the Hub: its download
-    resolve_checkpoint("facebook/dinov2-small")         a model of transformers: its conversion
-    resolve_checkpoint("timm:vit_small_patch16_224")    a model of timm: its conversion
-    resolve_checkpoint("dinov2_vits14_pretrain.pth")    a published state dict: its conversion
+    resolve_checkpoint("runs/mine")                     a vitcls model: the same folder
+    resolve_checkpoint("someone/their-model@COMMIT")    a vitcls model on the Hub: the downloaded folder
+    resolve_checkpoint("facebook/dinov2-small")         a transformers model: the converted model
+    resolve_checkpoint("timm:vit_small_patch16_224")    a timm model: the converted model
+    resolve_checkpoint("dinov2_vits14_pretrain.pth")    a published state dict: the converted model
 
 Conversions are checked in the same way as in `vitcls convert`: a converted model is cached only if its outputs equal
 the outputs of the source. The parity report records the source, the commit and the versions. The cache is the folder
@@ -27,13 +27,13 @@ from ..hub.loading import CONFIG, CONFIG_FILES, MODEL_FILES, get_cached_commit, 
 from ..version import __version__
 
 
-PREFIXES = ("timm:", "transformers:")
+SOURCE_PREFIXES = ("timm:", "transformers:")
 
 log = logging.getLogger(__name__)
 
 
 def resolve_checkpoint(source: str, files: Sequence[str] = MODEL_FILES) -> str:
-    """Return the folder of a vitcls model: the source itself, or the folder of the download or conversion.
+    """Return the local folder of a vitcls model, after downloading or converting the source if necessary.
 
     Args:
         source: A folder, `namespace/name` on the Hub with an optional `@REVISION`, `timm:NAME`,
@@ -44,22 +44,22 @@ def resolve_checkpoint(source: str, files: Sequence[str] = MODEL_FILES) -> str:
         ValueError: If the source is not supported, or the conversion is not exact.
         OSError: If the source cannot be found or read.
     """
-    if source.startswith(PREFIXES) or Path(source).is_file():
+    if source.startswith(SOURCE_PREFIXES) or Path(source).is_file():
         return convert_once(source)
     name, revision = split_revision(source)
     folder = get_model_folder(name, files, revision)
     commit = get_cached_commit(folder)
     pinned_name = f"{name}@{commit}" if commit else name
-    match read_model_types(folder):
+    match read_model_type_and_architecture(folder):
         case (model_type, _) if model_type in CONFIG_MAPPING_NAMES:
             return convert_once(f"transformers:{pinned_name}")
         case (None, str()):  # a model saved by timm
             return convert_once(f"timm:hf-hub:{pinned_name}" if commit else f"timm:local-dir:{name}")
-    return folder  # a vitcls model; unsupported models raise an error when the model is loaded
+    return folder  # a vitcls model; unsupported models raise an error on loading
 
 
 def pin_revision(source: str) -> str:
-    """Append the commit hash to the name of a Hub model, and return the result. Return other names unchanged."""
+    """Append the commit hash to the id of a Hub model. Other sources are returned unchanged."""
     prefix = "transformers:" if source.startswith("transformers:") else ""
     name, revision = split_revision(source.removeprefix(prefix))
     if source.startswith("timm:"):
@@ -69,25 +69,25 @@ def pin_revision(source: str) -> str:
 
 
 def is_pinned(pinned_source: object, source: object) -> bool:
-    """Return whether `pinned_source` is `source` with a commit hash, which replaces the branch or tag, if any."""
+    """Return whether `pinned_source` is `source` with a commit hash instead of a branch, a tag or no revision."""
     if not isinstance(pinned_source, str) or not isinstance(source, str) or pinned_source == source:
         return False
     name, revision = split_revision(source)
     return pinned_source.rpartition("@")[0] == name and not re.fullmatch("[0-9a-f]{40}", revision or "")
 
 
-def read_model_types(folder: str) -> tuple[str | None, str | None]:
-    """Return `model_type` (transformers) and `architecture` (timm) of config.json; None for missing values."""
+def read_model_type_and_architecture(folder: str) -> tuple[str | None, str | None]:
+    """Return `model_type` (transformers) and `architecture` (timm) from config.json, or None for missing values."""
     try:
         config = read_json(Path(folder, CONFIG))
         return config.get("model_type"), config.get("architecture")
-    except (OSError, ValueError, AttributeError):  # reported when the model is loaded
+    except (OSError, ValueError, AttributeError):  # the error is reported when the model is loaded
         return None, None
 
 
 def convert_once(source: str) -> str:
-    """Return the folder of the cached conversion of a source. Convert the source if the cache has no conversion."""
-    from .convert import convert_checkpoint  # slow, because it imports many transformers models
+    """Return the cached folder of a converted source. Convert the source if it is not in the cache."""
+    from .convert import convert_checkpoint  # slow import of many transformers models
 
     folder = get_cache_folder() / compute_cache_name(source)
     if not (folder / CONFIG).is_file():
@@ -104,7 +104,7 @@ def get_cache_folder() -> Path:
 def compute_cache_name(source: str) -> str:
     """Return the folder name of a conversion. The name changes if the files of the source or the version of this
     package change."""
-    path = Path(source.partition(":")[2] if source.startswith(PREFIXES) else source)
+    path = Path(source.partition(":")[2] if source.startswith(SOURCE_PREFIXES) else source)
     cache_key: list[object] = [pin_revision(source), __version__]
     if path.exists():
         files = sorted(path.iterdir()) if path.is_dir() else [path]

@@ -38,8 +38,8 @@ def build_conversion_card(
 ) -> ModelCard:
     """Build the card of a converted model.
 
-    `name` is the folder name of the model; a push replaces this name with the repository name. `images` contains paths
-    relative to the folder, as returned by `write_card_images`. `is_native` is True for a transformers model.
+    `name` is the folder name of the model, which `vitcls push` replaces with the repository name. `images` contains
+    paths relative to the folder, as returned by `write_card_images`. `is_native` is True for a transformers model.
     """
     sequence_length = config.token_layout.get_num_tokens(*config.grid_size)
     layout = {group: len(range(sequence_length)[tokens]) for group, tokens in config.token_layout.items()}
@@ -57,7 +57,7 @@ def build_conversion_card(
         layout=format_token_layout(layout),
         layout_description=describe_token_layout(layout),
         images=images or {},
-        is_copy=is_copy(report, provenance),
+        is_copy=is_copy_of_base_model(report, provenance),
         sequence_length=sequence_length,
         image_size=f"{height} x {width}",
         classifier=CLASSIFIER_SENTENCES[report.classifier].format(num_labels=config.num_labels),
@@ -76,7 +76,7 @@ def build_conversion_card(
 
 
 def build_metadata(report: "ParityReport", provenance: Provenance, is_native: bool) -> ModelCardData:
-    """Build the YAML header of the card. The header names no base model and no license for random weights."""
+    """Build the YAML header of the card. For random weights, the header has no base model and no license."""
     # `base_model_relation` is not set, because the Hub has no relation for exact copies.
     return ModelCardData(
         library_name="transformers",
@@ -87,22 +87,22 @@ def build_metadata(report: "ParityReport", provenance: Provenance, is_native: bo
     )
 
 
-def is_copy(report: "ParityReport", provenance: Provenance) -> bool:
-    """Return whether the header names the source itself as the base model, not the base model of the source."""
+def is_copy_of_base_model(report: "ParityReport", provenance: Provenance) -> bool:
+    """Return whether the base model in the header is the source, rather than the base model of the source."""
     return isinstance(provenance.base_model, str) and provenance.name in (provenance.base_model, report.source)
 
 
 def describe_source(report: "ParityReport", provenance: Provenance) -> str:
     """Return the name of the source in Markdown, with a link (if it is on the Hub) and the commit (if known)."""
     name = f"`{provenance.name}`"
-    if is_copy(report, provenance):
+    if is_copy_of_base_model(report, provenance):
         name = f"[{name}](https://huggingface.co/{provenance.base_model})"
     revision = report.source_revision
     return f"{name} (at commit `{revision}`)" if revision else name
 
 
 def describe_preprocessing(report: "ParityReport") -> str:
-    """Return sentences that state the source of the image processor's settings and the largest pixel difference."""
+    """Return sentences about the settings of the image processor and the largest pixel difference."""
     preprocessing = report.preprocessing
     if preprocessing["assumed_because"]:
         return (
@@ -111,13 +111,13 @@ def describe_preprocessing(report: "ParityReport") -> str:
         )
     difference = preprocessing["largest_difference_in_grey_levels"]
     return (
-        f"The image processor has the settings of {preprocessing['origin']}. On a test image, the pixels differ by at "
+        f"The image processor has the settings of {preprocessing['origin']}. On test images, the pixels differ by at "
         f"most {difference:.2g} of 255 gray levels."
     )
 
 
 def build_command(name: str, report: "ParityReport", config: ViTCLSConfig) -> str:
-    """Build the command line that repeats the conversion. If known, the commit of the source is included."""
+    """Build the command line that reproduces the conversion, with the commit of the source if it is known."""
     source = report.source
     if report.source_revision:
         source = f"{source.partition('@')[0]}@{report.source_revision}"

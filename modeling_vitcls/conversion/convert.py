@@ -26,7 +26,7 @@ from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel, ViTCLSPreTrainedModel
 from ..system import get_versions
 from .conversion_card import build_conversion_card
-from .parity_report import ParityReport, compare_models, describe_position_policies, hash_files
+from .parity_report import ParityReport, compare_models, describe_position_embeddings, hash_files
 from .processors import ConvertedPreprocessing, apply_processor, check_processor, select_settings
 from .source_files import FileSource
 from .source_models import SourceModel, TransformersSource, load_source
@@ -68,11 +68,11 @@ def convert_checkpoint(
     source = load_any_source(source_name, random_init, family)
     model = convert_source(source, classifier, num_labels)
     classifier_state = get_classifier_state(source, model, classifier)
-    comparisons, not_compared = compare_models(source, model, has_source_classifier=classifier_state == "kept")
+    comparisons, native_size_reason = compare_models(source, model, has_source_classifier=classifier_state == "kept")
     if not isinstance(source, FileSource):
-        source.notes += describe_position_policies(source.name.partition(":")[0], model.config)
+        source.notes += describe_position_embeddings(source.name.partition(":")[0], model.config)
     preprocessing = source.convert_preprocessing()
-    with create_folder(output) as folder:
+    with create_output_folder(output) as folder:
         model.save_pretrained(folder)
         preprocessing.processor.save_pretrained(folder)
         check_saved_weights(folder, model)
@@ -84,8 +84,8 @@ def convert_checkpoint(
             model_class=type(model).__name__,
             classifier=classifier_state,
             comparisons=comparisons,
-            not_compared=not_compared,
-            preprocessing=preprocessing.describe(),
+            not_compared=native_size_reason,
+            preprocessing=preprocessing.to_dict(),
             versions=get_versions("timm"),
             sha256=hash_files(folder.glob("*.safetensors")),
             notes=source.notes,
@@ -129,8 +129,8 @@ def load_any_source(source_name: str, random_init: bool = False, family: str | N
 
 
 def convert_source(source: SourceModel, classifier: ClassifierChoice, num_labels: int | None) -> ViTCLSPreTrainedModel:
-    """Convert a source model; the conversion runs in float32. The converted model is cast back to the dtype of the
-    source if that dtype represents all encoder weights exactly."""
+    """Convert a source model in float32. Cast the converted model back to the dtype of the source if this dtype
+    represents all encoder weights exactly."""
     weights = source.weights.values() if isinstance(source, FileSource) else source.model.parameters()
     saved_dtype = next(iter(weights)).dtype
     source.model.float()
@@ -152,21 +152,21 @@ def get_classifier_state(source: SourceModel, model: ViTCLSPreTrainedModel, clas
 
 
 @contextmanager
-def create_folder(output: Path) -> Iterator[Path]:
-    """Create a temporary folder next to `output`. Rename the folder to `output` at the end, or remove it after an
+def create_output_folder(output: Path) -> Iterator[Path]:
+    """Create a temporary folder next to `output`. Rename the folder to `output` on exit, or remove the folder after an
     error."""
-    created_folders = [folder for folder in (output, *output.parents) if not folder.exists()]  # innermost first
-    partial_folder = output.with_name(f".{output.name}.partial-{os.getpid()}")
+    new_folders = [folder for folder in (output, *output.parents) if not folder.exists()]  # innermost first
+    temporary_folder = output.with_name(f".{output.name}.partial-{os.getpid()}")
     try:
-        partial_folder.mkdir(parents=True)
-        yield partial_folder
+        temporary_folder.mkdir(parents=True)
+        yield temporary_folder
         if output.exists():
             output.rmdir()
-        partial_folder.rename(output)
+        temporary_folder.rename(output)
     except BaseException:
-        shutil.rmtree(partial_folder, ignore_errors=True)
+        shutil.rmtree(temporary_folder, ignore_errors=True)
         with suppress(OSError):
-            for folder in created_folders[1:]:
+            for folder in new_folders[1:]:
                 folder.rmdir()
         raise
 
@@ -206,28 +206,33 @@ def write_native_model(source: str, output: Path, any_size: bool = False) -> Par
     model = load_model(folder)
     converted_model, is_exact_at_any_size = convert_model(model, any_size)
     name = type(converted_model).__name__
-    difference = f"at other image sizes, transformers resamples the position embeddings of {name} differently"
-    reason = "" if is_exact_at_any_size else difference
-    with create_folder(output) as target:
-        converted_model.save_pretrained(target)
-        preprocessing = write_processor(folder, target)
-        written_source = TransformersSource.load(str(target), random_init=False)
-        written_source.model.float()
+    native_size_reason = (
+        ""
+        if is_exact_at_any_size
+        else f"at other image sizes, transformers resamples the position embeddings of {name} differently"
+    )
+    with create_output_folder(output) as output_folder:
+        converted_model.save_pretrained(output_folder)
+        preprocessing = write_processor(folder, output_folder)
+        reloaded_source = TransformersSource.load(str(output_folder), random_init=False)
+        reloaded_source.model.float()
         has_logits = isinstance(model, ViTCLSForImageClassification) and bool(model.num_labels)
-        comparisons, not_compared = compare_models(written_source, model, has_logits, native_size_reason=reason)
+        comparisons, native_size_reason = compare_models(reloaded_source, model, has_logits, native_size_reason)
         report = ParityReport(
             source=strip_folders(resolve_name(source)),
             source_class=type(model).__name__,
             model_class=name,
             classifier="kept" if has_logits else "none",
             comparisons=comparisons,
-            not_compared=not_compared,
+            not_compared=native_size_reason,
             preprocessing=preprocessing,
             versions=get_versions(),
-            sha256=hash_files(target.glob("*.safetensors")),
+            sha256=hash_files(output_folder.glob("*.safetensors")),
             notes=[],
         )
-        write_report(report, target, source, output.resolve().name, model.config, converted_model, is_native=True)
+        write_report(
+            report, output_folder, source, output.resolve().name, model.config, converted_model, is_native=True
+        )
     return report
 
 
@@ -253,13 +258,12 @@ def convert_model(model: ViTCLSPreTrainedModel, any_size: bool) -> tuple[PreTrai
             raise error from None
 
 
-def write_processor(folder: Path, target: Path) -> dict[str, Any]:
-    """Save the image processor of a model folder as a `ViTImageProcessor`, and return its parity report entry."""
+def write_processor(folder: Path, output_folder: Path) -> dict[str, Any]:
+    """Save the image processor of a model folder as a `ViTImageProcessor`. Return the `preprocessing` field of the
+    parity report."""
     if not (folder / "preprocessor_config.json").is_file():
-        return ConvertedPreprocessing(ViTCLSImageProcessor(), "", None, "the model has no image processor").describe()
-    original_processor = ViTCLSImageProcessor.from_pretrained(folder)
-    transformers.ViTImageProcessor(**select_settings(original_processor)).save_pretrained(target)
-    preprocess = partial(apply_processor, transformers.ViTImageProcessor.from_pretrained(target))
-    return check_processor(
-        original_processor, original_processor, preprocess, type(original_processor).__name__
-    ).describe()
+        return ConvertedPreprocessing(ViTCLSImageProcessor(), "", None, "the model has no image processor").to_dict()
+    vitcls_processor = ViTCLSImageProcessor.from_pretrained(folder)
+    transformers.ViTImageProcessor(**select_settings(vitcls_processor)).save_pretrained(output_folder)
+    preprocess = partial(apply_processor, transformers.ViTImageProcessor.from_pretrained(output_folder))
+    return check_processor(vitcls_processor, vitcls_processor, preprocess, type(vitcls_processor).__name__).to_dict()

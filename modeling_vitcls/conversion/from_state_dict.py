@@ -7,7 +7,8 @@
     model = convert_state_dict(weights, family="big_vision")
 
 A state dict has no configuration. Values that cannot be inferred from the weight shapes (number of heads, eps,
-resampling of position embeddings) are taken from the authors' code and set by the `read_` function of the family.
+resampling of position embeddings) are taken from the authors' code and set by the `read_*_fields` function of each
+family.
 
 big_vision and its predecessor google-research/vision_transformer use the Flax layout: dense kernels are [in, out],
 attention kernels [D, heads, head_dim], and the patch kernel [height, width, C, D]. Array names contain slashes instead
@@ -49,7 +50,7 @@ class StateDictFamily:
 
     read_fields: Callable[[Weights], Fields]  # returns fields of `ViTCLSConfig` for the prepared weights
     rules: Sequence[Rule]  # rules for the prepared weights
-    prepare: Callable[[Weights], Weights] = dict  # prepares the published weights for the rules
+    prepare_weights: Callable[[Weights], Weights] = dict  # prepares the published weights for the rules
 
 
 def convert_state_dict(
@@ -76,8 +77,8 @@ def convert_state_dict(
             periods of DINOv3 are computed in float32, as in timm and transformers, and the stored periods are ignored.
 
     Raises:
-        ConversionError: If the family is unknown, weights do not belong to the family (the message lists the weights),
-            or a field is not set and cannot be inferred from the weights.
+        ConversionError: If the family is unknown, the weights do not belong to the family, or a field is not set and
+            cannot be inferred from the weights.
     """
     if family not in FAMILIES:
         raise ConversionError(f"family={family!r} is unknown. Use one of {', '.join(FAMILIES)}")
@@ -87,15 +88,15 @@ def convert_state_dict(
     arrays = {replace_control_characters(str(name)): array for name, array in weights.get("model", weights).items()}
     tensors = {name: convert_to_tensor(name, arrays[name]) for name in arrays if not name.startswith(tuple(drop))}
     try:
-        tensors = state_dict_family.prepare(tensors)
+        tensors = state_dict_family.prepare_weights(tensors)
         fields = state_dict_family.read_fields(tensors) | fields
         for name in ("num_attention_heads", "image_size"):
             if fields[name] is None:
                 raise ConversionError(f"{name} cannot be inferred from the weights. Set {name}=...")
         config = ViTCLSConfig(**fields)
-        encoder, head = split_classifier(convert_weights(tensors, state_dict_family.rules, config))
-        return build_model(config, encoder, head, classifier, num_labels)
-    except (LookupError, RuntimeError) as error:  # tensors with an unexpected number of dimensions
+        encoder_weights, head_weights = split_classifier(convert_weights(tensors, state_dict_family.rules, config))
+        return build_model(config, encoder_weights, head_weights, classifier, num_labels)
+    except (LookupError, RuntimeError) as error:  # raised for an unexpected number of dimensions
         raise ConversionError(f"the weight shapes do not match the family {family}: {format_error(error)}") from error
 
 
@@ -124,7 +125,7 @@ DINOV3_RULES = [
     Rule("storage_tokens", "embeddings.register_tokens"),
     Rule("mask_token", "embeddings.mask_token", reshape_token),
     Rule("rope_embed.periods", []),  # stored in the field `rope_periods`
-    Rule("local_cls_norm.{rest}", []),  # norm that pre-training applies to local crops
+    Rule("local_cls_norm.{rest}", []),  # norm of local crops in pre-training
     Rule(
         "blocks.{i}.attn.qkv.bias", [f"layers.{{i}}.attention.{letter}_proj.bias" for letter in "qkv"], drop_key_bias
     ),
@@ -140,27 +141,34 @@ DINOV3_RULES = [
 IMAGE_MODEL_PREFIXES = ("params/img/", "params/", "opt/target/img/", "opt/target/", "img/")
 
 
-def build_attention_rules(source: str, target: str) -> list[Rule]:
+def build_attention_rules(source_prefix: str, target_prefix: str) -> list[Rule]:
     """Build the rules for query, key, value and output projections; the output kernel is [heads, head_dim, D]."""
     return [
-        *build_dense_rules(f"{source}/query", f"{target}.q_proj"),
-        *build_dense_rules(f"{source}/key", f"{target}.k_proj"),
-        *build_dense_rules(f"{source}/value", f"{target}.v_proj"),
-        Rule(f"{source}/out/kernel", f"{target}.o_proj.weight", lambda kernel, config: [kernel.flatten(0, 1).T]),
-        Rule(f"{source}/out/bias", f"{target}.o_proj.bias"),
+        *build_dense_rules(f"{source_prefix}/query", f"{target_prefix}.q_proj"),
+        *build_dense_rules(f"{source_prefix}/key", f"{target_prefix}.k_proj"),
+        *build_dense_rules(f"{source_prefix}/value", f"{target_prefix}.v_proj"),
+        Rule(
+            f"{source_prefix}/out/kernel",
+            f"{target_prefix}.o_proj.weight",
+            lambda kernel, config: [kernel.flatten(0, 1).T],
+        ),
+        Rule(f"{source_prefix}/out/bias", f"{target_prefix}.o_proj.bias"),
     ]
 
 
-def build_norm_rules(source: str, target: str) -> list[Rule]:
+def build_norm_rules(source_prefix: str, target_prefix: str) -> list[Rule]:
     """Build the rules for the scale and bias of a LayerNorm."""
-    return [Rule(f"{source}/scale", f"{target}.weight"), Rule(f"{source}/bias", f"{target}.bias")]
+    return [
+        Rule(f"{source_prefix}/scale", f"{target_prefix}.weight"),
+        Rule(f"{source_prefix}/bias", f"{target_prefix}.bias"),
+    ]
 
 
-def build_dense_rules(source: str, target: str) -> list[Rule]:
+def build_dense_rules(source_prefix: str, target_prefix: str) -> list[Rule]:
     """Build the rules for a kernel [in, out] or [in, heads, head_dim] and its bias."""
     return [
-        Rule(f"{source}/kernel", f"{target}.weight", lambda kernel, config: [kernel.flatten(1).T]),
-        Rule(f"{source}/bias", f"{target}.bias", lambda bias, config: [bias.flatten()]),
+        Rule(f"{source_prefix}/kernel", f"{target_prefix}.weight", lambda kernel, config: [kernel.flatten(1).T]),
+        Rule(f"{source_prefix}/bias", f"{target_prefix}.bias", lambda bias, config: [bias.flatten()]),
     ]
 
 
@@ -204,18 +212,18 @@ def prepare_dinov3_weights(weights: Weights) -> Weights:
     for name in prepared_weights:
         if not name.endswith("attn.qkv.bias"):
             continue
-        mask = weights.get(f"{name}_mask")
-        if mask is not None:
-            if not torch.isin(mask, mask.new_tensor([0, 1])).all():
+        bias_mask = weights.get(f"{name}_mask")
+        if bias_mask is not None:
+            if not torch.isin(bias_mask, bias_mask.new_tensor([0, 1])).all():
                 raise ConversionError(f"{name}_mask contains values other than 0 and 1")
-            prepared_weights[name] = prepared_weights[name] * mask
+            prepared_weights[name] = prepared_weights[name] * bias_mask
         if prepared_weights[name].chunk(3)[1].any():
             raise ConversionError(f"{name} contains nonzero key biases, but DINOv3 has no key biases")
     return prepared_weights
 
 
-def read_vit(weights: Weights, width_to_num_heads: Mapping[int, int]) -> Fields:
-    """Return the fields inferred from the weights. `width_to_num_heads` contains the published models' widths."""
+def read_vit_fields(weights: Weights, width_to_num_heads: Mapping[int, int]) -> Fields:
+    """Return the fields inferred from the weights. `width_to_num_heads` contains the number of heads by width."""
     width, channels, patch_height, patch_width = get_weight(weights, "patch_embed.proj.weight").shape
     blocks = {int(match[1]) for name in weights if (match := re.match(r"blocks\.(\d{1,9})\.", name))}
     if blocks != set(range(len(blocks))):
@@ -229,7 +237,7 @@ def read_vit(weights: Weights, width_to_num_heads: Mapping[int, int]) -> Fields:
         "num_attention_heads": width_to_num_heads.get(width),
         "qkv_bias": "blocks.0.attn.qkv.bias" in weights,
         "use_mask_token": "mask_token" in weights,
-        **read_mlp(weights),
+        **read_mlp_fields(weights),
     }
     if "blocks.0.ls1.gamma" in weights or "blocks.0.gamma_1" in weights:
         fields["layer_scale_init_value"] = 1.0
@@ -238,55 +246,55 @@ def read_vit(weights: Weights, width_to_num_heads: Mapping[int, int]) -> Fields:
     return fields
 
 
-def read_mlp(weights: Weights) -> Fields:
+def read_mlp_fields(weights: Weights) -> Fields:
     """Return the type and hidden size of the MLPs."""
     if "blocks.0.mlp.w3.weight" in weights:
         return {"mlp_type": "swiglu", "intermediate_size": weights["blocks.0.mlp.w3.weight"].shape[1]}
     return {"intermediate_size": get_weight(weights, "blocks.0.mlp.fc1.weight").shape[0]}
 
 
-def read_positions(weights: Weights, num_special_tokens: int) -> Fields:
+def read_position_fields(weights: Weights, num_special_tokens: int) -> Fields:
     """Return `position_embedding_tokens` and `image_size` for position embeddings [1, N, D]. `image_size` is None if
     the patch grid is not square."""
     num_positions = get_weight(weights, "pos_embed").shape[1]
     patch_height, patch_width = weights["patch_embed.proj.weight"].shape[-2:]
-    for num_prefix_tokens, tokens in (
+    for num_prefix_tokens, position_embedding_tokens in (
         (num_special_tokens, "cls" if num_special_tokens == 1 else "all"),
         (0, "patches"),
     ):
-        side = math.isqrt(num_positions - num_prefix_tokens)
-        if side * side == num_positions - num_prefix_tokens:
-            image_size = [side * patch_height, side * patch_width]
-            return {"position_embedding_tokens": tokens, "image_size": image_size}
+        grid_side = math.isqrt(num_positions - num_prefix_tokens)
+        if grid_side * grid_side == num_positions - num_prefix_tokens:
+            image_size = [grid_side * patch_height, grid_side * patch_width]
+            return {"position_embedding_tokens": position_embedding_tokens, "image_size": image_size}
     return {"image_size": None}
 
 
-def read_dinov2(weights: Weights) -> Fields:
+def read_dinov2_fields(weights: Weights) -> Fields:
     """Return the fields of DINOv2 (arXiv 2304.07193), with or without registers (arXiv 2309.16588).
 
-    The published linear classifiers read the CLS token and the mean of the patches.
+    The published linear classifiers use the CLS token and the mean of the patches.
     """
     registers = weights.get("register_tokens")
-    head, width = weights.get("linear_head.weight"), get_weight(weights, "patch_embed.proj.weight").shape[0]
-    if head is not None and head.shape[-1] != 2 * width:
+    head_weight, width = weights.get("linear_head.weight"), get_weight(weights, "patch_embed.proj.weight").shape[0]
+    if head_weight is not None and head_weight.shape[-1] != 2 * width:
         raise ConversionError(
-            f"the linear classifier of DINOv2 reads {head.shape[-1] // width - 1} layers, but only classifiers that "
-            "read the last layer are supported. Use the one-layer classifier (linear_head instead of linear4_head)"
+            f"the linear classifier of DINOv2 uses {head_weight.shape[-1] // width - 1} layers, but only classifiers "
+            "on the last layer are supported. Use the one-layer classifier (linear_head instead of linear4_head)"
         )
     resampling_fields: Fields = {"position_offset": 0.1} if registers is None else {"position_antialias": True}
     return {
-        **read_vit(weights, {384: 6, 768: 12, 1024: 16, 1536: 24}),
-        **read_positions(weights, num_special_tokens=1),
+        **read_vit_fields(weights, {384: 6, 768: 12, 1024: 16, 1536: 24}),
+        **read_position_fields(weights, num_special_tokens=1),
         **resampling_fields,
-        **({} if head is None else {"num_labels": len(head), "pooling": "cls_mean"}),
+        **({} if head_weight is None else {"num_labels": len(head_weight), "pooling": "cls_mean"}),
         "num_register_tokens": 0 if registers is None else registers.shape[1],
     }
 
 
-def read_dinov3(weights: Weights) -> Fields:
+def read_dinov3_fields(weights: Weights) -> Fields:
     """Return the fields of DINOv3 (arXiv 2508.10104). The authors' code uses the stored rotary periods in bfloat16."""
     periods = weights.get("rope_embed.periods")
-    fields = read_vit(weights, {384: 6, 768: 12, 1024: 16, 1280: 20, 4096: 32})
+    fields = read_vit_fields(weights, {384: 6, 768: 12, 1024: 16, 1280: 20, 4096: 32})
     return fields | {
         "image_size": 16 * fields["patch_size"][0],
         "key_bias": False,
@@ -297,34 +305,40 @@ def read_dinov3(weights: Weights) -> Fields:
     }
 
 
-def read_deit(weights: Weights) -> Fields:
+def read_deit_fields(weights: Weights) -> Fields:
     """Return the fields of DeiT (arXiv 2012.12877), DeiT III (arXiv 2204.07118) and MSN (arXiv 2204.07141)."""
-    special_names = [name for name in ("cls_token", "dist_token") if name in weights]
+    special_token_names = [name for name in ("cls_token", "dist_token") if name in weights]
     return {
-        **read_vit(weights, {192: 3, 384: 6, 512: 8, 768: 12, 1024: 16, 1280: 16}),
-        **read_positions(weights, num_special_tokens=len(special_names)),
-        "num_distillation_tokens": special_names.count("dist_token"),
+        **read_vit_fields(weights, {192: 3, 384: 6, 512: 8, 768: 12, 1024: 16, 1280: 16}),
+        **read_position_fields(weights, num_special_tokens=len(special_token_names)),
+        "num_distillation_tokens": special_token_names.count("dist_token"),
     }
 
 
-def read_dino(weights: Weights) -> Fields:
-    """Return the fields of DINO (arXiv 2104.14294) and iBOT (arXiv 2111.07832), with the authors' interpolation."""
-    return read_deit(weights) | {"position_offset": 0.1, "use_mask_token": "masked_embed" in weights}
+def read_dino_fields(weights: Weights) -> Fields:
+    """Return the fields of DINO (arXiv 2104.14294) and iBOT (arXiv 2111.07832), which interpolate position embeddings
+    with an offset."""
+    return read_deit_fields(weights) | {"position_offset": 0.1, "use_mask_token": "masked_embed" in weights}
 
 
-def read_ijepa(weights: Weights) -> Fields:
+def read_ijepa_fields(weights: Weights) -> Fields:
     """Return the fields of I-JEPA (arXiv 2301.08243), which has no CLS token."""
-    fields = read_vit(weights, {768: 12, 1024: 16, 1280: 16, 1408: 16}) | read_positions(weights, num_special_tokens=0)
-    return fields | {"num_cls_tokens": 0, "position_embedding_tokens": "patches", "pooling": "mean"}
+    return {
+        **read_vit_fields(weights, {768: 12, 1024: 16, 1280: 16, 1408: 16}),
+        **read_position_fields(weights, num_special_tokens=0),
+        "num_cls_tokens": 0,
+        "position_embedding_tokens": "patches",
+        "pooling": "mean",
+    }
 
 
-def read_mae(weights: Weights) -> Fields:
+def read_mae_fields(weights: Weights) -> Fields:
     """Return the fields of MAE (arXiv 2111.06377), pre-trained or fine-tuned. The fixed position embeddings of MAE
     become learned position embeddings."""
     has_mean_pooling = "fc_norm.weight" in weights
     return {
-        **read_vit(weights, {768: 12, 1024: 16, 1280: 16}),
-        **read_positions(weights, num_special_tokens=1),
+        **read_vit_fields(weights, {768: 12, 1024: 16, 1280: 16}),
+        **read_position_fields(weights, num_special_tokens=1),
         "final_norm": not has_mean_pooling,
         "pooled_norm": has_mean_pooling,
         "pooling": "mean" if has_mean_pooling else "cls",
@@ -332,7 +346,7 @@ def read_mae(weights: Weights) -> Fields:
 
 
 def prepare_big_vision_weights(weights: Weights) -> Weights:
-    """Return the weights of the image model without the prefix, and split arrays of stacked blocks."""
+    """Strip the prefix of the image model from the weight names, and split arrays of stacked blocks."""
     prefix = next((prefix for prefix in IMAGE_MODEL_PREFIXES if f"{prefix}embedding/kernel" in weights), "")
     prepared_weights: Weights = {}
     for name, weight in weights.items():
@@ -347,7 +361,7 @@ def prepare_big_vision_weights(weights: Weights) -> Weights:
     return prepared_weights
 
 
-def read_big_vision(weights: Weights) -> Fields:
+def read_big_vision_fields(weights: Weights) -> Fields:
     """Return the fields of a big_vision model. Flax's `nn.gelu` is the tanh approximation."""
     patch_height, patch_width, channels, width = get_weight(weights, "embedding/kernel").shape
     blocks = [int(match[1]) for name in weights if (match := re.match(r"Transformer/encoderblock_(\d+)/", name))]
@@ -355,10 +369,10 @@ def read_big_vision(weights: Weights) -> Fields:
         r"Transformer/encoderblock_0/MultiHead\w+/query/kernel",
         r"Transformer/encoderblock_0/MlpBlock_\d/Dense_0/kernel",
     )
-    query, mlp = (
+    query_kernel, mlp_kernel = (
         next((weight for name, weight in weights.items() if re.fullmatch(pattern, name)), None) for pattern in patterns
     )
-    if query is None or mlp is None:
+    if query_kernel is None or mlp_kernel is None:
         raise ConversionError(
             "big_vision requires attention and MLP weights in Transformer/encoderblock_0, but the weights are missing"
         )
@@ -367,16 +381,16 @@ def read_big_vision(weights: Weights) -> Fields:
         "num_channels": channels,
         "patch_size": [patch_height, patch_width],
         "num_hidden_layers": max(blocks) + 1,
-        "num_attention_heads": query.shape[1],
-        "intermediate_size": mlp.shape[1],
+        "num_attention_heads": query_kernel.shape[1],
+        "intermediate_size": mlp_kernel.shape[1],
         "hidden_act": "gelu_pytorch_tanh",
         "num_cls_tokens": int("cls" in weights),
-        **read_big_vision_positions(weights, (patch_height, patch_width)),
-        **read_big_vision_pooling(weights),
+        **read_big_vision_position_fields(weights, (patch_height, patch_width)),
+        **read_big_vision_pooling_fields(weights),
     }
 
 
-def read_big_vision_positions(weights: Weights, patch_size: tuple[int, int]) -> Fields:
+def read_big_vision_position_fields(weights: Weights, patch_size: tuple[int, int]) -> Fields:
     """Return the fields of learned position embeddings. Only big_vision's predecessor has a CLS position embedding."""
     fields: Fields = {"position_interpolation": "bilinear"}
     if "Transformer/posembed_input/pos_embedding" in weights:
@@ -389,12 +403,12 @@ def read_big_vision_positions(weights: Weights, patch_size: tuple[int, int]) -> 
         raise ConversionError(
             "the weights contain no position embeddings. The fixed position embeddings of big_vision are not supported"
         )
-    side = math.isqrt(num_positions)
-    image_size = [side * patch for patch in patch_size] if side * side == num_positions else None
+    grid_side = math.isqrt(num_positions)
+    image_size = [grid_side * length for length in patch_size] if grid_side * grid_side == num_positions else None
     return {**fields, "image_size": image_size}
 
 
-def read_big_vision_pooling(weights: Weights) -> Fields:
+def read_big_vision_pooling_fields(weights: Weights) -> Fields:
     """Return the fields of the pooling (CLS token, attention or mean) and of the layers after pooling."""
     fields: Fields = {"pooling": "cls" if "cls" in weights else "mean"}
     if "MAPHead_0/probe" in weights:
@@ -420,21 +434,22 @@ def convert_to_tensor(name: str, array: Any) -> torch.Tensor:
 def get_weight(weights: Weights, name: str) -> torch.Tensor:
     """Return a weight of the state dict. Raise ConversionError if the weight is missing."""
     if name not in weights:
-        first_names = ", ".join(list(weights)[:4])
+        example_names = ", ".join(list(weights)[:4])
         raise ConversionError(
-            f"the family requires the weight {name}, but the weights are {first_names}, ... Set a different family=..."
+            f"the family requires the weight {name}, but the weights are {example_names}, ... Set a different "
+            "family=..."
         )
     return weights[name]
 
 
 FAMILIES = {
-    "dinov2": StateDictFamily(read_dinov2, DINOV2_RULES, remove_chunk_indices),
-    "dinov3": StateDictFamily(read_dinov3, DINOV3_RULES, prepare_dinov3_weights),
-    "deit": StateDictFamily(read_deit, VIT_RULES),
-    "dino": StateDictFamily(read_dino, DINO_RULES),
-    "ibot": StateDictFamily(read_dino, DINO_RULES),
-    "msn": StateDictFamily(read_deit, VIT_RULES),
-    "mae": StateDictFamily(read_mae, VIT_RULES),
-    "ijepa": StateDictFamily(read_ijepa, VIT_RULES),
-    "big_vision": StateDictFamily(read_big_vision, BIG_VISION_RULES, prepare_big_vision_weights),
+    "dinov2": StateDictFamily(read_dinov2_fields, DINOV2_RULES, remove_chunk_indices),
+    "dinov3": StateDictFamily(read_dinov3_fields, DINOV3_RULES, prepare_dinov3_weights),
+    "deit": StateDictFamily(read_deit_fields, VIT_RULES),
+    "dino": StateDictFamily(read_dino_fields, DINO_RULES),
+    "ibot": StateDictFamily(read_dino_fields, DINO_RULES),
+    "msn": StateDictFamily(read_deit_fields, VIT_RULES),
+    "mae": StateDictFamily(read_mae_fields, VIT_RULES),
+    "ijepa": StateDictFamily(read_ijepa_fields, VIT_RULES),
+    "big_vision": StateDictFamily(read_big_vision_fields, BIG_VISION_RULES, prepare_big_vision_weights),
 }

@@ -9,7 +9,8 @@ rewrites that involve several parameters:
     differential attention  the lambda vectors become the weight of the second attention map
     interleaved rotary      channel pairs (0, 1), (2, 3), ... become (0, half), (1, half + 1), ...
 
-The first two rewrites keep timm's names and run before the rules. The last rewrite runs after the rules.
+The first two rewrites keep timm's parameter names and are applied before the rules. The last rewrite is applied after
+the rules.
 """
 
 import re
@@ -20,7 +21,7 @@ from torch import nn
 
 from ..configuration_vitcls import ViTCLSConfig
 from ..modeling_vitcls import ViTCLSPreTrainedModel
-from .timm_modules import TimmModule, get_class_name, has_pooler, is_present, read_model
+from .timm_modules import TimmModule, get_class_name, has_pooler, is_present, read_config_fields
 from .weight_rules import (
     LAYER_SCALES,
     POSITIONS,
@@ -58,22 +59,24 @@ def convert_from_timm(
         num_labels: Number of labels of a new classifier.
 
     Raises:
-        ConversionError: If the class or a feature is not supported (the message names the feature), or the value of
-            `classifier` is not valid for the source.
+        ConversionError: If the class or a feature is not supported, or the value of `classifier` is not valid for the
+            source.
     """
     if get_class_name(model) not in TIMM_CLASSES or not type(model).__module__.startswith("timm."):
         raise ConversionError(
             f"{get_class_name(model)} cannot be converted. Supported timm classes: {', '.join(TIMM_CLASSES)}"
         )
     try:
-        config = ViTCLSConfig(**read_model(model))
+        config = ViTCLSConfig(**read_config_fields(model))
     except ValueError as error:
         raise ConversionError(str(error)) from None
     weights = convert_weights(rewrite_state_dict(model), build_rules(model), config)
     if has_interleaved_rotary_channels(model):
         weights = deinterleave_rotary_channels(weights, config)
-    encoder, head = split_classifier(weights)
-    return build_model(config, encoder, head, classifier, num_labels, add_pooling_layer=has_pooler(model))
+    encoder_weights, head_weights = split_classifier(weights)
+    return build_model(
+        config, encoder_weights, head_weights, classifier, num_labels, add_pooling_layer=has_pooler(model)
+    )
 
 
 def rewrite_state_dict(model: TimmModule) -> Weights:
@@ -83,16 +86,16 @@ def rewrite_state_dict(model: TimmModule) -> Weights:
         prefix = f"blocks.{index}."
         if get_class_name(block) == "ParallelThingsBlock":
             merge_branches(weights, prefix, len(block.attns))
-        attention, name = (block.attn, f"{prefix}attn.") if hasattr(block, "attn") else (block, prefix)
+        attention, attention_prefix = (block.attn, f"{prefix}attn.") if hasattr(block, "attn") else (block, prefix)
         if hasattr(attention, "lambda_init"):
-            fold_differential_lambda(weights, name, attention.lambda_init)
+            fold_differential_lambda(weights, attention_prefix, attention.lambda_init)
     return weights
 
 
 def merge_branches(weights: Weights, prefix: str, num_branches: int) -> None:
     """Rewrite `attns.j` and `ffns.j` of a block as one attention module and one MLP (arXiv 2203.09795, section 3).
 
-    All branches read the same tokens. The scale and bias of each norm are folded into the subsequent projections, and
+    All branches have the same input. The scale and bias of each norm are folded into the subsequent projections, and
     LayerScale is folded into the preceding projection. The branches are then equivalent to one attention module with
     the heads of all branches and one MLP with the hidden units of all branches.
     """
@@ -112,7 +115,7 @@ def merge_branches(weights: Weights, prefix: str, num_branches: int) -> None:
 
 
 def pop_branch(weights: Weights, prefix: str) -> Weights:
-    """Remove one branch from the state dict and return its weights without the prefix. Missing biases are zeros."""
+    """Remove one branch from the state dict and return its weights without the prefix. Missing biases are set to 0."""
     branch = {name.removeprefix(prefix): weights.pop(name) for name in list(weights) if name.startswith(prefix)}
     for layer in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"):
         if f"{layer}.weight" in branch and f"{layer}.bias" not in branch:
@@ -120,43 +123,43 @@ def pop_branch(weights: Weights, prefix: str) -> Weights:
     return branch
 
 
-def fold_norm(branch: Weights, layer: str) -> Weights:
+def fold_norm(branch_weights: Weights, layer_name: str) -> Weights:
     """Return the weight and bias of a layer with the preceding norm folded in. The bias is computed in float64."""
-    weight, bias = branch[f"{layer}.weight"], branch[f"{layer}.bias"].double()
-    if "norm.bias" in branch:
-        bias = bias + weight.double() @ branch["norm.bias"].double()
-    return {"weight": weight * branch["norm.weight"], "bias": bias.to(weight.dtype)}
+    weight, bias = branch_weights[f"{layer_name}.weight"], branch_weights[f"{layer_name}.bias"].double()
+    if "norm.bias" in branch_weights:
+        bias = bias + weight.double() @ branch_weights["norm.bias"].double()
+    return {"weight": weight * branch_weights["norm.weight"], "bias": bias.to(weight.dtype)}
 
 
-def fold_layer_scale(branch: Weights, layer: str) -> Weights:
+def fold_layer_scale(branch_weights: Weights, layer_name: str) -> Weights:
     """Return the weight and bias of a layer with the subsequent LayerScale folded in."""
-    weight, bias = branch[f"{layer}.weight"], branch[f"{layer}.bias"]
-    scale = branch.get("ls.gamma", torch.ones_like(bias))
+    weight, bias = branch_weights[f"{layer_name}.weight"], branch_weights[f"{layer_name}.bias"]
+    scale = branch_weights.get("ls.gamma", torch.ones_like(bias))
     return {"weight": scale[:, None] * weight, "bias": scale * bias}
 
 
-def concatenate_outputs(weights: Weights, name: str, layers: Sequence[Weights]) -> None:
-    """Add a linear layer whose output is the concatenation of the outputs of `layers`."""
+def concatenate_outputs(weights: Weights, name: str, layer_weights: Sequence[Weights]) -> None:
+    """Add the weights of a linear layer that concatenates the outputs of several linear layers."""
     for parameter in ("weight", "bias"):
-        weights[f"{name}.{parameter}"] = torch.cat([layer[parameter] for layer in layers])
+        weights[f"{name}.{parameter}"] = torch.cat([layer[parameter] for layer in layer_weights])
 
 
-def concatenate_inputs(weights: Weights, name: str, layers: Sequence[Weights]) -> None:
-    """Add a linear layer whose input is the concatenation of the inputs of `layers`, and whose output is the sum of
-    their outputs."""
-    weights[f"{name}.weight"] = torch.cat([layer["weight"] for layer in layers], dim=1)
-    weights[f"{name}.bias"] = torch.stack([layer["bias"] for layer in layers]).sum(dim=0)
+def concatenate_inputs(weights: Weights, name: str, layer_weights: Sequence[Weights]) -> None:
+    """Add the weights of a linear layer that maps the concatenated inputs of several linear layers to the sum of their
+    outputs."""
+    weights[f"{name}.weight"] = torch.cat([layer["weight"] for layer in layer_weights], dim=1)
+    weights[f"{name}.bias"] = torch.stack([layer["bias"] for layer in layer_weights]).sum(dim=0)
 
 
 def fold_differential_lambda(weights: Weights, prefix: str, lambda_init: float) -> None:
     """Replace the four lambda vectors, or the two lambda values, with the weight of the second attention map."""
     if f"{prefix}lambda_a" in weights:
-        first, second = (weights.pop(f"{prefix}lambda_{letter}").reshape(1).double() for letter in "ab")
+        lambda_1, lambda_2 = (weights.pop(f"{prefix}lambda_{letter}").reshape(1).double() for letter in "ab")
     else:
         products = [weights.pop(f"{prefix}lambda_q{n}") * weights.pop(f"{prefix}lambda_k{n}") for n in "12"]
-        first, second = (product.double().sum().reshape(1) for product in products)
+        lambda_1, lambda_2 = (product.double().sum().reshape(1) for product in products)
     scale = weights[f"{prefix}sub_norm.weight"]
-    weights[f"{prefix}second_share"] = (first.exp() - second.exp() + lambda_init).to(scale.dtype)
+    weights[f"{prefix}second_share"] = (lambda_1.exp() - lambda_2.exp() + lambda_init).to(scale.dtype)
     weights[f"{prefix}sub_norm.weight"] = scale * (1 - lambda_init)
 
 
@@ -169,12 +172,12 @@ def deinterleave_rotary_channels(weights: Weights, config: ViTCLSConfig) -> Weig
     """Move the even channels of queries and keys to the front of each head. The attention scores are unchanged."""
     channel_order = torch.arange(config.head_dim).view(-1, 2).T.flatten()
 
-    def reorder(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    def reorder_channels(name: str, tensor: torch.Tensor) -> torch.Tensor:
         if re.fullmatch(r"layers\.\d+\.attention\.[qk]_(proj|norm)\.(weight|bias)", name):
             tensor = tensor.unflatten(0, (-1, config.head_dim))[:, channel_order.to(tensor.device)].flatten(0, 1)
         return tensor
 
-    return {name: reorder(name, tensor) for name, tensor in weights.items()}
+    return {name: reorder_channels(name, tensor) for name, tensor in weights.items()}
 
 
 # Rules for parameter names ------------------------------------------------------------------------------------------
@@ -243,7 +246,7 @@ PARALLEL_RULES = [
 
 MLP_NORM_RULE = Rule("blocks.{i}.mlp.norm.{rest}", "layers.{i}.mlp.norm.{rest}")
 GATED_MLP_OUTPUT_RULES = [Rule("blocks.{i}.mlp.fc2.{rest}", "layers.{i}.mlp.down_proj.{rest}"), MLP_NORM_RULE]
-# Rules for each MLP class. The first half or the last half of the fused first layer of `GluMlp` is the gate.
+# Rules by MLP class. The gate of `GluMlp` is the first or last half of the fused first layer.
 MLP_RULES = {
     "Mlp": [
         Rule("blocks.{i}.mlp.fc1.{rest}", "layers.{i}.mlp.fc1.{rest}"),
@@ -266,23 +269,23 @@ MLP_RULES = {
 }
 
 # If only attention has LayerScale, the LayerScale values of the MLP are 1.
-ATTENTION_SCALE_RULES = [Rule("blocks.{i}.gamma_1", LAYER_SCALES, append_ones)]
+ATTENTION_LAYER_SCALE_RULES = [Rule("blocks.{i}.gamma_1", LAYER_SCALES, append_ones)]
 
 
-def build_head_rules(attention_pool: str) -> list[Rule]:
-    """Build the rules for modules after the blocks; `attention_pool` is the new name of the attention pooler."""
+def build_head_rules(attention_pooler: str) -> list[Rule]:
+    """Build the rules for modules after the blocks. `attention_pooler` is the new prefix of the attention pooler."""
     return [
         Rule("norm.{rest}", "layernorm.{rest}"),
-        Rule("attn_pool.latent", f"{attention_pool}.probe"),
-        Rule("attn_pool.q.{rest}", f"{attention_pool}.q_proj.{{rest}}"),
+        Rule("attn_pool.latent", f"{attention_pooler}.probe"),
+        Rule("attn_pool.q.{rest}", f"{attention_pooler}.q_proj.{{rest}}"),
         Rule(
             "attn_pool.kv.{rest}",
-            [f"{attention_pool}.k_proj.{{rest}}", f"{attention_pool}.v_proj.{{rest}}"],
+            [f"{attention_pooler}.k_proj.{{rest}}", f"{attention_pooler}.v_proj.{{rest}}"],
             split_halves,
         ),
-        Rule("attn_pool.proj.{rest}", f"{attention_pool}.o_proj.{{rest}}"),
-        Rule("attn_pool.norm.{rest}", f"{attention_pool}.transform.layernorm.{{rest}}"),
-        Rule("attn_pool.mlp.{rest}", f"{attention_pool}.transform.{{rest}}"),
+        Rule("attn_pool.proj.{rest}", f"{attention_pooler}.o_proj.{{rest}}"),
+        Rule("attn_pool.norm.{rest}", f"{attention_pooler}.transform.layernorm.{{rest}}"),
+        Rule("attn_pool.mlp.{rest}", f"{attention_pooler}.transform.{{rest}}"),
         Rule("fc_norm.{rest}", "pooler.layernorm.{rest}"),
         Rule("head.{rest}", "classifier.{rest}"),
         Rule("head_dist.{rest}", "distillation_classifier.{rest}"),
@@ -292,15 +295,15 @@ def build_head_rules(attention_pool: str) -> list[Rule]:
 def build_rules(model: TimmModule) -> list[Rule]:
     """Build the weight conversion rules of a timm model."""
     block = model.blocks[0]
-    pooler = "pooler.pooler" if is_present(model.fc_norm) else "pooler"
-    has_only_attention_scale = getattr(block, "gamma_1", None) is not None and block.gamma_2 is None
+    attention_pooler = "pooler.pooler" if is_present(model.fc_norm) else "pooler"
+    has_only_attention_layer_scale = getattr(block, "gamma_1", None) is not None and block.gamma_2 is None
     return [
         *STEM_RULES,
-        *(ATTENTION_SCALE_RULES if has_only_attention_scale else []),
+        *(ATTENTION_LAYER_SCALE_RULES if has_only_attention_layer_scale else []),
         *BLOCK_RULES,
         *PARALLEL_RULES,
         *MLP_RULES[get_mlp_key(getattr(block, "mlp", None))],
-        *build_head_rules(pooler),
+        *build_head_rules(attention_pooler),
     ]
 
 

@@ -42,34 +42,37 @@ def convert_from_transformers(
     MAE, Pixio, AIMv2, RADIO), set `num_labels` to add a classifier.
 
     For image sizes other than the native size, the outputs equal the outputs of the source with
-    `interpolate_pos_encoding=True`. There are two exceptions: the converted MAE encoder reads all patches in order,
-    without random masking, and the `image_size` of RADIO is the maximum image size, because RADIO stores position
-    embeddings for that size.
+    `interpolate_pos_encoding=True`. The converted MAE encoder uses all patches in order, without random masking. The
+    `image_size` of a converted RADIO model is the maximum image size, because RADIO stores position embeddings for
+    that size.
 
     Args:
         classifier: "keep" keeps the classifier of the source, "new" creates a new classifier, and "drop" removes the
             classifier and returns a `ViTCLSModel`.
-        num_labels: Number of labels of a new classifier. The classifier reads the pooled output of the source. If the
-            source has no pooler, the classifier reads the CLS token or, without CLS tokens, the mean of the patches.
+        num_labels: Number of labels of a new classifier. The input of the classifier is the pooled output of the
+            source. If the source has no pooler, the input is the CLS token or, without CLS tokens, the mean of the
+            patches.
 
     Raises:
-        ConversionError: If the class or a feature is not supported, weights are missing or unexpected (the message
-            lists the weights), or the value of `classifier` is not valid for the source.
+        ConversionError: If the class or a feature is not supported, weights are missing or unexpected, or the value of
+            `classifier` is not valid for the source.
     """
     convertible_class = find_convertible_class(model)
-    weights, head = split_head(model.state_dict(), convertible_class.encoder)
-    fields = convertible_class.family.read_fields(getattr(model.config, "vision_config", model.config), weights)
+    source_weights, source_head_weights = split_head(model.state_dict(), convertible_class.encoder_name)
+    fields = convertible_class.family.read_fields(getattr(model.config, "vision_config", model.config), source_weights)
     config = ViTCLSConfig(**fields | dict(convertible_class.fields) | convertible_class.read_labels(model.config))
     rules = [*(Rule(name, []) for name in convertible_class.unused_patterns), *convertible_class.family.rules]
-    encoder_weights = convert_weights(convertible_class.family.prepare(weights), rules, config)
-    head_weights = None if convertible_class.encoder is None else convert_weights(head, HEAD_RULES, config)
+    encoder_weights = convert_weights(convertible_class.family.prepare_weights(source_weights), rules, config)
+    head_weights = (
+        None if convertible_class.encoder_name is None else convert_weights(source_head_weights, HEAD_RULES, config)
+    )
     return build_model(config, encoder_weights, head_weights, classifier, num_labels)
 
 
 def read_labels(config: Any) -> Fields:
     """Return the label names and the problem type that are set in the configuration of the source."""
-    labels = {"id2label": config.id2label, "label2id": config.label2id, "problem_type": config.problem_type}
-    return {name: value for name, value in labels.items() if value is not None}
+    label_fields = {"id2label": config.id2label, "label2id": config.label2id, "problem_type": config.problem_type}
+    return {name: value for name, value in label_fields.items() if value is not None}
 
 
 def read_embedding_size(config: Any) -> Fields:
@@ -82,7 +85,7 @@ class ConvertibleClass:
     """A transformers model class that can be converted."""
 
     family: families.TransformersFamily
-    encoder: str | None = None  # attribute that contains the encoder; None if the class itself is the encoder
+    encoder_name: str | None = None  # attribute name of the encoder; None if the class itself is the encoder
     fields: Mapping[str, Any] = field(default_factory=dict)  # fields of `ViTCLSConfig` that depend on the class
     unused_patterns: tuple[str, ...] = ()  # name patterns of encoder weights that the class does not use
     read_labels: Callable[[Any], Fields] = read_labels  # function that reads the labels from the configuration
@@ -92,9 +95,13 @@ def find_convertible_class(model: PreTrainedModel) -> ConvertibleClass:
     """Return the `ConvertibleClass` of a model. Raise ConversionError if the class of the model is not supported."""
     if is_convertible(model):
         return CONVERTIBLE_CLASSES[type(model).__name__]
-    submodules = [name for name, module in model.named_children() if is_convertible(module)]
-    names = sorted({re.split("(Vision)?(Model|For)", name)[0] for name in CONVERTIBLE_CLASSES})
-    hint = f"Convert the submodule .{submodules[0]}" if submodules else f"Supported families: {', '.join(names)}"
+    submodule_names = [name for name, module in model.named_children() if is_convertible(module)]
+    family_names = sorted({re.split("(Vision)?(Model|For)", name)[0] for name in CONVERTIBLE_CLASSES})
+    hint = (
+        f"Convert the submodule .{submodule_names[0]}"
+        if submodule_names
+        else f"Supported families: {', '.join(family_names)}"
+    )
     raise ConversionError(f"{type(model).__name__} cannot be converted. {hint}")
 
 
@@ -103,11 +110,11 @@ def is_convertible(module: torch.nn.Module) -> bool:
     return type(module).__name__ in CONVERTIBLE_CLASSES and type(module).__module__.startswith("transformers.")
 
 
-def split_head(weights: Weights, encoder: str | None) -> tuple[Weights, Weights]:
+def split_head(weights: Weights, encoder_name: str | None) -> tuple[Weights, Weights]:
     """Split a state dict into the encoder's weights, without the prefix of the encoder, and the other weights."""
-    if encoder is None:
+    if encoder_name is None:
         return weights, {}
-    prefix = f"{encoder}."
+    prefix = f"{encoder_name}."
     encoder_weights = {
         name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)
     }

@@ -1,10 +1,10 @@
 """Compare the outputs of a source and the converted model, and write the parity report to certificate.json.
 
-    # Raises ConversionError if a difference exceeds LIMIT.
+    # Raises ConversionError if a difference exceeds MAX_DIFFERENCE.
     comparisons, reason = compare_models(source, model, has_source_classifier=True)
 
 The comparison covers all token groups of the final hidden state, and the logits. The inputs are random images of the
-native size. If the source supports other sizes, the comparison is repeated at a non-square size, for which the
+native size. If the source supports other sizes, the comparison is repeated at a non-square size, for which
 position embeddings are resampled.
 """
 
@@ -28,10 +28,10 @@ from .weight_rules import ConversionError
 
 
 # Maximum allowed absolute difference between float32 outputs.
-LIMIT = 1e-5
+MAX_DIFFERENCE = 1e-5
 
 NUM_IMAGES = 2
-FILE_NAME = "certificate.json"
+REPORT_FILE_NAME = "certificate.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,10 +53,10 @@ class ParityReport:
     random_init: bool = False
     model_class: str
     classifier: str  # "kept", "new", "dropped" or "none" (the source has no classifier)
-    limit: float = LIMIT  # maximum allowed absolute difference
+    limit: float = MAX_DIFFERENCE  # maximum allowed absolute difference
     comparisons: list[SizeComparison]
     not_compared: str  # reason why only the native size is compared; empty if both sizes are compared
-    preprocessing: dict[str, Any]  # result of `ConvertedPreprocessing.describe`
+    preprocessing: dict[str, Any]  # result of `ConvertedPreprocessing.to_dict`
     versions: dict[str, str]
     sha256: dict[str, str]  # SHA-256 of each weights file, by file name
     notes: list[str]  # notes on loading the source, and on differences from other implementations
@@ -65,7 +65,7 @@ class ParityReport:
 
     def save(self, folder: Path) -> None:
         """Write certificate.json."""
-        write_json(folder / FILE_NAME, dataclasses.asdict(self))
+        write_json(folder / REPORT_FILE_NAME, dataclasses.asdict(self))
 
 
 @torch.no_grad()
@@ -73,10 +73,10 @@ def compare_models(
     source: SourceModel, model: ViTCLSPreTrainedModel, has_source_classifier: bool, native_size_reason: str = ""
 ) -> tuple[list[SizeComparison], str]:
     """Compare the outputs at the native size and at a non-square size. Raise ConversionError if a difference exceeds
-    `LIMIT`.
+    `MAX_DIFFERENCE`.
 
-    Both models run without the CPU kernels, because rounding errors of CPU kernels grow with the magnitude of the
-    values (docs/speed.md).
+    The CPU kernels are removed for the comparison, because their rounding errors grow with the magnitude of the values
+    (docs/speed.md).
 
     Args:
         source: Source whose model is in float32.
@@ -106,12 +106,14 @@ def compare_models(
             )
         differences = {name: get_max_magnitude(outputs[name] - source_groups[name]) for name in names}
         excessive_differences = [
-            f"{name} by {value:.2g}" for name, value in differences.items() if not value <= LIMIT
-        ]  # includes NaN
+            f"{name} by {value:.2g}"
+            for name, value in differences.items()
+            if not value <= MAX_DIFFERENCE  # also true for NaN
+        ]
         if excessive_differences:
             raise ConversionError(
                 f"the converted model differs from {source.name} at {height} x {width} pixels: "
-                f"{', '.join(excessive_differences)}; the limit is {LIMIT:g}"
+                f"{', '.join(excessive_differences)}; the limit is {MAX_DIFFERENCE:g}"
             )
         magnitudes = {name: get_max_magnitude(source_groups[name]) for name in names}
         comparisons.append(SizeComparison((height, width), differences, magnitudes))
@@ -120,9 +122,8 @@ def compare_models(
     return comparisons, ""
 
 
-def describe_position_policies(project: str, config: ViTCLSConfig) -> list[str]:
-    """Return notes on the computation of position embeddings in timm or transformers, which may differ from the
-    computation in the authors' code."""
+def describe_position_embeddings(project: str, config: ViTCLSConfig) -> list[str]:
+    """Return notes on how timm or transformers computes position embeddings. The authors' code may differ."""
     notes = []
     if config.position_embedding_type.startswith("learned"):
         offset = f", offset {config.position_offset}" if config.position_offset else ""
@@ -153,12 +154,12 @@ def build_random_images(shape: tuple[int, int, int, int]) -> torch.Tensor:
 @contextmanager
 def remove_cpu_kernels(model: ViTCLSPreTrainedModel) -> Iterator[None]:
     """Remove the CPU kernels of a model within the context, and install the kernels again afterwards."""
-    had_kernels = any(isinstance(module, CPUKernel) for module in model.modules())
+    has_kernels = any(isinstance(module, CPUKernel) for module in model.modules())
     uninstall_cpu_kernels(model)
     try:
         yield
     finally:
-        if had_kernels:
+        if has_kernels:
             install_cpu_kernels(model)
 
 
@@ -168,20 +169,20 @@ def compute_model_outputs(model: ViTCLSPreTrainedModel, pixel_values: torch.Tens
         model = copy.deepcopy(model)
         model.to(dtype=pixel_values.dtype)  # type: ignore[call-arg]  # `to` is untyped in transformers
     encoder_outputs = model.base_model(pixel_values)
-    groups = split_token_groups({"sequence": encoder_outputs.last_hidden_state}, model)
+    token_groups = split_token_groups({"sequence": encoder_outputs.last_hidden_state}, model)
     if not isinstance(model, ViTCLSForImageClassification):
         pooled = encoder_outputs.pooler_output
-        return groups | ({} if pooled is None else {"pooled": pooled})
+        return token_groups | ({} if pooled is None else {"pooled": pooled})
     outputs = model(pixel_values)
-    return groups | {n: outputs[n] for n in ("logits", "cls_logits", "distillation_logits") if n in outputs}
+    return token_groups | {n: outputs[n] for n in ("logits", "cls_logits", "distillation_logits") if n in outputs}
 
 
 def split_token_groups(outputs: Outputs, model: ViTCLSPreTrainedModel) -> Outputs:
     """Replace the output "sequence" [B, N, D] with one output per non-empty token group."""
     sequence = outputs["sequence"]
-    groups = {name: sequence[:, group] for name, group in model.config.token_layout.items()}
-    other_outputs = {name: output for name, output in outputs.items() if name != "sequence"}
-    return {name: tokens for name, tokens in groups.items() if tokens.shape[1]} | other_outputs
+    token_groups = {name: sequence[:, group] for name, group in model.config.token_layout.items()}
+    head_outputs = {name: output for name, output in outputs.items() if name != "sequence"}
+    return {name: tokens for name, tokens in token_groups.items() if tokens.shape[1]} | head_outputs
 
 
 def get_max_magnitude(tensor: torch.Tensor) -> float:
@@ -190,5 +191,5 @@ def get_max_magnitude(tensor: torch.Tensor) -> float:
 
 
 def hash_files(files: Iterable[Path]) -> dict[str, str]:
-    """Return the SHA-256 of each file by file name."""
+    """Return the SHA-256 hash of each file, by file name."""
     return {file.name: compute_file_digest(file) for file in sorted(files)}

@@ -23,10 +23,10 @@ from transformers.image_processing_backends import PilBackend
 from ..image_processing_vitcls import ViTCLSImageProcessor, ViTCLSImageProcessorPil
 
 
-# Maximum allowed difference per pixel of the test images, in gray levels (0 to 255). The converted processor is
+# Maximum allowed pixel difference on the test images, in gray levels (0 to 255). The converted processor is
 # compared with the source's preprocessing in the same backend (PIL or torchvision). The difference is 0, except for
 # sources that round to gray levels after resizing (DINOv3).
-LIMIT = 1.0
+MAX_PIXEL_DIFFERENCE = 1.0
 
 RESAMPLING_FILTERS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
 
@@ -42,16 +42,16 @@ class ConvertedPreprocessing:
     """A converted image processor, and the measured difference from the source's preprocessing."""
 
     processor: ViTCLSImageProcessor
-    provenance: str  # name of the settings from which the image processor was built
-    difference: float | None  # largest difference per pixel of the test images; None for the default processor
+    settings_name: str  # name of the settings from which the image processor was built
+    difference: float | None  # largest pixel difference on the test images; None for the default processor
     default_reason: str = ""  # reason why the default processor is used; empty for a converted processor
 
-    def describe(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Return all fields except the processor, for the parity report."""
         return {
-            "origin": self.provenance,
+            "origin": self.settings_name,
             "largest_difference_in_grey_levels": self.difference,
-            "limit": LIMIT,
+            "limit": MAX_PIXEL_DIFFERENCE,
             "assumed_because": self.default_reason,
         }
 
@@ -104,17 +104,17 @@ def convert_timm_settings(
 
 
 def convert_transformers_preprocessing(folder: str, image_size: tuple[int, int]) -> ConvertedPreprocessing:
-    """Convert the image processor in a folder, or build the default image processor for `image_size` (height, width)
-    if the folder has no supported image processor."""
+    """Convert the image processor in a folder. If the folder has no supported image processor, build the default image
+    processor for `image_size` (height, width)."""
     try:
         source_processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError):
         return build_default_preprocessing(image_size, "the source has no image processor")
-    backend = ViTCLSImageProcessorPil if isinstance(source_processor, PilBackend) else ViTCLSImageProcessor
+    backend_class = ViTCLSImageProcessorPil if isinstance(source_processor, PilBackend) else ViTCLSImageProcessor
     preprocess = partial(apply_processor, source_processor)
     try:
         processor = ViTCLSImageProcessor(**select_settings(source_processor))
-        same_backend_processor = backend.from_dict(processor.to_dict())
+        same_backend_processor = backend_class.from_dict(processor.to_dict())
         return check_processor(processor, same_backend_processor, preprocess, type(source_processor).__name__)
     except ValueError as error:
         return build_default_preprocessing(image_size, str(error))
@@ -136,24 +136,25 @@ def check_processor(
     processor: ViTCLSImageProcessor,
     same_backend_processor: ViTCLSImageProcessor | ViTCLSImageProcessorPil,
     preprocess: Callable[[PIL.Image.Image], torch.Tensor],
-    provenance: str,
+    settings_name: str,
 ) -> ConvertedPreprocessing:
-    """Compare an image processor with the source's preprocessing. Raise ValueError if the difference exceeds `LIMIT`.
+    """Compare an image processor with the preprocessing of the source. Raise ValueError if the difference exceeds
+    `MAX_PIXEL_DIFFERENCE`.
 
-    `same_backend_processor` has the settings of `processor` and the backend of the source. `provenance` is the name of
-    the source's settings.
+    `same_backend_processor` has the settings of `processor` and the backend of the source. `settings_name` is the name
+    of the source's settings.
     """
-    difference = measure_difference(same_backend_processor, preprocess)
-    if not difference <= LIMIT:
-        amount = "in the output shape" if math.isinf(difference) else f"by {difference:.3g} gray levels"
-        raise ValueError(f"the converted processor differs from {provenance} {amount}")
-    return ConvertedPreprocessing(processor, provenance, difference)
+    difference = measure_pixel_difference(same_backend_processor, preprocess)
+    if not difference <= MAX_PIXEL_DIFFERENCE:
+        difference_text = "in the output shape" if math.isinf(difference) else f"by {difference:.3g} gray levels"
+        raise ValueError(f"the converted processor differs from {settings_name} {difference_text}")
+    return ConvertedPreprocessing(processor, settings_name, difference)
 
 
-def measure_difference(
+def measure_pixel_difference(
     processor: ViTCLSImageProcessor | ViTCLSImageProcessorPil, preprocess: Callable[[PIL.Image.Image], torch.Tensor]
 ) -> float:
-    """Return the largest difference per pixel of the test images in gray levels, or infinity if the shapes differ."""
+    """Return the largest pixel difference on the test images in gray levels, or infinity if the shapes differ."""
     differences: list[float] = []
     for image in (build_test_image(301, 428), build_test_image(428, 301)):
         image = image if processor.do_convert_rgb else image.convert("L")

@@ -10,7 +10,7 @@ from torch import nn
 
 @torch.no_grad()
 def randomize_weights(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Fill a model in place with random values and return it in eval mode; the same seed results in the same values.
+    """Fill a model in place with random values and return it in eval mode; the same seed gives the same values.
 
     Scales (norms, LayerScale, variances) are uniformly distributed from 0.5 to 1.5. Other values are normally
     distributed with mean 0 and these standard deviations: 1 / sqrt(fan in) for weights of linear and convolution
@@ -19,7 +19,7 @@ def randomize_weights(model: nn.Module, seed: int = 0) -> nn.Module:
     """
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
-        for name, tensor in get_own_tensors(module).items():
+        for name, tensor in get_direct_tensors(module).items():
             values = torch.empty(tensor.shape, dtype=torch.float32)
             if is_scale(name, tensor):
                 values.uniform_(0.5, 1.5, generator=generator)
@@ -29,10 +29,12 @@ def randomize_weights(model: nn.Module, seed: int = 0) -> nn.Module:
     return model.eval()
 
 
-def get_own_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+def get_direct_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
     """Return the floating-point parameters and persistent buffers of a module, excluding its children."""
-    non_persistent = module._non_persistent_buffers_set
-    buffers = {name: buffer for name, buffer in module.named_buffers(recurse=False) if name not in non_persistent}
+    non_persistent_names = module._non_persistent_buffers_set
+    buffers = {
+        name: buffer for name, buffer in module.named_buffers(recurse=False) if name not in non_persistent_names
+    }
     tensors = dict(module.named_parameters(recurse=False)) | buffers
     return {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
 
@@ -43,7 +45,7 @@ def is_scale(name: str, tensor: torch.Tensor) -> bool:
         return False
     if "std" in name or "var" in name:
         return True
-    return tensor.ndim == 1 and any(part in name for part in ("weight", "lambda", "gamma", "scale"))
+    return tensor.ndim == 1 and any(keyword in name for keyword in ("weight", "lambda", "gamma", "scale"))
 
 
 def get_std(module: nn.Module, name: str, tensor: torch.Tensor) -> float:

@@ -6,9 +6,10 @@
 1. A .npz file, a .safetensors file or a pickle of tensors is read without running code.
 2. The weights are read from a container (`teacher`, `target_encoder`, `model`, ...) if there is one, and prefixes of
    parameter names (`module.`, `backbone.`) are stripped.
-3. The family is detected from parameter names that only this family has. Other files require `--family`.
-4. A timm model of the family loads the same weights. For image sizes other than the native size, this package
-   resamples the position embeddings of the timm model as in the authors' code. The resampling in timm often differs.
+3. The family is detected from the parameter names and the container. If the family is ambiguous, set `--family`.
+4. The weights are loaded into a timm model of the same architecture. For image sizes other than the native size, this
+   package resamples the position embeddings of the timm model as in the authors' code, because timm often resamples
+   differently.
 
 Families with rules are converted in from_state_dict.py. The other families (`TIMM_FAMILIES`) are loaded by timm and
 converted in from_timm.py.
@@ -36,17 +37,17 @@ from ..positions_vitcls import resample_positions
 from .from_state_dict import FAMILIES, convert_state_dict
 from .from_timm import convert_from_timm
 from .processors import ConvertedPreprocessing, build_default_preprocessing, convert_timm_preprocessing
-from .source_models import Outputs, TimmSource, check_not_pickled_code, import_timm
+from .source_models import Outputs, TimmSource, import_timm, raise_if_unsafe_pickle
 from .weight_rules import ClassifierChoice, ConversionError, Weights
 
 
-SUFFIXES = (".npz", ".safetensors", ".pth", ".pt", ".bin")
+FILE_SUFFIXES = (".npz", ".safetensors", ".pth", ".pt", ".bin")
 # Keys of nested state dicts in order of precedence, with teachers and averaged weights first.
-CONTAINERS = ("target_encoder", "teacher", "model_ema", "state_dict", "model", "student", "module")
-PREFIXES = ("module.", "_orig_mod.", "backbone.")
+CONTAINER_KEYS = ("target_encoder", "teacher", "model_ema", "state_dict", "model", "student", "module")
+WRAPPER_PREFIXES = ("module.", "_orig_mod.", "backbone.")
 
-# Regular expression for weight names that only one family has, by family. The first match is used.
-SIGNATURES = {
+# Regular expression for the weight names that identify a family. The first matching family is used.
+FAMILY_PATTERNS = {
     "big_vision": r"(.*/)?embedding/kernel",
     "dinov3": r"storage_tokens|rope_embed\.periods",
     "aimv2": r"(image_encoder\.)?preprocessor\.patchifier\.proj\.weight",
@@ -58,7 +59,8 @@ SIGNATURES = {
     "mae": r"decoder_embed\.weight|fc_norm\.weight",
     "deit": r"dist_token|head\.weight|blocks\.0\.gamma_1",
 }
-# Family of a plain encoder, by container key. iBOT encoders may be detected as DINO; the conversion is identical.
+# Family of encoders that match no pattern, by container key. iBOT encoders may be detected as DINO; the conversion is
+# identical.
 FAMILIES_BY_CONTAINER = {"teacher": "dino", "student": "dino", "model": "mae"}
 AMBIGUOUS_FAMILIES = ("dino", "ibot", "msn", "mae", "deit", "ijepa")  # families with the same parameter names
 
@@ -86,7 +88,7 @@ TIMM_FAMILIES: dict[str, dict[tuple[int, int], str]] = {
     },
 }
 # timm model name by family. Other families have several timm models, or use the timm model of DINO.
-TIMM_NAMES = {
+TIMM_MODEL_NAMES = {
     "deit": "deit_small_patch16_224.fb_in1k",
     "mae": "vit_base_patch16_224.mae",
     "ijepa": "vit_huge_patch14_gap_224.in1k_ijepa",
@@ -111,13 +113,13 @@ class FileSource(TimmSource):
 
     @classmethod
     def load(cls, file: Path, family: str | None = None) -> "FileSource":  # type: ignore[override]
-        """Load a file with one of the `SUFFIXES`. By default, the family is detected from the parameter names.
+        """Load a file with one of the `FILE_SUFFIXES`. By default, the family is detected from the parameter names.
 
         Raise ConversionError if the file is not a state dict of a supported family, or if the family is ambiguous.
         """
         notes: list[str] = []
-        weights, container = unwrap_weights(read_file(file), notes)
-        family = family or detect_family(weights, container, file)
+        weights, container_key = unwrap_weights(read_state_dict(file), notes)
+        family = family or detect_family(weights, container_key, file)
         if family in ALTERNATIVE_SOURCES:
             raise ConversionError(
                 f"{file} contains {family} weights, but {family} files are not supported. Use "
@@ -185,15 +187,17 @@ class FileSource(TimmSource):
 # Reading -------------------------------------------------------------------------------------------------------------
 
 
-def read_file(file: Path) -> Mapping[str, Any]:
+def read_state_dict(file: Path) -> Mapping[str, Any]:
     """Read a state dict, which may be nested, without running code in the file.
 
     Raise ConversionError if the file has an unsupported format, or is a pickle of objects other than tensors.
     """
     if not file.is_file():
         raise FileNotFoundError(f"{file} is not a file. Use timm:NAME, transformers:PATH_OR_ID or an existing file")
-    if file.suffix not in SUFFIXES:
-        raise ConversionError(f"{file} is not supported. Use a file with one of the suffixes {' '.join(SUFFIXES)}")
+    if file.suffix not in FILE_SUFFIXES:
+        raise ConversionError(
+            f"{file} is not supported. Use a file with one of the suffixes {' '.join(FILE_SUFFIXES)}"
+        )
     try:
         if file.suffix == ".npz":
             with np.load(file, allow_pickle=False) as arrays:
@@ -204,7 +208,7 @@ def read_file(file: Path) -> Mapping[str, Any]:
             warnings.simplefilter("ignore")  # a TorchScript archive causes a warning and an error
             weights = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file may raise any exception
-        check_not_pickled_code(str(file), error)
+        raise_if_unsafe_pickle(str(file), error)
         is_torchscript = "TorchScript" in str(error)
         reason = "the file is a TorchScript archive, which contains code" if is_torchscript else format_error(error)
         raise ConversionError(f"cannot read the weights in {file}: {reason}") from error
@@ -218,15 +222,15 @@ def unwrap_weights(weights: Mapping[str, Any], notes: list[str]) -> tuple[Weight
 
     Add a note if the file contains weights outside the encoder, such as the projection head of a teacher.
     """
-    container = None
-    while key := next((key for key in CONTAINERS if isinstance(weights.get(key), Mapping)), None):
-        container, weights = key, weights[key]
+    container_key = None
+    while key := next((key for key in CONTAINER_KEYS if isinstance(weights.get(key), Mapping)), None):
+        container_key, weights = key, weights[key]
     tensors = {
         str(name): torch.as_tensor(value)
         for name, value in weights.items()
         if isinstance(value, torch.Tensor | np.ndarray)
     }
-    while prefix := next((prefix for prefix in PREFIXES if has_encoder(tensors, prefix)), None):
+    while prefix := next((prefix for prefix in WRAPPER_PREFIXES if has_encoder(tensors, prefix)), None):
         encoder_tensors = {
             name.removeprefix(prefix): tensor
             for name, tensor in tensors.items()
@@ -239,7 +243,7 @@ def unwrap_weights(weights: Mapping[str, Any], notes: list[str]) -> tuple[Weight
                 f"{name}"
             )
         tensors = encoder_tensors
-    return tensors, container
+    return tensors, container_key
 
 
 def has_encoder(weights: Weights, prefix: str) -> bool:
@@ -249,9 +253,9 @@ def has_encoder(weights: Weights, prefix: str) -> bool:
     )
 
 
-def detect_family(weights: Weights, container: str | None, file: Path) -> str:
+def detect_family(weights: Weights, container_key: str | None, file: Path) -> str:
     """Return the family of a state dict. Raise ConversionError if no family or several families match."""
-    for family, pattern in SIGNATURES.items():
+    for family, pattern in FAMILY_PATTERNS.items():
         if any(re.fullmatch(pattern, name) for name in weights):
             return family
     if "patch_embed.proj.weight" not in weights:
@@ -260,12 +264,12 @@ def detect_family(weights: Weights, container: str | None, file: Path) -> str:
             f"{file} does not contain a supported image encoder ({names}, ...). Use timm:NAME or "
             "transformers:PATH_OR_ID"
         )
-    if container == "target_encoder":
+    if container_key == "target_encoder":
         return "msn" if "cls_token" in weights else "ijepa"
-    if container in FAMILIES_BY_CONTAINER:
-        return FAMILIES_BY_CONTAINER[container]
+    if container_key in FAMILIES_BY_CONTAINER:
+        return FAMILIES_BY_CONTAINER[container_key]
     raise ConversionError(
-        f"the weights in {file} match several families. Set --family {' or '.join(AMBIGUOUS_FAMILIES)}"
+        f"the weights in {file} match several families. Set --family to one of {', '.join(AMBIGUOUS_FAMILIES)}"
     )
 
 
@@ -288,7 +292,7 @@ def build_reference_model(weights: Weights, family: str, converted_model: ViTCLS
         "mlp_ratio": config.intermediate_size / config.hidden_size * (2 if is_gated and family == "dinov2" else 1),
         "num_classes": config.num_labels if has_head else 0,
     }
-    name = get_timm_name(family, config)
+    name = get_timm_model_name(family, config)
     if config.num_register_tokens:
         options["reg_tokens" if family == "dinov2" else "num_reg_tokens"] = config.num_register_tokens
     if family == "dinov3" or (family == "mae" and config.pooling == "mean"):
@@ -300,7 +304,7 @@ def build_reference_model(weights: Weights, family: str, converted_model: ViTCLS
         name: tensor for name, tensor in weights.items() if not name.startswith(("linear_head.", "masked_embed"))
     }
     if family == "dinov2":
-        tensors.setdefault("mask_token", torch.zeros(1))  # timm recognizes DINOv2 by this name
+        tensors.setdefault("mask_token", torch.zeros(1))  # timm detects DINOv2 weights by this name
     load_timm_weights(model, tensors, **({"adapt_layer_scale": True} if name.startswith("deit3") else {}))
     if config.rope_periods is not None:
         periods = torch.tensor(config.rope_periods)
@@ -309,7 +313,7 @@ def build_reference_model(weights: Weights, family: str, converted_model: ViTCLS
     return model
 
 
-def get_timm_name(family: str, config: ViTCLSConfig) -> str:
+def get_timm_model_name(family: str, config: ViTCLSConfig) -> str:
     """Return the name of a timm model of the family, with a tag that selects the preprocessing of the family."""
     is_gated = config.mlp_type != "mlp"
     if family == "dinov2":
@@ -324,11 +328,11 @@ def get_timm_name(family: str, config: ViTCLSConfig) -> str:
         return "vit_base_patch16_siglip_224.webli"
     if config.num_distillation_tokens:
         return "deit_small_distilled_patch16_224.fb_in1k"
-    return TIMM_NAMES.get(family, "vit_small_patch16_224.dino")
+    return TIMM_MODEL_NAMES.get(family, "vit_small_patch16_224.dino")
 
 
 def build_big_vision_model(timm: Any, name: str, options: dict[str, Any], config: ViTCLSConfig, file: Path) -> Any:
-    """Build a timm model, and load a big_vision file with timm's own loader."""
+    """Build a timm model, and load a big_vision file with timm's loader."""
     options |= {"act_layer": "gelu_tanh"}
     if not config.num_cls_tokens and config.pooling == "mean":
         options |= {"class_token": False, "global_pool": "avg", "fc_norm": False}
@@ -343,12 +347,12 @@ def build_timm_model(weights: Weights, family: str) -> Any:
     """Build a timm model from the weights of a family without rules."""
     timm = import_timm()
     patterns = (r".*(conv1|patch_embed\.proj|patchifier\.proj)\.weight", r".*(positional_embedding|pos_embed)")
-    kernel, positions = (
+    patch_kernel, position_embeddings = (
         next((tensor for name, tensor in weights.items() if re.fullmatch(pattern, name)), None) for pattern in patterns
     )
-    if kernel is None or positions is None:
+    if patch_kernel is None or position_embeddings is None:
         raise LookupError("the patch projection or the position embeddings are missing")
-    width, patch_size = kernel.shape[0], kernel.shape[-1]
+    width, patch_size = patch_kernel.shape[0], patch_kernel.shape[-1]
     name = TIMM_FAMILIES[family].get((width, patch_size))
     if name is None:
         sizes = ", ".join(map(str, TIMM_FAMILIES[family]))
@@ -356,11 +360,15 @@ def build_timm_model(weights: Weights, family: str) -> Any:
             f"{family} files require a (width, patch size) of {sizes}, but this file has ({width}, {patch_size}). "
             "Use timm:NAME"
         )
-    side = math.isqrt(positions.shape[-2])
+    grid_side = math.isqrt(position_embeddings.shape[-2])
     blocks = {int(match[1]) for name in weights if (match := re.search(r"blocks\.(\d{1,9})\.", name))}
     projection = weights.get("visual.proj", weights.get("proj"))  # [D, num_classes]
-    head = weights.get("head.weight", None if projection is None else projection.T)
-    options = {"img_size": side * patch_size, "depth": len(blocks), "num_classes": 0 if head is None else len(head)}
+    head_weight = weights.get("head.weight", None if projection is None else projection.T)
+    options = {
+        "img_size": grid_side * patch_size,
+        "depth": len(blocks),
+        "num_classes": 0 if head_weight is None else len(head_weight),
+    }
     model = timm.create_model(name, pretrained=False, **options)
     if family == "clip" and "class_embedding" in weights:
         weights = {f"visual.{name}": tensor for name, tensor in weights.items()}
@@ -370,9 +378,10 @@ def build_timm_model(weights: Weights, family: str) -> Any:
 
 def load_timm_weights(model: Any, weights: Weights, **options: bool) -> None:
     """Load published weights into a timm model in float32, using the `checkpoint_filter_fn` of the timm module."""
-    module = sys.modules[type(model).__module__]
-    weights = {name: weight.float() for name, weight in weights.items()}  # timm adds position embeddings to tokens
-    model.load_state_dict(module.checkpoint_filter_fn(weights, model, **options))
+    timm_module = sys.modules[type(model).__module__]
+    # In half precision, the sums of tokens and position embeddings in timm would be rounded.
+    weights = {name: weight.float() for name, weight in weights.items()}
+    model.load_state_dict(timm_module.checkpoint_filter_fn(weights, model, **options))
 
 
 def describe_differences(family: str, config: ViTCLSConfig) -> list[str]:

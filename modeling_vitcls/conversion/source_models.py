@@ -39,8 +39,8 @@ from .weight_rules import ClassifierChoice, ConversionError
 
 Outputs = dict[str, torch.Tensor]
 
-# Name of the class that loads the convertible part of a checkpoint, by architecture of the checkpoint.
-PARTIAL_CLASSES = {
+# Name of the class that loads the encoder of a checkpoint, by architecture of the checkpoint.
+ENCODER_CLASS_NAMES = {
     "CLIPModel": "CLIPVisionModel",
     "MetaClip2Model": "MetaClip2VisionModel",
     "SiglipModel": "SiglipVisionModel",
@@ -107,8 +107,8 @@ class TimmSource:
         height, width = pixel_values.shape[-2:]
         model: Any = self.model if (height, width) == self.image_size else self.build_resized_model((height, width))
         sequence = model.forward_features(pixel_values)
-        head = "logits" if self.has_classifier else "pooled"
-        return {"sequence": sequence, head: model.forward_head(sequence)}
+        output_name = "logits" if self.has_classifier else "pooled"
+        return {"sequence": sequence, output_name: model.forward_head(sequence)}
 
     def build_resized_model(self, size: tuple[int, int]) -> Any:
         """Return a copy of the model for images of (height, width) pixels."""
@@ -126,32 +126,37 @@ class TransformersSource:
 
     @classmethod
     def load(cls, name: str, random_init: bool) -> "TransformersSource":
-        """Load a folder or a Hub id, optionally with `@REVISION`. `random_init` requires only config.json."""
-        path, revision = split_revision(name)
+        """Load a model from a folder or by a Hub id, optionally with `@REVISION`. `random_init` requires only
+        config.json."""
+        name_or_path, revision = split_revision(name)
         folder = (
-            get_model_folder(path, CONFIG_FILES, revision) if random_init else get_any_model_folder(path, revision)
+            get_model_folder(name_or_path, CONFIG_FILES, revision)
+            if random_init
+            else get_any_model_folder(name_or_path, revision)
         )
         try:
             config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         except Exception as error:  # ValueError for unknown model types, OSError for missing files, Hub errors
             if "trust_remote_code" in str(error):
                 raise ConversionError(
-                    f"{path} requires the code in the repository, but this code is never run. Use a model with a "
-                    "class in transformers, or timm:NAME"
+                    f"{name_or_path} requires remote code, which is never run. Use a model with a class in "
+                    "transformers, or timm:NAME"
                 ) from error
-            raise OSError(f"transformers cannot read the configuration of {path}: {format_error(error)}") from error
+            raise OSError(
+                f"transformers cannot read the configuration of {name_or_path}: {format_error(error)}"
+            ) from error
         if config.model_type == "vitcls":
             raise ConversionError(
-                f"{path} is already a ViTCLS model. Use --model {path}, or convert the model to a transformers class "
-                "with --to transformers --model"
+                f"{name_or_path} is already a ViTCLS model. Use --model {name_or_path}, or convert the model to a "
+                "transformers class with --to transformers --model"
             )
         model_class = get_convertible_class(config)
         if random_init:
-            return cls(path, folder, randomize_weights(model_class(config)), [])
-        return cls(path, folder, *load_complete_model(model_class, path, folder))
+            return cls(name_or_path, folder, randomize_weights(model_class(config)), [])
+        return cls(name_or_path, folder, *load_transformers_model(model_class, name_or_path, folder))
 
-    def __init__(self, path: str, folder: str, model: nn.Module, notes: list[str]) -> None:
-        self.name = f"transformers:{path}"
+    def __init__(self, name_or_path: str, folder: str, model: nn.Module, notes: list[str]) -> None:
+        self.name = f"transformers:{name_or_path}"
         self.model: Any = model.eval()
         self.revision = get_cached_commit(folder)
         self.notes = notes
@@ -159,13 +164,13 @@ class TransformersSource:
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """Image size in the configuration, or the size of a square with `num_patches` patches for SigLIP 2."""
+        """Image size in the configuration, or the size of a square image with `num_patches` patches for SigLIP 2."""
         config = getattr(self.model.config, "vision_config", self.model.config)
         if hasattr(config, "image_size"):
             size = config.image_size
             return (size, size) if isinstance(size, int) else tuple(size)
-        side = int(config.num_patches**0.5) * config.patch_size
-        return side, side
+        image_side = int(config.num_patches**0.5) * config.patch_size
+        return image_side, image_side
 
     @property
     def has_classifier(self) -> bool:
@@ -192,7 +197,7 @@ class TransformersSource:
     @property
     def encoder(self) -> Any:
         """Return the base model, which returns the token sequence."""
-        name = CONVERTIBLE_CLASSES[type(self.model).__name__].encoder
+        name = CONVERTIBLE_CLASSES[type(self.model).__name__].encoder_name
         return self.model if name is None else getattr(self.model, name)
 
     def build_inputs(self, pixel_values: torch.Tensor) -> dict[str, Any]:
@@ -218,7 +223,7 @@ class TransformersSource:
 
 SourceModel = TimmSource | TransformersSource
 
-LOADERS: dict[str, Callable[[str, bool], SourceModel]] = {
+SOURCE_LOADERS: dict[str, Callable[[str, bool], SourceModel]] = {
     "timm": TimmSource.load,
     "transformers": TransformersSource.load,
 }
@@ -230,13 +235,13 @@ def load_source(source: str, random_init: bool = False) -> SourceModel:
     Raise ValueError or OSError with a one-line message if the source does not exist or is not supported.
     """
     project, _, name = source.partition(":")
-    if project not in LOADERS or not name:
+    if project not in SOURCE_LOADERS or not name:
         raise ConversionError(f"source {source!r} is not supported. Use timm:NAME or transformers:PATH_OR_ID")
-    return LOADERS[project](name, random_init)
+    return SOURCE_LOADERS[project](name, random_init)
 
 
 def import_timm() -> Any:
-    """Return the timm module. Raise ConversionError if timm is not installed."""
+    """Import timm and return the module. Raise ConversionError if timm is not installed."""
     try:
         import timm
     except ImportError as error:
@@ -245,20 +250,20 @@ def import_timm() -> Any:
 
 
 def get_convertible_class(config: transformers.PreTrainedConfig) -> Any:
-    """Return the transformers class that loads the convertible part of a checkpoint."""
+    """Return the transformers class that loads a checkpoint, or its encoder if only the encoder can be converted."""
     architecture = (config.architectures or [""])[0]
-    name = PARTIAL_CLASSES.get(architecture, architecture)
+    name = ENCODER_CLASS_NAMES.get(architecture, architecture)
     if not architecture:
         model_class: Any = transformers.MODEL_MAPPING.get(type(config), None)
         name = getattr(model_class, "__name__", "")
     if name not in CONVERTIBLE_CLASSES:
         raise ConversionError(
-            f"{architecture or type(config).__name__} cannot be converted. Use a supported plain ViT"
+            f"{architecture or type(config).__name__} cannot be converted. Use a plain ViT that docs/coverage.md lists"
         )
     return getattr(transformers, name)
 
 
-def load_complete_model(model_class: Any, path: str, folder: str) -> tuple[Any, list[str]]:
+def load_transformers_model(model_class: Any, name_or_path: str, folder: str) -> tuple[Any, list[str]]:
     """Load a transformers model in the saved dtype, and return the model and notes on loading.
 
     If the checkpoint has no pooler, the model is loaded without a pooler. By default, transformers would add a pooler
@@ -272,12 +277,12 @@ def load_complete_model(model_class: Any, path: str, folder: str) -> tuple[Any, 
             model, loading_info = model_class.from_pretrained(folder, **options, add_pooling_layer=False)
             notes.append("the checkpoint has no pooler, so the converted model has no pooler")
     except Exception as error:  # downloads raise errors of many types
-        check_not_pickled_code(path, error)
-        raise OSError(f"transformers cannot load {path}: {format_error(error)}") from error
+        raise_if_unsafe_pickle(name_or_path, error)
+        raise OSError(f"transformers cannot load {name_or_path}: {format_error(error)}") from error
     if missing_names := sorted(loading_info["missing_keys"]):
         raise ConversionError(
-            f"{model_class.__name__} requires {len(missing_names)} weights that are missing in {path}, for example "
-            f"{missing_names[0]}"
+            f"{model_class.__name__} requires {len(missing_names)} weights that are missing in {name_or_path}, for "
+            f"example {missing_names[0]}"
         )
     unexpected_names = sorted(loading_info["unexpected_keys"])
     if unexpected_names and model_class.__name__ in (model.config.architectures or []):
@@ -287,12 +292,12 @@ def load_complete_model(model_class: Any, path: str, folder: str) -> tuple[Any, 
     return model, notes
 
 
-def check_not_pickled_code(path: str, error: BaseException) -> None:
+def raise_if_unsafe_pickle(name_or_path: str, error: BaseException) -> None:
     """Raise ConversionError if loading failed because a pickle contains objects other than tensors."""
     if any(isinstance(cause, pickle.UnpicklingError) for cause in iter_causes(error)):
         raise ConversionError(
-            f"{path} is a pickle with objects other than tensors, which could run code when they are loaded. Save the "
-            "tensors as safetensors"
+            f"{name_or_path} is a pickle with objects other than tensors. Loading such objects could run code. Save "
+            "the tensors as safetensors"
         ) from error
 
 

@@ -13,9 +13,9 @@ from torch import nn
 from .weight_rules import ConversionError, Fields, simplify_size
 
 
-TimmModule = Any  # timm model or layer; timm does not annotate the types of the attributes
+TimmModule = Any  # timm model or layer; timm does not annotate attribute types
 
-NORMS = {"LayerNorm": "layernorm", "RmsNorm": "rmsnorm", "RMSNorm": "rmsnorm"}
+NORM_TYPES = {"LayerNorm": "layernorm", "RmsNorm": "rmsnorm", "RMSNorm": "rmsnorm"}
 
 ACTIVATIONS = {
     "GELU": "gelu",
@@ -28,22 +28,22 @@ ACTIVATIONS = {
 POOLINGS = {"token": "cls", "avg": "mean", "max": "max", "map": "attention"}
 
 
-def read_model(model: TimmModule) -> Fields:
+def read_config_fields(model: TimmModule) -> Fields:
     """Return the configuration of a `VisionTransformer`, `VisionTransformerDistilled` or `Eva`."""
     first_block = model.blocks[0]  # the other blocks differ only in the number of key and value heads
     block_class = get_class_name(first_block)
     check_supported(block_class in BLOCK_READERS, f"blocks of class {block_class}")
-    blocks = BLOCK_READERS[block_class](first_block)
+    block_fields = BLOCK_READERS[block_class](first_block)
     return {
         **read_patch_embedding(model),
         **read_tokens(model),
         **read_positions(model),
         **read_rotary_positions(model),
         **read_norms(model),
-        **blocks,
+        **block_fields,
         "num_hidden_layers": len(model.blocks),
         "drop_path_rate": read_drop_path_rate(model.blocks[-1]),
-        **read_pooling(model, blocks.get("hidden_act")),
+        **read_pooling(model, block_fields.get("hidden_act")),
         **read_labels(model),
     }
 
@@ -85,12 +85,12 @@ def read_positions(model: TimmModule) -> Fields:
     """Return the fields of learned position embeddings, which timm resamples bicubically with antialiasing."""
     if model.pos_embed is None:
         return {"position_embedding_type": "none"}
-    tokens = read_tokens(model)
-    num_other_tokens = tokens["num_distillation_tokens"] + tokens["num_register_tokens"]
-    if model.no_embed_class or not (num_other_tokens or tokens["num_cls_tokens"]):
+    token_counts = read_tokens(model)
+    num_non_cls_tokens = token_counts["num_distillation_tokens"] + token_counts["num_register_tokens"]
+    if model.no_embed_class or not (num_non_cls_tokens or token_counts["num_cls_tokens"]):
         position_embedding_tokens = "patches"
     else:
-        position_embedding_tokens = "all" if num_other_tokens else "cls"
+        position_embedding_tokens = "all" if num_non_cls_tokens else "cls"
     return {
         "position_embedding_type": "learned",
         "position_embedding_tokens": position_embedding_tokens,
@@ -120,11 +120,11 @@ def read_grid_coordinates(rope: TimmModule) -> Fields:
     check_supported(
         not rope.in_pixels and getattr(rope, "grid_type", "index") == "index", "rotary positions in pixels"
     )
-    reference = rope.ref_feat_shape
+    reference_grid = rope.ref_feat_shape
     return {
         "rope_coordinates": "grid",
         "rope_grid_offset": float(rope.grid_offset),
-        "rope_reference_grid": None if reference is None else list(reference),
+        "rope_reference_grid": None if reference_grid is None else list(reference_grid),
     }
 
 
@@ -134,7 +134,8 @@ def read_centered_coordinates(rope: TimmModule) -> Fields:
         rope.min_period is None or rope.max_period is None, "rotary positions with min_period and max_period"
     )
     check_supported(
-        rope.normalize_coords == "separate", f"rotary positions with normalize_coords={rope.normalize_coords!r}"
+        rope.normalize_coords == "separate",
+        f"rotary positions with normalize_coords={rope.normalize_coords!r}",
     )
     check_supported(not rope.grid_offset, "an offset of centered rotary positions")
     return {"rope_coordinates": "centered"}
@@ -155,8 +156,8 @@ def read_norms(model: TimmModule) -> Fields:
         if "Norm" in get_class_name(module) and hasattr(module, "eps") and not name.endswith(".sub_norm")
     }
     for name, _ in norms:
-        check_supported(name in NORMS, f"norm {name}")
-    norm_types = {(NORMS[name], eps) for name, eps in norms}
+        check_supported(name in NORM_TYPES, f"norm {name}")
+    norm_types = {(NORM_TYPES[name], eps) for name, eps in norms}
     check_supported(
         len(norm_types) == 1,
         f"norms of different types or eps: {', '.join(f'{n} {e}' for n, e in sorted(norm_types))}",
@@ -170,7 +171,7 @@ def read_norms(model: TimmModule) -> Fields:
     }
 
 
-def read_block(block: TimmModule) -> Fields:
+def read_pre_norm_block(block: TimmModule) -> Fields:
     """Return the fields of a pre-norm block, which applies attention and then an MLP."""
     return {
         "layer_type": "standard",
@@ -182,13 +183,13 @@ def read_block(block: TimmModule) -> Fields:
 
 def read_post_norm_block(block: TimmModule) -> Fields:
     """Return the fields of a block with norms after attention and MLP."""
-    return {**read_block(block), "layer_type": "post"}
+    return {**read_pre_norm_block(block), "layer_type": "post"}
 
 
 def read_parallel_block(block: TimmModule) -> Fields:
     """Return the fields of a block that applies attention and MLP in parallel, with fused projections."""
-    output = block.out_proj if block.out_proj is not None else block.attn_out_proj
-    check_supported(output.bias is not None, "parallel blocks without output biases")
+    output_projection = block.out_proj if block.out_proj is not None else block.attn_out_proj
+    check_supported(output_projection.bias is not None, "parallel blocks without output biases")
     is_differential = hasattr(block, "sub_norm")
     return {
         "layer_type": "parallel",
@@ -210,7 +211,7 @@ def read_branched_block(block: TimmModule) -> Fields:
     check_supported(
         fields["attention_type"] == "softmax" and fields["mlp_type"] == "mlp", "gated or differential branches"
     )
-    check_supported(not fields["qk_norm"], "norms of queries and keys in parallel branches")
+    check_supported(not fields["qk_norm"], "query and key norms in parallel branches")
     check_supported(not fields["attention_norm"] and not fields["mlp_norm"], "norms inside parallel branches")
     num_branches = len(block.attns)
     return fields | {
@@ -218,13 +219,13 @@ def read_branched_block(block: TimmModule) -> Fields:
         "num_attention_heads": num_branches * attention.num_heads,
         "attention_head_size": attention.head_dim,
         "intermediate_size": num_branches * mlp.fc1.out_features,
-        **dict.fromkeys(("qkv_bias", "projection_bias", "mlp_bias"), True),  # the biases of folded norms
+        **dict.fromkeys(("qkv_bias", "projection_bias", "mlp_bias"), True),  # biases from folded norms
     }
 
 
 BLOCK_READERS: dict[str, Callable[[TimmModule], Fields]] = {
-    "Block": read_block,
-    "EvaBlock": read_block,
+    "Block": read_pre_norm_block,
+    "EvaBlock": read_pre_norm_block,
     "ResPostBlock": read_post_norm_block,
     "EvaBlockPostNorm": read_post_norm_block,
     "ParallelScalingBlock": read_parallel_block,
@@ -234,7 +235,7 @@ BLOCK_READERS: dict[str, Callable[[TimmModule], Fields]] = {
 
 
 def read_attention(attention: TimmModule) -> Fields:
-    """Return the heads, biases and norms of an attention module."""
+    """Return the fields of an attention module: type, heads, norms, biases and dropout."""
     name = get_class_name(attention)
     check_supported(
         name in ("Attention", "AttentionRope", "EvaAttention", "DiffAttention"), f"attention of class {name}"
@@ -251,47 +252,47 @@ def read_attention(attention: TimmModule) -> Fields:
         "attention_norm": is_present(attention.norm),
         "projection_bias": attention.proj.bias is not None,
         "attention_probs_dropout_prob": attention.attn_drop.p,
-        **read_input_biases(attention),
+        **read_qkv_biases(attention),
     }
 
 
-def read_input_biases(attention: TimmModule) -> Fields:
+def read_qkv_biases(attention: TimmModule) -> Fields:
     """Return the fields of the query, key and value biases. In EVA, the key projections have no bias."""
     if getattr(attention, "q_bias", None) is not None:
-        biases = {"query_bias": True, "key_bias": False, "value_bias": True}
+        bias_fields = {"query_bias": True, "key_bias": False, "value_bias": True}
     elif attention.qkv is None:
         projections = {"query": attention.q_proj, "key": attention.k_proj, "value": attention.v_proj}
-        biases = {f"{name}_bias": projection.bias is not None for name, projection in projections.items()}
+        bias_fields = {f"{name}_bias": projection.bias is not None for name, projection in projections.items()}
     else:
         return {"qkv_bias": attention.qkv.bias is not None}
-    are_equal = len(set(biases.values())) == 1
-    return {"qkv_bias": biases["query_bias"]} if are_equal else biases
+    has_equal_biases = len(set(bias_fields.values())) == 1
+    return {"qkv_bias": bias_fields["query_bias"]} if has_equal_biases else bias_fields
 
 
 def read_mlp(mlp: TimmModule) -> Fields:
-    """Return the hidden size, activation, biases and norm of a plain or gated MLP."""
+    """Return the fields of a plain or gated MLP: type, activation, hidden size, biases and norm."""
     name = get_class_name(mlp)
     check_supported(name in ("Mlp", "GluMlp", "SwiGLU"), f"MLP of class {name}")
     activation = read_activation(mlp.act)
     check_supported(name == "Mlp" or activation == "silu", f"an MLP gated by {activation}")
-    biases = {layer.bias is not None for layer in mlp.children() if isinstance(layer, nn.Linear)}
-    check_supported(len(biases) == 1, "an MLP with biases in some layers only")
+    bias_flags = {layer.bias is not None for layer in mlp.children() if isinstance(layer, nn.Linear)}
+    check_supported(len(bias_flags) == 1, "an MLP with biases in some layers only")
     fields = {"mlp_type": "swiglu"} if name != "Mlp" else {"mlp_type": "mlp", "hidden_act": activation}
     return {
         **fields,
         "intermediate_size": mlp.fc2.in_features,
-        "mlp_bias": biases.pop(),
+        "mlp_bias": bias_flags.pop(),
         "mlp_norm": is_present(mlp.norm),
     }
 
 
 def read_layer_scale(block: TimmModule) -> Fields:
     """Return the initial LayerScale value. If only attention has LayerScale, the MLP's LayerScale values become 1."""
-    scale = getattr(block, "ls1", getattr(block, "ls", None))  # VisionTransformer
-    if scale is not None and is_present(scale):
-        return {"layer_scale_init_value": float(scale.init_values)}
-    has_scale = getattr(block, "gamma_1", None) is not None  # Eva
-    return {"layer_scale_init_value": float(block.init_values)} if has_scale else {}
+    layer_scale = getattr(block, "ls1", getattr(block, "ls", None))  # VisionTransformer
+    if layer_scale is not None and is_present(layer_scale):
+        return {"layer_scale_init_value": float(layer_scale.init_values)}
+    has_layer_scale = getattr(block, "gamma_1", None) is not None  # Eva
+    return {"layer_scale_init_value": float(block.init_values)} if has_layer_scale else {}
 
 
 def read_drop_path_rate(last_block: TimmModule) -> float:
@@ -304,47 +305,47 @@ def read_pooling(model: TimmModule, hidden_act: str | None) -> Fields:
     """Return the fields of the pooling before the head."""
     if not model.global_pool:
         check_supported(not model.num_classes, "a classifier on every token (global_pool='')")
-        return {"pooling": "cls" if model.cls_token is not None else "mean"}  # for a new classifier
+        return {"pooling": "cls" if model.cls_token is not None else "mean"}  # used by a new classifier
     check_supported(model.global_pool in POOLINGS, f"global_pool={model.global_pool!r}")
     pooling = POOLINGS[model.global_pool]
     if pooling == "attention":
         return {"pooling": pooling, **read_attention_pool(model, hidden_act)}
-    includes_prefix = getattr(model, "pool_include_prefix", False)
-    check_supported(pooling == "cls" or not includes_prefix, f"{pooling} pooling that includes special tokens")
+    use_prefix_tokens = getattr(model, "pool_include_prefix", False)
+    check_supported(pooling == "cls" or not use_prefix_tokens, f"{pooling} pooling that includes special tokens")
     return {"pooling": pooling}
 
 
 def read_attention_pool(model: TimmModule, hidden_act: str | None) -> Fields:
     """Return the fields of attention pooling. In `Eva`, the query also attends to special tokens."""
-    pool = model.attn_pool
-    check_supported(get_class_name(pool) == "AttentionPoolLatent", f"pooling of class {get_class_name(pool)}")
+    pooler = model.attn_pool
+    check_supported(get_class_name(pooler) == "AttentionPoolLatent", f"pooling of class {get_class_name(pooler)}")
     check_supported(
-        pool.latent.shape[1] == 1 and pool.pos_embed is None,
+        pooler.latent.shape[1] == 1 and pooler.pos_embed is None,
         "several queries or position embeddings in attention pooling",
     )
     check_supported(
-        is_present(pool.q) and not is_present(pool.q_norm), "attention pooling without q_proj or with q_norm"
+        is_present(pooler.q) and not is_present(pooler.q_norm), "attention pooling without q_proj or with q_norm"
     )
-    activation = read_activation(pool.mlp.act)
+    activation = read_activation(pooler.mlp.act)
     check_supported(hidden_act in (activation, None), "attention pooling with a different activation than the blocks")
     return {
         "attention_pool_tokens": "all" if getattr(model, "pool_include_prefix", True) else "patches",
-        "attention_pool_heads": pool.num_heads,
-        "attention_pool_intermediate_size": pool.mlp.fc1.out_features,
+        "attention_pool_heads": pooler.num_heads,
+        "attention_pool_intermediate_size": pooler.mlp.fc1.out_features,
         "hidden_act": activation,
     }
 
 
 def read_labels(model: TimmModule) -> Fields:
-    """Return the class names, or the number of classes if the model has no class names."""
+    """Return the label names, or the number of labels if the model has no label names."""
     check_supported(
         get_class_name(model.head) in ("Linear", "Identity"), f"a head of class {get_class_name(model.head)}"
     )
     if not model.num_classes:
         return {}
-    names = (getattr(model, "pretrained_cfg", None) or {}).get("label_names")
-    if names and len(names) == model.num_classes:
-        return {"id2label": dict(enumerate(names))}
+    label_names = (getattr(model, "pretrained_cfg", None) or {}).get("label_names")
+    if label_names and len(label_names) == model.num_classes:
+        return {"id2label": dict(enumerate(label_names))}
     return {"num_labels": model.num_classes}
 
 

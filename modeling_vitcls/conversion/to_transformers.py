@@ -66,14 +66,14 @@ def convert_to_transformers(model: ViTCLSPreTrainedModel, native_size_only: bool
 
 
 @dataclass(frozen=True)
-class Target:
+class TargetClass:
     """A transformers class to which models are converted."""
 
     name: str
     build_settings: Callable[[ViTCLSConfig], Settings]  # function that returns configuration fields of the class
-    # Function that returns keyword arguments of the class
+    # function that returns keyword arguments of the class
     build_options: Callable[[ViTCLSConfig], dict[str, bool]] = lambda config: {}
-    always_pools: bool = True  # whether the class has a pooled output even if the pooler of the model has no weights
+    has_fixed_pooling: bool = True  # whether the class always has a pooled output
 
     @property
     def convertible_class(self) -> ConvertibleClass:
@@ -107,13 +107,13 @@ def build_vit_options(config: ViTCLSConfig) -> dict[str, bool]:
 def build_dinov2_settings(config: ViTCLSConfig) -> Settings:
     """Build the configuration of DINOv2, with or without registers."""
     is_gated = config.mlp_type != "mlp"
-    ratios = {compute_dinov2_mlp_size(config.hidden_size, ratio, is_gated): ratio for ratio in range(16, 0, -1)}
+    mlp_ratios = {compute_dinov2_mlp_size(config.hidden_size, ratio, is_gated): ratio for ratio in range(16, 0, -1)}
     return {
         "qkv_bias": any(get_qkv_biases(config)),
-        "mlp_ratio": ratios.get(config.intermediate_size, 4),
+        "mlp_ratio": mlp_ratios.get(config.intermediate_size, 4),
         "use_swiglu_ffn": is_gated,
         "layerscale_value": float(config.layer_scale_init_value or 1.0),
-        "use_mask_token": config.use_mask_token,  # only without registers: the class with registers has a mask token
+        "use_mask_token": config.use_mask_token,  # only without registers; otherwise, a mask token always exists
         "num_register_tokens": config.num_register_tokens,  # only with registers
     }
 
@@ -136,20 +136,20 @@ def build_dinov3_settings(config: ViTCLSConfig) -> Settings:
     }
 
 
-TARGETS: dict[str, list[Target]] = {
+TARGETS: dict[str, list[TargetClass]] = {
     "ViTCLSModel": [
-        Target("ViTModel", build_vit_settings, build_vit_options, always_pools=False),
-        Target("DeiTModel", build_vit_settings, build_vit_options, always_pools=False),
-        Target("Dinov2Model", build_dinov2_settings),
-        Target("Dinov2WithRegistersModel", build_dinov2_settings),
-        Target("DINOv3ViTModel", build_dinov3_settings),
+        TargetClass("ViTModel", build_vit_settings, build_vit_options, has_fixed_pooling=False),
+        TargetClass("DeiTModel", build_vit_settings, build_vit_options, has_fixed_pooling=False),
+        TargetClass("Dinov2Model", build_dinov2_settings),
+        TargetClass("Dinov2WithRegistersModel", build_dinov2_settings),
+        TargetClass("DINOv3ViTModel", build_dinov3_settings),
     ],
     "ViTCLSForImageClassification": [
-        Target("ViTForImageClassification", build_vit_settings),
-        Target("DeiTForImageClassificationWithTeacher", build_vit_settings),
-        Target("DeiTForImageClassification", build_vit_settings),
-        Target("Dinov2ForImageClassification", build_dinov2_settings),
-        Target("Dinov2WithRegistersForImageClassification", build_dinov2_settings),
+        TargetClass("ViTForImageClassification", build_vit_settings),
+        TargetClass("DeiTForImageClassificationWithTeacher", build_vit_settings),
+        TargetClass("DeiTForImageClassification", build_vit_settings),
+        TargetClass("Dinov2ForImageClassification", build_dinov2_settings),
+        TargetClass("Dinov2WithRegistersForImageClassification", build_dinov2_settings),
     ],
 }
 
@@ -158,49 +158,52 @@ TARGETS: dict[str, list[Target]] = {
 class TargetMatch:
     """Result of comparing a configuration with a target."""
 
-    target: Target
-    config: ViTCLSConfig  # configuration of the model after `steps`
+    target: TargetClass
+    config: ViTCLSConfig  # configuration of the model after `applied_rewrites`
     mismatches: list[str]  # fields that the target does not support, as `name=value`, or one error message
     target_values: list[str]  # values of the mismatched fields in the target, as `name=value`
     mismatched_names: frozenset[str] = frozenset()  # names of the mismatched fields
-    # Applied rewrites, each with the configuration before and after the rewrite
-    steps: tuple[tuple[Rewrite, ViTCLSConfig, ViTCLSConfig], ...] = ()
+    # rewrites, each with the configuration before and after the rewrite
+    applied_rewrites: tuple[tuple[Rewrite, ViTCLSConfig, ViTCLSConfig], ...] = ()
 
 
 def find_best_match(model_class: str, config: ViTCLSConfig, native_size_only: bool) -> TargetMatch:
     """Return the match with the fewest mismatches. Ties are broken by the number of rewrites."""
-    matches = [match_equivalent(target, config, native_size_only) for target in TARGETS[model_class]]
-    return min(matches, key=lambda match: (len(match.mismatches), len(match.steps)))
+    matches = [find_equivalent_match(target, config, native_size_only) for target in TARGETS[model_class]]
+    return min(matches, key=lambda match: (len(match.mismatches), len(match.applied_rewrites)))
 
 
-def match_equivalent(target: Target, config: ViTCLSConfig, native_size_only: bool) -> TargetMatch:
+def find_equivalent_match(target: TargetClass, config: ViTCLSConfig, native_size_only: bool) -> TargetMatch:
     """Apply all rewrites that reduce the number of mismatches, and return the match of the new configuration."""
     match = compare_with_target(target, config)
     for rewrite in REWRITES:
-        if not rewrite.fields & match.mismatched_names or (rewrite.at_native_size_only and not native_size_only):
+        if not rewrite.field_names & match.mismatched_names or (rewrite.is_native_size_only and not native_size_only):
             continue
-        for changes in rewrite.list_changes(match.config):
-            changed_match = compare_with_target(target, replace_fields(match.config, changes))
-            if len(changed_match.mismatches) < len(match.mismatches):
-                match = replace(changed_match, steps=(*match.steps, (rewrite, match.config, changed_match.config)))
+        for changed_fields in rewrite.propose_changes(match.config):
+            rewritten_match = compare_with_target(target, replace_fields(match.config, changed_fields))
+            if len(rewritten_match.mismatches) < len(match.mismatches):
+                match = replace(
+                    rewritten_match,
+                    applied_rewrites=(*match.applied_rewrites, (rewrite, match.config, rewritten_match.config)),
+                )
                 break
     return match
 
 
-def compare_with_target(target: Target, config: ViTCLSConfig) -> TargetMatch:
+def compare_with_target(target: TargetClass, config: ViTCLSConfig) -> TargetMatch:
     """Build the target from a configuration, convert the target configuration back, and compare the fields."""
     convertible_class = target.convertible_class
     try:
         with torch.device("meta"):
             target_model = target.build(config)
-        weights, _ = split_head(target_model.state_dict(), convertible_class.encoder)
+        weights, _ = split_head(target_model.state_dict(), convertible_class.encoder_name)
         fields = convertible_class.family.read_fields(target_model.config, weights) | dict(convertible_class.fields)
         round_trip_config = ViTCLSConfig(**fields)
     except (TypeError, ValueError) as error:  # a value that the class or this version of transformers does not support
         return TargetMatch(target, config, [format_error(error)], [])
-    has_head = convertible_class.encoder is not None
+    has_head = convertible_class.encoder_name is not None
     values, target_values = get_effective_fields(config, has_head), get_effective_fields(round_trip_config, has_head)
-    ignored_fields = POOLING_FIELDS if not target.always_pools and has_weightless_pooler(config) else set()
+    ignored_fields = POOLING_FIELDS if not target.has_fixed_pooling and has_weightless_pooler(config) else set()
     mismatched_names = [
         name
         for name in values
@@ -241,7 +244,7 @@ def describe_nearest_target(match: TargetMatch) -> str:
 
 
 def describe_encoder_target(model: ViTCLSPreTrainedModel) -> str:
-    """Return the part of the error message that names the class for a classifier's encoder, or "" if no class
+    """Return the part of the error message that names a class for the encoder of a classifier, or "" if no class
     supports the encoder."""
     if not hasattr(model, "vitcls"):
         return ""
@@ -271,9 +274,9 @@ def get_effective_fields(config: ViTCLSConfig, has_head: bool) -> dict[str, Any]
     """Return the fields that affect the outputs of a model. Equivalent values are mapped to the same value."""
     inherited_fields = {field.name for field in dataclasses.fields(PreTrainedConfig)}
     names = [field.name for field in dataclasses.fields(config) if field.name not in inherited_fields | IGNORED_FIELDS]
-    values = {name: getattr(config, name) for name in names}
+    field_values = {name: getattr(config, name) for name in names}
     query_bias, key_bias, value_bias = get_qkv_biases(config)
-    values |= {
+    field_values |= {
         "image_size": list(config.image_height_width),
         "patch_size": list(config.patch_height_width),
         "attention_head_size": config.head_dim,
@@ -287,35 +290,35 @@ def get_effective_fields(config: ViTCLSConfig, has_head: bool) -> dict[str, Any]
         "cls_scopes": config.cls_scopes if any(scope != "image" for scope in config.cls_scopes or ()) else None,
     }
     unused_fields = get_unused_fields(config, has_head)
-    return {name: value for name, value in values.items() if name not in unused_fields}
+    return {name: value for name, value in field_values.items() if name not in unused_fields}
 
 
 def get_unused_fields(config: ViTCLSConfig, has_head: bool) -> set[str]:
     """Return the fields that have no effect because of other fields."""
-    pools_one_cls = config.num_cls_tokens == 1 or config.pooling not in ("cls", "cls_mean")
+    has_single_pooled_cls = config.num_cls_tokens == 1 or config.pooling not in ("cls", "cls_mean")
     attention_pool_fields = {
         field.name for field in dataclasses.fields(config) if field.name.startswith("attention_pool_")
     }
     rotary_fields = {field.name for field in dataclasses.fields(config) if field.name.startswith("rope_")}
-    conditions = [
+    unused_conditions = [
         (not has_head, HEAD_FIELDS),
         (not config.position_embedding_type.startswith("learned"), LEARNED_POSITION_FIELDS),
         (not config.has_rotary_positions, rotary_fields),
-        (pools_one_cls, {"cls_pooling", "pooled_cls_tokens"}),
+        (has_single_pooled_cls, {"cls_pooling", "pooled_cls_tokens"}),
         (config.pooling != "attention", attention_pool_fields),
         (config.head_type == "linear", {"head_hidden_size"}),
         (not config.has_distillation_head, {"distillation_inference"}),
     ]
-    return {name for is_unused, names in conditions if is_unused for name in names}
+    return {name for is_unused, names in unused_conditions if is_unused for name in names}
 
 
 def has_weightless_pooler(config: ViTCLSConfig) -> bool:
-    """Return whether pooling has no weights. The caller can then pool the tokens of a class without a pooler."""
+    """Return whether pooling has no weights, so that users can pool the outputs of a class without a pooler."""
     return config.pooling != "attention" and not config.pooled_norm and config.pooled_activation is None
 
 
 def get_qkv_biases(config: ViTCLSConfig) -> tuple[bool, bool, bool]:
-    """Return whether queries, keys and values have a bias."""
+    """Return whether the query, key and value projections have biases."""
     query, key, value = (
         config.qkv_bias if bias is None else bias for bias in (config.query_bias, config.key_bias, config.value_bias)
     )
@@ -342,17 +345,17 @@ def build_transformers_model(match: TargetMatch, model: ViTCLSPreTrainedModel) -
     """Build the transformers model that `match` describes, with the weights of `model`."""
     target = match.target
     transformers_model = target.build(match.config)
-    encoder_name = target.convertible_class.encoder
-    encoder, head = map(dict, split_head(model.state_dict(), "vitcls" if encoder_name else None))
-    for rewrite, old, new in match.steps:
-        rewrite.rewrite_weights(encoder, head, old, new)
-    target_encoder, target_head = split_head(transformers_model.state_dict(), encoder_name)
-    if "embeddings.mask_token" in encoder and "embeddings.mask_token" not in target_encoder:
+    encoder_name = target.convertible_class.encoder_name
+    encoder_weights, head_weights = map(dict, split_head(model.state_dict(), "vitcls" if encoder_name else None))
+    for rewrite, old_config, new_config in match.applied_rewrites:
+        rewrite.rewrite_weights(encoder_weights, head_weights, old_config, new_config)
+    target_encoder_weights, target_head_weights = split_head(transformers_model.state_dict(), encoder_name)
+    if "embeddings.mask_token" in encoder_weights and "embeddings.mask_token" not in target_encoder_weights:
         logger.warning(f"{target.name} has no mask token, so the mask token is dropped")
-        del encoder["embeddings.mask_token"]
-    encoder = revert_weights(encoder, target.convertible_class.family.rules, target_encoder)
-    weights = {f"{encoder_name}.{name}" if encoder_name else name: weight for name, weight in encoder.items()}
-    weights |= revert_weights(head, HEAD_RULES, target_head)
+        del encoder_weights["embeddings.mask_token"]
+    encoder_weights = revert_weights(encoder_weights, target.convertible_class.family.rules, target_encoder_weights)
+    weights = {f"{encoder_name}.{name}" if encoder_name else name: weight for name, weight in encoder_weights.items()}
+    weights |= revert_weights(head_weights, HEAD_RULES, target_head_weights)
     for name, weight in transformers_model.state_dict().items():
         if name not in weights:
             weights[name] = build_neutral_weight(name, weight)
@@ -364,7 +367,7 @@ def build_transformers_model(match: TargetMatch, model: ViTCLSPreTrainedModel) -
 
 def build_neutral_weight(name: str, weight: torch.Tensor) -> torch.Tensor:
     """Build a weight that does not affect the outputs, such as a zero bias."""
-    kind = name.rsplit(".", 1)[-1]
-    if kind not in NEUTRAL_WEIGHTS and weight.numel():
+    parameter_name = name.rsplit(".", 1)[-1]
+    if parameter_name not in NEUTRAL_WEIGHTS and weight.numel():
         raise ConversionError(f"weights missing: {name}")
-    return torch.full_like(weight, NEUTRAL_WEIGHTS.get(kind, 0.0))
+    return torch.full_like(weight, NEUTRAL_WEIGHTS.get(parameter_name, 0.0))

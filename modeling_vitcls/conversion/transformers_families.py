@@ -36,10 +36,10 @@ class TransformersFamily:
     """Rules for the weights and configuration of one architecture."""
 
     rules: Sequence[Rule]  # rules for the weights of the encoder
-    # Function (configuration, weights) that returns fields of `ViTCLSConfig`
+    # function (configuration, weights) that returns fields of `ViTCLSConfig`
     read_fields: Callable[[Any, Weights], Fields]
-    # Function that prepares the weights for the rules, for example by merging several weights
-    prepare: Callable[[Weights], Weights] = dict
+    # function that prepares the weights for the rules, for example by merging several weights
+    prepare_weights: Callable[[Weights], Weights] = dict
 
 
 # Fields with the same name and meaning in configurations of transformers and in ViTCLSConfig.
@@ -49,7 +49,7 @@ SHARED_FIELDS = (
 ).split()
 
 
-def read_common(config: Any, weights: Weights) -> Fields:
+def read_common_fields(config: Any, weights: Weights) -> Fields:
     """Return the fields that most families share."""
     fields = {name: getattr(config, name) for name in SHARED_FIELDS if hasattr(config, name)}
     if hasattr(config, "attention_dropout"):
@@ -69,7 +69,7 @@ def round_to_patches(image_size: Any, patch_size: Any) -> int | list[int]:
     return simplify_size(height, width)
 
 
-def require_square(config: Any) -> None:
+def check_square_image(config: Any) -> None:
     """Raise ConversionError if the image size is not square, because transformers assumes a square position grid."""
     if not isinstance(round_to_patches(config.image_size, config.patch_size), int):
         raise ConversionError(
@@ -79,7 +79,7 @@ def require_square(config: Any) -> None:
 
 
 # ViT (arXiv 2010.11929), DeiT (2012.12877), ViTMSN (2204.07141), ViTMAE (2111.06377), I-JEPA (2301.08243), Pixio.
-# In this package, the parameters of layers have the same names.
+# The layer parameters have the same names in this package.
 VIT_RULES = [
     Rule("embeddings.position_embeddings", POSITIONS, split_positions, axis=1),
     Rule("embeddings.{rest}", "embeddings.{rest}"),
@@ -89,9 +89,9 @@ VIT_RULES = [
 ]
 
 
-def read_vit(config: Any, weights: Weights) -> Fields:
+def read_vit_fields(config: Any, weights: Weights) -> Fields:
     """Return the fields of ViT. The optional pooler of `ViTModel` is a dense layer on the CLS token."""
-    fields = read_common(config, weights)
+    fields = read_common_fields(config, weights)
     if "pooler.dense.weight" in weights:
         if config.pooler_output_size != config.hidden_size:
             raise ConversionError(
@@ -102,36 +102,36 @@ def read_vit(config: Any, weights: Weights) -> Fields:
     return fields
 
 
-def read_deit(config: Any, weights: Weights) -> Fields:
+def read_deit_fields(config: Any, weights: Weights) -> Fields:
     """Return the fields of DeiT, which is a ViT with a distillation token that has a position embedding."""
-    return read_vit(config, weights) | {"num_distillation_tokens": 1, "position_embedding_tokens": "all"}
+    return read_vit_fields(config, weights) | {"num_distillation_tokens": 1, "position_embedding_tokens": "all"}
 
 
-def read_ijepa(config: Any, weights: Weights) -> Fields:
+def read_ijepa_fields(config: Any, weights: Weights) -> Fields:
     """Return the fields of I-JEPA, which has a classifier on the mean of the patches, and no special tokens."""
     if "pooler.dense.weight" in weights:
         raise ConversionError(
-            "the pooler of IJepaModel reads the first patch instead of a CLS token. Load the model with "
+            "the pooler of IJepaModel uses the first patch instead of a CLS token. Load the model with "
             "add_pooling_layer=False"
         )
-    return read_common(config, weights) | {
+    return read_common_fields(config, weights) | {
         "num_cls_tokens": 0,
         "pooling": "mean",
         "position_embedding_tokens": "patches",
     }
 
 
-def read_pixio(config: Any, weights: Weights) -> Fields:
+def read_pixio_fields(config: Any, weights: Weights) -> Fields:
     """Return the fields of Pixio, which averages several CLS tokens for pooling."""
-    require_square(config)
-    return read_common(config, weights) | {
+    check_square_image(config)
+    return read_common_fields(config, weights) | {
         "num_cls_tokens": config.n_cls_tokens,
         "cls_pooling": "mean",
         "intermediate_size": int(config.hidden_size * config.mlp_ratio),
     }
 
 
-# Rules for attention parameters with the same names as in BERT.
+# Rules for attention parameters that are named as in BERT.
 BERT_ATTENTION_RULES = [
     Rule("encoder.layer.{i}.attention.attention.query.{rest}", "layers.{i}.attention.q_proj.{rest}"),
     Rule("encoder.layer.{i}.attention.attention.key.{rest}", "layers.{i}.attention.k_proj.{rest}"),
@@ -168,7 +168,7 @@ def compute_dinov2_mlp_size(hidden_size: int, ratio: float, is_gated: bool) -> i
     return (int(width * 2 / 3) + 7) // 8 * 8 if is_gated else width
 
 
-def read_dinov2_layers(config: Any) -> Fields:
+def read_dinov2_layer_fields(config: Any) -> Fields:
     """Return the fields of the MLP and of LayerScale."""
     return {
         "intermediate_size": compute_dinov2_mlp_size(config.hidden_size, config.mlp_ratio, config.use_swiglu_ffn),
@@ -177,23 +177,23 @@ def read_dinov2_layers(config: Any) -> Fields:
     }
 
 
-def read_dinov2(config: Any, weights: Weights) -> Fields:
+def read_dinov2_fields(config: Any, weights: Weights) -> Fields:
     """Return the fields of DINOv2, with or without registers.
 
     Unlike the authors' code, transformers resamples position embeddings without an offset.
     `Dinov2WithRegistersModel` resamples with antialiasing. The registers have no position embeddings.
     """
-    require_square(config)
-    fields = read_common(config, weights) | read_dinov2_layers(config)
+    check_square_image(config)
+    fields = read_common_fields(config, weights) | read_dinov2_layer_fields(config)
     num_registers = getattr(config, "num_register_tokens", None)
     if num_registers is None:
         return fields
     return fields | {"num_register_tokens": num_registers, "position_antialias": True}
 
 
-def read_tipsv2(config: Any, weights: Weights) -> Fields:
+def read_tipsv2_fields(config: Any, weights: Weights) -> Fields:
     """Return the fields of TIPSv2 (arXiv 2604.12012), which is DINOv2 with registers and bilinear resampling."""
-    return read_dinov2(config, weights) | {"position_interpolation": "bilinear"}
+    return read_dinov2_fields(config, weights) | {"position_interpolation": "bilinear"}
 
 
 def select_by_mlp_type(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
@@ -223,9 +223,9 @@ DINOV3_RULES = [
 ]
 
 
-def read_dinov3(config: Any, weights: Weights) -> Fields:
+def read_dinov3_fields(config: Any, weights: Weights) -> Fields:
     """Return the fields of DINOv3, which has rotary position embeddings."""
-    return read_common(config, weights) | {
+    return read_common_fields(config, weights) | {
         "num_register_tokens": config.num_register_tokens,
         "position_embedding_type": "rope_2d",
         "rope_theta": config.rope_theta,
@@ -253,9 +253,9 @@ SAPIENS2_RULES = [
 ]
 
 
-def read_sapiens2(config: Any, weights: Weights) -> Fields:
+def read_sapiens2_fields(config: Any, weights: Weights) -> Fields:
     """Return the fields of Sapiens2."""
-    return read_dinov3(config, weights) | {
+    return read_dinov3_fields(config, weights) | {
         "norm_type": "rmsnorm",
         "layer_norm_eps": config.rms_norm_eps,
         "qk_norm": config.use_qk_norm,
@@ -280,10 +280,9 @@ CLIP_RULES = [
 ]
 
 
-def read_clip(config: Any, weights: Weights) -> Fields:
-    """Return the fields of CLIP, which has a norm before the first layer, and normalizes only the pooled output at the
-    end."""
-    return read_common(config, weights) | {"patch_bias": False, "pre_norm": True, "final_norm": False}
+def read_clip_fields(config: Any, weights: Weights) -> Fields:
+    """Return the fields of CLIP, which has a norm before the first layer and a norm of the pooled output."""
+    return read_common_fields(config, weights) | {"patch_bias": False, "pre_norm": True, "final_norm": False}
 
 
 # InternViT (arXiv 2312.14238), which is part of InternVL and Qianfan-OCR.
@@ -301,12 +300,12 @@ INTERNVL_RULES = [
 ]
 
 
-def read_internvl(config: Any, weights: Weights) -> Fields:
+def read_internvl_fields(config: Any, weights: Weights) -> Fields:
     """Return the fields of InternViT, which has no pooler."""
     if config.use_qk_norm:
-        raise ConversionError("ViTCLS does not support norms of queries and keys over all heads (use_qk_norm)")
-    require_square(config)
-    return read_common(config, weights) | {
+        raise ConversionError("ViTCLS does not support query and key norms over all heads (use_qk_norm)")
+    check_square_image(config)
+    return read_common_fields(config, weights) | {
         "qkv_bias": config.attention_bias,
         "layer_scale_init_value": config.layer_scale_init_value,
         "norm_type": "layernorm" if config.norm_type == "layer_norm" else "rmsnorm",
@@ -329,9 +328,9 @@ SIGLIP_RULES = [
 ]
 
 
-def read_siglip(config: Any, weights: Weights) -> Fields:
+def read_siglip_fields(config: Any, weights: Weights) -> Fields:
     """Return the fields of SigLIP, which uses attention pooling if the model has a head, and has no special tokens."""
-    return read_common(config, weights) | {
+    return read_common_fields(config, weights) | {
         "num_cls_tokens": 0,
         "position_embedding_tokens": "patches",
         "pooling": "attention" if "head.probe" in weights else "mean",
@@ -350,9 +349,9 @@ SIGLIP2_RULES = [
 ]
 
 
-def read_siglip2(config: Any, weights: Weights) -> Fields:
-    """Return the fields of SigLIP 2. SigLIP 2 reads flattened patches, but the converted model reads images."""
-    return read_siglip(config, weights) | {
+def read_siglip2_fields(config: Any, weights: Weights) -> Fields:
+    """Return the fields of SigLIP 2. The converted model expects images instead of flattened patches."""
+    return read_siglip_fields(config, weights) | {
         "image_size": isqrt(config.num_patches) * config.patch_size,
         "position_interpolation": "bilinear",
         "position_antialias": True,
@@ -389,10 +388,10 @@ AIMV2_RULES = [
 ]
 
 
-def read_aimv2(config: Any, weights: Weights) -> Fields:
+def read_aimv2_fields(config: Any, weights: Weights) -> Fields:
     """Return the fields of AIMv2, which has RMS norms (also after the patch embedding), gated MLPs and no special
     tokens."""
-    return read_common(config, weights) | {
+    return read_common_fields(config, weights) | {
         "num_cls_tokens": 0,
         "position_embedding_type": "sincos_2d" if config.is_native else "learned",
         "position_embedding_tokens": "patches",
@@ -435,16 +434,16 @@ DATA2VEC_RULES = [
 ]
 
 
-def read_beit(config: Any, weights: Weights) -> Fields:
+def read_beit_fields(config: Any, weights: Weights) -> Fields:
     """Return the fields of BEiT, which has a relative position bias, position embeddings, or both."""
-    require_square(config)
-    layer_bias = "layer" if config.use_relative_position_bias else None
-    shared_bias = "shared" if config.use_shared_relative_position_bias else None
-    return read_common(config, weights) | {
+    check_square_image(config)
+    layer_bias_type = "layer" if config.use_relative_position_bias else None
+    shared_bias_type = "shared" if config.use_shared_relative_position_bias else None
+    return read_common_fields(config, weights) | {
         "key_bias": False,
         "layer_scale_init_value": config.layer_scale_init_value if config.layer_scale_init_value > 0 else None,
         "position_embedding_type": "learned" if config.use_absolute_position_embeddings else "none",
-        "relative_position_bias": layer_bias or shared_bias or "none",
+        "relative_position_bias": layer_bias_type or shared_bias_type or "none",
         "pooling": "mean" if config.use_mean_pooling else "cls",
         "final_norm": not config.use_mean_pooling,
         "pooled_norm": "pooler.layernorm.weight" in weights,
@@ -452,16 +451,16 @@ def read_beit(config: Any, weights: Weights) -> Fields:
 
 
 def add_shared_bias(weights: Weights) -> Weights:
-    """Add the bias table that all layers share to the table of each layer, if the model has both types of tables."""
-    tables = [name for name in weights if name.endswith("relative_position_bias_table")]
-    shared_tables = [
-        name for name in tables if name.startswith(("shared_position_bias.", "encoder.relative_position_bias."))
+    """Add the shared relative position bias table to the table of each layer, if the model has both types."""
+    table_names = [name for name in weights if name.endswith("relative_position_bias_table")]
+    shared_table_names = [
+        name for name in table_names if name.startswith(("shared_position_bias.", "encoder.relative_position_bias."))
     ]
-    layer_tables = [name for name in tables if name not in shared_tables]
-    if not shared_tables or not layer_tables:
+    layer_table_names = [name for name in table_names if name not in shared_table_names]
+    if not shared_table_names or not layer_table_names:
         return weights
-    summed_tables = {name: weights[name] + weights[shared_tables[0]] for name in layer_tables}
-    return {name: tensor for name, tensor in weights.items() if name not in shared_tables} | summed_tables
+    summed_tables = {name: weights[name] + weights[shared_table_names[0]] for name in layer_table_names}
+    return {name: tensor for name, tensor in weights.items() if name not in shared_table_names} | summed_tables
 
 
 # RADIO (arXiv 2312.06709).
@@ -483,13 +482,13 @@ RADIO_RULES = [
 ]
 
 
-def read_radio(config: Any, weights: Weights) -> Fields:
+def read_radio_fields(config: Any, weights: Weights) -> Fields:
     """Return the fields of RADIO, which concatenates CLS tokens and crops position embeddings to the image size."""
     if "embeddings.video_patch_projection.weight" in weights:
         raise ConversionError("ViTCLS does not support video_patch_projection, a second patch projection for videos")
     return (
-        read_common(config, weights)
-        | read_dinov2_layers(config)
+        read_common_fields(config, weights)
+        | read_dinov2_layer_fields(config)
         | {
             "image_size": round_to_patches(config.max_img_size, config.patch_size),
             "num_cls_tokens": config.num_cls_tokens,
@@ -520,19 +519,19 @@ def fold_pixel_normalization(weights: Weights) -> Weights:
     }
 
 
-VIT = TransformersFamily(VIT_RULES, read_vit)
-DEIT = TransformersFamily(VIT_RULES, read_deit)
-IJEPA = TransformersFamily(VIT_RULES, read_ijepa)
-PIXIO = TransformersFamily(VIT_RULES, read_pixio)
-DINOV2 = TransformersFamily(DINOV2_RULES, read_dinov2)
-TIPSV2 = TransformersFamily(DINOV2_RULES, read_tipsv2)
-DINOV3 = TransformersFamily(DINOV3_RULES, read_dinov3)
-SAPIENS2 = TransformersFamily(SAPIENS2_RULES, read_sapiens2)
-CLIP = TransformersFamily(CLIP_RULES, read_clip)
-SIGLIP = TransformersFamily(SIGLIP_RULES, read_siglip)
-SIGLIP2 = TransformersFamily(SIGLIP2_RULES, read_siglip2)
-AIMV2 = TransformersFamily(AIMV2_RULES, read_aimv2)
-BEIT = TransformersFamily(BEIT_RULES, read_beit, add_shared_bias)
-DATA2VEC = TransformersFamily(DATA2VEC_RULES, read_beit, add_shared_bias)
-INTERNVL = TransformersFamily(INTERNVL_RULES, read_internvl)
-RADIO = TransformersFamily(RADIO_RULES, read_radio, fold_pixel_normalization)
+VIT = TransformersFamily(VIT_RULES, read_vit_fields)
+DEIT = TransformersFamily(VIT_RULES, read_deit_fields)
+IJEPA = TransformersFamily(VIT_RULES, read_ijepa_fields)
+PIXIO = TransformersFamily(VIT_RULES, read_pixio_fields)
+DINOV2 = TransformersFamily(DINOV2_RULES, read_dinov2_fields)
+TIPSV2 = TransformersFamily(DINOV2_RULES, read_tipsv2_fields)
+DINOV3 = TransformersFamily(DINOV3_RULES, read_dinov3_fields)
+SAPIENS2 = TransformersFamily(SAPIENS2_RULES, read_sapiens2_fields)
+CLIP = TransformersFamily(CLIP_RULES, read_clip_fields)
+SIGLIP = TransformersFamily(SIGLIP_RULES, read_siglip_fields)
+SIGLIP2 = TransformersFamily(SIGLIP2_RULES, read_siglip2_fields)
+AIMV2 = TransformersFamily(AIMV2_RULES, read_aimv2_fields)
+BEIT = TransformersFamily(BEIT_RULES, read_beit_fields, add_shared_bias)
+DATA2VEC = TransformersFamily(DATA2VEC_RULES, read_beit_fields, add_shared_bias)
+INTERNVL = TransformersFamily(INTERNVL_RULES, read_internvl_fields)
+RADIO = TransformersFamily(RADIO_RULES, read_radio_fields, fold_pixel_normalization)

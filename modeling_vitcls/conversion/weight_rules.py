@@ -94,8 +94,8 @@ class Rule:
 
     pattern: str  # parameter name in the other project, with placeholders in braces
     targets: str | Sequence[str]  # parameter names in this package; empty if the parameter is ignored
-    # Function that returns one tensor per target. Empty tensors are skipped, for example the position embeddings of a
-    # token group that the model does not have.
+    # function that returns one tensor per target; empty tensors are skipped, for example the position embeddings of a
+    # token group that the model does not have
     transform: Transform = lambda tensor, config: [tensor]
     axis: int = 0  # axis along which `revert_weights` concatenates the targets
 
@@ -121,22 +121,23 @@ def convert_weights(weights: Mapping[str, torch.Tensor], rules: Iterable[Rule], 
     in the order of the indices."""
     rules = list(rules)
     converted_weights: Weights = {}
-    stacked_parts: dict[str, Weights] = {}
+    stacked_weights: dict[str, Weights] = {}
     unmatched_names = []
     for name, tensor in weights.items():
         rule, placeholders = find_rule(rules, name)
         if rule is None:
             unmatched_names.append(name)
             continue
-        for target, part in rule.apply(tensor, config, placeholders).items():
+        for target, converted_weight in rule.apply(tensor, config, placeholders).items():
             if index_match := re.fullmatch(r"(.+)\[(\d+)\]", target):
-                stacked_parts.setdefault(index_match[1], {})[index_match[2]] = part
-            elif part.numel():
-                converted_weights[target] = part
+                stacked_weights.setdefault(index_match[1], {})[index_match[2]] = converted_weight
+            elif converted_weight.numel():
+                converted_weights[target] = converted_weight
     if unmatched_names:
         raise ConversionError(f"unexpected weights: {join_names(unmatched_names)}")
-    for target, parts in stacked_parts.items():
-        converted_weights[target] = torch.stack([parts[index] for index in sorted(parts, key=int)])
+    for target, weights_by_index in stacked_weights.items():
+        sorted_weights = [weights_by_index[index] for index in sorted(weights_by_index, key=int)]
+        converted_weights[target] = torch.stack(sorted_weights)
     return converted_weights
 
 
@@ -155,15 +156,15 @@ def revert_weights(
         targets = [target for target in rule.format_targets(placeholders) if target in weights] if rule else []
         used_names.update(targets)
         if rule and targets:
-            joined_weight = torch.cat([weights[target] for target in targets], dim=rule.axis)
-            reverted_weights[name] = joined_weight.reshape(reference_weight.shape)
+            concatenated_weight = torch.cat([weights[target] for target in targets], dim=rule.axis)
+            reverted_weights[name] = concatenated_weight.reshape(reference_weight.shape)
     if unused_names := sorted(weights.keys() - used_names):
-        raise ConversionError(f"weights without a counterpart in the other project: {join_names(unused_names)}")
+        raise ConversionError(f"the target model has no counterpart of these weights: {join_names(unused_names)}")
     return reverted_weights
 
 
 def find_rule(rules: list[Rule], name: str) -> tuple[Rule | None, dict[str, str]]:
-    """Return the first rule that matches `name`, and the values of the placeholders of this rule."""
+    """Return the first rule that matches `name`, and its placeholder values."""
     for rule in rules:
         if (placeholders := rule.match(name)) is not None:
             return rule, placeholders
@@ -175,8 +176,8 @@ def find_rule(rules: list[Rule], name: str) -> tuple[Rule | None, dict[str, str]
 
 def build_model(
     config: ViTCLSConfig,
-    encoder: Weights,
-    head: Weights | None,
+    encoder_weights: Weights,
+    head_weights: Weights | None,
     classifier: ClassifierChoice = "keep",
     num_labels: int | None = None,
     add_pooling_layer: bool = True,
@@ -184,8 +185,9 @@ def build_model(
     """Build a model in eval mode from converted weights, with the dtype and device of these weights.
 
     Args:
-        encoder: Weights of `ViTCLSModel`.
-        head: Weights of `ViTCLSForImageClassification` outside the encoder; None if the source has no classifier.
+        encoder_weights: Weights of `ViTCLSModel`.
+        head_weights: Weights of `ViTCLSForImageClassification` outside the encoder; None if the source has no
+            classifier.
         classifier: "keep", "new", or "drop" to return a `ViTCLSModel`. "keep" creates a new classifier if the source
             has no classifier and `num_labels` is set.
         num_labels: Number of labels of a new classifier.
@@ -195,31 +197,38 @@ def build_model(
         ConversionError: If the value of `classifier` is not valid for the source, or the weights do not match the
             model.
     """
-    has_new_head = requires_new_head(classifier, num_labels, None if head is None else config.num_labels)
+    has_new_classifier = should_create_classifier(
+        classifier, num_labels, None if head_weights is None else config.num_labels
+    )
     if num_labels is not None:
         config.num_labels = num_labels
-    weights = dict(encoder)
+    weights = dict(encoder_weights)
     model: ViTCLSPreTrainedModel
-    with nullcontext() if has_new_head else no_init_weights():
-        if has_new_head or (classifier == "keep" and head is not None):
+    with nullcontext() if has_new_classifier else no_init_weights():
+        if has_new_classifier or (classifier == "keep" and head_weights is not None):
             model = ViTCLSForImageClassification(config)
-            if has_new_head:
-                head = {n: weight for n, weight in model.state_dict().items() if not n.startswith("vitcls.")}
-            weights = {f"vitcls.{name}": weight for name, weight in encoder.items()} | (head or {})
+            if has_new_classifier:
+                head_weights = {
+                    name: weight for name, weight in model.state_dict().items() if not name.startswith("vitcls.")
+                }
+            weights = {f"vitcls.{name}": weight for name, weight in encoder_weights.items()} | (head_weights or {})
         else:
             model = ViTCLSModel(config, add_pooling_layer=add_pooling_layer)
-    kernel = encoder["embeddings.patch_embeddings.projection.weight"]
+    kernel = encoder_weights["embeddings.patch_embeddings.projection.weight"]
     model.to(device=kernel.device, dtype=kernel.dtype)  # type: ignore[call-arg]  # `to` is untyped in transformers
     return load_converted_weights(model, weights)
 
 
 def split_classifier(weights: Weights) -> tuple[Weights, Weights | None]:
     """Split converted weights into encoder weights and classifier weights (None if there is no classifier)."""
-    head = {name: weight for name, weight in weights.items() if name.partition(".")[0].endswith("classifier")}
-    return {name: weight for name, weight in weights.items() if name not in head}, head or None
+    classifier_weights = {
+        name: weight for name, weight in weights.items() if name.partition(".")[0].endswith("classifier")
+    }
+    encoder_weights = {name: weight for name, weight in weights.items() if name not in classifier_weights}
+    return encoder_weights, classifier_weights or None
 
 
-def requires_new_head(classifier: str, num_labels: int | None, num_source_labels: int | None) -> bool:
+def should_create_classifier(classifier: str, num_labels: int | None, num_source_labels: int | None) -> bool:
     """Return whether to create a new classifier. `num_source_labels` is None for a source without a classifier."""
     if classifier not in ("keep", "new", "drop"):
         raise ConversionError(f'classifier={classifier!r} is not supported. Use "keep", "new" or "drop"')
@@ -243,8 +252,11 @@ def requires_new_head(classifier: str, num_labels: int | None, num_source_labels
 
 def load_converted_weights(model: ViTCLSPreTrainedModel, weights: Mapping[str, torch.Tensor]) -> ViTCLSPreTrainedModel:
     """Load converted weights into a model, and return the model in eval mode."""
-    shapes, expected_shapes = ({n: list(w.shape) for n, w in each.items()} for each in (weights, model.state_dict()))
-    problems = {
+    shapes, expected_shapes = (
+        {name: list(weight.shape) for name, weight in state_dict.items()}
+        for state_dict in (weights, model.state_dict())
+    )
+    names_by_problem = {
         "missing": sorted(expected_shapes.keys() - shapes.keys()),
         "unexpected": [f"{name} {shapes[name]}" for name in sorted(shapes.keys() - expected_shapes.keys())],
         "of a different shape": [
@@ -253,7 +265,7 @@ def load_converted_weights(model: ViTCLSPreTrainedModel, weights: Mapping[str, t
             if shapes[name] != expected_shapes[name]
         ],
     }
-    for problem, names in problems.items():
+    for problem, names in names_by_problem.items():
         if names:
             raise ConversionError(f"weights {problem}: {join_names(names)}")
     model.load_state_dict(weights)
@@ -262,6 +274,6 @@ def load_converted_weights(model: ViTCLSPreTrainedModel, weights: Mapping[str, t
 
 
 def join_names(names: Sequence[str], max_names: int = 8) -> str:
-    """Return the first `max_names` names, separated by commas, and the number of the other names."""
+    """Join the first `max_names` names with commas, and append the number of remaining names."""
     suffix = f" and {len(names) - max_names} more" if len(names) > max_names else ""
     return ", ".join(names[:max_names]) + suffix

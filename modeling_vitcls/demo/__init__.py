@@ -1,7 +1,7 @@
-"""The demo: a page that shows the predictions of a model for an image, and the attention of the special tokens.
+"""Demo page that shows the predictions of a model for an image, and the attention of the special tokens.
 
-    reader.py    an image -> predictions, attention of the special tokens
-    page.py      the page, with gradio
+    reader.py    run the model on an image: predictions and attention of the special tokens
+    page.py      the page, built with gradio
     text.py      the text of the page
     static.*     the page of a static Space, which runs the model in the browser (hub/static_space.py)
 

@@ -1,9 +1,9 @@
-"""The page of the demo: an image as input, predictions and attention maps as output.
+"""Demo page, built with gradio: the input is an image, the output is predictions and attention maps.
 
     serve_demo("someone/model", revision)        # serves the page until the process is stopped
 
-The model runs once per image; changing the token, layer or head only redraws the output. The page loads nothing from
-other hosts (no analytics, no fonts).
+The model runs once per image. If the user selects a different token, layer or head, only the maps are redrawn. The
+page loads no files from other hosts, such as fonts or analytics scripts.
 """
 
 import os
@@ -27,8 +27,7 @@ from .text import (
 )
 
 
-# gradio reads these variables on import or launch. The values disable usage statistics, and prevent browsers from
-# storing images.
+# Disable usage statistics and the run history, which browsers store. gradio reads these variables on import or launch.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 os.environ["GRADIO_RUN_HISTORY"] = "False"
 
@@ -36,13 +35,13 @@ import gradio as gr
 
 
 TOP_K = 5
-CACHE_SECONDS = 3600  # seconds until uploaded images and results are deleted
+CACHE_SECONDS = 3600  # time until uploaded images and results are deleted, in seconds
 IMAGE_HEIGHT = 360  # height of the image input in pixels
-UPLOAD_REQUIRED_MESSAGE = "the image must be an example image, or must be uploaded to this page"
+UPLOAD_REQUIRED_MESSAGE = "upload an image to this page, or select an example image"
 # Without "always_last", gradio drops requests that arrive while another request is running. A shared concurrency id
 # prevents two drawing requests from running at the same time.
-LATEST_REQUEST: dict[str, Any] = {"trigger_mode": "always_last"}
-LATEST_DRAWING_REQUEST: dict[str, Any] = LATEST_REQUEST | {"concurrency_id": "drawing"}
+LISTENER_OPTIONS: dict[str, Any] = {"trigger_mode": "always_last"}
+DRAWING_LISTENER_OPTIONS: dict[str, Any] = LISTENER_OPTIONS | {"concurrency_id": "drawing"}
 
 SYSTEM_FONTS: dict[str, Any] = {
     "font": ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"),
@@ -59,12 +58,12 @@ CSS = """
 .scale { display: flex; gap: 0.5rem; align-items: center; font-size: 0.85rem; }
 .scale i { flex: 0 1 160px; height: 10px; border-radius: 3px; background: linear-gradient(to right, COLORS); }
 """
-# Browsers load images with loading=lazy only near the visible part of the page, so images further down would be blank.
+# Without this script, browsers load images with loading=lazy only near the visible region, and other images are blank.
 LOAD_ALL_IMAGES = """() => {
   const load = () => document.querySelectorAll("img[loading=lazy]").forEach((image) => { image.loading = "eager" })
   new MutationObserver(load).observe(document.body, { childList: true, subtree: true })
 }"""
-NUM_COLOR_STOPS = 9  # number of color stops in the gradient of the color scale
+NUM_COLOR_STOPS = 9  # number of colors in the gradient of the color scale
 PATCHES_TEXT = (
     "Similar colors mean similar features: red, green and blue are the first three principal components of the "
     "patch features of this image. Click a patch to see which patches are similar to it."
@@ -82,20 +81,21 @@ def serve_demo(
     """Load a model and serve its demo page until the process is stopped.
 
     Args:
-        source: a folder or a Hub id.
+        source: folder or Hub id.
         revision: commit hash, branch or tag.
         examples: example image files.
-        host: host name of the server. Default: GRADIO_SERVER_NAME, which is set on Spaces, or localhost.
-        port: port of the server. Default: GRADIO_SERVER_PORT, or the first free port, starting at 7860.
+        host: host name of the server. Default: the environment variable GRADIO_SERVER_NAME, or localhost.
+        port: port of the server. Default: the environment variable GRADIO_SERVER_PORT, or the first free port from
+            7860 upward.
         code_revision: commit hash, branch or tag of the code, if the code is in a separate repository.
 
     Raises:
-        ValueError, OSError: if the model cannot be shown or the port is in use. The message is one line.
+        ValueError, OSError: if the demo does not support the model, or the port is in use. The message is one line.
     """
     page = build_page(DemoModel.load(source, revision, code_revision), examples)
     try:
         address = launch_page(page, host, port)
-    except OSError as error:  # gradio's message refers to a gradio function, not to --port
+    except OSError as error:  # gradio's message does not mention --port
         raise OSError(f"Cannot listen on port {port or '7860 or above'}. Set --port to a free port.") from error
     print(f"{source}: {address}", flush=True)
     page.block_thread()
@@ -119,7 +119,7 @@ def launch_page(page: gr.Blocks, host: str | None = None, port: int | None = Non
 
 
 def build_page(demo_model: DemoModel, examples: Sequence[str | Path] = ()) -> gr.Blocks:
-    """Build the demo page of a model."""
+    """Build the demo page for a model."""
     with gr.Blocks(
         title=get_title(demo_model), analytics_enabled=False, delete_cache=(CACHE_SECONDS, CACHE_SECONDS)
     ) as page:
@@ -130,7 +130,7 @@ def build_page(demo_model: DemoModel, examples: Sequence[str | Path] = ()) -> gr
             with gr.Column():
                 image_input = ImageInput(examples)
             with gr.Column():
-                labels = [
+                label_components = [
                     gr.Label(label=name, num_top_classes=TOP_K, show_heading=demo_model.has_top_label)
                     for name in demo_model.output_names
                 ]
@@ -138,35 +138,34 @@ def build_page(demo_model: DemoModel, examples: Sequence[str | Path] = ()) -> gr
                     gr.Markdown(explanation)
         state = gr.State(time_to_live=CACHE_SECONDS)
         views: list[Any] = []
-        if not demo_model.merges_patches:
-            view_classes = [AttentionView, PatchView] if demo_model.tokens else [PatchView]
+        if not demo_model.has_patch_merging:
+            view_classes = [AttentionView, PatchView] if demo_model.token_names else [PatchView]
             views = [view_class(demo_model, state) for view_class in view_classes]
 
         def predict(file: dict[str, Any] | None) -> list[Any]:
-            image, problem, result = image_input.predict(demo_model, file)
-            predictions = list(result.predictions.values()) if result else [None] * len(labels)
-            return [image, problem, *predictions, result]
+            image, error_message, result = image_input.predict(demo_model, file)
+            predictions = list(result.predictions.values()) if result else [None] * len(label_components)
+            return [image, error_message, *predictions, result]
 
         page.load(js=LOAD_ALL_IMAGES)
-        outputs = [image_input.image, image_input.problem, *labels, state]
-        add_listeners = [*image_input.events]
+        outputs = [image_input.image, image_input.error_message, *label_components, state]
+        triggers = [*image_input.triggers]
         if examples:
             load_event = page.load(lambda: str(examples[0]), None, image_input.image, show_progress="hidden")
-            add_listeners.append(load_event.then)
-        for add_listener in add_listeners:
-            event = add_listener(predict, [image_input.image], outputs, preprocess=False, **LATEST_REQUEST)
+            triggers.append(load_event.then)
+        for trigger in triggers:
+            event = trigger(predict, [image_input.image], outputs, preprocess=False, **LISTENER_OPTIONS)
             for view in views:
-                event.then(view.draw_all, view.inputs, view.outputs, **LATEST_DRAWING_REQUEST)
-        for listener in page.fns.values():  # only `predict` is public in the API of the page
-            listener.api_visibility = "public" if listener.api_name == "predict" else "private"
+                event.then(view.draw_all, view.inputs, view.outputs, **DRAWING_LISTENER_OPTIONS)
+        for api_function in page.fns.values():  # only `predict` is public in the API of the page
+            api_function.api_visibility = "public" if api_function.api_name == "predict" else "private"
     return page
 
 
 class ImageInput:
-    """An image input that shows a message if the image cannot be used.
+    """Image input that shows an error message if the image cannot be used.
 
-    File information from the browser is not trusted, because a client can send any path or URL. Only uploaded files
-    and the examples are opened.
+    Only uploaded files and the examples are opened, because a client can send any path or URL.
     """
 
     def __init__(self, examples: Sequence[str | Path]) -> None:
@@ -176,43 +175,43 @@ class ImageInput:
         cache_file = self.image.async_move_resource_to_block_cache
 
         async def cache_uploaded_file(path_or_url: str | Path | None) -> str | None:
-            """Store an uploaded file in gradio's cache. Reject URLs, because gradio would download them to this
-            machine."""
+            """Store an uploaded file in gradio's cache. Reject URLs, which gradio would download to the server."""
             if str(path_or_url).startswith(("http:", "https:")):
                 raise gr.Error(UPLOAD_REQUIRED_MESSAGE)
             return await cache_file(path_or_url)
 
-        # The method is replaced on the instance, because a subclass would make gradio write a .pyi file next to this
-        # file.
+        # The method is replaced on the instance, because gradio writes a .pyi file for each subclass of gr.Image.
         self.image.async_move_resource_to_block_cache = cache_uploaded_file  # type: ignore[method-assign,assignment]
-        self.problem = gr.Markdown(visible=False, elem_id="problem")
-        self.events = [self.image.input]
+        self.error_message = gr.Markdown(visible=False, elem_id="problem")
+        self.triggers = [self.image.input]
         self.examples = {os.path.realpath(file) for file in examples}
         if examples:
             example_buttons = gr.Examples([[str(file)] for file in examples], [self.image])
-            self.events.append(example_buttons.load_input_event.then)
+            self.triggers.append(example_buttons.load_input_event.then)
 
     def predict(self, demo_model: DemoModel, file: dict[str, Any] | None) -> tuple[Any, Any, DemoResult | None]:
-        """Return updates of the components `image` and `problem`, and the model's output (None if there is no usable
-        image).
+        """Run the model on the image in `file`, the unprocessed value of the component `image`.
 
-        `file` is the file information from the browser. The listeners set preprocess=False, because gradio's errors
-        for files that are not images are unclear.
+        The listener sets preprocess=False, because gradio's error messages for files that are not images are unclear.
+
+        Returns:
+            Updates of the components `image` and `error_message`, and the output of the model (None if there is no
+            valid image).
         """
-        no_problem = gr.Markdown("", visible=False)
+        no_error = gr.Markdown("", visible=False)
         if file is None:
-            return gr.skip(), no_problem, None
+            return gr.skip(), no_error, None
         image = self.find_uploaded_file(file.get("path"))
         if image is None:
             return None, gr.Markdown(f"**No prediction:** {UPLOAD_REQUIRED_MESSAGE}.", visible=True), None
         try:
-            return gr.skip(), no_problem, demo_model.predict(image)
+            return gr.skip(), no_error, demo_model.predict(image)
         except ValueError as error:
             message = str(error).replace(image, file.get("orig_name") or "the file")
             return None, gr.Markdown(f"**No prediction:** {message}.", visible=True), None
 
     def find_uploaded_file(self, path: Any) -> str | None:
-        """Return the real path of a file that was uploaded or is an example; None for all other files."""
+        """Return the resolved path of an uploaded file or an example image; None for all other files."""
         if not isinstance(path, str) or "\0" in path:
             return None
         file = Path(os.path.realpath(path))
@@ -221,41 +220,41 @@ class ImageInput:
 
 
 class AttentionView:
-    """Controls for selecting a token, a layer and a head, and the attention maps and text for the selection."""
+    """Attention maps of the selected token, layer and head, a caption, and the controls of the selection."""
 
     def __init__(self, demo_model: DemoModel, state: gr.State) -> None:
         self.demo_model = demo_model
-        tokens, num_layers = demo_model.tokens, demo_model.num_layers
+        token_names, num_layers = demo_model.token_names, demo_model.num_layers
         gr.Markdown("## Attention of the special tokens")
-        token = gr.Radio(tokens, value=tokens[0], type="index", label="Token")
+        token_selector = gr.Radio(token_names, value=token_names[0], type="index", label="Token")
         with gr.Row():
-            layer = build_layer_slider("Layer", num_layers, min_width=240)
-            heads = [MEAN_OF_HEADS, *demo_model.heads]
-            head = gr.Dropdown(heads, value=MEAN_OF_HEADS, type="index", label="Heads", min_width=240)
+            layer_slider = build_layer_slider("Layer", num_layers, min_width=240)
+            head_names = [MEAN_OF_HEADS, *demo_model.head_names]
+            head_selector = gr.Dropdown(head_names, value=MEAN_OF_HEADS, type="index", label="Heads", min_width=240)
         with gr.Row():
             with gr.Column():
                 map_image = build_output_image("Attention to the image", "map", ["download", "fullscreen"])
                 caption = gr.Markdown(elem_id="shares")
                 gr.HTML('<div class="scale"><span>0</span><i></i><span>maximum of the map</span></div>')
             with gr.Column():
-                layers = build_gallery("All layers for this token and head", "layers")
+                layer_gallery = build_gallery("All layers for this token and head", "layers")
                 gr.Markdown("All layers, each with its own scale. Click a map to enlarge it.")
-                rollouts = build_gallery("Through all layers", "through")
+                rollout_gallery = build_gallery("Through all layers", "through")
                 gr.Markdown("Attention rollout of the token, and attribution of the prediction, through all layers.")
-        self.inputs = [state, token, layer, head]
-        self.outputs = [map_image, caption, layers, rollouts]
-        for control in (token, head):
-            control.input(self.draw_all, self.inputs, self.outputs, show_progress="hidden", **LATEST_DRAWING_REQUEST)
-        layer.change(
-            self.draw_layer, self.inputs, [map_image, caption], show_progress="hidden", **LATEST_DRAWING_REQUEST
+        self.inputs = [state, token_selector, layer_slider, head_selector]
+        self.outputs = [map_image, caption, layer_gallery, rollout_gallery]
+        for control in (token_selector, head_selector):
+            control.input(self.draw_all, self.inputs, self.outputs, show_progress="hidden", **DRAWING_LISTENER_OPTIONS)
+        layer_slider.change(
+            self.draw_layer, self.inputs, [map_image, caption], show_progress="hidden", **DRAWING_LISTENER_OPTIONS
         )
-        layers.select(get_clicked_layer, None, layer, show_progress="hidden")
+        layer_gallery.select(get_clicked_layer, None, layer_slider, show_progress="hidden")
 
     def draw_layer(
         self, result: DemoResult | None, token: int, layer: int, head: int
     ) -> tuple[Image.Image | None, str]:
-        """Return the map of one layer, and a sentence about the token's attention. `layer` and `head` are
-        counted from 1; head 0 is the mean over heads."""
+        """Return the attention map of one layer and its caption. `layer` and `head` are counted from 1; head 0 is the
+        mean over heads."""
         if result is None:
             return None, ""
         selection = token, layer - 1, head - 1 if head else None
@@ -265,64 +264,68 @@ class AttentionView:
     def draw_all(
         self, result: DemoResult | None, token: int, layer: int, head: int
     ) -> tuple[Image.Image | None, str, list[tuple[Image.Image, str]], list[tuple[Image.Image, str]]]:
-        """Return the output of `draw_layer`, small maps of all layers, and rollout and attribution maps."""
+        """Return the map and caption of `draw_layer`, small maps of all layers, and rollout and attribution maps."""
         if result is None:
             return None, "", [], []
         maps = result.draw_all_layers(token, head - 1 if head else None)
-        gallery = [(small_map, f"layer {number}") for number, small_map in enumerate(maps, start=1)]
-        return *self.draw_layer(result, token, layer, head), gallery, result.draw_through_layers(token)
+        gallery = [(small_map, f"layer {index}") for index, small_map in enumerate(maps, start=1)]
+        return *self.draw_layer(result, token, layer, head), gallery, result.draw_rollout_and_attributions(token)
 
 
 class PatchView:
-    """Patch features after one layer: principal components as colors, and similarity to a selected patch."""
+    """Patch features after the selected layer: principal components as colors, and similarity to a clicked patch."""
 
     def __init__(self, demo_model: DemoModel, state: gr.State) -> None:
         num_layers = demo_model.num_layers
         gr.Markdown(f"## Patch features\n{PATCHES_TEXT}")
         with gr.Row():
-            layer = build_layer_slider("After layer", num_layers)
-            foreground_only = gr.Checkbox(label="Color only the foreground")
+            layer_slider = build_layer_slider("After layer", num_layers)
+            foreground_checkbox = gr.Checkbox(label="Color only the foreground")
         with gr.Row():
             with gr.Column():
-                colors = build_output_image("Patches as colors", "patches", ["fullscreen"])
+                color_image = build_output_image("Patches as colors", "patches", ["fullscreen"])
             with gr.Column():
-                similarity = build_output_image("Similarity to a patch", "similarity", ["fullscreen"])
+                similarity_image = build_output_image("Similarity to a patch", "similarity", ["fullscreen"])
                 caption = gr.Markdown(elem_id="similar")
-        patch = gr.State()
-        self.inputs = [state, layer, foreground_only, patch]
-        self.outputs = [colors, similarity, caption]
-        for add_listener in (layer.change, foreground_only.input):
-            add_listener(self.draw_all, self.inputs, self.outputs, show_progress="hidden", **LATEST_DRAWING_REQUEST)
-        colors.select(find_clicked_patch, [state, colors], patch, show_progress="hidden").then(
-            self.draw_all, self.inputs, self.outputs, show_progress="hidden", **LATEST_DRAWING_REQUEST
+        patch_state = gr.State()
+        self.inputs = [state, layer_slider, foreground_checkbox, patch_state]
+        self.outputs = [color_image, similarity_image, caption]
+        for trigger in (layer_slider.change, foreground_checkbox.input):
+            trigger(self.draw_all, self.inputs, self.outputs, show_progress="hidden", **DRAWING_LISTENER_OPTIONS)
+        color_image.select(find_clicked_patch, [state, color_image], patch_state, show_progress="hidden").then(
+            self.draw_all, self.inputs, self.outputs, show_progress="hidden", **DRAWING_LISTENER_OPTIONS
         )
 
     def draw_all(
         self, result: DemoResult | None, layer: int, foreground_only: bool, patch: tuple[int, int] | None
     ) -> tuple[Image.Image | None, Image.Image | None, str]:
-        """Return an image of the principal components, an image of the similarity to one patch (default: the middle
+        """Return an image of the principal components, an image of the similarity to `patch` (default: the middle
         patch), and a caption."""
         if result is None:
             return None, None, ""
-        rows, columns = result.features.shape[1:3]
+        rows, columns = result.patch_features.shape[1:3]
         row, column = patch if patch and patch[0] < rows and patch[1] < columns else (rows // 2, columns // 2)
         caption = f"Cosine similarity to the patch in row {row + 1}, column {column + 1} (dark: 0 or less, bright: 1)."
-        return result.draw_colors(layer - 1, foreground_only), result.draw_similarity(layer - 1, row, column), caption
+        return (
+            result.draw_principal_components(layer - 1, foreground_only),
+            result.draw_similarity(layer - 1, row, column),
+            caption,
+        )
 
 
 def build_layer_slider(label: str, num_layers: int, **options: Any) -> gr.Slider:
     """Build a layer slider, which is hidden if there is only one layer."""
-    maximum = max(num_layers, 2)  # gradio requires two values
-    return gr.Slider(1, maximum, value=num_layers, step=1, label=label, visible=num_layers > 1, **options)
+    max_layer = max(num_layers, 2)  # gradio requires a range of at least two values
+    return gr.Slider(1, max_layer, value=num_layers, step=1, label=label, visible=num_layers > 1, **options)
 
 
 def build_output_image(label: str, elem_id: str, buttons: list[Any]) -> gr.Image:
-    """Build a component that shows an output image."""
+    """Build an image component that users cannot edit."""
     return gr.Image(label=label, show_label=False, interactive=False, buttons=buttons, elem_id=elem_id)
 
 
 def build_gallery(label: str, elem_id: str) -> gr.Gallery:
-    """Build a gallery of small maps; clicking a map does not open a preview."""
+    """Build a gallery of small maps. Clicking a map selects the map without opening a preview."""
     options: dict[str, Any] = {"allow_preview": False, "object_fit": "contain", "height": "auto"}
     return gr.Gallery(label=label, show_label=False, buttons=[], elem_id=elem_id, **options)
 

@@ -1,4 +1,4 @@
-"""Markdown text of the demo page: the header, code that loads the model, and the distribution of attention."""
+"""Markdown text of the demo page: the header, code that loads the model, and captions of attention maps."""
 
 from pathlib import Path
 
@@ -11,28 +11,30 @@ MEAN_OF_HEADS = "mean of all heads"
 
 
 def get_title(demo_model: DemoModel) -> str:
-    """Return the name of the model."""
+    """Return the title of the page: the name of the folder, or the Hub id."""
     return Path(demo_model.source).resolve().name if demo_model.commit is None else demo_model.source
 
 
 def build_header(demo_model: DemoModel) -> str:
-    """Return the title, provenance and special tokens of the model in Markdown."""
+    """Return the title, provenance, size and special tokens of the model in Markdown."""
     config = demo_model.model.config
     provenance = "A model in a local folder"
     if demo_model.commit is not None:
         url = f"{constants.ENDPOINT}/{demo_model.source}"
         short_hash = demo_model.commit[:7]
         provenance = f"[{demo_model.source}]({url}) at commit [`{short_hash}`]({url}/tree/{demo_model.commit})"
-    tokens = f"special tokens: {', '.join(demo_model.tokens)}" if demo_model.tokens else "no special tokens"
+    token_text = (
+        f"special tokens: {', '.join(demo_model.token_names)}" if demo_model.token_names else "no special tokens"
+    )
     return (
         f"# {get_title(demo_model)}\n{provenance}. A Vision Transformer with "
         f"{format_count(demo_model.num_layers, 'layer')} and "
-        f"{format_count(config.num_attention_heads, 'head')} per layer; {tokens}."
+        f"{format_count(config.num_attention_heads, 'head')} per layer; {token_text}."
     )
 
 
 def format_count(number: int, noun: str) -> str:
-    """Return a count with its noun, such as "1 layer" or "2 layers"."""
+    """Format a count with its noun, such as "1 layer" or "2 layers"."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
@@ -56,31 +58,33 @@ processor = AutoImageProcessor.from_pretrained({arguments})
 
 
 def explain_missing_output(demo_model: DemoModel) -> str:
-    """Return the reason why the page has no labels or no attention; empty if the page has both."""
+    """Return the reason why the page has no labels or no attention maps, or an empty string."""
     if not demo_model.has_labels:
         return (
             "This model is an encoder without a classifier, so there are no labels. The patch features and the "
             "attention of the special tokens are shown below."
         )
-    if not demo_model.tokens:
-        return "This model has no special tokens (CLS, distillation, register), so there is no attention to show."
-    if demo_model.merges_patches:
+    if not demo_model.token_names:
+        return "This model has no special tokens (CLS, distillation, register), so there are no attention maps."
+    if demo_model.has_patch_merging:
         return "This model merges patches, so attention is not available. Set `merged_patches_per_layer=0`."
     return ""
 
 
 def describe_attention(demo_model: DemoModel, token: int, layer: int, head: int | None, fractions: list[float]) -> str:
-    """Describe the output of `DemoResult.compute_attention_fractions`, in percent."""
-    head_name = MEAN_OF_HEADS if head is None else demo_model.heads[head]
+    """Describe the attention fractions of a token as percentages."""
+    head_name = MEAN_OF_HEADS if head is None else demo_model.head_names[head]
     *special_fractions, patch_fraction = fractions
     note = (
-        "" if demo_model.is_read(token, layer) else " The model does not use the output of this token in this layer."
+        ""
+        if demo_model.is_token_output_used(token, layer)
+        else " The model does not use the output of this token in this layer."
     )
     token_fractions = ", ".join(
-        f"{name} {fraction:.1%}" for name, fraction in zip(demo_model.tokens, special_fractions, strict=True)
+        f"{name} {fraction:.1%}" for name, fraction in zip(demo_model.token_names, special_fractions, strict=True)
     )
     return (
-        f"**{demo_model.tokens[token]}**, layer {layer + 1} of {demo_model.num_layers}, {head_name}: "
+        f"**{demo_model.token_names[token]}**, layer {layer + 1} of {demo_model.num_layers}, {head_name}: "
         f"{patch_fraction:.1%} of its attention goes to the patches, {sum(special_fractions):.1%} to special "
         f"tokens ({token_fractions}).{note}"
     )

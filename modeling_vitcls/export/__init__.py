@@ -1,10 +1,10 @@
 """Export a model to a graph that runs without this package: torch.export, ONNX or OpenVINO.
 
-    exportable.py     load the model and its image processor, and name the model's outputs
-    tracing.py        trace the model to a graph, with a dynamic image size if possible
-    formats.py        write the graph to a file, and run the file in the runtime of its format
-    exporter.py       compare the file with the model, and write the file and its report
-    transformers_js.py  write a folder that transformers.js loads in Node.js and browsers
+    exportable.py         load the model and its image processor, and name the model's outputs
+    tracing.py            trace the model to a graph, with a dynamic image size if possible
+    formats.py            write the graph to a file, and run the file in the runtime of its format
+    exporter.py           compare the file with the model, and write the file and its report
+    transformers_js.py    write a folder that transformers.js loads in Node.js and browsers
 
-These files are not copied to the Hub. The extra `export` installs the required packages.
+The files in this folder are not copied to the Hub. The extra `export` installs the required packages.
 """

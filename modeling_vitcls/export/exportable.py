@@ -1,12 +1,12 @@
-"""Load the model to export and its image processor, and return the model's outputs by name.
+"""Load a model and its image processor for export, and return the outputs of the model by name.
 
 ViTCLSModel                         last_hidden_state, pooler_output
 ViTCLSForImageClassification        logits; if there are two heads, also cls_logits and distillation_logits
 ViTCLSForMultiTaskClassification    one output per task, named after the task
 ViTCLSBackbone                      feature maps, named after their stages
 
-`output_attentions` adds the output `cls_attention`: the attention of the CLS tokens to the patches, averaged over the
-heads, [B, layers, CLS tokens, rows, columns].
+With `output_attentions=True`, the model also outputs `cls_attention` [B, layers, CLS tokens, rows, columns], the
+attention of the CLS tokens to the patches, averaged over the heads.
 """
 
 from collections.abc import Callable
@@ -40,35 +40,35 @@ Outputs = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class ExportableModel:
-    """A model in float32 and eval mode, and its image processor."""
+    """Model in float32 and eval mode, and its image processor."""
 
     model: ViTCLSPreTrainedModel
     processor: ViTCLSImageProcessor | None  # None if the checkpoint has no image processor
     is_trained: bool  # False for a preset, which has random weights
 
 
-class NamedOutputs(nn.Module):
-    """A model wrapper that accepts only images and returns float32 outputs by name."""
+class NamedOutputsModel(nn.Module):
+    """Model wrapper that takes only images as input and returns float32 outputs by name."""
 
     def __init__(self, model: ViTCLSPreTrainedModel, output_attentions: bool = False) -> None:
         super().__init__()
         self.model = model
         self.output_attentions = output_attentions
-        self.read_outputs = OUTPUT_READERS[type(model)]
+        self.select_outputs = OUTPUT_SELECTORS[type(model)]
 
     def forward(self, pixel_values: torch.Tensor) -> Outputs:
         """Return a dict from output names to outputs [B, ...] for images [B, C, H, W]."""
-        attention: Outputs = {}
+        attention_outputs: Outputs = {}
         if self.output_attentions:
-            model_outputs: list[Any] = []  # outputs of the forward pass that computes the attention
+            model_outputs: list[Any] = []  # outputs of the forward pass in `token_attention`
             hook = self.model.register_forward_hook(lambda module, inputs, output: model_outputs.append(output))
-            rows = self.model.token_attention(pixel_values, tokens=["cls"]).mean(2)
+            cls_attention = self.model.token_attention(pixel_values, tokens=["cls"]).mean(2)  # mean over heads
             hook.remove()
             height, width = pixel_values.shape[-2:]
-            attention["cls_attention"] = extract_patch_maps(rows, self.model.config, (height, width))
+            attention_outputs["cls_attention"] = extract_patch_maps(cls_attention, self.model.config, (height, width))
         else:
             model_outputs = [self.model(pixel_values)]
-        outputs = self.read_outputs(model_outputs[0], self.model) | attention
+        outputs = self.select_outputs(model_outputs[0], self.model) | attention_outputs
         return {name: output.float() for name, output in outputs.items() if output is not None}
 
 
@@ -79,8 +79,8 @@ def get_classifier_outputs(outputs: Any, model: Any) -> dict[str, torch.Tensor |
     return {name: outputs[name] for name in ("logits", "cls_logits", "distillation_logits")}
 
 
-# Model class -> function that returns the outputs by name.
-OUTPUT_READERS: dict[type, Callable[[Any, Any], dict[str, torch.Tensor | None]]] = {
+# Model class -> function that selects the outputs by name.
+OUTPUT_SELECTORS: dict[type, Callable[[Any, Any], dict[str, torch.Tensor | None]]] = {
     ViTCLSModel: lambda outputs, model: {
         "last_hidden_state": outputs.last_hidden_state,
         "pooler_output": outputs.pooler_output,
@@ -89,7 +89,7 @@ OUTPUT_READERS: dict[type, Callable[[Any, Any], dict[str, torch.Tensor | None]]]
     ViTCLSForMultiTaskClassification: lambda outputs, model: outputs.logits,
     ViTCLSBackbone: lambda outputs, model: dict(zip(model.out_features, outputs.feature_maps, strict=True)),
 }
-MODEL_CLASSES: dict[str, Any] = {model_class.__name__: model_class for model_class in OUTPUT_READERS}
+MODEL_CLASSES: dict[str, Any] = {model_class.__name__: model_class for model_class in OUTPUT_SELECTORS}
 
 
 @torch.no_grad()
@@ -97,11 +97,11 @@ def compute_named_outputs(
     model: ViTCLSPreTrainedModel, batches: list[torch.Tensor], output_attentions: bool = False
 ) -> list[Outputs]:
     """Return the outputs of the model for each batch of images [B, C, H, W]."""
-    named_outputs = NamedOutputs(model, output_attentions)
-    return [named_outputs(batch) for batch in batches]
+    wrapped_model = NamedOutputsModel(model, output_attentions)
+    return [wrapped_model(batch) for batch in batches]
 
 
-def load_exportable(source: str) -> ExportableModel:
+def load_exportable_model(source: str) -> ExportableModel:
     """Load a model folder, a model on the Hub, or a preset with random weights.
 
     Raises:
@@ -135,11 +135,13 @@ def load_exportable(source: str) -> ExportableModel:
 
 def load_complete_model(model_class: Any, source: str, folder: str) -> ViTCLSPreTrainedModel:
     """Load a model in float32, without a pooler if the checkpoint has no pooler."""
-    kwargs: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True}
-    model, loading_info = load_checkpoint(model_class.from_pretrained, folder, **kwargs)
+    load_options: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True}
+    model, loading_info = load_checkpoint(model_class.from_pretrained, folder, **load_options)
     missing_weights = sorted(loading_info["missing_keys"])
     if missing_weights and model_class is ViTCLSModel and all(name.startswith("pooler.") for name in missing_weights):
-        model, loading_info = load_checkpoint(model_class.from_pretrained, folder, add_pooling_layer=False, **kwargs)
+        model, loading_info = load_checkpoint(
+            model_class.from_pretrained, folder, add_pooling_layer=False, **load_options
+        )
         missing_weights = sorted(loading_info["missing_keys"])
     if missing_weights:
         raise ValueError(f"the checkpoint {source} has no weights for {missing_weights[0]}. Train the model first")

@@ -1,10 +1,9 @@
-"""Export a checkpoint: compare the exported file with the model, and write the file and its report if the outputs
-agree.
+"""Export a checkpoint, and compare the outputs of the exported file with the outputs of the model.
 
     report = export_model("runs/mine", "onnx", Path("mine.onnx"))      # also writes mine.onnx.json
 
-The loaded model computes the reference outputs in float32, in eager mode. The runtime of the format computes the
-outputs of the file.
+The reference outputs are computed by the model in float32, in eager mode. The outputs of the file are computed by the
+runtime of the format, such as onnxruntime. If the outputs differ by more than the limit, nothing is written.
 """
 
 import dataclasses
@@ -22,7 +21,7 @@ from ..files import write_json
 from ..hub.local_paths import resolve_name, strip_folders
 from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..system import get_versions
-from .exportable import INPUT_NAME, Outputs, compute_named_outputs, load_exportable
+from .exportable import INPUT_NAME, Outputs, compute_named_outputs, load_exportable_model
 from .formats import FORMATS, Format, TracedModel
 from .tracing import DTYPES, GraphShape, select_graph_shape, trace_model
 
@@ -42,7 +41,7 @@ class BatchComparison:
 
     shape: ImageShape  # shape of the images
     differences: dict[str, float]  # output name -> largest absolute difference
-    magnitudes: dict[str, float]  # output name -> largest absolute value in the output of the model
+    magnitudes: dict[str, float]  # output name -> largest absolute value of the model's output
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,9 +57,9 @@ class ExportReport:
     limit: tuple[float, float]  # absolute tolerance, and tolerance relative to the magnitude
     largest_differences: dict[str, float]
     tried: list[BatchComparison]  # one comparison per batch
-    # Name, dtype, shape (with names for dynamic axes), image sizes and patch size of the input
+    # Name, dtype, shape (with names of dynamic axes), image sizes and patch size of the input
     input: dict[str, Any]
-    outputs: dict[str, list[int | str]]  # output name -> shape, with names for dynamic axes
+    outputs: dict[str, list[int | str]]  # output name -> shape, with names of dynamic axes
     # Reason why the image size is fixed although a dynamic size was requested; empty otherwise
     fixed_because: str
     preprocessing: dict[str, Any] | None  # settings of the image processor; None if there is no processor
@@ -79,24 +78,24 @@ def export_model(
     opset: int | None = None,
     output_attentions: bool = False,
 ) -> ExportReport:
-    """Write the graph of a model to `output`, such as mine.onnx, and a report to mine.onnx.json.
+    """Export a model to a file, such as mine.onnx, and write a report to mine.onnx.json.
 
     Args:
         source: A model folder, a model on the Hub, or a preset, which has random weights.
         format_name: "torch", "onnx" or "openvino".
-        output: Path of the new file, with the suffix of the format. The file must not exist.
-        image_size: Fixed image size (height, width) in pixels; for a dynamic graph, one of the sizes in the
+        output: Path of the exported file, with the suffix of the format. The file must not exist.
+        image_size: Image size (height, width) in pixels. If `dynamic` is True, the size is only used in the
             comparison. Default: the native image size of the model.
         dynamic: Whether the graph accepts images of different sizes. If a dynamic size is not possible, the report
             states the reason.
-        dtype: dtype of weights and computations; inputs and outputs are float32.
+        dtype: dtype of weights and computations. Inputs and outputs are always float32.
         opset: ONNX opset. Default: the default opset of torch.onnx.
         output_attentions: Whether the graph also outputs the attention of the CLS tokens (exportable.py).
 
     Raises:
         ValueError, OSError: If the model cannot be found or exported, if the outputs of the file differ from the
-            outputs of the model by more than the limit, if packages are missing, or if `output` exists. The message is
-            one line. Nothing is written if an error is raised.
+            outputs of the model by more than the limit, if packages are missing, or if `output` exists. The message
+            is one line. Nothing is written if an error is raised.
     """
     file_format = FORMATS[format_name]
     check_output_path(output, file_format)
@@ -105,13 +104,14 @@ def export_model(
             f"--format {format_name} requires packages that are not installed: {', '.join(missing_packages)}. Run pip "
             "install 'modeling_vitcls[export]'"
         )
-    exportable = load_exportable(source)
-    model = exportable.model
-    shape = select_graph_shape(model, image_size, dynamic, file_format.has_pytorch_antialias_filter)
-    batches = [build_random_images(batch_shape) for batch_shape in select_image_shapes(model.config, shape)]
+    exportable_model = load_exportable_model(source)
+    model = exportable_model.model
+    graph_shape = select_graph_shape(model, image_size, dynamic, file_format.has_pytorch_antialias_filter)
+    batches = [build_random_images(shape) for shape in select_image_shapes(model.config, graph_shape)]
     reference_outputs = compute_named_outputs(model, batches, output_attentions)
     names = list(reference_outputs[0])
-    traced_model = TracedModel(trace_model(model, shape, DTYPES[dtype], output_attentions), shape, names, opset)
+    graph = trace_model(model, graph_shape, DTYPES[dtype], output_attentions)
+    traced_model = TracedModel(graph, graph_shape, names, opset)
     existing_parent = next(folder for folder in output.absolute().parents if folder.is_dir())
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=existing_parent) as temporary_folder:
         file = Path(temporary_folder, output.name)
@@ -119,9 +119,9 @@ def export_model(
         comparisons = compare_outputs(batches, reference_outputs, file_format.run(file, batches, names), dtype)
         report = ExportReport(
             format=format_name,
-            model=strip_folders(resolve_name(source, is_built_in=not exportable.is_trained)),
+            model=strip_folders(resolve_name(source, is_built_in=not exportable_model.is_trained)),
             model_class=type(model).__name__,
-            weights="trained" if exportable.is_trained else "random",
+            weights="trained" if exportable_model.is_trained else "random",
             dtype=dtype,
             opset=written_opset,
             limit=LIMITS[dtype],
@@ -129,10 +129,10 @@ def export_model(
                 name: max(comparison.differences[name] for comparison in comparisons) for name in names
             },
             tried=comparisons,
-            input=describe_input(model.config, shape),
-            outputs=get_output_shapes(reference_outputs[0], shape),
-            fixed_because=shape.fixed_size_reason,
-            preprocessing=describe_preprocessing(exportable.processor),
+            input=describe_input(model.config, graph_shape),
+            outputs=get_output_shapes(reference_outputs[0], graph_shape),
+            fixed_because=graph_shape.fixed_size_reason,
+            preprocessing=describe_preprocessing(exportable_model.processor),
             labels=get_label_names(model.config, names),
             versions=get_versions("timm", *file_format.packages),
             sha256=hash_files(Path(temporary_folder).iterdir()),
@@ -150,11 +150,11 @@ def get_report_path(file: Path) -> Path:
 def check_output_path(output: Path, file_format: Format) -> None:
     """Raise ValueError if the suffix of the path does not match the format, or if the file or its report exists."""
     if output.suffix != file_format.suffix:
-        raise ValueError(f"--output must end with {file_format.suffix}, but is {output}")
-    check_not_existing(output, get_report_path(output))
+        raise ValueError(f"--output must end with {file_format.suffix}, but it is {output}")
+    check_files_do_not_exist(output, get_report_path(output))
 
 
-def check_not_existing(*files: Path) -> None:
+def check_files_do_not_exist(*files: Path) -> None:
     """Raise ValueError if any of the files exists."""
     for file in files:
         if file.exists():
@@ -165,7 +165,7 @@ def move_files(source: Path, target: Path) -> None:
     """Move all files of a folder to another folder. Raise ValueError if the target contains a file of the same
     name."""
     files = sorted(source.iterdir())
-    check_not_existing(*(target / file.name for file in files))
+    check_files_do_not_exist(*(target / file.name for file in files))
     target.mkdir(parents=True, exist_ok=True)
     for file in files:
         file.rename(target / file.name)
@@ -174,32 +174,33 @@ def move_files(source: Path, target: Path) -> None:
 # Report --------------------------------------------------------------------------------------------------------------
 
 
-def select_image_shapes(config: ViTCLSConfig, shape: GraphShape) -> list[ImageShape]:
-    """Return image shapes for the comparison. For a dynamic graph, the sizes are the native, requested and smallest
-    sizes, non-square sizes, and a size that is not a multiple of the patch size."""
-    if not shape.is_dynamic:
-        return [(batch, config.num_channels, *shape.image_size) for batch in (1, 2, 3)]
-    (height, width), (patch_height, patch_width) = shape.image_size, config.patch_height_width
+def select_image_shapes(config: ViTCLSConfig, graph_shape: GraphShape) -> list[ImageShape]:
+    """Return the image shapes of the comparison. For a dynamic graph, the shapes include the native, requested and
+    smallest sizes, non-square sizes, and a size that is not a multiple of the patch size."""
+    if not graph_shape.is_dynamic:
+        return [(batch_size, config.num_channels, *graph_shape.image_size) for batch_size in (1, 2, 3)]
+    (height, width), (patch_height, patch_width) = graph_shape.image_size, config.patch_height_width
     rows, columns = height // patch_height, width // patch_width
-    sizes = {
+    batch_sizes = {
         config.image_height_width: 1,
-        shape.image_size: 3,
+        graph_shape.image_size: 3,
         (max(1, rows * 3 // 4) * patch_height, (columns * 5 // 4 + 1) * patch_width): 2,
         ((rows * 5 // 4 + 1) * patch_height, max(1, columns * 3 // 4) * patch_width): 1,
         (height + patch_height - 1, width + 1): 2,
-        shape.smallest_size: 1,
+        graph_shape.smallest_size: 1,
     }
-    min_height, min_width = shape.smallest_size
+    min_height, min_width = graph_shape.smallest_size
     return [
-        (batch, config.num_channels, max(height, min_height), max(width, min_width))
-        for (height, width), batch in sizes.items()
+        (batch_size, config.num_channels, max(height, min_height), max(width, min_width))
+        for (height, width), batch_size in batch_sizes.items()
     ]
 
 
 def compare_outputs(
     batches: list[torch.Tensor], reference_outputs: list[Outputs], outputs: list[Outputs], dtype: str
 ) -> list[BatchComparison]:
-    """Compare the outputs of a file with the model's outputs. Raise ValueError if a difference exceeds `LIMITS`."""
+    """Compare the outputs of a file with the outputs of the model. Raise ValueError if a difference exceeds
+    `LIMITS`."""
     absolute_limit, relative_limit = LIMITS[dtype]
     comparisons = []
     for images, reference, result in zip(batches, reference_outputs, outputs, strict=True):
@@ -227,27 +228,27 @@ def get_shapes(outputs: Outputs) -> list[tuple[str, list[int]]]:
     return [(name, list(output.shape)) for name, output in outputs.items()]
 
 
-def describe_input(config: ViTCLSConfig, shape: GraphShape) -> dict[str, Any]:
+def describe_input(config: ViTCLSConfig, graph_shape: GraphShape) -> dict[str, Any]:
     """Return the name, dtype, shape, image sizes and patch size of the input."""
-    height_width = ["height", "width"] if shape.is_dynamic else list(shape.image_size)
+    height_width = ["height", "width"] if graph_shape.is_dynamic else list(graph_shape.image_size)
     return {
         "name": INPUT_NAME,
         "dtype": "float32",
         "shape": ["batch", config.num_channels, *height_width],
-        "image_size": list(shape.image_size),
-        "smallest_image_size": list(shape.smallest_size),
+        "image_size": list(graph_shape.image_size),
+        "smallest_image_size": list(graph_shape.smallest_size),
         "patch_size": list(config.patch_height_width),
     }
 
 
-def get_output_shapes(outputs: Outputs, shape: GraphShape) -> dict[str, list[int | str]]:
-    """Return the shape of each output, with names for the dynamic axes of [B, N, D] and [B, D, rows, columns]."""
+def get_output_shapes(outputs: Outputs, graph_shape: GraphShape) -> dict[str, list[int | str]]:
+    """Return the shape of each output [B, N, D] or [B, D, rows, columns], with names of the dynamic axes."""
     shapes: dict[str, list[int | str]] = {}
     for name, output in outputs.items():
         axes: list[int | str] = ["batch", *output.shape[1:]]
-        if shape.is_dynamic and len(axes) == 3:
+        if graph_shape.is_dynamic and len(axes) == 3:
             axes[1] = "tokens"
-        if shape.is_dynamic and len(axes) == 4:
+        if graph_shape.is_dynamic and len(axes) == 4:
             axes[2:] = ["rows", "columns"]
         shapes[name] = axes
     return shapes
@@ -264,7 +265,7 @@ def describe_preprocessing(processor: ViTCLSImageProcessor | None) -> dict[str, 
 
 
 def get_label_names(config: ViTCLSConfig, names: list[str]) -> dict[str, list[str]]:
-    """Return a dict from the names of outputs that contain logits to class names, in the order of the logits."""
+    """Return a dict from the name of each logits output to its class names, in the order of the logits."""
     if config.tasks:
         return config.task_labels()
     id2label: dict[Any, str] = dict(config.id2label or {})

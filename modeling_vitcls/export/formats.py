@@ -28,12 +28,12 @@ MAX_ONNX_WEIGHTS = 1_900_000_000
 
 @dataclass(frozen=True)
 class TracedModel:
-    """A traced graph, and the settings for writing it to a file."""
+    """A traced graph, and settings for writing the graph to a file."""
 
     graph: ExportedProgram
-    shape: GraphShape
+    graph_shape: GraphShape
     output_names: list[str]  # names of the outputs, in order
-    opset: int | None  # ONNX opset; None to use the default of the exporter
+    opset: int | None  # ONNX opset; None for the default opset of torch.onnx
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,12 @@ class Format:
 
     suffix: str
     packages: tuple[str, ...]  # names of the required packages
-    # Function that writes a graph to a file and returns the ONNX opset (None for other formats)
+    # Function that writes a graph to a file and returns the ONNX opset, or None if the format is not based on ONNX
     write: Callable[[TracedModel, Path], int | None]
-    # Function that returns the outputs of a file for each batch of images
+    # Function that runs a file on batches of images and returns the outputs of each batch
     run: Callable[[Path, Sequence[torch.Tensor], list[str]], list[Outputs]]
-    # Whether the runtime downsamples with the same antialiasing filter as PyTorch. With OpenVINO, which uses a
-    # different filter, outputs differed by 1e-4 to 1e-3.
+    # Whether the antialiasing filter of the runtime equals PyTorch's filter. OpenVINO uses a different filter, which
+    # changes outputs by 1e-4 to 1e-3.
     has_pytorch_antialias_filter: bool = True
 
     def find_missing_packages(self) -> list[str]:
@@ -59,7 +59,7 @@ class Format:
 
 RUN_SCRIPT = """
 import sys
-sys.modules["modeling_vitcls"] = None  # makes imports of this package fail
+sys.modules["modeling_vitcls"] = None  # disables imports of this package
 import torch
 graph = torch.export.load(sys.argv[1]).module()
 with torch.no_grad():
@@ -68,7 +68,7 @@ with torch.no_grad():
 
 
 def run_torch(file: Path, batches: Sequence[torch.Tensor], names: list[str]) -> list[Outputs]:
-    """Run a file in a separate process that cannot import this package, and return its outputs."""
+    """Run a file in a separate process that cannot import this package, and return the outputs."""
     with tempfile.TemporaryDirectory() as folder:
         inputs_file, outputs_file = Path(folder, "inputs"), Path(folder, "outputs")
         torch.save(list(batches), inputs_file)
@@ -84,22 +84,22 @@ def run_torch(file: Path, batches: Sequence[torch.Tensor], names: list[str]) -> 
 
 
 def write_onnx(traced_model: TracedModel, file: Path) -> int:
-    """Write a graph with torch.onnx and return the opset."""
+    """Write a graph to an ONNX file with torch.onnx and return the opset."""
     try:
         program = torch.onnx.export(
             traced_model.graph,
             dynamo=True,
             input_names=[INPUT_NAME],
             output_names=traced_model.output_names,
-            dynamic_shapes=build_dynamic_shapes(traced_model.shape),
+            dynamic_shapes=build_dynamic_shapes(traced_model.graph_shape),
             opset_version=traced_model.opset,
             verbose=False,
         )
-    except Exception as error:  # the exporter raises many types of errors
+    except Exception as error:  # torch.onnx raises many types of errors
         raise ValueError(f"torch.onnx cannot export this model: {format_error(error)}") from error
     assert program is not None
-    num_bytes = sum(weight.nbytes for weight in traced_model.graph.state_dict.values())
-    program.save(file, external_data=num_bytes > MAX_ONNX_WEIGHTS)
+    num_weight_bytes = sum(weight.nbytes for weight in traced_model.graph.state_dict.values())
+    program.save(file, external_data=num_weight_bytes > MAX_ONNX_WEIGHTS)
     opset = program.model.opset_imports[""]
     if traced_model.opset not in (None, opset):
         raise ValueError(f"torch.onnx exports with opset {opset}, but --opset is {traced_model.opset}. Omit --opset")
@@ -107,17 +107,17 @@ def write_onnx(traced_model: TracedModel, file: Path) -> int:
 
 
 def open_onnx_session(file: Path) -> Any:
-    """Return an onnxruntime.InferenceSession that runs a file on the CPU."""
+    """Create an onnxruntime.InferenceSession that runs a file on the CPU."""
     import onnxruntime
 
     session_options = onnxruntime.SessionOptions()
     session_options.intra_op_num_threads = torch.get_num_threads()
-    session_options.log_severity_level = 3  # log only errors
+    session_options.log_severity_level = 3  # only log errors
     return onnxruntime.InferenceSession(str(file), session_options, providers=["CPUExecutionProvider"])
 
 
 def run_onnx(file: Path, batches: Sequence[torch.Tensor], names: list[str]) -> list[Outputs]:
-    """Run a file with onnxruntime on the CPU and return its outputs."""
+    """Run a file with onnxruntime on the CPU and return the outputs."""
     try:
         session = open_onnx_session(file)
         return [name_outputs(names, session.run(names, {INPUT_NAME: images.numpy()})) for images in batches]
@@ -129,7 +129,7 @@ def run_onnx(file: Path, batches: Sequence[torch.Tensor], names: list[str]) -> l
 
 
 def write_openvino(traced_model: TracedModel, file: Path) -> int:
-    """Write a graph to ONNX, convert the ONNX file with OpenVINO, and return the opset of the ONNX file."""
+    """Write a graph to an ONNX file, convert the file with OpenVINO, and return the ONNX opset."""
     import openvino
 
     with tempfile.TemporaryDirectory() as folder:
@@ -143,8 +143,8 @@ def write_openvino(traced_model: TracedModel, file: Path) -> int:
 
 
 def run_openvino(file: Path, batches: Sequence[torch.Tensor], names: list[str]) -> list[Outputs]:
-    """Run a file with OpenVINO on the CPU in float32 and return its outputs. By default, OpenVINO may
-    compute in bfloat16."""
+    """Run a file with OpenVINO on the CPU and return the outputs. The precision is set to float32, because OpenVINO
+    may otherwise use bfloat16."""
     import openvino
 
     settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
@@ -157,7 +157,7 @@ def run_openvino(file: Path, batches: Sequence[torch.Tensor], names: list[str]) 
 
 
 def name_outputs(names: list[str], arrays: Sequence[Any]) -> Outputs:
-    """Return a dict from names to tensors, for arrays in the order of the names."""
+    """Return a dict from output names to tensors. `arrays` are in the order of `names`."""
     return {name: torch.from_numpy(array.copy()) for name, array in zip(names, arrays, strict=True)}
 
 

@@ -1,10 +1,10 @@
 """Trace a model to a graph with torch.export, with a dynamic batch size and, if possible, a dynamic image size.
 
-    shape = select_graph_shape(model, image_size, dynamic=True)     # with a reason if the image size is fixed
-    graph = trace_model(model, shape, torch.float32)                # torch.export.ExportedProgram
+    graph_shape = select_graph_shape(model, image_size, dynamic=True)
+    graph = trace_model(model, graph_shape, torch.float32)    # torch.export.ExportedProgram
 
-A graph with a fixed image size contains position embeddings for that size. A graph with a dynamic image size
-resamples position embeddings at run time.
+A graph with a fixed image size contains the position embeddings for this size. A graph with a dynamic image size
+resamples the position embeddings at run time.
 """
 
 import copy
@@ -17,10 +17,10 @@ from torch.export import Dim, ExportedProgram
 from ..configuration_vitcls import ViTCLSConfig
 from ..errors import format_error
 from ..modeling_vitcls import ViTCLSPreTrainedModel
-from .exportable import INPUT_NAME, NamedOutputs
+from .exportable import INPUT_NAME, NamedOutputsModel
 
 
-# Minimum number of patch rows, patch columns and example images: torch.export treats a size of 1 as a constant.
+# Minimum number of patch rows, patch columns and example images, because torch.export treats a size of 1 as constant.
 MIN_DYNAMIC_SIZE = 2
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -28,7 +28,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 @dataclass(frozen=True)
 class GraphShape:
-    """Image sizes that a graph accepts; the batch size is always dynamic."""
+    """Image sizes that a graph accepts. The batch size is always dynamic."""
 
     image_size: tuple[int, int]  # (height, width) in pixels; the only accepted size unless `is_dynamic`
     smallest_size: tuple[int, int]  # smallest accepted (height, width) in pixels
@@ -42,10 +42,17 @@ def select_graph_shape(
     dynamic: bool,
     has_pytorch_antialias_filter: bool = True,
 ) -> GraphShape:
-    """Return the image sizes that the graph accepts. The sizes are dynamic if requested and possible.
+    """Return the image sizes that the graph of a model will accept.
 
-    `image_size` is (height, width) in pixels. `has_pytorch_antialias_filter` is False if the antialiasing of the
-    runtime differs from PyTorch's antialiasing.
+    Args:
+        model: model to export.
+        image_size: (height, width) in pixels. Default: the native image size of the model.
+        dynamic: whether the graph should accept different image sizes. If this is not possible, the image size is
+            fixed.
+        has_pytorch_antialias_filter: whether the antialiasing filter of the runtime equals PyTorch's filter.
+
+    Raises:
+        ValueError: if the image size is too small for a dynamic graph.
     """
     config = model.config
     size = config.image_height_width if image_size is None else image_size
@@ -87,51 +94,54 @@ def get_smallest_size(config: ViTCLSConfig) -> tuple[int, int]:
 
 
 def trace_model(
-    model: ViTCLSPreTrainedModel, shape: GraphShape, dtype: torch.dtype, output_attentions: bool = False
+    model: ViTCLSPreTrainedModel, graph_shape: GraphShape, dtype: torch.dtype, output_attentions: bool = False
 ) -> ExportedProgram:
-    """Trace a model to a graph with weights and computations in `dtype`, and inputs and outputs in float32.
+    """Trace a copy of a model to a graph.
 
-    The graph uses PyTorch's fused attention. The model is unchanged. Raise ValueError if the model cannot be traced.
+    Weights and computations have the given dtype, and inputs and outputs are float32. The graph uses PyTorch's fused
+    attention. Raise ValueError if the model cannot be traced.
     """
     config = model.config
-    if not shape.is_dynamic and shape.image_size != config.image_height_width:
-        model = model.adapt(image_size=list(shape.image_size))
+    if not graph_shape.is_dynamic and graph_shape.image_size != config.image_height_width:
+        model = model.adapt(image_size=list(graph_shape.image_size))
     else:
         model = copy.deepcopy(model)
     model.set_attn_implementation("sdpa")
-    model.requires_grad_(False)  # attention masks that require gradients select a different attention kernel
+    model.requires_grad_(False)  # attention masks that require gradients would select a different attention kernel
     model.to(dtype=dtype)  # type: ignore[call-arg]  # the wrapper of `to` in transformers is untyped
-    images = build_example_images(config, shape)
+    images = build_example_images(config, graph_shape)
     try:
         with torch.no_grad():
             graph = torch.export.export(
-                NamedOutputs(model, output_attentions).eval(), (images,), dynamic_shapes=build_dynamic_shapes(shape)
+                NamedOutputsModel(model, output_attentions).eval(),
+                (images,),
+                dynamic_shapes=build_dynamic_shapes(graph_shape),
             )
-            graph = graph.run_decompositions({})  # vectorized attention masks cannot be saved without decomposition
+            graph = graph.run_decompositions({})  # decomposition is required to save vectorized attention masks
     except Exception as error:  # torch.export raises many types of errors
-        hint = ". Set --no-dynamic" if shape.is_dynamic else ""
+        hint = ". Set --no-dynamic" if graph_shape.is_dynamic else ""
         raise ValueError(
             f"torch.export cannot trace this {type(model).__name__} ({format_error(error)}){hint}"
         ) from error
     for node in graph.graph.nodes:
-        node.meta.pop("stack_trace", None)  # contains local paths
+        node.meta.pop("stack_trace", None)  # stack traces contain local paths
     return graph
 
 
-def build_example_images(config: ViTCLSConfig, shape: GraphShape) -> torch.Tensor:
-    """Build example images [B, C, H, W]; for a dynamic size, the images are not square and not of the native size."""
-    height, width = shape.image_size
-    if shape.is_dynamic:
+def build_example_images(config: ViTCLSConfig, graph_shape: GraphShape) -> torch.Tensor:
+    """Build example images [B, C, H, W]. For a dynamic graph, the image size is not square and not the native size."""
+    height, width = graph_shape.image_size
+    if graph_shape.is_dynamic:
         patch_height, patch_width = config.patch_height_width
         rows, columns = config.grid_size
         height, width = (max(rows, columns) + 1) * patch_height, (max(rows, columns) + 3) * patch_width
     return torch.zeros(MIN_DYNAMIC_SIZE, config.num_channels, height, width)
 
 
-def build_dynamic_shapes(shape: GraphShape) -> dict[str, Any]:
-    """Return the names and minimum sizes of the dynamic axes of the input."""
+def build_dynamic_shapes(graph_shape: GraphShape) -> dict[str, Any]:
+    """Return the dynamic axes of the input for torch.export, with names and minimum sizes."""
     axes = {0: Dim("batch", min=1)}
-    if shape.is_dynamic:
-        height, width = shape.smallest_size
+    if graph_shape.is_dynamic:
+        height, width = graph_shape.smallest_size
         axes |= {2: Dim("height", min=height), 3: Dim("width", min=width)}
     return {INPUT_NAME: axes}

@@ -1,4 +1,4 @@
-"""Write a classifier as a folder that transformers.js loads in Node.js and in browsers.
+"""Export a classifier to a folder that transformers.js loads in Node.js and in browsers.
 
     report = export_for_transformers_js("runs/mine", Path("web"))
     // in JavaScript: const classify = await pipeline("image-classification", "web", {dtype: "fp32"});
@@ -8,11 +8,11 @@
     onnx/model.onnx             float32, compared with the model as in --format onnx
     onnx/model_fp16.onnx        weights and computations in float16
     onnx/model_quantized.onnx   int8 weights of linear layers
-    onnx/report.json            differences, top-1 agreement, accuracy if a dataset is given, and the SHA-256 of the
+    onnx/report.json            differences, top-1 agreement, accuracy on a dataset (optional), and SHA-256 of the
                                 weights of the model
 
-The graph contains the complete model with special tokens, pooling and heads. The graph also outputs the attention of
-the CLS tokens, which the page of hub/static_space.py draws.
+The graph contains the complete model, including special tokens, pooling and heads. The graph also outputs the
+attention of the CLS tokens, which is displayed by static Spaces (hub/static_space.py).
 """
 
 import dataclasses
@@ -34,12 +34,12 @@ from ..hub.local_paths import check_output_is_empty, strip_folders
 from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..modeling_vitcls import ViTCLSForImageClassification, ViTCLSPreTrainedModel
 from ..options import DataOptions, EvaluateOptions
-from .exportable import INPUT_NAME, ExportableModel, Outputs, compute_named_outputs, load_exportable
+from .exportable import INPUT_NAME, ExportableModel, Outputs, compute_named_outputs, load_exportable_model
 from .exporter import export_model, get_report_path, move_files
 from .formats import FORMATS, open_onnx_session
 
 
-# dtype in transformers.js -> file name.
+# `dtype` in transformers.js -> file name.
 FILE_NAMES = {"fp32": "model.onnx", "fp16": "model_fp16.onnx", "q8": "model_quantized.onnx"}
 NUM_IMAGES = 64  # number of random images in the comparison
 BATCH_SIZE = 16  # batch size of the comparison in images
@@ -48,17 +48,17 @@ QUANTIZED_OPERATORS = ["MatMul", "Gemm"]
 
 @dataclasses.dataclass(frozen=True)
 class FileComparison:
-    """Comparison of one file with the model in float32, on random images."""
+    """Comparison of the outputs of a file with the outputs of the float32 model on random images."""
 
     file: str  # path in the folder
-    dtype: str  # value of `dtype` in transformers.js
+    dtype: str  # `dtype` in transformers.js
     largest_difference: float  # largest absolute difference between logits
-    top1_agreement: float  # fraction of images for which the file and the model predict the same class
+    top1_agreement: float  # fraction of images for which the file and the model predict the same top-1 class
 
 
 @dataclasses.dataclass(frozen=True)
 class LabeledImageScores:
-    """Scores of the model and of each file on the same labeled images, with a batch size of 1 as in a browser."""
+    """Scores of the model and of each file on labeled images, with a batch size of 1 as in a browser."""
 
     dataset: str
     split: str
@@ -69,36 +69,36 @@ class LabeledImageScores:
 
 
 @dataclasses.dataclass(frozen=True)
-class WebReport:
-    """The content of onnx/report.json."""
+class TransformersJsReport:
+    """The contents of onnx/report.json."""
 
     comparisons: list[FileComparison]  # one comparison per file
     num_images: int  # number of random images in each comparison
-    labeled: LabeledImageScores | None  # scores on labeled images; None if no dataset is given
+    labeled: LabeledImageScores | None  # scores on labeled images; None without a dataset
     weights_sha256: dict[str, str]  # weight file name -> SHA-256; empty unless `source` is a folder
     sha256: dict[str, str]  # ONNX file name -> SHA-256
 
 
 def export_for_transformers_js(
     source: str, output: Path, dataset: str | None = None, split: str | None = None
-) -> WebReport:
-    """Write the folder and return the report; if an error is raised, write nothing.
+) -> TransformersJsReport:
+    """Export a classifier for transformers.js and return the report. If an error is raised, nothing is written.
 
     Args:
-        source: Folder or Hub id of a classifier for one task, or a preset, which has random weights.
+        source: Folder or Hub id of a classifier for a single task, or a preset, which has random weights.
         output: A folder that does not exist or is empty.
-        dataset: Dataset on which the model and the files are evaluated, as in `vitcls evaluate`. Default: no
-            evaluation.
+        dataset: Dataset for evaluating the model and the files, as in `vitcls evaluate`. Default: no evaluation.
         split: Split of the dataset, as in `vitcls evaluate`.
 
     Raises:
-        ValueError, OSError: If the model cannot be found, cannot be exported or is not a classifier for one task, if
-            the image processor has settings that transformers.js does not support, if the float32 file differs from
-            the model, or if the labels of the dataset do not match the model. The message is one line.
+        ValueError, OSError: If the model cannot be found or exported, if the model is not a classifier for a single
+            task, if transformers.js does not support the image processor, if the outputs of the float32 file differ
+            from the outputs of the model, or if the labels of the dataset do not match the model. The message is one
+            line.
     """
     check_output_is_empty(output)
-    exportable = load_exportable(source)
-    model, processor = exportable.model, exportable.processor
+    exportable_model = load_exportable_model(source)
+    model, processor = exportable_model.model, exportable_model.processor
     is_classifier = isinstance(model, ViTCLSForImageClassification) and model.config.problem_type != "regression"
     if not is_classifier or processor is None:
         raise ValueError(
@@ -116,22 +116,23 @@ def export_for_transformers_js(
     with tempfile.TemporaryDirectory() as temporary_folder:
         folder = Path(temporary_folder, "onnx")
         folder.mkdir()
-        for name, dtype in (("fp32", "float32"), ("fp16", "float16")):
-            file = folder / FILE_NAMES[name]
+        for web_dtype, dtype in (("fp32", "float32"), ("fp16", "float16")):
+            file = folder / FILE_NAMES[web_dtype]
             export_model(source, "onnx", file, dynamic=False, dtype=dtype, output_attentions=has_cls_attention(model))
             get_report_path(file).unlink()
         quantize_onnx_file(folder / FILE_NAMES["fp32"], folder / FILE_NAMES["q8"])
         comparisons = [
-            compare_file(folder / file, dtype, batches, reference_outputs) for dtype, file in FILE_NAMES.items()
+            compare_file(folder / file, web_dtype, batches, reference_outputs)
+            for web_dtype, file in FILE_NAMES.items()
         ]
         scores = None if dataset is None else evaluate_files(source, folder, dataset, split)
         weight_files = Path(source).glob("*.safetensors") if Path(source).is_dir() else iter(())
-        report = WebReport(
+        report = TransformersJsReport(
             comparisons, NUM_IMAGES, scores, hash_files(weight_files), hash_files(folder.glob("*.onnx"))
         )
         write_json(folder / "report.json", dataclasses.asdict(report))
         move_files(folder, output / "onnx")
-    write_json(output / "config.json", build_config(exportable))
+    write_json(output / "config.json", build_config(exportable_model))
     write_json(output / "preprocessor_config.json", preprocessor_config)
     return report
 
@@ -141,9 +142,9 @@ def has_cls_attention(model: ViTCLSPreTrainedModel) -> bool:
     return model.config.num_cls_tokens > 0 and not model.config.merged_patches_per_layer
 
 
-def build_config(exportable: ExportableModel) -> dict[str, Any]:
-    """Return the contents of config.json; transformers.js reads the model type and the labels."""
-    config = exportable.model.config
+def build_config(exportable_model: ExportableModel) -> dict[str, Any]:
+    """Return the contents of config.json, from which transformers.js reads the model type and the labels."""
+    config = exportable_model.model.config
     return {
         "model_type": "vit",
         "architectures": ["ViTForImageClassification"],
@@ -164,7 +165,8 @@ def build_preprocessor_config(processor: ViTCLSImageProcessor) -> dict[str, Any]
     convert images to RGB."""
     if not processor.do_convert_rgb:
         raise ValueError(
-            "transformers.js converts images to RGB, but do_convert_rgb is False. Use a different --format"
+            "--format transformers.js requires do_convert_rgb=True, but do_convert_rgb is False. Set a different "
+            "--format"
         )
     settings = select_settings(processor)
     settings["resample"] = int(PILImageResampling(settings["resample"]))
@@ -172,32 +174,32 @@ def build_preprocessor_config(processor: ViTCLSImageProcessor) -> dict[str, Any]
 
 
 def quantize_onnx_file(source: Path, target: Path) -> None:
-    """Write a copy of an ONNX file with dynamic quantization: linear layers have int8 weights, and their inputs are
-    quantized at run time."""
+    """Write a dynamically quantized copy of an ONNX file. The weights of linear layers are stored as int8, and their
+    inputs are quantized at run time."""
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     model = onnx.load(source)
-    model.graph.ClearField("value_info")  # stored shapes contradict the transposed weights of the copy
+    model.graph.ClearField("value_info")  # stored shapes do not match the transposed weights of the copy
     quantize_dynamic(model, target, weight_type=QuantType.QInt8, op_types_to_quantize=QUANTIZED_OPERATORS)
 
 
 def compare_file(
-    file: Path, dtype: str, batches: list[torch.Tensor], reference_outputs: list[Outputs]
+    file: Path, web_dtype: str, batches: list[torch.Tensor], reference_outputs: list[Outputs]
 ) -> FileComparison:
-    """Run a file with onnxruntime and compare the logits [B, labels] with the logits of the model."""
+    """Run a file with onnxruntime and compare its logits [B, labels] with the logits of the model."""
     names = list(reference_outputs[0])
     outputs = FORMATS["onnx"].run(file, batches, names)
     logits, reference = (torch.cat([batch["logits"] for batch in results]) for results in (outputs, reference_outputs))
     top1_agreement = (logits.argmax(-1) == reference.argmax(-1)).float().mean().item()
-    return FileComparison(f"onnx/{file.name}", dtype, get_max_magnitude(logits - reference), top1_agreement)
+    return FileComparison(f"onnx/{file.name}", web_dtype, get_max_magnitude(logits - reference), top1_agreement)
 
 
 # Labeled images ------------------------------------------------------------------------------------------------------
 
 
 class OnnxClassifier(nn.Module):
-    """A classifier that runs an ONNX file with onnxruntime on the CPU."""
+    """Classifier that runs an ONNX file with onnxruntime on the CPU."""
 
     def __init__(self, file: Path, config: Any) -> None:
         super().__init__()

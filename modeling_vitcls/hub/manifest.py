@@ -21,7 +21,7 @@ from ..checkpoints import (
     STATE_FILE,
     Checkpoint,
     CheckpointStore,
-    DamagedCheckpoint,
+    DamagedCheckpointError,
     compute_file_digest,
     format_state,
     read_checkpoint,
@@ -261,8 +261,8 @@ def find_newest_checkpoint(folder: Path) -> Checkpoint:
     store = CheckpointStore(folder / "checkpoints", num_kept=1)
     for step in reversed(store.list_steps()):
         try:
-            return read_checkpoint(store.get_path(step))
-        except DamagedCheckpoint:
+            return read_checkpoint(store.get_folder(step))
+        except DamagedCheckpointError:
             continue
     raise ValueError(
         f"{store.folder} has no undamaged checkpoint to publish. Push without the optimizer state, or push "

@@ -141,7 +141,7 @@ def build_optimizer_step(
     accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, max_gradient_norm: float
 ) -> TorchOptimizerStep | DeepSpeedOptimizerStep:
     """Build the optimizer step for a model and an optimizer from `Accelerator.prepare`."""
-    if distributed.uses_deepspeed(accelerator):
+    if distributed.is_deepspeed_enabled(accelerator):
         return DeepSpeedOptimizerStep(accelerator, model)
     return TorchOptimizerStep(accelerator, model, optimizer, max_gradient_norm)
 

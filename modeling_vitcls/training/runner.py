@@ -27,11 +27,11 @@ from ..data.splits import describe_change
 from ..distributed import (
     build_accelerator,
     check_deepspeed_flags,
+    configure_layer_sharding,
     run_on_main,
     set_deepspeed_training_options,
-    shard_by_layer,
 )
-from ..errors import is_on_all_processes, mark_errors_of_all_processes
+from ..errors import is_raised_on_all_processes, mark_errors_of_all_processes
 from ..files import write_json
 from ..hub.local_paths import BUILT_IN_DATASET, is_same_path, make_relative, resolve_name
 from ..hub.manifest import RECIPE
@@ -148,7 +148,7 @@ class Runner:
         if training.compile:
             model.compile()
         self.utilization = build_utilization(model, plan, accelerator, self.reporter.print_line)
-        shard_by_layer(accelerator, model)
+        configure_layer_sharding(accelerator, model)
         set_deepspeed_training_options(accelerator, training)
         state = TrainingState(*accelerator.prepare(model, build_optimizer(model, training)))
         state.ema = Ema(state.model, training.ema_decay) if training.ema_decay else None
@@ -348,7 +348,9 @@ class Runner:
             try:
                 scatter_state(self.checkpoint, metadata, self.accelerator, state.model, state.optimizer, state.shadow)
             except ValueError as error:
-                raise RunStopped(f"--resume: {error}", is_on_all_processes=is_on_all_processes(error)) from error
+                raise RunStopped(
+                    f"--resume: {error}", is_on_all_processes=is_raised_on_all_processes(error)
+                ) from error
             state.step = metadata["step"]
             state.best_score = metadata["best_score"]
             state.num_evaluations_since_best = metadata.get("num_worse", 0)
@@ -415,7 +417,7 @@ class Runner:
         except NonFiniteLoss as error:
             raise RunStopped(f"{error}. {self.save_non_finite_step(error)}") from None
         except (OSError, ValueError) as error:  # a full disk or unreadable images
-            raise RunStopped(str(error), is_on_all_processes=is_on_all_processes(error)) from error
+            raise RunStopped(str(error), is_on_all_processes=is_raised_on_all_processes(error)) from error
 
     def save_non_finite_step(self, error: NonFiniteLoss) -> str:
         """Save the image indices and the initial state of the step with the non-finite loss. Return a sentence that

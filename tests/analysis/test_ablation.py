@@ -474,7 +474,7 @@ def test_random_tokens_have_equal_norms() -> None:
     "layout", [{"num_register_tokens": 3, "num_distillation_tokens": 1}, {"num_cls_tokens": 3}], ids=str
 )
 def test_effects_are_compared_with_null_distributions(layout: dict[str, Any]) -> None:
-    """Check random patches, and random tokens that the head does not read; for individual tokens and groups."""
+    """Check random patches, and random tokens that the head does not use; for individual tokens and groups."""
     read_keys = ("cls[0]", "cls", "distillation[0]")
     model = build_classifier(**layout)
     means = compute_mean_states(model)
@@ -498,7 +498,7 @@ def test_effects_are_compared_with_null_distributions(layout: dict[str, Any]) ->
         assert found[kind][others[0]].redrawn_effects == found[kind][others[1]].redrawn_effects  # they take turns
         assert found[kind][others[0]].patch_effects != found[kind][group].patch_effects  # one and three patches
     for key, effect in single.items():
-        held = found["information"][key].effect  # one image is sufficient if the head reads no other token
+        held = found["information"][key].effect  # one image is sufficient if the head uses no other token
         assert held.logit_change == pytest.approx(effect.logit_change, rel=1e-4)
         assert held.changed_answers == effect.changed_answers
         hidden = collect_outputs(model, Batches(), [get_token_keys(model.config.token_layout).index(key)])

@@ -118,7 +118,7 @@ def replace_ratios(
 
 def test_the_last_layers_that_are_read_are_decisive() -> None:
     """Darcet et al. use the output. Second modes in earlier layers are reported as such."""
-    # the head does not read the patches of layer 9
+    # the head does not use the patches of layer 9
     model = build_classifier(num_hidden_layers=9, num_register_tokens=0)
     findings = collect_planted_findings(model)
     unread = diagnose_patches(model.config, replace_ratios(findings, {9: 0.02}))
@@ -154,7 +154,7 @@ def test_the_last_layers_that_are_read_are_decisive() -> None:
 
 
 def test_the_patches_of_a_single_layer_are_judged_in_the_embeddings() -> None:
-    """The head does not read the patches of the last layer."""
+    """The head does not use the patches of the last layer."""
     model = build_classifier(num_hidden_layers=1)
     findings = replace_ratios(collect_planted_findings(model), {0: 0.02})
     found = diagnose_patches(model.config, findings)

@@ -51,7 +51,7 @@ KINDS_OF_LAYERS: dict[str, dict[str, Any]] = {
 }
 each_kind_of_layers = pytest.mark.parametrize("fields", KINDS_OF_LAYERS.values(), ids=KINDS_OF_LAYERS)
 
-# Tokens that the head reads: fields, and the share of each token; "p" is the share of each patch.
+# Tokens that the head uses: fields, and the share of each token; "p" is the share of each patch.
 HEADS: dict[str, tuple[dict[str, Any], list[float], str]] = {
     "cls": ({"num_register_tokens": 2}, [1, 0, 0], ""),
     "cls and distillation": (LAYOUTS["cls_distillation_registers"], [1, 1, 0, 0, 0, 0], ""),
@@ -123,7 +123,7 @@ def compute_relevance(
 
 
 def expand_shares(special: list[float], patches: str, sequence: torch.Tensor) -> torch.Tensor:
-    """Return the share of each token that the head reads, [B, N]."""
+    """Return the share of each token that the head uses, [B, N]."""
     of_patches = torch.zeros(sequence.shape[:2])[:, len(special) :]
     if patches == "all":
         of_patches += 1

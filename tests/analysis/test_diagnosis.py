@@ -219,7 +219,7 @@ def test_registers_with_nearly_equal_attention(model: Any) -> None:
 def test_an_encoder_is_diagnosed_by_its_features(model: Any) -> None:
     found = judge_tokens(model.vitcls, pixels=HELD_OUT[0], num_draws=NUM_NULL_DRAWS)
     cls = found["CLS"]
-    assert cls.word == "effect beyond the null" and "nearest images stay the same" in cls.reason
+    assert cls.word == "effect beyond the null" and "nearest neighbors stay the same" in cls.reason
     assert set(cls.numbers["information"]["cosine_change"]) == {"cls", "pooled", "patches"}
     assert (
         0 <= cls.numbers["information"]["knn_agreement"] < found["register 1"].numbers["information"]["knn_agreement"]
@@ -286,7 +286,7 @@ def test_a_token_that_did_not_move_and_has_no_effect() -> None:
     movement = build_movement(1) | {"registers[2]": 0.0}
     found = judge_tokens(model, movement)["register 3"]
     assert (found.word, found.rating) == ("not moved", "bad")
-    assert "did not move in this run (movement 0), but" in found.reason
+    assert "training did not move the token (movement 0), but" in found.reason
     few = judge_tokens(model, movement, PIXELS[:3])["register 3"]
     assert (few.word, few.rating) == ("not moved", "neutral") and "there are 3" in few.reason
 
@@ -308,7 +308,7 @@ def test_a_token_with_equal_states_for_all_images() -> None:
 
 
 def test_states_that_are_not_read_are_not_judged() -> None:
-    """In the last layer, two registers are equal and do not depend on the image, but the head reads only CLS."""
+    """In the last layer, two registers are equal and do not depend on the image, but the head uses only CLS."""
     model = build_classifier(num_distillation_tokens=0)
     findings = findings_of(model)
 
@@ -321,7 +321,7 @@ def test_states_that_are_not_read_are_not_judged() -> None:
             channel_variation=lambda values: values[layer, 3:].fill_(0),
         )
         found = diagnose_tokens(model.config, planted)
-        where = "after layer 2, the last layer whose output is read,"
+        where = "after layer 2, the last layer whose output is used,"
         assert (where in found[1].reason) == (found[1].word == "collapsed")
         return [verdict.word for verdict in found]
 
@@ -441,7 +441,7 @@ def test_measured_values_of_each_token() -> None:
     findings = plant(findings_of(model), attention_fractions=lambda values: values[2, :, :, 3].fill_(0.99))
     found = diagnose_tokens(model.config, findings, None, {"registers[0]": 0.25})
     for index, verdict in enumerate(found):
-        last = 3 if index < 2 else 2  # the head reads the CLS and the distillation token
+        last = 3 if index < 2 else 2  # the head uses the CLS and the distillation token
         numbers = verdict.numbers
         assert numbers["read_layers"] == last and numbers["movement"] == (0.25 if index == 2 else None)
         assert numbers["variation"] == pytest.approx(findings.variation[last, index].item())
@@ -483,10 +483,10 @@ def test_identical_tokens_are_compared_in_the_last_state_in_which_both_are_read(
     assert list_identical(judge({(2, 3): 0.0019, (2, 4): 0.0009}))[2] == "register 3"  # the nearest token
     rounding = judge({(2, 3): 1.5e-6}, variation=0.0)
     assert list_identical(rounding) == [None, None, "register 2", "register 1", None]
-    different = judge({(0, 4): 0.0019})  # the head reads CLS after layer 3
+    different = judge({(0, 4): 0.0019})  # the head uses CLS after layer 3
     assert list_identical(different) == ["register 3", None, None, None, "CLS"]
     for verdict in (different[0], different[4]):
-        assert verdict.reason.startswith("after layer 2, the last layer whose output is read, the token is identical")
+        assert verdict.reason.startswith("after layer 2, the last layer whose output is used, the token is identical")
 
 
 NORMS = torch.tensor([2.0, 2.0, 2.0, 4.0, 4.0])
@@ -554,14 +554,14 @@ def test_the_token_with_the_nearest_attention_maps_is_named() -> None:
     assert found[2].numbers["equal_attention_distance"] == pytest.approx(0.02 / 0.4)
     assert found[4].numbers["equal_attention_distance"] == pytest.approx(0.027 / 0.3)
     assert found[2].reason == (
-        "the attention maps are nearly equal to the maps of register 2 in all layers whose output is read "
+        "the attention maps are nearly equal to the maps of register 2 in all layers whose output is used "
         "(the distance between the maps is 0.05 times their distance from uniform attention)."
     )
     assert judge(0.041)[3].word == "not judged" and judge(0.041)[3].numbers["equal_attention_token"] is None
 
 
 def test_attention_is_compared_in_the_layers_in_which_both_tokens_are_read() -> None:
-    """The head reads the CLS token after layer 3, but the register only after layer 2."""
+    """The head uses the CLS token after layer 3, but the register only after layer 2."""
     model = build_classifier(num_distillation_tokens=0, num_register_tokens=1)
 
     def change(distances: torch.Tensor) -> None:
@@ -595,7 +595,7 @@ def test_effects_in_words() -> None:
     findings = findings_of(model)
     found = diagnose_tokens(model.config, findings, ablations, build_movement(2) | {"cls[0]": 0.0})
     values = "4 of 16 (at most 25.0%) predictions change, and logits change by 0.5 (95% interval 0.4 to 0.6; null: "
-    values += "patches 0.1 to 0.1, random tokens 0.2 to 0.2)"
+    values += "random patches 0.1 to 0.1, random tokens 0.2 to 0.2)"
     moved = f"training moved the token by {2 * findings.token_norms[0, 2]:.3g} (2 times the norm of its embedding)."
     assert (found[2].word, found[2].rating, found[2].reason) == (
         "effect beyond the null",
@@ -687,7 +687,7 @@ def test_an_unmoved_token_with_an_effect_is_frozen_or_already_trained() -> None:
     assert (unmeasured.word, unmeasured.rating) == ("not moved", "neutral")
     assert unmeasured.reason.endswith("it is frozen or receives no gradient.")
     all_frozen = diagnose_tokens(model.config, findings_of(model), ablations, dict.fromkeys(KEYS, 0.0))[3]
-    assert all_frozen.rating == "neutral" and "the token is frozen, like all tokens in this run" in all_frozen.reason
+    assert all_frozen.rating == "neutral" and "training did not move any special token" in all_frozen.reason
 
 
 @pytest.mark.parametrize(
@@ -721,7 +721,7 @@ def test_effects_on_features_in_words() -> None:
     ablations = build_ablations(dict.fromkeys([*KEYS, "registers"], ablation), [*KEYS, "registers"])
     found = diagnose_tokens(encoder.config, findings_of(encoder), ablations, has_head=False)[0]
     text = "the cosine distance between the features before and after is cls 0.25, patches 0.12, and 80% of the "
-    text += "nearest images stay the same (95% interval 0.2 to 0.3; null: patches 0.1 to 0.1)"
+    text += "nearest neighbors stay the same (95% interval 0.2 to 0.3; null: random patches 0.1 to 0.1)"
     assert f"if replaced by its mean, {text}; if hidden" in found.reason
     assert found.reason.endswith("; the movement of the token in training is unknown.")
     assert found.numbers["effect"] == 0.25 and found.numbers["presence"]["knn_agreement"] == 0.8
@@ -729,7 +729,7 @@ def test_effects_on_features_in_words() -> None:
         ablation, effect=dataclasses.replace(effect, knn_agreement=0)
     )
     found = diagnose_tokens(encoder.config, findings_of(encoder), ablations, has_head=False)[0]
-    assert "and 0% of the nearest images stay the same" in found.reason
+    assert "and 0% of the nearest neighbors stay the same" in found.reason
 
 
 # Depth ---------------------------------------------------------------------------------------------------------------
@@ -761,9 +761,9 @@ def describe_planted_depth(counts: list[float], **fields: Any) -> str:
 def test_the_description_in_numbers() -> None:
     """The entropy is averaged over heads. Seven layers have thirds of 3, 2 and 2 layers."""
     assert describe_planted_depth([20.0, 18.0, 16.0, 10.0, 6.0, 3.6, 12.0]) == (
-        "CLS attends to 90%, 40%, 39% of the visible tokens in the first, middle and last layers (100% is uniform), "
-        "and is most selective in layer 6: 4 tokens. This is the expected pattern: nearly uniform in early layers, "
-        "selective in middle layers."
+        "CLS attends to 90%, 40%, 39% of the visible tokens in the first, middle and last third of the layers (100% "
+        "is uniform), and is most selective in layer 6: 4 tokens. This is the expected pattern: nearly uniform in "
+        "early layers, selective in middle layers."
     )
 
 
@@ -791,7 +791,7 @@ def test_limits_of_the_expected_pattern(counts: list[float], pattern: str) -> No
 def test_a_register_of_a_single_layer_is_not_read() -> None:
     model = build_classifier(num_hidden_layers=1, num_distillation_tokens=0, num_register_tokens=1)
     _, register = describe_depth(model.config, findings_of(model))
-    assert register == "register attends to other tokens only in layer 1, and its output is not read."
+    assert register == "register attends to other tokens only in layer 1, and its output is not used."
     verdict = diagnose_tokens(model.config, findings_of(model))[1]
     numbers = verdict.numbers
     assert verdict.word == "not judged"  # an embedding is the same for all images
@@ -824,5 +824,5 @@ def test_scoped_tokens_are_measured_within_their_scope() -> None:
             layer.attention.q_proj.bias.zero_()
     for story in describe_depth(model.config, findings_of(model), has_head=False):
         assert "attends to 100%, 100%, 100% of the visible tokens" in story and story.endswith("selects no patches.")
-    _, unread = describe_depth(model.config, findings_of(model))  # the head does not read the second token
+    _, unread = describe_depth(model.config, findings_of(model))  # the head does not use the second token
     assert "attends to 100%, 100% of the visible tokens layer by layer" in unread

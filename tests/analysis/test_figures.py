@@ -38,7 +38,7 @@ from modeling_vitcls.analysis.figures import (
     plot_confusion_matrix,
     plot_token_layout,
 )
-from modeling_vitcls.analysis.maps import VisibleRegion, is_read
+from modeling_vitcls.analysis.maps import VisibleRegion, is_used_by_head
 from modeling_vitcls.token_names import get_token_names
 
 
@@ -139,14 +139,14 @@ def test_the_patch_grid_has_the_aspect_ratio_of_the_image():
 
 
 DESCRIPTIONS = {
-    "cls": ({}, 'read by the head, pooling "cls"'),
-    "distillation": ({"num_distillation_tokens": 1}, 'read by two heads: pooling "cls", and distillation'),
+    "cls": ({}, 'used by the head, pooling "cls"'),
+    "distillation": ({"num_distillation_tokens": 1}, 'used by two heads: pooling "cls", and distillation'),
     "distillation_without_head": (
         {"num_distillation_tokens": 1, "distillation_head": False},
-        'read by the head, pooling "cls"',
+        'used by the head, pooling "cls"',
     ),
-    "tasks": ({"num_cls_tokens": 2, "tasks": TASKS}, "read by one head per task: age, species"),
-    "masked": ({"architectures": ["ViTCLSForMaskedImageModeling"]}, "read by the decoder of masked patches"),
+    "tasks": ({"num_cls_tokens": 2, "tasks": TASKS}, "used by one head per task: age, species"),
+    "masked": ({"architectures": ["ViTCLSForMaskedImageModeling"]}, "used by the decoder of masked patches"),
 }
 
 
@@ -195,16 +195,16 @@ def test_arrows_start_at_the_tokens_that_the_head_reads(fields):
     special = range(layout.num_prefix_tokens)
     for group, tokens in layout.items():
         if group == "patches":
-            assert is_read(config, group, 0) == bool(gradient[tokens].sum() > 0)
+            assert is_used_by_head(config, group, 0) == bool(gradient[tokens].sum() > 0)
             continue
         for place, index in enumerate(special[tokens]):
             read = index < len(gradient) and gradient[index] > 0
-            assert is_read(config, group, place) == bool(read), (group, place)
+            assert is_used_by_head(config, group, place) == bool(read), (group, place)
     figure = plot_token_layout(config)
     arrows = [text for text in figure.axes[0].texts if getattr(text, "arrow_patch", None) is not None]
     groups = [(group, place) for group, tokens in layout.items() for place in range(len(special[tokens]) or 1)]
     assert len(arrows) == sum(
-        is_read(config, group, place) for group, place in set(groups) if has_tokens(config, group)
+        is_used_by_head(config, group, place) for group, place in set(groups) if has_tokens(config, group)
     )
 
 
@@ -405,7 +405,7 @@ def test_attention_samples_show_the_last_layer_that_is_read_with_label_and_predi
     pixel_values = processor(picture, return_tensors="pt")["pixel_values"]
     outputs = model.eval()(pixel_values, output_attentions=True)
     first, last = (layer[0].mean(dim=0)[:4, 4:].unflatten(1, (4, 9)) for layer in outputs.attentions)
-    expected = torch.cat([last[:2], first[2:]])  # nothing reads the registers of the last layer
+    expected = torch.cat([last[:2], first[2:]])  # the registers of the last layer are not used
     assert torch.allclose(look.maps, expected, atol=1e-6)
     assert look.title == f"predicted LABEL_{outputs.logits.argmax()}"
     assert look.image.size == picture.size

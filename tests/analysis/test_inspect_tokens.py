@@ -181,7 +181,7 @@ def test_a_revision_of_a_model_on_the_hub(
     assert [verdict["token"] for verdict in verdicts] == ["CLS", "register 1", "register 2", "all 2 registers"]
     table, lines = printed.partition("rtifacts")[0], printed.splitlines()  # "Artifacts" or "No artifacts"
     assert all(verdict["token"] in table and verdict["diagnosis"] in table for verdict in verdicts)
-    checks = [check["statement"].capitalize() for check in found["map_checks"].values()]
+    checks = [check["statement"] for check in found["map_checks"].values()]
     assert {found["artifacts"], *found["depth"], *checks, f"Diagnosis: {found['diagnosis']}"} <= set(lines)
     assert len(checks) == 2 and any(line.startswith("16: 0.37 times the tokens") for line in lines)
     size = f"{page.stat().st_size / 2**20:.1f} MiB; individual heads are shown for the first 0 images"

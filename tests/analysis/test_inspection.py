@@ -41,7 +41,7 @@ def build_images() -> list[Image.Image]:
 
 
 def build_classifier(**fields: Any) -> ViTCLSForImageClassification:
-    """1 CLS token, which the head reads, and 2 registers."""
+    """1 CLS token, which the head uses, and 2 registers."""
     model = ViTCLSForImageClassification(build_tiny_config(**{"num_labels": 8, "num_register_tokens": 2, **fields}))
     return center_logits(model, PROCESSOR(build_images(), return_tensors="pt")["pixel_values"])
 

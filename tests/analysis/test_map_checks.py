@@ -94,17 +94,17 @@ def test_checks_in_words() -> None:
     check = MapCheck(9, curves[0], curves[2], curves[1], curves[3], weight_correlation=0.5, p_value=0.05)
     assert check.is_faithful
     assert check.describe("attribution") == (
-        "attribution shows what predictions depend on: the area under the deletion curve is 0.50 (random order 0.80, "
-        "lower is better), the area under the insertion curve is 0.60 (random order 0.30, higher is better; p = 0.05 "
-        "for both curves), and the rank correlation with the map for shuffled weights is 0.50 (9 images)."
+        "Attribution shows what predictions depend on (9 images). The area under the deletion curve is 0.50 (random "
+        "order 0.80, lower is better), and the area under the insertion curve is 0.60 (random order 0.30, higher is "
+        "better; p = 0.05 for both curves). The rank correlation with the map for shuffled weights is 0.50."
     )
     constant = dataclasses.replace(check, weight_correlation=0.51)
     assert not constant.is_faithful and constant.describe("rollout").startswith(
-        "rollout depends little on the weights"
+        "Rollout depends little on the weights"
     )
     chance = dataclasses.replace(check, p_value=0.051)
     assert not chance.is_faithful
-    assert chance.describe("rollout").startswith("rollout is not measurably better than a random order of patches: ")
+    assert chance.describe("rollout").startswith("Rollout is not measurably better than a random order of patches (")
 
 
 def test_constant_maps_have_no_correlation_and_curves_without_gains_are_not_better() -> None:

@@ -18,12 +18,12 @@ from modeling_vitcls import (
 )
 from modeling_vitcls.analysis.maps import (
     VisibleRegion,
-    count_read_layers,
+    count_used_layers,
     extract_patch_maps,
     get_head_names,
-    get_read_tokens,
+    get_used_token_mask,
     get_visible_region,
-    is_read,
+    is_used_by_head,
     overlay,
     upsample_maps,
 )
@@ -108,9 +108,9 @@ def test_a_model_without_special_tokens_has_no_maps():
 @pytest.mark.parametrize(("group", "is_output"), [("cls", True), ("distillation", True), ("registers", False)])
 def test_a_model_without_a_head_outputs_all_tokens_but_registers(group, is_output):
     config = build_tiny_config(num_cls_tokens=2, num_distillation_tokens=1, num_register_tokens=1)
-    assert is_read(config, group, 0, has_head=False) == is_output
-    assert get_read_tokens(config, has_head=False) == [True, True, True, False, True]
-    assert count_read_layers(config, has_head=False) == [2, 2, 2, 1, 2]
+    assert is_used_by_head(config, group, 0, has_head=False) == is_output
+    assert get_used_token_mask(config, has_head=False) == [True, True, True, False, True]
+    assert count_used_layers(config, has_head=False) == [2, 2, 2, 1, 2]
 
 
 # The visible part of the image ---------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from modeling_vitcls.analysis.patch_sizes import (
     compare_patch_sizes,
     count_flops,
     describe_patch_sizes,
-    sort_patch_sizes,
+    resolve_patch_sizes,
 )
 
 
@@ -208,12 +208,12 @@ def test_unsupported_sizes_are_one_line_errors() -> None:
     with raises_one_line("one size", "do_center_crop"):
         compare_patch_sizes(model, several, [*build_pil_images(), *build_pil_images(40, 80)], None, [4])
     with raises_one_line("patch size 12", "24 x 56", "Choose from 1, 2, 4, 8."):
-        sort_patch_sizes([12], (24, 56), 8)
+        resolve_patch_sizes([12], (24, 56), 8)
     for size in (0, -4):
         with raises_one_line(f"patch size {size} does not divide"):
-            sort_patch_sizes([size], (32, 32), 8)
-    assert sort_patch_sizes([4, 4, 14], (28, 56), 14) == [4, 14]
-    assert sort_patch_sizes([14], (27, 27), 14) == [14]  # with the original size, pixels may remain
+            resolve_patch_sizes([size], (32, 32), 8)
+    assert resolve_patch_sizes([4, 4, 14], (28, 56), 14) == [4, 14]
+    assert resolve_patch_sizes([14], (27, 27), 14) == [14]  # with the original size, pixels may remain
 
 
 def row(patch_size: int, **values: Any) -> PatchSizeRow:

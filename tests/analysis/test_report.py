@@ -182,7 +182,7 @@ def test_planted_faults_are_named(read_only_page: Page, faulty_page: Any) -> Non
     assert words[1] == "register 1: ≡ collapsed" and words[3] == "register 3: ≡ collapsed"
     assert words[0].startswith("CLS: ") and "not moved" in words[0] and words[5] == "patches: ✕ artifacts"
     assert words[2].split(": ")[0] == "register 2" and words[4].startswith("all 3 registers: ")
-    assert "null: patches" in cards[2] and "random tokens" in cards[2] and "95% interval" in cards[4]
+    assert "null: random patches" in cards[2] and "random tokens" in cards[2] and "95% interval" in cards[4]
     assert "identical to register 3" in cards[1] and "6.25%" in cards[5]
 
 
@@ -212,9 +212,9 @@ def test_predictions_and_labels(read_only_page: Page, faulty_page: Any) -> None:
     assert found.accuracy == right / 2
 
 
-def test_the_layout_shows_the_tokens_that_are_read(read_only_page: Page, faulty_page: Any) -> None:
-    assert read_only_page.locator(".sequence .read").all_inner_texts()[0].startswith("CLS")
-    assert read_only_page.locator(".sequence .read").count() == 1
+def test_the_layout_shows_the_tokens_that_are_used(read_only_page: Page, faulty_page: Any) -> None:
+    assert read_only_page.locator(".sequence .used").all_inner_texts()[0].startswith("CLS")
+    assert read_only_page.locator(".sequence .used").count() == 1
     assert "16 patches" in read_only_page.locator(".sequence").inner_text()
 
 
@@ -469,17 +469,17 @@ def test_patches_as_blocks_and_fewer_layers(browser: Browser, tmp_path: Path) ->
 
 
 @pytest.mark.slow
-def test_states_that_are_not_read_are_marked(browser: Browser, faulty_page: Any) -> None:
-    """A head that reads only the CLS token does not read the registers and patches of the last layer."""
+def test_states_that_are_not_used_are_marked(browser: Browser, faulty_page: Any) -> None:
+    """A head that uses only the CLS token does not use the registers and patches of the last layer."""
     with open_page(browser, faulty_page[0]) as page:
         scroll_into_view(find_cell(page, "register 1, layer 3"))
-        expect(find_cell(page, "register 1, layer 3")).to_contain_text("not read")
-        assert "not read" not in find_cell(page, "CLS, layer 3").inner_text()
+        expect(find_cell(page, "register 1, layer 3")).to_contain_text("not used")
+        assert "not used" not in find_cell(page, "CLS, layer 3").inner_text()
         cells = [find_cell(page, f"register 1, layer {layer}") for layer in (2, 3)]
         tops = [cell.locator("canvas").bounding_box()["y"] for cell in cells]
         assert tops[0] == tops[1]  # although one caption has more lines
         label = page.locator("[data-chart=entropy] .unread-label")
-        assert label.text_content() == "not read: registers"
+        assert label.text_content() == "not used: registers"
         assert page.locator("[data-chart=patch_distance] .unread").count() == 1
         assert page.locator("[data-chart=mass] .unread-bar").count() == 3 * 3  # registers, groups of tokens
 
@@ -592,7 +592,7 @@ def test_the_histogram_shows_outliers_and_registers(browser: Browser, faulty_pag
         chart = page.locator("[data-chart=histogram]")
         assert chart.locator(".beyond").count() >= 1 and chart.locator(".baseline").count() == 1
         expect(chart.locator(".mode")).to_contain_text("Second mode: 6.25% of the patches")
-        expect(chart.locator("output")).to_have_text("after layer 3 (nothing reads the patches)")
+        expect(chart.locator("output")).to_have_text("after layer 3 (the patches are not used)")
         assert chart.locator("path.g-registers").count() == 3
         chart.locator("input").fill("0")
         expect(chart.locator("output")).to_have_text("the embeddings")
@@ -707,7 +707,7 @@ def test_without_a_classifier(browser: Browser, tmp_path: Path, model_class: typ
     with open_page(browser, tmp_path / "report.html") as page:
         assert "no classifier" in page.locator(".layout figcaption").inner_text()
         assert "cosine distance, cls" in page.locator("#effects thead").inner_text()
-        assert page.locator(".read").count() == 0
+        assert page.locator(".used").count() == 0
         assert page.locator('[data-maps="0"] .overview .cell').count() == 1  # only the input image
 
 
@@ -900,7 +900,7 @@ def test_selected_images_are_grouped_by_kind(faulty_page: Any, tmp_path: Path) -
     assert re.findall(r'<span class="truth">([a-z ]+)</span>', text) == ["wrong predictions", "typical", "typical"]
 
 
-def test_only_tokens_that_a_head_reads_are_marked(faulty_page: Any) -> None:
+def test_only_tokens_that_a_head_uses_are_marked(faulty_page: Any) -> None:
     names = ["register 1", "register 2", "register 3"]
     for has_head in (True, False):
         layout = build_layout(faulty_page[2].config, has_head)
@@ -930,16 +930,16 @@ def test_the_table_of_effects(faulty_page: Any) -> None:
         "95% interval": "0.05 to 0.2",
         "null: random patches": "0.01 to 0.3",
         "null: random tokens": "0.4 to 0.5",
-        "accuracy change, points": "-6.2",
+        "accuracy change, percentage points": "-6.2",
     }
     unknown = build_table(replace(effect, accuracy_change=None))
-    assert "accuracy change, points" not in unknown and unknown["null: random patches"] == ""
+    assert "accuracy change, percentage points" not in unknown and unknown["null: random patches"] == ""
     features = FeatureEffect({"cls": 0.5, "patches": 0.25}, 0.75, 16, (0.4, 0.6))
     encoder = build_table(features)
     assert (encoder["cosine distance, cls"], encoder["cosine distance, patches"]) == ("0.5", "0.25")
-    assert (encoder["same nearest images"], encoder["95% interval"]) == ("75%", "0.4 to 0.6")
-    assert "same nearest images" not in build_table(replace(features, knn_agreement=None))
-    assert build_table(replace(features, knn_agreement=0.0))["same nearest images"] == "0%"
+    assert (encoder["same nearest neighbors"], encoder["95% interval"]) == ("75%", "0.4 to 0.6")
+    assert "same nearest neighbors" not in build_table(replace(features, knn_agreement=None))
+    assert build_table(replace(features, knn_agreement=0.0))["same nearest neighbors"] == "0%"
 
 
 def test_the_table_of_patch_sizes() -> None:

@@ -162,7 +162,7 @@ def test_curves_are_the_findings(inspection: Inspection) -> None:
 
 
 def test_tokens_have_their_groups_and_read_layers(inspection: Inspection) -> None:
-    """The head reads the CLS token. Registers and patches of the last layer have no reader."""
+    """The head uses the CLS token. Registers and patches of the last layer are not used."""
     data = build_page_data(inspection)
     assert [token["group"] for token in data["tokens"]] == ["cls", "registers", "registers"]
     assert [token["name"] for token in data["tokens"]] == ["CLS", "register 1", "register 2"]

@@ -91,7 +91,7 @@ from modeling_vitcls.benchmarking.training_runs import (
     save_models,
 )
 from modeling_vitcls.benchmarking.work import WORK_KINDS, compare
-from modeling_vitcls.commands.parsing import parse
+from modeling_vitcls.commands.parsing import parse_with_recipe
 from modeling_vitcls.options import FinetuneOptions
 from modeling_vitcls.training.linear_probe import compute_features
 
@@ -633,7 +633,7 @@ def test_both_sides_of_training_begin_with_the_same_weights(tmp_path: Path) -> N
 def test_our_run_has_the_settings_of_the_row_and_no_evaluation(name: str, tmp_path: Path) -> None:
     run = TRAINING_RUNS[name]
     command = build_our_command(run, "digits", tmp_path)
-    options = parse(FinetuneOptions, command[command.index("finetune") + 1 :])
+    options = parse_with_recipe(FinetuneOptions, command[command.index("finetune") + 1 :])
     training = options.training
     assert training.evaluate_every >= training.max_steps == MAX_STEPS
     assert (training.batch_size, training.learning_rate) == (run.batch_size, run.learning_rate)
@@ -670,7 +670,10 @@ def test_both_runs_have_the_same_hyperparameters(
     training_runs.main(json.loads(Path(build_their_command(run, "digits", tmp_path)[-1]).read_text()))
     (call,) = calls
     command = build_our_command(run, "digits", tmp_path)
-    ours, theirs = parse(FinetuneOptions, command[command.index("finetune") + 1 :]).training, call["arguments"]
+    ours, theirs = (
+        parse_with_recipe(FinetuneOptions, command[command.index("finetune") + 1 :]).training,
+        call["arguments"],
+    )
     assert (theirs.max_steps, theirs.per_device_train_batch_size) == (ours.max_steps, ours.batch_size)
     assert (theirs.learning_rate, theirs.weight_decay) == (ours.learning_rate, ours.weight_decay)
     assert theirs.warmup_steps == ours.warmup * ours.max_steps and theirs.lr_scheduler_type == "cosine"

@@ -31,7 +31,7 @@ from modeling_vitcls.conversion.any_checkpoint import (
 )
 from modeling_vitcls.conversion.random_weights import randomize_weights
 from modeling_vitcls.conversion.source_models import load_source
-from modeling_vitcls.export.exportable import load_exportable
+from modeling_vitcls.export.exportable import load_exportable_model
 from modeling_vitcls.inference.load_model import load_model
 from modeling_vitcls.options import DataOptions, FinetuneOptions, ModelOptions, RunOptions, TrainingOptions
 from modeling_vitcls.training.finetune import FinetuneTask
@@ -181,11 +181,11 @@ def test_a_timm_model_is_converted_once(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained=False, **keywords: create(name, **keywords))
     folder = resolve_checkpoint("timm:test_vit")
     assert ViTCLSForImageClassification.from_pretrained(folder).config.num_labels == 1000
-    assert load_exportable("timm:test_vit").is_trained
+    assert load_exportable_model("timm:test_vit").is_trained
 
 
 def test_a_failed_conversion_is_not_cached(source: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("modeling_vitcls.conversion.parity_report.LIMIT", -1.0)
+    monkeypatch.setattr("modeling_vitcls.conversion.parity_report.MAX_DIFFERENCE", -1.0)
     with pytest.raises(ValueError, match="differ"):
         resolve_checkpoint(str(source))
     assert not own_cache.exists() or not list(own_cache.iterdir())

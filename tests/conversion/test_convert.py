@@ -340,7 +340,7 @@ def test_the_class_of_a_source(tmp_path: Path) -> None:
     transformers.ViTConfig(**SIZES).save_pretrained(tmp_path)
     source = source_models.load_source(f"transformers:{tmp_path}", random_init=True)
     assert type(source.model) is transformers.ViTModel and not source.model.training
-    for architecture, name in source_models.PARTIAL_CLASSES.items():
+    for architecture, name in source_models.ENCODER_CLASS_NAMES.items():
         config = transformers.ViTConfig(architectures=[architecture])
         assert source_models.get_convertible_class(config) is getattr(transformers, name)
         assert hasattr(transformers, architecture)
@@ -544,9 +544,9 @@ def test_the_cause_of_a_loading_error_may_be_a_pickle() -> None:
     error = OSError("cannot load the weights")
     error.__cause__ = pickle.UnpicklingError("Weights only load failed")
     with raises_one_line("weights.bin is a pickle", error=ConversionError):
-        source_models.check_not_pickled_code("weights.bin", error)
+        source_models.raise_if_unsafe_pickle("weights.bin", error)
     error.__cause__ = None
-    source_models.check_not_pickled_code("weights.bin", error)
+    source_models.raise_if_unsafe_pickle("weights.bin", error)
 
 
 @pytest.mark.parametrize("file", ["config.json", "preprocessor_config.json"])
@@ -563,7 +563,7 @@ def test_remote_code_is_never_run(file: str, tmp_path: Path, monkeypatch: pytest
     path = tmp_path / "source" / file
     path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | settings))
     if file == "config.json":
-        with raises_one_line("requires the code in the repository, but this code is never run", error=ConversionError):
+        with raises_one_line("requires remote code, which is never run", error=ConversionError):
             convert_checkpoint(source, tmp_path / "made")
     else:
         made = convert_checkpoint(source, tmp_path / "made")
@@ -767,7 +767,7 @@ def test_gray_images_of_timm() -> None:
     model.pretrained_cfg |= {"input_size": (1, 28, 28), "mean": (0.4,), "std": (0.3,)}
     made = processors.convert_timm_preprocessing(model)
     assert made.difference == 0 and made.processor.do_convert_rgb is False
-    assert made.describe() == {
+    assert made.to_dict() == {
         "origin": "timm's pretrained_cfg",
         "largest_difference_in_grey_levels": 0,
         "limit": 1.0,
@@ -788,7 +788,7 @@ def test_differences_are_measured_in_gray_levels(fields: dict[str, Any], shifts:
         pixels = processors.apply_processor(processor, image)
         return pixels - shifts[image.width > image.height] / 255 / std
 
-    assert processors.measure_difference(processor, shift_pixels) == pytest.approx(3, abs=1e-3)
+    assert processors.measure_pixel_difference(processor, shift_pixels) == pytest.approx(3, abs=1e-3)
     with raises_one_line("the converted processor differs from theirs by 3 gray levels"):
         processors.check_processor(ViTCLSImageProcessor(), processor, shift_pixels, "theirs")
     with raises_one_line("by nan gray levels"):

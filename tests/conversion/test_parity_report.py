@@ -13,7 +13,7 @@ from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
 from modeling_vitcls.conversion.parity_report import (
     build_random_images,
     compute_model_outputs,
-    describe_position_policies,
+    describe_position_embeddings,
     get_max_magnitude,
     get_non_square_size,
     hash_files,
@@ -42,7 +42,7 @@ from modeling_vitcls.cpu_kernels_vitcls import CPUKernel, install_cpu_kernels, u
     ],
 )
 def test_notes_on_positions(fields: dict[str, Any], notes: list[str]) -> None:
-    assert describe_position_policies("timm", build_tiny_config(**fields)) == notes
+    assert describe_position_embeddings("timm", build_tiny_config(**fields)) == notes
 
 
 def test_the_second_size_has_fewer_rows_and_more_columns() -> None:

@@ -109,7 +109,7 @@ def test_only_uploaded_files_and_examples_are_opened(
     ):
         image, problem, result = image_input.predict(demo_model, {"path": path})
         assert image is None and result is None, path
-        assert "must be an example image, or must be uploaded to this page" in get_message(problem), path
+        assert "upload an image to this page, or select an example image" in get_message(problem), path
     assert build_image_input().predict(demo_model, {"path": str(noise)})[2] is None  # not an example
 
 
@@ -137,7 +137,7 @@ def test_addresses_are_not_downloaded(noise: Path, uploads: Path) -> None:
             return executor.submit(asyncio.run, store_async(address)).result()
 
     for address in ("http://127.0.0.1:9/image.png", "https://127.0.0.1:9/image.png"):
-        with pytest.raises(gr.Error, match="must be uploaded to this page"):
+        with pytest.raises(gr.Error, match="upload an image to this page"):
             store(address)
     assert list(uploads.iterdir()) == []
     stored = store(str(noise))
@@ -243,7 +243,7 @@ def test_the_attention_of_the_selected_token_layer_and_head_is_shown(demo_model:
     for choice, head, name in ((0, None, "mean of all heads"), (2, 1, "head 2")):
         selected = {"Token": 1, "Layer": 1, "Heads": choice}
         values = [selected[control.label] for control in view.inputs[1:]]
-        heads = result.rows[0].mean(dim=0) if head is None else result.rows[0, head]
+        heads = result.token_attention[0].mean(dim=0) if head is None else result.token_attention[0, head]
         cls, register, patches = *heads[1, :2].tolist(), heads[1, 2:].sum().item()
         caption = (
             f"**register**, layer 1 of 2, {name}: {patches:.1%} of its attention goes to the patches, "
@@ -258,8 +258,8 @@ def test_the_attention_of_the_selected_token_layer_and_head_is_shown(demo_model:
         assert [title for _, title in gallery] == ["layer 1", "layer 2"]
         for (small_map, _), expected in zip(gallery, result.draw_all_layers(1, head), strict=True):
             assert_same_image(small_map, expected)
-        assert [title for _, title in through] == [title for _, title in result.draw_through_layers(1)]
-        assert_same_image(through[0][0], result.draw_through_layers(1)[0][0])
+        assert [title for _, title in through] == [title for _, title in result.draw_rollout_and_attributions(1)]
+        assert_same_image(through[0][0], result.draw_rollout_and_attributions(1)[0][0])
     assert view.draw_layer(result, 1, 2, 0)[1].endswith(
         "The model does not use the output of this token in this layer."
     )
@@ -279,10 +279,12 @@ def test_the_similarity_to_the_selected_patch_is_shown(demo_model: DemoModel, no
         ((0, 4), (2, 2)),
     ):
         colors, similarity, caption = view.draw_all(result, 1, False, patch)
-        assert_same_image(colors, result.draw_colors(0))
+        assert_same_image(colors, result.draw_principal_components(0))
         assert_same_image(similarity, result.draw_similarity(0, row, column))
         assert f"in row {row + 1}, column {column + 1} " in caption
-    assert_same_image(view.draw_all(result, 2, True, None)[0], result.draw_colors(1, foreground_only=True))
+    assert_same_image(
+        view.draw_all(result, 2, True, None)[0], result.draw_principal_components(1, foreground_only=True)
+    )
     assert view.draw_all(None, 1, False, None) == (None, None, "")
 
 

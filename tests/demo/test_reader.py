@@ -19,7 +19,7 @@ from modeling_vitcls import (
 from modeling_vitcls.analysis import compute_attention_rollout, compute_attribution
 from modeling_vitcls.analysis.maps import VisibleRegion, overlay
 from modeling_vitcls.analysis.patch_features import compute_patch_colors, draw_patch_colors
-from modeling_vitcls.demo.reader import DemoModel, DemoResult, get_predictions, to_grayscale
+from modeling_vitcls.demo.reader import DemoModel, DemoResult, format_predictions, to_grayscale
 
 
 NAMES = {0: "ant", 1: "bee", 2: "cow"}
@@ -76,11 +76,11 @@ def test_the_result_contains_the_outputs_of_the_model(noise: Path) -> None:
     with torch.no_grad():
         outputs = model(pixel_values, output_attentions=True, output_hidden_states=True)
     attention = torch.stack(outputs.attentions)[:, 0, :, :3]  # [layer, head, special token, key]
-    assert get_largest_difference(result.rows, attention) <= 1e-6
-    assert get_largest_difference(result.maps, attention[..., 3:].unflatten(-1, (4, 8))) <= 1e-6
+    assert get_largest_difference(result.token_attention, attention) <= 1e-6
+    assert get_largest_difference(result.attention_maps, attention[..., 3:].unflatten(-1, (4, 8))) <= 1e-6
     assert get_largest_difference(result.rollout, rollout[:, 3:].unflatten(-1, (4, 8))) <= 1e-6
     features = torch.stack(outputs.hidden_states)[1:, 0, 3:].unflatten(1, (4, 8))
-    assert get_largest_difference(result.features.float(), features) <= 1e-2  # float16
+    assert get_largest_difference(result.patch_features.float(), features) <= 1e-2  # float16
     probabilities = outputs.logits[0].softmax(0)
     expected = dict(zip(NAMES.values(), probabilities.tolist(), strict=True))
     assert result.predictions == {"Label": pytest.approx(expected, abs=1e-6)}
@@ -91,7 +91,7 @@ def test_the_result_contains_the_outputs_of_the_model(noise: Path) -> None:
         fractions = result.compute_attention_fractions(2, 1, head)
         assert fractions == pytest.approx([*weights[2, :3].tolist(), weights[2, 3:].sum().item()], abs=1e-6)
     assert result.image.size == (128, 64) and result.visible_region == (0, 0, 128, 64)
-    assert [[demo_model.is_read(token, layer) for layer in range(2)] for token in range(3)] == [
+    assert [[demo_model.is_token_output_used(token, layer) for layer in range(2)] for token in range(3)] == [
         [True, True],
         [True, False],
         [True, False],
@@ -107,23 +107,23 @@ def test_the_selected_map_is_drawn(noise: Path) -> None:
         expected = overlay(original, values, VisibleRegion(0, 0, 128, 64), **options)
         assert np.array_equal(np.asarray(drawn), np.asarray(expected))
 
-    for head, layers in ((None, result.maps.mean(dim=1)), (1, result.maps[:, 1])):
+    for head, layers in ((None, result.attention_maps.mean(dim=1)), (1, result.attention_maps[:, 1])):
         assert_draws(result.draw_attention(2, 1, head), layers[1, 2], min_side=384)
         for drawn, values in zip(result.draw_all_layers(2, head), layers[:, 2], strict=True):
             assert_draws(drawn, values, min_side=160)
     (label,) = result.attributions
-    (rollout, rollout_name), (attribution, attribution_name) = result.draw_through_layers(1)
+    (rollout, rollout_name), (attribution, attribution_name) = result.draw_rollout_and_attributions(1)
     assert (rollout_name, attribution_name) == ("rollout through all layers", f"attribution of {label}")
     assert_draws(rollout, result.rollout[1], min_side=384)
     assert_draws(attribution, result.attributions[label], min_side=384)
-    features = result.features[0].float()
+    features = result.patch_features[0].float()
     similarity = torch.nn.functional.cosine_similarity(features, features[3, 5], dim=-1)
     assert similarity.min() < 0
     assert_draws(result.draw_similarity(0, 3, 5), similarity.clamp(min=0), max_value=1, min_side=384)
     for foreground_only in (False, True):
         (colors,) = compute_patch_colors([features], foreground_only)
         expected = draw_patch_colors(original, colors, VisibleRegion(0, 0, 128, 64), min_side=384)
-        assert np.array_equal(np.asarray(result.draw_colors(0, foreground_only)), np.asarray(expected))
+        assert np.array_equal(np.asarray(result.draw_principal_components(0, foreground_only)), np.asarray(expected))
 
 
 @pytest.mark.parametrize(
@@ -168,8 +168,8 @@ def test_the_visible_region_is_the_crop_without_incomplete_patches(tmp_path: Pat
     assert large.image.size == (1024, 512)
     assert large.visible_region == pytest.approx((281.6, 25.6, 691.2, 435.2))
     assert {image.size for image in large.draw_all_layers(0, None)} == {(320, 160)}
-    assert {image.size for image, _ in large.draw_through_layers(0)} == {(1024, 512)}
-    assert large.draw_attention(0, 0, None).size == large.draw_colors(0).size == (1024, 512)
+    assert {image.size for image, _ in large.draw_rollout_and_attributions(0)} == {(1024, 512)}
+    assert large.draw_attention(0, 0, None).size == large.draw_principal_components(0).size == (1024, 512)
 
 
 # Predictions ---------------------------------------------------------------------------------------------------------
@@ -187,18 +187,18 @@ def test_each_problem_type_has_its_predictions() -> None:
         ("regression", "Regression values", "ant: 1.5, bee: -2, cow: 0.25"),
     ):
         demo_model = build_demo_model(problem_type=problem_type)
-        assert get_predictions(logits, demo_model.model.config) == {title: expected}
+        assert format_predictions(logits, demo_model.model.config) == {title: expected}
         assert demo_model.output_names == [title]
         assert demo_model.has_top_label is (problem_type != "multi_label_classification")
 
 
 def test_a_single_label_is_a_binary_classifier() -> None:
     binary = build_demo_model(id2label={0: "ant"}, num_labels=1)
-    (prediction,) = get_predictions(torch.tensor([[0.5]]), binary.model.config).values()
+    (prediction,) = format_predictions(torch.tensor([[0.5]]), binary.model.config).values()
     assert prediction == {"ant": pytest.approx(0.622459, abs=1e-6)}
     assert not binary.has_top_label
     value = build_demo_model(id2label={0: "age"}, num_labels=1, problem_type="regression")
-    assert get_predictions(torch.tensor([[0.5]]), value.model.config) == {"Regression values": "age: 0.5"}
+    assert format_predictions(torch.tensor([[0.5]]), value.model.config) == {"Regression values": "age: 0.5"}
 
 
 def test_a_model_that_merges_patches_has_only_predictions(noise: Path) -> None:
@@ -209,13 +209,19 @@ def test_a_model_that_merges_patches_has_only_predictions(noise: Path) -> None:
         probabilities = demo_model.model(pixel_values).logits[0].softmax(0).tolist()
     expected = dict(zip(NAMES.values(), probabilities, strict=True))
     assert result.predictions == {"Label": pytest.approx(expected, abs=1e-6)}
-    assert len(result.rows) == len(result.maps) == len(result.rollout) == len(result.features) == 0
+    assert (
+        len(result.token_attention)
+        == len(result.attention_maps)
+        == len(result.rollout)
+        == len(result.patch_features)
+        == 0
+    )
     assert result.attributions == {}
 
 
 def test_older_configurations_do_not_merge_patches() -> None:
     older = SimpleNamespace(config=SimpleNamespace())  # without the field
-    assert not DemoModel(older, None, "mine", None, None, is_classifier=True).merges_patches
+    assert not DemoModel(older, None, "mine", None, None, is_classifier=True).has_patch_merging
 
 
 def test_an_encoder_has_attention_and_no_predictions(noise: Path) -> None:
@@ -227,8 +233,8 @@ def test_an_encoder_has_attention_and_no_predictions(noise: Path) -> None:
     demo_model.model.set_attn_implementation("eager")
     with torch.no_grad():
         attentions = demo_model.model(pixel_values, output_attentions=True).attentions
-    assert get_largest_difference(result.rows, torch.stack(attentions)[:, 0, :, :2]) <= 1e-6
-    assert demo_model.is_read(0, 1) and not demo_model.is_read(1, 1)
+    assert get_largest_difference(result.token_attention, torch.stack(attentions)[:, 0, :, :2]) <= 1e-6
+    assert demo_model.is_token_output_used(0, 1) and not demo_model.is_token_output_used(1, 1)
 
 
 def test_gray_models_accept_images_of_any_mode(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ from modeling_vitcls import (
 )
 from modeling_vitcls.commands.export import format_notes, print_report
 from modeling_vitcls.export import exporter, formats, tracing
-from modeling_vitcls.export.exportable import NamedOutputs, compute_named_outputs, load_exportable
+from modeling_vitcls.export.exportable import NamedOutputsModel, compute_named_outputs, load_exportable_model
 from modeling_vitcls.export.exporter import export_model
 from modeling_vitcls.export.tracing import GraphShape, get_smallest_size, select_graph_shape, trace_model
 
@@ -225,7 +225,7 @@ def test_a_graph_of_one_size_contains_resampled_positions(tmp_path: Path, capsys
     assert notes == [
         "Accepts any batch size and images of at least 16 x 24 pixels",
         "The image size is fixed: positions",
-        "The weights are random, because a preset is untrained",
+        "The weights are random, because presets are untrained",
         "The checkpoint has no image processor",
     ]
     assert versions.startswith("Versions: opset 18, ")
@@ -301,20 +301,20 @@ def test_an_encoder_without_pooler(tmp_path: Path) -> None:
     """A model that was saved without a pooler is exported without a pooler."""
     model = randomize(ViTCLSModel(build_tiny_config(pooling="attention"), add_pooling_layer=False))
     model.save_pretrained(tmp_path / "model")
-    loaded = load_exportable(str(tmp_path / "model"))
+    loaded = load_exportable_model(str(tmp_path / "model"))
     assert loaded.processor is None
-    outputs = NamedOutputs(loaded.model)(build_images())
+    outputs = NamedOutputsModel(loaded.model)(build_images())
     assert list(outputs) == ["last_hidden_state"]
     assert torch.equal(outputs["last_hidden_state"], model(build_images()).last_hidden_state)
     model.bfloat16().save_pretrained(tmp_path / "half")
-    assert load_exportable(str(tmp_path / "half")).model.dtype == torch.float32
+    assert load_exportable_model(str(tmp_path / "half")).model.dtype == torch.float32
 
 
 @torch.no_grad()
 def test_the_attention_of_cls_tokens_is_an_output() -> None:
     model = randomize(ViTCLSForImageClassification(build_tiny_config(num_cls_tokens=2, num_register_tokens=3)))
     pixel_values = build_images(2, 24, 40)
-    outputs = NamedOutputs(model, output_attentions=True)(pixel_values)
+    outputs = NamedOutputsModel(model, output_attentions=True)(pixel_values)
     assert list(outputs) == ["logits", "cls_attention"]
     expected = model(pixel_values)
     torch.testing.assert_close(outputs["logits"], expected.logits)
@@ -322,14 +322,14 @@ def test_the_attention_of_cls_tokens_is_an_output() -> None:
     attentions = torch.stack(model(pixel_values, output_attentions=True).attentions, dim=1)
     maps = attentions.mean(2)[:, :, :2, 5:].unflatten(-1, (3, 5))  # [B, layers, CLS tokens, rows, columns]
     torch.testing.assert_close(outputs["cls_attention"], maps)
-    assert NamedOutputs(model.bfloat16())(pixel_values.bfloat16())["logits"].dtype == torch.float32
+    assert NamedOutputsModel(model.bfloat16())(pixel_values.bfloat16())["logits"].dtype == torch.float32
     assert list(compute_named_outputs(model.float(), [pixel_values], True)[0]) == ["logits", "cls_attention"]
 
 
 def test_a_preset_has_random_weights() -> None:
-    loaded = load_exportable("vitcls-tiny")
+    loaded = load_exportable_model("vitcls-tiny")
     assert not loaded.is_trained and not loaded.model.training
-    assert load_exportable("vitcls-tiny").model.config.hidden_size == 192
+    assert load_exportable_model("vitcls-tiny").model.config.hidden_size == 192
     assert exporter.describe_preprocessing(loaded.processor)["size"] == {"height": 224, "width": 224}
 
 

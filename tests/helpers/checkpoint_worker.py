@@ -150,7 +150,7 @@ def check_load_error_on_all_processes(folder: Path, accelerator: Accelerator) ->
     training = Training("DDP", 0, accelerator)
     training.save(store, 1)
     if accelerator.is_main_process:
-        (store.get_path(1) / "state.json").unlink()
+        (store.get_folder(1) / "state.json").unlink()
     try:
         training.load(store)
     except ValueError as error:

@@ -740,8 +740,8 @@ def test_the_published_checkpoint_is_the_newest_complete_one_without_local_paths
     flags = {"output_dir": "runs/x", "dataset": str(tmp_path), "model": "/gone/model", "teacher": None, "epochs": 3.0}
     for step in (1, 2, 3):
         store.save(step, {"model": {"x": torch.ones(step)}}, {"step": step, "flags": flags | {"seed": step}}, False)
-    (store.get_path(3) / WEIGHTS).write_bytes(b"damaged")
-    (store.get_path(2) / "notes.pkl").write_bytes(pickle.dumps(3))
+    (store.get_folder(3) / WEIGHTS).write_bytes(b"damaged")
+    (store.get_folder(2) / "notes.pkl").write_bytes(pickle.dumps(3))
     before = snapshot(folder)
     push_folder(folder, "ann/model", with_optimizer=True)
     assert snapshot(folder) == before
@@ -754,7 +754,7 @@ def test_the_published_checkpoint_is_the_newest_complete_one_without_local_paths
     for name in (WEIGHTS, "state.json"):
         (tmp_path / "state" / name).write_bytes(hub.read("ann/model", f"{place}/{name}"))
     published = read_checkpoint(tmp_path / "state")  # with its own checksum
-    assert published.facts == {"step": 2, "flags": {"teacher": None, "epochs": 3.0, "seed": 2}}
+    assert published.metadata == {"step": 2, "flags": {"teacher": None, "epochs": 3.0, "seed": 2}}
     assert torch.equal(published.load_tensors("model")["x"], torch.ones(2))
 
 

@@ -430,7 +430,7 @@ def test_a_click_on_a_patch_changes_the_similarity(browser: Browser, demo: str, 
 def test_a_map_covers_the_model_input_and_its_values_sum_to_one(classifier: Path, photo: Path) -> None:
     reader = DemoModel.load(str(classifier))
     reading = reader.predict(photo)
-    assert reader.tokens == ["CLS 1", "CLS 2", "distillation", "register 1", "register 2"]
+    assert reader.token_names == ["CLS 1", "CLS 2", "distillation", "register 1", "register 2"]
     assert sum(reading.compute_attention_fractions(3, 1, None)) == pytest.approx(1)
     head = torch.stack([reading.maps[1, head, 3] for head in (0, 1)]).mean(dim=0)
     shares = reading.compute_attention_fractions(3, 1, None)

@@ -184,7 +184,7 @@ def test_without_any_prediction_the_status_is_1(
     flags = ["--model", models / "one_label", *images, "--output", tmp_path / "out.json"]
     assert run_in_process("predict.py", *flags) == 1
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last == "error: none of the 3 images has a prediction: see the column `error`"
+    assert last == "error: none of the 3 images has a prediction. See the column `error`"
     rows = read_json(tmp_path / "out.json")
     assert [row["label"] for row in rows] == [None] * 3
     assert "No such file" in rows[2]["error"]
@@ -1170,7 +1170,7 @@ def test_wrong_flags_end_before_torch_is_imported() -> None:
     ("flags", "words"),
     [
         (["a.png", "--features", "cls", "--output", "o.csv"], "CSV"),
-        (["a.png", "--features", "cls"], "a table"),
+        (["a.png", "--features", "cls"], "a printed table"),
         (["a.png", "--output", "o.txt"], "set a .csv, .json, .jsonl or"),
         (["a.png", "--dataset", "digits"], "Set exactly one of PATHS"),
         ([], "Set exactly one of PATHS"),

@@ -48,7 +48,7 @@ MODULE = ["-m", "modeling_vitcls.cli"]
 OTHER_COMMANDS = ("cd", "git", "hf", "make", "pip", ".venv/bin/pip", ".venv/bin/python", "pre-commit")
 # flags of pip, hf and pytest that the text mentions
 OTHER_FLAGS = {"--help", "--version", "--include", "--local-dir"}
-OTHER_SUBCOMMANDS = {"--version", *cli.OTHER_COMMANDS}
+OTHER_SUBCOMMANDS = {"--version", *cli.UTILITY_COMMANDS}
 
 # Added to commands so that they take only seconds.
 QUICK = {

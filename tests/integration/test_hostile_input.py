@@ -24,7 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modeling_vitcls import ViTCLSConfig, ViTCLSImageProcessor
-from modeling_vitcls.checkpoints import CheckpointStore, DamagedCheckpoint, format_state, read_checkpoint
+from modeling_vitcls.checkpoints import CheckpointStore, DamagedCheckpointError, format_state, read_checkpoint
 from modeling_vitcls.conversion.from_state_dict import FAMILIES, convert_state_dict
 from modeling_vitcls.data.sources import load_splits
 from modeling_vitcls.hub.card_results import format_name
@@ -270,9 +270,9 @@ def test_state_files(changes: Any, has_checksum: bool, edits: list[tuple[str, fl
             (folder / "state.json").write_text(json.dumps(changes))
         else:
             (folder / "state.json").write_bytes(damage((folder / "state.json").read_bytes(), edits))
-        checkpoint = run_limited(lambda: read_checkpoint(folder), DamagedCheckpoint)
+        checkpoint = run_limited(lambda: read_checkpoint(folder), DamagedCheckpointError)
         if checkpoint is not None:
-            run_limited(lambda: checkpoint.load_tensors("model"), DamagedCheckpoint)
+            run_limited(lambda: checkpoint.load_tensors("model"), DamagedCheckpointError)
 
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)

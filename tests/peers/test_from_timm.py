@@ -140,7 +140,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
         {"embed_norm_layer": LayerNorm, "norm_layer": RmsNorm},
     ),
     "parallel blocks without output biases": ("vit_base_patch16_xp_224", {"proj_bias": False}),
-    "norms of queries and keys in parallel branches": ("vit_small_patch16_18x2_224", {"qk_norm": True}),
+    "query and key norms in parallel branches": ("vit_small_patch16_18x2_224", {"qk_norm": True}),
     "norms inside parallel branches": ("vit_small_patch16_18x2_224", {"scale_mlp_norm": True}),
     "norms inside parallel": ("vit_small_patch16_18x2_224", {"scale_attn_norm": True}),
     "gated or differential branches": ("vit_small_patch16_18x2_224", {"mlp_layer": GluMlp, "act_layer": "silu"}),

@@ -228,7 +228,7 @@ REFUSED = {
         "Convert the submodule .vision_model",
     ),
     "a wider pooler": ("ViTModel", "ViTConfig", PLAIN | {"pooler_output_size": 64}, {}, "pooler_output_size=64"),
-    "a pooler on a patch": ("IJepaModel", "IJepaConfig", PLAIN, {"add_pooling_layer": True}, "reads the first patch"),
+    "a pooler on a patch": ("IJepaModel", "IJepaConfig", PLAIN, {"add_pooling_layer": True}, "uses the first patch"),
     "videos": ("RadioModel", "RadioConfig", RADIO | {"video_temporal_patch_size": 2}, {}, "video_patch_projection"),
     "norms over all heads": (
         "InternVLVisionModel",

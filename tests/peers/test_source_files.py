@@ -283,7 +283,7 @@ def test_the_decoder_of_mae_and_rectangular_patches(tmp_path: Path) -> None:
 
 def test_the_classifier_of_four_layers_is_refused() -> None:
     weights = dinov2_weights() | {"linear_head.weight": torch.zeros(3, 5 * WIDTH), "linear_head.bias": torch.zeros(3)}
-    with raises_one_line("reads 4 layers", "linear4_head", error=ConversionError):
+    with raises_one_line("uses 4 layers", "linear4_head", error=ConversionError):
         convert_state_dict(weights, "dinov2", num_attention_heads=HEADS)
 
 
@@ -402,7 +402,7 @@ def test_what_is_not_a_supported_file_is_refused(tmp_path: Path) -> None:
         "several": (
             plain_weights(),
             None,
-            ("several families", "--family dino or ibot or msn or mae or deit or ijepa"),
+            ("several families", "--family to one of dino, ibot, msn, mae, deit, ijepa"),
         ),
         "beit": (
             {"blocks.0.attn.relative_position_bias_table": torch.zeros(3)},

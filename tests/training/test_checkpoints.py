@@ -33,7 +33,7 @@ from warm_processes import READY, SECONDS, run_checks
 from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification
 from modeling_vitcls.checkpoints import (
     CheckpointStore,
-    DamagedCheckpoint,
+    DamagedCheckpointError,
     compute_file_digest,
     format_state,
     load_on_main,
@@ -74,7 +74,7 @@ def get_newest(store: CheckpointStore) -> tuple[int | None, list[str]]:
     checkpoint = store.load_newest(warnings.append)
     if checkpoint is None:
         return None, warnings
-    assert checkpoint.facts == {"flag": checkpoint.step}
+    assert checkpoint.metadata == {"flag": checkpoint.step}
     assert checkpoint.load_tensors("model")["weight"].eq(checkpoint.step).all()
     assert checkpoint.load_tensors("optimizer")["step/weight"].item() == checkpoint.step
     return checkpoint.step, warnings
@@ -119,11 +119,11 @@ def test_a_checkpoint_comes_back_to_the_bit(store: CheckpointStore) -> None:
         "big": 2**63 + 1,
         "nested": {"name": ["é", True, -0.0]},
     }
-    assert store.save(7, {"model": tensors}, facts, is_best=False) == store.get_path(7)
+    assert store.save(7, {"model": tensors}, facts, is_best=False) == store.get_folder(7)
     assert list_files(store.folder) == ["step-00000007", "step-00000007/model.safetensors", "step-00000007/state.json"]
     checkpoint = store.load_newest(pytest.fail)
     assert checkpoint is not None and checkpoint.step == 7
-    assert json.dumps(checkpoint.facts) == json.dumps(facts)
+    assert json.dumps(checkpoint.metadata) == json.dumps(facts)
     loaded = checkpoint.load_tensors("model")
     assert loaded.keys() == tensors.keys()
     for name, tensor in tensors.items():
@@ -146,29 +146,29 @@ def test_the_newest_and_the_best_are_kept(store: CheckpointStore) -> None:
 
 def test_saving_an_earlier_step_removes_later_checkpoints(store: CheckpointStore) -> None:
     save(store, 10, 20, 30)
-    truncate(store.get_path(30) / "model.safetensors")
+    truncate(store.get_folder(30) / "model.safetensors")
     assert get_newest(store)[0] == 20
     save(store, 25)
     assert store.list_steps() == [20, 25]
 
 
 def test_the_best_checkpoint_is_the_newest_that_was_saved_as_the_best(store: CheckpointStore) -> None:
-    with raises_one_line("contains no checkpoint with the best evaluation", "--overwrite"):
+    with raises_one_line("does not contain the best checkpoint", "--overwrite"):
         store.load_best()
     store.num_kept = 3
     save(store, 10, best=10)
     save(store, 20, best=20)
     save(store, 30)
     assert store.list_steps() == [10, 20, 30] and store.load_best().step == 20
-    flip(store.get_path(20) / "model.safetensors")
-    with raises_one_line("step-00000020 is damaged", error=DamagedCheckpoint):
+    flip(store.get_folder(20) / "model.safetensors")
+    with raises_one_line("step-00000020 is damaged", error=DamagedCheckpointError):
         store.load_best()
 
 
 def test_a_reformatted_state_is_intact(store: CheckpointStore) -> None:
     """The checksum depends on the values of state.json, not on the order of the keys."""
     save(store, 10)
-    file = store.get_path(10) / "state.json"
+    file = store.get_folder(10) / "state.json"
     state = json.loads(file.read_text(encoding="utf-8"))
     file.write_text(json.dumps(dict(reversed(state.items()))), encoding="utf-8")
     assert get_newest(store) == (10, [])
@@ -179,7 +179,7 @@ def test_the_same_step_is_replaced(store: CheckpointStore) -> None:
     store.save(10, build_tensors(10), {"flag": 10, "again": True}, is_best=False)
     assert [path.name for path in store.folder.iterdir()] == ["step-00000010"]
     checkpoint = store.load_newest(pytest.fail)
-    assert checkpoint is not None and checkpoint.facts["again"]
+    assert checkpoint is not None and checkpoint.metadata["again"]
 
 
 def test_clear_removes_an_earlier_run(store: CheckpointStore) -> None:
@@ -260,7 +260,7 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], None], str]] = {
 def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(store: CheckpointStore, damage: str) -> None:
     name, harm, what = DAMAGES[damage]
     save(store, 10, 20)
-    harm(store.get_path(20) / name)
+    harm(store.get_folder(20) / name)
     step, warnings = get_newest(store)
     assert step == 10
     assert len(warnings) == 1 and "step-00000020 is damaged" in warnings[0] and what in warnings[0]
@@ -270,14 +270,14 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(store: Checkpo
 def test_only_damaged_checkpoints_are_an_error(store: CheckpointStore) -> None:
     save(store, 10, 20)
     for step in (10, 20):
-        truncate(store.get_path(step) / "model.safetensors")
+        truncate(store.get_folder(step) / "model.safetensors")
     with pytest.raises(ValueError, match=r"all checkpoints in .* are damaged .*step-00000020.*--overwrite"):
         get_newest(store)
 
 
 def test_a_damaged_best_one_no_longer_counts(store: CheckpointStore) -> None:
     save(store, 10, 20, best=10)
-    (store.get_path(10) / "state.json").unlink()
+    (store.get_folder(10) / "state.json").unlink()
     save(store, 30)
     assert store.list_steps() == [20, 30]
 
@@ -285,19 +285,19 @@ def test_a_damaged_best_one_no_longer_counts(store: CheckpointStore) -> None:
 def test_nothing_is_unpickled(store: CheckpointStore, tmp_path: Path) -> None:
     """Replace the tensors with pickled code and a matching checksum: an error, and the code does not run."""
     save(store, 10)
-    file = store.get_path(10) / "model.safetensors"
+    file = store.get_folder(10) / "model.safetensors"
     ran = tmp_path / "ran"
     file.unlink()
     torch.save({"weight": Trap(ran)}, file)
     from modeling_vitcls import checkpoints
 
-    state = checkpoints.read_state(store.get_path(10))
+    state = checkpoints.read_state(store.get_folder(10))
     state["files"]["model.safetensors"] = compute_file_digest(file)
-    text = json.dumps(state | {"sha256": checkpoints.compute_digest(state)})
-    (store.get_path(10) / "state.json").write_text(text, encoding="utf-8")
+    text = json.dumps(state | {"sha256": checkpoints.compute_json_digest(state)})
+    (store.get_folder(10) / "state.json").write_text(text, encoding="utf-8")
     checkpoint = store.load_newest(pytest.fail)
     assert checkpoint is not None
-    with pytest.raises(DamagedCheckpoint, match=r"(?i)header"):
+    with pytest.raises(DamagedCheckpointError, match=r"(?i)header"):
         checkpoint.load_tensors("model")
     assert not ran.exists()
 
@@ -305,7 +305,7 @@ def test_nothing_is_unpickled(store: CheckpointStore, tmp_path: Path) -> None:
 def write_state(store: CheckpointStore, state: Any) -> None:
     """Replace state.json of step 20. An object gets a checksum of its contents."""
     text = format_state(state) if isinstance(state, dict) else json.dumps(state)
-    (store.get_path(20) / "state.json").write_text(text, encoding="utf-8")
+    (store.get_folder(20) / "state.json").write_text(text, encoding="utf-8")
 
 
 OTHER_STATES: dict[str, Callable[[dict[str, Any]], Any]] = {
@@ -330,7 +330,7 @@ OTHER_STATES: dict[str, Callable[[dict[str, Any]], Any]] = {
 def test_a_state_of_any_other_shape_is_damaged(store: CheckpointStore, shape: str) -> None:
     """Check also files with a correct checksum."""
     save(store, 10, 20)
-    write_state(store, OTHER_STATES[shape](read_state(store.get_path(20))))
+    write_state(store, OTHER_STATES[shape](read_state(store.get_folder(20))))
     step, warnings = get_newest(store)
     assert step == 10
     assert len(warnings) == 1 and "step-00000020 is damaged: state.json" in warnings[0]
@@ -341,19 +341,21 @@ def test_a_state_of_any_other_shape_is_damaged(store: CheckpointStore, shape: st
 )
 def test_a_state_that_is_not_json_is_damaged(store: CheckpointStore, text: str) -> None:
     save(store, 10, 20)
-    (store.get_path(20) / "state.json").write_text(text, encoding="utf-8")
+    (store.get_folder(20) / "state.json").write_text(text, encoding="utf-8")
     assert get_newest(store)[0] == 10
 
 
 def test_only_files_with_a_checksum_are_loaded(store: CheckpointStore) -> None:
     save(store, 10, 20)
-    state = read_state(store.get_path(20))
+    state = read_state(store.get_folder(20))
     state["files"].pop("model.safetensors")
     write_state(store, state)
     newest = store.load_newest(pytest.fail)
     assert newest is not None and newest.step == 20
     newest.load_tensors("optimizer")
-    with raises_one_line("step-00000020 is damaged", "no checksum for model.safetensors", error=DamagedCheckpoint):
+    with raises_one_line(
+        "step-00000020 is damaged", "no checksum for model.safetensors", error=DamagedCheckpointError
+    ):
         newest.load_tensors("model")
 
 
@@ -437,16 +439,16 @@ def test_a_save_killed_before_each_step_of_it(store: CheckpointStore, calls: int
 @needs_fork
 def test_a_save_killed_between_its_two_renames(store: CheckpointStore) -> None:
     save(store, 10, 20)
-    store.get_path(20).rename(store.folder / ".step-00000020.replaced")
-    shutil.copytree(store.get_path(10), store.folder / ".step-00000020.partial")
+    store.get_folder(20).rename(store.folder / ".step-00000020.replaced")
+    shutil.copytree(store.get_folder(10), store.folder / ".step-00000020.partial")
     assert get_newest(store) == (20, [])
     assert not list(store.folder.glob(".*"))
     # after both renames, before the replaced folder is removed
-    shutil.copytree(store.get_path(10), store.folder / ".step-00000020.replaced")
+    shutil.copytree(store.get_folder(10), store.folder / ".step-00000020.replaced")
     assert get_newest(store) == (20, [])
     assert not list(store.folder.glob(".*"))
     # the next save removes the folder of the same step
-    shutil.copytree(store.get_path(10), store.folder / ".step-00000030.partial")
+    shutil.copytree(store.get_folder(10), store.folder / ".step-00000030.partial")
     save(store, 30)
     assert get_newest(store) == (30, [])
     assert not list(store.folder.glob(".*"))
@@ -457,7 +459,7 @@ def test_files_are_flushed_before_the_folder_is_renamed(
 ) -> None:
     """Otherwise, a checkpoint may be empty after a power failure."""
     flushed: list[tuple[int, bool]] = []
-    folder = store.get_path(10)
+    folder = store.get_folder(10)
     monkeypatch.setattr(os, "fsync", lambda file: flushed.append((os.fstat(file).st_ino, folder.exists())))
     save(store, 10)
     *files, own_folder = [(path.stat().st_ino, False) for path in (*folder.iterdir(), folder)]
@@ -596,7 +598,7 @@ def test_training_resumes_to_the_bit(store: CheckpointStore, kind: str) -> None:
     other_ema = Ema(other, decay=0.9)
     checkpoint = store.load_newest(pytest.fail)
     assert checkpoint is not None
-    scatter_state(checkpoint, checkpoint.facts, accelerator, other, other_optimizer, other_ema.shadow)
+    scatter_state(checkpoint, checkpoint.metadata, accelerator, other, other_optimizer, other_ema.shadow)
     assert [step_once(other, other_optimizer, other_ema, step) for step in range(3, 6)] == expected
     for name, tensor in get_model_state_dict(model).items():
         assert torch.equal(tensor, get_model_state_dict(other)[name]), name
@@ -626,7 +628,7 @@ def test_the_loss_scaler_is_resumed(store: CheckpointStore) -> None:
     checkpoint = store.load_newest(pytest.fail)
     assert checkpoint is not None
     accelerator.scaler = torch.amp.GradScaler("cpu")
-    scatter_state(checkpoint, checkpoint.facts, accelerator, model, optimizer, None)
+    scatter_state(checkpoint, checkpoint.metadata, accelerator, model, optimizer, None)
     state = accelerator.scaler.state_dict()
     assert (state["scale"], state["growth_interval"], state["_growth_tracker"]) == (512.5, 5, 3)
 
@@ -829,7 +831,7 @@ def test_fsdp2_on_one_process_resumes_to_the_bit(store: CheckpointStore, mesh: d
     other, other_optimizer, other_ema = build_sharded(1, mesh)
     checkpoint = store.load_newest(pytest.fail)
     assert checkpoint is not None
-    scatter_state(checkpoint, checkpoint.facts, accelerator, other, other_optimizer, other_ema.shadow)
+    scatter_state(checkpoint, checkpoint.metadata, accelerator, other, other_optimizer, other_ema.shadow)
     assert [step_once(other, other_optimizer, other_ema, step) for step in range(2, 4)] == expected
     for mine, theirs in zip(ema.shadow, other_ema.shadow, strict=True):
         assert torch.equal(mine.full_tensor(), theirs.full_tensor())

@@ -348,7 +348,7 @@ def measure_soon(patch: pytest.MonkeyPatch) -> list[float]:
         measured.append(system.measure_gemm_peak(device, dtype))
         return measured[-1]
 
-    patch.setattr(system, "GEMM_SECONDS", 0.0)
+    patch.setattr(system, "MIN_GEMM_SECONDS", 0.0)
     patch.setattr(mfu, "MIN_FLOPS", 0.0)
     patch.setattr(mfu, "measure_gemm_peak", measure)
     return measured

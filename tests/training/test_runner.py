@@ -99,7 +99,7 @@ def test_a_resumed_run_has_the_same_results(whole: Path, killed: Path, capsys: p
     checkpoints = CheckpointStore(killed / "checkpoints", num_kept=1)
     assert checkpoints.list_steps() == [3]
     reset_accelerate()
-    facts = read_json(checkpoints.get_path(3) / "state.json")["facts"]
+    facts = read_json(checkpoints.get_folder(3) / "state.json")["facts"]
     assert 1000 < facts["seconds"] <= results["seconds"] and facts["flags"]["batch_size"] == 4
     assert facts["images_per_step"] == 8
 
