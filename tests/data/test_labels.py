@@ -154,6 +154,8 @@ def test_the_image_column_contains_images() -> None:
         assert find_image_column(options, {"a": text, name: text}) == name
     for name in "label labels class target category fine_label".split():
         features = {"image": image, "a": text, name: INTEGERS}
-        assert build_label_reader(DataOptions("table"), features, lambda column: [1]).label_space.columns == {name: ["1"]}
+        assert build_label_reader(DataOptions("table"), features, lambda column: [1]).label_space.columns == {
+            name: ["1"]
+        }
     with raises_one_line("cannot determine the image column among a, b. Set --image-column"):
         find_image_column(options, {"a": image, "b": image})
