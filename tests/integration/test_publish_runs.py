@@ -279,7 +279,7 @@ def release_during_wait(hub: LocalHub) -> None:
     def watch() -> None:
         while not hub.released.is_set():
             stack = traceback.extract_stack(sys._current_frames()[main_thread])
-            if any(frame.name == "wait" and frame.filename == branch_uploads.__file__ for frame in stack):
+            if any(frame.name == "wait_for_upload" and frame.filename == branch_uploads.__file__ for frame in stack):
                 hub.released.set()
             time.sleep(0.01)
 
