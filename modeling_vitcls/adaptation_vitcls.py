@@ -11,7 +11,7 @@ is adapted, and every change is logged in one line:
     token positions        the first position embeddings are kept; new position embeddings are zero
     patch positions        resampled (`config.position_interpolation`)
     patch projection       resized with FlexiViT's pseudo-inverse
-    decoded patches        resized bilinearly
+    pixel decoder          resized bilinearly
     distillation head      a new head is initialized as a copy of the classifier
     gates                  a gate is kept if the gated token is kept
     other weights          newly initialized if they are missing or their shape changes
@@ -32,8 +32,8 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
 from .attention_masks_vitcls import TokenGates, list_gated_tokens, resample_bias_tables
-from .configuration_vitcls import ADAPTABLE_FIELDS, TOKEN_COUNTS, ViTCLSConfig, get_remaining_gates
-from .positions_vitcls import resample_positions, resize_decoded_patches, resize_patch_kernel
+from .configuration_vitcls import ADAPTABLE_FIELDS, COUNT_FIELDS, ViTCLSConfig, update_gated_tokens
+from .positions_vitcls import resample_positions, resize_decoder_weight, resize_patch_kernel
 
 
 logger = logging.get_logger(__name__)
@@ -57,28 +57,28 @@ class AdaptableModel(PreTrainedModel):
         Other arguments are passed to `PreTrainedModel.from_pretrained`.
 
         Raises:
-            OSError, RuntimeError: with a one-line message, if the checkpoint is missing, damaged or incompatible.
-            ValueError: if the values of fields contradict each other.
+            OSError, RuntimeError: if the checkpoint is missing, damaged or incompatible. The message is one line.
+            ValueError: if configuration fields contradict each other.
         """
         source, config_class = pretrained_model_name_or_path, cast(type[ViTCLSConfig], cls.config_class)
         config, kwargs = resolve_config(config_class, source, kwargs)
-        old = {} if config is None else read_stored_values(config_class, source, kwargs)
-        changes = {name: getattr(config, name) for name, value in old.items() if getattr(config, name) != value}
+        old_fields = {} if config is None else read_adaptable_fields(config_class, source, kwargs)
+        changes = {name: getattr(config, name) for name, value in old_fields.items() if getattr(config, name) != value}
         if changes:
-            kwargs["config"] = replace_fields(config, old, validate=False)
-        loaded_model = load_checkpoint(super().from_pretrained, source, *model_args, **kwargs)
+            kwargs["config"] = replace_fields(config, old_fields, validate=False)
+        model_or_tuple = load_checkpoint(super().from_pretrained, source, *model_args, **kwargs)
         if not changes:
-            return loaded_model
-        if isinstance(loaded_model, tuple):  # output_loading_info=True
-            return loaded_model[0].adapt(gate_new_tokens=gate_new_tokens, **changes), *loaded_model[1:]
-        return loaded_model.adapt(gate_new_tokens=gate_new_tokens, **changes)
+            return model_or_tuple
+        if isinstance(model_or_tuple, tuple):  # output_loading_info=True
+            return model_or_tuple[0].adapt(gate_new_tokens=gate_new_tokens, **changes), *model_or_tuple[1:]
+        return model_or_tuple.adapt(gate_new_tokens=gate_new_tokens, **changes)
 
     def adapt(self, gate_new_tokens: bool = False, **changes: Any) -> Self:
         """Return a model with new values of `ADAPTABLE_FIELDS` and adapted weights, or this model if no field changes.
 
         Args:
-            gate_new_tokens: whether the gates of added tokens are initially closed. Then, only outputs computed
-                directly from the added tokens change (pooling over all CLS tokens, a distillation head).
+            gate_new_tokens: whether to gate the added tokens, initially with closed gates. If True, only outputs that
+                are computed directly from added tokens change, for example with pooling over all CLS tokens.
             changes: new values of `ADAPTABLE_FIELDS`.
 
         Raises:
@@ -89,7 +89,7 @@ class AdaptableModel(PreTrainedModel):
         changes = {name: value for name, value in changes.items() if value != getattr(self.config, name)}
         if not changes:
             return self
-        gated_tokens = get_new_gates(self.config, changes, gate_new_tokens)
+        gated_tokens = get_gated_tokens(self.config, changes, gate_new_tokens)
         model = self.new_like(replace_fields(self.config, changes | {"gated_tokens": gated_tokens}))
         model.train(self.training)
         model.to(device=self.device, dtype=self.dtype)  # type: ignore[call-arg]  # transformers' `to` is untyped
@@ -116,7 +116,7 @@ def resolve_config(
         return config, kwargs | {"config": config}
     if not overrides:
         return None, kwargs
-    check_checkpoint_folder(source, config is not None or bool(kwargs.get("subfolder")))
+    check_checkpoint_folder(source, needs_config_file=config is None and not kwargs.get("subfolder"))
     model_kwargs = {name: kwargs.pop(name) for name in MODEL_KEYWORDS if name in kwargs}
     hub_kwargs = {name: kwargs[name] for name in HUB_KEYWORDS if name in kwargs}
     kwargs.pop("config", None)
@@ -124,16 +124,16 @@ def resolve_config(
     return config, kwargs | model_kwargs | hub_kwargs | {"config": config}
 
 
-def read_stored_values(config_class: type[ViTCLSConfig], source: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def read_adaptable_fields(config_class: type[ViTCLSConfig], source: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values of `ADAPTABLE_FIELDS` in a checkpoint, or {} if the checkpoint has no configuration."""
-    if source is None:  # the caller passes a state dict instead
+    if source is None:  # the caller passes a state dict instead of a checkpoint
         return {}
     hub_kwargs = {name: kwargs[name] for name in HUB_KEYWORDS if name in kwargs}
     try:
-        fields, _ = config_class.get_config_dict(source, **hub_kwargs)
+        config_dict, _ = config_class.get_config_dict(source, **hub_kwargs)
     except OSError:
         return {}
-    return {name: fields.get(name, getattr(config_class, name)) for name in ADAPTABLE_FIELDS} if fields else {}
+    return {name: config_dict.get(name, getattr(config_class, name)) for name in ADAPTABLE_FIELDS if config_dict}
 
 
 def replace_fields(config: Any, values: Mapping[str, Any], validate: bool = True) -> Any:
@@ -149,44 +149,45 @@ def replace_fields(config: Any, values: Mapping[str, Any], validate: bool = True
     return config
 
 
-def get_new_gates(config: ViTCLSConfig, changes: Mapping[str, Any], gate_new_tokens: bool) -> dict[str, int] | None:
-    """Return the new `gated_tokens`: the value in `changes` or the remaining gates, plus new tokens if requested."""
-    counts = {field: getattr(config, field) for field in TOKEN_COUNTS.values()}
+def get_gated_tokens(config: ViTCLSConfig, changes: Mapping[str, Any], gate_new_tokens: bool) -> dict[str, int] | None:
+    """Return the value of `gated_tokens` after `changes`, with all added tokens if `gate_new_tokens` is True."""
+    counts = {field: getattr(config, field) for field in COUNT_FIELDS.values()}
     new_counts = {field: changes.get(field, count) for field, count in counts.items()}
-    remaining_gates = get_remaining_gates(config.gated_tokens, counts, new_counts)
-    new_gates = dict(changes.get("gated_tokens", remaining_gates) or {})
-    for group, field in TOKEN_COUNTS.items():
+    remaining_gated_tokens = update_gated_tokens(config.gated_tokens, counts, new_counts)
+    new_gated_tokens = dict(changes.get("gated_tokens", remaining_gated_tokens) or {})
+    for group, field in COUNT_FIELDS.items():
         num_added = new_counts[field] - counts[field]
-        if gate_new_tokens and num_added > new_gates.get(group, 0):
-            new_gates[group] = num_added
-    return new_gates or None
+        if gate_new_tokens and num_added > new_gated_tokens.get(group, 0):
+            new_gated_tokens[group] = num_added
+    return new_gated_tokens or None
 
 
 # Adapting weights ----------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def load_adapted_weights(source: AdaptableModel, target: AdaptableModel) -> None:
-    """Adapt the weights of `source` to the configuration of `target`, copy them to `target`, and log every change.
+    """Adapt the weights of `source` to the configuration of `target`, copy the result to `target`, and log changes.
 
     Frozen weights stay frozen, unless they are newly initialized.
     """
-    old_state = source.state_dict()
-    new_state = target.state_dict()
+    old_weights = source.state_dict()
+    new_weights = target.state_dict()
     frozen_names = {name for name, parameter in source.named_parameters() if not parameter.requires_grad}
     parameters = dict(target.named_parameters())
-    for name, initial_value in new_state.items():
-        context = AdaptationContext(name, initial_value, old_state.get(name), old_state, source.config, target.config)
+    for name, initial_value in new_weights.items():
+        old_value = old_weights.get(name)
+        context = AdaptationContext(name, initial_value, old_value, old_weights, source.config, target.config)
         weight, note = adapt_weight(context)
         if name in frozen_names and weight is not initial_value:
             parameters[name].requires_grad_(False)
         initial_value.copy_(weight)
         if note:
             logger.warning(f"{name}: {note}")
-    for name in sorted(old_state.keys() - new_state.keys()):
+    for name in sorted(old_weights.keys() - new_weights.keys()):
         logger.warning(f"{name}: dropped")
 
 
 class AdaptationContext(NamedTuple):
-    """A weight of the new model, the weights of the old model, and both configurations."""
+    """Input of the adapters: a weight of the new model, the weights of the old model, and both configurations."""
 
     name: str
     initial_value: Tensor  # the newly initialized weight
@@ -201,8 +202,8 @@ AdaptedWeight = tuple[Tensor, str]  # the adapted weight, and a description of t
 
 def adapt_weight(context: AdaptationContext) -> AdaptedWeight:
     """Adapt a weight with the first function in `ADAPTERS` whose key is a substring of the weight's name."""
-    for name_part, adapt in ADAPTERS.items():
-        if name_part in context.name:
+    for substring, adapt in ADAPTERS.items():
+        if substring in context.name:
             return adapt(context)
     if context.old_value is None:
         return context.initial_value, "newly initialized"
@@ -213,8 +214,8 @@ def adapt_weight(context: AdaptationContext) -> AdaptedWeight:
 
 def adapt_tokens(context: AdaptationContext) -> AdaptedWeight:
     """Keep the first tokens [1, n, D]; new tokens keep their initial values."""
-    initialization = f"initialized by token_init={context.new_config.token_init!r}"
-    return copy_prefix_tokens(context, context.initial_value.clone(), initialization)
+    initialization_note = f"initialized by token_init={context.new_config.token_init!r}"
+    return copy_prefix_tokens(context, context.initial_value.clone(), initialization_note)
 
 
 def adapt_token_positions(context: AdaptationContext) -> AdaptedWeight:
@@ -222,24 +223,24 @@ def adapt_token_positions(context: AdaptationContext) -> AdaptedWeight:
     return copy_prefix_tokens(context, torch.zeros_like(context.initial_value), "initialized to zero")
 
 
-def copy_prefix_tokens(context: AdaptationContext, rows: Tensor, initialization: str) -> AdaptedWeight:
-    """Copy the first min(m, n) rows of the old weight [1, m, D] to the first rows of the new weight [1, n, D]."""
-    num_stored = 0 if context.old_value is None else context.old_value.shape[1]
-    num_kept = min(num_stored, rows.shape[1])
+def copy_prefix_tokens(context: AdaptationContext, new_weight: Tensor, initialization_note: str) -> AdaptedWeight:
+    """Copy the first min(m, n) tokens of the old weight [1, m, D] to the first tokens of `new_weight` [1, n, D]."""
+    num_old_tokens = 0 if context.old_value is None else context.old_value.shape[1]
+    num_kept = min(num_old_tokens, new_weight.shape[1])
     if context.old_value is not None:
-        rows[:, :num_kept] = context.old_value[:, :num_kept]
-    if num_stored == num_kept == rows.shape[1]:
-        return rows, ""
+        new_weight[:, :num_kept] = context.old_value[:, :num_kept]
+    if num_old_tokens == num_kept == new_weight.shape[1]:
+        return new_weight, ""
     notes = [f"{num_kept} kept"]
-    if num_stored > num_kept:
-        notes.append(f"{num_stored - num_kept} dropped")
-    if rows.shape[1] > num_kept:
-        notes.append(f"{rows.shape[1] - num_kept} added, {initialization}")
-    return rows, ", ".join(notes)
+    if num_old_tokens > num_kept:
+        notes.append(f"{num_old_tokens - num_kept} dropped")
+    if new_weight.shape[1] > num_kept:
+        notes.append(f"{new_weight.shape[1] - num_kept} added, {initialization_note}")
+    return new_weight, ", ".join(notes)
 
 
 def adapt_to_grid(resample: Callable[..., Tensor], context: AdaptationContext) -> AdaptedWeight:
-    """Call `resample(weight, grid, new grid, config)` for a weight with one row per patch or relative position."""
+    """Resample a weight with one row per patch or relative position, if the patch grid changes."""
     old_grid, new_grid = context.old_config.grid_size, context.new_config.grid_size
     if old_grid == new_grid:
         return context.old_weights[context.name], ""
@@ -248,7 +249,7 @@ def adapt_to_grid(resample: Callable[..., Tensor], context: AdaptationContext) -
 
 
 def adapt_to_patch_size(resize: Callable[..., Tensor], context: AdaptationContext) -> AdaptedWeight:
-    """Call `resize(weight, patch size, new patch size)` for a weight with one entry per pixel of a patch."""
+    """Resize a weight with one element per pixel of a patch, if the patch size changes."""
     old_size, new_size = context.old_config.patch_height_width, context.new_config.patch_height_width
     if old_size == new_size:
         return context.old_weights[context.name], ""
@@ -269,17 +270,17 @@ def adapt_distillation_head(context: AdaptationContext) -> AdaptedWeight:
 def adapt_gates(context: AdaptationContext) -> AdaptedWeight:
     """Keep the gates [n] of kept tokens. New gates are closed for new tokens and open for existing tokens."""
     gates = context.initial_value.clone()
-    old_values = () if context.old_value is None else context.old_value
-    old_gates = dict(zip(list_gated_tokens(context.old_config), old_values, strict=True))
-    new_gates = list_gated_tokens(context.new_config)
-    counts = {group: getattr(context.old_config, field) for group, field in TOKEN_COUNTS.items()}
-    for gate, (group, index) in enumerate(new_gates):
-        if index < counts[group]:
-            gates[gate] = old_gates.get((group, index), TokenGates.OPEN)
-    if set(new_gates) == set(old_gates):
+    old_gate_values = () if context.old_value is None else context.old_value
+    old_gates = dict(zip(list_gated_tokens(context.old_config), old_gate_values, strict=True))
+    gated_tokens = list_gated_tokens(context.new_config)
+    old_counts = {group: getattr(context.old_config, field) for group, field in COUNT_FIELDS.items()}
+    for gate_index, (group, token_index) in enumerate(gated_tokens):
+        if token_index < old_counts[group]:
+            gates[gate_index] = old_gates.get((group, token_index), TokenGates.OPEN)
+    if set(gated_tokens) == set(old_gates):
         return gates, ""
-    num_kept = len(old_gates.keys() & set(new_gates))
-    num_closed = sum(index >= counts[group] for group, index in new_gates)
+    num_kept = len(old_gates.keys() & set(gated_tokens))
+    num_closed = sum(token_index >= old_counts[group] for group, token_index in gated_tokens)
     return gates, f"{num_kept} kept, {len(old_gates) - num_kept} dropped, {num_closed} closed"
 
 
@@ -294,7 +295,7 @@ ADAPTERS: dict[str, Callable[[AdaptationContext], AdaptedWeight]] = {
     "view.tables": partial(adapt_to_grid, lambda tables, old, new, _: resample_bias_tables(tables, old, new)),
     "gates.gates": adapt_gates,
     "distillation_classifier": adapt_distillation_head,
-    "decoder.projection.": partial(adapt_to_patch_size, resize_decoded_patches),
+    "decoder.projection.": partial(adapt_to_patch_size, resize_decoder_weight),
 }
 
 
@@ -302,19 +303,18 @@ ADAPTERS: dict[str, Callable[[AdaptationContext], AdaptedWeight]] = {
 def load_checkpoint(load: Callable[..., Any], source: Any, *args: Any, **kwargs: Any) -> Any:
     """Return the output of `load` (a `from_pretrained` method); raise one-line errors that name the file or weight.
 
-    By itself, transformers reports mismatched weights in a table, and uses default values if there is no config.json.
+    Otherwise, transformers would report mismatched weights in a table, and use default values without a config.json.
 
     Raises:
         OSError: if the folder, config.json or the weights are missing or damaged.
         RuntimeError: if the weights do not fit the configuration.
         ImportError, ValueError: if an attention kernel cannot be loaded from the Hub.
     """
-    has_other_config = kwargs.get("config") is not None or bool(kwargs.get("subfolder"))
-    check_checkpoint_folder(source, has_other_config)
+    check_checkpoint_folder(source, needs_config_file=kwargs.get("config") is None and not kwargs.get("subfolder"))
     try:
         return load(source, *args, **kwargs)
     except Exception as error:
-        if type(error).__name__ == "SafetensorError":  # compare names: the shipped files do not import safetensors
+        if type(error).__name__ == "SafetensorError":  # compare names to avoid importing safetensors
             raise OSError(f"the weights in {source} are damaged ({error}). Copy or download the file again") from error
         if isinstance(error, RuntimeError) and "ignore_mismatched_sizes" in str(error):
             raise RuntimeError(describe_mismatch(load, source, *args, **kwargs)) from error
@@ -328,28 +328,28 @@ def load_checkpoint(load: Callable[..., Any], source: Any, *args: Any, **kwargs:
         raise
 
 
-def check_checkpoint_folder(source: Any, has_other_config: bool) -> None:
+def check_checkpoint_folder(source: Any, needs_config_file: bool) -> None:
     """Raise OSError if a local path is not a checkpoint folder; Hub ids are not checked."""
-    if source is None:  # the caller passes a state dict instead
+    if source is None:  # the caller passes a state dict instead of a checkpoint
         return
     folder = Path(source)
     if not folder.exists():
         if folder.is_absolute() or len(folder.parts) > 2 or os.fspath(source).startswith((".", "~")):
             raise OSError(f"there is no folder {source}. Check the path")
         return
-    if folder.is_dir() and not has_other_config and not (folder / "config.json").is_file():
+    if folder.is_dir() and needs_config_file and not (folder / "config.json").is_file():
         raise OSError(f"there is no config.json in {source}. Save the model with save_pretrained to write this file")
 
 
 def describe_mismatch(load: Callable[..., Any], source: Any, *args: Any, **kwargs: Any) -> str:
-    """Load the weights with matching shapes, and return an error message about the weights with other shapes."""
+    """Load the checkpoint again, and return an error message that names a weight with a mismatched shape."""
     kwargs = {**kwargs, "ignore_mismatched_sizes": True, "output_loading_info": True}
     _, loading_info = load(source, *args, **kwargs)
     mismatched_keys = sorted(loading_info["mismatched_keys"])
     name, saved_shape, expected_shape = mismatched_keys[0]
-    others = f" ({len(mismatched_keys)} mismatched weights in total)" if len(mismatched_keys) > 1 else ""
+    total = f" ({len(mismatched_keys)} mismatched weights in total)" if len(mismatched_keys) > 1 else ""
     return (
         f"the weights in {source} do not fit: {name} has shape {list(saved_shape)}, but the model requires "
-        f"{list(expected_shape)}{others}. Use the checkpoint's configuration, or ignore_mismatched_sizes=True to "
+        f"{list(expected_shape)}{total}. Use the checkpoint's configuration, or ignore_mismatched_sizes=True to "
         "reinitialize these weights"
     )

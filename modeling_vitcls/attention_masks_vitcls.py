@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.masking_utils import create_bidirectional_mask
 
-from .configuration_vitcls import TOKEN_COUNTS, ViTCLSConfig
+from .configuration_vitcls import COUNT_FIELDS, ViTCLSConfig
 from .positions_vitcls import needs_resampling
 
 
@@ -67,8 +67,8 @@ def require_additive_mask(config: ViTCLSConfig, feature: str) -> None:
         )
 
 
-def add_mask(bias: Tensor, mask: Tensor | None) -> Tensor:
-    """Apply a boolean or additive mask to a bias of the attention scores."""
+def apply_mask(bias: Tensor, mask: Tensor | None) -> Tensor:
+    """Apply a boolean or additive mask to an attention bias or to attention scores."""
     if mask is None:
         return bias
     if mask.dtype == torch.bool:
@@ -80,7 +80,7 @@ def add_mask(bias: Tensor, mask: Tensor | None) -> Tensor:
 def build_cls_attention_mask(
     config: ViTCLSConfig, hidden_states: Tensor, attention_mask: Tensor | None, grid_size: tuple[int, int]
 ) -> Any:
-    """Build the mask that restricts the attention of CLS tokens to the patches of each scope (`config.cls_scopes`)."""
+    """Build the mask that restricts the attention of each CLS token to the patches in its scope."""
     if "flash" in config._attn_implementation:
         raise ValueError(
             f"cls_scopes requires an attention mask, but {config._attn_implementation} does not support masks: "
@@ -90,8 +90,8 @@ def build_cls_attention_mask(
         raise ValueError("cls_scopes does not support a 4-dimensional attention_mask: pass a mask [batch, tokens]")
     visibility = build_cls_visibility(config, grid_size, hidden_states.device)  # [N, N]
 
-    def is_visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return visibility[query, key]
+    def is_visible(batch_idx: Tensor, head_idx: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return visibility[q_idx, kv_idx]
 
     return create_bidirectional_mask(
         config=config, inputs_embeds=hidden_states, attention_mask=attention_mask, and_mask_function=is_visible
@@ -136,18 +136,18 @@ class RelativePositionBias(nn.Module):
         self.config = config
         rows, columns = config.grid_size
         num_tables = 1 if config.relative_position_bias == "shared" else config.num_hidden_layers
-        num_rows = (2 * rows - 1) * (2 * columns - 1) + 3
-        self.tables = nn.Parameter(torch.empty(num_tables, num_rows, config.num_attention_heads))
+        num_table_rows = (2 * rows - 1) * (2 * columns - 1) + 3
+        self.tables = nn.Parameter(torch.empty(num_tables, num_table_rows, config.num_attention_heads))
 
     def forward(self, hidden_states: Tensor, mask: Any, grid_size: tuple[int, int]) -> Any:
         """Return the bias [B or 1, heads, N, N] with the mask applied, or a list with one bias per layer."""
         require_additive_mask(self.config, "relative_position_bias")
-        index = self.get_table_index(grid_size, hidden_states.device)  # [N, N]
+        index = self.get_relative_position_index(grid_size, hidden_states.device)  # [N, N]
         tables = resample_bias_tables(self.tables, self.config.grid_size, grid_size).to(hidden_states.dtype)
-        biases = [add_mask(table[index].permute(2, 0, 1).unsqueeze(0), mask) for table in tables]
+        biases = [apply_mask(table[index].permute(2, 0, 1).unsqueeze(0), mask) for table in tables]
         return biases if len(biases) > 1 else biases[0]
 
-    def get_table_index(self, grid_size: tuple[int, int], device: torch.device) -> Tensor:
+    def get_relative_position_index(self, grid_size: tuple[int, int], device: torch.device) -> Tensor:
         """Return the index of the table row for each pair of tokens, [N, N]."""
         layout = self.config.token_layout
         rows, columns = grid_size
@@ -176,7 +176,7 @@ def resample_bias_tables(tables: Tensor, grid_size: tuple[int, int], new_grid_si
 
 # Token gates ---------------------------------------------------------------------------------------------------------
 class TokenGates(nn.Module):
-    """Learned gates, which scale the attention to added tokens. Initially, the gates are almost closed.
+    """Learned gates that scale the attention to added tokens. Initially, the gates are almost closed.
 
     Attention weights become w_j = g_j exp(s_j) / sum_i g_i exp(s_i): log(g_j) is added to the scores of key j. With
     g = 1e-6, the outputs of other tokens change by less than 1e-5. The parameter `gates` is designed for optimizers
@@ -190,26 +190,28 @@ class TokenGates(nn.Module):
     SCALE = 50.0
     OPEN = 1.0 / SCALE  # value of the parameter for g = 1
     CLOSED = 1e-6 / SCALE  # value of the parameter for g = 1e-6, and initial value
-    MIN_GATE = 2.0**-24  # offset of g that keeps log(g) finite; lost to rounding if g = 1
+    EPS = 2.0**-24  # added to g to keep log(g) finite; has no effect on g = 1 in float32
 
     def __init__(self, config: ViTCLSConfig) -> None:
         super().__init__()
         self.config = config
         layout = config.token_layout
-        self.indices = [getattr(layout, group).start + index for group, index in list_gated_tokens(config)]
-        self.gates = nn.Parameter(torch.empty(len(self.indices)))
+        self.token_indices = [getattr(layout, group).start + index for group, index in list_gated_tokens(config)]
+        self.gates = nn.Parameter(torch.empty(len(self.token_indices)))
 
     def forward(self, hidden_states: Tensor, mask: Any) -> Any:
         """Return the mask, or the list of masks, with log(g) added for each gated token."""
         require_additive_mask(self.config, "gated_tokens")
         bias = hidden_states.new_zeros(1, 1, 1, hidden_states.shape[1])
-        bias[..., self.indices] = self.get_gate_values().log().to(bias.dtype)
-        return [add_mask(bias, layer_mask) for layer_mask in mask] if isinstance(mask, list) else add_mask(bias, mask)
+        bias[..., self.token_indices] = self.get_gate_values().log().to(bias.dtype)
+        if isinstance(mask, list):
+            return [apply_mask(bias, layer_mask) for layer_mask in mask]
+        return apply_mask(bias, mask)
 
     def get_gate_values(self) -> Tensor:
         """Return the value g of each gate, [n]. A gate with g = 1 has no effect."""
-        magnitude = torch.where(self.gates < 0, -self.gates, self.gates)  # has a gradient at 0, unlike abs
-        return magnitude * self.SCALE + self.MIN_GATE
+        magnitude = torch.where(self.gates < 0, -self.gates, self.gates)  # has a nonzero gradient at 0, unlike abs
+        return magnitude * self.SCALE + self.EPS
 
 
 def list_gated_tokens(config: ViTCLSConfig) -> list[tuple[str, int]]:
@@ -217,6 +219,6 @@ def list_gated_tokens(config: ViTCLSConfig) -> list[tuple[str, int]]:
     gated_tokens = config.gated_tokens or {}
     return [
         (group, index)
-        for group, field in TOKEN_COUNTS.items()
+        for group, field in COUNT_FIELDS.items()
         for index in range(getattr(config, field) - gated_tokens.get(group, 0), getattr(config, field))
     ]

@@ -71,8 +71,10 @@ class ViTCLSPatchEmbeddings(nn.Module):
             )
         patch_height, patch_width = self.patch_size
         if height < patch_height or width < patch_width:
-            patch = f"one patch of {patch_height} x {patch_width}"
-            raise ValueError(f"images of {height} x {width} pixels are smaller than {patch}: enlarge the images")
+            raise ValueError(
+                f"images of {height} x {width} pixels are smaller than one patch of {patch_height} x {patch_width}: "
+                "enlarge the images"
+            )
         return height // patch_height, width // patch_width
 
 
@@ -91,15 +93,15 @@ class ViTCLSEmbeddings(nn.Module):
         self.norm = build_norm(config) if config.pre_norm else None
 
     def forward(self, pixel_values: Tensor, bool_masked_pos: Tensor | None = None) -> Tensor:
-        """Embed images, and use the mask token for each patch where `bool_masked_pos` [B, rows * columns] is True.
+        """Embed images, and replace each patch with the mask token if `bool_masked_pos` [B, rows * columns] is True.
 
         Raises:
-            ValueError: if `get_grid_size` rejects the images, or `bool_masked_pos` does not have one value per patch.
+            ValueError: if the image shape is unsupported, or `bool_masked_pos` does not have one value per patch.
         """
         batch_size = pixel_values.shape[0]
         grid_size = self.patch_embeddings.get_grid_size(pixel_values)
         patches = self.mask_patches(self.patch_embeddings(pixel_values), bool_masked_pos)  # [B, rows * columns, D]
-        special_tokens = self.get_special_tokens()  # name -> [1, n, D]
+        special_tokens = self.get_special_tokens()  # group -> [1, n, D]
         if self.position_embeddings is not None:
             special_tokens, patches = self.position_embeddings(special_tokens, patches, grid_size)
         special_states = [tokens.expand(batch_size, -1, -1) for tokens in special_tokens.values()]
@@ -107,9 +109,9 @@ class ViTCLSEmbeddings(nn.Module):
         return tokens if self.norm is None else self.norm(tokens)
 
     def get_special_tokens(self) -> dict[str, Tensor]:
-        """Return a dict from groups to learned tokens [1, n, D], in sequence order; empty groups are omitted."""
+        """Return the learned tokens [1, n, D] of each group, in sequence order. Empty groups are omitted."""
         groups = {"cls": self.cls_token, "distillation": self.distillation_token, "registers": self.register_tokens}
-        return {name: tokens for name, tokens in groups.items() if tokens is not None}
+        return {group: tokens for group, tokens in groups.items() if tokens is not None}
 
     def mask_patches(self, patches: Tensor, bool_masked_pos: Tensor | None) -> Tensor:
         """Replace masked patches with the mask token."""
@@ -149,12 +151,12 @@ class LearnedPositions(nn.Module):
         positions: Tensor = self.patches  # [1, rows * columns, D]
         if needs_resampling(self.grid_size, grid_size):
             positions = resample_positions(positions, self.grid_size, grid_size, self.config)
-        special_tokens = {name: self.add_special_positions(name, tokens) for name, tokens in special_tokens.items()}
+        special_tokens = {group: self.add_positions(group, tokens) for group, tokens in special_tokens.items()}
         return special_tokens, patches + positions
 
-    def add_special_positions(self, name: str, tokens: Tensor) -> Tensor:
-        """Add the position embeddings of the group `name`, if any, to the tokens [1, n, D] of the group."""
-        positions = getattr(self, name)
+    def add_positions(self, group: str, tokens: Tensor) -> Tensor:
+        """Add the position embeddings of a group of special tokens, if any, to its tokens [1, n, D]."""
+        positions = getattr(self, group)
         return tokens if positions is None else tokens + positions
 
 
@@ -173,8 +175,8 @@ class SinCosPositions(nn.Module):
         y = torch.arange(rows, dtype=torch.float32, device=patches.device)
         x = torch.arange(columns, dtype=torch.float32, device=patches.device)
         y, x = torch.meshgrid(y, x, indexing="ij")  # [rows, columns] each
-        quarter = self.hidden_size // 4
-        frequencies = 10000.0 ** -(torch.arange(quarter, dtype=torch.float32, device=patches.device) / quarter)
+        exponents = torch.arange(0, self.hidden_size, 4, dtype=torch.float32, device=patches.device) / self.hidden_size
+        frequencies = 10000.0**-exponents  # [D / 4]
         x_angles = x.flatten()[:, None] * frequencies  # [rows * columns, D / 4]
         y_angles = y.flatten()[:, None] * frequencies
         positions = torch.cat([x_angles.sin(), x_angles.cos(), y_angles.sin(), y_angles.cos()], dim=-1)
@@ -237,18 +239,18 @@ class ViTCLSAttention(nn.Module):
         self.attention_dropout = config.attention_probs_dropout_prob
         self.is_causal = False
         self.recorder: AttentionRecorder | None = None
-        width, inner_width = config.hidden_size, config.num_attention_heads * config.head_dim
+        width, inner_dim = config.hidden_size, config.num_attention_heads * config.head_dim
         query_bias, key_bias, value_bias = (
             config.qkv_bias if bias is None else bias
             for bias in (config.query_bias, config.key_bias, config.value_bias)
         )
-        self.q_proj = nn.Linear(width, inner_width, bias=query_bias)
-        self.k_proj = nn.Linear(width, inner_width, bias=key_bias)
-        self.v_proj = nn.Linear(width, inner_width, bias=value_bias)
-        self.o_proj = nn.Linear(inner_width, width, bias=config.projection_bias)
+        self.q_proj = nn.Linear(width, inner_dim, bias=query_bias)
+        self.k_proj = nn.Linear(width, inner_dim, bias=key_bias)
+        self.v_proj = nn.Linear(width, inner_dim, bias=value_bias)
+        self.o_proj = nn.Linear(inner_dim, width, bias=config.projection_bias)
         self.q_norm = build_norm(config, self.qk_head_dim) if config.qk_norm else None
         self.k_norm = build_norm(config, self.qk_head_dim) if config.qk_norm else None
-        self.norm = build_norm(config, inner_width) if config.attention_norm else None
+        self.norm = build_norm(config, inner_dim) if config.attention_norm else None
 
     def forward(
         self,
@@ -280,7 +282,7 @@ class ViTCLSAttention(nn.Module):
     def project_qkv(self, hidden_states: Tensor, num_queries: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries [B, heads, n, head_dim], keys and values [B, heads, N, head_dim], before rotary embedding."""
         # -1 infers the number of heads, because with tensor parallelism, each process has only some of the heads.
-        # torch.cat copies the tokens: with a view, torch.onnx would fix the batch size if the example has one image.
+        # torch.cat copies the tokens: with a view, torch.onnx would fix the batch size of an example with one image.
         queries = hidden_states if num_queries is None else torch.cat([hidden_states[:, :num_queries]], dim=1)
         query = self.q_proj(queries).unflatten(-1, (-1, self.qk_head_dim))
         key = self.k_proj(hidden_states).unflatten(-1, (-1, self.qk_head_dim))  # [B, N, heads, head_dim]
@@ -387,12 +389,12 @@ class DropPath(nn.Module):
         self.rate = rate  # a Python float: a tensor would lose its value when a model is built on the meta device
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """Drop the branch [B, N, D] of random images; divide the kept branches by the keep rate."""
+        """Drop the branch [B, N, D] of random images; divide the other branches by the keep probability."""
         if not self.training:
             return hidden_states
-        keep_rate = 1 - self.rate
-        mask = hidden_states.new_empty(hidden_states.shape[0], 1, 1).bernoulli_(keep_rate)
-        return hidden_states * mask / keep_rate
+        keep_prob = 1 - self.rate
+        mask = hidden_states.new_empty(hidden_states.shape[0], 1, 1).bernoulli_(keep_prob)
+        return hidden_states * mask / keep_prob
 
     def extra_repr(self) -> str:
         return f"rate={self.rate}"
@@ -437,7 +439,7 @@ class ViTCLSLayer(EncoderLayer):
         return self.add_branch(hidden_states, self.dropout(mlp_output), self.layer_scale2)
 
     def add_branch(self, hidden_states: Tensor, branch: Tensor, layer_scale: LayerScale | None) -> Tensor:
-        """Apply layer scale and stochastic depth to a residual branch [B, n, D], and add the result to the states."""
+        """Apply layer scale and stochastic depth to a residual branch [B, n, D], and add it to the hidden states."""
         if layer_scale is not None:
             branch = layer_scale(branch)
         if self.drop_path is not None:

@@ -5,18 +5,17 @@ The token order is the same in the whole package:
 
     [ CLS x k | distillation x d | register x r | patches ]
 
-`config.token_layout` has a slice for each group; no other code counts tokens. The fields and their checks have two
-tiers: main options, and options for converted checkpoints. All checks of a configuration are in this file: a
-model with a valid configuration can be built and run. This file builds no modules.
+`config.token_layout` has a slice for each group. The fields are divided into main options and options for converted
+checkpoints. All checks of a configuration are in this file: a model with a valid configuration can be built and run.
 """
 
 import transformers
 
 
-MIN_TRANSFORMERS = (5, 4)
-if tuple(map(int, transformers.__version__.split(".")[:2])) < MIN_TRANSFORMERS:  # older versions fail to import
+MIN_TRANSFORMERS_VERSION = (5, 4)
+if tuple(map(int, transformers.__version__.split(".")[:2])) < MIN_TRANSFORMERS_VERSION:
     raise ImportError(
-        f"This checkpoint requires transformers >= {'.'.join(map(str, MIN_TRANSFORMERS))}, but "
+        f"This checkpoint requires transformers >= {'.'.join(map(str, MIN_TRANSFORMERS_VERSION))}, but "
         f"{transformers.__version__} is installed. Run: pip install -U transformers"
     )
 
@@ -58,7 +57,7 @@ PRESETS: dict[str, dict[str, int]] = {
     "large": {"hidden_size": 1024, "num_attention_heads": 16, "num_hidden_layers": 24, "intermediate_size": 4096},
 }
 
-# Keywords that are not fields of this class, but that transformers passes to or stores in every configuration.
+# Keywords that are not fields of `ViTCLSConfig`, but that transformers passes to every configuration or stores in it.
 TRANSFORMERS_KEYWORDS = frozenset(
     "num_labels output_attentions attn_implementation experts_implementation torch_dtype name_or_path auto_map "
     "model_type task_specific_params quantization_config use_cache tie_word_embeddings torchscript pruned_heads "
@@ -67,15 +66,15 @@ TRANSFORMERS_KEYWORDS = frozenset(
 )
 
 # Group of special tokens -> field with the number of tokens.
-TOKEN_COUNTS = {"cls": "num_cls_tokens", "distillation": "num_distillation_tokens", "registers": "num_register_tokens"}
+COUNT_FIELDS = {"cls": "num_cls_tokens", "distillation": "num_distillation_tokens", "registers": "num_register_tokens"}
 
 # Fields for which `from_pretrained(..., field=value)` adapts the weights of a checkpoint (adaptation_vitcls.py).
-TOKEN_FIELDS = (*TOKEN_COUNTS.values(), "cls_scopes", "gated_tokens", "register_neurons")
+TOKEN_FIELDS = (*COUNT_FIELDS.values(), "cls_scopes", "gated_tokens", "register_neurons")
 ADAPTABLE_FIELDS = ("image_size", "patch_size", *TOKEN_FIELDS)
 
 # Field -> smallest and largest value. The upper limits only reject typos that would exhaust the memory.
 SIZE_LIMITS: dict[str, tuple[int, int]] = {
-    **dict.fromkeys(TOKEN_COUNTS.values(), (0, 100_000)),
+    **dict.fromkeys(COUNT_FIELDS.values(), (0, 100_000)),
     "num_channels": (1, 100_000),
     "num_hidden_layers": (1, 10_000),
     **dict.fromkeys(("hidden_size", "num_attention_heads", "intermediate_size", "head_hidden_size"), (1, 1_000_000)),
@@ -83,11 +82,11 @@ SIZE_LIMITS: dict[str, tuple[int, int]] = {
     **dict.fromkeys(("attention_head_size", "attention_pool_heads"), (1, 1_000_000)),
     "attention_pool_intermediate_size": (1, 1_000_000),
 }
-SAVED_FIELDS = {"image_size", "patch_size", "pooling", *SIZE_LIMITS}  # fields that are saved even with default values
+ALWAYS_SAVED_FIELDS = {"image_size", "patch_size", "pooling", *SIZE_LIMITS}  # saved even with default values
 MAX_LABELS = 1_000_000  # maximum number of labels of one classifier
 
 # Field -> values that `merged_patches_per_layer` supports. With other values, attention depends on individual patches,
-# which merging combines.
+# but merging combines patches.
 MERGING_REQUIREMENTS: dict[str, tuple[Any, ...]] = {
     "position_embedding_type": ("learned", "sincos_2d", "none"),
     "relative_position_bias": ("none",),
@@ -152,22 +151,22 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         num_cls_tokens (`int`, defaults to 1): Number of CLS tokens, at the start of the sequence. With 0, the model
             has no CLS token. Several CLS tokens can represent tasks (`tasks`) or regions of the image (`cls_scopes`).
         num_distillation_tokens (`int`, defaults to 0): Number of tokens that learn from a teacher (DeiT, 2012.12877).
-        num_register_tokens (`int`, defaults to 0): Number of tokens without a task, in which the model can keep global
-            information that it would otherwise store in patches (Darcet et al. 2023, arXiv 2309.16588).
+        num_register_tokens (`int`, defaults to 0): Number of register tokens, which can store global information that
+            the model would otherwise store in patches (Darcet et al. 2023, arXiv 2309.16588).
         use_mask_token (`bool`, defaults to `False`): Whether the model has a learned token that replaces masked
             patches (`bool_masked_pos`). `ViTCLSForMaskedImageModeling` always has a mask token.
         token_init (`"trunc_normal"`, `"near_zero"` or `"zeros"`, defaults to `"trunc_normal"`): Initial values of the
             special tokens: normal with standard deviation `initializer_range` (DeiT, DINOv2) or 1e-6 (timm), or zero
             (the original ViT). `"zeros"` raises an error if two tokens would remain identical during training.
-        cls_scopes (`list`, *optional*): Region of the image that each CLS token can attend to, one entry per token:
+        cls_scopes (`list`, *optional*): Image region that each CLS token can attend to, one region per token:
             `"image"`, or `[rows, columns, row, column]` for one cell of a rows x columns grid over the image. Every
             token can attend to all special tokens. Default: the whole image for each CLS token.
         gated_tokens (`dict[str, int]`, *optional*): Token group -> number of gated tokens at the end of the group. A
             gate scales the influence of a token on other tokens. `model.adapt(gate_new_tokens=True)` sets this field.
         register_neurons (`list[[layer, neuron]]`, *optional*): MLP neurons whose activations are moved to the last
             register (Jiang et al. 2025, arXiv 2506.08010). `find_register_neurons` finds such neurons.
-        tasks (`dict[str, int | list[str]]`, *optional*): For `ViTCLSForMultiTaskClassification`: task name -> number
-            of labels or label names. Tasks are sorted by name; the classifier of task i reads CLS token i.
+        tasks (`dict[str, int | list[str]]`, *optional*): Task name -> number of labels or label names, for
+            `ViTCLSForMultiTaskClassification`. Tasks are sorted by name; the input of classifier i is CLS token i.
 
     Pooling and heads:
         pooling (`str`, defaults to `"cls"`): Input of the head: `"cls"`, `"mean"` (of the patches), `"cls_mean"`
@@ -204,7 +203,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             branch (CaiT, arXiv 2103.17239). Default: no scale.
         initializer_range (`float`, defaults to 0.02): Standard deviation of the initial weights.
         merged_patches_per_layer (`int`, defaults to 0): Number of patches that each layer removes by merging similar
-            patches, at most half of the patches (ToMe, arXiv 2210.09461). Merging is inexact but requires no training.
+            patches, at most half of the patches (ToMe, arXiv 2210.09461). Merging requires no training.
 
     Regularization:
         hidden_dropout_prob, attention_probs_dropout_prob (`float`, defaults to 0): Dropout rates, in [0, 1), of
@@ -230,10 +229,10 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         position_embedding_tokens (`"patches"`, `"cls"` or `"all"`, defaults to `"cls"`): Tokens with learned
             position embeddings: patches only, CLS and patches (ViT, DINOv2), or all tokens.
         position_interpolation (`"bicubic"`, `"bilinear"` or `"crop"`, defaults to `"bicubic"`): How learned position
-            embeddings are resampled for other image sizes. `"crop"` crops a square that covers the image (RADIO).
+            embeddings are resampled for other image sizes. `"crop"` resamples to a square and crops it (RADIO).
         position_antialias (`bool`, defaults to `False`): Whether downsampling of learned positions uses antialiasing.
         position_offset (`float`, defaults to 0.0): Number added to the new grid size (0.1 in DINO, iBOT and DINOv2).
-        rope_theta (`float`, defaults to 100.0): Base period of the rotary positions.
+        rope_theta (`float`, defaults to 100.0): Base of the periods of rotary position embeddings.
         rope_periods (`list[float]`, *optional*): `head_dim / 4` rotary periods, for checkpoints that store rounded
             periods (DINOv3). Default: computed in float32 from `rope_theta`.
         rope_coordinates (`"centered"` or `"grid"`, defaults to `"centered"`): Rotary coordinates: patch centers from
@@ -247,8 +246,8 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     Layers and norms:
         attention_head_size (`int`, *optional*): Size of one head. Default: `hidden_size / num_attention_heads`.
         layer_type (`"standard"`, `"post"` or `"parallel"`, defaults to `"standard"`): `x + f(norm(x))` for attention,
-            then MLP; `x + norm(f(x))` (EVA02-CLIP-E); or attention and MLP in parallel on one norm (ViT-22B).
-        norm_type (`"layernorm"` or `"rmsnorm"`, defaults to `"layernorm"`): Type of the norms.
+            then MLP; `x + norm(f(x))` (EVA02-CLIP-E); or attention and MLP in parallel after one norm (ViT-22B).
+        norm_type (`"layernorm"` or `"rmsnorm"`, defaults to `"layernorm"`): Type of all norms.
         layer_norm_eps (`float`, defaults to 1e-6): Epsilon of all norms.
         patch_norm (`bool`, defaults to `False`): Norm on the projected patches, before positions are added (AIMv2).
         pre_norm (`bool`, defaults to `False`): Norm on the embedded tokens before the first layer (CLIP).
@@ -266,10 +265,10 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         pooled_norm (`bool`, defaults to `False`): Norm of type `norm_type` on the pooled vector (timm's `fc_norm`).
         pooled_activation (`str`, *optional*): Activation after a linear layer on the pooled vector (`"tanh"` in the
             base models of ViT and DeiT). Default: no linear layer and no activation.
-        attention_pool_tokens (`"patches"` or `"all"`, defaults to `"patches"`): Tokens that attention pooling reads.
+        attention_pool_tokens (`"patches"` or `"all"`, defaults to `"patches"`): Input tokens of attention pooling.
         attention_pool_heads, attention_pool_intermediate_size (`int`, *optional*): Number of heads and MLP size of
             `pooling="attention"`. Default: the values of the encoder.
-        attention_pool_mlp (`bool`, defaults to `True`): Whether `"attention"` has a norm and an MLP (not in AIMv2).
+        attention_pool_mlp (`bool`, defaults to `True`): Whether attention pooling has a norm and MLP (not in AIMv2).
 
     Raises:
         ValueError: If a field has a wrong type or value, fields contradict each other, or a keyword is unknown.
@@ -409,23 +408,23 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Build a configuration from a stored dict; overrides are applied before the configuration is validated."""
-        own_fields = {field.name for field in dataclasses.fields(cls)} - {"dtype"}
-        overrides = {key: kwargs.pop(key) for key in list(kwargs) if key in own_fields}
+        field_names = {field.name for field in dataclasses.fields(cls)} - {"dtype"}
+        overrides = {key: kwargs.pop(key) for key in list(kwargs) if key in field_names}
         for name in kwargs:
-            known_names = sorted(own_fields | TRANSFORMERS_KEYWORDS | {"gate_new_tokens"})
-            if name not in known_names and (hint := _suggest(name, known_names, cutoff=0.8)):
+            known_names = sorted(field_names | TRANSFORMERS_KEYWORDS | {"gate_new_tokens"})
+            if name not in known_names and (hint := _suggest_name(name, known_names, cutoff=0.8)):
                 raise ValueError(f"Unknown field {name!r}{hint}")
-        stored, names = dict(config_dict), config_dict.get("id2label")
-        if "id2label" in overrides or kwargs.get("num_labels") not in (None, isinstance(names, dict) and len(names)):
-            stored |= {"id2label": None, "label2id": None}  # the stored label names do not apply to the new labels
-        if overrides.get("num_hidden_layers") not in (None, stored.get("num_hidden_layers")):
-            stored |= {"out_features": None, "out_indices": None}  # the stored stages do not apply to the new layers
-        if counts := {field: overrides[field] for field in TOKEN_COUNTS.values() if field in overrides}:
-            stored_counts = {field: stored.get(field, getattr(cls, field)) for field in TOKEN_COUNTS.values()}
-            new_counts = stored_counts | counts
-            stored["gated_tokens"] = get_remaining_gates(stored.get("gated_tokens"), stored_counts, new_counts)
-        unknown_fields = {name: stored.pop(name) for name in list(stored) if not cls._is_known(name)}
-        config_or_tuple = super().from_dict({**stored, **overrides}, **kwargs)
+        config_dict, labels = dict(config_dict), config_dict.get("id2label")
+        if "id2label" in overrides or kwargs.get("num_labels") not in (None, isinstance(labels, dict) and len(labels)):
+            config_dict |= {"id2label": None, "label2id": None}  # stored labels do not apply to the new classifier
+        if overrides.get("num_hidden_layers") not in (None, config_dict.get("num_hidden_layers")):
+            config_dict |= {"out_features": None, "out_indices": None}  # stored stages do not apply to the new layers
+        if changed_counts := {field: overrides[field] for field in COUNT_FIELDS.values() if field in overrides}:
+            stored_counts = {field: config_dict.get(field, getattr(cls, field)) for field in COUNT_FIELDS.values()}
+            new_counts, gated_tokens = stored_counts | changed_counts, config_dict.get("gated_tokens")
+            config_dict["gated_tokens"] = update_gated_tokens(gated_tokens, stored_counts, new_counts)
+        unknown_fields = {name: config_dict.pop(name) for name in list(config_dict) if not cls._is_known_keyword(name)}
+        config_or_tuple = super().from_dict({**config_dict, **overrides}, **kwargs)
         config = config_or_tuple[0] if isinstance(config_or_tuple, tuple) else config_or_tuple
         for name, value in unknown_fields.items():  # set by the user before saving, or written by another version
             logger.warning(f"The stored configuration has a field {name!r} that this version does not use.")
@@ -438,9 +437,9 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """Return the values to save: `SAVED_FIELDS` that are not None, and fields that differ from their defaults."""
+        """Return the values to save: `ALWAYS_SAVED_FIELDS` that are not None, and fields with non-default values."""
         defaults: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(self)}
-        defaults |= dict.fromkeys(SAVED_FIELDS)
+        defaults |= dict.fromkeys(ALWAYS_SAVED_FIELDS)
         values = super().to_diff_dict()
         return {name: value for name, value in values.items() if name not in defaults or value != defaults[name]}
 
@@ -476,14 +475,14 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         modeling = importlib.import_module(".modeling_vitcls", __package__)
         transformers.AutoConfig.register(cls.model_type, cls, exist_ok=True)
         transformers.AutoModel.register(cls, modeling.ViTCLSModel, exist_ok=True)
-        # transformers selects the class that `config.architectures` names, or otherwise the first class.
-        classifiers = (modeling.ViTCLSForImageClassification, modeling.ViTCLSForMultiTaskClassification)
-        transformers.AutoModelForImageClassification.register(cls, classifiers, exist_ok=True)
-        masked_model = modeling.ViTCLSForMaskedImageModeling
-        transformers.AutoModelForMaskedImageModeling.register(cls, masked_model, exist_ok=True)
+        # transformers selects the class named in `config.architectures`, or otherwise the first class.
+        classifier_classes = (modeling.ViTCLSForImageClassification, modeling.ViTCLSForMultiTaskClassification)
+        transformers.AutoModelForImageClassification.register(cls, classifier_classes, exist_ok=True)
+        masked_model_class = modeling.ViTCLSForMaskedImageModeling
+        transformers.AutoModelForMaskedImageModeling.register(cls, masked_model_class, exist_ok=True)
         transformers.AutoBackbone.register(cls, modeling.ViTCLSBackbone, exist_ok=True)
-        processors = {"torchvision": processing.ViTCLSImageProcessor, "pil": processing.ViTCLSImageProcessorPil}
-        transformers.AutoImageProcessor.register(cls, image_processor_classes=processors, exist_ok=True)
+        processor_classes = {"torchvision": processing.ViTCLSImageProcessor, "pil": processing.ViTCLSImageProcessorPil}
+        transformers.AutoImageProcessor.register(cls, image_processor_classes=processor_classes, exist_ok=True)
 
     # Derived values --------------------------------------------------------------------------------------------------
     @property
@@ -539,11 +538,11 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
 
     @property
     def has_distillation_head(self) -> bool:
-        """Return whether a classifier reads the distillation token."""
+        """Return whether the distillation tokens have a classifier."""
         return self.num_distillation_tokens > 0 and self.distillation_head is not False
 
     def task_labels(self) -> dict[str, list[str]]:
-        """Return the label names of each task, sorted by task name, like the CLS tokens and the saved JSON files."""
+        """Return the label names of each task, sorted by task name. Task i uses CLS token i."""
         return {
             name: [f"LABEL_{index}" for index in range(labels)] if isinstance(labels, int) else labels
             for name, labels in sorted((self.tasks or {}).items())
@@ -554,15 +553,15 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         plan: dict[str, str] = {}
         if not self.attention_norm:
             plan |= type(self).base_model_tp_plan
-            if self.qk_norm:  # heads are split over processes, but these norms are shared by all heads
+            if self.qk_norm:  # processes have different heads, but all heads share the norms
                 plan |= {f"layers.*.attention.{name}_norm": "replicated_with_grad_allreduce" for name in "qk"}
         if not self.mlp_norm:
-            plan |= {f"layers.*.mlp.{name}": split for name, split in MLP_TP_PLANS[self.mlp_type].items()}
+            plan |= {f"layers.*.mlp.{name}": style for name, style in MLP_TP_PLANS[self.mlp_type].items()}
         return plan
 
-    # Size checks, on which later checks rely -------------------------------------------------------------------------
+    # Checks of sizes, required by the other checks -------------------------------------------------------------------
     def validate_architecture(self) -> None:
-        """Check sizes before transformers' own check, which reads `head_dim`. (Checks run in alphabetical order.)"""
+        """Check sizes before transformers' own check, which uses `head_dim`. Checks run in alphabetical order."""
         self.validate_sizes()
         super().validate_architecture()
 
@@ -573,13 +572,13 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             if value is not None and not minimum <= value <= maximum:
                 raise ValueError(f"`{name}` must be between {minimum} and {maximum:,}, but it is {value}.")
 
-    # Checks of what you choose ---------------------------------------------------------------------------------------
+    # Checks of the main options --------------------------------------------------------------------------------------
     def validate_token_init(self) -> None:
         """Check that special tokens cannot remain identical during training."""
         groups_with_positions = {"patches": (), "cls": ("cls",), "all": ("cls", "distillation", "registers")}
         has_learned_positions = self.position_embedding_type.startswith("learned")
         distinct_groups = groups_with_positions[self.position_embedding_tokens] if has_learned_positions else ()
-        for group, field in TOKEN_COUNTS.items():
+        for group, field in COUNT_FIELDS.items():
             if self.token_init == "zeros" and group not in distinct_groups and getattr(self, field) > 1:
                 raise ValueError(
                     f'`token_init="zeros"` keeps the tokens of "{group}" identical. Set token_init="trunc_normal".'
@@ -590,7 +589,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         scopes, (grid_rows, grid_columns) = self.cls_scopes, self.grid_size
         if scopes is not None and len(scopes) != self.num_cls_tokens:
             raise ValueError(
-                f"`cls_scopes` has {len(scopes)} entries, but num_cls_tokens is {self.num_cls_tokens}. Set one scope "
+                f"`cls_scopes` has length {len(scopes)}, but num_cls_tokens is {self.num_cls_tokens}. Set one scope "
                 "per CLS token."
             )
         for scope in scopes or ():
@@ -608,9 +607,9 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     def validate_gates(self) -> None:
         """Check that gated tokens exist."""
         for group, num_gated in (self.gated_tokens or {}).items():
-            if group not in TOKEN_COUNTS:
-                raise ValueError(f"`gated_tokens`: unknown group {group!r}. Use {', '.join(TOKEN_COUNTS)}.")
-            num_tokens = getattr(self, TOKEN_COUNTS[group])
+            if group not in COUNT_FIELDS:
+                raise ValueError(f"`gated_tokens`: unknown group {group!r}. Use {', '.join(COUNT_FIELDS)}.")
+            num_tokens = getattr(self, COUNT_FIELDS[group])
             if not 0 < num_gated <= num_tokens:
                 raise ValueError(
                     f"`gated_tokens`: the number of gated tokens of {group!r} must be from 1 to {num_tokens}, but it "
@@ -705,12 +704,12 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
                     f"`{name}` must be a positive number of pixels or [height, width], but it is {value}."
                 )
         axes = zip(("height", "width"), self.image_height_width, self.patch_height_width, strict=True)
-        for axis, pixels, patch in axes:
-            if pixels % patch:
-                rounded_down = pixels // patch * patch
-                nearest = f"{rounded_down} or {rounded_down + patch}" if rounded_down else f"{patch}"
+        for axis, size, patch_size in axes:
+            if size % patch_size:
+                rounded_down = size // patch_size * patch_size
+                multiples = f"{rounded_down} or {rounded_down + patch_size}" if rounded_down else f"{patch_size}"
                 raise ValueError(
-                    f"`image_size`: {axis} {pixels} is not a multiple of the patch {axis} {patch}. Use {nearest}."
+                    f"`image_size`: {axis} {size} is not a multiple of the patch {axis} {patch_size}. Use {multiples}."
                 )
 
     def validate_attention(self) -> None:
@@ -742,7 +741,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         for name in ("hidden_act", "pooled_activation"):
             value = getattr(self, name)
             if value is not None and value not in ACT2FN:
-                raise ValueError(f"Unknown {name} {value!r}{_suggest(value, list(ACT2FN))}")
+                raise ValueError(f"Unknown {name} {value!r}{_suggest_name(value, list(ACT2FN))}")
 
     def validate_merging(self) -> None:
         """Check that the other fields allow patches to be merged."""
@@ -759,9 +758,9 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate", "patch_drop_rate"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 0 and below 1, but it is {getattr(self, name)}.")
-        scale = self.layer_scale_init_value
-        if scale is not None and not math.isfinite(scale):
-            raise ValueError(f"`layer_scale_init_value` must be a finite number or None, but it is {scale}.")
+        init_value = self.layer_scale_init_value
+        if init_value is not None and not math.isfinite(init_value):
+            raise ValueError(f"`layer_scale_init_value` must be a finite number or None, but it is {init_value}.")
         for name in ("initializer_range", "rope_theta", "layer_norm_eps"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"`{name}` must be a finite positive number, but it is {getattr(self, name)}.")
@@ -772,42 +771,42 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         grid = self.rope_reference_grid
         if grid is not None and (len(grid) != 2 or min(grid) < 1):
             raise ValueError(f"`rope_reference_grid` must be two positive numbers [rows, columns], but it is {grid}.")
-        periods, count = self.rope_periods, self.head_dim // 4
-        if periods is not None and (len(periods) != count or not 0 < min(periods) <= max(periods) < math.inf):
-            raise ValueError(f"`rope_periods` must have head_dim / 4 = {count} positive numbers, but it is {periods}.")
+        periods, num_periods = self.rope_periods, self.head_dim // 4
+        if periods is not None and (len(periods) != num_periods or not 0 < min(periods) <= max(periods) < math.inf):
+            raise ValueError(f"`rope_periods` must have head_dim / 4 = {num_periods} positive numbers, not {periods}.")
 
     def validate_attention_pool(self) -> None:
         """Check that the number of heads of the attention pooler divides the hidden size."""
-        pool_heads = self.attention_pool_heads or self.num_attention_heads
-        if (self.attention_pool_heads or self.pooling == "attention") and self.hidden_size % pool_heads:
-            raise ValueError(f"attention_pool_heads={pool_heads} must divide hidden_size={self.hidden_size}.")
+        num_heads = self.attention_pool_heads or self.num_attention_heads
+        if (self.attention_pool_heads or self.pooling == "attention") and self.hidden_size % num_heads:
+            raise ValueError(f"attention_pool_heads={num_heads} must divide hidden_size={self.hidden_size}.")
 
     # Unknown keywords ------------------------------------------------------------------------------------------------
     @classmethod
-    def _is_known(cls, name: str) -> bool:
-        fields = {field.name for field in dataclasses.fields(cls)}
-        return name in fields or name in TRANSFORMERS_KEYWORDS or name.startswith("_")
+    def _is_known_keyword(cls, name: str) -> bool:
+        field_names = {field.name for field in dataclasses.fields(cls)}
+        return name in field_names or name in TRANSFORMERS_KEYWORDS or name.startswith("_")
 
     def _reject_unknown_keywords(self, kwargs: dict[str, Any]) -> None:
         for name in kwargs:
-            if not self._is_known(name):
-                fields = [field.name for field in dataclasses.fields(self)]
-                raise ValueError(f"Unknown field {name!r}{_suggest(name, [*fields, *TRANSFORMERS_KEYWORDS])}")
+            if not self._is_known_keyword(name):
+                known_names = [*(field.name for field in dataclasses.fields(self)), *TRANSFORMERS_KEYWORDS]
+                raise ValueError(f"Unknown field {name!r}{_suggest_name(name, known_names)}")
 
 
-def get_remaining_gates(
+def update_gated_tokens(
     gated_tokens: dict[str, int] | None, counts: Mapping[str, int], new_counts: Mapping[str, int]
 ) -> dict[str, int] | None:
     """Return `gated_tokens` after the token counts (field -> count) change from `counts` to `new_counts`.
 
     Gates stay with their tokens. Gated tokens are the last tokens of a group, so new tokens at the end are also gated.
     """
-    remaining_gates = {}
-    for group, field in TOKEN_COUNTS.items():
+    remaining_gated_tokens = {}
+    for group, field in COUNT_FIELDS.items():
         num_gated = (gated_tokens or {}).get(group, 0)
         if num_gated and (num_remaining := num_gated + new_counts[field] - counts[field]) > 0:
-            remaining_gates[group] = num_remaining
-    return remaining_gates or None
+            remaining_gated_tokens[group] = num_remaining
+    return remaining_gated_tokens or None
 
 
 def to_pair(value: int | Sequence[int]) -> tuple[int, int]:
@@ -815,7 +814,7 @@ def to_pair(value: int | Sequence[int]) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 
-def _suggest(name: str, known_names: list[str], cutoff: float = 0.6) -> str:
+def _suggest_name(name: str, known_names: list[str], cutoff: float = 0.6) -> str:
     matches = difflib.get_close_matches(name, known_names, n=1, cutoff=cutoff)
     return f": did you mean {matches[0]}?" if matches else ""
 

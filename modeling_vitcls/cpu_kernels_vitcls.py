@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Faster CPU versions of plain modules. The outputs agree with plain PyTorch up to rounding errors.
+"""Faster CPU versions of modules. The outputs agree with plain PyTorch up to rounding errors.
 
     install_cpu_kernels(model)      called by every model's constructor; replaces the classes of some modules
     uninstall_cpu_kernels(model)    restores the plain classes
@@ -12,9 +12,9 @@
     attention classes     -> CPUAttention, ...     chunked attention in bfloat16, for short sequences
 
 On CPUs without bfloat16 or float16 instructions, half-precision products are computed in float32 and then rounded. The
-subclasses have no state. Parameters, state dicts, `isinstance` checks, copying and pickling work as in plain modules.
+subclasses add no state. Parameters, state dicts, `isinstance` checks, copying and pickling work as in plain modules.
 Plain PyTorch is used on other devices, in exported and traced programs, under torch.func, for modules with hooks, for
-quantized, sharded or parametrized weights, and if a private PyTorch name is missing. Under autocast, oneDNN is unused.
+quantized, sharded or parametrized weights, and if a private PyTorch name is missing. Autocast disables oneDNN.
 """
 
 import os
@@ -32,7 +32,7 @@ from .blocks_vitcls import ViTCLSAttention, ViTCLSGLU, ViTCLSMLP
 from .variants_vitcls import MergingAttention, ViTCLSDifferentialAttention
 
 
-# Private PyTorch names, which the other shipped files do not use. If a name is missing, no kernel is installed.
+# Private PyTorch names, used only in this file. If a name is missing, no kernel is installed.
 try:
     from torch._C import _functorch
     from torch._C import _len_torch_dispatch_stack as count_dispatch_modes
@@ -46,7 +46,7 @@ try:
         torch.bfloat16: getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None),
         torch.float16: getattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", None),
     }
-    HAS_BFLOAT16_PRODUCTS = torch.cpu._is_avx512_bf16_supported()
+    HAS_AVX512_BFLOAT16 = torch.cpu._is_avx512_bf16_supported()
 
     def is_functorch_active() -> bool:
         """Return whether torch.func or forward-mode AD is active, which oneDNN's operators do not support."""
@@ -69,8 +69,8 @@ def install_cpu_kernels(model: nn.Module) -> None:
     if not can_use_cpu_kernels():
         return
     for module in model.modules():
-        settings = [getattr(module, name, None) for name in ("stride", "padding", "dilation", "groups")]
-        if not isinstance(module, nn.Conv2d) or settings == [module.kernel_size, (0, 0), (1, 1), 1]:
+        conv_settings = [getattr(module, name, None) for name in ("stride", "padding", "dilation", "groups")]
+        if not isinstance(module, nn.Conv2d) or conv_settings == [module.kernel_size, (0, 0), (1, 1), 1]:
             module.__class__ = KERNEL_CLASSES.get(type(module), type(module))
 
 
@@ -141,33 +141,33 @@ class CPUMLP(CPUKernel, ViTCLSMLP):
         """Apply the MLP, [B, N, D] -> [B, N, D]."""
         if not torch.is_grad_enabled():
             return super().forward(hidden_states)
-        expanded = self.fc1(hidden_states)  # [B, N, intermediate]
-        can_fuse = can_fuse_gelu(self.fc2, self.activation_fn) and can_use_onednn(self.fc2, expanded)
+        preactivations = self.fc1(hidden_states)  # [B, N, intermediate]
+        can_fuse = can_fuse_gelu(self.fc2, self.activation_fn) and can_use_onednn(self.fc2, preactivations)
         if can_fuse and self.register_neurons is None and self.norm is None:
-            return OneDNNGELULinear.apply(expanded, self.fc2.weight, self.fc2.bias)
-        return recompute_in_backward(self, self.activate_and_project, expanded)
+            return OneDNNGELULinear.apply(preactivations, self.fc2.weight, self.fc2.bias)
+        return recompute_in_backward(self, self.activate_and_project, preactivations)
 
     def get_activations(self, hidden_states: Tensor) -> Tensor:
         """Return the output of the activation function, [B, N, intermediate]."""
         return linear_gelu(self.fc1, self.activation_fn, hidden_states)
 
-    def activate_and_project(self, expanded: Tensor) -> Tensor:
+    def activate_and_project(self, preactivations: Tensor) -> Tensor:
         """Apply the activation and the second linear layer, [B, N, intermediate] -> [B, N, D]."""
-        return self.project(self.activation_fn(expanded))
+        return self.project(self.activation_fn(preactivations))
 
 
 class CPUGLU(CPUKernel, ViTCLSGLU):
-    """ViTCLSGLU; autograd stores both linear outputs, but not the product of these outputs."""
+    """ViTCLSGLU with recomputation. Autograd stores the gate and the second factor, but not their product."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Apply the MLP, [B, N, D] -> [B, N, D]."""
         hidden_states = cast_for_autocast(hidden_states)
-        gate, expanded = self.gate_proj(hidden_states), self.up_proj(hidden_states)
-        return recompute_in_backward(self, self.activate_and_project, gate, expanded)
+        gate, up = self.gate_proj(hidden_states), self.up_proj(hidden_states)
+        return recompute_in_backward(self, self.activate_and_project, gate, up)
 
-    def activate_and_project(self, gate: Tensor, expanded: Tensor) -> Tensor:
-        """Apply the gate and the last linear layer to two tensors [B, N, intermediate]; return [B, N, D]."""
-        return self.project(self.activation_fn(gate) * expanded)
+    def activate_and_project(self, gate: Tensor, up: Tensor) -> Tensor:
+        """Apply the activation, gate and last linear layer to two tensors [B, N, intermediate]; return [B, N, D]."""
+        return self.project(self.activation_fn(gate) * up)
 
 
 class CPUAttention(CPUKernel, ViTCLSAttention):
@@ -204,13 +204,13 @@ KERNEL_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
 # Conditions ----------------------------------------------------------------------------------------------------------
 def can_use_onednn(linear: nn.Linear | nn.Conv2d, inputs: Tensor) -> bool:
     """Return whether oneDNN can be used and is faster. Return False under autocast, torch.func or a dispatch mode."""
-    min_work = MIN_WORK.get((inputs.dtype, torch.is_grad_enabled()))
-    if min_work is None or not inputs.is_cpu or is_capturing_graph() or not has_plain_parameters(linear):
+    min_multiplications = MIN_MULTIPLICATIONS.get((inputs.dtype, torch.is_grad_enabled()))
+    if min_multiplications is None or not inputs.is_cpu or is_capturing_graph() or not has_plain_parameters(linear):
         return False
     weight: Tensor = linear._parameters["weight"]  # type: ignore[assignment]
     return (
         weight.dtype == inputs.dtype
-        and inputs.numel() * len(weight) >= min_work
+        and inputs.numel() * len(weight) >= min_multiplications
         and is_onednn_enabled()
         and not (count_dispatch_modes() or torch.is_autocast_enabled("cpu") or is_functorch_active())
     )
@@ -254,13 +254,13 @@ def onednn_linear_autograd(inputs: Tensor, weight: Tensor, bias: Tensor | None) 
     """Return `inputs @ weight.T + bias` with gradients, computed by PyTorch if torch.func is active."""
     if is_functorch_active():
         return nn.functional.linear(inputs, weight, bias)
-    if torch.is_grad_enabled():  # false in `KernelLinear.forward`
-        return KernelLinear.apply(onednn_linear_autograd, inputs, weight, bias)
+    if torch.is_grad_enabled():  # false in `LinearFunction.forward`
+        return LinearFunction.apply(onednn_linear_autograd, inputs, weight, bias)
     return onednn_linear(inputs, weight, bias)
 
 
 def linear_gelu(linear: nn.Module, activation: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
-    """Return `activation(linear(inputs))`, [..., in] -> [..., out]. Without gradients, GELU is fused or in place."""
+    """Return `activation(linear(inputs))`, [..., in] -> [..., out]. Without gradients, GELU is fused or in-place."""
     if torch.is_grad_enabled() or not can_fuse_gelu(linear, activation) or is_capturing_graph():
         return activation(linear(inputs))
     if can_use_onednn(linear, inputs):  # type: ignore[arg-type]  # can_fuse_gelu has checked the type
@@ -285,17 +285,17 @@ def compute_linear_gradients(
         needs_grad: which of the three gradients to compute; the other gradients are None.
         grad: gradient of the output, [..., out].
     """
-    grad_rows, rows = grad.reshape(-1, grad.shape[-1]), inputs.reshape(-1, inputs.shape[-1])  # [n, out], [n, in]
+    grad_rows, input_rows = grad.reshape(-1, grad.shape[-1]), inputs.reshape(-1, inputs.shape[-1])  # [n, out], [n, in]
     input_grad = linear(grad, weight.t(), None) if needs_grad[0] else None
     weight_grad = None
     if needs_grad[1] and len(weight) <= weight.shape[1]:  # oneDNN is faster if the second argument has more rows
-        weight_grad = linear(grad_rows.t(), rows.t(), None)
+        weight_grad = linear(grad_rows.t(), input_rows.t(), None)
     elif needs_grad[1]:
-        weight_grad = linear(rows.t(), grad_rows.t(), None).t()
+        weight_grad = linear(input_rows.t(), grad_rows.t(), None).t()
     return input_grad, weight_grad, grad_rows.sum(0) if bias is not None and needs_grad[2] else None
 
 
-class KernelLinear(torch.autograd.Function):
+class LinearFunction(torch.autograd.Function):
     """A linear layer computed by `linear(inputs, weight, bias)` in the forward pass and all backward passes."""
 
     generate_vmap_rule = True
@@ -330,12 +330,12 @@ class OneDNNGELULinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         inputs, weight, bias = ctx.saved_tensors
         activations = nn.functional.gelu(inputs)
-        input_grad, *other_grads = compute_linear_gradients(
+        input_grad, *parameter_grads = compute_linear_gradients(
             onednn_linear_autograd, ctx.needs_input_grad, grad, activations, weight, bias
         )
         if input_grad is not None:
             input_grad = torch.ops.aten.gelu_backward(input_grad, inputs)
-        return input_grad, *other_grads
+        return input_grad, *parameter_grads
 
 
 def is_onednn_correct() -> bool:
@@ -348,22 +348,22 @@ def is_onednn_correct() -> bool:
     try:
         with torch.no_grad():
             return torch.allclose(onednn_linear(inputs, weight, None), inputs @ weight.T, atol=1e-5)
-    except Exception:  # on an untested processor or build, operators may fail in any way
+    except Exception:  # operators may raise any exception on untested processors
         return False
 
 
 # Minimum number of multiplications for which oneDNN is faster, by (dtype, whether gradients are enabled).
-MIN_WORK: dict[tuple[torch.dtype, bool], int] = {}
+MIN_MULTIPLICATIONS: dict[tuple[torch.dtype, bool], int] = {}
 HAS_ONEDNN = HAS_PRIVATE_NAMES and torch.backends.mkldnn.is_available() and onednn_pointwise is not None
 if HAS_ONEDNN and torch.backends.cpu.get_cpu_capability().startswith("AVX512") and is_onednn_correct():
-    MIN_WORK |= {(torch.float32, False): 1_500_000, (torch.float32, True): 8_000_000}
+    MIN_MULTIPLICATIONS |= {(torch.float32, False): 1_500_000, (torch.float32, True): 8_000_000}
     has_bfloat16 = HALF_PRECISION_CHECKS[torch.bfloat16]
     if has_bfloat16 is not None and has_bfloat16():
-        MIN_WORK[torch.bfloat16, False] = 0
+        MIN_MULTIPLICATIONS[torch.bfloat16, False] = 0
 
 
 # Half precision on CPUs without half-precision instructions ----------------------------------------------------------
-# On these CPUs, PyTorch multiplies half-precision numbers one by one, which takes 8 times as long as in float32.
+# On these CPUs, PyTorch multiplies half-precision numbers one by one, which is 8 times slower than float32.
 # Like PyTorch, these functions accumulate in float32. Tensors saved for the backward pass stay in half precision.
 
 EMULATED_DTYPES: set[torch.dtype] = set()
@@ -376,14 +376,14 @@ def is_emulated(inputs: Tensor) -> bool:
     return (
         bool(EMULATED_DTYPES)
         and inputs.is_cpu
-        and get_product_dtype(inputs) in EMULATED_DTYPES
+        and get_matmul_dtype(inputs) in EMULATED_DTYPES
         and not is_exporting()
         and is_onednn_enabled()
     )
 
 
-def get_product_dtype(inputs: Tensor) -> torch.dtype:
-    """Return the dtype in which linear layers multiply: the autocast dtype, or without autocast, the input dtype."""
+def get_matmul_dtype(inputs: Tensor) -> torch.dtype:
+    """Return the dtype of matrix products: the autocast dtype, or the input dtype if autocast is disabled."""
     if inputs.dtype == torch.float64 or not torch.is_autocast_enabled(inputs.device.type):
         return inputs.dtype
     return torch.get_autocast_dtype(inputs.device.type)
@@ -393,14 +393,14 @@ def cast_for_autocast(inputs: Tensor) -> Tensor:
     """Cast float32 inputs to the autocast dtype once, so that several projections share the copy."""
     if inputs.dtype != torch.float32 or inputs.is_meta or not torch.is_autocast_enabled(inputs.device.type):
         return inputs  # a cast to the same dtype would become part of exported programs
-    return inputs.to(get_product_dtype(inputs))
+    return inputs.to(get_matmul_dtype(inputs))
 
 
-def compute_in_float32(function: Callable[..., Tensor], first: Tensor, *others: Tensor | None) -> Tensor:
-    """Compute `function(first, *others)` in float32 from half-precision values; return a half-precision result."""
-    dtype = get_product_dtype(first)
+def compute_in_float32(function: Callable[..., Tensor], inputs: Tensor, *other_inputs: Tensor | None) -> Tensor:
+    """Compute `function(inputs, *other_inputs)` in float32 from half-precision inputs; return half precision."""
+    dtype = get_matmul_dtype(inputs)
     with torch.autocast("cpu", enabled=False):
-        return function(*(to_float32(tensor, dtype) for tensor in (first, *others))).to(dtype)
+        return function(*(to_float32(tensor, dtype) for tensor in (inputs, *other_inputs))).to(dtype)
 
 
 def to_float32(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -410,26 +410,26 @@ def to_float32(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 def linear_in_float32(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return `inputs @ weight.T + bias`, [..., in] and [out, in] -> [..., out], in the dtype of nn.Linear's output."""
-    dtype = get_product_dtype(inputs)
+    dtype = get_matmul_dtype(inputs)
     tensors = (inputs.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
-    return KernelLinear.apply(partial(compute_in_float32, nn.functional.linear), *tensors)
+    return LinearFunction.apply(partial(compute_in_float32, nn.functional.linear), *tensors)
 
 
 # Activation recomputation --------------------------------------------------------------------------------------------
 def recompute_in_backward(
-    module: nn.Module, function: Callable[..., Tensor], first: Tensor, *others: Tensor | None
+    module: nn.Module, function: Callable[..., Tensor], inputs: Tensor, *other_inputs: Tensor | None
 ) -> Tensor:
-    """Return `function(first, *others)`, but store only the inputs for the backward pass. Results are bit-identical.
+    """Return `function(inputs, *other_inputs)`, and recompute it in the backward pass. Results are bit-identical.
 
     Modules with hooks run the function normally, because recomputation would call a hook twice.
     """
-    if not can_recompute(first) or any(map(has_hooks, module.modules())):
-        return function(first, *others)
-    return checkpoint(function, first, *others, use_reentrant=False)
+    if not can_recompute(inputs) or any(map(has_hooks, module.modules())):
+        return function(inputs, *other_inputs)
+    return checkpoint(function, inputs, *other_inputs, use_reentrant=False)
 
 
 def can_recompute(inputs: Tensor) -> bool:
-    """Return whether gradients are required on a CPU. Recomputation was not measured on other devices.
+    """Return whether `inputs` requires gradients and recomputation is supported. Only CPUs were measured.
 
     Compilers choose what to recompute, and torch.func does not support recomputation.
     """
@@ -477,9 +477,9 @@ def sdpa_attention(
 def should_use_chunked_attention(query: Tensor, key: Tensor) -> bool:
     """Return whether chunked attention is faster than PyTorch's kernel, as measured in bfloat16 for short sequences.
 
-    Return False for exported programs, which may run on other CPUs, and compiled training, which stores all weights.
+    Return False in exported programs, which may run on other CPUs, and in compiled training, which stores all weights.
     """
-    if not query.is_cpu or query.dtype != torch.bfloat16 or not HAS_BFLOAT16_PRODUCTS or is_exporting():
+    if not query.is_cpu or query.dtype != torch.bfloat16 or not HAS_AVX512_BFLOAT16 or is_exporting():
         return False
     if key.shape[2] > MAX_CHUNKED_KEYS:
         return False
@@ -493,7 +493,7 @@ def chunked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | 
 
     The mask, [B or 1, heads or 1, n or 1, N] or None, is boolean (True: visible) or additive.
     """
-    if torch.compiler.is_compiling():  # compilers choose their own chunks
+    if torch.compiler.is_compiling():  # compilers split the computation themselves
         return attend(query * scaling, key, value, mask).contiguous()
     if not torch.is_grad_enabled():
         return attend_in_chunks(query, key, value, mask, scaling)
@@ -520,13 +520,11 @@ class ChunkedAttention(torch.autograd.Function):
         needs_mask_grad = ctx.needs_input_grad[3]
         grad = grad.transpose(1, 2).contiguous()  # [B, heads, n, d]
         chunks = split_batch(query.contiguous() * ctx.scaling, key.contiguous(), value.contiguous(), mask, grad)
-        grads = [compute_chunk_gradients(needs_mask_grad, *chunk) for chunk in chunks]
-        query_grad, key_grad, value_grad = (
-            torch.cat(chunk_grads).transpose(1, 2) for chunk_grads in list(zip(*grads, strict=True))[:3]
-        )
+        chunk_grads = [compute_chunk_gradients(needs_mask_grad, *chunk) for chunk in chunks]
+        *qkv_grads, mask_grads = zip(*chunk_grads, strict=True)
+        query_grad, key_grad, value_grad = (torch.cat(grads).transpose(1, 2) for grads in qkv_grads)
         mask_grad = None
         if needs_mask_grad:
-            mask_grads = [chunk[3] for chunk in grads]
             mask_grad = torch.stack(mask_grads).sum(0) if len(mask) == 1 else torch.cat(mask_grads)
         return query_grad * ctx.scaling, key_grad, value_grad, mask_grad, None
 
@@ -534,8 +532,8 @@ class ChunkedAttention(torch.autograd.Function):
 def attend_in_chunks(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
     """Compute the attention output [B, n, heads, d] chunk by chunk."""
     chunks = split_batch(query.contiguous() * scaling, key.contiguous(), value.contiguous(), mask)
-    first, *others = [attend(*chunk) for chunk in chunks]
-    return torch.cat([first, *others]) if others else first
+    outputs = [attend(*chunk) for chunk in chunks]
+    return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
 
 def get_chunk_size(query: Tensor, key: Tensor) -> int:
@@ -544,15 +542,15 @@ def get_chunk_size(query: Tensor, key: Tensor) -> int:
     return max(1, SCORES_PER_THREAD * torch.get_num_threads() // scores_per_image)
 
 
-def split_batch(query: Tensor, key: Tensor, *others: Tensor | None) -> Iterator[tuple[Any, ...]]:
-    """Yield the tensors for a few images at a time. Tensors that all images share are yielded unchanged."""
-    size, num_images = get_chunk_size(query, key), len(query)
-    if size >= num_images:
-        yield query, key, *others
+def split_batch(query: Tensor, key: Tensor, *tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
+    """Yield the tensors in chunks of a few images. Tensors that all images share are yielded unchanged."""
+    chunk_size, num_images = get_chunk_size(query, key), len(query)
+    if chunk_size >= num_images:
+        yield query, key, *tensors
         return
-    for start in range(0, num_images, size):
-        chunk = slice(start, start + size)
-        yield tuple(x if x is None or len(x) < num_images else x[chunk] for x in (query, key, *others))
+    for start in range(0, num_images, chunk_size):
+        images = slice(start, start + chunk_size)
+        yield tuple(x if x is None or len(x) < num_images else x[images] for x in (query, key, *tensors))
 
 
 def compute_attention_weights(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:

@@ -3,11 +3,11 @@
 
     JPEG file -> [3, H, W] uint8 -> resize -> center crop -> rescale and normalize, written into the batch
 
-`ViTCLSImageProcessor` uses this path for calls without keyword arguments, after the first call has checked the
-settings. The overhead of transformers (checks, grouping by shape, layout copies) takes as long as the image
-operations. Resizing and cropping are methods of the image processor; torchvision decodes JPEG files.
+`ViTCLSImageProcessor` uses this path for calls whose only keyword argument is `return_tensors="pt"`, after the first
+call has checked the settings. The overhead of transformers (checks, grouping by shape, layout copies) takes as long as
+the image operations. The image processor resizes and crops images; torchvision decodes JPEG files.
 
-This file does not use PyTorch's threads, which are slower than one thread for a single image on a busy machine. A
+Images are normalized with one thread, because several threads are slower for a single image on a busy machine. A
 list of files is read with `torch.get_num_threads()` Python threads, one image per thread.
 """
 
@@ -62,8 +62,8 @@ def read_jpeg_bytes(source: Any) -> bytearray | None:
         if not Path(source).is_file():  # opening a named pipe would block
             return None
         with Path(source).open("rb") as file:
-            start = file.read(len(JPEG_SIGNATURE))
-            return bytearray(start + file.read()) if start == JPEG_SIGNATURE else None
+            signature = file.read(len(JPEG_SIGNATURE))
+            return bytearray(signature + file.read()) if signature == JPEG_SIGNATURE else None
     except OSError:
         return None
 
@@ -88,7 +88,7 @@ def can_use_fast_path(processor: Any) -> bool:
 
 
 def resize_and_crop(processor: Any, pixels: Tensor) -> Tensor:
-    """Return one image [C, H, W] `uint8`, resized and cropped to [C, h, w] `uint8`."""
+    """Resize and crop one image [C, H, W] `uint8`; return [C, h, w] `uint8`."""
     if processor.do_resize:
         pixels = processor.resize(pixels, size=processor.size, resample=processor.resample)
     return processor.center_crop(pixels, processor.crop_size) if processor.do_center_crop else pixels
@@ -115,9 +115,9 @@ def scale_statistics(
 
 
 def map_in_threads(prepare: Callable[[Any], Tensor], sources: list[Any]) -> list[Tensor]:
-    """Return `prepare(source)` for each source, in order."""
+    """Return `prepare(source)` for each source, in order. Each thread prepares one source at a time."""
     num_threads = min(torch.get_num_threads(), len(sources))
     if num_threads == 1:
         return [prepare(source) for source in sources]
-    with ThreadPoolExecutor(num_threads) as pool:
-        return list(pool.map(prepare, sources))
+    with ThreadPoolExecutor(num_threads) as executor:
+        return list(executor.map(prepare, sources))

@@ -35,18 +35,18 @@ class TokenPooler(nn.Module):
         self.cls_tokens = config.token_layout.cls if config.pooled_cls_tokens is None else config.pooled_cls_tokens
         self.patches = config.token_layout.patches
 
-    def forward(self, sequence: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor) -> Tensor:
         if self.pooling == "cls":
-            return self.pool_cls(sequence)
-        patches = sequence[:, self.patches]
+            return self.pool_cls(hidden_states)
+        patches = hidden_states[:, self.patches]
         if self.pooling == "max":
             return patches.amax(dim=1)
         mean = patches.mean(dim=1)
-        return mean if self.pooling == "mean" else torch.cat([self.pool_cls(sequence), mean], dim=-1)
+        return mean if self.pooling == "mean" else torch.cat([self.pool_cls(hidden_states), mean], dim=-1)
 
-    def pool_cls(self, sequence: Tensor) -> Tensor:
+    def pool_cls(self, hidden_states: Tensor) -> Tensor:
         """Return the first, the mean or the concatenation of the pooled CLS tokens."""
-        tokens = sequence[:, self.cls_tokens]  # [B, k, D]
+        tokens = hidden_states[:, self.cls_tokens]  # [B, k, D]
         if self.cls_pooling == "first":
             return tokens[:, 0]
         return tokens.mean(dim=1) if self.cls_pooling == "mean" else tokens.flatten(1)
@@ -56,7 +56,7 @@ class TokenPooler(nn.Module):
 
 
 class AttentionPooler(nn.Module):
-    """Attention pooling with a learned query, then an optional MLP. [B, N, D] -> [B, D] (MAP, arXiv 2106.04560)."""
+    """Attention pooling with a learned query and an optional MLP. [B, N, D] -> [B, D] (MAP, arXiv 2106.04560)."""
 
     def __init__(self, config: ViTCLSConfig) -> None:
         super().__init__()
@@ -70,16 +70,16 @@ class AttentionPooler(nn.Module):
         self.o_proj = nn.Linear(width, width)
         self.transform = PooledMLP(config) if config.attention_pool_mlp else None
 
-    def forward(self, sequence: Tensor) -> Tensor:
-        tokens = sequence[:, self.tokens]  # [B, N', D]: patches, or all tokens
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        tokens = hidden_states[:, self.tokens]  # [B, N', D]: patches, or all tokens
         query, key, value = self.q_proj(self.probe), self.k_proj(tokens), self.v_proj(tokens)
         query, key, value = (
             states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for states in (query, key, value)
         )  # query [1, heads, 1, head_dim], key and value [B, heads, N', head_dim]
-        query = query.expand(sequence.shape[0], -1, -1, -1)
+        query = query.expand(hidden_states.shape[0], -1, -1, -1)
         attn_output = nn.functional.scaled_dot_product_attention(query, key, value)  # [B, heads, 1, head_dim]
-        pooled: Tensor = self.o_proj(attn_output.transpose(1, 2).flatten(1))  # [B, D]
-        return pooled if self.transform is None else self.transform(pooled)
+        pooled_output: Tensor = self.o_proj(attn_output.transpose(1, 2).flatten(1))  # [B, D]
+        return pooled_output if self.transform is None else self.transform(pooled_output)
 
 
 class PooledMLP(nn.Module):
@@ -93,8 +93,8 @@ class PooledMLP(nn.Module):
         self.activation_fn = ACT2FN[config.hidden_act]
         self.fc2 = nn.Linear(hidden_size, config.hidden_size)
 
-    def forward(self, pooled: Tensor) -> Tensor:
-        return pooled + self.fc2(self.activation_fn(self.fc1(self.layernorm(pooled))))
+    def forward(self, pooled_output: Tensor) -> Tensor:
+        return pooled_output + self.fc2(self.activation_fn(self.fc1(self.layernorm(pooled_output))))
 
 
 def build_pooler(config: ViTCLSConfig) -> nn.Module:
@@ -121,7 +121,7 @@ def build_head(config: ViTCLSConfig, in_features: int, num_labels: int | None) -
 
 
 def combine_logits(cls_logits: Tensor, distillation_logits: Tensor, distillation_inference: str) -> Tensor:
-    """Return the logits that `config.distillation_inference` selects: the logits of one head, or the mean of both."""
+    """Return the logits that `config.distillation_inference` selects: the logits of one head, or the mean logits."""
     if distillation_inference == "mean":
         return (cls_logits + distillation_logits) / 2
     return cls_logits if distillation_inference == "cls" else distillation_logits
@@ -179,7 +179,7 @@ def compute_classification_loss(
         loss_sum = nn.functional.binary_cross_entropy_with_logits(logits.float(), labels.float(), reduction="sum")
         return loss_sum / num_items
     if not labels.is_floating_point():
-        return cross_entropy(logits, labels, num_items_in_batch)
+        return compute_cross_entropy(logits, labels, num_items_in_batch)
     if problem_type is None:
         raise ValueError(
             'float labels require config.problem_type: "single_label_classification" for class probabilities '
@@ -190,8 +190,8 @@ def compute_classification_loss(
     return loss_sum * labels.shape[-1] / num_items  # num_items is B * C, so the result is the mean over images
 
 
-def cross_entropy(
-    logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None, task: str = "the model"
+def compute_cross_entropy(
+    logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None, name: str = "the model"
 ) -> Tensor:
     """Return the cross-entropy of logits [B, C] and class indices [B], ignoring -100; 0 if all indices are -100.
 
@@ -202,12 +202,12 @@ def cross_entropy(
         raise ValueError(
             f"labels have shape {list(labels.shape)}, but there are {logits.shape[0]} images: pass one index per image"
         )
-    labels = labels.reshape(-1).long()
+    labels = labels.reshape(-1).to(logits.device, torch.long)
     try:
         loss_sum = nn.functional.cross_entropy(logits.float(), labels, ignore_index=IGNORED_LABEL, reduction="sum")
     except IndexError as error:
         num_labels = logits.shape[-1]
-        message = f"unknown label id: {task} has {num_labels} labels, 0 to {num_labels - 1}. {error}"
+        message = f"unknown label id: {name} has {num_labels} labels, 0 to {num_labels - 1}. {error}"
         raise ValueError(message) from error
     if num_items_in_batch is not None:
         return loss_sum / num_items_in_batch
@@ -222,7 +222,7 @@ def check_label_shape(labels: Tensor, logits: Tensor) -> None:
         )
 
 
-def masked_pixel_loss(
+def compute_masked_pixel_loss(
     reconstruction: Tensor, pixel_values: Tensor, bool_masked_pos: Tensor, config: ViTCLSConfig
 ) -> Tensor:
     """Return the mean loss over the masked pixels, in float32.
@@ -240,9 +240,9 @@ def masked_pixel_loss(
         correction = int(target.shape[-1] > 1)
         variance, mean = torch.var_mean(target, dim=-1, keepdim=True, correction=correction)
         target = (target - mean) / (variance + 1e-6).sqrt()
-    distance = (predictions - target).abs() if config.mim_loss == "l1" else (predictions - target) ** 2
-    mask = bool_masked_pos.bool().to(distance.dtype)
-    return (distance.mean(dim=-1) * mask).sum() / mask.sum().clamp(min=1)
+    pixel_losses = (predictions - target).abs() if config.mim_loss == "l1" else (predictions - target) ** 2
+    mask = bool_masked_pos.bool().to(pixel_losses.dtype)
+    return (pixel_losses.mean(dim=-1) * mask).sum() / mask.sum().clamp(min=1)
 
 
 def split_into_patches(pixels: Tensor, config: ViTCLSConfig) -> Tensor:

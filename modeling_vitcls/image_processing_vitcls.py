@@ -54,7 +54,7 @@ from .fast_image_processing_vitcls import (
 )
 
 
-# `auto_map` entries of both backends (torchvision, PIL). By default, `save_pretrained` writes only the saved class.
+# `auto_map` of both backends (torchvision, PIL). By default, transformers saves only the class of the saved processor.
 AUTO_MAP = {
     "AutoImageProcessor": {
         "torchvision": "image_processing_vitcls.ViTCLSImageProcessor",
@@ -170,7 +170,7 @@ class ViTCLSBaseImageProcessor(BaseImageProcessor):
         """Return a flat list of images. Unlike transformers, this class accepts grayscale arrays [H, W]."""
         single_images = list(flatten_images(self.fetch_images(images)))
         if not single_images:
-            raise ValueError("no images were given: the list is empty")
+            raise ValueError("the list of images is empty: pass one or more images")
         return single_images
 
     def _standardize_kwargs(  # type: ignore[override]
@@ -178,7 +178,7 @@ class ViTCLSBaseImageProcessor(BaseImageProcessor):
     ) -> dict[str, Any]:
         """Return the settings in canonical form. transformers calls this method in `__init__` and `preprocess`."""
         for name, value in (("size", size), ("crop_size", crop_size)):
-            if isinstance(value, list | tuple) and len(value) != 2:  # transformers would ignore further items
+            if isinstance(value, list | tuple) and len(value) != 2:  # transformers would ignore the remaining elements
                 raise ValueError(f"{name} must be [height, width] if it is a list, but it is {list(value)}")
         settings = super()._standardize_kwargs(size=size, crop_size=crop_size, **kwargs)
         check_sizes(settings)
@@ -212,9 +212,9 @@ class ViTCLSImageProcessor(ViTCLSBaseImageProcessor, TorchvisionBackend):  # typ
           clipped. Other arrays must contain values from 0 to 255, or any floats if `do_rescale=False`. PIL's float
           mode `F` has no defined range and raises an error.
         - Channels, `do_convert_rgb=True`: All modes are converted to RGB. Transparent images are composited on white.
-        - Channels, `do_convert_rgb=False`: Gray images have 1 channel (composited on white), color images have 3, and
-          transparent color images have 4; arrays are unchanged. `image_mean` and `image_std` require one value per
-          channel. For a model with `num_channels=1`, set `do_convert_rgb=False, image_mean=[0.5], image_std=[0.5]`.
+        - Channels, `do_convert_rgb=False`: Gray images are composited on white and have 1 channel. Color images have 3
+          channels, or 4 channels with transparency. Arrays are unchanged. `image_mean` and `image_std` require one
+          value per channel. For `num_channels=1`, set `do_convert_rgb=False, image_mean=[0.5], image_std=[0.5]`.
 
     `ViTCLSImageProcessorPil` returns the same values up to floating-point rounding if images are not resized. With
     bilinear or bicubic resizing, values differ by at most 2 of 255 gray levels (mean: 0.05) for photographs, and by at
@@ -229,7 +229,7 @@ class ViTCLSImageProcessor(ViTCLSBaseImageProcessor, TorchvisionBackend):  # typ
         do_center_crop (`bool`, *optional*): Whether to crop the center of the image to `crop_size`.
         crop_size (`dict` or `int`, *optional*): Crop size in pixels, at most the size after resizing.
         crop_rounding (`"down"` or `"even"`, defaults to `"down"`): Rounding of crop margins that are not whole pixels:
-            down as in transformers, or half to even as in torchvision and timm. A call cannot override this setting.
+            down as in transformers, or half to even as in torchvision and timm. Calls cannot override this setting.
         do_rescale (`bool`, defaults to `True`): Whether to multiply by `rescale_factor` (False for floats in [0, 1]).
         rescale_factor (`float`, defaults to 1/255): Factor by which pixel values are multiplied.
         do_normalize (`bool`, defaults to `True`): Whether to subtract `image_mean` and divide by `image_std`.
@@ -264,8 +264,8 @@ class ViTCLSImageProcessor(ViTCLSBaseImageProcessor, TorchvisionBackend):  # typ
 
     def _fast_preprocess(self, images: list[Any]) -> BatchFeature:
         """Return the output of `preprocess` for checked settings that the fast path supports."""
-        are_sources = all(isinstance(image, SOURCE_TYPES) for image in images)
-        tensors = map_in_threads(self._load_image, images) if are_sources else list(map(self._load_image, images))
+        has_only_sources = all(isinstance(image, SOURCE_TYPES) for image in images)
+        tensors = map_in_threads(self._load_image, images) if has_only_sources else list(map(self._load_image, images))
         check_same_shape(tensors)
         return BatchFeature(data={"pixel_values": normalize_batch(self, tensors)})
 
@@ -299,12 +299,12 @@ def read_image(source: ImageSource) -> PIL.Image.Image:
     """
     file: str | BytesIO
     if isinstance(source, bytes | bytearray):
-        file, name = BytesIO(source), f"{len(source)} bytes"
+        file, source_name = BytesIO(source), f"{len(source)} bytes"
     elif str(source).startswith(URL_PREFIXES):
-        name = shorten_text(str(source))
-        file = BytesIO(read_url(str(source), name))
+        source_name = shorten_text(str(source))
+        file = BytesIO(read_url(str(source), source_name))
     else:
-        file, name = os.fspath(source), shorten_text(os.fspath(source))
+        file, source_name = os.fspath(source), shorten_text(os.fspath(source))
     try:
         if isinstance(file, str) and Path(file).exists() and not Path(file).is_file():  # opening a pipe would block
             raise OSError("it is not a regular file")
@@ -312,9 +312,9 @@ def read_image(source: ImageSource) -> PIL.Image.Image:
             return PIL.ImageOps.exif_transpose(image)
     except PIL.UnidentifiedImageError as error:  # PIL's message contains the repr of a BytesIO object
         reason = f"it is not an image in a supported format ({', '.join(get_image_formats())})"
-        raise ValueError(f"cannot read an image from {name}: {reason}") from error
+        raise ValueError(f"cannot read an image from {source_name}: {reason}") from error
     except Exception as error:  # Pillow's decoders raise almost any exception for damaged data
-        raise ValueError(f"cannot read an image from {name}: {get_first_line(error)}") from error
+        raise ValueError(f"cannot read an image from {source_name}: {get_first_line(error)}") from error
 
 
 @cache
@@ -324,7 +324,7 @@ def get_image_formats() -> tuple[str, ...]:
     return tuple(name for name in IMAGE_FORMATS if name in PIL.Image.OPEN)
 
 
-def read_url(url: str, name: str) -> bytes:
+def read_url(url: str, source_name: str) -> bytes:
     """Return the contents of an `http`, `https` or base64 `data` URL."""
     try:
         if url.startswith("data:"):
@@ -332,7 +332,7 @@ def read_url(url: str, name: str) -> bytes:
         response = get_session().get(url, follow_redirects=True, timeout=DOWNLOAD_TIMEOUT)
         response.raise_for_status()
     except Exception as error:  # the type of the exception depends on the version of huggingface_hub
-        raise ValueError(f"cannot fetch the image at {name}: {get_first_line(error)}") from error
+        raise ValueError(f"cannot fetch the image at {source_name}: {get_first_line(error)}") from error
     return response.content
 
 
@@ -395,7 +395,7 @@ def pil_to_tensor(image: PIL.Image.Image, to_rgb: bool) -> Tensor:
 def pil_to_array(image: PIL.Image.Image) -> np.ndarray:
     """Return the values of a PIL image: [H, W] for gray, [H, W, 3] for color, [H, W, 4] with transparency."""
     if image.mode == "F":
-        raise ValueError("mode F has no defined range: convert the image, or pass an array with do_rescale=False")
+        raise ValueError("mode F has no fixed range: convert to mode L, or pass an array with do_rescale=False")
     if image.mode.startswith("I"):
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
@@ -426,7 +426,7 @@ def to_channels_first(image: Tensor, data_format: str | ChannelDimension | None)
 def to_uint8(pixels: Tensor, do_rescale: bool) -> Tensor:
     """Convert pixels [C, H, W] of any type to `uint8` from 0 to 255, or to `float32` for floats without rescaling.
 
-    The two backends resize `uint8` images in the same way, but images of other types differently.
+    The results of the two backends are almost equal for `uint8` images, but not for images of other types.
     """
     if pixels.dtype is torch.uint8:
         return pixels
@@ -483,7 +483,7 @@ def cast_setting(name: str, value: Any) -> Any:
     if isinstance(value, SizeDict):
         return dict(value)
     if name in FLOAT_SETTINGS and isinstance(value, list | tuple):
-        return [cast_setting(name, item) for item in value]
+        return [cast_setting(name, element) for element in value]
     return float(value) if name in FLOAT_SETTINGS and type(value) is int else value
 
 
@@ -497,30 +497,30 @@ def check_setting_names(keywords: dict[str, Any] | ImagesKwargs) -> None:
 
 def check_sizes(settings: dict[str, Any]) -> None:
     """Raise ValueError for sizes that the backends do not support, and for a crop larger than the resized image."""
-    size, crop = (size_to_dict(settings[name], name) for name in ("size", "crop_size"))
+    size, crop_size = (size_to_dict(settings[name], name) for name in ("size", "crop_size"))
     if settings.get("do_resize") and size:
         if not any(set(size) == set(keys) for keys in SIZE_KEYS):
             supported_sizes = " or ".join("{" + ", ".join(keys) + "}" for keys in SIZE_KEYS)
             raise ValueError(f"cannot resize to size {size}: use {supported_sizes}")
         if "longest_edge" in size and size["longest_edge"] < size["shortest_edge"]:
-            raise ValueError(f"the longest_edge of size {size} is less than its shortest_edge")
+            raise ValueError(f"the longest_edge of size {size} is less than its shortest_edge: increase longest_edge")
     if settings.get("do_center_crop"):
-        if set(crop) != {"height", "width"}:
-            raise ValueError(f"do_center_crop requires a crop_size with height and width, but crop_size is {crop}")
+        if set(crop_size) != {"height", "width"}:
+            raise ValueError(f"do_center_crop requires a crop_size with height and width, not {crop_size}")
         for edge in ("height", "width") if settings.get("do_resize") else ():
             resized_edge = size.get(edge) or size.get("shortest_edge")
-            if resized_edge and crop[edge] > resized_edge:  # transformers would pad with black
-                raise ValueError(f"crop_size {crop} is larger than an image resized to {size}: reduce crop_size")
+            if resized_edge and crop_size[edge] > resized_edge:  # transformers would pad with black
+                raise ValueError(f"crop_size {crop_size} is larger than an image resized to {size}: reduce crop_size")
 
 
 def size_to_dict(size: SizeDict | None, name: str) -> dict[str, int]:
     """Return a size as a dict (empty for None). Raise ValueError unless all values are positive integers."""
     if size is None:
         return {}
-    pixels = dict(size)
-    if not pixels or any(type(value) is not int or value < 1 for value in pixels.values()):
-        raise ValueError(f"{name} must contain positive integers (pixels), but {name} is {pixels}")
-    return pixels
+    size_dict = dict(size)
+    if not size_dict or any(type(value) is not int or value < 1 for value in size_dict.values()):
+        raise ValueError(f"{name} must contain positive integers (pixels), but {name} is {size_dict}")
+    return size_dict
 
 
 def check_same_shape(images: list[Any]) -> None:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The models. Data flows through a model in one direction:
+"""The models, with the data flow of a forward pass:
 
     pixel_values -> embeddings -> layers -> layernorm -> pooler -> classifier -> loss
 
-    ViTCLSModel                        the encoder, whose output provides the tokens by name
+    ViTCLSModel                        the encoder; its output contains the tokens of each group
     ViTCLSForImageClassification       one classifier, and a second classifier for distillation tokens
     ViTCLSForMultiTaskClassification   one CLS token, one classifier and one loss per task
     ViTCLSForMaskedImageModeling       reconstruction of masked patches
@@ -43,11 +43,11 @@ from .heads_vitcls import (
     build_pooler,
     combine_logits,
     compute_classification_loss,
-    cross_entropy,
-    masked_pixel_loss,
+    compute_cross_entropy,
+    compute_masked_pixel_loss,
 )
-from .positions_vitcls import MixedRotaryPositions, build_rotary_positions
-from .token_attention_vitcls import SPECIAL_TOKENS, Layers, compute_token_attention
+from .positions_vitcls import MixedRotaryEmbeddings, build_rotary_embeddings
+from .token_attention_vitcls import SPECIAL_TOKEN_GROUPS, LayerIndices, compute_token_attention
 from .variants_vitcls import (
     LAYER_CLASSES,
     MergingLayer,
@@ -86,7 +86,7 @@ class ViTCLSModelOutput(BaseModelOutputWithPooling):
                 "tokens requires an output that the model returned, but this output was rebuilt from tensors: slice "
                 "last_hidden_state with config.token_layout"
             )
-        return {name: self.last_hidden_state[:, group] for name, group in self.token_layout.items()}
+        return {group: self.last_hidden_state[:, tokens] for group, tokens in self.token_layout.items()}
 
 
 @dataclass
@@ -95,7 +95,7 @@ class ViTCLSImageClassifierOutput(ModelOutput):
 
     Attributes:
         loss: the loss (see `ViTCLSForImageClassification.forward`), if labels were given.
-        logits: [B, num_labels], the prediction of the model (`config.distillation_inference`).
+        logits: [B, num_labels], the logits selected by `config.distillation_inference`.
         cls_logits: [B, num_labels], the output of the classifier on the pooled tokens.
         distillation_logits: [B, num_labels], the output of the distillation classifier, if the model has one.
         hidden_states, attentions: as in `ViTCLSModelOutput`.
@@ -175,13 +175,13 @@ class ViTCLSPreTrainedModel(AdaptableModel):
             init.constant_(module.lambda1, module.init_value)
         elif isinstance(module, AttentionPooler):
             init.trunc_normal_(module.probe, mean=0.0, std=std)
-        elif isinstance(module, MixedRotaryPositions):
+        elif isinstance(module, MixedRotaryEmbeddings):
             init.copy_(module.frequencies, module.get_initial_frequencies())
         elif isinstance(module, RelativePositionBias):
             init.zeros_(module.tables)
         elif isinstance(module, ViTCLSDifferentialAttention):
-            init.constant_(module.second_share, module.INITIAL_SHARE)
-            init.constant_(module.head_norm.weight, 1 - module.INITIAL_SHARE)
+            init.constant_(module.second_share, module.LAMBDA_INIT)
+            init.constant_(module.head_norm.weight, 1 - module.LAMBDA_INIT)
         elif isinstance(module, TokenGates):
             init.constant_(module.gates, module.CLOSED)
         else:
@@ -195,8 +195,8 @@ class ViTCLSPreTrainedModel(AdaptableModel):
     def token_attention(
         self,
         pixel_values: Tensor,
-        tokens: Sequence[str] = SPECIAL_TOKENS,
-        layers: Layers = "all",
+        tokens: Sequence[str] = SPECIAL_TOKEN_GROUPS,
+        layers: LayerIndices = "all",
         attention_mask: Tensor | None = None,
     ) -> Tensor:
         """Return the attention weights of the special tokens, for any attention implementation.
@@ -221,7 +221,7 @@ class ViTCLSPreTrainedModel(AdaptableModel):
 
     @torch.no_grad()
     def flops(self, image_size: int | Sequence[int] | None = None, batch_size: int = 1) -> int:
-        """Return the FLOPs of a forward pass, counted by `torch.utils.flop_counter` on a copy without weights.
+        """Return the FLOPs of a forward pass, counted by `torch.utils.flop_counter` on the meta device.
 
         The count includes matrix products and convolutions; a multiply-add counts as two. The count of the last layer
         includes only the computed tokens. `image_size` is in pixels and defaults to `config.image_size`.
@@ -251,14 +251,14 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
     def __init__(self, config: ViTCLSConfig, add_pooling_layer: bool = True) -> None:
         super().__init__(config)
         layer_class, attention_class = get_layer_classes(config)  # ViTCLSLayer and ViTCLSAttention by default
-        last_index = max(config.num_hidden_layers - 1, 1)
+        last_layer_index = max(config.num_hidden_layers - 1, 1)
         self.embeddings = ViTCLSEmbeddings(config)
-        self.rotary_positions = build_rotary_positions(config)
+        self.rotary_positions = build_rotary_embeddings(config)
         self.view = RelativePositionBias(config) if config.relative_position_bias != "none" else None
         self.gates = TokenGates(config) if config.gated_tokens else None
         self.patch_dropout = PatchDropout(config) if config.patch_drop_rate > 0 else None
         self.layers = nn.ModuleList(
-            layer_class(config, config.drop_path_rate * index / last_index, attention_class)
+            layer_class(config, config.drop_path_rate * index / last_layer_index, attention_class)
             for index in range(config.num_hidden_layers)
         )
         add_register_neurons(self.layers, config)
@@ -272,7 +272,7 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
         pixel_values: Tensor,
         bool_masked_pos: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        num_tokens_read: int | None = None,
+        num_output_tokens: int | None = None,
         interpolate_pos_encoding: bool = True,
         **kwargs: Unpack[TransformersKwargs],
     ) -> ViTCLSModelOutput:
@@ -282,7 +282,7 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
             pixel_values: [B, C, H, W]; images of any size with at least one patch.
             bool_masked_pos: [B, rows * columns]; True for patches that are replaced by the mask token.
             attention_mask: [B, N] for all tokens, special tokens first; 1 for visible tokens, 0 for masked tokens.
-            num_tokens_read: number of special tokens to compute in the last layer and to return. Default: all tokens.
+            num_output_tokens: number of special tokens to compute in the last layer and return. Default: all tokens.
             interpolate_pos_encoding: has no effect, because positions are always interpolated to the image size.
             output_hidden_states, output_attentions, return_dict: as in all transformers models.
 
@@ -307,11 +307,11 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
         if self.patch_dropout is not None:
             hidden_states, mask, position_embeddings = self.patch_dropout(hidden_states, mask, position_embeddings)
 
-        hidden_states = self.run_layers(hidden_states, mask, position_embeddings, num_tokens_read, **kwargs)
+        hidden_states = self.run_layers(hidden_states, mask, position_embeddings, num_output_tokens, **kwargs)
         if self.layernorm is not None:
             hidden_states = self.layernorm(hidden_states)  # [B, N, D]
-        pooled = self.pooler(hidden_states) if self.pooler is not None else None  # [B, P]
-        output = ViTCLSModelOutput(last_hidden_state=hidden_states, pooler_output=pooled)
+        pooler_output = self.pooler(hidden_states) if self.pooler is not None else None  # [B, P]
+        output = ViTCLSModelOutput(last_hidden_state=hidden_states, pooler_output=pooler_output)
         output.token_layout = self.config.token_layout  # type: ignore[misc]  # set on this instance
         return output
 
@@ -320,18 +320,18 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
         hidden_states: Tensor,
         mask: Any,
         position_embeddings: Any,
-        num_tokens_read: int | None,
+        num_output_tokens: int | None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> Tensor:
-        """Run the layers. Return hidden states [B, N, D], or [B, num_tokens_read, D] if `num_tokens_read` is set."""
+        """Run the layers. Return hidden states [B, N or num_output_tokens, D]."""
         if self.config.merged_patches_per_layer:
-            return run_merging_layers(self.layers, hidden_states, mask, num_tokens_read, **kwargs)
+            return run_merging_layers(self.layers, hidden_states, mask, num_output_tokens, **kwargs)
         for index, layer in enumerate(self.layers):
             hidden_states = layer(
                 hidden_states,
                 mask[index] if isinstance(mask, list) else mask,
                 position_embeddings[index] if isinstance(position_embeddings, list) else position_embeddings,
-                num_tokens_read if index == len(self.layers) - 1 else None,
+                num_output_tokens if index == len(self.layers) - 1 else None,
                 **kwargs,
             )
         return hidden_states
@@ -387,8 +387,8 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
             labels, num_items_in_batch: as in `compute_classification_loss`.
             pixel_values, attention_mask and other arguments: as in `ViTCLSModel.forward`.
         """
-        num_tokens_read = get_num_tokens_read(self.vitcls, kwargs)
-        outputs = self.vitcls(pixel_values, attention_mask=attention_mask, num_tokens_read=num_tokens_read, **kwargs)
+        num_tokens = get_num_output_tokens(self.vitcls, kwargs)
+        outputs = self.vitcls(pixel_values, attention_mask=attention_mask, num_output_tokens=num_tokens, **kwargs)
         logits = cls_logits = self.classifier(outputs.pooler_output)  # [B, num_labels]
         distillation_logits = None
         if self.distillation_classifier is not None:
@@ -444,16 +444,16 @@ class ViTCLSForMultiTaskClassification(ViTCLSPreTrainedModel):
         """Classify images for every task.
 
         Args:
-            labels: dict from task names to class indices [B]. Tasks may be missing. Labels of -100 are ignored.
+            labels: dict from task names to class indices [B]. Tasks may be omitted. Labels of -100 are ignored.
 
         Raises:
             ValueError: if a task is unknown, or if a label is not a class index of the task.
         """
-        num_tokens_read = get_num_tokens_read(self.vitcls, kwargs)
-        outputs = self.vitcls(pixel_values, attention_mask=attention_mask, num_tokens_read=num_tokens_read, **kwargs)
+        num_tokens = get_num_output_tokens(self.vitcls, kwargs)
+        outputs = self.vitcls(pixel_values, attention_mask=attention_mask, num_output_tokens=num_tokens, **kwargs)
         cls_tokens = outputs.last_hidden_state[:, self.config.token_layout.cls].unbind(dim=1)  # [B, D] each
-        tasks = zip(self.config.task_labels(), self.classifiers.values(), cls_tokens, strict=True)
-        logits = {name: classifier(token) for name, classifier, token in tasks}
+        classifiers = zip(self.config.task_labels(), self.classifiers.values(), cls_tokens, strict=True)
+        logits = {name: classifier(token) for name, classifier, token in classifiers}
         loss = losses = None
         if labels is not None:
             losses = self.compute_losses(logits, labels)
@@ -471,17 +471,17 @@ class ViTCLSForMultiTaskClassification(ViTCLSPreTrainedModel):
         for name, task_logits in logits.items():
             task_labels = labels.get(name)
             if task_labels is None:
-                task_labels = torch.full((task_logits.shape[0],), IGNORED_LABEL)  # gives all parameters a gradient
-            losses[name] = cross_entropy(task_logits, task_labels.to(task_logits.device), task=f"task {name!r}")
+                task_labels = torch.full((task_logits.shape[0],), IGNORED_LABEL)  # for gradients of all parameters
+            losses[name] = compute_cross_entropy(task_logits, task_labels, name=f"task {name!r}")
         return losses
 
 
-def get_num_tokens_read(encoder: ViTCLSModel, kwargs: Mapping[str, Any]) -> int | None:
+def get_num_output_tokens(encoder: ViTCLSModel, kwargs: Mapping[str, Any]) -> int | None:
     """Return the number of tokens that the last layer must compute for the classifiers; None for all tokens.
 
-    Special tokens come first, so slices of `token_layout` stay valid. All tokens are computed if the classifiers read
-    patches, if the last layer writes to a register, if hidden states or attentions are requested, if the attention is
-    neither SDPA nor eager, or if a recorder or hook on the encoder, last layer or final norm may read all tokens.
+    Special tokens come first, so the slices of `token_layout` remain valid. Return None if the pooling uses patches,
+    the attention is neither SDPA nor eager, the last layer has register neurons, hidden states or attentions are
+    requested, or a recorder or hook may access all tokens.
     """
     config = encoder.config
     if config.pooling != "cls" or config._attn_implementation not in ("sdpa", "eager"):
@@ -541,7 +541,7 @@ class ViTCLSForMaskedImageModeling(ViTCLSPreTrainedModel):
         reconstruction = self.decoder(outputs.last_hidden_state[:, self.config.token_layout.patches], grid_size)
         loss = None
         if bool_masked_pos is not None:
-            loss = masked_pixel_loss(reconstruction, pixel_values, bool_masked_pos, self.config)
+            loss = compute_masked_pixel_loss(reconstruction, pixel_values, bool_masked_pos, self.config)
         return MaskedImageModelingOutput(
             loss=loss,
             reconstruction=reconstruction,
@@ -586,8 +586,8 @@ class ViTCLSBackbone(BackboneMixin, ViTCLSModel):  # type: ignore[misc]  # num_f
 
     def get_feature_map(self, hidden_states: Tensor, stage: str, grid_size: tuple[int, int]) -> Tensor:
         """Return the feature map of a stage with hidden states [B, N, D]."""
-        is_last = stage == self.stage_names[-1]
-        if self.layernorm is not None and (self.config.apply_layernorm or is_last):
+        is_last_stage = stage == self.stage_names[-1]
+        if self.layernorm is not None and (self.config.apply_layernorm or is_last_stage):
             hidden_states = self.layernorm(hidden_states)
         patches: Tensor = hidden_states[:, self.config.token_layout.patches]
         if not self.config.reshape_hidden_states:

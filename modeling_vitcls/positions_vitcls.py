@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rotary positions, and resampling of learned weights that depend on the patch grid or the patch size.
+"""Rotary position embeddings, and resampling of learned weights that depend on the patch grid or the patch size.
 
-    rotary positions     (cos, sin) for queries and keys of the patches; special tokens are not rotated
-    learned positions    resampled to another patch grid
-    patch kernels        resized to another patch size
+    rotary position embeddings     (cos, sin) for queries and keys of the patches; special tokens are not rotated
+    learned position embeddings    resampled to another patch grid
+    patch kernels                  resized to another patch size
 
-Learned and sin-cos positions are added to the patches in blocks_vitcls.py.
+Learned and sin-cos position embeddings are added to the patches in blocks_vitcls.py.
 """
 
 import math
@@ -20,39 +20,37 @@ from .configuration_vitcls import ViTCLSConfig
 PositionEmbeddings = tuple[Tensor, Tensor]
 
 
-# Rotary positions ----------------------------------------------------------------------------------------------------
-def build_rotary_positions(config: ViTCLSConfig) -> "AxialRotaryPositions | MixedRotaryPositions | None":
-    """Build the rotary positions for `config.position_embedding_type`, or return None if nothing is rotated."""
+# Rotary position embeddings ------------------------------------------------------------------------------------------
+def build_rotary_embeddings(config: ViTCLSConfig) -> "AxialRotaryEmbeddings | MixedRotaryEmbeddings | None":
+    """Build the rotary position embeddings; return None if `config.position_embedding_type` is not rotary."""
     if not config.has_rotary_positions:
         return None
     if config.position_embedding_type.endswith("rope_mixed"):
-        return MixedRotaryPositions(config)
-    return AxialRotaryPositions(config)
+        return MixedRotaryEmbeddings(config)
+    return AxialRotaryEmbeddings(config)
 
 
-class AxialRotaryPositions(nn.Module):
-    """Rotary positions with half of the channels for rows and half for columns (DINOv3, arXiv 2508.10104; EVA-02)."""
+class AxialRotaryEmbeddings(nn.Module):
+    """Rotary embeddings with half of the channels for rows and half for columns (DINOv3, arXiv 2508.10104; EVA-02)."""
 
     def __init__(self, config: ViTCLSConfig) -> None:
         super().__init__()
         self.config = config
         self.theta = float(config.rope_theta)
-        self.periods = config.rope_periods
-        self.head_dim = config.head_dim
 
     def forward(self, grid_size: tuple[int, int], hidden_states: Tensor) -> PositionEmbeddings:
         """Return cos and sin [rows * columns, head_dim] in the dtype of `hidden_states`."""
-        device = hidden_states.device
+        device, head_dim, periods = hidden_states.device, self.config.head_dim, self.config.rope_periods
         coordinates = get_patch_coordinates(self.config, grid_size, device)  # [rows * columns, 2]
-        exponents = torch.arange(self.head_dim // 4, dtype=torch.float32, device=device) * 4 / self.head_dim
-        frequencies = self.theta**-exponents if self.periods is None else 1 / exponents.new_tensor(self.periods)
+        exponents = torch.arange(head_dim // 4, dtype=torch.float32, device=device) * 4 / head_dim
+        frequencies = self.theta**-exponents if periods is None else 1 / exponents.new_tensor(periods)
         angles = coordinates[:, :, None] * frequencies  # [rows * columns, 2, head_dim / 4]
         angles = angles.flatten(1).tile(2)  # [rows * columns, head_dim]
         return angles.cos().to(hidden_states.dtype), angles.sin().to(hidden_states.dtype)
 
 
-class MixedRotaryPositions(nn.Module):
-    """Rotary positions with learned frequencies along both axes, per layer and head (RoPE-ViT, arXiv 2403.13298)."""
+class MixedRotaryEmbeddings(nn.Module):
+    """Rotary embeddings with learned frequencies along both axes, per layer and head (RoPE-ViT, arXiv 2403.13298)."""
 
     def __init__(self, config: ViTCLSConfig) -> None:
         super().__init__()
@@ -64,10 +62,9 @@ class MixedRotaryPositions(nn.Module):
 
     def forward(self, grid_size: tuple[int, int], hidden_states: Tensor) -> list[PositionEmbeddings]:
         """Return cos and sin [heads, rows * columns, head_dim] per layer, in the dtype of `hidden_states`."""
-        coordinates = get_patch_coordinates(self.config, grid_size, hidden_states.device)
-        first, second = coordinates.unbind(-1)  # [rows * columns] each
+        coordinates = get_patch_coordinates(self.config, grid_size, hidden_states.device)  # [rows * columns, 2]
         first_frequencies, second_frequencies = self.frequencies.float().unsqueeze(-2)  # [layers, heads, 1, d / 2]
-        angles = first[:, None] * first_frequencies + second[:, None] * second_frequencies
+        angles = coordinates[:, :1] * first_frequencies + coordinates[:, 1:] * second_frequencies
         angles = angles.tile(2)  # [layers, heads, rows * columns, head_dim]
         cos, sin = angles.cos().to(hidden_states.dtype), angles.sin().to(hidden_states.dtype)
         return list(zip(cos, sin, strict=True))
@@ -77,15 +74,15 @@ class MixedRotaryPositions(nn.Module):
         (num_layers, num_heads), head_dim = self.frequencies.shape[1:3], self.config.head_dim
         magnitude = self.theta ** -(torch.arange(0, head_dim, 4, dtype=torch.float32) / head_dim)  # [head_dim / 4]
         angle = torch.rand(num_layers, num_heads, 1) * 2 * math.pi
-        first = torch.cat([magnitude * angle.cos(), -magnitude * angle.sin()], dim=-1)
-        second = torch.cat([magnitude * angle.sin(), magnitude * angle.cos()], dim=-1)
-        return torch.stack([first, second])
+        first_frequencies = torch.cat([magnitude * angle.cos(), -magnitude * angle.sin()], dim=-1)
+        second_frequencies = torch.cat([magnitude * angle.sin(), magnitude * angle.cos()], dim=-1)
+        return torch.stack([first_frequencies, second_frequencies])
 
 
 def get_patch_coordinates(config: ViTCLSConfig, grid_size: tuple[int, int], device: torch.device) -> Tensor:
     """Return the coordinates [rows * columns, 2] of all patches, row by row. `config.rope_axes` sets the axis order.
 
-    Mixed rotary positions use `"grid"` coordinates. Coordinates are computed for each grid and need no resampling.
+    Mixed rotary embeddings use `"grid"` coordinates. Coordinates are computed for each grid and need no resampling.
     """
     y, x = (torch.arange(size, dtype=torch.float32, device=device) for size in grid_size)
     if config.rope_coordinates == "centered" and not config.position_embedding_type.endswith("rope_mixed"):
@@ -93,8 +90,9 @@ def get_patch_coordinates(config: ViTCLSConfig, grid_size: tuple[int, int], devi
         y, x = (2 * math.pi * ((axis + 0.5) / size * 2 - 1) for axis, size in zip((y, x), grid_size, strict=True))
     else:
         # Indices of the patches, scaled to a reference grid (EVA-02, arXiv 2303.11331, section 2.1).
-        reference, offset = config.rope_reference_grid or grid_size, float(config.rope_grid_offset)
-        y, x = ((axis + offset) / size * scale for axis, size, scale in zip((y, x), grid_size, reference, strict=True))
+        reference_grid, offset = config.rope_reference_grid or grid_size, float(config.rope_grid_offset)
+        axes = zip((y, x), grid_size, reference_grid, strict=True)
+        y, x = ((axis + offset) / size * reference_size for axis, size, reference_size in axes)
     coordinates = torch.stack(torch.meshgrid(y, x, indexing="ij"), dim=-1).flatten(0, 1)
     return coordinates.flip(-1) if config.rope_axes == "xy" else coordinates
 
@@ -105,20 +103,20 @@ def rotate_patches(query: Tensor, key: Tensor, position_embeddings: PositionEmbe
     Special tokens come first in the sequence and are not rotated. n is N or at most the number of special tokens.
     """
     cos, sin = position_embeddings
-    num_special = key.shape[-2] - cos.shape[-2]
+    num_prefix_tokens = key.shape[-2] - cos.shape[-2]
 
     def rotate(states: Tensor) -> Tensor:
-        special_states, patches = states.tensor_split([num_special], dim=-2)
-        first, second = patches.chunk(2, dim=-1)
-        patches = patches * cos + torch.cat([-second, first], dim=-1) * sin  # may be float32 under autocast
-        return torch.cat([special_states, patches.to(states.dtype)], dim=-2)
+        special_tokens, patches = states.tensor_split([num_prefix_tokens], dim=-2)
+        first_half, second_half = patches.chunk(2, dim=-1)
+        patches = patches * cos + torch.cat([-second_half, first_half], dim=-1) * sin  # may be float32 under autocast
+        return torch.cat([special_tokens, patches.to(states.dtype)], dim=-2)
 
-    return query if query.shape[-2] <= num_special else rotate(query), rotate(key)
+    return query if query.shape[-2] <= num_prefix_tokens else rotate(query), rotate(key)
 
 
 # Resampling ----------------------------------------------------------------------------------------------------------
 def needs_resampling(grid_size: tuple[int, int], new_grid_size: tuple[int, int]) -> bool:
-    """Return whether two grids differ; True for dynamic sizes, which a comparison would make static in an export."""
+    """Return whether two grids differ. Return True for dynamic grids, which a comparison would make static."""
     if torch.compiler.is_exporting() and any(isinstance(size, torch.SymInt) for size in new_grid_size):
         return True
     return grid_size != new_grid_size
@@ -164,8 +162,8 @@ def resize_patch_kernel(kernel: Tensor, new_size: tuple[int, int]) -> Tensor:
     return new_kernel.to(device=kernel.device, dtype=kernel.dtype)
 
 
-def resize_decoded_patches(weight: Tensor, size: tuple[int, int], new_size: tuple[int, int]) -> Tensor:
-    """Resize the weight or bias [C * height * width, ...] of a linear layer whose outputs are patches."""
+def resize_decoder_weight(weight: Tensor, size: tuple[int, int], new_size: tuple[int, int]) -> Tensor:
+    """Resize the weight or bias [C * height * width, ...] of a linear layer that outputs the pixels of patches."""
     patches = weight.float().reshape(weight.shape[0], -1).T.unflatten(1, (-1, *size))  # [inputs or 1, C, *size]
     patches = nn.functional.interpolate(patches, size=new_size, mode="bilinear", align_corners=False, antialias=True)
     return patches.flatten(1).T.reshape(-1, *weight.shape[1:]).to(weight.dtype)

@@ -15,17 +15,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .attention_masks_vitcls import add_mask
-from .configuration_vitcls import TOKEN_COUNTS, TokenLayout
+from .attention_masks_vitcls import apply_mask
+from .configuration_vitcls import COUNT_FIELDS, TokenLayout
 
 
-SPECIAL_TOKENS = tuple(TOKEN_COUNTS)  # names of the token groups, in the order of the sequence
+SPECIAL_TOKEN_GROUPS = tuple(COUNT_FIELDS)  # names of the groups, in sequence order
 
-Layers = Sequence[int] | Literal["all"]
+LayerIndices = Sequence[int] | Literal["all"]
 
 
 def compute_token_attention(
-    model: Any, pixel_values: Tensor, attention_mask: Tensor | None, tokens: Sequence[str], layers: Layers
+    model: Any, pixel_values: Tensor, attention_mask: Tensor | None, tokens: Sequence[str], layers: LayerIndices
 ) -> Tensor:
     """Return the attention weights of special tokens; see `ViTCLSPreTrainedModel.token_attention`."""
     encoder = model.base_model
@@ -49,28 +49,28 @@ def record_attention(encoder: Any, layers: Iterable[int], record: Callable[..., 
 
     Compiled models run eagerly within the context. The previous recorders are restored at the end of the context.
     """
-    attentions = {index: encoder.layers[index].attention for index in layers}
-    previous_recorders = {index: attention.recorder for index, attention in attentions.items()}
+    attention_modules = {index: encoder.layers[index].attention for index in layers}
+    previous_recorders = {index: attention.recorder for index, attention in attention_modules.items()}
     try:
-        for index, attention in attentions.items():
+        for index, attention in attention_modules.items():
             attention.recorder = partial(record, index)
         with torch.compiler.set_stance("force_eager"):
             yield
     finally:
-        for index, attention in attentions.items():
+        for index, attention in attention_modules.items():
             attention.recorder = previous_recorders[index]
 
 
 def get_token_indices(tokens: Sequence[str], layout: TokenLayout) -> list[int]:
     """Return the sorted indices of the special tokens in the given groups. Raise ValueError for an unknown group."""
-    for name in tokens:
-        if name not in SPECIAL_TOKENS:
-            raise ValueError(f"tokens contains the unknown group {name!r}: use {', '.join(SPECIAL_TOKENS)}")
-    special_indices = range(layout.num_prefix_tokens)
-    return [index for name, group in layout.items() if name in tokens for index in special_indices[group]]
+    for group in tokens:
+        if group not in SPECIAL_TOKEN_GROUPS:
+            raise ValueError(f"tokens contains the unknown group {group!r}: use {', '.join(SPECIAL_TOKEN_GROUPS)}")
+    indices = range(layout.num_prefix_tokens)
+    return [index for group, group_slice in layout.items() if group in tokens for index in indices[group_slice]]
 
 
-def get_layer_indices(layers: Layers, num_layers: int) -> list[int]:
+def get_layer_indices(layers: LayerIndices, num_layers: int) -> list[int]:
     """Return non-negative layer indices. Raise ValueError if `layers` is empty, or if an index is out of range."""
     if layers == "all":
         return list(range(num_layers))
@@ -85,7 +85,7 @@ def get_layer_indices(layers: Layers, num_layers: int) -> list[int]:
 def compute_attention_rows(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
     """Return the attention weights [B, heads, n, N] of queries [B, heads, n, d] and keys [B, heads, N, d]."""
     scores = torch.matmul(query, key.transpose(2, 3)) * scaling
-    return add_mask(scores, mask).softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    return apply_mask(scores, mask).softmax(dim=-1, dtype=torch.float32).to(query.dtype)
 
 
 def select_mask_rows(mask: Any, query: Tensor, key: Tensor) -> Tensor | None:

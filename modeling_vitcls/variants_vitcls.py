@@ -82,10 +82,10 @@ class ViTCLSDifferentialAttention(ViTCLSAttention):
     """Attention whose heads compute the difference between two attention maps (Ye et al. 2024, arXiv 2410.05258).
 
     The query and key of a head are split into two halves, one half per map. Each layer learns the weight of the second
-    map. The paper instead computes this weight from learned vectors, and scales the output of the norm.
+    map. In the paper, this weight is computed from learned vectors, and the output of the norm is scaled.
     """
 
-    INITIAL_SHARE = 0.8  # initial weight of the second map, as in the paper; the initial norm weight is 1 - 0.8
+    LAMBDA_INIT = 0.8  # initial weight of the second map, as in the paper; the initial norm weight is 1 - 0.8
 
     def __init__(self, config: ViTCLSConfig) -> None:
         super().__init__(config)
@@ -136,15 +136,15 @@ class RegisterNeurons(nn.Module):
         super().__init__()
         self.neurons = neurons
         self.patches = config.token_layout.patches
-        self.register = config.token_layout.registers.stop - 1
+        self.last_register = config.token_layout.registers.stop - 1
 
     def forward(self, activations: Tensor) -> Tensor:
-        """Return a copy of the activations [B, N, intermediate] in which activations of selected neurons are moved."""
+        """Return a copy of the activations [B, N, intermediate] in which the activations of `neurons` are moved."""
         patch_activations = activations[:, self.patches, self.neurons]  # [B, patches, neurons]
         largest_index = patch_activations.abs().argmax(dim=1, keepdim=True)  # [B, 1, neurons]
         edited_activations = activations.clone()
         edited_activations[:, self.patches, self.neurons] = 0
-        edited_activations[:, self.register, self.neurons] = patch_activations.gather(1, largest_index).squeeze(1)
+        edited_activations[:, self.last_register, self.neurons] = patch_activations.gather(1, largest_index).squeeze(1)
         return edited_activations
 
     def extra_repr(self) -> str:
@@ -162,14 +162,14 @@ def add_register_neurons(layers: Iterable[Any], config: ViTCLSConfig) -> None:
 class PatchDropout(nn.Module):
     """Keep a random subset of each image's patches in training (PatchDropout, arXiv 2208.07220; FLIP, 2212.00794).
 
-    Kept patches retain their positions: learned positions are already added, and rotary positions are selected with
-    the patches. Special tokens are always kept. In eval mode, all patches are kept.
+    Kept patches retain their positions: learned embeddings are already added, and rotary embeddings are selected
+    with the patches. Special tokens are always kept. In eval mode, all patches are kept.
     """
 
     def __init__(self, config: ViTCLSConfig) -> None:
         super().__init__()
         self.rate = config.patch_drop_rate
-        self.num_special = config.token_layout.num_prefix_tokens
+        self.num_prefix_tokens = config.token_layout.num_prefix_tokens
 
     def forward(self, hidden_states: Tensor, mask: Any, position_embeddings: Any) -> tuple[Tensor, Any, Any]:
         """Drop the same patches from hidden states [B, N, D], masks and position embeddings.
@@ -179,8 +179,9 @@ class PatchDropout(nn.Module):
         if not self.training:
             return hidden_states, mask, position_embeddings
         kept_indices = self.choose_patches(hidden_states)  # [B, num_kept]
-        special_indices = torch.arange(self.num_special, device=kept_indices.device).expand(kept_indices.shape[0], -1)
-        indices = torch.cat([special_indices, kept_indices + self.num_special], dim=1)  # [B, n]
+        prefix_indices = torch.arange(self.num_prefix_tokens, device=hidden_states.device)
+        prefix_indices = prefix_indices.expand(hidden_states.shape[0], -1)
+        indices = torch.cat([prefix_indices, kept_indices + self.num_prefix_tokens], dim=1)  # [B, n]
         return (
             select_tokens(hidden_states, indices),
             map_layers(mask, lambda layer_mask: select_mask(layer_mask, indices)),
@@ -189,7 +190,7 @@ class PatchDropout(nn.Module):
 
     def choose_patches(self, hidden_states: Tensor) -> Tensor:
         """Return the indices [B, num_kept] of the patches to keep, in ascending order."""
-        num_images, num_patches = hidden_states.shape[0], hidden_states.shape[1] - self.num_special
+        num_images, num_patches = hidden_states.shape[0], hidden_states.shape[1] - self.num_prefix_tokens
         num_kept = get_num_kept_patches(self.rate, num_patches)
         random_order = torch.rand(num_images, num_patches, device=hidden_states.device).argsort(dim=1)
         return random_order[:, :num_kept].sort(dim=1).values
@@ -242,8 +243,8 @@ def select_block_mask(mask: Any, indices: Tensor) -> Any:
     """Select the tokens at `indices` [B, n] in a flex attention mask."""
     from torch.nn.attention.flex_attention import create_block_mask
 
-    def is_visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return mask.mask_mod(batch, head, indices[batch, query], indices[batch, key])
+    def is_visible(batch_idx: Tensor, head_idx: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return mask.mask_mod(batch_idx, head_idx, indices[batch_idx, q_idx], indices[batch_idx, kv_idx])
 
     num_images, num_tokens = indices.shape
     return create_block_mask(is_visible, num_images, None, num_tokens, num_tokens, device=indices.device)
@@ -252,14 +253,14 @@ def select_block_mask(mask: Any, indices: Tensor) -> Any:
 def select_position_embeddings(position_embeddings: PositionEmbeddings, indices: Tensor) -> PositionEmbeddings:
     """Return cos and sin [B, heads or 1, n, head_dim] of the patches at `indices` [B, n]."""
     index = indices[:, None, :, None]
-    cos, sin = (table.reshape(1, -1, *table.shape[-2:]) for table in position_embeddings)
+    cos, sin = (embedding.reshape(1, -1, *embedding.shape[-2:]) for embedding in position_embeddings)
     return torch.take_along_dim(cos, index, dim=2), torch.take_along_dim(sin, index, dim=2)
 
 
 # Token merging -------------------------------------------------------------------------------------------------------
 #
 # Each layer merges similar patches between attention and MLP, so that later layers have fewer tokens (ToMe, arXiv
-# 2210.09461). Between layers, all patches of a group have the same hidden state, so hidden states keep their shape.
+# 2210.09461). Between layers, each patch has a copy of its group's hidden state, so hidden states keep their shape.
 # Attention is weighted by group size: log(size) is added to the scores. Merging changes outputs but needs no training.
 
 
@@ -307,13 +308,13 @@ class MergedGroups:
         new_index = is_kept.cumsum(dim=1) - 1  # [B, T], valid only for kept tokens
         new_index = new_index.scatter(1, sources, new_index.gather(1, targets))  # sources get their target's index
         order = torch.arange(tokens.shape[1], device=tokens.device).where(is_kept, tokens.shape[1])  # sources last
-        kept_index = order.topk(num_remaining, dim=1, largest=False).values  # [B, T - r], ascending
+        kept_indices = order.topk(num_remaining, dim=1, largest=False).values  # [B, T - r], ascending
         sizes = self.sizes.new_zeros(tokens.shape[0], num_remaining).scatter_add(1, new_index, self.sizes)
         weights = (self.sizes / sizes.gather(1, new_index)).to(tokens.dtype).unsqueeze(-1)  # [B, T, 1]
         merged_tokens = tokens.new_zeros(tokens.shape[0], num_remaining, tokens.shape[2])
         merged_tokens = merged_tokens.scatter_add(1, new_index.unsqueeze(-1).expand_as(tokens), tokens * weights)
         return merged_tokens, MergedGroups(
-            sizes, self.member_index.gather(1, kept_index), new_index.gather(1, self.group_index)
+            sizes, self.member_index.gather(1, kept_indices), new_index.gather(1, self.group_index)
         )
 
 
@@ -366,7 +367,7 @@ class MergingLayer(ViTCLSLayer):
     ) -> None:
         super().__init__(config, drop_path_rate, attention_class)
         self.config = config
-        self.num_special = config.token_layout.num_prefix_tokens
+        self.num_prefix_tokens = config.token_layout.num_prefix_tokens
         self.num_pairs = config.merged_patches_per_layer
 
     def forward(  # type: ignore[override]  # also accepts and returns the groups
@@ -399,20 +400,20 @@ class MergingLayer(ViTCLSLayer):
 
     def merge(self, tokens: Tensor, keys: Tensor, groups: MergedGroups) -> tuple[Tensor, MergedGroups]:
         """Merge up to half of the patches in tokens [B, T, D] into patches with similar keys [B, T, d]."""
-        num_pairs = min(self.num_pairs, (tokens.shape[1] - self.num_special) // 2)
+        num_pairs = min(self.num_pairs, (tokens.shape[1] - self.num_prefix_tokens) // 2)
         if num_pairs == 0:
             return tokens, groups
-        sources, targets = match_similar_patches(keys[:, self.num_special :].detach(), num_pairs)
-        return groups.merge(tokens, sources + self.num_special, targets + self.num_special)
+        sources, targets = match_similar_patches(keys[:, self.num_prefix_tokens :].detach(), num_pairs)
+        return groups.merge(tokens, sources + self.num_prefix_tokens, targets + self.num_prefix_tokens)
 
 
 def run_merging_layers(
-    layers: Iterable[nn.Module], hidden_states: Tensor, mask: Any, num_tokens_read: int | None, **kwargs: Any
+    layers: Iterable[nn.Module], hidden_states: Tensor, mask: Any, num_output_tokens: int | None, **kwargs: Any
 ) -> Tensor:
-    """Run all layers, pass the groups from layer to layer, return hidden states [B, N or num_tokens_read, D]."""
+    """Run the layers, each of which updates the groups. Return hidden states [B, N or num_output_tokens, D]."""
     groups = MergedGroups.from_tokens(hidden_states)
     *earlier_layers, last_layer = layers
     for layer in earlier_layers:
         hidden_states, groups = layer(hidden_states, mask, groups=groups, **kwargs)
-    hidden_states, _ = last_layer(hidden_states, mask, num_tokens=num_tokens_read, groups=groups, **kwargs)
+    hidden_states, _ = last_layer(hidden_states, mask, num_tokens=num_output_tokens, groups=groups, **kwargs)
     return hidden_states

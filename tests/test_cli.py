@@ -230,9 +230,9 @@ def test_benchmarks_download_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_environment_names_the_kernels_that_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VITCLS_CPU_KERNELS", raising=False)
-    monkeypatch.setattr(env.kernels, "MIN_WORK", {(torch.float32, "a"): 1, (torch.bfloat16, "a"): 1})
+    monkeypatch.setattr(env.kernels, "MIN_MULTIPLICATIONS", {(torch.float32, "a"): 1, (torch.bfloat16, "a"): 1})
     assert env.describe_cpu_kernels() == "on, oneDNN for bfloat16, float32"
-    monkeypatch.setattr(env.kernels, "MIN_WORK", {})
+    monkeypatch.setattr(env.kernels, "MIN_MULTIPLICATIONS", {})
     for has_onednn, reason in ((True, "this CPU has no AVX-512"), (False, "this PyTorch has no oneDNN")):
         monkeypatch.setattr(env.kernels, "HAS_ONEDNN", has_onednn)
         assert env.describe_cpu_kernels() == f"on, without oneDNN: {reason}"

@@ -66,7 +66,7 @@ def describe_cpu_kernels() -> str:
         return f"off: PyTorch {torch.__version__} lacks a private name that the kernels require"
     if not kernels.is_onednn_enabled():
         return "off: torch.backends.mkldnn is disabled"
-    dtype_names = sorted({str(dtype).removeprefix("torch.") for dtype, _ in kernels.MIN_WORK})
+    dtype_names = sorted({str(dtype).removeprefix("torch.") for dtype, _ in kernels.MIN_MULTIPLICATIONS})
     if dtype_names:
         return f"on, oneDNN for {', '.join(dtype_names)}"
     reason = "this CPU has no AVX-512" if kernels.HAS_ONEDNN else "this PyTorch has no oneDNN"

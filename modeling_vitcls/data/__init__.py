@@ -1,4 +1,4 @@
-"""Datasets, from `--dataset` to batches of images and labels. No file of this folder is copied to the Hub.
+"""Datasets, from `--dataset` to batches of images and labels. The files in this folder are not pushed to the Hub.
 
 sources.py, image_folder.py, in_memory.py    datasets -> splits by name
 streaming.py                                 datasets that are read during training

@@ -6,9 +6,9 @@
     batch on the device -> BatchMixer: mixup, CutMix
                         -> MaskGenerator: masked patches
 
-The transforms run on the CPU with 8-bit pixels, and depend only on the seed and the index of each image. Held-out
-images are preprocessed by the image processor without augmentation. Pixels are rescaled and normalized on the
-model's device (batches.py).
+The transforms run on the CPU and process `uint8` pixels. Their random numbers depend only on the seed and the index of
+each image. Held-out images are preprocessed by the image processor without augmentation. Pixels are rescaled and
+normalized on the model's device (batches.py).
 """
 
 import math
@@ -28,13 +28,13 @@ class Augmentation:
     """The three transforms of an augmentation, in the order of application."""
 
     fixed_transform: nn.Module  # [C, H, W] `uint8` -> [C, H, W] `uint8`
-    image_transform: nn.Module | None  # random; uses the default torch generator and preserves the image shape
+    image_transform: nn.Module | None  # random; uses torch's default generator; None: no transform
     batch_transform: "BatchTransform"
 
     def __call__(
         self, pixels: torch.Tensor | list[torch.Tensor], seeds: np.ndarray, indices: np.ndarray
     ) -> torch.Tensor:
-        """Apply the two random transforms and return the images [B, C, H, W] `uint8`.
+        """Apply `image_transform` and `batch_transform`, and return the images [B, C, H, W] `uint8`.
 
         Args:
             pixels: output of `fixed_transform` for each image; a tensor [B, C, H, W] if all images have the same size.
@@ -56,7 +56,7 @@ class Augmentation:
 def build_augmentation(
     options: AugmentationOptions, height_width: tuple[int, int], interpolation: InterpolationMode
 ) -> Augmentation:
-    """Build the augmentation described by `options`. The outputs have the size `height_width` in pixels."""
+    """Build the augmentation for output images of `height_width` pixels."""
     fixed_transform: nn.Module = nn.Identity()
     transforms: list[nn.Module] = []
     assert options.crop_scale is not None
@@ -67,8 +67,8 @@ def build_augmentation(
     else:
         fixed_transform = v2.Resize(height_width, interpolation=interpolation)
     if options.auto_augment == "rand":
-        operations, magnitude = options.rand_augment_operations, options.rand_augment_magnitude
-        transforms.append(v2.RandAugment(operations, magnitude, interpolation=InterpolationMode.BILINEAR))
+        num_operations, magnitude = options.rand_augment_operations, options.rand_augment_magnitude
+        transforms.append(v2.RandAugment(num_operations, magnitude, interpolation=InterpolationMode.BILINEAR))
     elif options.auto_augment == "trivial":
         transforms.append(v2.TrivialAugmentWide(interpolation=InterpolationMode.BILINEAR))
     if options.random_erasing:
@@ -77,7 +77,7 @@ def build_augmentation(
 
 
 class Erasing(nn.Module):
-    """Random erasing (Zhong et al. 2020) with Gaussian noise around mid-gray, which is close to the mean color."""
+    """Random erasing (Zhong et al. 2020) with Gaussian noise around mid-gray."""
 
     NOISE_MEAN, NOISE_STD = 128.0, 64.0  # mean and standard deviation of the noise, in gray levels (0 to 255)
 
@@ -119,7 +119,7 @@ class BatchTransform:
         angle, shift_x, shift_y, zoom = random_numbers[:, :, None, None].unbind(1)  # [B, 1, 1] each
         scale = 1 + self.zoom * zoom
         cos, sin = (self.rotation * angle).cos() / scale, (self.rotation * angle).sin() / scale
-        # Map each output pixel to the input coordinates, in pixels from the center.
+        # Compute the input coordinates of each output pixel, in pixels from the center.
         x = torch.arange(width) - (width - 1) / 2 - shift_x * self.shift * width  # [B, 1, W]
         y = (torch.arange(height) - (height - 1) / 2)[:, None] - shift_y * self.shift * height  # [B, H, 1]
         sign = 1 - 2 * is_flipped[:, None, None].float()
@@ -131,7 +131,7 @@ class BatchTransform:
 
 
 class BatchMixer:
-    """Mixup (Zhang et al. 2018), CutMix (Yun et al. 2019), or one of the two methods, drawn for each batch."""
+    """Mixup (Zhang et al. 2018) and CutMix (Yun et al. 2019). Each batch uses one of the enabled methods at random."""
 
     def __init__(self, options: AugmentationOptions, num_classes: int) -> None:
         mixers: list[nn.Module] = []
@@ -162,20 +162,23 @@ class MaskGenerator:
     """
 
     def __init__(self, options: MaskingOptions, grid_size: tuple[int, int]) -> None:
-        """Initialize the generator for a grid of patches (rows, columns). Raise ValueError if the ratio masks no
-        patches or all patches, or a block has more patches than the ratio masks."""
+        """Initialize the generator for a grid of patches (rows, columns). Raise ValueError if no patches
+        or all patches would be masked, or if a block has more patches than would be masked."""
         self.grid_size = rows, columns = grid_size
         self.block_size = block_size = options.mask_block
         self.num_masked = round(options.mask_ratio * rows * columns)
         if not 0 < self.num_masked < rows * columns:
             raise ValueError(
-                f"--mask-ratio requires masked and visible patches, but {options.mask_ratio} masks {self.num_masked} "
-                f"of the {rows} x {columns} patches. Set a different --mask-ratio or a smaller --patch-size"
+                f"pre-training requires masked and visible patches, but --mask-ratio {options.mask_ratio} masks "
+                f"{self.num_masked} of the {rows} x {columns} patches. Set a different --mask-ratio or a smaller "
+                "--patch-size"
             )
-        if min(block_size, rows) * min(block_size, columns) > self.num_masked:
+        num_block_patches = min(block_size, rows) * min(block_size, columns)
+        if num_block_patches > self.num_masked:
             raise ValueError(
-                f"--mask-block {block_size} requires a whole masked block, but --mask-ratio {options.mask_ratio} "
-                f"masks only {self.num_masked} of the {rows} x {columns} patches. Set a smaller --mask-block"
+                f"--mask-block {block_size} requires {num_block_patches} masked patches, but --mask-ratio "
+                f"{options.mask_ratio} masks only {self.num_masked} of the {rows} x {columns} patches. Set a smaller "
+                "--mask-block"
             )
 
     def __call__(
@@ -187,8 +190,8 @@ class MaskGenerator:
         reach the exact number of masked patches. `generator` replaces the default generator of the device.
         """
         rows, columns = self.grid_size
-        num_blocks = (batch_size, -(-rows // self.block_size), -(-columns // self.block_size))
-        blocks = torch.rand(num_blocks, device=device, generator=generator)  # [B, block rows, block columns]
-        patches = blocks.repeat_interleave(self.block_size, dim=1).repeat_interleave(self.block_size, dim=2)
-        order = patches[:, :rows, :columns].flatten(1).argsort(dim=1, stable=True)  # [B, rows * columns]
+        block_grid = (batch_size, -(-rows // self.block_size), -(-columns // self.block_size))
+        scores = torch.rand(block_grid, device=device, generator=generator)  # [B, block rows, block columns]
+        scores = scores.repeat_interleave(self.block_size, dim=1).repeat_interleave(self.block_size, dim=2)
+        order = scores[:, :rows, :columns].flatten(1).argsort(dim=1, stable=True)  # [B, rows * columns]
         return torch.zeros_like(order, dtype=torch.bool).scatter(1, order[:, : self.num_masked], True)

@@ -2,7 +2,7 @@
 
 A batch is a dict:
     pixels   [B, C, H, W] `uint8`    augmented images at the model's image size
-    labels                           labels in the format of the label kind (labels.py)
+    labels                           labels; the format depends on the kind of labels (labels.py)
     index    [B] `int64`             index of the image
     epoch    [B] `int64`             number of earlier uses of the image
     view     [B] `int64`             index of the augmented view: `epoch`, or `epoch` modulo `num_views`
@@ -33,7 +33,7 @@ Batch = dict[str, Any]
 
 @dataclass(frozen=True)
 class BatchBuilder:
-    """Builder of batches from decoded images, which are stored or streamed.
+    """Builds batches from decoded images of stored or streamed datasets.
 
     The augmentation of an image depends only on (seed, view, index), and not on the process or worker.
     """
@@ -95,8 +95,8 @@ class TrainingImages:
         self.source = source
         self.builder = builder
         self.cache: dict[int, torch.Tensor] = {}
-        self.unreadable: set[int] = set()
-        self.arrays = load_arrays(source, builder.augmentation)  # [images, 1, H, W]
+        self.unreadable_indices: set[int] = set()
+        self.array_pixels = load_array_pixels(source, builder.augmentation)  # [images, 1, H, W]
 
     def iterate_keys(self, plan: BatchPlan, process_index: int, first_step: int) -> Iterator[list[ImageKey]]:
         """Yield the keys of each batch of one process, starting at `first_step`."""
@@ -104,21 +104,24 @@ class TrainingImages:
 
     def __getitem__(self, keys: list[ImageKey]) -> Batch:
         """Return the batch for a list of keys. Raise ValueError if no image can be read."""
-        if self.arrays is not None:
-            return self.load_array_batch(self.arrays, keys)
+        if self.array_pixels is not None:
+            return self.load_array_batch(self.array_pixels, keys)
         loaded_indices, pixels = zip(*(self.load_readable_image(index) for _, index in keys), strict=True)
-        pairs = list(zip(keys, loaded_indices, strict=True))
+        epochs, planned_indices = zip(*keys, strict=True)
         return self.builder.build(
             list(pixels),
             [self.source.labels[index] for index in loaded_indices],
-            [(epoch, index) for (epoch, _), index in pairs],
-            [NOT_REPLACED if index == planned_index else planned_index for (_, planned_index), index in pairs],
+            list(zip(epochs, loaded_indices, strict=True)),
+            [
+                NOT_REPLACED if index == planned_index else planned_index
+                for index, planned_index in zip(loaded_indices, planned_indices, strict=True)
+            ],
         )
 
-    def load_array_batch(self, arrays: torch.Tensor, keys: list[ImageKey]) -> Batch:
+    def load_array_batch(self, array_pixels: torch.Tensor, keys: list[ImageKey]) -> Batch:
         """Return a batch of images that are stored in memory as one tensor. Every image is readable."""
         indices = [index for _, index in keys]
-        pixels = arrays[indices]  # [B, 1, H, W]
+        pixels = array_pixels[indices]  # [B, 1, H, W]
         num_channels = 3 if self.builder.to_rgb else 1
         if self.builder.augmentation.image_transform is not None:
             pixels = pixels.expand(-1, num_channels, -1, -1)
@@ -129,13 +132,14 @@ class TrainingImages:
     def load_readable_image(self, index: int) -> tuple[int, torch.Tensor]:
         """Return the index and the prepared pixels of the first readable image, starting at `index`."""
         for candidate in (*range(index, len(self.source)), *range(index)):
-            if candidate not in self.unreadable:
+            if candidate not in self.unreadable_indices:
                 try:
                     return candidate, self.load_pixels(candidate)
                 except UnreadableImage:
-                    self.unreadable.add(candidate)
+                    self.unreadable_indices.add(candidate)
         raise ValueError(
-            f"none of the {len(self.source)} images can be read, for example: {self.describe_unreadable_image(index)}"
+            f"none of the {len(self.source)} images can be read, for example: "
+            f"{self.describe_unreadable_image(index)}. Check the dataset"
         )
 
     def load_pixels(self, index: int) -> torch.Tensor:
@@ -156,15 +160,15 @@ class TrainingImages:
         return f"the image with index {index} could not be read before, but can be read now"
 
 
-def load_arrays(source: LabeledImages, augmentation: Augmentation) -> torch.Tensor | None:
+def load_array_pixels(source: LabeledImages, augmentation: Augmentation) -> torch.Tensor | None:
     """Apply the fixed transform to all images and return the pixels [images, 1, H, W] `uint8`. Return None if the
     images are not stored as arrays or do not fit in the cache."""
     images: Any = source.images
-    arrays = images.source_images if isinstance(images, ImageSubset) else images
-    if not isinstance(arrays, ArrayImages):
+    array_images = images.source_images if isinstance(images, ImageSubset) else images
+    if not isinstance(array_images, ArrayImages):
         return None
-    array = arrays.pixels[images.indices] if isinstance(images, ImageSubset) else arrays.pixels
-    pixels = torch.from_numpy(np.array(array))[:, None]  # [images, 1, H, W]
+    arrays = array_images.pixels[images.indices] if isinstance(images, ImageSubset) else array_images.pixels
+    pixels = torch.from_numpy(np.array(arrays))[:, None]  # [images, 1, H, W]
     if augmentation.fixed_transform(pixels[:1]).nbytes * len(pixels) > MAX_CACHE_BYTES:
         return None
     return torch.cat([augmentation.fixed_transform(chunk) for chunk in pixels.split(1024)])
@@ -174,20 +178,20 @@ def load_arrays(source: LabeledImages, augmentation: Augmentation) -> torch.Tens
 
 
 def iterate_training_batches(
-    source: Any, plan: BatchPlan, process_index: int, num_workers: int, first_step: int = 0
+    dataset: Any, plan: BatchPlan, process_index: int, num_workers: int, first_step: int = 0
 ) -> Generator[Batch, None, None]:
     """Yield the batches of one process from `TrainingImages` or a `TrainingStream`, on the CPU, starting at
     `first_step`. Close the iterator to stop the workers. Raise ValueError if no image can be read, or if the label of
     a streamed example is not one of the classes."""
-    yield from load_batches(source, source.iterate_keys(plan, process_index, first_step), num_workers)
+    yield from load_batches(dataset, dataset.iterate_keys(plan, process_index, first_step), num_workers)
 
 
-def load_batches(source: Any, keys: Iterable[Sequence[Any]], num_workers: int) -> Iterator[Batch]:
+def load_batches(dataset: Any, keys: Iterable[Sequence[Any]], num_workers: int) -> Iterator[Batch]:
     """Yield the batch of each list of keys in order. Batches are on the CPU, and are loaded in worker processes, or in
-    this process if `num_workers` is 0. Close the iterator to stop the workers. A ValueError of `source` is raised
+    this process if `num_workers` is 0. Close the iterator to stop the workers. A ValueError of `dataset` is raised
     without the worker's traceback."""
     loader = DataLoader(
-        source,
+        dataset,
         batch_size=None,
         sampler=keys,
         num_workers=num_workers,
@@ -206,18 +210,18 @@ def load_batches(source: Any, keys: Iterable[Sequence[Any]], num_workers: int) -
 def leave_signals_to_parent(worker_index: int) -> None:
     """Make a DataLoader worker ignore signals that are sent to all processes.
 
-    This function is a `worker_init_fn`. Without this function, the workers would stop before the training step that
-    waits for the images. SIGTERM from the training process still stops a worker, but is lost while a SIGTERM from
-    another process is pending. To stop the workers without a signal, close the iterator of the loader.
+    Use this function as `worker_init_fn`. Otherwise, such a signal would stop the workers while the training process
+    still needs batches. SIGTERM from the training process stops a worker, unless a SIGTERM from another process is
+    pending. To stop the workers without a signal, close the iterator of the loader.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+    if hasattr(signal, "sigwaitinfo"):  # not available on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # inherited by the thread below
         threading.Thread(target=wait_for_parent_signal, daemon=True).start()
 
 
 def wait_for_parent_signal() -> None:
-    """End this process after a SIGTERM from its parent; ignore a SIGTERM from another process."""
+    """Exit after a SIGTERM from the parent process, and ignore SIGTERM from other processes."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)

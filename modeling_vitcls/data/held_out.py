@@ -4,14 +4,14 @@
           -> hash of the key and the split seed, as a number in [0, 1)
           -> held out if this number is less than the fraction
 
-The decision for an image does not depend on the order, the labels or other images. If images are added to the dataset,
-held-out images stay held out, and training images stay training images.
+Whether an image is held out does not depend on other images, their order or the labels. If images are added to the
+dataset, held-out images stay held out, and training images stay training images.
 
 The split is not stratified: the held-out fraction of a class is only approximate. Training prints a warning if a class
 has no held-out images or no training images.
 
-A run writes `HeldOutRecord` to results.json ("held_out"), which is published with the model. `vitcls evaluate` reads
-the record, holds out the same images, and compares the digest of the image keys.
+A training run writes a `HeldOutRecord` to results.json under the key "held_out". results.json is published with the
+model. `vitcls evaluate` reads the record, holds out the same images, and compares the digest of the image keys.
 """
 
 import hashlib
@@ -34,8 +34,8 @@ class HeldOutRule:
 
     fraction: float  # fraction of the images to hold out
     seed: int  # seed of the hash
-    # Text that makes two rules with the same seed independent: "" for the images of the reported results, "selection"
-    # for the images that are used to select the best checkpoint.
+    # Text that is hashed with the seed, so that rules with the same seed are independent. "selection" is used for
+    # checkpoint selection, and "" is used for the reported results.
     purpose: str = ""
     num_folds: int | None = None  # number of cross-validation folds; None: no cross-validation
     fold: int | None = None  # fold to hold out, starting at 1; each image is in exactly one fold
@@ -106,11 +106,11 @@ def compute_image_key(content: bytes) -> int:
 
 
 def get_relative_path(path: str, folder: Path) -> str:
-    """Return the path of an image relative to the dataset folder, which does not change if the folder is moved. URLs
-    and empty paths are unchanged."""
+    """Return the path of an image relative to the dataset folder, so that moving the folder does not change the path.
+    URLs and empty paths are unchanged."""
     return path if not path or "://" in path else Path(os.path.relpath(path, folder)).as_posix()
 
 
 def compute_keys_digest(keys: Iterable[int]) -> str:
-    """Return the SHA-256 of a set of keys, which does not depend on the order of the keys."""
+    """Return the SHA-256 of a set of keys. The digest does not depend on the order of the keys."""
     return hashlib.sha256(" ".join(map(str, sorted(keys))).encode()).hexdigest()

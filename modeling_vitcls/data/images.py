@@ -1,4 +1,4 @@
-"""Sequences of images that are decoded on access, and the counter of unreadable images.
+"""Sequences of images that are decoded on access, and a counter of unreadable images.
 
     ArrayImages    images of the same size in memory (digits, MNIST)
     FileImages     files or URLs
@@ -28,9 +28,9 @@ from ..image_processing_vitcls import read_image, shorten_text
 from .held_out import compute_image_key, get_relative_path
 
 
-NUM_ROWS_AT_ONCE = 64  # number of encoded images that are read from disk at once
+ROWS_PER_READ = 64  # number of dataset rows that are read from disk at once
 MISSING_IMAGE = {"path": None, "bytes": None}  # encoded image of a row without an image
-NOT_REPLACED = -1  # value in `replaced` of a batch for an image that does not replace an unreadable image
+NOT_REPLACED = -1  # value of `replaced` in a batch for an image that does not replace an unreadable image
 
 
 class UnreadableImage(ValueError):
@@ -101,14 +101,14 @@ class ArrayImages(Sequence):
 
 
 class EncodedSequence(Sequence):
-    """Images that are decoded on access; `get_encoded_image` returns one image in the format of `decode_image`."""
+    """Base class of images that are decoded on access. `get_encoded_image` returns an input of `decode_image`."""
 
     get_encoded_image: Callable[[int], dict[str, Any]]
     folder: Path  # folder of the dataset
-    item_noun = "row"  # noun for an image without a path in error messages
+    fallback_prefix = "row"  # text before the index in the name of an image without a path
 
     def __getitem__(self, index: Any) -> Any:
-        return decode_image(self.get_encoded_image(index), f"{self.item_noun} {index}")
+        return decode_image(self.get_encoded_image(index), f"{self.fallback_prefix} {index}")
 
     def get_paths(self) -> list[str | None]:
         """Return the path of each image, or None for an image without a path."""
@@ -130,8 +130,8 @@ class EncodedSequence(Sequence):
             return None
 
     def compute_keys(self) -> list[int]:
-        """Return a checksum of the bytes of each image, or of the path of an image whose bytes are missing."""
-        return [compute_example_key(self.get_encoded_image(index), self.folder) for index in range(len(self))]
+        """Return a checksum of the bytes of each image, or of the path of an image without bytes in the dataset."""
+        return [compute_encoded_image_key(self.get_encoded_image(index), self.folder) for index in range(len(self))]
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ class EncodedImages(EncodedSequence):
 
     encoded_images: list[dict[str, Any]]
     folder: Path = Path()
-    item_noun = "example"
+    fallback_prefix = "example"
 
     def __len__(self) -> int:
         return len(self.encoded_images)
@@ -186,28 +186,28 @@ class ColumnImages(EncodedSequence):
 
     def compute_keys(self) -> list[int]:
         """Return a checksum of the bytes of each image, or of the path of an image without bytes in the dataset."""
-        starts = range(0, len(self), NUM_ROWS_AT_ONCE)
-        rows = (row for start in starts for row in self.dataset[start : start + NUM_ROWS_AT_ONCE][self.column])
-        return [compute_example_key(row or MISSING_IMAGE, self.folder) for row in rows]
+        starts = range(0, len(self), ROWS_PER_READ)
+        rows = (row for start in starts for row in self.dataset[start : start + ROWS_PER_READ][self.column])
+        return [compute_encoded_image_key(row or MISSING_IMAGE, self.folder) for row in rows]
 
 
-def compute_example_key(example: dict[str, Any], folder: Path) -> int:
-    """Return the key of an encoded image, which is a checksum of the bytes or of the path within `folder`."""
-    if example["bytes"] is not None:
-        return compute_image_key(example["bytes"])
-    return compute_image_key(get_relative_path(example["path"] or "", folder).encode())
+def compute_encoded_image_key(encoded_image: dict[str, Any], folder: Path) -> int:
+    """Return the key of an encoded image: a checksum of the bytes or, without bytes, of the path within `folder`."""
+    if encoded_image["bytes"] is not None:
+        return compute_image_key(encoded_image["bytes"])
+    return compute_image_key(get_relative_path(encoded_image["path"] or "", folder).encode())
 
 
 def check_channels(image: Image.Image, pixels: torch.Tensor, num_channels: int | None) -> None:
     """Raise UnreadableImage if the pixels [C, H, W] of an image do not have `num_channels` channels. Do nothing if
     `num_channels` is None. The image processor converts images to three channels only if `do_convert_rgb` is set."""
     if num_channels is not None and len(pixels) != num_channels:
-        name = getattr(image, "filename", "")
-        image_name = f"the image {shorten_text(name)}" if name else f"an image of mode {image.mode}"
+        path = getattr(image, "filename", "")
+        image_name = f"the image {shorten_text(path)}" if path else f"an image of mode {image.mode}"
         raise UnreadableImage(f"{image_name} has {len(pixels)} channels, but the model requires {num_channels}")
 
 
-def encode_value(value: Any, folder: Path) -> dict[str, Any]:
+def to_encoded_image(value: Any, folder: Path) -> dict[str, Any]:
     """Convert a value of an image or path column to {"path": ..., "bytes": ...}. Relative paths are joined to
     `folder`."""
     if isinstance(value, dict):
@@ -272,8 +272,8 @@ class UnreadableImageCounter:
         return len(self.indices)
 
     def add(self, indices: Iterable[int]) -> None:
-        """Count the unreadable images in the `replaced` values of a batch, and print a warning for each new unreadable
-        image. Raise ValueError if the number of unreadable images exceeds the limit."""
+        """Count the unreadable images at `indices`, and print a warning for each new unreadable image. Ignore
+        `NOT_REPLACED`. Raise ValueError if the number of unreadable images exceeds the limit."""
         for index in indices:
             if index == NOT_REPLACED or index in self.indices:
                 continue

@@ -1,6 +1,6 @@
 """Datasets in memory for the Python functions (api.py). Each dataset is converted to a named `datasets.DatasetDict`:
 
-    datasets.Dataset, DatasetDict         used unchanged; columns are found as in files (labels.py)
+    datasets.Dataset, DatasetDict         used unchanged; columns are selected as for files (labels.py)
     list of (image, label)                images: PIL images, arrays, tensors, encoded bytes or paths
     torch.utils.data.Dataset              items as in a list; images are read once and kept in memory as PNG
     {"train": ..., "test": ...}           datasets of the types above, by split
@@ -29,20 +29,20 @@ DATASETS: dict[str, Any] = {}  # `DatasetDict` by name
 
 
 def add_dataset(data: Any) -> str:
-    """Store a dataset in `DATASETS`, and return its name. Raise ValueError if the dataset is empty, or its items are
-    not (image, label) pairs, and TypeError if its type is not supported."""
+    """Store a dataset in `DATASETS`, and return its name. Raise ValueError if the dataset is empty, or if an
+    item is not an (image, label) pair. Raise TypeError if the type of the dataset is not supported."""
     import datasets
 
     if isinstance(data, datasets.IterableDataset | datasets.IterableDatasetDict):
         raise TypeError(
-            "a datasets.IterableDataset cannot be passed. Pass the name of the dataset, and set streaming=True"
+            "datasets.IterableDataset is not supported. Pass the name of the dataset, and set streaming=True"
         )
     data_by_split = data if isinstance(data, Mapping) else {"train": data}
     if not data_by_split:
-        raise ValueError("the dataset in memory has no splits")
-    splits = datasets.DatasetDict({name: convert_split(split_data) for name, split_data in data_by_split.items()})
-    content = [f"{split} {split_data._fingerprint}" for split, split_data in splits.items()]
-    name = f"{MEMORY_PREFIX}{hashlib.sha256(repr(content).encode()).hexdigest()[:16]}"
+        raise ValueError("the dataset in memory has no splits. Pass at least one split")
+    splits = datasets.DatasetDict({split: convert_split(data) for split, data in data_by_split.items()})
+    fingerprints = [f"{split} {dataset._fingerprint}" for split, dataset in splits.items()]
+    name = f"{MEMORY_PREFIX}{hashlib.sha256(repr(fingerprints).encode()).hexdigest()[:16]}"
     DATASETS[name] = splits
     return name
 
@@ -67,9 +67,9 @@ def convert_split(data: Any) -> Any:
             "a dataset must be a path, a datasets.Dataset, a torch Dataset with a length or a list of (image, label) "
             f"pairs, but the type of the data is {type(data).__name__}"
         )
-    rows = [convert_item(data[index], index) for index in range(len(data))]
+    rows = [convert_pair(data[index], index) for index in range(len(data))]
     if not rows:
-        raise ValueError("the dataset in memory has no images")
+        raise ValueError("the dataset in memory has no images. Pass at least one (image, label) pair")
     dataset = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
     names = [str(name) for name in getattr(data, "classes", ())]  # class names of torchvision's datasets
     if names and dataset.features.get("label") == datasets.Value("int64"):
@@ -77,14 +77,14 @@ def convert_split(data: Any) -> Any:
     return dataset
 
 
-def convert_item(item: Any, index: int) -> dict[str, Any]:
-    """Convert an (image, label) item to a row of a `datasets.Dataset`."""
-    if not isinstance(item, tuple | list) or len(item) != 2:
+def convert_pair(pair: Any, index: int) -> dict[str, Any]:
+    """Convert an (image, label) pair to a row of a `datasets.Dataset`."""
+    if not isinstance(pair, tuple | list) or len(pair) != 2:
         raise ValueError(
             f"item {index} of the dataset must be an (image, label) pair, but the type of the item is "
-            f"{type(item).__name__}"
+            f"{type(pair).__name__}"
         )
-    image, label = item
+    image, label = pair
     if hasattr(label, "tolist"):  # NumPy and torch values
         label = label.tolist()
     labels = label if isinstance(label, dict) else {"label": label}

@@ -99,7 +99,7 @@ class LabelColumn:
 
     name: str
     classes: list[str]
-    is_declared: bool  # whether the values of the column are indices into `classes`
+    is_declared: bool  # whether the dataset declares the classes, so that labels are indices into `classes`
 
     def get_index(self, value: Any, row_name: str) -> int:
         """Return the class index of one value, or -100 if the value is missing. Raise ValueError if the value is not
@@ -109,11 +109,11 @@ class LabelColumn:
             return IGNORED_LABEL
         if self.has_class_indices and isinstance(value, int) and 0 <= value < len(self.classes):
             return value
-        if str(value) not in self.indices:
+        if str(value) not in self.index_by_name:
             raise ValueError(
                 f"{row_name} has the label {value!r}, which is not one of the {len(self.classes)} classes"
             )
-        return self.indices[str(value)]
+        return self.index_by_name[str(value)]
 
     @cached_property
     def has_class_indices(self) -> bool:
@@ -122,8 +122,8 @@ class LabelColumn:
         return self.is_declared or not any(name.removeprefix("-").isdecimal() for name in self.classes)
 
     @cached_property
-    def indices(self) -> dict[str, int]:
-        """Return class indices by class name; empty if the values are indices."""
+    def index_by_name(self) -> dict[str, int]:
+        """Return class indices by class name; empty if the dataset declares the classes."""
         return {} if self.is_declared else {name: index for index, name in enumerate(self.classes)}
 
 
@@ -136,13 +136,13 @@ class LabelReader:
     separator: str | None = None
 
     @property
-    def space(self) -> LabelSpace:
+    def label_space(self) -> LabelSpace:
         """Return the label kind, and the label names of each column."""
         return LabelSpace(self.kind, {column.name: column.classes for column in self.columns})
 
     def read(self, row: Row, row_name: str) -> Any:
-        """Return the label of one row, in the format of the label kind; -100 if the label of a single-label dataset
-        is missing. Raise ValueError if a value is not one of the classes."""
+        """Return the label of one row in the format of the label kind. A missing label of a single-label dataset or a
+        task is -100. Raise ValueError if a value is not one of the classes."""
         if self.kind == "multi_task":
             return {column.name: column.get_index(row[column.name], row_name) for column in self.columns}
         (column,) = self.columns
@@ -222,7 +222,10 @@ def split_labels(value: Any, separator: str | None, row_name: str) -> list[Any]:
     if separator is None:
         return [value]
     if value is not None and not isinstance(value, str):
-        raise ValueError(f"{row_name} has the label {value!r}, but --label-separator requires a text column")
+        raise ValueError(
+            f"{row_name} has the label {value!r}, but --label-separator requires a text column. "
+            "Remove --label-separator"
+        )
     return [label.strip() for label in (value or "").split(separator)]  # empty text is a missing label
 
 
@@ -239,42 +242,42 @@ def normalize_value(value: Any) -> Any:
 
 def find_image_column(options: DataOptions, features: Features) -> str:
     """Return the name of the column of images or image paths."""
-    return find_column("image", options.image_column, features, is_image, IMAGE_COLUMN_NAMES, options.dataset)
+    return find_column("image", options.image_column, features, is_image_feature, IMAGE_COLUMN_NAMES, options.dataset)
 
 
 def find_column(
     kind: str,
     name: str | None,
     features: Features,
-    matches: Callable[[Any], Any],
-    usual_names: tuple[str, ...],
+    has_matching_type: Callable[[Any], Any],
+    common_names: tuple[str, ...],
     dataset: str,
 ) -> str:
-    """Return the requested column, the only column of the matching type, or the first column with a usual name."""
+    """Return the requested column, the only column of the matching type, or the first column with a common name."""
     columns = ", ".join(features)
     if name is not None:
         if name not in features:
             raise ValueError(f"{dataset} has no column {name!r}. Choose one of {columns}")
         return name
-    matching_columns = [column for column, feature in features.items() if matches(feature)]
+    matching_columns = [column for column, feature in features.items() if has_matching_type(feature)]
     if len(matching_columns) == 1:
         return matching_columns[0]
-    usual_columns = [usual_name for usual_name in usual_names if usual_name in (matching_columns or features)]
-    if usual_columns:
-        return usual_columns[0]
+    common_columns = [column for column in common_names if column in (matching_columns or features)]
+    if common_columns:
+        return common_columns[0]
     raise ValueError(f"{dataset}: cannot determine the {kind} column among {columns}. Set --{kind}-column")
 
 
-def is_image(feature: Any) -> bool:
-    """Return whether a column contains images instead of paths."""
+def is_image_feature(feature: Any) -> bool:
+    """Return whether a column with the type `feature` contains images and not paths."""
     is_encoded = isinstance(feature, dict) and {"bytes", "path"} <= feature.keys()
     return type(feature).__name__ == "Image" or is_encoded or getattr(feature, "dtype", None) == "binary"
 
 
 def find_class_label(feature: Any) -> Any:
     """Return the `ClassLabel` of a column of labels or lists of labels, or None for any other column."""
-    types = (feature, get_item_type(feature))
-    return next((candidate for candidate in types if type(candidate).__name__ == "ClassLabel"), None)
+    column_types = (feature, get_item_type(feature))
+    return next((column_type for column_type in column_types if type(column_type).__name__ == "ClassLabel"), None)
 
 
 def get_item_type(feature: Any) -> Any:

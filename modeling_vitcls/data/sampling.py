@@ -1,4 +1,4 @@
-"""Select the images of each batch as a function of the seed and the step, so no sampler state needs to be saved.
+"""Select the images of each batch as a function of the seed and the step, without sampler state.
 
 The training images are shuffled for each epoch, and the epochs are concatenated. Each optimizer step consumes the next
 `batch size x accumulation steps x processes` images, divided among the processes:
@@ -8,7 +8,7 @@ The training images are shuffled for each epoch, and the epochs are concatenated
 
 All batches have the same size, and every image is used equally often. One process with batches of 16, two processes
 with batches of 8, and two accumulated batches of 8 use the same images per step. With repeated augmentation, a step
-contains fewer distinct images, and repeats these images in the same order.
+contains several copies of a shorter sequence of images.
 """
 
 import math
@@ -74,7 +74,7 @@ Epoch = tuple[np.ndarray, np.ndarray]
 
 
 class ShuffledOrder:
-    """Endless sequence of image indices, computed per epoch, that contains every image once per epoch."""
+    """Endless sequence of image indices that contains every image once per epoch."""
 
     def __init__(self, num_images: int, seed: int) -> None:
         self.num_images = num_images
@@ -117,8 +117,8 @@ class BalancedOrder(ShuffledOrder):
         return num_uses[order], indices[order]
 
     def shuffle_class(self, class_index: int, cycles: np.ndarray, num_members: int) -> np.ndarray:
-        """Return a random order of the images of a class for each cycle from the smallest to the largest in `cycles`,
-        [cycles, members]."""
+        """Return one random order of the images of a class per cycle, [cycles, members]. The cycles range from the
+        minimum to the maximum of `cycles`."""
         cycle_indices = np.arange(cycles.min(), cycles.max() + 1, dtype=np.uint64)
         seeds = np.full(len(cycle_indices), derive_seed(self.seed, class_index, self.num_images), dtype=np.uint64)
         return draw_random_bits(seeds, cycle_indices, num_members).argsort(axis=1)
@@ -164,7 +164,7 @@ class BatchPlan:
             num_images: number of training images; None for a stream.
             labels: class indices of the images, for `class_balance="sampling"`.
             num_copies: number of copies of each image in a step (`--repeated-augmentation`). If the number of images
-                per step is not a multiple of `num_copies`, some images have one fewer copy.
+                per step is not a multiple of `num_copies`, some images have one copy fewer.
         """
         assert options.batch_size is not None
         images_per_step = options.batch_size * options.gradient_accumulation_steps * num_processes
@@ -199,7 +199,7 @@ class BatchPlan:
         return self.batch_size * self.accumulation_steps * self.num_processes
 
     def count_epochs(self, step: int) -> float:
-        """Return the number of epochs after `step` steps, or 0 for a stream, whose length is unknown."""
+        """Return the number of completed epochs after `step` steps, or 0 for a stream, whose length is unknown."""
         return step * self.images_per_step / self.num_images if self.num_images else 0.0
 
     def iterate_keys(self, process_index: int, first_step: int = 0) -> Iterator[list[ImageKey]]:

@@ -16,6 +16,7 @@ import gzip
 import logging
 import os
 import struct
+import zlib
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -32,7 +33,7 @@ from ..options import DataOptions
 from .image_folder import read_image_folder, scan_folder, shorten_list
 from .images import ArrayImages, ColumnImages, FileImages, LabeledImages, resolve_path
 from .in_memory import MEMORY_PREFIX, get_dataset
-from .labels import UNLABELED, LabelSpace, build_label_reader, find_image_column, is_image
+from .labels import UNLABELED, LabelSpace, build_label_reader, find_image_column, is_image_feature
 
 
 READERS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".parquet": "parquet"}
@@ -65,7 +66,7 @@ def load_splits(options: DataOptions, use_labels: bool = True, select: SplitSele
     """Load the splits of `--dataset`.
 
     Args:
-        use_labels: whether labels are read. If False, every label is -100, and the dataset needs no label column.
+        use_labels: whether labels are read. If False, every label is -100, and no label column is required.
         select: function that selects splits by name. Other splits, whose labels may be hidden, are not read.
 
     Raises:
@@ -85,7 +86,7 @@ def load_splits(options: DataOptions, use_labels: bool = True, select: SplitSele
 
 
 def mark_as_unlabeled(images: Any) -> LabeledImages:
-    """Return images with the label -100 for every image."""
+    """Return `LabeledImages` with the label -100 for every image."""
     return LabeledImages(images, [IGNORED_LABEL] * len(images))
 
 
@@ -111,7 +112,7 @@ def is_idx_folder(folder: Path) -> bool:
 
 def find_idx_file(folder: Path, split: str, kind: str) -> Path | None:
     """Return the path of a plain or compressed file in the MNIST format, or None if the file does not exist."""
-    files = (folder / f"{split}-{kind}-ubyte{ending}" for ending in ("", ".gz"))
+    files = (folder / f"{split}-{kind}-ubyte{suffix}" for suffix in ("", ".gz"))
     return next((file for file in files if file.is_file()), None)
 
 
@@ -129,7 +130,10 @@ def load_idx_folder(folder: Path) -> Splits:
             )
         images, labels = read_idx(image_file, num_dimensions=3), read_idx(label_file, num_dimensions=1)
         if len(images) != len(labels):
-            raise ValueError(f"{folder}: the split {name!r} has {len(images)} images, but {len(labels)} labels")
+            raise ValueError(
+                f"{folder}: the split {name!r} has {len(images)} images, but {len(labels)} labels. "
+                "Download the files again"
+            )
         num_classes = max(num_classes, int(labels.max(initial=0)) + 1)
         images_by_split[name] = LabeledImages(ArrayImages(images), labels.tolist())
     name = folder.resolve().name
@@ -141,15 +145,13 @@ def load_idx_folder(folder: Path) -> Splits:
 def read_idx(file: Path, num_dimensions: int) -> np.ndarray:
     """Read an idx file as [images, H, W] or [images] `uint8`. The file contains two zero bytes, type 8 (`uint8`), the
     number of dimensions, the size of each dimension, and the values."""
-    opener: Any = gzip.open if file.suffix == ".gz" else open
     try:
-        with opener(file, "rb") as stream:
-            content = stream.read()
+        content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
         if content[:4] != bytes([0, 0, 8, num_dimensions]):
             raise ValueError("the header of the file is not valid")
         shape = struct.unpack_from(f">{num_dimensions}I", content, 4)
         return np.frombuffer(content, np.uint8, offset=4 + 4 * num_dimensions).reshape(shape)
-    except (OSError, EOFError, ValueError, struct.error) as error:
+    except (OSError, EOFError, ValueError, struct.error, zlib.error) as error:
         raise ValueError(f"cannot read {file} as a file in the MNIST format: {format_error(error)}") from error
 
 
@@ -163,23 +165,24 @@ def load_with_datasets(options: DataOptions, use_labels: bool, select: SplitSele
     features = next(iter(datasets.values())).features
     image_column = find_image_column(options, features)
     folder, name = get_dataset_folder(options), get_dataset_name(options)
-    images = {split: build_images(dataset, image_column, folder) for split, dataset in datasets.items()}
+    images_by_split = {split: build_images(dataset, image_column, folder) for split, dataset in datasets.items()}
     if not use_labels:
-        images_by_split = {split: mark_as_unlabeled(unlabeled_images) for split, unlabeled_images in images.items()}
-        return Splits(name, UNLABELED, images_by_split, list(all_splits))
+        unlabeled_splits = {split: mark_as_unlabeled(images) for split, images in images_by_split.items()}
+        return Splits(name, UNLABELED, unlabeled_splits, list(all_splits))
 
-    def read_all(column: str) -> Iterator[Any]:
+    def read_column_of_all_splits(column: str) -> Iterator[Any]:
         return chain.from_iterable(read_column(dataset, column) for dataset in datasets.values())
 
-    reader = build_label_reader(options, features, read_all)
-    images_by_split = {}
+    reader = build_label_reader(options, features, read_column_of_all_splits)
+    labeled_splits = {}
     for split, dataset in datasets.items():
         label_columns = [read_column(dataset, column.name) for column in reader.columns]
-        rows = (dict(zip(reader.space.columns, row, strict=True)) for row in zip(*label_columns, strict=True))
+        rows = (dict(zip(reader.label_space.columns, row, strict=True)) for row in zip(*label_columns, strict=True))
         split_name = f"{options.dataset}, split {split!r}"
         labels = [reader.read(row, f"{split_name}: row {row_index}") for row_index, row in enumerate(rows)]
-        images_by_split[split] = drop_unlabeled_images(LabeledImages(images[split], labels), options, split)
-    return Splits(name, reader.space, images_by_split, list(all_splits))
+        labeled_images = LabeledImages(images_by_split[split], labels)
+        labeled_splits[split] = drop_unlabeled_images(labeled_images, options, split)
+    return Splits(name, reader.label_space, labeled_splits, list(all_splits))
 
 
 def drop_unlabeled_images(images: LabeledImages, options: DataOptions, split: str) -> LabeledImages:
@@ -209,7 +212,7 @@ def warn_on_first_process(message: str) -> None:
 
 def open_splits(options: DataOptions, use_labels: bool = True) -> Any:
     """Return the splits of a dataset by name, as `datasets` objects. With --streaming, no rows are read yet. If
-    labels are not used, an image folder needs no class folders. Raise ValueError if the dataset cannot be read, and
+    labels are not used, an image folder may lack class folders. Raise ValueError if the dataset cannot be read, and
     OSError if the dataset is found neither locally nor on the Hub."""
     path = Path(options.dataset)
     is_in_memory = options.dataset.startswith(MEMORY_PREFIX)
@@ -235,20 +238,20 @@ def open_splits(options: DataOptions, use_labels: bool = True) -> Any:
 
 @contextmanager
 def hide_progress_bars() -> Iterator[None]:
-    """Hide the progress bars of `datasets`. Used for local files, for which there is no download to show."""
+    """Hide the progress bars of `datasets`, which are only useful for downloads."""
     import datasets
 
-    were_hidden = datasets.are_progress_bars_disabled()
+    is_already_disabled = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
         yield
     finally:
-        if not were_hidden:
+        if not is_already_disabled:
             datasets.enable_progress_bars()
 
 
 def read_with_datasets(options: DataOptions) -> Any:
-    """Load a dataset with `datasets.load_dataset`. Raise a one-line ValueError if the dataset cannot be read."""
+    """Load a dataset with the `datasets` library. Raise a one-line ValueError if the dataset cannot be read."""
     import datasets
 
     path = Path(options.dataset)
@@ -268,13 +271,13 @@ def read_with_datasets(options: DataOptions) -> Any:
         raise ValueError(
             f"cannot read the dataset {options.dataset!r} ({type(error).__name__}: {format_error(error)}). Set "
             "--dataset to `digits`, a folder with a subfolder of images per class, a CSV, JSON Lines or Parquet "
-            "file, a folder that `save_to_disk` wrote, a folder of MNIST's idx files, or the id of a dataset on the "
+            "file, a folder written by `save_to_disk`, a folder with MNIST's idx files, or the id of a dataset on the "
             "Hub"
         ) from error
 
 
 def convert_to_streams(splits: Any, options: DataOptions) -> Any:
-    """Convert stored splits to streams if --streaming is set, and return the splits."""
+    """Return the splits, which are converted to streams if --streaming is set."""
     return {name: split.to_iterable_dataset() for name, split in splits.items()} if options.streaming else splits
 
 
@@ -301,7 +304,7 @@ def build_images(dataset: Any, column: str, folder: Path) -> "FileImages | Colum
     """Return the images of one split. The column contains encoded images, or paths relative to `folder`."""
     import datasets
 
-    if not is_image(dataset.features[column]):
+    if not is_image_feature(dataset.features[column]):
         return FileImages([resolve_path(folder, path) for path in read_column(dataset, column)], folder)
     encoded_images = dataset.select_columns([column]).cast_column(column, datasets.Image(decode=False))
     return ColumnImages(encoded_images, column, folder)

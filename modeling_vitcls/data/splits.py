@@ -5,14 +5,13 @@
 
 Labels are read in labels.py. Images are decoded on access (images.py) and batched in batches.py.
 
-`--resume` continues a run only with the data that the run started with. The fingerprint of the data contains:
-    names_sha256         the images' names in order
-    name_set_sha256      the sorted names, to distinguish a new order from other images
-    labels_sha256        the labels in order
-    contents_sha256      the bytes of `NUM_SAMPLES` images, spread evenly over all images
-The fingerprint of a large dataset is computed quickly, because no other image files are read. The samples detect a
-change in the contents of many images whose names are unchanged, for example if the names of two class folders were
-swapped.
+`--resume` continues a run only with the data that the run started with. The data has a fingerprint of four digests:
+    names_sha256         image names in the order of the dataset
+    name_set_sha256      sorted image names, to distinguish a new order from other images
+    labels_sha256        labels in the order of the dataset
+    contents_sha256      bytes of `NUM_SAMPLES` images, spread evenly over all images
+The fingerprint of a large dataset is computed quickly, because no other image files are read. A sample of the images
+is sufficient to detect that many files were replaced, for example if the names of two class folders were swapped.
 """
 
 import hashlib
@@ -30,7 +29,7 @@ from .sources import load_splits
 from .streaming import MAX_HELD_OUT_IMAGES, StreamedImages, open_streams
 
 
-HELD_OUT_NAMES = ("validation", "valid", "val", "dev", "test")  # in order of precedence
+HELD_OUT_SPLITS = ("validation", "valid", "val", "dev", "test")  # names of held-out splits, in order of precedence
 NUM_SAMPLES = 32  # number of images whose bytes are part of a fingerprint
 
 # Description of a change, by digest name. The first digest that differs determines the description.
@@ -72,7 +71,7 @@ def load_training_data(
 
     If `use_selection_split` is set, the checkpoint is selected on selection images, which are separate from the
     held-out images. The selection images are the validation split if the dataset also has a test split. Otherwise,
-    the selection images are taken from the training images by another seeded rule.
+    another seeded rule selects the selection images from the training images.
 
     The held-out images of a stream are read immediately and stored in memory without decoding. If the stream has no
     evaluation split, only the first 10,000 held-out images are stored.
@@ -83,13 +82,13 @@ def load_training_data(
     if options.streaming:
         streams = open_streams(options, use_labels)
         first_stream = next(iter(streams.values()))
-        return split_data(first_stream.name, first_stream.label_space, streams, options, use_selection_split)
+        return build_training_data(first_stream.name, first_stream.label_space, streams, options, use_selection_split)
 
     def select(names: list[str]) -> list[str]:
         return [name for name in choose_training_splits(names, use_selection_split) if name is not None]
 
     splits = load_splits(options, use_labels, select)
-    return split_data(splits.name, splits.label_space, splits.images_by_split, options, use_selection_split)
+    return build_training_data(splits.name, splits.label_space, splits.images_by_split, options, use_selection_split)
 
 
 def load_unlabeled_data(options: DataOptions, use_selection_split: bool = False) -> TrainingData:
@@ -113,41 +112,43 @@ def choose_training_splits(names: Collection[str], use_selection_split: bool) ->
     """Return the names of the splits that training reads. The reported metrics are measured on the test split only if
     there is no validation split, or if the validation split is used to select the checkpoint."""
     train = "train" if "train" in names else next(iter(names))
-    held_out = [name for name in HELD_OUT_NAMES if name in names and name != train]
-    if use_selection_split and len(held_out) > 1 and "test" in held_out:
-        return TrainingSplits(train, "test", held_out[0])
-    return TrainingSplits(train, held_out[0] if held_out else None, None)
+    held_out_names = [name for name in HELD_OUT_SPLITS if name in names and name != train]
+    if use_selection_split and len(held_out_names) > 1 and "test" in held_out_names:
+        return TrainingSplits(train, "test", held_out_names[0])
+    return TrainingSplits(train, held_out_names[0] if held_out_names else None, None)
 
 
-def split_data(
+def build_training_data(
     name: str,
-    space: LabelSpace,
-    split_images: Mapping[str, LabeledImages | StreamedImages],
+    label_space: LabelSpace,
+    images_by_split: Mapping[str, LabeledImages | StreamedImages],
     options: DataOptions,
     use_selection_split: bool,
 ) -> TrainingData:
     """Build the training data from the splits of a dataset. If the dataset has no held-out split, images of the
     training split are held out. The held-out images of a stream are read into memory."""
-    splits = choose_training_splits(split_images, use_selection_split)
-    check_splits(options, space, list(split_images), splits, use_selection_split)
-    train = split_images[splits.train]
+    splits = choose_training_splits(images_by_split, use_selection_split)
+    check_splits(options, label_space, list(images_by_split), splits, use_selection_split)
+    train = images_by_split[splits.train]
     if splits.held_out is not None:
-        held_out, description = materialize_images(split_images[splits.held_out]), f"split {splits.held_out!r}"
+        held_out = materialize_images(images_by_split[splits.held_out])
+        held_out_name = f"split {splits.held_out!r}"
         record = HeldOutRecord(splits.held_out, len(held_out))
     else:
         rule = build_held_out_rule(options)
         train, held_out, record = hold_out_images(train, rule, options)
-        description = str(rule)
+        held_out_name = str(rule)
         if options.streaming and len(held_out) == MAX_HELD_OUT_IMAGES:
-            description += f", evaluated on the first {MAX_HELD_OUT_IMAGES:,} images"
+            held_out_name += f", evaluated on the first {MAX_HELD_OUT_IMAGES:,} images"
     selection, selection_name = None, ""
     if splits.selection is not None:
-        selection, selection_name = materialize_images(split_images[splits.selection]), f"split {splits.selection!r}"
+        selection = materialize_images(images_by_split[splits.selection])
+        selection_name = f"split {splits.selection!r}"
     elif use_selection_split:
         rule = HeldOutRule(options.held_out_fraction, options.split_seed, "selection")
         train, selection, _ = hold_out_images(train, rule, options)
         selection_name = f"{rule}; from the training images"
-    return TrainingData(name, space, train, held_out, description, record, selection, selection_name)
+    return TrainingData(name, label_space, train, held_out, held_out_name, record, selection, selection_name)
 
 
 def materialize_images(images: LabeledImages | StreamedImages) -> LabeledImages:
@@ -156,12 +157,12 @@ def materialize_images(images: LabeledImages | StreamedImages) -> LabeledImages:
 
 
 def check_splits(
-    options: DataOptions, space: LabelSpace, names: list[str], splits: TrainingSplits, use_selection_split: bool
+    options: DataOptions, label_space: LabelSpace, names: list[str], splits: TrainingSplits, use_selection_split: bool
 ) -> None:
-    """Raise ValueError if there is only one class, if a dataset for cross-validation has a split for
-    evaluation, or if no images are available for `--select best`."""
-    if space.kind == "single_label_classification" and space.columns and len(space.names) == 1:
-        raise ValueError(describe_single_class(options.dataset, space.names[0]))
+    """Raise ValueError if there is only one class, if a dataset for cross-validation has a held-out split,
+    or if no images are available for `--select best`."""
+    if label_space.kind == "single_label_classification" and label_space.columns and len(label_space.names) == 1:
+        raise ValueError(describe_single_class(options.dataset, label_space.names[0]))
     if options.folds is not None and splits.held_out is not None:
         raise ValueError(
             f"--folds requires a dataset with a single split, but {options.dataset} has the held-out split "
@@ -190,7 +191,7 @@ def hold_out_images(images: Any, rule: HeldOutRule, options: DataOptions) -> tup
     """Return the training images (stored or streamed), the held-out images, and the record of the held-out images.
     Raise ValueError if none or all of the images would be held out."""
     if isinstance(images, StreamedImages):
-        train = replace(images, held_out=rule)
+        train = replace(images, held_out_rule=rule)
         held_out = train.read_held_out_images() if rule.fraction else LabeledImages(EncodedImages([]), [])
         return train, held_out, HeldOutRecord.from_keys(rule, held_out.images.compute_keys())
     keys = images.images.compute_keys()
@@ -225,9 +226,9 @@ def load_evaluation_data(
     """Load the images of one split.
 
     If the dataset has a single split, `"train"` selects the images of this split that training uses. `"test"` selects
-    the images that training holds out, unless the split itself is named "test". By default, `split` is the split that
-    the model's run held out, or "test". If `record` (the held-out record of the model's run) contains a rule, this
-    rule selects the images.
+    the images that training holds out, unless the split itself is named "test". `record` is the held-out record of the
+    model. If `split` is None, the split is the recorded split, or "test". A recorded rule takes precedence over the
+    options.
 
     Raises:
         ValueError: if the split does not exist or cannot be evaluated, or if the options contradict `record`.
@@ -242,26 +243,28 @@ def load_evaluation_data(
         streams = open_streams(options)
         names = list(streams)
         images = streams[select(names)[0]]
-        space = images.label_space
+        label_space = images.label_space
     else:
         splits = load_splits(options, select=select)
-        names, space = splits.names, splits.label_space
+        names, label_space = splits.names, splits.label_space
         (images,) = splits.images_by_split.values()
-    name = choose_split(split, names, record)
-    if name in names and not (name == "train" and len(names) == 1):  # `name` is a complete split
-        return EvaluationData(space, materialize_images(images), name, None)
-    if name == "train" and options.streaming:
+    split = choose_split(split, names, record)
+    if split in names and not (split == "train" and len(names) == 1):  # `split` is a complete split of the dataset
+        return EvaluationData(label_space, materialize_images(images), split, None)
+    if split == "train" and options.streaming:
         raise ValueError(
             f"evaluation on the training images of the single split of {options.dataset} is not supported for "
             "streams. Remove --streaming, or set --split test to evaluate the held-out images"
         )
-    if name != "train" and rule.fraction == 0:
+    if split != "train" and rule.fraction == 0:
         raise ValueError(
             f"evaluation requires held-out images, but --held-out-fraction is 0, so training used all images of "
             f"{options.dataset}. Set --dataset to a dataset that was not used for training"
         )
     train, held_out, _ = hold_out_images(images, rule, options)
-    return EvaluationData(space, train, name, None) if name == "train" else EvaluationData(space, held_out, name, rule)
+    if split == "train":
+        return EvaluationData(label_space, train, split, None)
+    return EvaluationData(label_space, held_out, split, rule)
 
 
 def choose_split(split: str | None, names: Collection[str], record: HeldOutRecord | None) -> str:
@@ -303,8 +306,8 @@ def choose_rule(options: DataOptions, record: HeldOutRecord | None) -> HeldOutRu
 
 
 def describe_data(training_data: TrainingData) -> dict[str, Any]:
-    """Return the description of a run's data, which is stored in checkpoints. The description of a stream contains
-    only the held-out images and the classes."""
+    """Return a description of the training data for checkpoints. The description of a stream contains only the
+    held-out images and the classes."""
     labeled_images = training_data.held_out if isinstance(training_data.train, StreamedImages) else training_data.train
     return {
         "num_training_images": training_data.num_training_images,
@@ -320,7 +323,7 @@ def describe_data(training_data: TrainingData) -> dict[str, Any]:
 def compute_fingerprint(
     names: Sequence[str], labels: Iterable[Any], read_bytes: Callable[[int], bytes | None]
 ) -> dict[str, str]:
-    """Return the digests that are listed in the module docstring. `labels` are values that JSON supports.
+    """Return the digests that are listed in the module docstring. `labels` must be JSON-serializable.
     `read_bytes` returns the bytes of the image at an index, or None if the image cannot be read."""
     sample_indices = sorted({len(names) * number // NUM_SAMPLES for number in range(NUM_SAMPLES)}) if names else []
     contents = (read_bytes(index) for index in sample_indices)
@@ -335,7 +338,7 @@ def compute_fingerprint(
 
 
 def compute_digest(values: Iterable[Any]) -> str:
-    """Return the SHA-256 of values that JSON supports."""
+    """Return the SHA-256 of JSON-serializable values."""
     digest = hashlib.sha256()
     for value in values:
         digest.update(json.dumps(value, sort_keys=True).encode() + b"\n")
@@ -343,8 +346,8 @@ def compute_digest(values: Iterable[Any]) -> str:
 
 
 def describe_change(stored_description: dict[str, Any], current_description: dict[str, Any]) -> str | None:
-    """Describe the first difference between the stored and the current description of a run's data (from
-    `describe_data`). Return None if there is no difference."""
+    """Return the first difference between two outputs of `describe_data` as text, or None if there is no
+    difference."""
     if stored_description == current_description:
         return None
     for column, names in current_description["classes"].items():
@@ -375,9 +378,9 @@ def describe_missing_classes(training_data: TrainingData) -> list[str]:
     """Return warnings about classes without held-out images and classes without training images."""
     if isinstance(training_data.train, StreamedImages) or not len(training_data.held_out):
         return []
-    space = training_data.label_space
-    train = find_classes(training_data.train.labels, space)
-    held_out = find_classes(training_data.held_out.labels, space)
+    label_space = training_data.label_space
+    train = find_classes(training_data.train.labels, label_space)
+    held_out = find_classes(training_data.held_out.labels, label_space)
     num_classes = len(train | held_out)
     remedy = "Add images"
     if training_data.record.rule is not None:
@@ -393,14 +396,14 @@ def describe_missing_classes(training_data: TrainingData) -> list[str]:
     return warnings
 
 
-def find_classes(labels: Sequence[Any], space: LabelSpace) -> set[str]:
-    """Return the names of the classes that occur in labels. For a model with several tasks, each class name is
+def find_classes(labels: Sequence[Any], label_space: LabelSpace) -> set[str]:
+    """Return the names of the classes that occur in `labels`. For a model with several tasks, each class name is
     prefixed with the name of the task."""
-    if space.kind == "multi_task":
-        tasks = space.columns.items()
+    if label_space.kind == "multi_task":
+        tasks = label_space.columns.items()
         return {f"{task} {names[label[task]]}" for task, names in tasks for label in labels if label[task] >= 0}
-    if not space.columns:
+    if not label_space.columns:
         return set()
-    if space.kind == "multi_label_classification":
-        return {name for label in labels for name, value in zip(space.names, label, strict=True) if value}
-    return {space.names[label] for label in labels}
+    if label_space.kind == "multi_label_classification":
+        return {name for label in labels for name, value in zip(label_space.names, label, strict=True) if value}
+    return {label_space.names[label] for label in labels}

@@ -3,10 +3,10 @@
     shards -> shuffle buffer -> examples of this process -> examples after the completed steps
            -> batches of encoded examples, read ahead by the main process -> decoding and augmentation in workers
 
-Each process reads its own shards if the number of shards is a multiple of the number of processes; otherwise each
-process reads all shards and uses every n-th example, where n is the number of processes. The order depends only on the
-seed. After the last example, a process starts a new pass in a different order. The index of an example is a checksum
-of the encoded image (or of its path), so an image has the same index in every pass and every process.
+If the number of shards is a multiple of the number of processes, each process reads its own shards. Otherwise, each of
+the n processes reads all shards and uses every n-th example. The order depends only on the seed. After the last
+example, a process starts a new pass in a different order. The index of an example is a checksum of the encoded image
+or of the image path, so an image has the same index in every pass and every process.
 """
 
 import math
@@ -31,16 +31,16 @@ from .images import (
     EncodedImages,
     LabeledImages,
     UnreadableImage,
-    compute_example_key,
+    compute_encoded_image_key,
     decode_image,
-    encode_value,
+    to_encoded_image,
 )
 from .labels import UNLABELED, Features, LabelReader, LabelSpace, build_label_reader, find_image_column
 from .sampling import BatchPlan, derive_seed
 from .sources import get_dataset_folder, get_dataset_name, open_splits
 
 
-MAX_STORED_NAMES = 10_000  # maximum number of recent examples whose names are stored for error messages
+MAX_STORED_PATHS = 10_000  # maximum number of recent examples whose paths are stored for error messages
 NUM_BATCHES_AHEAD = 4  # number of batches to read ahead of training
 MAX_HELD_OUT_IMAGES = 10_000  # maximum number of held-out images of a stream without an evaluation split
 
@@ -52,7 +52,7 @@ StreamRow = tuple[dict[str, Any], int]  # (column name -> value, image key)
 class Example:
     """An encoded image and its label."""
 
-    encoded: dict[str, Any]  # {"path", "bytes"}
+    encoded_image: dict[str, Any]  # {"path", "bytes"}
     label: Any
     index: int
     epoch: int = 0
@@ -60,7 +60,7 @@ class Example:
 
 @dataclass(frozen=True)
 class StreamedImages:
-    """Images of one split of a streamed dataset; `held_out` separates held-out images from training images."""
+    """Images of one split of a streamed dataset. `held_out_rule` separates held-out images from training images."""
 
     name: str
     stream: Any  # an IterableDataset whose images are not decoded
@@ -68,12 +68,12 @@ class StreamedImages:
     reader: LabelReader | None  # None if labels are not read
     folder: Path
     shuffle_buffer: int
-    held_out: HeldOutRule | None = None
+    held_out_rule: HeldOutRule | None = None
 
     @property
     def label_space(self) -> LabelSpace:
-        """Return the label type and the class names."""
-        return UNLABELED if self.reader is None else self.reader.space
+        """Return the label space, which has no columns if labels are not read."""
+        return UNLABELED if self.reader is None else self.reader.label_space
 
     def iterate_examples(self, seed: int, process_index: int, num_processes: int, start: int = 0) -> Iterator[Example]:
         """Yield the examples of one process indefinitely, starting at example `start`. `Example.epoch` is the number
@@ -101,45 +101,45 @@ class StreamedImages:
             stream = stream.shard(num_processes, process_index)
         stream = stream.shuffle(seed=derive_seed(seed, pass_index), buffer_size=self.shuffle_buffer)
         rows = (row for row in self.iterate_rows(stream) if not self.is_held_out(row))
-        own_rows = rows if has_own_shards else islice(rows, process_index, None, num_processes)
-        return self.build_examples(own_rows)
+        process_rows = rows if has_own_shards else islice(rows, process_index, None, num_processes)
+        return self.build_examples(process_rows)
 
     def read_held_out_images(self) -> LabeledImages:
         """Return the encoded held-out images in the order of the stream.
 
-        If `held_out` is None, as for an evaluation split, return all images. Otherwise, only the first
+        If `held_out_rule` is None, as for an evaluation split, return all images. Otherwise, only the first
         `MAX_HELD_OUT_IMAGES` held-out images are read and stored. Training skips all held-out images.
         """
         rows = self.iterate_rows(self.stream)
-        if self.held_out is not None:
+        if self.held_out_rule is not None:
             rows = islice(filter(self.is_held_out, rows), MAX_HELD_OUT_IMAGES)
         examples = list(self.build_examples(rows))
-        if not examples and self.held_out is None:
+        if not examples and self.held_out_rule is None:
             raise ValueError(f"{self.name}: the evaluation split contains no images. Add images, or remove the split")
         if not examples:
             raise ValueError(f"{self.name}: no image is held out. Set a larger --held-out-fraction")
-        images = EncodedImages([example.encoded for example in examples], self.folder)
+        images = EncodedImages([example.encoded_image for example in examples], self.folder)
         return LabeledImages(images, [example.label for example in examples])
 
     def iterate_rows(self, stream: Any) -> Iterator[StreamRow]:
         """Yield the column values and the image key of each row. The image column contains inputs of
         `decode_image`."""
         for values in stream:
-            encoded = encode_value(values[self.image_column], self.folder)
-            yield values | {self.image_column: encoded}, compute_example_key(encoded, self.folder)
+            encoded_image = to_encoded_image(values[self.image_column], self.folder)
+            yield values | {self.image_column: encoded_image}, compute_encoded_image_key(encoded_image, self.folder)
 
     def is_held_out(self, row: StreamRow) -> bool:
-        """Return whether an image is excluded from training."""
-        return self.held_out is not None and self.held_out.is_held_out(row[1])
+        """Return whether the image of a row is held out."""
+        return self.held_out_rule is not None and self.held_out_rule.is_held_out(row[1])
 
     def build_examples(self, rows: Iterable[StreamRow]) -> Iterator[Example]:
         """Yield an `Example` for each row. If labels are read, rows without a label are skipped."""
         for values, index in rows:
-            encoded, label = values[self.image_column], IGNORED_LABEL
+            encoded_image, label = values[self.image_column], IGNORED_LABEL
             if self.reader is not None:
-                label = self.reader.read(values, f"{self.name}: the image {encoded['path'] or hex(index)}")
+                label = self.reader.read(values, f"{self.name}: the image {encoded_image['path'] or hex(index)}")
             if self.reader is None or label != IGNORED_LABEL:
-                yield Example(encoded, label, index)
+                yield Example(encoded_image, label, index)
 
 
 # Opening -------------------------------------------------------------------------------------------------------------
@@ -179,7 +179,7 @@ def read_features(stream: Any, options: DataOptions) -> Features:
     try:
         return datasets.Dataset.from_list([next(iter(stream))]).features
     except StopIteration:
-        raise ValueError(f"{options.dataset} is empty") from None
+        raise ValueError(f"{options.dataset} is empty. Add images") from None
 
 
 # Training ------------------------------------------------------------------------------------------------------------
@@ -194,10 +194,10 @@ class TrainingStream:
 
     source: StreamedImages
     builder: BatchBuilder
-    names: dict[int, str] = field(default_factory=dict)  # example index -> path
+    paths: dict[int, str] = field(default_factory=dict)  # example index -> image path
 
     def iterate_keys(self, plan: BatchPlan, process_index: int, first_step: int) -> Iterator[list[Example]]:
-        """Yield the encoded examples of each batch of one process, starting at `first_step`, with read-ahead."""
+        """Yield the encoded examples of each batch of one process, starting at `first_step`. A thread reads ahead."""
         return read_ahead(self.iterate_batches(plan, process_index, first_step), NUM_BATCHES_AHEAD)
 
     def iterate_batches(self, plan: BatchPlan, process_index: int, first_step: int) -> Iterator[list[Example]]:
@@ -208,16 +208,16 @@ class TrainingStream:
         examples = self.source.iterate_examples(plan.seed, process_index, plan.num_processes, start)
         for _ in range(first_batch, plan.num_steps * plan.accumulation_steps):
             batch = list(islice(examples, num_distinct_images))
-            self.store_names(batch)
+            self.store_paths(batch)
             copies = [
-                replace(example, epoch=example.epoch * plan.num_copies + copy)
-                for copy in range(plan.num_copies)
+                replace(example, epoch=example.epoch * plan.num_copies + copy_index)
+                for copy_index in range(plan.num_copies)
                 for example in batch
             ]
             yield copies[: plan.batch_size]
 
     def __getitem__(self, examples: list[Example]) -> Batch:
-        """Build a batch from the given examples. Raise ValueError if none of the images can be read."""
+        """Build a batch from encoded examples. Raise ValueError if none of the images can be read."""
         pixels = {index: self.load_pixels(example) for index, example in enumerate(examples)}
         readable_images = {index: image for index, image in pixels.items() if image is not None}
         if not readable_images:
@@ -226,7 +226,9 @@ class TrainingStream:
             )
         first_readable_index = min(readable_images)
         source_indices = [
-            next((readable for readable in readable_images if readable >= index), first_readable_index)
+            next(
+                (readable_index for readable_index in readable_images if readable_index >= index), first_readable_index
+            )
             for index in pixels
         ]
         replaced_indices = [
@@ -243,24 +245,24 @@ class TrainingStream:
     def load_pixels(self, example: Example) -> torch.Tensor | None:
         """Decode an image and apply the fixed transform; return None if the image cannot be read."""
         try:
-            return self.builder.prepare_image(decode_image(example.encoded, hex(example.index)))
+            return self.builder.prepare_image(decode_image(example.encoded_image, hex(example.index)))
         except UnreadableImage:
             return None
 
-    def store_names(self, examples: list[Example]) -> None:
-        """Store the names of examples, and remove the oldest names so that at most `MAX_STORED_NAMES` remain."""
+    def store_paths(self, examples: list[Example]) -> None:
+        """Store the image paths of examples, and remove the oldest paths if there are more than `MAX_STORED_PATHS`."""
         for example in examples:
-            self.names[example.index] = example.encoded["path"] or ""
-        while len(self.names) > MAX_STORED_NAMES:
-            del self.names[next(iter(self.names))]
+            self.paths[example.index] = example.encoded_image["path"] or ""
+        while len(self.paths) > MAX_STORED_PATHS:
+            del self.paths[next(iter(self.paths))]
 
     def describe_unreadable_image(self, index: int) -> str:
         """Return the error message for an unreadable image."""
-        name = self.names.get(index)
-        return f"cannot read the image {shorten_text(name) if name else f'with checksum {index:x}'}"
+        path = self.paths.get(index)
+        return f"cannot read the image {shorten_text(path) if path else f'with checksum {index:x}'}"
 
 
-def augment_images(
+def build_training_dataset(
     source: LabeledImages | StreamedImages,
     augmentation: Augmentation,
     to_rgb: bool,
@@ -275,13 +277,13 @@ def augment_images(
 
 
 def read_ahead(items: Iterator[Any], num_items: int) -> Iterator[Any]:
-    """Yield the items of an iterator, with up to `num_items` items read ahead in a separate thread."""
-    end = object()
+    """Yield the items of an iterator, and read up to `num_items` items ahead in a separate thread."""
+    sentinel = object()
     pool = ThreadPoolExecutor(max_workers=1)
     try:
-        futures = deque(pool.submit(next, items, end) for _ in range(num_items))
-        while (item := futures.popleft().result()) is not end:
-            futures.append(pool.submit(next, items, end))
+        futures = deque(pool.submit(next, items, sentinel) for _ in range(num_items))
+        while (item := futures.popleft().result()) is not sentinel:
+            futures.append(pool.submit(next, items, sentinel))
             yield item
     finally:
         pool.shutdown(wait=False, cancel_futures=True)

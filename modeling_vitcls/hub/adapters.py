@@ -18,7 +18,7 @@ import torch
 from huggingface_hub import ModelCard, ModelCardData
 from safetensors.torch import save_file
 
-from ..configuration_vitcls import TOKEN_COUNTS, ViTCLSConfig
+from ..configuration_vitcls import COUNT_FIELDS, ViTCLSConfig
 from ..files import read_json
 from .card_sections import CITATION, render_card
 from .local_paths import is_local, strip_folders
@@ -82,7 +82,7 @@ def build_adapter_card(
     """Build the card of an adapter. `name` is the folder name, which a push replaces with the repository id."""
     license_metadata: dict[str, Any] = {} if provenance is None else provenance.license_metadata
     loading_arguments = {"num_labels": config.num_labels, "image_size": config.image_size}
-    loading_arguments |= {field: getattr(config, field) for field in TOKEN_COUNTS.values()}
+    loading_arguments |= {field: getattr(config, field) for field in COUNT_FIELDS.values()}
     card_data = ModelCardData(
         base_model=None if is_local(base_model) else base_model,
         base_model_relation=None if is_local(base_model) else "adapter",

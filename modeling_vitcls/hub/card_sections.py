@@ -11,7 +11,7 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader
 
-from ..configuration_vitcls import MIN_TRANSFORMERS, ViTCLSConfig
+from ..configuration_vitcls import MIN_TRANSFORMERS_VERSION, ViTCLSConfig
 from ..version import __version__
 from .card_results import METRIC_NAMES, format_name, format_percent
 from .code_files import READING_ORDER, compute_code_digest
@@ -90,7 +90,7 @@ def build_use_section(
         expression=PRINTED_OUTPUTS[auto_class],
         is_native=is_native,
         finetune_dataset=finetune_dataset,
-        min_transformers=".".join(map(str, MIN_TRANSFORMERS)),
+        min_transformers=".".join(map(str, MIN_TRANSFORMERS_VERSION)),
         version=__version__,
         code_digest=compute_code_digest(),
         reading_order=", ".join(f"`{name}`" for name in READING_ORDER),

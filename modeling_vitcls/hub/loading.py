@@ -126,7 +126,7 @@ def check_is_vitcls(source: str, folder: str | Path) -> dict[str, Any]:
     `source` is the name of the model in error messages. Raise ValueError for other model types or a damaged
     config.json, and OSError if config.json is missing.
     """
-    check_checkpoint_folder(str(folder), has_other_config=False)
+    check_checkpoint_folder(str(folder), needs_config_file=True)
     config_dict = read_json(Path(folder, CONFIG_FILE))
     model_type = config_dict.get("model_type")
     if model_type != ViTCLSConfig.model_type:

@@ -10,5 +10,5 @@
     outputs.py          rows -> table, CSV, JSON, Parquet; shards; progress
     predict.py          the command `vitcls predict`
 
-These files are not pushed to the Hub.
+The files in this folder are not pushed to the Hub.
 """

@@ -56,8 +56,8 @@ class Evaluation(NamedTuple):
 
 
 def load_evaluation(options: EvaluateOptions, accelerator: Accelerator, warn: Callable[[str], None]) -> Evaluation:
-    """Load the model and the labeled images. Raises the same errors as `evaluate_checkpoint`."""
-    with accelerator.main_process_first():  # downloads once
+    """Load the model and the labeled images. The errors are the same as in `evaluate_checkpoint`."""
+    with accelerator.main_process_first():  # the main process downloads the files
         folder = resolve_checkpoint(options.model, [*MODEL_FILE_PATTERNS, RESULTS_FILE])
         model = load_classifier(options.model, folder).to(accelerator.device).eval()
         processor = ViTCLSImageProcessor.from_pretrained(folder)
@@ -132,7 +132,7 @@ def describe_evaluation(
     seconds: float,
     accelerator: Accelerator,
 ) -> dict[str, Any]:
-    """Return the entries of the results that describe the model, the images, the speed and the environment."""
+    """Return the results that describe the model, the images, the speed and the environment."""
     return {
         "model": options.model,
         "dataset": options.data.dataset,
@@ -171,7 +171,7 @@ def describe_possible_overlap(model: str, record: HeldOutRecord | None, held_out
     return (
         f"the {len(held_out_images):,} held-out images are not the {record.num_images:,} images that were held out "
         f"when {model} was trained, so the dataset has changed or is a different dataset. The model may have been "
-        "trained on images that were renamed or re-encoded since then"
+        "trained on images that have been renamed or re-encoded"
     )
 
 
@@ -205,9 +205,9 @@ def match_labels(images: LabeledImages, data_space: LabelSpace, model_space: Lab
     if data_space.kind == "single_label_classification":
         return LabeledImages(images.images, [indices[label] for label in images.labels])
     labels = []
-    for row in images.labels:
-        present_indices = {indices[label] for label, value in enumerate(row) if value}
-        labels.append([float(label in present_indices) for label in range(len(model_space.names))])
+    for multi_hot_label in images.labels:
+        present_indices = {indices[index] for index, value in enumerate(multi_hot_label) if value}
+        labels.append([float(index in present_indices) for index in range(len(model_space.names))])
     return LabeledImages(images.images, labels)
 
 
@@ -220,10 +220,15 @@ def match_task_labels(
             f"the model has the tasks {', '.join(model_space.columns)}, but the dataset has "
             f"{', '.join(data_space.columns)}. Select the columns of the tasks with --label-column"
         )
-    tasks = {task: LabelIndices(data_space.columns[task], names) for task, names in model_space.columns.items()}
+    indices_by_task = {
+        task: LabelIndices(data_space.columns[task], names) for task, names in model_space.columns.items()
+    }
     return [
-        {task: IGNORED_LABEL if row[task] == IGNORED_LABEL else indices[row[task]] for task, indices in tasks.items()}
-        for row in labels
+        {
+            task: IGNORED_LABEL if label[task] == IGNORED_LABEL else indices[label[task]]
+            for task, indices in indices_by_task.items()
+        }
+        for label in labels
     ]
 
 
@@ -237,10 +242,10 @@ class LabelIndices(dict[int, int]):
         self.model_names = model_names
 
     def __missing__(self, label: int) -> NoReturn:
-        ellipsis = ", ..." if len(self.model_names) > 20 else ""
+        suffix = f" and {len(self.model_names) - 20} more" if len(self.model_names) > 20 else ""
         raise ValueError(
             f"the dataset has the label {self.data_names[label]!r}, but the model has only the labels "
-            f"{', '.join(self.model_names[:20])}{ellipsis}"
+            f"{', '.join(self.model_names[:20])}{suffix}. Remove the images with this label"
         )
 
 

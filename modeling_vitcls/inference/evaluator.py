@@ -1,8 +1,8 @@
-"""Evaluation of a model on labeled images. Each image is counted exactly once on any number of processes.
+"""Evaluation of a model on labeled images. Each image is counted exactly once with any number of processes.
 
     images -> images of this process -> pixel_values and labels -> model -> metrics over all processes
 
-All processes run the same number of batches of the same size, because sharded models require this. The images are
+Sharded models require that all processes run the same number of batches of the same size. The images are therefore
 distributed in rounds of one batch per process. The last round is padded with blank images, which have no labels and
 are not counted. An unreadable image is replaced by a blank image, reported by name, and counted as unreadable.
 
@@ -59,14 +59,14 @@ class HeldOutBatches(Dataset):
     def __post_init__(self) -> None:
         first_index = self.process_index * self.batch_size
         batch_starts = range(first_index, len(self.source) + first_index, self.batch_size * self.num_processes)
-        self.batches = [range(start, start + self.batch_size) for start in batch_starts]
+        self.index_ranges = [range(start, start + self.batch_size) for start in batch_starts]
 
     def __len__(self) -> int:
-        return len(self.batches)
+        return len(self.index_ranges)
 
     def __getitem__(self, index: int) -> HeldOutBatch:
         pixel_values, labels, error_messages = [], [], {}
-        for image_index in self.batches[index]:
+        for image_index in self.index_ranges[index]:
             if image_index >= len(self.source):
                 break
             try:
@@ -85,12 +85,12 @@ class HeldOutBatches(Dataset):
 
 
 COLLATE_FUNCTIONS: dict[LabelKind, Callable[[list[Any], LabelSpace], Any]] = {
-    "single_label_classification": lambda labels, space: torch.tensor(labels, dtype=torch.long),  # [G]
-    "multi_label_classification": lambda labels, space: torch.tensor(labels, dtype=torch.float32).reshape(
-        -1, len(space.names)
+    "single_label_classification": lambda labels, label_space: torch.tensor(labels, dtype=torch.long),  # [G]
+    "multi_label_classification": lambda labels, label_space: torch.tensor(labels, dtype=torch.float32).reshape(
+        -1, len(label_space.names)
     ),  # [G, L]
-    "multi_task": lambda labels, space: {
-        task: torch.tensor([label[task] for label in labels], dtype=torch.long) for task in space.columns
+    "multi_task": lambda labels, label_space: {
+        task: torch.tensor([label[task] for label in labels], dtype=torch.long) for task in label_space.columns
     },
 }
 
@@ -103,7 +103,7 @@ class Evaluator:
         processor: image processor that returns `pixel_values`.
         label_space: names of the labels, in the order of the model's logits.
         batch_size: number of images per process and forward pass.
-        num_workers: number of data loading workers per process; with 0, images are loaded in the process itself.
+        num_workers: number of data loading workers per process; with 0, no worker processes are started.
         accelerator: the accelerator, which defines the device, the precision and the processes.
         max_broken_images: maximum number of unreadable images, which are skipped. The evaluation stops if more images
             are unreadable.
@@ -129,10 +129,10 @@ class Evaluator:
         self.batch_size = batch_size
         self.accelerator = accelerator
         self.error_messages: dict[int, str] = {}  # index of each unreadable image -> error message, for all processes
-        self.unreadable_images = UnreadableImageCounter(
+        self.unreadable_counter = UnreadableImageCounter(
             self.error_messages.__getitem__, accelerator.on_main_process(warn), max_broken_images
         )
-        own_batches = HeldOutBatches(
+        process_batches = HeldOutBatches(
             images,
             processor,
             label_space,
@@ -141,7 +141,7 @@ class Evaluator:
             accelerator.num_processes,
             num_channels,
         )
-        self.batches = CachedBatches(own_batches, num_workers)
+        self.batches = CachedBatches(process_batches, num_workers)
 
     @torch.no_grad()
     def __call__(
@@ -170,18 +170,18 @@ class Evaluator:
 
         error_messages = dict(gather_object(list(error_messages.items())))
         self.error_messages |= error_messages
-        self.unreadable_images.add(sorted(error_messages))
+        self.unreadable_counter.add(sorted(error_messages))
         num_unreadable = len(error_messages)
         if num_unreadable == self.num_images:
-            raise ValueError(f"evaluation requires images, but none of the {self.num_images} images can be read")
-        values = round_floats(metrics.compute())
-        if values["num_images"] + num_unreadable != self.num_images:
+            raise ValueError(f"none of the {self.num_images} images can be read. Check the dataset")
+        metric_values = round_floats(metrics.compute())
+        if metric_values["num_images"] + num_unreadable != self.num_images:
             raise RuntimeError(
-                f"evaluation counted {values['num_images']} images and {num_unreadable} unreadable images, "
+                f"evaluation counted {metric_values['num_images']} images and {num_unreadable} unreadable images, "
                 f"but expected {self.num_images} images in total. This is a bug. Report it with "
                 "the output of `vitcls env`"
             )
-        return select_scalars(values) | {"num_broken_images": num_unreadable} | values
+        return select_scalars(metric_values) | {"num_broken_images": num_unreadable} | metric_values
 
     def build_metrics(self) -> Any:
         """Build the metrics for the kind of labels."""
@@ -216,10 +216,10 @@ class ReconstructionEvaluator(Evaluator):
         processor: ViTCLSImageProcessor,
         mask_generator: MaskGenerator,
         mask_seed: int,
-        **options: Any,
+        **kwargs: Any,
     ) -> None:
-        """Initialize the evaluator. `options` are the other arguments of `Evaluator`."""
-        super().__init__(LabeledImages(images, range(len(images))), processor, UNLABELED, **options)
+        """Initialize the evaluator. `kwargs` are the remaining arguments of `Evaluator`."""
+        super().__init__(LabeledImages(images, range(len(images))), processor, UNLABELED, **kwargs)
         self.mask_generator = mask_generator
         self.mask_seed = mask_seed
 
@@ -244,7 +244,7 @@ class ReconstructionEvaluator(Evaluator):
 
 
 class CachedBatches:
-    """An iterable over the batches of a process, which are cached during the first pass if they fit in the cache."""
+    """Iterable over the batches of a process. The first pass caches the batches if they fit in the cache."""
 
     def __init__(self, batches: HeldOutBatches, num_workers: int) -> None:
         self.loader = DataLoader(
@@ -276,7 +276,7 @@ class CachedBatches:
 
 
 def round_floats(value: Any) -> Any:
-    """Return the value with all floats rounded to six decimals, also in nested lists and dicts."""
+    """Return the value with all floats rounded to six decimals, including floats in nested lists and dicts."""
     if isinstance(value, float):
         return round(value, NUM_DECIMALS)
     if isinstance(value, list):

@@ -32,6 +32,7 @@ from ..hub.loading import MODEL_FILE_PATTERNS
 from ..options import EvaluateOptions
 from ..token_names import get_token_names
 from .evaluate import (
+    LABEL_DESCRIPTIONS,
     build_progress,
     build_table,
     describe_evaluation,
@@ -53,7 +54,7 @@ MEAN_OF_PATCHES = "mean of patches"
 
 
 @dataclass(frozen=True)
-class Features:
+class LabeledFeatures:
     """Features and labels of images."""
 
     vectors: dict[tuple[int, str], np.ndarray]  # (layer number, starting from 1; token name) -> [images, D] float32
@@ -64,9 +65,9 @@ class Features:
 class FeatureEvaluator(Evaluator):
     """Computes the features of images on any number of processes."""
 
-    def __init__(self, layers: list[int], *arguments: Any, **settings: Any) -> None:
-        """Initialize the evaluator. `layers` are numbered from 1; see `Evaluator` for the other arguments."""
-        super().__init__(*arguments, **settings)
+    def __init__(self, layers: list[int], *args: Any, **kwargs: Any) -> None:
+        """Initialize the evaluator. The first layer has the number 1. See `Evaluator` for the remaining arguments."""
+        super().__init__(*args, **kwargs)
         self.layers = layers
 
     def build_metrics(self) -> "FeatureStore":
@@ -99,13 +100,13 @@ class FeatureStore:
 
 
 def compute_features(encoder: Any, pixel_values: torch.Tensor, layers: list[int]) -> torch.Tensor:
-    """Return the features [B, num_layers * (num_special + 1), D] of a `ViTCLSModel` for images [B, C, H, W]."""
+    """Return the features [B, num_layers * (num_prefix_tokens + 1), D] of a `ViTCLSModel` for images [B, C, H, W]."""
     hidden_states = encoder(pixel_values, output_hidden_states=True).hidden_states  # embeddings and layer outputs
-    num_special = encoder.config.token_layout.num_prefix_tokens
+    num_prefix_tokens = encoder.config.token_layout.num_prefix_tokens
     vectors = []
     for layer in layers:
         tokens = hidden_states[layer] if encoder.layernorm is None else encoder.layernorm(hidden_states[layer])
-        vectors += [tokens[:, :num_special], tokens[:, num_special:].mean(dim=1, keepdim=True)]
+        vectors += [tokens[:, :num_prefix_tokens], tokens[:, num_prefix_tokens:].mean(dim=1, keepdim=True)]
     return torch.cat(vectors, dim=1)
 
 
@@ -133,7 +134,7 @@ def build_classifier(kind: str, num_training_images: int) -> Any:
 
 
 def measure_accuracies(
-    kind: str, training_features: Features, held_out_features: Features, num_repeats: int, seed: int
+    kind: str, training_features: LabeledFeatures, held_out_features: LabeledFeatures, num_repeats: int, seed: int
 ) -> list[dict[str, Any]]:
     """Return the accuracy of a classifier on each token of each layer, with a 95% confidence interval.
 
@@ -211,12 +212,12 @@ def evaluate_frozen(options: EvaluateOptions) -> dict[str, Any]:
     if options.data.streaming:
         raise ValueError("--frozen requires a dataset on disk, but --streaming is set. Remove --streaming")
     accelerator, console, warn = set_up_evaluation(options)
-    with accelerator.main_process_first():  # downloads once
+    with accelerator.main_process_first():  # the main process downloads the files
         model, processor = load_model(options.model, use_head=False)
         record = read_held_out_record(resolve_checkpoint(options.model, [*MODEL_FILE_PATTERNS, RESULTS_FILE]))
         training_label_space, training_images, _, _ = load_evaluation_data(options.data, "train", record)
         held_out_label_space, held_out_images, split, rule = load_evaluation_data(options.data, options.split, record)
-    check_labels(options, held_out_label_space)
+    check_is_single_label(options, held_out_label_space)
     if rule is not None and record is not None:
         warning = describe_possible_overlap(options.model, record, held_out_images)
         if warning is not None:
@@ -225,7 +226,7 @@ def evaluate_frozen(options: EvaluateOptions) -> dict[str, Any]:
     num_layers = model.config.num_hidden_layers
     layers = [num_layers] if options.frozen_layers == "last" else list(range(1, num_layers + 1))
 
-    def extract_features(images: LabeledImages, label_space: LabelSpace) -> Features:
+    def extract_features(images: LabeledImages, label_space: LabelSpace) -> LabeledFeatures:
         evaluator = FeatureEvaluator(
             layers,
             images,
@@ -242,7 +243,7 @@ def evaluate_frozen(options: EvaluateOptions) -> dict[str, Any]:
         names = get_vector_names(model.config, layers)
         vectors = {name: output["features"][:, index] for index, name in enumerate(names)}
         labels = np.array(label_space.names)[output["labels"]]
-        return Features(vectors, labels, output["num_broken_images"])
+        return LabeledFeatures(vectors, labels, output["num_broken_images"])
 
     start_time = time.perf_counter()
     training_features = extract_features(training_images, training_label_space)
@@ -262,22 +263,22 @@ def evaluate_frozen(options: EvaluateOptions) -> dict[str, Any]:
         )
         best_row = max(rows, key=lambda row: row["accuracy"])
         results |= {"best": round_floats(best_row), "rows": round_floats(rows)}
-        print_rows(results, console)
+        print_accuracies(results, console)
         write_results(options, results, console)
     accelerator.end_training()
     return results
 
 
-def check_labels(options: EvaluateOptions, space: LabelSpace) -> None:
+def check_is_single_label(options: EvaluateOptions, label_space: LabelSpace) -> None:
     """Raise ValueError unless the dataset has one label per image."""
-    if space.kind != "single_label_classification":
+    if label_space.kind != "single_label_classification":
         raise ValueError(
-            f"--frozen {options.frozen} requires one label per image, but {options.data.dataset} is "
-            f"a {space.kind.replace('_', ' ')} dataset. Set a single --label-column"
+            f"--frozen {options.frozen} requires one label per image, but {options.data.dataset} has "
+            f"{LABEL_DESCRIPTIONS[label_space.kind]}. Set a single --label-column"
         )
 
 
-def print_rows(results: dict[str, Any], console: Console) -> None:
+def print_accuracies(results: dict[str, Any], console: Console) -> None:
     """Print the table of accuracies, and the best row."""
     console.print(
         f"{results['frozen']} on frozen features: fitted to {results['num_training_images']:,} training images, "

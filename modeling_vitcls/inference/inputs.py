@@ -1,13 +1,13 @@
-"""Inputs of a prediction (image records with an index, a name and undecoded content), and image preprocessing.
+"""Inputs of a prediction, and image preprocessing. Inputs yield records of an index, a name and the undecoded image.
 
     PATHS, --list, digits, MNIST files    ListInput      complete list, known at the start
     other datasets                        DatasetInput   random access with the `datasets` library
-    --streaming                           StreamInput    read once from the start; images not in a range are skipped
+    --streaming                           StreamInput    read once from the start; other images are skipped
 
 All inputs are read in ranges of increasing indices, so that each process, or a restarted prediction, can read a part
-of the input. Several threads decode and preprocess images before the model needs them.
+of the input. Several threads decode and preprocess images ahead of the forward pass.
 
-Threads are faster than processes here, because decoding and resizing release the GIL and no data is copied between
+Threads are faster than worker processes, because decoding and resizing release the GIL and no data is copied between
 processes. On two cores, two threads loaded JPEG files of 500 x 375 pixels 1.3 times as fast as two processes.
 """
 
@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from ..data.image_folder import IMAGE_SUFFIXES, make_printable
-from ..data.images import NUM_ROWS_AT_ONCE, ArrayImages, resolve_path
+from ..data.images import ROWS_PER_READ, ArrayImages, resolve_path
 from ..data.labels import find_image_column
 from ..data.sources import get_dataset_folder, is_idx_folder, load_splits, open_splits
 from ..data.streaming import read_features
@@ -62,17 +62,17 @@ class ListInput:
         """Return the number of images."""
         return len(self.names)
 
-    def compute_identity(self) -> dict[str, Any]:
+    def compute_fingerprint(self) -> dict[str, Any]:
         """Return the number of images, and a digest of the names and contents (pixels, or file sizes and times)."""
         digest = hashlib.sha256(json.dumps(list(self.names)).encode())
         if isinstance(self.contents, ArrayImages):
             digest.update(self.contents.pixels.tobytes())
         else:
-            digest.update(json.dumps([get_file_state(content) for content in self.contents]).encode())
+            digest.update(json.dumps([get_file_stat(content) for content in self.contents]).encode())
         return {"images": self.num_images, "sha256": digest.hexdigest()}
 
     def read_records(self, ranges: Iterable[range]) -> Iterator[ImageRecord]:
-        """Yield the images in the index ranges."""
+        """Yield the records in the index ranges."""
         for indices in ranges:
             for index in indices:
                 yield ImageRecord(index, self.names[index], self.contents[index])
@@ -106,17 +106,17 @@ def read_path_list(file: Path) -> list[str]:
     lines = file.read_text(encoding="utf-8-sig", errors="surrogateescape").split("\n")
     paths = [path for line in lines if (path := line.removesuffix("\r")).strip()]
     if not paths:
-        raise ValueError(f"the list {file} is empty. Write one path on each line")
+        raise ValueError(f"the list {file} is empty. Write one path per line")
     return paths
 
 
-def get_file_state(path: str) -> list[int] | None:
-    """Return the size of a file in bytes and its modification time in nanoseconds; None for URLs and missing files."""
+def get_file_stat(path: str) -> list[int] | None:
+    """Return the size in bytes and the modification time in nanoseconds of a file; None for URLs and missing files."""
     try:
-        state = Path(path).stat()
+        stat = Path(path).stat()
     except (OSError, ValueError):
         return None
-    return [state.st_size, state.st_mtime_ns]
+    return [stat.st_size, stat.st_mtime_ns]
 
 
 # Datasets ------------------------------------------------------------------------------------------------------------
@@ -152,15 +152,15 @@ class DatasetInput:
         """Return the number of images."""
         return len(self.dataset)
 
-    def compute_identity(self) -> dict[str, Any]:
+    def compute_fingerprint(self) -> dict[str, Any]:
         """Return the options, the number of images and the fingerprint of the dataset."""
         return {**self.settings, "images": self.num_images, "fingerprint": self.dataset._fingerprint}
 
     def read_records(self, ranges: Iterable[range]) -> Iterator[ImageRecord]:
-        """Yield the images in the index ranges."""
+        """Yield the records in the index ranges."""
         for indices in ranges:
-            for start in range(indices.start, indices.stop, NUM_ROWS_AT_ONCE):
-                values = self.dataset[start : min(start + NUM_ROWS_AT_ONCE, indices.stop)][self.column.name]
+            for start in range(indices.start, indices.stop, ROWS_PER_READ):
+                values = self.dataset[start : min(start + ROWS_PER_READ, indices.stop)][self.column.name]
                 for index, value in enumerate(values, start):
                     yield self.column.build_record(index, value)
 
@@ -174,12 +174,12 @@ class StreamInput:
     settings: dict[str, Any]
     num_images: int | None = None
 
-    def compute_identity(self) -> dict[str, Any]:
+    def compute_fingerprint(self) -> dict[str, Any]:
         """Return the options of the dataset."""
         return self.settings
 
     def read_records(self, ranges: Iterable[range]) -> Iterator[ImageRecord]:
-        """Yield the images in the index ranges. Set `num_images` if the stream ends before the end of a range."""
+        """Yield the records in the index ranges. Set `num_images` if the stream ends before the end of a range."""
         examples = iter(self.dataset)
         index = 0
         for indices in ranges:
@@ -222,14 +222,14 @@ def open_dataset(options: PredictOptions, dataset: str) -> PredictionInput:
     column = ImageColumn(find_image_column(data_options, features), get_dataset_folder(data_options))
     settings: dict[str, Any] = {"dataset": dataset, "split": options.split, "column": column.name}
     if path.is_file():
-        settings["bytes and time"] = get_file_state(dataset)
+        settings["bytes and time"] = get_file_stat(dataset)
     split = split.select_columns([column.name])
-    if isinstance(features[column.name], datasets.Image):  # decoded later, by the threads
+    if isinstance(features[column.name], datasets.Image):  # the threads decode the images
         split = split.cast_column(column.name, datasets.Image(decode=False))
     if options.streaming:
         return StreamInput(split, column, settings)
     if not len(split):
-        raise ValueError(f"the dataset {dataset} is empty")
+        raise ValueError(f"the dataset {dataset} is empty. Add images")
     return DatasetInput(split, column, settings)
 
 
@@ -259,7 +259,7 @@ class PreparedImage:
 
 
 class FetchError(OSError):
-    """Network error, which stops the prediction. An error row would wrongly suggest that the image is unreadable."""
+    """Raised if a file cannot be fetched. The prediction stops, because the image itself may be readable."""
 
 
 def prepare_images(

@@ -22,11 +22,11 @@ CLASSIFIER_CLASSES: dict[str, type[Classifier]] = {
 
 
 def is_preset(name: str) -> bool:
-    """Return whether `name` is the name of a preset, which has random weights."""
+    """Return whether `name` is the name of a preset."""
     return name.removeprefix("vitcls-") in PRESETS
 
 
-def list_presets() -> str:
+def format_preset_names() -> str:
     """Return all preset names that `--model` accepts, separated by commas."""
     return ", ".join(f"vitcls-{name}" for name in PRESETS)
 
@@ -50,12 +50,12 @@ def load_model(source: str, use_head: bool) -> tuple[PreTrainedModel, ViTCLSImag
         check_is_classifier(source, settings)
         model_class = ViTCLSForMultiTaskClassification if settings.get("tasks") else ViTCLSForImageClassification
         arguments = {}
-    # Missing weights raise an error below. The weights of an unused classifier are ignored.
+    # Hide the warnings of transformers: missing weights raise ValueError, and an unused classifier is intended.
     with silence_transformers(hide_progress_bars=False):
         model, loading_info = model_class.from_pretrained(folder, output_loading_info=True, **arguments)
     if missing_weights := loading_info["missing_keys"]:
-        weight = min(missing_weights)
-        raise ValueError(f"the checkpoint {source} does not contain the weight {weight}. Train the model first")
+        weight_name = min(missing_weights)
+        raise ValueError(f"the checkpoint {source} does not contain the weight {weight_name}. Train the model first")
     return model, load_checkpoint(ViTCLSImageProcessor.from_pretrained, folder)
 
 
@@ -67,16 +67,18 @@ def load_classifier(source: str, folder: str) -> Classifier:
     """
     check_is_vitcls(source, folder)
     config = ViTCLSConfig.from_pretrained(folder)
-    classes = {model_class.__name__: model_class for model_class in CLASSIFIER_CLASSES.values()}
+    class_by_name = {model_class.__name__: model_class for model_class in CLASSIFIER_CLASSES.values()}
     class_name = (config.architectures or ["a model of unknown class"])[0]
-    if class_name not in classes or not (config.tasks or config.num_labels):
+    if class_name not in class_by_name or not (config.tasks or config.num_labels):
         raise ValueError(
             f"evaluation requires a classifier, but {source} contains {class_name}. Fine-tune the model "
             "with `vitcls finetune`"
         )
     if config.problem_type == "regression":
-        raise ValueError(f"evaluation requires a classifier, but {source} was trained for regression")
-    return classes[class_name].from_pretrained(folder)
+        raise ValueError(
+            f"evaluation requires a classifier, but {source} was trained for regression. Set --model to a classifier"
+        )
+    return class_by_name[class_name].from_pretrained(folder)
 
 
 def check_is_classifier(source: str, settings: dict[str, Any]) -> None:

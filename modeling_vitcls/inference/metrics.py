@@ -71,14 +71,14 @@ class SingleLabelMetrics:
         num_classes = len(self.names)
         self.counts = ClassCounts(num_classes).to(device)
         self.loss = build_aggregator(MeanMetric, device)
-        self.calibration = MulticlassCalibrationError(num_classes, NUM_CALIBRATION_BINS, validate_args=False).to(
+        self.calibration_error = MulticlassCalibrationError(num_classes, NUM_CALIBRATION_BINS, validate_args=False).to(
             device
         )
-        self.top_5 = build_aggregator(MeanMetric, device) if num_classes > 5 else None
-        self.heads = {name: build_aggregator(MeanMetric, device) for name in HEAD_OUTPUTS}
-        self.matrix = None
+        self.top_5_accuracy = build_aggregator(MeanMetric, device) if num_classes > 5 else None
+        self.head_accuracies = {name: build_aggregator(MeanMetric, device) for name in HEAD_OUTPUTS}
+        self.confusion_matrix = None
         if num_classes <= MAX_MATRIX_CLASSES:
-            self.matrix = MulticlassConfusionMatrix(num_classes, validate_args=False).to(device)
+            self.confusion_matrix = MulticlassConfusionMatrix(num_classes, validate_args=False).to(device)
 
     def update(self, outputs: Any, labels: torch.Tensor) -> None:
         """Update the metrics with logits [B, L], labels [G] and, if the model has two heads, the logits of each head.
@@ -89,7 +89,7 @@ class SingleLabelMetrics:
         if outputs.distillation_logits is not None:
             for name, attribute in HEAD_OUTPUTS.items():
                 predictions = getattr(outputs, attribute)[: len(labels)].argmax(dim=1)  # [G]
-                self.heads[name].update((predictions == labels).float())
+                self.head_accuracies[name].update((predictions == labels).float())
 
     def update_logits(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
         """Update the metrics with logits [B, L] and labels [G]. Images with the label -100 are ignored."""
@@ -104,11 +104,11 @@ class SingleLabelMetrics:
         )
         self.loss.update(nn.functional.cross_entropy(logits, labels, reduction="none"))
         # Probabilities are passed, because torchmetrics does not apply softmax to logits that are all in [0, 1].
-        self.calibration.update(logits.softmax(dim=1), labels)
-        if self.top_5 is not None:
-            self.top_5.update((logits.topk(5).indices == labels[:, None]).any(dim=1).float())
-        if self.matrix is not None:
-            self.matrix.update(predictions, labels)
+        self.calibration_error.update(logits.softmax(dim=1), labels)
+        if self.top_5_accuracy is not None:
+            self.top_5_accuracy.update((logits.topk(5).indices == labels[:, None]).any(dim=1).float())
+        if self.confusion_matrix is not None:
+            self.confusion_matrix.update(predictions, labels)
 
     def compute(self) -> MetricValues:
         """Return the metrics listed in the class docstring."""
@@ -116,18 +116,20 @@ class SingleLabelMetrics:
         num_correct, _, num_images = map(sum, counts)
         class_metrics = compute_class_metrics(self.names, counts)
         values: MetricValues = {"accuracy": safe_divide(num_correct, num_images)}
-        if self.top_5 is not None:
-            values["top_5_accuracy"] = to_number(self.top_5.compute())
+        if self.top_5_accuracy is not None:
+            values["top_5_accuracy"] = to_number(self.top_5_accuracy.compute())
         values["balanced_accuracy"] = compute_mean([row["recall"] for row in class_metrics])
-        values["calibration_error"] = to_number(self.calibration.compute())
-        values |= {name: to_number(head.compute()) for name, head in self.heads.items() if head.update_called}
+        values["calibration_error"] = to_number(self.calibration_error.compute())
+        values |= {
+            name: to_number(metric.compute()) for name, metric in self.head_accuracies.items() if metric.update_called
+        }
         values["loss"] = to_number(self.loss.compute())
         values["num_images"] = num_images
         values["accuracy_interval"] = compute_wilson_interval(num_correct, num_images)
         values["per_class"] = class_metrics
-        if self.matrix is not None:
+        if self.confusion_matrix is not None:
             num_classes = len(self.names)
-            values["confusion_matrix"] = self.matrix.compute().reshape(num_classes, num_classes).tolist()
+            values["confusion_matrix"] = self.confusion_matrix.compute().reshape(num_classes, num_classes).tolist()
         return values
 
 
@@ -157,10 +159,10 @@ class MultiLabelMetrics:
         """Update the metrics with logits [B, L] and labels [G, L], which are 0 or 1."""
         logits = outputs.logits[: len(labels)].float()
         probabilities = logits.sigmoid()  # torchmetrics does not apply sigmoid to logits that are all in [0, 1]
-        predictions, truth = probabilities > 0.5, labels > 0.5  # [G, L]
-        self.counts.update((predictions & truth).sum(0), predictions.sum(0), truth.sum(0))
-        self.average_precision.update(probabilities, truth.long())
-        self.exact_match.update((predictions == truth).all(dim=1).float())
+        predictions, targets = probabilities > 0.5, labels > 0.5  # [G, L]
+        self.counts.update((predictions & targets).sum(0), predictions.sum(0), targets.sum(0))
+        self.average_precision.update(probabilities, targets.long())
+        self.exact_match.update((predictions == targets).all(dim=1).float())
         losses = nn.functional.binary_cross_entropy_with_logits(logits, labels.float(), reduction="none")
         self.loss.update(losses.mean(dim=1))
         self.num_images.update(len(labels))
@@ -224,7 +226,7 @@ class MultiTaskMetrics:
 class ReconstructionMetrics:
     """Metrics of a masked autoencoder.
 
-    reconstruction_loss     mean training loss over the images
+    reconstruction_loss     training loss, mean over the images
     num_images
     """
 
@@ -260,7 +262,7 @@ SELECTION_METRICS: dict[LabelKind, str] = {
 
 
 class ClassCounts(Metric):
-    """Numbers of correct predictions, of all predictions and of images of each class, as int64 tensors [L].
+    """Numbers of correct predictions, predictions and images of each class, as int64 tensors [L].
 
     The counting metrics of torchmetrics do not support empty batches, and build a matrix [L, L] at each update.
     """

@@ -5,8 +5,8 @@ Rows are written while the prediction runs. An output file has a temporary name 
 A folder of Parquet shards can be completed in several runs of the program:
 
     folder/.manifest.json          the input, the model, and the flags that affect predictions
-    folder/shard-000000.parquet    images 0 .. size - 1
-    folder/shard-000001.parquet    images size .. 2 * size - 1, and so on
+    folder/shard-000000.parquet    images 0 .. shard_size - 1
+    folder/shard-000001.parquet    images shard_size .. 2 * shard_size - 1, and so on
     folder/.process-1.unfinished   heartbeat of a process that is still writing shards
 
 The images of a shard do not depend on the number of processes, so each run may use a different number of processes.
@@ -46,7 +46,7 @@ TABLE_WIDTH = 100_000  # width of a table that is not printed on a terminal, in 
 ROWS_PER_GROUP = 1024  # number of rows per row group of a Parquet file; one group at a time is kept in memory
 SECONDS_BETWEEN_CHECKS = 0.5  # interval between checks for shards of other processes, in seconds
 SECONDS_BETWEEN_HEARTBEATS = 5.0
-MAX_SILENT_SECONDS = 120.0  # maximum age of a heartbeat in seconds; network file systems may cause a delay of a minute
+MAX_HEARTBEAT_AGE = 120.0  # maximum age of a heartbeat in seconds; network file systems may cause a delay of a minute
 SECONDS_BETWEEN_LINES = 10.0  # interval between progress lines in seconds, if the output is not a terminal
 MANIFEST_FILE = ".manifest.json"
 MANIFEST_VERSION = 1  # version of the manifest format
@@ -77,11 +77,11 @@ def write_csv(rows: Iterable[Row], columns: Columns, file: Path) -> None:
     """Write rows as comma-separated values with a header. All labels of a multi-label image are in one cell."""
     with file.open("w", newline="", encoding="utf-8") as text_file:
         writer = csv.writer(text_file)
-        writer.writerow(map(format_cell, columns))
-        writer.writerows([format_cell(row[name]) for name in columns] for row in rows)
+        writer.writerow(map(format_csv_cell, columns))
+        writer.writerows([format_csv_cell(row[name]) for name in columns] for row in rows)
 
 
-def format_cell(value: Any) -> Any:
+def format_csv_cell(value: Any) -> Any:
     """Join lists, and put an apostrophe before text that a spreadsheet would interpret as a formula."""
     if isinstance(value, list):
         value = LABEL_SEPARATOR.join(map(str, value))
@@ -145,17 +145,17 @@ def print_table(rows: Iterable[Row], columns: Columns) -> None:
             Text(replace_control_characters(name)), justify="right" if is_number else "left", overflow="fold"
         )
     for row in rows:
-        table.add_row(*(Text(format_value(row[name])) for name in names))
+        table.add_row(*(Text(format_table_cell(row[name])) for name in names))
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = TABLE_WIDTH  # no line breaks within rows, for programs that read the table
     console.print(table)
 
 
-def format_value(value: Any) -> str:
+def format_table_cell(value: Any) -> str:
     """Return the text of one table cell."""
     if isinstance(value, list):
-        return ", ".join(map(format_value, value))
+        return ", ".join(map(format_table_cell, value))
     if isinstance(value, float):
         return f"{value:.4f}"
     return "" if value is None else replace_control_characters(str(value))
@@ -187,7 +187,7 @@ class Progress:
     def __exit__(self, exc_type: object, exc_value: object, traceback: object) -> None:
         self.bar.stop()
         if exc_value is None:
-            self.print_line()
+            self.print_progress()
 
     def track_rows(self, rows: Iterable[Row]) -> Iterator[Row]:
         """Yield the rows unchanged, count the rows and show progress."""
@@ -196,11 +196,11 @@ class Progress:
             self.num_failed += row["error"] is not None
             self.bar.update(self.task, completed=self.num_images)
             if self.bar.disable and time.perf_counter() - self.last_line_time > SECONDS_BETWEEN_LINES:
-                self.print_line()
+                self.print_progress()
             yield row
 
-    def print_line(self) -> None:
-        """Print a progress line."""
+    def print_progress(self) -> None:
+        """Print the number of images, the throughput and the number of images without a prediction."""
         self.last_line_time = time.perf_counter()
         images_per_second = self.num_images / (self.last_line_time - self.start_time)
         total_text = "" if self.total is None else f" of {self.total:,}"
@@ -217,10 +217,10 @@ class Progress:
 
 @dataclass
 class ShardFolder:
-    """An output folder with shards of `size` images each."""
+    """An output folder with shards of `shard_size` images each."""
 
     path: Path
-    size: int
+    shard_size: int
 
     def get_shard_file(self, number: int) -> Path:
         """Return the path of the shard with the given number."""
@@ -241,7 +241,7 @@ class ShardFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         for unfinished_file in self.path.glob(".*.unfinished"):
             unfinished_file.unlink()  # shard of a process that was killed
-        manifest = {"format": MANIFEST_VERSION, "shard_size": self.size, **manifest}
+        manifest = {"format": MANIFEST_VERSION, "shard_size": self.shard_size, **manifest}
         file = self.path / MANIFEST_FILE
         if not file.exists():
             if any(self.path.iterdir()):
@@ -263,7 +263,7 @@ class ShardFolder:
 
     def is_complete(self, num_images: int) -> bool:
         """Return whether all shards exist."""
-        return self.list_shards().issuperset(range(math.ceil(num_images / self.size)))
+        return self.list_shards().issuperset(range(math.ceil(num_images / self.shard_size)))
 
     def get_heartbeat_file(self, process_index: int) -> Path:
         """Return the path of the heartbeat file of a process. `open` removes the heartbeat files of earlier runs."""
@@ -274,15 +274,15 @@ class ShardFolder:
 
         Raise OSError if shards are missing, but all other processes have ended or a heartbeat is too old.
         """
-        own_file, *other_files = map(self.get_heartbeat_file, range(num_processes))
+        main_file, *other_files = map(self.get_heartbeat_file, range(num_processes))
         while True:
-            own_file.touch()
-            now = own_file.stat().st_mtime  # time on the clock of the file system
+            main_file.touch()
+            now = main_file.stat().st_mtime  # current time of the file system's clock
             heartbeat_times = []
             for file in other_files:
-                with suppress(FileNotFoundError):  # a process removes the heartbeat file when it ends
+                with suppress(FileNotFoundError):  # a process removes its heartbeat file when the process ends
                     heartbeat_times.append(file.stat().st_mtime)
-            has_lost_process = not heartbeat_times or now - min(heartbeat_times) > MAX_SILENT_SECONDS
+            has_lost_process = not heartbeat_times or now - min(heartbeat_times) > MAX_HEARTBEAT_AGE
             if self.is_complete(num_images):
                 return
             if has_lost_process:
@@ -298,7 +298,7 @@ class ShardFolder:
         Raise ValueError if a file is damaged, or if the number of rows in a file is wrong.
         """
         num_rows = num_failed = 0
-        for number, indices in enumerate(iterate_shards(num_images, self.size)):
+        for number, indices in enumerate(iterate_shards(num_images, self.shard_size)):
             file = self.get_shard_file(number)
             try:
                 metadata = pq.read_metadata(file)
@@ -322,10 +322,10 @@ def send_heartbeats(file: Path) -> Iterator[None]:
 
     The file signals to other processes, including processes on other hosts, that this process is running.
     """
-    has_ended = threading.Event()
+    stop_event = threading.Event()
 
     def update_file() -> None:
-        while not has_ended.wait(SECONDS_BETWEEN_HEARTBEATS):
+        while not stop_event.wait(SECONDS_BETWEEN_HEARTBEATS):
             with suppress(OSError):  # for example, if the disk is full
                 file.touch()
 
@@ -335,26 +335,26 @@ def send_heartbeats(file: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        has_ended.set()
+        stop_event.set()
         thread.join()
         file.unlink(missing_ok=True)
 
 
-def iterate_shards(num_images: int | None, size: int) -> Iterator[range]:
+def iterate_shards(num_images: int | None, shard_size: int) -> Iterator[range]:
     """Yield the image indices of each shard, indefinitely if `num_images` is None."""
-    shard_numbers = count() if num_images is None else range(math.ceil(num_images / size))
+    shard_numbers = count() if num_images is None else range(math.ceil(num_images / shard_size))
     for number in shard_numbers:
-        end = (number + 1) * size
-        yield range(number * size, end if num_images is None else min(end, num_images))
+        end = (number + 1) * shard_size
+        yield range(number * shard_size, end if num_images is None else min(end, num_images))
 
 
 def assign_ranges(ranges: Iterator[range], process_index: int, num_processes: int) -> Iterator[range]:
-    """Return the ranges of one process. Ranges are assigned to the processes in turn."""
+    """Return the ranges of one process. The ranges are assigned to the processes in turn."""
     return islice(ranges, process_index, None, num_processes)
 
 
 def describe_difference(stored_settings: dict[str, Any], current_settings: dict[str, Any]) -> str | None:
-    """Return a description of the first difference between two manifests, or None if their settings are equal."""
+    """Return a description of the first difference between two manifests, or None if the manifests are equal."""
     for name in {**stored_settings, **current_settings}:
         if stored_settings.get(name) != current_settings.get(name):
             if name in ("format", "input", "model"):

@@ -82,7 +82,7 @@ def predict(
     """Predict labels or compute features of images in a notebook or another program, on the device of the model.
 
     Args:
-        model: the model.
+        model: a vitcls model.
         processor: the image processor of the model.
         images: a path, a URL, or a list of paths, URLs, encoded bytes, PIL images and arrays. The path of a folder
             selects all images in the folder.
@@ -143,7 +143,7 @@ def build_predictor(options: PredictOptions, accelerator: Accelerator) -> Predic
 def wrap_images(images: Sequence[Any]) -> ListInput:
     """Return an input with images from paths, folders and memory. Images in memory are named by index."""
     if not images:
-        raise ValueError("prediction requires images, but the list is empty")
+        raise ValueError("prediction requires images, but the list is empty. Pass at least one image")
     names: list[str] = []
     contents: list[Any] = []
     for index, image in enumerate(images):
@@ -162,7 +162,7 @@ def predict_images(options: PredictOptions) -> PredictionCounts:
             is one line.
     """
     accelerator = build_accelerator(mixed_precision=options.mixed_precision)
-    with accelerator.main_process_first():  # downloads once
+    with accelerator.main_process_first():  # the main process downloads the files
         source = open_input(options)
         predictor = build_predictor(options, accelerator)
     is_folder = options.output is not None and options.output.suffix.lower() not in WRITERS
@@ -240,21 +240,23 @@ def predict_to_folder(
     assert options.output is not None
     folder = ShardFolder(options.output, options.shard_size)
     num_images, finished_shards = open_shard_folder(folder, options, accelerator, source, predictor)
-    shards = iterate_shards(num_images, folder.size)
-    missing_shards = (indices for indices in shards if indices.start // folder.size not in finished_shards)
-    own_shards: Iterable[range] = assign_ranges(missing_shards, accelerator.process_index, accelerator.num_processes)
-    num_own_images = None
+    shards = iterate_shards(num_images, folder.shard_size)
+    missing_shards = (indices for indices in shards if indices.start // folder.shard_size not in finished_shards)
+    process_shards: Iterable[range] = assign_ranges(
+        missing_shards, accelerator.process_index, accelerator.num_processes
+    )
+    num_process_images = None
     if num_images is not None:
-        own_shards = list(own_shards)
-        num_own_images = sum(map(len, own_shards))
+        process_shards = list(process_shards)
+        num_process_images = sum(map(len, process_shards))
     columns = get_output_columns(predictor.columns.columns)
     with (
         send_heartbeats(folder.get_heartbeat_file(accelerator.process_index)),
-        Progress(num_own_images, is_shown=accelerator.is_main_process) as progress,
+        Progress(num_process_images, is_shown=accelerator.is_main_process) as progress,
     ):
-        accelerator.wait_for_everyone()  # until all processes have created a heartbeat file
-        rows = progress.track_rows(predictor.iterate_rows(source, own_shards, folder.size))
-        for number, shard in groupby(rows, key=lambda row: row["index"] // folder.size):
+        accelerator.wait_for_everyone()  # all processes have created a heartbeat file
+        rows = progress.track_rows(predictor.iterate_rows(source, process_shards, folder.shard_size))
+        for number, shard in groupby(rows, key=lambda row: row["index"] // folder.shard_size):
             write_rows(shard, columns, folder.get_shard_file(number))
         if not accelerator.is_main_process:
             return PredictionCounts(0, 0)
@@ -272,11 +274,11 @@ def open_shard_folder(
     source: PredictionInput,
     predictor: Predictor,
 ) -> tuple[int | None, set[int]]:
-    """Create or check the output folder.
+    """Create the output folder, or check that an existing folder belongs to the same prediction.
 
     Return the number of images, which is None if unknown, and the numbers of the finished shards.
     """
-    identity = source.compute_identity()
+    fingerprint = source.compute_fingerprint()
 
     def open_folder() -> tuple[int | None, set[int]]:
         num_images = folder.open(
@@ -285,14 +287,14 @@ def open_shard_folder(
                 "top_k": options.top_k,
                 "threshold": options.threshold,
                 "mixed_precision": accelerator.mixed_precision,
-                "input": identity,
+                "input": fingerprint,
                 "model": compute_model_digest(predictor.model, predictor.processor),
             }
         )
         return source.num_images if num_images is None else num_images, folder.list_shards()
 
     num_images, finished_shards = run_on_main(accelerator, open_folder)
-    if any(other != identity for other in gather_object([identity])):
+    if any(process_fingerprint != fingerprint for process_fingerprint in gather_object([fingerprint])):
         raise ValueError(
             "prediction requires the same images on all machines, but the images differ. Copy the images to all "
             "machines again"

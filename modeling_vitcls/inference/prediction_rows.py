@@ -7,8 +7,8 @@ several tasks               <task>_label, <task>_probability, <task>_label_2, ..
 any, with --features        features: a list of D numbers, or one list per token if there are several tokens
 
 The first columns are `index` (index in the input) and `image`, and the last column is `error`. outputs.py writes the
-rows. Each kind of model has a class with the attribute `columns` (a dict of column types) and two methods: `predict`
-returns a dict of `float32` outputs [B, ...] for images [B, C, H, W], and `build_rows` converts the outputs to rows.
+rows. Each kind of model has a class with the attribute `columns`, a dict of column types. The method `predict` returns
+a dict of `float32` outputs [B, ...] for images [B, C, H, W], and `build_rows` converts the outputs to rows.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -37,8 +37,8 @@ DEFAULT_THRESHOLD = 0.5  # default minimum probability of a predicted label in m
 
 def select_top_labels(logits: torch.Tensor, names: list[str], top_k: int) -> list[list[Label]]:
     """Return the `top_k` most probable labels of each image, given single-label logits [B, num_labels]."""
-    top = logits.float().softmax(dim=1).topk(min(top_k, len(names)), dim=1)  # values and indices, [B, top_k]
-    return build_labels(top.indices, top.values, names)
+    top_labels = logits.float().softmax(dim=1).topk(min(top_k, len(names)), dim=1)  # values and indices, [B, top_k]
+    return build_labels(top_labels.indices, top_labels.values, names)
 
 
 def select_probable_labels(
@@ -51,16 +51,16 @@ def select_probable_labels(
     # Values and indices, [B, num_labels].
     sorted_labels = logits.float().sigmoid().sort(dim=1, descending=True, stable=True)
     return [
-        [(name, probability) for name, probability in image if probability >= threshold]
-        for image in build_labels(sorted_labels.indices, sorted_labels.values, names)
+        [(name, probability) for name, probability in image_labels if probability >= threshold]
+        for image_labels in build_labels(sorted_labels.indices, sorted_labels.values, names)
     ]
 
 
 def build_labels(indices: torch.Tensor, probabilities: torch.Tensor, names: list[str]) -> list[list[Label]]:
     """Return the names and probabilities of labels, given the label indices [B, n] and the probabilities [B, n]."""
     return [
-        [(names[index], probability) for index, probability in zip(*image, strict=True)]
-        for image in zip(indices.tolist(), probabilities.tolist(), strict=True)
+        [(names[index], probability) for index, probability in zip(image_indices, image_probabilities, strict=True)]
+        for image_indices, image_probabilities in zip(indices.tolist(), probabilities.tolist(), strict=True)
     ]
 
 
@@ -133,37 +133,38 @@ class FeatureColumns:
     The tokens are taken from the last hidden state.
     """
 
-    def __init__(self, model: PreTrainedModel, kind: str) -> None:
+    def __init__(self, model: PreTrainedModel, token_group: str) -> None:
         config: Any = model.config
         self.encoder = model.base_model
-        self.kind = kind
-        self.num_tokens = 1 if kind == "mean" else count_tokens(config, kind)
+        self.token_group = token_group
+        self.num_tokens = 1 if token_group == "mean" else count_tokens(config, token_group)
         feature_type = pa.list_(pa.float32())
         self.columns = {"features": feature_type if self.num_tokens == 1 else pa.list_(feature_type)}
 
     def predict(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the features [B, D], or [B, n, D] if there are n > 1 tokens."""
         tokens = self.encoder(pixel_values).tokens
-        if self.kind == "mean":
+        if self.token_group == "mean":
             return {"features": tokens["patches"].mean(dim=1).float()}
-        features = tokens[self.kind].float()  # [B, n, D]
+        features = tokens[self.token_group].float()  # [B, n, D]
         return {"features": features[:, 0] if self.num_tokens == 1 else features}
 
     def build_rows(self, outputs: dict[str, torch.Tensor]) -> list[Row]:
         """Return one row per image with the features: one array, or a list with one array per token."""
         features = outputs["features"].cpu().numpy()
-        return [{"features": image if self.num_tokens == 1 else list(image)} for image in features]
+        return [{"features": vectors if self.num_tokens == 1 else list(vectors)} for vectors in features]
 
 
-def count_tokens(config: ViTCLSConfig, group: str) -> int:
+def count_tokens(config: ViTCLSConfig, token_group: str) -> int:
     """Return the number of tokens in a group of special tokens. Raise ValueError if the group has no tokens."""
     counts = dict(zip(("cls", "distillation", "registers"), config.token_counts, strict=True))
-    if not counts[group]:
-        options = " or ".join([*(name for name, count in counts.items() if count), "mean"])
+    if not counts[token_group]:
+        choices = " or ".join([*(name for name, count in counts.items() if count), "mean"])
         raise ValueError(
-            f"--features {group} requires tokens of this kind, but the model has none. Set --features to {options}"
+            f"--features {token_group} requires tokens of this kind, but the model has none. Set --features to "
+            f"{choices}"
         )
-    return counts[group]
+    return counts[token_group]
 
 
 # Rows ----------------------------------------------------------------------------------------------------------------
@@ -201,7 +202,7 @@ def predict_rows(
     batches: Iterator[list[PreparedImage]], columns: PredictionColumns, device: torch.device, autocast: AutocastFactory
 ) -> Iterator[Row]:
     """Yield a row for each image, in order."""
-    empty_columns = dict.fromkeys(columns.columns)
+    empty_row = dict.fromkeys(columns.columns)
     for batch in batches:
         predictions: dict[int, Row] = {}
         pixels = {image.record.index: image.pixels for image in batch if image.pixels is not None}
@@ -210,7 +211,7 @@ def predict_rows(
             predictions |= dict(zip(group, rows, strict=True))
         for image in batch:
             index, name = image.record.index, image.record.name
-            yield {"index": index, "image": name, **empty_columns, "error": image.error, **predictions.get(index, {})}
+            yield {"index": index, "image": name, **empty_row, "error": image.error, **predictions.get(index, {})}
 
 
 def group_by_shape(pixels: Mapping[int, torch.Tensor]) -> list[dict[int, torch.Tensor]]:

@@ -18,7 +18,7 @@ from torch import nn
 from ..blocks_vitcls import LayerScale, ViTCLSAttention, ViTCLSGLU
 from ..configuration_vitcls import ViTCLSConfig
 from ..heads_vitcls import AttentionPooler
-from ..modeling_vitcls import get_num_tokens_read
+from ..modeling_vitcls import get_num_output_tokens
 from ..variants_vitcls import get_num_kept_patches
 
 
@@ -90,8 +90,8 @@ def resolve_image_size(config: ViTCLSConfig, image_size: ImageSize) -> tuple[int
 def get_num_queries_per_layer(model: Any, num_tokens: int) -> list[int]:
     """Return the number of output tokens of each layer. The last layer outputs only the tokens that the pooler and the
     heads use."""
-    num_tokens_read = get_num_tokens_read(model.base_model, {}) if get_heads(model) else None
-    return [num_tokens] * (model.config.num_hidden_layers - 1) + [num_tokens_read or num_tokens]
+    num_output_tokens = get_num_output_tokens(model.base_model, {}) if get_heads(model) else None
+    return [num_tokens] * (model.config.num_hidden_layers - 1) + [num_output_tokens or num_tokens]
 
 
 def count_layer_flops(layer: Any, num_queries: int, num_tokens: int) -> int:

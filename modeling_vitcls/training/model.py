@@ -29,7 +29,7 @@ from ..conversion.any_checkpoint import resolve_checkpoint
 from ..data.labels import LabelSpace
 from ..hub.adapters import LORA_TARGET_MODULES
 from ..image_processing_vitcls import ViTCLSImageProcessor
-from ..inference.load_model import CLASSIFIER_CLASSES, Classifier, is_preset, list_presets
+from ..inference.load_model import CLASSIFIER_CLASSES, Classifier, format_preset_names, is_preset
 from ..modeling_vitcls import ViTCLSModel
 from ..options import ModelOptions
 from .costs import get_first_trainable_layer, has_trainable_parameters
@@ -130,7 +130,7 @@ def get_added_token_names(stored_config: ViTCLSConfig, model: Classifier) -> set
 def check_preset_name(name: str) -> None:
     """Raise ValueError if a name starts with "vitcls-" but is not a preset, file or folder."""
     if name.startswith("vitcls-") and "/" not in name and not is_preset(name) and not Path(name).exists():
-        raise ValueError(f"--model {name} is not a preset. Use one of {list_presets()}")
+        raise ValueError(f"--model {name} is not a preset. Use one of {format_preset_names()}")
 
 
 def set_processor_size(processor: Any, config: ViTCLSConfig) -> None:

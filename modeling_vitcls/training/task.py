@@ -32,7 +32,7 @@ from ..data.held_out import HELD_OUT_RECORD_KEY
 from ..data.images import LabeledImages
 from ..data.sampling import BatchPlan
 from ..data.splits import TrainingData, describe_data
-from ..data.streaming import TrainingStream, augment_images
+from ..data.streaming import TrainingStream, build_training_dataset
 from ..distributed import run_on_main
 from ..errors import format_error
 from ..files import read_json, write_json
@@ -209,7 +209,7 @@ class Task(ABC):
         processor, config = self.processor, self.model.config
         transform = build_augmentation(augmentation, config.image_height_width, processor.resample)
         to_rgb, seed = bool(processor.do_convert_rgb), self.options.training.seed
-        return augment_images(self.data.train, transform, to_rgb, seed, num_views, config.num_channels)
+        return build_training_dataset(self.data.train, transform, to_rgb, seed, num_views, config.num_channels)
 
     def get_evaluator_arguments(self) -> dict[str, Any]:
         """Return the keyword arguments shared by all evaluators."""

@@ -14,7 +14,9 @@ from modeling_vitcls import cpu_kernels_vitcls
 @pytest.fixture
 def low_thresholds(monkeypatch: pytest.MonkeyPatch) -> None:
     """Enable the kernels for tiny models."""
-    monkeypatch.setattr(cpu_kernels_vitcls, "MIN_WORK", dict.fromkeys(cpu_kernels_vitcls.MIN_WORK, 0))
+    monkeypatch.setattr(
+        cpu_kernels_vitcls, "MIN_MULTIPLICATIONS", dict.fromkeys(cpu_kernels_vitcls.MIN_MULTIPLICATIONS, 0)
+    )
     monkeypatch.setattr(cpu_kernels_vitcls, "MIN_CHUNKED_SCORES", 0)
 
 

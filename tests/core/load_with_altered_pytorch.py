@@ -100,7 +100,7 @@ def run_model(checkpoint: str) -> dict[str, Any]:
 def lower_thresholds(model: torch.nn.Module) -> None:
     """Enable the kernels for small tensors."""
     kernels = sys.modules[type(model).__module__.rpartition(".")[0] + ".cpu_kernels_vitcls"]
-    kernels.MIN_WORK.update(dict.fromkeys(kernels.MIN_WORK, 0))
+    kernels.MIN_MULTIPLICATIONS.update(dict.fromkeys(kernels.MIN_MULTIPLICATIONS, 0))
     kernels.MIN_CHUNKED_SCORES = 0
 
 

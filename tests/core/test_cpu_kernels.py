@@ -42,15 +42,15 @@ from modeling_vitcls.variants_vitcls import RegisterNeurons
 
 
 ONEDNN = "mkldnn::_linear_pointwise"
-HAS_ONEDNN_BFLOAT16 = (torch.bfloat16, False) in cpu_kernels_vitcls.MIN_WORK
+HAS_ONEDNN_BFLOAT16 = (torch.bfloat16, False) in cpu_kernels_vitcls.MIN_MULTIPLICATIONS
 
 
 @pytest.fixture
 def float32_by_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Use oneDNN for all processors and sizes on which it is correct, even if it is not the fastest."""
     if cpu_kernels_vitcls.HAS_ONEDNN:
-        monkeypatch.setitem(cpu_kernels_vitcls.MIN_WORK, (torch.float32, False), 0)
-        monkeypatch.setitem(cpu_kernels_vitcls.MIN_WORK, (torch.float32, True), 0)
+        monkeypatch.setitem(cpu_kernels_vitcls.MIN_MULTIPLICATIONS, (torch.float32, False), 0)
+        monkeypatch.setitem(cpu_kernels_vitcls.MIN_MULTIPLICATIONS, (torch.float32, True), 0)
 
 
 def requires_onednn(test: Any) -> Any:
@@ -125,7 +125,7 @@ def test_gelu_is_fused_in_inference(linear: CPULinear, dtype: torch.dtype) -> No
 
 
 def test_gelu_is_in_place_without_onednn(linear: CPULinear, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_kernels_vitcls, "MIN_WORK", {})
+    monkeypatch.setattr(cpu_kernels_vitcls, "MIN_MULTIPLICATIONS", {})
     inputs = torch.randn(2, 7, 48)
     found, operators = profile_operators(linear_gelu, linear, ACT2FN["gelu"], inputs)
     assert "aten::gelu_" in operators and "aten::gelu" not in operators
@@ -204,7 +204,7 @@ def test_plain_pytorch_where_onednn_does_not_apply(linear: CPULinear) -> None:
 @requires_onednn
 def test_small_products_do_not_use_onednn(linear: CPULinear, monkeypatch: pytest.MonkeyPatch) -> None:
     """The overhead of oneDNN takes as long as a small product."""
-    monkeypatch.setattr(cpu_kernels_vitcls, "MIN_WORK", {(torch.float32, False): 10 * 48 * 80})
+    monkeypatch.setattr(cpu_kernels_vitcls, "MIN_MULTIPLICATIONS", {(torch.float32, False): 10 * 48 * 80})
     assert ONEDNN not in profile_operators(linear, torch.randn(9, 48))[1]
     assert ONEDNN in profile_operators(linear, torch.randn(2, 5, 48))[1]
 
@@ -456,12 +456,12 @@ def test_parametrized_and_quantized_weights_are_not_emulated(dtype: torch.dtype)
     linear, projection = CPULinear(48, 80).to(dtype), CPUPatchProjection(3, 24, kernel_size=4, stride=4).to(dtype)
     for layer, shape in ((linear, (2, 48)), (projection, (2, 3, 8, 8))):
         inputs, weight = torch.randn(shape, dtype=dtype), layer.weight
-        assert "KernelLinear" in profile_operators(layer, inputs)[1]
+        assert "LinearFunction" in profile_operators(layer, inputs)[1]
         layer.weight = nn.Parameter(weight.detach().as_subclass(type("Quantized", (torch.Tensor,), {})))
-        assert "KernelLinear" not in profile_operators(layer, inputs)[1]
+        assert "LinearFunction" not in profile_operators(layer, inputs)[1]
         layer.weight = weight
         nn.utils.parametrize.register_parametrization(layer, "weight", nn.Identity())
-        assert "KernelLinear" not in profile_operators(layer, inputs)[1]
+        assert "LinearFunction" not in profile_operators(layer, inputs)[1]
 
 
 def test_first_and_second_gradients_in_half_precision(dtype: torch.dtype) -> None:
@@ -647,7 +647,7 @@ def test_where_nothing_is_recomputed(why: str) -> None:
 @pytest.fixture(params=[False, True], ids=["plain", "autocast"])
 def autocast(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Use chunked attention on every processor if autocast is enabled."""
-    monkeypatch.setattr(cpu_kernels_vitcls, "HAS_BFLOAT16_PRODUCTS", True)
+    monkeypatch.setattr(cpu_kernels_vitcls, "HAS_AVX512_BFLOAT16", True)
     monkeypatch.setattr(cpu_kernels_vitcls, "MIN_CHUNKED_SCORES", 0)
     with torch.autocast("cpu", torch.bfloat16, enabled=request.param):
         yield
@@ -864,7 +864,7 @@ def test_chunked_attention_gradients_per_image() -> None:
 
 
 def test_attention_dropout_equals_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_kernels_vitcls, "HAS_BFLOAT16_PRODUCTS", True)
+    monkeypatch.setattr(cpu_kernels_vitcls, "HAS_AVX512_BFLOAT16", True)
     monkeypatch.setattr(cpu_kernels_vitcls, "MIN_CHUNKED_SCORES", 0)
     given = build_states(dtype=torch.bfloat16)
     found = [sdpa_attention(Attention(), *given, None, scaling=0.4, dropout=rate)[0] for rate in (0.0, 0.5)]
@@ -877,7 +877,7 @@ def test_attention_dropout_equals_pytorch(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_where_chunked_attention_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_kernels_vitcls, "HAS_BFLOAT16_PRODUCTS", True)
+    monkeypatch.setattr(cpu_kernels_vitcls, "HAS_AVX512_BFLOAT16", True)
 
     def is_used(dtype: torch.dtype, length: int, device: str = "cpu", num_images: int = 100) -> bool:
         made = torch.empty(num_images, 1, length, 8, dtype=dtype, device=device)
@@ -892,7 +892,7 @@ def test_where_chunked_attention_is_used(monkeypatch: pytest.MonkeyPatch) -> Non
         assert not is_used(torch.bfloat16, 17)
     assert not is_used(torch.float32, 197) and not is_used(torch.float16, 197)
     assert not is_used(torch.bfloat16, 197, "meta")
-    monkeypatch.setattr(cpu_kernels_vitcls, "HAS_BFLOAT16_PRODUCTS", False)
+    monkeypatch.setattr(cpu_kernels_vitcls, "HAS_AVX512_BFLOAT16", False)
     assert not is_used(torch.bfloat16, 17)
 
 
@@ -905,7 +905,7 @@ def test_chunked_attention_requires_sdpa(monkeypatch: pytest.MonkeyPatch) -> Non
         return chunked_attention(*args, **kwargs)
 
     monkeypatch.setattr(cpu_kernels_vitcls, "chunked_attention", count_calls)
-    monkeypatch.setattr(cpu_kernels_vitcls, "HAS_BFLOAT16_PRODUCTS", True)
+    monkeypatch.setattr(cpu_kernels_vitcls, "HAS_AVX512_BFLOAT16", True)
     monkeypatch.setattr(cpu_kernels_vitcls, "MIN_CHUNKED_SCORES", 0)
     model = randomize(ViTCLSModel(build_tiny_config())).bfloat16()
     torch.compiler.reset()  # the compiler stops recompiling functions that other tests have compiled often

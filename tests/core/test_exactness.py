@@ -18,7 +18,7 @@ from tiny_models import SIZES, assert_same_outputs, build_images, build_tiny_con
 from torch import nn
 
 from modeling_vitcls import ViTCLSBackbone, ViTCLSForImageClassification, ViTCLSForMaskedImageModeling, ViTCLSModel
-from modeling_vitcls.heads_vitcls import masked_pixel_loss
+from modeling_vitcls.heads_vitcls import compute_masked_pixel_loss
 
 
 TOLERANCE = 1e-5
@@ -258,5 +258,5 @@ def test_squared_pixel_loss_equals_mae(normalised: bool) -> None:
     expected = peer(build_images(), noise=torch.rand(2, 16, generator=torch.Generator().manual_seed(0)))
     config = build_tiny_config(mim_loss="l2", norm_pixel_target=normalised)
     reconstruction = peer.unpatchify(expected.logits)
-    loss = masked_pixel_loss(reconstruction, build_images(), expected.mask, config)
+    loss = compute_masked_pixel_loss(reconstruction, build_images(), expected.mask, config)
     assert loss.item() == pytest.approx(expected.loss.item(), rel=TOLERANCE)

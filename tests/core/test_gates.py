@@ -58,7 +58,7 @@ def test_several_kinds_of_tokens_can_be_gated() -> None:
     model = randomize(ViTCLSForImageClassification(build_tiny_config(num_register_tokens=1)))
     gated = model.adapt(num_cls_tokens=3, num_distillation_tokens=1, num_register_tokens=3, gate_new_tokens=True)
     assert gated.config.gated_tokens == {"cls": 2, "distillation": 1, "registers": 2}
-    assert gated.vitcls.gates.indices == [1, 2, 3, 5, 6]
+    assert gated.vitcls.gates.token_indices == [1, 2, 3, 5, 6]
     with torch.no_grad():
         assert get_largest_difference(gated(build_images()).cls_logits, model(build_images()).logits) < 1e-5
 

@@ -32,10 +32,10 @@ FUSED_ATTENTION = "aten::scaled_dot_product_attention"
 KERNELS = set(KERNEL_CLASSES.values())
 NUM_MODELS = 8  # number of models over which rounding errors in half precision are compared
 
-has_onednn = bool(cpu_kernels_vitcls.MIN_WORK)
+has_onednn = bool(cpu_kernels_vitcls.MIN_MULTIPLICATIONS)
 needs_onednn = pytest.mark.skipif(not has_onednn, reason="no oneDNN kernel is faster on this CPU")
 needs_bfloat16 = pytest.mark.skipif(
-    not cpu_kernels_vitcls.HAS_BFLOAT16_PRODUCTS, reason="this CPU has no bfloat16 instructions"
+    not cpu_kernels_vitcls.HAS_AVX512_BFLOAT16, reason="this CPU has no bfloat16 instructions"
 )
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -291,7 +291,7 @@ def test_kernels_compute_by_default() -> None:
     model, _ = build_models()
     with torch.no_grad():
         assert ONEDNN in list_operators(model, build_images())
-    assert {"KernelLinear", "OneDNNGELULinear"} <= list_operators(run_step, model, build_images())
+    assert {"LinearFunction", "OneDNNGELULinear"} <= list_operators(run_step, model, build_images())
 
 
 def assert_plain(model: Any) -> None:
@@ -303,7 +303,7 @@ def assert_plain(model: Any) -> None:
             operators = list_operators(model, pixel_values)
         operators |= list_operators(run_step, model, pixel_values)
         assert FUSED_ATTENTION in operators
-        assert not {ONEDNN, "ChunkedAttention", "KernelLinear", "OneDNNGELULinear"} & operators
+        assert not {ONEDNN, "ChunkedAttention", "LinearFunction", "OneDNNGELULinear"} & operators
 
 
 @needs_bfloat16
@@ -336,7 +336,7 @@ SWITCHED_OFF = """
 import torch
 from torch.profiler import profile
 from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification, cpu_kernels_vitcls
-cpu_kernels_vitcls.MIN_WORK.update(dict.fromkeys(cpu_kernels_vitcls.MIN_WORK, 0))
+cpu_kernels_vitcls.MIN_MULTIPLICATIONS.update(dict.fromkeys(cpu_kernels_vitcls.MIN_MULTIPLICATIONS, 0))
 sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24)
 model = ViTCLSForImageClassification(ViTCLSConfig(image_size=32, patch_size=8, **sizes)).eval()
 with profile() as profiled, torch.no_grad():

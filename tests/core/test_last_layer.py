@@ -16,7 +16,7 @@ from tiny_models import (
 from torch.nn.functional import cross_entropy
 
 from modeling_vitcls import ViTCLSForImageClassification
-from modeling_vitcls.modeling_vitcls import get_num_tokens_read
+from modeling_vitcls.modeling_vitcls import get_num_output_tokens
 
 
 TOKENS: dict[str, Any] = {"num_cls_tokens": 2, "num_distillation_tokens": 1, "num_register_tokens": 3}
@@ -71,7 +71,7 @@ def compute_losses_and_gradients(model: Any, **inputs: Any) -> tuple[Any, list[t
 @each_config
 def test_outputs_and_gradients_equal_those_of_all_tokens(fields: dict[str, Any], num_read: int | None) -> None:
     model = randomize(ViTCLSForImageClassification(build_tiny_config(**fields)))
-    assert get_num_tokens_read(model.vitcls, {}) == num_read
+    assert get_num_output_tokens(model.vitcls, {}) == num_read
     masks = [None, MASK] if fields.items() >= TOKENS.items() else [None]
     for implementation in ("sdpa", "eager"):
         model.set_attn_implementation(implementation)

@@ -14,7 +14,7 @@ from modeling_vitcls import (
     ViTCLSForMaskedImageModeling,
     ViTCLSForMultiTaskClassification,
 )
-from modeling_vitcls.heads_vitcls import masked_pixel_loss
+from modeling_vitcls.heads_vitcls import compute_masked_pixel_loss
 
 
 TASKS = {"species": 4, "age": ["young", "old"], "colour": 3}
@@ -321,10 +321,10 @@ def test_pixel_losses_are_computed_in_float32(fields: dict[str, Any], dtype: tor
     config = build_tiny_config(**fields)
     exact = build_images(4, seed=1).to(dtype)
     mask = torch.ones(4, 16, dtype=torch.bool)
-    loss = masked_pixel_loss(exact, build_images(4), mask, config)
+    loss = compute_masked_pixel_loss(exact, build_images(4), mask, config)
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(
-        masked_pixel_loss(exact.float(), build_images(4), mask, config).item(), rel=1e-5
+        compute_masked_pixel_loss(exact.float(), build_images(4), mask, config).item(), rel=1e-5
     )
 
 
@@ -332,13 +332,13 @@ def test_normalized_targets_of_a_uniform_patch_are_zero() -> None:
     """The standard deviation of a uniform patch is zero."""
     config = build_tiny_config(norm_pixel_target=True, mim_loss="l2")
     grey = torch.full((1, 3, 32, 32), 0.7)
-    loss = masked_pixel_loss(torch.zeros(1, 3, 32, 32), grey, torch.ones(1, 16, dtype=torch.bool), config)
+    loss = compute_masked_pixel_loss(torch.zeros(1, 3, 32, 32), grey, torch.ones(1, 16, dtype=torch.bool), config)
     assert loss.item() == pytest.approx(0.0, abs=1e-6)
 
 
 def test_normalized_targets_of_one_pixel_patches_are_zero() -> None:
     config = build_tiny_config(norm_pixel_target=True, patch_size=1, image_size=4, num_channels=1)
-    loss = masked_pixel_loss(
+    loss = compute_masked_pixel_loss(
         torch.zeros(1, 1, 4, 4), build_images(1, 4, 4, 1), torch.ones(1, 16, dtype=torch.bool), config
     )
     assert loss.item() == 0

@@ -38,7 +38,7 @@ def test_kernels_are_installed_if_nothing_is_missing(results: Results) -> None:
     assert results["none"]["classes"] & {"CPULinear"}
     assert not {name for name in results["kernels_off"]["classes"] if name.startswith("CPU")}
     assert_same_results(results["none"], results["kernels_off"])
-    if cpu_kernels_vitcls.MIN_WORK:
+    if cpu_kernels_vitcls.MIN_MULTIPLICATIONS:
         assert "mkldnn::_linear_pointwise" in results["none"][f"{torch.float32}/operators"]
 
 

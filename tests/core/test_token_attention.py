@@ -20,7 +20,7 @@ from tiny_models import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSForMultiTaskClassification, ViTCLSModel
-from modeling_vitcls.modeling_vitcls import get_num_tokens_read
+from modeling_vitcls.modeling_vitcls import get_num_output_tokens
 from modeling_vitcls.token_attention_vitcls import record_attention
 
 
@@ -116,7 +116,7 @@ def test_heads_that_read_few_tokens_record_all_tokens() -> None:
     """Without recorders, the last layer computes only the tokens that the heads read."""
     config = build_tiny_config(num_cls_tokens=2, num_register_tokens=3, tasks=TASKS)
     for model in (ViTCLSForMultiTaskClassification(config), ViTCLSForImageClassification(build_tiny_config(**TOKENS))):
-        assert get_num_tokens_read(randomize(model).vitcls, {}) is not None
+        assert get_num_output_tokens(randomize(model).vitcls, {}) is not None
         assert_same_outputs(model.token_attention(build_images()), get_eager_rows(model, build_images()), 1e-5)
 
 

@@ -27,7 +27,7 @@ def main(target: Path) -> None:
     """Run both parts and save the results of the first process."""
     torch.set_num_threads(1)
     accelerator = Accelerator(cpu=True)
-    cpu_kernels_vitcls.MIN_WORK.update(dict.fromkeys(cpu_kernels_vitcls.MIN_WORK, 0))
+    cpu_kernels_vitcls.MIN_MULTIPLICATIONS.update(dict.fromkeys(cpu_kernels_vitcls.MIN_MULTIPLICATIONS, 0))
     sharded = {has_kernels: train_sharded(has_kernels) for has_kernels in (True, False)}
     gathered = gather_outputs(accelerator)
     if accelerator.is_main_process:

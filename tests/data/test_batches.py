@@ -19,7 +19,7 @@ from modeling_vitcls.data.augmentation import build_augmentation
 from modeling_vitcls.data.batches import Batch, Normalizer, TrainingImages, iterate_training_batches
 from modeling_vitcls.data.images import ArrayImages, FileImages, LabeledImages
 from modeling_vitcls.data.sampling import BatchPlan, compute_class_weights, derive_seed, draw_random_bits
-from modeling_vitcls.data.streaming import TrainingStream, augment_images
+from modeling_vitcls.data.streaming import TrainingStream, build_training_dataset
 from modeling_vitcls.options import AugmentationOptions, TrainingOptions
 
 
@@ -37,7 +37,7 @@ def build_images(
 ) -> TrainingImages | TrainingStream:
     options = {"crop_scale": 1.0, "flip": False, "shift": 0.0} | options
     augmentation = build_augmentation(AugmentationOptions(**options), (16, 16), 3)
-    return augment_images(source, augmentation, to_rgb=True, seed=seed, num_views=num_views)
+    return build_training_dataset(source, augmentation, to_rgb=True, seed=seed, num_views=num_views)
 
 
 def build_noise_images(count: int) -> list[Image.Image]:
@@ -266,7 +266,7 @@ def test_only_small_arrays_are_resized_in_advance(monkeypatch: pytest.MonkeyPatc
     stored = build_images(source, rotation=20)
     monkeypatch.setattr(batches_module, "MAX_CACHE_BYTES", 4 * 16 * 16 - 1)
     resized_later = build_images(source, rotation=20)
-    assert stored.arrays is not None and resized_later.arrays is None
+    assert stored.array_pixels is not None and resized_later.array_pixels is None
     assert are_equal(stored[keys], resized_later[keys])
     assert stored[keys]["labels"].tolist() == [5, 7]
 
@@ -355,7 +355,7 @@ def test_a_gray_model_skips_color_images(tmp_path: Path) -> None:
     ]
     augmentation = build_augmentation(AugmentationOptions(crop_scale=1.0, flip=False, shift=0.0), (16, 16), 3)
     source = LabeledImages(images, [0, 1, 2, 3])
-    prepared = augment_images(source, augmentation, to_rgb=False, seed=0, num_channels=1)
+    prepared = build_training_dataset(source, augmentation, to_rgb=False, seed=0, num_channels=1)
     batch = prepared[[(0, 0), (0, 1), (0, 2), (0, 3)]]
     assert batch["pixels"].shape == (4, 1, 16, 16)
     assert (batch["index"].tolist(), batch["replaced"].tolist()) == ([0, 3, 3, 3], [-1, 1, 2, -1])
@@ -363,8 +363,8 @@ def test_a_gray_model_skips_color_images(tmp_path: Path) -> None:
     arrays = LabeledImages(ArrayImages(np.zeros((2, 12, 10), dtype=np.uint8)), [0, 1])
     for options in ({}, {"auto_augment": "rand"}):
         gray = build_augmentation(AugmentationOptions(crop_scale=1.0, shift=0.0, **options), (16, 16), 3)
-        assert augment_images(arrays, gray, to_rgb=False, seed=0)[[(0, 0)]]["pixels"].shape == (1, 1, 16, 16)
+        assert build_training_dataset(arrays, gray, to_rgb=False, seed=0)[[(0, 0)]]["pixels"].shape == (1, 1, 16, 16)
     images[1].save(tmp_path / "color.png")
     files = LabeledImages(FileImages([str(tmp_path / "color.png")]), [0])
-    named = augment_images(files, augmentation, to_rgb=False, seed=0, num_channels=1)
+    named = build_training_dataset(files, augmentation, to_rgb=False, seed=0, num_channels=1)
     assert named.describe_unreadable_image(0).startswith(f"the image '{tmp_path / 'color.png'}' has 3 channels")

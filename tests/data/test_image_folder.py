@@ -123,14 +123,14 @@ def test_folders_that_may_be_splits_or_classes_are_errors(tmp_path: Path) -> Non
     write_class(tmp_path / "a", "test/cat", 2)
     write_class(tmp_path / "a", "extra/cat", 2)
     with raises_one_line(
-        "'test' has the name and the class folders of a split (cat)",
+        "'test' has the name of a split and contains class folders (cat)",
         "the folder 'extra' does not have",
         "rename 'test'",
     ):
         read(tmp_path / "a")
     write_class(tmp_path / "b", "val/cat", 2)
     write_class(tmp_path / "b", "dev/cat", 2)
-    with raises_one_line("'dev' and 'val' both stand for the split 'validation'"):
+    with raises_one_line("'dev' and 'val' both contain the split 'validation'"):
         read(tmp_path / "b")
 
 
@@ -157,8 +157,9 @@ def test_deeper_folders_belong_to_the_class_of_the_first_level(tmp_path: Path) -
     assert read(tmp_path) == {
         "train": {"cat": ["cat/1.png", "cat/2024/may/2.png"], "dog": ["dog/test/3.JPG", "dog/val/4.webp"]}
     }
-    assert "images in subfolders of class folders (cat/2024/may, dog/test, dog/val) belong to the class" in get_notes(
-        tmp_path
+    assert (
+        "images in subfolders of class folders (cat/2024/may, dog/test, dog/val) are labeled with the name"
+        in get_notes(tmp_path)
     )
 
 
@@ -391,7 +392,7 @@ def test_predictions_are_for_every_image(tmp_path: Path) -> None:
     source = open_input(PredictOptions("model", dataset=str(tmp_path)))
     names = [record.name for record in source.read_records([range(3)])]
     assert names == [str(tmp_path / name) for name in ("1.png", "deep/3.png", "test_2.png")]
-    before = source.compute_identity()
-    assert open_input(PredictOptions("model", dataset=str(tmp_path))).compute_identity() == before
+    before = source.compute_fingerprint()
+    assert open_input(PredictOptions("model", dataset=str(tmp_path))).compute_fingerprint() == before
     Image.new("RGB", (9, 9)).save(tmp_path / "1.png")
-    assert open_input(PredictOptions("model", dataset=str(tmp_path))).compute_identity() != before
+    assert open_input(PredictOptions("model", dataset=str(tmp_path))).compute_fingerprint() != before

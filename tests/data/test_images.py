@@ -20,8 +20,8 @@ from modeling_vitcls.data.images import (
     UnreadableImage,
     check_channels,
     decode_image,
-    encode_value,
     resolve_path,
+    to_encoded_image,
 )
 from modeling_vitcls.image_processing_vitcls import pil_to_tensor
 
@@ -93,7 +93,7 @@ def test_images_are_named_in_errors(tmp_path: Path) -> None:
     ],
 )
 def test_values_of_image_columns(value: Any, path: str | None, content: bytes | None) -> None:
-    assert encode_value(value, Path("photos")) == {"path": path, "bytes": content}
+    assert to_encoded_image(value, Path("photos")) == {"path": path, "bytes": content}
     if not isinstance(value, dict | bytes):
         assert resolve_path(Path("photos"), value) == path
 

@@ -38,7 +38,7 @@ def read_all(reader: LabelReader, values: list[Any]) -> list[Any]:
 
 def test_minus_one_is_a_class_unless_the_column_is_declared() -> None:
     reader = build_reader([1, -1, 0])
-    assert reader.space.names == ["-1", "0", "1"]
+    assert reader.label_space.names == ["-1", "0", "1"]
     assert read_all(reader, [-1, 0, 1]) == [0, 1, 2]
     declared = build_reader([], datasets.ClassLabel(names=["no", "yes"]))
     assert read_all(declared, [0, 1, -1]) == [0, 1, -100]  # -1 is a missing label
@@ -48,7 +48,7 @@ def test_minus_one_is_a_class_unless_the_column_is_declared() -> None:
 
 def test_undeclared_integers_are_names_sorted_by_value() -> None:
     reader = build_reader([10, 9, 100, None])
-    assert reader.space.names == ["9", "10", "100"]
+    assert reader.label_space.names == ["9", "10", "100"]
     assert read_all(reader, [9, 10, 100, 10.0, "9"]) == [0, 1, 2, 1, 0]
     for value in (0, 1, 2, -1, 3):  # not an index
         with raises_one_line(f"row has the label {value}, which is not one of the 3 classes"):
@@ -74,19 +74,19 @@ def test_integers_are_indices_if_no_name_is_an_integer() -> None:
 
 def test_names_of_mixed_types_are_sorted_numbers_first() -> None:
     reader = build_reader(["b", 10, "a", 9], datasets.Value("string"))
-    assert reader.space.names == ["9", "10", "a", "b"]
+    assert reader.label_space.names == ["9", "10", "a", "b"]
     assert read_all(reader, [10, "10", "b"]) == [1, 1, 3]
 
 
 def test_empty_text_and_nan_are_missing_labels() -> None:
     reader = build_reader(["b", "", "a", None, math.nan], datasets.Value("string"))
-    assert reader.space.names == ["a", "b"]
+    assert reader.label_space.names == ["a", "b"]
     assert read_all(reader, ["", None, math.nan, "b"]) == [-100, -100, -100, 1]
 
 
 def test_empty_text_between_separators_is_not_a_label() -> None:
     reader = build_reader(["b|a", None, "|b||", " "], datasets.Value("string"), label_separator="|")
-    assert reader.space == LabelSpace("multi_label_classification", {"label": ["a", "b"]})
+    assert reader.label_space == LabelSpace("multi_label_classification", {"label": ["a", "b"]})
     assert read_all(reader, ["b | a", None, "|b|| ", ""]) == [[1.0, 1.0], [0.0, 0.0], [0.0, 1.0], [0.0, 0.0]]
 
 
@@ -136,9 +136,9 @@ def test_fields_of_the_configuration() -> None:
 @pytest.mark.parametrize("build", [datasets.List, datasets.LargeList, datasets.Sequence, lambda feature: [feature]])
 def test_each_type_of_list_contains_several_labels(build: Callable[[Any], Any]) -> None:
     reader = build_reader([], build(datasets.ClassLabel(names=["1", "0"])))
-    assert reader.space == LabelSpace("multi_label_classification", {"label": ["1", "0"]})
+    assert reader.label_space == LabelSpace("multi_label_classification", {"label": ["1", "0"]})
     assert read_all(reader, [[1], [1, 0], []]) == [[0.0, 1.0], [1.0, 1.0], [0.0, 0.0]]
-    assert build_reader([["b"], ["a"]], build(datasets.Value("string"))).space.columns == {"label": ["a", "b"]}
+    assert build_reader([["b"], ["a"]], build(datasets.Value("string"))).label_space.columns == {"label": ["a", "b"]}
 
 
 def test_the_image_column_contains_images() -> None:
@@ -154,6 +154,8 @@ def test_the_image_column_contains_images() -> None:
         assert find_image_column(options, {"a": text, name: text}) == name
     for name in "label labels class target category fine_label".split():
         features = {"image": image, "a": text, name: INTEGERS}
-        assert build_label_reader(DataOptions("table"), features, lambda column: [1]).space.columns == {name: ["1"]}
+        assert build_label_reader(DataOptions("table"), features, lambda column: [1]).label_space.columns == {
+            name: ["1"]
+        }
     with raises_one_line("cannot determine the image column among a, b. Set --image-column"):
         find_image_column(options, {"a": image, "b": image})

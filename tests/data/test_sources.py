@@ -199,7 +199,8 @@ def test_damaged_folders_in_the_format_of_mnist_are_named(tmp_path: Path) -> Non
     signed = gzip.compress(b"\0\0\x09\x03" + gzip.decompress(whole)[4:])
     short = gzip.compress(gzip.decompress(whole)[:-1])
     no_sizes = gzip.compress(b"\0\0\x08\x03")
-    for content in (whole[:40], b"not compressed", gzip.compress(b""), signed, short, no_sizes):
+    damaged = whole[:10] + bytes(20) + whole[30:]
+    for content in (whole[:40], damaged, b"not compressed", gzip.compress(b""), signed, short, no_sizes):
         file.write_bytes(content)
         with pytest.raises(
             ValueError, match=r"cannot read .*train-images-idx3-ubyte\.gz as a file in the MNIST format"

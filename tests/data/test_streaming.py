@@ -23,7 +23,7 @@ from modeling_vitcls.data.batches import Batch, iterate_training_batches
 from modeling_vitcls.data.held_out import HeldOutRule
 from modeling_vitcls.data.sampling import BatchPlan
 from modeling_vitcls.data.splits import TrainingData, load_evaluation_data, load_training_data, load_unlabeled_data
-from modeling_vitcls.data.streaming import Example, StreamedImages, augment_images, read_ahead
+from modeling_vitcls.data.streaming import Example, StreamedImages, build_training_dataset, read_ahead
 from modeling_vitcls.options import AugmentationOptions, DataOptions, TrainingOptions
 
 
@@ -85,13 +85,13 @@ def build_batches(
     source: Any, plan: BatchPlan, process: int = 0, num_workers: int = 0, first_step: int = 0, views: int = 0
 ) -> list[Batch]:
     augmentation = build_augmentation(AugmentationOptions(crop_scale=0.5, rotation=10, shift=0.0), (8, 8), 3)
-    images = augment_images(source, augmentation, True, plan.seed, views)
+    images = build_training_dataset(source, augmentation, True, plan.seed, views)
     return list(iterate_training_batches(images, plan, process, num_workers, first_step))
 
 
 def get_indices(examples: Any) -> list[int]:
     """Return the indices of the images."""
-    return [Image.open(io.BytesIO(example.encoded["bytes"])).getpixel((0, 0))[0] for example in examples]
+    return [Image.open(io.BytesIO(example.encoded_image["bytes"])).getpixel((0, 0))[0] for example in examples]
 
 
 def get_held_out(data: TrainingData) -> list[int]:
@@ -210,7 +210,7 @@ def test_the_next_image_of_the_batch_replaces_an_unreadable_one(tmp_path: Path, 
     found = 0
     for batch in batches:
         chosen = list(islice(examples, 8))
-        is_broken = [example.encoded["bytes"].startswith(b"no image") for example in chosen]
+        is_broken = [example.encoded_image["bytes"].startswith(b"no image") for example in chosen]
         found += sum(is_broken)
         for place, example in enumerate(chosen):
             replacement = next(at % 8 for at in range(place, place + 8) if not is_broken[at % 8])
@@ -227,7 +227,7 @@ def test_unreadable_images_are_described_by_their_path(tmp_path: Path) -> None:
         file.write_bytes(b"no image" if index == 7 else encode_example(index))
     source = read(tmp_path).train
     assert isinstance(source, StreamedImages)
-    images = augment_images(
+    images = build_training_dataset(
         source, build_augmentation(AugmentationOptions(crop_scale=0.5, shift=0.0), (8, 8), 3), True, seed=0
     )
     batches = list(iterate_training_batches(images, build_plan(max_steps=8, batch_size=4), 0, 0))
@@ -238,10 +238,10 @@ def test_unreadable_images_are_described_by_their_path(tmp_path: Path) -> None:
 
 
 def test_the_names_of_the_newest_images_are_stored(monkeypatch: pytest.MonkeyPatch, two_shards: Path) -> None:
-    monkeypatch.setattr(streaming, "MAX_STORED_NAMES", 3)
+    monkeypatch.setattr(streaming, "MAX_STORED_PATHS", 3)
     augmentation = build_augmentation(AugmentationOptions(crop_scale=0.5, shift=0.0), (8, 8), 3)
-    images = augment_images(read(two_shards).train, augmentation, True, seed=0)
-    images.store_names([Example({"path": f"{index}.png"}, 0, index) for index in (7, 3, 9, 5)])
+    images = build_training_dataset(read(two_shards).train, augmentation, True, seed=0)
+    images.store_paths([Example({"path": f"{index}.png"}, 0, index) for index in (7, 3, 9, 5)])
     assert [images.describe_unreadable_image(index) for index in (7, 3, 9, 5)] == [
         "cannot read the image with checksum 7",
         *(f"cannot read the image '{index}.png'" for index in (3, 9, 5)),
@@ -257,7 +257,7 @@ def test_a_batch_of_unreadable_images_is_an_error(tmp_path: Path, two_shards: Pa
         build_batches(read(folder).train, build_plan(max_steps=1, batch_size=4))
     augmentation = build_augmentation(AugmentationOptions(crop_scale=0.5, shift=0.0), (8, 8), 3)
     for num_channels in (1, 3):  # of the model; the images are color images
-        source = augment_images(read(two_shards).train, augmentation, False, seed=0, num_channels=num_channels)
+        source = build_training_dataset(read(two_shards).train, augmentation, False, seed=0, num_channels=num_channels)
         batches = iterate_training_batches(source, build_plan(max_steps=1, batch_size=4), 0, 0)
         with raises_one_line(message) if num_channels == 1 else nullcontext():
             assert next(batches)["pixels"].shape == (4, 3, 8, 8)
@@ -312,7 +312,7 @@ def test_only_the_first_images_of_a_large_held_out_part_are_kept(
     monkeypatch.setattr(HeldOutRule, "is_held_out", lambda part, index: passed.append(index) or holds(part, index))
     data = read(two_shards)
     assert get_held_out(data) == whole[:3]
-    assert sum(holds(data.train.held_out, index) for index in passed) == 3 and len(passed) < NUM_IMAGES
+    assert sum(holds(data.train.held_out_rule, index) for index in passed) == 3 and len(passed) < NUM_IMAGES
     assert data.held_out_name == "about 20%, by checksum, split seed 0, evaluated on the first 3 images"
     trained = get_indices(islice(data.train.iterate_examples(0, 0, 1), NUM_IMAGES - len(whole)))
     assert sorted([*trained, *whole]) == list(range(NUM_IMAGES))  # no held-out images

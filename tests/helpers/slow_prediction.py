@@ -37,7 +37,7 @@ def write_late(*arguments: Any) -> None:
 
 
 if __name__ == "__main__":
-    outputs.SECONDS_BETWEEN_CHECKS, outputs.SECONDS_BETWEEN_HEARTBEATS, outputs.MAX_SILENT_SECONDS = 0.05, 0.1, 5.0
+    outputs.SECONDS_BETWEEN_CHECKS, outputs.SECONDS_BETWEEN_HEARTBEATS, outputs.MAX_HEARTBEAT_AGE = 0.05, 0.1, 5.0
     if os.environ["RANK"] == "0":
         outputs.ShardFolder.is_complete = record_check  # type: ignore[method-assign]
     else:

@@ -11,7 +11,7 @@ from fresh_processes import run_fresh
 from local_hub import LocalHub, running_hub
 from tiny_models import KINDS, build_tiny_config, save_with_processor
 
-from modeling_vitcls.configuration_vitcls import MIN_TRANSFORMERS
+from modeling_vitcls.configuration_vitcls import MIN_TRANSFORMERS_VERSION
 from modeling_vitcls.hub.card_sections import CITATION, build_use_section, insert_onnx_section
 from modeling_vitcls.hub.code_files import READING_ORDER, compute_code_digest
 from modeling_vitcls.hub.shared_code import pin_code_in_card
@@ -127,4 +127,4 @@ def test_the_citation_equals_the_one_of_the_repository() -> None:
 
 
 def test_the_required_version_is_not_above_the_installed_one() -> None:
-    assert tuple(map(int, transformers.__version__.split(".")[:2])) >= MIN_TRANSFORMERS
+    assert tuple(map(int, transformers.__version__.split(".")[:2])) >= MIN_TRANSFORMERS_VERSION

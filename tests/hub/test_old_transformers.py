@@ -15,12 +15,12 @@ from local_hub import LocalHub
 from tiny_models import build_tiny_config, save_with_processor
 
 from modeling_vitcls import ViTCLSForImageClassification
-from modeling_vitcls.configuration_vitcls import MIN_TRANSFORMERS
+from modeling_vitcls.configuration_vitcls import MIN_TRANSFORMERS_VERSION
 from modeling_vitcls.hub.publish import push_folder
 from modeling_vitcls.hub.verify import verify
 
 
-LOWEST = f"{'.'.join(map(str, MIN_TRANSFORMERS))}.0"
+LOWEST = f"{'.'.join(map(str, MIN_TRANSFORMERS_VERSION))}.0"
 MESSAGE = "This checkpoint requires transformers >= {}, but {} is installed. Run: pip install -U transformers"
 LOAD = """
 import sys

@@ -26,8 +26,8 @@ from modeling_vitcls.data.splits import load_evaluation_data
 from modeling_vitcls.inference import frozen
 from modeling_vitcls.inference.frozen import (
     FeatureEvaluator,
-    Features,
     FeatureStore,
+    LabeledFeatures,
     compute_features,
     evaluate_frozen,
     measure_accuracies,
@@ -112,7 +112,7 @@ def test_features_are_the_normalized_tokens_of_each_layer(layout: dict[str, Any]
     torch.testing.assert_close(found, torch.stack(expected, dim=1), rtol=0, atol=1e-5)
 
 
-def build_clusters(number: int, seed: int) -> Features:
+def build_clusters(number: int, seed: int) -> LabeledFeatures:
     """Return features of three overlapping classes for two tokens. The length of a vector contains no information."""
     generator = np.random.default_rng(seed)
     labels = generator.integers(0, 3, number)
@@ -120,7 +120,7 @@ def build_clusters(number: int, seed: int) -> Features:
     for layer, token in ((1, "CLS"), (2, TOKENS[-1])):
         directions = generator.normal(size=(number, 4)) + np.eye(4)[labels] * layer
         vectors[layer, token] = (directions * generator.lognormal(size=(number, 1))).astype(np.float32)
-    return Features(vectors, np.array(["ant", "bee", "cat"])[labels], num_unreadable=0)
+    return LabeledFeatures(vectors, np.array(["ant", "bee", "cat"])[labels], num_unreadable=0)
 
 
 @pytest.mark.parametrize("kind", CLASSIFIERS)
@@ -301,5 +301,5 @@ def test_other_labels_are_an_error(model: Path, tmp_path: Path) -> None:
     table = tmp_path / "table.csv"
     table.write_text("path,a,b\n" + "".join(f"{n}.png,{n % 2},{n % 3}\n" for n in range(40)))
     data = DataOptions(dataset=str(table), label_column=("a", "b"), num_workers=0)
-    with pytest.raises(ValueError, match=r"knn requires one label per image, but .* is a multi task dataset"):
+    with pytest.raises(ValueError, match=r"knn requires one label per image, but .* has several tasks"):
         run(model, "knn", data=data)

@@ -415,7 +415,7 @@ def test_an_input_is_identified_by_its_content(photos: Path, tmp_path: Path) -> 
     ]
 
     def identities() -> list[dict[str, Any]]:
-        return [open_input(PredictOptions("model", **options)).compute_identity() for options in given]
+        return [open_input(PredictOptions("model", **options)).compute_fingerprint() for options in given]
 
     first = identities()
     assert identities() == first
@@ -427,11 +427,11 @@ def test_an_input_is_identified_by_its_content(photos: Path, tmp_path: Path) -> 
 
 def test_arrays_are_identified_by_their_pixels() -> None:
     pixels = np.zeros((2, 4, 4), np.uint8)
-    first = ListInput(["0", "1"], ArrayImages(pixels)).compute_identity()
-    assert ListInput(["0", "1"], ArrayImages(pixels.copy())).compute_identity() == first
-    assert ListInput(["0", "2"], ArrayImages(pixels)).compute_identity() != first
+    first = ListInput(["0", "1"], ArrayImages(pixels)).compute_fingerprint()
+    assert ListInput(["0", "1"], ArrayImages(pixels.copy())).compute_fingerprint() == first
+    assert ListInput(["0", "2"], ArrayImages(pixels)).compute_fingerprint() != first
     pixels[1, 3, 3] = 1
-    assert ListInput(["0", "1"], ArrayImages(pixels)).compute_identity() != first
+    assert ListInput(["0", "1"], ArrayImages(pixels)).compute_fingerprint() != first
 
 
 def test_files_are_identified_by_their_size_and_time(tmp_path: Path) -> None:
@@ -439,9 +439,9 @@ def test_files_are_identified_by_their_size_and_time(tmp_path: Path) -> None:
     for content, seconds in ((b"1", 1), (b"22", 1), (b"22", 2), (b"22", 2)):
         file.write_bytes(content)
         os.utime(file, (seconds, seconds))
-        digests.append(ListInput([file.name], [str(file)]).compute_identity()["sha256"])
+        digests.append(ListInput([file.name], [str(file)]).compute_fingerprint()["sha256"])
     assert len(set(digests)) == 3 and digests[2] == digests[3]
-    urls = [ListInput([url], [url]).compute_identity() for url in ("https://host/a.png", "https://host/b.png")]
+    urls = [ListInput([url], [url]).compute_fingerprint() for url in ("https://host/a.png", "https://host/b.png")]
     assert urls[0] != urls[1]
 
 
@@ -456,12 +456,12 @@ def test_streams_are_identified_by_split_and_column(tmp_path: Path) -> None:
         (table, [{"image_column": "first"}, {"image_column": "second"}]),
     ):
         first, second = (
-            open_input(PredictOptions("model", dataset=str(dataset), streaming=True, **change)).compute_identity()
+            open_input(PredictOptions("model", dataset=str(dataset), streaming=True, **change)).compute_fingerprint()
             for change in changes
         )
         assert first != second
     source = open_input(PredictOptions("model", dataset=str(table), split="train", image_column="first"))
-    identity = source.compute_identity()
+    identity = source.compute_fingerprint()
     assert identity.pop("fingerprint") and identity == {
         "dataset": str(table),
         "split": "train",
@@ -729,7 +729,7 @@ def test_threads_are_divided_among_the_processes(
 
 def test_a_folder_is_complete_if_every_shard_has_all_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(outputs, "ROWS_PER_GROUP", 3)
-    folder = ShardFolder(tmp_path, size=4)
+    folder = ShardFolder(tmp_path, shard_size=4)
     rows = [{"index": index, "image": str(index), "error": None if index else "unreadable"} for index in range(9)]
     for number in range(3):
         assert not folder.is_complete(9)
@@ -976,7 +976,7 @@ with outputs.send_heartbeats(outputs.ShardFolder(Path(sys.argv[1]), 4).get_heart
 @pytest.mark.slow
 def test_killed_processes_are_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(outputs, "SECONDS_BETWEEN_HEARTBEATS", 0.05)
-    monkeypatch.setattr(outputs, "MAX_SILENT_SECONDS", 2.0)
+    monkeypatch.setattr(outputs, "MAX_HEARTBEAT_AGE", 2.0)
     folder = outputs.ShardFolder(tmp_path, 4)
     command = [sys.executable, "-c", HEARTBEAT, tmp_path]
     with (
@@ -1000,7 +1000,7 @@ def test_killed_processes_are_not_waited_for(tmp_path: Path, monkeypatch: pytest
 
 def test_shards_are_awaited_while_other_processes_are_running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Heartbeats that are too old or missing are those of processes that have ended."""
-    folder = ShardFolder(tmp_path, size=4)
+    folder = ShardFolder(tmp_path, shard_size=4)
     other = folder.get_heartbeat_file(1)
     other.touch()
     waits = []
@@ -1013,7 +1013,7 @@ def test_shards_are_awaited_while_other_processes_are_running(tmp_path: Path, mo
     monkeypatch.setattr(outputs.time, "sleep", wait)
     folder.wait_for_shards(8, 2)
     assert len(waits) == 2
-    for age, has_ended in ((outputs.MAX_SILENT_SECONDS / 2, False), (outputs.MAX_SILENT_SECONDS * 2, True)):
+    for age, has_ended in ((outputs.MAX_HEARTBEAT_AGE / 2, False), (outputs.MAX_HEARTBEAT_AGE * 2, True)):
         os.utime(other, (time.time() - age,) * 2)
         folder.get_shard_file(1).unlink()
         waits = [0.0]
@@ -1045,7 +1045,7 @@ def test_a_heartbeat_is_removed_at_the_end(tmp_path: Path, monkeypatch: pytest.M
 
 def test_unfinished_files_of_a_killed_start_are_removed(tmp_path: Path) -> None:
     (tmp_path / ".shard-000000.parquet.77.unfinished").write_bytes(b"half")
-    folder = ShardFolder(tmp_path, size=2)
+    folder = ShardFolder(tmp_path, shard_size=2)
     assert folder.open({"input": "this"}) is None
     assert [file.name for file in tmp_path.iterdir()] == [".manifest.json"]
     folder.record_num_images(5)

@@ -29,7 +29,7 @@ from modeling_vitcls.conversion.from_state_dict import FAMILIES, convert_state_d
 from modeling_vitcls.data.sources import load_splits
 from modeling_vitcls.hub.card_results import format_name
 from modeling_vitcls.image_processing_vitcls import IMAGE_FORMATS
-from modeling_vitcls.inference.outputs import FORMULA_PREFIXES, format_cell
+from modeling_vitcls.inference.outputs import FORMULA_PREFIXES, format_csv_cell
 from modeling_vitcls.options import DataOptions
 
 
@@ -298,7 +298,7 @@ def test_metadata_tables(header: str, rows: list[tuple[str, str]], garbage: byte
 @given(st.text())
 def test_names_of_labels(name: str) -> None:
     """In CSV cells, Markdown and YAML."""
-    cell = format_cell(name)
+    cell = format_csv_cell(name)
     assert not cell.startswith(FORMULA_PREFIXES) and cell.removeprefix("'") == name.removeprefix("'")
     code = format_name(name)
     assert code.startswith("`") and code.endswith("`") and "`" not in code[1:-1]

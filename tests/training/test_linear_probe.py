@@ -28,7 +28,7 @@ from modeling_vitcls.data.batches import Normalizer, iterate_training_batches
 from modeling_vitcls.data.images import LabeledImages, UnreadableImage
 from modeling_vitcls.data.labels import LabelSpace
 from modeling_vitcls.data.sampling import BatchPlan
-from modeling_vitcls.data.streaming import augment_images
+from modeling_vitcls.data.streaming import build_training_dataset
 from modeling_vitcls.inference.evaluator import Evaluator
 from modeling_vitcls.options import AugmentationOptions, TrainingOptions
 from modeling_vitcls.training.linear_probe import (
@@ -110,7 +110,7 @@ class Probe:
         columns = {name: [str(i) for i in range(n)] for name, n in tasks.items()} if tasks else {"label": NAMES}
         self.labels = LabelSpace("multi_task" if tasks else "single_label_classification", columns)
         augmentation = build_augmentation(options, (32, 32), self.processor.resample)
-        self.images = augment_images(self.source, augmentation, to_rgb=True, seed=3, num_views=views)
+        self.images = build_training_dataset(self.source, augmentation, to_rgb=True, seed=3, num_views=views)
         self.label_loss = MultiTaskLoss(0.1) if tasks else SingleLabelLoss(0.1)
         training = TrainingOptions(max_steps=8, batch_size=4, gradient_accumulation_steps=2)
         self.plan = BatchPlan.from_options(NUM_IMAGES, training, num_processes=1)

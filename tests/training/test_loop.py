@@ -25,7 +25,7 @@ from modeling_vitcls.data.augmentation import build_augmentation
 from modeling_vitcls.data.batches import Normalizer, iterate_training_batches
 from modeling_vitcls.data.sampling import BatchPlan
 from modeling_vitcls.data.splits import load_training_data
-from modeling_vitcls.data.streaming import augment_images
+from modeling_vitcls.data.streaming import build_training_dataset
 from modeling_vitcls.options import DataOptions, TrainingOptions
 from modeling_vitcls.training import loop as loop_module
 from modeling_vitcls.training.loop import (
@@ -128,7 +128,7 @@ class LoopRecorder:
         return {"loss": 1.0, "accuracy": next(self.accuracies), "num_images": 7, "per_class": []}
 
     def batches(self) -> Iterator[Any]:
-        pictures = augment_images(DIGITS.train, build_augmentation(PLAIN, (32, 32), 3), to_rgb=True, seed=0)
+        pictures = build_training_dataset(DIGITS.train, build_augmentation(PLAIN, (32, 32), 3), to_rgb=True, seed=0)
         return iterate_training_batches(
             pictures, self.plan, process_index=0, num_workers=0, first_step=self.state.step
         )

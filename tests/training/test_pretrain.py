@@ -19,7 +19,7 @@ from modeling_vitcls.data.batches import Normalizer
 from modeling_vitcls.data.sampling import derive_seed
 from modeling_vitcls.data.splits import load_unlabeled_data
 from modeling_vitcls.files import read_json
-from modeling_vitcls.heads_vitcls import masked_pixel_loss
+from modeling_vitcls.heads_vitcls import compute_masked_pixel_loss
 from modeling_vitcls.inference.evaluator import ReconstructionEvaluator
 from modeling_vitcls.options import DataOptions, MaskingOptions, ModelOptions, PretrainOptions
 from modeling_vitcls.training.finetune import FinetuneTask
@@ -140,7 +140,7 @@ def test_the_evaluation_loss_is_the_mean_over_images() -> None:
         mask = mask_generator(1, CPU, torch.Generator().manual_seed(derive_seed(0, index)))
         with torch.no_grad():
             reconstruction = model(pixels, bool_masked_pos=mask).reconstruction
-        losses.append(masked_pixel_loss(reconstruction, pixels, mask, model.config).item())
+        losses.append(compute_masked_pixel_loss(reconstruction, pixels, mask, model.config).item())
     assert metrics["reconstruction_loss"] == pytest.approx(sum(losses) / len(losses), abs=2e-6)
 
 

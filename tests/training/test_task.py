@@ -22,7 +22,7 @@ from modeling_vitcls.data.augmentation import build_augmentation
 from modeling_vitcls.data.batches import iterate_training_batches
 from modeling_vitcls.data.sampling import BatchPlan
 from modeling_vitcls.data.splits import load_evaluation_data, load_training_data
-from modeling_vitcls.data.streaming import augment_images
+from modeling_vitcls.data.streaming import build_training_dataset
 from modeling_vitcls.inference.evaluate import evaluate_checkpoint
 from modeling_vitcls.options import DataOptions, EvaluateOptions, ModelOptions, PretrainOptions
 from modeling_vitcls.study import compute_interval
@@ -128,7 +128,7 @@ def test_the_flags_and_the_checkpoint_determine_the_batches(tmp_path: Path) -> N
     train, options = task.data.train, task.options
     plan = BatchPlan.from_options(len(train), options.training, 1, train.labels, num_copies=2)
     augmentation = build_augmentation(options.augmentation, (24, 32), InterpolationMode.NEAREST)
-    images = augment_images(train, augmentation, to_rgb=False, seed=5, num_views=0, num_channels=1)
+    images = build_training_dataset(train, augmentation, to_rgb=False, seed=5, num_views=0, num_channels=1)
     components = task.build_components(lambda model: {})
     batch, expected = next(components.iterate_batches(0)), next(iterate_training_batches(images, plan, 0, 0))
     assert batch["pixels"].shape == (16, 1, 24, 32) and batch.keys() == expected.keys()
