@@ -413,7 +413,7 @@ def compute_interval(values: list[float]) -> tuple[float, float]:
 
 def write_page(runner: StudyRunner, rows: list[dict[str, Any]], command: str) -> Path:
     """Write README.md and the plots. Return the path of README.md."""
-    from .system import get_processor_name, get_versions
+    from .system import format_count, get_processor_name, get_versions
 
     study = runner.study
     finished_rows = [row for row in rows if row["status"] == "finished"]
@@ -432,8 +432,9 @@ def write_page(runner: StudyRunner, rows: list[dict[str, Any]], command: str) ->
     seeds = ", ".join(map(str, study.seeds))
     sections.append(
         f"## Method\n\n{len(finished_rows)} of {len(rows)} runs finished, seeds {seeds}; "
-        f"{training_seconds / 60:.0f} minutes of training in total, {runner.num_threads} thread(s) per run, on "
-        f"{get_processor_name()}. Each value is the mean over seeds with its 95% confidence interval (Student's t). "
+        f"{training_seconds / 60:.0f} minutes of training in total, "
+        f"{format_count(runner.num_threads, 'thread')} per run, on {get_processor_name()}. "
+        "Each value is the mean over seeds with its 95% confidence interval (Student's t). "
         "Differences are paired by seed. Each finished run is evaluated once on the held-out images.\n\n"
         f"```bash\n{command}\n```\n\n"
         + ", ".join(f"{name} {version}" for name, version in get_versions("transformers", "timm").items())

@@ -80,7 +80,7 @@ def estimate_energy(seconds: float, num_processes: int, device: torch.device) ->
     elif device.type == "cpu":
         num_threads = torch.get_num_threads()
         watts = num_threads * WATTS_PER_CPU_THREAD
-        assumption = f"{num_threads} thread(s) per process drew {WATTS_PER_CPU_THREAD:.0f} W each"
+        assumption = f"{format_count(num_threads, 'thread')} per process drew {WATTS_PER_CPU_THREAD:.0f} W each"
     else:
         return None
     if watts is None:
@@ -174,7 +174,12 @@ def format_device_name(device: torch.device) -> str:
     """Return the name of a GPU, the number of CPU threads, or the type of another device."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} thread(s)" if device.type == "cpu" else device.type
+    return f"CPU, {format_count(torch.get_num_threads(), 'thread')}" if device.type == "cpu" else device.type
+
+
+def format_count(number: int, noun: str) -> str:
+    """Format a count with its noun, such as "1 layer" or "2 layers"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def get_versions(*libraries: str) -> dict[str, str]:

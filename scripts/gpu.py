@@ -30,7 +30,7 @@ from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification
 from modeling_vitcls.benchmarking.comparison import BenchmarkSettings, measure_throughput
 from modeling_vitcls.benchmarking.peers import build_random_images
 from modeling_vitcls.benchmarking.tables import format_markdown, print_comparison
-from modeling_vitcls.benchmarking.work import WORK_KINDS, run_benchmarks
+from modeling_vitcls.benchmarking.work import WORKLOADS, run_benchmarks
 from modeling_vitcls.files import read_json
 from modeling_vitcls.system import measure_gemm_peak
 from modeling_vitcls.training.mfu import count_training_flops
@@ -113,7 +113,7 @@ def compare_models(work_kind: str) -> Lines:
     """Yield one line for each failed row, and a table that compares the speed with other models."""
     settings = BenchmarkSettings(("transformers", "timm"), NUM_PAIRS, device="cuda")
     comparisons = []
-    for row in WORK_KINDS[work_kind].rows:
+    for row in WORKLOADS[work_kind].rows:
         try:
             for comparison in run_benchmarks((work_kind,), (row,), settings):
                 comparisons.append(print_comparison(comparison))

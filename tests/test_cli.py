@@ -196,7 +196,7 @@ def test_the_environment_of_a_bug_report(monkeypatch: pytest.MonkeyPatch, capsys
     named = {name: text.strip() for name, text in lines}
     assert named["devices"] == env.describe_devices() and named["CPU kernels"] == env.describe_cpu_kernels()
     if not torch.cuda.is_available():
-        assert named["devices"] == f"CPU, {torch.get_num_threads()} thread(s)"
+        assert named["devices"] == f"CPU, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
 
     monkeypatch.setenv("VITCLS_CPU_KERNELS", "0")
     assert env.describe_cpu_kernels() == "off: VITCLS_CPU_KERNELS is 0"
@@ -469,7 +469,7 @@ def test_the_parity_report_is_printed(capsys: pytest.CaptureFixture[str], monkey
     printed = capsys.readouterr().out
     for line in (
         "Not compared at a second image size: fixed size",
-        "Image processor: ASSUMED, because there is none. Check the settings",
+        "Image processor: assumed settings, because there is none. Check them",
         "SHA-256 of the source, dino: def",
         '  model = AutoModel.from_pretrained("out")',
     ):

@@ -429,7 +429,7 @@ def test_all_runs_are_executed_and_summarized(
         "# Pooling\n\nWhich pooling?\n\n**Answer:** The mean.\n\n## accuracy\n\n| pooling | runs | accuracy |"
     )
     assert "| mean | 2 | 0.78 ± 0.40 | +0.25 ± 0 |\n\n![" in page  # only finished runs
-    assert "4 of 6 runs finished, seeds 0, 1; 6 minutes of training in total, 3 thread(s) per run" in page
+    assert "4 of 6 runs finished, seeds 0, 1; 6 minutes of training in total, 3 threads per run" in page
     assert "```bash\nvitcls study --config pooling\n```" in page and "f1" not in page
     images = re.findall(r"!\[.*\]\((.*)\)", page)
     assert images == ["images/pooling-accuracy.png", "images/pooling-evaluate.accuracy.png"]
@@ -446,7 +446,7 @@ def test_all_runs_are_executed_and_summarized(
     (log.parent / "evaluate.json").unlink()
     run_study(study, output, "vitcls study")
     assert "6 runs (3 already finished)" in capsys.readouterr().out
-    assert "1 thread(s) per run" in (output / "README.md").read_text()
+    assert "1 thread per run" in (output / "README.md").read_text()
     assert [line for line in log.read_text().splitlines() if line.startswith("the")][2:] == ["the stage evaluate"]
     finished = output / "runs" / "pooling-cls_seed-0" / "log.txt"
     assert finished.read_text().count("the stage") == 2

@@ -105,7 +105,7 @@ def test_the_power_of_a_cpu_depends_on_the_number_of_threads(monkeypatch: pytest
     assert estimate_energy(10.0, 4, torch.device("cpu")) == {
         "kilowatt_hours": 0.000667,  # 6 threads of 10 W in 4 processes
         "watts_per_process": 60.0,
-        "assumption": "6 thread(s) per process drew 10 W each throughout the run; the rest of the machine is not "
+        "assumption": "6 threads per process drew 10 W each throughout the run; the rest of the machine is not "
         "counted",
     }
     assert estimate_energy(10.0, 4, torch.device("mps")) is None
@@ -168,7 +168,7 @@ def test_the_name_of_the_processor() -> None:
 
 
 def test_names_of_devices() -> None:
-    threads = f"CPU, {torch.get_num_threads()} thread(s)"
+    threads = f"CPU, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
     for name, kind, expected in (
         ("cpu", DistributedType.NO, f"{threads} per process"),
         ("cpu", DistributedType.FSDP, f"{threads} per process, weights sharded by FSDP"),

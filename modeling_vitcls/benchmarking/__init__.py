@@ -6,7 +6,7 @@
     own_features.py     models of this package with and without a feature: merged patches, attention, linear probes
     image_files.py      processing of JPEG files into pixel values and into predicted labels
     training_runs.py    complete training runs, each in a separate process
-    work.py             table of the kinds of work for `vitcls benchmark --work`
+    work.py             table of the workloads for `vitcls benchmark --work`
     tables.py           tables, JSON and Markdown files
 
 To add a benchmark, add a row to a table such as `FORWARD_PASSES` or `TRAINING_RUNS`. These files are not copied to the

@@ -55,7 +55,7 @@ class BenchmarkSettings:
 class Comparison:
     """Result of the comparison in one row of the benchmark report."""
 
-    work: str  # kind of work, for the reports
+    work: str  # name of the workload in the reports
     name: str  # name of the row
     against: str  # name of the baseline
     ours: list[float]  # images per second of this package in each pair

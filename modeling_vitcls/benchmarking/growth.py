@@ -211,7 +211,7 @@ def plot_growth(comparisons: list[ComparisonDict], machine_description: str) -> 
 
     Args:
         comparisons: Dicts returned by `Comparison.to_dict`, or read from the --output file. Comparisons of other
-            kinds of work are skipped.
+            workloads are skipped.
         machine_description: Hardware and library versions, for the caption.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The kinds of work that `vitcls benchmark --work` supports."""
+"""The workloads that `vitcls benchmark --work` supports."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,8 +23,8 @@ from .training_runs import TOY_RUNS, TRAINING_RUNS, compare_training
 
 
 @dataclass(frozen=True)
-class WorkKind:
-    """A kind of work: a table of rows, the function that compares rows, and an optional table for toy models."""
+class Workload:
+    """A workload: a table of rows, the function that compares rows, and an optional table for toy models."""
 
     rows: dict[str, Any]
     compare: Callable[[dict[str, Any], BenchmarkSettings], Iterator[Comparison]]
@@ -32,23 +32,23 @@ class WorkKind:
     supports_gpu: bool = False
 
 
-WORK_KINDS = {
-    "inference": WorkKind(FORWARD_PASSES, partial(compare_with_peers, compare_forward_pass), supports_gpu=True),
-    "growth": WorkKind(GROWTH_POINTS, compare_growth, TOY_GROWTH_POINTS, supports_gpu=True),
-    "step": WorkKind(TRAINING_STEPS, partial(compare_with_peers, compare_step), supports_gpu=True),
-    "inexact": WorkKind(INEXACT_ROWS, compare_inexact_features, supports_gpu=True),
-    "pixels": WorkKind(PIXEL_ROWS, compare_pixels),
-    "prediction": WorkKind(PREDICTION_ROWS, compare_prediction),
-    "probe": WorkKind(PROBE_ROWS, compare_probes),
-    "training": WorkKind(TRAINING_RUNS, compare_training, TOY_RUNS),
-    "attention": WorkKind(ATTENTION_ROWS, compare_attention),
+WORKLOADS = {
+    "inference": Workload(FORWARD_PASSES, partial(compare_with_peers, compare_forward_pass), supports_gpu=True),
+    "growth": Workload(GROWTH_POINTS, compare_growth, TOY_GROWTH_POINTS, supports_gpu=True),
+    "step": Workload(TRAINING_STEPS, partial(compare_with_peers, compare_step), supports_gpu=True),
+    "inexact": Workload(INEXACT_ROWS, compare_inexact_features, supports_gpu=True),
+    "pixels": Workload(PIXEL_ROWS, compare_pixels),
+    "prediction": Workload(PREDICTION_ROWS, compare_prediction),
+    "probe": Workload(PROBE_ROWS, compare_probes),
+    "training": Workload(TRAINING_RUNS, compare_training, TOY_RUNS),
+    "attention": Workload(ATTENTION_ROWS, compare_attention),
 }
 
 
 def run_benchmarks(
     work_names: tuple[str, ...], row_names: tuple[str, ...], settings: BenchmarkSettings
 ) -> Iterator[Comparison]:
-    """Compare the rows of the given kinds of work. If `row_names` is not empty, compare only these rows.
+    """Compare the rows of the given workloads. If `row_names` is not empty, compare only these rows.
 
     Raises:
         ValueError: If a row does not exist, if the device is not available, if the outputs, gradients or trained
@@ -59,17 +59,17 @@ def run_benchmarks(
             raise ValueError(
                 "--device cuda requires a GPU, but PyTorch finds no GPU. Omit --device to measure on the CPU."
             )
-        if cpu_only_work := [name for name in work_names if not WORK_KINDS[name].supports_gpu]:
-            supported_work = ", ".join(name for name, kind in WORK_KINDS.items() if kind.supports_gpu)
+        if cpu_only_work := [name for name in work_names if not WORKLOADS[name].supports_gpu]:
+            supported_work = ", ".join(name for name, workload in WORKLOADS.items() if workload.supports_gpu)
             raise ValueError(
-                f"--work {' '.join(cpu_only_work)} does not support --device cuda. Only these kinds of work support "
+                f"--work {' '.join(cpu_only_work)} does not support --device cuda. Only these workloads support "
                 f"--device cuda: {supported_work}."
             )
-    tables = {name: (settings.is_toy and WORK_KINDS[name].toy_rows) or WORK_KINDS[name].rows for name in work_names}
+    tables = {name: (settings.is_toy and WORKLOADS[name].toy_rows) or WORKLOADS[name].rows for name in work_names}
     known_names = [row_name for table in tables.values() for row_name in table]
     for row_name in row_names:
         if row_name not in known_names:
             raise ValueError(f"--rows: there is no row {row_name!r}. Choose from {', '.join(map(repr, known_names))}")
     for name, table in tables.items():
         if selected_rows := {key: row for key, row in table.items() if not row_names or key in row_names}:
-            yield from WORK_KINDS[name].compare(selected_rows, settings)
+            yield from WORKLOADS[name].compare(selected_rows, settings)

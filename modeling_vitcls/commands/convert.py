@@ -131,7 +131,7 @@ def format_notes(report: "ParityReport") -> list[str]:
     """Format all fields of the parity report except the differences, one per line."""
     preprocessing = report.preprocessing
     if preprocessing["assumed_because"]:
-        processor_note = f"Image processor: ASSUMED, because {preprocessing['assumed_because']}. Check the settings"
+        processor_note = f"Image processor: assumed settings, because {preprocessing['assumed_because']}. Check them"
     else:
         difference = preprocessing["largest_difference_in_grey_levels"]
         processor_note = (

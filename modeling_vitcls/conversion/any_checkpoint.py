@@ -36,7 +36,7 @@ from ..version import __version__
 
 SOURCE_PREFIXES = ("timm:", "transformers:")
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def resolve_checkpoint(source: str, files: Sequence[str] = MODEL_FILE_PATTERNS) -> str:
@@ -98,7 +98,7 @@ def convert_once(source: str) -> str:
 
     folder = get_cache_folder() / compute_cache_name(source)
     if not (folder / CONFIG_FILE).is_file():
-        log.warning("converting %s; the result is cached in %s", source, folder)
+        logger.warning("converting %s; the result is cached in %s", source, folder)
         convert_checkpoint(source, folder)
     return str(folder)
 

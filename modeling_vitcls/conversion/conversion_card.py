@@ -106,8 +106,8 @@ def describe_preprocessing(report: "ParityReport") -> str:
     preprocessing = report.preprocessing
     if preprocessing["assumed_because"]:
         return (
-            f"The image processor is ASSUMED, because {preprocessing['assumed_because']}. Check the settings of the "
-            "image processor before you use the model."
+            f"The settings of the image processor are assumed, because {preprocessing['assumed_because']}. Check "
+            "these settings before you use the model."
         )
     difference = preprocessing["largest_difference_in_grey_levels"]
     return (

@@ -47,7 +47,7 @@ IDX_CLASSES = {
     ]
 }
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 SplitSelector = Callable[[list[str]], Collection[str]]  # function that selects the splits to read by name
 
@@ -207,7 +207,7 @@ def drop_unlabeled_images(images: LabeledImages, options: DataOptions, split: st
 def warn_on_first_process(message: str) -> None:
     """Log a warning on the first process only."""
     if os.environ.get("RANK", "0") == "0":
-        log.warning("%s", message)
+        logger.warning("%s", message)
 
 
 def open_splits(options: DataOptions, use_labels: bool = True) -> Any:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from huggingface_hub import constants
 
+from ..system import format_count
 from .reader import DemoModel
 
 
@@ -31,11 +32,6 @@ def build_header(demo_model: DemoModel) -> str:
         f"{format_count(demo_model.num_layers, 'layer')} and "
         f"{format_count(config.num_attention_heads, 'head')} per layer; {token_text}."
     )
-
-
-def format_count(number: int, noun: str) -> str:
-    """Format a count with its noun, such as "1 layer" or "2 layers"."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def build_loading_code(demo_model: DemoModel) -> str:

@@ -231,7 +231,10 @@ def describe_utilization(measurements: dict[str, Any] | None) -> str | None:
         return None
     fraction = measurements["of_training_steps"]
     if fraction is None:
-        return "The model FLOPs utilization is unknown, because other programs disturbed the peak measurement."
+        return (
+            "The model FLOPs utilization is unknown, because other programs interfered with the measurement of the "
+            "peak throughput."
+        )
     return (
         f"The model FLOPs utilization of the training steps was {fraction:.1%}. The reference is the peak throughput "
         f"of large matrix multiplications, {measurements['gemm_peak_flops_per_second'] / 1e9:,.0f} GFLOP/s in "

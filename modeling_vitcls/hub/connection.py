@@ -46,7 +46,7 @@ Result = TypeVar("Result")
 ACTIVE_TIMEOUTS: list[float] = []
 TIMEOUTS_LOCK = threading.Lock()
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def check_is_online() -> None:
@@ -158,7 +158,7 @@ def retry(
                 raise
             wait = min(max(wait, get_requested_wait(error)), MAX_RETRY_WAIT)
             delay_text = f"in {wait:.0f} s" if wait >= 1 else "immediately"
-            log.log(level, "%s: %s; trying again %s", description, format_hub_error(error), delay_text)
+            logger.log(level, "%s: %s; trying again %s", description, format_hub_error(error), delay_text)
             time.sleep(wait)
     return action()
 

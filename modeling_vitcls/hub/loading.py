@@ -69,7 +69,7 @@ RETRY_WAIT = 1.0  # wait before the only retry, in seconds
 RepoType = Literal["model", "dataset"]
 PATH_NOUNS: dict[RepoType, str] = {"model": "folder", "dataset": "file or folder"}
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class HubUnreachableError(OSError):
@@ -110,7 +110,7 @@ def get_model_folder(source: str, patterns: Sequence[str] = MODEL_FILE_PATTERNS,
         folder = find_cached_folder(source, patterns, revision)
         if folder is None:
             raise OSError(f"{problem}, and {error}") from error
-        log.warning(
+        logger.warning(
             "%s. Loading %s from the cache, which may be outdated. Set HF_HUB_OFFLINE=1 to skip the request to the "
             "Hub",
             error,
@@ -203,7 +203,7 @@ def fall_back_to_cache(
         raise OSError(
             f"{repo_id} is not a {PATH_NOUNS[repo_type]} and is missing or incomplete in the cache, and {hub_error}"
         ) from error
-    log.warning("%s. Loading %s from the cache, which may be outdated", hub_error, repo_id)
+    logger.warning("%s. Loading %s from the cache, which may be outdated", hub_error, repo_id)
 
 
 @contextmanager

@@ -83,7 +83,7 @@ DOCUMENTATION_PATTERNS = (
 CODE_REFERENCE_FILES = ("config.json", "preprocessor_config.json")
 REPO_SEPARATOR = "--"  # separator after a repository id, as in `owner/name--module.Class`
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 # Path in the repository -> local file, or the content as bytes.
 RepoFiles = dict[str, Path | bytes]
@@ -116,7 +116,7 @@ def collect_model_files(folder: Path, repo_id: str | None = None) -> RepoFiles:
         del files[REPORT_FILE]
     if not has_current_onnx_files(folder):
         if outdated_files := [name for name in files if is_match(name, ONNX_PATTERNS)]:
-            log.warning(
+            logger.warning(
                 "not publishing %s, because %s was created for other weights",
                 ", ".join(outdated_files),
                 ONNX_REPORT_FILE,

@@ -37,7 +37,7 @@ from .manifest import (
 TIMEOUT = 120.0  # maximum time without a response, in seconds; the duration of an upload is not limited
 DEFAULT_MESSAGE = "Upload model"
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class PushError(OSError):
@@ -107,7 +107,7 @@ def push_folder(
             f"finish with: {push_command}"
         ) from error
     if not is_private and (dataset := find_local_dataset_in_card(folder)):
-        log.warning(describe_published_images(folder, dataset, repo_id))
+        logger.warning(describe_published_images(folder, dataset, repo_id))
     url = f"{constants.ENDPOINT}/{repo_id}/commit/{commit}"
     return PushResult(repo_id, commit, url, with_optimizer, is_private)
 

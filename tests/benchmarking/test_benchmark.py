@@ -90,7 +90,7 @@ from modeling_vitcls.benchmarking.training_runs import (
     load_dataset,
     save_models,
 )
-from modeling_vitcls.benchmarking.work import WORK_KINDS, run_benchmarks
+from modeling_vitcls.benchmarking.work import WORKLOADS, run_benchmarks
 from modeling_vitcls.commands.parsing import parse_with_recipe
 from modeling_vitcls.options import FinetuneOptions
 from modeling_vitcls.training.linear_probe import compute_features
@@ -168,7 +168,7 @@ def test_the_script_compares_reading_attention(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["pixels", pytest.param("prediction", marks=pytest.mark.slow)])
 def test_work_without_peers_is_compared(name: str) -> None:
     found = list(run_benchmarks((name,), (), BenchmarkSettings(("transformers",), 2, is_toy=True)))
-    assert [each.name for each in found] == list(WORK_KINDS[name].rows)
+    assert [each.name for each in found] == list(WORKLOADS[name].rows)
     assert all(len(each.ratios) == 2 and each.difference < 1e-4 for each in found)
     assert all("ratio" in each.to_dict() for each in found)
 

@@ -178,7 +178,7 @@ def test_an_encoder_without_pooler_and_processor(tmp_path: Path) -> None:
     model = transformers.ViTModel(transformers.ViTConfig(**SIZES, id2label=NAMES), add_pooling_layer=False)
     card = convert_and_load_card(save_checkpoint(randomize_weights(model), tmp_path / "theirs"), tmp_path / "mine")
     assert "an encoder, like its source" in card.text and "lassifier" not in card.text
-    assert "image processor is ASSUMED, because the source has no image processor. Check the settings of" in card.text
+    assert "image processor are assumed, because the source has no image processor. Check these" in card.text
     assert "Note: the checkpoint has no pooler, so the converted model has no pooler." in card.text
 
 

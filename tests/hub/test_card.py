@@ -488,7 +488,7 @@ def test_the_utilization_has_its_peak() -> None:
     )
     assert "require 6,600 million floating-point operations" in text
     unknown = render_card(utilisation=measured | {"of_training_steps": None}).text
-    assert "utilization is unknown, because other programs disturbed the peak measurement" in unknown
+    assert "utilization is unknown, because other programs interfered with the measurement" in unknown
     assert "utilization" not in render_card().text
 
 
