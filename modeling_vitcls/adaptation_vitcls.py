@@ -347,9 +347,9 @@ def describe_mismatch(load: Callable[..., Any], source: Any, *args: Any, **kwarg
     _, loading_info = load(source, *args, **kwargs)
     mismatched_keys = sorted(loading_info["mismatched_keys"])
     name, saved_shape, expected_shape = mismatched_keys[0]
-    total = f" ({len(mismatched_keys)} mismatched weights in total)" if len(mismatched_keys) > 1 else ""
+    total_text = f" ({len(mismatched_keys)} mismatched weights in total)" if len(mismatched_keys) > 1 else ""
     return (
         f"the weights in {source} do not fit: {name} has shape {list(saved_shape)}, but the model requires "
-        f"{list(expected_shape)}{total}. Use the checkpoint's configuration, or ignore_mismatched_sizes=True to "
+        f"{list(expected_shape)}{total_text}. Use the checkpoint's configuration, or ignore_mismatched_sizes=True to "
         "reinitialize these weights"
     )

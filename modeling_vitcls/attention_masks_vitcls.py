@@ -153,14 +153,14 @@ class RelativePositionBias(nn.Module):
         rows, columns = grid_size
         y, x = torch.meshgrid(torch.arange(rows, device=device), torch.arange(columns, device=device), indexing="ij")
         y, x = y.flatten(), x.flatten()  # [rows * columns] each
-        row_distance = y[:, None] - y[None, :] + rows - 1
-        column_distance = x[:, None] - x[None, :] + columns - 1
+        row_offset = y[:, None] - y[None, :] + rows - 1
+        column_offset = x[:, None] - x[None, :] + columns - 1
         num_distances = (2 * rows - 1) * (2 * columns - 1)
         num_tokens = layout.get_num_tokens(rows, columns)
         index = torch.full((num_tokens, num_tokens), num_distances + 2, dtype=torch.long, device=device)
         index[: layout.num_prefix_tokens, layout.patches] = num_distances
         index[layout.patches, : layout.num_prefix_tokens] = num_distances + 1
-        index[layout.patches, layout.patches] = row_distance * (2 * columns - 1) + column_distance
+        index[layout.patches, layout.patches] = row_offset * (2 * columns - 1) + column_offset
         return index
 
 

@@ -549,8 +549,8 @@ def split_batch(query: Tensor, key: Tensor, *tensors: Tensor | None) -> Iterator
         yield query, key, *tensors
         return
     for start in range(0, num_images, chunk_size):
-        images = slice(start, start + chunk_size)
-        yield tuple(x if x is None or len(x) < num_images else x[images] for x in (query, key, *tensors))
+        image_slice = slice(start, start + chunk_size)
+        yield tuple(x if x is None or len(x) < num_images else x[image_slice] for x in (query, key, *tensors))
 
 
 def compute_attention_weights(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:

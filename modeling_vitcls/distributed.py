@@ -159,30 +159,32 @@ def get_precision(accelerator: Accelerator) -> str:
     return accelerator.mixed_precision
 
 
-def check_deepspeed_flags(accelerator: Accelerator, training: TrainingOptions, run: RunOptions) -> None:
+def check_deepspeed_flags(
+    accelerator: Accelerator, training_options: TrainingOptions, run_options: RunOptions
+) -> None:
     """Raise ValueError if a flag is set that DeepSpeed does not support."""
     stage = get_zero_stage(accelerator)
     unsupported_flags = {
-        "--resume": bool(stage) and run.resume,
-        "--compile": bool(stage) and training.compile,
-        "--ema-decay": stage == 3 and training.ema_decay is not None,
+        "--resume": bool(stage) and run_options.resume,
+        "--compile": bool(stage) and training_options.compile,
+        "--ema-decay": stage == 3 and training_options.ema_decay is not None,
     }
     for flag, is_unsupported in unsupported_flags.items():
         if is_unsupported:
             raise ValueError(f"{flag} is not supported with DeepSpeed ZeRO-{stage}. Remove {flag}, or use FSDP2")
 
 
-def set_deepspeed_training_options(accelerator: Accelerator, training: TrainingOptions) -> None:
+def set_deepspeed_training_options(accelerator: Accelerator, training_options: TrainingOptions) -> None:
     """Set DeepSpeed's batch size, gradient accumulation and gradient clipping, which would otherwise come from the
     DeepSpeed configuration."""
     if is_deepspeed_enabled(accelerator):
-        batch_size = training.batch_size
+        batch_size = training_options.batch_size
         assert batch_size is not None
         accelerator.deepspeed_plugin.deepspeed_config.update(
             train_micro_batch_size_per_gpu=batch_size,
-            gradient_accumulation_steps=training.gradient_accumulation_steps,
-            train_batch_size=batch_size * training.gradient_accumulation_steps * accelerator.num_processes,
-            gradient_clipping=training.max_gradient_norm,
+            gradient_accumulation_steps=training_options.gradient_accumulation_steps,
+            train_batch_size=batch_size * training_options.gradient_accumulation_steps * accelerator.num_processes,
+            gradient_clipping=training_options.max_gradient_norm,
         )
 
 

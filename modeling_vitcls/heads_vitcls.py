@@ -61,7 +61,7 @@ class AttentionPooler(nn.Module):
     def __init__(self, config: ViTCLSConfig) -> None:
         super().__init__()
         width = config.hidden_size
-        self.tokens = slice(None) if config.attention_pool_tokens == "all" else config.token_layout.patches
+        self.token_slice = slice(None) if config.attention_pool_tokens == "all" else config.token_layout.patches
         self.head_dim = width // (config.attention_pool_heads or config.num_attention_heads)
         self.probe = nn.Parameter(torch.empty(1, 1, width))
         self.q_proj = nn.Linear(width, width)
@@ -71,7 +71,7 @@ class AttentionPooler(nn.Module):
         self.transform = PooledMLP(config) if config.attention_pool_mlp else None
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        tokens = hidden_states[:, self.tokens]  # [B, N', D]: patches, or all tokens
+        tokens = hidden_states[:, self.token_slice]  # [B, N', D]: patches, or all tokens
         query, key, value = self.q_proj(self.probe), self.k_proj(tokens), self.v_proj(tokens)
         query, key, value = (
             states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for states in (query, key, value)

@@ -184,8 +184,8 @@ class ViTCLSBaseImageProcessor(BaseImageProcessor):
         check_sizes(settings)
         resample = settings.get("resample")
         if isinstance(resample, int | str) and resample not in RESAMPLING_FILTERS:  # PIL treats names as bilinear
-            filters = ", ".join(f"{int(value)} ({value.name.lower()})" for value in RESAMPLING_FILTERS)
-            raise ValueError(f"unknown resample {resample!r}: use one of {filters}")
+            filters_text = ", ".join(f"{int(value)} ({value.name.lower()})" for value in RESAMPLING_FILTERS)
+            raise ValueError(f"unknown resample {resample!r}: use one of {filters_text}")
         return settings
 
     def _preprocess(self, images: list[Any], return_tensors: Any = None, **kwargs: Any) -> BatchFeature:
@@ -264,8 +264,8 @@ class ViTCLSImageProcessor(ViTCLSBaseImageProcessor, TorchvisionBackend):  # typ
 
     def _fast_preprocess(self, images: list[Any]) -> BatchFeature:
         """Return the output of `preprocess` for checked settings that the fast path supports."""
-        has_only_sources = all(isinstance(image, SOURCE_TYPES) for image in images)
-        tensors = map_in_threads(self._load_image, images) if has_only_sources else list(map(self._load_image, images))
+        use_threads = all(isinstance(image, SOURCE_TYPES) for image in images)
+        tensors = map_in_threads(self._load_image, images) if use_threads else list(map(self._load_image, images))
         check_same_shape(tensors)
         return BatchFeature(data={"pixel_values": normalize_batch(self, tensors)})
 

@@ -499,9 +499,9 @@ class PredictOptions(ImageOptions):
                 f"--output {self.output}: set a .csv, .json, .jsonl or .parquet file, or a folder without a suffix"
             )
         if self.features and (self.output is None or suffix == ".csv"):
-            output = "a printed table" if self.output is None else "a CSV file"
+            output_text = "a printed table" if self.output is None else "a CSV file"
             raise ValueError(
-                f"--features {self.features} cannot be written to {output}. Set --output to a .parquet, .json or "
+                f"--features {self.features} cannot be written to {output_text}. Set --output to a .parquet, .json or "
                 ".jsonl file, or to a folder."
             )
 

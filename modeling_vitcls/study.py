@@ -279,19 +279,21 @@ class StudyRunner:
                 continue
             self.max_run_bytes = max(self.max_run_bytes, used_bytes)
 
-    def print_progress(self, run_process: RunProcess, num_finished: int, num_remaining: int) -> None:
+    def print_progress(self, run_process: RunProcess, num_finished_runs: int, num_remaining_runs: int) -> None:
         """Print the results or the error of a completed run, and the estimated remaining time, in one line."""
-        levels = ", ".join(f"{factor} {level}" for factor, level in run_process.run.levels.items())
+        levels_text = ", ".join(f"{factor} {level}" for factor, level in run_process.run.levels.items())
         log_text = (self.get_run_folder(run_process.run) / "log.txt").read_text(encoding="utf-8", errors="replace")
         result = f"failed: {log_text.strip().splitlines()[-1]}"  # the log contains at least the command
         if run_process.process.returncode == 0:
             row = build_row(self, run_process.run)
             result = ", ".join(f"{name} {row[name]:.4g}" for name in self.study.metrics if name in row)
-        remaining_seconds = sum(self.durations) / len(self.durations) * num_remaining / self.num_jobs
-        remaining_time = f"; about {max(1, round(remaining_seconds / 60))} min remaining" if num_remaining else ""
-        run_description = f"{levels}, seed {run_process.run.seed}"
+        remaining_seconds = sum(self.durations) / len(self.durations) * num_remaining_runs / self.num_jobs
+        remaining_time = f"; about {max(1, round(remaining_seconds / 60))} min remaining" if num_remaining_runs else ""
+        run_description = f"{levels_text}, seed {run_process.run.seed}"
         print(
-            f"[{num_finished}/{num_finished + num_remaining}] {run_description}: {result}{remaining_time}", flush=True
+            f"[{num_finished_runs}/{num_finished_runs + num_remaining_runs}] {run_description}: "
+            f"{result}{remaining_time}",
+            flush=True,
         )
 
     # Subsets ---------------------------------------------------------------------------------------------------------
@@ -429,9 +431,9 @@ def write_page(runner: StudyRunner, rows: list[dict[str, Any]], command: str) ->
             plot_groups(groups, metric, runner.folder / image_file)
             table = format_table(study, groups, metric)
             sections += [f"## {metric}", table, f"![{metric} per combination of levels]({image_file})"]
-    seeds = ", ".join(map(str, study.seeds))
+    seeds_text = ", ".join(map(str, study.seeds))
     sections.append(
-        f"## Method\n\n{len(finished_rows)} of {len(rows)} runs finished, seeds {seeds}; "
+        f"## Method\n\n{len(finished_rows)} of {len(rows)} runs finished, seeds {seeds_text}; "
         f"{training_seconds / 60:.0f} minutes of training in total, "
         f"{format_count(runner.num_threads, 'thread')} per run, on {get_processor_name()}. "
         "Each value is the mean over seeds with its 95% confidence interval (Student's t). "
@@ -467,11 +469,11 @@ def format_table(study: Study, groups: dict[tuple[str, ...], dict[int, float]], 
     for levels, values in groups.items():
         baseline_levels = tuple(study.baseline.get(name, level) for name, level in zip(names, levels, strict=True))
         shared_seeds = sorted(values.keys() & groups.get(baseline_levels, {}).keys())
-        difference = "baseline"
+        difference_text = "baseline"
         if baseline_levels != levels:
             differences = [values[seed] - groups[baseline_levels][seed] for seed in shared_seeds]
-            difference = format_interval(differences, "+") if shared_seeds else ""
-        rows.append([*levels, str(len(values)), format_interval(list(values.values())), difference])
+            difference_text = format_interval(differences, "+") if shared_seeds else ""
+        rows.append([*levels, str(len(values)), format_interval(list(values.values())), difference_text])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 

@@ -177,9 +177,9 @@ def format_device_name(device: torch.device) -> str:
     return f"CPU, {format_count(torch.get_num_threads(), 'thread')}" if device.type == "cpu" else device.type
 
 
-def format_count(number: int, noun: str) -> str:
+def format_count(count: int, noun: str) -> str:
     """Format a count with its noun, such as "1 layer" or "2 layers"."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def get_versions(*libraries: str) -> dict[str, str]:

@@ -297,16 +297,16 @@ class MergedGroups:
         """Return the attention bias log(group size) of each key, [B, 1, 1, T]."""
         return self.sizes.log().to(dtype)[:, None, None, :]
 
-    def merge(self, tokens: Tensor, sources: Tensor, targets: Tensor) -> tuple[Tensor, "MergedGroups"]:
-        """Merge tokens at distinct indices `sources` [B, r] into tokens at `targets` [B, r], which are not sources.
+    def merge(self, tokens: Tensor, source_indices: Tensor, target_indices: Tensor) -> tuple[Tensor, "MergedGroups"]:
+        """Merge tokens at distinct `source_indices` [B, r] into non-source tokens at `target_indices` [B, r].
 
         Returns:
             The averages [B, T - r, D] over the members of the new groups, and the new groups.
         """
-        num_remaining = tokens.shape[1] - sources.shape[1]
-        is_kept = torch.ones_like(self.member_index, dtype=torch.bool).scatter(1, sources, False)  # [B, T]
+        num_remaining = tokens.shape[1] - source_indices.shape[1]
+        is_kept = torch.ones_like(self.member_index, dtype=torch.bool).scatter(1, source_indices, False)  # [B, T]
         new_index = is_kept.cumsum(dim=1) - 1  # [B, T], valid only for kept tokens
-        new_index = new_index.scatter(1, sources, new_index.gather(1, targets))  # sources get their target's index
+        new_index = new_index.scatter(1, source_indices, new_index.gather(1, target_indices))  # sources join targets
         order = torch.arange(tokens.shape[1], device=tokens.device).where(is_kept, tokens.shape[1])  # sources last
         kept_indices = order.topk(num_remaining, dim=1, largest=False).values  # [B, T - r], ascending
         sizes = self.sizes.new_zeros(tokens.shape[0], num_remaining).scatter_add(1, new_index, self.sizes)
@@ -403,8 +403,8 @@ class MergingLayer(ViTCLSLayer):
         num_pairs = min(self.num_pairs, (tokens.shape[1] - self.num_prefix_tokens) // 2)
         if num_pairs == 0:
             return tokens, groups
-        sources, targets = match_similar_patches(keys[:, self.num_prefix_tokens :].detach(), num_pairs)
-        return groups.merge(tokens, sources + self.num_prefix_tokens, targets + self.num_prefix_tokens)
+        source_indices, target_indices = match_similar_patches(keys[:, self.num_prefix_tokens :].detach(), num_pairs)
+        return groups.merge(tokens, source_indices + self.num_prefix_tokens, target_indices + self.num_prefix_tokens)
 
 
 def run_merging_layers(

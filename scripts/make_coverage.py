@@ -140,9 +140,9 @@ def format_timm_section() -> str:
         "|---|---:|---:|---|",
     ]
     for module, rows in results.items():
-        reasons = Counter(reason for _, reason in rows if reason)
-        num_exact = len(rows) - sum(reasons.values())
-        reason_text = "; ".join(f"{reason} ({count})" for reason, count in reasons.most_common())
+        reason_counts = Counter(reason for _, reason in rows if reason)
+        num_exact = len(rows) - sum(reason_counts.values())
+        reason_text = "; ".join(f"{reason} ({count})" for reason, count in reason_counts.most_common())
         lines.append(f"| `{module}` | {len(rows)} | {num_exact} | {reason_text} |")
     return "\n".join(lines)
 

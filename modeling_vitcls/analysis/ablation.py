@@ -199,9 +199,9 @@ def measure_patch_effects(
     """Return a dict from (kind of ablation, number of patches) to the effect sizes of ablating random patches."""
     layout: TokenLayout = model.config.token_layout
     get_grid_size = model.base_model.embeddings.patch_embeddings.get_grid_size
-    num_tokens = min(layout.get_num_tokens(*get_grid_size(pixel_values)) for pixel_values, _ in batches())
-    patches = torch.arange(num_tokens)[layout.patches]  # sequence indices of patches that all images have
-    sets_by_size = {size: draw_patches(patches, size, generator) for size in sorted(set_sizes)}
+    min_tokens = min(layout.get_num_tokens(*get_grid_size(pixel_values)) for pixel_values, _ in batches())
+    patch_indices = torch.arange(min_tokens)[layout.patches]  # sequence indices of patches that all images have
+    sets_by_size = {size: draw_patches(patch_indices, size, generator) for size in sorted(set_sizes)}
     sampled_indices = sorted({index for sets in sets_by_size.values() for indices in sets for index in indices})
     means, _ = collect_mean_states(model, batches, sampled_indices)
     return {
@@ -215,13 +215,14 @@ def measure_patch_effects(
     }
 
 
-def draw_patches(patches: torch.Tensor, size: int, generator: torch.Generator) -> list[list[int]]:
+def draw_patches(patch_indices: torch.Tensor, size: int, generator: torch.Generator) -> list[list[int]]:
     """Return NUM_NULL_DRAWS random sets of `size` patches. If `size` is 1, the sets are distinct, so there may be
     fewer sets."""
     if size == 1:
-        return patches[torch.randperm(len(patches), generator=generator)[:NUM_NULL_DRAWS]].unsqueeze(1).tolist()
-    orders = [torch.randperm(len(patches), generator=generator) for _ in range(NUM_NULL_DRAWS)]
-    return [sorted(patches[order[:size]].tolist()) for order in orders]
+        order = torch.randperm(len(patch_indices), generator=generator)
+        return patch_indices[order[:NUM_NULL_DRAWS]].unsqueeze(1).tolist()
+    orders = [torch.randperm(len(patch_indices), generator=generator) for _ in range(NUM_NULL_DRAWS)]
+    return [sorted(patch_indices[order[:size]].tolist()) for order in orders]
 
 
 def measure_redraw_effects(

@@ -90,8 +90,8 @@ def find_second_mode(ratios: torch.Tensor) -> SecondMode | None:
         is_valid_pair = can_be_valley[:, None] & (window_starts >= window_starts[:, None] + width)
         scores = scores.where(is_valid_pair, -torch.inf)
         score = scores.max().item()
-        valleys = (scores >= score).any(dim=1).nonzero().flatten()
-        threshold = math.exp((valleys.float().mean().item() + width / 2) * BIN_WIDTH)
+        valley_indices = (scores >= score).any(dim=1).nonzero().flatten()
+        threshold = math.exp((valley_indices.float().mean().item() + width / 2) * BIN_WIDTH)
         is_in_mode = ratios > threshold
         fraction = is_in_mode.float().mean().item()
         is_second_mode = score >= MIN_MODE_SCORE and MODE_FRACTION_RANGE[0] <= fraction <= MODE_FRACTION_RANGE[1]
@@ -113,11 +113,11 @@ def diagnose_patches(config: ViTCLSConfig, findings: Findings, has_head: bool = 
     layer = max(range(first_layer, last_layer + 1), key=fractions.__getitem__)
     second_mode, ratios, layer_name = second_modes[layer], findings.patch_ratios[layer], describe_layer(layer)
     if second_mode is not None:
-        registers = "more registers" if config.num_register_tokens else "registers"
+        registers_text = "more registers" if config.num_register_tokens else "registers"
         sentences = [
             f"Artifacts: {layer_name}, {second_mode.fraction:.2%} of the patches form a second mode of the norm "
-            f"distribution, at {second_mode.ratio:.1f} times the median norm of the image; {registers} may absorb "
-            "artifacts (train with --num-register-tokens, or see analysis.test_time_registers)"
+            f"distribution, at {second_mode.ratio:.1f} times the median norm of the image; {registers_text} may "
+            "absorb artifacts (train with --num-register-tokens, or see analysis.test_time_registers)"
         ]
         suffix = ""
     else:

@@ -124,7 +124,7 @@ def build_attention_samples(
     token in the last layer whose output is used, averaged over heads."""
     model = unwrap_model(model)
     num_used_layers = count_used_layers(model.config, is_classifier(model))[:-1]
-    layers = torch.tensor(num_used_layers).sub(1).clamp(min=0)  # [T]
+    layer_indices = torch.tensor(num_used_layers).sub(1).clamp(min=0)  # [T]
     predict = None
     if is_classifier(model):
         predict = build_prediction_columns(model, top_k=None, threshold=DEFAULT_THRESHOLD, features=None)
@@ -133,7 +133,7 @@ def build_attention_samples(
             pixel_values = processor(image, return_tensors="pt")["pixel_values"].to(model.device)  # [1, C, H, W]
             with evaluation_mode(model), torch.no_grad():
                 rows = model.token_attention(pixel_values)[0].float().mean(dim=1)  # [L, T, key]
-                rows = rows[layers, torch.arange(len(layers))]  # [T, key]
+                rows = rows[layer_indices, torch.arange(len(layer_indices))]  # [T, key]
                 prediction = predict_batch(pixel_values, predict, nullcontext)[0] if predict else {}
         except ValueError:  # evaluation also skips images that the model does not accept
             continue

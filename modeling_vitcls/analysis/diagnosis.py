@@ -183,9 +183,9 @@ class TokenEvidence:
         findings, index = self.findings, self.index
         candidates = []
         for other_index in range(len(self.names)):
-            layers = slice(0, min(self.last_state_index, self.num_used_layers[other_index]))
-            distance = findings.map_distance[layers, index, other_index].sum().item()
-            selectivity = findings.map_selectivity[layers][:, [index, other_index]].mean(dim=1).sum().item()
+            layer_slice = slice(0, min(self.last_state_index, self.num_used_layers[other_index]))
+            distance = findings.map_distance[layer_slice, index, other_index].sum().item()
+            selectivity = findings.map_selectivity[layer_slice][:, [index, other_index]].mean(dim=1).sum().item()
             if other_index != index and selectivity > 0:
                 candidates.append((distance / selectivity, other_index))
         distance, other_index = min(candidates, default=(math.inf, index))
@@ -243,9 +243,12 @@ def judge_token(evidence: TokenEvidence) -> tuple[VerdictWord, Rating, str]:
     if state_index < len(findings.entropy):
         layer_name = f"after layer {state_index}, the last layer whose output is used"
     if other_index is not None:
-        similarity = f"cosine {findings.between_tokens[state_index, evidence.index, other_index]:.4f}"
-        distance = f"distance {findings.state_distance[state_index, evidence.index, other_index]:.2g}"
-        reason = f"{layer_name}, the token is identical to {evidence.names[other_index]} ({similarity}, {distance})."
+        similarity_text = f"cosine {findings.between_tokens[state_index, evidence.index, other_index]:.4f}"
+        distance_text = f"distance {findings.state_distance[state_index, evidence.index, other_index]:.2g}"
+        reason = (
+            f"{layer_name}, the token is identical to {evidence.names[other_index]} ({similarity_text}, "
+            f"{distance_text})."
+        )
         return "collapsed", "bad", reason
     if evidence.is_used_by_head and evidence.patch_mass < MIN_PATCH_MASS:
         reason = (
@@ -263,17 +266,23 @@ def judge_token(evidence: TokenEvidence) -> tuple[VerdictWord, Rating, str]:
     if (harm := find_harm(evidence.ablations, evidence.num_tests)) is not None:
         return "harmful", "bad", f"{describe_harm(*harm)}; {evidence.describe_movement()}."
     if evidence.norm_ratio > MAX_NORM_RATIO and evidence.embedding_similarity > MAX_EMBEDDING_SIMILARITY:
-        ratio = f"the norm of the embedding is {evidence.norm_ratio:.3g} times the median norm of the patches"
-        cosine = f"cosine {evidence.embedding_similarity:.3f} between embedding and last state"
-        return "norm too large", "bad", f"{ratio}, so layers hardly change the token ({cosine}){evidence.caveat}."
+        ratio_text = f"the norm of the embedding is {evidence.norm_ratio:.3g} times the median norm of the patches"
+        cosine_text = f"cosine {evidence.embedding_similarity:.3f} between embedding and last state"
+        return (
+            "norm too large",
+            "bad",
+            f"{ratio_text}, so layers hardly change the token ({cosine_text}){evidence.caveat}.",
+        )
     if evidence.equal_attention_token_and_distance is not None:
         other_index, map_distance = evidence.equal_attention_token_and_distance
         equality = (
             f"the attention maps are nearly equal to the maps of {evidence.names[other_index]} in all layers whose "
             "output is used"
         )
-        distance = f"the distance between the maps is {map_distance:.2g} times their distance from uniform attention"
-        return "equal attention", "doubtful", f"{equality} ({distance})."
+        distance_text = (
+            f"the distance between the maps is {map_distance:.2g} times their distance from uniform attention"
+        )
+        return "equal attention", "doubtful", f"{equality} ({distance_text})."
     if evidence.movement == 0:
         return "not moved", *judge_unmoved_token(evidence)
     if not evidence.ablations:
@@ -405,14 +414,14 @@ def describe_effect(ablation: Ablation) -> str:
     if isinstance(effect, AblationEffect):
         text = f"{describe_changed_predictions(effect)} predictions change, and logits change by {effect.size:.2g}"
     else:
-        changes = ", ".join(f"{name} {value:.2g}" for name, value in effect.cosine_change.items())
-        text = f"the cosine distance between the features before and after is {changes}"
+        changes_text = ", ".join(f"{name} {value:.2g}" for name, value in effect.cosine_change.items())
+        text = f"the cosine distance between the features before and after is {changes_text}"
         if effect.knn_agreement is not None:
             text += f", and {effect.knn_agreement:.0%} of the nearest neighbors stay the same"
     null_effects = {"random patches": ablation.patch_effects, "random tokens": ablation.redrawn_effects}
     range_texts = [f"{name} {min(sizes):.2g} to {max(sizes):.2g}" for name, sizes in null_effects.items() if sizes]
-    null = f"; null: {', '.join(range_texts)}" if range_texts else ""
-    return f"{text} (95% interval {low:.2g} to {high:.2g}{null})"
+    null_text = f"; null: {', '.join(range_texts)}" if range_texts else ""
+    return f"{text} (95% interval {low:.2g} to {high:.2g}{null_text})"
 
 
 def describe_changed_predictions(effect: AblationEffect) -> str:

@@ -145,11 +145,13 @@ def draw_line(
     axes: Axes, style: LineStyle, mean: torch.Tensor, low: torch.Tensor, high: torch.Tensor, first_layer: int
 ) -> None:
     """Draw the `mean` [L] as a line over the layers, and a band from `low` to `high` if these values differ."""
-    layers = range(first_layer, first_layer + len(mean))
+    layer_numbers = range(first_layer, first_layer + len(mean))
     if bool((high > low).any()):
-        axes.fill_between(layers, low.numpy(), high.numpy(), color=style.color, alpha=0.15, linewidth=0)
+        axes.fill_between(layer_numbers, low.numpy(), high.numpy(), color=style.color, alpha=0.15, linewidth=0)
     dash, marker = DASHES[style.index % len(DASHES)], MARKERS[style.index % len(MARKERS)]
-    axes.plot(layers, mean, c=style.color, ls=dash, marker=marker, markersize=4, linewidth=1.6, label=style.name)
+    axes.plot(
+        layer_numbers, mean, c=style.color, ls=dash, marker=marker, markersize=4, linewidth=1.6, label=style.name
+    )
 
 
 # Attention mass -----------------------------------------------------------------------------------------------------
@@ -166,12 +168,12 @@ def plot_attention_mass(config: ViTCLSConfig, findings: Findings) -> Figure:
     figure, grid = create_token_grid(names, width=2.4, height=1.9, extra_height=0.5)
     fractions = findings.attention_fractions.mean(dim=1)  # [L, S, 4]
     group_names = [name for name, _ in config.token_layout.items()]
-    layers = range(1, len(fractions) + 1)
+    layer_numbers = range(1, len(fractions) + 1)
     for index, axes in enumerate(grid):
         bottom = np.zeros(len(fractions))
         for group in groups:
             values = fractions[:, index, group_names.index(group)].numpy()
-            axes.bar(layers, values, bottom=bottom, width=0.92, color=GROUP_COLORS[group])
+            axes.bar(layer_numbers, values, bottom=bottom, width=0.92, color=GROUP_COLORS[group])
             bottom += values
         axes.set_ylim(0, 1)
         axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))

@@ -110,8 +110,8 @@ def print_inspection(inspection: Inspection, options: InspectOptions, console: C
         if num_images_with_heads == num_shown
         else f"; individual heads are shown for the first {num_images_with_heads} images"
     )
-    image_counts = f"statistics over {inspection.findings.num_images:,} images, {num_shown} shown"
-    console.print(f"saved {options.output} ({size_in_mib:.1f} MiB{omission_note}; {image_counts})", markup=False)
+    image_counts_text = f"statistics over {inspection.findings.num_images:,} images, {num_shown} shown"
+    console.print(f"saved {options.output} ({size_in_mib:.1f} MiB{omission_note}; {image_counts_text})", markup=False)
     if options.json is not None:
         console.print(f"saved {options.json}", markup=False)
 

@@ -62,9 +62,9 @@ def arrange_patch_features(
             "Patch features require all patches, but the model merges patches. Set merged_patches_per_layer=0."
         )
     grid_size = encoder.embeddings.patch_embeddings.get_grid_size(pixel_values)
-    patches = encoder.config.token_layout.patches
-    layers = [state[:, patches].float().cpu().unflatten(1, grid_size) for state in hidden_states[1:]]
-    return torch.stack(layers, dim=1)
+    patch_slice = encoder.config.token_layout.patches
+    layer_states = [state[:, patch_slice].float().cpu().unflatten(1, grid_size) for state in hidden_states[1:]]
+    return torch.stack(layer_states, dim=1)
 
 
 # Colors --------------------------------------------------------------------------------------------------------------

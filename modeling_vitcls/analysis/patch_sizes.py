@@ -146,11 +146,11 @@ def resolve_patch_sizes(
     common_divisor = math.gcd(*image_size)
     for size in patch_sizes:
         if size != native_size and (size < 1 or common_divisor % size):
-            valid_sizes = ", ".join(
+            valid_sizes_text = ", ".join(
                 str(divisor) for divisor in range(1, common_divisor + 1) if common_divisor % divisor == 0
             )
-            images = f"images of {image_size[0]} x {image_size[1]} pixels"
-            raise ValueError(f"patch size {size} does not divide {images}. Choose from {valid_sizes}.")
+            images_text = f"images of {image_size[0]} x {image_size[1]} pixels"
+            raise ValueError(f"patch size {size} does not divide {images_text}. Choose from {valid_sizes_text}.")
     return sorted({*patch_sizes, native_size}, key=lambda size: math.prod(to_height_width(size)))
 
 
@@ -290,10 +290,10 @@ def describe_patch_size_problems(grid: tuple[int, int], attention_share: float) 
 
 def describe_native_size(row: PatchSizeRow) -> str:
     """Describe the model's own patch size."""
-    accuracy = "" if row.accuracy is None else f", accuracy {row.accuracy * 100:.1f}%"
+    accuracy_text = "" if row.accuracy is None else f", accuracy {row.accuracy * 100:.1f}%"
     return (
         f"{format_patch_size(row.patch_size)} (the model's own): {row.sequence_length} tokens, "
-        f"{row.gflops:.3g} GFLOPs and {row.milliseconds:.3g} ms per image on {row.device}{accuracy}"
+        f"{row.gflops:.3g} GFLOPs and {row.milliseconds:.3g} ms per image on {row.device}{accuracy_text}"
     )
 
 
@@ -313,10 +313,10 @@ def recommend_patch_size(rows: Sequence[PatchSizeRow]) -> list[str]:
     )
     if cheapest_row is best_row:
         return [f"{text} ({best_accuracy * 100:.1f}%, at this size)."]
-    ratio = format_ratio(cheapest_row.gflops, best_row.gflops)
+    ratio_text = format_ratio(cheapest_row.gflops, best_row.gflops)
     return [
-        f"{text} ({best_accuracy * 100:.1f}%, with patches of {format_patch_size(best_row.patch_size)}), at {ratio} "
-        "the compute of that size."
+        f"{text} ({best_accuracy * 100:.1f}%, with patches of {format_patch_size(best_row.patch_size)}), at "
+        f"{ratio_text} the compute of that size."
     ]
 
 

@@ -76,8 +76,8 @@ def build_page_data(inspection: Inspection) -> dict[str, Any]:
 
 def count_images_with_heads(image_reports: list[ImageReport]) -> int:
     """Return the number of leading images whose per-head attention maps fit in MAX_MAP_BYTES in total."""
-    sizes = itertools.accumulate(report.attention.numel() for report in image_reports)
-    return sum(size <= MAX_MAP_BYTES for size in sizes)
+    cumulative_sizes = itertools.accumulate(report.attention.numel() for report in image_reports)
+    return sum(size <= MAX_MAP_BYTES for size in cumulative_sizes)
 
 
 def build_patch_data(image_reports: list[ImageReport]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -88,8 +88,10 @@ def build_patch_data(image_reports: list[ImageReport]) -> tuple[list[dict[str, A
     MAX_FEATURE_BYTES in total.
     """
     features_by_layer = list(zip(*(report.features for report in image_reports), strict=True))
-    sizes = itertools.accumulate(report.features[..., 0].numel() * NUM_COMPONENTS for report in image_reports)
-    num_images_with_features = sum(size <= MAX_FEATURE_BYTES for size in sizes)
+    cumulative_sizes = itertools.accumulate(
+        report.features[..., 0].numel() * NUM_COMPONENTS for report in image_reports
+    )
+    num_images_with_features = sum(size <= MAX_FEATURE_BYTES for size in cumulative_sizes)
     colors = [
         [compute_patch_colors(layer, foreground_only) for layer in features_by_layer]
         for foreground_only in (False, True)

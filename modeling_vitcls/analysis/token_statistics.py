@@ -122,7 +122,7 @@ class TokenStatistics:
         centers = self.get_patch_centers(grid_size).to(pixel_values.device)  # [P, 2]
         layer_statistics: list[dict[str, torch.Tensor]] = []
         module = get_classifier_or_encoder(self.model)
-        registers = range(self.layout.num_prefix_tokens)[self.layout.registers]
+        register_indices = range(self.layout.num_prefix_tokens)[self.layout.registers]
         outputs_without_registers = None
 
         def add_layer(layer: RecordedLayer) -> None:
@@ -131,8 +131,8 @@ class TokenStatistics:
         with evaluation_mode(self.model):
             with process_attention_layers(self.model, add_layer):
                 outputs = module(pixel_values, output_hidden_states=True)
-            if registers:  # register neurons still move activations to the hidden registers
-                mask = build_hiding_mask(self.model, pixel_values, registers)
+            if register_indices:  # register neurons still move activations to the hidden registers
+                mask = build_hiding_mask(self.model, pixel_values, register_indices)
                 outputs_without_registers = module(pixel_values, attention_mask=mask, output_hidden_states=True)
         statistics = {
             name: torch.stack([layer[name] for layer in layer_statistics], dim=1) for name in layer_statistics[0]

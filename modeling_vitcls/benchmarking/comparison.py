@@ -173,9 +173,9 @@ class LoggedProcess:
         self.process.communicate()
         self.log.close()
 
-    def send_signal(self, signal_number: signal.Signals) -> None:
+    def send_signal(self, signum: signal.Signals) -> None:
         """Send a signal to the process and its workers."""
-        os.killpg(self.process.pid, signal_number)
+        os.killpg(self.process.pid, signum)
 
     def build_error(self) -> ValueError:
         """Return an error that contains the last line of the log."""

@@ -314,13 +314,13 @@ def draw_ticks(axes: Axes, growth_axis: GrowthAxis, comparisons: list[Comparison
 def format_caption(comparisons: list[ComparisonDict], machine_description: str) -> str:
     """Return the caption of the figure: the measured models, the method and the machine."""
     size, device = comparisons[0]["size"], DEVICE_NAMES[comparisons[0]["device"]]
-    model = f"width {size['hidden_size']}, {size['num_hidden_layers']} layers"
-    caption = f"Inference in {comparisons[0]['precision']} on {device}: ViT, {model}; "
+    model_text = f"width {size['hidden_size']}, {size['num_hidden_layers']} layers"
+    caption = f"Inference in {comparisons[0]['precision']} on {device}: ViT, {model_text}; "
     base = next((comparison for comparison in comparisons if comparison["axis"] is None), None)
     if base is not None:
         caption += "{image_size} pixels, patch {patch_size}, batch {batch_size} unless varied; ".format(**base)
-    num_pairs = min(comparison["pairs"] for comparison in comparisons)
-    caption += f"equal outputs. Medians of {num_pairs} pairs of measurements. "
+    min_pairs = min(comparison["pairs"] for comparison in comparisons)
+    caption += f"equal outputs. Medians of {min_pairs} pairs of measurements. "
     peers = {comparison["against"] for comparison in comparisons}
     fields = {comparison["axis"] for comparison in comparisons}
     if "transformers" in peers and "num_registers" in fields:

@@ -168,12 +168,15 @@ def check_labels(labels: list[TopLabel], expected: list[TopLabel], name: str) ->
     """Return the largest difference between the probabilities of the most probable labels.
     Raise ValueError if labels differ, or if probabilities differ by more than `PROBABILITY_LIMIT`."""
     difference = 0.0
-    for index, ((ours, probability), (theirs, their_probability)) in enumerate(zip(labels, expected, strict=True)):
-        if ours != theirs:
+    for index, ((label, probability), (expected_label, expected_probability)) in enumerate(
+        zip(labels, expected, strict=True)
+    ):
+        if label != expected_label:
             raise ValueError(
-                f"{name}: the label of image {index} is {ours} with vitcls predict, but {theirs} with the pipeline"
+                f"{name}: the label of image {index} is {label} with vitcls predict, but {expected_label} with "
+                "the pipeline"
             )
-        difference = max(difference, abs(probability - their_probability))
+        difference = max(difference, abs(probability - expected_probability))
     return check_difference(difference, PROBABILITY_LIMIT, name, "the probabilities")
 
 

@@ -96,9 +96,9 @@ def compare_inexact_features(rows: dict[str, InexactRow], settings: BenchmarkSet
         nn.Module.to(plain_model, settings.device)
         difference = check_disabled_feature(row, plain_model, size, name)
         inexact_model = copy_model(plain_model, size, **{row.field: row.value})
-        ours, num_images = row.build_computation(inexact_model, size, settings.device)
-        theirs, _ = row.build_computation(plain_model, size, settings.device)
-        throughputs = compare_throughput(ours, theirs, num_images, settings)
+        with_feature, num_images = row.build_computation(inexact_model, size, settings.device)
+        baseline, _ = row.build_computation(plain_model, size, settings.device)
+        throughputs = compare_throughput(with_feature, baseline, num_images, settings)
         details = {row.field: row.value, "device": settings.device, "size": vars(size)}
         yield Comparison("inexact", name, "the plain model", *throughputs, difference, details)
 
@@ -180,8 +180,8 @@ def compare_attention(rows: dict[str, AttentionRow], settings: BenchmarkSettings
     for name, row in rows.items():
         model, pixel_values = build_model_and_images(row.batch_size, settings.is_toy)
         difference = check_attention(row, model, pixel_values, name)
-        ours, theirs = partial(row.compute, model, pixel_values), partial(model, pixel_values)
-        throughputs = compare_throughput(ours, theirs, row.batch_size, settings)
+        with_attention, baseline = partial(row.compute, model, pixel_values), partial(model, pixel_values)
+        throughputs = compare_throughput(with_attention, baseline, row.batch_size, settings)
         peaks = compare_peak_memory(__name__, name, *settings.toy_flags)
         details = {"batch_size": row.batch_size, "size": vars(get_model_size(settings.is_toy)), **peaks}
         yield Comparison("attention", name, "a plain forward pass", *throughputs, difference, details)

@@ -96,27 +96,27 @@ def format_markdown(comparisons: list[Comparison]) -> str:
         MARKDOWN_HEADER,
         *(format_cells(work, name, results) for (work, name), results in rows.items()),
     ]
-    columns = [index for index in range(len(MARKDOWN_HEADER)) if any(row[index] for row in table[1:])]
-    lines = [f"| {' | '.join(row[index] for index in columns)} |" for row in table]
+    column_indices = [index for index in range(len(MARKDOWN_HEADER)) if any(row[index] for row in table[1:])]
+    lines = [f"| {' | '.join(row[index] for index in column_indices)} |" for row in table]
     pair_counts = sorted({len(comparison.ratios) for comparison in comparisons})
     pair_counts_text = " to ".join(str(count) for count in sorted({pair_counts[0], pair_counts[-1]}))
     caption = f"Medians of {pair_counts_text} pairs of measurements. {describe_machine(comparisons)}."
-    return "\n".join([lines[0], f"|{'---|' * len(columns)}", *lines[1:], "", caption, ""])
+    return "\n".join([lines[0], f"|{'---|' * len(column_indices)}", *lines[1:], "", caption, ""])
 
 
 def format_cells(work: str, name: str, results: list[dict[str, Any]]) -> tuple[str, ...]:
     """Return the cells of a Markdown table row, including the ratios to all baselines."""
     speed = statistics.median(result["ours_images_per_second"] for result in results)
-    ratios = (
+    ratio_texts = (
         "{} {:.2f} ({:.2f} to {:.2f})".format(result["against"], result["ratio"], *result["quartiles"])
         for result in results
     )
-    memory = (
+    memory_texts = (
         f"{result['against']} {result['ours_peak_bytes'] / result['theirs_peak_bytes']:.2f}"
         for result in results
         if result.get("theirs_peak_bytes")
     )
-    return f"{work}: {name}", f"{speed:.1f}", ", ".join(ratios), ", ".join(memory)
+    return f"{work}: {name}", f"{speed:.1f}", ", ".join(ratio_texts), ", ".join(memory_texts)
 
 
 def write_reports(

@@ -137,13 +137,13 @@ def print_report(report: "ExportReport", output: Path) -> None:
 def format_notes(report: "ExportReport") -> list[str]:
     """Format all fields of the report except the differences, one per line."""
     height, width = report.input["image_size"]
-    smallest_size = " x ".join(map(str, report.input["smallest_image_size"]))
-    accepted_sizes = f"images of at least {smallest_size} pixels"
+    smallest_size_text = " x ".join(map(str, report.input["smallest_image_size"]))
+    accepted_sizes_text = f"images of at least {smallest_size_text} pixels"
     if "height" not in report.input["shape"]:
-        accepted_sizes = f"only images of {height} x {width} pixels"
+        accepted_sizes_text = f"only images of {height} x {width} pixels"
     opset = [] if report.opset is None else [f"opset {report.opset}"]
     return [
-        f"Accepts any batch size and {accepted_sizes}",
+        f"Accepts any batch size and {accepted_sizes_text}",
         *([f"The image size is fixed: {report.fixed_because}"] if report.fixed_because else []),
         *(["The weights are random, because presets are untrained"] if report.weights == "random" else []),
         *(["The checkpoint has no image processor"] if report.preprocessing is None else []),

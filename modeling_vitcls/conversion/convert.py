@@ -35,7 +35,7 @@ from .weight_rules import ClassifierChoice, ConversionError
 
 
 # Function (folder, model, image processor, results) that draws card images and returns {name: path in the folder}.
-ImageDrawingFunction = Callable[[Path, ViTCLSPreTrainedModel, Any, dict[str, Any]], dict[str, str]]
+ImageDrawer = Callable[[Path, ViTCLSPreTrainedModel, Any, dict[str, Any]], dict[str, str]]
 
 
 def convert_checkpoint(
@@ -44,7 +44,7 @@ def convert_checkpoint(
     random_init: bool = False,
     classifier: ClassifierChoice = "keep",
     num_labels: int | None = None,
-    draw_images: ImageDrawingFunction | None = None,
+    draw_images: ImageDrawer | None = None,
     family: str | None = None,
 ) -> ParityReport:
     """Convert a checkpoint, and write the model, image processor, parity report, card and license to `output`.

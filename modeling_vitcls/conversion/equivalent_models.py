@@ -30,7 +30,7 @@ from .weight_rules import Fields, Weights
 
 
 # Function (encoder weights, head weights, old and new configuration) that changes both weight dicts in place.
-WeightRewritingFunction = Callable[[Weights, Weights, ViTCLSConfig, ViTCLSConfig], None]
+WeightRewriter = Callable[[Weights, Weights, ViTCLSConfig, ViTCLSConfig], None]
 
 GROUPS_WITH_POSITIONS: dict[str, tuple[str, ...]] = {
     "patches": (),
@@ -57,7 +57,7 @@ class Rewrite:
     field_names: frozenset[str]  # configuration fields that the rewrite may change
     propose_changes: Callable[[ViTCLSConfig], list[Fields]]  # returns possible combinations of new field values
     # function that changes the weights accordingly
-    rewrite_weights: WeightRewritingFunction = lambda encoder_weights, head_weights, old_config, new_config: None
+    rewrite_weights: WeightRewriter = lambda encoder_weights, head_weights, old_config, new_config: None
     is_native_size_only: bool = False  # whether the outputs are the same only for images of `config.image_size`
 
 

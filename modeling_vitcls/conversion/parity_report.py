@@ -126,11 +126,11 @@ def describe_position_embeddings(project: str, config: ViTCLSConfig) -> list[str
     """Return notes on how timm or transformers computes position embeddings. The authors' code may differ."""
     notes = []
     if config.position_embedding_type.startswith("learned"):
-        offset = f", offset {config.position_offset}" if config.position_offset else ""
+        offset_text = f", offset {config.position_offset}" if config.position_offset else ""
         antialias = "with" if config.position_antialias else "without"
         notes.append(
             f"position embeddings for other image sizes: {config.position_interpolation} {antialias} "
-            f"antialiasing{offset}, as in {project}"
+            f"antialiasing{offset_text}, as in {project}"
         )
     if config.position_embedding_type.endswith("rope_2d") and config.rope_coordinates == "centered":
         notes.append(

@@ -355,10 +355,10 @@ def build_timm_model(weights: Weights, family: str) -> Any:
     width, patch_size = patch_kernel.shape[0], patch_kernel.shape[-1]
     name = TIMM_FAMILIES[family].get((width, patch_size))
     if name is None:
-        sizes = ", ".join(map(str, TIMM_FAMILIES[family]))
+        sizes_text = ", ".join(map(str, TIMM_FAMILIES[family]))
         raise ConversionError(
-            f"{family} files require a (width, patch size) of {sizes}, but this file has ({width}, {patch_size}). "
-            "Use timm:NAME"
+            f"{family} files require a (width, patch size) of {sizes_text}, but this file has ({width}, "
+            f"{patch_size}). Use timm:NAME"
         )
     grid_side = math.isqrt(position_embeddings.shape[-2])
     blocks = {int(match[1]) for name in weights if (match := re.search(r"blocks\.(\d{1,9})\.", name))}
@@ -398,8 +398,8 @@ def describe_differences(family: str, config: ViTCLSConfig) -> list[str]:
         ]
     if config.position_antialias or config.position_embedding_type != "learned":
         return []
-    offset = f" with offset {config.position_offset}" if config.position_offset else ""
+    offset_text = f" with offset {config.position_offset}" if config.position_offset else ""
     return [
-        f"position embeddings for other image sizes: bicubic{offset} without antialiasing (the authors' code); timm "
-        "uses antialiasing"
+        f"position embeddings for other image sizes: bicubic{offset_text} without antialiasing (the authors' code); "
+        "timm uses antialiasing"
     ]

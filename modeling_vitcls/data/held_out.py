@@ -71,7 +71,7 @@ class HeldOutRecord:
     def from_keys(cls, rule: HeldOutRule, keys: Iterable[int]) -> "HeldOutRecord":
         """Build the record from the keys of the images that `rule` selected."""
         keys = list(keys)
-        digest = compute_keys_digest(keys)
+        digest = compute_key_digest(keys)
         return cls(None, len(keys), rule.fraction, rule.seed, digest, rule.num_folds, rule.fold)
 
     @property
@@ -111,6 +111,6 @@ def get_relative_path(path: str, folder: Path) -> str:
     return path if not path or "://" in path else Path(os.path.relpath(path, folder)).as_posix()
 
 
-def compute_keys_digest(keys: Iterable[int]) -> str:
+def compute_key_digest(keys: Iterable[int]) -> str:
     """Return the SHA-256 of a set of keys. The digest does not depend on the order of the keys."""
     return hashlib.sha256(" ".join(map(str, sorted(keys))).encode()).hexdigest()

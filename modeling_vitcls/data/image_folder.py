@@ -290,10 +290,10 @@ def build_metadata_splits(folder: ImageFolder, splits: list[str], has_split_fold
     try:
         table = pyarrow.concat_tables([table for table, _ in tables], promote_options="permissive")
     except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError) as error:
-        files = ", ".join(folder.metadata)
+        files_text = ", ".join(folder.metadata)
         raise ValueError(
-            f"the columns of {files} in {folder.path} have different types: {format_error(error)}. Use the same type "
-            "in all metadata files"
+            f"the columns of {files_text} in {folder.path} have different types: {format_error(error)}. Use the same "
+            "type in all metadata files"
         ) from error
     listed_images = [image for _, images in tables for image in images]
     unlisted_images = sorted(set(folder.images) - set(listed_images))
@@ -301,14 +301,14 @@ def build_metadata_splits(folder: ImageFolder, splits: list[str], has_split_fold
     features = datasets.Features({"image": datasets.Image(), **datasets.Features.from_arrow_schema(table.schema)})
     datasets_by_split = {}
     for split in splits:
-        rows = [
+        row_indices = [
             row
             for row, image in enumerate(listed_images)
             if not has_split_folders or SPLIT_BY_FOLDER_NAME.get(image.partition("/")[0].lower()) == split
         ]
-        if rows:
-            images = [listed_images[row] for row in rows]
-            columns = table.take(rows).add_column(0, "image", build_image_column(folder, images))
+        if row_indices:
+            images = [listed_images[row] for row in row_indices]
+            columns = table.take(row_indices).add_column(0, "image", build_image_column(folder, images))
             datasets_by_split[split] = build_dataset(folder, split, images, columns, features)
     return datasets_by_split
 
@@ -349,8 +349,8 @@ def read_metadata_file(folder: ImageFolder, file: str) -> tuple["pyarrow.Table",
 def note_unused_files(folder: ImageFolder, files: list[str], reason: str) -> None:
     """Add a note about unused files, if there are any. `reason` follows the word "files" in the note."""
     if files:
-        count = "1 file" if len(files) == 1 else f"{len(files):,} files"
-        folder.notes.append(f"{folder.path}: skipped {count} {reason}: {shorten_list(files)}")
+        count_text = "1 file" if len(files) == 1 else f"{len(files):,} files"
+        folder.notes.append(f"{folder.path}: skipped {count_text} {reason}: {shorten_list(files)}")
 
 
 def shorten_list(names: list[str]) -> str:

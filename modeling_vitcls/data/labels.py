@@ -254,10 +254,10 @@ def find_column(
     dataset: str,
 ) -> str:
     """Return the requested column, the only column of the matching type, or the first column with a common name."""
-    columns = ", ".join(features)
+    columns_text = ", ".join(features)
     if name is not None:
         if name not in features:
-            raise ValueError(f"{dataset} has no column {name!r}. Choose one of {columns}")
+            raise ValueError(f"{dataset} has no column {name!r}. Choose one of {columns_text}")
         return name
     matching_columns = [column for column, feature in features.items() if has_matching_type(feature)]
     if len(matching_columns) == 1:
@@ -265,7 +265,7 @@ def find_column(
     common_columns = [column for column in common_names if column in (matching_columns or features)]
     if common_columns:
         return common_columns[0]
-    raise ValueError(f"{dataset}: cannot determine the {kind} column among {columns}. Set --{kind}-column")
+    raise ValueError(f"{dataset}: cannot determine the {kind} column among {columns_text}. Set --{kind}-column")
 
 
 def is_image_feature(feature: Any) -> bool:

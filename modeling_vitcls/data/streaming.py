@@ -67,7 +67,7 @@ class StreamedImages:
     image_column: str
     reader: LabelReader | None  # None if labels are not read
     folder: Path
-    shuffle_buffer: int
+    shuffle_buffer_size: int
     held_out_rule: HeldOutRule | None = None
 
     @property
@@ -99,10 +99,10 @@ class StreamedImages:
         has_own_shards = stream.num_shards % num_processes == 0
         if has_own_shards and num_processes > 1:
             stream = stream.shard(num_processes, process_index)
-        stream = stream.shuffle(seed=derive_seed(seed, pass_index), buffer_size=self.shuffle_buffer)
+        stream = stream.shuffle(seed=derive_seed(seed, pass_index), buffer_size=self.shuffle_buffer_size)
         rows = (row for row in self.iterate_rows(stream) if not self.is_held_out(row))
-        process_rows = rows if has_own_shards else islice(rows, process_index, None, num_processes)
-        return self.build_examples(process_rows)
+        local_rows = rows if has_own_shards else islice(rows, process_index, None, num_processes)
+        return self.build_examples(local_rows)
 
     def read_held_out_images(self) -> LabeledImages:
         """Return the encoded held-out images in the order of the stream.
@@ -165,7 +165,7 @@ def open_streams(options: DataOptions, use_labels: bool = True) -> dict[str, Str
             image_column=image_column,
             reader=reader,
             folder=get_dataset_folder(options),
-            shuffle_buffer=options.shuffle_buffer,
+            shuffle_buffer_size=options.shuffle_buffer,
         )
     return streamed_images
 

@@ -36,19 +36,19 @@ def build_header(demo_model: DemoModel) -> str:
 
 def build_loading_code(demo_model: DemoModel) -> str:
     """Return Python code that loads the model."""
-    revision = "" if demo_model.commit is None else f', revision="{demo_model.commit}"'
-    revision += f', code_revision="{demo_model.code_revision}"' if demo_model.code_revision else ""
+    revision_argument = "" if demo_model.commit is None else f', revision="{demo_model.commit}"'
+    revision_argument += f', code_revision="{demo_model.code_revision}"' if demo_model.code_revision else ""
     auto_class = "AutoModelForImageClassification" if demo_model.is_classifier else "AutoModel"
     repository = "the code repository named in config.json" if demo_model.code_revision else "the model's repository"
     note = ""
     if demo_model.commit is not None:
         note = f"\n`trust_remote_code=True` runs code from {repository} at the given commit.\n"
-    arguments = f'"{demo_model.source}"{revision}, trust_remote_code=True'
+    arguments_text = f'"{demo_model.source}"{revision_argument}, trust_remote_code=True'
     return f"""```python
 from transformers import AutoImageProcessor, {auto_class}
 
-model = {auto_class}.from_pretrained({arguments})
-processor = AutoImageProcessor.from_pretrained({arguments})
+model = {auto_class}.from_pretrained({arguments_text})
+processor = AutoImageProcessor.from_pretrained({arguments_text})
 ```
 {note}"""
 
@@ -76,11 +76,11 @@ def describe_attention(demo_model: DemoModel, token: int, layer: int, head: int 
         if demo_model.is_token_output_used(token, layer)
         else " The model does not use the output of this token in this layer."
     )
-    token_fractions = ", ".join(
+    token_fractions_text = ", ".join(
         f"{name} {fraction:.1%}" for name, fraction in zip(demo_model.token_names, special_fractions, strict=True)
     )
     return (
         f"**{demo_model.token_names[token]}**, layer {layer + 1} of {demo_model.num_layers}, {head_name}: "
         f"{patch_fraction:.1%} of its attention goes to the patches, {sum(special_fractions):.1%} to special "
-        f"tokens ({token_fractions}).{note}"
+        f"tokens ({token_fractions_text}).{note}"
     )

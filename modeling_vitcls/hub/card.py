@@ -247,8 +247,12 @@ def describe_classes(config: ViTCLSConfig) -> list[str]:
 def format_class_list(class_names: list[str]) -> str:
     """Return a string with at most `MAX_LISTED_CLASSES` class names and the number of remaining classes."""
     text = ", ".join(map(format_name, class_names[:MAX_LISTED_CLASSES]))
-    num_remaining = len(class_names) - MAX_LISTED_CLASSES
-    return f"{text} and {num_remaining:,} more (see `id2label` in config.json)" if num_remaining > 0 else text
+    num_remaining_classes = len(class_names) - MAX_LISTED_CLASSES
+    return (
+        f"{text} and {num_remaining_classes:,} more (see `id2label` in config.json)"
+        if num_remaining_classes > 0
+        else text
+    )
 
 
 def list_confusion_matrices(images: dict[str, str], config: ViTCLSConfig) -> list[tuple[str, str]]:
@@ -280,5 +284,5 @@ def describe_base_model(flags: dict[str, Any], base_provenance: Provenance | Non
         base_models = [base_models]
     if not base_models or base_models == [flags["model"]]:
         return model_name
-    links = ", ".join(f"[{base_model}](https://huggingface.co/{base_model})" for base_model in base_models)
-    return f"{model_name}, which is derived from {links},"
+    links_text = ", ".join(f"[{base_model}](https://huggingface.co/{base_model})" for base_model in base_models)
+    return f"{model_name}, which is derived from {links_text},"

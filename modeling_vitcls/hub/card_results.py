@@ -113,10 +113,10 @@ def describe_weakest_classes(results: dict[str, Any], config: ViTCLSConfig) -> I
         weakest_index = min(measured_indices, key=lambda index: rows[index][key])
         matrix = results.get(f"{prefix}confusion_matrix") if key == "recall" else None
         row, confusion_phrase = rows[weakest_index], describe_confusion(matrix, rows, weakest_index)
-        image_count = f"{row['images']:,} {'image' if row['images'] == 1 else 'images'}"
+        image_count_text = f"{row['images']:,} {'image' if row['images'] == 1 else 'images'}"
         yield (
             f"The weakest {f'class of {task}' if task else 'class'} is {format_name(row['name'])}: "
-            f"{CLASS_COLUMNS[key].lower()} {format_percent(row[key])} on {image_count}{confusion_phrase}."
+            f"{CLASS_COLUMNS[key].lower()} {format_percent(row[key])} on {image_count_text}{confusion_phrase}."
         )
 
 

@@ -83,10 +83,10 @@ def check_namespace(repo_id: str, account: dict[str, Any], repo_type: PushRepoTy
     }
     roles = [role for name, role in roles_by_organization.items() if is_same_name(name, namespace)]
     if not roles:
-        namespaces = ", ".join([account["name"], *roles_by_organization])
+        namespaces_text = ", ".join([account["name"], *roles_by_organization])
         raise ValueError(
             f"cannot push to {repo_id}: {namespace} is neither your user name nor one of your organizations. Set "
-            f"{REPO_ID_FLAGS[repo_type]} to a name in one of these namespaces: {namespaces}"
+            f"{REPO_ID_FLAGS[repo_type]} to a name in one of these namespaces: {namespaces_text}"
         )
     if roles[0] is not None and roles[0] not in WRITE_ROLES:
         raise ValueError(

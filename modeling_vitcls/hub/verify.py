@@ -106,8 +106,8 @@ class VerificationReport:
         )
         code_pin = f', code_revision="{self.code_revision}"' if self.code_revision else ""
         trust_argument = "" if self.is_native else ", trust_remote_code=True"
-        arguments = f'"{self.repo_id}", revision="{self.revision}"{code_pin}{trust_argument}'
-        return f"{auto_class}.from_pretrained({arguments})"
+        arguments_text = f'"{self.repo_id}", revision="{self.revision}"{code_pin}{trust_argument}'
+        return f"{auto_class}.from_pretrained({arguments_text})"
 
     def format_lines(self) -> list[str]:
         """Return the report as lines of text."""

@@ -23,7 +23,7 @@ from ..data.held_out import (
     RESULTS_FILE,
     HeldOutRecord,
     HeldOutRule,
-    compute_keys_digest,
+    compute_key_digest,
     read_held_out_record,
 )
 from ..data.images import LabeledImages
@@ -166,7 +166,7 @@ def describe_possible_overlap(model: str, record: HeldOutRecord | None, held_out
         return (
             f"{model} was trained with the held-out split {record.split!r}, but the dataset has no such split. {risk}"
         )
-    if compute_keys_digest(held_out_images.images.compute_keys()) == record.sha256:
+    if compute_key_digest(held_out_images.images.compute_keys()) == record.sha256:
         return None
     return (
         f"the {len(held_out_images):,} held-out images are not the {record.num_images:,} images that were held out "
@@ -273,8 +273,8 @@ def print_progress(batches: CachedBatches, console: Console) -> Iterator[HeldOut
 
 def print_results(results: dict[str, Any], config: ViTCLSConfig, console: Console) -> None:
     """Print the metrics, and the metrics of each class if there are few classes."""
-    split = ": ".join(filter(None, [results["split"], results["held_out_part"]]))
-    summary = f"{results['num_images']:,} images of {results['dataset']} ({split}), each counted once"
+    split_text = ": ".join(filter(None, [results["split"], results["held_out_part"]]))
+    summary = f"{results['num_images']:,} images of {results['dataset']} ({split_text}), each counted once"
     console.print(f"{summary}; {results['images_per_second']:,} images/s", markup=False)
     console.print(build_table("", ["Metric", "Value"], build_metric_rows(results, config)))
     for title, rows in build_class_tables(results, config).items():

@@ -132,7 +132,7 @@ class Evaluator:
         self.unreadable_counter = UnreadableImageCounter(
             self.error_messages.__getitem__, accelerator.on_main_process(warn), max_broken_images
         )
-        process_batches = HeldOutBatches(
+        local_batches = HeldOutBatches(
             images,
             processor,
             label_space,
@@ -141,7 +141,7 @@ class Evaluator:
             accelerator.num_processes,
             num_channels,
         )
-        self.batches = CachedBatches(process_batches, num_workers)
+        self.batches = CachedBatches(local_batches, num_workers)
 
     @torch.no_grad()
     def __call__(

@@ -65,10 +65,10 @@ class LabeledFeatures:
 class FeatureEvaluator(Evaluator):
     """Computes the features of images on any number of processes."""
 
-    def __init__(self, layers: list[int], *args: Any, **kwargs: Any) -> None:
+    def __init__(self, layer_numbers: list[int], *args: Any, **kwargs: Any) -> None:
         """Initialize the evaluator. The first layer has the number 1. See `Evaluator` for the remaining arguments."""
         super().__init__(*args, **kwargs)
-        self.layers = layers
+        self.layer_numbers = layer_numbers
 
     def build_metrics(self) -> "FeatureStore":
         """Build an empty `FeatureStore`."""
@@ -77,7 +77,7 @@ class FeatureEvaluator(Evaluator):
     def compute_outputs(self, model: torch.nn.Module, batch: HeldOutBatch) -> torch.Tensor:
         """Return the features [G, num_vectors, D] of the G readable images of a batch."""
         with self.accelerator.autocast():
-            features = compute_features(model, self.pad_batch(model, batch.pixel_values), self.layers)
+            features = compute_features(model, self.pad_batch(model, batch.pixel_values), self.layer_numbers)
         return features[: len(batch.labels)]
 
 
@@ -99,20 +99,22 @@ class FeatureStore:
         return {"num_images": len(labels), "features": features, "labels": labels}
 
 
-def compute_features(encoder: Any, pixel_values: torch.Tensor, layers: list[int]) -> torch.Tensor:
+def compute_features(encoder: Any, pixel_values: torch.Tensor, layer_numbers: list[int]) -> torch.Tensor:
     """Return the features [B, num_layers * (num_prefix_tokens + 1), D] of a `ViTCLSModel` for images [B, C, H, W]."""
     hidden_states = encoder(pixel_values, output_hidden_states=True).hidden_states  # embeddings and layer outputs
     num_prefix_tokens = encoder.config.token_layout.num_prefix_tokens
     vectors = []
-    for layer in layers:
-        tokens = hidden_states[layer] if encoder.layernorm is None else encoder.layernorm(hidden_states[layer])
+    for layer_number in layer_numbers:
+        tokens = hidden_states[layer_number]
+        if encoder.layernorm is not None:
+            tokens = encoder.layernorm(tokens)
         vectors += [tokens[:, :num_prefix_tokens], tokens[:, num_prefix_tokens:].mean(dim=1, keepdim=True)]
     return torch.cat(vectors, dim=1)
 
 
-def get_vector_names(config: Any, layers: list[int]) -> list[tuple[int, str]]:
+def get_vector_names(config: Any, layer_numbers: list[int]) -> list[tuple[int, str]]:
     """Return the layer number and the token name for each feature vector of `compute_features`."""
-    return [(layer, token) for layer in layers for token in [*get_token_names(config), MEAN_OF_PATCHES]]
+    return [(layer, token) for layer in layer_numbers for token in [*get_token_names(config), MEAN_OF_PATCHES]]
 
 
 # Classifiers ---------------------------------------------------------------------------------------------------------
@@ -224,11 +226,11 @@ def evaluate_frozen(options: EvaluateOptions) -> dict[str, Any]:
             warn(warning)
     model = model.to(accelerator.device).eval()
     num_layers = model.config.num_hidden_layers
-    layers = [num_layers] if options.frozen_layers == "last" else list(range(1, num_layers + 1))
+    layer_numbers = [num_layers] if options.frozen_layers == "last" else list(range(1, num_layers + 1))
 
     def extract_features(images: LabeledImages, label_space: LabelSpace) -> LabeledFeatures:
         evaluator = FeatureEvaluator(
-            layers,
+            layer_numbers,
             images,
             processor,
             label_space,
@@ -240,7 +242,7 @@ def evaluate_frozen(options: EvaluateOptions) -> dict[str, Any]:
             num_channels=model.config.num_channels,
         )
         output = evaluator(model, build_progress(console, accelerator))
-        names = get_vector_names(model.config, layers)
+        names = get_vector_names(model.config, layer_numbers)
         vectors = {name: output["features"][:, index] for index, name in enumerate(names)}
         labels = np.array(label_space.names)[output["labels"]]
         return LabeledFeatures(vectors, labels, output["num_broken_images"])
@@ -288,8 +290,8 @@ def print_accuracies(results: dict[str, Any], console: Console) -> None:
     )
     table_rows = []
     for row in results["rows"]:
-        interval = " to ".join(map(format_percent, row["accuracy_interval"] or []))
-        table_rows.append([str(row["layer"]), row["token"], format_percent(row["accuracy"]), interval])
+        interval_text = " to ".join(map(format_percent, row["accuracy_interval"] or []))
+        table_rows.append([str(row["layer"]), row["token"], format_percent(row["accuracy"]), interval_text])
     console.print(build_table("", ["Layer", "Token", "Accuracy", "95% interval"], table_rows))
     best_row = results["best"]
     console.print(

@@ -85,9 +85,9 @@ def build_list_input(paths: Iterable[str]) -> ListInput:
     """
     files = [file for path in paths for file in (list_image_files(path) if Path(path).is_dir() else [path])]
     if not files:
-        suffixes = " ".join(sorted(IMAGE_SUFFIXES))
+        suffixes_text = " ".join(sorted(IMAGE_SUFFIXES))
         raise ValueError(
-            f"there are no images in {', '.join(paths)}. Folders must contain files of these types: {suffixes}"
+            f"there are no images in {', '.join(paths)}. Folders must contain files of these types: {suffixes_text}"
         )
     return ListInput([make_printable(file) for file in files], files)
 

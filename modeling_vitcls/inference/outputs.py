@@ -222,12 +222,12 @@ class ShardFolder:
     path: Path
     shard_size: int
 
-    def get_shard_file(self, number: int) -> Path:
-        """Return the path of the shard with the given number."""
-        return self.path / f"shard-{number:06}.parquet"
+    def get_shard_file(self, shard_index: int) -> Path:
+        """Return the path of a shard. Indices start from 0."""
+        return self.path / f"shard-{shard_index:06}.parquet"
 
     def list_shards(self) -> set[int]:
-        """Return the numbers of the existing shards."""
+        """Return the indices of the existing shards."""
         return {int(file.stem.removeprefix("shard-")) for file in self.path.glob("shard-*.parquet")}
 
     def open(self, manifest: dict[str, Any]) -> int | None:
@@ -298,8 +298,8 @@ class ShardFolder:
         Raise ValueError if a file is damaged, or if the number of rows in a file is wrong.
         """
         num_rows = num_failed = 0
-        for number, indices in enumerate(iterate_shards(num_images, self.shard_size)):
-            file = self.get_shard_file(number)
+        for shard_index, indices in enumerate(iterate_shards(num_images, self.shard_size)):
+            file = self.get_shard_file(shard_index)
             try:
                 metadata = pq.read_metadata(file)
             except Exception as error:  # pyarrow raises several types of errors
@@ -342,10 +342,10 @@ def send_heartbeats(file: Path) -> Iterator[None]:
 
 def iterate_shards(num_images: int | None, shard_size: int) -> Iterator[range]:
     """Yield the image indices of each shard, indefinitely if `num_images` is None."""
-    shard_numbers = count() if num_images is None else range(math.ceil(num_images / shard_size))
-    for number in shard_numbers:
-        end = (number + 1) * shard_size
-        yield range(number * shard_size, end if num_images is None else min(end, num_images))
+    shard_indices = count() if num_images is None else range(math.ceil(num_images / shard_size))
+    for shard_index in shard_indices:
+        end = (shard_index + 1) * shard_size
+        yield range(shard_index * shard_size, end if num_images is None else min(end, num_images))
 
 
 def assign_ranges(ranges: Iterator[range], process_index: int, num_processes: int) -> Iterator[range]:

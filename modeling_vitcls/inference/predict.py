@@ -242,22 +242,20 @@ def predict_to_folder(
     num_images, finished_shards = open_shard_folder(folder, options, accelerator, source, predictor)
     shards = iterate_shards(num_images, folder.shard_size)
     missing_shards = (indices for indices in shards if indices.start // folder.shard_size not in finished_shards)
-    process_shards: Iterable[range] = assign_ranges(
-        missing_shards, accelerator.process_index, accelerator.num_processes
-    )
-    num_process_images = None
+    local_shards: Iterable[range] = assign_ranges(missing_shards, accelerator.process_index, accelerator.num_processes)
+    num_local_images = None
     if num_images is not None:
-        process_shards = list(process_shards)
-        num_process_images = sum(map(len, process_shards))
+        local_shards = list(local_shards)
+        num_local_images = sum(map(len, local_shards))
     columns = get_output_columns(predictor.columns.columns)
     with (
         send_heartbeats(folder.get_heartbeat_file(accelerator.process_index)),
-        Progress(num_process_images, is_shown=accelerator.is_main_process) as progress,
+        Progress(num_local_images, is_shown=accelerator.is_main_process) as progress,
     ):
         accelerator.wait_for_everyone()  # all processes have created a heartbeat file
-        rows = progress.track_rows(predictor.iterate_rows(source, process_shards, folder.shard_size))
-        for number, shard in groupby(rows, key=lambda row: row["index"] // folder.shard_size):
-            write_rows(shard, columns, folder.get_shard_file(number))
+        rows = progress.track_rows(predictor.iterate_rows(source, local_shards, folder.shard_size))
+        for shard_index, shard in groupby(rows, key=lambda row: row["index"] // folder.shard_size):
+            write_rows(shard, columns, folder.get_shard_file(shard_index))
         if not accelerator.is_main_process:
             return PredictionCounts(0, 0)
         if num_images is None:  # the end of the stream has been reached

@@ -159,10 +159,10 @@ def count_tokens(config: ViTCLSConfig, token_group: str) -> int:
     """Return the number of tokens in a group of special tokens. Raise ValueError if the group has no tokens."""
     counts = dict(zip(("cls", "distillation", "registers"), config.token_counts, strict=True))
     if not counts[token_group]:
-        choices = " or ".join([*(name for name, count in counts.items() if count), "mean"])
+        choices_text = " or ".join([*(name for name, count in counts.items() if count), "mean"])
         raise ValueError(
             f"--features {token_group} requires tokens of this kind, but the model has none. Set --features to "
-            f"{choices}"
+            f"{choices_text}"
         )
     return counts[token_group]
 

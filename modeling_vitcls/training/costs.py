@@ -59,7 +59,7 @@ def count_forward_flops(model: Any, image_size: ImageSize = None, batch_size: in
     for pooler in get_attention_poolers(encoder):
         flops_per_image += count_attention_pooler_flops(pooler, num_patches, num_tokens)
         flops_per_batch += count_linear_flops(pooler.q_proj)  # the query is the same for all images
-    flops_per_image += count_linear_flops(*get_heads(model))
+    flops_per_image += count_linear_flops(*get_classifiers(model))
     if hasattr(model, "decoder"):
         flops_per_image += num_patches * count_linear_flops(model.decoder)
     return batch_size * flops_per_image + flops_per_batch
@@ -90,7 +90,7 @@ def resolve_image_size(config: ViTCLSConfig, image_size: ImageSize) -> tuple[int
 def get_num_queries_per_layer(model: Any, num_tokens: int) -> list[int]:
     """Return the number of output tokens of each layer. The last layer outputs only the tokens that the pooler and the
     heads use."""
-    num_output_tokens = get_num_output_tokens(model.base_model, {}) if get_heads(model) else None
+    num_output_tokens = get_num_output_tokens(model.base_model, {}) if get_classifiers(model) else None
     return [num_tokens] * (model.config.num_hidden_layers - 1) + [num_output_tokens or num_tokens]
 
 
@@ -113,7 +113,7 @@ def count_attention_flops(attention: ViTCLSAttention, num_queries: int, num_keys
 def count_attention_pooler_flops(pooler: AttentionPooler, num_patches: int, num_tokens: int) -> int:
     """Return the FLOPs per image to add to `count_linear_flops(pooler)`, which counts the linear layers for one token.
     The FLOPs of the query are subtracted, because the query is computed once per batch."""
-    num_keys = num_tokens if pooler.tokens == slice(None) else num_patches
+    num_keys = num_tokens if pooler.token_slice == slice(None) else num_patches
     flops = 4 * num_keys * pooler.probe.shape[-1]  # attention scores and weighted sums of values
     flops += (num_keys - 1) * count_linear_flops(pooler.k_proj, pooler.v_proj)
     return flops - count_linear_flops(pooler.q_proj)
@@ -129,7 +129,7 @@ def get_linear_layers(modules: Iterable[nn.Module]) -> list[nn.Linear]:
     return [submodule for module in modules for submodule in module.modules() if isinstance(submodule, nn.Linear)]
 
 
-def get_heads(model: Any) -> list[nn.Module]:
+def get_classifiers(model: Any) -> list[nn.Module]:
     """Return the classifiers of a model; a multi-task model has one classifier per task. Each classifier is applied to
     one vector per image."""
     task_classifiers = list(getattr(model, "classifiers", {}).values())

@@ -276,7 +276,7 @@ def check_names_and_shapes(full_tensors: Tensors, targets: Tensors) -> None:
         )
     for name, target in targets.items():
         if full_tensors[name].shape != target.shape:
-            shapes = f"{list(full_tensors[name].shape)} in the checkpoint and {list(target.shape)} in the model"
+            shapes_text = f"{list(full_tensors[name].shape)} in the checkpoint and {list(target.shape)} in the model"
             raise ValueError(
-                f"the checkpoint belongs to another model: the shape of {name} is {shapes}. Use the same model"
+                f"the checkpoint belongs to another model: the shape of {name} is {shapes_text}. Use the same model"
             )

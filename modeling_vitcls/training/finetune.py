@@ -80,7 +80,7 @@ class FinetuneTask(Task):
 
     def load_model(self) -> None:
         """Load the model and the teacher, and freeze the parameters that are not trained."""
-        options, training = self.options, self.options.training
+        options, training_options = self.options, self.options.training
         initial_model = build_model(options.model, self.data.label_space)
         config, self.processor, self.teacher = initial_model.model.config, initial_model.processor, None
         if options.distillation.teacher is not None:
@@ -92,7 +92,10 @@ class FinetuneTask(Task):
                 self.runner.accelerator.device,
             )
         self.model = set_trainable_parameters(
-            initial_model.model, training.trainable, training.lora_rank, initial_model.new_parameter_names
+            initial_model.model,
+            training_options.trainable,
+            training_options.lora_rank,
+            initial_model.new_parameter_names,
         )
         if options.model.patch_drop_rate and not uses_patch_dropout(self.model.vitcls):
             raise ValueError(format_patch_dropout_error(options))
@@ -240,30 +243,30 @@ class FinetuneTask(Task):
 
 def check_flag_combinations(options: FinetuneOptions) -> None:
     """Raise ValueError if flags contradict each other. The check runs before data and models are loaded."""
-    training = options.training
+    training_options = options.training
     if options.distillation.teacher is not None and not options.model.num_distillation_tokens:
         raise ValueError(
             "--teacher requires a distillation token, but --num-distillation-tokens is 0. Set "
             "--num-distillation-tokens 1, or remove --teacher"
         )
-    if training.trainable != "full" and is_preset(options.model.model):
+    if training_options.trainable != "full" and is_preset(options.model.model):
         raise ValueError(
-            f"--trainable {training.trainable} requires a trained checkpoint, but {options.model.model} has random "
-            "weights. Set --model to a checkpoint"
+            f"--trainable {training_options.trainable} requires a trained checkpoint, but {options.model.model} has "
+            "random weights. Set --model to a checkpoint"
         )
-    if options.model.patch_drop_rate and training.trainable == "head" and options.distillation.teacher is None:
+    if options.model.patch_drop_rate and training_options.trainable == "head" and options.distillation.teacher is None:
         raise ValueError(format_patch_dropout_error(options))
-    if training.feature_views and training.trainable != "head":
+    if training_options.feature_views and training_options.trainable != "head":
         raise ValueError(
-            f"--feature-views requires --trainable head, but --trainable is {training.trainable}. Set --trainable "
-            "head, or remove --feature-views"
+            f"--feature-views requires --trainable head, but --trainable is {training_options.trainable}. Set "
+            "--trainable head, or remove --feature-views"
         )
     if options.data.streaming and options.distillation.teacher_views:
         raise ValueError(
             "--teacher-views caches the teacher's logits for each image, but the number of images in a stream is "
             "unknown. Remove --teacher-views or --streaming"
         )
-    if options.data.streaming and training.class_balance != "none":
+    if options.data.streaming and training_options.class_balance != "none":
         raise ValueError(
             "--class-balance requires all labels before training, but a stream provides labels only during training. "
             "Remove --class-balance or --streaming"
@@ -310,10 +313,10 @@ def get_split_warning(source: str, data: TrainingData) -> str | None:
     is_same_fold = (rule.num_folds, rule.fold) == (recorded_rule.num_folds, recorded_rule.fold)
     if rule.seed == recorded_rule.seed and is_same_fold and rule.fraction <= recorded_rule.fraction:
         return None
-    flags = f"--folds {recorded_rule.num_folds} --fold {recorded_rule.fold}"
+    flags_text = f"--folds {recorded_rule.num_folds} --fold {recorded_rule.fold}"
     if recorded_rule.num_folds is None:
-        flags = f"--held-out-fraction {recorded_rule.fraction}"
+        flags_text = f"--held-out-fraction {recorded_rule.fraction}"
     return (
         f"{source} was trained on {data.name} with different held-out images, so the held-out images of this run may "
-        f"include training images of {source}. Use the same split with --split-seed {recorded_rule.seed} {flags}"
+        f"include training images of {source}. Use the same split with --split-seed {recorded_rule.seed} {flags_text}"
     )

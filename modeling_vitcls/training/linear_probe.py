@@ -129,8 +129,8 @@ def cache_features(
     was_training = model.training
     model.eval()
     batches: list[Batch] = []
-    process_keys = split_keys(keys, batch_size, accelerator.process_index, accelerator.num_processes)
-    for batch in load_batches(images, process_keys, num_workers):
+    local_keys = split_keys(keys, batch_size, accelerator.process_index, accelerator.num_processes)
+    for batch in load_batches(images, local_keys, num_workers):
         pixels = batch.pop("pixels").to(accelerator.device, non_blocking=True)
         with accelerator.autocast():
             features = compute_features(model, normalize(pixels)).float()

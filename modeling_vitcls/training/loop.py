@@ -214,7 +214,7 @@ class TrainingLoop:
 
         def store_tokens_and_gradients() -> None:
             if should_measure_tokens:
-                tokens_and_gradients.append((self.monitor.get_tokens(), self.monitor.get_gradients()))
+                tokens_and_gradients.append((self.monitor.copy_tokens(), self.monitor.copy_gradients()))
 
         for batch_index in range(self.plan.accumulation_steps):
             batch = next(batches)
@@ -339,24 +339,24 @@ class SignalHandler:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            for signal_number in SIGNALS:
-                old_handler = signal.getsignal(signal_number)
+            for signum in SIGNALS:
+                old_handler = signal.getsignal(signum)
                 if old_handler not in (signal.SIG_IGN, None):  # None if not installed from Python
-                    self.old_handlers[signal_number] = old_handler
-                    signal.signal(signal_number, self.handle_signal)
+                    self.old_handlers[signum] = old_handler
+                    signal.signal(signum, self.handle_signal)
         return self
 
     def __exit__(self, *error: object) -> None:
-        for signal_number, handler in self.old_handlers.items():
-            signal.signal(signal_number, handler)
+        for signum, handler in self.old_handlers.items():
+            signal.signal(signum, handler)
         self.old_handlers.clear()
 
-    def handle_signal(self, signal_number: int, frame: FrameType | None) -> None:
+    def handle_signal(self, signum: int, frame: FrameType | None) -> None:
         """Store the first signal. Raise KeyboardInterrupt on a later Ctrl-C, but not if a launcher only forwards the
         first Ctrl-C."""
         if self.received_signal is None:
-            self.received_signal, self.signal_time = signal.Signals(signal_number), time.monotonic()
-        elif signal_number == signal.SIGINT and time.monotonic() - self.signal_time > MAX_FORWARDING_SECONDS:
+            self.received_signal, self.signal_time = signal.Signals(signum), time.monotonic()
+        elif signum == signal.SIGINT and time.monotonic() - self.signal_time > MAX_FORWARDING_SECONDS:
             raise KeyboardInterrupt
 
     def get_signal(self) -> str | None:
@@ -364,12 +364,12 @@ class SignalHandler:
         all processes. All processes must call this method together."""
         if self.received_signal is None and self.parent_pid not in (None, os.getppid()):
             self.received_signal = signal.SIGTERM
-        signal_number = int(self.received_signal or 0)
+        signum = int(self.received_signal or 0)
         if self.process_group is not None:
-            max_signal_number = torch.tensor(signal_number)
-            distributed.all_reduce(max_signal_number, op=distributed.ReduceOp.MAX, group=self.process_group)
-            signal_number = int(max_signal_number)
-        self.synchronized_signal = signal.Signals(signal_number) if signal_number else None
+            max_signum = torch.tensor(signum)
+            distributed.all_reduce(max_signum, op=distributed.ReduceOp.MAX, group=self.process_group)
+            signum = int(max_signum)
+        self.synchronized_signal = signal.Signals(signum) if signum else None
         return self.synchronized_signal.name if self.synchronized_signal else None
 
     @property

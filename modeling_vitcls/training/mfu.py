@@ -33,8 +33,8 @@ from .costs import (
     count_layer_flops,
     count_linear_flops,
     estimate_memory,
+    get_classifiers,
     get_first_trainable_layer,
-    get_heads,
     get_linear_layers,
     get_num_patches_and_tokens,
     get_num_queries_per_layer,
@@ -217,7 +217,7 @@ def count_training_flops(model: ViTCLSPreTrainedModel, batch_size: int = 1) -> i
         backward_flops += patch_flops
     is_encoder_trainable = first_trainable_layer < len(layers) or has_trainable_parameters(encoder.layernorm)
     if not is_encoder_trainable and not (encoder.pooler is not None and get_linear_layers([encoder.pooler])):
-        backward_flops -= sum(count_linear_flops(get_linear_layers([head])[0]) for head in get_heads(model))
+        backward_flops -= sum(count_linear_flops(get_linear_layers([head])[0]) for head in get_classifiers(model))
     return batch_size * (forward_flops + backward_flops) + 3 * head_flops
 
 

@@ -171,9 +171,11 @@ def can_show_samples(
 ) -> bool:
     """Return whether the card may contain held-out images. Without --card-samples, images of a local dataset are not
     published in a public repository. `repo_id` is the repository to push to, or None if the model is not pushed."""
-    run, dataset = options.run, options.data.dataset
-    requires_consent = is_local(dataset) and repo_id is not None and not run.card_samples and run.report
-    if not requires_consent or run.hub_private or is_private_repo(str(repo_id)):
+    run_options, dataset = options.run, options.data.dataset
+    requires_consent = (
+        is_local(dataset) and repo_id is not None and not run_options.card_samples and run_options.report
+    )
+    if not requires_consent or run_options.hub_private or is_private_repo(str(repo_id)):
         return True
     warn(
         f"the card contains no held-out images, because {dataset} is local and {repo_id} is not known to be "

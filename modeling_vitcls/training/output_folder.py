@@ -227,11 +227,11 @@ class FolderLock:
     def __exit__(self, *error: object) -> None:
         self.release()
 
-    def release_and_exit(self, number: int, frame: FrameType | None) -> None:
+    def release_and_exit(self, signum: int, frame: FrameType | None) -> None:
         """Handle SIGTERM: release the lock, then end the process with the default handler."""
         self.release()
-        signal.signal(number, signal.SIG_DFL)
-        os.kill(os.getpid(), number)
+        signal.signal(signum, signal.SIG_DFL)
+        os.kill(os.getpid(), signum)
 
     # Lock file -------------------------------------------------------------------------------------------------------
 

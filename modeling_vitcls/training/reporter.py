@@ -193,9 +193,9 @@ def describe_model(source: str, model: Any) -> dict[str, str]:
     token_counts = {name: count for name, count in count_tokens(config).items() if count}
     layout_text = " | ".join(f"{count} {name}" for name, count in token_counts.items())
     height, width = config.image_height_width
-    num_trainable = count_parameters(model, only_trainable=True)
+    num_trainable_parameters = count_parameters(model, only_trainable=True)
     return {
-        "model": f"{source}: {count_parameters(model):,} parameters, {num_trainable:,} trainable, "
+        "model": f"{source}: {count_parameters(model):,} parameters, {num_trainable_parameters:,} trainable, "
         f"{config.num_hidden_layers} layers of width {config.hidden_size}, pooling {config.pooling}",
         "tokens": f"[ {layout_text} ] = {sum(token_counts.values())} for {height} x {width} pixels",
     }

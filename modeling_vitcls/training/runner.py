@@ -144,14 +144,14 @@ class Runner:
             RunStopped: after a signal, a non-finite loss, too many unreadable images, or a full disk.
         """
         model = components.model
-        training, accelerator = self.options.training, self.accelerator
-        if training.compile:
+        training_options, accelerator = self.options.training, self.accelerator
+        if training_options.compile:
             model.compile()
         self.utilization = build_utilization(model, plan, accelerator, self.reporter.print_line)
         configure_layer_sharding(accelerator, model)
-        set_deepspeed_training_options(accelerator, training)
-        state = TrainingState(*accelerator.prepare(model, build_optimizer(model, training)))
-        state.ema = Ema(state.model, training.ema_decay) if training.ema_decay else None
+        set_deepspeed_training_options(accelerator, training_options)
+        state = TrainingState(*accelerator.prepare(model, build_optimizer(model, training_options)))
+        state.ema = Ema(state.model, training_options.ema_decay) if training_options.ema_decay else None
         # The monitor stores the initial tokens, so it is built before the checkpoint is loaded.
         monitor = TokenMonitor(accelerator.unwrap_model(state.model))
         unreadable_images = UnreadableImageCounter(
@@ -201,7 +201,9 @@ class Runner:
             callbacks = LoopCallbacks(
                 evaluate=evaluate_with_timing,
                 log=log,
-                warn=self.reporter.warn if training.trainable in TOKEN_TRAINING_MODES else lambda message: None,
+                warn=self.reporter.warn
+                if training_options.trainable in TOKEN_TRAINING_MODES
+                else lambda message: None,
                 save=save,
                 on_batch=lambda batch: unreported_indices.extend(batch["replaced"][batch["replaced"] >= 0].tolist()),
                 measure_attention=components.measure_attention,
@@ -215,7 +217,7 @@ class Runner:
                 state,
                 components.objective,
                 plan,
-                training,
+                training_options,
                 accelerator,
                 callbacks,
                 monitor,
@@ -224,12 +226,12 @@ class Runner:
             )
             with closing(components.iterate_batches(state.step)) as batches:  # closing stops the data loading workers
                 metrics = loop.run(batches)
-                if training.select == "best":
+                if training_options.select == "best":
                     self.load_best_weights(state)
             self.training_seconds = self.get_training_seconds()
         if state.ema is not None:
             state.ema.copy_to_model(state.ema.shadow)
-        if training.trainable in TOKEN_TRAINING_MODES:
+        if training_options.trainable in TOKEN_TRAINING_MODES:
             for token in monitor.find_unchanged_tokens():
                 self.reporter.warn(f"token {token} did not change in {plan.num_steps} training steps")
         if len(unreadable_images):
@@ -459,21 +461,24 @@ def build_runner(options: FinetuneOptions | PretrainOptions) -> Runner:
     """
     check_preset_name(options.model.model)
     options = resolve_local_paths(options)
-    training, run = options.training, options.run
+    training_options, run_options = options.training, options.run
     accelerator = build_accelerator(
-        training.gradient_accumulation_steps, training.mixed_precision, run.log_with, options.output_dir / "trackers"
+        training_options.gradient_accumulation_steps,
+        training_options.mixed_precision,
+        run_options.log_with,
+        options.output_dir / "trackers",
     )
-    check_deepspeed_flags(accelerator, training, run)
-    set_seed(training.seed)
+    check_deepspeed_flags(accelerator, training_options, run_options)
+    set_seed(training_options.seed)
     reporter = Reporter(options.output_dir / output_folder.METRICS_FILE, accelerator)
-    store = CheckpointStore(options.output_dir / output_folder.CHECKPOINTS_FOLDER, run.keep_checkpoints)
+    store = CheckpointStore(options.output_dir / output_folder.CHECKPOINTS_FOLDER, run_options.keep_checkpoints)
     if reason := explain_unsupported_checkpoints(accelerator):
         reporter.warn(f"no checkpoints are saved, and the run cannot be resumed: {reason}")
     lock = output_folder.FolderLock(options.output_dir)
     run_on_main(accelerator, lock.acquire)
     runner = Runner(options, accelerator, store, None, None, reporter, lock)
     with runner.release_lock_on_error():
-        if run.resume:
+        if run_options.resume:
             load_newest = partial(store.load_newest, reporter.warn)
             runner.checkpoint, runner.checkpoint_metadata = load_on_main(accelerator, load_newest)
         run_on_main(accelerator, runner.check_folder)

@@ -105,8 +105,8 @@ class Task(ABC):
         run_properties = get_run_properties(self.options, self.data.num_training_images)
         self.options, reasons = resolve_defaults(self.options, run_properties)
         self.runner.set_options(self.options)
-        weights = describe_random_weights(self.options.model.model, run_properties)
-        self.summary_lines = {"weights": weights, "defaults": format_defaults(reasons)}
+        weights_line = describe_random_weights(self.options.model.model, run_properties)
+        self.summary_lines = {"weights": weights_line, "defaults": format_defaults(reasons)}
 
     # Supplied by each task -------------------------------------------------------------------------------------------
 
@@ -169,19 +169,23 @@ class Task(ABC):
     def resolve_repo_id(self) -> str | None:
         """Return the repository for `--push-to-hub`, or None if the flag is not set. Raise ValueError or OSError on
         all processes if pushing is not permitted or the Hub cannot be reached."""
-        run, accelerator, name = self.options.run, self.runner.accelerator, self.runner.folder.resolve().name
-        if not run.push_to_hub:
+        run_options, accelerator, name = self.options.run, self.runner.accelerator, self.runner.folder.resolve().name
+        if not run_options.push_to_hub:
             return None
-        if run.hub_push_optimizer and (reason := explain_unsupported_checkpoints(accelerator)):
+        if run_options.hub_push_optimizer and (reason := explain_unsupported_checkpoints(accelerator)):
             raise ValueError(f"--hub-push-optimizer requires checkpoints, which are not supported: {reason}")
-        return run_on_main(accelerator, lambda: check_push_permissions(run.hub_model_id, name, run.hub_private))
+        return run_on_main(
+            accelerator, lambda: check_push_permissions(run_options.hub_model_id, name, run_options.hub_private)
+        )
 
-    def build_plan(self, training: TrainingOptions) -> BatchPlan:
+    def build_plan(self, training_options: TrainingOptions) -> BatchPlan:
         """Build the batch plan for the given training options."""
         labels = self.data.train.labels if isinstance(self.data.train, LabeledImages) else None
         num_copies = self.options.augmentation.repeated_augmentation
         num_processes = self.runner.accelerator.num_processes
-        return BatchPlan.from_options(self.data.num_training_images, training, num_processes, labels, num_copies)
+        return BatchPlan.from_options(
+            self.data.num_training_images, training_options, num_processes, labels, num_copies
+        )
 
     def build_components(self, evaluator: EvaluationFunction) -> TrainingComponents:
         """Build the components that train the model on pixels."""
@@ -283,17 +287,17 @@ def collect_summary_lines(task: Task) -> dict[str, str]:
     """Return the summary lines that are printed before training, as {name: text}."""
     data = task.data
     image_count_text = "a stream of" if data.num_training_images is None else f"{data.num_training_images:,}"
-    lines = {
+    summary_lines = {
         "data": f"{data.name}: {image_count_text} training images, {len(data.held_out):,} held-out images "
         f"({data.held_out_name}); {task.describe_labels()}"
     }
     if data.selection is not None:
-        lines["selection"] = (
+        summary_lines["selection"] = (
             f"the best checkpoint is selected on {len(data.selection):,} separate images ({data.selection_name})"
         )
-    lines |= describe_model(task.options.model.model, task.model)
-    lines |= {name: line for name, line in task.summary_lines.items() if line}
-    return lines | task.get_summary_lines() | describe_batches(task.plan, task.runner.accelerator)
+    summary_lines |= describe_model(task.options.model.model, task.model)
+    summary_lines |= {name: line for name, line in task.summary_lines.items() if line}
+    return summary_lines | task.get_summary_lines() | describe_batches(task.plan, task.runner.accelerator)
 
 
 def collect_results(task: Task) -> dict[str, Any]:

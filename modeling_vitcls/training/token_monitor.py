@@ -31,10 +31,10 @@ class TokenMonitor:
     def __init__(self, model: nn.Module) -> None:
         embeddings = [module for module in model.modules() if isinstance(module, ViTCLSEmbeddings)]
         self.parameters = embeddings[0].get_special_tokens() if embeddings else {}
-        self.initial_tokens = self.get_tokens()
+        self.initial_tokens = self.copy_tokens()
         self.reported_names: set[str] = set()  # names that `find_new_tokens_without_gradient` has returned
 
-    def get_tokens(self) -> Tokens:
+    def copy_tokens(self) -> Tokens:
         """Return a copy of each token on the CPU."""
         return {
             f"{group}[{index}]": token
@@ -42,8 +42,8 @@ class TokenMonitor:
             for index, token in enumerate(gather_tensor(parameter).detach().float().cpu().squeeze(0).clone())
         }
 
-    def get_gradients(self) -> Tokens:
-        """Return the gradient of each token that has a gradient."""
+    def copy_gradients(self) -> Tokens:
+        """Return a copy of the gradient on the CPU for each token that has a gradient."""
         return {
             f"{group}[{index}]": gradient
             for group, parameter in self.parameters.items()
@@ -53,7 +53,7 @@ class TokenMonitor:
 
     def compute_token_metrics(self, old_tokens: Tokens, gradients: Tokens) -> dict[str, dict[str, float | None]]:
         """Return the metrics of each token for metrics.jsonl. `old_tokens` are the tokens before the update."""
-        new_tokens = self.get_tokens()
+        new_tokens = self.copy_tokens()
         norms = {name: token.norm().item() for name, token in new_tokens.items()}
         gradient_norms = {name: gradients[name].norm().item() if name in gradients else 0.0 for name in new_tokens}
         update_ratios = {
@@ -73,11 +73,11 @@ class TokenMonitor:
 
     def find_unchanged_tokens(self) -> list[str]:
         """Return the names of the tokens that still have their initial values, such as `registers[1]`."""
-        return [name for name, token in self.get_tokens().items() if torch.equal(token, self.initial_tokens[name])]
+        return [name for name, token in self.copy_tokens().items() if torch.equal(token, self.initial_tokens[name])]
 
     def compute_token_movement(self) -> dict[str, float]:
         """Return the Euclidean norm of each token's change since the start of training."""
-        return {name: (token - self.initial_tokens[name]).norm().item() for name, token in self.get_tokens().items()}
+        return {name: (token - self.initial_tokens[name]).norm().item() for name, token in self.copy_tokens().items()}
 
 
 def build_attention_callback(
