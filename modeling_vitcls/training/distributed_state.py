@@ -181,8 +181,8 @@ def gather_tensor(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def gather_gradient(parameter: torch.Tensor) -> torch.Tensor | None:
-    """Return the full gradient of a parameter, or None if the parameter has no gradient. All processes must call this
-    function together."""
+    """Return the full gradient of a parameter, or None if the parameter has no gradient. This function must be called
+    on all processes."""
     if parameter.requires_grad and (hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")):  # ZeRO
         from deepspeed.utils import safe_get_full_grad
 
