@@ -57,7 +57,7 @@ class AdaptableModel(PreTrainedModel):
         Other arguments are passed to `PreTrainedModel.from_pretrained`.
 
         Raises:
-            OSError, RuntimeError: if the checkpoint is missing, damaged or incompatible. The message is one line.
+            OSError, RuntimeError: if the checkpoint is missing, damaged or incompatible. The message is a single line.
             ValueError: if configuration fields contradict each other.
         """
         source, config_class = pretrained_model_name_or_path, cast(type[ViTCLSConfig], cls.config_class)
@@ -307,7 +307,7 @@ def load_checkpoint(load: Callable[..., Any], source: Any, *args: Any, **kwargs:
 
     Raises:
         OSError: if the folder, config.json or the weights are missing or damaged.
-        RuntimeError: if the weights do not fit the configuration.
+        RuntimeError: if the weights do not match the configuration.
         ImportError, ValueError: if an attention kernel cannot be loaded from the Hub.
     """
     check_checkpoint_folder(source, needs_config_file=kwargs.get("config") is None and not kwargs.get("subfolder"))
@@ -349,7 +349,7 @@ def describe_mismatch(load: Callable[..., Any], source: Any, *args: Any, **kwarg
     name, saved_shape, expected_shape = mismatched_keys[0]
     total_text = f" ({len(mismatched_keys)} mismatched weights in total)" if len(mismatched_keys) > 1 else ""
     return (
-        f"the weights in {source} do not fit: {name} has shape {list(saved_shape)}, but the model requires "
-        f"{list(expected_shape)}{total_text}. Use the checkpoint's configuration, or ignore_mismatched_sizes=True to "
-        "reinitialize these weights"
+        f"the weights in {source} do not match the model: {name} has shape {list(saved_shape)}, but the model "
+        f"requires {list(expected_shape)}{total_text}. Use the checkpoint's configuration, or "
+        "ignore_mismatched_sizes=True to reinitialize these weights"
     )

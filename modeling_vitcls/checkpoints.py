@@ -83,7 +83,7 @@ class CheckpointStore:
             is_best: whether the model is the best model so far. The newest checkpoint with `is_best` is always kept.
 
         Raises:
-            OSError: if the checkpoint cannot be written; earlier checkpoints are unchanged.
+            OSError: if the checkpoint cannot be written; earlier checkpoints are left unchanged.
         """
         target = self.get_folder(step)
         partial_folder = get_hidden_path(target, PARTIAL_SUFFIX)

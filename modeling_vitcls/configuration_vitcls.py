@@ -437,7 +437,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """Return the values to save: `ALWAYS_SAVED_FIELDS` that are not None, and fields with non-default values."""
+        """Return the fields to save: `ALWAYS_SAVED_FIELDS` that are not None, and fields with non-default values."""
         defaults: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(self)}
         defaults |= dict.fromkeys(ALWAYS_SAVED_FIELDS)
         values = super().to_diff_dict()
@@ -453,7 +453,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     def register_auto_classes(cls) -> None:
         """Register the configuration, models, backbone and image processors with the Auto classes of transformers.
 
-        Composite models, for example `VisionTextDualEncoderModel`, require the registration. A registered class takes
+        Composite models, for example `VisionTextDualEncoderModel`, require this registration. A registered class takes
         precedence over `trust_remote_code` and `revision` in all later loads in this process.
 
         The modules are imported dynamically, because the modules import this file. transformers' remote code loader

@@ -383,7 +383,7 @@ def is_emulated(inputs: Tensor) -> bool:
 
 
 def get_matmul_dtype(inputs: Tensor) -> torch.dtype:
-    """Return the dtype of matrix products: the autocast dtype, or the input dtype if autocast is disabled."""
+    """Return the dtype of matrix products: the autocast dtype, or the input dtype for float64 or without autocast."""
     if inputs.dtype == torch.float64 or not torch.is_autocast_enabled(inputs.device.type):
         return inputs.dtype
     return torch.get_autocast_dtype(inputs.device.type)

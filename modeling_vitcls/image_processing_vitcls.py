@@ -213,8 +213,8 @@ class ViTCLSImageProcessor(ViTCLSBaseImageProcessor, TorchvisionBackend):  # typ
           mode `F` has no defined range and raises an error.
         - Channels, `do_convert_rgb=True`: All modes are converted to RGB. Transparent images are composited on white.
         - Channels, `do_convert_rgb=False`: Gray images are composited on white and have 1 channel. Color images have 3
-          channels, or 4 channels with transparency. Arrays are unchanged. `image_mean` and `image_std` require one
-          value per channel. For `num_channels=1`, set `do_convert_rgb=False, image_mean=[0.5], image_std=[0.5]`.
+          channels, or 4 channels with transparency. Arrays are left unchanged. `image_mean` and `image_std` require
+          one value per channel. For `num_channels=1`, set `do_convert_rgb=False, image_mean=[0.5], image_std=[0.5]`.
 
     `ViTCLSImageProcessorPil` returns the same values up to floating-point rounding if images are not resized. With
     bilinear or bicubic resizing, values differ by at most 2 of 255 gray levels (mean: 0.05) for photographs, and by at
@@ -237,7 +237,7 @@ class ViTCLSImageProcessor(ViTCLSBaseImageProcessor, TorchvisionBackend):  # typ
 
     Raises:
         ValueError: If a file is missing, truncated or not an image, if an object is not an image, if sizes or channels
-            are inconsistent, if values are out of range, or if a setting is misspelled. The message is one line.
+            are inconsistent, if values are out of range, or if a setting is misspelled. The message is a single line.
     """
 
     _checked_settings: tuple[Any, ...] | None = None  # last checked settings, if the fast path supports them

@@ -115,8 +115,8 @@ class ViTCLSMultiTaskOutput(ModelOutput):
 
     Attributes:
         loss: sum of `losses`, if labels were given.
-        losses: dict from task names to losses, for tasks with labels.
-        logits: dict from task names to logits [B, num_labels].
+        losses: dict that maps task names to losses, for tasks with labels.
+        logits: dict that maps task names to logits [B, num_labels].
         hidden_states, attentions: as in `ViTCLSModelOutput`.
     """
 
@@ -280,7 +280,7 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
 
         Args:
             pixel_values: [B, C, H, W]; images of any size with at least one patch.
-            bool_masked_pos: [B, rows * columns]; True for patches that are replaced by the mask token.
+            bool_masked_pos: [B, rows * columns]; True for patches that are replaced with the mask token.
             attention_mask: [B, N] for all tokens, special tokens first; 1 for visible tokens, 0 for masked tokens.
             num_output_tokens: number of special tokens to compute in the last layer and return. Default: all tokens.
             interpolate_pos_encoding: has no effect, because positions are always interpolated to the image size.
@@ -444,7 +444,7 @@ class ViTCLSForMultiTaskClassification(ViTCLSPreTrainedModel):
         """Classify images for every task.
 
         Args:
-            labels: dict from task names to class indices [B]. Tasks may be omitted. Labels of -100 are ignored.
+            labels: dict that maps task names to class indices [B]. Tasks may be omitted. Labels of -100 are ignored.
 
         Raises:
             ValueError: if a task is unknown, or if a label is not a class index of the task.
@@ -479,7 +479,7 @@ class ViTCLSForMultiTaskClassification(ViTCLSPreTrainedModel):
 def get_num_output_tokens(encoder: ViTCLSModel, kwargs: Mapping[str, Any]) -> int | None:
     """Return the number of tokens that the last layer must compute for the classifiers; None for all tokens.
 
-    Special tokens come first, so the slices of `token_layout` remain valid. Return None if the pooling uses patches,
+    Special tokens come first, so the slices of `token_layout` remain valid. Return None if pooling uses patches,
     the attention is neither SDPA nor eager, the last layer has register neurons, hidden states or attentions are
     requested, or a recorder or hook may access all tokens.
     """

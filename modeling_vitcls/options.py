@@ -123,8 +123,8 @@ class ModelOptions:
 
 
 def parse_cls_scopes(values: Sequence[str]) -> list[str | list[int]]:
-    """Convert the values of `--cls-scopes` to `ViTCLSConfig.cls_scopes`: one scope per CLS token, "image" or
-    [rows, columns, row, column]. Raise ValueError if a value is not `image` or a grid such as `2x2`."""
+    """Convert the values of `--cls-scopes` to `ViTCLSConfig.cls_scopes`. Each scope (one per CLS token) is "image"
+    or [rows, columns, row, column]. Raise ValueError if a value is not `image` or a grid such as `2x2`."""
     scopes: list[str | list[int]] = []
     for value in values:
         if value == "image":
@@ -345,7 +345,7 @@ class RunOptions:
         is_separate_branch = self.hub_checkpoint_branch not in ("", "main")
         check_value(self, "hub_checkpoint_branch", is_separate_branch, "a branch other than main")
         is_valid_license = self.license is None or bool(re.fullmatch(r"[a-z0-9][a-z0-9.-]*", self.license))
-        requirement = "a license identifier of the Hub, such as apache-2.0 or cc-by-4.0"
+        requirement = "a Hub license identifier, such as apache-2.0 or cc-by-4.0"
         check_value(self, "license", is_valid_license, requirement)
         for name in ("hub_checkpoint_every", "hub_push_optimizer"):
             if getattr(self, name) and not self.push_to_hub:

@@ -8,8 +8,8 @@ A study file (scripts/recipes/study_*.yaml) contains
                        new label columns: column -> {name of the group: [label, ...]}
     stages             stage -> flags of the vitcls subcommand; stages run in the order of STAGES
     factors            factor -> level -> flags of `finetune`, or {stage: flags}; {stage: null} skips the stage
-    metrics            dotted keys of numbers in results.json, with one table per metric. `NAME.*` denotes a list of
-                       numbers, with one table row per index, for example per layer
+    metrics            dotted keys of numeric values in results.json, with one table per metric. `NAME.*` denotes a
+                       list of numbers, with one table row per index, for example per layer
     baseline           factor -> baseline level, with which all levels of the factor are compared
 
 In flags, `{run}` is replaced with the folder of the run, `{folder}` with the folder of the study, and `{subset:NAME}`
@@ -17,8 +17,8 @@ with the folder of a subset.
 
 The output folder contains
     README.md, images/*.png    page of means with 95% confidence intervals, and differences paired by seed
-    runs.parquet               one row per run: factor levels, seed, status, all numbers of results.json, and the
-                               first and the last value of each number in metrics.jsonl
+    runs.parquet               one row per run: factor levels, seed, status, all numeric values in results.json, and
+                               the first and last value of each numeric field in metrics.jsonl
     runs/NAME/                 the output folder of each stage, and log.txt
 """
 
@@ -357,12 +357,12 @@ def add_label_groups(dataset: "Dataset", column: str, groups: Mapping[str, Seque
 
 
 def build_row(runner: StudyRunner, run: StudyRun) -> dict[str, Any]:
-    """Build the row of a run in runs.parquet: factor levels, seed, status and the numbers in the results.
+    """Build the row of a run in runs.parquet: factor levels, seed, status and the numeric values in the results.
 
-    The names of the numbers start with the stage, such as `inspect.findings.outliers.3`, except for the stage
-    `finetune`. The prefixes `first.` and `last.` denote the first and the last value in the training log, such as
-    `first.loss` and `last.cls_attention_entropy.0`. If a run has a single label column, the accuracy and loss are also
-    stored as `COLUMN_accuracy` and `COLUMN_loss`, the names in runs with several label columns.
+    The column names of numeric values start with the stage, such as `inspect.findings.outliers.3`, except for the
+    stage `finetune`. The prefixes `first.` and `last.` denote the first and the last value in the training log, such
+    as `first.loss` and `last.cls_attention_entropy.0`. If a run has a single label column, the accuracy and loss are
+    also stored as `COLUMN_accuracy` and `COLUMN_loss`, the names in runs with several label columns.
     """
     status = "finished" if runner.is_finished(run) else "unfinished"
     row: dict[str, Any] = {**run.levels, "seed": run.seed, "status": status}
@@ -382,8 +382,8 @@ def build_row(runner: StudyRunner, run: StudyRun) -> dict[str, Any]:
 
 
 def flatten_numbers(value: Any, name: str) -> dict[str, float]:
-    """Return a flat dict of the numbers in nested dicts and lists. Each name consists of keys and indices, joined by
-    dots. Lists with more than MAX_LIST_LENGTH elements are omitted."""
+    """Return a flat dict of the numeric values in nested dicts and lists. Each name consists of keys and indices,
+    joined by dots. Lists with more than MAX_LIST_LENGTH elements are omitted."""
     if isinstance(value, list):
         value = dict(enumerate(value)) if len(value) <= MAX_LIST_LENGTH else {}
     if not isinstance(value, dict):
@@ -490,7 +490,7 @@ def format_interval(values: list[float], sign_format: str = "") -> str:
 
 
 def plot_groups(groups: dict[tuple[str, ...], dict[int, float]], metric: str, file: Path) -> None:
-    """Save a PNG plot of each run (dots), and of the mean and 95% interval of each combination of levels
+    """Save a PNG plot of all runs (dots), with the mean and 95% confidence interval of each combination of levels
     (diamonds)."""
     from matplotlib.figure import Figure
 

@@ -1,6 +1,6 @@
 """Library versions, device names, memory, energy estimates, and the peak throughput of matrix products.
 
-Energy is estimated as power times duration, with these powers:
+Energy consumption is estimated as the duration times the assumed power draw:
 
     GPU             power limit of the GPU, from nvidia-smi
     CPU             `WATTS_PER_CPU_THREAD` per thread
@@ -57,15 +57,15 @@ def keep_freed_memory() -> None:
         libc.mallopt(M_TRIM_THRESHOLD, -1)  # -1: never return memory
 
 
-# Assumed power per CPU thread in watts, including memory and power supply. The value is an upper estimate, because
-# servers with 16 to 64 cores draw about 100 to 300 W (5 to 6 W per core).
+# Assumed power draw per CPU thread in watts, including memory and power supply. The value is an upper estimate,
+# because servers with 16 to 64 cores draw about 100 to 300 W (5 to 6 W per core).
 WATTS_PER_CPU_THREAD = 10.0
 JOULES_PER_KILOWATT_HOUR = 3.6e6
 NVIDIA_SMI_TIMEOUT = 10.0  # timeout of nvidia-smi, in seconds
 
 
 def estimate_energy(seconds: float, num_processes: int, device: torch.device) -> dict[str, Any] | None:
-    """Return the estimated energy of all processes, or None if the power of the device is unknown.
+    """Return the estimated energy consumption of all processes, or None if the power draw of the device is unknown.
 
     Args:
         seconds: duration of the run.
@@ -73,7 +73,7 @@ def estimate_energy(seconds: float, num_processes: int, device: torch.device) ->
         device: device of this process.
 
     Returns:
-        A dict with "kilowatt_hours", "watts_per_process" and "assumption" (a description of the assumed power).
+        A dict with "kilowatt_hours", "watts_per_process" and "assumption" (a description of the assumed power draw).
     """
     if device.type == "cuda":
         watts, assumption = get_power_limit(device), "each GPU ran at its power limit"

@@ -19,7 +19,7 @@ def get_token_names(config: ViTCLSConfig) -> list[str]:
 
 
 def get_token_names_by_group(config: ViTCLSConfig) -> dict[str, list[str]]:
-    """Return a dict from token groups ("cls", "distillation" and "registers") to the names of their tokens."""
+    """Return a dict that maps token groups ("cls", "distillation" and "registers") to the names of their tokens."""
     layout = config.token_layout
     indices = range(layout.num_prefix_tokens)
     names = {

@@ -4,8 +4,8 @@
     python scripts/make_coverage.py --output other.md
 
 Every architecture is built with random weights and two layers, converted, and compared at two image sizes. An
-architecture is exact if all tokens and logits differ by at most 1e-5 in float32. For other architectures, the table
-lists the error message of the conversion.
+architecture converts exactly if all tokens and logits differ by at most 1e-5 in float32. For other architectures, the
+table lists the error message of the conversion.
 """
 
 import argparse
@@ -101,8 +101,8 @@ UNSUPPORTED_FEATURES = {
 HEADER = """# Coverage of other projects' ViTs
 
 `python scripts/make_coverage.py` writes this page. The script builds every architecture with random weights and two
-layers, and converts the model. An architecture is exact if all tokens and logits differ from the source model by at
-most 1e-5 in float32, at the native size and at a non-square size.
+layers, and converts the model. An architecture converts exactly if all tokens and logits differ from the source model
+by at most 1e-5 in float32, at the native size and at a non-square size.
 
 The versions are timm {timm} and transformers {transformers}.
 
@@ -134,9 +134,9 @@ def format_timm_section() -> str:
     exact_differences = [difference for rows in results.values() for difference, _ in rows if difference is not None]
     lines = [
         "## timm\n",
-        f"{len(exact_differences)} of {sum(map(len, results.values()))} architectures are exact. The largest "
+        f"{len(exact_differences)} of {sum(map(len, results.values()))} architectures convert exactly. The largest "
         f"difference is {max(exact_differences):.1e}.\n",
-        "| module | architectures | exact | reasons why architectures are not exact |",
+        "| module | architectures | exact | reasons for inexact conversions |",
         "|---|---:|---:|---|",
     ]
     for module, rows in results.items():
@@ -149,7 +149,7 @@ def format_timm_section() -> str:
 
 @torch.no_grad()
 def measure_timm_model(name: str) -> tuple[float | None, str]:
-    """Return the largest difference of an architecture and "", or None and the reason why it is not exact."""
+    """Return the largest difference of an architecture and "", or None and the reason for the inexact conversion."""
     try:
         model = build_timm_model(name)
         converted_model = convert_from_timm(model)
@@ -208,8 +208,8 @@ def format_transformers_section() -> str:
         [
             "## transformers\n",
             "The table lists the convertible classes, and all base models whose configuration has the fields of an "
-            f"image encoder. {len(exact_differences)} of {num_classes} classes are exact. The largest difference is "
-            f"{max(exact_differences.values()):.1e}.\n",
+            f"image encoder. {len(exact_differences)} of {num_classes} classes convert exactly. The largest "
+            f"difference is {max(exact_differences.values()):.1e}.\n",
             "| result | classes |",
             "|---|---|",
             *(f"| {result} | {', '.join(f'`{name}`' for name in sorted(names))} |" for result, names in rows.items()),
@@ -236,7 +236,8 @@ def list_vision_classes() -> dict[str, Any]:
 
 @torch.no_grad()
 def measure_transformers_class(name: str) -> tuple[float | None, str]:
-    """Return the largest difference of a convertible class and "", or None and the reason why it is not exact."""
+    """Return the largest difference of a convertible class and "", or None and the reason for the inexact
+    conversion."""
     model_class = getattr(transformers, name)
     try:
         source = TransformersSource(

@@ -97,7 +97,8 @@ def train_dual_encoder(
 
 
 def build_tokenizer(class_names: list[str]) -> PreTrainedTokenizerFast:
-    """Build a tokenizer with one token per word of the captions. A caption starts with [CLS], as in BERT."""
+    """Build a tokenizer with one token for each distinct word in the captions. A caption starts with [CLS], as in
+    BERT."""
     texts = [caption.format(name) for caption in (*TRAINING_CAPTIONS, EVALUATION_CAPTION) for name in class_names]
     words = sorted({word for text in texts for word, _ in Whitespace().pre_tokenize_str(text)})
     vocabulary = {word: index for index, word in enumerate(["[PAD]", "[UNK]", "[CLS]", *words])}

@@ -87,7 +87,7 @@ LIMITS: list[tuple[type, str, list[Any], list[Any], str]] = [
     (RunOptions, "keep_checkpoints", [1], [0], "1 or more"),
     (RunOptions, "hub_checkpoint_every", [None], [0], "1 or more"),
     (RunOptions, "hub_checkpoint_branch", ["mains"], ["", "main"], "a branch other than main"),
-    (RunOptions, "license", [None, "cc-by-4.0"], ["CC BY", "", "-mit", "MIT"], "a license identifier of the Hub"),
+    (RunOptions, "license", [None, "cc-by-4.0"], ["CC BY", "", "-mit", "MIT"], "a Hub license identifier"),
     (EvaluateOptions, "batch_size", [1], [0], "1 or more"),
     (EvaluateOptions, "frozen_repeats", [1], [0], "1 or more"),
     (

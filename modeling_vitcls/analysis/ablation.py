@@ -1,6 +1,6 @@
-"""Ablations: the change in outputs if special tokens are replaced by their means or hidden from attention.
+"""Ablations: the change in outputs if special tokens are replaced with their means or hidden from attention.
 
-    information   the states of the tokens are replaced by their means over images, after the embeddings and each
+    information   the states of the tokens are replaced with their means over images, after the embeddings and each
                   layer, so that the states are the same for every image. Removing tokens or setting them to zero would
                   instead produce inputs that the model was never trained on.
     presence      the tokens are hidden by the attention mask, so that no token attends to them.
@@ -12,7 +12,7 @@
 
 An effect alone is not meaningful, because ablating any patch also changes predictions. Each effect is therefore
 compared with two null distributions on the same images: effects of ablating random patches, and effects of ablating
-the same token after its embedding was replaced by a random vector with the same norm (a redrawn token).
+the same token after its embedding is replaced with a random vector with the same norm (a redrawn token).
 """
 
 import math
@@ -106,7 +106,8 @@ def compute_ablations(
         mean_states: [L + 1, S, D], mean states after the embeddings and after each layer (`Findings.mean_states`).
         before: outputs without ablation (`collect_outputs(model, batches)`), if already computed.
         sample: batches of images for the null distributions, and the indices of these images. Default: all images.
-        known_outputs: dict from token keys or group names to outputs with these tokens hidden, if already computed.
+        known_outputs: dict that maps token keys or group names to outputs with these tokens hidden, if already
+            computed.
 
     Raises:
         ValueError: if there are no images, or labels have the wrong shape.
@@ -153,7 +154,7 @@ def compute_ablations(
 def compute_ablation_effects(
     model: Any, batches: Batches, mean_states: torch.Tensor, before: Predictions | None = None
 ) -> dict[str, AblationEffect]:
-    """Return a dict from token keys such as `cls[0]` to the effect of replacing the token by its mean. Null
+    """Return a dict that maps token keys such as `cls[0]` to the effect of replacing the token with its mean. Null
     distributions are not measured (use `compute_ablations`).
 
     Args:
@@ -176,8 +177,8 @@ def compute_ablation_effects(
 
 def collect_constant_outputs(model: Any, batches: Batches, before: Any, indices: Sequence[int]) -> Predictions | None:
     """Return the predictions for all images if the classifier uses only the tokens at sequence indices `indices`,
-    and None otherwise. Because these tokens are replaced by their means, the predictions are the same for every image,
-    and one forward pass is sufficient."""
+    and None otherwise. Because these tokens are replaced with their means, the predictions are the same for every
+    image, and one forward pass is sufficient."""
     used_indices = {index for index, is_used in enumerate(get_used_token_mask(model.config)) if is_used}
     if not isinstance(before, Predictions) or not used_indices <= set(indices):
         return None
@@ -196,7 +197,7 @@ def collect_constant_outputs(model: Any, batches: Batches, before: Any, indices:
 def measure_patch_effects(
     model: Any, batches: Batches, before: Any, set_sizes: set[int], generator: torch.Generator
 ) -> dict[tuple[str, int], list[float]]:
-    """Return a dict from (kind of ablation, number of patches) to the effect sizes of ablating random patches."""
+    """Return a dict that maps (kind of ablation, number of patches) to the effect sizes of ablating random patches."""
     layout: TokenLayout = model.config.token_layout
     get_grid_size = model.base_model.embeddings.patch_embeddings.get_grid_size
     min_tokens = min(layout.get_num_tokens(*get_grid_size(pixel_values)) for pixel_values, _ in batches())
@@ -232,8 +233,8 @@ def measure_redraw_effects(
     outputs_without_tokens: dict[tuple[int, ...], Any],
     generator: torch.Generator,
 ) -> dict[str, tuple[float, dict[str, list[float]]]]:
-    """Return a dict from token keys and group names to two values: the mean effect size of redrawing the tokens, and
-    the effect sizes of ablating the redrawn tokens, by kind. Tokens of a group share a null distribution.
+    """Return a dict that maps token keys and group names to two values: the mean effect size of redrawing the tokens,
+    and the effect sizes of ablating the redrawn tokens, by kind. Tokens of a group share a null distribution.
 
     `outputs_without_tokens` maps the sequence indices of tokens to the outputs with these tokens hidden from
     attention. Redrawing hidden tokens does not change the outputs, because neither other tokens nor the head use
@@ -293,7 +294,8 @@ def count_null_passes(model: Any) -> int:
 
 
 def get_group_indices(layout: TokenLayout) -> dict[str, list[int]]:
-    """Return a dict from groups to the sequence indices of their special tokens; groups without tokens are omitted."""
+    """Return a dict that maps groups to the sequence indices of their special tokens. Groups without tokens are
+    omitted."""
     special_indices = range(layout.num_prefix_tokens)
     return {name: list(special_indices[group]) for name, group in layout.items() if special_indices[group]}
 
@@ -306,7 +308,7 @@ def get_token_keys(layout: TokenLayout) -> list[str]:
 
 
 def get_ablation_targets(layout: TokenLayout) -> dict[str, list[int]]:
-    """Return a dict from token keys, and names of groups with several tokens, to sequence indices."""
+    """Return a dict that maps token keys, and names of groups with several tokens, to sequence indices."""
     targets = {key: [index] for index, key in enumerate(get_token_keys(layout))}
     return targets | {name: members for name, members in get_group_indices(layout).items() if len(members) > 1}
 
@@ -329,7 +331,7 @@ def collect_mean_states(model: Any, batches: Batches, indices: Sequence[int]) ->
 def collect_ablated_outputs(
     kind: str, model: Any, batches: Batches, indices: list[int], mean_states: torch.Tensor
 ) -> Any:
-    """Return the outputs with the tokens at sequence indices `indices` replaced by their mean states [L + 1, n, D]
+    """Return the outputs with the tokens at sequence indices `indices` replaced with their mean states [L + 1, n, D]
     ("information") or hidden from attention ("presence")."""
     if kind == "presence":
         return collect_outputs(model, batches, indices)
@@ -339,7 +341,7 @@ def collect_ablated_outputs(
 
 @contextmanager
 def replace_by_means(model: Any, indices: Sequence[int], mean_states: torch.Tensor) -> Iterator[None]:
-    """Replace the states of the tokens at sequence indices `indices` by `mean_states` [L + 1, n, D], after the
+    """Replace the states of the tokens at sequence indices `indices` with `mean_states` [L + 1, n, D], after the
     embeddings and after each layer. The last layer is included only if the head uses one of the tokens."""
     encoder, is_used_by_head = model.base_model, get_used_token_mask(model.config, is_classifier(model))
     modules = [encoder.embeddings, *encoder.layers]
@@ -354,7 +356,7 @@ def replace_by_means(model: Any, indices: Sequence[int], mean_states: torch.Tens
 
 @contextmanager
 def redraw_tokens(model: Any, indices: Sequence[int], generator: torch.Generator) -> Iterator[None]:
-    """Replace the embeddings of the tokens at sequence indices `indices` by random vectors with the same norms."""
+    """Replace the embeddings of the tokens at sequence indices `indices` with random vectors with the same norms."""
     directions = nn.functional.normalize(torch.randn(len(indices), model.config.hidden_size, generator=generator))
 
     def redraw(tokens: torch.Tensor) -> torch.Tensor:

@@ -103,7 +103,7 @@ def find_second_mode(ratios: torch.Tensor) -> SecondMode | None:
 def diagnose_patches(config: ViTCLSConfig, findings: Findings, has_head: bool = True) -> PatchDiagnosis:
     """Determine whether the patch norms have a second mode, and whether registers absorb outliers.
 
-    The verdict applies to the last quarter of the layers whose output is used; Darcet et al. 2023 (arXiv 2309.16588)
+    The verdict applies to the last quarter of the layers whose output is used; Darcet et al. (2023, arXiv 2309.16588)
     measure only the last layer. The `reason` also describes earlier layers.
     """
     last_layer = count_used_layers(config, has_head)[-1]

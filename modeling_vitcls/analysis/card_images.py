@@ -57,7 +57,7 @@ def write_card_images(
             model accepts are shown, or fewer images if the model has more than eight special tokens.
 
     Returns:
-        Dictionary from the name of each image to its path relative to `folder`. Names are "token_layout",
+        Dictionary that maps the name of each image to its path relative to `folder`. Names are "token_layout",
         "confusion_matrix" (or "confusion_matrix_TASK" for each task) and "attention".
 
     Raises:

@@ -56,7 +56,7 @@ MAX_HARM_P_VALUE = 0.05  # significance level of the verdict "harmful"; divided 
 MIN_EARLY_FRACTION, MAX_MIDDLE_RATIO = 0.75, 2 / 3
 MIN_UNIFORM_FRACTION = 0.9  # minimum fraction of tokens attended to in each layer if attention is uniform
 
-ABLATION_TERMS = {"information": "replaced by {} mean", "presence": "hidden from attention"}
+ABLATION_TERMS = {"information": "replaced with {} mean", "presence": "hidden from attention"}
 
 
 @dataclass(frozen=True)
@@ -425,14 +425,14 @@ def describe_effect(ablation: Ablation) -> str:
 
 
 def describe_changed_predictions(effect: AblationEffect) -> str:
-    """Return the number of changed predictions and the upper end of the 95% interval of their fraction, such as
+    """Return the number of changed predictions and the upper end of the 95% interval for their fraction, such as
     `0 of 256 (at most 1.2%)`."""
     num_changed = round(effect.changed_answers * effect.num_images)
     return f"{num_changed:,} of {effect.num_images:,} (at most {effect.changed_interval[1]:.1%})"
 
 
 def describe_harm(kind: str, effect: AblationEffect, possessive: str = "its") -> str:
-    """Describe an ablation after which predictions are more accurate."""
+    """Describe an ablation that increases the accuracy."""
     condition = f"if {'the token is' if possessive == 'its' else 'the tokens are'} {ABLATION_TERMS[kind]}"
     return (
         f"{condition.format(possessive)}, the accuracy changes by {effect.accuracy_change or 0:+.1%} "

@@ -36,8 +36,8 @@ class AblationEffect:
             token's own state, so the effect is 0 and meaningless.
         accuracy_change: accuracy after the ablation minus accuracy before the ablation; None if no label is known.
         num_images: number of images.
-        changed_interval: exact interval of `changed_answers` (Clopper and Pearson 1934).
-        logit_interval: interval of `logit_change`, from bootstrap samples of the images.
+        changed_interval: exact interval for `changed_answers` (Clopper and Pearson 1934).
+        logit_interval: interval for `logit_change`, from bootstrap samples of the images.
         improvement: p-value under the null hypothesis that the accuracy does not increase (exact McNemar test); None
             if no label is known.
         is_better_than_chance: whether the accuracy after the ablation is better than chance; None if unknown.
@@ -59,7 +59,7 @@ class AblationEffect:
 
     @property
     def interval(self) -> Interval:
-        """Return the 95% interval of `size`."""
+        """Return the 95% confidence interval for `size`."""
         return self.logit_interval
 
     @property
@@ -78,7 +78,7 @@ class FeatureEffect:
         knn_agreement: mean fraction of the NUM_NEIGHBORS nearest neighbors that stay the same; None for fewer than
             MIN_IMAGES images.
         num_images: number of images.
-        interval: 95% interval of `size`, from bootstrap samples of the images.
+        interval: 95% confidence interval for `size`, from bootstrap samples of the images.
     """
 
     cosine_change: dict[str, float]
@@ -145,15 +145,15 @@ def compare_features(before: Features, after: Features) -> FeatureEffect:
 
 
 def compute_binomial_interval(num_changed: int, num_images: int) -> Interval:
-    """Return the exact 95% interval of a fraction (Clopper and Pearson 1934). The interval is one-sided if the
-    fraction is 0 or 1; for example, 0 of 256 means at most 1.2%."""
+    """Return the exact 95% confidence interval for a fraction (Clopper and Pearson 1934). The interval is one-sided
+    if the fraction is 0 or 1; for example, 0 of 256 means at most 1.2%."""
     alternative = {0: "less", num_images: "greater"}.get(num_changed, "two-sided")
     interval = stats.binomtest(num_changed, num_images, alternative=alternative).proportion_ci(CONFIDENCE)
     return float(interval.low), float(interval.high)
 
 
 def compute_bootstrap_interval(values: torch.Tensor) -> Interval:
-    """Return the 95% interval of the mean of values [images], from bootstrap samples of the images."""
+    """Return the 95% confidence interval for the mean of values [images], from bootstrap samples of the images."""
     generator = torch.Generator().manual_seed(0)
     resamples = torch.randint(len(values), (NUM_RESAMPLES, len(values)), generator=generator)
     probabilities = torch.tensor([(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])

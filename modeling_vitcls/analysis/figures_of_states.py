@@ -167,7 +167,7 @@ def draw_cosine_matrix(axes: Axes, matrix: torch.Tensor) -> AxesImage:
 
 
 def plot_ablation_effects(config: ViTCLSConfig, effects: Mapping[str, AblationEffect]) -> Figure:
-    """Plot the effect of replacing each special token by its mean over images (`compute_ablation_effects`).
+    """Plot the effect of replacing each special token with its mean over images (`compute_ablation_effects`).
 
     Bars show the fraction of changed predictions, the logit change relative to the standard deviation and, if labels
     are known, the change in accuracy.

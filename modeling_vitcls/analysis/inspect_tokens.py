@@ -35,7 +35,7 @@ def inspect_tokens(options: InspectOptions) -> Inspection:
 
     Raises:
         ValueError, OSError: if the model or the images cannot be read, the images do not match the model, or the
-            report cannot be written. The message is one line.
+            report cannot be written. The message is a single line.
     """
     console = Console(soft_wrap=True, highlight=False)
     error_console = Console(stderr=True, soft_wrap=True, highlight=False)

@@ -84,7 +84,7 @@ class Inspection:
 
     @property
     def effects(self) -> dict[str, AblationEffect] | None:
-        """Return the effect on predictions of replacing each token by its mean, or None if the model has no
+        """Return the effect on predictions of replacing each token with its mean, or None if the model has no
         classifier."""
         if not self.has_head:
             return None
@@ -319,7 +319,8 @@ class ImagePreparer:
         return pixels
 
     def prepare_all(self, images: Sequence[Image.Image], on_progress: ProgressCallback) -> dict[int, torch.Tensor]:
-        """Return a dict from indices to the pixels of all usable images. Raise ValueError if no image can be used."""
+        """Return a dict that maps indices to the pixels of all usable images. Raise ValueError if no image can be
+        used."""
         if not images:
             raise ValueError("An inspection requires at least one image, but there are no images. Pass images.")
         pixels_by_index = {}

@@ -81,8 +81,8 @@ def check_maps(model: Any, images: Sequence[torch.Tensor], seed: int = 0) -> dic
         seed: seed of the random orders and of the shuffled weights.
 
     Returns:
-        Dictionary from the name of each map to a check. If the head uses no special token, only the attribution is
-        checked.
+        Dictionary that maps the name of each map to a check. If the head uses no special token, only the attribution
+        is checked.
     """
     model = unwrap_model(model)
     generator = torch.Generator().manual_seed(seed)
@@ -126,7 +126,7 @@ def compare_curves(curves: torch.Tensor, random_curves: torch.Tensor) -> float:
 def compute_maps(
     model: Any, pixel_values: torch.Tensor, target: torch.Tensor | None = None
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Return a dict from map names to the maps [gh, gw] of one image, and the class probabilities [labels]."""
+    """Return a dict that maps map names to the maps [gh, gw] of one image, and the class probabilities [labels]."""
     trace = trace_attention(model, pixel_values, needs_gradients=True)
     config, logits = model.config, trace.outputs.logits
     image_size = (pixel_values.shape[-2], pixel_values.shape[-1])

@@ -155,7 +155,8 @@ def build_hiding_mask(model: Any, pixel_values: torch.Tensor, hidden_indices: Se
 
 
 def extract_features(outputs: Any, config: ViTCLSConfig) -> dict[str, torch.Tensor]:
-    """Return a dict from feature names (`Features`) to the features [B, vectors, D] in the output of an encoder."""
+    """Return a dict that maps feature names (`Features`) to the features [B, vectors, D] in the output of an
+    encoder."""
     layout, states = config.token_layout, outputs.last_hidden_state
     pooled = getattr(outputs, "pooler_output", None)
     if pooled is None:

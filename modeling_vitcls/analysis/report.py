@@ -171,7 +171,7 @@ def build_effect_table(inspection: Inspection) -> dict[str, Any]:
 
 
 def format_effect(ablation: Ablation) -> dict[str, str]:
-    """Return a dict from column headers of the table to the values of an ablation as text."""
+    """Return a dict that maps column headers of the table to the values of an ablation as text."""
     effect = ablation.effect
     columns: dict[str, str] = {}
     if isinstance(effect, AblationEffect):

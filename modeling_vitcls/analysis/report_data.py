@@ -211,7 +211,7 @@ def compute_norm_quantiles(findings: Findings) -> dict[str, torch.Tensor]:
 
 def round_values(values: Any) -> Any:
     """Convert tensors in nested dicts and lists to lists, round numbers to five significant digits, and replace
-    non-finite numbers by None."""
+    non-finite numbers with None."""
     if isinstance(values, torch.Tensor):
         return round_values(values.tolist())
     if isinstance(values, dict):
@@ -271,9 +271,9 @@ def build_json_values(inspection: Inspection) -> dict[str, Any]:
 def build_statements(verdicts: list[Verdict]) -> list[dict[str, Any]]:
     """Return the verdicts with the measured values.
 
-    `effect` is the effect of replacing the token by its mean: the logit change in standard deviations over images, or
-    the largest cosine distance between the features of an encoder before and after the replacement. `interval` is the
-    95% confidence interval of the effect. `null` contains the smallest effect and the largest limit of the null
+    `effect` is the effect of replacing the token with its mean: the logit change in standard deviations over images,
+    or the largest cosine distance between the features of an encoder before and after the replacement. `interval` is
+    the 95% confidence interval of the effect. `null` contains the smallest effect and the largest limit of the null
     distributions. "information" and "presence" each contain all values of one of the two ablations.
     """
     return [

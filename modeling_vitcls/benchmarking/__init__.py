@@ -3,7 +3,7 @@
     comparison.py       paired speed measurements, output comparisons and peak memory measurements
     peers.py            forward passes and training steps, compared with the ViTs of timm and transformers
     growth.py           forward passes by image size, patch size, number of tokens and batch size, with a figure
-    own_features.py     models of this package with and without a feature: merged patches, attention, linear probes
+    own_features.py     models from this package with and without a feature: merged patches, attention, linear probes
     image_files.py      processing of JPEG files into pixel values and into predicted labels
     training_runs.py    complete training runs, each in a separate process
     work.py             table of the workloads for `vitcls benchmark --work`

@@ -1,7 +1,7 @@
 """Paired speed measurements of this package and a baseline, output comparisons and peak memory measurements.
 
-The baseline is a model of another project, or a model of this package without a feature. This package and the baseline
-are measured alternately, because the machine load and clock rates vary. Each measurement of this package is
+The baseline is a model from another project, or a model from this package without a feature. This package and the
+baseline are measured alternately, because the machine load and clock rates vary. Each measurement of this package is
 compared with the neighboring measurement of the baseline. Nothing is measured if the outputs differ.
 
 CPU memory is the peak growth in the memory of a process, read from /proc (Linux only). GPU memory is the peak growth

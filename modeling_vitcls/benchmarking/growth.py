@@ -43,7 +43,7 @@ from .peers import (
 
 @dataclass(frozen=True)
 class GrowthPoint:
-    """Settings of a forward pass, in one row of the benchmark report."""
+    """Settings of a forward pass in one row of the benchmark report."""
 
     image_size: int
     patch_size: int
@@ -64,7 +64,7 @@ class GrowthAxis:
     title: str  # title of the column in the figure
     label: str  # label of the x axis
     x_key: str  # JSON key of the x values
-    tick_key: str | None = None  # JSON key of the numbers in parentheses in the tick labels
+    tick_key: str | None = None  # JSON key of the values in parentheses in the tick labels
     is_logarithmic: bool = True  # whether the x axis is logarithmic
     is_cost_decreasing: bool = False  # whether larger values cost less; the x axis is then inverted
 
@@ -82,7 +82,7 @@ GROWTH_AXES = {
 
 
 def build_points(base_point: GrowthPoint, **values: tuple[int, ...]) -> dict[str, GrowthPoint]:
-    """Return a dict from row names to points: the base point, and one point per value of each axis."""
+    """Return a dict that maps row names to points: the base point, and one point per value of each axis."""
     name = f"image size {base_point.image_size}, patch size {base_point.patch_size}, batch {base_point.batch_size}"
     return {name: base_point} | {
         GROWTH_AXES[field].row_name.format(value): replace(base_point, **{field: value})
@@ -125,7 +125,7 @@ def compare_growth(rows: dict[str, GrowthPoint], settings: BenchmarkSettings) ->
 
 
 def build_peer(point: GrowthPoint, peer_name: str, is_toy: bool) -> Peer:
-    """Build the peer's model and the model of this package for a point."""
+    """Build the peer's model and this package's model for a point."""
     size = replace(get_model_size(is_toy), image_size=point.image_size, patch_size=point.patch_size)
     if point.num_registers:
         return PEERS_WITH_REGISTERS[peer_name](size, point.num_registers)

@@ -2,7 +2,7 @@
 
     python -m modeling_vitcls.benchmarking.peers "fp32, batch 16" timm [--theirs]    peak memory of a step in bytes
 
-The model of this package is converted from the peer's model, so that their random weights are equal. A training step
+This package's model is converted from the peer's model, so that their random weights are equal. A training step
 consists of a forward pass, a backward pass and an AdamW update. training_runs.py compares complete training runs, with
 data loading.
 """
@@ -79,7 +79,7 @@ def build_predict_function(model: nn.Module) -> PredictionFunction:
 
 @dataclass(frozen=True)
 class Peer:
-    """A baseline, such as a model of another project, and a model of this package with the same weights."""
+    """A baseline, such as a model from another project, and a model from this package with the same weights."""
 
     name: str
     size: ModelSize
@@ -88,7 +88,7 @@ class Peer:
     predict_theirs: PredictionFunction
 
     def predict_ours(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Return the logits [B, labels] of the model of this package."""
+        """Return the logits [B, labels] of this package's model."""
         logits: torch.Tensor = self.ours(pixel_values).logits
         return logits
 

@@ -40,7 +40,8 @@ def describe_machine(comparisons: list[Comparison]) -> str:
 
 
 def compute_lowest_ratios(comparisons: list[Comparison]) -> dict[tuple[str, str], float]:
-    """Return a dict from (work, name) to the median ratio to the fastest peer, for each row with several peers."""
+    """Return a dict that maps (work, name) to the median ratio to the fastest peer, for each row with several
+    peers."""
     ratios: dict[tuple[str, str], list[float]] = {}
     for comparison in comparisons:
         ratio = compute_quartiles(comparison.ratios)[1]

@@ -28,7 +28,7 @@ PACKAGE_FOLDER = Path(__file__).parents[1]
 # Folders of the recipes that --config accepts by name: in an installed package, and in a source checkout.
 RECIPE_FOLDERS = (PACKAGE_FOLDER / "recipes", PACKAGE_FOLDER.parent / "scripts" / "recipes")
 
-# Flags of other training scripts -> equivalent flags of this package.
+# Flags of other training scripts -> equivalent flags in this package.
 EQUIVALENT_FLAGS = {
     "lr": "learning_rate",
     "bs": "batch_size",

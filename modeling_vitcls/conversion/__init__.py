@@ -9,7 +9,7 @@
     timm_modules.py           configuration fields, read from the modules of a timm model
     from_state_dict.py        conversion of published state dicts: DINO, DINOv2, DINOv3, DeiT, MAE, big_vision, ...
     source_files.py           published state-dict files: loading, detection of the family, and the reference model
-    to_transformers.py        conversion of models of this package to transformers
+    to_transformers.py        conversion of ViTCLS models to transformers
     equivalent_models.py      models with the same outputs but different configurations
     processors.py             conversion of preprocessing settings to an image processor
     source_models.py          loading of a timm or transformers model by name

@@ -8,7 +8,7 @@
 
 Conversions are checked in the same way as in `vitcls convert`: a converted model is cached only if its outputs equal
 the outputs of the source. The parity report records the source, the commit and the versions. The cache is the folder
-`vitcls/converted` next to the cache of the Hub. If the source or the version of this package changes, the model is
+`vitcls/converted` next to the Hub cache. If the source or the version of this package changes, the model is
 converted again.
 """
 

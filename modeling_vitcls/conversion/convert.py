@@ -62,7 +62,7 @@ def convert_checkpoint(
 
     Raises:
         ValueError, OSError: If the source does not exist or is not supported, the outputs differ by more than the
-            limit, or `output` is not empty. The error message consists of one line, and nothing is written.
+            limit, or `output` is not empty. The error message is a single line, and nothing is written.
     """
     check_output_is_empty(output)
     source = load_any_source(source_name, random_init, family)
@@ -198,7 +198,7 @@ def write_native_model(source: str, output: Path, any_size: bool = False) -> Par
 
     Raises:
         ValueError, OSError: If the model does not exist, no transformers class supports the model, the outputs differ
-            by more than the limit, or `output` is not empty. The error message consists of one line.
+            by more than the limit, or `output` is not empty. The error message is a single line.
     """
     check_output_is_empty(output)
     folder = Path(get_model_folder(source))

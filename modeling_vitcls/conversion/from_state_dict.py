@@ -409,7 +409,7 @@ def read_big_vision_position_fields(weights: Weights, patch_size: tuple[int, int
 
 
 def read_big_vision_pooling_fields(weights: Weights) -> Fields:
-    """Return the fields of the pooling (CLS token, attention or mean) and of the layers after pooling."""
+    """Return the fields of the pooling method (CLS token, attention or mean) and of the layers after pooling."""
     fields: Fields = {"pooling": "cls" if "cls" in weights else "mean"}
     if "MAPHead_0/probe" in weights:
         fields["pooling"] = "attention"

@@ -49,7 +49,7 @@ def convert_from_timm(
 ) -> ViTCLSPreTrainedModel:
     """Convert a ViT from timm to a model in eval mode with the same outputs, dtype and device.
 
-    The source is unchanged. A model with a classifier becomes a `ViTCLSForImageClassification`. A model without a
+    The source is left unchanged. A model with a classifier becomes a `ViTCLSForImageClassification`. A model without a
     classifier (`num_classes=0`) becomes a `ViTCLSModel`, whose `pooler_output` equals the output of timm's model. For
     image sizes other than the native size, the outputs equal the outputs of the source after `set_input_size`.
 

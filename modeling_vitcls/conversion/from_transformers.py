@@ -1,4 +1,4 @@
-"""Convert transformers models to models of this package with the same outputs.
+"""Convert transformers models to ViTCLS models with the same outputs.
 
     model = convert_from_transformers(AutoModel.from_pretrained("facebook/dinov2-base"))
     model = convert_from_transformers(model, num_labels=10)                       # with a new classifier
@@ -36,7 +36,7 @@ def convert_from_transformers(
 ) -> ViTCLSPreTrainedModel:
     """Convert a ViT from transformers to a model in eval mode with the same outputs, dtype and device.
 
-    The source is unchanged. A classifier becomes a `ViTCLSForImageClassification` with the same labels. An image
+    The source is left unchanged. A classifier becomes a `ViTCLSForImageClassification` with the same labels. An image
     embedding model (CLIP with projection) also becomes a `ViTCLSForImageClassification`, with the embeddings as
     logits. Any other model becomes a `ViTCLSModel`. If transformers has no classification class for the model (DINOv3,
     MAE, Pixio, AIMv2, RADIO), set `num_labels` to add a classifier.

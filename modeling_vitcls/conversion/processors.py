@@ -1,4 +1,4 @@
-"""Convert the preprocessing of other projects to an image processor of this package, and compare the outputs.
+"""Convert the preprocessing of other projects to a `ViTCLSImageProcessor`, and compare the outputs.
 
     timm            `pretrained_cfg`: input_size, interpolation, mean, std, crop_pct, crop_mode
     transformers    `preprocessor_config.json`, read by AutoImageProcessor

@@ -15,7 +15,7 @@ def randomize_weights(model: nn.Module, seed: int = 0) -> nn.Module:
     Scales (norms, LayerScale, variances) are uniformly distributed from 0.5 to 1.5. Other values are normally
     distributed with mean 0 and these standard deviations: 1 / sqrt(fan in) for weights of linear and convolution
     layers, 0.2 for biases, 0.1 for the lambdas of differential attention (whose products are exponentiated), and 0.5
-    for other tensors (tokens, position embeddings, bias tables). Non-persistent buffers are unchanged.
+    for other tensors (tokens, position embeddings, bias tables). Non-persistent buffers are left unchanged.
     """
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():

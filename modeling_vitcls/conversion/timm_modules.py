@@ -302,7 +302,7 @@ def read_drop_path_rate(last_block: TimmModule) -> float:
 
 
 def read_pooling(model: TimmModule, hidden_act: str | None) -> Fields:
-    """Return the fields of the pooling before the head."""
+    """Return the fields of the pooling method before the head."""
     if not model.global_pool:
         check_supported(not model.num_classes, "a classifier on every token (global_pool='')")
         return {"pooling": "cls" if model.cls_token is not None else "mean"}  # used by a new classifier

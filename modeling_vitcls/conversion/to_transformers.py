@@ -1,4 +1,4 @@
-"""Convert models of this package to transformers models with the same outputs.
+"""Convert ViTCLS models to transformers models with the same outputs.
 
     built_in = convert_to_transformers(ViTCLSForImageClassification.from_pretrained(path))
 

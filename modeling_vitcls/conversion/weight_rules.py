@@ -117,7 +117,7 @@ class Rule:
 
 
 def convert_weights(weights: Mapping[str, torch.Tensor], rules: Iterable[Rule], config: ViTCLSConfig) -> Weights:
-    """Convert a state dict of another project. Targets `NAME[0]`, `NAME[1]`, ... are stacked into one weight `NAME`,
+    """Convert a state dict from another project. Targets `NAME[0]`, `NAME[1]`, ... are stacked into one weight `NAME`,
     in the order of the indices."""
     rules = list(rules)
     converted_weights: Weights = {}
@@ -144,7 +144,8 @@ def convert_weights(weights: Mapping[str, torch.Tensor], rules: Iterable[Rule], 
 def revert_weights(
     weights: Mapping[str, torch.Tensor], rules: Iterable[Rule], reference: Mapping[str, torch.Tensor]
 ) -> Weights:
-    """Convert a state dict of this package to the names and shapes of `reference`, a state dict of another project.
+    """Convert a state dict from this package to the names and shapes of `reference`, a state dict from another
+    project.
 
     Parameters of `reference` without a counterpart are omitted.
     """

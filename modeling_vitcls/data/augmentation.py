@@ -187,7 +187,7 @@ class MaskGenerator:
         """Return masks [B, rows * columns], True for masked patches.
 
         Blocks are masked in random order. The last block may be masked only partially, starting with its first row, to
-        reach the exact number of masked patches. `generator` replaces the default generator of the device.
+        reach the exact number of masked patches. By default, `generator` is the device's default generator.
         """
         rows, columns = self.grid_size
         block_grid = (batch_size, -(-rows // self.block_size), -(-columns // self.block_size))

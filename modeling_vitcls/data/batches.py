@@ -45,7 +45,7 @@ class BatchBuilder:
     num_channels: int | None = None  # number of channels that the model requires; None: not checked
 
     def prepare_image(self, image: Any) -> torch.Tensor:
-        """Convert a PIL image to pixels [C, H, W] `uint8`, and apply the fixed transform of the augmentation. Raise
+        """Convert a PIL image to `uint8` pixels [C, H, W], and apply the fixed transform of the augmentation. Raise
         UnreadableImage if the mode or the number of channels is not supported."""
         try:
             pixels = pil_to_tensor(image, self.to_rgb)
@@ -119,7 +119,7 @@ class TrainingImages:
         )
 
     def load_array_batch(self, array_pixels: torch.Tensor, keys: list[ImageKey]) -> Batch:
-        """Return a batch of images that are stored in memory as one tensor. Every image is readable."""
+        """Return a batch of images that are stored in memory as one tensor. All images in memory are readable."""
         indices = [index for _, index in keys]
         pixels = array_pixels[indices]  # [B, 1, H, W]
         num_channels = 3 if self.builder.to_rgb else 1
@@ -161,7 +161,7 @@ class TrainingImages:
 
 
 def load_array_pixels(source: LabeledImages, augmentation: Augmentation) -> torch.Tensor | None:
-    """Apply the fixed transform to all images and return the pixels [images, 1, H, W] `uint8`. Return None if the
+    """Apply the fixed transform to all images and return `uint8` pixels [images, 1, H, W]. Return None if the
     images are not stored as arrays or do not fit in the cache."""
     images: Any = source.images
     array_images = images.source_images if isinstance(images, ImageSubset) else images

@@ -101,13 +101,13 @@ def read_held_out_record(folder: str | Path) -> HeldOutRecord | None:
 
 
 def compute_image_key(content: bytes) -> int:
-    """Return the 63-bit key of an image from its bytes or its path."""
+    """Compute the 63-bit key of an image from its bytes or its path."""
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big") >> 1
 
 
 def get_relative_path(path: str, folder: Path) -> str:
     """Return the path of an image relative to the dataset folder, so that moving the folder does not change the path.
-    URLs and empty paths are unchanged."""
+    URLs and empty paths are left unchanged."""
     return path if not path or "://" in path else Path(os.path.relpath(path, folder)).as_posix()
 
 

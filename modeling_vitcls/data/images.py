@@ -34,7 +34,7 @@ NOT_REPLACED = -1  # value of `replaced` in a batch for an image that does not r
 
 
 class UnreadableImage(ValueError):
-    """Raised for an unreadable image. The message consists of one line: the name of the image and the reason."""
+    """Raised for an unreadable image. The message is a single line: the name of the image and the reason."""
 
 
 @dataclass(frozen=True)
@@ -218,7 +218,7 @@ def to_encoded_image(value: Any, folder: Path) -> dict[str, Any]:
 
 
 def resolve_path(folder: Path, path: str | None) -> str:
-    """Join a path to a folder. URLs and absolute paths are unchanged. Return "" for a missing path."""
+    """Join a path to a folder. URLs and absolute paths are left unchanged. Return "" for a missing path."""
     if not path or "://" in path:
         return path or ""
     return str(folder / path)

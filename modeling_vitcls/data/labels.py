@@ -265,7 +265,7 @@ def find_column(
     common_columns = [column for column in common_names if column in (matching_columns or features)]
     if common_columns:
         return common_columns[0]
-    raise ValueError(f"{dataset}: cannot determine the {kind} column among {columns_text}. Set --{kind}-column")
+    raise ValueError(f"{dataset}: cannot identify the {kind} column among {columns_text}. Set --{kind}-column")
 
 
 def is_image_feature(feature: Any) -> bool:

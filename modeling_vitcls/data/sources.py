@@ -186,8 +186,8 @@ def load_with_datasets(options: DataOptions, use_labels: bool, select: SplitSele
 
 
 def drop_unlabeled_images(images: LabeledImages, options: DataOptions, split: str) -> LabeledImages:
-    """Return the images that have a label, and log a warning about images without a label. Raise ValueError if no
-    image has a label, or if more than --max-broken-images images have no label."""
+    """Return the labeled images, and log a warning about images without a label. Raise ValueError if no image has a
+    label, or if more than --max-broken-images images have no label."""
     unlabeled_indices = [index for index, label in enumerate(images.labels) if label == IGNORED_LABEL]
     if not unlabeled_indices:
         return images
@@ -212,8 +212,8 @@ def warn_on_first_process(message: str) -> None:
 
 def open_splits(options: DataOptions, use_labels: bool = True) -> Any:
     """Return the splits of a dataset by name, as `datasets` objects. With --streaming, no rows are read yet. If
-    labels are not used, an image folder may lack class folders. Raise ValueError if the dataset cannot be read, and
-    OSError if the dataset is found neither locally nor on the Hub."""
+    labels are not used, an image folder need not have class folders. Raise ValueError if the dataset cannot be read,
+    and OSError if the dataset is found neither locally nor on the Hub."""
     path = Path(options.dataset)
     is_in_memory = options.dataset.startswith(MEMORY_PREFIX)
     if options.streaming and (is_in_memory or options.dataset == "digits" or is_idx_folder(path)):

@@ -146,8 +146,8 @@ class StreamedImages:
 
 
 def open_streams(options: DataOptions, use_labels: bool = True) -> dict[str, StreamedImages]:
-    """Open a dataset, and return a dict from split names to images. Raise ValueError if the dataset cannot be found,
-    has no image or label column, or does not declare its labels."""
+    """Open a dataset, and return a dict that maps split names to images. Raise ValueError if the dataset cannot be
+    found, has no image or label column, or does not declare its labels."""
     import datasets
 
     streams = open_splits(options, use_labels)
@@ -189,7 +189,7 @@ def read_features(stream: Any, options: DataOptions) -> Features:
 class TrainingStream:
     """Augmented training images of a stream, with the interface of `TrainingImages`.
 
-    An unreadable image is replaced by the next readable image in the batch.
+    An unreadable image is replaced with the next readable image in the batch.
     """
 
     source: StreamedImages

@@ -90,7 +90,8 @@ def serve_demo(
         code_revision: commit hash, branch or tag of the code, if the code is in a separate repository.
 
     Raises:
-        ValueError, OSError: if the demo does not support the model, or the port is in use. The message is one line.
+        ValueError, OSError: if the demo does not support the model, or the port is in use. The message is a single
+            line.
     """
     page = build_page(DemoModel.load(source, revision, code_revision), examples)
     try:

@@ -140,7 +140,7 @@ class DemoModel:
 
         Raises:
             ValueError, OSError: if the checkpoint is not a vitcls model, is not found, or cannot be read. The message
-                is one line.
+                is a single line.
         """
         commit = resolve_commit(source, revision)
         config_dict = load_checkpoint(PreTrainedConfig.get_config_dict, source, revision=commit)[0]
@@ -305,12 +305,12 @@ def to_grayscale(image: Image.Image) -> Image.Image:
 
 
 def compute_softmax_probabilities(logits: torch.Tensor, names: list[str]) -> Prediction:
-    """Return a dict from labels to probabilities, computed from logits [labels]. The probabilities sum to 1."""
+    """Return a dict that maps labels to probabilities, computed from logits [labels]. The probabilities sum to 1."""
     return dict(zip(names, logits.softmax(dim=0).tolist(), strict=True))
 
 
 def compute_sigmoid_probabilities(logits: torch.Tensor, names: list[str]) -> Prediction:
-    """Return a dict from labels to independent probabilities, computed from logits [labels]."""
+    """Return a dict that maps labels to independent probabilities, computed from logits [labels]."""
     return dict(zip(names, logits.sigmoid().tolist(), strict=True))
 
 
@@ -337,7 +337,8 @@ def get_prediction_format(config: Any) -> tuple[str, Callable[[torch.Tensor, lis
 
 
 def format_predictions(logits: Any, config: Any) -> dict[str, Prediction]:
-    """Return a dict from output names to predictions. `logits` has shape [1, labels] or is {task: [1, labels]}."""
+    """Return a dict that maps output names to predictions. `logits` has shape [1, labels] or
+    is {task: [1, labels]}."""
     if config.tasks:
         task_labels = config.task_labels()
         return {

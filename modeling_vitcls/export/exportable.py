@@ -57,7 +57,7 @@ class NamedOutputsModel(nn.Module):
         self.select_outputs = OUTPUT_SELECTORS[type(model)]
 
     def forward(self, pixel_values: torch.Tensor) -> Outputs:
-        """Return a dict from output names to outputs [B, ...] for images [B, C, H, W]."""
+        """Return a dict that maps output names to outputs [B, ...] for images [B, C, H, W]."""
         attention_outputs: Outputs = {}
         if self.output_attentions:
             model_outputs: list[Any] = []  # outputs of the forward pass in `token_attention`

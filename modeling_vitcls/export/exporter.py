@@ -95,7 +95,7 @@ def export_model(
     Raises:
         ValueError, OSError: If the model cannot be found or exported, if the outputs of the file differ from the
             outputs of the model by more than the limit, if packages are missing, or if `output` exists. The message
-            is one line. Nothing is written if an error is raised.
+            is a single line. Nothing is written if an error is raised.
     """
     file_format = FORMATS[format_name]
     check_output_path(output, file_format)
@@ -265,7 +265,7 @@ def describe_preprocessing(processor: ViTCLSImageProcessor | None) -> dict[str, 
 
 
 def get_label_names(config: ViTCLSConfig, names: list[str]) -> dict[str, list[str]]:
-    """Return a dict from the name of each logits output to its class names, in the order of the logits."""
+    """Return a dict that maps the name of each logits output to its class names, in the order of the logits."""
     if config.tasks:
         return config.task_labels()
     id2label: dict[Any, str] = dict(config.id2label or {})

@@ -157,7 +157,7 @@ def run_openvino(file: Path, batches: Sequence[torch.Tensor], names: list[str]) 
 
 
 def name_outputs(names: list[str], arrays: Sequence[Any]) -> Outputs:
-    """Return a dict from output names to tensors. `arrays` are in the order of `names`."""
+    """Return a dict that maps output names to tensors. `arrays` are in the order of `names`."""
     return {name: torch.from_numpy(array.copy()) for name, array in zip(names, arrays, strict=True)}
 
 

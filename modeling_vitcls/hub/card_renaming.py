@@ -5,7 +5,7 @@
     from_pretrained("my-run", ...)  ->   from_pretrained("ann/digits-vit", ...)
     model-index: - name: my-run     ->   model-index: - name: ann/digits-vit
 
-Only generated names in the title, code examples and metadata are replaced. Text written by the user is unchanged.
+Only generated names in the title, code examples and metadata are replaced. Text written by the user is left unchanged.
 """
 
 import re
@@ -54,7 +54,7 @@ def compile_loading_pattern(name: str) -> re.Pattern[str]:
 
 
 def get_model_index(metadata: Any) -> list[dict[str, Any]]:
-    """Return the models of the model-index that have a name."""
+    """Return the named models in the model-index."""
     models = metadata.get("model-index") if isinstance(metadata, dict) else None
     if not isinstance(models, list):
         return []

@@ -30,7 +30,8 @@ MAX_CLASSES_IN_TABLE = 20
 
 
 def get_metric_names(results: dict[str, Any], config: ViTCLSConfig) -> dict[str, str]:
-    """Return a dict from keys to names of the measured metrics; metrics over all tasks precede metrics of one task."""
+    """Return a dict that maps keys to names of the measured metrics. Metrics over all tasks precede metrics of one
+    task."""
     names = METRIC_NAMES | {
         f"{task}_{key}": f"{task}: {label}" for task in config.task_labels() for key, label in METRIC_NAMES.items()
     }
@@ -48,7 +49,8 @@ def build_metric_rows(results: dict[str, Any], config: ViTCLSConfig) -> list[lis
 
 
 def build_class_tables(results: dict[str, Any], config: ViTCLSConfig) -> dict[str, list[dict[str, str]]]:
-    """Return a dict from table titles to class rows, for each task with at most `MAX_CLASSES_IN_TABLE` classes."""
+    """Return a dict that maps table titles to class rows, for each task with at most `MAX_CLASSES_IN_TABLE`
+    classes."""
     titles = {"": "Per class"} | {f"{task}_": f"{task}, per class" for task in config.task_labels()}
     tables = {title: results.get(f"{prefix}per_class", []) for prefix, title in titles.items()}
     return {
@@ -59,7 +61,7 @@ def build_class_tables(results: dict[str, Any], config: ViTCLSConfig) -> dict[st
 
 
 def build_class_row(metrics: dict[str, Any]) -> dict[str, str]:
-    """Return a dict from column names to table cells for one class."""
+    """Return a dict that maps column names to table cells for one class."""
     metric_cells = {
         CLASS_COLUMNS[key]: format_percent(value) for key, value in metrics.items() if key not in ("name", "images")
     }

@@ -192,7 +192,7 @@ def build_training_section(
 
 
 def list_hyperparameters(config: ViTCLSConfig, results: dict[str, Any], flags: dict[str, Any]) -> dict[str, str]:
-    """Return a dict from labels to values of the hyperparameters that have an effect."""
+    """Return a dict that maps labels to values of the hyperparameters that have an effect."""
     rows = {"Optimizer": "AdamW"}
     if "batch_size" in flags:
         num_images = flags["batch_size"] * flags.get("gradient_accumulation_steps", 1) * results["num_processes"]
@@ -217,7 +217,7 @@ def format_value(value: Any) -> str:
 
 
 def format_energy(estimate: dict[str, Any] | None) -> str | None:
-    """Return the energy in kWh or Wh, or None if there is no estimate."""
+    """Return the estimated energy consumption in kWh or Wh, or None if there is no estimate."""
     if estimate is None:
         return None
     kilowatt_hours = estimate["kilowatt_hours"]

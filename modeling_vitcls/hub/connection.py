@@ -182,7 +182,7 @@ def iter_causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def get_http_status(error: BaseException) -> int | None:
-    """Return the HTTP status of an error response of the Hub; None for other errors."""
+    """Return the HTTP status of an error response from the Hub; None for other errors."""
     return error.response.status_code if isinstance(error, HfHubHTTPError) else None
 
 

@@ -73,7 +73,7 @@ logger = logging.getLogger(__name__)
 
 
 class HubUnreachableError(OSError):
-    """Raised if the Hub does not respond. The message is one line and names the remedy."""
+    """Raised if the Hub does not respond. The message is a single line and names the remedy."""
 
 
 def get_model_folder(source: str, patterns: Sequence[str] = MODEL_FILE_PATTERNS, revision: str | None = None) -> str:
@@ -87,7 +87,7 @@ def get_model_folder(source: str, patterns: Sequence[str] = MODEL_FILE_PATTERNS,
     Raises:
         ValueError: If a revision is given for a folder.
         OSError: If there is no such folder or model, if access is denied, or if the model is neither in the cache nor
-            available from the Hub (no response, or offline mode). The message is one line and names the remedy.
+            available from the Hub (no response, or offline mode). The message is a single line and names the remedy.
     """
     if Path(source).exists():
         if revision is not None:

@@ -57,7 +57,7 @@ def can_publish_images(flags: dict[str, Any]) -> bool:
 
 
 def strip_folders(name: str) -> str:
-    """Return a resolved name for publication: the folders of a local path are replaced by `path/to`."""
+    """Return a resolved name for publication: the folders of a local path are replaced with `path/to`."""
     prefix, path = split_prefix(name)
     return f"{prefix}path/to/{Path(path).name}" if is_local(name) else name
 

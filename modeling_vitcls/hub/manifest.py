@@ -142,7 +142,7 @@ def has_current_onnx_files(folder: Path) -> bool:
 
 
 def set_repo_id_in_card(files: RepoFiles, folder: Path, repo_id: str | None) -> RepoFiles:
-    """Return the files, with the folder name in README.md replaced by the repository id."""
+    """Return the files, with the folder name in README.md replaced with the repository id."""
     if CARD_FILE not in files or repo_id is None:
         return files
     card = files[CARD_FILE]

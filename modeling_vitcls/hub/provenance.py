@@ -51,7 +51,7 @@ class Provenance:
 
     name: str  # public name: a Hub id, a timm name, or the last component of a local path
     base_model: str | list[str] | None = None  # the Hub id or ids for `base_model` in a card; None if unknown
-    # One or several license identifiers of the Hub; `other` requires a name and a link.
+    # One or more Hub license identifiers; `other` requires a name and a link.
     license: str | list[str] | None = None
     license_name: str | None = None  # name of an `other` license
     license_link: str | None = None  # URL of the text of an `other` license, or the name of one of `license_files`

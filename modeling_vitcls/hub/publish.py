@@ -88,7 +88,7 @@ def push_folder(
 
     Raises:
         ValueError: If the folder does not contain a complete model or, with `with_optimizer`, an undamaged checkpoint.
-        PushError: If the push fails. The message is one line and ends with the command that completes the push.
+        PushError: If the push fails. The message is a single line and ends with the command that completes the push.
     """
     check_is_online()
     files = collect_model_files(folder, repo_id) | (collect_checkpoint_files(folder) if with_optimizer else {})

@@ -37,7 +37,7 @@ def check_push_permissions(
 
     Raises:
         ValueError: If the name is invalid, or the token, the namespace or the visibility does not permit the push.
-            The message is one line and names the remedy.
+            The message is a single line and names the remedy.
         OSError: If the Hub does not respond.
     """
     check_is_online()

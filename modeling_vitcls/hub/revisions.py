@@ -63,7 +63,7 @@ def resolve_commit(repo_id: str, revision: str = "main") -> HubCommit:
 def download_commit(commit: HubCommit, patterns: Sequence[str], folder: Path | None = None) -> Path:
     """Download the matching files of a commit to a folder, by default to the cache, and return the folder.
 
-    Raise OSError if the download fails. The message is one line.
+    Raise OSError if the download fails. The message is a single line.
     """
     repo_id = commit.repo_id
     try:

@@ -38,7 +38,7 @@ PACKAGE_FOLDER = Path(__file__).parents[1]
 PAGE_FOLDER = "vitcls_demo"
 EXAMPLES_FOLDER = "examples"
 
-# Files of this package that the page requires. These files import no other files of this package.
+# Files from this package that the page requires. These files import no other files from this package.
 PAGE_FILES = (
     "demo/__init__.py",
     "demo/page.py",
@@ -169,7 +169,7 @@ def build_space_files(model: PublishedModel, title: str | None = None, examples:
 
 
 def build_gradio_card(model: PublishedModel, title: str) -> str:
-    """Return README.md of a Space that runs the model with gradio.
+    """Return the text of README.md for a Space that runs the model with gradio.
 
     The Space uses the Python version of this process, because the default version on the Hub is too old.
     """
@@ -199,8 +199,8 @@ def build_gradio_card(model: PublishedModel, title: str) -> str:
 def build_space_card(
     model: PublishedModel, title: str, description: str, settings: dict[str, Any], **fields: str
 ) -> str:
-    """Return README.md, whose header configures the Space. `description` is a template with the placeholders
-    `model`, `commit`, `url` and the names in `fields`."""
+    """Return the text of README.md, whose header configures the Space. `description` is a template with the
+    placeholders `model`, `commit`, `url` and the names in `fields`."""
     header = SpaceCardData(
         title=title,
         emoji="🔎",
@@ -226,7 +226,7 @@ def list_requirements() -> list[str]:
 
 
 def collect_examples(examples: Iterable[Path]) -> RepoFiles:
-    """Return a dict from paths in the Space to the files of the example images."""
+    """Return a dict that maps paths in the Space to the files of the example images."""
     files: RepoFiles = {}
     for file in examples:
         path_in_space = f"{EXAMPLES_FOLDER}/{file.name}"
@@ -266,7 +266,7 @@ def push_space(
     made. `private` and `sdk` apply only to a new Space. `flags` contains the other flags of `vitcls space` that were
     used to build `files`; the command in the error message includes these flags.
 
-    Raise PushError if the push fails. The message is one line and ends with the command that completes the push.
+    Raise PushError if the push fails. The message is a single line and ends with the command that completes the push.
     """
     check_is_online()
     try:

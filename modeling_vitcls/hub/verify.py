@@ -77,7 +77,7 @@ INHERITED_PREFIXES = ("OMP_", "GOMP_", "KMP_", "MKL_", "ONEDNN_", "DNNL_", "OPEN
 
 
 class VerificationError(ValueError):
-    """Raised if a published model does not load or differs from the reference. The message is one line."""
+    """Raised if a published model does not load or differs from the reference. The message is a single line."""
 
 
 class PushVerificationError(OSError):
@@ -143,7 +143,7 @@ def verify(
 
     Raises:
         VerificationError: If files are damaged or differ from `folder`, if the model does not load without this
-            package, or if the outputs of the model differ from the reference. The message is one line.
+            package, or if the outputs of the model differ from the reference. The message is a single line.
         ValueError: If the repository or the revision does not exist.
         OSError: If the Hub does not respond.
     """
@@ -191,7 +191,8 @@ def verify(
 def verify_push(push_result: PushResult, folder: Path) -> VerificationReport:
     """Verify the model that was pushed from `folder`. Raise PushVerificationError if the verification fails.
 
-    The message is one line with the reason, the locations of the model, and the command that repeats the verification.
+    The message is a single line with the reason, the locations of the model, and the command that repeats the
+    verification.
     """
     try:
         return verify(push_result.repo_id, push_result.commit, folder, push_result.with_optimizer)
@@ -336,12 +337,13 @@ def check_script_report(
         raise VerificationError("the new process imported modeling_vitcls, so it did not test the published code")
     if report["commits"] != [commit]:
         raise VerificationError(
-            f"the new process loaded {', '.join(report['commits'])}, not only {repo_id} at {commit}"
+            f"the new process must load only {repo_id} at {commit}, but it loaded "
+            f"{', '.join(report['commits']) or 'no commit'}"
         )
     if code_commit is not None and report["code_commits"] != [code_commit.sha]:
         raise VerificationError(
-            f"the new process loaded code from {', '.join(report['code_commits'])}, not only {code_commit.repo_id} at "
-            f"{code_commit.sha}"
+            f"the new process must load code only from {code_commit.repo_id} at {code_commit.sha}, but it loaded code "
+            f"from {', '.join(report['code_commits']) or 'no commit'}"
         )
     for auto_class, model_report in report["models"].items():
         if not model_report["module"].startswith(module_prefix):

@@ -188,7 +188,7 @@ LABEL_DESCRIPTIONS: dict[LabelKind, str] = {
 def match_labels(images: LabeledImages, data_space: LabelSpace, model_space: LabelSpace) -> LabeledImages:
     """Convert the label indices of the dataset to the label indices of the model. Labels are matched by name.
 
-    The model may have more labels than the dataset. Missing labels of a task (-100) are unchanged.
+    The model may have more labels than the dataset. Missing labels of a task (-100) are left unchanged.
 
     Raises:
         ValueError: if the kinds of labels or the tasks differ, or if an image has a label that the model lacks.

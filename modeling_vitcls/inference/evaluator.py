@@ -4,7 +4,7 @@
 
 Sharded models require that all processes run the same number of batches of the same size. The images are therefore
 distributed in rounds of one batch per process. The last round is padded with blank images, which have no labels and
-are not counted. An unreadable image is replaced by a blank image, reported by name, and counted as unreadable.
+are not counted. An unreadable image is replaced with a blank image, reported by name, and counted as unreadable.
 
 Metrics are in metrics.py; evaluate.py evaluates a saved model and writes the results.
 """

@@ -38,7 +38,7 @@ MetricValues = dict[str, Any]
 
 
 def select_scalars(metrics: Mapping[str, Any]) -> dict[str, int | float]:
-    """Return the metrics that are single numbers, in their original order, for logging and comparison."""
+    """Return the scalar metrics, in their original order, for logging and comparison."""
     return {name: value for name, value in metrics.items() if isinstance(value, int | float)}
 
 

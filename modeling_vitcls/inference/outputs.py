@@ -95,7 +95,7 @@ def write_json_lines(rows: Iterable[Row], columns: Columns, file: Path) -> None:
 
 
 def write_json_list(rows: Iterable[Row], columns: Columns, file: Path) -> None:
-    """Write the rows as a JSON list, with one object per line."""
+    """Write the rows as a JSON array, with one object per line."""
     with file.open("w", encoding="utf-8") as text_file:
         text_file.write("[")
         for index, row in enumerate(rows):
@@ -223,7 +223,7 @@ class ShardFolder:
     shard_size: int
 
     def get_shard_file(self, shard_index: int) -> Path:
-        """Return the path of a shard. Indices start from 0."""
+        """Return the path of the shard with the given index."""
         return self.path / f"shard-{shard_index:06}.parquet"
 
     def list_shards(self) -> set[int]:
@@ -277,7 +277,7 @@ class ShardFolder:
         main_file, *other_files = map(self.get_heartbeat_file, range(num_processes))
         while True:
             main_file.touch()
-            now = main_file.stat().st_mtime  # current time of the file system's clock
+            now = main_file.stat().st_mtime  # current time according to the file system's clock
             heartbeat_times = []
             for file in other_files:
                 with suppress(FileNotFoundError):  # a process removes its heartbeat file when the process ends

@@ -3,9 +3,9 @@
     images -> records -> pixels -> predictions -> rows -> table, file, or folder of Parquet files
     inputs.py ----------------->   prediction_rows.py ->  outputs.py
 
-The images are divided by index into chunks of equal size: batches for a file, shards for a folder. The chunks are
-assigned to the processes in turn, and a batch never spans two chunks. The output is therefore bit-identical for any
-number of processes, even after a restart.
+The images are divided by index into chunks of equal size. A chunk is a batch if the output is a file, or a shard if
+the output is a folder. The chunks are assigned to the processes in turn, and a batch never spans two chunks. The
+output is therefore bit-identical for any number of processes, even after a restart.
 """
 
 import hashlib
@@ -159,7 +159,7 @@ def predict_images(options: PredictOptions) -> PredictionCounts:
 
     Raises:
         ValueError, OSError: if the images or the model cannot be read, or if the output cannot be written. The message
-            is one line.
+            is a single line.
     """
     accelerator = build_accelerator(mixed_precision=options.mixed_precision)
     with accelerator.main_process_first():  # the main process downloads the files
@@ -274,7 +274,7 @@ def open_shard_folder(
 ) -> tuple[int | None, set[int]]:
     """Create the output folder, or check that an existing folder belongs to the same prediction.
 
-    Return the number of images, which is None if unknown, and the numbers of the finished shards.
+    Return the number of images, which is None if unknown, and the indices of the finished shards.
     """
     fingerprint = source.compute_fingerprint()
 

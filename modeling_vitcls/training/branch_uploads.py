@@ -84,7 +84,7 @@ class BranchUploader:
 
     def push_if_due(self, state: TrainingState, gather_checkpoint: Callable[[], CheckpointContents]) -> None:
         """Push the model if an upload is due at this step. `gather_checkpoint` returns the checkpoint for `--resume`.
-        All processes must call this method together."""
+        This method must be called on all processes."""
         step = state.step
         if step % self.run_options.hub_checkpoint_every:
             return
@@ -180,7 +180,7 @@ class BranchUploader:
                 with_optimizer=self.run_options.hub_push_optimizer,
                 in_background=True,
             )
-        except Exception as error:  # errors of the Hub, the Hub client or the disk must not end training
+        except Exception as error:  # errors from the Hub, the Hub client or the disk must not end training
             if not self.has_timed_out:
                 reason = format_hub_error(error.__cause__ or error)
                 self.reporter.warn(f"the model of step {step:,} was not pushed to the branch {self.branch}: {reason}")

@@ -53,7 +53,7 @@ def gather_state(
 ) -> tuple[dict[str, Tensors], dict[str, Any]]:
     """Return the full tensors of the training state, and a JSON-serializable dictionary with the non-tensor state.
 
-    The tensors are returned only on the main process. All processes must call this function together. With a single
+    The tensors are returned only on the main process. This function must be called on all processes. With a single
     process on the CPU, the returned tensors share memory with the training state and must be written to disk before
     training continues. `shadow` contains the EMA weights in the order of the trainable parameters. Raise ValueError if
     checkpoints are unsupported.
@@ -89,7 +89,7 @@ def scatter_state(
     optimizer: torch.optim.Optimizer,
     shadow: Sequence[torch.Tensor] | None,
 ) -> None:
-    """Load a state returned by `gather_state`. All processes must call this function together. Raise ValueError if the
+    """Load a state returned by `gather_state`. This function must be called on all processes. Raise ValueError if the
     checkpoint belongs to another model or optimizer.
 
     Args:
@@ -150,7 +150,7 @@ def unwrap_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
 
 def gather_weights(model: nn.Module, is_main_process: bool) -> Tensors:
     """Return parameters and persistent buffers as full CPU tensors on the main process, and an empty dictionary on the
-    other processes. All processes must call this function together."""
+    other processes. This function must be called on all processes."""
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):  # ZeRO-3
         return gather_tensors(model.state_dict(keep_vars=True), is_main_process)
     weights: dict[str, Any] = get_model_state_dict(model, options=FULL_STATE_DICT_OPTIONS)
@@ -159,7 +159,7 @@ def gather_weights(model: nn.Module, is_main_process: bool) -> Tensors:
 
 def gather_tensors(tensors: Tensors, is_main_process: bool) -> Tensors:
     """Return possibly sharded tensors as full CPU tensors on the main process, and an empty dictionary on the other
-    processes. All processes must call this function together."""
+    processes. This function must be called on all processes."""
     full_tensors: Tensors = {}
     for name, tensor in tensors.items():
         full_tensor = gather_tensor(tensor)
@@ -169,7 +169,7 @@ def gather_tensors(tensors: Tensors, is_main_process: bool) -> Tensors:
 
 
 def gather_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """Gather a possibly sharded tensor, and return the full tensor. All processes must call this function together."""
+    """Gather a possibly sharded tensor, and return the full tensor. This function must be called on all processes."""
     if isinstance(tensor, DTensor):
         return tensor.full_tensor()
     if hasattr(tensor, "ds_id"):  # ZeRO-3
@@ -181,8 +181,8 @@ def gather_tensor(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def gather_gradient(parameter: torch.Tensor) -> torch.Tensor | None:
-    """Return the full gradient of a parameter, or None if the parameter has no gradient. All processes must call this
-    function together."""
+    """Return the full gradient of a parameter, or None if the parameter has no gradient. This function must be called
+    on all processes."""
     if parameter.requires_grad and (hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")):  # ZeRO
         from deepspeed.utils import safe_get_full_grad
 
@@ -243,7 +243,7 @@ def scatter_optimizer_state(
     indices = {id(parameter): index for index, parameter in enumerate(grouped_parameters)}
 
     def describe_state() -> dict[str, Any]:
-        # The result is sent to all processes, so each moment is replaced by its dtype. A moment has the shape of its
+        # The result is sent to all processes, so each moment is replaced with its dtype. A moment has the shape of its
         # parameter. Step counts are small and sent as tensors.
         dtypes_and_steps: dict[str, Any] = {}
         for name, tensor in (full_tensors or {}).items():

@@ -361,7 +361,7 @@ class SignalHandler:
 
     def get_signal(self) -> str | None:
         """Return the name of the received stop signal, or None if no signal was received. The result is the same on
-        all processes. All processes must call this method together."""
+        all processes. This method must be called on all processes."""
         if self.received_signal is None and self.parent_pid not in (None, os.getppid()):
             self.received_signal = signal.SIGTERM
         signum = int(self.received_signal or 0)

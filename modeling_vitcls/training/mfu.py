@@ -82,8 +82,8 @@ class Utilization:
 
     def update(self, num_images: int, seconds: float) -> dict[str, float | None]:
         """Add the steps since the last record, and return the utilization of these steps. Return an empty dictionary
-        if the peak is not measured. `num_images` is the number of images on all processes. All processes must call
-        this method together, because the peak may be measured again."""
+        if the peak has not been measured. `num_images` is the number of images on all processes. This method must be
+        called on all processes, because the peak may be measured again."""
         if self.peak is None:
             return {}
         flops = num_images * self.flops_per_image
@@ -131,7 +131,7 @@ def build_utilization(
     """Print the FLOPs and memory of a step, measure the peak if the run is long enough, and build a `Utilization`.
 
     Nothing is printed or measured for heads on cached features, whose FLOPs are negligible, or for models that merge
-    patches, whose FLOPs are not counted. All processes must call this function together, before `Accelerator.prepare`.
+    patches, whose FLOPs are not counted. This function must be called on all processes, before `Accelerator.prepare`.
     """
     dtype = MATMUL_DTYPES.get(get_precision(accelerator))
     if not isinstance(model, ViTCLSPreTrainedModel) or model.config.merged_patches_per_layer or dtype is None:

@@ -7,9 +7,9 @@ The flag `--trainable` selects the trainable parameters:
     last-N    the last N layers, the final norm and the head
     lora      low-rank updates of queries and values (Hu et al. 2021, arXiv 2106.09685), special tokens and the head
 
-Parameters that are missing from the checkpoint are always trained, because their initial values are random. An example
-is a new distillation token with its position embedding and its gate. The mask token is already frozen and remains
-frozen.
+Parameters that are missing from the checkpoint are always trained, because their initial values are random. For
+example, a new distillation token is trained with its position embedding and its gate. The mask token is already frozen
+and remains frozen.
 """
 
 import copy

@@ -11,7 +11,7 @@ Therefore, the folder never contains an old model with a new configuration, even
 `FolderLock` prevents other runs from using the folder. The lock file `.vitcls.lock` in the folder contains the host,
 the process ID and the start time of the process. The lock is released at the end of the run and on SIGTERM, but not on
 SIGKILL. The next run on the same host therefore replaces the lock of a process that has ended. The lock of a process
-on another host is not replaced, because it is unknown whether the process is still running.
+on another host is not replaced, because this process cannot check whether the other process is still running.
 """
 
 import atexit

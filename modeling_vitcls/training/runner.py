@@ -236,7 +236,7 @@ class Runner:
                 self.reporter.warn(f"token {token} did not change in {plan.num_steps} training steps")
         if len(unreadable_images):
             self.reporter.warn(
-                f"{len(unreadable_images)} training image(s) could not be read and were replaced by other images"
+                f"{len(unreadable_images)} training image(s) could not be read and were replaced with other images"
             )
         return metrics | {
             "num_broken_training_images": len(unreadable_images),
@@ -371,7 +371,7 @@ class Runner:
         self, state: TrainingState, plan: BatchPlan, unreadable_images: UnreadableImageCounter
     ) -> tuple[dict[str, Tensors], dict[str, Any]]:
         """Return the tensors and the metadata that `restore` requires. The tensors are returned only on the main
-        process. All processes must call this method together."""
+        process. This method must be called on all processes."""
         metadata = {
             "step": state.step,
             "best_score": state.best_score,
@@ -495,7 +495,7 @@ def resolve_local_paths(options: Any) -> Any:
 
 
 def replace_sources(options: Any, convert: Callable[[str, str], str]) -> Any:
-    """Return the options with the values of --model and --teacher replaced by `convert(flag, value)`."""
+    """Return the options with the values of --model and --teacher replaced with `convert(flag, value)`."""
     options = replace(options, model=replace(options.model, model=convert("model", options.model.model)))
     if isinstance(options, PretrainOptions) or options.distillation.teacher is None:
         return options

@@ -600,16 +600,16 @@ def test_effects_in_words() -> None:
     assert (found[2].word, found[2].rating, found[2].reason) == (
         "effect beyond the null",
         "good",
-        f"effect beyond the null (information): if replaced by its mean, {values}; "
+        f"effect beyond the null (information): if replaced with its mean, {values}; "
         f"if hidden from attention, {values}; {moved}",
     )
     assert (found[3].word, found[3].rating) == ("no measurable effect", "neutral")
-    assert found[3].reason.startswith("no effect beyond the null: if replaced by its mean, 4 of 16")
+    assert found[3].reason.startswith("no effect beyond the null: if replaced with its mean, 4 of 16")
     assert (found[0].word, found[0].rating) == ("not moved", "bad")  # no effect, while other tokens moved
     (group,) = diagnose_groups(model.config, ablations)
     assert (group.token, group.word) == ("all 3 registers", "effect beyond the null")
     assert group.reason == (
-        "effect beyond the null (information and presence): if replaced by their mean, "
+        "effect beyond the null (information and presence): if replaced with their mean, "
         f"{values}; if hidden from attention, {values}."
     )
     assert group.numbers["effect"] == 0.5 and group.numbers["null"] == [0.1, 0.2]
@@ -722,7 +722,7 @@ def test_effects_on_features_in_words() -> None:
     found = diagnose_tokens(encoder.config, findings_of(encoder), ablations, has_head=False)[0]
     text = "the cosine distance between the features before and after is cls 0.25, patches 0.12, and 80% of the "
     text += "nearest neighbors stay the same (95% interval 0.2 to 0.3; null: random patches 0.1 to 0.1)"
-    assert f"if replaced by its mean, {text}; if hidden" in found.reason
+    assert f"if replaced with its mean, {text}; if hidden" in found.reason
     assert found.reason.endswith("; the movement of the token in training is unknown.")
     assert found.numbers["effect"] == 0.25 and found.numbers["presence"]["knn_agreement"] == 0.8
     ablations["presence"]["cls[0]"] = dataclasses.replace(

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import runpy
 import shutil
 import subprocess
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import timm
-from fresh_processes import run_fresh
+from fresh_processes import SCRIPT_ENVIRONMENT, run_fresh
 from local_hub import local_hub, point_client_at
 from PIL import Image
 from rich.console import Console
@@ -71,7 +72,7 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(*flags: str) -> subprocess.CompletedProcess[str]:
     """Run the script in a separate process."""
-    return run_fresh(SCRIPTS / "inspect_tokens.py", *flags)
+    return run_fresh(SCRIPTS / "inspect_tokens.py", *flags, environment=os.environ | SCRIPT_ENVIRONMENT)
 
 
 def run_here(monkeypatch: pytest.MonkeyPatch, *flags: str) -> int:

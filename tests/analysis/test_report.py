@@ -924,7 +924,7 @@ def test_the_table_of_effects(faulty_page: Any) -> None:
     effect = AblationEffect(0.25, 0.123, -0.0625, 16, (0.1, 0.5), (0.05, 0.2))
     assert build_table(effect, patch_effects=[0.3, 0.01, 0.2], redrawn_effects=[0.4, 0.5]) == {
         "token": "CLS",
-        "ablation": "information: replaced by its mean",
+        "ablation": "information: replaced with its mean",
         "changed predictions": "4 of 16 (at most 50.0%)",
         "logit change / standard deviation over images": "0.12",
         "95% interval": "0.05 to 0.2",

@@ -175,7 +175,7 @@ def compute_gradient(model: Any, class_index: int) -> tuple[torch.Tensor, torch.
 
 
 def test_grad_cam() -> None:
-    """Compare with Selvaraju et al. 2017 (arXiv 1610.02391), with the patches as the feature map."""
+    """Compare with Selvaraju et al. (2017, arXiv 1610.02391), with the patches as the feature map."""
     model = build_model()
     target = model.vitcls.layers[-1].layernorm_before
     seen: dict[str, torch.Tensor] = {}

@@ -157,5 +157,5 @@ def test_the_image_column_contains_images() -> None:
         assert build_label_reader(DataOptions("table"), features, lambda column: [1]).label_space.columns == {
             name: ["1"]
         }
-    with raises_one_line("cannot determine the image column among a, b. Set --image-column"):
+    with raises_one_line("cannot identify the image column among a, b. Set --image-column"):
         find_image_column(options, {"a": image, "b": image})

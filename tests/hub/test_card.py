@@ -245,7 +245,7 @@ def test_the_license_of_new_weights_is_set_by_flag() -> None:
             "did not specify a license for the weights" in said
             and "Python files are licensed under Apache-2.0" in said
         )
-    with pytest.raises(ValueError, match="it must be a license identifier of the Hub, such as apache-2"):
+    with pytest.raises(ValueError, match="it must be a Hub license identifier, such as apache-2"):
         RunOptions(license="Apache 2")
 
 
@@ -574,7 +574,7 @@ def test_energy_is_given_with_its_assumption() -> None:
     watts = torch.get_num_threads() * WATTS_PER_CPU_THREAD
     assert estimate["kilowatt_hours"] == pytest.approx(2 * watts / 1000)
     text = render_card(energy=estimate).text
-    assert "The energy was not measured. The estimate is" in text
+    assert "The energy consumption was not measured. The estimate is" in text
     assert (
         f"assuming that {estimate['assumption']}" in text
         and f"{WATTS_PER_CPU_THREAD:.0f} W each" in estimate["assumption"]

@@ -604,12 +604,12 @@ def replace_in_report(path: str, value: Any) -> dict[str, Any]:
     ("path", "value", "words"),
     [
         ("has_package", True, "imported modeling_vitcls, so it did not test the published code"),
-        ("commits", ["b" * 40], f"loaded {'b' * 40}, not only ann/model at {MODEL.sha}"),
-        ("commits", [MODEL.sha, "b" * 40], f"not only ann/model at {MODEL.sha}"),
-        ("commits", [], f"not only ann/model at {MODEL.sha}"),
-        ("code_commits", ["b" * 40], f"loaded code from {'b' * 40}, not only ann/code at {CODE.sha}"),
-        ("code_commits", [CODE.sha, "b" * 40], f"not only ann/code at {CODE.sha}"),
-        ("code_commits", [], f"not only ann/code at {CODE.sha}"),
+        ("commits", ["b" * 40], f"must load only ann/model at {MODEL.sha}, but it loaded {'b' * 40}"),
+        ("commits", [MODEL.sha, "b" * 40], f"but it loaded {MODEL.sha}, {'b' * 40}"),
+        ("commits", [], f"must load only ann/model at {MODEL.sha}, but it loaded no commit"),
+        ("code_commits", ["b" * 40], f"only from ann/code at {CODE.sha}, but it loaded code from {'b' * 40}"),
+        ("code_commits", [CODE.sha, "b" * 40], f"but it loaded code from {CODE.sha}, {'b' * 40}"),
+        ("code_commits", [], f"only from ann/code at {CODE.sha}, but it loaded code from no commit"),
         (
             "models.AutoModel.module",
             "modeling_vitcls.modeling_vitcls",
@@ -636,7 +636,7 @@ def test_the_code_commit_is_checked_only_for_code_in_another_repository() -> Non
 def test_verify_checks_the_report_of_the_process(hub: LocalHub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     push_folder(folder, "ann/model")
     verify_in_this_process(monkeypatch, PackageLoader(folder), {"commits": ["b" * 40]})
-    with raises_one_line(f"loaded {'b' * 40}, not only ann/model at ", error=VerificationError):
+    with raises_one_line("must load only ann/model at ", f"but it loaded {'b' * 40}", error=VerificationError):
         verify("ann/model")
 
 

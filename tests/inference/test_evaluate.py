@@ -108,7 +108,7 @@ def close(value: float) -> Any:
 
 
 def calibration_error(logits: torch.Tensor, labels: np.ndarray) -> float:
-    """Compute equation 3 of Guo et al. 2017 with 15 bins."""
+    """Compute equation 3 of Guo et al. (2017) with 15 bins."""
     confidences, answers = (part.numpy() for part in logits.double().softmax(1).max(1))
     right = answers == labels
     error = 0.0

@@ -529,7 +529,7 @@ def test_idx_files_are_read(tmp_path: Path) -> None:
 
 def test_datasets_that_cannot_be_used_are_named(tmp_path: Path) -> None:
     (tmp_path / "table.csv").write_text("a,b\n1,2\n", encoding="utf-8")
-    with raises_one_line("cannot determine the image column", "--image-column"):
+    with raises_one_line("cannot identify the image column", "--image-column"):
         open_input(PredictOptions("model", dataset=str(tmp_path / "table.csv")))
     with raises_one_line("has no column 'c'. Choose one of a, b"):
         open_input(PredictOptions("model", dataset=str(tmp_path / "table.csv"), image_column="c"))

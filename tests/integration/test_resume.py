@@ -511,7 +511,7 @@ CHANGES = {
     "--dataset digits": "but the value in this run is digits",
     "--seed 1": "--seed 0, but the value in this run is 1",
     "--mixup 0.1": "--mixup 0.0, but the value in this run is 0.1",
-    "--batch-size 4": "has 23 steps of 8 images, but this run has 45 steps of 4 images. Keep --batch-size x",
+    "--batch-size 4": "has 23 steps of 8 images, but this run has 45 steps of 4 images. Do not change the product",
     "--ema-decay 0.9": "--ema-decay unset, but the value in this run is 0.9",
     "--epochs 9": "--epochs 5.0, but the value in this run is 9.0",
     "--max-steps 40": "--max-steps unset, but the value in this run is 40",
