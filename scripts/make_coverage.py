@@ -101,8 +101,8 @@ UNSUPPORTED_FEATURES = {
 HEADER = """# Coverage of other projects' ViTs
 
 `python scripts/make_coverage.py` writes this page. The script builds every architecture with random weights and two
-layers, and converts the model. An architecture converts exactly if all tokens and logits differ from the source model
-by at most 1e-5 in float32, at the native size and at a non-square size.
+layers, and converts the model. An architecture is converted exactly if all tokens and logits match those of the source
+model to within 1e-5 in float32, at the native size and at a non-square size.
 
 The versions are timm {timm} and transformers {transformers}.
 
