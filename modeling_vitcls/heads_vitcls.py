@@ -191,12 +191,13 @@ def compute_classification_loss(
 
 
 def compute_cross_entropy(
-    logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None, name: str = "the model"
+    logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None, owner: str = "the model"
 ) -> Tensor:
     """Return the cross-entropy of logits [B, C] and class indices [B], ignoring -100; 0 if all indices are -100.
 
     Raises:
-        ValueError: if the numbers of labels and images differ or, only on the CPU, a label is not a class index.
+        ValueError: if the numbers of labels and images differ or, only on the CPU, a label is not a class index. The
+            message names the `owner` of the labels.
     """
     if labels.numel() != logits.shape[0]:
         raise ValueError(
@@ -207,7 +208,7 @@ def compute_cross_entropy(
         loss_sum = nn.functional.cross_entropy(logits.float(), labels, ignore_index=IGNORED_LABEL, reduction="sum")
     except IndexError as error:
         num_labels = logits.shape[-1]
-        message = f"unknown label id: {name} has {num_labels} labels, 0 to {num_labels - 1}. {error}"
+        message = f"unknown label id: {owner} has {num_labels} labels, 0 to {num_labels - 1}. {error}"
         raise ValueError(message) from error
     if num_items_in_batch is not None:
         return loss_sum / num_items_in_batch

@@ -472,7 +472,7 @@ class ViTCLSForMultiTaskClassification(ViTCLSPreTrainedModel):
             task_labels = labels.get(name)
             if task_labels is None:
                 task_labels = torch.full((task_logits.shape[0],), IGNORED_LABEL)  # for gradients of all parameters
-            losses[name] = compute_cross_entropy(task_logits, task_labels, name=f"task {name!r}")
+            losses[name] = compute_cross_entropy(task_logits, task_labels, owner=f"task {name!r}")
         return losses
 
 

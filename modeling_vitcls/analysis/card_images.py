@@ -145,15 +145,16 @@ def build_attention_samples(
 
 def format_title(label: str | None, prediction: Row) -> str:
     """Return the label and the prediction as text, such as "7, predicted 7". An unknown label is omitted."""
-    labels = []
+    predicted_labels = []
     for column, value in prediction.items():
         if column == "label":
-            labels.append(value)
+            predicted_labels.append(value)
         elif column.endswith("_label"):
-            labels.append(f"{column.removesuffix('_label')} {value}")
+            predicted_labels.append(f"{column.removesuffix('_label')} {value}")
         elif column == "labels":
-            labels.append(", ".join(value) or NO_LABELS)
-    return ", ".join(filter(None, (label, f"predicted {', '.join(labels)}" if labels else None)))
+            predicted_labels.append(", ".join(value) or NO_LABELS)
+    prediction_text = f"predicted {', '.join(predicted_labels)}" if predicted_labels else None
+    return ", ".join(filter(None, (label, prediction_text)))
 
 
 # Files ---------------------------------------------------------------------------------------------------------------

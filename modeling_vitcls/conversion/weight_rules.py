@@ -121,7 +121,7 @@ def convert_weights(weights: Mapping[str, torch.Tensor], rules: Iterable[Rule], 
     in the order of the indices."""
     rules = list(rules)
     converted_weights: Weights = {}
-    stacked_weights: dict[str, Weights] = {}
+    weights_to_stack: dict[str, Weights] = {}
     unmatched_names = []
     for name, tensor in weights.items():
         rule, placeholders = find_rule(rules, name)
@@ -130,12 +130,12 @@ def convert_weights(weights: Mapping[str, torch.Tensor], rules: Iterable[Rule], 
             continue
         for target, converted_weight in rule.apply(tensor, config, placeholders).items():
             if index_match := re.fullmatch(r"(.+)\[(\d+)\]", target):
-                stacked_weights.setdefault(index_match[1], {})[index_match[2]] = converted_weight
+                weights_to_stack.setdefault(index_match[1], {})[index_match[2]] = converted_weight
             elif converted_weight.numel():
                 converted_weights[target] = converted_weight
     if unmatched_names:
         raise ConversionError(f"unexpected weights: {join_names(unmatched_names)}")
-    for target, weights_by_index in stacked_weights.items():
+    for target, weights_by_index in weights_to_stack.items():
         sorted_weights = [weights_by_index[index] for index in sorted(weights_by_index, key=int)]
         converted_weights[target] = torch.stack(sorted_weights)
     return converted_weights

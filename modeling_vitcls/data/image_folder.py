@@ -131,7 +131,7 @@ def read_image_folder(folder: ImageFolder, use_labels: bool) -> Any:
         datasets_by_split = {split: build_split(folder, split, images) for split, images in images_by_split.items()}
     note_unused_files(folder, sorted([*folder.other_files, *folder.tables]), "of other types")
     if folder.empty_folders:
-        folder.notes.append(f"{folder.path}: folders without images: {shorten_list(folder.empty_folders)}")
+        folder.notes.append(f"{folder.path}: folders without images: {format_name_list(folder.empty_folders)}")
     return datasets.DatasetDict(datasets_by_split)
 
 
@@ -174,7 +174,7 @@ def check_class_folders(folder: ImageFolder, images_by_folder: dict[str, list[st
             class_folder = next(name for name in images_by_folder if name not in split_folders)
             raise ValueError(
                 f"{folder.path}: the folder {folder_name!r} has the name of a split and contains class folders "
-                f"({shorten_list(subfolders)}), but the folder {class_folder!r} does not have the name of a split "
+                f"({format_name_list(subfolders)}), but the folder {class_folder!r} does not have the name of a split "
                 f"({', '.join(SPLITS)}). If the folders are splits, move {class_folder!r} elsewhere. If the folders "
                 f"are classes, rename {folder_name!r}"
             )
@@ -203,8 +203,8 @@ def build_labeled_splits(folder: ImageFolder, images_by_split: dict[str, list[st
     )
     if nested_folders:
         folder.notes.append(
-            f"{folder.path}: images in subfolders of class folders ({shorten_list(nested_folders)}) are labeled with "
-            "the name of the class folder"
+            f"{folder.path}: images in subfolders of class folders ({format_name_list(nested_folders)}) are labeled "
+            "with the name of the class folder"
         )
     feature = datasets.ClassLabel(names=classes)
     datasets_by_split = {}
@@ -225,8 +225,8 @@ def describe_single_class(dataset: str, name: str) -> str:
     subfolder_names = sorted({entry.name for folder in folders for entry in folder.iterdir() if entry.is_dir()})
     hint = ""
     if subfolder_names:
-        names = shorten_list(subfolder_names)
-        hint = f". If the subfolders ({names}) are the classes or splits, set --dataset {folders[0]}"
+        names_text = format_name_list(subfolder_names)
+        hint = f". If the subfolders ({names_text}) are the classes or splits, set --dataset {folders[0]}"
     return (
         f"a classifier requires two or more classes, but {path} has a single class folder, {name!r}. Move the images "
         f"of each class into a separate folder{hint}"
@@ -350,10 +350,10 @@ def note_unused_files(folder: ImageFolder, files: list[str], reason: str) -> Non
     """Add a note about unused files, if there are any. `reason` follows the word "files" in the note."""
     if files:
         count_text = "1 file" if len(files) == 1 else f"{len(files):,} files"
-        folder.notes.append(f"{folder.path}: skipped {count_text} {reason}: {shorten_list(files)}")
+        folder.notes.append(f"{folder.path}: skipped {count_text} {reason}: {format_name_list(files)}")
 
 
-def shorten_list(names: list[str]) -> str:
+def format_name_list(names: list[str]) -> str:
     """Return the first names and the number of omitted names as text."""
     suffix = f" and {len(names) - MAX_SHOWN_NAMES:,} more" if len(names) > MAX_SHOWN_NAMES else ""
     return ", ".join(map(replace_control_characters, names[:MAX_SHOWN_NAMES])) + suffix

@@ -30,7 +30,7 @@ from ..errors import format_error
 from ..heads_vitcls import IGNORED_LABEL
 from ..hub.loading import describe_missing_repo, fall_back_to_cache, is_hub_id
 from ..options import DataOptions
-from .image_folder import read_image_folder, scan_folder, shorten_list
+from .image_folder import format_name_list, read_image_folder, scan_folder
 from .images import ArrayImages, ColumnImages, FileImages, LabeledImages, resolve_path
 from .in_memory import MEMORY_PREFIX, get_dataset
 from .labels import UNLABELED, LabelSpace, build_label_reader, find_image_column, is_image_feature
@@ -196,7 +196,7 @@ def drop_unlabeled_images(images: LabeledImages, options: DataOptions, split: st
             f"{options.dataset}, split {split!r}: none of the {len(images):,} images has a label. Set a different "
             "--label-column or --split"
         )
-    rows = shorten_list([str(index) for index in unlabeled_indices])
+    rows = format_name_list([str(index) for index in unlabeled_indices])
     message = f"{options.dataset}, split {split!r}: {len(unlabeled_indices):,} images have no label (rows {rows})"
     if len(unlabeled_indices) > options.max_broken_images:
         raise ValueError(f"{message}. Add labels, or set a larger --max-broken-images to skip the images")

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from ..options import DataOptions
 from .held_out import HeldOutRecord, HeldOutRule
-from .image_folder import describe_single_class, shorten_list
+from .image_folder import describe_single_class, format_name_list
 from .images import EncodedImages, LabeledImages
 from .labels import LabelSpace
 from .sources import load_splits
@@ -392,7 +392,7 @@ def describe_missing_classes(training_data: TrainingData) -> list[str]:
     ):
         if missing_classes:
             problem = f"{len(missing_classes)} of the {num_classes} classes have no {images}"
-            warnings.append(f"{problem} ({shorten_list(sorted(missing_classes))}), {consequence}. {remedy}")
+            warnings.append(f"{problem} ({format_name_list(sorted(missing_classes))}), {consequence}. {remedy}")
     return warnings
 
 

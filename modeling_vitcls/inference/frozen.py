@@ -112,7 +112,7 @@ def compute_features(encoder: Any, pixel_values: torch.Tensor, layer_numbers: li
     return torch.cat(vectors, dim=1)
 
 
-def get_vector_names(config: Any, layer_numbers: list[int]) -> list[tuple[int, str]]:
+def get_vector_keys(config: Any, layer_numbers: list[int]) -> list[tuple[int, str]]:
     """Return the layer number and the token name for each feature vector of `compute_features`."""
     return [(layer, token) for layer in layer_numbers for token in [*get_token_names(config), MEAN_OF_PATCHES]]
 
@@ -242,8 +242,8 @@ def evaluate_frozen(options: EvaluateOptions) -> dict[str, Any]:
             num_channels=model.config.num_channels,
         )
         output = evaluator(model, build_progress(console, accelerator))
-        names = get_vector_names(model.config, layer_numbers)
-        vectors = {name: output["features"][:, index] for index, name in enumerate(names)}
+        keys = get_vector_keys(model.config, layer_numbers)
+        vectors = {key: output["features"][:, index] for index, key in enumerate(keys)}
         labels = np.array(label_space.names)[output["labels"]]
         return LabeledFeatures(vectors, labels, output["num_broken_images"])
 

@@ -32,7 +32,7 @@ from typing import Any, Self
 import psutil
 
 from ..checkpoints import CheckpointStore
-from ..data.image_folder import shorten_list
+from ..data.image_folder import format_name_list
 from ..hub.adapters import ADAPTER_PATTERNS
 from ..hub.local_paths import is_local, split_prefix
 from ..hub.manifest import DOCUMENTATION_PATTERNS, MODEL_PATTERNS, RECIPE_FILE, is_match
@@ -94,7 +94,7 @@ def check_no_unrelated_files(folder: Path) -> None:
         names.append(METRICS_FILE)
     if names:
         raise ValueError(
-            f"{folder} contains files that this run would overwrite ({shorten_list(names)}). Move the files, set "
+            f"{folder} contains files that this run would overwrite ({format_name_list(names)}). Move the files, set "
             "--overwrite, or choose a different --output-dir"
         )
 
