@@ -38,7 +38,7 @@ from .positions_vitcls import resample_positions, resize_decoder_weight, resize_
 
 logger = logging.get_logger(__name__)
 
-# Arguments of `from_pretrained` that select the files to read, and arguments that configurations do not accept.
+# Arguments of `from_pretrained` that control how files are loaded, and arguments that configurations do not accept.
 HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 MODEL_KEYWORDS = ("dtype", "torch_dtype", "quantization_config", "state_dict")
 
@@ -165,7 +165,7 @@ def get_gated_tokens(config: ViTCLSConfig, changes: Mapping[str, Any], gate_new_
 # Adapting weights ----------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def load_adapted_weights(source: AdaptableModel, target: AdaptableModel) -> None:
-    """Adapt the weights of `source` to the configuration of `target`, copy the result to `target`, and log changes.
+    """Adapt the weights of `source` to the configuration of `target`, copy the results to `target`, and log changes.
 
     Frozen weights stay frozen, unless they are newly initialized.
     """
@@ -253,7 +253,7 @@ def adapt_to_patch_size(resize: Callable[..., Tensor], context: AdaptationContex
     old_size, new_size = context.old_config.patch_height_width, context.new_config.patch_height_width
     if old_size == new_size:
         return context.old_weights[context.name], ""
-    note = f"resized from patches of {old_size[0]} x {old_size[1]} to {new_size[0]} x {new_size[1]} pixels"
+    note = f"resized from {old_size[0]} x {old_size[1]} to {new_size[0]} x {new_size[1]} pixels per patch"
     return resize(context.old_weights[context.name], old_size, new_size), note
 
 
@@ -303,7 +303,7 @@ ADAPTERS: dict[str, Callable[[AdaptationContext], AdaptedWeight]] = {
 def load_checkpoint(load: Callable[..., Any], source: Any, *args: Any, **kwargs: Any) -> Any:
     """Return the output of `load` (a `from_pretrained` method); raise one-line errors that name the file or weight.
 
-    Otherwise, transformers would report mismatched weights in a table, and use default values without a config.json.
+    Otherwise, transformers would report mismatched weights in a table, and use defaults if there is no config.json.
 
     Raises:
         OSError: if the folder, config.json or the weights are missing or damaged.

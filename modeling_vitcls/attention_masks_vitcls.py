@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention masks and biases. The default model has no masks and no biases.
+"""Attention masks and attention biases. The default model uses neither.
 
     attention_mask (argument)         mask of tokens (padding) [B, N], or complete 4-dimensional mask
     build_cls_attention_mask          mask that hides patches from individual CLS tokens (`config.cls_scopes`)
-    RelativePositionBias              learned bias per distance between patches (`config.relative_position_bias`)
+    RelativePositionBias              learned bias per relative patch position (`config.relative_position_bias`)
     TokenGates                        learned gates on added tokens (`config.gated_tokens`)
 
 `build_attention_mask` combines the masks in the format that the attention implementation expects. `config.cls_scopes`
@@ -80,7 +80,7 @@ def apply_mask(bias: Tensor, mask: Tensor | None) -> Tensor:
 def build_cls_attention_mask(
     config: ViTCLSConfig, hidden_states: Tensor, attention_mask: Tensor | None, grid_size: tuple[int, int]
 ) -> Any:
-    """Build the mask that restricts the attention of each CLS token to the patches in its scope."""
+    """Build the mask that hides from each CLS token the patches outside its scope."""
     if "flash" in config._attn_implementation:
         raise ValueError(
             f"cls_scopes requires an attention mask, but {config._attn_implementation} does not support masks: "
@@ -125,10 +125,10 @@ def build_cell_mask(scope: list[int], grid_size: tuple[int, int], device: torch.
 
 # Relative position bias ----------------------------------------------------------------------------------------------
 class RelativePositionBias(nn.Module):
-    """Learned bias per distance between patches, per layer or shared by all layers (BEiT, arXiv 2106.08254; Swin).
+    """Learned bias per relative position of two patches, per layer or shared (BEiT, arXiv 2106.08254; Swin).
 
-    `tables` [tables, distances + 3, heads] has one row per (row, column) distance, and three rows for pairs with
-    special tokens: special to patch, patch to special, special to special. For other grid sizes, tables are resampled.
+    `tables` [tables, distances + 3, heads] has one row per signed (row, column) distance, and three rows for pairs
+    with special tokens: special to patch, patch to special, special to special. For other grids, tables are resampled.
     """
 
     def __init__(self, config: ViTCLSConfig) -> None:

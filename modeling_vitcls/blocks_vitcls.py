@@ -147,7 +147,7 @@ class LearnedPositions(nn.Module):
     def forward(
         self, special_tokens: dict[str, Tensor], patches: Tensor, grid_size: tuple[int, int]
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """Add the position embeddings of special tokens (if any) and of the patches [B, rows * columns, D]."""
+        """Add position embeddings to special tokens (if they have any) and to the patches [B, rows * columns, D]."""
         positions: Tensor = self.patches  # [1, rows * columns, D]
         if needs_resampling(self.grid_size, grid_size):
             positions = resample_positions(positions, self.grid_size, grid_size, self.config)
@@ -282,7 +282,7 @@ class ViTCLSAttention(nn.Module):
     def project_qkv(self, hidden_states: Tensor, num_queries: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries [B, heads, n, head_dim], keys and values [B, heads, N, head_dim], before rotary embedding."""
         # -1 infers the number of heads, because with tensor parallelism, each process has only some of the heads.
-        # torch.cat copies the tokens: with a view, torch.onnx would fix the batch size of an example with one image.
+        # torch.cat copies the tokens: with a view, torch.onnx would fix the batch size if the example has one image.
         queries = hidden_states if num_queries is None else torch.cat([hidden_states[:, :num_queries]], dim=1)
         query = self.q_proj(queries).unflatten(-1, (-1, self.qk_head_dim))
         key = self.k_proj(hidden_states).unflatten(-1, (-1, self.qk_head_dim))  # [B, N, heads, head_dim]
@@ -303,7 +303,7 @@ class ViTCLSAttention(nn.Module):
         return attn_output, weights
 
     def get_attention_function(self) -> Callable[..., tuple[Tensor, Tensor | None]]:
-        """Return the function of `config._attn_implementation`, from the attention interface of transformers."""
+        """Return the function for `config._attn_implementation` from the attention interface of transformers."""
         return ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
 
 
@@ -448,7 +448,7 @@ class ViTCLSLayer(EncoderLayer):
 
 
 def build_mlp(config: ViTCLSConfig) -> ViTCLSMLP | ViTCLSGLU:
-    """Build the MLP of `config.mlp_type`."""
+    """Build an MLP of the type `config.mlp_type`."""
     return ViTCLSMLP(config) if config.mlp_type == "mlp" else ViTCLSGLU(config)
 
 

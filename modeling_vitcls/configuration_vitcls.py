@@ -143,7 +143,7 @@ def raise_one_line_errors() -> Iterator[None]:
 class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     r"""Configuration of a Vision Transformer with configurable CLS, distillation and register tokens.
 
-    The defaults are ViT-B/16 at 224 pixels (arXiv 2010.11929, table 1): one CLS token and 196 patches.
+    The defaults are those of ViT-B/16 (arXiv 2010.11929, table 1) at 224 x 224 pixels: one CLS token and 196 patches.
 
     **Main options**
 
@@ -156,8 +156,8 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         use_mask_token (`bool`, defaults to `False`): Whether the model has a learned token that replaces masked
             patches (`bool_masked_pos`). `ViTCLSForMaskedImageModeling` always has a mask token.
         token_init (`"trunc_normal"`, `"near_zero"` or `"zeros"`, defaults to `"trunc_normal"`): Initial values of the
-            special tokens: normal with standard deviation `initializer_range` (DeiT, DINOv2) or 1e-6 (timm), or zero
-            (the original ViT). `"zeros"` raises an error if two tokens would remain identical during training.
+            special tokens: truncated normal with standard deviation `initializer_range` (DeiT, DINO), normal with 1e-6
+            (timm, DINOv2), or zero (ViT). `"zeros"` raises an error if tokens would remain identical during training.
         cls_scopes (`list`, *optional*): Image region that each CLS token can attend to, one region per token:
             `"image"`, or `[rows, columns, row, column]` for one cell of a rows x columns grid over the image. Every
             token can attend to all special tokens. Default: the whole image for each CLS token.
@@ -178,7 +178,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         head_hidden_size (`int`, *optional*): Hidden size of the MLP head. Default: `hidden_size`.
         distillation_head (`bool`, *optional*): Whether the distillation token has a classifier. Default: `True`.
         distillation_inference (`"mean"`, `"cls"` or `"distillation"`, defaults to `"mean"`): Logits that a model with
-            two heads returns during inference: the mean (DeiT, section 5.2), or the logits of one head.
+            two heads returns: the mean of both heads' logits (DeiT, section 5.2), or the logits of one head.
 
     Image and patches:
         image_size (`int` or `[height, width]`, defaults to 224): Image size in pixels, a multiple of the patch size.
@@ -210,18 +210,18 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             residual branches and embeddings, and of attention weights.
         drop_path_rate (`float`, defaults to 0): Rate, in [0, 1), at which the last layer drops residual branches,
             per image. The rate increases linearly from 0 in the first layer (Huang et al. 2016, arXiv 1603.09382).
-        patch_drop_rate (`float`, defaults to 0): Fraction, in [0, 1), of the patches of each image that training drops
-            at random (PatchDropout, arXiv 2208.07220; FLIP, arXiv 2212.00794). At least one patch is kept.
+        patch_drop_rate (`float`, defaults to 0): Fraction, in [0, 1), of each image's patches that are dropped at
+            random in training (PatchDropout, arXiv 2208.07220; FLIP, arXiv 2212.00794). At least one patch is kept.
 
     Masked image modeling:
         mim_loss (`"l1"` or `"l2"`, defaults to `"l1"`): Loss on masked pixels, as in SimMIM (arXiv 2111.09886) or MAE.
         norm_pixel_target (`bool`, defaults to `False`): Whether the target pixels are normalized per patch (MAE).
 
     Backbone:
-        out_features, out_indices (`list`, *optional*): Stages of `ViTCLSBackbone`, `"stem"`, `"stage1"`, ... Default:
-            the last stage.
+        out_features, out_indices (`list`, *optional*): Stages whose feature maps `ViTCLSBackbone` returns: `"stem"`,
+            `"stage1"`, ... Default: the last stage.
         apply_layernorm (`bool`, defaults to `True`): Whether the final norm is also applied to earlier stages.
-        reshape_hidden_states (`bool`, defaults to `True`): Whether outputs are [batch, channels, rows, columns].
+        reshape_hidden_states (`bool`, defaults to `True`): Whether feature maps are [batch, channels, rows, columns].
 
     **Options for converted checkpoints**
 
@@ -239,16 +239,16 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             -1 to 1 over the image (DINOv3), or patch indices (EVA-02).
         rope_reference_grid (`[rows, columns]`, *optional*): Grid to which `"grid"` coordinates are scaled.
         rope_grid_offset (`float`, defaults to 0.0): Offset that is added to each `"grid"` coordinate, in patches.
-        rope_axes (`"yx"` or `"xy"`, defaults to `"yx"`): Axes of the first and second half of the rotary frequencies.
+        rope_axes (`"yx"` or `"xy"`, defaults to `"yx"`): Axes of the two halves of the rotary frequencies.
         relative_position_bias (`"none"`, `"layer"` or `"shared"`, defaults to `"none"`): A learned attention bias per
-            distance between patches, for each layer or shared by all layers (BEiT, arXiv 2106.08254).
+            relative position of two patches, for each layer or shared by all layers (BEiT, arXiv 2106.08254).
 
     Layers and norms:
         attention_head_size (`int`, *optional*): Size of one head. Default: `hidden_size / num_attention_heads`.
         layer_type (`"standard"`, `"post"` or `"parallel"`, defaults to `"standard"`): `x + f(norm(x))` for attention,
             then MLP; `x + norm(f(x))` (EVA02-CLIP-E); or attention and MLP in parallel after one norm (ViT-22B).
-        norm_type (`"layernorm"` or `"rmsnorm"`, defaults to `"layernorm"`): Type of all norms.
-        layer_norm_eps (`float`, defaults to 1e-6): Epsilon of all norms.
+        norm_type (`"layernorm"` or `"rmsnorm"`, defaults to `"layernorm"`): Type of all norms except `head_norm`.
+        layer_norm_eps (`float`, defaults to 1e-6): Epsilon of all norms except `head_norm`.
         patch_norm (`bool`, defaults to `False`): Norm on the projected patches, before positions are added (AIMv2).
         pre_norm (`bool`, defaults to `False`): Norm on the embedded tokens before the first layer (CLIP).
         attention_norm, mlp_norm (`bool`, defaults to `False`): Norm before the output projection of attention, and of
@@ -263,8 +263,8 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
 
     Pooling:
         pooled_norm (`bool`, defaults to `False`): Norm of type `norm_type` on the pooled vector (timm's `fc_norm`).
-        pooled_activation (`str`, *optional*): Activation after a linear layer on the pooled vector (`"tanh"` in the
-            base models of ViT and DeiT). Default: no linear layer and no activation.
+        pooled_activation (`str`, *optional*): Activation after a linear layer on the pooled vector (`"tanh"` in
+            transformers' `ViTModel` and `DeiTModel`). Default: no linear layer and no activation.
         attention_pool_tokens (`"patches"` or `"all"`, defaults to `"patches"`): Input tokens of attention pooling.
         attention_pool_heads, attention_pool_intermediate_size (`int`, *optional*): Number of heads and MLP size of
             `pooling="attention"`. Default: the values of the encoder.

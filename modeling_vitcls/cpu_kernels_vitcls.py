@@ -14,7 +14,7 @@
 On CPUs without bfloat16 or float16 instructions, half-precision products are computed in float32 and then rounded. The
 subclasses add no state. Parameters, state dicts, `isinstance` checks, copying and pickling work as in plain modules.
 Plain PyTorch is used on other devices, in exported and traced programs, under torch.func, for modules with hooks, for
-quantized, sharded or parametrized weights, and if a private PyTorch name is missing. Autocast disables oneDNN.
+quantized, sharded or parametrized weights, and if a private PyTorch API is missing. Autocast disables oneDNN.
 """
 
 import os
@@ -32,7 +32,7 @@ from .blocks_vitcls import ViTCLSAttention, ViTCLSGLU, ViTCLSMLP
 from .variants_vitcls import MergingAttention, ViTCLSDifferentialAttention
 
 
-# Private PyTorch names, used only in this file. If a name is missing, no kernel is installed.
+# Private PyTorch APIs, used only in this file. If an API is missing, no kernel is installed.
 try:
     from torch._C import _functorch
     from torch._C import _len_torch_dispatch_stack as count_dispatch_modes
@@ -65,7 +65,7 @@ except (ImportError, AttributeError):
 
 # Installing ----------------------------------------------------------------------------------------------------------
 def install_cpu_kernels(model: nn.Module) -> None:
-    """Replace the classes of modules in place with `KERNEL_CLASSES`, if `can_use_cpu_kernels()` is True."""
+    """Replace the classes of modules in place (see `KERNEL_CLASSES`), if `can_use_cpu_kernels()` is True."""
     if not can_use_cpu_kernels():
         return
     for module in model.modules():
@@ -75,7 +75,7 @@ def install_cpu_kernels(model: nn.Module) -> None:
 
 
 def can_use_cpu_kernels() -> bool:
-    """Return whether VITCLS_CPU_KERNELS is not 0 and the installed PyTorch has all required private names."""
+    """Return whether VITCLS_CPU_KERNELS is not 0 and the installed PyTorch has all required private APIs."""
     return os.environ.get("VITCLS_CPU_KERNELS") != "0" and HAS_PRIVATE_NAMES
 
 
@@ -363,7 +363,7 @@ if HAS_ONEDNN and torch.backends.cpu.get_cpu_capability().startswith("AVX512") a
 
 
 # Half precision on CPUs without half-precision instructions ----------------------------------------------------------
-# On these CPUs, PyTorch multiplies half-precision numbers one by one, which is 8 times slower than float32.
+# On these CPUs, PyTorch multiplies half-precision numbers one by one, which takes 8 times as long as in float32.
 # Like PyTorch, these functions accumulate in float32. Tensors saved for the backward pass stay in half precision.
 
 EMULATED_DTYPES: set[torch.dtype] = set()
@@ -477,7 +477,7 @@ def sdpa_attention(
 def should_use_chunked_attention(query: Tensor, key: Tensor) -> bool:
     """Return whether chunked attention is faster than PyTorch's kernel, as measured in bfloat16 for short sequences.
 
-    Return False in exported programs, which may run on other CPUs, and in compiled training, which stores all weights.
+    Return False in exported programs, which may run elsewhere, and compiled training, which stores attention weights.
     """
     if not query.is_cpu or query.dtype != torch.bfloat16 or not HAS_AVX512_BFLOAT16 or is_exporting():
         return False

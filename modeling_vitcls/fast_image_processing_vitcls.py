@@ -7,7 +7,7 @@
 call has checked the settings. The overhead of transformers (checks, grouping by shape, layout copies) takes as long as
 the image operations. The image processor resizes and crops images; torchvision decodes JPEG files.
 
-Images are normalized with one thread, because several threads are slower for a single image on a busy machine. A
+Images are normalized in one thread, because several threads are slower for a single image on a busy machine. A
 list of files is read with `torch.get_num_threads()` Python threads, one image per thread.
 """
 

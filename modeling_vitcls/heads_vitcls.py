@@ -235,7 +235,7 @@ def compute_masked_pixel_loss(
         pixel_values: images [B, C, H, W].
         bool_masked_pos: [B, rows * columns], true for masked patches.
     """
-    predictions = split_into_patches(reconstruction, config).float()  # [B, rows * columns, pixels per patch]
+    predictions = split_into_patches(reconstruction, config).float()  # [B, rows * columns, values per patch]
     target = split_into_patches(pixel_values, config).float()
     if config.norm_pixel_target:
         correction = int(target.shape[-1] > 1)

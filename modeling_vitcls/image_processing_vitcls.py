@@ -213,19 +213,19 @@ class ViTCLSImageProcessor(ViTCLSBaseImageProcessor, TorchvisionBackend):  # typ
           mode `F` has no defined range and raises an error.
         - Channels, `do_convert_rgb=True`: All modes are converted to RGB. Transparent images are composited on white.
         - Channels, `do_convert_rgb=False`: Gray images are composited on white and have 1 channel. Color images have 3
-          channels, or 4 channels with transparency. Arrays are left unchanged. `image_mean` and `image_std` require
+          channels, or 4 channels with transparency. Arrays keep their channels. `image_mean` and `image_std` require
           one value per channel. For `num_channels=1`, set `do_convert_rgb=False, image_mean=[0.5], image_std=[0.5]`.
 
     `ViTCLSImageProcessorPil` returns the same values up to floating-point rounding if images are not resized. With
     bilinear or bicubic resizing, values differ by at most 2 of 255 gray levels (mean: 0.05) for photographs, and by at
-    most 16 (mean: 0.5) for noise, because PIL rounds and clips between two passes. Other filters differ more.
+    most 16 (mean: 0.5) for noise, because PIL rounds and clips between its passes. Other filters differ more.
 
     Args:
         do_convert_rgb (`bool`, defaults to `True`): Whether to convert every image to three channels.
         do_resize (`bool`, defaults to `True`): Whether to resize to `size`.
         size (`dict` or `int`, defaults to `{"height": 224, "width": 224}`): Size in pixels: exact, or
             `{"shortest_edge": 256}`, which keeps the aspect ratio. An `int` sets both height and width.
-        resample (`int`, defaults to 3): Filter with antialiasing: 0 nearest, 1 Lanczos, 2 bilinear, 3 bicubic.
+        resample (`int`, defaults to 3): Filter: 0 nearest; with antialiasing: 1 Lanczos, 2 bilinear, 3 bicubic.
         do_center_crop (`bool`, *optional*): Whether to crop the center of the image to `crop_size`.
         crop_size (`dict` or `int`, *optional*): Crop size in pixels, at most the size after resizing.
         crop_rounding (`"down"` or `"even"`, defaults to `"down"`): Rounding of crop margins that are not whole pixels:

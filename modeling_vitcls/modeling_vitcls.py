@@ -281,7 +281,7 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
         Args:
             pixel_values: [B, C, H, W]; images of any size with at least one patch.
             bool_masked_pos: [B, rows * columns]; True for patches that are replaced with the mask token.
-            attention_mask: [B, N] for all tokens, special tokens first; 1 for visible tokens, 0 for masked tokens.
+            attention_mask: [B, N] for all tokens, special tokens first; 1 for visible tokens, 0 for hidden tokens.
             num_output_tokens: number of special tokens to compute in the last layer and return. Default: all tokens.
             interpolate_pos_encoding: has no effect, because positions are always interpolated to the image size.
             output_hidden_states, output_attentions, return_dict: as in all transformers models.

@@ -98,7 +98,7 @@ def get_patch_coordinates(config: ViTCLSConfig, grid_size: tuple[int, int], devi
 
 
 def rotate_patches(query: Tensor, key: Tensor, position_embeddings: PositionEmbeddings) -> tuple[Tensor, Tensor]:
-    """Rotate the patches of queries [B, heads, n, head_dim] and keys [B, heads, N, head_dim].
+    """Rotate the queries [B, heads, n, head_dim] and keys [B, heads, N, head_dim] of the patches.
 
     Special tokens come first in the sequence and are not rotated. n is N or at most the number of special tokens.
     """
@@ -128,7 +128,7 @@ def resample_positions(
     """Resample learned positions [1, rows * columns, D] in float32 to another grid, with the method in `config`."""
     maps = positions.float().unflatten(1, grid_size).permute(0, 3, 1, 2)  # [1, D, rows, columns]
     if config.position_interpolation == "crop":
-        # Resample to a square with the length of the longer side, and keep the top left (RADIO, arXiv 2312.06709).
+        # Resample to a square with the length of the longer side, and keep its top left (RADIO, arXiv 2312.06709).
         longer_side = max(new_grid_size)
         square = nn.functional.interpolate(maps, size=(longer_side, longer_side), mode="bilinear", align_corners=False)
         rows, columns = (torch.arange(length, device=maps.device) for length in new_grid_size)

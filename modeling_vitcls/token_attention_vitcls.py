@@ -91,7 +91,7 @@ def compute_attention_rows(query: Tensor, key: Tensor, mask: Tensor | None, scal
 def select_mask_rows(mask: Any, query: Tensor, key: Tensor) -> Tensor | None:
     """Return the rows of a mask for the first n queries [B, heads, n, d], for any attention implementation.
 
-    Masks are None, [B, N] (flash), [B or 1, heads or 1, N or 1, N] (SDPA, eager) or a function (flex attention).
+    Masks are None, [B, N] (flash), [B or 1, heads or 1, N or 1, N] (SDPA, eager) or a `BlockMask` (flex attention).
     """
     if mask is None or query.shape[2] == 0:
         return None

@@ -85,7 +85,7 @@ class ViTCLSDifferentialAttention(ViTCLSAttention):
     map. In the paper, this weight is computed from learned vectors, and the output of the norm is scaled.
     """
 
-    LAMBDA_INIT = 0.8  # initial weight of the second map, as in the paper; the initial norm weight is 1 - 0.8
+    LAMBDA_INIT = 0.8  # initial weight of the second map (the paper's limit in deep layers); norms start at 1 - 0.8
 
     def __init__(self, config: ViTCLSConfig) -> None:
         super().__init__(config)
@@ -266,7 +266,7 @@ def select_position_embeddings(position_embeddings: PositionEmbeddings, indices:
 
 @dataclass(frozen=True)
 class MergedGroups:
-    """Partition of the N tokens of the sequence into T groups. Each special token has its own group.
+    """Partition of the N tokens of the sequence into T groups. Each special token is a group of its own.
 
     Attributes:
         sizes: [B, T], number of tokens in each group.

@@ -182,7 +182,7 @@ def test_each_change_is_logged_once_in_a_line_of_its_own(caplog: pytest.LogCaptu
         "distillation_classifier.weight: dropped",
         "vitcls.embeddings.cls_token: 1 kept, 1 dropped",
         "vitcls.embeddings.distillation_token: dropped",
-        "vitcls.embeddings.patch_embeddings.projection.weight: resized from patches of 8 x 8 to 16 x 16 pixels",
+        "vitcls.embeddings.patch_embeddings.projection.weight: resized from 8 x 8 to 16 x 16 pixels per patch",
         "vitcls.embeddings.position_embeddings.cls: 1 kept, 1 dropped",
         "vitcls.embeddings.position_embeddings.distillation: dropped",
         "vitcls.embeddings.position_embeddings.patches: resampled from 4 x 6 to 2 x 3 patches",
@@ -511,7 +511,7 @@ def test_positions_are_unchanged_for_other_patches_on_the_same_grid(caplog: pyte
     larger = model.adapt(image_size=[64, 96], patch_size=16)
     assert torch.equal(larger.embeddings.position_embeddings.patches, model.embeddings.position_embeddings.patches)
     assert get_logged_lines(caplog) == [
-        "embeddings.patch_embeddings.projection.weight: resized from patches of 8 x 8 to 16 x 16 pixels"
+        "embeddings.patch_embeddings.projection.weight: resized from 8 x 8 to 16 x 16 pixels per patch"
     ]
 
 
