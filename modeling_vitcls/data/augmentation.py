@@ -56,7 +56,7 @@ class Augmentation:
 def build_augmentation(
     options: AugmentationOptions, height_width: tuple[int, int], interpolation: InterpolationMode
 ) -> Augmentation:
-    """Build the augmentation for output images of `height_width` pixels."""
+    """Build the augmentation for output images of the size `height_width`."""
     fixed_transform: nn.Module = nn.Identity()
     transforms: list[nn.Module] = []
     assert options.crop_scale is not None
@@ -157,8 +157,8 @@ class MaskGenerator:
         . # # .               . . # #
 
     The masks consist of single patches (MAE, arXiv 2111.06377, section 3) or square blocks of patches (SimMIM, arXiv
-    2111.09886, section 3.2). Every image has the same number of masked patches, so the mean over the masked patches of
-    a batch equals the mean over the images. The model defines the mask token and the loss.
+    2111.09886, section 3.2). Every image has the same number of masked patches, so the mean over all masked patches
+    of a batch equals the mean of the per-image means. The model defines the mask token and the loss.
     """
 
     def __init__(self, options: MaskingOptions, grid_size: tuple[int, int]) -> None:

@@ -26,7 +26,7 @@ from .images import NOT_REPLACED, ArrayImages, ImageSubset, LabeledImages, Unrea
 from .sampling import BatchPlan, ImageKey, derive_seed
 
 
-MAX_CACHE_BYTES = 256 * 2**20  # maximum size of the cache of decoded images per worker, in bytes
+MAX_CACHE_BYTES = 256 * 2**20  # maximum size of the cache of prepared images per worker, in bytes
 
 Batch = dict[str, Any]
 

@@ -115,10 +115,12 @@ def make_printable(name: str) -> str:
 
 def read_image_folder(folder: ImageFolder, use_labels: bool) -> Any:
     """Return a `datasets.DatasetDict` of the splits, and add notes about unused files to `folder.notes`. Raise
-    ValueError if labels are used and there are no class folders, or if the split folders are ambiguous.
+    ValueError if labels are used, but there are neither class folders nor metadata files, or if the split folders are
+    ambiguous.
 
-    If there are metadata files, the columns are `image` and the columns of the metadata files. Otherwise, the columns
-    are `image` and, if labels are used, `label`. If labels are not used, images at any depth are included.
+    If there are metadata files, the columns are `image` and the columns of the metadata files except `file_name`.
+    Otherwise, the columns are `image` and, if labels are used, `label`. If labels are not used, images at any depth
+    are included.
     """
     import datasets
 
@@ -167,7 +169,10 @@ def divide_into_splits(folder: ImageFolder) -> tuple[dict[str, list[str]], bool]
 
 
 def check_class_folders(folder: ImageFolder, images_by_folder: dict[str, list[str]], split_folders: list[str]) -> None:
-    """Raise ValueError if a folder with a split name contains class folders. At least one folder has no split name."""
+    """Raise ValueError if a folder with a split name contains class folders.
+
+    At least one folder must have no split name.
+    """
     for folder_name in split_folders:
         subfolders = sorted({image.split("/")[1] for image in images_by_folder[folder_name] if image.count("/") > 1})
         if subfolders:
@@ -181,9 +186,9 @@ def check_class_folders(folder: ImageFolder, images_by_folder: dict[str, list[st
 
 
 def build_labeled_splits(folder: ImageFolder, images_by_split: dict[str, list[str]], depth: int) -> dict[str, Any]:
-    """Return the dataset of each split. The label of an image is the name of its class folder. `depth` is the number
-    of folders above the class folders. A split without class folders is skipped. Raise ValueError if no split has
-    class folders."""
+    """Return the dataset of each split. The label of an image is the name of its class folder. `depth` is 0 if
+    the class folders are first-level folders, or 1 if they are in split folders. A split without class folders is
+    skipped. Raise ValueError if no split has class folders."""
     import datasets
 
     labels: dict[str, str | None] = {

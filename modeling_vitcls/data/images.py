@@ -130,7 +130,7 @@ class EncodedSequence(Sequence):
             return None
 
     def compute_keys(self) -> list[int]:
-        """Return a checksum of the bytes of each image, or of the path of an image without bytes in the dataset."""
+        """Return a checksum of the bytes of each image, or of its path if the dataset does not contain the bytes."""
         return [compute_encoded_image_key(self.get_encoded_image(index), self.folder) for index in range(len(self))]
 
 
@@ -185,7 +185,7 @@ class ColumnImages(EncodedSequence):
         return pyarrow.compute.struct_field(values, "path").to_pylist()
 
     def compute_keys(self) -> list[int]:
-        """Return a checksum of the bytes of each image, or of the path of an image without bytes in the dataset."""
+        """Return a checksum of the bytes of each image, or of its path if the dataset does not contain the bytes."""
         starts = range(0, len(self), ROWS_PER_READ)
         rows = (row for start in starts for row in self.dataset[start : start + ROWS_PER_READ][self.column])
         return [compute_encoded_image_key(row or MISSING_IMAGE, self.folder) for row in rows]
@@ -204,7 +204,8 @@ def check_channels(image: Image.Image, pixels: torch.Tensor, num_channels: int |
     if num_channels is not None and len(pixels) != num_channels:
         path = getattr(image, "filename", "")
         image_name = f"the image {shorten_text(path)}" if path else f"an image of mode {image.mode}"
-        raise UnreadableImage(f"{image_name} has {len(pixels)} channels, but the model requires {num_channels}")
+        count_text = "1 channel" if len(pixels) == 1 else f"{len(pixels)} channels"
+        raise UnreadableImage(f"{image_name} has {count_text}, but the model requires {num_channels}")
 
 
 def to_encoded_image(value: Any, folder: Path) -> dict[str, Any]:

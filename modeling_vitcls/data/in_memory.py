@@ -64,7 +64,7 @@ def convert_split(data: Any) -> Any:
         return data
     if not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
         raise TypeError(
-            "a dataset must be a path, a datasets.Dataset, a torch Dataset with a length or a list of (image, label) "
+            "a dataset must be a path, a datasets.Dataset, a torch Dataset with a length, or a list of (image, label) "
             f"pairs, but the type of the data is {type(data).__name__}"
         )
     rows = [convert_pair(data[index], index) for index in range(len(data))]

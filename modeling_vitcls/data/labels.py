@@ -230,8 +230,8 @@ def split_labels(value: Any, separator: str | None, row_name: str) -> list[Any]:
 
 
 def normalize_value(value: Any) -> Any:
-    """Return a label as text or integer, or None for a missing label. Files with missing values store integers as
-    floats."""
+    """Return a label as text or integer, or None for a missing label. Integers in a column with missing values are
+    read as floats."""
     if value == "" or (isinstance(value, float) and math.isnan(value)):
         return None
     return int(value) if isinstance(value, float) and value.is_integer() else value

@@ -117,7 +117,7 @@ class BalancedOrder(ShuffledOrder):
         return num_uses[order], indices[order]
 
     def shuffle_class(self, class_index: int, cycles: np.ndarray, num_members: int) -> np.ndarray:
-        """Return one random order of the images of a class per cycle, [cycles, members]. The cycles range from the
+        """Return a random order of the images of a class for each cycle, [cycles, members]. The cycles range from the
         minimum to the maximum of `cycles`."""
         cycle_indices = np.arange(cycles.min(), cycles.max() + 1, dtype=np.uint64)
         seeds = np.full(len(cycle_indices), derive_seed(self.seed, class_index, self.num_images), dtype=np.uint64)
@@ -199,7 +199,7 @@ class BatchPlan:
         return self.batch_size * self.accumulation_steps * self.num_processes
 
     def count_epochs(self, step: int) -> float:
-        """Return the number of completed epochs after `step` steps, or 0 for a stream, whose length is unknown."""
+        """Return the (fractional) number of epochs after `step` steps; 0 for a stream, whose length is unknown."""
         return step * self.images_per_step / self.num_images if self.num_images else 0.0
 
     def iterate_keys(self, process_index: int, first_step: int = 0) -> Iterator[list[ImageKey]]:

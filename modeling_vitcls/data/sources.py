@@ -70,7 +70,8 @@ def load_splits(options: DataOptions, use_labels: bool = True, select: SplitSele
         select: function that selects splits by name. Other splits, whose labels may be hidden, are not read.
 
     Raises:
-        ValueError: if the dataset cannot be found or read, or has no image or label column.
+        ValueError: if the dataset cannot be read, or has no image or label column.
+        OSError: if the dataset cannot be found.
     """
     if options.dataset == "digits":
         splits = load_digits()
@@ -117,8 +118,8 @@ def find_idx_file(folder: Path, split: str, kind: str) -> Path | None:
 
 
 def load_idx_folder(folder: Path) -> Splits:
-    """Load the splits `train` and `test` of a folder in the MNIST format. Raise ValueError if a file is missing or
-    damaged."""
+    """Load the splits `train` and `test` of a folder in the MNIST format. Raise ValueError if a label file is
+    missing, or if a file is damaged."""
     images_by_split, num_classes = {}, 10
     for prefix, name in IDX_SPLITS.items():
         image_file, label_file = (find_idx_file(folder, prefix, kind) for kind in ("images-idx3", "labels-idx1"))
@@ -143,8 +144,8 @@ def load_idx_folder(folder: Path) -> Splits:
 
 
 def read_idx(file: Path, num_dimensions: int) -> np.ndarray:
-    """Read an idx file as [images, H, W] or [images] `uint8`. The file contains two zero bytes, type 8 (`uint8`), the
-    number of dimensions, the size of each dimension, and the values."""
+    """Read an idx file as [images, H, W] or [images] `uint8`. The file contains two zero bytes, the type code 8
+    (`uint8`), the number of dimensions, the size of each dimension, and the values."""
     try:
         content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
         if content[:4] != bytes([0, 0, 8, num_dimensions]):
@@ -223,7 +224,7 @@ def open_splits(options: DataOptions, use_labels: bool = True) -> Any:
     if path.is_dir() and (folder := scan_folder(path)).is_image_folder:
         image_splits = read_image_folder(folder, use_labels)
         if not image_splits:
-            raise ValueError(f"{options.dataset} contains no rows. Check the tables of the dataset")
+            raise ValueError(f"{options.dataset} contains no rows. Check the metadata files")
         for note in folder.notes:
             warn_on_first_process(note)
         return convert_to_streams(image_splits, options)
@@ -277,7 +278,7 @@ def read_with_datasets(options: DataOptions) -> Any:
 
 
 def convert_to_streams(splits: Any, options: DataOptions) -> Any:
-    """Return the splits, which are converted to streams if --streaming is set."""
+    """Return the splits, converted to streams if --streaming is set."""
     return {name: split.to_iterable_dataset() for name, split in splits.items()} if options.streaming else splits
 
 

@@ -7,7 +7,7 @@ Labels are read in labels.py. Images are decoded on access (images.py) and batch
 
 `--resume` continues a run only with the data that the run started with. The data has a fingerprint of four digests:
     names_sha256         image names in the order of the dataset
-    name_set_sha256      sorted image names, to distinguish a new order from other images
+    name_set_sha256      sorted image names, to distinguish a different order from different images
     labels_sha256        labels in the order of the dataset
     contents_sha256      bytes of `NUM_SAMPLES` images, spread evenly over all images
 The fingerprint of a large dataset is computed quickly, because no other image files are read. A sample of the images
@@ -387,12 +387,14 @@ def describe_missing_classes(training_data: TrainingData) -> list[str]:
         remedy += ", or set a different --split-seed or --held-out-fraction"
     warnings = []
     for missing_classes, images, consequence in (
-        (train - held_out, "held-out images", "so the accuracy on these classes is not measured"),
-        (held_out - train, "training images", "because all images of these classes are held out"),
+        (train - held_out, "held-out images", "so the accuracy on {} is not measured"),
+        (held_out - train, "training images", "because all images of {} are held out"),
     ):
         if missing_classes:
-            problem = f"{len(missing_classes)} of the {num_classes} classes have no {images}"
-            warnings.append(f"{problem} ({format_name_list(sorted(missing_classes))}), {consequence}. {remedy}")
+            verb, noun = ("has", "this class") if len(missing_classes) == 1 else ("have", "these classes")
+            problem = f"{len(missing_classes)} of the {num_classes} classes {verb} no {images}"
+            names_text = format_name_list(sorted(missing_classes))
+            warnings.append(f"{problem} ({names_text}), {consequence.format(noun)}. {remedy}")
     return warnings
 
 

@@ -4,7 +4,7 @@
            -> batches of encoded examples, read ahead by the main process -> decoding and augmentation in workers
 
 If the number of shards is a multiple of the number of processes, each process reads its own shards. Otherwise, each of
-the n processes reads all shards and uses every n-th example. The order depends only on the seed. After the last
+the n processes reads all shards and uses every n-th example. The shuffling of each pass is seeded. After the last
 example, a process starts a new pass in a different order. The index of an example is a checksum of the encoded image
 or of the image path, so an image has the same index in every pass and every process.
 """
@@ -147,7 +147,7 @@ class StreamedImages:
 
 def open_streams(options: DataOptions, use_labels: bool = True) -> dict[str, StreamedImages]:
     """Open a dataset, and return a dict that maps split names to images. Raise ValueError if the dataset cannot be
-    found, has no image or label column, or does not declare its labels."""
+    read, has no image or label column, or has unknown classes, and OSError if the dataset cannot be found."""
     import datasets
 
     streams = open_splits(options, use_labels)

@@ -86,9 +86,10 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
 
     Raises:
         ValueError: if the model type is not supported, if the split does not exist, if the options of the
-            held-out split differ from the options that were used in training, if the model lacks a label of the
-            dataset, or if too many images are unreadable.
-        OSError: if the checkpoint cannot be found or read, or if the output cannot be written.
+            held-out split differ from the options that were used in training, if an image has a label that the model
+            lacks, or if too many images are unreadable.
+        OSError: if the checkpoint cannot be found or read, if the dataset cannot be found, or if the output cannot be
+            written.
     """
     accelerator, console, warn = set_up_evaluation(options)
     model, evaluator, split, rule, warning = load_evaluation(options, accelerator, warn)
@@ -155,7 +156,7 @@ def write_results(options: EvaluateOptions, results: dict[str, Any], console: Co
 
 
 def describe_possible_overlap(model: str, record: HeldOutRecord | None, held_out_images: LabeledImages) -> str | None:
-    """Return a warning that the model may have been trained on held-out images.
+    """Return a warning that the model may have been trained on `held_out_images`.
 
     Return None if the same images were held out when the model was trained.
     """

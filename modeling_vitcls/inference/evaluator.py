@@ -105,7 +105,7 @@ class Evaluator:
         batch_size: number of images per process and forward pass.
         num_workers: number of data loading workers per process; with 0, no worker processes are started.
         accelerator: the accelerator, which defines the device, the precision and the processes.
-        max_broken_images: maximum number of unreadable images, which are skipped. The evaluation stops if more images
+        max_broken_images: maximum number of unreadable images, which are skipped. The evaluation fails if more images
             are unreadable.
         warn: function that prints a warning; called on the main process, once for each unreadable image.
         num_channels: number of input channels of the model. Images with a different number of channels are
@@ -244,7 +244,7 @@ class ReconstructionEvaluator(Evaluator):
 
 
 class CachedBatches:
-    """Iterable over the batches of a process. The first pass caches the batches if they fit in the cache."""
+    """Iterable over the batches of a process. The first pass caches batches of up to `MAX_CACHE_BYTES` in total."""
 
     def __init__(self, batches: HeldOutBatches, num_workers: int) -> None:
         self.loader = DataLoader(

@@ -4,7 +4,7 @@
     held-out images -> encoder, once -> features ------------------------------------+-> accuracy by layer and token
 
 --frozen      classifier
-knn           KNeighborsClassifier: 10 neighbors by cosine similarity, weighted by distance
+knn           KNeighborsClassifier: 10 nearest neighbors by cosine distance, weighted by inverse distance
 logreg        LogisticRegression on standardized features
 few-shot:N    logreg on N images per class, repeated with different images
 
@@ -66,7 +66,7 @@ class FeatureEvaluator(Evaluator):
     """Computes the features of images on any number of processes."""
 
     def __init__(self, layer_numbers: list[int], *args: Any, **kwargs: Any) -> None:
-        """Initialize the evaluator. The first layer has the number 1. See `Evaluator` for the remaining arguments."""
+        """Initialize the evaluator. Layers are numbered from 1. See `Evaluator` for the remaining arguments."""
         super().__init__(*args, **kwargs)
         self.layer_numbers = layer_numbers
 
@@ -188,7 +188,7 @@ def select_few_shot_images(
 
 
 def summarize_repeats(accuracies: list[float]) -> dict[str, Any]:
-    """Return the mean accuracy over repeats, with a 95% interval from a normal distribution (None for one repeat)."""
+    """Return the mean accuracy over repeats, with a 95% interval (normal approximation; None for one repeat)."""
     mean, interval = fmean(accuracies), None
     if len(accuracies) > 1:
         half_width = NormalDist().inv_cdf((1 + CONFIDENCE_LEVEL) / 2) * stdev(accuracies) / len(accuracies) ** 0.5
@@ -208,11 +208,12 @@ def evaluate_frozen(options: EvaluateOptions) -> dict[str, Any]:
     Raises:
         ValueError: if the checkpoint, the dataset or the labels are not supported, or if too many images are
             unreadable.
-        OSError: if the checkpoint cannot be found or read, or if the output cannot be written.
+        OSError: if the checkpoint cannot be found or read, if the dataset cannot be found, or if the output cannot be
+            written.
     """
     assert options.frozen is not None
     if options.data.streaming:
-        raise ValueError("--frozen requires a dataset on disk, but --streaming is set. Remove --streaming")
+        raise ValueError("--frozen does not support streams. Remove --streaming")
     accelerator, console, warn = set_up_evaluation(options)
     with accelerator.main_process_first():  # the main process downloads the files
         model, processor = load_model(options.model, use_head=False)
@@ -283,7 +284,7 @@ def check_is_single_label(options: EvaluateOptions, label_space: LabelSpace) -> 
 def print_accuracies(results: dict[str, Any], console: Console) -> None:
     """Print the table of accuracies, and the best row."""
     console.print(
-        f"{results['frozen']} on frozen features: fitted to {results['num_training_images']:,} training images, "
+        f"{results['frozen']} on frozen features: {results['num_training_images']:,} training images, "
         f"evaluated on {results['num_images']:,} images of {results['dataset']} ({results['split']}); "
         f"{results['images_per_second']:,} images/s",
         markup=False,
@@ -295,7 +296,7 @@ def print_accuracies(results: dict[str, Any], console: Console) -> None:
     console.print(build_table("", ["Layer", "Token", "Accuracy", "95% interval"], table_rows))
     best_row = results["best"]
     console.print(
-        f"best      layer {best_row['layer']}, {best_row['token']}: {format_percent(best_row['accuracy'])} (selected "
-        f"from {len(results['rows'])} rows on the same images)",
+        f"best      layer {best_row['layer']}, {best_row['token']}: {format_percent(best_row['accuracy'])} (best "
+        f"of {len(results['rows'])} rows, selected on the evaluated images)",
         markup=False,
     )

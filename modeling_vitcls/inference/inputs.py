@@ -1,8 +1,8 @@
-"""Inputs of a prediction, and image preprocessing. Inputs yield records of an index, a name and the undecoded image.
+"""Inputs of a prediction, and image preprocessing. Inputs yield records: index, name and undecoded image.
 
     PATHS, --list, digits, MNIST files    ListInput      complete list, known at the start
     other datasets                        DatasetInput   random access with the `datasets` library
-    --streaming                           StreamInput    read once from the start; other images are skipped
+    --streaming                           StreamInput    read once from the start; images outside ranges are skipped
 
 All inputs are read in ranges of increasing indices, so that each process, or a restarted prediction, can read a part
 of the input. Several threads decode and preprocess images ahead of the forward pass.
@@ -200,7 +200,7 @@ def open_input(options: PredictOptions) -> PredictionInput:
 
     Raises:
         ValueError: if the input has no images, or if the dataset cannot be read.
-        OSError: if the list cannot be read.
+        OSError: if the list cannot be read, or if the dataset cannot be found.
     """
     if options.dataset is not None:
         return open_dataset(options, options.dataset)
@@ -234,7 +234,7 @@ def open_dataset(options: PredictOptions, dataset: str) -> PredictionInput:
 
 
 def select_split(splits: Mapping[str, Any], options: PredictOptions) -> Any:
-    """Return the split with the name `--split`, or the only split if `--split` is not set.
+    """Return the split that `--split` names, or the only split if `--split` is not set.
 
     Raise ValueError if there is no such split.
     """
@@ -280,7 +280,7 @@ def prepare_images(
 
 
 def prepare_image(processor: ViTCLSImageProcessor, record: ImageRecord) -> PreparedImage:
-    """Read, decode and preprocess one image. Raise FetchError if a file cannot be read over the network."""
+    """Read, decode and preprocess one image. Raise FetchError if `fetch_file` fails."""
     content = record.content
     if content is None:
         return PreparedImage(record, error=f"row {record.index} has no image")

@@ -35,7 +35,7 @@ def load_model(source: str, use_head: bool) -> tuple[PreTrainedModel, ViTCLSImag
     """Load the model of a vitcls checkpoint, with or without the classifier, and the image processor.
 
     Raises:
-        ValueError: if the checkpoint is not a vitcls model, or if the checkpoint lacks trained weights.
+        ValueError: if the checkpoint is not a vitcls model, or lacks trained weights or the requested classifier.
         OSError: if the checkpoint cannot be found or read.
     """
     if is_preset(source):

@@ -57,13 +57,13 @@ class SingleLabelMetrics:
     accuracy                top-1 accuracy
     top_5_accuracy          top-5 accuracy, if there are more than five classes
     balanced_accuracy       mean recall of the classes that have images
-    calibration_error       expected calibration error in 15 bins (Guo et al. 2017, arXiv 1706.04599)
+    calibration_error       expected calibration error with 15 bins (Guo et al. 2017, arXiv 1706.04599)
     cls_accuracy, distillation_accuracy     accuracy of each head, if the model has two heads
     loss                    cross-entropy, without label smoothing
     num_images
     accuracy_interval       95% confidence interval [low, high]
     per_class               name, number of images, recall, precision and F1 of each class
-    confusion_matrix        rows are true classes, columns are predictions; omitted above 1,000 classes
+    confusion_matrix        rows are true classes, columns are predictions; omitted for more than 1,000 classes
     """
 
     def __init__(self, label_space: LabelSpace, device: torch.device) -> None:
@@ -143,7 +143,7 @@ class MultiLabelMetrics:
     num_images
     per_class               name, number of images, average precision, recall, precision and F1 of each class
 
-    To compute the average precision, all probabilities are stored: 4 MB for 1,000 images and 1,000 classes.
+    To compute the average precision, probabilities and labels are stored: 12 MB for 1,000 images and 1,000 classes.
     """
 
     def __init__(self, label_space: LabelSpace, device: torch.device) -> None:
@@ -262,7 +262,7 @@ SELECTION_METRICS: dict[LabelKind, str] = {
 
 
 class ClassCounts(Metric):
-    """Numbers of correct predictions, predictions and images of each class, as int64 tensors [L].
+    """For each class, the numbers of correct predictions, all predictions and images, as an int64 tensor [3, L].
 
     The counting metrics of torchmetrics do not support empty batches, and build a matrix [L, L] at each update.
     """

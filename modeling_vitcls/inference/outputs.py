@@ -42,7 +42,7 @@ from .prediction_rows import Row
 
 LABEL_SEPARATOR = "|"  # separator of the labels of one image in CSV files
 FORMULA_PREFIXES = ("=", "+", "-", "@", "\t", "\r")  # first characters of spreadsheet formulas
-TABLE_WIDTH = 100_000  # width of a table that is not printed on a terminal, in characters
+TABLE_WIDTH = 100_000  # width in characters of a table that is not printed to a terminal
 ROWS_PER_GROUP = 1024  # number of rows per row group of a Parquet file; one group at a time is kept in memory
 SECONDS_BETWEEN_CHECKS = 0.5  # interval between checks for shards of other processes, in seconds
 SECONDS_BETWEEN_HEARTBEATS = 5.0
@@ -133,7 +133,7 @@ WRITERS: dict[str, Callable[[Iterable[Row], Columns, Path], None]] = {
 
 
 def print_table(rows: Iterable[Row], columns: Columns) -> None:
-    """Print a table of the rows without the column `index`, and without the column `error` if there are no errors."""
+    """Print the rows as a table without the column `index`, and without the column `error` if there are no errors."""
     rows = list(rows)
     names = [name for name in columns if name != "index"]
     if all(row["error"] is None for row in rows):
@@ -231,7 +231,8 @@ class ShardFolder:
         return {int(file.stem.removeprefix("shard-")) for file in self.path.glob("shard-*.parquet")}
 
     def open(self, manifest: dict[str, Any]) -> int | None:
-        """Create the folder with a manifest, or raise ValueError if the folder has a different manifest.
+        """Create the folder with a manifest, or raise ValueError if the folder has a different manifest or
+        contains other files without a manifest.
 
         Call this method only on the main process.
 
@@ -240,7 +241,7 @@ class ShardFolder:
         """
         self.path.mkdir(parents=True, exist_ok=True)
         for unfinished_file in self.path.glob(".*.unfinished"):
-            unfinished_file.unlink()  # shard of a process that was killed
+            unfinished_file.unlink()  # heartbeat or partial shard of a process that was killed
         manifest = {"format": MANIFEST_VERSION, "shard_size": self.shard_size, **manifest}
         file = self.path / MANIFEST_FILE
         if not file.exists():

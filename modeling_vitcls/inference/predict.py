@@ -3,9 +3,9 @@
     images -> records -> pixels -> predictions -> rows -> table, file, or folder of Parquet files
     inputs.py ----------------->   prediction_rows.py ->  outputs.py
 
-The images are divided by index into chunks of equal size. A chunk is a batch if the output is a file, or a shard if
-the output is a folder. The chunks are assigned to the processes in turn, and a batch never spans two chunks. The
-output is therefore bit-identical for any number of processes, even after a restart.
+The images are divided by index into chunks of equal size. A chunk is a shard if the output is a folder, or a batch
+otherwise. The chunks are assigned to the processes in turn, and a batch never spans two chunks. The output is
+therefore bit-identical for any number of processes, even after a restart.
 """
 
 import hashlib
@@ -79,7 +79,7 @@ def predict(
     batch_size: int = 32,
     num_workers: int | None = None,
 ) -> list[Row]:
-    """Predict labels or compute features of images in a notebook or another program, on the device of the model.
+    """Predict labels or compute features of images on the device of the model. For notebooks and other programs.
 
     Args:
         model: a vitcls model.

@@ -225,7 +225,7 @@ def group_by_shape(pixels: Mapping[int, torch.Tensor]) -> list[dict[int, torch.T
 def predict_batch(pixel_values: torch.Tensor, columns: PredictionColumns, autocast: AutocastFactory) -> list[Row]:
     """Return one row for each of the images [B, C, H, W].
 
-    If the model does not support the images, or if the outputs are not finite, the rows contain an error.
+    A row contains an error if the model does not support the image, or if the outputs are not finite.
     """
     try:
         with torch.inference_mode(), autocast():

@@ -154,9 +154,9 @@ def test_classes_missing_from_one_part_are_named(tmp_path: Path) -> None:
     assert len(seeds) == 2
     missing, unlearned = sorted(seeds)
     assert missing.startswith(
-        "1 of the 3 classes have no held-out images (rare), so the accuracy on these classes is not measured"
+        "1 of the 3 classes has no held-out images (rare), so the accuracy on this class is not measured"
     )
-    assert unlearned.startswith("1 of the 3 classes have no training images (rare), because all")
+    assert unlearned.startswith("1 of the 3 classes has no training images (rare), because all")
     write_photos(tmp_path, range(60), "rare")
     assert describe_missing_classes(read(folder)) == []
 

@@ -322,7 +322,7 @@ def test_faulty_metadata_is_named(tmp_path: Path) -> None:
             load(tmp_path)
     (tmp_path / "metadata.csv").write_text("file_name,label\n", encoding="utf-8")
     for streaming in (False, True):
-        with raises_one_line(f"{tmp_path} contains no rows. Check the tables of the dataset"):
+        with raises_one_line(f"{tmp_path} contains no rows. Check the metadata files"):
             load(tmp_path, streaming=streaming)
     for folder, label in (("images", "a"), ("more", "1")):
         write_class(tmp_path / "two", folder, 1)

@@ -104,6 +104,7 @@ def test_images_have_the_number_of_channels_of_the_model(mode: str, num_channels
     pixels = pil_to_tensor(image, to_rgb=False)
     for accepted in (None, len(pixels)):
         check_channels(image, pixels, accepted)
-    message = f"an image of mode {mode} has {len(pixels)} channels, but the model requires {num_channels}"
+    count_text = {"L": "1 channel", "RGB": "3 channels", "RGBA": "4 channels"}[mode]
+    message = f"an image of mode {mode} has {count_text}, but the model requires {num_channels}"
     with raises_one_line(message, error=UnreadableImage):
         check_channels(image, pixels, num_channels)

@@ -276,11 +276,11 @@ def test_missing_classes_of_tasks_and_tags_are_named() -> None:
     assert describe(tasks, train, [{"light": 0, "place": 1}]) == [
         "2 of the 4 classes have no held-out images (light noon, place sea), so the accuracy on these classes is not "
         "measured. Add images",
-        "1 of the 4 classes have no training images (place wood), because all images of these classes are held out. "
+        "1 of the 4 classes has no training images (place wood), because all images of this class are held out. "
         "Add images",
     ]
     tags = LabelSpace("multi_label_classification", {"tags": ["sea", "wood", "town"]})
     (warning,) = describe(tags, [[1.0, 1.0, 0.0]], [[1.0, 0.0, 0.0]])
-    assert warning.startswith("1 of the 2 classes have no held-out images (wood)")
+    assert warning.startswith("1 of the 2 classes has no held-out images (wood)")
     assert describe(LabelSpace("single_label_classification", {}), [-100], [-100]) == []
     assert describe(tags, [[1.0, 1.0, 0.0]], []) == []

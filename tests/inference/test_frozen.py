@@ -203,7 +203,7 @@ def test_splits_of_the_data_set_and_unreadable_images(
     processor.save_pretrained(gray)
     with pytest.raises(ValueError, match=r"more than 0 images cannot be read.* has 3 channels"):
         run(gray, "knn", data=replace(data, max_broken_images=0), split="validation")
-    with pytest.raises(ValueError, match=r"--frozen requires a dataset on disk, but --streaming is set"):
+    with pytest.raises(ValueError, match=r"--frozen does not support streams\. Remove --streaming"):
         run(model, "knn", data=replace(data, streaming=True))
 
 

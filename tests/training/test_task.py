@@ -292,7 +292,7 @@ def test_a_class_that_only_the_validation_split_has(tmp_path: Path, capsys: pyte
     data = write_images(tmp_path / "data", splits)
     results = run_task(FinetuneTask(build_options(tmp_path / "run", data, max_steps=2)))
     assert [row["name"] for row in results["per_class"]] == ["dusk", "night", "noon"]
-    assert "1 of the 3 classes have no training images (night)" in capsys.readouterr().out
+    assert "1 of the 3 classes has no training images (night)" in capsys.readouterr().out
 
 
 def test_many_classes_with_few_images(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
