@@ -1,6 +1,6 @@
 """Paired speed measurements of this package and a baseline, output comparisons and peak memory measurements.
 
-The baseline is a model from another project, or a model from this package without a feature. This package and the
+The baseline is code from another project, or a model from this package without a feature. This package and the
 baseline are measured alternately, because the machine load and clock rates vary. Each measurement of this package is
 compared with the neighboring measurement of the baseline. Nothing is measured if the outputs differ.
 
@@ -37,9 +37,9 @@ Throughputs = tuple[list[float], list[float]]  # images per second of this packa
 
 @dataclass(frozen=True)
 class BenchmarkSettings:
-    """Values of the `vitcls benchmark` flags that apply to all rows."""
+    """Values of the `vitcls benchmark` flags that affect the measurements."""
 
-    against: tuple[str, ...]  # names of peers (keys of `peers.PEERS`), for comparisons with other projects
+    against: tuple[str, ...]  # names of peers (keys of `peers.PEERS`)
     num_pairs: int  # number of paired measurements of this package and the baseline
     is_toy: bool = False  # whether to use tiny models and data, and one call per measurement
     precision: str = "fp32"  # precision of the growth rows, "fp32" or "bf16"; other rows have a fixed precision
@@ -60,7 +60,7 @@ class Comparison:
     against: str  # name of the baseline
     ours: list[float]  # images per second of this package in each pair
     theirs: list[float]  # images per second of the baseline in each pair
-    difference: float  # largest absolute difference between the outputs
+    difference: float  # largest difference between the outputs, gradients or trained weights
     details: dict[str, Any]  # additional keys and values for the JSON file
 
     @property

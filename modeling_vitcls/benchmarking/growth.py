@@ -1,10 +1,10 @@
 """Time and memory of forward passes by image size, patch size, number of tokens and batch size, with a figure.
 
-    python -m modeling_vitcls.benchmarking.growth "image size 448" timm [--theirs] [--precision bf16]    peak in bytes
+    python -m modeling_vitcls.benchmarking.growth "image size 448" timm [--theirs] [--precision bf16]    peak bytes
     plot_growth(comparisons, "processor, versions")    comparisons from `Comparison.to_dict` or the --output file
 
 All axes share one base point, which is measured once. Each axis varies one value of the base point. The token axis
-adds register tokens and is compared only with timm, because the ViT of transformers has no registers.
+adds register tokens; its only peer is timm, because the ViT of transformers has no registers.
 """
 
 import statistics
@@ -249,8 +249,8 @@ def compute_costs(comparisons: list[ComparisonDict], growth_axis: GrowthAxis) ->
     """Return the time per image in milliseconds and the peak memory in MiB, for this package and each peer.
 
     The costs of this package are medians over the comparisons with all peers. The time of a peer is the time of this
-    package multiplied by the median ratio of the pairs. The distance between two lines therefore shows the ratio of
-    paired measurements, even if the load of the machine changed between rows.
+    package multiplied by the median ratio of the pairs. In a time plot, the distance between two lines therefore shows
+    the ratio of paired measurements, even if the load of the machine changed between rows.
     """
     times: Costs = {PACKAGE_NAME: {}}
     peaks: Costs = {PACKAGE_NAME: {}}

@@ -5,7 +5,7 @@
 
     python -m modeling_vitcls.benchmarking.image_files ours FOLDER [--toy]
 
-The files are crops of scikit-learn's two photographs. The crops have the same size, but differ in the JPEG settings.
+The files are crops of scikit-learn's two sample images. The crops have the same size but different JPEG settings.
 Each measurement reads the files again. For predictions, `vitcls predict` and the pipeline run in separate processes,
 because `vitcls predict` changes the memory allocator settings of its process (system.py). A process reads requests,
 such as `labels 16` or `speed 16` for batches of 16 images. For each request, the process prints a line of JSON: the
@@ -93,7 +93,7 @@ class PixelRow:
     """Settings of a call to the image processors, in one row of the benchmark report."""
 
     num_files: int  # number of files per call
-    open_file: Callable[[str], Any]  # function that opens a file for AutoImageProcessor
+    open_file: Callable[[str], Any]  # converts a path into the input of AutoImageProcessor
 
 
 PIXEL_ROWS = {
@@ -199,7 +199,7 @@ class PredictionProcess(LoggedProcess):
 
 
 def build_vitcls_predictor(size: ModelSize, folder: Path) -> FilePredictionFunction:
-    """Return a function that predicts labels like `vitcls predict`."""
+    """Return a function that predicts labels in the same way as `vitcls predict`."""
     keep_freed_memory()
     processor, _ = build_image_processors(size, folder / "ours")
     model = build_transformers_peer(size).ours.eval()

@@ -1,12 +1,12 @@
 """Comparisons within this package: models with and without a feature, or two implementations of a computation.
 
     inexact     merged or dropped patches, compared with the plain model
-    attention   time and memory of computing attention maps, compared with a plain forward pass
+    attention   time and memory of computing attention maps, compared with those of a plain forward pass
     probe       a linear probe with cached features, compared with a probe that encodes the images in every epoch
 
-    python -m modeling_vitcls.benchmarking.own_features "token_attention, batch 16" [--theirs]    peak in bytes
+    python -m modeling_vitcls.benchmarking.own_features "token_attention, batch 16" [--theirs]    peak memory in bytes
 
-Merging or dropping patches changes the outputs, so the outputs are compared only with the feature disabled (set to 0).
+Merging or dropping patches changes the outputs, so the outputs are compared only while the feature is off (set to 0).
 The effect on accuracy depends on the data. To measure the accuracy, use `vitcls finetune` and `vitcls evaluate`.
 """
 
@@ -106,7 +106,7 @@ def compare_inexact_features(rows: dict[str, InexactRow], settings: BenchmarkSet
 def copy_model(
     plain_model: ViTCLSForImageClassification, size: ModelSize, **fields: Any
 ) -> ViTCLSForImageClassification:
-    """Build a model with the weights of `plain_model` and different config fields."""
+    """Build a model with the weights of `plain_model` and the given config field values."""
     model = build_model(size, **fields)
     model.load_state_dict(plain_model.state_dict())
     nn.Module.to(model, plain_model.device)
@@ -136,7 +136,7 @@ NUM_REGISTERS = 4
 
 
 def compute_entropy(model: ViTCLSForImageClassification, pixel_values: torch.Tensor) -> torch.Tensor:
-    """Compute the statistics of the HTML report, and return the entropy of the attention."""
+    """Compute the token statistics shown in the HTML report, and return the attention entropy."""
     statistics = TokenStatistics(model)
     statistics.update(pixel_values)
     return statistics.compute().entropy

@@ -1,10 +1,9 @@
-"""Forward passes and training steps, compared with the ViTs of other projects.
+"""Forward passes and training steps, compared with those of other projects' ViTs.
 
     python -m modeling_vitcls.benchmarking.peers "fp32, batch 16" timm [--theirs]    peak memory of a step in bytes
 
-This package's model is converted from the peer's model, so that their random weights are equal. A training step
-consists of a forward pass, a backward pass and an AdamW update. training_runs.py compares complete training runs, with
-data loading.
+This package's model and the peer's model have the same random weights. A training step consists of a forward pass, a
+backward pass and an AdamW update. training_runs.py compares training with data loading.
 """
 
 import copy
@@ -307,7 +306,7 @@ def build_step_runners(row: TrainingStep, peer: Peer, device: str = "cpu") -> tu
 
 
 def check_gradients(ours: StepRunner, theirs: StepRunner, name: str) -> float:
-    """Return the relative difference between the patch projection gradients of both models, for two images."""
+    """Return the relative difference between the patch projection gradients of the two models, for two images."""
     gradient, expected = (runner.compute_patch_gradient(num_images=2) for runner in (ours, theirs))
     difference = ((gradient - expected).norm() / expected.norm()).item()
     return check_difference(difference, ours.row.gradient_limit, name, "the gradients, relative to their norm,")

@@ -19,7 +19,7 @@ MARKDOWN_HEADER = ("work", "images/s", "times as fast (quartiles)", "peak memory
 
 
 def get_machine_properties() -> dict[str, Any]:
-    """Return the processor, the number of cores and threads, the load and the GPU of this machine."""
+    """Return the processor, logical core count, load and GPU of this machine, and PyTorch's thread count."""
     return {
         "processor": get_processor_name(),
         "cores": os.cpu_count(),
@@ -61,7 +61,7 @@ def print_comparison(comparison: Comparison) -> Comparison:
 
 
 def print_tables(comparisons: list[Comparison]) -> None:
-    """Print tables of speed, ratios to the fastest peer and memory, and a line about the machine."""
+    """Print tables of speed, of ratios to the fastest peer and of memory, and a line about the machine."""
     speed_table = Table("work", "against", "ours", "theirs", "ratio", "quartiles", title="images per second")
     memory_table = Table(
         "work", "against", "ours", "theirs", title="peak memory in MiB, excluding memory in use before the measurement"
@@ -89,7 +89,7 @@ def print_tables(comparisons: list[Comparison]) -> None:
 
 
 def format_markdown(comparisons: list[Comparison]) -> str:
-    """Return a Markdown table with one line per (work, name), and a caption. Empty columns are omitted."""
+    """Return a Markdown table with one row per (work, name), and a caption. Empty columns are omitted."""
     rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for comparison in comparisons:
         rows.setdefault((comparison.work, comparison.name), []).append(comparison.to_dict())
@@ -126,7 +126,7 @@ def write_reports(
     """Write the results to the given files: a JSON file, a Markdown file and a figure (PNG or SVG).
 
     Raises:
-        ValueError: If `plot_file` is given, but no row of --work growth was measured.
+        ValueError: If `plot_file` is given, but no axis of --work growth was measured.
     """
     for file in (output_file, markdown_file, plot_file):
         if file is not None:

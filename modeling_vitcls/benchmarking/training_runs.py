@@ -1,4 +1,4 @@
-"""Complete training runs, from images to updated weights: `vitcls finetune`, compared with transformers' Trainer.
+"""Speed of training, from images to updated weights: `vitcls finetune`, compared with transformers' Trainer.
 
     python -m modeling_vitcls.benchmarking.training_runs SETTINGS.json    run transformers' Trainer until stopped
 
@@ -173,7 +173,7 @@ class SuspendedRun(LoggedProcess):
     def measure_throughput(self) -> float:
         """Resume the run, and return the images per second over `lines_per_turn` lines of metrics.
 
-        The first line is excluded, because the run was suspended during its steps.
+        The first line is excluded, because the run was suspended during the steps of that line.
         """
         num_lines = self.count_lines()
         self.send_signal(signal.SIGCONT)

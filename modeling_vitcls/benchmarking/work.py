@@ -24,7 +24,7 @@ from .training_runs import TOY_RUNS, TRAINING_RUNS, compare_training
 
 @dataclass(frozen=True)
 class Workload:
-    """A workload: a table of rows, the function that compares rows, and an optional table for toy models."""
+    """A workload: a table of rows, the function that measures them, and an optional table for toy models."""
 
     rows: dict[str, Any]
     compare: Callable[[dict[str, Any], BenchmarkSettings], Iterator[Comparison]]
@@ -48,11 +48,11 @@ WORKLOADS = {
 def run_benchmarks(
     work_names: tuple[str, ...], row_names: tuple[str, ...], settings: BenchmarkSettings
 ) -> Iterator[Comparison]:
-    """Compare the rows of the given workloads. If `row_names` is not empty, compare only these rows.
+    """Run the comparisons in the rows of the given workloads, or only in the rows `row_names` if any are given.
 
     Raises:
-        ValueError: If a row does not exist, if the device is not available, if the outputs, gradients or trained
-            weights differ, or if a measurement fails.
+        ValueError: If a row does not exist, if the device is not available or supported, if the outputs, gradients or
+            trained weights differ, or if a measurement fails.
     """
     if settings.device != "cpu":
         if not torch.cuda.is_available():

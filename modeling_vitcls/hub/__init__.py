@@ -1,6 +1,6 @@
 """Hugging Face Hub: load models, write cards, push, verify pushes, publish Spaces.
 
-    connection.py              timeouts, retries and error messages of requests to the Hub
+    connection.py              timeouts, retries and error messages for requests to the Hub
     loading.py                 model name -> local folder, from the Hub or the cache; timm models
     local_paths.py             model and dataset names that are local paths
     revisions.py               branch or tag -> commit and its files
@@ -9,7 +9,7 @@
     card_results.py            measured values in a card
     card_sections.py           card templates, and the sections on use, citation and training
     code_files.py              the code files of a model: digest, reading order, differences from this package
-    card_renaming.py           replacement of the model's name in a card by the repository id
+    card_renaming.py           replacement of the model's name in a card with the repository id
     adapters.py                LoRA adapters without the base model
     push_permissions.py        permissions of the token, checked before training
     manifest.py                published files of a model folder; resumable checkpoints; sample images in cards

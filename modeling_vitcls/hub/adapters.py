@@ -6,8 +6,8 @@
     base = AutoModelForImageClassification.from_pretrained("someone/their-vit", num_labels=10, trust_remote_code=True)
     model = PeftModel.from_pretrained(base, "me/my-adapter")
 
-An adapter contains the LoRA matrices, and complete copies of the classifier, the pooler and the embeddings, because
-fine-tuning with LoRA also trains the classifier and the special tokens.
+An adapter contains the LoRA matrices, and complete copies of the other modules with trained parameters: the
+classifiers, the pooler, the gates and the embeddings, which include the special tokens.
 """
 
 from collections.abc import Mapping
@@ -109,7 +109,7 @@ def is_adapter(folder: Path) -> bool:
 
 
 def check_adapter(folder: Path) -> None:
-    """Raise ValueError if an adapter is incomplete, or if the base model is not on the Hub."""
+    """Raise ValueError if an adapter is incomplete, or if its base model is missing or is a local path."""
     if not (folder / ADAPTER_WEIGHTS_FILE).is_file():
         raise ValueError(f"{folder} lacks {ADAPTER_WEIGHTS_FILE}. Save the adapter again")
     base_model = read_json(folder / ADAPTER_CONFIG_FILE).get("base_model_name_or_path")

@@ -54,7 +54,7 @@ def build_card(
         results: Contents of results.json.
         flags: Flags of the run, as in config.resolved.yaml.
         base_provenance: Provenance of the model that training started from; None for a preset.
-        teacher_provenance: Provenance of the teacher of a distillation.
+        teacher_provenance: Provenance of the distillation teacher.
         images: Image name -> path in the model folder, as returned by analysis/card_images.py.
     """
     images = images or {}
@@ -82,7 +82,7 @@ def build_encoder_card(
     base_provenance: Provenance | None = None,
     images: dict[str, str] | None = None,
 ) -> ModelCard:
-    """Build the card of an encoder that was pre-trained by masked image modeling. See `build_card` for the
+    """Build the card of an encoder that was pre-trained with masked image modeling. See `build_card` for the
     arguments."""
     flags = {flag: value for flag, value in flags.items() if flag not in FINETUNING_FLAGS}
     return render_card(
@@ -156,7 +156,7 @@ def build_common_variables(
 
 
 def is_from_scratch(flags: dict[str, Any]) -> bool:
-    """Return whether the run started from the random weights of a preset."""
+    """Return whether the run started from a preset, with random weights."""
     return flags["model"].removeprefix("vitcls-") in PRESETS
 
 

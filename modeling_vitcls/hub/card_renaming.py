@@ -54,7 +54,7 @@ def compile_loading_pattern(name: str) -> re.Pattern[str]:
 
 
 def get_model_index(metadata: Any) -> list[dict[str, Any]]:
-    """Return the named models in the model-index."""
+    """Return the entries of the model-index that have a name."""
     models = metadata.get("model-index") if isinstance(metadata, dict) else None
     if not isinstance(models, list):
         return []

@@ -30,8 +30,8 @@ MAX_CLASSES_IN_TABLE = 20
 
 
 def get_metric_names(results: dict[str, Any], config: ViTCLSConfig) -> dict[str, str]:
-    """Return a dict that maps keys to names of the measured metrics. Metrics over all tasks precede metrics of one
-    task."""
+    """Return a dict that maps the keys of the measured metrics to their names. Metrics over all tasks precede metrics
+    of one task."""
     names = METRIC_NAMES | {
         f"{task}_{key}": f"{task}: {label}" for task in config.task_labels() for key, label in METRIC_NAMES.items()
     }
@@ -139,6 +139,6 @@ MAX_NAME_LENGTH = 100  # maximum length of a name in a card, in characters
 
 
 def format_name(name: str) -> str:
-    """Return a name from a dataset as inline code in Markdown: one line, escaped, at most 100 characters."""
+    """Return a name from a dataset as inline Markdown code on one line, with at most 100 characters."""
     name = replace_control_characters(name).replace("`", "'")
     return f"`{name if len(name) <= MAX_NAME_LENGTH else f'{name[: MAX_NAME_LENGTH - 1]}…'}`"

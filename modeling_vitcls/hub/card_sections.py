@@ -149,7 +149,7 @@ HYPERPARAMETERS: dict[str, tuple[str, Any]] = {
     "class_balance": ("Class balancing", "none"),
     "mask_ratio": ("Mask ratio", None),
     "mask_block": ("Side length of the mask blocks, patches", 1),
-    "crop_scale": ("Minimum area of a random crop", 1.0),
+    "crop_scale": ("Minimum area of a random crop, fraction of the image", 1.0),
     "flip": ("Random horizontal flip", False),
     "rotation": ("Maximum rotation, degrees", 0.0),
     "shift": ("Maximum shift, fraction of the image", 0.0),
@@ -192,7 +192,7 @@ def build_training_section(
 
 
 def list_hyperparameters(config: ViTCLSConfig, results: dict[str, Any], flags: dict[str, Any]) -> dict[str, str]:
-    """Return a dict that maps labels to values of the hyperparameters that have an effect."""
+    """Return a dict that maps labels to values, for the hyperparameters that have an effect."""
     rows = {"Optimizer": "AdamW"}
     if "batch_size" in flags:
         num_images = flags["batch_size"] * flags.get("gradient_accumulation_steps", 1) * results["num_processes"]
@@ -238,7 +238,7 @@ def describe_utilization(measurements: dict[str, Any] | None) -> str | None:
     return (
         f"The model FLOPs utilization of the training steps was {fraction:.1%}. The reference is the peak throughput "
         f"of large matrix multiplications, {measurements['gemm_peak_flops_per_second'] / 1e9:,.0f} GFLOP/s in "
-        f"{measurements['gemm_dtype']}, measured before and during training. The forward and backward pass of an "
+        f"{measurements['gemm_dtype']}, measured before and during training. The forward and backward passes for an "
         f"image require {measurements['training_flops_per_image'] / 1e6:,.0f} million floating-point operations, "
         "excluding recomputed operations."
     )
@@ -257,7 +257,7 @@ def describe_teacher(flags: dict[str, Any], teacher_provenance: Provenance | Non
 
 
 def get_shareable_flags(flags: dict[str, Any]) -> dict[str, Any]:
-    """Return the flags for publication, without unset flags, local folders and push destinations."""
+    """Return the flags for publication, without unset flags, local folders or push destinations."""
     shareable_paths = {"output_dir": "my-model"}
     for name in ("dataset", "model", "teacher"):
         if flags.get(name):

@@ -26,11 +26,11 @@ from ..errors import format_error
 
 # Base class of the errors in the HTTP library (httpx or httpx2) that huggingface_hub uses.
 HTTPError: type[Exception] = next(base for base in HfHubHTTPError.__bases__ if base is not OSError)
-# Errors that requests can raise: OSError for a refused connection, RuntimeError for a failed upload, and ValueError
-# for invalid metadata.
+# Errors that requests to the Hub can raise: OSError for a refused connection, RuntimeError for a failed upload, and
+# ValueError for invalid metadata.
 HUB_ERRORS: tuple[type[Exception], ...] = (HTTPError, OSError, RuntimeError, ValueError)
 
-# HTTP statuses for a timeout, a conflict with another push, too many requests, and an unavailable Hub.
+# HTTP statuses for a timeout, a conflict with another push, too many requests, and a server error.
 TEMPORARY_STATUSES = frozenset({408, 409, 412, 429, 500, 502, 503, 504})
 # Wait before each retry, in seconds. The Hub may request a longer wait, up to its rate limit window of five minutes.
 RETRY_WAITS = (1.0, 2.0, 4.0, 8.0)

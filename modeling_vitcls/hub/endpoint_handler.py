@@ -104,7 +104,7 @@ def select_top_labels(logits: torch.Tensor, label_names: list[str], top_k: int, 
 
 
 def decode_source(source: Any) -> Any:
-    """Convert an image in a request to a type that the image processor accepts: bytes, a PIL image or a URL."""
+    """Convert an image in a request to bytes, a PIL image or a URL, which the image processor accepts."""
     if isinstance(source, PIL.Image.Image):
         return source
     if isinstance(source, str) and source.startswith(("http://", "https://")):
@@ -120,7 +120,7 @@ def decode_source(source: Any) -> Any:
         except (binascii.Error, ValueError):
             raise ValueError("an image given as a string must be base64 or a data URL") from None
     if not isinstance(source, bytes | bytearray):
-        raise ValueError(f"an image must be bytes, base64 or a PIL image, but is {type(source).__name__}")
+        raise ValueError(f"an image must be bytes, base64 or a PIL image, not {type(source).__name__}")
     if len(source) > MAX_IMAGE_BYTES:
         raise ValueError(f"an image must have at most {MAX_IMAGE_BYTES:,} bytes, but has {len(source):,}")
     return bytes(source)

@@ -81,7 +81,7 @@ def get_model_folder(source: str, patterns: Sequence[str] = MODEL_FILE_PATTERNS,
 
     Args:
         source: A folder, or `namespace/name` on the Hub.
-        patterns: Patterns of the required file names.
+        patterns: Patterns that match the names of the files to download.
         revision: Commit hash, branch or tag on the Hub. Default: the newest commit of `main`.
 
     Raises:
@@ -178,8 +178,8 @@ def fall_back_to_cache(
         The hash of the commit on the Hub; None if the Hub was not reached.
 
     Raises:
-        OSError: If there is no such repository, if the repository is gated, or if the Hub does not respond and the
-            block fails.
+        OSError: If there is no such repository or revision, if the repository is gated, or if the Hub does not
+            respond and the block fails.
     """
     if is_offline_mode():
         yield None
@@ -225,7 +225,7 @@ def get_cached_commit(folder: str) -> str | None:
 
 
 def split_revision(name: str) -> tuple[str, str | None]:
-    """Split NAME@REVISION at the last `@`. The revision is None if there is no `@`, or if the path exists."""
+    """Split NAME@REVISION at the last `@`. The revision is None if there is no `@`, or if the path `name` exists."""
     path, _, revision = name.rpartition("@")
     return (path, revision) if path and revision and not Path(name).exists() else (name, None)
 
@@ -299,7 +299,7 @@ def describe_missing_revision(repo_id: str, revision: str | None) -> str:
 def load_timm_model(name: str, pretrained: bool = True) -> tuple[nn.Module, str | None]:
     """Return a timm model and the commit hash of its repository. The hash is None unless `name` starts with `hf-hub:`.
 
-    Raise OSError if the Hub does not have the repository or does not respond. Other errors of timm are not caught.
+    Raise OSError if the Hub does not have the repository or does not respond. Other timm errors are not caught.
     """
     import timm
 

@@ -95,7 +95,7 @@ def collect_model_files(folder: Path, repo_id: str | None = None) -> RepoFiles:
     config.resolved.yaml is published without local paths, and README.md with the repository id. report.html is
     published only if images of the dataset may be published. The license of the code files is added.
 
-    Raise ValueError if the folder does not contain a complete vitcls model, or if the code is in several
+    Raise ValueError if the folder does not contain a complete model or adapter, or if the code is in several
     repositories.
     """
     paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
@@ -117,7 +117,7 @@ def collect_model_files(folder: Path, repo_id: str | None = None) -> RepoFiles:
     if not has_current_onnx_files(folder):
         if outdated_files := [name for name in files if is_match(name, ONNX_PATTERNS)]:
             logger.warning(
-                "not publishing %s, because %s was created for other weights",
+                "not publishing %s, because %s is missing or was created for other weights",
                 ", ".join(outdated_files),
                 ONNX_REPORT_FILE,
             )

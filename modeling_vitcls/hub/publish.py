@@ -78,7 +78,7 @@ def push_folder(
     Args:
         folder: Folder with the configuration, weights, code, image processor, card and results of a model.
         repo_id: `namespace/name`.
-        private: Whether a new repository is private.
+        private: Whether a new repository must be private. Default: the account's default visibility.
         message: Commit message.
         branch: Branch of the commit, created from `main` if it does not exist. Default: `main`.
         with_optimizer: Whether to also push the newest checkpoint in `checkpoints/`, for `--resume`.

@@ -134,12 +134,12 @@ def check_token(repo_id: str, account: dict[str, Any], repo_exists: bool) -> Non
     if token["role"] == "fineGrained" and not is_in_scope(repo_id, token.get("fineGrained", {}), repo_exists):
         raise ValueError(
             f"the fine-grained Hugging Face token has no permission to write to {repo_id}. Add 'Write access to "
-            f"contents' of the namespace at {TOKEN_SETTINGS_URL}, or {remedy}"
+            f"contents' for the namespace at {TOKEN_SETTINGS_URL}, or {remedy}"
         )
 
 
 def is_in_scope(repo_id: str, token_permissions: dict[str, Any], repo_exists: bool) -> bool:
-    """Return whether a fine-grained token may write to the namespace, or to this repository if it exists."""
+    """Return whether a fine-grained token may write to the namespace, or to the repository if it exists."""
     writable_names = [
         scope["entity"].get("name", "")
         for scope in token_permissions.get("scoped", ())

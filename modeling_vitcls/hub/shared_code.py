@@ -80,7 +80,7 @@ def add_repo_id(references: Any, repo_id: str) -> Any:
 
 
 def pin_code_in_card(text: str, repo_id: str) -> str:
-    """Return the card text with a pinned code revision in the code examples and the name of the code repository.
+    """Return the card text with the name of the code repository and, in the code examples, a pinned code revision.
 
     The text is returned unchanged if the code examples do not pin a revision.
     """

@@ -116,8 +116,8 @@ class PublishedModel:
 def find_published_model(repo_id: str, revision: str = "main") -> PublishedModel:
     """Look up a model on the Hub by its id and a commit hash, branch or tag.
 
-    Raise ValueError if `repo_id` is a local folder, if the model is not on the Hub, or if the model is not a vitcls
-    model, and OSError if the Hub does not respond.
+    Raise ValueError if `repo_id` is a local folder, if the model is not on the Hub, or if it is not a vitcls model
+    with code and an image processor, and OSError if the Hub does not respond.
     """
     if Path(repo_id).is_dir():
         command = build_push_command(Path(repo_id), f"YOUR-NAME/{Path(repo_id).resolve().name}")

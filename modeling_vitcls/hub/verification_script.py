@@ -3,9 +3,9 @@
     python -P verification_script.py REQUEST.json        # run by verify.py, with an empty cache
 
 REQUEST.json contains `repo_id`, `revision`, `trust_remote_code`, `num_threads`, the folder `target`, and
-`code_repo_id` and `code_revision`, which are null if the code is in the repository of the model. The script writes two
-files to `target`: report.json with the loaded classes or the error, and outputs.safetensors with the outputs for fixed
-inputs.
+`code_repo_id` and `code_revision`, which are null if the code is in the repository of the model. The script writes to
+`target`: report.json with the loaded classes or the error and, on success, outputs.safetensors with the outputs for
+fixed inputs.
 
 The code of the repository runs only in this process. The reference outputs come from verification_reference.py, which
 shares `collect_outputs` with this file. The script imports torch, transformers and other libraries, but not this
@@ -134,8 +134,8 @@ def collect_outputs(loader: Any) -> tuple[Outputs, dict[str, Any]]:
 
     Returns:
         The outputs in float32 by name, such as `{"AutoModel/last_hidden_state": ...}`, and a report on the loaded
-        classes. In the report, `models` maps each Auto class to the name and the module of the loaded class and the
-        weights that the checkpoint lacks. `processors` maps each backend to the name of the loaded class.
+        classes. In the report, `models` maps each Auto class to the loaded class (name and module) and the weights
+        that the checkpoint lacks. `processors` maps each backend to the name of the loaded class.
     """
     config = loader.load_config()
     architecture = (config.architectures or ["ViTCLSModel"])[0]

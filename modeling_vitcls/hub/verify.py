@@ -3,8 +3,8 @@
     report = verify("someone/model", "0123abc...", folder)
     print("\\n".join(report.format_lines()))
 
-1. All files are downloaded. The hash of each file must match the hash on the Hub, and the contents of each file must
-   match the file in `folder`.
+1. The model's files are downloaded. The hash of each file must match the hash on the Hub, and the contents must equal
+   those that a push of `folder` publishes.
 2. A new process, with an empty cache and without this package, loads the commit with the Auto classes and the pipeline
    (verification_script.py). Because the process may run code by an unknown author, the process receives only a few
    environment variables, and the user's token only if the repository is private or gated. The process is not
@@ -138,8 +138,8 @@ def verify(
         revision: Commit hash, branch or tag.
         folder: Local folder of the pushed model, which is loaded as the reference. By default, the reference is loaded
             from the downloaded files, with the code of this package.
-        with_optimizer: Whether the repository must contain the newest checkpoint in `folder`. If the repository
-            contains a checkpoint, this checkpoint is always compared with `folder`.
+        with_optimizer: Whether the repository must contain the newest checkpoint in `folder`. A checkpoint in
+            the repository is always compared with the newest checkpoint in `folder`.
 
     Raises:
         VerificationError: If files are damaged or differ from `folder`, if the model does not load without this
@@ -232,7 +232,7 @@ def download_files(model_commit: HubCommit, target: Path) -> int:
 
 
 def check_published_files(repo_id: str, published_folder: Path, folder: Path, with_optimizer: bool) -> None:
-    """Raise VerificationError unless the published files equal the files of the model in `folder`."""
+    """Raise VerificationError unless the published files equal those that a push of `folder` publishes."""
     expected_files = collect_model_files(folder, repo_id)
     published_names = (file.relative_to(published_folder).as_posix() for file in published_folder.rglob("*"))
     checkpoint_files = {name for name in published_names if is_match(name, CHECKPOINT_PATTERNS)}
@@ -355,7 +355,7 @@ def check_script_report(
 
 
 def compare_outputs(repo_id: str, outputs: Outputs, expected_outputs: Outputs) -> dict[str, float]:
-    """Return the maximum absolute difference between the outputs for each Auto class and the pipeline.
+    """Return the maximum absolute difference between the outputs for each Auto class and for the pipeline.
 
     Raise VerificationError if a difference exceeds the tolerance.
     """

@@ -237,7 +237,7 @@ def test_only_images_in_the_request_are_read(monkeypatch: pytest.MonkeyPatch, tm
         with raises_one_line("an image given as a string must be base64 or a data URL"):
             decode_source(source)
     for source in (tmp_path / "image.png", None, {"url": "x"}):
-        with raises_one_line("an image must be bytes, base64 or a PIL image, but is"):
+        with raises_one_line("an image must be bytes, base64 or a PIL image, not"):
             decode_source(source)
     monkeypatch.setattr(endpoint_handler, "MAX_IMAGE_BYTES", len(content) - 1)
     for source in (content, text):
