@@ -33,7 +33,8 @@ from .reporter import Reporter
 
 
 UPLOAD_TIMEOUT = 600.0  # maximum waiting time for an upload at the end of training, in seconds
-# Maximum waiting time for an upload after a signal, in seconds. Launchers kill a process 30 seconds after a signal.
+# Maximum waiting time for an upload after a signal or an error, in seconds. Launchers kill a process 30 seconds after
+# a signal.
 UPLOAD_TIMEOUT_AFTER_SIGNAL = 20.0
 
 ModelWriter = Callable[[Path, Tensors], None]  # writes model files with the given weights to a folder
@@ -43,7 +44,7 @@ CheckpointContents = tuple[dict[str, Tensors], dict[str, Any]]  # tensors and me
 @dataclass(eq=False)
 class BranchUploader:
     """Context manager that pushes checkpoints in a background thread. On exit, the context manager waits for a running
-    upload until a timeout."""
+    upload, up to a timeout."""
 
     options: Any
     reporter: Reporter
@@ -66,7 +67,7 @@ class BranchUploader:
     # Called by all processes together --------------------------------------------------------------------------------
 
     def __enter__(self) -> Self:
-        self.remove_folder()  # a killed run may have left the folder
+        self.remove_folder()  # a killed run may have left the folder behind
         if self.accelerator.is_main_process:
             # Find the provenance before training, so that training does not wait for the network.
             self.provenance = get_model_provenance(self.options)
@@ -78,7 +79,7 @@ class BranchUploader:
             self.wait_for_upload(UPLOAD_TIMEOUT if exc_type is None else UPLOAD_TIMEOUT_AFTER_SIGNAL)
             # After other errors, not all processes reach this line.
             if exc_type is None or exc_type is TrainingInterrupted:
-                self.accelerator.wait_for_everyone()  # launchers terminate all processes when one process exits
+                self.accelerator.wait_for_everyone()  # launchers terminate all processes when one process fails
         finally:
             self.remove_folder()
 
@@ -106,21 +107,21 @@ class BranchUploader:
     # Called on the main process --------------------------------------------------------------------------------------
 
     def can_start_upload(self, step: int) -> bool:
-        """Return whether a new upload can start, which requires that no upload is running. Print a warning when the
-        first upload is skipped."""
+        """Return whether a new upload can start, which requires that no upload is running. Print a warning the
+        first time that an upload is skipped."""
         if self.thread is None or not self.thread.is_alive():
             return True
         if not self.has_skipped_upload:
             self.has_skipped_upload = True
             self.reporter.warn(
-                f"the model of step {step:,} is not pushed, because the upload of step {self.last_upload_step:,} is "
+                f"the model from step {step:,} is not pushed, because the upload of step {self.last_upload_step:,} is "
                 "still running. Later uploads may be skipped without a warning. To push every checkpoint, increase "
                 "--hub-checkpoint-every"
             )
         return False
 
     def try_write(self, step: int, write: Callable[[], Any]) -> None:
-        """Call `write` on the main process, unless an earlier write has failed in this step. Convert write errors to a
+        """Call `write` on the main process, unless an earlier write in this step failed. Convert a write error to a
         warning."""
         if not self.accelerator.is_main_process or self.last_failed_step == step:
             return
@@ -132,7 +133,7 @@ class BranchUploader:
             self.remove_folder()
             reason = format_hub_error(error)
             self.reporter.warn(
-                f"the model of step {step:,} is not pushed, because the model cannot be written: {reason}"
+                f"the model from step {step:,} is not pushed, because the model cannot be written: {reason}"
             )
 
     def start_push(self, step: int) -> None:
@@ -183,7 +184,9 @@ class BranchUploader:
         except Exception as error:  # errors from the Hub, the Hub client or the disk must not end training
             if not self.has_timed_out:
                 reason = format_hub_error(error.__cause__ or error)
-                self.reporter.warn(f"the model of step {step:,} was not pushed to the branch {self.branch}: {reason}")
+                self.reporter.warn(
+                    f"the model from step {step:,} was not pushed to the branch {self.branch}: {reason}"
+                )
         else:
             self.reporter.print_line(
                 "pushed", f"step {step:,} to the branch {self.branch}, commit {push_result.commit}"
@@ -209,7 +212,7 @@ class BranchUploader:
 def build_branch_uploader(
     options: Any, reporter: Reporter, repo_id: str | None, model: nn.Module, write_model: ModelWriter
 ) -> BranchUploader | None:
-    """Build `BranchUploader`. Return None in a dry run, or if `--hub-checkpoint-every` or the repository is not
+    """Build a `BranchUploader`. Return None in a dry run, or if `--hub-checkpoint-every` or the repository is not
     set."""
     if repo_id is None or options.run.hub_checkpoint_every is None or options.run.dry_run:
         return None

@@ -4,8 +4,8 @@
     estimate_memory(model, image_size)        parameters + gradients + AdamW's moments + activations
 
 The FLOPs include matrix products and the patch projection. Norms, activation functions, softmax, rotary position
-embeddings and the interpolation of position embeddings are excluded (less than 1% of the FLOPs of a ViT-S at 224
-pixels). A backward pass requires about twice the FLOPs of a forward pass. benchmarking/ contains measurements.
+embeddings and the interpolation of position embeddings are excluded (less than 1% of the FLOPs of a ViT-S at 224 x
+224 pixels). A backward pass requires about twice the FLOPs of a forward pass. benchmarking/ contains measurements.
 """
 
 import dataclasses
@@ -80,7 +80,7 @@ def get_num_patches_and_tokens(config: ViTCLSConfig, image_size: ImageSize) -> t
 
 
 def resolve_image_size(config: ViTCLSConfig, image_size: ImageSize) -> tuple[int, int]:
-    """Return an image size as (height, width) in pixels. None means the image size of the configuration."""
+    """Return an image size as (height, width) in pixels. None means the image size in the configuration."""
     if image_size is None:
         return config.image_height_width
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
@@ -166,15 +166,15 @@ def estimate_memory(
     """Return the estimated memory of a training step with AdamW: parameters, gradients, moments and activations.
 
     The estimated size of the activations is within 20% of the measured size. The estimate assumes one process and
-    activation functions that store their inputs. Attention is assumed to be fused, unless the implementation is
-    "eager". On CPUs, some activations are recomputed (cpu_kernels_vitcls.py). The estimate excludes temporary buffers,
-    the allocator's overhead, and images that are not yet cast or moved to the device. Frozen parameters, gradient
-    checkpointing and patch dropout are taken into account. Patch dropout has no effect if the embeddings and the first
-    layer are frozen.
+    activation functions that store their inputs. Attention is assumed to be fused, except in the cases that
+    `count_stored_attention_maps` lists. On CPUs, some activations are recomputed (cpu_kernels_vitcls.py). The estimate
+    excludes temporary buffers, the allocator's overhead, and images that are not yet cast or moved to the device.
+    Frozen parameters, gradient checkpointing and patch dropout are taken into account. Patch dropout has no effect if
+    the embeddings and the first layer are frozen.
 
     Args:
         model: a ViTCLS model.
-        image_size: image size in pixels (default: the model's image size).
+        image_size: side length or (height, width) in pixels (default: the model's image size).
         batch_size: number of images per step.
         autocast: dtype of mixed precision; None if mixed precision is not used.
         device: device of the step (default: the model's device).

@@ -6,7 +6,7 @@ layer_decay        1                          0.75                       1      
 initializer_range  0.8 / sqrt(width)          checkpoint's value         checkpoint's value checkpoint's value
 epochs             30                         30, or 10 (large dataset)  30                 30
 
-flag               images up to 64 pixels     larger images
+flag               at most 64 pixels per side larger images
 crop_scale         1                          0.35
 shift              0.04                       0
 

@@ -107,8 +107,8 @@ def scatter_state(
 def scatter_weights_and_ema(
     checkpoint: Checkpoint | None, accelerator: Accelerator, model: nn.Module, shadow: Sequence[torch.Tensor] | None
 ) -> None:
-    """Load the weights and the EMA weights of a checkpoint. Raise ValueError if the checkpoint belongs to another
-    model."""
+    """Load the weights and the EMA weights of a checkpoint into `model` and `shadow`. Raise ValueError if the
+    checkpoint belongs to another model."""
 
     def load_tensors(name: str) -> Tensors | None:
         return None if checkpoint is None else checkpoint.load_tensors(name)

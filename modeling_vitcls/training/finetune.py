@@ -102,7 +102,7 @@ class FinetuneTask(Task):
 
     def find_warnings(self) -> list[str]:
         """Return warnings about classes that are missing from a split, and about an initial model that was trained
-        with different held-out images."""
+        with a different held-out split."""
         split_warning = get_split_warning(self.options.model.model, self.data)
         return [*describe_missing_classes(self.data), *([split_warning] if split_warning else [])]
 
@@ -213,7 +213,7 @@ class FinetuneTask(Task):
         return Evaluator(images, self.processor, self.data.label_space, **arguments)
 
     def describe_labels(self) -> str:
-        """Return the number of classes of each label column and the kind of labels, as text."""
+        """Return the kind of labels and the number of classes in each label column, as text."""
         labels = self.data.label_space
         class_count_text = " + ".join(f"{len(names)} of {column!r}" for column, names in labels.columns.items())
         return f"classes: {class_count_text}, {labels.kind.replace('_', ' ')}"
@@ -317,6 +317,6 @@ def get_split_warning(source: str, data: TrainingData) -> str | None:
     if recorded_rule.num_folds is None:
         flags_text = f"--held-out-fraction {recorded_rule.fraction}"
     return (
-        f"{source} was trained on {data.name} with different held-out images, so the held-out images of this run may "
+        f"{source} was trained on {data.name} with a different held-out split, so the held-out images of this run may "
         f"include training images of {source}. Use the same split with --split-seed {recorded_rule.seed} {flags_text}"
     )

@@ -273,8 +273,8 @@ class TrainingLoop:
         return metrics
 
     def compute_recent_metrics(self) -> Metrics:
-        """Return the metrics since the last record: the mean losses over all processes, the training speed (excluding
-        evaluations and checkpoints), and the peak memory."""
+        """Return the metrics since the last record: the losses averaged over steps and processes, and the training
+        speed (excluding evaluations and checkpoints). Also return the peak memory so far."""
         recent_losses = self.state.recent_losses
         local_means = [
             math.fsum(losses[name] for losses in recent_losses) / len(recent_losses) for name in recent_losses[0]
@@ -323,8 +323,8 @@ class SignalHandler:
         accelerate, N processes   torchrun's agent forwards both signals to all processes, including DataLoader
                                   workers, and kills the processes after 30 s
 
-    The launcher's exit status may differ from `exit_status`: torchrun's agent exits with 1 after any signal. Signals
-    are stored only in the main thread, because Python does not allow signal handlers in other threads. Signals that
+    The launcher's exit status may differ from `exit_status`: torchrun's agent exits with 1 after any signal. Signal
+    handlers are installed only in the main thread, because Python does not allow this in other threads. Signals that
     are ignored remain ignored, for example Ctrl-C in background jobs of a shell.
     """
 

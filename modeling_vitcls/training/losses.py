@@ -183,7 +183,7 @@ def compute_distillation_loss(
     The "hard" loss is the cross-entropy against the teacher's predicted label (equation 3). The "soft" loss is tau²
     times the Kullback-Leibler divergence between the softened probabilities of teacher and student (equation 2): the
     sum of p_teacher * log(p_teacher / p_student) (Hinton et al. 2015, arXiv 1503.02531). The factor tau² keeps the
-    magnitude of the gradients independent of the temperature tau.
+    magnitude of the gradients roughly independent of the temperature tau.
     """
     if kind not in ("soft", "hard"):
         raise ValueError(f"unknown distillation type {kind!r}. Use soft or hard")

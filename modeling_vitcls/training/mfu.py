@@ -1,6 +1,6 @@
 """FLOPs of a training step, and model FLOPs utilization.
 
-    utilization = FLOPs of the training images per second / FLOP/s of large matrix products on all processes
+    utilization = FLOP/s of training / FLOP/s of large matrix products, each summed over all processes
 
 This ratio is the model FLOPs utilization (MFU; PaLM, Chowdhery et al. 2022, arXiv 2204.02311, appendix B). The FLOPs
 include the forward pass and the gradients that training requires. In the last layer, only the tokens that the heads
@@ -64,7 +64,7 @@ SI_PREFIXES = ("", "k", "M", "G", "T", "P", "E")
 class Utilization:
     """Model FLOPs utilization of a run so far, including the time before --resume."""
 
-    flops_per_image: float = 0.0  # FLOPs of the forward and backward pass of one image
+    flops_per_image: float = 0.0  # FLOPs of the forward and backward passes of one image
     peak: float | None = None  # largest measured total FLOP/s of all processes; None if not measured
     dtype: str = ""  # dtype of the matrices in the measurement of the peak
     # Function that measures the peak on all processes at the same time.
@@ -102,8 +102,8 @@ class Utilization:
         return {"done": self.executed_flops, "possible": self.available_flops}
 
     def load_state(self, state: Mapping[str, float]) -> None:
-        """Load the state from a checkpoint. Checkpoints written by earlier versions contain no state of the
-        utilization."""
+        """Load the state from a checkpoint. Checkpoints written by earlier versions contain no utilization
+        state."""
         self.executed_flops = state.get("done", 0.0)
         self.available_flops_before_resume = state.get("possible", 0.0)
 
@@ -166,8 +166,8 @@ def measure_peak(accelerator: Accelerator, dtype: torch.dtype) -> float:
 
 
 def estimate_memory_without_weights(model: ViTCLSPreTrainedModel, plan: BatchPlan, accelerator: Accelerator) -> int:
-    """Return the estimated memory per process in bytes, excluding the weights: activations, and one shard of the
-    gradients and of AdamW's moments."""
+    """Return the estimated memory per process in bytes: activations, and one shard of the gradients and of AdamW's
+    moments, but not the weights."""
     precision = get_precision(accelerator)
     autocast = None if precision == "no" else MATMUL_DTYPES[precision]
     estimate = estimate_memory(model, batch_size=plan.batch_size, autocast=autocast, device=accelerator.device)
@@ -188,7 +188,7 @@ def format_si(value: float) -> str:
 
 
 def count_training_flops(model: ViTCLSPreTrainedModel, batch_size: int = 1) -> int:
-    """Return the FLOPs of the forward and backward pass for a batch of images of the model's image size. A
+    """Return the FLOPs of the forward and backward passes for a batch of images of the model's image size. A
     multiply-add counts as two FLOPs.
 
     Each matrix product of the forward pass requires two products in the backward pass, one for the gradient of each
@@ -233,7 +233,7 @@ def get_layers_with_token_counts(model: ViTCLSPreTrainedModel, num_tokens: int) 
 
 def count_layer_backward_flops(layer: Any, num_queries: int, num_tokens: int) -> int:
     """Return the FLOPs of the backward pass of one layer for one image. The backward pass computes gradients of the
-    inputs of all products, of trainable weights, and of both factors of the attention products."""
+    inputs and trainable weights of all linear layers, and of both factors of the attention products."""
     attention = layer.attention
     input_flops = count_layer_flops(layer, num_queries, num_tokens)
     weight_flops = num_queries * count_trainable_linear_flops(attention.q_proj, attention.o_proj, layer.mlp)

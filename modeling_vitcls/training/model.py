@@ -5,11 +5,11 @@ The flag `--trainable` selects the trainable parameters:
     full      all parameters
     head      classifiers, and the pooler if it has parameters, but not the final norm (linear probing)
     last-N    the last N layers, the final norm and the head
-    lora      low-rank updates of queries and values (Hu et al. 2021, arXiv 2106.09685), special tokens and the head
+    lora      special tokens, the head, and low-rank updates of the query and value projections (arXiv 2106.09685)
 
 Parameters that are missing from the checkpoint are always trained, because their initial values are random. For
-example, a new distillation token is trained with its position embedding and its gate. The mask token is already frozen
-and remains frozen.
+example, a new distillation token is trained with its position embedding and the gates. The mask token is already
+frozen and remains frozen.
 """
 
 import copy
@@ -79,7 +79,7 @@ def build_model(options: ModelOptions, label_space: LabelSpace) -> InitialModel:
 def load_with_label_space(
     source: str, config_values: dict[str, Any], label_space: LabelSpace
 ) -> tuple[Classifier, set[str]]:
-    """Load a checkpoint as a classifier for the labels in `label_space`. The classifier is new, unless the checkpoint
+    """Load a checkpoint as a model for the labels in `label_space`. The classifier is new, unless the checkpoint
     has a classifier with the same labels. Return the model, and the names of the newly initialized parameters."""
     stored_config = ViTCLSConfig.from_pretrained(source)
     model_class = CLASSIFIER_CLASSES[label_space.kind]

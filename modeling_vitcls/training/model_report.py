@@ -138,8 +138,8 @@ def inspect_saved_model(
 
 @torch.inference_mode()
 def measure_inference_speed(model: Any, device: torch.device) -> dict[str, Any]:
-    """Return the median speed of a few forward passes in images per second, and the conditions of the measurement. The
-    batch size is 32, or smaller if the measurement would otherwise take too long."""
+    """Return the median speed in images per second over a few forward passes, and the conditions of the measurement.
+    The batch size is 32, or smaller if the measurement would otherwise take too long."""
 
     def measure_seconds(pixel_values: torch.Tensor) -> float:
         start_time = time.perf_counter()
@@ -243,7 +243,7 @@ def write_card(
 
 
 def build_benchmark_entry(benchmark: str, task_id: str, results: dict[str, Any]) -> EvalResultEntry:
-    """Build the Hub's evaluation result for the selection metric (huggingface.co/docs/hub/eval-results)."""
+    """Build an evaluation result of the selection metric for the Hub (huggingface.co/docs/hub/eval-results)."""
     metric = results["selection_metric"]
     interval = results.get(f"{metric}_interval")
     interval_text = f", 95% interval {interval[0]:.4f} to {interval[1]:.4f}" if interval else ""

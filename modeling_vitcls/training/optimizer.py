@@ -4,7 +4,7 @@
     optimizer_step.backward(loss)                             for each accumulated batch
     norm = optimizer_step.step(check_norm, pre_update_hook)     after the last batch
 
-DeepSpeed's engine clips the gradients and updates the weights in one call. PyTorch's optimizer requires two calls.
+DeepSpeed's engine clips the gradients and updates the weights in one call. PyTorch requires two calls.
 
 The exponential moving average of the trainable weights is a list of tensors in the order of the trainable parameters
 (Polyak and Juditsky 1992; used for ViTs in DeiT, section 6). The average supports one process, DDP and sharded models.
@@ -40,8 +40,8 @@ def build_parameter_groups(model: nn.Module, weight_decay: float, layer_decay: f
     """Group parameters by depth and weight decay.
 
     Weight decay applies to weights of linear and convolutional layers, but not to biases, norms, tokens, position
-    embeddings and scales. The learning rate of each group is multiplied by `lr_scale`, which is `layer_decay` to the
-    power of the number of layers after the group (BEiT, arXiv 2106.08254, appendix).
+    embeddings or scales. The learning rate of each group is multiplied by `lr_scale`, which is `layer_decay` to the
+    power of the maximum depth minus the depth of the group (BEiT, arXiv 2106.08254, appendix).
     """
     weight_decay_ids = {id(module.weight) for module in model.modules() if isinstance(module, WEIGHT_DECAY_MODULES)}
     depths = get_parameter_depths(model)
@@ -76,7 +76,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
 
 
 def get_learning_rate(step: int, num_steps: int, options: TrainingOptions) -> float:
-    """Return the learning rate of `step` (counted from 0): linear warmup over the fraction `warmup` of the steps, then
+    """Return the learning rate at `step` (counted from 0): linear warmup over the fraction `warmup` of the steps, then
     cosine decay to 0."""
     assert options.learning_rate is not None
     num_warmup_steps = round(options.warmup * num_steps)

@@ -11,7 +11,7 @@ Therefore, the folder never contains an old model with a new configuration, even
 `FolderLock` prevents other runs from using the folder. The lock file `.vitcls.lock` in the folder contains the host,
 the process ID and the start time of the process. The lock is released at the end of the run and on SIGTERM, but not on
 SIGKILL. The next run on the same host therefore replaces the lock of a process that has ended. The lock of a process
-on another host is not replaced, because this process cannot check whether the other process is still running.
+on another host is not replaced, because the new run cannot check whether that process is still running.
 """
 
 import atexit
@@ -77,7 +77,7 @@ def check_replaceable(options: Any, store: CheckpointStore) -> None:
         return
     if (folder / RESULTS_FILE).exists() and (folder / CONFIG_FILE).exists():
         raise ValueError(
-            f"{folder} contains a finished run. Replace the run with --overwrite, or choose a different --output-dir"
+            f"{folder} contains a finished run. Set --overwrite to replace the run, or choose a different --output-dir"
         )
     if steps := store.list_steps():
         raise ValueError(
@@ -152,7 +152,7 @@ class LockOwner:
     host: str  # name of the machine
     pid: int  # process ID
     # Start time of the process in seconds since boot, to distinguish processes with the same ID. Unlike the time of
-    # day, this value does not change if the clock is set.
+    # day, this value does not change if the system clock is adjusted.
     started_after_boot: float
     since: str  # time at which the lock was acquired
 
@@ -253,9 +253,7 @@ class FolderLock:
         except FileNotFoundError:  # the lock has been released
             return
         if owner is None:
-            raise ValueError(
-                f"the lock file {self.file} cannot be read. If no other run uses the folder, delete the file"
-            )
+            raise ValueError(f"the lock file {self.file} is invalid. If no other run uses the folder, delete the file")
         if owner.is_on_this_host and (owner.pid == os.getpid() or not owner.is_alive()):
             self.file.unlink(missing_ok=True)
             return
@@ -270,8 +268,8 @@ class FolderLock:
 
 @contextmanager
 def exclude_other_processes(folder: Path) -> Iterator[None]:
-    """Prevent other processes on this machine from running the `with` block at the same time. Do nothing if the
-    operating system or the file system does not support file locks."""
+    """Prevent other processes on this machine from running the `with` block for this folder at the same time. Do
+    nothing if the operating system or the file system does not support file locks."""
     if fcntl is None:
         yield
         return
@@ -291,6 +289,6 @@ def get_start_time(process: psutil.Process) -> float:
 
 def replace_sigterm_handler(old_handler: Any, new_handler: Any) -> None:
     """Replace the SIGTERM handler with `new_handler` if the current handler is `old_handler`. Do nothing outside the
-    main thread, because Python allows signal handlers only in the main thread."""
+    main thread, because Python allows this only in the main thread."""
     if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == old_handler:
         signal.signal(signal.SIGTERM, new_handler)

@@ -110,8 +110,8 @@ def check_flag_combinations(options: PretrainOptions) -> None:
 
 def build_pretraining_model(options: ModelOptions) -> tuple[ViTCLSForMaskedImageModeling, ViTCLSImageProcessor]:
     """Build a preset with random weights, or load a checkpoint. Parameters that are missing from the checkpoint, such
-    as the mask token and the decoder, are initialized randomly. Raise ValueError if the checkpoint has a patch drop
-    rate, and OSError if the checkpoint cannot be found or read."""
+    as the mask token and the decoder, are initialized randomly. Raise ValueError if the patch drop rate is not
+    0, and OSError if the checkpoint cannot be found or read."""
     config_values = options.get_config_values()
     if is_preset(options.model):
         model = ViTCLSForMaskedImageModeling(ViTCLSConfig.from_preset(options.model, **config_values))

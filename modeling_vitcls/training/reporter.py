@@ -61,8 +61,8 @@ class Reporter:
         self.console.print(f"WARNING: {message}", style="bold yellow", markup=False)
 
     def start_after(self, step: int, num_steps: int) -> None:
-        """Start the output of a run that continues after `step`. Keep the records up to this step, and remove the
-        records of later steps, which the resumed run repeats."""
+        """Start the output of a run that continues after `step`. In metrics.jsonl, keep the records up to this
+        step, and remove the records of later steps, which the resumed run repeats."""
         self.num_steps = num_steps
         self.first_step, self.start_time = step, time.perf_counter()
         if self.is_main_process:
@@ -96,8 +96,8 @@ class Reporter:
 
     def log(self, record: dict[str, Any], selection_metric: str) -> None:
         """Append a record to metrics.jsonl, print the record, and send the numeric values of the record to the
-        trackers. The printed line contains the selection metric. Raise OSError on the main process if metrics.jsonl
-        cannot be written."""
+        trackers. The printed line contains the selection metric if the record does. Raise OSError on the main process
+        if metrics.jsonl cannot be written."""
         self.accelerator.log(flatten_record(record), step=record["step"])
         if not self.is_main_process:
             return
@@ -131,7 +131,7 @@ class Reporter:
         return f"{format_duration(seconds_per_step * num_remaining_steps)} left"
 
     def get_image_logger(self) -> ImageLogger | None:
-        """Return the function that logs named images to the trackers at the last step, or None if no tracker accepts
+        """Return the function that logs named images of the last step to the trackers, or None if no tracker accepts
         images. Only the main process may call this method."""
         trackers = [tracker for tracker in self.accelerator.trackers if hasattr(tracker, "log_images")]
 

@@ -60,7 +60,7 @@ from .token_monitor import TokenMonitor
 
 @dataclass
 class TrainingComponents:
-    """Trained module, batches, loss and evaluation of a run."""
+    """Module to train, batches, loss and evaluation of a run."""
 
     model: nn.Module  # unwrapped model, or a module with the heads of the model
     objective: Objective
@@ -81,7 +81,7 @@ PATH_FLAGS = ("dataset", "model", "teacher")  # flags whose values may be paths
 UNSAVED_FLAGS = ("resume", "overwrite", "dry_run")  # flags that are not written to config.resolved.yaml
 TRAINING_LENGTH_FLAGS = ("epochs", "max_steps")  # flags that set the number of steps
 
-STREAM_SAVE_EVERY = 1000  # default number of steps of --save-every for streams, which have no epochs
+STREAM_SAVE_EVERY = 1000  # default of --save-every in steps for streams, which have no epochs
 TOKEN_TRAINING_MODES = ("full", "lora")  # values of --trainable that train the special tokens
 
 
@@ -233,7 +233,7 @@ class Runner:
             state.ema.copy_to_model(state.ema.shadow)
         if training_options.trainable in TOKEN_TRAINING_MODES:
             for token in monitor.find_unchanged_tokens():
-                self.reporter.warn(f"token {token} did not change in {plan.num_steps} training steps")
+                self.reporter.warn(f"token {token} did not change during training")
         if len(unreadable_images):
             self.reporter.warn(
                 f"{len(unreadable_images)} training image(s) could not be read and were replaced with other images"
@@ -254,8 +254,8 @@ class Runner:
         self.reporter.print_line("selected", f"the checkpoint of step {metadata['step']:,}, with the best evaluation")
 
     def set_data_fingerprint(self, data_fingerprint: dict[str, Any]) -> None:
-        """Store the fingerprint of the data for checkpoints. Raise ValueError if --resume would continue with
-        different data."""
+        """Store the fingerprint of the data, to be written to checkpoints. Raise ValueError if --resume would continue
+        with different data."""
         self.data_fingerprint = data_fingerprint
         if self.checkpoint_metadata is None:
             return
@@ -455,8 +455,8 @@ def build_runner(options: FinetuneOptions | PretrainOptions) -> Runner:
 
     Raises:
         ValueError: if the preset does not exist, if a flag, precision or tracker is not supported, if another run uses
-            the folder, if the run would replace files without --overwrite, or if all checkpoints are damaged or were
-            written with other flags.
+            the folder, if the run would replace files without --overwrite, if all checkpoints are damaged, or if the
+            newest intact checkpoint was written with other flags.
         OSError: if the folder cannot be written.
     """
     check_preset_name(options.model.model)
@@ -522,7 +522,7 @@ def check_flags_unchanged(stored_flags: dict[str, Any], current_flags: dict[str,
         advice = "Use the same flags, or choose a different --output-dir"
         if name in TRAINING_LENGTH_FLAGS:
             advice = (
-                "The number of steps is fixed, because the learning rate decays to 0 in the last step. To continue "
+                "The number of steps is fixed, because the learning rate decays to 0 over these steps. To continue "
                 f"training, start another run with --model {folder}"
             )
         raise ValueError(

@@ -470,7 +470,7 @@ def dry_run(task_class: type[Task], options: Any) -> None:
     )
     runner.reporter.print_line(
         "dry run",
-        f"{len(runner.step_seconds)} steps, an evaluation{checkpoint_text} and saving succeeded in "
+        f"{len(runner.step_seconds)} steps, an evaluation{checkpoint_text} and saving the model succeeded in "
         f"{time.perf_counter() - start_time:.0f} s{push_note}; no files were kept. The full run has "
         f"{plan.num_steps:,} steps and takes about {duration}",
     )

@@ -2,7 +2,7 @@
 
     student's pixels -> channels, size and scale of the teacher -> teacher -> logits of the student's labels
 
-`FOLDER` or a Hub id     an image classifier of transformers or this package; code in the repository is not executed
+`FOLDER` or a Hub id     an image classifier from transformers or this package; code in the repository is not executed
 `timm:NAME`              a timm model with its pretrained weights; also `timm:hf-hub:ID` and `timm:local-dir:FOLDER`
 `timm:NAME@FILE`         a timm model with the weights in FILE (safetensors, or a state dict, loaded with weights_only)
 FILE                     a published state dict with a classifier, converted once (conversion/any_checkpoint.py)
@@ -159,7 +159,7 @@ def match_labels(source: str, teacher: LoadedTeacher, labels: list[str]) -> tupl
         available_names = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
         raise ValueError(
             f"the teacher {source} has no label {missing_names[0]!r}, only {available_names}. Use a teacher that was "
-            "trained on these labels"
+            "trained on the dataset's labels"
         )
     if duplicate_names := [name for name in labels if Counter(names)[name] > 1]:
         raise ValueError(
@@ -174,7 +174,7 @@ def match_labels(source: str, teacher: LoadedTeacher, labels: list[str]) -> tupl
 
 
 def load_transformers_teacher(source: str, num_channels: int, height_width: tuple[int, int]) -> LoadedTeacher:
-    """Load a `float32` transformers classifier and its image processor."""
+    """Load a transformers classifier in `float32`, and its image processor."""
     try:
         folder = get_external_model_folder(*split_revision(source.removeprefix("transformers:")))
     except OSError as error:

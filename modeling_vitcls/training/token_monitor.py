@@ -26,7 +26,7 @@ MAX_ATTENTION_IMAGES = 8  # maximum number of images for the attention entropy
 
 class TokenMonitor:
     """Monitor of a model's special tokens during training. The monitor stores the initial values of the tokens. A
-    model without embeddings, such as the head of a linear probe, has no special tokens."""
+    model without embeddings, such as the heads in linear probing, has no special tokens."""
 
     def __init__(self, model: nn.Module) -> None:
         embeddings = [module for module in model.modules() if isinstance(module, ViTCLSEmbeddings)]
@@ -98,8 +98,8 @@ def return_no_metrics(batch: dict[str, Any]) -> dict[str, Any]:
 def measure_attention_entropy(
     model: Any, normalize: Callable[[torch.Tensor], torch.Tensor], batch: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return the entropy of the CLS attention of each layer in nats, averaged over the first images of the batch, the
-    heads and the CLS tokens."""
+    """Return the entropy of the CLS attention in nats for each layer, averaged over the CLS tokens, the heads, and the
+    first images of the batch."""
     pixel_values = normalize(batch["pixels"][:MAX_ATTENTION_IMAGES])  # [B, C, H, W]
     model.eval()
     attention_weights = model.token_attention(pixel_values, tokens=("cls",))  # [B, layers, heads, CLS, N]

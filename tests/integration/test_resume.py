@@ -591,7 +591,7 @@ def test_a_new_run_that_is_killed_early_has_no_old_model(image_folder: Path, fol
     flags = f"{RUN} --dataset {image_folder}"
     finish(folder, f"{flags} --max-steps 3")
     before = contents(folder)
-    assert "contains a finished run. Replace the run with --overwrite" in get_error(folder, flags)
+    assert "contains a finished run. Set --overwrite to replace the run" in get_error(folder, flags)
     assert contents(folder) == before
     run = start(folder, f"{flags} --save-every 1000 --overwrite --seed 1")
     deadline = time.monotonic() + 120

@@ -316,7 +316,7 @@ def test_a_run_that_fails_releases_its_lock(folder: Path) -> None:
 
 def test_a_finished_run_is_replaced_only_with_overwrite(earlier: Path) -> None:
     before = contents(earlier)
-    with raises_one_line(f"{earlier} contains a finished run. Replace the run with --overwrite"):
+    with raises_one_line(f"{earlier} contains a finished run. Set --overwrite to replace the run"):
         run(earlier)
     assert contents(earlier) == before
     with raises_one_line(f"{earlier} contains a finished run"):
