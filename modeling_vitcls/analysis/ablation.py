@@ -1,4 +1,4 @@
-"""Ablations: the change in outputs if special tokens are replaced with their means or hidden from attention.
+"""Ablations: how outputs change if special tokens are replaced with their means or hidden from attention.
 
     information   the states of the tokens are replaced with their means over images, after the embeddings and each
                   layer, so that the states are the same for every image. Removing tokens or setting them to zero would
@@ -7,12 +7,13 @@
 
     ablations = compute_ablations(model, batches, findings.mean_states)
     ablations["information"]["registers[0]"].effect        the effect, with a 95% interval (effects.py)
-    ablations["information"]["registers"].is_beyond_null   whether the effect of all registers exceeds both null
-                                                           distributions
+    ablations["information"]["registers"].is_beyond_null   whether the effect of all registers exceeds the limits
+                                                           of its null distributions
 
-An effect alone is not meaningful, because ablating any patch also changes predictions. Each effect is therefore
-compared with two null distributions on the same images: effects of ablating random patches, and effects of ablating
-the same token after its embedding is replaced with a random vector with the same norm (a redrawn token).
+An effect alone is not meaningful, because ablating any patch also changes the outputs. Each effect is therefore
+compared with null distributions on the same images: effects of ablating random patches and, unless the head uses the
+token, effects of ablating the token after its embedding is replaced with a random vector with the same norm (a redrawn
+token).
 """
 
 import math
@@ -45,7 +46,7 @@ class Ablation:
 
     Attributes:
         effect: effect over all images.
-        effect_on_null_images: effect size on the images of the null distributions (all images or a subset).
+        effect_on_null_images: effect size on the images that the null distributions use (all or a subset).
         patch_effects: effect sizes of ablating the same number of random patches.
         redrawn_effects: effect sizes of ablating redrawn tokens. The list is empty for tokens that the head uses,
             because ablating these tokens always has an effect.
@@ -69,7 +70,7 @@ class Ablation:
 
     @property
     def is_beyond_null(self) -> bool:
-        """Return whether outputs change and the effect exceeds the limits of both null distributions."""
+        """Return whether outputs change and the effect exceeds the limits of its null distributions."""
         interval = self.null_interval
         return interval is not None and self.effect.has_changed_outputs and self.effect_on_null_images > interval[1]
 
@@ -78,7 +79,7 @@ Ablations = dict[str, dict[str, Ablation]]  # kind -> token key or group name ->
 
 
 def compute_null_limit(effect_sizes: Sequence[float]) -> float:
-    """Return the limit of a null distribution: the maximum of MIN_NULL_LIMIT, all effect sizes, and the upper end of
+    """Return the limit of a null distribution: the maximum of MIN_NULL_LIMIT, all effect sizes, and the upper bound of
     the 95% prediction interval (normal distribution with unknown variance). The interval accounts for rare large
     effects that a few random draws may miss."""
     num_effects = len(effect_sizes)
@@ -237,8 +238,8 @@ def measure_redraw_effects(
     and the effect sizes of ablating the redrawn tokens, by kind. Tokens of a group share a null distribution.
 
     `outputs_without_tokens` maps the sequence indices of tokens to the outputs with these tokens hidden from
-    attention. Redrawing hidden tokens does not change the outputs, because neither other tokens nor the head use
-    hidden tokens.
+    attention. Redrawing these hidden tokens does not change the outputs, because neither other tokens nor the head use
+    them.
     """
     effects: dict[str, tuple[float, dict[str, list[float]]]] = {}
     for keys, sets, has_null in plan_redraws(model):
@@ -283,7 +284,7 @@ def plan_redraws(model: Any) -> Iterator[tuple[list[str], list[list[int]], bool]
 
 
 def count_null_passes(model: Any) -> int:
-    """Return the maximum number of passes over the images of the null distributions. The first pass only determines
+    """Return the maximum number of passes over the images for the null distributions. The first pass only determines
     the number of tokens."""
     set_sizes = {len(indices) for indices in get_ablation_targets(model.config.token_layout).values()}
     num_redraws = sum(len(sets) * (2 if has_null else 1) for _, sets, has_null in plan_redraws(model))

@@ -19,9 +19,9 @@ from .token_statistics import Findings
 BIN_WIDTH, WINDOW_WIDTHS = 0.05, (5, 9, 17)
 MAX_LOG_RATIO = 5.0  # maximum logarithm of the ratio of a norm to the median; the last bin includes larger norms
 MIN_VALLEY_LOG_RATIO = 0.25  # minimum logarithm of the ratio of the valley to the median
-MIN_MODE_SCORE = 4.0  # minimum difference between mode and valley, in standard deviations of a Poisson distribution
-MODE_FRACTION_RANGE = 0.001, 0.2  # fraction of patches in a second mode; larger modes are not outliers
-MIN_RISE_SCORE = 4.0  # minimum increase of the outlier fraction if registers are hidden, in standard deviations
+MIN_MODE_SCORE = 4.0  # minimum `SecondMode.score`
+MODE_FRACTION_RANGE = 0.001, 0.2  # range of the fraction of patches in a second mode; larger modes are not outliers
+MIN_RISE_SCORE = 4.0  # minimum increase in the outlier fraction if registers are hidden, in standard errors
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,10 @@ class SecondMode:
     """A second, higher mode in the distribution of the logarithms of patch norms.
 
     Attributes:
-        threshold: smallest norm of a patch in the mode, divided by the median norm of the image.
+        threshold: norm above which a patch is in the mode, as a multiple of the median norm of the image.
         ratio: median norm of the patches in the mode; each norm is divided by the median norm of its image.
         fraction: fraction of all patches that are in the mode.
-        score: difference between mode and valley, in standard deviations of a Poisson distribution.
+        score: difference between the patch counts of mode and valley, in standard deviations (Poisson distribution).
     """
 
     threshold: float

@@ -99,8 +99,8 @@ class AttentionTrace:
         return rollout
 
     def compute_attribution(self, target: torch.Tensor | int | None = None, task: str | None = None) -> torch.Tensor:
-        """Return the attribution [B, N] of a class (`compute_attribution`). The trace requires gradients
-        (`needs_gradients=True`)."""
+        """Return the attribution [B, N] of a class (`compute_attribution`). The trace must have been
+        recorded with `needs_gradients=True`."""
         recorded_outputs = [*(layer.attention_output for layer in self.layers), self.last_hidden_state]
         with torch.inference_mode(False), torch.enable_grad():
             logits = select_class_logits(select_task_logits(self.outputs, task), target)  # [B]
@@ -120,7 +120,7 @@ def trace_attention(model: Any, pixel_values: torch.Tensor, needs_gradients: boo
     encoder_outputs: list[Any] = []
     hook = model.base_model.register_forward_hook(lambda _, args, output: encoder_outputs.append(output))
     with hook, torch.inference_mode(False), torch.set_grad_enabled(needs_gradients), evaluation_mode(model):
-        # Gradients of the pixels make attention part of the autograd graph even if all weights are frozen.
+        # Pixels that require gradients make attention part of the autograd graph even if all weights are frozen.
         inputs = pixel_values.detach().clone().requires_grad_(needs_gradients)
         with record_attention_layers(model) as layers:
             outputs = model(inputs, output_hidden_states=True)

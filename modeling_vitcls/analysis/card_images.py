@@ -29,7 +29,7 @@ from .model_utils import evaluation_mode, is_classifier, unwrap_model
 IMAGES_FOLDER = "pictures"
 LAYOUT_NAME, MATRIX_NAME, ATTENTION_NAME = "token_layout", "confusion_matrix", "attention"
 
-MAX_SAMPLES, MAX_OVERLAYS = 4, 32  # maximum number of images and total number of overlays in the attention figure
+MAX_SAMPLES, MAX_OVERLAYS = 4, 32  # maximum numbers of images and overlays in the attention figure
 MAX_BYTES = 300_000  # maximum file size in bytes
 # (dots per inch, palette size) pairs in the order in which they are tried; the palette size None keeps all colors.
 QUALITIES = ((120, None), (100, None), (80, None), (80, 256), (60, 256), (40, 256), (25, 64))
@@ -44,7 +44,7 @@ def write_card_images(
     results: Mapping[str, Any],
     samples: Sequence[Sample] = (),
 ) -> dict[str, str]:
-    """Write the images of a card to `folder`/pictures, as PNG files of less than 300 kB each.
+    """Write the images of a card to `folder`/pictures, as PNG files of less than 300 kB each if possible.
 
     The model runs on its own device, in evaluation mode and without gradients, and is not changed. Call this function
     only on the main process, with a model whose weights are not sharded. Older confusion matrices and attention

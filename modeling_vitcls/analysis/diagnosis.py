@@ -44,7 +44,7 @@ Rating = Literal["good", "neutral", "doubtful", "bad"]
 MIN_IMAGE_VARIATION = 1e-3  # minimum variation of a token whose state depends on the image
 MIN_IDENTICAL_SIMILARITY = 0.999  # minimum cosine similarity between tokens that are considered identical
 MAX_IDENTICAL_DISTANCE = 0.01  # maximum distance between identical tokens, relative to their variation over images
-MAX_MAP_DISTANCE = 0.1  # maximum distance between equal maps, relative to their distance from uniform maps
+MAX_MAP_DISTANCE = 0.1  # maximum distance between equal maps, relative to their distance from uniform attention
 MIN_PATCH_MASS = 0.01  # minimum `patch_mass` of a token that is not cut off from the patches
 MAX_NORM_RATIO = 3.0  # maximum norm of a token's embedding, as a multiple of the median norm of embedded patches
 # Maximum cosine similarity between the embedding and the last state of a token that the layers change.
@@ -56,7 +56,7 @@ MAX_HARM_P_VALUE = 0.05  # significance level of the verdict "harmful"; divided 
 MIN_EARLY_FRACTION, MAX_MIDDLE_RATIO = 0.75, 2 / 3
 MIN_UNIFORM_FRACTION = 0.9  # minimum fraction of tokens attended to in each layer if attention is uniform
 
-ABLATION_TERMS = {"information": "replaced with {} mean", "presence": "hidden from attention"}
+ABLATION_TERMS = {"information": "replaced with {}", "presence": "hidden from attention"}
 
 
 @dataclass(frozen=True)
@@ -178,8 +178,8 @@ class TokenEvidence:
     @property
     def equal_attention_token_and_distance(self) -> tuple[int, float] | None:
         """Return the index of the token whose attention maps are nearly the same, and the distance between the maps of
-        both tokens, or None if there is no such token. The distance is a fraction of the mean distance of these maps
-        from uniform maps."""
+        both tokens, or None if there is no such token. The distance is relative to the mean distance of these maps
+        from uniform attention."""
         findings, index = self.findings, self.index
         candidates = []
         for other_index in range(len(self.names)):
@@ -359,8 +359,8 @@ def find_harm(ablations: dict[str, Ablation], num_tests: int) -> tuple[str, Abla
 
 
 def summarize_ablations(ablations: dict[str, Ablation]) -> dict[str, Any]:
-    """Return the values of the ablations of a token or group by name: `effect`, `interval` and `null` (smallest effect
-    and limit) of the information ablation, and all values of each ablation under the name of its kind."""
+    """Return the values of the ablations of a token or group by name: `effect`, `interval` and `null` (smallest null
+    effect and largest limit) of the information ablation, and all values of each ablation under its kind."""
     summaries = {kind: summarize_ablation(ablation) for kind, ablation in ablations.items()}
     information = summaries.get("information", {})
     return {name: information.get(name) for name in ("effect", "interval", "null")} | summaries
@@ -401,10 +401,15 @@ def describe_comparison(ablations: dict[str, Ablation], possessive: str = "its")
     kinds = [kind for kind, ablation in ablations.items() if ablation.is_beyond_null]
     summary = f"effect beyond the null ({' and '.join(kinds)})" if kinds else "no effect beyond the null"
     effects = [
-        f"if {ABLATION_TERMS[kind].format(possessive)}, {describe_effect(ablation)}"
-        for kind, ablation in ablations.items()
+        f"{describe_condition(kind, possessive)}, {describe_effect(ablation)}" for kind, ablation in ablations.items()
     ]
     return f"{summary}: {'; '.join(effects)}"
+
+
+def describe_condition(kind: str, possessive: str) -> str:
+    """Describe an ablation as a condition, such as `if the token is replaced with its mean`."""
+    subject, means = ("the token is", "its mean") if possessive == "its" else ("the tokens are", "their means")
+    return f"if {subject} {ABLATION_TERMS[kind].format(means)}"
 
 
 def describe_effect(ablation: Ablation) -> str:
@@ -415,7 +420,7 @@ def describe_effect(ablation: Ablation) -> str:
         text = f"{describe_changed_predictions(effect)} predictions change, and logits change by {effect.size:.2g}"
     else:
         changes_text = ", ".join(f"{name} {value:.2g}" for name, value in effect.cosine_change.items())
-        text = f"the cosine distance between the features before and after is {changes_text}"
+        text = f"the cosine distance between the features before and after the ablation is {changes_text}"
         if effect.knn_agreement is not None:
             text += f", and {effect.knn_agreement:.0%} of the nearest neighbors stay the same"
     null_effects = {"random patches": ablation.patch_effects, "random tokens": ablation.redrawn_effects}
@@ -425,7 +430,7 @@ def describe_effect(ablation: Ablation) -> str:
 
 
 def describe_changed_predictions(effect: AblationEffect) -> str:
-    """Return the number of changed predictions and the upper end of the 95% interval for their fraction, such as
+    """Return the number of changed predictions and the upper bound of the 95% interval for their fraction, such as
     `0 of 256 (at most 1.2%)`."""
     num_changed = round(effect.changed_answers * effect.num_images)
     return f"{num_changed:,} of {effect.num_images:,} (at most {effect.changed_interval[1]:.1%})"
@@ -433,9 +438,8 @@ def describe_changed_predictions(effect: AblationEffect) -> str:
 
 def describe_harm(kind: str, effect: AblationEffect, possessive: str = "its") -> str:
     """Describe an ablation that increases the accuracy."""
-    condition = f"if {'the token is' if possessive == 'its' else 'the tokens are'} {ABLATION_TERMS[kind]}"
     return (
-        f"{condition.format(possessive)}, the accuracy changes by {effect.accuracy_change or 0:+.1%} "
+        f"{describe_condition(kind, possessive)}, the accuracy changes by {effect.accuracy_change or 0:+.1%} "
         f"(p = {effect.improvement:.1g}, {effect.num_images:,} images)"
     )
 
@@ -461,7 +465,7 @@ def describe_depth(config: ViTCLSConfig, findings: Findings, has_head: bool = Tr
 
     The number of tokens attended to is the exponential of the entropy; 100% means all visible tokens.
     """
-    num_attended_tokens = findings.entropy.mean(dim=1).exp()  # [L, S], number of tokens attended to, mean over heads
+    num_attended_tokens = findings.entropy.mean(dim=1).exp()  # [L, S], geometric mean over heads
     fractions = num_attended_tokens / findings.uniform_by_token["entropy"].exp()  # [L, S]
     num_used_layers = count_used_layers(config, has_head)
     descriptions = []
@@ -490,7 +494,7 @@ def describe_depth_pattern(fractions: torch.Tensor, thirds: torch.Tensor) -> str
     has one value per layer, and `thirds` [3 or fewer] contains the mean of each third of the layers. The sentence
     begins with a space."""
     if bool((fractions >= MIN_UNIFORM_FRACTION).all()):
-        return " Attention is uniform in every layer, so the token selects no patches."
+        return " Attention is nearly uniform in every layer, so the token selects no patches."
     if len(thirds) < 3:
         return " There are too few layers to compare early and middle layers."
     early, middle, _ = thirds.tolist()

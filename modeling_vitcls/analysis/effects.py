@@ -15,7 +15,7 @@ from ..heads_vitcls import IGNORED_LABEL
 from .model_outputs import NUM_NEIGHBORS, Features, Predictions
 
 
-Interval = tuple[float, float]  # lower and upper end of a 95% confidence interval
+Interval = tuple[float, float]  # lower and upper bounds of a 95% confidence interval
 
 CONFIDENCE = 0.95
 # Minimum standard deviation of the logits over images, as a fraction of their root mean square
@@ -32,8 +32,8 @@ class AblationEffect:
         changed_answers: fraction of images whose prediction changes.
         logit_change: root mean square change of the logits, divided by the standard deviation of the logits over
             images. The divisor is at least a thousandth of the root mean square of the logits, because smaller
-            deviations are rounding errors. For an "information" ablation of a single image, the mean state is the
-            token's own state, so the effect is 0 and meaningless.
+            deviations are rounding errors. With a single image, the mean state is the token's own state, so the
+            effect of an "information" ablation is 0 and meaningless.
         accuracy_change: accuracy after the ablation minus accuracy before the ablation; None if no label is known.
         num_images: number of images.
         changed_interval: exact interval for `changed_answers` (Clopper and Pearson 1934).

@@ -258,7 +258,8 @@ def plot_attention(
         visible_regions: the region of each image that the maps cover (`get_visible_region`). Default: the whole image.
 
     Raises:
-        ValueError: if the numbers of images, maps, names and titles do not match, or there are no images.
+        ValueError: if the numbers of images, maps, titles and visible regions differ, there are no images, or there
+            are not T names.
     """
     visible_regions = [None] * len(images) if visible_regions is None else visible_regions
     if not len(images) == len(maps) == len(titles) == len(visible_regions) > 0:
@@ -299,8 +300,8 @@ def plot_attention_by_layer(config: ViTCLSConfig, report: ImageReport, head: int
     """Plot the attention of each special token (rows) in each layer (columns), and the rollout of each token.
 
     The first column shows the image and the attribution of each prediction (`compute_attribution`). The number below
-    an overlay is the fraction of the token's attention that goes to patches. Each overlay has its own scale
-    (`overlay`).
+    the overlay of a layer is the fraction of the token's attention that goes to patches. Each overlay has its own
+    scale (`overlay`).
 
     Args:
         config: configuration of the model.

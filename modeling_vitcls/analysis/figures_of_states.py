@@ -27,9 +27,9 @@ from .figures_over_depth import MAX_NAME_LENGTH, create_token_grid, despine
 from .token_statistics import Findings
 
 
-NUM_BINS = 48  # number of bins of a histogram
+NUM_BINS = 48  # number of bins in a histogram
 MIN_NORM_RATIO = 1e-3  # minimum norm in a figure, as a multiple of the median; smaller norms are drawn at this value
-OUTLIER_COLOR = "#B3261E"  # color of the bars of outlier patches
+OUTLIER_COLOR = "#B3261E"  # color of the bars of the second mode
 NEGATIVE_COLOR, POSITIVE_COLOR = "#B14A00", "#0B5A94"  # colors of the cosines -1 and 1; a cosine of 0 is white
 COSINE_COLORMAP = LinearSegmentedColormap.from_list("cosines", [NEGATIVE_COLOR, "#FFFFFF", POSITIVE_COLOR])
 MAX_TOKENS_WITH_COSINES = 12  # maximum number of tokens for which the cosine is written in each cell

@@ -238,8 +238,8 @@ def create_axes(num_axes: int, num_names: int) -> tuple[Figure, Sequence[Axes]]:
 def create_token_grid(
     names: Sequence[str], width: float, height: float, extra_width: float = 0, extra_height: float = 0
 ) -> tuple[Figure, list[Axes]]:
-    """Create a figure with a grid of small axes over layers, one per token. `width` and `height` are the size of the
-    axes in inches, and `extra_width` and `extra_height` are the space for legends and labels.
+    """Create a figure with a grid of small axes over layers, one per token. `width` and `height` are the size of each
+    plot in inches, and `extra_width` and `extra_height` are the space for legends and labels.
     Raise ValueError if there are no tokens."""
     if not names:
         raise ValueError(
@@ -259,7 +259,7 @@ def create_token_grid(
 
 
 def get_num_legend_columns(width: float) -> int:
-    """Return the number of legend columns in a figure with a width in inches."""
+    """Return the number of legend columns in a figure that is `width` inches wide."""
     return int(width / 1.6)
 
 

@@ -25,7 +25,7 @@ IMAGE_KINDS = {"wrong": "wrong predictions", "uncertain": "least confident", "ty
 
 @dataclass(frozen=True)
 class ImagePrediction:
-    """Prediction of a model for an image, or for one task of a multi-task model."""
+    """Prediction of a model, or of one task of a multi-task model, for an image."""
 
     task: str | None
     labels: list[Label]  # in order of decreasing probability; empty if a multi-label model predicts no label

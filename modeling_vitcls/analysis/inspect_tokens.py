@@ -92,7 +92,7 @@ def show_progress(console: Console) -> Iterator[ProgressCallback]:
 
 
 def print_inspection(inspection: Inspection, options: InspectOptions, console: Console) -> None:
-    """Print the verdicts, the comparison of patch sizes, and the paths of the written files."""
+    """Print the results of the inspection and the paths of the written files."""
     console.print(build_verdict_table(inspection) if inspection.verdicts else "The model has no special tokens.")
     check_descriptions = [check.describe(name) for name, check in inspection.map_checks.items()]
     summary = f"Diagnosis: {inspection.summary}"

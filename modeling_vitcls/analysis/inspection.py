@@ -31,7 +31,7 @@ from .patch_sizes import PatchSizeRow, compare_patch_sizes
 from .token_statistics import Findings, TokenStatistics
 
 
-MAX_BATCH_BYTES = 2**29  # maximum memory of a batch in bytes: all hidden states, attention and MLP of one layer
+MAX_BATCH_BYTES = 2**29  # maximum memory of a batch in bytes (`get_max_batch_size`)
 # Minimum and maximum number of images for the null distributions, and maximum number of floating-point operations in a
 # pass over these images
 MIN_NULL_IMAGES, MAX_NULL_IMAGES, MAX_NULL_FLOPS = 8, 64, 2.5e11
@@ -256,8 +256,8 @@ def select_images(outputs: Any, config: Any, num_selected: int) -> dict[int, str
 
 
 def compute_confidences(logits: torch.Tensor, config: Any) -> torch.Tensor:
-    """Return the probability [images] of each prediction from the logits [images, labels] of all tasks. If there are
-    several tasks or labels, the probability is the minimum over tasks or labels."""
+    """Return the probability [images] of each prediction from the logits [images, labels] of all tasks. For a
+    multi-task or multi-label model, the probability is the minimum over tasks or labels."""
     if is_multi_label(config):
         probabilities = logits.sigmoid()
         return probabilities.maximum(1 - probabilities).amin(dim=1)
@@ -357,8 +357,8 @@ class InspectionBatches:
             yield pixel_values.to(self.model.device), None if self.labels is None else self.labels[batch_indices]
 
     def sample(self, num_selected: int) -> tuple["InspectionBatches", list[int]]:
-        """Return batches of at most `num_selected` evenly spaced images, and the positions of these images in the
-        order in which this object yields images."""
+        """Return the batches of a sample of at most `num_selected` evenly spaced images, and the positions of these
+        images in the order in which this object yields images."""
         positions = select_evenly_spaced(range(len(self.order)), num_selected)
         indices = [self.order[position] for position in positions]
         pixels = [self.pixels[index] for index in indices]

@@ -49,7 +49,7 @@ def open_images(options: InspectOptions, model: Any, record: HeldOutRecord | Non
     """Open the images of PATHS or `--dataset`. `record` is the held-out record of the model's training run.
 
     Raises:
-        ValueError: if there are no images, the dataset cannot be read, or the model lacks labels of the dataset.
+        ValueError: if there are no images, the dataset cannot be read, or its labels do not match the model.
     """
     if options.dataset is None:
         return load_from_paths(options.paths, model)

@@ -1,9 +1,10 @@
 """Checks of maps: whether attention rollout and attribution show what predictions depend on.
 
-Deletion replaces the patches with the highest values by the mean color; insertion replaces all other patches (Petsiuk
-et al. 2018, arXiv 1806.07421). With a faithful map, deletion lowers the probability of the predicted class faster than
-with a random order of patches, and insertion raises this probability faster. The randomized-weights check (Adebayo et
-al. 2018, arXiv 1810.03292) shuffles the values of all weights, which changes a map that depends on the weights.
+Deletion replaces the patches that have the highest values with the mean color; insertion replaces all other patches
+(Petsiuk et al. 2018, arXiv 1806.07421). With a faithful map, deletion lowers the probability of the predicted class
+faster than with a random order of patches, and insertion raises this probability faster. The randomized-weights check
+(Adebayo et al. 2018, arXiv 1810.03292) shuffles the values of each parameter, which changes a map that depends on the
+weights.
 """
 
 import copy
@@ -81,7 +82,7 @@ def check_maps(model: Any, images: Sequence[torch.Tensor], seed: int = 0) -> dic
         seed: seed of the random orders and of the shuffled weights.
 
     Returns:
-        Dictionary that maps the name of each map to a check. If the head uses no special token, only the attribution
+        Dictionary that maps the name of each map to its check. If the head uses no special token, only the attribution
         is checked.
     """
     model = unwrap_model(model)

@@ -235,8 +235,8 @@ def overlay(
         max_value: the value that is drawn in the brightest color. Maps with the same `max_value` are comparable.
             Default: the maximum of the map, but at least MIN_SCALE times the mean, so that a uniform map is not
             bright everywhere.
-        max_side: maximum number of pixels per side; a larger image is scaled down.
-        min_side: minimum number of pixels of the longer side; a smaller image is scaled up by an integer factor.
+        max_side: maximum length of the longer side in pixels; a larger image is scaled down.
+        min_side: minimum length of the longer side in pixels; a smaller image is scaled up by an integer factor.
 
     Returns:
         An RGB image with the size of `image`, or with the scaled size.

@@ -60,7 +60,7 @@ class Predictions:
         return sum(counts) / sum(map(len, known_labels))
 
     def is_better_than_chance(self) -> bool | None:
-        """Return whether the accuracy exceeds chance by two standard errors, or None if no label is known."""
+        """Return whether the accuracy exceeds chance by more than 2 standard errors, or None if no label is known."""
         accuracy, chance = self.compute_accuracy(), self.compute_majority_accuracy()
         if self.labels is None or accuracy is None or chance is None:
             return None
@@ -171,7 +171,7 @@ def extract_features(outputs: Any, config: ViTCLSConfig) -> dict[str, torch.Tens
 def get_predicted_labels(task_logits: list[torch.Tensor], config: ViTCLSConfig) -> torch.Tensor:
     """Return the predicted labels [B, A] (`Predictions.predicted`) for the logits [B, labels] of each task.
 
-    A multi-label model predicts each label with a probability of at least `DEFAULT_THRESHOLD`.
+    A multi-label model predicts each label whose probability is at least `DEFAULT_THRESHOLD`.
     """
     if is_multi_label(config):
         return (task_logits[0].float().sigmoid() >= DEFAULT_THRESHOLD).long()

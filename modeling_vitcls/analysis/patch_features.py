@@ -99,7 +99,7 @@ def find_foreground(features: Sequence[torch.Tensor], rows: np.ndarray) -> np.nd
     """Return a boolean mask [patches] of the foreground.
 
     The sign of the first principal component separates the foreground from the background. The foreground has the
-    sign that is less frequent at the borders of the images than inside the images.
+    sign that is less frequent at the borders of the images than elsewhere.
     """
     is_foreground = PCA(1, random_state=0).fit_transform(rows)[:, 0] > 0
     borders = [np.ones(image.shape[:2], dtype=bool) for image in features]
@@ -166,7 +166,7 @@ class PatchComponents:
 
     values: list[torch.Tensor]  # [gh, gw, n] int8 for each image
     scale: torch.Tensor  # [n], scale factor of each component's values
-    offset: float  # squared norm of the component of the mean feature that is orthogonal to all principal components
+    offset: float  # squared norm of the part of the mean feature that is orthogonal to all principal components
 
 
 def compress_patch_features(features: Sequence[torch.Tensor], num_components: int = NUM_COMPONENTS) -> PatchComponents:

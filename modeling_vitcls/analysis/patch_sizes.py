@@ -24,8 +24,8 @@ from .model_utils import evaluation_mode, is_classifier, unwrap_model
 
 MIN_TIMED_BATCHES = 5  # minimum number of timed batches; batches are repeated if necessary
 # Limits of `describe_patch_size_problems`.
-MIN_GRID_SIZE = 7  # minimum number of patches per side; 7 as in ViT-B/32 at 224 pixels (arXiv 2010.11929)
-MAX_ATTENTION_SHARE = 0.5  # maximum fraction of operations in attention maps
+MIN_GRID_SIZE = 7  # minimum number of patches per side; 7 as in ViT-B/32 at 224 x 224 pixels (arXiv 2010.11929)
+MAX_ATTENTION_SHARE = 0.5  # maximum fraction of operations for attention maps
 ACCURACY_TOLERANCE = 0.01  # maximum difference between accuracies that are considered equally good
 
 PatchSize = int | tuple[int, int]  # patch size in pixels; (height, width) if height and width differ
@@ -38,15 +38,15 @@ class PatchSizeRow:
     Attributes:
         patch_size: patch size in pixels; one number if height and width are equal.
         is_native: whether the patch size is the model's own patch size.
-        grid: number of rows and columns of patches.
-        sequence_length: number of special tokens and patches.
+        grid: numbers of rows and columns of patches.
+        sequence_length: total number of special tokens and patches.
         gflops: 10^9 floating-point operations per image; a multiplication and an addition count as two operations.
-        attention_share: fraction of these operations in attention maps, whose size grows with the square of the
+        attention_share: fraction of these operations for attention maps, whose size grows with the square of the
             sequence length.
-        milliseconds: median time per image in a batch; all sizes are measured in turn.
-        device: device of the time measurement.
+        milliseconds: time per image, median over batches; all sizes are measured in turn.
+        device: device on which the time was measured.
         num_images: number of images.
-        accuracy: fraction of correct predictions among known labels; None if no label is known.
+        accuracy: fraction of correct predictions for known labels; None if no label is known.
         agreement: fraction of images with the same prediction as with the model's own patch size; None if the model is
             not a classifier.
         note: possible problems with this patch size for these images; may be empty.
@@ -128,7 +128,7 @@ def describe_patch_sizes(rows: Sequence[PatchSizeRow]) -> list[str]:
     sentences += recommend_patch_size(rows)
     if other_rows and native_row.agreement is not None:
         sentences.append(
-            f"At other patch sizes, the model was evaluated on {native_row.num_images} images with resampled weights, "
+            f"At other patch sizes, the model was evaluated with resampled weights on {native_row.num_images} images, "
             "before any fine-tuning. The results show the difference from the model's own size, not the accuracy "
             "after fine-tuning. To measure the accuracy after fine-tuning, fine-tune with --patch-size."
         )
@@ -149,8 +149,8 @@ def resolve_patch_sizes(
             valid_sizes_text = ", ".join(
                 str(divisor) for divisor in range(1, common_divisor + 1) if common_divisor % divisor == 0
             )
-            images_text = f"images of {image_size[0]} x {image_size[1]} pixels"
-            raise ValueError(f"patch size {size} does not divide {images_text}. Choose from {valid_sizes_text}.")
+            size_text = f"the image size of {image_size[0]} x {image_size[1]} pixels"
+            raise ValueError(f"patch size {size} does not divide {size_text}. Choose from {valid_sizes_text}.")
     return sorted({*patch_sizes, native_size}, key=lambda size: math.prod(to_height_width(size)))
 
 
@@ -219,7 +219,7 @@ def get_synchronized_time(device: torch.device) -> float:
 
 
 def count_flops(model: Any, image_size: tuple[int, int]) -> tuple[float, float]:
-    """Return the number of floating-point operations for one image, in total and in attention maps.
+    """Return the number of floating-point operations for one image, in total and for attention maps.
 
     Operations are counted on a copy of the model on the meta device, with eager attention.
     """
@@ -282,7 +282,7 @@ def describe_patch_size_problems(grid: tuple[int, int], attention_share: float) 
         notes.append(f"a patch spans 1/{min(grid)} of the image's side: patches may be too large for small details")
     if attention_share > MAX_ATTENTION_SHARE:
         notes.append(
-            f"{attention_share:.0%} of the compute is in attention maps, which grow with the square of the "
+            f"{attention_share:.0%} of the compute is for attention maps, which grow with the square of the "
             "sequence length: patches may be too small"
         )
     return "; ".join(notes)

@@ -47,7 +47,7 @@ TEMPLATE_FOLDER = Path(__file__).parent
 MAX_GRIDS = 3  # maximum number of patch grids listed in the page header
 SCRIPTS = ("report_page.js", "report_maps.js", "report_charts.js")  # scripts in loading order
 
-# Sign of each (verdict, rating) pair, so that verdicts can be distinguished without color.
+# Symbol for each (verdict, rating) pair, so that verdicts can be distinguished without color.
 VERDICT_SIGNS = {
     ("effect beyond the null", "good"): "✓",
     ("effect beyond the null", "neutral"): "•",
@@ -99,7 +99,7 @@ def write_page(file: str | Path, inspection: Inspection, title: str | None = Non
 
     Args:
         file: path of the HTML file.
-        title: name of the model. Default: the folder or Hub id that the model was loaded from.
+        title: name of the model. Default: name of the folder, or Hub id, that the model was loaded from.
         source: description of the images.
 
     Raises:
@@ -165,7 +165,8 @@ def build_effect_table(inspection: Inspection) -> dict[str, Any]:
     verdicts = [*inspection.verdicts, *inspection.group_verdicts]
     for key, verdict in zip(inspection.ablations["information"], verdicts, strict=True):
         for kind, ablations in inspection.ablations.items():
-            row = {"token": verdict.token, "ablation": f"{kind}: {ABLATION_TERMS[kind].format('its')}"}
+            term = ABLATION_TERMS[kind].format("its mean" if "[" in key else "their means")
+            row = {"token": verdict.token, "ablation": f"{kind}: {term}"}
             rows.append(row | format_effect(ablations[key]))
     return {"header": list(rows[0]) if rows else [], "rows": [list(row.values()) for row in rows]}
 

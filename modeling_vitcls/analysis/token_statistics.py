@@ -41,8 +41,8 @@ class Findings:
         entropy: [L, H, S], entropy of the attention of each special token, in nats.
         spread: [L, H, S], attention-weighted mean distance in pixels between the patches and the center of mass of the
             attention of a special token.
-        patch_distance: [L, H], mean distance in pixels between a patch and the patches that it attends to (mean
-            attention distance, Dosovitskiy et al. 2020, section 4.5).
+        patch_distance: [L, H], attention-weighted mean distance in pixels between two patches (mean attention
+            distance, Dosovitskiy et al. 2020, section 4.5).
         attention_fractions: [L, H, S, 4], fraction of attention to CLS, distillation, register and patch tokens.
         received: [L, H, S], mean fraction of a patch's attention that each special token receives.
         between_tokens: [L + 1, S, S], cosine similarity between the states of two special tokens.

@@ -369,7 +369,7 @@ def test_unsupported_models_are_errors() -> None:
 
 
 def test_limits_of_null_distributions() -> None:
-    """The limit is the upper end of the prediction interval (2.5 + 3.182 * 1.291 * 1.25 ** 0.5), or the maximum."""
+    """The limit is the upper bound of the prediction interval (2.5 + 3.182 * 1.291 * 1.25 ** 0.5), or the maximum."""
     assert compute_null_limit([1.0, 2.0, 3.0, 4.0]) == pytest.approx(7.093, abs=1e-3)
     assert compute_null_limit([1.0, 2.0]) == pytest.approx(12.504, abs=1e-3)  # 1.5 + 12.71 * 0.7071 * 1.5 ** 0.5
     assert compute_null_limit([0.2, 0.2]) == compute_null_limit([0.2]) == 0.2

@@ -600,17 +600,17 @@ def test_effects_in_words() -> None:
     assert (found[2].word, found[2].rating, found[2].reason) == (
         "effect beyond the null",
         "good",
-        f"effect beyond the null (information): if replaced with its mean, {values}; "
-        f"if hidden from attention, {values}; {moved}",
+        f"effect beyond the null (information): if the token is replaced with its mean, {values}; "
+        f"if the token is hidden from attention, {values}; {moved}",
     )
     assert (found[3].word, found[3].rating) == ("no measurable effect", "neutral")
-    assert found[3].reason.startswith("no effect beyond the null: if replaced with its mean, 4 of 16")
+    assert found[3].reason.startswith("no effect beyond the null: if the token is replaced with its mean, 4 of 16")
     assert (found[0].word, found[0].rating) == ("not moved", "bad")  # no effect, while other tokens moved
     (group,) = diagnose_groups(model.config, ablations)
     assert (group.token, group.word) == ("all 3 registers", "effect beyond the null")
     assert group.reason == (
-        "effect beyond the null (information and presence): if replaced with their mean, "
-        f"{values}; if hidden from attention, {values}."
+        "effect beyond the null (information and presence): if the tokens are replaced with their means, "
+        f"{values}; if the tokens are hidden from attention, {values}."
     )
     assert group.numbers["effect"] == 0.5 and group.numbers["null"] == [0.1, 0.2]
     summary = summarize_diagnosis(found, [group], diagnose_patches(model.config, findings))
@@ -720,9 +720,9 @@ def test_effects_on_features_in_words() -> None:
     ablation = Ablation(effect, 0.25, [0.1, 0.1])
     ablations = build_ablations(dict.fromkeys([*KEYS, "registers"], ablation), [*KEYS, "registers"])
     found = diagnose_tokens(encoder.config, findings_of(encoder), ablations, has_head=False)[0]
-    text = "the cosine distance between the features before and after is cls 0.25, patches 0.12, and 80% of the "
-    text += "nearest neighbors stay the same (95% interval 0.2 to 0.3; null: random patches 0.1 to 0.1)"
-    assert f"if replaced with its mean, {text}; if hidden" in found.reason
+    text = "the cosine distance between the features before and after the ablation is cls 0.25, patches 0.12, and 80% "
+    text += "of the nearest neighbors stay the same (95% interval 0.2 to 0.3; null: random patches 0.1 to 0.1)"
+    assert f"if the token is replaced with its mean, {text}; if the token is hidden" in found.reason
     assert found.reason.endswith("; the movement of the token in training is unknown.")
     assert found.numbers["effect"] == 0.25 and found.numbers["presence"]["knn_agreement"] == 0.8
     ablations["presence"]["cls[0]"] = dataclasses.replace(
@@ -783,7 +783,7 @@ def test_limits_of_the_expected_pattern(counts: list[float], pattern: str) -> No
     ends = {
         "expected": "This is the expected pattern: nearly uniform in early layers, selective in middle layers.",
         "not expected": "is not the expected pattern (nearly uniform in early layers, selective in middle layers).",
-        "uniform": "Attention is uniform in every layer, so the token selects no patches.",
+        "uniform": "Attention is nearly uniform in every layer, so the token selects no patches.",
     }
     assert describe_planted_depth(counts).endswith(ends[pattern])
 

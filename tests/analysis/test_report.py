@@ -919,6 +919,7 @@ def test_the_table_of_effects(faulty_page: Any) -> None:
         }
         table = build_effect_table(replace(found, ablations=changed))
         assert len(table["rows"]) == 2 * 5
+        assert table["rows"][-2][:2] == ["all 3 registers", "information: replaced with their means"]
         return dict(zip(table["header"], table["rows"][0], strict=True))
 
     effect = AblationEffect(0.25, 0.123, -0.0625, 16, (0.1, 0.5), (0.05, 0.2))
