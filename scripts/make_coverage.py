@@ -4,8 +4,8 @@
     python scripts/make_coverage.py --output other.md
 
 Every architecture is built with random weights and two layers, converted, and compared at two image sizes. An
-architecture converts exactly if all tokens and logits differ by at most 1e-5 in float32. For other architectures, the
-table lists the error message of the conversion.
+architecture converts exactly if all tokens and logits match those of the source model to within 1e-5 in float32. For
+other architectures, the table lists the error message of the conversion.
 """
 
 import argparse
@@ -101,8 +101,8 @@ UNSUPPORTED_FEATURES = {
 HEADER = """# Coverage of other projects' ViTs
 
 `python scripts/make_coverage.py` writes this page. The script builds every architecture with random weights and two
-layers, and converts the model. An architecture converts exactly if all tokens and logits differ from the source model
-by at most 1e-5 in float32, at the native size and at a non-square size.
+layers, and converts the model. An architecture converts exactly if all tokens and logits match those of the source
+model to within 1e-5 in float32, at the native size and at a non-square size.
 
 The versions are timm {timm} and transformers {transformers}.
 
