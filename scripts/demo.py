@@ -29,7 +29,7 @@ def main() -> None:
     start_time = time.perf_counter()
     output = get_output_dir(sys.argv[1:])
     finetune_arguments = [SCRIPTS / "finetune.py", "--config", RECIPE, "--output-dir", OUTPUT]
-    if output == OUTPUT:  # replace the model of an earlier demo
+    if output == OUTPUT:  # replace the model from an earlier demo
         finetune_arguments.append("--overwrite")
     run_step(
         "1. Fine-tune a small ViT on 1,425 handwritten digits",
@@ -55,7 +55,7 @@ def main() -> None:
 def run_step(title: str, short_command: list[object], command: list[object]) -> None:
     """Print a title and a short form of a command, and run the command."""
     console.print(f"\n[bold]{title}[/]\n  $ {' '.join(map(str, short_command))}\n")
-    # With more than one thread, a small model is hardly faster, and much slower if other programs use the cores.
+    # With more threads, small models train hardly faster, or much slower if other programs use the cores.
     environment = {"OMP_NUM_THREADS": "1"} | os.environ
     status = subprocess.run(list(map(str, command)), env=environment, check=False).returncode
     if status:

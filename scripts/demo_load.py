@@ -19,7 +19,7 @@ from transformers.utils.logging import disable_progress_bar
 
 
 def main(folder: str) -> None:
-    """Load the model and predict the labels. If the accuracy differs from results.json, exit with status 1."""
+    """Load the model and classify images. If the accuracy differs from that in results.json, exit with status 1."""
     disable_progress_bar()  # hides the progress bar of weight loading
     model = AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True)
     print(f"AutoModelForImageClassification: {type(model).__name__}, {model.num_parameters():,} parameters")

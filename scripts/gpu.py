@@ -3,8 +3,8 @@
     python scripts/gpu.py                                                   all parts, about 30 minutes
     python scripts/gpu.py --parts training fsdp2 --output training.md       some parts, each under 10 minutes
 
-The file is written after each row. If a row or part fails, the file contains the error, the next rows and parts are
-measured, and the exit status is 1. Without a CUDA device, the script prints a message and exits with status 0.
+The file is written after each row. If a row or part fails, the file contains the error, the remaining rows and parts
+are measured, and the exit status is 1. Without a CUDA device, the script prints a message and exits with status 0.
 
 `make gpu` installs packages first. On a machine without internet access, run the script with a Python that has the
 packages, from the root of the repository: PYTHONPATH=. python3 scripts/gpu.py
@@ -39,7 +39,7 @@ from modeling_vitcls.training.mfu import count_training_flops
 Lines = Iterator[str]  # lines of the Markdown page
 REPOSITORY = Path(__file__).parents[1]
 OUTPUT = REPOSITORY / "docs" / "speed-gpu.md"
-FAILURE_PREFIX = "failed: "  # prefix of the error of a failed row or part
+FAILURE_PREFIX = "failed: "  # prefix of the error message for a failed row or part
 FSDP2_SETTINGS = REPOSITORY / "scripts" / "accelerate" / "fsdp2.yaml"
 TEST_ARGUMENTS = ("tests/core", "tests/training/test_mfu.py", "tests/benchmarking/test_growth.py", "-m", "not slow")
 PARALLEL_TEST_ARGUMENTS = ("-n", "4", "--dist", "loadfile")
@@ -71,7 +71,8 @@ def main() -> None:
     lines = [
         f"# Speed on {torch.cuda.get_device_name()}",
         "",
-        f"Written by `make gpu`. ViT-S/16 at 224 pixels, PyTorch {torch.__version__}, CUDA {torch.version.cuda}.",
+        "Written by `make gpu`. "
+        f"ViT-S/16 at 224 x 224 pixels, PyTorch {torch.__version__}, CUDA {torch.version.cuda}.",
     ]
     for name in flags.parts:
         for line in run_part(name):
@@ -158,7 +159,7 @@ def measure_forward_passes(device: str = "cuda") -> Lines:
 def measure_forward_pass(
     forward: Callable[[], Any], mode: str, expected_logits: torch.Tensor, max_difference: float
 ) -> tuple[float, float]:
-    """Return the images per second, and the relative difference between the logits and the expected logits.
+    """Return the throughput in images per second, and the relative difference of the logits from the expected logits.
 
     Raises:
         ValueError: If the logits differ by more than `max_difference` from fp32 logits computed on the CPU.
@@ -187,7 +188,7 @@ def measure_training_steps(device: str = "cuda") -> Lines:
 
 
 def measure_training_step(device: str, num_registers: int, compile_mode: str | None) -> tuple[float, int]:
-    """Return the images per second of training steps, and the FLOPs of a step per image."""
+    """Return the throughput of training steps in images per second, and the FLOPs per image."""
     model = build_model(num_registers).to(device).train()
     pixel_values = build_random_images(BATCH_SIZE, model.config.image_size).to(device)
     labels = torch.arange(BATCH_SIZE, device=device) % model.config.num_labels

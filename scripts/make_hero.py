@@ -3,8 +3,8 @@
     python scripts/make_hero.py                       # trains the model first (a few minutes on one CPU thread)
     python scripts/make_hero.py --model runs/hero     # uses an existing model
 
-The model is trained with the digits recipe, but with a patch size of 4 instead of 8 pixels. Its head uses only the CLS
-token of the last layer, so the features and maps of patches and registers are taken from the second-to-last layer.
+The model is trained with the digits recipe, but with a patch size of 4 instead of 8 pixels. The head uses only the CLS
+token of the last layer, so patch features and register attention are taken from the second-to-last layer.
 """
 
 import subprocess

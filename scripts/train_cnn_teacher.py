@@ -46,8 +46,8 @@ def train_cnn_teacher(
         hidden_sizes: Number of channels of each stage.
         epochs: Number of passes over the training images.
         flip: Whether to flip half of the images horizontally.
-        seed: Seed of the weights and of the augmentation.
-        label_names: Order of the labels. Default: the order in the dataset.
+        seed: Seed of the initial weights, the sampling of images and the augmentation.
+        label_names: Label names in the order of the logits. Default: the order in the dataset.
     """
     torch.manual_seed(seed)
     data = load_training_data(DataOptions(dataset=dataset, num_workers=0))

@@ -5,7 +5,7 @@
 # [tool.uv.sources]
 # modeling_vitcls = { path = "..", editable = true }
 # ///
-"""Train a small CLIP-style dual encoder (ViT and BERT) on captions that contain the class of each image.
+"""Train a small CLIP-style dual encoder (ViT and BERT) on images and captions with class names.
 
     python scripts/train_dual_encoder.py --dataset digits --folder runs/dual
     python scripts/train_dual_encoder.py --dataset uoft-cs/cifar10 --folder runs/dual --patch-size 8 --epochs 20 --flip
@@ -59,7 +59,7 @@ def train_dual_encoder(
     flip: bool = False,
     seed: int = 0,
 ) -> float:
-    """Train and save a ViT and a BERT with random initial weights. Return the accuracy on the held-out images.
+    """Train a ViT and a BERT from scratch, and save the model. Return the accuracy on the held-out images.
 
     Args:
         dataset: Dataset of labeled images, as in `vitcls finetune`.
@@ -68,7 +68,7 @@ def train_dual_encoder(
         patch_size: Height and width of a patch, in pixels.
         epochs: Number of passes over the training images.
         flip: Whether to flip half of the images horizontally.
-        seed: Seed of the weights and of the order of the images.
+        seed: Seed of the initial weights, the sampling of images and the flips.
     """
     torch.manual_seed(seed)
     data = load_training_data(DataOptions(dataset=dataset, num_workers=0))
@@ -117,14 +117,14 @@ def train_model(
     epochs: int,
     flip: bool,
 ) -> None:
-    """Train with the contrastive loss of CLIP in both directions (Radford et al. 2021, section 2.3). A batch contains
-    several images of each class, so all captions of the class of an image are positives, as in UniCL (Yang et al.
+    """Train with the contrastive loss of CLIP in both directions (Radford et al. 2021, section 2.3). A batch may
+    contain several images of a class, so all captions of an image's class are positives, as in UniCL (Yang et al.
     2022).
 
     Args:
         pixel_values: [images, 3, H, W].
         labels: Class of each image, [images].
-        captions: Tokens of the captions of all classes [classes, tokens], one dict per caption in TRAINING_CAPTIONS.
+        captions: Tokens of the captions of all classes [classes, tokens], one dict per template in TRAINING_CAPTIONS.
     """
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
     num_steps = epochs * (len(labels) // BATCH_SIZE)

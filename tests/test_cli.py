@@ -453,7 +453,7 @@ def test_the_parity_report_is_printed(capsys: pytest.CaptureFixture[str], monkey
     assert lines == [
         "a note",
         "Classifier: kept. Maximum allowed difference: 1e-05",
-        "Image processor: from preprocessor_config.json, largest difference 0.25 of 255 gray levels",
+        "Image processor: from preprocessor_config.json, largest difference 0.25 gray levels (0 to 255)",
         "Versions: torch 2, timm 1",
         "SHA-256 of model.safetensors: abc",
         "",

@@ -135,7 +135,8 @@ def format_notes(report: "ParityReport") -> list[str]:
     else:
         difference = preprocessing["largest_difference_in_grey_levels"]
         processor_note = (
-            f"Image processor: from {preprocessing['origin']}, largest difference {difference:.2g} of 255 gray levels"
+            f"Image processor: from {preprocessing['origin']}, largest difference {difference:.2g} gray levels "
+            "(0 to 255)"
         )
     return [
         *([f"Not compared at a second image size: {report.not_compared}"] if report.not_compared else []),

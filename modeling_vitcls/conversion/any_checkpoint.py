@@ -6,9 +6,9 @@
     resolve_checkpoint("timm:vit_small_patch16_224")    a timm model: the converted model
     resolve_checkpoint("dinov2_vits14_pretrain.pth")    a published state dict: the converted model
 
-Conversions are checked in the same way as in `vitcls convert`: a converted model is cached only if its outputs equal
-the outputs of the source. The parity report records the source, the commit and the versions. The cache is the folder
-`vitcls/converted` next to the Hub cache. If the source or the version of this package changes, the model is
+Conversions are checked in the same way as in `vitcls convert`: a converted model is cached only if its outputs match
+those of the source to within 1e-5. The parity report records the source, the commit and the versions. The cache is the
+folder `vitcls/converted` next to the Hub cache. If the source or the version of this package changes, the model is
 converted again.
 """
 

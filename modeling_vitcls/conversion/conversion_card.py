@@ -111,8 +111,8 @@ def describe_preprocessing(report: "ParityReport") -> str:
         )
     difference = preprocessing["largest_difference_in_grey_levels"]
     return (
-        f"The image processor has the settings of {preprocessing['origin']}. On test images, the pixels differ by at "
-        f"most {difference:.2g} of 255 gray levels."
+        f"The image processor has the settings of {preprocessing['origin']}. On test images, the pixel values "
+        f"differ from those of the source by at most {difference:.2g} gray levels (0 to 255)."
     )
 
 

@@ -68,13 +68,14 @@ def convert_state_dict(
         weights: Mapping from names to tensors or arrays, as published, optionally nested as `{"model": ...}`.
         family: `"dinov2"`, `"dinov3"`, `"deit"` (also DeiT III), `"dino"`, `"ibot"`, `"msn"`, `"mae"`, `"ijepa"` or
             `"big_vision"`. A DINOv2 state dict with `linear_head.weight` and `linear_head.bias` becomes a classifier.
-        drop: Prefixes of the weight names to ignore, such as `("decoder", "mask_token")` for a full MAE checkpoint.
+        drop: Name prefixes of weights to ignore, such as `("decoder", "mask_token")` for a full MAE checkpoint.
         classifier: "keep" keeps the classifier of the source, "new" creates a new classifier, and "drop" removes the
             classifier and returns a `ViTCLSModel`.
         num_labels: Number of labels of a new classifier.
-        fields: Fields of `ViTCLSConfig` whose values differ from the published models (`num_attention_heads` for other
-            widths, `image_size` for a non-square patch grid), or labels (`id2label`). With `rope_periods=None`, the
-            periods of DINOv3 are computed in float32, as in timm and transformers, and the stored periods are ignored.
+        fields: Fields of `ViTCLSConfig` whose values differ from those of the published models (`num_attention_heads`
+            for other widths, `image_size` for a non-square patch grid), or labels (`id2label`). With
+            `rope_periods=None`, the periods of DINOv3 are computed in float32, as in timm and transformers, and the
+            stored periods are ignored.
 
     Raises:
         ConversionError: If the family is unknown, the weights do not belong to the family, or a field is not set and
@@ -125,7 +126,7 @@ DINOV3_RULES = [
     Rule("storage_tokens", "embeddings.register_tokens"),
     Rule("mask_token", "embeddings.mask_token", reshape_token),
     Rule("rope_embed.periods", []),  # stored in the field `rope_periods`
-    Rule("local_cls_norm.{rest}", []),  # norm of local crops in pre-training
+    Rule("local_cls_norm.{rest}", []),  # norm for local crops in pre-training
     Rule(
         "blocks.{i}.attn.qkv.bias", [f"layers.{{i}}.attention.{letter}_proj.bias" for letter in "qkv"], drop_key_bias
     ),
@@ -136,8 +137,8 @@ DINOV3_RULES = [
 ]
 
 
-# Prefixes of the image encoder's parameters in two-tower models (SigLIP), in standalone image models, and in files
-# with optimizer state.
+# Prefixes of the image encoder's parameter names in two-tower models (SigLIP), in standalone image models, and in
+# files with optimizer state.
 IMAGE_MODEL_PREFIXES = ("params/img/", "params/", "opt/target/img/", "opt/target/", "img/")
 
 
@@ -223,12 +224,12 @@ def prepare_dinov3_weights(weights: Weights) -> Weights:
 
 
 def read_vit_fields(weights: Weights, width_to_num_heads: Mapping[int, int]) -> Fields:
-    """Return the fields inferred from the weights. `width_to_num_heads` contains the number of heads by width."""
+    """Return the fields inferred from the weights. `width_to_num_heads` maps each width to the number of heads."""
     width, channels, patch_height, patch_width = get_weight(weights, "patch_embed.proj.weight").shape
     blocks = {int(match[1]) for name in weights if (match := re.match(r"blocks\.(\d{1,9})\.", name))}
     if blocks != set(range(len(blocks))):
         missing_index = next(index for index in range(len(blocks)) if index not in blocks)
-        raise ConversionError(f"the weights have blocks up to {max(blocks)}, but no block {missing_index}")
+        raise ConversionError(f"the weights contain blocks up to {max(blocks)}, but no block {missing_index}")
     fields: Fields = {
         "hidden_size": width,
         "num_channels": channels,
@@ -422,12 +423,12 @@ def read_big_vision_pooling_fields(weights: Weights) -> Fields:
 
 
 def convert_to_tensor(name: str, array: Any) -> torch.Tensor:
-    """Convert an array to a tensor. Raise ConversionError if torch does not support the dtype."""
+    """Convert an array to a tensor. Raise ConversionError if torch does not support the values."""
     try:
         return torch.as_tensor(array)
     except (TypeError, ValueError, RuntimeError):
         raise ConversionError(
-            f"{name} is not an array of numbers that torch supports. Convert the array to float32"
+            f"{name} is not an array of numbers with a supported dtype. Convert the array to float32"
         ) from None
 
 

@@ -47,11 +47,12 @@ TIMM_CLASSES = ("VisionTransformer", "VisionTransformerDistilled", "Eva")
 def convert_from_timm(
     model: nn.Module, *, classifier: ClassifierChoice = "keep", num_labels: int | None = None
 ) -> ViTCLSPreTrainedModel:
-    """Convert a ViT from timm to a model in eval mode with the same outputs, dtype and device.
+    """Convert a timm ViT to a vitcls model in eval mode with the same outputs, dtype and device.
 
     The source is left unchanged. A model with a classifier becomes a `ViTCLSForImageClassification`. A model without a
-    classifier (`num_classes=0`) becomes a `ViTCLSModel`, whose `pooler_output` equals the output of timm's model. For
-    image sizes other than the native size, the outputs equal the outputs of the source after `set_input_size`.
+    classifier (`num_classes=0`) becomes a `ViTCLSModel`, whose `pooler_output`, if any, equals the output of timm's
+    model. For image sizes other than the native size, the outputs equal those of the source after a call to
+    `set_input_size`.
 
     Args:
         classifier: "keep" keeps the classifier of the source, "new" creates a new classifier, and "drop" removes the
@@ -246,7 +247,7 @@ PARALLEL_RULES = [
 
 MLP_NORM_RULE = Rule("blocks.{i}.mlp.norm.{rest}", "layers.{i}.mlp.norm.{rest}")
 GATED_MLP_OUTPUT_RULES = [Rule("blocks.{i}.mlp.fc2.{rest}", "layers.{i}.mlp.down_proj.{rest}"), MLP_NORM_RULE]
-# Rules by MLP class. The gate of `GluMlp` is the first or last half of the fused first layer.
+# Rules by MLP class. The gate of `GluMlp` is the first or last half of the output of the fused first layer.
 MLP_RULES = {
     "Mlp": [
         Rule("blocks.{i}.mlp.fc1.{rest}", "layers.{i}.mlp.fc1.{rest}"),
@@ -273,7 +274,7 @@ ATTENTION_LAYER_SCALE_RULES = [Rule("blocks.{i}.gamma_1", LAYER_SCALES, append_o
 
 
 def build_head_rules(attention_pooler: str) -> list[Rule]:
-    """Build the rules for modules after the blocks. `attention_pooler` is the new prefix of the attention pooler."""
+    """Build the rules for modules after the blocks. `attention_pooler` is the target prefix of attention pooling."""
     return [
         Rule("norm.{rest}", "layernorm.{rest}"),
         Rule("attn_pool.latent", f"{attention_pooler}.probe"),

@@ -34,12 +34,12 @@ from .weight_rules import (
 def convert_from_transformers(
     model: PreTrainedModel, *, classifier: ClassifierChoice = "keep", num_labels: int | None = None
 ) -> ViTCLSPreTrainedModel:
-    """Convert a ViT from transformers to a model in eval mode with the same outputs, dtype and device.
+    """Convert a transformers ViT to a vitcls model in eval mode with the same outputs, dtype and device.
 
     The source is left unchanged. A classifier becomes a `ViTCLSForImageClassification` with the same labels. An image
     embedding model (CLIP with projection) also becomes a `ViTCLSForImageClassification`, with the embeddings as
-    logits. Any other model becomes a `ViTCLSModel`. If transformers has no classification class for the model (DINOv3,
-    MAE, Pixio, AIMv2, RADIO), set `num_labels` to add a classifier.
+    logits. Any other model becomes a `ViTCLSModel`. If transformers has no image classification class for the model
+    (DINOv3, MAE, Pixio, AIMv2, RADIO), set `num_labels` to add a classifier.
 
     For image sizes other than the native size, the outputs equal the outputs of the source with
     `interpolate_pos_encoding=True`. The converted MAE encoder uses all patches in order, without random masking. The

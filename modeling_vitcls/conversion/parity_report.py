@@ -3,9 +3,9 @@
     # Raises ConversionError if a difference exceeds MAX_DIFFERENCE.
     comparisons, reason = compare_models(source, model, has_source_classifier=True)
 
-The comparison covers all token groups of the final hidden state, and the logits. The inputs are random images of the
-native size. If the source supports other sizes, the comparison is repeated at a non-square size, for which
-position embeddings are resampled.
+The comparison covers all token groups of the final hidden state, and the logits or the pooled output. The inputs are
+random images of the native size. If the source supports other sizes, the comparison is repeated at a non-square size,
+for which position embeddings are resampled.
 """
 
 import copy
@@ -52,7 +52,7 @@ class ParityReport:
     source_class: str
     random_init: bool = False
     model_class: str
-    classifier: str  # "kept", "new", "dropped" or "none" (the source has no classifier)
+    classifier: str  # "kept", "new", "dropped" or "none" (neither source nor model has a classifier)
     limit: float = MAX_DIFFERENCE  # maximum allowed absolute difference
     comparisons: list[SizeComparison]
     not_compared: str  # reason why only the native size is compared; empty if both sizes are compared
@@ -112,7 +112,7 @@ def compare_models(
         ]
         if excessive_differences:
             raise ConversionError(
-                f"the converted model differs from {source.name} at {height} x {width} pixels: "
+                f"the outputs of the converted model differ from those of {source.name} at {height} x {width} pixels: "
                 f"{', '.join(excessive_differences)}; the limit is {MAX_DIFFERENCE:g}"
             )
         magnitudes = {name: get_max_magnitude(source_groups[name]) for name in names}

@@ -1,7 +1,7 @@
 """Fill a model with random values to test a conversion without a checkpoint.
 
-A newly initialized model hides conversion errors, because biases and position embeddings are zero and LayerScale
-values are 1e-5. The random values keep activations close to 1, so that an absolute limit on differences is meaningful.
+A newly initialized model can hide conversion errors, because biases are zero and LayerScale values may be only 1e-5.
+The random values keep activations close to 1 in magnitude, so that an absolute limit on differences is meaningful.
 """
 
 import torch

@@ -207,7 +207,7 @@ def read_state_dict(file: Path) -> Mapping[str, Any]:
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a TorchScript archive causes a warning and an error
             weights = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file may raise any exception
+    except Exception as error:  # torch.load may raise any exception for a damaged file
         raise_if_unsafe_pickle(str(file), error)
         is_torchscript = "TorchScript" in str(error)
         reason = "the file is a TorchScript archive, which contains code" if is_torchscript else format_error(error)

@@ -281,13 +281,14 @@ def load_transformers_model(model_class: Any, name_or_path: str, folder: str) ->
         raise OSError(f"transformers cannot load {name_or_path}: {format_error(error)}") from error
     if missing_names := sorted(loading_info["missing_keys"]):
         raise ConversionError(
-            f"{model_class.__name__} requires {len(missing_names)} weights that are missing in {name_or_path}, for "
+            f"{model_class.__name__} requires {len(missing_names)} weights that are missing from {name_or_path}, for "
             f"example {missing_names[0]}"
         )
     unexpected_names = sorted(loading_info["unexpected_keys"])
     if unexpected_names and model_class.__name__ in (model.config.architectures or []):
         notes.append(
-            f"{model_class.__name__} does not use {len(unexpected_names)} weights, for example {unexpected_names[0]}"
+            f"{model_class.__name__} does not use {len(unexpected_names)} weights of the checkpoint, "
+            f"for example {unexpected_names[0]}"
         )
     return model, notes
 

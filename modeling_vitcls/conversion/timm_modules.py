@@ -1,8 +1,9 @@
 """Read fields of `ViTCLSConfig` from the modules of a timm model.
 
-The fields come from the modules and their shapes, not from the model's name, so models with any keyword arguments of
-`timm.create_model` can be converted. Modules are identified by their class names, without importing timm. An
-unsupported feature raises an error that names the feature. The rules for parameter names are in from_timm.py.
+The fields come from the modules and the shapes of their parameters, not from the model's name, so models created with
+any keyword arguments of `timm.create_model` can be converted. Modules are identified by their class names, without
+importing timm. An unsupported feature raises an error that names the feature. The rules for parameter names are in
+from_timm.py.
 """
 
 from collections.abc import Callable
@@ -137,7 +138,7 @@ def read_centered_coordinates(rope: TimmModule) -> Fields:
         rope.normalize_coords == "separate",
         f"rotary positions with normalize_coords={rope.normalize_coords!r}",
     )
-    check_supported(not rope.grid_offset, "an offset of centered rotary positions")
+    check_supported(not rope.grid_offset, "an offset for centered rotary positions")
     return {"rope_coordinates": "centered"}
 
 
@@ -149,7 +150,7 @@ ROTARY_POSITION_READERS: dict[str, Callable[[TimmModule], Fields]] = {
 
 
 def read_norms(model: TimmModule) -> Fields:
-    """Return the type and eps of the norms, and whether the model has a final norm."""
+    """Return the type and eps of the norms, and whether the model has a final norm and a pooled norm."""
     norms = {
         (get_class_name(module), module.eps)
         for name, module in model.named_modules()
@@ -160,7 +161,7 @@ def read_norms(model: TimmModule) -> Fields:
     norm_types = {(NORM_TYPES[name], eps) for name, eps in norms}
     check_supported(
         len(norm_types) == 1,
-        f"norms of different types or eps: {', '.join(f'{n} {e}' for n, e in sorted(norm_types))}",
+        f"norms with different types or eps values: {', '.join(f'{n} {e}' for n, e in sorted(norm_types))}",
     )
     [(norm_type, eps)] = norm_types
     return {
@@ -296,7 +297,7 @@ def read_layer_scale(block: TimmModule) -> Fields:
 
 
 def read_drop_path_rate(last_block: TimmModule) -> float:
-    """Return the drop path rate of the last block, which is the highest."""
+    """Return the drop path rate of the last block, which has the highest rate."""
     rates = [module.drop_prob for module in last_block.modules() if get_class_name(module) == "DropPath"]
     return float(max(rates, default=0.0))
 
@@ -321,13 +322,14 @@ def read_attention_pool(model: TimmModule, hidden_act: str | None) -> Fields:
     check_supported(get_class_name(pooler) == "AttentionPoolLatent", f"pooling of class {get_class_name(pooler)}")
     check_supported(
         pooler.latent.shape[1] == 1 and pooler.pos_embed is None,
-        "several queries or position embeddings in attention pooling",
+        "attention pooling with position embeddings or several queries",
     )
     check_supported(
-        is_present(pooler.q) and not is_present(pooler.q_norm), "attention pooling without q_proj or with q_norm"
+        is_present(pooler.q) and not is_present(pooler.q_norm),
+        "attention pooling without a query projection, or with a query norm",
     )
     activation = read_activation(pooler.mlp.act)
-    check_supported(hidden_act in (activation, None), "attention pooling with a different activation than the blocks")
+    check_supported(hidden_act in (activation, None), "different activations in attention pooling and blocks")
     return {
         "attention_pool_tokens": "all" if getattr(model, "pool_include_prefix", True) else "patches",
         "attention_pool_heads": pooler.num_heads,

@@ -5,8 +5,8 @@
 A class in `TARGETS` supports a model if the configuration of the class, converted by transformers_families.py, equals
 the configuration of the model. If no class supports the model, the error names the fields that differ. Fields that do
 not affect outputs in eval mode (dropout, drop path, initialization) are ignored. A ViT or DeiT with a non-square
-image_size accepts only images of that size, because transformers interpolates position embeddings only for square
-images.
+image_size accepts only images of that size, because transformers interpolates position embeddings only from a square
+grid.
 """
 
 import dataclasses
@@ -37,11 +37,11 @@ Settings = dict[str, Any]  # fields of a transformers configuration
 def convert_to_transformers(model: ViTCLSPreTrainedModel, native_size_only: bool = False) -> PreTrainedModel:
     """Convert a model to a transformers model in eval mode with the same outputs, dtype and device.
 
-    `ViTCLSForImageClassification` becomes the classifier of ViT, DeiT, DINOv2 or DINOv2 with registers. `ViTCLSModel`
-    becomes the base model of one of these architectures, or of DINOv3. Biases and LayerScale values that only the
-    transformers class has are set to 0 and 1, respectively. If the transformers class has no mask token, the mask
-    token is dropped with a warning. If no class supports the model directly, an equivalent form of the model is
-    converted (equivalent_models.py).
+    `ViTCLSForImageClassification` becomes an image classification model of type ViT, DeiT, DINOv2 or DINOv2 with
+    registers. `ViTCLSModel` becomes the base model of one of these architectures, or of DINOv3. Biases and LayerScale
+    values that only the transformers class has are set to 0 and 1, respectively. If the transformers class has no mask
+    token, the mask token is dropped with a warning. If no class supports the model directly, an equivalent form of the
+    model is converted (equivalent_models.py).
 
     Args:
         model: Model to convert.
@@ -60,7 +60,9 @@ def convert_to_transformers(model: ViTCLSPreTrainedModel, native_size_only: bool
         hint = describe_encoder_target(model)
         if not native_size_only and not (native_match := find_best_match(name, model.config, True)).mismatches:
             target_name = native_match.target.name
-            hint = f". {target_name} is exact at the native size: set native_size_only=True, or omit --any-size"
+            hint = (
+                f". {target_name} has equal outputs at the native size: set native_size_only=True, or omit --any-size"
+            )
         raise ConversionError(f"{', '.join(best_match.mismatches)}{describe_nearest_target(best_match)}{hint}")
     return build_transformers_model(best_match, model)
 
@@ -260,7 +262,7 @@ LEARNED_POSITION_FIELDS = {
     "position_antialias",
     "position_offset",
 }
-# Fields that only affect training, or do not affect the model. `build_transformers_model` handles the mask token.
+# Fields that affect only training, or do not affect the model. `build_transformers_model` handles the mask token.
 IGNORED_FIELDS = frozenset(
     (
         "use_mask_token token_init initializer_range hidden_dropout_prob attention_probs_dropout_prob drop_path_rate "

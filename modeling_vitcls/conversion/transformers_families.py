@@ -79,7 +79,7 @@ def check_square_image(config: Any) -> None:
 
 
 # ViT (arXiv 2010.11929), DeiT (2012.12877), ViTMSN (2204.07141), ViTMAE (2111.06377), I-JEPA (2301.08243), Pixio.
-# The layer parameters have the same names in this package.
+# The layer parameters have the same names as in this package.
 VIT_RULES = [
     Rule("embeddings.position_embeddings", POSITIONS, split_positions, axis=1),
     Rule("embeddings.{rest}", "embeddings.{rest}"),
@@ -96,7 +96,7 @@ def read_vit_fields(config: Any, weights: Weights) -> Fields:
         if config.pooler_output_size != config.hidden_size:
             raise ConversionError(
                 f"pooler_output_size={config.pooler_output_size} differs from hidden_size={config.hidden_size}, but "
-                "ViTCLS supports only poolers of the same width. Load the model with add_pooling_layer=False"
+                "ViTCLS requires equal sizes. Load the model with add_pooling_layer=False"
             )
         fields["pooled_activation"] = config.pooler_act
     return fields

@@ -49,7 +49,7 @@ def split_qkv(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tens
 
 
 def split_halves(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
-    """Split two fused projections [2 * D, ...] into two tensors [D, ...]."""
+    """Split a fused pair of projections [2 * D, ...] into two tensors [D, ...]."""
     return tensor.chunk(2)
 
 
@@ -68,7 +68,7 @@ def reshape_token(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.
 
 
 def repeat_kv(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
-    """Repeat the key or value heads [heads * head_dim, ...] of grouped-query attention for every query head."""
+    """Repeat the key or value heads [heads * head_dim, ...] of grouped-query attention to match the query heads."""
     heads = tensor.unflatten(0, (-1, config.head_dim))
     return [heads.repeat_interleave(config.num_attention_heads // len(heads), dim=0).flatten(0, 1)]
 

@@ -60,7 +60,8 @@ def test_a_trained_classifier(tmp_path: Path) -> None:
         *differences, largest = [float(cell) for cell in row.split("|")[2:-1]]
         assert len(differences) == 2 and max(differences) <= 1e-5 < 0.1 < largest
     assert "has the classifier of the source, with 3 labels." in text
-    assert "settings of ViTImageProcessor. On test images, the pixels differ by at most 0 of 255 gray levels." in text
+    assert "settings of ViTImageProcessor. On test images, the pixel values differ from those of the source" in text
+    assert "by at most 0 gray levels (0 to 255)." in text
     assert 'from_pretrained("my-vit", revision=revision, trust_remote_code=True)' in text
     assert 'pipeline("image-classification", model="my-vit", revision="main", trust_remote_code=True)' in text
     assert "under the license of the source: mit. The license text is in LICENSE." in text

@@ -497,7 +497,7 @@ def test_weights_that_the_source_does_not_use_are_named(tmp_path: Path) -> None:
     save_file(load_file(file) | {"layernorm.scale": torch.ones(32)}, file, metadata={"format": "pt"})
     made = convert_checkpoint(source, tmp_path / "made")
     assert made.notes == [
-        "ViTModel does not use 1 weights, for example layernorm.scale",
+        "ViTModel does not use 1 weights of the checkpoint, for example layernorm.scale",
         "position embeddings for other image sizes: bicubic without antialiasing, as in transformers",
     ]
 
@@ -581,7 +581,7 @@ def test_missing_weights_are_an_error(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": ["ViTForImageClassification"]}))
     with pytest.raises(
         ConversionError,
-        match=r"ViTForImageClassification requires 2 weights that are missing in .*, for example classifier\.",
+        match=r"ViTForImageClassification requires 2 weights that are missing from .*, for example classifier\.",
     ):
         convert_checkpoint(f"transformers:{tmp_path}", tmp_path / "made")
 

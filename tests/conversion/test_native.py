@@ -51,7 +51,7 @@ def test_the_demo_model_has_the_same_outputs_at_its_native_size(tmp_path: Path) 
     pixels = torch.randint(0, 256, (3, 50, 70), dtype=torch.uint8)
     own, theirs = (processor(pixels, return_tensors="pt")["pixel_values"] for processor in processors)
     assert torch.equal(own, theirs)
-    with raises_one_line("is exact at the native size", error=ConversionError):
+    with raises_one_line("has equal outputs at the native size", error=ConversionError):
         write_native_model(str(folder), tmp_path / "other", any_size=True)
     assert not (tmp_path / "other").exists()
 
@@ -155,7 +155,7 @@ def test_code_in_a_native_repository_is_not_run(hub: LocalHub, tmp_path: Path) -
 
 def test_the_command_requires_equal_outputs_at_any_size_if_the_flag_is_set(tmp_path: Path) -> None:
     folder = str(save(tmp_path / "mine", **DEMO))
-    with raises_one_line("is exact at the native size", "omit --any-size", error=ConversionError):
+    with raises_one_line("has equal outputs at the native size", "omit --any-size", error=ConversionError):
         run(ConvertOptions(tmp_path / "native", to="transformers", model=folder, any_size=True))
 
 
@@ -170,7 +170,7 @@ def test_the_command_prints_the_report_and_how_to_load_the_model(
     assert f"vitcls push --model {native} --hub-model-id YOUR-NAME/native" in lines
     certificate = json.loads((native / "certificate.json").read_text())
     assert f"Not compared at a second image size: {certificate['not_compared']}" in lines
-    assert "Image processor: from ViTCLSImageProcessor, largest difference 0 of 255 gray levels" in lines
+    assert "Image processor: from ViTCLSImageProcessor, largest difference 0 gray levels (0 to 255)" in lines
     assert f"SHA-256 of model.safetensors: {certificate['sha256']['model.safetensors']}" in lines
 
 

@@ -135,7 +135,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "dynamic_img_pad": ("vit_tiny_patch16_224", {"dynamic_img_size": True, "dynamic_img_pad": True}),
     "activation Mish": ("vit_tiny_patch16_224", {"act_layer": "mish"}),
     "norm SimpleNorm": ("vit_tiny_patch16_224", {"norm_layer": "simplenorm"}),
-    "norms of different types or eps": (
+    "norms with different types or eps values": (
         "vit_tiny_patch16_224",
         {"embed_norm_layer": LayerNorm, "norm_layer": RmsNorm},
     ),
@@ -145,12 +145,12 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "norms inside parallel": ("vit_small_patch16_18x2_224", {"scale_attn_norm": True}),
     "gated or differential branches": ("vit_small_patch16_18x2_224", {"mlp_layer": GluMlp, "act_layer": "silu"}),
     "differential branches": ("vit_small_patch16_18x2_224", {"attn_layer": "diff"}),
-    "attention pooling with a different activation": (
+    "different activations in attention pooling and blocks": (
         "vit_pe_core_tiny_patch16_384",
         {"swiglu_mlp": False},
     ),
     "RotaryEmbeddingMRope": ("eva02_tiny_patch14_224", {"rope_type": "mrope", "rope_mrope_section": (2, 3, 3)}),
-    "an offset of centered rotary positions": ("vit_small_patch16_dinov3", {"rope_grid_offset": 0.5}),
+    "an offset for centered rotary positions": ("vit_small_patch16_dinov3", {"rope_grid_offset": 0.5}),
     "registers together with a distillation token": ("deit_tiny_distilled_patch16_224", {"reg_tokens": 2}),
     "multiple of 4": ("vit_small_patch16_dinov3", {"embed_dim": 24}),
 }
@@ -229,7 +229,7 @@ def test_own_arguments(what: str) -> None:
 def test_errors_name_the_unsupported_feature(feature: str) -> None:
     name, arguments = REFUSED[feature]
     model = peer(name, **TINY | arguments)
-    if feature == "attention pooling with a different activation":
+    if feature == "different activations in attention pooling and blocks":
         model.attn_pool.mlp.act = nn.ReLU()
     with pytest.raises(ConversionError) as raised:
         convert_from_timm(model)
@@ -285,22 +285,22 @@ CHANGES: dict[str, tuple[str, Callable[[Any], Any], str]] = {
     "two queries": (
         "vit_base_patch16_siglip_224",
         lambda model: setattr(model.attn_pool, "latent", nn.Parameter(torch.zeros(1, 2, 96))),
-        "several queries or position embeddings",
+        "attention pooling with position embeddings or several queries",
     ),
     "positions of the pool": (
         "vit_base_patch16_siglip_224",
         lambda model: setattr(model.attn_pool, "pos_embed", nn.Parameter(torch.zeros(16, 96))),
-        "several queries or position embeddings",
+        "attention pooling with position embeddings or several queries",
     ),
     "query projection": (
         "vit_base_patch16_siglip_224",
         lambda model: setattr(model.attn_pool, "q", nn.Identity()),
-        "attention pooling without q_proj or with q_norm",
+        "attention pooling without a query projection, or with a query norm",
     ),
     "query norm": (
         "vit_base_patch16_siglip_224",
         lambda model: setattr(model.attn_pool, "q_norm", LayerNorm(24)),
-        "attention pooling without q_proj or with q_norm",
+        "attention pooling without a query projection, or with a query norm",
     ),
 }
 
