@@ -46,7 +46,7 @@ def finetune(model: str | Path, dataset: Any, output_dir: str | Path, **flags: A
     Raises:
         TypeError: if a flag is unknown.
         ValueError, OSError: if a flag has an invalid value, or the model or the data cannot be read.
-        RunStopped: if the run stops early.
+        RunStopped: if the run is interrupted or fails.
     """
     from .training.finetune import FinetuneTask
 
@@ -104,8 +104,8 @@ def predict(model: str | Path, images: Any = (), **flags: Any) -> list[dict[str,
 
     Args:
         model: a folder, a Hub id or any other checkpoint that `--model` accepts.
-        images: a path, a URL, or a list of paths, URLs, encoded bytes, PIL images and arrays. A folder path
-            selects all images in the folder. To predict a dataset instead, set `dataset`.
+        images: a path, a URL, or a list of paths, URLs, encoded images (bytes), PIL images or arrays. A folder path
+            selects all images in the folder. To use a dataset instead, set `dataset`.
         flags: other flags of `vitcls predict`, except `output` and `shard_size`.
 
     Returns:
@@ -129,7 +129,7 @@ def inspect_tokens(model: str | Path, images: Any = (), **flags: Any) -> Any:
 
     Args:
         model: a folder, a Hub id or any other checkpoint that `--model` accepts.
-        images: a path, a URL, or a list of paths and URLs. To inspect the images of a dataset instead, set `dataset`.
+        images: a path, a URL, or a list of paths or URLs. To inspect the images of a dataset instead, set `dataset`.
         flags: other flags of `vitcls inspect`.
 
     Returns:
@@ -179,8 +179,8 @@ def build_dataclass(dataclass_type: Any, flags: dict[str, Any]) -> Any:
 
 
 def convert_value(name: str, value: Any, type_hint: Any) -> Any:
-    """Convert a value to the type of the flag `name`. Lists become tuples, and strings become paths if the flag is a
-    path. Raise ValueError if the value is not one of the flag's choices."""
+    """Convert a value to the type of the flag `name`. Lists become tuples, and strings become paths if the flag expects
+    a path. Raise ValueError if the value is not one of the flag's choices."""
     value_types = get_args(type_hint) if get_origin(type_hint) in (Union, types.UnionType) else (type_hint,)
     choices = [choice for type_ in value_types if get_origin(type_) is Literal for choice in get_args(type_)]
     if choices and value is not None and value not in choices:

@@ -4,7 +4,7 @@
       step-00000120/           model.safetensors, optimizer.safetensors, ...: named tensors
                                state.json: step, metadata, the SHA-256 of each file, and a SHA-256 of these fields
       step-00000240/
-      .step-00000360.partial/  incomplete folder of an interrupted save or removal; deleted by the next save
+      .step-00000360.partial/  incomplete folder of an interrupted save or removal; deleted by the next save or load
 
 A checkpoint is written to a hidden folder, synchronized to the disk and then renamed, so that the previous checkpoint
 remains intact even if the process is killed. Only safetensors and JSON are read: nothing is unpickled or
@@ -71,7 +71,7 @@ class CheckpointStore:
     """The checkpoints of one run. Only the main process writes and reads checkpoints."""
 
     folder: Path
-    num_kept: int  # number of most recent checkpoints to keep, in addition to the best checkpoint
+    num_kept: int  # number of most recent checkpoints to keep; the best checkpoint is always kept
 
     def save(self, step: int, tensor_groups: dict[str, Tensors], metadata: dict[str, Any], is_best: bool) -> Path:
         """Write a checkpoint, then remove old checkpoints.
@@ -163,7 +163,8 @@ class CheckpointStore:
                 remove_checkpoint(self.get_folder(stored_step))
 
     def clean_up_interrupted_saves(self) -> None:
-        """Remove the partial folders of interrupted saves, and restore hidden checkpoints that were not replaced."""
+        """Remove the partial folders of interrupted saves and removals, and restore hidden checkpoints that were not
+        replaced."""
         for replaced_folder in self.folder.glob(f".step-*{REPLACED_SUFFIX}"):
             target = self.folder / replaced_folder.name.removeprefix(".").removesuffix(REPLACED_SUFFIX)
             if target.exists():
@@ -292,7 +293,7 @@ def is_best_checkpoint(folder: Path) -> bool:
 
 
 def clone_shared_tensors(tensors: Tensors) -> Tensors:
-    """Return contiguous copies of the tensors on the CPU that share no memory.
+    """Return contiguous tensors on the CPU that do not share memory with each other.
 
     Safetensors does not support tensors that share memory, such as tied weights.
     """

@@ -46,9 +46,9 @@ COMMANDS = {
     "convert": Command("Convert a timm or transformers ViT, and write a parity report", "convert"),
     "inspect": Command("Show what the special tokens of a model do, in an HTML report", "inspect_tokens"),
     "push": Command("Push a model to the Hub and verify the pushed commit", "push"),
-    "export": Command("Export a model with torch.export, or to ONNX or OpenVINO", "export"),
-    "benchmark": Command("Compare speed and memory with transformers and timm", "benchmark"),
-    "study": Command("Compare settings with a grid of fine-tuning runs over factors and seeds", "study"),
+    "export": Command("Export a model to PyTorch (.pt2), ONNX, OpenVINO or transformers.js", "export"),
+    "benchmark": Command("Benchmark speed and memory against transformers and timm", "benchmark"),
+    "study": Command("Compare settings in a grid of fine-tuning runs over factors and seeds", "study"),
     "demo": Command("Show the predictions and attention of a model in a browser", "demo"),
     "space": Command("Publish the demo as a Space on the Hub", "space"),
 }

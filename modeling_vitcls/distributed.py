@@ -40,13 +40,13 @@ def build_accelerator(
     trackers: tuple[str, ...] = (),
     tracker_folder: Path | None = None,
 ) -> Accelerator:
-    """Build the Accelerator for the launched configuration.
+    """Build the Accelerator for the configuration of `accelerate launch`.
 
     On CPUs, the process also keeps freed memory for reuse (`keep_freed_memory`).
 
     Args:
         gradient_accumulation_steps: number of forward and backward passes per optimizer step.
-        mixed_precision: "no", "bf16" or "fp16". Default: the precision of the launched configuration.
+        mixed_precision: "no", "bf16" or "fp16". Default: the setting of `accelerate launch`.
         trackers: names of experiment trackers, such as "wandb".
         tracker_folder: folder for the files of the trackers.
 
@@ -82,7 +82,8 @@ def build_accelerator(
 
 
 def enable_fsdp_on_cpu(accelerator: Accelerator) -> None:
-    """Enable the launched FSDP2 configuration on CPUs, where Accelerate would otherwise silently run DDP."""
+    """Enable the FSDP2 configuration of `accelerate launch` on CPUs, where Accelerate would otherwise silently use
+    DDP."""
     plugin = FullyShardedDataParallelPlugin()  # reads the environment variables of the launcher
     if accelerator.mixed_precision != "no":
         plugin.set_mixed_precision(accelerator.mixed_precision)
@@ -91,7 +92,7 @@ def enable_fsdp_on_cpu(accelerator: Accelerator) -> None:
 
 
 def configure_layer_sharding(accelerator: Accelerator, model: nn.Module) -> None:
-    """Configure FSDP to wrap each encoder layer, unless the launched configuration sets the module classes to wrap.
+    """Configure FSDP to wrap each encoder layer, unless `accelerate launch` sets the module classes to wrap.
 
     By default, Accelerate raises an error if the model does not contain all layer classes in `_no_split_modules`.
     """
@@ -118,7 +119,7 @@ ZERO_STAGES = (2, 3)
 
 
 def is_deepspeed_enabled(accelerator: Accelerator) -> bool:
-    """Return whether the launched configuration uses DeepSpeed."""
+    """Return whether DeepSpeed is used."""
     return accelerator.distributed_type == DistributedType.DEEPSPEED
 
 
@@ -131,7 +132,7 @@ def configure_deepspeed(accelerator: Accelerator) -> None:
     """Configure DeepSpeed to keep weights in float32, and unsharded until the optimizer is built.
 
     The bf16 mode of DeepSpeed trains and saves bf16 weights, so autocast is used instead. The DeepSpeed configuration
-    of Transformers is unset, because Transformers would otherwise load all models in shards, including the teacher.
+    of Transformers is unset, because Transformers would otherwise shard all models on loading, including the teacher.
 
     Raises:
         ValueError: for fp16 or an unsupported ZeRO stage.

@@ -1,4 +1,4 @@
-"""Format error messages in one line, and mark errors that are raised on all processes of a run."""
+"""Format error messages as one line, and mark errors that are raised on all processes of a run."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -31,11 +31,11 @@ class DataOptions:
     """Names of all labels; required for a streamed dataset that does not declare the label names."""
     held_out_fraction: float = 0.2
     """Fraction of the images to hold out for evaluation if the dataset has no evaluation split. Whether an image is
-    held out depends only on the checksum of the image and on --split-seed. 0: train on all images, without
+    held out depends only on the fraction, --split-seed and the checksum of the image. 0: train on all images, without
     evaluation."""
     split_seed: int = 0
-    """Random seed of the held-out split. Use the same seed for all runs that are compared. Evaluation uses the seed of
-    the training run."""
+    """Random seed for the held-out split. Use the same seed for all runs that are compared. Evaluation uses the seed
+    of the training run."""
     folds: int | None = None
     """Cross-validation: train one model per fold in OUTPUT_DIR/fold-1, fold-2, ..., and report the mean accuracy."""
     fold: int | None = None
@@ -85,9 +85,9 @@ class ModelOptions:
     head_type: Literal["linear", "mlp"] | None = None
     """Type of the classification head."""
     image_size: int | tuple[int, int] | None = None
-    """Image size in pixels; two numbers are height and width."""
+    """Image height and width in pixels; one number sets both."""
     patch_size: int | tuple[int, int] | None = None
-    """Patch size in pixels; two numbers are height and width."""
+    """Patch height and width in pixels; one number sets both."""
     position_embedding_type: Literal["learned", "sincos_2d", "rope_2d", "none"] | None = None
     """Type of position embeddings."""
     hidden_size: int | None = None
@@ -103,7 +103,8 @@ class ModelOptions:
     drop_path_rate: float | None = None
     """Stochastic depth rate of the last layer; the rate increases linearly from 0 in the first layer."""
     patch_drop_rate: float | None = None
-    """Fraction of patches to drop at random from each training image. Training is faster, but less accurate."""
+    """Fraction of patches to drop at random from each training image. Training is faster, but the model is less
+    accurate."""
     merged_patches_per_layer: int | None = None
     """Number of patches that each layer removes by merging similar patches. The model is faster, but less accurate."""
     initializer_range: float | None = None
@@ -114,7 +115,7 @@ class ModelOptions:
         parse_cls_scopes(self.cls_scopes or ())  # raises ValueError if a value is invalid
 
     def get_config_values(self) -> dict[str, Any]:
-        """Return the fields of ViTCLSConfig that these options set."""
+        """Return the ViTCLSConfig fields that these options set, with their values."""
         config_values = {name: value for name, value in vars(self).items() if name != "model" and value is not None}
         if self.cls_scopes:
             config_values["cls_scopes"] = parse_cls_scopes(self.cls_scopes)
@@ -145,14 +146,14 @@ class AugmentationOptions:
 
     crop_scale: float | None = None
     """Minimum area of a random crop, as a fraction of the image area. 1: resize the whole image. Default: 0.35, or 1
-    for images of at most 64 pixels."""
+    for images of at most 64 pixels per side."""
     flip: bool = True
     """Flip each image horizontally with a probability of 0.5."""
     rotation: float = 0.0
     """Maximum rotation in degrees."""
     shift: float | None = None
     """Maximum translation along each axis, as a fraction of the image size. Default: 0.04 for images of at most 64
-    pixels, and 0 for larger images."""
+    pixels per side, and 0 for larger images."""
     zoom: float = 0.0
     """Maximum relative change of scale. For example, 0.1 scales images by a random factor from 0.9 to 1.1."""
     auto_augment: Literal["none", "rand", "trivial"] = "none"
@@ -162,7 +163,7 @@ class AugmentationOptions:
     rand_augment_magnitude: int = 9
     """Magnitude of RandAugment, 0 to 30. DeiT uses 9."""
     random_erasing: float = 0.0
-    """Probability of replacing a random rectangle with noise (Zhong et al. 2020)."""
+    """Probability of replacing a random rectangle of an image with noise (Zhong et al. 2020)."""
     mixup: float = 0.0
     """Alpha of mixup (Zhang et al. 2018). 0: off. If --cutmix is also set, each batch uses either mixup or CutMix."""
     cutmix: float = 0.0
@@ -199,7 +200,7 @@ class TrainingOptions:
     schedule. Default: depends on the initial weights and the width (training/defaults.py), for example 5e-4 for a
     ViT-Ti with random weights and 5e-5 for a pre-trained ViT-B."""
     layer_decay: float | None = None
-    """Layer-wise learning rate decay (BEiT, Bao et al. 2021): ratio of the learning rates of each layer and the next
+    """Layer-wise learning rate decay (BEiT, Bao et al. 2021): ratio of each layer's learning rate to that of the next
     layer. Tokens, position embeddings and patch embeddings count as one layer before the first layer. 1: the same
     learning rate for all layers. Default: 0.75 for pre-trained weights, otherwise 1."""
     warmup: float = 0.1
@@ -215,7 +216,7 @@ class TrainingOptions:
     max_gradient_norm: float = 1.0
     """Maximum norm of the gradients; gradients with a larger norm are scaled down. The ViT paper uses 1."""
     ema_decay: float | None = None
-    """Decay of an exponential moving average of the weights, which is evaluated and saved instead of the last
+    """Decay of an exponential moving average of the weights, which is evaluated and saved instead of the
     weights. 0.999 is suitable for runs of a few thousand steps. Default: no moving average."""
     trainable: str = "full"
     """Weights to train: `full` (all), `head` (linear probing), `last-N` (last N layers and head), or `lora`."""
@@ -231,11 +232,11 @@ class TrainingOptions:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass. Training needs less memory, but more time."""
     seed: int = 0
-    """Random seed of the initial weights, image order, augmentation and stochastic depth."""
+    """Random seed for the initial weights, image order, augmentation and stochastic depth."""
     log_every: int = 10
     """Number of steps between log entries in metrics.jsonl."""
     health_every: int = 100
-    """Number of steps between measurements of the CLS attention entropy per layer. 0: off."""
+    """Number of steps between measurements of the CLS attention entropy by layer. 0: off."""
     evaluate_every: int = 1
     """Number of epochs between evaluations on held-out images. The model is always evaluated after the last step."""
     select: Literal["last", "best"] = "last"
@@ -303,7 +304,7 @@ class RunOptions:
     """Number of steps between checkpoints. Default: a checkpoint at each evaluation, or every 1,000 steps for a
     streamed dataset."""
     keep_checkpoints: int = 2
-    """Number of most recent checkpoints to keep, in addition to the best checkpoint."""
+    """Number of most recent checkpoints to keep. The best checkpoint is always kept."""
     log_with: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     """Experiment trackers to log to, in addition to metrics.jsonl."""
     report: bool = True
@@ -312,11 +313,11 @@ class RunOptions:
     """Test the run and estimate the duration: train a few steps, evaluate, save a checkpoint and the model, and check
     the push permission. The output is removed."""
     push_to_hub: bool = False
-    """Push the result to the Hub and verify the pushed commit."""
+    """Push the model to the Hub and verify the pushed commit."""
     hub_model_id: str | None = None
     """Repository to push to. Default: the name of --output-dir, in your account."""
     hub_private: bool = False
-    """If the repository does not exist, create a private repository."""
+    """If the repository does not exist, create it as a private repository."""
     hub_verify: bool = True
     """Load the pushed commit in a new process, and compare the outputs with the outputs of the saved model."""
     hub_checkpoint_every: int | None = None
@@ -329,7 +330,7 @@ class RunOptions:
     another machine, run `hf download ID --revision BRANCH --local-dir FOLDER`, then repeat the command with
     --output-dir FOLDER --resume. Requires --push-to-hub."""
     license: str | None = None
-    """Hub license identifier of the trained weights for the model card, such as apache-2.0. If the initial weights
+    """License of the trained weights in the model card, as a Hub identifier such as apache-2.0. If the initial weights
     have a license, the card contains the license of the initial weights instead. Default: no license in the card."""
     card_samples: bool = False
     """Show a few held-out images in the model card, even if the repository is public and the images are local files.
@@ -420,7 +421,7 @@ class EvaluateOptions:
     """Evaluate the frozen encoder instead of the classifier of the model: fit `knn`, `logreg` (logistic regression) or
     `few-shot:N` (logistic regression on N images per class) to the features of the training images."""
     frozen_layers: Literal["last", "all"] = "last"
-    """With --frozen: evaluate the features of the last layer or of all layers."""
+    """With --frozen: evaluate the features of the last layer or of every layer."""
     frozen_repeats: int = 10
     """With --frozen few-shot:N: number of random training subsets of N images per class."""
     output: Path | None = None
@@ -466,7 +467,7 @@ class PredictOptions(ImageOptions):
     list: Path | None = None
     """Text file with one image file, folder or URL per line."""
     split: str | None = None
-    """Dataset split to predict. Default: the only split."""
+    """Dataset split with the images. Default: the only split."""
     streaming: bool = False
     """Stream the dataset instead of downloading it."""
     output: Path | None = None
@@ -475,7 +476,7 @@ class PredictOptions(ImageOptions):
     shard_size: int = 10_000
     """Number of images per Parquet file, if --output is a folder."""
     top_k: int | None = None
-    """Maximum number of predicted labels per image. Default: 1, or for multi-label models, all labels with a
+    """Maximum number of predicted labels per image. Default: 1 or, for multi-label models, all labels with a
     probability of at least --threshold."""
     threshold: float = 0.5
     """Minimum probability of a predicted label (multi-label models only)."""
@@ -515,8 +516,8 @@ class InspectOptions(ImageOptions):
     """
 
     split: str | None = None
-    """Dataset split to inspect. If the dataset has a single split, `test` selects the held-out split of
-    fine-tuning. Default: the held-out split that was used in training, or `test`."""
+    """Dataset split to inspect. If the dataset has a single split that is not named `test`, `test` selects the
+    held-out split of fine-tuning. Default: the held-out split that was used in training, or `test`."""
     label_column: tuple[str, ...] | None = None
     """Column with the labels; several columns define several tasks. By default, the column is detected by type or
     name."""
@@ -534,7 +535,8 @@ class InspectOptions(ImageOptions):
     """Maximum number of images for the statistics. The images are sampled at regular intervals and stored in
     memory."""
     patch_sizes: tuple[int, ...] = ()
-    """Patch sizes in pixels, such as 8 16 32. The sequence length, cost and, with labels, accuracy are compared."""
+    """Patch sizes in pixels per side, such as 8 16 32. The sequence length, cost and, with labels, accuracy are
+    compared."""
 
     def __post_init__(self) -> None:
         check_minimum(self, 1, "num_images", "max_images", "batch_size")

@@ -18,7 +18,7 @@ with the folder of a subset.
 The output folder contains
     README.md, images/*.png    page of means with 95% confidence intervals, and differences paired by seed
     runs.parquet               one row per run: factor levels, seed, status, all numeric values in results.json, and
-                               the first and last value of each numeric field in metrics.jsonl
+                               the first and last values of each numeric field in metrics.jsonl
     runs/NAME/                 the output folder of each stage, and log.txt
 """
 
@@ -152,7 +152,7 @@ class RunProcess:
     run: StudyRun
     process: subprocess.Popen[bytes]
     remaining_commands: Iterator[tuple[str, list[str]]]  # (stage, flags)
-    start_time: float  # monotonic clock, in seconds
+    start_time: float  # value of time.monotonic(), in seconds
 
 
 @dataclass
@@ -262,7 +262,7 @@ class StudyRunner:
         return value.replace("{run}", str(self.get_run_folder(run))).replace("{folder}", str(self.folder))
 
     def can_start_run(self, running_processes: list[RunProcess]) -> bool:
-        """Return whether an additional run is expected to stay below the memory limit. The first run always starts."""
+        """Return whether one more run is expected to fit within the memory limit. The first run always starts."""
         if self.memory_limit is None or not running_processes:
             return True
         expected_bytes = (len(running_processes) + 1) * self.max_run_bytes  # 0 before memory is measured
@@ -280,7 +280,7 @@ class StudyRunner:
             self.max_run_bytes = max(self.max_run_bytes, used_bytes)
 
     def print_progress(self, run_process: RunProcess, num_finished_runs: int, num_remaining_runs: int) -> None:
-        """Print the results or the error of a completed run, and the estimated remaining time, in one line."""
+        """Print the results or the error of a completed run, and the estimated remaining time, on one line."""
         levels_text = ", ".join(f"{factor} {level}" for factor, level in run_process.run.levels.items())
         log_text = (self.get_run_folder(run_process.run) / "log.txt").read_text(encoding="utf-8", errors="replace")
         result = f"failed: {log_text.strip().splitlines()[-1]}"  # the log contains at least the command
@@ -405,7 +405,8 @@ def write_results(runner: StudyRunner) -> list[dict[str, Any]]:
 
 
 def compute_interval(values: list[float]) -> tuple[float, float]:
-    """Return the mean and the half width of the 95% confidence interval (Student's t; NaN for a single value)."""
+    """Return the mean and the half width of the 95% confidence interval (Student's t). The half width
+    is NaN for a single value."""
     import numpy as np
     from scipy import stats
 
@@ -448,7 +449,7 @@ def write_page(runner: StudyRunner, rows: list[dict[str, Any]], command: str) ->
 
 def group_values(study: Study, rows: list[dict[str, Any]], metric: str) -> dict[tuple[str, ...], dict[int, float]]:
     """Return a nested dict of the values of a metric: combination of levels -> seed -> value. For a list of numbers
-    (`NAME.*`), the last element of the combination is the index in the list."""
+    (`NAME.*`), the last element of the combination is the index into the list."""
     groups: dict[tuple[str, ...], dict[int, float]] = {}
     for row in rows:
         levels = tuple(row[factor] for factor in study.factors)

@@ -40,7 +40,7 @@ SHARDING_DESCRIPTIONS = {
 CORE_LIBRARIES = ("torch", "torchvision", "transformers", "accelerate")
 
 # Parameter ids of mallopt, from glibc's <malloc.h>.
-M_TRIM_THRESHOLD = -1  # id of the minimum free memory at the end of the heap that is returned to the system, in bytes
+M_TRIM_THRESHOLD = -1  # id of the size in bytes above which free memory at the end of the heap is returned
 M_MMAP_MAX = -4  # id of the maximum number of blocks that are allocated with mmap and returned when freed
 
 

@@ -5,7 +5,7 @@
 # [tool.uv.sources]
 # modeling_vitcls = { path = "..", editable = true }
 # ///
-"""Compare speed and memory with transformers and timm. This script is equivalent to `vitcls benchmark`.
+"""Benchmark speed and memory against transformers and timm. This script is equivalent to `vitcls benchmark`.
 
 python scripts/benchmark.py --work inference step --markdown speed.md --output speed.json
 """

@@ -5,7 +5,7 @@
 # [tool.uv.sources]
 # modeling_vitcls = { path = "..", editable = true }
 # ///
-"""Export a model with torch.export, or to ONNX or OpenVINO. This script is equivalent to `vitcls export`.
+"""Export a model to PyTorch (.pt2), ONNX, OpenVINO or transformers.js. This script is equivalent to `vitcls export`.
 
 python scripts/export.py --model runs/mine --format onnx --output mine.onnx
 """

@@ -5,7 +5,7 @@
 # [tool.uv.sources]
 # modeling_vitcls = { path = "..", editable = true }
 # ///
-"""Compare settings with a grid of fine-tuning runs. This script is equivalent to `vitcls study`.
+"""Compare settings in a grid of fine-tuning runs. This script is equivalent to `vitcls study`.
 
 python scripts/study.py --config scripts/recipes/study_digits.yaml --output-dir runs/study --jobs 2
 """

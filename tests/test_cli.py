@@ -202,7 +202,7 @@ def test_the_environment_of_a_bug_report(monkeypatch: pytest.MonkeyPatch, capsys
     assert env.describe_cpu_kernels() == "off: VITCLS_CPU_KERNELS is 0"
     monkeypatch.delenv("VITCLS_CPU_KERNELS")
     monkeypatch.setattr(env.kernels, "HAS_PRIVATE_NAMES", False)
-    assert "lacks a private name" in env.describe_cpu_kernels()
+    assert "lacks a private API" in env.describe_cpu_kernels()
 
 
 def test_a_run_that_stops_early_ends_with_its_status(
@@ -233,7 +233,7 @@ def test_the_environment_names_the_kernels_that_run(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(env.kernels, "MIN_MULTIPLICATIONS", {(torch.float32, "a"): 1, (torch.bfloat16, "a"): 1})
     assert env.describe_cpu_kernels() == "on, oneDNN for bfloat16, float32"
     monkeypatch.setattr(env.kernels, "MIN_MULTIPLICATIONS", {})
-    for has_onednn, reason in ((True, "this CPU has no AVX-512"), (False, "this PyTorch has no oneDNN")):
+    for has_onednn, reason in ((True, "this CPU has no AVX-512"), (False, "this PyTorch build has no oneDNN")):
         monkeypatch.setattr(env.kernels, "HAS_ONEDNN", has_onednn)
         assert env.describe_cpu_kernels() == f"on, without oneDNN: {reason}"
     with torch.backends.mkldnn.flags(enabled=False):
@@ -304,8 +304,8 @@ def test_valid_flags_are_accepted(
     ("command", "flags", "message"),
     [
         ("benchmark", {"work": ("training",), "pairs": 0}, "--pairs is 0: set --pairs to 1 or more"),
-        ("benchmark", {"work": ()}, "--work and --against require a value"),
-        ("benchmark", {"work": ("inference",), "against": ()}, "--work and --against require a value"),
+        ("benchmark", {"work": ()}, "--work and --against require at least one value"),
+        ("benchmark", {"work": ("inference",), "against": ()}, "--work and --against require at least one value"),
         ("benchmark", {"work": ("step",), "plot": Path("a.png")}, "--plot requires --work growth"),
         ("benchmark", {"work": ("growth",), "plot": Path("a.txt")}, "--plot a.txt: set a file name that ends in .png"),
         ("convert", {"source": "resnet50"}, "--source resnet50 is not supported. Use timm:NAME"),
@@ -540,7 +540,8 @@ def test_the_report_of_an_export_is_printed(capsys: pytest.CaptureFixture[str]) 
         "Accepts any batch size and images of at least 8 x 16 pixels",
         "Versions: opset 18, torch 2",
         "",
-        "Wrote out.onnx, and a description of inputs and outputs to out.onnx.json. Run the exported model with",
+        "Wrote the model to out.onnx, and a description of its inputs and outputs to out.onnx.json. "
+        "Run the exported model with",
         '  session = onnxruntime.InferenceSession("out.onnx")',
         '  outputs = session.run(None, {"pixel_values": pixel_values})',
     ]

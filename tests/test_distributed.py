@@ -1,4 +1,4 @@
-"""Settings of the Accelerator that depend on the device and the launched configuration."""
+"""Settings of the Accelerator that depend on the device and the configuration of `accelerate launch`."""
 
 from types import SimpleNamespace
 from typing import Any

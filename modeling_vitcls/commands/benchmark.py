@@ -1,4 +1,4 @@
-"""`vitcls benchmark`: compare speed and memory with other projects on the same workloads.
+"""`vitcls benchmark`: compare speed and memory with those of other projects on the same workloads.
 
     vitcls benchmark --work inference step pixels prediction probe --markdown speed.md --output speed.json
     vitcls benchmark --work inference --rows "fp32, batch 8" --against timm
@@ -23,7 +23,7 @@ PLOT_SUFFIXES = (".png", ".svg")
 
 @dataclass(frozen=True)
 class BenchmarkOptions:
-    """Compare speed and memory with other projects on the same workloads."""
+    """Compare speed and memory with those of other projects on the same workloads."""
 
     work: tuple[
         Literal["inference", "growth", "step", "inexact", "pixels", "prediction", "probe", "training", "attention"],
@@ -64,7 +64,7 @@ def check_options(options: BenchmarkOptions) -> None:
     if options.pairs < 1:
         exit_with_message(f"error: --pairs is {options.pairs}: set --pairs to 1 or more")
     if not options.work or not options.against:
-        exit_with_message("error: --work and --against require a value. For a list of values, use --help")
+        exit_with_message("error: --work and --against require at least one value. For a list of values, use --help")
     if options.plot is not None and "growth" not in options.work:
         exit_with_message("error: --plot requires --work growth. Add growth to --work, or omit --plot")
     if options.plot is not None and options.plot.suffix not in PLOT_SUFFIXES:

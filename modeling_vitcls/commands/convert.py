@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 @dataclass
 class ConvertOptions:
-    """Convert a ViT and save the converted model. Nothing is written if the outputs differ by more than the limit."""
+    """Convert a ViT and save the converted model. Nothing is written if the outputs of the two models differ by more
+    than the limit."""
 
     output: Path
     """Output folder, which must be empty or must not exist."""
@@ -35,13 +36,14 @@ class ConvertOptions:
     any_size: bool = False
     """With --to transformers: require the same outputs for images of any size, not only of the native size."""
     random_init: bool = False
-    """Fill the source with random weights, to test the conversion without trained weights."""
+    """Initialize the source with random weights, to test the conversion without trained weights."""
     classifier: Literal["keep", "new", "drop"] = "keep"
     """Keep the classifier of the source, replace it with a new classifier, or drop it."""
     num_labels: int | None = None
     """Number of labels of a new classifier. The source does not need to have a classifier."""
     family: str | None = None
-    """Family of a state-dict file, such as dino, ibot, mae or dinov2. Default: detected from the parameter names."""
+    """Model family of a state-dict file, such as dino, ibot, mae or dinov2. Default: detected from the parameter
+    names."""
 
 
 OPTIONS_CLASS = ConvertOptions

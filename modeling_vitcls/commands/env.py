@@ -39,7 +39,7 @@ def format_environment() -> str:
     )
     environment["platform"] = platform.platform()
     environment["processor"] = (
-        f"{get_processor_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads in PyTorch"
+        f"{get_processor_name()}, {os.cpu_count()} logical cores, {torch.get_num_threads()} threads in PyTorch"
     )
     environment["instructions"] = torch.backends.cpu.get_cpu_capability()
     environment["devices"] = describe_devices()
@@ -59,15 +59,15 @@ def describe_devices() -> str:
 
 
 def describe_cpu_kernels() -> str:
-    """Describe whether the CPU kernels and oneDNN are enabled and, if not, the reason."""
+    """Describe whether the CPU kernels and oneDNN are enabled and, if not, why."""
     if os.environ.get("VITCLS_CPU_KERNELS") == "0":
         return "off: VITCLS_CPU_KERNELS is 0"
     if not kernels.HAS_PRIVATE_NAMES:
-        return f"off: PyTorch {torch.__version__} lacks a private name that the kernels require"
+        return f"off: PyTorch {torch.__version__} lacks a private API that the kernels require"
     if not kernels.is_onednn_enabled():
         return "off: torch.backends.mkldnn is disabled"
     dtype_names = sorted({str(dtype).removeprefix("torch.") for dtype, _ in kernels.MIN_MULTIPLICATIONS})
     if dtype_names:
         return f"on, oneDNN for {', '.join(dtype_names)}"
-    reason = "this CPU has no AVX-512" if kernels.HAS_ONEDNN else "this PyTorch has no oneDNN"
+    reason = "this CPU has no AVX-512" if kernels.HAS_ONEDNN else "this PyTorch build has no oneDNN"
     return f"on, without oneDNN: {reason}"

@@ -1,10 +1,10 @@
-"""`vitcls export`: export a model to a graph that runs without this package, and compare the graph with the model.
+"""`vitcls export`: export a model to a graph that runs without this package, and compare their outputs.
 
     vitcls export --model runs/mine --format onnx --output mine.onnx
     vitcls export --model runs/mine --format torch --output mine.pt2 --no-dynamic --image-size 224 320
 
-The export also writes OUTPUT.json, with the largest differences, the image shapes of the comparison and the inputs and
-outputs of the graph. The export is implemented in modeling_vitcls/export/.
+The export also writes OUTPUT.json, with the largest differences, the image shapes in the comparison, and the inputs
+and outputs of the graph. The export is implemented in modeling_vitcls/export/.
 """
 
 import warnings
@@ -23,19 +23,19 @@ MIN_OPSET = 18  # lowest ONNX opset that torch.onnx supports
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """Export a model. Nothing is written if the outputs differ by more than the limit."""
+    """Export a model. Nothing is written if the outputs of the graph and the model differ by more than the limit."""
 
     model: str
     """A model folder, the id of a model on the Hub, or a preset (random weights)."""
     format: Literal["torch", "onnx", "openvino", "transformers.js"]
     """torch.export (.pt2), ONNX (.onnx), OpenVINO (.xml and .bin), or a folder for transformers.js."""
     output: Path
-    """File to write, or folder if --format is transformers.js. The path must not exist."""
+    """File to write, which must not exist, or, if --format is transformers.js, a new or empty folder."""
     image_size: tuple[int, int] | None = None
     """Height and width in pixels. With --no-dynamic, the graph accepts only this size; otherwise, this size is used in
     the comparison. Default: the image size of the model."""
     dynamic: bool = True
-    """Accept images of any size, not only of --image-size. The batch size is always dynamic."""
+    """Accept images of different sizes, not only of --image-size. The batch size is always dynamic."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """dtype of the weights and computations. Inputs and outputs are always float32."""
     opset: int | None = None
@@ -127,7 +127,8 @@ def print_report(report: "ExportReport", output: Path) -> None:
     for line in format_notes(report):
         console.print(line, markup=False)
     console.print(
-        f"\nWrote {output}, and a description of inputs and outputs to {output}.json. Run the exported model with",
+        f"\nWrote the model to {output}, and a description of its inputs and outputs to {output}.json. "
+        "Run the exported model with",
         markup=False,
     )
     for line in USAGE[report.format]:

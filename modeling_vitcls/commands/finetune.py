@@ -28,7 +28,7 @@ def run(options: FinetuneOptions) -> None:
 
 
 def train(task_class: "type[Task]", options: Any) -> None:
-    """Run a training task. If the run stops early, exit with the exit status of the run."""
+    """Run a training task. If the run is interrupted or fails, exit with its exit status."""
     from ..api import run_training
     from ..training.runner import RunStopped
 

@@ -70,7 +70,7 @@ def parse_with_recipe(options_class: type, arguments: list[str], **tyro_settings
     Args:
         options_class: A dataclass of options.py.
         arguments: Flags of the command line.
-        tyro_settings: Additional arguments of `tyro.cli`, such as `prog`.
+        tyro_settings: Additional arguments for `tyro.cli`, such as `prog`.
     """
     flag_names = get_flag_names(options_class)
     recipe_flag, _ = tyro.cli(RecipeFlag, args=arguments, return_unknown_args=True, add_help=False)

@@ -19,7 +19,7 @@ class PushOptions:
     hub_model_id: str | None = None
     """Repository to push to. Default: the name of the folder, in your account."""
     private: bool = False
-    """Create a private repository if the repository does not exist."""
+    """If the repository does not exist, create it as a private repository."""
     branch: str | None = None
     """Branch to push to, created if it does not exist. Default: main."""
     message: str = "Upload model"

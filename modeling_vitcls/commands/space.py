@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SpaceOptions:
-    """Publish a Space that shows the predictions and attention of a model on the Hub."""
+    """Publish a Space on the Hub that shows the predictions and attention of a model."""
 
     model: str
     """Hub id of the model."""
@@ -33,7 +33,7 @@ class SpaceOptions:
     space_id: str | None = None
     """Id of the Space to push to. Default: the name of the model followed by -demo, in your account."""
     private: bool = False
-    """Create a private Space if the Space does not exist."""
+    """If the Space does not exist, create it as a private Space."""
     title: str | None = None
     """Title of the Space. Default: derived from the name of the model."""
     examples: tuple[Path, ...] = ()

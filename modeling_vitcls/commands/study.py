@@ -1,4 +1,4 @@
-"""`vitcls study`: compare settings with a grid of fine-tuning runs over factors and seeds.
+"""`vitcls study`: compare settings in a grid of fine-tuning runs over factors and seeds.
 
     vitcls study --config scripts/recipes/study_digits.yaml --output-dir runs/study --jobs 2
 
@@ -15,7 +15,7 @@ from .parsing import exit_with_message, find_recipe
 
 @dataclass(frozen=True)
 class StudyOptions:
-    """Compare settings with a grid of fine-tuning runs over factors and seeds, and write a page of tables and
+    """Compare settings in a grid of fine-tuning runs over factors and seeds, and write a page of tables and
     plots."""
 
     config: Path
@@ -23,7 +23,7 @@ class StudyOptions:
     output_dir: Path
     """Folder for the runs and the page. Finished runs in the folder are not repeated."""
     dataset: str | None = None
-    """Dataset for all subsets, instead of the dataset in the study file."""
+    """Dataset for all subsets, instead of the datasets in the study file."""
     jobs: int = 1
     """Maximum number of parallel runs."""
     threads: int = 1

@@ -64,7 +64,8 @@ class DemoResult:
     patch_features: torch.Tensor  # [layer, gh, gw, channel], after each layer, float16
 
     def draw_attention(self, token: int, layer: int, head: int | None) -> Image.Image:
-        """Draw the attention of a token in a layer over the image. If `head` is None, the mean over heads is drawn."""
+        """Draw the attention map of a token in a layer over the image. If `head` is None, the mean over heads is
+        drawn."""
         values = select_head(self.attention_maps[layer], head)[token]
         return overlay(self.image, values, self.visible_region, min_side=MIN_IMAGE_SIDE)
 
@@ -106,7 +107,7 @@ class DemoResult:
         return int(y_fraction * rows), int(x_fraction * columns)
 
     def compute_attention_fractions(self, token: int, layer: int, head: int | None) -> list[float]:
-        """Return the fractions of a token's attention to each special token and, as the last element, to all patches.
+        """Return the fraction of a token's attention to each special token and, as the last element, to all patches.
         The fractions sum to 1."""
         fractions = select_head(self.token_attention[layer], head)[token]  # [key]
         special_fractions = fractions[: self.token_attention.shape[2]]
@@ -194,7 +195,7 @@ class DemoModel:
     @property
     def has_patch_merging(self) -> bool:
         """Return whether the model merges patches. If it does, attention is not available."""
-        # The field is missing in the configurations of older repositories.
+        # The field is missing from the configurations of older repositories.
         return bool(getattr(self.model.config, "merged_patches_per_layer", 0))
 
     @property
@@ -216,7 +217,7 @@ class DemoModel:
 
     @property
     def has_top_label(self) -> bool:
-        """Return whether each prediction has a single most probable label, which is displayed as a heading."""
+        """Return whether each prediction has a heading: its most probable label, or its regression values."""
         config = self.model.config
         return bool(config.tasks) or get_prediction_format(config)[1] is not compute_sigmoid_probabilities
 
@@ -323,7 +324,7 @@ def format_regression_values(values: torch.Tensor, names: list[str]) -> Predicti
 PREDICTION_FORMATS: dict[str | None, tuple[str, Callable[[torch.Tensor, list[str]], Prediction]]] = {
     None: ("Label", compute_softmax_probabilities),
     "single_label_classification": ("Label", compute_softmax_probabilities),
-    "multi_label_classification": ("Labels with separate probabilities", compute_sigmoid_probabilities),
+    "multi_label_classification": ("Labels with independent probabilities", compute_sigmoid_probabilities),
     "regression": ("Regression values", format_regression_values),
 }
 

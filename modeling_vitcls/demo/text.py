@@ -4,7 +4,6 @@ from pathlib import Path
 
 from huggingface_hub import constants
 
-from ..system import format_count
 from .reader import DemoModel
 
 
@@ -32,6 +31,11 @@ def build_header(demo_model: DemoModel) -> str:
         f"{format_count(demo_model.num_layers, 'layer')} and "
         f"{format_count(config.num_attention_heads, 'head')} per layer; {token_text}."
     )
+
+
+def format_count(count: int, noun: str) -> str:
+    """Format a count with its noun. The function is also defined in system.py, which a Space does not contain."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def build_loading_code(demo_model: DemoModel) -> str:

@@ -60,7 +60,7 @@ class NamedOutputsModel(nn.Module):
         """Return a dict that maps output names to outputs [B, ...] for images [B, C, H, W]."""
         attention_outputs: Outputs = {}
         if self.output_attentions:
-            model_outputs: list[Any] = []  # outputs of the forward pass in `token_attention`
+            model_outputs: list[Any] = []  # outputs of the forward pass that `token_attention` runs
             hook = self.model.register_forward_hook(lambda module, inputs, output: model_outputs.append(output))
             cls_attention = self.model.token_attention(pixel_values, tokens=["cls"]).mean(2)  # mean over heads
             hook.remove()

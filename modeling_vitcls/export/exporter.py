@@ -94,8 +94,8 @@ def export_model(
 
     Raises:
         ValueError, OSError: If the model cannot be found or exported, if the outputs of the file differ from the
-            outputs of the model by more than the limit, if packages are missing, or if `output` exists. The message
-            is a single line. Nothing is written if an error is raised.
+            outputs of the model by more than the limit, if packages are missing, or if `output` is invalid or exists.
+            The message is a single line. Nothing is written if an error is raised.
     """
     file_format = FORMATS[format_name]
     check_output_path(output, file_format)
@@ -175,7 +175,7 @@ def move_files(source: Path, target: Path) -> None:
 
 
 def select_image_shapes(config: ViTCLSConfig, graph_shape: GraphShape) -> list[ImageShape]:
-    """Return the image shapes of the comparison. For a dynamic graph, the shapes include the native, requested and
+    """Return the image shapes for the comparison. For a dynamic graph, the shapes include the native, requested and
     smallest sizes, non-square sizes, and a size that is not a multiple of the patch size."""
     if not graph_shape.is_dynamic:
         return [(batch_size, config.num_channels, *graph_shape.image_size) for batch_size in (1, 2, 3)]
@@ -216,8 +216,8 @@ def compare_outputs(
             limit = absolute_limit + relative_limit * magnitudes[name]
             if not difference <= limit:  # also true for NaN
                 raise ValueError(
-                    f"the output {name} of the written graph differs from the model by {difference:.2g} for images "
-                    f"{list(shape)}, but the limit in {dtype} is {limit:.2g}"
+                    f"the output {name} of the written graph differs from that of the model by {difference:.2g} for "
+                    f"images {list(shape)}, but the limit in {dtype} is {limit:.2g}"
                 )
         comparisons.append(BatchComparison(shape, differences, magnitudes))
     return comparisons
@@ -242,7 +242,7 @@ def describe_input(config: ViTCLSConfig, graph_shape: GraphShape) -> dict[str, A
 
 
 def get_output_shapes(outputs: Outputs, graph_shape: GraphShape) -> dict[str, list[int | str]]:
-    """Return the shape of each output [B, N, D] or [B, D, rows, columns], with names of the dynamic axes."""
+    """Return the shape of each output, with names of the dynamic axes."""
     shapes: dict[str, list[int | str]] = {}
     for name, output in outputs.items():
         axes: list[int | str] = ["batch", *output.shape[1:]]

@@ -42,7 +42,7 @@ from .formats import FORMATS, open_onnx_session
 # `dtype` in transformers.js -> file name.
 FILE_NAMES = {"fp32": "model.onnx", "fp16": "model_fp16.onnx", "q8": "model_quantized.onnx"}
 NUM_IMAGES = 64  # number of random images in the comparison
-BATCH_SIZE = 16  # batch size of the comparison in images
+BATCH_SIZE = 16  # number of images per batch in the comparison
 QUANTIZED_OPERATORS = ["MatMul", "Gemm"]
 
 
@@ -92,9 +92,9 @@ def export_for_transformers_js(
 
     Raises:
         ValueError, OSError: If the model cannot be found or exported, if the model is not a classifier for a single
-            task, if transformers.js does not support the image processor, if the outputs of the float32 file differ
-            from the outputs of the model, or if the labels of the dataset do not match the model. The message is one
-            line.
+            task, if transformers.js does not support the image processor, if the outputs of the float32 or float16
+            file differ from the outputs of the model by more than the limit, or if the labels of the dataset do not
+            match the model. The message is one line.
     """
     check_output_is_empty(output)
     exportable_model = load_exportable_model(source)
@@ -174,8 +174,8 @@ def build_preprocessor_config(processor: ViTCLSImageProcessor) -> dict[str, Any]
 
 
 def quantize_onnx_file(source: Path, target: Path) -> None:
-    """Write a dynamically quantized copy of an ONNX file. The weights of linear layers are stored as int8, and their
-    inputs are quantized at run time."""
+    """Write a dynamically quantized copy of an ONNX file. The weights of linear layers are stored as int8, and the
+    inputs of these layers are quantized at run time."""
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 

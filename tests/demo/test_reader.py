@@ -183,7 +183,7 @@ def test_each_problem_type_has_its_predictions() -> None:
     for problem_type, title, expected in (
         (None, "Label", pytest.approx(softmax, abs=1e-6)),
         ("single_label_classification", "Label", pytest.approx(softmax, abs=1e-6)),
-        ("multi_label_classification", "Labels with separate probabilities", pytest.approx(sigmoid, abs=1e-6)),
+        ("multi_label_classification", "Labels with independent probabilities", pytest.approx(sigmoid, abs=1e-6)),
         ("regression", "Regression values", "ant: 1.5, bee: -2, cow: 0.25"),
     ):
         demo_model = build_demo_model(problem_type=problem_type)

@@ -57,6 +57,15 @@ def test_every_required_library_has_a_minimum_version() -> None:
         assert [specifier.operator for specifier in requirement.specifier] == [">="], requirement
 
 
+@pytest.mark.parametrize("name", PAGE_FILES)
+def test_page_files_import_only_page_files_from_the_package(name: str) -> None:
+    folders = Path(name).parent.parts
+    for statement in ast.walk(ast.parse((PACKAGE_FOLDER / name).read_text(encoding="utf-8"))):
+        if isinstance(statement, ast.ImportFrom) and statement.level:
+            module = Path(*folders[: len(folders) + 1 - statement.level], *str(statement.module).split("."))
+            assert f"{module.as_posix()}.py" in PAGE_FILES, f"{name} imports {module}"
+
+
 @pytest.mark.parametrize("code", [None, CODE])
 def test_the_app_loads_the_commits_of_weights_and_code(code: HubCommit | None) -> None:
     files = build_space_files(PublishedModel(WEIGHTS, code))

@@ -180,7 +180,7 @@ def test_another_run_is_an_error(killed: Path, changes: dict[str, Any], message:
 
 
 def test_another_precision_is_an_error(killed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The launched configuration sets the precision if no flag does."""
+    """The configuration of `accelerate launch` sets the precision if no flag does."""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     with raises_one_line("uses the mixed precision 'no', but the mixed precision of this run is 'bf16'"):
         FinetuneTask(build_options(killed, resume=True))
