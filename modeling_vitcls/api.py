@@ -179,8 +179,8 @@ def build_dataclass(dataclass_type: Any, flags: dict[str, Any]) -> Any:
 
 
 def convert_value(name: str, value: Any, type_hint: Any) -> Any:
-    """Convert a value to the type of the flag `name`. Lists become tuples, and strings become paths if the flag expects
-    a path. Raise ValueError if the value is not one of the flag's choices."""
+    """Convert a value to the type of the flag `name`. Lists become tuples, and strings become paths if the flag
+    expects a path. Raise ValueError if the value is not one of the flag's choices."""
     value_types = get_args(type_hint) if get_origin(type_hint) in (Union, types.UnionType) else (type_hint,)
     choices = [choice for type_ in value_types if get_origin(type_) is Literal for choice in get_args(type_)]
     if choices and value is not None and value not in choices:
