@@ -8,7 +8,6 @@
 Models are loaded with the Auto classes, which may execute code from the repository of the checkpoint.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -171,10 +170,10 @@ class DemoModel:
 
     def check_is_supported(self) -> None:
         """Raise ValueError if the demo does not support the model."""
-        if self.model.config.num_channels not in (1, 3):
+        if self.config.num_channels not in (1, 3):
             raise ValueError(
                 f"The demo requires images with 1 or 3 channels, but {self.source} requires images "
-                f"with {self.model.config.num_channels} channels."
+                f"with {self.config.num_channels} channels."
             )
         if not self.has_labels and self.has_patch_merging:
             raise ValueError(
@@ -183,43 +182,42 @@ class DemoModel:
             )
 
     @property
+    def config(self) -> Any:
+        """Return the configuration of the model."""
+        return self.model.config
+
+    @property
     def has_labels(self) -> bool:
         """Return whether the model predicts labels or regression values."""
-        return self.is_classifier and bool(self.model.config.tasks or self.model.config.num_labels)
+        return self.is_classifier and bool(self.config.tasks or self.config.num_labels)
 
     @property
     def token_names(self) -> list[str]:
         """Return the names of the special tokens."""
-        return get_token_names(self.model.config)
+        return get_token_names(self.config)
 
     @property
     def has_patch_merging(self) -> bool:
         """Return whether the model merges patches. If it does, attention is not available."""
         # The field is missing from the configurations of older repositories.
-        return bool(getattr(self.model.config, "merged_patches_per_layer", 0))
-
-    @property
-    def num_layers(self) -> int:
-        """Return the number of layers."""
-        return self.model.config.num_hidden_layers
+        return bool(getattr(self.config, "merged_patches_per_layer", 0))
 
     @property
     def head_names(self) -> list[str]:
         """Return the names of the attention heads of a layer."""
-        return get_head_names(self.model.config)
+        return get_head_names(self.config)
 
     @property
     def output_names(self) -> list[str]:
         """Return the names of the outputs: one name per task, or a single name if there are no tasks."""
         if not self.has_labels:
             return []
-        return list(self.model.config.task_labels()) or [get_prediction_format(self.model.config)[0]]
+        return list(self.config.task_labels()) or [PREDICTION_TITLES[get_problem_type(self.config)]]
 
     @property
     def has_top_label(self) -> bool:
         """Return whether each prediction has a heading: its most probable label, or its regression values."""
-        config = self.model.config
-        return bool(config.tasks) or get_prediction_format(config)[1] is not compute_sigmoid_probabilities
+        return bool(self.config.tasks) or get_problem_type(self.config) != "multi_label_classification"
 
     def predict(self, file: str | Path) -> DemoResult:
         """Run the model on an image.
@@ -228,19 +226,18 @@ class DemoModel:
             ValueError: if the file is not an image, or if the model does not support the image. The message is one
                 line.
         """
-        config = self.model.config
         image = self.processor.fetch_images(str(file))  # upright
-        if config.num_channels == 1:
+        if self.config.num_channels == 1:
             image = to_grayscale(image)
         pixel_values = self.processor(image, return_tensors="pt")["pixel_values"].to(self.model.device)
-        visible_region = get_visible_region(self.processor, image.size[::-1], config.patch_height_width)
+        visible_region = get_visible_region(self.processor, image.size[::-1], self.config.patch_height_width)
         image_and_region = resize_with_region(image, visible_region, MAX_IMAGE_SIDE, min_side=None)
         return DemoResult(*image_and_region, **self.run_model(pixel_values))
 
     def run_model(self, pixel_values: torch.Tensor) -> dict[str, Any]:
         """Run the model once on an image [1, C, H, W]. Return all fields of `DemoResult` except `image` and
         `visible_region`."""
-        config, encoder = self.model.config, self.model.base_model
+        config, encoder = self.config, self.model.base_model
         grid_size = encoder.embeddings.patch_embeddings.get_grid_size(pixel_values)
 
         def extract_maps(attention: torch.Tensor) -> torch.Tensor:
@@ -265,11 +262,7 @@ class DemoModel:
             predictions = format_predictions(trace.outputs.logits, config)
             for task, logits in trace.outputs.logits.items() if config.tasks else [(None, trace.outputs.logits)]:
                 best_index = int(logits[0].argmax())
-                label = (
-                    config.id2label[best_index]
-                    if task is None
-                    else f"{task}: {config.task_labels()[task][best_index]}"
-                )
+                label = f"{task}: {config.task_labels()[task][best_index]}" if task else config.id2label[best_index]
                 attributions[label] = extract_maps(trace.compute_attribution(best_index, task)[0].float().cpu())
         token_attention = trace.compute_token_attention()[0].float().cpu()
         patch_features = arrange_patch_features(trace.outputs.hidden_states, encoder, pixel_values)[0]
@@ -284,7 +277,7 @@ class DemoModel:
 
     def is_token_output_used(self, token: int, layer: int) -> bool:
         """Return whether the model uses the output of a special token in a layer."""
-        return layer < count_used_layers(self.model.config, self.has_labels)[token]
+        return layer < count_used_layers(self.config, self.has_labels)[token]
 
 
 def resolve_commit(source: str, revision: str | None) -> str | None:
@@ -305,47 +298,36 @@ def to_grayscale(image: Image.Image) -> Image.Image:
 # Predictions ---------------------------------------------------------------------------------------------------------
 
 
-def compute_softmax_probabilities(logits: torch.Tensor, names: list[str]) -> Prediction:
-    """Return a dict that maps labels to probabilities, computed from logits [labels]. The probabilities sum to 1."""
-    return dict(zip(names, logits.softmax(dim=0).tolist(), strict=True))
-
-
-def compute_sigmoid_probabilities(logits: torch.Tensor, names: list[str]) -> Prediction:
-    """Return a dict that maps labels to independent probabilities, computed from logits [labels]."""
-    return dict(zip(names, logits.sigmoid().tolist(), strict=True))
-
-
-def format_regression_values(values: torch.Tensor, names: list[str]) -> Prediction:
-    """Format the values [labels] that a regression model predicts."""
-    return ", ".join(f"{name}: {value:.4g}" for name, value in zip(names, values.tolist(), strict=True))
-
-
-# Problem type -> title of the predictions, and function that converts logits to a prediction.
-PREDICTION_FORMATS: dict[str | None, tuple[str, Callable[[torch.Tensor, list[str]], Prediction]]] = {
-    None: ("Label", compute_softmax_probabilities),
-    "single_label_classification": ("Label", compute_softmax_probabilities),
-    "multi_label_classification": ("Labels with independent probabilities", compute_sigmoid_probabilities),
-    "regression": ("Regression values", format_regression_values),
+# Problem type -> title of the predictions.
+PREDICTION_TITLES = {
+    None: "Label",
+    "single_label_classification": "Label",
+    "multi_label_classification": "Labels with independent probabilities",
+    "regression": "Regression values",
 }
 
 
-def get_prediction_format(config: Any) -> tuple[str, Callable[[torch.Tensor, list[str]], Prediction]]:
-    """Return the title and the formatting function of the predictions of a single-task model. A model with a single
-    label is treated as a binary classifier, as in transformers' pipelines."""
-    if config.num_labels == 1 and config.problem_type != "regression":
-        return PREDICTION_FORMATS["multi_label_classification"]
-    return PREDICTION_FORMATS[config.problem_type]
+def get_problem_type(config: Any) -> str | None:
+    """Return the problem type of a single-task model. A model with a single label is treated as a binary classifier,
+    as in transformers' pipelines."""
+    is_binary = config.num_labels == 1 and config.problem_type != "regression"
+    return "multi_label_classification" if is_binary else config.problem_type
 
 
 def format_predictions(logits: Any, config: Any) -> dict[str, Prediction]:
     """Return a dict that maps output names to predictions. `logits` has shape [1, labels] or
     is {task: [1, labels]}."""
     if config.tasks:
-        task_labels = config.task_labels()
-        return {
-            task: compute_softmax_probabilities(logits[task][0].float().cpu(), task_labels[task])
-            for task in task_labels
-        }
-    title, format_prediction = get_prediction_format(config)
+        return {task: format_prediction(logits[task], names, None) for task, names in config.task_labels().items()}
     label_names = [config.id2label[index] for index in range(config.num_labels)]
-    return {title: format_prediction(logits[0].float().cpu(), label_names)}
+    problem_type = get_problem_type(config)
+    return {PREDICTION_TITLES[problem_type]: format_prediction(logits, label_names, problem_type)}
+
+
+def format_prediction(logits: torch.Tensor, names: list[str], problem_type: str | None) -> Prediction:
+    """Return a dict that maps labels to probabilities, or regression values as text, from logits [1, labels]."""
+    values = logits[0].float().cpu()
+    if problem_type == "regression":
+        return ", ".join(f"{name}: {value:.4g}" for name, value in zip(names, values.tolist(), strict=True))
+    probabilities = values.sigmoid() if problem_type == "multi_label_classification" else values.softmax(dim=0)
+    return dict(zip(names, probabilities.tolist(), strict=True))

@@ -24,7 +24,7 @@ from .card_results import (
 )
 from .card_sections import CITATION, build_training_section, build_use_section, render_card
 from .local_paths import BUILT_IN_DATASET, can_publish_images, is_local, strip_folders
-from .provenance import Provenance, WeightsLicense, get_run_license
+from .provenance import DERIVED_WEIGHTS_TEXTS, NEW_WEIGHTS_TEXTS, Provenance, WeightsLicense
 
 
 TAGS = ["vision", "vit", "vitcls"]
@@ -167,16 +167,15 @@ def build_metadata(
     name: str, config: ViTCLSConfig, results: dict[str, Any], flags: dict[str, Any], base_provenance: Provenance | None
 ) -> ModelCardData:
     """Return the metadata of a classifier's card."""
-    optional_tags = {
-        "distillation": bool(results.get("teacher")),
-        "multi-task": bool(config.tasks),
-        "multi-label": config.problem_type == "multi_label_classification",
-    }
+    tags = [*TAGS]
+    tags += ["distillation"] if results.get("teacher") else []
+    tags += ["multi-task"] if config.tasks else []
+    tags += ["multi-label"] if config.problem_type == "multi_label_classification" else []
     return ModelCardData(
         **build_common_metadata(flags, base_provenance),
         # The image-classification pipeline does not support multi-task models.
         pipeline_tag="image-feature-extraction" if config.tasks else "image-classification",
-        tags=[*TAGS, *(tag for tag, is_applicable in optional_tags.items() if is_applicable)],
+        tags=tags,
         metrics=["accuracy" if "accuracy" in results else "mean_average_precision"],
         model_name=name,
         eval_results=[
@@ -215,8 +214,11 @@ def build_common_metadata(flags: dict[str, Any], base_provenance: Provenance | N
 def get_license(
     flags: dict[str, Any], base_provenance: Provenance | None, teacher_provenance: Provenance | None = None
 ) -> WeightsLicense:
-    """Return the license of the run's weights."""
-    return get_run_license(is_from_scratch(flags), flags.get("license"), base_provenance, teacher_provenance)
+    """Return the license of the run's weights: the inherited license if it is known, otherwise `--license`."""
+    is_inherited = base_provenance is not None and base_provenance.license is not None
+    if is_from_scratch(flags) or (flags.get("license") and not is_inherited):
+        return WeightsLicense(NEW_WEIGHTS_TEXTS, Provenance("", license=flags.get("license")), teacher_provenance)
+    return WeightsLicense(DERIVED_WEIGHTS_TEXTS, base_provenance, teacher_provenance)
 
 
 # Text ----------------------------------------------------------------------------------------------------------------
@@ -247,12 +249,9 @@ def describe_classes(config: ViTCLSConfig) -> list[str]:
 def format_class_list(class_names: list[str]) -> str:
     """Return a string with at most `MAX_LISTED_CLASSES` class names and the number of remaining classes."""
     text = ", ".join(map(format_name, class_names[:MAX_LISTED_CLASSES]))
-    num_remaining_classes = len(class_names) - MAX_LISTED_CLASSES
-    return (
-        f"{text} and {num_remaining_classes:,} more (see `id2label` in config.json)"
-        if num_remaining_classes > 0
-        else text
-    )
+    if len(class_names) <= MAX_LISTED_CLASSES:
+        return text
+    return f"{text} and {len(class_names) - MAX_LISTED_CLASSES:,} more (see `id2label` in config.json)"
 
 
 def list_confusion_matrices(images: dict[str, str], config: ViTCLSConfig) -> list[tuple[str, str]]:

@@ -17,7 +17,7 @@ from .card_results import METRIC_NAMES, format_name, format_percent
 from .code_files import READING_ORDER, compute_code_digest
 from .local_paths import strip_folders
 from .provenance import Provenance
-from .verification_script import AUTO_CLASSES
+from .verification_script import get_auto_class
 
 
 # Jinja environment; templates are loaded from the installed package or from a source checkout.
@@ -78,9 +78,7 @@ def build_use_section(
         finetune_dataset: Dataset in the fine-tuning command. Default: the section has no fine-tuning command.
         is_native: Whether the class is part of transformers, in which case no code from the repository runs.
     """
-    auto_class = AUTO_CLASSES.get(architecture, "AutoModel")
-    if is_native and architecture.endswith("ForImageClassification"):
-        auto_class = "AutoModelForImageClassification"
+    auto_class = get_auto_class(architecture)
     return render_template(
         "use",
         name=name,

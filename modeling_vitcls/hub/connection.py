@@ -6,18 +6,14 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from huggingface_hub import constants, is_offline_mode, set_client_factory
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
 from huggingface_hub.utils import _http as hub_http
-from huggingface_hub.utils import (
-    are_progress_bars_disabled,
-    disable_progress_bars,
-    enable_progress_bars,
-)
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from huggingface_hub.utils import logging as hub_logging
 from transformers.utils import logging as transformers_logging
 
@@ -40,7 +36,7 @@ MAX_RETRY_WAIT = 300.0  # maximum wait before a retry, in seconds
 TIMEOUT_NAMES = ("connect", "read", "write", "pool")  # names of the timeouts in the HTTP library
 
 Result = TypeVar("Result")
-
+Error = TypeVar("Error", bound=BaseException)
 
 # Timeouts of the active `set_hub_timeout` blocks in all threads, in seconds.
 ACTIVE_TIMEOUTS: list[float] = []
@@ -126,16 +122,26 @@ def silence_transformers(hide_warnings: bool = True, hide_progress_bars: bool = 
 @contextmanager
 def silence_hub_client(show_progress: bool) -> Iterator[None]:
     """Turn off huggingface_hub's warnings about failed requests and, unless `show_progress` is True, progress bars."""
-    verbosity, had_progress_bars = hub_logging.get_verbosity(), not are_progress_bars_disabled()
+    verbosity = hub_logging.get_verbosity()
     hub_logging.set_verbosity_error()
-    if had_progress_bars and not show_progress:
-        disable_progress_bars()
+    try:
+        with nullcontext() if show_progress else hide_progress_bars():
+            yield
+    finally:
+        hub_logging.set_verbosity(verbosity)
+
+
+@contextmanager
+def hide_progress_bars(group: str | None = None) -> Iterator[None]:
+    """Turn off a group of huggingface_hub's progress bars (default: all) within the block."""
+    if are_progress_bars_disabled(group):
+        yield
+        return
+    disable_progress_bars(group)
     try:
         yield
     finally:
-        hub_logging.set_verbosity(verbosity)
-        if had_progress_bars and not show_progress:
-            enable_progress_bars()
+        enable_progress_bars(group)
 
 
 def retry(
@@ -165,13 +171,11 @@ def retry(
 
 def is_temporary(error: BaseException) -> bool:
     """Return whether an error is temporary, in which case a retry may succeed."""
-    causes = list(iter_causes(error))
-    statuses = [status for cause in causes if (status := get_http_status(cause)) is not None]
-    if statuses:
-        return statuses[0] in TEMPORARY_STATUSES
+    if hub_error := find_cause(error, HfHubHTTPError):
+        return hub_error.response.status_code in TEMPORARY_STATUSES
     # If the Hub is down, a proxy may return an HTML page instead of JSON.
     temporary_errors = (HTTPError, ConnectionError, TimeoutError, RuntimeError, json.JSONDecodeError)
-    return any(isinstance(cause, temporary_errors) for cause in causes)
+    return any(isinstance(cause, temporary_errors) for cause in iter_causes(error))
 
 
 def iter_causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -181,18 +185,16 @@ def iter_causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__
 
 
-def get_http_status(error: BaseException) -> int | None:
-    """Return the HTTP status of an error response from the Hub; None for other errors."""
-    return error.response.status_code if isinstance(error, HfHubHTTPError) else None
+def find_cause(error: BaseException, error_class: type[Error]) -> Error | None:
+    """Return the first error of a class in the chain of causes, starting with `error`."""
+    return next((cause for cause in iter_causes(error) if isinstance(cause, error_class)), None)
 
 
 def get_requested_wait(error: BaseException) -> float:
     """Return the wait in seconds that the Hub requests before a retry; 0 if no wait is requested."""
-    for cause in iter_causes(error):
-        if isinstance(cause, HfHubHTTPError):
-            retry_after = cause.response.headers.get("Retry-After", "")
-            return float(retry_after) if retry_after.isdecimal() else 0.0
-    return 0.0
+    hub_error = find_cause(error, HfHubHTTPError)
+    retry_after = hub_error.response.headers.get("Retry-After", "") if hub_error else ""
+    return float(retry_after) if retry_after.isdecimal() else 0.0
 
 
 def format_hub_error(error: BaseException) -> str:

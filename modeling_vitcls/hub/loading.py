@@ -34,12 +34,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import (
-    are_progress_bars_disabled,
-    disable_progress_bars,
-    enable_progress_bars,
-    validate_repo_id,
-)
+from huggingface_hub.utils import validate_repo_id
 from torch import nn
 
 from ..adaptation_vitcls import check_checkpoint_folder
@@ -49,8 +44,9 @@ from .connection import (
     HUB_ERRORS,
     describe_gated_repo,
     describe_no_response,
+    find_cause,
     format_hub_error,
-    iter_causes,
+    hide_progress_bars,
     retry,
     set_hub_timeout,
 )
@@ -97,26 +93,24 @@ def get_model_folder(source: str, patterns: Sequence[str] = MODEL_FILE_PATTERNS,
         raise OSError(describe_missing_repo(source))
     problem = f"{source} is not a folder and is missing or incomplete in the cache {constants.HF_HUB_CACHE}"
     if is_offline_mode():
-        folder = find_cached_folder(source, patterns, revision)
-        if folder is None:
-            raise OSError(
-                f"{problem}, and HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) is set. Run `hf download {source}` on a "
-                "machine with network access, copy its cache to this machine, and set HF_HOME to the copy"
-            )
-        return folder
+        if folder := find_cached_folder(source, patterns, revision):
+            return folder
+        raise OSError(
+            f"{problem}, and HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) is set. Run `hf download {source}` on a "
+            "machine with network access, copy its cache to this machine, and set HF_HOME to the copy"
+        )
     try:
         fetch_repo_info(source, revision=revision)
     except HubUnreachableError as error:
-        folder = find_cached_folder(source, patterns, revision)
-        if folder is None:
-            raise OSError(f"{problem}, and {error}") from error
-        logger.warning(
-            "%s. Loading %s from the cache, which may be outdated. Set HF_HUB_OFFLINE=1 to skip the request to the "
-            "Hub",
-            error,
-            source,
-        )
-        return folder
+        if folder := find_cached_folder(source, patterns, revision):
+            logger.warning(
+                "%s. Loading %s from the cache, which may be outdated. Set HF_HUB_OFFLINE=1 to skip the request to "
+                "the Hub",
+                error,
+                source,
+            )
+            return folder
+        raise OSError(f"{problem}, and {error}") from error
     return download_model(source, patterns, revision)
 
 
@@ -192,7 +186,7 @@ def fall_back_to_cache(
         try:
             yield commit
         except Exception as error:  # libraries raise different errors for gated repositories
-            if gated_error := next((cause for cause in iter_causes(error) if isinstance(cause, GatedRepoError)), None):
+            if gated_error := find_cause(error, GatedRepoError):
                 raise OSError(describe_gated_repo(gated_error)) from error
             raise
         return
@@ -269,15 +263,9 @@ def download_model(repo_id: str, patterns: Sequence[str], revision: str | None) 
 @contextmanager
 def show_progress_on_first_process() -> Iterator[None]:
     """Show download progress bars only on the first process of a machine; all processes share one download."""
-    progress_bar_group = "huggingface_hub.snapshot_download"
-    if os.environ.get("LOCAL_RANK", "0") == "0" or are_progress_bars_disabled(progress_bar_group):
+    is_first_process = os.environ.get("LOCAL_RANK", "0") == "0"
+    with nullcontext() if is_first_process else hide_progress_bars("huggingface_hub.snapshot_download"):
         yield
-        return
-    disable_progress_bars(progress_bar_group)
-    try:
-        yield
-    finally:
-        enable_progress_bars(progress_bar_group)
 
 
 def describe_missing_repo(name: str, repo_type: RepoType = "model") -> str:

@@ -11,14 +11,7 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
-from .connection import (
-    HUB_ERRORS,
-    SHORT_RETRY_WAITS,
-    describe_no_response,
-    format_hub_error,
-    retry,
-    set_hub_timeout,
-)
+from .connection import HUB_ERRORS, SHORT_RETRY_WAITS, describe_no_response, format_hub_error, retry, set_hub_timeout
 from .loading import describe_missing_repo, describe_missing_revision, is_hub_id
 from .manifest import find_code_repository
 
@@ -83,8 +76,7 @@ def resolve_code_commit(model_commit: HubCommit, folder: Path) -> HubCommit | No
     """Return the newest commit of the repository with the model's code, or None if the code is in the model's own
     repository.
 
-    `folder` contains the model's files. Raise ValueError if the code is in several repositories. Errors of
-    `resolve_commit` are propagated.
+    `folder` contains the model's files. Raise ValueError if the code is in several repositories.
     """
     try:
         repo_id = find_code_repository(folder, model_commit.repo_id)

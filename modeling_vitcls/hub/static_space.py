@@ -13,8 +13,9 @@ import html
 import json
 from pathlib import Path
 
+from .code_files import PACKAGE_FOLDER
 from .manifest import RepoFiles
-from .space import PACKAGE_FOLDER, PublishedModel, build_space_card
+from .space import PublishedModel, build_space_card
 
 
 MODEL_FOLDER = "model"

@@ -151,17 +151,14 @@ def verify(
     model_commit = resolve_commit(repo_id, revision)
     with tempfile.TemporaryDirectory(prefix="vitcls-verify-") as temporary_path, silence_transformers():
         temporary_folder = Path(temporary_path)
-        download_folder = temporary_folder / "files"
+        code_folder = download_folder = temporary_folder / "files"
         num_files = download_files(model_commit, download_folder)
         if folder is not None:
             check_published_files(repo_id, download_folder, folder, with_optimizer)
         code_commit = resolve_code_commit(model_commit, download_folder)
         is_native = is_native_model(download_folder)
-        code_folder = (
-            download_folder
-            if code_commit is None
-            else download_commit(code_commit, ["*.py"], temporary_folder / "code")
-        )
+        if code_commit is not None:
+            code_folder = download_commit(code_commit, ["*.py"], temporary_folder / "code")
         code_comparison = "no code" if is_native else describe_code_differences(code_folder)
         reference_loader: Any = PackageLoader(folder or download_folder)
         if is_native:
@@ -170,9 +167,8 @@ def verify(
         outputs, report = run_verification(
             model_commit, code_commit, temporary_folder, trust_remote_code=not is_native
         )
-    check_script_report(
-        model_commit, code_commit, report, "transformers.models." if is_native else "transformers_modules."
-    )
+    module_prefix = "transformers.models." if is_native else "transformers_modules."
+    check_script_report(model_commit, code_commit, report, module_prefix)
     return VerificationReport(
         repo_id=repo_id,
         revision=model_commit.sha,
@@ -189,11 +185,7 @@ def verify(
 
 
 def verify_push(push_result: PushResult, folder: Path) -> VerificationReport:
-    """Verify the model that was pushed from `folder`. Raise PushVerificationError if the verification fails.
-
-    The message is a single line with the reason, the locations of the model, and the command that repeats the
-    verification.
-    """
+    """Verify the model that was pushed from `folder`. Raise PushVerificationError if the verification fails."""
     try:
         return verify(push_result.repo_id, push_result.commit, folder, push_result.with_optimizer)
     except (ValueError, OSError) as error:
