@@ -189,13 +189,10 @@ class ImageInput:
             self.triggers.append(example_buttons.load_input_event.then)
 
     def predict(self, demo_model: DemoModel, file: dict[str, Any] | None) -> tuple[Any, Any, DemoResult | None]:
-        """Run the model on the image in `file`, the unprocessed value of the component `image`.
+        """Run the model on the image in `file`, the unprocessed value of the component `image`. Return updates of
+        `image` and `error_message`, and the output of the model (None if there is no valid image).
 
         The listener sets preprocess=False, because gradio's error messages for files that are not images are unclear.
-
-        Returns:
-            Updates of the components `image` and `error_message`, and the output of the model (None if there is no
-            valid image).
         """
         no_error = gr.Markdown("", visible=False)
         if file is None:
@@ -252,8 +249,7 @@ class AttentionView:
     def draw_layer(
         self, result: DemoResult | None, token: int, layer: int, head: int
     ) -> tuple[Image.Image | None, str]:
-        """Return the attention map of one layer and its caption. `layer` and `head` are counted from 1; head 0 is the
-        mean over heads."""
+        """Return the attention map of a layer and its caption. Layers and heads start at 1; head 0 is the mean."""
         if result is None:
             return None, ""
         selection = token, layer - 1, head - 1 if head else None
@@ -297,8 +293,7 @@ class PatchView:
     def draw_all(
         self, result: DemoResult | None, layer: int, foreground_only: bool, patch: tuple[int, int] | None
     ) -> tuple[Image.Image | None, Image.Image | None, str]:
-        """Return an image of the principal components, an image of the similarity to `patch` (default: the middle
-        patch), and a caption."""
+        """Return images of the principal components and of the similarity to `patch` (default: middle), a caption."""
         if result is None:
             return None, None, ""
         rows, columns = result.patch_features.shape[1:3]

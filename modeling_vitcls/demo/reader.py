@@ -63,8 +63,7 @@ class DemoResult:
     patch_features: torch.Tensor  # [layer, gh, gw, channel], after each layer, float16
 
     def draw_attention(self, token: int, layer: int, head: int | None) -> Image.Image:
-        """Draw the attention map of a token in a layer over the image. If `head` is None, the mean over heads is
-        drawn."""
+        """Draw the attention map of a token in a layer over the image: one head, or the mean over heads for None."""
         values = select_head(self.attention_maps[layer], head)[token]
         return overlay(self.image, values, self.visible_region, min_side=MIN_IMAGE_SIDE)
 
@@ -89,8 +88,7 @@ class DemoResult:
         return draw_patch_colors(self.image, colors, self.visible_region, min_side=MIN_IMAGE_SIDE)
 
     def draw_similarity(self, layer: int, row: int, column: int) -> Image.Image:
-        """Draw the cosine similarity of all patches to one patch, based on the features after a layer. Values of 0 or
-        less are dark."""
+        """Draw the cosine similarity of all patch features after a layer to one patch. Values up to 0 are dark."""
         similarity = compute_patch_similarity(self.patch_features[layer].float(), row, column).clamp(min=0)
         return overlay(self.image, similarity, self.visible_region, max_value=1, min_side=MIN_IMAGE_SIDE)
 
@@ -106,8 +104,7 @@ class DemoResult:
         return int(y_fraction * rows), int(x_fraction * columns)
 
     def compute_attention_fractions(self, token: int, layer: int, head: int | None) -> list[float]:
-        """Return the fraction of a token's attention to each special token and, as the last element, to all patches.
-        The fractions sum to 1."""
+        """Return the fractions of a token's attention to each special token and, as the last element, to patches."""
         fractions = select_head(self.token_attention[layer], head)[token]  # [key]
         special_fractions = fractions[: self.token_attention.shape[2]]
         return [*special_fractions.tolist(), 1 - special_fractions.sum().item()]
@@ -220,12 +217,7 @@ class DemoModel:
         return bool(self.config.tasks) or get_problem_type(self.config) != "multi_label_classification"
 
     def predict(self, file: str | Path) -> DemoResult:
-        """Run the model on an image.
-
-        Raises:
-            ValueError: if the file is not an image, or if the model does not support the image. The message is one
-                line.
-        """
+        """Run the model on an image file. Raise ValueError if the file is not a supported image."""
         image = self.processor.fetch_images(str(file))  # upright
         if self.config.num_channels == 1:
             image = to_grayscale(image)
@@ -235,8 +227,7 @@ class DemoModel:
         return DemoResult(*image_and_region, **self.run_model(pixel_values))
 
     def run_model(self, pixel_values: torch.Tensor) -> dict[str, Any]:
-        """Run the model once on an image [1, C, H, W]. Return all fields of `DemoResult` except `image` and
-        `visible_region`."""
+        """Run the model on an image [1, C, H, W]. Return the fields of `DemoResult` except image and region."""
         config, encoder = self.config, self.model.base_model
         grid_size = encoder.embeddings.patch_embeddings.get_grid_size(pixel_values)
 
@@ -308,15 +299,13 @@ PREDICTION_TITLES = {
 
 
 def get_problem_type(config: Any) -> str | None:
-    """Return the problem type of a single-task model. A model with a single label is treated as a binary classifier,
-    as in transformers' pipelines."""
+    """Return the problem type. As in transformers' pipelines, a model with one label is a binary classifier."""
     is_binary = config.num_labels == 1 and config.problem_type != "regression"
     return "multi_label_classification" if is_binary else config.problem_type
 
 
 def format_predictions(logits: Any, config: Any) -> dict[str, Prediction]:
-    """Return a dict that maps output names to predictions. `logits` has shape [1, labels] or
-    is {task: [1, labels]}."""
+    """Return a dict that maps output names to predictions, from logits [1, labels] or {task: [1, labels]}."""
     if config.tasks:
         return {task: format_prediction(logits[task], names, None) for task, names in config.task_labels().items()}
     label_names = [config.id2label[index] for index in range(config.num_labels)]

@@ -43,13 +43,8 @@ def write_adapter(
 ) -> None:
     """Write the adapter of a model with LoRA layers, and the card of the adapter.
 
-    Args:
-        folder: Folder of the adapter; created if it does not exist.
-        state_dict: Complete, unsharded state dict of a classifier with PEFT's LoRA layers.
-        config: Configuration of the classifier.
-        rank: Rank of the LoRA matrices.
-        base_model: Hub id or folder of the base model.
-        provenance: Provenance of the base model.
+    `state_dict` is the complete, unsharded state dict of a classifier with PEFT's LoRA layers, and `provenance` is the
+    provenance of the base model.
     """
     from peft import LoraConfig
 

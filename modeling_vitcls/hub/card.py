@@ -82,8 +82,7 @@ def build_encoder_card(
     base_provenance: Provenance | None = None,
     images: dict[str, str] | None = None,
 ) -> ModelCard:
-    """Build the card of an encoder that was pre-trained with masked image modeling. See `build_card` for the
-    arguments."""
+    """Build the card of an encoder that was pre-trained with masked image modeling, like `build_card`."""
     flags = {flag: value for flag, value in flags.items() if flag not in FINETUNING_FLAGS}
     return render_card(
         "encoder",

@@ -66,8 +66,7 @@ def build_use_section(
     finetune_dataset: str | None = None,
     is_native: bool = False,
 ) -> str:
-    """Return the section "Use". The first code block of the section runs without changes; the second code block pins a
-    commit.
+    """Return the section "Use", with a code block that runs without changes, and a code block that pins a commit.
 
     Args:
         name: Hub id of the model, or name of its folder.
@@ -99,19 +98,15 @@ def build_use_section(
 
 
 def insert_onnx_section(card_text: str, report: dict[str, Any]) -> str:
-    """Insert the section "ONNX files" before the citation of a card; return the card unchanged if it has the section.
-
-    `report` is the parsed onnx/report.json.
-    """
+    """Insert the section "ONNX files" (from onnx/report.json) before the citation, unless the card has the section."""
     if "\n## ONNX files\n" in card_text:
         return card_text
     labeled_scores = report["labeled"]
     rows = []
     for comparison in report["comparisons"]:
-        row = [f"`{comparison['file']}`", f"{comparison['largest_difference']:.1e}"]
-        row.append(format_percent(comparison["top1_agreement"]))
-        if labeled_scores:
-            row.append(format_percent(labeled_scores["files"][Path(comparison["file"]).name]))
+        file, agreement = comparison["file"], comparison["top1_agreement"]
+        row = [f"`{file}`", f"{comparison['largest_difference']:.1e}", format_percent(agreement)]
+        row += [format_percent(labeled_scores["files"][Path(file).name])] if labeled_scores else []
         rows.append(row)
     section = render_template(
         "onnx",
@@ -256,10 +251,8 @@ def describe_teacher(flags: dict[str, Any], teacher_provenance: Provenance | Non
 
 def get_shareable_flags(flags: dict[str, Any]) -> dict[str, Any]:
     """Return the flags for publication, without unset flags, local folders or push destinations."""
-    shareable_paths = {"output_dir": "my-model"}
-    for name in ("dataset", "model", "teacher"):
-        if flags.get(name):
-            shareable_paths[name] = strip_folders(flags[name])
+    sources = {name: strip_folders(flags[name]) for name in ("dataset", "model", "teacher") if flags.get(name)}
+    shareable_paths = sources | {"output_dir": "my-model"}
     return {
         name: shareable_paths.get(name, value)
         for name, value in flags.items()

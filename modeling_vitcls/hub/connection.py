@@ -104,8 +104,7 @@ class TimeoutClientFactory:
 
 @contextmanager
 def silence_transformers(hide_warnings: bool = True, hide_progress_bars: bool = True) -> Iterator[None]:
-    """Turn off transformers' warnings, for example about unused classifier weights, and its progress bars. Set an
-    argument to False to keep the warnings or the progress bars."""
+    """Turn off transformers' warnings, for example about unused classifier weights, and its progress bars."""
     verbosity, had_progress_bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     if hide_warnings:
         transformers_logging.set_verbosity_error()
@@ -147,14 +146,10 @@ def hide_progress_bars(group: str | None = None) -> Iterator[None]:
 def retry(
     action: Callable[[], Result], description: str, waits: Sequence[float] | None = None, level: int = logging.WARNING
 ) -> Result:
-    """Call `action`, retry after temporary failures, and return the result. If all attempts fail, the last error is
-    raised.
+    """Call `action`, retry after temporary failures, and return the result or raise the last error.
 
-    Args:
-        action: The function to call.
-        description: Description of the action in the log line before each retry, such as "pushing to someone/model".
-        waits: Wait before each retry, in seconds. Default: `RETRY_WAITS`.
-        level: Level of the log line.
+    Before each retry, a line with the `description`, such as "pushing to someone/model", is logged. `waits` contains
+    the wait before each retry in seconds (default: `RETRY_WAITS`).
     """
     for wait in RETRY_WAITS if waits is None else waits:
         try:

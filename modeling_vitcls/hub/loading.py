@@ -164,16 +164,10 @@ def fetch_repo_info(repo_id: str, repo_type: RepoType = "model", revision: str |
 def fall_back_to_cache(
     repo_id: str, repo_type: RepoType = "model", revision: str | None = None
 ) -> Iterator[str | None]:
-    """Make other libraries load a repository from the cache if the Hub does not respond.
+    """Run the block as if HF_HUB_OFFLINE were set if the Hub does not respond, so that other libraries use the cache.
 
-    If the Hub does not respond to a first request, the block runs as if HF_HUB_OFFLINE were set.
-
-    Yields:
-        The hash of the commit on the Hub; None if the Hub was not reached.
-
-    Raises:
-        OSError: If there is no such repository or revision, if the repository is gated, or if the Hub does not
-            respond and the block fails.
+    Yield the hash of the commit on the Hub, or None if the Hub was not reached. Raise OSError if there is no such
+    repository or revision, if the repository is gated, or if the Hub does not respond and the block fails.
     """
     if is_offline_mode():
         yield None
@@ -243,9 +237,14 @@ def find_cached_folder(repo_id: str, patterns: Sequence[str], revision: str | No
 
 
 def download_model(repo_id: str, patterns: Sequence[str], revision: str | None) -> str:
-    """Download the commit of the revision, by default the newest commit, and return the folder in the cache."""
+    """Download the commit of the revision, by default the newest commit, and return the folder in the cache.
+
+    All processes of a machine share one download. Only the first process shows progress bars.
+    """
+    is_first_process = os.environ.get("LOCAL_RANK", "0") == "0"
+    progress = nullcontext() if is_first_process else hide_progress_bars("huggingface_hub.snapshot_download")
     try:
-        with set_hub_timeout(TIMEOUT), show_progress_on_first_process():
+        with set_hub_timeout(TIMEOUT), progress:
             folder = retry(
                 lambda: snapshot_download(repo_id, revision=revision, allow_patterns=list(patterns)),
                 f"downloading {repo_id}",
@@ -258,14 +257,6 @@ def download_model(repo_id: str, patterns: Sequence[str], revision: str | None) 
     if not Path(folder, CONFIG_FILE).is_file():
         raise OSError(f"{repo_id} does not contain a model, because {CONFIG_FILE} is missing. Check the name")
     return folder
-
-
-@contextmanager
-def show_progress_on_first_process() -> Iterator[None]:
-    """Show download progress bars only on the first process of a machine; all processes share one download."""
-    is_first_process = os.environ.get("LOCAL_RANK", "0") == "0"
-    with nullcontext() if is_first_process else hide_progress_bars("huggingface_hub.snapshot_download"):
-        yield
 
 
 def describe_missing_repo(name: str, repo_type: RepoType = "model") -> str:

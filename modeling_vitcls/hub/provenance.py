@@ -96,8 +96,7 @@ def read_folder_provenance(folder: Path) -> Provenance:
 
 
 def fetch_hub_provenance(repo_id: str) -> Provenance:
-    """Return the provenance of a model on the Hub, from the card or, if the Hub does not respond, from the cached
-    card."""
+    """Return the provenance of a model on the Hub, from its card. If the Hub does not respond, the cache is used."""
     if not is_hub_id(repo_id):
         return Provenance(repo_id)
     provenance = Provenance(repo_id, base_model=repo_id)

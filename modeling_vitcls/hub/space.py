@@ -203,8 +203,7 @@ def build_gradio_card(model: PublishedModel, title: str) -> str:
 def build_space_card(
     model: PublishedModel, title: str, description: str, settings: dict[str, Any], **fields: str
 ) -> str:
-    """Return the text of README.md, whose header configures the Space. `description` is a template with the
-    placeholders `model`, `commit`, `url` and the names in `fields`."""
+    """Return the text of README.md, with the settings of the Space. `description` is the template of the text."""
     header = SpaceCardData(
         title=title,
         emoji="🔎",
@@ -228,10 +227,7 @@ def list_requirements() -> list[str]:
 
 
 def write_space(files: RepoFiles, folder: Path) -> None:
-    """Write the files to a folder, to run the page locally (`python app.py`) or to create a Space from the folder.
-
-    Raise ValueError if the folder is not empty.
-    """
+    """Write the files to a folder, to run `python app.py` locally. Raise ValueError if the folder is not empty."""
     check_output_is_empty(folder)
     for name, content in files.items():
         file = folder / name

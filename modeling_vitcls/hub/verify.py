@@ -347,10 +347,8 @@ def check_script_report(
 
 
 def compare_outputs(repo_id: str, outputs: Outputs, expected_outputs: Outputs) -> dict[str, float]:
-    """Return the maximum absolute difference between the outputs for each Auto class and for the pipeline.
-
-    Raise VerificationError if a difference exceeds the tolerance.
-    """
+    """Return the maximum absolute difference between the outputs for each Auto class and for the pipeline. Raise
+    VerificationError if a difference exceeds the tolerance."""
     if outputs.keys() != expected_outputs.keys():
         names = ", ".join(sorted(outputs.keys() ^ expected_outputs.keys()))
         raise VerificationError(f"the outputs of {repo_id} have missing or unexpected tensors: {names}")
