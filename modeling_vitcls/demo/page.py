@@ -83,13 +83,11 @@ def serve_demo(
         revision: commit hash, branch or tag.
         examples: example image files.
         host: host name of the server. Default: the environment variable GRADIO_SERVER_NAME, or localhost.
-        port: port of the server. Default: the environment variable GRADIO_SERVER_PORT, or the first free port from
-            7860 upward.
+        port: port of the server. Default: GRADIO_SERVER_PORT, or the first free port from 7860 upward.
         code_revision: commit hash, branch or tag of the code, if the code is in a separate repository.
 
     Raises:
-        ValueError, OSError: if the demo does not support the model, or the port is in use. The message is a single
-            line.
+        ValueError, OSError: if the demo does not support the model, or the port is in use. The message is one line.
     """
     page = build_page(DemoModel.load(source, revision, code_revision), examples)
     try:

@@ -130,14 +130,9 @@ class DemoModel:
     def load(cls, source: str, revision: str | None = None, code_revision: str | None = None) -> "DemoModel":
         """Load a vitcls checkpoint: a classifier if the checkpoint contains a classifier, otherwise the encoder.
 
-        Args:
-            source: folder or Hub id. If this package is not installed, the code in the repository is executed.
-            revision: commit hash, branch or tag. For safety, set a commit hash.
-            code_revision: commit hash, branch or tag of the code, if the code is in a separate repository.
-
-        Raises:
-            ValueError, OSError: if the checkpoint is not a vitcls model, is not found, or cannot be read. The message
-                is a single line.
+        If this package is not installed, the code in the repository is executed. For safety, set `revision` to a
+        commit hash. `code_revision` is the revision of the code, if the code is in a separate repository. Raise
+        ValueError or OSError with a one-line message if the checkpoint is not a readable vitcls model.
         """
         commit = resolve_commit(source, revision)
         config_dict = load_checkpoint(PreTrainedConfig.get_config_dict, source, revision=commit)[0]

@@ -48,14 +48,9 @@ def build_card(
 ) -> ModelCard:
     """Build the card of a fine-tuned classifier.
 
-    Args:
-        name: Hub id of the model, or name of its folder.
-        config: Configuration of the model.
-        results: Contents of results.json.
-        flags: Flags of the run, as in config.resolved.yaml.
-        base_provenance: Provenance of the model that training started from; None for a preset.
-        teacher_provenance: Provenance of the distillation teacher.
-        images: Image name -> path in the model folder, as returned by analysis/card_images.py.
+    `name` is the Hub id of the model or the name of its folder. `results` are the contents of results.json, and
+    `flags` the flags of the run, as in config.resolved.yaml. `base_provenance` is None for a preset. `images` maps
+    image names to paths in the model folder, as returned by analysis/card_images.py.
     """
     images = images or {}
     return render_card(

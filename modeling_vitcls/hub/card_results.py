@@ -19,14 +19,10 @@ METRIC_NAMES = {
     "exact_match": "Exact match (all classes of an image are correct)",
     "calibration_error": "Calibration error",
 }
-CLASS_COLUMNS = {
-    "recall": "Recall",
-    "precision": "Precision",
-    "f1": "F1",
-    "average_precision": "Average precision",
-}
+CLASS_COLUMNS = {"recall": "Recall", "precision": "Precision", "f1": "F1", "average_precision": "Average precision"}
 CONFIDENCE_LEVEL = 0.95  # confidence level of all intervals, as in inference/metrics.py
 MAX_CLASSES_IN_TABLE = 20
+MAX_NAME_LENGTH = 100  # maximum length of a name in a card, in characters
 
 
 def get_metric_names(results: dict[str, Any], config: ViTCLSConfig) -> dict[str, str]:
@@ -129,9 +125,6 @@ def describe_confusion(matrix: list[list[int]] | None, rows: list[dict[str, Any]
         return ""
     predicted_name = format_name(rows[error_counts.index(num_errors)]["name"])
     return f", {num_errors:,} of which {'was' if num_errors == 1 else 'were'} predicted as {predicted_name}"
-
-
-MAX_NAME_LENGTH = 100  # maximum length of a name in a card, in characters
 
 
 def format_name(name: str) -> str:

@@ -72,8 +72,7 @@ def build_use_section(
         name: Hub id of the model, or name of its folder.
         architecture: Name of the model class.
         has_pipeline: Whether the image-classification pipeline supports the model.
-        revision: Branch that the first code block loads. Without a revision, transformers would print a warning for
-            each code file.
+        revision: Branch to load. Without a revision, transformers would print a warning for each code file.
         finetune_dataset: Dataset in the fine-tuning command. Default: the section has no fine-tuning command.
         is_native: Whether the class is part of transformers, in which case no code from the repository runs.
     """

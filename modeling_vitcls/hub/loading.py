@@ -4,6 +4,8 @@
     folder = get_model_folder("someone/their-model")    # downloaded; from the cache if the Hub does not respond
     with fall_back_to_cache("someone/their-data", "dataset"):
         ...                                             # the same rule for downloads by other libraries
+    model, commit = load_timm_model("vit_small_patch16_224")          # timm chooses the repository and the commit
+    model, commit = load_timm_model("hf-hub:someone/their-model")     # also with @REVISION
 
     online          the newest commit; files that are not in the cache are downloaded
     no response     the cached files, with a warning; an error after two attempts if no files are cached
@@ -11,11 +13,6 @@
 
 Loading from the returned folder sends no requests. Without this module, transformers would retry for a minute if
 connections are refused, and for many minutes if the Hub does not respond.
-
-timm models are loaded according to the same rules:
-
-    model, commit = load_timm_model("vit_small_patch16_224")          # timm chooses the repository and the commit
-    model, commit = load_timm_model("hf-hub:someone/their-model")     # also with @REVISION
 """
 
 import logging
@@ -75,15 +72,11 @@ class HubUnreachableError(OSError):
 def get_model_folder(source: str, patterns: Sequence[str] = MODEL_FILE_PATTERNS, revision: str | None = None) -> str:
     """Return the folder with a model's files: `source` itself, or a folder in the cache.
 
-    Args:
-        source: A folder, or `namespace/name` on the Hub.
-        patterns: Patterns that match the names of the files to download.
-        revision: Commit hash, branch or tag on the Hub. Default: the newest commit of `main`.
+    `source` is a folder, or `namespace/name` on the Hub. The files whose names match `patterns` are downloaded.
 
-    Raises:
-        ValueError: If a revision is given for a folder.
-        OSError: If there is no such folder or model, if access is denied, or if the model is neither in the cache nor
-            available from the Hub (no response, or offline mode). The message is a single line and names the remedy.
+    Raise ValueError if a revision is given for a folder, and OSError if there is no such folder or model, if access is
+    denied, or if the model is neither in the cache nor available from the Hub (no response, or offline mode). The
+    message is a single line and names the remedy.
     """
     if Path(source).exists():
         if revision is not None:

@@ -27,18 +27,11 @@ def check_push_permissions(
 ) -> str:
     """Check that the token may push to a repository, and return the full repository id, `namespace/name`.
 
-    The check only reads from the Hub and writes no files. Call this function only on the main process.
+    The check only reads from the Hub and writes no files. Call this function only on the main process. `repo_id` is
+    `namespace/name`, or a name in the user's namespace (default: `default_name`).
 
-    Args:
-        repo_id: `namespace/name`, or a name in the user's namespace. Default: `default_name` in the user's namespace.
-        default_name: Default value of `repo_id`, for example the name of the output folder.
-        private: Whether the repository must be private.
-        repo_type: Type of the repository.
-
-    Raises:
-        ValueError: If the name is invalid, or the token, the namespace or the visibility does not permit the push.
-            The message is a single line and names the remedy.
-        OSError: If the Hub does not respond.
+    Raise ValueError if the name is invalid, or if the token, the namespace or the visibility does not permit the push,
+    and OSError if the Hub does not respond. The message is a single line and names the remedy.
     """
     check_is_online()
     account = fetch_account()

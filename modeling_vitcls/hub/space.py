@@ -157,10 +157,12 @@ def build_space_files(model: PublishedModel, title: str | None = None, examples:
         examples=EXAMPLES_FOLDER,
     )
     title = title or f"{model.repo_id.partition('/')[2]}: labels and attention"
+    requirements = [Requirement(line) for line in importlib.metadata.requires(PACKAGE_FOLDER.name) or ()]
+    specifiers = {each.name: str(each.specifier) for each in requirements if each.specifier}
     files: RepoFiles = {
         "app.py": app_code.encode(),
         "README.md": build_gradio_card(model, title).encode(),
-        "requirements.txt": "".join(f"{line}\n" for line in list_requirements()).encode(),
+        "requirements.txt": "".join(f"{name}{specifiers[name]}\n" for name in REQUIRED_LIBRARIES).encode(),
     }
     files |= {f"{PAGE_FOLDER}/{name}": PACKAGE_FOLDER / name for name in PAGE_FILES}
     for file in examples:
@@ -217,13 +219,6 @@ def build_space_card(
     url = f"{constants.ENDPOINT}/{model.repo_id}"
     text = description.format(model=model.repo_id, commit=model.commit, url=url, **fields)
     return str(SpaceCard(f"---\n{header.to_yaml()}\n---\n# {title}\n{text}"))
-
-
-def list_requirements() -> list[str]:
-    """Return the lines of requirements.txt, with the minimum versions that this package declares."""
-    requirements = [Requirement(line) for line in importlib.metadata.requires(PACKAGE_FOLDER.name) or ()]
-    specifiers = {each.name: str(each.specifier) for each in requirements if each.specifier}
-    return [f"{name}{specifiers[name]}" for name in REQUIRED_LIBRARIES]
 
 
 def write_space(files: RepoFiles, folder: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import ImageClassificationPipeline, ImageProcessingMixin
+from transformers import ImageClassificationPipeline
 from transformers.utils import is_torchvision_available
 
 from ..configuration_vitcls import ViTCLSConfig
@@ -33,10 +33,6 @@ MODEL_CLASSES: dict[str, tuple[Any, ...]] = {
     "AutoModelForImageClassification": (ViTCLSForImageClassification, ViTCLSForMultiTaskClassification),
     "AutoModelForMaskedImageModeling": (ViTCLSForMaskedImageModeling,),
     "AutoBackbone": (ViTCLSBackbone,),
-}
-PROCESSOR_CLASSES: dict[str, type[ImageProcessingMixin]] = {
-    "torchvision": ViTCLSImageProcessor,
-    "pil": ViTCLSImageProcessorPil,
 }
 
 
@@ -66,7 +62,8 @@ class PackageLoader:
 
     def load_processor(self, backend: str) -> Any:
         """Load the image processor for a backend, `torchvision` or `pil`."""
-        return PROCESSOR_CLASSES[backend].from_pretrained(self.folder)
+        processor_classes: dict[str, Any] = {"torchvision": ViTCLSImageProcessor, "pil": ViTCLSImageProcessorPil}
+        return processor_classes[backend].from_pretrained(self.folder)
 
     def load_pipeline(self, config: ViTCLSConfig) -> ImageClassificationPipeline:
         """Build the image-classification pipeline from this package's classes."""

@@ -80,10 +80,6 @@ class VerificationError(ValueError):
     """Raised if a published model does not load or differs from the reference. The message is a single line."""
 
 
-class PushVerificationError(OSError):
-    """Raised if the verification of a push fails. The message ends with the command that repeats the verification."""
-
-
 @dataclass(frozen=True)
 class VerificationReport:
     """The result of a verification."""
@@ -101,9 +97,7 @@ class VerificationReport:
 
     def format_loading_code(self) -> str:
         """Return the line of code that loads the verified commit."""
-        auto_class = next(
-            name for name in reversed(self.class_names) if name.startswith(("AutoModel", "AutoBackbone"))
-        )
+        auto_class = next(name for name in reversed(self.class_names) if not name.startswith("AutoImageProcessor"))
         code_pin = f', code_revision="{self.code_revision}"' if self.code_revision else ""
         trust_argument = "" if self.is_native else ", trust_remote_code=True"
         arguments_text = f'"{self.repo_id}", revision="{self.revision}"{code_pin}{trust_argument}'
@@ -129,9 +123,7 @@ class VerificationReport:
 def verify(
     repo_id: str, revision: str = "main", folder: Path | None = None, with_optimizer: bool = False
 ) -> VerificationReport:
-    """Download and load a published model, and compare the outputs of the model with a reference.
-
-    The code of the model runs in a separate process.
+    """Download a published model, run it in a new process, and compare its outputs with a reference.
 
     Args:
         repo_id: `namespace/name`.
@@ -185,12 +177,15 @@ def verify(
 
 
 def verify_push(push_result: PushResult, folder: Path) -> VerificationReport:
-    """Verify the model that was pushed from `folder`. Raise PushVerificationError if the verification fails."""
+    """Verify the model that was pushed from `folder`. Raise OSError if the verification fails.
+
+    The message is a single line and ends with the command that repeats the verification.
+    """
     try:
         return verify(push_result.repo_id, push_result.commit, folder, push_result.with_optimizer)
     except (ValueError, OSError) as error:
         command = f"vitcls push --verify-only {push_result.repo_id} --revision {push_result.commit}"
-        raise PushVerificationError(
+        raise OSError(
             f"the model was pushed, but not verified: {error}. The model is saved in {folder} and published at "
             f"{push_result.url}. Repeat the verification with: {command}"
         ) from error
