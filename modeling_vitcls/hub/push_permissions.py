@@ -69,10 +69,10 @@ def fetch_account() -> dict[str, Any]:
 def check_namespace(repo_id: str, account: dict[str, Any], repo_type: PushRepoType) -> None:
     """Raise ValueError unless the user may create repositories in the namespace."""
     namespace = repo_id.partition("/")[0]
-    if is_same_name(namespace, account["name"]):
+    if namespace.casefold() == account["name"].casefold():
         return
     organizations = account.get("orgs", ())
-    roles = [each.get("roleInOrg") for each in organizations if is_same_name(each["name"], namespace)]
+    roles = [each.get("roleInOrg") for each in organizations if each["name"].casefold() == namespace.casefold()]
     if not roles:
         namespaces_text = ", ".join([account["name"], *(organization["name"] for organization in organizations)])
         raise ValueError(
@@ -124,20 +124,15 @@ def check_token(repo_id: str, account: dict[str, Any], repo_exists: bool) -> Non
         raise ValueError(f"the Hugging Face token is read-only, so it cannot push to {repo_id}. To push, {remedy}")
     if token["role"] != "fineGrained":
         return
-    writable_names = [
-        scope["entity"].get("name", "")
+    writable_names = {
+        scope["entity"].get("name", "").casefold()
         for scope in token.get("fineGrained", {}).get("scoped", ())
         if "repo.write" in scope.get("permissions", ())
-    ]
-    # The permission applies to the namespace, or to a repository if the repository exists.
-    accepted_names = [repo_id.partition("/")[0], *([repo_id] if repo_exists else [])]
-    if not any(is_same_name(name, accepted_name) for name in writable_names for accepted_name in accepted_names):
+    }
+    # The permission applies to the namespace, or to the repository if it exists.
+    accepted_names = {repo_id.partition("/")[0].casefold(), *([repo_id.casefold()] if repo_exists else [])}
+    if not writable_names & accepted_names:
         raise ValueError(
             f"the fine-grained Hugging Face token has no permission to write to {repo_id}. Add 'Write access to "
             f"contents' for the namespace at {TOKEN_SETTINGS_URL}, or {remedy}"
         )
-
-
-def is_same_name(name: str, expected_name: str) -> bool:
-    """Return whether two names on the Hub are equal, ignoring case."""
-    return name.casefold() == expected_name.casefold()

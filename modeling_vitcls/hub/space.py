@@ -270,10 +270,8 @@ def push_space_once(files: RepoFiles, model: PublishedModel, space_id: str, priv
     api.create_repo(space_id, repo_type="space", space_sdk=sdk, private=private or None, exist_ok=True)
     parent_commit = api.space_info(space_id).sha
     published_files = api.list_repo_files(space_id, revision=parent_commit, repo_type="space")
-    folder_prefixes = tuple(
-        {f"{name.partition('/')[0]}/" for name in files if "/" in name} | {f"{PAGE_FOLDER}/", f"{EXAMPLES_FOLDER}/"}
-    )
-    outdated_files = [name for name in published_files if name.startswith(folder_prefixes) and name not in files]
+    folders = {PAGE_FOLDER, EXAMPLES_FOLDER, *(name.partition("/")[0] for name in files)}
+    outdated_files = [name for name in published_files if name.partition("/")[0] in folders and name not in files]
     deletions = [CommitOperationDelete(name) for name in outdated_files]
     additions = [CommitOperationAdd(name, content) for name, content in files.items()]
     commit = api.create_commit(
