@@ -8,7 +8,7 @@
 Models are loaded with the Auto classes, which may execute code from the repository of the checkpoint.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,24 +43,24 @@ MAX_IMAGE_SIDE = 1024  # maximum length of the longer side of a displayed image 
 MIN_IMAGE_SIDE = 384  # minimum length of the longer side of a displayed image in pixels
 THUMBNAIL_SIDE = 320  # maximum length of the longer side of a small map in pixels
 
+EMPTY = torch.empty(0)
 Prediction = dict[str, float] | str  # label -> probability, or regression values as text
 
 
 @dataclass(frozen=True)
 class DemoResult:
-    """Output of a model for one image. gh and gw are the height and width of the patch grid.
-
-    If the model merges patches, `token_attention`, `attention_maps` and `patch_features` have 0 layers.
-    """
+    """Output of a model for one image. gh and gw are the height and width of the patch grid."""
 
     image: Image.Image  # upright, at most MAX_IMAGE_SIDE pixels per side
     visible_region: VisibleRegion  # region of the image that the patches cover
     predictions: dict[str, Prediction]  # output name -> prediction; empty for an encoder
-    token_attention: torch.Tensor  # [layer, head, special token, key], attention of the special tokens, float32
-    attention_maps: torch.Tensor  # [layer, head, special token, gh, gw], attention to patches
-    rollout: torch.Tensor  # [special token, gh, gw], attention rollout over all layers
-    attributions: dict[str, torch.Tensor]  # most probable label of each output -> attribution of each patch [gh, gw]
-    patch_features: torch.Tensor  # [layer, gh, gw, channel], after each layer, float16
+    # The other fields are empty if the model merges patches.
+    token_attention: torch.Tensor = EMPTY  # [layer, head, special token, key], attention of special tokens, float32
+    attention_maps: torch.Tensor = EMPTY  # [layer, head, special token, gh, gw], attention to patches
+    rollout: torch.Tensor = EMPTY  # [special token, gh, gw], attention rollout over all layers
+    # Most probable label of each output -> attribution of each patch [gh, gw].
+    attributions: dict[str, torch.Tensor] = field(default_factory=dict)
+    patch_features: torch.Tensor = EMPTY  # [layer, gh, gw, channel], after each layer, float16
 
     def draw_attention(self, token: int, layer: int, head: int | None) -> Image.Image:
         """Draw the attention map of a token in a layer over the image: one head, or the mean over heads for None."""
@@ -223,25 +223,14 @@ class DemoModel:
 
     def run_model(self, pixel_values: torch.Tensor) -> dict[str, Any]:
         """Run the model on an image [1, C, H, W]. Return the fields of `DemoResult` except image and region."""
-        config, encoder = self.config, self.model.base_model
-        grid_size = encoder.embeddings.patch_embeddings.get_grid_size(pixel_values)
+        config = self.config
+        if self.has_patch_merging:
+            with torch.inference_mode():
+                return {"predictions": format_predictions(self.model(pixel_values).logits, config)}
 
         def extract_maps(attention: torch.Tensor) -> torch.Tensor:
             return extract_patch_maps(attention, config, (pixel_values.shape[-2], pixel_values.shape[-1]))
 
-        if self.has_patch_merging:
-            with torch.inference_mode():
-                predictions = format_predictions(self.model(pixel_values).logits, config)
-            num_keys = config.token_layout.get_num_tokens(*grid_size)
-            token_attention = torch.empty(0, len(self.head_names), len(self.token_names), num_keys)
-            return {
-                "predictions": predictions,
-                "token_attention": token_attention,
-                "attention_maps": extract_maps(token_attention),
-                "rollout": torch.empty(0, *grid_size),
-                "attributions": {},
-                "patch_features": torch.empty(0, *grid_size, config.hidden_size),
-            }
         trace = trace_attention(self.model, pixel_values, needs_gradients=self.has_labels)
         predictions, attributions = {}, {}
         if self.has_labels:
@@ -251,7 +240,7 @@ class DemoModel:
                 label = f"{task}: {config.task_labels()[task][best_index]}" if task else config.id2label[best_index]
                 attributions[label] = extract_maps(trace.compute_attribution(best_index, task)[0].float().cpu())
         token_attention = trace.compute_token_attention()[0].float().cpu()
-        patch_features = arrange_patch_features(trace.outputs.hidden_states, encoder, pixel_values)[0]
+        patch_features = arrange_patch_features(trace.outputs.hidden_states, self.model.base_model, pixel_values)[0]
         return {
             "predictions": predictions,
             "token_attention": token_attention,

@@ -49,9 +49,8 @@ def compile_loading_pattern(name: str) -> re.Pattern[str]:
 def get_model_index(metadata: Any) -> list[dict[str, Any]]:
     """Return the entries of the model-index that have a name."""
     models = metadata.get("model-index") if isinstance(metadata, dict) else None
-    if not isinstance(models, list):
-        return []
-    return [model for model in models if isinstance(model, dict) and isinstance(model.get("name"), str)]
+    entries = models if isinstance(models, list) else []
+    return [entry for entry in entries if isinstance(entry, dict) and isinstance(entry.get("name"), str)]
 
 
 def read_metadata(text: str) -> Any:

@@ -93,9 +93,6 @@ def build_use_section(
     ).strip()
 
 
-# ONNX files ----------------------------------------------------------------------------------------------------------
-
-
 def insert_onnx_section(card_text: str, report: dict[str, Any]) -> str:
     """Insert the section "ONNX files" (from onnx/report.json) before the citation, unless the card has the section."""
     if "\n## ONNX files\n" in card_text:

@@ -84,22 +84,10 @@ def find_provenance(source: str) -> Provenance:
     return fetch_hub_provenance(split_revision(source)[0])
 
 
-# Folders and the Hub -------------------------------------------------------------------------------------------------
-
-
-def read_folder_provenance(folder: Path) -> Provenance:
-    """Return the provenance of a model folder, including the base model named in the card."""
-    card_metadata = read_card_metadata(folder)
-    return add_license(
-        Provenance(folder.resolve().name, base_model=card_metadata.get("base_model")), card_metadata, folder
-    )
-
-
 def fetch_hub_provenance(repo_id: str) -> Provenance:
     """Return the provenance of a model on the Hub, from its card. If the Hub does not respond, the cache is used."""
     if not is_hub_id(repo_id):
         return Provenance(repo_id)
-    provenance = Provenance(repo_id, base_model=repo_id)
     try:
         HfApi().model_info(repo_id, timeout=TIMEOUT)  # snapshot_download has no timeout argument
         is_reachable = True
@@ -108,27 +96,23 @@ def fetch_hub_provenance(repo_id: str) -> Provenance:
     try:
         with set_hub_timeout(TIMEOUT), silence_hub_client(show_progress=False):
             files = [CARD_FILE, *LICENSE_PATTERNS]
-            folder = Path(snapshot_download(repo_id, allow_patterns=files, local_files_only=not is_reachable))
+            folder = snapshot_download(repo_id, allow_patterns=files, local_files_only=not is_reachable)
     except HUB_ERRORS:
-        return provenance
-    return add_license(provenance, read_card_metadata(folder), folder, f"{constants.ENDPOINT}/{repo_id}/blob/main")
+        return Provenance(repo_id, base_model=repo_id)
+    return read_folder_provenance(Path(folder), repo_id)
 
 
-def read_card_metadata(folder: Path) -> dict[str, Any]:
-    """Return the metadata of the card in a folder; empty if there is no readable card."""
-    try:
-        return metadata_load(folder / CARD_FILE) or {}
-    except (OSError, ValueError, yaml.YAMLError):
-        return {}
+def read_folder_provenance(folder: Path, repo_id: str | None = None) -> Provenance:
+    """Return the provenance of a model folder, from its card and license files.
 
-
-def add_license(
-    provenance: Provenance, card_metadata: dict[str, Any], folder: Path, base_url: str | None = None
-) -> Provenance:
-    """Return a copy of the provenance that includes the license from card metadata and the license files in `folder`.
-
-    `base_url` is the base URL for links to published files that are not in `folder`.
+    For a local folder, the base model is the base model in the card. For the files of a model on the Hub, the base
+    model is the model itself, `repo_id`.
     """
+    try:
+        card_metadata = metadata_load(folder / CARD_FILE) or {}
+    except (OSError, ValueError, yaml.YAMLError):  # there is no readable card
+        card_metadata = {}
+    provenance = Provenance(repo_id or folder.resolve().name, base_model=repo_id or card_metadata.get("base_model"))
     license_id = card_metadata.get("license")
     if not license_id or license_id == "unknown":
         return provenance
@@ -138,7 +122,7 @@ def add_license(
     if not license_link and license_id == "other" and license_files:
         license_link = license_files[0].name
     if license_link and "://" not in license_link and not (folder / license_link).is_file():
-        license_link = f"{base_url}/{license_link}" if base_url else None
+        license_link = f"{constants.ENDPOINT}/{repo_id}/blob/main/{license_link}" if repo_id else None
     return replace(
         provenance,
         license=license_id,
@@ -146,9 +130,6 @@ def add_license(
         license_link=license_link,
         license_files=license_files,
     )
-
-
-# timm ----------------------------------------------------------------------------------------------------------------
 
 
 def find_timm_provenance(name: str) -> Provenance:

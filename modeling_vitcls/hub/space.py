@@ -140,9 +140,6 @@ def find_published_model(repo_id: str, revision: str = "main") -> PublishedModel
     return PublishedModel(weights_commit, resolve_code_commit(weights_commit, folder))
 
 
-# Files ---------------------------------------------------------------------------------------------------------------
-
-
 def build_space_files(model: PublishedModel, title: str | None = None, examples: Sequence[Path] = ()) -> RepoFiles:
     """Build the files of the Space. `title` is the title of the Space on the Hub and of the card.
 
@@ -228,9 +225,6 @@ def write_space(files: RepoFiles, folder: Path) -> None:
         file = folder / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(content if isinstance(content, bytes) else content.read_bytes())
-
-
-# Push ----------------------------------------------------------------------------------------------------------------
 
 
 def push_space(
