@@ -223,9 +223,8 @@ def describe_purpose(config: ViTCLSConfig) -> str:
     if config.tasks:
         tasks = [f"{task} ({len(labels)} classes)" for task, labels in config.task_labels().items()]
         return f"for multi-task image classification: {', '.join(tasks)}"
-    if config.problem_type == "multi_label_classification":
-        return f"for multi-label image classification with {config.num_labels} classes"
-    return f"for image classification with {config.num_labels} classes"
+    kind = "multi-label image" if config.problem_type == "multi_label_classification" else "image"
+    return f"for {kind} classification with {config.num_labels} classes"
 
 
 def describe_classes(config: ViTCLSConfig) -> list[str]:

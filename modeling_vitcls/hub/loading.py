@@ -157,7 +157,7 @@ def fetch_repo_info(repo_id: str, repo_type: RepoType = "model", revision: str |
 def fall_back_to_cache(
     repo_id: str, repo_type: RepoType = "model", revision: str | None = None
 ) -> Iterator[str | None]:
-    """Run the block as if HF_HUB_OFFLINE were set if the Hub does not respond, so that other libraries use the cache.
+    """If the Hub does not respond, run the block as if HF_HUB_OFFLINE were set, so that other libraries use the cache.
 
     Yield the hash of the commit on the Hub, or None if the Hub was not reached. Raise OSError if there is no such
     repository or revision, if the repository is gated, or if the Hub does not respond and the block fails.
