@@ -247,7 +247,7 @@ class AttentionView:
     def draw_layer(
         self, result: DemoResult | None, token: int, layer: int, head: int
     ) -> tuple[Image.Image | None, str]:
-        """Return the attention map of a layer and its caption. Layers and heads are counted from 1; head 0 is the mean."""
+        """Return the attention map of a layer and its caption. `layer` and `head` start at 1; head 0 is the mean."""
         if result is None:
             return None, ""
         selection = token, layer - 1, head - 1 if head else None
