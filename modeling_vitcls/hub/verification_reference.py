@@ -48,13 +48,10 @@ class PackageLoader:
 
     def load_model(self, auto_class: str, config: ViTCLSConfig) -> tuple[Any, dict[str, Any]]:
         """Load the model in float32 with a class from `MODEL_CLASSES`; return the model and the loading info."""
-        model_classes = MODEL_CLASSES[auto_class]
-        configured_classes = (
-            model_class for model_class in model_classes if model_class.__name__ in (config.architectures or ())
-        )
-        return next(configured_classes, model_classes[0]).from_pretrained(
-            self.folder, use_safetensors=True, **FLOAT32_OPTIONS
-        )
+        classes = MODEL_CLASSES[auto_class]
+        configured_classes = (each for each in classes if each.__name__ in (config.architectures or ()))
+        model_class = next(configured_classes, classes[0])
+        return model_class.from_pretrained(self.folder, use_safetensors=True, **FLOAT32_OPTIONS)
 
     def has_processor(self) -> bool:
         """Return whether an image processor was saved with the model."""
