@@ -124,14 +124,14 @@ def silence_hub_client(show_progress: bool) -> Iterator[None]:
     verbosity = hub_logging.get_verbosity()
     hub_logging.set_verbosity_error()
     try:
-        with nullcontext() if show_progress else hide_progress_bars():
+        with nullcontext() if show_progress else hide_hub_progress_bars():
             yield
     finally:
         hub_logging.set_verbosity(verbosity)
 
 
 @contextmanager
-def hide_progress_bars(group: str | None = None) -> Iterator[None]:
+def hide_hub_progress_bars(group: str | None = None) -> Iterator[None]:
     """Turn off a group of huggingface_hub's progress bars (default: all) within the block."""
     if are_progress_bars_disabled(group):
         yield

@@ -43,7 +43,7 @@ from .connection import (
     describe_no_response,
     find_cause,
     format_hub_error,
-    hide_progress_bars,
+    hide_hub_progress_bars,
     retry,
     set_hub_timeout,
 )
@@ -235,7 +235,7 @@ def download_model(repo_id: str, patterns: Sequence[str], revision: str | None) 
     All processes of a machine share one download. Only the first process shows progress bars.
     """
     is_first_process = os.environ.get("LOCAL_RANK", "0") == "0"
-    progress = nullcontext() if is_first_process else hide_progress_bars("huggingface_hub.snapshot_download")
+    progress = nullcontext() if is_first_process else hide_hub_progress_bars("huggingface_hub.snapshot_download")
     try:
         with set_hub_timeout(TIMEOUT), progress:
             folder = retry(
