@@ -17,7 +17,7 @@ import logging
 import os
 import struct
 import zlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -58,7 +58,7 @@ class Splits:
 
     name: str
     label_space: LabelSpace
-    images_by_split: dict[str, LabeledImages]
+    images_by_split: Mapping[str, Any]  # `LabeledImages`, or `StreamedImages` (streaming.py)
     names: list[str]  # names of all splits
 
 
@@ -79,7 +79,7 @@ def load_splits(options: DataOptions, use_labels: bool = True, select: SplitSele
         splits = load_idx_folder(Path(options.dataset))
     else:
         return load_with_datasets(options, use_labels, select)
-    images_by_split = {name: splits.images_by_split[name] for name in select(list(splits.images_by_split))}
+    images_by_split = {name: splits.images_by_split[name] for name in select(splits.names)}
     if use_labels:
         return replace(splits, images_by_split=images_by_split)
     images_by_split = {name: mark_as_unlabeled(split.images) for name, split in images_by_split.items()}
@@ -118,8 +118,7 @@ def find_idx_file(folder: Path, split: str, kind: str) -> Path | None:
 
 
 def load_idx_folder(folder: Path) -> Splits:
-    """Load the splits `train` and `test` of a folder in the MNIST format. Raise ValueError if a label file is
-    missing, or if a file is damaged."""
+    """Load the splits of a folder in the MNIST format. Raise ValueError if a file is missing or damaged."""
     images_by_split, num_classes = {}, 10
     for prefix, name in IDX_SPLITS.items():
         image_file, label_file = (find_idx_file(folder, prefix, kind) for kind in ("images-idx3", "labels-idx1"))
@@ -212,9 +211,8 @@ def warn_on_first_process(message: str) -> None:
 
 
 def open_splits(options: DataOptions, use_labels: bool = True) -> Any:
-    """Return the splits of a dataset by name, as `datasets` objects. With --streaming, no rows are read yet. If
-    labels are not used, an image folder need not have class folders. Raise ValueError if the dataset cannot be read,
-    and OSError if the dataset is found neither locally nor on the Hub."""
+    """Return the splits of a dataset by name, as `datasets` objects. With --streaming, no rows are read yet. Raise
+    ValueError if the dataset cannot be read, and OSError if the dataset is found neither locally nor on the Hub."""
     path = Path(options.dataset)
     is_in_memory = options.dataset.startswith(MEMORY_PREFIX)
     if options.streaming and (is_in_memory or options.dataset == "digits" or is_idx_folder(path)):

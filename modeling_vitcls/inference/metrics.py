@@ -81,10 +81,8 @@ class SingleLabelMetrics:
             self.confusion_matrix = MulticlassConfusionMatrix(num_classes, validate_args=False).to(device)
 
     def update(self, outputs: Any, labels: torch.Tensor) -> None:
-        """Update the metrics with logits [B, L], labels [G] and, if the model has two heads, the logits of each head.
-
-        The last B - G images are padding.
-        """
+        """Update the metrics with logits [B, L], labels [G] and, if the model has two heads, the logits of each
+        head."""
         self.update_logits(outputs.logits, labels)
         if outputs.distillation_logits is not None:
             for name, attribute in HEAD_OUTPUTS.items():
@@ -262,10 +260,8 @@ SELECTION_METRICS: dict[LabelKind, str] = {
 
 
 class ClassCounts(Metric):
-    """For each class, the numbers of correct predictions, all predictions and images, as an int64 tensor [3, L].
-
-    The counting metrics of torchmetrics do not support empty batches, and build a matrix [L, L] at each update.
-    """
+    """For each class, the numbers of correct predictions, all predictions and images, as an int64 tensor [3, L]. The
+    counting metrics of torchmetrics do not support empty batches, and build a matrix [L, L] at each update."""
 
     full_state_update = False
     counts: torch.Tensor
@@ -284,10 +280,8 @@ class ClassCounts(Metric):
 
 
 def build_aggregator(metric_class: type[MeanMetric | SumMetric], device: torch.device) -> Any:
-    """Build a mean or sum metric whose result is NaN if any value is NaN.
-
-    The metric is float64 if the device supports float64, so that the order of batches hardly affects the result.
-    """
+    """Build a mean or sum metric whose result is NaN if any value is NaN. In float64, if the device supports float64,
+    the order of batches hardly affects the result."""
     dtype = torch.float32 if device.type == "mps" else torch.float64
     return metric_class(nan_strategy="disable").set_dtype(dtype).to(device)
 
@@ -309,8 +303,8 @@ def compute_class_metrics(names: list[str], counts: list[list[int]]) -> list[Met
 def compute_wilson_interval(num_correct: int, num_images: int, confidence: float = 0.95) -> list[float] | None:
     """Return the confidence interval [low, high] of `num_correct / num_images`, or None if `num_images` is 0.
 
-    This is the score interval of Wilson (1927, "Probable inference, the law of succession, and statistical
-    inference"). The interval lies between 0 and 1, and has a positive width even if all predictions are correct.
+    Wilson 1927, "Probable inference, the law of succession, and statistical inference". The interval has a positive
+    width even if all predictions are correct.
     """
     if num_images == 0:
         return None
