@@ -222,9 +222,6 @@ def wait_for_parent_signal() -> None:
     os._exit(0)
 
 
-# Pixel values --------------------------------------------------------------------------------------------------------
-
-
 class Normalizer:
     """Rescaling and normalization of pixels in [0, 255] with the settings of an image processor."""
 

@@ -329,9 +329,6 @@ def read_metadata_file(folder: ImageFolder, file: str) -> tuple["pyarrow.Table",
     return table.drop(["file_name"]), [(parent / image).as_posix() for image in images]
 
 
-# Notes ---------------------------------------------------------------------------------------------------------------
-
-
 def note_unused_files(folder: ImageFolder, files: list[str], reason: str) -> None:
     """Add a note about unused files, if there are any. `reason` follows the word "files" in the note."""
     if files:

@@ -37,7 +37,7 @@ from .labels import UNLABELED, LabelSpace, build_label_reader, find_image_column
 
 
 READERS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".parquet": "parquet"}
-SAVED_FILES = ("dataset_dict.json", "state.json")  # files that `save_to_disk` writes
+
 
 IDX_SPLITS = {"train": "train", "t10k": "test"}
 IDX_CLASSES = {
@@ -260,11 +260,9 @@ def read_with_datasets(options: DataOptions) -> Any:
             return datasets.load_dataset(
                 READERS[path.suffix], data_files=str(path), streaming=options.streaming, **separator_options
             )
-        if any((path / file).is_file() for file in SAVED_FILES):
-            saved_dataset = datasets.load_from_disk(path)
-            return convert_to_streams(
-                saved_dataset if isinstance(saved_dataset, dict) else {"train": saved_dataset}, options
-            )
+        if any((path / file).is_file() for file in ("dataset_dict.json", "state.json")):  # written by `save_to_disk`
+            saved = datasets.load_from_disk(path)
+            return convert_to_streams(saved if isinstance(saved, dict) else {"train": saved}, options)
         return datasets.load_dataset(options.dataset, streaming=options.streaming)
     except Exception as error:  # the readers raise many types of errors on damaged data
         raise ValueError(

@@ -206,13 +206,12 @@ def load_evaluation_data(
     """
 
     def select(names: list[str]) -> list[str]:
-        return [resolve_split(choose_split(split, names, record), names, options)]
+        return [choose_split(split, names, record, options)[1]]
 
     rule = choose_rule(options, record)
     splits = open_streams(options) if options.streaming else load_splits(options, select=select)
-    (source_split,) = select(splits.names)
+    split, source_split = choose_split(split, splits.names, record, options)
     images = splits.images_by_split[source_split]
-    split = choose_split(split, splits.names, record)
     if split == source_split and not (split == "train" and len(splits.names) == 1):  # all images of a split
         return EvaluationData(splits.label_space, materialize_images(images), split, None)
     if split == "train" and options.streaming:
@@ -231,19 +230,17 @@ def load_evaluation_data(
     return EvaluationData(splits.label_space, held_out, split, rule)
 
 
-def choose_split(split: str | None, names: Collection[str], record: HeldOutRecord | None) -> str:
-    """Return the requested split, the split that the model's run held out if the dataset has this split, or "test"."""
-    if split is not None:
-        return split
-    return record.split if record is not None and record.split in names and record.split else "test"
-
-
-def resolve_split(split: str, names: list[str], options: DataOptions) -> str:
-    """Return the requested split, or the only split for "train" and "test". Raise ValueError if there is none."""
+def choose_split(
+    split: str | None, names: list[str], record: HeldOutRecord | None, options: DataOptions
+) -> tuple[str, str]:
+    """Return the requested, recorded or default split, and the split of the dataset that contains the images of this
+    split. Raise ValueError if the dataset has no such split."""
+    if split is None:
+        split = record.split if record is not None and record.split and record.split in names else "test"
     if split in names:
-        return split
+        return split, split
     if len(names) == 1 and split in ("train", "test"):
-        return names[0]
+        return split, names[0]
     raise ValueError(f"{options.dataset} has no split {split!r}. Choose one of {', '.join(names)}")
 
 

@@ -42,7 +42,7 @@ from .sources import Splits, get_dataset_folder, get_dataset_name, open_splits
 
 
 MAX_STORED_PATHS = 10_000  # maximum number of recent examples whose paths are stored for error messages
-NUM_BATCHES_AHEAD = 4  # number of batches to read ahead of training
+
 MAX_HELD_OUT_IMAGES = 10_000  # maximum number of held-out images of a stream without an evaluation split
 
 
@@ -187,7 +187,7 @@ class TrainingStream:
 
     def iterate_keys(self, plan: BatchPlan, process_index: int, first_step: int) -> Iterator[list[Example]]:
         """Yield the encoded examples of each batch of one process, starting at `first_step`. A thread reads ahead."""
-        return read_ahead(self.iterate_batches(plan, process_index, first_step), NUM_BATCHES_AHEAD)
+        return read_ahead(self.iterate_batches(plan, process_index, first_step), num_items=4)
 
     def iterate_batches(self, plan: BatchPlan, process_index: int, first_step: int) -> Iterator[list[Example]]:
         """Yield the encoded examples of each batch of one process, starting at `first_step`, without reading ahead."""

@@ -239,17 +239,16 @@ def build_progress(console: Console, accelerator: Accelerator) -> Callable[[Cach
         return iter
     if console.is_terminal:
         return lambda batches: track(batches, "evaluating", console=console, transient=True)
-    return lambda batches: print_progress(batches, console)
 
+    def print_progress(batches: CachedBatches) -> Iterator[HeldOutBatch]:
+        last_print_time = time.monotonic()
+        for index, batch in enumerate(batches):
+            if time.monotonic() - last_print_time > SECONDS_BETWEEN_LINES:
+                last_print_time = time.monotonic()
+                console.print(f"evaluating: batch {index}/{len(batches)}")
+            yield batch
 
-def print_progress(batches: CachedBatches, console: Console) -> Iterator[HeldOutBatch]:
-    """Yield the batches, and print a progress line every few seconds."""
-    last_print_time = time.monotonic()
-    for index, batch in enumerate(batches):
-        if time.monotonic() - last_print_time > SECONDS_BETWEEN_LINES:
-            last_print_time = time.monotonic()
-            console.print(f"evaluating: batch {index}/{len(batches)}")
-        yield batch
+    return print_progress
 
 
 def print_results(results: dict[str, Any], config: ViTCLSConfig, console: Console) -> None:

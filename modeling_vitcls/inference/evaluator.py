@@ -129,14 +129,9 @@ class Evaluator:
         self.unreadable_counter = UnreadableImageCounter(
             self.error_messages.__getitem__, accelerator.on_main_process(warn), max_broken_images
         )
+        process_index, num_processes = accelerator.process_index, accelerator.num_processes
         local_batches = HeldOutBatches(
-            images,
-            processor,
-            label_space,
-            batch_size,
-            accelerator.process_index,
-            accelerator.num_processes,
-            num_channels,
+            images, processor, label_space, batch_size, process_index, num_processes, num_channels
         )
         self.batches = CachedBatches(local_batches, num_workers)
 
@@ -255,7 +250,7 @@ class CachedBatches:
         cache: list[HeldOutBatch] | None = []
         num_bytes = 0
         for batch in self.loader:
-            num_bytes += batch.pixel_values.nbytes if batch.pixel_values is not None else 0
+            num_bytes += 0 if batch.pixel_values is None else batch.pixel_values.nbytes
             if num_bytes > MAX_CACHE_BYTES:
                 cache = None
             elif cache is not None:

@@ -45,11 +45,6 @@ from .load_model import load_model
 from .metrics import compute_wilson_interval
 
 
-NUM_NEIGHBORS = 10
-MAX_ITERATIONS = 1000  # maximum number of iterations of L-BFGS in logistic regression
-MEAN_OF_PATCHES = "mean of patches"
-
-
 # Features ------------------------------------------------------------------------------------------------------------
 
 
@@ -122,8 +117,8 @@ def build_classifier(kind: str, num_training_images: int) -> Any:
     from sklearn.preprocessing import StandardScaler
 
     if kind == "knn":
-        return KNeighborsClassifier(min(NUM_NEIGHBORS, num_training_images), weights="distance", metric="cosine")
-    return make_pipeline(StandardScaler(), LogisticRegression(max_iter=MAX_ITERATIONS))
+        return KNeighborsClassifier(min(10, num_training_images), weights="distance", metric="cosine")
+    return make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
 
 
 def measure_accuracies(
@@ -149,7 +144,7 @@ def measure_accuracies(
         if num_images_per_class:
             accuracy = summarize_repeats([count / num_images for count in correct_counts])
         else:
-            interval = compute_wilson_interval(correct_counts[0], num_images, CONFIDENCE_LEVEL)
+            interval = compute_wilson_interval(correct_counts[0], num_images)
             accuracy = {"accuracy": correct_counts[0] / num_images, "accuracy_interval": interval}
         rows.append({"layer": layer, "token": token, **accuracy})
     return rows
@@ -232,7 +227,7 @@ def evaluate_frozen(options: EvaluateOptions) -> dict[str, Any]:
             num_channels=model.config.num_channels,
         )
         output = evaluator(model, build_progress(console, accelerator))
-        tokens = [*get_token_names(model.config), MEAN_OF_PATCHES]
+        tokens = [*get_token_names(model.config), "mean of patches"]
         keys = [(layer, token) for layer in layer_numbers for token in tokens]  # as in `compute_features`
         vectors = {key: output["features"][:, index] for index, key in enumerate(keys)}
         labels = np.array(label_space.names)[output["labels"]]

@@ -137,10 +137,8 @@ def print_table(rows: Iterable[Row], columns: Columns) -> None:
         names.remove("error")
     table = Table()
     for name in names:
-        is_number = pa.types.is_floating(columns[name])
-        table.add_column(
-            Text(replace_control_characters(name)), justify="right" if is_number else "left", overflow="fold"
-        )
+        header = Text(replace_control_characters(name))
+        table.add_column(header, justify="right" if pa.types.is_floating(columns[name]) else "left", overflow="fold")
     for row in rows:
         table.add_row(*(Text(format_table_cell(row[name])) for name in names))
     console = Console(highlight=False)
@@ -201,9 +199,9 @@ class Progress:
         self.last_line_time = time.perf_counter()
         images_per_second = self.num_images / (self.last_line_time - self.start_time)
         total_text = "" if self.total is None else f" of {self.total:,}"
-        failure_text = ""
-        if self.num_failed:
-            failure_text = f", {self.num_failed:,} without a prediction (see the column `error`)"
+        failure_text = (
+            f", {self.num_failed:,} without a prediction (see the column `error`)" if self.num_failed else ""
+        )
         self.console.print(
             f"{self.num_images:,}{total_text} images, {images_per_second:,.0f} images/s{failure_text}", markup=False
         )
