@@ -101,9 +101,8 @@ def load_digits() -> Splits:
     digits = sklearn.datasets.load_digits()
     gray_levels = (digits.images * (255 / 16)).round().astype(np.uint8)  # [1797, 8, 8]
     label_space = LabelSpace("single_label_classification", {"label": [str(name) for name in digits.target_names]})
-    return Splits(
-        "digits", label_space, {"train": LabeledImages(ArrayImages(gray_levels), digits.target.tolist())}, ["train"]
-    )
+    images = LabeledImages(ArrayImages(gray_levels), digits.target.tolist())
+    return Splits("digits", label_space, {"train": images}, ["train"])
 
 
 def is_idx_folder(folder: Path) -> bool:

@@ -216,9 +216,9 @@ class TrainingStream:
             raise ValueError(
                 f"{self.source.name}: none of the {len(examples)} images of a batch can be read. Check the dataset"
             )
-        used_positions = [  # the next readable position; after the last readable position, the first
-            next((readable for readable in pixels if readable >= position), min(pixels))
-            for position in range(len(examples))
+        first = min(pixels)  # follows the last readable position
+        used_positions = [
+            next((readable for readable in pixels if readable >= position), first) for position in range(len(examples))
         ]
         used_examples = [examples[position] for position in used_positions]
         return self.builder.build(
