@@ -159,8 +159,8 @@ class TrainingImages:
 
 
 def load_array_pixels(source: LabeledImages, augmentation: Augmentation) -> torch.Tensor | None:
-    """Return all images after the fixed transform, [images, 1, H, W] `uint8`, or None if `source` is not an array or
-    does not fit in the cache."""
+    """Return all images after the fixed transform, [images, 1, H, W] `uint8`, or None if the images are not stored as
+    arrays or do not fit in the cache."""
     images: Any = source.images
     array_images = images.source_images if isinstance(images, ImageSubset) else images
     if not isinstance(array_images, ArrayImages):

@@ -115,7 +115,7 @@ def make_printable(name: str) -> str:
 def read_image_folder(folder: ImageFolder, use_labels: bool) -> Any:
     """Return a `datasets.DatasetDict` of the splits, and add notes about unused files to `folder.notes`.
 
-    The columns are `image`, and the columns of the metadata files except `file_name`, or `label` if labels are used.
+    The columns are `image` and the columns of the metadata files except `file_name`, or `label` if labels are used.
     Raise ValueError if labels are used, but there are neither class folders nor metadata files, or if the split
     folders are ambiguous.
     """
@@ -167,7 +167,7 @@ def divide_into_splits(folder: ImageFolder) -> tuple[dict[str, list[str]], bool]
 
 
 def check_class_folders(folder: ImageFolder, images_by_folder: dict[str, list[str]], split_folders: list[str]) -> None:
-    """Raise ValueError if a folder with a split name contains class folders. Another folder has no split name."""
+    """Raise ValueError if a folder with a split name contains class folders, but other folders have no split name."""
     for folder_name in split_folders:
         subfolders = sorted({image.split("/")[1] for image in images_by_folder[folder_name] if image.count("/") > 1})
         if subfolders:

@@ -56,7 +56,7 @@ class LabelSpace:
         }
 
     def format_label(self, label: Any) -> str | None:
-        """Return a label as text, such as "cat", "cat, dog" or "age old, kind cat", or None if it is not known."""
+        """Return a label as text, such as "cat", "cat, dog" or "age old, kind cat", or None for an unknown label."""
         if isinstance(label, dict):
             known_tasks = {task: names for task, names in self.columns.items() if is_known(label.get(task))}
             return ", ".join(f"{task} {names[label[task]]}" for task, names in known_tasks.items()) or None
@@ -84,7 +84,7 @@ def is_known(label: int | None) -> bool:
 
 
 def is_multi_label(config: ViTCLSConfig) -> bool:
-    """Return whether a sigmoid is applied to each logit, as in transformers also for models with a single label."""
+    """Return whether a sigmoid is applied to each logit. As in transformers, this includes models with one label."""
     return not config.tasks and (config.problem_type == "multi_label_classification" or config.num_labels == 1)
 
 
@@ -115,7 +115,7 @@ class LabelColumn:
 
     @cached_property
     def has_class_indices(self) -> bool:
-        """Return whether integers are indices into `classes`. Integers can also be class names."""
+        """Return whether integers are class indices: the classes are declared, or no class name is an integer."""
         return self.is_declared or not any(name.removeprefix("-").isdecimal() for name in self.classes)
 
     @cached_property

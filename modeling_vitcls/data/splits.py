@@ -264,7 +264,7 @@ def choose_rule(options: DataOptions, record: HeldOutRecord | None) -> HeldOutRu
 
 
 def describe_data(training_data: TrainingData) -> dict[str, Any]:
-    """Return a description of the data for checkpoints; of a stream, only the held-out images and the classes."""
+    """Return a description of the data for checkpoints; for a stream, of the held-out images and the classes."""
     labeled_images = training_data.held_out if isinstance(training_data.train, StreamedImages) else training_data.train
     return {
         "num_training_images": training_data.num_training_images,
@@ -355,7 +355,7 @@ def describe_missing_classes(training_data: TrainingData) -> list[str]:
 
 
 def find_classes(labels: Sequence[Any], label_space: LabelSpace) -> set[str]:
-    """Return the names of the classes that occur in `labels`. With several tasks, the name of the task precedes."""
+    """Return the names of the classes that occur in `labels`. With several tasks, the task precedes each class."""
     if label_space.kind == "multi_task":
         tasks = label_space.columns.items()
         return {f"{task} {names[label[task]]}" for task, names in tasks for label in labels if label[task] >= 0}

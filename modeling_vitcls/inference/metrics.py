@@ -274,8 +274,8 @@ class ClassCounts(Metric):
 
 
 def build_aggregator(metric_class: type[MeanMetric | SumMetric], device: torch.device) -> Any:
-    """Build a mean or sum metric whose result is NaN if any value is NaN. In float64, if the device supports float64,
-    the order of batches hardly affects the result."""
+    """Build a mean or sum metric whose result is NaN if any value is NaN. The metric is float64 if the device supports
+    float64, so that the order of batches hardly affects the result."""
     dtype = torch.float32 if device.type == "mps" else torch.float64
     return metric_class(nan_strategy="disable").set_dtype(dtype).to(device)
 
