@@ -38,7 +38,6 @@ from .weight_rules import (
     build_model,
     convert_weights,
     reshape_token,
-    split_classifier,
     split_halves,
     split_positions,
 )
@@ -95,8 +94,7 @@ def convert_state_dict(
             if fields[name] is None:
                 raise ConversionError(f"{name} cannot be inferred from the weights. Set {name}=...")
         config = ViTCLSConfig(**fields)
-        encoder_weights, head_weights = split_classifier(convert_weights(tensors, state_dict_family.rules, config))
-        return build_model(config, encoder_weights, head_weights, classifier, num_labels)
+        return build_model(config, convert_weights(tensors, state_dict_family.rules, config), classifier, num_labels)
     except (LookupError, RuntimeError) as error:  # raised for an unexpected number of dimensions
         raise ConversionError(f"the weight shapes do not match the family {family}: {format_error(error)}") from error
 
