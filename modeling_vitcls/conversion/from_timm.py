@@ -261,9 +261,6 @@ MLP_RULES = {
     ],
 }
 
-# If only attention has LayerScale, the LayerScale values of the MLP are 1.
-ATTENTION_LAYER_SCALE_RULES = [Rule("blocks.{i}.gamma_1", LAYER_SCALES, append_ones)]
-
 
 def build_head_rules(attention_pooler: str) -> list[Rule]:
     """Build the rules for modules after the blocks. `attention_pooler` is the target prefix of attention pooling."""
@@ -295,7 +292,7 @@ def build_rules(model: TimmModule) -> list[Rule]:
     has_only_attention_layer_scale = getattr(block, "gamma_1", None) is not None and block.gamma_2 is None
     return [
         *STEM_RULES,
-        *(ATTENTION_LAYER_SCALE_RULES if has_only_attention_layer_scale else []),
+        *([Rule("blocks.{i}.gamma_1", LAYER_SCALES, append_ones)] if has_only_attention_layer_scale else []),
         *BLOCK_RULES,
         *PARALLEL_RULES,
         *MLP_RULES[mlp_key],

@@ -67,9 +67,7 @@ class TargetClass:
 
     name: str
     build_settings: Callable[[ViTCLSConfig], Settings]  # function that returns configuration fields of the class
-    # function that returns keyword arguments of the class
-    build_options: Callable[[ViTCLSConfig], dict[str, bool]] = lambda config: {}
-    has_fixed_pooling: bool = True  # whether the class always has a pooled output
+    has_optional_pooler: bool = False  # whether the pooler and the mask token are optional arguments of the class
 
     @property
     def convertible_class(self) -> ConvertibleClass:
@@ -86,18 +84,17 @@ class TargetClass:
         settings |= self.build_settings(config) | read_labels(config)
         supported_fields = {field.name for field in dataclasses.fields(model_class.config_class)}
         settings = {name: value for name, value in settings.items() if name in supported_fields}
-        model: PreTrainedModel = model_class(model_class.config_class(**settings), **self.build_options(config))
+        options = {}
+        if self.has_optional_pooler:
+            has_pooler = config.pooled_activation is not None
+            options = {"add_pooling_layer": has_pooler, "use_mask_token": config.use_mask_token}
+        model: PreTrainedModel = model_class(model_class.config_class(**settings), **options)
         return model
 
 
 def build_vit_settings(config: ViTCLSConfig) -> Settings:
     """Build the configuration of ViT and DeiT."""
     return {"qkv_bias": any(get_qkv_biases(config)), "pooler_act": config.pooled_activation or "tanh"}
-
-
-def build_vit_options(config: ViTCLSConfig) -> dict[str, bool]:
-    """Build the constructor arguments of `ViTModel` and `DeiTModel`."""
-    return {"add_pooling_layer": config.pooled_activation is not None, "use_mask_token": config.use_mask_token}
 
 
 def build_dinov2_settings(config: ViTCLSConfig) -> Settings:
@@ -134,8 +131,8 @@ def build_dinov3_settings(config: ViTCLSConfig) -> Settings:
 
 TARGETS: dict[str, list[TargetClass]] = {
     "ViTCLSModel": [
-        TargetClass("ViTModel", build_vit_settings, build_vit_options, has_fixed_pooling=False),
-        TargetClass("DeiTModel", build_vit_settings, build_vit_options, has_fixed_pooling=False),
+        TargetClass("ViTModel", build_vit_settings, has_optional_pooler=True),
+        TargetClass("DeiTModel", build_vit_settings, has_optional_pooler=True),
         TargetClass("Dinov2Model", build_dinov2_settings),
         TargetClass("Dinov2WithRegistersModel", build_dinov2_settings),
         TargetClass("DINOv3ViTModel", build_dinov3_settings),
@@ -204,7 +201,7 @@ def compare_with_target(target: TargetClass, config: ViTCLSConfig) -> TargetMatc
     has_weightless_pooler = (
         config.pooling != "attention" and not config.pooled_norm and config.pooled_activation is None
     )
-    ignored_fields = POOLING_FIELDS if not target.has_fixed_pooling and has_weightless_pooler else set()
+    ignored_fields = POOLING_FIELDS if target.has_optional_pooler and has_weightless_pooler else set()
     mismatched_names = [
         name
         for name in values

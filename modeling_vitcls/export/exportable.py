@@ -11,6 +11,7 @@ attention of the CLS tokens to the patches, averaged over the heads.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -72,20 +73,15 @@ class NamedOutputsModel(nn.Module):
         return {name: output.float() for name, output in outputs.items() if output is not None}
 
 
-def get_classifier_outputs(outputs: Any, model: Any) -> dict[str, torch.Tensor | None]:
-    """Return the logits [B, labels] and, if the model has two heads, the logits of each head."""
-    if outputs.distillation_logits is None:
-        return {"logits": outputs.logits}
-    return {name: outputs[name] for name in ("logits", "cls_logits", "distillation_logits")}
+def select_outputs(*names: str) -> Callable[[Any, Any], dict[str, torch.Tensor | None]]:
+    """Return a function that selects outputs by name. Outputs that the model does not have are None."""
+    return lambda outputs, model: {name: getattr(outputs, name) for name in names}
 
 
 # Model class -> function that selects the outputs by name.
 OUTPUT_SELECTORS: dict[type, Callable[[Any, Any], dict[str, torch.Tensor | None]]] = {
-    ViTCLSModel: lambda outputs, model: {
-        "last_hidden_state": outputs.last_hidden_state,
-        "pooler_output": outputs.pooler_output,
-    },
-    ViTCLSForImageClassification: get_classifier_outputs,
+    ViTCLSModel: select_outputs("last_hidden_state", "pooler_output"),
+    ViTCLSForImageClassification: select_outputs("logits", "cls_logits", "distillation_logits"),
     ViTCLSForMultiTaskClassification: lambda outputs, model: outputs.logits,
     ViTCLSBackbone: lambda outputs, model: dict(zip(model.out_features, outputs.feature_maps, strict=True)),
 }
@@ -135,14 +131,11 @@ def load_exportable_model(source: str) -> ExportableModel:
 
 def load_complete_model(model_class: Any, source: str, folder: str) -> ViTCLSPreTrainedModel:
     """Load a model in float32, without a pooler if the checkpoint has no pooler."""
-    load_options: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True}
-    model, loading_info = load_checkpoint(model_class.from_pretrained, folder, **load_options)
-    missing_weights = sorted(loading_info["missing_keys"])
+    load = partial(load_checkpoint, model_class.from_pretrained, folder, dtype=torch.float32, output_loading_info=True)
+    model, loading_info = load()
+    missing_weights = loading_info["missing_keys"]
     if missing_weights and model_class is ViTCLSModel and all(name.startswith("pooler.") for name in missing_weights):
-        model, loading_info = load_checkpoint(
-            model_class.from_pretrained, folder, add_pooling_layer=False, **load_options
-        )
-        missing_weights = sorted(loading_info["missing_keys"])
-    if missing_weights:
+        model, loading_info = load(add_pooling_layer=False)
+    if missing_weights := sorted(loading_info["missing_keys"]):
         raise ValueError(f"the checkpoint {source} has no weights for {missing_weights[0]}. Train the model first")
     return model.eval()

@@ -43,7 +43,6 @@ from .formats import FORMATS, open_onnx_session
 FILE_NAMES = {"fp32": "model.onnx", "fp16": "model_fp16.onnx", "q8": "model_quantized.onnx"}
 NUM_IMAGES = 64  # number of random images in the comparison
 BATCH_SIZE = 16  # number of images per batch in the comparison
-QUANTIZED_OPERATORS = ["MatMul", "Gemm"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,15 +180,14 @@ def quantize_onnx_file(source: Path, target: Path) -> None:
 
     model = onnx.load(source)
     model.graph.ClearField("value_info")  # stored shapes do not match the transposed weights of the copy
-    quantize_dynamic(model, target, weight_type=QuantType.QInt8, op_types_to_quantize=QUANTIZED_OPERATORS)
+    quantize_dynamic(model, target, weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul", "Gemm"])
 
 
 def compare_file(
     file: Path, web_dtype: str, batches: list[torch.Tensor], reference_outputs: list[Outputs]
 ) -> FileComparison:
     """Run a file with onnxruntime and compare its logits [B, labels] with the logits of the model."""
-    names = list(reference_outputs[0])
-    outputs = FORMATS["onnx"].run(file, batches, names)
+    outputs = FORMATS["onnx"].run(file, batches, list(reference_outputs[0]))
     logits, reference = (torch.cat([batch["logits"] for batch in results]) for results in (outputs, reference_outputs))
     top1_agreement = (logits.argmax(-1) == reference.argmax(-1)).float().mean().item()
     return FileComparison(f"onnx/{file.name}", web_dtype, get_max_magnitude(logits - reference), top1_agreement)
