@@ -137,8 +137,7 @@ def load_source(source_name: str, random_init: bool = False, family: str | None 
 
 
 def convert_source(source: SourceModel, classifier: ClassifierChoice, num_labels: int | None) -> ViTCLSPreTrainedModel:
-    """Convert a source model in float32. Cast the converted model back to the dtype of the source if this dtype
-    represents all encoder weights exactly."""
+    """Convert a source model in float32. Cast the result to the dtype of the source if the encoder is unchanged."""
     weights = source.weights.values() if isinstance(source, FileSource) else source.model.parameters()
     saved_dtype = next(iter(weights)).dtype
     source.model.float()

@@ -142,8 +142,7 @@ def concatenate_outputs(weights: Weights, name: str, layer_weights: Sequence[Wei
 
 
 def concatenate_inputs(weights: Weights, name: str, layer_weights: Sequence[Weights]) -> None:
-    """Add the weights of a linear layer that maps the concatenated inputs of several linear layers to the sum of their
-    outputs."""
+    """Add the weights of a linear layer that sums the outputs of several linear layers with concatenated inputs."""
     weights[f"{name}.weight"] = torch.cat([layer["weight"] for layer in layer_weights], dim=1)
     weights[f"{name}.bias"] = torch.stack([layer["bias"] for layer in layer_weights]).sum(dim=0)
 

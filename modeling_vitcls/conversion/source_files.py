@@ -214,12 +214,12 @@ def unwrap_weights(weights: Mapping[str, Any], notes: list[str]) -> tuple[Weight
         if isinstance(value, torch.Tensor | np.ndarray)
     }
     while prefix := next((prefix for prefix in WRAPPER_PREFIXES if has_encoder(tensors, prefix)), None):
-        other_names = [name for name in tensors if not name.startswith((prefix, "linear_head."))]
-        if other_names:
+        kept = {name: tensor for name, tensor in tensors.items() if name.startswith((prefix, "linear_head."))}
+        if other_names := [name for name in tensors if name not in kept]:
             notes.append(
                 f"{len(other_names)} weights outside of {prefix}* are not converted, for example {other_names[0]}"
             )
-        tensors = {name.removeprefix(prefix): tensors[name] for name in tensors if name not in other_names}
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in kept.items()}
     return tensors, container_key
 
 

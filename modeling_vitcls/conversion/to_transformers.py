@@ -24,7 +24,7 @@ from ..configuration_vitcls import ViTCLSConfig
 from ..errors import format_error
 from ..modeling_vitcls import ViTCLSPreTrainedModel
 from .equivalent_models import REWRITES, Rewrite
-from .from_transformers import CONVERTIBLE_CLASSES, HEAD_RULES, ConvertibleClass, read_labels, strip_encoder_name
+from .from_transformers import CONVERTIBLE_CLASSES, HEAD_RULES, read_labels, strip_encoder_name
 from .transformers_families import SHARED_FIELDS, compute_dinov2_mlp_size
 from .weight_rules import ConversionError, revert_weights, simplify_size
 
@@ -69,11 +69,6 @@ class TargetClass:
     build_settings: Callable[[ViTCLSConfig], Settings]  # function that returns configuration fields of the class
     has_optional_pooler: bool = False  # whether the pooler and the mask token are optional arguments of the class
 
-    @property
-    def convertible_class(self) -> ConvertibleClass:
-        """Return the `ConvertibleClass` that converts this transformers class to a class of this package."""
-        return CONVERTIBLE_CLASSES[self.name]
-
     def build(self, config: ViTCLSConfig) -> PreTrainedModel:
         """Build a newly initialized transformers model with the settings of a configuration."""
         model_class = getattr(transformers, self.name)
@@ -94,7 +89,7 @@ class TargetClass:
 
 def build_vit_settings(config: ViTCLSConfig) -> Settings:
     """Build the configuration of ViT and DeiT."""
-    return {"qkv_bias": any(get_qkv_biases(config)), "pooler_act": config.pooled_activation or "tanh"}
+    return {"qkv_bias": any(get_qkv_biases(config).values()), "pooler_act": config.pooled_activation or "tanh"}
 
 
 def build_dinov2_settings(config: ViTCLSConfig) -> Settings:
@@ -102,7 +97,7 @@ def build_dinov2_settings(config: ViTCLSConfig) -> Settings:
     is_gated = config.mlp_type != "mlp"
     mlp_ratios = {compute_dinov2_mlp_size(config.hidden_size, ratio, is_gated): ratio for ratio in range(16, 0, -1)}
     return {
-        "qkv_bias": any(get_qkv_biases(config)),
+        "qkv_bias": any(get_qkv_biases(config).values()),
         "mlp_ratio": mlp_ratios.get(config.intermediate_size, 4),
         "use_swiglu_ffn": is_gated,
         "layerscale_value": float(config.layer_scale_init_value or 1.0),
@@ -113,13 +108,10 @@ def build_dinov2_settings(config: ViTCLSConfig) -> Settings:
 
 def build_dinov3_settings(config: ViTCLSConfig) -> Settings:
     """Build the configuration of DINOv3."""
-    query_bias, key_bias, value_bias = get_qkv_biases(config)
     return {
         "num_register_tokens": config.num_register_tokens,
         "rope_theta": float(config.rope_theta),
-        "query_bias": query_bias,
-        "key_bias": key_bias,
-        "value_bias": value_bias,
+        **get_qkv_biases(config),
         "proj_bias": config.projection_bias,
         "mlp_bias": config.mlp_bias,
         "use_gated_mlp": config.mlp_type != "mlp",
@@ -186,7 +178,7 @@ def find_equivalent_match(target: TargetClass, config: ViTCLSConfig, native_size
 
 def compare_with_target(target: TargetClass, config: ViTCLSConfig) -> TargetMatch:
     """Build the target from a configuration, convert the target configuration back, and compare the fields."""
-    convertible_class = target.convertible_class
+    convertible_class = CONVERTIBLE_CLASSES[target.name]
     try:
         with torch.device("meta"):
             target_model = target.build(config)
@@ -274,7 +266,6 @@ def get_effective_fields(config: ViTCLSConfig, has_head: bool) -> dict[str, Any]
     inherited_fields = {field.name for field in dataclasses.fields(PreTrainedConfig)}
     names = [field.name for field in dataclasses.fields(config) if field.name not in inherited_fields | IGNORED_FIELDS]
     field_values = {name: getattr(config, name) for name in names}
-    query_bias, key_bias, value_bias = get_qkv_biases(config)
     position_embedding_tokens = config.position_embedding_tokens  # restricted below to tokens that the model has
     if position_embedding_tokens == "all" and not config.num_distillation_tokens + config.num_register_tokens:
         position_embedding_tokens = "cls"
@@ -284,9 +275,7 @@ def get_effective_fields(config: ViTCLSConfig, has_head: bool) -> dict[str, Any]
         "image_size": list(config.image_height_width),
         "patch_size": list(config.patch_height_width),
         "attention_head_size": config.head_dim,
-        "query_bias": query_bias,
-        "key_bias": key_bias,
-        "value_bias": value_bias,
+        **get_qkv_biases(config),
         "mlp_type": "mlp" if config.mlp_type == "mlp" else "glu",
         "hidden_act": get_activation(config),
         "position_embedding_tokens": position_embedding_tokens,
@@ -315,11 +304,10 @@ def get_unused_fields(config: ViTCLSConfig, has_head: bool) -> set[str]:
     return {name for is_unused, names in unused_conditions if is_unused for name in names}
 
 
-def get_qkv_biases(config: ViTCLSConfig) -> tuple[bool, bool, bool]:
-    """Return whether the query, key and value projections have biases."""
-    biases = (config.query_bias, config.key_bias, config.value_bias)
-    query, key, value = (config.qkv_bias if bias is None else bias for bias in biases)
-    return query, key, value
+def get_qkv_biases(config: ViTCLSConfig) -> dict[str, bool]:
+    """Return `query_bias`, `key_bias` and `value_bias`: whether each of these projections has a bias."""
+    biases = {name: getattr(config, name) for name in ("query_bias", "key_bias", "value_bias")}
+    return {name: config.qkv_bias if bias is None else bias for name, bias in biases.items()}
 
 
 def get_activation(config: ViTCLSConfig) -> str:
@@ -336,7 +324,8 @@ def build_transformers_model(match: TargetMatch, model: ViTCLSPreTrainedModel) -
     target = match.target
     transformers_model = target.build(match.config)
     target_weights = transformers_model.state_dict()
-    encoder_name = target.convertible_class.encoder_name
+    convertible_class = CONVERTIBLE_CLASSES[target.name]
+    encoder_name = convertible_class.encoder_name
     weights = strip_encoder_name(model.state_dict(), "vitcls")
     for rewrite, old_config, new_config in match.applied_rewrites:
         rewrite.rewrite_weights(weights, old_config, new_config)
@@ -344,7 +333,7 @@ def build_transformers_model(match: TargetMatch, model: ViTCLSPreTrainedModel) -
     if "embeddings.mask_token" in weights and "embeddings.mask_token" not in reference:
         logger.warning(f"{target.name} has no mask token, so the mask token is dropped")
         del weights["embeddings.mask_token"]
-    weights = revert_weights(weights, [*HEAD_RULES, *target.convertible_class.family.rules], reference)
+    weights = revert_weights(weights, [*HEAD_RULES, *convertible_class.family.rules], reference)
     for name, weight in target_weights.items():
         encoder_weight_name, parameter_name = name.removeprefix(f"{encoder_name}."), name.rpartition(".")[2]
         if encoder_weight_name in weights:

@@ -162,8 +162,7 @@ DINOV2_RULES = [
 
 
 def compute_dinov2_mlp_size(hidden_size: int, ratio: float, is_gated: bool) -> int:
-    """Return the hidden size of DINOv2's MLP. A gated MLP is narrower, with about as many parameters as a plain
-    MLP."""
+    """Return the hidden size of DINOv2's MLP. A gated MLP has about as many parameters as a plain MLP."""
     width = int(hidden_size * ratio)
     return (int(width * 2 / 3) + 7) // 8 * 8 if is_gated else width
 

@@ -153,8 +153,7 @@ def check_files_do_not_exist(*files: Path) -> None:
 
 
 def move_files(source: Path, target: Path) -> None:
-    """Move all files of a folder to another folder. Raise ValueError if the target contains a file of the same
-    name."""
+    """Move all files of a folder. Raise ValueError if the target folder contains a file of the same name."""
     files = sorted(source.iterdir())
     check_files_do_not_exist(*(target / file.name for file in files))
     target.mkdir(parents=True, exist_ok=True)
@@ -190,8 +189,7 @@ def select_image_shapes(config: ViTCLSConfig, graph_shape: GraphShape) -> list[t
 def compare_outputs(
     batches: list[torch.Tensor], reference_outputs: list[Outputs], outputs: list[Outputs], dtype: str
 ) -> list[BatchComparison]:
-    """Compare the outputs of a file with the outputs of the model. Raise ValueError if a difference exceeds
-    `LIMITS`."""
+    """Compare the outputs of a file and of the model. Raise ValueError if a difference exceeds `LIMITS`."""
     absolute_limit, relative_limit = LIMITS[dtype]
     comparisons = []
     for images, reference, result in zip(batches, reference_outputs, outputs, strict=True):
