@@ -11,15 +11,15 @@ from torch import nn
 
 
 @torch.no_grad()
-def randomize_weights(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Fill a model in place with random values and return it in eval mode; the same seed gives the same values.
+def randomize_weights(model: nn.Module) -> nn.Module:
+    """Fill a model in place with random values and return it in eval mode; repeated calls give the same values.
 
     Scales (norms, LayerScale, variances) are uniformly distributed from 0.5 to 1.5. Other values are normally
     distributed with mean 0 and these standard deviations: 1 / sqrt(fan in) for weights of linear and convolution
     layers, 0.2 for biases, 0.1 for the lambdas of differential attention (whose products are exponentiated), and 0.5
     for other tensors (tokens, position embeddings, bias tables). Non-persistent buffers are left unchanged.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     for module in model.modules():
         tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
         for name, tensor in tensors:

@@ -73,15 +73,20 @@ class NamedOutputsModel(nn.Module):
         return {name: output.float() for name, output in outputs.items() if output is not None}
 
 
-def select_outputs(*names: str) -> Callable[[Any, Any], dict[str, torch.Tensor | None]]:
-    """Return a function that selects outputs by name. Outputs that the model does not have are None."""
-    return lambda outputs, model: {name: getattr(outputs, name) for name in names}
+def get_classifier_outputs(outputs: Any, model: Any) -> dict[str, torch.Tensor | None]:
+    """Return the logits [B, labels] and, if the model has two heads, the logits of each head."""
+    if outputs.distillation_logits is None:
+        return {"logits": outputs.logits}
+    return {name: outputs[name] for name in ("logits", "cls_logits", "distillation_logits")}
 
 
 # Model class -> function that selects the outputs by name.
 OUTPUT_SELECTORS: dict[type, Callable[[Any, Any], dict[str, torch.Tensor | None]]] = {
-    ViTCLSModel: select_outputs("last_hidden_state", "pooler_output"),
-    ViTCLSForImageClassification: select_outputs("logits", "cls_logits", "distillation_logits"),
+    ViTCLSModel: lambda outputs, model: {
+        "last_hidden_state": outputs.last_hidden_state,
+        "pooler_output": outputs.pooler_output,
+    },
+    ViTCLSForImageClassification: get_classifier_outputs,
     ViTCLSForMultiTaskClassification: lambda outputs, model: outputs.logits,
     ViTCLSBackbone: lambda outputs, model: dict(zip(model.out_features, outputs.feature_maps, strict=True)),
 }
