@@ -25,7 +25,7 @@ from .diagnosis import Verdict, describe_depth, diagnose_groups, diagnose_tokens
 from .effects import AblationEffect
 from .image_report import ImageReport, build_image_report
 from .map_checks import MapCheck, check_maps
-from .model_outputs import MIN_IMAGES, Batches, Predictions, encode_labels, extract_outputs, join_outputs
+from .model_outputs import MIN_IMAGES, Batches, Predictions, count_tokens, encode_labels, extract_outputs, join_outputs
 from .model_utils import is_classifier, unwrap_model
 from .patch_sizes import PatchSizeRow, compare_patch_sizes
 from .token_statistics import Findings, TokenStatistics
@@ -385,19 +385,13 @@ class PassProgress:
         return iterate_with_progress
 
 
-def count_tokens(model: Any, pixels: torch.Tensor) -> int:
-    """Return the number of tokens of an image [C, H, W]."""
-    grid_size = model.base_model.embeddings.patch_embeddings.get_grid_size(pixels.unsqueeze(0))
-    return model.config.token_layout.get_num_tokens(*grid_size)
-
-
 def get_max_batch_size(model: Any, pixels: torch.Tensor) -> int:
     """Return the largest batch size, at least 1, for which images [C, H, W] require at most MAX_BATCH_BYTES of memory.
 
     The estimate includes the hidden states of all layers, a few copies of the attention maps of one layer, and the
     activations of one MLP.
     """
-    config, num_tokens = model.config, count_tokens(model, pixels)
+    config, num_tokens = model.config, count_tokens(model, pixels.unsqueeze(0))
     num_maps = config.num_attention_heads * (2 if config.attention_type == "differential" else 1)
     num_states = (config.num_hidden_layers + 8) * num_tokens * config.hidden_size
     num_activations = 2 * num_tokens * config.intermediate_size
@@ -408,5 +402,5 @@ def get_max_batch_size(model: Any, pixels: torch.Tensor) -> int:
 def count_null_images(model: Any, pixels: Sequence[torch.Tensor]) -> int:
     """Return the number of images that a pass of MAX_NULL_FLOPS floating-point operations can process."""
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    flops = 2 * num_parameters * max(count_tokens(model, image) for image in pixels)
+    flops = 2 * num_parameters * max(count_tokens(model, image.unsqueeze(0)) for image in pixels)
     return int(MAX_NULL_FLOPS / flops)

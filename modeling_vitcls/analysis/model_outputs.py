@@ -147,11 +147,16 @@ def join_outputs(batches: Sequence[Any]) -> Any:
 
 def build_hiding_mask(model: Any, pixel_values: torch.Tensor, hidden_indices: Sequence[int]) -> torch.Tensor:
     """Return an attention mask [B, N] that hides the tokens at sequence indices `hidden_indices` from all tokens."""
-    grid_size = model.base_model.embeddings.patch_embeddings.get_grid_size(pixel_values)
-    num_tokens = model.config.token_layout.get_num_tokens(*grid_size)
-    mask = torch.ones(len(pixel_values), num_tokens, dtype=torch.long, device=pixel_values.device)
+    shape = len(pixel_values), count_tokens(model, pixel_values)
+    mask = torch.ones(shape, dtype=torch.long, device=pixel_values.device)
     mask[:, list(hidden_indices)] = 0
     return mask
+
+
+def count_tokens(model: Any, pixel_values: torch.Tensor) -> int:
+    """Return the number of tokens of each image in a batch [B, C, H, W]."""
+    grid_size = model.base_model.embeddings.patch_embeddings.get_grid_size(pixel_values)
+    return model.config.token_layout.get_num_tokens(*grid_size)
 
 
 def extract_features(outputs: Any, config: ViTCLSConfig) -> dict[str, torch.Tensor]:
