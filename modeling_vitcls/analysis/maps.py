@@ -52,10 +52,8 @@ def get_head_names(config: ViTCLSConfig) -> list[str]:
 
 
 def is_used_by_head(config: ViTCLSConfig, group: str, index: int, has_head: bool = True) -> bool:
-    """Return whether the head uses the output of token `index` of a group.
-
-    Without a head, the outputs of the CLS tokens, distillation tokens and patches are used.
-    """
+    """Return whether the head uses the output of token `index` of a group. Without a head, the outputs of the CLS
+    tokens, distillation tokens and patches are used."""
     if not has_head:
         return group != "registers"
     if is_masked_image_model(config):
@@ -78,18 +76,15 @@ def is_masked_image_model(config: ViTCLSConfig) -> bool:
 def get_used_token_mask(config: ViTCLSConfig, has_head: bool = True) -> list[bool]:
     """Return whether the head uses each special token and, as the last value, the patches (`is_used_by_head`)."""
     groups = get_token_names_by_group(config) | {"patches": ["patches"]}
-    return [
-        is_used_by_head(config, group, index, has_head)
-        for group, names in groups.items()
-        for index in range(len(names))
-    ]
+    positions = [(group, index) for group, names in groups.items() for index in range(len(names))]
+    return [is_used_by_head(config, group, index, has_head) for group, index in positions]
 
 
 def count_used_layers(config: ViTCLSConfig, has_head: bool) -> list[int]:
     """Return the number of layers whose output is used: one value per special token, then one value for the patches.
 
-    If the head uses a token, all layers are counted. Otherwise, the last layer is not counted, because its output
-    for this token is not used. The attention of a token is used in the same layers.
+    The output of the last layer for a token is used only if the head uses the token. The attention of a token is used
+    in the same layers.
     """
     return [config.num_hidden_layers - (not is_used) for is_used in get_used_token_mask(config, has_head)]
 
