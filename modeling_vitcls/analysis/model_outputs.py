@@ -174,10 +174,8 @@ def extract_features(outputs: Any, config: ViTCLSConfig) -> dict[str, torch.Tens
 
 
 def get_predicted_labels(task_logits: list[torch.Tensor], config: ViTCLSConfig) -> torch.Tensor:
-    """Return the predicted labels [B, A] (`Predictions.predicted`) for the logits [B, labels] of each task.
-
-    A multi-label model predicts each label whose probability is at least `DEFAULT_THRESHOLD`.
-    """
+    """Return the predicted labels [B, A] (`Predictions.predicted`) for the logits [B, labels] of each task. A
+    multi-label model predicts each label whose probability is at least DEFAULT_THRESHOLD."""
     if is_multi_label(config):
         return (task_logits[0].float().sigmoid() >= DEFAULT_THRESHOLD).long()
     return torch.stack([logits.argmax(dim=-1) for logits in task_logits], dim=-1)
