@@ -80,7 +80,11 @@ def plot_token_layout(config: ViTCLSConfig) -> Figure:
         draw_text(axes, center, BOXES_BOTTOM + BOXES_HEIGHT + 0.1, text, 9, DARK_GRAY, va="bottom")
     is_horizontal = all(len(box.name) * CHARACTER_WIDTH < box.width for box in boxes)
     for box in boxes:
-        draw_box(axes, box, rotation=0 if is_horizontal else 90)
+        corner, color = (box.left, BOXES_BOTTOM), GROUP_COLORS[box.group]
+        axes.add_patch(Rectangle(corner, box.width, BOXES_HEIGHT, facecolor=color, edgecolor="white", linewidth=1.5))
+        font_size = 9 if box.width > 0.25 and len(box.name) <= 16 else 7
+        middle, rotation = BOXES_BOTTOM + BOXES_HEIGHT / 2, 0 if is_horizontal or box.name == ELLIPSIS else 90
+        draw_text(axes, box.center, middle, box.name.replace(" (", "\n("), font_size, "white", rotation=rotation)
         if box.name != ELLIPSIS and is_used_by_head(config, box.group, box.index):
             draw_arrow(axes, box.center)
     draw_grid(axes, grid_left, config)
@@ -120,15 +124,6 @@ def select_drawn_tokens(names: list[str]) -> dict[int, str]:
     if len(names) <= MAX_BOXES:
         return dict(enumerate(names))
     return {**dict(enumerate([*names[: MAX_BOXES - 2], ELLIPSIS])), len(names) - 1: names[-1]}
-
-
-def draw_box(axes: Axes, box: Box, rotation: int) -> None:
-    """Draw the box of a token, with the name of the token."""
-    corner, middle = (box.left, BOXES_BOTTOM), BOXES_BOTTOM + BOXES_HEIGHT / 2
-    color, font_size = GROUP_COLORS[box.group], 9 if box.width > 0.25 and len(box.name) <= 16 else 7
-    rotation = 0 if box.name == ELLIPSIS else rotation
-    axes.add_patch(Rectangle(corner, box.width, BOXES_HEIGHT, facecolor=color, edgecolor="white", linewidth=1.5))
-    draw_text(axes, box.center, middle, box.name.replace(" (", "\n("), font_size, "white", rotation=rotation)
 
 
 def draw_arrow(axes: Axes, center: float) -> None:

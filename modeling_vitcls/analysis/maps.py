@@ -168,7 +168,10 @@ def get_visible_region(processor: Processor, image_size: Size, patch_size: Size 
     (height, width), (top, left) = resized_size, (0, 0)
     if processor.do_center_crop:
         height, width = processor.crop_size["height"], processor.crop_size["width"]
-        top, left = get_crop_offsets(processor, resized_size, (height, width))
+        offsets = (resized_size[0] - height) / 2, (resized_size[1] - width) / 2  # negative if the crop pads
+        is_padded = min(offsets) < 0
+        round_offset = PAD_ROUNDINGS[processor.backend] if is_padded else CROP_ROUNDINGS[processor.crop_rounding]
+        top, left = map(round_offset, offsets)
     if processor.do_pad and processor.pad_size:
         height, width = processor.pad_size["height"], processor.pad_size["width"]
     if patch_size is not None:
@@ -192,14 +195,6 @@ RESIZE_RULES: dict[frozenset[str], Callable[..., Size]] = {
 
 # Backend of the processor -> rounding of half pixels in a center crop that pads.
 PAD_ROUNDINGS: dict[str, Callable[[float], int]] = {"torchvision": math.trunc, "pil": math.floor}
-
-
-def get_crop_offsets(processor: Processor, resized_size: Size, crop_size: Size) -> tuple[int, int]:
-    """Return the top and left offset of the center crop in pixels of the resized image; negative if the crop pads."""
-    top, left = ((length - crop_length) / 2 for length, crop_length in zip(resized_size, crop_size, strict=True))
-    is_padded = min(top, left) < 0
-    round_offset = PAD_ROUNDINGS[processor.backend] if is_padded else CROP_ROUNDINGS[processor.crop_rounding]
-    return round_offset(top), round_offset(left)
 
 
 # Overlay ---------------------------------------------------------------------------------------------------------
@@ -244,10 +239,17 @@ def overlay(
     map_values = torch.as_tensor(values).detach().float().cpu()
     if visible_region is not None or map_values.shape != size:
         map_values = upsample_maps(map_values, size, region)  # [h, w]
-    gray = to_gray(resized_image)
-    is_hidden = map_values.isnan()[:, :, None]
-    colors = np.where(is_hidden, draw_hatching(gray), blend_colors(gray, map_values.numpy(), max_value))
-    return Image.fromarray((colors * 255).round().astype(np.uint8))
+    finite_values = map_values.nan_to_num().numpy()  # [h, w]
+    is_hidden = map_values.isnan().numpy()
+    if max_value is None:
+        max_value = max(finite_values.max(), MIN_SCALE * finite_values.sum() / max((~is_hidden).sum(), 1))
+    strength = (finite_values / max_value if max_value > 0 else finite_values).clip(0, 1)[:, :, None]
+    opacity = 0.25 + 0.6 * strength
+    gray = to_gray(resized_image)  # [h, w, 3]
+    colors = colormaps[COLORMAP](strength[:, :, 0])[:, :, :3]
+    blended = gray * IMAGE_BRIGHTNESS * (1 - opacity) + colors * opacity
+    pixels = np.where(is_hidden[:, :, None], draw_hatching(gray), blended)
+    return Image.fromarray((pixels * 255).round().astype(np.uint8))
 
 
 def to_upright_rgb(image: Image.Image) -> Image.Image:
@@ -274,17 +276,6 @@ def resize_with_region(
 def to_gray(image: Image.Image) -> np.ndarray:
     """Return the brightness of an image as [h, w, 3] with values from 0 to 1."""
     return np.asarray(image.convert("L"), dtype=np.float32)[:, :, None].repeat(3, axis=2) / 255
-
-
-def blend_colors(gray: np.ndarray, values: np.ndarray, max_value: float | None) -> np.ndarray:
-    """Return a gray image [h, w, 3] with values from 0 to 1, over which a map [h, w] is blended in color."""
-    finite_values = np.nan_to_num(values)
-    if max_value is None:
-        max_value = max(finite_values.max(), MIN_SCALE * finite_values.sum() / max(np.isfinite(values).sum(), 1))
-    strength = (finite_values / max_value if max_value > 0 else finite_values).clip(0, 1)  # [h, w]
-    colors = colormaps[COLORMAP](strength)[:, :, :3]
-    opacity = (0.25 + 0.6 * strength)[:, :, None]
-    return gray * IMAGE_BRIGHTNESS * (1 - opacity) + colors * opacity
 
 
 def draw_hatching(gray: np.ndarray) -> np.ndarray:
