@@ -216,8 +216,7 @@ def measure_patch_effects(
 
 
 def draw_patches(patch_indices: torch.Tensor, size: int, generator: torch.Generator) -> list[list[int]]:
-    """Return NUM_NULL_DRAWS random sets of `size` patches. If `size` is 1, the sets are distinct, so there may be
-    fewer sets."""
+    """Return NUM_NULL_DRAWS random sets of `size` patches, or distinct and possibly fewer sets if `size` is 1."""
     if size == 1:
         order = torch.randperm(len(patch_indices), generator=generator)
         return patch_indices[order[:NUM_NULL_DRAWS]].unsqueeze(1).tolist()
@@ -259,10 +258,7 @@ def measure_redraw_effects(
 
 def plan_redraws(model: Any) -> Iterator[tuple[list[str], list[list[int]], bool]]:
     """Yield the keys that share a null distribution, the sequence indices of each draw, and whether to ablate the
-    redrawn tokens. Each draw replaces all tokens of a group, or one token; the draws cycle through the tokens.
-
-    Redrawn tokens that the head uses are not ablated, because ablating these tokens always has an effect.
-    """
+    redrawn tokens. Each draw replaces all tokens of a group, or one token; the draws cycle through the tokens."""
     layout = model.config.token_layout
     keys, is_used_by_head = get_token_keys(layout), get_used_token_mask(model.config, is_classifier(model))
     for group, members in get_group_indices(layout).items():
@@ -273,7 +269,7 @@ def plan_redraws(model: Any) -> Iterator[tuple[list[str], list[list[int]], bool]
         if len(members) > 1:
             candidates.append(([group], [members]))
         for shared_keys, sets in candidates:
-            has_null = not any(is_used_by_head[index] for index in sets[0])
+            has_null = not any(is_used_by_head[index] for index in sets[0])  # see `Ablation.redrawn_effects`
             num_draws = NUM_NULL_DRAWS if has_null else NUM_NULL_DRAWS // 2
             yield shared_keys, [sets[draw % len(sets)] for draw in range(num_draws)], has_null
 

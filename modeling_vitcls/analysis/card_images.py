@@ -156,8 +156,7 @@ def format_title(label: str | None, prediction: Row) -> str:
 
 
 def encode_small_png(figure: Figure) -> bytes:
-    """Return the figure as a PNG file, in the best of `QUALITIES` for which the file is smaller than MAX_BYTES, or in
-    the lowest quality if no file is small enough."""
+    """Return the figure as a PNG file in the best of `QUALITIES` below MAX_BYTES, or in the lowest quality."""
     for dpi, num_colors in QUALITIES:
         image, png = render_figure(figure, dpi), BytesIO()
         if num_colors is not None:

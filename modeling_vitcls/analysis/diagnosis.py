@@ -169,8 +169,7 @@ class TokenEvidence:
 
     @property
     def patch_mass(self) -> float:
-        """Return the maximum fraction of attention to patches over all heads of the layers whose output is used; 1 if
-        there is no such layer."""
+        """Return the maximum fraction of attention to patches over all heads of the used layers; 1 without layers."""
         fractions = self.findings.attention_fractions[: self.last_state_index, :, self.index, -1]  # [layers, H]
         return fractions.max().item() if fractions.numel() else 1.0
 
@@ -209,8 +208,7 @@ class TokenEvidence:
 
 
 def judge_token(evidence: TokenEvidence) -> tuple[str, Rating, str]:
-    """Return the word, rating and reason of the verdict on a token. The first true condition determines the
-    verdict."""
+    """Return the word, rating and reason of the first verdict whose condition is true."""
     findings, num_layers = evidence.findings, len(evidence.findings.entropy)
     other_index, state_index = evidence.identical_token_and_state or (None, evidence.last_state_index)
     layer_name = "after the last layer"
@@ -401,8 +399,7 @@ def describe_effect(ablation: Ablation) -> str:
 
 
 def describe_changed_predictions(effect: AblationEffect) -> str:
-    """Return the number of changed predictions and the upper bound of the 95% interval for their fraction, such as
-    `0 of 256 (at most 1.2%)`."""
+    """Return text such as `0 of 256 (at most 1.2%)`, with the upper bound of the 95% interval."""
     num_changed = round(effect.changed_answers * effect.num_images)
     return f"{num_changed:,} of {effect.num_images:,} (at most {effect.changed_interval[1]:.1%})"
 
@@ -452,9 +449,8 @@ def describe_depth(config: ViTCLSConfig, findings: Findings, has_head: bool = Tr
 
 
 def describe_depth_pattern(fractions: torch.Tensor, thirds: torch.Tensor) -> str:
-    """Return a sentence, after a space, that compares the fractions of tokens attended to with the expected pattern.
-    `fractions` [L] has one value per layer, and `thirds` [3 or fewer] contains the mean of each third of the
-    layers."""
+    """Compare the fractions of tokens attended to, in each layer [L] and in each third of the layers [3 or fewer],
+    with the expected pattern. The sentence begins with a space."""
     if bool((fractions >= MIN_UNIFORM_FRACTION).all()):
         return " Attention is nearly uniform in every layer, so the token selects no patches."
     if len(thirds) < 3:

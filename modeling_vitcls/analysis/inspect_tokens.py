@@ -91,7 +91,7 @@ def print_inspection(inspection: Inspection, options: InspectOptions, console: C
     console.print(build_verdict_table(inspection) if inspection.verdicts else "The model has no special tokens.")
     check_descriptions = [check.describe(name) for name, check in inspection.map_checks.items()]
     summary = f"Diagnosis: {inspection.summary}"
-    for text in (inspection.artifact_description, *inspection.depth, *check_descriptions, summary):
+    for text in (inspection.patches.reason, *inspection.depth, *check_descriptions, summary):
         console.print(text, markup=False)
     if inspection.patch_sizes:
         patch_size_table = build_patch_size_table(inspection.patch_sizes)

@@ -84,16 +84,10 @@ class Inspection:
 
     @property
     def effects(self) -> dict[str, AblationEffect] | None:
-        """Return the effect on predictions of replacing each token with its mean, or None if the model has no
-        classifier."""
+        """Return the effect of replacing each token with its mean, or None if the model has no classifier."""
         if not self.has_head:
             return None
         return {key: self.ablations["information"][key].effect for key in get_token_keys(self.config.token_layout)}
-
-    @property
-    def artifact_description(self) -> str:
-        """Return the sentences about artifacts (patches with large norms)."""
-        return self.patches.reason
 
     @property
     def summary(self) -> str:

@@ -51,8 +51,7 @@ class Predictions:
         return (self.predicted == self.labels)[self.labels != IGNORED_LABEL].float().mean().item()
 
     def compute_majority_accuracy(self) -> float | None:
-        """Return the accuracy of always predicting the most frequent label of each column, or None if no label is
-        known."""
+        """Return the accuracy of predicting the most frequent label of each column, or None if no label is known."""
         if self.labels is None or self.compute_accuracy() is None:
             return None
         known_labels = [column[column != IGNORED_LABEL] for column in self.labels.unbind(dim=1)]
@@ -84,8 +83,7 @@ class Features:
 
     def find_neighbors(self) -> list[set[int]] | None:
         """Return the indices of the NUM_NEIGHBORS most similar other images for each image, or None for fewer than
-        MIN_IMAGES images. The cosine similarity is computed from the CLS tokens, or from the pooled features if
-        there are no CLS tokens."""
+        MIN_IMAGES images. Images are compared by their CLS tokens or, without CLS tokens, by pooled features."""
         if len(self) < MIN_IMAGES:
             return None
         rows = torch.stack([row.flatten() for row in self.vectors.get("cls", self.vectors["pooled"])]).numpy()
@@ -160,8 +158,7 @@ def count_tokens(model: Any, pixel_values: torch.Tensor) -> int:
 
 
 def extract_features(outputs: Any, config: ViTCLSConfig) -> dict[str, torch.Tensor]:
-    """Return a dict that maps feature names (`Features`) to the features [B, vectors, D] in the output of an
-    encoder."""
+    """Return the features [B, vectors, D] in the output of an encoder, by name (`Features`)."""
     layout, states = config.token_layout, outputs.last_hidden_state
     pooled = getattr(outputs, "pooler_output", None)
     if pooled is None:
@@ -182,10 +179,8 @@ def get_predicted_labels(task_logits: list[torch.Tensor], config: ViTCLSConfig) 
 
 
 def encode_label(label: Any, config: ViTCLSConfig) -> torch.Tensor:
-    """Return a dataset label (data/images.py) as a tensor [A] (`Predictions.labels`). None becomes IGNORED_LABEL.
-
-    For a multi-label model, a class index means that only this label applies.
-    """
+    """Return a dataset label (data/images.py) as a tensor [A] (`Predictions.labels`). None becomes IGNORED_LABEL. A
+    class index for a multi-label model means that only this label applies."""
     if config.tasks:
         task_labels = label or {}
         return torch.tensor([task_labels.get(task, IGNORED_LABEL) for task in config.task_labels()])

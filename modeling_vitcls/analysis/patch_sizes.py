@@ -194,9 +194,7 @@ def prepare_pixel_values(processor: Any, images: Sequence[Image.Image]) -> torch
 @torch.no_grad()
 def measure_candidates(candidates: list[Candidate], batches: Sequence[torch.Tensor]) -> None:
     """Run all candidates on each batch [B, C, H, W] in turn, so that other load on the machine affects all candidates.
-
-    If there are fewer than MIN_TIMED_BATCHES batches, batches are repeated for time measurements only.
-    """
+    Fewer than MIN_TIMED_BATCHES batches are repeated for time measurements only."""
     device = candidates[0].model.device
     for step in range(-1, max(len(batches), MIN_TIMED_BATCHES)):  # step -1 is a warmup
         batch = batches[step % len(batches)].to(device)
@@ -212,10 +210,8 @@ def measure_candidates(candidates: list[Candidate], batches: Sequence[torch.Tens
 
 
 def count_flops(model: Any, image_size: tuple[int, int]) -> tuple[float, float]:
-    """Return the number of floating-point operations for one image, in total and for attention maps.
-
-    Operations are counted on a copy of the model on the meta device, with eager attention.
-    """
+    """Return the number of floating-point operations for one image, in total and for attention maps, counted with
+    eager attention on a copy of the model on the meta device."""
     config = copy.deepcopy(model.config)
     with torch.device("meta"):
         meta_model = model.new_like(config).eval()

@@ -159,8 +159,7 @@ def render_page(inspection: Inspection, page_header: dict[str, Any]) -> str:
 
 
 def build_effect_table(inspection: Inspection) -> dict[str, Any]:
-    """Return the `header` and `rows` of a table with the effects of both ablations of each token and each group, and
-    the null distributions."""
+    """Return the `header` and `rows` of a table with the effects and null distributions of all ablations."""
     rows = []
     verdicts = [*inspection.verdicts, *inspection.group_verdicts]
     for key, verdict in zip(inspection.ablations["information"], verdicts, strict=True):

@@ -229,7 +229,7 @@ def build_json_values(inspection: Inspection) -> dict[str, Any]:
             {"token": verdict.token, "word": verdict.word, "meaning": verdict.rating, "reason": verdict.reason}
             for verdict in inspection.verdicts
         ],
-        "artifacts": inspection.artifact_description,
+        "artifacts": inspection.patches.reason,
         "depth": inspection.depth,
         "map_checks": {
             name: {"statement": check.describe(name), "is_faithful": check.is_faithful} | dataclasses.asdict(check)

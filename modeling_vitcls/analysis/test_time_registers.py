@@ -28,13 +28,8 @@ OUTLIER_RATIO = 3.0
 def compute_outlier_fraction(
     model: ViTCLSPreTrainedModel, pixel_values: torch.Tensor, ratio: float = OUTLIER_RATIO
 ) -> float:
-    """Return the fraction of patches whose norm exceeds `ratio` times the median patch norm of the image.
-
-    Norms are computed after the last layer, before the model's final normalization.
-
-    Args:
-        pixel_values: [B, C, H, W].
-    """
+    """Return the fraction of patches whose norm exceeds `ratio` times the median patch norm of the image, for images
+    [B, C, H, W]. Norms are computed after the last layer, before the model's final normalization."""
     hidden_states, _ = encode_patches(model, pixel_values)
     return is_outlier(hidden_states[-1], ratio).float().mean().item()
 
