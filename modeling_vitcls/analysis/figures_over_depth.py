@@ -133,9 +133,9 @@ def get_token_styles(config: ViTCLSConfig) -> list[LineStyle]:
     styles = []
     for group, names in get_token_names_by_group(config).items():
         for index, name in enumerate(names):
-            white_fraction = MAX_WHITE_FRACTION * index / max(len(names) - 1, 1)
-            color = white_fraction + (1 - white_fraction) * np.array(to_rgb(GROUP_COLORS[group]))
-            styles.append(LineStyle(shorten_text(name, MAX_NAME_LENGTH), to_rgb(color), index))
+            white = MAX_WHITE_FRACTION * index / max(len(names) - 1, 1)
+            red, green, blue = (white + (1 - white) * channel for channel in to_rgb(GROUP_COLORS[group]))
+            styles.append(LineStyle(shorten_text(name, MAX_NAME_LENGTH), (red, green, blue), index))
     return styles
 
 
