@@ -83,8 +83,9 @@ def plot_token_layout(config: ViTCLSConfig) -> Figure:
         corner, color = (box.left, BOXES_BOTTOM), GROUP_COLORS[box.group]
         axes.add_patch(Rectangle(corner, box.width, BOXES_HEIGHT, facecolor=color, edgecolor="white", linewidth=1.5))
         font_size = 9 if box.width > 0.25 and len(box.name) <= 16 else 7
-        middle, rotation = BOXES_BOTTOM + BOXES_HEIGHT / 2, 0 if is_horizontal or box.name == ELLIPSIS else 90
-        draw_text(axes, box.center, middle, box.name.replace(" (", "\n("), font_size, "white", rotation=rotation)
+        rotation = 0 if is_horizontal or box.name == ELLIPSIS else 90
+        text, middle = box.name.replace(" (", "\n("), BOXES_BOTTOM + BOXES_HEIGHT / 2
+        draw_text(axes, box.center, middle, text, font_size, "white", rotation=rotation)
         if box.name != ELLIPSIS and is_used_by_head(config, box.group, box.index):
             draw_arrow(axes, box.center)
     draw_grid(axes, grid_left, config)

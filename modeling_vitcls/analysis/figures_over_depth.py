@@ -34,7 +34,6 @@ MAX_NAME_LENGTH = 24  # maximum length of a name in a legend, in characters
 MIN_RATIO_FOR_LOG_SCALE = 30.0  # minimum ratio of largest to smallest norm for a logarithmic scale
 PATCH_QUANTILES = (0.05, 0.5, 0.95)  # quantiles of the patch norms: lower edge of the band, line, upper edge
 
-PATCH_COLOR = GROUP_COLORS["patches"]
 DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 1.5, 1, 1.5)))
 MARKERS = ("o", "s", "^", "D")
 MAX_WHITE_FRACTION = 0.55  # fraction of white in the color of the last token of a group
@@ -82,7 +81,7 @@ class LineStyle:
     index: int = 0  # index of the token within the group
 
 
-PATCH_STYLE = LineStyle("patches", to_rgb(PATCH_COLOR))
+PATCH_STYLE = LineStyle("patches", to_rgb(GROUP_COLORS["patches"]))
 
 
 def plot_curve(config: ViTCLSConfig, findings: Findings, name: str) -> Figure:
@@ -209,7 +208,7 @@ def plot_norms(config: ViTCLSConfig, findings: Findings) -> Figure:
         norm_axes.set_ylabel("norm")
     outlier_axes.set_title(f"Patches above {OUTLIER_RATIO:g} times the median", fontsize=11, color=DARK_GRAY)
     for index, (name, fraction) in enumerate(fractions.items()):
-        draw_line(outlier_axes, LineStyle(name, to_rgb(PATCH_COLOR), index), fraction, fraction, fraction, 0)
+        draw_line(outlier_axes, LineStyle(name, PATCH_STYLE.color, index), fraction, fraction, fraction, 0)
     outlier_axes.set_ylim(0, max(1.1 * max(fraction.max().item() for fraction in fractions.values()), 0.01))
     outlier_axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
     for axes in (norm_axes, outlier_axes):

@@ -240,10 +240,9 @@ def overlay(
     is_hidden = map_values.isnan().numpy()
     if max_value is None:
         max_value = max(finite_values.max(), MIN_SCALE * finite_values.sum() / max((~is_hidden).sum(), 1))
-    strength = (finite_values / max_value if max_value > 0 else finite_values).clip(0, 1)[:, :, None]
-    opacity = 0.25 + 0.6 * strength
+    strength = (finite_values / max_value if max_value > 0 else finite_values).clip(0, 1)  # [h, w]
+    colors, opacity = colormaps[COLORMAP](strength)[:, :, :3], (0.25 + 0.6 * strength)[:, :, None]
     gray = to_gray(resized_image)  # [h, w, 3]
-    colors = colormaps[COLORMAP](strength[:, :, 0])[:, :, :3]
     blended = gray * IMAGE_BRIGHTNESS * (1 - opacity) + colors * opacity
     pixels = np.where(is_hidden[:, :, None], draw_hatching(gray), blended)
     return Image.fromarray((pixels * 255).round().astype(np.uint8))

@@ -124,7 +124,10 @@ class TokenStatistics:
         module = get_classifier_or_encoder(self.model)
         register_indices = range(self.layout.num_prefix_tokens)[self.layout.registers]
         outputs_without_registers = None
-        add_layer = lambda layer: layer_statistics.append(self.compute_layer_statistics(layer, centers))  # noqa: E731
+
+        def add_layer(layer: RecordedLayer) -> None:
+            layer_statistics.append(self.compute_layer_statistics(layer, centers))
+
         with evaluation_mode(self.model):
             with process_attention_layers(self.model, add_layer):
                 outputs = module(pixel_values, output_hidden_states=True)
