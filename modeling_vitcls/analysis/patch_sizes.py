@@ -122,7 +122,7 @@ def describe_patch_sizes(rows: Sequence[PatchSizeRow]) -> list[str]:
     other_rows = [row for row in rows if not row.is_native]
     sentences = []
     for row in (native_row, *other_rows):
-        text = describe_native_size(row) if row.is_native else describe_other_size(row, native_row)
+        text = describe_row(row, native_row)
         sentences.append(f"{text} ({row.note})." if row.note else f"{text}.")
     sentences += recommend_patch_size(rows)
     if other_rows and native_row.agreement is not None:
@@ -274,15 +274,6 @@ def describe_patch_size_problems(grid: tuple[int, int], attention_share: float) 
     return "; ".join(notes)
 
 
-def describe_native_size(row: PatchSizeRow) -> str:
-    """Describe the model's own patch size."""
-    accuracy_text = "" if row.accuracy is None else f", accuracy {row.accuracy * 100:.1f}%"
-    return (
-        f"{format_patch_size(row.patch_size)} (the model's own): {row.sequence_length} tokens, "
-        f"{row.gflops:.3g} GFLOPs and {row.milliseconds:.3g} ms per image on {row.device}{accuracy_text}"
-    )
-
-
 def recommend_patch_size(rows: Sequence[PatchSizeRow]) -> list[str]:
     """Recommend the cheapest patch size within ACCURACY_TOLERANCE of the best accuracy. Return an empty list if fewer
     than two accuracies are known."""
@@ -305,8 +296,14 @@ def recommend_patch_size(rows: Sequence[PatchSizeRow]) -> list[str]:
     ]
 
 
-def describe_other_size(row: PatchSizeRow, native_row: PatchSizeRow) -> str:
-    """Describe a different patch size, compared with the model's own patch size."""
+def describe_row(row: PatchSizeRow, native_row: PatchSizeRow) -> str:
+    """Describe a patch size, compared with the model's own patch size."""
+    if row.is_native:
+        accuracy_text = "" if row.accuracy is None else f", accuracy {row.accuracy * 100:.1f}%"
+        return (
+            f"{format_patch_size(row.patch_size)} (the model's own): {row.sequence_length} tokens, "
+            f"{row.gflops:.3g} GFLOPs and {row.milliseconds:.3g} ms per image on {row.device}{accuracy_text}"
+        )
     text = (
         f"{format_patch_size(row.patch_size)}: {format_ratio(row.sequence_length, native_row.sequence_length)} the "
         f"tokens, {format_ratio(row.gflops, native_row.gflops)} the compute, "
