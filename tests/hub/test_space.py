@@ -293,12 +293,12 @@ def assert_opens_only_uploads(at: str, photo: Path, folder: Path) -> None:
         ]
         files += [{"path": "data:image/png;base64," + base64.b64encode(photo.read_bytes()).decode()}]
         answers = {json.dumps(request_prediction(at, file)["data"]) for file in files}
-        assert len(answers) == 1 and "must be uploaded to this page" in answers.pop()
+        assert len(answers) == 1 and "upload an image to this page" in answers.pop()
         as_page = {"meta": {"_type": "gradio.FileData"}}
         for more in ({}, {"is_stream": True}, {"url": f"{address}/picture.png"}):
             assert "confidences" not in json.dumps(request_prediction(at, {"path": str(secret)} | as_page | more))
             fetched = json.dumps(request_prediction(at, {"path": f"{address}/picture.png"} | as_page | more))
-            assert "must be uploaded to this page" in fetched
+            assert "upload an image to this page" in fetched
         assert not requests
 
 
