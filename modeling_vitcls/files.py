@@ -50,8 +50,7 @@ def write_atomically(file: Path) -> Iterator[Path]:
     temporary_file = file.with_name(f".{file.name}.{os.getpid()}.unfinished")
     try:
         yield temporary_file
-        with temporary_file.open("rb") as stream:
-            os.fsync(stream.fileno())
+        sync_to_disk(temporary_file)
         temporary_file.replace(file)
     except OSError as error:
         if error.errno is None:  # not raised by a file operation
@@ -59,11 +58,16 @@ def write_atomically(file: Path) -> Iterator[Path]:
         raise OSError(f"cannot write {file}: {error.strerror}") from error
     finally:
         temporary_file.unlink(missing_ok=True)
-    folder = os.open(file.parent, os.O_RDONLY)
+    sync_to_disk(file.parent)
+
+
+def sync_to_disk(path: Path) -> None:
+    """Flush a file, or the file names in a folder, to the disk (fsync)."""
+    file_descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(folder)  # flushes the new file name to the disk
+        os.fsync(file_descriptor)
     finally:
-        os.close(folder)
+        os.close(file_descriptor)
 
 
 def is_closed_pipe(stream: TextIO) -> bool:

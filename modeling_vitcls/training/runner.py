@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
 from torch import nn
 
-from ..checkpoints import Checkpoint, CheckpointStore, Tensors, load_on_main, save_on_main
+from ..checkpoints import Checkpoint, CheckpointStore, Tensors, load_on_main
 from ..conversion.any_checkpoint import is_pinned, pin_revision
 from ..data.images import UnreadableImageCounter
 from ..data.sampling import BatchPlan
@@ -178,7 +178,8 @@ class Runner:
 
         def save(is_best: bool) -> None:
             if self.can_save_checkpoints:
-                save_on_main(self.store, accelerator, state.step, *gather_for_checkpoint(), is_best)
+                tensors, metadata = gather_for_checkpoint()
+                run_on_main(accelerator, lambda: self.store.save(state.step, tensors, metadata, is_best))
 
         def evaluate_with_timing() -> Metrics:
             start_time = time.perf_counter()
@@ -434,15 +435,9 @@ class Runner:
             if self.can_save_checkpoints:
                 store = CheckpointStore(self.folder / output_folder.NON_FINITE_FOLDER, num_kept=1)
                 state = self.state
-                tensors, non_tensor_state = gather_state(self.accelerator, state.model, state.optimizer, state.shadow)
-                save_on_main(
-                    store,
-                    self.accelerator,
-                    error.step,
-                    tensors,
-                    {"step": error.step} | non_tensor_state,
-                    is_best=False,
-                )
+                tensors, metadata = gather_state(self.accelerator, state.model, state.optimizer, state.shadow)
+                metadata = {"step": error.step} | metadata
+                run_on_main(self.accelerator, lambda: store.save(error.step, tensors, metadata, is_best=False))
         except OSError as saving_error:
             saved_data = f"The images of step {error.step + 1} and the state before this step"
             return f"{saved_data} could not be saved: {saving_error}"

@@ -23,7 +23,8 @@ from torch.distributed.tensor import DTensor
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification
-from modeling_vitcls.checkpoints import CheckpointStore, load_on_main, save_on_main
+from modeling_vitcls.checkpoints import CheckpointStore, load_on_main
+from modeling_vitcls.distributed import run_on_main
 from modeling_vitcls.training.distributed_state import gather_state, scatter_state
 from modeling_vitcls.training.loop import SignalHandler
 from modeling_vitcls.training.optimizer import Ema
@@ -69,7 +70,7 @@ class Training:
     def save(self, store: CheckpointStore, step: int) -> None:
         tensors, facts = gather_state(self.accelerator, self.model, self.optimizer, self.ema.shadow)
         assert bool(tensors["model"]) == self.accelerator.is_main_process
-        save_on_main(store, self.accelerator, step, tensors, facts, is_best=False)
+        run_on_main(self.accelerator, lambda: store.save(step, tensors, facts, is_best=False))
 
     def load(self, store: CheckpointStore) -> None:
         checkpoint, facts = load_on_main(self.accelerator, lambda: store.load_newest(print))
