@@ -156,8 +156,7 @@ class CheckpointStore:
                 remove_checkpoint(self.get_folder(stored_step))
 
     def clean_up_interrupted_saves(self) -> None:
-        """Remove the partial folders of interrupted saves and removals, and restore hidden checkpoints that were not
-        replaced."""
+        """Remove partial folders of interrupted saves and removals, and restore checkpoints that were not replaced."""
         for replaced_folder in self.folder.glob(f".step-*{REPLACED_SUFFIX}"):
             target = self.folder / replaced_folder.name.removeprefix(".").removesuffix(REPLACED_SUFFIX)
             if target.exists():
@@ -268,10 +267,7 @@ def is_best_checkpoint(folder: Path) -> bool:
 
 
 def clone_shared_tensors(tensors: Tensors) -> Tensors:
-    """Return contiguous tensors on the CPU that do not share memory with each other.
-
-    Safetensors does not support tensors that share memory, such as tied weights.
-    """
+    """Return contiguous CPU tensors that share no memory, as Safetensors requires (tied weights share memory)."""
     seen_addresses: set[int] = set()
     cpu_tensors: Tensors = {}
     for name, tensor in tensors.items():
@@ -293,8 +289,7 @@ def move_into_place(partial_folder: Path, target: Path) -> None:
 
 
 def remove_checkpoint(folder: Path) -> None:
-    """Remove the checkpoint in `folder`. The folder is hidden first, so that an interrupted removal does not leave a
-    damaged checkpoint."""
+    """Hide and remove a checkpoint. An interrupted removal therefore does not leave a damaged checkpoint."""
     hidden_folder = folder.rename(get_hidden_path(folder, PARTIAL_SUFFIX))
     shutil.rmtree(hidden_folder, ignore_errors=True)
 

@@ -116,8 +116,7 @@ def compare_pixels(rows: dict[str, PixelRow], settings: BenchmarkSettings) -> It
 def compare_processors(
     name: str, row: PixelRow, files: list[str], ours: Any, theirs: Any, settings: BenchmarkSettings
 ) -> Comparison:
-    """Compare `ViTCLSImageProcessor` with AutoImageProcessor, for one row. Raise ValueError if the pixel values
-    differ."""
+    """Compare `ViTCLSImageProcessor` with AutoImageProcessor, for one row."""
     batches = [files[start : start + row.num_files] for start in range(0, len(files), row.num_files)]
 
     def process_ours() -> list[torch.Tensor]:
@@ -138,7 +137,7 @@ def compare_processors(
 # Predictions ---------------------------------------------------------------------------------------------------------
 
 
-PROBABILITY_LIMIT = 1e-4  # maximum difference between probabilities
+PROBABILITY_LIMIT = 1e-4  # maximum difference between the probabilities of the most probable labels
 PREDICTION_ROWS = {"fp32, batch 16": 16, "fp32, batch 1": 1}  # row name -> batch size
 
 TopLabel = tuple[str, float]  # the most probable label and its probability
@@ -146,8 +145,7 @@ FilePredictionFunction = Callable[[int], list[TopLabel]]  # batch size -> top la
 
 
 def compare_prediction(rows: dict[str, int], settings: BenchmarkSettings) -> Iterator[Comparison]:
-    """Compare `vitcls predict` with transformers' pipeline, for each row. The time to load the model is not
-    measured."""
+    """Compare `vitcls predict` with transformers' pipeline, for each row, without the time to load the models."""
     with tempfile.TemporaryDirectory() as folder:
         num_files = len(write_benchmark_files(Path(folder), settings.is_toy))
         details = {"num_files": num_files, "size": vars(get_model_size(settings.is_toy))}
@@ -165,8 +163,7 @@ def compare_prediction(rows: dict[str, int], settings: BenchmarkSettings) -> Ite
 
 
 def check_labels(labels: list[TopLabel], expected: list[TopLabel], name: str) -> float:
-    """Return the largest difference between the probabilities of the most probable labels.
-    Raise ValueError if labels differ, or if probabilities differ by more than `PROBABILITY_LIMIT`."""
+    """Return the largest difference between probabilities. Raise ValueError if the labels or probabilities differ."""
     difference = 0.0
     for index, ((label, probability), (expected_label, expected_probability)) in enumerate(
         zip(labels, expected, strict=True)

@@ -68,11 +68,10 @@ def build_training_step(model: nn.Module, size: ModelSize, device: str) -> tuple
 
 @dataclass(frozen=True)
 class InexactRow:
-    """Settings of one row of the benchmark report: a config field, its value (0 in the plain model), and the
-    computation to measure."""
+    """Settings of a feature that changes the outputs, in one row of the benchmark report."""
 
-    field: str
-    value: float
+    field: str  # config field
+    value: float  # value of the field; 0 in the plain model
     build_computation: Callable[[nn.Module, ModelSize, str], tuple[Computation, int]]
 
 
@@ -127,10 +126,8 @@ def check_disabled_feature(
 # Attention -----------------------------------------------------------------------------------------------------------
 
 
-AttentionFunction = Callable[
-    [ViTCLSForImageClassification, torch.Tensor], torch.Tensor
-]  # model, images [B, C, H, W] -> tensor of any shape
-
+# model, images [B, C, H, W] -> tensor of any shape
+AttentionFunction = Callable[[ViTCLSForImageClassification, torch.Tensor], torch.Tensor]
 ATTENTION_LIMIT = 1e-5  # maximum of |output - reference| / max(1, largest |reference|)
 NUM_REGISTERS = 4
 
@@ -153,12 +150,11 @@ def compute_eager_maps(model: ViTCLSForImageClassification, pixel_values: torch.
 
 @dataclass(frozen=True)
 class AttentionRow:
-    """Settings of a computation with attention maps, in one row of the benchmark report. `reference` computes the
-    expected outputs. The default is `compute` with eager attention."""
+    """Settings of a computation with attention maps, in one row of the benchmark report."""
 
     compute: AttentionFunction
     batch_size: int
-    reference: AttentionFunction | None = None
+    reference: AttentionFunction | None = None  # expected outputs; by default, `compute` with eager attention
 
 
 # Rows for ViT-S/16 at 224 pixels with four registers, in float32.
@@ -198,8 +194,7 @@ def build_model_and_images(batch_size: int, is_toy: bool) -> tuple[ViTCLSForImag
 def check_attention(
     row: AttentionRow, model: ViTCLSForImageClassification, pixel_values: torch.Tensor, name: str
 ) -> float:
-    """Return the largest difference from the reference for one image. Raise ValueError if the difference exceeds
-    `ATTENTION_LIMIT`."""
+    """Return the largest difference from the reference for one image. Raise ValueError if it exceeds the limit."""
     image = pixel_values[:1]
     actual = row.compute(model, image)
     if row.reference is None:
@@ -252,10 +247,8 @@ def train_probe(
     row: ProbeRow,
     use_cache: bool,
 ) -> torch.Tensor:
-    """Train a copy of the model's head on frozen features; return the weights of the classifier [labels, P].
-
-    If `use_cache` is true, the images are encoded once; otherwise, the images are encoded in every epoch.
-    """
+    """Train a copy of the model's head on frozen features, which are computed once (`use_cache`) or in every epoch.
+    Return the weights of the classifier [labels, P]."""
     encode = torch.no_grad()(partial(compute_features, model))
     batches: Any = pixel_values.split(row.batch_size)
     if use_cache:

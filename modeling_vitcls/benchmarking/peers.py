@@ -9,6 +9,7 @@ backward pass and an AdamW update. training_runs.py compares training with data 
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -170,12 +171,11 @@ def compare_with_peers(
 
 @dataclass(frozen=True)
 class ForwardPass:
-    """Settings of a forward pass, in one row of the benchmark report. If `use_compile` is true, both models are
-    compiled by torch.compile."""
+    """Settings of a forward pass, in one row of the benchmark report."""
 
     dtype: torch.dtype
     batch_size: int
-    use_compile: bool = False
+    use_compile: bool = False  # whether to compile both models with torch.compile
 
 
 # Rows for ViT-S/16 at 224 pixels.
@@ -205,10 +205,9 @@ def compare_forward_pass(name: str, row: ForwardPass, peer: Peer, settings: Benc
 def compare_predictions(
     peer: Peer, pixel_values: torch.Tensor, name: str, settings: BenchmarkSettings
 ) -> tuple[Throughputs, float]:
-    """Compare the outputs and the speed of the two models of a peer for a batch. Return the throughputs and the
-    largest logit difference."""
+    """Return the throughputs of the two models of a peer for a batch, and the largest logit difference."""
     difference = check_logits(peer.predict_ours, peer.predict_theirs, pixel_values, f"{name} against {peer.name}")
-    ours, theirs = (lambda: peer.predict_ours(pixel_values)), (lambda: peer.predict_theirs(pixel_values))
+    ours, theirs = partial(peer.predict_ours, pixel_values), partial(peer.predict_theirs, pixel_values)
     return compare_throughput(ours, theirs, len(pixel_values), settings), difference
 
 
@@ -217,12 +216,11 @@ def compare_predictions(
 
 @dataclass(frozen=True)
 class TrainingStep:
-    """Settings of a training step, in one row of the benchmark report. Weights are float32.
-    `gradient_limit` is the maximum relative difference between gradients."""
+    """Settings of a training step with float32 weights, in one row of the benchmark report."""
 
     autocast: torch.dtype | None
     batch_size: int
-    gradient_limit: float
+    gradient_limit: float  # maximum relative difference between gradients
 
 
 # Rows for ViT-S/16 at 224 pixels.
@@ -241,7 +239,7 @@ class StepRunner:
         predict: PredictionFunction,
         row: TrainingStep,
         size: ModelSize,
-        device: str | torch.device,
+        device: str,
     ) -> None:
         self.model = model.train()
         self.predict = predict
