@@ -23,11 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from .distributed import run_on_main
 from .files import sync_to_disk
 
 
@@ -178,24 +176,6 @@ class CheckpointStore:
             f"checkpoint requires {math.ceil(required_bytes / 1e6):,} MB, and {math.ceil(free_bytes / 1e6):,} MB are "
             f"free; {note}. Free disk space, then use --resume"
         )
-
-
-def load_on_main(
-    accelerator: Accelerator, load: Callable[[], Checkpoint | None]
-) -> tuple[Checkpoint | None, dict[str, Any] | None]:
-    """Call `load` on the main process. Return the checkpoint and its metadata; (None, None) if there is no checkpoint.
-
-    All processes return the metadata, but only the main process returns the checkpoint.
-    """
-    checkpoint: Checkpoint | None = None
-
-    def load_metadata() -> dict[str, Any] | None:
-        nonlocal checkpoint
-        checkpoint = load()
-        return None if checkpoint is None else checkpoint.metadata
-
-    metadata = run_on_main(accelerator, load_metadata)
-    return checkpoint, metadata
 
 
 # Checkpoint files ----------------------------------------------------------------------------------------------------

@@ -193,7 +193,6 @@ PACKAGE_NAME = "modeling_vitcls"
 # Project -> color (Okabe-Ito palette) and marker.
 LINE_STYLES = {PACKAGE_NAME: ("#0072B2", "o"), "timm": ("#009E73", "^"), "transformers": ("#D55E00", "s")}
 MIN_PLOTTED_BYTES = 2**12  # minimum memory in the figure (one page), because log axes have no 0
-DEVICE_NAMES = {"cpu": "the CPU", "cuda": "the GPU"}
 
 
 def plot_growth(comparisons: list[ComparisonDict], machine_description: str) -> Figure:
@@ -244,15 +243,12 @@ def compute_costs(comparisons: list[ComparisonDict], growth_axis: GrowthAxis) ->
     times: Costs = {PACKAGE_NAME: {}}
     peaks: Costs = {PACKAGE_NAME: {}}
     for value in sorted({comparison[growth_axis.x_key] for comparison in comparisons}):
-        value_comparisons = [comparison for comparison in comparisons if comparison[growth_axis.x_key] == value]
-        times[PACKAGE_NAME][value] = statistics.median(
-            1000 / comparison["ours_images_per_second"] for comparison in value_comparisons
-        )
-        peaks[PACKAGE_NAME][value] = statistics.median(
-            to_mebibytes(comparison["ours_peak_bytes"]) for comparison in value_comparisons
-        )
-        for comparison in value_comparisons:
-            times.setdefault(comparison["against"], {})[value] = times[PACKAGE_NAME][value] * comparison["ratio"]
+        group = [comparison for comparison in comparisons if comparison[growth_axis.x_key] == value]
+        package_time = statistics.median(1000 / comparison["ours_images_per_second"] for comparison in group)
+        times[PACKAGE_NAME][value] = package_time
+        peaks[PACKAGE_NAME][value] = statistics.median(to_mebibytes(entry["ours_peak_bytes"]) for entry in group)
+        for comparison in group:
+            times.setdefault(comparison["against"], {})[value] = package_time * comparison["ratio"]
             peaks.setdefault(comparison["against"], {})[value] = to_mebibytes(comparison["theirs_peak_bytes"])
     return times, peaks
 
@@ -295,7 +291,7 @@ def draw_ticks(axes: Axes, growth_axis: GrowthAxis, comparisons: list[Comparison
 
 def format_caption(comparisons: list[ComparisonDict], machine_description: str) -> str:
     """Return the caption of the figure: the measured models, the method and the machine."""
-    size, device = comparisons[0]["size"], DEVICE_NAMES[comparisons[0]["device"]]
+    size, device = comparisons[0]["size"], "the GPU" if comparisons[0]["device"] == "cuda" else "the CPU"
     model_text = f"width {size['hidden_size']}, {size['num_hidden_layers']} layers"
     caption = f"Inference in {comparisons[0]['precision']} on {device}: ViT, {model_text}; "
     base = next((comparison for comparison in comparisons if comparison["axis"] is None), None)
