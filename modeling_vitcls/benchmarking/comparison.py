@@ -31,7 +31,7 @@ MALLOC_VARIABLES = {"MALLOC_MMAP_THRESHOLD_": str(2**16)}
 # dtype -> maximum difference between logits, divided by the largest absolute logit.
 LOGIT_LIMITS = {torch.float32: 1e-4, torch.bfloat16: 0.05}
 
-PredictionFunction = Callable[[torch.Tensor], torch.Tensor]  # images [B, C, H, W] -> logits [B, labels]
+Model = Callable[[torch.Tensor], Any]  # images [B, C, H, W] -> logits [B, labels], or an output with logits
 Throughputs = tuple[list[float], list[float]]  # images per second of this package and the baseline, per pair
 
 
@@ -200,10 +200,16 @@ def check_tensors(
     return check_difference((actual - expected).abs().max().item(), limit * largest_value, name, compared_values)
 
 
+def get_logits(model: Model, pixel_values: torch.Tensor) -> torch.Tensor:
+    """Return the logits [B, labels] of a model from this package, transformers or timm."""
+    output = model(pixel_values)
+    return output if isinstance(output, torch.Tensor) else output.logits
+
+
 @torch.inference_mode()
-def check_logits(ours: PredictionFunction, theirs: PredictionFunction, pixel_values: torch.Tensor, name: str) -> float:
+def check_logits(ours: Model, theirs: Model, pixel_values: torch.Tensor, name: str) -> float:
     """Return the largest absolute difference between the logits. Raise ValueError if the logits are not equal."""
-    logits, expected = ours(pixel_values).float(), theirs(pixel_values).float()
+    logits, expected = get_logits(ours, pixel_values).float(), get_logits(theirs, pixel_values).float()
     if logits.shape != expected.shape:
         raise ValueError(f"{name}: the outputs have different shapes, {list(logits.shape)} and {list(expected.shape)}")
     return check_tensors(logits, expected, LOGIT_LIMITS[pixel_values.dtype], name, "the outputs")

@@ -141,8 +141,8 @@ def compare_point(name: str, point: GrowthPoint, peer: Peer, settings: Benchmark
     else:  # `compare_predictions` has already warmed up both models
         with torch.inference_mode():
             peaks = {
-                "ours_peak_bytes": measure_gpu_memory_growth(partial(peer.predict_ours, pixel_values)),
-                "theirs_peak_bytes": measure_gpu_memory_growth(partial(peer.predict_theirs, pixel_values)),
+                "ours_peak_bytes": measure_gpu_memory_growth(partial(peer.ours, pixel_values)),
+                "theirs_peak_bytes": measure_gpu_memory_growth(partial(peer.theirs, pixel_values)),
             }
     details = {
         **vars(point),
@@ -174,11 +174,11 @@ def main() -> None:
     point = (TOY_GROWTH_POINTS if flags.toy else GROWTH_POINTS)[flags.row]
     dtype = PRECISIONS[flags.precision]
     peer, toy_peer = build_peer(point, flags.peer, flags.toy).to(dtype), PEERS[flags.peer](TOY_SIZE).to(dtype)
-    predict, predict_toy = (model.predict_theirs if flags.theirs else model.predict_ours for model in (peer, toy_peer))
+    model, toy_model = (peer.theirs, toy_peer.theirs) if flags.theirs else (peer.ours, toy_peer.ours)
     pixel_values = build_random_images(point.batch_size, point.image_size).to(dtype)
     toy_images = build_random_images(2, TOY_SIZE.image_size).to(dtype)
     with torch.inference_mode():
-        print(measure_memory_growth(lambda: predict_toy(toy_images), lambda: predict(pixel_values)))
+        print(measure_memory_growth(partial(toy_model, toy_images), partial(model, pixel_values)))
 
 
 # Figure --------------------------------------------------------------------------------------------------------------

@@ -39,7 +39,6 @@ from .peers import (
     ModelSize,
     StepRunner,
     build_model,
-    build_predict_function,
     build_random_images,
     get_model_size,
 )
@@ -63,7 +62,7 @@ def build_forward_pass(model: nn.Module, size: ModelSize, device: str) -> tuple[
 def build_training_step(model: nn.Module, size: ModelSize, device: str) -> tuple[Computation, int]:
     """Return a function that performs one training step, and the number of images per call."""
     row = TRAINING_STEPS[INEXACT_STEP]
-    return StepRunner(model, build_predict_function(model), row, size, device), row.batch_size
+    return StepRunner(model, row, size, device), row.batch_size
 
 
 @dataclass(frozen=True)
@@ -118,9 +117,7 @@ def check_disabled_feature(
     """Return the largest logit difference between the plain model and a model with the feature set to 0."""
     disabled_model = copy_model(plain_model, size, **{row.field: type(row.value)(0)})
     pixel_values = build_random_images(2, size.image_size).to(plain_model.device)
-    return check_logits(
-        build_predict_function(disabled_model), build_predict_function(plain_model), pixel_values, f"{name}, set to 0"
-    )
+    return check_logits(disabled_model, plain_model, pixel_values, f"{name}, set to 0")
 
 
 # Attention -----------------------------------------------------------------------------------------------------------
@@ -270,9 +267,9 @@ def main() -> None:
     flags = parse_memory_flags(ATTENTION_ROWS)
     row = ATTENTION_ROWS[flags.row]
     model, pixel_values = build_model_and_images(row.batch_size, flags.toy)
-    compute = build_predict_function(model) if flags.theirs else lambda images: row.compute(model, images)
+    compute = model if flags.theirs else partial(row.compute, model)
     with torch.no_grad():  # the warm-up uses one image
-        print(measure_memory_growth(lambda: compute(pixel_values[:1]), lambda: compute(pixel_values)))
+        print(measure_memory_growth(partial(compute, pixel_values[:1]), partial(compute, pixel_values)))
 
 
 if __name__ == "__main__":

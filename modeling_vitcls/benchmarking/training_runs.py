@@ -28,7 +28,7 @@ from ..conversion.from_transformers import convert_from_transformers
 from ..image_processing_vitcls import ViTCLSImageProcessor
 from .comparison import BenchmarkSettings, Comparison, LoggedProcess, check_logits, measure_alternately
 from .image_files import write_photographs
-from .peers import SMALL_SIZE, ModelSize, build_predict_function, build_transformers_vit
+from .peers import SMALL_SIZE, ModelSize, build_transformers_vit
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def save_models(run: TrainingRun, label_names: list[str], folder: Path, name: st
     theirs = build_transformers_vit(run.size, id2label=dict(enumerate(label_names)), label2id=label2id).eval()
     ours = convert_from_transformers(theirs)
     pixel_values = torch.randn(2, 3, run.size.image_size, run.size.image_size)
-    difference = check_logits(build_predict_function(ours), build_predict_function(theirs), pixel_values, name)
+    difference = check_logits(ours, theirs, pixel_values, name)
     theirs.save_pretrained(folder / "their_model")
     ours.save_pretrained(folder / "our_model")
     size = {"height": run.size.image_size, "width": run.size.image_size}

@@ -152,13 +152,21 @@ def test_work_for_the_cpu_is_not_measured_on_a_gpu(monkeypatch: pytest.MonkeyPat
 # Memory --------------------------------------------------------------------------------------------------------------
 
 
+class AddBias(torch.nn.Module):
+    def __init__(self, bias: float) -> None:
+        super().__init__()
+        self.bias = torch.nn.Parameter(torch.tensor(bias))
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return pixel_values + self.bias
+
+
 def test_each_process_measures_the_side_of_its_flags(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The outputs of the two sides differ, and the difference is returned as their memory. The warm-up is a toy model
     with 2 images."""
-    peer = Peer("timm", TOY_SIZE, torch.nn.Linear(1, 1), torch.nn.Linear(1, 1), lambda pixels: pixels + 2)
-    monkeypatch.setattr(Peer, "predict_ours", lambda self, pixels: pixels + 1)
+    peer = Peer("timm", TOY_SIZE, AddBias(2.0), AddBias(1.0))
     monkeypatch.setattr(growth, "build_peer", lambda point, against, is_toy: peer)
     outputs: list[tuple[Any, ...]] = []
 
@@ -173,7 +181,7 @@ def test_each_process_measures_the_side_of_its_flags(
         growth.main()
         assert int(capsys.readouterr().out) == expected
     assert outputs == [(torch.bfloat16, (1, 3, 32, 32), 2)] * 2
-    assert peer.theirs.weight.dtype == torch.bfloat16
+    assert peer.theirs.bias.dtype == torch.bfloat16
 
 
 @pytest.mark.slow
