@@ -31,6 +31,7 @@ from .comparison import (
     check_tensors,
     compare_peak_memory,
     compare_throughput,
+    get_logits,
     measure_memory_growth,
     parse_memory_flags,
 )
@@ -267,7 +268,7 @@ def main() -> None:
     flags = parse_memory_flags(ATTENTION_ROWS)
     row = ATTENTION_ROWS[flags.row]
     model, pixel_values = build_model_and_images(row.batch_size, flags.toy)
-    compute = model if flags.theirs else partial(row.compute, model)
+    compute = partial(get_logits if flags.theirs else row.compute, model)
     with torch.no_grad():  # the warm-up uses one image
         print(measure_memory_growth(partial(compute, pixel_values[:1]), partial(compute, pixel_values)))
 

@@ -98,8 +98,7 @@ def build_transformers_vit(size: ModelSize, **labels: Any) -> Any:
 
 def build_transformers_peer(size: ModelSize) -> Peer:
     """Build the ViT of transformers and a vitcls model with the same weights."""
-    theirs = build_transformers_vit(size)
-    randomize_weights(theirs)
+    theirs = randomize_weights(build_transformers_vit(size))
     ours: Any = convert_from_transformers(theirs)
     return Peer("transformers", size, theirs, ours)
 

@@ -249,7 +249,7 @@ class Runner:
         checkpoint. Raise ValueError if the checkpoint is damaged or missing."""
         checkpoint: Checkpoint = run_on_main(self.accelerator, self.store.load_best)
         scatter_weights_and_ema(checkpoint, self.accelerator, state.model, state.shadow)
-        self.selected_step = checkpoint.metadata["step"]
+        self.selected_step = checkpoint.step
         self.reporter.print_line(
             "selected", f"the checkpoint of step {self.selected_step:,}, with the best evaluation"
         )
@@ -354,7 +354,7 @@ class Runner:
                 raise RunStopped(
                     f"--resume: {error}", is_on_all_processes=is_raised_on_all_processes(error)
                 ) from error
-            state.step = metadata["step"]
+            state.step = self.checkpoint.step
             state.best_score = metadata["best_score"]
             state.num_evaluations_since_best = metadata.get("num_worse", 0)
             losses_by_process = metadata["windows"]
