@@ -98,7 +98,8 @@ def build_transformers_vit(size: ModelSize, **labels: Any) -> Any:
 
 def build_transformers_peer(size: ModelSize) -> Peer:
     """Build the ViT of transformers and a vitcls model with the same weights."""
-    theirs = randomize_weights(build_transformers_vit(size))
+    theirs = build_transformers_vit(size)
+    randomize_weights(theirs)
     ours: Any = convert_from_transformers(theirs)
     return Peer("transformers", size, theirs, ours)
 
