@@ -82,8 +82,7 @@ def gather_state(
 
 
 def scatter_state(
-    checkpoint: Checkpoint | None,
-    metadata: dict[str, Any],
+    checkpoint: Checkpoint,
     accelerator: Accelerator,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -93,25 +92,24 @@ def scatter_state(
     checkpoint belongs to another model or optimizer.
 
     Args:
-        checkpoint: checkpoint on the main process; None on all other processes.
-        metadata: second return value of `gather_state`, on all processes.
+        checkpoint: checkpoint on the main process, whose files only the main process reads.
         shadow: EMA weights, which are overwritten in place.
     """
     scatter_weights_and_ema(checkpoint, accelerator, model, shadow)
-    moments = None if checkpoint is None else checkpoint.load_tensors("optimizer")
-    scatter_optimizer_state(moments, metadata["optimizer"], accelerator, model, optimizer)
-    if accelerator.scaler is not None and metadata["scaler"]:
-        accelerator.scaler.load_state_dict(metadata["scaler"])
+    moments = checkpoint.load_tensors("optimizer") if accelerator.is_main_process else None
+    scatter_optimizer_state(moments, checkpoint.metadata["optimizer"], accelerator, model, optimizer)
+    if accelerator.scaler is not None and checkpoint.metadata["scaler"]:
+        accelerator.scaler.load_state_dict(checkpoint.metadata["scaler"])
 
 
 def scatter_weights_and_ema(
-    checkpoint: Checkpoint | None, accelerator: Accelerator, model: nn.Module, shadow: Sequence[torch.Tensor] | None
+    checkpoint: Checkpoint, accelerator: Accelerator, model: nn.Module, shadow: Sequence[torch.Tensor] | None
 ) -> None:
     """Load the weights and the EMA weights of a checkpoint into `model` and `shadow`. Raise ValueError if the
     checkpoint belongs to another model."""
 
     def load_tensors(name: str) -> Tensors | None:
-        return None if checkpoint is None else checkpoint.load_tensors(name)
+        return checkpoint.load_tensors(name) if accelerator.is_main_process else None
 
     scatter_weights(load_tensors("model"), model, accelerator)
     if shadow is not None:
