@@ -38,7 +38,6 @@ UPLOAD_TIMEOUT = 600.0  # maximum waiting time for an upload at the end of train
 UPLOAD_TIMEOUT_AFTER_SIGNAL = 20.0
 
 ModelWriter = Callable[[Path, Tensors], None]  # writes model files with the given weights to a folder
-CheckpointContents = tuple[dict[str, Tensors], dict[str, Any]]  # tensors and metadata for `CheckpointStore.save`
 
 
 @dataclass(eq=False)
@@ -83,13 +82,14 @@ class BranchUploader:
         finally:
             self.remove_folder()
 
-    def push_if_due(self, state: TrainingState, gather_checkpoint: Callable[[], CheckpointContents]) -> None:
-        """Push the model if an upload is due at this step. `gather_checkpoint` returns the checkpoint for `--resume`.
-        This method must be called on all processes."""
+    def push_if_due(
+        self, state: TrainingState, gather_checkpoint: Callable[[], tuple[dict[str, Tensors], dict[str, Any]]]
+    ) -> None:
+        """Push the model if an upload is due at this step. `gather_checkpoint` returns the tensors and the metadata of
+        the checkpoint for `--resume`. This method must be called on all processes."""
         step = state.step
-        if step % self.run_options.hub_checkpoint_every:
-            return
-        if not run_on_main(self.accelerator, lambda: self.can_start_upload(step)):
+        is_due = step % self.run_options.hub_checkpoint_every == 0
+        if not is_due or not run_on_main(self.accelerator, lambda: self.can_start_upload(step)):
             return
         self.try_write(step, self.recreate_folder)
         # The checkpoint is written before the averaged weights are copied into the model, because the tensors of the
@@ -131,9 +131,9 @@ class BranchUploader:
         except WRITE_ERRORS as error:
             self.last_failed_step = step
             self.remove_folder()
-            reason = format_hub_error(error)
             self.reporter.warn(
-                f"the model from step {step:,} is not pushed, because the model cannot be written: {reason}"
+                f"the model from step {step:,} is not pushed, because the model cannot be written: "
+                f"{format_hub_error(error)}"
             )
 
     def start_push(self, step: int) -> None:
@@ -154,13 +154,12 @@ class BranchUploader:
         for name in ("metrics.jsonl", RECIPE_FILE):
             if (self.options.output_dir / name).is_file():
                 shutil.copyfile(self.options.output_dir / name, self.folder / name)
-        architecture = read_json(self.folder / "config.json")["architectures"][0]
         flags = to_flags(self.options)
         card = build_checkpoint_card(
             self.repo_id,
             self.branch,
             step,
-            architecture,
+            read_json(self.folder / "config.json")["architectures"][0],
             build_common_metadata(flags, self.provenance),
             get_license(flags, self.provenance, self.teacher_provenance),
             self.run_options.hub_push_optimizer,
@@ -187,10 +186,8 @@ class BranchUploader:
                 self.reporter.warn(
                     f"the model from step {step:,} was not pushed to the branch {self.branch}: {reason}"
                 )
-        else:
-            self.reporter.print_line(
-                "pushed", f"step {step:,} to the branch {self.branch}, commit {push_result.commit}"
-            )
+            return
+        self.reporter.print_line("pushed", f"step {step:,} to the branch {self.branch}, commit {push_result.commit}")
 
     def wait_for_upload(self, timeout: float) -> None:
         """Wait for the running upload for at most `timeout` seconds."""

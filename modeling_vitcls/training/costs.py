@@ -22,9 +22,7 @@ from ..modeling_vitcls import get_num_output_tokens
 from ..variants_vitcls import get_num_kept_patches
 
 
-ImageSize = int | tuple[int, int] | list[int] | None
-
-FLOAT32_BYTES = 4  # bytes per element
+ImageSize = int | tuple[int, int] | list[int] | None  # pixels; None is the image size in the configuration
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +36,6 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
-        """Return the total memory in bytes."""
         return self.parameters + self.gradients + self.optimizer + self.activations
 
 
@@ -51,14 +48,17 @@ def count_forward_flops(model: Any, image_size: ImageSize = None, batch_size: in
     encoder = model.base_model
     num_patches, num_tokens = get_num_patches_and_tokens(model.config, image_size)
     flops_per_image = 2 * encoder.embeddings.patch_embeddings.projection.weight.numel() * num_patches
-    for layer, num_queries in zip(encoder.layers, get_num_queries_per_layer(model, num_tokens), strict=True):
-        flops_per_image += count_layer_flops(layer, num_queries, num_tokens)
+    flops_per_image += sum(count_layer_flops(*layer) for layer in get_layers_with_token_counts(model, num_tokens))
     flops_per_batch = 0
     if encoder.pooler is not None:
         flops_per_image += count_linear_flops(encoder.pooler)
     for pooler in get_attention_poolers(encoder):
-        flops_per_image += count_attention_pooler_flops(pooler, num_patches, num_tokens)
-        flops_per_batch += count_linear_flops(pooler.q_proj)  # the query is the same for all images
+        num_keys = num_tokens if pooler.token_slice == slice(None) else num_patches
+        flops_per_image += 4 * num_keys * pooler.probe.shape[-1]  # attention scores and weighted sums of values
+        # The linear layers of the pooler have been counted once per image. The query is the same for all images.
+        flops_per_image += (num_keys - 1) * count_linear_flops(pooler.k_proj, pooler.v_proj)
+        flops_per_image -= count_linear_flops(pooler.q_proj)
+        flops_per_batch += count_linear_flops(pooler.q_proj)
     flops_per_image += count_linear_flops(*get_classifiers(model))
     if hasattr(model, "decoder"):
         flops_per_image += num_patches * count_linear_flops(model.decoder)
@@ -80,18 +80,19 @@ def get_num_patches_and_tokens(config: ViTCLSConfig, image_size: ImageSize) -> t
 
 
 def resolve_image_size(config: ViTCLSConfig, image_size: ImageSize) -> tuple[int, int]:
-    """Return an image size as (height, width) in pixels. None means the image size in the configuration."""
     if image_size is None:
         return config.image_height_width
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     return height, width
 
 
-def get_num_queries_per_layer(model: Any, num_tokens: int) -> list[int]:
-    """Return the number of output tokens of each layer. The last layer outputs only the tokens that the pooler and the
-    heads use."""
-    num_output_tokens = get_num_output_tokens(model.base_model, {}) if get_classifiers(model) else None
-    return [num_tokens] * (model.config.num_hidden_layers - 1) + [num_output_tokens or num_tokens]
+def get_layers_with_token_counts(model: Any, num_tokens: int) -> list[tuple[Any, int, int]]:
+    """Return (layer, number of queries, number of keys) for each layer. The last layer has queries only for the tokens
+    that the pooler and the heads use."""
+    encoder = model.base_model
+    num_output_tokens = get_num_output_tokens(encoder, {}) if get_classifiers(model) else None
+    num_queries = [num_tokens] * (model.config.num_hidden_layers - 1) + [num_output_tokens or num_tokens]
+    return [(layer, count, num_tokens) for layer, count in zip(encoder.layers, num_queries, strict=True)]
 
 
 def count_layer_flops(layer: Any, num_queries: int, num_tokens: int) -> int:
@@ -108,15 +109,6 @@ def count_attention_flops(attention: ViTCLSAttention, num_queries: int, num_keys
     per head, and each map is multiplied by all values of the head."""
     num_maps_per_head = attention.head_dim // attention.qk_head_dim
     return 2 * num_queries * num_keys * attention.o_proj.in_features * (1 + num_maps_per_head)
-
-
-def count_attention_pooler_flops(pooler: AttentionPooler, num_patches: int, num_tokens: int) -> int:
-    """Return the FLOPs per image to add to `count_linear_flops(pooler)`, which counts the linear layers for one token.
-    The FLOPs of the query are subtracted, because the query is computed once per batch."""
-    num_keys = num_tokens if pooler.token_slice == slice(None) else num_patches
-    flops = 4 * num_keys * pooler.probe.shape[-1]  # attention scores and weighted sums of values
-    flops += (num_keys - 1) * count_linear_flops(pooler.k_proj, pooler.v_proj)
-    return flops - count_linear_flops(pooler.q_proj)
 
 
 def count_linear_flops(*modules: nn.Module) -> int:
@@ -138,7 +130,6 @@ def get_classifiers(model: Any) -> list[nn.Module]:
 
 
 def get_attention_poolers(encoder: Any) -> list[AttentionPooler]:
-    """Return the attention poolers of an encoder."""
     modules = [] if encoder.pooler is None else encoder.pooler.modules()
     return [module for module in modules if isinstance(module, AttentionPooler)]
 
@@ -201,15 +192,15 @@ def estimate_memory(
 
 def count_bytes(tensors: Iterable[torch.Tensor]) -> int:
     """Return the total size of tensors in bytes."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def count_cast_weights(model: Any, is_on_cpu: bool) -> int:
     """Return the number of linear-layer weights whose autocast copies are stored for the backward pass."""
     layers = list(model.base_model.layers)
-    num_excluded_layers = (
-        len(layers) if uses_gradient_checkpointing(layers) else get_first_trainable_layer(model.base_model)
-    )
+    num_excluded_layers = get_first_trainable_layer(model.base_model)
+    if any(layer.gradient_checkpointing for layer in layers):
+        num_excluded_layers = len(layers)
     excluded_linear_layers = set(get_linear_layers(layers[:num_excluded_layers]))
     if is_on_cpu:
         excluded_linear_layers.update(get_linear_layers([layer.mlp])[-1] for layer in layers[num_excluded_layers:])
@@ -222,25 +213,21 @@ def count_activation_bytes(model: Any, image_size: ImageSize, settings: StepSett
     config, encoder = model.config, model.base_model
     num_patches, num_embedded_tokens = get_num_patches_and_tokens(config, image_size)
     num_tokens = get_num_training_tokens(model, num_patches, num_embedded_tokens)  # tokens per image in the layers
-    num_queries_per_layer = get_num_queries_per_layer(model, num_tokens)
     height, width = resolve_image_size(config, image_size)
     num_pixel_values = config.num_channels * height * width
-    layer_bytes = [
-        count_layer_bytes(layer, num_queries, num_tokens, settings)
-        for layer, num_queries in zip(encoder.layers, num_queries_per_layer, strict=True)
-    ][get_first_trainable_layer(encoder) :]
-    if uses_gradient_checkpointing(encoder.layers):
+    layers = get_layers_with_token_counts(model, num_tokens)
+    layer_bytes = [count_layer_bytes(*layer, settings) for layer in layers[get_first_trainable_layer(encoder) :]]
+    if any(layer.gradient_checkpointing for layer in encoder.layers):
         input_bytes = num_tokens * config.hidden_size * settings.residual_element_size
         # The backward pass recomputes the activations of one layer at a time.
         layer_bytes = [input_bytes] * len(layer_bytes) + [max(layer_bytes, default=0)]
     num_bytes = sum(layer_bytes)
     if layer_bytes:
-        num_bytes += num_queries_per_layer[-1] * count_norm_bytes(config, settings)  # final norm
+        num_queries_of_last_layer = layers[-1][1]
+        num_bytes += num_queries_of_last_layer * count_norm_bytes(config, settings)  # final norm
     if has_trainable_parameters(encoder.embeddings):
-        num_bytes += (
-            num_pixel_values * settings.matmul_element_size
-            + num_embedded_tokens * count_norm_bytes(config, settings) * config.pre_norm
-        )
+        num_bytes += num_pixel_values * settings.matmul_element_size
+        num_bytes += num_embedded_tokens * count_norm_bytes(config, settings) * config.pre_norm
     if get_attention_poolers(encoder):
         num_bytes += 3 * num_tokens * config.hidden_size * settings.matmul_element_size  # tokens, keys, values
     if hasattr(model, "decoder"):
@@ -287,10 +274,8 @@ def count_attention_bytes(attention: ViTCLSAttention, num_queries: int, num_keys
     num_vectors += 4 * num_queries * (num_maps_per_head - 1)
     # Fused kernels store the log-sum-exp of the scores of each query instead of attention maps.
     num_elements_per_query = count_stored_attention_maps(attention, settings.is_on_cpu) * num_keys or 1
-    return (
-        width * num_vectors * settings.matmul_element_size
-        + num_maps * num_queries * FLOAT32_BYTES * num_elements_per_query
-    )
+    num_map_elements = num_maps * num_queries * num_elements_per_query
+    return width * num_vectors * settings.matmul_element_size + num_map_elements * torch.float32.itemsize
 
 
 def count_stored_attention_maps(attention: ViTCLSAttention, is_on_cpu: bool) -> int:
@@ -307,10 +292,9 @@ def count_stored_mlp_channels(mlp: Any, is_on_cpu: bool) -> int:
     """Return the number of channels per token that an MLP stores for the backward pass. The stored channels are the
     inputs (both branches of a gated MLP) and the outputs of the activation function. On CPUs, the outputs are
     recomputed and not stored (cpu_kernels_vitcls.py)."""
-    first_linear = get_linear_layers([mlp])[0]
     num_inputs = 2 if isinstance(mlp, ViTCLSGLU) else 1
     num_outputs = 0 if is_on_cpu else num_inputs + (mlp.norm is not None)
-    return (num_inputs + num_outputs) * first_linear.out_features
+    return (num_inputs + num_outputs) * get_linear_layers([mlp])[0].out_features
 
 
 def get_num_training_tokens(model: Any, num_patches: int, num_tokens: int) -> int:
@@ -319,11 +303,6 @@ def get_num_training_tokens(model: Any, num_patches: int, num_tokens: int) -> in
     if get_first_trainable_layer(model.base_model) > 0:
         return num_tokens
     return num_tokens - num_patches + get_num_kept_patches(model.config.patch_drop_rate, num_patches)
-
-
-def uses_gradient_checkpointing(layers: Iterable[Any]) -> bool:
-    """Return whether gradient checkpointing is enabled in any layer."""
-    return any(layer.gradient_checkpointing for layer in layers)
 
 
 def get_first_trainable_layer(encoder: Any) -> int:
@@ -336,5 +315,4 @@ def get_first_trainable_layer(encoder: Any) -> int:
 
 
 def has_trainable_parameters(module: nn.Module) -> bool:
-    """Return whether any parameter of a module is trainable."""
     return any(parameter.requires_grad for parameter in module.parameters())

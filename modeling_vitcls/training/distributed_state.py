@@ -41,8 +41,7 @@ FULL_STATE_DICT_OPTIONS = StateDictOptions(full_state_dict=True, cpu_offload=Tru
 
 
 def explain_unsupported_checkpoints(accelerator: Accelerator) -> str | None:
-    """Return the reason why the launch configuration does not support checkpoints, or None if checkpoints are
-    supported."""
+    """Return the reason why the launch configuration does not support checkpoints; None if it supports checkpoints."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return "DeepSpeed stores the optimizer state in its own format. Use FSDP2 instead"
     return None
@@ -61,14 +60,12 @@ def gather_state(
     if reason := explain_unsupported_checkpoints(accelerator):
         raise ValueError(f"no checkpoint can be written: {reason}")
     is_main_process, torch_optimizer = accelerator.is_main_process, unwrap_optimizer(optimizer)
-    parameter_states: Any = (
-        get_optimizer_state_dict(model, torch_optimizer, options=FULL_STATE_DICT_OPTIONS).get("state", {})
-        if torch_optimizer.state
-        else {}
-    )
+    optimizer_state: Any = {}
+    if torch_optimizer.state:
+        optimizer_state = get_optimizer_state_dict(model, torch_optimizer, options=FULL_STATE_DICT_OPTIONS)
     moments: Tensors = {}
     non_tensor_state: dict[str, Any] = {}
-    for name, state in parameter_states.items():
+    for name, state in optimizer_state.get("state", {}).items():
         for key, value in state.items():
             target = moments if isinstance(value, torch.Tensor) else non_tensor_state
             target[f"{key}/{name}"] = value
@@ -90,13 +87,8 @@ def scatter_state(
     shadow: Sequence[torch.Tensor] | None,
 ) -> None:
     """Load a state returned by `gather_state`. This function must be called on all processes. Raise ValueError if the
-    checkpoint belongs to another model or optimizer.
-
-    Args:
-        checkpoint: checkpoint on the main process; None on all other processes.
-        metadata: second return value of `gather_state`, on all processes.
-        shadow: EMA weights, which are overwritten in place.
-    """
+    checkpoint belongs to another model or optimizer. `checkpoint` is None on all processes except the main process.
+    `metadata` is the second return value of `gather_state`. `shadow` is overwritten in place."""
     scatter_weights_and_ema(checkpoint, accelerator, model, shadow)
     moments = None if checkpoint is None else checkpoint.load_tensors("optimizer")
     scatter_optimizer_state(moments, metadata["optimizer"], accelerator, model, optimizer)
@@ -109,14 +101,16 @@ def scatter_weights_and_ema(
 ) -> None:
     """Load the weights and the EMA weights of a checkpoint into `model` and `shadow`. Raise ValueError if the
     checkpoint belongs to another model."""
-
-    def load_tensors(name: str) -> Tensors | None:
-        return None if checkpoint is None else checkpoint.load_tensors(name)
-
-    scatter_weights(load_tensors("model"), model, accelerator)
+    weights: dict[str, Any] = {} if checkpoint is None else {**checkpoint.load_tensors("model")}
+    targets: dict[str, Any] = get_model_state_dict(model)
+    run_on_main(accelerator, lambda: check_names_and_shapes(weights, targets))
+    # Full tensors cannot be copied into DTensors without these options. FSDP2 uses DTensors even with one process.
+    is_sharded = any(isinstance(target, DTensor) for target in targets.values())
+    is_distributed = is_sharded or accelerator.num_processes > 1
+    options = StateDictOptions(full_state_dict=is_distributed, broadcast_from_rank0=is_distributed)
+    set_model_state_dict(model, weights, options=options)
     if shadow is not None:
-        targets = dict(zip(get_trainable_parameter_names(model), shadow, strict=True))
-        scatter_tensors(load_tensors("ema"), targets, accelerator)
+        scatter_ema(checkpoint, accelerator, dict(zip(get_trainable_parameter_names(model), shadow, strict=True)))
 
 
 def reshard(model: nn.Module) -> None:
@@ -131,7 +125,7 @@ def reshard(model: nn.Module) -> None:
 
 
 def get_named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return all parameters of the unwrapped model, keyed by name. Tied weights are included once."""
+    """Return the parameters of the unwrapped model, keyed by name. Tied weights are included once."""
     return dict(extract_model_from_parallel(model, keep_torch_compile=False).named_parameters())
 
 
@@ -190,28 +184,13 @@ def gather_gradient(parameter: torch.Tensor) -> torch.Tensor | None:
     return None if parameter.grad is None else gather_tensor(parameter.grad)
 
 
-def scatter_weights(full_tensors: Tensors | None, model: nn.Module, accelerator: Accelerator) -> None:
-    """Load full tensors from the main process into the model on all processes. Raise ValueError if a tensor is missing
-    or unexpected, or has a different shape."""
-    weights: dict[str, Any] = {} if full_tensors is None else {**full_tensors}
-    targets: dict[str, Any] = get_model_state_dict(model)
-    run_on_main(accelerator, lambda: check_names_and_shapes(weights, targets))
-    # Full tensors cannot be copied into DTensors without these options. FSDP2 uses DTensors even with one process.
-    is_sharded = any(isinstance(target, DTensor) for target in targets.values())
-    is_distributed = is_sharded or accelerator.num_processes > 1
-    options = StateDictOptions(full_state_dict=is_distributed, broadcast_from_rank0=is_distributed)
-    set_model_state_dict(model, weights, options=options)
-
-
 @torch.no_grad()
-def scatter_tensors(full_tensors: Tensors | None, targets: Tensors, accelerator: Accelerator) -> None:
-    """Copy full tensors from the main process into `targets` on all processes. Raise ValueError if a tensor is missing
-    or unexpected, or has a different shape."""
-    run_on_main(accelerator, lambda: check_names_and_shapes(full_tensors or {}, targets))
-    for name, target in targets.items():
-        target.copy_(
-            distribute_like(None if full_tensors is None else full_tensors[name], target.dtype, target, accelerator)
-        )
+def scatter_ema(checkpoint: Checkpoint | None, accelerator: Accelerator, shadow: Tensors) -> None:
+    """Copy the EMA weights of a checkpoint from the main process into `shadow` on all processes."""
+    ema = {} if checkpoint is None else checkpoint.load_tensors("ema")
+    run_on_main(accelerator, lambda: check_names_and_shapes(ema, shadow))
+    for name, target in shadow.items():
+        target.copy_(distribute_like(ema.get(name), target.dtype, target, accelerator))
 
 
 def distribute_like(
@@ -260,9 +239,7 @@ def scatter_optimizer_state(
         key, parameter_name = name.split("/", 1)
         parameter = parameters[parameter_name]
         if isinstance(value, torch.dtype):
-            value = distribute_like(
-                None if full_tensors is None else full_tensors[name], value, parameter, accelerator
-            )
+            value = distribute_like((full_tensors or {}).get(name), value, parameter, accelerator)
         state.setdefault(indices[id(parameter)], {})[key] = value
     torch_optimizer.load_state_dict({"state": state, "param_groups": torch_optimizer.state_dict()["param_groups"]})
 

@@ -22,7 +22,7 @@ from huggingface_hub import ModelCard
 
 from ..conversion.any_checkpoint import resolve_checkpoint
 from ..data.augmentation import BatchMixer
-from ..data.batches import Normalizer, TrainingImages
+from ..data.batches import Batch, Normalizer, TrainingImages
 from ..data.held_out import RESULTS_FILE, read_held_out_record
 from ..data.images import LabeledImages
 from ..data.sampling import compute_class_weights
@@ -49,7 +49,7 @@ from .model import build_model, set_trainable_parameters, uses_patch_dropout
 from .model_report import get_teacher_provenance
 from .runner import TrainingComponents
 from .task import NO_EVALUATION_TEXT, EvaluationFunction, Task, format_metrics
-from .teacher import Teacher, TeacherCache, check_teacher_views, load_teacher
+from .teacher import Teacher, TeacherCache, load_teacher
 from .token_monitor import return_no_metrics
 
 
@@ -66,8 +66,7 @@ class FinetuneTask(Task):
 
     @staticmethod
     def check_options(options: FinetuneOptions) -> FinetuneOptions:
-        """Check and return the options. If a teacher is set but num_distillation_tokens is None, set
-        num_distillation_tokens=1."""
+        """Check and return the options. With a teacher, the default of num_distillation_tokens is 1."""
         if options.distillation.teacher is not None and options.model.num_distillation_tokens is None:
             options = replace(options, model=replace(options.model, num_distillation_tokens=1))
         check_flag_combinations(options)
@@ -76,6 +75,7 @@ class FinetuneTask(Task):
     def load_data(self) -> TrainingData:
         data = load_training_data(self.options.data, self.options.training.select == "best")
         check_label_kind(self.options, data.label_space.kind)
+        self.selection_metric = SELECTION_METRICS[data.label_space.kind]
         return data
 
     def load_model(self) -> None:
@@ -101,16 +101,13 @@ class FinetuneTask(Task):
             raise ValueError(format_patch_dropout_error(options))
 
     def find_warnings(self) -> list[str]:
-        """Return warnings about classes that are missing from a split, and about an initial model that was trained
-        with a different held-out split."""
         split_warning = get_split_warning(self.options.model.model, self.data)
         return [*describe_missing_classes(self.data), *([split_warning] if split_warning else [])]
 
     # Training --------------------------------------------------------------------------------------------------------
 
     def build_components(self, evaluator: EvaluationFunction) -> TrainingComponents:
-        """Build components that train the heads on cached features if possible; otherwise, build components that train
-        the model on pixels."""
+        """Build components that train the heads on cached features if possible, and otherwise the model on pixels."""
         if self.options.training.trainable != "head":
             return super().build_components(evaluator)
         if reason := self.explain_unsupported_caching():
@@ -119,8 +116,7 @@ class FinetuneTask(Task):
         return self.build_head_components(evaluator)
 
     def explain_unsupported_caching(self) -> str | None:
-        """Return the reason why linear probing must run the encoder in every step, or None if features can be
-        cached."""
+        """Return the reason why linear probing must run the encoder in every step; None if features can be cached."""
         augmentation = self.options.augmentation
         if self.teacher is not None:
             return "the teacher requires images"
@@ -134,7 +130,7 @@ class FinetuneTask(Task):
         return f"{trainable_names[0]} is trained" if trainable_names else None
 
     def build_head_components(self, evaluator: EvaluationFunction) -> TrainingComponents:
-        """Build the components that train the heads on cached features, which are computed once."""
+        """Encode the images once, and build the components that train the heads on these features."""
         accelerator, options = self.runner.accelerator, self.options
         model = self.model.to(accelerator.device)
         is_augmented, num_views = options.training.feature_views > 0, max(options.training.feature_views, 1)
@@ -152,10 +148,13 @@ class FinetuneTask(Task):
             iterate_feature_batches, cached_batch, self.plan, accelerator.process_index, num_views
         )
         objective = losses.ClassificationObjective(losses.add_feature_inputs, self.build_label_loss())
-        evaluate = build_probe_evaluator(evaluator, model) if isinstance(evaluator, Evaluator) else evaluator
-        heads = build_classifier_heads(model)
         return TrainingComponents(
-            heads, objective, iterate_batches, evaluate, return_no_metrics, images.describe_unreadable_image
+            build_classifier_heads(model),
+            objective,
+            iterate_batches,
+            build_probe_evaluator(evaluator, model) if isinstance(evaluator, Evaluator) else evaluator,
+            return_no_metrics,
+            images.describe_unreadable_image,
         )
 
     def get_num_views(self) -> int:
@@ -165,18 +164,17 @@ class FinetuneTask(Task):
     def build_objective(self, normalize: Normalizer) -> losses.Objective:
         """Build the label loss, combined with the distillation loss if a teacher is set."""
         augmentation, distillation = self.options.augmentation, self.options.distillation
-        mixer = None
-        if augmentation.mixup or augmentation.cutmix:
-            mixer = BatchMixer(augmentation, len(self.data.label_space.names))
-        prepare_batch = losses.PixelTransform(normalize, mixer)
+        num_labels = len(self.data.label_space.names)
+        uses_mixing = augmentation.mixup or augmentation.cutmix
+        prepare_batch = losses.PixelTransform(normalize, BatchMixer(augmentation, num_labels) if uses_mixing else None)
         if self.teacher is None:
             return losses.ClassificationObjective(prepare_batch, self.build_label_loss())
         predict = self.teacher.predict
         if num_views := self.get_num_views():
-            num_images, num_labels = self.data.num_training_images or 0, len(self.data.label_space.names)
+            num_images = self.data.num_training_images or 0
             predict = TeacherCache(self.teacher, num_images, num_views, num_labels).predict
 
-        def compute_teacher_logits(batch: losses.Batch) -> torch.Tensor:
+        def compute_teacher_logits(batch: Batch) -> torch.Tensor:
             with self.runner.accelerator.autocast():
                 return predict(batch)
 
@@ -190,7 +188,6 @@ class FinetuneTask(Task):
         )
 
     def build_label_loss(self) -> losses.LabelLossFunction:
-        """Build the loss for the dataset's kind of labels."""
         label_smoothing, labels = self.options.training.label_smoothing, self.data.label_space
         if labels.kind == "multi_task":
             return losses.MultiTaskLoss(label_smoothing)
@@ -204,28 +201,20 @@ class FinetuneTask(Task):
 
     # Evaluation and output -------------------------------------------------------------------------------------------
 
-    @property
-    def selection_metric(self) -> str:
-        return SELECTION_METRICS[self.data.label_space.kind]
-
     def build_evaluator(self, images: LabeledImages) -> Evaluator:
-        arguments = self.get_evaluator_arguments()
-        return Evaluator(images, self.processor, self.data.label_space, **arguments)
+        return Evaluator(images, self.processor, self.data.label_space, **self.get_evaluator_arguments())
 
     def describe_labels(self) -> str:
-        """Return the kind of labels and the number of classes in each label column, as text."""
         labels = self.data.label_space
         class_count_text = " + ".join(f"{len(names)} of {column!r}" for column, names in labels.columns.items())
         return f"classes: {class_count_text}, {labels.kind.replace('_', ' ')}"
 
     def get_summary_lines(self) -> dict[str, str]:
-        if self.teacher is None:
-            return {}
-        return {"teacher": "; ".join(filter(None, [self.teacher.description, self.teacher.note]))}
+        return {} if self.teacher is None else {"teacher": self.teacher.description}
 
     def get_task_results(self) -> dict[str, Any]:
-        teacher_source = self.options.distillation.teacher
-        return {"teacher": strip_folders(teacher_source) if teacher_source else None}
+        teacher = self.options.distillation.teacher
+        return {"teacher": strip_folders(teacher) if teacher else None}
 
     def format_result(self, metrics: Metrics) -> str:
         text = format_metrics(metrics, self.selection_metric, "cls_accuracy", "distillation_accuracy")
@@ -271,7 +260,12 @@ def check_flag_combinations(options: FinetuneOptions) -> None:
             "--class-balance requires all labels before training, but a stream provides labels only during training. "
             "Remove --class-balance or --streaming"
         )
-    check_teacher_views(options.distillation.teacher_views, options.augmentation)
+    for flag in ("mixup", "cutmix"):
+        if options.distillation.teacher_views and getattr(options.augmentation, flag):
+            raise ValueError(
+                f"--teacher-views caches the logits of individual images, but --{flag} mixes images. "
+                "Remove one of the two flags"
+            )
 
 
 def format_patch_dropout_error(options: FinetuneOptions) -> str:
@@ -301,15 +295,15 @@ def check_label_kind(options: FinetuneOptions, kind: str) -> None:
 
 def get_split_warning(source: str, data: TrainingData) -> str | None:
     """Return a warning if the initial model `source` may have been trained on held-out images of this run; otherwise
-    return None. Raise ValueError or OSError if the model cannot be found, or if the model's results.json is
-    damaged."""
-    if is_preset(source) or data.record.rule is None:
+    return None. Raise ValueError or OSError if the model cannot be found, or if its results.json is damaged."""
+    rule = data.record.rule
+    if is_preset(source) or rule is None:
         return None
     folder = resolve_checkpoint(source, [*MODEL_FILE_PATTERNS, RESULTS_FILE])
-    record, rule = read_held_out_record(folder), data.record.rule
-    if record is None or record.rule is None or read_json(Path(folder, RESULTS_FILE)).get("dataset") != data.name:
+    record = read_held_out_record(folder)
+    recorded_rule = None if record is None else record.rule
+    if recorded_rule is None or read_json(Path(folder, RESULTS_FILE)).get("dataset") != data.name:
         return None
-    recorded_rule = record.rule
     is_same_fold = (rule.num_folds, rule.fold) == (recorded_rule.num_folds, recorded_rule.fold)
     if rule.seed == recorded_rule.seed and is_same_fold and rule.fraction <= recorded_rule.fraction:
         return None

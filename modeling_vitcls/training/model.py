@@ -35,8 +35,6 @@ from ..options import ModelOptions
 from .costs import get_first_trainable_layer, has_trainable_parameters
 
 
-ENCODER_PREFIX = "vitcls."
-POOLER_PREFIX = "vitcls.pooler."
 LORA_A_SUFFIX, LORA_B_SUFFIX = ".lora_A.default.weight", ".lora_B.default.weight"
 
 
@@ -52,12 +50,7 @@ class InitialModel:
 def build_model(options: ModelOptions, label_space: LabelSpace) -> InitialModel:
     """Build a preset with random weights, or load a checkpoint. The checkpoint must be a vitcls model, which
     `get_run_properties` checks. A classifier in the checkpoint is kept only if the classifier has the labels of
-    `label_space`. Multi-task models have one CLS token per task.
-
-    Raises:
-        ValueError: if options contradict each other.
-        OSError: if the checkpoint cannot be found or read.
-    """
+    `label_space`. Multi-task models have one CLS token per task."""
     config_values = options.get_config_values()
     if label_space.kind == "multi_task":
         config_values = {"num_cls_tokens": len(label_space.columns)} | config_values
@@ -148,24 +141,15 @@ def set_processor_size(processor: Any, config: ViTCLSConfig) -> None:
 def set_trainable_parameters(
     model: Any, trainable: str, lora_rank: int = 8, new_parameter_names: Collection[str] = frozenset()
 ) -> nn.Module:
-    """Freeze the parameters that are not trained, and return the same model. The value "lora" also adds LoRA layers to
-    the query and value projections.
-
-    Args:
-        model: a model with a head.
-        trainable: value of the flag `--trainable`.
-        lora_rank: rank of the LoRA layers.
-        new_parameter_names: names of the parameters that are not loaded from a checkpoint, and are therefore trained.
-
-    Raises:
-        ValueError: if `trainable` is unknown, if N in "last-N" exceeds the number of layers, or if `trainable` is
-            "lora" but PEFT is not installed.
-    """
+    """Freeze the parameters that `--trainable` does not train, and return the same model. The value "lora" also adds
+    LoRA layers to the query and value projections. The parameters in `new_parameter_names` are not loaded from a
+    checkpoint, and are therefore trained. Raise ValueError if `trainable` is unknown, if N in "last-N" exceeds the
+    number of layers, or if `trainable` is "lora" but PEFT is not installed."""
     if trainable == "full":
         return model
     parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
     trainable_names = {
-        name for name in parameters if not name.startswith(ENCODER_PREFIX) or name.startswith(POOLER_PREFIX)
+        name for name in parameters if not name.startswith("vitcls.") or name.startswith("vitcls.pooler.")
     }
     trainable_names |= get_last_layers_parameter_names(model, trainable)
     tokens = model.vitcls.embeddings.get_special_tokens()
@@ -174,8 +158,8 @@ def set_trainable_parameters(
         trainable_names.update(token_names.values())
     trainable_names.update(new_parameter_names)
     if new_groups := [group for group, name in token_names.items() if name in new_parameter_names]:
-        trainable_names |= {f"{ENCODER_PREFIX}embeddings.position_embeddings.{group}" for group in new_groups}
-        trainable_names.add(f"{ENCODER_PREFIX}gates.gates")
+        trainable_names |= {f"vitcls.embeddings.position_embeddings.{group}" for group in new_groups}
+        trainable_names.add("vitcls.gates.gates")
     trainable_names &= {name for name, parameter in parameters.items() if parameter.requires_grad}
     if trainable == "lora":
         add_lora(model, lora_rank)
@@ -185,8 +169,7 @@ def set_trainable_parameters(
 
 
 def get_last_layers_parameter_names(model: Any, trainable: str) -> set[str]:
-    """Return the names of the parameters that "last-N" trains in addition to the head. Return an empty set for "head"
-    and "lora"."""
+    """Return the names of the parameters that "last-N" trains in addition to the head (none for "head" and "lora")."""
     if trainable in ("head", "lora"):
         return set()
     match = re.fullmatch(r"last-([1-9]\d*)", trainable)
@@ -197,9 +180,9 @@ def get_last_layers_parameter_names(model: Any, trainable: str) -> set[str]:
         raise ValueError(
             f"--trainable is {trainable}, but the model has {num_layers} layers. Use a smaller N, or full"
         )
-    prefixes = [f"{ENCODER_PREFIX}layers.{index}." for index in range(num_layers - num_trainable_layers, num_layers)]
-    prefixes.append(f"{ENCODER_PREFIX}layernorm.")
-    return {name for name, _ in model.named_parameters() if name.startswith(tuple(prefixes))}
+    layer_indices = range(num_layers - num_trainable_layers, num_layers)
+    prefixes = (*(f"vitcls.layers.{index}." for index in layer_indices), "vitcls.layernorm.")
+    return {name for name, _ in model.named_parameters() if name.startswith(prefixes)}
 
 
 def set_train_mode(model: nn.Module) -> None:

@@ -1,6 +1,6 @@
 """Optimizer: parameter groups of AdamW, learning rate, optimizer step, and the moving average of the weights.
 
-    optimizer_step = build_optimizer_step(accelerator, model, optimizer, max_gradient_norm)
+    optimizer_step = TorchOptimizerStep(accelerator, model, optimizer, max_gradient_norm)
     optimizer_step.backward(loss)                             for each accumulated batch
     norm = optimizer_step.step(check_norm, pre_update_hook)     after the last batch
 
@@ -22,11 +22,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from .. import distributed
 from ..options import TrainingOptions
-
-
-WEIGHT_DECAY_MODULES = (nn.Linear, nn.Conv2d)
 
 
 def build_optimizer(model: nn.Module, options: TrainingOptions) -> torch.optim.Optimizer:
@@ -43,7 +39,7 @@ def build_parameter_groups(model: nn.Module, weight_decay: float, layer_decay: f
     embeddings or scales. The learning rate of each group is multiplied by `lr_scale`, which is `layer_decay` to the
     power of the maximum depth minus the depth of the group (BEiT, arXiv 2106.08254, appendix).
     """
-    weight_decay_ids = {id(module.weight) for module in model.modules() if isinstance(module, WEIGHT_DECAY_MODULES)}
+    weight_decay_ids = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)}
     depths = get_parameter_depths(model)
     max_depth = max(depths.values())
     groups: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
@@ -67,12 +63,6 @@ def get_parameter_depths(model: nn.Module) -> dict[str, int]:
         name: layer_indices[name] + 1 if name in layer_indices else 0 if "embeddings." in name else head_depth
         for name in names
     }
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """Set the learning rate of each group to `learning_rate`, scaled by the group's `lr_scale`."""
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate * group["lr_scale"]
 
 
 def get_learning_rate(step: int, num_steps: int, options: TrainingOptions) -> float:
@@ -135,15 +125,6 @@ class DeepSpeedOptimizerStep:
         norm = norm if norm >= 0 else math.nan  # DeepSpeed returns -1 for a non-finite norm
         check_norm(norm)
         return norm
-
-
-def build_optimizer_step(
-    accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, max_gradient_norm: float
-) -> TorchOptimizerStep | DeepSpeedOptimizerStep:
-    """Build the optimizer step for a model and an optimizer from `Accelerator.prepare`."""
-    if distributed.is_deepspeed_enabled(accelerator):
-        return DeepSpeedOptimizerStep(accelerator, model)
-    return TorchOptimizerStep(accelerator, model, optimizer, max_gradient_norm)
 
 
 class Ema:

@@ -71,10 +71,6 @@ class TokenMonitor:
         self.reported_names.update(names)
         return names
 
-    def find_unchanged_tokens(self) -> list[str]:
-        """Return the names of the tokens that still have their initial values, such as `registers[1]`."""
-        return [name for name, token in self.copy_tokens().items() if torch.equal(token, self.initial_tokens[name])]
-
     def compute_token_movement(self) -> dict[str, float]:
         """Return the Euclidean norm of each token's change since the start of training."""
         return {name: (token - self.initial_tokens[name]).norm().item() for name, token in self.copy_tokens().items()}
@@ -83,14 +79,13 @@ class TokenMonitor:
 def build_attention_callback(
     model: Any, normalize: Callable[[torch.Tensor], torch.Tensor]
 ) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """Build the function that measures the CLS attention of a batch. Return `return_no_metrics` if the model has no
-    CLS tokens or merges patches."""
+    """Build the function that measures the CLS attention of a batch. The function returns no metrics if the model has
+    no CLS tokens or merges patches."""
     has_cls_attention = model.config.num_cls_tokens and not model.config.merged_patches_per_layer
     return partial(measure_attention_entropy, model, normalize) if has_cls_attention else return_no_metrics
 
 
 def return_no_metrics(batch: dict[str, Any]) -> dict[str, Any]:
-    """Return an empty dictionary, for models whose CLS attention is not available."""
     return {}
 
 

@@ -510,8 +510,6 @@ def test_the_flags_determine_the_distillation(teacher: Path, tmp_path: Path) -> 
         f"{teacher}: {sum(map(torch.Tensor.numel, run.teacher.parameters())):,} parameters, at 32 x 32 pixels"
     )
     assert run.get_summary_lines() == {"teacher": description}
-    run.teacher.note = "a note"
-    assert run.get_summary_lines() == {"teacher": f"{description}; a note"}
 
 
 def test_cached_predictions_of_the_teacher(teacher: Path, tmp_path: Path) -> None:

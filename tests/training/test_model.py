@@ -223,6 +223,14 @@ def test_contradictory_flags_are_errors() -> None:
             "data": DataOptions("digits", streaming=True),
             "distillation": DistillationOptions(teacher_views=1),
         },
+        "--teacher-views caches the logits of individual images, but --mixup mixes images": {
+            "distillation": DistillationOptions(teacher_views=3),
+            "augmentation": AugmentationOptions(mixup=0.8),
+        },
+        "--teacher-views caches the logits of individual images, but --cutmix mixes images": {
+            "distillation": DistillationOptions(teacher_views=3),
+            "augmentation": AugmentationOptions(cutmix=1.0),
+        },
         "--trainable last-1 requires a trained checkpoint, but vitcls-tiny has random weights": {
             "model": ModelOptions("vitcls-tiny"),
             "training": TrainingOptions(trainable="last-1"),
@@ -237,6 +245,7 @@ def test_contradictory_flags_are_errors() -> None:
         {"training": replace(head, feature_views=2)},
         {"training": TrainingOptions(class_balance="weights")},
         {"distillation": DistillationOptions(teacher="t", teacher_views=1), "model": token},
+        {"augmentation": AugmentationOptions(mixup=0.8, cutmix=1.0)},
         {"data": DataOptions("digits", streaming=True)},
         {"model": ModelOptions("vitcls-tiny")},
         {"model": ModelOptions("some/checkpoint", patch_drop_rate=0.5)},
