@@ -42,8 +42,7 @@ ModelWriter = Callable[[Path, Tensors], None]  # writes model files with the giv
 
 @dataclass(eq=False)
 class BranchUploader:
-    """Context manager that pushes checkpoints in a background thread. On exit, the context manager waits for a running
-    upload, up to a timeout."""
+    """Context manager that pushes checkpoints in a background thread, and on exit waits for a running upload."""
 
     options: Any
     reporter: Reporter
@@ -107,8 +106,7 @@ class BranchUploader:
     # Called on the main process --------------------------------------------------------------------------------------
 
     def can_start_upload(self, step: int) -> bool:
-        """Return whether a new upload can start, which requires that no upload is running. Print a warning the
-        first time that an upload is skipped."""
+        """Return whether no upload is running. Print a warning the first time that an upload is skipped."""
         if self.thread is None or not self.thread.is_alive():
             return True
         if not self.has_skipped_upload:
@@ -121,8 +119,7 @@ class BranchUploader:
         return False
 
     def try_write(self, step: int, write: Callable[[], Any]) -> None:
-        """Call `write` on the main process, unless an earlier write in this step failed. Convert a write error to a
-        warning."""
+        """Call `write` on the main process unless an earlier write in this step failed. Errors become warnings."""
         if not self.accelerator.is_main_process or self.last_failed_step == step:
             return
         try:
@@ -209,8 +206,7 @@ class BranchUploader:
 def build_branch_uploader(
     options: Any, reporter: Reporter, repo_id: str | None, model: nn.Module, write_model: ModelWriter
 ) -> BranchUploader | None:
-    """Build a `BranchUploader`. Return None in a dry run, or if `--hub-checkpoint-every` or the repository is not
-    set."""
+    """Build a `BranchUploader`; None in a dry run, or without `--hub-checkpoint-every` or a repository."""
     if repo_id is None or options.run.hub_checkpoint_every is None or options.run.dry_run:
         return None
     return BranchUploader(options, reporter, repo_id, model, write_model)

@@ -66,8 +66,7 @@ def count_forward_flops(model: Any, image_size: ImageSize = None, batch_size: in
 
 
 def get_num_patches_and_tokens(config: ViTCLSConfig, image_size: ImageSize) -> tuple[int, int]:
-    """Return the number of patches and the number of tokens for an image size. Raise ValueError if the image size is
-    smaller than the patch size."""
+    """Return the numbers of patches and tokens. Raise ValueError if the image is smaller than a patch."""
     height, width = resolve_image_size(config, image_size)
     patch_height, patch_width = config.patch_height_width
     rows, columns = height // patch_height, width // patch_width
@@ -96,8 +95,7 @@ def get_layers_with_token_counts(model: Any, num_tokens: int) -> list[tuple[Any,
 
 
 def count_layer_flops(layer: Any, num_queries: int, num_tokens: int) -> int:
-    """Return the FLOPs of one layer for one image. Queries, output projection and MLP are computed for `num_queries`
-    tokens, and keys and values are computed for all tokens."""
+    """Return the FLOPs of one layer for one image. Keys and values are computed for all tokens."""
     attention: ViTCLSAttention = layer.attention
     flops = num_queries * count_linear_flops(attention.q_proj, attention.o_proj, layer.mlp)
     flops += num_tokens * count_linear_flops(attention.k_proj, attention.v_proj)
@@ -105,8 +103,7 @@ def count_layer_flops(layer: Any, num_queries: int, num_tokens: int) -> int:
 
 
 def count_attention_flops(attention: ViTCLSAttention, num_queries: int, num_keys: int) -> int:
-    """Return the FLOPs of attention scores and weighted sums of values. Differential attention has two attention maps
-    per head, and each map is multiplied by all values of the head."""
+    """Return the FLOPs of attention. Differential attention multiplies two maps per head by all values of the head."""
     num_maps_per_head = attention.head_dim // attention.qk_head_dim
     return 2 * num_queries * num_keys * attention.o_proj.in_features * (1 + num_maps_per_head)
 
@@ -122,8 +119,7 @@ def get_linear_layers(modules: Iterable[nn.Module]) -> list[nn.Linear]:
 
 
 def get_classifiers(model: Any) -> list[nn.Module]:
-    """Return the classifiers of a model; a multi-task model has one classifier per task. Each classifier is applied to
-    one vector per image."""
+    """Return the classifiers, which are applied to one vector per image. Multi-task models have one per task."""
     task_classifiers = list(getattr(model, "classifiers", {}).values())
     classifiers = [getattr(model, name, None) for name in ("classifier", "distillation_classifier")]
     return task_classifiers + [classifier for classifier in classifiers if classifier is not None]
@@ -208,8 +204,7 @@ def count_cast_weights(model: Any, is_on_cpu: bool) -> int:
 
 
 def count_activation_bytes(model: Any, image_size: ImageSize, settings: StepSettings) -> int:
-    """Return the number of bytes per image that autograd stores for the embeddings, for the first trainable layer and
-    all later layers, and for the modules after the encoder."""
+    """Return the number of bytes per image that autograd stores for the embeddings, the layers and the head."""
     config, encoder = model.config, model.base_model
     num_patches, num_embedded_tokens = get_num_patches_and_tokens(config, image_size)
     num_tokens = get_num_training_tokens(model, num_patches, num_embedded_tokens)  # tokens per image in the layers
@@ -255,23 +250,19 @@ def count_layer_bytes(layer: Any, num_queries: int, num_tokens: int, settings: S
 
 
 def count_norm_bytes(config: ViTCLSConfig, settings: StepSettings) -> int:
-    """Return the number of bytes per token that a norm stores for the backward pass: the size of the norm's input, or
-    twice this size for RMSNorm."""
+    """Return the bytes per token that a norm stores: the size of the input, or twice this size for RMSNorm."""
     return config.hidden_size * settings.residual_element_size * (2 if config.norm_type == "rmsnorm" else 1)
 
 
 def count_attention_bytes(attention: ViTCLSAttention, num_queries: int, num_keys: int, settings: StepSettings) -> int:
-    """Return the number of bytes per image that attention stores for the backward pass: queries, keys, values and
-    outputs, and also the attention maps if no fused kernel is used."""
+    """Return the bytes per image that attention stores: queries, keys, values, outputs, and possibly the maps."""
     config, width = attention.config, attention.o_proj.in_features  # channels of the values of all heads
     num_maps, num_maps_per_head = width // attention.qk_head_dim, attention.head_dim // attention.qk_head_dim
     has_learned_frequencies = config.position_embedding_type.endswith("rope_mixed")
-    num_copies = 1 + config.qk_norm + 2 * has_learned_frequencies
-    num_vectors = (num_queries + num_keys) * num_copies  # queries and keys
-    num_vectors += (num_queries + num_keys) * num_maps_per_head  # outputs and values
+    num_copies = 1 + config.qk_norm + 2 * has_learned_frequencies  # copies of queries and keys
+    num_vectors = (num_queries + num_keys) * (num_copies + num_maps_per_head)  # queries and keys, outputs and values
     num_vectors += num_queries * config.attention_norm
-    # normalized difference between the outputs of the two maps
-    num_vectors += 4 * num_queries * (num_maps_per_head - 1)
+    num_vectors += 4 * num_queries * (num_maps_per_head - 1)  # normalized difference between two maps' outputs
     # Fused kernels store the log-sum-exp of the scores of each query instead of attention maps.
     num_elements_per_query = count_stored_attention_maps(attention, settings.is_on_cpu) * num_keys or 1
     num_map_elements = num_maps * num_queries * num_elements_per_query
@@ -306,8 +297,7 @@ def get_num_training_tokens(model: Any, num_patches: int, num_tokens: int) -> in
 
 
 def get_first_trainable_layer(encoder: Any) -> int:
-    """Return the index of the first layer that the backward pass reaches. Return the number of layers if no layer is
-    trainable."""
+    """Return the index of the first layer that the backward pass reaches; the number of layers if there is none."""
     if has_trainable_parameters(encoder.embeddings):
         return 0
     trainable_indices = [index for index, layer in enumerate(encoder.layers) if has_trainable_parameters(layer)]

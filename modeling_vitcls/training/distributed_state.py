@@ -99,8 +99,7 @@ def scatter_state(
 def scatter_weights_and_ema(
     checkpoint: Checkpoint | None, accelerator: Accelerator, model: nn.Module, shadow: Sequence[torch.Tensor] | None
 ) -> None:
-    """Load the weights and the EMA weights of a checkpoint into `model` and `shadow`. Raise ValueError if the
-    checkpoint belongs to another model."""
+    """Load the weights and the EMA weights. Raise ValueError if the checkpoint belongs to another model."""
     weights: dict[str, Any] = {} if checkpoint is None else {**checkpoint.load_tensors("model")}
     targets: dict[str, Any] = get_model_state_dict(model)
     run_on_main(accelerator, lambda: check_names_and_shapes(weights, targets))
@@ -175,8 +174,7 @@ def gather_tensor(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def gather_gradient(parameter: torch.Tensor) -> torch.Tensor | None:
-    """Return the full gradient of a parameter, or None if the parameter has no gradient. This function must be called
-    on all processes."""
+    """Return the full gradient of a parameter; None if the gradient is missing. Must be called on all processes."""
     if parameter.requires_grad and (hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")):  # ZeRO
         from deepspeed.utils import safe_get_full_grad
 

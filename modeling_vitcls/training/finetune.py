@@ -50,7 +50,6 @@ from .model_report import get_teacher_provenance
 from .runner import TrainingComponents
 from .task import NO_EVALUATION_TEXT, EvaluationFunction, Task, format_metrics
 from .teacher import Teacher, TeacherCache, load_teacher
-from .token_monitor import return_no_metrics
 
 
 NO_AUGMENTATION = AugmentationOptions(crop_scale=1.0, flip=False, shift=0.0)
@@ -153,7 +152,6 @@ class FinetuneTask(Task):
             objective,
             iterate_batches,
             build_probe_evaluator(evaluator, model) if isinstance(evaluator, Evaluator) else evaluator,
-            return_no_metrics,
             images.describe_unreadable_image,
         )
 
@@ -164,14 +162,15 @@ class FinetuneTask(Task):
     def build_objective(self, normalize: Normalizer) -> losses.Objective:
         """Build the label loss, combined with the distillation loss if a teacher is set."""
         augmentation, distillation = self.options.augmentation, self.options.distillation
-        num_labels = len(self.data.label_space.names)
-        uses_mixing = augmentation.mixup or augmentation.cutmix
-        prepare_batch = losses.PixelTransform(normalize, BatchMixer(augmentation, num_labels) if uses_mixing else None)
+        mixer = None
+        if augmentation.mixup or augmentation.cutmix:
+            mixer = BatchMixer(augmentation, len(self.data.label_space.names))
+        prepare_batch = losses.PixelTransform(normalize, mixer)
         if self.teacher is None:
             return losses.ClassificationObjective(prepare_batch, self.build_label_loss())
         predict = self.teacher.predict
         if num_views := self.get_num_views():
-            num_images = self.data.num_training_images or 0
+            num_images, num_labels = self.data.num_training_images or 0, len(self.data.label_space.names)
             predict = TeacherCache(self.teacher, num_images, num_views, num_labels).predict
 
         def compute_teacher_logits(batch: Batch) -> torch.Tensor:

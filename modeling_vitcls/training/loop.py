@@ -295,8 +295,7 @@ def is_end_of_epochs(step: int, num_epochs: int, plan: BatchPlan) -> bool:
 
 
 def get_score(metrics: Metrics, selection_metric: str) -> float | None:
-    """Return the selection metric, negated if the metric is a loss, so that higher scores are better. Return None if
-    `metrics` does not contain the selection metric."""
+    """Return the selection metric, negated if the metric is a loss; None if the metric is missing."""
     value = metrics.get(selection_metric)
     return -value if value is not None and selection_metric.endswith("loss") else value
 
@@ -346,8 +345,7 @@ class SignalHandler:
         self.old_handlers.clear()
 
     def handle_signal(self, signum: int, frame: FrameType | None) -> None:
-        """Store the first signal. Raise KeyboardInterrupt on a later Ctrl-C, but not if a launcher only forwards the
-        first Ctrl-C."""
+        """Store the first signal. A later Ctrl-C, not forwarded by a launcher, raises KeyboardInterrupt."""
         if self.received_signal is None:
             self.received_signal, self.signal_time = signal.Signals(signum), time.monotonic()
         elif signum == signal.SIGINT and time.monotonic() - self.signal_time > MAX_FORWARDING_SECONDS:

@@ -116,8 +116,7 @@ class Utilization:
 
 
 def compute_utilization(executed_flops: float, available_flops: float) -> float | None:
-    """Return `executed_flops / available_flops`, or None if the ratio is above 1, because the measured peak is then
-    too low."""
+    """Return the ratio, or None if the ratio is above 1, because the measured peak is then too low."""
     return round(executed_flops / available_flops, 4) if executed_flops <= available_flops else None
 
 

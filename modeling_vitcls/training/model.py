@@ -198,8 +198,7 @@ def set_train_mode(model: nn.Module) -> None:
 
 
 def uses_patch_dropout(encoder: ViTCLSModel) -> bool:
-    """Return whether patches are dropped in training, which requires a positive rate and trainable embeddings or a
-    trainable first layer."""
+    """Return whether training drops patches, which requires trainable embeddings or a trainable first layer."""
     return encoder.config.patch_drop_rate > 0 and get_first_trainable_layer(encoder) == 0
 
 
@@ -216,8 +215,7 @@ def add_lora(model: nn.Module, rank: int) -> None:
 
 
 def merge_lora(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Merge the LoRA weights in a state dict of full tensors: W becomes W + B A. A state dict without LoRA weights is
-    returned unchanged."""
+    """Merge the LoRA weights in a state dict of full tensors, if any: W becomes W + B A."""
     merged_weights = {
         name.replace(".base_layer.", "."): weight for name, weight in weights.items() if ".lora_" not in name
     }

@@ -15,6 +15,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -66,8 +67,7 @@ def get_parameter_depths(model: nn.Module) -> dict[str, int]:
 
 
 def get_learning_rate(step: int, num_steps: int, options: TrainingOptions) -> float:
-    """Return the learning rate at `step` (counted from 0): linear warmup over the fraction `warmup` of the steps, then
-    cosine decay to 0."""
+    """Return the learning rate at `step` (counted from 0): linear warmup, then cosine decay to 0."""
     assert options.learning_rate is not None
     num_warmup_steps = round(options.warmup * num_steps)
     if step < num_warmup_steps:
@@ -103,12 +103,12 @@ class TorchOptimizerStep:
         return norm
 
 
+@dataclass
 class DeepSpeedOptimizerStep:
     """Backward pass and update with DeepSpeed's engine, which clips, applies and clears the gradients in one call."""
 
-    def __init__(self, accelerator: Accelerator, engine: Any) -> None:
-        self.accelerator = accelerator
-        self.engine = engine
+    accelerator: Accelerator
+    engine: Any
 
     def backward(self, loss: torch.Tensor) -> None:
         """Accumulate the gradients of a batch's loss, divided by the number of accumulation steps."""
@@ -128,8 +128,7 @@ class DeepSpeedOptimizerStep:
 
 
 class Ema:
-    """Exponential moving average of the trainable weights. `shadow` contains one tensor for each trainable
-    parameter."""
+    """Exponential moving average of the trainable weights, with one tensor in `shadow` for each parameter."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
@@ -145,8 +144,7 @@ class Ema:
 
     @contextmanager
     def use_averaged_weights(self) -> Iterator[None]:
-        """Copy the averaged weights into the model for the duration of the `with` block, then restore the previous
-        weights."""
+        """Replace the model's weights with the averaged weights for the duration of the `with` block."""
         weights = [parameter.detach().clone() for parameter in self.trainable_parameters]
         self.copy_to_model(self.shadow)
         try:

@@ -119,8 +119,7 @@ class Reporter:
             self.progress.console.print(f"epoch {record['epoch']:>5.1f}{held_out_text}", markup=False)
 
     def format_remaining_time(self, step: int) -> str:
-        """Format the remaining time, which is estimated from the speed so far. Return an empty string after the last
-        step."""
+        """Format the remaining time, estimated from the speed so far. Return an empty string after the last step."""
         num_completed_steps, num_remaining_steps = step - self.first_step, self.num_steps - step
         if num_completed_steps <= 0 or num_remaining_steps <= 0:
             return ""

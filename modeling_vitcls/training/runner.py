@@ -67,8 +67,9 @@ class TrainingComponents:
     objective: Objective
     iterate_batches: Callable[[int], Generator[Batch, None, None]]  # first step -> batches of this process
     evaluate: Callable[[nn.Module], Metrics]  # model from `Accelerator.prepare` -> metrics on held-out images
-    measure_attention: Callable[[Batch], Metrics]  # batch on the device -> values to log every `health_every` steps
     describe_unreadable_image: Callable[[int], str]  # index of an unreadable image -> error message
+    # batch on the device -> values to log every `health_every` steps
+    measure_attention: Callable[[Batch], Metrics] = lambda batch: {}
 
 
 # Flags that may change on --resume, because these flags do not affect the result.
@@ -137,7 +138,7 @@ class Runner:
         non-finite loss, too many unreadable images, or a full disk."""
         model = components.model
         training_options, accelerator = self.options.training, self.accelerator
-        warns_about_tokens = training_options.trainable in ("full", "lora")  # otherwise, the tokens are frozen
+        should_warn_about_tokens = training_options.trainable in ("full", "lora")  # values that train all tokens
         if training_options.compile:
             model.compile()
         self.utilization = build_utilization(model, plan, accelerator, self.reporter.print_line)
@@ -194,7 +195,7 @@ class Runner:
             callbacks = LoopCallbacks(
                 evaluate=evaluate_with_timing,
                 log=log,
-                warn=self.reporter.warn if warns_about_tokens else lambda message: None,
+                warn=self.reporter.warn if should_warn_about_tokens else lambda message: None,
                 save=save,
                 on_batch=lambda batch: unreported_indices.extend(batch["replaced"][batch["replaced"] >= 0].tolist()),
                 measure_attention=components.measure_attention,
@@ -224,7 +225,7 @@ class Runner:
             state.ema.copy_to_model(state.ema.shadow)
         token_movement = monitor.compute_token_movement()
         for token, distance in token_movement.items():
-            if distance == 0 and warns_about_tokens:
+            if distance == 0 and should_warn_about_tokens:
                 self.reporter.warn(f"token {token} did not change during training")
         if len(unreadable_images):
             self.reporter.warn(
@@ -245,8 +246,7 @@ class Runner:
         self.reporter.print_line("selected", f"the checkpoint of step {metadata['step']:,}, with the best evaluation")
 
     def set_data_fingerprint(self, data_fingerprint: dict[str, Any]) -> None:
-        """Store the fingerprint of the data, to be written to checkpoints. Raise ValueError if --resume would continue
-        with different data."""
+        """Store the fingerprint of the data. Raise ValueError if --resume would continue with different data."""
         self.data_fingerprint = data_fingerprint
         metadata = self.checkpoint_metadata
         if metadata is not None and "data" not in metadata:
@@ -298,8 +298,7 @@ class Runner:
             )
 
     def check_folder(self) -> None:
-        """Raise ValueError if the run would replace files without --overwrite, or if --resume would continue the run
-        with different flags."""
+        """Raise ValueError if the run would replace files without --overwrite, or resume with different flags."""
         if self.checkpoint_metadata is None:
             output_folder.check_replaceable(self.options, self.store)
             return

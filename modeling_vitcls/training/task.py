@@ -192,8 +192,8 @@ class Task(ABC):
             self.build_objective(normalize),
             partial(iterate_training_batches, images, self.plan, accelerator.process_index, num_workers),
             evaluator,
-            build_attention_callback(self.model, normalize),
             images.describe_unreadable_image,
+            build_attention_callback(self.model, normalize),
         )
 
     def get_num_views(self) -> int:
@@ -203,8 +203,7 @@ class Task(ABC):
     def build_training_images(
         self, augmentation: AugmentationOptions, num_views: int
     ) -> TrainingImages | TrainingStream:
-        """Build the augmented training images. `num_views` is the number of views per image, or 0 for a new view in
-        every epoch."""
+        """Build the augmented training images with `num_views` views per image, or 0 for a new view in every epoch."""
         processor, config = self.processor, self.model.config
         transform = build_augmentation(augmentation, config.image_height_width, processor.resample)
         to_rgb, seed = bool(processor.do_convert_rgb), self.options.training.seed
@@ -251,9 +250,8 @@ def run_task(task: Task) -> dict[str, Any]:
         save_output(task, results)
         reporter.print_line("result", task.format_result(metrics))
         report_text = f" {REPORT_FILE}," if (runner.folder / REPORT_FILE).exists() else ""
-        reporter.print_line(
-            "saved", f"{runner.folder} (model, image processor, README.md,{report_text} {RESULTS_FILE})"
-        )
+        files_text = f"model, image processor, README.md,{report_text} {RESULTS_FILE}"
+        reporter.print_line("saved", f"{runner.folder} ({files_text})")
         push_output(task)
         runner.accelerator.end_training()
         return results
@@ -325,11 +323,9 @@ def save_output(task: Task, results: dict[str, Any]) -> None:
 
     def write_files() -> None:
         write_model(task.model, task.processor, folder, weights)
+        provenance, base_model, rank = get_model_provenance(options), options.model.model, options.training.lora_rank
         if any(".lora_" in name for name in weights):
-            base_model, rank = options.model.model, options.training.lora_rank
-            write_adapter(
-                folder / ADAPTER_FOLDER, weights, task.model.config, rank, base_model, get_model_provenance(options)
-            )
+            write_adapter(folder / ADAPTER_FOLDER, weights, task.model.config, rank, base_model, provenance)
         images = build_model_report(
             folder,
             type(task.model),
@@ -344,7 +340,6 @@ def save_output(task: Task, results: dict[str, Any]) -> None:
         )
         if "diagnosis" in results:
             runner.reporter.print_line("diagnosis", results["diagnosis"])
-        provenance = get_model_provenance(options)
         card = task.build_card(task.hub_model_id or folder.resolve().name, results, provenance, images)
         write_card(folder, card, provenance, results, options.run, warn)
         write_json(folder / RESULTS_FILE, results)
@@ -458,9 +453,8 @@ def dry_run(task_class: type[Task], options: Any) -> None:
         run_task(task)
     checkpoint_text = ", a checkpoint" if runner.can_save_checkpoints else ""
     push_note = f"; pushing to {task.hub_model_id} is permitted" if task.hub_model_id else ""
-    duration = format_duration(
-        estimate_run_seconds(runner, plan, len(indices) / num_held_out if num_held_out else 1.0)
-    )
+    evaluated_fraction = len(indices) / num_held_out if num_held_out else 1.0
+    duration = format_duration(estimate_run_seconds(runner, plan, evaluated_fraction))
     runner.reporter.print_line(
         "dry run",
         f"{len(runner.step_seconds)} steps, an evaluation{checkpoint_text} and saving the model succeeded in "
@@ -494,8 +488,7 @@ def build_dry_run_options(options: Any) -> Iterator[Any]:
 
 
 def limit_training_images(task: Task) -> None:
-    """Keep only the training images that the steps of a dry run use, because linear probing encodes all training
-    images before the first step."""
+    """Keep only the training images of a dry run, because linear probing encodes all images before the first step."""
     if isinstance(task.data.train, LabeledImages):
         plan = task.plan
         batches = [batch for process_index in range(plan.num_processes) for batch in plan.iterate_keys(process_index)]
@@ -505,14 +498,10 @@ def limit_training_images(task: Task) -> None:
 
 
 def estimate_run_seconds(runner: Runner, plan: BatchPlan, evaluated_fraction: float) -> float:
-    """Return the expected duration of the steps and evaluations of the full run in seconds, extrapolated from a dry
-    run. The first step is slower than later steps and is ignored if the dry run has several steps.
-
-    `plan` is the batch plan of the full run. `evaluated_fraction` is the fraction of the held-out images that the dry
-    run evaluated.
-    """
+    """Return the duration of the full run with batch plan `plan` in seconds, extrapolated from a dry run, which
+    evaluated only `evaluated_fraction` of the held-out images."""
     epochs = plan.count_epochs(plan.num_steps) if plan.num_images else 1.0
     num_evaluations = math.ceil(epochs / runner.options.training.evaluate_every)
-    seconds_per_step = min(runner.step_seconds[1:] or runner.step_seconds)
+    seconds_per_step = min(runner.step_seconds[1:] or runner.step_seconds)  # the first step is slower than later steps
     seconds_per_evaluation = min(runner.evaluation_seconds) / evaluated_fraction
     return plan.num_steps * seconds_per_step + num_evaluations * seconds_per_evaluation

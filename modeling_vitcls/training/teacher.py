@@ -55,8 +55,7 @@ class TeacherPreprocessing:
     normalize: Callable[[torch.Tensor], torch.Tensor]  # converts uint8 [B, C, H, W] to normalized float32
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Convert the student's pixels [B, C, H, W] in [0, 255] to the teacher's input. Pixels of mixed images are
-        rounded."""
+        """Convert the student's pixels [B, C, H, W] in [0, 255] to the teacher's input. Mixed pixels are rounded."""
         if pixels.is_floating_point():
             pixels = pixels.clamp(0, 255).round().to(torch.uint8)
         pixels = convert_channels(pixels, self.num_channels)

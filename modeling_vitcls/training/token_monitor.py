@@ -82,19 +82,14 @@ def build_attention_callback(
     """Build the function that measures the CLS attention of a batch. The function returns no metrics if the model has
     no CLS tokens or merges patches."""
     has_cls_attention = model.config.num_cls_tokens and not model.config.merged_patches_per_layer
-    return partial(measure_attention_entropy, model, normalize) if has_cls_attention else return_no_metrics
-
-
-def return_no_metrics(batch: dict[str, Any]) -> dict[str, Any]:
-    return {}
+    return partial(measure_attention_entropy, model, normalize) if has_cls_attention else lambda batch: {}
 
 
 @torch.no_grad()
 def measure_attention_entropy(
     model: Any, normalize: Callable[[torch.Tensor], torch.Tensor], batch: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return the entropy of the CLS attention in nats for each layer, averaged over the CLS tokens, the heads, and the
-    first images of the batch."""
+    """Return the entropy of the CLS attention of each layer, averaged over tokens, heads and the first images."""
     pixel_values = normalize(batch["pixels"][:MAX_ATTENTION_IMAGES])  # [B, C, H, W]
     model.eval()
     attention_weights = model.token_attention(pixel_values, tokens=("cls",))  # [B, layers, heads, CLS, N]
