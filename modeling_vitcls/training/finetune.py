@@ -80,21 +80,18 @@ class FinetuneTask(Task):
     def load_model(self) -> None:
         """Load the model and the teacher, and freeze the parameters that are not trained."""
         options, training_options = self.options, self.options.training
-        initial_model = build_model(options.model, self.data.label_space)
-        config, self.processor, self.teacher = initial_model.model.config, initial_model.processor, None
+        model, self.processor, new_parameter_names = build_model(options.model, self.data.label_space)
+        self.teacher = None
         if options.distillation.teacher is not None:
             self.teacher = load_teacher(
                 options.distillation.teacher,
                 self.data.label_space,
-                config.num_channels,
-                config.image_height_width,
+                model.config.num_channels,
+                model.config.image_height_width,
                 self.runner.accelerator.device,
             )
         self.model = set_trainable_parameters(
-            initial_model.model,
-            training_options.trainable,
-            training_options.lora_rank,
-            initial_model.new_parameter_names,
+            model, training_options.trainable, training_options.lora_rank, new_parameter_names
         )
         if options.model.patch_drop_rate and not uses_patch_dropout(self.model.vitcls):
             raise ValueError(format_patch_dropout_error(options))

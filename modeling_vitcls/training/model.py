@@ -15,7 +15,6 @@ frozen and remains frozen.
 import copy
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,17 +37,9 @@ from .costs import get_first_trainable_layer, has_trainable_parameters
 LORA_A_SUFFIX, LORA_B_SUFFIX = ".lora_A.default.weight", ".lora_B.default.weight"
 
 
-@dataclass(frozen=True)
-class InitialModel:
-    """Model with its image processor, and the names of the parameters that are not loaded from a checkpoint."""
-
-    model: Classifier
-    processor: ViTCLSImageProcessor
-    new_parameter_names: set[str]
-
-
-def build_model(options: ModelOptions, label_space: LabelSpace) -> InitialModel:
-    """Build a preset with random weights, or load a checkpoint. The checkpoint must be a vitcls model, which
+def build_model(options: ModelOptions, label_space: LabelSpace) -> tuple[Classifier, ViTCLSImageProcessor, set[str]]:
+    """Build a preset with random weights, or load a checkpoint. Return the model, the image processor, and the names
+    of the parameters that are not loaded from a checkpoint. The checkpoint must be a vitcls model, which
     `get_run_properties` checks. A classifier in the checkpoint is kept only if the classifier has the labels of
     `label_space`. Multi-task models have one CLS token per task."""
     config_values = options.get_config_values()
@@ -66,7 +57,7 @@ def build_model(options: ModelOptions, label_space: LabelSpace) -> InitialModel:
     if (mask_token := model.vitcls.embeddings.mask_token) is not None:
         mask_token.requires_grad_(False)  # not used in fine-tuning; DDP requires gradients of all trainable parameters
     set_processor_size(processor, model.config)
-    return InitialModel(model, processor, new_parameter_names)
+    return model, processor, new_parameter_names
 
 
 def load_with_label_space(

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
@@ -29,7 +29,7 @@ ImageLogger = Callable[[Mapping[str, Image.Image]], None]
 
 
 class Reporter:
-    """Output of one run. Use the reporter as a context manager around the training loop."""
+    """Output of one run. Use `progress` as a context manager around the training loop."""
 
     def __init__(self, metrics_file: Path, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
@@ -82,13 +82,6 @@ class Reporter:
                 f"cannot write {self.metrics_file} ({error.strerror}). Free disk space, then repeat the command with "
                 "--resume"
             ) from error
-
-    def __enter__(self) -> Self:
-        self.progress.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.progress.stop()
 
     def log(self, record: dict[str, Any], selection_metric: str) -> None:
         """Append a record to metrics.jsonl, print the record, and send the numeric values of the record to the

@@ -123,7 +123,6 @@ class Runner:
 
     @property
     def can_save_checkpoints(self) -> bool:
-        """Return whether the launch configuration supports checkpoints and --resume."""
         return explain_unsupported_checkpoints(self.accelerator) is None
 
     def train(
@@ -188,7 +187,7 @@ class Runner:
         self.start_time = time.perf_counter()
         with (
             SignalHandler(accelerator) as signal_handler,
-            self.reporter,
+            self.reporter.progress,
             self.convert_errors(signal_handler),
             uploader or nullcontext(),
         ):
@@ -249,12 +248,14 @@ class Runner:
         """Store the fingerprint of the data. Raise ValueError if --resume would continue with different data."""
         self.data_fingerprint = data_fingerprint
         metadata = self.checkpoint_metadata
-        if metadata is not None and "data" not in metadata:
+        if metadata is None:
+            return
+        if "data" not in metadata:
             raise ValueError(
                 f"--resume: the checkpoint in {self.folder} was written by an older version of modeling_vitcls, with "
                 "a different held-out split. Restart the run with --overwrite, or choose a different --output-dir"
             )
-        if metadata is not None and (change := describe_change(metadata["data"], data_fingerprint)):
+        if change := describe_change(metadata["data"], data_fingerprint):
             raise ValueError(
                 f"--resume: the dataset has changed since the run in {self.folder} was started: {change}. Restore "
                 "the dataset, or choose a different --output-dir"
@@ -388,9 +389,8 @@ class Runner:
         self.accelerator.wait_for_everyone()
         # Flags are formatted as text, because TensorBoard does not accept lists.
         flags = {name: format_flag_value(value) for name, value in to_flags(self.options).items()}
-        self.accelerator.init_trackers(
-            self.folder.resolve().name, config=flags, init_kwargs={"wandb": {"dir": str(folder)}}
-        )
+        init_kwargs = {"wandb": {"dir": str(folder)}}
+        self.accelerator.init_trackers(self.folder.resolve().name, config=flags, init_kwargs=init_kwargs)
 
     def get_training_seconds(self) -> float:
         """Return the training time so far in seconds, including the time before --resume."""
@@ -454,9 +454,8 @@ def build_runner(options: FinetuneOptions | PretrainOptions) -> Runner:
     runner = Runner(options, accelerator, store, None, None, reporter, lock)
     with runner.release_lock_on_error():
         if run_options.resume:
-            runner.checkpoint, runner.checkpoint_metadata = load_on_main(
-                accelerator, lambda: store.load_newest(reporter.warn)
-            )
+            load_newest = partial(store.load_newest, reporter.warn)
+            runner.checkpoint, runner.checkpoint_metadata = load_on_main(accelerator, load_newest)
         run_on_main(accelerator, runner.check_folder)
         return runner
 

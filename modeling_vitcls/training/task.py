@@ -315,8 +315,8 @@ def format_metrics(metrics: Metrics, *names: str) -> str:
 
 def save_output(task: Task, results: dict[str, Any]) -> None:
     """Write the model, the image processor, the card and finally results.json, which marks the folder as complete. Add
-    the inference speed and the diagnosis of the special tokens to `results`. This function must be called on all
-    processes. Raise RunStopped on all processes if the folder cannot be written."""
+    the inference speed and the diagnosis to `results`. Must be called on all processes. Raise RunStopped on all
+    processes if the folder cannot be written."""
     runner, options, warn = task.runner, task.options, task.runner.reporter.warn
     folder = runner.folder
     weights = gather_weights(task.model, runner.accelerator.is_main_process)

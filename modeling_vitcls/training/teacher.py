@@ -111,14 +111,11 @@ class LoadedTeacher:
 def load_teacher(
     source: str, labels: LabelSpace, num_channels: int, height_width: tuple[int, int], device: torch.device
 ) -> Teacher:
-    """Load a teacher for a student with the given labels, number of channels and image size.
+    """Load a teacher for a student with the given labels, number of channels and image size. Raise ValueError if the
+    teacher is not an image classifier or lacks a label, and OSError if the teacher cannot be found or read.
 
     Labels are matched by name. If a teacher has no label names but the same number of labels, the labels are assumed
     to be in the same order. `Teacher.description` states this assumption.
-
-    Raises:
-        ValueError: if the teacher is not an image classifier, or if the teacher lacks a label.
-        OSError: if the teacher cannot be found or read.
     """
     if source.startswith(TIMM_PREFIX):
         loaded_teacher = load_timm_teacher(source)

@@ -77,15 +77,14 @@ class LoopRecorder:
         )
         self.accelerator = Accelerator(cpu=True, gradient_accumulation_steps=self.options.gradient_accumulation_steps)
         torch.manual_seed(0)
-        built = build_model(TINY, DIGITS.label_space)
-        self.model = built.model
+        self.model, processor, _ = build_model(TINY, DIGITS.label_space)
         prepare(self.model)
         optimizers = optimizer or (lambda model: build_optimizer(model, self.options))
         self.state = TrainingState(*self.accelerator.prepare(self.model, optimizers(self.model)))
         if self.options.ema_decay:
             self.state.ema = Ema(self.state.model, self.options.ema_decay)
         self.plan = BatchPlan.from_options(len(DIGITS.train), self.options, num_processes=1)
-        self.normalise = Normalizer(built.processor, self.accelerator.device)
+        self.normalise = Normalizer(processor, self.accelerator.device)
         self.records: list[dict[str, Any]] = []
         self.warnings: list[str] = []
         self.saved: list[tuple[int, bool]] = []
@@ -170,7 +169,7 @@ def test_steps_equal_a_plain_training_loop() -> None:
     settings = {"max_steps": 3, "learning_rate": 0.5, "warmup": 0.0, "max_gradient_norm": 0.1, "log_every": 1}
     bench = LoopRecorder(groups, health_every=0, **settings)
     torch.manual_seed(0)
-    reference = build_model(TINY, DIGITS.label_space).model.train()
+    reference = build_model(TINY, DIGITS.label_space)[0].train()
     optimizer, norms = torch.optim.SGD(reference.parameters()), []
     for step, batch in zip(range(3), bench.batches(), strict=False):
         logits = reference(bench.normalise(batch["pixels"])).logits

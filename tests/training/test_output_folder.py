@@ -178,7 +178,7 @@ def test_the_lock_of_another_host_is_respected(folder: Path) -> None:
 def test_an_unreadable_lock_is_named(folder: Path, text: str) -> None:
     folder.mkdir(parents=True)
     (folder / LOCK_FILE).write_text(text)
-    with raises_one_line(f"the lock file {folder / LOCK_FILE} cannot be read", "delete the file"):
+    with raises_one_line(f"the lock file {folder / LOCK_FILE} is invalid", "delete the file"):
         FolderLock(folder).acquire()
 
 
