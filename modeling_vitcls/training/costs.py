@@ -52,7 +52,7 @@ def count_forward_flops(model: Any, image_size: ImageSize = None, batch_size: in
     flops_per_batch = 0
     if encoder.pooler is not None:
         flops_per_image += count_linear_flops(encoder.pooler)
-    for pooler in get_attention_poolers(encoder):
+    for pooler in (module for module in encoder.modules() if isinstance(module, AttentionPooler)):
         num_keys = num_tokens if pooler.token_slice == slice(None) else num_patches
         flops_per_image += 4 * num_keys * pooler.probe.shape[-1]  # attention scores and weighted sums of values
         # The linear layers of the pooler have been counted once per image. The query is the same for all images.
@@ -125,11 +125,6 @@ def get_classifiers(model: Any) -> list[nn.Module]:
     return task_classifiers + [classifier for classifier in classifiers if classifier is not None]
 
 
-def get_attention_poolers(encoder: Any) -> list[AttentionPooler]:
-    modules = [] if encoder.pooler is None else encoder.pooler.modules()
-    return [module for module in modules if isinstance(module, AttentionPooler)]
-
-
 # Memory --------------------------------------------------------------------------------------------------------------
 
 
@@ -169,7 +164,7 @@ def estimate_memory(
     Raises:
         ValueError: if the image size is smaller than the patch size.
     """
-    trainable_parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    num_trainable_bytes = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
     itemsize = model.dtype.itemsize
     is_on_cpu = torch.device(model.device if device is None else device).type == "cpu"
     settings = StepSettings(
@@ -179,16 +174,11 @@ def estimate_memory(
     if settings.uses_autocast:
         activations += settings.matmul_element_size * count_cast_weights(model, is_on_cpu)
     return MemoryEstimate(
-        parameters=count_bytes(model.parameters()),
-        gradients=count_bytes(trainable_parameters),
-        optimizer=2 * count_bytes(trainable_parameters),
+        parameters=sum(parameter.nbytes for parameter in model.parameters()),
+        gradients=num_trainable_bytes,
+        optimizer=2 * num_trainable_bytes,
         activations=activations,
     )
-
-
-def count_bytes(tensors: Iterable[torch.Tensor]) -> int:
-    """Return the total size of tensors in bytes."""
-    return sum(tensor.nbytes for tensor in tensors)
 
 
 def count_cast_weights(model: Any, is_on_cpu: bool) -> int:
@@ -223,7 +213,7 @@ def count_activation_bytes(model: Any, image_size: ImageSize, settings: StepSett
     if has_trainable_parameters(encoder.embeddings):
         num_bytes += num_pixel_values * settings.matmul_element_size
         num_bytes += num_embedded_tokens * count_norm_bytes(config, settings) * config.pre_norm
-    if get_attention_poolers(encoder):
+    if any(isinstance(module, AttentionPooler) for module in encoder.modules()):
         num_bytes += 3 * num_tokens * config.hidden_size * settings.matmul_element_size  # tokens, keys, values
     if hasattr(model, "decoder"):
         num_bytes += num_patches * config.hidden_size * settings.matmul_element_size

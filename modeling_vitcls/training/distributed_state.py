@@ -71,9 +71,7 @@ def gather_state(
             target[f"{key}/{name}"] = value
     tensors = {"model": gather_weights(model, is_main_process), "optimizer": moments}
     if shadow is not None:
-        tensors["ema"] = gather_tensors(
-            dict(zip(get_trainable_parameter_names(model), shadow, strict=True)), is_main_process
-        )
+        tensors["ema"] = gather_tensors(name_ema_weights(model, shadow), is_main_process)
     scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else {}
     return tensors, {"optimizer": non_tensor_state, "scaler": scaler}
 
@@ -109,7 +107,7 @@ def scatter_weights_and_ema(
     options = StateDictOptions(full_state_dict=is_distributed, broadcast_from_rank0=is_distributed)
     set_model_state_dict(model, weights, options=options)
     if shadow is not None:
-        scatter_ema(checkpoint, accelerator, dict(zip(get_trainable_parameter_names(model), shadow, strict=True)))
+        scatter_ema(checkpoint, accelerator, name_ema_weights(model, shadow))
 
 
 def reshard(model: nn.Module) -> None:
@@ -128,9 +126,10 @@ def get_named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return dict(extract_model_from_parallel(model, keep_torch_compile=False).named_parameters())
 
 
-def get_trainable_parameter_names(model: nn.Module) -> list[str]:
-    """Return the names of the trainable parameters, in the order of the model's parameters."""
-    return [name for name, parameter in get_named_parameters(model).items() if parameter.requires_grad]
+def name_ema_weights(model: nn.Module, shadow: Sequence[torch.Tensor]) -> Tensors:
+    """Return the EMA weights, keyed by the names of the trainable parameters."""
+    names = [name for name, parameter in get_named_parameters(model).items() if parameter.requires_grad]
+    return dict(zip(names, shadow, strict=True))
 
 
 def unwrap_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

@@ -52,9 +52,6 @@ from .task import NO_EVALUATION_TEXT, EvaluationFunction, Task, format_metrics
 from .teacher import Teacher, TeacherCache, load_teacher
 
 
-NO_AUGMENTATION = AugmentationOptions(crop_scale=1.0, flip=False, shift=0.0)
-
-
 class FinetuneTask(Task):
     """Fine-tuning of a classifier, optionally with a teacher."""
 
@@ -130,7 +127,10 @@ class FinetuneTask(Task):
         accelerator, options = self.runner.accelerator, self.options
         model = self.model.to(accelerator.device)
         is_augmented, num_views = options.training.feature_views > 0, max(options.training.feature_views, 1)
-        images = self.build_training_images(options.augmentation if is_augmented else NO_AUGMENTATION, num_views)
+        augmentation = (
+            options.augmentation if is_augmented else AugmentationOptions(crop_scale=1.0, flip=False, shift=0.0)
+        )
+        images = self.build_training_images(augmentation, num_views)
         assert isinstance(images, TrainingImages), "features of streams cannot be cached"
         keys = [(view, index) for view in range(num_views) for index in range(self.data.num_training_images or 0)]
         augmentation_note = "" if is_augmented else " without augmentation (set --feature-views to augment the images)"
