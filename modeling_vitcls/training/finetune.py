@@ -158,7 +158,7 @@ class FinetuneTask(Task):
 
     def build_objective(self, normalize: Normalizer) -> losses.Objective:
         """Build the label loss, combined with the distillation loss if a teacher is set."""
-        augmentation, distillation = self.options.augmentation, self.options.distillation
+        augmentation = self.options.augmentation
         mixer = None
         if augmentation.mixup or augmentation.cutmix:
             mixer = BatchMixer(augmentation, len(self.data.label_space.names))
@@ -175,12 +175,7 @@ class FinetuneTask(Task):
                 return predict(batch)
 
         return losses.DistillationObjective(
-            prepare_batch,
-            self.build_label_loss(),
-            compute_teacher_logits,
-            distillation.distillation,
-            distillation.distillation_alpha,
-            distillation.distillation_tau,
+            prepare_batch, self.build_label_loss(), compute_teacher_logits, self.options.distillation
         )
 
     def build_label_loss(self) -> losses.LabelLossFunction:
@@ -274,8 +269,6 @@ def format_patch_dropout_error(options: FinetuneOptions) -> str:
 
 def check_label_kind(options: FinetuneOptions, kind: str) -> None:
     """Raise ValueError if a flag requires one label per image, but the labels are of another kind."""
-    if kind == "single_label_classification":
-        return
     flags = {
         "--mixup": bool(options.augmentation.mixup),
         "--cutmix": bool(options.augmentation.cutmix),
@@ -283,7 +276,7 @@ def check_label_kind(options: FinetuneOptions, kind: str) -> None:
         "--teacher": options.distillation.teacher is not None,
     }
     for flag, is_set in flags.items():
-        if is_set:
+        if is_set and kind != "single_label_classification":
             raise ValueError(
                 f"{flag} requires one label per image, but the label kind of the dataset is {kind}. Remove {flag}"
             )

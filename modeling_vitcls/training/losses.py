@@ -22,6 +22,7 @@ from torch import nn
 
 from ..data.batches import Batch, Normalizer
 from ..heads_vitcls import IGNORED_LABEL
+from ..options import DistillationOptions
 
 
 Losses = dict[str, torch.Tensor]
@@ -137,19 +138,19 @@ class DistillationObjective:
     prepare_batch: Callable[[Batch], Batch]  # adds the model's "inputs"
     label_loss: LabelLossFunction
     compute_teacher_logits: Callable[[Batch], torch.Tensor]  # returns logits [B, L]
-    kind: str
-    alpha: float
-    tau: float
+    options: DistillationOptions
 
     def __call__(self, model: nn.Module, batch: Batch) -> Losses:
         """Return the total loss, the label loss and the distillation loss of a batch that is on the model's device."""
+        alpha, tau = self.options.distillation_alpha, self.options.distillation_tau
         batch = self.prepare_batch(batch)
         outputs = model(**batch["inputs"])
         label_loss = self.label_loss(outputs.cls_logits, batch["labels"])
+        teacher_logits = self.compute_teacher_logits(batch)
         distillation_loss = compute_distillation_loss(
-            self.kind, outputs.distillation_logits, self.compute_teacher_logits(batch), self.tau
+            self.options.distillation, outputs.distillation_logits, teacher_logits, tau
         )
-        loss = (1 - self.alpha) * label_loss + self.alpha * distillation_loss
+        loss = (1 - alpha) * label_loss + alpha * distillation_loss
         return {"loss": loss, "label_loss": label_loss, "distillation_loss": distillation_loss}
 
 

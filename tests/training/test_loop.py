@@ -26,7 +26,7 @@ from modeling_vitcls.data.batches import Normalizer, iterate_training_batches
 from modeling_vitcls.data.sampling import BatchPlan
 from modeling_vitcls.data.splits import load_training_data
 from modeling_vitcls.data.streaming import build_training_dataset
-from modeling_vitcls.options import DataOptions, TrainingOptions
+from modeling_vitcls.options import DataOptions, DistillationOptions, TrainingOptions
 from modeling_vitcls.training import loop as loop_module
 from modeling_vitcls.training.loop import (
     LoopCallbacks,
@@ -705,7 +705,8 @@ def test_a_teacher_trains_the_distillation_head_on_mixed_images() -> None:
     pixels, labels = torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8), torch.tensor([4, 0, 1])
     inputs = PixelTransform(lambda values: values / 255, lambda values, targets: (values.flip(0), targets.roll(1)))
     predict = lambda batch: batch["pixels"].flatten(1)[:, :5] / 50  # noqa: E731
-    objective = DistillationObjective(inputs, SingleLabelLoss(0.1), predict, "soft", alpha=0.3, tau=2.0)
+    options = DistillationOptions(distillation="soft", distillation_alpha=0.3, distillation_tau=2.0)
+    objective = DistillationObjective(inputs, SingleLabelLoss(0.1), predict, options)
     losses = objective(model, {"pixels": pixels, "labels": labels})
     outputs = model(pixels.flip(0) / 255)
     label_loss = torch.nn.functional.cross_entropy(outputs.cls_logits, labels.roll(1), label_smoothing=0.1)
