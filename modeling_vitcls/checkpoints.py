@@ -268,7 +268,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def is_valid_state(state: dict[str, Any]) -> bool:
-    """Return whether a JSON object has the fields of state.json, and lists no files outside the folder."""
+    """Return whether a JSON object has the fields of state.json and lists no files outside the folder."""
     files, metadata = state.get("files"), state.get("facts")
     return (
         type(state.get("step")) is int

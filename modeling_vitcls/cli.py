@@ -44,7 +44,7 @@ COMMANDS = {
     "evaluate": Command("Evaluate a model on labeled images", "evaluate", has_recipe_flag=True),
     "predict": Command("Predict the labels of images, or write their features", "predict"),
     "convert": Command("Convert a timm or transformers ViT, and write a parity report", "convert"),
-    "inspect": Command("Show what the special tokens of a model do, in an HTML report", "inspect_tokens"),
+    "inspect": Command("Write an HTML report on what the special tokens of a model do", "inspect_tokens"),
     "push": Command("Push a model to the Hub and verify the pushed commit", "push"),
     "export": Command("Export a model to PyTorch (.pt2), ONNX, OpenVINO or transformers.js", "export"),
     "benchmark": Command("Benchmark speed and memory against transformers and timm", "benchmark"),

@@ -362,7 +362,7 @@ def build_row(runner: StudyRunner, run: StudyRun) -> dict[str, Any]:
     The column names of numeric values start with the stage, such as `inspect.findings.outliers.3`, except for the
     stage `finetune`. The prefixes `first.` and `last.` denote the first and the last value in the training log, such
     as `first.loss` and `last.cls_attention_entropy.0`. If a run has a single label column, the accuracy and loss are
-    also stored as `COLUMN_accuracy` and `COLUMN_loss`, the names in runs with several label columns.
+    also stored as `COLUMN_accuracy` and `COLUMN_loss`, which are the names in runs with several label columns.
     """
     status = "finished" if runner.is_finished(run) else "unfinished"
     row: dict[str, Any] = {**run.levels, "seed": run.seed, "status": status}

@@ -45,7 +45,7 @@ def main(folder: str) -> None:
         raise SystemExit(
             f"error: the accuracy in results.json is {results['accuracy']:.2%} on {results['num_images']} images"
         )
-    print("equal to the accuracy in results.json")
+    print("This is also the accuracy in results.json.")
 
 
 def load_held_out_digits() -> tuple[list[Image.Image], list[str]]:

@@ -439,8 +439,8 @@ def describe_changed_predictions(effect: AblationEffect) -> str:
 def describe_harm(kind: str, effect: AblationEffect, possessive: str = "its") -> str:
     """Describe an ablation that increases the accuracy."""
     return (
-        f"{describe_condition(kind, possessive)}, the accuracy changes by {effect.accuracy_change or 0:+.1%} "
-        f"(p = {effect.improvement:.1g}, {effect.num_images:,} images)"
+        f"{describe_condition(kind, possessive)}, the accuracy changes by {100 * (effect.accuracy_change or 0):+.1f} "
+        f"percentage points (p = {effect.improvement:.1g}, {effect.num_images:,} images)"
     )
 
 
@@ -476,14 +476,14 @@ def describe_depth(config: ViTCLSConfig, findings: Findings, has_head: bool = Tr
             continue
         read_fractions = fractions[:num_layers, index]
         thirds = torch.stack([third.mean() for third in read_fractions.tensor_split(3) if len(third)])  # [3 or fewer]
-        layer_names = "in the first, middle and last third of the layers" if len(thirds) == 3 else "layer by layer"
+        layers_text = "in the first, middle and last third of the layers" if len(thirds) == 3 else "layer by layer"
         selective_layer = int(num_attended_tokens[:num_layers, index].argmin())
         num_tokens = round(num_attended_tokens[selective_layer, index].item())
         is_register = index >= config.token_layout.registers.start
         pattern = "" if is_register else describe_depth_pattern(read_fractions, thirds)
         descriptions.append(
             f"{name} attends to {', '.join(f'{third:.0%}' for third in thirds.tolist())} of the visible tokens "
-            f"{layer_names} (100% is uniform), and is most selective in layer {selective_layer + 1}: "
+            f"{layers_text} (100% is uniform), and is most selective in layer {selective_layer + 1}: "
             f"{num_tokens} token{'s' if num_tokens != 1 else ''}.{pattern}"
         )
     return descriptions

@@ -52,7 +52,7 @@ class Inspection:
         has_head: whether the model is a classifier.
         findings: statistics over `findings.num_images` images.
         ablations: effects of each special token and each group, with null distributions (`compute_ablations`).
-        accuracy: accuracy on the images of the statistics, from 0 to 1; None if no label is known.
+        accuracy: accuracy on the images used for the statistics, from 0 to 1; None if no label is known.
         verdicts: one verdict per special token.
         group_verdicts: one verdict per group of several special tokens.
         patches: diagnosis of the patch norms.

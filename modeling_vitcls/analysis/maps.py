@@ -209,7 +209,7 @@ def get_crop_offsets(processor: Processor, resized_size: Size, crop_size: Size) 
 
 # Overlay ---------------------------------------------------------------------------------------------------------
 
-COLORMAP = "inferno"  # perceptually uniform colormap, readable for color-blind people
+COLORMAP = "inferno"  # perceptually uniform, colorblind-friendly colormap
 IMAGE_BRIGHTNESS = 0.75  # brightness of the image under the map, as a factor
 HIDDEN_BRIGHTNESS = 0.35  # brightness of the image outside the visible region, as a factor
 MIN_SCALE = 3.0  # minimum value of the brightest color, as a multiple of the mean of the map

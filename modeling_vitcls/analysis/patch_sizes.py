@@ -163,7 +163,7 @@ def build_candidate(model: Any, size: PatchSize, image_size: tuple[int, int]) ->
     """Return a candidate with the model itself, or with the model adapted to a patch size and image size."""
     if to_height_width(size) == model.config.patch_height_width:
         return Candidate(model, size, is_native=True)
-    was_disabled, adaptation_logger.disabled = adaptation_logger.disabled, True  # adapted weights are not logged
+    was_disabled, adaptation_logger.disabled = adaptation_logger.disabled, True  # do not log adapted weights
     try:
         adapted_model = model.adapt(patch_size=list(to_height_width(size)), image_size=list(image_size))
     except ValueError as error:

@@ -176,7 +176,7 @@ ATTENTION_ROWS = {
 
 @torch.no_grad()
 def compare_attention(rows: dict[str, AttentionRow], settings: BenchmarkSettings) -> Iterator[Comparison]:
-    """Compare the computation of each row with a plain forward pass of the same images."""
+    """Compare the computation of each row with a plain forward pass on the same images."""
     for name, row in rows.items():
         model, pixel_values = build_model_and_images(row.batch_size, settings.is_toy)
         difference = check_attention(row, model, pixel_values, name)

@@ -359,7 +359,7 @@ def read_siglip2_fields(config: Any, weights: Weights) -> Fields:
 
 
 def add_identity_projection(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
-    """Convert a query without a projection to a probe, an identity projection weight and a zero projection bias."""
+    """Convert a query that is not projected to a probe, an identity projection weight and a zero projection bias."""
     identity = torch.eye(config.hidden_size, dtype=tensor.dtype, device=tensor.device)
     return [tensor, identity, identity.new_zeros(config.hidden_size)]
 

@@ -86,7 +86,7 @@ class ShuffledOrder:
         return np.full(self.num_images, epoch), self.get_permutation(epoch)
 
     def get_permutation(self, epoch: int) -> np.ndarray:
-        """Return the indices of all images, shuffled with the seed of one epoch."""
+        """Return the indices of all images, shuffled with the seed of the epoch."""
         generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch))
         return torch.randperm(self.num_images, generator=generator).numpy()
 

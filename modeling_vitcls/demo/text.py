@@ -34,7 +34,7 @@ def build_header(demo_model: DemoModel) -> str:
 
 
 def format_count(count: int, noun: str) -> str:
-    """Format a count with its noun. The function is also defined in system.py, which a Space does not contain."""
+    """Format a count with its noun. Duplicated from system.py, which is not part of a Space."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 

@@ -48,7 +48,7 @@ class ExportableModel:
 
 
 class NamedOutputsModel(nn.Module):
-    """Model wrapper that takes only images as input and returns float32 outputs by name."""
+    """Model wrapper that takes only images as input and returns a dict of float32 outputs."""
 
     def __init__(self, model: ViTCLSPreTrainedModel, output_attentions: bool = False) -> None:
         super().__init__()

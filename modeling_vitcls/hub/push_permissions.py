@@ -90,7 +90,7 @@ def check_namespace(repo_id: str, account: dict[str, Any], repo_type: PushRepoTy
         )
     if roles[0] is not None and roles[0] not in WRITE_ROLES:
         raise ValueError(
-            f"cannot push to {repo_id}: your role in {namespace} is {roles[0]!r}, which does not permit a push. "
+            f"cannot push to {repo_id}: your role in {namespace} is {roles[0]!r}, which does not permit pushing. "
             f"Contact an administrator of {namespace}, or push to {account['name']}/{repo_id.partition('/')[2]}"
         )
 

@@ -232,7 +232,7 @@ def download_files(model_commit: HubCommit, target: Path) -> int:
 
 
 def check_published_files(repo_id: str, published_folder: Path, folder: Path, with_optimizer: bool) -> None:
-    """Raise VerificationError unless the published files equal those that a push of `folder` publishes."""
+    """Raise VerificationError unless the published files match those that a push of `folder` would publish."""
     expected_files = collect_model_files(folder, repo_id)
     published_names = (file.relative_to(published_folder).as_posix() for file in published_folder.rglob("*"))
     checkpoint_files = {name for name in published_names if is_match(name, CHECKPOINT_PATTERNS)}

@@ -188,7 +188,7 @@ class Evaluator:
         return METRICS[self.label_space.kind](self.label_space, self.accelerator.device)
 
     def compute_outputs(self, model: nn.Module, batch: HeldOutBatch) -> Any:
-        """Pad a batch with blank images and return the model outputs."""
+        """Run the model on a batch padded with blank images."""
         with self.accelerator.autocast():
             return model(self.pad_batch(model, batch.pixel_values))
 
@@ -228,7 +228,7 @@ class ReconstructionEvaluator(Evaluator):
         return ReconstructionMetrics(self.accelerator.device)
 
     def compute_outputs(self, model: nn.Module, batch: HeldOutBatch) -> Any:
-        """Pad a batch with blank images and return the model outputs. Blank images have no masked patches."""
+        """Run the model on a batch padded with blank images. Blank images have no masked patches."""
         pixel_values = self.pad_batch(model, batch.pixel_values)  # [B, C, H, W]
         rows, columns = self.mask_generator.grid_size
         masks = torch.zeros(len(pixel_values), rows * columns, dtype=torch.bool)

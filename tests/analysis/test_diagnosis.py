@@ -708,7 +708,7 @@ def test_a_token_is_harmful_if_the_accuracy_rises_significantly_above_chance(
     harmful = {name for name, verdict in verdicts.items() if verdict.word == "harmful"}
     assert harmful == ({"register 2", "all 3 registers"} if is_harmful else set())
     if is_harmful:
-        text = "the accuracy changes by +12.5% (p = 0.004, 16 images)"
+        text = "the accuracy changes by +12.5 percentage points (p = 0.004, 16 images)"
         assert verdicts["register 2"].reason.startswith(f"if the token is hidden from attention, {text}; training")
         assert verdicts["all 3 registers"].reason == f"if the tokens are hidden from attention, {text}."
         assert verdicts["register 2"].numbers["presence"]["p_value_of_improvement"] == 0.004

@@ -191,7 +191,7 @@ def test_the_folder_loads_without_the_package(launched: Path) -> None:
     ran = run_fresh(*words, environment=environment, cwd=launched.parent)
     assert ran.returncode == 0, f"{ran.stdout}\n{ran.stderr}"
     assert "on 372 held-out images" in ran.stdout
-    assert "equal to the accuracy in results.json" in ran.stdout
+    assert "This is also the accuracy in results.json" in ran.stdout
 
 
 # Flags ---------------------------------------------------------------------------------------------------------------
