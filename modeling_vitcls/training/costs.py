@@ -208,8 +208,8 @@ def count_activation_bytes(model: Any, image_size: ImageSize, settings: StepSett
         layer_bytes = [input_bytes] * len(layer_bytes) + [max(layer_bytes, default=0)]
     num_bytes = sum(layer_bytes)
     if layer_bytes:
-        num_queries_of_last_layer = layers[-1][1]
-        num_bytes += num_queries_of_last_layer * count_norm_bytes(config, settings)  # final norm
+        _, num_queries, _ = layers[-1]
+        num_bytes += num_queries * count_norm_bytes(config, settings)  # final norm
     if has_trainable_parameters(encoder.embeddings):
         num_bytes += num_pixel_values * settings.matmul_element_size
         num_bytes += num_embedded_tokens * count_norm_bytes(config, settings) * config.pre_norm

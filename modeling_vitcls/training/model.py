@@ -206,7 +206,7 @@ def add_lora(model: nn.Module, rank: int) -> None:
 
 
 def merge_lora(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Merge the LoRA weights in a state dict of full tensors, if any: W becomes W + B A."""
+    """Merge the LoRA weights, if any, in a state dict of full tensors: W becomes W + B A."""
     merged_weights = {
         name.replace(".base_layer.", "."): weight for name, weight in weights.items() if ".lora_" not in name
     }
