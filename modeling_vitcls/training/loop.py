@@ -345,7 +345,7 @@ class SignalHandler:
         self.old_handlers.clear()
 
     def handle_signal(self, signum: int, frame: FrameType | None) -> None:
-        """Store the first signal. Raise KeyboardInterrupt on a later Ctrl-C, unless a launcher forwarded the signal."""
+        """Store the first signal. Raise KeyboardInterrupt on a later Ctrl-C, unless a launcher forwarded it."""
         if self.received_signal is None:
             self.received_signal, self.signal_time = signal.Signals(signum), time.monotonic()
         elif signum == signal.SIGINT and time.monotonic() - self.signal_time > MAX_FORWARDING_SECONDS:
