@@ -30,7 +30,15 @@ from torch import nn
 from ..configuration_vitcls import TokenLayout
 from .effects import CONFIDENCE, AblationEffect, Interval, compute_effect
 from .maps import get_used_token_mask
-from .model_outputs import Batches, Predictions, collect_outputs, collect_predictions, extract_outputs, join_outputs
+from .model_outputs import (
+    Batches,
+    Predictions,
+    collect_outputs,
+    collect_predictions,
+    count_tokens,
+    extract_outputs,
+    join_outputs,
+)
 from .model_utils import evaluation_mode, get_classifier_or_encoder, is_classifier, unwrap_model
 
 
@@ -61,8 +69,7 @@ class Ablation:
 
     @property
     def null_interval(self) -> Interval | None:
-        """Return the smallest effect and the largest limit of the null distributions, or None if the null
-        distributions were not measured. An effect above the largest limit is beyond the null."""
+        """Return the smallest effect and the largest limit of the null distributions, or None if not measured."""
         if not self.patch_effects:
             return None
         limits = [compute_null_limit(sizes) for sizes in (self.patch_effects, self.redrawn_effects) if sizes]
@@ -120,25 +127,21 @@ def compute_ablations(
     ablations: Ablations = {kind: {} for kind in ABLATION_KINDS}
     if not targets:
         return ablations
-    generator, sampled_outputs_before = torch.Generator().manual_seed(0), before.select(sampled_indices)
+    generator, sampled_before = torch.Generator().manual_seed(0), before.select(sampled_indices)
     # Effect on all images, and effect size on the sample. Only the outputs of one ablation are kept in memory.
     effects: dict[str, dict[str, tuple[Any, float]]] = {kind: {} for kind in ABLATION_KINDS}
     outputs_without_tokens = {}  # sequence indices of hidden tokens -> outputs for the sample
     for key, indices in targets.items():
         with replace_by_means(model, indices, mean_states[:, indices]):
             after = collect_constant_outputs(model, batches, before, indices) or collect_outputs(model, batches)
-        sampled_outputs_after = after.select(sampled_indices)
-        sampled_effect = compute_effect(sampled_outputs_before, sampled_outputs_after)
-        effects["information"][key] = compute_effect(before, after), sampled_effect.size
+        sampled_size = compute_effect(sampled_before, after.select(sampled_indices)).size
+        effects["information"][key] = compute_effect(before, after), sampled_size
         after = (known_outputs or {}).get(key) or collect_outputs(model, batches, indices)
-        outputs_without_tokens[tuple(indices)] = sampled_outputs_after = after.select(sampled_indices)
-        sampled_effect = compute_effect(sampled_outputs_before, sampled_outputs_after)
-        effects["presence"][key] = compute_effect(before, after), sampled_effect.size
+        outputs_without_tokens[tuple(indices)] = sampled_after = after.select(sampled_indices)
+        effects["presence"][key] = compute_effect(before, after), compute_effect(sampled_before, sampled_after).size
     set_sizes = {len(indices) for indices in targets.values()}
-    patch_effects = measure_patch_effects(model, sample_batches, sampled_outputs_before, set_sizes, generator)
-    redraw_effects = measure_redraw_effects(
-        model, sample_batches, sampled_outputs_before, outputs_without_tokens, generator
-    )
+    patch_effects = measure_patch_effects(model, sample_batches, sampled_before, set_sizes, generator)
+    redraw_effects = measure_redraw_effects(model, sample_batches, sampled_before, outputs_without_tokens, generator)
     for kind, effects_by_key in effects.items():
         for key, (effect, effect_on_null_images) in effects_by_key.items():
             redraw_effect, redrawn_effects = redraw_effects[key]
@@ -177,19 +180,15 @@ def compute_ablation_effects(
 
 
 def collect_constant_outputs(model: Any, batches: Batches, before: Any, indices: Sequence[int]) -> Predictions | None:
-    """Return the predictions for all images if the classifier uses only the tokens at sequence indices `indices`,
-    and None otherwise. Because these tokens are replaced with their means, the predictions are the same for every
-    image, and one forward pass is sufficient."""
+    """Return the predictions for all images if the classifier uses only the replaced tokens at `indices`, and None
+    otherwise. The replaced tokens, and thus the predictions, are the same for every image."""
     used_indices = {index for index, is_used in enumerate(get_used_token_mask(model.config)) if is_used}
     if not isinstance(before, Predictions) or not used_indices <= set(indices):
         return None
     first_image = next(iter(batches()))[0][:1]
-    first_image_outputs = collect_outputs(model, lambda: [(first_image, None)])
-    return Predictions(
-        first_image_outputs.logits.expand_as(before.logits),
-        first_image_outputs.predicted.expand_as(before.predicted),
-        before.labels,
-    )
+    outputs = collect_outputs(model, lambda: [(first_image, None)])
+    logits, predicted = outputs.logits.expand_as(before.logits), outputs.predicted.expand_as(before.predicted)
+    return Predictions(logits, predicted, before.labels)
 
 
 # Null distributions --------------------------------------------------------------------------------------------------
@@ -199,10 +198,9 @@ def measure_patch_effects(
     model: Any, batches: Batches, before: Any, set_sizes: set[int], generator: torch.Generator
 ) -> dict[tuple[str, int], list[float]]:
     """Return a dict that maps (kind of ablation, number of patches) to the effect sizes of ablating random patches."""
-    layout: TokenLayout = model.config.token_layout
-    get_grid_size = model.base_model.embeddings.patch_embeddings.get_grid_size
-    min_tokens = min(layout.get_num_tokens(*get_grid_size(pixel_values)) for pixel_values, _ in batches())
-    patch_indices = torch.arange(min_tokens)[layout.patches]  # sequence indices of patches that all images have
+    min_tokens = min(count_tokens(model, pixel_values) for pixel_values, _ in batches())
+    # Sequence indices of the patches that all images have
+    patch_indices = torch.arange(min_tokens)[model.config.token_layout.patches]
     sets_by_size = {size: draw_patches(patch_indices, size, generator) for size in sorted(set_sizes)}
     sampled_indices = sorted({index for sets in sets_by_size.values() for indices in sets for index in indices})
     means, _ = collect_mean_states(model, batches, sampled_indices)
@@ -218,8 +216,7 @@ def measure_patch_effects(
 
 
 def draw_patches(patch_indices: torch.Tensor, size: int, generator: torch.Generator) -> list[list[int]]:
-    """Return NUM_NULL_DRAWS random sets of `size` patches. If `size` is 1, the sets are distinct, so there may be
-    fewer sets."""
+    """Return NUM_NULL_DRAWS random sets of `size` patches, or distinct and possibly fewer sets if `size` is 1."""
     if size == 1:
         order = torch.randperm(len(patch_indices), generator=generator)
         return patch_indices[order[:NUM_NULL_DRAWS]].unsqueeze(1).tolist()
@@ -235,11 +232,10 @@ def measure_redraw_effects(
     generator: torch.Generator,
 ) -> dict[str, tuple[float, dict[str, list[float]]]]:
     """Return a dict that maps token keys and group names to two values: the mean effect size of redrawing the tokens,
-    and the effect sizes of ablating the redrawn tokens, by kind. Tokens of a group share a null distribution.
+    and the effect sizes of ablating the redrawn tokens, by kind.
 
     `outputs_without_tokens` maps the sequence indices of tokens to the outputs with these tokens hidden from
-    attention. Redrawing these hidden tokens does not change the outputs, because neither other tokens nor the head use
-    them.
+    attention. Redrawing a hidden token does not change these outputs.
     """
     effects: dict[str, tuple[float, dict[str, list[float]]]] = {}
     for keys, sets, has_null in plan_redraws(model):
@@ -250,37 +246,32 @@ def measure_redraw_effects(
                 means, redrawn_outputs = collect_mean_states(model, batches, indices)
                 redraw_effects.append(compute_effect(before, redrawn_outputs).size)
                 if has_null:
-                    ablated_outputs = collect_ablated_outputs("information", model, batches, indices, means)
-                    redrawn_effects["information"].append(compute_effect(redrawn_outputs, ablated_outputs).size)
-                    presence_effect = compute_effect(redrawn_outputs, outputs_without_tokens[tuple(indices)])
-                    redrawn_effects["presence"].append(presence_effect.size)
+                    ablated_outputs = {
+                        "information": collect_ablated_outputs("information", model, batches, indices, means),
+                        "presence": outputs_without_tokens[tuple(indices)],
+                    }
+                    for kind, outputs in ablated_outputs.items():
+                        redrawn_effects[kind].append(compute_effect(redrawn_outputs, outputs).size)
         effects |= dict.fromkeys(keys, (sum(redraw_effects) / len(redraw_effects), redrawn_effects))
     return effects
 
 
 def plan_redraws(model: Any) -> Iterator[tuple[list[str], list[list[int]], bool]]:
     """Yield the keys that share a null distribution, the sequence indices of each draw, and whether to ablate the
-    redrawn tokens. Each draw replaces all tokens of a group, or one token; the draws cycle through the tokens.
-
-    Redrawn tokens that the head uses are not ablated, because ablating these tokens always has an effect.
-    """
+    redrawn tokens. Each draw replaces all tokens of a group, or one token; the draws cycle through the tokens."""
     layout = model.config.token_layout
     keys, is_used_by_head = get_token_keys(layout), get_used_token_mask(model.config, is_classifier(model))
     for group, members in get_group_indices(layout).items():
-        indices_by_usage = {
-            is_used: [index for index in members if is_used_by_head[index] == is_used] for is_used in (False, True)
-        }
-        candidates = [
-            ([keys[index] for index in indices], [[index] for index in indices])
-            for indices in indices_by_usage.values()
-        ]
+        candidates = []
+        for is_used in (False, True):
+            if indices := [index for index in members if is_used_by_head[index] == is_used]:
+                candidates.append(([keys[index] for index in indices], [[index] for index in indices]))
         if len(members) > 1:
             candidates.append(([group], [members]))
         for shared_keys, sets in candidates:
-            if sets:
-                has_null = not any(is_used_by_head[index] for index in sets[0])
-                num_draws = NUM_NULL_DRAWS if has_null else NUM_NULL_DRAWS // 2
-                yield shared_keys, [sets[draw % len(sets)] for draw in range(num_draws)], has_null
+            has_null = not any(is_used_by_head[index] for index in sets[0])  # see `Ablation.redrawn_effects`
+            num_draws = NUM_NULL_DRAWS if has_null else NUM_NULL_DRAWS // 2
+            yield shared_keys, [sets[draw % len(sets)] for draw in range(num_draws)], has_null
 
 
 def count_null_passes(model: Any) -> int:
@@ -295,17 +286,15 @@ def count_null_passes(model: Any) -> int:
 
 
 def get_group_indices(layout: TokenLayout) -> dict[str, list[int]]:
-    """Return a dict that maps groups to the sequence indices of their special tokens. Groups without tokens are
-    omitted."""
+    """Return a dict that maps each nonempty group to the sequence indices of its special tokens."""
     special_indices = range(layout.num_prefix_tokens)
     return {name: list(special_indices[group]) for name, group in layout.items() if special_indices[group]}
 
 
 def get_token_keys(layout: TokenLayout) -> list[str]:
     """Return the keys of the special tokens as in metrics.jsonl (`cls[0]`, `registers[1]`), in sequence order."""
-    return [
-        f"{group}[{index}]" for group, members in get_group_indices(layout).items() for index in range(len(members))
-    ]
+    groups = get_group_indices(layout)
+    return [f"{group}[{index}]" for group, members in groups.items() for index in range(len(members))]
 
 
 def get_ablation_targets(layout: TokenLayout) -> dict[str, list[int]]:
@@ -370,9 +359,8 @@ def redraw_tokens(model: Any, indices: Sequence[int], generator: torch.Generator
 def replace_tokens(
     module: nn.Module, indices: Sequence[int], new_tokens: torch.Tensor | Callable[[torch.Tensor], torch.Tensor]
 ) -> torch.utils.hooks.RemovableHandle:
-    """Replace the tokens [B, n, D] at sequence indices `indices` in the output of a module, until the returned handle
-    is removed. `new_tokens` is a tensor [n, D] or [B, n, D], or a function that computes the new tokens from the old
-    tokens."""
+    """Replace the tokens [B, n, D] at sequence indices `indices` in the output of a module with `new_tokens` [n, D],
+    or with the output of the function `new_tokens`, until the returned handle is removed."""
 
     def hook(module: nn.Module, args: tuple, hidden_states: torch.Tensor) -> torch.Tensor:
         new_states = hidden_states.clone()  # [B, N, D]

@@ -111,21 +111,21 @@ def diagnose_patches(config: ViTCLSConfig, findings: Findings, has_head: bool = 
     second_modes = [find_second_mode(ratios) for ratios in findings.patch_ratios[: last_layer + 1]]
     fractions = [0.0 if second_mode is None else second_mode.fraction for second_mode in second_modes]
     layer = max(range(first_layer, last_layer + 1), key=fractions.__getitem__)
-    second_mode, ratios, layer_name = second_modes[layer], findings.patch_ratios[layer], describe_layer(layer)
+    second_mode, ratios, suffix = second_modes[layer], findings.patch_ratios[layer], ""
     if second_mode is not None:
         registers_text = "more registers" if config.num_register_tokens else "registers"
-        sentences = [
-            f"Artifacts: {layer_name}, {second_mode.fraction:.2%} of the patches form a second mode of the norm "
-            f"distribution, at {second_mode.ratio:.1f} times the median norm of the image; {registers_text} may "
+        sentence = (
+            f"Artifacts: {describe_layer(layer)}, {second_mode.fraction:.2%} of the patches form a second mode of the "
+            f"norm distribution, at {second_mode.ratio:.1f} times the median norm of the image; {registers_text} may "
             "absorb artifacts (train with --num-register-tokens, or see analysis.test_time_registers)"
-        ]
-        suffix = ""
+        )
     else:
-        sentences = [
-            f"No artifacts: the norms of {len(ratios):,} patches have one mode {layer_name}; the largest norm is "
-            f"{ratios.max():.1f} times the median norm of its image"
-        ]
+        sentence = (
+            f"No artifacts: the norms of {len(ratios):,} patches have one mode {describe_layer(layer)}; the largest "
+            f"norm is {ratios.max():.1f} times the median norm of its image"
+        )
         suffix = "; the patch norms have no second mode in the last layers whose output is used"
+    sentences = [sentence]
     earlier_layer = max(range(first_layer), key=fractions.__getitem__, default=layer)
     if fractions[earlier_layer] > 1.01 * fractions[layer]:
         sentences.append(
@@ -159,20 +159,16 @@ def compare_without_registers(findings: Findings, layer: int) -> tuple[SecondMod
     The list is empty if the registers do not absorb outliers."""
     if findings.patch_ratios_without_registers is None:
         return None, []
-    ratios, ratios_without_registers = findings.patch_ratios[layer], findings.patch_ratios_without_registers[layer]
-    second_mode = find_second_mode(ratios_without_registers)
+    all_ratios = findings.patch_ratios[layer], findings.patch_ratios_without_registers[layer]
+    second_mode = find_second_mode(all_ratios[1])
     if second_mode is None:
         return None, []
-    fraction_before, fraction_after = (
-        (norm_ratios > second_mode.threshold).float().mean().item()
-        for norm_ratios in (ratios, ratios_without_registers)
-    )
-    pooled_fraction = (fraction_before + fraction_after) / 2
-    standard_error = (2 * pooled_fraction * (1 - pooled_fraction) / len(ratios)) ** 0.5
-    if fraction_after - fraction_before < MIN_RISE_SCORE * standard_error:
+    before, after = ((ratios > second_mode.threshold).float().mean().item() for ratios in all_ratios)
+    mean_fraction = (before + after) / 2
+    standard_error = (2 * mean_fraction * (1 - mean_fraction) / len(all_ratios[0])) ** 0.5
+    if after - before < MIN_RISE_SCORE * standard_error:
         return second_mode, []
     return second_mode, [
         f"The registers absorb outliers (norms above {second_mode.threshold:.1f} times the median): with the "
-        "registers hidden from attention, the fraction of outliers increases "
-        f"from {fraction_before:.2%} to {fraction_after:.2%}"
+        f"registers hidden from attention, the fraction of outliers increases from {before:.2%} to {after:.2%}"
     ]

@@ -31,10 +31,8 @@ class RecordedLayer:
     attention_output: torch.Tensor  # [B, N, maps, head_dim]
 
     def compute_weights(self, num_rows: int | None = None) -> torch.Tensor:
-        """Return the maps [B, maps, N, N] of eager attention, or only the rows of the first `num_rows` tokens.
-
-        Maps are computed in float32, so that rows sum to 1 for half-precision models too.
-        """
+        """Return the maps [B, maps, N, N] of eager attention, or only the rows of the first `num_rows` tokens. Maps
+        are computed in float32, so that rows sum to 1 for half-precision models too."""
         query, key = self.query[:, :, :num_rows].float(), self.key.float()
         return compute_attention_rows(query, key, select_mask_rows(self.mask, query, key), self.scaling)
 

@@ -99,11 +99,10 @@ class AttentionTrace:
         return rollout
 
     def compute_attribution(self, target: torch.Tensor | int | None = None, task: str | None = None) -> torch.Tensor:
-        """Return the attribution [B, N] of a class (`compute_attribution`). The trace must have been
-        recorded with `needs_gradients=True`."""
+        """Return the attribution [B, N] of a class (`compute_attribution`). Requires `needs_gradients=True`."""
         recorded_outputs = [*(layer.attention_output for layer in self.layers), self.last_hidden_state]
         with torch.inference_mode(False), torch.enable_grad():
-            logits = select_class_logits(select_task_logits(self.outputs, task), target)  # [B]
+            logits = select_logits(self.outputs, target, task)  # [B]
             *gradients, token_gradient = torch.autograd.grad(logits.sum(), recorded_outputs, retain_graph=True)
         with torch.no_grad():
             start_weights = relevance = compute_start_weights(token_gradient, self.config)  # [B, 1, N]
@@ -129,24 +128,21 @@ def trace_attention(model: Any, pixel_values: torch.Tensor, needs_gradients: boo
     return AttentionTrace(model.config, outputs, layers, attention_modules, last_hidden_state)
 
 
-def select_task_logits(outputs: Any, task: str | None) -> torch.Tensor:
-    """Return the logits [B, labels] of a classifier, or of one task of a multi-task model."""
+def select_logits(outputs: Any, target: torch.Tensor | int | None, task: str | None) -> torch.Tensor:
+    """Return the logit [B] of each image's target class, or of its predicted class if `target` is None. For a
+    multi-task model, `task` is the name of the task."""
     logits = getattr(outputs, "logits", None)
     if logits is None:
         raise ValueError(
             "Attribution requires predictions, but this model has no classifier. Use a model with a classifier."
         )
-    if not isinstance(logits, dict):
-        if task is not None:
-            raise ValueError(f"task is {task!r}, but this model has no tasks. Remove the argument `task`.")
-        return logits
-    if task not in logits:
-        raise ValueError(f"task is {task!r}, but the tasks are {', '.join(logits)}. Set task to one of these names.")
-    return logits[task]
-
-
-def select_class_logits(logits: torch.Tensor, target: torch.Tensor | int | None) -> torch.Tensor:
-    """Return the logit [B] of each image's target class, or of its predicted class if `target` is None."""
+    if isinstance(logits, dict):
+        if task not in logits:
+            names = ", ".join(logits)
+            raise ValueError(f"task is {task!r}, but the tasks are {names}. Set task to one of these names.")
+        logits = logits[task]
+    elif task is not None:
+        raise ValueError(f"task is {task!r}, but this model has no tasks. Remove the argument `task`.")
     if target is None:
         return logits.amax(dim=-1)
     num_images, num_classes = logits.shape

@@ -27,7 +27,7 @@ from .model_utils import evaluation_mode, is_classifier, unwrap_model
 
 
 IMAGES_FOLDER = "pictures"
-LAYOUT_NAME, MATRIX_NAME, ATTENTION_NAME = "token_layout", "confusion_matrix", "attention"
+MATRIX_NAME, ATTENTION_NAME = "confusion_matrix", "attention"
 
 MAX_SAMPLES, MAX_OVERLAYS = 4, 32  # maximum numbers of images and overlays in the attention figure
 MAX_BYTES = 300_000  # maximum file size in bytes
@@ -79,7 +79,7 @@ def build_figures(
 ) -> Iterator[tuple[str, Figure]]:
     """Yield (name, figure) for each figure that the model, the results and the samples support."""
     config = unwrap_model(model).config
-    yield LAYOUT_NAME, plot_token_layout(config)
+    yield "token_layout", plot_token_layout(config)
     for name, matrix, class_names in find_confusion_matrices(results, config):
         yield name, plot_confusion_matrix(matrix, class_names)
     names = get_token_names(config)
@@ -93,16 +93,11 @@ def find_confusion_matrices(
     results: Mapping[str, Any], config: ViTCLSConfig
 ) -> Iterator[tuple[str, list[list[int]], list[str]]]:
     """Yield (image name, matrix, class names) for each nonempty confusion matrix in the results."""
-    if config.tasks:
-        candidates = [
-            (f"{MATRIX_NAME}_{task}", f"{task}_{MATRIX_NAME}", names) for task, names in config.task_labels().items()
-        ]
-    else:
-        candidates = [(MATRIX_NAME, MATRIX_NAME, get_label_space(config).names)]
-    for name, key, class_names in candidates:
-        matrix = results.get(key)
+    names_by_task = config.task_labels() if config.tasks else {None: get_label_space(config).names}
+    for task, class_names in names_by_task.items():
+        matrix = results.get("_".join(filter(None, (task, MATRIX_NAME))))
         if matrix and any(map(any, matrix)):
-            yield name, matrix, class_names
+            yield "_".join(filter(None, (MATRIX_NAME, task))), matrix, class_names
 
 
 # Attention -----------------------------------------------------------------------------------------------------------
@@ -123,7 +118,7 @@ def build_attention_samples(
     """Yield an AttentionSample for each sample that the model accepts. The maps show the attention of each special
     token in the last layer whose output is used, averaged over heads."""
     model = unwrap_model(model)
-    num_used_layers = count_used_layers(model.config, is_classifier(model))[:-1]
+    *num_used_layers, _ = count_used_layers(model.config, is_classifier(model))
     layer_indices = torch.tensor(num_used_layers).sub(1).clamp(min=0)  # [T]
     predict = None
     if is_classifier(model):
@@ -161,8 +156,7 @@ def format_title(label: str | None, prediction: Row) -> str:
 
 
 def encode_small_png(figure: Figure) -> bytes:
-    """Return the figure as a PNG file, in the best of `QUALITIES` for which the file is smaller than MAX_BYTES, or in
-    the lowest quality if no file is small enough."""
+    """Return the figure as a PNG file in the best of `QUALITIES` below MAX_BYTES, or in the lowest quality."""
     for dpi, num_colors in QUALITIES:
         image, png = render_figure(figure, dpi), BytesIO()
         if num_colors is not None:

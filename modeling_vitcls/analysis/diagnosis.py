@@ -19,7 +19,7 @@ import torch
 
 from ..configuration_vitcls import ViTCLSConfig
 from ..token_names import SINGLE_TOKEN_NAMES, get_token_names
-from .ablation import ABLATION_KINDS, Ablation, Ablations, get_group_indices, get_token_keys
+from .ablation import Ablation, Ablations, get_group_indices, get_token_keys
 from .artifacts import PatchDiagnosis
 from .effects import AblationEffect
 from .maps import count_used_layers
@@ -27,18 +27,6 @@ from .model_outputs import MIN_IMAGES, Predictions
 from .token_statistics import Findings
 
 
-VerdictWord = Literal[
-    "effect beyond the null",
-    "no measurable effect",
-    "harmful",
-    "norm too large",
-    "not moved",
-    "same for all images",
-    "cut off from the patches",
-    "collapsed",
-    "equal attention",
-    "not judged",
-]
 Rating = Literal["good", "neutral", "doubtful", "bad"]
 
 MIN_IMAGE_VARIATION = 1e-3  # minimum variation of a token whose state depends on the image
@@ -76,7 +64,7 @@ class Verdict:
     """
 
     token: str
-    word: VerdictWord
+    word: str
     rating: Rating
     reason: str
     numbers: dict[str, Any] = field(default_factory=dict)
@@ -103,7 +91,7 @@ def diagnose_tokens(
             the verdicts state this, because effects on such predictions are not meaningful.
         has_head: whether the model is a classifier.
     """
-    names, movement = get_token_names(config), token_movement or {}
+    names, movement, ablations = get_token_names(config), token_movement or {}, ablations or {}
     verdicts = []
     for index, key in enumerate(get_token_keys(config.token_layout)):
         evidence = TokenEvidence(
@@ -111,8 +99,8 @@ def diagnose_tokens(
             index=index,
             names=names,
             num_used_layers=count_used_layers(config, has_head),
-            ablations={} if ablations is None else {kind: ablations[kind][key] for kind in ABLATION_KINDS},
-            num_tests=1 if ablations is None else sum(map(len, ablations.values())),
+            ablations={kind: ablations_by_key[key] for kind, ablations_by_key in ablations.items()},
+            num_tests=sum(map(len, ablations.values())),
             movement=movement.get(key),
             has_moved_tokens=any(movement.values()),
             caveat=describe_chance_accuracy(predictions),
@@ -141,45 +129,33 @@ class TokenEvidence:
         return self.num_used_layers[self.index]
 
     @property
-    def is_used_by_head(self) -> bool:
-        """Return whether the head uses the token."""
-        return self.last_state_index == len(self.findings.entropy)
-
-    @property
     def is_same_for_all_images(self) -> bool:
-        """Return whether the last state that is used is the same for all images. Both the variation of the whole state
-        and the median variation of the channels must be small, so that one channel of large magnitude cannot hide
-        variation."""
-        findings, index = self.findings, self.index
-        variations = (findings.variation, findings.channel_variation)  # [L + 1, S] each
-        last_variations = [variation[self.last_state_index, index] for variation in variations]
-        is_constant = torch.stack(last_variations).max().item() < MIN_IMAGE_VARIATION
-        return self.last_state_index > 0 and findings.num_images > 1 and is_constant
+        """Return whether the last state that is used is the same for all images. The median variation of the channels
+        is also checked, because one channel of large magnitude can hide the variation of the other channels."""
+        position = self.last_state_index, self.index
+        variation = torch.max(self.findings.variation[position], self.findings.channel_variation[position]).item()
+        return self.last_state_index > 0 and self.findings.num_images > 1 and variation < MIN_IMAGE_VARIATION
 
     @property
     def identical_token_and_state(self) -> tuple[int, int] | None:
-        """Return the index of an identical token and the index of the last state in which both tokens are used, or
-        None if there is no identical token."""
+        """Return the index of an identical token and the index of the last state in which both tokens are used."""
         findings, index = self.findings, self.index
         candidates = []
         for other_index in range(len(self.names)):
             state_index = min(self.last_state_index, self.num_used_layers[other_index])
             norms = findings.mean_states[state_index].norm(dim=-1)  # [S]
             variation = findings.variation[state_index] * norms  # [S], in the unit of `state_distance`
-            limit = (
-                MAX_IDENTICAL_DISTANCE * min(variation[index], variation[other_index]) + ROUNDING_ERROR * norms[index]
-            )
+            limit = MAX_IDENTICAL_DISTANCE * variation[[index, other_index]].min() + ROUNDING_ERROR * norms[index]
             distance = findings.state_distance[state_index, index, other_index]
-            is_similar = bool(findings.between_tokens[state_index, index, other_index] >= MIN_IDENTICAL_SIMILARITY)
-            if other_index != index and is_similar and bool(distance <= limit):
+            is_similar = findings.between_tokens[state_index, index, other_index] >= MIN_IDENTICAL_SIMILARITY
+            if other_index != index and is_similar and distance <= limit:
                 candidates.append((distance.item(), other_index, state_index))
         return min(candidates)[1:] if candidates else None
 
     @property
     def equal_attention_token_and_distance(self) -> tuple[int, float] | None:
         """Return the index of the token whose attention maps are nearly the same, and the distance between the maps of
-        both tokens, or None if there is no such token. The distance is relative to the mean distance of these maps
-        from uniform attention."""
+        both tokens, relative to the mean distance of these maps from uniform attention."""
         findings, index = self.findings, self.index
         candidates = []
         for other_index in range(len(self.names)):
@@ -193,16 +169,15 @@ class TokenEvidence:
 
     @property
     def patch_mass(self) -> float:
-        """Return the maximum fraction of attention to patches over all heads of the layers whose output is used; 1 if
-        there is no such layer."""
+        """Return the maximum fraction of attention to patches over all heads of the used layers; 1 without layers."""
         fractions = self.findings.attention_fractions[: self.last_state_index, :, self.index, -1]  # [layers, H]
         return fractions.max().item() if fractions.numel() else 1.0
 
     @property
     def norm_ratio(self) -> float:
         """Return the norm of the token's embedding as a multiple of the median norm of embedded patches."""
-        median = self.findings.patch_norms[0].median().clamp(min=1e-12)
-        return (self.findings.token_norms[0, self.index] / median).item()
+        norms = self.findings.patch_norms[0]
+        return (self.findings.token_norms[0, self.index] / norms.median().clamp(min=1e-12)).item()
 
     @property
     def embedding_similarity(self) -> float:
@@ -213,18 +188,16 @@ class TokenEvidence:
         """Describe how far training moved the token."""
         if self.movement is None:
             return "the movement of the token in training is unknown"
-        norm = self.findings.token_norms[0, self.index].item()
-        ratio = self.movement / max(norm, 1e-12)
+        ratio = self.movement / max(self.findings.token_norms[0, self.index].item(), 1e-12)
         return f"training moved the token by {self.movement:.3g} ({ratio:.2g} times the norm of its embedding)"
 
     def collect_numbers(self) -> dict[str, Any]:
         """Return the measured values by name."""
-        findings = self.findings
         identical_match, attention_match = self.identical_token_and_state, self.equal_attention_token_and_distance
         return summarize_ablations(self.ablations) | {
             "movement": self.movement,
             "read_layers": self.last_state_index,
-            "variation": findings.variation[self.last_state_index, self.index].item(),
+            "variation": self.findings.variation[self.last_state_index, self.index].item(),
             "patch_mass": self.patch_mass,
             "norm_ratio": self.norm_ratio,
             "embedding_similarity": self.embedding_similarity,
@@ -234,55 +207,51 @@ class TokenEvidence:
         }
 
 
-def judge_token(evidence: TokenEvidence) -> tuple[VerdictWord, Rating, str]:
-    """Return the word, rating and reason of the verdict on a token. The first true condition determines the
-    verdict."""
-    findings = evidence.findings
+def judge_token(evidence: TokenEvidence) -> tuple[str, Rating, str]:
+    """Return the word, rating and reason of the first verdict whose condition is true."""
+    findings, num_layers = evidence.findings, len(evidence.findings.entropy)
     other_index, state_index = evidence.identical_token_and_state or (None, evidence.last_state_index)
     layer_name = "after the last layer"
-    if state_index < len(findings.entropy):
+    if state_index < num_layers:
         layer_name = f"after layer {state_index}, the last layer whose output is used"
     if other_index is not None:
-        similarity_text = f"cosine {findings.between_tokens[state_index, evidence.index, other_index]:.4f}"
-        distance_text = f"distance {findings.state_distance[state_index, evidence.index, other_index]:.2g}"
+        cosine = findings.between_tokens[state_index, evidence.index, other_index]
+        distance = findings.state_distance[state_index, evidence.index, other_index]
         reason = (
-            f"{layer_name}, the token is identical to {evidence.names[other_index]} ({similarity_text}, "
-            f"{distance_text})."
+            f"{layer_name}, the token is identical to {evidence.names[other_index]} (cosine {cosine:.4f}, "
+            f"distance {distance:.2g})."
         )
         return "collapsed", "bad", reason
-    if evidence.is_used_by_head and evidence.patch_mass < MIN_PATCH_MASS:
+    if evidence.last_state_index == num_layers and evidence.patch_mass < MIN_PATCH_MASS:
         reason = (
             f"in each layer and attention head, at most {evidence.patch_mass:.2%} of the token's attention goes to "
             "patches, although the output of the token is used."
         )
         return "cut off from the patches", "bad", reason
     if evidence.is_same_for_all_images:
-        variation = findings.variation[evidence.last_state_index, evidence.index].item()
-        constancy = (
-            f"the state is the same for every image (it varies by {variation:.1g} times the norm of the mean state)"
+        variation = findings.variation[evidence.last_state_index, evidence.index]
+        reason = (
+            f"{layer_name}, the state is the same for every image (it varies by {variation:.1g} times the norm of the "
+            f"mean state); {evidence.describe_movement()}."
         )
-        word: VerdictWord = "not moved" if evidence.movement == 0 else "same for all images"
-        return word, "bad", f"{layer_name}, {constancy}; {evidence.describe_movement()}."
-    if (harm := find_harm(evidence.ablations, evidence.num_tests)) is not None:
-        return "harmful", "bad", f"{describe_harm(*harm)}; {evidence.describe_movement()}."
+        return "not moved" if evidence.movement == 0 else "same for all images", "bad", reason
+    if (harm := describe_harm(evidence.ablations, evidence.num_tests)) is not None:
+        return "harmful", "bad", f"{harm}; {evidence.describe_movement()}."
     if evidence.norm_ratio > MAX_NORM_RATIO and evidence.embedding_similarity > MAX_EMBEDDING_SIMILARITY:
-        ratio_text = f"the norm of the embedding is {evidence.norm_ratio:.3g} times the median norm of the patches"
-        cosine_text = f"cosine {evidence.embedding_similarity:.3f} between embedding and last state"
-        return (
-            "norm too large",
-            "bad",
-            f"{ratio_text}, so layers hardly change the token ({cosine_text}){evidence.caveat}.",
+        reason = (
+            f"the norm of the embedding is {evidence.norm_ratio:.3g} times the median norm of the patches, so layers "
+            f"hardly change the token (cosine {evidence.embedding_similarity:.3f} between embedding and last state)"
+            f"{evidence.caveat}."
         )
+        return "norm too large", "bad", reason
     if evidence.equal_attention_token_and_distance is not None:
         other_index, map_distance = evidence.equal_attention_token_and_distance
-        equality = (
+        reason = (
             f"the attention maps are nearly equal to the maps of {evidence.names[other_index]} in all layers whose "
-            "output is used"
+            f"output is used (the distance between the maps is {map_distance:.2g} times their distance from uniform "
+            "attention)."
         )
-        distance_text = (
-            f"the distance between the maps is {map_distance:.2g} times their distance from uniform attention"
-        )
-        return "equal attention", "doubtful", f"{equality} ({distance_text})."
+        return "equal attention", "doubtful", reason
     if evidence.movement == 0:
         return "not moved", *judge_unmoved_token(evidence)
     if not evidence.ablations:
@@ -321,7 +290,7 @@ def diagnose_groups(
     for group, members in get_group_indices(config.token_layout).items():
         if ablations is None or len(members) == 1:
             continue
-        group_ablations = {kind: ablations[kind][group] for kind in ABLATION_KINDS}
+        group_ablations = {kind: ablations_by_key[group] for kind, ablations_by_key in ablations.items()}
         token_name = "CLS token" if group == "cls" else SINGLE_TOKEN_NAMES[group]
         num_tests = sum(map(len, ablations.values()))
         judgment = judge_group(group_ablations, num_tests, describe_chance_accuracy(predictions))
@@ -330,64 +299,65 @@ def diagnose_groups(
     return verdicts
 
 
-def judge_group(ablations: dict[str, Ablation], num_tests: int, caveat: str) -> tuple[VerdictWord, Rating, str]:
+def judge_group(ablations: dict[str, Ablation], num_tests: int, caveat: str) -> tuple[str, Rating, str]:
     """Return the word, rating and reason of the verdict on a group."""
-    num_images = ablations[ABLATION_KINDS[0]].effect.num_images
+    num_images = ablations["information"].effect.num_images
     if num_images < MIN_IMAGES:
         return "not judged", "neutral", f"{describe_missing_images(num_images)}."
-    if (harm := find_harm(ablations, num_tests)) is not None:
-        return "harmful", "bad", f"{describe_harm(*harm, possessive='their')}."
+    if (harm := describe_harm(ablations, num_tests, possessive="their")) is not None:
+        return "harmful", "bad", f"{harm}."
     return judge_effect(ablations, caveat, f"{describe_comparison(ablations, possessive='their')}{caveat}.")
 
 
-def judge_effect(ablations: dict[str, Ablation], caveat: str, reason: str) -> tuple[VerdictWord, Rating, str]:
+def judge_effect(ablations: dict[str, Ablation], caveat: str, reason: str) -> tuple[str, Rating, str]:
     """Return the word, rating and reason of a verdict on measured effects."""
     if not any(ablation.is_beyond_null for ablation in ablations.values()):
         return "no measurable effect", "neutral", reason
     return "effect beyond the null", "neutral" if caveat else "good", reason
 
 
-def find_harm(ablations: dict[str, Ablation], num_tests: int) -> tuple[str, AblationEffect] | None:
-    """Return the kind and effect of an ablation after which predictions are significantly more accurate, and better
-    than a constant prediction; None if there is no such ablation."""
+def describe_harm(ablations: dict[str, Ablation], num_tests: int, possessive: str = "its") -> str | None:
+    """Describe an ablation after which predictions are significantly more accurate, and better than a constant
+    prediction. Return None if there is no such ablation."""
     for kind, ablation in ablations.items():
         effect = ablation.effect
         is_measured = isinstance(effect, AblationEffect) and effect.improvement is not None
         if is_measured and effect.is_better_than_chance and effect.improvement < MAX_HARM_P_VALUE / num_tests:
-            return kind, effect
+            return (
+                f"{describe_condition(kind, possessive)}, the accuracy changes by "
+                f"{100 * (effect.accuracy_change or 0):+.1f} percentage points (p = {effect.improvement:.1g}, "
+                f"{effect.num_images:,} images)"
+            )
     return None
 
 
 def summarize_ablations(ablations: dict[str, Ablation]) -> dict[str, Any]:
     """Return the values of the ablations of a token or group by name: `effect`, `interval` and `null` (smallest null
     effect and largest limit) of the information ablation, and all values of each ablation under its kind."""
-    summaries = {kind: summarize_ablation(ablation) for kind, ablation in ablations.items()}
+    summaries = {}
+    for kind, ablation in ablations.items():
+        effect, null_interval = ablation.effect, ablation.null_interval
+        values: dict[str, Any] = {
+            "effect": effect.size,
+            "interval": list(effect.interval),
+            "null": None if null_interval is None else list(null_interval),
+            "null_patches": ablation.patch_effects,
+            "null_redrawn": ablation.redrawn_effects,
+            "effect_on_null_images": ablation.effect_on_null_images,
+            "is_beyond_null": ablation.is_beyond_null,
+            "redraw_effect": ablation.redraw_effect,
+            "num_images": effect.num_images,
+        }
+        if isinstance(effect, AblationEffect):
+            values["changed_answers"] = effect.changed_answers
+            values["changed_answers_interval"] = list(effect.changed_interval)
+            values["accuracy_change"] = effect.accuracy_change
+            values["p_value_of_improvement"] = effect.improvement
+        else:
+            values |= {"cosine_change": effect.cosine_change, "knn_agreement": effect.knn_agreement}
+        summaries[kind] = values
     information = summaries.get("information", {})
     return {name: information.get(name) for name in ("effect", "interval", "null")} | summaries
-
-
-def summarize_ablation(ablation: Ablation) -> dict[str, Any]:
-    """Return the values of one ablation by name."""
-    effect, null_interval = ablation.effect, ablation.null_interval
-    values: dict[str, Any] = {
-        "effect": effect.size,
-        "interval": list(effect.interval),
-        "null": None if null_interval is None else list(null_interval),
-        "null_patches": ablation.patch_effects,
-        "null_redrawn": ablation.redrawn_effects,
-        "effect_on_null_images": ablation.effect_on_null_images,
-        "is_beyond_null": ablation.is_beyond_null,
-        "redraw_effect": ablation.redraw_effect,
-        "num_images": effect.num_images,
-    }
-    if isinstance(effect, AblationEffect):
-        return values | {
-            "changed_answers": effect.changed_answers,
-            "changed_answers_interval": list(effect.changed_interval),
-            "accuracy_change": effect.accuracy_change,
-            "p_value_of_improvement": effect.improvement,
-        }
-    return values | {"cosine_change": effect.cosine_change, "knn_agreement": effect.knn_agreement}
 
 
 def describe_missing_images(num_images: int) -> str:
@@ -430,18 +400,9 @@ def describe_effect(ablation: Ablation) -> str:
 
 
 def describe_changed_predictions(effect: AblationEffect) -> str:
-    """Return the number of changed predictions and the upper bound of the 95% interval for their fraction, such as
-    `0 of 256 (at most 1.2%)`."""
+    """Return text such as `0 of 256 (at most 1.2%)`, with the upper bound of the 95% interval."""
     num_changed = round(effect.changed_answers * effect.num_images)
     return f"{num_changed:,} of {effect.num_images:,} (at most {effect.changed_interval[1]:.1%})"
-
-
-def describe_harm(kind: str, effect: AblationEffect, possessive: str = "its") -> str:
-    """Describe an ablation that increases the accuracy."""
-    return (
-        f"{describe_condition(kind, possessive)}, the accuracy changes by {100 * (effect.accuracy_change or 0):+.1f} "
-        f"percentage points (p = {effect.improvement:.1g}, {effect.num_images:,} images)"
-    )
 
 
 def describe_chance_accuracy(predictions: Any) -> str:
@@ -467,10 +428,9 @@ def describe_depth(config: ViTCLSConfig, findings: Findings, has_head: bool = Tr
     """
     num_attended_tokens = findings.entropy.mean(dim=1).exp()  # [L, S], geometric mean over heads
     fractions = num_attended_tokens / findings.uniform_by_token["entropy"].exp()  # [L, S]
-    num_used_layers = count_used_layers(config, has_head)
+    *num_used_layers, _ = count_used_layers(config, has_head)
     descriptions = []
-    for index, name in enumerate(get_token_names(config)):
-        num_layers = num_used_layers[index]
+    for index, (name, num_layers) in enumerate(zip(get_token_names(config), num_used_layers, strict=True)):
         if num_layers == 0:
             descriptions.append(f"{name} attends to other tokens only in layer 1, and its output is not used.")
             continue
@@ -490,9 +450,8 @@ def describe_depth(config: ViTCLSConfig, findings: Findings, has_head: bool = Tr
 
 
 def describe_depth_pattern(fractions: torch.Tensor, thirds: torch.Tensor) -> str:
-    """Return a sentence that compares the fractions of tokens attended to with the expected pattern. `fractions` [L]
-    has one value per layer, and `thirds` [3 or fewer] contains the mean of each third of the layers. The sentence
-    begins with a space."""
+    """Compare the fractions of tokens attended to, in each layer [L] and in each third of the layers [3 or fewer],
+    with the expected pattern. The sentence begins with a space."""
     if bool((fractions >= MIN_UNIFORM_FRACTION).all()):
         return " Attention is nearly uniform in every layer, so the token selects no patches."
     if len(thirds) < 3:

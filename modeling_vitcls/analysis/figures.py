@@ -32,7 +32,6 @@ from .maps import VisibleRegion, is_masked_image_model, is_used_by_head, overlay
 GROUP_COLORS = {"cls": "#0072B2", "distillation": "#D55E00", "registers": "#009E73", "patches": "#8C8C8C"}
 
 DARK_GRAY = "#222222"
-LIGHT_GRAY = "#EFEFEF"
 ELLIPSIS = "…"
 
 
@@ -78,26 +77,30 @@ def plot_token_layout(config: ViTCLSConfig) -> Figure:
     axes.axis("off")
     boxes, headers, grid_left = arrange_boxes(config)
     for text, center in headers:
-        axes.text(
-            center, BOXES_BOTTOM + BOXES_HEIGHT + 0.1, text, ha="center", va="bottom", fontsize=9, color=DARK_GRAY
-        )
+        draw_text(axes, center, BOXES_BOTTOM + BOXES_HEIGHT + 0.1, text, 9, DARK_GRAY, va="bottom")
     is_horizontal = all(len(box.name) * CHARACTER_WIDTH < box.width for box in boxes)
     for box in boxes:
-        draw_box(axes, box, rotation=0 if is_horizontal else 90)
+        corner, color = (box.left, BOXES_BOTTOM), GROUP_COLORS[box.group]
+        axes.add_patch(Rectangle(corner, box.width, BOXES_HEIGHT, facecolor=color, edgecolor="white", linewidth=1.5))
+        font_size = 9 if box.width > 0.25 and len(box.name) <= 16 else 7
+        rotation = 0 if is_horizontal or box.name == ELLIPSIS else 90
+        text, middle = box.name.replace(" (", "\n("), BOXES_BOTTOM + BOXES_HEIGHT / 2
+        draw_text(axes, box.center, middle, text, font_size, "white", rotation=rotation)
         if box.name != ELLIPSIS and is_used_by_head(config, box.group, box.index):
             draw_arrow(axes, box.center)
     draw_grid(axes, grid_left, config)
     if is_used_by_head(config, "patches", 0):
         draw_arrow(axes, grid_left + GRID_WIDTH / 2)
     corner, width = (MARGIN, 0.18), LAYOUT_WIDTH - 2 * MARGIN
-    axes.add_patch(Rectangle(corner, width, 0.36, facecolor=LIGHT_GRAY, edgecolor=DARK_GRAY, linewidth=0.8))
+    axes.add_patch(Rectangle(corner, width, 0.36, facecolor="#EFEFEF", edgecolor=DARK_GRAY, linewidth=0.8))
     draw_text(axes, LAYOUT_WIDTH / 2, 0.36, describe_head(config), 10, DARK_GRAY)
     return figure
 
 
 def arrange_boxes(config: ViTCLSConfig) -> tuple[list[Box], list[tuple[str, float]], float]:
     """Return the boxes of the special tokens, the headers with their centers, and the left edge of the patch grid."""
-    groups = {group: select_drawn_tokens(names) for group, names in get_token_names_by_group(config).items() if names}
+    names_by_group = {group: names for group, names in get_token_names_by_group(config).items() if names}
+    groups = {group: select_drawn_tokens(names) for group, names in names_by_group.items()}
     min_widths = {group: len(GROUP_NAMES[group]) * CHARACTER_WIDTH for group in groups}
     available_width = LAYOUT_WIDTH - 2 * MARGIN - GRID_WIDTH - GROUP_GAP * len(groups)
     for box_width in BOX_WIDTHS:
@@ -107,12 +110,14 @@ def arrange_boxes(config: ViTCLSConfig) -> tuple[list[Box], list[tuple[str, floa
     boxes, headers = [], []
     left = MARGIN + (available_width - sum(widths.values())) / 2
     for group, tokens in groups.items():
-        headers.append((build_group_header(config, group), left + widths[group] / 2))
+        headers.append((f"{GROUP_NAMES[group]}\n{len(names_by_group[group])}", left + widths[group] / 2))
         start = left + (widths[group] - box_width * len(tokens)) / 2
         for position, (index, name) in enumerate(tokens.items()):
             boxes.append(Box(group, index, name, start + position * box_width, box_width))
         left += widths[group] + GROUP_GAP
-    return boxes, [*headers, (build_group_header(config, "patches"), left + GRID_WIDTH / 2)], left
+    (rows, columns), (height, width) = config.grid_size, config.patch_height_width
+    patch_header = f"patches, {height} × {width} pixels each\n{rows} × {columns} = {rows * columns}"
+    return boxes, [*headers, (patch_header, left + GRID_WIDTH / 2)], left
 
 
 def select_drawn_tokens(names: list[str]) -> dict[int, str]:
@@ -120,23 +125,6 @@ def select_drawn_tokens(names: list[str]) -> dict[int, str]:
     if len(names) <= MAX_BOXES:
         return dict(enumerate(names))
     return {**dict(enumerate([*names[: MAX_BOXES - 2], ELLIPSIS])), len(names) - 1: names[-1]}
-
-
-def build_group_header(config: ViTCLSConfig, group: str) -> str:
-    """Return the name and the number of tokens of a group; for patches, also the patch size."""
-    if group == "patches":
-        (rows, columns), (height, width) = config.grid_size, config.patch_height_width
-        return f"patches, {height} × {width} pixels each\n{rows} × {columns} = {rows * columns}"
-    return f"{GROUP_NAMES[group]}\n{len(get_token_names_by_group(config)[group])}"
-
-
-def draw_box(axes: Axes, box: Box, rotation: int) -> None:
-    """Draw the box of a token, with the name of the token."""
-    corner, middle = (box.left, BOXES_BOTTOM), BOXES_BOTTOM + BOXES_HEIGHT / 2
-    color, font_size = GROUP_COLORS[box.group], 9 if box.width > 0.25 and len(box.name) <= 16 else 7
-    rotation = 0 if box.name == ELLIPSIS else rotation
-    axes.add_patch(Rectangle(corner, box.width, BOXES_HEIGHT, facecolor=color, edgecolor="white", linewidth=1.5))
-    draw_text(axes, box.center, middle, box.name.replace(" (", "\n("), font_size, "white", rotation=rotation)
 
 
 def draw_arrow(axes: Axes, center: float) -> None:
@@ -207,13 +195,15 @@ def plot_confusion_matrix(matrix: Sequence[Sequence[int]], class_names: Sequence
     axes.set(xlabel="predicted", ylabel="true")
     draw_class_names(axes, class_names)
     if num_classes <= MAX_CLASSES_WITH_COUNTS:
-        draw_counts(axes, counts, fractions)
+        font_size = 9 if counts.max() < 1000 else 7
+        for (row, column), count in np.ndenumerate(counts):
+            color = "white" if fractions[row, column] > 0.3 else DARK_GRAY if count else "#B5B5B5"
+            draw_text(axes, column, row, f"{count}", font_size, color)
     return figure
 
 
 def draw_class_names(axes: Axes, names: Sequence[str]) -> None:
-    """Draw class names along both axes, horizontally if the names are short. Names are omitted if there are more than
-    MAX_CLASSES_WITH_NAMES classes."""
+    """Draw class names along both axes, unless there are more than MAX_CLASSES_WITH_NAMES classes."""
     if len(names) > MAX_CLASSES_WITH_NAMES:
         axes.set(xticks=[], yticks=[])
         return
@@ -222,14 +212,6 @@ def draw_class_names(axes: Axes, names: Sequence[str]) -> None:
     axes.set_yticks(range(len(names)), short_names, fontsize=font_size)
     rotation = 0 if max(map(len, short_names)) <= 3 else 90
     axes.set_xticks(range(len(names)), short_names, fontsize=font_size, rotation=rotation)
-
-
-def draw_counts(axes: Axes, counts: np.ndarray, fractions: np.ndarray) -> None:
-    """Draw the count in each cell; zeros are light gray."""
-    font_size = 9 if counts.max() < 1000 else 7
-    for (row, column), count in np.ndenumerate(counts):
-        color = "white" if fractions[row, column] > 0.3 else DARK_GRAY if count else "#B5B5B5"
-        draw_text(axes, column, row, f"{count}", font_size, color)
 
 
 # Attention -----------------------------------------------------------------------------------------------------------
@@ -267,7 +249,7 @@ def plot_attention(
             "The numbers of images, maps, titles and visible regions must be equal and at least one, but they are "
             f"{len(images)}, {len(maps)}, {len(titles)} and {len(visible_regions)}. Pass one of each per image."
         )
-    token_counts = [len(image_maps) for image_maps in maps]
+    token_counts = list(map(len, maps))
     if any(count != len(names) for count in token_counts):
         raise ValueError(
             f"The maps have {token_counts} tokens, but the number of names is {len(names)}. Pass one name per token."
@@ -316,11 +298,7 @@ def plot_attention_by_layer(config: ViTCLSConfig, report: ImageReport, head: int
         raise ValueError(f"head is {head}, but the model has {num_heads} heads. Choose from 0 to {num_heads - 1}.")
     attention = report.attention.mean(dim=1) if head is None else report.attention[:, head]  # [L, S, gh, gw]
     names = get_token_names(config)
-    titles = [
-        " ".join(filter(None, ("for", prediction.task, prediction.top_label))) for prediction in report.predictions
-    ]
-    titled_attributions = list(zip(report.attributions, titles, strict=True))
-    num_rows = max(len(names), 1 + len(titled_attributions))
+    num_rows = max(len(names), 1 + len(report.attributions))
     image, visible_region = resize_with_region(report.image, report.visible_region, DEPTH_TILE_SIDE, DEPTH_TILE_SIDE)
     height = DEPTH_TILE_WIDTH * min(image.height / image.width, 1.5) + TITLE_HEIGHT
     num_columns = 1 + (num_layers + 1 if names else 0)
@@ -329,7 +307,8 @@ def plot_attention_by_layer(config: ViTCLSConfig, report: ImageReport, head: int
     for tile in grid.flat:
         tile.axis("off")
     draw_image(grid[0, 0], image, report.name)
-    for tile, (values, title) in zip(grid[1:, 0], titled_attributions, strict=False):
+    for tile, values, prediction in zip(grid[1:, 0], report.attributions, report.predictions, strict=False):
+        title = " ".join(filter(None, ("for", prediction.task, prediction.top_label)))
         draw_image(tile, overlay(image, values, visible_region), title)
     for index, name in enumerate(names):
         tiles = grid[index, 1:]
@@ -378,5 +357,4 @@ def shorten_text(text: str, max_length: int) -> str:
     if len(text) <= max_length:
         return text
     suffix_length = (max_length - 1) // 2
-    prefix_length = max_length - 1 - suffix_length
-    return f"{text[:prefix_length]}{ELLIPSIS}{text[len(text) - suffix_length :]}"
+    return f"{text[: max_length - 1 - suffix_length]}{ELLIPSIS}{text[len(text) - suffix_length :]}"

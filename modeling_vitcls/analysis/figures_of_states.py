@@ -30,8 +30,7 @@ from .token_statistics import Findings
 NUM_BINS = 48  # number of bins in a histogram
 MIN_NORM_RATIO = 1e-3  # minimum norm in a figure, as a multiple of the median; smaller norms are drawn at this value
 OUTLIER_COLOR = "#B3261E"  # color of the bars of the second mode
-NEGATIVE_COLOR, POSITIVE_COLOR = "#B14A00", "#0B5A94"  # colors of the cosines -1 and 1; a cosine of 0 is white
-COSINE_COLORMAP = LinearSegmentedColormap.from_list("cosines", [NEGATIVE_COLOR, "#FFFFFF", POSITIVE_COLOR])
+COSINE_COLORMAP = LinearSegmentedColormap.from_list("cosines", ["#B14A00", "#FFFFFF", "#0B5A94"])  # from -1 to 1
 MAX_TOKENS_WITH_COSINES = 12  # maximum number of tokens for which the cosine is written in each cell
 
 
@@ -133,8 +132,7 @@ def plot_token_similarity(config: ViTCLSConfig, findings: Findings, layer: int =
     axes.set_yticks(range(len(names)), names, fontsize=8)
     if len(names) <= MAX_TOKENS_WITH_COSINES:
         for (row, column), value in np.ndenumerate(matrix.numpy()):
-            color = "white" if abs(value) > 0.55 else DARK_GRAY
-            draw_text(axes, column, row, f"{value:.2f}", 8, color)
+            draw_text(axes, column, row, f"{value:.2f}", 8, "white" if abs(value) > 0.55 else DARK_GRAY)
     figure.colorbar(axes_image, ax=axes, shrink=0.8, label="cosine")
     return figure
 
@@ -212,9 +210,8 @@ def plot_ablation_effects(config: ViTCLSConfig, effects: Mapping[str, AblationEf
 
 def normalize_layer_index(layer: int, findings: Findings) -> int:
     """Return a nonnegative layer index; 0 means the embeddings. Raise ValueError if the layer does not exist."""
-    num_states = len(findings.patch_norms)
+    num_states, last_layer = len(findings.patch_norms), len(findings.patch_norms) - 1
     if not -num_states <= layer < num_states:
-        last_layer = num_states - 1
         raise ValueError(
             f"layer is {layer}, but the model has {last_layer} layers. Choose from 0 (the embeddings) to {last_layer}."
         )

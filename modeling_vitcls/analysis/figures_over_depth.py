@@ -27,14 +27,13 @@ from .token_statistics import Findings
 
 
 AXES_WIDTH, AXES_HEIGHT = 6.4, 3.2  # size of the axes in inches, without the legend
-LEGEND_LINE_HEIGHT = 0.2  # height of a legend line in inches
+LEGEND_LINE_HEIGHT, LEGEND_COLUMN_WIDTH = 0.2, 1.6  # height of a line and width of a column in a legend, in inches
 MIN_WIDTH = 3.2  # minimum width of a figure in inches
 MAX_COLUMNS = 4  # maximum number of columns in a grid of axes
 MAX_NAME_LENGTH = 24  # maximum length of a name in a legend, in characters
 MIN_RATIO_FOR_LOG_SCALE = 30.0  # minimum ratio of largest to smallest norm for a logarithmic scale
 PATCH_QUANTILES = (0.05, 0.5, 0.95)  # quantiles of the patch norms: lower edge of the band, line, upper edge
 
-PATCH_COLOR = GROUP_COLORS["patches"]
 DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 1.5, 1, 1.5)))
 MARKERS = ("o", "s", "^", "D")
 MAX_WHITE_FRACTION = 0.55  # fraction of white in the color of the last token of a group
@@ -82,7 +81,7 @@ class LineStyle:
     index: int = 0  # index of the token within the group
 
 
-PATCH_STYLE = LineStyle("patches", to_rgb(PATCH_COLOR))
+PATCH_STYLE = LineStyle("patches", to_rgb(GROUP_COLORS["patches"]))
 
 
 def plot_curve(config: ViTCLSConfig, findings: Findings, name: str) -> Figure:
@@ -133,10 +132,8 @@ def get_token_styles(config: ViTCLSConfig) -> list[LineStyle]:
     styles = []
     for group, names in get_token_names_by_group(config).items():
         for index, name in enumerate(names):
-            white_fraction = MAX_WHITE_FRACTION * index / max(len(names) - 1, 1)
-            red, green, blue = (
-                white_fraction + (1 - white_fraction) * channel for channel in to_rgb(GROUP_COLORS[group])
-            )
+            white = MAX_WHITE_FRACTION * index / max(len(names) - 1, 1)
+            red, green, blue = (white + (1 - white) * channel for channel in to_rgb(GROUP_COLORS[group]))
             styles.append(LineStyle(shorten_text(name, MAX_NAME_LENGTH), (red, green, blue), index))
     return styles
 
@@ -167,22 +164,19 @@ def plot_attention_mass(config: ViTCLSConfig, findings: Findings) -> Figure:
     groups = [name for name, members in get_token_names_by_group(config).items() if members] + ["patches"]
     figure, grid = create_token_grid(names, width=2.4, height=1.9, extra_height=0.5)
     fractions = findings.attention_fractions.mean(dim=1)  # [L, S, 4]
-    group_names = [name for name, _ in config.token_layout.items()]
     layer_numbers = range(1, len(fractions) + 1)
     for index, axes in enumerate(grid):
         bottom = np.zeros(len(fractions))
-        for group in groups:
-            values = fractions[:, index, group_names.index(group)].numpy()
-            axes.bar(layer_numbers, values, bottom=bottom, width=0.92, color=GROUP_COLORS[group])
-            bottom += values
+        for (group, _), values in zip(config.token_layout.items(), fractions[:, index].T.numpy(), strict=True):
+            if group in groups:
+                axes.bar(layer_numbers, values, bottom=bottom, width=0.92, color=GROUP_COLORS[group])
+                bottom += values
         axes.set_ylim(0, 1)
         axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
         despine(axes)
     figure.supxlabel("layer", fontsize=9, color=DARK_GRAY)
-    legend_handles = [Patch(color=GROUP_COLORS[group], label=GROUP_NAMES[group]) for group in groups]
-    figure.legend(
-        handles=legend_handles, loc="outside upper center", ncols=len(legend_handles), frameon=False, fontsize=9
-    )
+    handles = [Patch(color=GROUP_COLORS[group], label=GROUP_NAMES[group]) for group in groups]
+    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False, fontsize=9)
     return figure
 
 
@@ -206,16 +200,15 @@ def plot_norms(config: ViTCLSConfig, findings: Findings) -> Figure:
     draw_line(norm_axes, PATCH_STYLE, median, low, high, 0)
     for style, line in zip(styles, findings.token_norms.unbind(dim=-1), strict=True):
         draw_line(norm_axes, style, line, line, line, 0)
-    plotted_values = torch.cat([low, high, findings.token_norms.flatten()])
-    if plotted_values.min() > 0 and plotted_values.max() > MIN_RATIO_FOR_LOG_SCALE * plotted_values.min():
-        norm_axes.set_yscale("log")
-        norm_axes.set_ylabel("norm, logarithmic")
+    min_value, max_value = torch.cat([low, high, findings.token_norms.flatten()]).aminmax()
+    if min_value > 0 and max_value > MIN_RATIO_FOR_LOG_SCALE * min_value:
+        norm_axes.set(yscale="log", ylabel="norm, logarithmic")
     else:
         norm_axes.set_ylim(bottom=0)
         norm_axes.set_ylabel("norm")
     outlier_axes.set_title(f"Patches above {OUTLIER_RATIO:g} times the median", fontsize=11, color=DARK_GRAY)
     for index, (name, fraction) in enumerate(fractions.items()):
-        draw_line(outlier_axes, LineStyle(name, to_rgb(PATCH_COLOR), index), fraction, fraction, fraction, 0)
+        draw_line(outlier_axes, LineStyle(name, PATCH_STYLE.color, index), fraction, fraction, fraction, 0)
     outlier_axes.set_ylim(0, max(1.1 * max(fraction.max().item() for fraction in fractions.values()), 0.01))
     outlier_axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
     for axes in (norm_axes, outlier_axes):
@@ -230,7 +223,7 @@ def plot_norms(config: ViTCLSConfig, findings: Findings) -> Figure:
 def create_axes(num_axes: int, num_names: int) -> tuple[Figure, Sequence[Axes]]:
     """Create a figure with `num_axes` axes side by side, above the space for a legend of `num_names` names."""
     width = AXES_WIDTH if num_axes == 1 else 1.5 * AXES_WIDTH
-    height = AXES_HEIGHT + LEGEND_LINE_HEIGHT * math.ceil(num_names / get_num_legend_columns(width))
+    height = AXES_HEIGHT + LEGEND_LINE_HEIGHT * math.ceil(num_names / int(width / LEGEND_COLUMN_WIDTH))
     figure = create_figure(width, height)
     return figure, figure.subplots(1, num_axes, squeeze=False)[0]
 
@@ -238,9 +231,8 @@ def create_axes(num_axes: int, num_names: int) -> tuple[Figure, Sequence[Axes]]:
 def create_token_grid(
     names: Sequence[str], width: float, height: float, extra_width: float = 0, extra_height: float = 0
 ) -> tuple[Figure, list[Axes]]:
-    """Create a figure with a grid of small axes over layers, one per token. `width` and `height` are the size of each
-    plot in inches, and `extra_width` and `extra_height` are the space for legends and labels.
-    Raise ValueError if there are no tokens."""
+    """Create a figure with a grid of small axes over layers, one per token. The size of each plot is `width` x
+    `height`; legends and labels need the extra space, also in inches. Raise ValueError if there are no tokens."""
     if not names:
         raise ValueError(
             "The figure requires special tokens, but the model has no special tokens. Use a model with special tokens."
@@ -256,11 +248,6 @@ def create_token_grid(
     for unused_axes in grid[len(names) :]:
         unused_axes.axis("off")
     return figure, grid[: len(names)]
-
-
-def get_num_legend_columns(width: float) -> int:
-    """Return the number of legend columns in a figure that is `width` inches wide."""
-    return int(width / 1.6)
 
 
 def format_layer_axis(axes: Axes, num_values: int, first_layer: int) -> None:
@@ -285,5 +272,5 @@ def draw_legend(figure: Figure, *all_axes: Axes) -> None:
         lines.setdefault(str(line.get_label()), line)
     named_lines = [line for name, line in lines.items() if not name.startswith("_")]
     if len(named_lines) > 1:
-        num_columns = min(len(named_lines), get_num_legend_columns(figure.get_figwidth()))
+        num_columns = min(len(named_lines), int(figure.get_figwidth() / LEGEND_COLUMN_WIDTH))
         figure.legend(handles=named_lines, loc="outside lower center", ncols=num_columns, frameon=False, fontsize=8.5)

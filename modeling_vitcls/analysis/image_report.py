@@ -84,19 +84,16 @@ def build_image_report(
     pixel_values = processor(image, return_tensors="pt")["pixel_values"].to(model.device)  # [1, C, H, W]
     upright_image = to_upright_rgb(image)
     trace = trace_attention(model, pixel_values, needs_gradients=is_classifier(model))
-    predictions: list[ImagePrediction] = []
-    if is_classifier(model):
-        predictions = build_image_predictions(trace.outputs.logits, config)
+    predictions = build_image_predictions(trace.outputs.logits, config) if is_classifier(model) else []
 
     def extract_maps(rows: torch.Tensor) -> torch.Tensor:
         return extract_patch_maps(rows.float().cpu(), config, (pixel_values.shape[-2], pixel_values.shape[-1]))
 
+    image_size = (upright_image.height, upright_image.width)
     return ImageReport(
         name=name,
         image=upright_image,
-        visible_region=get_visible_region(
-            processor, (upright_image.height, upright_image.width), config.patch_height_width
-        ),
+        visible_region=get_visible_region(processor, image_size, config.patch_height_width),
         truth=truth,
         predictions=predictions,
         attention=extract_maps(trace.compute_token_attention()[0]),
@@ -107,20 +104,13 @@ def build_image_report(
     )
 
 
-# Predictions ---------------------------------------------------------------------------------------------------------
-
-
 def build_image_predictions(logits: Any, config: ViTCLSConfig) -> list[ImagePrediction]:
     """Return the predictions for the logits [1, labels] of one image, or for a dictionary of logits by task."""
-    if config.tasks:
-        return [build_image_prediction(task, logits[task], names) for task, names in config.task_labels().items()]
-    return [build_image_prediction(None, logits, get_label_space(config).names, is_multi_label(config))]
-
-
-def build_image_prediction(
-    task: str | None, logits: torch.Tensor, names: list[str], is_multi_label: bool = False
-) -> ImagePrediction:
-    """Return the prediction for the logits [1, labels] of one image."""
-    (most_probable_labels,) = select_top_labels(logits, names, MAX_LABELS)
-    (labels,) = select_probable_labels(logits, names) if is_multi_label else [most_probable_labels]
-    return ImagePrediction(task, labels, top_label=most_probable_labels[0][0])
+    names_by_task = config.task_labels() if config.tasks else {None: get_label_space(config).names}
+    predictions = []
+    for task, names in names_by_task.items():
+        task_logits = logits if task is None else logits[task]
+        (most_probable_labels,) = select_top_labels(task_logits, names, MAX_LABELS)
+        (labels,) = select_probable_labels(task_logits, names) if is_multi_label(config) else [most_probable_labels]
+        predictions.append(ImagePrediction(task, labels, top_label=most_probable_labels[0][0]))
+    return predictions

@@ -47,6 +47,7 @@ def inspect_tokens(options: InspectOptions) -> Inspection:
     model, processor = load_model(folder, use_head=any(name.endswith("Classification") for name in architectures))
     model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu")).eval()  # type: ignore[arg-type]  # `to` is decorated
     images = open_images(options, model, read_held_out_record(folder))
+    results = read_json(Path(folder, RESULTS_FILE)) if Path(folder, RESULTS_FILE).is_file() else {}
     for file in (options.output, options.json):
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)  # raise errors before the measurements
@@ -55,7 +56,7 @@ def inspect_tokens(options: InspectOptions) -> Inspection:
             model,
             processor,
             **images.build_arguments(options.num_images, options.max_images),
-            token_movement=read_token_movement(folder),
+            token_movement=results.get("token_movement"),
             patch_sizes=options.patch_sizes,
             batch_size=options.batch_size,
             on_warning=lambda message: error_console.print(f"WARNING: {message}", style="bold yellow", markup=False),
@@ -68,19 +69,13 @@ def inspect_tokens(options: InspectOptions) -> Inspection:
     return inspection
 
 
-def read_token_movement(folder: str) -> dict[str, float] | None:
-    """Return the distance by which training moved each token, as stored in results.json; None if unknown."""
-    file = Path(folder, RESULTS_FILE)
-    return (read_json(file).get("token_movement") or None) if file.is_file() else None
-
-
 @contextmanager
 def show_progress(console: Console) -> Iterator[ProgressCallback]:
     """Show a progress bar with the remaining time, if the output is a terminal."""
-    bar_columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     if not console.is_terminal:
         yield do_nothing
         return
+    bar_columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*bar_columns, console=console, transient=True, speed_estimate_period=SPEED_ESTIMATE_PERIOD) as bar:
         task = bar.add_task("", total=None)
         yield lambda description, num_finished, total: bar.update(
@@ -96,22 +91,19 @@ def print_inspection(inspection: Inspection, options: InspectOptions, console: C
     console.print(build_verdict_table(inspection) if inspection.verdicts else "The model has no special tokens.")
     check_descriptions = [check.describe(name) for name, check in inspection.map_checks.items()]
     summary = f"Diagnosis: {inspection.summary}"
-    for text in (inspection.artifact_description, *inspection.depth, *check_descriptions, summary):
+    for text in (inspection.patches.reason, *inspection.depth, *check_descriptions, summary):
         console.print(text, markup=False)
     if inspection.patch_sizes:
         patch_size_table = build_patch_size_table(inspection.patch_sizes)
         console.print(build_table("Patch sizes", patch_size_table["header"], patch_size_table["rows"]))
         for sentence in patch_size_table["sentences"]:
             console.print(sentence, markup=False)
-    size_in_mib = options.output.stat().st_size / 2**20
+    details = [f"{options.output.stat().st_size / 2**20:.1f} MiB"]
     num_images_with_heads, num_shown = count_images_with_heads(inspection.image_reports), len(inspection.image_reports)
-    omission_note = (
-        ""
-        if num_images_with_heads == num_shown
-        else f"; individual heads are shown for the first {num_images_with_heads} images"
-    )
-    image_counts_text = f"statistics over {inspection.findings.num_images:,} images, {num_shown} shown"
-    console.print(f"saved {options.output} ({size_in_mib:.1f} MiB{omission_note}; {image_counts_text})", markup=False)
+    if num_images_with_heads < num_shown:
+        details.append(f"individual heads are shown for the first {num_images_with_heads} images")
+    details.append(f"statistics over {inspection.findings.num_images:,} images, {num_shown} shown")
+    console.print(f"saved {options.output} ({'; '.join(details)})", markup=False)
     if options.json is not None:
         console.print(f"saved {options.json}", markup=False)
 

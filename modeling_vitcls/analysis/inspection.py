@@ -25,7 +25,7 @@ from .diagnosis import Verdict, describe_depth, diagnose_groups, diagnose_tokens
 from .effects import AblationEffect
 from .image_report import ImageReport, build_image_report
 from .map_checks import MapCheck, check_maps
-from .model_outputs import MIN_IMAGES, Batches, Predictions, encode_labels, extract_outputs, join_outputs
+from .model_outputs import MIN_IMAGES, Batches, Predictions, count_tokens, encode_labels, extract_outputs, join_outputs
 from .model_utils import is_classifier, unwrap_model
 from .patch_sizes import PatchSizeRow, compare_patch_sizes
 from .token_statistics import Findings, TokenStatistics
@@ -84,16 +84,10 @@ class Inspection:
 
     @property
     def effects(self) -> dict[str, AblationEffect] | None:
-        """Return the effect on predictions of replacing each token with its mean, or None if the model has no
-        classifier."""
+        """Return the effect of replacing each token with its mean, or None if the model has no classifier."""
         if not self.has_head:
             return None
         return {key: self.ablations["information"][key].effect for key in get_token_keys(self.config.token_layout)}
-
-    @property
-    def artifact_description(self) -> str:
-        """Return the sentences about artifacts (patches with large norms)."""
-        return self.patches.reason
 
     @property
     def summary(self) -> str:
@@ -156,17 +150,13 @@ def inspect_model(
     readable_indices, pixels = list(pixels_by_index), list(pixels_by_index.values())
     readable_labels = None if statistics_labels is None else [statistics_labels[index] for index in readable_indices]
     batches = InspectionBatches(model, pixels, encode_labels(readable_labels, model), batch_size)
-    sample_batches, sampled_indices = batches.sample(
-        min(max(count_null_images(model, batches.pixels), MIN_NULL_IMAGES), MAX_NULL_IMAGES)
-    )
+    num_null_images = min(max(count_null_images(model, pixels), MIN_NULL_IMAGES), MAX_NULL_IMAGES)
+    sample_batches, sampled_indices = batches.sample(num_null_images)
+    # Two passes for each ablation target (hiding the registers is part of the statistics) and one without ablations
+    num_passes = 2 * len(get_ablation_targets(config.token_layout)) + 1
     num_statistics_passes = 2 if config.num_register_tokens else 1
-    # The outputs with hidden registers are computed together with the statistics.
-    num_ablation_passes = 2 * len(get_ablation_targets(config.token_layout)) + 1 - num_statistics_passes
     num_null_passes = count_null_passes(model)
-    progress = PassProgress(
-        on_progress,
-        len(batches.order) * (num_statistics_passes + num_ablation_passes) + len(sampled_indices) * num_null_passes,
-    )
+    progress = PassProgress(on_progress, len(pixels) * num_passes + len(sampled_indices) * num_null_passes)
     watched_batches = progress.watch(batches, "collecting statistics", num_statistics_passes)
     findings, outputs, outputs_without_registers = collect_statistics(model, watched_batches)
     ablations = compute_ablations(
@@ -179,10 +169,8 @@ def inspect_model(
     )
     kinds_by_index = dict.fromkeys(range(len(images)))
     if num_shown is not None:
-        kinds_by_position = select_images(outputs, config, num_shown)
-        kinds_by_index = {
-            readable_indices[batches.order[position]]: kind for position, kind in kinds_by_position.items()
-        }
+        selected_images = select_images(outputs, config, num_shown).items()
+        kinds_by_index = {readable_indices[batches.order[position]]: kind for position, kind in selected_images}
     has_head, predictions = is_classifier(model), outputs if isinstance(outputs, Predictions) else None
     label_space, image_reports = get_label_space(config), []
     for num_finished, (index, kind) in enumerate(kinds_by_index.items()):
@@ -217,11 +205,8 @@ def inspect_model(
 
 
 def check_sampled_maps(model: Any, batches: "InspectionBatches", on_progress: ProgressCallback) -> dict[str, MapCheck]:
-    """Return the checks of rollout and attribution for a few images.
-
-    The checks require about 40 forward passes per image. The dict is empty for large models, and for models other than
-    single-label classifiers.
-    """
+    """Return the checks of rollout and attribution for a few images, with about 40 forward passes per image. The dict
+    is empty for large models, and for models other than single-label classifiers."""
     max_null_images = count_null_images(model, batches.pixels)
     if not is_classifier(model) or model.config.tasks or is_multi_label(model.config) or max_null_images < MIN_IMAGES:
         return {}
@@ -248,9 +233,8 @@ def select_images(outputs: Any, config: Any, num_selected: int) -> dict[int, str
     num_wrong = max((num_selected + 1) // 2, num_selected - len(other_indices))
     wrong_indices = [index for index in reversed(sorted_indices) if is_wrong[index]][:num_wrong]
     uncertain_indices = other_indices[: (num_selected + 3) // 4]
-    typical_indices = select_evenly_spaced(
-        sorted(other_indices[len(uncertain_indices) :]), num_selected - len(wrong_indices) - len(uncertain_indices)
-    )
+    num_typical = num_selected - len(wrong_indices) - len(uncertain_indices)
+    typical_indices = select_evenly_spaced(sorted(other_indices[len(uncertain_indices) :]), num_typical)
     indices_by_kind = {"wrong": wrong_indices, "uncertain": uncertain_indices, "typical": typical_indices}
     return dict([(index, kind) for kind, indices in indices_by_kind.items() for index in indices][:num_selected])
 
@@ -285,9 +269,9 @@ def collect_statistics(model: Any, batches: Batches) -> tuple[Findings, Any, dic
     findings = statistics.compute()
     if not bool(findings.patch_norms.isfinite().all() and findings.token_norms.isfinite().all()):
         raise ValueError("The hidden states of the model are not finite. Check the weights, or load them in float32.")
-    register_key = "registers[0]" if model.config.num_register_tokens == 1 else "registers"
     known_outputs = {}
     if batch_outputs_without_registers:
+        register_key = "registers[0]" if model.config.num_register_tokens == 1 else "registers"
         known_outputs[register_key] = join_outputs(batch_outputs_without_registers)
     return findings, join_outputs(batch_outputs), known_outputs
 
@@ -299,9 +283,7 @@ class ImagePreparer:
     """Runs the image processor, and warns once about each image that cannot be used."""
 
     def __init__(self, processor: Any, num_channels: int, on_warning: WarningCallback) -> None:
-        self.processor = processor
-        self.num_channels = num_channels
-        self.on_warning = on_warning
+        self.processor, self.num_channels, self.on_warning = processor, num_channels, on_warning
         self.error_messages: set[str] = set()  # one message per image that cannot be used
 
     def prepare(self, images: Sequence[Image.Image], index: int) -> torch.Tensor | None:
@@ -319,8 +301,7 @@ class ImagePreparer:
         return pixels
 
     def prepare_all(self, images: Sequence[Image.Image], on_progress: ProgressCallback) -> dict[int, torch.Tensor]:
-        """Return a dict that maps indices to the pixels of all usable images. Raise ValueError if no image can be
-        used."""
+        """Return a dict that maps indices to the pixels of all usable images. Raise ValueError if there are none."""
         if not images:
             raise ValueError("An inspection requires at least one image, but there are no images. Pass images.")
         pixels_by_index = {}
@@ -385,19 +366,10 @@ class PassProgress:
         return iterate_with_progress
 
 
-def count_tokens(model: Any, pixels: torch.Tensor) -> int:
-    """Return the number of tokens of an image [C, H, W]."""
-    grid_size = model.base_model.embeddings.patch_embeddings.get_grid_size(pixels.unsqueeze(0))
-    return model.config.token_layout.get_num_tokens(*grid_size)
-
-
 def get_max_batch_size(model: Any, pixels: torch.Tensor) -> int:
-    """Return the largest batch size, at least 1, for which images [C, H, W] require at most MAX_BATCH_BYTES of memory.
-
-    The estimate includes the hidden states of all layers, a few copies of the attention maps of one layer, and the
-    activations of one MLP.
-    """
-    config, num_tokens = model.config, count_tokens(model, pixels)
+    """Return the largest batch size, at least 1, for which images [C, H, W] require at most MAX_BATCH_BYTES of memory
+    for all hidden states, a few copies of the attention maps of one layer, and the activations of one MLP."""
+    config, num_tokens = model.config, count_tokens(model, pixels.unsqueeze(0))
     num_maps = config.num_attention_heads * (2 if config.attention_type == "differential" else 1)
     num_states = (config.num_hidden_layers + 8) * num_tokens * config.hidden_size
     num_activations = 2 * num_tokens * config.intermediate_size
@@ -408,5 +380,5 @@ def get_max_batch_size(model: Any, pixels: torch.Tensor) -> int:
 def count_null_images(model: Any, pixels: Sequence[torch.Tensor]) -> int:
     """Return the number of images that a pass of MAX_NULL_FLOPS floating-point operations can process."""
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    flops = 2 * num_parameters * max(count_tokens(model, image) for image in pixels)
+    flops = 2 * num_parameters * max(count_tokens(model, image.unsqueeze(0)) for image in pixels)
     return int(MAX_NULL_FLOPS / flops)

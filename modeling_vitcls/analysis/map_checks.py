@@ -131,8 +131,7 @@ def compute_maps(
     trace = trace_attention(model, pixel_values, needs_gradients=True)
     config, logits = model.config, trace.outputs.logits
     image_size = (pixel_values.shape[-2], pixel_values.shape[-1])
-    class_index = logits[0].argmax() if target is None else target
-    attribution = trace.compute_attribution(class_index)[0]
+    attribution = trace.compute_attribution(logits[0].argmax() if target is None else target)[0]
     maps = {"attribution": extract_patch_maps(attribution.float().cpu(), config, image_size)}
     *is_used, _ = get_used_token_mask(config)
     if any(is_used):

@@ -52,10 +52,8 @@ def get_head_names(config: ViTCLSConfig) -> list[str]:
 
 
 def is_used_by_head(config: ViTCLSConfig, group: str, index: int, has_head: bool = True) -> bool:
-    """Return whether the head uses the output of token `index` of a group.
-
-    Without a head, the outputs of the CLS tokens, distillation tokens and patches are used.
-    """
+    """Return whether the head uses the output of token `index` of a group. Without a head, the outputs of the CLS
+    tokens, distillation tokens and patches are used."""
     if not has_head:
         return group != "registers"
     if is_masked_image_model(config):
@@ -78,19 +76,13 @@ def is_masked_image_model(config: ViTCLSConfig) -> bool:
 def get_used_token_mask(config: ViTCLSConfig, has_head: bool = True) -> list[bool]:
     """Return whether the head uses each special token and, as the last value, the patches (`is_used_by_head`)."""
     groups = get_token_names_by_group(config) | {"patches": ["patches"]}
-    return [
-        is_used_by_head(config, group, index, has_head)
-        for group, names in groups.items()
-        for index in range(len(names))
-    ]
+    positions = [(group, index) for group, names in groups.items() for index in range(len(names))]
+    return [is_used_by_head(config, group, index, has_head) for group, index in positions]
 
 
 def count_used_layers(config: ViTCLSConfig, has_head: bool) -> list[int]:
     """Return the number of layers whose output is used: one value per special token, then one value for the patches.
-
-    If the head uses a token, all layers are counted. Otherwise, the last layer is not counted, because its output
-    for this token is not used. The attention of a token is used in the same layers.
-    """
+    The last layer is counted only if the head uses the token. The attention of a token is used in the same layers."""
     return [config.num_hidden_layers - (not is_used) for is_used in get_used_token_mask(config, has_head)]
 
 
@@ -173,7 +165,10 @@ def get_visible_region(processor: Processor, image_size: Size, patch_size: Size 
     (height, width), (top, left) = resized_size, (0, 0)
     if processor.do_center_crop:
         height, width = processor.crop_size["height"], processor.crop_size["width"]
-        top, left = get_crop_offsets(processor, resized_size, (height, width))
+        offsets = (resized_size[0] - height) / 2, (resized_size[1] - width) / 2  # negative if the crop pads
+        is_padded = min(offsets) < 0
+        round_offset = PAD_ROUNDINGS[processor.backend] if is_padded else CROP_ROUNDINGS[processor.crop_rounding]
+        top, left = map(round_offset, offsets)
     if processor.do_pad and processor.pad_size:
         height, width = processor.pad_size["height"], processor.pad_size["width"]
     if patch_size is not None:
@@ -197,14 +192,6 @@ RESIZE_RULES: dict[frozenset[str], Callable[..., Size]] = {
 
 # Backend of the processor -> rounding of half pixels in a center crop that pads.
 PAD_ROUNDINGS: dict[str, Callable[[float], int]] = {"torchvision": math.trunc, "pil": math.floor}
-
-
-def get_crop_offsets(processor: Processor, resized_size: Size, crop_size: Size) -> tuple[int, int]:
-    """Return the top and left offset of the center crop in pixels of the resized image; negative if the crop pads."""
-    top, left = ((length - crop_length) / 2 for length, crop_length in zip(resized_size, crop_size, strict=True))
-    is_padded = min(top, left) < 0
-    round_offset = PAD_ROUNDINGS[processor.backend] if is_padded else CROP_ROUNDINGS[processor.crop_rounding]
-    return round_offset(top), round_offset(left)
 
 
 # Overlay ---------------------------------------------------------------------------------------------------------
@@ -249,10 +236,16 @@ def overlay(
     map_values = torch.as_tensor(values).detach().float().cpu()
     if visible_region is not None or map_values.shape != size:
         map_values = upsample_maps(map_values, size, region)  # [h, w]
-    gray = to_gray(resized_image)
-    is_hidden = map_values.isnan()[:, :, None]
-    colors = np.where(is_hidden, draw_hatching(gray), blend_colors(gray, map_values.numpy(), max_value))
-    return Image.fromarray((colors * 255).round().astype(np.uint8))
+    finite_values = map_values.nan_to_num().numpy()  # [h, w]
+    is_hidden = map_values.isnan().numpy()
+    if max_value is None:
+        max_value = max(finite_values.max(), MIN_SCALE * finite_values.sum() / max((~is_hidden).sum(), 1))
+    strength = (finite_values / max_value if max_value > 0 else finite_values).clip(0, 1)  # [h, w]
+    colors, opacity = colormaps[COLORMAP](strength)[:, :, :3], (0.25 + 0.6 * strength)[:, :, None]
+    gray = to_gray(resized_image)  # [h, w, 3]
+    blended = gray * IMAGE_BRIGHTNESS * (1 - opacity) + colors * opacity
+    pixels = np.where(is_hidden[:, :, None], draw_hatching(gray), blended)
+    return Image.fromarray((pixels * 255).round().astype(np.uint8))
 
 
 def to_upright_rgb(image: Image.Image) -> Image.Image:
@@ -279,17 +272,6 @@ def resize_with_region(
 def to_gray(image: Image.Image) -> np.ndarray:
     """Return the brightness of an image as [h, w, 3] with values from 0 to 1."""
     return np.asarray(image.convert("L"), dtype=np.float32)[:, :, None].repeat(3, axis=2) / 255
-
-
-def blend_colors(gray: np.ndarray, values: np.ndarray, max_value: float | None) -> np.ndarray:
-    """Return a gray image [h, w, 3] with values from 0 to 1, over which a map [h, w] is blended in color."""
-    finite_values = np.nan_to_num(values)
-    if max_value is None:
-        max_value = max(finite_values.max(), MIN_SCALE * finite_values.sum() / max(np.isfinite(values).sum(), 1))
-    strength = (finite_values / max_value if max_value > 0 else finite_values).clip(0, 1)  # [h, w]
-    colors = colormaps[COLORMAP](strength)[:, :, :3]
-    opacity = (0.25 + 0.6 * strength)[:, :, None]
-    return gray * IMAGE_BRIGHTNESS * (1 - opacity) + colors * opacity
 
 
 def draw_hatching(gray: np.ndarray) -> np.ndarray:

@@ -51,8 +51,7 @@ class Predictions:
         return (self.predicted == self.labels)[self.labels != IGNORED_LABEL].float().mean().item()
 
     def compute_majority_accuracy(self) -> float | None:
-        """Return the accuracy of always predicting the most frequent label of each column, or None if no label is
-        known."""
+        """Return the accuracy of predicting the most frequent label of each column, or None if no label is known."""
         if self.labels is None or self.compute_accuracy() is None:
             return None
         known_labels = [column[column != IGNORED_LABEL] for column in self.labels.unbind(dim=1)]
@@ -84,8 +83,7 @@ class Features:
 
     def find_neighbors(self) -> list[set[int]] | None:
         """Return the indices of the NUM_NEIGHBORS most similar other images for each image, or None for fewer than
-        MIN_IMAGES images. The cosine similarity is computed from the CLS tokens, or from the pooled features if
-        there are no CLS tokens."""
+        MIN_IMAGES images. Images are compared by their CLS tokens or, without CLS tokens, by pooled features."""
         if len(self) < MIN_IMAGES:
             return None
         rows = torch.stack([row.flatten() for row in self.vectors.get("cls", self.vectors["pooled"])]).numpy()
@@ -147,16 +145,20 @@ def join_outputs(batches: Sequence[Any]) -> Any:
 
 def build_hiding_mask(model: Any, pixel_values: torch.Tensor, hidden_indices: Sequence[int]) -> torch.Tensor:
     """Return an attention mask [B, N] that hides the tokens at sequence indices `hidden_indices` from all tokens."""
-    grid_size = model.base_model.embeddings.patch_embeddings.get_grid_size(pixel_values)
-    num_tokens = model.config.token_layout.get_num_tokens(*grid_size)
-    mask = torch.ones(len(pixel_values), num_tokens, dtype=torch.long, device=pixel_values.device)
+    shape = len(pixel_values), count_tokens(model, pixel_values)
+    mask = torch.ones(shape, dtype=torch.long, device=pixel_values.device)
     mask[:, list(hidden_indices)] = 0
     return mask
 
 
+def count_tokens(model: Any, pixel_values: torch.Tensor) -> int:
+    """Return the number of tokens of each image in a batch [B, C, H, W]."""
+    grid_size = model.base_model.embeddings.patch_embeddings.get_grid_size(pixel_values)
+    return model.config.token_layout.get_num_tokens(*grid_size)
+
+
 def extract_features(outputs: Any, config: ViTCLSConfig) -> dict[str, torch.Tensor]:
-    """Return a dict that maps feature names (`Features`) to the features [B, vectors, D] in the output of an
-    encoder."""
+    """Return the features [B, vectors, D] in the output of an encoder, by name (`Features`)."""
     layout, states = config.token_layout, outputs.last_hidden_state
     pooled = getattr(outputs, "pooler_output", None)
     if pooled is None:
@@ -169,20 +171,16 @@ def extract_features(outputs: Any, config: ViTCLSConfig) -> dict[str, torch.Tens
 
 
 def get_predicted_labels(task_logits: list[torch.Tensor], config: ViTCLSConfig) -> torch.Tensor:
-    """Return the predicted labels [B, A] (`Predictions.predicted`) for the logits [B, labels] of each task.
-
-    A multi-label model predicts each label whose probability is at least `DEFAULT_THRESHOLD`.
-    """
+    """Return the predicted labels [B, A] (`Predictions.predicted`) for the logits [B, labels] of each task. A
+    multi-label model predicts each label whose probability is at least DEFAULT_THRESHOLD."""
     if is_multi_label(config):
         return (task_logits[0].float().sigmoid() >= DEFAULT_THRESHOLD).long()
     return torch.stack([logits.argmax(dim=-1) for logits in task_logits], dim=-1)
 
 
 def encode_label(label: Any, config: ViTCLSConfig) -> torch.Tensor:
-    """Return a dataset label (data/images.py) as a tensor [A] (`Predictions.labels`). None becomes IGNORED_LABEL.
-
-    For a multi-label model, a class index means that only this label applies.
-    """
+    """Return a dataset label (data/images.py) as a tensor [A] (`Predictions.labels`). None becomes IGNORED_LABEL. A
+    class index for a multi-label model means that only this label applies."""
     if config.tasks:
         task_labels = label or {}
         return torch.tensor([task_labels.get(task, IGNORED_LABEL) for task in config.task_labels()])

@@ -30,7 +30,6 @@ NUM_COMPONENTS = 32  # number of principal components of compressed features
 # Quantiles of a component that are drawn in the darkest and the brightest color; values beyond these quantiles are
 # clipped.
 COLOR_QUANTILES = 0.02, 0.98
-MAX_INT8 = 127
 
 
 @torch.no_grad()
@@ -96,11 +95,8 @@ def compute_patch_colors(features: Sequence[torch.Tensor], foreground_only: bool
 
 
 def find_foreground(features: Sequence[torch.Tensor], rows: np.ndarray) -> np.ndarray:
-    """Return a boolean mask [patches] of the foreground.
-
-    The sign of the first principal component separates the foreground from the background. The foreground has the
-    sign that is less frequent at the borders of the images than elsewhere.
-    """
+    """Return a mask [patches] of the foreground: the patches whose first principal component has the sign that is less
+    frequent at the borders of the images than elsewhere."""
     is_foreground = PCA(1, random_state=0).fit_transform(rows)[:, 0] > 0
     borders = [np.ones(image.shape[:2], dtype=bool) for image in features]
     for border in borders:
@@ -132,14 +128,13 @@ def draw_patch_colors(
         visible_region, max_side, min_side: as in `maps.overlay`.
     """
     resized_image, region = resize_with_region(to_upright_rgb(image), visible_region, max_side, min_side)
-    size = (resized_image.height, resized_image.width)
-    gray = to_gray(resized_image)
-    is_background = colors.isnan().any(dim=-1).float()  # [gh, gw]
-    channel_maps = torch.cat([colors.nan_to_num().permute(2, 0, 1), is_background.unsqueeze(0)])  # [4, gh, gw]
-    *channels, background = upsample_maps(channel_maps, size, region, interpolate=False).unbind(0)
-    canvas = torch.stack(channels, dim=-1).numpy()
-    canvas = np.where(background.numpy()[:, :, None] > 0, gray * HIDDEN_BRIGHTNESS, canvas)
-    canvas = np.where(background.isnan().numpy()[:, :, None], draw_hatching(gray), canvas)
+    gray = to_gray(resized_image)  # [h, w, 3]
+    is_background = colors.isnan().any(dim=-1, keepdim=True).float()  # [gh, gw, 1]
+    channel_maps = torch.cat([colors.nan_to_num(), is_background], dim=-1).permute(2, 0, 1)  # [4, gh, gw]
+    pixel_maps = upsample_maps(channel_maps, gray.shape[:2], region, interpolate=False).permute(1, 2, 0).numpy()
+    canvas, background = pixel_maps[:, :, :3], pixel_maps[:, :, 3:]
+    canvas = np.where(background > 0, gray * HIDDEN_BRIGHTNESS, canvas)
+    canvas = np.where(np.isnan(background), draw_hatching(gray), canvas)
     return Image.fromarray((canvas * 255).round().astype(np.uint8))
 
 
@@ -174,7 +169,7 @@ def compress_patch_features(features: Sequence[torch.Tensor], num_components: in
     rows = torch.cat([torch.nn.functional.normalize(image.flatten(0, 1), dim=-1) for image in features]).numpy()
     pca = PCA(min(num_components, *rows.shape), random_state=0).fit(rows)
     projections = torch.from_numpy(rows @ pca.components_.T)  # [patches, n], not centered
-    scale = (projections.abs().amax(dim=0) / MAX_INT8).clamp(min=1e-12)
+    scale = (projections.abs().amax(dim=0) / torch.iinfo(torch.int8).max).clamp(min=1e-12)
     values = (projections / scale).round().to(torch.int8)
     offset = float((pca.mean_**2).sum() - ((pca.components_ @ pca.mean_) ** 2).sum())
     return PatchComponents(split_by_image(values, features), scale, max(offset, 0.0))

@@ -17,7 +17,7 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..adaptation_vitcls import logger as adaptation_logger
-from ..system import format_device_name, get_processor_name
+from ..system import format_count, format_device_name, get_processor_name, synchronize
 from .model_outputs import Predictions, encode_labels, extract_outputs, join_outputs
 from .model_utils import evaluation_mode, is_classifier, unwrap_model
 
@@ -120,11 +120,10 @@ def describe_patch_sizes(rows: Sequence[PatchSizeRow]) -> list[str]:
     """Return sentences about the model's own patch size, the other sizes, the recommended size, and limitations."""
     native_row = next(row for row in rows if row.is_native)
     other_rows = [row for row in rows if not row.is_native]
-    descriptions = [
-        (native_row, describe_native_size(native_row)),
-        *((row, describe_other_size(row, native_row)) for row in other_rows),
-    ]
-    sentences = [f"{text} ({row.note})." if row.note else f"{text}." for row, text in descriptions]
+    sentences = []
+    for row in (native_row, *other_rows):
+        text = describe_row(row, native_row)
+        sentences.append(f"{text} ({row.note})." if row.note else f"{text}.")
     sentences += recommend_patch_size(rows)
     if other_rows and native_row.agreement is not None:
         sentences.append(
@@ -146,11 +145,11 @@ def resolve_patch_sizes(
     common_divisor = math.gcd(*image_size)
     for size in patch_sizes:
         if size != native_size and (size < 1 or common_divisor % size):
-            valid_sizes_text = ", ".join(
-                str(divisor) for divisor in range(1, common_divisor + 1) if common_divisor % divisor == 0
+            valid_sizes = [divisor for divisor in range(1, common_divisor + 1) if common_divisor % divisor == 0]
+            raise ValueError(
+                f"patch size {size} does not divide the image size of {image_size[0]} x {image_size[1]} pixels. "
+                f"Choose from {', '.join(map(str, valid_sizes))}."
             )
-            size_text = f"the image size of {image_size[0]} x {image_size[1]} pixels"
-            raise ValueError(f"patch size {size} does not divide {size_text}. Choose from {valid_sizes_text}.")
     return sorted({*patch_sizes, native_size}, key=lambda size: math.prod(to_height_width(size)))
 
 
@@ -176,7 +175,7 @@ def build_candidate(model: Any, size: PatchSize, image_size: tuple[int, int]) ->
 def prepare_pixel_values(processor: Any, images: Sequence[Image.Image]) -> torch.Tensor:
     """Return the pixel values [images, C, H, W]. Raise ValueError if there are no images, or image sizes differ."""
     pixel_values = [processor(images[index], return_tensors="pt")["pixel_values"][0] for index in range(len(images))]
-    shapes = {tuple(pixels.shape) for pixels in pixel_values}
+    shapes = {pixels.shape for pixels in pixel_values}
     if not shapes:
         raise ValueError(
             "A comparison of patch sizes requires images, but there are no images. Pass one or more images."
@@ -195,34 +194,24 @@ def prepare_pixel_values(processor: Any, images: Sequence[Image.Image]) -> torch
 @torch.no_grad()
 def measure_candidates(candidates: list[Candidate], batches: Sequence[torch.Tensor]) -> None:
     """Run all candidates on each batch [B, C, H, W] in turn, so that other load on the machine affects all candidates.
-
-    If there are fewer than MIN_TIMED_BATCHES batches, batches are repeated for time measurements only.
-    """
+    Fewer than MIN_TIMED_BATCHES batches are repeated for time measurements only."""
     device = candidates[0].model.device
     for step in range(-1, max(len(batches), MIN_TIMED_BATCHES)):  # step -1 is a warmup
         batch = batches[step % len(batches)].to(device)
         for candidate in candidates:
-            start_time = get_synchronized_time(device)
+            synchronize(device)
+            start_time = time.perf_counter()
             outputs = candidate.model(batch)
-            seconds = get_synchronized_time(device) - start_time
+            synchronize(device)
             if step >= 0:
-                candidate.milliseconds.append(1000 * seconds / len(batch))
+                candidate.milliseconds.append(1000 * (time.perf_counter() - start_time) / len(batch))
             if 0 <= step < len(batches) and is_classifier(candidate.model):
                 candidate.predictions.append(extract_outputs(candidate.model, outputs))
 
 
-def get_synchronized_time(device: torch.device) -> float:
-    """Wait for all work on the device, then return the time in seconds."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-    return time.perf_counter()
-
-
 def count_flops(model: Any, image_size: tuple[int, int]) -> tuple[float, float]:
-    """Return the number of floating-point operations for one image, in total and for attention maps.
-
-    Operations are counted on a copy of the model on the meta device, with eager attention.
-    """
+    """Return the number of floating-point operations for one image, in total and for attention maps, counted with
+    eager attention on a copy of the model on the meta device."""
     config = copy.deepcopy(model.config)
     with torch.device("meta"):
         meta_model = model.new_like(config).eval()
@@ -238,14 +227,12 @@ def build_row(
     candidate: Candidate, native_candidate: Candidate, labels: torch.Tensor | None, pixels: torch.Tensor
 ) -> PatchSizeRow:
     """Return the row that summarizes the measurements of one patch size."""
-    image_size = (pixels.shape[-2], pixels.shape[-1])
     grid = candidate.model.base_model.embeddings.patch_embeddings.get_grid_size(pixels)
-    total_flops, attention_flops = count_flops(candidate.model, image_size)
+    total_flops, attention_flops = count_flops(candidate.model, (pixels.shape[-2], pixels.shape[-1]))
     attention_share = attention_flops / total_flops
     accuracy, agreement = None, None
     if candidate.predictions:
-        predictions = join_outputs(candidate.predictions)
-        native_predictions = join_outputs(native_candidate.predictions)
+        predictions, native_predictions = map(join_outputs, (candidate.predictions, native_candidate.predictions))
         accuracy = replace(predictions, labels=labels).compute_accuracy()
         agreement = (predictions.predicted == native_predictions.predicted).all(dim=-1).float().mean().item()
     return PatchSizeRow(
@@ -268,8 +255,7 @@ def get_device_name(device: torch.device) -> str:
     """Return the name of the accelerator, or the name of the processor and the number of threads."""
     if device.type != "cpu":
         return format_device_name(device)
-    num_threads = torch.get_num_threads()
-    return f"{get_processor_name()}, {num_threads} thread{'s' if num_threads > 1 else ''}"
+    return f"{get_processor_name()}, {format_count(torch.get_num_threads(), 'thread')}"
 
 
 # Sentences -----------------------------------------------------------------------------------------------------------
@@ -288,15 +274,6 @@ def describe_patch_size_problems(grid: tuple[int, int], attention_share: float) 
     return "; ".join(notes)
 
 
-def describe_native_size(row: PatchSizeRow) -> str:
-    """Describe the model's own patch size."""
-    accuracy_text = "" if row.accuracy is None else f", accuracy {row.accuracy * 100:.1f}%"
-    return (
-        f"{format_patch_size(row.patch_size)} (the model's own): {row.sequence_length} tokens, "
-        f"{row.gflops:.3g} GFLOPs and {row.milliseconds:.3g} ms per image on {row.device}{accuracy_text}"
-    )
-
-
 def recommend_patch_size(rows: Sequence[PatchSizeRow]) -> list[str]:
     """Recommend the cheapest patch size within ACCURACY_TOLERANCE of the best accuracy. Return an empty list if fewer
     than two accuracies are known."""
@@ -313,15 +290,20 @@ def recommend_patch_size(rows: Sequence[PatchSizeRow]) -> list[str]:
     )
     if cheapest_row is best_row:
         return [f"{text} ({best_accuracy * 100:.1f}%, at this size)."]
-    ratio_text = format_ratio(cheapest_row.gflops, best_row.gflops)
     return [
         f"{text} ({best_accuracy * 100:.1f}%, with patches of {format_patch_size(best_row.patch_size)}), at "
-        f"{ratio_text} the compute of that size."
+        f"{format_ratio(cheapest_row.gflops, best_row.gflops)} the compute of that size."
     ]
 
 
-def describe_other_size(row: PatchSizeRow, native_row: PatchSizeRow) -> str:
-    """Describe a different patch size, compared with the model's own patch size."""
+def describe_row(row: PatchSizeRow, native_row: PatchSizeRow) -> str:
+    """Describe a patch size, compared with the model's own patch size."""
+    if row.is_native:
+        accuracy_text = "" if row.accuracy is None else f", accuracy {row.accuracy * 100:.1f}%"
+        return (
+            f"{format_patch_size(row.patch_size)} (the model's own): {row.sequence_length} tokens, "
+            f"{row.gflops:.3g} GFLOPs and {row.milliseconds:.3g} ms per image on {row.device}{accuracy_text}"
+        )
     text = (
         f"{format_patch_size(row.patch_size)}: {format_ratio(row.sequence_length, native_row.sequence_length)} the "
         f"tokens, {format_ratio(row.gflops, native_row.gflops)} the compute, "

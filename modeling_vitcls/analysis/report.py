@@ -159,8 +159,7 @@ def render_page(inspection: Inspection, page_header: dict[str, Any]) -> str:
 
 
 def build_effect_table(inspection: Inspection) -> dict[str, Any]:
-    """Return the `header` and `rows` of a table with the effects of both ablations of each token and each group, and
-    the null distributions."""
+    """Return the `header` and `rows` of a table with the effects and null distributions of all ablations."""
     rows = []
     verdicts = [*inspection.verdicts, *inspection.group_verdicts]
     for key, verdict in zip(inspection.ablations["information"], verdicts, strict=True):
@@ -197,8 +196,7 @@ def build_page_header(inspection: Inspection, title: str | None, source: str | N
     config = inspection.config
     shapes = {report.rollout.shape for report in inspection.image_reports}  # {(S, gh, gw)}
     grids = sorted((rows, columns) for _, rows, columns in shapes) or [config.grid_size]
-    num_patches = [rows * columns for rows, columns in grids]
-    min_patches, max_patches = min(num_patches), max(num_patches)
+    num_patches = sorted({rows * columns for rows, columns in grids})
     return {
         "title": title or get_model_name(config.name_or_path) or inspection.model_class,
         "commit": get_commit(config),
@@ -206,7 +204,7 @@ def build_page_header(inspection: Inspection, title: str | None, source: str | N
         "date": datetime.now().astimezone().strftime("%d %B %Y, %H:%M %Z"),
         "source": source,
         "read_by": describe_head(config),
-        "num_patches": f"{min_patches} to {max_patches}" if min_patches < max_patches else f"{min_patches}",
+        "num_patches": f"{num_patches[0]} to {num_patches[-1]}" if len(num_patches) > 1 else f"{num_patches[0]}",
         "grid": ", ".join(f"{rows} × {columns}" for rows, columns in grids) if len(grids) <= MAX_GRIDS else None,
     }
 

@@ -45,9 +45,7 @@ def build_page_data(inspection: Inspection) -> dict[str, Any]:
     config, findings = inspection.config, inspection.findings
     *num_used_layers, num_used_patch_layers = count_used_layers(config, inspection.has_head)
     groups = [key.partition("[")[0] for key in get_token_keys(config.token_layout)]
-    color_table = (
-        (colormaps[COLORMAP](np.arange(256))[:, :3] * 255).round().astype(np.uint8)
-    )  # the colormap of `overlay`
+    color_table = (colormaps[COLORMAP](np.arange(256))[:, :3] * 255).round().astype(np.uint8)
     histograms = [compute_norm_histogram(config, findings, layer) for layer in range(len(findings.patch_norms))]
     return {
         "tokens": [
@@ -84,33 +82,25 @@ def build_patch_data(image_reports: list[ImageReport]) -> tuple[list[dict[str, A
     """Return the patch colors and features of each image, and the scale and offset of the features in each layer.
 
     "colors" are the RGBA values of all patches and of the foreground patches, for all layers. "features" are the
-    compressed features of all layers (`PatchComponents`); None for images whose features do not fit in
-    MAX_FEATURE_BYTES in total.
+    compressed features of all layers (`PatchComponents`); None for images beyond MAX_FEATURE_BYTES.
     """
     features_by_layer = list(zip(*(report.features for report in image_reports), strict=True))
-    cumulative_sizes = itertools.accumulate(
-        report.features[..., 0].numel() * NUM_COMPONENTS for report in image_reports
-    )
-    num_images_with_features = sum(size <= MAX_FEATURE_BYTES for size in cumulative_sizes)
     colors = [
         [compute_patch_colors(layer, foreground_only) for layer in features_by_layer]
         for foreground_only in (False, True)
     ]
-    compressed_features = [
-        compress_patch_features(layer[:num_images_with_features])
-        for layer in features_by_layer
-        if num_images_with_features
-    ]
-    images = [
-        {
-            "colors": [encode_base64(torch.stack([to_rgba(layer[index]) for layer in layers])) for layers in colors],
-            "features": encode_base64(torch.stack([layer.values[index] for layer in compressed_features]))
-            if index < num_images_with_features
-            else None,
-        }
+    images: list[dict[str, Any]] = [
+        {"colors": [encode_base64(torch.stack([to_rgba(layer[index]) for layer in layers])) for layers in colors]}
         for index in range(len(image_reports))
     ]
-    return images, [{"scale": round_values(layer.scale), "offset": layer.offset} for layer in compressed_features]
+    sizes = itertools.accumulate(report.features[..., 0].numel() * NUM_COMPONENTS for report in image_reports)
+    num_compressed = sum(size <= MAX_FEATURE_BYTES for size in sizes)
+    components = [compress_patch_features(layer[:num_compressed]) for layer in features_by_layer if num_compressed]
+    for index, image in enumerate(images):
+        image["features"] = None
+        if index < num_compressed:
+            image["features"] = encode_base64(torch.stack([layer.values[index] for layer in components]))
+    return images, [{"scale": round_values(layer.scale), "offset": layer.offset} for layer in components]
 
 
 def to_rgba(colors: torch.Tensor) -> torch.Tensor:
@@ -153,10 +143,7 @@ def encode_data_url(image: Image.Image) -> str:
 
 def pack_maps(maps: torch.Tensor) -> dict[str, str]:
     """Encode nonnegative maps [..., gh, gw] in base64: `values` (one byte per patch), and the `largest` value and
-    `sum` of each map.
-
-    The value of a patch is (byte / 255)² times the largest value of the map.
-    """
+    `sum` of each map. The value of a patch is (byte / 255)² times the largest value of the map."""
     maps = maps.double()
     maxima = maps.amax(dim=(-2, -1), keepdim=True)
     return {
@@ -242,7 +229,7 @@ def build_json_values(inspection: Inspection) -> dict[str, Any]:
             {"token": verdict.token, "word": verdict.word, "meaning": verdict.rating, "reason": verdict.reason}
             for verdict in inspection.verdicts
         ],
-        "artifacts": inspection.artifact_description,
+        "artifacts": inspection.patches.reason,
         "depth": inspection.depth,
         "map_checks": {
             name: {"statement": check.describe(name), "is_faithful": check.is_faithful} | dataclasses.asdict(check)

@@ -28,13 +28,8 @@ OUTLIER_RATIO = 3.0
 def compute_outlier_fraction(
     model: ViTCLSPreTrainedModel, pixel_values: torch.Tensor, ratio: float = OUTLIER_RATIO
 ) -> float:
-    """Return the fraction of patches whose norm exceeds `ratio` times the median patch norm of the image.
-
-    Norms are computed after the last layer, before the model's final normalization.
-
-    Args:
-        pixel_values: [B, C, H, W].
-    """
+    """Return the fraction of patches whose norm exceeds `ratio` times the median patch norm of the image, for images
+    [B, C, H, W]. Norms are computed after the last layer, before the model's final normalization."""
     hidden_states, _ = encode_patches(model, pixel_values)
     return is_outlier(hidden_states[-1], ratio).float().mean().item()
 
@@ -75,9 +70,8 @@ def find_register_neurons(
     if last_layer is None:
         outlier_fractions = [is_outlier(patches, ratio)[outliers].float().mean() for patches in hidden_states[1:]]
         last_layer = next(index for index, fraction in enumerate(outlier_fractions) if fraction >= 0.5)
-    searched_activations = activations[: last_layer + 1]
-    # [layers, neurons]
-    scores = torch.stack([average_outlier_activations(outliers, states) for states in searched_activations])
+    layer_scores = [average_outlier_activations(outliers, states) for states in activations[: last_layer + 1]]
+    scores = torch.stack(layer_scores)  # [layers, neurons]
     if not 0 < num_neurons <= scores.numel():
         raise ValueError(
             f"num_neurons is {num_neurons}, but layers 0 to {last_layer} have {scores.numel()} neurons. Choose from 1 "
@@ -112,10 +106,7 @@ def encode_patches(
     model: ViTCLSPreTrainedModel, pixel_values: torch.Tensor
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Return the patch states [B, patches, D] after the embeddings and after each layer, and the MLP activations
-    [B, patches, neurons] of the patches in each layer.
-
-    The forward pass runs in evaluation mode, without gradients, on the model's device.
-    """
+    [B, patches, neurons] of the patches in each layer."""
     encoder: Any = model.base_model
     patches = encoder.config.token_layout.patches
     activations: list[torch.Tensor] = []
@@ -131,22 +122,15 @@ def encode_patches(
 
 
 def is_outlier(patches: torch.Tensor, ratio: float) -> torch.Tensor:
-    """Return a boolean mask [B, patches] that is true for patches whose norm exceeds `ratio` times the median patch
-    norm of the image.
-
-    Args:
-        patches: [B, patches, D].
-    """
+    """Return a mask [B, patches] of the patches [B, patches, D] whose norm exceeds `ratio` times the median patch norm
+    of the image."""
     norms = patches.float().norm(dim=-1)
     return norms > ratio * norms.median(dim=1, keepdim=True).values
 
 
 def average_outlier_activations(outliers: torch.Tensor, activations: torch.Tensor) -> torch.Tensor:
-    """Return the mean magnitude [neurons] of activations [B, patches, neurons] at outlier patches.
-
-    Magnitudes are averaged over the outliers of each image, and then over the images with outliers.
-    """
-    num_outliers = outliers.sum(dim=1)  # [B]
+    """Return the magnitude [neurons] of activations [B, patches, neurons], averaged over the outlier patches of each
+    image, and then over the images with outliers."""
     activation_sums = (activations.float().abs() * outliers.unsqueeze(-1)).sum(dim=1)  # [B, neurons]
-    has_outliers = num_outliers > 0
-    return (activation_sums[has_outliers] / num_outliers[has_outliers].unsqueeze(-1)).mean(dim=0)
+    num_outliers = outliers.sum(dim=1, keepdim=True)  # [B, 1]
+    return (activation_sums / num_outliers)[num_outliers[:, 0] > 0].mean(dim=0)

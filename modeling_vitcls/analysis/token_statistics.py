@@ -134,23 +134,22 @@ class TokenStatistics:
             if register_indices:  # register neurons still move activations to the hidden registers
                 mask = build_hiding_mask(self.model, pixel_values, register_indices)
                 outputs_without_registers = module(pixel_values, attention_mask=mask, output_hidden_states=True)
-        statistics = {
-            name: torch.stack([layer[name] for layer in layer_statistics], dim=1) for name in layer_statistics[0]
-        }
+        names = list(layer_statistics[0])
+        statistics = {name: torch.stack([layer[name] for layer in layer_statistics], dim=1) for name in names}
         # All layers have the same visible tokens, and therefore the same entropy and spread of uniform attention.
         statistics |= {name: statistics.pop(name)[:, 0] for name in ("token_entropy", "token_spread")}
         statistics |= self.compute_state_statistics(outputs.hidden_states)
         statistics |= self.compute_uniform_statistics(grid_size, centers, len(pixel_values))
         norms = self.compute_patch_norms(outputs.hidden_states)
         patch_statistics = {"norms": norms, "ratios": divide_by_median(norms)}
-        statistics["outliers"] = compute_outlier_fractions(patch_statistics["ratios"])
+        statistics["outliers"] = (patch_statistics["ratios"] > OUTLIER_RATIO).float().mean(dim=-1)  # [B, L + 1]
         if outputs_without_registers is not None:
             ratios = divide_by_median(self.compute_patch_norms(outputs_without_registers.hidden_states))
             patch_statistics["ratios_without_registers"] = ratios
-            statistics["outliers_without_registers"] = compute_outlier_fractions(ratios)
+            statistics["outliers_without_registers"] = (ratios > OUTLIER_RATIO).float().mean(dim=-1)
         for name, value in statistics.items():
             total = value.cpu().double().sum(dim=0)  # some devices do not support double precision
-            self.sums[name] = self.sums[name] + total if name in self.sums else total
+            self.sums[name] = self.sums.get(name, 0) + total
         for name, patch_values in patch_statistics.items():
             batches = self.patch_values.setdefault(name, [])
             num_stored_norms = sum(batch.shape[1] for batch in batches)
@@ -245,11 +244,6 @@ class TokenStatistics:
         return torch.cartesian_prod(rows * height, columns * width)
 
 
-def compute_outlier_fractions(ratios: torch.Tensor) -> torch.Tensor:
-    """Return the fraction [B, L + 1] of outlier patches from norm ratios [B, L + 1, P] (`divide_by_median`)."""
-    return (ratios > OUTLIER_RATIO).float().mean(dim=-1)
-
-
 def divide_by_median(norms: torch.Tensor) -> torch.Tensor:
     """Return patch norms [..., P] divided by the median patch norm of the image."""
     return norms / norms.median(dim=-1, keepdim=True).values.clamp(min=1e-12)
@@ -282,8 +276,6 @@ def compute_attention_distance(weights: torch.Tensor, centers: torch.Tensor) -> 
 
 
 def compute_distances(points: torch.Tensor) -> torch.Tensor:
-    """Return the pairwise distances [..., P, P] of points [..., P, D].
-
-    Matrix products are not used, because they could run in TF32, which causes large rounding errors.
-    """
+    """Return the pairwise distances [..., P, P] of points [..., P, D], without matrix products, because products in
+    TF32 cause large rounding errors."""
     return torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist")

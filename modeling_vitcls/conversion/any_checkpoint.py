@@ -57,11 +57,15 @@ def resolve_checkpoint(source: str, files: Sequence[str] = MODEL_FILE_PATTERNS) 
     folder = get_model_folder(name, files, revision)
     commit = get_cached_commit(folder)
     pinned_name = f"{name}@{commit}" if commit else name
-    match read_model_type_and_architecture(folder):
-        case (model_type, _) if model_type in CONFIG_MAPPING_NAMES:
-            return convert_once(f"transformers:{pinned_name}")
-        case (None, str()):  # a model saved by timm
-            return convert_once(f"timm:hf-hub:{pinned_name}" if commit else f"timm:local-dir:{name}")
+    try:
+        config = read_json(Path(folder, CONFIG_FILE))
+    except (OSError, ValueError):  # the error is reported when the model is loaded
+        return folder
+    model_type = config.get("model_type")
+    if model_type in CONFIG_MAPPING_NAMES:
+        return convert_once(f"transformers:{pinned_name}")
+    if model_type is None and isinstance(config.get("architecture"), str):  # a model saved by timm
+        return convert_once(f"timm:hf-hub:{pinned_name}" if commit else f"timm:local-dir:{name}")
     return folder  # a vitcls model; unsupported models raise an error on loading
 
 
@@ -83,41 +87,24 @@ def is_pinned(pinned_source: object, source: object) -> bool:
     return pinned_source.rpartition("@")[0] == name and not re.fullmatch("[0-9a-f]{40}", revision or "")
 
 
-def read_model_type_and_architecture(folder: str) -> tuple[str | None, str | None]:
-    """Return `model_type` (transformers) and `architecture` (timm) from config.json, or None for missing values."""
-    try:
-        config = read_json(Path(folder, CONFIG_FILE))
-        return config.get("model_type"), config.get("architecture")
-    except (OSError, ValueError, AttributeError):  # the error is reported when the model is loaded
-        return None, None
-
-
 def convert_once(source: str) -> str:
     """Return the cached folder of a converted source. Convert the source if it is not in the cache."""
     from .convert import convert_checkpoint  # slow import of many transformers models
 
-    folder = get_cache_folder() / compute_cache_name(source)
+    folder = Path(constants.HF_HUB_CACHE).parent / "vitcls" / "converted" / compute_cache_name(source)
     if not (folder / CONFIG_FILE).is_file():
         logger.warning("converting %s; the result is cached in %s", source, folder)
         convert_checkpoint(source, folder)
     return str(folder)
 
 
-def get_cache_folder() -> Path:
-    """Return the folder that contains all cached conversions."""
-    return Path(constants.HF_HUB_CACHE).parent / "vitcls" / "converted"
-
-
 def compute_cache_name(source: str) -> str:
-    """Return the folder name of a conversion. The name changes if the files of the source or the version of this
-    package change."""
+    """Return the folder name of a conversion, which depends on the files of the source and on the package version."""
     path = Path(source.partition(":")[2] if source.startswith(SOURCE_PREFIXES) else source)
     cache_key: list[object] = [pin_revision(source), __version__]
     if path.exists():
         files = sorted(path.iterdir()) if path.is_dir() else [path]
-        cache_key += [
-            str(path.resolve()),
-            *((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files),
-        ]
+        cache_key.append(str(path.resolve()))
+        cache_key += [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     readable_name = "".join(character if character.isalnum() or character in "-_." else "-" for character in path.name)
     return f"{readable_name}-{hashlib.sha256(json.dumps(cache_key).encode()).hexdigest()[:16]}"

@@ -43,7 +43,6 @@ def build_conversion_card(
     """
     sequence_length = config.token_layout.get_num_tokens(*config.grid_size)
     layout = {group: len(range(sequence_length)[tokens]) for group, tokens in config.token_layout.items()}
-    height, width = config.image_height_width
     return render_card(
         "conversion",
         build_metadata(report, provenance, is_native),
@@ -59,7 +58,7 @@ def build_conversion_card(
         images=images or {},
         is_copy=is_copy_of_base_model(report, provenance),
         sequence_length=sequence_length,
-        image_size=f"{height} x {width}",
+        image_size=" x ".join(map(str, config.image_height_width)),
         classifier=CLASSIFIER_SENTENCES[report.classifier].format(num_labels=config.num_labels),
         preprocessing=describe_preprocessing(report),
         use=build_use_section(

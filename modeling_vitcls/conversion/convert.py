@@ -6,6 +6,7 @@ report = convert_checkpoint("timm:vit_base_patch14_reg4_dinov2", Path("converted
 report = write_native_model("runs/mine", Path("native"))    # a transformers class, which requires no remote code
 """
 
+import dataclasses
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -19,8 +20,10 @@ import transformers
 from transformers import PreTrainedModel
 
 from ..configuration_vitcls import ViTCLSConfig
+from ..files import write_json
 from ..hub.loading import check_is_vitcls, get_model_folder
 from ..hub.local_paths import check_output_is_empty, resolve_name, strip_folders
+from ..hub.manifest import CARD_FILE, PARITY_REPORT_FILE
 from ..hub.provenance import find_provenance
 from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel, ViTCLSPreTrainedModel
@@ -29,13 +32,12 @@ from .conversion_card import build_conversion_card
 from .parity_report import ParityReport, compare_models, describe_position_embeddings, hash_files
 from .processors import ConvertedPreprocessing, apply_processor, check_processor, select_settings
 from .source_files import FileSource
-from .source_models import SourceModel, TransformersSource, load_source
+from .source_models import SourceModel, TimmSource, TransformersSource
 from .to_transformers import convert_to_transformers
 from .weight_rules import ClassifierChoice, ConversionError
 
 
-# Function (folder, model, image processor, results) that draws card images and returns {name: path in the folder}.
-ImageDrawer = Callable[[Path, ViTCLSPreTrainedModel, Any, dict[str, Any]], dict[str, str]]
+SOURCE_CLASSES: dict[str, type[SourceModel]] = {"timm": TimmSource, "transformers": TransformersSource}
 
 
 def convert_checkpoint(
@@ -44,7 +46,7 @@ def convert_checkpoint(
     random_init: bool = False,
     classifier: ClassifierChoice = "keep",
     num_labels: int | None = None,
-    draw_images: ImageDrawer | None = None,
+    draw_images: Callable[..., dict[str, str]] | None = None,
     family: str | None = None,
 ) -> ParityReport:
     """Convert a checkpoint, and write the model, image processor, parity report, card and license to `output`.
@@ -56,8 +58,8 @@ def convert_checkpoint(
         classifier: "keep" keeps the classifier of the source, "new" creates a new classifier, and "drop" removes the
             classifier.
         num_labels: Number of labels of a new classifier.
-        draw_images: Function that draws the images of the card, such as `analysis.card_images.write_card_images`.
-            Default: no images.
+        draw_images: Function that draws the images of the card, such as `analysis.card_images.write_card_images`. The
+            arguments are the folder, the model, the image processor and an empty dict. Default: no images.
         family: Family of a state-dict file. By default, the family is detected from the file.
 
     Raises:
@@ -65,9 +67,11 @@ def convert_checkpoint(
             limit, or `output` is not empty. The error message is a single line, and nothing is written.
     """
     check_output_is_empty(output)
-    source = load_any_source(source_name, random_init, family)
+    source = load_source(source_name, random_init, family)
     model = convert_source(source, classifier, num_labels)
-    classifier_state = get_classifier_state(source, model, classifier)
+    classifier_state = "dropped" if source.has_classifier else "none"
+    if isinstance(model, ViTCLSForImageClassification):
+        classifier_state = "kept" if source.has_classifier and classifier == "keep" else "new"
     comparisons, native_size_reason = compare_models(source, model, has_source_classifier=classifier_state == "kept")
     if not isinstance(source, FileSource):
         source.notes += describe_position_embeddings(source.name.partition(":")[0], model.config)
@@ -108,29 +112,32 @@ def write_report(
     is_native: bool = False,
 ) -> None:
     """Write the parity report, the card and, unless the weights are random, the license of the source to a folder."""
-    report.save(folder)
+    write_json(folder / PARITY_REPORT_FILE, dataclasses.asdict(report))
     provenance = find_provenance(source_name)
     num_parameters = converted_model.num_parameters()
     card = build_conversion_card(name, config, num_parameters, report, provenance, images, is_native)
-    card.save(folder / "README.md")
+    card.save(folder / CARD_FILE)
     if not report.random_init:
         provenance.copy_license(folder)
 
 
-def load_any_source(source_name: str, random_init: bool = False, family: str | None = None) -> SourceModel:
-    """Load a source: `timm:NAME`, `transformers:PATH_OR_ID`, or a state-dict file with an optional family."""
-    if source_name.startswith(("timm:", "transformers:")) or not Path(source_name).suffix:
+def load_source(source_name: str, random_init: bool = False, family: str | None = None) -> SourceModel:
+    """Load `timm:NAME`, `transformers:PATH_OR_ID` (an id may end with `@REVISION`), or a state-dict file with an
+    optional family. Raise ValueError or OSError if the source does not exist or is not supported."""
+    project, _, name = source_name.partition(":")
+    if project in SOURCE_CLASSES or not Path(source_name).suffix:
         if family is not None:
             raise ConversionError(f"--family {family} requires a state-dict file, but the source is {source_name}")
-        return load_source(source_name, random_init)
+        if project not in SOURCE_CLASSES or not name:
+            raise ConversionError(f"source {source_name!r} is not supported. Use timm:NAME or transformers:PATH_OR_ID")
+        return SOURCE_CLASSES[project].load(name, random_init)
     if random_init:
         raise ConversionError(f"--random-init requires timm:NAME or transformers:PATH_OR_ID, not {source_name}")
     return FileSource.load(Path(source_name), family)
 
 
 def convert_source(source: SourceModel, classifier: ClassifierChoice, num_labels: int | None) -> ViTCLSPreTrainedModel:
-    """Convert a source model in float32. Cast the converted model back to the dtype of the source if this dtype
-    represents all encoder weights exactly."""
+    """Convert a source model in float32. Cast the result to the dtype of the source if the encoder is unchanged."""
     weights = source.weights.values() if isinstance(source, FileSource) else source.model.parameters()
     saved_dtype = next(iter(weights)).dtype
     source.model.float()
@@ -142,13 +149,6 @@ def convert_source(source: SourceModel, classifier: ClassifierChoice, num_labels
         f"the weights are written in float32, because {saved_dtype} cannot represent all weights exactly"
     )
     return model
-
-
-def get_classifier_state(source: SourceModel, model: ViTCLSPreTrainedModel, classifier: ClassifierChoice) -> str:
-    """Return the classifier state: "kept", "new", "dropped" or "none" (neither source nor model has a classifier)."""
-    if isinstance(model, ViTCLSForImageClassification):
-        return "kept" if source.has_classifier and classifier == "keep" else "new"
-    return "dropped" if source.has_classifier else "none"
 
 
 @contextmanager
@@ -203,20 +203,23 @@ def write_native_model(source: str, output: Path, any_size: bool = False) -> Par
     check_output_is_empty(output)
     folder = Path(get_model_folder(source))
     check_is_vitcls(source, folder)
-    model = load_model(folder)
+    architectures = ViTCLSConfig.from_pretrained(folder).architectures or []
+    is_classifier = ViTCLSForImageClassification.__name__ in architectures
+    model_class = ViTCLSForImageClassification if is_classifier else ViTCLSModel
+    model: ViTCLSPreTrainedModel = model_class.from_pretrained(folder)
     converted_model, is_exact_at_any_size = convert_model(model, any_size)
     name = type(converted_model).__name__
-    native_size_reason = (
-        ""
-        if is_exact_at_any_size
-        else f"at other image sizes, transformers resamples the position embeddings of {name} differently"
-    )
+    native_size_reason = ""
+    if not is_exact_at_any_size:
+        native_size_reason = (
+            f"at other image sizes, transformers resamples the position embeddings of {name} differently"
+        )
     with create_output_folder(output) as output_folder:
         converted_model.save_pretrained(output_folder)
         preprocessing = write_processor(folder, output_folder)
         reloaded_source = TransformersSource.load(str(output_folder), random_init=False)
         reloaded_source.model.float()
-        has_logits = isinstance(model, ViTCLSForImageClassification) and bool(model.num_labels)
+        has_logits = is_classifier and bool(model.config.num_labels)
         comparisons, native_size_reason = compare_models(reloaded_source, model, has_logits, native_size_reason)
         report = ParityReport(
             source=strip_folders(resolve_name(source)),
@@ -234,15 +237,6 @@ def write_native_model(source: str, output: Path, any_size: bool = False) -> Par
             report, output_folder, source, output.resolve().name, model.config, converted_model, is_native=True
         )
     return report
-
-
-def load_model(folder: Path) -> ViTCLSPreTrainedModel:
-    """Load a `ViTCLSForImageClassification`, or the encoder of any other model."""
-    architectures = ViTCLSConfig.from_pretrained(folder).architectures or []
-    is_classifier = ViTCLSForImageClassification.__name__ in architectures
-    model_class = ViTCLSForImageClassification if is_classifier else ViTCLSModel
-    model: ViTCLSPreTrainedModel = model_class.from_pretrained(folder)
-    return model
 
 
 def convert_model(model: ViTCLSPreTrainedModel, any_size: bool) -> tuple[PreTrainedModel, bool]:

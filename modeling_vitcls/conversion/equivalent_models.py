@@ -29,9 +29,6 @@ from .transformers_families import compute_dinov2_mlp_size
 from .weight_rules import Fields, Weights
 
 
-# Function (encoder weights, head weights, old and new configuration) that changes both weight dicts in place.
-WeightRewriter = Callable[[Weights, Weights, ViTCLSConfig, ViTCLSConfig], None]
-
 GROUPS_WITH_POSITIONS: dict[str, tuple[str, ...]] = {
     "patches": (),
     "cls": ("cls",),
@@ -43,21 +40,21 @@ TOKEN_WEIGHT_NAMES = {
     "registers": "embeddings.register_tokens",
 }
 POSITION_EMBEDDINGS = "embeddings.position_embeddings"
-RESAMPLING_POLICIES: tuple[Fields, ...] = tuple(
+RESAMPLING_POLICIES: list[Fields] = [
     {"position_interpolation": "bicubic", "position_offset": 0.0, "position_antialias": antialias}
     for antialias in (False, True)
-)
-MAX_MLP_RATIO = 16
+]
 
 
 @dataclass(frozen=True)
 class Rewrite:
     """A change of configuration fields and weights that preserves the outputs of a model."""
 
-    field_names: frozenset[str]  # configuration fields that the rewrite may change
     propose_changes: Callable[[ViTCLSConfig], list[Fields]]  # returns possible combinations of new field values
-    # function that changes the weights accordingly
-    rewrite_weights: WeightRewriter = lambda encoder_weights, head_weights, old_config, new_config: None
+    # function (weights, old and new configuration) that changes the weights of encoder and classifier in place
+    rewrite_weights: Callable[[Weights, ViTCLSConfig, ViTCLSConfig], None] = lambda weights, old_config, new_config: (
+        None
+    )
     is_native_size_only: bool = False  # whether the outputs are the same only for images of `config.image_size`
 
 
@@ -70,13 +67,10 @@ def propose_cls_mean_pooling(config: ViTCLSConfig) -> list[Fields]:
     return [{"pooling": "cls_mean"}] if is_linear and config.pooling in ("cls", "mean") else []
 
 
-def widen_classifier(
-    encoder_weights: Weights, head_weights: Weights, old_config: ViTCLSConfig, new_config: ViTCLSConfig
-) -> None:
+def widen_classifier(weights: Weights, old_config: ViTCLSConfig, new_config: ViTCLSConfig) -> None:
     """Pad the classifier weight [labels, D] with zeros to [labels, 2 * D], for a classifier on [CLS, mean]."""
-    weight = head_weights["classifier.weight"]
-    halves = [weight, torch.zeros_like(weight)]
-    head_weights["classifier.weight"] = torch.cat(halves if old_config.pooling == "cls" else halves[::-1], dim=1)
+    halves = [weights["classifier.weight"], torch.zeros_like(weights["classifier.weight"])]
+    weights["classifier.weight"] = torch.cat(halves if old_config.pooling == "cls" else halves[::-1], dim=1)
 
 
 def propose_distillation_head_removal(config: ViTCLSConfig) -> list[Fields]:
@@ -85,12 +79,10 @@ def propose_distillation_head_removal(config: ViTCLSConfig) -> list[Fields]:
     return [{"distillation_inference": "mean", "distillation_head": False}] if is_unused else []
 
 
-def drop_distillation_classifier(
-    encoder_weights: Weights, head_weights: Weights, old_config: ViTCLSConfig, new_config: ViTCLSConfig
-) -> None:
+def drop_distillation_classifier(weights: Weights, old_config: ViTCLSConfig, new_config: ViTCLSConfig) -> None:
     """Remove the weights of the distillation classifier."""
-    for name in [name for name in head_weights if name.startswith("distillation_classifier.")]:
-        del head_weights[name]
+    for name in [name for name in weights if name.startswith("distillation_classifier.")]:
+        del weights[name]
 
 
 # Positions -----------------------------------------------------------------------------------------------------------
@@ -103,20 +95,16 @@ def propose_position_embedding_tokens(config: ViTCLSConfig) -> list[Fields]:
     return [{"position_embedding_tokens": tokens} for tokens in GROUPS_WITH_POSITIONS]
 
 
-def move_position_embeddings(
-    encoder_weights: Weights, head_weights: Weights, old_config: ViTCLSConfig, new_config: ViTCLSConfig
-) -> None:
+def move_position_embeddings(weights: Weights, old_config: ViTCLSConfig, new_config: ViTCLSConfig) -> None:
     """Add the position embeddings of special tokens to the tokens, or create zero position embeddings."""
     old_groups, new_groups = (
         GROUPS_WITH_POSITIONS[config.position_embedding_tokens] for config in (old_config, new_config)
     )
     for group, token_name in TOKEN_WEIGHT_NAMES.items():
-        if token_name in encoder_weights and group in old_groups and group not in new_groups:
-            encoder_weights[token_name] = encoder_weights[token_name] + encoder_weights.pop(
-                f"{POSITION_EMBEDDINGS}.{group}"
-            )
-        elif token_name in encoder_weights and group in new_groups and group not in old_groups:
-            encoder_weights[f"{POSITION_EMBEDDINGS}.{group}"] = torch.zeros_like(encoder_weights[token_name])
+        if token_name in weights and group in old_groups and group not in new_groups:
+            weights[token_name] = weights[token_name] + weights.pop(f"{POSITION_EMBEDDINGS}.{group}")
+        elif token_name in weights and group in new_groups and group not in old_groups:
+            weights[f"{POSITION_EMBEDDINGS}.{group}"] = torch.zeros_like(weights[token_name])
 
 
 def propose_learned_positions(config: ViTCLSConfig, fixed_type: str) -> list[Fields]:
@@ -130,23 +118,17 @@ def propose_learned_positions(config: ViTCLSConfig, fixed_type: str) -> list[Fie
     ]
 
 
-def add_learned_positions(
-    encoder_weights: Weights, head_weights: Weights, old_config: ViTCLSConfig, new_config: ViTCLSConfig
-) -> None:
+def add_learned_positions(weights: Weights, old_config: ViTCLSConfig, new_config: ViTCLSConfig) -> None:
     """Add learned position embeddings [1, rows * columns, D] with sin-cos values, or with zeros."""
     rows, columns = old_config.grid_size
-    projection = encoder_weights["embeddings.patch_embeddings.projection.weight"]
-    positions = torch.zeros(
-        1, rows * columns, old_config.hidden_size, dtype=projection.dtype, device=projection.device
-    )
+    projection = weights["embeddings.patch_embeddings.projection.weight"]
+    positions = projection.new_zeros(1, rows * columns, old_config.hidden_size)
     if old_config.position_embedding_type == "sincos_2d":
         _, positions = SinCosPositions(old_config)({}, positions, (rows, columns))
-    encoder_weights[f"{POSITION_EMBEDDINGS}.patches"] = positions
+    weights[f"{POSITION_EMBEDDINGS}.patches"] = positions
     for group in GROUPS_WITH_POSITIONS[new_config.position_embedding_tokens]:
-        if TOKEN_WEIGHT_NAMES[group] in encoder_weights:
-            encoder_weights[f"{POSITION_EMBEDDINGS}.{group}"] = torch.zeros_like(
-                encoder_weights[TOKEN_WEIGHT_NAMES[group]]
-            )
+        if TOKEN_WEIGHT_NAMES[group] in weights:
+            weights[f"{POSITION_EMBEDDINGS}.{group}"] = torch.zeros_like(weights[TOKEN_WEIGHT_NAMES[group]])
 
 
 # MLP -----------------------------------------------------------------------------------------------------------------
@@ -154,51 +136,30 @@ def add_learned_positions(
 
 def propose_wider_mlp(config: ViTCLSConfig) -> list[Fields]:
     """Return the next larger `intermediate_size` that an integer `mlp_ratio` of DINOv2 can represent."""
-    widths = (
-        compute_dinov2_mlp_size(config.hidden_size, ratio, config.mlp_type != "mlp")
-        for ratio in range(1, MAX_MLP_RATIO + 1)
-    )
+    is_gated = config.mlp_type != "mlp"
+    widths = (compute_dinov2_mlp_size(config.hidden_size, ratio, is_gated) for ratio in range(1, 17))
     return [{"intermediate_size": width} for width in widths if width > config.intermediate_size][:1]
 
 
-def widen_mlp(
-    encoder_weights: Weights, head_weights: Weights, old_config: ViTCLSConfig, new_config: ViTCLSConfig
-) -> None:
+def widen_mlp(weights: Weights, old_config: ViTCLSConfig, new_config: ViTCLSConfig) -> None:
     """Add hidden units with zero weights to each MLP."""
     num_added_units = new_config.intermediate_size - old_config.intermediate_size
-    for name, weight in encoder_weights.items():
+    for name, weight in weights.items():
         if re.fullmatch(r"layers\.\d+\.mlp\.(fc1|gate_proj|up_proj)\.(weight|bias)", name):
-            encoder_weights[name] = pad(
-                weight, (0, num_added_units) if weight.ndim == 1 else (0, 0, 0, num_added_units)
-            )
+            weights[name] = pad(weight, (0, num_added_units) if weight.ndim == 1 else (0, 0, 0, num_added_units))
         elif re.fullmatch(r"layers\.\d+\.mlp\.(fc2|down_proj)\.weight", name):
-            encoder_weights[name] = pad(weight, (0, num_added_units))
+            weights[name] = pad(weight, (0, num_added_units))
 
 
 # All rewrites, in the order in which to_transformers.py tries them.
 REWRITES = (
+    Rewrite(propose_distillation_head_removal, drop_distillation_classifier),
+    Rewrite(propose_cls_mean_pooling, widen_classifier),
+    Rewrite(propose_wider_mlp, widen_mlp),
+    Rewrite(lambda config: propose_learned_positions(config, "none"), add_learned_positions),
     Rewrite(
-        frozenset({"distillation_inference", "distillation_head"}),
-        propose_distillation_head_removal,
-        drop_distillation_classifier,
+        lambda config: propose_learned_positions(config, "sincos_2d"), add_learned_positions, is_native_size_only=True
     ),
-    Rewrite(frozenset({"pooling"}), propose_cls_mean_pooling, widen_classifier),
-    Rewrite(frozenset({"intermediate_size"}), propose_wider_mlp, widen_mlp),
-    Rewrite(
-        frozenset({"position_embedding_type"}),
-        lambda config: propose_learned_positions(config, "none"),
-        add_learned_positions,
-    ),
-    Rewrite(
-        frozenset({"position_embedding_type"}),
-        lambda config: propose_learned_positions(config, "sincos_2d"),
-        add_learned_positions,
-        is_native_size_only=True,
-    ),
-    Rewrite(frozenset({"position_embedding_tokens"}), propose_position_embedding_tokens, move_position_embeddings),
-    Rewrite(
-        frozenset({"position_antialias", "position_offset", "position_interpolation"}),
-        lambda config: list(RESAMPLING_POLICIES),
-        is_native_size_only=True,
-    ),
+    Rewrite(propose_position_embedding_tokens, move_position_embeddings),
+    Rewrite(lambda config: RESAMPLING_POLICIES, is_native_size_only=True),
 )

@@ -38,7 +38,6 @@ from .weight_rules import (
     build_model,
     convert_weights,
     reshape_token,
-    split_classifier,
     split_halves,
     split_positions,
 )
@@ -95,8 +94,7 @@ def convert_state_dict(
             if fields[name] is None:
                 raise ConversionError(f"{name} cannot be inferred from the weights. Set {name}=...")
         config = ViTCLSConfig(**fields)
-        encoder_weights, head_weights = split_classifier(convert_weights(tensors, state_dict_family.rules, config))
-        return build_model(config, encoder_weights, head_weights, classifier, num_labels)
+        return build_model(config, convert_weights(tensors, state_dict_family.rules, config), classifier, num_labels)
     except (LookupError, RuntimeError) as error:  # raised for an unexpected number of dimensions
         raise ConversionError(f"the weight shapes do not match the family {family}: {format_error(error)}") from error
 
@@ -135,11 +133,6 @@ DINOV3_RULES = [
     Rule("blocks.{i}.mlp.w3.{rest}", "layers.{i}.mlp.down_proj.{rest}"),
     *VIT_RULES,
 ]
-
-
-# Prefixes of the image encoder's parameter names in two-tower models (SigLIP), in standalone image models, and in
-# files with optimizer state.
-IMAGE_MODEL_PREFIXES = ("params/img/", "params/", "opt/target/img/", "opt/target/", "img/")
 
 
 def build_attention_rules(source_prefix: str, target_prefix: str) -> list[Rule]:
@@ -210,9 +203,7 @@ def remove_chunk_indices(weights: Weights) -> Weights:
 def prepare_dinov3_weights(weights: Weights) -> Weights:
     """Apply the bias masks, and check that the keys have no bias. Raise ConversionError if a check fails."""
     prepared_weights = {name: weight for name, weight in weights.items() if not name.endswith("bias_mask")}
-    for name in prepared_weights:
-        if not name.endswith("attn.qkv.bias"):
-            continue
+    for name in [name for name in prepared_weights if name.endswith("attn.qkv.bias")]:
         bias_mask = weights.get(f"{name}_mask")
         if bias_mask is not None:
             if not torch.isin(bias_mask, bias_mask.new_tensor([0, 1])).all():
@@ -238,20 +229,16 @@ def read_vit_fields(weights: Weights, width_to_num_heads: Mapping[int, int]) -> 
         "num_attention_heads": width_to_num_heads.get(width),
         "qkv_bias": "blocks.0.attn.qkv.bias" in weights,
         "use_mask_token": "mask_token" in weights,
-        **read_mlp_fields(weights),
     }
+    if "blocks.0.mlp.w3.weight" in weights:
+        fields |= {"mlp_type": "swiglu", "intermediate_size": weights["blocks.0.mlp.w3.weight"].shape[1]}
+    else:
+        fields["intermediate_size"] = get_weight(weights, "blocks.0.mlp.fc1.weight").shape[0]
     if "blocks.0.ls1.gamma" in weights or "blocks.0.gamma_1" in weights:
         fields["layer_scale_init_value"] = 1.0
     if "head.weight" in weights:
         fields["num_labels"] = len(weights["head.weight"])
     return fields
-
-
-def read_mlp_fields(weights: Weights) -> Fields:
-    """Return the type and hidden size of the MLPs."""
-    if "blocks.0.mlp.w3.weight" in weights:
-        return {"mlp_type": "swiglu", "intermediate_size": weights["blocks.0.mlp.w3.weight"].shape[1]}
-    return {"intermediate_size": get_weight(weights, "blocks.0.mlp.fc1.weight").shape[0]}
 
 
 def read_position_fields(weights: Weights, num_special_tokens: int) -> Fields:
@@ -348,18 +335,14 @@ def read_mae_fields(weights: Weights) -> Fields:
 
 def prepare_big_vision_weights(weights: Weights) -> Weights:
     """Strip the prefix of the image model from the weight names, and split arrays of stacked blocks."""
-    prefix = next((prefix for prefix in IMAGE_MODEL_PREFIXES if f"{prefix}embedding/kernel" in weights), "")
-    prepared_weights: Weights = {}
-    for name, weight in weights.items():
-        if not name.startswith(prefix):
-            continue
-        name = name.removeprefix(prefix)
-        if name.startswith("Transformer/encoderblock/"):
-            for index, layer in enumerate(weight):
-                prepared_weights[name.replace("encoderblock", f"encoderblock_{index}", 1)] = layer
-        else:
-            prepared_weights[name] = weight
-    return prepared_weights
+    # prefixes in two-tower models (SigLIP), in standalone image models, and in files with optimizer state
+    prefixes = ("params/img/", "params/", "opt/target/img/", "opt/target/", "img/")
+    prefix = next((prefix for prefix in prefixes if f"{prefix}embedding/kernel" in weights), "")
+    weights = {name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)}
+    for name in [name for name in weights if name.startswith("Transformer/encoderblock/")]:
+        for index, layer in enumerate(weights.pop(name)):
+            weights[name.replace("encoderblock", f"encoderblock_{index}", 1)] = layer
+    return weights
 
 
 def read_big_vision_fields(weights: Weights) -> Fields:

@@ -21,7 +21,7 @@ from torch import nn
 
 from ..configuration_vitcls import ViTCLSConfig
 from ..modeling_vitcls import ViTCLSPreTrainedModel
-from .timm_modules import TimmModule, get_class_name, has_pooler, is_present, read_config_fields
+from .timm_modules import TimmModule, get_class_name, is_present, read_config_fields
 from .weight_rules import (
     LAYER_SCALES,
     POSITIONS,
@@ -34,7 +34,6 @@ from .weight_rules import (
     build_model,
     convert_weights,
     repeat_kv,
-    split_classifier,
     split_halves,
     split_positions,
     split_qkv,
@@ -72,12 +71,9 @@ def convert_from_timm(
     except ValueError as error:
         raise ConversionError(str(error)) from None
     weights = convert_weights(rewrite_state_dict(model), build_rules(model), config)
-    if has_interleaved_rotary_channels(model):
-        weights = deinterleave_rotary_channels(weights, config)
-    encoder_weights, head_weights = split_classifier(weights)
-    return build_model(
-        config, encoder_weights, head_weights, classifier, num_labels, add_pooling_layer=has_pooler(model)
-    )
+    weights = deinterleave_rotary_channels(weights, model, config)
+    has_pooler = bool(model.global_pool) and getattr(model, "dist_token", None) is None  # a single pooled output
+    return build_model(config, weights, classifier, num_labels, add_pooling_layer=has_pooler)
 
 
 def rewrite_state_dict(model: TimmModule) -> Weights:
@@ -146,8 +142,7 @@ def concatenate_outputs(weights: Weights, name: str, layer_weights: Sequence[Wei
 
 
 def concatenate_inputs(weights: Weights, name: str, layer_weights: Sequence[Weights]) -> None:
-    """Add the weights of a linear layer that maps the concatenated inputs of several linear layers to the sum of their
-    outputs."""
+    """Add the weights of a linear layer that sums the outputs of several linear layers with concatenated inputs."""
     weights[f"{name}.weight"] = torch.cat([layer["weight"] for layer in layer_weights], dim=1)
     weights[f"{name}.bias"] = torch.stack([layer["bias"] for layer in layer_weights]).sum(dim=0)
 
@@ -164,21 +159,17 @@ def fold_differential_lambda(weights: Weights, prefix: str, lambda_init: float) 
     weights[f"{prefix}sub_norm.weight"] = scale * (1 - lambda_init)
 
 
-def has_interleaved_rotary_channels(model: TimmModule) -> bool:
-    """Return whether the rotary position embeddings rotate pairs of adjacent channels."""
-    return getattr(model, "rope", None) is not None and not getattr(model.blocks[0].attn, "rotate_half", False)
-
-
-def deinterleave_rotary_channels(weights: Weights, config: ViTCLSConfig) -> Weights:
-    """Move the even channels of queries and keys to the front of each head. The attention scores are unchanged."""
-    channel_order = torch.arange(config.head_dim).view(-1, 2).T.flatten()
-
-    def reorder_channels(name: str, tensor: torch.Tensor) -> torch.Tensor:
+def deinterleave_rotary_channels(weights: Weights, model: TimmModule, config: ViTCLSConfig) -> Weights:
+    """Move the even channels of queries and keys to the front of each head, if the rotary position embeddings rotate
+    pairs of adjacent channels. The attention scores are unchanged."""
+    if getattr(model, "rope", None) is None or getattr(model.blocks[0].attn, "rotate_half", False):
+        return weights
+    reordered_weights = dict(weights)
+    for name, tensor in weights.items():
         if re.fullmatch(r"layers\.\d+\.attention\.[qk]_(proj|norm)\.(weight|bias)", name):
-            tensor = tensor.unflatten(0, (-1, config.head_dim))[:, channel_order.to(tensor.device)].flatten(0, 1)
-        return tensor
-
-    return {name: reorder_channels(name, tensor) for name, tensor in weights.items()}
+            pairs = tensor.unflatten(0, (-1, config.head_dim // 2, 2))  # [heads, pairs, 2, ...]
+            reordered_weights[name] = pairs.transpose(1, 2).flatten(0, 2)
+    return reordered_weights
 
 
 # Rules for parameter names ------------------------------------------------------------------------------------------
@@ -269,9 +260,6 @@ MLP_RULES = {
     ],
 }
 
-# If only attention has LayerScale, the LayerScale values of the MLP are 1.
-ATTENTION_LAYER_SCALE_RULES = [Rule("blocks.{i}.gamma_1", LAYER_SCALES, append_ones)]
-
 
 def build_head_rules(attention_pooler: str) -> list[Rule]:
     """Build the rules for modules after the blocks. `attention_pooler` is the target prefix of attention pooling."""
@@ -296,20 +284,16 @@ def build_head_rules(attention_pooler: str) -> list[Rule]:
 def build_rules(model: TimmModule) -> list[Rule]:
     """Build the weight conversion rules of a timm model."""
     block = model.blocks[0]
-    attention_pooler = "pooler.pooler" if is_present(model.fc_norm) else "pooler"
+    mlp: TimmModule = getattr(block, "mlp", None)  # None if the block fuses a plain MLP with attention
+    mlp_key = "Mlp" if mlp is None else get_class_name(mlp)
+    if mlp_key == "GluMlp":
+        mlp_key += ", gate last" if mlp.gate_last else ", gate first"
     has_only_attention_layer_scale = getattr(block, "gamma_1", None) is not None and block.gamma_2 is None
     return [
         *STEM_RULES,
-        *(ATTENTION_LAYER_SCALE_RULES if has_only_attention_layer_scale else []),
+        *([Rule("blocks.{i}.gamma_1", LAYER_SCALES, append_ones)] if has_only_attention_layer_scale else []),
         *BLOCK_RULES,
         *PARALLEL_RULES,
-        *MLP_RULES[get_mlp_key(getattr(block, "mlp", None))],
-        *build_head_rules(attention_pooler),
+        *MLP_RULES[mlp_key],
+        *build_head_rules("pooler.pooler" if is_present(model.fc_norm) else "pooler"),
     ]
-
-
-def get_mlp_key(mlp: TimmModule) -> str:
-    """Return the key of an MLP in `MLP_RULES`. `mlp` is None if the block fuses a plain MLP with attention."""
-    if get_class_name(mlp) == "GluMlp":
-        return f"GluMlp, gate {'last' if mlp.gate_last else 'first'}"
-    return "Mlp" if mlp is None else get_class_name(mlp)

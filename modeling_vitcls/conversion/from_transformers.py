@@ -58,26 +58,20 @@ def convert_from_transformers(
             `classifier` is not valid for the source.
     """
     convertible_class = find_convertible_class(model)
-    source_weights, source_head_weights = split_head(model.state_dict(), convertible_class.encoder_name)
-    fields = convertible_class.family.read_fields(getattr(model.config, "vision_config", model.config), source_weights)
+    family = convertible_class.family
+    weights = strip_encoder_name(model.state_dict(), convertible_class.encoder_name)
+    fields = family.read_fields(getattr(model.config, "vision_config", model.config), weights)
     config = ViTCLSConfig(**fields | dict(convertible_class.fields) | convertible_class.read_labels(model.config))
-    rules = [*(Rule(name, []) for name in convertible_class.unused_patterns), *convertible_class.family.rules]
-    encoder_weights = convert_weights(convertible_class.family.prepare_weights(source_weights), rules, config)
-    head_weights = (
-        None if convertible_class.encoder_name is None else convert_weights(source_head_weights, HEAD_RULES, config)
-    )
-    return build_model(config, encoder_weights, head_weights, classifier, num_labels)
+    rules = [*(Rule(name, []) for name in convertible_class.unused_patterns), *HEAD_RULES, *family.rules]
+    weights = convert_weights(family.prepare_weights(weights), rules, config)
+    has_classifier = convertible_class.encoder_name is not None
+    return build_model(config, weights, classifier, num_labels, has_classifier=has_classifier)
 
 
 def read_labels(config: Any) -> Fields:
     """Return the label names and the problem type that are set in the configuration of the source."""
     label_fields = {"id2label": config.id2label, "label2id": config.label2id, "problem_type": config.problem_type}
     return {name: value for name, value in label_fields.items() if value is not None}
-
-
-def read_embedding_size(config: Any) -> Fields:
-    """Return the size of the image embedding as the number of labels."""
-    return {"num_labels": config.projection_dim}
 
 
 @dataclass(frozen=True)
@@ -95,13 +89,10 @@ def find_convertible_class(model: PreTrainedModel) -> ConvertibleClass:
     """Return the `ConvertibleClass` of a model. Raise ConversionError if the class of the model is not supported."""
     if is_convertible(model):
         return CONVERTIBLE_CLASSES[type(model).__name__]
-    submodule_names = [name for name, module in model.named_children() if is_convertible(module)]
     family_names = sorted({re.split("(Vision)?(Model|For)", name)[0] for name in CONVERTIBLE_CLASSES})
-    hint = (
-        f"Convert the submodule .{submodule_names[0]}"
-        if submodule_names
-        else f"Supported families: {', '.join(family_names)}"
-    )
+    hint = f"Supported families: {', '.join(family_names)}"
+    if submodule_names := [name for name, module in model.named_children() if is_convertible(module)]:
+        hint = f"Convert the submodule .{submodule_names[0]}"
     raise ConversionError(f"{type(model).__name__} cannot be converted. {hint}")
 
 
@@ -110,15 +101,9 @@ def is_convertible(module: torch.nn.Module) -> bool:
     return type(module).__name__ in CONVERTIBLE_CLASSES and type(module).__module__.startswith("transformers.")
 
 
-def split_head(weights: Weights, encoder_name: str | None) -> tuple[Weights, Weights]:
-    """Split a state dict into the encoder's weights, without the prefix of the encoder, and the other weights."""
-    if encoder_name is None:
-        return weights, {}
-    prefix = f"{encoder_name}."
-    encoder_weights = {
-        name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)
-    }
-    return encoder_weights, {name: weight for name, weight in weights.items() if not name.startswith(prefix)}
+def strip_encoder_name(weights: Weights, encoder_name: str | None) -> Weights:
+    """Return a state dict in which the names of the encoder's weights do not start with the name of the encoder."""
+    return {name.removeprefix(f"{encoder_name}."): weight for name, weight in weights.items()}
 
 
 HEAD_RULES = [
@@ -128,13 +113,14 @@ HEAD_RULES = [
     Rule("visual_projection.weight", ["classifier.weight", "classifier.bias"], append_zero_bias),
 ]
 
-NO_DISTILLATION_HEAD = {"distillation_head": False}
 CLS_MEAN_POOLING = {"pooling": "cls_mean"}
 MEAN_POOLING = {"pooling": "mean"}
 POOLED_NORM = {"pooled_norm": True}
 ATTENTION_POOLER_PATTERNS = ("head.{rest}",)
 CLIP_ENCODER = ConvertibleClass(families.CLIP, fields=POOLED_NORM)
-CLIP_EMBEDDER = ConvertibleClass(families.CLIP, "vision_model", POOLED_NORM, read_labels=read_embedding_size)
+CLIP_EMBEDDER = ConvertibleClass(
+    families.CLIP, "vision_model", POOLED_NORM, read_labels=lambda config: {"num_labels": config.projection_dim}
+)
 CLIP_CLASSIFIER = ConvertibleClass(
     families.CLIP, "vision_model", MEAN_POOLING, unused_patterns=("post_layernorm.{rest}",)
 )
@@ -143,7 +129,7 @@ CONVERTIBLE_CLASSES: dict[str, ConvertibleClass] = {
     "ViTModel": ConvertibleClass(families.VIT),
     "ViTForImageClassification": ConvertibleClass(families.VIT, "vit"),
     "DeiTModel": ConvertibleClass(families.DEIT),
-    "DeiTForImageClassification": ConvertibleClass(families.DEIT, "deit", NO_DISTILLATION_HEAD),
+    "DeiTForImageClassification": ConvertibleClass(families.DEIT, "deit", {"distillation_head": False}),
     "DeiTForImageClassificationWithTeacher": ConvertibleClass(families.DEIT, "deit"),
     "ViTMSNModel": ConvertibleClass(families.VIT),
     "ViTMSNForImageClassification": ConvertibleClass(families.VIT, "vit"),

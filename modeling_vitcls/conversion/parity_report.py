@@ -21,7 +21,6 @@ from ..checkpoints import compute_file_digest
 from ..configuration_vitcls import ViTCLSConfig
 from ..cpu_kernels_vitcls import CPUKernel, install_cpu_kernels, uninstall_cpu_kernels
 from ..errors import format_error
-from ..files import write_json
 from ..modeling_vitcls import ViTCLSForImageClassification, ViTCLSPreTrainedModel
 from .source_models import Outputs, SourceModel
 from .weight_rules import ConversionError
@@ -29,9 +28,6 @@ from .weight_rules import ConversionError
 
 # Maximum allowed absolute difference between float32 outputs.
 MAX_DIFFERENCE = 1e-5
-
-NUM_IMAGES = 2
-REPORT_FILE_NAME = "certificate.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,10 +59,6 @@ class ParityReport:
     family: str | None = None  # family of a state-dict file; None for other sources
     source_sha256: str | None = None  # SHA-256 of the state-dict file; None for other sources
 
-    def save(self, folder: Path) -> None:
-        """Write certificate.json."""
-        write_json(folder / REPORT_FILE_NAME, dataclasses.asdict(self))
-
 
 @torch.no_grad()
 def compare_models(
@@ -87,8 +79,8 @@ def compare_models(
         The comparisons, and the reason why only the native size is compared (empty if both sizes are compared).
     """
     comparisons: list[SizeComparison] = []
-    for height, width in (source.image_size, get_non_square_size(source, model)):
-        pixel_values = build_random_images((NUM_IMAGES, model.config.num_channels, height, width))
+    for height, width in (source.image_size, get_non_square_size(source.image_size, model.config.patch_height_width)):
+        pixel_values = build_random_images((2, model.config.num_channels, height, width))
         try:
             source_outputs = source.compute_outputs(pixel_values)
         except Exception as error:  # the exception type depends on the source
@@ -105,15 +97,12 @@ def compare_models(
                 "no logits"
             )
         differences = {name: get_max_magnitude(outputs[name] - source_groups[name]) for name in names}
-        excessive_differences = [
-            f"{name} by {value:.2g}"
-            for name, value in differences.items()
-            if not value <= MAX_DIFFERENCE  # also true for NaN
-        ]
-        if excessive_differences:
+        # `not value <= limit` is also true for NaN.
+        excessive = [f"{name} by {value:.2g}" for name, value in differences.items() if not value <= MAX_DIFFERENCE]
+        if excessive:
             raise ConversionError(
                 f"the outputs of the converted model differ from those of {source.name} at {height} x {width} pixels: "
-                f"{', '.join(excessive_differences)}; the limit is {MAX_DIFFERENCE:g}"
+                f"{', '.join(excessive)}; the limit is {MAX_DIFFERENCE:g}"
             )
         magnitudes = {name: get_max_magnitude(source_groups[name]) for name in names}
         comparisons.append(SizeComparison((height, width), differences, magnitudes))
@@ -139,9 +128,9 @@ def describe_position_embeddings(project: str, config: ViTCLSConfig) -> list[str
     return notes
 
 
-def get_non_square_size(source: SourceModel, model: ViTCLSPreTrainedModel) -> tuple[int, int]:
-    """Return an image size (height, width) with fewer rows and more columns of patches than the native size."""
-    (height, width), (patch_height, patch_width) = source.image_size, model.config.patch_height_width
+def get_non_square_size(image_size: tuple[int, int], patch_size: tuple[int, int]) -> tuple[int, int]:
+    """Return an image size (height, width) with fewer rows and more columns of patches than `image_size`."""
+    (height, width), (patch_height, patch_width) = image_size, patch_size
     rows, columns = height // patch_height, width // patch_width
     return max(1, rows * 3 // 4) * patch_height, (columns * 5 // 4 + 1) * patch_width
 

@@ -4,57 +4,46 @@ A newly initialized model can hide conversion errors, because biases are zero an
 The random values keep activations close to 1 in magnitude, so that an absolute limit on differences is meaningful.
 """
 
+import re
+
 import torch
 from torch import nn
 
 
 @torch.no_grad()
-def randomize_weights(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Fill a model in place with random values and return it in eval mode; the same seed gives the same values.
+def randomize_weights(model: nn.Module) -> nn.Module:
+    """Fill a model in place with random values and return it in eval mode; repeated calls give the same values.
 
     Scales (norms, LayerScale, variances) are uniformly distributed from 0.5 to 1.5. Other values are normally
     distributed with mean 0 and these standard deviations: 1 / sqrt(fan in) for weights of linear and convolution
     layers, 0.2 for biases, 0.1 for the lambdas of differential attention (whose products are exponentiated), and 0.5
     for other tensors (tokens, position embeddings, bias tables). Non-persistent buffers are left unchanged.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     for module in model.modules():
-        for name, tensor in get_direct_tensors(module).items():
+        tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        for name, tensor in tensors:
+            if not tensor.is_floating_point() or name in module._non_persistent_buffers_set:
+                continue
             values = torch.empty(tensor.shape, dtype=torch.float32)
-            if is_scale(name, tensor):
+            std = get_std(module, name, tensor)
+            if std is None:
                 values.uniform_(0.5, 1.5, generator=generator)
             else:
-                values.normal_(std=get_std(module, name, tensor), generator=generator)
+                values.normal_(std=std, generator=generator)
             tensor.copy_(values)
     return model.eval()
 
 
-def get_direct_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the floating-point parameters and persistent buffers of a module, excluding its children."""
-    non_persistent_names = module._non_persistent_buffers_set
-    buffers = {
-        name: buffer for name, buffer in module.named_buffers(recurse=False) if name not in non_persistent_names
-    }
-    tensors = dict(module.named_parameters(recurse=False)) | buffers
-    return {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
-
-
-def is_scale(name: str, tensor: torch.Tensor) -> bool:
-    """Return whether a tensor is a factor that must not be near zero: a norm weight, LayerScale or a variance."""
-    if name.startswith("lambda_"):
-        return False
-    if "std" in name or "var" in name:
-        return True
-    return tensor.ndim == 1 and any(keyword in name for keyword in ("weight", "lambda", "gamma", "scale"))
-
-
-def get_std(module: nn.Module, name: str, tensor: torch.Tensor) -> float:
-    """Return the standard deviation of the random values of a tensor."""
+def get_std(module: nn.Module, name: str, tensor: torch.Tensor) -> float | None:
+    """Return the standard deviation of the random values of a tensor, or None for a scale."""
     if name.startswith("lambda_"):
         return 0.1
+    is_vector_scale = tensor.ndim == 1 and re.search("weight|lambda|gamma|scale", name)
+    if "std" in name or "var" in name or is_vector_scale:
+        return None
     if "bias" in name and tensor.ndim == 1:
         return 0.2
     if isinstance(module, nn.Linear | nn.Conv2d | nn.MultiheadAttention) and tensor.ndim >= 2:
-        std: float = tensor[0].numel() ** -0.5
-        return std
+        return float(tensor[0].numel() ** -0.5)
     return 0.5

@@ -62,10 +62,6 @@ FAMILY_PATTERNS = {
 # Family of encoders that match no pattern, by container key. iBOT encoders may be detected as DINO; the conversion is
 # identical.
 FAMILIES_BY_CONTAINER = {"teacher": "dino", "student": "dino", "model": "mae"}
-AMBIGUOUS_FAMILIES = ("dino", "ibot", "msn", "mae", "deit", "ijepa")  # families with the same parameter names
-
-# Name prefixes of weights that are used only in pre-training, by family.
-PRETRAINING_PREFIXES = {"mae": ("decoder", "mask_token")}
 
 # timm model names of the families without rules, by family and (width, patch size).
 TIMM_FAMILIES: dict[str, dict[tuple[int, int], str]] = {
@@ -94,7 +90,6 @@ TIMM_MODEL_NAMES = {
     "ijepa": "vit_huge_patch14_gap_224.in1k_ijepa",
     "big_vision": "vit_base_patch16_224.augreg_in21k",
 }
-ALTERNATIVE_SOURCES = {"beit": "transformers:microsoft/beit-base-patch16-224"}  # alternative source by family
 FILE_FAMILIES = (*FAMILIES, *TIMM_FAMILIES)
 
 
@@ -106,29 +101,24 @@ class FileSource(TimmSource):
         self.family = family
         self.weights = weights  # weights by parameter name, without containers and prefixes
         self.sha256 = compute_file_digest(file)
-        # Weight and bias of DINOv2's linear classifier, which timm does not support.
-        self.linear_head = (
-            (weights["linear_head.weight"], weights["linear_head.bias"]) if "linear_head.weight" in weights else None
-        )
+        self.has_linear_head = "linear_head.weight" in weights  # DINOv2's linear classifier, which timm does not have
 
     @classmethod
     def load(cls, file: Path, family: str | None = None) -> "FileSource":  # type: ignore[override]
-        """Load a file with one of the `FILE_SUFFIXES`. By default, the family is detected from the parameter names.
-
-        Raise ConversionError if the file is not a state dict of a supported family, or if the family is ambiguous.
-        """
+        """Load a file. By default, the family is detected from the parameter names. Raise ConversionError if the file
+        is not a state dict of a supported family, or if the family is ambiguous."""
         notes: list[str] = []
         weights, container_key = unwrap_weights(read_state_dict(file), notes)
         family = family or detect_family(weights, container_key, file)
-        if family in ALTERNATIVE_SOURCES:
+        if family == "beit":
             raise ConversionError(
-                f"{file} contains {family} weights, but {family} files are not supported. Use "
-                f"another source, for example {ALTERNATIVE_SOURCES[family]}"
+                f"{file} contains beit weights, but beit files are not supported. Use another source, for example "
+                "transformers:microsoft/beit-base-patch16-224"
             )
         if family not in FILE_FAMILIES:
             raise ConversionError(f"--family {family} is unknown. Use one of {', '.join(FILE_FAMILIES)}")
-        unused_prefixes = PRETRAINING_PREFIXES.get(family, ())
-        weights = {name: weight for name, weight in weights.items() if not name.startswith(unused_prefixes)}
+        pretraining_prefixes = ("decoder", "mask_token") if family == "mae" else ()
+        weights = {name: weight for name, weight in weights.items() if not name.startswith(pretraining_prefixes)}
         try:
             if family in TIMM_FAMILIES:
                 model = build_timm_model(weights, family)
@@ -143,7 +133,7 @@ class FileSource(TimmSource):
     @property
     def has_classifier(self) -> bool:
         """Return whether the file contains a classifier or a projection."""
-        return self.linear_head is not None or bool(self.model.num_classes)
+        return self.has_linear_head or super().has_classifier
 
     def convert(self, classifier: ClassifierChoice, num_labels: int | None) -> ViTCLSPreTrainedModel:
         """Convert the weights with the rules of the family, or convert the timm model of a family without rules."""
@@ -158,23 +148,20 @@ class FileSource(TimmSource):
         if self.family in FAMILIES and self.model.pos_embed is not None:
             config = convert_state_dict(self.weights, self.family).config
             num_prefix_tokens = 0 if self.model.no_embed_class else self.model.num_prefix_tokens
-            prefix_position_embeddings, patch_position_embeddings = self.model.pos_embed.data.tensor_split(
-                [num_prefix_tokens], dim=1
-            )
-            patch_position_embeddings = resample_positions(
-                patch_position_embeddings, config.grid_size, model.patch_embed.grid_size, config
-            )
-            model.pos_embed.data = torch.cat([prefix_position_embeddings, patch_position_embeddings], dim=1)
+            prefix_positions, positions = self.model.pos_embed.data.tensor_split([num_prefix_tokens], dim=1)
+            positions = resample_positions(positions, config.grid_size, model.patch_embed.grid_size, config)
+            model.pos_embed.data = torch.cat([prefix_positions, positions], dim=1)
         return model
 
     def compute_outputs(self, pixel_values: torch.Tensor) -> Outputs:
         """Return the outputs of the timm model, and the logits of DINOv2's linear classifier."""
         outputs = super().compute_outputs(pixel_values)
-        if self.linear_head is None:
+        if not self.has_linear_head:
             return outputs
-        sequence, (weight, bias) = outputs["sequence"], self.linear_head
+        sequence = outputs["sequence"]
         pooled = torch.cat([sequence[:, 0], sequence[:, self.model.num_prefix_tokens :].mean(dim=1)], dim=1)
-        return {"sequence": sequence, "logits": nn.functional.linear(pooled, weight.float(), bias.float())}
+        weight, bias = (self.weights[f"linear_head.{name}"].float() for name in ("weight", "bias"))
+        return {"sequence": sequence, "logits": nn.functional.linear(pooled, weight, bias)}
 
     def convert_preprocessing(self) -> ConvertedPreprocessing:
         """Convert timm's preprocessing for the family, at the image size of the weights."""
@@ -188,10 +175,8 @@ class FileSource(TimmSource):
 
 
 def read_state_dict(file: Path) -> Mapping[str, Any]:
-    """Read a state dict, which may be nested, without running code in the file.
-
-    Raise ConversionError if the file has an unsupported format, or is a pickle of objects other than tensors.
-    """
+    """Read a state dict, which may be nested, without running code in the file. Raise ConversionError if the file has
+    an unsupported format, or is a pickle of objects other than tensors."""
     if not file.is_file():
         raise FileNotFoundError(f"{file} is not a file. Use timm:NAME, transformers:PATH_OR_ID or an existing file")
     if file.suffix not in FILE_SUFFIXES:
@@ -218,10 +203,8 @@ def read_state_dict(file: Path) -> Mapping[str, Any]:
 
 
 def unwrap_weights(weights: Mapping[str, Any], notes: list[str]) -> tuple[Weights, str | None]:
-    """Return the tensors of the image encoder, with prefixes stripped, and the key of the innermost container.
-
-    Add a note if the file contains weights outside the encoder, such as the projection head of a teacher.
-    """
+    """Return the tensors of the image encoder, with prefixes stripped, and the key of the innermost container. Add a
+    note if the file contains weights outside the encoder, such as the projection head of a teacher."""
     container_key = None
     while key := next((key for key in CONTAINER_KEYS if isinstance(weights.get(key), Mapping)), None):
         container_key, weights = key, weights[key]
@@ -231,18 +214,12 @@ def unwrap_weights(weights: Mapping[str, Any], notes: list[str]) -> tuple[Weight
         if isinstance(value, torch.Tensor | np.ndarray)
     }
     while prefix := next((prefix for prefix in WRAPPER_PREFIXES if has_encoder(tensors, prefix)), None):
-        encoder_tensors = {
-            name.removeprefix(prefix): tensor
-            for name, tensor in tensors.items()
-            if name.startswith((prefix, "linear_head."))
-        }
-        if len(encoder_tensors) < len(tensors):
-            name = next(name for name in tensors if not name.startswith((prefix, "linear_head.")))
+        kept = {name: tensor for name, tensor in tensors.items() if name.startswith((prefix, "linear_head."))}
+        if other_names := [name for name in tensors if name not in kept]:
             notes.append(
-                f"{len(tensors) - len(encoder_tensors)} weights outside of {prefix}* are not converted, for example "
-                f"{name}"
+                f"{len(other_names)} weights outside of {prefix}* are not converted, for example {other_names[0]}"
             )
-        tensors = encoder_tensors
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in kept.items()}
     return tensors, container_key
 
 
@@ -269,7 +246,7 @@ def detect_family(weights: Weights, container_key: str | None, file: Path) -> st
     if container_key in FAMILIES_BY_CONTAINER:
         return FAMILIES_BY_CONTAINER[container_key]
     raise ConversionError(
-        f"the weights in {file} match several families. Set --family to one of {', '.join(AMBIGUOUS_FAMILIES)}"
+        f"the weights in {file} match several families. Set --family to one of dino, ibot, msn, mae, deit, ijepa"
     )
 
 
@@ -353,8 +330,7 @@ def build_timm_model(weights: Weights, family: str) -> Any:
     if patch_kernel is None or position_embeddings is None:
         raise LookupError("the patch projection or the position embeddings are missing")
     width, patch_size = patch_kernel.shape[0], patch_kernel.shape[-1]
-    name = TIMM_FAMILIES[family].get((width, patch_size))
-    if name is None:
+    if (width, patch_size) not in TIMM_FAMILIES[family]:
         sizes_text = ", ".join(map(str, TIMM_FAMILIES[family]))
         raise ConversionError(
             f"{family} files require a (width, patch size) of {sizes_text}, but this file has ({width}, "
@@ -369,7 +345,7 @@ def build_timm_model(weights: Weights, family: str) -> Any:
         "depth": len(blocks),
         "num_classes": 0 if head_weight is None else len(head_weight),
     }
-    model = timm.create_model(name, pretrained=False, **options)
+    model = timm.create_model(TIMM_FAMILIES[family][width, patch_size], pretrained=False, **options)
     if family == "clip" and "class_embedding" in weights:
         weights = {f"visual.{name}": tensor for name, tensor in weights.items()}
     load_timm_weights(model, weights)

@@ -1,9 +1,8 @@
 """Load a timm or transformers model with trained weights or with random values.
 
-    source = load_source("timm:vit_base_patch16_clip_224.openai")
-    source = load_source("transformers:facebook/dinov2-base")
-    source = load_source("transformers:facebook/dinov2-base@COMMIT")                # commit, branch or tag on the Hub
-    source = load_source("transformers:path/to/checkpoint", random_init=True)      # requires only config.json
+    source = TimmSource.load("vit_base_patch16_clip_224.openai", random_init=False)
+    source = TransformersSource.load("facebook/dinov2-base@COMMIT", random_init=False)  # commit, branch or tag
+    source = TransformersSource.load("path/to/checkpoint", random_init=True)            # requires only config.json
 
 A source converts its model and its preprocessing, and computes reference outputs for the parity report.
 """
@@ -12,7 +11,7 @@ import copy
 import difflib
 import inspect
 import pickle
-from collections.abc import Callable
+from math import isqrt
 from typing import Any
 
 import torch
@@ -99,11 +98,8 @@ class TimmSource:
         return convert_from_timm(self.model, classifier=classifier, num_labels=num_labels)
 
     def compute_outputs(self, pixel_values: torch.Tensor) -> Outputs:
-        """Return a dict with "sequence" and either "logits" or "pooled" for images [B, C, H, W].
-
-        For image sizes other than the native size, the outputs are computed by a copy of the model after
-        `set_input_size`. timm may raise any exception if the model does not support the image size.
-        """
+        """Return a dict with "sequence" and either "logits" or "pooled" for images [B, C, H, W]. timm may raise any
+        exception if the model does not support the image size."""
         height, width = pixel_values.shape[-2:]
         model: Any = self.model if (height, width) == self.image_size else self.build_resized_model((height, width))
         sequence = model.forward_features(pixel_values)
@@ -129,11 +125,10 @@ class TransformersSource:
         """Load a model from a folder or by a Hub id, optionally with `@REVISION`. `random_init` requires only
         config.json."""
         name_or_path, revision = split_revision(name)
-        folder = (
-            get_model_folder(name_or_path, CONFIG_FILES, revision)
-            if random_init
-            else get_external_model_folder(name_or_path, revision)
-        )
+        if random_init:
+            folder = get_model_folder(name_or_path, CONFIG_FILES, revision)
+        else:
+            folder = get_external_model_folder(name_or_path, revision)
         try:
             config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         except Exception as error:  # ValueError for unknown model types, OSError for missing files, Hub errors
@@ -166,11 +161,8 @@ class TransformersSource:
     def image_size(self) -> tuple[int, int]:
         """Image size in the configuration, or the size of a square image with `num_patches` patches for SigLIP 2."""
         config = getattr(self.model.config, "vision_config", self.model.config)
-        if hasattr(config, "image_size"):
-            size = config.image_size
-            return (size, size) if isinstance(size, int) else tuple(size)
-        image_side = int(config.num_patches**0.5) * config.patch_size
-        return image_side, image_side
+        size = config.image_size if hasattr(config, "image_size") else isqrt(config.num_patches) * config.patch_size
+        return (size, size) if isinstance(size, int) else tuple(size)
 
     @property
     def has_classifier(self) -> bool:
@@ -223,22 +215,6 @@ class TransformersSource:
 
 SourceModel = TimmSource | TransformersSource
 
-SOURCE_LOADERS: dict[str, Callable[[str, bool], SourceModel]] = {
-    "timm": TimmSource.load,
-    "transformers": TransformersSource.load,
-}
-
-
-def load_source(source: str, random_init: bool = False) -> SourceModel:
-    """Load `timm:NAME` or `transformers:PATH_OR_ID`, where an id may end with `@REVISION`.
-
-    Raise ValueError or OSError with a one-line message if the source does not exist or is not supported.
-    """
-    project, _, name = source.partition(":")
-    if project not in SOURCE_LOADERS or not name:
-        raise ConversionError(f"source {source!r} is not supported. Use timm:NAME or transformers:PATH_OR_ID")
-    return SOURCE_LOADERS[project](name, random_init)
-
 
 def import_timm() -> Any:
     """Import timm and return the module. Raise ConversionError if timm is not installed."""
@@ -254,8 +230,7 @@ def get_convertible_class(config: transformers.PreTrainedConfig) -> Any:
     architecture = (config.architectures or [""])[0]
     name = ENCODER_CLASS_NAMES.get(architecture, architecture)
     if not architecture:
-        model_class: Any = transformers.MODEL_MAPPING.get(type(config), None)
-        name = getattr(model_class, "__name__", "")
+        name = getattr(transformers.MODEL_MAPPING.get(type(config), None), "__name__", "")
     if name not in CONVERTIBLE_CLASSES:
         raise ConversionError(
             f"{architecture or type(config).__name__} cannot be converted. Use a plain ViT that docs/coverage.md lists"
@@ -264,11 +239,8 @@ def get_convertible_class(config: transformers.PreTrainedConfig) -> Any:
 
 
 def load_transformers_model(model_class: Any, name_or_path: str, folder: str) -> tuple[Any, list[str]]:
-    """Load a transformers model in the saved dtype, and return the model and notes on loading.
-
-    If the checkpoint has no pooler, the model is loaded without a pooler. By default, transformers would add a pooler
-    with random values.
-    """
+    """Load a transformers model in the saved dtype, and return the model and notes on loading. If the checkpoint has
+    no pooler, the model is loaded without a pooler; by default, transformers adds a pooler with random values."""
     notes: list[str] = []
     options: dict[str, Any] = {"dtype": "auto", "output_loading_info": True}
     try:

@@ -35,6 +35,8 @@ def read_config_fields(model: TimmModule) -> Fields:
     block_class = get_class_name(first_block)
     check_supported(block_class in BLOCK_READERS, f"blocks of class {block_class}")
     block_fields = BLOCK_READERS[block_class](first_block)
+    last_block_modules = model.blocks[-1].modules()  # the last block has the highest drop path rate
+    drop_path_rates = [module.drop_prob for module in last_block_modules if get_class_name(module) == "DropPath"]
     return {
         **read_patch_embedding(model),
         **read_tokens(model),
@@ -43,7 +45,7 @@ def read_config_fields(model: TimmModule) -> Fields:
         **read_norms(model),
         **block_fields,
         "num_hidden_layers": len(model.blocks),
-        "drop_path_rate": read_drop_path_rate(model.blocks[-1]),
+        "drop_path_rate": float(max(drop_path_rates, default=0.0)),
         **read_pooling(model, block_fields.get("hidden_act")),
         **read_labels(model),
     }
@@ -172,19 +174,15 @@ def read_norms(model: TimmModule) -> Fields:
     }
 
 
-def read_pre_norm_block(block: TimmModule) -> Fields:
-    """Return the fields of a pre-norm block, which applies attention and then an MLP."""
+def read_block(block: TimmModule) -> Fields:
+    """Return the fields of a block that applies attention and then an MLP."""
+    layer_type = "post" if get_class_name(block) in ("ResPostBlock", "EvaBlockPostNorm") else "standard"
     return {
-        "layer_type": "standard",
+        "layer_type": layer_type,
         **read_attention(block.attn),
         **read_mlp(block.mlp),
         **read_layer_scale(block),
     }
-
-
-def read_post_norm_block(block: TimmModule) -> Fields:
-    """Return the fields of a block with norms after attention and MLP."""
-    return {**read_pre_norm_block(block), "layer_type": "post"}
 
 
 def read_parallel_block(block: TimmModule) -> Fields:
@@ -225,10 +223,10 @@ def read_branched_block(block: TimmModule) -> Fields:
 
 
 BLOCK_READERS: dict[str, Callable[[TimmModule], Fields]] = {
-    "Block": read_pre_norm_block,
-    "EvaBlock": read_pre_norm_block,
-    "ResPostBlock": read_post_norm_block,
-    "EvaBlockPostNorm": read_post_norm_block,
+    "Block": read_block,
+    "EvaBlock": read_block,
+    "ResPostBlock": read_block,
+    "EvaBlockPostNorm": read_block,
     "ParallelScalingBlock": read_parallel_block,
     "DiffParallelScalingBlock": read_parallel_block,
     "ParallelThingsBlock": read_branched_block,
@@ -296,12 +294,6 @@ def read_layer_scale(block: TimmModule) -> Fields:
     return {"layer_scale_init_value": float(block.init_values)} if has_layer_scale else {}
 
 
-def read_drop_path_rate(last_block: TimmModule) -> float:
-    """Return the drop path rate of the last block, which has the highest rate."""
-    rates = [module.drop_prob for module in last_block.modules() if get_class_name(module) == "DropPath"]
-    return float(max(rates, default=0.0))
-
-
 def read_pooling(model: TimmModule, hidden_act: str | None) -> Fields:
     """Return the fields of the pooling method before the head."""
     if not model.global_pool:
@@ -358,11 +350,6 @@ def read_activation(module: TimmModule) -> str:
     if getattr(module, "approximate", "none") == "tanh":
         return ACTIVATIONS["GELUTanh"]
     return ACTIVATIONS[name]
-
-
-def has_pooler(model: TimmModule) -> bool:
-    """Return whether the model has a single pooled output, that is, a `global_pool` and no distillation token."""
-    return bool(model.global_pool) and getattr(model, "dist_token", None) is None
 
 
 def get_class_name(module: TimmModule) -> str:

@@ -24,7 +24,7 @@ from ..configuration_vitcls import ViTCLSConfig
 from ..errors import format_error
 from ..modeling_vitcls import ViTCLSPreTrainedModel
 from .equivalent_models import REWRITES, Rewrite
-from .from_transformers import CONVERTIBLE_CLASSES, HEAD_RULES, ConvertibleClass, read_labels, split_head
+from .from_transformers import CONVERTIBLE_CLASSES, HEAD_RULES, read_labels, strip_encoder_name
 from .transformers_families import SHARED_FIELDS, compute_dinov2_mlp_size
 from .weight_rules import ConversionError, revert_weights, simplify_size
 
@@ -57,13 +57,7 @@ def convert_to_transformers(model: ViTCLSPreTrainedModel, native_size_only: bool
         raise ConversionError(f"transformers has no class for the task of {name}. Convert the encoder, model.vitcls")
     best_match = find_best_match(name, model.config, native_size_only)
     if best_match.mismatches:
-        hint = describe_encoder_target(model)
-        if not native_size_only and not (native_match := find_best_match(name, model.config, True)).mismatches:
-            target_name = native_match.target.name
-            hint = (
-                f". {target_name} has equal outputs at the native size: set native_size_only=True, or omit --any-size"
-            )
-        raise ConversionError(f"{', '.join(best_match.mismatches)}{describe_nearest_target(best_match)}{hint}")
+        raise ConversionError(describe_mismatches(best_match, model, native_size_only))
     return build_transformers_model(best_match, model)
 
 
@@ -73,14 +67,7 @@ class TargetClass:
 
     name: str
     build_settings: Callable[[ViTCLSConfig], Settings]  # function that returns configuration fields of the class
-    # function that returns keyword arguments of the class
-    build_options: Callable[[ViTCLSConfig], dict[str, bool]] = lambda config: {}
-    has_fixed_pooling: bool = True  # whether the class always has a pooled output
-
-    @property
-    def convertible_class(self) -> ConvertibleClass:
-        """Return the `ConvertibleClass` that converts this transformers class to a class of this package."""
-        return CONVERTIBLE_CLASSES[self.name]
+    has_optional_pooler: bool = False  # whether the pooler and the mask token are optional arguments of the class
 
     def build(self, config: ViTCLSConfig) -> PreTrainedModel:
         """Build a newly initialized transformers model with the settings of a configuration."""
@@ -92,18 +79,17 @@ class TargetClass:
         settings |= self.build_settings(config) | read_labels(config)
         supported_fields = {field.name for field in dataclasses.fields(model_class.config_class)}
         settings = {name: value for name, value in settings.items() if name in supported_fields}
-        model: PreTrainedModel = model_class(model_class.config_class(**settings), **self.build_options(config))
+        options = {}
+        if self.has_optional_pooler:
+            has_pooler = config.pooled_activation is not None
+            options = {"add_pooling_layer": has_pooler, "use_mask_token": config.use_mask_token}
+        model: PreTrainedModel = model_class(model_class.config_class(**settings), **options)
         return model
 
 
 def build_vit_settings(config: ViTCLSConfig) -> Settings:
     """Build the configuration of ViT and DeiT."""
-    return {"qkv_bias": any(get_qkv_biases(config)), "pooler_act": config.pooled_activation or "tanh"}
-
-
-def build_vit_options(config: ViTCLSConfig) -> dict[str, bool]:
-    """Build the constructor arguments of `ViTModel` and `DeiTModel`."""
-    return {"add_pooling_layer": config.pooled_activation is not None, "use_mask_token": config.use_mask_token}
+    return {"qkv_bias": any(get_qkv_biases(config).values()), "pooler_act": config.pooled_activation or "tanh"}
 
 
 def build_dinov2_settings(config: ViTCLSConfig) -> Settings:
@@ -111,7 +97,7 @@ def build_dinov2_settings(config: ViTCLSConfig) -> Settings:
     is_gated = config.mlp_type != "mlp"
     mlp_ratios = {compute_dinov2_mlp_size(config.hidden_size, ratio, is_gated): ratio for ratio in range(16, 0, -1)}
     return {
-        "qkv_bias": any(get_qkv_biases(config)),
+        "qkv_bias": any(get_qkv_biases(config).values()),
         "mlp_ratio": mlp_ratios.get(config.intermediate_size, 4),
         "use_swiglu_ffn": is_gated,
         "layerscale_value": float(config.layer_scale_init_value or 1.0),
@@ -122,13 +108,10 @@ def build_dinov2_settings(config: ViTCLSConfig) -> Settings:
 
 def build_dinov3_settings(config: ViTCLSConfig) -> Settings:
     """Build the configuration of DINOv3."""
-    query_bias, key_bias, value_bias = get_qkv_biases(config)
     return {
         "num_register_tokens": config.num_register_tokens,
         "rope_theta": float(config.rope_theta),
-        "query_bias": query_bias,
-        "key_bias": key_bias,
-        "value_bias": value_bias,
+        **get_qkv_biases(config),
         "proj_bias": config.projection_bias,
         "mlp_bias": config.mlp_bias,
         "use_gated_mlp": config.mlp_type != "mlp",
@@ -140,8 +123,8 @@ def build_dinov3_settings(config: ViTCLSConfig) -> Settings:
 
 TARGETS: dict[str, list[TargetClass]] = {
     "ViTCLSModel": [
-        TargetClass("ViTModel", build_vit_settings, build_vit_options, has_fixed_pooling=False),
-        TargetClass("DeiTModel", build_vit_settings, build_vit_options, has_fixed_pooling=False),
+        TargetClass("ViTModel", build_vit_settings, has_optional_pooler=True),
+        TargetClass("DeiTModel", build_vit_settings, has_optional_pooler=True),
         TargetClass("Dinov2Model", build_dinov2_settings),
         TargetClass("Dinov2WithRegistersModel", build_dinov2_settings),
         TargetClass("DINOv3ViTModel", build_dinov3_settings),
@@ -163,8 +146,7 @@ class TargetMatch:
     target: TargetClass
     config: ViTCLSConfig  # configuration of the model after `applied_rewrites`
     mismatches: list[str]  # fields that the target does not support, as `name=value`, or one error message
-    target_values: list[str]  # values of the mismatched fields in the target, as `name=value`
-    mismatched_names: frozenset[str] = frozenset()  # names of the mismatched fields
+    target_values: dict[str, str]  # values of the mismatched fields in the target, as `name=value`, by field name
     # rewrites, each with the configuration before and after the rewrite
     applied_rewrites: tuple[tuple[Rewrite, ViTCLSConfig, ViTCLSConfig], ...] = ()
 
@@ -179,9 +161,11 @@ def find_equivalent_match(target: TargetClass, config: ViTCLSConfig, native_size
     """Apply all rewrites that reduce the number of mismatches, and return the match of the new configuration."""
     match = compare_with_target(target, config)
     for rewrite in REWRITES:
-        if not rewrite.field_names & match.mismatched_names or (rewrite.is_native_size_only and not native_size_only):
+        if rewrite.is_native_size_only and not native_size_only:
             continue
         for changed_fields in rewrite.propose_changes(match.config):
+            if not changed_fields.keys() & match.target_values.keys():
+                continue
             rewritten_match = compare_with_target(target, replace_fields(match.config, changed_fields))
             if len(rewritten_match.mismatches) < len(match.mismatches):
                 match = replace(
@@ -194,18 +178,22 @@ def find_equivalent_match(target: TargetClass, config: ViTCLSConfig, native_size
 
 def compare_with_target(target: TargetClass, config: ViTCLSConfig) -> TargetMatch:
     """Build the target from a configuration, convert the target configuration back, and compare the fields."""
-    convertible_class = target.convertible_class
+    convertible_class = CONVERTIBLE_CLASSES[target.name]
     try:
         with torch.device("meta"):
             target_model = target.build(config)
-        weights, _ = split_head(target_model.state_dict(), convertible_class.encoder_name)
+        weights = strip_encoder_name(target_model.state_dict(), convertible_class.encoder_name)
         fields = convertible_class.family.read_fields(target_model.config, weights) | dict(convertible_class.fields)
         round_trip_config = ViTCLSConfig(**fields)
     except (TypeError, ValueError) as error:  # a value that the class or this version of transformers does not support
-        return TargetMatch(target, config, [format_error(error)], [])
+        return TargetMatch(target, config, [format_error(error)], {})
     has_head = convertible_class.encoder_name is not None
     values, target_values = get_effective_fields(config, has_head), get_effective_fields(round_trip_config, has_head)
-    ignored_fields = POOLING_FIELDS if not target.has_fixed_pooling and has_weightless_pooler(config) else set()
+    # The outputs of a class without a pooler can be pooled by the user, if pooling has no weights.
+    has_weightless_pooler = (
+        config.pooling != "attention" and not config.pooled_norm and config.pooled_activation is None
+    )
+    ignored_fields = POOLING_FIELDS if target.has_optional_pooler and has_weightless_pooler else set()
     mismatched_names = [
         name
         for name in values
@@ -217,16 +205,14 @@ def compare_with_target(target: TargetClass, config: ViTCLSConfig) -> TargetMatc
         target,
         config,
         [f"{name}={values[name]!r}" for name in mismatched_names],
-        [f"{name}={target_values[name]!r}" for name in mismatched_names],
-        frozenset(mismatched_names),
+        {name: f"{name}={target_values[name]!r}" for name in mismatched_names},
     )
 
 
 def is_mismatch(name: str, value: Any, target_value: Any) -> bool:
-    """Return whether the target does not support the value of a field.
+    """Return whether the target does not support the value of a field. Initial LayerScale values are not compared.
 
-    A target may have biases and LayerScale that the model does not have, because `build_neutral_weight` builds weights
-    without effect. Initial LayerScale values are not compared.
+    A target may have biases and LayerScale that the model does not have. Their weights are set to `NEUTRAL_WEIGHTS`.
     """
     if name == "layer_scale_init_value":
         return value is not None and target_value is None
@@ -235,23 +221,26 @@ def is_mismatch(name: str, value: Any, target_value: Any) -> bool:
     return bool((value or None) != (target_value or None))
 
 
-def describe_nearest_target(match: TargetMatch) -> str:
-    """Return the part of the error message that names the nearest class, or "" if the mismatch is an error message."""
-    if not match.target_values:
-        return ""
-    return (
-        f" cannot be converted: transformers has no class with this configuration. The nearest class, "
-        f"{match.target.name}, has {', '.join(match.target_values)}"
-    )
-
-
-def describe_encoder_target(model: ViTCLSPreTrainedModel) -> str:
-    """Return the part of the error message that names a class for the encoder of a classifier, or "" if no class
-    supports the encoder."""
-    if not hasattr(model, "vitcls"):
-        return ""
-    match = find_best_match("ViTCLSModel", model.config, native_size_only=False)
-    return "" if match.mismatches else f". The encoder, model.vitcls, can be converted to {match.target.name}"
+def describe_mismatches(match: TargetMatch, model: ViTCLSPreTrainedModel, native_size_only: bool) -> str:
+    """Return an error message with the unsupported fields, the nearest class, and a class that supports the model at
+    the native size, or else a class that supports the encoder of a classifier."""
+    message = ", ".join(match.mismatches)
+    if match.target_values:  # otherwise, the only mismatch is an error message
+        message += (
+            " cannot be converted: transformers has no class with this configuration. The nearest class, "
+            f"{match.target.name}, has {', '.join(match.target_values.values())}"
+        )
+    if not native_size_only:
+        native_match = find_best_match(type(model).__name__, model.config, native_size_only=True)
+        if not native_match.mismatches:
+            name = native_match.target.name
+            hint = f"{name} has equal outputs at the native size: set native_size_only=True, or omit --any-size"
+            return f"{message}. {hint}"
+    if hasattr(model, "vitcls"):
+        encoder_match = find_best_match("ViTCLSModel", model.config, native_size_only=False)
+        if not encoder_match.mismatches:
+            return f"{message}. The encoder, model.vitcls, can be converted to {encoder_match.target.name}"
+    return message
 
 
 POOLING_FIELDS = {"pooling", "cls_pooling", "pooled_cls_tokens"}
@@ -277,17 +266,19 @@ def get_effective_fields(config: ViTCLSConfig, has_head: bool) -> dict[str, Any]
     inherited_fields = {field.name for field in dataclasses.fields(PreTrainedConfig)}
     names = [field.name for field in dataclasses.fields(config) if field.name not in inherited_fields | IGNORED_FIELDS]
     field_values = {name: getattr(config, name) for name in names}
-    query_bias, key_bias, value_bias = get_qkv_biases(config)
+    position_embedding_tokens = config.position_embedding_tokens  # restricted below to tokens that the model has
+    if position_embedding_tokens == "all" and not config.num_distillation_tokens + config.num_register_tokens:
+        position_embedding_tokens = "cls"
+    if position_embedding_tokens == "cls" and not config.num_cls_tokens:
+        position_embedding_tokens = "patches"
     field_values |= {
         "image_size": list(config.image_height_width),
         "patch_size": list(config.patch_height_width),
         "attention_head_size": config.head_dim,
-        "query_bias": query_bias,
-        "key_bias": key_bias,
-        "value_bias": value_bias,
+        **get_qkv_biases(config),
         "mlp_type": "mlp" if config.mlp_type == "mlp" else "glu",
         "hidden_act": get_activation(config),
-        "position_embedding_tokens": get_position_embedding_tokens(config),
+        "position_embedding_tokens": position_embedding_tokens,
         "distillation_head": config.has_distillation_head,
         "cls_scopes": config.cls_scopes if any(scope != "image" for scope in config.cls_scopes or ()) else None,
     }
@@ -298,10 +289,9 @@ def get_effective_fields(config: ViTCLSConfig, has_head: bool) -> dict[str, Any]
 def get_unused_fields(config: ViTCLSConfig, has_head: bool) -> set[str]:
     """Return the fields that have no effect because of other fields."""
     has_single_pooled_cls = config.num_cls_tokens == 1 or config.pooling not in ("cls", "cls_mean")
-    attention_pool_fields = {
-        field.name for field in dataclasses.fields(config) if field.name.startswith("attention_pool_")
-    }
-    rotary_fields = {field.name for field in dataclasses.fields(config) if field.name.startswith("rope_")}
+    names = [field.name for field in dataclasses.fields(config)]
+    attention_pool_fields = {name for name in names if name.startswith("attention_pool_")}
+    rotary_fields = {name for name in names if name.startswith("rope_")}
     unused_conditions = [
         (not has_head, HEAD_FIELDS),
         (not config.position_embedding_type.startswith("learned"), LEARNED_POSITION_FIELDS),
@@ -314,17 +304,10 @@ def get_unused_fields(config: ViTCLSConfig, has_head: bool) -> set[str]:
     return {name for is_unused, names in unused_conditions if is_unused for name in names}
 
 
-def has_weightless_pooler(config: ViTCLSConfig) -> bool:
-    """Return whether pooling has no weights, so that users can pool the outputs of a class without a pooler."""
-    return config.pooling != "attention" and not config.pooled_norm and config.pooled_activation is None
-
-
-def get_qkv_biases(config: ViTCLSConfig) -> tuple[bool, bool, bool]:
-    """Return whether the query, key and value projections have biases."""
-    query, key, value = (
-        config.qkv_bias if bias is None else bias for bias in (config.query_bias, config.key_bias, config.value_bias)
-    )
-    return query, key, value
+def get_qkv_biases(config: ViTCLSConfig) -> dict[str, bool]:
+    """Return `query_bias`, `key_bias` and `value_bias`: whether each of these projections has a bias."""
+    biases = {name: getattr(config, name) for name in ("query_bias", "key_bias", "value_bias")}
+    return {name: config.qkv_bias if bias is None else bias for name, bias in biases.items()}
 
 
 def get_activation(config: ViTCLSConfig) -> str:
@@ -332,14 +315,7 @@ def get_activation(config: ViTCLSConfig) -> str:
     return "silu" if config.mlp_type == "swiglu" else config.hidden_act
 
 
-def get_position_embedding_tokens(config: ViTCLSConfig) -> str:
-    """Return `position_embedding_tokens`, restricted to tokens that the model has."""
-    if config.position_embedding_tokens == "all" and config.num_distillation_tokens + config.num_register_tokens:
-        return "all"
-    return "patches" if config.position_embedding_tokens == "patches" or not config.num_cls_tokens else "cls"
-
-
-# Value with which a parameter has no effect, by the last component of its name. Mask tokens are initialized to zero.
+# Value with which a parameter has no effect, by the last component of its name.
 NEUTRAL_WEIGHTS = {"bias": 0.0, "lambda1": 1.0, "mask_token": 0.0}
 
 
@@ -347,29 +323,26 @@ def build_transformers_model(match: TargetMatch, model: ViTCLSPreTrainedModel) -
     """Build the transformers model that `match` describes, with the weights of `model`."""
     target = match.target
     transformers_model = target.build(match.config)
-    encoder_name = target.convertible_class.encoder_name
-    encoder_weights, head_weights = map(dict, split_head(model.state_dict(), "vitcls" if encoder_name else None))
+    target_weights = transformers_model.state_dict()
+    convertible_class = CONVERTIBLE_CLASSES[target.name]
+    encoder_name = convertible_class.encoder_name
+    weights = strip_encoder_name(model.state_dict(), "vitcls")
     for rewrite, old_config, new_config in match.applied_rewrites:
-        rewrite.rewrite_weights(encoder_weights, head_weights, old_config, new_config)
-    target_encoder_weights, target_head_weights = split_head(transformers_model.state_dict(), encoder_name)
-    if "embeddings.mask_token" in encoder_weights and "embeddings.mask_token" not in target_encoder_weights:
+        rewrite.rewrite_weights(weights, old_config, new_config)
+    reference = strip_encoder_name(target_weights, encoder_name)
+    if "embeddings.mask_token" in weights and "embeddings.mask_token" not in reference:
         logger.warning(f"{target.name} has no mask token, so the mask token is dropped")
-        del encoder_weights["embeddings.mask_token"]
-    encoder_weights = revert_weights(encoder_weights, target.convertible_class.family.rules, target_encoder_weights)
-    weights = {f"{encoder_name}.{name}" if encoder_name else name: weight for name, weight in encoder_weights.items()}
-    weights |= revert_weights(head_weights, HEAD_RULES, target_head_weights)
-    for name, weight in transformers_model.state_dict().items():
-        if name not in weights:
-            weights[name] = build_neutral_weight(name, weight)
+        del weights["embeddings.mask_token"]
+    weights = revert_weights(weights, [*HEAD_RULES, *convertible_class.family.rules], reference)
+    for name, weight in target_weights.items():
+        encoder_weight_name, parameter_name = name.removeprefix(f"{encoder_name}."), name.rpartition(".")[2]
+        if encoder_weight_name in weights:
+            target_weights[name] = weights[encoder_weight_name]
+        elif parameter_name in NEUTRAL_WEIGHTS or not weight.numel():
+            target_weights[name] = torch.full_like(weight, NEUTRAL_WEIGHTS.get(parameter_name, 0.0))
+        else:
+            raise ConversionError(f"weights missing: {name}")
     transformers_model.to(device=model.device, dtype=model.dtype)  # type: ignore[call-arg]  # `to` is untyped in transformers
-    transformers_model.load_state_dict(weights)
+    transformers_model.load_state_dict(target_weights)
     transformers_model.eval()
     return transformers_model
-
-
-def build_neutral_weight(name: str, weight: torch.Tensor) -> torch.Tensor:
-    """Build a weight that does not affect the outputs, such as a zero bias."""
-    parameter_name = name.rsplit(".", 1)[-1]
-    if parameter_name not in NEUTRAL_WEIGHTS and weight.numel():
-        raise ConversionError(f"weights missing: {name}")
-    return torch.full_like(weight, NEUTRAL_WEIGHTS.get(parameter_name, 0.0))

@@ -162,8 +162,7 @@ DINOV2_RULES = [
 
 
 def compute_dinov2_mlp_size(hidden_size: int, ratio: float, is_gated: bool) -> int:
-    """Return the hidden size of DINOv2's MLP. A gated MLP is narrower, with about as many parameters as a plain
-    MLP."""
+    """Return the hidden size of DINOv2's MLP. A gated MLP has about as many parameters as a plain MLP."""
     width = int(hidden_size * ratio)
     return (int(width * 2 / 3) + 7) // 8 * 8 if is_gated else width
 
@@ -178,17 +177,13 @@ def read_dinov2_layer_fields(config: Any) -> Fields:
 
 
 def read_dinov2_fields(config: Any, weights: Weights) -> Fields:
-    """Return the fields of DINOv2, with or without registers.
-
-    Unlike the authors' code, transformers resamples position embeddings without an offset.
-    `Dinov2WithRegistersModel` resamples with antialiasing. The registers have no position embeddings.
-    """
+    """Return the fields of DINOv2, with or without registers. Unlike the authors' code, transformers resamples
+    position embeddings without an offset. `Dinov2WithRegistersModel` resamples with antialiasing."""
     check_square_image(config)
     fields = read_common_fields(config, weights) | read_dinov2_layer_fields(config)
-    num_registers = getattr(config, "num_register_tokens", None)
-    if num_registers is None:
-        return fields
-    return fields | {"num_register_tokens": num_registers, "position_antialias": True}
+    if hasattr(config, "num_register_tokens"):
+        fields |= {"num_register_tokens": config.num_register_tokens, "position_antialias": True}
+    return fields
 
 
 def read_tipsv2_fields(config: Any, weights: Weights) -> Fields:
@@ -198,8 +193,7 @@ def read_tipsv2_fields(config: Any, weights: Weights) -> Fields:
 
 def select_by_mlp_type(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
     """Return the tensor for the first target if the MLP is plain, and for the second target if the MLP is gated."""
-    empty_tensor = tensor[:0]
-    return [tensor, empty_tensor] if config.mlp_type == "mlp" else [empty_tensor, tensor]
+    return [tensor, tensor[:0]] if config.mlp_type == "mlp" else [tensor[:0], tensor]
 
 
 # DINOv3 (arXiv 2508.10104). The plain MLP has the parameter names of a gated MLP without the gate.
@@ -411,8 +405,7 @@ BEIT_RULES = [
     Rule("embeddings.position_embeddings", POSITIONS, split_positions, axis=1),
     Rule("embeddings.{rest}", "embeddings.{rest}"),
     Rule("layers.{i}.relative_position_bias.relative_position_bias_table", "view.tables[{i}]"),
-    Rule("layers.{i}.lambda_1", "layers.{i}.layer_scale1.lambda1"),
-    Rule("layers.{i}.lambda_2", "layers.{i}.layer_scale2.lambda1"),
+    Rule("layers.{i}.lambda_{n}", "layers.{i}.layer_scale{n}.lambda1"),
     Rule("layers.{i}.{rest}", "layers.{i}.{rest}"),
     Rule("shared_position_bias.relative_position_bias_table", "view.tables[0]"),
     Rule("layernorm.{rest}", "layernorm.{rest}"),
@@ -426,8 +419,7 @@ DATA2VEC_RULES = [
     *BERT_ATTENTION_RULES,
     Rule("encoder.layer.{i}.intermediate.dense.{rest}", "layers.{i}.mlp.fc1.{rest}"),
     Rule("encoder.layer.{i}.output.dense.{rest}", "layers.{i}.mlp.fc2.{rest}"),
-    Rule("encoder.layer.{i}.lambda_1", "layers.{i}.layer_scale1.lambda1"),
-    Rule("encoder.layer.{i}.lambda_2", "layers.{i}.layer_scale2.lambda1"),
+    Rule("encoder.layer.{i}.lambda_{n}", "layers.{i}.layer_scale{n}.lambda1"),
     Rule("encoder.layer.{i}.{rest}", "layers.{i}.{rest}"),
     Rule("encoder.relative_position_bias.relative_position_bias_table", "view.tables[0]"),
     *BEIT_RULES,
@@ -452,15 +444,14 @@ def read_beit_fields(config: Any, weights: Weights) -> Fields:
 
 def add_shared_bias(weights: Weights) -> Weights:
     """Add the shared relative position bias table to the table of each layer, if the model has both types."""
+    shared_prefixes = ("shared_position_bias.", "encoder.relative_position_bias.")
     table_names = [name for name in weights if name.endswith("relative_position_bias_table")]
-    shared_table_names = [
-        name for name in table_names if name.startswith(("shared_position_bias.", "encoder.relative_position_bias."))
-    ]
-    layer_table_names = [name for name in table_names if name not in shared_table_names]
-    if not shared_table_names or not layer_table_names:
+    shared_table_name = next((name for name in table_names if name.startswith(shared_prefixes)), None)
+    if shared_table_name is None or len(table_names) == 1:
         return weights
-    summed_tables = {name: weights[name] + weights[shared_table_names[0]] for name in layer_table_names}
-    return {name: tensor for name, tensor in weights.items() if name not in shared_table_names} | summed_tables
+    weights = dict(weights)
+    shared_table = weights.pop(shared_table_name)
+    return weights | {name: weights[name] + shared_table for name in table_names if name in weights}
 
 
 # RADIO (arXiv 2312.06709).

@@ -15,7 +15,7 @@ In a pattern, `{i}` matches a number, and other placeholders match any text. The
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -99,36 +99,27 @@ class Rule:
     transform: Transform = lambda tensor, config: [tensor]
     axis: int = 0  # axis along which `revert_weights` concatenates the targets
 
-    def match(self, name: str) -> dict[str, str] | None:
-        """Return the values of the placeholders in `name`, or None if the pattern does not match."""
+    def match(self, name: str) -> list[str] | None:
+        """Return the target names of the parameter `name`, or None if the pattern does not match."""
         escaped_pattern = re.escape(self.pattern).replace(r"\{i\}", r"(?P<i>\d+)")
         match = re.fullmatch(re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>.+)", escaped_pattern), name)
-        return match.groupdict() if match else None
-
-    def apply(self, tensor: torch.Tensor, config: ViTCLSConfig, placeholders: Mapping[str, str]) -> Weights:
-        """Convert one parameter, given the values of the placeholders."""
-        names = self.format_targets(placeholders)
-        return dict(zip(names, self.transform(tensor, config), strict=True)) if names else {}
-
-    def format_targets(self, placeholders: Mapping[str, str]) -> list[str]:
-        """Return the names of the targets, given the values of the placeholders."""
         targets = [self.targets] if isinstance(self.targets, str) else self.targets
-        return [target.format(**placeholders) for target in targets]
+        return [target.format(**match.groupdict()) for target in targets] if match else None
 
 
-def convert_weights(weights: Mapping[str, torch.Tensor], rules: Iterable[Rule], config: ViTCLSConfig) -> Weights:
+def convert_weights(weights: Weights, rules: Sequence[Rule], config: ViTCLSConfig) -> Weights:
     """Convert a state dict from another project. Targets `NAME[0]`, `NAME[1]`, ... are stacked into one weight `NAME`,
     in the order of the indices."""
-    rules = list(rules)
     converted_weights: Weights = {}
     weights_to_stack: dict[str, Weights] = {}
     unmatched_names = []
     for name, tensor in weights.items():
-        rule, placeholders = find_rule(rules, name)
+        rule, targets = find_rule(rules, name)
         if rule is None:
             unmatched_names.append(name)
             continue
-        for target, converted_weight in rule.apply(tensor, config, placeholders).items():
+        converted_tensors = rule.transform(tensor, config) if targets else []
+        for target, converted_weight in zip(targets, converted_tensors, strict=True):
             if index_match := re.fullmatch(r"(.+)\[(\d+)\]", target):
                 weights_to_stack.setdefault(index_match[1], {})[index_match[2]] = converted_weight
             elif converted_weight.numel():
@@ -136,40 +127,35 @@ def convert_weights(weights: Mapping[str, torch.Tensor], rules: Iterable[Rule], 
     if unmatched_names:
         raise ConversionError(f"unexpected weights: {join_names(unmatched_names)}")
     for target, weights_by_index in weights_to_stack.items():
-        sorted_weights = [weights_by_index[index] for index in sorted(weights_by_index, key=int)]
-        converted_weights[target] = torch.stack(sorted_weights)
+        converted_weights[target] = torch.stack(
+            [weights_by_index[index] for index in sorted(weights_by_index, key=int)]
+        )
     return converted_weights
 
 
-def revert_weights(
-    weights: Mapping[str, torch.Tensor], rules: Iterable[Rule], reference: Mapping[str, torch.Tensor]
-) -> Weights:
+def revert_weights(weights: Weights, rules: Sequence[Rule], reference: Weights) -> Weights:
     """Convert a state dict from this package to the names and shapes of `reference`, a state dict from another
-    project.
-
-    Parameters of `reference` without a counterpart are omitted.
-    """
-    rules = list(rules)
+    project. Parameters of `reference` without a counterpart are omitted."""
     reverted_weights: Weights = {}
-    used_names = set()
+    used_names: set[str] = set()
     for name, reference_weight in reference.items():
-        rule, placeholders = find_rule(rules, name)
-        targets = [target for target in rule.format_targets(placeholders) if target in weights] if rule else []
-        used_names.update(targets)
-        if rule and targets:
-            concatenated_weight = torch.cat([weights[target] for target in targets], dim=rule.axis)
+        rule, targets = find_rule(rules, name)
+        used_targets = [target for target in targets if target in weights]
+        used_names.update(used_targets)
+        if rule and used_targets:
+            concatenated_weight = torch.cat([weights[target] for target in used_targets], dim=rule.axis)
             reverted_weights[name] = concatenated_weight.reshape(reference_weight.shape)
     if unused_names := sorted(weights.keys() - used_names):
         raise ConversionError(f"the target model has no counterpart of these weights: {join_names(unused_names)}")
     return reverted_weights
 
 
-def find_rule(rules: list[Rule], name: str) -> tuple[Rule | None, dict[str, str]]:
-    """Return the first rule that matches `name`, and its placeholder values."""
+def find_rule(rules: Sequence[Rule], name: str) -> tuple[Rule | None, list[str]]:
+    """Return the first rule that matches `name`, and the target names."""
     for rule in rules:
-        if (placeholders := rule.match(name)) is not None:
-            return rule, placeholders
-    return None, {}
+        if (targets := rule.match(name)) is not None:
+            return rule, targets
+    return None, []
 
 
 # Models --------------------------------------------------------------------------------------------------------------
@@ -177,56 +163,49 @@ def find_rule(rules: list[Rule], name: str) -> tuple[Rule | None, dict[str, str]
 
 def build_model(
     config: ViTCLSConfig,
-    encoder_weights: Weights,
-    head_weights: Weights | None,
-    classifier: ClassifierChoice = "keep",
-    num_labels: int | None = None,
+    weights: Weights,
+    classifier: ClassifierChoice,
+    num_labels: int | None,
     add_pooling_layer: bool = True,
+    has_classifier: bool | None = None,
 ) -> ViTCLSPreTrainedModel:
     """Build a model in eval mode from converted weights, with the dtype and device of these weights.
 
     Args:
-        encoder_weights: Weights of `ViTCLSModel`.
-        head_weights: Weights of `ViTCLSForImageClassification` outside the encoder; None if the source has no
-            classifier.
+        weights: Encoder weights with the names of `ViTCLSModel`, and classifier weights.
         classifier: "keep", "new", or "drop" to return a `ViTCLSModel`. "keep" creates a new classifier if the source
             has no classifier and `num_labels` is set.
         num_labels: Number of labels of a new classifier.
         add_pooling_layer: Whether a `ViTCLSModel` has a pooler.
+        has_classifier: Whether the source has a classifier. Default: whether `weights` contains classifier weights.
 
     Raises:
         ConversionError: If the value of `classifier` is not valid for the source, or the weights do not match the
             model.
     """
+    head_names = {name for name in weights if name.partition(".")[0].endswith("classifier")}
+    if has_classifier is None:
+        has_classifier = bool(head_names)
     has_new_classifier = should_create_classifier(
-        classifier, num_labels, None if head_weights is None else config.num_labels
+        classifier, num_labels, config.num_labels if has_classifier else None
     )
     if num_labels is not None:
         config.num_labels = num_labels
-    weights = dict(encoder_weights)
+    encoder_weights = {name: weight for name, weight in weights.items() if name not in head_names}
     model: ViTCLSPreTrainedModel
     with nullcontext() if has_new_classifier else no_init_weights():
-        if has_new_classifier or (classifier == "keep" and head_weights is not None):
+        if has_new_classifier or (classifier == "keep" and has_classifier):
             model = ViTCLSForImageClassification(config)
+            head_weights = {name: weights[name] for name in head_names}
             if has_new_classifier:
-                head_weights = {
-                    name: weight for name, weight in model.state_dict().items() if not name.startswith("vitcls.")
-                }
-            weights = {f"vitcls.{name}": weight for name, weight in encoder_weights.items()} | (head_weights or {})
+                state_dict = model.state_dict()
+                head_weights = {name: state_dict[name] for name in state_dict if not name.startswith("vitcls.")}
+            weights = {f"vitcls.{name}": weight for name, weight in encoder_weights.items()} | head_weights
         else:
-            model = ViTCLSModel(config, add_pooling_layer=add_pooling_layer)
+            model, weights = ViTCLSModel(config, add_pooling_layer=add_pooling_layer), encoder_weights
     kernel = encoder_weights["embeddings.patch_embeddings.projection.weight"]
     model.to(device=kernel.device, dtype=kernel.dtype)  # type: ignore[call-arg]  # `to` is untyped in transformers
     return load_converted_weights(model, weights)
-
-
-def split_classifier(weights: Weights) -> tuple[Weights, Weights | None]:
-    """Split converted weights into encoder weights and classifier weights (None if there is no classifier)."""
-    classifier_weights = {
-        name: weight for name, weight in weights.items() if name.partition(".")[0].endswith("classifier")
-    }
-    encoder_weights = {name: weight for name, weight in weights.items() if name not in classifier_weights}
-    return encoder_weights, classifier_weights or None
 
 
 def should_create_classifier(classifier: str, num_labels: int | None, num_source_labels: int | None) -> bool:
@@ -251,7 +230,7 @@ def should_create_classifier(classifier: str, num_labels: int | None, num_source
     return False
 
 
-def load_converted_weights(model: ViTCLSPreTrainedModel, weights: Mapping[str, torch.Tensor]) -> ViTCLSPreTrainedModel:
+def load_converted_weights(model: ViTCLSPreTrainedModel, weights: Weights) -> ViTCLSPreTrainedModel:
     """Load converted weights into a model, and return the model in eval mode."""
     shapes, expected_shapes = (
         {name: list(weight.shape) for name, weight in state_dict.items()}

@@ -97,29 +97,21 @@ class BatchTransform:
     num_random_numbers = 5  # number of random numbers per image
 
     def __init__(self, options: AugmentationOptions) -> None:
-        self.flip = options.flip
-        self.rotation = math.radians(options.rotation)
         assert options.shift is not None
-        self.shift = options.shift
-        self.zoom = options.zoom
+        self.flip, self.shift, self.zoom = options.flip, options.shift, options.zoom
+        self.rotation = math.radians(options.rotation)
 
     def __call__(self, pixels: torch.Tensor, random_numbers: np.ndarray) -> torch.Tensor:
         """Return the transformed pixels [B, C, H, W] `uint8` for random numbers [B, 5] in [0, 1)."""
         is_flipped = torch.from_numpy(random_numbers[:, 0] < 0.5) & self.flip  # [B]
-        if self.rotation or self.shift or self.zoom:
-            return self.resample(pixels, is_flipped, torch.from_numpy(random_numbers[:, 1:] * 2 - 1).float())
-        if self.flip:
-            return torch.where(is_flipped[:, None, None, None], pixels.flip(-1), pixels)
-        return pixels
-
-    def resample(self, pixels: torch.Tensor, is_flipped: torch.Tensor, random_numbers: torch.Tensor) -> torch.Tensor:
-        """Flip, rotate, shift and zoom the pixels about the center, with bilinear interpolation. Pixels outside the
-        image become black. `random_numbers` [B, 4] contains values from -1 to 1."""
+        if not (self.rotation or self.shift or self.zoom):
+            return torch.where(is_flipped[:, None, None, None], pixels.flip(-1), pixels) if self.flip else pixels
         height, width = pixels.shape[-2:]
-        angle, shift_x, shift_y, zoom = random_numbers[:, :, None, None].unbind(1)  # [B, 1, 1] each
+        factors = torch.from_numpy(random_numbers[:, 1:] * 2 - 1).float()  # [B, 4], from -1 to 1
+        angle, shift_x, shift_y, zoom = factors[:, :, None, None].unbind(1)  # [B, 1, 1] each
         scale = 1 + self.zoom * zoom
         cos, sin = (self.rotation * angle).cos() / scale, (self.rotation * angle).sin() / scale
-        # Compute the input coordinates of each output pixel, in pixels from the center.
+        # Coordinates of each output pixel, in pixels from the center. Pixels outside the input image become black.
         x = torch.arange(width) - (width - 1) / 2 - shift_x * self.shift * width  # [B, 1, W]
         y = (torch.arange(height) - (height - 1) / 2)[:, None] - shift_y * self.shift * height  # [B, H, 1]
         sign = 1 - 2 * is_flipped[:, None, None].float()
@@ -142,8 +134,7 @@ class BatchMixer:
         self.mix = mixers[0] if len(mixers) == 1 else v2.RandomChoice(mixers)
 
     def __call__(self, pixels: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mix pixels [B, C, H, W] and class indices [B]. Return the pixels as floats from 0 to 255, and the labels as
-        probabilities [B, classes]."""
+        """Return mixed pixels [B, C, H, W] as floats from 0 to 255, and mixed labels [B, classes] as probabilities."""
         return self.mix(pixels.float(), labels)
 
 
@@ -162,8 +153,7 @@ class MaskGenerator:
     """
 
     def __init__(self, options: MaskingOptions, grid_size: tuple[int, int]) -> None:
-        """Initialize the generator for a grid of patches (rows, columns). Raise ValueError if no patches
-        or all patches would be masked, or if a block has more patches than would be masked."""
+        """Raise ValueError if no patches or all patches would be masked, or if a block has too many patches."""
         self.grid_size = rows, columns = grid_size
         self.block_size = block_size = options.mask_block
         self.num_masked = round(options.mask_ratio * rows * columns)
@@ -187,7 +177,7 @@ class MaskGenerator:
         """Return masks [B, rows * columns], True for masked patches.
 
         Blocks are masked in random order. The last block may be masked only partially, starting with its first row, to
-        reach the exact number of masked patches. By default, `generator` is the device's default generator.
+        reach the exact number of masked patches.
         """
         rows, columns = self.grid_size
         block_grid = (batch_size, -(-rows // self.block_size), -(-columns // self.block_size))

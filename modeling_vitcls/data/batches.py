@@ -61,9 +61,8 @@ class BatchBuilder:
         keys: list[ImageKey],
         replaced_indices: list[int],
     ) -> Batch:
-        """Apply the random transforms of the augmentation, and return a batch. `pixels` contains outputs of
-        `prepare_image`: a list or, if all images have the same size, a tensor [B, C, H, W]. `replaced_indices`
-        contains the index of the unreadable image that each image replaces, or -1."""
+        """Apply the random transforms to outputs of `prepare_image`, and return a batch. `replaced_indices` contains
+        the index of the unreadable image that each image replaces, or -1."""
         epochs, indices = np.array(keys, dtype=np.int64).T
         views = epochs % self.num_views if self.num_views else epochs
         seeds = {view: derive_seed(self.seed, view) for view in set(views.tolist())}
@@ -99,7 +98,6 @@ class TrainingImages:
         self.array_pixels = load_array_pixels(source, builder.augmentation)  # [images, 1, H, W]
 
     def iterate_keys(self, plan: BatchPlan, process_index: int, first_step: int) -> Iterator[list[ImageKey]]:
-        """Yield the keys of each batch of one process, starting at `first_step`."""
         return plan.iterate_keys(process_index, first_step)
 
     def __getitem__(self, keys: list[ImageKey]) -> Batch:
@@ -161,8 +159,8 @@ class TrainingImages:
 
 
 def load_array_pixels(source: LabeledImages, augmentation: Augmentation) -> torch.Tensor | None:
-    """Apply the fixed transform to all images and return `uint8` pixels [images, 1, H, W]. Return None if the
-    images are not stored as arrays or do not fit in the cache."""
+    """Return all images after the fixed transform, [images, 1, H, W] `uint8`, or None if the images are not stored as
+    arrays or do not fit in the cache."""
     images: Any = source.images
     array_images = images.source_images if isinstance(images, ImageSubset) else images
     if not isinstance(array_images, ArrayImages):
@@ -180,16 +178,13 @@ def load_array_pixels(source: LabeledImages, augmentation: Augmentation) -> torc
 def iterate_training_batches(
     dataset: Any, plan: BatchPlan, process_index: int, num_workers: int, first_step: int = 0
 ) -> Generator[Batch, None, None]:
-    """Yield the batches of one process from `TrainingImages` or a `TrainingStream`, on the CPU, starting at
-    `first_step`. Close the iterator to stop the workers. Raise ValueError if no image can be read, or if the label of
-    a streamed example is not one of the classes."""
+    """Yield the batches of one process from `TrainingImages` or a `TrainingStream`, starting at `first_step`."""
     yield from load_batches(dataset, dataset.iterate_keys(plan, process_index, first_step), num_workers)
 
 
 def load_batches(dataset: Any, keys: Iterable[Sequence[Any]], num_workers: int) -> Iterator[Batch]:
-    """Yield the batch of each list of keys in order. Batches are on the CPU, and are loaded in worker processes, or in
-    this process if `num_workers` is 0. Close the iterator to stop the workers. A ValueError of `dataset` is raised
-    without the worker's traceback."""
+    """Yield the batch of each list of keys in order, on the CPU. Close the iterator to stop the workers. A ValueError
+    of `dataset` is raised without the worker's traceback."""
     loader = DataLoader(
         dataset,
         batch_size=None,
@@ -227,24 +222,17 @@ def wait_for_parent_signal() -> None:
     os._exit(0)
 
 
-# Pixel values --------------------------------------------------------------------------------------------------------
-
-
 class Normalizer:
     """Rescaling and normalization of pixels in [0, 255] with the settings of an image processor."""
 
     def __init__(self, processor: Any, device: torch.device) -> None:
-        factor = processor.rescale_factor if processor.do_rescale else 1.0
-        mean = processor.image_mean if processor.do_normalize else 0.0
-        std = processor.image_std if processor.do_normalize else 1.0
-        self.scale = factor / build_channel_tensor(std, device)  # [1 or C, 1, 1]
-        self.offset = build_channel_tensor(mean, device) / build_channel_tensor(std, device)
+        mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else (0.0, 1.0)
+        mean, std = (
+            torch.as_tensor(values, dtype=torch.float32, device=device).reshape(-1, 1, 1) for values in (mean, std)
+        )
+        self.scale = (processor.rescale_factor if processor.do_rescale else 1.0) / std  # [1 or C, 1, 1]
+        self.offset = mean / std
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
         """Rescale and normalize pixels [B, C, H, W], `uint8` or `float32`; return `float32`."""
         return pixels * self.scale - self.offset
-
-
-def build_channel_tensor(values: Any, device: torch.device) -> torch.Tensor:
-    """Return one value, or one value per channel, as a tensor [1 or C, 1, 1]."""
-    return torch.as_tensor(values, dtype=torch.float32, device=device).reshape(-1, 1, 1)

@@ -16,10 +16,8 @@ model. `vitcls evaluate` reads the record, holds out the same images, and compar
 
 import hashlib
 import os
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ..files import read_json
 
@@ -43,8 +41,7 @@ class HeldOutRule:
     def is_held_out(self, key: int) -> bool:
         """Return whether the image with this key is held out."""
         text = f"{self.seed} {self.purpose} {key}" if self.purpose else f"{self.seed} {key}"
-        digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-        hash_value = int.from_bytes(digest, "big")
+        hash_value = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
         if self.num_folds is not None and self.fold is not None:
             return hash_value * self.num_folds >> 64 == self.fold - 1
         return hash_value / 2**64 < self.fraction
@@ -68,11 +65,9 @@ class HeldOutRecord:
     fold: int | None = None  # held-out fold of the `HeldOutRule`
 
     @classmethod
-    def from_keys(cls, rule: HeldOutRule, keys: Iterable[int]) -> "HeldOutRecord":
+    def from_keys(cls, rule: HeldOutRule, keys: list[int]) -> "HeldOutRecord":
         """Build the record from the keys of the images that `rule` selected."""
-        keys = list(keys)
-        digest = compute_key_digest(keys)
-        return cls(None, len(keys), rule.fraction, rule.seed, digest, rule.num_folds, rule.fold)
+        return cls(None, len(keys), rule.fraction, rule.seed, compute_key_digest(keys), rule.num_folds, rule.fold)
 
     @property
     def rule(self) -> HeldOutRule | None:
@@ -81,14 +76,9 @@ class HeldOutRecord:
             return None
         return HeldOutRule(self.fraction, self.split_seed, num_folds=self.num_folds, fold=self.fold)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the record as a dict for results.json."""
-        return asdict(self)
-
 
 def read_held_out_record(folder: str | Path) -> HeldOutRecord | None:
-    """Return the held-out record in a model folder, or None if there is no record. Raise ValueError if results.json is
-    damaged."""
+    """Return the held-out record in a model folder, if any. Raise ValueError if results.json is damaged."""
     file = Path(folder, RESULTS_FILE)
     if not file.is_file():
         return None
@@ -106,11 +96,10 @@ def compute_image_key(content: bytes) -> int:
 
 
 def get_relative_path(path: str, folder: Path) -> str:
-    """Return the path of an image relative to the dataset folder, so that moving the folder does not change the path.
-    URLs and empty paths are left unchanged."""
+    """Return the path of an image relative to the dataset folder. URLs and empty paths are left unchanged."""
     return path if not path or "://" in path else Path(os.path.relpath(path, folder)).as_posix()
 
 
-def compute_key_digest(keys: Iterable[int]) -> str:
+def compute_key_digest(keys: list[int]) -> str:
     """Return the SHA-256 of a set of keys. The digest does not depend on the order of the keys."""
     return hashlib.sha256(" ".join(map(str, sorted(keys))).encode()).hexdigest()

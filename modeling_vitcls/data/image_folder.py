@@ -78,8 +78,7 @@ def scan_folder(path: Path) -> ImageFolder:
 
 
 def list_files(root: Path, folder: str, parent_paths: tuple[str, ...] = ()) -> Iterator[str]:
-    """Yield the paths of the files below `root`/`folder`, sorted within each folder. A symbolic link to a folder that
-    contains the link is not followed."""
+    """Yield the sorted paths of the files in `root`/`folder` and its subfolders. Cyclic links are not followed."""
     real_path = os.path.realpath(root / folder)
     if real_path in parent_paths:
         return
@@ -114,15 +113,14 @@ def make_printable(name: str) -> str:
 
 
 def read_image_folder(folder: ImageFolder, use_labels: bool) -> Any:
-    """Return a `datasets.DatasetDict` of the splits, and add notes about unused files to `folder.notes`. Raise
-    ValueError if labels are used, but there are neither class folders nor metadata files, or if the split folders are
-    ambiguous.
+    """Return a `datasets.DatasetDict` of the splits, and add notes about unused files to `folder.notes`.
 
-    If there are metadata files, the columns are `image` and the columns of the metadata files except `file_name`.
-    Otherwise, the columns are `image` and, if labels are used, `label`. If labels are not used, images at any depth
-    are included.
+    The columns are `image` and the columns of the metadata files except `file_name`, or `label` if labels are used.
+    Raise ValueError if labels are used, but there are neither class folders nor metadata files, or if the split
+    folders are ambiguous.
     """
     import datasets
+    import pyarrow
 
     images_by_split, has_split_folders = divide_into_splits(folder)
     if folder.metadata:
@@ -130,7 +128,10 @@ def read_image_folder(folder: ImageFolder, use_labels: bool) -> Any:
     elif use_labels:
         datasets_by_split = build_labeled_splits(folder, images_by_split, depth=1 if has_split_folders else 0)
     else:
-        datasets_by_split = {split: build_split(folder, split, images) for split, images in images_by_split.items()}
+        no_columns = pyarrow.table({})
+        datasets_by_split = {
+            split: build_dataset(folder, split, images, no_columns, {}) for split, images in images_by_split.items()
+        }
     note_unused_files(folder, sorted([*folder.other_files, *folder.tables]), "of other types")
     if folder.empty_folders:
         folder.notes.append(f"{folder.path}: folders without images: {format_name_list(folder.empty_folders)}")
@@ -142,10 +143,7 @@ def read_image_folder(folder: ImageFolder, use_labels: bool) -> Any:
 
 def divide_into_splits(folder: ImageFolder) -> tuple[dict[str, list[str]], bool]:
     """Return the images of each split, and whether the first-level folders are splits (see the module docstring).
-
-    Raises:
-        ValueError: if two folder names refer to the same split, or if it is ambiguous whether a folder is a split.
-    """
+    Raise ValueError if two folder names refer to the same split, or if it is ambiguous whether a folder is a split."""
     images_by_folder: dict[str, list[str]] = {}
     for image in folder.images:
         if "/" in image:
@@ -169,10 +167,7 @@ def divide_into_splits(folder: ImageFolder) -> tuple[dict[str, list[str]], bool]
 
 
 def check_class_folders(folder: ImageFolder, images_by_folder: dict[str, list[str]], split_folders: list[str]) -> None:
-    """Raise ValueError if a folder with a split name contains class folders.
-
-    At least one folder must have no split name.
-    """
+    """Raise ValueError if a folder with a split name contains class folders, but other folders have no split name."""
     for folder_name in split_folders:
         subfolders = sorted({image.split("/")[1] for image in images_by_folder[folder_name] if image.count("/") > 1})
         if subfolders:
@@ -186,10 +181,10 @@ def check_class_folders(folder: ImageFolder, images_by_folder: dict[str, list[st
 
 
 def build_labeled_splits(folder: ImageFolder, images_by_split: dict[str, list[str]], depth: int) -> dict[str, Any]:
-    """Return the dataset of each split. The label of an image is the name of its class folder. `depth` is 0 if
-    the class folders are first-level folders, or 1 if they are in split folders. A split without class folders is
-    skipped. Raise ValueError if no split has class folders."""
+    """Return the dataset of each split that has class folders, which are first-level folders (`depth` 0) or are in
+    split folders (`depth` 1). Raise ValueError if no split has class folders."""
     import datasets
+    import pyarrow
 
     labels: dict[str, str | None] = {
         image: next(iter(image.split("/")[depth:-1]), None) for image in chain.from_iterable(images_by_split.values())
@@ -216,7 +211,8 @@ def build_labeled_splits(folder: ImageFolder, images_by_split: dict[str, list[st
     for split, images in images_by_split.items():
         if labeled_images := [image for image in images if labels[image] is not None]:
             class_indices = feature.str2int([labels[image] for image in labeled_images])
-            datasets_by_split[split] = build_split(folder, split, labeled_images, class_indices, feature)
+            columns = pyarrow.table({"label": pyarrow.array(class_indices, pyarrow.int64())})
+            datasets_by_split[split] = build_dataset(folder, split, labeled_images, columns, {"label": feature})
     return datasets_by_split
 
 
@@ -241,35 +237,19 @@ def describe_single_class(dataset: str, name: str) -> str:
 # Tables --------------------------------------------------------------------------------------------------------------
 
 
-def build_split(
-    folder: ImageFolder, split: str, images: list[str], labels: list[int] | None = None, feature: Any = None
+def build_dataset(
+    folder: ImageFolder, split: str, images: list[str], columns: "pyarrow.Table", features: dict[str, Any]
 ) -> Any:
-    """Return a `datasets.Dataset` of image paths and, if given, labels of type `feature`."""
+    """Return a `datasets.Dataset` in memory with image paths and the given columns. The fingerprint is a hash of
+    the columns, and of the names, sizes and modification times of the files."""
     import datasets
-    import pyarrow
-
-    columns: dict[str, Any] = {"image": build_image_column(folder, images)}
-    features = datasets.Features({"image": datasets.Image()})
-    if labels is not None:
-        columns["label"] = pyarrow.array(labels, pyarrow.int64())
-        features["label"] = feature
-    return build_dataset(folder, split, images, pyarrow.table(columns), features)
-
-
-def build_image_column(folder: ImageFolder, images: list[str]) -> "pyarrow.Array":
-    """Return a column of image paths in the storage format of `datasets.Image`."""
     import pyarrow
 
     paths = pyarrow.array([str(folder.path / image) for image in images], pyarrow.string())
-    return pyarrow.StructArray.from_arrays([pyarrow.nulls(len(images), pyarrow.binary()), paths], ["bytes", "path"])
-
-
-def build_dataset(folder: ImageFolder, split: str, images: list[str], table: "pyarrow.Table", features: Any) -> Any:
-    """Return a `datasets.Dataset` in memory. The fingerprint is a hash of the columns, and of the names, sizes and
-    modification times of the files."""
-    import datasets
-
-    digest = hashlib.sha256(repr(table.drop(["image"]).to_pydict()).encode())
+    contents = pyarrow.nulls(len(images), pyarrow.binary())
+    image_column = pyarrow.StructArray.from_arrays([contents, paths], ["bytes", "path"])  # as in `datasets.Image`
+    table = pyarrow.table([image_column, *columns.columns], ["image", *columns.column_names])
+    digest = hashlib.sha256(repr(columns.to_pydict()).encode())
     for image in images:
         try:
             stat = (folder.path / image).stat()
@@ -278,16 +258,15 @@ def build_dataset(folder: ImageFolder, split: str, images: list[str], table: "py
         digest.update(f"{image} {stat.st_size} {stat.st_mtime_ns}\n".encode())
     return datasets.Dataset(
         datasets.table.InMemoryTable(table),
-        info=datasets.DatasetInfo(features=features),
+        info=datasets.DatasetInfo(features=datasets.Features({"image": datasets.Image(), **features})),
         split=datasets.NamedSplit(split),
         fingerprint=digest.hexdigest()[:16],
     )
 
 
 def build_metadata_splits(folder: ImageFolder, splits: list[str], has_split_folders: bool) -> dict[str, Any]:
-    """Return the dataset of each split: the rows of the metadata files, and the images at the paths in `file_name`.
-    Raise ValueError if a metadata file cannot be read, has no column `file_name`, or contains the path of an image
-    outside the folder of the file."""
+    """Return the dataset of each split: the images at the paths in `file_name`, and the other columns of the metadata
+    files. Raise ValueError if the files are not valid."""
     import datasets
     import pyarrow
 
@@ -300,10 +279,11 @@ def build_metadata_splits(folder: ImageFolder, splits: list[str], has_split_fold
             f"the columns of {files_text} in {folder.path} have different types: {format_error(error)}. Use the same "
             "type in all metadata files"
         ) from error
+
     listed_images = [image for _, images in tables for image in images]
     unlisted_images = sorted(set(folder.images) - set(listed_images))
     note_unused_files(folder, unlisted_images, "not listed in a metadata file")
-    features = datasets.Features({"image": datasets.Image(), **datasets.Features.from_arrow_schema(table.schema)})
+    features = datasets.Features.from_arrow_schema(table.schema)
     datasets_by_split = {}
     for split in splits:
         row_indices = [
@@ -313,8 +293,7 @@ def build_metadata_splits(folder: ImageFolder, splits: list[str], has_split_fold
         ]
         if row_indices:
             images = [listed_images[row] for row in row_indices]
-            columns = table.take(row_indices).add_column(0, "image", build_image_column(folder, images))
-            datasets_by_split[split] = build_dataset(folder, split, images, columns, features)
+            datasets_by_split[split] = build_dataset(folder, split, images, table.take(row_indices), features)
     return datasets_by_split
 
 
@@ -344,11 +323,10 @@ def read_metadata_file(folder: ImageFolder, file: str) -> tuple["pyarrow.Table",
             raise ValueError(
                 f"{path}: the image {image!r} is outside the folder of this file. Move the image into this folder"
             )
+    if "image" in table.column_names:
+        raise ValueError(f"{path}: the column name 'image' is reserved for the images. Rename this column")
     parent = PurePosixPath(file).parent
     return table.drop(["file_name"]), [(parent / image).as_posix() for image in images]
-
-
-# Notes ---------------------------------------------------------------------------------------------------------------
 
 
 def note_unused_files(folder: ImageFolder, files: list[str], reason: str) -> None:

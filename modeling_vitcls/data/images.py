@@ -115,11 +115,9 @@ class EncodedSequence(Sequence):
         return [self.get_encoded_image(index)["path"] for index in range(len(self))]
 
     def get_names(self) -> list[str]:
-        """Return the path of each image within the dataset, or "" for an image without a path. No image is read."""
         return [get_relative_path(path, self.folder) if path else "" for path in self.get_paths()]
 
     def read_bytes(self, index: int) -> bytes | None:
-        """Return the bytes of one image from memory or a file, or None if the image cannot be read or is remote."""
         encoded_image = self.get_encoded_image(index)
         if encoded_image["bytes"] is not None:
             return encoded_image["bytes"]
@@ -130,7 +128,6 @@ class EncodedSequence(Sequence):
             return None
 
     def compute_keys(self) -> list[int]:
-        """Return a checksum of the bytes of each image, or of its path if the dataset does not contain the bytes."""
         return [compute_encoded_image_key(self.get_encoded_image(index), self.folder) for index in range(len(self))]
 
 
@@ -178,14 +175,13 @@ class ColumnImages(EncodedSequence):
         return self.dataset[index][self.column] or MISSING_IMAGE
 
     def get_paths(self) -> list[str | None]:
-        """Return the path of each image, without reading the images."""
+        """Return the paths without reading the images."""
         import pyarrow.compute
 
         values = self.dataset.with_format("arrow")[:][self.column]  # not copied
         return pyarrow.compute.struct_field(values, "path").to_pylist()
 
     def compute_keys(self) -> list[int]:
-        """Return a checksum of the bytes of each image, or of its path if the dataset does not contain the bytes."""
         starts = range(0, len(self), ROWS_PER_READ)
         rows = (row for start in starts for row in self.dataset[start : start + ROWS_PER_READ][self.column])
         return [compute_encoded_image_key(row or MISSING_IMAGE, self.folder) for row in rows]
@@ -209,8 +205,7 @@ def check_channels(image: Image.Image, pixels: torch.Tensor, num_channels: int |
 
 
 def to_encoded_image(value: Any, folder: Path) -> dict[str, Any]:
-    """Convert a value of an image or path column to {"path": ..., "bytes": ...}. Relative paths are joined to
-    `folder`."""
+    """Convert an image or path to {"path": ..., "bytes": ...}. Relative paths are joined to `folder`."""
     if isinstance(value, dict):
         return {"path": value["path"], "bytes": value["bytes"]}
     if isinstance(value, bytes):
@@ -226,17 +221,19 @@ def resolve_path(folder: Path, path: str | None) -> str:
 
 
 def decode_image(encoded_image: dict[str, Any], fallback_name: str) -> Image.Image:
-    """Decode an image {"path": ..., "bytes": ...}, where one of the values may be None. Return the image in the stored
-    mode and upright orientation. Raise UnreadableImage if the image is missing or truncated, or cannot be decoded.
-
-    The `filename` attribute of the image is the path (as in Pillow) or, without a path, `fallback_name`. Error
-    messages contain this name.
-    """
+    """Decode an image {"path": ..., "bytes": ...}, where one of the values may be None, in the stored mode and upright
+    orientation. Raise UnreadableImage if the image is missing, truncated or damaged. `filename` of the image is the
+    path (as in Pillow) or, without a path, `fallback_name`. Error messages contain this name."""
     content, path = encoded_image["bytes"], encoded_image["path"]
     if content is None and not path:
         raise UnreadableImage(f"{fallback_name} has no image")
     try:
-        image = read_image_file(path) if content is None else read_image(content)
+        if content is None and (path.startswith("hf://") or "::" in path):  # a file in a Hub repository or an archive
+            import datasets
+
+            image = datasets.Image().decode_example({"path": path, "bytes": None})
+        else:
+            image = read_image(path if content is None else content)
     except Exception as error:  # Pillow's decoders raise many types of errors on damaged data
         message = format_error(error)
         if content is not None:
@@ -246,15 +243,6 @@ def decode_image(encoded_image: dict[str, Any], fallback_name: str) -> Image.Ima
         raise UnreadableImage(message) from error
     image.filename = path or fallback_name  # type: ignore[union-attr]
     return image
-
-
-def read_image_file(path: str) -> Any:
-    """Read an image from a file, a URL, or a file of a dataset on the Hub."""
-    if path.startswith("hf://") or "::" in path:  # `datasets` opens files in Hub repositories and archives
-        import datasets
-
-        return datasets.Image().decode_example({"path": path, "bytes": None})
-    return read_image(path)
 
 
 @dataclass
@@ -273,8 +261,8 @@ class UnreadableImageCounter:
         return len(self.indices)
 
     def add(self, indices: Iterable[int]) -> None:
-        """Count the unreadable images at `indices`, and print a warning for each new unreadable image. Ignore
-        `NOT_REPLACED`. Raise ValueError if the number of unreadable images exceeds the limit."""
+        """Count the unreadable images at `indices` except `NOT_REPLACED`, and print a warning for each new image.
+        Raise ValueError if the number of unreadable images exceeds the limit."""
         for index in indices:
             if index == NOT_REPLACED or index in self.indices:
                 continue

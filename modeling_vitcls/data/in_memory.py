@@ -29,8 +29,8 @@ DATASETS: dict[str, Any] = {}  # `DatasetDict` by name
 
 
 def add_dataset(data: Any) -> str:
-    """Store a dataset in `DATASETS`, and return its name. Raise ValueError if the dataset is empty, or if an
-    item is not an (image, label) pair. Raise TypeError if the type of the dataset is not supported."""
+    """Store a dataset in `DATASETS`, and return its name. Raise ValueError if the dataset is empty or an item is not
+    an (image, label) pair, and TypeError if the type of the dataset is not supported."""
     import datasets
 
     if isinstance(data, datasets.IterableDataset | datasets.IterableDatasetDict):
@@ -92,11 +92,8 @@ def convert_pair(pair: Any, index: int) -> dict[str, Any]:
 
 
 def encode_image(image: Any, index: int) -> dict[str, Any]:
-    """Return an image as {"path": ..., "bytes": ...}. Images in memory are encoded as PNG, which is lossless. Raise
-    ValueError if `image` is not an image.
-
-    Arrays and tensors are [H, W], [H, W, C] or [C, H, W]; floats are from 0 to 1 or from 0 to 255.
-    """
+    """Return an image as {"path": ..., "bytes": ...}. Images in memory are encoded as PNG, which is lossless. Arrays
+    and tensors are [H, W], [H, W, C] or [C, H, W]; floats are from 0 to 1 or from 0 to 255."""
     if isinstance(image, str | os.PathLike):
         return {"path": os.fspath(image), "bytes": None}
     if isinstance(image, bytes):

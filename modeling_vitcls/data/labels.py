@@ -56,8 +56,7 @@ class LabelSpace:
         }
 
     def format_label(self, label: Any) -> str | None:
-        """Return the label of one image as text, such as "cat", "cat, dog" or "age old, kind cat", or None if
-        the label is not known."""
+        """Return a label as text, such as "cat", "cat, dog" or "age old, kind cat", or None for an unknown label."""
         if isinstance(label, dict):
             known_tasks = {task: names for task, names in self.columns.items() if is_known(label.get(task))}
             return ", ".join(f"{task} {names[label[task]]}" for task, names in known_tasks.items()) or None
@@ -85,8 +84,7 @@ def is_known(label: int | None) -> bool:
 
 
 def is_multi_label(config: ViTCLSConfig) -> bool:
-    """Return whether a sigmoid is applied to each logit. As in transformers, models with a single label are
-    included."""
+    """Return whether a sigmoid is applied to each logit. As in transformers, this includes models with one label."""
     return not config.tasks and (config.problem_type == "multi_label_classification" or config.num_labels == 1)
 
 
@@ -103,7 +101,7 @@ class LabelColumn:
 
     def get_index(self, value: Any, row_name: str) -> int:
         """Return the class index of one value, or -100 if the value is missing. Raise ValueError if the value is not
-        one of the classes. `row_name` is the name of the row in error messages."""
+        one of the classes."""
         value = normalize_value(value)
         if value is None or (self.is_declared and value == -1):
             return IGNORED_LABEL
@@ -117,13 +115,12 @@ class LabelColumn:
 
     @cached_property
     def has_class_indices(self) -> bool:
-        """Return whether integers are indices into `classes`: True if the classes are declared or no class name is an
-        integer."""
+        """Return whether integers are class indices: the classes are declared, or no class name is an integer."""
         return self.is_declared or not any(name.removeprefix("-").isdecimal() for name in self.classes)
 
     @cached_property
     def index_by_name(self) -> dict[str, int]:
-        """Return class indices by class name; empty if the dataset declares the classes."""
+        """Return class indices by class name; empty if labels are indices."""
         return {} if self.is_declared else {name: index for index, name in enumerate(self.classes)}
 
 
@@ -137,20 +134,18 @@ class LabelReader:
 
     @property
     def label_space(self) -> LabelSpace:
-        """Return the label kind, and the label names of each column."""
         return LabelSpace(self.kind, {column.name: column.classes for column in self.columns})
 
     def read(self, row: Row, row_name: str) -> Any:
-        """Return the label of one row in the format of the label kind. A missing label of a single-label dataset or a
-        task is -100. Raise ValueError if a value is not one of the classes."""
+        """Return the label of one row in the format of the label kind. Raise ValueError if a value is not one of the
+        classes. `row_name` is the name of the row in error messages."""
         if self.kind == "multi_task":
             return {column.name: column.get_index(row[column.name], row_name) for column in self.columns}
         (column,) = self.columns
         value = row[column.name]
         if self.kind == "multi_label_classification":
-            label_indices = {
-                column.get_index(label, row_name) for label in split_labels(value, self.separator, row_name)
-            }
+            labels = split_labels(value, self.separator, row_name)
+            label_indices = {column.get_index(label, row_name) for label in labels}
             return [float(index in label_indices) for index in range(len(column.classes))]
         return column.get_index(value, row_name)
 
@@ -159,16 +154,11 @@ def build_label_reader(
     options: DataOptions, features: Features, read_column: Callable[[str], Iterable[Any]] | None
 ) -> LabelReader:
     """Build the label reader of a dataset. Raise ValueError if a column does not exist or contains no class labels, or
-    if the classes of a column are unknown.
-
-    `read_column` returns all values of a column that does not declare its classes. `read_column` is None for a stream,
-    whose values cannot all be read in advance.
-    """
-    requested_names: tuple[str | None, ...] = options.label_column or (None,)
-    names = tuple(
+    if the classes of a column are unknown. `read_column` returns all values of a column, or is None for a stream."""
+    names = [
         find_column("label", name, features, find_class_label, LABEL_COLUMN_NAMES, options.dataset)
-        for name in requested_names
-    )
+        for name in options.label_column or (None,)
+    ]
     multi_label_columns = [
         name for name in names if get_item_type(features[name]) is not None or options.label_separator
     ]

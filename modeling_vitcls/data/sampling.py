@@ -39,16 +39,9 @@ def derive_seed(*numbers: int) -> int:
 
 
 def draw_random_bits(seeds: np.ndarray, indices: np.ndarray, num_per_image: int) -> np.ndarray:
-    """Return random 64-bit numbers for several images, from one SplitMix64 sequence per image (Steele, Lea and Flood
-    2014).
+    """Return random numbers [images, num_per_image] for seeds [images] and indices [images], all `uint64`.
 
-    Args:
-        seeds: [images] `uint64`.
-        indices: [images] `uint64`; different indices result in unrelated numbers.
-        num_per_image: number of random numbers per image.
-
-    Returns:
-        [images, num_per_image] `uint64`; each row depends only on its seed and index.
+    Each row is a SplitMix64 sequence (Steele, Lea and Flood 2014) that depends only on its seed and index.
     """
     starts = mix_bits(seeds ^ mix_bits(indices + GOLDEN_GAMMA))  # [images]
     return mix_bits(starts[:, None] + GOLDEN_GAMMA * np.arange(1, num_per_image + 1, dtype=np.uint64))
@@ -104,24 +97,19 @@ class BalancedOrder(ShuffledOrder):
         self.indices_by_class = [np.flatnonzero(np.asarray(labels) == label) for label in np.unique(labels)]
 
     def compute_epoch(self, epoch: int) -> Epoch:
-        """Return the (number of earlier uses, image index) arrays of an epoch in a shuffled, class-balanced order."""
+
         positions = np.arange(epoch * self.num_images, (epoch + 1) * self.num_images)
         num_uses, indices = np.empty_like(positions), np.empty_like(positions)
         for class_index, members in enumerate(self.indices_by_class):
             is_member = positions % len(self.indices_by_class) == class_index
             cycles, offsets = np.divmod(positions[is_member] // len(self.indices_by_class), len(members))
-            orders = self.shuffle_class(class_index, cycles, len(members))
+            cycle_indices = np.arange(cycles.min(), cycles.max() + 1, dtype=np.uint64)
+            seeds = np.full_like(cycle_indices, derive_seed(self.seed, class_index, self.num_images))
+            orders = draw_random_bits(seeds, cycle_indices, len(members)).argsort(axis=1)  # [cycles, members]
             num_uses[is_member] = cycles
             indices[is_member] = members[orders[cycles - cycles[:1], offsets]]
         order = self.get_permutation(epoch)
         return num_uses[order], indices[order]
-
-    def shuffle_class(self, class_index: int, cycles: np.ndarray, num_members: int) -> np.ndarray:
-        """Return a random order of the images of a class for each cycle, [cycles, members]. The cycles range from the
-        minimum to the maximum of `cycles`."""
-        cycle_indices = np.arange(cycles.min(), cycles.max() + 1, dtype=np.uint64)
-        seeds = np.full(len(cycle_indices), derive_seed(self.seed, class_index, self.num_images), dtype=np.uint64)
-        return draw_random_bits(seeds, cycle_indices, num_members).argsort(axis=1)
 
 
 def compute_class_weights(labels: Sequence[int], num_classes: int) -> torch.Tensor:
@@ -203,8 +191,7 @@ class BatchPlan:
         return step * self.images_per_step / self.num_images if self.num_images else 0.0
 
     def iterate_keys(self, process_index: int, first_step: int = 0) -> Iterator[list[ImageKey]]:
-        """Yield the keys of each batch of one process, starting at `first_step`. A step has
-        `accumulation_steps` batches."""
+        """Yield the keys of each batch of one process, starting at `first_step`."""
         for step in range(first_step, self.num_steps):
             for batch_index in range(self.accumulation_steps):
                 start = (batch_index * self.num_processes + process_index) * self.batch_size

@@ -17,7 +17,7 @@ import logging
 import os
 import struct
 import zlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -37,7 +37,7 @@ from .labels import UNLABELED, LabelSpace, build_label_reader, find_image_column
 
 
 READERS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".parquet": "parquet"}
-SAVED_FILES = ("dataset_dict.json", "state.json")  # files that `save_to_disk` writes
+
 
 IDX_SPLITS = {"train": "train", "t10k": "test"}
 IDX_CLASSES = {
@@ -58,7 +58,7 @@ class Splits:
 
     name: str
     label_space: LabelSpace
-    images_by_split: dict[str, LabeledImages]
+    images_by_split: Mapping[str, Any]  # `LabeledImages`, or `StreamedImages` (streaming.py)
     names: list[str]  # names of all splits
 
 
@@ -79,7 +79,7 @@ def load_splits(options: DataOptions, use_labels: bool = True, select: SplitSele
         splits = load_idx_folder(Path(options.dataset))
     else:
         return load_with_datasets(options, use_labels, select)
-    images_by_split = {name: splits.images_by_split[name] for name in select(list(splits.images_by_split))}
+    images_by_split = {name: splits.images_by_split[name] for name in select(splits.names)}
     if use_labels:
         return replace(splits, images_by_split=images_by_split)
     images_by_split = {name: mark_as_unlabeled(split.images) for name, split in images_by_split.items()}
@@ -101,9 +101,8 @@ def load_digits() -> Splits:
     digits = sklearn.datasets.load_digits()
     gray_levels = (digits.images * (255 / 16)).round().astype(np.uint8)  # [1797, 8, 8]
     label_space = LabelSpace("single_label_classification", {"label": [str(name) for name in digits.target_names]})
-    return Splits(
-        "digits", label_space, {"train": LabeledImages(ArrayImages(gray_levels), digits.target.tolist())}, ["train"]
-    )
+    images = LabeledImages(ArrayImages(gray_levels), digits.target.tolist())
+    return Splits("digits", label_space, {"train": images}, ["train"])
 
 
 def is_idx_folder(folder: Path) -> bool:
@@ -118,8 +117,7 @@ def find_idx_file(folder: Path, split: str, kind: str) -> Path | None:
 
 
 def load_idx_folder(folder: Path) -> Splits:
-    """Load the splits `train` and `test` of a folder in the MNIST format. Raise ValueError if a label file is
-    missing, or if a file is damaged."""
+    """Load the splits of a folder in the MNIST format. Raise ValueError if a file is missing or damaged."""
     images_by_split, num_classes = {}, 10
     for prefix, name in IDX_SPLITS.items():
         image_file, label_file = (find_idx_file(folder, prefix, kind) for kind in ("images-idx3", "labels-idx1"))
@@ -212,9 +210,8 @@ def warn_on_first_process(message: str) -> None:
 
 
 def open_splits(options: DataOptions, use_labels: bool = True) -> Any:
-    """Return the splits of a dataset by name, as `datasets` objects. With --streaming, no rows are read yet. If
-    labels are not used, an image folder need not have class folders. Raise ValueError if the dataset cannot be read,
-    and OSError if the dataset is found neither locally nor on the Hub."""
+    """Return the splits of a dataset by name, as `datasets` objects. With --streaming, no rows are read yet. Raise
+    ValueError if the dataset cannot be read, and OSError if the dataset is found neither locally nor on the Hub."""
     path = Path(options.dataset)
     is_in_memory = options.dataset.startswith(MEMORY_PREFIX)
     if options.streaming and (is_in_memory or options.dataset == "digits" or is_idx_folder(path)):
@@ -262,11 +259,9 @@ def read_with_datasets(options: DataOptions) -> Any:
             return datasets.load_dataset(
                 READERS[path.suffix], data_files=str(path), streaming=options.streaming, **separator_options
             )
-        if any((path / file).is_file() for file in SAVED_FILES):
-            saved_dataset = datasets.load_from_disk(path)
-            return convert_to_streams(
-                saved_dataset if isinstance(saved_dataset, dict) else {"train": saved_dataset}, options
-            )
+        if any((path / file).is_file() for file in ("dataset_dict.json", "state.json")):  # written by `save_to_disk`
+            saved = datasets.load_from_disk(path)
+            return convert_to_streams(saved if isinstance(saved, dict) else {"train": saved}, options)
         return datasets.load_dataset(options.dataset, streaming=options.streaming)
     except Exception as error:  # the readers raise many types of errors on damaged data
         raise ValueError(

@@ -16,8 +16,8 @@ is sufficient to detect that many files were replaced, for example if the names 
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 from ..options import DataOptions
@@ -25,7 +25,7 @@ from .held_out import HeldOutRecord, HeldOutRule
 from .image_folder import describe_single_class, format_name_list
 from .images import EncodedImages, LabeledImages
 from .labels import LabelSpace
-from .sources import load_splits
+from .sources import Splits, load_splits
 from .streaming import MAX_HELD_OUT_IMAGES, StreamedImages, open_streams
 
 
@@ -67,7 +67,7 @@ def load_training_data(
     options: DataOptions, use_selection_split: bool = False, use_labels: bool = True
 ) -> TrainingData:
     """Load the training images and the held-out images: two splits of the dataset, or one split divided by a seeded
-    rule (held_out.py).
+    rule (held_out.py). Raise ValueError if the dataset has no images or labels, has one class, or is too small.
 
     If `use_selection_split` is set, the checkpoint is selected on selection images, which are separate from the
     held-out images. The selection images are the validation split if the dataset also has a test split. Otherwise,
@@ -76,28 +76,37 @@ def load_training_data(
     The held-out images of a stream are read immediately and stored in memory without decoding. If the stream has no
     evaluation split, only the first 10,000 held-out images are stored.
 
-    Raises:
-        ValueError: if the dataset has no images or labels, has a single class, or is too small to be split.
+    Without `use_labels`, every label is -100, and the label space has no columns.
     """
-    if options.streaming:
-        streams = open_streams(options, use_labels)
-        first_stream = next(iter(streams.values()))
-        return build_training_data(first_stream.name, first_stream.label_space, streams, options, use_selection_split)
 
     def select(names: list[str]) -> list[str]:
         return [name for name in choose_training_splits(names, use_selection_split) if name is not None]
 
-    splits = load_splits(options, use_labels, select)
-    return build_training_data(splits.name, splits.label_space, splits.images_by_split, options, use_selection_split)
-
-
-def load_unlabeled_data(options: DataOptions, use_selection_split: bool = False) -> TrainingData:
-    """Load the training images and the held-out images without labels: every label is -100, and the label space has no
-    columns.
-
-    Fine-tuning on the same dataset holds out the same images. The errors are the same as in `load_training_data`.
-    """
-    return load_training_data(options, use_selection_split, use_labels=False)
+    splits = open_streams(options, use_labels) if options.streaming else load_splits(options, use_labels, select)
+    chosen = choose_training_splits(splits.names, use_selection_split)
+    check_splits(options, splits, chosen, use_selection_split)
+    train = splits.images_by_split[chosen.train]
+    if chosen.held_out is not None:
+        held_out = materialize_images(splits.images_by_split[chosen.held_out])
+        held_out_name = f"split {chosen.held_out!r}"
+        record = HeldOutRecord(chosen.held_out, len(held_out))
+    else:
+        rule = build_held_out_rule(options)
+        train, held_out, record = hold_out_images(train, rule, options)
+        held_out_name = str(rule)
+        if options.streaming and len(held_out) == MAX_HELD_OUT_IMAGES:
+            held_out_name += f", evaluated on the first {MAX_HELD_OUT_IMAGES:,} images"
+    selection, selection_name = None, ""
+    if chosen.selection is not None:
+        selection = materialize_images(splits.images_by_split[chosen.selection])
+        selection_name = f"split {chosen.selection!r}"
+    elif use_selection_split:
+        rule = HeldOutRule(options.held_out_fraction, options.split_seed, "selection")
+        train, selection, _ = hold_out_images(train, rule, options)
+        selection_name = f"{rule}; from the training images"
+    return TrainingData(
+        splits.name, splits.label_space, train, held_out, held_out_name, record, selection, selection_name
+    )
 
 
 class TrainingSplits(NamedTuple):
@@ -109,8 +118,8 @@ class TrainingSplits(NamedTuple):
 
 
 def choose_training_splits(names: Collection[str], use_selection_split: bool) -> TrainingSplits:
-    """Return the names of the splits that training reads. The reported metrics are measured on the test split only if
-    there is no validation split, or if the validation split is used to select the checkpoint."""
+    """Return the splits that training reads. The reported metrics are measured on the test split only if there is no
+    validation split, or if the validation split is used to select the checkpoint."""
     train = "train" if "train" in names else next(iter(names))
     held_out_names = [name for name in HELD_OUT_SPLITS if name in names and name != train]
     if use_selection_split and len(held_out_names) > 1 and "test" in held_out_names:
@@ -118,62 +127,27 @@ def choose_training_splits(names: Collection[str], use_selection_split: bool) ->
     return TrainingSplits(train, held_out_names[0] if held_out_names else None, None)
 
 
-def build_training_data(
-    name: str,
-    label_space: LabelSpace,
-    images_by_split: Mapping[str, LabeledImages | StreamedImages],
-    options: DataOptions,
-    use_selection_split: bool,
-) -> TrainingData:
-    """Build the training data from the splits of a dataset. If the dataset has no held-out split, images of the
-    training split are held out. The held-out images of a stream are read into memory."""
-    splits = choose_training_splits(images_by_split, use_selection_split)
-    check_splits(options, label_space, list(images_by_split), splits, use_selection_split)
-    train = images_by_split[splits.train]
-    if splits.held_out is not None:
-        held_out = materialize_images(images_by_split[splits.held_out])
-        held_out_name = f"split {splits.held_out!r}"
-        record = HeldOutRecord(splits.held_out, len(held_out))
-    else:
-        rule = build_held_out_rule(options)
-        train, held_out, record = hold_out_images(train, rule, options)
-        held_out_name = str(rule)
-        if options.streaming and len(held_out) == MAX_HELD_OUT_IMAGES:
-            held_out_name += f", evaluated on the first {MAX_HELD_OUT_IMAGES:,} images"
-    selection, selection_name = None, ""
-    if splits.selection is not None:
-        selection = materialize_images(images_by_split[splits.selection])
-        selection_name = f"split {splits.selection!r}"
-    elif use_selection_split:
-        rule = HeldOutRule(options.held_out_fraction, options.split_seed, "selection")
-        train, selection, _ = hold_out_images(train, rule, options)
-        selection_name = f"{rule}; from the training images"
-    return TrainingData(name, label_space, train, held_out, held_out_name, record, selection, selection_name)
-
-
 def materialize_images(images: LabeledImages | StreamedImages) -> LabeledImages:
     """Return the images of a whole split; the images of a stream are read and stored in memory."""
     return images.read_held_out_images() if isinstance(images, StreamedImages) else images
 
 
-def check_splits(
-    options: DataOptions, label_space: LabelSpace, names: list[str], splits: TrainingSplits, use_selection_split: bool
-) -> None:
-    """Raise ValueError if there is only one class, if a dataset for cross-validation has a held-out split,
-    or if no images are available for `--select best`."""
+def check_splits(options: DataOptions, splits: Splits, chosen: TrainingSplits, use_selection_split: bool) -> None:
+    """Raise ValueError if there is only one class, or if the splits do not suit `--folds` or `--select best`."""
+    label_space = splits.label_space
     if label_space.kind == "single_label_classification" and label_space.columns and len(label_space.names) == 1:
         raise ValueError(describe_single_class(options.dataset, label_space.names[0]))
-    if options.folds is not None and splits.held_out is not None:
+    if options.folds is not None and chosen.held_out is not None:
         raise ValueError(
             f"--folds requires a dataset with a single split, but {options.dataset} has the held-out split "
-            f"{splits.held_out!r}. Remove --folds"
+            f"{chosen.held_out!r}. Remove --folds"
         )
-    if use_selection_split and splits.selection is None and options.streaming:
+    if use_selection_split and chosen.selection is None and options.streaming:
         raise ValueError(
             f"--select best with --streaming requires a validation split and a test split, but {options.dataset} has "
-            f"only {', '.join(names)}. Remove --streaming or --select best"
+            f"only {', '.join(splits.names)}. Remove --streaming or --select best"
         )
-    if use_selection_split and splits.selection is None and not options.held_out_fraction:
+    if use_selection_split and chosen.selection is None and not options.held_out_fraction:
         raise ValueError(
             "--select best requires images for checkpoint selection, but --held-out-fraction is 0. Set a larger "
             "--held-out-fraction"
@@ -188,8 +162,8 @@ def build_held_out_rule(options: DataOptions) -> HeldOutRule:
 
 
 def hold_out_images(images: Any, rule: HeldOutRule, options: DataOptions) -> tuple[Any, LabeledImages, HeldOutRecord]:
-    """Return the training images (stored or streamed), the held-out images, and the record of the held-out images.
-    Raise ValueError if none or all of the images would be held out."""
+    """Return the training images (stored or streamed), the held-out images, and their record. Raise ValueError if none
+    or all of the images would be held out."""
     if isinstance(images, StreamedImages):
         train = replace(images, held_out_rule=rule)
         held_out = train.read_held_out_images() if rule.fraction else LabeledImages(EncodedImages([]), [])
@@ -228,29 +202,18 @@ def load_evaluation_data(
     If the dataset has a single split, `"train"` selects the images of this split that training uses. `"test"` selects
     the images that training holds out, unless the split itself is named "test". `record` is the held-out record of the
     model. If `split` is None, the split is the recorded split, or "test". A recorded rule takes precedence over the
-    options.
-
-    Raises:
-        ValueError: if the split does not exist or cannot be evaluated, or if the options contradict `record`.
+    options. Raise ValueError if the split cannot be evaluated, or if the options contradict `record`.
     """
 
     def select(names: list[str]) -> list[str]:
-        return [resolve_split(choose_split(split, names, record), names, options)]
+        return [choose_split(split, names, record, options)[1]]
 
     rule = choose_rule(options, record)
-    images: LabeledImages | StreamedImages
-    if options.streaming:
-        streams = open_streams(options)
-        names = list(streams)
-        images = streams[select(names)[0]]
-        label_space = images.label_space
-    else:
-        splits = load_splits(options, select=select)
-        names, label_space = splits.names, splits.label_space
-        (images,) = splits.images_by_split.values()
-    split = choose_split(split, names, record)
-    if split in names and not (split == "train" and len(names) == 1):  # `split` is a complete split of the dataset
-        return EvaluationData(label_space, materialize_images(images), split, None)
+    splits = open_streams(options) if options.streaming else load_splits(options, select=select)
+    split, source_split = choose_split(split, splits.names, record, options)
+    images = splits.images_by_split[source_split]
+    if split == source_split and not (split == "train" and len(splits.names) == 1):  # all images of a split
+        return EvaluationData(splits.label_space, materialize_images(images), split, None)
     if split == "train" and options.streaming:
         raise ValueError(
             f"evaluation on the training images of the single split of {options.dataset} is not supported for "
@@ -263,31 +226,26 @@ def load_evaluation_data(
         )
     train, held_out, _ = hold_out_images(images, rule, options)
     if split == "train":
-        return EvaluationData(label_space, train, split, None)
-    return EvaluationData(label_space, held_out, split, rule)
+        return EvaluationData(splits.label_space, train, split, None)
+    return EvaluationData(splits.label_space, held_out, split, rule)
 
 
-def choose_split(split: str | None, names: Collection[str], record: HeldOutRecord | None) -> str:
-    """Return the split to evaluate on: the requested split, the split that the model's run held out if the dataset has
-    this split, or "test"."""
-    if split is not None:
-        return split
-    return record.split if record is not None and record.split in names and record.split else "test"
-
-
-def resolve_split(split: str, names: list[str], options: DataOptions) -> str:
-    """Return the requested split if it exists; otherwise, for "train" and "test", the only split. Raise ValueError if
-    there is no such split."""
+def choose_split(
+    split: str | None, names: list[str], record: HeldOutRecord | None, options: DataOptions
+) -> tuple[str, str]:
+    """Return the requested, recorded or default split, and the split of the dataset that contains the images of this
+    split. Raise ValueError if the dataset has no such split."""
+    if split is None:
+        split = record.split if record is not None and record.split and record.split in names else "test"
     if split in names:
-        return split
+        return split, split
     if len(names) == 1 and split in ("train", "test"):
-        return names[0]
+        return split, names[0]
     raise ValueError(f"{options.dataset} has no split {split!r}. Choose one of {', '.join(names)}")
 
 
 def choose_rule(options: DataOptions, record: HeldOutRecord | None) -> HeldOutRule:
-    """Return the rule recorded by the training run, or the rule from the options if no rule was recorded. Raise
-    ValueError if --split-seed or --held-out-fraction contradicts the recorded rule."""
+    """Return the recorded rule, or the rule of the options. Raise ValueError if the options contradict the record."""
     rule = None if record is None else record.rule
     if rule is None:
         return build_held_out_rule(options)
@@ -306,13 +264,12 @@ def choose_rule(options: DataOptions, record: HeldOutRecord | None) -> HeldOutRu
 
 
 def describe_data(training_data: TrainingData) -> dict[str, Any]:
-    """Return a description of the training data for checkpoints. The description of a stream contains only the
-    held-out images and the classes."""
+    """Return a description of the data for checkpoints; for a stream, of the held-out images and the classes."""
     labeled_images = training_data.held_out if isinstance(training_data.train, StreamedImages) else training_data.train
     return {
         "num_training_images": training_data.num_training_images,
         "num_held_out_images": len(training_data.held_out),
-        "held_out": training_data.record.to_dict(),
+        "held_out": asdict(training_data.record),
         "classes": training_data.label_space.columns,
         **compute_fingerprint(
             labeled_images.images.get_names(), labeled_images.labels, labeled_images.images.read_bytes
@@ -346,8 +303,7 @@ def compute_digest(values: Iterable[Any]) -> str:
 
 
 def describe_change(stored_description: dict[str, Any], current_description: dict[str, Any]) -> str | None:
-    """Return the first difference between two outputs of `describe_data` as text, or None if there is no
-    difference."""
+    """Return the first difference between two outputs of `describe_data` as text, or None if they are equal."""
     if stored_description == current_description:
         return None
     for column, names in current_description["classes"].items():
@@ -399,8 +355,7 @@ def describe_missing_classes(training_data: TrainingData) -> list[str]:
 
 
 def find_classes(labels: Sequence[Any], label_space: LabelSpace) -> set[str]:
-    """Return the names of the classes that occur in `labels`. For a model with several tasks, each class name is
-    prefixed with the name of the task."""
+    """Return the names of the classes that occur in `labels`. With several tasks, the task precedes each class."""
     if label_space.kind == "multi_task":
         tasks = label_space.columns.items()
         return {f"{task} {names[label[task]]}" for task, names in tasks for label in labels if label[task] >= 0}

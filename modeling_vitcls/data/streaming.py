@@ -13,6 +13,7 @@ import math
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -35,13 +36,13 @@ from .images import (
     decode_image,
     to_encoded_image,
 )
-from .labels import UNLABELED, Features, LabelReader, LabelSpace, build_label_reader, find_image_column
+from .labels import UNLABELED, Features, LabelReader, build_label_reader, find_image_column
 from .sampling import BatchPlan, derive_seed
-from .sources import get_dataset_folder, get_dataset_name, open_splits
+from .sources import Splits, get_dataset_folder, get_dataset_name, open_splits
 
 
 MAX_STORED_PATHS = 10_000  # maximum number of recent examples whose paths are stored for error messages
-NUM_BATCHES_AHEAD = 4  # number of batches to read ahead of training
+
 MAX_HELD_OUT_IMAGES = 10_000  # maximum number of held-out images of a stream without an evaluation split
 
 
@@ -69,11 +70,6 @@ class StreamedImages:
     folder: Path
     shuffle_buffer_size: int
     held_out_rule: HeldOutRule | None = None
-
-    @property
-    def label_space(self) -> LabelSpace:
-        """Return the label space, which has no columns if labels are not read."""
-        return UNLABELED if self.reader is None else self.reader.label_space
 
     def iterate_examples(self, seed: int, process_index: int, num_processes: int, start: int = 0) -> Iterator[Example]:
         """Yield the examples of one process indefinitely, starting at example `start`. `Example.epoch` is the number
@@ -105,11 +101,8 @@ class StreamedImages:
         return self.build_examples(local_rows)
 
     def read_held_out_images(self) -> LabeledImages:
-        """Return the encoded held-out images in the order of the stream.
-
-        If `held_out_rule` is None, as for an evaluation split, return all images. Otherwise, only the first
-        `MAX_HELD_OUT_IMAGES` held-out images are read and stored. Training skips all held-out images.
-        """
+        """Return the encoded images of an evaluation split, or the first `MAX_HELD_OUT_IMAGES` images that
+        `held_out_rule` selects, in the order of the stream."""
         rows = self.iterate_rows(self.stream)
         if self.held_out_rule is not None:
             rows = islice(filter(self.is_held_out, rows), MAX_HELD_OUT_IMAGES)
@@ -122,8 +115,7 @@ class StreamedImages:
         return LabeledImages(images, [example.label for example in examples])
 
     def iterate_rows(self, stream: Any) -> Iterator[StreamRow]:
-        """Yield the column values and the image key of each row. The image column contains inputs of
-        `decode_image`."""
+        """Yield the column values and the image key of each row, with the image as an input of `decode_image`."""
         for values in stream:
             encoded_image = to_encoded_image(values[self.image_column], self.folder)
             yield values | {self.image_column: encoded_image}, compute_encoded_image_key(encoded_image, self.folder)
@@ -145,29 +137,26 @@ class StreamedImages:
 # Opening -------------------------------------------------------------------------------------------------------------
 
 
-def open_streams(options: DataOptions, use_labels: bool = True) -> dict[str, StreamedImages]:
-    """Open a dataset, and return a dict that maps split names to images. Raise ValueError if the dataset cannot be
-    read, has no image or label column, or has unknown classes, and OSError if the dataset cannot be found."""
+def open_streams(options: DataOptions, use_labels: bool = True) -> Splits:
+    """Open the splits of a dataset as `StreamedImages`. Raise ValueError if the dataset cannot be read, has no image
+    or label column, or has unknown classes, and OSError if the dataset cannot be found."""
     import datasets
 
     streams = open_splits(options, use_labels)
     features = read_features(next(iter(streams.values())), options)
     image_column = find_image_column(options, features)
     reader = build_label_reader(options, features, read_column=None) if use_labels else None
-    columns = [image_column, *(column.name for column in (reader.columns if reader else []))]
-    streamed_images = {}
-    for name, stream in streams.items():
+    label_space = UNLABELED if reader is None else reader.label_space
+    columns = [image_column, *label_space.columns]
+    name, folder = get_dataset_name(options), get_dataset_folder(options)
+    images_by_split = {}
+    for split, stream in streams.items():
         if isinstance(features[image_column], datasets.Image):
             stream = stream.cast_column(image_column, datasets.Image(decode=False))
-        streamed_images[name] = StreamedImages(
-            name=get_dataset_name(options),
-            stream=stream.select_columns(columns),
-            image_column=image_column,
-            reader=reader,
-            folder=get_dataset_folder(options),
-            shuffle_buffer_size=options.shuffle_buffer,
+        images_by_split[split] = StreamedImages(
+            name, stream.select_columns(columns), image_column, reader, folder, options.shuffle_buffer
         )
-    return streamed_images
+    return Splits(name, label_space, images_by_split, list(streams))
 
 
 def read_features(stream: Any, options: DataOptions) -> Features:
@@ -198,7 +187,7 @@ class TrainingStream:
 
     def iterate_keys(self, plan: BatchPlan, process_index: int, first_step: int) -> Iterator[list[Example]]:
         """Yield the encoded examples of each batch of one process, starting at `first_step`. A thread reads ahead."""
-        return read_ahead(self.iterate_batches(plan, process_index, first_step), NUM_BATCHES_AHEAD)
+        return read_ahead(self.iterate_batches(plan, process_index, first_step), num_items=4)
 
     def iterate_batches(self, plan: BatchPlan, process_index: int, first_step: int) -> Iterator[list[Example]]:
         """Yield the encoded examples of each batch of one process, starting at `first_step`, without reading ahead."""
@@ -218,41 +207,33 @@ class TrainingStream:
 
     def __getitem__(self, examples: list[Example]) -> Batch:
         """Build a batch from encoded examples. Raise ValueError if none of the images can be read."""
-        pixels = {index: self.load_pixels(example) for index, example in enumerate(examples)}
-        readable_images = {index: image for index, image in pixels.items() if image is not None}
-        if not readable_images:
+        pixels: dict[int, torch.Tensor] = {}  # position of each readable image in the batch -> pixels
+        for position, example in enumerate(examples):
+            with suppress(UnreadableImage):
+                image = decode_image(example.encoded_image, hex(example.index))
+                pixels[position] = self.builder.prepare_image(image)
+        if not pixels:
             raise ValueError(
                 f"{self.source.name}: none of the {len(examples)} images of a batch can be read. Check the dataset"
             )
-        first_readable_index = min(readable_images)
-        source_indices = [
-            next(
-                (readable_index for readable_index in readable_images if readable_index >= index), first_readable_index
-            )
-            for index in pixels
+        first = min(pixels)  # follows the last readable position
+        used_positions = [
+            next((readable for readable in pixels if readable >= position), first) for position in range(len(examples))
         ]
-        replaced_indices = [
-            NOT_REPLACED if source_index == index else examples[index].index
-            for index, source_index in enumerate(source_indices)
-        ]
+        used_examples = [examples[position] for position in used_positions]
         return self.builder.build(
-            [readable_images[index] for index in source_indices],
-            [examples[index].label for index in source_indices],
-            [(examples[index].epoch, examples[index].index) for index in source_indices],
-            replaced_indices,
+            [pixels[position] for position in used_positions],
+            [example.label for example in used_examples],
+            [(example.epoch, example.index) for example in used_examples],
+            [
+                NOT_REPLACED if used_position == position else examples[position].index
+                for position, used_position in enumerate(used_positions)
+            ],
         )
-
-    def load_pixels(self, example: Example) -> torch.Tensor | None:
-        """Decode an image and apply the fixed transform; return None if the image cannot be read."""
-        try:
-            return self.builder.prepare_image(decode_image(example.encoded_image, hex(example.index)))
-        except UnreadableImage:
-            return None
 
     def store_paths(self, examples: list[Example]) -> None:
         """Store the image paths of examples, and remove the oldest paths if there are more than `MAX_STORED_PATHS`."""
-        for example in examples:
-            self.paths[example.index] = example.encoded_image["path"] or ""
+        self.paths |= {example.index: example.encoded_image["path"] or "" for example in examples}
         while len(self.paths) > MAX_STORED_PATHS:
             del self.paths[next(iter(self.paths))]
 
@@ -270,8 +251,7 @@ def build_training_dataset(
     num_views: int = 0,
     num_channels: int | None = None,
 ) -> TrainingImages | TrainingStream:
-    """Build the dataset of augmented training images from stored or streamed images. See `BatchBuilder` for the
-    arguments."""
+    """Build the dataset of augmented training images. See `BatchBuilder` for the arguments."""
     builder = BatchBuilder(augmentation, to_rgb, seed, num_views, num_channels)
     return TrainingStream(source, builder) if isinstance(source, StreamedImages) else TrainingImages(source, builder)
 

@@ -11,6 +11,7 @@ attention of the CLS tokens to the patches, averaged over the heads.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -135,14 +136,11 @@ def load_exportable_model(source: str) -> ExportableModel:
 
 def load_complete_model(model_class: Any, source: str, folder: str) -> ViTCLSPreTrainedModel:
     """Load a model in float32, without a pooler if the checkpoint has no pooler."""
-    load_options: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True}
-    model, loading_info = load_checkpoint(model_class.from_pretrained, folder, **load_options)
-    missing_weights = sorted(loading_info["missing_keys"])
+    load = partial(load_checkpoint, model_class.from_pretrained, folder, dtype=torch.float32, output_loading_info=True)
+    model, loading_info = load()
+    missing_weights = loading_info["missing_keys"]
     if missing_weights and model_class is ViTCLSModel and all(name.startswith("pooler.") for name in missing_weights):
-        model, loading_info = load_checkpoint(
-            model_class.from_pretrained, folder, add_pooling_layer=False, **load_options
-        )
-        missing_weights = sorted(loading_info["missing_keys"])
-    if missing_weights:
+        model, loading_info = load(add_pooling_layer=False)
+    if missing_weights := sorted(loading_info["missing_keys"]):
         raise ValueError(f"the checkpoint {source} has no weights for {missing_weights[0]}. Train the model first")
     return model.eval()

@@ -8,6 +8,7 @@ runtime of the format, such as onnxruntime. If the outputs differ by more than t
 
 import dataclasses
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,31 +16,26 @@ import torch
 from transformers.image_utils import PILImageResampling
 
 from ..configuration_vitcls import ViTCLSConfig
-from ..conversion.parity_report import build_random_images, get_max_magnitude, hash_files
+from ..conversion.parity_report import build_random_images, get_max_magnitude, get_non_square_size, hash_files
 from ..conversion.processors import SHARED_SETTINGS, select_settings
 from ..files import write_json
 from ..hub.local_paths import resolve_name, strip_folders
 from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..system import get_versions
 from .exportable import INPUT_NAME, Outputs, compute_named_outputs, load_exportable_model
-from .formats import FORMATS, Format, TracedModel
-from .tracing import DTYPES, GraphShape, select_graph_shape, trace_model
+from .formats import FORMATS, TracedModel
+from .tracing import GraphShape, select_graph_shape, trace_model
 
 
 # dtype of the graph -> absolute tolerance, and tolerance relative to the largest absolute value of the output.
 LIMITS: dict[str, tuple[float, float]] = {"float32": (1e-4, 0.0), "float16": (1e-4, 1e-2), "bfloat16": (1e-4, 8e-2)}
-
-ImageShape = tuple[int, int, int, int]  # (batch size, channels, height, width)
-
-# Settings of the image processor that are written to the report.
-PREPROCESSING_SETTINGS = (*SHARED_SETTINGS, "crop_rounding", "do_pad", "pad_size")
 
 
 @dataclasses.dataclass(frozen=True)
 class BatchComparison:
     """Comparison of the outputs of a file with the outputs of the model for one batch of images."""
 
-    shape: ImageShape  # shape of the images
+    shape: tuple[int, ...]  # shape of the images, (batch size, channels, height, width)
     differences: dict[str, float]  # output name -> largest absolute difference
     magnitudes: dict[str, float]  # output name -> largest absolute value of the model's output
 
@@ -98,8 +94,10 @@ def export_model(
             The message is a single line. Nothing is written if an error is raised.
     """
     file_format = FORMATS[format_name]
-    check_output_path(output, file_format)
-    if missing_packages := file_format.find_missing_packages():
+    if output.suffix != file_format.suffix:
+        raise ValueError(f"--output must end with {file_format.suffix}, but it is {output}")
+    check_files_do_not_exist(output, get_report_path(output))
+    if missing_packages := [name for name in file_format.packages if find_spec(name) is None]:
         raise ValueError(
             f"--format {format_name} requires packages that are not installed: {', '.join(missing_packages)}. Run pip "
             "install 'modeling_vitcls[export]'"
@@ -110,7 +108,7 @@ def export_model(
     batches = [build_random_images(shape) for shape in select_image_shapes(model.config, graph_shape)]
     reference_outputs = compute_named_outputs(model, batches, output_attentions)
     names = list(reference_outputs[0])
-    graph = trace_model(model, graph_shape, DTYPES[dtype], output_attentions)
+    graph = trace_model(model, graph_shape, getattr(torch, dtype), output_attentions)
     traced_model = TracedModel(graph, graph_shape, names, opset)
     existing_parent = next(folder for folder in output.absolute().parents if folder.is_dir())
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=existing_parent) as temporary_folder:
@@ -147,13 +145,6 @@ def get_report_path(file: Path) -> Path:
     return file.with_name(f"{file.name}.json")
 
 
-def check_output_path(output: Path, file_format: Format) -> None:
-    """Raise ValueError if the suffix of the path does not match the format, or if the file or its report exists."""
-    if output.suffix != file_format.suffix:
-        raise ValueError(f"--output must end with {file_format.suffix}, but it is {output}")
-    check_files_do_not_exist(output, get_report_path(output))
-
-
 def check_files_do_not_exist(*files: Path) -> None:
     """Raise ValueError if any of the files exists."""
     for file in files:
@@ -162,8 +153,7 @@ def check_files_do_not_exist(*files: Path) -> None:
 
 
 def move_files(source: Path, target: Path) -> None:
-    """Move all files of a folder to another folder. Raise ValueError if the target contains a file of the same
-    name."""
+    """Move all files of a folder. Raise ValueError if the target folder contains a file of the same name."""
     files = sorted(source.iterdir())
     check_files_do_not_exist(*(target / file.name for file in files))
     target.mkdir(parents=True, exist_ok=True)
@@ -174,18 +164,18 @@ def move_files(source: Path, target: Path) -> None:
 # Report --------------------------------------------------------------------------------------------------------------
 
 
-def select_image_shapes(config: ViTCLSConfig, graph_shape: GraphShape) -> list[ImageShape]:
+def select_image_shapes(config: ViTCLSConfig, graph_shape: GraphShape) -> list[tuple[int, int, int, int]]:
     """Return the image shapes for the comparison. For a dynamic graph, the shapes include the native, requested and
     smallest sizes, non-square sizes, and a size that is not a multiple of the patch size."""
     if not graph_shape.is_dynamic:
         return [(batch_size, config.num_channels, *graph_shape.image_size) for batch_size in (1, 2, 3)]
     (height, width), (patch_height, patch_width) = graph_shape.image_size, config.patch_height_width
-    rows, columns = height // patch_height, width // patch_width
+    portrait_width, portrait_height = get_non_square_size((width, height), (patch_width, patch_height))
     batch_sizes = {
         config.image_height_width: 1,
         graph_shape.image_size: 3,
-        (max(1, rows * 3 // 4) * patch_height, (columns * 5 // 4 + 1) * patch_width): 2,
-        ((rows * 5 // 4 + 1) * patch_height, max(1, columns * 3 // 4) * patch_width): 1,
+        get_non_square_size((height, width), (patch_height, patch_width)): 2,
+        (portrait_height, portrait_width): 1,
         (height + patch_height - 1, width + 1): 2,
         graph_shape.smallest_size: 1,
     }
@@ -199,16 +189,18 @@ def select_image_shapes(config: ViTCLSConfig, graph_shape: GraphShape) -> list[I
 def compare_outputs(
     batches: list[torch.Tensor], reference_outputs: list[Outputs], outputs: list[Outputs], dtype: str
 ) -> list[BatchComparison]:
-    """Compare the outputs of a file with the outputs of the model. Raise ValueError if a difference exceeds
-    `LIMITS`."""
+    """Compare the outputs of a file and of the model. Raise ValueError if a difference exceeds `LIMITS`."""
     absolute_limit, relative_limit = LIMITS[dtype]
     comparisons = []
     for images, reference, result in zip(batches, reference_outputs, outputs, strict=True):
-        shape: ImageShape = tuple(images.shape)  # type: ignore[assignment]  # four axes
-        if get_shapes(reference) != get_shapes(result):
+        shape = list(images.shape)
+        expected_shapes, shapes = (
+            [(name, list(output.shape)) for name, output in named_outputs.items()]
+            for named_outputs in (reference, result)
+        )
+        if shapes != expected_shapes:
             raise ValueError(
-                f"the written graph must have the outputs {get_shapes(reference)} for images {list(shape)}, but has "
-                f"{get_shapes(result)}"
+                f"the written graph must have the outputs {expected_shapes} for images {shape}, but has {shapes}"
             )
         differences = {name: get_max_magnitude(result[name] - reference[name]) for name in reference}
         magnitudes = {name: get_max_magnitude(reference[name]) for name in reference}
@@ -217,20 +209,15 @@ def compare_outputs(
             if not difference <= limit:  # also true for NaN
                 raise ValueError(
                     f"the output {name} of the written graph differs from that of the model by {difference:.2g} for "
-                    f"images {list(shape)}, but the limit in {dtype} is {limit:.2g}"
+                    f"images {shape}, but the limit in {dtype} is {limit:.2g}"
                 )
-        comparisons.append(BatchComparison(shape, differences, magnitudes))
+        comparisons.append(BatchComparison(tuple(shape), differences, magnitudes))
     return comparisons
-
-
-def get_shapes(outputs: Outputs) -> list[tuple[str, list[int]]]:
-    """Return the (name, shape) pairs of outputs, in order."""
-    return [(name, list(output.shape)) for name, output in outputs.items()]
 
 
 def describe_input(config: ViTCLSConfig, graph_shape: GraphShape) -> dict[str, Any]:
     """Return the name, dtype, shape, image sizes and patch size of the input."""
-    height_width = ["height", "width"] if graph_shape.is_dynamic else list(graph_shape.image_size)
+    height_width = ["height", "width"] if graph_shape.is_dynamic else graph_shape.image_size
     return {
         "name": INPUT_NAME,
         "dtype": "float32",
@@ -258,7 +245,7 @@ def describe_preprocessing(processor: ViTCLSImageProcessor | None) -> dict[str, 
     """Return the image processor settings that are not None, or None if there is no image processor."""
     if processor is None:
         return None
-    settings = select_settings(processor, PREPROCESSING_SETTINGS)
+    settings = select_settings(processor, (*SHARED_SETTINGS, "crop_rounding", "do_pad", "pad_size"))
     if "resample" in settings:
         settings["resample"] = PILImageResampling(settings["resample"]).name.lower()
     return settings

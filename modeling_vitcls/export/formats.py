@@ -10,7 +10,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +48,6 @@ class Format:
     # Whether the antialiasing filter of the runtime equals PyTorch's filter. OpenVINO uses a different filter, which
     # changes outputs by 1e-4 to 1e-3.
     has_pytorch_antialias_filter: bool = True
-
-    def find_missing_packages(self) -> list[str]:
-        """Return the names of the required packages that are not installed."""
-        return [name for name in self.packages if find_spec(name) is None]
 
 
 # torch ---------------------------------------------------------------------------------------------------------------

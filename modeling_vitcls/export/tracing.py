@@ -23,8 +23,6 @@ from .exportable import INPUT_NAME, NamedOutputsModel
 # Minimum number of patch rows, patch columns and example images, because torch.export treats a size of 1 as constant.
 MIN_DYNAMIC_SIZE = 2
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
 
 @dataclass(frozen=True)
 class GraphShape:
@@ -42,17 +40,11 @@ def select_graph_shape(
     dynamic: bool,
     has_pytorch_antialias_filter: bool = True,
 ) -> GraphShape:
-    """Return the image sizes that the graph of a model will accept.
+    """Return the image sizes that the graph of a model will accept. If `dynamic` is True but a dynamic size is not
+    possible, the size is fixed. Raise ValueError if `image_size` is too small for a dynamic graph.
 
-    Args:
-        model: model to export.
-        image_size: (height, width) in pixels. Default: the native image size of the model.
-        dynamic: whether the graph should accept different image sizes. If this is not possible, the image size is
-            fixed.
-        has_pytorch_antialias_filter: whether the antialiasing filter of the runtime equals PyTorch's filter.
-
-    Raises:
-        ValueError: if the image size is too small for a dynamic graph.
+    `image_size` is (height, width) in pixels, by default the native size. `has_pytorch_antialias_filter` is False if
+    the antialiasing filter of the runtime differs from PyTorch's filter.
     """
     config = model.config
     size = config.image_height_width if image_size is None else image_size
@@ -96,17 +88,14 @@ def get_smallest_size(config: ViTCLSConfig) -> tuple[int, int]:
 def trace_model(
     model: ViTCLSPreTrainedModel, graph_shape: GraphShape, dtype: torch.dtype, output_attentions: bool = False
 ) -> ExportedProgram:
-    """Trace a copy of a model to a graph.
-
-    Weights and computations have the given dtype, and inputs and outputs are float32. The graph uses PyTorch's fused
-    attention. Raise ValueError if the model cannot be traced.
-    """
+    """Trace a copy of a model to a graph with float32 inputs and outputs. Weights and computations have the given
+    dtype. Raise ValueError if the model cannot be traced."""
     config = model.config
     if not graph_shape.is_dynamic and graph_shape.image_size != config.image_height_width:
         model = model.adapt(image_size=list(graph_shape.image_size))
     else:
         model = copy.deepcopy(model)
-    model.set_attn_implementation("sdpa")
+    model.set_attn_implementation("sdpa")  # PyTorch's fused attention
     model.requires_grad_(False)  # attention masks that require gradients would select a different attention kernel
     model.to(dtype=dtype)  # type: ignore[call-arg]  # the wrapper of `to` in transformers is untyped
     images = build_example_images(config, graph_shape)
@@ -120,9 +109,8 @@ def trace_model(
             graph = graph.run_decompositions({})  # decomposition is required to save vectorized attention masks
     except Exception as error:  # torch.export raises many types of errors
         hint = ". Set --no-dynamic" if graph_shape.is_dynamic else ""
-        raise ValueError(
-            f"torch.export cannot trace this {type(model).__name__} ({format_error(error)}){hint}"
-        ) from error
+        message = f"torch.export cannot trace this {type(model).__name__} ({format_error(error)}){hint}"
+        raise ValueError(message) from error
     for node in graph.graph.nodes:
         node.meta.pop("stack_trace", None)  # stack traces contain local paths
     return graph

@@ -43,7 +43,6 @@ from .formats import FORMATS, open_onnx_session
 FILE_NAMES = {"fp32": "model.onnx", "fp16": "model_fp16.onnx", "q8": "model_quantized.onnx"}
 NUM_IMAGES = 64  # number of random images in the comparison
 BATCH_SIZE = 16  # number of images per batch in the comparison
-QUANTIZED_OPERATORS = ["MatMul", "Gemm"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,8 +160,7 @@ def build_config(exportable_model: ExportableModel) -> dict[str, Any]:
 
 
 def build_preprocessor_config(processor: ViTCLSImageProcessor) -> dict[str, Any]:
-    """Return the contents of preprocessor_config.json. Raise ValueError if the image processor does not
-    convert images to RGB."""
+    """Return the contents of preprocessor_config.json. Raise ValueError if images are not converted to RGB."""
     if not processor.do_convert_rgb:
         raise ValueError(
             "--format transformers.js requires do_convert_rgb=True, but do_convert_rgb is False. Set a different "
@@ -174,22 +172,20 @@ def build_preprocessor_config(processor: ViTCLSImageProcessor) -> dict[str, Any]
 
 
 def quantize_onnx_file(source: Path, target: Path) -> None:
-    """Write a dynamically quantized copy of an ONNX file. The weights of linear layers are stored as int8, and the
-    inputs of these layers are quantized at run time."""
+    """Write a copy of an ONNX file with int8 weights of linear layers, whose inputs are quantized at run time."""
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     model = onnx.load(source)
     model.graph.ClearField("value_info")  # stored shapes do not match the transposed weights of the copy
-    quantize_dynamic(model, target, weight_type=QuantType.QInt8, op_types_to_quantize=QUANTIZED_OPERATORS)
+    quantize_dynamic(model, target, weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul", "Gemm"])
 
 
 def compare_file(
     file: Path, web_dtype: str, batches: list[torch.Tensor], reference_outputs: list[Outputs]
 ) -> FileComparison:
     """Run a file with onnxruntime and compare its logits [B, labels] with the logits of the model."""
-    names = list(reference_outputs[0])
-    outputs = FORMATS["onnx"].run(file, batches, names)
+    outputs = FORMATS["onnx"].run(file, batches, list(reference_outputs[0]))
     logits, reference = (torch.cat([batch["logits"] for batch in results]) for results in (outputs, reference_outputs))
     top1_agreement = (logits.argmax(-1) == reference.argmax(-1)).float().mean().item()
     return FileComparison(f"onnx/{file.name}", web_dtype, get_max_magnitude(logits - reference), top1_agreement)

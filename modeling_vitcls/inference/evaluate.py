@@ -8,7 +8,7 @@ If the dataset has no split for evaluation, the model is evaluated on the images
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 from accelerate import Accelerator
 from rich.console import Console
@@ -111,9 +111,7 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
 
 def set_up_evaluation(options: EvaluateOptions) -> tuple[Accelerator, Console, Callable[[str], None]]:
     """Build the accelerator, the console of the main process, and a function that prints a warning to the console.
-
-    Raise OSError if the folder of `--output` cannot be created.
-    """
+    Create the folder of `--output`."""
     accelerator = build_accelerator(mixed_precision=options.mixed_precision)
     console = Console(quiet=not accelerator.is_main_process, soft_wrap=True, highlight=False)
     if options.output is not None:
@@ -156,10 +154,8 @@ def write_results(options: EvaluateOptions, results: dict[str, Any], console: Co
 
 
 def describe_possible_overlap(model: str, record: HeldOutRecord | None, held_out_images: LabeledImages) -> str | None:
-    """Return a warning that the model may have been trained on `held_out_images`.
-
-    Return None if the same images were held out when the model was trained.
-    """
+    """Return a warning that the model may have been trained on `held_out_images`, or None if training held out the
+    same images."""
     risk = "The model may have been trained on the evaluated images"
     if record is None:
         return f"{model} has no record of the held-out images ({HELD_OUT_RECORD_KEY!r} in {RESULTS_FILE}). {risk}"
@@ -187,67 +183,51 @@ LABEL_DESCRIPTIONS: dict[LabelKind, str] = {
 
 
 def match_labels(images: LabeledImages, data_space: LabelSpace, model_space: LabelSpace) -> LabeledImages:
-    """Convert the label indices of the dataset to the label indices of the model. Labels are matched by name.
-
-    The model may have more labels than the dataset. Missing labels of a task (-100) are left unchanged.
-
-    Raises:
-        ValueError: if the kinds of labels or the tasks differ, or if an image has a label that the model lacks.
-    """
+    """Convert the label indices of the dataset to the label indices of the model. Labels are matched by name. Raise
+    ValueError if the kinds of labels or the tasks differ, or if an image has a label that the model lacks."""
     if data_space.kind != model_space.kind:
         raise ValueError(
             f"the model was trained with {LABEL_DESCRIPTIONS[model_space.kind]}, but the dataset has "
             f"{LABEL_DESCRIPTIONS[data_space.kind]}. Select other columns with --label-column, or set "
             "--label-separator for a column with several labels"
         )
+    labels: list[Any] = []
     if data_space.kind == "multi_task":
-        return LabeledImages(images.images, match_task_labels(images.labels, data_space, model_space))
-    indices = LabelIndices(data_space.names, model_space.names)
+        if data_space.columns.keys() != model_space.columns.keys():
+            raise ValueError(
+                f"the model has the tasks {', '.join(model_space.columns)}, but the dataset has "
+                f"{', '.join(data_space.columns)}. Select the columns of the tasks with --label-column"
+            )
+        converters = {
+            task: build_index_converter(data_space.columns[task], names) for task, names in model_space.columns.items()
+        }
+        labels = [{task: convert(label[task]) for task, convert in converters.items()} for label in images.labels]
+        return LabeledImages(images.images, labels)
+    convert_index = build_index_converter(data_space.names, model_space.names)
     if data_space.kind == "single_label_classification":
-        return LabeledImages(images.images, [indices[label] for label in images.labels])
-    labels = []
+        return LabeledImages(images.images, [convert_index(label) for label in images.labels])
     for multi_hot_label in images.labels:
-        present_indices = {indices[index] for index, value in enumerate(multi_hot_label) if value}
+        present_indices = {convert_index(index) for index, value in enumerate(multi_hot_label) if value}
         labels.append([float(index in present_indices) for index in range(len(model_space.names))])
     return LabeledImages(images.images, labels)
 
 
-def match_task_labels(
-    labels: Iterable[dict[str, int]], data_space: LabelSpace, model_space: LabelSpace
-) -> list[dict[str, int]]:
-    """Return one dict per image, from task names to class indices of the model."""
-    if data_space.columns.keys() != model_space.columns.keys():
-        raise ValueError(
-            f"the model has the tasks {', '.join(model_space.columns)}, but the dataset has "
-            f"{', '.join(data_space.columns)}. Select the columns of the tasks with --label-column"
-        )
-    indices_by_task = {
-        task: LabelIndices(data_space.columns[task], names) for task, names in model_space.columns.items()
-    }
-    return [
-        {
-            task: IGNORED_LABEL if label[task] == IGNORED_LABEL else indices[label[task]]
-            for task, indices in indices_by_task.items()
-        }
-        for label in labels
-    ]
+def build_index_converter(data_names: list[str], model_names: list[str]) -> Callable[[int], int]:
+    """Return a function that converts a label index of the dataset to the index of the same label of the model."""
+    model_indices = {name: index for index, name in enumerate(model_names)}
 
+    def convert_index(index: int) -> int:
+        if index == IGNORED_LABEL:
+            return IGNORED_LABEL
+        if data_names[index] not in model_indices:
+            suffix = f" and {len(model_names) - 20} more" if len(model_names) > 20 else ""
+            raise ValueError(
+                f"the dataset has the label {data_names[index]!r}, but the model has only the labels "
+                f"{', '.join(model_names[:20])}{suffix}. Remove the images with this label"
+            )
+        return model_indices[data_names[index]]
 
-class LabelIndices(dict[int, int]):
-    """Mapping from label indices of the dataset to label indices of the model. Labels are matched by name."""
-
-    def __init__(self, data_names: list[str], model_names: list[str]) -> None:
-        indices = {name: index for index, name in enumerate(model_names)}
-        super().__init__({label: indices[name] for label, name in enumerate(data_names) if name in indices})
-        self.data_names = data_names
-        self.model_names = model_names
-
-    def __missing__(self, label: int) -> NoReturn:
-        suffix = f" and {len(self.model_names) - 20} more" if len(self.model_names) > 20 else ""
-        raise ValueError(
-            f"the dataset has the label {self.data_names[label]!r}, but the model has only the labels "
-            f"{', '.join(self.model_names[:20])}{suffix}. Remove the images with this label"
-        )
+    return convert_index
 
 
 # Output --------------------------------------------------------------------------------------------------------------
@@ -259,17 +239,16 @@ def build_progress(console: Console, accelerator: Accelerator) -> Callable[[Cach
         return iter
     if console.is_terminal:
         return lambda batches: track(batches, "evaluating", console=console, transient=True)
-    return lambda batches: print_progress(batches, console)
 
+    def print_progress(batches: CachedBatches) -> Iterator[HeldOutBatch]:
+        last_print_time = time.monotonic()
+        for index, batch in enumerate(batches):
+            if time.monotonic() - last_print_time > SECONDS_BETWEEN_LINES:
+                last_print_time = time.monotonic()
+                console.print(f"evaluating: batch {index}/{len(batches)}")
+            yield batch
 
-def print_progress(batches: CachedBatches, console: Console) -> Iterator[HeldOutBatch]:
-    """Yield the batches, and print a progress line every few seconds."""
-    last_print_time = time.monotonic()
-    for index, batch in enumerate(batches):
-        if time.monotonic() - last_print_time > SECONDS_BETWEEN_LINES:
-            last_print_time = time.monotonic()
-            console.print(f"evaluating: batch {index}/{len(batches)}")
-        yield batch
+    return print_progress
 
 
 def print_results(results: dict[str, Any], config: ViTCLSConfig, console: Console) -> None:

@@ -32,7 +32,6 @@ from .metrics import METRICS, ReconstructionMetrics, select_scalars
 
 
 MAX_CACHE_BYTES = 256 * 2**20  # maximum size of the cache of preprocessed images per process, in bytes
-NUM_DECIMALS = 6  # number of decimals in reported metrics
 
 
 @dataclass
@@ -59,7 +58,7 @@ class HeldOutBatches(Dataset):
     def __post_init__(self) -> None:
         first_index = self.process_index * self.batch_size
         batch_starts = range(first_index, len(self.source) + first_index, self.batch_size * self.num_processes)
-        self.index_ranges = [range(start, start + self.batch_size) for start in batch_starts]
+        self.index_ranges = [range(start, min(start + self.batch_size, len(self.source))) for start in batch_starts]
 
     def __len__(self) -> int:
         return len(self.index_ranges)
@@ -67,8 +66,6 @@ class HeldOutBatches(Dataset):
     def __getitem__(self, index: int) -> HeldOutBatch:
         pixel_values, labels, error_messages = [], [], {}
         for image_index in self.index_ranges[index]:
-            if image_index >= len(self.source):
-                break
             try:
                 image = self.source.images[image_index]
                 pixels = self.processor(image, return_tensors="pt")["pixel_values"][0]  # [C, H, W]
@@ -132,14 +129,9 @@ class Evaluator:
         self.unreadable_counter = UnreadableImageCounter(
             self.error_messages.__getitem__, accelerator.on_main_process(warn), max_broken_images
         )
+        process_index, num_processes = accelerator.process_index, accelerator.num_processes
         local_batches = HeldOutBatches(
-            images,
-            processor,
-            label_space,
-            batch_size,
-            accelerator.process_index,
-            accelerator.num_processes,
-            num_channels,
+            images, processor, label_space, batch_size, process_index, num_processes, num_channels
         )
         self.batches = CachedBatches(local_batches, num_workers)
 
@@ -151,11 +143,7 @@ class Evaluator:
 
         In the returned dict, numbers come before lists and dicts, and the first number is the metric for comparing
         models. `num_broken_images` is the number of unreadable images, which `num_images` excludes. Floats are rounded
-        to six decimals.
-
-        Args:
-            model: the model, either prepared by `Accelerator.prepare` or on the device of the accelerator.
-            show_progress: function that receives the batches of this process, yields the batches and shows progress.
+        to six decimals. `show_progress` yields the given batches and shows progress.
 
         Raises:
             ValueError: if all images are unreadable, or if more than `max_broken_images` images are unreadable.
@@ -204,11 +192,8 @@ class Evaluator:
 
 
 class ReconstructionEvaluator(Evaluator):
-    """Evaluates a masked autoencoder.
-
-    The label of an image is the index of the image. The mask depends only on this index and on `mask_seed`, and not on
-    the number of processes or the batch size.
-    """
+    """Evaluates a masked autoencoder. The mask of an image depends only on `mask_seed` and on the index of the image,
+    which is also the label."""
 
     def __init__(
         self,
@@ -224,7 +209,6 @@ class ReconstructionEvaluator(Evaluator):
         self.mask_seed = mask_seed
 
     def build_metrics(self) -> ReconstructionMetrics:
-        """Build the reconstruction metrics."""
         return ReconstructionMetrics(self.accelerator.device)
 
     def compute_outputs(self, model: nn.Module, batch: HeldOutBatch) -> Any:
@@ -266,7 +250,7 @@ class CachedBatches:
         cache: list[HeldOutBatch] | None = []
         num_bytes = 0
         for batch in self.loader:
-            num_bytes += batch.pixel_values.nbytes if batch.pixel_values is not None else 0
+            num_bytes += 0 if batch.pixel_values is None else batch.pixel_values.nbytes
             if num_bytes > MAX_CACHE_BYTES:
                 cache = None
             elif cache is not None:
@@ -278,7 +262,7 @@ class CachedBatches:
 def round_floats(value: Any) -> Any:
     """Return the value with all floats rounded to six decimals, including floats in nested lists and dicts."""
     if isinstance(value, float):
-        return round(value, NUM_DECIMALS)
+        return round(value, 6)
     if isinstance(value, list):
         return [round_floats(item) for item in value]
     if isinstance(value, dict):

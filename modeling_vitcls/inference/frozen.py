@@ -45,11 +45,6 @@ from .load_model import load_model
 from .metrics import compute_wilson_interval
 
 
-NUM_NEIGHBORS = 10
-MAX_ITERATIONS = 1000  # maximum number of iterations of L-BFGS in logistic regression
-MEAN_OF_PATCHES = "mean of patches"
-
-
 # Features ------------------------------------------------------------------------------------------------------------
 
 
@@ -71,7 +66,6 @@ class FeatureEvaluator(Evaluator):
         self.layer_numbers = layer_numbers
 
     def build_metrics(self) -> "FeatureStore":
-        """Build an empty `FeatureStore`."""
         return FeatureStore()
 
     def compute_outputs(self, model: torch.nn.Module, batch: HeldOutBatch) -> torch.Tensor:
@@ -112,27 +106,19 @@ def compute_features(encoder: Any, pixel_values: torch.Tensor, layer_numbers: li
     return torch.cat(vectors, dim=1)
 
 
-def get_vector_keys(config: Any, layer_numbers: list[int]) -> list[tuple[int, str]]:
-    """Return the layer number and the token name for each feature vector of `compute_features`."""
-    return [(layer, token) for layer in layer_numbers for token in [*get_token_names(config), MEAN_OF_PATCHES]]
-
-
 # Classifiers ---------------------------------------------------------------------------------------------------------
 
 
 def build_classifier(kind: str, num_training_images: int) -> Any:
-    """Build a k-NN classifier or a logistic regression on standardized features.
-
-    The number of neighbors is at most the number of training images.
-    """
+    """Build a k-NN classifier, or a logistic regression on standardized features."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.neighbors import KNeighborsClassifier
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
     if kind == "knn":
-        return KNeighborsClassifier(min(NUM_NEIGHBORS, num_training_images), weights="distance", metric="cosine")
-    return make_pipeline(StandardScaler(), LogisticRegression(max_iter=MAX_ITERATIONS))
+        return KNeighborsClassifier(min(10, num_training_images), weights="distance", metric="cosine")
+    return make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
 
 
 def measure_accuracies(
@@ -158,7 +144,7 @@ def measure_accuracies(
         if num_images_per_class:
             accuracy = summarize_repeats([count / num_images for count in correct_counts])
         else:
-            interval = compute_wilson_interval(correct_counts[0], num_images, CONFIDENCE_LEVEL)
+            interval = compute_wilson_interval(correct_counts[0], num_images)
             accuracy = {"accuracy": correct_counts[0] / num_images, "accuracy_interval": interval}
         rows.append({"layer": layer, "token": token, **accuracy})
     return rows
@@ -167,10 +153,8 @@ def measure_accuracies(
 def select_few_shot_images(
     labels: np.ndarray, num_images_per_class: int, num_repeats: int, seed: int
 ) -> list[np.ndarray]:
-    """Return one array per repeat: the sorted indices of `num_images_per_class` random images of each class.
-
-    Raise ValueError if a class has fewer than `num_images_per_class` images.
-    """
+    """Return one array per repeat: the sorted indices of `num_images_per_class` random images of each class. Raise
+    ValueError if a class has fewer images."""
     names, counts = np.unique(labels, return_counts=True)
     if counts.min() < num_images_per_class:
         raise ValueError(
@@ -243,7 +227,8 @@ def evaluate_frozen(options: EvaluateOptions) -> dict[str, Any]:
             num_channels=model.config.num_channels,
         )
         output = evaluator(model, build_progress(console, accelerator))
-        keys = get_vector_keys(model.config, layer_numbers)
+        tokens = [*get_token_names(model.config), "mean of patches"]
+        keys = [(layer, token) for layer in layer_numbers for token in tokens]  # as in `compute_features`
         vectors = {key: output["features"][:, index] for index, key in enumerate(keys)}
         labels = np.array(label_space.names)[output["labels"]]
         return LabeledFeatures(vectors, labels, output["num_broken_images"])

@@ -36,15 +36,11 @@ from ..options import DataOptions, PredictOptions
 
 @dataclass(frozen=True)
 class ImageRecord:
-    """An image with an index in the input, a name and content.
+    """An image of the input."""
 
-    The content is a path, a URL, encoded bytes, any other input that the image processor accepts, or None for
-    a missing image.
-    """
-
-    index: int
+    index: int  # index in the input
     name: str
-    content: Any
+    content: Any  # path, URL, encoded bytes, other input of the image processor, or None for a missing image
 
 
 # Lists ---------------------------------------------------------------------------------------------------------------
@@ -59,7 +55,6 @@ class ListInput:
 
     @property
     def num_images(self) -> int:
-        """Return the number of images."""
         return len(self.names)
 
     def compute_fingerprint(self) -> dict[str, Any]:
@@ -79,10 +74,8 @@ class ListInput:
 
 
 def build_list_input(paths: Iterable[str]) -> ListInput:
-    """Return an input with the given files and URLs, and the images in the given folders.
-
-    Images in a folder are sorted by name. Raise ValueError if there are no images.
-    """
+    """Return an input with the given files and URLs, and the images in the given folders, sorted by name. Raise
+    ValueError if there are no images."""
     files = [file for path in paths for file in (list_image_files(path) if Path(path).is_dir() else [path])]
     if not files:
         suffixes_text = " ".join(sorted(IMAGE_SUFFIXES))
@@ -122,21 +115,14 @@ def get_file_stat(path: str) -> list[int] | None:
 # Datasets ------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class ImageColumn:
-    """A dataset column with images or paths, and the base folder of relative paths."""
-
-    name: str
-    folder: Path
-
-    def build_record(self, index: int, value: Any) -> ImageRecord:
-        """Build the record of a column value. The name is the path of the image, or the index if there is no path."""
-        if isinstance(value, str):
-            return ImageRecord(index, make_printable(value), resolve_path(self.folder, value))
-        if isinstance(value, dict):
-            name, encoded = value.get("path"), value.get("bytes")
-            return ImageRecord(index, make_printable(name or str(index)), name if encoded is None else encoded)
-        return ImageRecord(index, str(index), value)
+def build_record(index: int, value: Any, folder: Path) -> ImageRecord:
+    """Build the record of an image or path in a dataset. The name of an image without a path is the index."""
+    if isinstance(value, str):
+        return ImageRecord(index, make_printable(value), resolve_path(folder, value))
+    if isinstance(value, dict):
+        name, encoded = value.get("path"), value.get("bytes")
+        return ImageRecord(index, make_printable(name or str(index)), name if encoded is None else encoded)
+    return ImageRecord(index, str(index), value)
 
 
 @dataclass(frozen=True)
@@ -144,12 +130,12 @@ class DatasetInput:
     """The rows of a dataset on disk."""
 
     dataset: Any  # datasets.Dataset
-    column: ImageColumn
+    column: str
+    folder: Path
     settings: dict[str, Any]
 
     @property
     def num_images(self) -> int:
-        """Return the number of images."""
         return len(self.dataset)
 
     def compute_fingerprint(self) -> dict[str, Any]:
@@ -160,9 +146,9 @@ class DatasetInput:
         """Yield the records in the index ranges."""
         for indices in ranges:
             for start in range(indices.start, indices.stop, ROWS_PER_READ):
-                values = self.dataset[start : min(start + ROWS_PER_READ, indices.stop)][self.column.name]
+                values = self.dataset[start : min(start + ROWS_PER_READ, indices.stop)][self.column]
                 for index, value in enumerate(values, start):
-                    yield self.column.build_record(index, value)
+                    yield build_record(index, value, self.folder)
 
 
 @dataclass
@@ -170,7 +156,8 @@ class StreamInput:
     """A dataset that is streamed during prediction, from the first row to the end of the last range."""
 
     dataset: Any  # datasets.IterableDataset
-    column: ImageColumn
+    column: str
+    folder: Path
     settings: dict[str, Any]
     num_images: int | None = None
 
@@ -185,7 +172,7 @@ class StreamInput:
         for indices in ranges:
             index += sum(1 for _ in islice(examples, indices.start - index))  # skip without decoding
             for example in islice(examples, indices.stop - index):
-                yield self.column.build_record(index, example[self.column.name])
+                yield build_record(index, example[self.column], self.folder)
                 index += 1
             if index < indices.stop:
                 self.num_images = index
@@ -196,21 +183,13 @@ PredictionInput = ListInput | DatasetInput | StreamInput
 
 
 def open_input(options: PredictOptions) -> PredictionInput:
-    """Open the input that PATHS, `--list` or `--dataset` specifies.
-
-    Raises:
-        ValueError: if the input has no images, or if the dataset cannot be read.
-        OSError: if the list cannot be read, or if the dataset cannot be found.
-    """
-    if options.dataset is not None:
-        return open_dataset(options, options.dataset)
-    return build_list_input(list(options.paths) if options.list is None else read_path_list(options.list))
-
-
-def open_dataset(options: PredictOptions, dataset: str) -> PredictionInput:
-    """Open a dataset in any format that `vitcls finetune` reads. Labels are not required."""
+    """Open the input that PATHS, `--list` or `--dataset` specifies. Labels are not required. Raise ValueError if the
+    input has no images or cannot be read, and OSError if the list or the dataset cannot be found."""
+    if options.dataset is None:
+        return build_list_input(list(options.paths) if options.list is None else read_path_list(options.list))
     import datasets
 
+    dataset = options.dataset
     data_options = DataOptions(dataset, image_column=options.image_column, streaming=options.streaming)
     path = Path(dataset)
     if not options.streaming and (dataset == "digits" or is_idx_folder(path)):
@@ -219,25 +198,22 @@ def open_dataset(options: PredictOptions, dataset: str) -> PredictionInput:
 
     split = select_split(open_splits(data_options, use_labels=False), options)
     features = read_features(split, data_options)
-    column = ImageColumn(find_image_column(data_options, features), get_dataset_folder(data_options))
-    settings: dict[str, Any] = {"dataset": dataset, "split": options.split, "column": column.name}
+    column, folder = find_image_column(data_options, features), get_dataset_folder(data_options)
+    settings: dict[str, Any] = {"dataset": dataset, "split": options.split, "column": column}
     if path.is_file():
         settings["bytes and time"] = get_file_stat(dataset)
-    split = split.select_columns([column.name])
-    if isinstance(features[column.name], datasets.Image):  # the threads decode the images
-        split = split.cast_column(column.name, datasets.Image(decode=False))
+    split = split.select_columns([column])
+    if isinstance(features[column], datasets.Image):  # the threads decode the images
+        split = split.cast_column(column, datasets.Image(decode=False))
     if options.streaming:
-        return StreamInput(split, column, settings)
+        return StreamInput(split, column, folder, settings)
     if not len(split):
         raise ValueError(f"the dataset {dataset} is empty. Add images")
-    return DatasetInput(split, column, settings)
+    return DatasetInput(split, column, folder, settings)
 
 
 def select_split(splits: Mapping[str, Any], options: PredictOptions) -> Any:
-    """Return the split that `--split` names, or the only split if `--split` is not set.
-
-    Raise ValueError if there is no such split.
-    """
+    """Return the split that `--split` names, or the only split. Raise ValueError if there is no such split."""
     if options.split is None and len(splits) == 1:
         return next(iter(splits.values()))
     if options.split is None or options.split not in splits:

@@ -32,12 +32,9 @@ def format_preset_names() -> str:
 
 
 def load_model(source: str, use_head: bool) -> tuple[PreTrainedModel, ViTCLSImageProcessor]:
-    """Load the model of a vitcls checkpoint, with or without the classifier, and the image processor.
-
-    Raises:
-        ValueError: if the checkpoint is not a vitcls model, or lacks trained weights or the requested classifier.
-        OSError: if the checkpoint cannot be found or read.
-    """
+    """Load the model of a vitcls checkpoint, with or without the classifier, and the image processor. Raise ValueError
+    if the checkpoint is not a vitcls model, or lacks trained weights or the requested classifier, and OSError if the
+    checkpoint cannot be found or read."""
     if is_preset(source):
         raise ValueError(
             f"{source} is a preset without trained weights. Set --model to a folder or a model on the Hub"
@@ -47,7 +44,12 @@ def load_model(source: str, use_head: bool) -> tuple[PreTrainedModel, ViTCLSImag
     model_class: Any = ViTCLSModel
     arguments = {"add_pooling_layer": False}
     if use_head:
-        check_is_classifier(source, settings)
+        architectures = settings.get("architectures") or []
+        if architectures and not any(name.endswith("Classification") for name in architectures):
+            raise ValueError(
+                f"label prediction requires a classifier, but {source} contains {architectures[0]}. Fine-tune the "
+                "model first, or set --features"
+            )
         model_class = ViTCLSForMultiTaskClassification if settings.get("tasks") else ViTCLSForImageClassification
         arguments = {}
     # Hide the warnings of transformers: missing weights raise ValueError, and an unused classifier is intended.
@@ -60,11 +62,8 @@ def load_model(source: str, use_head: bool) -> tuple[PreTrainedModel, ViTCLSImag
 
 
 def load_classifier(source: str, folder: str) -> Classifier:
-    """Load a saved classifier of any kind from a folder. `source` is the name of the model in error messages.
-
-    Raises:
-        ValueError: if the model is not a vitcls model, if it has no classifier, or if it was trained for regression.
-    """
+    """Load a saved classifier of any kind from a folder. `source` is the name of the model in error messages. Raise
+    ValueError if the model is not a vitcls model, has no classifier, or was trained for regression."""
     check_is_vitcls(source, folder)
     config = ViTCLSConfig.from_pretrained(folder)
     class_by_name = {model_class.__name__: model_class for model_class in CLASSIFIER_CLASSES.values()}
@@ -79,13 +78,3 @@ def load_classifier(source: str, folder: str) -> Classifier:
             f"evaluation requires a classifier, but {source} was trained for regression. Set --model to a classifier"
         )
     return class_by_name[class_name].from_pretrained(folder)
-
-
-def check_is_classifier(source: str, settings: dict[str, Any]) -> None:
-    """Raise ValueError if the config of a checkpoint lists an architecture without a classifier."""
-    architectures = settings.get("architectures") or []
-    if architectures and not any(name.endswith("Classification") for name in architectures):
-        raise ValueError(
-            f"label prediction requires a classifier, but {source} contains {architectures[0]}. Fine-tune the model "
-            "first, or set --features"
-        )

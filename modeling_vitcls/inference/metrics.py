@@ -30,7 +30,7 @@ from ..heads_vitcls import IGNORED_LABEL
 
 MAX_MATRIX_CLASSES = 1000  # maximum number of classes for which a confusion matrix is computed
 MAX_RECORDED_MATRIX_CLASSES = 200  # maximum number of classes for which a run saves the confusion matrix
-NUM_CALIBRATION_BINS = 15
+
 # Accuracy metric of a head -> name of the model output with the logits of the head.
 HEAD_OUTPUTS = {"cls_accuracy": "cls_logits", "distillation_accuracy": "distillation_logits"}
 
@@ -71,9 +71,7 @@ class SingleLabelMetrics:
         num_classes = len(self.names)
         self.counts = ClassCounts(num_classes).to(device)
         self.loss = build_aggregator(MeanMetric, device)
-        self.calibration_error = MulticlassCalibrationError(num_classes, NUM_CALIBRATION_BINS, validate_args=False).to(
-            device
-        )
+        self.calibration_error = MulticlassCalibrationError(num_classes, n_bins=15, validate_args=False).to(device)
         self.top_5_accuracy = build_aggregator(MeanMetric, device) if num_classes > 5 else None
         self.head_accuracies = {name: build_aggregator(MeanMetric, device) for name in HEAD_OUTPUTS}
         self.confusion_matrix = None
@@ -81,10 +79,8 @@ class SingleLabelMetrics:
             self.confusion_matrix = MulticlassConfusionMatrix(num_classes, validate_args=False).to(device)
 
     def update(self, outputs: Any, labels: torch.Tensor) -> None:
-        """Update the metrics with logits [B, L], labels [G] and, if the model has two heads, the logits of each head.
-
-        The last B - G images are padding.
-        """
+        """Update the metrics with logits [B, L], labels [G] and, if the model has two heads, the logits of each
+        head."""
         self.update_logits(outputs.logits, labels)
         if outputs.distillation_logits is not None:
             for name, attribute in HEAD_OUTPUTS.items():
@@ -111,7 +107,6 @@ class SingleLabelMetrics:
             self.confusion_matrix.update(predictions, labels)
 
     def compute(self) -> MetricValues:
-        """Return the metrics listed in the class docstring."""
         counts = self.counts.compute().tolist()
         num_correct, _, num_images = map(sum, counts)
         class_metrics = compute_class_metrics(self.names, counts)
@@ -168,7 +163,6 @@ class MultiLabelMetrics:
         self.num_images.update(len(labels))
 
     def compute(self) -> MetricValues:
-        """Return the metrics listed in the class docstring."""
         counts = self.counts.compute().tolist()
         num_correct, num_predicted, num_true = map(sum, counts)
         class_metrics = compute_class_metrics(self.names, counts)
@@ -210,7 +204,6 @@ class MultiTaskMetrics:
         self.num_images.update(len(next(iter(labels.values()))))
 
     def compute(self) -> MetricValues:
-        """Return the metrics listed in the class docstring."""
         task_metrics = {task: metrics.compute() for task, metrics in self.tasks.items()}
         values = {
             "accuracy": compute_mean([metrics["accuracy"] for metrics in task_metrics.values()]),
@@ -240,7 +233,6 @@ class ReconstructionMetrics:
         self.num_images.update(len(indices))
 
     def compute(self) -> MetricValues:
-        """Return the metrics listed in the class docstring."""
         return {"reconstruction_loss": to_number(self.loss.compute()), "num_images": int(self.num_images.compute())}
 
 
@@ -262,10 +254,8 @@ SELECTION_METRICS: dict[LabelKind, str] = {
 
 
 class ClassCounts(Metric):
-    """For each class, the numbers of correct predictions, all predictions and images, as an int64 tensor [3, L].
-
-    The counting metrics of torchmetrics do not support empty batches, and build a matrix [L, L] at each update.
-    """
+    """For each class, the numbers of correct predictions, all predictions and images, as an int64 tensor [3, L]. The
+    counting metrics of torchmetrics do not support empty batches, and build a matrix [L, L] at each update."""
 
     full_state_update = False
     counts: torch.Tensor
@@ -284,10 +274,8 @@ class ClassCounts(Metric):
 
 
 def build_aggregator(metric_class: type[MeanMetric | SumMetric], device: torch.device) -> Any:
-    """Build a mean or sum metric whose result is NaN if any value is NaN.
-
-    The metric is float64 if the device supports float64, so that the order of batches hardly affects the result.
-    """
+    """Build a mean or sum metric whose result is NaN if any value is NaN. The metric is float64 if the device supports
+    float64, so that the order of batches hardly affects the result."""
     dtype = torch.float32 if device.type == "mps" else torch.float64
     return metric_class(nan_strategy="disable").set_dtype(dtype).to(device)
 
@@ -306,15 +294,15 @@ def compute_class_metrics(names: list[str], counts: list[list[int]]) -> list[Met
     ]
 
 
-def compute_wilson_interval(num_correct: int, num_images: int, confidence: float = 0.95) -> list[float] | None:
-    """Return the confidence interval [low, high] of `num_correct / num_images`, or None if `num_images` is 0.
+def compute_wilson_interval(num_correct: int, num_images: int) -> list[float] | None:
+    """Return the 95% confidence interval [low, high] of `num_correct / num_images`, or None if `num_images` is 0.
 
-    This is the score interval of Wilson (1927, "Probable inference, the law of succession, and statistical
-    inference"). The interval lies between 0 and 1, and has a positive width even if all predictions are correct.
+    Wilson 1927, "Probable inference, the law of succession, and statistical inference". The interval has a positive
+    width even if all predictions are correct.
     """
     if num_images == 0:
         return None
-    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    z = NormalDist().inv_cdf(0.975)
     accuracy, weight = num_correct / num_images, z**2 / num_images
     center = (accuracy + weight / 2) / (1 + weight)
     half_width = z / (1 + weight) * math.sqrt(accuracy * (1 - accuracy) / num_images + weight / (4 * num_images))

@@ -60,11 +60,8 @@ def get_output_columns(columns: Columns) -> Columns:
 
 
 def write_rows(rows: Iterable[Row], columns: Columns, file: Path) -> None:
-    """Write rows to a file in the format given by the suffix of the file name. An existing file is replaced.
-
-    Raises:
-        OSError: if the file cannot be written. In this case, no partial file remains.
-    """
+    """Write rows to a file in the format given by the suffix of the file name. An existing file is replaced. If an
+    OSError is raised, no partial file remains."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with write_atomically(file) as temporary_file:
         WRITERS[file.suffix.lower()](rows, columns, temporary_file)
@@ -140,10 +137,8 @@ def print_table(rows: Iterable[Row], columns: Columns) -> None:
         names.remove("error")
     table = Table()
     for name in names:
-        is_number = pa.types.is_floating(columns[name])
-        table.add_column(
-            Text(replace_control_characters(name)), justify="right" if is_number else "left", overflow="fold"
-        )
+        header = Text(replace_control_characters(name))
+        table.add_column(header, justify="right" if pa.types.is_floating(columns[name]) else "left", overflow="fold")
     for row in rows:
         table.add_row(*(Text(format_table_cell(row[name])) for name in names))
     console = Console(highlight=False)
@@ -204,9 +199,9 @@ class Progress:
         self.last_line_time = time.perf_counter()
         images_per_second = self.num_images / (self.last_line_time - self.start_time)
         total_text = "" if self.total is None else f" of {self.total:,}"
-        failure_text = ""
-        if self.num_failed:
-            failure_text = f", {self.num_failed:,} without a prediction (see the column `error`)"
+        failure_text = (
+            f", {self.num_failed:,} without a prediction (see the column `error`)" if self.num_failed else ""
+        )
         self.console.print(
             f"{self.num_images:,}{total_text} images, {images_per_second:,.0f} images/s{failure_text}", markup=False
         )
@@ -231,14 +226,8 @@ class ShardFolder:
         return {int(file.stem.removeprefix("shard-")) for file in self.path.glob("shard-*.parquet")}
 
     def open(self, manifest: dict[str, Any]) -> int | None:
-        """Create the folder with a manifest, or raise ValueError if the folder has a different manifest or
-        contains other files without a manifest.
-
-        Call this method only on the main process.
-
-        Returns:
-            The number of images of the input; None if no earlier run has recorded the number.
-        """
+        """Create the folder with a manifest, or raise ValueError if the folder has another manifest or other files.
+        Return the number of images that an earlier run recorded, if any. Call this only on the main process."""
         self.path.mkdir(parents=True, exist_ok=True)
         for unfinished_file in self.path.glob(".*.unfinished"):
             unfinished_file.unlink()  # heartbeat or partial shard of a process that was killed
@@ -271,10 +260,8 @@ class ShardFolder:
         return self.path / f".process-{process_index}.unfinished"
 
     def wait_for_shards(self, num_images: int, num_processes: int) -> None:
-        """Wait until all shards exist. Call this method on process 0, after all processes have sent a heartbeat.
-
-        Raise OSError if shards are missing, but all other processes have ended or a heartbeat is too old.
-        """
+        """Wait until all shards exist. Call this method on process 0, after all processes have sent a heartbeat. Raise
+        OSError if shards are missing, but all other processes have ended or a heartbeat is too old."""
         main_file, *other_files = map(self.get_heartbeat_file, range(num_processes))
         while True:
             main_file.touch()
@@ -294,11 +281,9 @@ class ShardFolder:
             time.sleep(SECONDS_BETWEEN_CHECKS)
 
     def count_rows(self, num_images: int) -> tuple[int, int]:
-        """Return the number of rows in all shards, and the number of rows with an error.
-
-        Raise ValueError if a file is damaged, or if the number of rows in a file is wrong.
-        """
-        num_rows = num_failed = 0
+        """Return the number of rows in all shards, and the number of rows with an error. Raise ValueError if a file is
+        damaged or has a wrong number of rows."""
+        num_failed = 0
         for shard_index, indices in enumerate(iterate_shards(num_images, self.shard_size)):
             file = self.get_shard_file(shard_index)
             try:
@@ -312,17 +297,14 @@ class ShardFolder:
                     f"{file} must have {len(indices)} rows, but has {metadata.num_rows}. Delete the file and repeat "
                     "the command"
                 )
-            num_rows += metadata.num_rows
             num_failed += int(metadata.metadata[b"failed"])
-        return num_rows, num_failed
+        return num_images, num_failed
 
 
 @contextmanager
 def send_heartbeats(file: Path) -> Iterator[None]:
-    """Touch a file regularly in a thread, and remove the file at the end of the `with` block.
-
-    The file signals to other processes, including processes on other hosts, that this process is running.
-    """
+    """Touch a file regularly in a thread, so that processes on all hosts see that this process is running. Remove the
+    file at the end of the `with` block."""
     stop_event = threading.Event()
 
     def update_file() -> None:
@@ -347,11 +329,6 @@ def iterate_shards(num_images: int | None, shard_size: int) -> Iterator[range]:
     for shard_index in shard_indices:
         end = (shard_index + 1) * shard_size
         yield range(shard_index * shard_size, end if num_images is None else min(end, num_images))
-
-
-def assign_ranges(ranges: Iterator[range], process_index: int, num_processes: int) -> Iterator[range]:
-    """Return the ranges of one process. The ranges are assigned to the processes in turn."""
-    return islice(ranges, process_index, None, num_processes)
 
 
 def describe_difference(stored_settings: dict[str, Any], current_settings: dict[str, Any]) -> str | None:

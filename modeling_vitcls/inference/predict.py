@@ -32,7 +32,6 @@ from .outputs import (
     WRITERS,
     Progress,
     ShardFolder,
-    assign_ranges,
     get_output_columns,
     iterate_shards,
     print_table,
@@ -109,15 +108,11 @@ def predict(
 
 
 def predict_from_options(options: PredictOptions, images: list[Any]) -> list[Row]:
-    """Return the rows that `vitcls predict` would write, computed in this process.
-
-    `images` replaces PATHS and accepts the same types as in `predict`. If `images` is empty, the options
-    specify the input.
-    """
+    """Return the rows that `vitcls predict` would write, computed in this process. `images` accepts the same types as
+    in `predict`. If `images` is empty, the options specify the input."""
     accelerator = build_accelerator(mixed_precision=options.mixed_precision)
     source = wrap_images(images) if images else open_input(options)
-    predictor = build_predictor(options, accelerator)
-    return collect_rows(predictor, source)
+    return collect_rows(build_predictor(options, accelerator), source)
 
 
 def collect_rows(predictor: Predictor, source: PredictionInput) -> list[Row]:
@@ -155,12 +150,8 @@ def wrap_images(images: Sequence[Any]) -> ListInput:
 
 
 def predict_images(options: PredictOptions) -> PredictionCounts:
-    """Run the prediction that the options specify, and print or write the rows.
-
-    Raises:
-        ValueError, OSError: if the images or the model cannot be read, or if the output cannot be written. The message
-            is a single line.
-    """
+    """Run the prediction that the options specify, and print or write the rows. Raise ValueError or OSError with a
+    single line if the images or the model cannot be read, or if the output cannot be written."""
     accelerator = build_accelerator(mixed_precision=options.mixed_precision)
     with accelerator.main_process_first():  # the main process downloads the files
         source = open_input(options)
@@ -194,9 +185,8 @@ def predict_to_file(
 ) -> PredictionCounts:
     """Print a table or write one file. The main process gathers the rows of all processes."""
     chunk_size = options.batch_size
-    ranges = assign_ranges(
-        iterate_shards(source.num_images, chunk_size), accelerator.process_index, accelerator.num_processes
-    )
+    chunks = iterate_shards(source.num_images, chunk_size)
+    ranges = islice(chunks, accelerator.process_index, None, accelerator.num_processes)
     rows = gather_rows(predictor.iterate_rows(source, ranges, chunk_size), chunk_size, accelerator)
     columns = get_output_columns(predictor.columns.columns)
     with Progress(source.num_images, is_shown=accelerator.is_main_process) as progress:
@@ -232,17 +222,14 @@ def gather_rows(rows: Iterator[Row], chunk_size: int, accelerator: Accelerator) 
 def predict_to_folder(
     options: PredictOptions, accelerator: Accelerator, source: PredictionInput, predictor: Predictor
 ) -> PredictionCounts:
-    """Write the missing shards, which are divided among the processes. The main process waits for all shards.
-
-    The main process polls for the files, because a collective operation would time out if a process is slow.
-    Raise OSError if a process has ended without writing its shards.
-    """
+    """Write the missing shards, which are divided among the processes. The main process polls for all shards, because
+    a collective operation would time out if a process is slow. Raise OSError if a process has ended too early."""
     assert options.output is not None
     folder = ShardFolder(options.output, options.shard_size)
     num_images, finished_shards = open_shard_folder(folder, options, accelerator, source, predictor)
     shards = iterate_shards(num_images, folder.shard_size)
     missing_shards = (indices for indices in shards if indices.start // folder.shard_size not in finished_shards)
-    local_shards: Iterable[range] = assign_ranges(missing_shards, accelerator.process_index, accelerator.num_processes)
+    local_shards: Iterable[range] = islice(missing_shards, accelerator.process_index, None, accelerator.num_processes)
     num_local_images = None
     if num_images is not None:
         local_shards = list(local_shards)
@@ -272,10 +259,8 @@ def open_shard_folder(
     source: PredictionInput,
     predictor: Predictor,
 ) -> tuple[int | None, set[int]]:
-    """Create the output folder, or check that an existing folder belongs to the same prediction.
-
-    Return the number of images, which is None if unknown, and the indices of the finished shards.
-    """
+    """Create the output folder, or check that an existing folder belongs to the same prediction. Return the number of
+    images, which is None if unknown, and the indices of the finished shards."""
     fingerprint = source.compute_fingerprint()
 
     def open_folder() -> tuple[int | None, set[int]]:

@@ -20,7 +20,6 @@ import pyarrow as pa
 import torch
 from transformers import PreTrainedModel
 
-from ..configuration_vitcls import ViTCLSConfig
 from ..data.labels import is_multi_label
 from .inputs import PreparedImage
 
@@ -44,10 +43,8 @@ def select_top_labels(logits: torch.Tensor, names: list[str], top_k: int) -> lis
 def select_probable_labels(
     logits: torch.Tensor, names: list[str], threshold: float = DEFAULT_THRESHOLD
 ) -> list[list[Label]]:
-    """Return each image's labels with a probability of at least `threshold`, given logits [B, num_labels].
-
-    The most probable label comes first. The probabilities are the sigmoid of the multi-label logits.
-    """
+    """Return each image's labels with a probability of at least `threshold`, the most probable label first, given
+    multi-label logits [B, num_labels]."""
     # Values and indices, [B, num_labels].
     sorted_labels = logits.float().sigmoid().sort(dim=1, descending=True, stable=True)
     return [
@@ -65,10 +62,8 @@ def build_labels(indices: torch.Tensor, probabilities: torch.Tensor, names: list
 
 
 class TopLabelColumns:
-    """Output columns of a single-label or multi-task classifier: the `top_k` most probable labels of each task.
-
-    `names` contains the label names of each task. A single-label classifier has one task with an empty name.
-    """
+    """Output columns of a single-label or multi-task classifier: the `top_k` most probable labels of each task. A
+    single-label classifier has one task with an empty name."""
 
     def __init__(self, model: PreTrainedModel, names: dict[str, list[str]], top_k: int | None) -> None:
         self.model = model
@@ -128,16 +123,21 @@ class MultiLabelColumns:
 
 
 class FeatureColumns:
-    """Output column with features: `cls`, `registers` or `distillation` tokens, or the `mean` of the patch tokens.
-
-    The tokens are taken from the last hidden state.
-    """
+    """Output column with features of the last hidden state: `cls`, `registers` or `distillation` tokens, or the `mean`
+    of the patch tokens. Raise ValueError if the model has no such tokens."""
 
     def __init__(self, model: PreTrainedModel, token_group: str) -> None:
         config: Any = model.config
         self.encoder = model.base_model
         self.token_group = token_group
-        self.num_tokens = 1 if token_group == "mean" else count_tokens(config, token_group)
+        token_counts = dict(zip(("cls", "distillation", "registers"), config.token_counts, strict=True)) | {"mean": 1}
+        self.num_tokens = token_counts[token_group]
+        if not self.num_tokens:
+            choices_text = " or ".join(name for name, count in token_counts.items() if count)
+            raise ValueError(
+                f"--features {token_group} requires tokens of this kind, but the model has none. Set --features to "
+                f"{choices_text}"
+            )
         feature_type = pa.list_(pa.float32())
         self.columns = {"features": feature_type if self.num_tokens == 1 else pa.list_(feature_type)}
 
@@ -155,18 +155,6 @@ class FeatureColumns:
         return [{"features": vectors if self.num_tokens == 1 else list(vectors)} for vectors in features]
 
 
-def count_tokens(config: ViTCLSConfig, token_group: str) -> int:
-    """Return the number of tokens in a group of special tokens. Raise ValueError if the group has no tokens."""
-    counts = dict(zip(("cls", "distillation", "registers"), config.token_counts, strict=True))
-    if not counts[token_group]:
-        choices_text = " or ".join([*(name for name, count in counts.items() if count), "mean"])
-        raise ValueError(
-            f"--features {token_group} requires tokens of this kind, but the model has none. Set --features to "
-            f"{choices_text}"
-        )
-    return counts[token_group]
-
-
 # Rows ----------------------------------------------------------------------------------------------------------------
 
 
@@ -177,10 +165,7 @@ AutocastFactory = Callable[[], AbstractContextManager]  # function that returns 
 def build_prediction_columns(
     model: PreTrainedModel, top_k: int | None, threshold: float, features: str | None
 ) -> PredictionColumns:
-    """Build the output columns of a model.
-
-    Raise ValueError if the model is not a classifier, or if the model does not support the arguments.
-    """
+    """Build the output columns of a model. Raise ValueError if the model does not support the arguments."""
     config: Any = model.config
     if features is not None:
         return FeatureColumns(model, features)
@@ -223,10 +208,8 @@ def group_by_shape(pixels: Mapping[int, torch.Tensor]) -> list[dict[int, torch.T
 
 
 def predict_batch(pixel_values: torch.Tensor, columns: PredictionColumns, autocast: AutocastFactory) -> list[Row]:
-    """Return one row for each of the images [B, C, H, W].
-
-    A row contains an error if the model does not support the image, or if the outputs are not finite.
-    """
+    """Return one row for each of the images [B, C, H, W], with an error if the model does not support the image or the
+    outputs are not finite."""
     try:
         with torch.inference_mode(), autocast():
             outputs = columns.predict(pixel_values)

@@ -17,7 +17,7 @@ from ..conversion.any_checkpoint import resolve_checkpoint
 from ..data.augmentation import MaskGenerator
 from ..data.batches import Normalizer
 from ..data.images import LabeledImages
-from ..data.splits import TrainingData, load_unlabeled_data
+from ..data.splits import TrainingData, load_training_data
 from ..hub.card import build_encoder_card
 from ..hub.provenance import Provenance
 from ..image_processing_vitcls import ViTCLSImageProcessor
@@ -60,7 +60,7 @@ class PretrainTask(Task):
         return options
 
     def load_data(self) -> TrainingData:
-        return load_unlabeled_data(self.options.data, self.options.training.select == "best")
+        return load_training_data(self.options.data, self.options.training.select == "best", use_labels=False)
 
     def load_model(self) -> None:
         self.model, self.processor = build_pretraining_model(self.options.model)

@@ -15,7 +15,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -297,7 +297,7 @@ def collect_results(task: Task) -> dict[str, Any]:
     return {
         "dataset": data.name,
         "split": data.held_out_name,
-        HELD_OUT_RECORD_KEY: data.record.to_dict(),
+        HELD_OUT_RECORD_KEY: asdict(data.record),
         "num_training_images": data.num_training_images,
         **task.get_task_results(),
         "selection_metric": task.selection_metric,

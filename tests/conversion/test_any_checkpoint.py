@@ -29,8 +29,8 @@ from modeling_vitcls.conversion.any_checkpoint import (
     pin_revision,
     resolve_checkpoint,
 )
+from modeling_vitcls.conversion.convert import load_source
 from modeling_vitcls.conversion.random_weights import randomize_weights
-from modeling_vitcls.conversion.source_models import load_source
 from modeling_vitcls.export.exportable import load_exportable_model
 from modeling_vitcls.inference.load_model import load_model
 from modeling_vitcls.options import DataOptions, FinetuneOptions, ModelOptions, RunOptions, TrainingOptions
@@ -267,4 +267,4 @@ def test_a_run_records_the_commit(cached_hub_model: str, tmp_path: Path) -> None
 def test_a_run_starts_from_a_converted_model(source: Path, tmp_path: Path) -> None:
     run(tmp_path / "run", str(source))
     assert ViTCLSForImageClassification.from_pretrained(tmp_path / "run").config.num_labels == 10
-    assert any_checkpoint.get_cache_folder().is_dir()
+    assert Path(constants.HF_HUB_CACHE).parent.joinpath("vitcls", "converted").is_dir()

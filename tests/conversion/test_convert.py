@@ -38,7 +38,7 @@ from modeling_vitcls import (
     convert_from_timm,
 )
 from modeling_vitcls.conversion import processors, source_models
-from modeling_vitcls.conversion.convert import convert_checkpoint
+from modeling_vitcls.conversion.convert import convert_checkpoint, load_source
 from modeling_vitcls.conversion.parity_report import compare_models
 from modeling_vitcls.conversion.random_weights import randomize_weights
 from modeling_vitcls.conversion.weight_rules import ConversionError
@@ -338,7 +338,7 @@ def test_random_init_requires_no_weights(tmp_path: Path) -> None:
 def test_the_class_of_a_source(tmp_path: Path) -> None:
     """A configuration without `architectures` is a base model."""
     transformers.ViTConfig(**SIZES).save_pretrained(tmp_path)
-    source = source_models.load_source(f"transformers:{tmp_path}", random_init=True)
+    source = load_source(f"transformers:{tmp_path}", random_init=True)
     assert type(source.model) is transformers.ViTModel and not source.model.training
     for architecture, name in source_models.ENCODER_CLASS_NAMES.items():
         config = transformers.ViTConfig(architectures=[architecture])
@@ -378,7 +378,7 @@ def test_the_classifier(
 
 
 def test_the_classifier_of_a_timm_model() -> None:
-    source = source_models.load_source("timm:test_vit", random_init=True)
+    source = load_source("timm:test_vit", random_init=True)
     assert not source_models.TimmSource("timm:test_vit", timm.create_model("test_vit"), None, []).model.training
     source.compute_outputs(torch.zeros(1, 3, 112, 208))
     assert source.image_size == (160, 160)  # other sizes do not change the source
@@ -442,7 +442,7 @@ def test_a_source_of_one_size_is_compared_at_this_size(tmp_path: Path, monkeypat
 
 def test_a_classifier_is_kept_only_if_its_logits_are_compared(tmp_path: Path) -> None:
     encoder = randomize_weights(transformers.ViTModel(transformers.ViTConfig(**SIZES)))
-    source = source_models.load_source(save_checkpoint(encoder, tmp_path / "source"))
+    source = load_source(save_checkpoint(encoder, tmp_path / "source"))
     with raises_one_line("the logits of transformers:", "cannot be compared", error=ConversionError):
         compare_models(source, source.convert("keep", None), has_source_classifier=True)
 

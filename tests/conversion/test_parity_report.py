@@ -2,7 +2,6 @@
 
 import math
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -46,10 +45,8 @@ def test_notes_on_positions(fields: dict[str, Any], notes: list[str]) -> None:
 
 
 def test_the_second_size_has_fewer_rows_and_more_columns() -> None:
-    model = ViTCLSModel(build_tiny_config(patch_size=[4, 8]))
     for native_size, other_size in (((32, 48), (24, 64)), ((4, 8), (4, 16))):
-        source: Any = SimpleNamespace(image_size=native_size)
-        assert get_non_square_size(source, model) == other_size
+        assert get_non_square_size(native_size, (4, 8)) == other_size
 
 
 def test_cpu_kernels_are_removed_and_installed_again() -> None:

@@ -57,8 +57,7 @@ def test_distributions() -> None:
             assert weight.mean().abs() < 0.1, name
 
 
-def test_seeds() -> None:
-    first, same, other = (randomize_weights(build_model(), seed).state_dict() for seed in (1, 1, 2))
+def test_repeated_calls_give_the_same_values() -> None:
+    first, second = (randomize_weights(build_model()).state_dict() for _ in range(2))
     for name, weight in first.items():
-        assert torch.equal(weight, same[name])
-        assert name == "own.index" or not torch.equal(weight, other[name])
+        assert torch.equal(weight, second[name])

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,6 @@ from modeling_vitcls.data.splits import (
     describe_missing_classes,
     load_evaluation_data,
     load_training_data,
-    load_unlabeled_data,
 )
 from modeling_vitcls.hub.loading import MODEL_FILE_PATTERNS
 from modeling_vitcls.hub.manifest import collect_model_files
@@ -84,7 +83,7 @@ def test_the_split_depends_only_on_names(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     assert get_names(read("there", split_seed=3).held_out) == held_out
     assert get_names(read("there", split_seed=3, streaming=True).held_out) == held_out
-    assert get_names(load_unlabeled_data(DataOptions("there", split_seed=3)).held_out) == held_out
+    assert get_names(load_training_data(DataOptions("there", split_seed=3), use_labels=False).held_out) == held_out
     rows = [f"there/{path.relative_to(tmp_path / 'there')},x" for path in (tmp_path / "there").glob("*/*.png")]
     (tmp_path / "list.csv").write_text("\n".join(["image,label", *rows[:40], "a.png,y", *rows[40:]]), encoding="utf-8")
     listed = get_names(read("list.csv", split_seed=3).held_out)
@@ -141,7 +140,7 @@ def test_each_image_is_in_one_fold() -> None:
     assert record.rule == rules[1] and str(record.rule) == "fold 2 of 3, by checksum, split seed 1"
     assert (record.num_images, record.split) == (len(folds[1]), None)
     for keys in ([20, 3, 3], [3, 20, 3]):  # equal images have equal keys
-        assert HeldOutRecord.from_keys(rules[1], iter(keys)).sha256 == hashlib.sha256(b"3 3 20").hexdigest()
+        assert HeldOutRecord.from_keys(rules[1], keys).sha256 == hashlib.sha256(b"3 3 20").hexdigest()
 
 
 def test_classes_missing_from_one_part_are_named(tmp_path: Path) -> None:
@@ -182,7 +181,7 @@ def test_evaluation_uses_the_held_out_images_of_the_run(tmp_path: Path, capsys: 
     trained = run(tmp_path / "run", folder, split_seed=7, held_out_fraction=0.3)
     held_out = read(folder, split_seed=7, held_out_fraction=0.3).held_out
     expected = HeldOutRecord.from_keys(HeldOutRule(0.3, 7), held_out.images.compute_keys())
-    assert trained["held_out"] == expected.to_dict()
+    assert trained["held_out"] == asdict(expected)
     measured = evaluate(tmp_path / "run", folder)
     for name in ("num_images", "accuracy", "confusion_matrix"):
         assert measured[name] == trained[name]
@@ -269,7 +268,7 @@ def test_a_model_trained_on_held_out_images_is_named(
     for file in MODEL_FILE_PATTERNS:
         (model / file).touch()
     first, second = read(folder, **trained), read(folder, **other)
-    results = {"dataset": first.name, "held_out": first.record.to_dict()}
+    results = {"dataset": first.name, "held_out": asdict(first.record)}
     (model / "results.json").write_text(json.dumps(results), encoding="utf-8")
     warning = get_split_warning(str(model), second)
     assert warning is None if flags is None else warning.endswith(f"Use the same split with {flags}")

@@ -316,6 +316,7 @@ def test_faulty_metadata_is_named(tmp_path: Path) -> None:
         ("file_name,label\n../secret.png,a\n", "'../secret.png' is outside the folder"),
         ("file_name,label\n/etc/secret.png,a\n", "'/etc/secret.png' is outside the folder"),
         ("file_name,label\nhttps://a.org/b.png,a\n", "'https://a.org/b.png' is outside the folder"),
+        ("file_name,image\nimages/0.png,a\n", "the column name 'image' is reserved for the images"),
     ):
         (tmp_path / "metadata.csv").write_text(text, encoding="utf-8")
         with raises_one_line("metadata.csv", words):

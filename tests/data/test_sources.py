@@ -27,7 +27,7 @@ from modeling_vitcls.data.images import (
 )
 from modeling_vitcls.data.in_memory import add_dataset
 from modeling_vitcls.data.sources import load_splits
-from modeling_vitcls.data.splits import load_evaluation_data, load_training_data, load_unlabeled_data
+from modeling_vitcls.data.splits import load_evaluation_data, load_training_data
 from modeling_vitcls.image_processing_vitcls import pil_to_tensor
 from modeling_vitcls.options import DataOptions
 
@@ -404,12 +404,12 @@ def test_unlabeled_images(color_images: Path, tmp_path: Path) -> None:
     for path in list_paths(color_images):
         (tmp_path / f"{Path(path).parent.name}-{Path(path).name}").symlink_to(path)
     for folder in (tmp_path, color_images):  # without and with sub-folders
-        data = load_unlabeled_data(DataOptions(dataset=str(folder)))
+        data = load_training_data(DataOptions(dataset=str(folder)), use_labels=False)
         assert len(data.train) + len(data.held_out) == 20
         assert data.label_space.columns == {}
         assert {label for _, label in list_all(data)} == {-100}
         assert len({np.asarray(image.convert("RGB")).tobytes() for image, _ in list_all(data)}) == 20
-    digits = load_unlabeled_data(DataOptions(dataset="digits"))
+    digits = load_training_data(DataOptions(dataset="digits"), use_labels=False)
     assert set(digits.train.labels) == {-100} and len(digits.train) == 1425
     # fine-tuning must not use the images that it holds out
     labeled = load_training_data(DataOptions(dataset="digits"))

@@ -27,7 +27,6 @@ from modeling_vitcls.data.splits import (
     describe_missing_classes,
     load_evaluation_data,
     load_training_data,
-    load_unlabeled_data,
 )
 from modeling_vitcls.options import (
     DataOptions,
@@ -222,7 +221,7 @@ def test_selection_images_of_a_single_split_are_not_used_for_anything_else(tmp_p
     rule = HeldOutRule(0.25, 3, "selection")
     keys = plain.train.images.compute_keys()  # type: ignore[union-attr]
     assert len(selection) == sum(map(rule.is_held_out, keys)) > 5
-    unlabeled = load_unlabeled_data(options, use_selection_split=True)
+    unlabeled = load_training_data(options, use_selection_split=True, use_labels=False)
     assert (get_names(unlabeled.train), get_names(unlabeled.selection)) == (train, selection)
     assert data.selection_name == "about 25%, by checksum, split seed 3; from the training images"
     assert plain.selection is None

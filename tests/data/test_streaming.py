@@ -22,7 +22,7 @@ from modeling_vitcls.data.augmentation import build_augmentation
 from modeling_vitcls.data.batches import Batch, iterate_training_batches
 from modeling_vitcls.data.held_out import HeldOutRule
 from modeling_vitcls.data.sampling import BatchPlan
-from modeling_vitcls.data.splits import TrainingData, load_evaluation_data, load_training_data, load_unlabeled_data
+from modeling_vitcls.data.splits import TrainingData, load_evaluation_data, load_training_data
 from modeling_vitcls.data.streaming import Example, StreamedImages, build_training_dataset, read_ahead
 from modeling_vitcls.options import AugmentationOptions, DataOptions, TrainingOptions
 
@@ -377,7 +377,7 @@ def test_table_of_paths(tmp_path: Path) -> None:
 
 def test_unlabeled(two_shards: Path) -> None:
     options = DataOptions(dataset=str(two_shards), streaming=True)
-    data = load_unlabeled_data(options)
+    data = load_training_data(options, use_labels=False)
     assert data.label_space.columns == {}
     (batch,) = build_batches(data.train, build_plan(max_steps=1, batch_size=4))
     assert batch["labels"].tolist() == [-100] * 4

@@ -770,8 +770,8 @@ def test_existing_files(tmp_path: Path) -> None:
 def test_packages_that_are_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert formats.FORMATS["onnx"].packages == ("onnx", "onnxscript", "onnxruntime")
     assert formats.FORMATS["openvino"].packages == ("onnx", "onnxscript", "openvino")
-    assert formats.FORMATS["torch"].find_missing_packages() == []
-    monkeypatch.setattr(formats, "find_spec", lambda name: None if name == "onnxruntime" else name)
+    assert formats.FORMATS["torch"].packages == ()
+    monkeypatch.setattr(exporter, "find_spec", lambda name: None if name == "onnxruntime" else name)
     with raises_one_line(
         "--format onnx requires packages that are not installed: onnxruntime.", "pip install 'modeling_vitcls[export]'"
     ):

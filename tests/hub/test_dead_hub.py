@@ -30,7 +30,7 @@ from modeling_vitcls.conversion.convert import convert_checkpoint
 from modeling_vitcls.conversion.random_weights import randomize_weights
 from modeling_vitcls.data.labels import LabelSpace
 from modeling_vitcls.data.sources import load_splits
-from modeling_vitcls.data.splits import load_training_data, load_unlabeled_data
+from modeling_vitcls.data.splits import load_training_data
 from modeling_vitcls.demo.page import serve_demo
 from modeling_vitcls.demo.reader import DemoModel
 from modeling_vitcls.hub import loading, provenance
@@ -91,7 +91,7 @@ def test_cached_hub_datasets_load_without_the_hub(
         ):
             load_training_data(DataOptions("ann/none", streaming=streaming))
     with raises_one_line(f"{DEAD} does not respond", "Check the network", error=OSError):
-        load_unlabeled_data(DataOptions("ann/none"))
+        load_training_data(DataOptions("ann/none"), use_labels=False)
     assert time.monotonic() - started < 10  # `datasets` takes 40 seconds for one of these requests
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)

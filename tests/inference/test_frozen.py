@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -261,7 +261,7 @@ def test_a_warning_is_printed_if_the_held_out_images_differ_from_the_record(
     keys = load_evaluation_data(data, "test").images.images.compute_keys()
     for record, is_warned in ((None, False), (list(keys), False), ([*keys, 1], True)):
         if record is not None:
-            results = {"held_out": HeldOutRecord.from_keys(rule, record).to_dict()}
+            results = {"held_out": asdict(HeldOutRecord.from_keys(rule, record))}
             (folder / "results.json").write_text(json.dumps(results), encoding="utf-8")
         run(folder, "knn", data=data)
         assert ("held-out images are not the" in capsys.readouterr().out) is is_warned

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -46,17 +47,16 @@ from modeling_vitcls.inference import predict as predict_module
 from modeling_vitcls.inference.inputs import (
     DatasetInput,
     FetchError,
-    ImageColumn,
     ImageRecord,
     ListInput,
     PreparedImage,
     StreamInput,
+    build_record,
     open_input,
     prepare_image,
 )
 from modeling_vitcls.inference.outputs import (
     ShardFolder,
-    assign_ranges,
     get_output_columns,
     iterate_shards,
     print_table,
@@ -367,7 +367,7 @@ def test_rows_of_a_dataset_keep_their_index_in_any_ranges(tmp_path: Path) -> Non
     """More than 64 rows are read in several parts. Missing images have no content."""
     values = [None if index == 2 else f"{index}.png" for index in range(150)]
     dataset = datasets.Dataset.from_dict({"image": values})
-    source = DatasetInput(dataset, ImageColumn("image", tmp_path), {})
+    source = DatasetInput(dataset, "image", tmp_path, {})
     ranges = [range(1, 3), range(60, 150)]
     records = list(source.read_records(ranges))
     assert [record.index for record in records] == [1, 2, *range(60, 150)] and source.num_images == 150
@@ -482,7 +482,7 @@ def test_values_of_a_column_are_paths_bytes_or_images(tmp_path: Path) -> None:
         (image, "7", image),
         (None, "7", None),
     ):
-        assert ImageColumn("image", tmp_path).build_record(7, value) == ImageRecord(7, name, content)
+        assert build_record(7, value, tmp_path) == ImageRecord(7, name, content)
 
 
 def test_files_of_other_file_systems_are_fetched() -> None:
@@ -570,7 +570,7 @@ def test_skipped_images_of_a_stream_are_not_decoded(photos: Path, tmp_path: Path
     assert isinstance(source, StreamInput) and source.num_images is None
     assert [(record.index, record.content) for record in source.read_records([range(6, 8)])] == [(6, good), (7, good)]
     assert source.num_images is None
-    ranges = assign_ranges(iterate_shards(None, 4), process_index=1, num_processes=2)  # 4 to 7, then beyond the end
+    ranges = islice(iterate_shards(None, 4), 1, None, 2)  # 4 to 7, then beyond the end
     assert [record.index for record in source.read_records(ranges)] == [4, 5, 6, 7]
     assert source.num_images == 10
 
@@ -814,15 +814,9 @@ def test_a_folder_with_other_files_is_an_error(models: Path, photos: Path, tmp_p
 
 
 @pytest.mark.parametrize("num_images", [1, 7, 8, 9])
-def test_shards_do_not_depend_on_the_processes(num_images: int) -> None:
+def test_each_image_is_in_one_shard(num_images: int) -> None:
     shards = list(iterate_shards(num_images, 4))
     assert [index for indices in shards for index in indices] == list(range(num_images))
-    for processes in (1, 2, 3):
-        shares = [
-            list(assign_ranges(iterate_shards(num_images, 4), process, processes)) for process in range(processes)
-        ]
-        together = sorted((indices for one in shares for indices in one), key=lambda indices: indices.start)
-        assert together == shards
 
 
 def test_batches_do_not_cross_shards() -> None:

@@ -17,7 +17,7 @@ from modeling_vitcls import ViTCLSForMaskedImageModeling, ViTCLSImageProcessor, 
 from modeling_vitcls.data.augmentation import MaskGenerator
 from modeling_vitcls.data.batches import Normalizer
 from modeling_vitcls.data.sampling import derive_seed
-from modeling_vitcls.data.splits import load_unlabeled_data
+from modeling_vitcls.data.splits import load_training_data
 from modeling_vitcls.files import read_json
 from modeling_vitcls.heads_vitcls import compute_masked_pixel_loss
 from modeling_vitcls.inference.evaluator import ReconstructionEvaluator
@@ -107,7 +107,7 @@ def evaluate(model: ViTCLSForMaskedImageModeling, batch_size: int, mask_seed: in
     """Return the metrics of a model on the first held-out digits."""
     processor = build_pretraining_model(TINY)[1]
     evaluator = ReconstructionEvaluator(
-        load_unlabeled_data(DIGITS).held_out.select(range(NUM_EVALUATED)).images,
+        load_training_data(DIGITS, use_labels=False).held_out.select(range(NUM_EVALUATED)).images,
         processor,
         MaskGenerator(MaskingOptions(mask_ratio=0.5), (4, 4)),
         mask_seed,
@@ -134,7 +134,7 @@ def test_the_evaluation_loss_is_the_mean_over_images() -> None:
 
     mask_generator = MaskGenerator(MaskingOptions(mask_ratio=0.5), (4, 4))
     losses = []
-    images = load_unlabeled_data(DIGITS).held_out.images
+    images = load_training_data(DIGITS, use_labels=False).held_out.images
     for index in range(NUM_EVALUATED):
         pixels = processor(images[index], return_tensors="pt")["pixel_values"]
         mask = mask_generator(1, CPU, torch.Generator().manual_seed(derive_seed(0, index)))
