@@ -15,19 +15,10 @@ import types
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from .options import (
-    EvaluateOptions,
-    FinetuneOptions,
-    InspectOptions,
-    PredictOptions,
-    PretrainOptions,
-    get_flag_names,
-)
+from .options import EvaluateOptions, FinetuneOptions, InspectOptions, PredictOptions, PretrainOptions, get_flag_names
 
 
 Options = TypeVar("Options")
-
-COMMAND_ONLY_FLAGS = {"config"}  # command-line flags that the functions do not accept
 
 
 def finetune(model: str | Path, dataset: Any, output_dir: str | Path, **flags: Any) -> dict[str, Any]:
@@ -148,13 +139,10 @@ def inspect_tokens(model: str | Path, images: Any = (), **flags: Any) -> Any:
 
 
 def build_options(options_class: type[Options], fixed_flags: dict[str, Any] | None = None, /, **flags: Any) -> Options:
-    """Build the options of a command from keyword arguments. An in-memory dataset is registered under a generated
-    name.
-
-    `fixed_flags` contains flags that callers cannot set. Raise TypeError if a flag is unknown, and ValueError if a
-    value is not allowed.
-    """
-    known_flags = get_flag_names(options_class) - COMMAND_ONLY_FLAGS - set(fixed_flags or {})
+    """Build the options of a command from `fixed_flags`, which callers cannot set, and `flags`. An in-memory dataset
+    is registered under a generated name. Raise TypeError if a flag is unknown, and ValueError if a value is not
+    allowed."""
+    known_flags = get_flag_names(options_class) - {"config", *(fixed_flags or {})}
     for name in flags:
         if name not in known_flags:
             similar_names = difflib.get_close_matches(name, known_flags, n=1)

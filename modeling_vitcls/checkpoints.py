@@ -14,7 +14,6 @@ executed. training/distributed_state.py collects the tensors from the processes.
 import hashlib
 import json
 import math
-import os
 import re
 import shutil
 from collections.abc import Callable
@@ -24,11 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from .distributed import run_on_main
+from .files import sync_to_disk
 
 
 Tensors = dict[str, torch.Tensor]
@@ -73,14 +71,14 @@ class CheckpointStore:
     folder: Path
     num_kept: int  # number of most recent checkpoints to keep; the best checkpoint is always kept
 
-    def save(self, step: int, tensor_groups: dict[str, Tensors], metadata: dict[str, Any], is_best: bool) -> Path:
+    def save(self, step: int, tensor_groups: dict[str, Tensors], metadata: dict[str, Any], is_best: bool) -> None:
         """Write a checkpoint, then remove old checkpoints.
 
         Args:
             step: number of completed optimizer steps.
             tensor_groups: file name without its suffix -> named tensors, on any device.
             metadata: JSON-serializable metadata. Floats are restored exactly, and tuples become lists.
-            is_best: whether the model is the best model so far. The newest checkpoint with `is_best` is always kept.
+            is_best: whether the model is the best model so far.
 
         Raises:
             OSError: if the checkpoint cannot be written; earlier checkpoints are left unchanged.
@@ -97,17 +95,10 @@ class CheckpointStore:
             shutil.rmtree(partial_folder, ignore_errors=True)
             raise OSError(self.describe_write_error(step, tensor_groups, error)) from error
         self.prune(step)
-        return target
 
     def load_newest(self, warn: Callable[[str], None]) -> Checkpoint | None:
-        """Return the newest undamaged checkpoint, or None if there are no checkpoints.
-
-        Args:
-            warn: function that is called with one message for each damaged checkpoint.
-
-        Raises:
-            ValueError: if all checkpoints are damaged.
-        """
+        """Return the newest undamaged checkpoint, or None if there are no checkpoints. Call `warn` with a message for
+        each damaged checkpoint. Raise ValueError if all checkpoints are damaged."""
         self.clean_up_interrupted_saves()
         error_messages = []
         for step in reversed(self.list_steps()):
@@ -163,8 +154,7 @@ class CheckpointStore:
                 remove_checkpoint(self.get_folder(stored_step))
 
     def clean_up_interrupted_saves(self) -> None:
-        """Remove the partial folders of interrupted saves and removals, and restore hidden checkpoints that were not
-        replaced."""
+        """Remove partial folders of interrupted saves and removals, and restore checkpoints that were not replaced."""
         for replaced_folder in self.folder.glob(f".step-*{REPLACED_SUFFIX}"):
             target = self.folder / replaced_folder.name.removeprefix(".").removesuffix(REPLACED_SUFFIX)
             if target.exists():
@@ -177,53 +167,18 @@ class CheckpointStore:
     def describe_write_error(self, step: int, tensor_groups: dict[str, Tensors], error: Exception) -> str:
         """Return the error message for a checkpoint that cannot be written, including the required and free space."""
         required_bytes = sum(tensor.nbytes for tensors in tensor_groups.values() for tensor in tensors.values())
-        steps = self.list_steps()
-        earlier_checkpoint_note = (
-            f"the checkpoint of step {steps[-1]} is intact" if steps else "there is no earlier checkpoint"
-        )
         existing_folder = next(folder for folder in (self.folder, *self.folder.parents) if folder.exists())
         free_bytes = shutil.disk_usage(existing_folder).free
+        steps = self.list_steps()
+        note = f"the checkpoint of step {steps[-1]} is intact" if steps else "there is no earlier checkpoint"
         return (
             f"cannot write the checkpoint of step {step} to {self.folder}: {' '.join(str(error).split())}. The "
-            f"checkpoint requires {format_megabytes(required_bytes)}, and {format_megabytes(free_bytes)} are free; "
-            f"{earlier_checkpoint_note}. Free disk space, then use --resume"
+            f"checkpoint requires {math.ceil(required_bytes / 1e6):,} MB, and {math.ceil(free_bytes / 1e6):,} MB are "
+            f"free; {note}. Free disk space, then use --resume"
         )
 
 
-# Several processes ---------------------------------------------------------------------------------------------------
-
-
-def save_on_main(
-    store: CheckpointStore,
-    accelerator: Accelerator,
-    step: int,
-    tensor_groups: dict[str, Tensors],
-    metadata: dict[str, Any],
-    is_best: bool,
-) -> None:
-    """Save a checkpoint on the main process while the other processes wait. Errors are raised on all processes."""
-    run_on_main(accelerator, lambda: store.save(step, tensor_groups, metadata, is_best))
-
-
-def load_on_main(
-    accelerator: Accelerator, load: Callable[[], Checkpoint | None]
-) -> tuple[Checkpoint | None, dict[str, Any] | None]:
-    """Call `load` on the main process. Return the checkpoint and its metadata; (None, None) if there is no checkpoint.
-
-    All processes return the metadata, but only the main process returns the checkpoint.
-    """
-    checkpoint: Checkpoint | None = None
-
-    def load_metadata() -> dict[str, Any] | None:
-        nonlocal checkpoint
-        checkpoint = load()
-        return None if checkpoint is None else checkpoint.metadata
-
-    metadata = run_on_main(accelerator, load_metadata)
-    return checkpoint, metadata
-
-
-# Checkpoint files ---------------------------------------------------------------------------------------------------
+# Checkpoint files ----------------------------------------------------------------------------------------------------
 
 
 def write_checkpoint(
@@ -240,8 +195,7 @@ def write_checkpoint(
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """Verify and return a checkpoint. Raise DamagedCheckpointError with the file name if a file is missing or
-    damaged."""
+    """Verify and return a checkpoint. Raise DamagedCheckpointError if a file is missing or damaged."""
     state = read_state(folder)
     for name, expected_digest in state["files"].items():
         file = folder / name
@@ -293,10 +247,7 @@ def is_best_checkpoint(folder: Path) -> bool:
 
 
 def clone_shared_tensors(tensors: Tensors) -> Tensors:
-    """Return contiguous tensors on the CPU that do not share memory with each other.
-
-    Safetensors does not support tensors that share memory, such as tied weights.
-    """
+    """Return contiguous CPU tensors that share no memory, as Safetensors requires (tied weights share memory)."""
     seen_addresses: set[int] = set()
     cpu_tensors: Tensors = {}
     for name, tensor in tensors.items():
@@ -318,8 +269,7 @@ def move_into_place(partial_folder: Path, target: Path) -> None:
 
 
 def remove_checkpoint(folder: Path) -> None:
-    """Remove the checkpoint in `folder`. The folder is hidden first, so that an interrupted removal does not leave a
-    damaged checkpoint."""
+    """Hide and remove a checkpoint. An interrupted removal therefore does not leave a damaged checkpoint."""
     hidden_folder = folder.rename(get_hidden_path(folder, PARTIAL_SUFFIX))
     shutil.rmtree(hidden_folder, ignore_errors=True)
 
@@ -327,17 +277,6 @@ def remove_checkpoint(folder: Path) -> None:
 def get_hidden_path(folder: Path, suffix: str) -> Path:
     """Return the hidden path of a folder that is incomplete, being replaced or being removed."""
     return folder.with_name(f".{folder.name}{suffix}")
-
-
-def sync_to_disk(path: Path) -> None:
-    """Flush a file, or the list of files in a folder, to the disk (fsync)."""
-    if path.is_dir() and os.name == "nt":  # Windows cannot open folders as files
-        return
-    file_descriptor = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
-    try:
-        os.fsync(file_descriptor)
-    finally:
-        os.close(file_descriptor)
 
 
 def compute_file_digest(file: Path) -> str:
@@ -349,8 +288,3 @@ def compute_file_digest(file: Path) -> str:
 def compute_json_digest(state: dict[str, Any]) -> str:
     """Return the SHA-256 of a JSON object, independent of its formatting."""
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
-
-
-def format_megabytes(num_bytes: int) -> str:
-    """Format a size in bytes as megabytes, rounded up."""
-    return f"{math.ceil(num_bytes / 1e6):,} MB"

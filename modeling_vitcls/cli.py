@@ -24,7 +24,6 @@ from .files import is_closed_pipe
 
 
 SHELLS = ("bash", "zsh", "tcsh")
-CLI_LIBRARIES = ("tyro", "yaml")  # libraries that the extra `scripts` installs
 
 
 @dataclass(frozen=True)
@@ -106,10 +105,10 @@ def run_subcommand(name: str, flags: list[str]) -> None:
     command, module = COMMANDS[name], load_module(name)
     from .commands.parsing import exit_on_error, parse_flags, parse_with_recipe
 
-    tyro_settings = {"prog": f"vitcls {name}", "description": format_description(module)}
-    options = (parse_with_recipe if command.has_recipe_flag else parse_flags)(
-        module.OPTIONS_CLASS, flags, **tyro_settings
-    )
+    _, _, examples = str(module.__doc__).partition("\n\n")
+    description = f"{textwrap.dedent(str(module.OPTIONS_CLASS.__doc__))}\n\n{examples}".strip()
+    parse = parse_with_recipe if command.has_recipe_flag else parse_flags
+    options = parse(module.OPTIONS_CLASS, flags, prog=f"vitcls {name}", description=description)
     if hasattr(module, "check_options"):
         module.check_options(options)
 
@@ -121,26 +120,15 @@ def run_subcommand(name: str, flags: list[str]) -> None:
 
 
 def load_module(name: str) -> ModuleType:
-    """Import and return the module of a subcommand.
-
-    A module defines OPTIONS_CLASS, run(options) and optionally check_options(options).
-
-    Exit with status 1 if a library in `CLI_LIBRARIES` is not installed.
-    """
+    """Import the module of a subcommand. Exit with status 1 if a library of the extra `scripts` is not installed."""
     try:
         return importlib.import_module(f"modeling_vitcls.commands.{COMMANDS[name].module}")
     except ModuleNotFoundError as error:
-        if error.name not in CLI_LIBRARIES:
+        if error.name not in ("tyro", "yaml"):
             raise
         message = f"error: the vitcls command requires {error.name}: run pip install 'modeling_vitcls[scripts]'"
         print(message, file=sys.stderr)
         raise SystemExit(1) from None
-
-
-def format_description(module: ModuleType) -> str:
-    """Format the description of a subcommand for --help: the docstring of its options, then examples."""
-    _, _, examples = str(module.__doc__).partition("\n\n")
-    return f"{textwrap.dedent(str(module.OPTIONS_CLASS.__doc__))}\n\n{examples}".strip()
 
 
 def format_help() -> str:
@@ -163,10 +151,9 @@ def exit_on_invalid_command(name: str) -> NoReturn:
     elif name == "env":
         message = "error: vitcls env accepts no flags"
     else:
-        similar_commands = difflib.get_close_matches(name, known_commands, n=1, cutoff=0.5)
-        hint = (
-            f"did you mean {similar_commands[0]}?" if similar_commands else f"choose from {', '.join(known_commands)}"
-        )
+        hint = f"choose from {', '.join(known_commands)}"
+        if similar_commands := difflib.get_close_matches(name, known_commands, n=1, cutoff=0.5):
+            hint = f"did you mean {similar_commands[0]}?"
         message = f"error: vitcls has no command {name}: {hint}"
     print(message, file=sys.stderr)
     raise SystemExit(2)
@@ -177,13 +164,12 @@ def print_completion(shell: str) -> None:
     modules = {name: load_module(name) for name in COMMANDS}
     import tyro
 
-    subcommands: list[Any] = [
+    subcommands: Any = tuple(
         Annotated[module.OPTIONS_CLASS, tyro.conf.subcommand(name, description=COMMANDS[name].summary)]
         for name, module in modules.items()
-    ]
+    )
     config = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
-    subcommand_union: Any = Union[tuple(subcommands)]  # noqa: UP007
-    tyro.cli(subcommand_union, prog="vitcls", args=["--tyro-print-completion", shell], config=config)
+    tyro.cli(Union[subcommands], prog="vitcls", args=["--tyro-print-completion", shell], config=config)  # noqa: UP007
 
 
 if __name__ == "__main__":

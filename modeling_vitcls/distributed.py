@@ -40,9 +40,8 @@ def build_accelerator(
     trackers: tuple[str, ...] = (),
     tracker_folder: Path | None = None,
 ) -> Accelerator:
-    """Build the Accelerator for the configuration of `accelerate launch`.
-
-    On CPUs, the process also keeps freed memory for reuse (`keep_freed_memory`).
+    """Build the Accelerator for the configuration of `accelerate launch`. On CPUs, the process also keeps freed memory
+    for reuse (`keep_freed_memory`).
 
     Args:
         gradient_accumulation_steps: number of forward and backward passes per optimizer step.
@@ -54,6 +53,11 @@ def build_accelerator(
         ValueError: if this machine or DeepSpeed does not support the precision, if FSDP 1 or an unsupported ZeRO stage
             is configured, or if a tracker is not installed.
     """
+    for name in trackers:
+        if importlib.util.find_spec(name) is None:  # Accelerate would ignore the tracker
+            raise ValueError(
+                f"--log-with {name} requires the package {name}, which is not installed. Run pip install {name}"
+            )
     use_cpu = not torch.accelerator.is_available()
     if use_cpu:
         keep_freed_memory()
@@ -62,7 +66,7 @@ def build_accelerator(
     accelerator = Accelerator(
         cpu=use_cpu and not use_deepspeed,
         mixed_precision=mixed_precision,
-        log_with=check_trackers(trackers) or None,
+        log_with=list(trackers) or None,
         kwargs_handlers=[
             InitProcessGroupKwargs(
                 backend="gloo" if use_cpu and use_deepspeed else None, timeout=PROCESS_GROUP_TIMEOUT
@@ -82,8 +86,7 @@ def build_accelerator(
 
 
 def enable_fsdp_on_cpu(accelerator: Accelerator) -> None:
-    """Enable the FSDP2 configuration of `accelerate launch` on CPUs, where Accelerate would otherwise silently use
-    DDP."""
+    """Enable the FSDP2 configuration of `accelerate launch` on CPUs, where Accelerate silently uses DDP."""
     plugin = FullyShardedDataParallelPlugin()  # reads the environment variables of the launcher
     if accelerator.mixed_precision != "no":
         plugin.set_mixed_precision(accelerator.mixed_precision)
@@ -102,20 +105,6 @@ def configure_layer_sharding(accelerator: Accelerator, model: nn.Module) -> None
         plugin.transformer_cls_names_to_wrap = sorted(layer_class_names)
     # FSDP2 warns that the patch embeddings are a view. No operation modifies the patch embeddings in place.
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(FSDPViTCLSPatchEmbeddings\)")
-
-
-def check_trackers(trackers: tuple[str, ...]) -> list[str]:
-    """Return the trackers as a list. Raise ValueError if a tracker is not installed; Accelerate would ignore the
-    tracker."""
-    for name in trackers:
-        if importlib.util.find_spec(name) is None:
-            raise ValueError(
-                f"--log-with {name} requires the package {name}, which is not installed. Run pip install {name}"
-            )
-    return list(trackers)
-
-
-ZERO_STAGES = (2, 3)
 
 
 def is_deepspeed_enabled(accelerator: Accelerator) -> bool:
@@ -139,7 +128,7 @@ def configure_deepspeed(accelerator: Accelerator) -> None:
     """
     unset_hf_deepspeed_config()
     stage = get_zero_stage(accelerator)
-    if stage not in ZERO_STAGES:
+    if stage not in (2, 3):
         raise ValueError(f"zero_stage {stage} is not supported. Set zero_stage: 2 or 3 in accelerate's configuration")
     if accelerator.mixed_precision == "fp16":
         raise ValueError("fp16 is not supported with DeepSpeed. Set --mixed-precision bf16 or no")
@@ -152,11 +141,9 @@ def configure_deepspeed(accelerator: Accelerator) -> None:
 
 def get_precision(accelerator: Accelerator) -> str:
     """Return the mixed precision of the forward pass: "no", "bf16" or "fp16"."""
-    if (
-        is_deepspeed_enabled(accelerator)
-        and accelerator.deepspeed_plugin.deepspeed_config["torch_autocast"]["enabled"]
-    ):
-        return "bf16"
+    if is_deepspeed_enabled(accelerator):
+        use_bf16 = accelerator.deepspeed_plugin.deepspeed_config["torch_autocast"]["enabled"]
+        return "bf16" if use_bf16 else accelerator.mixed_precision
     return accelerator.mixed_precision
 
 
@@ -176,8 +163,7 @@ def check_deepspeed_flags(
 
 
 def set_deepspeed_training_options(accelerator: Accelerator, training_options: TrainingOptions) -> None:
-    """Set DeepSpeed's batch size, gradient accumulation and gradient clipping, which would otherwise come from the
-    DeepSpeed configuration."""
+    """Override the batch size, gradient accumulation and gradient clipping of the DeepSpeed configuration."""
     if is_deepspeed_enabled(accelerator):
         batch_size = training_options.batch_size
         assert batch_size is not None

@@ -10,11 +10,7 @@ from typing import Any, TextIO
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Read a JSON object from a file.
-
-    Raises:
-        ValueError: If the file is not valid JSON or does not contain an object.
-    """
+    """Read a JSON object from a file. Raise ValueError if the file does not contain a valid JSON object."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:  # not UTF-8 or not JSON
@@ -30,11 +26,7 @@ def replace_control_characters(text: str) -> str:
 
 
 def write_json(file: Path, content: dict[str, Any]) -> None:
-    """Write a JSON object to a file atomically.
-
-    Raises:
-        OSError: If the file cannot be written.
-    """
+    """Write a JSON object to a file atomically."""
     with write_atomically(file) as temporary_file:
         temporary_file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
@@ -42,16 +34,11 @@ def write_json(file: Path, content: dict[str, Any]) -> None:
 @contextmanager
 def write_atomically(file: Path) -> Iterator[Path]:
     """Yield the path of a temporary file to write. After the block, rename the temporary file to `file`, or remove
-    the temporary file if an error is raised.
-
-    Raises:
-        OSError: If the file cannot be written. The message contains `file`.
-    """
+    the temporary file if an error is raised. Raise OSError with `file` in the message if writing fails."""
     temporary_file = file.with_name(f".{file.name}.{os.getpid()}.unfinished")
     try:
         yield temporary_file
-        with temporary_file.open("rb") as stream:
-            os.fsync(stream.fileno())
+        sync_to_disk(temporary_file)
         temporary_file.replace(file)
     except OSError as error:
         if error.errno is None:  # not raised by a file operation
@@ -59,11 +46,16 @@ def write_atomically(file: Path) -> Iterator[Path]:
         raise OSError(f"cannot write {file}: {error.strerror}") from error
     finally:
         temporary_file.unlink(missing_ok=True)
-    folder = os.open(file.parent, os.O_RDONLY)
+    sync_to_disk(file.parent)
+
+
+def sync_to_disk(path: Path) -> None:
+    """Flush a file, or the file names in a folder, to the disk (fsync)."""
+    file_descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(folder)  # flushes the new file name to the disk
+        os.fsync(file_descriptor)
     finally:
-        os.close(folder)
+        os.close(file_descriptor)
 
 
 def is_closed_pipe(stream: TextIO) -> bool:

@@ -256,13 +256,12 @@ class TrainingOptions:
             check_value(self, name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
         if self.patience is not None and self.select != "best":
             raise ValueError("--patience requires --select best, but --select is last. Set --select best")
-        is_valid_decay = self.layer_decay is None or 0 < self.layer_decay <= 1
-        check_value(self, "layer_decay", is_valid_decay, "above 0 and at most 1")
-        check_value(self, "ema_decay", self.ema_decay is None or 0 < self.ema_decay < 1, "between 0 and 1")
-        is_valid_trainable = self.trainable in ("full", "head", "lora") or re.fullmatch(
-            r"last-[1-9]\d*", self.trainable
+        check_value(
+            self, "layer_decay", self.layer_decay is None or 0 < self.layer_decay <= 1, "above 0 and at most 1"
         )
-        check_value(self, "trainable", bool(is_valid_trainable), "full, head, lora or last-N such as last-2")
+        check_value(self, "ema_decay", self.ema_decay is None or 0 < self.ema_decay < 1, "between 0 and 1")
+        is_valid_trainable = bool(re.fullmatch(r"full|head|lora|last-[1-9]\d*", self.trainable))
+        check_value(self, "trainable", is_valid_trainable, "full, head, lora or last-N such as last-2")
 
 
 @dataclass(frozen=True)
@@ -343,15 +342,14 @@ class RunOptions:
 
     def __post_init__(self) -> None:
         check_minimum(self, 1, "save_every", "keep_checkpoints", "hub_checkpoint_every")
-        is_separate_branch = self.hub_checkpoint_branch not in ("", "main")
-        check_value(self, "hub_checkpoint_branch", is_separate_branch, "a branch other than main")
+        is_valid_branch = self.hub_checkpoint_branch not in ("", "main")
+        check_value(self, "hub_checkpoint_branch", is_valid_branch, "a branch other than main")
         is_valid_license = self.license is None or bool(re.fullmatch(r"[a-z0-9][a-z0-9.-]*", self.license))
         requirement = "a Hub license identifier, such as apache-2.0 or cc-by-4.0"
         check_value(self, "license", is_valid_license, requirement)
         for name in ("hub_checkpoint_every", "hub_push_optimizer"):
             if getattr(self, name) and not self.push_to_hub:
-                flag = f"--{name.replace('_', '-')}"
-                raise ValueError(f"{flag} requires --push-to-hub. Set --push-to-hub.")
+                raise ValueError(f"--{name.replace('_', '-')} requires --push-to-hub. Set --push-to-hub.")
         if (self.eval_benchmark is None) != (self.eval_task_id is None):
             raise ValueError("--eval-benchmark and --eval-task-id require each other. Set both flags, or neither.")
         is_dataset_id = self.eval_benchmark is None or bool(re.fullmatch(r"[\w.-]+/[\w.-]+", self.eval_benchmark))
@@ -431,10 +429,9 @@ class EvaluateOptions:
 
     def __post_init__(self) -> None:
         check_minimum(self, 1, "batch_size", "frozen_repeats")
-        is_known_method = self.frozen in (None, "knn", "logreg") or re.fullmatch(
-            r"few-shot:[1-9]\d*", str(self.frozen)
-        )
-        check_value(self, "frozen", bool(is_known_method), "knn, logreg or few-shot:N such as few-shot:5")
+        is_known_method = bool(re.fullmatch(r"knn|logreg|few-shot:[1-9]\d*", str(self.frozen)))
+        requirement = "knn, logreg or few-shot:N such as few-shot:5"
+        check_value(self, "frozen", self.frozen is None or is_known_method, requirement)
 
 
 @dataclass(frozen=True)
@@ -579,10 +576,10 @@ def to_flags(options: Any) -> dict[str, Any]:
     for name, value in vars(options).items():
         if dataclasses.is_dataclass(value):
             flags |= to_flags(value)
-        elif isinstance(value, Path | tuple):
-            flags[name] = str(value) if isinstance(value, Path) else list(value)
+        elif isinstance(value, Path):
+            flags[name] = str(value)
         else:
-            flags[name] = value
+            flags[name] = list(value) if isinstance(value, tuple) else value
     flags.pop("config", None)
     return flags
 

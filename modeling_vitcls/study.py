@@ -54,7 +54,6 @@ REQUIRED_KEYS = ("title", "question", "seeds", "stages", "factors", "metrics", "
 OPTIONAL_KEYS = ("answer", "subsets")
 MAX_LIST_LENGTH = 32  # maximum length of lists whose elements become columns of runs.parquet
 POLL_SECONDS = 0.2
-BYTES_PER_GIB = 1024**3
 
 Flags = dict[str, Any]
 
@@ -97,7 +96,11 @@ class Study:
         """Return the flags of each stage of a run, combined from the stages, the levels and the seed."""
         stages: dict[str, Flags | None] = {name: flags or {} for name, flags in self.stages.items()}
         for factor, level in levels.items():
-            for name, flags in group_flags_by_stage(self.factors[factor][level]).items():
+            level_flags = dict(self.factors[factor][level])
+            level_stages = {name: level_flags.pop(name) for name in STAGES if name in level_flags}
+            if level_flags:  # flags outside of a stage belong to `finetune`
+                level_stages["finetune"] = (level_stages.get("finetune") or {}) | level_flags
+            for name, flags in level_stages.items():
                 stages[name] = None if flags is None else (stages.get(name) or {}) | flags
         seed_flags = {name: {"seed": seed} if name in SEEDED_STAGES else {} for name in STAGES}
         return {name: flags | seed_flags[name] for name in STAGES if (flags := stages.get(name)) is not None}
@@ -128,13 +131,6 @@ def load_study(file: Path) -> Study:
     if unknown_stages := sorted(set(content["stages"]) - set(STAGES)):
         raise ValueError(f"{file} has unknown stages: {', '.join(unknown_stages)}. Choose from {', '.join(STAGES)}")
     return Study(**content | {"factors": factors, "baseline": baseline})
-
-
-def group_flags_by_stage(flags: Mapping[str, Any]) -> dict[str, Flags | None]:
-    """Group the flags of a level by stage. Flags outside of a stage belong to `finetune`."""
-    stages = {name: value for name, value in flags.items() if name in STAGES}
-    finetune_flags = {name: value for name, value in flags.items() if name not in STAGES}
-    return stages | ({"finetune": (stages.get("finetune") or {}) | finetune_flags} if finetune_flags else {})
 
 
 def to_file_name(text: str) -> str:
@@ -220,7 +216,7 @@ class StudyRunner:
         self.get_run_folder(run).mkdir(parents=True, exist_ok=True)
         commands = self.build_commands(run)
         remaining_commands = iter(
-            [(stage, flags) for stage, flags in commands if not self.get_result_file(run, stage).exists()]
+            [command for command in commands if not self.get_result_file(run, command[0]).exists()]
         )
         process = self.start_process(run, *next(remaining_commands))
         return RunProcess(run, process, remaining_commands, time.monotonic())
@@ -266,7 +262,7 @@ class StudyRunner:
         if self.memory_limit is None or not running_processes:
             return True
         expected_bytes = (len(running_processes) + 1) * self.max_run_bytes  # 0 before memory is measured
-        return 0 < expected_bytes <= self.memory_limit * BYTES_PER_GIB
+        return 0 < expected_bytes <= self.memory_limit * 2**30
 
     def measure_memory(self, running_processes: list[RunProcess]) -> None:
         """Measure the memory of the running processes and update `max_run_bytes`."""
@@ -289,12 +285,8 @@ class StudyRunner:
             result = ", ".join(f"{name} {row[name]:.4g}" for name in self.study.metrics if name in row)
         remaining_seconds = sum(self.durations) / len(self.durations) * num_remaining_runs / self.num_jobs
         remaining_time = f"; about {max(1, round(remaining_seconds / 60))} min remaining" if num_remaining_runs else ""
-        run_description = f"{levels_text}, seed {run_process.run.seed}"
-        print(
-            f"[{num_finished_runs}/{num_finished_runs + num_remaining_runs}] {run_description}: "
-            f"{result}{remaining_time}",
-            flush=True,
-        )
+        progress = f"[{num_finished_runs}/{num_finished_runs + num_remaining_runs}]"
+        print(f"{progress} {levels_text}, seed {run_process.run.seed}: {result}{remaining_time}", flush=True)
 
     # Subsets ---------------------------------------------------------------------------------------------------------
 
@@ -330,11 +322,7 @@ class StudyRunner:
 
 
 def add_label_groups(dataset: "Dataset", column: str, groups: Mapping[str, Sequence[str]]) -> "Dataset":
-    """Add a column with the group of each label, and return the dataset.
-
-    Raises:
-        ValueError: if a label belongs to no group, or if the column `label` has no class names.
-    """
+    """Return a dataset with an additional column that contains the group of each label."""
     from datasets import ClassLabel
 
     feature = dataset.features.get("label")
@@ -374,16 +362,16 @@ def build_row(runner: StudyRunner, run: StudyRun) -> dict[str, Any]:
     if isinstance(column, str):  # single task
         row |= {f"{column}_{name}": row[name] for name in ("accuracy", "loss") if name in row}
     log_file = runner.get_run_folder(run) / "finetune" / "metrics.jsonl"
-    lines = log_file.read_text(encoding="utf-8").splitlines() if log_file.exists() else []
-    records = [json.loads(line) for line in lines]
+    log_text = log_file.read_text(encoding="utf-8") if log_file.exists() else ""
+    records = [json.loads(line) for line in log_text.splitlines()]
     first_values = {name: value for record in reversed(records) for name, value in record.items()}
     last_values = {name: value for record in records for name, value in record.items()}
     return row | flatten_numbers(first_values, "first") | flatten_numbers(last_values, "last")
 
 
 def flatten_numbers(value: Any, name: str) -> dict[str, float]:
-    """Return a flat dict of the numeric values in nested dicts and lists. Each name consists of keys and indices,
-    joined by dots. Lists with more than MAX_LIST_LENGTH elements are omitted."""
+    """Return a flat dict of the numbers in nested dicts and lists, with keys and indices joined by dots as names.
+    Lists with more than MAX_LIST_LENGTH elements are omitted."""
     if isinstance(value, list):
         value = dict(enumerate(value)) if len(value) <= MAX_LIST_LENGTH else {}
     if not isinstance(value, dict):
@@ -395,18 +383,8 @@ def flatten_numbers(value: Any, name: str) -> dict[str, float]:
     return numbers
 
 
-def write_results(runner: StudyRunner) -> list[dict[str, Any]]:
-    """Write runs.parquet and return its rows."""
-    import pandas
-
-    rows = [build_row(runner, run) for run in runner.study.plan_runs()]
-    pandas.DataFrame(rows).to_parquet(runner.folder / "runs.parquet")
-    return rows
-
-
 def compute_interval(values: list[float]) -> tuple[float, float]:
-    """Return the mean and the half width of the 95% confidence interval (Student's t). The half width
-    is NaN for a single value."""
+    """Return the mean and the half width of its 95% confidence interval (Student's t), which is NaN for one value."""
     import numpy as np
     from scipy import stats
 
@@ -421,20 +399,18 @@ def write_page(runner: StudyRunner, rows: list[dict[str, Any]], command: str) ->
     study = runner.study
     finished_rows = [row for row in rows if row["status"] == "finished"]
     (runner.folder / "images").mkdir(exist_ok=True)
-    training_seconds = sum(row.get("seconds", 0.0) for row in finished_rows)
     sections = [f"# {study.title}", study.question]
     if study.answer:
         sections.append(f"**Answer:** {' '.join(study.answer.split())}")
     for metric in study.metrics:
-        groups = group_values(study, finished_rows, metric)
-        if groups:
-            image_file = Path("images") / f"{to_file_name(f'{study.title.lower()} {metric}')}.png"
+        if groups := group_values(study, finished_rows, metric):
+            image_file = f"images/{to_file_name(f'{study.title.lower()} {metric}')}.png"
             plot_groups(groups, metric, runner.folder / image_file)
-            table = format_table(study, groups, metric)
-            sections += [f"## {metric}", table, f"![{metric} per combination of levels]({image_file})"]
-    seeds_text = ", ".join(map(str, study.seeds))
+            image = f"![{metric} per combination of levels]({image_file})"
+            sections += [f"## {metric}", format_table(study, groups, metric), image]
+    training_seconds = sum(row.get("seconds", 0.0) for row in finished_rows)
     sections.append(
-        f"## Method\n\n{len(finished_rows)} of {len(rows)} runs finished, seeds {seeds_text}; "
+        f"## Method\n\n{len(finished_rows)} of {len(rows)} runs finished, seeds {', '.join(map(str, study.seeds))}; "
         f"{training_seconds / 60:.0f} minutes of training in total, "
         f"{format_count(runner.num_threads, 'thread')} per run, on {get_processor_name()}. "
         "Each value is the mean over seeds with its 95% confidence interval (Student's t). "
@@ -491,8 +467,7 @@ def format_interval(values: list[float], sign_format: str = "") -> str:
 
 
 def plot_groups(groups: dict[tuple[str, ...], dict[int, float]], metric: str, file: Path) -> None:
-    """Save a PNG plot of all runs (dots), with the mean and 95% confidence interval of each combination of levels
-    (diamonds)."""
+    """Save a PNG plot of all runs, with the mean and 95% confidence interval of each combination of levels."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 1 + 0.35 * len(groups)), layout="constrained")
@@ -509,14 +484,10 @@ def plot_groups(groups: dict[tuple[str, ...], dict[int, float]], metric: str, fi
 
 
 def run_study(study: Study, folder: Path, command: str, **runner_settings: Any) -> list[dict[str, Any]]:
-    """Run a study, write the results, and return the rows of runs.parquet.
+    """Run a study, write the results to `folder`, and return the rows of runs.parquet. The page (README.md) shows
+    `command`. `runner_settings` are additional arguments of `StudyRunner`."""
+    import pandas
 
-    Args:
-        study: contents of the study file.
-        folder: output folder.
-        command: command line to show on the page (README.md).
-        runner_settings: additional arguments of `StudyRunner`.
-    """
     folder.mkdir(parents=True, exist_ok=True)
     settings_file = folder / "study.json"
     study_settings = {"stages": study.stages, "factors": study.factors, "subsets": study.subsets}
@@ -527,6 +498,7 @@ def run_study(study: Study, folder: Path, command: str, **runner_settings: Any) 
     try:
         runner.execute()
     finally:
-        rows = write_results(runner)
+        rows = [build_row(runner, run) for run in study.plan_runs()]
+        pandas.DataFrame(rows).to_parquet(folder / "runs.parquet")
         print(f"page: {write_page(runner, rows, command)}", flush=True)
     return rows

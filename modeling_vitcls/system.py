@@ -5,12 +5,6 @@ Energy consumption is estimated as the duration times the assumed power draw:
     GPU             power limit of the GPU, from nvidia-smi
     CPU             `WATTS_PER_CPU_THREAD` per thread
     other devices   no estimate
-
-Peak throughput is measured with large matrix products:
-
-    measure_gemm_peak(torch.device("cuda"), torch.bfloat16)      # FLOP/s; a multiply-add counts as two
-
-The throughput depends on the number of threads, the clock rate and the load of the machine.
 """
 
 import ctypes
@@ -61,19 +55,13 @@ def keep_freed_memory() -> None:
 # because servers with 16 to 64 cores draw about 100 to 300 W (5 to 6 W per core).
 WATTS_PER_CPU_THREAD = 10.0
 JOULES_PER_KILOWATT_HOUR = 3.6e6
-NVIDIA_SMI_TIMEOUT = 10.0  # timeout of nvidia-smi, in seconds
 
 
 def estimate_energy(seconds: float, num_processes: int, device: torch.device) -> dict[str, Any] | None:
-    """Return the estimated energy consumption of all processes, or None if the power draw of the device is unknown.
+    """Return the estimated energy consumption of a run, or None if the power draw of the device is unknown.
 
-    Args:
-        seconds: duration of the run.
-        num_processes: number of processes, each on a device of the same type.
-        device: device of this process.
-
-    Returns:
-        A dict with "kilowatt_hours", "watts_per_process" and "assumption" (a description of the assumed power draw).
+    The run takes `seconds`, with `num_processes` processes on devices of the same type. The dict contains
+    "kilowatt_hours", "watts_per_process" and "assumption" (a description of the assumed power draw).
     """
     if device.type == "cuda":
         watts, assumption = get_power_limit(device), "each GPU ran at its power limit"
@@ -97,7 +85,7 @@ def get_power_limit(device: torch.device) -> float | None:
     gpu_id = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
     command = ["nvidia-smi", f"--id={gpu_id}", "--query-gpu=power.limit", "--format=csv,noheader,nounits"]
     try:
-        process = subprocess.run(command, capture_output=True, text=True, timeout=NVIDIA_SMI_TIMEOUT, check=True)
+        process = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
         return float(process.stdout.strip())
     except (OSError, subprocess.SubprocessError, ValueError):
         return None
@@ -107,19 +95,18 @@ MIN_GEMM_SECONDS = 0.25  # minimum duration of each measurement, in seconds
 MIN_GEMM_CALLS = 3
 
 # Device type -> number of rows and columns of the matrices. Matrices of this size keep the device busy.
-MATRIX_SIZES = {"cpu": 1024, "cuda": 8192}
-DEFAULT_MATRIX_SIZE = 4096
+MATRIX_SIZES = {"cpu": 1024, "cuda": 8192}  # 4096 for other devices
 
 
 @torch.no_grad()
 def measure_gemm_peak(device: torch.device | str, dtype: torch.dtype) -> float:
-    """Measure the peak throughput of large matrix products in FLOP/s.
+    """Measure the peak throughput of large matrix products in FLOP/s. A multiply-add counts as two operations.
 
     The fastest call determines the throughput. On CPUs, oneDNN is also measured, because PyTorch's default
     implementation may be half as fast. Programs that run at the same time reduce the measured throughput.
     """
     device = torch.device(device)
-    size = MATRIX_SIZES.get(device.type, DEFAULT_MATRIX_SIZE)
+    size = MATRIX_SIZES.get(device.type, 4096)
     generator = torch.Generator(device)  # leaves the global random state unchanged
     x, weight = (torch.randn(size, size, device=device, dtype=dtype, generator=generator) for _ in range(2))
     implementations: list[Callable[[], torch.Tensor]] = [lambda: nn.functional.linear(x, weight)]

@@ -22,9 +22,10 @@ def get_token_names_by_group(config: ViTCLSConfig) -> dict[str, list[str]]:
     """Return a dict that maps token groups ("cls", "distillation" and "registers") to the names of their tokens."""
     layout = config.token_layout
     indices = range(layout.num_prefix_tokens)
-    names = {
-        group: number_names(name, len(indices[getattr(layout, group)])) for group, name in SINGLE_TOKEN_NAMES.items()
-    }
+    names: dict[str, list[str]] = {}
+    for group, name in SINGLE_TOKEN_NAMES.items():
+        num_tokens = len(indices[getattr(layout, group)])
+        names[group] = [name] if num_tokens == 1 else [f"{name} {number}" for number in range(1, num_tokens + 1)]
     if config.tasks:
         names["cls"] = [f"{SINGLE_TOKEN_NAMES['cls']} {task}" for task in config.task_labels()]
     for index, scope in enumerate(config.cls_scopes or ()):
@@ -32,8 +33,3 @@ def get_token_names_by_group(config: ViTCLSConfig) -> dict[str, list[str]]:
             rows, columns, row, column = scope
             names["cls"][index] += f" (cell {row + 1}, {column + 1} of {rows} x {columns})"
     return names
-
-
-def number_names(name: str, num_tokens: int) -> list[str]:
-    """Return a list with the name of a single token, or with the numbered names of several tokens."""
-    return [name] if num_tokens == 1 else [f"{name} {number}" for number in range(1, num_tokens + 1)]

@@ -31,7 +31,7 @@ MALLOC_VARIABLES = {"MALLOC_MMAP_THRESHOLD_": str(2**16)}
 # dtype -> maximum difference between logits, divided by the largest absolute logit.
 LOGIT_LIMITS = {torch.float32: 1e-4, torch.bfloat16: 0.05}
 
-PredictionFunction = Callable[[torch.Tensor], torch.Tensor]  # images [B, C, H, W] -> logits [B, labels]
+Model = Callable[[torch.Tensor], Any]  # images [B, C, H, W] -> logits [B, labels], or an output with logits
 Throughputs = tuple[list[float], list[float]]  # images per second of this package and the baseline, per pair
 
 
@@ -109,12 +109,7 @@ def measure_alternately(ours: Callable[[], float], theirs: Callable[[], float], 
 def measure_throughput(
     function: Callable[[], object], num_images: int, min_seconds: float = SECONDS_PER_MEASUREMENT
 ) -> float:
-    """Return the throughput of repeated calls in images per second, after a warm-up call.
-
-    Args:
-        num_images: number of images that one call processes.
-        min_seconds: minimum duration of the measurement.
-    """
+    """Return the images per second of repeated calls with `num_images` images each, after a warm-up call."""
     function()
     synchronize_gpu()
     num_calls, start_time = 0, time.perf_counter()
@@ -157,12 +152,7 @@ class LoggedProcess:
     def __enter__(self) -> Self:
         """Start the process."""
         self.process = subprocess.Popen(
-            self.command,
-            stdin=subprocess.PIPE,
-            stdout=self.stdout,
-            stderr=self.log,
-            text=True,
-            start_new_session=True,
+            self.command, stdin=subprocess.PIPE, stdout=self.stdout, stderr=self.log, text=True, start_new_session=True
         )
         return self
 
@@ -186,8 +176,7 @@ class LoggedProcess:
 
 def get_last_line(output: str) -> str:
     """Return the last line of a process's output, or a note if the output is empty."""
-    lines = output.strip().splitlines()
-    return lines[-1] if lines else "the process printed nothing"
+    return (output.strip().splitlines() or ["the process printed nothing"])[-1]
 
 
 # Equal outputs -------------------------------------------------------------------------------------------------------
@@ -206,17 +195,21 @@ def check_difference(difference: float, limit: float, name: str, compared_values
 def check_tensors(
     actual: torch.Tensor, expected: torch.Tensor, limit: float, name: str, compared_values: str
 ) -> float:
-    """Return the largest absolute difference between two tensors. Raise ValueError if the difference exceeds `limit`
-    times the largest absolute value in `expected`."""
+    """Return the largest absolute difference. `limit` is relative to the largest absolute value in `expected`."""
     largest_value = expected.abs().max().item()
     return check_difference((actual - expected).abs().max().item(), limit * largest_value, name, compared_values)
 
 
+def get_logits(model: Model, pixel_values: torch.Tensor) -> torch.Tensor:
+    """Return the logits [B, labels] of a model from this package, transformers or timm."""
+    output = model(pixel_values)
+    return output if isinstance(output, torch.Tensor) else output.logits
+
+
 @torch.inference_mode()
-def check_logits(ours: PredictionFunction, theirs: PredictionFunction, pixel_values: torch.Tensor, name: str) -> float:
-    """Return the largest absolute difference between the logits. Raise ValueError if the difference is NaN or exceeds
-    the limit in `LOGIT_LIMITS`, or if the shapes differ."""
-    logits, expected = ours(pixel_values).float(), theirs(pixel_values).float()
+def check_logits(ours: Model, theirs: Model, pixel_values: torch.Tensor, name: str) -> float:
+    """Return the largest absolute difference between the logits. Raise ValueError if the logits are not equal."""
+    logits, expected = get_logits(ours, pixel_values).float(), get_logits(theirs, pixel_values).float()
     if logits.shape != expected.shape:
         raise ValueError(f"{name}: the outputs have different shapes, {list(logits.shape)} and {list(expected.shape)}")
     return check_tensors(logits, expected, LOGIT_LIMITS[pixel_values.dtype], name, "the outputs")
@@ -238,10 +231,8 @@ def parse_memory_flags(rows: Iterable[str], peers: Iterable[str] = ()) -> argpar
 
 
 def compare_peak_memory(module_name: str, *arguments: str) -> dict[str, int]:
-    """Return a dict for `Comparison.details` with the peak memory in bytes of this package and the baseline.
-
-    Each measurement runs the module in a new process. For the baseline, the process receives the flag --theirs.
-    """
+    """Return a dict for `Comparison.details` with the peak memory in bytes of this package and the baseline, which is
+    measured with the flag --theirs."""
     return {
         "ours_peak_bytes": measure_peak_memory_in_process(module_name, *arguments),
         "theirs_peak_bytes": measure_peak_memory_in_process(module_name, *arguments, "--theirs"),
@@ -249,8 +240,7 @@ def compare_peak_memory(module_name: str, *arguments: str) -> dict[str, int]:
 
 
 def measure_peak_memory_in_process(module_name: str, *arguments: str) -> int:
-    """Run a module in a new process, and return the peak memory in bytes from the last line of the output.
-    Raise ValueError if the process fails."""
+    """Run a module in a new process, and return the peak memory in bytes, which the process prints last."""
     command = [sys.executable, "-m", module_name, *arguments]
     process = subprocess.run(command, capture_output=True, text=True, env=os.environ | MALLOC_VARIABLES)
     if process.returncode:
@@ -268,10 +258,7 @@ def measure_memory_growth(warm_up: Callable[[], object], function: Callable[[], 
 
 
 def measure_gpu_memory_growth(function: Callable[[], object]) -> int:
-    """Return the peak growth of allocated GPU memory in bytes during `function`.
-
-    The caller must call `function` once before the measurement, as a warm-up.
-    """
+    """Return the peak growth of allocated GPU memory in bytes during a call after the caller's warm-up call."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     initial_bytes = torch.cuda.memory_allocated()

@@ -24,7 +24,6 @@ from ..analysis.figures_over_depth import despine
 from .comparison import (
     BenchmarkSettings,
     Comparison,
-    PredictionFunction,
     compare_peak_memory,
     measure_gpu_memory_growth,
     measure_memory_growth,
@@ -109,8 +108,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def compare_growth(rows: dict[str, GrowthPoint], settings: BenchmarkSettings) -> Iterator[Comparison]:
-    """Compare this package with each peer, for each row that the peer supports. Raise ValueError if no peer supports
-    any row."""
+    """Compare this package with each peer, for each row that the peer supports."""
     rows_and_peers = [
         (name, peer_name)
         for name, point in rows.items()
@@ -143,8 +141,8 @@ def compare_point(name: str, point: GrowthPoint, peer: Peer, settings: Benchmark
     else:  # `compare_predictions` has already warmed up both models
         with torch.inference_mode():
             peaks = {
-                "ours_peak_bytes": measure_gpu_memory_growth(partial(peer.predict_ours, pixel_values)),
-                "theirs_peak_bytes": measure_gpu_memory_growth(partial(peer.predict_theirs, pixel_values)),
+                "ours_peak_bytes": measure_gpu_memory_growth(partial(peer.ours, pixel_values)),
+                "theirs_peak_bytes": measure_gpu_memory_growth(partial(peer.theirs, pixel_values)),
             }
     details = {
         **vars(point),
@@ -166,29 +164,21 @@ def get_varied_field(point: GrowthPoint, base_point: GrowthPoint) -> str | None:
 # Memory --------------------------------------------------------------------------------------------------------------
 
 
-@torch.inference_mode()
-def measure_peak_memory(
-    predict: PredictionFunction, pixel_values: torch.Tensor, predict_toy: PredictionFunction, toy_images: torch.Tensor
-) -> int:
-    """Return the peak memory of a forward pass in bytes, excluding parameters.
+def main() -> None:
+    """Print the peak memory of a forward pass in bytes, for this package or, with --theirs, for the peer.
 
     The warm-up is a forward pass of a toy model, which triggers the one-time allocations of a process. A warm-up
     with the same model would leave freed memory in the process for the measured forward pass to reuse.
     """
-    return measure_memory_growth(lambda: predict_toy(toy_images), lambda: predict(pixel_values))
-
-
-def main() -> None:
-    """Print the peak memory of a forward pass in bytes, for this package or, with --theirs, for the peer."""
     flags = parse_memory_flags(GROWTH_POINTS | TOY_GROWTH_POINTS, PEERS)
     point = (TOY_GROWTH_POINTS if flags.toy else GROWTH_POINTS)[flags.row]
     dtype = PRECISIONS[flags.precision]
     peer, toy_peer = build_peer(point, flags.peer, flags.toy).to(dtype), PEERS[flags.peer](TOY_SIZE).to(dtype)
-    predict, predict_toy = (model.predict_theirs if flags.theirs else model.predict_ours for model in (peer, toy_peer))
+    model, toy_model = (peer.theirs, toy_peer.theirs) if flags.theirs else (peer.ours, toy_peer.ours)
     pixel_values = build_random_images(point.batch_size, point.image_size).to(dtype)
-    print(
-        measure_peak_memory(predict, pixel_values, predict_toy, build_random_images(2, TOY_SIZE.image_size).to(dtype))
-    )
+    toy_images = build_random_images(2, TOY_SIZE.image_size).to(dtype)
+    with torch.inference_mode():
+        print(measure_memory_growth(partial(toy_model, toy_images), partial(model, pixel_values)))
 
 
 # Figure --------------------------------------------------------------------------------------------------------------
@@ -203,7 +193,6 @@ PACKAGE_NAME = "modeling_vitcls"
 # Project -> color (Okabe-Ito palette) and marker.
 LINE_STYLES = {PACKAGE_NAME: ("#0072B2", "o"), "timm": ("#009E73", "^"), "transformers": ("#D55E00", "s")}
 MIN_PLOTTED_BYTES = 2**12  # minimum memory in the figure (one page), because log axes have no 0
-DEVICE_NAMES = {"cpu": "the CPU", "cuda": "the GPU"}
 
 
 def plot_growth(comparisons: list[ComparisonDict], machine_description: str) -> Figure:
@@ -238,9 +227,8 @@ def plot_growth(comparisons: list[ComparisonDict], machine_description: str) -> 
     projects = [name for name in LINE_STYLES if name in lines_by_project]
     handles = [lines_by_project[name] for name in projects]
     figure.legend(handles, projects, loc="outside upper center", ncols=len(projects), frameon=False, fontsize=12)
-    caption = textwrap.fill(
-        format_caption(comparisons, machine_description), int(CHARACTERS_PER_INCH * figure.get_figwidth())
-    )
+    caption = format_caption(comparisons, machine_description)
+    caption = textwrap.fill(caption, int(CHARACTERS_PER_INCH * figure.get_figwidth()))
     figure.supxlabel(caption, fontsize=9, color=DARK_GRAY)
     return figure
 
@@ -255,15 +243,12 @@ def compute_costs(comparisons: list[ComparisonDict], growth_axis: GrowthAxis) ->
     times: Costs = {PACKAGE_NAME: {}}
     peaks: Costs = {PACKAGE_NAME: {}}
     for value in sorted({comparison[growth_axis.x_key] for comparison in comparisons}):
-        value_comparisons = [comparison for comparison in comparisons if comparison[growth_axis.x_key] == value]
-        times[PACKAGE_NAME][value] = statistics.median(
-            1000 / comparison["ours_images_per_second"] for comparison in value_comparisons
-        )
-        peaks[PACKAGE_NAME][value] = statistics.median(
-            to_mebibytes(comparison["ours_peak_bytes"]) for comparison in value_comparisons
-        )
-        for comparison in value_comparisons:
-            times.setdefault(comparison["against"], {})[value] = times[PACKAGE_NAME][value] * comparison["ratio"]
+        group = [comparison for comparison in comparisons if comparison[growth_axis.x_key] == value]
+        package_time = statistics.median(1000 / comparison["ours_images_per_second"] for comparison in group)
+        times[PACKAGE_NAME][value] = package_time
+        peaks[PACKAGE_NAME][value] = statistics.median(to_mebibytes(entry["ours_peak_bytes"]) for entry in group)
+        for comparison in group:
+            times.setdefault(comparison["against"], {})[value] = package_time * comparison["ratio"]
             peaks.setdefault(comparison["against"], {})[value] = to_mebibytes(comparison["theirs_peak_bytes"])
     return times, peaks
 
@@ -277,15 +262,8 @@ def draw_lines(axes: Axes, growth_axis: GrowthAxis, costs: Costs) -> None:
     """Draw one line per project, and format the axes."""
     for name, cost_by_value in costs.items():
         color, marker = LINE_STYLES[name]
-        axes.plot(
-            list(cost_by_value),
-            list(cost_by_value.values()),
-            color=color,
-            marker=marker,
-            markersize=6,
-            linewidth=2,
-            label=name,
-        )
+        values, value_costs = list(cost_by_value), list(cost_by_value.values())
+        axes.plot(values, value_costs, color=color, marker=marker, markersize=6, linewidth=2, label=name)
     if growth_axis.is_logarithmic:
         axes.set_xscale("log", base=2)
     axes.xaxis.set_inverted(growth_axis.is_cost_decreasing)
@@ -313,7 +291,7 @@ def draw_ticks(axes: Axes, growth_axis: GrowthAxis, comparisons: list[Comparison
 
 def format_caption(comparisons: list[ComparisonDict], machine_description: str) -> str:
     """Return the caption of the figure: the measured models, the method and the machine."""
-    size, device = comparisons[0]["size"], DEVICE_NAMES[comparisons[0]["device"]]
+    size, device = comparisons[0]["size"], "the GPU" if comparisons[0]["device"] == "cuda" else "the CPU"
     model_text = f"width {size['hidden_size']}, {size['num_hidden_layers']} layers"
     caption = f"Inference in {comparisons[0]['precision']} on {device}: ViT, {model_text}; "
     base = next((comparison for comparison in comparisons if comparison["axis"] is None), None)

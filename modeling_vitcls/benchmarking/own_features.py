@@ -31,6 +31,7 @@ from .comparison import (
     check_tensors,
     compare_peak_memory,
     compare_throughput,
+    get_logits,
     measure_memory_growth,
     parse_memory_flags,
 )
@@ -39,7 +40,6 @@ from .peers import (
     ModelSize,
     StepRunner,
     build_model,
-    build_predict_function,
     build_random_images,
     get_model_size,
 )
@@ -63,16 +63,15 @@ def build_forward_pass(model: nn.Module, size: ModelSize, device: str) -> tuple[
 def build_training_step(model: nn.Module, size: ModelSize, device: str) -> tuple[Computation, int]:
     """Return a function that performs one training step, and the number of images per call."""
     row = TRAINING_STEPS[INEXACT_STEP]
-    return StepRunner(model, build_predict_function(model), row, size, device), row.batch_size
+    return StepRunner(model, row, size, device), row.batch_size
 
 
 @dataclass(frozen=True)
 class InexactRow:
-    """Settings of one row of the benchmark report: a config field, its value (0 in the plain model), and the
-    computation to measure."""
+    """Settings of a feature that changes the outputs, in one row of the benchmark report."""
 
-    field: str
-    value: float
+    field: str  # config field
+    value: float  # value of the field; 0 in the plain model
     build_computation: Callable[[nn.Module, ModelSize, str], tuple[Computation, int]]
 
 
@@ -119,18 +118,14 @@ def check_disabled_feature(
     """Return the largest logit difference between the plain model and a model with the feature set to 0."""
     disabled_model = copy_model(plain_model, size, **{row.field: type(row.value)(0)})
     pixel_values = build_random_images(2, size.image_size).to(plain_model.device)
-    return check_logits(
-        build_predict_function(disabled_model), build_predict_function(plain_model), pixel_values, f"{name}, set to 0"
-    )
+    return check_logits(disabled_model, plain_model, pixel_values, f"{name}, set to 0")
 
 
 # Attention -----------------------------------------------------------------------------------------------------------
 
 
-AttentionFunction = Callable[
-    [ViTCLSForImageClassification, torch.Tensor], torch.Tensor
-]  # model, images [B, C, H, W] -> tensor of any shape
-
+# model, images [B, C, H, W] -> tensor of any shape
+AttentionFunction = Callable[[ViTCLSForImageClassification, torch.Tensor], torch.Tensor]
 ATTENTION_LIMIT = 1e-5  # maximum of |output - reference| / max(1, largest |reference|)
 NUM_REGISTERS = 4
 
@@ -153,12 +148,11 @@ def compute_eager_maps(model: ViTCLSForImageClassification, pixel_values: torch.
 
 @dataclass(frozen=True)
 class AttentionRow:
-    """Settings of a computation with attention maps, in one row of the benchmark report. `reference` computes the
-    expected outputs. The default is `compute` with eager attention."""
+    """Settings of a computation with attention maps, in one row of the benchmark report."""
 
     compute: AttentionFunction
     batch_size: int
-    reference: AttentionFunction | None = None
+    reference: AttentionFunction | None = None  # expected outputs; by default, `compute` with eager attention
 
 
 # Rows for ViT-S/16 at 224 pixels with four registers, in float32.
@@ -198,8 +192,7 @@ def build_model_and_images(batch_size: int, is_toy: bool) -> tuple[ViTCLSForImag
 def check_attention(
     row: AttentionRow, model: ViTCLSForImageClassification, pixel_values: torch.Tensor, name: str
 ) -> float:
-    """Return the largest difference from the reference for one image. Raise ValueError if the difference exceeds
-    `ATTENTION_LIMIT`."""
+    """Return the largest difference from the reference for one image. Raise ValueError if it exceeds the limit."""
     image = pixel_values[:1]
     actual = row.compute(model, image)
     if row.reference is None:
@@ -252,10 +245,8 @@ def train_probe(
     row: ProbeRow,
     use_cache: bool,
 ) -> torch.Tensor:
-    """Train a copy of the model's head on frozen features; return the weights of the classifier [labels, P].
-
-    If `use_cache` is true, the images are encoded once; otherwise, the images are encoded in every epoch.
-    """
+    """Train a copy of the model's head on frozen features, which are computed once (`use_cache`) or in every epoch.
+    Return the weights of the classifier [labels, P]."""
     encode = torch.no_grad()(partial(compute_features, model))
     batches: Any = pixel_values.split(row.batch_size)
     if use_cache:
@@ -277,9 +268,9 @@ def main() -> None:
     flags = parse_memory_flags(ATTENTION_ROWS)
     row = ATTENTION_ROWS[flags.row]
     model, pixel_values = build_model_and_images(row.batch_size, flags.toy)
-    compute = build_predict_function(model) if flags.theirs else lambda images: row.compute(model, images)
+    compute = partial(get_logits if flags.theirs else row.compute, model)
     with torch.no_grad():  # the warm-up uses one image
-        print(measure_memory_growth(lambda: compute(pixel_values[:1]), lambda: compute(pixel_values)))
+        print(measure_memory_growth(partial(compute, pixel_values[:1]), partial(compute, pixel_values)))
 
 
 if __name__ == "__main__":

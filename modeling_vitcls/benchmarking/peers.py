@@ -9,6 +9,7 @@ backward pass and an AdamW update. training_runs.py compares training with data 
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,12 +24,12 @@ from ..modeling_vitcls import ViTCLSForImageClassification
 from .comparison import (
     BenchmarkSettings,
     Comparison,
-    PredictionFunction,
     Throughputs,
     check_difference,
     check_logits,
     compare_peak_memory,
     compare_throughput,
+    get_logits,
     measure_gpu_memory_growth,
     measure_memory_growth,
     parse_memory_flags,
@@ -71,11 +72,6 @@ def build_model(size: ModelSize, **fields: Any) -> ViTCLSForImageClassification:
     return model
 
 
-def build_predict_function(model: nn.Module) -> PredictionFunction:
-    """Return a function that maps images [B, C, H, W] to logits [B, labels]."""
-    return lambda pixel_values: model(pixel_values).logits
-
-
 @dataclass(frozen=True)
 class Peer:
     """A baseline, such as a model from another project, and a model from this package with the same weights."""
@@ -84,12 +80,6 @@ class Peer:
     size: ModelSize
     theirs: nn.Module
     ours: ViTCLSForImageClassification
-    predict_theirs: PredictionFunction
-
-    def predict_ours(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Return the logits [B, labels] of this package's model."""
-        logits: torch.Tensor = self.ours(pixel_values).logits
-        return logits
 
     def to(self, dtype: torch.dtype, device: str = "cpu") -> "Peer":
         """Convert both models to `dtype`, and move both models to `device`."""
@@ -111,7 +101,7 @@ def build_transformers_peer(size: ModelSize) -> Peer:
     theirs = build_transformers_vit(size)
     randomize_weights(theirs)
     ours: Any = convert_from_transformers(theirs)
-    return Peer("transformers", size, theirs, ours, build_predict_function(theirs))
+    return Peer("transformers", size, theirs, ours)
 
 
 def build_timm_peer(size: ModelSize, num_registers: int = 0) -> Peer:
@@ -129,7 +119,7 @@ def build_timm_peer(size: ModelSize, num_registers: int = 0) -> Peer:
     )
     randomize_weights(theirs)
     ours: Any = convert_from_timm(theirs)
-    return Peer("timm", size, theirs, ours, theirs)
+    return Peer("timm", size, theirs, ours)
 
 
 def build_plain_peer(size: ModelSize) -> Peer:
@@ -137,7 +127,7 @@ def build_plain_peer(size: ModelSize) -> Peer:
     ours = build_model(size)
     theirs = copy.deepcopy(ours)
     uninstall_cpu_kernels(theirs)
-    return Peer("plain", size, theirs, ours, build_predict_function(theirs))
+    return Peer("plain", size, theirs, ours)
 
 
 PEERS: dict[str, Callable[[ModelSize], Peer]] = {
@@ -170,12 +160,11 @@ def compare_with_peers(
 
 @dataclass(frozen=True)
 class ForwardPass:
-    """Settings of a forward pass, in one row of the benchmark report. If `use_compile` is true, both models are
-    compiled by torch.compile."""
+    """Settings of a forward pass, in one row of the benchmark report."""
 
     dtype: torch.dtype
     batch_size: int
-    use_compile: bool = False
+    use_compile: bool = False  # whether to compile both models with torch.compile
 
 
 # Rows for ViT-S/16 at 224 pixels.
@@ -205,10 +194,9 @@ def compare_forward_pass(name: str, row: ForwardPass, peer: Peer, settings: Benc
 def compare_predictions(
     peer: Peer, pixel_values: torch.Tensor, name: str, settings: BenchmarkSettings
 ) -> tuple[Throughputs, float]:
-    """Compare the outputs and the speed of the two models of a peer for a batch. Return the throughputs and the
-    largest logit difference."""
-    difference = check_logits(peer.predict_ours, peer.predict_theirs, pixel_values, f"{name} against {peer.name}")
-    ours, theirs = (lambda: peer.predict_ours(pixel_values)), (lambda: peer.predict_theirs(pixel_values))
+    """Return the throughputs of the two models of a peer for a batch, and the largest logit difference."""
+    difference = check_logits(peer.ours, peer.theirs, pixel_values, f"{name} against {peer.name}")
+    ours, theirs = partial(peer.ours, pixel_values), partial(peer.theirs, pixel_values)
     return compare_throughput(ours, theirs, len(pixel_values), settings), difference
 
 
@@ -217,12 +205,11 @@ def compare_predictions(
 
 @dataclass(frozen=True)
 class TrainingStep:
-    """Settings of a training step, in one row of the benchmark report. Weights are float32.
-    `gradient_limit` is the maximum relative difference between gradients."""
+    """Settings of a training step with float32 weights, in one row of the benchmark report."""
 
     autocast: torch.dtype | None
     batch_size: int
-    gradient_limit: float
+    gradient_limit: float  # maximum relative difference between gradients
 
 
 # Rows for ViT-S/16 at 224 pixels.
@@ -235,16 +222,8 @@ TRAINING_STEPS = {
 class StepRunner:
     """A model in training mode, its optimizer, and one batch of images and labels."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        predict: PredictionFunction,
-        row: TrainingStep,
-        size: ModelSize,
-        device: str | torch.device,
-    ) -> None:
+    def __init__(self, model: nn.Module, row: TrainingStep, size: ModelSize, device: str) -> None:
         self.model = model.train()
-        self.predict = predict
         self.row = row
         self.pixel_values = build_random_images(row.batch_size, size.image_size).to(device)
         generator = torch.Generator().manual_seed(0)
@@ -255,7 +234,7 @@ class StepRunner:
         """Discard earlier gradients, and compute the gradients of the loss on the first `num_images` images."""
         self.optimizer.zero_grad()
         with torch.autocast(self.labels.device.type, self.row.autocast, enabled=self.row.autocast is not None):
-            logits = self.predict(self.pixel_values[:num_images])
+            logits = get_logits(self.model, self.pixel_values[:num_images])
             loss = nn.functional.cross_entropy(logits, self.labels[:num_images])
         loss.backward()
 
@@ -301,8 +280,8 @@ def compare_step(name: str, row: TrainingStep, peer: Peer, settings: BenchmarkSe
 def build_step_runners(row: TrainingStep, peer: Peer, device: str = "cpu") -> tuple[StepRunner, StepRunner]:
     """Build a runner for each model of a peer, with the same images."""
     peer = peer.to(torch.float32, device)
-    ours = StepRunner(peer.ours, peer.predict_ours, row, peer.size, device)
-    return ours, StepRunner(peer.theirs, peer.predict_theirs, row, peer.size, device)
+    ours = StepRunner(peer.ours, row, peer.size, device)
+    return ours, StepRunner(peer.theirs, row, peer.size, device)
 
 
 def check_gradients(ours: StepRunner, theirs: StepRunner, name: str) -> float:

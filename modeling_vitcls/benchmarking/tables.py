@@ -40,11 +40,10 @@ def describe_machine(comparisons: list[Comparison]) -> str:
 
 
 def compute_lowest_ratios(comparisons: list[Comparison]) -> dict[tuple[str, str], float]:
-    """Return a dict that maps (work, name) to the median ratio to the fastest peer, for each row with several
-    peers."""
+    """Return the median ratio to the fastest peer for each row (work, name) with several peers."""
     ratios: dict[tuple[str, str], list[float]] = {}
     for comparison in comparisons:
-        ratio = compute_quartiles(comparison.ratios)[1]
+        _, ratio, _ = compute_quartiles(comparison.ratios)
         ratios.setdefault((comparison.work, comparison.name), []).append(ratio)
     return {row: min(row_ratios) for row, row_ratios in ratios.items() if len(row_ratios) > 1}
 
@@ -63,9 +62,8 @@ def print_comparison(comparison: Comparison) -> Comparison:
 def print_tables(comparisons: list[Comparison]) -> None:
     """Print tables of speed, of ratios to the fastest peer and of memory, and a line about the machine."""
     speed_table = Table("work", "against", "ours", "theirs", "ratio", "quartiles", title="images per second")
-    memory_table = Table(
-        "work", "against", "ours", "theirs", title="peak memory in MiB, excluding memory in use before the measurement"
-    )
+    memory_title = "peak memory in MiB, excluding memory in use before the measurement"
+    memory_table = Table("work", "against", "ours", "theirs", title=memory_title)
     ratio_table = Table("work", "ratio", title="ratio to the fastest peer")
     for result in (comparison.to_dict() for comparison in comparisons):
         row = (f"{result['work']}: {result['name']}", result["against"])
@@ -73,9 +71,8 @@ def print_tables(comparisons: list[Comparison]) -> None:
         lower, upper = result["quartiles"]
         speed_table.add_row(*row, *throughputs, f"{result['ratio']:.2f}", f"{lower:.2f} to {upper:.2f}")
         if "ours_peak_bytes" in result:
-            memory_table.add_row(
-                *row, *(f"{result[f'{prefix}_peak_bytes'] / 2**20:.0f}" for prefix in ("ours", "theirs"))
-            )
+            peaks = (f"{result[f'{prefix}_peak_bytes'] / 2**20:.0f}" for prefix in ("ours", "theirs"))
+            memory_table.add_row(*row, *peaks)
     for (work, name), ratio in compute_lowest_ratios(comparisons).items():
         ratio_table.add_row(f"{work}: {name}", f"{ratio:.2f}")
     console = Console(highlight=False)
@@ -93,10 +90,7 @@ def format_markdown(comparisons: list[Comparison]) -> str:
     rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for comparison in comparisons:
         rows.setdefault((comparison.work, comparison.name), []).append(comparison.to_dict())
-    table = [
-        MARKDOWN_HEADER,
-        *(format_cells(work, name, results) for (work, name), results in rows.items()),
-    ]
+    table = [MARKDOWN_HEADER, *(format_cells(work, name, results) for (work, name), results in rows.items())]
     column_indices = [index for index in range(len(MARKDOWN_HEADER)) if any(row[index] for row in table[1:])]
     lines = [f"| {' | '.join(row[index] for index in column_indices)} |" for row in table]
     pair_counts = sorted({len(comparison.ratios) for comparison in comparisons})
@@ -123,24 +117,18 @@ def format_cells(work: str, name: str, results: list[dict[str, Any]]) -> tuple[s
 def write_reports(
     comparisons: list[Comparison], output_file: Path | None, markdown_file: Path | None, plot_file: Path | None
 ) -> None:
-    """Write the results to the given files: a JSON file, a Markdown file and a figure (PNG or SVG).
-
-    Raises:
-        ValueError: If `plot_file` is given, but no axis of --work growth was measured.
-    """
+    """Write the results to the given files: a JSON file, a Markdown file and a figure (PNG or SVG)."""
     for file in (output_file, markdown_file, plot_file):
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
     results = [comparison.to_dict() for comparison in comparisons]
     if output_file is not None:
-        lowest_ratios = compute_lowest_ratios(comparisons)
+        lowest_ratios = compute_lowest_ratios(comparisons).items()
         report = {
             "machine": get_machine_properties(),
             "versions": get_versions("timm"),
             "comparisons": results,
-            "over_the_better": [
-                {"work": work, "name": name, "ratio": ratio} for (work, name), ratio in lowest_ratios.items()
-            ],
+            "over_the_better": [{"work": work, "name": name, "ratio": ratio} for (work, name), ratio in lowest_ratios],
         }
         write_json(output_file, report)
     if markdown_file is not None:

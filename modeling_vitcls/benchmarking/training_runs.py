@@ -28,7 +28,7 @@ from ..conversion.from_transformers import convert_from_transformers
 from ..image_processing_vitcls import ViTCLSImageProcessor
 from .comparison import BenchmarkSettings, Comparison, LoggedProcess, check_logits, measure_alternately
 from .image_files import write_photographs
-from .peers import SMALL_SIZE, ModelSize, build_predict_function, build_transformers_vit
+from .peers import SMALL_SIZE, ModelSize, build_transformers_vit
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,7 @@ def compare_training(rows: dict[str, TrainingRun], settings: BenchmarkSettings) 
 
 
 def compare_runs(name: str, run: TrainingRun, num_pairs: int, folder: Path) -> Comparison:
-    """Compare `vitcls finetune` with transformers' Trainer, for one row. Data, models and logs are written to
-    `folder`."""
+    """Compare `vitcls finetune` with transformers' Trainer, for one row. Write data and models to `folder`."""
     dataset, label_names = "digits", [str(digit) for digit in range(10)]
     if run.dataset == "photographs":
         dataset = str(write_photographs(folder / "photographs", PHOTOGRAPHS_PER_CLASS))
@@ -94,17 +93,13 @@ def compare_runs(name: str, run: TrainingRun, num_pairs: int, folder: Path) -> C
 
 
 def save_models(run: TrainingRun, label_names: list[str], folder: Path, name: str) -> float:
-    """Save transformers' ViT and a vitcls model with the same weights; return the largest difference between the
-    logits."""
+    """Save transformers' ViT and a vitcls model with the same weights. Return the largest logit difference."""
     torch.manual_seed(0)
-    label_mappings = {
-        "id2label": dict(enumerate(label_names)),
-        "label2id": {label: index for index, label in enumerate(label_names)},
-    }
-    theirs = build_transformers_vit(run.size, **label_mappings).eval()
+    label2id = {label: index for index, label in enumerate(label_names)}
+    theirs = build_transformers_vit(run.size, id2label=dict(enumerate(label_names)), label2id=label2id).eval()
     ours = convert_from_transformers(theirs)
     pixel_values = torch.randn(2, 3, run.size.image_size, run.size.image_size)
-    difference = check_logits(build_predict_function(ours), build_predict_function(theirs), pixel_values, name)
+    difference = check_logits(ours, theirs, pixel_values, name)
     theirs.save_pretrained(folder / "their_model")
     ours.save_pretrained(folder / "our_model")
     size = {"height": run.size.image_size, "width": run.size.image_size}

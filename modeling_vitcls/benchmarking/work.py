@@ -48,12 +48,8 @@ WORKLOADS = {
 def run_benchmarks(
     work_names: tuple[str, ...], row_names: tuple[str, ...], settings: BenchmarkSettings
 ) -> Iterator[Comparison]:
-    """Run the comparisons in the rows of the given workloads, or only in the rows `row_names` if any are given.
-
-    Raises:
-        ValueError: If a row does not exist, if the device is not available or supported, if the outputs, gradients or
-            trained weights differ, or if a measurement fails.
-    """
+    """Run the comparisons in the rows of the given workloads, or only in the rows `row_names` if any are given. Raise
+    ValueError if a row does not exist, the device is not supported, outputs differ, or a measurement fails."""
     if settings.device != "cpu":
         if not torch.cuda.is_available():
             raise ValueError(

@@ -10,17 +10,7 @@ from ..system import format_device_name, get_processor_name, get_versions
 
 
 # Libraries that only some features require.
-OPTIONAL_LIBRARIES = (
-    "huggingface_hub",
-    "datasets",
-    "timm",
-    "peft",
-    "torchao",
-    "onnxruntime",
-    "openvino",
-    "gradio",
-    "tyro",
-)
+OPTIONAL_LIBRARIES = "huggingface_hub datasets timm peft torchao onnxruntime openvino gradio tyro".split()
 # Environment variables that affect results, speed or file locations. Access tokens are never printed.
 ENVIRONMENT_VARIABLES = (
     "OMP_NUM_THREADS",
@@ -34,16 +24,17 @@ ENVIRONMENT_VARIABLES = (
 
 def format_environment() -> str:
     """Format the versions, devices and settings for a bug report, one per line."""
-    environment = (
-        get_versions() | dict.fromkeys(OPTIONAL_LIBRARIES, "not installed") | get_versions(*OPTIONAL_LIBRARIES)
-    )
-    environment["platform"] = platform.platform()
-    environment["processor"] = (
-        f"{get_processor_name()}, {os.cpu_count()} logical cores, {torch.get_num_threads()} threads in PyTorch"
-    )
-    environment["instructions"] = torch.backends.cpu.get_cpu_capability()
-    environment["devices"] = describe_devices()
-    environment["CPU kernels"] = describe_cpu_kernels()
+    num_threads = torch.get_num_threads()
+    environment = {
+        **get_versions(),
+        **dict.fromkeys(OPTIONAL_LIBRARIES, "not installed"),
+        **get_versions(*OPTIONAL_LIBRARIES),
+        "platform": platform.platform(),
+        "processor": f"{get_processor_name()}, {os.cpu_count()} logical cores, {num_threads} threads in PyTorch",
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "devices": describe_devices(),
+        "CPU kernels": describe_cpu_kernels(),
+    }
     environment |= {name: os.environ[name] for name in ENVIRONMENT_VARIABLES if name in os.environ}
     width = max(map(len, environment))
     return "\n".join(f"{name:<{width}}  {value}" for name, value in environment.items())

@@ -65,13 +65,7 @@ class RecipeFlag:
 
 
 def parse_with_recipe(options_class: type, arguments: list[str], **tyro_settings: Any) -> Any:
-    """Build options from flags and the recipe in --config. Exit with status 2 if a flag is invalid.
-
-    Args:
-        options_class: A dataclass of options.py.
-        arguments: Flags of the command line.
-        tyro_settings: Additional arguments for `tyro.cli`, such as `prog`.
-    """
+    """Build options from flags and the recipe in --config. Exit with status 2 if a flag is invalid."""
     flag_names = get_flag_names(options_class)
     recipe_flag, _ = tyro.cli(RecipeFlag, args=arguments, return_unknown_args=True, add_help=False)
     reject_equivalent_flags(arguments, flag_names)
@@ -147,14 +141,8 @@ def exit_on_error() -> Iterator[None]:
 
 
 def exit_with_message(message: str, status: int = 2, is_on_all_processes: bool = True) -> NoReturn:
-    """Print a message to stderr and exit.
-
-    Args:
-        message: one-line message.
-        status: exit status; 2 means that a flag is invalid.
-        is_on_all_processes: whether all processes exit with this message. If True, only the first process prints
-            the message.
-    """
+    """Print a one-line message to stderr and exit. Status 2 means that a flag is invalid. If all processes exit with
+    the message (`is_on_all_processes`), only the first process prints the message."""
     rank = os.environ.get("RANK", "0")
     if rank == "0":
         print(message, file=sys.stderr)

@@ -46,19 +46,12 @@ class PushOptions:
                 raise ValueError("--revision requires --verify-only. To push to a branch, set --branch")
             return
         for field in fields(self):
-            if field.name not in VERIFICATION_FIELDS and getattr(self, field.name) != field.default:
+            is_push_flag = field.name not in ("verify_only", "revision", "model")
+            if is_push_flag and getattr(self, field.name) != field.default:
+                flag = "--no-verify" if field.name == "verify" else f"--{field.name.replace('_', '-')}"
                 raise ValueError(
-                    f"--verify-only pushes nothing, but {format_flag(field.name)} only applies to pushes. Omit one of "
-                    "these flags"
+                    f"--verify-only pushes nothing, but {flag} only applies to pushes. Omit one of these flags"
                 )
-
-
-VERIFICATION_FIELDS = ("verify_only", "revision", "model")
-
-
-def format_flag(name: str) -> str:
-    """Return the flag that changes a field from its default value."""
-    return "--no-verify" if name == "verify" else f"--{name.replace('_', '-')}"
 
 
 OPTIONS_CLASS = PushOptions
@@ -66,23 +59,16 @@ OPTIONS_CLASS = PushOptions
 
 def run(options: PushOptions) -> None:
     """Push a model and verify the pushed commit, or verify a repository if --verify-only is set."""
-    from ..hub.verify import verify
-
-    if options.verify_only is None:
-        push(options)
-    else:
-        report = verify(options.verify_only, options.revision or "main", options.model)
-        print("\n".join(report.format_lines()))
-
-
-def push(options: PushOptions) -> None:
-    """Check the permissions, push the model, and verify the pushed commit."""
     from ..hub.adapters import check_adapter, is_adapter
     from ..hub.manifest import check_is_model
     from ..hub.publish import push_folder
     from ..hub.push_permissions import check_push_permissions
-    from ..hub.verify import verify_push
+    from ..hub.verify import verify, verify_push
 
+    if options.verify_only is not None:
+        report = verify(options.verify_only, options.revision or "main", options.model)
+        print("\n".join(report.format_lines()))
+        return
     folder = options.model
     assert folder is not None
     (check_adapter if is_adapter(folder) else check_is_model)(folder)

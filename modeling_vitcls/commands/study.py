@@ -44,21 +44,17 @@ def run(options: StudyOptions) -> None:
     """Run the study. Exit with status 1 if a run fails."""
     from ..study import load_study, run_study
 
-    flags: dict[str, object] = {"--config": options.config, "--output-dir": options.output_dir, "--jobs": options.jobs}
-    if options.dataset:
-        flags["--dataset"] = options.dataset
-    command = shlex.join(["vitcls", "study", *(str(argument) for flag in flags.items() for argument in flag)])
+    command = ["vitcls", "study", "--config", options.config, "--output-dir", options.output_dir]
+    command += ["--jobs", options.jobs, *(["--dataset", options.dataset] if options.dataset else [])]
     rows = run_study(
         load_study(find_recipe(options.config)),
         options.output_dir,
-        command,
+        shlex.join(map(str, command)),
         num_jobs=options.jobs,
         num_threads=options.threads,
         memory_limit=options.memory_limit,
         dataset=options.dataset,
     )
-    num_unfinished = sum(row["status"] != "finished" for row in rows)
-    if num_unfinished:
-        exit_with_message(
-            f"error: {num_unfinished} of {len(rows)} runs failed. See log.txt in their folders", status=1
-        )
+    if num_unfinished := sum(row["status"] != "finished" for row in rows):
+        message = f"error: {num_unfinished} of {len(rows)} runs failed. See log.txt in their folders"
+        exit_with_message(message, status=1)

@@ -43,6 +43,8 @@ def build_conversion_card(
     """
     sequence_length = config.token_layout.get_num_tokens(*config.grid_size)
     layout = {group: len(range(sequence_length)[tokens]) for group, tokens in config.token_layout.items()}
+    # whether the base model in the header is the source, rather than the base model of the source
+    is_copy = isinstance(provenance.base_model, str) and provenance.name in (provenance.base_model, report.source)
     return render_card(
         "conversion",
         build_metadata(report, provenance, is_native),
@@ -52,11 +54,11 @@ def build_conversion_card(
         num_parameters=num_parameters,
         report=report,
         random_init=report.random_init,
-        source=describe_source(report, provenance),
+        source=describe_source(report, provenance, is_copy),
         layout=format_token_layout(layout),
         layout_description=describe_token_layout(layout),
         images=images or {},
-        is_copy=is_copy_of_base_model(report, provenance),
+        is_copy=is_copy,
         sequence_length=sequence_length,
         image_size=" x ".join(map(str, config.image_height_width)),
         classifier=CLASSIFIER_SENTENCES[report.classifier].format(num_labels=config.num_labels),
@@ -86,18 +88,12 @@ def build_metadata(report: "ParityReport", provenance: Provenance, is_native: bo
     )
 
 
-def is_copy_of_base_model(report: "ParityReport", provenance: Provenance) -> bool:
-    """Return whether the base model in the header is the source, rather than the base model of the source."""
-    return isinstance(provenance.base_model, str) and provenance.name in (provenance.base_model, report.source)
-
-
-def describe_source(report: "ParityReport", provenance: Provenance) -> str:
+def describe_source(report: "ParityReport", provenance: Provenance, is_copy: bool) -> str:
     """Return the name of the source in Markdown, with a link (if it is on the Hub) and the commit (if known)."""
     name = f"`{provenance.name}`"
-    if is_copy_of_base_model(report, provenance):
+    if is_copy:
         name = f"[{name}](https://huggingface.co/{provenance.base_model})"
-    revision = report.source_revision
-    return f"{name} (at commit `{revision}`)" if revision else name
+    return f"{name} (at commit `{report.source_revision}`)" if report.source_revision else name
 
 
 def describe_preprocessing(report: "ParityReport") -> str:

@@ -113,16 +113,15 @@ HEAD_RULES = [
     Rule("visual_projection.weight", ["classifier.weight", "classifier.bias"], append_zero_bias),
 ]
 
-CLS_MEAN_POOLING = {"pooling": "cls_mean"}
-MEAN_POOLING = {"pooling": "mean"}
-POOLED_NORM = {"pooled_norm": True}
-ATTENTION_POOLER_PATTERNS = ("head.{rest}",)
-CLIP_ENCODER = ConvertibleClass(families.CLIP, fields=POOLED_NORM)
+CLIP_ENCODER = ConvertibleClass(families.CLIP, fields={"pooled_norm": True})
 CLIP_EMBEDDER = ConvertibleClass(
-    families.CLIP, "vision_model", POOLED_NORM, read_labels=lambda config: {"num_labels": config.projection_dim}
+    families.CLIP,
+    "vision_model",
+    {"pooled_norm": True},
+    read_labels=lambda config: {"num_labels": config.projection_dim},
 )
 CLIP_CLASSIFIER = ConvertibleClass(
-    families.CLIP, "vision_model", MEAN_POOLING, unused_patterns=("post_layernorm.{rest}",)
+    families.CLIP, "vision_model", {"pooling": "mean"}, unused_patterns=("post_layernorm.{rest}",)
 )
 
 CONVERTIBLE_CLASSES: dict[str, ConvertibleClass] = {
@@ -137,10 +136,10 @@ CONVERTIBLE_CLASSES: dict[str, ConvertibleClass] = {
     "IJepaModel": ConvertibleClass(families.IJEPA),
     "IJepaForImageClassification": ConvertibleClass(families.IJEPA, "ijepa"),
     "Dinov2Model": ConvertibleClass(families.DINOV2),
-    "Dinov2ForImageClassification": ConvertibleClass(families.DINOV2, "dinov2", CLS_MEAN_POOLING),
+    "Dinov2ForImageClassification": ConvertibleClass(families.DINOV2, "dinov2", {"pooling": "cls_mean"}),
     "Dinov2WithRegistersModel": ConvertibleClass(families.DINOV2),
     "Dinov2WithRegistersForImageClassification": ConvertibleClass(
-        families.DINOV2, "dinov2_with_registers", CLS_MEAN_POOLING
+        families.DINOV2, "dinov2_with_registers", {"pooling": "cls_mean"}
     ),
     "DINOv3ViTModel": ConvertibleClass(families.DINOV3),
     "Sapiens2Model": ConvertibleClass(families.SAPIENS2),
@@ -154,11 +153,11 @@ CONVERTIBLE_CLASSES: dict[str, ConvertibleClass] = {
     "MetaClip2ForImageClassification": CLIP_CLASSIFIER,
     "SiglipVisionModel": ConvertibleClass(families.SIGLIP),
     "SiglipForImageClassification": ConvertibleClass(
-        families.SIGLIP, "vision_model", MEAN_POOLING, unused_patterns=ATTENTION_POOLER_PATTERNS
+        families.SIGLIP, "vision_model", {"pooling": "mean"}, unused_patterns=("head.{rest}",)
     ),
     "Siglip2VisionModel": ConvertibleClass(families.SIGLIP2),
     "Siglip2ForImageClassification": ConvertibleClass(
-        families.SIGLIP2, "vision_model", MEAN_POOLING, unused_patterns=ATTENTION_POOLER_PATTERNS
+        families.SIGLIP2, "vision_model", {"pooling": "mean"}, unused_patterns=("head.{rest}",)
     ),
     "PixioModel": ConvertibleClass(families.PIXIO),
     "Aimv2VisionModel": ConvertibleClass(families.AIMV2),

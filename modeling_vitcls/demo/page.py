@@ -34,9 +34,7 @@ os.environ["GRADIO_RUN_HISTORY"] = "False"
 import gradio as gr
 
 
-TOP_K = 5
 CACHE_SECONDS = 3600  # time until uploaded images and results are deleted, in seconds
-IMAGE_HEIGHT = 360  # height of the image input in pixels
 UPLOAD_REQUIRED_MESSAGE = "upload an image to this page, or select an example image"
 # Without "always_last", gradio drops requests that arrive while another request is running. A shared concurrency id
 # prevents two drawing requests from running at the same time.
@@ -85,13 +83,11 @@ def serve_demo(
         revision: commit hash, branch or tag.
         examples: example image files.
         host: host name of the server. Default: the environment variable GRADIO_SERVER_NAME, or localhost.
-        port: port of the server. Default: the environment variable GRADIO_SERVER_PORT, or the first free port from
-            7860 upward.
+        port: port of the server. Default: GRADIO_SERVER_PORT, or the first free port from 7860 upward.
         code_revision: commit hash, branch or tag of the code, if the code is in a separate repository.
 
     Raises:
-        ValueError, OSError: if the demo does not support the model, or the port is in use. The message is a single
-            line.
+        ValueError, OSError: if the demo does not support the model, or the port is in use. The message is one line.
     """
     page = build_page(DemoModel.load(source, revision, code_revision), examples)
     try:
@@ -132,16 +128,17 @@ def build_page(demo_model: DemoModel, examples: Sequence[str | Path] = ()) -> gr
                 image_input = ImageInput(examples)
             with gr.Column():
                 label_components = [
-                    gr.Label(label=name, num_top_classes=TOP_K, show_heading=demo_model.has_top_label)
+                    gr.Label(label=name, num_top_classes=5, show_heading=demo_model.has_top_label)
                     for name in demo_model.output_names
                 ]
                 if explanation := explain_missing_output(demo_model):
                     gr.Markdown(explanation)
         state = gr.State(time_to_live=CACHE_SECONDS)
         views: list[Any] = []
+        if demo_model.token_names and not demo_model.has_patch_merging:
+            views.append(AttentionView(demo_model, state))
         if not demo_model.has_patch_merging:
-            view_classes = [AttentionView, PatchView] if demo_model.token_names else [PatchView]
-            views = [view_class(demo_model, state) for view_class in view_classes]
+            views.append(PatchView(demo_model, state))
 
         def predict(file: dict[str, Any] | None) -> list[Any]:
             image, error_message, result = image_input.predict(demo_model, file)
@@ -150,11 +147,10 @@ def build_page(demo_model: DemoModel, examples: Sequence[str | Path] = ()) -> gr
 
         page.load(js=LOAD_ALL_IMAGES)
         outputs = [image_input.image, image_input.error_message, *label_components, state]
-        triggers = [*image_input.triggers]
         if examples:
             load_event = page.load(lambda: str(examples[0]), None, image_input.image, show_progress="hidden")
-            triggers.append(load_event.then)
-        for trigger in triggers:
+            image_input.triggers.append(load_event.then)
+        for trigger in image_input.triggers:
             event = trigger(predict, [image_input.image], outputs, preprocess=False, **LISTENER_OPTIONS)
             for view in views:
                 event.then(view.draw_all, view.inputs, view.outputs, **DRAWING_LISTENER_OPTIONS)
@@ -171,7 +167,7 @@ class ImageInput:
 
     def __init__(self, examples: Sequence[str | Path]) -> None:
         self.image = gr.Image(
-            label="Image", type="filepath", sources=["upload", "clipboard"], height=IMAGE_HEIGHT, elem_id="input"
+            label="Image", type="filepath", sources=["upload", "clipboard"], height=360, elem_id="input"
         )
         cache_file = self.image.async_move_resource_to_block_cache
 
@@ -191,13 +187,10 @@ class ImageInput:
             self.triggers.append(example_buttons.load_input_event.then)
 
     def predict(self, demo_model: DemoModel, file: dict[str, Any] | None) -> tuple[Any, Any, DemoResult | None]:
-        """Run the model on the image in `file`, the unprocessed value of the component `image`.
+        """Run the model on the image in `file`, the unprocessed value of the component `image`. Return updates of
+        `image` and `error_message`, and the output of the model (None if there is no valid image).
 
         The listener sets preprocess=False, because gradio's error messages for files that are not images are unclear.
-
-        Returns:
-            Updates of the components `image` and `error_message`, and the output of the model (None if there is no
-            valid image).
         """
         no_error = gr.Markdown("", visible=False)
         if file is None:
@@ -225,11 +218,11 @@ class AttentionView:
 
     def __init__(self, demo_model: DemoModel, state: gr.State) -> None:
         self.demo_model = demo_model
-        token_names, num_layers = demo_model.token_names, demo_model.num_layers
+        token_names = demo_model.token_names
         gr.Markdown("## Attention of the special tokens")
         token_selector = gr.Radio(token_names, value=token_names[0], type="index", label="Token")
         with gr.Row():
-            layer_slider = build_layer_slider("Layer", num_layers, min_width=240)
+            layer_slider = build_layer_slider("Layer", demo_model.config.num_hidden_layers, min_width=240)
             head_names = [MEAN_OF_HEADS, *demo_model.head_names]
             head_selector = gr.Dropdown(head_names, value=MEAN_OF_HEADS, type="index", label="Heads", min_width=240)
         with gr.Row():
@@ -254,8 +247,7 @@ class AttentionView:
     def draw_layer(
         self, result: DemoResult | None, token: int, layer: int, head: int
     ) -> tuple[Image.Image | None, str]:
-        """Return the attention map of one layer and its caption. `layer` and `head` are counted from 1; head 0 is the
-        mean over heads."""
+        """Return the attention map of a layer and its caption. `layer` and `head` start at 1; head 0 is the mean."""
         if result is None:
             return None, ""
         selection = token, layer - 1, head - 1 if head else None
@@ -277,10 +269,9 @@ class PatchView:
     """Patch features after the selected layer: principal components as colors, and similarity to a clicked patch."""
 
     def __init__(self, demo_model: DemoModel, state: gr.State) -> None:
-        num_layers = demo_model.num_layers
         gr.Markdown(f"## Patch features\n{PATCHES_TEXT}")
         with gr.Row():
-            layer_slider = build_layer_slider("After layer", num_layers)
+            layer_slider = build_layer_slider("After layer", demo_model.config.num_hidden_layers)
             foreground_checkbox = gr.Checkbox(label="Color only the foreground")
         with gr.Row():
             with gr.Column():
@@ -300,17 +291,15 @@ class PatchView:
     def draw_all(
         self, result: DemoResult | None, layer: int, foreground_only: bool, patch: tuple[int, int] | None
     ) -> tuple[Image.Image | None, Image.Image | None, str]:
-        """Return an image of the principal components, an image of the similarity to `patch` (default: the middle
-        patch), and a caption."""
+        """Draw the principal components and the similarity to `patch` (default: the middle patch), with a caption."""
         if result is None:
             return None, None, ""
         rows, columns = result.patch_features.shape[1:3]
         row, column = patch if patch and patch[0] < rows and patch[1] < columns else (rows // 2, columns // 2)
-        caption = f"Cosine similarity to the patch in row {row + 1}, column {column + 1} (dark: 0 or less, bright: 1)."
         return (
             result.draw_principal_components(layer - 1, foreground_only),
             result.draw_similarity(layer - 1, row, column),
-            caption,
+            f"Cosine similarity to the patch in row {row + 1}, column {column + 1} (dark: 0 or less, bright: 1).",
         )
 
 

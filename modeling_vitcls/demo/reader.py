@@ -8,8 +8,7 @@
 Models are loaded with the Auto classes, which may execute code from the repository of the checkpoint.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,28 +43,27 @@ MAX_IMAGE_SIDE = 1024  # maximum length of the longer side of a displayed image 
 MIN_IMAGE_SIDE = 384  # minimum length of the longer side of a displayed image in pixels
 THUMBNAIL_SIDE = 320  # maximum length of the longer side of a small map in pixels
 
+EMPTY = torch.empty(0)
 Prediction = dict[str, float] | str  # label -> probability, or regression values as text
 
 
 @dataclass(frozen=True)
 class DemoResult:
-    """Output of a model for one image. gh and gw are the height and width of the patch grid.
-
-    If the model merges patches, `token_attention`, `attention_maps` and `patch_features` have 0 layers.
-    """
+    """Output of a model for one image. gh and gw are the height and width of the patch grid."""
 
     image: Image.Image  # upright, at most MAX_IMAGE_SIDE pixels per side
     visible_region: VisibleRegion  # region of the image that the patches cover
     predictions: dict[str, Prediction]  # output name -> prediction; empty for an encoder
-    token_attention: torch.Tensor  # [layer, head, special token, key], attention of the special tokens, float32
-    attention_maps: torch.Tensor  # [layer, head, special token, gh, gw], attention to patches
-    rollout: torch.Tensor  # [special token, gh, gw], attention rollout over all layers
-    attributions: dict[str, torch.Tensor]  # most probable label of each output -> attribution of each patch [gh, gw]
-    patch_features: torch.Tensor  # [layer, gh, gw, channel], after each layer, float16
+    # The other fields are empty if the model merges patches.
+    token_attention: torch.Tensor = EMPTY  # [layer, head, special token, key], attention of special tokens, float32
+    attention_maps: torch.Tensor = EMPTY  # [layer, head, special token, gh, gw], attention to patches
+    rollout: torch.Tensor = EMPTY  # [special token, gh, gw], attention rollout over all layers
+    # Most probable label of each output -> attribution of each patch [gh, gw].
+    attributions: dict[str, torch.Tensor] = field(default_factory=dict)
+    patch_features: torch.Tensor = EMPTY  # [layer, gh, gw, channel], after each layer, float16
 
     def draw_attention(self, token: int, layer: int, head: int | None) -> Image.Image:
-        """Draw the attention map of a token in a layer over the image. If `head` is None, the mean over heads is
-        drawn."""
+        """Draw the attention map of a token in a layer over the image: one head, or the mean over heads for None."""
         values = select_head(self.attention_maps[layer], head)[token]
         return overlay(self.image, values, self.visible_region, min_side=MIN_IMAGE_SIDE)
 
@@ -90,8 +88,7 @@ class DemoResult:
         return draw_patch_colors(self.image, colors, self.visible_region, min_side=MIN_IMAGE_SIDE)
 
     def draw_similarity(self, layer: int, row: int, column: int) -> Image.Image:
-        """Draw the cosine similarity of all patches to one patch, based on the features after a layer. Values of 0 or
-        less are dark."""
+        """Draw the cosine similarity of all patch features after a layer to one patch. Values up to 0 are dark."""
         similarity = compute_patch_similarity(self.patch_features[layer].float(), row, column).clamp(min=0)
         return overlay(self.image, similarity, self.visible_region, max_value=1, min_side=MIN_IMAGE_SIDE)
 
@@ -107,8 +104,7 @@ class DemoResult:
         return int(y_fraction * rows), int(x_fraction * columns)
 
     def compute_attention_fractions(self, token: int, layer: int, head: int | None) -> list[float]:
-        """Return the fraction of a token's attention to each special token and, as the last element, to all patches.
-        The fractions sum to 1."""
+        """Return the fractions of a token's attention to each special token and, as the last element, to patches."""
         fractions = select_head(self.token_attention[layer], head)[token]  # [key]
         special_fractions = fractions[: self.token_attention.shape[2]]
         return [*special_fractions.tolist(), 1 - special_fractions.sum().item()]
@@ -134,14 +130,9 @@ class DemoModel:
     def load(cls, source: str, revision: str | None = None, code_revision: str | None = None) -> "DemoModel":
         """Load a vitcls checkpoint: a classifier if the checkpoint contains a classifier, otherwise the encoder.
 
-        Args:
-            source: folder or Hub id. If this package is not installed, the code in the repository is executed.
-            revision: commit hash, branch or tag. For safety, set a commit hash.
-            code_revision: commit hash, branch or tag of the code, if the code is in a separate repository.
-
-        Raises:
-            ValueError, OSError: if the checkpoint is not a vitcls model, is not found, or cannot be read. The message
-                is a single line.
+        If this package is not installed, the code in the repository is executed. For safety, set `revision` to a
+        commit hash. `code_revision` is the revision of the code, if the code is in a separate repository. Raise
+        ValueError or OSError with a one-line message if the checkpoint is not a readable vitcls model.
         """
         commit = resolve_commit(source, revision)
         config_dict = load_checkpoint(PreTrainedConfig.get_config_dict, source, revision=commit)[0]
@@ -171,10 +162,10 @@ class DemoModel:
 
     def check_is_supported(self) -> None:
         """Raise ValueError if the demo does not support the model."""
-        if self.model.config.num_channels not in (1, 3):
+        if self.config.num_channels not in (1, 3):
             raise ValueError(
                 f"The demo requires images with 1 or 3 channels, but {self.source} requires images "
-                f"with {self.model.config.num_channels} channels."
+                f"with {self.config.num_channels} channels."
             )
         if not self.has_labels and self.has_patch_merging:
             raise ValueError(
@@ -183,96 +174,73 @@ class DemoModel:
             )
 
     @property
+    def config(self) -> Any:
+        """Return the configuration of the model."""
+        return self.model.config
+
+    @property
     def has_labels(self) -> bool:
         """Return whether the model predicts labels or regression values."""
-        return self.is_classifier and bool(self.model.config.tasks or self.model.config.num_labels)
+        return self.is_classifier and bool(self.config.tasks or self.config.num_labels)
 
     @property
     def token_names(self) -> list[str]:
         """Return the names of the special tokens."""
-        return get_token_names(self.model.config)
+        return get_token_names(self.config)
 
     @property
     def has_patch_merging(self) -> bool:
         """Return whether the model merges patches. If it does, attention is not available."""
         # The field is missing from the configurations of older repositories.
-        return bool(getattr(self.model.config, "merged_patches_per_layer", 0))
-
-    @property
-    def num_layers(self) -> int:
-        """Return the number of layers."""
-        return self.model.config.num_hidden_layers
+        return bool(getattr(self.config, "merged_patches_per_layer", 0))
 
     @property
     def head_names(self) -> list[str]:
         """Return the names of the attention heads of a layer."""
-        return get_head_names(self.model.config)
+        return get_head_names(self.config)
 
     @property
     def output_names(self) -> list[str]:
         """Return the names of the outputs: one name per task, or a single name if there are no tasks."""
         if not self.has_labels:
             return []
-        return list(self.model.config.task_labels()) or [get_prediction_format(self.model.config)[0]]
+        return list(self.config.task_labels()) or [PREDICTION_TITLES[get_problem_type(self.config)]]
 
     @property
     def has_top_label(self) -> bool:
         """Return whether each prediction has a heading: its most probable label, or its regression values."""
-        config = self.model.config
-        return bool(config.tasks) or get_prediction_format(config)[1] is not compute_sigmoid_probabilities
+        return bool(self.config.tasks) or get_problem_type(self.config) != "multi_label_classification"
 
     def predict(self, file: str | Path) -> DemoResult:
-        """Run the model on an image.
-
-        Raises:
-            ValueError: if the file is not an image, or if the model does not support the image. The message is one
-                line.
-        """
-        config = self.model.config
+        """Run the model on an image file. Raise ValueError if the file is not a supported image."""
         image = self.processor.fetch_images(str(file))  # upright
-        if config.num_channels == 1:
+        if self.config.num_channels == 1:
             image = to_grayscale(image)
         pixel_values = self.processor(image, return_tensors="pt")["pixel_values"].to(self.model.device)
-        visible_region = get_visible_region(self.processor, image.size[::-1], config.patch_height_width)
+        visible_region = get_visible_region(self.processor, image.size[::-1], self.config.patch_height_width)
         image_and_region = resize_with_region(image, visible_region, MAX_IMAGE_SIDE, min_side=None)
         return DemoResult(*image_and_region, **self.run_model(pixel_values))
 
     def run_model(self, pixel_values: torch.Tensor) -> dict[str, Any]:
-        """Run the model once on an image [1, C, H, W]. Return all fields of `DemoResult` except `image` and
-        `visible_region`."""
-        config, encoder = self.model.config, self.model.base_model
-        grid_size = encoder.embeddings.patch_embeddings.get_grid_size(pixel_values)
+        """Run the model on an image [1, C, H, W]. Return the fields of `DemoResult` except image and region."""
+        config = self.config
+        if self.has_patch_merging:
+            with torch.inference_mode():
+                return {"predictions": format_predictions(self.model(pixel_values).logits, config)}
 
         def extract_maps(attention: torch.Tensor) -> torch.Tensor:
             return extract_patch_maps(attention, config, (pixel_values.shape[-2], pixel_values.shape[-1]))
 
-        if self.has_patch_merging:
-            with torch.inference_mode():
-                predictions = format_predictions(self.model(pixel_values).logits, config)
-            num_keys = config.token_layout.get_num_tokens(*grid_size)
-            token_attention = torch.empty(0, len(self.head_names), len(self.token_names), num_keys)
-            return {
-                "predictions": predictions,
-                "token_attention": token_attention,
-                "attention_maps": extract_maps(token_attention),
-                "rollout": torch.empty(0, *grid_size),
-                "attributions": {},
-                "patch_features": torch.empty(0, *grid_size, config.hidden_size),
-            }
         trace = trace_attention(self.model, pixel_values, needs_gradients=self.has_labels)
         predictions, attributions = {}, {}
         if self.has_labels:
             predictions = format_predictions(trace.outputs.logits, config)
             for task, logits in trace.outputs.logits.items() if config.tasks else [(None, trace.outputs.logits)]:
                 best_index = int(logits[0].argmax())
-                label = (
-                    config.id2label[best_index]
-                    if task is None
-                    else f"{task}: {config.task_labels()[task][best_index]}"
-                )
+                label = f"{task}: {config.task_labels()[task][best_index]}" if task else config.id2label[best_index]
                 attributions[label] = extract_maps(trace.compute_attribution(best_index, task)[0].float().cpu())
         token_attention = trace.compute_token_attention()[0].float().cpu()
-        patch_features = arrange_patch_features(trace.outputs.hidden_states, encoder, pixel_values)[0]
+        patch_features = arrange_patch_features(trace.outputs.hidden_states, self.model.base_model, pixel_values)[0]
         return {
             "predictions": predictions,
             "token_attention": token_attention,
@@ -284,7 +252,7 @@ class DemoModel:
 
     def is_token_output_used(self, token: int, layer: int) -> bool:
         """Return whether the model uses the output of a special token in a layer."""
-        return layer < count_used_layers(self.model.config, self.has_labels)[token]
+        return layer < count_used_layers(self.config, self.has_labels)[token]
 
 
 def resolve_commit(source: str, revision: str | None) -> str | None:
@@ -305,47 +273,34 @@ def to_grayscale(image: Image.Image) -> Image.Image:
 # Predictions ---------------------------------------------------------------------------------------------------------
 
 
-def compute_softmax_probabilities(logits: torch.Tensor, names: list[str]) -> Prediction:
-    """Return a dict that maps labels to probabilities, computed from logits [labels]. The probabilities sum to 1."""
-    return dict(zip(names, logits.softmax(dim=0).tolist(), strict=True))
-
-
-def compute_sigmoid_probabilities(logits: torch.Tensor, names: list[str]) -> Prediction:
-    """Return a dict that maps labels to independent probabilities, computed from logits [labels]."""
-    return dict(zip(names, logits.sigmoid().tolist(), strict=True))
-
-
-def format_regression_values(values: torch.Tensor, names: list[str]) -> Prediction:
-    """Format the values [labels] that a regression model predicts."""
-    return ", ".join(f"{name}: {value:.4g}" for name, value in zip(names, values.tolist(), strict=True))
-
-
-# Problem type -> title of the predictions, and function that converts logits to a prediction.
-PREDICTION_FORMATS: dict[str | None, tuple[str, Callable[[torch.Tensor, list[str]], Prediction]]] = {
-    None: ("Label", compute_softmax_probabilities),
-    "single_label_classification": ("Label", compute_softmax_probabilities),
-    "multi_label_classification": ("Labels with independent probabilities", compute_sigmoid_probabilities),
-    "regression": ("Regression values", format_regression_values),
+# Problem type -> title of the predictions.
+PREDICTION_TITLES = {
+    None: "Label",
+    "single_label_classification": "Label",
+    "multi_label_classification": "Labels with independent probabilities",
+    "regression": "Regression values",
 }
 
 
-def get_prediction_format(config: Any) -> tuple[str, Callable[[torch.Tensor, list[str]], Prediction]]:
-    """Return the title and the formatting function of the predictions of a single-task model. A model with a single
-    label is treated as a binary classifier, as in transformers' pipelines."""
-    if config.num_labels == 1 and config.problem_type != "regression":
-        return PREDICTION_FORMATS["multi_label_classification"]
-    return PREDICTION_FORMATS[config.problem_type]
+def get_problem_type(config: Any) -> str | None:
+    """Return the problem type. As in transformers' pipelines, a model with one label is a binary classifier."""
+    is_binary = config.num_labels == 1 and config.problem_type != "regression"
+    return "multi_label_classification" if is_binary else config.problem_type
 
 
 def format_predictions(logits: Any, config: Any) -> dict[str, Prediction]:
-    """Return a dict that maps output names to predictions. `logits` has shape [1, labels] or
-    is {task: [1, labels]}."""
+    """Return a dict that maps output names to predictions, from logits [1, labels] or {task: [1, labels]}."""
     if config.tasks:
-        task_labels = config.task_labels()
-        return {
-            task: compute_softmax_probabilities(logits[task][0].float().cpu(), task_labels[task])
-            for task in task_labels
-        }
-    title, format_prediction = get_prediction_format(config)
+        return {task: format_prediction(logits[task], names, None) for task, names in config.task_labels().items()}
     label_names = [config.id2label[index] for index in range(config.num_labels)]
-    return {title: format_prediction(logits[0].float().cpu(), label_names)}
+    problem_type = get_problem_type(config)
+    return {PREDICTION_TITLES[problem_type]: format_prediction(logits, label_names, problem_type)}
+
+
+def format_prediction(logits: torch.Tensor, names: list[str], problem_type: str | None) -> Prediction:
+    """Return a dict that maps labels to probabilities, or regression values as text, from logits [1, labels]."""
+    values = logits[0].float().cpu()
+    if problem_type == "regression":
+        return ", ".join(f"{name}: {value:.4g}" for name, value in zip(names, values.tolist(), strict=True))
+    probabilities = values.sigmoid() if problem_type == "multi_label_classification" else values.softmax(dim=0)
+    return dict(zip(names, probabilities.tolist(), strict=True))

@@ -8,6 +8,7 @@ from .reader import DemoModel
 
 
 MEAN_OF_HEADS = "mean of all heads"
+UNUSED_OUTPUT_NOTE = " The model does not use the output of this token in this layer."
 
 
 def get_title(demo_model: DemoModel) -> str:
@@ -17,19 +18,17 @@ def get_title(demo_model: DemoModel) -> str:
 
 def build_header(demo_model: DemoModel) -> str:
     """Return the title, provenance, size and special tokens of the model in Markdown."""
-    config = demo_model.model.config
     provenance = "A model in a local folder"
     if demo_model.commit is not None:
         url = f"{constants.ENDPOINT}/{demo_model.source}"
-        short_hash = demo_model.commit[:7]
-        provenance = f"[{demo_model.source}]({url}) at commit [`{short_hash}`]({url}/tree/{demo_model.commit})"
-    token_text = (
-        f"special tokens: {', '.join(demo_model.token_names)}" if demo_model.token_names else "no special tokens"
-    )
+        commit_link = f"[`{demo_model.commit[:7]}`]({url}/tree/{demo_model.commit})"
+        provenance = f"[{demo_model.source}]({url}) at commit {commit_link}"
+    names = demo_model.token_names
+    token_text = f"special tokens: {', '.join(names)}" if names else "no special tokens"
     return (
         f"# {get_title(demo_model)}\n{provenance}. A Vision Transformer with "
-        f"{format_count(demo_model.num_layers, 'layer')} and "
-        f"{format_count(config.num_attention_heads, 'head')} per layer; {token_text}."
+        f"{format_count(demo_model.config.num_hidden_layers, 'layer')} and "
+        f"{format_count(demo_model.config.num_attention_heads, 'head')} per layer; {token_text}."
     )
 
 
@@ -73,18 +72,13 @@ def explain_missing_output(demo_model: DemoModel) -> str:
 
 def describe_attention(demo_model: DemoModel, token: int, layer: int, head: int | None, fractions: list[float]) -> str:
     """Describe the attention fractions of a token as percentages."""
+    names = demo_model.token_names
     head_name = MEAN_OF_HEADS if head is None else demo_model.head_names[head]
     *special_fractions, patch_fraction = fractions
-    note = (
-        ""
-        if demo_model.is_token_output_used(token, layer)
-        else " The model does not use the output of this token in this layer."
-    )
-    token_fractions_text = ", ".join(
-        f"{name} {fraction:.1%}" for name, fraction in zip(demo_model.token_names, special_fractions, strict=True)
-    )
+    special_text = ", ".join(f"{name} {value:.1%}" for name, value in zip(names, special_fractions, strict=True))
+    note = "" if demo_model.is_token_output_used(token, layer) else UNUSED_OUTPUT_NOTE
     return (
-        f"**{demo_model.token_names[token]}**, layer {layer + 1} of {demo_model.num_layers}, {head_name}: "
+        f"**{names[token]}**, layer {layer + 1} of {demo_model.config.num_hidden_layers}, {head_name}: "
         f"{patch_fraction:.1%} of its attention goes to the patches, {sum(special_fractions):.1%} to special "
-        f"tokens ({token_fractions_text}).{note}"
+        f"tokens ({special_text}).{note}"
     )

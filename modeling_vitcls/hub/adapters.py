@@ -12,7 +12,6 @@ classifiers, the pooler, the gates and the embeddings, which include the special
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData
@@ -22,12 +21,12 @@ from ..configuration_vitcls import COUNT_FIELDS, ViTCLSConfig
 from ..files import read_json
 from .card_sections import CITATION, render_card
 from .local_paths import is_local, strip_folders
-from .provenance import DERIVED_WEIGHTS_TEXTS, LICENSE_PATTERNS, Provenance, WeightsLicense
+from .provenance import CARD_FILE, DERIVED_WEIGHTS_TEXTS, LICENSE_PATTERNS, Provenance, WeightsLicense
 
 
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
-ADAPTER_PATTERNS = (ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, "README.md", *LICENSE_PATTERNS)
+ADAPTER_PATTERNS = (ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, CARD_FILE, *LICENSE_PATTERNS)
 # Modules whose parameters are stored in full in an adapter.
 SAVED_MODULES = ("vitcls.embeddings", "vitcls.gates", "vitcls.pooler", "classifier", "distillation_classifier")
 # Default value of `target_modules` for LoRA: the query and value projections (Hu et al. 2021, arXiv 2106.09685).
@@ -44,34 +43,28 @@ def write_adapter(
 ) -> None:
     """Write the adapter of a model with LoRA layers, and the card of the adapter.
 
-    Args:
-        folder: Folder of the adapter; created if it does not exist.
-        state_dict: Complete, unsharded state dict of a classifier with PEFT's LoRA layers.
-        config: Configuration of the classifier.
-        rank: Rank of the LoRA matrices.
-        base_model: Hub id or folder of the base model.
-        provenance: Provenance of the base model.
+    `state_dict` is the complete, unsharded state dict of a classifier with PEFT's LoRA layers, and `provenance` is the
+    provenance of the base model.
     """
     from peft import LoraConfig
 
     folder.mkdir(parents=True, exist_ok=True)
     saved_modules = [module for module in SAVED_MODULES if any(name.startswith(f"{module}.") for name in state_dict)]
-    lora_config = LoraConfig(
+    LoraConfig(
         r=rank,
         lora_alpha=rank,
         target_modules=LORA_TARGET_MODULES,
         modules_to_save=saved_modules,
         base_model_name_or_path=base_model,
         inference_mode=True,
-    )
-    lora_config.save_pretrained(str(folder))
+    ).save_pretrained(str(folder))
     adapter_weights = {
         f"base_model.model.{name.replace('.default.', '.')}": weight.contiguous()
         for name, weight in state_dict.items()
         if ".lora_" in name or name.startswith(tuple(f"{module}." for module in saved_modules))
     }
     save_file(adapter_weights, folder / ADAPTER_WEIGHTS_FILE, metadata={"format": "pt"})
-    build_adapter_card(folder.resolve().name, config, rank, base_model, provenance).save(folder / "README.md")
+    build_adapter_card(folder.resolve().name, config, rank, base_model, provenance).save(folder / CARD_FILE)
     if provenance is not None:
         provenance.copy_license(folder)
 
@@ -80,7 +73,7 @@ def build_adapter_card(
     name: str, config: ViTCLSConfig, rank: int, base_model: str, provenance: Provenance | None
 ) -> ModelCard:
     """Build the card of an adapter. `name` is the folder name, which a push replaces with the repository id."""
-    license_metadata: dict[str, Any] = {} if provenance is None else provenance.license_metadata
+    weights_license = WeightsLicense(DERIVED_WEIGHTS_TEXTS, provenance, has_code=False)
     loading_arguments = {"num_labels": config.num_labels, "image_size": config.image_size}
     loading_arguments |= {field: getattr(config, field) for field in COUNT_FIELDS.values()}
     card_data = ModelCardData(
@@ -89,7 +82,7 @@ def build_adapter_card(
         library_name="peft",
         pipeline_tag="image-classification",
         tags=["vision", "vit", "vitcls", "lora"],
-        **license_metadata,
+        **weights_license.metadata,
     )
     return render_card(
         "adapter",
@@ -99,7 +92,7 @@ def build_adapter_card(
         base_model=strip_folders(base_model),
         arguments=", ".join(f"{field}={value!r}" for field, value in loading_arguments.items()),
         citation=CITATION,
-        license_text=WeightsLicense(DERIVED_WEIGHTS_TEXTS, provenance, has_code=False),
+        license_text=weights_license,
     )
 
 

@@ -24,7 +24,7 @@ from .card_results import (
 )
 from .card_sections import CITATION, build_training_section, build_use_section, render_card
 from .local_paths import BUILT_IN_DATASET, can_publish_images, is_local, strip_folders
-from .provenance import Provenance, WeightsLicense, get_run_license
+from .provenance import DERIVED_WEIGHTS_TEXTS, NEW_WEIGHTS_TEXTS, Provenance, WeightsLicense
 
 
 TAGS = ["vision", "vit", "vitcls"]
@@ -48,14 +48,9 @@ def build_card(
 ) -> ModelCard:
     """Build the card of a fine-tuned classifier.
 
-    Args:
-        name: Hub id of the model, or name of its folder.
-        config: Configuration of the model.
-        results: Contents of results.json.
-        flags: Flags of the run, as in config.resolved.yaml.
-        base_provenance: Provenance of the model that training started from; None for a preset.
-        teacher_provenance: Provenance of the distillation teacher.
-        images: Image name -> path in the model folder, as returned by analysis/card_images.py.
+    `name` is the Hub id of the model or the name of its folder. `results` are the contents of results.json, and
+    `flags` the flags of the run, as in config.resolved.yaml. `base_provenance` is None for a preset. `images` maps
+    image names to paths in the model folder, as returned by analysis/card_images.py.
     """
     images = images or {}
     return render_card(
@@ -82,8 +77,7 @@ def build_encoder_card(
     base_provenance: Provenance | None = None,
     images: dict[str, str] | None = None,
 ) -> ModelCard:
-    """Build the card of an encoder that was pre-trained with masked image modeling. See `build_card` for the
-    arguments."""
+    """Build the card of an encoder that was pre-trained with masked image modeling, like `build_card`."""
     flags = {flag: value for flag, value in flags.items() if flag not in FINETUNING_FLAGS}
     return render_card(
         "encoder",
@@ -167,16 +161,15 @@ def build_metadata(
     name: str, config: ViTCLSConfig, results: dict[str, Any], flags: dict[str, Any], base_provenance: Provenance | None
 ) -> ModelCardData:
     """Return the metadata of a classifier's card."""
-    optional_tags = {
-        "distillation": bool(results.get("teacher")),
-        "multi-task": bool(config.tasks),
-        "multi-label": config.problem_type == "multi_label_classification",
-    }
+    tags = [*TAGS]
+    tags += ["distillation"] if results.get("teacher") else []
+    tags += ["multi-task"] if config.tasks else []
+    tags += ["multi-label"] if config.problem_type == "multi_label_classification" else []
     return ModelCardData(
         **build_common_metadata(flags, base_provenance),
         # The image-classification pipeline does not support multi-task models.
         pipeline_tag="image-feature-extraction" if config.tasks else "image-classification",
-        tags=[*TAGS, *(tag for tag, is_applicable in optional_tags.items() if is_applicable)],
+        tags=tags,
         metrics=["accuracy" if "accuracy" in results else "mean_average_precision"],
         model_name=name,
         eval_results=[
@@ -215,8 +208,11 @@ def build_common_metadata(flags: dict[str, Any], base_provenance: Provenance | N
 def get_license(
     flags: dict[str, Any], base_provenance: Provenance | None, teacher_provenance: Provenance | None = None
 ) -> WeightsLicense:
-    """Return the license of the run's weights."""
-    return get_run_license(is_from_scratch(flags), flags.get("license"), base_provenance, teacher_provenance)
+    """Return the license of the run's weights: the inherited license if it is known, otherwise `--license`."""
+    is_inherited = base_provenance is not None and base_provenance.license is not None
+    if is_from_scratch(flags) or (flags.get("license") and not is_inherited):
+        return WeightsLicense(NEW_WEIGHTS_TEXTS, Provenance("", license=flags.get("license")), teacher_provenance)
+    return WeightsLicense(DERIVED_WEIGHTS_TEXTS, base_provenance, teacher_provenance)
 
 
 # Text ----------------------------------------------------------------------------------------------------------------
@@ -227,9 +223,8 @@ def describe_purpose(config: ViTCLSConfig) -> str:
     if config.tasks:
         tasks = [f"{task} ({len(labels)} classes)" for task, labels in config.task_labels().items()]
         return f"for multi-task image classification: {', '.join(tasks)}"
-    if config.problem_type == "multi_label_classification":
-        return f"for multi-label image classification with {config.num_labels} classes"
-    return f"for image classification with {config.num_labels} classes"
+    kind = "multi-label image" if config.problem_type == "multi_label_classification" else "image"
+    return f"for {kind} classification with {config.num_labels} classes"
 
 
 def describe_classes(config: ViTCLSConfig) -> list[str]:
@@ -247,12 +242,9 @@ def describe_classes(config: ViTCLSConfig) -> list[str]:
 def format_class_list(class_names: list[str]) -> str:
     """Return a string with at most `MAX_LISTED_CLASSES` class names and the number of remaining classes."""
     text = ", ".join(map(format_name, class_names[:MAX_LISTED_CLASSES]))
-    num_remaining_classes = len(class_names) - MAX_LISTED_CLASSES
-    return (
-        f"{text} and {num_remaining_classes:,} more (see `id2label` in config.json)"
-        if num_remaining_classes > 0
-        else text
-    )
+    if len(class_names) <= MAX_LISTED_CLASSES:
+        return text
+    return f"{text} and {len(class_names) - MAX_LISTED_CLASSES:,} more (see `id2label` in config.json)"
 
 
 def list_confusion_matrices(images: dict[str, str], config: ViTCLSConfig) -> list[tuple[str, str]]:

@@ -16,10 +16,6 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.utils import yaml_dump
 
 
-# Pattern of the text before the model's name in a card's code examples.
-LOADING_CODE_PATTERN = r"from_pretrained\((?:base, |\s*)\"|pipeline\([^()\n]*model=\"|--model "
-
-
 def replace_model_name(repo_id: str, text: str, folder_name: str) -> str:
     """Return the text of README.md with the repository id in its title, code examples and metadata.
 
@@ -29,7 +25,8 @@ def replace_model_name(repo_id: str, text: str, folder_name: str) -> str:
     header, body = (yaml_block[0], text[yaml_block.end() :]) if yaml_block else ("", text)
     metadata = read_metadata(yaml_block[2]) if yaml_block else None
     indexed_models = get_model_index(metadata)
-    names = {folder_name, get_title(body), *(model["name"] for model in indexed_models)} - {"", repo_id}
+    titles = [title.strip() for title in re.findall(r"\A\s*# (.+)$", body, re.MULTILINE)]
+    names = {folder_name, *titles, *(model["name"] for model in indexed_models)} - {"", repo_id}
     used_names = {name for name in names if compile_loading_pattern(name).search(body)}
     for name in used_names:
         body = compile_loading_pattern(name).sub(lambda match: f"{match[1]}{repo_id}", body)
@@ -42,23 +39,18 @@ def replace_model_name(repo_id: str, text: str, folder_name: str) -> str:
     return header + body
 
 
-def get_title(body: str) -> str:
-    """Return the title in the first line of the text; "" if there is no title."""
-    match = re.match(r"\s*# (.+)$", body, re.MULTILINE)
-    return match[1].strip() if match else ""
-
-
 def compile_loading_pattern(name: str) -> re.Pattern[str]:
     """Return a pattern for code that loads the model `name`; its first group is the text before the name."""
-    return re.compile(rf"({LOADING_CODE_PATTERN}){re.escape(name)}(?=[\"\s])")
+    return re.compile(
+        rf"(from_pretrained\((?:base, |\s*)\"|pipeline\([^()\n]*model=\"|--model ){re.escape(name)}(?=[\"\s])"
+    )
 
 
 def get_model_index(metadata: Any) -> list[dict[str, Any]]:
     """Return the entries of the model-index that have a name."""
     models = metadata.get("model-index") if isinstance(metadata, dict) else None
-    if not isinstance(models, list):
-        return []
-    return [model for model in models if isinstance(model, dict) and isinstance(model.get("name"), str)]
+    entries = models if isinstance(models, list) else []
+    return [entry for entry in entries if isinstance(entry, dict) and isinstance(entry.get("name"), str)]
 
 
 def read_metadata(text: str) -> Any:

@@ -19,19 +19,14 @@ METRIC_NAMES = {
     "exact_match": "Exact match (all classes of an image are correct)",
     "calibration_error": "Calibration error",
 }
-CLASS_COLUMNS = {
-    "recall": "Recall",
-    "precision": "Precision",
-    "f1": "F1",
-    "average_precision": "Average precision",
-}
+CLASS_COLUMNS = {"recall": "Recall", "precision": "Precision", "f1": "F1", "average_precision": "Average precision"}
 CONFIDENCE_LEVEL = 0.95  # confidence level of all intervals, as in inference/metrics.py
 MAX_CLASSES_IN_TABLE = 20
+MAX_NAME_LENGTH = 100  # maximum length of a name in a card, in characters
 
 
 def get_metric_names(results: dict[str, Any], config: ViTCLSConfig) -> dict[str, str]:
-    """Return a dict that maps the keys of the measured metrics to their names. Metrics over all tasks precede metrics
-    of one task."""
+    """Return a dict that maps the keys of the measured metrics to their names. Metrics over all tasks come first."""
     names = METRIC_NAMES | {
         f"{task}_{key}": f"{task}: {label}" for task in config.task_labels() for key, label in METRIC_NAMES.items()
     }
@@ -49,8 +44,7 @@ def build_metric_rows(results: dict[str, Any], config: ViTCLSConfig) -> list[lis
 
 
 def build_class_tables(results: dict[str, Any], config: ViTCLSConfig) -> dict[str, list[dict[str, str]]]:
-    """Return a dict that maps table titles to class rows, for each task with at most `MAX_CLASSES_IN_TABLE`
-    classes."""
+    """Return a dict that maps table titles to rows, for each task with at most `MAX_CLASSES_IN_TABLE` classes."""
     titles = {"": "Per class"} | {f"{task}_": f"{task}, per class" for task in config.task_labels()}
     tables = {title: results.get(f"{prefix}per_class", []) for prefix, title in titles.items()}
     return {
@@ -103,8 +97,7 @@ def describe_accuracy_intervals(results: dict[str, Any], config: ViTCLSConfig) -
 
 
 def describe_weakest_classes(results: dict[str, Any], config: ViTCLSConfig) -> Iterator[str]:
-    """Yield one sentence per task about the class with the lowest recall or average precision, unless all classes of
-    the task have the same value."""
+    """Yield a sentence per task about the class with the lowest recall or average precision, unless all are equal."""
     for task in config.task_labels() or [""]:
         prefix = f"{task}_" if task else ""
         rows = results.get(f"{prefix}per_class") or []
@@ -123,19 +116,15 @@ def describe_weakest_classes(results: dict[str, Any], config: ViTCLSConfig) -> I
 
 
 def describe_confusion(matrix: list[list[int]] | None, rows: list[dict[str, Any]], true_index: int) -> str:
-    """Return a phrase about the most frequent wrong prediction for a class; empty if there is no matrix or no wrong
-    prediction."""
+    """Return a phrase about the most frequent wrong prediction for a class, or "" if there is none or no matrix."""
     if matrix is None:
         return ""
     error_counts = [0 if index == true_index else count for index, count in enumerate(matrix[true_index])]
-    predicted_index = max(range(len(error_counts)), key=error_counts.__getitem__)
-    if not error_counts[predicted_index]:
+    num_errors = max(error_counts)
+    if not num_errors:
         return ""
-    num_errors, predicted_name = error_counts[predicted_index], format_name(rows[predicted_index]["name"])
+    predicted_name = format_name(rows[error_counts.index(num_errors)]["name"])
     return f", {num_errors:,} of which {'was' if num_errors == 1 else 'were'} predicted as {predicted_name}"
-
-
-MAX_NAME_LENGTH = 100  # maximum length of a name in a card, in characters
 
 
 def format_name(name: str) -> str:

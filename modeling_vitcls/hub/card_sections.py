@@ -17,7 +17,7 @@ from .card_results import METRIC_NAMES, format_name, format_percent
 from .code_files import READING_ORDER, compute_code_digest
 from .local_paths import strip_folders
 from .provenance import Provenance
-from .verification_script import AUTO_CLASSES
+from .verification_script import get_auto_class
 
 
 # Jinja environment; templates are loaded from the installed package or from a source checkout.
@@ -66,21 +66,17 @@ def build_use_section(
     finetune_dataset: str | None = None,
     is_native: bool = False,
 ) -> str:
-    """Return the section "Use". The first code block of the section runs without changes; the second code block pins a
-    commit.
+    """Return the section "Use", with a code block that runs without changes, and a code block that pins a commit.
 
     Args:
         name: Hub id of the model, or name of its folder.
         architecture: Name of the model class.
         has_pipeline: Whether the image-classification pipeline supports the model.
-        revision: Branch that the first code block loads. Without a revision, transformers would print a warning for
-            each code file.
+        revision: Branch to load. Without a revision, transformers would print a warning for each code file.
         finetune_dataset: Dataset in the fine-tuning command. Default: the section has no fine-tuning command.
         is_native: Whether the class is part of transformers, in which case no code from the repository runs.
     """
-    auto_class = AUTO_CLASSES.get(architecture, "AutoModel")
-    if is_native and architecture.endswith("ForImageClassification"):
-        auto_class = "AutoModelForImageClassification"
+    auto_class = get_auto_class(architecture)
     return render_template(
         "use",
         name=name,
@@ -97,23 +93,16 @@ def build_use_section(
     ).strip()
 
 
-# ONNX files ----------------------------------------------------------------------------------------------------------
-
-
 def insert_onnx_section(card_text: str, report: dict[str, Any]) -> str:
-    """Insert the section "ONNX files" before the citation of a card; return the card unchanged if it has the section.
-
-    `report` is the parsed onnx/report.json.
-    """
+    """Insert the section "ONNX files" (from onnx/report.json) before the citation, unless the card has the section."""
     if "\n## ONNX files\n" in card_text:
         return card_text
     labeled_scores = report["labeled"]
     rows = []
     for comparison in report["comparisons"]:
-        row = [f"`{comparison['file']}`", f"{comparison['largest_difference']:.1e}"]
-        row.append(format_percent(comparison["top1_agreement"]))
-        if labeled_scores:
-            row.append(format_percent(labeled_scores["files"][Path(comparison["file"]).name]))
+        file, agreement = comparison["file"], comparison["top1_agreement"]
+        row = [f"`{file}`", f"{comparison['largest_difference']:.1e}", format_percent(agreement)]
+        row += [format_percent(labeled_scores["files"][Path(file).name])] if labeled_scores else []
         rows.append(row)
     section = render_template(
         "onnx",
@@ -258,10 +247,8 @@ def describe_teacher(flags: dict[str, Any], teacher_provenance: Provenance | Non
 
 def get_shareable_flags(flags: dict[str, Any]) -> dict[str, Any]:
     """Return the flags for publication, without unset flags, local folders or push destinations."""
-    shareable_paths = {"output_dir": "my-model"}
-    for name in ("dataset", "model", "teacher"):
-        if flags.get(name):
-            shareable_paths[name] = strip_folders(flags[name])
+    sources = {name: strip_folders(flags[name]) for name in ("dataset", "model", "teacher") if flags.get(name)}
+    shareable_paths = sources | {"output_dir": "my-model"}
     return {
         name: shareable_paths.get(name, value)
         for name, value in flags.items()

@@ -36,9 +36,7 @@ def describe_code_differences(folder: Path) -> str:
         expected_files[HANDLER_FILE] = HANDLER_SOURCE.read_bytes()
     actual_files = {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*.py")}
     names_by_difference = {
-        "changed": {
-            name for name in expected_files.keys() & actual_files.keys() if expected_files[name] != actual_files[name]
-        },
+        "changed": {name for name, content in actual_files.items() if expected_files.get(name, content) != content},
         "missing": expected_files.keys() - actual_files.keys(),
         "added": actual_files.keys() - expected_files.keys(),
     }

@@ -6,18 +6,14 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from huggingface_hub import constants, is_offline_mode, set_client_factory
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
 from huggingface_hub.utils import _http as hub_http
-from huggingface_hub.utils import (
-    are_progress_bars_disabled,
-    disable_progress_bars,
-    enable_progress_bars,
-)
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from huggingface_hub.utils import logging as hub_logging
 from transformers.utils import logging as transformers_logging
 
@@ -40,7 +36,7 @@ MAX_RETRY_WAIT = 300.0  # maximum wait before a retry, in seconds
 TIMEOUT_NAMES = ("connect", "read", "write", "pool")  # names of the timeouts in the HTTP library
 
 Result = TypeVar("Result")
-
+Error = TypeVar("Error", bound=BaseException)
 
 # Timeouts of the active `set_hub_timeout` blocks in all threads, in seconds.
 ACTIVE_TIMEOUTS: list[float] = []
@@ -108,8 +104,7 @@ class TimeoutClientFactory:
 
 @contextmanager
 def silence_transformers(hide_warnings: bool = True, hide_progress_bars: bool = True) -> Iterator[None]:
-    """Turn off transformers' warnings, for example about unused classifier weights, and its progress bars. Set an
-    argument to False to keep the warnings or the progress bars."""
+    """Turn off transformers' warnings, for example about unused classifier weights, and its progress bars."""
     verbosity, had_progress_bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     if hide_warnings:
         transformers_logging.set_verbosity_error()
@@ -126,29 +121,35 @@ def silence_transformers(hide_warnings: bool = True, hide_progress_bars: bool = 
 @contextmanager
 def silence_hub_client(show_progress: bool) -> Iterator[None]:
     """Turn off huggingface_hub's warnings about failed requests and, unless `show_progress` is True, progress bars."""
-    verbosity, had_progress_bars = hub_logging.get_verbosity(), not are_progress_bars_disabled()
+    verbosity = hub_logging.get_verbosity()
     hub_logging.set_verbosity_error()
-    if had_progress_bars and not show_progress:
-        disable_progress_bars()
+    try:
+        with nullcontext() if show_progress else hide_hub_progress_bars():
+            yield
+    finally:
+        hub_logging.set_verbosity(verbosity)
+
+
+@contextmanager
+def hide_hub_progress_bars(group: str | None = None) -> Iterator[None]:
+    """Turn off a group of huggingface_hub's progress bars (default: all) within the block."""
+    if are_progress_bars_disabled(group):
+        yield
+        return
+    disable_progress_bars(group)
     try:
         yield
     finally:
-        hub_logging.set_verbosity(verbosity)
-        if had_progress_bars and not show_progress:
-            enable_progress_bars()
+        enable_progress_bars(group)
 
 
 def retry(
     action: Callable[[], Result], description: str, waits: Sequence[float] | None = None, level: int = logging.WARNING
 ) -> Result:
-    """Call `action`, retry after temporary failures, and return the result. If all attempts fail, the last error is
-    raised.
+    """Call `action`, retry after temporary failures, and return the result or raise the last error.
 
-    Args:
-        action: The function to call.
-        description: Description of the action in the log line before each retry, such as "pushing to someone/model".
-        waits: Wait before each retry, in seconds. Default: `RETRY_WAITS`.
-        level: Level of the log line.
+    Before each retry, a line with the `description`, such as "pushing to someone/model", is logged. `waits` contains
+    the wait before each retry in seconds (default: `RETRY_WAITS`).
     """
     for wait in RETRY_WAITS if waits is None else waits:
         try:
@@ -165,13 +166,11 @@ def retry(
 
 def is_temporary(error: BaseException) -> bool:
     """Return whether an error is temporary, in which case a retry may succeed."""
-    causes = list(iter_causes(error))
-    statuses = [status for cause in causes if (status := get_http_status(cause)) is not None]
-    if statuses:
-        return statuses[0] in TEMPORARY_STATUSES
+    if hub_error := find_cause(error, HfHubHTTPError):
+        return hub_error.response.status_code in TEMPORARY_STATUSES
     # If the Hub is down, a proxy may return an HTML page instead of JSON.
     temporary_errors = (HTTPError, ConnectionError, TimeoutError, RuntimeError, json.JSONDecodeError)
-    return any(isinstance(cause, temporary_errors) for cause in causes)
+    return any(isinstance(cause, temporary_errors) for cause in iter_causes(error))
 
 
 def iter_causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -181,18 +180,16 @@ def iter_causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__
 
 
-def get_http_status(error: BaseException) -> int | None:
-    """Return the HTTP status of an error response from the Hub; None for other errors."""
-    return error.response.status_code if isinstance(error, HfHubHTTPError) else None
+def find_cause(error: BaseException, error_class: type[Error]) -> Error | None:
+    """Return the first error of a class in the chain of causes, starting with `error`."""
+    return next((cause for cause in iter_causes(error) if isinstance(cause, error_class)), None)
 
 
 def get_requested_wait(error: BaseException) -> float:
     """Return the wait in seconds that the Hub requests before a retry; 0 if no wait is requested."""
-    for cause in iter_causes(error):
-        if isinstance(cause, HfHubHTTPError):
-            retry_after = cause.response.headers.get("Retry-After", "")
-            return float(retry_after) if retry_after.isdecimal() else 0.0
-    return 0.0
+    hub_error = find_cause(error, HfHubHTTPError)
+    retry_after = hub_error.response.headers.get("Retry-After", "") if hub_error else ""
+    return float(retry_after) if retry_after.isdecimal() else 0.0
 
 
 def format_hub_error(error: BaseException) -> str:

@@ -4,6 +4,8 @@
     folder = get_model_folder("someone/their-model")    # downloaded; from the cache if the Hub does not respond
     with fall_back_to_cache("someone/their-data", "dataset"):
         ...                                             # the same rule for downloads by other libraries
+    model, commit = load_timm_model("vit_small_patch16_224")          # timm chooses the repository and the commit
+    model, commit = load_timm_model("hf-hub:someone/their-model")     # also with @REVISION
 
     online          the newest commit; files that are not in the cache are downloaded
     no response     the cached files, with a warning; an error after two attempts if no files are cached
@@ -11,11 +13,6 @@
 
 Loading from the returned folder sends no requests. Without this module, transformers would retry for a minute if
 connections are refused, and for many minutes if the Hub does not respond.
-
-timm models are loaded according to the same rules:
-
-    model, commit = load_timm_model("vit_small_patch16_224")          # timm chooses the repository and the commit
-    model, commit = load_timm_model("hf-hub:someone/their-model")     # also with @REVISION
 """
 
 import logging
@@ -34,12 +31,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import (
-    are_progress_bars_disabled,
-    disable_progress_bars,
-    enable_progress_bars,
-    validate_repo_id,
-)
+from huggingface_hub.utils import validate_repo_id
 from torch import nn
 
 from ..adaptation_vitcls import check_checkpoint_folder
@@ -49,8 +41,9 @@ from .connection import (
     HUB_ERRORS,
     describe_gated_repo,
     describe_no_response,
+    find_cause,
     format_hub_error,
-    iter_causes,
+    hide_hub_progress_bars,
     retry,
     set_hub_timeout,
 )
@@ -79,15 +72,11 @@ class HubUnreachableError(OSError):
 def get_model_folder(source: str, patterns: Sequence[str] = MODEL_FILE_PATTERNS, revision: str | None = None) -> str:
     """Return the folder with a model's files: `source` itself, or a folder in the cache.
 
-    Args:
-        source: A folder, or `namespace/name` on the Hub.
-        patterns: Patterns that match the names of the files to download.
-        revision: Commit hash, branch or tag on the Hub. Default: the newest commit of `main`.
+    `source` is a folder, or `namespace/name` on the Hub. The files whose names match `patterns` are downloaded.
 
-    Raises:
-        ValueError: If a revision is given for a folder.
-        OSError: If there is no such folder or model, if access is denied, or if the model is neither in the cache nor
-            available from the Hub (no response, or offline mode). The message is a single line and names the remedy.
+    Raise ValueError if a revision is given for a folder, and OSError if there is no such folder or model, if access is
+    denied, or if the model is neither in the cache nor available from the Hub (no response, or offline mode). The
+    message is a single line and names the remedy.
     """
     if Path(source).exists():
         if revision is not None:
@@ -97,26 +86,24 @@ def get_model_folder(source: str, patterns: Sequence[str] = MODEL_FILE_PATTERNS,
         raise OSError(describe_missing_repo(source))
     problem = f"{source} is not a folder and is missing or incomplete in the cache {constants.HF_HUB_CACHE}"
     if is_offline_mode():
-        folder = find_cached_folder(source, patterns, revision)
-        if folder is None:
-            raise OSError(
-                f"{problem}, and HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) is set. Run `hf download {source}` on a "
-                "machine with network access, copy its cache to this machine, and set HF_HOME to the copy"
-            )
-        return folder
+        if folder := find_cached_folder(source, patterns, revision):
+            return folder
+        raise OSError(
+            f"{problem}, and HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) is set. Run `hf download {source}` on a "
+            "machine with network access, copy its cache to this machine, and set HF_HOME to the copy"
+        )
     try:
         fetch_repo_info(source, revision=revision)
     except HubUnreachableError as error:
-        folder = find_cached_folder(source, patterns, revision)
-        if folder is None:
-            raise OSError(f"{problem}, and {error}") from error
-        logger.warning(
-            "%s. Loading %s from the cache, which may be outdated. Set HF_HUB_OFFLINE=1 to skip the request to the "
-            "Hub",
-            error,
-            source,
-        )
-        return folder
+        if folder := find_cached_folder(source, patterns, revision):
+            logger.warning(
+                "%s. Loading %s from the cache, which may be outdated. Set HF_HUB_OFFLINE=1 to skip the request to "
+                "the Hub",
+                error,
+                source,
+            )
+            return folder
+        raise OSError(f"{problem}, and {error}") from error
     return download_model(source, patterns, revision)
 
 
@@ -170,16 +157,10 @@ def fetch_repo_info(repo_id: str, repo_type: RepoType = "model", revision: str |
 def fall_back_to_cache(
     repo_id: str, repo_type: RepoType = "model", revision: str | None = None
 ) -> Iterator[str | None]:
-    """Make other libraries load a repository from the cache if the Hub does not respond.
+    """If the Hub does not respond, run the block as if HF_HUB_OFFLINE were set, so that other libraries use the cache.
 
-    If the Hub does not respond to a first request, the block runs as if HF_HUB_OFFLINE were set.
-
-    Yields:
-        The hash of the commit on the Hub; None if the Hub was not reached.
-
-    Raises:
-        OSError: If there is no such repository or revision, if the repository is gated, or if the Hub does not
-            respond and the block fails.
+    Yield the hash of the commit on the Hub, or None if the Hub was not reached. Raise OSError if there is no such
+    repository or revision, if the repository is gated, or if the Hub does not respond and the block fails.
     """
     if is_offline_mode():
         yield None
@@ -192,7 +173,7 @@ def fall_back_to_cache(
         try:
             yield commit
         except Exception as error:  # libraries raise different errors for gated repositories
-            if gated_error := next((cause for cause in iter_causes(error) if isinstance(cause, GatedRepoError)), None):
+            if gated_error := find_cause(error, GatedRepoError):
                 raise OSError(describe_gated_repo(gated_error)) from error
             raise
         return
@@ -249,9 +230,14 @@ def find_cached_folder(repo_id: str, patterns: Sequence[str], revision: str | No
 
 
 def download_model(repo_id: str, patterns: Sequence[str], revision: str | None) -> str:
-    """Download the commit of the revision, by default the newest commit, and return the folder in the cache."""
+    """Download the commit of the revision, by default the newest commit, and return the folder in the cache.
+
+    All processes of a machine share one download. Only the first process shows progress bars.
+    """
+    is_first_process = os.environ.get("LOCAL_RANK", "0") == "0"
+    progress = nullcontext() if is_first_process else hide_hub_progress_bars("huggingface_hub.snapshot_download")
     try:
-        with set_hub_timeout(TIMEOUT), show_progress_on_first_process():
+        with set_hub_timeout(TIMEOUT), progress:
             folder = retry(
                 lambda: snapshot_download(repo_id, revision=revision, allow_patterns=list(patterns)),
                 f"downloading {repo_id}",
@@ -264,20 +250,6 @@ def download_model(repo_id: str, patterns: Sequence[str], revision: str | None) 
     if not Path(folder, CONFIG_FILE).is_file():
         raise OSError(f"{repo_id} does not contain a model, because {CONFIG_FILE} is missing. Check the name")
     return folder
-
-
-@contextmanager
-def show_progress_on_first_process() -> Iterator[None]:
-    """Show download progress bars only on the first process of a machine; all processes share one download."""
-    progress_bar_group = "huggingface_hub.snapshot_download"
-    if os.environ.get("LOCAL_RANK", "0") == "0" or are_progress_bars_disabled(progress_bar_group):
-        yield
-        return
-    disable_progress_bars(progress_bar_group)
-    try:
-        yield
-    finally:
-        enable_progress_bars(progress_bar_group)
 
 
 def describe_missing_repo(name: str, repo_type: RepoType = "model") -> str:

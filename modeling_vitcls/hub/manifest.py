@@ -19,7 +19,6 @@ from transformers.dynamic_module_utils import get_relative_imports
 
 from ..checkpoints import (
     STATE_FILE,
-    Checkpoint,
     CheckpointStore,
     DamagedCheckpointError,
     compute_file_digest,
@@ -31,17 +30,15 @@ from ..files import read_json
 from .adapters import ADAPTER_PATTERNS, check_adapter, is_adapter
 from .card_renaming import replace_model_name
 from .card_sections import get_shareable_flags, insert_onnx_section
-from .code_files import CODE_LICENSE_FILE, read_code_license
-from .loading import check_is_vitcls
+from .code_files import CODE_LICENSE_FILE, CODE_PATTERN, read_code_license
+from .loading import CONFIG_FILE, CONFIG_FILES, MODEL_FILE_PATTERNS, check_is_vitcls
 from .local_paths import can_publish_images, is_local
-from .provenance import LICENSE_PATTERNS
+from .provenance import CARD_FILE, LICENSE_PATTERNS
 
 
-WEIGHTS_FILE = "model.safetensors"
-WEIGHTS_INDEX_FILE = "model.safetensors.index.json"
 RECIPE_FILE = "config.resolved.yaml"
-CARD_FILE = "README.md"
 REPORT_FILE = "report.html"  # HTML report with held-out images
+SAMPLE_IMAGES_FILE = "pictures/attention.png"  # path of the only figure that shows images of the dataset
 PARITY_REPORT_FILE = "certificate.json"  # parity report of a conversion
 # Model types that `vitcls convert --to transformers` writes.
 NATIVE_MODEL_TYPES = ("vit", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit")
@@ -52,23 +49,9 @@ ONNX_PATTERNS = ("onnx/*.onnx", ONNX_REPORT_FILE)
 
 # Files that define the model. A push removes files that only an earlier push contained, because an old
 # model.safetensors would be loaded instead of new shards.
-MODEL_PATTERNS = (
-    "config.json",
-    WEIGHTS_FILE,
-    WEIGHTS_INDEX_FILE,
-    "model-*-of-*.safetensors",
-    "preprocessor_config.json",
-    "*_vitcls.py",
-)
+MODEL_PATTERNS = (*MODEL_FILE_PATTERNS, CODE_PATTERN)
 # Results and reports of a run. A push also removes old results, because old results describe another model.
-RESULT_PATTERNS = (
-    "results.json",
-    "metrics.jsonl",
-    RECIPE_FILE,
-    PARITY_REPORT_FILE,
-    REPORT_FILE,
-    *ONNX_PATTERNS,
-)
+RESULT_PATTERNS = ("results.json", "metrics.jsonl", RECIPE_FILE, PARITY_REPORT_FILE, REPORT_FILE, *ONNX_PATTERNS)
 CHECKPOINT_PATTERNS = ("checkpoints/step-*/*.safetensors", "checkpoints/step-*/state.json")
 # Files that describe the model.
 DOCUMENTATION_PATTERNS = (
@@ -79,8 +62,6 @@ DOCUMENTATION_PATTERNS = (
     *(f"pictures/*.{extension}" for extension in ("png", "jpg", "jpeg", "svg", "webp")),
     ".eval_results/*.yaml",
 )
-# Files with an `auto_map`, which maps Auto classes to classes in the code files.
-CODE_REFERENCE_FILES = ("config.json", "preprocessor_config.json")
 REPO_SEPARATOR = "--"  # separator after a repository id, as in `owner/name--module.Class`
 
 logger = logging.getLogger(__name__)
@@ -165,7 +146,7 @@ def check_is_model(folder: Path) -> None:
     """Raise ValueError unless the folder contains a vitcls model, or a model converted from vitcls to transformers."""
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder. Specify the folder of a saved model")
-    if not (folder / "config.json").is_file():
+    if not (folder / CONFIG_FILE).is_file():
         raise ValueError(
             f"{folder} does not contain a model: config.json is missing. Specify the folder of a saved model"
         )
@@ -174,15 +155,17 @@ def check_is_model(folder: Path) -> None:
 
 
 def is_native_model(folder: Path) -> bool:
-    """Return whether a folder contains a model that was converted from vitcls to transformers and requires no custom
-    code."""
-    is_native = read_json(folder / "config.json").get("model_type") in NATIVE_MODEL_TYPES
+    """Return whether a folder contains a model that was converted from vitcls to transformers, without custom code."""
+    is_native = read_json(folder / CONFIG_FILE).get("model_type") in NATIVE_MODEL_TYPES
     return is_native and (folder / PARITY_REPORT_FILE).is_file() and not read_code_references(folder)
 
 
 def read_code_references(folder: Path) -> list[str]:
-    """Return the code references of a model, such as `modeling_vitcls.ViTCLSModel` or `owner/name--module.Class`."""
-    files = (folder / name for name in CODE_REFERENCE_FILES if (folder / name).is_file())
+    """Return the code references of a model, such as `modeling_vitcls.ViTCLSModel` or `owner/name--module.Class`.
+
+    The `auto_map` of a configuration file maps Auto classes to code references.
+    """
+    files = (folder / name for name in CONFIG_FILES if (folder / name).is_file())
     return [text for file in files for text in iter_strings(read_json(file).get("auto_map"))]
 
 
@@ -205,7 +188,7 @@ def find_code_repository(folder: Path, repo_id: str | None = None) -> str | None
     if len(repositories) > 1:
         names = ", ".join(sorted(name or "the model's own" for name in repositories))
         raise ValueError(
-            f"{' and '.join(CODE_REFERENCE_FILES)} reference code in several repositories ({names}), but "
+            f"{' and '.join(CONFIG_FILES)} reference code in several repositories ({names}), but "
             "code_revision can pin only one repository. Move all code to one repository (see "
             "modeling_vitcls/hub/shared_code.py)"
         )
@@ -227,9 +210,8 @@ def list_required_code(folder: Path) -> set[str]:
 
 def list_weight_files(folder: Path) -> set[str]:
     """Return the names of the weight files."""
-    if not (folder / WEIGHTS_INDEX_FILE).is_file():
-        return {WEIGHTS_FILE}
-    return set(read_json(folder / WEIGHTS_INDEX_FILE)["weight_map"].values())
+    index_file = folder / "model.safetensors.index.json"
+    return set(read_json(index_file)["weight_map"].values()) if index_file.is_file() else {"model.safetensors"}
 
 
 def read_text(file: Path) -> str:
@@ -244,43 +226,30 @@ def collect_checkpoint_files(folder: Path) -> RepoFiles:
     """Return the files to publish from the newest undamaged checkpoint in `folder`.
 
     The published state.json does not contain flags with local paths. A resumed run uses the flags of the command line
-    instead.
+    instead. The folder is not changed, because a run may be writing to the folder.
     """
-    checkpoint = find_newest_checkpoint(folder)
-    state = read_state(checkpoint.folder)
-    checkpoint_path = checkpoint.folder.relative_to(folder).as_posix()
-    files: RepoFiles = {f"{checkpoint_path}/{name}": checkpoint.folder / name for name in state["files"]}
-    state["facts"]["flags"] = {
-        name: value for name, value in state["facts"]["flags"].items() if name != "output_dir" and not is_local(value)
-    }
-    files[f"{checkpoint_path}/{STATE_FILE}"] = format_state(state).encode()
-    return files
-
-
-def find_newest_checkpoint(folder: Path) -> Checkpoint:
-    """Return the newest undamaged checkpoint. The folder is not changed, because a run may be writing to the
-    folder."""
     store = CheckpointStore(folder / "checkpoints", num_kept=1)
     for step in reversed(store.list_steps()):
         try:
-            return read_checkpoint(store.get_folder(step))
+            checkpoint_folder = read_checkpoint(store.get_folder(step)).folder
         except DamagedCheckpointError:
             continue
+        state = read_state(checkpoint_folder)
+        flags = state["facts"]["flags"].items()
+        state["facts"]["flags"] = {
+            name: value for name, value in flags if name != "output_dir" and not is_local(value)
+        }
+        path = checkpoint_folder.relative_to(folder).as_posix()
+        files: RepoFiles = {f"{path}/{name}": checkpoint_folder / name for name in state["files"]}
+        return files | {f"{path}/{STATE_FILE}": format_state(state).encode()}
     raise ValueError(
         f"{store.folder} has no undamaged checkpoint to publish. Push without the optimizer state, or push "
         "the output folder of a run"
     )
 
 
-# Sample images in cards ----------------------------------------------------------------------------------------------
-
-
-SAMPLE_IMAGES_FILE = "pictures/attention.png"  # path of the only figure that shows images of the dataset
-
-
 def find_local_dataset_in_card(folder: Path) -> str | None:
-    """Return the local dataset whose images the card shows, or None if the card shows no images of a local
-    dataset, or if `--card-samples` was set."""
+    """Return the local dataset whose images the card shows without `--card-samples`; None if there is none."""
     flags = read_recipe(folder)
     if not (folder / SAMPLE_IMAGES_FILE).is_file() or flags is None or can_publish_images(flags):
         return None
@@ -294,12 +263,3 @@ def read_recipe(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, yaml.YAMLError):  # no such file, not UTF-8, or not YAML
         return None
     return flags if isinstance(flags, dict) else None
-
-
-def describe_published_images(folder: Path, dataset: str, repo_id: str) -> str:
-    """Return the warning that images of a local dataset were published."""
-    return (
-        f"{repo_id} is public, and its card shows images of {dataset} ({SAMPLE_IMAGES_FILE}). If the images are "
-        "confidential, make the repository private in its settings on the Hub. To remove the images instead, delete "
-        f"the file on the Hub, delete {folder / SAMPLE_IMAGES_FILE}, and push again"
-    )

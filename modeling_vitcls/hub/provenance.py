@@ -29,8 +29,7 @@ CARD_FILE = "README.md"
 
 
 def iter_license_patterns() -> Iterator[str]:
-    """Yield name patterns of license and notice files: upper-case names with any ending, other names with a text
-    suffix or without a suffix."""
+    """Yield name patterns of license and notice files: upper-case names with any ending, other names as text files."""
     for stem in ("license", "licence", "copying", "notice"):
         case_insensitive_stem = "".join(f"[{letter}{letter.upper()}]" for letter in stem)
         yield f"{stem.upper()}*"
@@ -85,32 +84,10 @@ def find_provenance(source: str) -> Provenance:
     return fetch_hub_provenance(split_revision(source)[0])
 
 
-# Folders and the Hub -------------------------------------------------------------------------------------------------
-
-
-def read_folder_provenance(folder: Path) -> Provenance:
-    """Return the provenance of a model folder, including the base model named in the card."""
-    card_metadata = read_card_metadata(folder)
-    return add_license(
-        Provenance(folder.resolve().name, base_model=card_metadata.get("base_model")), card_metadata, folder
-    )
-
-
 def fetch_hub_provenance(repo_id: str) -> Provenance:
-    """Return the provenance of a model on the Hub, from the card or, if the Hub does not respond, from the cached
-    card."""
+    """Return the provenance of a model on the Hub, from its card. If the Hub does not respond, the cache is used."""
     if not is_hub_id(repo_id):
         return Provenance(repo_id)
-    provenance = Provenance(repo_id, base_model=repo_id)
-    folder = download_card(repo_id)
-    if folder is None:
-        return provenance
-    base_url = f"{constants.ENDPOINT}/{repo_id}/blob/main"
-    return add_license(provenance, read_card_metadata(folder), folder, base_url)
-
-
-def download_card(repo_id: str) -> Path | None:
-    """Return a folder with the card and the license files of a model on the Hub, or None if they are unavailable."""
     try:
         HfApi().model_info(repo_id, timeout=TIMEOUT)  # snapshot_download has no timeout argument
         is_reachable = True
@@ -119,47 +96,40 @@ def download_card(repo_id: str) -> Path | None:
     try:
         with set_hub_timeout(TIMEOUT), silence_hub_client(show_progress=False):
             files = [CARD_FILE, *LICENSE_PATTERNS]
-            return Path(snapshot_download(repo_id, allow_patterns=files, local_files_only=not is_reachable))
+            folder = snapshot_download(repo_id, allow_patterns=files, local_files_only=not is_reachable)
     except HUB_ERRORS:
-        return None
+        return Provenance(repo_id, base_model=repo_id)
+    return read_folder_provenance(Path(folder), repo_id)
 
 
-def read_card_metadata(folder: Path) -> dict[str, Any]:
-    """Return the metadata of the card in a folder; empty if there is no readable card."""
-    try:
-        return metadata_load(folder / CARD_FILE) or {}
-    except (OSError, ValueError, yaml.YAMLError):
-        return {}
+def read_folder_provenance(folder: Path, repo_id: str | None = None) -> Provenance:
+    """Return the provenance of a model folder, from its card and license files.
 
-
-def add_license(
-    provenance: Provenance, card_metadata: dict[str, Any], folder: Path, base_url: str | None = None
-) -> Provenance:
-    """Return a copy of the provenance that includes the license from card metadata and the license files in `folder`.
-
-    `base_url` is the base URL for links to published files that are not in `folder`.
+    For a local folder, the base model is the base model in the card. For the files of a model on the Hub, the base
+    model is the model itself, `repo_id`.
     """
+    try:
+        card_metadata = metadata_load(folder / CARD_FILE) or {}
+    except (OSError, ValueError, yaml.YAMLError):  # there is no readable card
+        card_metadata = {}
+    provenance = Provenance(repo_id or folder.resolve().name, base_model=repo_id or card_metadata.get("base_model"))
     license_id = card_metadata.get("license")
     if not license_id or license_id == "unknown":
         return provenance
     matching_files = (file for pattern in LICENSE_PATTERNS for file in sorted(folder.glob(pattern)) if file.is_file())
     license_files = tuple(dict.fromkeys(matching_files))  # license files come before notice files
-    license_link = card_metadata.get("license_link") or (
-        license_files[0].name if license_id == "other" and license_files else None
-    )
+    license_link = card_metadata.get("license_link")
+    if not license_link and license_id == "other" and license_files:
+        license_link = license_files[0].name
     if license_link and "://" not in license_link and not (folder / license_link).is_file():
-        license_link = f"{base_url}/{license_link}" if base_url else None
-    license_name = card_metadata.get("license_name")
+        license_link = f"{constants.ENDPOINT}/{repo_id}/blob/main/{license_link}" if repo_id else None
     return replace(
         provenance,
         license=license_id,
-        license_name=license_name,
+        license_name=card_metadata.get("license_name"),
         license_link=license_link,
         license_files=license_files,
     )
-
-
-# timm ----------------------------------------------------------------------------------------------------------------
 
 
 def find_timm_provenance(name: str) -> Provenance:
@@ -176,7 +146,7 @@ def find_timm_provenance(name: str) -> Provenance:
 
         config = timm.get_pretrained_cfg(name)
     except (ImportError, RuntimeError):  # timm is not installed, or there is no timm model with this name
-        config = None
+        return Provenance(f"timm:{name}")
     if config is None:
         return Provenance(f"timm:{name}")
     provenance = Provenance(f"timm:{name}", base_model=config.hf_hub_id)
@@ -191,9 +161,6 @@ def find_timm_provenance(name: str) -> Provenance:
 
 
 # Licenses in a card --------------------------------------------------------------------------------------------------
-
-
-CODE_LICENSE_TEXT = "The Python files are licensed under Apache-2.0."
 
 
 # Sentences about weights whose license is known, and about weights whose license is unknown.
@@ -237,20 +204,8 @@ class WeightsLicense:
             sentences += [f"The license text is in {', '.join(file.name for file in files)}."] if files else []
         if self.teacher is not None and self.teacher.license_label is not None:
             sentences.append(f"The teacher model of the distillation is licensed under {self.teacher.license_label}.")
-        return " ".join([*sentences, CODE_LICENSE_TEXT] if self.has_code else sentences)
-
-
-def get_run_license(
-    is_from_random_weights: bool,
-    license_flag: str | None,
-    base_provenance: Provenance | None,
-    teacher_provenance: Provenance | None = None,
-) -> WeightsLicense:
-    """Return the license of a run's weights: the inherited license if it is known, otherwise `--license`."""
-    is_inherited = base_provenance is not None and base_provenance.license is not None
-    if is_from_random_weights or (license_flag and not is_inherited):
-        return WeightsLicense(NEW_WEIGHTS_TEXTS, Provenance("", license=license_flag), teacher_provenance)
-    return WeightsLicense(DERIVED_WEIGHTS_TEXTS, base_provenance, teacher_provenance)
+        sentences += ["The Python files are licensed under Apache-2.0."] if self.has_code else []
+        return " ".join(sentences)
 
 
 def describe_license_conflict(license_flag: str | None, base_provenance: Provenance | None) -> str | None:

@@ -16,19 +16,12 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
 
 from .code_files import HANDLER_FILE, HANDLER_SOURCE
-from .connection import (
-    HUB_ERRORS,
-    check_is_online,
-    format_hub_error,
-    retry,
-    set_hub_timeout,
-    silence_hub_client,
-)
+from .connection import HUB_ERRORS, check_is_online, format_hub_error, retry, set_hub_timeout, silence_hub_client
 from .manifest import (
+    SAMPLE_IMAGES_FILE,
     RepoFiles,
     collect_checkpoint_files,
     collect_model_files,
-    describe_published_images,
     find_local_dataset_in_card,
     find_outdated_files,
 )
@@ -107,7 +100,11 @@ def push_folder(
             f"finish with: {push_command}"
         ) from error
     if not is_private and (dataset := find_local_dataset_in_card(folder)):
-        logger.warning(describe_published_images(folder, dataset, repo_id))
+        logger.warning(
+            f"{repo_id} is public, and its card shows images of {dataset} ({SAMPLE_IMAGES_FILE}). If the images are "
+            "confidential, make the repository private in its settings on the Hub. To remove the images instead, "
+            f"delete the file on the Hub, delete {folder / SAMPLE_IMAGES_FILE}, and push again"
+        )
     url = f"{constants.ENDPOINT}/{repo_id}/commit/{commit}"
     return PushResult(repo_id, commit, url, with_optimizer, is_private)
 
@@ -129,8 +126,9 @@ def push_once(
     deletions = [CommitOperationDelete(path_in_repo=name) for name in find_outdated_files(published_files, files)]
     additions = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=file) for name, file in files.items()]
     if upload_one_by_one:
-        for large_file in (addition for addition in additions if addition.path_in_repo.endswith(".safetensors")):
-            api.preupload_lfs_files(repo_id, [large_file], revision=branch, free_memory=False)
+        for addition in additions:
+            if addition.path_in_repo.endswith(".safetensors"):
+                api.preupload_lfs_files(repo_id, [addition], revision=branch, free_memory=False)
     commit = api.create_commit(
         repo_id, [*deletions, *additions], commit_message=message, revision=branch, parent_commit=repo_info.sha
     )

@@ -6,9 +6,9 @@ repo_id = check_push_permissions("someone/their-model", default_name="my-run")
 from typing import Any, Literal
 
 from huggingface_hub import HfApi, get_token
-from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
-from .connection import HUB_ERRORS, check_is_online, describe_no_response, get_http_status, set_hub_timeout
+from .connection import HUB_ERRORS, check_is_online, describe_no_response, set_hub_timeout
 from .loading import is_hub_id
 
 
@@ -27,18 +27,11 @@ def check_push_permissions(
 ) -> str:
     """Check that the token may push to a repository, and return the full repository id, `namespace/name`.
 
-    The check only reads from the Hub and writes no files. Call this function only on the main process.
+    The check only reads from the Hub and writes no files. Call this function only on the main process. `repo_id` is
+    `namespace/name`, or a name in the user's namespace (default: `default_name`).
 
-    Args:
-        repo_id: `namespace/name`, or a name in the user's namespace. Default: `default_name` in the user's namespace.
-        default_name: Default value of `repo_id`, for example the name of the output folder.
-        private: Whether the repository must be private.
-        repo_type: Type of the repository.
-
-    Raises:
-        ValueError: If the name is invalid, or the token, the namespace or the visibility does not permit the push.
-            The message is a single line and names the remedy.
-        OSError: If the Hub does not respond.
+    Raise ValueError if the name is invalid, or if the token, the namespace or the visibility does not permit the push,
+    and OSError if the Hub does not respond. The message is a single line and names the remedy.
     """
     check_is_online()
     account = fetch_account()
@@ -65,7 +58,7 @@ def fetch_account() -> dict[str, Any]:
         with set_hub_timeout(TIMEOUT):
             return HfApi().whoami()
     except HUB_ERRORS as error:
-        if get_http_status(error) == 401:
+        if isinstance(error, HfHubHTTPError) and error.response.status_code == 401:
             raise ValueError(
                 "the Hugging Face token (HF_TOKEN, or the token of `hf auth login`) is invalid. Create a 'write' "
                 f"token at {TOKEN_SETTINGS_URL}, and log in with this token"
@@ -76,14 +69,12 @@ def fetch_account() -> dict[str, Any]:
 def check_namespace(repo_id: str, account: dict[str, Any], repo_type: PushRepoType) -> None:
     """Raise ValueError unless the user may create repositories in the namespace."""
     namespace = repo_id.partition("/")[0]
-    if is_same_name(namespace, account["name"]):
+    if namespace.casefold() == account["name"].casefold():
         return
-    roles_by_organization = {
-        organization["name"]: organization.get("roleInOrg") for organization in account.get("orgs", ())
-    }
-    roles = [role for name, role in roles_by_organization.items() if is_same_name(name, namespace)]
+    organizations = account.get("orgs", ())
+    roles = [each.get("roleInOrg") for each in organizations if each["name"].casefold() == namespace.casefold()]
     if not roles:
-        namespaces_text = ", ".join([account["name"], *roles_by_organization])
+        namespaces_text = ", ".join([account["name"], *(organization["name"] for organization in organizations)])
         raise ValueError(
             f"cannot push to {repo_id}: {namespace} is neither your user name nor one of your organizations. Set "
             f"{REPO_ID_FLAGS[repo_type]} to a name in one of these namespaces: {namespaces_text}"
@@ -131,24 +122,17 @@ def check_token(repo_id: str, account: dict[str, Any], repo_exists: bool) -> Non
     )
     if token["role"] == "read":
         raise ValueError(f"the Hugging Face token is read-only, so it cannot push to {repo_id}. To push, {remedy}")
-    if token["role"] == "fineGrained" and not is_in_scope(repo_id, token.get("fineGrained", {}), repo_exists):
+    if token["role"] != "fineGrained":
+        return
+    writable_names = {
+        scope["entity"].get("name", "").casefold()
+        for scope in token.get("fineGrained", {}).get("scoped", ())
+        if "repo.write" in scope.get("permissions", ())
+    }
+    # The permission applies to the namespace, or to the repository if it exists.
+    accepted_names = {repo_id.partition("/")[0].casefold(), *([repo_id.casefold()] if repo_exists else [])}
+    if not writable_names & accepted_names:
         raise ValueError(
             f"the fine-grained Hugging Face token has no permission to write to {repo_id}. Add 'Write access to "
             f"contents' for the namespace at {TOKEN_SETTINGS_URL}, or {remedy}"
         )
-
-
-def is_in_scope(repo_id: str, token_permissions: dict[str, Any], repo_exists: bool) -> bool:
-    """Return whether a fine-grained token may write to the namespace, or to the repository if it exists."""
-    writable_names = [
-        scope["entity"].get("name", "")
-        for scope in token_permissions.get("scoped", ())
-        if "repo.write" in scope.get("permissions", ())
-    ]
-    accepted_names = [repo_id.partition("/")[0]] + ([repo_id] if repo_exists else [])
-    return any(is_same_name(name, accepted_name) for name in writable_names for accepted_name in accepted_names)
-
-
-def is_same_name(name: str, expected_name: str) -> bool:
-    """Return whether two names on the Hub are equal, ignoring case."""
-    return name.casefold() == expected_name.casefold()

@@ -11,14 +11,7 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
-from .connection import (
-    HUB_ERRORS,
-    SHORT_RETRY_WAITS,
-    describe_no_response,
-    format_hub_error,
-    retry,
-    set_hub_timeout,
-)
+from .connection import HUB_ERRORS, SHORT_RETRY_WAITS, describe_no_response, format_hub_error, retry, set_hub_timeout
 from .loading import describe_missing_repo, describe_missing_revision, is_hub_id
 from .manifest import find_code_repository
 
@@ -61,10 +54,7 @@ def resolve_commit(repo_id: str, revision: str = "main") -> HubCommit:
 
 
 def download_commit(commit: HubCommit, patterns: Sequence[str], folder: Path | None = None) -> Path:
-    """Download the matching files of a commit to a folder, by default to the cache, and return the folder.
-
-    Raise OSError if the download fails. The message is a single line.
-    """
+    """Download the matching files of a commit to a folder, by default to the cache, and return the folder."""
     repo_id = commit.repo_id
     try:
         with set_hub_timeout(TIMEOUT):
@@ -80,12 +70,8 @@ def download_commit(commit: HubCommit, patterns: Sequence[str], folder: Path | N
 
 
 def resolve_code_commit(model_commit: HubCommit, folder: Path) -> HubCommit | None:
-    """Return the newest commit of the repository with the model's code, or None if the code is in the model's own
-    repository.
-
-    `folder` contains the model's files. Raise ValueError if the code is in several repositories. Errors of
-    `resolve_commit` are propagated.
-    """
+    """Return the newest commit of the repository with the code of the model in `folder`; None for the model's own
+    repository. Raise ValueError if the code is in several repositories."""
     try:
         repo_id = find_code_repository(folder, model_commit.repo_id)
     except ValueError as error:

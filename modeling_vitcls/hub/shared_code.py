@@ -17,8 +17,9 @@ from typing import Any
 
 from ..files import read_json, write_atomically
 from .code_files import CODE_PATTERN, PACKAGE_FOLDER
-from .loading import is_hub_id
-from .manifest import CARD_FILE, CODE_REFERENCE_FILES, REPO_SEPARATOR, check_is_model, read_text
+from .loading import CONFIG_FILES, is_hub_id
+from .manifest import REPO_SEPARATOR, check_is_model, read_text
+from .provenance import CARD_FILE
 
 
 # Patterns in a card: code that pins the weights, the location of the code, and the note about the code repository.
@@ -61,7 +62,7 @@ def use_shared_code(folder: str | Path, repo_id: str) -> None:
     check_is_model(folder)
     if not is_hub_id(repo_id) or repo_id.count("/") != 1:  # other users need the namespace to find the repository
         raise ValueError(f"{repo_id!r} is not a repository id. Specify namespace/name of the repository with the code")
-    for file in (folder / name for name in CODE_REFERENCE_FILES if (folder / name).is_file()):
+    for file in (folder / name for name in CONFIG_FILES if (folder / name).is_file()):
         config_dict = read_json(file)
         config_dict["auto_map"] = add_repo_id(config_dict.get("auto_map", {}), repo_id)
         with write_atomically(file) as temporary_file:

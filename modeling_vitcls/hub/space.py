@@ -16,7 +16,7 @@ The Space does not contain a copy of the model; the app loads the model at a pin
 import importlib.metadata
 import shlex
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,14 +27,15 @@ from packaging.requirements import Requirement
 from ..configuration_vitcls import ViTCLSConfig
 from ..files import read_json
 from ..image_processing_vitcls import read_image
+from .code_files import PACKAGE_FOLDER
 from .connection import HUB_ERRORS, check_is_online, format_hub_error, retry, set_hub_timeout
+from .loading import CONFIG_FILES
 from .local_paths import check_output_is_empty
-from .manifest import CODE_REFERENCE_FILES, RepoFiles
+from .manifest import RepoFiles
 from .publish import TIMEOUT, PushError, PushResult, build_push_command
 from .revisions import HubCommit, download_commit, resolve_code_commit, resolve_commit
 
 
-PACKAGE_FOLDER = Path(__file__).parents[1]
 PAGE_FOLDER = "vitcls_demo"
 EXAMPLES_FOLDER = "examples"
 
@@ -71,7 +72,7 @@ from {folder}.demo.page import serve_demo
 
 
 MODEL = {model!r}
-# {warning}. Review the code before you change the commit.
+# The app runs {code}. Review the code before you change the commit.
 COMMIT = {commit!r}
 CODE_COMMIT = {code_commit!r}
 
@@ -126,8 +127,8 @@ def find_published_model(repo_id: str, revision: str = "main") -> PublishedModel
         )
     check_is_online()
     weights_commit = resolve_commit(repo_id, revision)
-    folder = download_commit(weights_commit, CODE_REFERENCE_FILES)
-    config_file, processor_config_file = (folder / name for name in CODE_REFERENCE_FILES)
+    folder = download_commit(weights_commit, CONFIG_FILES)
+    config_file, processor_config_file = (folder / name for name in CONFIG_FILES)
     config_dict = read_json(config_file) if config_file.is_file() else {}
     if config_dict.get("model_type") != ViTCLSConfig.model_type or "auto_map" not in config_dict:
         raise ValueError(
@@ -139,9 +140,6 @@ def find_published_model(repo_id: str, revision: str = "main") -> PublishedModel
     return PublishedModel(weights_commit, resolve_code_commit(weights_commit, folder))
 
 
-# Files ---------------------------------------------------------------------------------------------------------------
-
-
 def build_space_files(model: PublishedModel, title: str | None = None, examples: Sequence[Path] = ()) -> RepoFiles:
     """Build the files of the Space. `title` is the title of the Space on the Hub and of the card.
 
@@ -150,22 +148,27 @@ def build_space_files(model: PublishedModel, title: str | None = None, examples:
     app_code = APP_TEMPLATE.format(
         folder=PAGE_FOLDER,
         model=model.repo_id,
-        warning=f"The app runs the code in {model.code_commit.repo_id}"
-        if model.code_commit
-        else "The app runs the model's code",
+        code=f"the code in {model.code_commit.repo_id}" if model.code_commit else "the model's code",
         commit=model.commit,
         code_commit=model.code_commit.sha if model.code_commit else None,
         examples=EXAMPLES_FOLDER,
     )
+    title = title or f"{model.repo_id.partition('/')[2]}: labels and attention"
+    requirements = [Requirement(line) for line in importlib.metadata.requires(PACKAGE_FOLDER.name) or ()]
+    specifiers = {each.name: str(each.specifier) for each in requirements if each.specifier}
     files: RepoFiles = {
         "app.py": app_code.encode(),
-        "README.md": build_gradio_card(
-            model, title or f"{model.repo_id.partition('/')[2]}: labels and attention"
-        ).encode(),
-        "requirements.txt": "".join(f"{line}\n" for line in list_requirements()).encode(),
+        "README.md": build_gradio_card(model, title).encode(),
+        "requirements.txt": "".join(f"{name}{specifiers[name]}\n" for name in REQUIRED_LIBRARIES).encode(),
     }
     files |= {f"{PAGE_FOLDER}/{name}": PACKAGE_FOLDER / name for name in PAGE_FILES}
-    return files | collect_examples(examples)
+    for file in examples:
+        path_in_space = f"{EXAMPLES_FOLDER}/{file.name}"
+        if path_in_space in files:
+            raise ValueError(f"two examples have the same name, {file.name}. Rename one of the examples")
+        read_image(file)
+        files[path_in_space] = file
+    return files
 
 
 def build_gradio_card(model: PublishedModel, title: str) -> str:
@@ -199,8 +202,7 @@ def build_gradio_card(model: PublishedModel, title: str) -> str:
 def build_space_card(
     model: PublishedModel, title: str, description: str, settings: dict[str, Any], **fields: str
 ) -> str:
-    """Return the text of README.md, whose header configures the Space. `description` is a template with the
-    placeholders `model`, `commit`, `url` and the names in `fields`."""
+    """Return the text of README.md, with the settings of the Space. `description` is the template of the text."""
     header = SpaceCardData(
         title=title,
         emoji="🔎",
@@ -216,40 +218,13 @@ def build_space_card(
     return str(SpaceCard(f"---\n{header.to_yaml()}\n---\n# {title}\n{text}"))
 
 
-def list_requirements() -> list[str]:
-    """Return the lines of requirements.txt, with the minimum versions that this package declares."""
-    requirements = [Requirement(line) for line in importlib.metadata.requires(PACKAGE_FOLDER.name) or ()]
-    specifiers = {
-        requirement.name: str(requirement.specifier) for requirement in requirements if requirement.specifier
-    }
-    return [f"{name}{specifiers[name]}" for name in REQUIRED_LIBRARIES]
-
-
-def collect_examples(examples: Iterable[Path]) -> RepoFiles:
-    """Return a dict that maps paths in the Space to the files of the example images."""
-    files: RepoFiles = {}
-    for file in examples:
-        path_in_space = f"{EXAMPLES_FOLDER}/{file.name}"
-        if path_in_space in files:
-            raise ValueError(f"two examples have the same name, {file.name}. Rename one of the examples")
-        read_image(file)
-        files[path_in_space] = file
-    return files
-
-
 def write_space(files: RepoFiles, folder: Path) -> None:
-    """Write the files to a folder, to run the page locally (`python app.py`) or to create a Space from the folder.
-
-    Raise ValueError if the folder is not empty.
-    """
+    """Write the files to a folder, to run `python app.py` locally. Raise ValueError if the folder is not empty."""
     check_output_is_empty(folder)
     for name, content in files.items():
         file = folder / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(content if isinstance(content, bytes) else content.read_bytes())
-
-
-# Push ----------------------------------------------------------------------------------------------------------------
 
 
 def push_space(
@@ -289,16 +264,15 @@ def push_space_once(files: RepoFiles, model: PublishedModel, space_id: str, priv
     api.create_repo(space_id, repo_type="space", space_sdk=sdk, private=private or None, exist_ok=True)
     parent_commit = api.space_info(space_id).sha
     published_files = api.list_repo_files(space_id, revision=parent_commit, repo_type="space")
-    folder_prefixes = tuple(
-        {f"{name.partition('/')[0]}/" for name in files if "/" in name} | {f"{PAGE_FOLDER}/", f"{EXAMPLES_FOLDER}/"}
-    )
-    outdated_files = [name for name in published_files if name.startswith(folder_prefixes) and name not in files]
-    operations: list[CommitOperationAdd | CommitOperationDelete] = [
-        CommitOperationDelete(name) for name in outdated_files
-    ]
-    operations += [CommitOperationAdd(name, content) for name, content in files.items()]
-    message = f"Show {model.repo_id} at {model.commit[:7]}"
+    folders = {PAGE_FOLDER, EXAMPLES_FOLDER, *(name.partition("/")[0] for name in files)}
+    outdated_files = [name for name in published_files if name.partition("/")[0] in folders and name not in files]
+    deletions = [CommitOperationDelete(name) for name in outdated_files]
+    additions = [CommitOperationAdd(name, content) for name, content in files.items()]
     commit = api.create_commit(
-        space_id, operations, commit_message=message, repo_type="space", parent_commit=parent_commit
+        space_id,
+        [*deletions, *additions],
+        commit_message=f"Show {model.repo_id} at {model.commit[:7]}",
+        repo_type="space",
+        parent_commit=parent_commit,
     )
     return PushResult(space_id, commit.oid, f"{constants.ENDPOINT}/spaces/{space_id}")

@@ -13,8 +13,9 @@ import html
 import json
 from pathlib import Path
 
+from .code_files import PACKAGE_FOLDER
 from .manifest import RepoFiles
-from .space import PACKAGE_FOLDER, PublishedModel, build_space_card
+from .space import PublishedModel, build_space_card
 
 
 MODEL_FOLDER = "model"
@@ -40,17 +41,10 @@ from commit [`{commit}`]({url}/tree/{commit}).
 def build_static_space_files(
     model: PublishedModel, exported_folder: Path, title: str | None = None, node_modules: Path | None = None
 ) -> RepoFiles:
-    """Build the files of a static Space.
+    """Build the files of a static Space. `exported_folder` is the folder written by `export_for_transformers_js`.
 
-    Args:
-        model: The model on the Hub.
-        exported_folder: The folder written by `export_for_transformers_js`.
-        title: Title of the page.
-        node_modules: The node_modules folder with the npm package `@huggingface/transformers`. The files that the page
-            loads are copied to the Space. By default, the page loads transformers.js from a CDN.
-
-    Raises:
-        ValueError: If `node_modules` does not contain a file that the page loads.
+    If `node_modules` is set, the files of the npm package `@huggingface/transformers` in this folder are copied to the
+    Space. By default, the page loads transformers.js from a CDN. Raise ValueError if the folder lacks a file.
     """
     title = title or f"{model.repo_id.partition('/')[2]}: labels and attention in the browser"
     files: RepoFiles = {

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import ImageClassificationPipeline, ImageProcessingMixin
+from transformers import ImageClassificationPipeline
 from transformers.utils import is_torchvision_available
 
 from ..configuration_vitcls import ViTCLSConfig
@@ -34,10 +34,6 @@ MODEL_CLASSES: dict[str, tuple[Any, ...]] = {
     "AutoModelForMaskedImageModeling": (ViTCLSForMaskedImageModeling,),
     "AutoBackbone": (ViTCLSBackbone,),
 }
-PROCESSOR_CLASSES: dict[str, type[ImageProcessingMixin]] = {
-    "torchvision": ViTCLSImageProcessor,
-    "pil": ViTCLSImageProcessorPil,
-}
 
 
 @dataclass(frozen=True)
@@ -52,13 +48,10 @@ class PackageLoader:
 
     def load_model(self, auto_class: str, config: ViTCLSConfig) -> tuple[Any, dict[str, Any]]:
         """Load the model in float32 with a class from `MODEL_CLASSES`; return the model and the loading info."""
-        model_classes = MODEL_CLASSES[auto_class]
-        configured_classes = (
-            model_class for model_class in model_classes if model_class.__name__ in (config.architectures or ())
-        )
-        return next(configured_classes, model_classes[0]).from_pretrained(
-            self.folder, use_safetensors=True, **FLOAT32_OPTIONS
-        )
+        classes = MODEL_CLASSES[auto_class]
+        configured_classes = (each for each in classes if each.__name__ in (config.architectures or ()))
+        model_class = next(configured_classes, classes[0])
+        return model_class.from_pretrained(self.folder, use_safetensors=True, **FLOAT32_OPTIONS)
 
     def has_processor(self) -> bool:
         """Return whether an image processor was saved with the model."""
@@ -66,7 +59,8 @@ class PackageLoader:
 
     def load_processor(self, backend: str) -> Any:
         """Load the image processor for a backend, `torchvision` or `pil`."""
-        return PROCESSOR_CLASSES[backend].from_pretrained(self.folder)
+        processor_classes: dict[str, Any] = {"torchvision": ViTCLSImageProcessor, "pil": ViTCLSImageProcessorPil}
+        return processor_classes[backend].from_pretrained(self.folder)
 
     def load_pipeline(self, config: ViTCLSConfig) -> ImageClassificationPipeline:
         """Build the image-classification pipeline from this package's classes."""

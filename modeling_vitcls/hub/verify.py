@@ -80,10 +80,6 @@ class VerificationError(ValueError):
     """Raised if a published model does not load or differs from the reference. The message is a single line."""
 
 
-class PushVerificationError(OSError):
-    """Raised if the verification of a push fails. The message ends with the command that repeats the verification."""
-
-
 @dataclass(frozen=True)
 class VerificationReport:
     """The result of a verification."""
@@ -101,9 +97,7 @@ class VerificationReport:
 
     def format_loading_code(self) -> str:
         """Return the line of code that loads the verified commit."""
-        auto_class = next(
-            name for name in reversed(self.class_names) if name.startswith(("AutoModel", "AutoBackbone"))
-        )
+        auto_class = next(name for name in reversed(self.class_names) if not name.startswith("AutoImageProcessor"))
         code_pin = f', code_revision="{self.code_revision}"' if self.code_revision else ""
         trust_argument = "" if self.is_native else ", trust_remote_code=True"
         arguments_text = f'"{self.repo_id}", revision="{self.revision}"{code_pin}{trust_argument}'
@@ -129,9 +123,7 @@ class VerificationReport:
 def verify(
     repo_id: str, revision: str = "main", folder: Path | None = None, with_optimizer: bool = False
 ) -> VerificationReport:
-    """Download and load a published model, and compare the outputs of the model with a reference.
-
-    The code of the model runs in a separate process.
+    """Download a published model, run it in a new process, and compare its outputs with a reference.
 
     Args:
         repo_id: `namespace/name`.
@@ -151,17 +143,14 @@ def verify(
     model_commit = resolve_commit(repo_id, revision)
     with tempfile.TemporaryDirectory(prefix="vitcls-verify-") as temporary_path, silence_transformers():
         temporary_folder = Path(temporary_path)
-        download_folder = temporary_folder / "files"
+        code_folder = download_folder = temporary_folder / "files"
         num_files = download_files(model_commit, download_folder)
         if folder is not None:
             check_published_files(repo_id, download_folder, folder, with_optimizer)
         code_commit = resolve_code_commit(model_commit, download_folder)
         is_native = is_native_model(download_folder)
-        code_folder = (
-            download_folder
-            if code_commit is None
-            else download_commit(code_commit, ["*.py"], temporary_folder / "code")
-        )
+        if code_commit is not None:
+            code_folder = download_commit(code_commit, ["*.py"], temporary_folder / "code")
         code_comparison = "no code" if is_native else describe_code_differences(code_folder)
         reference_loader: Any = PackageLoader(folder or download_folder)
         if is_native:
@@ -170,9 +159,8 @@ def verify(
         outputs, report = run_verification(
             model_commit, code_commit, temporary_folder, trust_remote_code=not is_native
         )
-    check_script_report(
-        model_commit, code_commit, report, "transformers.models." if is_native else "transformers_modules."
-    )
+    module_prefix = "transformers.models." if is_native else "transformers_modules."
+    check_script_report(model_commit, code_commit, report, module_prefix)
     return VerificationReport(
         repo_id=repo_id,
         revision=model_commit.sha,
@@ -189,16 +177,15 @@ def verify(
 
 
 def verify_push(push_result: PushResult, folder: Path) -> VerificationReport:
-    """Verify the model that was pushed from `folder`. Raise PushVerificationError if the verification fails.
+    """Verify the model that was pushed from `folder`. Raise OSError if the verification fails.
 
-    The message is a single line with the reason, the locations of the model, and the command that repeats the
-    verification.
+    The message is a single line and ends with the command that repeats the verification.
     """
     try:
         return verify(push_result.repo_id, push_result.commit, folder, push_result.with_optimizer)
     except (ValueError, OSError) as error:
         command = f"vitcls push --verify-only {push_result.repo_id} --revision {push_result.commit}"
-        raise PushVerificationError(
+        raise OSError(
             f"the model was pushed, but not verified: {error}. The model is saved in {folder} and published at "
             f"{push_result.url}. Repeat the verification with: {command}"
         ) from error
@@ -355,10 +342,8 @@ def check_script_report(
 
 
 def compare_outputs(repo_id: str, outputs: Outputs, expected_outputs: Outputs) -> dict[str, float]:
-    """Return the maximum absolute difference between the outputs for each Auto class and for the pipeline.
-
-    Raise VerificationError if a difference exceeds the tolerance.
-    """
+    """Return the maximum absolute difference between the outputs for each Auto class and for the pipeline. Raise
+    VerificationError if a difference exceeds the tolerance."""
     if outputs.keys() != expected_outputs.keys():
         names = ", ".join(sorted(outputs.keys() ^ expected_outputs.keys()))
         raise VerificationError(f"the outputs of {repo_id} have missing or unexpected tensors: {names}")

@@ -22,8 +22,8 @@ from ..distributed import run_on_main
 from ..files import read_json
 from ..hub.card import build_checkpoint_card, build_common_metadata, get_license
 from ..hub.connection import format_hub_error, silence_transformers
-from ..hub.manifest import CARD_FILE, RECIPE_FILE
-from ..hub.provenance import Provenance
+from ..hub.manifest import RECIPE_FILE
+from ..hub.provenance import CARD_FILE, Provenance
 from ..hub.publish import push_folder
 from ..options import to_flags
 from .distributed_state import gather_weights

@@ -41,7 +41,8 @@ FULL_STATE_DICT_OPTIONS = StateDictOptions(full_state_dict=True, cpu_offload=Tru
 
 
 def explain_unsupported_checkpoints(accelerator: Accelerator) -> str | None:
-    """Return the reason why the launch configuration does not support checkpoints; None if it supports checkpoints."""
+    """Return the reason why the launch configuration does not support checkpoints, or None if checkpoints are
+    supported."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return "DeepSpeed stores the optimizer state in its own format. Use FSDP2 instead"
     return None
@@ -60,54 +61,60 @@ def gather_state(
     if reason := explain_unsupported_checkpoints(accelerator):
         raise ValueError(f"no checkpoint can be written: {reason}")
     is_main_process, torch_optimizer = accelerator.is_main_process, unwrap_optimizer(optimizer)
-    optimizer_state: Any = {}
-    if torch_optimizer.state:
-        optimizer_state = get_optimizer_state_dict(model, torch_optimizer, options=FULL_STATE_DICT_OPTIONS)
+    parameter_states: Any = (
+        get_optimizer_state_dict(model, torch_optimizer, options=FULL_STATE_DICT_OPTIONS).get("state", {})
+        if torch_optimizer.state
+        else {}
+    )
     moments: Tensors = {}
     non_tensor_state: dict[str, Any] = {}
-    for name, state in optimizer_state.get("state", {}).items():
+    for name, state in parameter_states.items():
         for key, value in state.items():
             target = moments if isinstance(value, torch.Tensor) else non_tensor_state
             target[f"{key}/{name}"] = value
     tensors = {"model": gather_weights(model, is_main_process), "optimizer": moments}
     if shadow is not None:
-        tensors["ema"] = gather_tensors(name_ema_weights(model, shadow), is_main_process)
+        tensors["ema"] = gather_tensors(
+            dict(zip(get_trainable_parameter_names(model), shadow, strict=True)), is_main_process
+        )
     scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else {}
     return tensors, {"optimizer": non_tensor_state, "scaler": scaler}
 
 
 def scatter_state(
-    checkpoint: Checkpoint | None,
-    metadata: dict[str, Any],
+    checkpoint: Checkpoint,
     accelerator: Accelerator,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     shadow: Sequence[torch.Tensor] | None,
 ) -> None:
     """Load a state returned by `gather_state`. This function must be called on all processes. Raise ValueError if the
-    checkpoint belongs to another model or optimizer. `checkpoint` is None on all processes except the main process.
-    `metadata` is the second return value of `gather_state`. `shadow` is overwritten in place."""
+    checkpoint belongs to another model or optimizer.
+
+    Args:
+        checkpoint: checkpoint on the main process, whose files only the main process reads.
+        shadow: EMA weights, which are overwritten in place.
+    """
     scatter_weights_and_ema(checkpoint, accelerator, model, shadow)
-    moments = None if checkpoint is None else checkpoint.load_tensors("optimizer")
-    scatter_optimizer_state(moments, metadata["optimizer"], accelerator, model, optimizer)
-    if accelerator.scaler is not None and metadata["scaler"]:
-        accelerator.scaler.load_state_dict(metadata["scaler"])
+    moments = checkpoint.load_tensors("optimizer") if accelerator.is_main_process else None
+    scatter_optimizer_state(moments, checkpoint.metadata["optimizer"], accelerator, model, optimizer)
+    if accelerator.scaler is not None and checkpoint.metadata["scaler"]:
+        accelerator.scaler.load_state_dict(checkpoint.metadata["scaler"])
 
 
 def scatter_weights_and_ema(
-    checkpoint: Checkpoint | None, accelerator: Accelerator, model: nn.Module, shadow: Sequence[torch.Tensor] | None
+    checkpoint: Checkpoint, accelerator: Accelerator, model: nn.Module, shadow: Sequence[torch.Tensor] | None
 ) -> None:
-    """Load the weights and the EMA weights. Raise ValueError if the checkpoint belongs to another model."""
-    weights: dict[str, Any] = {} if checkpoint is None else {**checkpoint.load_tensors("model")}
-    targets: dict[str, Any] = get_model_state_dict(model)
-    run_on_main(accelerator, lambda: check_names_and_shapes(weights, targets))
-    # Full tensors cannot be copied into DTensors without these options. FSDP2 uses DTensors even with one process.
-    is_sharded = any(isinstance(target, DTensor) for target in targets.values())
-    is_distributed = is_sharded or accelerator.num_processes > 1
-    options = StateDictOptions(full_state_dict=is_distributed, broadcast_from_rank0=is_distributed)
-    set_model_state_dict(model, weights, options=options)
+    """Load the weights and the EMA weights of a checkpoint into `model` and `shadow`. Raise ValueError if the
+    checkpoint belongs to another model."""
+
+    def load_tensors(name: str) -> Tensors | None:
+        return checkpoint.load_tensors(name) if accelerator.is_main_process else None
+
+    scatter_weights(load_tensors("model"), model, accelerator)
     if shadow is not None:
-        scatter_ema(checkpoint, accelerator, name_ema_weights(model, shadow))
+        targets = dict(zip(get_trainable_parameter_names(model), shadow, strict=True))
+        scatter_tensors(load_tensors("ema"), targets, accelerator)
 
 
 def reshard(model: nn.Module) -> None:
@@ -122,14 +129,13 @@ def reshard(model: nn.Module) -> None:
 
 
 def get_named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters of the unwrapped model, keyed by name. Tied weights are included once."""
+    """Return all parameters of the unwrapped model, keyed by name. Tied weights are included once."""
     return dict(extract_model_from_parallel(model, keep_torch_compile=False).named_parameters())
 
 
-def name_ema_weights(model: nn.Module, shadow: Sequence[torch.Tensor]) -> Tensors:
-    """Return the EMA weights, keyed by the names of the trainable parameters."""
-    names = [name for name, parameter in get_named_parameters(model).items() if parameter.requires_grad]
-    return dict(zip(names, shadow, strict=True))
+def get_trainable_parameter_names(model: nn.Module) -> list[str]:
+    """Return the names of the trainable parameters, in the order of the model's parameters."""
+    return [name for name, parameter in get_named_parameters(model).items() if parameter.requires_grad]
 
 
 def unwrap_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
@@ -173,7 +179,8 @@ def gather_tensor(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def gather_gradient(parameter: torch.Tensor) -> torch.Tensor | None:
-    """Return the full gradient of a parameter; None if the gradient is missing. Must be called on all processes."""
+    """Return the full gradient of a parameter, or None if the parameter has no gradient. This function must be called
+    on all processes."""
     if parameter.requires_grad and (hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")):  # ZeRO
         from deepspeed.utils import safe_get_full_grad
 
@@ -181,13 +188,28 @@ def gather_gradient(parameter: torch.Tensor) -> torch.Tensor | None:
     return None if parameter.grad is None else gather_tensor(parameter.grad)
 
 
+def scatter_weights(full_tensors: Tensors | None, model: nn.Module, accelerator: Accelerator) -> None:
+    """Load full tensors from the main process into the model on all processes. Raise ValueError if a tensor is missing
+    or unexpected, or has a different shape."""
+    weights: dict[str, Any] = {} if full_tensors is None else {**full_tensors}
+    targets: dict[str, Any] = get_model_state_dict(model)
+    run_on_main(accelerator, lambda: check_names_and_shapes(weights, targets))
+    # Full tensors cannot be copied into DTensors without these options. FSDP2 uses DTensors even with one process.
+    is_sharded = any(isinstance(target, DTensor) for target in targets.values())
+    is_distributed = is_sharded or accelerator.num_processes > 1
+    options = StateDictOptions(full_state_dict=is_distributed, broadcast_from_rank0=is_distributed)
+    set_model_state_dict(model, weights, options=options)
+
+
 @torch.no_grad()
-def scatter_ema(checkpoint: Checkpoint | None, accelerator: Accelerator, shadow: Tensors) -> None:
-    """Copy the EMA weights of a checkpoint from the main process into `shadow` on all processes."""
-    ema = {} if checkpoint is None else checkpoint.load_tensors("ema")
-    run_on_main(accelerator, lambda: check_names_and_shapes(ema, shadow))
-    for name, target in shadow.items():
-        target.copy_(distribute_like(ema.get(name), target.dtype, target, accelerator))
+def scatter_tensors(full_tensors: Tensors | None, targets: Tensors, accelerator: Accelerator) -> None:
+    """Copy full tensors from the main process into `targets` on all processes. Raise ValueError if a tensor is missing
+    or unexpected, or has a different shape."""
+    run_on_main(accelerator, lambda: check_names_and_shapes(full_tensors or {}, targets))
+    for name, target in targets.items():
+        target.copy_(
+            distribute_like(None if full_tensors is None else full_tensors[name], target.dtype, target, accelerator)
+        )
 
 
 def distribute_like(
@@ -236,7 +258,9 @@ def scatter_optimizer_state(
         key, parameter_name = name.split("/", 1)
         parameter = parameters[parameter_name]
         if isinstance(value, torch.dtype):
-            value = distribute_like((full_tensors or {}).get(name), value, parameter, accelerator)
+            value = distribute_like(
+                None if full_tensors is None else full_tensors[name], value, parameter, accelerator
+            )
         state.setdefault(indices[id(parameter)], {})[key] = value
     torch_optimizer.load_state_dict({"state": state, "param_groups": torch_optimizer.state_dict()["param_groups"]})
 

@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
 from torch import nn
 
-from ..checkpoints import Checkpoint, CheckpointStore, Tensors, load_on_main, save_on_main
+from ..checkpoints import Checkpoint, CheckpointStore, Tensors
 from ..conversion.any_checkpoint import is_pinned, pin_revision
 from ..data.batches import Batch
 from ..data.images import UnreadableImageCounter
@@ -99,8 +99,7 @@ class Runner:
     options: Any  # FinetuneOptions or PretrainOptions
     accelerator: Accelerator
     store: CheckpointStore
-    checkpoint: Checkpoint | None  # checkpoint to resume from; only on the main process
-    checkpoint_metadata: dict[str, Any] | None  # on all processes; None if the run is not resumed
+    checkpoint: Checkpoint | None  # checkpoint to resume from; None if the run is not resumed
     reporter: Reporter
     lock: output_folder.FolderLock  # lock of the output folder, held by the main process
     training_seconds: float = 0.0  # training time in seconds, including the time before --resume
@@ -119,7 +118,7 @@ class Runner:
     @property
     def is_finished(self) -> bool:
         """Return whether the resumed run has already written results.json."""
-        return self.checkpoint_metadata is not None and (self.folder / output_folder.RESULTS_FILE).exists()
+        return self.checkpoint is not None and (self.folder / output_folder.RESULTS_FILE).exists()
 
     @property
     def can_save_checkpoints(self) -> bool:
@@ -171,7 +170,8 @@ class Runner:
 
         def save(is_best: bool) -> None:
             if self.can_save_checkpoints:
-                save_on_main(self.store, accelerator, state.step, *gather_for_checkpoint(), is_best)
+                tensors, metadata = gather_for_checkpoint()
+                run_on_main(accelerator, lambda: self.store.save(state.step, tensors, metadata, is_best))
 
         def evaluate_with_timing() -> Metrics:
             start_time = time.perf_counter()
@@ -237,25 +237,26 @@ class Runner:
         }
 
     def load_best_weights(self, state: TrainingState) -> None:
-        """Load the weights with the best evaluation. Raise ValueError if the best checkpoint is damaged or missing."""
-        checkpoint, metadata = load_on_main(self.accelerator, self.store.load_best)
-        assert metadata is not None
+        """Load the weights of the checkpoint with the best evaluation into `state`, and print the step of this
+        checkpoint. Raise ValueError if the checkpoint is damaged or missing."""
+        checkpoint: Checkpoint = run_on_main(self.accelerator, self.store.load_best)
         scatter_weights_and_ema(checkpoint, self.accelerator, state.model, state.shadow)
-        self.selected_step = metadata["step"]
-        self.reporter.print_line("selected", f"the checkpoint of step {metadata['step']:,}, with the best evaluation")
+        self.selected_step = checkpoint.step
+        self.reporter.print_line(
+            "selected", f"the checkpoint of step {self.selected_step:,}, with the best evaluation"
+        )
 
     def set_data_fingerprint(self, data_fingerprint: dict[str, Any]) -> None:
         """Store the fingerprint of the data. Raise ValueError if --resume would continue with different data."""
         self.data_fingerprint = data_fingerprint
-        metadata = self.checkpoint_metadata
-        if metadata is None:
+        if self.checkpoint is None:
             return
-        if "data" not in metadata:
+        if "data" not in self.checkpoint.metadata:
             raise ValueError(
                 f"--resume: the checkpoint in {self.folder} was written by an older version of modeling_vitcls, with "
                 "a different held-out split. Restart the run with --overwrite, or choose a different --output-dir"
             )
-        if change := describe_change(metadata["data"], data_fingerprint):
+        if change := describe_change(self.checkpoint.metadata["data"], data_fingerprint):
             raise ValueError(
                 f"--resume: the dataset has changed since the run in {self.folder} was started: {change}. Restore "
                 "the dataset, or choose a different --output-dir"
@@ -264,7 +265,7 @@ class Runner:
     def pin_models(self, options: Any) -> Any:
         """Return the options with Hub models pinned to commits. A resumed run uses the commits that are stored in the
         flags of the checkpoint. Raise ValueError or OSError if a model cannot be found."""
-        stored_flags = self.checkpoint_metadata["flags"] if self.checkpoint_metadata else {}
+        stored_flags = self.checkpoint.metadata["flags"] if self.checkpoint else {}
 
         def pin(flag: str, source: str) -> str:
             if flag == "model" and is_preset(source):
@@ -276,21 +277,21 @@ class Runner:
     def set_options(self, options: Any) -> None:
         """Set the resolved options. Raise ValueError if --resume would continue the run with different flags."""
         self.options = options
-        if self.checkpoint_metadata is not None:
-            check_flags_unchanged(self.checkpoint_metadata["flags"], to_flags(options), self.folder)
+        if self.checkpoint is not None:
+            check_flags_unchanged(self.checkpoint.metadata["flags"], to_flags(options), self.folder)
 
     def check_plan(self, plan: BatchPlan) -> None:
         """Raise ValueError if --resume would change the precision, the number of steps, or the images per step."""
-        metadata, precision = self.checkpoint_metadata, self.accelerator.mixed_precision
-        if metadata is None:
+        if self.checkpoint is None:
             return
+        metadata, precision = self.checkpoint.metadata, self.accelerator.mixed_precision
         if metadata["mixed_precision"] != precision:
             raise ValueError(
                 f"--resume: the run in {self.folder} uses the mixed precision {metadata['mixed_precision']!r}, but "
                 f"the mixed precision of this run is {precision!r}. Use the same mixed precision, or choose a "
                 "different --output-dir"
             )
-        if metadata["images_per_step"] != plan.images_per_step or metadata["num_steps"] != plan.num_steps:
+        if (metadata["images_per_step"], metadata["num_steps"]) != (plan.images_per_step, plan.num_steps):
             raise ValueError(
                 f"--resume: the run in {self.folder} has {metadata['num_steps']:,} steps of "
                 f"{metadata['images_per_step']} images, but this run has {plan.num_steps:,} steps of "
@@ -299,11 +300,12 @@ class Runner:
             )
 
     def check_folder(self) -> None:
-        """Raise ValueError if the run would replace files without --overwrite, or resume with different flags."""
-        if self.checkpoint_metadata is None:
+        """Raise ValueError if the run would replace files without --overwrite, or if --resume would continue the run
+        with different flags."""
+        if self.checkpoint is None:
             output_folder.check_replaceable(self.options, self.store)
             return
-        check_flags_unchanged(self.checkpoint_metadata["flags"], to_flags(self.options), self.folder)
+        check_flags_unchanged(self.checkpoint.metadata["flags"], to_flags(self.options), self.folder)
         if not (self.folder / output_folder.CONFIG_FILE).exists() and not self.options.run.overwrite:
             output_folder.check_no_unrelated_files(self.folder)
 
@@ -311,7 +313,7 @@ class Runner:
         """Remove the files of an earlier run unless that run is resumed, then write config.resolved.yaml."""
 
         def replace_files() -> None:
-            if self.checkpoint_metadata is None:
+            if self.checkpoint is None:
                 output_folder.remove_run_files(self.folder, self.store)
             unsaved_flags = ("resume", "overwrite", "dry_run")
             flags = {name: value for name, value in self.get_flags().items() if name not in unsaved_flags}
@@ -336,15 +338,15 @@ class Runner:
 
     def restore(self, plan: BatchPlan, state: TrainingState, unreadable_images: UnreadableImageCounter) -> None:
         """If the run is resumed, load the checkpoint into `state`. Start the reporter."""
-        metadata = self.checkpoint_metadata
-        if metadata is not None:
+        if self.checkpoint is not None:
+            metadata = self.checkpoint.metadata
             try:
-                scatter_state(self.checkpoint, metadata, self.accelerator, state.model, state.optimizer, state.shadow)
+                scatter_state(self.checkpoint, self.accelerator, state.model, state.optimizer, state.shadow)
             except ValueError as error:
                 raise RunStopped(
                     f"--resume: {error}", is_on_all_processes=is_raised_on_all_processes(error)
                 ) from error
-            state.step = metadata["step"]
+            state.step = self.checkpoint.step
             state.best_score = metadata["best_score"]
             state.num_evaluations_since_best = metadata.get("num_worse", 0)
             losses_by_process = metadata["windows"]
@@ -421,9 +423,9 @@ class Runner:
             run_on_main(accelerator, lambda: write_json(file, failed_step))
             if self.can_save_checkpoints:
                 store = CheckpointStore(self.folder / output_folder.NON_FINITE_FOLDER, num_kept=1)
-                tensors, non_tensor_state = gather_state(accelerator, state.model, state.optimizer, state.shadow)
-                metadata = {"step": error.step} | non_tensor_state
-                save_on_main(store, accelerator, error.step, tensors, metadata, is_best=False)
+                tensors, metadata = gather_state(accelerator, state.model, state.optimizer, state.shadow)
+                metadata = {"step": error.step} | metadata
+                run_on_main(accelerator, lambda: store.save(error.step, tensors, metadata, is_best=False))
         except OSError as saving_error:
             saved_data = f"The images of step {error.step + 1} and the state before this step"
             return f"{saved_data} could not be saved: {saving_error}"
@@ -451,11 +453,11 @@ def build_runner(options: FinetuneOptions | PretrainOptions) -> Runner:
         reporter.warn(f"no checkpoints are saved, and the run cannot be resumed: {reason}")
     lock = output_folder.FolderLock(options.output_dir)
     run_on_main(accelerator, lock.acquire)
-    runner = Runner(options, accelerator, store, None, None, reporter, lock)
+    runner = Runner(options, accelerator, store, None, reporter, lock)
     with runner.release_lock_on_error():
         if run_options.resume:
             load_newest = partial(store.load_newest, reporter.warn)
-            runner.checkpoint, runner.checkpoint_metadata = load_on_main(accelerator, load_newest)
+            runner.checkpoint = run_on_main(accelerator, load_newest)
         run_on_main(accelerator, runner.check_folder)
         return runner
 

@@ -3,7 +3,7 @@
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from modeling_vitcls.benchmarking.growth import (
     get_varied_field,
     plot_growth,
 )
-from modeling_vitcls.benchmarking.peers import PEERS, PEERS_WITH_REGISTERS, TOY_SIZE, Peer
+from modeling_vitcls.benchmarking.peers import PEERS, PEERS_WITH_REGISTERS, TOY_SIZE, Peer, build_random_images
 from modeling_vitcls.benchmarking.tables import format_markdown, print_tables, write_reports
 from modeling_vitcls.benchmarking.work import run_benchmarks
 from modeling_vitcls.commands import benchmark
@@ -152,35 +152,36 @@ def test_work_for_the_cpu_is_not_measured_on_a_gpu(monkeypatch: pytest.MonkeyPat
 # Memory --------------------------------------------------------------------------------------------------------------
 
 
+class AddBias(torch.nn.Module):
+    def __init__(self, bias: float) -> None:
+        super().__init__()
+        self.bias = torch.nn.Parameter(torch.tensor(bias))
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return pixel_values + self.bias
+
+
 def test_each_process_measures_the_side_of_its_flags(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The outputs of the two sides differ, and are returned as their memory."""
-    peer = Peer("timm", TOY_SIZE, torch.nn.Linear(1, 1), torch.nn.Linear(1, 1), lambda pixels: pixels + 2)
-    monkeypatch.setattr(Peer, "predict_ours", lambda self, pixels: pixels + 1)
+    """The outputs of the two sides differ, and the difference is returned as their memory. The warm-up is a toy model
+    with 2 images."""
+    peer = Peer("timm", TOY_SIZE, AddBias(2.0), AddBias(1.0))
     monkeypatch.setattr(growth, "build_peer", lambda point, against, is_toy: peer)
-    inputs: list[tuple[Any, ...]] = []
+    outputs: list[tuple[Any, ...]] = []
 
-    def measure(predict: Any, images: torch.Tensor, predict_toy: Any, toy_images: torch.Tensor) -> int:
-        inputs.append((images.dtype, tuple(images.shape), tuple(toy_images.shape)))
-        return int(predict(torch.zeros(1)))
+    def measure(warm_up: Callable[[], torch.Tensor], function: Callable[[], torch.Tensor]) -> int:
+        output = function()
+        outputs.append((output.dtype, tuple(output.shape), len(warm_up())))
+        return round((output - build_random_images(1, 32)).mean().item())
 
-    monkeypatch.setattr(growth, "measure_peak_memory", measure)
+    monkeypatch.setattr(growth, "measure_memory_growth", measure)
     for flags, expected in (((), 1), (("--theirs",), 2)):
         monkeypatch.setattr(sys, "argv", ["growth", "batch 1", "timm", "--toy", "--precision", "bf16", *flags])
         growth.main()
         assert int(capsys.readouterr().out) == expected
-    assert inputs == [(torch.bfloat16, (1, 3, 32, 32), (2, 3, 32, 32))] * 2
-    assert peer.theirs.weight.dtype == torch.bfloat16
-
-
-def test_the_warm_up_of_memory_is_a_toy_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(growth, "measure_memory_growth", lambda *functions: [run() for run in functions])
-    images, toy_images = torch.zeros(2), torch.zeros(1)
-    called: Any = growth.measure_peak_memory(
-        lambda given: ("model", given), images, lambda given: ("toy", given), toy_images
-    )
-    assert called == [("toy", toy_images), ("model", images)]
+    assert outputs == [(torch.bfloat16, (1, 3, 32, 32), 2)] * 2
+    assert peer.theirs.bias.dtype == torch.bfloat16
 
 
 @pytest.mark.slow

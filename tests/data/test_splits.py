@@ -105,7 +105,7 @@ def test_a_changed_table_is_an_error(tmp_path: Path, streaming: bool) -> None:
             FinetuneTask(options)
         reset_accelerate()
     write(rows)
-    assert FinetuneTask(options).runner.checkpoint_metadata is not None
+    assert FinetuneTask(options).runner.checkpoint is not None
 
 
 def test_other_names_and_other_held_out_images_have_different_errors() -> None:

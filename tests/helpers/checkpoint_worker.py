@@ -23,7 +23,8 @@ from torch.distributed.tensor import DTensor
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification
-from modeling_vitcls.checkpoints import CheckpointStore, load_on_main, save_on_main
+from modeling_vitcls.checkpoints import CheckpointStore
+from modeling_vitcls.distributed import run_on_main
 from modeling_vitcls.training.distributed_state import gather_state, scatter_state
 from modeling_vitcls.training.loop import SignalHandler
 from modeling_vitcls.training.optimizer import Ema
@@ -69,12 +70,11 @@ class Training:
     def save(self, store: CheckpointStore, step: int) -> None:
         tensors, facts = gather_state(self.accelerator, self.model, self.optimizer, self.ema.shadow)
         assert bool(tensors["model"]) == self.accelerator.is_main_process
-        save_on_main(store, self.accelerator, step, tensors, facts, is_best=False)
+        run_on_main(self.accelerator, lambda: store.save(step, tensors, facts, is_best=False))
 
     def load(self, store: CheckpointStore) -> None:
-        checkpoint, facts = load_on_main(self.accelerator, lambda: store.load_newest(print))
-        assert facts is not None and (checkpoint is None) != self.accelerator.is_main_process
-        scatter_state(checkpoint, facts, self.accelerator, self.model, self.optimizer, self.ema.shadow)
+        checkpoint = run_on_main(self.accelerator, lambda: store.load_newest(print))
+        scatter_state(checkpoint, self.accelerator, self.model, self.optimizer, self.ema.shadow)
 
     def get_local_tensors(self) -> dict[str, torch.Tensor]:
         """Return copies of all weights, optimizer moments and averages, as stored on this process."""
@@ -146,7 +146,7 @@ def check_save_error_on_all_processes(folder: Path, accelerator: Accelerator) ->
 
 def check_load_error_on_all_processes(folder: Path, accelerator: Accelerator) -> None:
     store = CheckpointStore(folder / "damaged", num_kept=2)
-    assert load_on_main(accelerator, lambda: store.load_newest(print)) == (None, None)
+    assert run_on_main(accelerator, lambda: store.load_newest(print)) is None
     training = Training("DDP", 0, accelerator)
     training.save(store, 1)
     if accelerator.is_main_process:

@@ -86,8 +86,9 @@ def test_code_in_another_repository_is_pinned_only_in_the_second_block() -> None
 def test_a_model_of_transformers_requires_no_remote_code() -> None:
     section = build_use_section("ann/x", "DeiTForImageClassification", has_pipeline=True, is_native=True)
     assert "trust_remote_code" not in section and "contains no code" in section
-    classifier = build_use_section("ann/x", "DeiTForImageClassification", has_pipeline=False, is_native=True)
-    assert "model = AutoModelForImageClassification.from_pretrained(" in classifier
+    for architecture in ("DeiTForImageClassification", "DeiTForImageClassificationWithTeacher"):
+        classifier = build_use_section("ann/x", architecture, has_pipeline=False, is_native=True)
+        assert "model = AutoModelForImageClassification.from_pretrained(" in classifier
     encoder = build_use_section("ann/x", "ViTModel", has_pipeline=False, is_native=True)
     assert "model = AutoModel.from_pretrained(" in encoder and "outputs.last_hidden_state.shape" in encoder
 

@@ -546,19 +546,27 @@ def test_a_revision_follows_the_last_at_sign(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
-def test_progress_is_shown_on_the_first_process_of_each_machine(rank: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_is_shown_on_the_first_process_of_each_machine(
+    rank: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     group = "huggingface_hub.snapshot_download"
+    is_hidden: list[bool] = []
+
+    def download(*_: Any, **__: Any) -> str:
+        is_hidden.append(are_progress_bars_disabled(group))
+        return str(tmp_path)
+
+    monkeypatch.setattr(loading, "snapshot_download", download)
+    (tmp_path / "config.json").write_text("{}")
     monkeypatch.setenv("LOCAL_RANK", rank)
     monkeypatch.setenv("RANK", "8")
     enable_progress_bars()  # commands that ran in this process have hidden them
-    with loading.show_progress_on_first_process():
-        assert are_progress_bars_disabled(group) is (rank == "1")
-    assert not are_progress_bars_disabled(group)
+    loading.download_model("ann/model", CONFIG_FILES, None)
+    assert is_hidden == [rank == "1"] and not are_progress_bars_disabled(group)
     disable_progress_bars(group)
     try:
-        with loading.show_progress_on_first_process():
-            pass
-        assert are_progress_bars_disabled(group)
+        loading.download_model("ann/model", CONFIG_FILES, None)
+        assert is_hidden == [rank == "1", True] and are_progress_bars_disabled(group)
     finally:
         enable_progress_bars(group)
 

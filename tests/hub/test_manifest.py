@@ -11,8 +11,8 @@ from tiny_models import build_tiny_config, raises_one_line
 
 import modeling_vitcls as vitcls
 from modeling_vitcls.hub.code_files import READING_ORDER
+from modeling_vitcls.hub.loading import CONFIG_FILES
 from modeling_vitcls.hub.manifest import (
-    CODE_REFERENCE_FILES,
     collect_model_files,
     has_current_onnx_files,
     is_match,
@@ -29,7 +29,7 @@ def folder(tmp_path: Path) -> Path:
     target = tmp_path / "my-run"
     target.mkdir()
     for name, references in zip(
-        CODE_REFERENCE_FILES,
+        CONFIG_FILES,
         (
             {"AutoModel": "ann/code--modeling_vitcls.ViTCLSModel"},
             {"AutoImageProcessor": [None, "ann/code--image_processing_vitcls.ViTCLSImageProcessor"]},
@@ -42,7 +42,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_a_model_without_code_is_published_without_the_license_of_the_code(folder: Path) -> None:
-    assert collect_model_files(folder).keys() == {*CODE_REFERENCE_FILES, "model.safetensors"}
+    assert collect_model_files(folder).keys() == {*CONFIG_FILES, "model.safetensors"}
     assert list_required_code(folder) == set()
     assert read_code_references(folder) == [
         "ann/code--modeling_vitcls.ViTCLSModel",
@@ -51,9 +51,7 @@ def test_a_model_without_code_is_published_without_the_license_of_the_code(folde
 
 
 def test_lists_of_references_name_required_code(folder: Path) -> None:
-    (folder / CODE_REFERENCE_FILES[1]).write_text(
-        json.dumps({"auto_map": {"AutoImageProcessor": [None, "mine.Mine"]}})
-    )
+    (folder / CONFIG_FILES[1]).write_text(json.dumps({"auto_map": {"AutoImageProcessor": [None, "mine.Mine"]}}))
     assert list_required_code(folder) == {"mine.py"}
 
 

@@ -11,8 +11,9 @@ from tiny_models import build_tiny_config, randomize
 
 from modeling_vitcls import ViTCLSForImageClassification
 from modeling_vitcls.hub import provenance
+from modeling_vitcls.hub.card import get_license
 from modeling_vitcls.hub.manifest import collect_model_files
-from modeling_vitcls.hub.provenance import Provenance, find_provenance, get_run_license
+from modeling_vitcls.hub.provenance import Provenance, find_provenance
 
 
 DINOV3 = "license: other\nlicense_name: dinov3-license\nlicense_link: LICENSE.md\n"
@@ -129,7 +130,7 @@ def test_timm_folders_are_read(tmp_path: Path) -> None:
 
 def test_the_license_of_derived_weights_names_the_teacher() -> None:
     base, teacher = Provenance("ann/base", license="mit"), Provenance("ann/cnn", license="other", license_name="x")
-    assert str(get_run_license(False, None, base, teacher)) == (
+    assert str(get_license({"model": "ann/base"}, base, teacher)) == (
         "The weights are derived from another model and remain under its license: mit. The teacher model of the "
         "distillation is licensed under x. The Python files are licensed under Apache-2.0."
     )

@@ -17,10 +17,10 @@ from PIL import Image
 from tiny_models import raises_one_line
 
 from modeling_vitcls.hub import connection
+from modeling_vitcls.hub.code_files import PACKAGE_FOLDER
 from modeling_vitcls.hub.publish import PushError
 from modeling_vitcls.hub.revisions import HubCommit, resolve_commit
 from modeling_vitcls.hub.space import (
-    PACKAGE_FOLDER,
     PAGE_FILES,
     PublishedModel,
     build_space_files,

@@ -91,7 +91,7 @@ def test_the_demo_predicts_without_maps(digit: Path, tmp_path: Path) -> None:
     answer = reading.predictions["Label"]
     assert isinstance(answer, dict)
     assert {int(name.removeprefix("LABEL_")): value for name, value in answer.items()} == pytest.approx(expected)
-    assert reading.token_attention.shape == (0, 2, 3, 3 + 16) and reading.attention_maps.shape == (0, 2, 3, 4, 4)
+    assert len(reading.token_attention) == len(reading.attention_maps) == 0
     assert reading.draw_all_layers(token=0, head=None) == []
     assert "merges patches" in explain_missing_output(reader)
     kinds = [component["type"] for component in build_page(reader).get_config_file()["components"]]

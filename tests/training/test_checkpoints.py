@@ -36,7 +36,6 @@ from modeling_vitcls.checkpoints import (
     DamagedCheckpointError,
     compute_file_digest,
     format_state,
-    load_on_main,
     read_state,
 )
 from modeling_vitcls.data.batches import leave_signals_to_parent
@@ -89,7 +88,6 @@ def list_files(folder: Path) -> list[str]:
 
 def test_nothing_to_resume(store: CheckpointStore) -> None:
     assert get_newest(store) == (None, [])
-    assert load_on_main(Accelerator(cpu=True), lambda: store.load_newest(pytest.fail)) == (None, None)
 
 
 def test_missing_folders_are_created(tmp_path: Path) -> None:
@@ -119,7 +117,7 @@ def test_a_checkpoint_comes_back_to_the_bit(store: CheckpointStore) -> None:
         "big": 2**63 + 1,
         "nested": {"name": ["é", True, -0.0]},
     }
-    assert store.save(7, {"model": tensors}, facts, is_best=False) == store.get_folder(7)
+    store.save(7, {"model": tensors}, facts, is_best=False)
     assert list_files(store.folder) == ["step-00000007", "step-00000007/model.safetensors", "step-00000007/state.json"]
     checkpoint = store.load_newest(pytest.fail)
     assert checkpoint is not None and checkpoint.step == 7
@@ -598,7 +596,7 @@ def test_training_resumes_to_the_bit(store: CheckpointStore, kind: str) -> None:
     other_ema = Ema(other, decay=0.9)
     checkpoint = store.load_newest(pytest.fail)
     assert checkpoint is not None
-    scatter_state(checkpoint, checkpoint.metadata, accelerator, other, other_optimizer, other_ema.shadow)
+    scatter_state(checkpoint, accelerator, other, other_optimizer, other_ema.shadow)
     assert [step_once(other, other_optimizer, other_ema, step) for step in range(3, 6)] == expected
     for name, tensor in get_model_state_dict(model).items():
         assert torch.equal(tensor, get_model_state_dict(other)[name]), name
@@ -628,7 +626,7 @@ def test_the_loss_scaler_is_resumed(store: CheckpointStore) -> None:
     checkpoint = store.load_newest(pytest.fail)
     assert checkpoint is not None
     accelerator.scaler = torch.amp.GradScaler("cpu")
-    scatter_state(checkpoint, checkpoint.metadata, accelerator, model, optimizer, None)
+    scatter_state(checkpoint, accelerator, model, optimizer, None)
     state = accelerator.scaler.state_dict()
     assert (state["scale"], state["growth_interval"], state["_growth_tracker"]) == (512.5, 5, 3)
 
@@ -647,7 +645,7 @@ def test_a_checkpoint_of_another_model_is_an_error(store: CheckpointStore) -> No
     ):
         other = ViTCLSForImageClassification(ViTCLSConfig(**(SIZES | {"num_labels": 3} | change)))
         with pytest.raises(ValueError, match=message):
-            scatter_state(checkpoint, facts, accelerator, other, build_optimizer("plain", other), None)
+            scatter_state(checkpoint, accelerator, other, build_optimizer("plain", other), None)
 
 
 def test_a_checkpoint_with_moments_of_frozen_parameters_is_an_error(store: CheckpointStore) -> None:
@@ -662,7 +660,7 @@ def test_a_checkpoint_with_moments_of_frozen_parameters_is_an_error(store: Check
     with pytest.raises(
         ValueError, match=r"belongs to another run: the optimizer of this run has no state \w+/vitcls\."
     ):
-        scatter_state(checkpoint, facts, accelerator, other, build_optimizer("head only", other), None)
+        scatter_state(checkpoint, accelerator, other, build_optimizer("head only", other), None)
 
 
 # Signals -------------------------------------------------------------------------------------------------------------
@@ -831,7 +829,7 @@ def test_fsdp2_on_one_process_resumes_to_the_bit(store: CheckpointStore, mesh: d
     other, other_optimizer, other_ema = build_sharded(1, mesh)
     checkpoint = store.load_newest(pytest.fail)
     assert checkpoint is not None
-    scatter_state(checkpoint, checkpoint.metadata, accelerator, other, other_optimizer, other_ema.shadow)
+    scatter_state(checkpoint, accelerator, other, other_optimizer, other_ema.shadow)
     assert [step_once(other, other_optimizer, other_ema, step) for step in range(2, 4)] == expected
     for mine, theirs in zip(ema.shadow, other_ema.shadow, strict=True):
         assert torch.equal(mine.full_tensor(), theirs.full_tensor())

@@ -42,7 +42,7 @@ from modeling_vitcls import (
 from modeling_vitcls.commands.parsing import exit_on_error, parse_with_recipe
 from modeling_vitcls.data.batches import Normalizer, iterate_training_batches
 from modeling_vitcls.data.labels import LabelSpace
-from modeling_vitcls.distributed import check_trackers, run_on_main
+from modeling_vitcls.distributed import run_on_main
 from modeling_vitcls.files import read_json
 from modeling_vitcls.options import EvaluateOptions, FinetuneOptions, ModelOptions
 from modeling_vitcls.training import runner, task
@@ -608,12 +608,6 @@ def test_a_run_without_a_report_removes_the_report_of_an_earlier_run(
     train(tmp_path, "digits", max_steps=1, overwrite=True)
     assert not (tmp_path / "report.html").exists()
     assert "(model, image processor, README.md, results.json)" in capsys.readouterr().out
-
-
-def test_a_tracker_that_is_not_installed_is_named() -> None:
-    message = "--log-with wandbox requires the package wandbox, which is not installed. Run pip install wandbox"
-    with pytest.raises(ValueError, match=re.escape(message)):
-        check_trackers(("wandbox",))
 
 
 # The Hub ------------------------------------------------------------------------------------------------------------

@@ -203,7 +203,7 @@ def test_a_resumed_run_masks_the_same_patches(pretrained: Path, tmp_path: Path) 
     (folder / "results.json").unlink()
     (folder / "model.safetensors").unlink()
     run = PretrainTask(tiny_options(folder, resume=True))
-    assert run.runner.checkpoint_metadata is not None and run.runner.checkpoint_metadata["step"] == 6
+    assert run.runner.checkpoint is not None and run.runner.checkpoint.metadata["step"] == 6
     assert run_task(run)["reconstruction_loss"] == read_json(pretrained / "results.json")["reconstruction_loss"]
     resumed, whole = (ViTCLSForMaskedImageModeling.from_pretrained(at).state_dict() for at in (folder, pretrained))
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
