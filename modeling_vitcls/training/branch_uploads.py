@@ -38,13 +38,11 @@ UPLOAD_TIMEOUT = 600.0  # maximum waiting time for an upload at the end of train
 UPLOAD_TIMEOUT_AFTER_SIGNAL = 20.0
 
 ModelWriter = Callable[[Path, Tensors], None]  # writes model files with the given weights to a folder
-CheckpointContents = tuple[dict[str, Tensors], dict[str, Any]]  # tensors and metadata for `CheckpointStore.save`
 
 
 @dataclass(eq=False)
 class BranchUploader:
-    """Context manager that pushes checkpoints in a background thread. On exit, the context manager waits for a running
-    upload, up to a timeout."""
+    """Context manager that pushes checkpoints in a background thread, and on exit waits for a running upload."""
 
     options: Any
     reporter: Reporter
@@ -83,13 +81,14 @@ class BranchUploader:
         finally:
             self.remove_folder()
 
-    def push_if_due(self, state: TrainingState, gather_checkpoint: Callable[[], CheckpointContents]) -> None:
-        """Push the model if an upload is due at this step. `gather_checkpoint` returns the checkpoint for `--resume`.
-        This method must be called on all processes."""
+    def push_if_due(
+        self, state: TrainingState, gather_checkpoint: Callable[[], tuple[dict[str, Tensors], dict[str, Any]]]
+    ) -> None:
+        """Push the model if an upload is due at this step. `gather_checkpoint` returns the tensors and the metadata of
+        the checkpoint for `--resume`. This method must be called on all processes."""
         step = state.step
-        if step % self.run_options.hub_checkpoint_every:
-            return
-        if not run_on_main(self.accelerator, lambda: self.can_start_upload(step)):
+        is_due = step % self.run_options.hub_checkpoint_every == 0
+        if not is_due or not run_on_main(self.accelerator, lambda: self.can_start_upload(step)):
             return
         self.try_write(step, self.recreate_folder)
         # The checkpoint is written before the averaged weights are copied into the model, because the tensors of the
@@ -107,8 +106,7 @@ class BranchUploader:
     # Called on the main process --------------------------------------------------------------------------------------
 
     def can_start_upload(self, step: int) -> bool:
-        """Return whether a new upload can start, which requires that no upload is running. Print a warning the
-        first time that an upload is skipped."""
+        """Return whether no upload is running. Print a warning the first time that an upload is skipped."""
         if self.thread is None or not self.thread.is_alive():
             return True
         if not self.has_skipped_upload:
@@ -121,8 +119,7 @@ class BranchUploader:
         return False
 
     def try_write(self, step: int, write: Callable[[], Any]) -> None:
-        """Call `write` on the main process, unless an earlier write in this step failed. Convert a write error to a
-        warning."""
+        """Call `write` on the main process unless an earlier write in this step failed. Errors become warnings."""
         if not self.accelerator.is_main_process or self.last_failed_step == step:
             return
         try:
@@ -131,9 +128,9 @@ class BranchUploader:
         except WRITE_ERRORS as error:
             self.last_failed_step = step
             self.remove_folder()
-            reason = format_hub_error(error)
             self.reporter.warn(
-                f"the model from step {step:,} is not pushed, because the model cannot be written: {reason}"
+                f"the model from step {step:,} is not pushed, because the model cannot be written: "
+                f"{format_hub_error(error)}"
             )
 
     def start_push(self, step: int) -> None:
@@ -154,13 +151,12 @@ class BranchUploader:
         for name in ("metrics.jsonl", RECIPE_FILE):
             if (self.options.output_dir / name).is_file():
                 shutil.copyfile(self.options.output_dir / name, self.folder / name)
-        architecture = read_json(self.folder / "config.json")["architectures"][0]
         flags = to_flags(self.options)
         card = build_checkpoint_card(
             self.repo_id,
             self.branch,
             step,
-            architecture,
+            read_json(self.folder / "config.json")["architectures"][0],
             build_common_metadata(flags, self.provenance),
             get_license(flags, self.provenance, self.teacher_provenance),
             self.run_options.hub_push_optimizer,
@@ -187,10 +183,8 @@ class BranchUploader:
                 self.reporter.warn(
                     f"the model from step {step:,} was not pushed to the branch {self.branch}: {reason}"
                 )
-        else:
-            self.reporter.print_line(
-                "pushed", f"step {step:,} to the branch {self.branch}, commit {push_result.commit}"
-            )
+            return
+        self.reporter.print_line("pushed", f"step {step:,} to the branch {self.branch}, commit {push_result.commit}")
 
     def wait_for_upload(self, timeout: float) -> None:
         """Wait for the running upload for at most `timeout` seconds."""
@@ -212,8 +206,7 @@ class BranchUploader:
 def build_branch_uploader(
     options: Any, reporter: Reporter, repo_id: str | None, model: nn.Module, write_model: ModelWriter
 ) -> BranchUploader | None:
-    """Build a `BranchUploader`. Return None in a dry run, or if `--hub-checkpoint-every` or the repository is not
-    set."""
+    """Build a `BranchUploader`; None in a dry run, or without `--hub-checkpoint-every` or a repository."""
     if repo_id is None or options.run.hub_checkpoint_every is None or options.run.dry_run:
         return None
     return BranchUploader(options, reporter, repo_id, model, write_model)

@@ -22,9 +22,7 @@ from ..modeling_vitcls import get_num_output_tokens
 from ..variants_vitcls import get_num_kept_patches
 
 
-ImageSize = int | tuple[int, int] | list[int] | None
-
-FLOAT32_BYTES = 4  # bytes per element
+ImageSize = int | tuple[int, int] | list[int] | None  # pixels; None is the image size in the configuration
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +36,6 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
-        """Return the total memory in bytes."""
         return self.parameters + self.gradients + self.optimizer + self.activations
 
 
@@ -51,14 +48,17 @@ def count_forward_flops(model: Any, image_size: ImageSize = None, batch_size: in
     encoder = model.base_model
     num_patches, num_tokens = get_num_patches_and_tokens(model.config, image_size)
     flops_per_image = 2 * encoder.embeddings.patch_embeddings.projection.weight.numel() * num_patches
-    for layer, num_queries in zip(encoder.layers, get_num_queries_per_layer(model, num_tokens), strict=True):
-        flops_per_image += count_layer_flops(layer, num_queries, num_tokens)
+    flops_per_image += sum(count_layer_flops(*layer) for layer in get_layers_with_token_counts(model, num_tokens))
     flops_per_batch = 0
     if encoder.pooler is not None:
         flops_per_image += count_linear_flops(encoder.pooler)
-    for pooler in get_attention_poolers(encoder):
-        flops_per_image += count_attention_pooler_flops(pooler, num_patches, num_tokens)
-        flops_per_batch += count_linear_flops(pooler.q_proj)  # the query is the same for all images
+    for pooler in (module for module in encoder.modules() if isinstance(module, AttentionPooler)):
+        num_keys = num_tokens if pooler.token_slice == slice(None) else num_patches
+        flops_per_image += 4 * num_keys * pooler.probe.shape[-1]  # attention scores and weighted sums of values
+        # The linear layers of the pooler have been counted once per image. The query is the same for all images.
+        flops_per_image += (num_keys - 1) * count_linear_flops(pooler.k_proj, pooler.v_proj)
+        flops_per_image -= count_linear_flops(pooler.q_proj)
+        flops_per_batch += count_linear_flops(pooler.q_proj)
     flops_per_image += count_linear_flops(*get_classifiers(model))
     if hasattr(model, "decoder"):
         flops_per_image += num_patches * count_linear_flops(model.decoder)
@@ -66,8 +66,7 @@ def count_forward_flops(model: Any, image_size: ImageSize = None, batch_size: in
 
 
 def get_num_patches_and_tokens(config: ViTCLSConfig, image_size: ImageSize) -> tuple[int, int]:
-    """Return the number of patches and the number of tokens for an image size. Raise ValueError if the image size is
-    smaller than the patch size."""
+    """Return the numbers of patches and tokens. Raise ValueError if the image is smaller than a patch."""
     height, width = resolve_image_size(config, image_size)
     patch_height, patch_width = config.patch_height_width
     rows, columns = height // patch_height, width // patch_width
@@ -80,23 +79,23 @@ def get_num_patches_and_tokens(config: ViTCLSConfig, image_size: ImageSize) -> t
 
 
 def resolve_image_size(config: ViTCLSConfig, image_size: ImageSize) -> tuple[int, int]:
-    """Return an image size as (height, width) in pixels. None means the image size in the configuration."""
     if image_size is None:
         return config.image_height_width
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     return height, width
 
 
-def get_num_queries_per_layer(model: Any, num_tokens: int) -> list[int]:
-    """Return the number of output tokens of each layer. The last layer outputs only the tokens that the pooler and the
-    heads use."""
-    num_output_tokens = get_num_output_tokens(model.base_model, {}) if get_classifiers(model) else None
-    return [num_tokens] * (model.config.num_hidden_layers - 1) + [num_output_tokens or num_tokens]
+def get_layers_with_token_counts(model: Any, num_tokens: int) -> list[tuple[Any, int, int]]:
+    """Return (layer, number of queries, number of keys) for each layer. The last layer has queries only for the tokens
+    that the pooler and the heads use."""
+    encoder = model.base_model
+    num_output_tokens = get_num_output_tokens(encoder, {}) if get_classifiers(model) else None
+    num_queries = [num_tokens] * (model.config.num_hidden_layers - 1) + [num_output_tokens or num_tokens]
+    return [(layer, count, num_tokens) for layer, count in zip(encoder.layers, num_queries, strict=True)]
 
 
 def count_layer_flops(layer: Any, num_queries: int, num_tokens: int) -> int:
-    """Return the FLOPs of one layer for one image. Queries, output projection and MLP are computed for `num_queries`
-    tokens, and keys and values are computed for all tokens."""
+    """Return the FLOPs of one layer for one image. Keys and values are computed for all tokens."""
     attention: ViTCLSAttention = layer.attention
     flops = num_queries * count_linear_flops(attention.q_proj, attention.o_proj, layer.mlp)
     flops += num_tokens * count_linear_flops(attention.k_proj, attention.v_proj)
@@ -104,19 +103,9 @@ def count_layer_flops(layer: Any, num_queries: int, num_tokens: int) -> int:
 
 
 def count_attention_flops(attention: ViTCLSAttention, num_queries: int, num_keys: int) -> int:
-    """Return the FLOPs of attention scores and weighted sums of values. Differential attention has two attention maps
-    per head, and each map is multiplied by all values of the head."""
+    """Return the FLOPs of attention. Differential attention multiplies two maps per head by all values of the head."""
     num_maps_per_head = attention.head_dim // attention.qk_head_dim
     return 2 * num_queries * num_keys * attention.o_proj.in_features * (1 + num_maps_per_head)
-
-
-def count_attention_pooler_flops(pooler: AttentionPooler, num_patches: int, num_tokens: int) -> int:
-    """Return the FLOPs per image to add to `count_linear_flops(pooler)`, which counts the linear layers for one token.
-    The FLOPs of the query are subtracted, because the query is computed once per batch."""
-    num_keys = num_tokens if pooler.token_slice == slice(None) else num_patches
-    flops = 4 * num_keys * pooler.probe.shape[-1]  # attention scores and weighted sums of values
-    flops += (num_keys - 1) * count_linear_flops(pooler.k_proj, pooler.v_proj)
-    return flops - count_linear_flops(pooler.q_proj)
 
 
 def count_linear_flops(*modules: nn.Module) -> int:
@@ -130,17 +119,10 @@ def get_linear_layers(modules: Iterable[nn.Module]) -> list[nn.Linear]:
 
 
 def get_classifiers(model: Any) -> list[nn.Module]:
-    """Return the classifiers of a model; a multi-task model has one classifier per task. Each classifier is applied to
-    one vector per image."""
+    """Return the classifiers, which are applied to one vector per image. Multi-task models have one per task."""
     task_classifiers = list(getattr(model, "classifiers", {}).values())
     classifiers = [getattr(model, name, None) for name in ("classifier", "distillation_classifier")]
     return task_classifiers + [classifier for classifier in classifiers if classifier is not None]
-
-
-def get_attention_poolers(encoder: Any) -> list[AttentionPooler]:
-    """Return the attention poolers of an encoder."""
-    modules = [] if encoder.pooler is None else encoder.pooler.modules()
-    return [module for module in modules if isinstance(module, AttentionPooler)]
 
 
 # Memory --------------------------------------------------------------------------------------------------------------
@@ -182,7 +164,7 @@ def estimate_memory(
     Raises:
         ValueError: if the image size is smaller than the patch size.
     """
-    trainable_parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    num_trainable_bytes = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
     itemsize = model.dtype.itemsize
     is_on_cpu = torch.device(model.device if device is None else device).type == "cpu"
     settings = StepSettings(
@@ -192,24 +174,19 @@ def estimate_memory(
     if settings.uses_autocast:
         activations += settings.matmul_element_size * count_cast_weights(model, is_on_cpu)
     return MemoryEstimate(
-        parameters=count_bytes(model.parameters()),
-        gradients=count_bytes(trainable_parameters),
-        optimizer=2 * count_bytes(trainable_parameters),
+        parameters=sum(parameter.nbytes for parameter in model.parameters()),
+        gradients=num_trainable_bytes,
+        optimizer=2 * num_trainable_bytes,
         activations=activations,
     )
-
-
-def count_bytes(tensors: Iterable[torch.Tensor]) -> int:
-    """Return the total size of tensors in bytes."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def count_cast_weights(model: Any, is_on_cpu: bool) -> int:
     """Return the number of linear-layer weights whose autocast copies are stored for the backward pass."""
     layers = list(model.base_model.layers)
-    num_excluded_layers = (
-        len(layers) if uses_gradient_checkpointing(layers) else get_first_trainable_layer(model.base_model)
-    )
+    num_excluded_layers = get_first_trainable_layer(model.base_model)
+    if any(layer.gradient_checkpointing for layer in layers):
+        num_excluded_layers = len(layers)
     excluded_linear_layers = set(get_linear_layers(layers[:num_excluded_layers]))
     if is_on_cpu:
         excluded_linear_layers.update(get_linear_layers([layer.mlp])[-1] for layer in layers[num_excluded_layers:])
@@ -217,31 +194,26 @@ def count_cast_weights(model: Any, is_on_cpu: bool) -> int:
 
 
 def count_activation_bytes(model: Any, image_size: ImageSize, settings: StepSettings) -> int:
-    """Return the number of bytes per image that autograd stores for the embeddings, for the first trainable layer and
-    all later layers, and for the modules after the encoder."""
+    """Return the number of bytes per image that autograd stores for the embeddings, the layers and the head."""
     config, encoder = model.config, model.base_model
     num_patches, num_embedded_tokens = get_num_patches_and_tokens(config, image_size)
     num_tokens = get_num_training_tokens(model, num_patches, num_embedded_tokens)  # tokens per image in the layers
-    num_queries_per_layer = get_num_queries_per_layer(model, num_tokens)
     height, width = resolve_image_size(config, image_size)
     num_pixel_values = config.num_channels * height * width
-    layer_bytes = [
-        count_layer_bytes(layer, num_queries, num_tokens, settings)
-        for layer, num_queries in zip(encoder.layers, num_queries_per_layer, strict=True)
-    ][get_first_trainable_layer(encoder) :]
-    if uses_gradient_checkpointing(encoder.layers):
+    layers = get_layers_with_token_counts(model, num_tokens)
+    layer_bytes = [count_layer_bytes(*layer, settings) for layer in layers[get_first_trainable_layer(encoder) :]]
+    if any(layer.gradient_checkpointing for layer in encoder.layers):
         input_bytes = num_tokens * config.hidden_size * settings.residual_element_size
         # The backward pass recomputes the activations of one layer at a time.
         layer_bytes = [input_bytes] * len(layer_bytes) + [max(layer_bytes, default=0)]
     num_bytes = sum(layer_bytes)
     if layer_bytes:
-        num_bytes += num_queries_per_layer[-1] * count_norm_bytes(config, settings)  # final norm
+        _, num_queries, _ = layers[-1]
+        num_bytes += num_queries * count_norm_bytes(config, settings)  # final norm
     if has_trainable_parameters(encoder.embeddings):
-        num_bytes += (
-            num_pixel_values * settings.matmul_element_size
-            + num_embedded_tokens * count_norm_bytes(config, settings) * config.pre_norm
-        )
-    if get_attention_poolers(encoder):
+        num_bytes += num_pixel_values * settings.matmul_element_size
+        num_bytes += num_embedded_tokens * count_norm_bytes(config, settings) * config.pre_norm
+    if any(isinstance(module, AttentionPooler) for module in encoder.modules()):
         num_bytes += 3 * num_tokens * config.hidden_size * settings.matmul_element_size  # tokens, keys, values
     if hasattr(model, "decoder"):
         num_bytes += num_patches * config.hidden_size * settings.matmul_element_size
@@ -268,29 +240,23 @@ def count_layer_bytes(layer: Any, num_queries: int, num_tokens: int, settings: S
 
 
 def count_norm_bytes(config: ViTCLSConfig, settings: StepSettings) -> int:
-    """Return the number of bytes per token that a norm stores for the backward pass: the size of the norm's input, or
-    twice this size for RMSNorm."""
+    """Return the bytes per token that a norm stores: the size of the input, or twice this size for RMSNorm."""
     return config.hidden_size * settings.residual_element_size * (2 if config.norm_type == "rmsnorm" else 1)
 
 
 def count_attention_bytes(attention: ViTCLSAttention, num_queries: int, num_keys: int, settings: StepSettings) -> int:
-    """Return the number of bytes per image that attention stores for the backward pass: queries, keys, values and
-    outputs, and also the attention maps if no fused kernel is used."""
+    """Return the bytes per image that attention stores: queries, keys, values, outputs, and possibly the maps."""
     config, width = attention.config, attention.o_proj.in_features  # channels of the values of all heads
     num_maps, num_maps_per_head = width // attention.qk_head_dim, attention.head_dim // attention.qk_head_dim
     has_learned_frequencies = config.position_embedding_type.endswith("rope_mixed")
-    num_copies = 1 + config.qk_norm + 2 * has_learned_frequencies
-    num_vectors = (num_queries + num_keys) * num_copies  # queries and keys
-    num_vectors += (num_queries + num_keys) * num_maps_per_head  # outputs and values
+    num_copies = 1 + config.qk_norm + 2 * has_learned_frequencies  # copies of queries and keys
+    num_vectors = (num_queries + num_keys) * (num_copies + num_maps_per_head)  # queries and keys, outputs and values
     num_vectors += num_queries * config.attention_norm
-    # normalized difference between the outputs of the two maps
-    num_vectors += 4 * num_queries * (num_maps_per_head - 1)
+    num_vectors += 4 * num_queries * (num_maps_per_head - 1)  # normalized difference between two maps' outputs
     # Fused kernels store the log-sum-exp of the scores of each query instead of attention maps.
     num_elements_per_query = count_stored_attention_maps(attention, settings.is_on_cpu) * num_keys or 1
-    return (
-        width * num_vectors * settings.matmul_element_size
-        + num_maps * num_queries * FLOAT32_BYTES * num_elements_per_query
-    )
+    num_map_elements = num_maps * num_queries * num_elements_per_query
+    return width * num_vectors * settings.matmul_element_size + num_map_elements * torch.float32.itemsize
 
 
 def count_stored_attention_maps(attention: ViTCLSAttention, is_on_cpu: bool) -> int:
@@ -307,10 +273,9 @@ def count_stored_mlp_channels(mlp: Any, is_on_cpu: bool) -> int:
     """Return the number of channels per token that an MLP stores for the backward pass. The stored channels are the
     inputs (both branches of a gated MLP) and the outputs of the activation function. On CPUs, the outputs are
     recomputed and not stored (cpu_kernels_vitcls.py)."""
-    first_linear = get_linear_layers([mlp])[0]
     num_inputs = 2 if isinstance(mlp, ViTCLSGLU) else 1
     num_outputs = 0 if is_on_cpu else num_inputs + (mlp.norm is not None)
-    return (num_inputs + num_outputs) * first_linear.out_features
+    return (num_inputs + num_outputs) * get_linear_layers([mlp])[0].out_features
 
 
 def get_num_training_tokens(model: Any, num_patches: int, num_tokens: int) -> int:
@@ -321,14 +286,8 @@ def get_num_training_tokens(model: Any, num_patches: int, num_tokens: int) -> in
     return num_tokens - num_patches + get_num_kept_patches(model.config.patch_drop_rate, num_patches)
 
 
-def uses_gradient_checkpointing(layers: Iterable[Any]) -> bool:
-    """Return whether gradient checkpointing is enabled in any layer."""
-    return any(layer.gradient_checkpointing for layer in layers)
-
-
 def get_first_trainable_layer(encoder: Any) -> int:
-    """Return the index of the first layer that the backward pass reaches. Return the number of layers if no layer is
-    trainable."""
+    """Return the index of the first layer that the backward pass reaches; the number of layers if there is none."""
     if has_trainable_parameters(encoder.embeddings):
         return 0
     trainable_indices = [index for index, layer in enumerate(encoder.layers) if has_trainable_parameters(layer)]
@@ -336,5 +295,4 @@ def get_first_trainable_layer(encoder: Any) -> int:
 
 
 def has_trainable_parameters(module: nn.Module) -> bool:
-    """Return whether any parameter of a module is trainable."""
     return any(parameter.requires_grad for parameter in module.parameters())

@@ -15,8 +15,8 @@ batch_size         32                         64
 
 Learning rates for random and pre-trained weights are proportional to 1 / width (muP, arXiv 2203.03466) within fixed
 limits. Narrow models learn slowly with the common initializer range of 0.02. The default range therefore lies between
-the Xavier standard deviations for the attention (1 / sqrt(width)) and the MLP (0.63 / sqrt(width)). Layer decay
-follows BEiT (arXiv 2106.08254). Masked pre-training uses a learning rate of 5e-4 and no layer decay.
+the Xavier standard deviations for the attention (1 / sqrt(width)) and the MLP (0.63 / sqrt(width)), and is at least
+0.02. Layer decay follows BEiT (arXiv 2106.08254). Masked pre-training uses a learning rate of 5e-4 and no layer decay.
 
 The default values are printed with their reasons and written to config.resolved.yaml.
 """
@@ -42,7 +42,6 @@ TrainingMethod = Literal[
 EXAMPLE_CHECKPOINT = "timm:vit_small_patch14_reg4_dinov2.lvd142m"
 MAX_SMALL_IMAGE_SIZE = 64  # maximum length of the longer side of a small image, in pixels
 MIN_LARGE_DATASET_SIZE = 10_000  # minimum number of training images in a large dataset
-MIN_INITIALIZER_RANGE = 0.02  # minimum default standard deviation of initial weights
 
 
 @dataclass(frozen=True)
@@ -95,13 +94,6 @@ def choose_learning_rate(run_properties: RunProperties) -> float:
     return float(f"{learning_rate:.1e}")
 
 
-def choose_num_epochs(run_properties: RunProperties) -> float:
-    """Return the default number of epochs."""
-    return 10.0 if run_properties.method == "pre-trained weights" and run_properties.is_large_dataset else 30.0
-
-
-# Reasons for default values, as format strings for a `RunProperties` object.
-METHOD_REASON = "{0.method}"
 WIDTH_REASON = "{0.method}, width {0.width}"
 DATASET_REASON = "{0.method}, {0.dataset_size_text}"
 IMAGES_REASON = "image size {0.image_size}"
@@ -109,18 +101,17 @@ IMAGES_REASON = "image size {0.image_size}"
 DEFAULTS: tuple[FlagDefault, ...] = (
     FlagDefault("training", "learning_rate", choose_learning_rate, WIDTH_REASON),
     FlagDefault(
-        "model",
-        "initializer_range",
-        lambda run: max(round(0.8 / math.sqrt(run.width), 3), MIN_INITIALIZER_RANGE),
-        WIDTH_REASON,
+        "model", "initializer_range", lambda run: max(round(0.8 / math.sqrt(run.width), 3), 0.02), WIDTH_REASON
+    ),
+    FlagDefault(
+        "training", "layer_decay", lambda run: 0.75 if run.method == "pre-trained weights" else 1.0, "{0.method}"
     ),
     FlagDefault(
         "training",
-        "layer_decay",
-        lambda run: 0.75 if run.method == "pre-trained weights" else 1.0,
-        METHOD_REASON,
+        "epochs",
+        lambda run: 10.0 if run.method == "pre-trained weights" and run.is_large_dataset else 30.0,
+        DATASET_REASON,
     ),
-    FlagDefault("training", "epochs", choose_num_epochs, DATASET_REASON),
     FlagDefault("training", "batch_size", lambda run: 64 if run.is_large_dataset else 32, DATASET_REASON),
     FlagDefault("augmentation", "crop_scale", lambda run: 1.0 if run.has_small_images else 0.35, IMAGES_REASON),
     FlagDefault("augmentation", "shift", lambda run: 0.04 if run.has_small_images else 0.0, IMAGES_REASON),
@@ -150,10 +141,10 @@ def get_run_properties(options: FinetuneOptions | PretrainOptions, num_training_
     return RunProperties(method, has_random_weights, width, image_size, num_training_images)
 
 
-def resolve_defaults(options: Options, run_properties: RunProperties) -> tuple[Options, dict[str, list[str]]]:
-    """Return the options with a value for every flag in `DEFAULTS`, and the default values that affect the run,
-    grouped by reason: {reason: ["learning rate 5e-05", ...]}. For checkpoints, `initializer_range` remains None."""
-    reasons: dict[str, list[str]] = {}
+def resolve_defaults(options: Options, run_properties: RunProperties) -> tuple[Options, str]:
+    """Return the options with a value for every flag in `DEFAULTS`, and a line of text with the default values that
+    affect the run, grouped by reason. For checkpoints, `initializer_range` remains None."""
+    values_by_reason: dict[str, list[str]] = {}
     for default in DEFAULTS:
         group: Any = getattr(options, default.group)
         uses_checkpoint_value = default.name == "initializer_range" and not run_properties.has_random_weights
@@ -162,15 +153,9 @@ def resolve_defaults(options: Options, run_properties: RunProperties) -> tuple[O
         value = default.compute_value(run_properties)
         options = replace(options, **{default.group: replace(group, **{default.name: value})})
         if default.name != "epochs" or options.training.max_steps is None:
-            reasons.setdefault(default.reason.format(run_properties), []).append(
-                f"{default.name.replace('_', ' ')} {value:g}"
-            )
-    return options, reasons
-
-
-def format_defaults(values_by_reason: dict[str, list[str]]) -> str:
-    """Format the default values, grouped by reason, in one line."""
-    return "; ".join(f"{reason}: {', '.join(values)}" for reason, values in values_by_reason.items())
+            values = values_by_reason.setdefault(default.reason.format(run_properties), [])
+            values.append(f"{default.name.replace('_', ' ')} {value:g}")
+    return options, "; ".join(f"{reason}: {', '.join(values)}" for reason, values in values_by_reason.items())
 
 
 def describe_random_weights(name: str, run_properties: RunProperties) -> str | None:

@@ -22,7 +22,7 @@ from huggingface_hub import ModelCard
 
 from ..conversion.any_checkpoint import resolve_checkpoint
 from ..data.augmentation import BatchMixer
-from ..data.batches import Normalizer, TrainingImages
+from ..data.batches import Batch, Normalizer, TrainingImages
 from ..data.held_out import RESULTS_FILE, read_held_out_record
 from ..data.images import LabeledImages
 from ..data.sampling import compute_class_weights
@@ -49,11 +49,7 @@ from .model import build_model, set_trainable_parameters, uses_patch_dropout
 from .model_report import get_teacher_provenance
 from .runner import TrainingComponents
 from .task import NO_EVALUATION_TEXT, EvaluationFunction, Task, format_metrics
-from .teacher import Teacher, TeacherCache, check_teacher_views, load_teacher
-from .token_monitor import return_no_metrics
-
-
-NO_AUGMENTATION = AugmentationOptions(crop_scale=1.0, flip=False, shift=0.0)
+from .teacher import Teacher, TeacherCache, load_teacher
 
 
 class FinetuneTask(Task):
@@ -66,8 +62,7 @@ class FinetuneTask(Task):
 
     @staticmethod
     def check_options(options: FinetuneOptions) -> FinetuneOptions:
-        """Check and return the options. If a teacher is set but num_distillation_tokens is None, set
-        num_distillation_tokens=1."""
+        """Check and return the options. With a teacher, the default of num_distillation_tokens is 1."""
         if options.distillation.teacher is not None and options.model.num_distillation_tokens is None:
             options = replace(options, model=replace(options.model, num_distillation_tokens=1))
         check_flag_combinations(options)
@@ -76,41 +71,36 @@ class FinetuneTask(Task):
     def load_data(self) -> TrainingData:
         data = load_training_data(self.options.data, self.options.training.select == "best")
         check_label_kind(self.options, data.label_space.kind)
+        self.selection_metric = SELECTION_METRICS[data.label_space.kind]
         return data
 
     def load_model(self) -> None:
         """Load the model and the teacher, and freeze the parameters that are not trained."""
         options, training_options = self.options, self.options.training
-        initial_model = build_model(options.model, self.data.label_space)
-        config, self.processor, self.teacher = initial_model.model.config, initial_model.processor, None
+        model, self.processor, new_parameter_names = build_model(options.model, self.data.label_space)
+        self.teacher = None
         if options.distillation.teacher is not None:
             self.teacher = load_teacher(
                 options.distillation.teacher,
                 self.data.label_space,
-                config.num_channels,
-                config.image_height_width,
+                model.config.num_channels,
+                model.config.image_height_width,
                 self.runner.accelerator.device,
             )
         self.model = set_trainable_parameters(
-            initial_model.model,
-            training_options.trainable,
-            training_options.lora_rank,
-            initial_model.new_parameter_names,
+            model, training_options.trainable, training_options.lora_rank, new_parameter_names
         )
         if options.model.patch_drop_rate and not uses_patch_dropout(self.model.vitcls):
             raise ValueError(format_patch_dropout_error(options))
 
     def find_warnings(self) -> list[str]:
-        """Return warnings about classes that are missing from a split, and about an initial model that was trained
-        with a different held-out split."""
         split_warning = get_split_warning(self.options.model.model, self.data)
         return [*describe_missing_classes(self.data), *([split_warning] if split_warning else [])]
 
     # Training --------------------------------------------------------------------------------------------------------
 
     def build_components(self, evaluator: EvaluationFunction) -> TrainingComponents:
-        """Build components that train the heads on cached features if possible; otherwise, build components that train
-        the model on pixels."""
+        """Build components that train the heads on cached features if possible, and otherwise the model on pixels."""
         if self.options.training.trainable != "head":
             return super().build_components(evaluator)
         if reason := self.explain_unsupported_caching():
@@ -119,8 +109,7 @@ class FinetuneTask(Task):
         return self.build_head_components(evaluator)
 
     def explain_unsupported_caching(self) -> str | None:
-        """Return the reason why linear probing must run the encoder in every step, or None if features can be
-        cached."""
+        """Return the reason why linear probing must run the encoder in every step; None if features can be cached."""
         augmentation = self.options.augmentation
         if self.teacher is not None:
             return "the teacher requires images"
@@ -134,11 +123,14 @@ class FinetuneTask(Task):
         return f"{trainable_names[0]} is trained" if trainable_names else None
 
     def build_head_components(self, evaluator: EvaluationFunction) -> TrainingComponents:
-        """Build the components that train the heads on cached features, which are computed once."""
+        """Encode the images once, and build the components that train the heads on these features."""
         accelerator, options = self.runner.accelerator, self.options
         model = self.model.to(accelerator.device)
         is_augmented, num_views = options.training.feature_views > 0, max(options.training.feature_views, 1)
-        images = self.build_training_images(options.augmentation if is_augmented else NO_AUGMENTATION, num_views)
+        augmentation = (
+            options.augmentation if is_augmented else AugmentationOptions(crop_scale=1.0, flip=False, shift=0.0)
+        )
+        images = self.build_training_images(augmentation, num_views)
         assert isinstance(images, TrainingImages), "features of streams cannot be cached"
         keys = [(view, index) for view in range(num_views) for index in range(self.data.num_training_images or 0)]
         augmentation_note = "" if is_augmented else " without augmentation (set --feature-views to augment the images)"
@@ -152,10 +144,12 @@ class FinetuneTask(Task):
             iterate_feature_batches, cached_batch, self.plan, accelerator.process_index, num_views
         )
         objective = losses.ClassificationObjective(losses.add_feature_inputs, self.build_label_loss())
-        evaluate = build_probe_evaluator(evaluator, model) if isinstance(evaluator, Evaluator) else evaluator
-        heads = build_classifier_heads(model)
         return TrainingComponents(
-            heads, objective, iterate_batches, evaluate, return_no_metrics, images.describe_unreadable_image
+            build_classifier_heads(model),
+            objective,
+            iterate_batches,
+            build_probe_evaluator(evaluator, model) if isinstance(evaluator, Evaluator) else evaluator,
+            images.describe_unreadable_image,
         )
 
     def get_num_views(self) -> int:
@@ -164,7 +158,7 @@ class FinetuneTask(Task):
 
     def build_objective(self, normalize: Normalizer) -> losses.Objective:
         """Build the label loss, combined with the distillation loss if a teacher is set."""
-        augmentation, distillation = self.options.augmentation, self.options.distillation
+        augmentation = self.options.augmentation
         mixer = None
         if augmentation.mixup or augmentation.cutmix:
             mixer = BatchMixer(augmentation, len(self.data.label_space.names))
@@ -176,21 +170,15 @@ class FinetuneTask(Task):
             num_images, num_labels = self.data.num_training_images or 0, len(self.data.label_space.names)
             predict = TeacherCache(self.teacher, num_images, num_views, num_labels).predict
 
-        def compute_teacher_logits(batch: losses.Batch) -> torch.Tensor:
+        def compute_teacher_logits(batch: Batch) -> torch.Tensor:
             with self.runner.accelerator.autocast():
                 return predict(batch)
 
         return losses.DistillationObjective(
-            prepare_batch,
-            self.build_label_loss(),
-            compute_teacher_logits,
-            distillation.distillation,
-            distillation.distillation_alpha,
-            distillation.distillation_tau,
+            prepare_batch, self.build_label_loss(), compute_teacher_logits, self.options.distillation
         )
 
     def build_label_loss(self) -> losses.LabelLossFunction:
-        """Build the loss for the dataset's kind of labels."""
         label_smoothing, labels = self.options.training.label_smoothing, self.data.label_space
         if labels.kind == "multi_task":
             return losses.MultiTaskLoss(label_smoothing)
@@ -204,28 +192,20 @@ class FinetuneTask(Task):
 
     # Evaluation and output -------------------------------------------------------------------------------------------
 
-    @property
-    def selection_metric(self) -> str:
-        return SELECTION_METRICS[self.data.label_space.kind]
-
     def build_evaluator(self, images: LabeledImages) -> Evaluator:
-        arguments = self.get_evaluator_arguments()
-        return Evaluator(images, self.processor, self.data.label_space, **arguments)
+        return Evaluator(images, self.processor, self.data.label_space, **self.get_evaluator_arguments())
 
     def describe_labels(self) -> str:
-        """Return the kind of labels and the number of classes in each label column, as text."""
         labels = self.data.label_space
         class_count_text = " + ".join(f"{len(names)} of {column!r}" for column, names in labels.columns.items())
         return f"classes: {class_count_text}, {labels.kind.replace('_', ' ')}"
 
     def get_summary_lines(self) -> dict[str, str]:
-        if self.teacher is None:
-            return {}
-        return {"teacher": "; ".join(filter(None, [self.teacher.description, self.teacher.note]))}
+        return {} if self.teacher is None else {"teacher": self.teacher.description}
 
     def get_task_results(self) -> dict[str, Any]:
-        teacher_source = self.options.distillation.teacher
-        return {"teacher": strip_folders(teacher_source) if teacher_source else None}
+        teacher = self.options.distillation.teacher
+        return {"teacher": strip_folders(teacher) if teacher else None}
 
     def format_result(self, metrics: Metrics) -> str:
         text = format_metrics(metrics, self.selection_metric, "cls_accuracy", "distillation_accuracy")
@@ -271,7 +251,12 @@ def check_flag_combinations(options: FinetuneOptions) -> None:
             "--class-balance requires all labels before training, but a stream provides labels only during training. "
             "Remove --class-balance or --streaming"
         )
-    check_teacher_views(options.distillation.teacher_views, options.augmentation)
+    for flag in ("mixup", "cutmix"):
+        if options.distillation.teacher_views and getattr(options.augmentation, flag):
+            raise ValueError(
+                f"--teacher-views caches the logits of individual images, but --{flag} mixes images. "
+                "Remove one of the two flags"
+            )
 
 
 def format_patch_dropout_error(options: FinetuneOptions) -> str:
@@ -284,8 +269,6 @@ def format_patch_dropout_error(options: FinetuneOptions) -> str:
 
 def check_label_kind(options: FinetuneOptions, kind: str) -> None:
     """Raise ValueError if a flag requires one label per image, but the labels are of another kind."""
-    if kind == "single_label_classification":
-        return
     flags = {
         "--mixup": bool(options.augmentation.mixup),
         "--cutmix": bool(options.augmentation.cutmix),
@@ -293,7 +276,7 @@ def check_label_kind(options: FinetuneOptions, kind: str) -> None:
         "--teacher": options.distillation.teacher is not None,
     }
     for flag, is_set in flags.items():
-        if is_set:
+        if is_set and kind != "single_label_classification":
             raise ValueError(
                 f"{flag} requires one label per image, but the label kind of the dataset is {kind}. Remove {flag}"
             )
@@ -301,15 +284,15 @@ def check_label_kind(options: FinetuneOptions, kind: str) -> None:
 
 def get_split_warning(source: str, data: TrainingData) -> str | None:
     """Return a warning if the initial model `source` may have been trained on held-out images of this run; otherwise
-    return None. Raise ValueError or OSError if the model cannot be found, or if the model's results.json is
-    damaged."""
-    if is_preset(source) or data.record.rule is None:
+    return None. Raise ValueError or OSError if the model cannot be found, or if its results.json is damaged."""
+    rule = data.record.rule
+    if is_preset(source) or rule is None:
         return None
     folder = resolve_checkpoint(source, [*MODEL_FILE_PATTERNS, RESULTS_FILE])
-    record, rule = read_held_out_record(folder), data.record.rule
-    if record is None or record.rule is None or read_json(Path(folder, RESULTS_FILE)).get("dataset") != data.name:
+    record = read_held_out_record(folder)
+    recorded_rule = None if record is None else record.rule
+    if recorded_rule is None or read_json(Path(folder, RESULTS_FILE)).get("dataset") != data.name:
         return None
-    recorded_rule = record.rule
     is_same_fold = (rule.num_folds, rule.fold) == (recorded_rule.num_folds, recorded_rule.fold)
     if rule.seed == recorded_rule.seed and is_same_fold and rule.fraction <= recorded_rule.fraction:
         return None

@@ -48,8 +48,7 @@ def compute_features(model: Any, pixel_values: torch.Tensor) -> torch.Tensor:
 
 
 class ClassifierHeads(nn.Module):
-    """Heads of an image classifier, applied to cached features. The parameters are shared with the model and have the
-    same names."""
+    """Heads of an image classifier for cached features. The parameters are shared with the model."""
 
     def __init__(self, model: ViTCLSForImageClassification) -> None:
         super().__init__()
@@ -71,8 +70,7 @@ class ClassifierHeads(nn.Module):
 
 
 class MultiTaskHeads(nn.Module):
-    """Heads of a multi-task model, applied to cached features. The parameters are shared with the model and have the
-    same names."""
+    """Heads of a multi-task model for cached features. The parameters are shared with the model."""
 
     def __init__(self, model: ViTCLSForMultiTaskClassification) -> None:
         super().__init__()
@@ -83,17 +81,13 @@ class MultiTaskHeads(nn.Module):
         """Return the model's outputs for features [B, F]."""
         tasks = list(self.config.task_labels())
         tokens = features.unflatten(1, (len(tasks), -1)).unbind(dim=1)
-        heads = self.classifiers.values()
-        return ViTCLSMultiTaskOutput(
-            logits={task: head(token) for task, head, token in zip(tasks, heads, tokens, strict=True)}
-        )
+        tasks_heads_tokens = zip(tasks, self.classifiers.values(), tokens, strict=True)
+        return ViTCLSMultiTaskOutput(logits={task: head(token) for task, head, token in tasks_heads_tokens})
 
 
 def build_classifier_heads(model: Any) -> ClassifierHeads | MultiTaskHeads:
-    """Build a module with the heads of a classifier."""
-    if isinstance(model, ViTCLSForMultiTaskClassification):
-        return MultiTaskHeads(model)
-    return ClassifierHeads(model)
+    is_multi_task = isinstance(model, ViTCLSForMultiTaskClassification)
+    return MultiTaskHeads(model) if is_multi_task else ClassifierHeads(model)
 
 
 def find_trainable_parameters_outside_heads(model: nn.Module) -> list[str]:
@@ -119,13 +113,9 @@ def cache_features(
     num_workers: int,
     accelerator: Accelerator,
 ) -> Batch:
-    """Encode the images identified by `keys`, and return one CPU batch with `features` [num_keys, F] instead of
-    `pixels`. Raise ValueError if none of the images can be read.
-
-    Images are encoded in eval mode. Each process encodes a subset of the images and receives the features of all
-    images. `model` is the unwrapped classifier on the device. `normalize` converts pixels on the device to
-    `pixel_values`.
-    """
+    """Encode the images identified by `keys` in eval mode, and return one CPU batch with `features` [num_keys, F]
+    instead of `pixels`. Raise ValueError if none of the images can be read. Each process encodes a subset of the
+    images and receives the features of all images. `model` is the unwrapped classifier on the device."""
     was_training = model.training
     model.eval()
     batches: list[Batch] = []
@@ -135,8 +125,8 @@ def cache_features(
         with accelerator.autocast():
             features = compute_features(model, normalize(pixels)).float()
         batch_on_device = send_to_device(batch, accelerator.device) | {"features": features}
-        gathered_batch = accelerator.gather(batch_on_device)  # rows are in the order of the keys
-        batches.append(send_to_device(gathered_batch, "cpu"))
+        # The rows of the gathered batch are in the order of the keys.
+        batches.append(send_to_device(accelerator.gather(batch_on_device), "cpu"))
     model.train(was_training)
     return select_rows(concatenate(batches), slice(len(keys)))
 
@@ -152,8 +142,7 @@ def split_keys(
     """Return batches with the keys of the images that one process encodes. All processes have the same number of
     batches, and all batches have the same size. The last key is repeated as padding."""
     starts = range(process_index * batch_size, len(keys) + process_index * batch_size, num_processes * batch_size)
-    last_index = len(keys) - 1
-    return [[keys[min(index, last_index)] for index in range(start, start + batch_size)] for start in starts]
+    return [[keys[min(index, len(keys) - 1)] for index in range(start, start + batch_size)] for start in starts]
 
 
 def iterate_feature_batches(

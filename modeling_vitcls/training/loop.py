@@ -25,14 +25,16 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import distributed, nn
 
+from ..data.batches import Batch
 from ..data.sampling import BatchPlan, derive_seed
+from ..distributed import is_deepspeed_enabled
 from ..inference.metrics import select_scalars
 from ..options import TrainingOptions
 from ..system import get_peak_memory
 from .distributed_state import reshard
-from .losses import Batch, Losses, Objective
+from .losses import Losses, Objective
 from .model import set_train_mode
-from .optimizer import Ema, build_optimizer_step, get_learning_rate, set_learning_rate
+from .optimizer import DeepSpeedOptimizerStep, Ema, TorchOptimizerStep, get_learning_rate
 from .token_monitor import TokenMonitor, Tokens
 
 
@@ -41,7 +43,6 @@ Metrics = dict[str, Any]
 # Maximum number of consecutive steps that the fp16 loss scaler may skip. After one more skipped step, the scale would
 # be 2^20 times smaller.
 MAX_CONSECUTIVE_OVERFLOWS = 19
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # environment variables that accelerate and torchrun set
 LAUNCHER_ENVIRONMENT_VARIABLES = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
 MAX_FORWARDING_SECONDS = 1.0  # maximum delay in seconds between a Ctrl-C and the same signal forwarded by a launcher
@@ -64,11 +65,9 @@ class TrainingState:
 
     @property
     def shadow(self) -> list[torch.Tensor] | None:
-        """Return the averaged weights, or None if EMA is not used."""
         return None if self.ema is None else self.ema.shadow
 
     def use_averaged_weights(self) -> AbstractContextManager[None]:
-        """Return a context manager that replaces the model's weights with the averaged weights if EMA is used."""
         return nullcontext() if self.ema is None else self.ema.use_averaged_weights()
 
 
@@ -124,17 +123,17 @@ class TrainingLoop:
     peak_memory: int = 0  # peak memory in bytes up to the last record
 
     def __post_init__(self) -> None:
-        self.optimizer_step = build_optimizer_step(
-            self.accelerator, self.state.model, self.state.optimizer, self.options.max_gradient_norm
+        model, optimizer = self.state.model, self.state.optimizer
+        self.optimizer_step: TorchOptimizerStep | DeepSpeedOptimizerStep = (
+            DeepSpeedOptimizerStep(self.accelerator, model)
+            if is_deepspeed_enabled(self.accelerator)
+            else TorchOptimizerStep(self.accelerator, model, optimizer, self.options.max_gradient_norm)
         )
 
     def run(self, batches: Iterator[Batch]) -> Metrics:
-        """Run the remaining steps, and return the metrics of the final evaluation.
-
-        `batches` yields the batches of this process on the CPU, `gradient_accumulation_steps` batches per step. After
-        a stop signal, save a checkpoint and raise TrainingInterrupted. Raise NonFiniteLoss if a loss or gradient is
-        not finite.
-        """
+        """Run the remaining steps, and return the metrics of the final evaluation. `batches` yields the batches of
+        this process on the CPU. After a stop signal, save a checkpoint and raise TrainingInterrupted. Raise
+        NonFiniteLoss if a loss or gradient is not finite."""
         set_train_mode(self.state.model)
         metrics = self.evaluate_step() if self.state.pending_record else {}
         while self.state.step < self.plan.num_steps and not self.should_stop_early:
@@ -153,12 +152,9 @@ class TrainingLoop:
         return self.options.patience is not None and self.state.num_evaluations_since_best >= self.options.patience
 
     def run_step(self, batches: Iterator[Batch]) -> Metrics:
-        """Run one step and the actions that are due after this step. Return the metrics if the step is evaluated;
-        otherwise return an empty dictionary.
-
-        A checkpoint that is due is saved before the evaluation, because a cluster may kill the process during a long
-        evaluation. A run that is resumed from this checkpoint starts with the evaluation.
-        """
+        """Run one step and the actions that are due after this step. Return the metrics of the evaluation; empty if no
+        evaluation is due. A checkpoint that is due is saved before the evaluation, because a cluster may kill the
+        process during a long evaluation. A run that is resumed from this checkpoint starts with the evaluation."""
         state, next_step = self.state, self.state.step + 1
         is_last_step = next_step == self.plan.num_steps
         should_evaluate = is_last_step or is_end_of_epochs(next_step, self.options.evaluate_every, self.plan)
@@ -185,29 +181,28 @@ class TrainingLoop:
         return self.evaluate_step() if should_evaluate else {}
 
     def evaluate_step(self) -> Metrics:
-        """Evaluate the model, log the record of the last step, and save a checkpoint if the score is the best so
-        far."""
+        """Evaluate the model, log the pending record, and save a checkpoint if the score is the best so far."""
         state = self.state
         metrics = self.evaluate()
         score = get_score(metrics, self.selection_metric)
         self.is_best = score is not None and (state.best_score is None or score > state.best_score)
-        state.best_score = score if self.is_best else state.best_score
-        state.num_evaluations_since_best = 0 if self.is_best else state.num_evaluations_since_best + 1
-        self.callbacks.log(
-            state.pending_record | {f"held_out_{name}": value for name, value in select_scalars(metrics).items()}
-        )
+        state.num_evaluations_since_best += 1
+        if self.is_best:
+            state.best_score, state.num_evaluations_since_best = score, 0
+        held_out_metrics = {f"held_out_{name}": value for name, value in select_scalars(metrics).items()}
+        self.callbacks.log(state.pending_record | held_out_metrics)
         state.pending_record = {}
         if self.is_best:
             self.callbacks.save(True)
         return metrics
 
     def run_optimizer_step(self, batches: Iterator[Batch], should_measure_tokens: bool) -> tuple[Metrics, Batch]:
-        """Run one optimizer step with gradients accumulated over several batches. Return the record of the step, and
-        the last batch, which is on the device. If `should_measure_tokens` is True, the record contains metrics of the
-        special tokens."""
+        """Run one optimizer step with gradients accumulated over several batches. Return the record of the step and
+        the last batch, which is on the device. `should_measure_tokens` adds metrics of the special tokens."""
         state, options, accelerator = self.state, self.options, self.accelerator
         learning_rate = get_learning_rate(state.step, self.plan.num_steps, options)
-        set_learning_rate(state.optimizer, learning_rate)
+        for group in state.optimizer.param_groups:
+            group["lr"] = learning_rate * group["lr_scale"]
         step_batches: list[Batch] = []
         losses: list[Losses] = []
         tokens_and_gradients: list[tuple[Tokens, Tokens]] = []  # tokens and gradients before the update
@@ -273,8 +268,8 @@ class TrainingLoop:
         return metrics
 
     def compute_recent_metrics(self) -> Metrics:
-        """Return the metrics since the last record: the losses averaged over steps and processes, and the training
-        speed (excluding evaluations and checkpoints). Also return the peak memory so far."""
+        """Return the losses since the last record, averaged over steps and processes, the speed of these steps
+        (excluding evaluations and checkpoints), and the peak memory so far."""
         recent_losses = self.state.recent_losses
         local_means = [
             math.fsum(losses[name] for losses in recent_losses) / len(recent_losses) for name in recent_losses[0]
@@ -300,9 +295,7 @@ def is_end_of_epochs(step: int, num_epochs: int, plan: BatchPlan) -> bool:
 
 
 def get_score(metrics: Metrics, selection_metric: str) -> float | None:
-    """Return the score for comparing evaluations (higher is better). The score is the selection metric, or the
-    negated selection metric if the metric is a loss. Return None if `metrics` does not contain the selection
-    metric."""
+    """Return the selection metric, negated if the metric is a loss; None if the metric is missing."""
     value = metrics.get(selection_metric)
     return -value if value is not None and selection_metric.endswith("loss") else value
 
@@ -339,7 +332,7 @@ class SignalHandler:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            for signum in SIGNALS:
+            for signum in (signal.SIGINT, signal.SIGTERM):
                 old_handler = signal.getsignal(signum)
                 if old_handler not in (signal.SIG_IGN, None):  # None if not installed from Python
                     self.old_handlers[signum] = old_handler
@@ -352,8 +345,7 @@ class SignalHandler:
         self.old_handlers.clear()
 
     def handle_signal(self, signum: int, frame: FrameType | None) -> None:
-        """Store the first signal. Raise KeyboardInterrupt on a later Ctrl-C, but not if a launcher only forwards the
-        first Ctrl-C."""
+        """Store the first signal. Raise KeyboardInterrupt on a later Ctrl-C, unless a launcher forwarded it."""
         if self.received_signal is None:
             self.received_signal, self.signal_time = signal.Signals(signum), time.monotonic()
         elif signum == signal.SIGINT and time.monotonic() - self.signal_time > MAX_FORWARDING_SECONDS:

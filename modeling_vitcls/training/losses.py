@@ -14,16 +14,17 @@ The teacher is implemented in teacher.py.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..data.batches import Normalizer
+from ..data.batches import Batch, Normalizer
 from ..heads_vitcls import IGNORED_LABEL
+from ..options import DistillationOptions
 
 
-Batch = dict[str, Any]
 Losses = dict[str, torch.Tensor]
 Objective = Callable[[nn.Module, Batch], Losses]  # returns the "loss" to minimize, and other losses to log
 LabelLossFunction = Callable[[Any, Any], torch.Tensor]  # computes the mean loss from logits and labels
@@ -41,8 +42,7 @@ class PixelTransform:
     mixer: Callable[[Any, Any], tuple[Any, Any]] | None = None
 
     def __call__(self, batch: Batch) -> Batch:
-        """Return a copy of the batch that also contains the model's `inputs`. `pixels` and `labels` are mixed if
-        `mixer` is set."""
+        """Return a copy of the batch that also contains the model's `inputs`."""
         if self.mixer is not None:
             pixels, labels = self.mixer(batch["pixels"], batch["labels"])
             batch = batch | {"pixels": pixels, "labels": labels}
@@ -101,15 +101,13 @@ class MultiTaskLoss:
 
     def __call__(self, logits: dict[str, torch.Tensor], labels: dict[str, torch.Tensor]) -> torch.Tensor:
         """Return the sum of the mean losses of all tasks. The loss of an image without a label is 0."""
-        loss_kwargs: dict[str, Any] = {
-            "label_smoothing": self.label_smoothing,
-            "ignore_index": IGNORED_LABEL,
-            "reduction": "none",
-        }
-        task_losses = [
-            nn.functional.cross_entropy(logits[task].float(), labels[task], **loss_kwargs).mean() for task in logits
-        ]
-        return torch.stack(task_losses).sum()
+        compute_loss = partial(
+            nn.functional.cross_entropy,
+            label_smoothing=self.label_smoothing,
+            ignore_index=IGNORED_LABEL,
+            reduction="none",
+        )
+        return torch.stack([compute_loss(logits[task].float(), labels[task]).mean() for task in logits]).sum()
 
 
 # Objectives ----------------------------------------------------------------------------------------------------------
@@ -126,8 +124,10 @@ class ClassificationObjective:
     def __call__(self, model: nn.Module, batch: Batch) -> Losses:
         batch = self.prepare_batch(batch)
         outputs = model(**batch["inputs"])
-        losses = [self.label_loss(logits, batch["labels"]) for logits in get_supervised_logits(outputs)]
-        return {"loss": torch.stack(losses).mean()}
+        if isinstance(outputs.logits, dict):  # multi-task model
+            return {"loss": self.label_loss(outputs.logits, batch["labels"])}
+        head_logits = [logits for logits in (outputs.cls_logits, outputs.distillation_logits) if logits is not None]
+        return {"loss": torch.stack([self.label_loss(logits, batch["labels"]) for logits in head_logits]).mean()}
 
 
 @dataclass(frozen=True)
@@ -138,19 +138,19 @@ class DistillationObjective:
     prepare_batch: Callable[[Batch], Batch]  # adds the model's "inputs"
     label_loss: LabelLossFunction
     compute_teacher_logits: Callable[[Batch], torch.Tensor]  # returns logits [B, L]
-    kind: str
-    alpha: float
-    tau: float
+    options: DistillationOptions
 
     def __call__(self, model: nn.Module, batch: Batch) -> Losses:
         """Return the total loss, the label loss and the distillation loss of a batch that is on the model's device."""
+        alpha, tau = self.options.distillation_alpha, self.options.distillation_tau
         batch = self.prepare_batch(batch)
         outputs = model(**batch["inputs"])
         label_loss = self.label_loss(outputs.cls_logits, batch["labels"])
+        teacher_logits = self.compute_teacher_logits(batch)
         distillation_loss = compute_distillation_loss(
-            self.kind, outputs.distillation_logits, self.compute_teacher_logits(batch), self.tau
+            self.options.distillation, outputs.distillation_logits, teacher_logits, tau
         )
-        loss = (1 - self.alpha) * label_loss + self.alpha * distillation_loss
+        loss = (1 - alpha) * label_loss + alpha * distillation_loss
         return {"loss": loss, "label_loss": label_loss, "distillation_loss": distillation_loss}
 
 
@@ -165,13 +165,6 @@ class MaskedImageModelingObjective:
         pixels = batch["pixels"]
         masks = self.mask_generator(len(pixels), pixels.device)
         return {"loss": model(pixel_values=self.normalize(pixels), bool_masked_pos=masks).loss}
-
-
-def get_supervised_logits(outputs: Any) -> list[Any]:
-    """Return the logits to compare with labels: the logits of each head, or one dictionary for all tasks."""
-    if isinstance(outputs.logits, dict):
-        return [outputs.logits]
-    return [logits for logits in (outputs.cls_logits, outputs.distillation_logits) if logits is not None]
 
 
 def compute_distillation_loss(
@@ -195,7 +188,6 @@ def compute_distillation_loss(
     student_logits, teacher_logits = student_logits.float(), teacher_logits.float()
     if kind == "hard":
         return nn.functional.cross_entropy(student_logits, teacher_logits.argmax(dim=-1))
-    student_log_probs, teacher_log_probs = (
-        (logits / tau).log_softmax(dim=-1) for logits in (student_logits, teacher_logits)
-    )
+    student_log_probs = (student_logits / tau).log_softmax(dim=-1)
+    teacher_log_probs = (teacher_logits / tau).log_softmax(dim=-1)
     return tau**2 * nn.functional.kl_div(student_log_probs, teacher_log_probs, reduction="batchmean", log_target=True)

@@ -35,9 +35,9 @@ from .costs import (
     estimate_memory,
     get_classifiers,
     get_first_trainable_layer,
+    get_layers_with_token_counts,
     get_linear_layers,
     get_num_patches_and_tokens,
-    get_num_queries_per_layer,
     get_num_training_tokens,
     has_trainable_parameters,
 )
@@ -53,8 +53,6 @@ MIN_FLOPS = 1e11
 # Interval between two measurements of the peak, in seconds of training at the peak rate. The n-th interval is n times
 # as long, so that measurements take a negligible fraction of a long run.
 MEASUREMENT_INTERVAL_SECONDS = 10.0
-
-SI_PREFIXES = ("", "k", "M", "G", "T", "P", "E")
 
 
 # Utilization of a run ------------------------------------------------------------------------------------------------
@@ -77,7 +75,7 @@ class Utilization:
 
     @property
     def available_flops(self) -> float:
-        """Return the number of FLOPs that the machine could have executed during the training steps."""
+        """Return the FLOPs that the machine could have executed during the training steps."""
         return self.available_flops_before_resume + self.seconds * (self.peak or 0.0)
 
     def update(self, num_images: int, seconds: float) -> dict[str, float | None]:
@@ -98,12 +96,10 @@ class Utilization:
         return {"utilisation": compute_utilization(flops, seconds * self.peak)}
 
     def get_state(self) -> dict[str, float]:
-        """Return the state to store in a checkpoint."""
         return {"done": self.executed_flops, "possible": self.available_flops}
 
     def load_state(self, state: Mapping[str, float]) -> None:
-        """Load the state from a checkpoint. Checkpoints written by earlier versions contain no utilization
-        state."""
+        """Load a state from `get_state`. Checkpoints of earlier versions contain an empty state."""
         self.executed_flops = state.get("done", 0.0)
         self.available_flops_before_resume = state.get("possible", 0.0)
 
@@ -120,8 +116,7 @@ class Utilization:
 
 
 def compute_utilization(executed_flops: float, available_flops: float) -> float | None:
-    """Return `executed_flops / available_flops`, or None if the ratio is above 1, because the measured peak is then
-    too low."""
+    """Return the ratio, or None if the ratio is above 1, because the measured peak is then too low."""
     return round(executed_flops / available_flops, 4) if executed_flops <= available_flops else None
 
 
@@ -177,11 +172,11 @@ def estimate_memory_without_weights(model: ViTCLSPreTrainedModel, plan: BatchPla
 
 def format_si(value: float) -> str:
     """Format a number with three significant digits and an SI prefix: 1.2e12 becomes "1.2 T"."""
-    prefixes = iter(SI_PREFIXES)
-    prefix = next(prefixes)
-    while value >= 999.5 and prefix != SI_PREFIXES[-1]:
-        value, prefix = value / 1000, next(prefixes)
-    return f"{value:.3g} {prefix}"
+    for prefix in ("", "k", "M", "G", "T", "P"):
+        if value < 999.5:
+            return f"{value:.3g} {prefix}"
+        value /= 1000
+    return f"{value:.3g} E"
 
 
 # FLOPs of a batch ----------------------------------------------------------------------------------------------------
@@ -219,16 +214,6 @@ def count_training_flops(model: ViTCLSPreTrainedModel, batch_size: int = 1) -> i
     if not is_encoder_trainable and not (encoder.pooler is not None and get_linear_layers([encoder.pooler])):
         backward_flops -= sum(count_linear_flops(get_linear_layers([head])[0]) for head in get_classifiers(model))
     return batch_size * (forward_flops + backward_flops) + 3 * head_flops
-
-
-def get_layers_with_token_counts(model: ViTCLSPreTrainedModel, num_tokens: int) -> list[tuple[Any, int, int]]:
-    """Return (layer, number of queries, number of keys) for each layer."""
-    encoder: Any = model.base_model
-    num_queries_per_layer = get_num_queries_per_layer(model, num_tokens)
-    return [
-        (layer, num_queries, num_tokens)
-        for layer, num_queries in zip(encoder.layers, num_queries_per_layer, strict=True)
-    ]
 
 
 def count_layer_backward_flops(layer: Any, num_queries: int, num_tokens: int) -> int:

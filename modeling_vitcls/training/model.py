@@ -15,7 +15,6 @@ frozen and remains frozen.
 import copy
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,29 +34,14 @@ from ..options import ModelOptions
 from .costs import get_first_trainable_layer, has_trainable_parameters
 
 
-ENCODER_PREFIX = "vitcls."
-POOLER_PREFIX = "vitcls.pooler."
 LORA_A_SUFFIX, LORA_B_SUFFIX = ".lora_A.default.weight", ".lora_B.default.weight"
 
 
-@dataclass(frozen=True)
-class InitialModel:
-    """Model with its image processor, and the names of the parameters that are not loaded from a checkpoint."""
-
-    model: Classifier
-    processor: ViTCLSImageProcessor
-    new_parameter_names: set[str]
-
-
-def build_model(options: ModelOptions, label_space: LabelSpace) -> InitialModel:
-    """Build a preset with random weights, or load a checkpoint. The checkpoint must be a vitcls model, which
+def build_model(options: ModelOptions, label_space: LabelSpace) -> tuple[Classifier, ViTCLSImageProcessor, set[str]]:
+    """Build a preset with random weights, or load a checkpoint. Return the model, the image processor, and the names
+    of the parameters that are not loaded from a checkpoint. The checkpoint must be a vitcls model, which
     `get_run_properties` checks. A classifier in the checkpoint is kept only if the classifier has the labels of
-    `label_space`. Multi-task models have one CLS token per task.
-
-    Raises:
-        ValueError: if options contradict each other.
-        OSError: if the checkpoint cannot be found or read.
-    """
+    `label_space`. Multi-task models have one CLS token per task."""
     config_values = options.get_config_values()
     if label_space.kind == "multi_task":
         config_values = {"num_cls_tokens": len(label_space.columns)} | config_values
@@ -73,7 +57,7 @@ def build_model(options: ModelOptions, label_space: LabelSpace) -> InitialModel:
     if (mask_token := model.vitcls.embeddings.mask_token) is not None:
         mask_token.requires_grad_(False)  # not used in fine-tuning; DDP requires gradients of all trainable parameters
     set_processor_size(processor, model.config)
-    return InitialModel(model, processor, new_parameter_names)
+    return model, processor, new_parameter_names
 
 
 def load_with_label_space(
@@ -148,24 +132,15 @@ def set_processor_size(processor: Any, config: ViTCLSConfig) -> None:
 def set_trainable_parameters(
     model: Any, trainable: str, lora_rank: int = 8, new_parameter_names: Collection[str] = frozenset()
 ) -> nn.Module:
-    """Freeze the parameters that are not trained, and return the same model. The value "lora" also adds LoRA layers to
-    the query and value projections.
-
-    Args:
-        model: a model with a head.
-        trainable: value of the flag `--trainable`.
-        lora_rank: rank of the LoRA layers.
-        new_parameter_names: names of the parameters that are not loaded from a checkpoint, and are therefore trained.
-
-    Raises:
-        ValueError: if `trainable` is unknown, if N in "last-N" exceeds the number of layers, or if `trainable` is
-            "lora" but PEFT is not installed.
-    """
+    """Freeze the parameters that `--trainable` does not train, and return the same model. The value "lora" also adds
+    LoRA layers to the query and value projections. The parameters in `new_parameter_names` are not loaded from a
+    checkpoint, and are therefore trained. Raise ValueError if `trainable` is unknown, if N in "last-N" exceeds the
+    number of layers, or if `trainable` is "lora" but PEFT is not installed."""
     if trainable == "full":
         return model
     parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
     trainable_names = {
-        name for name in parameters if not name.startswith(ENCODER_PREFIX) or name.startswith(POOLER_PREFIX)
+        name for name in parameters if not name.startswith("vitcls.") or name.startswith("vitcls.pooler.")
     }
     trainable_names |= get_last_layers_parameter_names(model, trainable)
     tokens = model.vitcls.embeddings.get_special_tokens()
@@ -174,8 +149,8 @@ def set_trainable_parameters(
         trainable_names.update(token_names.values())
     trainable_names.update(new_parameter_names)
     if new_groups := [group for group, name in token_names.items() if name in new_parameter_names]:
-        trainable_names |= {f"{ENCODER_PREFIX}embeddings.position_embeddings.{group}" for group in new_groups}
-        trainable_names.add(f"{ENCODER_PREFIX}gates.gates")
+        trainable_names |= {f"vitcls.embeddings.position_embeddings.{group}" for group in new_groups}
+        trainable_names.add("vitcls.gates.gates")
     trainable_names &= {name for name, parameter in parameters.items() if parameter.requires_grad}
     if trainable == "lora":
         add_lora(model, lora_rank)
@@ -185,8 +160,7 @@ def set_trainable_parameters(
 
 
 def get_last_layers_parameter_names(model: Any, trainable: str) -> set[str]:
-    """Return the names of the parameters that "last-N" trains in addition to the head. Return an empty set for "head"
-    and "lora"."""
+    """Return the names of the parameters that "last-N" trains in addition to the head (none for "head" and "lora")."""
     if trainable in ("head", "lora"):
         return set()
     match = re.fullmatch(r"last-([1-9]\d*)", trainable)
@@ -197,9 +171,9 @@ def get_last_layers_parameter_names(model: Any, trainable: str) -> set[str]:
         raise ValueError(
             f"--trainable is {trainable}, but the model has {num_layers} layers. Use a smaller N, or full"
         )
-    prefixes = [f"{ENCODER_PREFIX}layers.{index}." for index in range(num_layers - num_trainable_layers, num_layers)]
-    prefixes.append(f"{ENCODER_PREFIX}layernorm.")
-    return {name for name, _ in model.named_parameters() if name.startswith(tuple(prefixes))}
+    layer_indices = range(num_layers - num_trainable_layers, num_layers)
+    prefixes = (*(f"vitcls.layers.{index}." for index in layer_indices), "vitcls.layernorm.")
+    return {name for name, _ in model.named_parameters() if name.startswith(prefixes)}
 
 
 def set_train_mode(model: nn.Module) -> None:
@@ -215,8 +189,7 @@ def set_train_mode(model: nn.Module) -> None:
 
 
 def uses_patch_dropout(encoder: ViTCLSModel) -> bool:
-    """Return whether patches are dropped in training, which requires a positive rate and trainable embeddings or a
-    trainable first layer."""
+    """Return whether training drops patches, which requires trainable embeddings or a trainable first layer."""
     return encoder.config.patch_drop_rate > 0 and get_first_trainable_layer(encoder) == 0
 
 
@@ -233,8 +206,7 @@ def add_lora(model: nn.Module, rank: int) -> None:
 
 
 def merge_lora(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Merge the LoRA weights in a state dict of full tensors: W becomes W + B A. A state dict without LoRA weights is
-    returned unchanged."""
+    """Merge the LoRA weights, if any, in a state dict of full tensors: W becomes W + B A."""
     merged_weights = {
         name.replace(".base_layer.", "."): weight for name, weight in weights.items() if ".lora_" not in name
     }

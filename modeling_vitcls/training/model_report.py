@@ -73,15 +73,11 @@ def build_model_report(
     log_images: ImageLogger | None = None,
     use_samples: bool = True,
 ) -> dict[str, str]:
-    """Load the saved model, and write report.html and the images of the card to the folder. Add the inference speed
-    ("inference") and the diagnosis of the special tokens ("diagnosis") to `results`. The report of an earlier run is
-    deleted.
+    """Load the saved model, write report.html and the images of the card, and return the paths in the folder, keyed by
+    name. Add the inference speed ("inference") and the diagnosis of the special tokens ("diagnosis") to `results`.
 
     Errors are printed as warnings and do not end the run. `log_images` sends named images to the trackers.
     `use_samples` states whether the card may contain held-out images; report.html always contains held-out images.
-
-    Returns:
-        Paths in the folder, keyed by name, for the images and the report.
     """
     paths: dict[str, str] = {}
     (folder / REPORT_FILE).unlink(missing_ok=True)
@@ -106,8 +102,7 @@ def build_model_report(
 
 @contextmanager
 def warn_on_error(warn: Callable[[str], None], message: str) -> Iterator[None]:
-    """Convert any error inside the `with` block to a warning, for example if a plot cannot be drawn or the device has
-    too little memory."""
+    """Convert any error inside the `with` block to a warning."""
     try:
         yield
     except Exception as error:
@@ -172,10 +167,9 @@ def can_show_samples(
     """Return whether the card may contain held-out images. Without --card-samples, images of a local dataset are not
     published in a public repository. `repo_id` is the repository to push to, or None if the model is not pushed."""
     run_options, dataset = options.run, options.data.dataset
-    requires_consent = (
-        is_local(dataset) and repo_id is not None and not run_options.card_samples and run_options.report
-    )
-    if not requires_consent or run_options.hub_private or is_private_repo(str(repo_id)):
+    if repo_id is None or not is_local(dataset) or run_options.card_samples or not run_options.report:
+        return True
+    if run_options.hub_private or is_private_repo(repo_id):
         return True
     warn(
         f"the card contains no held-out images, because {dataset} is local and {repo_id} is not known to be "
@@ -197,7 +191,7 @@ def select_samples(held_out: LabeledImages, label_space: LabelSpace) -> list[Sam
 
 
 def iterate_indices_by_class(labels: Iterable[Any]) -> Iterator[int]:
-    """Return an iterator over the indices of labels: the first index of each class, then all other indices."""
+    """Return the first index of each class, then all other indices."""
     first_indices: dict[str, int] = {}
     other_indices = []
     for index, label in enumerate(labels):
@@ -236,25 +230,20 @@ def write_card(
         warn(message)
     (folder / BENCHMARK_FILE).unlink(missing_ok=True)  # remove the file of an earlier run
     if options.eval_benchmark and options.eval_task_id:
-        entry = build_benchmark_entry(options.eval_benchmark, options.eval_task_id, results)
+        metric = results["selection_metric"]
+        interval = results.get(f"{metric}_interval")
+        interval_text = f", 95% interval {interval[0]:.4f} to {interval[1]:.4f}" if interval else ""
+        entry = EvalResultEntry(  # huggingface.co/docs/hub/eval-results
+            dataset_id=options.eval_benchmark,
+            task_id=options.eval_task_id,
+            value=results[metric],
+            date=datetime.now(UTC).date().isoformat(),
+            notes=f"{metric} as a fraction, on {results['num_images']} images of {results['dataset']} "
+            f"({results['split']}){interval_text}",
+        )
         (folder / BENCHMARK_FILE).parent.mkdir(exist_ok=True)
         text = yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False, allow_unicode=True)
         (folder / BENCHMARK_FILE).write_text(text, encoding="utf-8")
-
-
-def build_benchmark_entry(benchmark: str, task_id: str, results: dict[str, Any]) -> EvalResultEntry:
-    """Build an evaluation result of the selection metric for the Hub (huggingface.co/docs/hub/eval-results)."""
-    metric = results["selection_metric"]
-    interval = results.get(f"{metric}_interval")
-    interval_text = f", 95% interval {interval[0]:.4f} to {interval[1]:.4f}" if interval else ""
-    return EvalResultEntry(
-        dataset_id=benchmark,
-        task_id=task_id,
-        value=results[metric],
-        date=datetime.now(UTC).date().isoformat(),
-        notes=f"{metric} as a fraction, on {results['num_images']} images of {results['dataset']} "
-        f"({results['split']}){interval_text}",
-    )
 
 
 def collect_tracker_images(

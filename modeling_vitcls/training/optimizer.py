@@ -1,6 +1,6 @@
 """Optimizer: parameter groups of AdamW, learning rate, optimizer step, and the moving average of the weights.
 
-    optimizer_step = build_optimizer_step(accelerator, model, optimizer, max_gradient_norm)
+    optimizer_step = TorchOptimizerStep(accelerator, model, optimizer, max_gradient_norm)
     optimizer_step.backward(loss)                             for each accumulated batch
     norm = optimizer_step.step(check_norm, pre_update_hook)     after the last batch
 
@@ -15,6 +15,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,11 +23,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from .. import distributed
 from ..options import TrainingOptions
-
-
-WEIGHT_DECAY_MODULES = (nn.Linear, nn.Conv2d)
 
 
 def build_optimizer(model: nn.Module, options: TrainingOptions) -> torch.optim.Optimizer:
@@ -43,7 +40,7 @@ def build_parameter_groups(model: nn.Module, weight_decay: float, layer_decay: f
     embeddings or scales. The learning rate of each group is multiplied by `lr_scale`, which is `layer_decay` to the
     power of the maximum depth minus the depth of the group (BEiT, arXiv 2106.08254, appendix).
     """
-    weight_decay_ids = {id(module.weight) for module in model.modules() if isinstance(module, WEIGHT_DECAY_MODULES)}
+    weight_decay_ids = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)}
     depths = get_parameter_depths(model)
     max_depth = max(depths.values())
     groups: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
@@ -69,15 +66,8 @@ def get_parameter_depths(model: nn.Module) -> dict[str, int]:
     }
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """Set the learning rate of each group to `learning_rate`, scaled by the group's `lr_scale`."""
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate * group["lr_scale"]
-
-
 def get_learning_rate(step: int, num_steps: int, options: TrainingOptions) -> float:
-    """Return the learning rate at `step` (counted from 0): linear warmup over the fraction `warmup` of the steps, then
-    cosine decay to 0."""
+    """Return the learning rate at `step` (counted from 0): linear warmup, then cosine decay to 0."""
     assert options.learning_rate is not None
     num_warmup_steps = round(options.warmup * num_steps)
     if step < num_warmup_steps:
@@ -113,12 +103,12 @@ class TorchOptimizerStep:
         return norm
 
 
+@dataclass
 class DeepSpeedOptimizerStep:
     """Backward pass and update with DeepSpeed's engine, which clips, applies and clears the gradients in one call."""
 
-    def __init__(self, accelerator: Accelerator, engine: Any) -> None:
-        self.accelerator = accelerator
-        self.engine = engine
+    accelerator: Accelerator
+    engine: Any
 
     def backward(self, loss: torch.Tensor) -> None:
         """Accumulate the gradients of a batch's loss, divided by the number of accumulation steps."""
@@ -137,18 +127,8 @@ class DeepSpeedOptimizerStep:
         return norm
 
 
-def build_optimizer_step(
-    accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, max_gradient_norm: float
-) -> TorchOptimizerStep | DeepSpeedOptimizerStep:
-    """Build the optimizer step for a model and an optimizer from `Accelerator.prepare`."""
-    if distributed.is_deepspeed_enabled(accelerator):
-        return DeepSpeedOptimizerStep(accelerator, model)
-    return TorchOptimizerStep(accelerator, model, optimizer, max_gradient_norm)
-
-
 class Ema:
-    """Exponential moving average of the trainable weights. `shadow` contains one tensor for each trainable
-    parameter."""
+    """Exponential moving average of the trainable weights, with one tensor in `shadow` for each parameter."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
@@ -164,8 +144,7 @@ class Ema:
 
     @contextmanager
     def use_averaged_weights(self) -> Iterator[None]:
-        """Copy the averaged weights into the model for the duration of the `with` block, then restore the previous
-        weights."""
+        """Replace the model's weights with the averaged weights for the duration of the `with` block."""
         weights = [parameter.detach().clone() for parameter in self.trainable_parameters]
         self.copy_to_model(self.shadow)
         try:

@@ -53,11 +53,9 @@ CONFIG_FILE = "config.json"
 ADAPTER_FOLDER = "adapter"  # folder with only the LoRA adapter
 # Files that a run writes at the end, in the order in which they are removed; the results and the model come first.
 FINAL_FILE_PATTERNS = (
-    *(
-        RESULTS_FILE,
-        *MODEL_PATTERNS,
-        *(name for name in DOCUMENTATION_PATTERNS if name not in (METRICS_FILE, RECIPE_FILE)),
-    ),
+    RESULTS_FILE,
+    *MODEL_PATTERNS,
+    *(name for name in DOCUMENTATION_PATTERNS if name not in (METRICS_FILE, RECIPE_FILE)),
     *(f"{ADAPTER_FOLDER}/{name}" for name in ADAPTER_PATTERNS),
 )
 NON_FINITE_FILE = "non_finite.json"  # list of the training images in the step with a non-finite loss
@@ -115,10 +113,8 @@ def check_sources_not_removed(options: FinetuneOptions | PretrainOptions) -> Non
 
 def remove_run_files(folder: Path, store: CheckpointStore) -> None:
     """Remove the files of an earlier run or model. Other files are kept."""
-    if (
-        not any((folder / name).exists() for name in (RESULTS_FILE, CONFIG_FILE, RECIPE_FILE))
-        and not store.list_steps()
-    ):
+    has_marker_file = any((folder / name).exists() for name in (RESULTS_FILE, CONFIG_FILE, RECIPE_FILE))
+    if not has_marker_file and not store.list_steps():
         return
     for name in (*list_final_files(folder), METRICS_FILE, NON_FINITE_FILE):
         (folder / name).unlink(missing_ok=True)
@@ -158,7 +154,6 @@ class LockOwner:
 
     @classmethod
     def from_this_process(cls) -> Self:
-        """Return a `LockOwner` for this process."""
         now = datetime.now(UTC).isoformat(timespec="seconds")
         return cls(socket.gethostname(), os.getpid(), get_start_time(psutil.Process()), now)
 
@@ -172,7 +167,6 @@ class LockOwner:
 
     @property
     def is_on_this_host(self) -> bool:
-        """Return whether the owner is a process on this machine."""
         return self.host == socket.gethostname()
 
     def is_alive(self) -> bool:
@@ -195,8 +189,7 @@ class FolderLock:
         self.created_folders: list[Path] = []  # folders that were created for the lock, innermost first
 
     def acquire(self) -> None:
-        """Acquire the lock. Create the folder if the folder does not exist. Raise ValueError if another run holds the
-        lock."""
+        """Create the folder if necessary, and lock it. Raise ValueError if another run holds the lock."""
         self.created_folders = [folder for folder in (self.folder, *self.folder.parents) if not folder.exists()]
         self.folder.mkdir(parents=True, exist_ok=True)
         owner = LockOwner.from_this_process()
@@ -246,8 +239,7 @@ class FolderLock:
         return True
 
     def remove_stale_lock(self) -> None:
-        """Remove the lock if the process that holds the lock has ended. Raise ValueError if the process that holds the
-        lock is running or may be running."""
+        """Remove the lock if its owner has ended. Raise ValueError if the owner is running or may be running."""
         try:
             owner = LockOwner.from_text(self.file.read_text(encoding="utf-8"))
         except FileNotFoundError:  # the lock has been released
@@ -283,7 +275,6 @@ def exclude_other_processes(folder: Path) -> Iterator[None]:
 
 
 def get_start_time(process: psutil.Process) -> float:
-    """Return the start time of a process in seconds since boot."""
     return round(process.create_time() - psutil.boot_time(), 2)
 
 

@@ -40,14 +40,29 @@ class PretrainTask(Task):
 
     @staticmethod
     def check_options(options: PretrainOptions) -> PretrainOptions:
-        check_flag_combinations(options)
+        """Return the options. Raise ValueError if a flag requires labels or a trained model, or drops patches."""
+        flags = {
+            "--mixup": bool(options.augmentation.mixup),
+            "--cutmix": bool(options.augmentation.cutmix),
+            "--class-balance": options.training.class_balance != "none",
+            "--trainable": options.training.trainable != "full",
+            "--eval-benchmark": options.run.eval_benchmark is not None,
+        }
+        for flag, is_set in flags.items():
+            if is_set:
+                raise ValueError(
+                    f"{flag} is supported only in fine-tuning, but this is a pre-training run. Remove {flag}"
+                )
+        if options.model.patch_drop_rate:
+            raise ValueError(
+                "--patch-drop-rate drops patches, but pre-training requires all patches. Remove --patch-drop-rate"
+            )
         return options
 
     def load_data(self) -> TrainingData:
         return load_training_data(self.options.data, self.options.training.select == "best", use_labels=False)
 
     def load_model(self) -> None:
-        """Load the model, and build the mask generator."""
         self.model, self.processor = build_pretraining_model(self.options.model)
         self.mask_generator = MaskGenerator(self.options.masking, self.model.config.grid_size)
 
@@ -55,7 +70,6 @@ class PretrainTask(Task):
         return MaskedImageModelingObjective(normalize, self.mask_generator)
 
     def build_evaluator(self, images: LabeledImages) -> Evaluator:
-        """Build the evaluator for the given held-out images. `--split-seed` determines the masks of the images."""
         return ReconstructionEvaluator(
             images.images,
             self.processor,
@@ -80,9 +94,11 @@ class PretrainTask(Task):
 
     def format_result(self, metrics: Metrics) -> str:
         text = format_metrics(metrics, self.selection_metric)
-        if not text:
-            return NO_EVALUATION_TEXT
-        return f"{text} on the masked patches of {metrics['num_images']:,} held-out images"
+        return (
+            f"{text} on the masked patches of {metrics['num_images']:,} held-out images"
+            if text
+            else NO_EVALUATION_TEXT
+        )
 
     def build_card(
         self, name: str, results: dict[str, Any], provenance: Provenance | None, images: dict[str, str]
@@ -90,28 +106,9 @@ class PretrainTask(Task):
         return build_encoder_card(name, self.model.config, results, to_flags(self.options), provenance, images)
 
 
-def check_flag_combinations(options: PretrainOptions) -> None:
-    """Raise ValueError if a flag requires labels or a trained model, or if a flag drops patches."""
-    flags = {
-        "--mixup": bool(options.augmentation.mixup),
-        "--cutmix": bool(options.augmentation.cutmix),
-        "--class-balance": options.training.class_balance != "none",
-        "--trainable": options.training.trainable != "full",
-        "--eval-benchmark": options.run.eval_benchmark is not None,
-    }
-    for flag, is_set in flags.items():
-        if is_set:
-            raise ValueError(f"{flag} is supported only in fine-tuning, but this is a pre-training run. Remove {flag}")
-    if options.model.patch_drop_rate:
-        raise ValueError(
-            "--patch-drop-rate drops patches, but pre-training requires all patches. Remove --patch-drop-rate"
-        )
-
-
 def build_pretraining_model(options: ModelOptions) -> tuple[ViTCLSForMaskedImageModeling, ViTCLSImageProcessor]:
     """Build a preset with random weights, or load a checkpoint. Parameters that are missing from the checkpoint, such
-    as the mask token and the decoder, are initialized randomly. Raise ValueError if the patch drop rate is not
-    0, and OSError if the checkpoint cannot be found or read."""
+    as the mask token and the decoder, are initialized randomly."""
     config_values = options.get_config_values()
     if is_preset(options.model):
         model = ViTCLSForMaskedImageModeling(ViTCLSConfig.from_preset(options.model, **config_values))

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
@@ -27,17 +27,13 @@ from ..system import describe_device, estimate_energy, get_versions
 
 ImageLogger = Callable[[Mapping[str, Image.Image]], None]
 
-HELD_OUT_PREFIX = "held_out_"  # prefix of the names of metrics on held-out images
-LOG_IMAGES_ARGUMENTS = {"tensorboard": {"dataformats": "NHWC"}}  # tracker -> keyword arguments of `log_images`
-
 
 class Reporter:
-    """Output of one run. Use the reporter as a context manager around the training loop."""
+    """Output of one run. Use `progress` as a context manager around the training loop."""
 
     def __init__(self, metrics_file: Path, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
-        self.is_main_process = accelerator.is_main_process
-        self.console = Console(quiet=not self.is_main_process, soft_wrap=True, highlight=False)
+        self.console = Console(quiet=not accelerator.is_main_process, soft_wrap=True, highlight=False)
         self.metrics_file = metrics_file
         self.progress = Progress(
             TextColumn("{task.description}"),
@@ -45,7 +41,7 @@ class Reporter:
             MofNCompleteColumn(),
             TextColumn("{task.fields[remaining]}"),
             console=self.console,
-            disable=not (self.is_main_process and self.console.is_terminal),
+            disable=not (accelerator.is_main_process and self.console.is_terminal),
         )
         self.progress_task = self.progress.add_task("training", total=None, remaining="")
         self.num_steps = 0
@@ -65,7 +61,7 @@ class Reporter:
         step, and remove the records of later steps, which the resumed run repeats."""
         self.num_steps = num_steps
         self.first_step, self.start_time = step, time.perf_counter()
-        if self.is_main_process:
+        if self.accelerator.is_main_process:
             lines = self.metrics_file.read_text(encoding="utf-8").splitlines() if self.metrics_file.exists() else []
             earlier_lines = [
                 line for line in lines if (line_step := parse_step(line)) is not None and line_step <= step
@@ -87,19 +83,12 @@ class Reporter:
                 "--resume"
             ) from error
 
-    def __enter__(self) -> Self:
-        self.progress.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.progress.stop()
-
     def log(self, record: dict[str, Any], selection_metric: str) -> None:
         """Append a record to metrics.jsonl, print the record, and send the numeric values of the record to the
         trackers. The printed line contains the selection metric if the record does. Raise OSError on the main process
         if metrics.jsonl cannot be written."""
         self.accelerator.log(flatten_record(record), step=record["step"])
-        if not self.is_main_process:
+        if not self.accelerator.is_main_process:
             return
         line = json.dumps(record, allow_nan=False)
         with self.explain_write_errors(), self.metrics_file.open("a", encoding="utf-8") as file:
@@ -110,8 +99,9 @@ class Reporter:
             utilization = record["utilisation"]
             text += ", utilization unknown" if utilization is None else f", {utilization:.1%} of peak"
         held_out_text = ""
-        if (name := f"{HELD_OUT_PREFIX}{selection_metric}") in record:
-            held_out_text = f"  held out: {format_metric(selection_metric, record[name])}"
+        if f"held_out_{selection_metric}" in record:
+            score_text = format_metric(selection_metric, record[f"held_out_{selection_metric}"])
+            held_out_text = f"  held out: {score_text}"
         remaining_time = self.format_remaining_time(record["step"])
         if self.progress.disable:
             columns = [f"step {record['step']}/{self.num_steps}", text, remaining_time, held_out_text.strip()]
@@ -122,8 +112,7 @@ class Reporter:
             self.progress.console.print(f"epoch {record['epoch']:>5.1f}{held_out_text}", markup=False)
 
     def format_remaining_time(self, step: int) -> str:
-        """Format the remaining time, which is estimated from the speed so far. Return an empty string after the last
-        step."""
+        """Format the remaining time, estimated from the speed so far. Return an empty string after the last step."""
         num_completed_steps, num_remaining_steps = step - self.first_step, self.num_steps - step
         if num_completed_steps <= 0 or num_remaining_steps <= 0:
             return ""
@@ -138,7 +127,8 @@ class Reporter:
         def log_images(images: Mapping[str, Image.Image]) -> None:
             arrays = {name: np.asarray(image.convert("RGB"))[None] for name, image in images.items()}  # NHWC
             for tracker in trackers:
-                tracker.log_images(arrays, step=self.num_steps, **LOG_IMAGES_ARGUMENTS.get(tracker.name, {}))
+                kwargs = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images(arrays, step=self.num_steps, **kwargs)
 
         return log_images if trackers else None
 
@@ -157,7 +147,6 @@ def format_duration(seconds: float) -> str:
 
 
 def format_metric(name: str, value: float | None) -> str:
-    """Format a metric's name and value."""
     text = "unknown" if value is None else f"{value:.4g}" if name.endswith("loss") else f"{value:.2%}"
     return f"{name.replace('_', ' ')} {text}"
 
@@ -171,8 +160,8 @@ def parse_step(line: str) -> int | None:
 
 
 def flatten_record(record: dict[str, Any], prefix: str = "") -> dict[str, float]:
-    """Flatten a nested record for trackers, and keep only the numeric values. For example, `{"token_norm": {"cls[0]":
-    1.0}}` becomes `{"token_norm/cls[0]": 1.0}`."""
+    """Return the numeric values of a nested record: `{"token_norm": {"cls[0]": 1.0}}` becomes `{"token_norm/cls[0]":
+    1.0}`."""
     numeric_values: dict[str, float] = {}
     for name, value in record.items():
         if isinstance(value, list):
@@ -193,9 +182,9 @@ def describe_model(source: str, model: Any) -> dict[str, str]:
     token_counts = {name: count for name, count in count_tokens(config).items() if count}
     layout_text = " | ".join(f"{count} {name}" for name, count in token_counts.items())
     height, width = config.image_height_width
-    num_trainable_parameters = count_parameters(model, only_trainable=True)
     return {
-        "model": f"{source}: {count_parameters(model):,} parameters, {num_trainable_parameters:,} trainable, "
+        "model": f"{source}: {count_parameters(model):,} parameters, "
+        f"{count_parameters(model, only_trainable=True):,} trainable, "
         f"{config.num_hidden_layers} layers of width {config.hidden_size}, pooling {config.pooling}",
         "tokens": f"[ {layout_text} ] = {sum(token_counts.values())} for {height} x {width} pixels",
     }
@@ -214,8 +203,7 @@ def describe_batches(plan: BatchPlan, accelerator: Accelerator) -> dict[str, str
 def describe_run(
     plan: BatchPlan, num_steps: int, model: Any, accelerator: Accelerator, seconds: float
 ) -> dict[str, Any]:
-    """Return the steps, model size, speed, device and versions for results.json. `num_steps` is the number of executed
-    steps."""
+    """Return the steps, model size, speed, device and versions for results.json, after `num_steps` executed steps."""
     token_counts = count_tokens(model.config)
     return {
         "steps": num_steps,
@@ -240,6 +228,5 @@ def count_tokens(config: ViTCLSConfig) -> dict[str, int]:
 
 
 def count_parameters(model: nn.Module, only_trainable: bool = False) -> int:
-    """Return the number of parameters, or the number of trainable parameters if `only_trainable` is True."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad or not only_trainable]
     return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters)  # with ZeRO-3

@@ -21,6 +21,7 @@ from torch import nn
 
 from ..checkpoints import Checkpoint, CheckpointStore, Tensors
 from ..conversion.any_checkpoint import is_pinned, pin_revision
+from ..data.batches import Batch
 from ..data.images import UnreadableImageCounter
 from ..data.sampling import BatchPlan
 from ..data.splits import describe_change
@@ -50,7 +51,7 @@ from .loop import (
     TrainingLoop,
     TrainingState,
 )
-from .losses import Batch, Objective
+from .losses import Objective
 from .mfu import Utilization, build_utilization
 from .model import check_preset_name
 from .optimizer import Ema, build_optimizer
@@ -66,8 +67,9 @@ class TrainingComponents:
     objective: Objective
     iterate_batches: Callable[[int], Generator[Batch, None, None]]  # first step -> batches of this process
     evaluate: Callable[[nn.Module], Metrics]  # model from `Accelerator.prepare` -> metrics on held-out images
-    measure_attention: Callable[[Batch], Metrics]  # batch on the device -> values to log every `health_every` steps
     describe_unreadable_image: Callable[[int], str]  # index of an unreadable image -> error message
+    # batch on the device -> values to log every `health_every` steps
+    measure_attention: Callable[[Batch], Metrics] = lambda batch: {}
 
 
 # Flags that may change on --resume, because these flags do not affect the result.
@@ -76,13 +78,9 @@ CHANGEABLE_FLAGS = (
     "keep_checkpoints log_with report dry_run push_to_hub hub_model_id hub_private hub_verify hub_checkpoint_every "
     "hub_checkpoint_branch hub_push_optimizer license card_samples eval_benchmark eval_task_id"
 ).split()
-FLAGS_WITH_COMPUTED_DEFAULTS = tuple(default.name for default in DEFAULTS)  # flags whose default depends on the run
 PATH_FLAGS = ("dataset", "model", "teacher")  # flags whose values may be paths
-UNSAVED_FLAGS = ("resume", "overwrite", "dry_run")  # flags that are not written to config.resolved.yaml
-TRAINING_LENGTH_FLAGS = ("epochs", "max_steps")  # flags that set the number of steps
 
 STREAM_SAVE_EVERY = 1000  # default of --save-every in steps for streams, which have no epochs
-TOKEN_TRAINING_MODES = ("full", "lora")  # values of --trainable that train the special tokens
 
 
 class RunStopped(Exception):
@@ -115,7 +113,6 @@ class Runner:
 
     @property
     def folder(self) -> Path:
-        """Return the output folder."""
         return self.options.output_dir
 
     @property
@@ -125,7 +122,6 @@ class Runner:
 
     @property
     def can_save_checkpoints(self) -> bool:
-        """Return whether the launch configuration supports checkpoints and --resume."""
         return explain_unsupported_checkpoints(self.accelerator) is None
 
     def train(
@@ -136,14 +132,11 @@ class Runner:
         uploader: BranchUploader | None = None,
     ) -> Metrics:
         """Train from the beginning or from the checkpoint, and return the metrics of the last evaluation. With
-        `--ema-decay`, the model contains the averaged weights after training. `selection_metric` selects the best
-        checkpoint. Lower values are better if the name of the metric ends with "loss".
-
-        Raises:
-            RunStopped: after a signal, a non-finite loss, too many unreadable images, or a full disk.
-        """
+        `--ema-decay`, the model contains the averaged weights after training. Raise RunStopped after a signal, a
+        non-finite loss, too many unreadable images, or a full disk."""
         model = components.model
         training_options, accelerator = self.options.training, self.accelerator
+        should_warn_about_tokens = training_options.trainable in ("full", "lora")  # values that train all tokens
         if training_options.compile:
             model.compile()
         self.utilization = build_utilization(model, plan, accelerator, self.reporter.print_line)
@@ -194,16 +187,14 @@ class Runner:
         self.start_time = time.perf_counter()
         with (
             SignalHandler(accelerator) as signal_handler,
-            self.reporter,
+            self.reporter.progress,
             self.convert_errors(signal_handler),
             uploader or nullcontext(),
         ):
             callbacks = LoopCallbacks(
                 evaluate=evaluate_with_timing,
                 log=log,
-                warn=self.reporter.warn
-                if training_options.trainable in TOKEN_TRAINING_MODES
-                else lambda message: None,
+                warn=self.reporter.warn if should_warn_about_tokens else lambda message: None,
                 save=save,
                 on_batch=lambda batch: unreported_indices.extend(batch["replaced"][batch["replaced"] >= 0].tolist()),
                 measure_attention=components.measure_attention,
@@ -231,8 +222,9 @@ class Runner:
             self.training_seconds = self.get_training_seconds()
         if state.ema is not None:
             state.ema.copy_to_model(state.ema.shadow)
-        if training_options.trainable in TOKEN_TRAINING_MODES:
-            for token in monitor.find_unchanged_tokens():
+        token_movement = monitor.compute_token_movement()
+        for token, distance in token_movement.items():
+            if distance == 0 and should_warn_about_tokens:
                 self.reporter.warn(f"token {token} did not change during training")
         if len(unreadable_images):
             self.reporter.warn(
@@ -240,7 +232,7 @@ class Runner:
             )
         return metrics | {
             "num_broken_training_images": len(unreadable_images),
-            "token_movement": monitor.compute_token_movement(),
+            "token_movement": token_movement,
             "utilisation": self.utilization.get_results(),
         }
 
@@ -255,8 +247,7 @@ class Runner:
         )
 
     def set_data_fingerprint(self, data_fingerprint: dict[str, Any]) -> None:
-        """Store the fingerprint of the data, to be written to checkpoints. Raise ValueError if --resume would continue
-        with different data."""
+        """Store the fingerprint of the data. Raise ValueError if --resume would continue with different data."""
         self.data_fingerprint = data_fingerprint
         if self.checkpoint is None:
             return
@@ -324,7 +315,8 @@ class Runner:
         def replace_files() -> None:
             if self.checkpoint is None:
                 output_folder.remove_run_files(self.folder, self.store)
-            flags = {name: value for name, value in self.get_flags().items() if name not in UNSAVED_FLAGS}
+            unsaved_flags = ("resume", "overwrite", "dry_run")
+            flags = {name: value for name, value in self.get_flags().items() if name not in unsaved_flags}
             (self.folder / RECIPE_FILE).write_text(yaml.safe_dump(flags, sort_keys=False), encoding="utf-8")
 
         if not self.is_finished:
@@ -393,7 +385,6 @@ class Runner:
         return tensors, metadata | non_tensor_state
 
     def start_trackers(self) -> None:
-        """Initialize Accelerate's trackers, which write to the output folder."""
         folder = self.folder / "trackers"
         if self.accelerator.is_main_process:
             folder.mkdir(exist_ok=True)
@@ -425,19 +416,16 @@ class Runner:
     def save_non_finite_step(self, error: NonFiniteLoss) -> str:
         """Save the image indices and the initial state of the step with the non-finite loss. Return a sentence that
         contains the file name, or the error if saving fails."""
-        file = self.folder / output_folder.NON_FINITE_FILE
-        local_batches = [
-            {"index": batch["index"].tolist(), "epoch": batch["epoch"].tolist()} for batch in error.batches
-        ]
+        file, accelerator, state = self.folder / output_folder.NON_FINITE_FILE, self.accelerator, self.state
+        local_batches = [{name: batch[name].tolist() for name in ("index", "epoch")} for batch in error.batches]
         failed_step = {"step": error.step + 1, "batches": gather_object(local_batches)}
         try:
-            run_on_main(self.accelerator, lambda: write_json(file, failed_step))
+            run_on_main(accelerator, lambda: write_json(file, failed_step))
             if self.can_save_checkpoints:
                 store = CheckpointStore(self.folder / output_folder.NON_FINITE_FOLDER, num_kept=1)
-                state = self.state
-                tensors, metadata = gather_state(self.accelerator, state.model, state.optimizer, state.shadow)
+                tensors, metadata = gather_state(accelerator, state.model, state.optimizer, state.shadow)
                 metadata = {"step": error.step} | metadata
-                run_on_main(self.accelerator, lambda: store.save(error.step, tensors, metadata, is_best=False))
+                run_on_main(accelerator, lambda: store.save(error.step, tensors, metadata, is_best=False))
         except OSError as saving_error:
             saved_data = f"The images of step {error.step + 1} and the state before this step"
             return f"{saved_data} could not be saved: {saving_error}"
@@ -446,14 +434,8 @@ class Runner:
 
 def build_runner(options: FinetuneOptions | PretrainOptions) -> Runner:
     """Lock and check the output folder, find the checkpoint to resume from, and build the runner. The options of the
-    runner contain absolute paths.
-
-    Raises:
-        ValueError: if the preset does not exist, if a flag, precision or tracker is not supported, if another run uses
-            the folder, if the run would replace files without --overwrite, if all checkpoints are damaged, or if the
-            newest intact checkpoint was written with other flags.
-        OSError: if the folder cannot be written.
-    """
+    runner contain absolute paths. Raise ValueError if options are invalid or the run is not allowed to use the folder,
+    and OSError if the folder cannot be written."""
     check_preset_name(options.model.model)
     options = resolve_local_paths(options)
     training_options, run_options = options.training, options.run
@@ -511,11 +493,11 @@ def check_flags_unchanged(stored_flags: dict[str, Any], current_flags: dict[str,
             or current_value == value
             or (name in PATH_FLAGS and is_same_source(value, current_value))
             or is_pinned(value, current_value)
-            or (name in FLAGS_WITH_COMPUTED_DEFAULTS and current_value is None)
+            or (current_value is None and any(name == default.name for default in DEFAULTS))
         ):
             continue
         advice = "Use the same flags, or choose a different --output-dir"
-        if name in TRAINING_LENGTH_FLAGS:
+        if name in ("epochs", "max_steps"):
             advice = (
                 "The number of steps is fixed, because the learning rate decays to 0 over these steps. To continue "
                 f"training, start another run with --model {folder}"

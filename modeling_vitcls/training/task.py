@@ -48,7 +48,7 @@ from ..inference.metrics import drop_large_matrices
 from ..options import AugmentationOptions, TrainingOptions
 from ..study import compute_interval
 from .branch_uploads import build_branch_uploader
-from .defaults import describe_random_weights, format_defaults, get_run_properties, resolve_defaults
+from .defaults import describe_random_weights, get_run_properties, resolve_defaults
 from .distributed_state import explain_unsupported_checkpoints, gather_weights, reshard
 from .loop import Metrics
 from .losses import Objective
@@ -75,14 +75,15 @@ class Task(ABC):
     runner: Runner  # holds the lock of the output folder until `run_task` ends
     hub_model_id: str | None  # repository to push to; None if the run is not pushed
     data: TrainingData
+    # Name of the metric that selects the best checkpoint. Lower values are better if the name ends with "loss".
+    selection_metric: str
     plan: BatchPlan
     model: Any  # unwrapped ViTCLS model; parameters that are not trained are frozen
     processor: ViTCLSImageProcessor
     summary_lines: dict[str, str | None]  # lines about the initial weights and the default values, keyed by name
 
     def __init__(self, options: Any) -> None:
-        """Check the options, lock the output folder, load data and model, and write config.resolved.yaml. Raise
-        ValueError or OSError if data or models cannot be read or do not match the options."""
+        """Check the options, lock the output folder, load data and model, and write config.resolved.yaml."""
         self.runner = build_runner(self.check_options(options))
         self.options = self.runner.options
         accelerator = self.runner.accelerator
@@ -103,18 +104,17 @@ class Task(ABC):
         """Set the flags whose default depends on the run (defaults.py), and pin Hub models to commits."""
         self.options = self.runner.pin_models(self.options)
         run_properties = get_run_properties(self.options, self.data.num_training_images)
-        self.options, reasons = resolve_defaults(self.options, run_properties)
+        self.options, defaults_line = resolve_defaults(self.options, run_properties)
         self.runner.set_options(self.options)
         weights_line = describe_random_weights(self.options.model.model, run_properties)
-        self.summary_lines = {"weights": weights_line, "defaults": format_defaults(reasons)}
+        self.summary_lines = {"weights": weights_line, "defaults": defaults_line}
 
     # Supplied by each task -------------------------------------------------------------------------------------------
 
     @staticmethod
     @abstractmethod
     def check_options(options: Any) -> Any:
-        """Return the options with defaults that depend on other options. Raise ValueError if flags contradict each
-        other."""
+        """Return the options with defaults that depend on other flags. Raise ValueError if flags are incompatible."""
 
     @abstractmethod
     def load_data(self) -> TrainingData:
@@ -123,12 +123,6 @@ class Task(ABC):
     @abstractmethod
     def load_model(self) -> None:
         """Set `model` and `processor`, and load other objects that the task requires."""
-
-    @property
-    @abstractmethod
-    def selection_metric(self) -> str:
-        """Return the name of the metric that selects the best checkpoint. Lower values are better if the name ends
-        with "loss"."""
 
     @abstractmethod
     def build_evaluator(self, images: LabeledImages) -> Evaluator:
@@ -140,7 +134,7 @@ class Task(ABC):
 
     @abstractmethod
     def describe_labels(self) -> str:
-        """Return the description of the labels for the summary line about the data."""
+        """Return the text about the labels for the summary line about the data."""
 
     @abstractmethod
     def get_summary_lines(self) -> dict[str, str]:
@@ -167,8 +161,8 @@ class Task(ABC):
     # Shared by the tasks ---------------------------------------------------------------------------------------------
 
     def resolve_repo_id(self) -> str | None:
-        """Return the repository for `--push-to-hub`, or None if the flag is not set. Raise ValueError or OSError on
-        all processes if pushing is not permitted or the Hub cannot be reached."""
+        """Return the repository to push to; None without `--push-to-hub`. Raise ValueError or OSError on all processes
+        if pushing is not permitted or the Hub cannot be reached."""
         run_options, accelerator, name = self.options.run, self.runner.accelerator, self.runner.folder.resolve().name
         if not run_options.push_to_hub:
             return None
@@ -179,12 +173,13 @@ class Task(ABC):
         )
 
     def build_plan(self, training_options: TrainingOptions) -> BatchPlan:
-        """Build the batch plan for the given training options."""
         labels = self.data.train.labels if isinstance(self.data.train, LabeledImages) else None
-        num_copies = self.options.augmentation.repeated_augmentation
-        num_processes = self.runner.accelerator.num_processes
         return BatchPlan.from_options(
-            self.data.num_training_images, training_options, num_processes, labels, num_copies
+            self.data.num_training_images,
+            training_options,
+            self.runner.accelerator.num_processes,
+            labels,
+            self.options.augmentation.repeated_augmentation,
         )
 
     def build_components(self, evaluator: EvaluationFunction) -> TrainingComponents:
@@ -197,8 +192,8 @@ class Task(ABC):
             self.build_objective(normalize),
             partial(iterate_training_batches, images, self.plan, accelerator.process_index, num_workers),
             evaluator,
-            build_attention_callback(self.model, normalize),
             images.describe_unreadable_image,
+            build_attention_callback(self.model, normalize),
         )
 
     def get_num_views(self) -> int:
@@ -208,15 +203,13 @@ class Task(ABC):
     def build_training_images(
         self, augmentation: AugmentationOptions, num_views: int
     ) -> TrainingImages | TrainingStream:
-        """Build the augmented training images. `num_views` is the number of views per image, or 0 for a new view in
-        every epoch."""
+        """Build the augmented training images with `num_views` views per image, or 0 for a new view in every epoch."""
         processor, config = self.processor, self.model.config
         transform = build_augmentation(augmentation, config.image_height_width, processor.resample)
         to_rgb, seed = bool(processor.do_convert_rgb), self.options.training.seed
         return build_training_dataset(self.data.train, transform, to_rgb, seed, num_views, config.num_channels)
 
     def get_evaluator_arguments(self) -> dict[str, Any]:
-        """Return the keyword arguments shared by all evaluators."""
         return {
             "batch_size": self.plan.batch_size,
             "num_workers": self.options.data.num_workers,
@@ -232,7 +225,7 @@ class Task(ABC):
 
 def run_task(task: Task) -> dict[str, Any]:
     """Train and evaluate the model, write and push the output folder, and return the contents of results.json. Raise
-    RunStopped in the same cases as `Runner.train`, and if the output folder cannot be written or pushed."""
+    RunStopped as in `Runner.train`, and if the output folder cannot be written or pushed."""
     runner, reporter = task.runner, task.runner.reporter
     with runner.lock:
         if runner.is_finished:
@@ -257,9 +250,8 @@ def run_task(task: Task) -> dict[str, Any]:
         save_output(task, results)
         reporter.print_line("result", task.format_result(metrics))
         report_text = f" {REPORT_FILE}," if (runner.folder / REPORT_FILE).exists() else ""
-        reporter.print_line(
-            "saved", f"{runner.folder} (model, image processor, README.md,{report_text} {RESULTS_FILE})"
-        )
+        files_text = f"model, image processor, README.md,{report_text} {RESULTS_FILE}"
+        reporter.print_line("saved", f"{runner.folder} ({files_text})")
         push_output(task)
         runner.accelerator.end_training()
         return results
@@ -268,8 +260,7 @@ def run_task(task: Task) -> dict[str, Any]:
 def evaluate_trained_model(
     task: Task, components: TrainingComponents, evaluate_held_out: EvaluationFunction
 ) -> Metrics:
-    """Evaluate the trained model on the held-out images, and return the metrics. Return an empty dictionary if the
-    model has already been evaluated on these images during training."""
+    """Return the metrics of the trained model on the held-out images; empty if training has already evaluated them."""
     has_only_heads = components.model is not task.model
     if task.data.selection is None and not has_only_heads:
         return {}
@@ -286,9 +277,9 @@ def evaluate_trained_model(
 def collect_summary_lines(task: Task) -> dict[str, str]:
     """Return the summary lines that are printed before training, as {name: text}."""
     data = task.data
-    image_count_text = "a stream of" if data.num_training_images is None else f"{data.num_training_images:,}"
+    size_text = "a stream of" if data.num_training_images is None else f"{data.num_training_images:,}"
     summary_lines = {
-        "data": f"{data.name}: {image_count_text} training images, {len(data.held_out):,} held-out images "
+        "data": f"{data.name}: {size_text} training images, {len(data.held_out):,} held-out images "
         f"({data.held_out_name}); {task.describe_labels()}"
     }
     if data.selection is not None:
@@ -324,19 +315,17 @@ def format_metrics(metrics: Metrics, *names: str) -> str:
 
 def save_output(task: Task, results: dict[str, Any]) -> None:
     """Write the model, the image processor, the card and finally results.json, which marks the folder as complete. Add
-    the inference speed and the diagnosis of the special tokens to `results`. This function must be called on all
-    processes. Raise RunStopped on all processes if the folder cannot be written."""
+    the inference speed and the diagnosis to `results`. Must be called on all processes. Raise RunStopped on all
+    processes if the folder cannot be written."""
     runner, options, warn = task.runner, task.options, task.runner.reporter.warn
     folder = runner.folder
     weights = gather_weights(task.model, runner.accelerator.is_main_process)
 
     def write_files() -> None:
         write_model(task.model, task.processor, folder, weights)
+        provenance, base_model, rank = get_model_provenance(options), options.model.model, options.training.lora_rank
         if any(".lora_" in name for name in weights):
-            base_model, rank = options.model.model, options.training.lora_rank
-            write_adapter(
-                folder / ADAPTER_FOLDER, weights, task.model.config, rank, base_model, get_model_provenance(options)
-            )
+            write_adapter(folder / ADAPTER_FOLDER, weights, task.model.config, rank, base_model, provenance)
         images = build_model_report(
             folder,
             type(task.model),
@@ -351,7 +340,6 @@ def save_output(task: Task, results: dict[str, Any]) -> None:
         )
         if "diagnosis" in results:
             runner.reporter.print_line("diagnosis", results["diagnosis"])
-        provenance = get_model_provenance(options)
         card = task.build_card(task.hub_model_id or folder.resolve().name, results, provenance, images)
         write_card(folder, card, provenance, results, options.run, warn)
         write_json(folder / RESULTS_FILE, results)
@@ -465,9 +453,8 @@ def dry_run(task_class: type[Task], options: Any) -> None:
         run_task(task)
     checkpoint_text = ", a checkpoint" if runner.can_save_checkpoints else ""
     push_note = f"; pushing to {task.hub_model_id} is permitted" if task.hub_model_id else ""
-    duration = format_duration(
-        estimate_run_seconds(runner, plan, len(indices) / num_held_out if num_held_out else 1.0)
-    )
+    evaluated_fraction = len(indices) / num_held_out if num_held_out else 1.0
+    duration = format_duration(estimate_run_seconds(runner, plan, evaluated_fraction))
     runner.reporter.print_line(
         "dry run",
         f"{len(runner.step_seconds)} steps, an evaluation{checkpoint_text} and saving the model succeeded in "
@@ -501,8 +488,7 @@ def build_dry_run_options(options: Any) -> Iterator[Any]:
 
 
 def limit_training_images(task: Task) -> None:
-    """Keep only the training images that the steps of a dry run use, because linear probing encodes all training
-    images before the first step."""
+    """Keep only the training images of a dry run, because linear probing encodes all images before the first step."""
     if isinstance(task.data.train, LabeledImages):
         plan = task.plan
         batches = [batch for process_index in range(plan.num_processes) for batch in plan.iterate_keys(process_index)]
@@ -512,14 +498,10 @@ def limit_training_images(task: Task) -> None:
 
 
 def estimate_run_seconds(runner: Runner, plan: BatchPlan, evaluated_fraction: float) -> float:
-    """Return the expected duration of the steps and evaluations of the full run in seconds, extrapolated from a dry
-    run. The first step is slower than later steps and is ignored if the dry run has several steps.
-
-    `plan` is the batch plan of the full run. `evaluated_fraction` is the fraction of the held-out images that the dry
-    run evaluated.
-    """
+    """Return the duration of the full run with batch plan `plan` in seconds, extrapolated from a dry run, which
+    evaluated only `evaluated_fraction` of the held-out images."""
     epochs = plan.count_epochs(plan.num_steps) if plan.num_images else 1.0
     num_evaluations = math.ceil(epochs / runner.options.training.evaluate_every)
-    seconds_per_step = min(runner.step_seconds[1:] or runner.step_seconds)
+    seconds_per_step = min(runner.step_seconds[1:] or runner.step_seconds)  # the first step is slower than later steps
     seconds_per_evaluation = min(runner.evaluation_seconds) / evaluated_fraction
     return plan.num_steps * seconds_per_step + num_evaluations * seconds_per_evaluation

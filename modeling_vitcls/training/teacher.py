@@ -19,6 +19,7 @@ rounding errors.
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -38,7 +39,6 @@ from ..conversion.any_checkpoint import resolve_checkpoint
 from ..data.labels import LabelSpace
 from ..errors import format_error
 from ..hub.loading import get_external_model_folder, load_timm_model, split_revision
-from ..options import AugmentationOptions
 
 
 TIMM_PREFIX = "timm:"
@@ -55,8 +55,7 @@ class TeacherPreprocessing:
     normalize: Callable[[torch.Tensor], torch.Tensor]  # converts uint8 [B, C, H, W] to normalized float32
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Convert the student's pixels [B, C, H, W] in [0, 255] to the teacher's input. Pixels of mixed images are
-        rounded."""
+        """Convert the student's pixels [B, C, H, W] in [0, 255] to the teacher's input. Mixed pixels are rounded."""
         if pixels.is_floating_point():
             pixels = pixels.clamp(0, 255).round().to(torch.uint8)
         pixels = convert_channels(pixels, self.num_channels)
@@ -74,15 +73,13 @@ class Teacher(nn.Module):
         preprocessing: TeacherPreprocessing,
         label_indices: list[int] | None = None,
         description: str = "",
-        note: str = "",
     ) -> None:
         super().__init__()
         self.model = model.requires_grad_(False)
         self.preprocessing = preprocessing
         # Indices of the student's labels in the teacher's logits; None if the labels and their order are the same.
         self.label_indices = label_indices
-        self.description = description  # name and size of the teacher
-        self.note = note  # note on the label mapping; empty if the labels are the same
+        self.description = description  # name and size of the teacher, and a note on the label mapping
         self.eval()
 
     @torch.no_grad()
@@ -94,7 +91,6 @@ class Teacher(nn.Module):
         return logits if self.label_indices is None else logits[:, self.label_indices]
 
     def predict(self, batch: dict[str, Any]) -> torch.Tensor:
-        """Return the logits of the student's labels [B, L] for the `pixels` of a batch."""
         return self(batch["pixels"])
 
     def train(self, mode: bool = True) -> Self:
@@ -115,21 +111,12 @@ class LoadedTeacher:
 def load_teacher(
     source: str, labels: LabelSpace, num_channels: int, height_width: tuple[int, int], device: torch.device
 ) -> Teacher:
-    """Load a teacher for a student with the given labels, number of channels and image size.
+    """Load a teacher for a student with the given labels, number of channels and image size. Raise ValueError if the
+    teacher is not an image classifier or lacks a label, and OSError if the teacher cannot be found or read.
 
     Labels are matched by name. If a teacher has no label names but the same number of labels, the labels are assumed
-    to be in the same order. `Teacher.note` states this assumption.
-
-    Raises:
-        ValueError: if the teacher is not an image classifier, if the teacher lacks a label, or if the dataset does not
-            have one label per image.
-        OSError: if the teacher cannot be found or read.
+    to be in the same order. `Teacher.description` states this assumption.
     """
-    if labels.kind != "single_label_classification":
-        raise ValueError(
-            f"--teacher requires one label per image, but the label kind of the dataset is {labels.kind}. Remove "
-            "--teacher"
-        )
     if source.startswith(TIMM_PREFIX):
         loaded_teacher = load_timm_teacher(source)
     else:
@@ -138,8 +125,8 @@ def load_teacher(
     label_indices, note = match_labels(source, loaded_teacher, labels.names)
     height, width = loaded_teacher.preprocessing.height_width
     num_parameters = sum(parameter.numel() for parameter in loaded_teacher.model.parameters())
-    description = f"{source}: {num_parameters:,} parameters, at {height} x {width} pixels"
-    return Teacher(loaded_teacher.model, loaded_teacher.preprocessing, label_indices, description, note).to(device)
+    description = f"{source}: {num_parameters:,} parameters, at {height} x {width} pixels" + (note and f"; {note}")
+    return Teacher(loaded_teacher.model, loaded_teacher.preprocessing, label_indices, description).to(device)
 
 
 def match_labels(source: str, teacher: LoadedTeacher, labels: list[str]) -> tuple[list[int] | None, str]:
@@ -179,21 +166,19 @@ def load_transformers_teacher(source: str, num_channels: int, height_width: tupl
         folder = get_external_model_folder(*split_revision(source.removeprefix("transformers:")))
     except OSError as error:
         raise OSError(f"cannot load the teacher: {error}") from error
-    config = load_component(source, "config.json", AutoConfig.from_pretrained, folder, trust_remote_code=False)
+    config = load_component(source, "config.json", AutoConfig.from_pretrained, folder)
     if type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
         raise ValueError(f"the teacher {source} is a model of type {config.model_type!r}. Use an image classifier")
-    load_model = AutoModelForImageClassification.from_pretrained
-    model, loading_info = load_component(
-        source, "model", load_model, folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+    load_model = partial(
+        AutoModelForImageClassification.from_pretrained, dtype=torch.float32, output_loading_info=True
     )
+    model, loading_info = load_component(source, "model", load_model, folder)
     if loading_info["missing_keys"]:
-        missing_name = sorted(loading_info["missing_keys"])[0]
+        missing_name = min(loading_info["missing_keys"])
         raise ValueError(f"the teacher {source} lacks the weight {missing_name}. Use a trained classifier")
     names = [config.id2label[index] for index in range(config.num_labels)]
     has_names = names != [f"LABEL_{index}" for index in range(config.num_labels)]
-    processor = load_component(
-        source, "image processor", AutoImageProcessor.from_pretrained, folder, trust_remote_code=False
-    )
+    processor = load_component(source, "image processor", AutoImageProcessor.from_pretrained, folder)
     if config.model_type == "timm_wrapper":
         preprocessing = build_timm_preprocessing(processor.data_config)
     else:
@@ -223,10 +208,10 @@ def run_processor(processor: Any, pixels: torch.Tensor, **kwargs: Any) -> torch.
     return processor(list(pixels), **kwargs)["pixel_values"]
 
 
-def load_component(source: str, component: str, load: Callable[..., Any], folder: str, **kwargs: Any) -> Any:
+def load_component(source: str, component: str, load: Callable[..., Any], folder: str) -> Any:
     """Load a component of the teacher with `load`. If loading fails, raise a one-line error that names `source`."""
     try:
-        return load(folder, **kwargs)
+        return load(folder, trust_remote_code=False)
     except Exception as error:  # loading files of other projects may raise any error
         if "trust_remote_code" in str(error):
             raise ValueError(
@@ -318,17 +303,14 @@ def get_interpolation(resample: Any) -> InterpolationMode:
 class TeacherCache:
     """Cache of a teacher's logits for batches with `pixels`, `view` [B] and `index` [B].
 
-    Each process caches the logits of its own batches. Logits are converted to the dtype of the cache before
-    the first use, and the teacher always runs on whole batches. The result therefore does not depend on the step at
-    which the logits are cached.
+    Each process caches the logits of its own batches. Logits are converted to `float16` before the first use, and the
+    teacher always runs on whole batches. The result therefore does not depend on the step at which the logits are
+    cached.
     """
 
-    def __init__(
-        self, teacher: Teacher, num_images: int, num_views: int, num_labels: int, dtype: torch.dtype = torch.float16
-    ) -> None:
-        """Allocate a cache of shape [num_views, num_images, num_labels] and type `dtype`."""
+    def __init__(self, teacher: Teacher, num_images: int, num_views: int, num_labels: int) -> None:
         self.teacher = teacher
-        self.logits = torch.empty(num_views, num_images, num_labels, dtype=dtype)
+        self.logits = torch.empty(num_views, num_images, num_labels, dtype=torch.float16)
         self.is_cached = torch.zeros(num_views, num_images, dtype=torch.bool)
 
     def predict(self, batch: dict[str, Any]) -> torch.Tensor:
@@ -336,17 +318,7 @@ class TeacherCache:
         views, indices = batch["view"].cpu(), batch["index"].cpu()
         is_missing = ~self.is_cached[views, indices]  # [B]
         if is_missing.any():
-            logits = self.teacher.predict(batch).to("cpu", self.logits.dtype)
+            logits = self.teacher.predict(batch).to("cpu", torch.float16)
             self.logits[views[is_missing], indices[is_missing]] = logits[is_missing]
             self.is_cached[views, indices] = True
         return self.logits[views, indices].to(batch["pixels"].device, torch.float32)
-
-
-def check_teacher_views(num_views: int, augmentation: AugmentationOptions) -> None:
-    """Raise ValueError if the logits of mixed images would be cached, because each mixed image is used only once."""
-    for flag in ("mixup", "cutmix"):
-        if num_views and getattr(augmentation, flag):
-            raise ValueError(
-                f"--teacher-views caches the logits of individual images, but --{flag} mixes images. "
-                "Remove one of the two flags"
-            )

@@ -71,10 +71,6 @@ class TokenMonitor:
         self.reported_names.update(names)
         return names
 
-    def find_unchanged_tokens(self) -> list[str]:
-        """Return the names of the tokens that still have their initial values, such as `registers[1]`."""
-        return [name for name, token in self.copy_tokens().items() if torch.equal(token, self.initial_tokens[name])]
-
     def compute_token_movement(self) -> dict[str, float]:
         """Return the Euclidean norm of each token's change since the start of training."""
         return {name: (token - self.initial_tokens[name]).norm().item() for name, token in self.copy_tokens().items()}
@@ -83,23 +79,17 @@ class TokenMonitor:
 def build_attention_callback(
     model: Any, normalize: Callable[[torch.Tensor], torch.Tensor]
 ) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """Build the function that measures the CLS attention of a batch. Return `return_no_metrics` if the model has no
-    CLS tokens or merges patches."""
+    """Build the function that measures the CLS attention of a batch. The function returns no metrics if the model has
+    no CLS tokens or merges patches."""
     has_cls_attention = model.config.num_cls_tokens and not model.config.merged_patches_per_layer
-    return partial(measure_attention_entropy, model, normalize) if has_cls_attention else return_no_metrics
-
-
-def return_no_metrics(batch: dict[str, Any]) -> dict[str, Any]:
-    """Return an empty dictionary, for models whose CLS attention is not available."""
-    return {}
+    return partial(measure_attention_entropy, model, normalize) if has_cls_attention else lambda batch: {}
 
 
 @torch.no_grad()
 def measure_attention_entropy(
     model: Any, normalize: Callable[[torch.Tensor], torch.Tensor], batch: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return the entropy of the CLS attention in nats for each layer, averaged over the CLS tokens, the heads, and the
-    first images of the batch."""
+    """Return the entropy of the CLS attention of each layer, averaged over tokens, heads and the first images."""
     pixel_values = normalize(batch["pixels"][:MAX_ATTENTION_IMAGES])  # [B, C, H, W]
     model.eval()
     attention_weights = model.token_attention(pixel_values, tokens=("cls",))  # [B, layers, heads, CLS, N]

@@ -51,7 +51,7 @@ def two_tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_scopes_of_cls_tokens_are_built_from_grids() -> None:
     options = ModelOptions(model="vitcls-tiny", cls_scopes=("image", "1x2"), image_size=32, patch_size=8)
-    model = build_model(options, LabelSpace("single_label_classification", {"label": ["yes", "no"]})).model
+    model, _, _ = build_model(options, LabelSpace("single_label_classification", {"label": ["yes", "no"]}))
     assert model.config.num_cls_tokens == 3
     assert model.config.cls_scopes == ["image", [1, 2, 0, 0], [1, 2, 0, 1]]
     for text in ("2", "0x2", "2 x 2", "left"):
@@ -70,19 +70,19 @@ def test_scopes_of_cls_tokens_are_built_from_grids() -> None:
 )
 def test_a_checkpoint_of_several_tasks_is_trained_on_other_labels(two_tasks: Path, label_space: LabelSpace) -> None:
     saved = ViTCLSForMultiTaskClassification.from_pretrained(two_tasks)
-    built = build_model(ModelOptions(model=str(two_tasks)), label_space)
-    heads = {name for name, _ in built.model.named_parameters() if not name.startswith("vitcls.")}
-    assert heads <= built.new_parameter_names
+    model, _, new_names = build_model(ModelOptions(model=str(two_tasks)), label_space)
+    heads = {name for name, _ in model.named_parameters() if not name.startswith("vitcls.")}
+    assert heads <= new_names
     kept = saved.vitcls.layers[0].mlp.fc1.weight
-    assert torch.equal(built.model.vitcls.layers[0].mlp.fc1.weight, kept)
-    logits = built.model(torch.zeros(1, 3, *built.model.config.image_height_width)).logits
+    assert torch.equal(model.vitcls.layers[0].mlp.fc1.weight, kept)
+    logits = model(torch.zeros(1, 3, *model.config.image_height_width)).logits
     if label_space.kind == "multi_task":
         assert {task: answer.shape[1] for task, answer in logits.items()} == {
             task: len(names) for task, names in label_space.columns.items()
         }
-        assert built.model.config.num_cls_tokens == len(label_space.columns)
+        assert model.config.num_cls_tokens == len(label_space.columns)
     else:
-        assert logits.shape == (1, 2) and built.model.config.tasks is None
+        assert logits.shape == (1, 2) and model.config.tasks is None
 
 
 SINGLE, MULTI = "single_label_classification", "multi_label_classification"
@@ -105,10 +105,10 @@ def test_a_classifier_is_kept_only_for_the_same_labels(
     saved = randomize(ViTCLSForImageClassification(build_tiny_config(**fields)))
     saved.save_pretrained(tmp_path)
     ViTCLSImageProcessor(size=32).save_pretrained(tmp_path)
-    built = build_model(ModelOptions(model=str(tmp_path)), LabelSpace(kind, {"label": names}))
-    assert built.new_parameter_names == (set() if is_same else {"classifier.weight", "classifier.bias"})
-    assert torch.equal(built.model.classifier.weight, saved.classifier.weight) is is_same
-    assert built.model.config.problem_type == (stored_kind if is_same else kind)
+    model, _, new_names = build_model(ModelOptions(model=str(tmp_path)), LabelSpace(kind, {"label": names}))
+    assert new_names == (set() if is_same else {"classifier.weight", "classifier.bias"})
+    assert torch.equal(model.classifier.weight, saved.classifier.weight) is is_same
+    assert model.config.problem_type == (stored_kind if is_same else kind)
 
 
 @pytest.mark.parametrize("names", [["ant", "bee", "cat"], ["bee", "cat"]], ids=["same labels", "other labels"])
@@ -118,12 +118,12 @@ def test_checkpoints_in_bfloat16_are_trained_in_float32(names: list[str], tmp_pa
     randomize(ViTCLSForImageClassification(config)).bfloat16().save_pretrained(tmp_path)
     ViTCLSImageProcessor(size=32).save_pretrained(tmp_path)
     options = ModelOptions(model=str(tmp_path), num_distillation_tokens=1, num_register_tokens=1, pooling="attention")
-    built = build_model(options, LabelSpace("single_label_classification", {"label": names}))
-    assert {parameter.dtype for parameter in built.model.parameters()} == {torch.float32}
+    model, _, new_names = build_model(options, LabelSpace("single_label_classification", {"label": names}))
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     heads = [] if len(names) == 3 else ["classifier", "distillation_classifier"]
     new = {f"{head}.{name}" for head in heads for name in ("weight", "bias")}
-    new |= {name for name, _ in built.model.named_parameters() if name.startswith("vitcls.pooler.")}
-    assert built.new_parameter_names == new | {"vitcls.embeddings.distillation_token"}
+    new |= {name for name, _ in model.named_parameters() if name.startswith("vitcls.pooler.")}
+    assert new_names == new | {"vitcls.embeddings.distillation_token"}
 
 
 def test_a_checkpoint_of_an_unknown_type_is_an_error(tmp_path: Path) -> None:
@@ -139,7 +139,7 @@ def test_a_checkpoint_of_an_unknown_type_is_an_error(tmp_path: Path) -> None:
 def test_the_number_of_cls_tokens_of_several_tasks_is_their_number() -> None:
     label_space = LabelSpace("multi_task", {"age": ["old", "young"], "kind": ["a", "b"], "size": ["s", "m", "l"]})
     options = ModelOptions(model="vitcls-tiny", image_size=32, patch_size=8)
-    assert build_model(options, label_space).model.config.num_cls_tokens == 3
+    assert build_model(options, label_space)[0].config.num_cls_tokens == 3
     with raises_one_line("3 tasks", "num_cls_tokens"):
         build_model(replace(options, num_cls_tokens=2), label_space)
 
@@ -180,7 +180,7 @@ def test_the_preprocessing_of_a_checkpoint_is_kept(tmp_path: Path) -> None:
     saved = ViTCLSImageProcessor(size=32, image_mean=[0.1, 0.2, 0.3], image_std=[0.4, 0.5, 0.6], resample=2)
     saved.save_pretrained(tmp_path)
     label_space = LabelSpace("single_label_classification", {"label": ["yes", "no"]})
-    processor = build_model(ModelOptions(model=str(tmp_path), image_size=(32, 48)), label_space).processor
+    processor = build_model(ModelOptions(model=str(tmp_path), image_size=(32, 48)), label_space)[1]
     expected = saved.to_dict() | {"size": {"height": 32, "width": 48}}
     assert {name: processor.to_dict()[name] for name in expected} == expected
 
@@ -223,6 +223,14 @@ def test_contradictory_flags_are_errors() -> None:
             "data": DataOptions("digits", streaming=True),
             "distillation": DistillationOptions(teacher_views=1),
         },
+        "--teacher-views caches the logits of individual images, but --mixup mixes images": {
+            "distillation": DistillationOptions(teacher_views=3),
+            "augmentation": AugmentationOptions(mixup=0.8),
+        },
+        "--teacher-views caches the logits of individual images, but --cutmix mixes images": {
+            "distillation": DistillationOptions(teacher_views=3),
+            "augmentation": AugmentationOptions(cutmix=1.0),
+        },
         "--trainable last-1 requires a trained checkpoint, but vitcls-tiny has random weights": {
             "model": ModelOptions("vitcls-tiny"),
             "training": TrainingOptions(trainable="last-1"),
@@ -237,6 +245,7 @@ def test_contradictory_flags_are_errors() -> None:
         {"training": replace(head, feature_views=2)},
         {"training": TrainingOptions(class_balance="weights")},
         {"distillation": DistillationOptions(teacher="t", teacher_views=1), "model": token},
+        {"augmentation": AugmentationOptions(mixup=0.8, cutmix=1.0)},
         {"data": DataOptions("digits", streaming=True)},
         {"model": ModelOptions("vitcls-tiny")},
         {"model": ModelOptions("some/checkpoint", patch_drop_rate=0.5)},
@@ -373,8 +382,8 @@ def test_added_tokens_are_trained_with_their_positions_and_gates(choice: str, tm
     ViTCLSImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
     labels = LabelSpace("single_label_classification", {"label": names})
     options = ModelOptions(model=str(tmp_path), num_distillation_tokens=1, num_register_tokens=3)
-    start = build_model(options, labels)
-    found = group_trainable(set_trainable_parameters(start.model, choice, 4, start.new_parameter_names))
+    model, _, new_names = build_model(options, labels)
+    found = group_trainable(set_trainable_parameters(model, choice, 4, new_names))
     new = {f"embeddings.{name}" for name in ("distillation_token", "register_tokens")}
     new |= {f"embeddings.position_embeddings.{group}" for group in ("distillation", "registers")}
     assert new <= found

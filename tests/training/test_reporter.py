@@ -85,7 +85,7 @@ def test_the_time_on_the_bar_is_labeled(tmp_path: Path, clock: list[float]) -> N
     reporter, output = build_reporter(tmp_path, force_terminal=True, width=200)
     reporter.progress.disable = False
     reporter.start_after(0, 20)
-    with reporter:
+    with reporter.progress:
         clock[0] += 240
         reporter.log(RECORD | {"step": 2}, "accuracy")
     (last,) = [line for line in output.getvalue().splitlines() if "36 min left" in line][-1:]
@@ -115,7 +115,7 @@ def test_only_the_main_process_writes_and_prints(
     monkeypatch.setattr(Accelerator, "is_main_process", False)
     reporter = Reporter(tmp_path / "metrics.jsonl", Accelerator(cpu=True))
     reporter.start_after(0, 10)
-    with reporter:
+    with reporter.progress:
         reporter.print_line("data", "a line")
         reporter.warn("a warning")
         reporter.log(RECORD | {"step": 1}, "accuracy")
@@ -133,7 +133,7 @@ def test_evaluations_are_printed_above_the_bar(tmp_path: Path) -> None:
     reporter, output = build_reporter(tmp_path, force_terminal=True, width=200, color_system=None)
     reporter.progress.disable = False
     reporter.start_after(0, 20)
-    with reporter:
+    with reporter.progress:
         reporter.log(RECORD | {"step": 2, "held_out_accuracy": 0.25}, "accuracy")
     assert "epoch   0.5  held out: accuracy 25.00%" in output.getvalue()
 

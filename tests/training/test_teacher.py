@@ -34,12 +34,11 @@ from transformers import (
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
 from modeling_vitcls.data.labels import LabelSpace
 from modeling_vitcls.data.splits import load_training_data
-from modeling_vitcls.options import AugmentationOptions, DataOptions
+from modeling_vitcls.options import DataOptions
 from modeling_vitcls.training.losses import compute_distillation_loss
 from modeling_vitcls.training.teacher import (
     Teacher,
     TeacherCache,
-    check_teacher_views,
     get_interpolation,
     load_teacher,
 )
@@ -168,7 +167,7 @@ def test_teachers_predict_as_with_their_own_image_processor(build: Any, tmp_path
         if "shortest_edge" not in processor.size:
             expected = alone(**processor(list(batch), return_tensors="pt")).logits
             assert get_largest_difference(teacher(batch), expected) <= 1e-5
-    assert teacher.note == "" and f"{size[0]} x {size[1]} pixels" in teacher.description
+    assert teacher.description.endswith(f"{size[0]} x {size[1]} pixels")
 
 
 def test_the_whole_crop_is_used_without_a_center_crop(tmp_path: Path) -> None:
@@ -279,13 +278,13 @@ def test_labels_are_matched_by_name(resnet: Path) -> None:
     assert torch.equal(load_labeled_teacher(resnet, "cat", "ant", "bee")(build_pixels()), plain[:, [2, 0, 1]])
     some = load_labeled_teacher(resnet, "cat", "ant")
     assert torch.equal(some(build_pixels()), plain[:, [2, 0]])
-    assert some.note == "2 of the teacher's 3 labels are used"
+    assert some.description.endswith("pixels; 2 of the teacher's 3 labels are used")
 
 
 def test_labels_without_names_are_matched_by_index_with_a_message(tmp_path: Path) -> None:
     folder = save_teacher(tmp_path / "unnamed", build_tiny_resnet(names=None), build_half_processor())
     teacher = load_labeled_teacher(folder)
-    assert teacher.label_indices is None and "order" in teacher.note
+    assert teacher.label_indices is None and "order" in teacher.description
     with raises_one_line("3 labels without names", "has 2"):
         load_labeled_teacher(folder, "ant", "bee")
 
@@ -308,12 +307,6 @@ def test_labels_that_the_teacher_has_twice_are_named(tmp_path: Path) -> None:
     )
     with raises_one_line("more than one label 'crane'"):
         load_labeled_teacher(folder, "bee", "crane")
-
-
-@pytest.mark.parametrize("kind", ["multi_label_classification", "multi_task"])
-def test_other_kinds_of_labels_are_errors(kind: Any, resnet: Path) -> None:
-    with raises_one_line("one label per image", kind):
-        load_teacher(str(resnet), LabelSpace(kind, {"label": NAMES}), 3, (32, 32), CPU)
 
 
 # Invalid teachers ----------------------------------------------------------------------------------------------------
@@ -374,7 +367,7 @@ def test_timm_model_with_local_weights(name: str, timm_weights: tuple[Path, nn.M
     teacher = load_labeled_teacher(f"timm:test_resnet@{folder / name}", channels=3)
     settings = timm.data.resolve_model_data_config(model)
     assert teacher.preprocessing.height_width == settings["input_size"][1:]
-    assert "order" in teacher.note
+    assert "order" in teacher.description
     with torch.no_grad():
         assert get_largest_difference(teacher.model(torch.ones(1, 1, 64, 64)), model(torch.ones(1, 1, 64, 64))) == 0
 
@@ -393,7 +386,7 @@ def test_a_published_state_dict_is_converted(tmp_path: Path, monkeypatch: pytest
     normalized = build_pixels().div(255).sub(torch.tensor(IMAGENET_DEFAULT_MEAN)[:, None, None])
     normalized /= torch.tensor(IMAGENET_DEFAULT_STD)[:, None, None]
     assert get_largest_difference(teacher(build_pixels()), model(normalized)) <= 1e-5
-    assert "no names" in teacher.note and "deit.pth" in teacher.description
+    assert "no names" in teacher.description and "deit.pth" in teacher.description
 
 
 def test_timm_preprocessing_equals_timm(tmp_path: Path) -> None:
@@ -527,12 +520,3 @@ def test_cached_predictions_do_not_depend_on_the_batch(digits_teacher: tuple[Pat
     resumed = TeacherCache(teacher, 24, 2, 10)
     for batch in iterate_views(24, 2, seed=1):
         assert torch.equal(resumed.predict(batch), uninterrupted.predict(batch))
-
-
-def test_caching_mixed_images_is_an_error() -> None:
-    check_teacher_views(0, AugmentationOptions(mixup=0.8, cutmix=1.0))
-    check_teacher_views(3, AugmentationOptions())
-    with raises_one_line("--teacher-views", "--mixup"):
-        check_teacher_views(3, AugmentationOptions(mixup=0.8))
-    with raises_one_line("--teacher-views", "--cutmix"):
-        check_teacher_views(3, AugmentationOptions(cutmix=1.0))
