@@ -55,7 +55,7 @@ class BenchmarkSettings:
 class Comparison:
     """Result of the comparison in one row of the benchmark report."""
 
-    work: str  # name of the workload in the reports
+    workload: str  # name in the reports
     name: str  # name of the row
     against: str  # name of the baseline
     ours: list[float]  # images per second of this package in each pair
@@ -72,7 +72,7 @@ class Comparison:
         """Return the comparison as a dict for the --output file."""
         lower, ratio, upper = compute_quartiles(self.ratios)
         return {
-            "work": self.work,
+            "work": self.workload,
             "name": self.name,
             "against": self.against,
             "ratio": ratio,

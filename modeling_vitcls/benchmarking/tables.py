@@ -40,11 +40,11 @@ def describe_machine(comparisons: list[Comparison]) -> str:
 
 
 def compute_lowest_ratios(comparisons: list[Comparison]) -> dict[tuple[str, str], float]:
-    """Return the median ratio to the fastest peer for each row (work, name) with several peers."""
+    """Return the median ratio to the fastest peer for each row (workload, name) with several peers."""
     ratios: dict[tuple[str, str], list[float]] = {}
     for comparison in comparisons:
         _, ratio, _ = compute_quartiles(comparison.ratios)
-        ratios.setdefault((comparison.work, comparison.name), []).append(ratio)
+        ratios.setdefault((comparison.workload, comparison.name), []).append(ratio)
     return {row: min(row_ratios) for row, row_ratios in ratios.items() if len(row_ratios) > 1}
 
 
@@ -54,7 +54,7 @@ def compute_lowest_ratios(comparisons: list[Comparison]) -> dict[tuple[str, str]
 def print_comparison(comparison: Comparison) -> Comparison:
     """Print one line about a comparison, and return the comparison."""
     lower, ratio, upper = compute_quartiles(comparison.ratios)
-    name = f"{comparison.work}: {comparison.name}, against {comparison.against}"
+    name = f"{comparison.workload}: {comparison.name}, against {comparison.against}"
     print(f"{name}: {ratio:.2f} times as fast ({lower:.2f} to {upper:.2f})", flush=True)
     return comparison
 
@@ -73,8 +73,8 @@ def print_tables(comparisons: list[Comparison]) -> None:
         if "ours_peak_bytes" in result:
             peaks = (f"{result[f'{prefix}_peak_bytes'] / 2**20:.0f}" for prefix in ("ours", "theirs"))
             memory_table.add_row(*row, *peaks)
-    for (work, name), ratio in compute_lowest_ratios(comparisons).items():
-        ratio_table.add_row(f"{work}: {name}", f"{ratio:.2f}")
+    for (workload, name), ratio in compute_lowest_ratios(comparisons).items():
+        ratio_table.add_row(f"{workload}: {name}", f"{ratio:.2f}")
     console = Console(highlight=False)
     for table in (speed_table, ratio_table, memory_table):
         if table.row_count:
@@ -86,11 +86,11 @@ def print_tables(comparisons: list[Comparison]) -> None:
 
 
 def format_markdown(comparisons: list[Comparison]) -> str:
-    """Return a Markdown table with one row per (work, name), and a caption. Empty columns are omitted."""
+    """Return a Markdown table with one row per (workload, name), and a caption. Empty columns are omitted."""
     rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for comparison in comparisons:
-        rows.setdefault((comparison.work, comparison.name), []).append(comparison.to_dict())
-    table = [MARKDOWN_HEADER, *(format_cells(work, name, results) for (work, name), results in rows.items())]
+        rows.setdefault((comparison.workload, comparison.name), []).append(comparison.to_dict())
+    table = [MARKDOWN_HEADER, *(format_cells(workload, name, results) for (workload, name), results in rows.items())]
     column_indices = [index for index in range(len(MARKDOWN_HEADER)) if any(row[index] for row in table[1:])]
     lines = [f"| {' | '.join(row[index] for index in column_indices)} |" for row in table]
     pair_counts = sorted({len(comparison.ratios) for comparison in comparisons})
@@ -99,7 +99,7 @@ def format_markdown(comparisons: list[Comparison]) -> str:
     return "\n".join([lines[0], f"|{'---|' * len(column_indices)}", *lines[1:], "", caption, ""])
 
 
-def format_cells(work: str, name: str, results: list[dict[str, Any]]) -> tuple[str, ...]:
+def format_cells(workload: str, name: str, results: list[dict[str, Any]]) -> tuple[str, ...]:
     """Return the cells of a Markdown table row, including the ratios to all baselines."""
     speed = statistics.median(result["ours_images_per_second"] for result in results)
     ratio_texts = (
@@ -111,7 +111,7 @@ def format_cells(work: str, name: str, results: list[dict[str, Any]]) -> tuple[s
         for result in results
         if result.get("theirs_peak_bytes")
     )
-    return f"{work}: {name}", f"{speed:.1f}", ", ".join(ratio_texts), ", ".join(memory_texts)
+    return f"{workload}: {name}", f"{speed:.1f}", ", ".join(ratio_texts), ", ".join(memory_texts)
 
 
 def write_reports(
@@ -128,7 +128,9 @@ def write_reports(
             "machine": get_machine_properties(),
             "versions": get_versions("timm"),
             "comparisons": results,
-            "over_the_better": [{"work": work, "name": name, "ratio": ratio} for (work, name), ratio in lowest_ratios],
+            "over_the_better": [
+                {"work": workload, "name": name, "ratio": ratio} for (workload, name), ratio in lowest_ratios
+            ],
         }
         write_json(output_file, report)
     if markdown_file is not None:

@@ -106,8 +106,8 @@ class DemoResult:
     def compute_attention_fractions(self, token: int, layer: int, head: int | None) -> list[float]:
         """Return the fractions of a token's attention to each special token and, as the last element, to patches."""
         fractions = select_head(self.token_attention[layer], head)[token]  # [key]
-        special_fractions = fractions[: self.token_attention.shape[2]]
-        return [*special_fractions.tolist(), 1 - special_fractions.sum().item()]
+        special_token_fractions = fractions[: self.token_attention.shape[2]]
+        return [*special_token_fractions.tolist(), 1 - special_token_fractions.sum().item()]
 
 
 def select_head(attention: torch.Tensor, head: int | None) -> torch.Tensor:

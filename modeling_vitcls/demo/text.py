@@ -74,11 +74,11 @@ def describe_attention(demo_model: DemoModel, token: int, layer: int, head: int 
     """Describe the attention fractions of a token as percentages."""
     names = demo_model.token_names
     head_name = MEAN_OF_HEADS if head is None else demo_model.head_names[head]
-    *special_fractions, patch_fraction = fractions
-    special_text = ", ".join(f"{name} {value:.1%}" for name, value in zip(names, special_fractions, strict=True))
+    *special_token_fractions, patch_fraction = fractions
+    special_text = ", ".join(f"{name} {value:.1%}" for name, value in zip(names, special_token_fractions, strict=True))
     note = "" if demo_model.is_token_output_used(token, layer) else UNUSED_OUTPUT_NOTE
     return (
         f"**{names[token]}**, layer {layer + 1} of {demo_model.config.num_hidden_layers}, {head_name}: "
-        f"{patch_fraction:.1%} of its attention goes to the patches, {sum(special_fractions):.1%} to special "
+        f"{patch_fraction:.1%} of its attention goes to the patches, {sum(special_token_fractions):.1%} to special "
         f"tokens ({special_text}).{note}"
     )

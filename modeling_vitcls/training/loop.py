@@ -249,8 +249,8 @@ class TrainingLoop:
         MAX_CONSECUTIVE_OVERFLOWS limits the number of consecutive skipped steps."""
         self.num_overflows = 0 if math.isfinite(gradient_norm) else self.num_overflows + 1
         max_overflows = MAX_CONSECUTIVE_OVERFLOWS if self.accelerator.scaler is not None else 0
-        has_finite_losses = all(math.isfinite(batch_losses["loss"]) for batch_losses in losses)
-        is_finite = has_finite_losses and self.num_overflows <= max_overflows
+        are_losses_finite = all(math.isfinite(batch_losses["loss"]) for batch_losses in losses)
+        is_finite = are_losses_finite and self.num_overflows <= max_overflows
         if self.accelerator.num_processes > 1:
             is_finite_tensor = torch.tensor(float(is_finite), device=self.accelerator.device)
             is_finite = bool(self.accelerator.reduce(is_finite_tensor, "sum") == self.accelerator.num_processes)

@@ -941,6 +941,6 @@ def test_ratios_are_of_pairs() -> None:
 def test_rows_are_selected_by_name() -> None:
     assert SMALL_SIZE.intermediate_size == 1536
     (result,) = run_benchmarks(("inference", "probe"), ("fp32, batch 1",), TOY_SETTINGS)
-    assert (result.work, result.name) == ("inference", "fp32, batch 1")
+    assert (result.workload, result.name) == ("inference", "fp32, batch 1")
     with raises_one_line("--rows", "'digits'", "'digits, fp32'"):
         next(run_benchmarks(("training",), ("digits",), BenchmarkSettings(("timm",), 1)))
