@@ -139,9 +139,9 @@ def inspect_tokens(model: str | Path, images: Any = (), **flags: Any) -> Any:
 
 
 def build_options(options_class: type[Options], fixed_flags: dict[str, Any] | None = None, /, **flags: Any) -> Options:
-    """Build the options of a command from `fixed_flags`, which callers cannot set, and `flags`. An in-memory dataset
-    is registered under a generated name. Raise TypeError if a flag is unknown, and ValueError if a value is not
-    allowed."""
+    """Build the options of a command from the user's `flags` and from `fixed_flags`, which users cannot set. An
+    in-memory dataset is registered under a generated name. Raise TypeError if a flag is unknown, and ValueError if a
+    value is not allowed."""
     known_flags = get_flag_names(options_class) - {"config", *(fixed_flags or {})}
     for name in flags:
         if name not in known_flags:

@@ -154,7 +154,8 @@ class CheckpointStore:
                 remove_checkpoint(self.get_folder(stored_step))
 
     def clean_up_interrupted_saves(self) -> None:
-        """Remove partial folders of interrupted saves and removals, and restore checkpoints that were not replaced."""
+        """Remove the partial folders of interrupted saves and removals, and restore checkpoints whose replacement was
+        interrupted."""
         for replaced_folder in self.folder.glob(f".step-*{REPLACED_SUFFIX}"):
             target = self.folder / replaced_folder.name.removeprefix(".").removesuffix(REPLACED_SUFFIX)
             if target.exists():
@@ -269,7 +270,8 @@ def move_into_place(partial_folder: Path, target: Path) -> None:
 
 
 def remove_checkpoint(folder: Path) -> None:
-    """Hide and remove a checkpoint. An interrupted removal therefore does not leave a damaged checkpoint."""
+    """Rename a checkpoint to a hidden path, then remove it. An interrupted removal does not leave a damaged
+    checkpoint."""
     hidden_folder = folder.rename(get_hidden_path(folder, PARTIAL_SUFFIX))
     shutil.rmtree(hidden_folder, ignore_errors=True)
 

@@ -86,7 +86,8 @@ def build_accelerator(
 
 
 def enable_fsdp_on_cpu(accelerator: Accelerator) -> None:
-    """Enable the FSDP2 configuration of `accelerate launch` on CPUs, where Accelerate silently uses DDP."""
+    """Enable the FSDP2 configuration of `accelerate launch` on CPUs, where Accelerate would otherwise silently use
+    DDP."""
     plugin = FullyShardedDataParallelPlugin()  # reads the environment variables of the launcher
     if accelerator.mixed_precision != "no":
         plugin.set_mixed_precision(accelerator.mixed_precision)
@@ -163,7 +164,7 @@ def check_deepspeed_flags(
 
 
 def set_deepspeed_training_options(accelerator: Accelerator, training_options: TrainingOptions) -> None:
-    """Override the batch size, gradient accumulation and gradient clipping of the DeepSpeed configuration."""
+    """Override the batch size, gradient accumulation and gradient clipping in the DeepSpeed configuration."""
     if is_deepspeed_enabled(accelerator):
         batch_size = training_options.batch_size
         assert batch_size is not None

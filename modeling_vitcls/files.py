@@ -50,7 +50,7 @@ def write_atomically(file: Path) -> Iterator[Path]:
 
 
 def sync_to_disk(path: Path) -> None:
-    """Flush a file, or the file names in a folder, to the disk (fsync)."""
+    """Flush a file, or the file names in a folder, to disk (fsync)."""
     file_descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(file_descriptor)

@@ -254,7 +254,7 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
         last_layer_index = max(config.num_hidden_layers - 1, 1)
         self.embeddings = ViTCLSEmbeddings(config)
         self.rotary_positions = build_rotary_embeddings(config)
-        # saved checkpoints contain this name
+        # The attribute name `view` is part of the parameter names in saved checkpoints.
         self.view = RelativePositionBias(config) if config.relative_position_bias != "none" else None
         self.gates = TokenGates(config) if config.gated_tokens else None
         self.patch_dropout = PatchDropout(config) if config.patch_drop_rate > 0 else None

@@ -98,7 +98,7 @@ class Study:
         for factor, level in levels.items():
             level_flags = dict(self.factors[factor][level])
             level_stages = {name: level_flags.pop(name) for name in STAGES if name in level_flags}
-            if level_flags:  # flags outside of a stage belong to `finetune`
+            if level_flags:  # flags outside a stage belong to `finetune`
                 level_stages["finetune"] = (level_stages.get("finetune") or {}) | level_flags
             for name, flags in level_stages.items():
                 stages[name] = None if flags is None else (stages.get(name) or {}) | flags
@@ -216,7 +216,7 @@ class StudyRunner:
         self.get_run_folder(run).mkdir(parents=True, exist_ok=True)
         commands = self.build_commands(run)
         remaining_commands = iter(
-            [command for command in commands if not self.get_result_file(run, command[0]).exists()]
+            [(stage, flags) for stage, flags in commands if not self.get_result_file(run, stage).exists()]
         )
         process = self.start_process(run, *next(remaining_commands))
         return RunProcess(run, process, remaining_commands, time.monotonic())
@@ -322,7 +322,7 @@ class StudyRunner:
 
 
 def add_label_groups(dataset: "Dataset", column: str, groups: Mapping[str, Sequence[str]]) -> "Dataset":
-    """Return a dataset with an additional column that contains the group of each label."""
+    """Return a copy of a dataset with an additional column that contains the group of each image's label."""
     from datasets import ClassLabel
 
     feature = dataset.features.get("label")
@@ -370,8 +370,8 @@ def build_row(runner: StudyRunner, run: StudyRun) -> dict[str, Any]:
 
 
 def flatten_numbers(value: Any, name: str) -> dict[str, float]:
-    """Return a flat dict of the numbers in nested dicts and lists, with keys and indices joined by dots as names.
-    Lists with more than MAX_LIST_LENGTH elements are omitted."""
+    """Return the numbers in nested dicts and lists as a flat dict. Each name consists of keys and indices joined by
+    dots. Lists with more than MAX_LIST_LENGTH elements are omitted."""
     if isinstance(value, list):
         value = dict(enumerate(value)) if len(value) <= MAX_LIST_LENGTH else {}
     if not isinstance(value, dict):
@@ -384,7 +384,8 @@ def flatten_numbers(value: Any, name: str) -> dict[str, float]:
 
 
 def compute_interval(values: list[float]) -> tuple[float, float]:
-    """Return the mean and the half width of its 95% confidence interval (Student's t), which is NaN for one value."""
+    """Return the mean and the half width of its 95% confidence interval (Student's t). The half width is NaN for a
+    single value."""
     import numpy as np
     from scipy import stats
 

@@ -60,8 +60,8 @@ JOULES_PER_KILOWATT_HOUR = 3.6e6
 def estimate_energy(seconds: float, num_processes: int, device: torch.device) -> dict[str, Any] | None:
     """Return the estimated energy consumption of a run, or None if the power draw of the device is unknown.
 
-    The run takes `seconds`, with `num_processes` processes on devices of the same type. The dict contains
-    "kilowatt_hours", "watts_per_process" and "assumption" (a description of the assumed power draw).
+    `seconds` is the duration of the run. Each of the `num_processes` processes uses a device of the same type. The
+    dict contains "kilowatt_hours", "watts_per_process" and "assumption" (a description of the assumed power draw).
     """
     if device.type == "cuda":
         watts, assumption = get_power_limit(device), "each GPU ran at its power limit"

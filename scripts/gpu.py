@@ -218,7 +218,7 @@ def run_fsdp2(settings: Path = FSDP2_SETTINGS, num_processes: int | None = None)
     num_processes = num_processes or torch.cuda.device_count()
     with tempfile.TemporaryDirectory() as folder:
         launch_flags = ["--config_file", settings, "--num_processes", num_processes]
-        training_flags = [*"--config digits --max-steps 10 --no-report --overwrite --output-dir".split(), folder]
+        training_flags = ["--output-dir", folder, *"--config digits --max-steps 10 --no-report --overwrite".split()]
         launch_command = [sys.executable, "-m", "accelerate.commands.launch", *launch_flags]
         command = [*launch_command, "-m", "modeling_vitcls.cli", "finetune", *training_flags]
         subprocess.run(list(map(str, command)), cwd=REPOSITORY, check=True, timeout=FSDP2_TIMEOUT)

@@ -69,7 +69,8 @@ class Ablation:
 
     @property
     def null_interval(self) -> Interval | None:
-        """Return the smallest effect and the largest limit of the null distributions, or None if not measured."""
+        """Return the smallest effect and the largest limit of the null distributions, or None if the distributions
+        were not measured."""
         if not self.patch_effects:
             return None
         limits = [compute_null_limit(sizes) for sizes in (self.patch_effects, self.redrawn_effects) if sizes]
@@ -199,7 +200,7 @@ def measure_patch_effects(
 ) -> dict[tuple[str, int], list[float]]:
     """Return a dict that maps (kind of ablation, number of patches) to the effect sizes of ablating random patches."""
     min_tokens = min(count_tokens(model, pixel_values) for pixel_values, _ in batches())
-    # Sequence indices of the patches that all images have
+    # Sequence indices of the patches that all images have.
     patch_indices = torch.arange(min_tokens)[model.config.token_layout.patches]
     sets_by_size = {size: draw_patches(patch_indices, size, generator) for size in sorted(set_sizes)}
     sampled_indices = sorted({index for sets in sets_by_size.values() for indices in sets for index in indices})
@@ -216,7 +217,8 @@ def measure_patch_effects(
 
 
 def draw_patches(patch_indices: torch.Tensor, size: int, generator: torch.Generator) -> list[list[int]]:
-    """Return NUM_NULL_DRAWS random sets of `size` patches, or distinct and possibly fewer sets if `size` is 1."""
+    """Return NUM_NULL_DRAWS random sets of `size` patches, as sequence indices. Single patches are drawn without
+    replacement, so there may be fewer sets if `size` is 1."""
     if size == 1:
         order = torch.randperm(len(patch_indices), generator=generator)
         return patch_indices[order[:NUM_NULL_DRAWS]].unsqueeze(1).tolist()
@@ -235,7 +237,7 @@ def measure_redraw_effects(
     and the effect sizes of ablating the redrawn tokens, by kind.
 
     `outputs_without_tokens` maps the sequence indices of tokens to the outputs with these tokens hidden from
-    attention. Redrawing a hidden token does not change these outputs.
+    attention. If the head does not use these tokens either, redrawing the tokens does not change the outputs.
     """
     effects: dict[str, tuple[float, dict[str, list[float]]]] = {}
     for keys, sets, has_null in plan_redraws(model):
@@ -359,8 +361,8 @@ def redraw_tokens(model: Any, indices: Sequence[int], generator: torch.Generator
 def replace_tokens(
     module: nn.Module, indices: Sequence[int], new_tokens: torch.Tensor | Callable[[torch.Tensor], torch.Tensor]
 ) -> torch.utils.hooks.RemovableHandle:
-    """Replace the tokens [B, n, D] at sequence indices `indices` in the output of a module with `new_tokens` [n, D],
-    or with the output of the function `new_tokens`, until the returned handle is removed."""
+    """Replace the tokens at sequence indices `indices` in the output of a module until the returned handle is removed.
+    `new_tokens` is a tensor [n, D], or a function that maps the old tokens [B, n, D] to the new tokens."""
 
     def hook(module: nn.Module, args: tuple, hidden_states: torch.Tensor) -> torch.Tensor:
         new_states = hidden_states.clone()  # [B, N, D]

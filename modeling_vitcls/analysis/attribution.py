@@ -99,7 +99,8 @@ class AttentionTrace:
         return rollout
 
     def compute_attribution(self, target: torch.Tensor | int | None = None, task: str | None = None) -> torch.Tensor:
-        """Return the attribution [B, N] of a class (`compute_attribution`). Requires `needs_gradients=True`."""
+        """Return the attribution [B, N] of a class (`compute_attribution`). The trace must be recorded with
+        `needs_gradients=True`."""
         recorded_outputs = [*(layer.attention_output for layer in self.layers), self.last_hidden_state]
         with torch.inference_mode(False), torch.enable_grad():
             logits = select_logits(self.outputs, target, task)  # [B]
@@ -129,8 +130,8 @@ def trace_attention(model: Any, pixel_values: torch.Tensor, needs_gradients: boo
 
 
 def select_logits(outputs: Any, target: torch.Tensor | int | None, task: str | None) -> torch.Tensor:
-    """Return the logit [B] of each image's target class, or of its predicted class if `target` is None. For a
-    multi-task model, `task` is the name of the task."""
+    """Return the logit [B] of each image's target class, or of its predicted class if `target` is None. `task` is
+    the name of a task for a multi-task model, and None for any other model."""
     logits = getattr(outputs, "logits", None)
     if logits is None:
         raise ValueError(

@@ -93,11 +93,15 @@ def find_confusion_matrices(
     results: Mapping[str, Any], config: ViTCLSConfig
 ) -> Iterator[tuple[str, list[list[int]], list[str]]]:
     """Yield (image name, matrix, class names) for each nonempty confusion matrix in the results."""
-    names_by_task = config.task_labels() if config.tasks else {None: get_label_space(config).names}
-    for task, class_names in names_by_task.items():
-        matrix = results.get("_".join(filter(None, (task, MATRIX_NAME))))
+    if config.tasks:
+        tasks = config.task_labels().items()
+        candidates = [(f"{MATRIX_NAME}_{task}", f"{task}_{MATRIX_NAME}", class_names) for task, class_names in tasks]
+    else:
+        candidates = [(MATRIX_NAME, MATRIX_NAME, get_label_space(config).names)]
+    for image_name, key, class_names in candidates:
+        matrix = results.get(key)
         if matrix and any(map(any, matrix)):
-            yield "_".join(filter(None, (MATRIX_NAME, task))), matrix, class_names
+            yield image_name, matrix, class_names
 
 
 # Attention -----------------------------------------------------------------------------------------------------------
@@ -156,7 +160,8 @@ def format_title(label: str | None, prediction: Row) -> str:
 
 
 def encode_small_png(figure: Figure) -> bytes:
-    """Return the figure as a PNG file in the best of `QUALITIES` below MAX_BYTES, or in the lowest quality."""
+    """Return the figure as a PNG file in the best of `QUALITIES` for which the file is smaller than MAX_BYTES, or in
+    the lowest quality if every file is larger."""
     for dpi, num_colors in QUALITIES:
         image, png = render_figure(figure, dpi), BytesIO()
         if num_colors is not None:

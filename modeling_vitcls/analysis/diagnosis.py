@@ -138,7 +138,8 @@ class TokenEvidence:
 
     @property
     def identical_token_and_state(self) -> tuple[int, int] | None:
-        """Return the index of an identical token and the index of the last state in which both tokens are used."""
+        """Return the index of an identical token and the index of the last state in which both tokens are used, or
+        None if no token is identical."""
         findings, index = self.findings, self.index
         candidates = []
         for other_index in range(len(self.names)):
@@ -155,7 +156,8 @@ class TokenEvidence:
     @property
     def equal_attention_token_and_distance(self) -> tuple[int, float] | None:
         """Return the index of the token whose attention maps are nearly the same, and the distance between the maps of
-        both tokens, relative to the mean distance of these maps from uniform attention."""
+        both tokens, relative to the mean distance of these maps from uniform attention. Return None if there is no
+        such token."""
         findings, index = self.findings, self.index
         candidates = []
         for other_index in range(len(self.names)):
@@ -169,7 +171,8 @@ class TokenEvidence:
 
     @property
     def patch_mass(self) -> float:
-        """Return the maximum fraction of attention to patches over all heads of the used layers; 1 without layers."""
+        """Return the maximum fraction of the token's attention to patches, over all heads of the layers in which this
+        attention is used, or 1 if there are no such layers."""
         fractions = self.findings.attention_fractions[: self.last_state_index, :, self.index, -1]  # [layers, H]
         return fractions.max().item() if fractions.numel() else 1.0
 
@@ -208,7 +211,7 @@ class TokenEvidence:
 
 
 def judge_token(evidence: TokenEvidence) -> tuple[str, Rating, str]:
-    """Return the word, rating and reason of the first verdict whose condition is true."""
+    """Return the word, rating and reason of the verdict on a token: the first verdict whose condition is true."""
     findings, num_layers = evidence.findings, len(evidence.findings.entropy)
     other_index, state_index = evidence.identical_token_and_state or (None, evidence.last_state_index)
     layer_name = "after the last layer"
@@ -450,8 +453,8 @@ def describe_depth(config: ViTCLSConfig, findings: Findings, has_head: bool = Tr
 
 
 def describe_depth_pattern(fractions: torch.Tensor, thirds: torch.Tensor) -> str:
-    """Compare the fractions of tokens attended to, in each layer [L] and in each third of the layers [3 or fewer],
-    with the expected pattern. The sentence begins with a space."""
+    """Return a sentence that compares the fractions of tokens attended to, in each layer [L] and in each third of the
+    layers [3 or fewer], with the expected pattern. The sentence begins with a space."""
     if bool((fractions >= MIN_UNIFORM_FRACTION).all()):
         return " Attention is nearly uniform in every layer, so the token selects no patches."
     if len(thirds) < 3:

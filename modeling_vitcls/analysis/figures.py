@@ -357,4 +357,5 @@ def shorten_text(text: str, max_length: int) -> str:
     if len(text) <= max_length:
         return text
     suffix_length = (max_length - 1) // 2
-    return f"{text[: max_length - 1 - suffix_length]}{ELLIPSIS}{text[len(text) - suffix_length :]}"
+    prefix_length = max_length - 1 - suffix_length
+    return f"{text[:prefix_length]}{ELLIPSIS}{text[len(text) - suffix_length :]}"

@@ -30,7 +30,8 @@ from .token_statistics import Findings
 NUM_BINS = 48  # number of bins in a histogram
 MIN_NORM_RATIO = 1e-3  # minimum norm in a figure, as a multiple of the median; smaller norms are drawn at this value
 OUTLIER_COLOR = "#B3261E"  # color of the bars of the second mode
-COSINE_COLORMAP = LinearSegmentedColormap.from_list("cosines", ["#B14A00", "#FFFFFF", "#0B5A94"])  # from -1 to 1
+# Colors of the cosines -1, 0 and 1.
+COSINE_COLORMAP = LinearSegmentedColormap.from_list("cosines", ["#B14A00", "#FFFFFF", "#0B5A94"])
 MAX_TOKENS_WITH_COSINES = 12  # maximum number of tokens for which the cosine is written in each cell
 
 

@@ -231,8 +231,9 @@ def create_axes(num_axes: int, num_names: int) -> tuple[Figure, Sequence[Axes]]:
 def create_token_grid(
     names: Sequence[str], width: float, height: float, extra_width: float = 0, extra_height: float = 0
 ) -> tuple[Figure, list[Axes]]:
-    """Create a figure with a grid of small axes over layers, one per token. The size of each plot is `width` x
-    `height`; legends and labels need the extra space, also in inches. Raise ValueError if there are no tokens."""
+    """Create a figure with a grid of small axes over layers, one per token. The size of each cell of the grid
+    is `width` x `height` inches; legends and labels add `extra_width` and `extra_height` inches to the figure. Raise
+    ValueError if there are no tokens."""
     if not names:
         raise ValueError(
             "The figure requires special tokens, but the model has no special tokens. Use a model with special tokens."

@@ -84,7 +84,8 @@ class Inspection:
 
     @property
     def effects(self) -> dict[str, AblationEffect] | None:
-        """Return the effect of replacing each token with its mean, or None if the model has no classifier."""
+        """Return the effects of replacing each token with its mean, by token key, or None if the model has no
+        classifier."""
         if not self.has_head:
             return None
         return {key: self.ablations["information"][key].effect for key in get_token_keys(self.config.token_layout)}
@@ -152,7 +153,8 @@ def inspect_model(
     batches = InspectionBatches(model, pixels, encode_labels(readable_labels, model), batch_size)
     num_null_images = min(max(count_null_images(model, pixels), MIN_NULL_IMAGES), MAX_NULL_IMAGES)
     sample_batches, sampled_indices = batches.sample(num_null_images)
-    # Two passes for each ablation target (hiding the registers is part of the statistics) and one without ablations
+    # One pass without ablations and two passes per ablation target. The pass with hidden registers is one of the
+    # passes that collect statistics.
     num_passes = 2 * len(get_ablation_targets(config.token_layout)) + 1
     num_statistics_passes = 2 if config.num_register_tokens else 1
     num_null_passes = count_null_passes(model)
@@ -205,8 +207,8 @@ def inspect_model(
 
 
 def check_sampled_maps(model: Any, batches: "InspectionBatches", on_progress: ProgressCallback) -> dict[str, MapCheck]:
-    """Return the checks of rollout and attribution for a few images, with about 40 forward passes per image. The dict
-    is empty for large models, and for models other than single-label classifiers."""
+    """Return the checks of rollout and attribution for a few images. Each image requires about 40 forward passes. The
+    dict is empty for large models and for models other than single-label classifiers."""
     max_null_images = count_null_images(model, batches.pixels)
     if not is_classifier(model) or model.config.tasks or is_multi_label(model.config) or max_null_images < MIN_IMAGES:
         return {}
@@ -301,7 +303,8 @@ class ImagePreparer:
         return pixels
 
     def prepare_all(self, images: Sequence[Image.Image], on_progress: ProgressCallback) -> dict[int, torch.Tensor]:
-        """Return a dict that maps indices to the pixels of all usable images. Raise ValueError if there are none."""
+        """Return a dict that maps indices to the pixels of all usable images. Raise ValueError if no image is
+        usable."""
         if not images:
             raise ValueError("An inspection requires at least one image, but there are no images. Pass images.")
         pixels_by_index = {}
@@ -367,8 +370,9 @@ class PassProgress:
 
 
 def get_max_batch_size(model: Any, pixels: torch.Tensor) -> int:
-    """Return the largest batch size, at least 1, for which images [C, H, W] require at most MAX_BATCH_BYTES of memory
-    for all hidden states, a few copies of the attention maps of one layer, and the activations of one MLP."""
+    """Return the largest batch size for which images [C, H, W] require at most MAX_BATCH_BYTES of memory, or 1 if one
+    image requires more. The estimate includes all hidden states, a few copies of the attention maps of one layer, and
+    the activations of one MLP."""
     config, num_tokens = model.config, count_tokens(model, pixels.unsqueeze(0))
     num_maps = config.num_attention_heads * (2 if config.attention_type == "differential" else 1)
     num_states = (config.num_hidden_layers + 8) * num_tokens * config.hidden_size

@@ -194,7 +194,7 @@ def prepare_pixel_values(processor: Any, images: Sequence[Image.Image]) -> torch
 @torch.no_grad()
 def measure_candidates(candidates: list[Candidate], batches: Sequence[torch.Tensor]) -> None:
     """Run all candidates on each batch [B, C, H, W] in turn, so that other load on the machine affects all candidates.
-    Fewer than MIN_TIMED_BATCHES batches are repeated for time measurements only."""
+    If there are fewer than MIN_TIMED_BATCHES batches, the batches are repeated, but only for time measurements."""
     device = candidates[0].model.device
     for step in range(-1, max(len(batches), MIN_TIMED_BATCHES)):  # step -1 is a warmup
         batch = batches[step % len(batches)].to(device)

@@ -82,7 +82,8 @@ def build_patch_data(image_reports: list[ImageReport]) -> tuple[list[dict[str, A
     """Return the patch colors and features of each image, and the scale and offset of the features in each layer.
 
     "colors" are the RGBA values of all patches and of the foreground patches, for all layers. "features" are the
-    compressed features of all layers (`PatchComponents`); None for images beyond MAX_FEATURE_BYTES.
+    compressed features of all layers (`PatchComponents`), or None for the last images if the features of all images
+    exceed MAX_FEATURE_BYTES.
     """
     features_by_layer = list(zip(*(report.features for report in image_reports), strict=True))
     colors = [

@@ -109,7 +109,8 @@ def measure_alternately(ours: Callable[[], float], theirs: Callable[[], float], 
 def measure_throughput(
     function: Callable[[], object], num_images: int, min_seconds: float = SECONDS_PER_MEASUREMENT
 ) -> float:
-    """Return the images per second of repeated calls with `num_images` images each, after a warm-up call."""
+    """Return the throughput of repeated calls in images per second, after a warm-up call. Each call processes
+    `num_images` images."""
     function()
     synchronize_gpu()
     num_calls, start_time = 0, time.perf_counter()
@@ -195,7 +196,8 @@ def check_difference(difference: float, limit: float, name: str, compared_values
 def check_tensors(
     actual: torch.Tensor, expected: torch.Tensor, limit: float, name: str, compared_values: str
 ) -> float:
-    """Return the largest absolute difference. `limit` is relative to the largest absolute value in `expected`."""
+    """Return the largest absolute difference. Raise ValueError if the difference exceeds `limit` times the largest
+    absolute value in `expected`."""
     largest_value = expected.abs().max().item()
     return check_difference((actual - expected).abs().max().item(), limit * largest_value, name, compared_values)
 
@@ -208,7 +210,8 @@ def get_logits(model: Model, pixel_values: torch.Tensor) -> torch.Tensor:
 
 @torch.inference_mode()
 def check_logits(ours: Model, theirs: Model, pixel_values: torch.Tensor, name: str) -> float:
-    """Return the largest absolute difference between the logits. Raise ValueError if the logits are not equal."""
+    """Return the largest absolute difference between the logits. Raise ValueError if the shapes differ, or if the
+    difference exceeds the limit in `LOGIT_LIMITS`."""
     logits, expected = get_logits(ours, pixel_values).float(), get_logits(theirs, pixel_values).float()
     if logits.shape != expected.shape:
         raise ValueError(f"{name}: the outputs have different shapes, {list(logits.shape)} and {list(expected.shape)}")
@@ -231,8 +234,8 @@ def parse_memory_flags(rows: Iterable[str], peers: Iterable[str] = ()) -> argpar
 
 
 def compare_peak_memory(module_name: str, *arguments: str) -> dict[str, int]:
-    """Return a dict for `Comparison.details` with the peak memory in bytes of this package and the baseline, which is
-    measured with the flag --theirs."""
+    """Return a dict for `Comparison.details` with the peak memory of this package and of the baseline, in bytes. The
+    process that measures the baseline receives the flag --theirs."""
     return {
         "ours_peak_bytes": measure_peak_memory_in_process(module_name, *arguments),
         "theirs_peak_bytes": measure_peak_memory_in_process(module_name, *arguments, "--theirs"),
@@ -240,7 +243,8 @@ def compare_peak_memory(module_name: str, *arguments: str) -> dict[str, int]:
 
 
 def measure_peak_memory_in_process(module_name: str, *arguments: str) -> int:
-    """Run a module in a new process, and return the peak memory in bytes, which the process prints last."""
+    """Run a module in a new process and return the peak memory in bytes, which the process prints last. Raise
+    ValueError if the process fails."""
     command = [sys.executable, "-m", module_name, *arguments]
     process = subprocess.run(command, capture_output=True, text=True, env=os.environ | MALLOC_VARIABLES)
     if process.returncode:
@@ -258,7 +262,8 @@ def measure_memory_growth(warm_up: Callable[[], object], function: Callable[[], 
 
 
 def measure_gpu_memory_growth(function: Callable[[], object]) -> int:
-    """Return the peak growth of allocated GPU memory in bytes during a call after the caller's warm-up call."""
+    """Return the peak growth of allocated GPU memory in bytes during a call of `function`. The caller must first call
+    `function` once as a warm-up."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     initial_bytes = torch.cuda.memory_allocated()

@@ -144,7 +144,8 @@ FilePredictionFunction = Callable[[int], list[TopLabel]]  # batch size -> top la
 
 
 def compare_prediction(rows: dict[str, int], settings: BenchmarkSettings) -> Iterator[Comparison]:
-    """Compare `vitcls predict` with transformers' pipeline, for each row, without the time to load the models."""
+    """Compare `vitcls predict` with transformers' pipeline for each row. The time to load the models is not
+    measured."""
     with tempfile.TemporaryDirectory() as folder:
         num_files = len(write_benchmark_files(Path(folder), settings.is_toy))
         details = {"num_files": num_files, "size": vars(get_model_size(settings.is_toy))}
@@ -162,7 +163,8 @@ def compare_prediction(rows: dict[str, int], settings: BenchmarkSettings) -> Ite
 
 
 def check_labels(labels: list[TopLabel], expected: list[TopLabel], name: str) -> float:
-    """Return the largest difference between probabilities. Raise ValueError if the labels or probabilities differ."""
+    """Return the largest difference between probabilities. Raise ValueError if labels differ, or if probabilities
+    differ by more than PROBABILITY_LIMIT."""
     for index, ((label, _), (expected_label, _)) in enumerate(zip(labels, expected, strict=True)):
         if label != expected_label:
             raise ValueError(

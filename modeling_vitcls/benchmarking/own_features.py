@@ -152,7 +152,8 @@ class AttentionRow:
 
     compute: AttentionFunction
     batch_size: int
-    reference: AttentionFunction | None = None  # expected outputs; by default, `compute` with eager attention
+    # function that computes the expected outputs; default: `compute` with eager attention
+    reference: AttentionFunction | None = None
 
 
 # Rows for ViT-S/16 at 224 pixels with four registers, in float32.
@@ -192,7 +193,8 @@ def build_model_and_images(batch_size: int, is_toy: bool) -> tuple[ViTCLSForImag
 def check_attention(
     row: AttentionRow, model: ViTCLSForImageClassification, pixel_values: torch.Tensor, name: str
 ) -> float:
-    """Return the largest difference from the reference for one image. Raise ValueError if it exceeds the limit."""
+    """Return the largest difference from the reference for one image. Raise ValueError if the difference exceeds the
+    limit (see `ATTENTION_LIMIT`)."""
     image = pixel_values[:1]
     actual = row.compute(model, image)
     if row.reference is None:

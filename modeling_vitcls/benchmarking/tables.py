@@ -117,7 +117,8 @@ def format_cells(workload: str, name: str, results: list[dict[str, Any]]) -> tup
 def write_reports(
     comparisons: list[Comparison], output_file: Path | None, markdown_file: Path | None, plot_file: Path | None
 ) -> None:
-    """Write the results to the given files: a JSON file, a Markdown file and a figure (PNG or SVG)."""
+    """Write the results to the given files: a JSON file, a Markdown file and a figure (PNG or SVG). Raise ValueError
+    if `plot_file` is given, but no axis of --work growth was measured."""
     for file in (output_file, markdown_file, plot_file):
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)

@@ -48,8 +48,9 @@ WORKLOADS = {
 def run_benchmarks(
     work_names: tuple[str, ...], row_names: tuple[str, ...], settings: BenchmarkSettings
 ) -> Iterator[Comparison]:
-    """Run the comparisons in the rows of the given workloads, or only in the rows `row_names` if any are given. Raise
-    ValueError if a row does not exist, the device is not supported, outputs differ, or a measurement fails."""
+    """Run the comparisons for all rows of the given workloads, or only for the rows `row_names` if any are given.
+    Raise ValueError if a row does not exist, the device is not available or not supported, the results of this package
+    and the baseline differ by more than a limit, or a measurement fails."""
     if settings.device != "cpu":
         if not torch.cuda.is_available():
             raise ValueError(

@@ -43,7 +43,7 @@ def build_conversion_card(
     """
     sequence_length = config.token_layout.get_num_tokens(*config.grid_size)
     layout = {group: len(range(sequence_length)[token_slice]) for group, token_slice in config.token_layout.items()}
-    # whether the base model in the header is the source, rather than the base model of the source
+    # whether the base model in the card's header is the source itself, rather than the base model of the source
     is_copy = isinstance(provenance.base_model, str) and provenance.name in (provenance.base_model, report.source)
     return render_card(
         "conversion",

@@ -49,7 +49,7 @@ def convert_checkpoint(
     draw_images: Callable[..., dict[str, str]] | None = None,
     family: str | None = None,
 ) -> ParityReport:
-    """Convert a checkpoint, and write the model, image processor, parity report, card and license to `output`.
+    """Convert a checkpoint and write the model, image processor, parity report, card and license to `output`.
 
     Args:
         source_name: `timm:NAME`, `transformers:PATH_OR_ID` (an id may end with `@REVISION`), or a state-dict file.
@@ -59,7 +59,8 @@ def convert_checkpoint(
             classifier.
         num_labels: Number of labels of a new classifier.
         draw_images: Function that draws the images of the card, such as `analysis.card_images.write_card_images`. The
-            arguments are the folder, the model, the image processor and an empty dict. Default: no images.
+            function receives the folder, the model, the image processor and an empty dict, and returns a dict that
+            maps image names to paths relative to the folder. Default: no images.
         family: Family of a state-dict file. By default, the family is detected from the file.
 
     Raises:
@@ -137,7 +138,8 @@ def load_source(source_name: str, random_init: bool = False, family: str | None 
 
 
 def convert_source(source: SourceModel, classifier: ClassifierChoice, num_labels: int | None) -> ViTCLSPreTrainedModel:
-    """Convert a source model in float32. Cast the result to the dtype of the source if the encoder is unchanged."""
+    """Convert a source model in float32. Cast the result to the dtype of the source if this dtype represents all
+    encoder weights exactly."""
     weights = source.weights.values() if isinstance(source, FileSource) else source.model.parameters()
     saved_dtype = next(iter(weights)).dtype
     source.model.float()

@@ -51,10 +51,8 @@ class Rewrite:
     """A change of configuration fields and weights that preserves the outputs of a model."""
 
     propose_changes: Callable[[ViTCLSConfig], list[Fields]]  # returns possible combinations of new field values
-    # function (weights, old and new configuration) that changes the weights of encoder and classifier in place
-    rewrite_weights: Callable[[Weights, ViTCLSConfig, ViTCLSConfig], None] = lambda weights, old_config, new_config: (
-        None
-    )
+    # function (weights, old configuration, new configuration) that changes the weights of the model in place
+    rewrite_weights: Callable[[Weights, ViTCLSConfig, ViTCLSConfig], None] = lambda *arguments: None
     is_native_size_only: bool = False  # whether the outputs are the same only for images of `config.image_size`
 
 

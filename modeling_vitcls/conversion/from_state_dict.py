@@ -335,7 +335,7 @@ def read_mae_fields(weights: Weights) -> Fields:
 
 def prepare_big_vision_weights(weights: Weights) -> Weights:
     """Strip the prefix of the image model from the weight names, and split arrays of stacked blocks."""
-    # prefixes in two-tower models (SigLIP), in standalone image models, and in files with optimizer state
+    # Prefixes in two-tower models (SigLIP), in standalone image models, and in files with optimizer state.
     prefixes = ("params/img/", "params/", "opt/target/img/", "opt/target/", "img/")
     prefix = next((prefix for prefix in prefixes if f"{prefix}embedding/kernel" in weights), "")
     weights = {name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)}

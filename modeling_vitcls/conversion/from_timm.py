@@ -72,7 +72,8 @@ def convert_from_timm(
         raise ConversionError(str(error)) from None
     weights = convert_weights(rewrite_state_dict(model), build_rules(model), config)
     weights = deinterleave_rotary_channels(weights, model, config)
-    has_pooler = bool(model.global_pool) and getattr(model, "dist_token", None) is None  # a single pooled output
+    # A model with a distillation token has two pooled outputs, and therefore no pooler.
+    has_pooler = bool(model.global_pool) and getattr(model, "dist_token", None) is None
     return build_model(config, weights, classifier, num_labels, add_pooling_layer=has_pooler)
 
 
@@ -142,7 +143,8 @@ def concatenate_outputs(weights: Weights, name: str, layer_weights: Sequence[Wei
 
 
 def concatenate_inputs(weights: Weights, name: str, layer_weights: Sequence[Weights]) -> None:
-    """Add the weights of a linear layer that sums the outputs of several linear layers with concatenated inputs."""
+    """Add the weights of a linear layer that maps the concatenated inputs of several linear layers to the sum of the
+    outputs of these layers."""
     weights[f"{name}.weight"] = torch.cat([layer["weight"] for layer in layer_weights], dim=1)
     weights[f"{name}.bias"] = torch.stack([layer["bias"] for layer in layer_weights]).sum(dim=0)
 
@@ -160,7 +162,7 @@ def fold_differential_lambda(weights: Weights, prefix: str, lambda_init: float) 
 
 
 def deinterleave_rotary_channels(weights: Weights, model: TimmModule, config: ViTCLSConfig) -> Weights:
-    """Move the even channels of queries and keys to the front of each head, if the rotary position embeddings rotate
+    """Move the even channels of queries and keys to the front of each head if the rotary position embeddings rotate
     pairs of adjacent channels. The attention scores are unchanged."""
     if getattr(model, "rope", None) is None or getattr(model.blocks[0].attn, "rotate_half", False):
         return weights

@@ -138,8 +138,12 @@ def check_processor(
     preprocess: Callable[[PIL.Image.Image], torch.Tensor],
     settings_name: str,
 ) -> ConvertedPreprocessing:
-    """Compare an image processor with the preprocessing of the source, `preprocess`. Raise ValueError if the
-    difference exceeds `MAX_PIXEL_DIFFERENCE`. `same_backend_processor` has the backend of the source."""
+    """Compare an image processor with `preprocess`, the preprocessing of the source. Raise ValueError if the
+    difference exceeds MAX_PIXEL_DIFFERENCE.
+
+    `same_backend_processor`, which is compared, has the settings of `processor` and the backend of the source.
+    `settings_name` is the name of the source's settings.
+    """
     difference = measure_pixel_difference(same_backend_processor, preprocess)
     if not difference <= MAX_PIXEL_DIFFERENCE:
         difference_text = "in the output shape" if math.isinf(difference) else f"by {difference:.3g} gray levels"

@@ -67,7 +67,7 @@ class TargetClass:
 
     name: str
     build_settings: Callable[[ViTCLSConfig], Settings]  # function that returns configuration fields of the class
-    has_optional_pooler: bool = False  # whether the pooler and the mask token are optional arguments of the class
+    has_optional_pooler: bool = False  # whether the class has the arguments `add_pooling_layer` and `use_mask_token`
 
     def build(self, config: ViTCLSConfig) -> PreTrainedModel:
         """Build a newly initialized transformers model with the settings of a configuration."""
@@ -189,7 +189,7 @@ def compare_with_target(target: TargetClass, config: ViTCLSConfig) -> TargetMatc
         return TargetMatch(target, config, [format_error(error)], {})
     has_head = convertible_class.encoder_name is not None
     values, target_values = get_effective_fields(config, has_head), get_effective_fields(round_trip_config, has_head)
-    # The outputs of a class without a pooler can be pooled by the user, if pooling has no weights.
+    # If pooling has no weights, users can pool the outputs of a model without a pooler.
     has_weightless_pooler = (
         config.pooling != "attention" and not config.pooled_norm and config.pooled_activation is None
     )
@@ -212,7 +212,8 @@ def compare_with_target(target: TargetClass, config: ViTCLSConfig) -> TargetMatc
 def is_mismatch(name: str, value: Any, target_value: Any) -> bool:
     """Return whether the target does not support the value of a field. Initial LayerScale values are not compared.
 
-    A target may have biases and LayerScale that the model does not have. Their weights are set to `NEUTRAL_WEIGHTS`.
+    A target may have biases and LayerScale that the model does not have. These parameters are set to
+    `NEUTRAL_WEIGHTS`.
     """
     if name == "layer_scale_init_value":
         return value is not None and target_value is None
@@ -222,8 +223,8 @@ def is_mismatch(name: str, value: Any, target_value: Any) -> bool:
 
 
 def describe_mismatches(match: TargetMatch, model: ViTCLSPreTrainedModel, native_size_only: bool) -> str:
-    """Return an error message with the unsupported fields, the nearest class, and a class that supports the model at
-    the native size, or else a class that supports the encoder of a classifier."""
+    """Return an error message with the unsupported fields and the nearest class. If possible, the message also names a
+    class that supports the model at the native size, or else a class that supports the encoder of a classifier."""
     message = ", ".join(match.mismatches)
     if match.target_values:  # otherwise, the only mismatch is an error message
         message += (

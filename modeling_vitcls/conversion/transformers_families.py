@@ -353,7 +353,7 @@ def read_siglip2_fields(config: Any, weights: Weights) -> Fields:
 
 
 def add_identity_projection(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
-    """Convert a query that is not projected to a probe, an identity projection weight and a zero projection bias."""
+    """Return a query without a projection as a probe, an identity projection weight and a zero projection bias."""
     identity = torch.eye(config.hidden_size, dtype=tensor.dtype, device=tensor.device)
     return [tensor, identity, identity.new_zeros(config.hidden_size)]
 

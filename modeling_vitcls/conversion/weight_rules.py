@@ -151,7 +151,7 @@ def revert_weights(weights: Weights, rules: Sequence[Rule], reference: Weights) 
 
 
 def find_rule(rules: Sequence[Rule], name: str) -> tuple[Rule | None, list[str]]:
-    """Return the first rule that matches `name`, and the target names."""
+    """Return the first rule that matches `name`, and the names of its targets; (None, []) if no rule matches."""
     for rule in rules:
         if (targets := rule.match(name)) is not None:
             return rule, targets

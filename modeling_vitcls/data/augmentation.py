@@ -111,7 +111,7 @@ class BatchTransform:
         angle, shift_x, shift_y, zoom = factors[:, :, None, None].unbind(1)  # [B, 1, 1] each
         scale = 1 + self.zoom * zoom
         cos, sin = (self.rotation * angle).cos() / scale, (self.rotation * angle).sin() / scale
-        # Coordinates of each output pixel, in pixels from the center. Pixels outside the input image become black.
+        # Coordinates of each output pixel, in pixels from the shifted center. Pixels outside the input become black.
         x = torch.arange(width) - (width - 1) / 2 - shift_x * self.shift * width  # [B, 1, W]
         y = (torch.arange(height) - (height - 1) / 2)[:, None] - shift_y * self.shift * height  # [B, H, 1]
         sign = 1 - 2 * is_flipped[:, None, None].float()
@@ -134,7 +134,8 @@ class BatchMixer:
         self.mix = mixers[0] if len(mixers) == 1 else v2.RandomChoice(mixers)
 
     def __call__(self, pixels: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return mixed pixels [B, C, H, W] as floats from 0 to 255, and mixed labels [B, classes] as probabilities."""
+        """Mix pixels [B, C, H, W] and class indices [B]. Return the pixels as floats from 0 to 255, and the labels as
+        probabilities [B, classes]."""
         return self.mix(pixels.float(), labels)
 
 
@@ -153,7 +154,8 @@ class MaskGenerator:
     """
 
     def __init__(self, options: MaskingOptions, grid_size: tuple[int, int]) -> None:
-        """Raise ValueError if no patches or all patches would be masked, or if a block has too many patches."""
+        """Raise ValueError if no patches or all patches would be masked, or if a block has more patches than
+        would be masked."""
         self.grid_size = rows, columns = grid_size
         self.block_size = block_size = options.mask_block
         self.num_masked = round(options.mask_ratio * rows * columns)

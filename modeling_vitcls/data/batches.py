@@ -61,8 +61,9 @@ class BatchBuilder:
         keys: list[ImageKey],
         replaced_indices: list[int],
     ) -> Batch:
-        """Apply the random transforms to outputs of `prepare_image`, and return a batch. `replaced_indices` contains
-        the index of the unreadable image that each image replaces, or -1."""
+        """Apply the random transforms to outputs of `prepare_image` and return a batch. `pixels` is a list or, if all
+        images have the same size, a tensor [B, C, H, W]. `replaced_indices` contains the index of the unreadable image
+        that each image replaces, or -1."""
         epochs, indices = np.array(keys, dtype=np.int64).T
         views = epochs % self.num_views if self.num_views else epochs
         seeds = {view: derive_seed(self.seed, view) for view in set(views.tolist())}
@@ -159,8 +160,8 @@ class TrainingImages:
 
 
 def load_array_pixels(source: LabeledImages, augmentation: Augmentation) -> torch.Tensor | None:
-    """Return all images after the fixed transform, [images, 1, H, W] `uint8`, or None if the images are not stored as
-    arrays or do not fit in the cache."""
+    """Return the pixels of all images after the fixed transform, [images, 1, H, W] `uint8`, or None if the images are
+    not stored as arrays or do not fit in the cache."""
     images: Any = source.images
     array_images = images.source_images if isinstance(images, ImageSubset) else images
     if not isinstance(array_images, ArrayImages):
@@ -178,13 +179,14 @@ def load_array_pixels(source: LabeledImages, augmentation: Augmentation) -> torc
 def iterate_training_batches(
     dataset: Any, plan: BatchPlan, process_index: int, num_workers: int, first_step: int = 0
 ) -> Generator[Batch, None, None]:
-    """Yield the batches of one process from `TrainingImages` or a `TrainingStream`, starting at `first_step`."""
+    """Yield the batches of one process from `TrainingImages` or a `TrainingStream`, starting at `first_step`. Raise
+    ValueError if no image can be read, or if the label of a streamed example is not one of the classes."""
     yield from load_batches(dataset, dataset.iterate_keys(plan, process_index, first_step), num_workers)
 
 
 def load_batches(dataset: Any, keys: Iterable[Sequence[Any]], num_workers: int) -> Iterator[Batch]:
-    """Yield the batch of each list of keys in order, on the CPU. Close the iterator to stop the workers. A ValueError
-    of `dataset` is raised without the worker's traceback."""
+    """Yield one batch on the CPU per list of keys, in order. Close the iterator to stop the workers. A
+    ValueError that `dataset` raises is propagated without the worker's traceback."""
     loader = DataLoader(
         dataset,
         batch_size=None,

@@ -78,7 +78,7 @@ class HeldOutRecord:
 
 
 def read_held_out_record(folder: str | Path) -> HeldOutRecord | None:
-    """Return the held-out record in a model folder, if any. Raise ValueError if results.json is damaged."""
+    """Return the held-out record in a model folder, or None. Raise ValueError if results.json is damaged."""
     file = Path(folder, RESULTS_FILE)
     if not file.is_file():
         return None

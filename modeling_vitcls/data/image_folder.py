@@ -78,7 +78,8 @@ def scan_folder(path: Path) -> ImageFolder:
 
 
 def list_files(root: Path, folder: str, parent_paths: tuple[str, ...] = ()) -> Iterator[str]:
-    """Yield the sorted paths of the files in `root`/`folder` and its subfolders. Cyclic links are not followed."""
+    """Yield the paths, relative to `root`, of the files in `root`/`folder` and its subfolders, sorted within each
+    folder. Symbolic links that form a cycle are not followed."""
     real_path = os.path.realpath(root / folder)
     if real_path in parent_paths:
         return
@@ -115,7 +116,10 @@ def make_printable(name: str) -> str:
 def read_image_folder(folder: ImageFolder, use_labels: bool) -> Any:
     """Return a `datasets.DatasetDict` of the splits, and add notes about unused files to `folder.notes`.
 
-    The columns are `image` and the columns of the metadata files except `file_name`, or `label` if labels are used.
+    If there are metadata files, the columns are `image` and the columns of the metadata files except `file_name`.
+    Otherwise, the columns are `image` and, if labels are used, `label`. Without labels, images at any depth are
+    included.
+
     Raise ValueError if labels are used, but there are neither class folders nor metadata files, or if the split
     folders are ambiguous.
     """
@@ -167,7 +171,8 @@ def divide_into_splits(folder: ImageFolder) -> tuple[dict[str, list[str]], bool]
 
 
 def check_class_folders(folder: ImageFolder, images_by_folder: dict[str, list[str]], split_folders: list[str]) -> None:
-    """Raise ValueError if a folder with a split name contains class folders, but other folders have no split name."""
+    """Raise ValueError if a folder with a split name contains class folders. `images_by_folder` must also
+    contain a folder without a split name."""
     for folder_name in split_folders:
         subfolders = sorted({image.split("/")[1] for image in images_by_folder[folder_name] if image.count("/") > 1})
         if subfolders:
@@ -181,8 +186,8 @@ def check_class_folders(folder: ImageFolder, images_by_folder: dict[str, list[st
 
 
 def build_labeled_splits(folder: ImageFolder, images_by_split: dict[str, list[str]], depth: int) -> dict[str, Any]:
-    """Return the dataset of each split that has class folders, which are first-level folders (`depth` 0) or are in
-    split folders (`depth` 1). Raise ValueError if no split has class folders."""
+    """Return the dataset of each split that has class folders. Class folders are first-level folders (`depth` 0) or
+    subfolders of split folders (`depth` 1). Raise ValueError if no split has class folders."""
     import datasets
     import pyarrow
 
@@ -240,14 +245,14 @@ def describe_single_class(dataset: str, name: str) -> str:
 def build_dataset(
     folder: ImageFolder, split: str, images: list[str], columns: "pyarrow.Table", features: dict[str, Any]
 ) -> Any:
-    """Return a `datasets.Dataset` in memory with image paths and the given columns. The fingerprint is a hash of
-    the columns, and of the names, sizes and modification times of the files."""
+    """Return an in-memory `datasets.Dataset` with the image paths and the given columns. The fingerprint is a hash of
+    the columns, and of the names, sizes and modification times of the images."""
     import datasets
     import pyarrow
 
     paths = pyarrow.array([str(folder.path / image) for image in images], pyarrow.string())
     contents = pyarrow.nulls(len(images), pyarrow.binary())
-    image_column = pyarrow.StructArray.from_arrays([contents, paths], ["bytes", "path"])  # as in `datasets.Image`
+    image_column = pyarrow.StructArray.from_arrays([contents, paths], ["bytes", "path"])  # format of `datasets.Image`
     table = pyarrow.table([image_column, *columns.columns], ["image", *columns.column_names])
     digest = hashlib.sha256(repr(columns.to_pydict()).encode())
     for image in images:
@@ -266,7 +271,7 @@ def build_dataset(
 
 def build_metadata_splits(folder: ImageFolder, splits: list[str], has_split_folders: bool) -> dict[str, Any]:
     """Return the dataset of each split: the images at the paths in `file_name`, and the other columns of the metadata
-    files. Raise ValueError if the files are not valid."""
+    files. Raise ValueError if a metadata file is not valid, or if the files have different column types."""
     import datasets
     import pyarrow
 
@@ -324,7 +329,7 @@ def read_metadata_file(folder: ImageFolder, file: str) -> tuple["pyarrow.Table",
                 f"{path}: the image {image!r} is outside the folder of this file. Move the image into this folder"
             )
     if "image" in table.column_names:
-        raise ValueError(f"{path}: the column name 'image' is reserved for the images. Rename this column")
+        raise ValueError(f"{path}: the column name 'image' is reserved for the images. Rename the column")
     parent = PurePosixPath(file).parent
     return table.drop(["file_name"]), [(parent / image).as_posix() for image in images]
 

@@ -175,7 +175,7 @@ class ColumnImages(EncodedSequence):
         return self.dataset[index][self.column] or MISSING_IMAGE
 
     def get_paths(self) -> list[str | None]:
-        """Return the paths without reading the images."""
+        """Return the path of each image without reading the images."""
         import pyarrow.compute
 
         values = self.dataset.with_format("arrow")[:][self.column]  # not copied
@@ -205,7 +205,7 @@ def check_channels(image: Image.Image, pixels: torch.Tensor, num_channels: int |
 
 
 def to_encoded_image(value: Any, folder: Path) -> dict[str, Any]:
-    """Convert an image or path to {"path": ..., "bytes": ...}. Relative paths are joined to `folder`."""
+    """Convert an encoded image or a path to {"path": ..., "bytes": ...}. Relative paths are joined to `folder`."""
     if isinstance(value, dict):
         return {"path": value["path"], "bytes": value["bytes"]}
     if isinstance(value, bytes):
@@ -221,9 +221,12 @@ def resolve_path(folder: Path, path: str | None) -> str:
 
 
 def decode_image(encoded_image: dict[str, Any], fallback_name: str) -> Image.Image:
-    """Decode an image {"path": ..., "bytes": ...}, where one of the values may be None, in the stored mode and upright
-    orientation. Raise UnreadableImage if the image is missing, truncated or damaged. `filename` of the image is the
-    path (as in Pillow) or, without a path, `fallback_name`. Error messages contain this name."""
+    """Decode an image {"path": ..., "bytes": ...}, where one of the values may be None. Return the image in its stored
+    mode and in upright orientation. Raise UnreadableImage if the image is missing or cannot be decoded.
+
+    The `filename` attribute of the image is the path (as in Pillow) or, if there is no path, `fallback_name`. Error
+    messages contain this name.
+    """
     content, path = encoded_image["bytes"], encoded_image["path"]
     if content is None and not path:
         raise UnreadableImage(f"{fallback_name} has no image")
@@ -261,8 +264,8 @@ class UnreadableImageCounter:
         return len(self.indices)
 
     def add(self, indices: Iterable[int]) -> None:
-        """Count the unreadable images at `indices` except `NOT_REPLACED`, and print a warning for each new image.
-        Raise ValueError if the number of unreadable images exceeds the limit."""
+        """Count the unreadable images at `indices` except `NOT_REPLACED`, and print a warning for each image that
+        was not counted before. Raise ValueError if the number of unreadable images exceeds the limit."""
         for index in indices:
             if index == NOT_REPLACED or index in self.indices:
                 continue

@@ -84,7 +84,7 @@ def is_known(label: int | None) -> bool:
 
 
 def is_multi_label(config: ViTCLSConfig) -> bool:
-    """Return whether a sigmoid is applied to each logit. As in transformers, this includes models with one label."""
+    """Return whether a sigmoid is applied to each logit; True for models with one label, as in transformers."""
     return not config.tasks and (config.problem_type == "multi_label_classification" or config.num_labels == 1)
 
 
@@ -115,12 +115,13 @@ class LabelColumn:
 
     @cached_property
     def has_class_indices(self) -> bool:
-        """Return whether integers are class indices: the classes are declared, or no class name is an integer."""
+        """Return whether integers are class indices: True if the classes are declared or no class name is an
+        integer."""
         return self.is_declared or not any(name.removeprefix("-").isdecimal() for name in self.classes)
 
     @cached_property
     def index_by_name(self) -> dict[str, int]:
-        """Return class indices by class name; empty if labels are indices."""
+        """Return class indices by class name; empty if the dataset declares the classes."""
         return {} if self.is_declared else {name: index for index, name in enumerate(self.classes)}
 
 

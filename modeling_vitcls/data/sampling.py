@@ -97,7 +97,6 @@ class BalancedOrder(ShuffledOrder):
         self.indices_by_class = [np.flatnonzero(np.asarray(labels) == label) for label in np.unique(labels)]
 
     def compute_epoch(self, epoch: int) -> Epoch:
-
         positions = np.arange(epoch * self.num_images, (epoch + 1) * self.num_images)
         num_uses, indices = np.empty_like(positions), np.empty_like(positions)
         for class_index, members in enumerate(self.indices_by_class):

@@ -38,7 +38,6 @@ from .labels import UNLABELED, LabelSpace, build_label_reader, find_image_column
 
 READERS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".parquet": "parquet"}
 
-
 IDX_SPLITS = {"train": "train", "t10k": "test"}
 IDX_CLASSES = {
     "fashion-mnist": [
@@ -58,7 +57,7 @@ class Splits:
 
     name: str
     label_space: LabelSpace
-    images_by_split: Mapping[str, Any]  # `LabeledImages`, or `StreamedImages` (streaming.py)
+    images_by_split: Mapping[str, Any]  # values: `LabeledImages` or `StreamedImages` (streaming.py)
     names: list[str]  # names of all splits
 
 
@@ -117,7 +116,8 @@ def find_idx_file(folder: Path, split: str, kind: str) -> Path | None:
 
 
 def load_idx_folder(folder: Path) -> Splits:
-    """Load the splits of a folder in the MNIST format. Raise ValueError if a file is missing or damaged."""
+    """Load the splits of a folder in the MNIST format. Raise ValueError if a label file is missing, or if a file is
+    damaged."""
     images_by_split, num_classes = {}, 10
     for prefix, name in IDX_SPLITS.items():
         image_file, label_file = (find_idx_file(folder, prefix, kind) for kind in ("images-idx3", "labels-idx1"))

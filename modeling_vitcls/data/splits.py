@@ -67,7 +67,7 @@ def load_training_data(
     options: DataOptions, use_selection_split: bool = False, use_labels: bool = True
 ) -> TrainingData:
     """Load the training images and the held-out images: two splits of the dataset, or one split divided by a seeded
-    rule (held_out.py). Raise ValueError if the dataset has no images or labels, has one class, or is too small.
+    rule (held_out.py). If `use_labels` is False, every label is -100, and the label space has no columns.
 
     If `use_selection_split` is set, the checkpoint is selected on selection images, which are separate from the
     held-out images. The selection images are the validation split if the dataset also has a test split. Otherwise,
@@ -76,7 +76,8 @@ def load_training_data(
     The held-out images of a stream are read immediately and stored in memory without decoding. If the stream has no
     evaluation split, only the first 10,000 held-out images are stored.
 
-    Without `use_labels`, every label is -100, and the label space has no columns.
+    Raise ValueError if the dataset has no images, no labels (unless `use_labels` is False) or only one class, or is
+    too small to be split.
     """
 
     def select(names: list[str]) -> list[str]:
@@ -118,8 +119,8 @@ class TrainingSplits(NamedTuple):
 
 
 def choose_training_splits(names: Collection[str], use_selection_split: bool) -> TrainingSplits:
-    """Return the splits that training reads. The reported metrics are measured on the test split only if there is no
-    validation split, or if the validation split is used to select the checkpoint."""
+    """Return the names of the splits that training reads. The reported metrics are measured on the test split only if
+    there is no validation split, or if the validation split is used to select the checkpoint."""
     train = "train" if "train" in names else next(iter(names))
     held_out_names = [name for name in HELD_OUT_SPLITS if name in names and name != train]
     if use_selection_split and len(held_out_names) > 1 and "test" in held_out_names:
@@ -133,7 +134,8 @@ def materialize_images(images: LabeledImages | StreamedImages) -> LabeledImages:
 
 
 def check_splits(options: DataOptions, splits: Splits, chosen: TrainingSplits, use_selection_split: bool) -> None:
-    """Raise ValueError if there is only one class, or if the splits do not suit `--folds` or `--select best`."""
+    """Raise ValueError if there is only one class, or if `--folds` or `--select best` is not possible with the
+    splits."""
     label_space = splits.label_space
     if label_space.kind == "single_label_classification" and label_space.columns and len(label_space.names) == 1:
         raise ValueError(describe_single_class(options.dataset, label_space.names[0]))
@@ -162,8 +164,8 @@ def build_held_out_rule(options: DataOptions) -> HeldOutRule:
 
 
 def hold_out_images(images: Any, rule: HeldOutRule, options: DataOptions) -> tuple[Any, LabeledImages, HeldOutRecord]:
-    """Return the training images (stored or streamed), the held-out images, and their record. Raise ValueError if none
-    or all of the images would be held out."""
+    """Return the training images (stored or streamed), the held-out images, and the record of the held-out images.
+    Raise ValueError if none or all of the images would be held out."""
     if isinstance(images, StreamedImages):
         train = replace(images, held_out_rule=rule)
         held_out = train.read_held_out_images() if rule.fraction else LabeledImages(EncodedImages([]), [])
@@ -202,7 +204,8 @@ def load_evaluation_data(
     If the dataset has a single split, `"train"` selects the images of this split that training uses. `"test"` selects
     the images that training holds out, unless the split itself is named "test". `record` is the held-out record of the
     model. If `split` is None, the split is the recorded split, or "test". A recorded rule takes precedence over the
-    options. Raise ValueError if the split cannot be evaluated, or if the options contradict `record`.
+    options. Raise ValueError if the split does not exist or cannot be evaluated, or if the options contradict
+    `record`.
     """
 
     def select(names: list[str]) -> list[str]:
@@ -233,8 +236,8 @@ def load_evaluation_data(
 def choose_split(
     split: str | None, names: list[str], record: HeldOutRecord | None, options: DataOptions
 ) -> tuple[str, str]:
-    """Return the requested, recorded or default split, and the split of the dataset that contains the images of this
-    split. Raise ValueError if the dataset has no such split."""
+    """Return the split to evaluate, by default the recorded split or "test", and the split of the dataset that
+    contains the images. Raise ValueError if there is no such split."""
     if split is None:
         split = record.split if record is not None and record.split and record.split in names else "test"
     if split in names:
@@ -245,7 +248,8 @@ def choose_split(
 
 
 def choose_rule(options: DataOptions, record: HeldOutRecord | None) -> HeldOutRule:
-    """Return the recorded rule, or the rule of the options. Raise ValueError if the options contradict the record."""
+    """Return the recorded rule or, if no rule is recorded, the rule from the options. Raise ValueError if the options
+    contradict the recorded rule."""
     rule = None if record is None else record.rule
     if rule is None:
         return build_held_out_rule(options)
@@ -264,7 +268,8 @@ def choose_rule(options: DataOptions, record: HeldOutRecord | None) -> HeldOutRu
 
 
 def describe_data(training_data: TrainingData) -> dict[str, Any]:
-    """Return a description of the data for checkpoints; for a stream, of the held-out images and the classes."""
+    """Return a description of the training data for checkpoints. The description of a stream contains only the
+    held-out images and the classes."""
     labeled_images = training_data.held_out if isinstance(training_data.train, StreamedImages) else training_data.train
     return {
         "num_training_images": training_data.num_training_images,
@@ -355,7 +360,8 @@ def describe_missing_classes(training_data: TrainingData) -> list[str]:
 
 
 def find_classes(labels: Sequence[Any], label_space: LabelSpace) -> set[str]:
-    """Return the names of the classes that occur in `labels`. With several tasks, the task precedes each class."""
+    """Return the names of the classes that occur in `labels`. In a multi-task dataset, each class name is
+    prefixed with the name of the task."""
     if label_space.kind == "multi_task":
         tasks = label_space.columns.items()
         return {f"{task} {names[label[task]]}" for task, names in tasks for label in labels if label[task] >= 0}

@@ -42,7 +42,6 @@ from .sources import Splits, get_dataset_folder, get_dataset_name, open_splits
 
 
 MAX_STORED_PATHS = 10_000  # maximum number of recent examples whose paths are stored for error messages
-
 MAX_HELD_OUT_IMAGES = 10_000  # maximum number of held-out images of a stream without an evaluation split
 
 
@@ -101,8 +100,8 @@ class StreamedImages:
         return self.build_examples(local_rows)
 
     def read_held_out_images(self) -> LabeledImages:
-        """Return the encoded images of an evaluation split, or the first `MAX_HELD_OUT_IMAGES` images that
-        `held_out_rule` selects, in the order of the stream."""
+        """Return encoded images in the order of the stream: all images if `held_out_rule` is None (an evaluation
+        split), otherwise the first `MAX_HELD_OUT_IMAGES` held-out images. Raise ValueError if there are no images."""
         rows = self.iterate_rows(self.stream)
         if self.held_out_rule is not None:
             rows = islice(filter(self.is_held_out, rows), MAX_HELD_OUT_IMAGES)
@@ -115,7 +114,8 @@ class StreamedImages:
         return LabeledImages(images, [example.label for example in examples])
 
     def iterate_rows(self, stream: Any) -> Iterator[StreamRow]:
-        """Yield the column values and the image key of each row, with the image as an input of `decode_image`."""
+        """Yield the column values and the image key of each row. The image column contains inputs of
+        `decode_image`."""
         for values in stream:
             encoded_image = to_encoded_image(values[self.image_column], self.folder)
             yield values | {self.image_column: encoded_image}, compute_encoded_image_key(encoded_image, self.folder)
@@ -216,7 +216,7 @@ class TrainingStream:
             raise ValueError(
                 f"{self.source.name}: none of the {len(examples)} images of a batch can be read. Check the dataset"
             )
-        first = min(pixels)  # follows the last readable position
+        first = min(pixels)  # replaces images after the last readable image
         used_positions = [
             next((readable for readable in pixels if readable >= position), first) for position in range(len(examples))
         ]

@@ -247,7 +247,8 @@ class AttentionView:
     def draw_layer(
         self, result: DemoResult | None, token: int, layer: int, head: int
     ) -> tuple[Image.Image | None, str]:
-        """Return the attention map of a layer and its caption. `layer` and `head` start at 1; head 0 is the mean."""
+        """Return the attention map of one layer and a caption. `layer` and `head` are counted from 1; head 0 is the
+        mean over heads."""
         if result is None:
             return None, ""
         selection = token, layer - 1, head - 1 if head else None
@@ -291,7 +292,8 @@ class PatchView:
     def draw_all(
         self, result: DemoResult | None, layer: int, foreground_only: bool, patch: tuple[int, int] | None
     ) -> tuple[Image.Image | None, Image.Image | None, str]:
-        """Draw the principal components and the similarity to `patch` (default: the middle patch), with a caption."""
+        """Return an image of the principal components, an image of the similarity to `patch` (default: the middle
+        patch), and a caption."""
         if result is None:
             return None, None, ""
         rows, columns = result.patch_features.shape[1:3]

@@ -54,7 +54,7 @@ class DemoResult:
     image: Image.Image  # upright, at most MAX_IMAGE_SIDE pixels per side
     visible_region: VisibleRegion  # region of the image that the patches cover
     predictions: dict[str, Prediction]  # output name -> prediction; empty for an encoder
-    # The other fields are empty if the model merges patches.
+    # The following fields are empty if the model merges patches.
     token_attention: torch.Tensor = EMPTY  # [layer, head, special token, key], attention of special tokens, float32
     attention_maps: torch.Tensor = EMPTY  # [layer, head, special token, gh, gw], attention to patches
     rollout: torch.Tensor = EMPTY  # [special token, gh, gw], attention rollout over all layers
@@ -63,7 +63,7 @@ class DemoResult:
     patch_features: torch.Tensor = EMPTY  # [layer, gh, gw, channel], after each layer, float16
 
     def draw_attention(self, token: int, layer: int, head: int | None) -> Image.Image:
-        """Draw the attention map of a token in a layer over the image: one head, or the mean over heads for None."""
+        """Draw the attention map of a token in a layer over the image. If `head` is None, draw the mean over heads."""
         values = select_head(self.attention_maps[layer], head)[token]
         return overlay(self.image, values, self.visible_region, min_side=MIN_IMAGE_SIDE)
 
@@ -88,7 +88,8 @@ class DemoResult:
         return draw_patch_colors(self.image, colors, self.visible_region, min_side=MIN_IMAGE_SIDE)
 
     def draw_similarity(self, layer: int, row: int, column: int) -> Image.Image:
-        """Draw the cosine similarity of all patch features after a layer to one patch. Values up to 0 are dark."""
+        """Draw the cosine similarity of all patches to one patch, based on the features after a layer. Values of 0 or
+        less are dark."""
         similarity = compute_patch_similarity(self.patch_features[layer].float(), row, column).clamp(min=0)
         return overlay(self.image, similarity, self.visible_region, max_value=1, min_side=MIN_IMAGE_SIDE)
 
@@ -104,7 +105,8 @@ class DemoResult:
         return int(y_fraction * rows), int(x_fraction * columns)
 
     def compute_attention_fractions(self, token: int, layer: int, head: int | None) -> list[float]:
-        """Return the fractions of a token's attention to each special token and, as the last element, to patches."""
+        """Return the fraction of a token's attention to each special token and, as the last element, to all patches.
+        The fractions sum to 1."""
         fractions = select_head(self.token_attention[layer], head)[token]  # [key]
         special_token_fractions = fractions[: self.token_attention.shape[2]]
         return [*special_token_fractions.tolist(), 1 - special_token_fractions.sum().item()]
@@ -132,7 +134,8 @@ class DemoModel:
 
         If this package is not installed, the code in the repository is executed. For safety, set `revision` to a
         commit hash. `code_revision` is the revision of the code, if the code is in a separate repository. Raise
-        ValueError or OSError with a one-line message if the checkpoint is not a readable vitcls model.
+        ValueError or OSError with a one-line message if the checkpoint cannot be read, or if the demo does not support
+        the model.
         """
         commit = resolve_commit(source, revision)
         config_dict = load_checkpoint(PreTrainedConfig.get_config_dict, source, revision=commit)[0]
@@ -222,7 +225,8 @@ class DemoModel:
         return DemoResult(*image_and_region, **self.run_model(pixel_values))
 
     def run_model(self, pixel_values: torch.Tensor) -> dict[str, Any]:
-        """Run the model on an image [1, C, H, W]. Return the fields of `DemoResult` except image and region."""
+        """Run the model on an image [1, C, H, W]. Return the fields of `DemoResult` except `image` and
+        `visible_region`."""
         config = self.config
         if self.has_patch_merging:
             with torch.inference_mode():
@@ -283,13 +287,14 @@ PREDICTION_TITLES = {
 
 
 def get_problem_type(config: Any) -> str | None:
-    """Return the problem type. As in transformers' pipelines, a model with one label is a binary classifier."""
+    """Return the problem type of a single-task model. A classifier with one label is treated as a multi-label
+    classifier (sigmoid), as in transformers' pipelines."""
     is_binary = config.num_labels == 1 and config.problem_type != "regression"
     return "multi_label_classification" if is_binary else config.problem_type
 
 
 def format_predictions(logits: Any, config: Any) -> dict[str, Prediction]:
-    """Return a dict that maps output names to predictions, from logits [1, labels] or {task: [1, labels]}."""
+    """Convert logits [1, labels] or {task: [1, labels]} to a dict that maps output names to predictions."""
     if config.tasks:
         return {task: format_prediction(logits[task], names, None) for task, names in config.task_labels().items()}
     label_names = [config.id2label[index] for index in range(config.num_labels)]
@@ -298,7 +303,7 @@ def format_predictions(logits: Any, config: Any) -> dict[str, Prediction]:
 
 
 def format_prediction(logits: torch.Tensor, names: list[str], problem_type: str | None) -> Prediction:
-    """Return a dict that maps labels to probabilities, or regression values as text, from logits [1, labels]."""
+    """Convert logits [1, labels] to a dict that maps labels to probabilities, or format regression values as text."""
     values = logits[0].float().cpu()
     if problem_type == "regression":
         return ", ".join(f"{name}: {value:.4g}" for name, value in zip(names, values.tolist(), strict=True))

@@ -33,7 +33,7 @@ def build_header(demo_model: DemoModel) -> str:
 
 
 def format_count(count: int, noun: str) -> str:
-    """Format a count with its noun. Duplicated from system.py, which is not part of a Space."""
+    """Format a count with its noun. The function is duplicated from system.py, which is not part of a Space."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 

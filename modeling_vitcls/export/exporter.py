@@ -35,7 +35,7 @@ LIMITS: dict[str, tuple[float, float]] = {"float32": (1e-4, 0.0), "float16": (1e
 class BatchComparison:
     """Comparison of the outputs of a file with the outputs of the model for one batch of images."""
 
-    shape: tuple[int, ...]  # shape of the images, (batch size, channels, height, width)
+    shape: tuple[int, ...]  # (batch size, channels, height, width) of the images
     differences: dict[str, float]  # output name -> largest absolute difference
     magnitudes: dict[str, float]  # output name -> largest absolute value of the model's output
 
@@ -153,7 +153,8 @@ def check_files_do_not_exist(*files: Path) -> None:
 
 
 def move_files(source: Path, target: Path) -> None:
-    """Move all files of a folder. Raise ValueError if the target folder contains a file of the same name."""
+    """Move all files of a folder to another folder. Raise ValueError if the target folder contains a file of the same
+    name."""
     files = sorted(source.iterdir())
     check_files_do_not_exist(*(target / file.name for file in files))
     target.mkdir(parents=True, exist_ok=True)
@@ -189,7 +190,8 @@ def select_image_shapes(config: ViTCLSConfig, graph_shape: GraphShape) -> list[t
 def compare_outputs(
     batches: list[torch.Tensor], reference_outputs: list[Outputs], outputs: list[Outputs], dtype: str
 ) -> list[BatchComparison]:
-    """Compare the outputs of a file and of the model. Raise ValueError if a difference exceeds `LIMITS`."""
+    """Compare the outputs of a file with the outputs of the model. Raise ValueError if the names or shapes differ, or
+    if a difference exceeds `LIMITS`."""
     absolute_limit, relative_limit = LIMITS[dtype]
     comparisons = []
     for images, reference, result in zip(batches, reference_outputs, outputs, strict=True):

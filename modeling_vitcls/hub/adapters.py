@@ -43,8 +43,8 @@ def write_adapter(
 ) -> None:
     """Write the adapter of a model with LoRA layers, and the card of the adapter.
 
-    `state_dict` is the complete, unsharded state dict of a classifier with PEFT's LoRA layers, and `provenance` is the
-    provenance of the base model.
+    `state_dict` is the complete, unsharded state dict of a classifier with PEFT's LoRA layers. `base_model` is a Hub
+    id or a folder, and `provenance` is the provenance of the base model.
     """
     from peft import LoraConfig
 

@@ -48,9 +48,10 @@ def build_card(
 ) -> ModelCard:
     """Build the card of a fine-tuned classifier.
 
-    `name` is the Hub id of the model or the name of its folder. `results` are the contents of results.json, and
-    `flags` the flags of the run, as in config.resolved.yaml. `base_provenance` is None for a preset. `images` maps
-    image names to paths in the model folder, as returned by analysis/card_images.py.
+    `name` is the Hub id of the model or the name of its folder. `results` contains the contents of results.json,
+    and `flags` contains the flags of the run, as in config.resolved.yaml. `base_provenance` is the provenance of the
+    model that training started from, or None for a preset. `images` maps image names to paths in the model folder, as
+    returned by analysis/card_images.py.
     """
     images = images or {}
     return render_card(
@@ -77,7 +78,8 @@ def build_encoder_card(
     base_provenance: Provenance | None = None,
     images: dict[str, str] | None = None,
 ) -> ModelCard:
-    """Build the card of an encoder that was pre-trained with masked image modeling, like `build_card`."""
+    """Build the card of an encoder that was pre-trained with masked image modeling. See `build_card` for the
+    arguments."""
     flags = {flag: value for flag, value in flags.items() if flag not in FINETUNING_FLAGS}
     return render_card(
         "encoder",

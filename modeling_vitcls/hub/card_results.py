@@ -97,7 +97,8 @@ def describe_accuracy_intervals(results: dict[str, Any], config: ViTCLSConfig) -
 
 
 def describe_weakest_classes(results: dict[str, Any], config: ViTCLSConfig) -> Iterator[str]:
-    """Yield a sentence per task about the class with the lowest recall or average precision, unless all are equal."""
+    """Yield one sentence per task about the class with the lowest recall or average precision, unless all classes of
+    the task have the same value."""
     for task in config.task_labels() or [""]:
         prefix = f"{task}_" if task else ""
         rows = results.get(f"{prefix}per_class") or []
@@ -116,7 +117,8 @@ def describe_weakest_classes(results: dict[str, Any], config: ViTCLSConfig) -> I
 
 
 def describe_confusion(matrix: list[list[int]] | None, rows: list[dict[str, Any]], true_index: int) -> str:
-    """Return a phrase about the most frequent wrong prediction for a class, or "" if there is none or no matrix."""
+    """Return a phrase about the most frequent wrong prediction for a class; empty if there is no matrix or no wrong
+    prediction."""
     if matrix is None:
         return ""
     error_counts = [0 if index == true_index else count for index, count in enumerate(matrix[true_index])]

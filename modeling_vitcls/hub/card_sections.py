@@ -66,13 +66,14 @@ def build_use_section(
     finetune_dataset: str | None = None,
     is_native: bool = False,
 ) -> str:
-    """Return the section "Use", with a code block that runs without changes, and a code block that pins a commit.
+    """Return the section "Use". Its first code block runs without changes; its second code block pins a commit.
 
     Args:
         name: Hub id of the model, or name of its folder.
         architecture: Name of the model class.
         has_pipeline: Whether the image-classification pipeline supports the model.
-        revision: Branch to load. Without a revision, transformers would print a warning for each code file.
+        revision: Branch that the first code block loads. Without a revision, transformers would print a warning for
+            each code file.
         finetune_dataset: Dataset in the fine-tuning command. Default: the section has no fine-tuning command.
         is_native: Whether the class is part of transformers, in which case no code from the repository runs.
     """
@@ -94,7 +95,8 @@ def build_use_section(
 
 
 def insert_onnx_section(card_text: str, report: dict[str, Any]) -> str:
-    """Insert the section "ONNX files" (from onnx/report.json) before the citation, unless the card has the section."""
+    """Insert the section "ONNX files" before the citation of a card, unless the card already has the section. `report`
+    is the parsed onnx/report.json."""
     if "\n## ONNX files\n" in card_text:
         return card_text
     labeled_scores = report["labeled"]
@@ -102,7 +104,8 @@ def insert_onnx_section(card_text: str, report: dict[str, Any]) -> str:
     for comparison in report["comparisons"]:
         file, agreement = comparison["file"], comparison["top1_agreement"]
         row = [f"`{file}`", f"{comparison['largest_difference']:.1e}", format_percent(agreement)]
-        row += [format_percent(labeled_scores["files"][Path(file).name])] if labeled_scores else []
+        if labeled_scores:
+            row.append(format_percent(labeled_scores["files"][Path(file).name]))
         rows.append(row)
     section = render_template(
         "onnx",

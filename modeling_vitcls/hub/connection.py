@@ -181,7 +181,7 @@ def iter_causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def find_cause(error: BaseException, error_class: type[Error]) -> Error | None:
-    """Return the first error of a class in the chain of causes, starting with `error`."""
+    """Return the first instance of `error_class` in the chain of `error` and its causes, or None."""
     return next((cause for cause in iter_causes(error) if isinstance(cause, error_class)), None)
 
 

@@ -73,6 +73,7 @@ def get_model_folder(source: str, patterns: Sequence[str] = MODEL_FILE_PATTERNS,
     """Return the folder with a model's files: `source` itself, or a folder in the cache.
 
     `source` is a folder, or `namespace/name` on the Hub. The files whose names match `patterns` are downloaded.
+    `revision` is a commit hash, branch or tag on the Hub (default: the newest commit of `main`).
 
     Raise ValueError if a revision is given for a folder, and OSError if there is no such folder or model, if access is
     denied, or if the model is neither in the cache nor available from the Hub (no response, or offline mode). The
@@ -232,7 +233,7 @@ def find_cached_folder(repo_id: str, patterns: Sequence[str], revision: str | No
 def download_model(repo_id: str, patterns: Sequence[str], revision: str | None) -> str:
     """Download the commit of the revision, by default the newest commit, and return the folder in the cache.
 
-    All processes of a machine share one download. Only the first process shows progress bars.
+    All processes on a machine share one download, and only the first process shows progress bars.
     """
     is_first_process = os.environ.get("LOCAL_RANK", "0") == "0"
     progress = nullcontext() if is_first_process else hide_hub_progress_bars("huggingface_hub.snapshot_download")

@@ -155,7 +155,8 @@ def check_is_model(folder: Path) -> None:
 
 
 def is_native_model(folder: Path) -> bool:
-    """Return whether a folder contains a model that was converted from vitcls to transformers, without custom code."""
+    """Return whether a folder contains a model that was converted from vitcls to transformers and requires no custom
+    code."""
     is_native = read_json(folder / CONFIG_FILE).get("model_type") in NATIVE_MODEL_TYPES
     return is_native and (folder / PARITY_REPORT_FILE).is_file() and not read_code_references(folder)
 
@@ -249,7 +250,8 @@ def collect_checkpoint_files(folder: Path) -> RepoFiles:
 
 
 def find_local_dataset_in_card(folder: Path) -> str | None:
-    """Return the local dataset whose images the card shows without `--card-samples`; None if there is none."""
+    """Return the local dataset whose images the card shows, although `--card-samples` was not set, or None if the card
+    shows no such images."""
     flags = read_recipe(folder)
     if not (folder / SAMPLE_IMAGES_FILE).is_file() or flags is None or can_publish_images(flags):
         return None

@@ -29,7 +29,8 @@ CARD_FILE = "README.md"
 
 
 def iter_license_patterns() -> Iterator[str]:
-    """Yield name patterns of license and notice files: upper-case names with any ending, other names as text files."""
+    """Yield name patterns of license and notice files: upper-case names with any ending, other names with a text
+    suffix or without a suffix."""
     for stem in ("license", "licence", "copying", "notice"):
         case_insensitive_stem = "".join(f"[{letter}{letter.upper()}]" for letter in stem)
         yield f"{stem.upper()}*"
@@ -85,7 +86,8 @@ def find_provenance(source: str) -> Provenance:
 
 
 def fetch_hub_provenance(repo_id: str) -> Provenance:
-    """Return the provenance of a model on the Hub, from its card. If the Hub does not respond, the cache is used."""
+    """Return the provenance of a model on the Hub, from its card. If the Hub does not respond, the cached card is
+    used."""
     if not is_hub_id(repo_id):
         return Provenance(repo_id)
     try:
@@ -105,12 +107,12 @@ def fetch_hub_provenance(repo_id: str) -> Provenance:
 def read_folder_provenance(folder: Path, repo_id: str | None = None) -> Provenance:
     """Return the provenance of a model folder, from its card and license files.
 
-    For a local folder, the base model is the base model in the card. For the files of a model on the Hub, the base
-    model is the model itself, `repo_id`.
+    If `repo_id` is set, the folder contains the files of this model on the Hub, and the base model is this model.
+    Otherwise, the base model is the base model named in the card.
     """
     try:
         card_metadata = metadata_load(folder / CARD_FILE) or {}
-    except (OSError, ValueError, yaml.YAMLError):  # there is no readable card
+    except (OSError, ValueError, yaml.YAMLError):  # no readable card
         card_metadata = {}
     provenance = Provenance(repo_id or folder.resolve().name, base_model=repo_id or card_metadata.get("base_model"))
     license_id = card_metadata.get("license")
@@ -146,7 +148,7 @@ def find_timm_provenance(name: str) -> Provenance:
 
         config = timm.get_pretrained_cfg(name)
     except (ImportError, RuntimeError):  # timm is not installed, or there is no timm model with this name
-        return Provenance(f"timm:{name}")
+        config = None
     if config is None:
         return Provenance(f"timm:{name}")
     provenance = Provenance(f"timm:{name}", base_model=config.hf_hub_id)

@@ -28,7 +28,8 @@ def check_push_permissions(
     """Check that the token may push to a repository, and return the full repository id, `namespace/name`.
 
     The check only reads from the Hub and writes no files. Call this function only on the main process. `repo_id` is
-    `namespace/name`, or a name in the user's namespace (default: `default_name`).
+    `namespace/name`, or a name in the user's namespace (default: `default_name`). If `private` is True, an existing
+    repository must be private.
 
     Raise ValueError if the name is invalid, or if the token, the namespace or the visibility does not permit the push,
     and OSError if the Hub does not respond. The message is a single line and names the remedy.
@@ -72,7 +73,11 @@ def check_namespace(repo_id: str, account: dict[str, Any], repo_type: PushRepoTy
     if namespace.casefold() == account["name"].casefold():
         return
     organizations = account.get("orgs", ())
-    roles = [each.get("roleInOrg") for each in organizations if each["name"].casefold() == namespace.casefold()]
+    roles = [
+        organization.get("roleInOrg")
+        for organization in organizations
+        if organization["name"].casefold() == namespace.casefold()
+    ]
     if not roles:
         namespaces_text = ", ".join([account["name"], *(organization["name"] for organization in organizations)])
         raise ValueError(
@@ -129,8 +134,10 @@ def check_token(repo_id: str, account: dict[str, Any], repo_exists: bool) -> Non
         for scope in token.get("fineGrained", {}).get("scoped", ())
         if "repo.write" in scope.get("permissions", ())
     }
-    # The permission applies to the namespace, or to the repository if it exists.
-    accepted_names = {repo_id.partition("/")[0].casefold(), *([repo_id.casefold()] if repo_exists else [])}
+    # Write permission for the namespace, or for an existing repository, is sufficient.
+    accepted_names = {repo_id.partition("/")[0].casefold()}
+    if repo_exists:
+        accepted_names.add(repo_id.casefold())
     if not writable_names & accepted_names:
         raise ValueError(
             f"the fine-grained Hugging Face token has no permission to write to {repo_id}. Add 'Write access to "

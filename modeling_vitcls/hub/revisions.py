@@ -70,8 +70,8 @@ def download_commit(commit: HubCommit, patterns: Sequence[str], folder: Path | N
 
 
 def resolve_code_commit(model_commit: HubCommit, folder: Path) -> HubCommit | None:
-    """Return the newest commit of the repository with the code of the model in `folder`; None for the model's own
-    repository. Raise ValueError if the code is in several repositories."""
+    """Return the newest commit of the repository that contains the code of the model in `folder`, or None if the code
+    is in the model's own repository. Raise ValueError if the code is in several repositories."""
     try:
         repo_id = find_code_repository(folder, model_commit.repo_id)
     except ValueError as error:

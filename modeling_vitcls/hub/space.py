@@ -155,7 +155,9 @@ def build_space_files(model: PublishedModel, title: str | None = None, examples:
     )
     title = title or f"{model.repo_id.partition('/')[2]}: labels and attention"
     requirements = [Requirement(line) for line in importlib.metadata.requires(PACKAGE_FOLDER.name) or ()]
-    specifiers = {each.name: str(each.specifier) for each in requirements if each.specifier}
+    specifiers = {
+        requirement.name: str(requirement.specifier) for requirement in requirements if requirement.specifier
+    }
     files: RepoFiles = {
         "app.py": app_code.encode(),
         "README.md": build_gradio_card(model, title).encode(),
@@ -202,7 +204,8 @@ def build_gradio_card(model: PublishedModel, title: str) -> str:
 def build_space_card(
     model: PublishedModel, title: str, description: str, settings: dict[str, Any], **fields: str
 ) -> str:
-    """Return the text of README.md, with the settings of the Space. `description` is the template of the text."""
+    """Return the text of README.md, whose header configures the Space. `description` is a template with the
+    placeholders `model`, `commit`, `url` and the names in `fields`."""
     header = SpaceCardData(
         title=title,
         emoji="🔎",
@@ -219,7 +222,7 @@ def build_space_card(
 
 
 def write_space(files: RepoFiles, folder: Path) -> None:
-    """Write the files to a folder, to run `python app.py` locally. Raise ValueError if the folder is not empty."""
+    """Write the files of a Space to a folder. Raise ValueError if the folder is not empty."""
     check_output_is_empty(folder)
     for name, content in files.items():
         file = folder / name

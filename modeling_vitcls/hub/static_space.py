@@ -43,8 +43,9 @@ def build_static_space_files(
 ) -> RepoFiles:
     """Build the files of a static Space. `exported_folder` is the folder written by `export_for_transformers_js`.
 
-    If `node_modules` is set, the files of the npm package `@huggingface/transformers` in this folder are copied to the
-    Space. By default, the page loads transformers.js from a CDN. Raise ValueError if the folder lacks a file.
+    By default, the page loads transformers.js from a CDN. If `node_modules` is set, the required files of the npm
+    package `@huggingface/transformers` are copied from this folder to the Space instead. Raise ValueError if
+    `node_modules` lacks a required file.
     """
     title = title or f"{model.repo_id.partition('/')[2]}: labels and attention in the browser"
     files: RepoFiles = {

@@ -187,7 +187,8 @@ def build_pixel_values(config: Any) -> torch.Tensor:
 
 
 def build_image(config: Any, processor: Any) -> Any:
-    """Return a fixed random `uint8` image [H, W, C], larger than the model's images, with another aspect ratio."""
+    """Return a fixed random `uint8` image [H, W, C] that is larger than the model's images and has a different aspect
+    ratio."""
     height, width = get_image_size(config)
     num_channels = 3 if processor.do_convert_rgb else config.num_channels
     generator = torch.Generator().manual_seed(SEED)

@@ -143,12 +143,13 @@ def verify(
     model_commit = resolve_commit(repo_id, revision)
     with tempfile.TemporaryDirectory(prefix="vitcls-verify-") as temporary_path, silence_transformers():
         temporary_folder = Path(temporary_path)
-        code_folder = download_folder = temporary_folder / "files"
+        download_folder = temporary_folder / "files"
         num_files = download_files(model_commit, download_folder)
         if folder is not None:
             check_published_files(repo_id, download_folder, folder, with_optimizer)
         code_commit = resolve_code_commit(model_commit, download_folder)
         is_native = is_native_model(download_folder)
+        code_folder = download_folder
         if code_commit is not None:
             code_folder = download_commit(code_commit, ["*.py"], temporary_folder / "code")
         code_comparison = "no code" if is_native else describe_code_differences(code_folder)
@@ -219,7 +220,7 @@ def download_files(model_commit: HubCommit, target: Path) -> int:
 
 
 def check_published_files(repo_id: str, published_folder: Path, folder: Path, with_optimizer: bool) -> None:
-    """Raise VerificationError unless the published files match those that a push of `folder` would publish."""
+    """Raise VerificationError unless the published files match the files that a push of `folder` would publish."""
     expected_files = collect_model_files(folder, repo_id)
     published_names = (file.relative_to(published_folder).as_posix() for file in published_folder.rglob("*"))
     checkpoint_files = {name for name in published_names if is_match(name, CHECKPOINT_PATTERNS)}

@@ -111,7 +111,7 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
 
 def set_up_evaluation(options: EvaluateOptions) -> tuple[Accelerator, Console, Callable[[str], None]]:
     """Build the accelerator, the console of the main process, and a function that prints a warning to the console.
-    Create the folder of `--output`."""
+    Create the parent folder of the `--output` file."""
     accelerator = build_accelerator(mixed_precision=options.mixed_precision)
     console = Console(quiet=not accelerator.is_main_process, soft_wrap=True, highlight=False)
     if options.output is not None:
@@ -154,8 +154,8 @@ def write_results(options: EvaluateOptions, results: dict[str, Any], console: Co
 
 
 def describe_possible_overlap(model: str, record: HeldOutRecord | None, held_out_images: LabeledImages) -> str | None:
-    """Return a warning that the model may have been trained on `held_out_images`, or None if training held out the
-    same images."""
+    """Return a warning that the model may have been trained on `held_out_images`, or None if the same images
+    were held out during training."""
     risk = "The model may have been trained on the evaluated images"
     if record is None:
         return f"{model} has no record of the held-out images ({HELD_OUT_RECORD_KEY!r} in {RESULTS_FILE}). {risk}"
@@ -183,15 +183,15 @@ LABEL_DESCRIPTIONS: dict[LabelKind, str] = {
 
 
 def match_labels(images: LabeledImages, data_space: LabelSpace, model_space: LabelSpace) -> LabeledImages:
-    """Convert the label indices of the dataset to the label indices of the model. Labels are matched by name. Raise
-    ValueError if the kinds of labels or the tasks differ, or if an image has a label that the model lacks."""
+    """Convert the label indices of the dataset to the label indices of the model. Labels are matched by name, and
+    missing labels (-100) are left unchanged. Raise ValueError if the kinds of labels or the tasks differ, or if an
+    image has a label that the model lacks."""
     if data_space.kind != model_space.kind:
         raise ValueError(
             f"the model was trained with {LABEL_DESCRIPTIONS[model_space.kind]}, but the dataset has "
             f"{LABEL_DESCRIPTIONS[data_space.kind]}. Select other columns with --label-column, or set "
             "--label-separator for a column with several labels"
         )
-    labels: list[Any] = []
     if data_space.kind == "multi_task":
         if data_space.columns.keys() != model_space.columns.keys():
             raise ValueError(
@@ -201,11 +201,12 @@ def match_labels(images: LabeledImages, data_space: LabelSpace, model_space: Lab
         converters = {
             task: build_index_converter(data_space.columns[task], names) for task, names in model_space.columns.items()
         }
-        labels = [{task: convert(label[task]) for task, convert in converters.items()} for label in images.labels]
-        return LabeledImages(images.images, labels)
+        task_labels = [{task: convert(label[task]) for task, convert in converters.items()} for label in images.labels]
+        return LabeledImages(images.images, task_labels)
     convert_index = build_index_converter(data_space.names, model_space.names)
     if data_space.kind == "single_label_classification":
         return LabeledImages(images.images, [convert_index(label) for label in images.labels])
+    labels = []
     for multi_hot_label in images.labels:
         present_indices = {convert_index(index) for index, value in enumerate(multi_hot_label) if value}
         labels.append([float(index in present_indices) for index in range(len(model_space.names))])
@@ -213,7 +214,7 @@ def match_labels(images: LabeledImages, data_space: LabelSpace, model_space: Lab
 
 
 def build_index_converter(data_names: list[str], model_names: list[str]) -> Callable[[int], int]:
-    """Return a function that converts a label index of the dataset to the index of the same label of the model."""
+    """Return a function that converts the index of a label in the dataset to the index of this label in the model."""
     model_indices = {name: index for index, name in enumerate(model_names)}
 
     def convert_index(index: int) -> int:

@@ -139,7 +139,7 @@ class Evaluator:
     def __call__(
         self, model: nn.Module, show_progress: Callable[["CachedBatches"], Iterable[HeldOutBatch]] = iter
     ) -> dict[str, Any]:
-        """Evaluate a model that is in evaluation mode, and return the metrics for the kind of labels (metrics.py).
+        """Evaluate a model on the device in evaluation mode. Return the metrics for the kind of labels (metrics.py).
 
         In the returned dict, numbers come before lists and dicts, and the first number is the metric for comparing
         models. `num_broken_images` is the number of unreadable images, which `num_images` excludes. Floats are rounded
@@ -176,7 +176,7 @@ class Evaluator:
         return METRICS[self.label_space.kind](self.label_space, self.accelerator.device)
 
     def compute_outputs(self, model: nn.Module, batch: HeldOutBatch) -> Any:
-        """Run the model on a batch padded with blank images."""
+        """Return the model outputs for a batch, which is padded with blank images."""
         with self.accelerator.autocast():
             return model(self.pad_batch(model, batch.pixel_values))
 
@@ -212,7 +212,7 @@ class ReconstructionEvaluator(Evaluator):
         return ReconstructionMetrics(self.accelerator.device)
 
     def compute_outputs(self, model: nn.Module, batch: HeldOutBatch) -> Any:
-        """Run the model on a batch padded with blank images. Blank images have no masked patches."""
+        """Return the model outputs for a batch, which is padded with blank images without masked patches."""
         pixel_values = self.pad_batch(model, batch.pixel_values)  # [B, C, H, W]
         rows, columns = self.mask_generator.grid_size
         masks = torch.zeros(len(pixel_values), rows * columns, dtype=torch.bool)

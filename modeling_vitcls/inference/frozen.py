@@ -154,7 +154,7 @@ def select_few_shot_images(
     labels: np.ndarray, num_images_per_class: int, num_repeats: int, seed: int
 ) -> list[np.ndarray]:
     """Return one array per repeat: the sorted indices of `num_images_per_class` random images of each class. Raise
-    ValueError if a class has fewer images."""
+    ValueError if a class has too few images."""
     names, counts = np.unique(labels, return_counts=True)
     if counts.min() < num_images_per_class:
         raise ValueError(
@@ -228,7 +228,7 @@ def evaluate_frozen(options: EvaluateOptions) -> dict[str, Any]:
         )
         output = evaluator(model, build_progress(console, accelerator))
         tokens = [*get_token_names(model.config), "mean of patches"]
-        keys = [(layer, token) for layer in layer_numbers for token in tokens]  # as in `compute_features`
+        keys = [(layer, token) for layer in layer_numbers for token in tokens]  # in the order of `compute_features`
         vectors = {key: output["features"][:, index] for index, key in enumerate(keys)}
         labels = np.array(label_space.names)[output["labels"]]
         return LabeledFeatures(vectors, labels, output["num_broken_images"])

@@ -36,11 +36,11 @@ from ..options import DataOptions, PredictOptions
 
 @dataclass(frozen=True)
 class ImageRecord:
-    """An image of the input."""
+    """One image of an input."""
 
     index: int  # index in the input
     name: str
-    content: Any  # path, URL, encoded bytes, other input of the image processor, or None for a missing image
+    content: Any  # path, URL, encoded bytes, or any other input of the image processor; None for a missing image
 
 
 # Lists ---------------------------------------------------------------------------------------------------------------
@@ -74,8 +74,8 @@ class ListInput:
 
 
 def build_list_input(paths: Iterable[str]) -> ListInput:
-    """Return an input with the given files and URLs, and the images in the given folders, sorted by name. Raise
-    ValueError if there are no images."""
+    """Return an input with the given files and URLs, and the images in the given folders. Images in a folder are
+    sorted by name. Raise ValueError if there are no images."""
     files = [file for path in paths for file in (list_image_files(path) if Path(path).is_dir() else [path])]
     if not files:
         suffixes_text = " ".join(sorted(IMAGE_SUFFIXES))
@@ -116,7 +116,8 @@ def get_file_stat(path: str) -> list[int] | None:
 
 
 def build_record(index: int, value: Any, folder: Path) -> ImageRecord:
-    """Build the record of an image or path in a dataset. The name of an image without a path is the index."""
+    """Build the record of an image or path in a dataset. Relative paths are resolved against `folder`. The name of an
+    image without a path is the index."""
     if isinstance(value, str):
         return ImageRecord(index, make_printable(value), resolve_path(folder, value))
     if isinstance(value, dict):
@@ -184,7 +185,8 @@ PredictionInput = ListInput | DatasetInput | StreamInput
 
 def open_input(options: PredictOptions) -> PredictionInput:
     """Open the input that PATHS, `--list` or `--dataset` specifies. Labels are not required. Raise ValueError if the
-    input has no images or cannot be read, and OSError if the list or the dataset cannot be found."""
+    input has no images or the dataset cannot be read, and OSError if the list cannot be read or the dataset cannot be
+    found."""
     if options.dataset is None:
         return build_list_input(list(options.paths) if options.list is None else read_path_list(options.list))
     import datasets
@@ -213,7 +215,8 @@ def open_input(options: PredictOptions) -> PredictionInput:
 
 
 def select_split(splits: Mapping[str, Any], options: PredictOptions) -> Any:
-    """Return the split that `--split` names, or the only split. Raise ValueError if there is no such split."""
+    """Return the split that `--split` names, or the only split if `--split` is not set. Raise ValueError if there is
+    no such split."""
     if options.split is None and len(splits) == 1:
         return next(iter(splits.values()))
     if options.split is None or options.split not in splits:

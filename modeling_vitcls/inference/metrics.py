@@ -297,8 +297,8 @@ def compute_class_metrics(names: list[str], counts: list[list[int]]) -> list[Met
 def compute_wilson_interval(num_correct: int, num_images: int) -> list[float] | None:
     """Return the 95% confidence interval [low, high] of `num_correct / num_images`, or None if `num_images` is 0.
 
-    Wilson 1927, "Probable inference, the law of succession, and statistical inference". The interval has a positive
-    width even if all predictions are correct.
+    This is the Wilson score interval (Wilson 1927, "Probable inference, the law of succession, and statistical
+    inference"). The interval has a positive width even if all predictions are correct.
     """
     if num_images == 0:
         return None

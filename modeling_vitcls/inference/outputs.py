@@ -226,8 +226,9 @@ class ShardFolder:
         return {int(file.stem.removeprefix("shard-")) for file in self.path.glob("shard-*.parquet")}
 
     def open(self, manifest: dict[str, Any]) -> int | None:
-        """Create the folder with a manifest, or raise ValueError if the folder has another manifest or other files.
-        Return the number of images that an earlier run recorded, if any. Call this only on the main process."""
+        """Create the folder with a manifest, or check that an existing folder has the same manifest. Raise ValueError
+        if the manifest differs, or if the folder contains files but no manifest. Return the number of images that an
+        earlier run recorded, or None. Call this method only on the main process."""
         self.path.mkdir(parents=True, exist_ok=True)
         for unfinished_file in self.path.glob(".*.unfinished"):
             unfinished_file.unlink()  # heartbeat or partial shard of a process that was killed
@@ -282,7 +283,7 @@ class ShardFolder:
 
     def count_rows(self, num_images: int) -> tuple[int, int]:
         """Return the number of rows in all shards, and the number of rows with an error. Raise ValueError if a file is
-        damaged or has a wrong number of rows."""
+        damaged or has the wrong number of rows."""
         num_failed = 0
         for shard_index, indices in enumerate(iterate_shards(num_images, self.shard_size)):
             file = self.get_shard_file(shard_index)
@@ -303,8 +304,8 @@ class ShardFolder:
 
 @contextmanager
 def send_heartbeats(file: Path) -> Iterator[None]:
-    """Touch a file regularly in a thread, so that processes on all hosts see that this process is running. Remove the
-    file at the end of the `with` block."""
+    """Touch a file regularly in a thread, which signals to processes on all hosts that this process is running. Remove
+    the file at the end of the `with` block."""
     stop_event = threading.Event()
 
     def update_file() -> None:

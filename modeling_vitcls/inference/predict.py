@@ -109,7 +109,7 @@ def predict(
 
 def predict_from_options(options: PredictOptions, images: list[Any]) -> list[Row]:
     """Return the rows that `vitcls predict` would write, computed in this process. `images` accepts the same types as
-    in `predict`. If `images` is empty, the options specify the input."""
+    `predict`. If `images` is empty, the options specify the input."""
     accelerator = build_accelerator(mixed_precision=options.mixed_precision)
     source = wrap_images(images) if images else open_input(options)
     return collect_rows(build_predictor(options, accelerator), source)
@@ -151,7 +151,7 @@ def wrap_images(images: Sequence[Any]) -> ListInput:
 
 def predict_images(options: PredictOptions) -> PredictionCounts:
     """Run the prediction that the options specify, and print or write the rows. Raise ValueError or OSError with a
-    single line if the images or the model cannot be read, or if the output cannot be written."""
+    single-line message if the images or the model cannot be read, or if the output cannot be written."""
     accelerator = build_accelerator(mixed_precision=options.mixed_precision)
     with accelerator.main_process_first():  # the main process downloads the files
         source = open_input(options)
@@ -222,8 +222,9 @@ def gather_rows(rows: Iterator[Row], chunk_size: int, accelerator: Accelerator) 
 def predict_to_folder(
     options: PredictOptions, accelerator: Accelerator, source: PredictionInput, predictor: Predictor
 ) -> PredictionCounts:
-    """Write the missing shards, which are divided among the processes. The main process polls for all shards, because
-    a collective operation would time out if a process is slow. Raise OSError if a process has ended too early."""
+    """Write the missing shards, which are divided among the processes. The main process polls until all shards exist,
+    because a collective operation would time out if a process is slow. Raise OSError if a process ends before its
+    shards are written."""
     assert options.output is not None
     folder = ShardFolder(options.output, options.shard_size)
     num_images, finished_shards = open_shard_folder(folder, options, accelerator, source, predictor)

@@ -67,7 +67,7 @@ class TopLabelColumns:
 
     def __init__(self, model: PreTrainedModel, names: dict[str, list[str]], top_k: int | None) -> None:
         self.model = model
-        self.names = names
+        self.names = names  # task -> label names
         self.column_pairs: dict[str, list[tuple[str, str]]] = {}  # task -> names of label and probability columns
         self.columns: dict[str, pa.DataType] = {}
         for task, task_names in names.items():
@@ -124,7 +124,7 @@ class MultiLabelColumns:
 
 class FeatureColumns:
     """Output column with features of the last hidden state: `cls`, `registers` or `distillation` tokens, or the `mean`
-    of the patch tokens. Raise ValueError if the model has no such tokens."""
+    of the patch tokens. Raise ValueError if the model has no tokens of the requested kind."""
 
     def __init__(self, model: PreTrainedModel, token_group: str) -> None:
         config: Any = model.config
@@ -208,8 +208,8 @@ def group_by_shape(pixels: Mapping[int, torch.Tensor]) -> list[dict[int, torch.T
 
 
 def predict_batch(pixel_values: torch.Tensor, columns: PredictionColumns, autocast: AutocastFactory) -> list[Row]:
-    """Return one row for each of the images [B, C, H, W], with an error if the model does not support the image or the
-    outputs are not finite."""
+    """Return one row for each of the images [B, C, H, W]. A row contains an error if the model does not support the
+    image or the outputs are not finite."""
     try:
         with torch.inference_mode(), autocast():
             outputs = columns.predict(pixel_values)

@@ -42,7 +42,8 @@ ModelWriter = Callable[[Path, Tensors], None]  # writes model files with the giv
 
 @dataclass(eq=False)
 class BranchUploader:
-    """Context manager that pushes checkpoints in a background thread, and on exit waits for a running upload."""
+    """Context manager that pushes checkpoints in a background thread. On exit, the context manager waits for a running
+    upload, up to a timeout."""
 
     options: Any
     reporter: Reporter
@@ -119,7 +120,8 @@ class BranchUploader:
         return False
 
     def try_write(self, step: int, write: Callable[[], Any]) -> None:
-        """Call `write` on the main process unless an earlier write in this step failed. Errors become warnings."""
+        """Call `write` on the main process unless an earlier write in this step failed. Convert a write error to a
+        warning."""
         if not self.accelerator.is_main_process or self.last_failed_step == step:
             return
         try:
@@ -206,7 +208,8 @@ class BranchUploader:
 def build_branch_uploader(
     options: Any, reporter: Reporter, repo_id: str | None, model: nn.Module, write_model: ModelWriter
 ) -> BranchUploader | None:
-    """Build a `BranchUploader`; None in a dry run, or without `--hub-checkpoint-every` or a repository."""
+    """Build a `BranchUploader`. Return None in a dry run, or if `--hub-checkpoint-every` or the repository is not
+    set."""
     if repo_id is None or options.run.hub_checkpoint_every is None or options.run.dry_run:
         return None
     return BranchUploader(options, reporter, repo_id, model, write_model)

@@ -22,7 +22,8 @@ from ..modeling_vitcls import get_num_output_tokens
 from ..variants_vitcls import get_num_kept_patches
 
 
-ImageSize = int | tuple[int, int] | list[int] | None  # pixels; None is the image size in the configuration
+# Side length or (height, width) in pixels; None means the image size in the configuration.
+ImageSize = int | tuple[int, int] | list[int] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +56,8 @@ def count_forward_flops(model: Any, image_size: ImageSize = None, batch_size: in
     for pooler in (module for module in encoder.modules() if isinstance(module, AttentionPooler)):
         num_keys = num_tokens if pooler.token_slice == slice(None) else num_patches
         flops_per_image += 4 * num_keys * pooler.probe.shape[-1]  # attention scores and weighted sums of values
-        # The linear layers of the pooler have been counted once per image. The query is the same for all images.
+        # `count_linear_flops(encoder.pooler)` counts each linear layer for one token per image. The query is computed
+        # once per batch, because the query is the same for all images.
         flops_per_image += (num_keys - 1) * count_linear_flops(pooler.k_proj, pooler.v_proj)
         flops_per_image -= count_linear_flops(pooler.q_proj)
         flops_per_batch += count_linear_flops(pooler.q_proj)
@@ -103,7 +105,8 @@ def count_layer_flops(layer: Any, num_queries: int, num_tokens: int) -> int:
 
 
 def count_attention_flops(attention: ViTCLSAttention, num_queries: int, num_keys: int) -> int:
-    """Return the FLOPs of attention. Differential attention multiplies two maps per head by all values of the head."""
+    """Return the FLOPs of attention scores and weighted sums of values. Differential attention multiplies two maps per
+    head by all values of the head."""
     num_maps_per_head = attention.head_dim // attention.qk_head_dim
     return 2 * num_queries * num_keys * attention.o_proj.in_features * (1 + num_maps_per_head)
 
@@ -119,7 +122,8 @@ def get_linear_layers(modules: Iterable[nn.Module]) -> list[nn.Linear]:
 
 
 def get_classifiers(model: Any) -> list[nn.Module]:
-    """Return the classifiers, which are applied to one vector per image. Multi-task models have one per task."""
+    """Return the classifiers, which are applied to one vector per image. Multi-task models have one
+    classifier per task."""
     task_classifiers = list(getattr(model, "classifiers", {}).values())
     classifiers = [getattr(model, name, None) for name in ("classifier", "distillation_classifier")]
     return task_classifiers + [classifier for classifier in classifiers if classifier is not None]
@@ -194,7 +198,8 @@ def count_cast_weights(model: Any, is_on_cpu: bool) -> int:
 
 
 def count_activation_bytes(model: Any, image_size: ImageSize, settings: StepSettings) -> int:
-    """Return the number of bytes per image that autograd stores for the embeddings, the layers and the head."""
+    """Return the number of bytes per image that autograd stores for the embeddings, for the layers that the backward
+    pass reaches, and for the modules after the layers."""
     config, encoder = model.config, model.base_model
     num_patches, num_embedded_tokens = get_num_patches_and_tokens(config, image_size)
     num_tokens = get_num_training_tokens(model, num_patches, num_embedded_tokens)  # tokens per image in the layers
@@ -245,14 +250,16 @@ def count_norm_bytes(config: ViTCLSConfig, settings: StepSettings) -> int:
 
 
 def count_attention_bytes(attention: ViTCLSAttention, num_queries: int, num_keys: int, settings: StepSettings) -> int:
-    """Return the bytes per image that attention stores: queries, keys, values, outputs, and possibly the maps."""
+    """Return the bytes per image that attention stores: queries, keys, values, outputs, and the attention maps if no
+    fused kernel is used."""
     config, width = attention.config, attention.o_proj.in_features  # channels of the values of all heads
     num_maps, num_maps_per_head = width // attention.qk_head_dim, attention.head_dim // attention.qk_head_dim
     has_learned_frequencies = config.position_embedding_type.endswith("rope_mixed")
     num_copies = 1 + config.qk_norm + 2 * has_learned_frequencies  # copies of queries and keys
-    num_vectors = (num_queries + num_keys) * (num_copies + num_maps_per_head)  # queries and keys, outputs and values
+    num_vectors = (num_queries + num_keys) * num_copies  # queries and keys
+    num_vectors += (num_queries + num_keys) * num_maps_per_head  # outputs and values
     num_vectors += num_queries * config.attention_norm
-    num_vectors += 4 * num_queries * (num_maps_per_head - 1)  # normalized difference between two maps' outputs
+    num_vectors += 4 * num_queries * (num_maps_per_head - 1)  # normalized difference of the two maps' outputs
     # Fused kernels store the log-sum-exp of the scores of each query instead of attention maps.
     num_elements_per_query = count_stored_attention_maps(attention, settings.is_on_cpu) * num_keys or 1
     num_map_elements = num_maps * num_queries * num_elements_per_query
@@ -287,7 +294,7 @@ def get_num_training_tokens(model: Any, num_patches: int, num_tokens: int) -> in
 
 
 def get_first_trainable_layer(encoder: Any) -> int:
-    """Return the index of the first layer that the backward pass reaches; the number of layers if there is none."""
+    """Return the index of the first layer that the backward pass reaches, or the number of layers if there is none."""
     if has_trainable_parameters(encoder.embeddings):
         return 0
     trainable_indices = [index for index, layer in enumerate(encoder.layers) if has_trainable_parameters(layer)]

@@ -92,7 +92,7 @@ def scatter_state(
     checkpoint belongs to another model or optimizer.
 
     Args:
-        checkpoint: checkpoint on the main process, whose files only the main process reads.
+        checkpoint: checkpoint to load, on all processes. Only the main process reads the tensors from disk.
         shadow: EMA weights, which are overwritten in place.
     """
     scatter_weights_and_ema(checkpoint, accelerator, model, shadow)

@@ -109,7 +109,8 @@ class FinetuneTask(Task):
         return self.build_head_components(evaluator)
 
     def explain_unsupported_caching(self) -> str | None:
-        """Return the reason why linear probing must run the encoder in every step; None if features can be cached."""
+        """Return the reason why linear probing must run the encoder in every step, or None if features can be
+        cached."""
         augmentation = self.options.augmentation
         if self.teacher is not None:
             return "the teacher requires images"
@@ -123,7 +124,7 @@ class FinetuneTask(Task):
         return f"{trainable_names[0]} is trained" if trainable_names else None
 
     def build_head_components(self, evaluator: EvaluationFunction) -> TrainingComponents:
-        """Encode the images once, and build the components that train the heads on these features."""
+        """Encode the images once and build the components that train the heads on these features."""
         accelerator, options = self.runner.accelerator, self.options
         model = self.model.to(accelerator.device)
         is_augmented, num_views = options.training.feature_views > 0, max(options.training.feature_views, 1)

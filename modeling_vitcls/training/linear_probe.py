@@ -48,7 +48,7 @@ def compute_features(model: Any, pixel_values: torch.Tensor) -> torch.Tensor:
 
 
 class ClassifierHeads(nn.Module):
-    """Heads of an image classifier for cached features. The parameters are shared with the model."""
+    """Heads of an image classifier, applied to cached features. The parameters are shared with the model."""
 
     def __init__(self, model: ViTCLSForImageClassification) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class ClassifierHeads(nn.Module):
 
 
 class MultiTaskHeads(nn.Module):
-    """Heads of a multi-task model for cached features. The parameters are shared with the model."""
+    """Heads of a multi-task model, applied to cached features. The parameters are shared with the model."""
 
     def __init__(self, model: ViTCLSForMultiTaskClassification) -> None:
         super().__init__()
@@ -81,8 +81,9 @@ class MultiTaskHeads(nn.Module):
         """Return the model's outputs for features [B, F]."""
         tasks = list(self.config.task_labels())
         tokens = features.unflatten(1, (len(tasks), -1)).unbind(dim=1)
-        tasks_heads_tokens = zip(tasks, self.classifiers.values(), tokens, strict=True)
-        return ViTCLSMultiTaskOutput(logits={task: head(token) for task, head, token in tasks_heads_tokens})
+        heads = self.classifiers.values()
+        logits = {task: head(token) for task, head, token in zip(tasks, heads, tokens, strict=True)}
+        return ViTCLSMultiTaskOutput(logits=logits)
 
 
 def build_classifier_heads(model: Any) -> ClassifierHeads | MultiTaskHeads:
@@ -113,9 +114,10 @@ def cache_features(
     num_workers: int,
     accelerator: Accelerator,
 ) -> Batch:
-    """Encode the images identified by `keys` in eval mode, and return one CPU batch with `features` [num_keys, F]
-    instead of `pixels`. Raise ValueError if none of the images can be read. Each process encodes a subset of the
-    images and receives the features of all images. `model` is the unwrapped classifier on the device."""
+    """Encode the images identified by `keys`, and return one CPU batch with `features` [num_keys, F] instead of
+    `pixels`. Raise ValueError if none of the images can be read. Each process encodes a subset of the images and
+    receives the features of all images. `model` is the unwrapped classifier on the device, and is run in eval
+    mode. `normalize` converts pixels on the device to `pixel_values`."""
     was_training = model.training
     model.eval()
     batches: list[Batch] = []

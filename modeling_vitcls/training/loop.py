@@ -132,8 +132,8 @@ class TrainingLoop:
 
     def run(self, batches: Iterator[Batch]) -> Metrics:
         """Run the remaining steps, and return the metrics of the final evaluation. `batches` yields the batches of
-        this process on the CPU. After a stop signal, save a checkpoint and raise TrainingInterrupted. Raise
-        NonFiniteLoss if a loss or gradient is not finite."""
+        this process on the CPU, `gradient_accumulation_steps` batches per step. After a stop signal, save a checkpoint
+        and raise TrainingInterrupted. Raise NonFiniteLoss if a loss or gradient is not finite."""
         set_train_mode(self.state.model)
         metrics = self.evaluate_step() if self.state.pending_record else {}
         while self.state.step < self.plan.num_steps and not self.should_stop_early:
@@ -186,9 +186,10 @@ class TrainingLoop:
         metrics = self.evaluate()
         score = get_score(metrics, self.selection_metric)
         self.is_best = score is not None and (state.best_score is None or score > state.best_score)
-        state.num_evaluations_since_best += 1
         if self.is_best:
             state.best_score, state.num_evaluations_since_best = score, 0
+        else:
+            state.num_evaluations_since_best += 1
         held_out_metrics = {f"held_out_{name}": value for name, value in select_scalars(metrics).items()}
         self.callbacks.log(state.pending_record | held_out_metrics)
         state.pending_record = {}
@@ -198,7 +199,8 @@ class TrainingLoop:
 
     def run_optimizer_step(self, batches: Iterator[Batch], should_measure_tokens: bool) -> tuple[Metrics, Batch]:
         """Run one optimizer step with gradients accumulated over several batches. Return the record of the step and
-        the last batch, which is on the device. `should_measure_tokens` adds metrics of the special tokens."""
+        the last batch, which is on the device. If `should_measure_tokens` is set, the record contains metrics of the
+        special tokens."""
         state, options, accelerator = self.state, self.options, self.accelerator
         learning_rate = get_learning_rate(state.step, self.plan.num_steps, options)
         for group in state.optimizer.param_groups:
@@ -268,7 +270,7 @@ class TrainingLoop:
         return metrics
 
     def compute_recent_metrics(self) -> Metrics:
-        """Return the losses since the last record, averaged over steps and processes, the speed of these steps
+        """Return the losses averaged over processes and the steps since the last record, the speed of these steps
         (excluding evaluations and checkpoints), and the peak memory so far."""
         recent_losses = self.state.recent_losses
         local_means = [
@@ -295,7 +297,7 @@ def is_end_of_epochs(step: int, num_epochs: int, plan: BatchPlan) -> bool:
 
 
 def get_score(metrics: Metrics, selection_metric: str) -> float | None:
-    """Return the selection metric, negated if the metric is a loss; None if the metric is missing."""
+    """Return the selection metric, negated if the metric is a loss, or None if the metric is missing."""
     value = metrics.get(selection_metric)
     return -value if value is not None and selection_metric.endswith("loss") else value
 
@@ -345,7 +347,8 @@ class SignalHandler:
         self.old_handlers.clear()
 
     def handle_signal(self, signum: int, frame: FrameType | None) -> None:
-        """Store the first signal. Raise KeyboardInterrupt on a later Ctrl-C, unless a launcher forwarded it."""
+        """Store the first signal. Raise KeyboardInterrupt on a later Ctrl-C, but not if a launcher only forwards the
+        first Ctrl-C."""
         if self.received_signal is None:
             self.received_signal, self.signal_time = signal.Signals(signum), time.monotonic()
         elif signum == signal.SIGINT and time.monotonic() - self.signal_time > MAX_FORWARDING_SECONDS:

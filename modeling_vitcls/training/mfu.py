@@ -99,7 +99,7 @@ class Utilization:
         return {"done": self.executed_flops, "possible": self.available_flops}
 
     def load_state(self, state: Mapping[str, float]) -> None:
-        """Load a state from `get_state`. Checkpoints of earlier versions contain an empty state."""
+        """Load a state from `get_state`. The state is empty if the checkpoint contains no state."""
         self.executed_flops = state.get("done", 0.0)
         self.available_flops_before_resume = state.get("possible", 0.0)
 
@@ -116,7 +116,7 @@ class Utilization:
 
 
 def compute_utilization(executed_flops: float, available_flops: float) -> float | None:
-    """Return the ratio, or None if the ratio is above 1, because the measured peak is then too low."""
+    """Return `executed_flops / available_flops`, or None if the ratio is above 1 (the measured peak is too low)."""
     return round(executed_flops / available_flops, 4) if executed_flops <= available_flops else None
 
 

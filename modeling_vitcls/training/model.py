@@ -132,9 +132,9 @@ def set_processor_size(processor: Any, config: ViTCLSConfig) -> None:
 def set_trainable_parameters(
     model: Any, trainable: str, lora_rank: int = 8, new_parameter_names: Collection[str] = frozenset()
 ) -> nn.Module:
-    """Freeze the parameters that `--trainable` does not train, and return the same model. The value "lora" also adds
-    LoRA layers to the query and value projections. The parameters in `new_parameter_names` are not loaded from a
-    checkpoint, and are therefore trained. Raise ValueError if `trainable` is unknown, if N in "last-N" exceeds the
+    """Freeze the parameters that `trainable` does not select, and return the same model. The value "lora" also adds
+    LoRA layers to the query and value projections. The parameters in `new_parameter_names` are also trained, because
+    they are not loaded from a checkpoint. Raise ValueError if `trainable` is unknown, if N in "last-N" exceeds the
     number of layers, or if `trainable` is "lora" but PEFT is not installed."""
     if trainable == "full":
         return model
@@ -206,7 +206,7 @@ def add_lora(model: nn.Module, rank: int) -> None:
 
 
 def merge_lora(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Merge the LoRA weights, if any, in a state dict of full tensors: W becomes W + B A."""
+    """Return a copy of a state dict of full tensors with the LoRA weights, if any, merged: W becomes W + B A."""
     merged_weights = {
         name.replace(".base_layer.", "."): weight for name, weight in weights.items() if ".lora_" not in name
     }

@@ -73,8 +73,9 @@ def build_model_report(
     log_images: ImageLogger | None = None,
     use_samples: bool = True,
 ) -> dict[str, str]:
-    """Load the saved model, write report.html and the images of the card, and return the paths in the folder, keyed by
-    name. Add the inference speed ("inference") and the diagnosis of the special tokens ("diagnosis") to `results`.
+    """Load the saved model, write report.html and the images of the card to the folder, and return the relative paths
+    of these files, keyed by name. Add the inference speed ("inference") and the diagnosis of the special tokens
+    ("diagnosis") to `results`.
 
     Errors are printed as warnings and do not end the run. `log_images` sends named images to the trackers.
     `use_samples` states whether the card may contain held-out images; report.html always contains held-out images.
@@ -191,7 +192,7 @@ def select_samples(held_out: LabeledImages, label_space: LabelSpace) -> list[Sam
 
 
 def iterate_indices_by_class(labels: Iterable[Any]) -> Iterator[int]:
-    """Return the first index of each class, then all other indices."""
+    """Iterate over the indices of labels: the first index of each class, then all other indices."""
     first_indices: dict[str, int] = {}
     other_indices = []
     for index, label in enumerate(labels):

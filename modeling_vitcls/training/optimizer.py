@@ -128,7 +128,7 @@ class DeepSpeedOptimizerStep:
 
 
 class Ema:
-    """Exponential moving average of the trainable weights, with one tensor in `shadow` for each parameter."""
+    """Exponential moving average of the trainable weights. `shadow` has one tensor per trainable parameter."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay

@@ -94,11 +94,9 @@ class PretrainTask(Task):
 
     def format_result(self, metrics: Metrics) -> str:
         text = format_metrics(metrics, self.selection_metric)
-        return (
-            f"{text} on the masked patches of {metrics['num_images']:,} held-out images"
-            if text
-            else NO_EVALUATION_TEXT
-        )
+        if not text:
+            return NO_EVALUATION_TEXT
+        return f"{text} on the masked patches of {metrics['num_images']:,} held-out images"
 
     def build_card(
         self, name: str, results: dict[str, Any], provenance: Provenance | None, images: dict[str, str]

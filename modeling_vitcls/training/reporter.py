@@ -160,8 +160,8 @@ def parse_step(line: str) -> int | None:
 
 
 def flatten_record(record: dict[str, Any], prefix: str = "") -> dict[str, float]:
-    """Return the numeric values of a nested record: `{"token_norm": {"cls[0]": 1.0}}` becomes `{"token_norm/cls[0]":
-    1.0}`."""
+    """Return the numeric values of a nested record as a flat dict. For example, `{"token_norm": {"cls[0]": 1.0}}`
+    becomes `{"token_norm/cls[0]": 1.0}`."""
     numeric_values: dict[str, float] = {}
     for name, value in record.items():
         if isinstance(value, list):

@@ -136,7 +136,7 @@ class Runner:
         non-finite loss, too many unreadable images, or a full disk."""
         model = components.model
         training_options, accelerator = self.options.training, self.accelerator
-        should_warn_about_tokens = training_options.trainable in ("full", "lora")  # values that train all tokens
+        should_warn_about_tokens = training_options.trainable in ("full", "lora")  # both train all tokens
         if training_options.compile:
             model.compile()
         self.utilization = build_utilization(model, plan, accelerator, self.reporter.print_line)
@@ -434,8 +434,8 @@ class Runner:
 
 def build_runner(options: FinetuneOptions | PretrainOptions) -> Runner:
     """Lock and check the output folder, find the checkpoint to resume from, and build the runner. The options of the
-    runner contain absolute paths. Raise ValueError if options are invalid or the run is not allowed to use the folder,
-    and OSError if the folder cannot be written."""
+    runner contain absolute paths. Raise ValueError if options are invalid, another run uses the folder, files would be
+    replaced without --overwrite, or the run cannot be resumed. Raise OSError if the folder cannot be written."""
     check_preset_name(options.model.model)
     options = resolve_local_paths(options)
     training_options, run_options = options.training, options.run

@@ -83,7 +83,8 @@ class Task(ABC):
     summary_lines: dict[str, str | None]  # lines about the initial weights and the default values, keyed by name
 
     def __init__(self, options: Any) -> None:
-        """Check the options, lock the output folder, load data and model, and write config.resolved.yaml."""
+        """Check the options, lock the output folder, load data and model, and write config.resolved.yaml. Raise
+        ValueError or OSError if data or models cannot be read or do not match the options."""
         self.runner = build_runner(self.check_options(options))
         self.options = self.runner.options
         accelerator = self.runner.accelerator
@@ -134,7 +135,7 @@ class Task(ABC):
 
     @abstractmethod
     def describe_labels(self) -> str:
-        """Return the text about the labels for the summary line about the data."""
+        """Return a description of the labels for the summary line about the data."""
 
     @abstractmethod
     def get_summary_lines(self) -> dict[str, str]:
@@ -161,8 +162,8 @@ class Task(ABC):
     # Shared by the tasks ---------------------------------------------------------------------------------------------
 
     def resolve_repo_id(self) -> str | None:
-        """Return the repository to push to; None without `--push-to-hub`. Raise ValueError or OSError on all processes
-        if pushing is not permitted or the Hub cannot be reached."""
+        """Return the repository to push to, or None without `--push-to-hub`. Raise ValueError or OSError on all
+        processes if pushing is not permitted or the Hub cannot be reached."""
         run_options, accelerator, name = self.options.run, self.runner.accelerator, self.runner.folder.resolve().name
         if not run_options.push_to_hub:
             return None
@@ -260,7 +261,8 @@ def run_task(task: Task) -> dict[str, Any]:
 def evaluate_trained_model(
     task: Task, components: TrainingComponents, evaluate_held_out: EvaluationFunction
 ) -> Metrics:
-    """Return the metrics of the trained model on the held-out images; empty if training has already evaluated them."""
+    """Evaluate the trained model on the held-out images. Return the metrics; empty if the last evaluation during
+    training used these images."""
     has_only_heads = components.model is not task.model
     if task.data.selection is None and not has_only_heads:
         return {}
@@ -315,8 +317,8 @@ def format_metrics(metrics: Metrics, *names: str) -> str:
 
 def save_output(task: Task, results: dict[str, Any]) -> None:
     """Write the model, the image processor, the card and finally results.json, which marks the folder as complete. Add
-    the inference speed and the diagnosis to `results`. Must be called on all processes. Raise RunStopped on all
-    processes if the folder cannot be written."""
+    the inference speed and the diagnosis of the special tokens to `results`. This function must be called on all
+    processes. Raise RunStopped on all processes if the folder cannot be written."""
     runner, options, warn = task.runner, task.options, task.runner.reporter.warn
     folder = runner.folder
     weights = gather_weights(task.model, runner.accelerator.is_main_process)
@@ -488,7 +490,8 @@ def build_dry_run_options(options: Any) -> Iterator[Any]:
 
 
 def limit_training_images(task: Task) -> None:
-    """Keep only the training images of a dry run, because linear probing encodes all images before the first step."""
+    """Keep only the training images that the steps of a dry run use, because linear probing encodes all training
+    images before the first step."""
     if isinstance(task.data.train, LabeledImages):
         plan = task.plan
         batches = [batch for process_index in range(plan.num_processes) for batch in plan.iterate_keys(process_index)]
@@ -498,8 +501,8 @@ def limit_training_images(task: Task) -> None:
 
 
 def estimate_run_seconds(runner: Runner, plan: BatchPlan, evaluated_fraction: float) -> float:
-    """Return the duration of the full run with batch plan `plan` in seconds, extrapolated from a dry run, which
-    evaluated only `evaluated_fraction` of the held-out images."""
+    """Return the expected duration in seconds of the steps and evaluations of the full run, which has the batch plan
+    `plan`. `evaluated_fraction` is the fraction of the held-out images that the dry run evaluated."""
     epochs = plan.count_epochs(plan.num_steps) if plan.num_images else 1.0
     num_evaluations = math.ceil(epochs / runner.options.training.evaluate_every)
     seconds_per_step = min(runner.step_seconds[1:] or runner.step_seconds)  # the first step is slower than later steps

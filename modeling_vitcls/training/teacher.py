@@ -55,7 +55,8 @@ class TeacherPreprocessing:
     normalize: Callable[[torch.Tensor], torch.Tensor]  # converts uint8 [B, C, H, W] to normalized float32
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Convert the student's pixels [B, C, H, W] in [0, 255] to the teacher's input. Mixed pixels are rounded."""
+        """Convert the student's pixels [B, C, H, W] in [0, 255] to the teacher's input. Pixels of mixed images are
+        rounded."""
         if pixels.is_floating_point():
             pixels = pixels.clamp(0, 255).round().to(torch.uint8)
         pixels = convert_channels(pixels, self.num_channels)
@@ -79,7 +80,7 @@ class Teacher(nn.Module):
         self.preprocessing = preprocessing
         # Indices of the student's labels in the teacher's logits; None if the labels and their order are the same.
         self.label_indices = label_indices
-        self.description = description  # name and size of the teacher, and a note on the label mapping
+        self.description = description  # name and size of the teacher, and a note on the label mapping, if any
         self.eval()
 
     @torch.no_grad()
@@ -125,7 +126,9 @@ def load_teacher(
     label_indices, note = match_labels(source, loaded_teacher, labels.names)
     height, width = loaded_teacher.preprocessing.height_width
     num_parameters = sum(parameter.numel() for parameter in loaded_teacher.model.parameters())
-    description = f"{source}: {num_parameters:,} parameters, at {height} x {width} pixels" + (note and f"; {note}")
+    description = f"{source}: {num_parameters:,} parameters, at {height} x {width} pixels"
+    if note:
+        description += f"; {note}"
     return Teacher(loaded_teacher.model, loaded_teacher.preprocessing, label_indices, description).to(device)
 
 

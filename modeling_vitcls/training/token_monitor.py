@@ -89,7 +89,8 @@ def build_attention_callback(
 def measure_attention_entropy(
     model: Any, normalize: Callable[[torch.Tensor], torch.Tensor], batch: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return the entropy of the CLS attention of each layer, averaged over tokens, heads and the first images."""
+    """Return the entropy of the CLS attention in nats for each layer, averaged over the CLS tokens, the heads, and the
+    first images of the batch."""
     pixel_values = normalize(batch["pixels"][:MAX_ATTENTION_IMAGES])  # [B, C, H, W]
     model.eval()
     attention_weights = model.token_attention(pixel_values, tokens=("cls",))  # [B, layers, heads, CLS, N]
