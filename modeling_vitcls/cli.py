@@ -61,7 +61,7 @@ EPILOG = "`vitcls COMMAND --help` lists the flags of a command. `vitcls --versio
 def main(arguments: list[str] | None = None) -> None:
     """Run a subcommand. Exit with status 2 if the command line is invalid.
 
-    If the reader of the output closes the pipe (`vitcls env | head`), the program ends without a message.
+    If the reader of the output closes the pipe (`vitcls env | head`), the program exits without a message.
 
     Args:
         arguments: The subcommand and its flags. Default: `sys.argv[1:]`.

@@ -559,7 +559,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             plan |= {f"layers.*.mlp.{name}": style for name, style in MLP_TP_PLANS[self.mlp_type].items()}
         return plan
 
-    # Checks of sizes, required by the other checks -------------------------------------------------------------------
+    # Size checks, which the other checks require -------------------------------------------------------------------
     def validate_architecture(self) -> None:
         """Check sizes before transformers' own check, which uses `head_dim`. Checks run in alphabetical order."""
         self.validate_sizes()

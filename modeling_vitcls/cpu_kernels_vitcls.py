@@ -429,9 +429,10 @@ def recompute_in_backward(
 
 
 def can_recompute(inputs: Tensor) -> bool:
-    """Return whether `inputs` requires gradients and recomputation is supported. Only CPUs were measured.
+    """Return whether `inputs` requires gradients and recomputation is supported.
 
-    Compilers choose what to recompute, and torch.func does not support recomputation.
+    Recomputation is limited to CPUs, because it has been measured only on CPUs. Compilers choose what
+    to recompute, and torch.func does not support recomputation.
     """
     return (
         inputs.requires_grad

@@ -34,7 +34,7 @@ class DataOptions:
     held out depends only on the fraction, --split-seed and the checksum of the image. 0: train on all images, without
     evaluation."""
     split_seed: int = 0
-    """Random seed for the held-out split. Use the same seed for all runs that are compared. Evaluation uses the seed
+    """Random seed for the held-out split. Use the same seed for all runs that you compare. Evaluation uses the seed
     of the training run."""
     folds: int | None = None
     """Cross-validation: train one model per fold in OUTPUT_DIR/fold-1, fold-2, ..., and report the mean accuracy."""
@@ -544,9 +544,9 @@ class InspectOptions(ImageOptions):
         if self.dataset is None and (self.image_column or self.label_column or self.label_separator):
             raise ValueError("--image-column, --label-column and --label-separator require --dataset. Set --dataset.")
         if self.output.suffix.lower() not in (".html", ".htm"):
-            raise ValueError(f"--output {self.output}: set the name of a .html file")
+            raise ValueError(f"--output {self.output}: the file name must end in .html")
         if self.json is not None and self.json.suffix.lower() != ".json":
-            raise ValueError(f"--json {self.json}: set the name of a .json file")
+            raise ValueError(f"--json {self.json}: the file name must end in .json")
 
 
 def check_value(options: Any, name: str, is_valid: bool, requirement: str) -> None:

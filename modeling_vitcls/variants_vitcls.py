@@ -199,9 +199,9 @@ class PatchDropout(nn.Module):
         return f"rate={self.rate}"
 
 
-def get_num_kept_patches(rate: float, num_patches: int) -> int:
+def get_num_kept_patches(drop_rate: float, num_patches: int) -> int:
     """Return the number of patches kept per image in training, rounded to the nearest integer and at least 1."""
-    return max(1, round(num_patches * (1 - rate)))
+    return max(1, round(num_patches * (1 - drop_rate)))
 
 
 def require_all_patches(model: nn.Module, config: ViTCLSConfig) -> None:

@@ -55,7 +55,7 @@ def main() -> None:
 def run_step(title: str, short_command: list[object], command: list[object]) -> None:
     """Print a title and a short form of a command, and run the command."""
     console.print(f"\n[bold]{title}[/]\n  $ {' '.join(map(str, short_command))}\n")
-    # With more threads, small models train hardly faster, or much slower if other programs use the cores.
+    # More threads hardly speed up small models, and slow them down considerably if other programs use the cores.
     environment = {"OMP_NUM_THREADS": "1"} | os.environ
     status = subprocess.run(list(map(str, command)), env=environment, check=False).returncode
     if status:

@@ -207,7 +207,7 @@ def measure_training_step(device: str, num_registers: int, compile_mode: str | N
     return measure_throughput(step, BATCH_SIZE), count_training_flops(model)
 
 
-def run_fsdp2(settings: Path = FSDP2_SETTINGS, num_processes: int | None = None) -> Lines:
+def run_fsdp2(config_file: Path = FSDP2_SETTINGS, num_processes: int | None = None) -> Lines:
     """Train a small model with sharded weights, and yield one sentence with the loss.
 
     By default, each GPU has one process. The output of the run is printed.
@@ -217,7 +217,7 @@ def run_fsdp2(settings: Path = FSDP2_SETTINGS, num_processes: int | None = None)
     """
     num_processes = num_processes or torch.cuda.device_count()
     with tempfile.TemporaryDirectory() as folder:
-        launch_flags = ["--config_file", settings, "--num_processes", num_processes]
+        launch_flags = ["--config_file", config_file, "--num_processes", num_processes]
         training_flags = ["--output-dir", folder, *"--config digits --max-steps 10 --no-report --overwrite".split()]
         launch_command = [sys.executable, "-m", "accelerate.commands.launch", *launch_flags]
         command = [*launch_command, "-m", "modeling_vitcls.cli", "finetune", *training_flags]

@@ -1,9 +1,9 @@
-"""Draw the image of docs/inspecting.md: the beginning of the report on the model of the digits recipe.
+"""Create the screenshot for docs/inspecting.md: the beginning of the report on the model of the digits recipe.
 
     python scripts/make_report_image.py --model runs/digits
 
 The model is trained with `vitcls finetune --config scripts/recipes/digits.yaml --output-dir runs/digits`. The image is
-a screenshot in Chromium, which `make browser` installs.
+a screenshot taken in Chromium, which `make browser` installs.
 """
 
 import shutil
@@ -23,7 +23,7 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 @dataclass
 class ReportImageOptions:
-    """Draw the image of docs/inspecting.md."""
+    """Create the screenshot for docs/inspecting.md."""
 
     model: Path = Path("runs", "digits")
     """Folder of the model."""
@@ -43,9 +43,14 @@ def main() -> None:
         browser = playwright.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": WIDTH, "height": HEIGHT}, color_scheme="light")
         page.goto(report.as_uri())
-        verdicts = page.locator(".verdicts").bounding_box()
-        assert verdicts is not None
-        clip = {"x": 0.0, "y": 0.0, "width": float(WIDTH), "height": verdicts["y"] + verdicts["height"] + MARGIN}
+        verdicts_box = page.locator(".verdicts").bounding_box()
+        assert verdicts_box is not None
+        clip = {
+            "x": 0.0,
+            "y": 0.0,
+            "width": float(WIDTH),
+            "height": verdicts_box["y"] + verdicts_box["height"] + MARGIN,
+        }
         options.output.parent.mkdir(parents=True, exist_ok=True)
         page.screenshot(path=options.output, full_page=True, clip=clip)
         browser.close()

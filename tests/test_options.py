@@ -188,9 +188,14 @@ COMBINATIONS: list[tuple[type, dict[str, Any], dict[str, Any], str]] = [
         InspectOptions,
         {"output": Path("a.HTM")},
         {"output": Path("a.json")},
-        "--output a.json: set the name of a .html",
+        "--output a.json: the file name must end in .html",
     ),
-    (InspectOptions, {"json": Path("a.JSON")}, {"json": Path("a.html")}, "--json a.html: set the name of a .json"),
+    (
+        InspectOptions,
+        {"json": Path("a.JSON")},
+        {"json": Path("a.html")},
+        "--json a.html: the file name must end",
+    ),
 ]
 
 

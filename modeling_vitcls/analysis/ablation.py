@@ -202,7 +202,7 @@ def measure_patch_effects(
     min_tokens = min(count_tokens(model, pixel_values) for pixel_values, _ in batches())
     # Sequence indices of the patches that all images have.
     patch_indices = torch.arange(min_tokens)[model.config.token_layout.patches]
-    sets_by_size = {size: draw_patches(patch_indices, size, generator) for size in sorted(set_sizes)}
+    sets_by_size = {size: sample_patch_sets(patch_indices, size, generator) for size in sorted(set_sizes)}
     sampled_indices = sorted({index for sets in sets_by_size.values() for indices in sets for index in indices})
     means, _ = collect_mean_states(model, batches, sampled_indices)
     return {
@@ -216,7 +216,7 @@ def measure_patch_effects(
     }
 
 
-def draw_patches(patch_indices: torch.Tensor, size: int, generator: torch.Generator) -> list[list[int]]:
+def sample_patch_sets(patch_indices: torch.Tensor, size: int, generator: torch.Generator) -> list[list[int]]:
     """Return NUM_NULL_DRAWS random sets of `size` patches, as sequence indices. Single patches are drawn without
     replacement, so there may be fewer sets if `size` is 1."""
     if size == 1:

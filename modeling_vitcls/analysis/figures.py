@@ -240,8 +240,8 @@ def plot_attention(
         visible_regions: the region of each image that the maps cover (`get_visible_region`). Default: the whole image.
 
     Raises:
-        ValueError: if the numbers of images, maps, titles and visible regions differ, there are no images, or there
-            are not T names.
+        ValueError: if the numbers of images, maps, titles and visible regions differ, if there are no images, or if
+            the number of names is not T.
     """
     visible_regions = [None] * len(images) if visible_regions is None else visible_regions
     if not len(images) == len(maps) == len(titles) == len(visible_regions) > 0:

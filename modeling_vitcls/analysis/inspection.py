@@ -314,7 +314,7 @@ class ImagePreparer:
                 pixels_by_index[index] = pixels
         if not pixels_by_index:
             raise ValueError(
-                f"None of the {len(images)} images can be read, for example: {min(self.error_messages)}. "
+                f"None of the {len(images)} images can be read. First error: {min(self.error_messages)}. "
                 "Check the images."
             )
         return pixels_by_index
@@ -322,7 +322,7 @@ class ImagePreparer:
 
 class InspectionBatches:
     """Batches of equally shaped images [C, H, W] in memory, with labels [B, A] (`Predictions.labels`) or None. Batches
-    that would require more than MAX_BATCH_BYTES of memory are smaller than `batch_size`."""
+    are smaller than `batch_size` if full batches would require more than MAX_BATCH_BYTES of memory."""
 
     def __init__(self, model: Any, pixels: list[torch.Tensor], labels: torch.Tensor | None, batch_size: int) -> None:
         self.model, self.pixels, self.labels, self.batch_size = model, pixels, labels, batch_size

@@ -81,7 +81,7 @@ def get_used_token_mask(config: ViTCLSConfig, has_head: bool = True) -> list[boo
 
 
 def count_used_layers(config: ViTCLSConfig, has_head: bool) -> list[int]:
-    """Return the number of layers whose output is used: one value per special token, then one value for the patches.
+    """Return the number of layers whose output is used, for each special token and then for the patches.
     The last layer is counted only if the head uses the token. The attention of a token is used in the same layers."""
     return [config.num_hidden_layers - (not is_used) for is_used in get_used_token_mask(config, has_head)]
 

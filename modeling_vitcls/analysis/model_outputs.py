@@ -194,7 +194,7 @@ def encode_label(label: Any, config: ViTCLSConfig) -> torch.Tensor:
 
 
 def encode_labels(labels: Sequence[Any] | None, model: Any) -> torch.Tensor | None:
-    """Return dataset labels as a tensor [images, A], or None if `labels` is None, or the model is not a classifier."""
+    """Return dataset labels as a tensor [images, A], or None if `labels` is None or the model is not a classifier."""
     if labels is None or not is_classifier(model):
         return None
     return torch.stack([encode_label(label, model.config) for label in labels])

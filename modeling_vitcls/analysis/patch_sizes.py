@@ -128,8 +128,7 @@ def describe_patch_sizes(rows: Sequence[PatchSizeRow]) -> list[str]:
     if other_rows and native_row.agreement is not None:
         sentences.append(
             f"At other patch sizes, the model was evaluated with resampled weights on {native_row.num_images} images, "
-            "before any fine-tuning. The results show the difference from the model's own size, not the accuracy "
-            "after fine-tuning. To measure the accuracy after fine-tuning, fine-tune with --patch-size."
+            "before any fine-tuning. To measure the accuracy after fine-tuning, fine-tune with --patch-size."
         )
     return sentences
 

@@ -95,9 +95,9 @@ def compare_inexact_features(rows: dict[str, InexactRow], settings: BenchmarkSet
         nn.Module.to(plain_model, settings.device)
         difference = check_disabled_feature(row, plain_model, size, name)
         inexact_model = copy_model(plain_model, size, **{row.field: row.value})
-        with_feature, num_images = row.build_computation(inexact_model, size, settings.device)
+        feature_computation, num_images = row.build_computation(inexact_model, size, settings.device)
         baseline, _ = row.build_computation(plain_model, size, settings.device)
-        throughputs = compare_throughput(with_feature, baseline, num_images, settings)
+        throughputs = compare_throughput(feature_computation, baseline, num_images, settings)
         details = {row.field: row.value, "device": settings.device, "size": vars(size)}
         yield Comparison("inexact", name, "the plain model", *throughputs, difference, details)
 

@@ -49,7 +49,7 @@ class BenchmarkOptions:
     plot: Path | None = None
     """PNG or SVG file for the figure of --work growth."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Precision of --work growth. The rows of all other workloads have a fixed precision."""
+    """Precision for --work growth. The rows of all other workloads have a fixed precision."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Device for --work inference, growth, step and inexact. All other workloads run on the CPU."""
     toy: bool = False

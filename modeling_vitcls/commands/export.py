@@ -30,7 +30,7 @@ class ExportOptions:
     format: Literal["torch", "onnx", "openvino", "transformers.js"]
     """torch.export (.pt2), ONNX (.onnx), OpenVINO (.xml and .bin), or a folder for transformers.js."""
     output: Path
-    """File to write, which must not exist, or, if --format is transformers.js, a new or empty folder."""
+    """Output file, which must not exist yet. With --format transformers.js: a new or empty folder."""
     image_size: tuple[int, int] | None = None
     """Height and width in pixels. With --no-dynamic, the graph accepts only this size; otherwise, this size is used in
     the comparison. Default: the image size of the model."""

@@ -33,8 +33,8 @@ class PushOptions:
     verify: bool = True
     """Load the pushed commit in a new process, and compare its outputs with the outputs of --model."""
     verify_only: str | None = None
-    """Repository to verify without pushing. If --model is set, the outputs of the repository are compared with the
-    outputs of --model. Verification runs the code in the repository."""
+    """Repository to verify without pushing. If --model is set, the outputs of the model in the repository are compared
+    with the outputs of --model. Verification runs the code in the repository."""
     revision: str | None = None
     """Commit hash, branch or tag to verify with --verify-only. Default: main."""
 

@@ -142,7 +142,7 @@ def build_random_images(shape: tuple[int, int, int, int]) -> torch.Tensor:
 
 @contextmanager
 def remove_cpu_kernels(model: ViTCLSPreTrainedModel) -> Iterator[None]:
-    """Remove the CPU kernels of a model within the context, and install the kernels again afterwards."""
+    """Remove the CPU kernels of a model within the context, and reinstall them afterward."""
     has_kernels = any(isinstance(module, CPUKernel) for module in model.modules())
     uninstall_cpu_kernels(model)
     try:

@@ -137,7 +137,7 @@ class TrainingImages:
                 except UnreadableImage:
                     self.unreadable_indices.add(candidate)
         raise ValueError(
-            f"none of the {len(self.source)} images can be read, for example: "
+            f"none of the {len(self.source)} images can be read. First error: "
             f"{self.describe_unreadable_image(index)}. Check the dataset"
         )
 

@@ -214,7 +214,7 @@ class ImageInput:
 
 
 class AttentionView:
-    """Attention maps of the selected token, layer and head, a caption, and the controls of the selection."""
+    """Attention maps of the selected token, layer and head, with a caption and selection controls."""
 
     def __init__(self, demo_model: DemoModel, state: gr.State) -> None:
         self.demo_model = demo_model

@@ -116,7 +116,7 @@ def run_onnx(file: Path, batches: Sequence[torch.Tensor], names: list[str]) -> l
     try:
         session = open_onnx_session(file)
         return [name_outputs(names, session.run(names, {INPUT_NAME: images.numpy()})) for images in batches]
-    except Exception as error:  # onnxruntime raises undocumented types of errors
+    except Exception as error:  # onnxruntime raises undocumented exceptions
         raise ValueError(f"onnxruntime cannot run the written graph on the CPU: {format_error(error)}") from error
 
 

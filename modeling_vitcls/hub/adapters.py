@@ -28,7 +28,7 @@ ADAPTER_CONFIG_FILE = "adapter_config.json"
 ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
 ADAPTER_PATTERNS = (ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, CARD_FILE, *LICENSE_PATTERNS)
 # Modules whose parameters are stored in full in an adapter.
-SAVED_MODULES = ("vitcls.embeddings", "vitcls.gates", "vitcls.pooler", "classifier", "distillation_classifier")
+MODULES_TO_SAVE = ("vitcls.embeddings", "vitcls.gates", "vitcls.pooler", "classifier", "distillation_classifier")
 # Default value of `target_modules` for LoRA: the query and value projections (Hu et al. 2021, arXiv 2106.09685).
 LORA_TARGET_MODULES = r".*\.layers\.\d+\.attention\.[qv]_proj"  # the pattern excludes attention poolers
 
@@ -49,7 +49,7 @@ def write_adapter(
     from peft import LoraConfig
 
     folder.mkdir(parents=True, exist_ok=True)
-    saved_modules = [module for module in SAVED_MODULES if any(name.startswith(f"{module}.") for name in state_dict)]
+    saved_modules = [module for module in MODULES_TO_SAVE if any(name.startswith(f"{module}.") for name in state_dict)]
     LoraConfig(
         r=rank,
         lora_alpha=rank,

@@ -1,6 +1,6 @@
 """The allowlist of files that are published from a model folder. The list contains no pickle files.
 
-With `--push-optimizer`, the newest checkpoint is also published, so that `--resume` can continue from this checkpoint:
+With `--push-optimizer`, the newest checkpoint is also published, so that `--resume` can continue from it:
 
     checkpoints/step-00000120/      model.safetensors, optimizer.safetensors, ...
                                     state.json, without local paths
@@ -74,7 +74,7 @@ def collect_model_files(folder: Path, repo_id: str | None = None) -> RepoFiles:
     """Return the files of a model or adapter folder that are published in the repository `repo_id`.
 
     config.resolved.yaml is published without local paths, and README.md with the repository id. report.html is
-    published only if images of the dataset may be published. The license of the code files is added.
+    published only if images of the dataset may be published. The license of the code files is also included.
 
     Raise ValueError if the folder does not contain a complete model or adapter, or if the code is in several
     repositories.

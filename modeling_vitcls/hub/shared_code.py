@@ -61,7 +61,9 @@ def use_shared_code(folder: str | Path, repo_id: str) -> None:
     folder = Path(folder)
     check_is_model(folder)
     if not is_hub_id(repo_id) or repo_id.count("/") != 1:  # other users need the namespace to find the repository
-        raise ValueError(f"{repo_id!r} is not a repository id. Specify namespace/name of the repository with the code")
+        raise ValueError(
+            f"{repo_id!r} is not a repository id. Specify the repository that contains the code as namespace/name"
+        )
     for file in (folder / name for name in CONFIG_FILES if (folder / name).is_file()):
         config_dict = read_json(file)
         config_dict["auto_map"] = add_repo_id(config_dict.get("auto_map", {}), repo_id)

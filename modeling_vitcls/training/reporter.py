@@ -222,7 +222,7 @@ def describe_run(
 
 
 def count_tokens(config: ViTCLSConfig) -> dict[str, int]:
-    """Return the number of tokens in each token group, for images of the model's image size."""
+    """Return the number of tokens in each token group, at the model's image size."""
     token_indices = range(config.token_layout.get_num_tokens(*config.grid_size))
     return {name: len(token_indices[group]) for name, group in config.token_layout.items()}
 

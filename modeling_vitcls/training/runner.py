@@ -80,7 +80,7 @@ CHANGEABLE_FLAGS = (
 ).split()
 PATH_FLAGS = ("dataset", "model", "teacher")  # flags whose values may be paths
 
-STREAM_SAVE_EVERY = 1000  # default of --save-every in steps for streams, which have no epochs
+DEFAULT_STREAM_SAVE_EVERY = 1000  # default of --save-every in steps for streams, which have no epochs
 
 
 class RunStopped(Exception):
@@ -203,7 +203,7 @@ class Runner:
             )
             if uploader is not None:
                 callbacks.push_checkpoint = partial(uploader.push_if_due, state, gather_for_checkpoint)
-            save_every = self.options.run.save_every or (None if plan.num_images else STREAM_SAVE_EVERY)
+            save_every = self.options.run.save_every or (None if plan.num_images else DEFAULT_STREAM_SAVE_EVERY)
             loop = TrainingLoop(
                 state,
                 components.objective,

@@ -27,10 +27,10 @@ from modeling_vitcls.analysis.ablation import (
     compute_ablation_effects,
     compute_ablations,
     compute_null_limit,
-    draw_patches,
     get_token_keys,
     redraw_tokens,
     replace_by_means,
+    sample_patch_sets,
 )
 from modeling_vitcls.analysis.effects import AblationEffect, FeatureEffect, compute_effect
 from modeling_vitcls.analysis.image_report import build_image_predictions
@@ -420,7 +420,7 @@ def test_random_tokens_of_the_null_distribution_are_compared_with_themselves(mon
     before = collect_predictions(model, Batches())
     generator = torch.Generator().manual_seed(0)
     for size in (1, 2):
-        draw_patches(torch.arange(3, 19), size, generator)
+        sample_patch_sets(torch.arange(3, 19), size, generator)
     draws = {"cls": [[0]] * (num_draws // 2), "single": [[1], [2]] * (num_draws // 2)}
     draws["both"] = [[1, 2]] * num_draws
     effects: dict[str, dict[str, list[float]]] = {}
@@ -449,12 +449,12 @@ def test_random_tokens_of_the_null_distribution_are_compared_with_themselves(mon
 
 def test_random_sets_of_patches() -> None:
     patches = torch.arange(4, 10)
-    singles = draw_patches(patches, 1, torch.Generator().manual_seed(0))
+    singles = sample_patch_sets(patches, 1, torch.Generator().manual_seed(0))
     assert sorted(singles) == [[index] for index in range(4, 10)]  # fewer than NUM_NULL_DRAWS, each of them once
-    pairs = draw_patches(patches, 2, torch.Generator().manual_seed(0))
+    pairs = sample_patch_sets(patches, 2, torch.Generator().manual_seed(0))
     assert len(pairs) == NUM_NULL_DRAWS and len(set(map(tuple, pairs))) > 1
     assert all(len(set(pair)) == 2 and set(pair) <= set(range(4, 10)) and pair == sorted(pair) for pair in pairs)
-    many = draw_patches(torch.arange(100), 1, torch.Generator().manual_seed(0))
+    many = sample_patch_sets(torch.arange(100), 1, torch.Generator().manual_seed(0))
     assert len(set(map(tuple, many))) == NUM_NULL_DRAWS and max(many) > [NUM_NULL_DRAWS]  # not the first patches
 
 

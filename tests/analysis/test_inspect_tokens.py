@@ -223,7 +223,7 @@ def test_help_and_wrong_flags_exit_at_once(model: str, tmp_path: Path) -> None:
     wrong = {
         "Set either PATHS or --dataset": ["--model", model],
         "--num-images": ["--model", model, "a.png", "--num-images", "0"],
-        "set the name of a .html file": ["--model", model, "a.png", "--output", "page.pdf"],
+        "the file name must end in .html": ["--model", model, "a.png", "--output", "page.pdf"],
         "require --dataset": ["--model", model, "a.png", "--label-column", "x"],
     }
     for words, flags in wrong.items():

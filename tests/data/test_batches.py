@@ -309,7 +309,7 @@ def test_an_unreadable_image_is_described(half_unreadable: LabeledImages) -> Non
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_dataset_without_any_readable_image_is_a_one_line_error(tmp_path: Path, num_workers: int) -> None:
     source = LabeledImages(FileImages([str(tmp_path / f"{index}.png") for index in range(3)]), [0, 1, 2])
-    with pytest.raises(ValueError, match=r"^none of the 3 images can be read, for example: .*\.png") as caught:
+    with pytest.raises(ValueError, match=r"^none of the 3 images can be read\. First error: .*\.png") as caught:
         next(iterate_training_batches(build_images(source), build_plan(3, batch_size=2, max_steps=2), 0, num_workers))
     assert "\n" not in str(caught.value)
 

@@ -300,7 +300,7 @@ def test_options_for_one_label_are_errors_for_several_labels(tasks: Path, tmp_pa
 
 
 def test_a_stream_is_learned(color_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "STREAM_SAVE_EVERY", 15)
+    monkeypatch.setattr(runner, "DEFAULT_STREAM_SAVE_EVERY", 15)
     results = train(tmp_path, color_images, streaming=True, max_steps=20, held_out_fraction=0.4)
     assert results["num_training_images"] is None and results["num_images"] > 4
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000015", "step-00000020"]
