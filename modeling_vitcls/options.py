@@ -187,8 +187,8 @@ class TrainingOptions:
     """Training and evaluation."""
 
     epochs: float | None = None
-    """Number of passes over the training images. Default: 30, or 10 for pre-trained weights and at least 10,000
-    images."""
+    """Number of passes over the training images. Default: 30, or 10 for pre-trained weights and a large dataset
+    (at least 10,000 images, or a stream)."""
     max_steps: int | None = None
     """Number of optimizer steps, instead of --epochs."""
     batch_size: int | None = None

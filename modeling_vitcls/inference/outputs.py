@@ -2,7 +2,7 @@
 
 Rows are written while the prediction runs. An output file has a temporary name until all rows are written.
 
-A folder of Parquet shards can be completed in several runs of the program:
+A folder of Parquet shards, which can be completed in several runs of the program, contains:
 
     folder/.manifest.json          the input, the model, and the flags that affect predictions
     folder/shard-000000.parquet    images 0 .. shard_size - 1
