@@ -395,7 +395,7 @@ class MaskingOptions:
 
 @dataclass(frozen=True)
 class PretrainOptions(TaskOptions):
-    """Pre-train a ViT on images without labels by masked image modeling. The pre-trained model can be fine-tuned."""
+    """Pre-train a ViT on unlabeled images by masked image modeling. The pre-trained model can be fine-tuned."""
 
     masking: MaskingOptions = field(default_factory=MaskingOptions)
 
