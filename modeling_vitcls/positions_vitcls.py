@@ -125,10 +125,10 @@ def needs_resampling(grid_size: tuple[int, int], new_grid_size: tuple[int, int])
 def resample_positions(
     positions: Tensor, grid_size: tuple[int, int], new_grid_size: tuple[int, int], config: ViTCLSConfig
 ) -> Tensor:
-    """Resample learned positions [1, rows * columns, D] in float32 to another grid, with the method in `config`."""
+    """Resample learned positions [1, rows * columns, D] to another grid in float32, with the method in `config`."""
     maps = positions.float().unflatten(1, grid_size).permute(0, 3, 1, 2)  # [1, D, rows, columns]
     if config.position_interpolation == "crop":
-        # Resample to a square with the length of the longer side, and keep its top left (RADIO, arXiv 2312.06709).
+        # Resample to a square as long as the longer side, and keep its top-left part (RADIO, arXiv 2312.06709).
         longer_side = max(new_grid_size)
         square = nn.functional.interpolate(maps, size=(longer_side, longer_side), mode="bilinear", align_corners=False)
         rows, columns = (torch.arange(length, device=maps.device) for length in new_grid_size)

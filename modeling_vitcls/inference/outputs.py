@@ -262,7 +262,7 @@ class ShardFolder:
 
     def wait_for_shards(self, num_images: int, num_processes: int) -> None:
         """Wait until all shards exist. Call this method on process 0, after all processes have sent a heartbeat. Raise
-        OSError if shards are missing, but all other processes have ended or a heartbeat is too old."""
+        OSError if shards are still missing when all other processes have ended or a heartbeat is too old."""
         main_file, *other_files = map(self.get_heartbeat_file, range(num_processes))
         while True:
             main_file.touch()
@@ -304,7 +304,7 @@ class ShardFolder:
 
 @contextmanager
 def send_heartbeats(file: Path) -> Iterator[None]:
-    """Touch a file regularly in a thread, which signals to processes on all hosts that this process is running. Remove
+    """Touch a file regularly in a thread, to signal to the processes on all hosts that this process is running. Remove
     the file at the end of the `with` block."""
     stop_event = threading.Event()
 
