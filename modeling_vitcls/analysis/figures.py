@@ -218,7 +218,7 @@ def draw_class_names(axes: Axes, names: Sequence[str]) -> None:
 
 MAX_COLUMNS = 7  # maximum number of tiles (images and overlays) per row
 TILE_WIDTH, TITLE_HEIGHT = 1.45, 0.35  # width of a tile and height of the title, in inches
-TILE_SIDE = 320  # longer side of an image in pixels
+TILE_SIDE = 320  # longer side of an image, in pixels
 
 
 def plot_attention(
@@ -275,7 +275,7 @@ def plot_attention(
 
 
 DEPTH_TILE_WIDTH = 1.1  # width of a tile in inches
-DEPTH_TILE_SIDE = 160  # longer side of an image in pixels
+DEPTH_TILE_SIDE = 160  # longer side of an image, in pixels
 
 
 def plot_attention_by_layer(config: ViTCLSConfig, report: ImageReport, head: int | None = None) -> Figure:
