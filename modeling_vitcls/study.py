@@ -2,7 +2,7 @@
 
 A study file (scripts/recipes/study_*.yaml) contains
     title, question    text for the page
-    answer             conclusion in one sentence, added after the study was run (optional)
+    answer             conclusion, added after the study was run (optional)
     seeds              list of seeds; each combination of factor levels runs once per seed
     subsets            name -> {dataset, num_images, seed, groups}: random training subsets (optional). `groups` are
                        new label columns: column -> {name of the group: [label, ...]}

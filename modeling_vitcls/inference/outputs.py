@@ -47,7 +47,7 @@ ROWS_PER_GROUP = 1024  # number of rows per row group of a Parquet file; one gro
 SECONDS_BETWEEN_CHECKS = 0.5  # interval between checks for shards of other processes, in seconds
 SECONDS_BETWEEN_HEARTBEATS = 5.0
 MAX_HEARTBEAT_AGE = 120.0  # maximum age of a heartbeat in seconds; network file systems may cause a delay of a minute
-SECONDS_BETWEEN_LINES = 10.0  # interval between progress lines in seconds, if the output is not a terminal
+SECONDS_BETWEEN_LINES = 10.0  # interval between progress lines if the output is not a terminal, in seconds
 MANIFEST_FILE = ".manifest.json"
 MANIFEST_VERSION = 1  # version of the manifest format
 
