@@ -1,4 +1,4 @@
-"""Checks of the output folder before a run starts, removal of replaced files, and the lock of the folder.
+"""Check the output folder before a run starts, remove replaced files, and lock the folder.
 
     finished run (results.json)              replaced only with --overwrite
     unfinished run (checkpoints/)            continued with --resume, replaced with --overwrite

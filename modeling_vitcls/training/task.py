@@ -502,8 +502,8 @@ def limit_training_images(task: Task) -> None:
 
 
 def estimate_run_seconds(runner: Runner, plan: BatchPlan, evaluated_fraction: float) -> float:
-    """Return the expected duration in seconds of the steps and evaluations of the full run, which has the batch plan
-    `plan`. `evaluated_fraction` is the fraction of the held-out images that the dry run evaluated."""
+    """Return the expected duration in seconds of the steps and evaluations of the full run. `plan` is the batch plan
+    of the full run. `evaluated_fraction` is the fraction of the held-out images that the dry run evaluated."""
     epochs = plan.count_epochs(plan.num_steps) if plan.num_images else 1.0
     num_evaluations = math.ceil(epochs / runner.options.training.evaluate_every)
     seconds_per_step = min(runner.step_seconds[1:] or runner.step_seconds)  # the first step is slower than later steps
