@@ -551,7 +551,7 @@ def test_the_report_of_an_export_is_printed(capsys: pytest.CaptureFixture[str]) 
 def test_push_passes_its_flags(
     calls: list[tuple[Any, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The default name of the repository is the name of the folder, also for a relative path."""
+    """The default name of the repository is the name of the folder, even for a relative path."""
     (tmp_path / "mine").mkdir()
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").touch()

@@ -1,4 +1,4 @@
-"""Export a checkpoint, and compare the outputs of the exported file with the outputs of the model.
+"""Export a checkpoint and compare the outputs of the exported file with the outputs of the model.
 
     report = export_model("runs/mine", "onnx", Path("mine.onnx"))      # also writes mine.onnx.json
 
@@ -80,7 +80,7 @@ def export_model(
         source: A model folder, a model on the Hub, or a preset, which has random weights.
         format_name: "torch", "onnx" or "openvino".
         output: Path of the exported file, with the suffix of the format. The file must not exist.
-        image_size: Image size (height, width) in pixels. If `dynamic` is True, the size is only used in the
+        image_size: Image size (height, width) in pixels. If `dynamic` is True, the size is used only in the
             comparison. Default: the native image size of the model.
         dynamic: Whether the graph accepts images of different sizes. If a dynamic size is not possible, the report
             states the reason.
@@ -95,7 +95,7 @@ def export_model(
     """
     file_format = FORMATS[format_name]
     if output.suffix != file_format.suffix:
-        raise ValueError(f"--output must end with {file_format.suffix}, but it is {output}")
+        raise ValueError(f"--output {output}: the file name must end in {file_format.suffix}")
     check_files_do_not_exist(output, get_report_path(output))
     if missing_packages := [name for name in file_format.packages if find_spec(name) is None]:
         raise ValueError(
