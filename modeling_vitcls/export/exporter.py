@@ -80,7 +80,7 @@ def export_model(
         source: A model folder, a model on the Hub, or a preset, which has random weights.
         format_name: "torch", "onnx" or "openvino".
         output: Path of the exported file, with the suffix of the format. The file must not exist.
-        image_size: Image size (height, width) in pixels. If `dynamic` is True, the size is only used in the
+        image_size: Image size (height, width) in pixels. If `dynamic` is True, the size is used only in the
             comparison. Default: the native image size of the model.
         dynamic: Whether the graph accepts images of different sizes. If a dynamic size is not possible, the report
             states the reason.
