@@ -315,7 +315,7 @@ def load_checkpoint(load: Callable[..., Any], source: Any, *args: Any, **kwargs:
         return load(source, *args, **kwargs)
     except Exception as error:
         if type(error).__name__ == "SafetensorError":  # compare names to avoid importing safetensors
-            raise OSError(f"the weights in {source} are damaged ({error}). Copy or download the file again") from error
+            raise OSError(f"the weights in {source} are damaged ({error}). Copy or download them again") from error
         if isinstance(error, RuntimeError) and "ignore_mismatched_sizes" in str(error):
             raise RuntimeError(describe_mismatch(load, source, *args, **kwargs)) from error
         config = kwargs.get("config")

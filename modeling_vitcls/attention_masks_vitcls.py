@@ -49,7 +49,7 @@ def build_attention_mask(
     mask = None
     if config.cls_scopes is not None:
         mask = build_cls_attention_mask(config, hidden_states, attention_mask, grid_size)
-    elif attention_mask is not None:  # for None, transformers builds an all-true mask during tracing
+    elif attention_mask is not None:  # with None, transformers would build an all-true mask during tracing
         mask = create_bidirectional_mask(config=config, inputs_embeds=hidden_states, attention_mask=attention_mask)
     if relative_position_bias is not None:
         mask = relative_position_bias(hidden_states, mask, grid_size)
@@ -183,7 +183,7 @@ class TokenGates(nn.Module):
     such as Adam, whose step size does not depend on the scale of the gradient:
 
     - g is linear in the parameter. With parameter log(g), a closed gate's gradient would be a million times smaller.
-    - g is 50 times the magnitude of the parameter, because g ranges from 0 to 1, but typical weights are about 0.02.
+    - g is 50 times the magnitude of the parameter, because g ranges from 0 to 1 and typical weights are about 0.02.
     - The sign of the parameter is ignored. A gate clamped at zero would stay at zero after one step below zero.
     """
 

@@ -93,7 +93,7 @@ class ViTCLSEmbeddings(nn.Module):
         self.norm = build_norm(config) if config.pre_norm else None
 
     def forward(self, pixel_values: Tensor, bool_masked_pos: Tensor | None = None) -> Tensor:
-        """Embed images, and replace each patch with the mask token if `bool_masked_pos` [B, rows * columns] is True.
+        """Embed images, and replace patches with the mask token where `bool_masked_pos` [B, rows * columns] is True.
 
         Raises:
             ValueError: if the image shape is unsupported, or `bool_masked_pos` does not have one value per patch.

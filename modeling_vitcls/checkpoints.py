@@ -143,7 +143,7 @@ class CheckpointStore:
     def prune(self, step: int) -> None:
         """Keep only the `num_kept` newest checkpoints and the best checkpoint up to `step`, the last saved step.
 
-        Checkpoints of later steps were saved before the run was resumed from an earlier step, and are also removed.
+        Checkpoints of later steps, saved before the run was resumed from an earlier step, are also removed.
         """
         steps = self.list_steps()
         earlier_steps = [stored_step for stored_step in steps if stored_step <= step]
@@ -166,7 +166,7 @@ class CheckpointStore:
             shutil.rmtree(partial_folder)
 
     def describe_write_error(self, step: int, tensor_groups: dict[str, Tensors], error: Exception) -> str:
-        """Return the error message for a checkpoint that cannot be written, including the required and free space."""
+        """Return the error message for a checkpoint that cannot be written, with the required and the free space."""
         required_bytes = sum(tensor.nbytes for tensors in tensor_groups.values() for tensor in tensors.values())
         existing_folder = next(folder for folder in (self.folder, *self.folder.parents) if folder.exists())
         free_bytes = shutil.disk_usage(existing_folder).free

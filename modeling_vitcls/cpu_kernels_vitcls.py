@@ -49,12 +49,12 @@ try:
     HAS_AVX512_BFLOAT16 = torch.cpu._is_avx512_bf16_supported()
 
     def is_functorch_active() -> bool:
-        """Return whether torch.func or forward-mode AD is active, which oneDNN's operators do not support."""
+        """Return whether torch.func or forward-mode AD is active; oneDNN's operators support neither."""
         return peek_functorch_stack() is not None or forward_ad._current_level >= 0
 
     def is_exporting() -> bool:
         """Return whether the model is being exported to a program that may run on another machine."""
-        # before torch 2.14, torch.compiler.is_exporting() is also true while compiling
+        # before torch 2.14, torch.compiler.is_exporting() is also true during compilation
         return torch.compiler._is_exporting_flag or torch.jit.is_tracing()
 
     is_functorch_active(), is_exporting()
@@ -65,7 +65,7 @@ except (ImportError, AttributeError):
 
 # Installing ----------------------------------------------------------------------------------------------------------
 def install_cpu_kernels(model: nn.Module) -> None:
-    """Replace the classes of modules in place (see `KERNEL_CLASSES`), if `can_use_cpu_kernels()` is True."""
+    """Replace the classes of modules in place (see `KERNEL_CLASSES`) if `can_use_cpu_kernels()` is True."""
     if not can_use_cpu_kernels():
         return
     for module in model.modules():
@@ -80,7 +80,7 @@ def can_use_cpu_kernels() -> bool:
 
 
 def uninstall_cpu_kernels(model: nn.Module) -> None:
-    """Restore the plain classes of all modules, in place."""
+    """Restore the plain classes of all modules in place."""
     plain_classes = {kernel: plain for plain, kernel in KERNEL_CLASSES.items()}
     for module in model.modules():
         module.__class__ = plain_classes.get(type(module), type(module))
@@ -90,13 +90,13 @@ class CPUKernel(nn.Module):
     """Base class of all CPU kernels."""
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore a copied or pickled module, as a plain module if `can_use_cpu_kernels()` is False."""
+        """Restore a copied or pickled module; it becomes a plain module if `can_use_cpu_kernels()` is False."""
         super().__setstate__(state)
         if not can_use_cpu_kernels():
             uninstall_cpu_kernels(self)
 
     def extra_repr(self) -> str:
-        """Return the description of the plain module, with `cpu_kernels=True`, for `print(model)`."""
+        """Return the plain module's text for `print(model)`, with `cpu_kernels=True` appended."""
         return ", ".join(filter(None, (super().extra_repr(), "cpu_kernels=True")))
 
 
@@ -107,7 +107,7 @@ class CPULinear(CPUKernel, nn.Linear):
     def forward(self, inputs: Tensor) -> Tensor:
         """Return `inputs @ weight.T + bias`."""
         if can_use_onednn(self, inputs):
-            parameters = self._parameters  # ten times as fast as attribute access
+            parameters = self._parameters  # a dict lookup is ten times as fast as attribute access
             linear: Callable[..., Tensor] = onednn_linear_autograd if torch.is_grad_enabled() else onednn_linear
             return linear(inputs, parameters["weight"], parameters["bias"])
         if is_emulated(inputs) and has_plain_parameters(self):
@@ -116,7 +116,7 @@ class CPULinear(CPUKernel, nn.Linear):
 
 
 class CPUPatchProjection(CPUKernel, nn.Conv2d):
-    """A convolution without padding whose stride is the kernel size, [B, C, H, W] -> [B, out, rows, columns]."""
+    """A convolution with no padding and a stride equal to the kernel size, [B, C, H, W] -> [B, out, rows, columns]."""
 
     def forward(self, images: Tensor) -> Tensor:
         """Project each patch; pixels beyond the last whole patch are ignored."""
@@ -254,7 +254,7 @@ def onednn_linear_autograd(inputs: Tensor, weight: Tensor, bias: Tensor | None) 
     """Return `inputs @ weight.T + bias` with gradients, computed by PyTorch if torch.func is active."""
     if is_functorch_active():
         return nn.functional.linear(inputs, weight, bias)
-    if torch.is_grad_enabled():  # false in `LinearFunction.forward`
+    if torch.is_grad_enabled():  # disabled when `LinearFunction.forward` calls this function
         return LinearFunction.apply(onednn_linear_autograd, inputs, weight, bias)
     return onednn_linear(inputs, weight, bias)
 
@@ -363,7 +363,7 @@ if HAS_ONEDNN and torch.backends.cpu.get_cpu_capability().startswith("AVX512") a
 
 
 # Half precision on CPUs without half-precision instructions ----------------------------------------------------------
-# On these CPUs, PyTorch multiplies half-precision numbers one by one, which takes 8 times as long as in float32.
+# On these CPUs, PyTorch multiplies half-precision numbers one by one, and products take 8 times as long as in float32.
 # Like PyTorch, these functions accumulate in float32. Tensors saved for the backward pass stay in half precision.
 
 EMULATED_DTYPES: set[torch.dtype] = set()
@@ -383,7 +383,7 @@ def is_emulated(inputs: Tensor) -> bool:
 
 
 def get_matmul_dtype(inputs: Tensor) -> torch.dtype:
-    """Return the dtype of matrix products: the autocast dtype, or the input dtype for float64 or without autocast."""
+    """Return the dtype of matrix products: the autocast dtype or, for float64 or without autocast, the input dtype."""
     if inputs.dtype == torch.float64 or not torch.is_autocast_enabled(inputs.device.type):
         return inputs.dtype
     return torch.get_autocast_dtype(inputs.device.type)
@@ -397,7 +397,7 @@ def cast_for_autocast(inputs: Tensor) -> Tensor:
 
 
 def compute_in_float32(function: Callable[..., Tensor], inputs: Tensor, *other_inputs: Tensor | None) -> Tensor:
-    """Compute `function(inputs, *other_inputs)` in float32 from half-precision inputs; return half precision."""
+    """Compute `function(inputs, *other_inputs)` in float32 and return the result in half precision."""
     dtype = get_matmul_dtype(inputs)
     with torch.autocast("cpu", enabled=False):
         return function(*(to_float32(tensor, dtype) for tensor in (inputs, *other_inputs))).to(dtype)
@@ -419,9 +419,10 @@ def linear_in_float32(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Te
 def recompute_in_backward(
     module: nn.Module, function: Callable[..., Tensor], inputs: Tensor, *other_inputs: Tensor | None
 ) -> Tensor:
-    """Return `function(inputs, *other_inputs)`, and recompute it in the backward pass. Results are bit-identical.
+    """Return `function(inputs, *other_inputs)` and recompute it in the backward pass.
 
-    Modules with hooks run the function normally, because recomputation would call a hook twice.
+    Outputs and gradients are bit-identical to those without recomputation. Modules with hooks run the function
+    normally, because recomputation would call a hook twice.
     """
     if not can_recompute(inputs) or any(map(has_hooks, module.modules())):
         return function(inputs, *other_inputs)
@@ -462,7 +463,7 @@ def sdpa_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Return the attention output [B, n, heads, head_dim], computed by chunked attention or SDPA, and None."""
+    """Return (output, None); the output [B, n, heads, head_dim] is computed by chunked attention or SDPA."""
     if dropout == 0 and should_use_chunked_attention(query, key):
         return chunked_attention(query, key, value, attention_mask, scaling), None
 

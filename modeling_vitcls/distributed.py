@@ -104,7 +104,7 @@ def configure_layer_sharding(accelerator: Accelerator, model: nn.Module) -> None
     if plugin is not None and plugin.transformer_cls_names_to_wrap is None:
         layer_class_names = {type(module).__name__ for module in model.modules() if isinstance(module, EncoderLayer)}
         plugin.transformer_cls_names_to_wrap = sorted(layer_class_names)
-    # FSDP2 warns that the patch embeddings are a view. No operation modifies the patch embeddings in place.
+    # FSDP2 warns that the patch embeddings are a view. This is harmless, because no operation modifies them in place.
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(FSDPViTCLSPatchEmbeddings\)")
 
 
@@ -119,7 +119,7 @@ def get_zero_stage(accelerator: Accelerator) -> int | None:
 
 
 def configure_deepspeed(accelerator: Accelerator) -> None:
-    """Configure DeepSpeed to keep weights in float32, and unsharded until the optimizer is built.
+    """Configure DeepSpeed to keep the weights in float32 and to leave them unsharded until the optimizer is built.
 
     The bf16 mode of DeepSpeed trains and saves bf16 weights, so autocast is used instead. The DeepSpeed configuration
     of Transformers is unset, because Transformers would otherwise shard all models on loading, including the teacher.

@@ -1,4 +1,4 @@
-"""Format error messages as one line, and mark errors that are raised on all processes of a run."""
+"""Format error messages as one line and mark errors that are raised on all processes of a run."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,5 +28,5 @@ def mark_errors_of_all_processes() -> Iterator[None]:
 
 
 def is_raised_on_all_processes(error: BaseException) -> bool:
-    """Return whether an error is marked by `mark_errors_of_all_processes`."""
+    """Return whether an error was marked by `mark_errors_of_all_processes`."""
     return ALL_PROCESSES_NOTE in getattr(error, "__notes__", ())

@@ -35,9 +35,9 @@ URL_PREFIXES = ("http://", "https://", "data:")
 
 
 def read_jpeg(source: Any) -> Tensor | None:
-    """Return the upright RGB pixels [3, H, W] `uint8` of a JPEG file or its bytes, equal to the pixels from PIL.
+    """Return the upright RGB pixels [3, H, W] `uint8` of a JPEG file (path or bytes), equal to the pixels from PIL.
 
-    Return None for other formats, and if torchvision cannot decode the file or PIL decodes it differently (CMYK).
+    Return None for other formats, or if torchvision cannot decode the file or PIL decodes it differently (CMYK).
     """
     jpeg_bytes = read_jpeg_bytes(source) if decode_jpeg is not None else None
     if jpeg_bytes is None:

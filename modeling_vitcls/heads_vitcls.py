@@ -196,7 +196,7 @@ def compute_cross_entropy(
     """Return the cross-entropy of logits [B, C] and class indices [B], ignoring -100; 0 if all indices are -100.
 
     Raises:
-        ValueError: if the numbers of labels and images differ or, only on the CPU, a label is not a class index. The
+        ValueError: if there is not one label per image or, only on the CPU, a label is not a class index. The
             message names the `owner` of the labels.
     """
     if labels.numel() != logits.shape[0]:

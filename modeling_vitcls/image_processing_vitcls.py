@@ -218,7 +218,7 @@ class ViTCLSImageProcessor(ViTCLSBaseImageProcessor, TorchvisionBackend):  # typ
 
     `ViTCLSImageProcessorPil` returns the same values up to floating-point rounding if images are not resized. With
     bilinear or bicubic resizing, values differ by at most 2 of 255 gray levels (mean: 0.05) for photographs, and by at
-    most 16 (mean: 0.5) for noise, because PIL rounds and clips between its passes. Other filters differ more.
+    most 16 (mean: 0.5) for noise, because PIL rounds and clips between passes. With other filters, they differ more.
 
     Args:
         do_convert_rgb (`bool`, defaults to `True`): Whether to convert every image to three channels.
@@ -319,7 +319,7 @@ def read_image(source: ImageSource) -> PIL.Image.Image:
 
 @cache
 def get_image_formats() -> tuple[str, ...]:
-    """Return the formats of `IMAGE_FORMATS` that the installed Pillow can open."""
+    """Return the formats in `IMAGE_FORMATS` that the installed Pillow can open."""
     PIL.Image.init()
     return tuple(name for name in IMAGE_FORMATS if name in PIL.Image.OPEN)
 
@@ -426,7 +426,7 @@ def to_channels_first(image: Tensor, data_format: str | ChannelDimension | None)
 def to_uint8(pixels: Tensor, do_rescale: bool) -> Tensor:
     """Convert pixels [C, H, W] of any type to `uint8` from 0 to 255, or to `float32` for floats without rescaling.
 
-    The results of the two backends are almost equal for `uint8` images, but not for images of other types.
+    The conversion is necessary, because the results of the two backends are almost equal only for `uint8` images.
     """
     if pixels.dtype is torch.uint8:
         return pixels

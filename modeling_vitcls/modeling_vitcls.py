@@ -223,7 +223,7 @@ class ViTCLSPreTrainedModel(AdaptableModel):
     def flops(self, image_size: int | Sequence[int] | None = None, batch_size: int = 1) -> int:
         """Return the FLOPs of a forward pass, counted by `torch.utils.flop_counter` on the meta device.
 
-        The count includes matrix products and convolutions; a multiply-add counts as two. The count of the last layer
+        The count includes matrix products and convolutions; a multiply-add counts as two. The count for the last layer
         includes only the computed tokens. `image_size` is in pixels and defaults to `config.image_size`.
         """
         height, width = self.config.image_height_width if image_size is None else to_pair(image_size)
@@ -465,14 +465,14 @@ class ViTCLSForMultiTaskClassification(ViTCLSPreTrainedModel):
         )
 
     def compute_losses(self, logits: dict[str, Tensor], labels: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return each task's mean cross-entropy over labeled images (training/losses.py divides by all images)."""
+        """Return each task's mean cross-entropy over labeled images (training/losses.py averages over all images)."""
         if unknown_tasks := sorted(set(labels) - set(logits)):
             raise ValueError(f"labels contains the unknown task {unknown_tasks[0]!r}: use {', '.join(logits)}")
         losses = {}
         for name, task_logits in logits.items():
             task_labels = labels.get(name)
             if task_labels is None:
-                task_labels = torch.full((task_logits.shape[0],), IGNORED_LABEL)  # for gradients of all parameters
+                task_labels = torch.full((task_logits.shape[0],), IGNORED_LABEL)  # all parameters must get gradients
             losses[name] = compute_cross_entropy(task_logits, task_labels, owner=f"task {name!r}")
         return losses
 

@@ -187,8 +187,8 @@ class TrainingOptions:
     """Training and evaluation."""
 
     epochs: float | None = None
-    """Number of passes over the training images. Default: 30, or 10 for pre-trained weights and at least 10,000
-    images."""
+    """Number of passes over the training images. Default: 30, or 10 for pre-trained weights and a large dataset
+    (at least 10,000 images, or a stream)."""
     max_steps: int | None = None
     """Number of optimizer steps, instead of --epochs."""
     batch_size: int | None = None
@@ -236,7 +236,7 @@ class TrainingOptions:
     log_every: int = 10
     """Number of steps between log entries in metrics.jsonl."""
     health_every: int = 100
-    """Number of steps between measurements of the CLS attention entropy by layer. 0: off."""
+    """Number of steps between measurements of each layer's CLS attention entropy. 0: off."""
     evaluate_every: int = 1
     """Number of epochs between evaluations on held-out images. The model is always evaluated after the last step."""
     select: Literal["last", "best"] = "last"
@@ -298,7 +298,7 @@ class RunOptions:
     resume: bool = False
     """Resume from the newest checkpoint in --output-dir, or start from the beginning if there is no checkpoint."""
     overwrite: bool = False
-    """Replace an earlier run in --output-dir, and other files that have the name of an output file."""
+    """Replace an earlier run in --output-dir and all other files that have the same names as output files."""
     save_every: int | None = None
     """Number of steps between checkpoints. Default: a checkpoint at each evaluation, or every 1,000 steps for a
     streamed dataset."""
@@ -321,8 +321,8 @@ class RunOptions:
     """Load the model from the pushed commit in a new process, and compare its outputs with the outputs of the saved
     model."""
     hub_checkpoint_every: int | None = None
-    """Number of steps between pushes of the model to --hub-checkpoint-branch, in the background. Default: off.
-    Requires --push-to-hub."""
+    """Number of steps between background pushes of the model to --hub-checkpoint-branch. Default: off. Requires
+    --push-to-hub."""
     hub_checkpoint_branch: str = "checkpoints"
     """Branch for the pushes of --hub-checkpoint-every, created if it does not exist."""
     hub_push_optimizer: bool = False
@@ -330,7 +330,7 @@ class RunOptions:
     another machine, run `hf download ID --revision BRANCH --local-dir FOLDER`, then repeat the command with
     --output-dir FOLDER --resume. Requires --push-to-hub."""
     license: str | None = None
-    """License of the trained weights in the model card, as a Hub identifier such as apache-2.0. If the initial weights
+    """License of the trained weights for the model card: a Hub identifier such as apache-2.0. If the initial weights
     have a license, the card contains the license of the initial weights instead. Default: no license in the card."""
     card_samples: bool = False
     """Show a few held-out images in the model card, even if the repository is public and the images are local files.
@@ -396,7 +396,7 @@ class MaskingOptions:
 
 @dataclass(frozen=True)
 class PretrainOptions(TaskOptions):
-    """Pre-train a ViT on images without labels by masked image modeling. The pre-trained model can be fine-tuned."""
+    """Pre-train a ViT on images without labels, by masked image modeling. The pre-trained model can be fine-tuned."""
 
     masking: MaskingOptions = field(default_factory=MaskingOptions)
 
@@ -411,7 +411,8 @@ class EvaluateOptions:
     data: DataOptions
     split: str | None = None
     """Dataset split to evaluate. If the dataset has a single split that is not named `test`, `test` selects the
-    held-out split of fine-tuning. Default: the held-out split that was used in training, or `test`."""
+    held-out split of fine-tuning. Default: the held-out split that was used in training, or `test` if there is no such
+    split."""
     batch_size: int = 64
     """Number of images per process and forward pass."""
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
@@ -515,7 +516,8 @@ class InspectOptions(ImageOptions):
 
     split: str | None = None
     """Dataset split to inspect. If the dataset has a single split that is not named `test`, `test` selects the
-    held-out split of fine-tuning. Default: the held-out split that was used in training, or `test`."""
+    held-out split of fine-tuning. Default: the held-out split that was used in training, or `test` if there is no such
+    split."""
     label_column: tuple[str, ...] | None = None
     """Column with the labels; several columns define several tasks. By default, the column is detected by type or
     name."""
@@ -533,8 +535,8 @@ class InspectOptions(ImageOptions):
     """Maximum number of images for the statistics. The images are sampled at regular intervals and stored in
     memory."""
     patch_sizes: tuple[int, ...] = ()
-    """Patch sizes in pixels per side, such as 8 16 32. The sequence length, cost and, with labels, accuracy are
-    compared."""
+    """Patch sizes in pixels per side, such as 8 16 32. The report compares the sequence length, the cost and, if there
+    are labels, the accuracy."""
 
     def __post_init__(self) -> None:
         check_minimum(self, 1, "num_images", "max_images", "batch_size")

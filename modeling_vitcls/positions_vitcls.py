@@ -100,7 +100,7 @@ def get_patch_coordinates(config: ViTCLSConfig, grid_size: tuple[int, int], devi
 def rotate_patches(query: Tensor, key: Tensor, position_embeddings: PositionEmbeddings) -> tuple[Tensor, Tensor]:
     """Rotate the queries [B, heads, n, head_dim] and keys [B, heads, N, head_dim] of the patches.
 
-    Special tokens come first in the sequence and are not rotated. n is N or at most the number of special tokens.
+    Special tokens come first and are not rotated. n is N, or at most the number of special tokens (no patch queries).
     """
     cos, sin = position_embeddings
     num_prefix_tokens = key.shape[-2] - cos.shape[-2]
@@ -125,10 +125,10 @@ def needs_resampling(grid_size: tuple[int, int], new_grid_size: tuple[int, int])
 def resample_positions(
     positions: Tensor, grid_size: tuple[int, int], new_grid_size: tuple[int, int], config: ViTCLSConfig
 ) -> Tensor:
-    """Resample learned positions [1, rows * columns, D] in float32 to another grid, with the method in `config`."""
+    """Resample learned positions [1, rows * columns, D] to another grid in float32, with the method in `config`."""
     maps = positions.float().unflatten(1, grid_size).permute(0, 3, 1, 2)  # [1, D, rows, columns]
     if config.position_interpolation == "crop":
-        # Resample to a square with the length of the longer side, and keep its top left (RADIO, arXiv 2312.06709).
+        # Resample to a square as long as the longer side, and keep its top-left part (RADIO, arXiv 2312.06709).
         longer_side = max(new_grid_size)
         square = nn.functional.interpolate(maps, size=(longer_side, longer_side), mode="bilinear", align_corners=False)
         rows, columns = (torch.arange(length, device=maps.device) for length in new_grid_size)
@@ -152,7 +152,7 @@ def resize_patch_kernel(kernel: Tensor, new_size: tuple[int, int]) -> Tensor:
     """Resize a patch projection [D, C, height, width] to another patch size (FlexiViT, arXiv 2212.08013, section 3.4).
 
     The new kernel maps a bilinearly resized patch to the embedding of the original patch: exactly for larger patches,
-    in the least-squares sense for smaller patches. The new kernel is pinv(B^T) @ kernel, where B is the resize matrix.
+    and in the least-squares sense for smaller ones. The new kernel is pinv(B^T) @ kernel; B is the resize matrix.
     """
     height, width = kernel.shape[-2:]
     basis = torch.eye(height * width, dtype=torch.float64).view(-1, 1, height, width)  # CPU: MPS has no float64

@@ -2,7 +2,7 @@
 
 A study file (scripts/recipes/study_*.yaml) contains
     title, question    text for the page
-    answer             conclusion in one sentence, added after the study was run (optional)
+    answer             conclusion, added after the study was run (optional)
     seeds              list of seeds; each combination of factor levels runs once per seed
     subsets            name -> {dataset, num_images, seed, groups}: random training subsets (optional). `groups` are
                        new label columns: column -> {name of the group: [label, ...]}
@@ -16,7 +16,7 @@ In flags, `{run}` is replaced with the folder of the run, `{folder}` with the fo
 with the folder of a subset.
 
 The output folder contains
-    README.md, images/*.png    page of means with 95% confidence intervals, and differences paired by seed
+    README.md, images/*.png    page of means with 95% confidence intervals and of differences paired by seed
     runs.parquet               one row per run: factor levels, seed, status, all numeric values in results.json, and
                                the first and last values of each numeric field in metrics.jsonl
     runs/NAME/                 the output folder of each stage, and log.txt
@@ -347,10 +347,11 @@ def add_label_groups(dataset: "Dataset", column: str, groups: Mapping[str, Seque
 def build_row(runner: StudyRunner, run: StudyRun) -> dict[str, Any]:
     """Build the row of a run in runs.parquet: factor levels, seed, status and the numeric values in the results.
 
-    The column names of numeric values start with the stage, such as `inspect.findings.outliers.3`, except for the
-    stage `finetune`. The prefixes `first.` and `last.` denote the first and the last value in the training log, such
-    as `first.loss` and `last.cls_attention_entropy.0`. If a run has a single label column, the accuracy and loss are
-    also stored as `COLUMN_accuracy` and `COLUMN_loss`, which are the names in runs with several label columns.
+    The column names of numeric values start with the stage (for example, `inspect.findings.outliers.3`), except for
+    the stage `finetune`. The prefixes `first.` and `last.` denote the first and the last value in the training log
+    (for example, `first.loss` and `last.cls_attention_entropy.0`). If a run has a single label column, the accuracy
+    and loss are also stored as `COLUMN_accuracy` and `COLUMN_loss`, which are the names in runs with several label
+    columns.
     """
     status = "finished" if runner.is_finished(run) else "unfinished"
     row: dict[str, Any] = {**run.levels, "seed": run.seed, "status": status}

@@ -33,9 +33,9 @@ SHARDING_DESCRIPTIONS = {
 }
 CORE_LIBRARIES = ("torch", "torchvision", "transformers", "accelerate")
 
-# Parameter ids of mallopt, from glibc's <malloc.h>.
-M_TRIM_THRESHOLD = -1  # id of the size in bytes above which free memory at the end of the heap is returned
-M_MMAP_MAX = -4  # id of the maximum number of blocks that are allocated with mmap and returned when freed
+# Parameter ids of mallopt, from glibc's <malloc.h>. The comments describe the parameters.
+M_TRIM_THRESHOLD = -1  # size in bytes above which free memory at the end of the heap is returned to the system
+M_MMAP_MAX = -4  # maximum number of blocks that are allocated with mmap and, when freed, returned to the system
 
 
 def keep_freed_memory() -> None:
@@ -48,7 +48,7 @@ def keep_freed_memory() -> None:
     if platform.libc_ver()[0] == "glibc" and not is_malloc_configured:
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, -1)  # -1: never return memory
+        libc.mallopt(M_TRIM_THRESHOLD, -1)  # -1: never return memory to the system
 
 
 # Assumed power draw per CPU thread in watts, including memory and power supply. The value is an upper estimate,

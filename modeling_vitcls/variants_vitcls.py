@@ -81,11 +81,11 @@ LAYER_CLASSES: dict[str, type[ViTCLSLayer]] = {
 class ViTCLSDifferentialAttention(ViTCLSAttention):
     """Attention whose heads compute the difference between two attention maps (Ye et al. 2024, arXiv 2410.05258).
 
-    The query and key of a head are split into two halves, one half per map. Each layer learns the weight of the second
-    map. In the paper, this weight is computed from learned vectors, and the output of the norm is scaled.
+    The query and key of a head are each split into two halves, one per map. Each layer learns the weight of the second
+    map. Unlike in the paper, this weight is a parameter, and the norm's weights include the output scale.
     """
 
-    LAMBDA_INIT = 0.8  # initial weight of the second map (the paper's limit in deep layers); norms start at 1 - 0.8
+    LAMBDA_INIT = 0.8  # initial weight of the second map (the paper's limit in deep layers); norm weights start at 0.2
 
     def __init__(self, config: ViTCLSConfig) -> None:
         super().__init__(config)
@@ -105,7 +105,7 @@ class ViTCLSDifferentialAttention(ViTCLSAttention):
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the normalized difference [B, n, heads, head_dim] of the two maps' outputs, and attention weights."""
+        """Return the normalized difference [B, n, heads, head_dim] of the maps' outputs, and the attention weights."""
         outputs, weights = super().attend(query, key, value, attention_mask, **kwargs)  # [B, n, 2 * heads, head_dim]
         first_output, second_output = outputs.unflatten(2, (-1, 2)).unbind(3)
         return self.head_norm(first_output - self.second_share * second_output), weights
@@ -174,7 +174,7 @@ class PatchDropout(nn.Module):
     def forward(self, hidden_states: Tensor, mask: Any, position_embeddings: Any) -> tuple[Tensor, Any, Any]:
         """Drop the same patches from hidden states [B, N, D], masks and position embeddings.
 
-        Masks and position embeddings are a single value for all layers, a list with one value per layer, or None.
+        Masks and position embeddings are each a single value for all layers, a list with one value per layer, or None.
         """
         if not self.training:
             return hidden_states, mask, position_embeddings
@@ -321,7 +321,7 @@ class MergedGroups:
 def match_similar_patches(keys: Tensor, num_pairs: int) -> tuple[Tensor, Tensor]:
     """Match patches with similar keys [B, n, d] (bipartite soft matching; ToMe, section 3).
 
-    Pair each even-indexed patch with the odd-indexed patch of the highest cosine similarity; return the best pairs.
+    Pair each even-indexed patch with the odd-indexed patch with the highest cosine similarity; return the best pairs.
 
     Returns:
         Indices of the even patches and indices of the paired odd patches, [B, num_pairs] each.

@@ -46,7 +46,7 @@ def main() -> None:
     if (output / "report.html").exists():
         console.print(f"  {output / 'report.html'}: open it in a browser to see the attention of the tokens")
     console.print(f"  {RECIPE}: the recipe; change the number of tokens and run the demo again")
-    console.print("  fine-tune a pre-trained model on your own images, in one folder per class:")
+    console.print("  fine-tune a pre-trained model on your own images, with one folder per class:")
     vitcls_command = os.path.relpath(Path(sys.executable).with_name("vitcls"))
     console.print(f"    {vitcls_command} finetune --model {PRETRAINED_MODEL} --dataset FOLDER --output-dir runs/mine")
     console.print("  docs/README.md: the documentation, one page per task")

@@ -4,7 +4,7 @@
     python scripts/gpu.py --parts training fsdp2 --output training.md       some parts, each under 10 minutes
 
 The file is written after each row. If a row or part fails, the file contains the error, the remaining rows and parts
-are measured, and the exit status is 1. Without a CUDA device, the script prints a message and exits with status 0.
+are still run, and the exit status is 1. Without a CUDA device, the script prints a message and exits with status 0.
 
 `make gpu` installs packages first. On a machine without internet access, run the script with a Python that has the
 packages, from the root of the repository: PYTHONPATH=. python3 scripts/gpu.py
@@ -50,7 +50,7 @@ BATCH_SIZE = 64
 # With CUDA graphs, the first call runs without a graph, the second call records a graph, and later calls replay it.
 NUM_WARM_UP_CALLS = 3
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# Mode of torch.compile by name. max-autotune uses CUDA graphs.
+# Modes of torch.compile, keyed by name. max-autotune uses CUDA graphs.
 COMPILE_MODES = {"eager": None, "compiled": "default", "compiled, max-autotune": "max-autotune"}
 AUTOTUNED_PRECISION = "bf16"  # other precisions are not autotuned, because autotuning takes a minute or more
 FLASH_MODE = "eager, flash attention"  # half precision only; raises an error if flash attention is not available
@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=OUTPUT, help="Markdown file; default: docs/speed-gpu.md")
     flags = parser.parse_args()
     if not torch.cuda.is_available():
-        print("PyTorch finds no CUDA device: no tests or benchmarks were run")
+        print("PyTorch found no CUDA device: no tests or benchmarks were run")
         return
     lines = [
         f"# Speed on {torch.cuda.get_device_name()}",
@@ -111,7 +111,7 @@ def run_tests() -> Lines:
 
 
 def compare_models(work_kind: str) -> Lines:
-    """Yield one line for each failed row, and a table that compares the speed with other models."""
+    """Yield one line for each failed row, and a table that compares the speed with that of other models."""
     settings = BenchmarkSettings(("transformers", "timm"), NUM_PAIRS, device="cuda")
     comparisons = []
     for row in WORKLOADS[work_kind].rows:

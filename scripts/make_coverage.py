@@ -1,11 +1,11 @@
-"""Measure which plain ViTs of timm and transformers convert exactly, and write the table in docs/coverage.md.
+"""Determine which plain ViTs of timm and transformers convert exactly, and write the table in docs/coverage.md.
 
     python scripts/make_coverage.py                       # docs/coverage.md
     python scripts/make_coverage.py --output other.md
 
-Every architecture is built with random weights and two layers, converted, and compared at two image sizes. An
-architecture converts exactly if all tokens and logits differ by at most 1e-5 in float32. For other architectures, the
-table lists the error message of the conversion.
+Every architecture is built with random weights and two layers, converted, and compared with the converted model at two
+image sizes. An architecture converts exactly if all tokens and logits of the two models differ by at most 1e-5 in
+float32. For other architectures, the table lists the error message of the conversion.
 """
 
 import argparse
@@ -58,17 +58,17 @@ SMALL_CONFIG = {
     "mask_ratio": 0.0,
 }
 ENCODER_FIELDS = ("patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "image_size")
-# Configuration fields of models that are not plain ViTs, by reason.
+# Configuration fields of models that are not plain ViTs, keyed by reason.
 NOT_PLAIN_REASONS = {
     "window attention or several resolutions": ("window_size", "depths", "global_attn_indexes"),
     "video inputs": ("temporal_patch_size", "num_frames", "tubelet_size"),
     "patch merging": ("spatial_merge_size", "pixel_shuffle_ratio", "downsample_ratio"),
     "text or audio inputs": ("vocab_size", "text_config", "num_mel_bins"),
 }
-# Feature that ViTCLS or the converter does not support, by class name.
+# Features that ViTCLS or the converter does not support, keyed by class name.
 UNSUPPORTED_FEATURES = {
     # timm
-    "Beit": "timm resamples position biases at unevenly spaced points; `transformers:` converts BEiT exactly",
+    "Beit": "timm resamples position biases at unevenly spaced points; BEiT converts exactly from `transformers:`",
     "VisionTransformerRelPos": "position biases are computed by an MLP, or resampled as in `Beit`",
     "NaFlexVit": "one module embeds patches, tokens and positions, and also packs the patches of several images",
     "Cait": "talking-heads attention and separate layers for the CLS token",
@@ -149,7 +149,8 @@ def format_timm_section() -> str:
 
 @torch.no_grad()
 def measure_timm_model(name: str) -> tuple[float | None, str]:
-    """Return the largest difference of an architecture and "", or None and the reason for the inexact conversion."""
+    """Return the largest difference between an architecture and the converted model, and "". If the conversion is not
+    exact, return None and the reason."""
     try:
         model = build_timm_model(name)
         converted_model = convert_from_timm(model)
@@ -177,7 +178,7 @@ def build_timm_model(name: str) -> Any:
         original_model = timm.create_model(name, device="meta")
     if get_class_name(original_model) not in TIMM_CLASSES:
         class_name = get_class_name(original_model)
-        raise ConversionError(f"{class_name}: not supported, {UNSUPPORTED_FEATURES.get(class_name, 'no rules')}")
+        raise ConversionError(f"{class_name} is not supported: {UNSUPPORTED_FEATURES.get(class_name, 'no rules')}")
     num_heads = next(module.num_heads for module in original_model.modules() if hasattr(module, "num_heads"))
     options |= {"embed_dim": 6 * original_model.embed_dim // num_heads, "num_heads": 6}
     if "sapiens2" in name:  # the default has one value for each block of the full depth
@@ -236,8 +237,8 @@ def list_vision_classes() -> dict[str, Any]:
 
 @torch.no_grad()
 def measure_transformers_class(name: str) -> tuple[float | None, str]:
-    """Return the largest difference of a convertible class and "", or None and the reason for the inexact
-    conversion."""
+    """Return the largest difference between a model of a convertible class and the converted model, and "". If the
+    conversion is not exact, return None and the reason."""
     model_class = getattr(transformers, name)
     try:
         source = TransformersSource(
@@ -252,7 +253,7 @@ def measure_transformers_class(name: str) -> tuple[float | None, str]:
 
 
 def build_config(config_class: Any) -> Any:
-    """Build a small configuration, with a small vision configuration if the class contains one."""
+    """Build a small configuration, with a small vision configuration if `config_class` contains one."""
     default_config = config_class()
     if hasattr(default_config, "vision_config"):
         return config_class(vision_config=build_config(type(default_config.vision_config)).to_dict())

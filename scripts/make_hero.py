@@ -1,4 +1,4 @@
-"""Draw the image of README.md: digits, their patches as colors, and the attention of CLS and register tokens.
+"""Draw the image in README.md: digits, their patches as colors, and the attention of CLS and register tokens.
 
     python scripts/make_hero.py                       # trains the model first (a few minutes on one CPU thread)
     python scripts/make_hero.py --model runs/hero     # uses an existing model
@@ -23,7 +23,7 @@ from modeling_vitcls.commands.parsing import exit_on_error
 
 
 SCRIPTS = Path(__file__).parent
-PATCH_SIZE = 4  # pixels; one patch per pixel of scikit-learn's digits
+PATCH_SIZE = 4  # patch size in pixels: one patch per pixel of scikit-learn's 8 x 8 digits
 DIGITS = (3, 8)  # classes of the rows; each row shows the first image of its class
 NUM_PCA_IMAGES = 500  # images on which the principal components are computed
 TITLES = ("image", "patches (PCA)", "CLS", "register 1", "register 2")
@@ -32,7 +32,7 @@ BACKGROUND_COLOR, TEXT_COLOR = "#ffffff", "#24292f"
 
 @dataclass
 class HeroOptions:
-    """Draw the image of README.md."""
+    """Draw the image in README.md."""
 
     model: Path = Path("runs", "hero")
     """Folder of the model. If the folder does not exist, the model is trained."""

@@ -1,4 +1,4 @@
-"""Create the screenshot for docs/inspecting.md: the beginning of the report on the model of the digits recipe.
+"""Create the screenshot for docs/inspecting.md: the beginning of a report on a model trained on digits.
 
     python scripts/make_report_image.py --model runs/digits
 
@@ -17,7 +17,7 @@ import tyro
 from playwright.sync_api import sync_playwright
 
 
-WIDTH, HEIGHT, MARGIN = 1000, 900, 16  # pixels: width and height of the window, and margin below the last verdict
+WIDTH, HEIGHT, MARGIN = 1000, 900, 16  # window width, window height and margin below the last verdict, in pixels
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 

@@ -45,7 +45,7 @@ def train_cnn_teacher(
         image_size: Height and width to which images are resized, in pixels.
         hidden_sizes: Number of channels of each stage.
         epochs: Number of passes over the training images.
-        flip: Whether to flip half of the images horizontally.
+        flip: Whether to flip images horizontally with a probability of 0.5.
         seed: Seed of the initial weights, the sampling of images and the augmentation.
         label_names: Label names in the order of the logits. Default: the order in the dataset.
     """

@@ -11,8 +11,8 @@
     python scripts/train_dual_encoder.py --dataset uoft-cs/cifar10 --folder runs/dual --patch-size 8 --epochs 20 --flip
 
 The model has no classifier. It compares the CLS token of the ViT with the CLS token of BERT. In the evaluation,
-each class has one caption, and the predicted class of an image is the class of the most similar caption. The caption
-of the evaluation is not used in training, but its words are.
+each class has one caption, and the predicted class of an image is the class of the most similar caption. The captions
+of the evaluation are not used in training, but their words are.
 """
 
 from pathlib import Path
@@ -67,7 +67,7 @@ def train_dual_encoder(
         image_size: Height and width to which images are resized, in pixels.
         patch_size: Height and width of a patch, in pixels.
         epochs: Number of passes over the training images.
-        flip: Whether to flip half of the images horizontally.
+        flip: Whether to flip images horizontally with a probability of 0.5.
         seed: Seed of the initial weights, the sampling of images and the flips.
     """
     torch.manual_seed(seed)
@@ -124,7 +124,7 @@ def train_model(
     Args:
         pixel_values: [images, 3, H, W].
         labels: Class of each image, [images].
-        captions: Tokens of the captions of all classes [classes, tokens], one dict per template in TRAINING_CAPTIONS.
+        captions: Tokenized captions of all classes, [classes, tokens], one dict per template in TRAINING_CAPTIONS.
     """
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
     num_steps = epochs * (len(labels) // BATCH_SIZE)

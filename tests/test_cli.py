@@ -310,7 +310,7 @@ def test_valid_flags_are_accepted(
         ("benchmark", {"work": ("growth",), "plot": Path("a.txt")}, "--plot a.txt: set a file name that ends in .png"),
         ("convert", {"source": "resnet50"}, "--source resnet50 is not supported. Use timm:NAME"),
         ("convert", {"source": "timm:x", "num_labels": 0}, "--num-labels must be at least 1, but it is 0"),
-        ("convert", {"source": "timm:x", "model": "mine"}, "requires --source, and does not support --model"),
+        ("convert", {"source": "timm:x", "model": "mine"}, "requires --source and does not support --model"),
         ("export", {"format": "onnx", "image_size": (0, 32)}, "two positive numbers, but it is 0 32"),
         ("export", {"format": "onnx", "opset": 17}, "--opset must be at least 18, but it is 17"),
         ("export", {"format": "torch", "opset": 18}, "--opset requires --format onnx or openvino"),
@@ -453,7 +453,8 @@ def test_the_parity_report_is_printed(capsys: pytest.CaptureFixture[str], monkey
     assert lines == [
         "a note",
         "Classifier: kept. Maximum allowed difference: 1e-05",
-        "Image processor: from preprocessor_config.json, largest difference 0.25 gray levels (0 to 255)",
+        "Image processor: settings of preprocessor_config.json; pixel values differ by at most 0.25 gray levels "
+        "(0 to 255)",
         "Versions: torch 2, timm 1",
         "SHA-256 of model.safetensors: abc",
         "",
@@ -469,8 +470,8 @@ def test_the_parity_report_is_printed(capsys: pytest.CaptureFixture[str], monkey
     printed = capsys.readouterr().out
     for line in (
         "Not compared at a second image size: fixed size",
-        "Image processor: assumed settings, because there is none. Check them",
-        "SHA-256 of the source, dino: def",
+        "Image processor: the settings are assumed, because there is none. Check them",
+        "SHA-256 of the source (dino): def",
         '  model = AutoModel.from_pretrained("out")',
     ):
         assert f"\n{line}\n" in printed
@@ -550,7 +551,7 @@ def test_the_report_of_an_export_is_printed(capsys: pytest.CaptureFixture[str]) 
 def test_push_passes_its_flags(
     calls: list[tuple[Any, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The default name of the repository is the name of the folder, also for a relative path."""
+    """The default name of the repository is the name of the folder, even for a relative path."""
     (tmp_path / "mine").mkdir()
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").touch()

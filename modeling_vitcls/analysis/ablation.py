@@ -12,8 +12,7 @@
 
 An effect alone is not meaningful, because ablating any patch also changes the outputs. Each effect is therefore
 compared with null distributions on the same images: effects of ablating random patches and, unless the head uses the
-token, effects of ablating the token after its embedding is replaced with a random vector with the same norm (a redrawn
-token).
+token, effects of ablating a redrawn token, whose embedding is replaced with a random vector of the same norm.
 """
 
 import math
@@ -237,7 +236,7 @@ def measure_redraw_effects(
     and the effect sizes of ablating the redrawn tokens, by kind.
 
     `outputs_without_tokens` maps the sequence indices of tokens to the outputs with these tokens hidden from
-    attention. If the head does not use these tokens either, redrawing the tokens does not change the outputs.
+    attention. If the head does not use these tokens, the same outputs are valid for the redrawn tokens.
     """
     effects: dict[str, tuple[float, dict[str, list[float]]]] = {}
     for keys, sets, has_null in plan_redraws(model):
@@ -348,7 +347,7 @@ def replace_by_means(model: Any, indices: Sequence[int], mean_states: torch.Tens
 
 @contextmanager
 def redraw_tokens(model: Any, indices: Sequence[int], generator: torch.Generator) -> Iterator[None]:
-    """Replace the embeddings of the tokens at sequence indices `indices` with random vectors with the same norms."""
+    """Replace the embeddings of the tokens at sequence indices `indices` with random vectors of the same norms."""
     directions = nn.functional.normalize(torch.randn(len(indices), model.config.hidden_size, generator=generator))
 
     def redraw(tokens: torch.Tensor) -> torch.Tensor:

@@ -15,13 +15,13 @@ from .maps import count_used_layers
 from .token_statistics import Findings
 
 
-# Bin width of the histogram of the natural logarithms of norm ratios, and widths of the compared windows in bins
+# Bin width in the histogram of norm ratios (natural logarithms), and widths of the compared windows, in bins
 BIN_WIDTH, WINDOW_WIDTHS = 0.05, (5, 9, 17)
 MAX_LOG_RATIO = 5.0  # maximum logarithm of the ratio of a norm to the median; the last bin includes larger norms
 MIN_VALLEY_LOG_RATIO = 0.25  # minimum logarithm of the ratio of the valley to the median
 MIN_MODE_SCORE = 4.0  # minimum `SecondMode.score`
 MODE_FRACTION_RANGE = 0.001, 0.2  # range of the fraction of patches in a second mode; larger modes are not outliers
-MIN_RISE_SCORE = 4.0  # minimum increase in the outlier fraction if registers are hidden, in standard errors
+MIN_RISE_SCORE = 4.0  # minimum increase in the outlier fraction, in standard errors, if registers are hidden
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,8 @@ class SecondMode:
         threshold: norm above which a patch is in the mode, as a multiple of the median norm of the image.
         ratio: median norm of the patches in the mode; each norm is divided by the median norm of its image.
         fraction: fraction of all patches that are in the mode.
-        score: difference between the patch counts of mode and valley, in standard deviations (Poisson distribution).
+        score: number of patches in the window of the mode minus number of patches in the valley, in standard
+            deviations (Poisson distribution).
     """
 
     threshold: float
@@ -155,7 +156,7 @@ def describe_layer(layer: int) -> str:
 
 
 def compare_without_registers(findings: Findings, layer: int) -> tuple[SecondMode | None, list[str]]:
-    """Return the second mode of the norms with the registers hidden from attention, or None, and a list of sentences.
+    """Return the second mode (or None) of the norms with the registers hidden from attention, and a list of sentences.
     The list is empty if the registers do not absorb outliers."""
     if findings.patch_ratios_without_registers is None:
         return None, []

@@ -29,7 +29,7 @@ from .model_utils import evaluation_mode, is_classifier, unwrap_model
 IMAGES_FOLDER = "pictures"
 MATRIX_NAME, ATTENTION_NAME = "confusion_matrix", "attention"
 
-MAX_SAMPLES, MAX_OVERLAYS = 4, 32  # maximum numbers of images and overlays in the attention figure
+MAX_SAMPLES, MAX_OVERLAYS = 4, 32  # maximum number of images, and of overlays, in the attention figure
 MAX_BYTES = 300_000  # maximum file size in bytes
 # (dots per inch, palette size) pairs in the order in which they are tried; the palette size None keeps all colors.
 QUALITIES = ((120, None), (100, None), (80, None), (80, 256), (60, 256), (40, 256), (25, 64))

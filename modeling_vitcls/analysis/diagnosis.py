@@ -116,7 +116,7 @@ class TokenEvidence:
     findings: Findings
     index: int  # sequence index of the token
     names: list[str]  # names of all special tokens
-    num_used_layers: list[int]  # number of layers whose output is used, for each special token and the patches
+    num_used_layers: list[int]  # number of layers whose output is used, for each special token and for the patches
     ablations: dict[str, Ablation]  # ablations of the token by kind; empty if not measured
     num_tests: int  # number of ablations of all tokens and groups
     movement: float | None  # distance by which training moved the token; None if unknown
@@ -155,7 +155,7 @@ class TokenEvidence:
 
     @property
     def equal_attention_token_and_distance(self) -> tuple[int, float] | None:
-        """Return the index of the token whose attention maps are nearly the same, and the distance between the maps of
+        """Return the index of another token with nearly the same attention maps, and the distance between the maps of
         both tokens, relative to the mean distance of these maps from uniform attention. Return None if there is no
         such token."""
         findings, index = self.findings, self.index
@@ -414,7 +414,7 @@ def describe_chance_accuracy(predictions: Any) -> str:
         return ""
     accuracy, majority_accuracy = predictions.compute_accuracy(), predictions.compute_majority_accuracy()
     return (
-        f"; but the accuracy is not better than chance ({accuracy:.1%} on {len(predictions.predicted):,} images; "
+        f"; however, the accuracy is not better than chance ({accuracy:.1%} on {len(predictions.predicted):,} images; "
         f"most frequent label: {majority_accuracy:.1%} of the images)"
     )
 

@@ -153,8 +153,8 @@ def describe_head(config: ViTCLSConfig) -> str:
     if config.tasks:
         return f"used by one head per task: {shorten_text(', '.join(config.task_labels()), 60)}"
     if config.has_distillation_head:
-        return f'used by two heads: pooling "{config.pooling}", and distillation'
-    return f'used by the head, pooling "{config.pooling}"'
+        return f'used by the head (pooling "{config.pooling}") and the distillation head'
+    return f'used by the head (pooling "{config.pooling}")'
 
 
 # Confusion matrix ----------------------------------------------------------------------------------------------------
@@ -165,7 +165,7 @@ MAX_NAME_LENGTH = 18  # maximum length of a class name in characters
 
 
 def plot_confusion_matrix(matrix: Sequence[Sequence[int]], class_names: Sequence[str]) -> Figure:
-    """Plot a confusion matrix: counts of predictions, colored by the fraction of the true class.
+    """Plot a confusion matrix: counts of predictions, colored by their fraction of the true class.
 
     The color scale is nonlinear, so that rare confusions are visible. Counts are shown for up to 20 classes, and names
     for up to 50 classes.
@@ -182,7 +182,7 @@ def plot_confusion_matrix(matrix: Sequence[Sequence[int]], class_names: Sequence
     if counts.shape != (num_classes, num_classes):
         raise ValueError(
             f"The confusion matrix has shape {counts.shape}, but there are {num_classes} class names. "
-            "Pass a square matrix, and one name per row."
+            "Pass a square matrix and one name per row."
         )
     fractions = counts / counts.sum(axis=1, keepdims=True).clip(min=1)
     side = min(max(2.6 + 0.34 * num_classes, 4.0), 8.0)
@@ -218,7 +218,7 @@ def draw_class_names(axes: Axes, names: Sequence[str]) -> None:
 
 MAX_COLUMNS = 7  # maximum number of tiles (images and overlays) per row
 TILE_WIDTH, TITLE_HEIGHT = 1.45, 0.35  # width of a tile and height of the title, in inches
-TILE_SIDE = 320  # longer side of an image in pixels
+TILE_SIDE = 320  # longer side of an image, in pixels
 
 
 def plot_attention(
@@ -275,7 +275,7 @@ def plot_attention(
 
 
 DEPTH_TILE_WIDTH = 1.1  # width of a tile in inches
-DEPTH_TILE_SIDE = 160  # longer side of an image in pixels
+DEPTH_TILE_SIDE = 160  # longer side of an image, in pixels
 
 
 def plot_attention_by_layer(config: ViTCLSConfig, report: ImageReport, head: int | None = None) -> Figure:

@@ -64,7 +64,7 @@ CURVES = {
 
 def get_uniform_values(findings: Findings, name: str) -> list[float]:
     """Return the values of uniform attention for one of CURVES: one value for all tokens, or one value per special
-    token, because CLS tokens may attend to different regions. The list is empty for states."""
+    token if the value depends on the region that the token attends to. The list is empty for states."""
     if name == "received":
         return [math.exp(-findings.uniform["entropy"])]  # 1 / N
     if name == "patch_distance":

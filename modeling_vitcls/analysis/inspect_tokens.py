@@ -1,4 +1,4 @@
-"""The command `vitcls inspect` inspects a model with images, writes the report and JSON values, and prints a
+"""The command `vitcls inspect` inspects a model on images, writes the report and JSON values, and prints a
 summary."""
 
 from collections.abc import Iterator

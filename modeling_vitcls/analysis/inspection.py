@@ -125,7 +125,7 @@ def inspect_model(
         processor: the image processor of the model.
         images: images to show. Unreadable images cause a warning and are skipped.
         names: names of the images.
-        labels: labels of the images: class indices, lists of 0.0 and 1.0 per class, or {task: class index}; None or
+        labels: labels of the images: class indices, lists with 0.0 or 1.0 per class, or {task: class index}; None or
             -100 if unknown.
         statistics_images, statistics_labels: images and labels for the statistics. Default: `images` and `labels`.
         num_shown: number of images to show, selected from `images` by their predictions (`select_images`); requires
@@ -220,9 +220,9 @@ def check_sampled_maps(model: Any, batches: "InspectionBatches", on_progress: Pr
 def select_images(outputs: Any, config: Any, num_selected: int) -> dict[int, str | None]:
     """Return the indices of the most instructive images, with the kind of each image.
 
-    Up to half of the selected images have the most confident wrong predictions, or more if there are too few other
-    images. About a quarter have the least confident correct or unlabeled predictions. The remaining images are evenly
-    spaced. For an encoder, all selected images are evenly spaced and have no kind.
+    Up to half of the selected images, or more if there are too few other images, have the most confident wrong
+    predictions. About a quarter have the least confident correct or unlabeled predictions. The remaining images are
+    evenly spaced. For an encoder, all selected images are evenly spaced and have no kind.
     """
     if not isinstance(outputs, Predictions):
         return dict.fromkeys(select_evenly_spaced(range(len(outputs)), num_selected))
@@ -242,7 +242,7 @@ def select_images(outputs: Any, config: Any, num_selected: int) -> dict[int, str
 
 
 def compute_confidences(logits: torch.Tensor, config: Any) -> torch.Tensor:
-    """Return the probability [images] of each prediction from the logits [images, labels] of all tasks. For a
+    """Compute the probability [images] of each prediction from the logits [images, labels] of all tasks. For a
     multi-task or multi-label model, the probability is the minimum over tasks or labels."""
     if is_multi_label(config):
         probabilities = logits.sigmoid()

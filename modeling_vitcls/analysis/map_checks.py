@@ -53,7 +53,7 @@ class MapCheck:
 
     @property
     def is_faithful(self) -> bool:
-        """Return whether the map is significantly better than a random order, and depends on the weights."""
+        """Return whether the map is significantly better than a random order and depends on the weights."""
         return self.p_value <= MAX_P_VALUE and self.weight_correlation <= MAX_CORRELATION
 
     def describe(self, name: str) -> str:
@@ -67,9 +67,10 @@ class MapCheck:
             verdict = "depends little on the weights of the model"
         return (
             f"{name.capitalize()} {verdict} ({self.num_images} images). The area under the deletion curve is "
-            f"{areas[0]:.2f} (random order {areas[1]:.2f}, lower is better), and the area under the insertion curve "
-            f"is {areas[2]:.2f} (random order {areas[3]:.2f}, higher is better; p = {self.p_value:.2g} for both "
-            f"curves). The rank correlation with the map for shuffled weights is {self.weight_correlation:.2f}."
+            f"{areas[0]:.2f} ({areas[1]:.2f} for a random order; lower is better), and the area under the insertion "
+            f"curve is {areas[2]:.2f} ({areas[3]:.2f} for a random order; higher is better; p = {self.p_value:.2g} "
+            "for both curves). The rank correlation between this map and the map for shuffled weights is "
+            f"{self.weight_correlation:.2f}."
         )
 
 

@@ -81,7 +81,7 @@ def get_used_token_mask(config: ViTCLSConfig, has_head: bool = True) -> list[boo
 
 
 def count_used_layers(config: ViTCLSConfig, has_head: bool) -> list[int]:
-    """Return the number of layers whose output is used, for each special token and then for the patches.
+    """Return, for each special token and then for the patches, the number of layers whose output is used.
     The last layer is counted only if the head uses the token. The attention of a token is used in the same layers."""
     return [config.num_hidden_layers - (not is_used) for is_used in get_used_token_mask(config, has_head)]
 
@@ -199,7 +199,7 @@ PAD_ROUNDINGS: dict[str, Callable[[float], int]] = {"torchvision": math.trunc, "
 COLORMAP = "inferno"  # perceptually uniform, colorblind-friendly colormap
 IMAGE_BRIGHTNESS = 0.75  # brightness of the image under the map, as a factor
 HIDDEN_BRIGHTNESS = 0.35  # brightness of the image outside the visible region, as a factor
-MIN_SCALE = 3.0  # minimum value of the brightest color, as a multiple of the mean of the map
+MIN_SCALE = 3.0  # lower limit of the value drawn in the brightest color, as a multiple of the mean of the map
 
 
 def overlay(

@@ -1,6 +1,6 @@
 """Outputs of a model for many images: `Predictions` of a classifier, or `Features` of any other model.
 
-All files of the analysis determine predictions with `get_predicted_labels`.
+All files in this folder determine predictions with `get_predicted_labels`.
 """
 
 import math
@@ -22,7 +22,7 @@ from .model_utils import evaluation_mode, get_classifier_or_encoder, is_classifi
 # (see `Predictions`), or [B] if A is 1. Each call returns the same batches.
 Batches = Callable[[], Iterable[tuple[torch.Tensor, torch.Tensor | None]]]
 
-MIN_IMAGES = 16  # minimum number of images to judge an effect
+MIN_IMAGES = 16  # minimum number of images required to judge an effect
 NUM_NEIGHBORS = 5  # number of nearest neighbors for the comparison of features
 
 
@@ -82,8 +82,9 @@ class Features:
         return Features({name: [rows[index].clone() for index in indices] for name, rows in self.vectors.items()})
 
     def find_neighbors(self) -> list[set[int]] | None:
-        """Return the indices of the NUM_NEIGHBORS most similar other images for each image, or None for fewer than
-        MIN_IMAGES images. Images are compared by their CLS tokens or, without CLS tokens, by pooled features."""
+        """Return the indices of the NUM_NEIGHBORS most similar other images for each image, or None if there are
+        fewer than MIN_IMAGES images. Images are compared by their CLS tokens or, without CLS tokens, by pooled
+        features."""
         if len(self) < MIN_IMAGES:
             return None
         rows = torch.stack([row.flatten() for row in self.vectors.get("cls", self.vectors["pooled"])]).numpy()

@@ -98,10 +98,11 @@ def compare_patch_sizes(
         batch_size: maximum number of images per forward pass.
 
     Returns:
-        One row per patch size, the smallest patch size first.
+        One row per patch size, in ascending order.
 
     Raises:
-        ValueError: if a patch size does not divide the image size, images differ in size, or there are no images.
+        ValueError: if a patch size does not divide the image size, if the processed images differ in size, or if
+            there are no images.
     """
     model = unwrap_model(model)
     pixels = prepare_pixel_values(processor, images)  # [images, C, H, W]
@@ -139,7 +140,7 @@ def describe_patch_sizes(rows: Sequence[PatchSizeRow]) -> list[str]:
 def resolve_patch_sizes(
     patch_sizes: Sequence[int], image_size: tuple[int, int], native_size: PatchSize
 ) -> list[PatchSize]:
-    """Return the requested patch sizes and the model's own patch size, the smallest first. Raise ValueError if a size
+    """Return the requested patch sizes and the model's own patch size in ascending order. Raise ValueError if a size
     does not divide the height and width of the images."""
     common_divisor = math.gcd(*image_size)
     for size in patch_sizes:
@@ -172,7 +173,8 @@ def build_candidate(model: Any, size: PatchSize, image_size: tuple[int, int]) ->
 
 
 def prepare_pixel_values(processor: Any, images: Sequence[Image.Image]) -> torch.Tensor:
-    """Return the pixel values [images, C, H, W]. Raise ValueError if there are no images, or image sizes differ."""
+    """Return the pixel values [images, C, H, W]. Raise ValueError if there are no images or if the image sizes
+    differ."""
     pixel_values = [processor(images[index], return_tensors="pt")["pixel_values"][0] for index in range(len(images))]
     shapes = {pixels.shape for pixels in pixel_values}
     if not shapes:
@@ -181,8 +183,8 @@ def prepare_pixel_values(processor: Any, images: Sequence[Image.Image]) -> torch
         )
     if len(shapes) > 1:
         raise ValueError(
-            "A comparison of patch sizes requires images of one size, but the image processor returns several sizes. "
-            "Set an exact size or do_center_crop in the image processor."
+            "A comparison of patch sizes requires images of one size, but the image processor returns images of "
+            "several sizes. Set an exact size or do_center_crop in the image processor."
         )
     return torch.stack(pixel_values)
 
@@ -195,7 +197,7 @@ def measure_candidates(candidates: list[Candidate], batches: Sequence[torch.Tens
     """Run all candidates on each batch [B, C, H, W] in turn, so that other load on the machine affects all candidates.
     If there are fewer than MIN_TIMED_BATCHES batches, the batches are repeated, but only for time measurements."""
     device = candidates[0].model.device
-    for step in range(-1, max(len(batches), MIN_TIMED_BATCHES)):  # step -1 is a warmup
+    for step in range(-1, max(len(batches), MIN_TIMED_BATCHES)):  # step -1 is a warm-up
         batch = batches[step % len(batches)].to(device)
         for candidate in candidates:
             synchronize(device)
@@ -209,8 +211,8 @@ def measure_candidates(candidates: list[Candidate], batches: Sequence[torch.Tens
 
 
 def count_flops(model: Any, image_size: tuple[int, int]) -> tuple[float, float]:
-    """Return the number of floating-point operations for one image, in total and for attention maps, counted with
-    eager attention on a copy of the model on the meta device."""
+    """Return the total number of floating-point operations for one image, and the number for attention maps. They are
+    counted with eager attention on a copy of the model on the meta device."""
     config = copy.deepcopy(model.config)
     with torch.device("meta"):
         meta_model = model.new_like(config).eval()
@@ -274,8 +276,8 @@ def describe_patch_size_problems(grid: tuple[int, int], attention_share: float) 
 
 
 def recommend_patch_size(rows: Sequence[PatchSizeRow]) -> list[str]:
-    """Recommend the cheapest patch size within ACCURACY_TOLERANCE of the best accuracy. Return an empty list if fewer
-    than two accuracies are known."""
+    """Recommend the cheapest patch size whose accuracy is within ACCURACY_TOLERANCE of the best accuracy. Return an
+    empty list if fewer than two accuracies are known."""
     candidates = [(row.accuracy, row) for row in rows if row.accuracy is not None]
     if len(candidates) < 2:
         return []
@@ -284,14 +286,15 @@ def recommend_patch_size(rows: Sequence[PatchSizeRow]) -> list[str]:
     cheapest_row = min(accurate_rows, key=lambda row: row.gflops)
     suffix = " (the model's own)" if cheapest_row.is_native else ""
     text = (
-        f"Recommended: {format_patch_size(cheapest_row.patch_size)}{suffix}, the cheapest patch size within 1 "
-        f"percentage point of the best accuracy on {cheapest_row.num_images:,} images"
+        f"Recommended: {format_patch_size(cheapest_row.patch_size)}{suffix}, the cheapest patch size whose "
+        f"accuracy on {cheapest_row.num_images:,} images is within 1 percentage point of the best accuracy"
     )
     if cheapest_row is best_row:
         return [f"{text} ({best_accuracy * 100:.1f}%, at this size)."]
+    cheapest_size, best_size = map(format_patch_size, (cheapest_row.patch_size, best_row.patch_size))
     return [
-        f"{text} ({best_accuracy * 100:.1f}%, with patches of {format_patch_size(best_row.patch_size)}), at "
-        f"{format_ratio(cheapest_row.gflops, best_row.gflops)} the compute of that size."
+        f"{text} ({best_accuracy * 100:.1f}%, with patch size {best_size}). Patch size {cheapest_size} requires "
+        f"{format_ratio(cheapest_row.gflops, best_row.gflops)} the compute of patch size {best_size}."
     ]
 
 
@@ -309,7 +312,7 @@ def describe_row(row: PatchSizeRow, native_row: PatchSizeRow) -> str:
         f"{format_ratio(row.milliseconds, native_row.milliseconds)} the time"
     )
     if row.accuracy is not None and native_row.accuracy is not None:
-        text += f", accuracy {native_row.accuracy * 100:.1f} → {row.accuracy * 100:.1f}% before any fine-tuning"
+        text += f", accuracy {row.accuracy:.1%} instead of {native_row.accuracy:.1%} before any fine-tuning"
     elif row.agreement is not None:
         text += f", the same predictions for {row.agreement * 100:.1f}% of the images before any fine-tuning"
     return text

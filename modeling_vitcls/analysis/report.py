@@ -13,7 +13,7 @@
     report_maps.js     draws maps over images
     report_charts.js   draws curves, histograms and similarities
 
-The page does not load any other files, and follows the browser's light or dark color scheme.
+The page does not load any other files and follows the browser's light or dark color scheme.
 """
 
 import json
@@ -99,7 +99,7 @@ def write_page(file: str | Path, inspection: Inspection, title: str | None = Non
 
     Args:
         file: path of the HTML file.
-        title: name of the model. Default: name of the folder, or Hub id, that the model was loaded from.
+        title: name of the model. Default: name of the folder or Hub id that the model was loaded from.
         source: description of the images.
 
     Raises:

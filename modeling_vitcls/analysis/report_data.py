@@ -2,7 +2,7 @@
 (`build_json_values`).
 
 A map is stored as one byte per patch, which encodes the square root of (value / maximum of the map). This encoding
-keeps a page with thousands of maps small, and is precise for weak attention.
+keeps a page with thousands of maps small and is precise for weak attention.
 """
 
 import base64
@@ -29,8 +29,9 @@ from .patch_features import NUM_COMPONENTS, compress_patch_features, compute_pat
 from .token_statistics import Findings
 
 
-# Maximum total size, in bytes, of the per-head attention maps and of the compressed patch features, before base64
-# encoding (which adds a third). Maps and features of images beyond these limits are omitted.
+# Maximum total sizes, in bytes, of the per-head attention maps and of the compressed patch features, before base64
+# encoding (which adds a third). The maps or features of the last images are omitted if those of all images would
+# exceed the limit.
 MAX_MAP_BYTES, MAX_FEATURE_BYTES = 11 * 2**20, 6 * 2**20
 MAX_IMAGE_SIDE = 640  # maximum length of the longer side of an image in the page, in pixels
 MAX_PNG_SIDE = 96  # maximum length of the longer side of an image that is stored as PNG, in pixels
@@ -134,7 +135,7 @@ def build_image_data(report: ImageReport, has_head_maps: bool) -> dict[str, Any]
 
 
 def encode_data_url(image: Image.Image) -> str:
-    """Return an image as a data URL. Larger images are scaled down to MAX_IMAGE_SIDE."""
+    """Return an image as a data URL. An image larger than MAX_IMAGE_SIDE is scaled down."""
     thumbnail, buffer = image.copy(), io.BytesIO()
     thumbnail.thumbnail((MAX_IMAGE_SIDE, MAX_IMAGE_SIDE))
     file_type = "png" if max(thumbnail.size) <= MAX_PNG_SIDE else "jpeg"
@@ -261,8 +262,8 @@ def build_statements(verdicts: list[Verdict]) -> list[dict[str, Any]]:
 
     `effect` is the effect of replacing the token with its mean: the logit change in standard deviations over images,
     or the largest cosine distance between the features of an encoder before and after the replacement. `interval` is
-    the 95% confidence interval of the effect. `null` contains the smallest effect and the largest limit of the null
-    distributions. "information" and "presence" each contain all values of one of the two ablations.
+    the 95% confidence interval of the effect. `null` contains the smallest effect in the null distributions and the
+    largest of their limits. "information" and "presence" contain all values of the respective ablation.
     """
     return [
         {

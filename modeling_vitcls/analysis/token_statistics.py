@@ -39,8 +39,8 @@ class Findings:
             special token may attend to. The values differ from `uniform` for CLS tokens that are restricted to a
             region (`config.cls_scopes`).
         entropy: [L, H, S], entropy of the attention of each special token, in nats.
-        spread: [L, H, S], attention-weighted mean distance in pixels between the patches and the center of mass of the
-            attention of a special token.
+        spread: [L, H, S], attention-weighted mean distance in pixels between the patches and the center of mass of a
+            special token's attention.
         patch_distance: [L, H], attention-weighted mean distance in pixels between two patches (mean attention
             distance, Dosovitskiy et al. 2020, section 4.5).
         attention_fractions: [L, H, S, 4], fraction of attention to CLS, distillation, register and patch tokens.
@@ -49,7 +49,7 @@ class Findings:
         state_distance: [L + 1, S, S], root mean square distance between the states of two special tokens for the same
             image. Unlike the cosine similarity, the distance shows differences even if one channel is very large in
             all tokens.
-        across_layers: [S, L + 1, L + 1], cosine similarity between the states of a special token after two layers.
+        across_layers: [S, L + 1, L + 1], cosine similarity between every two states of a special token.
         to_patches: [L + 1, S], cosine similarity between the state of a special token and the mean patch state.
         variation: [L + 1, S], variation between images: root mean square distance between the state of a token and the
             mean state over images, divided by the norm of the mean state.

@@ -3,9 +3,9 @@
     comparison.py       paired speed measurements, output comparisons and peak memory measurements
     peers.py            forward passes and training steps, compared with those of the timm and transformers ViTs
     growth.py           forward passes by image size, patch size, number of tokens and batch size, with a figure
-    own_features.py     models from this package with and without a feature: merged patches, attention, linear probes
+    own_features.py     comparisons within this package: merged and dropped patches, attention maps, linear probes
     image_files.py      processing of JPEG files into pixel values and into predicted labels
-    training_runs.py    training with data loading, each program in a separate process
+    training_runs.py    training runs including data loading, each program in a separate process
     work.py             table of the workloads for `vitcls benchmark --work`
     tables.py           tables, JSON and Markdown files
 

@@ -1,8 +1,9 @@
-"""Paired speed measurements of this package and a baseline, output comparisons and peak memory measurements.
+"""Output comparisons, peak memory measurements, and paired speed measurements of this package and a baseline.
 
 The baseline is code from another project, or a model from this package without a feature. This package and the
 baseline are measured alternately, because the machine load and clock rates vary. Each measurement of this package is
-compared with the neighboring measurement of the baseline. Nothing is measured if the outputs differ.
+compared with the neighboring measurement of the baseline. Nothing is measured if the outputs differ by more than
+a limit.
 
 CPU memory is the peak growth in the memory of a process, read from /proc (Linux only). GPU memory is the peak growth
 in the memory allocated by PyTorch.
@@ -55,7 +56,7 @@ class BenchmarkSettings:
 class Comparison:
     """Result of the comparison in one row of the benchmark report."""
 
-    workload: str  # name in the reports
+    workload: str  # name of the workload in the reports
     name: str  # name of the row
     against: str  # name of the baseline
     ours: list[float]  # images per second of this package in each pair
@@ -188,7 +189,7 @@ def check_difference(difference: float, limit: float, name: str, compared_values
     if not difference <= limit:
         raise ValueError(
             f"{name}: {compared_values} differ by {difference:.2g}, more than {limit:.2g}. "
-            "Speed is compared only if the outputs are equal."
+            "Speed is compared only if the results agree."
         )
     return difference
 

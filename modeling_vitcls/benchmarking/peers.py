@@ -3,7 +3,7 @@
     python -m modeling_vitcls.benchmarking.peers "fp32, batch 16" timm [--theirs]    peak memory of a step in bytes
 
 This package's model and the peer's model have the same random weights. A training step consists of a forward pass, a
-backward pass and an AdamW update. training_runs.py compares training with data loading.
+backward pass and an AdamW update. training_runs.py measures complete training runs, including data loading.
 """
 
 import copy

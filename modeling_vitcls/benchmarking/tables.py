@@ -40,7 +40,7 @@ def describe_machine(comparisons: list[Comparison]) -> str:
 
 
 def compute_lowest_ratios(comparisons: list[Comparison]) -> dict[tuple[str, str], float]:
-    """Return the median ratio to the fastest peer for each row (workload, name) with several peers."""
+    """Return the median speed ratio to the fastest peer for each row (workload, name) with several peers."""
     ratios: dict[tuple[str, str], list[float]] = {}
     for comparison in comparisons:
         _, ratio, _ = compute_quartiles(comparison.ratios)

@@ -7,7 +7,7 @@
 
 Each pair of measurements runs this package and the other project, one after the other. The result is the median speed
 ratio of all pairs, because the load of the machine affects both measurements of a pair. Speed is measured only if the
-outputs are equal. The benchmarks are implemented in modeling_vitcls/benchmarking/.
+outputs agree. The benchmarks are implemented in modeling_vitcls/benchmarking/.
 """
 
 import os
@@ -30,18 +30,18 @@ class BenchmarkOptions:
         ...,
     ]
     """Workloads. inference: forward passes. growth: time and memory of a forward pass by image size, patch size,
-    tokens and batch size. step: time and memory of training steps without data loading. inexact: merged and dropped
-    patches, compared with the plain model. pixels: from a JPEG file to pixel_values. prediction: from a JPEG file to a
-    label. probe: a linear probe with and without cached features. training: `vitcls finetune`, compared with
-    transformers' Trainer. attention: time and memory of computing token attention, rollout and attribution, compared
-    with a plain forward pass."""
+    number of tokens and batch size. step: time and memory of training steps without data loading. inexact: merged and
+    dropped patches, compared with the plain model. pixels: from a JPEG file to pixel_values. prediction: from a JPEG
+    file to a label. probe: a linear probe with and without cached features. training: `vitcls finetune`, compared with
+    transformers' Trainer. attention: time and memory of computing token attention, rollout, attribution and token
+    statistics, compared with those of a plain forward pass."""
     against: tuple[Literal["transformers", "timm", "plain"], ...] = ("transformers", "timm")
     """Peers for --work inference, growth and step: the ViT of another project, or `plain`, a vitcls model without CPU
     kernels."""
     rows: tuple[str, ...] = ()
     """Names of the table rows to measure. Default: all rows of --work."""
     pairs: int = 9
-    """Number of timed pairs of measurements. Each pair measures this package and the peer once."""
+    """Number of pairs of measurements. Each pair measures this package and the peer once."""
     output: Path | None = None
     """JSON file for the results."""
     markdown: Path | None = None

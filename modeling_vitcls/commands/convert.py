@@ -28,7 +28,8 @@ class ConvertOptions:
     output: Path
     """Output folder, which must be empty or must not exist."""
     source: str | None = None
-    """timm:NAME, transformers:PATH_OR_ID or a state-dict file. An id may end with @REVISION (commit, branch, tag)."""
+    """timm:NAME, transformers:PATH_OR_ID or a state-dict file. An id may end with @REVISION (commit, branch or
+    tag)."""
     to: Literal["vitcls", "transformers"] = "vitcls"
     """Convert --source to a vitcls model, or --model to a transformers model, which requires no remote code."""
     model: str | None = None
@@ -53,10 +54,10 @@ def check_options(options: ConvertOptions) -> None:
     """Exit with status 2 if a flag has an invalid value or if flags contradict each other."""
     if options.to == "transformers":
         if options.model is None or options.source is not None:
-            exit_with_message("error: --to transformers requires --model, and does not support --source")
+            exit_with_message("error: --to transformers requires --model and does not support --source")
         return
     if options.model is not None or options.source is None:
-        exit_with_message("error: --to vitcls requires --source, and does not support --model")
+        exit_with_message("error: --to vitcls requires --source and does not support --model")
     if Path(options.source, "config.json").is_file() and is_vitcls_folder(Path(options.source)):
         exit_with_message(
             f"error: {options.source} is already a ViTCLS model. To convert the model to transformers, set --to "
@@ -133,12 +134,14 @@ def format_notes(report: "ParityReport") -> list[str]:
     """Format all fields of the parity report except the differences, one per line."""
     preprocessing = report.preprocessing
     if preprocessing["assumed_because"]:
-        processor_note = f"Image processor: assumed settings, because {preprocessing['assumed_because']}. Check them"
+        processor_note = (
+            f"Image processor: the settings are assumed, because {preprocessing['assumed_because']}. Check them"
+        )
     else:
         difference = preprocessing["largest_difference_in_grey_levels"]
         processor_note = (
-            f"Image processor: from {preprocessing['origin']}, largest difference {difference:.2g} gray levels "
-            "(0 to 255)"
+            f"Image processor: settings of {preprocessing['origin']}; pixel values differ by at most "
+            f"{difference:.2g} gray levels (0 to 255)"
         )
     return [
         *([f"Not compared at a second image size: {report.not_compared}"] if report.not_compared else []),
@@ -146,6 +149,6 @@ def format_notes(report: "ParityReport") -> list[str]:
         f"Classifier: {report.classifier}. Maximum allowed difference: {report.limit:g}",
         processor_note,
         "Versions: " + ", ".join(f"{name} {version}" for name, version in report.versions.items()),
-        *([f"SHA-256 of the source, {report.family}: {report.source_sha256}"] if report.source_sha256 else []),
+        *([f"SHA-256 of the source ({report.family}): {report.source_sha256}"] if report.source_sha256 else []),
         *(f"SHA-256 of {file}: {digest}" for file, digest in report.sha256.items()),
     ]

@@ -1,4 +1,4 @@
-"""`vitcls study`: compare settings in a grid of fine-tuning runs over factors and seeds.
+"""`vitcls study`: compare settings by fine-tuning with each combination of settings and seeds.
 
     vitcls study --config scripts/recipes/study_digits.yaml --output-dir runs/study --jobs 2
 
@@ -15,7 +15,7 @@ from .parsing import exit_with_message, find_recipe
 
 @dataclass(frozen=True)
 class StudyOptions:
-    """Compare settings in a grid of fine-tuning runs over factors and seeds, and write a page of tables and
+    """Compare settings by fine-tuning with each combination of settings and seeds, and write a page of tables and
     plots."""
 
     config: Path

@@ -58,7 +58,7 @@ def convert_checkpoint(
         classifier: "keep" keeps the classifier of the source, "new" creates a new classifier, and "drop" removes the
             classifier.
         num_labels: Number of labels of a new classifier.
-        draw_images: Function that draws the images of the card, such as `analysis.card_images.write_card_images`. The
+        draw_images: Function that draws the card's images, such as `analysis.card_images.write_card_images`. The
             function receives the folder, the model, the image processor and an empty dict, and returns a dict that
             maps image names to paths relative to the folder. Default: no images.
         family: Family of a state-dict file. By default, the family is detected from the file.

@@ -1,7 +1,7 @@
-"""Convert weights between other projects and this package with tables of rules.
+"""Use tables of rules to convert weights between other projects and this package.
 
 Each family of checkpoints has a table of rules and a function that builds a `ViTCLSConfig`. The rules map parameter
-names of the family to parameter names of this package. This file applies the rules of any family, and builds the model
+names of the family to parameter names of this package. This file applies the rules of any family and builds the model
 with the classifier of the source, with a new classifier or without a classifier.
 
     rules = [
@@ -146,7 +146,7 @@ def revert_weights(weights: Weights, rules: Sequence[Rule], reference: Weights) 
             concatenated_weight = torch.cat([weights[target] for target in used_targets], dim=rule.axis)
             reverted_weights[name] = concatenated_weight.reshape(reference_weight.shape)
     if unused_names := sorted(weights.keys() - used_names):
-        raise ConversionError(f"the target model has no counterpart of these weights: {join_names(unused_names)}")
+        raise ConversionError(f"the target model has no counterparts of these weights: {join_names(unused_names)}")
     return reverted_weights
 
 
@@ -172,7 +172,7 @@ def build_model(
     """Build a model in eval mode from converted weights, with the dtype and device of these weights.
 
     Args:
-        weights: Encoder weights with the names of `ViTCLSModel`, and classifier weights.
+        weights: Encoder weights, named as in `ViTCLSModel`, and classifier weights.
         classifier: "keep", "new", or "drop" to return a `ViTCLSModel`. "keep" creates a new classifier if the source
             has no classifier and `num_labels` is set.
         num_labels: Number of labels of a new classifier.
@@ -231,7 +231,7 @@ def should_create_classifier(classifier: str, num_labels: int | None, num_source
 
 
 def load_converted_weights(model: ViTCLSPreTrainedModel, weights: Weights) -> ViTCLSPreTrainedModel:
-    """Load converted weights into a model, and return the model in eval mode."""
+    """Load converted weights into a model and return the model in eval mode."""
     shapes, expected_shapes = (
         {name: list(weight.shape) for name, weight in state_dict.items()}
         for state_dict in (weights, model.state_dict())

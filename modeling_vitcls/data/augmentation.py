@@ -56,7 +56,7 @@ class Augmentation:
 def build_augmentation(
     options: AugmentationOptions, height_width: tuple[int, int], interpolation: InterpolationMode
 ) -> Augmentation:
-    """Build the augmentation for output images of the size `height_width`."""
+    """Build the augmentation for output images of size `height_width`."""
     fixed_transform: nn.Module = nn.Identity()
     transforms: list[nn.Module] = []
     assert options.crop_scale is not None
@@ -86,7 +86,7 @@ class Erasing(nn.Module):
         self.erase = v2.RandomErasing(probability, value="random")
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Erase a random rectangle of an image [C, H, W] `uint8`, and return an image of the same shape and dtype."""
+        """Erase a random rectangle of an image [C, H, W] `uint8` and return an image of the same shape and dtype."""
         erased_pixels = self.erase((pixels.float() - self.NOISE_MEAN) / self.NOISE_STD)
         return (erased_pixels * self.NOISE_STD + self.NOISE_MEAN).round().clamp(0, 255).to(torch.uint8)
 
@@ -161,7 +161,7 @@ class MaskGenerator:
         self.num_masked = round(options.mask_ratio * rows * columns)
         if not 0 < self.num_masked < rows * columns:
             raise ValueError(
-                f"pre-training requires masked and visible patches, but --mask-ratio {options.mask_ratio} masks "
+                f"pre-training requires both masked and visible patches, but --mask-ratio {options.mask_ratio} masks "
                 f"{self.num_masked} of the {rows} x {columns} patches. Set a different --mask-ratio or a smaller "
                 "--patch-size"
             )

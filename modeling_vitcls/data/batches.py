@@ -45,7 +45,7 @@ class BatchBuilder:
     num_channels: int | None = None  # number of channels that the model requires; None: not checked
 
     def prepare_image(self, image: Any) -> torch.Tensor:
-        """Convert a PIL image to `uint8` pixels [C, H, W], and apply the fixed transform of the augmentation. Raise
+        """Convert a PIL image to `uint8` pixels [C, H, W] and apply the fixed transform of the augmentation. Raise
         UnreadableImage if the mode or the number of channels is not supported."""
         try:
             pixels = pil_to_tensor(image, self.to_rgb)
@@ -86,7 +86,7 @@ def collate_labels(labels: list[Any]) -> Any:
 
 
 class TrainingImages:
-    """Dataset of augmented training images. An item is a batch, indexed by a list of (epoch, image index) pairs.
+    """Dataset of augmented training images. Each item is a batch; its index is a list of (epoch, image index) pairs.
 
     An unreadable image is replaced with the next readable image.
     """

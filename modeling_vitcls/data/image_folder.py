@@ -78,7 +78,7 @@ def scan_folder(path: Path) -> ImageFolder:
 
 
 def list_files(root: Path, folder: str, parent_paths: tuple[str, ...] = ()) -> Iterator[str]:
-    """Yield the paths, relative to `root`, of the files in `root`/`folder` and its subfolders, sorted within each
+    """Yield the paths of the files in `root`/`folder` and its subfolders, relative to `root` and sorted within each
     folder. Symbolic links that form a cycle are not followed."""
     real_path = os.path.realpath(root / folder)
     if real_path in parent_paths:
@@ -114,13 +114,13 @@ def make_printable(name: str) -> str:
 
 
 def read_image_folder(folder: ImageFolder, use_labels: bool) -> Any:
-    """Return a `datasets.DatasetDict` of the splits, and add notes about unused files to `folder.notes`.
+    """Return a `datasets.DatasetDict` of the splits and add notes about unused files to `folder.notes`.
 
     If there are metadata files, the columns are `image` and the columns of the metadata files except `file_name`.
     Otherwise, the columns are `image` and, if labels are used, `label`. Without labels, images at any depth are
     included.
 
-    Raise ValueError if labels are used, but there are neither class folders nor metadata files, or if the split
+    Raise ValueError if labels are used but there are neither class folders nor metadata files, or if the split
     folders are ambiguous.
     """
     import datasets
@@ -320,7 +320,7 @@ def read_metadata_file(folder: ImageFolder, file: str) -> tuple["pyarrow.Table",
         images = [str(image) for image in table.column("file_name").to_pylist()]
     except (OSError, ValueError, KeyError) as error:  # includes pandas and Arrow errors
         raise ValueError(
-            f"cannot read {path}: {format_error(error)}. The file requires a column `file_name` with image paths "
+            f"cannot read {path}: {format_error(error)}. The file must have a column `file_name` with image paths "
             "relative to the folder of the file"
         ) from error
     for image in images:

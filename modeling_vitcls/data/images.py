@@ -6,7 +6,7 @@
     EncodedImages  encoded images in memory (from streamed datasets)
     ImageSubset    a subset of another sequence
 
-Each sequence returns PIL images, and raises `UnreadableImage` for unreadable images. Three methods do not decode
+Each sequence returns PIL images and raises `UnreadableImage` for unreadable images. Three methods do not decode
 images:
 
     get_names()    the path of each image within the dataset, or a checksum; "" if an image has neither
@@ -188,7 +188,7 @@ class ColumnImages(EncodedSequence):
 
 
 def compute_encoded_image_key(encoded_image: dict[str, Any], folder: Path) -> int:
-    """Return the key of an encoded image: a checksum of the bytes or, without bytes, of the path within `folder`."""
+    """Return the key of an encoded image: a checksum of its bytes or, if it has none, of its path within `folder`."""
     if encoded_image["bytes"] is not None:
         return compute_image_key(encoded_image["bytes"])
     return compute_image_key(get_relative_path(encoded_image["path"] or "", folder).encode())

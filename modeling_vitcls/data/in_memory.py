@@ -29,13 +29,13 @@ DATASETS: dict[str, Any] = {}  # `DatasetDict` by name
 
 
 def add_dataset(data: Any) -> str:
-    """Store a dataset in `DATASETS`, and return its name. Raise ValueError if the dataset is empty or an item is not
+    """Store a dataset in `DATASETS` and return its name. Raise ValueError if the dataset is empty or an item is not
     an (image, label) pair, and TypeError if the type of the dataset is not supported."""
     import datasets
 
     if isinstance(data, datasets.IterableDataset | datasets.IterableDatasetDict):
         raise TypeError(
-            "datasets.IterableDataset is not supported. Pass the name of the dataset, and set streaming=True"
+            "datasets.IterableDataset is not supported. Pass the name of the dataset and set streaming=True"
         )
     data_by_split = data if isinstance(data, Mapping) else {"train": data}
     if not data_by_split:

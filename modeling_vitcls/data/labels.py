@@ -221,8 +221,8 @@ def split_labels(value: Any, separator: str | None, row_name: str) -> list[Any]:
 
 
 def normalize_value(value: Any) -> Any:
-    """Return a label as text or integer, or None for a missing label. Integers in a column with missing values are
-    read as floats."""
+    """Return a label as text or as an integer, or None for a missing label. Whole floats become integers, because
+    the integers in a column with missing values are read as floats."""
     if value == "" or (isinstance(value, float) and math.isnan(value)):
         return None
     return int(value) if isinstance(value, float) and value.is_integer() else value

@@ -48,7 +48,7 @@ IDX_CLASSES = {
 
 logger = logging.getLogger(__name__)
 
-SplitSelector = Callable[[list[str]], Collection[str]]  # function that selects the splits to read by name
+SplitSelector = Callable[[list[str]], Collection[str]]  # names of all splits -> names of the splits to read
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def read_idx(file: Path, num_dimensions: int) -> np.ndarray:
 
 
 def load_with_datasets(options: DataOptions, use_labels: bool, select: SplitSelector) -> Splits:
-    """Load the splits of a folder, a file or a dataset on the Hub with the `datasets` library."""
+    """Use the `datasets` library to load the splits of a folder, a file or a dataset on the Hub."""
     all_splits = open_splits(options, use_labels)
     datasets = {split: all_splits[split] for split in select(list(all_splits))}
     features = next(iter(datasets.values())).features
@@ -185,7 +185,7 @@ def load_with_datasets(options: DataOptions, use_labels: bool, select: SplitSele
 
 
 def drop_unlabeled_images(images: LabeledImages, options: DataOptions, split: str) -> LabeledImages:
-    """Return the labeled images, and log a warning about images without a label. Raise ValueError if no image has a
+    """Return the labeled images and log a warning about images without a label. Raise ValueError if no image has a
     label, or if more than --max-broken-images images have no label."""
     unlabeled_indices = [index for index, label in enumerate(images.labels) if label == IGNORED_LABEL]
     if not unlabeled_indices:

@@ -203,9 +203,9 @@ def load_evaluation_data(
 
     If the dataset has a single split, `"train"` selects the images of this split that training uses. `"test"` selects
     the images that training holds out, unless the split itself is named "test". `record` is the held-out record of the
-    model. If `split` is None, the split is the recorded split, or "test". A recorded rule takes precedence over the
-    options. Raise ValueError if the split does not exist or cannot be evaluated, or if the options contradict
-    `record`.
+    model. If `split` is None, the recorded split is used or, if there is none, "test". A recorded rule takes
+    precedence over the options. Raise ValueError if the split does not exist or cannot be evaluated, or if the options
+    contradict `record`.
     """
 
     def select(names: list[str]) -> list[str]:
@@ -236,8 +236,8 @@ def load_evaluation_data(
 def choose_split(
     split: str | None, names: list[str], record: HeldOutRecord | None, options: DataOptions
 ) -> tuple[str, str]:
-    """Return the split to evaluate, by default the recorded split or "test", and the split of the dataset that
-    contains the images. Raise ValueError if there is no such split."""
+    """Return the split to evaluate and the split of the dataset that contains its images. The default is the recorded
+    split or, if there is none, "test". Raise ValueError if there is no such split."""
     if split is None:
         split = record.split if record is not None and record.split and record.split in names else "test"
     if split in names:

@@ -232,7 +232,7 @@ class TrainingStream:
         )
 
     def store_paths(self, examples: list[Example]) -> None:
-        """Store the image paths of examples, and remove the oldest paths if there are more than `MAX_STORED_PATHS`."""
+        """Store the image paths of examples and remove the oldest paths if there are more than `MAX_STORED_PATHS`."""
         self.paths |= {example.index: example.encoded_image["path"] or "" for example in examples}
         while len(self.paths) > MAX_STORED_PATHS:
             del self.paths[next(iter(self.paths))]
@@ -257,7 +257,7 @@ def build_training_dataset(
 
 
 def read_ahead(items: Iterator[Any], num_items: int) -> Iterator[Any]:
-    """Yield the items of an iterator, and read up to `num_items` items ahead in a separate thread."""
+    """Yield the items of an iterator and read up to `num_items` items ahead in a separate thread."""
     sentinel = object()
     pool = ThreadPoolExecutor(max_workers=1)
     try:

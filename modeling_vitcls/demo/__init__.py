@@ -6,6 +6,6 @@
     static.*     the page of a static Space, which runs the model in the browser (hub/static_space.py)
 
 The demo runs locally (`vitcls demo`) or in a Space, where this package is not installed. `PAGE_FILES` in
-hub/space.py lists the files that are copied to a Space. From this package, the files in this folder import only
-these files.
+hub/space.py lists the files that are copied to a Space. The files in this folder import no other files of this
+package.
 """

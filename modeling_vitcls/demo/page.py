@@ -1,9 +1,9 @@
-"""Demo page, built with gradio: the input is an image, the output is predictions and attention maps.
+"""Demo page, built with gradio: the input is an image; the outputs are predictions and attention maps.
 
     serve_demo("someone/model", revision)        # serves the page until the process is stopped
 
 The model runs once per image. If the user selects a different token, layer or head, only the maps are redrawn. The
-page loads no files from other hosts, such as fonts or analytics scripts.
+page loads no files, such as fonts or analytics scripts, from other hosts.
 """
 
 import os
@@ -99,7 +99,7 @@ def serve_demo(
 
 
 def launch_page(page: gr.Blocks, host: str | None = None, port: int | None = None) -> str:
-    """Serve the page in background threads, and return the URL of the page."""
+    """Serve the page in background threads and return the URL of the page."""
     color_stops = colormaps[COLORMAP]([index / (NUM_COLOR_STOPS - 1) for index in range(NUM_COLOR_STOPS)])
     _, address, _ = page.launch(
         server_name=host,
@@ -234,7 +234,7 @@ class AttentionView:
                 layer_gallery = build_gallery("All layers for this token and head", "layers")
                 gr.Markdown("All layers, each with its own scale. Click a map to enlarge it.")
                 rollout_gallery = build_gallery("Through all layers", "through")
-                gr.Markdown("Attention rollout of the token, and attribution of the prediction, through all layers.")
+                gr.Markdown("Through all layers: attention rollout of the token and attribution of the prediction.")
         self.inputs = [state, token_selector, layer_slider, head_selector]
         self.outputs = [map_image, caption, layer_gallery, rollout_gallery]
         for control in (token_selector, head_selector):

@@ -39,9 +39,9 @@ from ..token_names import get_token_names
 
 
 MODEL_TYPE = "vitcls"
-MAX_IMAGE_SIDE = 1024  # maximum length of the longer side of a displayed image in pixels
-MIN_IMAGE_SIDE = 384  # minimum length of the longer side of a displayed image in pixels
-THUMBNAIL_SIDE = 320  # maximum length of the longer side of a small map in pixels
+MAX_IMAGE_SIDE = 1024  # maximum length of the longer side of a displayed image, in pixels
+MIN_IMAGE_SIDE = 384  # minimum length of the longer side of a displayed image, in pixels
+THUMBNAIL_SIDE = 320  # maximum length of the longer side of a small map, in pixels
 
 EMPTY = torch.empty(0)
 Prediction = dict[str, float] | str  # label -> probability, or regression values as text

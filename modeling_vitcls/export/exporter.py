@@ -1,4 +1,4 @@
-"""Export a checkpoint, and compare the outputs of the exported file with the outputs of the model.
+"""Export a checkpoint and compare the outputs of the exported file with the outputs of the model.
 
     report = export_model("runs/mine", "onnx", Path("mine.onnx"))      # also writes mine.onnx.json
 
@@ -95,7 +95,7 @@ def export_model(
     """
     file_format = FORMATS[format_name]
     if output.suffix != file_format.suffix:
-        raise ValueError(f"--output must end with {file_format.suffix}, but it is {output}")
+        raise ValueError(f"--output {output}: the file name must end in {file_format.suffix}")
     check_files_do_not_exist(output, get_report_path(output))
     if missing_packages := [name for name in file_format.packages if find_spec(name) is None]:
         raise ValueError(

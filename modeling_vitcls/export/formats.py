@@ -1,4 +1,4 @@
-"""Write a graph to a file, and run the file in the runtime of its format.
+"""Write a graph to a file and run the file in the runtime of its format.
 
 torch     .pt2     torch.export.load, in a separate process that can import torch but not this package
 onnx      .onnx    onnxruntime; weights of more than 1.9 GB are written to a second file, FILE.data

@@ -20,7 +20,7 @@ from ..modeling_vitcls import ViTCLSPreTrainedModel
 from .exportable import INPUT_NAME, NamedOutputsModel
 
 
-# Minimum number of patch rows, patch columns and example images, because torch.export treats a size of 1 as constant.
+# Minimum number of patch rows, patch columns and example images; torch.export treats a size of 1 as constant.
 MIN_DYNAMIC_SIZE = 2
 
 

@@ -101,8 +101,8 @@ def export_for_transformers_js(
     is_classifier = isinstance(model, ViTCLSForImageClassification) and model.config.problem_type != "regression"
     if not is_classifier or processor is None:
         raise ValueError(
-            "--format transformers.js requires a classifier for one task (no regression) and its image processor, but "
-            f"{source} contains {type(model).__name__} {'without' if processor is None else 'with'} an image "
+            "--format transformers.js requires a classifier for one task (not regression) and its image processor, "
+            f"but {source} contains {type(model).__name__} {'without' if processor is None else 'with'} an image "
             "processor. Set a different --model"
         )
     preprocessor_config = build_preprocessor_config(processor)

@@ -6,7 +6,7 @@
     base = AutoModelForImageClassification.from_pretrained("someone/their-vit", num_labels=10, trust_remote_code=True)
     model = PeftModel.from_pretrained(base, "me/my-adapter")
 
-An adapter contains the LoRA matrices, and complete copies of the other modules with trained parameters: the
+An adapter contains the LoRA matrices and complete copies of the other modules with trained parameters: the
 classifiers, the pooler, the gates and the embeddings, which include the special tokens.
 """
 
@@ -41,7 +41,7 @@ def write_adapter(
     base_model: str,
     provenance: Provenance | None = None,
 ) -> None:
-    """Write the adapter of a model with LoRA layers, and the card of the adapter.
+    """Write the adapter of a model with LoRA layers and the card of the adapter.
 
     `state_dict` is the complete, unsharded state dict of a classifier with PEFT's LoRA layers. `base_model` is a Hub
     id or a folder, and `provenance` is the provenance of the base model.

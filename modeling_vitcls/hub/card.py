@@ -48,7 +48,7 @@ def build_card(
 ) -> ModelCard:
     """Build the card of a fine-tuned classifier.
 
-    `name` is the Hub id of the model or the name of its folder. `results` contains the contents of results.json,
+    `name` is the Hub id of the model or the name of its folder. `results` is the parsed results.json,
     and `flags` contains the flags of the run, as in config.resolved.yaml. `base_provenance` is the provenance of the
     model that training started from, or None for a preset. `images` maps image names to paths in the model folder, as
     returned by analysis/card_images.py.

@@ -76,8 +76,8 @@ def describe_limitations(results: dict[str, Any], config: ViTCLSConfig) -> list[
     calibration_error = results.get("calibration_error")
     if calibration_error is not None:
         sentences.append(
-            f"The predicted confidence differs from the accuracy by {format_percent(calibration_error)} on average "
-            "(calibration error)."
+            f"The predicted confidence differs from the accuracy by {100 * calibration_error:.2f} percentage points "
+            "on average (calibration error)."
         )
     return sentences
 

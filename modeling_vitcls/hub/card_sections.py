@@ -126,7 +126,7 @@ def insert_onnx_section(card_text: str, report: dict[str, Any]) -> str:
 PUSH_FLAGS = ("push_to_hub", "hub_")
 # Names or prefixes of the flags that are not part of the recipe: they start, resume or publish a run.
 NON_RECIPE_FLAGS = (*PUSH_FLAGS, "resume", "overwrite", "dry_run", "eval_", "license", "card_samples")
-# Flag -> label in the table, and value that has no effect.
+# Flag -> label in the table, and the value for which the hyperparameter is not listed, because it has no effect.
 HYPERPARAMETERS: dict[str, tuple[str, Any]] = {
     "learning_rate": ("Peak learning rate (cosine decay to 0)", None),
     "warmup": ("Warmup, fraction of the steps", 0.0),
@@ -184,7 +184,7 @@ def build_training_section(
 
 
 def list_hyperparameters(config: ViTCLSConfig, results: dict[str, Any], flags: dict[str, Any]) -> dict[str, str]:
-    """Return a dict that maps labels to values, for the hyperparameters that have an effect."""
+    """Return a dict that maps the label of each hyperparameter that has an effect to its value."""
     rows = {"Optimizer": "AdamW"}
     if "batch_size" in flags:
         num_images = flags["batch_size"] * flags.get("gradient_accumulation_steps", 1) * results["num_processes"]

@@ -104,7 +104,7 @@ class TimeoutClientFactory:
 
 @contextmanager
 def silence_transformers(hide_warnings: bool = True, hide_progress_bars: bool = True) -> Iterator[None]:
-    """Turn off transformers' warnings, for example about unused classifier weights, and its progress bars."""
+    """Turn off transformers' progress bars and warnings, for example about unused classifier weights."""
     verbosity, had_progress_bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     if hide_warnings:
         transformers_logging.set_verbosity_error()

@@ -5,11 +5,12 @@
     {"inputs": [IMAGE, IMAGE]}                       -> [[{"label": ...}, ...], [...]]
 
 An image is a PIL image, or the contents of an image file as bytes, base64 or a base64 data URL. http and https URLs
-are disabled by default, because users could make the endpoint send requests to any address. Set VITCLS_ENDPOINT_URLS=1
-to enable URLs. Local paths are never read. A multi-task model returns {task: [{"label": ...}, ...]} per image. An
-encoder returns the pooled features per image, or the last hidden state if the encoder has no pooler.
+are disabled by default, because they let users make the endpoint send requests to any address. Set
+VITCLS_ENDPOINT_URLS=1 to enable URLs. Local paths are never read. A multi-task model returns
+{task: [{"label": ...}, ...]} per image. An encoder returns the pooled features per image, or the last hidden state if
+the encoder has no pooler.
 
-This file uses the code in the repository, and does not import the package modeling_vitcls.
+This file uses the code in the repository and does not import the package modeling_vitcls.
 """
 
 import base64
@@ -104,7 +105,7 @@ def select_top_labels(logits: torch.Tensor, label_names: list[str], top_k: int, 
 
 
 def decode_source(source: Any) -> Any:
-    """Convert an image in a request to bytes, a PIL image or a URL, which the image processor accepts."""
+    """Convert an image in a request to a type that the image processor accepts: bytes, a PIL image or a URL."""
     if isinstance(source, PIL.Image.Image):
         return source
     if isinstance(source, str) and source.startswith(("http://", "https://")):

@@ -12,7 +12,7 @@
     offline         the cached files (HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE); an error if no files are cached
 
 Loading from the returned folder sends no requests. Without this module, transformers would retry for a minute if
-connections are refused, and for many minutes if the Hub does not respond.
+connections were refused, and for many minutes if the Hub did not respond.
 """
 
 import logging
@@ -53,7 +53,7 @@ from .connection import (
 CONFIG_FILE = "config.json"
 CONFIG_FILES = (CONFIG_FILE, "preprocessor_config.json")
 MODEL_FILE_PATTERNS = (*CONFIG_FILES, "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
-# Pickled weight files, which older models of other projects contain.
+# Pickled weight files, which older models from other projects contain.
 PICKLED_WEIGHTS_PATTERNS = ("pytorch_model.bin", "pytorch_model-*-of-*.bin", "pytorch_model.bin.index.json")
 
 TIMEOUT = 6.0  # maximum time without a response, in seconds
@@ -70,7 +70,7 @@ class HubUnreachableError(OSError):
 
 
 def get_model_folder(source: str, patterns: Sequence[str] = MODEL_FILE_PATTERNS, revision: str | None = None) -> str:
-    """Return the folder with a model's files: `source` itself, or a folder in the cache.
+    """Return the folder that contains a model's files: `source` itself, or a folder in the cache.
 
     `source` is a folder, or `namespace/name` on the Hub. The files whose names match `patterns` are downloaded.
     `revision` is a commit hash, branch or tag on the Hub (default: the newest commit of `main`).
@@ -91,7 +91,8 @@ def get_model_folder(source: str, patterns: Sequence[str] = MODEL_FILE_PATTERNS,
             return folder
         raise OSError(
             f"{problem}, and HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) is set. Run `hf download {source}` on a "
-            "machine with network access, copy its cache to this machine, and set HF_HOME to the copy"
+            "machine with network access, copy the cache of that machine to this machine, and set HF_HUB_CACHE to the "
+            "copy"
         )
     try:
         fetch_repo_info(source, revision=revision)
@@ -259,8 +260,8 @@ def describe_missing_repo(name: str, repo_type: RepoType = "model") -> str:
     if not is_hub_id(name):
         return f"{name} is not a {path_noun} and not a valid id of a {repo_type} on the Hub. Check the path"
     return (
-        f"{name} is not a {path_noun}, and the Hub has no such {repo_type}, or the {repo_type} is private and "
-        "the token cannot read it. Check the name, log in with `hf auth login`, or set HF_TOKEN"
+        f"{name} is not a {path_noun}, and the Hub has no such {repo_type} (or the {repo_type} is private and "
+        "the token cannot read it). Check the name, log in with `hf auth login`, or set HF_TOKEN"
     )
 
 

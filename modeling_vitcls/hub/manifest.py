@@ -47,7 +47,7 @@ NATIVE_MODEL_TYPES = ("vit", "deit", "dinov2", "dinov2_with_registers", "dinov3_
 ONNX_REPORT_FILE = "onnx/report.json"
 ONNX_PATTERNS = ("onnx/*.onnx", ONNX_REPORT_FILE)
 
-# Files that define the model. A push removes files that only an earlier push contained, because an old
+# Files that define the model. A push removes such files if only an earlier push contained them, because an old
 # model.safetensors would be loaded instead of new shards.
 MODEL_PATTERNS = (*MODEL_FILE_PATTERNS, CODE_PATTERN)
 # Results and reports of a run. A push also removes old results, because old results describe another model.
@@ -73,8 +73,9 @@ RepoFiles = dict[str, Path | bytes]
 def collect_model_files(folder: Path, repo_id: str | None = None) -> RepoFiles:
     """Return the files of a model or adapter folder that are published in the repository `repo_id`.
 
-    config.resolved.yaml is published without local paths, and README.md with the repository id. report.html is
-    published only if images of the dataset may be published. The license of the code files is also included.
+    config.resolved.yaml is published without local paths. The published README.md contains the repository id.
+    report.html is published only if images of the dataset may be published. The license of the code files is also
+    included.
 
     Raise ValueError if the folder does not contain a complete model or adapter, or if the code is in several
     repositories.
@@ -123,7 +124,7 @@ def has_current_onnx_files(folder: Path) -> bool:
 
 
 def set_repo_id_in_card(files: RepoFiles, folder: Path, repo_id: str | None) -> RepoFiles:
-    """Return the files, with the folder name in README.md replaced with the repository id."""
+    """Return the files; in README.md, the folder name is replaced with the repository id."""
     if CARD_FILE not in files or repo_id is None:
         return files
     card = files[CARD_FILE]
@@ -180,7 +181,7 @@ def iter_strings(value: Any) -> Iterator[str]:
 
 
 def find_code_repository(folder: Path, repo_id: str | None = None) -> str | None:
-    """Return the repository with a model's code, or None if the code is next to the weights, in `repo_id`.
+    """Return the repository that contains a model's code, or None if the code is next to the weights, in `repo_id`.
 
     Raise ValueError if there are several repositories, because `code_revision` can pin only one repository.
     """
@@ -250,7 +251,7 @@ def collect_checkpoint_files(folder: Path) -> RepoFiles:
 
 
 def find_local_dataset_in_card(folder: Path) -> str | None:
-    """Return the local dataset whose images the card shows, although `--card-samples` was not set, or None if the card
+    """Return the local dataset whose images the card shows although `--card-samples` was not set; None if the card
     shows no such images."""
     flags = read_recipe(folder)
     if not (folder / SAMPLE_IMAGES_FILE).is_file() or flags is None or can_publish_images(flags):

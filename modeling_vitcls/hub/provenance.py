@@ -29,8 +29,8 @@ CARD_FILE = "README.md"
 
 
 def iter_license_patterns() -> Iterator[str]:
-    """Yield name patterns of license and notice files: upper-case names with any ending, other names with a text
-    suffix or without a suffix."""
+    """Yield name patterns of license and notice files: upper-case names with any ending, and other names with a
+    text suffix or without a suffix."""
     for stem in ("license", "licence", "copying", "notice"):
         case_insensitive_stem = "".join(f"[{letter}{letter.upper()}]" for letter in stem)
         yield f"{stem.upper()}*"
@@ -107,8 +107,8 @@ def fetch_hub_provenance(repo_id: str) -> Provenance:
 def read_folder_provenance(folder: Path, repo_id: str | None = None) -> Provenance:
     """Return the provenance of a model folder, from its card and license files.
 
-    If `repo_id` is set, the folder contains the files of this model on the Hub, and the base model is this model.
-    Otherwise, the base model is the base model named in the card.
+    If `repo_id` is set, the folder contains the files of the Hub model `repo_id`, and this model is the base model.
+    Otherwise, the base model is read from the card.
     """
     try:
         card_metadata = metadata_load(folder / CARD_FILE) or {}

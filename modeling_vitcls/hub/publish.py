@@ -49,7 +49,7 @@ class PushResult:
 
     @property
     def summary(self) -> str:
-        """Return the URL of the commit, and the visibility of the repository."""
+        """Return the URL of the commit and the visibility of the repository."""
         return f"{self.url} ({'private' if self.is_private else 'public'})"
 
 
@@ -112,7 +112,7 @@ def push_folder(
 def push_once(
     files: RepoFiles, repo_id: str, private: bool, message: str, branch: str | None, upload_one_by_one: bool
 ) -> tuple[str, bool]:
-    """Try to push once; return the commit, and whether the repository is private.
+    """Try to push once; return the commit and whether the repository is private.
 
     The current state of the repository is read first, so that a retry continues an incomplete push. If another push
     happens in the meantime, the Hub rejects the commit (HTTP 412), and the retry builds a new commit.

@@ -41,7 +41,7 @@ def check_push_permissions(
     if not is_hub_id(full_repo_id):
         raise ValueError(
             f"{full_repo_id!r} is not a valid repository id. Set {REPO_ID_FLAGS[repo_type]} to namespace/name, with "
-            "letters, digits, '-', '_' and '.', at most 96 characters"
+            "at most 96 characters (letters, digits, '-', '_' and '.')"
         )
     check_namespace(full_repo_id, account, repo_type)
     check_token(full_repo_id, account, is_existing_repo(full_repo_id, private, repo_type))
@@ -53,7 +53,7 @@ def fetch_account() -> dict[str, Any]:
     if get_token() is None:
         raise ValueError(
             f"a push requires a Hugging Face token, but no token was found. Create a 'write' token at "
-            f"{TOKEN_SETTINGS_URL}, then run `hf auth login`, or set HF_TOKEN"
+            f"{TOKEN_SETTINGS_URL}, and run `hf auth login` or set HF_TOKEN"
         )
     try:
         with set_hub_timeout(TIMEOUT):

@@ -52,7 +52,8 @@ def use_shared_code(folder: str | Path, repo_id: str) -> None:
 
     Args:
         folder: Folder of the saved model.
-        repo_id: `namespace/name` of the repository with the code. The repository does not have to exist yet.
+        repo_id: `namespace/name` of the repository that contains the code. The repository does not have to exist
+            yet.
 
     Raises:
         ValueError: If the folder does not contain a vitcls model, or if the repository id is invalid.

@@ -95,7 +95,7 @@ class PublishedModel:
     """A vitcls model on the Hub."""
 
     weights_commit: HubCommit  # commit of the model
-    # Commit of the repository with the code; None if the code is next to the weights.
+    # Commit of the repository that contains the code; None if the code is next to the weights.
     code_commit: HubCommit | None = None
 
     @property

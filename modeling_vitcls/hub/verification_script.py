@@ -3,8 +3,8 @@
     python -P verification_script.py REQUEST.json        # run by verify.py, with an empty cache
 
 REQUEST.json contains `repo_id`, `revision`, `trust_remote_code`, `num_threads`, the folder `target`, and
-`code_repo_id` and `code_revision`, which are null if the code is in the repository of the model. The script writes to
-`target`: report.json with the loaded classes or the error and, on success, outputs.safetensors with the outputs for
+`code_repo_id` and `code_revision`, which are null if the code is in the repository of the model. In `target`, the
+script saves report.json with the loaded classes or the error and, on success, outputs.safetensors with the outputs for
 fixed inputs.
 
 The code of the repository runs only in this process. The reference outputs come from verification_reference.py, which
@@ -161,7 +161,7 @@ def collect_outputs(loader: Any) -> tuple[Outputs, dict[str, Any]]:
             pixel_values = processor(image.movedim(-1, 0), return_tensors="pt")["pixel_values"]
             outputs[f"AutoImageProcessor, {backend}/pixel_values"] = pixel_values
         is_classifier = get_auto_class(architecture) == "AutoModelForImageClassification"
-        # The pipeline converts images to RGB, and supports one task.
+        # The pipeline converts images to RGB and supports only models with one task.
         if is_classifier and getattr(config, "tasks", None) is None and config.num_channels == 3:
             outputs["pipeline/scores"] = compute_pipeline_scores(loader, config, processor)
     return {name: tensor.detach().clone().contiguous() for name, tensor in outputs.items()}, report

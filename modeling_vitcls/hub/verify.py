@@ -6,9 +6,9 @@
 1. The model's files are downloaded. The hash of each file must match the hash on the Hub, and the contents must equal
    those that a push of `folder` publishes.
 2. A new process, with an empty cache and without this package, loads the commit with the Auto classes and the pipeline
-   (verification_script.py). Because the process may run code by an unknown author, the process receives only a few
-   environment variables, and the user's token only if the repository is private or gated. The process is not
-   sandboxed: it runs as the current user and can read the user's files.
+   (verification_script.py). Because the process may run code by an unknown author, it receives only a few
+   environment variables, and it receives the user's token only if the repository is private or gated. The process is
+   not sandboxed: it runs as the current user and can read the user's files.
 3. The outputs of the new process for fixed inputs must match the outputs of the model in `folder`, loaded with this
    package (verification_reference.py). No published code runs in the calling process.
 """
@@ -134,8 +134,8 @@ def verify(
             the repository is always compared with the newest checkpoint in `folder`.
 
     Raises:
-        VerificationError: If files are damaged or differ from `folder`, if the model does not load without this
-            package, or if the outputs of the model differ from the reference. The message is a single line.
+        VerificationError: If files are damaged or differ from those in `folder`, if the model does not load without
+            this package, or if the outputs of the model differ from the reference. The message is a single line.
         ValueError: If the repository or the revision does not exist.
         OSError: If the Hub does not respond.
     """
@@ -319,7 +319,7 @@ def build_clean_environment(home_folder: str, needs_token: bool) -> dict[str, st
 def check_script_report(
     model_commit: HubCommit, code_commit: HubCommit | None, report: dict[str, Any], module_prefix: str
 ) -> None:
-    """Raise VerificationError unless the process loaded all weights, and only the expected commits and modules."""
+    """Raise VerificationError unless the process loaded all weights and only the expected commits and modules."""
     repo_id, commit = model_commit.repo_id, model_commit.sha
     if report["has_package"]:
         raise VerificationError("the new process imported modeling_vitcls, so it did not test the published code")
@@ -347,7 +347,9 @@ def compare_outputs(repo_id: str, outputs: Outputs, expected_outputs: Outputs) -
     VerificationError if a difference exceeds the tolerance."""
     if outputs.keys() != expected_outputs.keys():
         names = ", ".join(sorted(outputs.keys() ^ expected_outputs.keys()))
-        raise VerificationError(f"the outputs of {repo_id} have missing or unexpected tensors: {names}")
+        raise VerificationError(
+            f"the outputs of {repo_id} do not match the reference; missing or unexpected tensors: {names}"
+        )
     differences: dict[str, float] = {}
     for name, expected_output in expected_outputs.items():
         if outputs[name].shape != expected_output.shape:

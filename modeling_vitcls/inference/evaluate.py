@@ -42,11 +42,11 @@ from .load_model import load_classifier
 from .metrics import select_scalars
 
 
-SECONDS_BETWEEN_LINES = 10.0  # interval between progress lines in seconds, if the output is not a terminal
+SECONDS_BETWEEN_LINES = 10.0  # interval between progress lines if the output is not a terminal, in seconds
 
 
 class Evaluation(NamedTuple):
-    """A loaded model, and an evaluator with the labeled images."""
+    """A loaded model and an evaluator with the labeled images."""
 
     model: Any  # on the device, in eval mode
     evaluator: Evaluator

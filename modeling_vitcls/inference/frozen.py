@@ -267,7 +267,7 @@ def check_is_single_label(options: EvaluateOptions, label_space: LabelSpace) -> 
 
 
 def print_accuracies(results: dict[str, Any], console: Console) -> None:
-    """Print the table of accuracies, and the best row."""
+    """Print the table of accuracies and the best row."""
     console.print(
         f"{results['frozen']} on frozen features: {results['num_training_images']:,} training images, "
         f"evaluated on {results['num_images']:,} images of {results['dataset']} ({results['split']}); "

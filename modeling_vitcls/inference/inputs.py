@@ -58,7 +58,8 @@ class ListInput:
         return len(self.names)
 
     def compute_fingerprint(self) -> dict[str, Any]:
-        """Return the number of images, and a digest of the names and contents (pixels, or file sizes and times)."""
+        """Return the number of images, and a digest of the names and contents (pixels, or the sizes and modification
+        times of files)."""
         digest = hashlib.sha256(json.dumps(list(self.names)).encode())
         if isinstance(self.contents, ArrayImages):
             digest.update(self.contents.pixels.tobytes())
@@ -116,8 +117,8 @@ def get_file_stat(path: str) -> list[int] | None:
 
 
 def build_record(index: int, value: Any, folder: Path) -> ImageRecord:
-    """Build the record of an image or path in a dataset. Relative paths are resolved against `folder`. The name of an
-    image without a path is the index."""
+    """Build the record of an image or image path in a dataset. Relative paths are resolved against `folder`. The name
+    of an image without a path is its index."""
     if isinstance(value, str):
         return ImageRecord(index, make_printable(value), resolve_path(folder, value))
     if isinstance(value, dict):
@@ -238,7 +239,8 @@ class PreparedImage:
 
 
 class FetchError(OSError):
-    """Raised if a file cannot be fetched. The prediction stops, because the image itself may be readable."""
+    """Raised if a file cannot be fetched. The prediction stops instead of recording the image as unreadable, because
+    the image itself may be readable."""
 
 
 def prepare_images(

@@ -33,8 +33,8 @@ def format_preset_names() -> str:
 
 def load_model(source: str, use_head: bool) -> tuple[PreTrainedModel, ViTCLSImageProcessor]:
     """Load the model of a vitcls checkpoint, with or without the classifier, and the image processor. Raise ValueError
-    if the checkpoint is not a vitcls model, or lacks trained weights or the requested classifier, and OSError if the
-    checkpoint cannot be found or read."""
+    if the checkpoint is not a vitcls model, has no trained weights, or has no classifier although one is requested.
+    Raise OSError if the checkpoint cannot be found or read."""
     if is_preset(source):
         raise ValueError(
             f"{source} is a preset without trained weights. Set --model to a folder or a model on the Hub"

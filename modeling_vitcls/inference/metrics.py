@@ -229,7 +229,7 @@ class ReconstructionMetrics:
 
     def update(self, outputs: Any, indices: torch.Tensor) -> None:
         """Update the metrics with the mean loss of a batch of G images, whose indices are `indices` [G]."""
-        self.loss.update(outputs.loss.expand(len(indices)))  # nan_strategy="disable" ignores the argument `weight`
+        self.loss.update(outputs.loss.expand(len(indices)))  # `weight` has no effect if nan_strategy is "disable"
         self.num_images.update(len(indices))
 
     def compute(self) -> MetricValues:
@@ -254,8 +254,8 @@ SELECTION_METRICS: dict[LabelKind, str] = {
 
 
 class ClassCounts(Metric):
-    """For each class, the numbers of correct predictions, all predictions and images, as an int64 tensor [3, L]. The
-    counting metrics of torchmetrics do not support empty batches, and build a matrix [L, L] at each update."""
+    """Three counts per class, as an int64 tensor [3, L]: correct predictions, all predictions, and images. The
+    counting metrics of torchmetrics do not support empty batches and build a matrix [L, L] at each update."""
 
     full_state_update = False
     counts: torch.Tensor

@@ -2,7 +2,7 @@
 
 Rows are written while the prediction runs. An output file has a temporary name until all rows are written.
 
-A folder of Parquet shards can be completed in several runs of the program:
+A folder of Parquet shards, which can be completed in several runs of the program, contains:
 
     folder/.manifest.json          the input, the model, and the flags that affect predictions
     folder/shard-000000.parquet    images 0 .. shard_size - 1
@@ -47,7 +47,7 @@ ROWS_PER_GROUP = 1024  # number of rows per row group of a Parquet file; one gro
 SECONDS_BETWEEN_CHECKS = 0.5  # interval between checks for shards of other processes, in seconds
 SECONDS_BETWEEN_HEARTBEATS = 5.0
 MAX_HEARTBEAT_AGE = 120.0  # maximum age of a heartbeat in seconds; network file systems may cause a delay of a minute
-SECONDS_BETWEEN_LINES = 10.0  # interval between progress lines in seconds, if the output is not a terminal
+SECONDS_BETWEEN_LINES = 10.0  # interval between progress lines if the output is not a terminal, in seconds
 MANIFEST_FILE = ".manifest.json"
 MANIFEST_VERSION = 1  # version of the manifest format
 
@@ -262,7 +262,7 @@ class ShardFolder:
 
     def wait_for_shards(self, num_images: int, num_processes: int) -> None:
         """Wait until all shards exist. Call this method on process 0, after all processes have sent a heartbeat. Raise
-        OSError if shards are missing, but all other processes have ended or a heartbeat is too old."""
+        OSError if shards are still missing when all other processes have ended or a heartbeat is too old."""
         main_file, *other_files = map(self.get_heartbeat_file, range(num_processes))
         while True:
             main_file.touch()
@@ -304,7 +304,7 @@ class ShardFolder:
 
 @contextmanager
 def send_heartbeats(file: Path) -> Iterator[None]:
-    """Touch a file regularly in a thread, which signals to processes on all hosts that this process is running. Remove
+    """Touch a file regularly in a thread, to signal to the processes on all hosts that this process is running. Remove
     the file at the end of the `with` block."""
     stop_event = threading.Event()
 

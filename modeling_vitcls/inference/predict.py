@@ -108,7 +108,7 @@ def predict(
 
 
 def predict_from_options(options: PredictOptions, images: list[Any]) -> list[Row]:
-    """Return the rows that `vitcls predict` would write, computed in this process. `images` accepts the same types as
+    """Return the rows that `vitcls predict` would write, computed in this process. `images` has the same types as in
     `predict`. If `images` is empty, the options specify the input."""
     accelerator = build_accelerator(mixed_precision=options.mixed_precision)
     source = wrap_images(images) if images else open_input(options)

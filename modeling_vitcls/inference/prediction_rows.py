@@ -43,8 +43,8 @@ def select_top_labels(logits: torch.Tensor, names: list[str], top_k: int) -> lis
 def select_probable_labels(
     logits: torch.Tensor, names: list[str], threshold: float = DEFAULT_THRESHOLD
 ) -> list[list[Label]]:
-    """Return each image's labels with a probability of at least `threshold`, the most probable label first, given
-    multi-label logits [B, num_labels]."""
+    """Return the labels of each image whose probability is at least `threshold`, in order of decreasing probability,
+    given multi-label logits [B, num_labels]."""
     # Values and indices, [B, num_labels].
     sorted_labels = logits.float().sigmoid().sort(dim=1, descending=True, stable=True)
     return [

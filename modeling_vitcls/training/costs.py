@@ -56,8 +56,8 @@ def count_forward_flops(model: Any, image_size: ImageSize = None, batch_size: in
     for pooler in (module for module in encoder.modules() if isinstance(module, AttentionPooler)):
         num_keys = num_tokens if pooler.token_slice == slice(None) else num_patches
         flops_per_image += 4 * num_keys * pooler.probe.shape[-1]  # attention scores and weighted sums of values
-        # `count_linear_flops(encoder.pooler)` counts each linear layer for one token per image. The query is computed
-        # once per batch, because the query is the same for all images.
+        # `count_linear_flops(encoder.pooler)` counts each linear layer for one token per image, but `k_proj` and
+        # `v_proj` are applied to `num_keys` tokens, and the query is the same for all images of a batch.
         flops_per_image += (num_keys - 1) * count_linear_flops(pooler.k_proj, pooler.v_proj)
         flops_per_image -= count_linear_flops(pooler.q_proj)
         flops_per_batch += count_linear_flops(pooler.q_proj)
@@ -68,7 +68,7 @@ def count_forward_flops(model: Any, image_size: ImageSize = None, batch_size: in
 
 
 def get_num_patches_and_tokens(config: ViTCLSConfig, image_size: ImageSize) -> tuple[int, int]:
-    """Return the numbers of patches and tokens. Raise ValueError if the image is smaller than a patch."""
+    """Return the number of patches and the number of tokens. Raise ValueError if the image is smaller than a patch."""
     height, width = resolve_image_size(config, image_size)
     patch_height, patch_width = config.patch_height_width
     rows, columns = height // patch_height, width // patch_width
@@ -294,7 +294,7 @@ def get_num_training_tokens(model: Any, num_patches: int, num_tokens: int) -> in
 
 
 def get_first_trainable_layer(encoder: Any) -> int:
-    """Return the index of the first layer that the backward pass reaches, or the number of layers if there is none."""
+    """Return the lowest index of a layer that the backward pass reaches, or the number of layers if there is none."""
     if has_trainable_parameters(encoder.embeddings):
         return 0
     trainable_indices = [index for index, layer in enumerate(encoder.layers) if has_trainable_parameters(layer)]

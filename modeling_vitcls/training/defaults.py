@@ -52,7 +52,7 @@ class RunProperties:
     method: TrainingMethod
     has_random_weights: bool  # whether the initial weights are random
     width: int  # hidden size of the model
-    image_size: int  # length of the longer side of the model's images, in pixels
+    image_size: int  # length of the longer side of the model's input images, in pixels
     num_training_images: int | None  # number of training images; None for a stream
 
     @property

@@ -7,8 +7,8 @@ With DeepSpeed, only weights and gradients are supported.
 
 Full tensors do not depend on the number of processes. Names are parameter names of the unwrapped model, without the
 prefixes that DDP and torch.compile add. The state excludes the optimizer's hyperparameters, which are computed from
-the flags and the step, and random number generators, which are seeded in each step. checkpoints.py writes the tensors
-to disk.
+the flags and the step, and the states of random number generators, which are seeded in each step. checkpoints.py
+writes the tensors to disk.
 
 The functions of torch.distributed.checkpoint.state_dict gather weights and moments, and distribute weights. Moments
 are not loaded with `set_optimizer_state_dict`, because this function sets a step count of 1 for parameters that have
@@ -92,7 +92,7 @@ def scatter_state(
     checkpoint belongs to another model or optimizer.
 
     Args:
-        checkpoint: checkpoint to load, on all processes. Only the main process reads the tensors from disk.
+        checkpoint: checkpoint to load, the same on all processes. Only the main process reads the tensors from disk.
         shadow: EMA weights, which are overwritten in place.
     """
     scatter_weights_and_ema(checkpoint, accelerator, model, shadow)
@@ -167,7 +167,7 @@ def gather_tensors(tensors: Tensors, is_main_process: bool) -> Tensors:
 
 
 def gather_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """Gather a possibly sharded tensor, and return the full tensor. This function must be called on all processes."""
+    """Return the full tensor of a possibly sharded tensor. This function must be called on all processes."""
     if isinstance(tensor, DTensor):
         return tensor.full_tensor()
     if hasattr(tensor, "ds_id"):  # ZeRO-3
@@ -241,8 +241,8 @@ def scatter_optimizer_state(
     indices = {id(parameter): index for index, parameter in enumerate(grouped_parameters)}
 
     def describe_state() -> dict[str, Any]:
-        # The result is sent to all processes, so each moment is replaced with its dtype. A moment has the shape of its
-        # parameter. Step counts are small and sent as tensors.
+        # The result is sent to all processes. It contains only the dtypes of the moments, which are large and have the
+        # same shapes as their parameters. Step counts, which are small, are sent as tensors.
         dtypes_and_steps: dict[str, Any] = {}
         for name, tensor in (full_tensors or {}).items():
             parameter = parameters.get(name.split("/", 1)[1])

@@ -100,7 +100,7 @@ class FinetuneTask(Task):
     # Training --------------------------------------------------------------------------------------------------------
 
     def build_components(self, evaluator: EvaluationFunction) -> TrainingComponents:
-        """Build components that train the heads on cached features if possible, and otherwise the model on pixels."""
+        """Build components that train the heads on cached features if possible, or else the model on pixels."""
         if self.options.training.trainable != "head":
             return super().build_components(evaluator)
         if reason := self.explain_unsupported_caching():

@@ -116,8 +116,8 @@ def cache_features(
 ) -> Batch:
     """Encode the images identified by `keys`, and return one CPU batch with `features` [num_keys, F] instead of
     `pixels`. Raise ValueError if none of the images can be read. Each process encodes a subset of the images and
-    receives the features of all images. `model` is the unwrapped classifier on the device, and is run in eval
-    mode. `normalize` converts pixels on the device to `pixel_values`."""
+    receives the features of all images. `model` is the unwrapped classifier on the device and is run in eval mode.
+    `normalize` converts pixels on the device to `pixel_values`."""
     was_training = model.training
     model.eval()
     batches: list[Batch] = []

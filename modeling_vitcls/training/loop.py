@@ -91,9 +91,9 @@ class TrainingInterrupted(Exception):
 
 
 class NonFiniteLoss(Exception):
-    """Exception that ends training if the loss or its gradient is not finite. The weights are unchanged, with one
-    exception: DeepSpeed returns the gradient norm after the update, so a non-finite gradient has already changed the
-    weights."""
+    """Exception that ends training if the loss or its gradient is not finite. The weights are unchanged
+    unless DeepSpeed is used. DeepSpeed returns the gradient norm after the update, so a non-finite gradient has
+    already changed the weights."""
 
     def __init__(self, step: int, batches: list[Batch]) -> None:
         super().__init__(
@@ -132,8 +132,8 @@ class TrainingLoop:
 
     def run(self, batches: Iterator[Batch]) -> Metrics:
         """Run the remaining steps, and return the metrics of the final evaluation. `batches` yields the batches of
-        this process on the CPU, `gradient_accumulation_steps` batches per step. After a stop signal, save a checkpoint
-        and raise TrainingInterrupted. Raise NonFiniteLoss if a loss or gradient is not finite."""
+        this process on the CPU; each step uses `gradient_accumulation_steps` batches. After a stop signal, save a
+        checkpoint and raise TrainingInterrupted. Raise NonFiniteLoss if a loss or gradient is not finite."""
         set_train_mode(self.state.model)
         metrics = self.evaluate_step() if self.state.pending_record else {}
         while self.state.step < self.plan.num_steps and not self.should_stop_early:
@@ -198,7 +198,7 @@ class TrainingLoop:
         return metrics
 
     def run_optimizer_step(self, batches: Iterator[Batch], should_measure_tokens: bool) -> tuple[Metrics, Batch]:
-        """Run one optimizer step with gradients accumulated over several batches. Return the record of the step and
+        """Run one optimizer step with gradients accumulated over several batches. Return the record of the step, and
         the last batch, which is on the device. If `should_measure_tokens` is set, the record contains metrics of the
         special tokens."""
         state, options, accelerator = self.state, self.options, self.accelerator
@@ -270,7 +270,7 @@ class TrainingLoop:
         return metrics
 
     def compute_recent_metrics(self) -> Metrics:
-        """Return the losses averaged over processes and the steps since the last record, the speed of these steps
+        """Return the losses (means over all processes and the steps since the last record), the speed of these steps
         (excluding evaluations and checkpoints), and the peak memory so far."""
         recent_losses = self.state.recent_losses
         local_means = [
@@ -319,8 +319,8 @@ class SignalHandler:
                                   workers, and kills the processes after 30 s
 
     The launcher's exit status may differ from `exit_status`: torchrun's agent exits with 1 after any signal. Signal
-    handlers are installed only in the main thread, because Python does not allow this in other threads. Signals that
-    are ignored remain ignored, for example Ctrl-C in background jobs of a shell.
+    handlers are installed only in the main thread, because Python does not allow other threads to install handlers.
+    Signals that are already ignored, for example Ctrl-C in background jobs of a shell, remain ignored.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
@@ -336,7 +336,7 @@ class SignalHandler:
         if threading.current_thread() is threading.main_thread():
             for signum in (signal.SIGINT, signal.SIGTERM):
                 old_handler = signal.getsignal(signum)
-                if old_handler not in (signal.SIG_IGN, None):  # None if not installed from Python
+                if old_handler not in (signal.SIG_IGN, None):  # None: the handler was not installed from Python
                     self.old_handlers[signum] = old_handler
                     signal.signal(signum, self.handle_signal)
         return self

@@ -66,7 +66,7 @@ class SingleLabelLoss:
 
     def __call__(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Return the mean loss over images. Weighted losses are not divided by the sum of the weights, because the
-        loss of one image would then depend on the labels of other images."""
+        loss of one image would otherwise depend on the labels of other images."""
         image_losses = nn.functional.cross_entropy(
             logits.float(), labels, label_smoothing=self.label_smoothing, reduction="none"
         )  # [B]
@@ -174,9 +174,9 @@ def compute_distillation_loss(
     `float32` scalar. Raise ValueError if `kind` is unknown, or if the logits have different shapes.
 
     The "hard" loss is the cross-entropy against the teacher's predicted label (equation 3). The "soft" loss is tau²
-    times the Kullback-Leibler divergence between the softened probabilities of teacher and student (equation 2): the
-    sum of p_teacher * log(p_teacher / p_student) (Hinton et al. 2015, arXiv 1503.02531). The factor tau² keeps the
-    magnitude of the gradients roughly independent of the temperature tau.
+    times the Kullback-Leibler divergence between the softened probabilities of teacher and student (equation 2). This
+    divergence is the sum of p_teacher * log(p_teacher / p_student) (Hinton et al. 2015, arXiv 1503.02531). The factor
+    tau² keeps the magnitude of the gradients roughly independent of the temperature tau.
     """
     if kind not in ("soft", "hard"):
         raise ValueError(f"unknown distillation type {kind!r}. Use soft or hard")

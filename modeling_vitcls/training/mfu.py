@@ -46,12 +46,12 @@ from .costs import (
 # Mixed precision -> dtype of matrix products
 MATMUL_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-# Minimum FLOPs of a run per process; the utilization of shorter runs is not measured. One core executes this number of
+# Minimum FLOPs per process in a run; the utilization of shorter runs is not measured. One core executes this number of
 # FLOPs in a few seconds, and a measurement takes about half a second.
 MIN_FLOPS = 1e11
 
-# Interval between two measurements of the peak, in seconds of training at the peak rate. The n-th interval is n times
-# as long, so that measurements take a negligible fraction of a long run.
+# First interval between two measurements of the peak, in seconds of training at the peak rate. The n-th interval is n
+# times as long as the first, so that measurements take a negligible fraction of a long run.
 MEASUREMENT_INTERVAL_SECONDS = 10.0
 
 
@@ -99,7 +99,7 @@ class Utilization:
         return {"done": self.executed_flops, "possible": self.available_flops}
 
     def load_state(self, state: Mapping[str, float]) -> None:
-        """Load a state from `get_state`. The state is empty if the checkpoint contains no state."""
+        """Load a state returned by `get_state`, or an empty dictionary if the checkpoint contains no state."""
         self.executed_flops = state.get("done", 0.0)
         self.available_flops_before_resume = state.get("possible", 0.0)
 
@@ -161,8 +161,8 @@ def measure_peak(accelerator: Accelerator, dtype: torch.dtype) -> float:
 
 
 def estimate_memory_without_weights(model: ViTCLSPreTrainedModel, plan: BatchPlan, accelerator: Accelerator) -> int:
-    """Return the estimated memory per process in bytes: activations, and one shard of the gradients and of AdamW's
-    moments, but not the weights."""
+    """Return the estimated memory per process in bytes: activations, one shard of the gradients, and one shard of
+    AdamW's moments. The weights are not included."""
     precision = get_precision(accelerator)
     autocast = None if precision == "no" else MATMUL_DTYPES[precision]
     estimate = estimate_memory(model, batch_size=plan.batch_size, autocast=autocast, device=accelerator.device)
@@ -187,12 +187,12 @@ def count_training_flops(model: ViTCLSPreTrainedModel, batch_size: int = 1) -> i
     multiply-add counts as two FLOPs.
 
     Each matrix product of the forward pass requires two products in the backward pass, one for the gradient of each
-    factor. Gradients with respect to pixels and frozen weights, and gradients below the first trainable
-    layer, are not computed. Patch dropout reduces the number of tokens, unless the embeddings and the first layer are
-    frozen (model.py).
+    factor. Gradients with respect to pixels and frozen weights, and gradients below the first trainable layer, are not
+    computed. Patch dropout reduces the number of tokens, unless the embeddings and the first layer are frozen
+    (model.py).
 
     Every value of `--trainable` trains the modules after the encoder. If the encoder is frozen, the gradient of the
-    heads' input is not computed. The count still includes this gradient if the pooler has weights (1% of the FLOPs of
+    heads' input is not computed. If the pooler has weights, the count still includes this gradient (1% of the FLOPs of
     a ViT-S).
     """
     encoder: Any = model.base_model

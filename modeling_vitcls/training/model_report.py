@@ -2,10 +2,10 @@
 
 A model folder is written -> `build_model_report` loads the model, measures the speed, draws images, writes report.html
                           -> hub/card.py builds the card
-                          -> `write_card` writes the card, license files and the benchmark entry
+                          -> `write_card` writes the card, the license files and the benchmark entry
 
 All steps run on the main process with the saved model, because the training model may be sharded. The trackers
-receive the images of the card and the main figures of the report. modeling_vitcls/analysis/ draws figures, and
+receive the card's images and the main figures of the report. modeling_vitcls/analysis/ draws figures, and
 reporter.py sends images to trackers.
 """
 
@@ -73,7 +73,7 @@ def build_model_report(
     log_images: ImageLogger | None = None,
     use_samples: bool = True,
 ) -> dict[str, str]:
-    """Load the saved model, write report.html and the images of the card to the folder, and return the relative paths
+    """Load the saved model, write report.html and the card's images to the folder, and return the relative paths
     of these files, keyed by name. Add the inference speed ("inference") and the diagnosis of the special tokens
     ("diagnosis") to `results`.
 
@@ -233,14 +233,14 @@ def write_card(
     if options.eval_benchmark and options.eval_task_id:
         metric = results["selection_metric"]
         interval = results.get(f"{metric}_interval")
-        interval_text = f", 95% interval {interval[0]:.4f} to {interval[1]:.4f}" if interval else ""
+        interval_text = f" (95% interval: {interval[0]:.4f} to {interval[1]:.4f})" if interval else ""
         entry = EvalResultEntry(  # huggingface.co/docs/hub/eval-results
             dataset_id=options.eval_benchmark,
             task_id=options.eval_task_id,
             value=results[metric],
             date=datetime.now(UTC).date().isoformat(),
-            notes=f"{metric} as a fraction, on {results['num_images']} images of {results['dataset']} "
-            f"({results['split']}){interval_text}",
+            notes=f"{metric} as a fraction{interval_text}, on {results['num_images']} images of {results['dataset']} "
+            f"({results['split']})",
         )
         (folder / BENCHMARK_FILE).parent.mkdir(exist_ok=True)
         text = yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False, allow_unicode=True)
@@ -250,7 +250,7 @@ def write_card(
 def collect_tracker_images(
     folder: Path, image_paths: Mapping[str, str], inspection: Inspection | None
 ) -> dict[str, Image.Image]:
-    """Return the images for the trackers, keyed by name: the images of the card, and figures of the inspection if the
+    """Return the images for the trackers, keyed by name: the card's images, and figures of the inspection if the
     inspection succeeded. `image_paths` are the paths of the card's images in `folder`."""
     images: dict[str, Image.Image] = {name: Image.open(folder / path) for name, path in image_paths.items()}
     if inspection is not None:

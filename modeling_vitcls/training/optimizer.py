@@ -7,7 +7,8 @@
 DeepSpeed's engine clips the gradients and updates the weights in one call. PyTorch requires two calls.
 
 The exponential moving average of the trainable weights is a list of tensors in the order of the trainable parameters
-(Polyak and Juditsky 1992; used for ViTs in DeiT, section 6). The average supports one process, DDP and sharded models.
+(Polyak and Juditsky 1992; used for ViTs in DeiT, section 6). The average works with one process, DDP and sharded
+models.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Checks of the output folder before a run starts, removal of replaced files, and the lock of the folder.
+"""Check the output folder before a run starts, remove replaced files, and lock the folder.
 
     finished run (results.json)              replaced only with --overwrite
     unfinished run (checkpoints/)            continued with --resume, replaced with --overwrite
@@ -107,7 +107,8 @@ def check_sources_not_removed(options: FinetuneOptions | PretrainOptions) -> Non
         path = Path(split_prefix(name)[1]).resolve()
         if is_local(name) and (path == folder or folder in path.parents):
             raise ValueError(
-                f"{flag} is in --output-dir {folder}, which --overwrite clears. Choose a different --output-dir"
+                f"the {flag} path is in --output-dir {folder}, which --overwrite clears. Choose a different "
+                "--output-dir"
             )
 
 
@@ -280,6 +281,6 @@ def get_start_time(process: psutil.Process) -> float:
 
 def replace_sigterm_handler(old_handler: Any, new_handler: Any) -> None:
     """Replace the SIGTERM handler with `new_handler` if the current handler is `old_handler`. Do nothing outside the
-    main thread, because Python allows this only in the main thread."""
+    main thread, because Python allows only the main thread to install signal handlers."""
     if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == old_handler:
         signal.signal(signal.SIGTERM, new_handler)

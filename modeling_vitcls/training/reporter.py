@@ -203,7 +203,8 @@ def describe_batches(plan: BatchPlan, accelerator: Accelerator) -> dict[str, str
 def describe_run(
     plan: BatchPlan, num_steps: int, model: Any, accelerator: Accelerator, seconds: float
 ) -> dict[str, Any]:
-    """Return the steps, model size, speed, device and versions for results.json, after `num_steps` executed steps."""
+    """Return the steps, model size, speed, device and versions for results.json. `num_steps` is the number of executed
+    steps."""
     token_counts = count_tokens(model.config)
     return {
         "steps": num_steps,

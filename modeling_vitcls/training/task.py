@@ -1,7 +1,7 @@
 """Implementation of a complete run, shared by fine-tuning and pre-training.
 
-    task = FinetuneTask(options)    checks the options, locks the output folder, loads data and model
-    results = run_task(task)        trains and evaluates the model, writes and pushes the output folder
+    task = FinetuneTask(options)    checks the options, locks the output folder, and loads data and model
+    results = run_task(task)        trains and evaluates the model, then writes and pushes the output folder
     dry_run(FinetuneTask, options)  runs a few steps in a temporary folder (`--dry-run`)
 
 The tasks (finetune.py, pretrain.py) supply data, model, loss, evaluator and card. runner.py trains the model.
@@ -204,7 +204,8 @@ class Task(ABC):
     def build_training_images(
         self, augmentation: AugmentationOptions, num_views: int
     ) -> TrainingImages | TrainingStream:
-        """Build the augmented training images with `num_views` views per image, or 0 for a new view in every epoch."""
+        """Build the augmented training images. `num_views` is the number of views per image, or 0 for a new view in
+        every epoch."""
         processor, config = self.processor, self.model.config
         transform = build_augmentation(augmentation, config.image_height_width, processor.resample)
         to_rgb, seed = bool(processor.do_convert_rgb), self.options.training.seed
@@ -226,7 +227,7 @@ class Task(ABC):
 
 def run_task(task: Task) -> dict[str, Any]:
     """Train and evaluate the model, write and push the output folder, and return the contents of results.json. Raise
-    RunStopped as in `Runner.train`, and if the output folder cannot be written or pushed."""
+    RunStopped for the same reasons as `Runner.train`, or if the output folder cannot be written or pushed."""
     runner, reporter = task.runner, task.runner.reporter
     with runner.lock:
         if runner.is_finished:
@@ -453,13 +454,13 @@ def dry_run(task_class: type[Task], options: Any) -> None:
         if dry_run_options.training.trainable == "head":
             limit_training_images(task)
         run_task(task)
-    checkpoint_text = ", a checkpoint" if runner.can_save_checkpoints else ""
+    checkpoint_text = "a checkpoint and " if runner.can_save_checkpoints else ""
     push_note = f"; pushing to {task.hub_model_id} is permitted" if task.hub_model_id else ""
     evaluated_fraction = len(indices) / num_held_out if num_held_out else 1.0
     duration = format_duration(estimate_run_seconds(runner, plan, evaluated_fraction))
     runner.reporter.print_line(
         "dry run",
-        f"{len(runner.step_seconds)} steps, an evaluation{checkpoint_text} and saving the model succeeded in "
+        f"ran {len(runner.step_seconds)} steps and an evaluation, and saved {checkpoint_text}the model, in "
         f"{time.perf_counter() - start_time:.0f} s{push_note}; no files were kept. The full run has "
         f"{plan.num_steps:,} steps and takes about {duration}",
     )
@@ -501,8 +502,8 @@ def limit_training_images(task: Task) -> None:
 
 
 def estimate_run_seconds(runner: Runner, plan: BatchPlan, evaluated_fraction: float) -> float:
-    """Return the expected duration in seconds of the steps and evaluations of the full run, which has the batch plan
-    `plan`. `evaluated_fraction` is the fraction of the held-out images that the dry run evaluated."""
+    """Return the expected duration in seconds of the steps and evaluations of the full run. `plan` is the batch plan
+    of the full run. `evaluated_fraction` is the fraction of the held-out images that the dry run evaluated."""
     epochs = plan.count_epochs(plan.num_steps) if plan.num_images else 1.0
     num_evaluations = math.ceil(epochs / runner.options.training.evaluate_every)
     seconds_per_step = min(runner.step_seconds[1:] or runner.step_seconds)  # the first step is slower than later steps

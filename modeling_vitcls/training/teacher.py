@@ -153,8 +153,8 @@ def match_labels(source: str, teacher: LoadedTeacher, labels: list[str]) -> tupl
         )
     if duplicate_names := [name for name in labels if Counter(names)[name] > 1]:
         raise ValueError(
-            f"the teacher {source} has more than one label {duplicate_names[0]!r}. Rename the labels in the teacher's "
-            "config"
+            f"the teacher {source} has more than one label named {duplicate_names[0]!r}. Rename the labels in the "
+            "teacher's config"
         )
     note = f"{len(labels)} of the teacher's {len(names)} labels are used" if len(names) > len(labels) else ""
     return [names.index(name) for name in labels], note

@@ -636,7 +636,8 @@ def test_all_measured_values_of_an_effect() -> None:
     assert (found.word, found.rating) == ("effect beyond the null", "neutral")
     assert "29 of 100" in found.reason
     note = (
-        "; but the accuracy is not better than chance (0.0% on 16 images; most frequent label: 100.0% of the images)."
+        "; however, the accuracy is not better than chance (0.0% on 16 images; most frequent label: 100.0% of the "
+        "images)."
     )
     assert found.reason.endswith(note) and registers.reason.endswith(note) and "chance" not in good.reason
     assert found.numbers == {

@@ -139,11 +139,11 @@ def test_the_patch_grid_has_the_aspect_ratio_of_the_image():
 
 
 DESCRIPTIONS = {
-    "cls": ({}, 'used by the head, pooling "cls"'),
-    "distillation": ({"num_distillation_tokens": 1}, 'used by two heads: pooling "cls", and distillation'),
+    "cls": ({}, 'used by the head (pooling "cls")'),
+    "distillation": ({"num_distillation_tokens": 1}, 'used by the head (pooling "cls") and the distillation head'),
     "distillation_without_head": (
         {"num_distillation_tokens": 1, "distillation_head": False},
-        'used by the head, pooling "cls"',
+        'used by the head (pooling "cls")',
     ),
     "tasks": ({"num_cls_tokens": 2, "tasks": TASKS}, "used by one head per task: age, species"),
     "masked": ({"architectures": ["ViTCLSForMaskedImageModeling"]}, "used by the decoder of masked patches"),

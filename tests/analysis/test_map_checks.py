@@ -94,9 +94,10 @@ def test_checks_in_words() -> None:
     check = MapCheck(9, curves[0], curves[2], curves[1], curves[3], weight_correlation=0.5, p_value=0.05)
     assert check.is_faithful
     assert check.describe("attribution") == (
-        "Attribution shows what predictions depend on (9 images). The area under the deletion curve is 0.50 (random "
-        "order 0.80, lower is better), and the area under the insertion curve is 0.60 (random order 0.30, higher is "
-        "better; p = 0.05 for both curves). The rank correlation with the map for shuffled weights is 0.50."
+        "Attribution shows what predictions depend on (9 images). The area under the deletion curve is 0.50 (0.80 "
+        "for a random order; lower is better), and the area under the insertion curve is 0.60 (0.30 for a random "
+        "order; higher is better; p = 0.05 for both curves). The rank correlation between this map and the map for "
+        "shuffled weights is 0.50."
     )
     constant = dataclasses.replace(check, weight_correlation=0.51)
     assert not constant.is_faithful and constant.describe("rollout").startswith(

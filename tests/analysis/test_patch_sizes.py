@@ -239,11 +239,12 @@ def test_the_advice() -> None:
     assert sentences[0].startswith("16 (the model's own): 197 tokens, 10 GFLOPs and 10 ms")
     assert "some processor" in sentences[0] and "accuracy 91.2%" in sentences[0]
     assert sentences[1] == (
-        "8: 4 times the tokens, 4.6 times the compute, 5 times the time, accuracy 91.2 → 89.0% before any fine-tuning."
+        "8: 4 times the tokens, 4.6 times the compute, 5 times the time, accuracy 89.0% instead of 91.2% before any "
+        "fine-tuning."
     )
     assert sentences[2] == (
-        "Recommended: 16 (the model's own), the cheapest patch size within 1 percentage point of the best accuracy "
-        "on 200 images (91.2%, at this size)."
+        "Recommended: 16 (the model's own), the cheapest patch size whose accuracy on 200 images is within 1 "
+        "percentage point of the best accuracy (91.2%, at this size)."
     )
     assert "200 images" in sentences[3] and "before any fine-tuning" in sentences[3]
     remarkable = row(16, is_native=True, note="a patch spans 1/4 of the image's side: patches may be too large")
@@ -254,7 +255,7 @@ def test_the_advice() -> None:
         "the same predictions for 93.0% of the images before any fine-tuning (coarse)."
     )
     assert len(describe_patch_sizes([native])) == 1
-    assert "accuracy 91.2 → 0.0% before" in describe_patch_sizes([row(8, accuracy=0.0), native])[1]
+    assert "accuracy 0.0% instead of 91.2% before" in describe_patch_sizes([row(8, accuracy=0.0), native])[1]
     unlike = [row(8, accuracy=None, agreement=0.0), row(16, is_native=True, accuracy=None)]
     assert "the same predictions for 0.0% of the images" in describe_patch_sizes(unlike)[1]
 
@@ -268,12 +269,14 @@ def test_the_advice_compares_costs_and_accuracy() -> None:
         ]
         return [sentence for sentence in describe_patch_sizes(rows) if sentence.startswith("Recommended")]
 
-    start = "cheapest patch size within 1 percentage point of the best accuracy on 200 images"
+    start = "cheapest patch size whose accuracy on 200 images is within 1 percentage point of the best accuracy"
     assert get_advice(0.92, 0.911, 0.9, 0.5) == [
-        f"Recommended: 8, the {start} (92.0%, with patches of 4), at 0.25 times the compute of that size."
+        f"Recommended: 8, the {start} (92.0%, with patch size 4). Patch size 8 requires 0.25 times the compute of "
+        "patch size 4."
     ]
     (own,) = get_advice(0.92, 0.915, 0.912, 0.9)
-    assert own.startswith(f"Recommended: 16 (the model's own), the {start} (92.0%, with patches of 4), at 0.062")
+    assert own.startswith(f"Recommended: 16 (the model's own), the {start} (92.0%, with patch size 4). Patch size 16")
+    assert "requires 0.062" in own
     assert get_advice(0.9, 0.92, 0.92, 0.92) == [f"Recommended: 32, the {start} (92.0%, at this size)."]
     assert get_advice(0.95, 0.9, 0.9, 0.9) == [f"Recommended: 4, the {start} (95.0%, at this size)."]
     assert get_advice(None, None, None, None) == []

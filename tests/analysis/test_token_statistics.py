@@ -139,7 +139,7 @@ def test_statistics_of_an_image_equal_loops(layout: dict[str, Any]) -> None:
 
 
 def test_statistics_over_images_are_means() -> None:
-    """They are means over individual images for any batches, also with images of several sizes."""
+    """They are means over individual images for any batches, even with images of several sizes."""
     model = randomize(ViTCLSModel(build_tiny_config(**PATCH | TOKENS)))
     pixels, oblong = build_images(5), build_images(2, 24, 40)
     together = collect_findings(model, pixels, oblong)

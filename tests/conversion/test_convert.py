@@ -606,7 +606,7 @@ def test_half_precision_is_kept_if_conversion_is_exact(tmp_path: Path) -> None:
 
 
 def test_a_difference_over_the_limit_fails_also_if_values_are_large(tmp_path: Path) -> None:
-    """The limit is absolute and in float32, also for large values, and nothing is written."""
+    """The limit is absolute and in float32, even for large values, and nothing is written."""
     aim = transformers.Aimv2VisionModel(transformers.Aimv2VisionConfig(**SIZES))
     with torch.no_grad():
         randomize_weights(aim).rms_norm.weight.mul_(300)

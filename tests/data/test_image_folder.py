@@ -312,7 +312,7 @@ def test_all_formats_that_can_be_decoded_are_images(tmp_path: Path) -> None:
 def test_faulty_metadata_is_named(tmp_path: Path) -> None:
     write_class(tmp_path, "images", 2)
     for text, words in (
-        ("path,label\nimages/0.png,a\n", "The file requires a column `file_name`"),
+        ("path,label\nimages/0.png,a\n", "The file must have a column `file_name`"),
         ("file_name,label\n../secret.png,a\n", "'../secret.png' is outside the folder"),
         ("file_name,label\n/etc/secret.png,a\n", "'/etc/secret.png' is outside the folder"),
         ("file_name,label\nhttps://a.org/b.png,a\n", "'https://a.org/b.png' is outside the folder"),

@@ -763,7 +763,7 @@ def test_existing_files(tmp_path: Path) -> None:
         (tmp_path / name).touch()
         with raises_one_line(f"{tmp_path / name} exists"):
             export_model("nowhere", "onnx", tmp_path / name.removesuffix(".json"))
-    with raises_one_line("must end with .pt2"):
+    with raises_one_line("the file name must end in .pt2"):
         export_model("nowhere", "torch", tmp_path / "vit.onnx")
 
 

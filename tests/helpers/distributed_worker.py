@@ -138,7 +138,7 @@ def fsdp_by_block(layout: str, folder: Path) -> None:
 
 @check
 def token_attention_with_fsdp(layout: str, folder: Path) -> None:
-    """Check that `token_attention` uses gathered weights, also for tokens that the heads do not use."""
+    """Check that `token_attention` uses gathered weights, even for tokens that the heads do not use."""
     model, path = save_model(layout, folder)
     sharded = type(model).from_pretrained(path)
     for module in list(sharded.modules()):

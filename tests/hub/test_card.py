@@ -400,8 +400,8 @@ def test_limits_are_the_measured_ones() -> None:
     assert (
         "weakest class is `noon|late`: recall 90.00% on 160 images, 16 of which were predicted as `dusk`" in card.text
     )
-    assert "differs from the accuracy by 1.23% on average" in card.text
-    assert "differs from the accuracy by 0.00% on average" in render_card(calibration_error=0.0).text
+    assert "differs from the accuracy by 1.23 percentage points on average" in card.text
+    assert "differs from the accuracy by 0.00 percentage points on average" in render_card(calibration_error=0.0).text
     rows = [PER_CLASS[0], PER_CLASS[1] | {"recall": 0.9}]
     without_errors = "weakest class is `noon|late`: recall 90.00% on 160 images."
     assert without_errors in render_card(per_class=rows).text

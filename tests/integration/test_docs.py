@@ -10,7 +10,7 @@ An HTML comment in the line before a block changes what happens to it:
     <!-- run with: "NEW" instead of "OLD" -->    the block runs with one text replaced
     <!-- run -->                                 commands run as well (slow tests), with few steps and a small model
 
-The flags of all commands are compared with `vitcls NAME --help`, also in blocks that do not run.
+The flags of all commands are compared with `vitcls NAME --help`, even in blocks that do not run.
 """
 
 import ast

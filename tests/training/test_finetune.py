@@ -780,7 +780,7 @@ def test_a_dry_run_executes_all_steps_and_keeps_nothing(
     monkeypatch.setattr(task, "estimate_run_seconds", lambda *given: (fractions.append(given[2]), estimate(*given))[1])
     dry_run(FinetuneTask, tiny_options(tmp_path / "out", "digits", max_steps=50, ema_decay=0.9))
     output = capsys.readouterr().out
-    assert "3 steps, an evaluation, a checkpoint and saving the model succeeded" in output
+    assert "ran 3 steps and an evaluation, and saved a checkpoint and the model, in" in output
     assert re.search(r"The full run has 50 steps and takes about \d+ s$", output.strip())
     assert list(tmp_path.iterdir()) == []
     assert fractions == [8 / NUM_HELD_OUT_DIGITS]

@@ -160,12 +160,12 @@ def test_the_card_and_the_entry_of_a_benchmark(tmp_path: Path) -> None:
     options = RunOptions(eval_benchmark="org/benchmark", eval_task_id="top_1", license="mit")
     provenance = Provenance("acme/model", "acme/model", license="apache-2.0")
     file, warnings = tmp_path / ".eval_results" / "results.yaml", []
-    for interval, text in ((None, ""), ([0.6, 0.8765], ", 95% interval 0.6000 to 0.8765")):
+    for interval, text in ((None, ""), ([0.6, 0.8765], " (95% interval: 0.6000 to 0.8765)")):
         results = RESULTS | {"accuracy_interval": interval}
         write_card(tmp_path, ModelCard("the card"), provenance, results, options, warnings.append)
         (entry,) = yaml.safe_load(file.read_text(encoding="utf-8"))
         assert entry["dataset"] == {"id": "org/benchmark", "task_id": "top_1"} and entry["value"] == 0.75
-        assert entry["notes"] == f"accuracy as a fraction, on 40 images of digits (test){text}"
+        assert entry["notes"] == f"accuracy as a fraction{text}, on 40 images of digits (test)"
     assert ModelCard.load(tmp_path / "README.md").text == "the card"
     (warning,) = set(warnings)
     assert warning.startswith("--license mit is ignored: the weights are derived from acme/model")

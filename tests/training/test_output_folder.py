@@ -371,7 +371,7 @@ def test_a_resumed_run_that_is_finished_changes_nothing(earlier: Path) -> None:
 
 def test_the_initial_model_is_not_removed(earlier: Path) -> None:
     before = contents(earlier)
-    with raises_one_line("--model is in --output-dir", "Choose a different --output-dir"):
+    with raises_one_line("the --model path is in --output-dir", "Choose a different --output-dir"):
         run(earlier, model=str(earlier), overwrite=True)
     assert contents(earlier) == before
 
@@ -389,12 +389,12 @@ def test_sources_in_the_output_folder_are_not_removed(tmp_path: Path, monkeypatc
 
     for source in (inside, "models/mine", "../run", f"transformers:{inside}"):
         for flag in ("model", "teacher"):
-            with raises_one_line(f"--{flag} is in --output-dir {folder}, which --overwrite clears"):
+            with raises_one_line(f"the --{flag} path is in --output-dir {folder}, which --overwrite clears"):
                 check(**{flag: source})
     for source in (beside, tmp_path, "acme/model"):
         check(model=source, teacher=source)
     pretraining = build_tiny_options(folder, "digits", PretrainOptions, overwrite=True, model=str(inside))
-    with raises_one_line("--model is in --output-dir"):
+    with raises_one_line("the --model path is in --output-dir"):
         check_replaceable(pretraining, CheckpointStore(folder / "checkpoints", num_kept=1))
 
 

@@ -194,7 +194,7 @@ def test_a_dry_run_with_fewer_images_to_select_on_than_to_report(
     data = write_images(tmp_path / "data", {split: dict.fromkeys(("dusk", "noon"), n) for split, n in counts.items()})
     dry_run(FinetuneTask, build_options(tmp_path / "run", data, select="best"))
     output = capsys.readouterr().out
-    assert "an evaluation, a checkpoint and saving the model succeeded" in output
+    assert "an evaluation, and saved a checkpoint and the model, in" in output
     assert "the best checkpoint is selected on 6 separate images (split 'validation')" in output
 
 

@@ -305,7 +305,7 @@ def test_labels_that_the_teacher_has_twice_are_named(tmp_path: Path) -> None:
     folder = save_teacher(
         tmp_path / "twice", build_tiny_resnet(names=["crane", "bee", "crane"]), build_half_processor()
     )
-    with raises_one_line("more than one label 'crane'"):
+    with raises_one_line("more than one label named 'crane'"):
         load_labeled_teacher(folder, "bee", "crane")
 
 
