@@ -48,7 +48,7 @@ COMMANDS = {
     "export": Command("Export a model to PyTorch (.pt2), ONNX, OpenVINO or transformers.js", "export"),
     "benchmark": Command("Benchmark speed and memory against transformers and timm", "benchmark"),
     "study": Command("Compare settings by fine-tuning with each combination of settings and seeds", "study"),
-    "demo": Command("Show the predictions and attention of a model in a browser", "demo"),
+    "demo": Command("Serve a web page that shows the predictions and attention of a model", "demo"),
     "space": Command("Publish the demo as a Space on the Hub", "space"),
 }
 UTILITY_COMMANDS = {

@@ -150,14 +150,16 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     Tokens:
         num_cls_tokens (`int`, defaults to 1): Number of CLS tokens, at the start of the sequence. With 0, the model
             has no CLS token. Several CLS tokens can represent tasks (`tasks`) or regions of the image (`cls_scopes`).
-        num_distillation_tokens (`int`, defaults to 0): Number of tokens that learn from a teacher (DeiT, 2012.12877).
+        num_distillation_tokens (`int`, defaults to 0): Number of tokens that learn from a teacher (DeiT, arXiv
+            2012.12877).
         num_register_tokens (`int`, defaults to 0): Number of register tokens, which can store global information that
             the model would otherwise store in patches (Darcet et al. 2023, arXiv 2309.16588).
         use_mask_token (`bool`, defaults to `False`): Whether the model has a learned token that replaces masked
             patches (`bool_masked_pos`). `ViTCLSForMaskedImageModeling` always has a mask token.
         token_init (`"trunc_normal"`, `"near_zero"` or `"zeros"`, defaults to `"trunc_normal"`): Initial values of the
-            special tokens: truncated normal with standard deviation `initializer_range` (DeiT, DINO), normal with 1e-6
-            (timm, DINOv2), or zero (ViT). `"zeros"` raises an error if tokens would remain identical during training.
+            special tokens: truncated normal with standard deviation `initializer_range` (DeiT, DINO), normal with
+            standard deviation 1e-6 (timm, DINOv2), or zero (ViT). `"zeros"` raises an error if tokens would remain
+            identical during training.
         cls_scopes (`list`, *optional*): Image region that each CLS token can attend to, one region per token:
             `"image"`, or `[rows, columns, row, column]` for one cell of a rows x columns grid over the image. Every
             token can attend to all special tokens. Default: the whole image for each CLS token.
@@ -208,13 +210,13 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     Regularization:
         hidden_dropout_prob, attention_probs_dropout_prob (`float`, defaults to 0): Dropout rates, in [0, 1), of
             residual branches and embeddings, and of attention weights.
-        drop_path_rate (`float`, defaults to 0): Rate, in [0, 1), at which the last layer drops residual branches,
-            per image. The rate increases linearly from 0 in the first layer (Huang et al. 2016, arXiv 1603.09382).
+        drop_path_rate (`float`, defaults to 0): Rate, in [0, 1), at which an image skips a residual branch of the
+            last layer. The rate increases linearly from 0 in the first layer (Huang et al. 2016, arXiv 1603.09382).
         patch_drop_rate (`float`, defaults to 0): Fraction, in [0, 1), of each image's patches that are dropped at
             random in training (PatchDropout, arXiv 2208.07220; FLIP, arXiv 2212.00794). At least one patch is kept.
 
     Masked image modeling:
-        mim_loss (`"l1"` or `"l2"`, defaults to `"l1"`): Loss on masked pixels, as in SimMIM (arXiv 2111.09886) or MAE.
+        mim_loss (`"l1"` or `"l2"`, defaults to `"l1"`): Masked-pixel loss: L1 (SimMIM, arXiv 2111.09886) or L2 (MAE).
         norm_pixel_target (`bool`, defaults to `False`): Whether the target pixels are normalized per patch (MAE).
 
     Backbone:
@@ -395,7 +397,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     def from_preset(cls, name: str, **overrides: Any) -> "ViTCLSConfig":
         """Build the configuration of a `"tiny"`, `"small"`, `"base"` or `"large"` ViT; keyword arguments set fields.
 
-        Sources: ViT (arXiv 2010.11929, table 1) for base, large; DeiT (arXiv 2012.12877, table 1) for tiny, small.
+        Base and large are from ViT (arXiv 2010.11929, table 1), tiny and small from DeiT (arXiv 2012.12877, table 1).
 
         Raises:
             ValueError: If the name is unknown.

@@ -314,11 +314,12 @@ class RunOptions:
     push_to_hub: bool = False
     """Push the model to the Hub and verify the pushed commit."""
     hub_model_id: str | None = None
-    """Repository to push to. Default: the name of --output-dir, in your account."""
+    """Repository to push to. Default: a repository in your account, named after --output-dir."""
     hub_private: bool = False
     """If the repository does not exist, create it as a private repository."""
     hub_verify: bool = True
-    """Load the pushed commit in a new process, and compare the outputs with the outputs of the saved model."""
+    """Load the model from the pushed commit in a new process, and compare its outputs with the outputs of the saved
+    model."""
     hub_checkpoint_every: int | None = None
     """Number of steps between background pushes of the model to --hub-checkpoint-branch. Default: off. Requires
     --push-to-hub."""

@@ -162,7 +162,7 @@ class StudyRunner:
     # Maximum total memory of parallel runs, in GiB. Each run is assumed to use as much memory as the largest run so
     # far.
     memory_limit: float | None = None
-    dataset: str | None = None  # dataset for all subsets; overrides the datasets in the study file
+    dataset: str | None = None  # dataset from which all subsets are drawn; overrides the datasets in the study file
     max_run_bytes: float = 0.0  # memory of the largest run so far, in bytes
     durations: list[float] = field(default_factory=list)  # durations of the completed runs, in seconds
 

@@ -5,7 +5,7 @@
 # [tool.uv.sources]
 # modeling_vitcls = { path = "..", editable = true }
 # ///
-"""Show the predictions and attention of a model in a browser. This script is equivalent to `vitcls demo`.
+"""Serve a web page that shows the predictions and attention of a model. This script is equivalent to `vitcls demo`.
 
 python scripts/demo_app.py --model runs/mine
 """

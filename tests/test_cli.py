@@ -342,7 +342,7 @@ def test_the_demo_loads_the_revision_of_its_flag(hub: LocalHub) -> None:
 
 def test_flags_that_only_apply_to_pushes_are_errors_of_other_spaces(tmp_path: Path) -> None:
     for flags, name in (({"space_id": "ann/demo"}, "--space-id"), ({"private": True}, "--private")):
-        with raises_one_line("--output pushes nothing", f"{name} only applies to pushes"):
+        with raises_one_line("--output pushes nothing", f"{name} applies only to pushes"):
             space.SpaceOptions("ann/model", output=tmp_path, **flags)
         assert space.SpaceOptions("ann/model", **flags).output is None
     assert space.SpaceOptions("ann/model", output=tmp_path).output == tmp_path
@@ -575,7 +575,7 @@ def test_push_passes_its_flags(
     push.run(push.PushOptions(tmp_path, verify_only="ann/other", revision="v1"))
     push.run(push.PushOptions(verify_only="ann/other"))
     assert calls == [("verify", "ann/other", "v1", tmp_path), ("verify", "ann/other", "main", None)]
-    with raises_one_line("--no-verify only applies to pushes"):
+    with raises_one_line("--no-verify applies only to pushes"):
         push.PushOptions(verify_only="ann/other", verify=False)
 
 

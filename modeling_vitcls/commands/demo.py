@@ -1,4 +1,4 @@
-"""`vitcls demo`: show the predictions for images and the attention of the special tokens on a web page.
+"""`vitcls demo`: serve a web page that shows the predictions for images and the attention of the special tokens.
 
     vitcls demo --model runs/mine
     vitcls demo --model someone/their-model --revision COMMIT --port 8000
@@ -12,7 +12,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class DemoOptions:
-    """Show the predictions and attention of a model in a browser."""
+    """Serve a web page that shows the predictions and attention of a model."""
 
     model: str
     """Folder or Hub id of a vitcls model."""

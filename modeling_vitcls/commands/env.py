@@ -41,7 +41,8 @@ def format_environment() -> str:
 
 
 def describe_devices() -> str:
-    """Return the names of all CUDA GPUs and the CUDA version, or the name of another accelerator or the CPU."""
+    """Return the names of all CUDA GPUs and the CUDA version. Without CUDA, return the name of another accelerator or
+    of the CPU."""
     if torch.cuda.is_available():
         names = [format_device_name(torch.device("cuda", index)) for index in range(torch.cuda.device_count())]
         return f"{', '.join(names)}; CUDA {torch.version.cuda}"

@@ -1,10 +1,11 @@
-"""`vitcls export`: export a model to a graph that runs without this package, and compare their outputs.
+"""`vitcls export`: export a model to a graph that runs without this package, and compare the outputs of both.
 
     vitcls export --model runs/mine --format onnx --output mine.onnx
     vitcls export --model runs/mine --format torch --output mine.pt2 --no-dynamic --image-size 224 320
 
-The export also writes OUTPUT.json, with the largest differences, the image shapes in the comparison, and the inputs
-and outputs of the graph. The export is implemented in modeling_vitcls/export/.
+The export also writes OUTPUT.json, which contains the largest output differences, the shapes of the images in the
+comparison, and a description of the inputs and outputs of the graph. The export is implemented in
+modeling_vitcls/export/.
 """
 
 import warnings
@@ -32,8 +33,8 @@ class ExportOptions:
     output: Path
     """Output file, which must not exist yet. With --format transformers.js: a new or empty folder."""
     image_size: tuple[int, int] | None = None
-    """Height and width in pixels. With --no-dynamic, the graph accepts only this size; otherwise, this size is used in
-    the comparison. Default: the image size of the model."""
+    """Height and width in pixels. With --no-dynamic, the graph accepts only this size; otherwise, the size is used
+    only in the comparison. Default: the image size of the model."""
     dynamic: bool = True
     """Accept images of different sizes, not only of --image-size. The batch size is always dynamic."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
@@ -99,7 +100,7 @@ def run(options: ExportOptions) -> None:
 
 
 def silence_exporters() -> None:
-    """Disable progress bars, and the warnings of torch.export and torch.onnx."""
+    """Disable progress bars and the warnings of torch.export and torch.onnx."""
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
@@ -107,7 +108,7 @@ def silence_exporters() -> None:
 
 
 def print_report(report: "ExportReport", output: Path) -> None:
-    """Print the report and code that runs the exported file."""
+    """Print the report and the code to run the exported file."""
     from rich.console import Console
     from rich.table import Table
 
@@ -139,12 +140,12 @@ def format_notes(report: "ExportReport") -> list[str]:
     """Format all fields of the report except the differences, one per line."""
     height, width = report.input["image_size"]
     smallest_size_text = " x ".join(map(str, report.input["smallest_image_size"]))
-    accepted_sizes_text = f"images of at least {smallest_size_text} pixels"
+    accepted_sizes_text = f" and images of at least {smallest_size_text} pixels"
     if "height" not in report.input["shape"]:
-        accepted_sizes_text = f"only images of {height} x {width} pixels"
+        accepted_sizes_text = f", but only images of {height} x {width} pixels"
     opset = [] if report.opset is None else [f"opset {report.opset}"]
     return [
-        f"Accepts any batch size and {accepted_sizes_text}",
+        f"Accepts any batch size{accepted_sizes_text}",
         *([f"The image size is fixed: {report.fixed_because}"] if report.fixed_because else []),
         *(["The weights are random, because presets are untrained"] if report.weights == "random" else []),
         *(["The checkpoint has no image processor"] if report.preprocessing is None else []),

@@ -2,7 +2,7 @@
 
     options = parse_with_recipe(FinetuneOptions, ["--config", "digits", "--epochs", "3"])
 
-A recipe is a YAML file of flags. The flags of a recipe are inserted before the flags of the command line, so that tyro
+A recipe is a YAML file of flags. The flags of a recipe are inserted before the flags on the command line, so that tyro
 validates all flags and the command line overrides the recipe. Invalid flags are reported before torch is
 imported.
 """
@@ -25,7 +25,7 @@ from ..options import get_flag_names, to_arguments
 
 
 PACKAGE_FOLDER = Path(__file__).parents[1]
-# Folders of the recipes that --config accepts by name: in an installed package, and in a source checkout.
+# Folders with the recipes that --config accepts by name: one in an installed package, one in a source checkout.
 RECIPE_FOLDERS = (PACKAGE_FOLDER / "recipes", PACKAGE_FOLDER.parent / "scripts" / "recipes")
 
 # Flags of other training scripts -> equivalent flags in this package.

@@ -41,5 +41,6 @@ def run(options: PredictCommandOptions) -> None:
         print(f"{options.output}: {summary.num_images:,} images, {summary.num_failed:,} without a prediction")
     if summary.num_failed and summary.num_failed == summary.num_images:
         exit_with_message(
-            f"error: none of the {summary.num_images} images has a prediction. See the column `error`", status=1
+            f"error: none of the {summary.num_images} images has a prediction. See the column `error` in the output",
+            status=1,
         )

@@ -17,7 +17,7 @@ class PushOptions:
     model: Path | None = None
     """Folder of the model."""
     hub_model_id: str | None = None
-    """Repository to push to. Default: the name of the folder, in your account."""
+    """Repository to push to. Default: a repository in your account, named after the folder."""
     private: bool = False
     """If the repository does not exist, create it as a private repository."""
     branch: str | None = None
@@ -31,7 +31,7 @@ class PushOptions:
     endpoint_handler: bool = False
     """Also push handler.py, which Hugging Face Inference Endpoints require to serve the model."""
     verify: bool = True
-    """Load the pushed commit in a new process, and compare its outputs with the outputs of --model."""
+    """Load the model from the pushed commit in a new process, and compare its outputs with the outputs of --model."""
     verify_only: str | None = None
     """Repository to verify without pushing. If --model is set, the outputs of the model in the repository are compared
     with the outputs of --model. Verification runs the code in the repository."""
@@ -50,7 +50,7 @@ class PushOptions:
             if is_push_flag and getattr(self, field.name) != field.default:
                 flag = "--no-verify" if field.name == "verify" else f"--{field.name.replace('_', '-')}"
                 raise ValueError(
-                    f"--verify-only pushes nothing, but {flag} only applies to pushes. Omit one of these flags"
+                    f"--verify-only pushes nothing, but {flag} applies only to pushes. Omit one of these flags"
                 )
 
 

@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SpaceOptions:
-    """Publish a Space on the Hub that shows the predictions and attention of a model."""
+    """Publish a Space that shows the predictions and attention of a model on the Hub."""
 
     model: str
     """Hub id of the model."""
     revision: str = "main"
     """Commit hash, branch or tag. For a branch or tag, the Space is pinned to the current commit."""
     space_id: str | None = None
-    """Id of the Space to push to. Default: the name of the model followed by -demo, in your account."""
+    """Id of the Space to push to. Default: a Space in your account, named after the model with the suffix -demo."""
     private: bool = False
     """If the Space does not exist, create it as a private Space."""
     title: str | None = None
@@ -50,7 +50,7 @@ class SpaceOptions:
     def __post_init__(self) -> None:
         if self.output is not None and (self.space_id is not None or self.private):
             flag = "--space-id" if self.space_id is not None else "--private"
-            raise ValueError(f"--output pushes nothing, but {flag} only applies to pushes. Omit one of these flags")
+            raise ValueError(f"--output pushes nothing, but {flag} applies only to pushes. Omit one of these flags")
         if self.static and self.examples:
             raise ValueError("--static does not support --examples. Omit one of these flags")
         if self.node_modules is not None and not self.static:

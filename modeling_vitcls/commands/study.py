@@ -23,13 +23,13 @@ class StudyOptions:
     output_dir: Path
     """Folder for the runs and the page. Finished runs in the folder are not repeated."""
     dataset: str | None = None
-    """Dataset for all subsets, instead of the datasets in the study file."""
+    """Dataset from which all subsets are drawn, instead of the datasets in the study file."""
     jobs: int = 1
     """Maximum number of parallel runs."""
     threads: int = 1
     """CPU threads per run."""
     memory_limit: float | None = None
-    """Maximum total memory of concurrent runs, in GiB. Default: no limit."""
+    """Maximum total memory of parallel runs, in GiB. Default: no limit."""
 
     def __post_init__(self) -> None:
         for name in ("jobs", "threads"):

@@ -13,7 +13,7 @@
     equivalent_models.py      models with the same outputs but different configurations
     processors.py             conversion of preprocessing settings to an image processor
     source_models.py          loading of a timm or transformers model by name
-    parity_report.py          largest output differences between source and converted model
+    parity_report.py          largest output differences between the source and the converted model
     conversion_card.py        model card of a converted model
     convert.py                implementation of `vitcls convert`
 

@@ -80,7 +80,7 @@ def pin_revision(source: str) -> str:
 
 
 def is_pinned(pinned_source: object, source: object) -> bool:
-    """Return whether `pinned_source` is `source` with a commit hash instead of a branch, a tag or no revision."""
+    """Return whether `pinned_source` is `source` pinned to a commit, and `source` itself is not pinned."""
     if not isinstance(pinned_source, str) or not isinstance(source, str) or pinned_source == source:
         return False
     name, revision = split_revision(source)
@@ -89,7 +89,7 @@ def is_pinned(pinned_source: object, source: object) -> bool:
 
 def convert_once(source: str) -> str:
     """Return the cached folder of a converted source. Convert the source if it is not in the cache."""
-    from .convert import convert_checkpoint  # slow import of many transformers models
+    from .convert import convert_checkpoint  # slow, because it imports many transformers models
 
     folder = Path(constants.HF_HUB_CACHE).parent / "vitcls" / "converted" / compute_cache_name(source)
     if not (folder / CONFIG_FILE).is_file():
@@ -99,8 +99,8 @@ def convert_once(source: str) -> str:
 
 
 def compute_cache_name(source: str) -> str:
-    """Return the folder name of a conversion. The name depends on the revision or the local files of the source and
-    on the package version."""
+    """Return the folder name of a conversion. The name depends on the revision or the local files of the source,
+    and on the package version."""
     path = Path(source.partition(":")[2] if source.startswith(SOURCE_PREFIXES) else source)
     cache_key: list[object] = [pin_revision(source), __version__]
     if path.exists():

@@ -130,10 +130,15 @@ def load_source(source_name: str, random_init: bool = False, family: str | None 
         if family is not None:
             raise ConversionError(f"--family {family} requires a state-dict file, but the source is {source_name}")
         if project not in SOURCE_CLASSES or not name:
-            raise ConversionError(f"source {source_name!r} is not supported. Use timm:NAME or transformers:PATH_OR_ID")
+            raise ConversionError(
+                f"the source {source_name!r} is not supported. Use timm:NAME, transformers:PATH_OR_ID or a "
+                "state-dict file"
+            )
         return SOURCE_CLASSES[project].load(name, random_init)
     if random_init:
-        raise ConversionError(f"--random-init requires timm:NAME or transformers:PATH_OR_ID, not {source_name}")
+        raise ConversionError(
+            f"--random-init requires timm:NAME or transformers:PATH_OR_ID, but the source is {source_name}"
+        )
     return FileSource.load(Path(source_name), family)
 
 
@@ -214,7 +219,7 @@ def write_native_model(source: str, output: Path, any_size: bool = False) -> Par
     native_size_reason = ""
     if not is_exact_at_any_size:
         native_size_reason = (
-            f"at other image sizes, transformers resamples the position embeddings of {name} differently"
+            f"at other image sizes, {name} and the ViTCLS model resample position embeddings differently"
         )
     with create_output_folder(output) as output_folder:
         converted_model.save_pretrained(output_folder)

@@ -3,7 +3,8 @@
 These forms have the same outputs for images of any size:
 
     pooling="cls" or "mean"            a classifier on [CLS, mean], with zero weights for the unused half
-    position_embedding_tokens          zero position embeddings of special tokens, or none (added to the tokens)
+    position_embedding_tokens          position embeddings of special tokens: zeros, or none if their values are
+                                       added to the tokens
     position_embedding_type="none"     zero learned position embeddings
     intermediate_size                  additional hidden units with zero weights
     distillation_inference="cls"       no distillation classifier, because inference does not use it
@@ -13,7 +14,7 @@ The following forms have the same outputs only at the native image size, where p
     position_antialias, ...            a different resampling policy
     position_embedding_type="sincos_2d"    learned position embeddings with the same values
 
-A `Rewrite` lists new values of configuration fields, and changes the weights accordingly.
+A `Rewrite` lists new values of configuration fields and changes the weights accordingly.
 """
 
 import re

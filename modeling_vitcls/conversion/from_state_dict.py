@@ -420,8 +420,8 @@ def get_weight(weights: Weights, name: str) -> torch.Tensor:
     if name not in weights:
         example_names = ", ".join(list(weights)[:4])
         raise ConversionError(
-            f"the family requires the weight {name}, but the weights are {example_names}, ... Set a different "
-            "family=..."
+            f"the family requires the weight {name}, but it is missing from the state dict, which contains "
+            f"{example_names}, ... Set `family` to a different family"
         )
     return weights[name]
 

@@ -5,7 +5,7 @@
 timm_modules.py reads the configuration from the modules. This file contains the rules for parameter names, and exact
 rewrites that involve several parameters:
 
-    parallel branches       n attention modules and n MLPs become one attention module and one MLP, n times as wide
+    parallel branches       n attention modules and n MLPs become one of each, n times as wide
     differential attention  the lambda vectors become the weight of the second attention map
     interleaved rotary      channel pairs (0, 1), (2, 3), ... become (0, half), (1, half + 1), ...
 
@@ -50,8 +50,8 @@ def convert_from_timm(
 
     The source is left unchanged. A model with a classifier becomes a `ViTCLSForImageClassification`. A model without a
     classifier (`num_classes=0`) becomes a `ViTCLSModel`, whose `pooler_output`, if any, equals the output of timm's
-    model. For image sizes other than the native size, the outputs equal those of the source after a call to
-    `set_input_size`.
+    model. For image sizes other than the native size, the outputs equal those that the source returns after a
+    call to its `set_input_size`.
 
     Args:
         classifier: "keep" keeps the classifier of the source, "new" creates a new classifier, and "drop" removes the

@@ -141,7 +141,8 @@ def check_processor(
     """Compare an image processor with `preprocess`, the preprocessing of the source. Raise ValueError if the
     difference exceeds MAX_PIXEL_DIFFERENCE.
 
-    `same_backend_processor`, which is compared, has the settings of `processor` and the backend of the source.
+    The processor that is compared, `same_backend_processor`, has the settings of `processor` and the backend of the
+    source.
     `settings_name` is the name of the source's settings.
     """
     difference = measure_pixel_difference(same_backend_processor, preprocess)

@@ -46,7 +46,7 @@ FILE_SUFFIXES = (".npz", ".safetensors", ".pth", ".pt", ".bin")
 CONTAINER_KEYS = ("target_encoder", "teacher", "model_ema", "state_dict", "model", "student", "module")
 WRAPPER_PREFIXES = ("module.", "_orig_mod.", "backbone.")
 
-# Regular expression for the weight names that identify a family. The first matching family is used.
+# Family -> regular expression for the weight names that identify the family. The first matching family is used.
 FAMILY_PATTERNS = {
     "big_vision": r"(.*/)?embedding/kernel",
     "dinov3": r"storage_tokens|rope_embed\.periods",
@@ -238,8 +238,8 @@ def detect_family(weights: Weights, container_key: str | None, file: Path) -> st
     if "patch_embed.proj.weight" not in weights:
         names = ", ".join(list(weights)[:3])
         raise ConversionError(
-            f"{file} does not contain a supported image encoder ({names}, ...). Use timm:NAME or "
-            "transformers:PATH_OR_ID"
+            f"{file} does not contain a supported image encoder; it contains weights such as {names}. Use "
+            "timm:NAME or transformers:PATH_OR_ID"
         )
     if container_key == "target_encoder":
         return "msn" if "cls_token" in weights else "ijepa"
@@ -364,8 +364,8 @@ def describe_differences(family: str, config: ViTCLSConfig) -> list[str]:
     """Return notes on differences between the converted model, the authors' code, timm and transformers."""
     if config.rope_periods is not None:
         return [
-            "rotary periods: as stored in the file (the authors' code); timm and transformers compute the periods in "
-            "float32"
+            "rotary periods: as stored in the file and used by the authors' code; timm and transformers compute the "
+            "periods in float32"
         ]
     if family == "big_vision":
         return [
@@ -376,6 +376,6 @@ def describe_differences(family: str, config: ViTCLSConfig) -> list[str]:
         return []
     offset_text = f" with offset {config.position_offset}" if config.position_offset else ""
     return [
-        f"position embeddings for other image sizes: bicubic{offset_text} without antialiasing (the authors' code); "
-        "timm uses antialiasing"
+        f"position embeddings for other image sizes: bicubic{offset_text} without antialiasing, as in the authors' "
+        "code; timm uses antialiasing"
     ]

@@ -159,7 +159,7 @@ class TransformersSource:
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """Image size in the configuration, or the size of a square image with `num_patches` patches for SigLIP 2."""
+        """Image size in the configuration, or, for SigLIP 2, the size of a square image with `num_patches` patches."""
         config = getattr(self.model.config, "vision_config", self.model.config)
         size = config.image_size if hasattr(config, "image_size") else isqrt(config.num_patches) * config.patch_size
         return (size, size) if isinstance(size, int) else tuple(size)
@@ -174,7 +174,8 @@ class TransformersSource:
         return convert_from_transformers(self.model, classifier=classifier, num_labels=num_labels)
 
     def compute_outputs(self, pixel_values: torch.Tensor) -> Outputs:
-        """Return the outputs for images [B, C, H, W]. The position embeddings are interpolated for other sizes."""
+        """Return the outputs for images [B, C, H, W]. At sizes other than the native size, the position embeddings are
+        interpolated."""
         encoder, inputs = self.encoder, self.build_inputs(pixel_values)
         encoder_outputs = encoder(**inputs)
         outputs = {"sequence": encoder_outputs.last_hidden_state}

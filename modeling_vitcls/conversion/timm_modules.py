@@ -31,7 +31,7 @@ POOLINGS = {"token": "cls", "avg": "mean", "max": "max", "map": "attention"}
 
 def read_config_fields(model: TimmModule) -> Fields:
     """Return the configuration of a `VisionTransformer`, `VisionTransformerDistilled` or `Eva`."""
-    first_block = model.blocks[0]  # the other blocks differ only in the number of key and value heads
+    first_block = model.blocks[0]  # the other blocks differ only in drop path and the number of key and value heads
     block_class = get_class_name(first_block)
     check_supported(block_class in BLOCK_READERS, f"blocks of class {block_class}")
     block_fields = BLOCK_READERS[block_class](first_block)

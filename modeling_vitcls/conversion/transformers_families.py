@@ -42,7 +42,7 @@ class TransformersFamily:
     prepare_weights: Callable[[Weights], Weights] = dict
 
 
-# Fields with the same name and meaning in configurations of transformers and in ViTCLSConfig.
+# Fields with the same name and meaning in transformers configurations and in ViTCLSConfig.
 SHARED_FIELDS = (
     "hidden_size num_hidden_layers num_attention_heads intermediate_size hidden_act layer_norm_eps qkv_bias "
     "patch_size num_channels hidden_dropout_prob attention_probs_dropout_prob drop_path_rate initializer_range"
@@ -108,7 +108,7 @@ def read_deit_fields(config: Any, weights: Weights) -> Fields:
 
 
 def read_ijepa_fields(config: Any, weights: Weights) -> Fields:
-    """Return the fields of I-JEPA, which has a classifier on the mean of the patches, and no special tokens."""
+    """Return the fields of I-JEPA, which has no special tokens. The classifier uses the mean of the patches."""
     if "pooler.dense.weight" in weights:
         raise ConversionError(
             "the pooler of IJepaModel uses the first patch instead of a CLS token. Load the model with "
@@ -275,7 +275,7 @@ CLIP_RULES = [
 
 
 def read_clip_fields(config: Any, weights: Weights) -> Fields:
-    """Return the fields of CLIP, which has a norm before the first layer and a norm of the pooled output."""
+    """Return the fields of CLIP, which has a norm before the first layer and a norm on the pooled output."""
     return read_common_fields(config, weights) | {"patch_bias": False, "pre_norm": True, "final_norm": False}
 
 
@@ -323,7 +323,7 @@ SIGLIP_RULES = [
 
 
 def read_siglip_fields(config: Any, weights: Weights) -> Fields:
-    """Return the fields of SigLIP, which uses attention pooling if the model has a head, and has no special tokens."""
+    """Return the fields of SigLIP, which has no special tokens and uses attention pooling if the model has a head."""
     return read_common_fields(config, weights) | {
         "num_cls_tokens": 0,
         "position_embedding_tokens": "patches",
@@ -353,7 +353,7 @@ def read_siglip2_fields(config: Any, weights: Weights) -> Fields:
 
 
 def add_identity_projection(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
-    """Return a query without a projection as a probe, an identity projection weight and a zero projection bias."""
+    """Return the probe for a query that has no projection, an identity projection weight and a zero bias."""
     identity = torch.eye(config.hidden_size, dtype=tensor.dtype, device=tensor.device)
     return [tensor, identity, identity.new_zeros(config.hidden_size)]
 

@@ -227,7 +227,7 @@ def read_text(file: Path) -> str:
 def collect_checkpoint_files(folder: Path) -> RepoFiles:
     """Return the files to publish from the newest undamaged checkpoint in `folder`.
 
-    The published state.json does not contain flags with local paths. A resumed run uses the flags of the command line
+    The published state.json does not contain flags with local paths. A resumed run uses the flags on the command line
     instead. The folder is not changed, because a run may be writing to the folder.
     """
     store = CheckpointStore(folder / "checkpoints", num_kept=1)

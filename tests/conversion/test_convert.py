@@ -625,7 +625,7 @@ UNSUPPORTED: dict[str, Callable[[Path], str]] = {
     "source 'resnet' is not supported": lambda folder: "resnet",
     "source 'keras:resnet' is not supported": lambda folder: "keras:resnet",
     "source 'timm:' is not supported": lambda folder: "timm:",
-    "--random-init requires timm:NAME or transformers:PATH_OR_ID, not weights.pth": lambda folder: "weights.pth",
+    "--random-init requires timm:NAME or transformers:PATH_OR_ID, but the source is": lambda folder: "weights.pth",
     "is already a ViTCLS model. Use --model": lambda folder: save_checkpoint(ViTCLSModel(build_tiny_config()), folder),
     "global_pool='avgmax'": lambda folder: "timm:test_vit",
 }

@@ -215,7 +215,7 @@ def test_a_graph_of_one_size_contains_resampled_positions(tmp_path: Path, capsys
         run_onnx(file, build_images(1, 24, 48))
     print_report(report, file)
     printed = capsys.readouterr().out
-    assert "Accepts any batch size and only images of 24 x 56 pixels\n" in printed
+    assert "Accepts any batch size, but only images of 24 x 56 pixels\n" in printed
     assert "The image size is fixed" not in printed and "weights are random" not in printed
     for comparison in report.tried:
         assert f"{comparison.differences['logits']:.1e}" in printed

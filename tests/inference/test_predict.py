@@ -184,7 +184,7 @@ def test_without_any_prediction_the_status_is_1(
     flags = ["--model", models / "one_label", *images, "--output", tmp_path / "out.json"]
     assert run_in_process("predict.py", *flags) == 1
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last == "error: none of the 3 images has a prediction. See the column `error`"
+    assert last == "error: none of the 3 images has a prediction. See the column `error` in the output"
     rows = read_json(tmp_path / "out.json")
     assert [row["label"] for row in rows] == [None] * 3
     assert "No such file" in rows[2]["error"]

@@ -441,7 +441,7 @@ def test_errors_name_the_remedy() -> None:
             ({"cls": torch.zeros(1, 1, 4)}, "dinov2"),
             {},
         ),
-        "requires the weight embedding/kernel, but the weights are": ((weights, "big_vision"), {}),
+        "requires the weight embedding/kernel, but it is missing": ((weights, "big_vision"), {}),
         "weights missing: .*layernorm.weight": (
             ({name: part for name, part in weights.items() if name != "norm.weight"}, "deit"),
             {"num_attention_heads": 4},

@@ -155,7 +155,7 @@ def test_published_files_are_converted_exactly(name: str, tmp_path: Path) -> Non
     assert ("logits" in report.comparisons[0].differences) is (family == "deit")
     notes = " ".join(report.notes)
     has_other_resampling = family in ("dino", "ibot", "msn", "mae", "deit", "ijepa") or name == "dinov2"
-    assert ("without antialiasing (the authors' code)" in notes) is has_other_resampling
+    assert ("without antialiasing, as in the authors' code" in notes) is has_other_resampling
     assert ("offset 0.1" in notes) is (family in ("dino", "ibot") or name == "dinov2")
     unused = "1 weights outside of backbone.* are not converted, for example head.last_layer.weight"
     assert (unused in report.notes) is (name == "dino, full")
