@@ -187,7 +187,7 @@ def load_adapted_weights(source: AdaptableModel, target: AdaptableModel) -> None
 
 
 class AdaptationContext(NamedTuple):
-    """Input of the adapters: a weight of the new model, the weights of the old model, and both configurations."""
+    """Inputs to the adapters: a weight of the new model, the weights of the old model, and both configurations."""
 
     name: str
     initial_value: Tensor  # the newly initialized weight
@@ -303,7 +303,8 @@ ADAPTERS: dict[str, Callable[[AdaptationContext], AdaptedWeight]] = {
 def load_checkpoint(load: Callable[..., Any], source: Any, *args: Any, **kwargs: Any) -> Any:
     """Return the output of `load` (a `from_pretrained` method); raise one-line errors that name the file or weight.
 
-    Otherwise, transformers would report mismatched weights in a table, and use defaults if there is no config.json.
+    Without this function, transformers would report mismatched weights in a table, and use defaults if there is no
+    config.json.
 
     Raises:
         OSError: if the folder, config.json or the weights are missing or damaged.

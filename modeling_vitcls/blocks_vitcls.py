@@ -389,7 +389,7 @@ class DropPath(nn.Module):
         self.rate = rate  # a Python float: a tensor would lose its value when a model is built on the meta device
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """Drop the branch [B, N, D] of random images; divide the other branches by the keep probability."""
+        """Zero the branch [B, N, D] for random images; divide it by the keep probability for all others."""
         if not self.training:
             return hidden_states
         keep_prob = 1 - self.rate

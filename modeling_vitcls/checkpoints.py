@@ -185,7 +185,7 @@ class CheckpointStore:
 def write_checkpoint(
     folder: Path, step: int, tensor_groups: dict[str, Tensors], metadata: dict[str, Any], is_best: bool
 ) -> None:
-    """Write the files of a checkpoint to an empty folder, and synchronize the folder to the disk."""
+    """Write the files of a checkpoint to an empty folder, and flush the files and the folder to the disk."""
     for name, tensors in tensor_groups.items():
         save_file(clone_shared_tensors(tensors), folder / f"{name}.safetensors")
     files = {path.name: compute_file_digest(path) for path in sorted(folder.iterdir())}

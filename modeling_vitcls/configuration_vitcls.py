@@ -414,7 +414,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         overrides = {key: kwargs.pop(key) for key in list(kwargs) if key in field_names}
         for name in kwargs:
             known_names = sorted(field_names | TRANSFORMERS_KEYWORDS | {"gate_new_tokens"})
-            if name not in known_names and (hint := _suggest_name(name, known_names, cutoff=0.8)):
+            if name not in known_names and (hint := _format_suggestion(name, known_names, cutoff=0.8)):
                 raise ValueError(f"Unknown field {name!r}{hint}")
         config_dict, labels = dict(config_dict), config_dict.get("id2label")
         if "id2label" in overrides or kwargs.get("num_labels") not in (None, isinstance(labels, dict) and len(labels)):
@@ -477,7 +477,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         modeling = importlib.import_module(".modeling_vitcls", __package__)
         transformers.AutoConfig.register(cls.model_type, cls, exist_ok=True)
         transformers.AutoModel.register(cls, modeling.ViTCLSModel, exist_ok=True)
-        # transformers selects the class named in `config.architectures`, or otherwise the first class.
+        # transformers selects the class named in `config.architectures`, or else the first class.
         classifier_classes = (modeling.ViTCLSForImageClassification, modeling.ViTCLSForMultiTaskClassification)
         transformers.AutoModelForImageClassification.register(cls, classifier_classes, exist_ok=True)
         masked_model_class = modeling.ViTCLSForMaskedImageModeling
@@ -743,7 +743,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         for name in ("hidden_act", "pooled_activation"):
             value = getattr(self, name)
             if value is not None and value not in ACT2FN:
-                raise ValueError(f"Unknown {name} {value!r}{_suggest_name(value, list(ACT2FN))}")
+                raise ValueError(f"Unknown {name} {value!r}{_format_suggestion(value, list(ACT2FN))}")
 
     def validate_merging(self) -> None:
         """Check that the other fields allow patches to be merged."""
@@ -793,7 +793,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         for name in kwargs:
             if not self._is_known_keyword(name):
                 known_names = [*(field.name for field in dataclasses.fields(self)), *TRANSFORMERS_KEYWORDS]
-                raise ValueError(f"Unknown field {name!r}{_suggest_name(name, known_names)}")
+                raise ValueError(f"Unknown field {name!r}{_format_suggestion(name, known_names)}")
 
 
 def update_gated_tokens(
@@ -816,7 +816,7 @@ def to_pair(value: int | Sequence[int]) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 
-def _suggest_name(name: str, known_names: list[str], cutoff: float = 0.6) -> str:
+def _format_suggestion(name: str, known_names: list[str], cutoff: float = 0.6) -> str:
     matches = difflib.get_close_matches(name, known_names, n=1, cutoff=cutoff)
     return f": did you mean {matches[0]}?" if matches else ""
 

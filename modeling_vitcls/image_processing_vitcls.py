@@ -263,7 +263,7 @@ class ViTCLSImageProcessor(ViTCLSBaseImageProcessor, TorchvisionBackend):  # typ
         return batch
 
     def _fast_preprocess(self, images: list[Any]) -> BatchFeature:
-        """Return the output of `preprocess` for checked settings that the fast path supports."""
+        """Return the output of `preprocess` for validated settings that the fast path supports."""
         use_threads = all(isinstance(image, SOURCE_TYPES) for image in images)
         tensors = map_in_threads(self._load_image, images) if use_threads else list(map(self._load_image, images))
         check_same_shape(tensors)

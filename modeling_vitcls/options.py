@@ -438,7 +438,7 @@ class EvaluateOptions:
 
 @dataclass(frozen=True)
 class ImageOptions:
-    """Model and image flags of both prediction and inspection. Labels are not required."""
+    """Model and image flags that prediction and inspection share. Labels are not required."""
 
     model: str
     """Folder or Hub id of a vitcls model (`ID@COMMIT` pins the model), or another ViT, which is converted once

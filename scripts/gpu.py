@@ -208,7 +208,7 @@ def measure_training_step(device: str, num_registers: int, compile_mode: str | N
 
 
 def run_fsdp2(config_file: Path = FSDP2_SETTINGS, num_processes: int | None = None) -> Lines:
-    """Train a small model with sharded weights, and yield one sentence with the loss.
+    """Train a small model with sharded weights, and yield one sentence that states the loss.
 
     By default, each GPU has one process. The output of the run is printed.
 

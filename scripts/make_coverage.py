@@ -30,7 +30,7 @@ from modeling_vitcls.conversion.weight_rules import ConversionError
 
 
 OUTPUT = Path(__file__).parents[1] / "docs" / "coverage.md"
-# Modules of timm whose models have one resolution and attention among all patches.
+# timm modules whose models have a single resolution and global attention.
 TIMM_MODULES = (
     "vision_transformer",
     "deit",

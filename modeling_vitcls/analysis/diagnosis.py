@@ -381,8 +381,8 @@ def describe_comparison(ablations: dict[str, Ablation], possessive: str = "its")
 
 def describe_condition(kind: str, possessive: str) -> str:
     """Describe an ablation as a condition, such as `if the token is replaced with its mean`."""
-    subject, means = ("the token is", "its mean") if possessive == "its" else ("the tokens are", "their means")
-    return f"if {subject} {ABLATION_TERMS[kind].format(means)}"
+    subject, means_text = ("the token is", "its mean") if possessive == "its" else ("the tokens are", "their means")
+    return f"if {subject} {ABLATION_TERMS[kind].format(means_text)}"
 
 
 def describe_effect(ablation: Ablation) -> str:

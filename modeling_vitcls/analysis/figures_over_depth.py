@@ -184,8 +184,8 @@ def plot_attention_mass(config: ViTCLSConfig, findings: Findings) -> Figure:
 
 
 def plot_norms(config: ViTCLSConfig, findings: Findings) -> Figure:
-    """Plot the norms of the special tokens, the norms of the central 90% of the patches, and the fraction of outlier
-    patches.
+    """Plot the norms of the special tokens, the median and central 90% range of the patch norms, and the fraction of
+    outlier patches.
 
     Models without registers may store global information in uninformative patches, whose norms then become outliers
     (Darcet et al. 2023, arXiv 2309.16588).

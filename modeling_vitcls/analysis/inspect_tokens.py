@@ -22,7 +22,7 @@ from ..inference.load_model import is_preset, load_model
 from ..options import InspectOptions
 from .inspection import Inspection, ProgressCallback, do_nothing, inspect_model
 from .inspection_inputs import open_images
-from .report import VERDICT_SIGNS, build_patch_size_table, get_model_name, write_json_values, write_page
+from .report import VERDICT_SYMBOLS, build_patch_size_table, get_model_name, write_json_values, write_page
 from .report_data import count_images_with_heads
 
 
@@ -112,7 +112,7 @@ def build_verdict_table(inspection: Inspection) -> Table:
     """Build a table with the verdict and reason of each token and each group of several tokens."""
     table = Table("token", "verdict", "reason")
     for verdict in [*inspection.verdicts, *inspection.group_verdicts]:
-        sign = VERDICT_SIGNS[verdict.word, verdict.rating]
+        sign = VERDICT_SYMBOLS[verdict.word, verdict.rating]
         word = f"[{RATING_STYLES[verdict.rating]}]{sign} {verdict.word}[/]"
         table.add_row(escape(verdict.token), word, escape(verdict.reason))
     return table

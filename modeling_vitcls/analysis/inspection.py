@@ -153,8 +153,8 @@ def inspect_model(
     batches = InspectionBatches(model, pixels, encode_labels(readable_labels, model), batch_size)
     num_null_images = min(max(count_null_images(model, pixels), MIN_NULL_IMAGES), MAX_NULL_IMAGES)
     sample_batches, sampled_indices = batches.sample(num_null_images)
-    # One pass without ablations and two passes per ablation target. The pass with hidden registers is one of the
-    # passes that collect statistics.
+    # One pass without ablations and two passes per ablation target. The pass that hides the registers is one of
+    # these passes; it runs while statistics are collected.
     num_passes = 2 * len(get_ablation_targets(config.token_layout)) + 1
     num_statistics_passes = 2 if config.num_register_tokens else 1
     num_null_passes = count_null_passes(model)

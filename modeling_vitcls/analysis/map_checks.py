@@ -88,7 +88,7 @@ def check_maps(model: Any, images: Sequence[torch.Tensor], seed: int = 0) -> dic
     """
     model = unwrap_model(model)
     generator = torch.Generator().manual_seed(seed)
-    shuffled_model = shuffle_weights(model, generator)
+    shuffled_model = copy_with_shuffled_weights(model, generator)
     curves: dict[str, list[torch.Tensor]] = {}
     correlations: dict[str, list[float]] = {}
     for pixel_values in images:
@@ -160,7 +160,7 @@ def measure_curves(model: Any, pixel_values: torch.Tensor, values: torch.Tensor,
 
 
 @torch.no_grad()
-def shuffle_weights(model: Any, generator: torch.Generator) -> Any:
+def copy_with_shuffled_weights(model: Any, generator: torch.Generator) -> Any:
     """Return a copy of the model with the values of each parameter in random order."""
     shuffled_model = copy.deepcopy(model)
     for parameter in shuffled_model.parameters():

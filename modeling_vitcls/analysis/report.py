@@ -48,7 +48,7 @@ MAX_GRIDS = 3  # maximum number of patch grids listed in the page header
 SCRIPTS = ("report_page.js", "report_maps.js", "report_charts.js")  # scripts in loading order
 
 # Symbol for each (verdict, rating) pair, so that verdicts can be distinguished without color.
-VERDICT_SIGNS = {
+VERDICT_SYMBOLS = {
     ("effect beyond the null", "good"): "✓",
     ("effect beyond the null", "neutral"): "•",
     ("no measurable effect", "neutral"): "○",
@@ -150,7 +150,7 @@ def render_page(inspection: Inspection, page_header: dict[str, Any]) -> str:
         patch_sizes=build_patch_size_table(inspection.patch_sizes),
         image_kinds=IMAGE_KINDS,
         layout=build_layout(inspection.config, inspection.has_head),
-        signs=VERDICT_SIGNS,
+        signs=VERDICT_SYMBOLS,
         outlier_ratio=OUTLIER_RATIO,
         data=htmlsafe_json_dumps(build_page_data(inspection), allow_nan=False, separators=(",", ":")),
         style=Markup((TEMPLATE_FOLDER / "report.css").read_text(encoding="utf-8")),

@@ -6,6 +6,6 @@
 
 A subcommand defines OPTIONS_CLASS (a dataclass whose fields are the flags) and `run(options)`. A subcommand also
 defines `check_options(options)` if flags must be checked before torch is imported. cli.py prints ValueErrors and
-OSErrors of subcommands as one-line messages. At module level, a subcommand imports only the standard library, tyro,
-parsing.py and options.py. The files in this folder are not copied to the Hub.
+OSErrors raised by subcommands as one-line messages. At module level, a subcommand imports only the standard library,
+tyro, parsing.py and options.py. The files in this folder are not copied to the Hub.
 """

@@ -304,8 +304,8 @@ def read_deit_fields(weights: Weights) -> Fields:
 
 
 def read_dino_fields(weights: Weights) -> Fields:
-    """Return the fields of DINO (arXiv 2104.14294) and iBOT (arXiv 2111.07832), which interpolate position embeddings
-    with an offset."""
+    """Return the configuration fields for DINO (arXiv 2104.14294) and iBOT (arXiv 2111.07832), which interpolate
+    position embeddings with an offset."""
     return read_deit_fields(weights) | {"position_offset": 0.1, "use_mask_token": "masked_embed" in weights}
 
 

@@ -256,7 +256,8 @@ def read_attention(attention: TimmModule) -> Fields:
 
 
 def read_qkv_biases(attention: TimmModule) -> Fields:
-    """Return the fields of the query, key and value biases. In EVA, the key projections have no bias."""
+    """Return the configuration fields for the query, key and value biases. In EVA, the key projections have no
+    bias."""
     if getattr(attention, "q_bias", None) is not None:
         bias_fields = {"query_bias": True, "key_bias": False, "value_bias": True}
     elif attention.qkv is None:

@@ -115,7 +115,7 @@ def build_dinov3_settings(config: ViTCLSConfig) -> Settings:
         "proj_bias": config.projection_bias,
         "mlp_bias": config.mlp_bias,
         "use_gated_mlp": config.mlp_type != "mlp",
-        "hidden_act": get_activation(config),
+        "hidden_act": get_activation_name(config),
         "attention_dropout": config.attention_probs_dropout_prob,
         "layerscale_value": float(config.layer_scale_init_value or 1.0),
     }
@@ -278,7 +278,7 @@ def get_effective_fields(config: ViTCLSConfig, has_head: bool) -> dict[str, Any]
         "attention_head_size": config.head_dim,
         **get_qkv_biases(config),
         "mlp_type": "mlp" if config.mlp_type == "mlp" else "glu",
-        "hidden_act": get_activation(config),
+        "hidden_act": get_activation_name(config),
         "position_embedding_tokens": position_embedding_tokens,
         "distillation_head": config.has_distillation_head,
         "cls_scopes": config.cls_scopes if any(scope != "image" for scope in config.cls_scopes or ()) else None,
@@ -311,7 +311,7 @@ def get_qkv_biases(config: ViTCLSConfig) -> dict[str, bool]:
     return {name: config.qkv_bias if bias is None else bias for name, bias in biases.items()}
 
 
-def get_activation(config: ViTCLSConfig) -> str:
+def get_activation_name(config: ViTCLSConfig) -> str:
     """Return the name of the activation function of a plain MLP, or of the gate of a gated MLP."""
     return "silu" if config.mlp_type == "swiglu" else config.hidden_act
 

@@ -84,13 +84,13 @@ def load_training_data(
         return [name for name in choose_training_splits(names, use_selection_split) if name is not None]
 
     splits = open_streams(options, use_labels) if options.streaming else load_splits(options, use_labels, select)
-    chosen = choose_training_splits(splits.names, use_selection_split)
-    check_splits(options, splits, chosen, use_selection_split)
-    train = splits.images_by_split[chosen.train]
-    if chosen.held_out is not None:
-        held_out = materialize_images(splits.images_by_split[chosen.held_out])
-        held_out_name = f"split {chosen.held_out!r}"
-        record = HeldOutRecord(chosen.held_out, len(held_out))
+    training_splits = choose_training_splits(splits.names, use_selection_split)
+    check_splits(options, splits, training_splits, use_selection_split)
+    train = splits.images_by_split[training_splits.train]
+    if training_splits.held_out is not None:
+        held_out = materialize_images(splits.images_by_split[training_splits.held_out])
+        held_out_name = f"split {training_splits.held_out!r}"
+        record = HeldOutRecord(training_splits.held_out, len(held_out))
     else:
         rule = build_held_out_rule(options)
         train, held_out, record = hold_out_images(train, rule, options)
@@ -98,9 +98,9 @@ def load_training_data(
         if options.streaming and len(held_out) == MAX_HELD_OUT_IMAGES:
             held_out_name += f", evaluated on the first {MAX_HELD_OUT_IMAGES:,} images"
     selection, selection_name = None, ""
-    if chosen.selection is not None:
-        selection = materialize_images(splits.images_by_split[chosen.selection])
-        selection_name = f"split {chosen.selection!r}"
+    if training_splits.selection is not None:
+        selection = materialize_images(splits.images_by_split[training_splits.selection])
+        selection_name = f"split {training_splits.selection!r}"
     elif use_selection_split:
         rule = HeldOutRule(options.held_out_fraction, options.split_seed, "selection")
         train, selection, _ = hold_out_images(train, rule, options)
@@ -133,23 +133,25 @@ def materialize_images(images: LabeledImages | StreamedImages) -> LabeledImages:
     return images.read_held_out_images() if isinstance(images, StreamedImages) else images
 
 
-def check_splits(options: DataOptions, splits: Splits, chosen: TrainingSplits, use_selection_split: bool) -> None:
+def check_splits(
+    options: DataOptions, splits: Splits, training_splits: TrainingSplits, use_selection_split: bool
+) -> None:
     """Raise ValueError if there is only one class, or if `--folds` or `--select best` is not possible with the
     splits."""
     label_space = splits.label_space
     if label_space.kind == "single_label_classification" and label_space.columns and len(label_space.names) == 1:
         raise ValueError(describe_single_class(options.dataset, label_space.names[0]))
-    if options.folds is not None and chosen.held_out is not None:
+    if options.folds is not None and training_splits.held_out is not None:
         raise ValueError(
             f"--folds requires a dataset with a single split, but {options.dataset} has the held-out split "
-            f"{chosen.held_out!r}. Remove --folds"
+            f"{training_splits.held_out!r}. Remove --folds"
         )
-    if use_selection_split and chosen.selection is None and options.streaming:
+    if use_selection_split and training_splits.selection is None and options.streaming:
         raise ValueError(
             f"--select best with --streaming requires a validation split and a test split, but {options.dataset} has "
             f"only {', '.join(splits.names)}. Remove --streaming or --select best"
         )
-    if use_selection_split and chosen.selection is None and not options.held_out_fraction:
+    if use_selection_split and training_splits.selection is None and not options.held_out_fraction:
         raise ValueError(
             "--select best requires images for checkpoint selection, but --held-out-fraction is 0. Set a larger "
             "--held-out-fraction"
@@ -268,8 +270,8 @@ def choose_rule(options: DataOptions, record: HeldOutRecord | None) -> HeldOutRu
 
 
 def describe_data(training_data: TrainingData) -> dict[str, Any]:
-    """Return a description of the training data for checkpoints. The description of a stream contains only the
-    held-out images and the classes."""
+    """Return a description of the training data, to be stored in checkpoints. The description of a stream contains
+    only the held-out images and the classes."""
     labeled_images = training_data.held_out if isinstance(training_data.train, StreamedImages) else training_data.train
     return {
         "num_training_images": training_data.num_training_images,

@@ -62,5 +62,5 @@ def read_code_license() -> bytes:
     except PackageNotFoundError:
         text = None
     if text is None:
-        raise ValueError("the license of modeling_vitcls was not found. Install the package again")
+        raise ValueError("the license of modeling_vitcls was not found. Reinstall the package")
     return text.encode()

@@ -188,7 +188,7 @@ class WeightsLicense:
 
     sentences: tuple[str, str]  # sentence for a known license, sentence for an unknown license
     source: Provenance | None  # provenance with the name, link and text of the license; None if unknown
-    teacher: Provenance | None = None  # distillation teacher, whose license is also named
+    teacher: Provenance | None = None  # distillation teacher, whose license is also stated
     has_code: bool = True  # whether the repository contains code; if so, the license of the code is also named
 
     @property

@@ -165,7 +165,7 @@ class Evaluator:
         metric_values = round_floats(metrics.compute())
         if metric_values["num_images"] + num_unreadable != self.num_images:
             raise RuntimeError(
-                f"evaluation counted {metric_values['num_images']} images and {num_unreadable} unreadable images, "
+                f"evaluation counted {metric_values['num_images']} readable and {num_unreadable} unreadable images, "
                 f"but expected {self.num_images} images in total. This is a bug. Report it with "
                 "the output of `vitcls env`"
             )
@@ -193,7 +193,7 @@ class Evaluator:
 
 class ReconstructionEvaluator(Evaluator):
     """Evaluates a masked autoencoder. The mask of an image depends only on `mask_seed` and on the index of the image,
-    which is also the label."""
+    which is passed as its label."""
 
     def __init__(
         self,

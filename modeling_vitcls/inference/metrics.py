@@ -285,12 +285,12 @@ def compute_class_metrics(names: list[str], counts: list[list[int]]) -> list[Met
     return [
         {
             "name": name,
-            "images": images,
-            "recall": safe_divide(correct, images),
-            "precision": safe_divide(correct, predicted),
-            "f1": safe_divide(2 * correct, images + predicted),
+            "images": num_images,
+            "recall": safe_divide(num_correct, num_images),
+            "precision": safe_divide(num_correct, num_predicted),
+            "f1": safe_divide(2 * num_correct, num_images + num_predicted),
         }
-        for name, correct, predicted, images in zip(names, *counts, strict=True)
+        for name, num_correct, num_predicted, num_images in zip(names, *counts, strict=True)
     ]
 
 

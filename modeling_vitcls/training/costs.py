@@ -5,7 +5,7 @@
 
 The FLOPs include matrix products and the patch projection. Norms, activation functions, softmax, rotary position
 embeddings and the interpolation of position embeddings are excluded (less than 1% of the FLOPs of a ViT-S at 224 x
-224 pixels). A backward pass requires about twice the FLOPs of a forward pass. benchmarking/ contains measurements.
+224 pixels). A backward pass requires about twice the FLOPs of a forward pass. For measurements, see benchmarking/.
 """
 
 import dataclasses

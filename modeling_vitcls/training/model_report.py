@@ -47,7 +47,7 @@ from .reporter import ImageLogger
 NUM_SAMPLES = 4  # number of images in the card
 NUM_REPORT_IMAGES = 6  # number of images shown in the report
 NUM_STATISTICS_IMAGES = 64  # number of images for the statistics in the report
-MAX_IMAGES_TO_READ = 20  # maximum number of images to read for the card, including unreadable images
+MAX_IMAGES_TO_READ = 20  # maximum number of images to try to read for the card
 
 MAX_BATCH_SIZE = 32  # maximum batch size in images for measuring the inference speed
 NUM_REPEATS = 5  # number of measured forward passes

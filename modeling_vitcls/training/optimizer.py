@@ -38,8 +38,8 @@ def build_parameter_groups(model: nn.Module, weight_decay: float, layer_decay: f
     """Group parameters by depth and weight decay.
 
     Weight decay applies to weights of linear and convolutional layers, but not to biases, norms, tokens, position
-    embeddings or scales. The learning rate of each group is multiplied by `lr_scale`, which is `layer_decay` to the
-    power of the maximum depth minus the depth of the group (BEiT, arXiv 2106.08254, appendix).
+    embeddings or scales. The learning rate of each group is multiplied by `lr_scale`, which is
+    `layer_decay ** (max_depth - depth)` for a group at `depth` (BEiT, arXiv 2106.08254, appendix).
     """
     weight_decay_ids = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)}
     depths = get_parameter_depths(model)

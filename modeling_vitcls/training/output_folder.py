@@ -240,7 +240,7 @@ class FolderLock:
         return True
 
     def remove_stale_lock(self) -> None:
-        """Remove the lock if its owner has ended. Raise ValueError if the owner is running or may be running."""
+        """Remove the lock if its owner has ended. Raise ValueError if the owner is or may still be running."""
         try:
             owner = LockOwner.from_text(self.file.read_text(encoding="utf-8"))
         except FileNotFoundError:  # the lock has been released

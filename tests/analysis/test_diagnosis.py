@@ -32,7 +32,7 @@ from modeling_vitcls.analysis.effects import AblationEffect, FeatureEffect, comp
 from modeling_vitcls.analysis.inspection import MIN_NULL_IMAGES, select_evenly_spaced
 from modeling_vitcls.analysis.model_outputs import MIN_IMAGES, Predictions, collect_outputs
 from modeling_vitcls.analysis.model_utils import is_classifier
-from modeling_vitcls.analysis.report import VERDICT_SIGNS
+from modeling_vitcls.analysis.report import VERDICT_SYMBOLS
 from modeling_vitcls.analysis.token_statistics import Findings
 from modeling_vitcls.token_names import get_token_names
 from modeling_vitcls.training.token_monitor import TokenMonitor
@@ -82,7 +82,7 @@ def judge_tokens(
     found += diagnose_groups(model.config, ablations, predictions)
     for verdict in found:
         assert verdict.reason.endswith(".") and "\n" not in verdict.reason and any(map(str.isdigit, verdict.reason))
-        assert (verdict.word, verdict.rating) in VERDICT_SIGNS  # the page has a symbol for it
+        assert (verdict.word, verdict.rating) in VERDICT_SYMBOLS  # the page has a symbol for it
     return {verdict.token: verdict for verdict in found}
 
 

@@ -14,7 +14,13 @@ from varied_models import center_logits
 from modeling_vitcls import ViTCLSForImageClassification
 from modeling_vitcls.analysis import map_checks
 from modeling_vitcls.analysis.attribution import compute_attention_rollout, compute_attribution
-from modeling_vitcls.analysis.map_checks import FRACTIONS, MapCheck, check_maps, measure_curves, shuffle_weights
+from modeling_vitcls.analysis.map_checks import (
+    FRACTIONS,
+    MapCheck,
+    check_maps,
+    copy_with_shuffled_weights,
+    measure_curves,
+)
 
 
 def test_curves_replace_the_highest_patches_first() -> None:
@@ -42,7 +48,7 @@ def test_curves_replace_the_highest_patches_first() -> None:
 
 def test_shuffled_weights_have_the_same_values() -> None:
     model = center_logits(ViTCLSForImageClassification(build_tiny_config()), build_images())
-    shuffled = shuffle_weights(model, torch.Generator().manual_seed(0))
+    shuffled = copy_with_shuffled_weights(model, torch.Generator().manual_seed(0))
     weight, other = (each.vitcls.layers[0].mlp.fc1.weight for each in (model, shuffled))
     assert not torch.equal(weight, other) and torch.equal(
         weight.flatten().sort().values, other.flatten().sort().values
@@ -56,7 +62,7 @@ def test_checks_average_over_images() -> None:
     found = check_maps(model, images, seed=3)
     assert list(found) == ["attribution", "rollout"]
     generator = torch.Generator().manual_seed(3)
-    shuffled = shuffle_weights(model, generator)
+    shuffled = copy_with_shuffled_weights(model, generator)
     curves: dict[str, list[torch.Tensor]] = {"attribution": [], "rollout": [], "random": []}
     correlations: dict[str, list[float]] = {"attribution": [], "rollout": []}
     for pixels in images:

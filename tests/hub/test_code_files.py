@@ -59,6 +59,6 @@ def test_the_license_equals_the_one_of_the_files(tmp_path: Path, monkeypatch: py
     monkeypatch.syspath_prepend(installed.parent)
     assert read_code_license() == b"of the wheel"
     monkeypatch.setattr(code_files, "distribution", lambda name: SimpleNamespace(read_text=lambda file: None))
-    with raises_one_line("the license of modeling_vitcls was not found. Install the package again"):
+    with raises_one_line("the license of modeling_vitcls was not found. Reinstall the package"):
         read_code_license()
     assert all("SPDX-License-Identifier: Apache-2.0" in (PACKAGE_FOLDER / name).read_text() for name in READING_ORDER)

@@ -399,7 +399,7 @@ def test_the_loss_of_masked_patches_is_the_mean_over_images(mixed_precision: str
 def test_an_uncounted_image_is_an_error() -> None:
     evaluator = build_evaluator("single", build_accelerator())
     evaluator.batches.loader.dataset.index_ranges.pop()
-    words = "counted 12 images and 0 unreadable images, but expected 13 images in total"
+    words = "counted 12 readable and 0 unreadable images, but expected 13 images in total"
     with pytest.raises(RuntimeError, match=words):
         evaluator(build_classifier("single"))
 
