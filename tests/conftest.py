@@ -32,7 +32,7 @@ TESTS = Path(__file__).parent
 # projects.
 FOLDERS = {"export", "integration", "peers"}
 # These files test HTML pages, most of them in a browser.
-PAGE_TESTS = {"test_page.py", "test_report.py", "test_space.py", "test_static_space.py"}
+PAGE_TESTS = {"test_page.py", "test_report.py", "test_space.py", "test_static_space.py", "test_text.py"}
 NO_BROWSER = "Chromium is required for tests of HTML pages: install it with `make browser`"
 skipped_pages: list[str] = []  # ids of tests
 

@@ -15,8 +15,9 @@ from urllib.request import urlopen
 import gradio as gr
 import numpy as np
 import pytest
+from demo_models import build_classifier_demo
 from PIL import Image
-from tiny_models import build_tiny_config, randomize, save_with_processor
+from tiny_models import build_tiny_config, save_with_processor
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, ViTCLSModel
 from modeling_vitcls.demo.page import (
@@ -29,17 +30,11 @@ from modeling_vitcls.demo.page import (
     serve_demo,
 )
 from modeling_vitcls.demo.reader import DemoModel
-from modeling_vitcls.demo.text import (
-    build_header,
-    build_loading_code,
-    explain_missing_output,
-)
 
 
 @pytest.fixture(scope="module")
 def demo_model() -> DemoModel:
-    model = randomize(ViTCLSForImageClassification(build_tiny_config(num_register_tokens=1)))
-    return DemoModel(model, ViTCLSImageProcessor(size=32), "mine", None, None, is_classifier=True)
+    return build_classifier_demo()
 
 
 @pytest.fixture
@@ -297,52 +292,3 @@ def test_clicks_select_a_patch_or_a_layer(demo_model: DemoModel, noise: Path) ->
     assert find_clicked_patch(result, displayed[:, :192], event) == (3, 2)
     assert find_clicked_patch(None, displayed, event) is None and find_clicked_patch(result, None, event) is None
     assert get_clicked_layer(SimpleNamespace(index=0)) == 1  # type: ignore[arg-type]
-
-
-# Text ----------------------------------------------------------------------------------------------------------------
-
-
-def test_the_header_links_to_the_commit(
-    demo_model: DemoModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    commit = "0123456789" * 4
-    published = DemoModel(demo_model.model, None, "ann/vit", commit, None, is_classifier=True)
-    assert build_header(published) == (
-        f"# ann/vit\n[ann/vit](https://huggingface.co/ann/vit) at commit [`0123456`](https://huggingface.co/ann/vit/tree/"
-        f"{commit}). A Vision Transformer with 2 layers and 2 heads per layer; special tokens: CLS, register."
-    )
-    (tmp_path / "mine").mkdir()
-    monkeypatch.chdir(tmp_path / "mine")
-    local = DemoModel(demo_model.model, None, ".", None, None, is_classifier=True)
-    assert build_header(local).startswith("# mine\nA model in a local folder. A Vision Transformer with 2 layers")
-    single = ViTCLSForImageClassification(
-        build_tiny_config(num_hidden_layers=1, num_attention_heads=1, num_cls_tokens=0, pooling="mean")
-    )
-    bare = DemoModel(single, None, "mine", None, None, is_classifier=True)
-    assert build_header(bare).endswith("with 1 layer and 1 head per layer; no special tokens.")
-
-
-def test_the_loading_code_pins_the_model_and_its_code(demo_model: DemoModel) -> None:
-    def build(is_classifier: bool, commit: str | None, code_revision: str | None) -> str:
-        return build_loading_code(DemoModel(demo_model.model, None, "ann/vit", commit, code_revision, is_classifier))
-
-    own, shared, local = build(True, "abc", None), build(False, "abc", "def"), build(True, None, None)
-    arguments = '"ann/vit", revision="abc", trust_remote_code=True'
-    assert f"model = AutoModelForImageClassification.from_pretrained({arguments})" in own
-    assert f"processor = AutoImageProcessor.from_pretrained({arguments})" in own
-    assert "runs code from the model's repository at the given commit" in own
-    arguments = '"ann/vit", revision="abc", code_revision="def", trust_remote_code=True'
-    assert f"model = AutoModel.from_pretrained({arguments})" in shared
-    assert "runs code from the code repository named in config.json at the given commit" in shared
-    assert 'from_pretrained("ann/vit", trust_remote_code=True)' in local and "given commit" not in local
-
-
-def test_missing_outputs_are_explained(demo_model: DemoModel) -> None:
-    def explain(is_classifier: bool = True, **fields: Any) -> str:
-        model = ViTCLSForImageClassification(build_tiny_config(**fields))
-        return explain_missing_output(DemoModel(model, None, "mine", None, None, is_classifier))
-
-    assert explain_missing_output(demo_model) == ""
-    assert "encoder without a classifier" in explain(is_classifier=False)
-    assert "no special tokens" in explain(num_cls_tokens=0, pooling="mean")
-    assert "Set `merged_patches_per_layer=0`" in explain(merged_patches_per_layer=2)

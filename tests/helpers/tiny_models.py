@@ -106,6 +106,11 @@ def save_with_processor(model: PreTrainedModel, folder: Path, processor: ViTCLSI
     return folder
 
 
+def save_classifier(folder: Path) -> Path:
+    """Save a tiny classifier with a register token and its image processor; return the folder."""
+    return save_with_processor(ViTCLSForImageClassification(build_tiny_config(num_register_tokens=1)), folder)
+
+
 def build_images(batch: int = 2, height: int = 32, width: int = 32, channels: int = 3, seed: int = 0) -> torch.Tensor:
     """Return random images [batch, channels, height, width]."""
     return torch.randn(batch, channels, height, width, generator=torch.Generator().manual_seed(seed))

@@ -10,6 +10,7 @@ import yaml
 from huggingface_hub import ModelCard, parse_eval_result_entries
 from markdown_it import MarkdownIt
 from PIL import Image
+from rendered_cards import CONFIG, FLAGS, PER_CLASS, RESULTS, render_card
 from tiny_models import build_tiny_config, randomize, save_with_processor
 
 from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification
@@ -24,7 +25,6 @@ from modeling_vitcls.hub.card import (
     format_token_layout,
     get_license,
 )
-from modeling_vitcls.hub.card_results import format_name
 from modeling_vitcls.hub.card_sections import get_shareable_flags
 from modeling_vitcls.hub.provenance import Provenance
 from modeling_vitcls.inference.metrics import drop_large_matrices
@@ -38,36 +38,7 @@ from modeling_vitcls.training.model_report import (
 )
 
 
-CONFIG = ViTCLSConfig(
-    hidden_size=64,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    image_size=32,
-    patch_size=8,
-    num_register_tokens=2,
-    id2label={0: "dusk", 1: "noon"},
-)
-RESULTS: dict[str, Any] = {
-    "selection_metric": "accuracy",
-    "accuracy": 0.983333,
-    "loss": 0.1,
-    "num_images": 360,
-    "dataset": "digits",
-    "split": "20%, stratified, split seed 0",
-    "num_training_images": 1437,
-    "steps": 1123,
-    "epochs": 50.0153,
-    "seconds": 58.4,
-    "num_parameters": 214346,
-    "token_layout": {"cls": 1, "distillation": 0, "registers": 2, "patches": 16},
-    "sequence_length": 19,
-    "device": "CPU",
-    "mixed_precision": "no",
-    "num_processes": 1,
-    "versions": {"torch": "2.15.0", "transformers": "5.23.0"},
-}
 ENCODER = RESULTS | {"reconstruction_loss": 0.5, "num_hidden_patches": 10}
-FLAGS: dict[str, Any] = {"output_dir": "/home/me/out", "model": "vitcls-tiny", "dataset": "digits", "pooling": None}
 
 
 @pytest.fixture
@@ -270,17 +241,6 @@ def test_short_runs_took_some_time(seconds: float, words: str) -> None:
     assert f"Training took {words}, including evaluations" in render_card(seconds=seconds).text
 
 
-PER_CLASS = [
-    {"name": "dusk", "images": 200, "recall": 0.99, "precision": 0.975, "f1": 0.982456},
-    {"name": "noon|late", "images": 160, "recall": None, "precision": 1.0, "f1": 0.5},
-]
-
-
-def render_card(config: ViTCLSConfig = CONFIG, **results: Any) -> ModelCard:
-    """Return the card of other results."""
-    return ModelCard(str(build_card("my-model", config, RESULTS | results, FLAGS)))
-
-
 def test_results_of_one_label() -> None:
     card = render_card(
         accuracy_interval=[0.964, 0.9925],
@@ -302,12 +262,6 @@ def test_results_of_one_label() -> None:
         "| `noon\\|late` | 160 | – | 100.00% | 50.00% |",
     ]
     assert not re.search(r"None|\n\n\n", card.text)
-
-
-def test_many_classes_have_no_table() -> None:
-    for count, has_table in ((20, True), (21, False)):
-        card = render_card(per_class=[PER_CLASS[0] | {"name": f"class-{index}"} for index in range(count)])
-        assert ("| `class-0` |" in card.text) is has_table
 
 
 def test_results_of_several_labels() -> None:
@@ -387,32 +341,6 @@ def test_no_path_of_this_machine_is_in_the_recipe(tmp_path: Path) -> None:
 
 
 # Text about measurements ---------------------------------------------------------------------------------------------
-
-
-def test_limits_are_the_measured_ones() -> None:
-    card = render_card(
-        accuracy_interval=[0.964, 0.9925],
-        calibration_error=0.0123,
-        per_class=[PER_CLASS[0], PER_CLASS[1] | {"recall": 0.9}],
-        confusion_matrix=[[198, 2], [16, 144]],
-    )
-    assert "measured on 360 images. The 95% confidence interval is 96.40% to 99.25%." in card.text
-    assert (
-        "weakest class is `noon|late`: recall 90.00% on 160 images, 16 of which were predicted as `dusk`" in card.text
-    )
-    assert "differs from the accuracy by 1.23 percentage points on average" in card.text
-    assert "differs from the accuracy by 0.00 percentage points on average" in render_card(calibration_error=0.0).text
-    rows = [PER_CLASS[0], PER_CLASS[1] | {"recall": 0.9}]
-    without_errors = "weakest class is `noon|late`: recall 90.00% on 160 images."
-    assert without_errors in render_card(per_class=rows).text
-    assert without_errors in render_card(per_class=rows, confusion_matrix=[[198, 2], [0, 144]]).text
-    single = render_card(
-        per_class=[rows[0], rows[1] | {"images": 1, "recall": 0.0}], confusion_matrix=[[1, 0], [1, 0]]
-    )
-    assert "recall 0.00% on 1 image, 1 of which was predicted as `dusk`" in single.text
-    alike = [row | {"recall": 0.9} for row in PER_CLASS]
-    for unknown in ({}, {"per_class": alike}, {"per_class": PER_CLASS[1:]}):
-        assert "weakest" not in render_card(**unknown).text
 
 
 def test_only_the_first_classes_are_listed() -> None:
@@ -722,19 +650,6 @@ def test_names_of_classes_and_datasets_are_not_markup(name: str) -> None:
     body = card.split("\n---\n", maxsplit=1)[1]
     assert not [character for character in body if not character.isprintable() and character != "\n"]
     assert render(card) == render(plain)
-
-
-@pytest.mark.parametrize(
-    ("name", "code"),
-    [
-        ("a`b", "`a'b`"),
-        ("two\nlines", "`two lines`"),
-        ("x" * 100, f"`{'x' * 100}`"),
-        ("x" * 101, f"`{'x' * 99}…`"),
-    ],
-)
-def test_names_are_inline_code_of_one_line(name: str, code: str) -> None:
-    assert format_name(name) == code
 
 
 def render(card: str) -> list[tuple[str, str, str]]:
