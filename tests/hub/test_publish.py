@@ -15,22 +15,21 @@ import local_hub_server
 import pytest
 import torch
 import yaml
-from card_of_folder import OWN_CARD
-from hub_tokens import TOKENS
 from huggingface_hub import HfApi, ModelCard, constants, set_client_factory
 from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.utils import _http as hub_http
 from huggingface_hub.utils import close_session, get_session, http_backoff
-from local_hub import LocalHub, point_client_at
+from local_hub import LocalHub, Token, point_client_at
 from scripts_in_process import run_in_process
 from tiny_models import build_tiny_config, raises_one_line
 
 import modeling_vitcls as vitcls
 from modeling_vitcls.checkpoints import CheckpointStore, read_checkpoint
 from modeling_vitcls.hub import connection, publish, push_permissions
+from modeling_vitcls.hub.card_renaming import replace_model_name
 from modeling_vitcls.hub.connection import set_hub_timeout
 from modeling_vitcls.hub.publish import PushError, build_push_command, push_folder
-from modeling_vitcls.hub.push_permissions import check_push_permissions
+from modeling_vitcls.hub.push_permissions import check_namespace, check_push_permissions, check_token
 
 
 CODE = {file.name for file in Path(vitcls.__file__).parent.glob("*_vitcls.py")}
@@ -38,6 +37,17 @@ WEIGHTS = "model.safetensors"
 CARD = "---\nlicense: apache-2.0\n---\n# A model\n"
 RECIPE = {"model": "vitcls-tiny", "dataset": "digits", "output_dir": "/home/ann/secret/out", "epochs": 3.0}
 RECIPE |= {"push_to_hub": True, "hub_model_id": "ann/model", "hub_private": False}
+
+TOKENS = {
+    "hf_ann": Token("ann", {"lab": "write", "club": "contributor", "school": "read"}),
+    "hf_read": Token("ann", role="read"),
+    "hf_all_of_ann": Token("ann", role="fineGrained", scopes={("user", "ann"): ["repo.content.read", "repo.write"]}),
+    "hf_one_model": Token(
+        "ann", role="fineGrained", scopes={("model", name): ["repo.write"] for name in ("ann/there", "ann/deleted")}
+    ),
+    "hf_fine_read": Token("ann", role="fineGrained", scopes={("user", "ann"): ["repo.content.read"]}),
+    "hf_bob": Token("bob"),
+}
 
 
 @pytest.fixture
@@ -271,6 +281,39 @@ def test_invalid_metadata_of_the_card_stops_the_push(hub: LocalHub, folder: Path
 # The card ------------------------------------------------------------------------------------------------------------
 
 
+OWN_CARD = """---
+license: apache-2.0
+tags:
+- vit   # as it is
+model-index:
+- name: my-run
+  results:
+  - task:
+      type: image-classification
+    dataset:
+      type: digits
+      name: digits
+    metrics:
+    - type: accuracy
+      value: 0.9
+---
+
+# my-run
+
+Trained in my-run, against "my-run-2".
+
+    classify = pipeline("image-classification", model="my-run", trust_remote_code=True)
+    model = AutoModel.from_pretrained("my-run", trust_remote_code=True)
+    other = AutoModel.from_pretrained("my-run-2"); base = AutoModel.from_pretrained("org/base")
+    processor = AutoImageProcessor.from_pretrained(
+        "my-run", trust_remote_code=True
+    )
+    vitcls finetune --model my-run --dataset my-run-2
+
+# my-run
+"""
+
+
 def test_the_card_is_published_with_the_name_of_the_repository(hub: LocalHub, folder: Path) -> None:
     """The card in the folder is not changed, nor is text written by a person."""
     (folder / "README.md").write_text(OWN_CARD)
@@ -287,6 +330,33 @@ def test_the_card_is_published_with_the_name_of_the_repository(hub: LocalHub, fo
     assert ModelCard(published).data.eval_results[0].metric_value == 0.9
 
 
+@pytest.mark.parametrize(
+    ("text", "is_changed"),
+    [
+        (OWN_CARD.replace("my-run\n", "ann/other\n").replace('"my-run"', '"ann/other"').replace("l my", "l x"), False),
+        (CARD, False),  # written by hand
+        ("# my-run\n", False),  # a heading that is not the name of a model
+        ('# old/name\nfrom_pretrained("old/name")\n', True),  # written for another repository
+        ('---\nlicense: mit\n---\n\n# old/name\nfrom_pretrained("old/name")\n', True),
+        ("---\nlicense: [\n---\n# x\n", False),  # the Hub returns the error
+        ("---\nmodel-index: 3\n---\n", False),
+        ("---\nmodel-index: [3, {name: [x]}]\n---\n# x\n", False),
+        ("---\n- a\n---\n# x\n", False),
+        ('---\nmodel-index:\n- name: old/name\n---\n# x\nfrom_pretrained("old/name")\n', True),
+        ("---\r\nlicense: mit\r\n---\r\n# x\r\n", False),
+        ("", False),
+    ],
+)
+def test_other_cards_are_not_changed(text: str, is_changed: bool) -> None:
+    found = replace_model_name("ann/other", text, "my-run")
+    assert found == (text.replace("old/name", "ann/other") if is_changed else text)
+
+
+def test_the_name_of_the_folder_in_the_model_index_is_replaced() -> None:
+    card = "---\nlicense: mit\nmodel-index:\n- name: my-run\n  results: []\n---\n# Notes\n"
+    assert replace_model_name("ann/other", card, "my-run") == card.replace("my-run", "ann/other")
+
+
 def test_a_push_removes_files_about_another_model(hub: LocalHub, folder: Path) -> None:
     (folder / "certificate.json").write_text("{}")
     push_folder(folder, "ann/model")
@@ -300,6 +370,90 @@ def test_a_push_removes_files_about_another_model(hub: LocalHub, folder: Path) -
 
 
 # Permissions ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("token", "asked", "found"),
+    [
+        ("hf_ann", None, "ann/my-run"),
+        ("hf_ann", "model", "ann/model"),
+        ("hf_ann", "Ann/model", "Ann/model"),
+        ("hf_ann", "lab/model", "lab/model"),
+        ("hf_ann", "club/model", "club/model"),
+        ("hf_all_of_ann", "ann/model", "ann/model"),
+        ("hf_one_model", "ann/there", "ann/there"),
+    ],
+)
+def test_a_token_with_permission_returns_the_full_id(
+    hub: LocalHub, token: str, asked: str | None, found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.create("ann/there", private=False)
+    monkeypatch.setenv("HF_TOKEN", token)
+    assert check_push_permissions(asked, "my-run") == found
+    assert set(hub.repositories) == {"ann/there"}
+    assert {method for method, _ in hub.requests} == {"GET"}
+
+
+@pytest.mark.parametrize(
+    ("token", "repo_id", "words"),
+    [
+        (None, None, ["requires a Hugging Face token", "hf auth login", "HF_TOKEN"]),
+        ("hf_wrong", None, ["is invalid", "hf auth login"]),
+        ("hf_read", None, ["is read-only", "ann/my-run", "'write'"]),
+        ("hf_fine_read", None, ["fine-grained", "ann/my-run", "Write access"]),
+        ("hf_one_model", "ann/other", ["fine-grained", "ann/other"]),
+        ("hf_one_model", "ann/deleted", ["fine-grained", "ann/deleted"]),  # the token may not create it
+        ("hf_ann", "bob/model", ["bob is neither your user name nor", "ann, lab, club, school"]),
+        ("hf_ann", "school/model", ["role in school is 'read'"]),
+        ("hf_ann", "ann/my model", ["--hub-model-id"]),
+        ("hf_ann", "a/b/c", ["--hub-model-id"]),
+    ],
+)
+def test_a_token_without_permission_is_an_error_and_nothing_is_pushed(
+    hub: LocalHub, token: str | None, repo_id: str | None, words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.create("ann/there", private=False)
+    if token is None:
+        monkeypatch.delenv("HF_TOKEN")
+    else:
+        monkeypatch.setenv("HF_TOKEN", token)
+    with raises_one_line(*words):
+        check_push_permissions(repo_id, "my-run")
+    assert set(hub.repositories) == {"ann/there"}
+    assert {method for method, _ in hub.requests} <= {"GET"}
+
+
+def test_unknown_roles_and_tokens_are_tested_by_the_push() -> None:
+    """The Hub may not return a role or a token, for example for a login in a browser."""
+    for organization in ({"name": "Lab"}, {"name": "lab", "roleInOrg": None}, {"name": "lab", "roleInOrg": "admin"}):
+        check_namespace("lab/model", {"name": "ann", "orgs": [organization]}, "model")
+    with raises_one_line("role in lab is 'read'", "push to ann/model"):
+        check_namespace("lab/model", {"name": "ann", "orgs": [{"name": "lab", "roleInOrg": "read"}]}, "model")
+    for account in ({"name": "ann"}, {"name": "ann", "auth": {}}, {"auth": {"accessToken": {"role": "write"}}}):
+        check_token("ann/model", account, repo_exists=False)
+
+
+def test_a_private_push_to_a_public_repository_is_an_error(hub: LocalHub) -> None:
+    hub.create("ann/public", private=False)
+    hub.create("ann/private", private=True)
+    assert check_push_permissions("ann/private", "my-run", private=True) == "ann/private"
+    assert check_push_permissions("ann/new", "my-run", private=True) == "ann/new"
+    assert check_push_permissions("ann/private", "my-run") == "ann/private"
+    hub.fail("GET", "/api/models/ann/private", 400)
+    with raises_one_line("does not respond: HTTP 400", "or push later", error=OSError):
+        check_push_permissions("ann/private", "my-run")
+    with raises_one_line("ann/public exists and is public"):
+        check_push_permissions("ann/public", "my-run", private=True)
+
+
+def test_a_model_and_a_space_may_have_the_same_name(hub: LocalHub) -> None:
+    hub.create("spaces/ann/space", private=False)
+    hub.create("ann/model", private=False)
+    with raises_one_line("ann/space exists and is public", "--space-id"):
+        check_push_permissions("ann/space", "demo", private=True, repo_type="space")
+    assert check_push_permissions("ann/model", "demo", private=True, repo_type="space") == "ann/model"
+    with raises_one_line("neither your user name nor one of your organizations", "--space-id"):
+        check_push_permissions("bob/demo", "demo", repo_type="space")
 
 
 @pytest.mark.parametrize("token", ["hf_wrong", "hf_read", "hf_bob"])
