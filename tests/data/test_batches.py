@@ -1,16 +1,16 @@
-"""Batches: the order of images, their distribution to processes and views, and substitutes of unreadable images."""
+"""Batches: their contents, views, substitutes of unreadable images, and workers."""
 
 import multiprocessing
 import subprocess
 import time
-from collections import Counter
-from itertools import islice, pairwise
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from batch_plans import build_plan
 from PIL import Image
 
 from modeling_vitcls import ViTCLSImageProcessor
@@ -18,18 +18,8 @@ from modeling_vitcls.data import batches as batches_module
 from modeling_vitcls.data.augmentation import build_augmentation
 from modeling_vitcls.data.batches import Batch, Normalizer, TrainingImages, iterate_training_batches
 from modeling_vitcls.data.images import ArrayImages, FileImages, LabeledImages
-from modeling_vitcls.data.sampling import BatchPlan, compute_class_weights, derive_seed, draw_random_bits
 from modeling_vitcls.data.streaming import TrainingStream, build_training_dataset
-from modeling_vitcls.options import AugmentationOptions, TrainingOptions
-
-
-def build_plan(num_images: int, num_processes: int = 1, **options: Any) -> BatchPlan:
-    data = {name: options.pop(name) for name in ("labels", "num_copies") if name in options}
-    return BatchPlan.from_options(num_images, TrainingOptions(**options), num_processes, **data)
-
-
-def list_keys(plan: BatchPlan, process: int = 0) -> list[tuple[int, int]]:
-    return [key for batch in plan.iterate_keys(process) for key in batch]
+from modeling_vitcls.options import AugmentationOptions
 
 
 def build_images(
@@ -47,109 +37,6 @@ def build_noise_images(count: int) -> list[Image.Image]:
 
 def are_equal(first: Batch, second: Batch) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
-
-
-# The plan ------------------------------------------------------------------------------------------------------------
-
-
-def test_every_epoch_contains_each_image_once() -> None:
-    plan = build_plan(10, epochs=3, batch_size=4)
-    keys = list_keys(plan)
-    assert plan.num_steps == 8  # 3 x 10 images in batches of 4, rounded up
-    for epoch in range(3):
-        assert sorted(index for at, index in keys if at == epoch) == list(range(10))
-    assert [index for at, index in keys if at == 0] != [index for at, index in keys if at == 1]
-    shared = build_plan(10, epochs=3, batch_size=2, gradient_accumulation_steps=2, num_processes=2)
-    assert shared.num_steps == 4 and shared.count_epochs(2) == 1.6  # 8 images per step
-
-
-@pytest.mark.parametrize("extra", [{}, {"num_copies": 2}, {"class_balance": "sampling", "labels": [0] * 8 + [1, 1]}])
-def test_batches_do_not_depend_on_their_division(extra: dict[str, Any]) -> None:
-    whole = build_plan(10, max_steps=7, batch_size=8, **extra)
-    shared = build_plan(10, max_steps=7, batch_size=1, gradient_accumulation_steps=4, num_processes=2, **extra)
-    parts = [list(shared.iterate_keys(process)) for process in (0, 1)]
-    for step, batch in enumerate(whole.iterate_keys(process_index=0)):
-        pieces = [key for part in parts for piece in part[4 * step : 4 * step + 4] for key in piece]
-        assert sorted(pieces) == sorted(batch)
-
-
-@pytest.mark.parametrize("extra", [{}, {"num_copies": 3}, {"class_balance": "sampling", "labels": [0] * 8 + [1, 1]}])
-def test_batches_can_start_at_any_step(extra: dict[str, Any]) -> None:
-    plan, again = (build_plan(10, max_steps=9, batch_size=3, **extra) for _ in range(2))
-    assert list(plan.iterate_keys(process_index=0, first_step=4)) == list(again.iterate_keys(process_index=0))[4:]
-
-
-def test_repeated_augmentation_puts_copies_into_the_same_step() -> None:
-    plan = build_plan(10, epochs=6, batch_size=12, num_copies=3)
-    assert plan.num_steps == 5
-    for batch in plan.iterate_keys(process_index=0):
-        assert set(Counter(index for _, index in batch).values()) == {3}
-        assert len(set(batch)) == 12  # copies have different epochs, and therefore different augmentation
-        assert all(first[1] != second[1] for first, second in pairwise(batch))  # mixing combines neighbors
-    assert sorted(list_keys(plan)) == [(epoch, index) for epoch in range(6) for index in range(10)]
-
-
-def test_copies_do_not_have_to_divide_the_batch() -> None:
-    """--repeated-augmentation 3 is valid with the default batch of 64 images."""
-    plan = build_plan(100, epochs=2, batch_size=64, num_copies=3)
-    batches = list(plan.iterate_keys(process_index=0))
-    for batch in batches:
-        assert len(set(batch)) == 64
-        assert sorted(Counter(index for _, index in batch).values()) == [2, 2] + [3] * 20
-    first_images = [index for batch in batches for _, index in batch[:22]]
-    assert len(set(first_images[:88])) == 88  # the next step continues with other images
-
-
-def test_balanced_sampling_draws_classes_equally_often() -> None:
-    labels = [0] * 30 + [2] * 6 + [5] * 3
-    keys = list_keys(build_plan(39, epochs=40, batch_size=39, class_balance="sampling", labels=labels))
-    for epoch in range(40):
-        shown = Counter(labels[index] for _, index in keys[epoch * 39 : (epoch + 1) * 39])
-        assert shown == {0: 13, 2: 13, 5: 13}
-    assert len(set(keys)) == len(keys)  # repeated images are augmented differently
-    for label, members in ((0, range(30)), (2, range(30, 36)), (5, range(36, 39))):
-        times = Counter(index for _, index in keys if labels[index] == label)
-        assert times.keys() == set(members)
-        assert max(times.values()) - min(times.values()) <= 1
-    orders = [tuple(index for _, index in keys[start : start + 39]) for start in (0, 39)]
-    assert orders[0] != orders[1]
-
-
-@pytest.mark.parametrize("class_balance", ["none", "sampling"])
-def test_the_order_of_images_never_changes(class_balance: str) -> None:
-    """A run that is resumed with a later version of the package uses the same images."""
-    labels, seed = [4, 0, 4, 4, 0, 4, 9, 4], 3
-    options = {"epochs": 5, "batch_size": 8, "seed": seed, "class_balance": class_balance}
-    members = [[1, 4], [0, 2, 3, 5, 7], [6]] if class_balance == "sampling" else [range(8)]
-    expected = []
-    for epoch in range(5):
-        keys: list[tuple[int, int]] = []
-        for position in range(8 * epoch, 8 * epoch + 8):
-            class_index, use = position % len(members), position // len(members)
-            cycle, offset = divmod(use, len(members[class_index]))
-            if class_balance == "sampling":
-                seeds = np.array([derive_seed(seed, class_index, 8)], dtype=np.uint64)
-                bits = draw_random_bits(seeds, np.array([cycle], dtype=np.uint64), len(members[class_index]))
-                offset = sorted(range(bits.size), key=bits[0].tolist().__getitem__)[offset]
-            keys.append((cycle, members[class_index][offset]))
-        generator = torch.Generator().manual_seed(derive_seed(seed, epoch))
-        expected.append([keys[position] for position in torch.randperm(8, generator=generator)])
-    assert list(build_plan(8, labels=labels, **options).iterate_keys(0)) == expected
-
-
-def test_weights_are_inverse_to_frequency_with_mean_one() -> None:
-    labels = [0] * 6 + [1] * 3 + [3] + [-100] * 5
-    weights = compute_class_weights(labels, 5)
-    assert weights.tolist() == pytest.approx([10 / 18, 10 / 9, 0, 10 / 3, 0])
-    assert sum(weights[label].item() for label in labels[:10]) / 10 == pytest.approx(1)
-
-
-def test_streams_require_a_number_of_steps() -> None:
-    with pytest.raises(ValueError, match=r"requires a number of steps.*Set --max-steps"):
-        BatchPlan.from_options(None, TrainingOptions(batch_size=64), 1)
-    with pytest.raises(ValueError, match="--class-balance sampling requires one known label per image"):
-        BatchPlan.from_options(None, TrainingOptions(max_steps=3, batch_size=64, class_balance="sampling"), 1)
-    assert BatchPlan.from_options(None, TrainingOptions(max_steps=3, batch_size=64), 1).count_epochs(2) == 0
 
 
 # Images --------------------------------------------------------------------------------------------------------------

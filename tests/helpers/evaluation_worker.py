@@ -1,4 +1,4 @@
-"""Evaluations that test_evaluate.py runs in its own process and compares with two processes:
+"""Evaluations that tests run in their own process, and that test_evaluate.py compares with two processes:
 
     accelerate launch --multi_gpu --num_processes 2 evaluation_worker.py FOLDER
 

@@ -12,16 +12,13 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import datasets
-import fsspec
 import numpy as np
-import pyarrow as pa
+import prediction_photos
 import pyarrow.parquet as pq
 import pytest
 import sklearn.datasets
@@ -29,6 +26,7 @@ import torch
 from accelerate_state import reset_accelerate
 from fresh_processes import SCRIPT_ENVIRONMENT
 from PIL import Image
+from prediction_photos import sorted_photos
 from scripts_in_process import SCRIPTS, run_in_process
 from tiny_models import build_tiny_config, raises_one_line, randomize
 from transformers import pipeline
@@ -41,26 +39,11 @@ from modeling_vitcls import (
     ViTCLSImageProcessor,
     ViTCLSModel,
 )
-from modeling_vitcls.data.images import ArrayImages
-from modeling_vitcls.inference import outputs
 from modeling_vitcls.inference import predict as predict_module
 from modeling_vitcls.inference.inputs import (
-    DatasetInput,
     FetchError,
     ImageRecord,
-    ListInput,
     PreparedImage,
-    StreamInput,
-    build_record,
-    open_input,
-    prepare_image,
-)
-from modeling_vitcls.inference.outputs import (
-    ShardFolder,
-    get_output_columns,
-    iterate_shards,
-    print_table,
-    write_rows,
 )
 from modeling_vitcls.inference.predict import (
     PredictionCounts,
@@ -89,6 +72,7 @@ KINDS = {
     "masked": lambda: ViTCLSForMaskedImageModeling(build_tiny_config()),
 }
 NUM_STREAMED = 1000
+photos = prediction_photos.photos  # a fixture
 
 
 @pytest.fixture(scope="module")
@@ -98,35 +82,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, build in KINDS.items():
         randomize(build()).save_pretrained(folder / name)
         ViTCLSImageProcessor(size=32).save_pretrained(folder / name)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder of nine photographs of many kinds, with sub-folders and files that are not images."""
-    folder = tmp_path_factory.mktemp("photos")
-    (folder / "inner").mkdir()
-    (folder / ".hidden").mkdir()
-    photograph = Image.fromarray(sklearn.datasets.load_sample_images().images[0])
-    turned = Image.Exif()
-    turned[0x0112] = 6
-    kinds: dict[str, tuple[str, dict[str, Any]]] = {
-        "a.jpg": ("RGB", {"quality": 60}),
-        "b.JPEG": ("RGB", {"quality": 95, "subsampling": 0, "progressive": True}),
-        "c.png": ("RGBA", {}),
-        "inner/d.jpg": ("L", {}),
-        "inner/e.jpg": ("CMYK", {}),
-        "inner/f.jpg": ("RGB", {"exif": turned}),
-        "inner/g.webp": ("RGB", {}),
-        "inner/h.jpg": ("RGB", {"quality": 20, "subsampling": 1}),
-        "inner/i.gif": ("P", {}),
-    }
-    for place, (name, (mode, settings)) in enumerate(kinds.items()):
-        left = 40 * place
-        crop = photograph.crop((left, 100, left + 101 - place, 177 + place))
-        crop.convert(mode).save(folder / name, **settings)
-    (folder / "notes.txt").write_text("no image", encoding="utf-8")
-    photograph.crop((0, 0, 9, 9)).save(folder / ".hidden" / "z.jpg")
     return folder
 
 
@@ -149,12 +104,6 @@ def read_json(file: Path) -> Any:
 def read_shards(folder: Path) -> list[dict[str, Any]]:
     """Return all rows of a folder, in the order of its files."""
     return [row for file in sorted(folder.glob("shard-*.parquet")) for row in pq.read_table(file).to_pylist()]
-
-
-def sorted_photos(photos: Path) -> list[str]:
-    return [str(photos / name) for name in ("a.jpg", "b.JPEG", "c.png")] + [
-        str(photos / "inner" / name) for name in ("d.jpg", "e.jpg", "f.jpg", "g.webp", "h.jpg", "i.gif")
-    ]
 
 
 def pixel_values(photos: Path) -> torch.Tensor:
@@ -332,50 +281,6 @@ def test_missing_tokens_are_errors() -> None:
 # Inputs --------------------------------------------------------------------------------------------------------------
 
 
-def test_a_list_contains_files_and_folders(photos: Path, tmp_path: Path) -> None:
-    file = tmp_path / "list.txt"
-    file.write_bytes(f"\ufeff{photos / 'c.png'}\r\n\n{photos / 'inner'}\n".encode() + b"odd-\xff.png\n")
-    source = open_input(PredictOptions("model", list=file))
-    names = [record.name for record in source.read_records([range(source.num_images)])]
-    assert names == [*sorted_photos(photos)[2:], "odd-\ufffd.png"]
-    file.write_text("\n \n", encoding="utf-8")
-    with raises_one_line(f"the list {file} is empty"):
-        open_input(PredictOptions("model", list=file))
-
-
-def test_images_of_folders_are_sorted_whatever_the_file_system_lists_first(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("b/2.PNG", "b/1.png", "a/3.jpg", ".c/4.png", "a/.5.png", "a/6.txt", "0.png"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    walk = os.walk
-
-    def walk_backwards(folder: Any) -> Iterator[Any]:
-        for parent, folders, files in walk(folder):
-            folders.sort(reverse=True)
-            yield parent, folders, sorted(files, reverse=True)
-
-    monkeypatch.setattr(os, "walk", walk_backwards)
-    source = open_input(PredictOptions("model", (str(tmp_path),)))
-    assert isinstance(source, ListInput)
-    names = [str(Path(name).relative_to(tmp_path)) for name in source.names]
-    assert names == ["0.png", "a/3.jpg", "b/1.png", "b/2.PNG"]
-
-
-def test_rows_of_a_dataset_keep_their_index_in_any_ranges(tmp_path: Path) -> None:
-    """More than 64 rows are read in several parts. Missing images have no content."""
-    values = [None if index == 2 else f"{index}.png" for index in range(150)]
-    dataset = datasets.Dataset.from_dict({"image": values})
-    source = DatasetInput(dataset, "image", tmp_path, {})
-    ranges = [range(1, 3), range(60, 150)]
-    records = list(source.read_records(ranges))
-    assert [record.index for record in records] == [1, 2, *range(60, 150)] and source.num_images == 150
-    for record in records:
-        path = str(tmp_path / f"{record.index}.png")
-        assert (record.name, record.content) == (("2", None) if record.index == 2 else (f"{record.index}.png", path))
-
-
 def test_datasets_are_read_like_files(models: Path, photos: Path, tmp_path: Path) -> None:
     """Check a CSV file of relative paths, and Parquet with embedded images, also as a stream."""
     paths = sorted_photos(photos)
@@ -400,156 +305,6 @@ def test_datasets_are_read_like_files(models: Path, photos: Path, tmp_path: Path
     assert len(expected or []) == 9
 
 
-def test_an_input_is_identified_by_its_content(photos: Path, tmp_path: Path) -> None:
-    """Check inputs of equal names and sizes: files, a folder as a dataset, a table, also as a stream."""
-    folder, table = tmp_path / "data" / "x", tmp_path / "table.csv"
-    folder.mkdir(parents=True)
-    table.write_text("image\nb.png\n", encoding="utf-8")
-    for shade in (10, 20):
-        Image.new("L", (8, 8), shade).save(folder / f"{shade}.bmp")
-    given: list[dict[str, Any]] = [
-        {"paths": (str(folder),)},
-        {"dataset": str(folder.parent)},
-        {"dataset": str(table)},
-        {"dataset": str(table), "streaming": True},
-    ]
-
-    def identities() -> list[dict[str, Any]]:
-        return [open_input(PredictOptions("model", **options)).compute_fingerprint() for options in given]
-
-    first = identities()
-    assert identities() == first
-    Image.new("L", (8, 8), 30).save(folder / "10.bmp")
-    table.write_text("image\nc.png\n", encoding="utf-8")
-    assert all(now != then for now, then in zip(identities(), first, strict=True))
-    assert json.loads(json.dumps(first)) == first  # as stored in the output
-
-
-def test_arrays_are_identified_by_their_pixels() -> None:
-    pixels = np.zeros((2, 4, 4), np.uint8)
-    first = ListInput(["0", "1"], ArrayImages(pixels)).compute_fingerprint()
-    assert ListInput(["0", "1"], ArrayImages(pixels.copy())).compute_fingerprint() == first
-    assert ListInput(["0", "2"], ArrayImages(pixels)).compute_fingerprint() != first
-    pixels[1, 3, 3] = 1
-    assert ListInput(["0", "1"], ArrayImages(pixels)).compute_fingerprint() != first
-
-
-def test_files_are_identified_by_their_size_and_time(tmp_path: Path) -> None:
-    file, digests = tmp_path / "a.png", []
-    for content, seconds in ((b"1", 1), (b"22", 1), (b"22", 2), (b"22", 2)):
-        file.write_bytes(content)
-        os.utime(file, (seconds, seconds))
-        digests.append(ListInput([file.name], [str(file)]).compute_fingerprint()["sha256"])
-    assert len(set(digests)) == 3 and digests[2] == digests[3]
-    urls = [ListInput([url], [url]).compute_fingerprint() for url in ("https://host/a.png", "https://host/b.png")]
-    assert urls[0] != urls[1]
-
-
-def test_streams_are_identified_by_split_and_column(tmp_path: Path) -> None:
-    for split in ("train", "test"):
-        (tmp_path / "data" / split / "cat").mkdir(parents=True)
-        Image.new("L", (4, 4)).save(tmp_path / "data" / split / "cat" / "1.png")
-    table = tmp_path / "table.csv"
-    table.write_text("first,second\na.png,b.png\n", encoding="utf-8")
-    for dataset, changes in (
-        (tmp_path / "data", [{"split": "train"}, {"split": "test"}]),
-        (table, [{"image_column": "first"}, {"image_column": "second"}]),
-    ):
-        first, second = (
-            open_input(PredictOptions("model", dataset=str(dataset), streaming=True, **change)).compute_fingerprint()
-            for change in changes
-        )
-        assert first != second
-    source = open_input(PredictOptions("model", dataset=str(table), split="train", image_column="first"))
-    identity = source.compute_fingerprint()
-    assert identity.pop("fingerprint") and identity == {
-        "dataset": str(table),
-        "split": "train",
-        "column": "first",
-        "bytes and time": [table.stat().st_size, table.stat().st_mtime_ns],
-        "images": 1,
-    }
-
-
-def test_values_of_a_column_are_paths_bytes_or_images(tmp_path: Path) -> None:
-    image = Image.new("L", (4, 4))
-    for value, name, content in (
-        ("a.png", "a.png", str(tmp_path / "a.png")),
-        ("a\udcff.png", "a\ufffd.png", str(tmp_path / "a\udcff.png")),
-        ({"path": "a.png", "bytes": None}, "a.png", "a.png"),
-        ({"path": "a.png", "bytes": b"encoded"}, "a.png", b"encoded"),
-        ({"path": None, "bytes": b"encoded"}, "7", b"encoded"),
-        (image, "7", image),
-        (None, "7", None),
-    ):
-        assert build_record(7, value, tmp_path) == ImageRecord(7, name, content)
-
-
-def test_files_of_other_file_systems_are_fetched() -> None:
-    """The image processor reads files, and URLs of web servers."""
-    with fsspec.open("memory://fetched.png", "wb") as file:
-        file.write(b"encoded")
-    contents = []
-
-    def process(content: Any, return_tensors: str) -> dict[str, torch.Tensor]:
-        contents.append(content)
-        return {"pixel_values": torch.zeros(1, 3, 4, 4)}
-
-    given = ["a.png", "http://host/a.png", "https://host/a.png", "memory://fetched.png", b"bytes"]
-    for content in given:
-        prepared = prepare_image(process, ImageRecord(0, "name", content))
-        assert prepared.error is None and prepared.pixels is not None and prepared.pixels.shape == (3, 4, 4)
-    assert contents == [*given[:3], b"encoded", b"bytes"]
-
-    def fail(content: Any, return_tensors: str) -> None:
-        raise OSError("connection lost")
-
-    assert prepare_image(fail, ImageRecord(0, "name", "https://host/a.png")).error == "connection lost"
-
-
-def test_digits_are_read() -> None:
-    source = open_input(PredictOptions("model", dataset="digits"))
-    assert source.num_images == 1797
-    (record,) = source.read_records([range(1796, 1797)])
-    assert record.content.size == (8, 8) and record.name == "digits/1796"
-
-
-def test_idx_files_are_read(tmp_path: Path) -> None:
-    pixels = np.arange(2 * 4 * 4, dtype=np.uint8).reshape(2, 4, 4)
-    for name, header, values in (
-        ("train-images-idx3-ubyte", [0x803, 2, 4, 4], pixels),
-        ("train-labels-idx1-ubyte", [0x801, 2], np.zeros(2, dtype=np.uint8)),
-    ):
-        (tmp_path / name).write_bytes(np.array(header, dtype=">i4").tobytes() + values.tobytes())
-    source = open_input(PredictOptions("model", dataset=str(tmp_path)))
-    (record,) = source.read_records([range(1, 2)])
-    assert source.num_images == 2 and record.name == f"{tmp_path.name}/1"
-    np.testing.assert_array_equal(np.asarray(record.content), pixels[1])
-
-
-def test_datasets_that_cannot_be_used_are_named(tmp_path: Path) -> None:
-    (tmp_path / "table.csv").write_text("a,b\n1,2\n", encoding="utf-8")
-    with raises_one_line("cannot identify the image column", "--image-column"):
-        open_input(PredictOptions("model", dataset=str(tmp_path / "table.csv")))
-    with raises_one_line("has no column 'c'. Choose one of a, b"):
-        open_input(PredictOptions("model", dataset=str(tmp_path / "table.csv"), image_column="c"))
-    with raises_one_line("has no split 'test'", "train"):
-        open_input(PredictOptions("model", dataset=str(tmp_path / "table.csv"), split="test"))
-    with raises_one_line("there are no images in"):
-        open_input(PredictOptions("model", (str(tmp_path),)))
-
-
-def test_one_of_several_splits_has_to_be_named(tmp_path: Path) -> None:
-    for split, number in (("train", 2), ("test", 1)):
-        for index in range(number):
-            (tmp_path / split / "cat").mkdir(parents=True, exist_ok=True)
-            Image.new("L", (4, 4)).save(tmp_path / split / "cat" / f"{index}.png")
-    with raises_one_line("has several splits. Set --split to one of", "train", "test"):
-        open_input(PredictOptions("model", dataset=str(tmp_path)))
-    for split, number in (("train", 2), ("test", 1)):
-        assert open_input(PredictOptions("model", dataset=str(tmp_path), split=split)).num_images == number
-
-
 def test_a_row_without_an_image_has_an_error(models: Path, photos: Path, tmp_path: Path) -> None:
     values = [{"bytes": (photos / "a.jpg").read_bytes(), "path": None}, None]
     table = datasets.Dataset.from_dict({"image": values}).cast_column("image", datasets.Image())
@@ -561,20 +316,6 @@ def test_a_row_without_an_image_has_an_error(models: Path, photos: Path, tmp_pat
     assert [row["error"] for row in read_json(tmp_path / "out.json")] == [None, "row 1 has no image"]
 
 
-def test_skipped_images_of_a_stream_are_not_decoded(photos: Path, tmp_path: Path) -> None:
-    good = (photos / "a.jpg").read_bytes()
-    values = [{"bytes": b"broken" if index < 6 else good, "path": None} for index in range(10)]
-    table = datasets.Dataset.from_dict({"image": values}).cast_column("image", datasets.Image())
-    table.to_parquet(tmp_path / "images.parquet")
-    source = open_input(PredictOptions("model", dataset=str(tmp_path / "images.parquet"), streaming=True))
-    assert isinstance(source, StreamInput) and source.num_images is None
-    assert [(record.index, record.content) for record in source.read_records([range(6, 8)])] == [(6, good), (7, good)]
-    assert source.num_images is None
-    ranges = islice(iterate_shards(None, 4), 1, None, 2)  # 4 to 7, then beyond the end
-    assert [record.index for record in source.read_records(ranges)] == [4, 5, 6, 7]
-    assert source.num_images == 10
-
-
 def test_a_network_failure_is_not_an_unreadable_image(models: Path, tmp_path: Path, photos: Path) -> None:
     (tmp_path / "table.csv").write_text("image\nmemory://absent.jpg\n", encoding="utf-8")
     output = tmp_path / "out.csv"
@@ -582,6 +323,29 @@ def test_a_network_failure_is_not_an_unreadable_image(models: Path, tmp_path: Pa
     with raises_one_line("cannot fetch memory://absent.jpg", error=FetchError):
         predict_images(options)
     assert [file.name for file in tmp_path.iterdir()] == ["table.csv"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="requires named pipes")
+def test_pipes_sockets_and_devices_in_a_folder_are_rows_with_an_error(
+    models: Path, photos: Path, tmp_path: Path
+) -> None:
+    """Reading a pipe would block. `.ico` and `.mpo` are read, and unsupported formats are named."""
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    os.mkfifo(folder / "1.png")
+    (folder / "2.jpg").symlink_to("/dev/zero")
+    (folder / "3.bmp").symlink_to(folder / "1.png")
+    photo = Image.open(photos / "a.jpg")
+    photo.save(folder / "4.ico")
+    photo.save(folder / "5.mpo", save_all=True, append_images=[photo])
+    photo.save(folder / "6.tga")
+    flags = ["--model", models / "one_label", folder, "--output", tmp_path / "out.jsonl"]
+    run_together("predict.py", *flags, log=tmp_path / "log", environment=OFFLINE, processes=1)
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [Path(row["image"]).name for row in rows] == ["1.png", "2.jpg", "3.bmp", "4.ico", "5.mpo", "6.tga"]
+    errors = ["not a regular file"] * 3 + [None, None, "not an image in a supported format"]
+    for row, words in zip(rows, errors, strict=True):
+        assert (row["error"] is None and row["label"] in NAMES) if words is None else words in row["error"]
 
 
 # Folders of shards ---------------------------------------------------------------------------------------------------
@@ -727,24 +491,6 @@ def test_threads_are_divided_among_the_processes(
     assert predict_module.get_num_workers() == expected
 
 
-def test_a_folder_is_complete_if_every_shard_has_all_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(outputs, "ROWS_PER_GROUP", 3)
-    folder = ShardFolder(tmp_path, shard_size=4)
-    rows = [{"index": index, "image": str(index), "error": None if index else "unreadable"} for index in range(9)]
-    for number in range(3):
-        assert not folder.is_complete(9)
-        write_rows(rows[number * 4 : number * 4 + 4], get_output_columns({}), folder.get_shard_file(number))
-    assert folder.is_complete(9) and not folder.is_complete(13)
-    assert folder.count_rows(9) == (9, 1)
-    for number, kept in ((1, rows[4:7]), (2, [])):
-        write_rows(kept, get_output_columns({}), folder.get_shard_file(number))
-        with raises_one_line(
-            f"shard-00000{number}.parquet must have", f"but has {len(kept)}. Delete the file and repeat the command"
-        ):
-            folder.count_rows(9)
-        write_rows(rows[number * 4 : number * 4 + 4], get_output_columns({}), folder.get_shard_file(number))
-
-
 def test_a_second_start_must_have_the_same_options(
     models: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -813,243 +559,10 @@ def test_a_folder_with_other_files_is_an_error(models: Path, photos: Path, tmp_p
         predict_images(PredictOptions(str(models / "one_label"), (str(photos),), output=tmp_path))
 
 
-@pytest.mark.parametrize("num_images", [1, 7, 8, 9])
-def test_each_image_is_in_one_shard(num_images: int) -> None:
-    shards = list(iterate_shards(num_images, 4))
-    assert [index for indices in shards for index in indices] == list(range(num_images))
-
-
 def test_batches_do_not_cross_shards() -> None:
     images = (PreparedImage(ImageRecord(index, str(index), None)) for index in (0, 1, 2, 3, 4, 10, 11, 12))
     sizes = [[image.record.index for image in batch] for batch in iterate_batches(images, batch_size=3, chunk_size=5)]
     assert sizes == [[0, 1, 2], [3, 4], [10, 11, 12]]
-
-
-# Files ---------------------------------------------------------------------------------------------------------------
-
-
-def test_files_are_written_atomically(tmp_path: Path) -> None:
-    def rows() -> Iterator[dict[str, Any]]:
-        yield {"index": 0, "image": "a", "error": None}
-        raise ValueError("the input ends early")
-
-    for suffix in (".csv", ".json", ".jsonl", ".parquet"):
-        file = tmp_path / f"out{suffix}"
-        file.write_text("from before", encoding="utf-8")
-        with pytest.raises(ValueError, match="ends early"):
-            write_rows(rows(), get_output_columns({}), file)
-        assert file.read_text(encoding="utf-8") == "from before"
-    assert len(list(tmp_path.iterdir())) == 4
-
-
-FORMULAS = ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1"]
-
-
-def test_text_in_csv_files_is_not_a_formula(tmp_path: Path) -> None:
-    """Spreadsheets evaluate cells that start with these characters. Other formats keep the text."""
-    columns = get_output_columns({"labels": pa.list_(pa.string()), "=task_label": pa.string(), "p": pa.float32()})
-    rows = [
-        {"index": -1, "image": text, "labels": [text, "b"], "=task_label": text, "p": -0.5, "error": None}
-        for text in FORMULAS
-    ]
-    write_rows(rows, columns, tmp_path / "out.csv")
-    with (tmp_path / "out.csv").open(newline="", encoding="utf-8") as file:
-        header, *found = csv.reader(file)
-    assert header == ["index", "image", "labels", "'=task_label", "p", "error"]
-    assert found == [["-1", f"'{text}", f"'{text}|b", f"'{text}", "-0.5", ""] for text in FORMULAS]
-    write_rows(rows, columns, tmp_path / "out.jsonl")
-    lines = (tmp_path / "out.jsonl").read_text(encoding="utf-8").split("\n")
-    assert [json.loads(line)["image"] for line in lines[:-1]] == FORMULAS
-
-
-def test_tables_show_errors_only_if_there_are_any_and_no_index(capsys: pytest.CaptureFixture) -> None:
-    columns = {"index": pa.int64(), "image": pa.string(), "error": pa.string()}
-    for error, header in ((None, ["image"]), ("damaged", ["image", "error"])):
-        print_table(
-            [{"index": 0, "image": "1.png", "error": None}, {"index": 1, "image": "2.png", "error": error}], columns
-        )
-        assert [cell.strip() for cell in capsys.readouterr().out.splitlines()[1].strip("┃ ").split("┃")] == header
-
-
-def test_tables_show_numbers_with_four_decimals_and_lists_in_one_cell(capsys: pytest.CaptureFixture) -> None:
-    columns = get_output_columns(
-        {"labels": pa.list_(pa.string()), "probabilities": pa.list_(pa.float32()), "probability": pa.float32()}
-    )
-    row = {"index": 0, "image": "1.png", "labels": ["ant", "bee"], "probabilities": [0.75, 0.5], "error": None}
-    print_table(
-        [row | {"probability": 0.123456}, row | {"labels": [], "probabilities": [], "probability": None}], columns
-    )
-    lines = [line for line in capsys.readouterr().out.splitlines() if "1.png" in line]
-    cells = [[cell.strip() for cell in line.strip("│").split("│")] for line in lines]
-    assert cells == [["1.png", "ant, bee", "0.7500, 0.5000", "0.1235"], ["1.png", "", "", ""]]
-
-
-def test_progress_counts_images_and_errors(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The clock is simulated. Without a terminal, a line is printed every ten seconds and at the end."""
-    clock = [0.0]
-    monkeypatch.setattr(outputs, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
-    rows = [{"error": "unreadable" if index % 3 == 0 else None} for index in range(10)]
-
-    def read_rows(seconds: float) -> Iterator[dict[str, Any]]:
-        for row in rows:
-            clock[0] += seconds
-            yield row
-
-    for seconds, total, is_shown, counts, images_per_second in (
-        (0.004, 2000, True, [(10, 4)], 250),
-        (0.004, None, True, [(10, 4)], 250),
-        (4.0, 2000, True, [(3, 1), (6, 2), (9, 3), (10, 4)], 0),
-        (4.0, 2000, False, [], 0),
-    ):
-        with outputs.Progress(total, is_shown) as progress:
-            assert list(progress.track_rows(read_rows(seconds))) == rows
-        assert (progress.num_images, progress.num_failed) == (10, 4)
-        assert capsys.readouterr().err.splitlines() == [
-            f"{num_images}{' of 2,000' if total else ''} images, {images_per_second} images/s, "
-            f"{num_failed} without a prediction (see the column `error`)"
-            for num_images, num_failed in counts
-        ]
-    with pytest.raises(ValueError, match="an error"), outputs.Progress(2000, is_shown=True):
-        raise ValueError("an error")
-    assert not capsys.readouterr().err
-
-
-def test_tables_show_no_control_characters(capsys: pytest.CaptureFixture) -> None:
-    """A terminal would interpret escape sequences in names of files and classes."""
-    name = "\x1b]0;title\x07\x1b[31m[bold]red\u202e\n\r2"
-    print_table(
-        [{"image": name, name: name, "error": None}], {"image": pa.string(), name: pa.string(), "error": pa.string()}
-    )
-    printed = capsys.readouterr().out
-    assert not [character for character in printed if not character.isprintable() and character != "\n"]
-    assert printed.count("[bold]red") == 3
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="requires named pipes")
-def test_pipes_sockets_and_devices_in_a_folder_are_rows_with_an_error(
-    models: Path, photos: Path, tmp_path: Path
-) -> None:
-    """Reading a pipe would block. `.ico` and `.mpo` are read, and unsupported formats are named."""
-    folder = tmp_path / "odd"
-    folder.mkdir()
-    os.mkfifo(folder / "1.png")
-    (folder / "2.jpg").symlink_to("/dev/zero")
-    (folder / "3.bmp").symlink_to(folder / "1.png")
-    photo = Image.open(photos / "a.jpg")
-    photo.save(folder / "4.ico")
-    photo.save(folder / "5.mpo", save_all=True, append_images=[photo])
-    photo.save(folder / "6.tga")
-    flags = ["--model", models / "one_label", folder, "--output", tmp_path / "out.jsonl"]
-    run_together("predict.py", *flags, log=tmp_path / "log", environment=OFFLINE, processes=1)
-    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    assert [Path(row["image"]).name for row in rows] == ["1.png", "2.jpg", "3.bmp", "4.ico", "5.mpo", "6.tga"]
-    errors = ["not a regular file"] * 3 + [None, None, "not an image in a supported format"]
-    for row, words in zip(rows, errors, strict=True):
-        assert (row["error"] is None and row["label"] in NAMES) if words is None else words in row["error"]
-
-
-def test_an_output_that_cannot_be_written_is_named(tmp_path: Path) -> None:
-    (tmp_path / "out.json").mkdir()
-    with raises_one_line(f"cannot write {tmp_path / 'out.json'}", error=OSError):
-        write_rows([], get_output_columns({}), tmp_path / "out.json")
-
-
-HEARTBEAT = """
-import sys, time
-from pathlib import Path
-from modeling_vitcls.inference import outputs
-outputs.SECONDS_BETWEEN_HEARTBEATS = 0.05
-with outputs.send_heartbeats(outputs.ShardFolder(Path(sys.argv[1]), 4).get_heartbeat_file(1)):
-    print("ready", flush=True)
-    time.sleep(600)
-"""
-
-
-@pytest.mark.slow
-def test_killed_processes_are_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(outputs, "SECONDS_BETWEEN_HEARTBEATS", 0.05)
-    monkeypatch.setattr(outputs, "MAX_HEARTBEAT_AGE", 2.0)
-    folder = outputs.ShardFolder(tmp_path, 4)
-    command = [sys.executable, "-c", HEARTBEAT, tmp_path]
-    with (
-        subprocess.Popen(command, stdout=subprocess.PIPE, env=SCRIPT_ENVIRONMENT) as other,
-        outputs.send_heartbeats(folder.get_heartbeat_file(0)),
-    ):
-        assert other.stdout is not None and other.stdout.readline() == b"ready\n"
-        last = folder.get_heartbeat_file(1).stat().st_mtime_ns
-        while folder.get_heartbeat_file(1).stat().st_mtime_ns == last:
-            time.sleep(0.01)
-        other.kill()
-        with raises_one_line("lacks shards of a process that has ended. Repeat the command", error=OSError):
-            folder.wait_for_shards(4, 2)
-        folder.get_heartbeat_file(1).unlink()  # as after an error
-        with raises_one_line("lacks shards of a process that has ended. Repeat the command", error=OSError):
-            folder.wait_for_shards(4, 2)
-        folder.get_shard_file(0).touch()
-        folder.wait_for_shards(4, 2)
-    assert [file.name for file in tmp_path.iterdir()] == ["shard-000000.parquet"]
-
-
-def test_shards_are_awaited_while_other_processes_are_running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Heartbeats that are too old or missing are those of processes that have ended."""
-    folder = ShardFolder(tmp_path, shard_size=4)
-    other = folder.get_heartbeat_file(1)
-    other.touch()
-    waits = []
-
-    def wait(seconds: float) -> None:
-        """Write the last shard, as the other process does."""
-        waits.append(seconds)
-        folder.get_shard_file(len(waits) - 1).touch()
-
-    monkeypatch.setattr(outputs.time, "sleep", wait)
-    folder.wait_for_shards(8, 2)
-    assert len(waits) == 2
-    for age, has_ended in ((outputs.MAX_HEARTBEAT_AGE / 2, False), (outputs.MAX_HEARTBEAT_AGE * 2, True)):
-        os.utime(other, (time.time() - age,) * 2)
-        folder.get_shard_file(1).unlink()
-        waits = [0.0]
-        if has_ended:
-            folder.get_heartbeat_file(2).touch()  # of a third process, which is running
-            for num_processes in (2, 3):
-                with raises_one_line("lacks shards of a process that has ended", error=OSError):
-                    folder.wait_for_shards(8, num_processes)
-            folder.wait_for_shards(4, 2)
-        else:
-            folder.wait_for_shards(8, 2)
-    other.unlink()
-    with raises_one_line("lacks shards of a process that has ended", error=OSError):
-        folder.wait_for_shards(8, 2)
-
-
-def test_a_heartbeat_is_removed_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(outputs, "SECONDS_BETWEEN_HEARTBEATS", 0.001)
-    file = tmp_path / "heartbeat"
-    with pytest.raises(ValueError, match="an error"), outputs.send_heartbeats(file):
-        os.utime(file, (0, 0))
-        deadline = time.monotonic() + 60
-        while file.stat().st_mtime == 0:
-            assert time.monotonic() < deadline
-            time.sleep(0.001)
-        raise ValueError("an error")
-    assert not file.exists()
-
-
-def test_unfinished_files_of_a_killed_start_are_removed(tmp_path: Path) -> None:
-    (tmp_path / ".shard-000000.parquet.77.unfinished").write_bytes(b"half")
-    folder = ShardFolder(tmp_path, shard_size=2)
-    assert folder.open({"input": "this"}) is None
-    assert [file.name for file in tmp_path.iterdir()] == [".manifest.json"]
-    folder.record_num_images(5)
-    assert folder.open({"input": "this"}) == 5
-    assert not folder.is_complete(5)
-    manifest = read_json(tmp_path / ".manifest.json")
-    for change, words in (({"format": 0}, "another format"), ({"old": 7}, "--old 7, not None")):
-        (tmp_path / ".manifest.json").write_text(json.dumps(manifest | change), encoding="utf-8")
-        with raises_one_line(f"was written with {words}. Use the same flags"):
-            folder.open({"input": "this"})
 
 
 # Models --------------------------------------------------------------------------------------------------------------

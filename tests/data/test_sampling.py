@@ -1,0 +1,166 @@
+"""Sampling: the order of images, their distribution to processes, class weights, and random numbers."""
+
+import math
+from collections import Counter
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from batch_plans import build_plan
+
+from modeling_vitcls.data.sampling import (
+    BatchPlan,
+    compute_class_weights,
+    convert_to_fractions,
+    derive_seed,
+    draw_random_bits,
+)
+from modeling_vitcls.options import TrainingOptions
+
+
+def list_keys(plan: BatchPlan, process: int = 0) -> list[tuple[int, int]]:
+    return [key for batch in plan.iterate_keys(process) for key in batch]
+
+
+# The plan ------------------------------------------------------------------------------------------------------------
+
+
+def test_every_epoch_contains_each_image_once() -> None:
+    plan = build_plan(10, epochs=3, batch_size=4)
+    keys = list_keys(plan)
+    assert plan.num_steps == 8  # 3 x 10 images in batches of 4, rounded up
+    for epoch in range(3):
+        assert sorted(index for at, index in keys if at == epoch) == list(range(10))
+    assert [index for at, index in keys if at == 0] != [index for at, index in keys if at == 1]
+    shared = build_plan(10, epochs=3, batch_size=2, gradient_accumulation_steps=2, num_processes=2)
+    assert shared.num_steps == 4 and shared.count_epochs(2) == 1.6  # 8 images per step
+
+
+@pytest.mark.parametrize("extra", [{}, {"num_copies": 2}, {"class_balance": "sampling", "labels": [0] * 8 + [1, 1]}])
+def test_batches_do_not_depend_on_their_division(extra: dict[str, Any]) -> None:
+    whole = build_plan(10, max_steps=7, batch_size=8, **extra)
+    shared = build_plan(10, max_steps=7, batch_size=1, gradient_accumulation_steps=4, num_processes=2, **extra)
+    parts = [list(shared.iterate_keys(process)) for process in (0, 1)]
+    for step, batch in enumerate(whole.iterate_keys(process_index=0)):
+        pieces = [key for part in parts for piece in part[4 * step : 4 * step + 4] for key in piece]
+        assert sorted(pieces) == sorted(batch)
+
+
+@pytest.mark.parametrize("extra", [{}, {"num_copies": 3}, {"class_balance": "sampling", "labels": [0] * 8 + [1, 1]}])
+def test_batches_can_start_at_any_step(extra: dict[str, Any]) -> None:
+    plan, again = (build_plan(10, max_steps=9, batch_size=3, **extra) for _ in range(2))
+    assert list(plan.iterate_keys(process_index=0, first_step=4)) == list(again.iterate_keys(process_index=0))[4:]
+
+
+def test_repeated_augmentation_puts_copies_into_the_same_step() -> None:
+    plan = build_plan(10, epochs=6, batch_size=12, num_copies=3)
+    assert plan.num_steps == 5
+    for batch in plan.iterate_keys(process_index=0):
+        assert set(Counter(index for _, index in batch).values()) == {3}
+        assert len(set(batch)) == 12  # copies have different epochs, and therefore different augmentation
+        assert all(first[1] != second[1] for first, second in pairwise(batch))  # mixing combines neighbors
+    assert sorted(list_keys(plan)) == [(epoch, index) for epoch in range(6) for index in range(10)]
+
+
+def test_copies_do_not_have_to_divide_the_batch() -> None:
+    """--repeated-augmentation 3 is valid with the default batch of 64 images."""
+    plan = build_plan(100, epochs=2, batch_size=64, num_copies=3)
+    batches = list(plan.iterate_keys(process_index=0))
+    for batch in batches:
+        assert len(set(batch)) == 64
+        assert sorted(Counter(index for _, index in batch).values()) == [2, 2] + [3] * 20
+    first_images = [index for batch in batches for _, index in batch[:22]]
+    assert len(set(first_images[:88])) == 88  # the next step continues with other images
+
+
+def test_balanced_sampling_draws_classes_equally_often() -> None:
+    labels = [0] * 30 + [2] * 6 + [5] * 3
+    keys = list_keys(build_plan(39, epochs=40, batch_size=39, class_balance="sampling", labels=labels))
+    for epoch in range(40):
+        shown = Counter(labels[index] for _, index in keys[epoch * 39 : (epoch + 1) * 39])
+        assert shown == {0: 13, 2: 13, 5: 13}
+    assert len(set(keys)) == len(keys)  # repeated images are augmented differently
+    for label, members in ((0, range(30)), (2, range(30, 36)), (5, range(36, 39))):
+        times = Counter(index for _, index in keys if labels[index] == label)
+        assert times.keys() == set(members)
+        assert max(times.values()) - min(times.values()) <= 1
+    orders = [tuple(index for _, index in keys[start : start + 39]) for start in (0, 39)]
+    assert orders[0] != orders[1]
+
+
+@pytest.mark.parametrize("class_balance", ["none", "sampling"])
+def test_the_order_of_images_never_changes(class_balance: str) -> None:
+    """A run that is resumed with a later version of the package uses the same images."""
+    labels, seed = [4, 0, 4, 4, 0, 4, 9, 4], 3
+    options = {"epochs": 5, "batch_size": 8, "seed": seed, "class_balance": class_balance}
+    members = [[1, 4], [0, 2, 3, 5, 7], [6]] if class_balance == "sampling" else [range(8)]
+    expected = []
+    for epoch in range(5):
+        keys: list[tuple[int, int]] = []
+        for position in range(8 * epoch, 8 * epoch + 8):
+            class_index, use = position % len(members), position // len(members)
+            cycle, offset = divmod(use, len(members[class_index]))
+            if class_balance == "sampling":
+                seeds = np.array([derive_seed(seed, class_index, 8)], dtype=np.uint64)
+                bits = draw_random_bits(seeds, np.array([cycle], dtype=np.uint64), len(members[class_index]))
+                offset = sorted(range(bits.size), key=bits[0].tolist().__getitem__)[offset]
+            keys.append((cycle, members[class_index][offset]))
+        generator = torch.Generator().manual_seed(derive_seed(seed, epoch))
+        expected.append([keys[position] for position in torch.randperm(8, generator=generator)])
+    assert list(build_plan(8, labels=labels, **options).iterate_keys(0)) == expected
+
+
+def test_weights_are_inverse_to_frequency_with_mean_one() -> None:
+    labels = [0] * 6 + [1] * 3 + [3] + [-100] * 5
+    weights = compute_class_weights(labels, 5)
+    assert weights.tolist() == pytest.approx([10 / 18, 10 / 9, 0, 10 / 3, 0])
+    assert sum(weights[label].item() for label in labels[:10]) / 10 == pytest.approx(1)
+
+
+def test_streams_require_a_number_of_steps() -> None:
+    with pytest.raises(ValueError, match=r"requires a number of steps.*Set --max-steps"):
+        BatchPlan.from_options(None, TrainingOptions(batch_size=64), 1)
+    with pytest.raises(ValueError, match="--class-balance sampling requires one known label per image"):
+        BatchPlan.from_options(None, TrainingOptions(max_steps=3, batch_size=64, class_balance="sampling"), 1)
+    assert BatchPlan.from_options(None, TrainingOptions(max_steps=3, batch_size=64), 1).count_epochs(2) == 0
+
+
+# Random numbers ------------------------------------------------------------------------------------------------------
+
+
+def test_random_numbers_are_uniform_and_uncorrelated() -> None:
+    seeds = np.repeat(np.array([derive_seed(0), derive_seed(1)], dtype=np.uint64), 20_000)
+    indices = np.tile(np.arange(20_000, dtype=np.uint64), 2)
+    numbers = convert_to_fractions(draw_random_bits(seeds, indices, 3))  # [40000, 3]
+    assert numbers.min() >= 0 and numbers.max() < 1
+    assert np.allclose(numbers.mean(axis=0), 0.5, atol=0.01)
+    assert np.allclose(numbers.std(axis=0), math.sqrt(1 / 12), atol=0.01)
+    related = np.corrcoef(np.stack([*numbers[:20_000].T, *numbers[20_000:].T, *numbers[1:20_001].T]))
+    assert np.abs(related - np.eye(9)).max() < 0.03
+    assert np.array_equal(convert_to_fractions(draw_random_bits(seeds[5:6], indices[5:6], 3)), numbers[5:6])
+
+
+def test_fractions_are_below_one() -> None:
+    bits = np.array([0, 2**11 - 1, 2**63, 2**64 - 1], dtype=np.uint64)
+    assert convert_to_fractions(bits).tolist() == [0.0, 0.0, 0.5, 1 - 2.0**-53]
+
+
+def mix_in_python(counter: int) -> int:
+    """Return the output of SplitMix64 for one counter value, computed with Python integers."""
+    counter = ((counter ^ (counter >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
+    counter = ((counter ^ (counter >> 27)) * 0x94D049BB133111EB) % 2**64
+    return counter ^ (counter >> 31)
+
+
+def test_random_numbers_never_change() -> None:
+    """A run that is resumed with a later version of the package uses the same augmentation."""
+    gamma = 0x9E3779B97F4A7C15
+    assert mix_in_python(gamma) == 0xE220A8397B1DCDAF  # first output of SplitMix64 for the seed 0
+    seeds, indices = [derive_seed(3, 0), derive_seed(3, 1)], [12, 5_000_000]
+    assert seeds == [6233904063939786893, 5712964121383671236]
+    found = draw_random_bits(np.array(seeds, dtype=np.uint64), np.array(indices, dtype=np.uint64), 3)
+    for row, seed, index in zip(found.tolist(), seeds, indices, strict=True):
+        start = mix_in_python(seed ^ mix_in_python(index + gamma))
+        assert row == [mix_in_python((start + step * gamma) % 2**64) for step in (1, 2, 3)]

@@ -1,0 +1,210 @@
+"""The evaluator: every image is counted once, and unreadable images are named."""
+
+import io
+from typing import Any
+
+import evaluation_results
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from evaluation_results import close, compute_outputs
+from evaluation_worker import (
+    BATCH_SIZE,
+    NUM_IMAGES,
+    SIZES,
+    SPACES,
+    UNREADABLE,
+    build_classifier,
+    build_evaluator,
+    build_labeled_images,
+)
+from PIL import Image
+
+from modeling_vitcls import ViTCLSConfig, ViTCLSForMaskedImageModeling, ViTCLSImageProcessor
+from modeling_vitcls.data.augmentation import MaskGenerator
+from modeling_vitcls.data.images import EncodedImages, LabeledImages
+from modeling_vitcls.data.labels import LabelSpace
+from modeling_vitcls.data.sampling import derive_seed
+from modeling_vitcls.distributed import build_accelerator
+from modeling_vitcls.inference import evaluator as evaluator_module
+from modeling_vitcls.inference.evaluator import HeldOutBatches
+from modeling_vitcls.options import MaskingOptions
+
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
+CPU = torch.device("cpu")
+by_one_process = evaluation_results.by_one_process  # a fixture
+
+
+@pytest.mark.parametrize(
+    ("num_images", "batch_size", "num_processes"), [(10, 3, 1), (10, 3, 2), (1, 4, 3), (12, 3, 2)]
+)
+def test_each_image_is_evaluated_by_one_process(num_images: int, batch_size: int, num_processes: int) -> None:
+    pictures = build_labeled_images("single", num_images)
+    numbered = LabeledImages(pictures.images, range(num_images))
+    processor = ViTCLSImageProcessor(size=16)
+    shares = [
+        HeldOutBatches(numbered, processor, SPACES["single"], batch_size, process, num_processes)
+        for process in range(num_processes)
+    ]
+    # sharded models require equal numbers of batches on all processes
+    assert len({len(share) for share in shares}) == 1
+    batches = [share[place] for share in shares for place in range(len(share))]
+    assert sorted(label for batch in batches for label in batch.labels.tolist()) == list(range(num_images))
+    assert all(len(batch.labels) <= batch_size for batch in batches)
+
+
+def test_blank_batches_have_the_shape_of_the_model() -> None:
+    """Sharded models run a batch also without a readable image."""
+    labels = LabelSpace("single_label_classification", {"label": ["a", "b"]})
+    sizes = SIZES | {"image_size": (16, 24), "num_channels": 1}
+    model = type(build_classifier("single"))(ViTCLSConfig(**sizes, **labels.to_config_values())).eval()
+    shapes: list[tuple[int, ...]] = []
+    model.register_forward_pre_hook(lambda module, inputs: shapes.append(tuple(inputs[0].shape)))
+    file = io.BytesIO()
+    Image.new("L", (24, 16)).save(file, "PNG")
+    images = EncodedImages([{"path": name, "bytes": file.getvalue()[:end]} for name, end in (("a", None), ("b", 40))])
+    processor = ViTCLSImageProcessor(size={"height": 16, "width": 24}, do_convert_rgb=False)
+    processor.image_mean = processor.image_std = [0.5]
+    evaluator = evaluator_module.Evaluator(
+        LabeledImages(images, [0, 1]), processor, labels, 1, 0, Accelerator(cpu=True)
+    )
+    assert evaluator(model)["num_broken_images"] == 1
+    assert shapes == [(1, 1, 16, 24)] * 2
+
+
+@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
+def test_the_loss_of_masked_patches_is_the_mean_over_images(mixed_precision: str) -> None:
+    torch.manual_seed(0)
+    model = ViTCLSForMaskedImageModeling(ViTCLSConfig(**SIZES)).eval()
+    images, processor = build_labeled_images("single", number=3).images, ViTCLSImageProcessor(size=16)
+    accelerator = Accelerator(cpu=True, mixed_precision=mixed_precision)
+    masks = MaskGenerator(MaskingOptions(), (2, 2))
+    evaluator = evaluator_module.ReconstructionEvaluator(
+        images, processor, masks, 5, batch_size=2, num_workers=0, accelerator=accelerator
+    )
+    losses = []
+    for index, pixel_values in enumerate(processor(list(images), return_tensors="pt")["pixel_values"].split(1)):
+        mask = masks(1, CPU, torch.Generator().manual_seed(derive_seed(5, index)))
+        with torch.no_grad(), accelerator.autocast():
+            losses.append(model(pixel_values, bool_masked_pos=mask).loss.item())
+    assert evaluator(model) == {
+        "reconstruction_loss": pytest.approx(np.mean(losses), abs=1e-5),
+        "num_images": 3,
+        "num_broken_images": 0,
+    }
+
+
+def test_an_uncounted_image_is_an_error() -> None:
+    evaluator = build_evaluator("single", build_accelerator())
+    evaluator.batches.loader.dataset.index_ranges.pop()
+    words = "counted 12 readable and 0 unreadable images, but expected 13 images in total"
+    with pytest.raises(RuntimeError, match=words):
+        evaluator(build_classifier("single"))
+
+
+def test_batches_have_equal_sizes() -> None:
+    sizes = []
+    model = build_classifier("single")
+    model.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    build_evaluator("single", build_accelerator())(model)
+    assert sizes == [BATCH_SIZE] * 5
+
+
+def test_unreadable_images_are_named_once_and_not_counted(by_one_process: dict[str, Any]) -> None:
+    said: list[str] = []
+    evaluator = build_evaluator(
+        "single",
+        build_accelerator(),
+        build_labeled_images("single", unreadable=UNREADABLE),
+        max_broken_images=4,
+        warn=said.append,
+    )
+    model = build_classifier("single")
+    metrics = evaluator(model)
+    assert (metrics["num_images"], metrics["num_broken_images"]) == (NUM_IMAGES - 4, 4)
+    assert [f"'{index}.png'" in line for index, line in zip(UNREADABLE, said, strict=True)] == [True] * 4
+    assert evaluator(model) == metrics == by_one_process["unreadable"]
+    assert len(said) == 4
+    outputs, labels = compute_outputs("single")
+    good = [index for index in range(NUM_IMAGES) if index not in UNREADABLE]
+    right = outputs.logits.argmax(1)[good] == torch.tensor(labels)[good]
+    assert metrics["accuracy"] == close(right.float().mean().item())
+
+
+def test_too_many_unreadable_images_are_an_error() -> None:
+    accelerator = build_accelerator()
+    pictures = build_labeled_images("single", unreadable=UNREADABLE)
+    evaluator = build_evaluator("single", accelerator, pictures, max_broken_images=3)
+    with pytest.raises(
+        ValueError, match=r"more than 3 images cannot be read; the last unreadable image: .*'12\.png'"
+    ) as raised:
+        evaluator(build_classifier("single"))
+    assert "\n" not in str(raised.value)
+    evaluator = build_evaluator("single", accelerator, build_labeled_images("single", number=2, unreadable=(0, 1)))
+    with pytest.raises(ValueError, match="none of the 2 images can be read"):
+        evaluator(build_classifier("single"))
+
+
+def test_color_images_are_unreadable_for_a_gray_model() -> None:
+    encoded = []
+    for mode in ("L", "RGB", "RGBA", "L"):
+        Image.new(mode, (16, 16)).save(file := io.BytesIO(), "PNG")
+        encoded.append({"path": f"{mode}.png", "bytes": file.getvalue()})
+    pictures = LabeledImages(EncodedImages(encoded), [0, 1, 2, 3])
+    processor = ViTCLSImageProcessor(size=16, do_convert_rgb=False, image_mean=0.5, image_std=0.5)
+    batch = HeldOutBatches(pictures, processor, SPACES["single"], 4, 0, 1, num_channels=1)[0]
+    assert batch.pixel_values is not None and batch.pixel_values.shape == (2, 1, 16, 16)
+    assert batch.labels.tolist() == [0, 3]
+    assert batch.error_messages == {
+        1: "the image 'RGB.png' has 3 channels, but the model requires 1",
+        2: "the image 'RGBA.png' has 4 channels, but the model requires 1",
+    }
+
+
+class CountedImages(list):
+    """Images that count how often they are loaded."""
+
+    num_reads = 0
+
+    def __getitem__(self, index: Any) -> Any:
+        self.num_reads += 1
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize(("free_bytes", "num_reads"), [(0, 1), (-1, 3)])
+def test_small_datasets_are_preprocessed_once(
+    free_bytes: int, num_reads: int, monkeypatch: pytest.MonkeyPatch, by_one_process: dict[str, Any]
+) -> None:
+    num_bytes = NUM_IMAGES * 3 * 16 * 16 * 4
+    monkeypatch.setattr(evaluator_module, "MAX_CACHE_BYTES", num_bytes + free_bytes)
+    pictures = build_labeled_images("single")
+    counted = CountedImages(pictures.images)
+    evaluator = build_evaluator("single", build_accelerator(), LabeledImages(counted, pictures.labels))
+    for _ in range(3):
+        assert evaluator(build_classifier("single")) == by_one_process["single"]
+    assert counted.num_reads == num_reads * NUM_IMAGES
+
+
+def test_evaluation_draws_no_random_numbers() -> None:
+    """Otherwise, training would depend on the steps at which it is evaluated."""
+    evaluator = build_evaluator("single", build_accelerator(), num_workers=1)
+    model = build_classifier("single")
+    before = torch.get_rng_state()
+    evaluator(model)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_mixed_precision(by_one_process: dict[str, Any]) -> None:
+    in_float32 = by_one_process["single"]
+    metrics = build_evaluator("single", Accelerator(cpu=True, mixed_precision="bf16"))(build_classifier("single"))
+    assert metrics["num_images"] == NUM_IMAGES
+    assert metrics["loss"] != in_float32["loss"]
+    assert metrics["loss"] == pytest.approx(in_float32["loss"], abs=0.05)
+
+
+def test_a_model_saved_in_half_precision(by_one_process: dict[str, Any]) -> None:
+    metrics = build_evaluator("multi_label", build_accelerator())(build_classifier("multi_label").bfloat16())
+    assert metrics["loss"] == pytest.approx(by_one_process["multi_label"]["loss"], abs=0.05)

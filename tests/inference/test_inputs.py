@@ -1,0 +1,244 @@
+"""Inputs of prediction: lists, folders, datasets and streams, and how their content is identified."""
+
+import json
+import os
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import datasets
+import fsspec
+import numpy as np
+import prediction_photos
+import pytest
+import torch
+from PIL import Image
+from prediction_photos import sorted_photos
+from tiny_models import raises_one_line
+
+from modeling_vitcls.data.images import ArrayImages
+from modeling_vitcls.inference.inputs import (
+    DatasetInput,
+    ImageRecord,
+    ListInput,
+    StreamInput,
+    build_record,
+    open_input,
+    prepare_image,
+)
+from modeling_vitcls.inference.outputs import iterate_shards
+from modeling_vitcls.options import PredictOptions
+
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
+photos = prediction_photos.photos  # a fixture
+
+
+def test_a_list_contains_files_and_folders(photos: Path, tmp_path: Path) -> None:
+    file = tmp_path / "list.txt"
+    file.write_bytes(f"\ufeff{photos / 'c.png'}\r\n\n{photos / 'inner'}\n".encode() + b"odd-\xff.png\n")
+    source = open_input(PredictOptions("model", list=file))
+    names = [record.name for record in source.read_records([range(source.num_images)])]
+    assert names == [*sorted_photos(photos)[2:], "odd-\ufffd.png"]
+    file.write_text("\n \n", encoding="utf-8")
+    with raises_one_line(f"the list {file} is empty"):
+        open_input(PredictOptions("model", list=file))
+
+
+def test_images_of_folders_are_sorted_whatever_the_file_system_lists_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("b/2.PNG", "b/1.png", "a/3.jpg", ".c/4.png", "a/.5.png", "a/6.txt", "0.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    walk = os.walk
+
+    def walk_backwards(folder: Any) -> Iterator[Any]:
+        for parent, folders, files in walk(folder):
+            folders.sort(reverse=True)
+            yield parent, folders, sorted(files, reverse=True)
+
+    monkeypatch.setattr(os, "walk", walk_backwards)
+    source = open_input(PredictOptions("model", (str(tmp_path),)))
+    assert isinstance(source, ListInput)
+    names = [str(Path(name).relative_to(tmp_path)) for name in source.names]
+    assert names == ["0.png", "a/3.jpg", "b/1.png", "b/2.PNG"]
+
+
+def test_rows_of_a_dataset_keep_their_index_in_any_ranges(tmp_path: Path) -> None:
+    """More than 64 rows are read in several parts. Missing images have no content."""
+    values = [None if index == 2 else f"{index}.png" for index in range(150)]
+    dataset = datasets.Dataset.from_dict({"image": values})
+    source = DatasetInput(dataset, "image", tmp_path, {})
+    ranges = [range(1, 3), range(60, 150)]
+    records = list(source.read_records(ranges))
+    assert [record.index for record in records] == [1, 2, *range(60, 150)] and source.num_images == 150
+    for record in records:
+        path = str(tmp_path / f"{record.index}.png")
+        assert (record.name, record.content) == (("2", None) if record.index == 2 else (f"{record.index}.png", path))
+
+
+def test_an_input_is_identified_by_its_content(photos: Path, tmp_path: Path) -> None:
+    """Check inputs of equal names and sizes: files, a folder as a dataset, a table, also as a stream."""
+    folder, table = tmp_path / "data" / "x", tmp_path / "table.csv"
+    folder.mkdir(parents=True)
+    table.write_text("image\nb.png\n", encoding="utf-8")
+    for shade in (10, 20):
+        Image.new("L", (8, 8), shade).save(folder / f"{shade}.bmp")
+    given: list[dict[str, Any]] = [
+        {"paths": (str(folder),)},
+        {"dataset": str(folder.parent)},
+        {"dataset": str(table)},
+        {"dataset": str(table), "streaming": True},
+    ]
+
+    def identities() -> list[dict[str, Any]]:
+        return [open_input(PredictOptions("model", **options)).compute_fingerprint() for options in given]
+
+    first = identities()
+    assert identities() == first
+    Image.new("L", (8, 8), 30).save(folder / "10.bmp")
+    table.write_text("image\nc.png\n", encoding="utf-8")
+    assert all(now != then for now, then in zip(identities(), first, strict=True))
+    assert json.loads(json.dumps(first)) == first  # as stored in the output
+
+
+def test_arrays_are_identified_by_their_pixels() -> None:
+    pixels = np.zeros((2, 4, 4), np.uint8)
+    first = ListInput(["0", "1"], ArrayImages(pixels)).compute_fingerprint()
+    assert ListInput(["0", "1"], ArrayImages(pixels.copy())).compute_fingerprint() == first
+    assert ListInput(["0", "2"], ArrayImages(pixels)).compute_fingerprint() != first
+    pixels[1, 3, 3] = 1
+    assert ListInput(["0", "1"], ArrayImages(pixels)).compute_fingerprint() != first
+
+
+def test_files_are_identified_by_their_size_and_time(tmp_path: Path) -> None:
+    file, digests = tmp_path / "a.png", []
+    for content, seconds in ((b"1", 1), (b"22", 1), (b"22", 2), (b"22", 2)):
+        file.write_bytes(content)
+        os.utime(file, (seconds, seconds))
+        digests.append(ListInput([file.name], [str(file)]).compute_fingerprint()["sha256"])
+    assert len(set(digests)) == 3 and digests[2] == digests[3]
+    urls = [ListInput([url], [url]).compute_fingerprint() for url in ("https://host/a.png", "https://host/b.png")]
+    assert urls[0] != urls[1]
+
+
+def test_streams_are_identified_by_split_and_column(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        (tmp_path / "data" / split / "cat").mkdir(parents=True)
+        Image.new("L", (4, 4)).save(tmp_path / "data" / split / "cat" / "1.png")
+    table = tmp_path / "table.csv"
+    table.write_text("first,second\na.png,b.png\n", encoding="utf-8")
+    for dataset, changes in (
+        (tmp_path / "data", [{"split": "train"}, {"split": "test"}]),
+        (table, [{"image_column": "first"}, {"image_column": "second"}]),
+    ):
+        first, second = (
+            open_input(PredictOptions("model", dataset=str(dataset), streaming=True, **change)).compute_fingerprint()
+            for change in changes
+        )
+        assert first != second
+    source = open_input(PredictOptions("model", dataset=str(table), split="train", image_column="first"))
+    identity = source.compute_fingerprint()
+    assert identity.pop("fingerprint") and identity == {
+        "dataset": str(table),
+        "split": "train",
+        "column": "first",
+        "bytes and time": [table.stat().st_size, table.stat().st_mtime_ns],
+        "images": 1,
+    }
+
+
+def test_values_of_a_column_are_paths_bytes_or_images(tmp_path: Path) -> None:
+    image = Image.new("L", (4, 4))
+    for value, name, content in (
+        ("a.png", "a.png", str(tmp_path / "a.png")),
+        ("a\udcff.png", "a\ufffd.png", str(tmp_path / "a\udcff.png")),
+        ({"path": "a.png", "bytes": None}, "a.png", "a.png"),
+        ({"path": "a.png", "bytes": b"encoded"}, "a.png", b"encoded"),
+        ({"path": None, "bytes": b"encoded"}, "7", b"encoded"),
+        (image, "7", image),
+        (None, "7", None),
+    ):
+        assert build_record(7, value, tmp_path) == ImageRecord(7, name, content)
+
+
+def test_files_of_other_file_systems_are_fetched() -> None:
+    """The image processor reads files, and URLs of web servers."""
+    with fsspec.open("memory://fetched.png", "wb") as file:
+        file.write(b"encoded")
+    contents = []
+
+    def process(content: Any, return_tensors: str) -> dict[str, torch.Tensor]:
+        contents.append(content)
+        return {"pixel_values": torch.zeros(1, 3, 4, 4)}
+
+    given = ["a.png", "http://host/a.png", "https://host/a.png", "memory://fetched.png", b"bytes"]
+    for content in given:
+        prepared = prepare_image(process, ImageRecord(0, "name", content))
+        assert prepared.error is None and prepared.pixels is not None and prepared.pixels.shape == (3, 4, 4)
+    assert contents == [*given[:3], b"encoded", b"bytes"]
+
+    def fail(content: Any, return_tensors: str) -> None:
+        raise OSError("connection lost")
+
+    assert prepare_image(fail, ImageRecord(0, "name", "https://host/a.png")).error == "connection lost"
+
+
+def test_digits_are_read() -> None:
+    source = open_input(PredictOptions("model", dataset="digits"))
+    assert source.num_images == 1797
+    (record,) = source.read_records([range(1796, 1797)])
+    assert record.content.size == (8, 8) and record.name == "digits/1796"
+
+
+def test_idx_files_are_read(tmp_path: Path) -> None:
+    pixels = np.arange(2 * 4 * 4, dtype=np.uint8).reshape(2, 4, 4)
+    for name, header, values in (
+        ("train-images-idx3-ubyte", [0x803, 2, 4, 4], pixels),
+        ("train-labels-idx1-ubyte", [0x801, 2], np.zeros(2, dtype=np.uint8)),
+    ):
+        (tmp_path / name).write_bytes(np.array(header, dtype=">i4").tobytes() + values.tobytes())
+    source = open_input(PredictOptions("model", dataset=str(tmp_path)))
+    (record,) = source.read_records([range(1, 2)])
+    assert source.num_images == 2 and record.name == f"{tmp_path.name}/1"
+    np.testing.assert_array_equal(np.asarray(record.content), pixels[1])
+
+
+def test_datasets_that_cannot_be_used_are_named(tmp_path: Path) -> None:
+    (tmp_path / "table.csv").write_text("a,b\n1,2\n", encoding="utf-8")
+    with raises_one_line("cannot identify the image column", "--image-column"):
+        open_input(PredictOptions("model", dataset=str(tmp_path / "table.csv")))
+    with raises_one_line("has no column 'c'. Choose one of a, b"):
+        open_input(PredictOptions("model", dataset=str(tmp_path / "table.csv"), image_column="c"))
+    with raises_one_line("has no split 'test'", "train"):
+        open_input(PredictOptions("model", dataset=str(tmp_path / "table.csv"), split="test"))
+    with raises_one_line("there are no images in"):
+        open_input(PredictOptions("model", (str(tmp_path),)))
+
+
+def test_one_of_several_splits_has_to_be_named(tmp_path: Path) -> None:
+    for split, number in (("train", 2), ("test", 1)):
+        for index in range(number):
+            (tmp_path / split / "cat").mkdir(parents=True, exist_ok=True)
+            Image.new("L", (4, 4)).save(tmp_path / split / "cat" / f"{index}.png")
+    with raises_one_line("has several splits. Set --split to one of", "train", "test"):
+        open_input(PredictOptions("model", dataset=str(tmp_path)))
+    for split, number in (("train", 2), ("test", 1)):
+        assert open_input(PredictOptions("model", dataset=str(tmp_path), split=split)).num_images == number
+
+
+def test_skipped_images_of_a_stream_are_not_decoded(photos: Path, tmp_path: Path) -> None:
+    good = (photos / "a.jpg").read_bytes()
+    values = [{"bytes": b"broken" if index < 6 else good, "path": None} for index in range(10)]
+    table = datasets.Dataset.from_dict({"image": values}).cast_column("image", datasets.Image())
+    table.to_parquet(tmp_path / "images.parquet")
+    source = open_input(PredictOptions("model", dataset=str(tmp_path / "images.parquet"), streaming=True))
+    assert isinstance(source, StreamInput) and source.num_images is None
+    assert [(record.index, record.content) for record in source.read_records([range(6, 8)])] == [(6, good), (7, good)]
+    assert source.num_images is None
+    ranges = islice(iterate_shards(None, 4), 1, None, 2)  # 4 to 7, then beyond the end
+    assert [record.index for record in source.read_records(ranges)] == [4, 5, 6, 7]
+    assert source.num_images == 10

@@ -1,0 +1,250 @@
+"""Metrics: comparisons with direct computations, for each kind of labels."""
+
+import json
+import re
+from types import SimpleNamespace
+from typing import Any
+
+import evaluation_results
+import numpy as np
+import pytest
+import scipy.stats
+import sklearn.metrics
+import torch
+from evaluation_results import close, compute_outputs
+from evaluation_worker import CLASSES, NUM_IMAGES, SPACES
+from torch import nn
+
+from modeling_vitcls.data.labels import LabelSpace
+from modeling_vitcls.inference import evaluator as evaluator_module
+from modeling_vitcls.inference.metrics import (
+    METRICS,
+    MultiLabelMetrics,
+    MultiTaskMetrics,
+    SingleLabelMetrics,
+    compute_wilson_interval,
+    drop_large_matrices,
+    select_scalars,
+)
+
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
+CPU = torch.device("cpu")
+by_one_process = evaluation_results.by_one_process  # a fixture
+
+
+def calibration_error(logits: torch.Tensor, labels: np.ndarray) -> float:
+    """Compute equation 3 of Guo et al. (2017) with 15 bins."""
+    confidences, answers = (part.numpy() for part in logits.double().softmax(1).max(1))
+    right = answers == labels
+    error = 0.0
+    for number in range(15):
+        inside = (number / 15 <= confidences) & (confidences < (number + 1) / 15)
+        if inside.any():
+            error += inside.mean() * abs(right[inside].mean() - confidences[inside].mean())
+    return error
+
+
+@pytest.mark.filterwarnings("ignore:y_pred contains classes not in y_true")
+def test_single_label_metrics(by_one_process: dict[str, Any]) -> None:
+    metrics = by_one_process["single"]
+    outputs, labels = compute_outputs("single")
+    labels = np.array(labels)
+    answers = outputs.logits.argmax(1).numpy()
+    right = answers == labels
+    assert 0 < right.sum() < NUM_IMAGES
+    assert metrics["num_images"] == NUM_IMAGES
+    assert metrics["accuracy"] == close(right.mean())
+    top_5 = [label in row for label, row in zip(labels, outputs.logits.argsort(1)[:, -5:].tolist(), strict=True)]
+    assert metrics["top_5_accuracy"] == close(np.mean(top_5))
+    assert metrics["balanced_accuracy"] == close(sklearn.metrics.balanced_accuracy_score(labels, answers))
+    assert metrics["calibration_error"] == close(calibration_error(outputs.logits, labels))
+    assert metrics["loss"] == close(nn.functional.cross_entropy(outputs.logits, torch.tensor(labels)).item())
+    expected = sklearn.metrics.confusion_matrix(labels, answers, labels=range(7))
+    assert metrics["confusion_matrix"] == expected.tolist()
+    interval = scipy.stats.binomtest(int(right.sum()), NUM_IMAGES).proportion_ci(method="wilson")
+    assert metrics["accuracy_interval"] == [close(interval.low), close(interval.high)]
+    assert_per_class(metrics["per_class"], np.eye(7)[labels], np.eye(7)[answers])
+
+
+def assert_per_class(measured: list[dict[str, Any]], truth: np.ndarray, answers: np.ndarray) -> None:
+    """Check recall, precision and F1 of each class, for 0 or 1 per image and class [N, L]; None for 0 / 0."""
+    expected = sklearn.metrics.precision_recall_fscore_support(truth, answers, zero_division=np.nan)
+    assert [row["name"] for row in measured] == CLASSES
+    for row, precision, recall, f1, support in zip(measured, *expected, strict=True):
+        assert row["images"] == support
+        for key, value in (("precision", precision), ("recall", recall), ("f1", f1)):
+            assert row[key] == (None if np.isnan(value) else close(value)), (row, key)
+
+
+def test_each_head_has_its_own_metrics(by_one_process: dict[str, Any]) -> None:
+    outputs, labels = compute_outputs("single")
+    for name in ("cls", "distillation"):
+        right = outputs[f"{name}_logits"].argmax(1) == torch.tensor(labels)
+        assert by_one_process["single"][f"{name}_accuracy"] == close(right.float().mean().item())
+    answers = {name: tuple(outputs[f"{name}logits"].argmax(1).tolist()) for name in ("", "cls_", "distillation_")}
+    assert len(set(answers.values())) == 3  # otherwise, swapped heads would not be detected
+
+
+def test_a_model_with_one_head_has_one_accuracy() -> None:
+    metrics = SingleLabelMetrics(SPACES["single"], CPU)
+    metrics.update(SimpleNamespace(logits=torch.eye(7), distillation_logits=None), torch.arange(7))
+    assert "cls_accuracy" not in metrics.compute()
+
+
+@pytest.mark.filterwarnings("ignore:No positive class")
+def test_multi_label_metrics(by_one_process: dict[str, Any]) -> None:
+    metrics = by_one_process["multi_label"]
+    outputs, labels = compute_outputs("multi_label")
+    truth, probabilities = np.array(labels), outputs.logits.sigmoid().numpy()
+    answers = (probabilities > 0.5).astype(int)
+    precisions = [
+        sklearn.metrics.average_precision_score(truth[:, place], probabilities[:, place]) for place in range(6)
+    ]
+    assert metrics["mean_average_precision"] == close(np.mean(precisions))
+    assert metrics["micro_f1"] == close(sklearn.metrics.f1_score(truth, answers, average="micro"))
+    assert metrics["macro_f1"] == close(sklearn.metrics.f1_score(truth, answers, average="macro"))
+    assert metrics["exact_match"] == close((truth == answers).all(1).mean())
+    loss = nn.functional.binary_cross_entropy_with_logits(outputs.logits, torch.tensor(truth, dtype=torch.float32))
+    assert metrics["loss"] == close(loss.item())
+    assert metrics["num_images"] == NUM_IMAGES
+    assert_per_class(metrics["per_class"], truth, answers)
+    measured = [row["average_precision"] for row in metrics["per_class"]]
+    assert measured == [*map(close, precisions), None]  # no image has the last class
+
+
+def test_exact_match_requires_every_class() -> None:
+    metrics = MultiLabelMetrics(LabelSpace("multi_label_classification", {"label": ["a", "b"]}), CPU)
+    logits = torch.tensor([[0.2, -1.0], [3.0, 0.9], [0.0, -2.0], [1.0, 1.0]])  # 0 is not above a probability of 0.5
+    metrics.update(SimpleNamespace(logits=logits), torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 0.0], [0.0, 0.0]]))
+    assert metrics.compute()["exact_match"] == 0.5
+
+
+def test_multi_task_metrics(by_one_process: dict[str, Any]) -> None:
+    metrics = by_one_process["multi_task"]
+    outputs, labels = compute_outputs("multi_task")
+    accuracies, losses = [], []
+    for task, names in SPACES["multi_task"].columns.items():
+        truth = torch.tensor([label[task] for label in labels])
+        known = truth != -100
+        right = outputs.logits[task].argmax(1)[known] == truth[known]
+        accuracies.append(right.float().mean().item())
+        losses.append(nn.functional.cross_entropy(outputs.logits[task][known], truth[known]).item())
+        assert metrics[f"{task}_num_images"] == len(right)
+        assert metrics[f"{task}_accuracy"] == close(accuracies[-1])
+        assert metrics[f"{task}_loss"] == close(losses[-1])
+        assert [row["name"] for row in metrics[f"{task}_per_class"]] == names
+        assert np.sum(metrics[f"{task}_confusion_matrix"]) == len(right)
+    assert metrics["species_num_images"] < metrics["age_num_images"] == metrics["num_images"] == NUM_IMAGES
+    assert metrics["accuracy"] == close(np.mean(accuracies))
+    assert metrics["loss"] == close(sum(losses))
+
+
+def test_numbers_come_first_and_the_first_one_compares_models(by_one_process: dict[str, Any]) -> None:
+    for name, first in (("single", "accuracy"), ("multi_label", "mean_average_precision"), ("multi_task", "accuracy")):
+        metrics = by_one_process[name]
+        numbers = select_scalars(metrics)
+        assert next(iter(numbers)) == first
+        assert list(metrics)[: len(numbers)] == list(numbers)
+        assert "num_broken_images" in numbers and not any(isinstance(value, list) for value in numbers.values())
+        assert not re.search(r"\.\d{7}", json.dumps(metrics, allow_nan=False))  # at most six decimals
+
+
+@pytest.mark.parametrize(("num_right", "num_images"), [(0, 7), (7, 7), (353, 360), (1, 2)])
+def test_wilson_interval(num_right: int, num_images: int) -> None:
+    expected = scipy.stats.binomtest(num_right, num_images).proportion_ci(method="wilson")
+    assert compute_wilson_interval(num_right, num_images) == pytest.approx([expected.low, expected.high], abs=1e-12)
+    assert compute_wilson_interval(0, 0) is None
+
+
+def test_logits_between_0_and_1_are_not_interpreted_as_probabilities() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits, labels = torch.rand(40, 7, generator=generator), torch.randint(7, (40,), generator=generator)
+    metrics = SingleLabelMetrics(SPACES["single"], CPU)
+    metrics.update(SimpleNamespace(logits=logits, distillation_logits=None), labels)
+    assert metrics.compute()["calibration_error"] == close(calibration_error(logits, labels.numpy()))
+
+
+def test_many_classes_have_no_matrix_and_few_have_no_top_5() -> None:
+    for num_classes, has_matrix, has_top_5 in (
+        (1001, False, True),
+        (1000, True, True),
+        (6, True, True),
+        (5, True, False),
+    ):
+        space = LabelSpace("single_label_classification", {"label": list(map(str, range(num_classes)))})
+        metrics = SingleLabelMetrics(space, CPU)
+        logits = torch.zeros(2, num_classes)
+        metrics.update(SimpleNamespace(logits=logits, distillation_logits=None), torch.tensor([0, 1]))
+        values = metrics.compute()
+        assert ("confusion_matrix" in values, "top_5_accuracy" in values) == (has_matrix, has_top_5)
+        assert (values["accuracy"], len(values["per_class"])) == (0.5, num_classes)
+
+
+def test_a_task_without_labeled_images_has_no_effect() -> None:
+    space = LabelSpace("multi_task", {"age": ["old", "young"], "species": CLASSES})
+    metrics = MultiTaskMetrics(space, CPU)
+    logits = {"age": torch.tensor([[2.0, 1.0], [0.0, 3.0], [1.0, 0.0]]), "species": torch.zeros(3, 7)}
+    labels = {"age": torch.tensor([0, 0, -100]), "species": torch.full((3,), -100)}
+    metrics.update(SimpleNamespace(logits=logits), labels)
+    values = metrics.compute()
+    assert (values["accuracy"], values["age_accuracy"], values.get("species_accuracy")) == (0.5, 0.5, None)
+    assert (values["num_images"], values["age_num_images"], values["species_num_images"]) == (3, 2, 0)
+    loss = nn.functional.cross_entropy(logits["age"][:2], labels["age"][:2]).item()
+    assert values["loss"] == close(loss) == values["age_loss"]
+
+
+def test_means_of_many_batches_are_exact() -> None:
+    """In float32, the mean of many small batches would be inexact."""
+    metrics = MultiLabelMetrics(LabelSpace("multi_label_classification", {"label": ["a"]}), CPU)
+    logits = torch.full((1, 1), 0.1)
+    for _ in range(300):
+        metrics.update(SimpleNamespace(logits=logits), torch.ones(1, 1))
+    loss = nn.functional.binary_cross_entropy_with_logits(logits, torch.ones(1, 1)).item()
+    assert metrics.compute()["loss"] == pytest.approx(loss, rel=1e-12)
+
+
+def test_a_single_class_has_all_metrics() -> None:
+    """A dataset may have one tag, or a task with one class. torchmetrics returns scalars for one class."""
+    tags = MultiLabelMetrics(LabelSpace("multi_label_classification", {"label": ["a"]}), CPU)
+    logits, labels = torch.tensor([[1.0], [-1.0], [2.0]]), torch.tensor([[1.0], [0.0], [0.0]])
+    tags.update(SimpleNamespace(logits=logits), labels)
+    expected = sklearn.metrics.average_precision_score(labels[:, 0], logits[:, 0])
+    assert tags.compute()["mean_average_precision"] == tags.compute()["per_class"][0]["average_precision"] == expected
+    tasks = MultiTaskMetrics(LabelSpace("multi_task", {"age": ["old"], "color": ["red", "blue"]}), CPU)
+    task_logits = {"age": torch.zeros(2, 1), "color": torch.eye(2)}
+    tasks.update(SimpleNamespace(logits=task_logits), {"age": torch.tensor([0, 0]), "color": torch.tensor([1, 1])})
+    values = tasks.compute()
+    assert (values["age_confusion_matrix"], values["color_confusion_matrix"]) == ([[2]], [[0, 0], [1, 1]])
+    assert drop_large_matrices(values) == values
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_half_precision_logits_are_evaluated_in_float32(name: str) -> None:
+    outputs, values = compute_outputs(name)
+    kind, found = SPACES[name].kind, []
+    labels = evaluator_module.COLLATE_FUNCTIONS[kind](values, SPACES[name])
+    for dtype in (torch.bfloat16, torch.float32):
+        logits = outputs.logits
+        if isinstance(logits, dict):
+            logits = {task: each.bfloat16().to(dtype) for task, each in logits.items()}
+        else:
+            logits = logits.bfloat16().to(dtype)
+        metrics = METRICS[kind](SPACES[name], CPU)
+        metrics.update(SimpleNamespace(logits=logits, distillation_logits=None), labels)
+        found.append(metrics.compute())
+    assert found[0] == found[1]
+
+
+def test_losses_that_are_not_finite_are_none() -> None:
+    infinite = torch.zeros(1, 7)
+    infinite[0, 1] = -torch.inf
+    for logits in (torch.full((1, 7), torch.nan), infinite):
+        metrics = SingleLabelMetrics(SPACES["single"], CPU)
+        metrics.update(SimpleNamespace(logits=logits, distillation_logits=None), torch.tensor([1]))
+        assert metrics.compute()["loss"] is None
+
+
+def test_every_kind_of_labels_has_metrics() -> None:
+    assert METRICS.keys() == {space.kind for space in SPACES.values()}
