@@ -155,6 +155,14 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[local_hub.L
         yield running
 
 
+@pytest.fixture
+def store(tmp_path: Path) -> Any:
+    """Return an empty store of checkpoints, which keeps the newest two."""
+    from modeling_vitcls.checkpoints import CheckpointStore
+
+    return CheckpointStore(tmp_path / "checkpoints", num_kept=2)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def enable_ctrl_c() -> None:
     """Restore the default handler of SIGINT: background jobs of a shell, and their child processes, ignore Ctrl-C."""

@@ -28,7 +28,7 @@ from modeling_vitcls.analysis.diagnosis import (
     diagnose_tokens,
     summarize_diagnosis,
 )
-from modeling_vitcls.analysis.effects import AblationEffect, FeatureEffect, compute_binomial_interval
+from modeling_vitcls.analysis.effects import AblationEffect, FeatureEffect
 from modeling_vitcls.analysis.inspection import MIN_NULL_IMAGES, select_evenly_spaced
 from modeling_vitcls.analysis.model_outputs import MIN_IMAGES, Predictions, collect_outputs
 from modeling_vitcls.analysis.model_utils import is_classifier
@@ -395,13 +395,6 @@ def test_few_images_are_not_judged(number: int) -> None:
 def test_without_tokens_there_are_no_verdicts() -> None:
     none = randomize(ViTCLSModel(build_tiny_config(num_cls_tokens=0, pooling="mean")))
     assert judge_tokens(none) == {} and describe_depth(none.config, findings_of(none)) == []
-
-
-def test_intervals_of_fractions() -> None:
-    assert compute_binomial_interval(0, 256)[1] == pytest.approx(0.0116, abs=1e-4)
-    assert compute_binomial_interval(256, 256)[0] == pytest.approx(0.9884, abs=1e-4)
-    low, high = compute_binomial_interval(5, 50)
-    assert (low, high) == (pytest.approx(0.0333, abs=1e-3), pytest.approx(0.2181, abs=1e-3))
 
 
 def test_the_summary_is_one_line() -> None:

@@ -1,4 +1,4 @@
-"""Checks of test_checkpoints.py that run in two processes. Start with:
+"""Checks of test_distributed_state.py that run in two processes. Start with:
 
 torchrun --nproc-per-node 2 checkpoint_worker.py FOLDER
 """

@@ -1,10 +1,15 @@
-"""The training loop: accumulation, learning rates, moving average, token monitoring, non-finite losses."""
+"""The training loop: accumulation, learning rates, moving average, tokens, losses, and signals that stop a run."""
 
 import json
 import math
+import multiprocessing
+import os
+import signal
+import subprocess
+import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,8 +17,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate_state import reset_accelerate
+from random_classifiers import build_random_model
 from tiny_options import PLAIN, TINY
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader
+from warm_processes import READY, SECONDS
 
 from modeling_vitcls import (
     ViTCLSConfig,
@@ -22,15 +30,17 @@ from modeling_vitcls import (
     ViTCLSForMultiTaskClassification,
 )
 from modeling_vitcls.data.augmentation import build_augmentation
-from modeling_vitcls.data.batches import Normalizer, iterate_training_batches
+from modeling_vitcls.data.batches import Normalizer, iterate_training_batches, leave_signals_to_parent
 from modeling_vitcls.data.sampling import BatchPlan
 from modeling_vitcls.data.splits import load_training_data
 from modeling_vitcls.data.streaming import build_training_dataset
 from modeling_vitcls.options import DataOptions, DistillationOptions, TrainingOptions
 from modeling_vitcls.training import loop as loop_module
 from modeling_vitcls.training.loop import (
+    LAUNCHER_ENVIRONMENT_VARIABLES,
     LoopCallbacks,
     NonFiniteLoss,
+    SignalHandler,
     TrainingInterrupted,
     TrainingLoop,
     TrainingState,
@@ -48,18 +58,18 @@ from modeling_vitcls.training.losses import (
 )
 from modeling_vitcls.training.model import build_model
 from modeling_vitcls.training.optimizer import (
-    DeepSpeedOptimizerStep,
     Ema,
     build_optimizer,
     build_parameter_groups,
     get_learning_rate,
 )
-from modeling_vitcls.training.token_monitor import TokenMonitor, build_attention_callback
+from modeling_vitcls.training.token_monitor import TokenMonitor
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 DIGITS = load_training_data(DataOptions(dataset="digits"))
+needs_fork = pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="needs fork")
 
 
 class LoopRecorder:
@@ -199,17 +209,6 @@ def test_a_weighted_loss_accumulates_too() -> None:
     torch.testing.assert_close(loss(logits, labels), expected)
 
 
-def test_learning_rate_rises_then_falls() -> None:
-    options = TrainingOptions(learning_rate=1.0, warmup=0.1)
-    rates = [get_learning_rate(step, 100, options) for step in range(100)]
-    assert rates[:10] == pytest.approx([0.1 * step for step in range(1, 11)])
-    assert rates[10] == 1.0 and rates == [*rates[:10], *sorted(rates[10:], reverse=True)]
-    assert 0 < rates[-1] < 0.001
-    assert rates[55] == pytest.approx(0.5)  # half of the cosine decay
-    assert rates[40] == pytest.approx((1 + math.cos(math.pi / 3)) / 2)  # a third of it
-    assert get_learning_rate(0, 1, replace(options, warmup=0.0)) == 1.0
-
-
 def test_logged_records() -> None:
     bench = LoopRecorder(max_steps=5, log_every=2, health_every=0)
     metrics = bench.run()
@@ -325,70 +324,12 @@ def test_evaluations_are_due_at_the_end_of_epochs() -> None:
 # Parameter groups ----------------------------------------------------------------------------------------------------
 
 
-def build_random_model(**values: Any) -> ViTCLSForImageClassification:
-    return ViTCLSForImageClassification(ViTCLSConfig(**(TINY.get_config_values() | values)))
-
-
-def test_only_weights_of_linear_layers_and_patches_decay() -> None:
-    model = build_random_model(num_distillation_tokens=1, pooling="attention", layer_scale_init_value=0.1)
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    groups = build_parameter_groups(model, weight_decay=0.05)
-    assert len(groups) == 2
-    by_decay = {group["weight_decay"]: [names[id(one)] for one in group["params"]] for group in groups}
-    decayed, rest = by_decay[0.05], by_decay[0.0]
-    assert len(decayed) + len(rest) == len(names)
-    assert all(name.endswith(".weight") and "norm" not in name for name in decayed)
-    tokens = ("cls_token", "distillation_token", "register_tokens", "position_embeddings.patches", "lambda1", "probe")
-    for end in tokens:
-        assert any(name.endswith(end) for name in rest), end
-    assert all(name.endswith("weight") is ("norm" in name) for name in rest if name.endswith("weight"))
-
-
-def test_learning_rates_decrease_from_the_head_to_the_tokens() -> None:
-    model = build_random_model(num_hidden_layers=3, num_distillation_tokens=1)
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    scale_of = {
-        names[id(parameter)]: group["lr_scale"]
-        for group in build_parameter_groups(model, weight_decay=0.05, layer_decay=0.5)
-        for parameter in group["params"]
-    }
-    assert scale_of.keys() == set(names.values())
-    expected = {"classifier": 1, "distillation_classifier": 1, "vitcls.layernorm": 1}
-    expected |= {f"vitcls.layers.{index}": 0.5 ** (3 - index) for index in range(3)}
-    expected |= {"vitcls.embeddings": 0.5**4}
-    for name, scale in scale_of.items():
-        (prefix,) = [prefix for prefix in expected if name.startswith(f"{prefix}.")]
-        assert scale == expected[prefix], name
-
-
 def test_learning_rate_and_weight_decay_reach_each_group() -> None:
     bench = LoopRecorder(layer_decay=0.5, max_steps=2, learning_rate=1.0, warmup=0.0, weight_decay=0.3)
     bench.loop.run_optimizer_step(bench.batches(), should_measure_tokens=False)
     rates = {group["lr"] for group in bench.state.optimizer.param_groups}
     assert rates == {1.0, 0.5, 0.25, 0.125}
     assert {group["weight_decay"] for group in bench.state.optimizer.param_groups} == {0.3, 0.0}
-
-
-class Engine:
-    """Stand-in for DeepSpeed's engine that records its calls."""
-
-    def __init__(self, norm: float, calls: list[Any]) -> None:
-        self.get_global_grad_norm = lambda: norm
-        self.set_gradient_accumulation_boundary = lambda value: calls.append(("boundary", value))
-        self.backward = lambda loss: calls.append(("backward", loss))
-        self.step = lambda: calls.append("step")
-
-
-@pytest.mark.parametrize(("reported", "norm"), [(2.5, 2.5), (0.0, 0.0), (-1.0, math.nan)])
-def test_deepspeed_updates_between_the_checks(reported: float, norm: float) -> None:
-    """DeepSpeed returns -1 for a norm that is not finite."""
-    calls: list[Any] = []
-    accelerator: Any = SimpleNamespace(sync_gradients=False)
-    optimizer_step = DeepSpeedOptimizerStep(accelerator, Engine(reported, calls))
-    optimizer_step.backward(torch.tensor(3.0))
-    found = optimizer_step.step(calls.append, lambda: calls.append("before update"))
-    assert calls[:-1] == [("boundary", False), ("backward", torch.tensor(3.0)), 0.0, "before update", "step"]
-    assert [found, calls[-1]] == pytest.approx([norm, norm], nan_ok=True)
 
 
 # Moving average ------------------------------------------------------------------------------------------------------
@@ -579,42 +520,6 @@ def test_token_monitor_records_the_current_step() -> None:
     assert record["token_update_ratio"]["cls[0]"] == pytest.approx(update.item(), rel=1e-4)
 
 
-def test_entropy_of_cls_attention_equals_eager_attention() -> None:
-    torch.manual_seed(0)
-    model = build_random_model(num_cls_tokens=2, initializer_range=0.5, hidden_dropout_prob=0.5)
-    model.vitcls.layers[0].requires_grad_(False)
-    normalise = lambda pixels: pixels / 255  # noqa: E731
-    pixels = torch.randint(256, (10, 3, 32, 32), dtype=torch.uint8)
-    model.train()
-    (found,) = build_attention_callback(model, normalise)({"pixels": pixels}).values()
-    assert model.training and [layer.training for layer in model.vitcls.layers] == [False, True]
-    eager = build_random_model(num_cls_tokens=2)
-    eager.load_state_dict(model.state_dict())
-    eager.set_attn_implementation("eager")
-    attentions = eager.eval()(normalise(pixels[:8]), output_attentions=True).attentions
-    rows = [weights[:, :, model.config.token_layout.cls] for weights in attentions]
-    expected = [-(row * row.log()).sum(-1).mean().item() for row in rows]
-    assert found == pytest.approx(expected, abs=1e-3)
-    assert max(found) < math.log(8) - 0.01  # 2 CLS, 2 registers, 4 patches: not uniform
-
-
-@pytest.mark.parametrize("fields", [{"num_cls_tokens": 0, "pooling": "mean"}, {"merged_patches_per_layer": 1}])
-def test_attention_that_is_not_available_is_not_measured(fields: dict[str, Any]) -> None:
-    measure = build_attention_callback(build_random_model(**fields), lambda pixels: pixels / 255)
-    assert measure({"pixels": torch.zeros(2, 3, 32, 32, dtype=torch.uint8)}) == {}
-
-
-def test_the_update_of_a_token_that_was_zero() -> None:
-    model = build_random_model()
-    monitor = TokenMonitor(model)
-    zero = torch.zeros(32)
-    health = monitor.compute_token_metrics(dict.fromkeys(monitor.initial_tokens, zero), {"cls[0]": zero + 1})
-    norms = {name: token.norm().item() for name, token in monitor.initial_tokens.items()}
-    assert health["token_norm"] == pytest.approx(norms, rel=1e-5)
-    assert health["token_update_ratio"] == pytest.approx({name: norm * 1e12 for name, norm in norms.items()}, rel=1e-5)
-    assert health["token_gradient_norm"] == pytest.approx(dict.fromkeys(norms, 0.0) | {"cls[0]": math.sqrt(32)})
-
-
 # Losses --------------------------------------------------------------------------------------------------------------
 
 
@@ -728,3 +633,124 @@ def test_masked_images_are_masked_as_specified() -> None:
     expected = model(pixels / 255, bool_masked_pos=masks).loss
     assert objective(model, {"pixels": pixels})["loss"] == expected
     assert expected != model(pixels / 255, bool_masked_pos=~masks).loss
+
+
+# Signals -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signals_stop_training_at_the_next_check(
+    number: signal.Signals, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "modeling_vitcls.training.loop.MAX_FORWARDING_SECONDS", SECONDS
+    )  # a busy machine may pause here
+    before = signal.getsignal(number)
+    with SignalHandler(Accelerator(cpu=True)) as interruption:
+        assert interruption.get_signal() is None and interruption.exit_status == 0
+        os.kill(os.getpid(), number)
+        assert interruption.get_signal() == number.name
+        os.kill(os.getpid(), number)  # the launcher sends the signal again
+        assert interruption.get_signal() == number.name
+        assert interruption.exit_status == status
+    assert signal.getsignal(number) is before
+
+
+def test_a_second_interrupt_ends_at_once() -> None:
+    with SignalHandler(Accelerator(cpu=True)) as interruption:
+        os.kill(os.getpid(), signal.SIGTERM)
+        interruption.signal_time -= 2
+        os.kill(os.getpid(), signal.SIGTERM)  # a repeated signal of the launcher does not interrupt the checkpoint
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+
+
+def test_ignored_signals_stay_ignored() -> None:
+    old = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with SignalHandler(Accelerator(cpu=True)) as interruption:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert interruption.get_signal() is None
+    finally:
+        signal.signal(signal.SIGINT, old)
+
+
+def test_signals_are_not_handled_outside_of_the_main_thread() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    answers: list[object] = []
+
+    def ask() -> None:
+        with SignalHandler(Accelerator(cpu=True)) as interruption:
+            answers.append(signal.getsignal(signal.SIGTERM))
+            answers.append(interruption.get_signal())
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    thread.join()
+    assert answers == [before, None]
+
+
+@pytest.mark.parametrize(
+    ("launcher", "name", "status"),
+    [("ACCELERATE_MIXED_PRECISION", "SIGTERM", 143), ("TORCHELASTIC_RUN_ID", "SIGTERM", 143), ("HOME", None, 0)],
+)
+def test_a_change_of_the_parent_process_is_a_signal(
+    launcher: str, name: str | None, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only if a launcher has started this process."""
+    accelerator, parent = Accelerator(cpu=True), [100]
+    for variable in LAUNCHER_ENVIRONMENT_VARIABLES:
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv(launcher, "no")
+    monkeypatch.setattr(os, "getppid", lambda: parent[0])
+    handler = SignalHandler(accelerator)
+    assert handler.get_signal() is None
+    parent[0] = 1
+    assert (handler.get_signal(), handler.exit_status) == (name, status)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("launcher", "answer"), [("ACCELERATE_MIXED_PRECISION", "SIGTERM"), ("HOME", None)])
+@needs_fork
+def test_the_end_of_the_launcher_is_detected(launcher: str, answer: str | None) -> None:
+    """A child of a launcher checks its parent in every step; other child processes do not."""
+    receiver, sender = READY.Pipe(duplex=False)
+    parent = READY.Process(target=launch_and_die, args=(sender, launcher))
+    parent.start()
+    assert receiver.poll(SECONDS)
+    assert receiver.recv() == answer
+    parent.join()
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="needs sigwaitinfo")
+def test_workers_ignore_signals_of_other_processes() -> None:
+    loader = DataLoader(range(1000), num_workers=1, prefetch_factor=2, worker_init_fn=leave_signals_to_parent)  # type: ignore[arg-type]
+    before = multiprocessing.active_children()
+    batches = iter(loader)
+    next(batches)
+    (worker,) = [child for child in multiprocessing.active_children() if child not in before]
+    for name in ("TERM", "INT"):
+        subprocess.run(["sh", "-c", f"kill -{name} {worker.pid}"], check=True)
+    for _ in range(20):
+        next(batches)
+    worker.terminate()
+    worker.join(timeout=SECONDS)
+    assert worker.exitcode == 0
+
+
+def launch_and_die(sender: Any, variable: str) -> None:
+    """Start a launcher, which sets an environment variable for its child process, and exit."""
+    for name in ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"):
+        os.environ.pop(name, None)
+    os.environ.setdefault(variable, "no")
+    launcher = os.getpid()
+    if os.fork() == 0:
+        with SignalHandler(Accelerator(cpu=True)) as interruption:
+            assert interruption.get_signal() is None
+            os.kill(launcher, signal.SIGKILL)
+            while os.getppid() == launcher:
+                time.sleep(0.01)
+            sender.send(interruption.get_signal())
+        os._exit(0)
+    time.sleep(60)

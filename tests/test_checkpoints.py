@@ -1,7 +1,4 @@
-"""Checkpoints: atomic, verified and pruned; the training state as tensors; signals that stop a run.
-
-The checks of two processes are in checkpoint_worker.py. test_resume.py kills and resumes whole runs.
-"""
+"""Checkpoints on disk: whole or not at all, verified and pruned. test_resume.py kills and resumes whole runs."""
 
 import json
 import math
@@ -12,25 +9,17 @@ import resource
 import shutil
 import signal
 import subprocess
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
-from checkpoint_worker import CHECKS, NUM_PROCESSES
 from tiny_models import raises_one_line
-from torch import distributed, nn
-from torch.distributed.checkpoint.state_dict import get_model_state_dict
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
-from torch.utils.data import DataLoader
-from warm_processes import READY, SECONDS, run_checks
+from torch import nn
+from warm_processes import READY, SECONDS
 
-from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification
 from modeling_vitcls.checkpoints import (
     CheckpointStore,
     DamagedCheckpointError,
@@ -38,23 +27,11 @@ from modeling_vitcls.checkpoints import (
     format_state,
     read_state,
 )
-from modeling_vitcls.data.batches import leave_signals_to_parent
-from modeling_vitcls.training.distributed_state import gather_state, reshard, scatter_state
-from modeling_vitcls.training.loop import LAUNCHER_ENVIRONMENT_VARIABLES, SignalHandler
-from modeling_vitcls.training.model import set_trainable_parameters
-from modeling_vitcls.training.optimizer import Ema
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
-SIZES: dict[str, Any] = {"image_size": 16, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 2}
-SIZES |= {"num_attention_heads": 4, "intermediate_size": 48, "num_register_tokens": 2}
 needs_fork = pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="needs fork")
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> CheckpointStore:
-    return CheckpointStore(tmp_path / "checkpoints", num_kept=2)
 
 
 def build_tensors(step: int, size: int = 100) -> dict[str, dict[str, torch.Tensor]]:
@@ -81,9 +58,6 @@ def get_newest(store: CheckpointStore) -> tuple[int | None, list[str]]:
 
 def list_files(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
-
-
-# On disk -------------------------------------------------------------------------------------------------------------
 
 
 def test_nothing_to_resume(store: CheckpointStore) -> None:
@@ -538,307 +512,3 @@ def test_a_file_in_place_of_the_folder(tmp_path: Path) -> None:
         save(CheckpointStore(tmp_path / "checkpoints", num_kept=2), 1)
     with pytest.raises(OSError, match=r"to .*checkpoints/run: .* requires 1 MB, and [\d,]+ MB are free"):
         save(CheckpointStore(tmp_path / "checkpoints" / "run", num_kept=2), 1)
-
-
-# The state of training -----------------------------------------------------------------------------------------------
-
-
-def build(kind: str, seed: int) -> nn.Module:
-    torch.manual_seed(seed)
-    model: Any = ViTCLSForImageClassification(ViTCLSConfig(**SIZES, num_labels=3))
-    if kind == "head only":
-        model.vitcls.requires_grad_(False)
-    if kind == "LoRA":
-        set_trainable_parameters(model, "lora")
-    if kind == "tied":
-        model.vitcls.layers[1].mlp.fc1.weight = model.vitcls.layers[0].mlp.fc1.weight
-    if kind == "compiled":
-        model = torch.compile(model, backend="eager")
-    return model
-
-
-def build_optimizer(kind: str, model: nn.Module) -> torch.optim.Optimizer:
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [{"params": trained[::2], "weight_decay": 0.1}, {"params": trained[1::2]}]
-    if kind == "SGD":
-        return torch.optim.SGD(groups, lr=0.1, momentum=0.9)
-    return torch.optim.AdamW(groups, lr=1e-3, fused=kind == "fused")
-
-
-def step_once(model: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema, step: int) -> float:
-    torch.manual_seed(step)
-    pixels = torch.randn(4, 3, 16, 16)  # [B, C, H, W]
-    loss = nn.functional.cross_entropy(model(pixel_values=pixels).logits, torch.arange(4) % 3)
-    loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    ema.update(step + 1)
-    return loss.item()
-
-
-KINDS = ("plain", "fused", "SGD", "head only", "LoRA", "tied", "compiled")
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_training_resumes_to_the_bit(store: CheckpointStore, kind: str) -> None:
-    accelerator = Accelerator(cpu=True)
-    model = build(kind, seed=0)
-    model, optimizer = accelerator.prepare(model, build_optimizer(kind, model))
-    ema = Ema(model, decay=0.9)
-    for step in range(3):
-        step_once(model, optimizer, ema, step)
-    tensors, facts = gather_state(accelerator, model, optimizer, ema.shadow)
-    store.save(3, tensors, facts, is_best=False)
-    expected = [step_once(model, optimizer, ema, step) for step in range(3, 6)]
-
-    other = build(kind, seed=1)
-    other, other_optimizer = accelerator.prepare(other, build_optimizer(kind, other))
-    other_ema = Ema(other, decay=0.9)
-    checkpoint = store.load_newest(pytest.fail)
-    assert checkpoint is not None
-    scatter_state(checkpoint, accelerator, other, other_optimizer, other_ema.shadow)
-    assert [step_once(other, other_optimizer, other_ema, step) for step in range(3, 6)] == expected
-    for name, tensor in get_model_state_dict(model).items():
-        assert torch.equal(tensor, get_model_state_dict(other)[name]), name
-    for mine, theirs in zip(ema.shadow, other_ema.shadow, strict=True):
-        assert torch.equal(mine, theirs)
-
-
-@pytest.mark.parametrize("kind", ["plain", "LoRA", "compiled"])
-def test_names_are_the_models_own(kind: str) -> None:
-    model = build(kind, seed=0)
-    names = get_model_state_dict(model).keys()
-    assert all(name.startswith(("vitcls.", "classifier.")) for name in names)
-    if kind != "LoRA":
-        assert names == get_model_state_dict(build("plain", seed=0)).keys()
-
-
-def test_the_loss_scaler_is_resumed(store: CheckpointStore) -> None:
-    accelerator = Accelerator(cpu=True)
-    model = build("plain", seed=0)
-    model, optimizer = accelerator.prepare(model, build_optimizer("plain", model))
-    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=5)
-    accelerator.scaler._growth_tracker = None
-    accelerator.scaler.load_state_dict(accelerator.scaler.state_dict() | {"scale": 512.5, "_growth_tracker": 3})
-    tensors, facts = gather_state(accelerator, model, optimizer, None)
-    assert tensors.keys() == {"model", "optimizer"}
-    store.save(1, tensors, facts, is_best=False)
-    checkpoint = store.load_newest(pytest.fail)
-    assert checkpoint is not None
-    accelerator.scaler = torch.amp.GradScaler("cpu")
-    scatter_state(checkpoint, accelerator, model, optimizer, None)
-    state = accelerator.scaler.state_dict()
-    assert (state["scale"], state["growth_interval"], state["_growth_tracker"]) == (512.5, 5, 3)
-
-
-def test_a_checkpoint_of_another_model_is_an_error(store: CheckpointStore) -> None:
-    accelerator = Accelerator(cpu=True)
-    model = build("plain", seed=0)
-    optimizer = build_optimizer("plain", model)
-    tensors, facts = gather_state(accelerator, model, optimizer, None)
-    store.save(1, tensors, facts, is_best=False)
-    checkpoint = store.load_newest(pytest.fail)
-    for change, message in (
-        ({"num_labels": 5}, "classifier.weight is .3, 32. in the checkpoint and .5, 32. in the model"),
-        ({"layer_scale_init_value": 0.1}, r"vitcls\.layers\.0.* exists only in the model"),
-        ({"num_hidden_layers": 1}, r"vitcls\.layers\.1.* exists only in the checkpoint"),
-    ):
-        other = ViTCLSForImageClassification(ViTCLSConfig(**(SIZES | {"num_labels": 3} | change)))
-        with pytest.raises(ValueError, match=message):
-            scatter_state(checkpoint, accelerator, other, build_optimizer("plain", other), None)
-
-
-def test_a_checkpoint_with_moments_of_frozen_parameters_is_an_error(store: CheckpointStore) -> None:
-    accelerator = Accelerator(cpu=True)
-    model = build("plain", seed=0)
-    optimizer = build_optimizer("plain", model)
-    step_once(model, optimizer, Ema(model, decay=0.9), 0)
-    tensors, facts = gather_state(accelerator, model, optimizer, None)
-    store.save(1, tensors, facts, is_best=False)
-    checkpoint = store.load_newest(pytest.fail)
-    other = build("head only", seed=0)
-    with pytest.raises(
-        ValueError, match=r"belongs to another run: the optimizer of this run has no state \w+/vitcls\."
-    ):
-        scatter_state(checkpoint, accelerator, other, build_optimizer("head only", other), None)
-
-
-# Signals -------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_signals_stop_training_at_the_next_check(
-    number: signal.Signals, status: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(
-        "modeling_vitcls.training.loop.MAX_FORWARDING_SECONDS", SECONDS
-    )  # a busy machine may pause here
-    before = signal.getsignal(number)
-    with SignalHandler(Accelerator(cpu=True)) as interruption:
-        assert interruption.get_signal() is None and interruption.exit_status == 0
-        os.kill(os.getpid(), number)
-        assert interruption.get_signal() == number.name
-        os.kill(os.getpid(), number)  # the launcher sends the signal again
-        assert interruption.get_signal() == number.name
-        assert interruption.exit_status == status
-    assert signal.getsignal(number) is before
-
-
-def test_a_second_interrupt_ends_at_once() -> None:
-    with SignalHandler(Accelerator(cpu=True)) as interruption:
-        os.kill(os.getpid(), signal.SIGTERM)
-        interruption.signal_time -= 2
-        os.kill(os.getpid(), signal.SIGTERM)  # a repeated signal of the launcher does not interrupt the checkpoint
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(1)
-
-
-def test_ignored_signals_stay_ignored() -> None:
-    old = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        with SignalHandler(Accelerator(cpu=True)) as interruption:
-            os.kill(os.getpid(), signal.SIGINT)
-            assert interruption.get_signal() is None
-    finally:
-        signal.signal(signal.SIGINT, old)
-
-
-def test_signals_are_not_handled_outside_of_the_main_thread() -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    answers: list[object] = []
-
-    def ask() -> None:
-        with SignalHandler(Accelerator(cpu=True)) as interruption:
-            answers.append(signal.getsignal(signal.SIGTERM))
-            answers.append(interruption.get_signal())
-
-    thread = threading.Thread(target=ask)
-    thread.start()
-    thread.join()
-    assert answers == [before, None]
-
-
-@pytest.mark.parametrize(
-    ("launcher", "name", "status"),
-    [("ACCELERATE_MIXED_PRECISION", "SIGTERM", 143), ("TORCHELASTIC_RUN_ID", "SIGTERM", 143), ("HOME", None, 0)],
-)
-def test_a_change_of_the_parent_process_is_a_signal(
-    launcher: str, name: str | None, status: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Only if a launcher has started this process."""
-    accelerator, parent = Accelerator(cpu=True), [100]
-    for variable in LAUNCHER_ENVIRONMENT_VARIABLES:
-        monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setenv(launcher, "no")
-    monkeypatch.setattr(os, "getppid", lambda: parent[0])
-    handler = SignalHandler(accelerator)
-    assert handler.get_signal() is None
-    parent[0] = 1
-    assert (handler.get_signal(), handler.exit_status) == (name, status)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("launcher", "answer"), [("ACCELERATE_MIXED_PRECISION", "SIGTERM"), ("HOME", None)])
-@needs_fork
-def test_the_end_of_the_launcher_is_detected(launcher: str, answer: str | None) -> None:
-    """A child of a launcher checks its parent in every step; other child processes do not."""
-    receiver, sender = READY.Pipe(duplex=False)
-    parent = READY.Process(target=launch_and_die, args=(sender, launcher))
-    parent.start()
-    assert receiver.poll(SECONDS)
-    assert receiver.recv() == answer
-    parent.join()
-
-
-@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="needs sigwaitinfo")
-def test_workers_ignore_signals_of_other_processes() -> None:
-    loader = DataLoader(range(1000), num_workers=1, prefetch_factor=2, worker_init_fn=leave_signals_to_parent)  # type: ignore[arg-type]
-    before = multiprocessing.active_children()
-    batches = iter(loader)
-    next(batches)
-    (worker,) = [child for child in multiprocessing.active_children() if child not in before]
-    for name in ("TERM", "INT"):
-        subprocess.run(["sh", "-c", f"kill -{name} {worker.pid}"], check=True)
-    for _ in range(20):
-        next(batches)
-    worker.terminate()
-    worker.join(timeout=SECONDS)
-    assert worker.exitcode == 0
-
-
-def launch_and_die(sender: Any, variable: str) -> None:
-    """Start a launcher, which sets an environment variable for its child process, and exit."""
-    for name in ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"):
-        os.environ.pop(name, None)
-    os.environ.setdefault(variable, "no")
-    launcher = os.getpid()
-    if os.fork() == 0:
-        with SignalHandler(Accelerator(cpu=True)) as interruption:
-            assert interruption.get_signal() is None
-            os.kill(launcher, signal.SIGKILL)
-            while os.getppid() == launcher:
-                time.sleep(0.01)
-            sender.send(interruption.get_signal())
-        os._exit(0)
-    time.sleep(60)
-
-
-# Two processes -------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Return check -> error, "" if it passed."""
-    return run_checks("checkpoint_worker.py", tmp_path_factory.mktemp("two"), NUM_PROCESSES)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", CHECKS)
-def test_two_processes(name: str, report: dict[str, str]) -> None:
-    if report[name]:
-        pytest.fail(report[name], pytrace=False)
-
-
-@pytest.fixture
-def mesh() -> Iterator[distributed.DeviceMesh]:
-    """Return the device mesh of one process, as on a machine with one GPU."""
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    yield distributed.init_device_mesh("cpu", (1,))
-    distributed.destroy_process_group()
-
-
-def build_sharded(seed: int, mesh: distributed.DeviceMesh) -> tuple[nn.Module, torch.optim.Optimizer, Ema]:
-    """Return a model that is sharded with FSDP2, its optimizer and the moving average of its weights."""
-    model: Any = build("plain", seed)
-    for layer in model.vitcls.layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    return model, build_optimizer("plain", model), Ema(model, decay=0.9)
-
-
-def test_fsdp2_on_one_process_resumes_to_the_bit(store: CheckpointStore, mesh: distributed.DeviceMesh) -> None:
-    accelerator, (model, optimizer, ema) = Accelerator(cpu=True), build_sharded(0, mesh)
-    for step in range(2):
-        step_once(model, optimizer, ema, step)
-    tensors, facts = gather_state(accelerator, model, optimizer, ema.shadow)
-    assert not any(isinstance(tensor, DTensor) for group in tensors.values() for tensor in group.values())
-    assert tensors["model"].keys() == tensors["ema"].keys() == build("plain", 0).state_dict().keys()
-    store.save(2, tensors, facts, is_best=False)
-    expected = [step_once(model, optimizer, ema, step) for step in range(2, 4)]
-    other, other_optimizer, other_ema = build_sharded(1, mesh)
-    checkpoint = store.load_newest(pytest.fail)
-    assert checkpoint is not None
-    scatter_state(checkpoint, accelerator, other, other_optimizer, other_ema.shadow)
-    assert [step_once(other, other_optimizer, other_ema, step) for step in range(2, 4)] == expected
-    for mine, theirs in zip(ema.shadow, other_ema.shadow, strict=True):
-        assert torch.equal(mine.full_tensor(), theirs.full_tensor())
-
-
-def test_evaluated_weights_are_sharded_again(mesh: distributed.DeviceMesh) -> None:
-    model, *_ = build_sharded(0, mesh)
-    with torch.no_grad():
-        model(pixel_values=torch.zeros(1, 3, 16, 16))
-    assert not all(isinstance(parameter, DTensor) for parameter in model.parameters())
-    reshard(model)
-    assert all(isinstance(parameter, DTensor) for parameter in model.parameters())

@@ -1,0 +1,206 @@
+"""The state of training as tensors, in one process and in two (checkpoint_worker.py has the checks of two)."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from checkpoint_worker import CHECKS, NUM_PROCESSES
+from torch import distributed, nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from warm_processes import run_checks
+
+from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification
+from modeling_vitcls.checkpoints import CheckpointStore
+from modeling_vitcls.training.distributed_state import gather_state, reshard, scatter_state
+from modeling_vitcls.training.model import set_trainable_parameters
+from modeling_vitcls.training.optimizer import Ema
+
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
+SIZES: dict[str, Any] = {"image_size": 16, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 2}
+SIZES |= {"num_attention_heads": 4, "intermediate_size": 48, "num_register_tokens": 2}
+
+
+def build(kind: str, seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    model: Any = ViTCLSForImageClassification(ViTCLSConfig(**SIZES, num_labels=3))
+    if kind == "head only":
+        model.vitcls.requires_grad_(False)
+    if kind == "LoRA":
+        set_trainable_parameters(model, "lora")
+    if kind == "tied":
+        model.vitcls.layers[1].mlp.fc1.weight = model.vitcls.layers[0].mlp.fc1.weight
+    if kind == "compiled":
+        model = torch.compile(model, backend="eager")
+    return model
+
+
+def build_optimizer(kind: str, model: nn.Module) -> torch.optim.Optimizer:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [{"params": trained[::2], "weight_decay": 0.1}, {"params": trained[1::2]}]
+    if kind == "SGD":
+        return torch.optim.SGD(groups, lr=0.1, momentum=0.9)
+    return torch.optim.AdamW(groups, lr=1e-3, fused=kind == "fused")
+
+
+def step_once(model: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema, step: int) -> float:
+    torch.manual_seed(step)
+    pixels = torch.randn(4, 3, 16, 16)  # [B, C, H, W]
+    loss = nn.functional.cross_entropy(model(pixel_values=pixels).logits, torch.arange(4) % 3)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    ema.update(step + 1)
+    return loss.item()
+
+
+KINDS = ("plain", "fused", "SGD", "head only", "LoRA", "tied", "compiled")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_resumes_to_the_bit(store: CheckpointStore, kind: str) -> None:
+    accelerator = Accelerator(cpu=True)
+    model = build(kind, seed=0)
+    model, optimizer = accelerator.prepare(model, build_optimizer(kind, model))
+    ema = Ema(model, decay=0.9)
+    for step in range(3):
+        step_once(model, optimizer, ema, step)
+    tensors, facts = gather_state(accelerator, model, optimizer, ema.shadow)
+    store.save(3, tensors, facts, is_best=False)
+    expected = [step_once(model, optimizer, ema, step) for step in range(3, 6)]
+
+    other = build(kind, seed=1)
+    other, other_optimizer = accelerator.prepare(other, build_optimizer(kind, other))
+    other_ema = Ema(other, decay=0.9)
+    checkpoint = store.load_newest(pytest.fail)
+    assert checkpoint is not None
+    scatter_state(checkpoint, accelerator, other, other_optimizer, other_ema.shadow)
+    assert [step_once(other, other_optimizer, other_ema, step) for step in range(3, 6)] == expected
+    for name, tensor in get_model_state_dict(model).items():
+        assert torch.equal(tensor, get_model_state_dict(other)[name]), name
+    for mine, theirs in zip(ema.shadow, other_ema.shadow, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("kind", ["plain", "LoRA", "compiled"])
+def test_names_are_the_models_own(kind: str) -> None:
+    model = build(kind, seed=0)
+    names = get_model_state_dict(model).keys()
+    assert all(name.startswith(("vitcls.", "classifier.")) for name in names)
+    if kind != "LoRA":
+        assert names == get_model_state_dict(build("plain", seed=0)).keys()
+
+
+def test_the_loss_scaler_is_resumed(store: CheckpointStore) -> None:
+    accelerator = Accelerator(cpu=True)
+    model = build("plain", seed=0)
+    model, optimizer = accelerator.prepare(model, build_optimizer("plain", model))
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=5)
+    accelerator.scaler._growth_tracker = None
+    accelerator.scaler.load_state_dict(accelerator.scaler.state_dict() | {"scale": 512.5, "_growth_tracker": 3})
+    tensors, facts = gather_state(accelerator, model, optimizer, None)
+    assert tensors.keys() == {"model", "optimizer"}
+    store.save(1, tensors, facts, is_best=False)
+    checkpoint = store.load_newest(pytest.fail)
+    assert checkpoint is not None
+    accelerator.scaler = torch.amp.GradScaler("cpu")
+    scatter_state(checkpoint, accelerator, model, optimizer, None)
+    state = accelerator.scaler.state_dict()
+    assert (state["scale"], state["growth_interval"], state["_growth_tracker"]) == (512.5, 5, 3)
+
+
+def test_a_checkpoint_of_another_model_is_an_error(store: CheckpointStore) -> None:
+    accelerator = Accelerator(cpu=True)
+    model = build("plain", seed=0)
+    optimizer = build_optimizer("plain", model)
+    tensors, facts = gather_state(accelerator, model, optimizer, None)
+    store.save(1, tensors, facts, is_best=False)
+    checkpoint = store.load_newest(pytest.fail)
+    for change, message in (
+        ({"num_labels": 5}, "classifier.weight is .3, 32. in the checkpoint and .5, 32. in the model"),
+        ({"layer_scale_init_value": 0.1}, r"vitcls\.layers\.0.* exists only in the model"),
+        ({"num_hidden_layers": 1}, r"vitcls\.layers\.1.* exists only in the checkpoint"),
+    ):
+        other = ViTCLSForImageClassification(ViTCLSConfig(**(SIZES | {"num_labels": 3} | change)))
+        with pytest.raises(ValueError, match=message):
+            scatter_state(checkpoint, accelerator, other, build_optimizer("plain", other), None)
+
+
+def test_a_checkpoint_with_moments_of_frozen_parameters_is_an_error(store: CheckpointStore) -> None:
+    accelerator = Accelerator(cpu=True)
+    model = build("plain", seed=0)
+    optimizer = build_optimizer("plain", model)
+    step_once(model, optimizer, Ema(model, decay=0.9), 0)
+    tensors, facts = gather_state(accelerator, model, optimizer, None)
+    store.save(1, tensors, facts, is_best=False)
+    checkpoint = store.load_newest(pytest.fail)
+    other = build("head only", seed=0)
+    with pytest.raises(
+        ValueError, match=r"belongs to another run: the optimizer of this run has no state \w+/vitcls\."
+    ):
+        scatter_state(checkpoint, accelerator, other, build_optimizer("head only", other), None)
+
+
+# Two processes -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Return check -> error, "" if it passed."""
+    return run_checks("checkpoint_worker.py", tmp_path_factory.mktemp("two"), NUM_PROCESSES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CHECKS)
+def test_two_processes(name: str, report: dict[str, str]) -> None:
+    if report[name]:
+        pytest.fail(report[name], pytrace=False)
+
+
+@pytest.fixture
+def mesh() -> Iterator[distributed.DeviceMesh]:
+    """Return the device mesh of one process, as on a machine with one GPU."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield distributed.init_device_mesh("cpu", (1,))
+    distributed.destroy_process_group()
+
+
+def build_sharded(seed: int, mesh: distributed.DeviceMesh) -> tuple[nn.Module, torch.optim.Optimizer, Ema]:
+    """Return a model that is sharded with FSDP2, its optimizer and the moving average of its weights."""
+    model: Any = build("plain", seed)
+    for layer in model.vitcls.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model, build_optimizer("plain", model), Ema(model, decay=0.9)
+
+
+def test_fsdp2_on_one_process_resumes_to_the_bit(store: CheckpointStore, mesh: distributed.DeviceMesh) -> None:
+    accelerator, (model, optimizer, ema) = Accelerator(cpu=True), build_sharded(0, mesh)
+    for step in range(2):
+        step_once(model, optimizer, ema, step)
+    tensors, facts = gather_state(accelerator, model, optimizer, ema.shadow)
+    assert not any(isinstance(tensor, DTensor) for group in tensors.values() for tensor in group.values())
+    assert tensors["model"].keys() == tensors["ema"].keys() == build("plain", 0).state_dict().keys()
+    store.save(2, tensors, facts, is_best=False)
+    expected = [step_once(model, optimizer, ema, step) for step in range(2, 4)]
+    other, other_optimizer, other_ema = build_sharded(1, mesh)
+    checkpoint = store.load_newest(pytest.fail)
+    assert checkpoint is not None
+    scatter_state(checkpoint, accelerator, other, other_optimizer, other_ema.shadow)
+    assert [step_once(other, other_optimizer, other_ema, step) for step in range(2, 4)] == expected
+    for mine, theirs in zip(ema.shadow, other_ema.shadow, strict=True):
+        assert torch.equal(mine.full_tensor(), theirs.full_tensor())
+
+
+def test_evaluated_weights_are_sharded_again(mesh: distributed.DeviceMesh) -> None:
+    model, *_ = build_sharded(0, mesh)
+    with torch.no_grad():
+        model(pixel_values=torch.zeros(1, 3, 16, 16))
+    assert not all(isinstance(parameter, DTensor) for parameter in model.parameters())
+    reshard(model)
+    assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
