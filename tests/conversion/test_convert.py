@@ -9,22 +9,20 @@ import hashlib
 import io
 import json
 import os
-import pickle
 import subprocess
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-import PIL.Image
 import pytest
 import timm
 import torch
 import transformers
 from fresh_processes import run_fresh
 from safetensors.torch import load_file, save_file
+from sample_photographs import photograph
 from scripts_in_process import SCRIPTS, run_in_process
-from sklearn.datasets import load_sample_image
 from source_checkpoints import NAMES, SIZES, WIDTHS, build_vit_classifier, save_checkpoint
 from timm.data import create_transform, resolve_data_config
 from tiny_models import build_tiny_config, raises_one_line
@@ -37,7 +35,7 @@ from modeling_vitcls import (
     ViTCLSModel,
     convert_from_timm,
 )
-from modeling_vitcls.conversion import processors, source_models
+from modeling_vitcls.conversion import source_models
 from modeling_vitcls.conversion.convert import convert_checkpoint, load_source
 from modeling_vitcls.conversion.parity_report import compare_models
 from modeling_vitcls.conversion.random_weights import randomize_weights
@@ -46,12 +44,6 @@ from modeling_vitcls.conversion.weight_rules import ConversionError
 
 ROOT = Path(__file__).parents[2]
 LIMIT = 1e-5  # DESIGN.md
-PHOTOGRAPHS = ("china.jpg", "flower.jpg")
-
-
-def photograph(name: str) -> PIL.Image.Image:
-    """Return a photograph of 640 x 427 pixels, an odd size, so that crops start at half pixels."""
-    return PIL.Image.fromarray(load_sample_image(name))
 
 
 def run(*flags: Any) -> subprocess.CompletedProcess[str]:
@@ -335,17 +327,6 @@ def test_random_init_requires_no_weights(tmp_path: Path) -> None:
         convert_checkpoint(f"transformers:{tmp_path / 'source'}", tmp_path / "again")
 
 
-def test_the_class_of_a_source(tmp_path: Path) -> None:
-    """A configuration without `architectures` is a base model."""
-    transformers.ViTConfig(**SIZES).save_pretrained(tmp_path)
-    source = load_source(f"transformers:{tmp_path}", random_init=True)
-    assert type(source.model) is transformers.ViTModel and not source.model.training
-    for architecture, name in source_models.ENCODER_CLASS_NAMES.items():
-        config = transformers.ViTConfig(architectures=[architecture])
-        assert source_models.get_convertible_class(config) is getattr(transformers, name)
-        assert hasattr(transformers, architecture)
-
-
 def test_a_non_square_source(tmp_path: Path) -> None:
     """transformers has no interpolation for non-square grids, so only the native size is compared."""
     config = transformers.ViTConfig(**SIZES | {"image_size": [32, 48]})
@@ -375,17 +356,6 @@ def test_the_classifier(
     weights = load_file(tmp_path / "made" / "model.safetensors")
     found = [tuple(weight.shape) for name, weight in weights.items() if name == "classifier.weight"]
     assert found == ([shape] if shape else [])
-
-
-def test_the_classifier_of_a_timm_model() -> None:
-    source = load_source("timm:test_vit", random_init=True)
-    assert not source_models.TimmSource("timm:test_vit", timm.create_model("test_vit"), None, []).model.training
-    source.compute_outputs(torch.zeros(1, 3, 112, 208))
-    assert source.image_size == (160, 160)  # other sizes do not change the source
-    assert type(source.convert("drop", None)) is ViTCLSModel
-    kept, new = source.convert("keep", None), source.convert("new", 7)
-    assert torch.equal(kept.classifier.weight, source.model.head.weight)
-    assert new.classifier.weight.shape == (7, source.model.embed_dim)
 
 
 def test_a_classifier_of_another_width_is_an_error(tmp_path: Path) -> None:
@@ -539,16 +509,6 @@ def test_pickles_with_code_are_errors(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists() and not (tmp_path / "made").exists()
 
 
-def test_the_cause_of_a_loading_error_may_be_a_pickle() -> None:
-    """transformers may raise an error of its own."""
-    error = OSError("cannot load the weights")
-    error.__cause__ = pickle.UnpicklingError("Weights only load failed")
-    with raises_one_line("weights.bin is a pickle", error=ConversionError):
-        source_models.raise_if_unsafe_pickle("weights.bin", error)
-    error.__cause__ = None
-    source_models.raise_if_unsafe_pickle("weights.bin", error)
-
-
 @pytest.mark.parametrize("file", ["config.json", "preprocessor_config.json"])
 def test_remote_code_is_never_run(file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers must not ask for confirmation on the standard input either."""
@@ -649,160 +609,7 @@ def test_a_family_requires_a_state_dict_file(tmp_path: Path) -> None:
         convert_checkpoint("timm:test_vit", tmp_path / "made", random_init=True, family="dino")
 
 
-# Image processors, on real photographs
-
-TIMM_CONFIGS = {
-    "crop": "vit_tiny_patch16_224.augreg_in21k_ft_in1k",
-    "clip": "vit_base_patch16_clip_224.openai",
-    "squash": "vit_base_patch16_siglip_256.webli",
-    "bilinear rectangle": "vit_base_patch16_sapiens2.fb",
-    "dinov2": "vit_small_patch14_reg4_dinov2.lvd142m",
-    "eva": "eva02_tiny_patch14_336.mim_in22k_ft_in1k",
-}
-
-
-class PretrainedConfigOnly(torch.nn.Module):
-    """A model with only the attribute that timm's preprocessing reads."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__()
-        self.pretrained_cfg = timm.get_pretrained_cfg(name).to_dict()
-
-
-@pytest.mark.parametrize("image", PHOTOGRAPHS)
-@pytest.mark.parametrize("name", TIMM_CONFIGS.values(), ids=TIMM_CONFIGS)
-def test_timm_preprocessing_is_equal(name: str, image: str, tmp_path: Path) -> None:
-    """Pixels are equal with PIL, which timm uses, and within 2 of 255 gray levels with torchvision."""
-    model = PretrainedConfigOnly(name)
-    made = processors.convert_timm_preprocessing(model)
-    assert made.difference == 0
-    assert not made.default_reason
-    made.processor.save_pretrained(tmp_path)
-    config = resolve_data_config(pretrained_cfg=model.pretrained_cfg)
-    wanted = create_transform(**config, is_training=False)(photograph(image))
-    std = torch.tensor(config["std"]).view(3, 1, 1)
-    for backend, limit in ((ViTCLSImageProcessorPil, 1e-3), (ViTCLSImageProcessor, 2.01)):
-        found = backend.from_pretrained(tmp_path)(photograph(image), return_tensors="pt")["pixel_values"][0]
-        assert found.shape == wanted.shape
-        assert ((found - wanted).abs() * std * 255).max() <= limit
-
-
-THEIRS: dict[str, tuple[str, dict[str, Any], float]] = {
-    "vit": ("ViTImageProcessor", {}, 0.0),
-    "vit with pil": ("ViTImageProcessorPil", {}, 0.0),
-    "deit": ("DeiTImageProcessor", {}, 0.0),
-    "beit": ("BeitImageProcessor", {}, 0.0),
-    "clip": ("CLIPImageProcessor", {}, 0.0),
-    "clip with pil": ("CLIPImageProcessorPil", {}, 0.0),
-    "siglip": ("SiglipImageProcessor", {}, 0.0),
-    "dinov2": ("BitImageProcessor", {"size": {"shortest_edge": 256}}, 0.0),
-    "dinov3": ("DINOv3ViTImageProcessor", {}, 1.0),  # resizes before rounding
-    "not normalized": ("CLIPImageProcessor", {"do_normalize": False}, 0.0),
-    "not resized": ("ViTImageProcessor", {"do_resize": False}, 0.0),
-}
-
-
-@pytest.mark.parametrize(("name", "settings", "limit"), THEIRS.values(), ids=THEIRS)
-def test_transformers_preprocessing_is_equal(
-    name: str, settings: dict[str, Any], limit: float, tmp_path: Path
-) -> None:
-    theirs = getattr(transformers, name)(**settings)
-    theirs.save_pretrained(tmp_path / "source")
-    made = processors.convert_transformers_preprocessing(str(tmp_path / "source"), (32, 32))
-    assert not made.default_reason
-    assert made.difference is not None and made.difference <= limit
-    made.processor.save_pretrained(tmp_path / "made")
-    theirs = AutoImageProcessor.from_pretrained(tmp_path / "source")
-    ours = ViTCLSImageProcessor.from_pretrained(tmp_path / "made")
-    for image in map(photograph, PHOTOGRAPHS):
-        wanted, found = (one(image, return_tensors="pt")["pixel_values"][0] for one in (theirs, ours))
-        std = torch.tensor(ours.image_std if ours.do_normalize else [1.0]).view(-1, 1, 1)
-        assert ((found - wanted).abs() * std * 255).max() <= limit + 1e-4
-
-
-@pytest.mark.parametrize(
-    ("theirs", "reason"),
-    [
-        (None, "has no image processor"),
-        (
-            transformers.Siglip2ImageProcessor(),
-            "differs from Siglip2ImageProcessor in the output shape",
-        ),  # patches, not images
-    ],
-)
-def test_a_default_is_stated(theirs: Any, reason: str, tmp_path: Path) -> None:
-    if theirs is not None:
-        theirs.save_pretrained(tmp_path)
-    made = processors.convert_transformers_preprocessing(str(tmp_path), (32, 48))
-    assert reason in made.default_reason
-    assert made.difference is None
-    assert dict(made.processor.size) == {"height": 32, "width": 48}
-
-
-def test_unknown_settings_of_timm_give_the_default() -> None:
-    for change, reason in (
-        ({"crop_mode": "border"}, "crop_mode='border'"),
-        ({"input_size": (3, 224, 192)}, "crop_mode='center' for 224 x 192"),
-        ({"interpolation": "hamming"}, "interpolation='hamming'"),
-    ):
-        model = PretrainedConfigOnly(TIMM_CONFIGS["crop"])
-        model.pretrained_cfg |= change
-        made = processors.convert_timm_preprocessing(model)
-        assert reason in made.default_reason
-        height, width = model.pretrained_cfg["input_size"][1:]
-        assert dict(made.processor.size) == {"height": height, "width": width}
-
-
-def test_timm_images_are_squashed_before_the_crop() -> None:
-    model = PretrainedConfigOnly(TIMM_CONFIGS["crop"])
-    model.pretrained_cfg |= {"input_size": (3, 224, 192), "crop_pct": 0.875, "crop_mode": "squash"}
-    made = processors.convert_timm_preprocessing(model)
-    assert made.difference == 0 and not made.default_reason
-    assert dict(made.processor.size) == {"height": 256, "width": 219}
-    assert dict(made.processor.crop_size) == {"height": 224, "width": 192}
-
-
-def test_gray_images_of_timm() -> None:
-    model = PretrainedConfigOnly(TIMM_CONFIGS["crop"])
-    model.pretrained_cfg |= {"input_size": (1, 28, 28), "mean": (0.4,), "std": (0.3,)}
-    made = processors.convert_timm_preprocessing(model)
-    assert made.difference == 0 and made.processor.do_convert_rgb is False
-    assert made.to_dict() == {
-        "origin": "timm's pretrained_cfg",
-        "largest_difference_in_grey_levels": 0,
-        "limit": 1.0,
-        "assumed_because": "",
-    }
-    pixels = made.processor(photograph("china.jpg").convert("L"), return_tensors="pt")["pixel_values"]
-    assert pixels.shape == (1, 1, 28, 28)
-
-
-@pytest.mark.parametrize("fields", [{"image_std": [0.2, 0.4, 0.5]}, {"do_normalize": False}])
-@pytest.mark.parametrize("shifts", [(1, 3), (3, 1)])
-def test_differences_are_measured_in_gray_levels(fields: dict[str, Any], shifts: tuple[int, int]) -> None:
-    """The difference is the largest of both test images."""
-    processor = ViTCLSImageProcessorPil(size={"height": 8, "width": 8}, **fields)
-    std = torch.tensor(fields.get("image_std", [1.0])).view(-1, 1, 1)
-
-    def shift_pixels(image: PIL.Image.Image) -> torch.Tensor:
-        pixels = processors.apply_processor(processor, image)
-        return pixels - shifts[image.width > image.height] / 255 / std
-
-    assert processors.measure_pixel_difference(processor, shift_pixels) == pytest.approx(3, abs=1e-3)
-    with raises_one_line("the converted processor differs from theirs by 3 gray levels"):
-        processors.check_processor(ViTCLSImageProcessor(), processor, shift_pixels, "theirs")
-    with raises_one_line("by nan gray levels"):
-        processors.check_processor(
-            ViTCLSImageProcessor(), processor, lambda image: shift_pixels(image) * torch.nan, "theirs"
-        )
-
-
-def test_a_processor_that_differs_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The check on a test image detects a crop that is shifted by one pixel."""
-    settings = processors.convert_timm_settings
-    monkeypatch.setattr(processors, "convert_timm_settings", lambda **values: settings(**values | {"crop_pct": 0.89}))
-    made = processors.convert_timm_preprocessing(PretrainedConfigOnly(TIMM_CONFIGS["crop"]))
-    assert "gray levels" in made.default_reason
+# Image processors
 
 
 def test_rounding_of_crops() -> None:

@@ -35,8 +35,7 @@ from modeling_vitcls import (
     ViTCLSModel,
 )
 from modeling_vitcls.commands.export import format_notes, print_report
-from modeling_vitcls.export import exporter, formats, tracing
-from modeling_vitcls.export.exportable import NamedOutputsModel, compute_named_outputs, load_exportable_model
+from modeling_vitcls.export import exporter, formats
 from modeling_vitcls.export.exporter import export_model
 from modeling_vitcls.export.tracing import GraphShape, get_smallest_size, select_graph_shape, trace_model
 
@@ -191,17 +190,6 @@ def test_every_layout_and_block(fields: dict[str, Any], tmp_path: Path) -> None:
     assert_close(run_onnx(tmp_path / "model.onnx", pixel_values), compute_outputs(model, pixel_values))
 
 
-def test_the_graph_has_fused_attention_for_any_attn_implementation() -> None:
-    model = randomize(ViTCLSForImageClassification(build_tiny_config(num_register_tokens=1, num_hidden_layers=1)))
-    model.set_attn_implementation("eager")
-    graph = trace_model(model, select_graph_shape(model, None, dynamic=True), torch.float32)
-    operators = {str(node.target) for node in graph.graph.nodes}
-    assert "aten.scaled_dot_product_attention.default" in operators
-    assert model.config._attn_implementation == "eager"  # the caller's model stays as it was
-    pixel_values = build_images(3, 24, 48)
-    torch.testing.assert_close(graph.module()(pixel_values)["logits"], model(pixel_values).logits)
-
-
 def test_a_graph_of_one_size_contains_resampled_positions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = checkpoint(tmp_path / "model", num_hidden_layers=1)
     file = tmp_path / "model.onnx"
@@ -253,22 +241,6 @@ def test_positions_that_a_graph_cannot_resample_fix_the_size(
 
 
 @pytest.mark.slow
-@torch.no_grad()
-def test_merged_patches_fix_the_size_and_leave_the_batch_open() -> None:
-    fields = {"num_register_tokens": 2}
-    model = randomize(ViTCLSForImageClassification(build_tiny_config(merged_patches_per_layer=3, **fields)))
-    shape = select_graph_shape(model, (32, 24), dynamic=True)
-    assert not shape.is_dynamic and "merged_patches_per_layer" in shape.fixed_size_reason
-    graph = trace_model(model, shape, torch.float32).module()
-    adapted = model.adapt(image_size=[32, 24])
-    for batch in (1, 2, 5):
-        pixel_values = build_images(batch, 32, 24, seed=7)
-        torch.testing.assert_close(graph(pixel_values)["logits"], adapted(pixel_values).logits)
-    plain = randomize(ViTCLSForImageClassification(build_tiny_config(**fields)))
-    assert (plain(pixel_values).logits - adapted(pixel_values).logits).abs().max() > 1e-3
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("format_name", ["onnx", "openvino", "torch"])
 def test_merged_patches_in_every_format(format_name: str, tmp_path: Path) -> None:
     model = checkpoint(tmp_path / "model", merged_patches_per_layer=3, num_hidden_layers=3)
@@ -295,42 +267,6 @@ def test_half_precision_has_another_limit(format_name: str, dtype: str, tmp_path
     assert report.dtype == dtype
     whole = tmp_path / "model" / "model.safetensors"
     assert file.stat().st_size < whole.stat().st_size + 300_000  # the weights are half as long; the graph is not
-
-
-def test_an_encoder_without_pooler(tmp_path: Path) -> None:
-    """A model that was saved without a pooler is exported without a pooler."""
-    model = randomize(ViTCLSModel(build_tiny_config(pooling="attention"), add_pooling_layer=False))
-    model.save_pretrained(tmp_path / "model")
-    loaded = load_exportable_model(str(tmp_path / "model"))
-    assert loaded.processor is None
-    outputs = NamedOutputsModel(loaded.model)(build_images())
-    assert list(outputs) == ["last_hidden_state"]
-    assert torch.equal(outputs["last_hidden_state"], model(build_images()).last_hidden_state)
-    model.bfloat16().save_pretrained(tmp_path / "half")
-    assert load_exportable_model(str(tmp_path / "half")).model.dtype == torch.float32
-
-
-@torch.no_grad()
-def test_the_attention_of_cls_tokens_is_an_output() -> None:
-    model = randomize(ViTCLSForImageClassification(build_tiny_config(num_cls_tokens=2, num_register_tokens=3)))
-    pixel_values = build_images(2, 24, 40)
-    outputs = NamedOutputsModel(model, output_attentions=True)(pixel_values)
-    assert list(outputs) == ["logits", "cls_attention"]
-    expected = model(pixel_values)
-    torch.testing.assert_close(outputs["logits"], expected.logits)
-    model.set_attn_implementation("eager")
-    attentions = torch.stack(model(pixel_values, output_attentions=True).attentions, dim=1)
-    maps = attentions.mean(2)[:, :, :2, 5:].unflatten(-1, (3, 5))  # [B, layers, CLS tokens, rows, columns]
-    torch.testing.assert_close(outputs["cls_attention"], maps)
-    assert NamedOutputsModel(model.bfloat16())(pixel_values.bfloat16())["logits"].dtype == torch.float32
-    assert list(compute_named_outputs(model.float(), [pixel_values], True)[0]) == ["logits", "cls_attention"]
-
-
-def test_a_preset_has_random_weights() -> None:
-    loaded = load_exportable_model("vitcls-tiny")
-    assert not loaded.is_trained and not loaded.model.training
-    assert load_exportable_model("vitcls-tiny").model.config.hidden_size == 192
-    assert exporter.describe_preprocessing(loaded.processor)["size"] == {"height": 224, "width": 224}
 
 
 # The script
@@ -491,35 +427,7 @@ def test_openvino_does_not_shrink_positions_as_pytorch_does() -> None:
     assert select_graph_shape(model, None, dynamic=True, has_pytorch_antialias_filter=in_onnx).is_dynamic
 
 
-# Tracing, without a file
-
-
-@pytest.mark.parametrize(
-    ("is_dynamic", "size", "dimensions"),
-    [(True, (16, 36), {"batch": 1, "height": 8, "width": 12}), (False, (8, 24), {"batch": 1})],
-)
-def test_example_images_are_larger_than_the_native_size(
-    is_dynamic: bool, size: tuple[int, int], dimensions: dict[str, int]
-) -> None:
-    """A grid of 2 x 4 patches: the examples of a dynamic graph have more rows and columns than the larger side."""
-    config = build_tiny_config(image_size=[8, 16], patch_size=[4, 4], num_channels=1)
-    shape = GraphShape((8, 24), (8, 12), is_dynamic)
-    expected_size = (5 * 4, 7 * 4) if is_dynamic else (8, 24)
-    assert tracing.build_example_images(config, shape).shape == (2, 1, *expected_size)
-    axes = tracing.build_dynamic_shapes(shape)["pixel_values"].values()
-    assert {axis.__name__: axis.min for axis in axes} == dimensions
-
-
-def test_the_smallest_size_contains_the_grids_of_cls_tokens() -> None:
-    sizes = {"image_size": [32, 48], "patch_size": [8, 4], "num_cls_tokens": 3}
-    scopes = {"cls_scopes": ["image", [2, 3, 1, 2], [1, 5, 0, 0]]}
-    assert get_smallest_size(build_tiny_config(**sizes | scopes)) == (2 * 8, 5 * 4)
-    assert get_smallest_size(build_tiny_config(**sizes)) == (2 * 8, 2 * 4)
-    model = ViTCLSModel(build_tiny_config(**sizes | scopes))
-    for size in ((8, 20), (16, 16)):
-        with raises_one_line("a dynamic graph requires images of at least 16 x 20 pixels"):
-            select_graph_shape(model, size, dynamic=True)
-    assert select_graph_shape(model, (24, 40), dynamic=True) == GraphShape((24, 40), (16, 20), is_dynamic=True)
+# The torch format in this process, and moved files
 
 
 @pytest.fixture
@@ -643,29 +551,6 @@ def test_labels_belong_to_the_outputs_that_contain_logits() -> None:
     assert exporter.describe_preprocessing(None) is None
 
 
-@pytest.mark.parametrize(
-    ("fields", "word"),
-    [
-        ({}, ""),
-        ({"merged_patches_per_layer": 3}, "merged_patches_per_layer"),
-        ({"position_offset": 0.1}, "position_offset"),
-        ({"position_offset": 0.1, "position_embedding_type": "none"}, ""),
-        ({"position_interpolation": "crop"}, ""),
-        ({"position_interpolation": "crop", "image_size": [32, 48]}, "crops position embeddings of a non-square grid"),
-        ({"position_antialias": True}, "position_antialias=True"),
-        ({"position_antialias": True, "position_embedding_type": "rope_2d"}, ""),
-    ],
-)
-def test_reasons_for_a_fixed_size(fields: dict[str, Any], word: str) -> None:
-    model = ViTCLSModel(build_tiny_config(**fields))
-    native_size = model.config.image_height_width
-    shape = select_graph_shape(model, None, dynamic=True, has_pytorch_antialias_filter=False)
-    assert word in shape.fixed_size_reason and bool(shape.fixed_size_reason) == bool(word)
-    assert shape.is_dynamic == (not word) and shape.image_size == native_size
-    assert shape.smallest_size == (native_size if word else (16, 16))
-    assert select_graph_shape(model, None, dynamic=False).fixed_size_reason == ""
-
-
 # Errors
 
 
@@ -734,28 +619,6 @@ def test_unsupported_sizes(tmp_path: Path) -> None:
         export_model(str(tmp_path / "model"), "onnx", tmp_path / "vit.onnx", image_size=(32, 16))
     with raises_one_line("41 is not a multiple"):
         export_model(str(tmp_path / "model"), "onnx", tmp_path / "vit.onnx", image_size=(41, 32), dynamic=False)
-
-
-def test_files_that_do_not_run(tmp_path: Path) -> None:
-    (tmp_path / "vit.onnx").write_text("damaged")
-    with raises_one_line("onnxruntime cannot run the written graph on the CPU: "):
-        formats.FORMATS["onnx"].run(tmp_path / "vit.onnx", [build_images()], ["logits"])
-
-
-@pytest.mark.slow
-def test_torch_files_that_do_not_run(tmp_path: Path) -> None:
-    (tmp_path / "vit.pt2").write_text("damaged")
-    with raises_one_line("the written graph does not run in a separate process: ", "zip file"):
-        formats.FORMATS["torch"].run(tmp_path / "vit.pt2", [build_images()], ["logits"])
-
-
-@pytest.mark.slow
-def test_an_opset_that_the_exporter_does_not_write(tmp_path: Path) -> None:
-    model = randomize(ViTCLSForImageClassification(build_tiny_config(num_hidden_layers=1)))
-    shape = select_graph_shape(model, None, dynamic=False)
-    graph = formats.TracedModel(trace_model(model, shape, torch.float32), shape, ["logits"], opset=99)
-    with raises_one_line("--opset is 99", "Omit --opset"):
-        formats.write_onnx(graph, tmp_path / "vit.onnx")
 
 
 def test_existing_files(tmp_path: Path) -> None:

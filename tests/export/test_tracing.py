@@ -1,0 +1,89 @@
+"""Graphs in memory: fused attention, dynamic and fixed sizes, and example images."""
+
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import build_images, build_tiny_config, raises_one_line, randomize
+
+from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
+from modeling_vitcls.export import tracing
+from modeling_vitcls.export.tracing import GraphShape, get_smallest_size, select_graph_shape, trace_model
+
+
+def test_the_graph_has_fused_attention_for_any_attn_implementation() -> None:
+    model = randomize(ViTCLSForImageClassification(build_tiny_config(num_register_tokens=1, num_hidden_layers=1)))
+    model.set_attn_implementation("eager")
+    graph = trace_model(model, select_graph_shape(model, None, dynamic=True), torch.float32)
+    operators = {str(node.target) for node in graph.graph.nodes}
+    assert "aten.scaled_dot_product_attention.default" in operators
+    assert model.config._attn_implementation == "eager"  # the caller's model stays as it was
+    pixel_values = build_images(3, 24, 48)
+    torch.testing.assert_close(graph.module()(pixel_values)["logits"], model(pixel_values).logits)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_merged_patches_fix_the_size_and_leave_the_batch_open() -> None:
+    fields = {"num_register_tokens": 2}
+    model = randomize(ViTCLSForImageClassification(build_tiny_config(merged_patches_per_layer=3, **fields)))
+    shape = select_graph_shape(model, (32, 24), dynamic=True)
+    assert not shape.is_dynamic and "merged_patches_per_layer" in shape.fixed_size_reason
+    graph = trace_model(model, shape, torch.float32).module()
+    adapted = model.adapt(image_size=[32, 24])
+    for batch in (1, 2, 5):
+        pixel_values = build_images(batch, 32, 24, seed=7)
+        torch.testing.assert_close(graph(pixel_values)["logits"], adapted(pixel_values).logits)
+    plain = randomize(ViTCLSForImageClassification(build_tiny_config(**fields)))
+    assert (plain(pixel_values).logits - adapted(pixel_values).logits).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("is_dynamic", "size", "dimensions"),
+    [(True, (16, 36), {"batch": 1, "height": 8, "width": 12}), (False, (8, 24), {"batch": 1})],
+)
+def test_example_images_are_larger_than_the_native_size(
+    is_dynamic: bool, size: tuple[int, int], dimensions: dict[str, int]
+) -> None:
+    """A grid of 2 x 4 patches: the examples of a dynamic graph have more rows and columns than the larger side."""
+    config = build_tiny_config(image_size=[8, 16], patch_size=[4, 4], num_channels=1)
+    shape = GraphShape((8, 24), (8, 12), is_dynamic)
+    expected_size = (5 * 4, 7 * 4) if is_dynamic else (8, 24)
+    assert tracing.build_example_images(config, shape).shape == (2, 1, *expected_size)
+    axes = tracing.build_dynamic_shapes(shape)["pixel_values"].values()
+    assert {axis.__name__: axis.min for axis in axes} == dimensions
+
+
+def test_the_smallest_size_contains_the_grids_of_cls_tokens() -> None:
+    sizes = {"image_size": [32, 48], "patch_size": [8, 4], "num_cls_tokens": 3}
+    scopes = {"cls_scopes": ["image", [2, 3, 1, 2], [1, 5, 0, 0]]}
+    assert get_smallest_size(build_tiny_config(**sizes | scopes)) == (2 * 8, 5 * 4)
+    assert get_smallest_size(build_tiny_config(**sizes)) == (2 * 8, 2 * 4)
+    model = ViTCLSModel(build_tiny_config(**sizes | scopes))
+    for size in ((8, 20), (16, 16)):
+        with raises_one_line("a dynamic graph requires images of at least 16 x 20 pixels"):
+            select_graph_shape(model, size, dynamic=True)
+    assert select_graph_shape(model, (24, 40), dynamic=True) == GraphShape((24, 40), (16, 20), is_dynamic=True)
+
+
+@pytest.mark.parametrize(
+    ("fields", "word"),
+    [
+        ({}, ""),
+        ({"merged_patches_per_layer": 3}, "merged_patches_per_layer"),
+        ({"position_offset": 0.1}, "position_offset"),
+        ({"position_offset": 0.1, "position_embedding_type": "none"}, ""),
+        ({"position_interpolation": "crop"}, ""),
+        ({"position_interpolation": "crop", "image_size": [32, 48]}, "crops position embeddings of a non-square grid"),
+        ({"position_antialias": True}, "position_antialias=True"),
+        ({"position_antialias": True, "position_embedding_type": "rope_2d"}, ""),
+    ],
+)
+def test_reasons_for_a_fixed_size(fields: dict[str, Any], word: str) -> None:
+    model = ViTCLSModel(build_tiny_config(**fields))
+    native_size = model.config.image_height_width
+    shape = select_graph_shape(model, None, dynamic=True, has_pytorch_antialias_filter=False)
+    assert word in shape.fixed_size_reason and bool(shape.fixed_size_reason) == bool(word)
+    assert shape.is_dynamic == (not word) and shape.image_size == native_size
+    assert shape.smallest_size == (native_size if word else (16, 16))
+    assert select_graph_shape(model, None, dynamic=False).fixed_size_reason == ""
