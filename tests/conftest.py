@@ -11,6 +11,7 @@ import multiprocessing
 import shutil
 import signal
 import subprocess
+import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,7 +33,14 @@ TESTS = Path(__file__).parent
 # projects.
 FOLDERS = {"export", "integration", "peers"}
 # These files test HTML pages, most of them in a browser.
-PAGE_TESTS = {"test_page.py", "test_report.py", "test_space.py", "test_static_space.py", "test_text.py"}
+PAGE_FILES = (
+    "analysis/test_report.py",
+    "demo/test_page.py",
+    "demo/test_text.py",
+    "hub/test_space.py",
+    "hub/test_static_space.py",
+)
+PAGE_TESTS = {TESTS / file for file in PAGE_FILES}
 NO_BROWSER = "Chromium is required for tests of HTML pages: install it with `make browser`"
 skipped_pages: list[str] = []  # ids of tests
 
@@ -51,7 +59,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """For --quick, do not import FOLDERS and PAGE_TESTS: their imports take longer than many tests."""
     is_folder = collection_path.parent == TESTS and collection_path.name in FOLDERS
-    return True if config.getoption("quick") and (is_folder or collection_path.name in PAGE_TESTS) else None
+    return True if config.getoption("quick") and (is_folder or collection_path in PAGE_TESTS) else None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -178,6 +186,59 @@ def fast_verification(monkeypatch: pytest.MonkeyPatch) -> None:
         return run_fresh(*command[1:], environment=env, cwd=Path(cwd))
 
     monkeypatch.setattr("modeling_vitcls.hub.verify.subprocess", SimpleNamespace(run=run))
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """Replace slow functions by functions that record their name and arguments; return the list of records.
+
+    A conversion, an export or a push takes seconds. The files of each package part test the functions themselves.
+    """
+    records: list[tuple[Any, ...]] = []
+
+    def replace_function(path: str, result: Any = None) -> None:
+        name = path.rpartition(".")[2]
+
+        def record(*arguments: Any, **keyword_arguments: Any) -> Any:
+            records.append((name, *arguments, *sorted(keyword_arguments.items())))
+            return result
+
+        monkeypatch.setattr(f"modeling_vitcls.{path}", record, raising=name != "serve_demo")
+
+    monkeypatch.setitem(sys.modules, "modeling_vitcls.demo.page", SimpleNamespace())  # its import is slow
+    monkeypatch.setattr("modeling_vitcls.demo.page", sys.modules["modeling_vitcls.demo.page"], raising=False)
+    model = SimpleNamespace(repo_id="ann/model", commit="abc", needs_token=True)
+    report = SimpleNamespace(format_lines=lambda: ["verified"])
+    replace_function("conversion.convert.convert_checkpoint", "report")
+    replace_function("conversion.convert.write_native_model", "report")
+    replace_function("commands.convert.print_report")
+    replace_function("export.exporter.export_model", "report")
+    replace_function("commands.export.print_report")
+    replace_function("commands.export.silence_exporters")
+    replace_function("commands.space.silence_exporters")
+    comparison = SimpleNamespace(file="a.onnx", largest_difference=0.5, top1_agreement=0.75)
+    labeled = SimpleNamespace(
+        metric="accuracy", num_images=4, dataset="digits", split="test", model=0.5, files={"a.onnx": 0.25}
+    )
+    exported = SimpleNamespace(comparisons=[comparison], labeled=labeled)
+    replace_function("export.transformers_js.export_for_transformers_js", exported)
+    replace_function("inference.evaluate.evaluate_checkpoint")
+    replace_function("inference.frozen.evaluate_frozen")
+    replace_function("demo.page.serve_demo")
+    replace_function("hub.loading.get_model_folder", "folder")
+    replace_function("hub.loading.get_cached_commit", "abc")
+    replace_function("hub.adapters.check_adapter")
+    replace_function("hub.manifest.check_is_model")
+    replace_function("hub.push_permissions.check_push_permissions", "ann/id")
+    replace_function("hub.publish.push_folder", SimpleNamespace(summary="summary"))
+    replace_function("hub.verify.verify", report)
+    replace_function("hub.verify.verify_push", report)
+    replace_function("hub.space.find_published_model", model)
+    replace_function("hub.space.build_space_files", "files")
+    replace_function("hub.static_space.build_static_space_files", "static files")
+    replace_function("hub.space.push_space", SimpleNamespace(url="https://hub/space"))
+    replace_function("hub.space.write_space")
+    return records
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,7 @@
 """The vitcls command: help, version, errors, completion, and the modules that importing the package loads."""
 
 import ast
-import importlib.metadata
 import os
-import re
 import runpy
 import subprocess
 import sys
@@ -14,19 +12,17 @@ from types import SimpleNamespace
 from typing import Any, TextIO
 
 import pytest
-import torch
+from command_in_process import run_here
 from fresh_processes import run_fresh
 from local_hub import LocalHub
 from tiny_models import raises_one_line
 
 import modeling_vitcls
 from modeling_vitcls import cli
-from modeling_vitcls.commands import benchmark, convert, demo, env, evaluate, export, finetune, push, space, study
-from modeling_vitcls.commands.parsing import exit_on_error, find_recipe, parse_flags, parse_with_recipe
-from modeling_vitcls.conversion.parity_report import ParityReport, SizeComparison
+from modeling_vitcls.commands import benchmark, demo, evaluate, finetune, push, study
+from modeling_vitcls.commands.parsing import exit_on_error
 from modeling_vitcls.data.splits import load_evaluation_data
-from modeling_vitcls.hub import space as hub_space
-from modeling_vitcls.options import DataOptions, EvaluateOptions, FinetuneOptions
+from modeling_vitcls.options import DataOptions, EvaluateOptions
 from modeling_vitcls.training.runner import RunStopped
 from modeling_vitcls.version import __version__
 from scripts.demo_load import load_held_out_digits
@@ -56,15 +52,6 @@ finally:
 def run_command(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Run `vitcls` in a new process."""
     return subprocess.run([sys.executable, "-c", COMMAND, *arguments], capture_output=True, text=True, timeout=300)
-
-
-def run_here(*arguments: str) -> int:
-    """Run `vitcls` in this process and return its exit status."""
-    try:
-        cli.main(list(arguments))
-    except SystemExit as ended:
-        return int(ended.code or 0)
-    return 0
 
 
 @pytest.fixture
@@ -183,28 +170,6 @@ def test_completion_includes_all_commands_and_their_flags(capsys: pytest.Capture
     assert capsys.readouterr().out.startswith("#compdef vitcls")
 
 
-def test_the_environment_of_a_bug_report(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    monkeypatch.delenv("VITCLS_CPU_KERNELS", raising=False)
-    assert run_here("env") == 0
-    printed = capsys.readouterr().out
-    facts = dict(line.split(maxsplit=1) for line in printed.splitlines())
-    assert facts["modeling_vitcls"] == __version__ and {"torch", "transformers", "devices"} <= facts.keys()
-    assert facts["timm"] == importlib.metadata.version("timm")
-    assert "hf_secret" not in printed
-    lines = [line.split("  ", maxsplit=1) for line in printed.splitlines()]
-    named = {name: text.strip() for name, text in lines}
-    assert named["devices"] == env.describe_devices() and named["CPU kernels"] == env.describe_cpu_kernels()
-    if not torch.cuda.is_available():
-        assert named["devices"] == f"CPU, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
-
-    monkeypatch.setenv("VITCLS_CPU_KERNELS", "0")
-    assert env.describe_cpu_kernels() == "off: VITCLS_CPU_KERNELS is 0"
-    monkeypatch.delenv("VITCLS_CPU_KERNELS")
-    monkeypatch.setattr(env.kernels, "HAS_PRIVATE_NAMES", False)
-    assert "lacks a private API" in env.describe_cpu_kernels()
-
-
 def test_a_run_that_stops_early_ends_with_its_status(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -226,54 +191,6 @@ def test_benchmarks_download_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_HUB_OFFLINE")
     benchmark.check_options(options)
     assert os.environ["HF_HUB_OFFLINE"] == "1"
-
-
-def test_the_environment_names_the_kernels_that_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("VITCLS_CPU_KERNELS", raising=False)
-    monkeypatch.setattr(env.kernels, "MIN_MULTIPLICATIONS", {(torch.float32, "a"): 1, (torch.bfloat16, "a"): 1})
-    assert env.describe_cpu_kernels() == "on, oneDNN for bfloat16, float32"
-    monkeypatch.setattr(env.kernels, "MIN_MULTIPLICATIONS", {})
-    for has_onednn, reason in ((True, "this CPU has no AVX-512"), (False, "this PyTorch build has no oneDNN")):
-        monkeypatch.setattr(env.kernels, "HAS_ONEDNN", has_onednn)
-        assert env.describe_cpu_kernels() == f"on, without oneDNN: {reason}"
-    with torch.backends.mkldnn.flags(enabled=False):
-        assert env.describe_cpu_kernels() == "off: torch.backends.mkldnn is disabled"
-
-
-def test_recipes_are_flags_that_the_command_line_overrides(tmp_path: Path) -> None:
-    recipe = tmp_path / "recipe.yaml"
-    flags = ["--config", str(recipe), "--output-dir", "out", "--model", "vitcls-tiny", "--dataset", "data"]
-    recipe.write_text("epochs: 3\nbatch_size: 7\n", encoding="utf-8")
-    options = parse_with_recipe(FinetuneOptions, [*flags, "--epochs", "5"])
-    assert (options.training.epochs, options.training.batch_size, options.data.dataset) == (5, 7, "data")
-    recipe.write_text("# no flags\n", encoding="utf-8")
-    assert replace(parse_with_recipe(FinetuneOptions, flags), config=None) == parse_with_recipe(
-        FinetuneOptions, flags[2:]
-    )
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (None, "error: cannot read the recipe {recipe}: "),
-        (b"\xff\xfe\xff", "error: cannot read the recipe {recipe}: "),
-        (b"epochs: [3", "error: cannot read the recipe {recipe}: "),
-        (b"- epochs", "error: the recipe {recipe} must contain lines of the form `flag: value`"),
-        (b"epochs: 3\nlr: 0.1", "error: {recipe}, line 2: unknown flag lr; use learning_rate"),
-        (b"xyzzy: 1", "error: {recipe}, line 1: unknown flag xyzzy; `--help` lists the flags"),
-    ],
-)
-def test_errors_of_recipes_are_one_line(
-    content: bytes | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    recipe = tmp_path / "recipe.yaml"
-    if content is not None:
-        recipe.write_bytes(content)
-    with pytest.raises(SystemExit) as ended:
-        parse_with_recipe(FinetuneOptions, ["--config", str(recipe), "--output-dir", "out"])
-    assert ended.value.code == 2
-    error = capsys.readouterr().err
-    assert error.startswith(message.format(recipe=recipe)) and error.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -340,168 +257,12 @@ def test_the_demo_loads_the_revision_of_its_flag(hub: LocalHub) -> None:
         demo.run(demo.DemoOptions("ann/mine", revision="v9"))
 
 
-def test_flags_that_only_apply_to_pushes_are_errors_of_other_spaces(tmp_path: Path) -> None:
-    for flags, name in (({"space_id": "ann/demo"}, "--space-id"), ({"private": True}, "--private")):
-        with raises_one_line("--output pushes nothing", f"{name} applies only to pushes"):
-            space.SpaceOptions("ann/model", output=tmp_path, **flags)
-        assert space.SpaceOptions("ann/model", **flags).output is None
-    assert space.SpaceOptions("ann/model", output=tmp_path).output == tmp_path
-    assert space.SpaceOptions("ann/model", static=True, node_modules=tmp_path).static
-    with raises_one_line("--node-modules requires --static"):
-        space.SpaceOptions("ann/model", node_modules=tmp_path)
-
-
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """Replace slow functions by functions that record their name and arguments; return the list of records.
-
-    A conversion, an export or a push takes seconds. The files of each package part test the functions themselves.
-    """
-    records: list[tuple[Any, ...]] = []
-
-    def replace_function(path: str, result: Any = None) -> None:
-        name = path.rpartition(".")[2]
-
-        def record(*arguments: Any, **keyword_arguments: Any) -> Any:
-            records.append((name, *arguments, *sorted(keyword_arguments.items())))
-            return result
-
-        monkeypatch.setattr(f"modeling_vitcls.{path}", record, raising=name != "serve_demo")
-
-    monkeypatch.setitem(sys.modules, "modeling_vitcls.demo.page", SimpleNamespace())  # its import is slow
-    monkeypatch.setattr("modeling_vitcls.demo.page", sys.modules["modeling_vitcls.demo.page"], raising=False)
-    model = SimpleNamespace(repo_id="ann/model", commit="abc", needs_token=True)
-    report = SimpleNamespace(format_lines=lambda: ["verified"])
-    replace_function("conversion.convert.convert_checkpoint", "report")
-    replace_function("conversion.convert.write_native_model", "report")
-    replace_function("commands.convert.print_report")
-    replace_function("export.exporter.export_model", "report")
-    replace_function("commands.export.print_report")
-    replace_function("commands.export.silence_exporters")
-    replace_function("commands.space.silence_exporters")
-    comparison = SimpleNamespace(file="a.onnx", largest_difference=0.5, top1_agreement=0.75)
-    labeled = SimpleNamespace(
-        metric="accuracy", num_images=4, dataset="digits", split="test", model=0.5, files={"a.onnx": 0.25}
-    )
-    exported = SimpleNamespace(comparisons=[comparison], labeled=labeled)
-    replace_function("export.transformers_js.export_for_transformers_js", exported)
-    replace_function("inference.evaluate.evaluate_checkpoint")
-    replace_function("inference.frozen.evaluate_frozen")
-    replace_function("demo.page.serve_demo")
-    replace_function("hub.loading.get_model_folder", "folder")
-    replace_function("hub.loading.get_cached_commit", "abc")
-    replace_function("hub.adapters.check_adapter")
-    replace_function("hub.manifest.check_is_model")
-    replace_function("hub.push_permissions.check_push_permissions", "ann/id")
-    replace_function("hub.publish.push_folder", SimpleNamespace(summary="summary"))
-    replace_function("hub.verify.verify", report)
-    replace_function("hub.verify.verify_push", report)
-    replace_function("hub.space.find_published_model", model)
-    replace_function("hub.space.build_space_files", "files")
-    replace_function("hub.static_space.build_static_space_files", "static files")
-    replace_function("hub.space.push_space", SimpleNamespace(url="https://hub/space"))
-    replace_function("hub.space.write_space")
-    return records
-
-
-def test_convert_passes_its_flags(calls: list[tuple[Any, ...]], tmp_path: Path) -> None:
-    from modeling_vitcls.analysis.card_images import write_card_images
-
-    flags: dict[str, Any] = {"random_init": True, "classifier": "new", "num_labels": 7, "family": "dino"}
-    convert.run(convert.ConvertOptions(tmp_path, "timm:name", **flags))
-    convert.run(convert.ConvertOptions(tmp_path, to="transformers", model="mine", any_size=True))
-    assert calls == [
-        ("convert_checkpoint", "timm:name", tmp_path, True, "new", 7, write_card_images, "dino"),
-        ("print_report", "report", tmp_path),
-        ("write_native_model", "mine", tmp_path, True),
-        ("print_report", "report", tmp_path, ("trust_argument", "")),
-    ]
-
-
-def test_the_parity_report_is_printed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
-    report = ParityReport(
-        source="timm:name",
-        source_revision=None,
-        source_class="VisionTransformer",
-        random_init=False,
-        model_class="ViTCLSForImageClassification",
-        classifier="kept",
-        limit=1e-5,
-        comparisons=[
-            SizeComparison((32, 32), {"cls": 1e-6, "logits": 2e-6}, {}),
-            SizeComparison((24, 40), {"cls": 3e-6, "logits": 4e-6}, {}),
-        ],
-        not_compared="",
-        preprocessing={
-            "assumed_because": "",
-            "origin": "preprocessor_config.json",
-            "largest_difference_in_grey_levels": 0.25,
-        },
-        versions={"torch": "2", "timm": "1"},
-        sha256={"model.safetensors": "abc"},
-        notes=["a note"],
-    )
-    convert.print_report(report, Path("out"))
-    title, _, header, _, cls, logits, _, *lines = capsys.readouterr().out.splitlines()
-    assert title.strip() == "Largest differences between ViTCLSForImageClassification and timm:name"
-    assert [[cell.strip() for cell in re.split("[│┃]", row)[1:-1]] for row in (header, cls, logits)] == [
-        ["values", "32 x 32 pixels", "24 x 40 pixels"],
-        ["cls", "1.0e-06", "3.0e-06"],
-        ["logits", "2.0e-06", "4.0e-06"],
-    ]
-    assert lines == [
-        "a note",
-        "Classifier: kept. Maximum allowed difference: 1e-05",
-        "Image processor: settings of preprocessor_config.json; pixel values differ by at most 0.25 gray levels "
-        "(0 to 255)",
-        "Versions: torch 2, timm 1",
-        "SHA-256 of model.safetensors: abc",
-        "",
-        "Written to out. Load the model with",
-        '  model = AutoModelForImageClassification.from_pretrained("out", trust_remote_code=True)',
-        '  processor = AutoImageProcessor.from_pretrained("out", trust_remote_code=True)',
-        "Push the model and its card to the Hub, and verify the pushed model, with",
-        "  vitcls push --model out --hub-model-id YOUR-NAME/out",
-    ]
-    changes: dict[str, Any] = {"not_compared": "fixed size", "preprocessing": {"assumed_because": "there is none"}}
-    changes |= {"family": "dino", "source_sha256": "def", "model_class": "ViTCLSModel"}
-    convert.print_report(replace(report, **changes), Path("out"), trust_argument="")
-    printed = capsys.readouterr().out
-    for line in (
-        "Not compared at a second image size: fixed size",
-        "Image processor: the settings are assumed, because there is none. Check them",
-        "SHA-256 of the source (dino): def",
-        '  model = AutoModel.from_pretrained("out")',
-    ):
-        assert f"\n{line}\n" in printed
-
-
 def test_a_study_of_the_package_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files: list[Path] = []
     monkeypatch.setattr("modeling_vitcls.study.load_study", files.append)
     monkeypatch.setattr("modeling_vitcls.study.run_study", lambda *arguments, **keyword_arguments: [])
     study.run(study.StudyOptions(Path("study_digits"), tmp_path))
     assert [file.read_text() for file in files] == [(SCRIPTS / "recipes" / "study_digits.yaml").read_text()]
-
-
-def test_export_passes_its_flags(
-    calls: list[tuple[Any, ...]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    flags: dict[str, Any] = {"image_size": (32, 48), "dynamic": False, "dtype": "float16", "opset": 19}
-    export.run(export.ExportOptions("mine", "onnx", tmp_path, **flags))
-    export.run(export.ExportOptions("mine", "transformers.js", tmp_path, dataset="digits", split="test"))
-    assert [call for call in calls if call != ("silence_exporters",)] == [
-        ("export_model", "mine", "onnx", tmp_path, (32, 48), False, "float16", 19),
-        ("print_report", "report", tmp_path),
-        ("export_for_transformers_js", "mine", tmp_path, "digits", "test"),
-    ]
-    assert [line.split() for line in capsys.readouterr().out.splitlines()] == [
-        "a.onnx largest difference 5.0e-01, same top-1 label: 75.0%".split(),
-        "accuracy on 4 images of digits (test):".split(),
-        ["PyTorch", "50.00%"],
-        ["a.onnx", "25.00%"],
-    ]
 
 
 def test_evaluate_and_demo_pass_their_flags(calls: list[tuple[Any, ...]], tmp_path: Path) -> None:
@@ -515,36 +276,6 @@ def test_evaluate_and_demo_pass_their_flags(calls: list[tuple[Any, ...]], tmp_pa
         ("get_model_folder", "ann/mine", ("revision", "v1")),
         ("get_cached_commit", "folder"),
         ("serve_demo", "ann/mine", "abc", (tmp_path,), "0.0.0.0", 8000),
-    ]
-
-
-def test_the_report_of_an_export_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    report: Any = SimpleNamespace(
-        format="onnx",
-        model="mine",
-        weights="trained",
-        opset=18,
-        limit=(1e-4, 0.01),
-        tried=[SimpleNamespace(shape=(2, 3, 32, 48), differences={"logits": 1e-6})],
-        input={"shape": ["batch", 3, "height", "width"], "image_size": [32, 32], "smallest_image_size": [8, 16]},
-        outputs={"logits": ["batch", 3]},
-        fixed_because="",
-        preprocessing={},
-        versions={"torch": "2"},
-    )
-    export.print_report(report, Path("out.onnx"))
-    lines = capsys.readouterr().out.splitlines()
-    title = "Largest differences between onnx and mine (limit 0.0001 + 0.01 of the largest value)"
-    assert " ".join(" ".join(lines).split()).startswith(title)
-    assert ["2 of 32 x 48", "1.0e-06"] in [[cell.strip() for cell in line.strip("│").split("│")] for line in lines]
-    assert lines[-6:] == [
-        "Accepts any batch size and images of at least 8 x 16 pixels",
-        "Versions: opset 18, torch 2",
-        "",
-        "Wrote the model to out.onnx, and a description of its inputs and outputs to out.onnx.json. "
-        "Run the exported model with",
-        '  session = onnxruntime.InferenceSession("out.onnx")',
-        '  outputs = session.run(None, {"pixel_values": pixel_values})',
     ]
 
 
@@ -577,51 +308,6 @@ def test_push_passes_its_flags(
     assert calls == [("verify", "ann/other", "v1", tmp_path), ("verify", "ann/other", "main", None)]
     with raises_one_line("--no-verify applies only to pushes"):
         push.PushOptions(verify_only="ann/other", verify=False)
-
-
-def test_space_passes_its_flags(
-    calls: list[tuple[Any, ...]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    example = tmp_path / "a.png"
-    space.run(space.SpaceOptions("ann/model", "v1", title="Title", examples=(example,), private=True))
-    model = SimpleNamespace(repo_id="ann/model", commit="abc", needs_token=True)
-    flags = ["--title", "Title", "--examples", str(example)]
-    assert calls == [
-        ("find_published_model", "ann/model", "v1"),
-        ("build_space_files", model, "Title", (example,)),
-        ("check_push_permissions", None, "model-demo", True, ("repo_type", "space")),
-        ("push_space", "files", model, "ann/id", True, "gradio", flags),
-    ]
-    assert "add a token with read access" in capsys.readouterr().out
-    calls.clear()
-    space.run(space.SpaceOptions("ann/model", static=True, node_modules=tmp_path, private=True, space_id="ann/space"))
-    _, silence, (name, source, folder), *others = calls
-    assert (silence, name, source) == (("silence_exporters",), "export_for_transformers_js", "ann/model@abc")
-    flags = ["--static", "--node-modules", str(tmp_path)]
-    assert others == [
-        ("build_static_space_files", model, folder, None, tmp_path),
-        ("check_push_permissions", "ann/space", "model-demo", True, ("repo_type", "space")),
-        ("push_space", "static files", model, "ann/id", True, "static", flags),
-    ]
-    assert "add a token" not in capsys.readouterr().out
-    with raises_one_line("a public static Space would publish the weights of ann/model, which is private or gated"):
-        space.run(space.SpaceOptions("ann/model", static=True))
-    calls.clear()
-    space.run(space.SpaceOptions("ann/model", static=True, output=tmp_path / "space"))
-    assert calls[-1] == ("write_space", "static files", tmp_path / "space")
-    assert f"python -m http.server --directory {tmp_path / 'space'}" in capsys.readouterr().out
-    hub_space.find_published_model().needs_token = False  # a public model
-    space.run(space.SpaceOptions("ann/model", static=True))
-    space.run(space.SpaceOptions("ann/model"))
-    assert "add a token" not in capsys.readouterr().out and [name for name, *_ in calls].count("push_space") == 2
-
-
-def test_recipes_have_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert find_recipe(Path("digits")).read_text() == (SCRIPTS / "recipes" / "digits.yaml").read_text()
-    assert find_recipe(Path("none")) == Path("none")
-    Path("digits").write_text("epochs: 1", encoding="utf-8")  # a file in the working folder takes precedence
-    assert find_recipe(Path("digits")) == Path("digits")
 
 
 @pytest.mark.parametrize(("command", "script"), WRAPPERS.items())
@@ -716,13 +402,3 @@ def test_public_names_are_visible_to_type_checkers() -> None:
         assert getattr(modeling_vitcls, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'ViTCLSModell'"):
         modeling_vitcls.ViTCLSModell  # noqa: B018
-
-
-@pytest.mark.parametrize("flag", ["--private", "--hub-private"])
-def test_both_names_of_the_flag_for_private_repositories_are_accepted(flag: str) -> None:
-    assert parse_flags(push.OPTIONS_CLASS, ["--model", "mine", flag]).private
-    assert parse_flags(space.OPTIONS_CLASS, ["--model", "mine", flag]).private
-    run = ["--model", "vitcls-tiny", "--dataset", "digits", "--output-dir", "mine", "--push-to-hub"]
-    options = parse_with_recipe(FinetuneOptions, [*run, flag])
-    assert options.run.hub_private
-    assert not parse_with_recipe(FinetuneOptions, [*run, flag.replace("--", "--no-")]).run.hub_private
