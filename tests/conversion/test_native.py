@@ -40,7 +40,7 @@ def test_the_demo_model_has_the_same_outputs_at_its_native_size(tmp_path: Path) 
     report = write_native_model(str(folder), tmp_path / "native")
     assert report.model_class == "Dinov2WithRegistersForImageClassification"
     assert [comparison.image_size for comparison in report.comparisons] == [(32, 32)]
-    assert "position embeddings of Dinov2WithRegistersForImageClassification" in report.not_compared
+    assert "resample position embeddings differently" in str(report.not_compared)
     assert not list((tmp_path / "native").glob("*.py"))
     native = AutoModelForImageClassification.from_pretrained(tmp_path / "native")
     original = ViTCLSForImageClassification.from_pretrained(folder)

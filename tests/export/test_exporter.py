@@ -577,7 +577,7 @@ def test_outputs_of_another_graph_raise_an_error(tmp_path: Path, monkeypatch: py
             model.vitcls.embeddings.cls_token.data.div_(1.5)
 
     monkeypatch.setattr(exporter, "trace_model", trace_wrongly)
-    with raises_one_line("differs from the model"):
+    with raises_one_line("differs from that of the model"):
         export_model(str(tmp_path / "model"), "onnx", tmp_path / "vit.onnx")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
