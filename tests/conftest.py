@@ -18,14 +18,14 @@ from pathlib import Path
 from types import CodeType, FunctionType, ModuleType, SimpleNamespace
 from typing import Any
 
-import local_hub
 import pytest
 import torch
 from accelerate.utils import set_seed
-from accelerate_state import reset_accelerate
-from fresh_processes import run_fresh
+from helpers import local_hub
+from helpers.accelerate_state import reset_accelerate
+from helpers.fresh_processes import run_fresh
+from helpers.warm_processes import READY
 from playwright.sync_api import Browser, Error, expect, sync_playwright
-from warm_processes import READY
 
 
 TESTS = Path(__file__).parent

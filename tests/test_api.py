@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from accelerate_state import reset_accelerate
+from helpers.accelerate_state import reset_accelerate
 from PIL import Image
 from sklearn.datasets import load_digits
 from torch.utils.data import Dataset

@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import raises_one_line
+from helpers.tiny_models import raises_one_line
+from helpers.warm_processes import READY, SECONDS
 from torch import nn
-from warm_processes import READY, SECONDS
 
 from modeling_vitcls.checkpoints import (
     CheckpointStore,

@@ -12,10 +12,10 @@ from types import SimpleNamespace
 from typing import Any, TextIO
 
 import pytest
-from command_in_process import run_here
-from fresh_processes import run_fresh
-from local_hub import LocalHub
-from tiny_models import raises_one_line
+from helpers.command_in_process import run_here
+from helpers.fresh_processes import run_fresh
+from helpers.local_hub import LocalHub
+from helpers.tiny_models import raises_one_line
 
 import modeling_vitcls
 from modeling_vitcls import cli

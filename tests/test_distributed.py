@@ -7,7 +7,7 @@ import pytest
 import torch
 from accelerate import DistributedType
 from accelerate.state import PartialState
-from tiny_models import build_tiny_config, raises_one_line
+from helpers.tiny_models import build_tiny_config, raises_one_line
 
 from modeling_vitcls import ViTCLSForImageClassification, distributed
 from modeling_vitcls.distributed import build_accelerator, configure_layer_sharding

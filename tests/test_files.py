@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
-from tiny_models import raises_one_line
+from helpers.tiny_models import raises_one_line
 
 from modeling_vitcls.files import is_closed_pipe, read_json, replace_control_characters, write_atomically, write_json
 

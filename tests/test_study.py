@@ -17,11 +17,11 @@ from typing import Any
 import pytest
 import yaml
 from datasets import ClassLabel, Dataset
+from helpers.tiny_models import raises_one_line
 from matplotlib.figure import Figure
 from PIL import Image
 from pyarrow import parquet
 from scipy import stats
-from tiny_models import raises_one_line
 
 from modeling_vitcls import study as study_module
 from modeling_vitcls.commands.study import StudyOptions

@@ -12,7 +12,7 @@ import psutil
 import pytest
 import torch
 from accelerate import DistributedType
-from fresh_processes import run_fresh
+from helpers.fresh_processes import run_fresh
 
 from modeling_vitcls import system
 from modeling_vitcls.system import (

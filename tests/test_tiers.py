@@ -7,7 +7,7 @@ from typing import Any
 import conftest
 import pytest
 import torch
-from fresh_processes import run_fresh
+from helpers.fresh_processes import run_fresh
 
 from modeling_vitcls.training import task
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_models import (
+from helpers.tiny_models import (
     LAYOUTS,
     build_images,
     build_tiny_config,
@@ -14,8 +14,8 @@ from tiny_models import (
     get_largest_difference,
     raises_one_line,
 )
+from helpers.varied_models import center_logits, collect_findings
 from torch import nn
-from varied_models import center_logits, collect_findings
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSForMultiTaskClassification, ViTCLSModel
 from modeling_vitcls.analysis.ablation import (

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import build_images, build_tiny_config
-from varied_models import center_logits, collect_findings
+from helpers.tiny_models import build_images, build_tiny_config
+from helpers.varied_models import center_logits, collect_findings
 
 from modeling_vitcls import ViTCLSForImageClassification
 from modeling_vitcls.analysis.artifacts import describe_artifacts, diagnose_patches, find_second_mode

@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from figure_titles import get_titles
+from helpers.figure_titles import get_titles
+from helpers.tiny_models import build_tiny_config, randomize
 from matplotlib.figure import Figure
 from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
-from tiny_models import build_tiny_config, randomize
 
 from modeling_vitcls import (
     ViTCLSForImageClassification,

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from digits_models import HELD_OUT, train_digits_model
-from tiny_models import TASKS, build_images, build_tiny_config, randomize
+from helpers.digits_models import HELD_OUT, train_digits_model
+from helpers.tiny_models import TASKS, build_images, build_tiny_config, randomize
+from helpers.varied_models import center_logits, collect_findings
 from torch import nn
-from varied_models import center_logits, collect_findings
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSForMultiTaskClassification, ViTCLSModel
 from modeling_vitcls.analysis.ablation import (

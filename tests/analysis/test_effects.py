@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from helpers.tiny_models import build_images, build_tiny_config
+from helpers.varied_models import collect_findings
 from scipy import stats
 from sklearn.metrics.pairwise import cosine_similarity
-from tiny_models import build_images, build_tiny_config
 from torch import nn
-from varied_models import collect_findings
 
 from modeling_vitcls import ViTCLSModel
 from modeling_vitcls.analysis.ablation import replace_by_means

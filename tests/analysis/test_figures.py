@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from figure_titles import get_titles
+from helpers.figure_titles import get_titles
+from helpers.tiny_models import TASKS, build_images, build_tiny_config, raises_one_line, randomize
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
-from tiny_models import TASKS, build_images, build_tiny_config, raises_one_line, randomize
 from torch import nn
 
 from modeling_vitcls import (

@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.measured_encoders import TOKENS, measure
+from helpers.tiny_models import build_tiny_config, raises_one_line
 from matplotlib.colors import to_rgb
-from measured_encoders import TOKENS, measure
-from tiny_models import build_tiny_config, raises_one_line
 
 from modeling_vitcls.analysis import (
     GROUP_COLORS,

@@ -8,15 +8,15 @@ import matplotlib.pyplot
 import numpy as np
 import pytest
 import torch
+from helpers.measured_encoders import TOKENS, measure
+from helpers.tiny_models import LAYOUTS, TASKS, build_tiny_config, raises_one_line, randomize
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
-from measured_encoders import TOKENS, measure
 from PIL import Image
-from tiny_models import LAYOUTS, TASKS, build_tiny_config, raises_one_line, randomize
 
 from modeling_vitcls import (
     ViTCLSForImageClassification,

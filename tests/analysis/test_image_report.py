@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.tiny_models import TASKS, build_tiny_config, get_largest_difference, randomize
 from PIL import Image
-from tiny_models import TASKS, build_tiny_config, get_largest_difference, randomize
 
 from modeling_vitcls import (
     ViTCLSForImageClassification,

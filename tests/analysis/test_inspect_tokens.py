@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 import timm
-from fresh_processes import SCRIPT_ENVIRONMENT, run_fresh
-from local_hub import local_hub, point_client_at
+from helpers.fresh_processes import SCRIPT_ENVIRONMENT, run_fresh
+from helpers.local_hub import local_hub, point_client_at
+from helpers.tiny_models import TASKS, build_tiny_config, raises_one_line, randomize
 from PIL import Image
 from rich.console import Console
-from tiny_models import TASKS, build_tiny_config, raises_one_line, randomize
 
 from modeling_vitcls import (
     ViTCLSForImageClassification,

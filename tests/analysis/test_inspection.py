@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.tiny_models import build_tiny_config, raises_one_line
+from helpers.varied_models import center_logits
 from PIL import Image
-from tiny_models import build_tiny_config, raises_one_line
-from varied_models import center_logits
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, ViTCLSModel
 from modeling_vitcls.analysis import inspection

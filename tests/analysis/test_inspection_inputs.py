@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from photo_folders import write_photos
+from helpers.photo_folders import write_photos
+from helpers.tiny_models import TASKS, build_tiny_config, raises_one_line
 from PIL import Image
 from sklearn.datasets import load_digits
-from tiny_models import TASKS, build_tiny_config, raises_one_line
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSForMultiTaskClassification, ViTCLSModel
 from modeling_vitcls.analysis.inspection_inputs import InspectionImages, open_images

@@ -6,10 +6,10 @@ import dataclasses
 
 import pytest
 import torch
-from digits_models import HELD_OUT, train_digits_model
+from helpers.digits_models import HELD_OUT, train_digits_model
+from helpers.tiny_models import build_images, build_tiny_config
+from helpers.varied_models import center_logits
 from scipy import stats
-from tiny_models import build_images, build_tiny_config
-from varied_models import center_logits
 
 from modeling_vitcls import ViTCLSForImageClassification
 from modeling_vitcls.analysis import map_checks

@@ -5,9 +5,9 @@ import math
 import numpy as np
 import pytest
 import torch
+from helpers.tiny_models import build_images, build_tiny_config, raises_one_line, randomize
 from matplotlib import colormaps
 from PIL import Image
-from tiny_models import build_images, build_tiny_config, raises_one_line, randomize
 
 from modeling_vitcls import (
     ViTCLSConfig,

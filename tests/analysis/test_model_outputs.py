@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_models import TASKS, build_images, build_tiny_config, randomize
+from helpers.tiny_models import TASKS, build_images, build_tiny_config, randomize
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
 from modeling_vitcls.analysis.model_outputs import (

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from digits_models import HELD_OUT, train_digits_model
+from helpers.digits_models import HELD_OUT, train_digits_model
+from helpers.tiny_models import build_images, build_tiny_config, raises_one_line, randomize
 from PIL import Image
-from tiny_models import build_images, build_tiny_config, raises_one_line, randomize
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
 from modeling_vitcls.analysis.maps import VisibleRegion

@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.tiny_models import TASKS, build_tiny_config, raises_one_line, randomize
+from helpers.varied_models import center_logits
 from PIL import Image
-from tiny_models import TASKS, build_tiny_config, raises_one_line, randomize
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from varied_models import center_logits
 
 from modeling_vitcls import (
     ViTCLSForImageClassification,

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fresh_processes import run_fresh
+from helpers.fresh_processes import run_fresh
+from helpers.tiny_models import build_images, build_tiny_config, randomize
+from helpers.varied_models import center_logits
 from peft import LoraConfig, get_peft_model
 from PIL import Image
-from tiny_models import build_images, build_tiny_config, randomize
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
-from varied_models import center_logits
 
 import modeling_vitcls.analysis as analysis
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, ViTCLSModel

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.tiny_models import LAYOUTS, TASKS, build_tiny_config, raises_one_line, randomize
+from helpers.varied_models import center_logits
 from peers.transformers_cases import CASES
 from PIL import Image
 from playwright.sync_api import Browser, Locator, Page, expect
-from tiny_models import LAYOUTS, TASKS, build_tiny_config, raises_one_line, randomize
-from varied_models import center_logits
 
 from modeling_vitcls import (
     ViTCLSForImageClassification,

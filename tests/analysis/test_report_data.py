@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.tiny_models import build_tiny_config
+from helpers.varied_models import center_logits
 from matplotlib import colormaps
 from PIL import Image
-from tiny_models import build_tiny_config
-from varied_models import center_logits
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
 from modeling_vitcls.analysis import report_data

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from fresh_processes import run_fresh
-from tiny_models import (
+from helpers.fresh_processes import run_fresh
+from helpers.tiny_models import (
     build_images,
     build_tiny_config,
     get_largest_difference,

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import (
+from helpers.tiny_models import (
     LAYOUTS,
     assert_no_recording,
     build_images,
@@ -15,8 +15,8 @@ from tiny_models import (
     raises_one_line,
     randomize,
 )
+from helpers.varied_models import collect_findings
 from torch import nn
-from varied_models import collect_findings
 
 from modeling_vitcls import (
     ViTCLSBackbone,

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from benchmark_results import check_file
-from fresh_processes import run_fresh
-from tiny_models import raises_one_line
+from helpers.benchmark_results import check_file
+from helpers.fresh_processes import run_fresh
+from helpers.tiny_models import raises_one_line
 
 from modeling_vitcls.benchmarking import comparison, own_features, peers
 from modeling_vitcls.benchmarking.comparison import BenchmarkSettings, check_logits, check_tensors

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_models import raises_one_line
+from helpers.tiny_models import raises_one_line
 
 from modeling_vitcls.benchmarking import comparison
 from modeling_vitcls.benchmarking.comparison import (

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from fresh_processes import run_fresh
+from helpers.fresh_processes import run_fresh
+from helpers.tiny_models import raises_one_line
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
-from tiny_models import raises_one_line
 
 from modeling_vitcls.benchmarking import comparison, growth, work
 from modeling_vitcls.benchmarking.comparison import BenchmarkSettings, Comparison, measure_peak_memory_in_process

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.tiny_models import raises_one_line
 from PIL import Image
-from tiny_models import raises_one_line
 
 from modeling_vitcls.benchmarking import image_files
 from modeling_vitcls.benchmarking.comparison import BenchmarkSettings

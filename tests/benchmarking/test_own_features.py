@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import raises_one_line
+from helpers.tiny_models import raises_one_line
 
 from modeling_vitcls.benchmarking import comparison, own_features
 from modeling_vitcls.benchmarking.comparison import BenchmarkSettings, measure_throughput

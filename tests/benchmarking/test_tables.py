@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmark_results import check_file
+from helpers.benchmark_results import check_file
 
 from modeling_vitcls.benchmarking import tables
 from modeling_vitcls.benchmarking.comparison import Comparison

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.tiny_models import raises_one_line
 from PIL import Image
 from sklearn.datasets import load_digits
-from tiny_models import raises_one_line
 from torchvision.transforms import v2
 from transformers import ViTForImageClassification
 

@@ -1,7 +1,7 @@
 """The workloads and the selection of their rows."""
 
 import pytest
-from tiny_models import raises_one_line
+from helpers.tiny_models import raises_one_line
 
 from modeling_vitcls.benchmarking.comparison import BenchmarkSettings
 from modeling_vitcls.benchmarking.peers import SMALL_SIZE

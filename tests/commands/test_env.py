@@ -4,7 +4,7 @@ import importlib.metadata
 
 import pytest
 import torch
-from command_in_process import run_here
+from helpers.command_in_process import run_here
 
 from modeling_vitcls.commands import env
 from modeling_vitcls.version import __version__

@@ -14,12 +14,12 @@ import timm
 import torch
 import transformers
 import yaml
-from accelerate_state import reset_accelerate
+from helpers.accelerate_state import reset_accelerate
+from helpers.source_checkpoints import build_vit_classifier, save_checkpoint
+from helpers.tiny_models import build_tiny_config, randomize
+from helpers.tiny_options import PLAIN
 from huggingface_hub import constants
-from source_checkpoints import build_vit_classifier, save_checkpoint
 from timm.models import save_for_hf
-from tiny_models import build_tiny_config, randomize
-from tiny_options import PLAIN
 
 from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification, ViTCLSImageProcessor, ViTCLSModel
 from modeling_vitcls.conversion import any_checkpoint

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import transformers
+from helpers.source_checkpoints import NAMES, SIZES, build_vit_classifier, save_checkpoint
 from huggingface_hub import ModelCard
-from source_checkpoints import NAMES, SIZES, build_vit_classifier, save_checkpoint
 
 from modeling_vitcls import ViTCLSConfig
 from modeling_vitcls.analysis.card_images import write_card_images

@@ -19,13 +19,13 @@ import pytest
 import timm
 import torch
 import transformers
-from fresh_processes import run_fresh
+from helpers.fresh_processes import run_fresh
+from helpers.sample_photographs import photograph
+from helpers.scripts_in_process import SCRIPTS, run_in_process
+from helpers.source_checkpoints import NAMES, SIZES, WIDTHS, build_vit_classifier, save_checkpoint
+from helpers.tiny_models import build_tiny_config, raises_one_line
 from safetensors.torch import load_file, save_file
-from sample_photographs import photograph
-from scripts_in_process import SCRIPTS, run_in_process
-from source_checkpoints import NAMES, SIZES, WIDTHS, build_vit_classifier, save_checkpoint
 from timm.data import create_transform, resolve_data_config
-from tiny_models import build_tiny_config, raises_one_line
 from transformers import AutoImageProcessor
 
 from modeling_vitcls import (

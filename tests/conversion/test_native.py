@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from fresh_processes import run_fresh
+from helpers.fresh_processes import run_fresh
+from helpers.local_hub import LocalHub
+from helpers.source_checkpoints import build_vit_classifier, save_checkpoint
+from helpers.tiny_models import KINDS, build_images, build_tiny_config, raises_one_line, randomize
 from huggingface_hub import ModelCard
-from local_hub import LocalHub
 from safetensors.torch import load_file
-from source_checkpoints import build_vit_classifier, save_checkpoint
-from tiny_models import KINDS, build_images, build_tiny_config, raises_one_line, randomize
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor

@@ -8,9 +8,9 @@ import pytest
 import timm
 import torch
 import transformers
-from sample_photographs import photograph
+from helpers.sample_photographs import photograph
+from helpers.tiny_models import raises_one_line
 from timm.data import create_transform, resolve_data_config
-from tiny_models import raises_one_line
 from transformers import AutoImageProcessor
 
 from modeling_vitcls import ViTCLSImageProcessor, ViTCLSImageProcessorPil

@@ -6,8 +6,8 @@ from pathlib import Path
 import timm
 import torch
 import transformers
-from source_checkpoints import SIZES
-from tiny_models import raises_one_line
+from helpers.source_checkpoints import SIZES
+from helpers.tiny_models import raises_one_line
 
 from modeling_vitcls import ViTCLSModel
 from modeling_vitcls.conversion import source_models

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fresh_processes import run_fresh
-from tiny_models import build_tiny_config, randomize
+from helpers.fresh_processes import run_fresh
+from helpers.tiny_models import build_tiny_config, randomize
 
 from modeling_vitcls import ViTCLSForImageClassification
 

@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.warm_processes import OFFLINE, run_together
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from warm_processes import OFFLINE, run_together
 
 from modeling_vitcls import cpu_kernels_vitcls
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-from adaptation_cases import adapt_with_loader, get_logged_lines
-from fresh_processes import run_fresh
-from tiny_models import (
+from helpers.adaptation_cases import adapt_with_loader, get_logged_lines
+from helpers.fresh_processes import run_fresh
+from helpers.tiny_models import (
     SIZES,
     build_images,
     build_tiny_config,

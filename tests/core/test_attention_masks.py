@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_models import build_images, build_tiny_config, raises_one_line, randomize
+from helpers.tiny_models import build_images, build_tiny_config, raises_one_line, randomize
 
 from modeling_vitcls import ViTCLSModel
 from modeling_vitcls.attention_masks_vitcls import RelativePositionBias, TokenGates

@@ -17,9 +17,9 @@ from typing import Any
 
 import pytest
 import torch
-from fresh_processes import run_fresh
-from local_hub import LocalHub
-from tiny_models import SIZES, build_tiny_config, raises_one_line
+from helpers.fresh_processes import run_fresh
+from helpers.local_hub import LocalHub
+from helpers.tiny_models import SIZES, build_tiny_config, raises_one_line
 from transformers import (
     AutoBackbone,
     AutoConfig,

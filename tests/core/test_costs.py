@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import BLOCKS, LAYOUTS, build_images, build_tiny_config, each_kind, raises_one_line, randomize
+from helpers.tiny_models import BLOCKS, LAYOUTS, build_images, build_tiny_config, each_kind, raises_one_line, randomize
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification, ViTCLSForMaskedImageModeling, ViTCLSModel

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import BLOCKS, build_images, build_tiny_config, get_largest_difference, randomize
+from helpers.tiny_models import BLOCKS, build_images, build_tiny_config, get_largest_difference, randomize
 from torch import nn
 from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks

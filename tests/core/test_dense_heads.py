@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import build_images, build_tiny_config, get_largest_difference, randomize, record_outputs
+from helpers.tiny_models import build_images, build_tiny_config, get_largest_difference, randomize, record_outputs
 from transformers import (
     DepthAnythingConfig,
     DepthAnythingForDepthEstimation,

@@ -14,7 +14,14 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from tiny_models import SIZES, assert_same_outputs, build_images, build_tiny_config, get_largest_difference, randomize
+from helpers.tiny_models import (
+    SIZES,
+    assert_same_outputs,
+    build_images,
+    build_tiny_config,
+    get_largest_difference,
+    randomize,
+)
 from torch import nn
 
 from modeling_vitcls import ViTCLSBackbone, ViTCLSForImageClassification, ViTCLSForMaskedImageModeling, ViTCLSModel

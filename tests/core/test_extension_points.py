@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from fresh_processes import run_fresh
-from tiny_models import build_images, build_tiny_config, get_largest_difference, raises_one_line, randomize
+from helpers.fresh_processes import run_fresh
+from helpers.tiny_models import build_images, build_tiny_config, get_largest_difference, raises_one_line, randomize
 from transformers import AutoModelForImageClassification
 from transformers.activations import ACT2FN
 from transformers.utils.import_utils import is_kernels_available

@@ -12,8 +12,8 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from helpers.tiny_models import raises_one_line
 from sklearn.datasets import load_sample_images
-from tiny_models import raises_one_line
 from transformers.image_utils import SizeDict
 
 from modeling_vitcls import ViTCLSImageProcessor, ViTCLSImageProcessorPil

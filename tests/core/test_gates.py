@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from adaptation_cases import adapt_with_loader, get_logged_lines
-from sklearn.datasets import load_digits
-from tiny_models import (
+from helpers.adaptation_cases import adapt_with_loader, get_logged_lines
+from helpers.tiny_models import (
     assert_same_outputs,
     build_images,
     build_tiny_config,
@@ -19,6 +18,7 @@ from tiny_models import (
     randomize,
     save_and_load,
 )
+from sklearn.datasets import load_digits
 from torch import nn
 from transformers import AutoModel, AutoModelForImageClassification
 

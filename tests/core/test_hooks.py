@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from captum.attr import LayerIntegratedGradients
-from tiny_models import TASKS, build_images, build_tiny_config, get_largest_difference, randomize
+from helpers.tiny_models import TASKS, build_images, build_tiny_config, get_largest_difference, randomize
 from torch import nn
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSForMultiTaskClassification

@@ -20,7 +20,7 @@ import PIL.EpsImagePlugin
 import PIL.Image
 import pytest
 import torch
-from fresh_processes import run_fresh
+from helpers.fresh_processes import run_fresh
 from sklearn.datasets import load_sample_images
 from transformers import AutoImageProcessor
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from fresh_processes import run_fresh
+from helpers.fresh_processes import run_fresh
+from helpers.tiny_models import assert_same_outputs, build_images, build_tiny_config, randomize
 from peft import LoraConfig, get_peft_model
-from tiny_models import assert_same_outputs, build_images, build_tiny_config, randomize
 from torch import nn
 from torch.profiler import profile
 from torchao import quantization

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import (
+from helpers.tiny_models import (
     BLOCKS,
     assert_same_outputs,
     build_images,

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import build_images, build_tiny_config, raises_one_line, randomize
+from helpers.tiny_models import build_images, build_tiny_config, raises_one_line, randomize
 from torch.nn import functional
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 

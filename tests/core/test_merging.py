@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import (
+from helpers.tiny_models import (
     assert_same_outputs,
     build_images,
     build_tiny_config,

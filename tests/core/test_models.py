@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
-from tiny_models import (
+from helpers.tiny_models import (
     BLOCKS,
     TASKS,
     assert_same_outputs,
@@ -26,6 +25,7 @@ from tiny_models import (
     randomize,
     save_and_load,
 )
+from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForImageClassification
 

@@ -4,8 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from timm.layers.pos_embed_sincos import init_random_2d_freqs
-from tiny_models import (
+from helpers.tiny_models import (
     LAYOUTS,
     POSITIONS,
     build_images,
@@ -13,6 +12,7 @@ from tiny_models import (
     get_largest_difference,
     randomize,
 )
+from timm.layers.pos_embed_sincos import init_random_2d_freqs
 from torch import nn
 
 from modeling_vitcls import ViTCLSModel

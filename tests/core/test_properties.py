@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.tiny_models import build_images, list_tensors
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from tiny_models import build_images, list_tensors
 from transformers.activations import ACT2FN
 from transformers.utils import logging
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import build_images, build_tiny_config, get_largest_difference
+from helpers.tiny_models import build_images, build_tiny_config, get_largest_difference
 from torchao import quantization
 from transformers import TorchAoConfig
 

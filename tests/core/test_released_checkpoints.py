@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from released_models import ANSWERS, KINDS, RELEASED, compute_outputs, write
+from helpers.released_models import ANSWERS, KINDS, RELEASED, compute_outputs, write
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
@@ -48,7 +48,7 @@ def load_model(folder: Path, **values: Any) -> tuple[Any, dict[str, Any]]:
 def test_this_version_has_its_checkpoints() -> None:
     found = {folder.name for folder in CHECKPOINTS if folder.parent.name == __version__}
     assert found == set(KINDS), (
-        f"version {__version__} has none: run `python tests/helpers/released_models.py`, and commit it"
+        f"version {__version__} has none: run tests/helpers/released_models.py, and commit its files"
     )
 
 

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
-from fresh_processes import run_fresh
+from helpers.fresh_processes import run_fresh
 
 from .source import (
     KERNEL_FILE,

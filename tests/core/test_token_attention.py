@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import (
+from helpers.tiny_models import (
     LAYOUTS,
     TASKS,
     assert_no_recording,

@@ -18,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tiny_models import build_images, build_tiny_config, randomize
+from helpers.tiny_models import build_images, build_tiny_config, randomize
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel, cpu_kernels_vitcls
 

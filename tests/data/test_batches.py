@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from batch_plans import build_plan
+from helpers.batch_plans import build_plan
 from PIL import Image
 
 from modeling_vitcls import ViTCLSImageProcessor

@@ -7,8 +7,8 @@ from typing import Any
 import datasets
 import pandas
 import pytest
+from helpers.tiny_models import raises_one_line
 from PIL import Image
-from tiny_models import raises_one_line
 
 from modeling_vitcls.data.image_folder import read_image_folder, scan_folder
 from modeling_vitcls.data.images import UnreadableImage

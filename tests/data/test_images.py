@@ -7,8 +7,8 @@ from typing import Any
 import datasets
 import numpy as np
 import pytest
+from helpers.tiny_models import raises_one_line
 from PIL import Image
-from tiny_models import raises_one_line
 
 from modeling_vitcls.data.held_out import compute_image_key
 from modeling_vitcls.data.images import (

@@ -6,7 +6,7 @@ from typing import Any
 
 import datasets
 import pytest
-from tiny_models import raises_one_line
+from helpers.tiny_models import raises_one_line
 
 from modeling_vitcls.configuration_vitcls import ViTCLSConfig
 from modeling_vitcls.data.labels import (

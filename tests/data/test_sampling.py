@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from batch_plans import build_plan
+from helpers.batch_plans import build_plan
 
 from modeling_vitcls.data.sampling import (
     BatchPlan,

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from accelerate_state import reset_accelerate
-from photo_folders import write_photos
-from tiny_models import raises_one_line
-from tiny_options import build_tiny_options
+from helpers.accelerate_state import reset_accelerate
+from helpers.photo_folders import write_photos
+from helpers.tiny_models import raises_one_line
+from helpers.tiny_options import build_tiny_options
 
 from modeling_vitcls.data.held_out import HeldOutRecord, HeldOutRule
 from modeling_vitcls.data.images import LabeledImages

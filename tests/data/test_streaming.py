@@ -13,8 +13,8 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from helpers.tiny_models import raises_one_line
 from PIL import Image
-from tiny_models import raises_one_line
 
 from modeling_vitcls.data import splits as training_data
 from modeling_vitcls.data import streaming

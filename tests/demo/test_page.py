@@ -15,9 +15,9 @@ from urllib.request import urlopen
 import gradio as gr
 import numpy as np
 import pytest
-from demo_models import build_classifier_demo
+from helpers.demo_models import build_classifier_demo
+from helpers.tiny_models import build_tiny_config, save_with_processor
 from PIL import Image
-from tiny_models import build_tiny_config, save_with_processor
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, ViTCLSModel
 from modeling_vitcls.demo.page import (

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.tiny_models import build_tiny_config, get_largest_difference, raises_one_line, randomize
 from PIL import Image
-from tiny_models import build_tiny_config, get_largest_difference, raises_one_line, randomize
 
 from modeling_vitcls import (
     ViTCLSForImageClassification,

@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from demo_models import build_classifier_demo
-from tiny_models import build_tiny_config
+from helpers.demo_models import build_classifier_demo
+from helpers.tiny_models import build_tiny_config
 
 from modeling_vitcls import ViTCLSForImageClassification
 from modeling_vitcls.demo.reader import DemoModel

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from tiny_models import build_images, build_tiny_config, randomize
+from helpers.tiny_models import build_images, build_tiny_config, randomize
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
 from modeling_vitcls.export import exporter

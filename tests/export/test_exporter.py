@@ -22,9 +22,9 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from fresh_processes import run_fresh
-from scripts_in_process import SCRIPTS, run_in_process
-from tiny_models import BLOCKS, LAYOUTS, build_images, build_tiny_config, raises_one_line, randomize
+from helpers.fresh_processes import run_fresh
+from helpers.scripts_in_process import SCRIPTS, run_in_process
+from helpers.tiny_models import BLOCKS, LAYOUTS, build_images, build_tiny_config, raises_one_line, randomize
 
 from modeling_vitcls import (
     ViTCLSBackbone,

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import build_images, build_tiny_config, raises_one_line, randomize
+from helpers.tiny_models import build_images, build_tiny_config, raises_one_line, randomize
 
 from modeling_vitcls import ViTCLSForImageClassification
 from modeling_vitcls.export import formats

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import build_images, build_tiny_config, each_layout, randomize
+from helpers.tiny_models import build_images, build_tiny_config, each_layout, randomize
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from scripts_in_process import run_in_process
-from tiny_models import KINDS, build_images, build_tiny_config, raises_one_line, randomize
-from transformers_js import install_transformers_js, load_digit_images, save_digits_classifier
+from helpers.scripts_in_process import run_in_process
+from helpers.tiny_models import KINDS, build_images, build_tiny_config, raises_one_line, randomize
+from helpers.transformers_js import install_transformers_js, load_digit_images, save_digits_classifier
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
 from modeling_vitcls.export.exportable import ExportableModel, compute_named_outputs

@@ -1,7 +1,6 @@
 """A model of the demo page: a tiny classifier with a register token."""
 
-from tiny_models import build_tiny_config, randomize
-
+from helpers.tiny_models import build_tiny_config, randomize
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
 from modeling_vitcls.demo.reader import DemoModel
 

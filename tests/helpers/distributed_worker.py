@@ -14,15 +14,16 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
-from process_checks import write_report
 from torch import distributed
 from torch.distributed.fsdp import fully_shard
 from transformers.distributed import DistributedConfig
 
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import modeling_vitcls as vitcls
+from helpers.process_checks import write_report
 from modeling_vitcls.data.batches import BatchPlan
 from modeling_vitcls.options import TrainingOptions
 from modeling_vitcls.training.loop import LoopCallbacks, NonFiniteLoss, TrainingLoop, TrainingState

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from evaluation_worker import build_classifier, build_labeled_images, evaluate_all
 
+from helpers.evaluation_worker import build_classifier, build_labeled_images, evaluate_all
 from modeling_vitcls import ViTCLSImageProcessor
 from modeling_vitcls.distributed import build_accelerator
 

@@ -20,9 +20,10 @@ from typing import Any
 
 import torch
 import transformers
-from load_without_package import PackageBlocker
 from safetensors.torch import load_file, save_file
 from torchvision.transforms.functional import to_pil_image
+
+from helpers.load_without_package import PackageBlocker
 
 
 def main(requests_file: str, target: Path) -> None:

@@ -20,10 +20,11 @@ from dataclasses import dataclass, field
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 
-import local_hub_server as server
 import pytest
 import transformers.utils.hub
 from huggingface_hub import constants
+
+from helpers import local_hub_server as server
 
 
 LFS_NAMES = re.compile(r".*\.(safetensors|bin|pt|pth|pkl|onnx|parquet|npz)")  # as in a new repository's .gitattributes

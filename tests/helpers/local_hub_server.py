@@ -20,7 +20,7 @@ import yaml
 
 
 if TYPE_CHECKING:
-    from local_hub import Commit, Fault, LocalHub, Repository, StoredFile, Token
+    from helpers.local_hub import Commit, Fault, LocalHub, Repository, StoredFile, Token
 
 WAIT_SECONDS = 30.0
 HOLD_SECONDS = 110.0  # clients that push time out after 120 s
@@ -335,7 +335,7 @@ def lfs_verify(hub: "LocalHub", match: re.Match[str], request: Request) -> Respo
 
 def make_commit(hub: "LocalHub", match: re.Match[str], request: Request) -> Response:
     """Apply all changes as one commit on a branch, or none of them."""
-    from local_hub import lfs_file
+    from helpers.local_hub import lfs_file
 
     repository = get_writable(hub, match["repo"], request)
     branch = unquote(match["revision"])

@@ -2,9 +2,8 @@
 
 from typing import Any
 
-from tiny_models import build_images, build_tiny_config, randomize
-from varied_models import collect_findings
-
+from helpers.tiny_models import build_images, build_tiny_config, randomize
+from helpers.varied_models import collect_findings
 from modeling_vitcls import ViTCLSModel
 from modeling_vitcls.analysis import Findings
 

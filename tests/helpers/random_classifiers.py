@@ -2,8 +2,7 @@
 
 from typing import Any
 
-from tiny_options import TINY
-
+from helpers.tiny_options import TINY
 from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification
 
 

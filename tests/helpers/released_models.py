@@ -1,6 +1,6 @@
 """Write small models of a release, with their outputs, to tests/fixtures/released/VERSION/KIND/.
 
-    python tests/helpers/released_models.py  # once per release
+    PYTHONPATH=tests:. python tests/helpers/released_models.py  # once per release
 
 A folder contains config.json, preprocessor_config.json and model.safetensors, as written by `save_pretrained`, without
 the code, and answers.safetensors: the outputs of the model and of the image processor for the inputs below. The files
@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from load_without_package import flatten
 from safetensors.torch import save_file
 
 import modeling_vitcls as vitcls
+from helpers.load_without_package import flatten
 from modeling_vitcls.conversion.random_weights import randomize_weights
 from modeling_vitcls.version import __version__
 

@@ -4,8 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from accelerate_state import reset_accelerate
-
+from helpers.accelerate_state import reset_accelerate
 from modeling_vitcls.api import build_options
 from modeling_vitcls.options import AugmentationOptions, FinetuneOptions, ModelOptions
 from modeling_vitcls.training.task import Task, run_task

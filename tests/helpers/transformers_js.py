@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.datasets import load_digits
-from tiny_models import build_tiny_config, randomize
 
+from helpers.tiny_models import build_tiny_config, randomize
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
 from modeling_vitcls.hub.static_space import TRANSFORMERS_JS_VERSION
 

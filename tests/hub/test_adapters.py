@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from fresh_processes import run_fresh
+from helpers.fresh_processes import run_fresh
+from helpers.local_hub import LocalHub
+from helpers.tiny_models import build_images, build_tiny_config, raises_one_line, randomize, save_with_processor
 from huggingface_hub import ModelCard
-from local_hub import LocalHub
-from tiny_models import build_images, build_tiny_config, raises_one_line, randomize, save_with_processor
 
 from modeling_vitcls import ViTCLSForImageClassification
 from modeling_vitcls.hub.adapters import write_adapter

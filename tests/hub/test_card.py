@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from helpers.rendered_cards import CONFIG, FLAGS, PER_CLASS, RESULTS, render_card
+from helpers.tiny_models import build_tiny_config, randomize, save_with_processor
 from huggingface_hub import ModelCard, parse_eval_result_entries
 from markdown_it import MarkdownIt
 from PIL import Image
-from rendered_cards import CONFIG, FLAGS, PER_CLASS, RESULTS, render_card
-from tiny_models import build_tiny_config, randomize, save_with_processor
 
 from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification
 from modeling_vitcls.data.images import LabeledImages, UnreadableImage

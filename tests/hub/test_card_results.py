@@ -1,7 +1,7 @@
 """Measured results in a card: tables of classes, names of classes, and sentences about limitations."""
 
 import pytest
-from rendered_cards import PER_CLASS, render_card
+from helpers.rendered_cards import PER_CLASS, render_card
 
 from modeling_vitcls.hub.card_results import format_name
 

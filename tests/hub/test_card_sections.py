@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import transformers
-from fresh_processes import run_fresh
-from local_hub import LocalHub, running_hub
-from tiny_models import KINDS, build_tiny_config, save_with_processor
+from helpers.fresh_processes import run_fresh
+from helpers.local_hub import LocalHub, running_hub
+from helpers.tiny_models import KINDS, build_tiny_config, save_with_processor
 
 from modeling_vitcls.configuration_vitcls import MIN_TRANSFORMERS_VERSION
 from modeling_vitcls.hub.card_sections import CITATION, build_use_section, insert_onnx_section

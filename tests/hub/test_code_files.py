@@ -6,7 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from tiny_models import raises_one_line
+from helpers.tiny_models import raises_one_line
 
 from modeling_vitcls.hub import code_files
 from modeling_vitcls.hub.code_files import (

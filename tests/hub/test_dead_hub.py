@@ -16,13 +16,13 @@ import pytest
 import timm
 import torch
 import transformers
+from helpers.local_hub import LocalHub
+from helpers.scripts_in_process import run_in_process
+from helpers.source_checkpoints import SIZES, save_checkpoint
+from helpers.tiny_models import build_tiny_config, raises_one_line, save_with_processor
 from huggingface_hub import constants
-from local_hub import LocalHub
-from scripts_in_process import run_in_process
-from source_checkpoints import SIZES, save_checkpoint
 from test_loading import assert_ends_with_one_line
 from timm.models import save_for_hf
-from tiny_models import build_tiny_config, raises_one_line, save_with_processor
 
 import modeling_vitcls as vitcls
 from modeling_vitcls.analysis.card_images import write_card_images

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from fresh_processes import run_fresh
+from helpers.fresh_processes import run_fresh
+from helpers.local_hub import LocalHub
+from helpers.tiny_models import KINDS, build_tiny_config, raises_one_line, randomize, save_with_processor
 from huggingface_hub import snapshot_download
-from local_hub import LocalHub
 from PIL import Image
-from tiny_models import KINDS, build_tiny_config, raises_one_line, randomize, save_with_processor
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, ViTCLSModel
 from modeling_vitcls.hub import endpoint_handler

@@ -21,15 +21,15 @@ import PIL.Image
 import pytest
 import torch
 import transformers
-from fresh_processes import run_fresh
+from helpers.fresh_processes import run_fresh
+from helpers.local_hub import LocalHub, Token, point_client_at, running_hub
+from helpers.source_checkpoints import SIZES, save_checkpoint
+from helpers.tiny_models import build_tiny_config, raises_one_line, randomize
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import GatedRepoError
 from huggingface_hub.utils import _http as hub_http
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-from local_hub import LocalHub, Token, point_client_at, running_hub
 from safetensors.torch import load_file, save_file
-from source_checkpoints import SIZES, save_checkpoint
-from tiny_models import build_tiny_config, raises_one_line, randomize
 
 import modeling_vitcls as vitcls
 from modeling_vitcls.conversion.convert import convert_checkpoint
@@ -108,7 +108,7 @@ class PublishedModels:
         file = target / "requests.json"
         file.write_text(json.dumps({"inputs": str(self.folder / "inputs.safetensors"), "requests": requests}))
         environment = self.environment(**settings)
-        environment["PYTHONPATH"] = str(CHILD.parent)
+        environment["PYTHONPATH"] = str(CHILD.parents[1])
         child = run_fresh("-P", CHILD, file, target, environment=environment, cwd=target)
         assert child.returncode == 0, child.stderr[-4000:]
         return load_file(target / "answers.safetensors"), json.loads((target / "report.json").read_text())

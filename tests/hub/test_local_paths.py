@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import yaml
-from local_hub import LocalHub
+from helpers.local_hub import LocalHub
+from helpers.tiny_models import build_tiny_config, raises_one_line, save_with_processor
 from PIL import Image
-from tiny_models import build_tiny_config, raises_one_line, save_with_processor
 
 from modeling_vitcls import ViTCLSForImageClassification
 from modeling_vitcls.hub.local_paths import (

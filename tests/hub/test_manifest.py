@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from local_hub import LocalHub
-from tiny_models import build_tiny_config, raises_one_line
+from helpers.local_hub import LocalHub
+from helpers.tiny_models import build_tiny_config, raises_one_line
 
 import modeling_vitcls as vitcls
 from modeling_vitcls.hub.code_files import READING_ORDER

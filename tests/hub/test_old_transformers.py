@@ -10,9 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from fresh_processes import run_fresh
-from local_hub import LocalHub
-from tiny_models import build_tiny_config, save_with_processor
+from helpers.fresh_processes import run_fresh
+from helpers.local_hub import LocalHub
+from helpers.tiny_models import build_tiny_config, save_with_processor
 
 from modeling_vitcls import ViTCLSForImageClassification
 from modeling_vitcls.configuration_vitcls import MIN_TRANSFORMERS_VERSION

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from helpers.local_hub import LocalHub, point_client_at, running_hub
+from helpers.tiny_models import build_tiny_config, randomize
 from huggingface_hub import constants
-from local_hub import LocalHub, point_client_at, running_hub
-from tiny_models import build_tiny_config, randomize
 
 from modeling_vitcls import ViTCLSForImageClassification
 from modeling_vitcls.hub import provenance

@@ -11,17 +11,17 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import local_hub_server
 import pytest
 import torch
 import yaml
+from helpers import local_hub_server
+from helpers.local_hub import LocalHub, Token, point_client_at
+from helpers.scripts_in_process import run_in_process
+from helpers.tiny_models import build_tiny_config, raises_one_line
 from huggingface_hub import HfApi, ModelCard, constants, set_client_factory
 from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.utils import _http as hub_http
 from huggingface_hub.utils import close_session, get_session, http_backoff
-from local_hub import LocalHub, Token, point_client_at
-from scripts_in_process import run_in_process
-from tiny_models import build_tiny_config, raises_one_line
 
 import modeling_vitcls as vitcls
 from modeling_vitcls.checkpoints import CheckpointStore, read_checkpoint

@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+from helpers.local_hub import LocalHub
+from helpers.tiny_models import raises_one_line
 from huggingface_hub import HfApi, constants
-from local_hub import LocalHub
-from tiny_models import raises_one_line
 
 from modeling_vitcls.hub.revisions import HubCommit, download_commit, resolve_code_commit, resolve_commit
 

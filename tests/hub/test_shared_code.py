@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny_models import raises_one_line
+from helpers.tiny_models import raises_one_line
 
 from modeling_vitcls.hub.code_files import CODE_PATTERN, PACKAGE_FOLDER
 from modeling_vitcls.hub.shared_code import pin_code_in_card, use_shared_code, write_code

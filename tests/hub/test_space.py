@@ -24,13 +24,13 @@ import numpy as np
 import pytest
 import torch
 from gradio_client import Client, handle_file
+from helpers.local_hub import LocalHub
+from helpers.scripts_in_process import SCRIPTS, run_in_process
+from helpers.tiny_models import build_tiny_config, raises_one_line, save_with_processor
 from huggingface_hub import HfApi, constants, snapshot_download
-from local_hub import LocalHub
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect
-from scripts_in_process import SCRIPTS, run_in_process
 from sklearn.datasets import load_sample_images
-from tiny_models import build_tiny_config, raises_one_line, save_with_processor
 
 import modeling_vitcls as vitcls
 from modeling_vitcls.demo.page import build_page, launch_page
@@ -59,7 +59,7 @@ pytestmark = pytest.mark.slow  # each demo is a process of its own, and most tes
 WITHOUT_PACKAGE = """
 import runpy, sys
 sys.path.insert(0, {tests!r})
-from load_without_package import PackageBlocker
+from helpers.load_without_package import PackageBlocker
 sys.meta_path.insert(0, PackageBlocker())
 sys.path[0] = {folder!r}
 runpy.run_path("app.py", run_name="__main__")
@@ -514,7 +514,7 @@ def test_the_pushed_space_runs_without_this_package(
     push_folder(tmp_path / "newer", "ann/mine")  # the Space uses the commit for which it was created
 
     space = Path(snapshot_download("ann/try-mine", repo_type="space", local_dir=tmp_path / "space"))
-    command = WITHOUT_PACKAGE.format(tests=str(Path(__file__).parents[1] / "helpers"), folder=str(space))
+    command = WITHOUT_PACKAGE.format(tests=str(Path(__file__).parents[1]), folder=str(space))
     with run_page(["-P", "-c", command], space, HF_HOME=str(tmp_path / "empty")) as at, open_page(browser, at) as page:
         expect(page.get_by_text("ann/mine at commit")).to_contain_text(model.commit[:7])
         assert_shows(read_labels(page), predict_top_labels(classifier, photo))  # of the example

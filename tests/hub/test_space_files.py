@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import yaml
+from helpers.local_hub import LocalHub, Token
+from helpers.tiny_models import raises_one_line
 from huggingface_hub import constants
-from local_hub import LocalHub, Token
 from packaging.requirements import Requirement
 from PIL import Image
-from tiny_models import raises_one_line
 
 from modeling_vitcls.hub import connection
 from modeling_vitcls.hub.code_files import PACKAGE_FOLDER

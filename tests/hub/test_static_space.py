@@ -12,12 +12,12 @@ from urllib.parse import urlsplit
 
 import pytest
 import torch
+from helpers.local_hub import LocalHub
+from helpers.scripts_in_process import run_in_process
+from helpers.transformers_js import install_transformers_js, load_digit_images, save_digits_classifier
 from huggingface_hub import constants
-from local_hub import LocalHub
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect
-from scripts_in_process import run_in_process
-from transformers_js import install_transformers_js, load_digit_images, save_digits_classifier
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
 from modeling_vitcls.export.transformers_js import export_for_transformers_js

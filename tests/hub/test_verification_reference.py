@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.tiny_models import KINDS, build_tiny_config, list_tensors, save_classifier, save_with_processor
 from safetensors.torch import load_file
-from tiny_models import KINDS, build_tiny_config, list_tensors, save_classifier, save_with_processor
 
 from modeling_vitcls.hub.verification_reference import PackageLoader
 from modeling_vitcls.hub.verification_script import AUTO_CLASSES, build_pixel_values, collect_outputs

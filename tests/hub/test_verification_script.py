@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.local_hub import LocalHub
+from helpers.tiny_models import build_tiny_config, randomize, save_classifier
 from huggingface_hub import HfApi, constants
-from local_hub import LocalHub
 from safetensors.torch import load_file
-from tiny_models import build_tiny_config, randomize, save_classifier
 
 import modeling_vitcls as vitcls
 from modeling_vitcls.hub.publish import push_folder

@@ -15,12 +15,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from fresh_processes import run_fresh
-from huggingface_hub import HfApi, constants
-from local_hub import LocalHub, Token
-from safetensors.torch import save_file
-from source_checkpoints import SIZES
-from tiny_models import (
+from helpers.fresh_processes import run_fresh
+from helpers.local_hub import LocalHub, Token
+from helpers.source_checkpoints import SIZES
+from helpers.tiny_models import (
     KINDS,
     TASKS,
     build_tiny_config,
@@ -29,6 +27,8 @@ from tiny_models import (
     save_classifier,
     save_with_processor,
 )
+from huggingface_hub import HfApi, constants
+from safetensors.torch import save_file
 
 import modeling_vitcls as vitcls
 from modeling_vitcls.checkpoints import CheckpointStore

@@ -12,12 +12,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import evaluation_results
 import numpy as np
 import pytest
 import torch
-from evaluation_results import close
-from evaluation_worker import (
+from helpers import evaluation_results
+from helpers.evaluation_results import close
+from helpers.evaluation_worker import (
     CLASSES,
     NUM_IMAGES,
     SIZES,
@@ -28,9 +28,9 @@ from evaluation_worker import (
     evaluate_digits,
     evaluate_frozen_digits,
 )
+from helpers.warm_processes import OFFLINE, run_together
 from PIL import Image
 from rich.console import Console
-from warm_processes import OFFLINE, run_together
 
 from modeling_vitcls import ViTCLSConfig, ViTCLSForMaskedImageModeling, ViTCLSImageProcessor, ViTCLSModel
 from modeling_vitcls.data.images import LabeledImages

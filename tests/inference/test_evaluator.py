@@ -3,13 +3,13 @@
 import io
 from typing import Any
 
-import evaluation_results
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from evaluation_results import close, compute_outputs
-from evaluation_worker import (
+from helpers import evaluation_results
+from helpers.evaluation_results import close, compute_outputs
+from helpers.evaluation_worker import (
     BATCH_SIZE,
     NUM_IMAGES,
     SIZES,

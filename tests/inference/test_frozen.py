@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from helpers.tiny_models import LAYOUTS, build_images, build_tiny_config, each_layout, randomize
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from tiny_models import LAYOUTS, build_images, build_tiny_config, each_layout, randomize
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, ViTCLSModel
 from modeling_vitcls.data.held_out import HeldOutRecord, HeldOutRule

@@ -10,12 +10,12 @@ from typing import Any
 import datasets
 import fsspec
 import numpy as np
-import prediction_photos
 import pytest
 import torch
+from helpers import prediction_photos
+from helpers.prediction_photos import sorted_photos
+from helpers.tiny_models import raises_one_line
 from PIL import Image
-from prediction_photos import sorted_photos
-from tiny_models import raises_one_line
 
 from modeling_vitcls.data.images import ArrayImages
 from modeling_vitcls.inference.inputs import (

@@ -5,14 +5,14 @@ import re
 from types import SimpleNamespace
 from typing import Any
 
-import evaluation_results
 import numpy as np
 import pytest
 import scipy.stats
 import sklearn.metrics
 import torch
-from evaluation_results import close, compute_outputs
-from evaluation_worker import CLASSES, NUM_IMAGES, SPACES
+from helpers import evaluation_results
+from helpers.evaluation_results import close, compute_outputs
+from helpers.evaluation_worker import CLASSES, NUM_IMAGES, SPACES
 from torch import nn
 
 from modeling_vitcls.data.labels import LabelSpace

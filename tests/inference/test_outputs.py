@@ -13,8 +13,8 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from fresh_processes import SCRIPT_ENVIRONMENT
-from tiny_models import raises_one_line
+from helpers.fresh_processes import SCRIPT_ENVIRONMENT
+from helpers.tiny_models import raises_one_line
 
 from modeling_vitcls.files import read_json
 from modeling_vitcls.inference import outputs

@@ -18,19 +18,19 @@ from typing import Any
 
 import datasets
 import numpy as np
-import prediction_photos
 import pyarrow.parquet as pq
 import pytest
 import sklearn.datasets
 import torch
-from accelerate_state import reset_accelerate
-from fresh_processes import SCRIPT_ENVIRONMENT
+from helpers import prediction_photos
+from helpers.accelerate_state import reset_accelerate
+from helpers.fresh_processes import SCRIPT_ENVIRONMENT
+from helpers.prediction_photos import sorted_photos
+from helpers.scripts_in_process import SCRIPTS, run_in_process
+from helpers.tiny_models import build_tiny_config, raises_one_line, randomize
+from helpers.warm_processes import OFFLINE, READY, run_script, run_together
 from PIL import Image
-from prediction_photos import sorted_photos
-from scripts_in_process import SCRIPTS, run_in_process
-from tiny_models import build_tiny_config, raises_one_line, randomize
 from transformers import pipeline
-from warm_processes import OFFLINE, READY, run_script, run_together
 
 from modeling_vitcls import (
     ViTCLSForImageClassification,

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import TASKS, build_images, build_tiny_config, randomize
+from helpers.tiny_models import TASKS, build_images, build_tiny_config, randomize
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSForMultiTaskClassification, ViTCLSModel
 from modeling_vitcls.inference.prediction_rows import (

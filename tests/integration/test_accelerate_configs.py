@@ -21,9 +21,9 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
-from fresh_processes import SCRIPT_ENVIRONMENT
+from helpers.fresh_processes import SCRIPT_ENVIRONMENT
+from helpers.warm_processes import OFFLINE, run_together
 from safetensors.torch import load_file
-from warm_processes import OFFLINE, run_together
 
 from modeling_vitcls import ViTCLSForImageClassification
 

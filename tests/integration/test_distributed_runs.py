@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 from accelerate import DistributedType
-from distributed_worker import CHECKS, NUM_PROCESSES
-from tiny_models import raises_one_line
-from warm_processes import run_checks
+from helpers.distributed_worker import CHECKS, NUM_PROCESSES
+from helpers.tiny_models import raises_one_line
+from helpers.warm_processes import run_checks
 
 from modeling_vitcls.distributed import (
     check_deepspeed_flags,

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from fresh_processes import run_fresh
-from tiny_models import build_tiny_config
+from helpers.fresh_processes import run_fresh
+from helpers.tiny_models import build_tiny_config
 
 from modeling_vitcls import ViTCLSForImageClassification
 from modeling_vitcls.benchmarking.comparison import Comparison

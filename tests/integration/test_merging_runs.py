@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.tiny_models import build_tiny_config, raises_one_line, randomize
 from PIL import Image
 from sklearn.datasets import load_digits
-from tiny_models import build_tiny_config, raises_one_line, randomize
 
 from modeling_vitcls import (
     ViTCLSForImageClassification,

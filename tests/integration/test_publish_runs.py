@@ -18,12 +18,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from accelerate_state import reset_accelerate
+from helpers.accelerate_state import reset_accelerate
+from helpers.local_hub import LocalHub, Token, point_client_at
+from helpers.warm_processes import READY, SECONDS, find_free_port, get_rank_variables, run_script
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.utils import are_progress_bars_disabled
-from local_hub import LocalHub, Token, point_client_at
 from safetensors.torch import load, load_file
-from warm_processes import READY, SECONDS, find_free_port, get_rank_variables, run_script
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
 from modeling_vitcls.hub import connection, publish

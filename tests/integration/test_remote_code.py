@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from fresh_processes import run_fresh
-from load_without_package import AUTO_CLASSES, BACKENDS, SEED, compute_outputs
-from local_hub import local_hub
+from helpers.fresh_processes import run_fresh
+from helpers.load_without_package import AUTO_CLASSES, BACKENDS, SEED, compute_outputs
+from helpers.local_hub import local_hub
 from safetensors.torch import load_file, save_file
 from transformers.dynamic_module_utils import get_imports, get_relative_imports
 

@@ -20,10 +20,10 @@ import datasets
 import psutil
 import pytest
 import torch
-from fresh_processes import SCRIPT_ENVIRONMENT
+from helpers.fresh_processes import SCRIPT_ENVIRONMENT
+from helpers.warm_processes import READY, SCRIPTS, find_free_port, get_loopback, get_rank_variables, run_script
 from PIL import Image
 from safetensors.torch import load_file
-from warm_processes import READY, SCRIPTS, find_free_port, get_loopback, get_rank_variables, run_script
 
 from modeling_vitcls.data import batches
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import get_largest_difference
+from helpers.tiny_models import get_largest_difference
 from torch import nn
 
 from modeling_vitcls import convert_from_timm, convert_from_transformers

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import timm
 import torch
+from helpers.tiny_models import raises_one_line
 from safetensors.torch import load_file, save_file
-from tiny_models import raises_one_line
 from torch import nn
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 from accelerate import Accelerator
+from helpers.tiny_models import build_tiny_config
+from helpers.tiny_options import build_tiny_options
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
-from tiny_models import build_tiny_config
-from tiny_options import build_tiny_options
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
 from modeling_vitcls.training.branch_uploads import build_branch_uploader

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_models import build_tiny_config, randomize
+from helpers.tiny_models import build_tiny_config, randomize
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
 from modeling_vitcls.options import DataOptions, FinetuneOptions, ModelOptions, PretrainOptions, TrainingOptions

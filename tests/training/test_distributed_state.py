@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from checkpoint_worker import CHECKS, NUM_PROCESSES
+from helpers.checkpoint_worker import CHECKS, NUM_PROCESSES
+from helpers.warm_processes import run_checks
 from torch import distributed, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from warm_processes import run_checks
 
 from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification
 from modeling_vitcls.checkpoints import CheckpointStore

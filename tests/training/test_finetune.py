@@ -23,15 +23,15 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator, DistributedType
-from accelerate_state import reset_accelerate
-from fresh_processes import SCRIPT_ENVIRONMENT, run_fresh
-from local_hub import LocalHub, Token, point_client_at
+from helpers.accelerate_state import reset_accelerate
+from helpers.fresh_processes import SCRIPT_ENVIRONMENT, run_fresh
+from helpers.local_hub import LocalHub, Token, point_client_at
+from helpers.tiny_models import raises_one_line
+from helpers.tiny_options import PLAIN, TINY, build_tiny_options, read_metrics
+from helpers.warm_processes import OFFLINE, run_together
 from PIL import Image
 from safetensors.torch import load_file
-from tiny_models import raises_one_line
-from tiny_options import PLAIN, TINY, build_tiny_options, read_metrics
 from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
-from warm_processes import OFFLINE, run_together
 
 from modeling_vitcls import (
     ViTCLSConfig,

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from PIL import Image
-from tiny_models import (
+from helpers.tiny_models import (
     LAYOUTS,
     TASKS,
     assert_same_outputs,
@@ -20,7 +19,8 @@ from tiny_models import (
     raises_one_line,
     randomize,
 )
-from warm_processes import METHOD, find_free_port
+from helpers.warm_processes import METHOD, find_free_port
+from PIL import Image
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSForMultiTaskClassification, ViTCLSImageProcessor
 from modeling_vitcls.data.augmentation import build_augmentation

@@ -16,12 +16,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate_state import reset_accelerate
-from random_classifiers import build_random_model
-from tiny_options import PLAIN, TINY
+from helpers.accelerate_state import reset_accelerate
+from helpers.random_classifiers import build_random_model
+from helpers.tiny_options import PLAIN, TINY
+from helpers.warm_processes import READY, SECONDS
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
-from warm_processes import READY, SECONDS
 
 from modeling_vitcls import (
     ViTCLSConfig,

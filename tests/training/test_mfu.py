@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from accelerate import Accelerator, DistributedType
-from accelerate_state import reset_accelerate
-from tiny_models import TASKS, build_images, build_tiny_config, randomize
-from tiny_options import build_tiny_options, read_metrics
+from helpers.accelerate_state import reset_accelerate
+from helpers.tiny_models import TASKS, build_images, build_tiny_config, randomize
+from helpers.tiny_options import build_tiny_options, read_metrics
+from helpers.warm_processes import READY, SECONDS, find_free_port, get_rank_variables
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from warm_processes import READY, SECONDS, find_free_port, get_rank_variables
 
 from modeling_vitcls import (
     ViTCLSForImageClassification,

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate_state import reset_accelerate
+from helpers.accelerate_state import reset_accelerate
+from helpers.tiny_models import build_images, build_tiny_config, get_largest_difference, raises_one_line, randomize
 from peft.tuners.lora import LoraLayer
-from tiny_models import build_images, build_tiny_config, get_largest_difference, raises_one_line, randomize
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSForMultiTaskClassification, ViTCLSImageProcessor
 from modeling_vitcls.data.labels import LabelSpace

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from helpers.tiny_models import build_tiny_config, randomize
+from helpers.tiny_options import build_tiny_options
 from huggingface_hub import ModelCard
 from PIL import Image
-from tiny_models import build_tiny_config, randomize
-from tiny_options import build_tiny_options
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
 from modeling_vitcls.data.images import LabeledImages, UnreadableImage

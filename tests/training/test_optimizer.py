@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from random_classifiers import build_random_model
+from helpers.random_classifiers import build_random_model
 
 from modeling_vitcls.options import TrainingOptions
 from modeling_vitcls.training.optimizer import DeepSpeedOptimizerStep, build_parameter_groups, get_learning_rate

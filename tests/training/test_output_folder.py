@@ -14,10 +14,10 @@ import psutil
 import pytest
 import torch
 import yaml
-from accelerate_state import reset_accelerate
-from tiny_models import raises_one_line
-from tiny_options import build_tiny_options
-from warm_processes import READY, SECONDS
+from helpers.accelerate_state import reset_accelerate
+from helpers.tiny_models import raises_one_line
+from helpers.tiny_options import build_tiny_options
+from helpers.warm_processes import READY, SECONDS
 
 from modeling_vitcls.checkpoints import CheckpointStore
 from modeling_vitcls.options import FinetuneOptions, PretrainOptions

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from tiny_models import build_tiny_config, raises_one_line
-from tiny_options import TINY as TINY_FINETUNING
-from tiny_options import build_tiny_options, read_metrics, run_to_folder
+from helpers.tiny_models import build_tiny_config, raises_one_line
+from helpers.tiny_options import TINY as TINY_FINETUNING
+from helpers.tiny_options import build_tiny_options, read_metrics, run_to_folder
 from transformers import AutoModel, AutoModelForMaskedImageModeling
 
 from modeling_vitcls import ViTCLSForMaskedImageModeling, ViTCLSImageProcessor, ViTCLSModel

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from helpers.tiny_models import build_tiny_config
 from PIL import Image
 from rich.console import Console
-from tiny_models import build_tiny_config
 
 from modeling_vitcls import ViTCLSForImageClassification
 from modeling_vitcls.data.sampling import BatchPlan

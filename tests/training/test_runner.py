@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate_state import reset_accelerate
+from helpers.accelerate_state import reset_accelerate
+from helpers.tiny_models import raises_one_line
+from helpers.tiny_options import build_tiny_options, read_metrics, run_to_folder
 from PIL import Image
 from safetensors.torch import load_file
-from tiny_models import raises_one_line
-from tiny_options import build_tiny_options, read_metrics, run_to_folder
 
 from modeling_vitcls.checkpoints import CheckpointStore, format_state, read_state
 from modeling_vitcls.files import read_json

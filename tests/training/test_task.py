@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from accelerate_state import reset_accelerate
+from helpers.accelerate_state import reset_accelerate
+from helpers.tiny_models import build_tiny_config
+from helpers.tiny_options import build_tiny_options, read_metrics
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
-from tiny_models import build_tiny_config
-from tiny_options import build_tiny_options, read_metrics
 from torchvision.transforms import InterpolationMode
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor

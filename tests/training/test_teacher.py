@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import timm
 import torch
+from helpers.tiny_models import build_tiny_config, get_largest_difference, raises_one_line, randomize
 from PIL import Image
 from safetensors.torch import save_file
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import save_for_hf
-from tiny_models import build_tiny_config, get_largest_difference, raises_one_line, randomize
 from torch import nn
 from transformers import (
     AutoImageProcessor,

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from random_classifiers import build_random_model
+from helpers.random_classifiers import build_random_model
 
 from modeling_vitcls.training.token_monitor import TokenMonitor, build_attention_callback
 
