@@ -84,6 +84,7 @@ class LoopCallbacks:
     record_speed: Callable[[int, float], Metrics] = lambda num_images, seconds: {}  # returns speed metrics
     get_stop_signal: Callable[[], str | None] = lambda: None  # returns the name of the stop signal
     push_checkpoint: Callable[[], None] = lambda: None  # called after each step except the last step
+    show_step: Callable[[int], None] = lambda step: None  # called after each optimizer step
 
 
 class TrainingInterrupted(Exception):
@@ -117,6 +118,7 @@ class TrainingLoop:
     monitor: TokenMonitor
     selection_metric: str  # name of the metric that selects the best checkpoint
     save_every: int | None = None  # number of steps between checkpoints; None to save at each evaluation
+    evaluated_images: str = "held_out"  # "selection" if the best checkpoint is selected on separate images
     step_seconds: list[float] = field(default_factory=list)  # durations of the steps since the last record, in seconds
     is_best: bool = False  # whether the last step was evaluated and had the best score so far
     num_overflows: int = 0  # number of consecutive steps that the loss scaler skipped
@@ -164,6 +166,7 @@ class TrainingLoop:
         start_time = time.perf_counter()
         record, batch = self.run_optimizer_step(batches, should_measure_tokens=should_log)
         self.step_seconds.append(time.perf_counter() - start_time)
+        self.callbacks.show_step(state.step)
 
         if self.options.health_every and next_step % self.options.health_every == 0:
             state.attention_metrics = self.callbacks.measure_attention(batch)
@@ -190,8 +193,8 @@ class TrainingLoop:
             state.best_score, state.num_evaluations_since_best = score, 0
         else:
             state.num_evaluations_since_best += 1
-        held_out_metrics = {f"held_out_{name}": value for name, value in select_scalars(metrics).items()}
-        self.callbacks.log(state.pending_record | held_out_metrics)
+        scalars = {f"{self.evaluated_images}_{name}": value for name, value in select_scalars(metrics).items()}
+        self.callbacks.log(state.pending_record | scalars)
         state.pending_record = {}
         if self.is_best:
             self.callbacks.save(True)

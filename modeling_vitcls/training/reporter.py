@@ -83,10 +83,14 @@ class Reporter:
                 "--resume"
             ) from error
 
-    def log(self, record: dict[str, Any], selection_metric: str) -> None:
+    def show_step(self, step: int) -> None:
+        """Move the progress bar, and update the remaining time."""
+        self.progress.update(self.progress_task, completed=step, remaining=self.format_remaining_time(step))
+
+    def log(self, record: dict[str, Any], printed_metric: str | None) -> None:
         """Append a record to metrics.jsonl, print the record, and send the numeric values of the record to the
-        trackers. The printed line contains the selection metric if the record does. Raise OSError on the main process
-        if metrics.jsonl cannot be written."""
+        trackers. The printed line contains the evaluation metric `printed_metric` if the record does. Raise OSError on
+        the main process if metrics.jsonl cannot be written."""
         self.accelerator.log(flatten_record(record), step=record["step"])
         if not self.accelerator.is_main_process:
             return
@@ -98,18 +102,18 @@ class Reporter:
         if "utilisation" in record:
             utilization = record["utilisation"]
             text += ", utilization unknown" if utilization is None else f", {utilization:.1%} of peak"
-        held_out_text = ""
-        if f"held_out_{selection_metric}" in record:
-            score_text = format_metric(selection_metric, record[f"held_out_{selection_metric}"])
-            held_out_text = f"  held out: {score_text}"
+        score_text = ""
+        for split, split_text in (("held_out", "held out"), ("selection", "selection")):
+            if printed_metric is not None and (name := f"{split}_{printed_metric}") in record:
+                score_text = f"{split_text}: {format_metric(printed_metric, record[name])}"
         remaining_time = self.format_remaining_time(record["step"])
         if self.progress.disable:
-            columns = [f"step {record['step']}/{self.num_steps}", text, remaining_time, held_out_text.strip()]
+            columns = [f"step {record['step']}/{self.num_steps}", text, remaining_time, score_text]
             self.console.print("  ".join(filter(None, columns)), markup=False)
             return
         self.progress.update(self.progress_task, completed=record["step"], description=text, remaining=remaining_time)
-        if held_out_text:
-            self.progress.console.print(f"epoch {record['epoch']:>5.1f}{held_out_text}", markup=False)
+        if score_text:
+            self.progress.console.print(f"epoch {record['epoch']:>5.1f}  {score_text}", markup=False)
 
     def format_remaining_time(self, step: int) -> str:
         """Format the remaining time, estimated from the speed so far. Return an empty string after the last step."""

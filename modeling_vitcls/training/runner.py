@@ -130,6 +130,7 @@ class Runner:
         plan: BatchPlan,
         selection_metric: str,
         uploader: BranchUploader | None = None,
+        evaluated_images: str = "held_out",
     ) -> Metrics:
         """Train from the beginning or from the checkpoint, and return the metrics of the last evaluation. With
         `--ema-decay`, the model contains the averaged weights after training. Raise RunStopped after a signal, a
@@ -162,7 +163,7 @@ class Runner:
 
         def log(record: Metrics) -> None:
             report_unreadable_images()
-            self.reporter.log(record, selection_metric)
+            self.reporter.log(record, None if self.options.run.dry_run else selection_metric)
 
         def gather_for_checkpoint() -> tuple[dict[str, Tensors], dict[str, Any]]:
             report_unreadable_images()
@@ -200,6 +201,7 @@ class Runner:
                 measure_attention=components.measure_attention,
                 record_speed=record_speed,
                 get_stop_signal=signal_handler.get_signal,
+                show_step=self.reporter.show_step,
             )
             if uploader is not None:
                 callbacks.push_checkpoint = partial(uploader.push_if_due, state, gather_for_checkpoint)
@@ -214,6 +216,7 @@ class Runner:
                 monitor,
                 selection_metric,
                 save_every,
+                evaluated_images,
             )
             with closing(components.iterate_batches(state.step)) as batches:  # closing stops the data loading workers
                 metrics = loop.run(batches)

@@ -9,6 +9,7 @@ The tasks (finetune.py, pretrain.py) supply data, model, loss, evaluator and car
 
 import math
 import os
+import random
 import shutil
 import tempfile
 import time
@@ -80,6 +81,7 @@ class Task(ABC):
     plan: BatchPlan
     model: Any  # unwrapped ViTCLS model; parameters that are not trained are frozen
     processor: ViTCLSImageProcessor
+    warnings: list[str]  # warnings to print before training
     summary_lines: dict[str, str | None]  # lines about the initial weights and the default values, keyed by name
 
     def __init__(self, options: Any) -> None:
@@ -96,6 +98,7 @@ class Task(ABC):
                 self.resolve_options()
                 self.plan = self.build_plan(self.options.training)
                 self.load_model()
+                self.warnings = self.find_warnings()
             if self.options.training.gradient_checkpointing:
                 self.model.gradient_checkpointing_enable()
             self.runner.check_plan(self.plan)
@@ -236,7 +239,7 @@ def run_task(task: Task) -> dict[str, Any]:
             return read_json(runner.folder / RESULTS_FILE)
         for name, text in collect_summary_lines(task).items():
             reporter.print_line(name, text)
-        for warning in task.find_warnings():
+        for warning in task.warnings:
             reporter.warn(warning)
 
         held_out, selection = task.data.held_out, task.data.selection
@@ -245,12 +248,14 @@ def run_task(task: Task) -> dict[str, Any]:
         components = task.build_components(evaluate_held_out if selection is None else task.build_evaluator(selection))
         write_model_files = partial(write_model, task.model, task.processor)
         uploader = build_branch_uploader(task.options, reporter, task.hub_model_id, task.model, write_model_files)
-        metrics = runner.train(components, task.plan, task.selection_metric, uploader)
+        evaluated_images = "held_out" if selection is None else "selection"
+        metrics = runner.train(components, task.plan, task.selection_metric, uploader, evaluated_images)
         metrics |= evaluate_trained_model(task, components, evaluate_held_out)
 
         results = collect_results(task) | drop_large_matrices(metrics)
         save_output(task, results)
-        reporter.print_line("result", task.format_result(metrics))
+        if not task.options.run.dry_run:  # a few steps, evaluated on a few images, have no meaningful result
+            reporter.print_line("result", task.format_result(metrics))
         report_text = f" {REPORT_FILE}," if (runner.folder / REPORT_FILE).exists() else ""
         files_text = f"model, image processor, README.md,{report_text} {RESULTS_FILE}"
         reporter.print_line("saved", f"{runner.folder} ({files_text})")
@@ -447,16 +452,15 @@ def dry_run(task_class: type[Task], options: Any) -> None:
         full_training_options = replace(task.options.training, max_steps=options.training.max_steps)
         runner, plan, data = task.runner, task.build_plan(full_training_options), task.data
         num_held_out = len(data.held_out if data.selection is None else data.selection)
-        indices = range(min(num_held_out, plan.batch_size * plan.num_processes))
-        selection = None if data.selection is None else data.selection.select(indices)
-        held_out = data.held_out.select(indices[: len(data.held_out)])
-        task.data = replace(data, held_out=held_out, selection=selection)
+        num_evaluated = min(num_held_out, plan.batch_size * plan.num_processes)
+        selection = None if data.selection is None else draw_images(data.selection, num_evaluated)
+        task.data = replace(data, held_out=draw_images(data.held_out, num_evaluated), selection=selection)
         if dry_run_options.training.trainable == "head":
             limit_training_images(task)
         run_task(task)
     checkpoint_text = "a checkpoint and " if runner.can_save_checkpoints else ""
     push_note = f"; pushing to {task.hub_model_id} is permitted" if task.hub_model_id else ""
-    evaluated_fraction = len(indices) / num_held_out if num_held_out else 1.0
+    evaluated_fraction = num_evaluated / num_held_out if num_held_out else 1.0
     duration = format_duration(estimate_run_seconds(runner, plan, evaluated_fraction))
     runner.reporter.print_line(
         "dry run",
@@ -464,6 +468,11 @@ def dry_run(task_class: type[Task], options: Any) -> None:
         f"{time.perf_counter() - start_time:.0f} s{push_note}; no files were kept. The full run has "
         f"{plan.num_steps:,} steps and takes about {duration}",
     )
+
+
+def draw_images(images: LabeledImages, num_images: int) -> LabeledImages:
+    """Draw at most `num_images` images at random, with a fixed seed, because datasets are often sorted by class."""
+    return images.select(sorted(random.Random(0).sample(range(len(images)), min(num_images, len(images)))))
 
 
 @contextmanager

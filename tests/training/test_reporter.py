@@ -92,6 +92,17 @@ def test_the_time_on_the_bar_is_labeled(tmp_path: Path, clock: list[float]) -> N
     assert "lr 2.5e-04" in last and "2/20" in last
 
 
+def test_the_bar_moves_at_every_step(tmp_path: Path, clock: list[float]) -> None:
+    reporter, output = build_reporter(tmp_path, force_terminal=True, width=200)
+    reporter.progress.disable = False
+    reporter.start_after(0, 20)
+    with reporter.progress:
+        clock[0] += 60
+        reporter.show_step(1)
+        reporter.progress.refresh()
+    assert "1/20" in output.getvalue() and "19 min left" in output.getvalue()
+
+
 def test_records_of_repeated_steps_are_removed(tmp_path: Path) -> None:
     """A run that continues after step 4 keeps the records up to step 4. The last line was truncated."""
     reporter, _ = build_reporter(tmp_path)

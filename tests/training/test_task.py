@@ -45,7 +45,7 @@ def build_options(folder: Path, data: DataOptions = DIGITS, **training: Any) -> 
 
 def read_records(folder: Path) -> list[dict[str, Any]]:
     """Return the records of the evaluated steps."""
-    return [record for record in read_metrics(folder) if "held_out_accuracy" in record]
+    return [record for record in read_metrics(folder) if "selection_accuracy" in record]
 
 
 def write_images(folder: Path, splits: dict[str, dict[str, int]]) -> DataOptions:
@@ -140,16 +140,20 @@ def test_the_flags_and_the_checkpoint_determine_the_batches(tmp_path: Path) -> N
 # The best checkpoint -------------------------------------------------------------------------------------------------
 
 
-def test_the_best_checkpoint_is_saved_and_reported(tmp_path: Path) -> None:
+def test_the_best_checkpoint_is_saved_and_reported(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """The learning rate is far too high, so that a later evaluation is worse than an earlier one."""
     folder = tmp_path / "run"
     flags = {"epochs": 4.0, "batch_size": 400, "learning_rate": 0.2, "warmup": 0.0, "ema_decay": 0.5}
     flags |= {"drop_path_rate": 0.5}  # not in evaluations
     results = run_task(FinetuneTask(build_options(folder, select="best", **flags)))
     records = read_records(folder)
-    best = max(records, key=lambda record: record["held_out_accuracy"])
+    best = max(records, key=lambda record: record["selection_accuracy"])
     assert results["selection"]["step"] == best["step"] and best is not records[-1]
-    assert results["selection"]["accuracy"] == best["held_out_accuracy"]
+    assert results["selection"]["accuracy"] == best["selection_accuracy"]
+    # "held out" names only the reported images.
+    assert not any(name.startswith("held_out") for record in records for name in record)
+    printed = capsys.readouterr().out
+    assert f"selection: accuracy {best['selection_accuracy']:.2%}" in printed and "held out: " not in printed
 
     store = CheckpointStore(folder / "checkpoints", num_kept=2)
     assert store.load_best().step == best["step"]
@@ -185,6 +189,21 @@ def test_a_validation_split_selects_and_the_test_split_is_reported(tmp_path: Pat
     assert [count for is_training, count in forwards if not is_training] == [6 + 1, 6 + 1, 10 + 1] and forwards[0][0]
     assert (results["split"], results["num_images"], results["selection"]["num_images"]) == ("split 'test'", 10, 6)
     assert load_training_data(data).held_out_name == "split 'validation'"
+
+
+def test_a_dry_run_evaluates_random_images_and_prints_no_result(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first held-out images are all of one class."""
+    data = write_images(tmp_path / "data", {split: {"dusk": 40, "noon": 40} for split in ("train", "val")})
+    evaluated, build_evaluator = [], FinetuneTask.build_evaluator
+    monkeypatch.setattr(
+        FinetuneTask, "build_evaluator", lambda task, images: evaluated.append(images) or build_evaluator(task, images)
+    )
+    dry_run(FinetuneTask, build_options(tmp_path / "run", data, report=False))
+    assert set(evaluated[0].labels) == {0, 1} and len(evaluated[0]) == 16
+    printed = capsys.readouterr().out
+    assert "accuracy" not in printed and "WARNING" not in printed and "ran 3 steps" in printed
 
 
 def test_a_dry_run_with_fewer_images_to_select_on_than_to_report(
