@@ -8,8 +8,8 @@
          tokens [B, N, D]
 
 B images, N tokens, D channels. Every layer updates special tokens in the same way as patches.
-`ViTCLSModel` (modeling_vitcls.py) calls the layers. Post-norm and parallel layers, differential attention, token
-merging and register neurons are in variants_vitcls.py. Module names follow the ViT of transformers.
+`ViTCLSModel` (modeling_vitcls.py) calls the layers. Post-norm and parallel layers, differential attention
+and register neurons are in variants_vitcls.py. Module names follow the ViT of transformers.
 
 This file contains no performance optimizations. On CPUs, cpu_kernels_vitcls.py installs faster modules.
 """

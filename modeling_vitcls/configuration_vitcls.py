@@ -78,22 +78,11 @@ SIZE_LIMITS: dict[str, tuple[int, int]] = {
     "num_channels": (1, 100_000),
     "num_hidden_layers": (1, 10_000),
     **dict.fromkeys(("hidden_size", "num_attention_heads", "intermediate_size", "head_hidden_size"), (1, 1_000_000)),
-    "merged_patches_per_layer": (0, 1_000_000),
     **dict.fromkeys(("attention_head_size", "attention_pool_heads"), (1, 1_000_000)),
     "attention_pool_intermediate_size": (1, 1_000_000),
 }
 ALWAYS_SAVED_FIELDS = {"image_size", "patch_size", "pooling", *SIZE_LIMITS}  # saved even with default values
 MAX_LABELS = 1_000_000  # maximum number of labels of one classifier
-
-# Field -> values that `merged_patches_per_layer` supports. With other values, attention depends on individual patches,
-# but merging combines patches.
-MERGING_REQUIREMENTS: dict[str, tuple[Any, ...]] = {
-    "position_embedding_type": ("learned", "sincos_2d", "none"),
-    "relative_position_bias": ("none",),
-    **dict.fromkeys(("cls_scopes", "gated_tokens", "register_neurons"), (None,)),
-    "attention_type": ("softmax",),
-    "layer_type": ("standard",),
-}
 
 PROBLEM_TYPES = (None, "single_label_classification", "multi_label_classification", "regression")
 
@@ -204,8 +193,6 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         layer_scale_init_value (`float`, *optional*): Initial value of a learned scale per channel on each residual
             branch (CaiT, arXiv 2103.17239). Default: no scale.
         initializer_range (`float`, defaults to 0.02): Standard deviation of the initial weights.
-        merged_patches_per_layer (`int`, defaults to 0): Number of patches that each layer removes by merging similar
-            patches, at most half of the patches (ToMe, arXiv 2210.09461). Merging requires no training.
 
     Regularization:
         hidden_dropout_prob, attention_probs_dropout_prob (`float`, defaults to 0): Dropout rates, in [0, 1), of
@@ -326,7 +313,6 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     hidden_act: str = "gelu"
     layer_scale_init_value: float | int | None = None
     initializer_range: float | int = 0.02
-    merged_patches_per_layer: int = 0
     hidden_dropout_prob: float | int = 0.0
     attention_probs_dropout_prob: float | int = 0.0
     drop_path_rate: float | int = 0.0
@@ -744,16 +730,6 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             value = getattr(self, name)
             if value is not None and value not in ACT2FN:
                 raise ValueError(f"Unknown {name} {value!r}{_format_suggestion(value, list(ACT2FN))}")
-
-    def validate_merging(self) -> None:
-        """Check that the other fields allow patches to be merged."""
-        for name, allowed_values in MERGING_REQUIREMENTS.items():
-            if self.merged_patches_per_layer and getattr(self, name) not in allowed_values:
-                raise ValueError(
-                    f"merged_patches_per_layer={self.merged_patches_per_layer} cannot be combined with {name}="
-                    f"{getattr(self, name)!r}. Set merged_patches_per_layer=0, or set {name} to "
-                    f"{' or '.join(map(repr, allowed_values))}."
-                )
 
     def validate_numbers(self) -> None:
         """Check that rates are in [0, 1), and that constants are finite and, where required, positive."""

@@ -29,7 +29,7 @@ from transformers.activations import GELUActivation
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from .blocks_vitcls import ViTCLSAttention, ViTCLSGLU, ViTCLSMLP
-from .variants_vitcls import MergingAttention, ViTCLSDifferentialAttention
+from .variants_vitcls import ViTCLSDifferentialAttention
 
 
 # Private PyTorch APIs, used only in this file. If an API is missing, no kernel is installed.
@@ -186,10 +186,6 @@ class CPUDifferentialAttention(CPUAttention, ViTCLSDifferentialAttention):
     """CPU kernel of `ViTCLSDifferentialAttention`."""
 
 
-class CPUMergingAttention(CPUAttention, MergingAttention):
-    """CPU kernel of `MergingAttention`."""
-
-
 KERNEL_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: CPULinear,
     nn.Conv2d: CPUPatchProjection,
@@ -197,7 +193,6 @@ KERNEL_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
     ViTCLSGLU: CPUGLU,
     ViTCLSAttention: CPUAttention,
     ViTCLSDifferentialAttention: CPUDifferentialAttention,
-    MergingAttention: CPUMergingAttention,
 }
 
 

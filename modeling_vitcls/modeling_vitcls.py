@@ -50,13 +50,11 @@ from .positions_vitcls import MixedRotaryEmbeddings, build_rotary_embeddings
 from .token_attention_vitcls import SPECIAL_TOKEN_GROUPS, LayerIndices, compute_token_attention
 from .variants_vitcls import (
     LAYER_CLASSES,
-    MergingLayer,
     PatchDropout,
     ViTCLSDifferentialAttention,
     add_register_neurons,
     get_layer_classes,
     require_all_patches,
-    run_merging_layers,
 )
 
 
@@ -135,7 +133,7 @@ class ViTCLSPreTrainedModel(AdaptableModel):
     main_input_name = "pixel_values"
     input_modalities = ["image"]
     supports_gradient_checkpointing = True
-    _no_split_modules = ["ViTCLSEmbeddings", *(layer.__name__ for layer in (*LAYER_CLASSES.values(), MergingLayer))]
+    _no_split_modules = ["ViTCLSEmbeddings", *(layer.__name__ for layer in LAYER_CLASSES.values())]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -325,8 +323,6 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> Tensor:
         """Run the layers. Return hidden states [B, N or num_output_tokens, D]."""
-        if self.config.merged_patches_per_layer:
-            return run_merging_layers(self.layers, hidden_states, mask, num_output_tokens, **kwargs)
         for index, layer in enumerate(self.layers):
             hidden_states = layer(
                 hidden_states,

@@ -105,8 +105,6 @@ class ModelOptions:
     patch_drop_rate: float | None = None
     """Fraction of patches to drop at random from each training image. Training is faster, but the model is less
     accurate."""
-    merged_patches_per_layer: int | None = None
-    """Number of patches that each layer removes by merging similar patches. The model is faster, but less accurate."""
     initializer_range: float | None = None
     """Standard deviation of new weights. Default: depends on the width of the preset (training/defaults.py), because
     narrow models learn slowly with the common value of 0.02."""

@@ -5,21 +5,18 @@
     attention_type="differential"     ViTCLSDifferentialAttention
     register_neurons                  RegisterNeurons
     patch_drop_rate                   PatchDropout
-    merged_patches_per_layer          MergingLayer and MergingAttention, called by `run_merging_layers`
 
 These classes extend the classes of blocks_vitcls.py, which does not import this file.
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
-from .attention_masks_vitcls import require_additive_mask
 from .blocks_vitcls import ViTCLSAttention, ViTCLSLayer, build_norm
 from .configuration_vitcls import ViTCLSConfig
 from .positions_vitcls import PositionEmbeddings
@@ -119,8 +116,6 @@ ATTENTION_CLASSES: dict[str, type[ViTCLSAttention]] = {
 
 def get_layer_classes(config: ViTCLSConfig) -> tuple[type[ViTCLSLayer], type[ViTCLSAttention]]:
     """Return the layer class and the attention class for a configuration."""
-    if config.merged_patches_per_layer:
-        return MergingLayer, MergingAttention
     return LAYER_CLASSES[config.layer_type], ATTENTION_CLASSES[config.attention_type]
 
 
@@ -255,165 +250,3 @@ def select_position_embeddings(position_embeddings: PositionEmbeddings, indices:
     index = indices[:, None, :, None]
     cos, sin = (embedding.reshape(1, -1, *embedding.shape[-2:]) for embedding in position_embeddings)
     return torch.take_along_dim(cos, index, dim=2), torch.take_along_dim(sin, index, dim=2)
-
-
-# Token merging -------------------------------------------------------------------------------------------------------
-#
-# Each layer merges similar patches between attention and MLP, so that later layers have fewer tokens (ToMe, arXiv
-# 2210.09461). Between layers, each patch has a copy of its group's hidden state, so hidden states keep their shape.
-# Attention is weighted by group size: log(size) is added to the scores. Merging changes outputs but needs no training.
-
-
-@dataclass(frozen=True)
-class MergedGroups:
-    """Partition of the N tokens of the sequence into T groups. Each special token is a group of its own.
-
-    Attributes:
-        sizes: [B, T], number of tokens in each group.
-        member_index: [B, T], sequence index of one token in each group.
-        group_index: [B, N], group index of each token.
-    """
-
-    sizes: Tensor
-    member_index: Tensor
-    group_index: Tensor
-
-    @classmethod
-    def from_tokens(cls, hidden_states: Tensor) -> Self:
-        """Build groups of size one for hidden states [B, N, D]."""
-        indices = torch.arange(hidden_states.shape[1], device=hidden_states.device)
-        indices = indices.expand(hidden_states.shape[0], -1)  # [B, N]
-        return cls(torch.ones_like(indices, dtype=torch.float32), indices, indices)
-
-    def collect(self, hidden_states: Tensor) -> Tensor:
-        """Return one token per group, [B, T, D]. Hidden states [B, N, D] must be equal within each group."""
-        return select_tokens(hidden_states, self.member_index)
-
-    def expand(self, tokens: Tensor) -> Tensor:
-        """Copy the token of each group, [B, T, D], to all members of the group. Return [B, N, D]."""
-        return select_tokens(tokens, self.group_index)
-
-    def get_attention_bias(self, dtype: torch.dtype) -> Tensor:
-        """Return the attention bias log(group size) of each key, [B, 1, 1, T]."""
-        return self.sizes.log().to(dtype)[:, None, None, :]
-
-    def merge(self, tokens: Tensor, source_indices: Tensor, target_indices: Tensor) -> tuple[Tensor, "MergedGroups"]:
-        """Merge tokens at distinct `source_indices` [B, r] into non-source tokens at `target_indices` [B, r].
-
-        Returns:
-            The averages [B, T - r, D] over the members of the new groups, and the new groups.
-        """
-        num_remaining = tokens.shape[1] - source_indices.shape[1]
-        is_kept = torch.ones_like(self.member_index, dtype=torch.bool).scatter(1, source_indices, False)  # [B, T]
-        new_index = is_kept.cumsum(dim=1) - 1  # [B, T], valid only for kept tokens
-        new_index = new_index.scatter(1, source_indices, new_index.gather(1, target_indices))  # sources join targets
-        order = torch.arange(tokens.shape[1], device=tokens.device).where(is_kept, tokens.shape[1])  # sources last
-        kept_indices = order.topk(num_remaining, dim=1, largest=False).values  # [B, T - r], ascending
-        sizes = self.sizes.new_zeros(tokens.shape[0], num_remaining).scatter_add(1, new_index, self.sizes)
-        weights = (self.sizes / sizes.gather(1, new_index)).to(tokens.dtype).unsqueeze(-1)  # [B, T, 1]
-        merged_tokens = tokens.new_zeros(tokens.shape[0], num_remaining, tokens.shape[2])
-        merged_tokens = merged_tokens.scatter_add(1, new_index.unsqueeze(-1).expand_as(tokens), tokens * weights)
-        return merged_tokens, MergedGroups(
-            sizes, self.member_index.gather(1, kept_indices), new_index.gather(1, self.group_index)
-        )
-
-
-def match_similar_patches(keys: Tensor, num_pairs: int) -> tuple[Tensor, Tensor]:
-    """Match patches with similar keys [B, n, d] (bipartite soft matching; ToMe, section 3).
-
-    Pair each even-indexed patch with the odd-indexed patch with the highest cosine similarity; return the best pairs.
-
-    Returns:
-        Indices of the even patches and indices of the paired odd patches, [B, num_pairs] each.
-    """
-    keys = nn.functional.normalize(keys, dim=-1)
-    similarity = keys[:, 0::2] @ keys[:, 1::2].transpose(1, 2)  # [B, n - n // 2, n // 2]
-    best_similarity, partners = similarity.max(dim=-1)
-    even_indices = best_similarity.topk(num_pairs, dim=-1).indices
-    return 2 * even_indices, 2 * partners.gather(1, even_indices) + 1
-
-
-class MergingAttention(ViTCLSAttention):
-    """Attention that returns the head-averaged key of each token, [B, T, d], instead of attention weights."""
-
-    def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return the output of `ViTCLSAttention.attend`, and the mean keys [B, T, d].
-
-        Raises:
-            ValueError: if attention is recorded, or if tensor parallelism splits the heads.
-        """
-        if kwargs.get("output_attentions", getattr(self.config, "output_attentions", False)) or self.recorder:
-            raise ValueError(
-                "Attention between merged patches cannot be recorded. Load the model with merged_patches_per_layer=0."
-            )
-        if key.shape[1] != self.config.num_attention_heads:
-            raise ValueError(
-                "merged_patches_per_layer does not support tensor parallelism. Set merged_patches_per_layer=0."
-            )
-        attn_output, _ = super().attend(query, key, value, attention_mask, **kwargs)
-        return attn_output, key.mean(dim=1)
-
-
-class MergingLayer(ViTCLSLayer):
-    """Standard layer that merges patches between attention and MLP."""
-
-    def __init__(
-        self,
-        config: ViTCLSConfig,
-        drop_path_rate: float = 0.0,
-        attention_class: type[ViTCLSAttention] = MergingAttention,
-    ) -> None:
-        super().__init__(config, drop_path_rate, attention_class)
-        self.config = config
-        self.num_prefix_tokens = config.token_layout.num_prefix_tokens
-        self.num_pairs = config.merged_patches_per_layer
-
-    def forward(  # type: ignore[override]  # also accepts and returns the groups
-        self,
-        hidden_states: Tensor,
-        attention_mask: Any = None,
-        position_embeddings: PositionEmbeddings | None = None,
-        num_tokens: int | None = None,
-        *,
-        groups: MergedGroups,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[Tensor, MergedGroups]:
-        """Return outputs [B, N or num_tokens, D] and groups. Hidden states [B, N, D] must be equal within each group.
-
-        Raises:
-            ValueError: if a mask is passed, or if the attention implementation does not support an additive bias.
-        """
-        require_additive_mask(self.config, "merged_patches_per_layer")
-        if attention_mask is not None:
-            raise ValueError("attention_mask is not supported with merged patches. Set merged_patches_per_layer=0.")
-        tokens, bias = groups.collect(hidden_states), groups.get_attention_bias(hidden_states.dtype)
-        if num_tokens is not None:  # only special tokens are computed, so no patches are merged
-            return super().forward(tokens, bias, position_embeddings, num_tokens, **kwargs), groups
-        attn_output, keys = self.attention(self.layernorm_before(tokens), bias, position_embeddings, **kwargs)
-        tokens = self.add_branch(tokens, self.dropout(attn_output), self.layer_scale1)
-        tokens, groups = self.merge(tokens, keys, groups)  # [B, T - r, D]
-        mlp_output = self.mlp(self.layernorm_after(tokens))
-        tokens = self.add_branch(tokens, self.dropout(mlp_output), self.layer_scale2)
-        return groups.expand(tokens), groups
-
-    def merge(self, tokens: Tensor, keys: Tensor, groups: MergedGroups) -> tuple[Tensor, MergedGroups]:
-        """Merge up to half of the patches in tokens [B, T, D] into patches with similar keys [B, T, d]."""
-        num_pairs = min(self.num_pairs, (tokens.shape[1] - self.num_prefix_tokens) // 2)
-        if num_pairs == 0:
-            return tokens, groups
-        source_indices, target_indices = match_similar_patches(keys[:, self.num_prefix_tokens :].detach(), num_pairs)
-        return groups.merge(tokens, source_indices + self.num_prefix_tokens, target_indices + self.num_prefix_tokens)
-
-
-def run_merging_layers(
-    layers: Iterable[nn.Module], hidden_states: Tensor, mask: Any, num_output_tokens: int | None, **kwargs: Any
-) -> Tensor:
-    """Run the layers, each of which updates the groups. Return hidden states [B, N or num_output_tokens, D]."""
-    groups = MergedGroups.from_tokens(hidden_states)
-    *earlier_layers, last_layer = layers
-    for layer in earlier_layers:
-        hidden_states, groups = layer(hidden_states, mask, groups=groups, **kwargs)
-    hidden_states, _ = last_layer(hidden_states, mask, num_tokens=num_output_tokens, groups=groups, **kwargs)
-    return hidden_states

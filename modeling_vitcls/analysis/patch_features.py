@@ -42,9 +42,6 @@ def compute_patch_features(model: Any, pixel_values: torch.Tensor) -> torch.Tens
 
     Returns:
         [B, L, gh, gw, D], float32 on the CPU: image, layer, row and column of the patch, channel.
-
-    Raises:
-        ValueError: if the model merges patches.
     """
     encoder = model.base_model
     outputs = encoder(pixel_values, output_hidden_states=True)
@@ -55,11 +52,7 @@ def arrange_patch_features(
     hidden_states: Sequence[torch.Tensor], encoder: Any, pixel_values: torch.Tensor
 ) -> torch.Tensor:
     """Return the states of the patches [B, L, gh, gw, D] after each layer. `hidden_states` [B, N, D] are the
-    embeddings and the output of each layer. Raise ValueError if the model merges patches."""
-    if getattr(encoder.config, "merged_patches_per_layer", 0):
-        raise ValueError(
-            "Patch features require all patches, but the model merges patches. Set merged_patches_per_layer=0."
-        )
+    embeddings and the output of each layer."""
     grid_size = encoder.embeddings.patch_embeddings.get_grid_size(pixel_values)
     patch_slice = encoder.config.token_layout.patches
     layer_states = [state[:, patch_slice].float().cpu().unflatten(1, grid_size) for state in hidden_states[1:]]

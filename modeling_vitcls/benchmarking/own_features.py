@@ -1,6 +1,6 @@
 """Comparisons within this package: models with and without a feature, or two implementations of a computation.
 
-    inexact     merged or dropped patches, compared with the plain model
+    inexact     dropped patches, compared with the plain model
     attention   time and memory of computing attention maps, compared with those of a plain forward pass
     probe       a linear probe with cached features, compared with a probe that encodes the images in every epoch
 
@@ -77,11 +77,6 @@ class InexactRow:
 
 # Rows for ViT-S/16 at 224 pixels.
 INEXACT_ROWS = {
-    f"merged_patches_per_layer {num_patches}, inference in fp32, batch {FORWARD_BATCH_SIZE}": InexactRow(
-        "merged_patches_per_layer", num_patches, build_forward_pass
-    )
-    for num_patches in (4, 8, 16)
-} | {
     f"patch_drop_rate {rate}, step in {INEXACT_STEP}": InexactRow("patch_drop_rate", rate, build_training_step)
     for rate in (0.25, 0.5)
 }

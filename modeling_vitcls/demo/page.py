@@ -135,10 +135,9 @@ def build_page(demo_model: DemoModel, examples: Sequence[str | Path] = ()) -> gr
                     gr.Markdown(explanation)
         state = gr.State(time_to_live=CACHE_SECONDS)
         views: list[Any] = []
-        if demo_model.token_names and not demo_model.has_patch_merging:
+        if demo_model.token_names:
             views.append(AttentionView(demo_model, state))
-        if not demo_model.has_patch_merging:
-            views.append(PatchView(demo_model, state))
+        views.append(PatchView(demo_model, state))
 
         def predict(file: dict[str, Any] | None) -> list[Any]:
             image, error_message, result = image_input.predict(demo_model, file)

@@ -54,7 +54,6 @@ class DemoResult:
     image: Image.Image  # upright, at most MAX_IMAGE_SIDE pixels per side
     visible_region: VisibleRegion  # region of the image that the patches cover
     predictions: dict[str, Prediction]  # output name -> prediction; empty for an encoder
-    # The following fields are empty if the model merges patches.
     token_attention: torch.Tensor = EMPTY  # [layer, head, special token, key], attention of special tokens, float32
     attention_maps: torch.Tensor = EMPTY  # [layer, head, special token, gh, gw], attention to patches
     rollout: torch.Tensor = EMPTY  # [special token, gh, gw], attention rollout over all layers
@@ -170,11 +169,6 @@ class DemoModel:
                 f"The demo requires images with 1 or 3 channels, but {self.source} requires images "
                 f"with {self.config.num_channels} channels."
             )
-        if not self.has_labels and self.has_patch_merging:
-            raise ValueError(
-                f"The demo requires labels or unmerged patches, but {self.source} has no labels and merges patches. "
-                "Set merged_patches_per_layer=0."
-            )
 
     @property
     def config(self) -> Any:
@@ -190,12 +184,6 @@ class DemoModel:
     def token_names(self) -> list[str]:
         """Return the names of the special tokens."""
         return get_token_names(self.config)
-
-    @property
-    def has_patch_merging(self) -> bool:
-        """Return whether the model merges patches. If it does, attention is not available."""
-        # The field is missing from the configurations of older repositories.
-        return bool(getattr(self.config, "merged_patches_per_layer", 0))
 
     @property
     def head_names(self) -> list[str]:
@@ -228,9 +216,6 @@ class DemoModel:
         """Run the model on an image [1, C, H, W]. Return the fields of `DemoResult` except `image` and
         `visible_region`."""
         config = self.config
-        if self.has_patch_merging:
-            with torch.inference_mode():
-                return {"predictions": format_predictions(self.model(pixel_values).logits, config)}
 
         def extract_maps(attention: torch.Tensor) -> torch.Tensor:
             return extract_patch_maps(attention, config, (pixel_values.shape[-2], pixel_values.shape[-1]))

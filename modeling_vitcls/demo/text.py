@@ -65,8 +65,6 @@ def explain_missing_output(demo_model: DemoModel) -> str:
         )
     if not demo_model.token_names:
         return "This model has no special tokens (CLS, distillation, register), so there are no attention maps."
-    if demo_model.has_patch_merging:
-        return "This model merges patches, so attention is not available. Set `merged_patches_per_layer=0`."
     return ""
 
 

@@ -62,8 +62,6 @@ def select_graph_shape(
 
 def find_fixed_size_reason(config: ViTCLSConfig, has_pytorch_antialias_filter: bool) -> str:
     """Return the reason why the image size of the graph must be fixed; empty if the size can be dynamic."""
-    if config.merged_patches_per_layer:
-        return "merged_patches_per_layer requires a constant number of patches"
     if not config.position_embedding_type.startswith("learned"):
         return ""
     if config.position_offset:

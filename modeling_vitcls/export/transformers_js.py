@@ -138,7 +138,7 @@ def export_for_transformers_js(
 
 def has_cls_attention(model: ViTCLSPreTrainedModel) -> bool:
     """Return whether the graph can output the attention of CLS tokens to all patches."""
-    return model.config.num_cls_tokens > 0 and not model.config.merged_patches_per_layer
+    return model.config.num_cls_tokens > 0
 
 
 def build_config(exportable_model: ExportableModel) -> dict[str, Any]:

@@ -5,8 +5,7 @@
 This ratio is the model FLOPs utilization (MFU; PaLM, Chowdhery et al. 2022, arXiv 2204.02311, appendix B). The FLOPs
 include the forward pass and the gradients that training requires. In the last layer, only the tokens that the heads
 use are counted. The FLOPs exclude gradients of frozen weights, recomputation (gradient checkpointing, fused
-attention), the teacher, evaluations, and linear probing on cached features. No utilization is computed for models that
-merge patches.
+attention), the teacher, evaluations, and linear probing on cached features.
 
 The peak is the FLOP/s of large matrix products, measured before and during training on all processes at the same time.
 If processes share a CPU, each process reaches a fraction of the CPU's peak, and the sum over all processes is the
@@ -125,11 +124,11 @@ def build_utilization(
 ) -> Utilization:
     """Print the FLOPs and memory of a step, measure the peak if the run is long enough, and build a `Utilization`.
 
-    Nothing is printed or measured for heads on cached features, whose FLOPs are negligible, or for models that merge
-    patches, whose FLOPs are not counted. This function must be called on all processes, before `Accelerator.prepare`.
+    Nothing is printed or measured for heads on cached features, whose FLOPs are negligible. This function must be
+    called on all processes, before `Accelerator.prepare`.
     """
     dtype = MATMUL_DTYPES.get(get_precision(accelerator))
-    if not isinstance(model, ViTCLSPreTrainedModel) or model.config.merged_patches_per_layer or dtype is None:
+    if not isinstance(model, ViTCLSPreTrainedModel) or dtype is None:
         return Utilization()
     flops = plan.accumulation_steps * count_training_flops(model, plan.batch_size)  # FLOPs per step in this process
     process_note = " per process" if plan.num_processes > 1 else ""

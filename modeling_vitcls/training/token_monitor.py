@@ -79,10 +79,9 @@ class TokenMonitor:
 def build_attention_callback(
     model: Any, normalize: Callable[[torch.Tensor], torch.Tensor]
 ) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """Build the function that measures the CLS attention of a batch. The function returns no metrics if the model has
-    no CLS tokens or merges patches."""
-    has_cls_attention = model.config.num_cls_tokens and not model.config.merged_patches_per_layer
-    return partial(measure_attention_entropy, model, normalize) if has_cls_attention else lambda batch: {}
+    """Build the function that measures the CLS attention of a batch. The function returns no metrics for a
+    model without CLS tokens."""
+    return partial(measure_attention_entropy, model, normalize) if model.config.num_cls_tokens else lambda batch: {}
 
 
 @torch.no_grad()

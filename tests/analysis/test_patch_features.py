@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 from helpers.digits_models import HELD_OUT, train_digits_model
-from helpers.tiny_models import build_images, build_tiny_config, raises_one_line, randomize
+from helpers.tiny_models import build_images, build_tiny_config, randomize
 from PIL import Image
 
-from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
+from modeling_vitcls import ViTCLSForImageClassification
 from modeling_vitcls.analysis.maps import VisibleRegion
 from modeling_vitcls.analysis.patch_features import (
     compress_patch_features,
@@ -155,9 +155,3 @@ def test_colors_are_drawn_on_the_pixels_of_the_image() -> None:
     drawn = np.asarray(draw_patch_colors(image, colors, VisibleRegion(10, 0, 50, 40)))
     assert drawn[5, 45].tolist() == [255, 0, 0] and drawn[5, 15].tolist() == [0, 0, 0]
     assert (drawn[30, 40] == round(200 * 0.35)).all() and drawn[30, 5].max() < 130  # background, and outside
-
-
-def test_models_that_merge_patches_have_no_features() -> None:
-    model = randomize(ViTCLSModel(build_tiny_config(merged_patches_per_layer=2)))
-    with raises_one_line("merged_patches_per_layer=0"):
-        compute_patch_features(model, build_images())

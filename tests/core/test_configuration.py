@@ -122,7 +122,6 @@ WRONG_VALUES: list[tuple[str, Any]] = [
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate", "patch_drop_rate")
         for value in (-0.1, 1.0, 1.5, NAN, "0.1", None)
     ),
-    *(("merged_patches_per_layer", value) for value in (-1, 1.0, "2", None, True)),
     *((name, value) for name in ("layer_norm_eps", "initializer_range", "rope_theta") for value in (0.0, -1.0, NAN)),
     *((name, value) for name in ("layer_norm_eps", "initializer_range", "rope_theta") for value in (math.inf, "1")),
     *((name, value) for name in ("image_size", "patch_size") for value in (0, -8, 8.0, "8", None, [8], [8, 8, 8])),

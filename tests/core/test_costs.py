@@ -117,23 +117,6 @@ def test_flops_with_patches_that_are_not_square() -> None:
     assert model.flops() == count_forward_flops(model) == count_flops(lambda: model(build_images(1, 24, 32)))
 
 
-@pytest.mark.parametrize("number", [3, 100], ids=["three pairs", "half of the patches"])
-def test_flops_with_merged_patches(number: int) -> None:
-    """Compare with a manual count. `count_forward_flops` counts as if no patches were merged."""
-    model = randomize(ViTCLSModel(build_tiny_config(merged_patches_per_layer=number, num_register_tokens=2)))
-    width, head_dim, intermediate, num_special, num_patches = 16, 8, 24, 3, 16
-    wanted = 2 * num_patches * 3 * 8 * 8 * width  # patch projection
-    for _ in range(2):
-        num_tokens, num_pairs = num_special + num_patches, min(number, num_patches // 2)
-        wanted += 4 * 2 * num_tokens * width**2  # queries, keys, values and output
-        wanted += 2 * 2 * num_tokens**2 * width  # scores, and weighted sum of the values
-        wanted += 2 * (num_patches - num_patches // 2) * (num_patches // 2) * head_dim  # similarity of patches
-        num_patches -= num_pairs
-        wanted += 2 * 2 * (num_special + num_patches) * width * intermediate  # MLP
-    assert model.flops() == wanted == count_flops(lambda: model(build_images(1)))
-    assert count_forward_flops(model) == ViTCLSModel(build_tiny_config(num_register_tokens=2)).flops()
-
-
 def test_flops_of_all_tokens_in_the_last_layer() -> None:
     """A classifier computes the last layer for the tokens that it reads, an encoder for all tokens."""
     config = build_tiny_config(num_register_tokens=4)

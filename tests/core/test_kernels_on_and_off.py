@@ -50,7 +50,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "relative_positions": {"relative_position_bias": "layer"},
     "differential": {"attention_type": "differential"},
     "parallel": {"layer_type": "parallel"},
-    "merging": {"merged_patches_per_layer": 2},
     "register_neurons": {"num_register_tokens": 1, "register_neurons": [[0, 3]]},
 }
 each_variant = pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS)

@@ -308,9 +308,7 @@ def test_drop_path_drops_whole_branches_of_single_images() -> None:
     assert any(get_largest_difference(kind, branch.flatten()) < 2e-3 for kind in kinds)
 
 
-@pytest.mark.parametrize(
-    "fields", [{}, {"layer_type": "post"}, {"layer_type": "parallel"}, {"merged_patches_per_layer": 2}], ids=str
-)
+@pytest.mark.parametrize("fields", [{}, {"layer_type": "post"}, {"layer_type": "parallel"}], ids=str)
 def test_dropout_is_on_the_embeddings_and_on_both_branches_of_each_layer(fields: dict[str, Any]) -> None:
     torch.manual_seed(0)
     model = randomize(ViTCLSModel(build_tiny_config(hidden_dropout_prob=0.5, **fields))).train()

@@ -189,7 +189,6 @@ def test_controls_redraw_their_output(demo_model: DemoModel, noise: Path) -> Non
     [
         ({}, True, True),
         ({"num_cls_tokens": 0, "pooling": "mean"}, False, True),
-        ({"merged_patches_per_layer": 2}, False, False),
     ],
 )
 @pytest.mark.parametrize("model_class", [ViTCLSForImageClassification, ViTCLSModel])

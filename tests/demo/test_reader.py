@@ -1,7 +1,6 @@
 """The results of the demo for an image, compared with the model's own outputs and with the analysis functions."""
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -201,29 +200,6 @@ def test_a_single_label_is_a_binary_classifier() -> None:
     assert format_predictions(torch.tensor([[0.5]]), value.model.config) == {"Regression values": "age: 0.5"}
 
 
-def test_a_model_that_merges_patches_has_only_predictions(noise: Path) -> None:
-    demo_model = build_demo_model(merged_patches_per_layer=2)
-    result = demo_model.predict(noise)
-    pixel_values = demo_model.processor(noise, return_tensors="pt")["pixel_values"]
-    with torch.no_grad():
-        probabilities = demo_model.model(pixel_values).logits[0].softmax(0).tolist()
-    expected = dict(zip(NAMES.values(), probabilities, strict=True))
-    assert result.predictions == {"Label": pytest.approx(expected, abs=1e-6)}
-    assert (
-        len(result.token_attention)
-        == len(result.attention_maps)
-        == len(result.rollout)
-        == len(result.patch_features)
-        == 0
-    )
-    assert result.attributions == {}
-
-
-def test_older_configurations_do_not_merge_patches() -> None:
-    older = SimpleNamespace(config=SimpleNamespace())  # without the field
-    assert not DemoModel(older, None, "mine", None, None, is_classifier=True).has_patch_merging
-
-
 def test_an_encoder_has_attention_and_no_predictions(noise: Path) -> None:
     demo_model = build_demo_model(ViTCLSModel, num_register_tokens=1)
     assert not demo_model.has_labels and demo_model.output_names == []
@@ -271,10 +247,7 @@ def test_unsupported_models_are_a_one_line_error(tmp_path: Path) -> None:
         DemoModel.load(str(tmp_path / "nowhere"))
     with raises_one_line("1 or 3 channels", "mine requires images with 4 channels"):
         build_demo_model(num_channels=4).check_is_supported()
-    with raises_one_line("no labels and merges patches"):
-        build_demo_model(ViTCLSModel, merged_patches_per_layer=2).check_is_supported()
-    for fields in ({"num_channels": 1}, {"merged_patches_per_layer": 2}):
-        build_demo_model(**fields).check_is_supported()
+    build_demo_model(num_channels=1).check_is_supported()
 
 
 def test_a_checkpoint_without_classifier_weights_is_an_error(tmp_path: Path) -> None:

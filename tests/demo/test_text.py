@@ -60,4 +60,3 @@ def test_missing_outputs_are_explained(demo_model: DemoModel) -> None:
     assert explain_missing_output(demo_model) == ""
     assert "encoder without a classifier" in explain(is_classifier=False)
     assert "no special tokens" in explain(num_cls_tokens=0, pooling="mean")
-    assert "Set `merged_patches_per_layer=0`" in explain(merged_patches_per_layer=2)

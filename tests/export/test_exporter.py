@@ -241,19 +241,6 @@ def test_positions_that_a_graph_cannot_resample_fix_the_size(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("format_name", ["onnx", "openvino", "torch"])
-def test_merged_patches_in_every_format(format_name: str, tmp_path: Path) -> None:
-    model = checkpoint(tmp_path / "model", merged_patches_per_layer=3, num_hidden_layers=3)
-    file = tmp_path / f"merging{formats.FORMATS[format_name].suffix}"
-    report = export_model(str(tmp_path / "model"), format_name, file)
-    assert report.largest_differences["logits"] <= LIMIT and "merged_patches" in report.fixed_because
-    assert len({trial.shape[0] for trial in report.tried}) > 1
-    if format_name == "onnx":
-        pixel_values = build_images(5, 32, 32, seed=7)
-        assert_close(run_onnx(file, pixel_values), compute_outputs(model, pixel_values))
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(("format_name", "dtype"), [("onnx", "float16"), slow("torch", "bfloat16")])
 def test_half_precision_has_another_limit(format_name: str, dtype: str, tmp_path: Path) -> None:
     model = checkpoint(tmp_path / "model", num_hidden_layers=1, num_register_tokens=1)

@@ -22,22 +22,6 @@ def test_the_graph_has_fused_attention_for_any_attn_implementation() -> None:
     torch.testing.assert_close(graph.module()(pixel_values)["logits"], model(pixel_values).logits)
 
 
-@pytest.mark.slow
-@torch.no_grad()
-def test_merged_patches_fix_the_size_and_leave_the_batch_open() -> None:
-    fields = {"num_register_tokens": 2}
-    model = randomize(ViTCLSForImageClassification(build_tiny_config(merged_patches_per_layer=3, **fields)))
-    shape = select_graph_shape(model, (32, 24), dynamic=True)
-    assert not shape.is_dynamic and "merged_patches_per_layer" in shape.fixed_size_reason
-    graph = trace_model(model, shape, torch.float32).module()
-    adapted = model.adapt(image_size=[32, 24])
-    for batch in (1, 2, 5):
-        pixel_values = build_images(batch, 32, 24, seed=7)
-        torch.testing.assert_close(graph(pixel_values)["logits"], adapted(pixel_values).logits)
-    plain = randomize(ViTCLSForImageClassification(build_tiny_config(**fields)))
-    assert (plain(pixel_values).logits - adapted(pixel_values).logits).abs().max() > 1e-3
-
-
 @pytest.mark.parametrize(
     ("is_dynamic", "size", "dimensions"),
     [(True, (16, 36), {"batch": 1, "height": 8, "width": 12}), (False, (8, 24), {"batch": 1})],
@@ -70,7 +54,6 @@ def test_the_smallest_size_contains_the_grids_of_cls_tokens() -> None:
     ("fields", "word"),
     [
         ({}, ""),
-        ({"merged_patches_per_layer": 3}, "merged_patches_per_layer"),
         ({"position_offset": 0.1}, "position_offset"),
         ({"position_offset": 0.1, "position_embedding_type": "none"}, ""),
         ({"position_interpolation": "crop"}, ""),

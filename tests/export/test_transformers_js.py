@@ -148,7 +148,6 @@ def test_top1_agreement_is_a_fraction_of_the_images(web: Path) -> None:
     [
         ({"problem_type": "multi_label_classification", "image_size": [32, 32]}, "multi_label_classification", True),
         ({"num_cls_tokens": 0, "pooling": "mean"}, "single_label_classification", False),
-        ({"merged_patches_per_layer": 2}, "single_label_classification", False),
     ],
 )
 def test_the_task_and_the_attention_depend_on_the_model(

@@ -451,17 +451,6 @@ def test_base_models_are_linked() -> None:
     assert card.data.base_model == ["ann/a", "bob/b"]
 
 
-@pytest.mark.parametrize(
-    ("number", "words"), [(0, None), (1, "merges the most similar pair of"), (8, "merges the 8 most similar pairs of")]
-)
-def test_the_card_of_a_merging_model_states_that_it_is_inexact(number: int, words: str | None) -> None:
-    config = ViTCLSConfig(**CONFIG.to_diff_dict() | {"merged_patches_per_layer": number})
-    cards = (build_card("mine", config, RESULTS, FLAGS), build_encoder_card("mine", config, ENCODER, FLAGS))
-    for tokens in (str(card).split("## Tokens")[1].split("##")[0] for card in cards):
-        assert ("outputs are approximate" in tokens) == (words is not None) and (words or "") in tokens
-        assert "\n\n\n" not in tokens
-
-
 def test_flags_for_initial_weights_and_publishing_are_not_in_the_recipe() -> None:
     flags = FLAGS | {"push_to_hub": True, "hub_model_id": "ann/x", "eval_benchmark": "a/b", "resume": True, "seed": 3}
     recipe = str(build_card("my-model", CONFIG, RESULTS, flags)).split("```yaml")[1].split("```")[0]

@@ -319,12 +319,6 @@ def test_a_device_without_memory_for_the_measurement_has_no_utilization(monkeypa
     assert found.get_results() is None
 
 
-def test_models_that_merge_patches_have_no_utilization(fast_peaks: list[float]) -> None:
-    """The FLOPs are counted without merging, so the utilization would be too high."""
-    found, lines = get_utilization(build_classifier(merged_patches_per_layer=2), build_plan())
-    assert found == Utilization() and lines == {} and fast_peaks == []
-
-
 def test_frozen_layers_compute_all_patches() -> None:
     whole, half = (build_classifier("last-1", patch_drop_rate=rate) for rate in (0, 0.5))
     assert count_training_flops(half) == count_training_flops(whole)
