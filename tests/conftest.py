@@ -112,7 +112,7 @@ def uses_starter(function: Any, cache: dict[FunctionType, bool]) -> bool:
 @functools.cache
 def get_starters() -> tuple[Any, ...]:
     """Return functions and modules that start processes, compilers, browsers, servers or training runs."""
-    from modeling_vitcls.hub import verify
+    from modeling_vitcls.publishing import verify
     from modeling_vitcls.training.task import run_task
 
     modules = (multiprocessing, subprocess, torch.compile, torch.export, torch.multiprocessing, verify)
@@ -185,7 +185,7 @@ def fast_verification(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(command: list[str], cwd: str, env: dict[str, str], **_: Any) -> subprocess.CompletedProcess[str]:
         return run_fresh(*command[1:], environment=env, cwd=Path(cwd))
 
-    monkeypatch.setattr("modeling_vitcls.hub.verify.subprocess", SimpleNamespace(run=run))
+    monkeypatch.setattr("modeling_vitcls.publishing.verify.subprocess", SimpleNamespace(run=run))
 
 
 @pytest.fixture
@@ -227,17 +227,17 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     replace_function("demo.page.serve_demo")
     replace_function("hub.loading.get_model_folder", "folder")
     replace_function("hub.loading.get_cached_commit", "abc")
-    replace_function("hub.adapters.check_adapter")
-    replace_function("hub.manifest.check_is_model")
-    replace_function("hub.push_permissions.check_push_permissions", "ann/id")
-    replace_function("hub.publish.push_folder", SimpleNamespace(summary="summary"))
-    replace_function("hub.verify.verify", report)
-    replace_function("hub.verify.verify_push", report)
-    replace_function("hub.space.find_published_model", model)
-    replace_function("hub.space.build_space_files", "files")
-    replace_function("hub.static_space.build_static_space_files", "static files")
-    replace_function("hub.space.push_space", SimpleNamespace(url="https://hub/space"))
-    replace_function("hub.space.write_space")
+    replace_function("publishing.adapters.check_adapter")
+    replace_function("publishing.manifest.check_is_model")
+    replace_function("publishing.push_permissions.check_push_permissions", "ann/id")
+    replace_function("publishing.publish.push_folder", SimpleNamespace(summary="summary"))
+    replace_function("publishing.verify.verify", report)
+    replace_function("publishing.verify.verify_push", report)
+    replace_function("publishing.space.find_published_model", model)
+    replace_function("publishing.space.build_space_files", "files")
+    replace_function("publishing.static_space.build_static_space_files", "static files")
+    replace_function("publishing.space.push_space", SimpleNamespace(url="https://hub/space"))
+    replace_function("publishing.space.write_space")
     return records
 
 

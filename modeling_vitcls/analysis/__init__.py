@@ -29,7 +29,7 @@
     inspect_tokens.py       the command `vitcls inspect`
 
 A file is imported when one of its names in PUBLIC_NAMES is first used. Only the files that the demo imports are copied
-to the Hub (listed in hub/space.py).
+to the Hub (listed in publishing/space.py).
 """
 
 import importlib

@@ -2,7 +2,7 @@
 
 Patches of one object have similar features and thus similar colors (Oquab et al. 2023, arXiv 2304.07193, figure 1).
 Features are hidden states before the final norm; models without special tokens have patch features too. The sign of a
-principal component is arbitrary. This file is part of the demo (hub/space.py).
+principal component is arbitrary. This file is part of the demo (publishing/space.py).
 """
 
 from collections.abc import Sequence

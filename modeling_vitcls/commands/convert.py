@@ -109,7 +109,7 @@ def print_report(report: "ParityReport", output: Path, trust_argument: str = ", 
     from rich.console import Console
     from rich.table import Table
 
-    from ..hub.publish import build_push_command
+    from ..publishing.publish import build_push_command
 
     console = Console(soft_wrap=True, highlight=False)
     table = Table(title=f"Largest differences between {report.model_class} and {report.source}")

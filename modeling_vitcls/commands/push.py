@@ -59,11 +59,11 @@ OPTIONS_CLASS = PushOptions
 
 def run(options: PushOptions) -> None:
     """Push a model and verify the pushed commit, or verify a repository if --verify-only is set."""
-    from ..hub.adapters import check_adapter, is_adapter
-    from ..hub.manifest import check_is_model
-    from ..hub.publish import push_folder
-    from ..hub.push_permissions import check_push_permissions
-    from ..hub.verify import verify, verify_push
+    from ..publishing.adapters import check_adapter, is_adapter
+    from ..publishing.manifest import check_is_model
+    from ..publishing.publish import push_folder
+    from ..publishing.push_permissions import check_push_permissions
+    from ..publishing.verify import verify, verify_push
 
     if options.verify_only is not None:
         report = verify(options.verify_only, options.revision or "main", options.model)

@@ -4,8 +4,8 @@
     vitcls space --model me/my-model --output space      # only write the files
     vitcls space --model me/my-model --static            # the model runs in the browser
 
-`vitcls demo` serves the page locally. The Space is implemented in modeling_vitcls/hub/space.py, and a
-static Space in hub/static_space.py.
+`vitcls demo` serves the page locally. The Space is implemented in modeling_vitcls/publishing/space.py, and a
+static Space in publishing/static_space.py.
 """
 
 import tempfile
@@ -18,8 +18,8 @@ from .export import silence_exporters
 
 
 if TYPE_CHECKING:
-    from ..hub.manifest import RepoFiles
-    from ..hub.space import PublishedModel
+    from ..publishing.manifest import RepoFiles
+    from ..publishing.space import PublishedModel
 
 
 @dataclass(frozen=True)
@@ -62,14 +62,14 @@ OPTIONS_CLASS = SpaceOptions
 
 def run(options: SpaceOptions) -> None:
     """Build the files of a Space for a model, push or write the files, and print the URL or folder."""
-    from ..hub.space import build_space_files, find_published_model
+    from ..publishing.space import build_space_files, find_published_model
 
     model = find_published_model(options.model, options.revision)
     if not options.static:
         publish(options, model, build_space_files(model, options.title, options.examples))
         return
     from ..export.transformers_js import export_for_transformers_js
-    from ..hub.static_space import build_static_space_files
+    from ..publishing.static_space import build_static_space_files
 
     if model.needs_token and not options.private and options.output is None:
         raise ValueError(
@@ -85,8 +85,8 @@ def run(options: SpaceOptions) -> None:
 
 def publish(options: SpaceOptions, model: "PublishedModel", space_files: "RepoFiles") -> None:
     """Push or write the files of a Space, and print the URL or folder."""
-    from ..hub.push_permissions import check_push_permissions
-    from ..hub.space import push_space, write_space
+    from ..publishing.push_permissions import check_push_permissions
+    from ..publishing.space import push_space, write_space
 
     if options.output is not None:
         write_space(space_files, options.output)

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 from huggingface_hub import ModelCard, ModelCardData
 
 from ..configuration_vitcls import ViTCLSConfig
-from ..hub.card import describe_token_layout, format_token_layout
-from ..hub.card_sections import CITATION, build_use_section, render_card
 from ..hub.provenance import CONVERTED_WEIGHTS_TEXTS, Provenance, WeightsLicense
+from ..publishing.card import describe_token_layout, format_token_layout
+from ..publishing.card_sections import CITATION, build_use_section, render_card
 
 
 if TYPE_CHECKING:

@@ -23,10 +23,10 @@ from ..configuration_vitcls import ViTCLSConfig
 from ..files import write_json
 from ..hub.loading import check_is_vitcls, get_model_folder
 from ..hub.local_paths import check_output_is_empty, resolve_name, strip_folders
-from ..hub.manifest import CARD_FILE, PARITY_REPORT_FILE
 from ..hub.provenance import find_provenance
 from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel, ViTCLSPreTrainedModel
+from ..publishing.manifest import CARD_FILE, PARITY_REPORT_FILE
 from ..system import get_versions
 from .conversion_card import build_conversion_card
 from .parity_report import ParityReport, compare_models, describe_position_embeddings, hash_files

@@ -3,9 +3,9 @@
     reader.py    run the model on an image: predictions and attention of the special tokens
     page.py      the page, built with gradio
     text.py      the text of the page
-    static.*     the page of a static Space, which runs the model in the browser (hub/static_space.py)
+    static.*     the page of a static Space, which runs the model in the browser (publishing/static_space.py)
 
 The demo runs locally (`vitcls demo`) or in a Space, where this package is not installed. `PAGE_FILES` in
-hub/space.py lists the files that are copied to a Space. The files in this folder import no other files of this
+publishing/space.py lists the files that are copied to a Space. The files in this folder import no other files of this
 package.
 """

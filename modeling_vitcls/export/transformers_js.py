@@ -12,7 +12,7 @@
                                 weights of the model
 
 The graph contains the complete model, including special tokens, pooling and heads. The graph also outputs the
-attention of the CLS tokens, which static Spaces display (hub/static_space.py).
+attention of the CLS tokens, which static Spaces display (publishing/static_space.py).
 """
 
 import dataclasses

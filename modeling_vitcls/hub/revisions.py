@@ -11,9 +11,9 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
+from ..publishing.manifest import find_code_repository
 from .connection import HUB_ERRORS, SHORT_RETRY_WAITS, describe_no_response, format_hub_error, retry, set_hub_timeout
 from .loading import describe_missing_repo, describe_missing_revision, is_hub_id
-from .manifest import find_code_repository
 
 
 TIMEOUT = 60.0  # maximum time without a response, in seconds

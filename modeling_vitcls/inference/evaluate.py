@@ -32,10 +32,10 @@ from ..data.splits import load_evaluation_data
 from ..distributed import build_accelerator
 from ..files import write_json
 from ..heads_vitcls import IGNORED_LABEL
-from ..hub.card_results import build_class_tables, build_metric_rows
 from ..hub.loading import MODEL_FILE_PATTERNS
 from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..options import EvaluateOptions
+from ..publishing.card_results import build_class_tables, build_metric_rows
 from ..system import describe_device, get_versions
 from .evaluator import CachedBatches, Evaluator, HeldOutBatch
 from .load_model import load_classifier

@@ -27,9 +27,9 @@ from ..data.held_out import RESULTS_FILE, read_held_out_record
 from ..data.images import LabeledImages
 from ..data.labels import LabelSpace
 from ..data.splits import load_evaluation_data
-from ..hub.card_results import CONFIDENCE_LEVEL, format_percent
 from ..hub.loading import MODEL_FILE_PATTERNS
 from ..options import EvaluateOptions
+from ..publishing.card_results import CONFIDENCE_LEVEL, format_percent
 from ..token_names import get_token_names
 from .evaluate import (
     LABEL_DESCRIPTIONS,

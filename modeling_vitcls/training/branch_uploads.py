@@ -20,12 +20,12 @@ from torch import nn
 from ..checkpoints import WRITE_ERRORS, CheckpointStore, Tensors
 from ..distributed import run_on_main
 from ..files import read_json
-from ..hub.card import build_checkpoint_card, build_common_metadata, get_license
 from ..hub.connection import format_hub_error, silence_transformers
-from ..hub.manifest import RECIPE_FILE
 from ..hub.provenance import CARD_FILE, Provenance
-from ..hub.publish import push_folder
 from ..options import to_flags
+from ..publishing.card import build_checkpoint_card, build_common_metadata, get_license
+from ..publishing.manifest import RECIPE_FILE
+from ..publishing.publish import push_folder
 from .distributed_state import gather_weights
 from .loop import TrainingInterrupted, TrainingState
 from .model_report import get_model_provenance, get_teacher_provenance

@@ -28,7 +28,6 @@ from ..data.images import LabeledImages
 from ..data.sampling import compute_class_weights
 from ..data.splits import TrainingData, describe_missing_classes, load_training_data
 from ..files import read_json
-from ..hub.card import build_card
 from ..hub.loading import MODEL_FILE_PATTERNS
 from ..hub.local_paths import strip_folders
 from ..hub.provenance import Provenance
@@ -36,6 +35,7 @@ from ..inference.evaluator import Evaluator
 from ..inference.load_model import is_preset
 from ..inference.metrics import SELECTION_METRICS
 from ..options import AugmentationOptions, FinetuneOptions, to_flags
+from ..publishing.card import build_card
 from . import losses
 from .linear_probe import (
     build_classifier_heads,

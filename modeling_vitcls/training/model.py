@@ -26,11 +26,11 @@ from ..blocks_vitcls import EncoderLayer, ViTCLSEmbeddings
 from ..configuration_vitcls import ViTCLSConfig
 from ..conversion.any_checkpoint import resolve_checkpoint
 from ..data.labels import LabelSpace
-from ..hub.adapters import LORA_TARGET_MODULES
 from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..inference.load_model import CLASSIFIER_CLASSES, Classifier, format_preset_names, is_preset
 from ..modeling_vitcls import ViTCLSModel
 from ..options import ModelOptions
+from ..publishing.adapters import LORA_TARGET_MODULES
 from .costs import get_first_trainable_layer, has_trainable_parameters
 
 

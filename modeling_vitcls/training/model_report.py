@@ -1,7 +1,7 @@
 """Report on a finished run: inference speed, images, and the model card with its accompanying files.
 
 A model folder is written -> `build_model_report` loads the model, measures the speed, draws images, writes report.html
-                          -> hub/card.py builds the card
+                          -> publishing/card.py builds the card
                           -> `write_card` writes the card, the license files and the benchmark entry
 
 All steps run on the main process with the saved model, because the training model may be sharded. The trackers
@@ -34,12 +34,12 @@ from ..analysis.report import write_page
 from ..data.images import LabeledImages
 from ..data.labels import LabelSpace
 from ..hub.local_paths import is_local
-from ..hub.manifest import REPORT_FILE
 from ..hub.provenance import Provenance, describe_license_conflict, find_provenance
-from ..hub.push_permissions import is_private_repo
 from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..inference.load_model import is_preset
 from ..options import FinetuneOptions, PretrainOptions, RunOptions
+from ..publishing.manifest import REPORT_FILE
+from ..publishing.push_permissions import is_private_repo
 from ..system import format_device_name, synchronize
 from .reporter import ImageLogger
 

@@ -33,10 +33,10 @@ import psutil
 
 from ..checkpoints import CheckpointStore
 from ..data.image_folder import format_name_list
-from ..hub.adapters import ADAPTER_PATTERNS
 from ..hub.local_paths import is_local, split_prefix
-from ..hub.manifest import DOCUMENTATION_PATTERNS, MODEL_PATTERNS, RECIPE_FILE, is_match
 from ..options import FinetuneOptions, PretrainOptions
+from ..publishing.adapters import ADAPTER_PATTERNS
+from ..publishing.manifest import DOCUMENTATION_PATTERNS, MODEL_PATTERNS, RECIPE_FILE, is_match
 
 
 fcntl: Any

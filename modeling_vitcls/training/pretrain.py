@@ -18,13 +18,13 @@ from ..data.augmentation import MaskGenerator
 from ..data.batches import Normalizer
 from ..data.images import LabeledImages
 from ..data.splits import TrainingData, load_training_data
-from ..hub.card import build_encoder_card
 from ..hub.provenance import Provenance
 from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..inference.evaluator import Evaluator, ReconstructionEvaluator
 from ..inference.load_model import is_preset
 from ..modeling_vitcls import ViTCLSForMaskedImageModeling
 from ..options import ModelOptions, PretrainOptions, to_flags
+from ..publishing.card import build_encoder_card
 from .loop import Metrics
 from .losses import MaskedImageModelingObjective, Objective
 from .model import set_processor_size

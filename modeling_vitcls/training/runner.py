@@ -35,9 +35,9 @@ from ..distributed import (
 from ..errors import is_raised_on_all_processes, mark_errors_of_all_processes
 from ..files import write_json
 from ..hub.local_paths import BUILT_IN_DATASET, is_same_source, make_relative, resolve_name
-from ..hub.manifest import RECIPE_FILE
 from ..inference.load_model import is_preset
 from ..options import FinetuneOptions, PretrainOptions, to_flags
+from ..publishing.manifest import RECIPE_FILE
 from . import output_folder
 from .branch_uploads import BranchUploader
 from .defaults import DEFAULTS

@@ -37,16 +37,16 @@ from ..data.streaming import TrainingStream, build_training_dataset
 from ..distributed import run_on_main
 from ..errors import format_error
 from ..files import read_json, write_json
-from ..hub.adapters import write_adapter
 from ..hub.connection import silence_transformers
 from ..hub.provenance import Provenance
-from ..hub.publish import push_folder
-from ..hub.push_permissions import check_push_permissions
-from ..hub.verify import verify_push
 from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..inference.evaluator import Evaluator
 from ..inference.metrics import drop_large_matrices
 from ..options import AugmentationOptions, TrainingOptions
+from ..publishing.adapters import write_adapter
+from ..publishing.publish import push_folder
+from ..publishing.push_permissions import check_push_permissions
+from ..publishing.verify import verify_push
 from ..study import compute_interval
 from .branch_uploads import build_branch_uploader
 from .defaults import describe_random_weights, get_run_properties, resolve_defaults

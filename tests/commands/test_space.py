@@ -8,7 +8,7 @@ import pytest
 from helpers.tiny_models import raises_one_line
 
 from modeling_vitcls.commands import space
-from modeling_vitcls.hub import space as hub_space
+from modeling_vitcls.publishing import space as hub_space
 
 
 def test_flags_that_only_apply_to_pushes_are_errors_of_other_spaces(tmp_path: Path) -> None:

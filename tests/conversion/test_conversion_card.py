@@ -14,8 +14,8 @@ from modeling_vitcls.analysis.card_images import write_card_images
 from modeling_vitcls.conversion.conversion_card import build_conversion_card
 from modeling_vitcls.conversion.convert import convert_checkpoint
 from modeling_vitcls.conversion.random_weights import randomize_weights
-from modeling_vitcls.hub.manifest import collect_model_files
 from modeling_vitcls.hub.provenance import CONVERTED_WEIGHTS_TEXTS, Provenance, WeightsLicense
+from modeling_vitcls.publishing.manifest import collect_model_files
 
 
 @pytest.fixture(autouse=True)

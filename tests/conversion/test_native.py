@@ -18,8 +18,8 @@ from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
 from modeling_vitcls.commands.convert import ConvertOptions, check_options, run
 from modeling_vitcls.conversion.convert import write_native_model
 from modeling_vitcls.conversion.weight_rules import ConversionError
-from modeling_vitcls.hub.publish import push_folder
-from modeling_vitcls.hub.verify import verify
+from modeling_vitcls.publishing.publish import push_folder
+from modeling_vitcls.publishing.verify import verify
 
 
 ROOT = Path(__file__).parents[2]

@@ -28,7 +28,6 @@ from modeling_vitcls.data.splits import (
     load_training_data,
 )
 from modeling_vitcls.hub.loading import MODEL_FILE_PATTERNS
-from modeling_vitcls.hub.manifest import collect_model_files
 from modeling_vitcls.inference.evaluate import evaluate_checkpoint
 from modeling_vitcls.inference.load_model import load_classifier
 from modeling_vitcls.options import (
@@ -36,6 +35,7 @@ from modeling_vitcls.options import (
     EvaluateOptions,
     InspectOptions,
 )
+from modeling_vitcls.publishing.manifest import collect_model_files
 from modeling_vitcls.training.finetune import FinetuneTask, get_split_warning
 from modeling_vitcls.training.task import run_task
 

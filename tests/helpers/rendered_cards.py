@@ -5,7 +5,7 @@ from typing import Any
 from huggingface_hub import ModelCard
 
 from modeling_vitcls import ViTCLSConfig
-from modeling_vitcls.hub.card import build_card
+from modeling_vitcls.publishing.card import build_card
 
 
 CONFIG = ViTCLSConfig(

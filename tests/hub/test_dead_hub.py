@@ -34,11 +34,11 @@ from modeling_vitcls.data.splits import load_training_data
 from modeling_vitcls.demo.page import serve_demo
 from modeling_vitcls.demo.reader import DemoModel
 from modeling_vitcls.hub import loading, provenance
-from modeling_vitcls.hub.code_files import CODE_PATTERN, PACKAGE_FOLDER
 from modeling_vitcls.hub.loading import get_cached_commit, get_model_folder
-from modeling_vitcls.hub.publish import push_folder
-from modeling_vitcls.hub.shared_code import use_shared_code
 from modeling_vitcls.options import DataOptions
+from modeling_vitcls.publishing.code_files import CODE_PATTERN, PACKAGE_FOLDER
+from modeling_vitcls.publishing.publish import push_folder
+from modeling_vitcls.publishing.shared_code import use_shared_code
 from modeling_vitcls.training.teacher import load_teacher
 
 

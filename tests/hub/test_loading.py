@@ -36,8 +36,8 @@ from modeling_vitcls.conversion.convert import convert_checkpoint
 from modeling_vitcls.conversion.random_weights import randomize_weights
 from modeling_vitcls.hub import loading
 from modeling_vitcls.hub.loading import CONFIG_FILES, get_cached_commit, get_model_folder
-from modeling_vitcls.hub.publish import push_folder
-from modeling_vitcls.hub.shared_code import use_shared_code, write_code
+from modeling_vitcls.publishing.publish import push_folder
+from modeling_vitcls.publishing.shared_code import use_shared_code, write_code
 
 
 ROOT = Path(__file__).parents[2]

@@ -22,9 +22,6 @@ from modeling_vitcls.hub.local_paths import (
     resolve_name,
     strip_folders,
 )
-from modeling_vitcls.hub.manifest import SAMPLE_IMAGES_FILE, collect_model_files, find_local_dataset_in_card
-from modeling_vitcls.hub.publish import push_folder
-from modeling_vitcls.hub.push_permissions import is_private_repo
 from modeling_vitcls.options import (
     DataOptions,
     DistillationOptions,
@@ -34,6 +31,9 @@ from modeling_vitcls.options import (
     RunOptions,
     to_flags,
 )
+from modeling_vitcls.publishing.manifest import SAMPLE_IMAGES_FILE, collect_model_files, find_local_dataset_in_card
+from modeling_vitcls.publishing.publish import push_folder
+from modeling_vitcls.publishing.push_permissions import is_private_repo
 from modeling_vitcls.training.model_report import can_show_samples
 from modeling_vitcls.training.runner import build_runner, check_flags_unchanged, resolve_local_paths
 

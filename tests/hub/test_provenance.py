@@ -11,9 +11,9 @@ from huggingface_hub import constants
 
 from modeling_vitcls import ViTCLSForImageClassification
 from modeling_vitcls.hub import provenance
-from modeling_vitcls.hub.card import get_license
-from modeling_vitcls.hub.manifest import collect_model_files
 from modeling_vitcls.hub.provenance import Provenance, find_provenance
+from modeling_vitcls.publishing.card import get_license
+from modeling_vitcls.publishing.manifest import collect_model_files
 
 
 DINOV3 = "license: other\nlicense_name: dinov3-license\nlicense_link: LICENSE.md\n"

@@ -26,7 +26,8 @@ from huggingface_hub.utils import are_progress_bars_disabled
 from safetensors.torch import load, load_file
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
-from modeling_vitcls.hub import connection, publish
+from modeling_vitcls.hub import connection
+from modeling_vitcls.publishing import publish
 from modeling_vitcls.training import branch_uploads
 
 

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
 
+from ..hub.connection import HUB_ERRORS, check_is_online, format_hub_error, retry, set_hub_timeout, silence_hub_client
 from .code_files import HANDLER_FILE, HANDLER_SOURCE
-from .connection import HUB_ERRORS, check_is_online, format_hub_error, retry, set_hub_timeout, silence_hub_client
 from .manifest import (
     SAMPLE_IMAGES_FILE,
     RepoFiles,

@@ -33,16 +33,16 @@ from safetensors.torch import save_file
 import modeling_vitcls as vitcls
 from modeling_vitcls.checkpoints import CheckpointStore
 from modeling_vitcls.hub import connection
-from modeling_vitcls.hub.code_files import PACKAGE_FOLDER
-from modeling_vitcls.hub.publish import push_folder
 from modeling_vitcls.hub.revisions import HubCommit, resolve_commit
-from modeling_vitcls.hub.shared_code import pin_code_in_card, use_shared_code
-from modeling_vitcls.hub.verification_reference import PackageLoader
-from modeling_vitcls.hub.verification_script import (
+from modeling_vitcls.publishing.code_files import PACKAGE_FOLDER
+from modeling_vitcls.publishing.publish import push_folder
+from modeling_vitcls.publishing.shared_code import pin_code_in_card, use_shared_code
+from modeling_vitcls.publishing.verification_reference import PackageLoader
+from modeling_vitcls.publishing.verification_script import (
     HubLoader,
     collect_outputs,
 )
-from modeling_vitcls.hub.verify import (
+from modeling_vitcls.publishing.verify import (
     VerificationError,
     VerificationReport,
     build_clean_environment,
@@ -246,7 +246,7 @@ def test_the_new_process_receives_the_request_and_the_token_if_required(
             save_file({"x": torch.ones(1)}, target / "outputs.safetensors")
         return SimpleNamespace(stderr=errors, returncode=3)
 
-    monkeypatch.setattr("modeling_vitcls.hub.verify.subprocess", SimpleNamespace(run=run))
+    monkeypatch.setattr("modeling_vitcls.publishing.verify.subprocess", SimpleNamespace(run=run))
     for code, has_token in ((None, False), (CODE, False), (replace(CODE, needs_token=True), True)):
         results.append(({"models": {}}, ""))
         outputs, report = run_script(MODEL, code, tmp_path, trust_remote_code=False)
@@ -271,7 +271,7 @@ def test_the_new_process_receives_the_request_and_the_token_if_required(
         with raises_one_line(prefix + message, error=error_class):
             run_script(replace(MODEL, needs_token=True), None, tmp_path, trust_remote_code=True)
         assert "HF_TOKEN" in environments[-1]
-    monkeypatch.setattr("modeling_vitcls.hub.verify.SHORT_RETRY_WAITS", (0.01, 0.01))
+    monkeypatch.setattr("modeling_vitcls.publishing.verify.SHORT_RETRY_WAITS", (0.01, 0.01))
     results += [(None, "ImportError: x"), (None, "ImportError: y")]
     with raises_one_line(f"{prefix}ImportError: y", error=VerificationError):
         run_verification(MODEL, None, tmp_path)
@@ -372,7 +372,7 @@ def verify_in_this_process(
             loaded["module"] = module or loaded["module"]
         return outputs, {"has_package": False, "code_commits": []} | classes | report
 
-    monkeypatch.setattr("modeling_vitcls.hub.verify.run_verification", run)
+    monkeypatch.setattr("modeling_vitcls.publishing.verify.run_verification", run)
     return calls
 
 

@@ -8,8 +8,8 @@ import torch
 from helpers.tiny_models import KINDS, build_tiny_config, list_tensors, save_classifier, save_with_processor
 from safetensors.torch import load_file
 
-from modeling_vitcls.hub.verification_reference import PackageLoader
-from modeling_vitcls.hub.verification_script import AUTO_CLASSES, build_pixel_values, collect_outputs
+from modeling_vitcls.publishing.verification_reference import PackageLoader
+from modeling_vitcls.publishing.verification_script import AUTO_CLASSES, build_pixel_values, collect_outputs
 
 
 @pytest.fixture

@@ -8,15 +8,15 @@ from types import SimpleNamespace
 import pytest
 from helpers.tiny_models import raises_one_line
 
-from modeling_vitcls.hub import code_files
-from modeling_vitcls.hub.code_files import (
+from modeling_vitcls.publishing import code_files
+from modeling_vitcls.publishing.code_files import (
     PACKAGE_FOLDER,
     READING_ORDER,
     compute_code_digest,
     describe_code_differences,
     read_code_license,
 )
-from modeling_vitcls.hub.shared_code import write_code
+from modeling_vitcls.publishing.shared_code import write_code
 from modeling_vitcls.version import __version__
 
 

@@ -17,10 +17,10 @@ from packaging.requirements import Requirement
 from PIL import Image
 
 from modeling_vitcls.hub import connection
-from modeling_vitcls.hub.code_files import PACKAGE_FOLDER
-from modeling_vitcls.hub.publish import PushError
 from modeling_vitcls.hub.revisions import HubCommit, resolve_commit
-from modeling_vitcls.hub.space import (
+from modeling_vitcls.publishing.code_files import PACKAGE_FOLDER
+from modeling_vitcls.publishing.publish import PushError
+from modeling_vitcls.publishing.space import (
     PAGE_FILES,
     PublishedModel,
     build_space_files,
@@ -28,7 +28,7 @@ from modeling_vitcls.hub.space import (
     push_space,
     write_space,
 )
-from modeling_vitcls.hub.static_space import LIBRARY_FILES, TRANSFORMERS_JS_URL, build_static_space_files
+from modeling_vitcls.publishing.static_space import LIBRARY_FILES, TRANSFORMERS_JS_URL, build_static_space_files
 
 
 WEIGHTS = HubCommit("ann/mine", "0" * 40, needs_token=False)

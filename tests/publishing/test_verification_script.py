@@ -11,9 +11,9 @@ from huggingface_hub import HfApi, constants
 from safetensors.torch import load_file
 
 import modeling_vitcls as vitcls
-from modeling_vitcls.hub.publish import push_folder
-from modeling_vitcls.hub.verification_reference import PackageLoader
-from modeling_vitcls.hub.verification_script import (
+from modeling_vitcls.publishing.publish import push_folder
+from modeling_vitcls.publishing.verification_reference import PackageLoader
+from modeling_vitcls.publishing.verification_script import (
     HubLoader,
     PackageBlocker,
     collect_outputs,

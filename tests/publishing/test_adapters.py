@@ -14,9 +14,9 @@ from helpers.tiny_models import build_images, build_tiny_config, raises_one_line
 from huggingface_hub import ModelCard
 
 from modeling_vitcls import ViTCLSForImageClassification
-from modeling_vitcls.hub.adapters import write_adapter
 from modeling_vitcls.hub.provenance import Provenance
-from modeling_vitcls.hub.publish import push_folder
+from modeling_vitcls.publishing.adapters import write_adapter
+from modeling_vitcls.publishing.publish import push_folder
 from modeling_vitcls.training.model import merge_lora, set_trainable_parameters
 
 

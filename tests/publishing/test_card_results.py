@@ -3,7 +3,7 @@
 import pytest
 from helpers.rendered_cards import PER_CLASS, render_card
 
-from modeling_vitcls.hub.card_results import format_name
+from modeling_vitcls.publishing.card_results import format_name
 
 
 def test_many_classes_have_no_table() -> None:

@@ -14,6 +14,8 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..configuration_vitcls import PRESETS, ViTCLSConfig
+from ..hub.local_paths import BUILT_IN_DATASET, can_publish_images, is_local, strip_folders
+from ..hub.provenance import DERIVED_WEIGHTS_TEXTS, NEW_WEIGHTS_TEXTS, Provenance, WeightsLicense
 from .card_results import (
     CONFIDENCE_LEVEL,
     build_class_tables,
@@ -23,8 +25,6 @@ from .card_results import (
     get_metric_names,
 )
 from .card_sections import CITATION, build_training_section, build_use_section, render_card
-from .local_paths import BUILT_IN_DATASET, can_publish_images, is_local, strip_folders
-from .provenance import DERIVED_WEIGHTS_TEXTS, NEW_WEIGHTS_TEXTS, Provenance, WeightsLicense
 
 
 TAGS = ["vision", "vit", "vitcls"]

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from helpers.tiny_models import raises_one_line
 
-from modeling_vitcls.hub.code_files import CODE_PATTERN, PACKAGE_FOLDER
-from modeling_vitcls.hub.shared_code import pin_code_in_card, use_shared_code, write_code
+from modeling_vitcls.publishing.code_files import CODE_PATTERN, PACKAGE_FOLDER
+from modeling_vitcls.publishing.shared_code import pin_code_in_card, use_shared_code, write_code
 
 
 CODE = sorted(file.name for file in PACKAGE_FOLDER.glob(CODE_PATTERN))

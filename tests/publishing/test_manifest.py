@@ -10,9 +10,9 @@ from helpers.local_hub import LocalHub
 from helpers.tiny_models import build_tiny_config, raises_one_line
 
 import modeling_vitcls as vitcls
-from modeling_vitcls.hub.code_files import READING_ORDER
 from modeling_vitcls.hub.loading import CONFIG_FILES
-from modeling_vitcls.hub.manifest import (
+from modeling_vitcls.publishing.code_files import READING_ORDER
+from modeling_vitcls.publishing.manifest import (
     collect_model_files,
     has_current_onnx_files,
     is_match,
@@ -20,7 +20,7 @@ from modeling_vitcls.hub.manifest import (
     list_required_code,
     read_code_references,
 )
-from modeling_vitcls.hub.publish import push_folder
+from modeling_vitcls.publishing.publish import push_folder
 
 
 @pytest.fixture

@@ -18,10 +18,10 @@ from huggingface_hub import snapshot_download
 from PIL import Image
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, ViTCLSModel
-from modeling_vitcls.hub import endpoint_handler
-from modeling_vitcls.hub.code_files import describe_code_differences
-from modeling_vitcls.hub.endpoint_handler import EndpointHandler, decode_source
-from modeling_vitcls.hub.publish import build_push_command, push_folder
+from modeling_vitcls.publishing import endpoint_handler
+from modeling_vitcls.publishing.code_files import describe_code_differences
+from modeling_vitcls.publishing.endpoint_handler import EndpointHandler, decode_source
+from modeling_vitcls.publishing.publish import build_push_command, push_folder
 
 
 # Calls handler.py with each request in a file, and prints the responses or errors.

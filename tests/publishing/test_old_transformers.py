@@ -16,8 +16,8 @@ from helpers.tiny_models import build_tiny_config, save_with_processor
 
 from modeling_vitcls import ViTCLSForImageClassification
 from modeling_vitcls.configuration_vitcls import MIN_TRANSFORMERS_VERSION
-from modeling_vitcls.hub.publish import push_folder
-from modeling_vitcls.hub.verify import verify
+from modeling_vitcls.publishing.publish import push_folder
+from modeling_vitcls.publishing.verify import verify
 
 
 LOWEST = f"{'.'.join(map(str, MIN_TRANSFORMERS_VERSION))}.0"

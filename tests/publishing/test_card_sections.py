@@ -12,9 +12,9 @@ from helpers.local_hub import LocalHub, running_hub
 from helpers.tiny_models import KINDS, build_tiny_config, save_with_processor
 
 from modeling_vitcls.configuration_vitcls import MIN_TRANSFORMERS_VERSION
-from modeling_vitcls.hub.card_sections import CITATION, build_use_section, insert_onnx_section
-from modeling_vitcls.hub.code_files import READING_ORDER, compute_code_digest
-from modeling_vitcls.hub.shared_code import pin_code_in_card
+from modeling_vitcls.publishing.card_sections import CITATION, build_use_section, insert_onnx_section
+from modeling_vitcls.publishing.code_files import READING_ORDER, compute_code_digest
+from modeling_vitcls.publishing.shared_code import pin_code_in_card
 from modeling_vitcls.version import __version__
 
 

@@ -12,11 +12,11 @@ from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader
 
 from ..configuration_vitcls import MIN_TRANSFORMERS_VERSION, ViTCLSConfig
+from ..hub.local_paths import strip_folders
+from ..hub.provenance import Provenance
 from ..version import __version__
 from .card_results import METRIC_NAMES, format_name, format_percent
 from .code_files import READING_ORDER, compute_code_digest
-from .local_paths import strip_folders
-from .provenance import Provenance
 from .verification_script import get_auto_class
 
 

@@ -8,8 +8,8 @@ from typing import Any, Literal
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
-from .connection import HUB_ERRORS, check_is_online, describe_no_response, set_hub_timeout
-from .loading import is_hub_id
+from ..hub.connection import HUB_ERRORS, check_is_online, describe_no_response, set_hub_timeout
+from ..hub.loading import is_hub_id
 
 
 TIMEOUT = 10.0  # maximum time without a response, in seconds

@@ -37,10 +37,10 @@ from modeling_vitcls.demo.page import build_page, launch_page
 from modeling_vitcls.demo.reader import DemoModel, DemoResult
 from modeling_vitcls.demo.text import build_loading_code
 from modeling_vitcls.hub import connection
-from modeling_vitcls.hub.code_files import PACKAGE_FOLDER
-from modeling_vitcls.hub.publish import PushError, push_folder
-from modeling_vitcls.hub.shared_code import use_shared_code
-from modeling_vitcls.hub.space import (
+from modeling_vitcls.publishing.code_files import PACKAGE_FOLDER
+from modeling_vitcls.publishing.publish import PushError, push_folder
+from modeling_vitcls.publishing.shared_code import use_shared_code
+from modeling_vitcls.publishing.space import (
     PAGE_FILES,
     PublishedModel,
     build_space_files,

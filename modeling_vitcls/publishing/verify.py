@@ -28,11 +28,7 @@ import torch
 from huggingface_hub import HfApi, get_token
 from safetensors.torch import load_file
 
-from ..system import get_versions
-from ..version import __version__
-from . import verification_script
-from .code_files import describe_code_differences
-from .connection import (
+from ..hub.connection import (
     HUB_ERRORS,
     SHORT_RETRY_WAITS,
     check_is_online,
@@ -41,6 +37,11 @@ from .connection import (
     set_hub_timeout,
     silence_transformers,
 )
+from ..hub.revisions import HubCommit, download_commit, resolve_code_commit, resolve_commit
+from ..system import get_versions
+from ..version import __version__
+from . import verification_script
+from .code_files import describe_code_differences
 from .manifest import (
     CHECKPOINT_PATTERNS,
     DOCUMENTATION_PATTERNS,
@@ -52,7 +53,6 @@ from .manifest import (
     is_native_model,
 )
 from .publish import PushResult
-from .revisions import HubCommit, download_commit, resolve_code_commit, resolve_commit
 from .verification_reference import PackageLoader
 from .verification_script import HubLoader, Outputs, collect_outputs
 

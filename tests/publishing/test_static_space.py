@@ -21,10 +21,10 @@ from playwright.sync_api import Browser, Page, expect
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
 from modeling_vitcls.export.transformers_js import export_for_transformers_js
-from modeling_vitcls.hub.publish import push_folder
 from modeling_vitcls.hub.revisions import HubCommit
-from modeling_vitcls.hub.space import PublishedModel, write_space
-from modeling_vitcls.hub.static_space import LIBRARY_FILES, build_static_space_files
+from modeling_vitcls.publishing.publish import push_folder
+from modeling_vitcls.publishing.space import PublishedModel, write_space
+from modeling_vitcls.publishing.static_space import LIBRARY_FILES, build_static_space_files
 
 
 for library in ("onnx", "onnxscript", "onnxruntime"):

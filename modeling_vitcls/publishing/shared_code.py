@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from ..files import read_json, write_atomically
+from ..hub.loading import CONFIG_FILES, is_hub_id
+from ..hub.provenance import CARD_FILE
 from .code_files import CODE_PATTERN, PACKAGE_FOLDER
-from .loading import CONFIG_FILES, is_hub_id
 from .manifest import REPO_SEPARATOR, check_is_model, read_text
-from .provenance import CARD_FILE
 
 
 # Patterns in a card: code that pins the weights, the location of the code, and the note about the code repository.

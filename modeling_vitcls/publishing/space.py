@@ -26,14 +26,14 @@ from packaging.requirements import Requirement
 
 from ..configuration_vitcls import ViTCLSConfig
 from ..files import read_json
+from ..hub.connection import HUB_ERRORS, check_is_online, format_hub_error, retry, set_hub_timeout
+from ..hub.loading import CONFIG_FILES
+from ..hub.local_paths import check_output_is_empty
+from ..hub.revisions import HubCommit, download_commit, resolve_code_commit, resolve_commit
 from ..image_processing_vitcls import read_image
 from .code_files import PACKAGE_FOLDER
-from .connection import HUB_ERRORS, check_is_online, format_hub_error, retry, set_hub_timeout
-from .loading import CONFIG_FILES
-from .local_paths import check_output_is_empty
 from .manifest import RepoFiles
 from .publish import TIMEOUT, PushError, PushResult, build_push_command
-from .revisions import HubCommit, download_commit, resolve_code_commit, resolve_commit
 
 
 PAGE_FOLDER = "vitcls_demo"

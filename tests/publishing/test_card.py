@@ -16,7 +16,10 @@ from PIL import Image
 from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification
 from modeling_vitcls.data.images import LabeledImages, UnreadableImage
 from modeling_vitcls.data.labels import LabelSpace
-from modeling_vitcls.hub.card import (
+from modeling_vitcls.hub.provenance import Provenance
+from modeling_vitcls.inference.metrics import drop_large_matrices
+from modeling_vitcls.options import RunOptions
+from modeling_vitcls.publishing.card import (
     build_card,
     build_checkpoint_card,
     build_common_metadata,
@@ -25,10 +28,7 @@ from modeling_vitcls.hub.card import (
     format_token_layout,
     get_license,
 )
-from modeling_vitcls.hub.card_sections import get_shareable_flags
-from modeling_vitcls.hub.provenance import Provenance
-from modeling_vitcls.inference.metrics import drop_large_matrices
-from modeling_vitcls.options import RunOptions
+from modeling_vitcls.publishing.card_sections import get_shareable_flags
 from modeling_vitcls.system import WATTS_PER_CPU_THREAD, estimate_energy
 from modeling_vitcls.training.model_report import (
     build_model_report,

@@ -25,11 +25,12 @@ from huggingface_hub.utils import close_session, get_session, http_backoff
 
 import modeling_vitcls as vitcls
 from modeling_vitcls.checkpoints import CheckpointStore, read_checkpoint
-from modeling_vitcls.hub import connection, publish, push_permissions
-from modeling_vitcls.hub.card_renaming import replace_model_name
+from modeling_vitcls.hub import connection
 from modeling_vitcls.hub.connection import set_hub_timeout
-from modeling_vitcls.hub.publish import PushError, build_push_command, push_folder
-from modeling_vitcls.hub.push_permissions import check_namespace, check_push_permissions, check_token
+from modeling_vitcls.publishing import publish, push_permissions
+from modeling_vitcls.publishing.card_renaming import replace_model_name
+from modeling_vitcls.publishing.publish import PushError, build_push_command, push_folder
+from modeling_vitcls.publishing.push_permissions import check_namespace, check_push_permissions, check_token
 
 
 CODE = {file.name for file in Path(vitcls.__file__).parent.glob("*_vitcls.py")}

@@ -19,9 +19,9 @@ from safetensors.torch import save_file
 
 from ..configuration_vitcls import COUNT_FIELDS, ViTCLSConfig
 from ..files import read_json
+from ..hub.local_paths import is_local, strip_folders
+from ..hub.provenance import CARD_FILE, DERIVED_WEIGHTS_TEXTS, LICENSE_PATTERNS, Provenance, WeightsLicense
 from .card_sections import CITATION, render_card
-from .local_paths import is_local, strip_folders
-from .provenance import CARD_FILE, DERIVED_WEIGHTS_TEXTS, LICENSE_PATTERNS, Provenance, WeightsLicense
 
 
 ADAPTER_CONFIG_FILE = "adapter_config.json"

@@ -27,13 +27,13 @@ from ..checkpoints import (
     read_state,
 )
 from ..files import read_json
+from ..hub.loading import CONFIG_FILE, CONFIG_FILES, MODEL_FILE_PATTERNS, check_is_vitcls
+from ..hub.local_paths import can_publish_images, is_local
+from ..hub.provenance import CARD_FILE, LICENSE_PATTERNS
 from .adapters import ADAPTER_PATTERNS, check_adapter, is_adapter
 from .card_renaming import replace_model_name
 from .card_sections import get_shareable_flags, insert_onnx_section
 from .code_files import CODE_LICENSE_FILE, CODE_PATTERN, read_code_license
-from .loading import CONFIG_FILE, CONFIG_FILES, MODEL_FILE_PATTERNS, check_is_vitcls
-from .local_paths import can_publish_images, is_local
-from .provenance import CARD_FILE, LICENSE_PATTERNS
 
 
 RECIPE_FILE = "config.resolved.yaml"
@@ -192,7 +192,7 @@ def find_code_repository(folder: Path, repo_id: str | None = None) -> str | None
         raise ValueError(
             f"{' and '.join(CONFIG_FILES)} reference code in several repositories ({names}), but "
             "code_revision can pin only one repository. Move all code to one repository (see "
-            "modeling_vitcls/hub/shared_code.py)"
+            "modeling_vitcls/publishing/shared_code.py)"
         )
     return next(iter(repositories), None)
 
