@@ -6,9 +6,7 @@ import runpy
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, TextIO
 
 import pytest
@@ -19,10 +17,10 @@ from helpers.tiny_models import raises_one_line
 
 import modeling_vitcls
 from modeling_vitcls import cli
-from modeling_vitcls.commands import benchmark, demo, evaluate, finetune, push, study
+from modeling_vitcls.commands import benchmark, demo, finetune, study
 from modeling_vitcls.commands.parsing import exit_on_error
 from modeling_vitcls.data.splits import load_evaluation_data
-from modeling_vitcls.options import DataOptions, EvaluateOptions
+from modeling_vitcls.options import DataOptions
 from modeling_vitcls.training.runner import RunStopped
 from modeling_vitcls.version import __version__
 from scripts.demo_load import load_held_out_digits
@@ -63,9 +61,7 @@ def closed_pipe() -> Iterator[TextIO]:
         yield stream
 
 
-@pytest.mark.slow_cases
-@pytest.mark.parametrize("unbuffered", ["", "1"])
-@pytest.mark.parametrize("arguments", [("--help",), ("env",), ("finetune", "--help")])
+@pytest.mark.parametrize(("arguments", "unbuffered"), [(("--help",), ""), (("finetune", "--help"), "1")])
 def test_commands_exit_quietly_on_a_closed_pipe(
     arguments: tuple[str, ...], unbuffered: str, closed_pipe: TextIO
 ) -> None:
@@ -263,51 +259,6 @@ def test_a_study_of_the_package_has_a_name(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr("modeling_vitcls.study.run_study", lambda *arguments, **keyword_arguments: [])
     study.run(study.StudyOptions(Path("study_digits"), tmp_path))
     assert [file.read_text() for file in files] == [(SCRIPTS / "recipes" / "study_digits.yaml").read_text()]
-
-
-def test_evaluate_and_demo_pass_their_flags(calls: list[tuple[Any, ...]], tmp_path: Path) -> None:
-    options = EvaluateOptions("mine", DataOptions("digits"))
-    evaluate.run(options)
-    evaluate.run(replace(options, frozen="knn"))
-    demo.run(demo.DemoOptions("ann/mine", "v1", (tmp_path,), "0.0.0.0", 8000))
-    assert calls == [
-        ("evaluate_checkpoint", options),
-        ("evaluate_frozen", replace(options, frozen="knn")),
-        ("get_model_folder", "ann/mine", ("revision", "v1")),
-        ("get_cached_commit", "folder"),
-        ("serve_demo", "ann/mine", "abc", (tmp_path,), "0.0.0.0", 8000),
-    ]
-
-
-def test_push_passes_its_flags(
-    calls: list[tuple[Any, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The default name of the repository is the name of the folder, even for a relative path."""
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "adapter").mkdir()
-    (tmp_path / "adapter" / "adapter_config.json").touch()
-    monkeypatch.chdir(tmp_path / "mine")
-    flags: dict[str, Any] = {"private": True, "branch": "dev", "message": "text", "push_optimizer": True}
-    push.run(push.PushOptions(Path(), **flags, endpoint_handler=True))
-    options = ("with_handler", True), ("with_optimizer", True)
-    assert calls == [
-        ("check_is_model", Path()),
-        ("check_push_permissions", None, "mine", True),
-        ("push_folder", Path(), "ann/id", True, "text", "dev", *options),
-        ("verify_push", SimpleNamespace(summary="summary"), Path()),
-    ]
-    assert "summary" in (printed := capsys.readouterr().out) and printed.endswith("verified\n")
-    for folder, verify, check in (("adapter", True, "check_adapter"), ("mine", False, "check_is_model")):
-        calls.clear()
-        push.run(push.PushOptions(tmp_path / folder, "ann/other", verify=verify))
-        assert [name for name, *_ in calls] == [check, "check_push_permissions", "push_folder"]
-        assert calls[1] == ("check_push_permissions", "ann/other", folder, False)
-    calls.clear()
-    push.run(push.PushOptions(tmp_path, verify_only="ann/other", revision="v1"))
-    push.run(push.PushOptions(verify_only="ann/other"))
-    assert calls == [("verify", "ann/other", "v1", tmp_path), ("verify", "ann/other", "main", None)]
-    with raises_one_line("--no-verify applies only to pushes"):
-        push.PushOptions(verify_only="ann/other", verify=False)
 
 
 @pytest.mark.parametrize(("command", "script"), WRAPPERS.items())

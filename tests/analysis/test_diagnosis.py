@@ -117,7 +117,6 @@ def judged_digits(model: Any, movement: dict[str, float] | None = None) -> dict[
     return judge_tokens(model, movement, *HELD_OUT, num_draws=NUM_NULL_DRAWS)
 
 
-@pytest.mark.slow_cases
 def test_a_healthy_model(model: Any) -> None:
     """The CLS token has an effect, and no register has a fault."""
     found = judged_digits(model)
@@ -132,7 +131,6 @@ def test_a_healthy_model(model: Any) -> None:
     assert diagnose_patches(model.config, findings_of(model, HELD_OUT[0])).word == "no artifacts"
 
 
-@pytest.mark.slow_cases
 def test_random_registers_have_no_measurable_effect(model: Any) -> None:
     with torch.no_grad():
         registers = model.vitcls.embeddings.register_tokens
@@ -177,7 +175,6 @@ def mask_cls_attention(model: Any) -> Iterator[None]:
         yield
 
 
-@pytest.mark.slow_cases
 def test_a_harmful_register(model: Any) -> None:
     """All tokens attend to the register, whose values hide the digits: accuracy is higher without it."""
     pixels, labels = HELD_OUT
@@ -215,7 +212,6 @@ def test_registers_with_nearly_equal_attention(model: Any) -> None:
     assert found["CLS"].word == "effect beyond the null"
 
 
-@pytest.mark.slow_cases
 def test_an_encoder_is_diagnosed_by_its_features(model: Any) -> None:
     found = judge_tokens(model.vitcls, pixels=HELD_OUT[0], num_draws=NUM_NULL_DRAWS)
     cls = found["CLS"]

@@ -86,9 +86,8 @@ def build_pil_images(count: int = 4) -> list[Image.Image]:
 PROCESSOR = ViTCLSImageProcessor(size={"height": 32, "width": 32})
 
 
-@pytest.mark.slow_cases
+@pytest.mark.slow
 @pytest.mark.parametrize("wrapped", WRAPPERS.values(), ids=WRAPPERS)
-@pytest.mark.integration
 def test_wrapped_models_are_unwrapped(wrapped: Callable[[], Any], tmp_path: Path) -> None:
     model = wrapped()
     assert is_classifier(model)

@@ -62,6 +62,9 @@ from modeling_vitcls.token_names import get_token_names
 from modeling_vitcls.version import __version__
 
 
+pytestmark = pytest.mark.integration
+
+
 NAMES = ["</script><b>wide</b>.png", "tall.png", "square & small.png"]
 SIZES = [(90, 60), (50, 80), (40, 40)]  # width, height
 NUM_LABELS = 8
@@ -612,7 +615,7 @@ def test_equal_registers_have_cosine_1(browser: Browser, faulty_page: Any) -> No
 # Appearance ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow_cases
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1280])
 def test_light_and_dark_on_phones_and_desktops(browser: Browser, faulty_page: Any, scheme: str, width: int) -> None:
@@ -653,7 +656,7 @@ def luminance(colour: str) -> float:
 # Other models --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow_cases
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_any_layout(browser: Browser, tmp_path: Path, layout: dict[str, Any]) -> None:
     model = randomize(ViTCLSForImageClassification(build_tiny_config(**layout)))
@@ -776,7 +779,7 @@ def test_the_header_contains_the_actual_number_of_patches(browser: Browser, tmp_
 # Predictions ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow_cases
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", [{"num_labels": 1}, {"problem_type": "multi_label_classification"}], ids=["1", "8"])
 def test_labels_are_predicted_from_one_half(browser: Browser, tmp_path: Path, fields: dict[str, Any]) -> None:
     """As in scripts/predict.py. Without any predicted label, the page explains the most probable one."""
@@ -816,7 +819,7 @@ FAMILIES = (
 ).split(", ")
 
 
-@pytest.mark.slow_cases
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_converted_families(name: str, tmp_path: Path) -> None:
     """Check families of transformers, with random weights."""

@@ -25,6 +25,9 @@ from modeling_vitcls.benchmarking.peers import (
 from modeling_vitcls.benchmarking.work import run_benchmarks
 
 
+pytestmark = pytest.mark.integration
+
+
 TOY_SETTINGS = BenchmarkSettings(("timm",), 1, is_toy=True)
 SCRIPT = Path(__file__).parents[2] / "scripts" / "benchmark.py"
 

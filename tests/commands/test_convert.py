@@ -11,20 +11,6 @@ from modeling_vitcls.commands import convert
 from modeling_vitcls.conversion.parity_report import ParityReport, SizeComparison
 
 
-def test_convert_passes_its_flags(calls: list[tuple[Any, ...]], tmp_path: Path) -> None:
-    from modeling_vitcls.analysis.card_images import write_card_images
-
-    flags: dict[str, Any] = {"random_init": True, "classifier": "new", "num_labels": 7, "family": "dino"}
-    convert.run(convert.ConvertOptions(tmp_path, "timm:name", **flags))
-    convert.run(convert.ConvertOptions(tmp_path, to="transformers", model="mine", any_size=True))
-    assert calls == [
-        ("convert_checkpoint", "timm:name", tmp_path, True, "new", 7, write_card_images, "dino"),
-        ("print_report", "report", tmp_path),
-        ("write_native_model", "mine", tmp_path, True),
-        ("print_report", "report", tmp_path, ("trust_argument", "")),
-    ]
-
-
 def test_the_parity_report_is_printed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     report = ParityReport(

@@ -9,25 +9,6 @@ import pytest
 from modeling_vitcls.commands import export
 
 
-def test_export_passes_its_flags(
-    calls: list[tuple[Any, ...]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    flags: dict[str, Any] = {"image_size": (32, 48), "dynamic": False, "dtype": "float16", "opset": 19}
-    export.run(export.ExportOptions("mine", "onnx", tmp_path, **flags))
-    export.run(export.ExportOptions("mine", "transformers.js", tmp_path, dataset="digits", split="test"))
-    assert [call for call in calls if call != ("silence_exporters",)] == [
-        ("export_model", "mine", "onnx", tmp_path, (32, 48), False, "float16", 19),
-        ("print_report", "report", tmp_path),
-        ("export_for_transformers_js", "mine", tmp_path, "digits", "test"),
-    ]
-    assert [line.split() for line in capsys.readouterr().out.splitlines()] == [
-        "a.onnx largest difference 5.0e-01, same top-1 label: 75.0%".split(),
-        "accuracy on 4 images of digits (test):".split(),
-        ["PyTorch", "50.00%"],
-        ["a.onnx", "25.00%"],
-    ]
-
-
 def test_the_report_of_an_export_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     report: Any = SimpleNamespace(
         format="onnx",

@@ -92,7 +92,7 @@ def compute_loss(model: Any, autocast: torch.dtype | None = None, batch: int = 4
 # Operations
 
 
-@pytest.mark.slow_cases
+@pytest.mark.slow
 @each_case
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_flops_equal_those_of_torch(fields: dict[str, Any], attention: str) -> None:

@@ -355,7 +355,6 @@ def collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
     return batch
 
 
-@pytest.mark.slow_cases
 @pytest.mark.parametrize("kind", ["classes", "some_ignored", "probabilities", "several_labels", "tasks", "masks"])
 def test_trainer_accumulates_to_the_same_step(kind: str, tmp_path: Path) -> None:
     def build() -> PreTrainedModel:

@@ -27,6 +27,9 @@ from modeling_vitcls import (
 )
 
 
+pytestmark = pytest.mark.integration
+
+
 SLOW_IS_FINE = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("reproducible", derandomize=True, **SLOW_IS_FINE)
 settings.register_profile("explore", max_examples=2000, **SLOW_IS_FINE)
@@ -182,7 +185,6 @@ def run_training_step(model: ViTCLSPreTrainedModel) -> None:
 @given(
     fields=valid_fields(), model_class=st.sampled_from(CLASSES), more=st.tuples(st.integers(0, 9), st.integers(0, 9))
 )
-@pytest.mark.integration
 def test_valid_configurations_train_and_can_be_saved(
     fields: dict[str, Any], model_class: type[ViTCLSPreTrainedModel], more: tuple[int, int]
 ) -> None:
@@ -227,7 +229,6 @@ LABEL_FIELDS = ["num_labels", "id2label", "label2id", "problem_type", "out_featu
     taken=st.sets(st.sampled_from(FIELDS + LABEL_FIELDS), max_size=8),
     garbage=st.dictionaries(st.sampled_from(FIELDS + LABEL_FIELDS), ANYTHING, max_size=1),
 )
-@pytest.mark.integration
 def test_any_fields_work_or_raise_a_value_error(
     fields: dict[str, Any], other: dict[str, Any], taken: set[str], garbage: dict[str, Any]
 ) -> None:

@@ -137,7 +137,7 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-@pytest.mark.slow_cases
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
 @each_kind
 def test_each_class_compiles_into_one_graph(model_class: type, fields: dict[str, Any], inputs: dict[str, Any]) -> None:
@@ -154,6 +154,7 @@ TOGETHER = {
     "scopes": ["scopes", "no_positions", "no_qkv_bias"],
     "random": ["drop_path", "dropout"],
 }
+SLOW_TO_TRACE = [name for name in TOGETHER if name != "bare"]
 
 
 def merge_blocks(name: str) -> dict[str, Any]:
@@ -161,9 +162,8 @@ def merge_blocks(name: str) -> dict[str, Any]:
     return {field: value for block in TOGETHER[name] for field, value in BLOCKS[block].items()}
 
 
-@pytest.mark.slow_cases
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("name", TOGETHER)
+@pytest.mark.parametrize("name", ["bare", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW_TO_TRACE)])
 def test_options_compile_into_one_graph_with_gradients(name: str) -> None:
     model = randomize(ViTCLSForImageClassification(build_tiny_config(**merge_blocks(name))))
     model.train(name != "random")
@@ -203,8 +203,7 @@ def test_compiled_models_return_hidden_states() -> None:
     assert_same_outputs(compiled(build_images()).logits, logits, 1e-5)
 
 
-@pytest.mark.slow_cases
-@pytest.mark.parametrize("name", TOGETHER)
+@pytest.mark.parametrize("name", ["bare", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW_TO_TRACE)])
 def test_export_with_any_number_of_images(name: str) -> None:
     assert sorted(block for blocks in TOGETHER.values() for block in blocks) == sorted(BLOCKS)
     model = randomize(ViTCLSForImageClassification(build_tiny_config(**merge_blocks(name))))

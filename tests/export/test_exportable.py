@@ -2,12 +2,16 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 from helpers.tiny_models import build_images, build_tiny_config, randomize
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
 from modeling_vitcls.export import exporter
 from modeling_vitcls.export.exportable import NamedOutputsModel, compute_named_outputs, load_exportable_model
+
+
+pytestmark = pytest.mark.integration
 
 
 def test_an_encoder_without_pooler(tmp_path: Path) -> None:

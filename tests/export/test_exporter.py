@@ -40,6 +40,9 @@ from modeling_vitcls.export.exporter import export_model
 from modeling_vitcls.export.tracing import GraphShape, get_smallest_size, select_graph_shape, trace_model
 
 
+pytestmark = pytest.mark.integration
+
+
 ROOT = Path(__file__).parents[2]
 LIMIT = 1e-4
 TASKS = {"age": 2, "species": 4}

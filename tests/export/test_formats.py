@@ -11,6 +11,9 @@ from modeling_vitcls.export import formats
 from modeling_vitcls.export.tracing import select_graph_shape, trace_model
 
 
+pytestmark = pytest.mark.integration
+
+
 def test_files_that_do_not_run(tmp_path: Path) -> None:
     (tmp_path / "vit.onnx").write_text("damaged")
     with raises_one_line("onnxruntime cannot run the written graph on the CPU: "):

@@ -11,6 +11,9 @@ from modeling_vitcls.export import tracing
 from modeling_vitcls.export.tracing import GraphShape, get_smallest_size, select_graph_shape, trace_model
 
 
+pytestmark = pytest.mark.integration
+
+
 def test_the_graph_has_fused_attention_for_any_attn_implementation() -> None:
     model = randomize(ViTCLSForImageClassification(build_tiny_config(num_register_tokens=1, num_hidden_layers=1)))
     model.set_attn_implementation("eager")

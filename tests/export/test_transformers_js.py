@@ -28,6 +28,9 @@ from modeling_vitcls.export.transformers_js import (
 )
 
 
+pytestmark = pytest.mark.integration
+
+
 onnx, *_ = (
     pytest.importorskip(library, reason=f"{library} is not installed")
     for library in ("onnx", "onnxscript", "onnxruntime")

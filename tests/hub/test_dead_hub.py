@@ -42,6 +42,9 @@ from modeling_vitcls.publishing.shared_code import use_shared_code
 from modeling_vitcls.training.teacher import load_teacher
 
 
+pytestmark = pytest.mark.integration
+
+
 DEAD = "http://127.0.0.1:9"  # a closed port
 DIGITS = LabelSpace("single_label_classification", {"label": [str(index) for index in range(10)]})
 

@@ -40,6 +40,9 @@ from modeling_vitcls.publishing.publish import push_folder
 from modeling_vitcls.publishing.shared_code import use_shared_code, write_code
 
 
+pytestmark = pytest.mark.integration
+
+
 ROOT = Path(__file__).parents[2]
 CHILD = Path(__file__).parents[1] / "helpers" / "load_from_hub.py"
 LIMIT = 1e-5  # DESIGN.md
@@ -266,7 +269,6 @@ def write_image(world: PublishedModels) -> Path:
 # Online --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow_cases
 @pytest.mark.parametrize("name", SOURCES)
 def test_models_of_other_projects_are_converted_pushed_and_loaded_by_commit(
     world: PublishedModels, online: Any, name: str

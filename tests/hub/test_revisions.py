@@ -11,6 +11,9 @@ from huggingface_hub import HfApi, constants
 from modeling_vitcls.hub.revisions import HubCommit, download_commit, resolve_code_commit, resolve_commit
 
 
+pytestmark = pytest.mark.integration
+
+
 @pytest.fixture
 def hub(hub: LocalHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> LocalHub:
     """Start a Hub with a public model that has two commits, a tag and a branch, and with a private model."""

@@ -28,6 +28,9 @@ from safetensors.torch import load_file
 from modeling_vitcls import ViTCLSForImageClassification
 
 
+pytestmark = pytest.mark.integration
+
+
 REPOSITORY = Path(__file__).parents[2]
 CONFIGS = REPOSITORY / "scripts" / "accelerate"
 FILES = sorted(CONFIGS.glob("*.yaml"))

@@ -21,6 +21,9 @@ from modeling_vitcls.distributed import (
 from modeling_vitcls.options import RunOptions, TrainingOptions
 
 
+pytestmark = pytest.mark.integration
+
+
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Return check -> error, "" if it passed."""

@@ -38,6 +38,9 @@ from sklearn.datasets import load_digits
 from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification, ViTCLSImageProcessor, cli
 
 
+pytestmark = pytest.mark.integration
+
+
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "modeling_vitcls"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -39,6 +39,9 @@ from modeling_vitcls import (
 )
 
 
+pytestmark = pytest.mark.integration
+
+
 LABELS = {0: "cat", 1: "dog", 2: "owl"}
 
 
@@ -175,9 +178,9 @@ LABEL_KINDS: dict[str, tuple[dict[str, Any], Callable[[], torch.Tensor]]] = {
 }
 
 
-@pytest.mark.slow_cases
-@pytest.mark.parametrize("distillation_tokens", [0, 1])
-@pytest.mark.parametrize("kind", LABEL_KINDS)
+@pytest.mark.parametrize(
+    ("kind", "distillation_tokens"), [*((kind, 0) for kind in LABEL_KINDS), ("classes", 1), ("mixup", 1)]
+)
 def test_gradient_accumulation_equals_one_large_batch(kind: str, distillation_tokens: int, tmp_path: Path) -> None:
     overrides, make_labels = LABEL_KINDS[kind]
     torch.manual_seed(2)

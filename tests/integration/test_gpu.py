@@ -16,6 +16,9 @@ from modeling_vitcls.benchmarking.comparison import Comparison
 from scripts import gpu
 
 
+pytestmark = pytest.mark.integration
+
+
 REPOSITORY = Path(__file__).parents[2]
 MACHINE = {"processor": "CPU", "cores": 2, "threads": 1, "load": 0.0, "accelerator": "GPU of the test"}
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU: `make gpu` runs everything")

@@ -31,7 +31,7 @@ from modeling_vitcls.publishing import publish
 from modeling_vitcls.training import branch_uploads
 
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("fresh_accelerate")]
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 WEIGHTS = "model.safetensors"

@@ -28,7 +28,10 @@ from safetensors.torch import load_file
 from modeling_vitcls.data import batches
 
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs sessions of processes")
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.skipif(sys.platform == "win32", reason="needs sessions of processes"),
+]
 
 REPOSITORY = Path(__file__).parents[2]
 ENVIRONMENT = SCRIPT_ENVIRONMENT | {"GLOO_SOCKET_IFNAME": get_loopback()}
@@ -314,7 +317,6 @@ VARIANTS = {
 }
 
 
-@pytest.mark.slow_cases
 @pytest.mark.parametrize(
     "variant", [name if name in ("head", "LoRA") else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS]
 )

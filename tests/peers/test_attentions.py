@@ -18,6 +18,9 @@ from peers import test_from_timm as timm_cases
 from peers.transformers_cases import CASES, Case, build_inputs, get_encoder, images
 
 
+pytestmark = pytest.mark.integration
+
+
 LIMIT = 1e-5
 
 

@@ -21,6 +21,9 @@ from modeling_vitcls.conversion.from_state_dict import FAMILIES, convert_state_d
 from modeling_vitcls.conversion.weight_rules import ConversionError
 
 
+pytestmark = pytest.mark.integration
+
+
 TOLERANCE = 1e-5
 WIDTH, HEADS, LAYERS, NEURONS, PATCH, GRID, LABELS = 48, 4, 2, 96, 8, 4, 7
 TINY = {"embed_dim": WIDTH, "num_heads": HEADS, "depth": LAYERS, "mlp_ratio": 2, "num_classes": 0}

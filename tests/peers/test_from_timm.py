@@ -23,6 +23,9 @@ from modeling_vitcls.conversion.weight_rules import ConversionError
 from modeling_vitcls.cpu_kernels_vitcls import uninstall_cpu_kernels
 
 
+pytestmark = pytest.mark.integration
+
+
 TOLERANCE = 1e-5
 MODULES = ("vision_transformer", "deit", "eva")
 NATIVE, RECTANGLE = (4, 4), (3, 6)  # in patches

@@ -31,6 +31,9 @@ from peers.transformers_cases import (
 )
 
 
+pytestmark = pytest.mark.integration
+
+
 LIMIT = 1e-5  # DESIGN.md, accuracy of equivalence
 SIZES = [pytest.param(name, size, id=f"{name}-{size[0]}x{size[1]}") for name, c in CASES.items() for size in c.sizes]
 

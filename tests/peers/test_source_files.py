@@ -44,6 +44,9 @@ from peers.test_from_state_dict import (
 )
 
 
+pytestmark = pytest.mark.integration
+
+
 HEAD_WIDTH = 64  # the published width of one head
 
 

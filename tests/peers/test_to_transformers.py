@@ -22,6 +22,9 @@ from modeling_vitcls.conversion.weight_rules import ConversionError
 from peers.transformers_cases import CASES, compute_outputs, compute_source_outputs, images
 
 
+pytestmark = pytest.mark.integration
+
+
 BASE: dict[str, Any] = {
     "hidden_size": 32,
     "num_hidden_layers": 2,

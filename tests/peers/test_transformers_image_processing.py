@@ -8,12 +8,16 @@ import unittest
 from pathlib import Path
 from typing import Any, ClassVar
 
+import pytest
 import sklearn.datasets
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 from transformers.models.vit.image_processing_vit import ViTImageProcessor
 
 from modeling_vitcls import ViTCLSImageProcessor, ViTCLSImageProcessorPil
 from peers.transformers_suite import load
+
+
+pytestmark = pytest.mark.integration
 
 
 common = load("test_image_processing_common")

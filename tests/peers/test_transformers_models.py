@@ -32,6 +32,9 @@ from peers.transformers_reference import (
 )
 
 
+pytestmark = pytest.mark.integration
+
+
 ONE_CLS = {"num_cls_tokens": 1}
 DISTILLED_WITH_REGISTERS = {"num_cls_tokens": 1, "num_distillation_tokens": 1, "num_register_tokens": 4}
 NO_CLS = {"num_cls_tokens": 0, "num_register_tokens": 2, "pooling": "mean"}

@@ -20,6 +20,9 @@ from modeling_vitcls.publishing.publish import push_folder
 from modeling_vitcls.training.model import merge_lora, set_trainable_parameters
 
 
+pytestmark = pytest.mark.integration
+
+
 # Runs without the package: loads the adapter as described in its card, and saves the logits.
 LOAD = """
 import sys
@@ -49,8 +52,7 @@ def train(base: Path) -> ViTCLSForImageClassification:
     return model.eval()
 
 
-@pytest.mark.slow_cases
-@pytest.mark.parametrize("head_type", ["linear", "mlp"])
+@pytest.mark.parametrize("head_type", ["linear", pytest.param("mlp", marks=pytest.mark.slow)])
 def test_an_adapter_is_pushed_separately_and_loaded_as_in_its_card(
     hub: LocalHub, tmp_path: Path, head_type: str
 ) -> None:

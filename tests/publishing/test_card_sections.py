@@ -39,8 +39,9 @@ def publish(hub: LocalHub, folder: Path, kind: str) -> None:
     hub.create(f"ann/{kind}", private=False, files={file.name: file.read_bytes() for file in folder.iterdir()})
 
 
-@pytest.mark.slow_cases
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(name, marks=[pytest.mark.slow] * (name != "classifier")) for name in KINDS]
+)
 def test_the_first_code_block_runs_and_prints_no_warnings(tmp_path: Path, kind: str) -> None:
     home = tmp_path / "home"
     home.mkdir()

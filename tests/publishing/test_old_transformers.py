@@ -20,6 +20,9 @@ from modeling_vitcls.publishing.publish import push_folder
 from modeling_vitcls.publishing.verify import verify
 
 
+pytestmark = pytest.mark.integration
+
+
 LOWEST = f"{'.'.join(map(str, MIN_TRANSFORMERS_VERSION))}.0"
 MESSAGE = "This checkpoint requires transformers >= {}, but {} is installed. Run: pip install -U transformers"
 LOAD = """

@@ -33,6 +33,9 @@ from modeling_vitcls.publishing.publish import PushError, build_push_command, pu
 from modeling_vitcls.publishing.push_permissions import check_namespace, check_push_permissions, check_token
 
 
+pytestmark = pytest.mark.integration
+
+
 CODE = {file.name for file in Path(vitcls.__file__).parent.glob("*_vitcls.py")}
 WEIGHTS = "model.safetensors"
 CARD = "---\nlicense: apache-2.0\n---\n# A model\n"

@@ -27,6 +27,9 @@ from modeling_vitcls.publishing.space import PublishedModel, write_space
 from modeling_vitcls.publishing.static_space import LIBRARY_FILES, build_static_space_files
 
 
+pytestmark = pytest.mark.integration
+
+
 for library in ("onnx", "onnxscript", "onnxruntime"):
     pytest.importorskip(library, reason=f"{library} is not installed")
 

@@ -56,6 +56,9 @@ from modeling_vitcls.publishing.verify import (
 from modeling_vitcls.system import get_versions
 
 
+pytestmark = pytest.mark.integration
+
+
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "push_to_hub.py"
 BACKENDS = ["AutoImageProcessor, torchvision", "AutoImageProcessor, pil"]
@@ -192,7 +195,6 @@ CHANGES = {
 CHANGED_FILES = {"classifier": "heads_vitcls.py", "backbone": "modeling_vitcls.py"}
 
 
-@pytest.mark.slow_cases
 @pytest.mark.parametrize("kind", ["backbone", pytest.param("classifier", marks=pytest.mark.slow)])
 def test_published_code_with_other_outputs_is_detected(
     hub: LocalHub, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch

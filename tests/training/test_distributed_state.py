@@ -20,7 +20,7 @@ from modeling_vitcls.training.model import set_trainable_parameters
 from modeling_vitcls.training.optimizer import Ema
 
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("fresh_accelerate")]
 
 SIZES: dict[str, Any] = {"image_size": 16, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 2}
 SIZES |= {"num_attention_heads": 4, "intermediate_size": 48, "num_register_tokens": 2}

@@ -54,7 +54,7 @@ from modeling_vitcls.training.runner import RunStopped
 from modeling_vitcls.training.task import dry_run, run_task, save_output
 
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("fresh_accelerate")]
 
 REPOSITORY = Path(__file__).parents[2]
 SCRIPTS = REPOSITORY / "scripts"

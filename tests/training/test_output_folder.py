@@ -35,6 +35,9 @@ from modeling_vitcls.training.runner import RunStopped, resolve_local_paths
 from modeling_vitcls.training.task import dry_run, run_task
 
 
+pytestmark = pytest.mark.integration
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return tmp_path / "runs" / "mine"

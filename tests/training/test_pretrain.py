@@ -30,7 +30,7 @@ from modeling_vitcls.training.runner import RunStopped
 from modeling_vitcls.training.task import dry_run, run_task
 
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("fresh_accelerate")]
 
 CPU = torch.device("cpu")
 NUM_HELD_OUT_DIGITS = 372
@@ -122,7 +122,6 @@ def evaluate(model: ViTCLSForMaskedImageModeling, batch_size: int, mask_seed: in
     return first
 
 
-@pytest.mark.integration
 def test_the_evaluation_loss_is_the_mean_over_images() -> None:
     torch.manual_seed(0)
     model, processor = build_pretraining_model(TINY)
@@ -209,7 +208,6 @@ def test_a_resumed_run_masks_the_same_patches(pretrained: Path, tmp_path: Path) 
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
 
 
-@pytest.mark.integration
 def test_a_dry_run_leaves_nothing(tmp_path: Path) -> None:
     folder = tmp_path / "encoder"
     dry_run(PretrainTask, tiny_options(folder, batch_size=8))

@@ -25,7 +25,7 @@ from modeling_vitcls.training.runner import RunStopped, check_flags_unchanged
 from modeling_vitcls.training.task import run_task
 
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("fresh_accelerate")]
 
 NOT_COMPARED = ("images_per_second", "peak_memory_mb", "seconds", "energy", "inference", "versions")
 

@@ -34,7 +34,7 @@ from modeling_vitcls.training.task import dry_run, run_folds, run_task
 
 DIGITS = DataOptions("digits", num_workers=0)
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("fresh_accelerate")]
 
 
 def build_options(folder: Path, data: DataOptions = DIGITS, **training: Any) -> Any:
@@ -244,7 +244,6 @@ def test_the_best_checkpoint_of_pretraining(tmp_path: Path) -> None:
 # Cross-validation, and training on all images ------------------------------------------------------------------------
 
 
-@pytest.mark.integration
 def test_folds(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     data = replace(DIGITS, folds=3)
     summary = run_folds(FinetuneTask, build_options(tmp_path / "run", data, max_steps=2))
