@@ -45,8 +45,9 @@ QUICK := \
 	$(addprefix conversion/test_,parity_report processors) \
 	$(addprefix core/test_,adaptation configuration outputs positions released_checkpoints structure tokens) \
 	$(addprefix data/test_,batches labels sampling sources splits) \
-	$(addprefix hub/test_,card_results manifest provenance) \
+	$(addprefix hub/test_,provenance) \
 	$(addprefix inference/test_,inputs metrics prediction_rows) \
+	$(addprefix publishing/test_,card_results manifest) \
 	$(addprefix training/test_,defaults model optimizer)
 
 test-quick: setup
