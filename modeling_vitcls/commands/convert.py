@@ -78,10 +78,14 @@ def run(options: ConvertOptions) -> None:
 
     from ..analysis.card_images import write_card_images
     from ..conversion.convert import convert_checkpoint, write_native_model
+    from ..image_processing_vitcls import ViTCLSImageProcessor
+    from ..modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
+    from ..publishing.conversion_card import write_conversion_card
 
     disable_progress_bar()
     if options.to == "transformers":
         report = write_native_model(str(options.model), options.output, options.any_size)
+        write_conversion_card(options.output)
         print_report(report, options.output, trust_argument="")
         return
     report = convert_checkpoint(
@@ -90,9 +94,12 @@ def run(options: ConvertOptions) -> None:
         options.random_init,
         options.classifier,
         options.num_labels,
-        write_card_images,
         options.family,
     )
+    model_class = ViTCLSForImageClassification if "Classification" in report.model_class else ViTCLSModel
+    model = model_class.from_pretrained(options.output)
+    processor = ViTCLSImageProcessor.from_pretrained(options.output)
+    write_conversion_card(options.output, write_card_images(options.output, model, processor, {}))
     print_report(report, options.output)
 
 

@@ -14,7 +14,6 @@
     processors.py             conversion of preprocessing settings to an image processor
     source_models.py          loading of a timm or transformers model by name
     parity_report.py          largest output differences between the source and the converted model
-    conversion_card.py        model card of a converted model
     convert.py                implementation of `vitcls convert`
 
 These files are not copied to the Hub.

@@ -1,6 +1,6 @@
-"""Convert a model, and write the converted model, image processor, parity report and card to a folder.
+"""Convert a model, and write the converted model, image processor, parity report and license to a folder.
 
-If an error occurs, nothing is written.
+If an error occurs, nothing is written. The card is written afterwards, from the folder.
 
 report = convert_checkpoint("timm:vit_base_patch14_reg4_dinov2", Path("converted"))
 report = write_native_model("runs/mine", Path("native"))    # a transformers class, which requires no remote code
@@ -9,7 +9,7 @@ report = write_native_model("runs/mine", Path("native"))    # a transformers cla
 import dataclasses
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -21,23 +21,22 @@ from transformers import PreTrainedModel
 
 from ..configuration_vitcls import ViTCLSConfig
 from ..files import write_json
-from ..hub.loading import check_is_vitcls, get_model_folder
+from ..hub.loading import PARITY_REPORT_FILE, check_is_vitcls, get_model_folder
 from ..hub.local_paths import check_output_is_empty, resolve_name, strip_folders
 from ..hub.provenance import find_provenance
 from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel, ViTCLSPreTrainedModel
-from ..publishing.manifest import CARD_FILE, PARITY_REPORT_FILE
 from ..system import get_versions
-from .conversion_card import build_conversion_card
 from .parity_report import ParityReport, compare_models, describe_position_embeddings, hash_files
 from .processors import ConvertedPreprocessing, apply_processor, check_processor, select_settings
 from .source_files import FileSource
 from .source_models import SourceModel, TimmSource, TransformersSource
-from .to_transformers import convert_to_transformers
+from .to_transformers import MIN_TRANSFORMERS_VERSIONS, convert_to_transformers
 from .weight_rules import ClassifierChoice, ConversionError
 
 
 SOURCE_CLASSES: dict[str, type[SourceModel]] = {"timm": TimmSource, "transformers": TransformersSource}
+COPIED_RESULT_FILES = ("results.json", "config.resolved.yaml")  # results of the run, for the card of a native model
 
 
 def convert_checkpoint(
@@ -46,10 +45,9 @@ def convert_checkpoint(
     random_init: bool = False,
     classifier: ClassifierChoice = "keep",
     num_labels: int | None = None,
-    draw_images: Callable[..., dict[str, str]] | None = None,
     family: str | None = None,
 ) -> ParityReport:
-    """Convert a checkpoint and write the model, image processor, parity report, card and license to `output`.
+    """Convert a checkpoint and write the model, image processor, parity report and license to `output`.
 
     Args:
         source_name: `timm:NAME`, `transformers:PATH_OR_ID` (an id may end with `@REVISION`), or a state-dict file.
@@ -58,9 +56,6 @@ def convert_checkpoint(
         classifier: "keep" keeps the classifier of the source, "new" creates a new classifier, and "drop" removes the
             classifier.
         num_labels: Number of labels of a new classifier.
-        draw_images: Function that draws the card's images, such as `analysis.card_images.write_card_images`. The
-            function receives the folder, the model, the image processor and an empty dict, and returns a dict that
-            maps image names to paths relative to the folder. Default: no images.
         family: Family of a state-dict file. By default, the family is detected from the file.
 
     Raises:
@@ -86,40 +81,40 @@ def convert_checkpoint(
             source_revision=source.revision,
             source_class=type(source.model).__name__,
             random_init=random_init,
-            model_class=type(model).__name__,
             classifier=classifier_state,
             comparisons=comparisons,
             not_compared=native_size_reason,
             preprocessing=preprocessing.to_dict(),
             versions=get_versions("timm"),
-            sha256=hash_files(folder.glob("*.safetensors")),
             notes=source.notes,
             family=source.family if isinstance(source, FileSource) else None,
             source_sha256=source.sha256 if isinstance(source, FileSource) else None,
+            **describe_converted_model(folder, model, model.config),
+            provenance=save_provenance(source_name, folder, random_init),
         )
-        images = draw_images(folder, model, preprocessing.processor, {}) if draw_images else {}
-        write_report(report, folder, source_name, output.resolve().name, model.config, model, images)
+        write_json(folder / PARITY_REPORT_FILE, dataclasses.asdict(report))
     return report
 
 
-def write_report(
-    report: ParityReport,
-    folder: Path,
-    source_name: str,
-    name: str,
-    config: ViTCLSConfig,
-    converted_model: PreTrainedModel,
-    images: dict[str, str] | None = None,
-    is_native: bool = False,
-) -> None:
-    """Write the parity report, the card and, unless the weights are random, the license of the source to a folder."""
-    write_json(folder / PARITY_REPORT_FILE, dataclasses.asdict(report))
+def describe_converted_model(folder: Path, model: PreTrainedModel, config: ViTCLSConfig) -> dict[str, Any]:
+    """Return the fields of the parity report that describe the model saved in a folder. `config` is the configuration
+    of the ViTCLS model."""
+    return {
+        "model_class": type(model).__name__,
+        "num_parameters": model.num_parameters(),
+        "image_size": config.image_height_width,
+        "num_labels": config.num_labels,
+        "sha256": hash_files(folder.glob("*.safetensors")),
+    }
+
+
+def save_provenance(source_name: str, folder: Path, random_init: bool = False) -> dict[str, Any]:
+    """Return the base model and license of a source for the parity report. Copy the license to the folder unless the
+    weights are random."""
     provenance = find_provenance(source_name)
-    num_parameters = converted_model.num_parameters()
-    card = build_conversion_card(name, config, num_parameters, report, provenance, images, is_native)
-    card.save(folder / CARD_FILE)
-    if not report.random_init:
+    if not random_init:
         provenance.copy_license(folder)
+    return dataclasses.asdict(provenance) | {"license_files": [file.name for file in provenance.license_files]}
 
 
 def load_source(source_name: str, random_init: bool = False, family: str | None = None) -> SourceModel:
@@ -192,8 +187,8 @@ def check_saved_weights(folder: Path, model: ViTCLSPreTrainedModel) -> None:
 
 
 def write_native_model(source: str, output: Path, any_size: bool = False) -> ParityReport:
-    """Convert a vitcls model to a transformers class, and write the model, image processor, parity report, card and
-    license.
+    """Convert a vitcls model to a transformers class, and write the model, image processor, parity report, license and
+    the results of the training run.
 
     Unless the model is a `ViTCLSForImageClassification`, only the encoder is converted.
 
@@ -231,18 +226,20 @@ def write_native_model(source: str, output: Path, any_size: bool = False) -> Par
         report = ParityReport(
             source=strip_folders(resolve_name(source)),
             source_class=type(model).__name__,
-            model_class=name,
+            is_native=True,
             classifier="kept" if has_logits else "none",
             comparisons=comparisons,
             not_compared=native_size_reason,
             preprocessing=preprocessing,
             versions=get_versions(),
-            sha256=hash_files(output_folder.glob("*.safetensors")),
-            notes=[],
+            required_versions={"transformers": MIN_TRANSFORMERS_VERSIONS[type(converted_model).__name__]},
+            **describe_converted_model(output_folder, converted_model, model.config),
+            provenance=save_provenance(source, output_folder),
         )
-        write_report(
-            report, output_folder, source, output.resolve().name, model.config, converted_model, is_native=True
-        )
+        write_json(output_folder / PARITY_REPORT_FILE, dataclasses.asdict(report))
+        for name in COPIED_RESULT_FILES:
+            if (folder / name).is_file():
+                shutil.copyfile(folder / name, output_folder / name)
     return report
 
 

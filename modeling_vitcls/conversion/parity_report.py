@@ -1,4 +1,4 @@
-"""Compare the outputs of a source and the converted model, and write the parity report to certificate.json.
+"""Compare the outputs of a source and the converted model, and write the parity report to parity_report.json.
 
     # Raises ConversionError if a difference exceeds MAX_DIFFERENCE.
     comparisons, reason = compare_models(source, model, has_source_classifier=True)
@@ -41,13 +41,17 @@ class SizeComparison:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ParityReport:
-    """Content of certificate.json."""
+    """Content of parity_report.json."""
 
     source: str  # name of the source, such as `timm:NAME`, without local folders
     source_revision: str | None = None  # commit hash of the source on the Hub; None if the hash is unknown
     source_class: str
     random_init: bool = False
     model_class: str
+    is_native: bool = False  # whether the converted model is a transformers model
+    num_parameters: int
+    image_size: tuple[int, int]  # native size (height, width) in pixels
+    num_labels: int
     classifier: str  # "kept", "new", "dropped" or "none" (neither source nor model has a classifier)
     limit: float = MAX_DIFFERENCE  # maximum allowed absolute difference
     comparisons: list[SizeComparison]
@@ -55,7 +59,11 @@ class ParityReport:
     preprocessing: dict[str, Any]  # result of `ConvertedPreprocessing.to_dict`
     versions: dict[str, str]
     sha256: dict[str, str]  # SHA-256 of each weights file, by file name
-    notes: list[str]  # notes on loading the source, and on differences from other implementations
+    provenance: dict[str, Any]  # fields of `Provenance`; the license files are in the folder of the converted model
+    # lowest versions that the class of a transformers model requires
+    required_versions: dict[str, str] = dataclasses.field(default_factory=dict)
+    # notes on loading the source, and on differences from other implementations
+    notes: list[str] = dataclasses.field(default_factory=list)
     family: str | None = None  # family of a state-dict file; None for other sources
     source_sha256: str | None = None  # SHA-256 of the state-dict file; None for other sources
 

@@ -139,6 +139,21 @@ TARGETS: dict[str, list[TargetClass]] = {
 }
 
 
+# Lowest versions of transformers that contain the classes in `TARGETS`.
+MIN_TRANSFORMERS_VERSIONS = {
+    "ViTModel": "4.30",
+    "ViTForImageClassification": "4.30",
+    "DeiTModel": "4.30",
+    "DeiTForImageClassification": "4.30",
+    "DeiTForImageClassificationWithTeacher": "4.30",
+    "Dinov2Model": "4.31",
+    "Dinov2ForImageClassification": "4.31",
+    "Dinov2WithRegistersModel": "4.48",
+    "Dinov2WithRegistersForImageClassification": "4.48",
+    "DINOv3ViTModel": "4.56",
+}
+
+
 @dataclass(frozen=True)
 class TargetMatch:
     """Result of comparing a configuration with a target."""

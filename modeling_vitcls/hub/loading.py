@@ -51,6 +51,7 @@ from .connection import (
 
 # Files of a model that this package reads. The model's code files are not needed.
 CONFIG_FILE = "config.json"
+PARITY_REPORT_FILE = "parity_report.json"  # parity report of a conversion
 CONFIG_FILES = (CONFIG_FILE, "preprocessor_config.json")
 MODEL_FILE_PATTERNS = (*CONFIG_FILES, "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
 # Pickled weight files, which older models from other projects contain.

@@ -1,6 +1,7 @@
 """Publish a model folder: write cards, push, verify pushes, publish Spaces.
 
 card.py                    model cards: classifiers, encoders, training checkpoints
+conversion_card.py         model card of a converted model
 card_results.py            measured values in a card
 card_sections.py           card templates, and the sections on use, citation and training
 code_files.py              the code files of a model: digest, reading order, differences from this package

@@ -5,7 +5,7 @@
     build_checkpoint_card    a training checkpoint on a branch  model_cards/checkpoint.md.j2
 
 Sections without measured values are omitted. analysis/card_images.py draws the images of a card, and
-conversion/conversion_card.py builds the card of a converted model.
+conversion_card.py builds the card of a converted model.
 """
 
 import re

@@ -27,7 +27,7 @@ from ..checkpoints import (
     read_state,
 )
 from ..files import read_json
-from ..hub.loading import CONFIG_FILE, CONFIG_FILES, MODEL_FILE_PATTERNS, check_is_vitcls
+from ..hub.loading import CONFIG_FILE, CONFIG_FILES, MODEL_FILE_PATTERNS, PARITY_REPORT_FILE, check_is_vitcls
 from ..hub.local_paths import can_publish_images, is_local
 from ..hub.provenance import CARD_FILE, LICENSE_PATTERNS
 from .adapters import ADAPTER_PATTERNS, check_adapter, is_adapter
@@ -39,7 +39,6 @@ from .code_files import CODE_LICENSE_FILE, CODE_PATTERN, read_code_license
 RECIPE_FILE = "config.resolved.yaml"
 REPORT_FILE = "report.html"  # HTML report with held-out images
 SAMPLE_IMAGES_FILE = "pictures/attention.png"  # path of the only figure that shows images of the dataset
-PARITY_REPORT_FILE = "certificate.json"  # parity report of a conversion
 # Model types that `vitcls convert --to transformers` writes.
 NATIVE_MODEL_TYPES = ("vit", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit")
 

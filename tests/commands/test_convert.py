@@ -19,6 +19,10 @@ def test_the_parity_report_is_printed(capsys: pytest.CaptureFixture[str], monkey
         source_class="VisionTransformer",
         random_init=False,
         model_class="ViTCLSForImageClassification",
+        num_parameters=1,
+        image_size=(32, 32),
+        num_labels=3,
+        provenance={},
         classifier="kept",
         limit=1e-5,
         comparisons=[

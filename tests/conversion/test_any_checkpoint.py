@@ -79,7 +79,7 @@ def test_a_model_of_transformers_is_converted_once(
         assert resolve_checkpoint(str(source)) == folder == resolve_checkpoint(f"transformers:{source}")
     assert sum("converting" in record.message for record in caplog.records) == 1
     assert Path(folder).parent == own_cache
-    report = json.loads((Path(folder) / "certificate.json").read_text(encoding="utf-8"))
+    report = json.loads((Path(folder) / "parity_report.json").read_text(encoding="utf-8"))
     assert report["source_class"] == "ViTForImageClassification" and not report["random_init"]
     pixel_values = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     theirs = transformers.ViTForImageClassification.from_pretrained(source).eval()
@@ -142,7 +142,7 @@ def test_a_timm_model_on_the_hub_is_converted_at_the_requested_commit(tmp_path: 
     for name, num_labels, commit in ((f"ann/timm@{COMMIT}", 5, COMMIT), ("ann/timm", 6, COMMIT[::-1])):
         folder = Path(resolve_checkpoint(name))
         assert ViTCLSConfig.from_pretrained(folder).num_labels == num_labels
-        report = json.loads((folder / "certificate.json").read_text(encoding="utf-8"))
+        report = json.loads((folder / "parity_report.json").read_text(encoding="utf-8"))
         assert report["source"] == f"timm:hf-hub:ann/timm@{commit}"
 
 
@@ -156,7 +156,7 @@ def test_the_conversion_of_a_hub_model_is_pinned(source: Path, tmp_path: Path) -
         (repository / "refs" / "main").write_text(commit)
         folders.append(resolve_checkpoint("ann/vit"))
         for folder in (folders[-1], resolve_checkpoint("transformers:ann/vit")):
-            report = json.loads((Path(folder) / "certificate.json").read_text(encoding="utf-8"))
+            report = json.loads((Path(folder) / "parity_report.json").read_text(encoding="utf-8"))
             assert (report["source"], report["source_revision"]) == ("transformers:ann/vit", commit)
     assert folders[0] != folders[1]
     assert resolve_checkpoint(f"ann/vit@{COMMIT}") == folders[0]
@@ -219,7 +219,7 @@ def test_a_published_state_dict(tmp_path: Path) -> None:
     with torch.no_grad():
         assert (model(pixel_values).logits - theirs(pixel_values)).abs().max() < 1e-5
     folder = resolve_checkpoint(str(file))
-    assert "source_sha256" in (Path(folder) / "certificate.json").read_text(encoding="utf-8")
+    assert "source_sha256" in (Path(folder) / "parity_report.json").read_text(encoding="utf-8")
     torch.save({"model": {}}, tmp_path / "empty.pth")
     with pytest.raises(ValueError, match=r"empty\.pth"):
         resolve_checkpoint(str(tmp_path / "empty.pth"))

@@ -25,7 +25,7 @@ from test_loading import assert_ends_with_one_line
 from timm.models import save_for_hf
 
 import modeling_vitcls as vitcls
-from modeling_vitcls.analysis.card_images import write_card_images
+from modeling_vitcls.commands.convert import ConvertOptions, run
 from modeling_vitcls.conversion.convert import convert_checkpoint
 from modeling_vitcls.conversion.random_weights import randomize_weights
 from modeling_vitcls.data.labels import LabelSpace
@@ -111,8 +111,8 @@ def test_cached_timm_models_of_the_hub_are_pinned_and_load_without_the_hub(
     )
     files = {file.name: file.read_bytes() for file in (tmp_path / "theirs").iterdir()}
     commit = hub.create("ann/vit", private=False, files=files).branches["main"]
-    convert_checkpoint("timm:hf-hub:ann/vit", tmp_path / "mine")
-    certificate = json.loads((tmp_path / "mine" / "certificate.json").read_text())
+    run(ConvertOptions(tmp_path / "mine", "timm:hf-hub:ann/vit"))
+    certificate = json.loads((tmp_path / "mine" / "parity_report.json").read_text())
     assert certificate["source_revision"] == commit
     command = f"--source timm:hf-hub:ann/vit@{commit} --output mine"
     assert command in (tmp_path / "mine" / "README.md").read_text()
@@ -144,8 +144,8 @@ def test_a_hub_source_is_converted_at_the_given_commit(hub: LocalHub, tmp_path: 
     repository = hub.create("ann/vit", private=False, files=files)
     commit = repository.branches["main"]
     repository.commit("main", "broken", {"config.json": hub.store("config.json", b"{}")})
-    convert_checkpoint(f"transformers:ann/vit@{commit}", tmp_path / "mine", draw_images=write_card_images)
-    certificate = json.loads((tmp_path / "mine" / "certificate.json").read_text())
+    run(ConvertOptions(tmp_path / "mine", f"transformers:ann/vit@{commit}"))
+    certificate = json.loads((tmp_path / "mine" / "parity_report.json").read_text())
     assert (certificate["source"], certificate["source_revision"]) == ("transformers:ann/vit", commit)
     card = (tmp_path / "mine" / "README.md").read_text()
     assert f"vitcls convert --source transformers:ann/vit@{commit} --output mine\n" in card

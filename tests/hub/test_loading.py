@@ -287,7 +287,7 @@ def test_card_and_license_are_converted_with_the_model(world: PublishedModels) -
     assert 'from_pretrained("ann/dino", revision=revision, trust_remote_code=True)' in card
     assert world.hub.read("ann/dino", "LICENSE.md") == b"You may.\n"
     assert "No license was found" in world.hub.read("ann/vit", "README.md").decode()
-    certificate = json.loads(world.hub.read("ann/dino", "certificate.json"))
+    certificate = json.loads(world.hub.read("ann/dino", "parity_report.json"))
     assert certificate["source_revision"] == world.commits["them/dino"]
 
 

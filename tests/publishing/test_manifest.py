@@ -104,7 +104,7 @@ def test_converted_models_are_native_if_they_have_a_report_and_no_code(
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps(settings))
     if has_report:
-        (tmp_path / "certificate.json").write_text("{}")
+        (tmp_path / "parity_report.json").write_text("{}")
     assert is_native_model(tmp_path) is expected
 
 

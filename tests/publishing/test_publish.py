@@ -362,14 +362,15 @@ def test_the_name_of_the_folder_in_the_model_index_is_replaced() -> None:
 
 
 def test_a_push_removes_files_about_another_model(hub: LocalHub, folder: Path) -> None:
-    (folder / "certificate.json").write_text("{}")
+    (folder / "parity_report.json").write_text("{}")
     push_folder(folder, "ann/model")
-    for name in ("results.json", "certificate.json", "config.resolved.yaml", "pictures/attention.png"):
+    for name in ("results.json", "parity_report.json", "config.resolved.yaml", "pictures/attention.png"):
         (folder / name).unlink()
     push_folder(folder, "ann/model")
     there = set(hub.files("ann/model"))
     assert (
-        "pictures/attention.png" in there and not {"results.json", "certificate.json", "config.resolved.yaml"} & there
+        "pictures/attention.png" in there
+        and not {"results.json", "parity_report.json", "config.resolved.yaml"} & there
     )
 
 

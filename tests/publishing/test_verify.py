@@ -418,7 +418,7 @@ def test_models_of_transformers_are_verified_without_code(
     folder = tmp_path / "native"
     randomize(transformers.ViTForImageClassification(transformers.ViTConfig(**SIZES))).save_pretrained(folder)
     transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
-    (folder / "certificate.json").write_text("{}")
+    (folder / "parity_report.json").write_text("{}")
     commit = push_folder(folder, "ann/native").commit
     loader = HubLoader(str(folder), trust_remote_code=False)
     calls = verify_in_this_process(monkeypatch, loader, {"commits": [commit]})

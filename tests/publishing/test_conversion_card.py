@@ -1,6 +1,6 @@
 """Test the card of a converted model: source, accuracy, classifier, images and license."""
 
-from dataclasses import replace
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,10 @@ from helpers.source_checkpoints import NAMES, SIZES, build_vit_classifier, save_
 from huggingface_hub import ModelCard
 
 from modeling_vitcls import ViTCLSConfig
-from modeling_vitcls.analysis.card_images import write_card_images
-from modeling_vitcls.conversion.conversion_card import build_conversion_card
-from modeling_vitcls.conversion.convert import convert_checkpoint
+from modeling_vitcls.commands.convert import ConvertOptions, run
 from modeling_vitcls.conversion.random_weights import randomize_weights
 from modeling_vitcls.hub.provenance import CONVERTED_WEIGHTS_TEXTS, Provenance, WeightsLicense
+from modeling_vitcls.publishing.conversion_card import build_conversion_card, write_conversion_card
 from modeling_vitcls.publishing.manifest import collect_model_files
 
 
@@ -26,7 +25,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def convert_and_load_card(source: str, output: Path, **options: Any) -> ModelCard:
     """Convert a source and return its card."""
-    convert_checkpoint(source, output, draw_images=write_card_images, **options)
+    run(ConvertOptions(output, source, **options))
     return ModelCard.load(output / "README.md")
 
 
@@ -45,7 +44,7 @@ def test_a_trained_classifier(tmp_path: Path) -> None:
     card = convert_and_load_card(source, tmp_path / "my-vit")
     text = card.text
     assert text.lstrip().startswith("# my-vit\n")
-    assert str(tmp_path) not in text + (tmp_path / "my-vit" / "certificate.json").read_text()
+    assert str(tmp_path) not in text + (tmp_path / "my-vit" / "parity_report.json").read_text()
     assert "`theirs`, converted to a ViTCLS model" in text and "was not trained further" in text
     assert "[ CLS x 1 | patch x 16 ]\n\nAn image of 32 x 32 pixels is represented by 17 tokens of width 32." in text
     assert "![The token sequence: 1 CLS and 16 patch tokens](pictures/token_layout.png)\n" in text
@@ -75,35 +74,41 @@ def test_a_trained_classifier(tmp_path: Path) -> None:
     assert data["pipeline_tag"] == "image-classification" and data["tags"] == ["vision", "vit", "vitcls"]
     assert "--dataset path/to/images" in text
     assert (tmp_path / "my-vit" / "LICENSE").read_text() == "MIT\n"
-    assert {"README.md", "LICENSE", "certificate.json", "pictures/token_layout.png"} <= collect_model_files(
+    assert {"README.md", "LICENSE", "parity_report.json", "pictures/token_layout.png"} <= collect_model_files(
         tmp_path / "my-vit"
     ).keys()
 
 
+def make_report(folder: Path, **changes: Any) -> dict[str, Any]:
+    """Convert a classifier, change fields of its parity report and return the report."""
+    run(ConvertOptions(folder / "mine", save_source(folder / "theirs")))
+    return json.loads((folder / "mine" / "parity_report.json").read_text()) | changes
+
+
+def make_provenance(name: str, base_model: str) -> dict[str, Any]:
+    return {"name": name, "base_model": base_model, "license_files": []}
+
+
 def test_other_sizes_are_named_only_if_one_was_compared(tmp_path: Path) -> None:
-    report = convert_checkpoint(save_source(tmp_path / "theirs"), tmp_path / "mine")
-    one = replace(report, comparisons=report.comparisons[:1], not_compared="the source refuses it")
-    config = ViTCLSConfig.from_pretrained(tmp_path / "mine")
-    text = build_conversion_card("mine", config, 12345, one, Provenance("theirs")).text
-    assert (
-        "Other image sizes" not in text
-        and "The models were not compared at a second size: the source refuses it." in text
-    )
+    report = make_report(tmp_path, not_compared="the source refuses it", num_parameters=12345)
+    report["comparisons"].pop()
+    (tmp_path / "mine" / "parity_report.json").write_text(json.dumps(report))
+    write_conversion_card(tmp_path / "mine")
+    text = (tmp_path / "mine" / "README.md").read_text()
+    assert "Other image sizes" not in text and "second size: the source refuses it." in text
     assert "12,345 parameters" in text
 
 
-@pytest.mark.parametrize("name", ["google/vit", "google/vit@main"])
-def test_a_source_on_the_hub_is_linked_at_its_commit(name: str, tmp_path: Path) -> None:
+def test_a_source_on_the_hub_is_linked_at_its_commit(tmp_path: Path) -> None:
     commit = "0123456789abcdef0123456789abcdef01234567"
-    report = convert_checkpoint(save_source(tmp_path / "theirs"), tmp_path / "mine")
-    report = replace(report, source=f"transformers:{name}", source_revision=commit)
+    report = make_report(tmp_path, source_revision=commit, provenance=make_provenance("google/vit", "google/vit"))
     config = ViTCLSConfig.from_pretrained(tmp_path / "mine")
-    provenance = Provenance("google/vit", base_model="google/vit")
-    text = build_conversion_card("mine", config, 12345, report, provenance).text
-    assert f"[`google/vit`](https://huggingface.co/google/vit) (at commit `{commit}`)" in text
-    assert f"vitcls convert --source transformers:google/vit@{commit} --output mine\n" in text
+    for name in ("google/vit", "google/vit@main"):
+        text = build_conversion_card("mine", report | {"source": f"transformers:{name}"}, config).text
+        assert f"[`google/vit`](https://huggingface.co/google/vit) (at commit `{commit}`)" in text
+        assert f"vitcls convert --source transformers:google/vit@{commit} --output mine\n" in text
     # a model that was fine-tuned from google/vit is not linked under this name
-    text = build_conversion_card("mine", config, 12345, report, replace(provenance, name="theirs")).text
+    text = build_conversion_card("mine", report | {"provenance": make_provenance("theirs", "google/vit")}, config).text
     assert f"`theirs` (at commit `{commit}`)" in text and "[`theirs`]" not in text
 
 
@@ -116,21 +121,14 @@ def test_a_relative_path_is_replaced_too(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_the_names_of_timm_and_non_square_sizes(tmp_path: Path) -> None:
     """A name of timm is linked to its repository, and image sizes are height x width."""
-    report = convert_checkpoint(save_source(tmp_path / "theirs"), tmp_path / "mine")
-    report = replace(report, source="timm:test_vit", family="dino")
+    provenance = make_provenance("timm:test_vit", "timm/test_vit.r160_in1k")
+    report = make_report(tmp_path, source="timm:test_vit", family="dino", image_size=[32, 48], provenance=provenance)
     config = ViTCLSConfig.from_pretrained(tmp_path / "mine", image_size=[32, 48])
-    provenance = Provenance("timm:test_vit", base_model="timm/test_vit.r160_in1k")
-    card = build_conversion_card("mine", config, 12345, report, provenance)
-    assert (
-        "[`timm:test_vit`](https://huggingface.co/timm/test_vit.r160_in1k), converted to a ViTCLS model" in card.text
-    )
-    assert "The Hub may list the converted model as fine-tuned from its source" in card.text
-    assert (
-        "[ CLS x 1 | patch x 24 ]\n\nAn image of 32 x 48 pixels is represented by 25 tokens of width 32." in card.text
-    )
+    card = build_conversion_card("mine", report, config)
+    assert "[`timm:test_vit`](https://huggingface.co/timm/test_vit.r160_in1k), converted" in card.text
+    assert "[ CLS x 1 | patch x 24 ]\n\nAn image of 32 x 48 pixels" in card.text
     assert "vitcls convert --source timm:test_vit --output mine --family dino\n" in card.text
-    report = replace(report, not_compared="one size")
-    card = build_conversion_card("mine", config, 12345, report, provenance, is_native=True)
+    card = build_conversion_card("mine", report | {"not_compared": "one size", "is_native": True}, None)
     assert "has the same outputs for images of 32 x 48 pixels." in card.text
 
 
