@@ -233,8 +233,8 @@ class TrainingOptions:
     """Random seed for the initial weights, image order, augmentation and stochastic depth."""
     log_every: int = 10
     """Number of steps between log entries in metrics.jsonl."""
-    health_every: int = 100
-    """Number of steps between measurements of each layer's CLS attention entropy. 0: off."""
+    log_attention_every: int = 100
+    """Number of steps between measurements of each layer's CLS attention entropy for metrics.jsonl. 0: off."""
     evaluate_every: int = 1
     """Number of epochs between evaluations on held-out images. The model is always evaluated after the last step."""
     select: Literal["last", "best"] = "last"
@@ -247,7 +247,7 @@ class TrainingOptions:
     def __post_init__(self) -> None:
         check_minimum(self, 1, "max_steps", "batch_size", "gradient_accumulation_steps", "log_every", "evaluate_every")
         check_minimum(self, 1, "lora_rank", "patience")
-        check_minimum(self, 0, "weight_decay", "seed", "health_every", "feature_views")
+        check_minimum(self, 0, "weight_decay", "seed", "log_attention_every", "feature_views")
         for name in ("epochs", "learning_rate", "max_gradient_norm"):
             check_value(self, name, getattr(self, name) is None or getattr(self, name) > 0, "above 0")
         for name in ("warmup", "label_smoothing"):

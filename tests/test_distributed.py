@@ -27,26 +27,18 @@ def arguments(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         return SimpleNamespace(**found["result"])
 
     monkeypatch.setattr(distributed, "Accelerator", build)
-    monkeypatch.setattr(distributed, "keep_freed_memory", lambda: found.setdefault("keeps_memory", True))
     for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"):
         monkeypatch.delenv(name, raising=False)
     return found
 
 
 @pytest.mark.parametrize("has_gpu", [False, True])
-@pytest.mark.parametrize("use_deepspeed", [False, True])
-def test_the_device_and_the_backend(
-    has_gpu: bool, use_deepspeed: bool, arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_device(has_gpu: bool, arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: has_gpu)
-    if use_deepspeed:
-        monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     accelerator: Any = build_accelerator(3, "bf16", trackers=("json",))
     (handler,) = arguments["kwargs_handlers"]
-    assert arguments["cpu"] == (not has_gpu and not use_deepspeed)
-    assert handler.backend == ("gloo" if use_deepspeed and not has_gpu else None)
+    assert arguments["cpu"] == (not has_gpu)
     assert handler.timeout.total_seconds() == 12 * 3600
-    assert ("keeps_memory" in arguments) == (not has_gpu)
     assert (arguments["mixed_precision"], arguments["log_with"]) == ("bf16", ["json"])
     assert accelerator.gradient_accumulation_steps == 3
 
@@ -89,10 +81,9 @@ def test_only_version_2_of_fsdp_is_supported(is_fsdp2: bool, arguments: dict[str
         build_accelerator()
 
 
-def test_settings_of_deepspeed_are_checked(arguments: dict[str, Any]) -> None:
-    plugin = SimpleNamespace(zero_stage=1)
-    arguments["result"] = {"distributed_type": DistributedType.DEEPSPEED, "deepspeed_plugin": plugin}
-    with raises_one_line("zero_stage 1 is not supported"):
+def test_deepspeed_is_an_error(arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with raises_one_line("DeepSpeed", "fsdp2.yaml"):
         build_accelerator()
 
 

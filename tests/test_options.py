@@ -68,7 +68,7 @@ LIMITS: list[tuple[type, str, list[Any], list[Any], str]] = [
     (TrainingOptions, "lora_rank", [1], [0], "1 or more"),
     (TrainingOptions, "seed", [0], [-1], "0 or more"),
     (TrainingOptions, "log_every", [1], [0], "1 or more"),
-    (TrainingOptions, "health_every", [0], [-1], "0 or more"),
+    (TrainingOptions, "log_attention_every", [0], [-1], "0 or more"),
     (TrainingOptions, "evaluate_every", [1], [0], "1 or more"),
     (TrainingOptions, "patience", [None], [0], "1 or more"),
     (
@@ -233,7 +233,7 @@ DEFAULTS = """
     output_dir=out dataset=digits held_out_fraction=0.2 shuffle_buffer=1000 max_broken_images=100 num_workers=2 model=m
     flip=True auto_augment=none rand_augment_operations=2 rand_augment_magnitude=9 repeated_augmentation=1
     gradient_accumulation_steps=1 warmup=0.1 weight_decay=0.05 label_smoothing=0.1 class_balance=none
-    max_gradient_norm=1.0 trainable=full lora_rank=8 log_every=10 health_every=100 evaluate_every=1 select=last
+    max_gradient_norm=1.0 trainable=full lora_rank=8 log_every=10 log_attention_every=100 evaluate_every=1 select=last
     keep_checkpoints=2 report=True hub_verify=True hub_checkpoint_branch=checkpoints distillation=hard
     distillation_alpha=0.5 distillation_tau=3.0
 

@@ -1,7 +1,5 @@
 """Conversion between the distributed training state and named full tensors, for one process, DDP and FSDP2.
 
-With DeepSpeed, only weights and gradients are supported.
-
     model, optimizer, EMA weights      <->   {"model", "optimizer", "ema"} -> name -> full tensor on the CPU
     on every process, possibly sharded       on the main process
 
@@ -20,7 +18,7 @@ from itertools import chain
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import extract_model_from_parallel
 from torch import distributed, nn
@@ -40,14 +38,6 @@ from ..distributed import run_on_main
 FULL_STATE_DICT_OPTIONS = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
-def explain_unsupported_checkpoints(accelerator: Accelerator) -> str | None:
-    """Return the reason why the launch configuration does not support checkpoints, or None if checkpoints are
-    supported."""
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        return "DeepSpeed stores the optimizer state in its own format. Use FSDP2 instead"
-    return None
-
-
 def gather_state(
     accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, shadow: Sequence[torch.Tensor] | None
 ) -> tuple[dict[str, Tensors], dict[str, Any]]:
@@ -55,11 +45,8 @@ def gather_state(
 
     The tensors are returned only on the main process. This function must be called on all processes. With a single
     process on the CPU, the returned tensors share memory with the training state and must be written to disk before
-    training continues. `shadow` contains the EMA weights in the order of the trainable parameters. Raise ValueError if
-    checkpoints are unsupported.
+    training continues. `shadow` contains the EMA weights in the order of the trainable parameters.
     """
-    if reason := explain_unsupported_checkpoints(accelerator):
-        raise ValueError(f"no checkpoint can be written: {reason}")
     is_main_process, torch_optimizer = accelerator.is_main_process, unwrap_optimizer(optimizer)
     parameter_states: Any = (
         get_optimizer_state_dict(model, torch_optimizer, options=FULL_STATE_DICT_OPTIONS).get("state", {})
@@ -149,8 +136,6 @@ def unwrap_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
 def gather_weights(model: nn.Module, is_main_process: bool) -> Tensors:
     """Return parameters and persistent buffers as full CPU tensors on the main process, and an empty dictionary on the
     other processes. This function must be called on all processes."""
-    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):  # ZeRO-3
-        return gather_tensors(model.state_dict(keep_vars=True), is_main_process)
     weights: dict[str, Any] = get_model_state_dict(model, options=FULL_STATE_DICT_OPTIONS)
     return weights
 
@@ -168,24 +153,7 @@ def gather_tensors(tensors: Tensors, is_main_process: bool) -> Tensors:
 
 def gather_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """Return the full tensor of a possibly sharded tensor. This function must be called on all processes."""
-    if isinstance(tensor, DTensor):
-        return tensor.full_tensor()
-    if hasattr(tensor, "ds_id"):  # ZeRO-3
-        from deepspeed import zero
-
-        with zero.GatheredParameters([tensor]):
-            return tensor.detach().clone()
-    return tensor
-
-
-def gather_gradient(parameter: torch.Tensor) -> torch.Tensor | None:
-    """Return the full gradient of a parameter, or None if the parameter has no gradient. This function must be called
-    on all processes."""
-    if parameter.requires_grad and (hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")):  # ZeRO
-        from deepspeed.utils import safe_get_full_grad
-
-        return safe_get_full_grad(parameter)
-    return None if parameter.grad is None else gather_tensor(parameter.grad)
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def scatter_weights(full_tensors: Tensors | None, model: nn.Module, accelerator: Accelerator) -> None:

@@ -118,7 +118,7 @@ class FinetuneTask(Task):
             return "the dataset is a stream"
         if augmentation.mixup or augmentation.cutmix:
             return "images are mixed"
-        if self.runner.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        if self.runner.accelerator.distributed_type == DistributedType.FSDP:
             return "the model is sharded"
         trainable_names = find_trainable_parameters_outside_heads(self.model)
         return f"{trainable_names[0]} is trained" if trainable_names else None

@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from types import FrameType
 from typing import Any, Self
 
@@ -27,14 +26,13 @@ from torch import distributed, nn
 
 from ..data.batches import Batch
 from ..data.sampling import BatchPlan, derive_seed
-from ..distributed import is_deepspeed_enabled
 from ..inference.metrics import select_scalars
 from ..options import TrainingOptions
 from ..system import get_peak_memory
 from .distributed_state import reshard
 from .losses import Losses, Objective
 from .model import set_train_mode
-from .optimizer import DeepSpeedOptimizerStep, Ema, TorchOptimizerStep, get_learning_rate
+from .optimizer import Ema, get_learning_rate
 from .token_monitor import TokenMonitor, Tokens
 
 
@@ -80,8 +78,7 @@ class LoopCallbacks:
     warn: Callable[[str], None]  # prints a one-line warning
     save: Callable[[bool], None]  # saves a checkpoint; the argument states whether the checkpoint is the best so far
     on_batch: Callable[[Batch], None] = lambda batch: None  # called for each batch before the forward pass
-    measure_attention: Callable[[Batch], Metrics] = lambda batch: {}  # called every `health_every` steps
-    record_speed: Callable[[int, float], Metrics] = lambda num_images, seconds: {}  # returns speed metrics
+    measure_attention: Callable[[Batch], Metrics] = lambda batch: {}  # called every `log_attention_every` steps
     get_stop_signal: Callable[[], str | None] = lambda: None  # returns the name of the stop signal
     push_checkpoint: Callable[[], None] = lambda: None  # called after each step except the last step
     show_step: Callable[[int], None] = lambda step: None  # called after each optimizer step
@@ -92,9 +89,7 @@ class TrainingInterrupted(Exception):
 
 
 class NonFiniteLoss(Exception):
-    """Exception that ends training if the loss or its gradient is not finite. The weights are unchanged
-    unless DeepSpeed is used. DeepSpeed returns the gradient norm after the update, so a non-finite gradient has
-    already changed the weights."""
+    """Exception that ends training if the loss or its gradient is not finite. The weights are unchanged."""
 
     def __init__(self, step: int, batches: list[Batch]) -> None:
         super().__init__(
@@ -123,14 +118,6 @@ class TrainingLoop:
     is_best: bool = False  # whether the last step was evaluated and had the best score so far
     num_overflows: int = 0  # number of consecutive steps that the loss scaler skipped
     peak_memory: int = 0  # peak memory in bytes up to the last record
-
-    def __post_init__(self) -> None:
-        model, optimizer = self.state.model, self.state.optimizer
-        self.optimizer_step: TorchOptimizerStep | DeepSpeedOptimizerStep = (
-            DeepSpeedOptimizerStep(self.accelerator, model)
-            if is_deepspeed_enabled(self.accelerator)
-            else TorchOptimizerStep(self.accelerator, model, optimizer, self.options.max_gradient_norm)
-        )
 
     def run(self, batches: Iterator[Batch]) -> Metrics:
         """Run the remaining steps, and return the metrics of the final evaluation. `batches` yields the batches of
@@ -168,7 +155,7 @@ class TrainingLoop:
         self.step_seconds.append(time.perf_counter() - start_time)
         self.callbacks.show_step(state.step)
 
-        if self.options.health_every and next_step % self.options.health_every == 0:
+        if self.options.log_attention_every and next_step % self.options.log_attention_every == 0:
             state.attention_metrics = self.callbacks.measure_attention(batch)
             reshard(state.model)
         self.is_best = False
@@ -210,12 +197,7 @@ class TrainingLoop:
             group["lr"] = learning_rate * group["lr_scale"]
         step_batches: list[Batch] = []
         losses: list[Losses] = []
-        tokens_and_gradients: list[tuple[Tokens, Tokens]] = []  # tokens and gradients before the update
-
-        def store_tokens_and_gradients() -> None:
-            if should_measure_tokens:
-                tokens_and_gradients.append((self.monitor.copy_tokens(), self.monitor.copy_gradients()))
-
+        tokens_and_gradients: tuple[Tokens, Tokens] | None = None  # before the update
         for batch_index in range(self.plan.accumulation_steps):
             batch = next(batches)
             self.callbacks.on_batch(batch)
@@ -225,10 +207,15 @@ class TrainingLoop:
             with accelerator.accumulate(state.model):
                 batch_losses = self.objective(state.model, batch)
                 losses.append({name: loss.detach() for name, loss in batch_losses.items()})
-                self.optimizer_step.backward(batch_losses["loss"])
+                accelerator.backward(batch_losses["loss"])
                 if accelerator.sync_gradients:  # after the last accumulated batch
-                    check_norm = partial(self.check_finite, losses, step_batches)
-                    gradient_norm = self.optimizer_step.step(check_norm, store_tokens_and_gradients)
+                    parameters = [parameter for parameter in state.model.parameters() if parameter.requires_grad]
+                    gradient_norm = float(accelerator.clip_grad_norm_(parameters, options.max_gradient_norm))
+                    self.check_finite(losses, step_batches, gradient_norm)
+                    if should_measure_tokens:
+                        tokens_and_gradients = self.monitor.copy_tokens(), self.monitor.copy_gradients()
+                    state.optimizer.step()
+                    state.optimizer.zero_grad()
         state.step += 1
         if state.ema is not None:
             state.ema.update(state.step)
@@ -242,7 +229,7 @@ class TrainingLoop:
             "gradient_norm": round(gradient_norm, 6) if math.isfinite(gradient_norm) else None,
         }
         if tokens_and_gradients:
-            token_metrics = self.monitor.compute_token_metrics(*tokens_and_gradients[0])
+            token_metrics = self.monitor.compute_token_metrics(*tokens_and_gradients)
             record |= token_metrics
             for token in self.monitor.find_new_tokens_without_gradient(token_metrics):
                 self.callbacks.warn(f"the token {token} received no gradient in step {state.step} and is not trained")
@@ -280,7 +267,6 @@ class TrainingLoop:
             math.fsum(losses[name] for losses in recent_losses) / len(recent_losses) for name in recent_losses[0]
         ]
         num_images, seconds = len(self.step_seconds) * self.plan.images_per_step, math.fsum(self.step_seconds)
-        # The peak memory is read before `record_speed` is called, because this callback may reset the peak memory.
         self.peak_memory = max(self.peak_memory, get_peak_memory(self.accelerator.device))
         means = self.accelerator.reduce(torch.tensor(local_means, device=self.accelerator.device), "mean").tolist()
         mean_losses = {name: round(mean, 6) for name, mean in zip(recent_losses[0], means, strict=True)}
@@ -289,7 +275,6 @@ class TrainingLoop:
         return {
             **mean_losses,
             "images_per_second": round(num_images / seconds, 1),
-            **self.callbacks.record_speed(num_images, seconds),
             "peak_memory_mb": round(self.peak_memory / 2**20, 1),
         }
 

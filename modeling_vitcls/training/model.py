@@ -31,7 +31,6 @@ from ..inference.load_model import CLASSIFIER_CLASSES, Classifier, format_preset
 from ..modeling_vitcls import ViTCLSModel
 from ..options import ModelOptions
 from ..publishing.adapters import LORA_TARGET_MODULES
-from .costs import get_first_trainable_layer, has_trainable_parameters
 
 
 LORA_A_SUFFIX, LORA_B_SUFFIX = ".lora_A.default.weight", ".lora_B.default.weight"
@@ -190,7 +189,13 @@ def set_train_mode(model: nn.Module) -> None:
 
 def uses_patch_dropout(encoder: ViTCLSModel) -> bool:
     """Return whether training drops patches, which requires trainable embeddings or a trainable first layer."""
-    return encoder.config.patch_drop_rate > 0 and get_first_trainable_layer(encoder) == 0
+    return encoder.config.patch_drop_rate > 0 and any(
+        map(has_trainable_parameters, (encoder.embeddings, encoder.layers[0]))
+    )
+
+
+def has_trainable_parameters(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
 
 
 # LoRA ----------------------------------------------------------------------------------------------------------------

@@ -1,10 +1,4 @@
-"""Optimizer: parameter groups of AdamW, learning rate, optimizer step, and the moving average of the weights.
-
-    optimizer_step = TorchOptimizerStep(accelerator, model, optimizer, max_gradient_norm)
-    optimizer_step.backward(loss)                             for each accumulated batch
-    norm = optimizer_step.step(check_norm, pre_update_hook)     after the last batch
-
-DeepSpeed's engine clips the gradients and updates the weights in one call. PyTorch requires two calls.
+"""Optimizer: parameter groups of AdamW, learning rate, and the moving average of the weights.
 
 The exponential moving average of the trainable weights is a list of tensors in the order of the trainable parameters
 (Polyak and Juditsky 1992; used for ViTs in DeiT, section 6). The average works with one process, DDP and sharded
@@ -14,13 +8,11 @@ models.
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
@@ -75,57 +67,6 @@ def get_learning_rate(step: int, num_steps: int, options: TrainingOptions) -> fl
         return options.learning_rate * (step + 1) / num_warmup_steps
     progress = (step - num_warmup_steps) / (num_steps - num_warmup_steps)
     return options.learning_rate * (1 + math.cos(math.pi * progress)) / 2
-
-
-class TorchOptimizerStep:
-    """Backward pass and update with PyTorch's optimizer, for one process, DDP and FSDP2."""
-
-    def __init__(
-        self, accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, max_gradient_norm: float
-    ) -> None:
-        self.accelerator = accelerator
-        self.trainable_parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.optimizer = optimizer
-        self.max_gradient_norm = max_gradient_norm
-
-    def backward(self, loss: torch.Tensor) -> None:
-        """Accumulate the gradients of a batch's loss, divided by the number of accumulation steps."""
-        self.accelerator.backward(loss)
-
-    def step(self, check_norm: Callable[[float], None], pre_update_hook: Callable[[], None]) -> float:
-        """Clip the gradients, update the weights, and return the norm of all gradients before clipping. `check_norm`
-        receives the norm, and may raise an exception that ends the step. `pre_update_hook` is called before the
-        weights change."""
-        norm = float(self.accelerator.clip_grad_norm_(self.trainable_parameters, self.max_gradient_norm))
-        check_norm(norm)
-        pre_update_hook()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return norm
-
-
-@dataclass
-class DeepSpeedOptimizerStep:
-    """Backward pass and update with DeepSpeed's engine, which clips, applies and clears the gradients in one call."""
-
-    accelerator: Accelerator
-    engine: Any
-
-    def backward(self, loss: torch.Tensor) -> None:
-        """Accumulate the gradients of a batch's loss, divided by the number of accumulation steps."""
-        self.engine.set_gradient_accumulation_boundary(self.accelerator.sync_gradients)
-        self.engine.backward(loss)
-
-    def step(self, check_norm: Callable[[float], None], pre_update_hook: Callable[[], None]) -> float:
-        """Update the weights and return the norm of all gradients, which is available only after the update. The
-        gradients are not clipped until `pre_update_hook` has returned."""
-        check_norm(0.0)  # checks only the losses, because the norm is not available yet
-        pre_update_hook()
-        self.engine.step()
-        norm = float(self.engine.get_global_grad_norm())
-        norm = norm if norm >= 0 else math.nan  # DeepSpeed returns -1 for a non-finite norm
-        check_norm(norm)
-        return norm
 
 
 class Ema:

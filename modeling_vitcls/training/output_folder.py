@@ -8,28 +8,15 @@
 A run first removes the files of the earlier run, starting with results.json and the model, and then writes new files.
 Therefore, the folder never contains an old model with a new configuration, even if the run is killed.
 
-`FolderLock` prevents other runs from using the folder. The lock file `.vitcls.lock` in the folder contains the host,
-the process ID and the start time of the process. The lock is released at the end of the run and on SIGTERM, but not on
-SIGKILL. The next run on the same host therefore replaces the lock of a process that has ended. The lock of a process
-on another host is not replaced, because the new run cannot check whether that process is still running.
+`FolderLock` prevents other runs from using the folder.
 """
 
-import atexit
-import json
-import os
 import shutil
-import signal
-import socket
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from contextlib import suppress
 from pathlib import Path
-from types import FrameType
 from typing import Any, Self
 
-import psutil
+from filelock import FileLock, Timeout
 
 from ..checkpoints import CheckpointStore
 from ..data.image_folder import format_name_list
@@ -37,13 +24,6 @@ from ..hub.local_paths import is_local, split_prefix
 from ..options import FinetuneOptions, PretrainOptions
 from ..publishing.adapters import ADAPTER_PATTERNS
 from ..publishing.manifest import DOCUMENTATION_PATTERNS, MODEL_PATTERNS, RECIPE_FILE, is_match
-
-
-fcntl: Any
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 
 RESULTS_FILE = "results.json"
@@ -63,7 +43,8 @@ NON_FINITE_FOLDER = "non_finite"  # folder with a checkpoint of the state before
 CHECKPOINTS_FOLDER = "checkpoints"
 
 LOCK_FILE = ".vitcls.lock"
-CLOCK_TOLERANCE = 1.0  # maximum difference in seconds between two measurements of a process's start time
+# Waiting time in seconds. Data loading processes of a killed run hold its lock until they notice that it has ended.
+LOCK_TIMEOUT = 10.0
 
 
 def check_replaceable(options: Any, store: CheckpointStore) -> None:
@@ -142,75 +123,33 @@ def list_final_files(folder: Path) -> list[str]:
 # Lock ---------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class LockOwner:
-    """Process that holds the lock of a folder."""
-
-    host: str  # name of the machine
-    pid: int  # process ID
-    # Start time of the process in seconds since boot, to distinguish processes with the same ID. Unlike the time of
-    # day, this value does not change if the system clock is adjusted.
-    started_after_boot: float
-    since: str  # time at which the lock was acquired
-
-    @classmethod
-    def from_this_process(cls) -> Self:
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        return cls(socket.gethostname(), os.getpid(), get_start_time(psutil.Process()), now)
-
-    @classmethod
-    def from_text(cls, text: str) -> Self | None:
-        """Parse the text of a lock file. Return None if the text is invalid."""
-        try:
-            return cls(**json.loads(text))
-        except (ValueError, TypeError):
-            return None
-
-    @property
-    def is_on_this_host(self) -> bool:
-        return self.host == socket.gethostname()
-
-    def is_alive(self) -> bool:
-        """Return whether the owner is running. The owner must be a process on this machine."""
-        try:
-            process = psutil.Process(self.pid)
-            is_same_process = abs(get_start_time(process) - self.started_after_boot) < CLOCK_TOLERANCE
-            return is_same_process and process.status() != psutil.STATUS_ZOMBIE
-        except psutil.NoSuchProcess:
-            return False
-
-
 class FolderLock:
-    """Lock of one output folder. The lock is released at the end of a `with` block."""
+    """Lock of one output folder. The operating system releases the lock of a process that has ended for any reason,
+    also on another host that shares the file system."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.file = folder / LOCK_FILE
-        self.owner: LockOwner | None = None  # this process while the lock is held, otherwise None
+        self.file_lock = FileLock(folder / LOCK_FILE, timeout=LOCK_TIMEOUT, thread_local=False)
         self.created_folders: list[Path] = []  # folders that were created for the lock, innermost first
 
     def acquire(self) -> None:
         """Create the folder if necessary, and lock it. Raise ValueError if another run holds the lock."""
         self.created_folders = [folder for folder in (self.folder, *self.folder.parents) if not folder.exists()]
         self.folder.mkdir(parents=True, exist_ok=True)
-        owner = LockOwner.from_this_process()
-        with exclude_other_processes(self.folder):
-            while not self.create_lock_file(owner):
-                self.remove_stale_lock()
-        self.owner = owner
-        atexit.register(self.release)
-        replace_sigterm_handler(signal.SIG_DFL, self.release_and_exit)
+        try:
+            self.file_lock.acquire()
+        except Timeout:
+            raise ValueError(
+                f"{self.folder} is in use by another run. Wait until that run has ended, or choose a different "
+                "--output-dir"
+            ) from None
 
     def release(self) -> None:
         """Release the lock if this process holds the lock. Remove empty folders that were created for the lock."""
-        if self.owner is None or self.owner.pid != os.getpid():  # a forked process does not hold the lock
+        if not self.file_lock.is_locked:
             return
-        with suppress(FileNotFoundError):
-            if LockOwner.from_text(self.file.read_text(encoding="utf-8")) == self.owner:
-                self.file.unlink()
-        self.owner = None
-        atexit.unregister(self.release)
-        replace_sigterm_handler(self.release_and_exit, signal.SIG_DFL)
+        (self.folder / LOCK_FILE).unlink(missing_ok=True)
+        self.file_lock.release()
         with suppress(OSError):  # the folder is not empty
             for folder in self.created_folders:
                 folder.rmdir()
@@ -220,67 +159,3 @@ class FolderLock:
 
     def __exit__(self, *error: object) -> None:
         self.release()
-
-    def release_and_exit(self, signum: int, frame: FrameType | None) -> None:
-        """Handle SIGTERM: release the lock, then end the process with the default handler."""
-        self.release()
-        signal.signal(signum, signal.SIG_DFL)
-        os.kill(os.getpid(), signum)
-
-    # Lock file -------------------------------------------------------------------------------------------------------
-
-    def create_lock_file(self, owner: LockOwner) -> bool:
-        """Create the lock file. Return False if the file already exists."""
-        try:
-            descriptor = os.open(self.file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-        except FileExistsError:
-            return False
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(owner)) + "\n")
-        return True
-
-    def remove_stale_lock(self) -> None:
-        """Remove the lock if its owner has ended. Raise ValueError if the owner is or may still be running."""
-        try:
-            owner = LockOwner.from_text(self.file.read_text(encoding="utf-8"))
-        except FileNotFoundError:  # the lock has been released
-            return
-        if owner is None:
-            raise ValueError(f"the lock file {self.file} is invalid. If no other run uses the folder, delete the file")
-        if owner.is_on_this_host and (owner.pid == os.getpid() or not owner.is_alive()):
-            self.file.unlink(missing_ok=True)
-            return
-        machine, advice = "this machine", "Wait until that run has ended, or choose a different --output-dir"
-        if not owner.is_on_this_host:
-            machine = f"the host {owner.host}"
-            advice += f". If that run has already ended, delete {self.file}"
-        raise ValueError(
-            f"{self.folder} is in use by another run (process {owner.pid} on {machine}, since {owner.since}). {advice}"
-        )
-
-
-@contextmanager
-def exclude_other_processes(folder: Path) -> Iterator[None]:
-    """Prevent other processes on this machine from running the `with` block for this folder at the same time. Do
-    nothing if the operating system or the file system does not support file locks."""
-    if fcntl is None:
-        yield
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # some network file systems do not support locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def get_start_time(process: psutil.Process) -> float:
-    return round(process.create_time() - psutil.boot_time(), 2)
-
-
-def replace_sigterm_handler(old_handler: Any, new_handler: Any) -> None:
-    """Replace the SIGTERM handler with `new_handler` if the current handler is `old_handler`. Do nothing outside the
-    main thread, because Python allows only the main thread to install signal handlers."""
-    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == old_handler:
-        signal.signal(signal.SIGTERM, new_handler)

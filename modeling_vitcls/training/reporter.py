@@ -21,8 +21,7 @@ from torch import nn
 
 from ..configuration_vitcls import ViTCLSConfig
 from ..data.sampling import BatchPlan
-from ..distributed import get_precision
-from ..system import describe_device, estimate_energy, get_versions
+from ..system import describe_device, get_versions
 
 
 ImageLogger = Callable[[Mapping[str, Image.Image]], None]
@@ -99,9 +98,6 @@ class Reporter:
             file.write(line + "\n")
         text = f"epoch {record['epoch']:.1f}  loss {record['loss']:.3f}  lr {record['learning_rate']:.1e}  "
         text += f"{record['images_per_second']:.0f} images/s"
-        if "utilisation" in record:
-            utilization = record["utilisation"]
-            text += ", utilization unknown" if utilization is None else f", {utilization:.1%} of peak"
         score_text = ""
         for split, split_text in (("held_out", "held out"), ("selection", "selection")):
             if printed_metric is not None and (name := f"{split}_{printed_metric}") in record:
@@ -200,7 +196,7 @@ def describe_batches(plan: BatchPlan, accelerator: Accelerator) -> dict[str, str
     epoch_text = f" = {plan.count_epochs(plan.num_steps):.1f} epochs" if plan.num_images else ""
     return {
         "batches": f"{plan.images_per_step} images per step = {batch_text}; {plan.num_steps:,} steps{epoch_text}",
-        "device": f"{describe_device(accelerator)}, mixed precision: {get_precision(accelerator)}",
+        "device": f"{describe_device(accelerator)}, mixed precision: {accelerator.mixed_precision}",
     }
 
 
@@ -219,9 +215,8 @@ def describe_run(
         "token_layout": token_counts,
         "sequence_length": sum(token_counts.values()),
         "device": describe_device(accelerator),
-        "mixed_precision": get_precision(accelerator),
+        "mixed_precision": accelerator.mixed_precision,
         "num_processes": accelerator.num_processes,
-        "energy": estimate_energy(seconds, accelerator.num_processes, accelerator.device),
         "versions": get_versions(),
     }
 
@@ -233,5 +228,4 @@ def count_tokens(config: ViTCLSConfig) -> dict[str, int]:
 
 
 def count_parameters(model: nn.Module, only_trainable: bool = False) -> int:
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad or not only_trainable]
-    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters)  # with ZeRO-3
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad or not only_trainable)

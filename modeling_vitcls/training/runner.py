@@ -27,10 +27,8 @@ from ..data.sampling import BatchPlan
 from ..data.splits import describe_change
 from ..distributed import (
     build_accelerator,
-    check_deepspeed_flags,
     configure_layer_sharding,
     run_on_main,
-    set_deepspeed_training_options,
 )
 from ..errors import is_raised_on_all_processes, mark_errors_of_all_processes
 from ..files import write_json
@@ -41,7 +39,7 @@ from ..publishing.manifest import RECIPE_FILE
 from . import output_folder
 from .branch_uploads import BranchUploader
 from .defaults import DEFAULTS
-from .distributed_state import explain_unsupported_checkpoints, gather_state, scatter_state, scatter_weights_and_ema
+from .distributed_state import gather_state, scatter_state, scatter_weights_and_ema
 from .loop import (
     LoopCallbacks,
     Metrics,
@@ -52,7 +50,6 @@ from .loop import (
     TrainingState,
 )
 from .losses import Objective
-from .mfu import Utilization, build_utilization
 from .model import check_preset_name
 from .optimizer import Ema, build_optimizer
 from .reporter import Reporter
@@ -68,7 +65,7 @@ class TrainingComponents:
     iterate_batches: Callable[[int], Generator[Batch, None, None]]  # first step -> batches of this process
     evaluate: Callable[[nn.Module], Metrics]  # model from `Accelerator.prepare` -> metrics on held-out images
     describe_unreadable_image: Callable[[int], str]  # index of an unreadable image -> error message
-    # batch on the device -> values to log every `health_every` steps
+    # batch on the device -> values to log every `log_attention_every` steps
     measure_attention: Callable[[Batch], Metrics] = lambda batch: {}
 
 
@@ -106,9 +103,9 @@ class Runner:
     start_time: float = 0.0  # time at which this process started training
     step_seconds: list[float] = field(default_factory=list)  # duration in seconds of each step of a dry run
     evaluation_seconds: list[float] = field(default_factory=list)  # duration in seconds of each evaluation
+    peak_memory_mb: float = 0.0  # peak memory of this process
     state: TrainingState = field(init=False, repr=False)  # set by `train`
     selected_step: int | None = None  # step of the weights that `--select best` selected
-    utilization: Utilization = field(default_factory=Utilization)
     data_fingerprint: dict[str, Any] = field(default_factory=dict)  # from `describe_data`
 
     @property
@@ -119,10 +116,6 @@ class Runner:
     def is_finished(self) -> bool:
         """Return whether the resumed run has already written results.json."""
         return self.checkpoint is not None and (self.folder / output_folder.RESULTS_FILE).exists()
-
-    @property
-    def can_save_checkpoints(self) -> bool:
-        return explain_unsupported_checkpoints(self.accelerator) is None
 
     def train(
         self,
@@ -140,9 +133,7 @@ class Runner:
         should_warn_about_tokens = training_options.trainable in ("full", "lora")  # both train all tokens
         if training_options.compile:
             model.compile()
-        self.utilization = build_utilization(model, plan, accelerator, self.reporter.print_line)
         configure_layer_sharding(accelerator, model)
-        set_deepspeed_training_options(accelerator, training_options)
         state = TrainingState(*accelerator.prepare(model, build_optimizer(model, training_options)))
         state.ema = Ema(state.model, training_options.ema_decay) if training_options.ema_decay else None
         # The monitor stores the initial tokens, so it is built before the checkpoint is loaded.
@@ -163,6 +154,9 @@ class Runner:
 
         def log(record: Metrics) -> None:
             report_unreadable_images()
+            self.peak_memory_mb = record["peak_memory_mb"]
+            if self.options.run.dry_run:  # a dry run logs each step
+                self.step_seconds.append(plan.images_per_step / record["images_per_second"])
             self.reporter.log(record, None if self.options.run.dry_run else selection_metric)
 
         def gather_for_checkpoint() -> tuple[dict[str, Tensors], dict[str, Any]]:
@@ -170,20 +164,14 @@ class Runner:
             return self.gather_checkpoint(state, plan, unreadable_images)
 
         def save(is_best: bool) -> None:
-            if self.can_save_checkpoints:
-                tensors, metadata = gather_for_checkpoint()
-                run_on_main(accelerator, lambda: self.store.save(state.step, tensors, metadata, is_best))
+            tensors, metadata = gather_for_checkpoint()
+            run_on_main(accelerator, lambda: self.store.save(state.step, tensors, metadata, is_best))
 
         def evaluate_with_timing() -> Metrics:
             start_time = time.perf_counter()
             metrics = components.evaluate(state.model)
             self.evaluation_seconds.append(time.perf_counter() - start_time)
             return metrics
-
-        def record_speed(num_images: int, seconds: float) -> Metrics:
-            if self.options.run.dry_run:  # a dry run logs each step
-                self.step_seconds.append(seconds)
-            return self.utilization.update(num_images, seconds)
 
         self.start_time = time.perf_counter()
         with (
@@ -199,7 +187,6 @@ class Runner:
                 save=save,
                 on_batch=lambda batch: unreported_indices.extend(batch["replaced"][batch["replaced"] >= 0].tolist()),
                 measure_attention=components.measure_attention,
-                record_speed=record_speed,
                 get_stop_signal=signal_handler.get_signal,
                 show_step=self.reporter.show_step,
             )
@@ -236,7 +223,6 @@ class Runner:
         return metrics | {
             "num_broken_training_images": len(unreadable_images),
             "token_movement": token_movement,
-            "utilisation": self.utilization.get_results(),
         }
 
     def load_best_weights(self, state: TrainingState) -> None:
@@ -358,7 +344,6 @@ class Runner:
             state.pending_record = metadata["record"]
             unreadable_images.indices.update(metadata["broken"])
             self.training_seconds = metadata["seconds"]
-            self.utilization.load_state(metadata.get("utilisation", {}))
             self.reporter.print_line("resumed", f"after step {state.step:,} of {plan.num_steps:,}")
         self.reporter.start_after(state.step - 1 if state.pending_record else state.step, plan.num_steps)
         self.accelerator.wait_for_everyone()
@@ -373,7 +358,6 @@ class Runner:
             "best_score": state.best_score,
             "num_worse": state.num_evaluations_since_best,
             "seconds": self.get_training_seconds(),
-            "utilisation": self.utilization.get_state(),
             "windows": gather_object([state.recent_losses]),
             "attention": state.attention_metrics,
             "record": state.pending_record,
@@ -407,10 +391,10 @@ class Runner:
         try:
             yield
         except TrainingInterrupted as error:
-            outcome = "no checkpoint could be saved"
-            if self.can_save_checkpoints:
-                outcome = "a checkpoint was saved. Repeat the command with --resume to continue the run"
-            raise RunStopped(f"stopped by {error}; {outcome}", signal_handler.exit_status) from None
+            raise RunStopped(
+                f"stopped by {error}; a checkpoint was saved. Repeat the command with --resume to continue the run",
+                signal_handler.exit_status,
+            ) from None
         except NonFiniteLoss as error:
             raise RunStopped(f"{error}. {self.save_non_finite_step(error)}") from None
         except (OSError, ValueError) as error:  # a full disk or unreadable images
@@ -424,11 +408,10 @@ class Runner:
         failed_step = {"step": error.step + 1, "batches": gather_object(local_batches)}
         try:
             run_on_main(accelerator, lambda: write_json(file, failed_step))
-            if self.can_save_checkpoints:
-                store = CheckpointStore(self.folder / output_folder.NON_FINITE_FOLDER, num_kept=1)
-                tensors, metadata = gather_state(accelerator, state.model, state.optimizer, state.shadow)
-                metadata = {"step": error.step} | metadata
-                run_on_main(accelerator, lambda: store.save(error.step, tensors, metadata, is_best=False))
+            store = CheckpointStore(self.folder / output_folder.NON_FINITE_FOLDER, num_kept=1)
+            tensors, metadata = gather_state(accelerator, state.model, state.optimizer, state.shadow)
+            metadata = {"step": error.step} | metadata
+            run_on_main(accelerator, lambda: store.save(error.step, tensors, metadata, is_best=False))
         except OSError as saving_error:
             saved_data = f"The images of step {error.step + 1} and the state before this step"
             return f"{saved_data} could not be saved: {saving_error}"
@@ -448,12 +431,9 @@ def build_runner(options: FinetuneOptions | PretrainOptions) -> Runner:
         run_options.log_with,
         options.output_dir / "trackers",
     )
-    check_deepspeed_flags(accelerator, training_options, run_options)
     set_seed(training_options.seed)
     reporter = Reporter(options.output_dir / output_folder.METRICS_FILE, accelerator)
     store = CheckpointStore(options.output_dir / output_folder.CHECKPOINTS_FOLDER, run_options.keep_checkpoints)
-    if reason := explain_unsupported_checkpoints(accelerator):
-        reporter.warn(f"no checkpoints are saved, and the run cannot be resumed: {reason}")
     lock = output_folder.FolderLock(options.output_dir)
     run_on_main(accelerator, lock.acquire)
     runner = Runner(options, accelerator, store, None, reporter, lock)

@@ -50,7 +50,7 @@ from ..publishing.verify import verify_push
 from ..study import compute_interval
 from .branch_uploads import build_branch_uploader
 from .defaults import describe_random_weights, get_run_properties, resolve_defaults
-from .distributed_state import explain_unsupported_checkpoints, gather_weights, reshard
+from .distributed_state import gather_weights, reshard
 from .loop import Metrics
 from .losses import Objective
 from .model import merge_lora
@@ -81,6 +81,7 @@ class Task(ABC):
     plan: BatchPlan
     model: Any  # unwrapped ViTCLS model; parameters that are not trained are frozen
     processor: ViTCLSImageProcessor
+    forward_flops: int  # FLOPs of a forward pass for one image
     warnings: list[str]  # warnings to print before training
     summary_lines: dict[str, str | None]  # lines about the initial weights and the default values, keyed by name
 
@@ -98,6 +99,7 @@ class Task(ABC):
                 self.resolve_options()
                 self.plan = self.build_plan(self.options.training)
                 self.load_model()
+                self.forward_flops = self.model.flops()
                 self.warnings = self.find_warnings()
             if self.options.training.gradient_checkpointing:
                 self.model.gradient_checkpointing_enable()
@@ -170,8 +172,6 @@ class Task(ABC):
         run_options, accelerator, name = self.options.run, self.runner.accelerator, self.runner.folder.resolve().name
         if not run_options.push_to_hub:
             return None
-        if run_options.hub_push_optimizer and (reason := explain_unsupported_checkpoints(accelerator)):
-            raise ValueError(f"--hub-push-optimizer requires checkpoints, which are not supported: {reason}")
         return run_on_main(
             accelerator, lambda: check_push_permissions(run_options.hub_model_id, name, run_options.hub_private)
         )
@@ -295,6 +295,7 @@ def collect_summary_lines(task: Task) -> dict[str, str]:
             f"the best checkpoint is selected on {len(data.selection):,} separate images ({data.selection_name})"
         )
     summary_lines |= describe_model(task.options.model.model, task.model)
+    summary_lines["tokens"] += f", {task.forward_flops / 1e9:.3g} GFLOP per image"
     summary_lines |= {name: line for name, line in task.summary_lines.items() if line}
     return summary_lines | task.get_summary_lines() | describe_batches(task.plan, task.runner.accelerator)
 
@@ -309,6 +310,7 @@ def collect_results(task: Task) -> dict[str, Any]:
         "num_training_images": data.num_training_images,
         **task.get_task_results(),
         "selection_metric": task.selection_metric,
+        "forward_flops_per_image": task.forward_flops,
         **describe_run(task.plan, runner.state.step, task.model, runner.accelerator, runner.training_seconds),
     }
 
@@ -362,8 +364,9 @@ def save_output(task: Task, results: dict[str, Any]) -> None:
     try:
         run_on_main(runner.accelerator, write_and_convert_errors)
     except OSError as error:
-        remedy = "repeat the command with --resume" if runner.can_save_checkpoints else "restart the run"
-        raise RunStopped(f"cannot write the model to {folder} ({error}). Free disk space, then {remedy}") from error
+        raise RunStopped(
+            f"cannot write the model to {folder} ({error}). Free disk space, then repeat the command with --resume"
+        ) from error
 
 
 def write_model(model: PreTrainedModel, processor: ViTCLSImageProcessor, folder: Path, weights: Tensors) -> None:
@@ -458,15 +461,15 @@ def dry_run(task_class: type[Task], options: Any) -> None:
         if dry_run_options.training.trainable == "head":
             limit_training_images(task)
         run_task(task)
-    checkpoint_text = "a checkpoint and " if runner.can_save_checkpoints else ""
     push_note = f"; pushing to {task.hub_model_id} is permitted" if task.hub_model_id else ""
     evaluated_fraction = num_evaluated / num_held_out if num_held_out else 1.0
     duration = format_duration(estimate_run_seconds(runner, plan, evaluated_fraction))
     runner.reporter.print_line(
         "dry run",
-        f"ran {len(runner.step_seconds)} steps and an evaluation, and saved {checkpoint_text}the model, in "
+        f"ran {len(runner.step_seconds)} steps and an evaluation, and saved a checkpoint and the model, in "
         f"{time.perf_counter() - start_time:.0f} s{push_note}; no files were kept. The full run has "
-        f"{plan.num_steps:,} steps and takes about {duration}",
+        f"{plan.num_steps:,} steps, takes about {duration}, and needs "
+        f"about {runner.peak_memory_mb:,.0f} MiB of memory per process",
     )
 
 

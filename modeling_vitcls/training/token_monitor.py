@@ -1,7 +1,7 @@
 """Metrics of the special tokens, to detect tokens that are not trained.
 
 norm              norm of the token
-gradient_norm     norm of the token's gradient after clipping (with DeepSpeed, before clipping)
+gradient_norm     norm of the token's gradient after clipping
 update_ratio      norm of the last update / norm of the token
 entropy           entropy of the CLS attention in nats, per layer; ln(number of tokens) for uniform attention
 """
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..blocks_vitcls import ViTCLSEmbeddings
-from .distributed_state import gather_gradient, gather_tensor
+from .distributed_state import gather_tensor
 from .model import set_train_mode
 
 
@@ -47,8 +47,8 @@ class TokenMonitor:
         return {
             f"{group}[{index}]": gradient
             for group, parameter in self.parameters.items()
-            if (full_gradient := gather_gradient(parameter)) is not None
-            for index, gradient in enumerate(full_gradient.float().cpu().squeeze(0).clone())
+            if parameter.grad is not None
+            for index, gradient in enumerate(gather_tensor(parameter.grad).float().cpu().squeeze(0).clone())
         }
 
     def compute_token_metrics(self, old_tokens: Tokens, gradients: Tokens) -> dict[str, dict[str, float | None]]:

@@ -248,7 +248,7 @@ def run(folder: Path, model: str, **run_options: Any) -> dict[str, Any]:
         data=DataOptions("digits", num_workers=0),
         model=ModelOptions(model),
         augmentation=PLAIN,
-        training=TrainingOptions(max_steps=1, batch_size=8, health_every=0),
+        training=TrainingOptions(max_steps=1, batch_size=8, log_attention_every=0),
         run=RunOptions(report=False, **run_options),
     )
     return run_task(FinetuneTask(options))

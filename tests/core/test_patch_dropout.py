@@ -12,18 +12,14 @@ from helpers.tiny_models import (
     build_images,
     build_tiny_config,
     get_largest_difference,
-    raises_one_line,
     randomize,
     save_and_load,
 )
 
 from modeling_vitcls import (
-    ViTCLSBackbone,
     ViTCLSForImageClassification,
-    ViTCLSForMaskedImageModeling,
     ViTCLSModel,
 )
-from modeling_vitcls.training.costs import estimate_memory
 from modeling_vitcls.variants_vitcls import get_num_kept_patches, select_mask
 
 
@@ -170,30 +166,3 @@ def test_kept_patches_are_random_and_reproducible() -> None:
 )
 def test_number_of_kept_patches(rate: float, patches: int, kept: int) -> None:
     assert get_num_kept_patches(rate, patches) == kept
-
-
-def test_memory_is_estimated_for_the_kept_patches() -> None:
-    half, whole = (ViTCLSForImageClassification(build_tiny_config(patch_drop_rate=rate)) for rate in (0.5, 0))
-    pixels = 4 * 3 * 32 * 16  # bytes of half an image, which are always kept
-    assert estimate_memory(half, 32).activations == estimate_memory(whole, (32, 16)).activations + pixels
-
-
-@pytest.mark.parametrize("model_class", [ViTCLSForMaskedImageModeling, ViTCLSBackbone])
-def test_models_that_require_all_patches_are_errors(model_class: Any) -> None:
-    model = randomize(model_class(build_tiny_config(patch_drop_rate=0.5)))
-    model(build_images())
-    with raises_one_line(model_class.__name__, "patch_drop_rate=0 to train"):
-        model.train()(build_images())
-
-
-def test_exported_training_graphs_accept_any_batch_size() -> None:
-    """Patches are dropped only in training."""
-    dropout = ViTCLSModel(build_tiny_config(**TOKENS, patch_drop_rate=0.25)).train().patch_dropout
-    graph = torch.export.export(
-        dropout,
-        (torch.zeros(2, PREFIX + 16, 16), None, None),
-        dynamic_shapes=({0: torch.export.Dim("batch", min=1)}, None, None),
-    ).module()
-    for batch in (1, 5):
-        kept, _, _ = graph(torch.zeros(batch, PREFIX + 16, 16), None, None)
-        assert kept.shape == (batch, PREFIX + 12, 16)

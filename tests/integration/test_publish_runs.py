@@ -37,7 +37,7 @@ SCRIPTS = Path(__file__).parents[2] / "scripts"
 WEIGHTS = "model.safetensors"
 TINY = (
     "--model vitcls-tiny --hidden-size 16 --num-hidden-layers 1 --num-attention-heads 2 --intermediate-size 24 "
-    "--image-size 16 --patch-size 8 --num-register-tokens 1 --dataset digits --num-workers 0 --health-every 0 "
+    "--image-size 16 --patch-size 8 --num-register-tokens 1 --dataset digits --num-workers 0 --log-attention-every 0 "
     "--no-report"
 )
 RUN = f"{TINY} --max-steps 6 --batch-size 16 --log-every 1 --save-every 3"

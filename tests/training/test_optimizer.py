@@ -1,16 +1,13 @@
-"""Groups of parameters, learning rates, and the updates of DeepSpeed."""
+"""Groups of parameters, learning rates."""
 
 import math
 from dataclasses import replace
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
-import torch
 from helpers.random_classifiers import build_random_model
 
 from modeling_vitcls.options import TrainingOptions
-from modeling_vitcls.training.optimizer import DeepSpeedOptimizerStep, build_parameter_groups, get_learning_rate
+from modeling_vitcls.training.optimizer import build_parameter_groups, get_learning_rate
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -57,25 +54,3 @@ def test_learning_rates_decrease_from_the_head_to_the_tokens() -> None:
     for name, scale in scale_of.items():
         (prefix,) = [prefix for prefix in expected if name.startswith(f"{prefix}.")]
         assert scale == expected[prefix], name
-
-
-class Engine:
-    """Stand-in for DeepSpeed's engine that records its calls."""
-
-    def __init__(self, norm: float, calls: list[Any]) -> None:
-        self.get_global_grad_norm = lambda: norm
-        self.set_gradient_accumulation_boundary = lambda value: calls.append(("boundary", value))
-        self.backward = lambda loss: calls.append(("backward", loss))
-        self.step = lambda: calls.append("step")
-
-
-@pytest.mark.parametrize(("reported", "norm"), [(2.5, 2.5), (0.0, 0.0), (-1.0, math.nan)])
-def test_deepspeed_updates_between_the_checks(reported: float, norm: float) -> None:
-    """DeepSpeed returns -1 for a norm that is not finite."""
-    calls: list[Any] = []
-    accelerator: Any = SimpleNamespace(sync_gradients=False)
-    optimizer_step = DeepSpeedOptimizerStep(accelerator, Engine(reported, calls))
-    optimizer_step.backward(torch.tensor(3.0))
-    found = optimizer_step.step(calls.append, lambda: calls.append("before update"))
-    assert calls[:-1] == [("boundary", False), ("backward", torch.tensor(3.0)), 0.0, "before update", "step"]
-    assert [found, calls[-1]] == pytest.approx([norm, norm], nan_ok=True)

@@ -27,13 +27,13 @@ from modeling_vitcls.training.task import run_task
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("fresh_accelerate")]
 
-NOT_COMPARED = ("images_per_second", "peak_memory_mb", "seconds", "energy", "inference", "versions")
+NOT_COMPARED = ("images_per_second", "peak_memory_mb", "seconds", "inference", "versions")
 
 
 def build_options(folder: Path, **flags: Any) -> FinetuneOptions:
     """Return the options of a run of three steps with averaged weights, which saves after each step."""
     settings = {"max_steps": 3, "batch_size": 8, "learning_rate": 3e-3, "ema_decay": 0.5, "save_every": 1}
-    settings |= {"log_every": 3, "health_every": 2, "keep_checkpoints": 5}
+    settings |= {"log_every": 3, "log_attention_every": 2, "keep_checkpoints": 5}
     return build_tiny_options(folder, "digits", **settings | flags)
 
 

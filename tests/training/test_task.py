@@ -39,7 +39,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("fresh_accelerate
 
 def build_options(folder: Path, data: DataOptions = DIGITS, **training: Any) -> Any:
     """Return the options of a run of a tiny model."""
-    settings = {"batch_size": 16, "learning_rate": 3e-3, "health_every": 0} | training
+    settings = {"batch_size": 16, "learning_rate": 3e-3, "log_attention_every": 0} | training
     return build_tiny_options(folder, **vars(data) | settings)
 
 
@@ -89,7 +89,7 @@ def test_defaults_are_printed_and_recorded(tmp_path: Path, capsys: pytest.Captur
 
 
 def test_a_run_with_defaults_is_resumed(tmp_path: Path) -> None:
-    flags = {"crop_scale": None, "shift": None, "max_steps": 2, "health_every": 0, "save_every": 1}
+    flags = {"crop_scale": None, "shift": None, "max_steps": 2, "log_attention_every": 0, "save_every": 1}
     options = build_tiny_options(tmp_path, "digits", **flags)
     whole = run_task(FinetuneTask(options))
     (tmp_path / "results.json").unlink()
