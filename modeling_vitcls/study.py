@@ -41,6 +41,7 @@ import yaml
 
 from .errors import format_error
 from .files import read_json, write_json
+from .intervals import compute_mean_interval
 from .options import to_arguments
 
 
@@ -384,16 +385,6 @@ def flatten_numbers(value: Any, name: str) -> dict[str, float]:
     return numbers
 
 
-def compute_interval(values: list[float]) -> tuple[float, float]:
-    """Return the mean and the half width of its 95% confidence interval (Student's t). The half width is NaN for a
-    single value."""
-    import numpy as np
-    from scipy import stats
-
-    half_width = stats.sem(values) * stats.t.ppf(0.975, len(values) - 1) if len(values) > 1 else math.nan
-    return float(np.mean(values)), float(half_width)
-
-
 def write_page(runner: StudyRunner, rows: list[dict[str, Any]], command: str) -> Path:
     """Write README.md and the plots. Return the path of README.md."""
     from .system import format_count, get_processor_name, get_versions
@@ -459,7 +450,7 @@ def format_table(study: Study, groups: dict[tuple[str, ...], dict[int, float]], 
 def format_interval(values: list[float], sign_format: str = "") -> str:
     """Format the mean and the 95% confidence interval, with two significant digits of the half width
     (`0.9780 ± 0.0041`). If there is a single value, format only the mean."""
-    mean, half_width = compute_interval(values)
+    mean, half_width = compute_mean_interval(values)
     if math.isnan(half_width):
         return f"{mean:{sign_format}.4g}"
     if half_width == 0:
@@ -475,7 +466,7 @@ def plot_groups(groups: dict[tuple[str, ...], dict[int, float]], metric: str, fi
     figure = Figure(figsize=(7, 1 + 0.35 * len(groups)), layout="constrained")
     axes = figure.add_subplot()
     for row, values in enumerate(groups.values()):
-        mean, half_width = compute_interval(list(values.values()))
+        mean, half_width = compute_mean_interval(list(values.values()))
         axes.plot(list(values.values()), [row] * len(values), "o", color="#9aa5b1", markersize=4)
         axes.errorbar(mean, row, xerr=None if math.isnan(half_width) else half_width, fmt="D", color="#1f5fbf")
     axes.set_yticks(range(len(groups)), [", ".join(levels) for levels in groups])

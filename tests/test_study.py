@@ -26,13 +26,13 @@ from scipy import stats
 from modeling_vitcls import study as study_module
 from modeling_vitcls.commands.study import StudyOptions
 from modeling_vitcls.commands.study import run as run_command
+from modeling_vitcls.intervals import compute_mean_interval
 from modeling_vitcls.study import (
     RunProcess,
     Study,
     StudyRunner,
     add_label_groups,
     build_row,
-    compute_interval,
     format_interval,
     format_table,
     group_values,
@@ -335,7 +335,7 @@ def test_differences_are_paired_by_seed() -> None:
     ]
     table = format_table(study, group_values(study, rows, "accuracy"), "accuracy").splitlines()
     low, high = stats.t.interval(0.95, 2, loc=0.7, scale=stats.sem(values["cls"]))
-    mean, half_width = compute_interval(values["cls"])
+    mean, half_width = compute_mean_interval(values["cls"])
     assert (mean - half_width, mean + half_width) == pytest.approx((low, high))
     difference = stats.ttest_rel(values["mean"], values["cls"]).confidence_interval(0.95)
     assert table[2].endswith("| baseline |")
@@ -376,7 +376,7 @@ def test_plots_have_a_row_for_each_combination_of_levels(tmp_path: Path, monkeyp
     assert [line for line in points if len(line) == 3] == [[(1.0, 0.0), (2.0, 0.0), (6.0, 0.0)]]
     assert [line for line in points if len(line) == 1] == [[(3.0, 0.0)], [(4.0, 1.0)], [(4.0, 1.0)]]
     (interval,) = [line.get_segments()[0].tolist() for line in axes.collections if len(line.get_segments())]
-    half_width = compute_interval([1.0, 2.0, 6.0])[1]
+    half_width = compute_mean_interval([1.0, 2.0, 6.0])[1]
     assert interval == [[pytest.approx(3 - half_width), 0], [pytest.approx(3 + half_width), 0]]
 
 

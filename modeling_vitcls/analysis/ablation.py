@@ -15,19 +15,17 @@ compared with null distributions on the same images: effects of ablating random 
 token, effects of ablating a redrawn token, whose embedding is replaced with a random vector of the same norm.
 """
 
-import math
-import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from scipy import stats
 from torch import nn
 
 from ..configuration_vitcls import TokenLayout
-from .effects import CONFIDENCE, AblationEffect, Interval, compute_effect
+from ..intervals import CONFIDENCE_LEVEL, Interval, compute_prediction_limit
+from .effects import AblationEffect, compute_effect
 from .maps import get_used_token_mask
 from .model_outputs import (
     Batches,
@@ -89,13 +87,7 @@ def compute_null_limit(effect_sizes: Sequence[float]) -> float:
     """Return the limit of a null distribution: the maximum of MIN_NULL_LIMIT, all effect sizes, and the upper bound of
     the 95% prediction interval (normal distribution with unknown variance). The interval accounts for rare large
     effects that a few random draws may miss."""
-    num_effects = len(effect_sizes)
-    limit = max(*effect_sizes, MIN_NULL_LIMIT)
-    if num_effects < 2:
-        return limit
-    quantile = float(stats.t.ppf((1 + CONFIDENCE) / 2, num_effects - 1))
-    margin = quantile * statistics.stdev(effect_sizes) * math.sqrt(1 + 1 / num_effects)
-    return max(limit, statistics.fmean(effect_sizes) + margin)
+    return max(compute_prediction_limit(effect_sizes, (1 + CONFIDENCE_LEVEL) / 2), MIN_NULL_LIMIT)
 
 
 def compute_ablations(

@@ -12,16 +12,13 @@ from scipy import stats
 from torch import nn
 
 from ..heads_vitcls import IGNORED_LABEL
+from ..intervals import Interval, compute_bootstrap_interval, compute_proportion_interval
 from .model_outputs import NUM_NEIGHBORS, Features, Predictions
 
 
-Interval = tuple[float, float]  # lower and upper bounds of a 95% confidence interval
-
-CONFIDENCE = 0.95
 # Minimum standard deviation of the logits over images, as a fraction of their root mean square
 MIN_RELATIVE_DEVIATION = 1e-3
 MIN_FEATURE_CHANGE = 1e-3  # minimum cosine distance of changed features; smaller distances count as rounding errors
-NUM_RESAMPLES = 1000  # number of bootstrap samples of the images
 
 
 @dataclass(frozen=True)
@@ -36,7 +33,7 @@ class AblationEffect:
             effect of an "information" ablation is 0 and meaningless.
         accuracy_change: accuracy after the ablation minus accuracy before the ablation; None if no label is known.
         num_images: number of images.
-        changed_interval: exact interval for `changed_answers` (Clopper and Pearson 1934).
+        changed_interval: interval for `changed_answers`.
         logit_interval: interval for `logit_change`, from bootstrap samples of the images.
         improvement: p-value under the null hypothesis that the accuracy does not increase (exact McNemar test); None
             if no label is known.
@@ -113,13 +110,14 @@ def compare_predictions(before: Predictions, after: Predictions) -> AblationEffe
     accuracy_change = improvement = None
     if accuracy_before is not None and accuracy_after is not None:
         accuracy_change, improvement = accuracy_after - accuracy_before, compute_improvement_p_value(before, after)
-    low, high = compute_bootstrap_interval(squared_changes)
+    low, high = compute_bootstrap_interval(squared_changes.tolist())
+    change_low, change_high = compute_proportion_interval(int(is_changed.sum()), len(before)) or (0.0, 1.0)
     return AblationEffect(
         changed_answers=is_changed.float().mean().item(),
         logit_change=squared_changes.mean().sqrt().item(),
         accuracy_change=accuracy_change,
         num_images=len(before),
-        changed_interval=compute_binomial_interval(int(is_changed.sum()), len(before)),
+        changed_interval=(change_low, change_high),
         logit_interval=(low**0.5, high**0.5),
         improvement=improvement,
         is_better_than_chance=after.is_better_than_chance(),
@@ -141,24 +139,7 @@ def compare_features(before: Features, after: Features) -> FeatureEffect:
         agreement = num_shared / (NUM_NEIGHBORS * len(before))
     largest_changes = max(cosine_changes.values(), key=lambda changes: changes.mean().item())
     mean_changes = {name: changes.mean().item() for name, changes in cosine_changes.items()}
-    return FeatureEffect(mean_changes, agreement, len(before), compute_bootstrap_interval(largest_changes))
-
-
-def compute_binomial_interval(num_changed: int, num_images: int) -> Interval:
-    """Return the exact 95% confidence interval for a fraction (Clopper and Pearson 1934). The interval is one-sided
-    if the fraction is 0 or 1; for example, 0 of 256 means at most 1.2%."""
-    alternative = {0: "less", num_images: "greater"}.get(num_changed, "two-sided")
-    interval = stats.binomtest(num_changed, num_images, alternative=alternative).proportion_ci(CONFIDENCE)
-    return float(interval.low), float(interval.high)
-
-
-def compute_bootstrap_interval(values: torch.Tensor) -> Interval:
-    """Return the 95% confidence interval for the mean of values [images], from bootstrap samples of the images."""
-    generator = torch.Generator().manual_seed(0)
-    resamples = torch.randint(len(values), (NUM_RESAMPLES, len(values)), generator=generator)
-    probabilities = torch.tensor([(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    low, high = values.float()[resamples].mean(dim=1).quantile(probabilities).tolist()
-    return low, high
+    return FeatureEffect(mean_changes, agreement, len(before), compute_bootstrap_interval(largest_changes.tolist()))
 
 
 def compute_improvement_p_value(before: Predictions, after: Predictions) -> float:

@@ -14,7 +14,6 @@ the encoder is applied to the output of every layer, as in DINOv2's `get_interme
 
 import time
 from dataclasses import dataclass
-from statistics import NormalDist, fmean, stdev
 from typing import Any
 
 import numpy as np
@@ -28,8 +27,9 @@ from ..data.images import LabeledImages
 from ..data.labels import LabelSpace
 from ..data.splits import load_evaluation_data
 from ..hub.loading import MODEL_FILE_PATTERNS
+from ..intervals import compute_mean_interval, compute_proportion_interval
 from ..options import EvaluateOptions
-from ..publishing.card_results import CONFIDENCE_LEVEL, format_percent
+from ..publishing.card_results import format_percent
 from ..token_names import get_token_names
 from .evaluate import (
     LABEL_DESCRIPTIONS,
@@ -42,7 +42,6 @@ from .evaluate import (
 )
 from .evaluator import Evaluator, HeldOutBatch, round_floats
 from .load_model import load_model
-from .metrics import compute_wilson_interval
 
 
 # Features ------------------------------------------------------------------------------------------------------------
@@ -144,7 +143,7 @@ def measure_accuracies(
         if num_images_per_class:
             accuracy = summarize_repeats([count / num_images for count in correct_counts])
         else:
-            interval = compute_wilson_interval(correct_counts[0], num_images)
+            interval = compute_proportion_interval(correct_counts[0], num_images)
             accuracy = {"accuracy": correct_counts[0] / num_images, "accuracy_interval": interval}
         rows.append({"layer": layer, "token": token, **accuracy})
     return rows
@@ -172,11 +171,9 @@ def select_few_shot_images(
 
 
 def summarize_repeats(accuracies: list[float]) -> dict[str, Any]:
-    """Return the mean accuracy over repeats, with a 95% interval (normal approximation; None for one repeat)."""
-    mean, interval = fmean(accuracies), None
-    if len(accuracies) > 1:
-        half_width = NormalDist().inv_cdf((1 + CONFIDENCE_LEVEL) / 2) * stdev(accuracies) / len(accuracies) ** 0.5
-        interval = [max(mean - half_width, 0.0), min(mean + half_width, 1.0)]
+    """Return the mean accuracy over repeats, with a 95% interval (Student's t; None for one repeat)."""
+    mean, half_width = compute_mean_interval(accuracies)
+    interval = [max(mean - half_width, 0.0), min(mean + half_width, 1.0)] if len(accuracies) > 1 else None
     return {"accuracy": mean, "accuracy_interval": interval, "accuracies": accuracies}
 
 

@@ -9,10 +9,8 @@ torchmetrics accumulates the values over batches and processes. All processes mu
 without images must call `update` with 0 labels. evaluator.py selects the images.
 """
 
-import math
 import warnings
 from collections.abc import Mapping
-from statistics import NormalDist
 from typing import Any
 
 import torch
@@ -26,6 +24,7 @@ from torchmetrics.classification import (
 
 from ..data.labels import LabelKind, LabelSpace
 from ..heads_vitcls import IGNORED_LABEL
+from ..intervals import compute_proportion_interval
 
 
 MAX_MATRIX_CLASSES = 1000  # maximum number of classes for which a confusion matrix is computed
@@ -120,7 +119,7 @@ class SingleLabelMetrics:
         }
         values["loss"] = to_number(self.loss.compute())
         values["num_images"] = num_images
-        values["accuracy_interval"] = compute_wilson_interval(num_correct, num_images)
+        values["accuracy_interval"] = compute_proportion_interval(num_correct, num_images)
         values["per_class"] = class_metrics
         if self.confusion_matrix is not None:
             num_classes = len(self.names)
@@ -292,21 +291,6 @@ def compute_class_metrics(names: list[str], counts: list[list[int]]) -> list[Met
         }
         for name, num_correct, num_predicted, num_images in zip(names, *counts, strict=True)
     ]
-
-
-def compute_wilson_interval(num_correct: int, num_images: int) -> list[float] | None:
-    """Return the 95% confidence interval [low, high] of `num_correct / num_images`, or None if `num_images` is 0.
-
-    This is the Wilson score interval (Wilson 1927, "Probable inference, the law of succession, and statistical
-    inference"). The interval has a positive width even if all predictions are correct.
-    """
-    if num_images == 0:
-        return None
-    z = NormalDist().inv_cdf(0.975)
-    accuracy, weight = num_correct / num_images, z**2 / num_images
-    center = (accuracy + weight / 2) / (1 + weight)
-    half_width = z / (1 + weight) * math.sqrt(accuracy * (1 - accuracy) / num_images + weight / (4 * num_images))
-    return [max(center - half_width, 0.0), min(center + half_width, 1.0)]
 
 
 def safe_divide(numerator: int, denominator: int) -> float | None:

@@ -42,12 +42,12 @@ from ..hub.provenance import Provenance
 from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..inference.evaluator import Evaluator
 from ..inference.metrics import drop_large_matrices
+from ..intervals import compute_mean_interval
 from ..options import AugmentationOptions, TrainingOptions
 from ..publishing.adapters import write_adapter
 from ..publishing.publish import push_folder
 from ..publishing.push_permissions import check_push_permissions
 from ..publishing.verify import verify_push
-from ..study import compute_interval
 from .branch_uploads import build_branch_uploader
 from .defaults import describe_random_weights, get_run_properties, resolve_defaults
 from .distributed_state import gather_weights, reshard
@@ -427,7 +427,7 @@ def run_folds(task_class: type[Task], options: Any) -> dict[str, Any]:
         results.append(run_task(task))
     metric = results[0]["selection_metric"]
     values = [result[metric] for result in results]
-    mean, half_width = compute_interval(values)
+    mean, half_width = compute_mean_interval(values)
     summary = {
         "metric": metric,
         "mean": round(mean, NUM_DECIMALS),

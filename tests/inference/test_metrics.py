@@ -22,7 +22,6 @@ from modeling_vitcls.inference.metrics import (
     MultiLabelMetrics,
     MultiTaskMetrics,
     SingleLabelMetrics,
-    compute_wilson_interval,
     drop_large_matrices,
     select_scalars,
 )
@@ -149,13 +148,6 @@ def test_numbers_come_first_and_the_first_one_compares_models(by_one_process: di
         assert list(metrics)[: len(numbers)] == list(numbers)
         assert "num_broken_images" in numbers and not any(isinstance(value, list) for value in numbers.values())
         assert not re.search(r"\.\d{7}", json.dumps(metrics, allow_nan=False))  # at most six decimals
-
-
-@pytest.mark.parametrize(("num_right", "num_images"), [(0, 7), (7, 7), (353, 360), (1, 2)])
-def test_wilson_interval(num_right: int, num_images: int) -> None:
-    expected = scipy.stats.binomtest(num_right, num_images).proportion_ci(method="wilson")
-    assert compute_wilson_interval(num_right, num_images) == pytest.approx([expected.low, expected.high], abs=1e-12)
-    assert compute_wilson_interval(0, 0) is None
 
 
 def test_logits_between_0_and_1_are_not_interpreted_as_probabilities() -> None:

@@ -24,8 +24,8 @@ from modeling_vitcls.data.sampling import BatchPlan
 from modeling_vitcls.data.splits import load_evaluation_data, load_training_data
 from modeling_vitcls.data.streaming import build_training_dataset
 from modeling_vitcls.inference.evaluate import evaluate_checkpoint
+from modeling_vitcls.intervals import compute_mean_interval
 from modeling_vitcls.options import DataOptions, EvaluateOptions, ModelOptions, PretrainOptions
-from modeling_vitcls.study import compute_interval
 from modeling_vitcls.training.finetune import FinetuneTask
 from modeling_vitcls.training.pretrain import PretrainTask
 from modeling_vitcls.training.runner import RunStopped
@@ -252,7 +252,7 @@ def test_folds(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     accuracies = [part["accuracy"] for part in parts]
     assert summary["mean"] == pytest.approx(sum(accuracies) / 3, abs=1e-6)
     assert summary == json.loads((tmp_path / "run" / "folds.json").read_text(encoding="utf-8"))
-    half_width = compute_interval(accuracies)[1]
+    half_width = compute_mean_interval(accuracies)[1]
     interval = [summary["mean"] - half_width, summary["mean"] + half_width]
     assert summary["interval"] == pytest.approx(interval, abs=2e-6) and half_width > 0
     folds = [{"folder": f"fold-{fold}", "accuracy": value} for fold, value in enumerate(accuracies, 1)]
@@ -264,11 +264,6 @@ def test_folds(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     reset_accelerate()
     evaluated = evaluate_checkpoint(EvaluateOptions(str(tmp_path / "run" / "fold-2"), DIGITS, batch_size=16))
     assert (evaluated["accuracy"], evaluated["is_recorded_part"]) == (accuracies[1], True)
-
-
-def test_the_interval_of_folds() -> None:
-    """Student's t with two degrees of freedom: 4.302653 standard errors."""
-    assert compute_interval([0.5, 0.6, 0.7])[1] == pytest.approx(4.302653 * 0.1 / 3**0.5, rel=1e-6)
 
 
 def test_folds_are_not_pushed(tmp_path: Path) -> None:

@@ -1,0 +1,57 @@
+"""95% confidence intervals, computed by scipy. All intervals of the package come from this file.
+
+compute_proportion_interval(num_successes, num_trials)    accuracy, fraction of changed predictions
+compute_mean_interval(values)                             mean over seeds, folds or repeats
+compute_bootstrap_interval(values)                        mean over images
+compute_prediction_limit(values)                          limit of a null distribution
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from scipy import stats
+
+
+CONFIDENCE_LEVEL = 0.95
+NUM_RESAMPLES = 1000  # number of bootstrap samples
+
+Interval = tuple[float, float]  # lower and upper bounds
+
+
+def compute_proportion_interval(num_successes: int, num_trials: int) -> list[float] | None:
+    """Return the Wilson score interval [low, high] of `num_successes / num_trials`, or None if `num_trials` is 0.
+
+    The width is positive even if all or no trials succeed (Wilson 1927, "Probable inference, the law of succession,
+    and statistical inference").
+    """
+    if num_trials == 0:
+        return None
+    interval = stats.binomtest(num_successes, num_trials).proportion_ci(CONFIDENCE_LEVEL, method="wilson")
+    return [float(interval.low), float(interval.high)]
+
+
+def compute_mean_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Return the mean and the half width of its interval (Student's t). The half width is NaN for a single value."""
+    if len(values) < 2:
+        return float(np.mean(values)), math.nan
+    half_width = stats.sem(values) * stats.t.ppf((1 + CONFIDENCE_LEVEL) / 2, len(values) - 1)
+    return float(np.mean(values)), float(half_width)
+
+
+def compute_bootstrap_interval(values: Sequence[float]) -> Interval:
+    """Return the percentile bootstrap interval of the mean of the values."""
+    if len(values) < 2:
+        return float(values[0]), float(values[0])
+    options = {"confidence_level": CONFIDENCE_LEVEL, "n_resamples": NUM_RESAMPLES, "rng": 0}
+    interval = stats.bootstrap((values,), np.mean, method="percentile", **options).confidence_interval
+    return float(interval.low), float(interval.high)
+
+
+def compute_prediction_limit(values: Sequence[float], level: float) -> float:
+    """Return the value below which one further draw from the distribution of `values` lies with probability `level`
+    (normal distribution with unknown variance), but at least the largest of the values."""
+    if len(values) < 2:
+        return max(values)
+    margin = stats.t.ppf(level, len(values) - 1) * np.std(values, ddof=1) * math.sqrt(1 + 1 / len(values))
+    return max(*values, float(np.mean(values) + margin))
