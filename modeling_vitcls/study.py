@@ -1,6 +1,6 @@
 """Studies: grids of training runs over factors and seeds, and a page of tables and plots for each study.
 
-A study file (scripts/recipes/study_*.yaml) contains
+A study file (recipes/study_*.yaml) contains
     title, question    text for the page
     answer             conclusion, added after the study was run (optional)
     seeds              list of seeds; each combination of factor levels runs once per seed
@@ -8,8 +8,9 @@ A study file (scripts/recipes/study_*.yaml) contains
                        new label columns: column -> {name of the group: [label, ...]}
     stages             stage -> flags of the vitcls subcommand; stages run in the order of STAGES
     factors            factor -> level -> flags of `finetune`, or {stage: flags}; {stage: null} skips the stage
-    metrics            dotted keys of numeric values in results.json, with one table per metric. `NAME.*` denotes a
-                       list of numbers, with one table row per index, for example per layer
+    metrics            dotted key of a number in results.json -> heading of its table. Numbers under a heading that
+                       ends with (%), such as `Accuracy (%)`, are shown in per cent. `NAME.*` denotes a list of
+                       numbers, with one table row per index, for example per layer
     baseline           factor -> baseline level, with which all levels of the factor are compared
 
 In flags, `{run}` is replaced with the folder of the run, `{folder}` with the folder of the study, and `{subset:NAME}`
@@ -30,22 +31,22 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import yaml
 
 from .errors import format_error
 from .files import read_json, write_json
-from .intervals import compute_mean_interval
 from .options import to_arguments
 
 
 if TYPE_CHECKING:
+    import pandas
     from datasets import Dataset
 
 
@@ -54,7 +55,6 @@ SEEDED_STAGES = ("pretrain", "finetune")  # stages that accept --seed
 REQUIRED_KEYS = ("title", "question", "seeds", "stages", "factors", "metrics", "baseline")
 OPTIONAL_KEYS = ("answer", "subsets")
 MAX_LIST_LENGTH = 32  # maximum length of lists whose elements become columns of runs.parquet
-POLL_SECONDS = 0.2
 
 Flags = dict[str, Any]
 
@@ -78,7 +78,7 @@ class Study:
     seeds: list[int]
     stages: dict[str, Flags]
     factors: dict[str, dict[str, Flags]]
-    metrics: list[str]
+    metrics: dict[str, str]
     baseline: dict[str, str]
     answer: str | None = None
     subsets: dict[str, Flags] = field(default_factory=dict)
@@ -117,8 +117,10 @@ def load_study(file: Path) -> Study:
         raise ValueError(f"{file} is not a YAML mapping. A study file requires the keys {', '.join(REQUIRED_KEYS)}")
     if missing_keys := [key for key in REQUIRED_KEYS if not content.get(key)]:
         raise ValueError(f"{file} has no value for {', '.join(missing_keys)}. Set all required keys")
-    if unknown_keys := sorted(set(content) - {*REQUIRED_KEYS, *OPTIONAL_KEYS}):
-        raise ValueError(f"{file} has unknown keys: {', '.join(unknown_keys)}. Remove or correct these keys")
+    unknown_keys = set(content) - {*REQUIRED_KEYS, *OPTIONAL_KEYS} | set(content["stages"]) - set(STAGES)
+    if unknown_keys:
+        known_keys = f"{', '.join([*REQUIRED_KEYS, *OPTIONAL_KEYS])}, and the stages {', '.join(STAGES)}"
+        raise ValueError(f"{file} has unknown keys: {', '.join(sorted(unknown_keys))}. Choose from {known_keys}")
     factors = {
         str(name): {str(level): flags or {} for level, flags in levels.items()}
         for name, levels in content["factors"].items()
@@ -126,11 +128,7 @@ def load_study(file: Path) -> Study:
     baseline = {str(factor): str(level) for factor, level in content["baseline"].items()}
     for factor, level in baseline.items():
         if level not in factors.get(factor, {}):
-            raise ValueError(
-                f"{file}: the baseline level {level} of {factor} is not in `factors`. Set a level of {factor}"
-            )
-    if unknown_stages := sorted(set(content["stages"]) - set(STAGES)):
-        raise ValueError(f"{file} has unknown stages: {', '.join(unknown_stages)}. Choose from {', '.join(STAGES)}")
+            raise ValueError(f"{file}: `baseline` has the level {level} of {factor}. Set a level that `factors` has")
     return Study(**content | {"factors": factors, "baseline": baseline})
 
 
@@ -143,16 +141,6 @@ def to_file_name(text: str) -> str:
 
 
 @dataclass
-class RunProcess:
-    """A run in progress: the process of the current stage and the commands of the remaining stages."""
-
-    run: StudyRun
-    process: subprocess.Popen[bytes]
-    remaining_commands: Iterator[tuple[str, list[str]]]  # (stage, flags)
-    start_time: float  # value of time.monotonic(), in seconds
-
-
-@dataclass
 class StudyRunner:
     """Run a study in parallel processes. Finished runs are skipped, and interrupted runs are resumed."""
 
@@ -160,83 +148,79 @@ class StudyRunner:
     folder: Path
     num_jobs: int = 1  # maximum number of parallel runs
     num_threads: int = 1  # number of CPU threads per run
-    # Maximum total memory of parallel runs, in GiB. Each run is assumed to use as much memory as the largest run so
-    # far.
-    memory_limit: float | None = None
     dataset: str | None = None  # dataset from which all subsets are drawn; overrides the datasets in the study file
-    max_run_bytes: float = 0.0  # memory of the largest run so far, in bytes
-    durations: list[float] = field(default_factory=list)  # durations of the completed runs, in seconds
+    processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)  # run -> process of its current stage
+    is_stopping: threading.Event = field(default_factory=threading.Event)
 
     def execute(self) -> None:
-        """Run all unfinished runs. A failed run does not stop the other runs."""
-        self.write_subsets()
+        """Run all unfinished runs. A failed run does not stop the others; Ctrl-C lets each run save a checkpoint."""
+        for name, subset in self.study.subsets.items():
+            if not self.get_subset_folder(name).exists():
+                write_subset(self.get_subset_folder(name), subset, self.dataset)
         runs = self.study.plan_runs()
         pending_runs = [run for run in runs if not self.is_finished(run)]
         num_finished = len(runs) - len(pending_runs)
         print(f"{len(runs)} runs ({num_finished} already finished)", flush=True)
-        running_processes: list[RunProcess] = []
-        try:
-            while pending_runs or running_processes:
-                while (
-                    pending_runs and len(running_processes) < self.num_jobs and self.can_start_run(running_processes)
-                ):
-                    running_processes.append(self.start_run(pending_runs.pop(0)))
-                time.sleep(POLL_SECONDS)
-                self.measure_memory(running_processes)
-                for run_process in [*running_processes]:
-                    if run_process.process.poll() is None:
-                        continue
-                    if run_process.process.returncode == 0 and (command := next(run_process.remaining_commands, None)):
-                        run_process.process = self.start_process(run_process.run, *command)
-                        continue
-                    running_processes.remove(run_process)
-                    num_finished += 1
-                    self.durations.append(time.monotonic() - run_process.start_time)
-                    self.print_progress(run_process, num_finished, len(pending_runs) + len(running_processes))
-        finally:
-            for run_process in running_processes:
-                run_process.process.send_signal(signal.SIGTERM)  # makes the run save a checkpoint
-            for run_process in running_processes:
-                run_process.process.wait()
+        with ThreadPoolExecutor(self.num_jobs) as executor:
+            futures = {executor.submit(self.execute_run, run): run for run in pending_runs}
+            try:
+                for number, future in enumerate(as_completed(futures), start=num_finished + 1):
+                    run = futures[future]
+                    levels_text = ", ".join(f"{factor} {level}" for factor, level in run.levels.items())
+                    print(f"[{number}/{len(runs)}] {levels_text}, seed {run.seed}: {future.result()}", flush=True)
+            finally:
+                self.is_stopping.set()
+                executor.shutdown(wait=False, cancel_futures=True)
+                for process in self.processes.values():
+                    process.send_signal(signal.SIGTERM)
+
+    def execute_run(self, run: StudyRun) -> str:
+        """Run the unfinished stages of a run, and return its metrics or the last line of its log."""
+        self.get_run_folder(run).mkdir(parents=True, exist_ok=True)
+        environment = os.environ | {"OMP_NUM_THREADS": str(self.num_threads), "MKL_NUM_THREADS": str(self.num_threads)}
+        for stage, flags in self.build_commands(run):
+            if self.get_result_file(run, stage).exists():
+                continue
+            with (self.get_run_folder(run) / "log.txt").open("ab") as log_file:
+                log_file.write(f"$ vitcls {stage} {' '.join(flags)}\n".encode())
+                log_file.flush()
+                command = [sys.executable, "-m", "modeling_vitcls.cli", stage, *flags]
+                process = subprocess.Popen(command, stdout=log_file, stderr=subprocess.STDOUT, env=environment)
+                self.processes[run.name] = process
+            if process.wait() or self.is_stopping.is_set():
+                log_text = (self.get_run_folder(run) / "log.txt").read_text(encoding="utf-8", errors="replace")
+                return f"failed: {log_text.strip().splitlines()[-1]}"
+        row = build_row(self, run)
+        return ", ".join(f"{name} {row[name]:.4g}" for name in self.study.metrics if name in row)
 
     def get_run_folder(self, run: StudyRun) -> Path:
         """Return the folder of a run."""
         return self.folder / "runs" / run.name
 
-    def is_finished(self, run: StudyRun) -> bool:
-        """Return whether the outputs of all stages of a run exist."""
-        return all(self.get_result_file(run, stage).exists() for stage in run.stages)
+    def get_subset_folder(self, name: str) -> Path:
+        """Return the folder of a training subset."""
+        return self.folder / "subsets" / to_file_name(name)
 
     def get_result_file(self, run: StudyRun, stage: str) -> Path:
         """Return the path of the JSON file with the results of a stage."""
         folder = self.get_run_folder(run)
         return folder / stage / "results.json" if stage in SEEDED_STAGES else folder / f"{stage}.json"
 
-    def start_run(self, run: StudyRun) -> RunProcess:
-        """Start the first unfinished stage of a run."""
-        self.get_run_folder(run).mkdir(parents=True, exist_ok=True)
-        commands = self.build_commands(run)
-        remaining_commands = iter(
-            [(stage, flags) for stage, flags in commands if not self.get_result_file(run, stage).exists()]
-        )
-        process = self.start_process(run, *next(remaining_commands))
-        return RunProcess(run, process, remaining_commands, time.monotonic())
-
-    def start_process(self, run: StudyRun, stage: str, flags: list[str]) -> subprocess.Popen[bytes]:
-        """Start a process for a stage, and append the output of the process to log.txt."""
-        environment = os.environ | {"OMP_NUM_THREADS": str(self.num_threads), "MKL_NUM_THREADS": str(self.num_threads)}
-        with (self.get_run_folder(run) / "log.txt").open("ab") as log_file:
-            log_file.write(f"$ vitcls {stage} {' '.join(flags)}\n".encode())
-            log_file.flush()
-            command = [sys.executable, "-m", "modeling_vitcls.cli", stage, *flags]
-            return subprocess.Popen(command, stdout=log_file, stderr=subprocess.STDOUT, env=environment)
+    def is_finished(self, run: StudyRun) -> bool:
+        """Return whether the outputs of all stages of a run exist."""
+        return all(self.get_result_file(run, stage).exists() for stage in run.stages)
 
     def build_commands(self, run: StudyRun) -> list[tuple[str, list[str]]]:
         """Return the name and the command-line arguments of each stage of a run."""
         folder = self.get_run_folder(run)
+        placeholders = {f"{{subset:{name}}}": str(self.get_subset_folder(name)) for name in self.study.subsets}
+        placeholders |= {"{run}": str(folder), "{folder}": str(self.folder)}
         commands = []
         for stage, stage_flags in run.stages.items():
-            flags = {name: self.fill_placeholders(value, run) for name, value in stage_flags.items()}
+            flags = dict(stage_flags)
+            for name, value in flags.items():
+                for placeholder, path in placeholders.items() if isinstance(value, str) else ():
+                    flags[name] = flags[name].replace(placeholder, path)
             if stage in SEEDED_STAGES:
                 flags["output_dir"] = str(folder / stage)
                 has_checkpoint = any((folder / stage / "checkpoints").glob("*"))
@@ -246,80 +230,28 @@ class StudyRunner:
                 flags["output" if stage == "evaluate" else "json"] = str(self.get_result_file(run, stage))
                 if stage == "inspect":
                     flags["output"] = str(folder / "report.html")
-            arguments = [argument for name, value in flags.items() for argument in to_arguments(name, value)]
-            commands.append((stage, arguments))
+            commands.append((stage, [argument for flag in flags.items() for argument in to_arguments(*flag)]))
         return commands
 
-    def fill_placeholders(self, value: Any, run: StudyRun) -> Any:
-        """Replace the placeholders in the value of a flag."""
-        if not isinstance(value, str):
-            return value
-        for name in self.study.subsets:
-            value = value.replace(f"{{subset:{name}}}", str(self.get_subset_folder(name)))
-        return value.replace("{run}", str(self.get_run_folder(run))).replace("{folder}", str(self.folder))
 
-    def can_start_run(self, running_processes: list[RunProcess]) -> bool:
-        """Return whether one more run is expected to fit within the memory limit. The first run always starts."""
-        if self.memory_limit is None or not running_processes:
-            return True
-        expected_bytes = (len(running_processes) + 1) * self.max_run_bytes  # 0 before memory is measured
-        return 0 < expected_bytes <= self.memory_limit * 2**30
+def write_subset(folder: Path, subset: Flags, source: str | None) -> None:
+    """Write `num_images` random images of the split `train`, and all images of the other splits, as Parquet files."""
+    from datasets import disable_progress_bars, load_dataset
 
-    def measure_memory(self, running_processes: list[RunProcess]) -> None:
-        """Measure the memory of the running processes and update `max_run_bytes`."""
-        for run_process in running_processes:
-            try:
-                process = psutil.Process(run_process.process.pid)
-                process_tree = [process, *process.children(recursive=True)]
-                used_bytes = sum(process.memory_info().rss for process in process_tree)
-            except psutil.Error:  # the process no longer exists
-                continue
-            self.max_run_bytes = max(self.max_run_bytes, used_bytes)
-
-    def print_progress(self, run_process: RunProcess, num_finished_runs: int, num_remaining_runs: int) -> None:
-        """Print the results or the error of a completed run, and the estimated remaining time, on one line."""
-        levels_text = ", ".join(f"{factor} {level}" for factor, level in run_process.run.levels.items())
-        log_text = (self.get_run_folder(run_process.run) / "log.txt").read_text(encoding="utf-8", errors="replace")
-        result = f"failed: {log_text.strip().splitlines()[-1]}"  # the log contains at least the command
-        if run_process.process.returncode == 0:
-            row = build_row(self, run_process.run)
-            result = ", ".join(f"{name} {row[name]:.4g}" for name in self.study.metrics if name in row)
-        remaining_seconds = sum(self.durations) / len(self.durations) * num_remaining_runs / self.num_jobs
-        remaining_time = f"; about {max(1, round(remaining_seconds / 60))} min remaining" if num_remaining_runs else ""
-        progress = f"[{num_finished_runs}/{num_finished_runs + num_remaining_runs}]"
-        print(f"{progress} {levels_text}, seed {run_process.run.seed}: {result}{remaining_time}", flush=True)
-
-    # Subsets ---------------------------------------------------------------------------------------------------------
-
-    def get_subset_folder(self, name: str) -> Path:
-        """Return the folder of a training subset."""
-        return self.folder / "subsets" / to_file_name(name)
-
-    def write_subsets(self) -> None:
-        """Write the training subsets as Parquet files.
-
-        A subset contains `num_images` random images of the split `train`, and all images of the other splits.
-        """
-        from datasets import disable_progress_bars, load_dataset
-
-        for name, subset in self.study.subsets.items():
-            folder = self.get_subset_folder(name)
-            if folder.exists():
-                continue
-            partial_folder = folder.with_name(f".{folder.name}.partial")
-            shutil.rmtree(partial_folder, ignore_errors=True)
-            partial_folder.mkdir(parents=True)
-            source = os.path.expandvars(self.dataset or subset["dataset"])
-            split_files = {file.stem: str(file) for file in sorted(Path(source).glob("*.parquet"))}
-            splits = load_dataset("parquet", data_files=split_files) if split_files else load_dataset(source)
-            disable_progress_bars()  # disabled after the download; processing local files is fast
-            for split, dataset in splits.items():
-                if split == "train":
-                    dataset = dataset.shuffle(seed=subset.get("seed", 0)).select(range(subset["num_images"]))
-                for column, groups in subset.get("groups", {}).items():
-                    dataset = add_label_groups(dataset, column, groups)
-                dataset.to_parquet(partial_folder / f"{split}.parquet")
-            partial_folder.rename(folder)
+    partial_folder = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial_folder, ignore_errors=True)
+    partial_folder.mkdir(parents=True)
+    source = os.path.expandvars(source or subset["dataset"])
+    split_files = {file.stem: str(file) for file in sorted(Path(source).glob("*.parquet"))}
+    splits = load_dataset("parquet", data_files=split_files) if split_files else load_dataset(source)
+    disable_progress_bars()  # disabled after the download; processing local files is fast
+    for split, dataset in splits.items():
+        if split == "train":
+            dataset = dataset.shuffle(seed=subset.get("seed", 0)).select(range(subset["num_images"]))
+        for column, groups in subset.get("groups", {}).items():
+            dataset = add_label_groups(dataset, column, groups)
+        dataset.to_parquet(partial_folder / f"{split}.parquet")
+    partial_folder.rename(folder)
 
 
 def add_label_groups(dataset: "Dataset", column: str, groups: Mapping[str, Sequence[str]]) -> "Dataset":
@@ -327,19 +259,13 @@ def add_label_groups(dataset: "Dataset", column: str, groups: Mapping[str, Seque
     from datasets import ClassLabel
 
     feature = dataset.features.get("label")
-    if not isinstance(feature, ClassLabel):
-        raise ValueError(
-            "`groups` requires a column `label` with class names. Remove `groups`, or set a different dataset"
-        )
-    group_names = list(groups)
-    indices = {label: index for index, name in enumerate(group_names) for label in groups[name]}
-    if missing_labels := [label for label in feature.names if label not in indices]:
-        raise ValueError(
-            f"the groups of the column {column} do not contain the labels {', '.join(missing_labels)}. "
-            "Add each label to a group"
-        )
-    group_indices = [indices[feature.names[label]] for label in dataset["label"]]
-    return dataset.add_column(column, group_indices).cast_column(column, ClassLabel(names=group_names))
+    names = feature.names if isinstance(feature, ClassLabel) else []
+    indices = {label: index for index, labels in enumerate(groups.values()) for label in labels}
+    if not names or not indices.keys() >= set(names):
+        missing = f"{column} has no group for {', '.join(names)}" if names else "there are no class names"
+        raise ValueError(f"`groups` requires class names in the column `label`, each in a group, but {missing}")
+    group_indices = [indices[names[label]] for label in dataset["label"]]
+    return dataset.add_column(column, group_indices).cast_column(column, ClassLabel(names=list(groups)))
 
 
 # Results -------------------------------------------------------------------------------------------------------------
@@ -360,7 +286,7 @@ def build_row(runner: StudyRunner, run: StudyRun) -> dict[str, Any]:
         file = runner.get_result_file(run, stage)
         if file.exists():
             row |= flatten_numbers(read_json(file), "" if stage == "finetune" else stage)
-    column = run.stages["finetune"].get("label_column")
+    column = run.stages.get("finetune", {}).get("label_column")
     if isinstance(column, str):  # single task
         row |= {f"{column}_{name}": row[name] for name in ("accuracy", "loss") if name in row}
     log_file = runner.get_run_folder(run) / "finetune" / "metrics.jsonl"
@@ -372,8 +298,7 @@ def build_row(runner: StudyRunner, run: StudyRun) -> dict[str, Any]:
 
 
 def flatten_numbers(value: Any, name: str) -> dict[str, float]:
-    """Return the numbers in nested dicts and lists as a flat dict. Each name consists of keys and indices joined by
-    dots. Lists with more than MAX_LIST_LENGTH elements are omitted."""
+    """Return the numbers in nested dicts and lists as a flat dict with dotted keys, without long lists."""
     if isinstance(value, list):
         value = dict(enumerate(value)) if len(value) <= MAX_LIST_LENGTH else {}
     if not isinstance(value, dict):
@@ -385,23 +310,24 @@ def flatten_numbers(value: Any, name: str) -> dict[str, float]:
     return numbers
 
 
-def write_page(runner: StudyRunner, rows: list[dict[str, Any]], command: str) -> Path:
+def write_page(runner: StudyRunner, rows: "pandas.DataFrame", command: str) -> Path:
     """Write README.md and the plots. Return the path of README.md."""
     from .system import format_count, get_processor_name, get_versions
 
     study = runner.study
-    finished_rows = [row for row in rows if row["status"] == "finished"]
+    finished_rows = rows[rows["status"] == "finished"]
     (runner.folder / "images").mkdir(exist_ok=True)
     sections = [f"# {study.title}", study.question]
     if study.answer:
         sections.append(f"**Answer:** {' '.join(study.answer.split())}")
-    for metric in study.metrics:
-        if groups := group_values(study, finished_rows, metric):
+    for metric, heading in study.metrics.items():
+        table = summarize(study, finished_rows, metric)
+        if not table.empty:
             image_file = f"images/{to_file_name(f'{study.title.lower()} {metric}')}.png"
-            plot_groups(groups, metric, runner.folder / image_file)
-            image = f"![{metric} per combination of levels]({image_file})"
-            sections += [f"## {metric}", format_table(study, groups, metric), image]
-    training_seconds = sum(row.get("seconds", 0.0) for row in finished_rows)
+            plot_summary(table, heading, runner.folder / image_file)
+            image = f"![{heading} per combination of levels]({image_file})"
+            sections += [f"## {heading}", format_table(table), image]
+    training_seconds = finished_rows["seconds"].sum() if "seconds" in finished_rows else 0
     sections.append(
         f"## Method\n\n{len(finished_rows)} of {len(rows)} runs finished, seeds {', '.join(map(str, study.seeds))}; "
         f"{training_seconds / 60:.0f} minutes of training in total, "
@@ -416,69 +342,81 @@ def write_page(runner: StudyRunner, rows: list[dict[str, Any]], command: str) ->
     return page_file
 
 
-def group_values(study: Study, rows: list[dict[str, Any]], metric: str) -> dict[tuple[str, ...], dict[int, float]]:
-    """Return a nested dict of the values of a metric: combination of levels -> seed -> value. For a list of numbers
-    (`NAME.*`), the last element of the combination is the index into the list."""
-    groups: dict[tuple[str, ...], dict[int, float]] = {}
-    for row in rows:
-        levels = tuple(row[factor] for factor in study.factors)
-        if metric in row:
-            groups.setdefault(levels, {})[row["seed"]] = row[metric]
-        elif metric.endswith(".*"):
-            prefix = metric.removesuffix("*")
-            for name in [name for name in row if name.startswith(prefix) and name.removeprefix(prefix).isdigit()]:
-                groups.setdefault((*levels, name.removeprefix(prefix)), {})[row["seed"]] = row[name]
-    return groups
+def summarize(study: Study, rows: "pandas.DataFrame", metric: str) -> "pandas.DataFrame":
+    """Summarize a metric: one row per combination of levels, and per index for a list of numbers (`NAME.*`).
 
+    The columns are the levels, the values by seed, their mean and half width of the 95% interval, and the mean and the
+    half width of the paired differences from the baseline (NaN for the baseline and without common seeds).
+    """
+    import pandas
 
-def format_table(study: Study, groups: dict[tuple[str, ...], dict[int, float]], metric: str) -> str:
-    """Format a Markdown table of means, confidence intervals, and paired differences from the baseline."""
-    names = [*study.factors, *(["index"] if metric.endswith(".*") else [])]
-    header = [*names, "runs", metric, "difference from the baseline"]
-    rows = [header, ["---"] * len(header)]
+    from .intervals import compute_mean_interval
+
+    factors = list(study.factors)
+    prefix = metric.removesuffix("*")
+    columns = [name for name in rows.columns if name == metric or name.removeprefix(prefix).isdigit()]
+    long = rows.melt([*factors, "seed"], columns, "index", "value").dropna(subset="value")
+    long["value"] *= 100 if study.metrics[metric].endswith("(%)") else 1
+    long["index"] = long["index"].str.removeprefix(prefix)
+    keys = [*factors, *(["index"] if metric.endswith("*") else [])]
+    groups = {key: group.set_index("seed")["value"] for key, group in long.groupby(keys, sort=False)}
+    summary = []
     for levels, values in groups.items():
-        baseline_levels = tuple(study.baseline.get(name, level) for name, level in zip(names, levels, strict=True))
-        shared_seeds = sorted(values.keys() & groups.get(baseline_levels, {}).keys())
-        difference_text = "baseline"
-        if baseline_levels != levels:
-            differences = [values[seed] - groups[baseline_levels][seed] for seed in shared_seeds]
-            difference_text = format_interval(differences, "+") if shared_seeds else ""
-        rows.append([*levels, str(len(values)), format_interval(list(values.values())), difference_text])
+        baseline = tuple(study.baseline.get(key, level) for key, level in zip(keys, levels, strict=True))
+        differences = (values - groups[baseline]).dropna() if baseline in groups and baseline != levels else values[:0]
+        interval = compute_mean_interval(differences) if len(differences) else (math.nan, math.nan)
+        summary.append(
+            dict(zip(keys, levels, strict=True))
+            | {"runs": values.tolist(), "is_baseline": baseline == levels}
+            | dict(zip(("mean", "half_width"), compute_mean_interval(values), strict=True))
+            | dict(zip(("difference", "difference_half_width"), interval, strict=True))
+        )
+    return pandas.DataFrame(summary)
+
+
+def format_table(summary: "pandas.DataFrame") -> str:
+    """Format a Markdown table in which all numbers have the same decimals: two digits of the largest half width."""
+    widths = summary[["half_width", "difference_half_width"]].max(axis=None)
+    largest = widths if widths > 0 else summary["mean"].abs().max() / 100 or 1.0
+    decimals = max(0, 1 - math.floor(math.log10(largest)))
+    keys = list(summary.columns[: list(summary.columns).index("runs")])
+    rows = [[*keys, "runs", "mean", "difference from the baseline"], ["---"] * (len(keys) + 3)]
+    for row in summary.to_dict("records"):
+        intervals = []
+        for mean, width, sign in (("mean", "half_width", ""), ("difference", "difference_half_width", "+")):
+            text = "" if math.isnan(row[mean]) else f"{row[mean]:{sign}.{decimals}f}"
+            intervals.append(text if math.isnan(row[width]) else f"{text} ± {row[width]:.{decimals}f}")
+        difference = "baseline" if row["is_baseline"] else intervals[1]
+        rows.append([*(row[key] for key in keys), str(len(row["runs"])), intervals[0], difference])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def format_interval(values: list[float], sign_format: str = "") -> str:
-    """Format the mean and the 95% confidence interval, with two significant digits of the half width
-    (`0.9780 ± 0.0041`). If there is a single value, format only the mean."""
-    mean, half_width = compute_mean_interval(values)
-    if math.isnan(half_width):
-        return f"{mean:{sign_format}.4g}"
-    if half_width == 0:
-        return f"{mean:{sign_format}.4g} ± 0"
-    decimals = max(0, 1 - math.floor(math.log10(half_width)))
-    return f"{mean:{sign_format}.{decimals}f} ± {half_width:.{decimals}f}"
-
-
-def plot_groups(groups: dict[tuple[str, ...], dict[int, float]], metric: str, file: Path) -> None:
+def plot_summary(summary: "pandas.DataFrame", heading: str, file: Path) -> None:
     """Save a PNG plot of all runs, with the mean and 95% confidence interval of each combination of levels."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 1 + 0.35 * len(groups)), layout="constrained")
+    figure = Figure(figsize=(7, 1 + 0.35 * len(summary)), layout="constrained")
     axes = figure.add_subplot()
-    for row, values in enumerate(groups.values()):
-        mean, half_width = compute_mean_interval(list(values.values()))
-        axes.plot(list(values.values()), [row] * len(values), "o", color="#9aa5b1", markersize=4)
-        axes.errorbar(mean, row, xerr=None if math.isnan(half_width) else half_width, fmt="D", color="#1f5fbf")
-    axes.set_yticks(range(len(groups)), [", ".join(levels) for levels in groups])
+    keys = summary.columns[: list(summary.columns).index("runs")]
+    for index, values in enumerate(summary["runs"]):
+        axes.plot(values, [index] * len(values), "o", color="#9aa5b1", markersize=4)
+    axes.errorbar(summary["mean"], summary.index, xerr=summary["half_width"].fillna(0), fmt="D", color="#1f5fbf")
+    axes.set_yticks(summary.index, summary[keys].agg(", ".join, axis=1))
     axes.invert_yaxis()
-    axes.set_xlabel(f"{metric} (dots: runs; diamonds: mean and 95% interval)")
+    axes.set_xlabel(f"{heading}: dots are runs, diamonds are means with 95% intervals")
     axes.grid(axis="x", alpha=0.3)
     figure.savefig(file, dpi=120)
 
 
 def run_study(study: Study, folder: Path, command: str, **runner_settings: Any) -> list[dict[str, Any]]:
-    """Run a study, write the results to `folder`, and return the rows of runs.parquet. The page (README.md) shows
-    `command`. `runner_settings` are additional arguments of `StudyRunner`."""
+    """Run a study, write the results to `folder`, and return the rows of runs.parquet.
+
+    Args:
+        study: contents of the study file.
+        folder: output folder. Finished runs in it are not repeated.
+        command: command line that the page (README.md) shows.
+        runner_settings: additional arguments of `StudyRunner`.
+    """
     import pandas
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -492,6 +430,7 @@ def run_study(study: Study, folder: Path, command: str, **runner_settings: Any) 
         runner.execute()
     finally:
         rows = [build_row(runner, run) for run in study.plan_runs()]
-        pandas.DataFrame(rows).to_parquet(folder / "runs.parquet")
-        print(f"page: {write_page(runner, rows, command)}", flush=True)
+        frame = pandas.DataFrame(rows)
+        frame.to_parquet(folder / "runs.parquet")
+        print(f"page: {write_page(runner, frame, command)}", flush=True)
     return rows

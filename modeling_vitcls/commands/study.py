@@ -28,8 +28,6 @@ class StudyOptions:
     """Maximum number of parallel runs."""
     threads: int = 1
     """CPU threads per run."""
-    memory_limit: float | None = None
-    """Maximum total memory of parallel runs, in GiB. Default: no limit."""
 
     def __post_init__(self) -> None:
         for name in ("jobs", "threads"):
@@ -52,7 +50,6 @@ def run(options: StudyOptions) -> None:
         shlex.join(map(str, command)),
         num_jobs=options.jobs,
         num_threads=options.threads,
-        memory_limit=options.memory_limit,
         dataset=options.dataset,
     )
     if num_unfinished := sum(row["status"] != "finished" for row in rows):
