@@ -50,8 +50,10 @@ def write_atomically(file: Path) -> Iterator[Path]:
 
 
 def sync_to_disk(path: Path) -> None:
-    """Flush a file, or the file names in a folder, to disk (fsync)."""
-    file_descriptor = os.open(path, os.O_RDONLY)
+    """Flush a file, or the file names in a folder, to disk (fsync). Windows has no such call for folders."""
+    if os.name == "nt" and path.is_dir():
+        return
+    file_descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(file_descriptor)
     finally:
@@ -60,12 +62,12 @@ def sync_to_disk(path: Path) -> None:
 
 def is_closed_pipe(stream: TextIO) -> bool:
     """Flush a stream, and return whether the stream is a pipe that the reader has closed."""
-    poller = select.poll()
     try:
         stream.flush()
+        poller = select.poll()
         poller.register(stream, 0)
     except BrokenPipeError:
         return True
-    except (OSError, ValueError):  # the stream is closed, or has no file descriptor
+    except (OSError, ValueError, AttributeError):  # the stream is closed, or has no file descriptor; or Windows
         return False
     return any(event & (select.POLLERR | select.POLLHUP) for _, event in poller.poll(0))

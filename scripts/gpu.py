@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import benchmark
 from torch.utils.flop_counter import FlopCounterMode
 
 from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification
@@ -33,7 +34,6 @@ from modeling_vitcls.benchmarking.peers import build_random_images
 from modeling_vitcls.benchmarking.tables import format_markdown, print_comparison
 from modeling_vitcls.benchmarking.work import WORKLOADS, run_benchmarks
 from modeling_vitcls.files import read_json
-from modeling_vitcls.system import measure_gemm_peak
 
 
 Lines = Iterator[str]  # lines of the Markdown page
@@ -176,7 +176,9 @@ def measure_forward_pass(
 def measure_training_steps(device: str = "cuda") -> Lines:
     """Yield a table with the model FLOPs utilization (MFU) of a training step for each mode and number of tokens."""
     yield from format_header("mode", "tokens", "images/s", "MFU")
-    peak_flops_per_second = measure_gemm_peak(device, torch.bfloat16)
+    matrix = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
+    timer = benchmark.Timer("matrix @ matrix", globals={"matrix": matrix})
+    peak_flops_per_second = 2 * 8192**3 / min(timer.blocked_autorange(min_run_time=0.25).times)
     for tokens, num_registers in NUM_REGISTERS.items():
         for mode, compile_mode in COMPILE_MODES.items():
             try:

@@ -32,7 +32,6 @@ from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..inference.inputs import build_list_input
 from ..inference.predict import Predictor, get_num_workers
 from ..inference.prediction_rows import build_prediction_columns
-from ..system import keep_freed_memory
 from .comparison import (
     BenchmarkSettings,
     Comparison,
@@ -195,7 +194,6 @@ class PredictionProcess(LoggedProcess):
 
 def build_vitcls_predictor(size: ModelSize, folder: Path) -> FilePredictionFunction:
     """Return a function that predicts labels in the same way as `vitcls predict`."""
-    keep_freed_memory()
     processor, _ = build_image_processors(size, folder / "ours")
     model = build_transformers_peer(size).ours.eval()
     prediction_columns = build_prediction_columns(model, top_k=5, threshold=0.5, features=None)

@@ -133,7 +133,6 @@ def test_vitcls_predict_is_compared_with_the_pipeline(monkeypatch: pytest.Monkey
             return self.predict(batch_size) if request_kind == "labels" else {"ours": 3.0, "theirs": 2.0}[self.program]
 
     monkeypatch.setattr(image_files, "PredictionProcess", Process)
-    monkeypatch.setattr(image_files, "keep_freed_memory", lambda: None)
     monkeypatch.setattr(image_files, "get_num_workers", lambda: 3)
     build = image_files.Predictor
     monkeypatch.setattr(

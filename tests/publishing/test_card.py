@@ -29,7 +29,6 @@ from modeling_vitcls.publishing.card import (
     get_license,
 )
 from modeling_vitcls.publishing.card_sections import get_shareable_flags
-from modeling_vitcls.system import WATTS_PER_CPU_THREAD, estimate_energy
 from modeling_vitcls.training.model_report import (
     build_model_report,
     measure_inference_speed,
@@ -483,21 +482,6 @@ def test_the_report_is_linked_only_if_it_may_be_published(flags: dict[str, Any])
     for build, results in ((build_card, RESULTS), (build_encoder_card, ENCODER)):
         card = build("my-model", CONFIG, results, FLAGS | flags, images={"report": "report.html"})
         assert ("[report.html](report.html)" in card.text) is (flags != {"dataset": "/gone/scans"})
-
-
-def test_energy_is_given_with_its_assumption() -> None:
-    estimate = estimate_energy(3600.0, 2, torch.device("cpu"))
-    assert estimate is not None
-    watts = torch.get_num_threads() * WATTS_PER_CPU_THREAD
-    assert estimate["kilowatt_hours"] == pytest.approx(2 * watts / 1000)
-    text = render_card(energy=estimate).text
-    assert "The energy consumption was not measured. The estimate is" in text
-    assert (
-        f"assuming that {estimate['assumption']}" in text
-        and f"{WATTS_PER_CPU_THREAD:.0f} W each" in estimate["assumption"]
-    )
-    assert estimate_energy(3600.0, 2, torch.device("meta")) is None
-    assert "energy" not in render_card(energy=None).text.split("## Hardware")[1].partition("\n")[2]
 
 
 def test_speed_is_given_with_its_measurement() -> None:
