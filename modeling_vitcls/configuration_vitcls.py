@@ -202,6 +202,12 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         patch_drop_rate (`float`, defaults to 0): Fraction, in [0, 1), of each image's patches that are dropped at
             random in training (PatchDropout, arXiv 2208.07220; FLIP, arXiv 2212.00794). At least one patch is kept.
 
+    Confidence (measured on held-out images after fine-tuning):
+        temperature (`float`, defaults to 1): The classifier's logits are divided by this number in evaluation mode, so
+            that their softmax is calibrated (Guo et al. 2017, arXiv 1706.04599). Predicted labels do not change.
+        energy_threshold (`float`, *optional*): Energy, -log(sum(exp(logits))), above which an image is unlikely to
+            show any of the labels (arXiv 2010.03759).
+
     Masked image modeling:
         mim_loss (`"l1"` or `"l2"`, defaults to `"l1"`): Masked-pixel loss: L1 (SimMIM, arXiv 2111.09886) or L2 (MAE).
         norm_pixel_target (`bool`, defaults to `False`): Whether the target pixels are normalized per patch (MAE).
@@ -317,6 +323,8 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     attention_probs_dropout_prob: float | int = 0.0
     drop_path_rate: float | int = 0.0
     patch_drop_rate: float | int = 0.0
+    temperature: float | int = 1.0
+    energy_threshold: float | None = None
     mim_loss: Literal["l1", "l2"] = "l1"
     norm_pixel_target: bool = False
     _out_features: list[str] | None = None
@@ -739,7 +747,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         init_value = self.layer_scale_init_value
         if init_value is not None and not math.isfinite(init_value):
             raise ValueError(f"`layer_scale_init_value` must be a finite number or None, but it is {init_value}.")
-        for name in ("initializer_range", "rope_theta", "layer_norm_eps"):
+        for name in ("initializer_range", "rope_theta", "layer_norm_eps", "temperature"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"`{name}` must be a finite positive number, but it is {getattr(self, name)}.")
 

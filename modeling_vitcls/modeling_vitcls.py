@@ -394,6 +394,8 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
             logits = combine_logits(cls_logits, distillation_logits, self.config.distillation_inference)
         elif torch.onnx.is_in_onnx_export():
             cls_logits = None  # would duplicate `logits` in the graph
+        if self.config.temperature != 1 and not self.training:
+            logits = logits / self.config.temperature
         loss = None
         if labels is not None:
             all_logits = [logits]

@@ -1,0 +1,198 @@
+"""Audit of a labeled dataset: likely label errors, near duplicates, outliers and classes that overlap.
+
+    audit = audit_dataset(images)     from labels, probabilities and features; no model is run here
+    write_audit(audit, images, ...)   audit.html with thumbnails, and audit.csv for `finetune --exclude`
+
+Label errors, outliers and overlapping classes are cleanlab's (Northcutt et al. 2021, arXiv 1911.00068). Probabilities
+must come from a model that was not trained on the image: held-out, or out-of-fold with `--folds`. Near duplicates are
+neighbors in the model's features, or in small copies of the images, whose pixels agree.
+"""
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from jinja2 import Environment, PackageLoader
+from PIL import Image
+
+
+NUM_NEIGHBORS = 5  # neighbors in feature space whose pixels are compared
+THUMBNAIL_SIZE = 32  # side of the compared images in pixels
+MAX_PIXEL_DISTANCE = 0.1  # maximum distance of near duplicates, 1 - correlation of the pixels
+# Near duplicates are at most this fraction of the distance at which images of the dataset usually have a neighbor.
+# Without this limit, all pictures of the digit 1 would be duplicates.
+MAX_RELATIVE_DISTANCE = 0.25
+OUTLIER_FRACTION = 0.01  # fraction of the images that the page lists as outliers
+MAX_SHOWN = 100  # maximum number of rows of a table with thumbnails
+BLOCK_SIZE = 1024  # images per block of the similarity matrix
+
+
+@dataclass
+class AuditedImages:
+    """Images of all splits with the outputs of a model. All lists have N entries."""
+
+    ids: Sequence[str]  # path or index of each image in its split
+    splits: Sequence[str]
+    labels: np.ndarray  # [N], label indices
+    probabilities: np.ndarray  # [N, L]; NaN for images that the model was trained on
+    features: np.ndarray  # [N, D]
+    pixels: np.ndarray  # [N, THUMBNAIL_SIZE, THUMBNAIL_SIZE, 3], uint8
+    names: list[str]  # of the labels
+
+
+def make_thumbnail(image: Image.Image) -> np.ndarray:
+    """Return the image at the size for comparisons and for the page."""
+    return np.asarray(image.convert("RGB").resize((THUMBNAIL_SIZE, THUMBNAIL_SIZE), Image.Resampling.BOX))
+
+
+def audit_dataset(images: AuditedImages) -> dict[str, pd.DataFrame]:
+    """Return a table for each kind of issue, with the most severe issue first.
+
+    Columns: `split`, `id`, `label`, `score` (low is severe), `suggested` (label errors), and `other` and `other_split`
+    (near duplicates). `overlap` has cleanlab's columns of pairs of classes.
+    """
+    return {
+        "duplicate": find_near_duplicates(images),
+        "label": find_label_errors(images),
+        "outlier": find_outliers(images),
+        "overlap": find_class_overlap(images),
+    }
+
+
+def find_label_errors(images: AuditedImages) -> pd.DataFrame:
+    """Return the images whose label is likely wrong, from confident learning."""
+    from cleanlab.filter import find_label_issues
+
+    known = np.flatnonzero(np.isfinite(images.probabilities).all(axis=1))
+    labels, probabilities = images.labels[known], images.probabilities[known]
+    scores = score_labels(labels, probabilities)
+    is_issue = find_label_issues(labels, probabilities, n_jobs=1)
+    order = np.argsort(scores, kind="stable")
+    order = order[is_issue[order]]
+    rows = build_rows(images, known[order], scores[order])
+    return rows.assign(suggested=[images.names[index] for index in probabilities[order].argmax(axis=1)])
+
+
+def score_labels(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
+    """Return cleanlab's label quality [N]: the normalized margin of probabilities that are adjusted to the confidence
+    with which the model predicts each class."""
+    from cleanlab.rank import get_label_quality_scores
+
+    return get_label_quality_scores(labels, probabilities, method="normalized_margin", adjust_pred_probs=True)
+
+
+def find_outliers(images: AuditedImages) -> pd.DataFrame:
+    """Return the images whose features are far from those of all other images."""
+    from cleanlab.outlier import OutOfDistribution
+
+    scores = OutOfDistribution().fit_score(features=images.features, verbose=False)
+    order = np.argsort(scores, kind="stable")[: max(1, round(OUTLIER_FRACTION * len(scores)))]
+    return build_rows(images, order, scores[order])
+
+
+def find_class_overlap(images: AuditedImages) -> pd.DataFrame:
+    """Return pairs of classes in the order of the number of images that may belong to the other class."""
+    from cleanlab.dataset import find_overlapping_classes
+
+    known = np.isfinite(images.probabilities).all(axis=1)
+    table = find_overlapping_classes(images.labels[known], images.probabilities[known], class_names=images.names)
+    return table[table["Num Overlapping Examples"] > 0]
+
+
+def find_near_duplicates(images: AuditedImages) -> pd.DataFrame:
+    """Return pairs of images that show the same picture. Pairs across splits come first."""
+    features = images.features / np.maximum(np.linalg.norm(images.features, axis=1, keepdims=True), 1e-12)
+    gray = images.pixels.astype(np.float32).reshape(len(features), THUMBNAIL_SIZE, THUMBNAIL_SIZE, 3)
+    pixels, mirrored = standardize(gray), standardize(gray[:, :, ::-1])
+    cells = gray.reshape(len(gray), 8, THUMBNAIL_SIZE // 8, 8, THUMBNAIL_SIZE // 8, 3).mean(
+        axis=(2, 4)
+    )  # [N, 8, 8, 3]
+    coarse, coarse_mirrored = standardize(cells), standardize(cells[:, :, ::-1])
+    num_neighbors = min(NUM_NEIGHBORS, len(features) - 1)
+    closest = np.full(len(features), np.inf)  # smallest distance of each image to a neighbor
+    pairs: dict[tuple[int, int], float] = {}
+    for start in range(0, len(features), BLOCK_SIZE):
+        rows = np.arange(start, min(start + BLOCK_SIZE, len(features)))
+        searches = ((features, features), (coarse, coarse), (coarse_mirrored, coarse))
+        neighbors = np.hstack([find_neighbors(*search, rows, num_neighbors) for search in searches])  # [B, K]
+        candidates = pixels[neighbors]  # [B, K, P]
+        agreement = np.maximum(
+            np.einsum("bp,bkp->bk", pixels[rows], candidates), np.einsum("bp,bkp->bk", mirrored[rows], candidates)
+        )
+        closest[rows] = (1 - agreement).min(axis=1)
+        for row, column in zip(*np.nonzero(1 - agreement <= MAX_PIXEL_DISTANCE), strict=True):
+            first, second = sorted((int(rows[row]), int(neighbors[row, column])))
+            pairs[first, second] = float(1 - agreement[row, column])
+    limit = min(MAX_PIXEL_DISTANCE, MAX_RELATIVE_DISTANCE * float(np.median(closest)))
+    # An identical image is a duplicate even if most images of the dataset have one.
+    found = [(pair, distance) for pair, distance in pairs.items() if distance <= max(limit, 1e-5)]
+    found.sort(key=lambda item: (images.splits[item[0][0]] == images.splits[item[0][1]], item[1]))
+    rows = build_rows(images, np.array([pair[0] for pair, _ in found], int), np.array([d for _, d in found], float))
+    others = [pair[1] for pair, _ in found]
+    return rows.assign(
+        other=[images.ids[index] for index in others],
+        other_split=[images.splits[index] for index in others],
+        other_row=others,
+    )
+
+
+def find_neighbors(queries: np.ndarray, vectors: np.ndarray, rows: np.ndarray, count: int) -> np.ndarray:
+    """Return the indices [B, count] of the vectors most similar to the queries of the given rows, without the rows."""
+    similarities = queries[rows] @ vectors.T
+    similarities[np.arange(len(rows)), rows] = -np.inf
+    return np.argpartition(-similarities, count - 1, axis=1)[:, :count]
+
+
+def standardize(images: np.ndarray) -> np.ndarray:
+    """Return images [N, ...] as vectors [N, P] with mean 0 and length 1; constant images become zeros."""
+    flat = images.reshape(len(images), -1)
+    flat = flat - flat.mean(axis=1, keepdims=True)
+    return flat / np.maximum(np.linalg.norm(flat, axis=1, keepdims=True), 1e-6)
+
+
+def build_rows(images: AuditedImages, indices: np.ndarray, scores: np.ndarray) -> pd.DataFrame:
+    """Return the columns that all kinds of issues have."""
+    return pd.DataFrame(
+        {
+            "split": [images.splits[index] for index in indices],
+            "id": [images.ids[index] for index in indices],
+            "label": [images.names[images.labels[index]] for index in indices],
+            "score": np.round(scores, 4),
+            "row": indices,
+        }
+    )
+
+
+def write_audit(audit: dict[str, pd.DataFrame], images: AuditedImages, page: Path, title: str) -> Path:
+    """Write the page and, beside it, a table `.csv` with one row per issue. Return the path of the table."""
+    table = pd.concat([rows.assign(issue=issue) for issue, rows in audit.items() if issue != "overlap"])
+    csv_file = page.with_suffix(".csv")
+    columns = [name for name in table.columns if name not in ("row", "other_row")]
+    table[["issue", *[name for name in columns if name != "issue"]]].to_csv(csv_file, index=False)
+    environment = Environment(loader=PackageLoader("modeling_vitcls.analysis", "."), autoescape=True)
+    shown = {issue: rows.head(MAX_SHOWN).to_dict("records") for issue, rows in audit.items()}
+    across = sum(row["split"] != row["other_split"] for row in audit["duplicate"].to_dict("records"))
+    page.write_text(
+        environment.get_template("audit.html.j2").render(
+            title=title,
+            shown=shown,
+            counts={issue: len(rows) for issue, rows in audit.items()},
+            across=across,
+            num_images=len(images.ids),
+            thumbnail=lambda row: encode_thumbnail(images.pixels[row]),
+            csv_name=csv_file.name,
+        ),
+        encoding="utf-8",
+    )
+    return csv_file
+
+
+def encode_thumbnail(pixels: np.ndarray) -> str:
+    """Return an image as a data URL."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,0 +1,93 @@
+"""Calibrated probabilities, unknown images and prediction sets, from the outputs of a single-label classifier.
+
+    fit_temperature(logits, labels)                  T, with which softmax(logits / T) is calibrated
+    find_energy_threshold(logits)                    an image with a higher energy shows none of the classes
+    find_score_limit(probabilities, labels, ...)     the limit of split conformal prediction
+    build_prediction_sets(probabilities, limit, ...) the labels that contain the true label with the chosen coverage
+
+All functions work on NumPy arrays: logits [N, L], probabilities [N, L] and label indices [N]. The temperature and the
+energy threshold are stored in config.json (`temperature`, `energy_threshold`).
+"""
+
+import math
+from typing import Literal
+
+import numpy as np
+from scipy.optimize import minimize_scalar
+from scipy.special import log_softmax, logsumexp
+
+
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.05, 20.0
+KNOWN_RECALL = 0.95  # fraction of images of the classes below the energy threshold
+
+SetMethod = Literal["lac", "aps"]
+
+
+def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
+    """Return the temperature that minimizes the cross-entropy of softmax(logits / temperature) (Guo et al. 2017, arXiv
+    1706.04599, section 4.2). Predicted labels do not depend on the temperature. Raise ValueError without images."""
+    if not len(labels):
+        raise ValueError("a temperature requires labeled images, but there are none. Set --held-out-fraction")
+
+    def compute_loss(log_temperature: float) -> float:
+        log_probabilities = log_softmax(logits / math.exp(log_temperature), axis=1)
+        return -float(log_probabilities[np.arange(len(labels)), labels].mean())
+
+    bounds = (math.log(MIN_TEMPERATURE), math.log(MAX_TEMPERATURE))
+    return math.exp(minimize_scalar(compute_loss, bounds=bounds, method="bounded", options={"xatol": 1e-6}).x)
+
+
+def compute_energies(logits: np.ndarray) -> np.ndarray:
+    """Return the energy [N] of each image, -log(sum(exp(logits))) (Liu et al. 2020, arXiv 2010.03759, section 3.1).
+    The energy is low for images that resemble the training images."""
+    return -logsumexp(logits, axis=1)
+
+
+def find_energy_threshold(logits: np.ndarray, recall: float = KNOWN_RECALL) -> float:
+    """Return the energy below which the fraction `recall` of images of the classes lies."""
+    return float(np.quantile(compute_energies(logits), recall, method="higher"))
+
+
+def compute_set_scores(probabilities: np.ndarray, method: SetMethod) -> np.ndarray:
+    """Return the score [N, L] of each label; a prediction set contains the labels with the lowest scores.
+
+    lac: one minus the probability (Sadinle et al. 2019, arXiv 1609.00451): the smallest sets
+    aps: the sum of all probabilities that are at least as large (Romano et al. 2020, arXiv 2006.02544, without
+        randomization): larger sets for difficult images
+    """
+    if method == "lac":
+        return 1 - probabilities
+    order = np.argsort(-probabilities, axis=1, kind="stable")
+    sums = np.cumsum(np.take_along_axis(probabilities, order, axis=1), axis=1)
+    scores = np.empty_like(sums)
+    np.put_along_axis(scores, order, sums, axis=1)
+    return scores
+
+
+def find_score_limit(
+    probabilities: np.ndarray, labels: np.ndarray, coverage: float, method: SetMethod = "lac"
+) -> float:
+    """Return the limit of the scores for which new images' sets contain the true label with probability `coverage`:
+    the ceil((n + 1) * coverage)-th smallest score of the true labels of n images (split conformal prediction).
+
+    Raises:
+        ValueError: if there are too few images for this coverage.
+    """
+    rank = math.ceil((len(labels) + 1) * coverage)
+    if rank > len(labels):
+        required = math.ceil(coverage / (1 - coverage))
+        raise ValueError(
+            f"--coverage {coverage} requires at least {required} labeled images, but there are {len(labels)}. "
+            "Set a lower --coverage"
+        )
+    scores = compute_set_scores(probabilities, method)[np.arange(len(labels)), labels]
+    return float(np.sort(scores)[rank - 1])
+
+
+def build_prediction_sets(probabilities: np.ndarray, limit: float, method: SetMethod = "lac") -> np.ndarray:
+    """Return whether each label is in the prediction set of each image, [N, L]. With `aps`, a set contains at least
+    the predicted label; with `lac`, it can be empty."""
+    sets = compute_set_scores(probabilities, method) <= limit
+    if method == "aps":
+        sets[np.arange(len(sets)), probabilities.argmax(axis=1)] = True
+    return sets

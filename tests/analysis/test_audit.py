@@ -1,0 +1,103 @@
+"""The audit of a dataset: planted label errors and duplicates are found, and the results are cleanlab's."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import average_precision_score
+from sklearn.model_selection import cross_val_predict
+
+from modeling_vitcls.analysis.audit import AuditedImages, audit_dataset, make_thumbnail, score_labels, write_audit
+
+
+pytest.importorskip("cleanlab", reason="cleanlab is in the extras `audit` and `test`")
+NUM_FLIPPED, NUM_COPIES = 54, 20  # 3 % of the labels
+
+
+@pytest.fixture(scope="module")
+def planted() -> tuple[AuditedImages, np.ndarray, np.ndarray]:
+    """Return digits with wrong labels and darker JPEG copies, and the indices of wrong labels and copied images."""
+    digits = load_digits()
+    generator = np.random.default_rng(0)
+    images = [Image.fromarray(np.uint8(pixels * 15.9)) for pixels in digits.images]
+    labels, num_images = digits.target.copy(), len(digits.images)
+    flipped = generator.choice(num_images, NUM_FLIPPED, replace=False)
+    labels[flipped] = (labels[flipped] + generator.integers(1, 10, NUM_FLIPPED)) % 10
+    copied = generator.choice(num_images, NUM_COPIES, replace=False)
+    for index in copied:
+        buffer = io.BytesIO()
+        images[index].resize((32, 32)).point(lambda value: int(0.85 * value)).save(buffer, "JPEG", quality=90)
+        images.append(Image.open(buffer).resize((8, 8), Image.Resampling.BOX))
+    labels = np.concatenate([labels, labels[copied]])
+    features = np.stack([np.asarray(image, float).reshape(-1) for image in images]) / 255
+    model = LogisticRegression(C=0.1, max_iter=2000)
+    probabilities = cross_val_predict(model, features, labels, cv=5, method="predict_proba")
+    audited = AuditedImages(
+        ids=[str(index) for index in range(len(images))],
+        splits=["train"] * num_images + ["test"] * NUM_COPIES,
+        labels=labels,
+        probabilities=probabilities,
+        features=features,
+        pixels=np.stack([make_thumbnail(image) for image in images]),
+        names=[f"digit {index}" for index in range(10)],
+    )
+    return audited, flipped, copied
+
+
+def test_planted_duplicates_are_found_and_none_is_invented(planted: tuple[AuditedImages, ...]) -> None:
+    audited, _, copied = planted
+    rows = audit_dataset(audited)["duplicate"]
+    across = rows[rows["split"] != rows["other_split"]]
+    assert set(zip(across["row"], across["other_row"], strict=True)) == {
+        (index, 1797 + number) for number, index in enumerate(copied)
+    }
+    assert len(rows) - len(across) <= 5  # of 1,797 digits of 8 x 8 pixels, some of which agree by chance
+    assert (rows["split"] != rows["other_split"]).tolist() == sorted(
+        rows["split"] != rows["other_split"], reverse=True
+    )  # errors of the split come first
+
+
+def test_wrong_labels_are_ranked_better_than_by_the_loss(planted: tuple[AuditedImages, ...]) -> None:
+    audited, flipped, _ = planted
+    is_flipped = np.isin(np.arange(len(audited.ids)), flipped)
+    ours = average_precision_score(is_flipped, -score_labels(audited.labels, audited.probabilities))
+    likelihood = audited.probabilities[np.arange(len(audited.ids)), audited.labels]
+    assert ours >= 0.8
+    assert ours > average_precision_score(is_flipped, -likelihood)
+    rows = audit_dataset(audited)["label"]
+    assert np.isin(flipped, rows["row"]).mean() > 0.75 and len(rows) < 80
+    assert (rows["suggested"] != rows["label"]).mean() > 0.9
+
+
+def test_results_equal_cleanlab(planted: tuple[AuditedImages, ...]) -> None:
+    from cleanlab import Datalab
+
+    audited, _, _ = planted
+    lab = Datalab({"label": audited.labels}, label_name="label", verbosity=0)
+    lab.find_issues(pred_probs=audited.probabilities, issue_types={"label": {}})
+    expected = np.flatnonzero(lab.get_issues("label")["is_label_issue"])
+    assert sorted(audit_dataset(audited)["label"]["row"]) == expected.tolist()
+
+
+def test_images_the_model_was_trained_on_have_no_label_score(planted: tuple[AuditedImages, ...]) -> None:
+    audited, _, _ = planted
+    probabilities = audited.probabilities.copy()
+    probabilities[::2] = np.nan
+    without = AuditedImages(**{**vars(audited), "probabilities": probabilities})
+    rows = audit_dataset(without)["label"]["row"]
+    assert len(rows) and (rows % 2 == 1).all()
+
+
+def test_page_and_table(planted: tuple[AuditedImages, ...], tmp_path: Path) -> None:
+    audited, _, _ = planted
+    audit = audit_dataset(audited)
+    table = pd.read_csv(write_audit(audit, audited, tmp_path / "audit.html", "Digits"), dtype=str)
+    assert (table["issue"] == "label").sum() == len(audit["label"])
+    page = (tmp_path / "audit.html").read_text()
+    assert page.count("<img") == 2 * len(audit["duplicate"]) + len(audit["label"]) + len(audit["outlier"])
+    assert page.index("different") < page.index("digit ")  # the error of the split is said first

@@ -1,0 +1,139 @@
+"""Temperature, energy threshold and prediction sets, compared with scikit-learn, torch and MAPIE."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers.tiny_models import build_tiny_config
+from scipy.special import softmax
+from sklearn.base import BaseEstimator, ClassifierMixin
+
+from modeling_vitcls import ViTCLSForImageClassification
+from modeling_vitcls.inference.confidence import (
+    build_prediction_sets,
+    compute_energies,
+    find_energy_threshold,
+    find_score_limit,
+    fit_temperature,
+)
+
+
+NUM_LABELS = 6
+
+
+def draw_outputs(num_images: int, temperature: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Return logits [N, L] and labels [N] that are drawn from softmax(logits / temperature)."""
+    generator = np.random.default_rng(seed)
+    logits = 2 * generator.normal(size=(num_images, NUM_LABELS))
+    labels = np.array([generator.choice(NUM_LABELS, p=row) for row in softmax(logits / temperature, axis=1)])
+    return logits, labels
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.7])
+def test_the_temperature_equals_the_one_that_torch_finds(temperature: float) -> None:
+    logits, labels = draw_outputs(4000, temperature)
+    fitted = fit_temperature(logits, labels)
+    assert fitted == pytest.approx(temperature, rel=0.05)
+    log_temperature = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([log_temperature], max_iter=100, line_search_fn="strong_wolfe")
+
+    def compute_loss() -> torch.Tensor:
+        optimizer.zero_grad()
+        scaled = torch.from_numpy(logits) / log_temperature.exp()
+        loss = torch.nn.functional.cross_entropy(scaled, torch.from_numpy(labels))
+        loss.backward()
+        return loss
+
+    optimizer.step(compute_loss)
+    assert fitted == pytest.approx(log_temperature.exp().item(), rel=1e-4)
+
+
+def test_a_temperature_without_images_is_an_error() -> None:
+    with pytest.raises(ValueError, match="--held-out-fraction"):
+        fit_temperature(np.zeros((0, 3)), np.zeros(0, int))
+
+
+def test_the_model_divides_its_logits_in_evaluation_mode_only() -> None:
+    model = ViTCLSForImageClassification(build_tiny_config(num_labels=NUM_LABELS)).eval()
+    pixel_values = torch.randn(2, 3, *model.config.image_height_width)
+    with torch.no_grad():
+        logits = model(pixel_values).logits
+        model.config.temperature = 0.5
+        assert torch.equal(model(pixel_values).logits, logits / 0.5)
+        assert torch.allclose(model.train()(pixel_values).logits, logits, atol=1e-6)
+    with pytest.raises(ValueError, match="temperature"):
+        build_tiny_config(temperature=0.0)
+
+
+def test_energy_separates_images_of_other_classes() -> None:
+    logits, _ = draw_outputs(1000, 1.0)
+    assert compute_energies(logits) == pytest.approx(-torch.logsumexp(torch.from_numpy(logits), 1).numpy())
+    threshold = find_energy_threshold(logits)
+    assert (compute_energies(logits) <= threshold).mean() == pytest.approx(0.95, abs=0.002)
+    assert (compute_energies(np.zeros((5, NUM_LABELS)) - 9) > threshold).all()
+
+
+class FixedClassifier(ClassifierMixin, BaseEstimator):
+    """A fitted classifier whose probabilities for image i are row i of a table."""
+
+    def __init__(self, probabilities: Any = None) -> None:
+        self.probabilities = probabilities
+        self.classes_ = np.arange(NUM_LABELS)
+
+    def predict_proba(self, images: np.ndarray) -> np.ndarray:
+        return self.probabilities[images[:, 0]]
+
+    def predict(self, images: np.ndarray) -> np.ndarray:
+        return self.predict_proba(images).argmax(axis=1)
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return True
+
+
+class NoRandomness(np.random.RandomState):
+    """Draws zeros: MAPIE's APS scores are then not randomized, like ours."""
+
+    def uniform(self, *arguments: Any, size: Any = None, **others: Any) -> Any:
+        return np.zeros(size)
+
+
+@pytest.mark.parametrize("method", ["lac", "aps"])
+def test_prediction_sets_equal_mapie(method: Any) -> None:
+    classification = pytest.importorskip("mapie.classification", reason="mapie is in the test extra")
+    logits, labels = draw_outputs(800, 1.0)
+    probabilities, images = softmax(logits, axis=1), np.arange(800)[:, None]
+    conformal = classification.SplitConformalClassifier(
+        FixedClassifier(probabilities),
+        confidence_level=0.9,
+        conformity_score=method,
+        prefit=True,
+        random_state=NoRandomness(0),
+    )
+    conformal.conformalize(images[:400], labels[:400])
+    parameters = {"include_last_label": False} if method == "aps" else {}
+    expected = conformal.predict_set(images[400:], conformity_score_params=parameters)[1][:, :, 0]
+    limit = find_score_limit(probabilities[:400], labels[:400], 0.9, method)
+    assert (build_prediction_sets(probabilities[400:], limit, method) == expected).all()
+
+
+@pytest.mark.parametrize("method", ["lac", "aps"])
+def test_sets_contain_the_true_label_as_often_as_requested(method: Any) -> None:
+    logits, labels = draw_outputs(4000, 1.0)
+    probabilities = softmax(logits / 0.8, axis=1)  # a little overconfident: coverage holds all the same
+    coverages = []
+    for seed in range(20):
+        order = np.random.default_rng(seed).permutation(4000)
+        fitted, tested = order[:2000], order[2000:]
+        limit = find_score_limit(probabilities[fitted], labels[fitted], 0.9, method)
+        sets = build_prediction_sets(probabilities[tested], limit, method)
+        coverages.append(sets[np.arange(2000), labels[tested]].mean())
+    assert np.mean(coverages) >= 0.89
+    if method == "lac":  # an APS set always contains the predicted label, so its coverage can only be higher
+        assert np.mean(coverages) <= 0.91
+
+
+def test_coverage_requires_enough_images() -> None:
+    probabilities = np.full((5, 2), 0.5)
+    with pytest.raises(ValueError, match="--coverage"):
+        find_score_limit(probabilities, np.zeros(5, int), 0.9)
