@@ -46,7 +46,7 @@ COMMANDS = {
     "inspect": Command("Write an HTML report on what the special tokens of a model do", "inspect_tokens"),
     "push": Command("Push a model to the Hub and verify the pushed commit", "push"),
     "export": Command("Export a model to PyTorch (.pt2), ONNX, OpenVINO or transformers.js", "export"),
-    "benchmark": Command("Benchmark speed and memory against transformers and timm", "benchmark"),
+    "benchmark": Command("Measure speed by backend and precision, next to timm and transformers", "benchmark"),
     "study": Command("Compare settings by fine-tuning with each combination of settings and seeds", "study"),
     "demo": Command("Serve a web page that shows the predictions and attention of a model", "demo"),
     "space": Command("Publish the demo as a Space on the Hub", "space"),

@@ -5,9 +5,9 @@
 # [tool.uv.sources]
 # modeling_vitcls = { path = "..", editable = true }
 # ///
-"""Benchmark speed and memory against transformers and timm. This script is equivalent to `vitcls benchmark`.
+"""Measure the speed of a model on this machine. This script is equivalent to `vitcls benchmark`.
 
-python scripts/benchmark.py --work inference step --markdown speed.md --output speed.json
+python scripts/benchmark.py --model runs/mine --work inference step --markdown speed.md
 """
 
 import sys

@@ -1,10 +1,11 @@
-"""Run tests and benchmarks on a CUDA device, and write docs/speed-gpu.md (`make gpu`).
+"""Measure the speed on a CUDA device, train with sharded weights, run the core tests, and write docs/speed-gpu.md.
 
-    python scripts/gpu.py                                                   all parts, about 30 minutes
-    python scripts/gpu.py --parts training fsdp2 --output training.md       some parts, each under 10 minutes
+    python scripts/gpu.py                        all parts, under 25 minutes (`make gpu`)
+    python scripts/gpu.py --parts step fsdp2     some parts
+    python scripts/gpu.py --dry-run              all parts on the CPU, with a tiny model; nothing is written
 
-The file is written after each row. If a row or part fails, the file contains the error, the remaining rows and parts
-are still run, and the exit status is 1. Without a CUDA device, the script prints a message and exits with status 0.
+The file is written after each part. If a part fails, the file contains the error, the other parts are still run, and
+the exit status is 1. Without a CUDA device, the script prints a message and exits with status 0.
 
 `make gpu` installs packages first. On a machine without internet access, run the script with a Python that has the
 packages, from the root of the repository: PYTHONPATH=. python3 scripts/gpu.py
@@ -16,245 +17,93 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils import benchmark
-from torch.utils.flop_counter import FlopCounterMode
 
 from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification
-from modeling_vitcls.benchmarking.comparison import BenchmarkSettings, measure_throughput
-from modeling_vitcls.benchmarking.peers import build_random_images
-from modeling_vitcls.benchmarking.tables import format_markdown, print_comparison
-from modeling_vitcls.benchmarking.work import WORKLOADS, run_benchmarks
+from modeling_vitcls.benchmark import BenchmarkSettings, format_markdown, run_benchmarks
 from modeling_vitcls.files import read_json
 
 
-Lines = Iterator[str]  # lines of the Markdown page
 REPOSITORY = Path(__file__).parents[1]
 OUTPUT = REPOSITORY / "docs" / "speed-gpu.md"
-FAILURE_PREFIX = "failed: "  # prefix of the error message for a failed row or part
-FSDP2_SETTINGS = REPOSITORY / "scripts" / "accelerate" / "fsdp2.yaml"
-TEST_ARGUMENTS = ("tests/core", "tests/training/test_mfu.py", "tests/benchmarking/test_growth.py", "-m", "not slow")
-PARALLEL_TEST_ARGUMENTS = ("-n", "4", "--dist", "loadfile")
-BENCHMARKS = ("inference", "growth", "step", "inexact")
-NUM_PAIRS = 5  # number of measurement pairs per comparison
-FSDP2_TIMEOUT = 300  # timeout of the run with sharded weights, in seconds
-BATCH_SIZE = 64
-# With CUDA graphs, the first call runs without a graph, the second call records a graph, and later calls replay it.
-NUM_WARM_UP_CALLS = 3
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# Modes of torch.compile, keyed by name. max-autotune uses CUDA graphs.
-COMPILE_MODES = {"eager": None, "compiled": "default", "compiled, max-autotune": "max-autotune"}
-AUTOTUNED_PRECISION = "bf16"  # other precisions are not autotuned, because autotuning takes a minute or more
-FLASH_MODE = "eager, flash attention"  # half precision only; raises an error if flash attention is not available
-# Maximum difference from the fp32 logits on the CPU, relative to the largest logit.
-MAX_DIFFERENCES = {"fp32": 1e-3, "bf16": 0.05, "fp16": 0.02}
-NUM_REGISTERS = {"197 tokens": 0, "200 tokens": 3}
+ACCELERATE_SETTINGS = REPOSITORY / "scripts" / "accelerate"
+TESTS = [*"-q tests/core -n 4 --dist loadfile -m".split(), "not slow"]
+FSDP2_TIMEOUT = 300  # seconds
 
 
 def main() -> None:
-    """Run the selected parts, and exit with status 1 if a row or part failed."""
-    parser = argparse.ArgumentParser(description="Run tests and benchmarks on a CUDA device.")
+    """Run the selected parts, and exit with status 1 if a part failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=tuple(PARTS), default=tuple(PARTS))
     parser.add_argument("--output", type=Path, default=OUTPUT, help="Markdown file; default: docs/speed-gpu.md")
+    parser.add_argument("--dry-run", action="store_true", help="run on the CPU with a tiny model, and write nothing")
     flags = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("PyTorch found no CUDA device: no tests or benchmarks were run")
+    if not flags.dry_run and not torch.cuda.is_available():
+        print("PyTorch found no CUDA device: nothing was measured. --dry-run runs all parts on the CPU")
         return
-    lines = [
-        f"# Speed on {torch.cuda.get_device_name()}",
-        "",
-        "Written by `make gpu`. "
-        f"ViT-S/16 at 224 x 224 pixels, PyTorch {torch.__version__}, CUDA {torch.version.cuda}.",
+    device = "the CPU" if flags.dry_run else torch.cuda.get_device_name()
+    sections = [
+        f"# Speed on {device}\n\nWritten by `make gpu`. PyTorch {torch.__version__}, CUDA {torch.version.cuda}."
     ]
+    has_failed = False
     for name in flags.parts:
-        for line in run_part(name):
-            print(line, flush=True)
-            lines.append(line)
-            flags.output.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
-    print(f"written to {flags.output}")
-    raise SystemExit(int(any(FAILURE_PREFIX in line for line in lines)))
-
-
-def run_part(name: str) -> Lines:
-    """Yield the lines of one part of the page. If the part fails, the last line contains the error."""
-    title, yield_lines = PARTS[name]
-    yield from ("", f"## {title}", "")
-    try:
-        yield from yield_lines()
-    except Exception as error:
-        yield from ("", describe_failure(error))  # the empty line ends an unfinished table
-
-
-def describe_failure(error: Exception) -> str:
-    """Print the traceback of an exception, and return one line without vertical bars."""
-    traceback.print_exception(error)
-    message = next(iter(str(error).splitlines()), "")
-    if isinstance(error, subprocess.SubprocessError):
-        message = "see the output"  # the error message contains local paths
-    return f"{FAILURE_PREFIX}{type(error).__name__}: {message[:200]}".replace("|", "/")
-
-
-def run_tests() -> Lines:
-    """Run the tests, and yield one line with the result. The output of the tests is printed."""
-    command = [sys.executable, "-m", "pytest", "-q", *PARALLEL_TEST_ARGUMENTS, *TEST_ARGUMENTS]
-    # One thread per test process, as in the Makefile.
-    subprocess.run(command, cwd=REPOSITORY, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
-    yield f"passed: `pytest {' '.join(TEST_ARGUMENTS[:-1])} '{TEST_ARGUMENTS[-1]}'`"
-
-
-def compare_models(work_kind: str) -> Lines:
-    """Yield one line for each failed row, and a table that compares the speed with that of other models."""
-    settings = BenchmarkSettings(("transformers", "timm"), NUM_PAIRS, device="cuda")
-    comparisons = []
-    for row in WORKLOADS[work_kind].rows:
         try:
-            for comparison in run_benchmarks((work_kind,), (row,), settings):
-                comparisons.append(print_comparison(comparison))
+            text = PARTS[name](flags.dry_run)
         except Exception as error:
-            yield from (f"{row}: {describe_failure(error)}", "")
-    if comparisons:
-        yield format_markdown(comparisons).rstrip()
+            traceback.print_exc()
+            # The messages of subprocess errors contain local paths.
+            is_process = isinstance(error, subprocess.SubprocessError)
+            text = f"failed: {type(error).__name__}: {'see the output' if is_process else str(error).splitlines()[0]}"
+            has_failed = True
+        sections.append(f"## {name}\n\n{text.strip()}")
+        print(f"\n{sections[-1]}", flush=True)
+        if not flags.dry_run:
+            flags.output.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+    raise SystemExit(int(has_failed))
 
 
-def build_model(num_registers: int) -> ViTCLSForImageClassification:
-    """Build ViT-S/16 with the same random weights in every call."""
-    torch.manual_seed(0)
-    config = ViTCLSConfig.from_preset("small", num_register_tokens=num_registers, num_labels=1000)
-    return ViTCLSForImageClassification(config)
-
-
-def measure_forward_passes(device: str = "cuda") -> Lines:
-    """Yield a table with a row for each precision, mode and number of tokens."""
-    yield from format_header("precision", "mode", "tokens", "images/s", "difference")
-    for tokens, num_registers in NUM_REGISTERS.items():
-        model = build_model(num_registers).eval()
-        images = build_random_images(BATCH_SIZE, model.config.image_size)
-        with torch.inference_mode():
-            expected_logits = model(images[:2]).logits
-        for precision, dtype in DTYPES.items():
-            modes = COMPILE_MODES if precision == "fp32" else COMPILE_MODES | {FLASH_MODE: None}
-            for mode, compile_mode in modes.items():
-                if compile_mode == "max-autotune" and precision != AUTOTUNED_PRECISION:
-                    continue
-                try:
-                    predict = compile_model(build_model(num_registers).eval().to(device, dtype), compile_mode)
-                    forward = torch.inference_mode()(partial(predict, images.to(device, dtype)))
-                    throughput, difference = measure_forward_pass(
-                        forward, mode, expected_logits, MAX_DIFFERENCES[precision]
-                    )
-                    cells = f"{throughput:,.0f}", f"{difference:.1e}"
-                except Exception as error:
-                    cells = describe_failure(error), ""
-                yield format_row(precision, mode, tokens, *cells)
-
-
-def measure_forward_pass(
-    forward: Callable[[], Any], mode: str, expected_logits: torch.Tensor, max_difference: float
-) -> tuple[float, float]:
-    """Return the throughput in images per second, and the relative difference of the logits from the expected logits.
-
-    Raises:
-        ValueError: If the logits differ by more than `max_difference` from fp32 logits computed on the CPU.
-    """
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION) if mode == FLASH_MODE else nullcontext():
-        for _ in range(NUM_WARM_UP_CALLS):
-            logits = forward().logits[:2].float().cpu()
-        difference = ((logits - expected_logits).abs().max() / expected_logits.abs().max()).item()
-        if not difference <= max_difference:
-            raise ValueError(f"the logits differ from the CPU logits by {difference:.1e}")
-        return measure_throughput(forward, BATCH_SIZE), difference
-
-
-def measure_training_steps(device: str = "cuda") -> Lines:
-    """Yield a table with the model FLOPs utilization (MFU) of a training step for each mode and number of tokens."""
-    yield from format_header("mode", "tokens", "images/s", "MFU")
-    matrix = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
-    timer = benchmark.Timer("matrix @ matrix", globals={"matrix": matrix})
-    peak_flops_per_second = 2 * 8192**3 / min(timer.blocked_autorange(min_run_time=0.25).times)
-    for tokens, num_registers in NUM_REGISTERS.items():
-        for mode, compile_mode in COMPILE_MODES.items():
-            try:
-                throughput, flops = measure_training_step(device, num_registers, compile_mode)
-                cells = f"{throughput:,.0f}", f"{throughput * flops / peak_flops_per_second:.0%}"
-            except Exception as error:
-                cells = describe_failure(error), ""
-            yield format_row(mode, tokens, *cells)
-
-
-def measure_training_step(device: str, num_registers: int, compile_mode: str | None) -> tuple[float, int]:
-    """Return the throughput of training steps in images per second, and the FLOPs per image."""
-    model = build_model(num_registers).to(device).train()
-    pixel_values = build_random_images(BATCH_SIZE, model.config.image_size).to(device)
-    labels = torch.arange(BATCH_SIZE, device=device) % model.config.num_labels
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-    forward: Callable = model  # the counter below does not see the operations of compiled code
-
-    def step() -> None:
-        with torch.autocast(torch.device(device).type, torch.bfloat16):
-            loss = nn.functional.cross_entropy(forward(pixel_values).logits, labels)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    with FlopCounterMode(display=False) as counter:
-        step()
-    forward = compile_model(model, compile_mode)
-    for _ in range(NUM_WARM_UP_CALLS):
-        step()
-    return measure_throughput(step, BATCH_SIZE), counter.get_total_flops() // BATCH_SIZE
-
-
-def run_fsdp2(config_file: Path = FSDP2_SETTINGS, num_processes: int | None = None) -> Lines:
-    """Train a small model with sharded weights, and yield one sentence that states the loss.
-
-    By default, each GPU has one process. The output of the run is printed.
-
-    Raises:
-        SubprocessError: If the run fails, or takes longer than `FSDP2_TIMEOUT` seconds.
-    """
-    num_processes = num_processes or torch.cuda.device_count()
+def measure(work: str, is_dry_run: bool) -> str:
+    """Return the table of `vitcls benchmark` with a ViT-S/16, or a tiny model on the CPU."""
+    if not is_dry_run:
+        settings = BenchmarkSettings(work=(work,), backends=("torch", "compiled"), batch_sizes=(1, 64), device="cuda")
+        return format_markdown(run_benchmarks(settings), settings)
     with tempfile.TemporaryDirectory() as folder:
-        launch_flags = ["--config_file", config_file, "--num_processes", num_processes]
-        training_flags = ["--output-dir", folder, *"--config digits --max-steps 10 --no-report --overwrite".split()]
-        launch_command = [sys.executable, "-m", "accelerate.commands.launch", *launch_flags]
-        command = [*launch_command, "-m", "modeling_vitcls.cli", "finetune", *training_flags]
-        subprocess.run(list(map(str, command)), cwd=REPOSITORY, check=True, timeout=FSDP2_TIMEOUT)
+        sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+        config = ViTCLSConfig(**sizes, image_size=32, patch_size=8, num_labels=5)
+        ViTCLSForImageClassification(config).save_pretrained(folder)
+        settings = BenchmarkSettings(folder, (work,), backends=("torch",), batch_sizes=(2,), rounds=1)
+        return format_markdown(run_benchmarks(settings), settings)
+
+
+def train_sharded(is_dry_run: bool) -> str:
+    """Train a small model with sharded weights, with a process per GPU, and return a sentence with the loss."""
+    settings_file, num_processes = ("fsdp2_cpu.yaml", 2) if is_dry_run else ("fsdp2.yaml", torch.cuda.device_count())
+    with tempfile.TemporaryDirectory() as folder:
+        launch = f"-m accelerate.commands.launch --config_file {ACCELERATE_SETTINGS / settings_file}"
+        flags = f"finetune --config digits --max-steps 10 --no-report --overwrite --output-dir {folder}"
+        command = f"{launch} --num_processes {num_processes} -m modeling_vitcls.cli {flags}"
+        subprocess.run([sys.executable, *command.split()], cwd=REPOSITORY, check=True, timeout=FSDP2_TIMEOUT)
         results = read_json(Path(folder, "results.json"))
-    device, loss = results["device"], results["loss"]
-    yield f"{results['steps']} steps with {num_processes} process(es) on {device}: loss {loss:.3f}"
+    return (
+        f"{results['steps']} steps with {num_processes} process(es) on {results['device']}: loss {results['loss']:.3f}"
+    )
 
 
-def compile_model(model: nn.Module, mode: str | None) -> Callable:
-    """Return the model, compiled with torch.compile unless `mode` is None."""
-    torch.compiler.reset()
-    return model if mode is None else torch.compile(model, mode=mode)
+def run_tests(is_dry_run: bool) -> str:
+    """Run the core tests with one thread per process; with `is_dry_run`, only collect the tests."""
+    command = [sys.executable, "-m", "pytest", *TESTS, *(["--collect-only"] if is_dry_run else [])]
+    subprocess.run(command, cwd=REPOSITORY, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
+    return "passed: `pytest tests/core -m 'not slow'`"
 
 
-def format_header(*names: str) -> Lines:
-    """Yield the first two lines of a Markdown table."""
-    yield from (format_row(*names), format_row(*["---"] * len(names)))
-
-
-def format_row(*cells: str) -> str:
-    """Return a line of a Markdown table."""
-    return f"| {' | '.join(cells)} |"
-
-
-# Heading of each part, and function that yields its lines. Tests run last, because they write no measurements.
-PARTS: dict[str, tuple[str, Callable[[], Lines]]] = {
-    "forward": (f"Forward passes, batch {BATCH_SIZE}", measure_forward_passes),
-    "training": (f"Training steps, batch {BATCH_SIZE}, bf16 autocast, fused AdamW", measure_training_steps),
-    "fsdp2": ("Sharded training (FSDP2)", run_fsdp2),
-    **{name: (f"`vitcls benchmark --work {name}`", partial(compare_models, name)) for name in BENCHMARKS},
-    "tests": ("Tests", run_tests),
+PARTS = {
+    "inference": partial(measure, "inference"),
+    "step": partial(measure, "step"),
+    "fsdp2": train_sharded,
+    "tests": run_tests,
 }
 
 

@@ -20,8 +20,8 @@ ORDER = (
     ("inference",),
     ("analysis",),
     ("training",),
-    ("export", "demo", "benchmarking"),
-    ("api",),
+    ("export", "demo"),
+    ("api", "benchmark"),
     ("commands",),
     ("cli",),
 )
@@ -52,7 +52,7 @@ def load_import_graph() -> dict[str, set[str]]:
 def get_layer(module: str) -> str:
     """Return the entry of ORDER for a module."""
     parts = module.split(".")
-    if (len(parts) > 1 and (PACKAGE / parts[1]).is_dir()) or module.endswith((".cli", ".api")):
+    if (len(parts) > 1 and (PACKAGE / parts[1]).is_dir()) or module.endswith((".cli", ".api", ".benchmark")):
         return parts[1]
     return "*_vitcls.py" if module.endswith(("_vitcls", ".version")) else "top level"
 

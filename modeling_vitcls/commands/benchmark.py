@@ -1,84 +1,79 @@
-"""`vitcls benchmark`: compare speed and memory with those of other projects on the same workloads.
+"""`vitcls benchmark`: measure the speed of a model on this machine, by backend and precision.
 
-    vitcls benchmark --work inference step pixels prediction probe --markdown speed.md --output speed.json
-    vitcls benchmark --work inference --rows "fp32, batch 8" --against timm
-    vitcls benchmark --work growth --plot cost.png
-    vitcls benchmark --work training
+    vitcls benchmark --model runs/mine
+    vitcls benchmark --work inference step --backends torch compiled --peers timm transformers --markdown speed.md
 
-Each pair of measurements runs this package and the other project, one after the other. The result is the median speed
-ratio of all pairs, because the load of the machine affects both measurements of a pair. Speed is measured only if the
-outputs agree. The benchmarks are implemented in modeling_vitcls/benchmarking/.
+All rows are measured in turn, several times. The ratios are medians of the ratios in each round. Speed is compared
+only if the outputs agree. The benchmark is implemented in modeling_vitcls/benchmark.py.
 """
 
-import os
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
 from .parsing import exit_with_message
 
 
-PLOT_SUFFIXES = (".png", ".svg")
-
-
 @dataclass(frozen=True)
 class BenchmarkOptions:
-    """Compare speed and memory with those of other projects on the same workloads."""
+    """Measure the speed of a model on this machine, by backend and precision, next to timm and transformers."""
 
-    work: tuple[
-        Literal["inference", "growth", "step", "inexact", "pixels", "prediction", "probe", "training", "attention"],
-        ...,
-    ]
-    """Workloads. inference: forward passes. growth: time and memory of a forward pass by image size, patch size,
-    number of tokens and batch size. step: time and memory of training steps without data loading. inexact: merged and
-    dropped patches, compared with the plain model. pixels: from a JPEG file to pixel_values. prediction: from a JPEG
-    file to a label. probe: a linear probe with and without cached features. training: `vitcls finetune`, compared with
-    transformers' Trainer. attention: time and memory of computing token attention, rollout, attribution and token
-    statistics, compared with those of a plain forward pass."""
-    against: tuple[Literal["transformers", "timm", "plain"], ...] = ("transformers", "timm")
-    """Peers for --work inference, growth and step: the ViT of another project, or `plain`, a vitcls model without CPU
-    kernels."""
-    rows: tuple[str, ...] = ()
-    """Names of the table rows to measure. Default: all rows of --work."""
-    pairs: int = 9
-    """Number of pairs of measurements. Each pair measures this package and the peer once."""
-    output: Path | None = None
-    """JSON file for the results."""
-    markdown: Path | None = None
-    """Markdown file for a table of the results."""
-    plot: Path | None = None
-    """PNG or SVG file for the figure of --work growth."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Precision for --work growth. The rows of all other workloads have a fixed precision."""
+    model: str = "vitcls-small"
+    """A model folder, the id of a model on the Hub, or a preset (random weights)."""
+    work: tuple[Literal["inference", "step"], ...] = ("inference",)
+    """inference: forward passes. step: training steps (forward, backward, AdamW) without data loading."""
+    backends: tuple[Literal["torch", "compiled", "onnx", "openvino"], ...] | None = None
+    """Backends. Default: torch, compiled and, on the CPU, the installed ones of onnx and openvino."""
+    peers: tuple[Literal["timm", "transformers"], ...] | None = None
+    """Other packages, with the plain ViT of the same size. Default: the installed ones."""
+    precisions: tuple[Literal["fp32", "bf16", "int8"], ...] = ("fp32", "bf16", "int8")
+    """Precisions. int8 is OpenVINO's."""
+    batch_sizes: tuple[int, ...] = (1, 16)
+    """Numbers of images per call."""
+    rounds: int = 7
+    """Number of rounds. Each round measures each row once."""
     device: Literal["cpu", "cuda"] = "cpu"
-    """Device for --work inference, growth, step and inexact. All other workloads run on the CPU."""
-    toy: bool = False
-    """Use tiny models and one call per measurement, to test the benchmark. The measured values are meaningless."""
+    """Device. Exported files are measured on the CPU only."""
+    markdown: Path | None = None
+    """Markdown file for the table. The table is also printed."""
 
 
 OPTIONS_CLASS = BenchmarkOptions
 
 
 def check_options(options: BenchmarkOptions) -> None:
-    """Exit with status 2 if a flag has an invalid value or if flags contradict each other."""
-    if options.pairs < 1:
-        exit_with_message(f"error: --pairs is {options.pairs}: set --pairs to 1 or more")
-    if not options.work or not options.against:
-        exit_with_message("error: --work and --against require at least one value. For a list of values, use --help")
-    if options.plot is not None and "growth" not in options.work:
-        exit_with_message("error: --plot requires --work growth. Add growth to --work, or omit --plot")
-    if options.plot is not None and options.plot.suffix not in PLOT_SUFFIXES:
-        exit_with_message(f"error: --plot {options.plot}: set a file name that ends in {' or '.join(PLOT_SUFFIXES)}")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # prevents downloads; must be set before importing huggingface_hub
+    """Exit with status 2 if a flag has an invalid value."""
+    if min(options.rounds, *options.batch_sizes) < 1:
+        exit_with_message("error: --rounds and --batch-sizes must be 1 or more")
 
 
 def run(options: BenchmarkOptions) -> None:
-    """Run the benchmarks, write the files and print the tables."""
-    from ..benchmarking.comparison import BenchmarkSettings
-    from ..benchmarking.tables import print_comparison, print_tables, write_reports
-    from ..benchmarking.work import run_benchmarks
+    """Measure, print the table, and write the file."""
+    from ..benchmark import PACKAGES, BenchmarkSettings, format_markdown, run_benchmarks
+    from .export import silence_exporters
 
-    settings = BenchmarkSettings(options.against, options.pairs, options.toy, options.precision, options.device)
-    comparisons = [print_comparison(comparison) for comparison in run_benchmarks(options.work, options.rows, settings)]
-    write_reports(comparisons, options.output, options.markdown, options.plot)
-    print_tables(comparisons)
+    silence_exporters()
+    backends, peers = options.backends, options.peers
+    if backends is None:
+        is_cpu = options.device == "cpu"
+        exported = [name for name, packages in PACKAGES.items() if is_cpu and all(map(find_spec, packages))]
+        backends = ("torch", "compiled", *exported)  # type: ignore[assignment]
+    if peers is None:
+        peers = ("timm", "transformers") if find_spec("timm") else ("transformers",)
+    assert backends is not None
+    settings = BenchmarkSettings(
+        options.model,
+        options.work,
+        backends,
+        peers,
+        options.precisions,
+        options.batch_sizes,
+        options.rounds,
+        options.device,
+    )
+    text = format_markdown(run_benchmarks(settings), settings)
+    print(f"\n{text}")
+    if options.markdown is not None:
+        options.markdown.parent.mkdir(parents=True, exist_ok=True)
+        options.markdown.write_text(text, encoding="utf-8")

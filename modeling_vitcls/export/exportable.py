@@ -23,6 +23,7 @@ from ..configuration_vitcls import ViTCLSConfig
 from ..conversion.any_checkpoint import resolve_checkpoint
 from ..hub.loading import check_is_vitcls
 from ..image_processing_vitcls import ViTCLSImageProcessor
+from ..inference.exported_graphs import INPUT_NAME
 from ..inference.load_model import is_preset
 from ..modeling_vitcls import (
     ViTCLSBackbone,
@@ -33,8 +34,6 @@ from ..modeling_vitcls import (
 )
 from ..training.model import set_processor_size
 
-
-INPUT_NAME = "pixel_values"
 
 Outputs = dict[str, torch.Tensor]
 

@@ -21,8 +21,9 @@ from ..conversion.processors import SHARED_SETTINGS, select_settings
 from ..files import write_json
 from ..hub.local_paths import resolve_name, strip_folders
 from ..image_processing_vitcls import ViTCLSImageProcessor
+from ..inference.exported_graphs import INPUT_NAME
 from ..system import get_versions
-from .exportable import INPUT_NAME, Outputs, compute_named_outputs, load_exportable_model
+from .exportable import Outputs, compute_named_outputs, load_exportable_model
 from .formats import FORMATS, TracedModel
 from .tracing import GraphShape, select_graph_shape, trace_model
 

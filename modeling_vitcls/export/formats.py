@@ -11,13 +11,13 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.export import ExportedProgram
 
 from ..errors import format_error
-from .exportable import INPUT_NAME, Outputs
+from ..inference.exported_graphs import INPUT_NAME, ExportedGraph
+from .exportable import Outputs
 from .tracing import GraphShape, build_dynamic_shapes
 
 
@@ -101,23 +101,11 @@ def write_onnx(traced_model: TracedModel, file: Path) -> int:
     return opset
 
 
-def open_onnx_session(file: Path) -> Any:
-    """Create an onnxruntime.InferenceSession that runs a file on the CPU."""
-    import onnxruntime
-
-    session_options = onnxruntime.SessionOptions()
-    session_options.intra_op_num_threads = torch.get_num_threads()
-    session_options.log_severity_level = 3  # only log errors
-    return onnxruntime.InferenceSession(str(file), session_options, providers=["CPUExecutionProvider"])
-
-
-def run_onnx(file: Path, batches: Sequence[torch.Tensor], names: list[str]) -> list[Outputs]:
-    """Run a file with onnxruntime on the CPU and return the outputs."""
-    try:
-        session = open_onnx_session(file)
-        return [name_outputs(names, session.run(names, {INPUT_NAME: images.numpy()})) for images in batches]
-    except Exception as error:  # onnxruntime raises undocumented exceptions
-        raise ValueError(f"onnxruntime cannot run the written graph on the CPU: {format_error(error)}") from error
+def run_graph(file: Path, batches: Sequence[torch.Tensor], names: list[str]) -> list[Outputs]:
+    """Run a file with onnxruntime or OpenVINO in float32 on the CPU, and return the outputs."""
+    graph = ExportedGraph(file)
+    outputs = [graph(images) for images in batches]
+    return [{name: arrays[name] for name in names} for arrays in outputs]
 
 
 # OpenVINO ------------------------------------------------------------------------------------------------------------
@@ -137,30 +125,11 @@ def write_openvino(traced_model: TracedModel, file: Path) -> int:
     return opset
 
 
-def run_openvino(file: Path, batches: Sequence[torch.Tensor], names: list[str]) -> list[Outputs]:
-    """Run a file with OpenVINO on the CPU and return the outputs. The precision is set to float32, because OpenVINO
-    may otherwise use bfloat16."""
-    import openvino
-
-    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
-    try:
-        compiled_model = openvino.Core().compile_model(file, "CPU", settings)
-        outputs = [compiled_model({INPUT_NAME: images.numpy()}) for images in batches]
-        return [name_outputs(names, [arrays[name] for name in names]) for arrays in outputs]
-    except RuntimeError as error:
-        raise ValueError(f"OpenVINO cannot run the written graph on the CPU: {format_error(error)}") from error
-
-
-def name_outputs(names: list[str], arrays: Sequence[Any]) -> Outputs:
-    """Return a dict that maps output names to tensors. `arrays` are in the order of `names`."""
-    return {name: torch.from_numpy(array.copy()) for name, array in zip(names, arrays, strict=True)}
-
-
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 OPENVINO_PACKAGES = ("onnx", "onnxscript", "openvino")
 
 FORMATS: dict[str, Format] = {
     "torch": Format(".pt2", (), lambda traced_model, file: torch.export.save(traced_model.graph, file), run_torch),
-    "onnx": Format(".onnx", ONNX_PACKAGES, write_onnx, run_onnx),
-    "openvino": Format(".xml", OPENVINO_PACKAGES, write_openvino, run_openvino, has_pytorch_antialias_filter=False),
+    "onnx": Format(".onnx", ONNX_PACKAGES, write_onnx, run_graph),
+    "openvino": Format(".xml", OPENVINO_PACKAGES, write_openvino, run_graph, has_pytorch_antialias_filter=False),
 }

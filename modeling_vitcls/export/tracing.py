@@ -16,8 +16,9 @@ from torch.export import Dim, ExportedProgram
 
 from ..configuration_vitcls import ViTCLSConfig
 from ..errors import format_error
+from ..inference.exported_graphs import INPUT_NAME
 from ..modeling_vitcls import ViTCLSPreTrainedModel
-from .exportable import INPUT_NAME, NamedOutputsModel
+from .exportable import NamedOutputsModel
 
 
 # Minimum number of patch rows, patch columns and example images; torch.export treats a size of 1 as constant.

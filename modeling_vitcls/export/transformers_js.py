@@ -32,11 +32,12 @@ from ..data.labels import is_multi_label
 from ..files import write_json
 from ..hub.local_paths import check_output_is_empty, strip_folders
 from ..image_processing_vitcls import ViTCLSImageProcessor
+from ..inference.exported_graphs import ExportedGraph
 from ..modeling_vitcls import ViTCLSForImageClassification, ViTCLSPreTrainedModel
 from ..options import DataOptions, EvaluateOptions
-from .exportable import INPUT_NAME, ExportableModel, Outputs, compute_named_outputs, load_exportable_model
+from .exportable import ExportableModel, Outputs, compute_named_outputs, load_exportable_model
 from .exporter import export_model, get_report_path, move_files
-from .formats import FORMATS, open_onnx_session
+from .formats import FORMATS
 
 
 # `dtype` in transformers.js -> file name.
@@ -197,17 +198,17 @@ def compare_file(
 
 
 class OnnxClassifier(nn.Module):
-    """Classifier that runs an ONNX file with onnxruntime on the CPU."""
+    """Classifier that runs an ONNX file."""
 
     def __init__(self, file: Path, config: Any) -> None:
         super().__init__()
-        self.session = open_onnx_session(file)
+        self.graph = ExportedGraph(file)
         self.config = config
 
     def forward(self, pixel_values: torch.Tensor) -> SimpleNamespace:
         """Return the logits [B, labels] for images [B, C, H, W]."""
-        (logits,) = self.session.run(["logits"], {INPUT_NAME: pixel_values.cpu().numpy()})
-        return SimpleNamespace(logits=torch.from_numpy(logits).to(pixel_values.device), distillation_logits=None)
+        logits = self.graph(pixel_values)["logits"].to(pixel_values.device)
+        return SimpleNamespace(logits=logits, distillation_logits=None)
 
 
 def evaluate_files(source: str, folder: Path, dataset: str, split: str | None) -> LabeledImageScores:

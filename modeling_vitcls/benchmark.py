@@ -1,0 +1,361 @@
+"""Speed of one model on this machine, by backend and precision, next to the same ViT in timm and transformers.
+
+    torch        PyTorch with the CPU kernels of this package        fp32, bf16
+    compiled     torch.compile                                       fp32, bf16
+    onnx         onnxruntime (CPU)                                   fp32
+    openvino     OpenVINO (CPU)                                      fp32, bf16, int8
+    timm, transformers    the plain ViT of the same size             fp32, bf16
+
+In each round, all rows are measured one after the other, and every other round runs in reverse order. A ratio is the
+median of the ratios in each round, because the load of the machine affects all rows of a round. A row whose outputs
+differ from those of the model by more than `LIMITS` is an error: speed is compared only if the results agree.
+"""
+
+import copy
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from .configuration_vitcls import ViTCLSConfig
+from .conversion.from_timm import convert_from_timm
+from .conversion.from_transformers import convert_from_transformers
+from .conversion.parity_report import build_random_images
+from .conversion.random_weights import randomize_weights
+from .export.exportable import OUTPUT_SELECTORS, NamedOutputsModel, load_exportable_model
+from .export.exporter import export_model
+from .export.quantization import quantize_graph
+from .hub.local_paths import strip_folders
+from .inference.exported_graphs import BACKEND_SUFFIXES, ExportedGraph
+from .system import get_processor_name, get_versions, measure_gemm_peak
+
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# Backend -> precisions. The last backends run exported files, on the CPU and without training.
+BACKENDS = {
+    "torch": ("fp32", "bf16"),
+    "compiled": ("fp32", "bf16"),
+    "onnx": ("fp32",),
+    "openvino": ("fp32", "bf16", "int8"),
+}
+PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnx", "onnxscript", "openvino", "nncf")}
+# Largest difference from the float32 output of the model, divided by the largest absolute value of this output. A
+# quantized graph is not checked: its error depends on the weights.
+LIMITS = {"fp32": 1e-4, "bf16": 0.08, "int8": float("inf")}
+SECONDS_PER_MEASUREMENT = 0.5
+NUM_CHECKED_IMAGES = 2
+NUM_CALIBRATION_IMAGES = 16  # random images; the accuracy of int8 is measured by `vitcls export --int8`
+
+Function = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class BenchmarkSettings:
+    """Settings of `vitcls benchmark`."""
+
+    model: str = "vitcls-small"
+    work: tuple[str, ...] = ("inference",)
+    backends: tuple[str, ...] = tuple(BACKENDS)
+    peers: tuple[str, ...] = ("timm", "transformers")
+    precisions: tuple[str, ...] = ("fp32", "bf16", "int8")
+    batch_sizes: tuple[int, ...] = (1, 16)
+    rounds: int = 7
+    device: str = "cpu"
+
+
+@dataclass
+class Row:
+    """One engine (a backend or peer) in one precision, and its throughput in each round."""
+
+    work: str
+    engine: str
+    precision: str
+    batch_size: int
+    flops_per_image: int
+    difference: float  # from the float32 output of the model, relative to its largest absolute value
+    throughputs: list[float] = field(default_factory=list)  # images per second
+
+    def compute_ratios(self, other: "Row") -> list[float]:
+        """Return the lower quartile, median and upper quartile of the ratios of this row to another row."""
+        ratios = [a / b for a, b in zip(self.throughputs, other.throughputs, strict=True)]
+        return statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
+
+
+def run_benchmarks(settings: BenchmarkSettings, report: Callable[[str], None] = print) -> list[Row]:
+    """Measure all rows. `report` receives one line about each row.
+
+    Raises:
+        ValueError: If the model cannot be loaded, the device or a package is missing, or outputs differ by more than
+            the limit.
+    """
+    check_requirements(settings)
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as folder:
+        model = load_model(settings.model, Path(folder, "model"))
+        for work in settings.work:
+            build_engines = {"inference": build_inference_engines, "step": build_step_engines}[work]
+            num_flops = count_flops(model) * (
+                3 if work == "step" else 1
+            )  # a backward pass counts as two forward passes
+            for batch_size in settings.batch_sizes:
+                images = build_random_images((batch_size, *get_image_shape(model.config))).to(settings.device)
+                functions: list[Function] = []
+                new_rows = []
+                for name, precision, function, difference in build_engines(model, settings, images, Path(folder)):
+                    if not difference <= LIMITS[precision]:  # also true for NaN
+                        raise ValueError(
+                            f"{name} in {precision} differs from the model by {difference:.2g} of the largest output, "
+                            f"more than {LIMITS[precision]:g}. Speed is compared only if the outputs agree"
+                        )
+                    functions.append(function)
+                    new_rows.append(Row(work, name, precision, batch_size, num_flops, difference))
+                measure_rows(new_rows, functions, settings.rounds)
+                for row in new_rows:
+                    speed = statistics.median(row.throughputs)
+                    report(f"{work}, batch {batch_size}: {row.engine} {row.precision}: {speed:.1f} images/s")
+                rows += new_rows
+    return rows
+
+
+def check_requirements(settings: BenchmarkSettings) -> None:
+    """Raise ValueError if the device or a package is missing."""
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda requires a GPU, but PyTorch finds no GPU. Omit --device to measure on the CPU")
+    for name in (*settings.backends, *settings.peers):
+        if name in PACKAGES and settings.device != "cpu":
+            raise ValueError(f"{name} is measured on the CPU only. Remove {name} from --backends, or omit --device")
+        if missing := [package for package in PACKAGES.get(name, (name,)) if not is_available(package)]:
+            extra = "export" if name in PACKAGES else "cli"
+            raise ValueError(f"{name} requires {', '.join(missing)}. Run pip install 'modeling_vitcls[{extra}]'")
+
+
+def is_available(package: str) -> bool:
+    """Return whether a package is installed; the backends of PyTorch always are."""
+    return package in ("torch", "compiled") or find_spec(package) is not None
+
+
+def load_model(source: str, folder: Path) -> Any:
+    """Load a model in float32, and save it to `folder`, from which it is exported. A preset gets random weights."""
+    exportable_model = load_exportable_model(source)
+    model = exportable_model.model if exportable_model.is_trained else randomize_weights(exportable_model.model)
+    model.save_pretrained(folder)
+    return model
+
+
+def get_image_shape(config: ViTCLSConfig) -> tuple[int, int, int]:
+    """Return (channels, height, width)."""
+    return (config.num_channels, *config.image_height_width)
+
+
+# Engines -------------------------------------------------------------------------------------------------------------
+
+# Name, precision, function to measure, relative difference of the outputs
+Engines = Iterator[tuple[str, str, Function, float]]
+
+
+def build_inference_engines(model: Any, settings: BenchmarkSettings, images: torch.Tensor, folder: Path) -> Engines:
+    """Yield a function that computes the outputs for a batch of images [B, C, H, W], for each engine."""
+    for name, precision in list_engines(settings):
+        ours, engine = build_engine(name, precision, model, settings.device, folder)
+        batch = images if name in PACKAGES else images.to(DTYPES[precision])
+        with torch.inference_mode():
+            difference = compare_outputs(engine(batch[:NUM_CHECKED_IMAGES]), ours(images[:NUM_CHECKED_IMAGES].cpu()))
+        yield name, precision, torch.inference_mode()(partial(engine, batch)), difference
+
+
+def build_step_engines(model: Any, settings: BenchmarkSettings, images: torch.Tensor, folder: Path) -> Engines:
+    """Yield a function that takes a training step (forward, backward, AdamW), for each engine that can be trained. The
+    weights are float32; bf16 is autocast."""
+    for name, precision in list_engines(settings):
+        if name in PACKAGES:
+            continue
+        ours, engine = build_engine(name, "fp32", model, settings.device, folder)
+        autocast = partial(torch.autocast, images.device.type, torch.bfloat16, enabled=precision == "bf16")
+        with torch.inference_mode(), autocast():
+            outputs = engine(images[:NUM_CHECKED_IMAGES])
+        with torch.inference_mode():
+            difference = compare_outputs(outputs, ours(images[:NUM_CHECKED_IMAGES].cpu()))
+        optimizer = torch.optim.AdamW(engine.train().parameters(), lr=1e-5, fused=True)
+        yield name, precision, partial(take_step, engine, optimizer, images, autocast), difference
+
+
+def take_step(engine: nn.Module, optimizer: torch.optim.Optimizer, images: torch.Tensor, autocast: Any) -> None:
+    """Take one training step with fixed labels."""
+    with autocast():
+        logits = engine(images).float().flatten(1)
+        loss = nn.functional.cross_entropy(logits, torch.arange(len(images), device=images.device) % logits.shape[1])
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def list_engines(settings: BenchmarkSettings) -> list[tuple[str, str]]:
+    """Return the names and precisions of the engines that the settings select."""
+    engines = {name: BACKENDS[name] for name in settings.backends} | {name: tuple(DTYPES) for name in settings.peers}
+    return [(name, key) for name, precisions in engines.items() for key in precisions if key in settings.precisions]
+
+
+def build_engine(name: str, precision: str, model: Any, device: str, folder: Path) -> tuple[nn.Module, nn.Module]:
+    """Return a vitcls model in float32 on the CPU, and the engine that must have the same outputs."""
+    if name in PACKAGES:
+        return FirstOutput(model), FirstOutput(open_exported_graph(name, precision, model.config, folder))
+    ours = model
+    if name == "timm":
+        engine = build_timm_vit(model.config)
+        ours = convert_from_timm(engine)
+    elif name == "transformers":
+        engine = build_transformers_vit(model.config)
+        ours = convert_from_transformers(engine)
+    else:
+        engine = copy.deepcopy(model)
+    engine = FirstOutput(nn.Module.to(engine, device, DTYPES[precision]))
+    if name == "compiled":
+        engine.compile()
+    return FirstOutput(ours).eval(), engine.eval()
+
+
+def open_exported_graph(backend: str, precision: str, config: ViTCLSConfig, folder: Path) -> ExportedGraph:
+    """Export the saved model in `folder` once, and open the graph."""
+    file = folder / ("int8" if precision == "int8" else "fp32") / f"model{BACKEND_SUFFIXES[backend]}"
+    if not file.exists():
+        export_model(str(folder / "model"), backend, file, dynamic=False)
+        if precision == "int8":
+            quantize_graph(file, list(build_random_images((NUM_CALIBRATION_IMAGES, 1, *get_image_shape(config)))))
+    return ExportedGraph(file, precision="fp32" if precision == "fp32" else "bf16")
+
+
+class FirstOutput(nn.Module):
+    """Wrapper that returns the first output of a model: the logits of a classifier, the final tokens of an encoder."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = NamedOutputsModel(model) if type(model) in OUTPUT_SELECTORS else model
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Return the first output [B, ...] for images [B, C, H, W]."""
+        outputs = self.model(pixel_values)
+        return outputs if isinstance(outputs, torch.Tensor) else next(iter(outputs.values()))
+
+
+def build_timm_vit(config: ViTCLSConfig) -> nn.Module:
+    """Build timm's ViT of the same size, with random weights."""
+    from timm.models import VisionTransformer
+
+    return randomize_weights(
+        VisionTransformer(
+            img_size=config.image_height_width,
+            patch_size=config.patch_height_width,
+            in_chans=config.num_channels,
+            embed_dim=config.hidden_size,
+            depth=config.num_hidden_layers,
+            num_heads=config.num_attention_heads,
+            mlp_ratio=config.intermediate_size / config.hidden_size,
+            num_classes=config.num_labels,
+        )
+    )
+
+
+def build_transformers_vit(config: ViTCLSConfig) -> nn.Module:
+    """Build transformers' ViT of the same size, with random weights."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    names = ("image_size", "patch_size", "num_channels", "hidden_size", "num_hidden_layers", "num_attention_heads")
+    sizes = {name: getattr(config, name) for name in (*names, "intermediate_size", "num_labels")}
+    return randomize_weights(ViTForImageClassification(ViTConfig(**sizes)))
+
+
+def compare_outputs(outputs: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return the largest absolute difference, divided by the largest absolute expected value."""
+    return ((outputs.float().cpu() - expected).abs().max() / expected.abs().max()).item()
+
+
+# Measurement ---------------------------------------------------------------------------------------------------------
+
+
+def measure_rows(rows: list[Row], functions: list[Function], num_rounds: int) -> None:
+    """Append one throughput per round to each row."""
+    for round_index in range(num_rounds):
+        for row, function in list(zip(rows, functions, strict=True))[:: -1 if round_index % 2 else 1]:
+            row.throughputs.append(row.batch_size * measure_calls_per_second(function))
+
+
+def measure_calls_per_second(function: Function) -> float:
+    """Return the number of calls per second, after a warm-up call."""
+    function()
+    synchronize_gpu()
+    num_calls, start_time = 0, time.perf_counter()
+    while num_calls == 0 or time.perf_counter() - start_time < SECONDS_PER_MEASUREMENT:
+        function()
+        synchronize_gpu()
+        num_calls += 1
+    return num_calls / (time.perf_counter() - start_time)
+
+
+def synchronize_gpu() -> None:
+    """Wait until the GPU has finished all work, if this process uses a GPU."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def count_flops(model: Any) -> int:
+    """Return the FLOPs of a forward pass of one image. A multiply-add counts as two operations."""
+    with torch.device("meta"):
+        copy_without_weights = type(model)(model.config)
+        copy_without_weights.set_attn_implementation("eager")  # fused attention is not counted
+        with FlopCounterMode(display=False) as counter:
+            copy_without_weights(torch.empty(1, *get_image_shape(model.config)))
+    return counter.get_total_flops()
+
+
+# Report --------------------------------------------------------------------------------------------------------------
+
+
+def format_markdown(rows: list[Row], settings: BenchmarkSettings) -> str:
+    """Return a Markdown table with one line per row, and a caption with the machine and the versions."""
+    peaks = {
+        precision: measure_gemm_peak(settings.device, DTYPES[precision])
+        for precision in sorted({row.precision for row in rows} & DTYPES.keys())
+    }
+    lines = [
+        "| work | engine | images/s | x torch fp32 | x peers, same precision | of best matrix product |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        group = [other for other in rows if (other.work, other.batch_size) == (row.work, row.batch_size)]
+        baseline = [other for other in group if (other.engine, other.precision) == ("torch", "fp32")]
+        peers = [other for other in group if other.engine in settings.peers and other.precision == row.precision]
+        speed = statistics.median(row.throughputs)
+        cells = (
+            f"{row.work}, batch {row.batch_size}",
+            f"{row.engine} {row.precision}",
+            f"{speed:.1f}",
+            *(format_ratio(row, other) for other in baseline),
+            "" if row in peers else ", ".join(f"{other.engine} {format_ratio(row, other)}" for other in peers),
+            f"{speed * row.flops_per_image / peaks[row.precision]:.0%}" if row.precision in peaks else "",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    peak_texts = [f"{peak / 1e9:,.0f} GFLOP/s in {precision}" for precision, peak in peaks.items()]
+    libraries = ("timm", *(package for name in settings.backends for package in PACKAGES.get(name, ())[2:]))
+    versions = ", ".join(f"{name} {version}" for name, version in get_versions(*libraries).items())
+    machine = torch.cuda.get_device_name() if settings.device == "cuda" else get_processor_name()
+    caption = (
+        f"{strip_folders(settings.model)}: medians of {settings.rounds} rounds, with quartiles. {machine}, "
+        f"{torch.get_num_threads()} threads; best matrix product {', '.join(peak_texts)}; {versions}; "
+        f"{time.strftime('%Y-%m-%d')}."
+    )
+    return "\n".join([*lines, "", caption, ""])
+
+
+def format_ratio(row: Row, other: Row) -> str:
+    """Format the median and the quartiles of the ratios of two rows."""
+    lower, median, upper = row.compute_ratios(other)
+    return f"{median:.2f} ({lower:.2f} to {upper:.2f})"

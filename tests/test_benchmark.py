@@ -1,0 +1,110 @@
+"""vitcls benchmark: rows, ratios, and errors if outputs differ."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.tiny_models import build_tiny_config, raises_one_line
+
+from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification, ViTCLSModel, benchmark
+from modeling_vitcls.benchmark import BenchmarkSettings, Row, count_flops, format_markdown, run_benchmarks
+
+
+SMALL = {"batch_sizes": (2,), "rounds": 2}
+
+
+@pytest.fixture(autouse=True)
+def _one_call_per_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark, "SECONDS_PER_MEASUREMENT", 0.0)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("model")
+    ViTCLSForImageClassification(build_tiny_config(num_register_tokens=2)).save_pretrained(folder)
+    return str(folder)
+
+
+def test_backends_and_peers_have_the_outputs_of_the_model(model: str, capsys: pytest.CaptureFixture) -> None:
+    settings = BenchmarkSettings(model, ("inference", "step"), ("torch", "onnx", "openvino"), **SMALL)
+    settings = BenchmarkSettings(**vars(settings) | {"precisions": ("fp32", "bf16")})
+    rows = run_benchmarks(settings)
+    peers = [(peer, precision) for peer in ("timm", "transformers") for precision in ("fp32", "bf16")]
+    ours = [("torch", "fp32"), ("torch", "bf16")]
+    exported = [("onnx", "fp32"), ("openvino", "fp32"), ("openvino", "bf16")]
+    names = [("inference", *each) for each in (*ours, *exported, *peers)] + [("step", *each) for each in ours + peers]
+    assert [(row.work, row.engine, row.precision) for row in rows] == names
+    assert all(row.difference < (1e-4 if row.precision == "fp32" else 0.08) for row in rows)
+    assert all(len(row.throughputs) == 2 and min(row.throughputs) > 0 for row in rows)
+    assert capsys.readouterr().out.count("images/s") == len(rows)
+    header, _, *lines, _, caption = format_markdown(rows, settings).strip().splitlines()
+    assert len(lines) == len(rows) and len({line.count("|") for line in (header, *lines)}) == 1
+    assert lines[0].startswith("| inference, batch 2 | torch fp32 |") and "timm" in lines[0] and "%" in lines[0]
+    assert str(Path(model).parent) not in caption and torch.__version__ in caption
+
+
+def test_int8_and_encoders(tmp_path: Path) -> None:
+    ViTCLSModel(build_tiny_config()).save_pretrained(tmp_path)
+    settings = BenchmarkSettings(str(tmp_path), backends=("openvino",), peers=(), precisions=("int8",), **SMALL)
+    (row,) = run_benchmarks(settings)
+    assert (row.engine, row.precision) == ("openvino", "int8") and 1e-4 < row.difference < 0.5
+    assert "| openvino int8 |" in format_markdown([row], settings)
+
+
+def test_models_with_different_outputs_are_not_compared(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    convert = benchmark.convert_from_timm
+
+    def convert_wrongly(timm_model: Any) -> Any:
+        converted: Any = convert(timm_model)
+        with torch.no_grad():
+            converted.classifier.bias += 0.01
+        return converted
+
+    monkeypatch.setattr(benchmark, "convert_from_timm", convert_wrongly)
+    with raises_one_line("timm in fp32", "differs from the model"):
+        run_benchmarks(BenchmarkSettings(model, backends=(), peers=("timm",), **SMALL))
+
+
+def test_missing_devices_and_packages_are_one_line(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not torch.cuda.is_available():
+        with raises_one_line("--device cuda requires a GPU"):
+            run_benchmarks(BenchmarkSettings(model, device="cuda"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with raises_one_line("openvino", "CPU"):
+        run_benchmarks(BenchmarkSettings(model, backends=("openvino",), device="cuda"))
+    monkeypatch.setattr(benchmark, "find_spec", lambda name: None)
+    with raises_one_line("nncf", "pip install 'modeling_vitcls[export]'"):
+        run_benchmarks(BenchmarkSettings(model, backends=("openvino",)))
+
+
+def test_ratios_compare_measurements_of_the_same_round() -> None:
+    rows = [Row("inference", name, "fp32", 3, 1, 0.0) for name in ("torch", "timm")]
+    calls: list[str] = []
+    benchmark.measure_rows(rows, [lambda: calls.append("ours"), lambda: calls.append("theirs")], num_rounds=2)
+    assert calls == ["ours"] * 2 + ["theirs"] * 4 + ["ours"] * 2  # a warm-up and a call; the second round is reversed
+    ours, theirs = (
+        Row("inference", "torch", "fp32", 1, 1, 0.0, values) for values in ([2.0, 9.0, 8.0], [1.0, 3.0, 2.0])
+    )
+    assert ours.compute_ratios(theirs) == [2.5, 3.0, 3.5]  # of 2, 3 and 4
+    assert Row("", "", "", 1, 1, 0.0, [6.0]).compute_ratios(Row("", "", "", 1, 1, 0.0, [2.0])) == [3.0] * 3
+
+
+def test_the_throughput_counts_the_images_of_all_calls_but_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, calls = [0.0], []
+
+    def process_batch() -> None:
+        calls.append(None)
+        clock[0] += 8.0 if len(calls) == 1 else 0.5
+
+    monkeypatch.setattr(benchmark, "SECONDS_PER_MEASUREMENT", 1.5)
+    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: clock[0])
+    row = Row("inference", "torch", "fp32", 4, 1, 0.0)
+    benchmark.measure_rows([row], [process_batch], num_rounds=1)
+    assert row.throughputs == [8.0] and len(calls) == 4
+
+
+def test_flops_of_a_vit() -> None:
+    """timm's model card of ViT-S/16 states 4.6 GMACs; a multiply-add counts as two operations."""
+    encoder = ViTCLSModel(ViTCLSConfig.from_preset("small"))  # a classifier computes the last layer for CLS only
+    assert count_flops(encoder) / 2e9 == pytest.approx(4.6, rel=0.02)
