@@ -11,6 +11,8 @@ from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification, ViTCLSMo
 from modeling_vitcls.benchmark import BenchmarkSettings, Row, count_flops, format_markdown, run_benchmarks
 
 
+pytestmark = pytest.mark.integration
+
 SMALL = {"batch_sizes": (2,), "rounds": 2}
 
 
