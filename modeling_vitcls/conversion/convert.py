@@ -68,9 +68,10 @@ def convert_checkpoint(
     classifier_state = "dropped" if source.has_classifier else "none"
     if isinstance(model, ViTCLSForImageClassification):
         classifier_state = "kept" if source.has_classifier and classifier == "keep" else "new"
-    comparisons, native_size_reason = compare_models(source, model, has_source_classifier=classifier_state == "kept")
-    if not isinstance(source, FileSource):
-        source.notes += describe_position_embeddings(source.name.partition(":")[0], model.config)
+    comparisons, native_size_reason = compare_models(
+        source, model, has_source_classifier=classifier_state == "kept", native_size_reason=source.native_size_reason
+    )
+    source.notes += describe_position_embeddings(source, model.config)
     preprocessing = source.convert_preprocessing()
     with create_output_folder(output) as folder:
         model.save_pretrained(folder)
@@ -87,8 +88,8 @@ def convert_checkpoint(
             preprocessing=preprocessing.to_dict(),
             versions=get_versions("timm"),
             notes=source.notes,
-            family=source.family if isinstance(source, FileSource) else None,
-            source_sha256=source.sha256 if isinstance(source, FileSource) else None,
+            family=source.family,
+            source_sha256=source.sha256,
             **describe_converted_model(folder, model, model.config),
             provenance=save_provenance(source_name, folder, random_init),
         )
@@ -140,8 +141,7 @@ def load_source(source_name: str, random_init: bool = False, family: str | None 
 def convert_source(source: SourceModel, classifier: ClassifierChoice, num_labels: int | None) -> ViTCLSPreTrainedModel:
     """Convert a source model in float32. Cast the result to the dtype of the source if this dtype represents all
     encoder weights exactly."""
-    weights = source.weights.values() if isinstance(source, FileSource) else source.model.parameters()
-    saved_dtype = next(iter(weights)).dtype
+    saved_dtype = source.saved_dtype
     source.model.float()
     model = source.convert(classifier, num_labels)
     if all(torch.equal(weight.to(saved_dtype).float(), weight) for weight in model.base_model.state_dict().values()):

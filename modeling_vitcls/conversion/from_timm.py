@@ -62,6 +62,18 @@ def convert_from_timm(
         ConversionError: If the class or a feature is not supported, or the value of `classifier` is not valid for the
             source.
     """
+    config, weights = read_timm_model(model)
+    return build_model(config, weights, classifier, num_labels, add_pooling_layer=has_pooler(model))
+
+
+def read_timm_model(model: nn.Module) -> tuple[ViTCLSConfig, Weights]:
+    """Return the configuration and the converted weights of a timm ViT. Raise ConversionError if the class or a
+    feature is not supported."""
+    if isinstance(model, str):
+        raise ConversionError(
+            f"convert_from_timm requires a timm model, but it got the name {model!r}. Set "
+            f"model=timm.create_model({model!r}, pretrained=True)"
+        )
     if get_class_name(model) not in TIMM_CLASSES or not type(model).__module__.startswith("timm."):
         raise ConversionError(
             f"{get_class_name(model)} cannot be converted. Supported timm classes: {', '.join(TIMM_CLASSES)}"
@@ -71,10 +83,12 @@ def convert_from_timm(
     except ValueError as error:
         raise ConversionError(str(error)) from None
     weights = convert_weights(rewrite_state_dict(model), build_rules(model), config)
-    weights = deinterleave_rotary_channels(weights, model, config)
-    # A model with a distillation token has two pooled outputs, and therefore no pooler.
-    has_pooler = bool(model.global_pool) and getattr(model, "dist_token", None) is None
-    return build_model(config, weights, classifier, num_labels, add_pooling_layer=has_pooler)
+    return config, deinterleave_rotary_channels(weights, model, config)
+
+
+def has_pooler(model: TimmModule) -> bool:
+    """Return whether a timm model has one pooled output. A model with a distillation token has two."""
+    return bool(model.global_pool) and getattr(model, "dist_token", None) is None
 
 
 def rewrite_state_dict(model: TimmModule) -> Weights:

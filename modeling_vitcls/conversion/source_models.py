@@ -29,6 +29,7 @@ from ..hub.loading import (
     split_revision,
 )
 from ..modeling_vitcls import ViTCLSPreTrainedModel
+from .from_state_dict import import_timm
 from .from_timm import convert_from_timm
 from .from_transformers import CONVERTIBLE_CLASSES, convert_from_transformers
 from .processors import ConvertedPreprocessing, convert_timm_preprocessing, convert_transformers_preprocessing
@@ -58,6 +59,11 @@ ENCODER_CLASS_NAMES = {
 
 class TimmSource:
     """A timm model that can be converted."""
+
+    project = "timm"  # project whose resampling of position embeddings the converted model follows
+    family: str | None = None  # family of a state-dict file
+    sha256: str | None = None  # SHA-256 of a state-dict file
+    native_size_reason = ""  # reason why only the native size can be compared
 
     def __init__(self, name: str, model: nn.Module, revision: str | None, notes: list[str]) -> None:
         self.name = name  # source name on the command line
@@ -93,6 +99,12 @@ class TimmSource:
         """Return whether the model returns logits."""
         return bool(self.model.num_classes)
 
+    @property
+    def saved_dtype(self) -> torch.dtype:
+        """Return the dtype of the weights."""
+        dtype: torch.dtype = next(iter(self.model.parameters())).dtype
+        return dtype
+
     def convert(self, classifier: ClassifierChoice, num_labels: int | None) -> ViTCLSPreTrainedModel:
         """Convert the model. Raise ConversionError if the conversion cannot be exact."""
         return convert_from_timm(self.model, classifier=classifier, num_labels=num_labels)
@@ -119,6 +131,11 @@ class TimmSource:
 
 class TransformersSource:
     """A transformers model that can be converted, with the same interface as `TimmSource`."""
+
+    project = "transformers"
+    family: str | None = None
+    sha256: str | None = None
+    native_size_reason = ""
 
     @classmethod
     def load(cls, name: str, random_init: bool) -> "TransformersSource":
@@ -169,6 +186,12 @@ class TransformersSource:
         """Return whether the model outputs logits or an image embedding, which is treated as logits."""
         return self.encoder is not self.model
 
+    @property
+    def saved_dtype(self) -> torch.dtype:
+        """Return the dtype of the weights."""
+        dtype: torch.dtype = next(iter(self.model.parameters())).dtype
+        return dtype
+
     def convert(self, classifier: ClassifierChoice, num_labels: int | None) -> ViTCLSPreTrainedModel:
         """Convert the model with `convert_from_transformers`."""
         return convert_from_transformers(self.model, classifier=classifier, num_labels=num_labels)
@@ -215,15 +238,6 @@ class TransformersSource:
 
 
 SourceModel = TimmSource | TransformersSource
-
-
-def import_timm() -> Any:
-    """Import timm and return the module. Raise ConversionError if timm is not installed."""
-    try:
-        import timm
-    except ImportError as error:
-        raise ConversionError("the source requires timm, but timm is not installed. Run pip install timm") from error
-    return timm
 
 
 def get_convertible_class(config: transformers.PreTrainedConfig) -> Any:

@@ -21,27 +21,34 @@ from modeling_vitcls.conversion.parity_report import (
 from modeling_vitcls.cpu_kernels_vitcls import CPUKernel, install_cpu_kernels, uninstall_cpu_kernels
 
 
-@pytest.mark.parametrize(
-    ("fields", "notes"),
-    [
-        ({"position_embedding_type": "none"}, []),
-        ({"position_embedding_type": "rope_2d", "rope_coordinates": "grid"}, []),
-        ({"position_embedding_type": "rope_mixed"}, []),
+class StubSource:
+    """A source of which only the notes are built."""
+
+    def __init__(self, name: str, project: str) -> None:
+        self.name, self.project, self.model, self.native_size_reason = name, project, None, ""
+
+
+def test_notes_on_positions() -> None:
+    """The notes name the resampling, and what other implementations compute in another way."""
+    cases: list[tuple[str, dict[str, Any], list[str]]] = [
+        ("timm:vit", {"position_embedding_type": "none"}, []),
+        ("timm:vit", {"position_embedding_type": "rope_2d", "rope_coordinates": "grid"}, []),
         (
+            "timm:vit",
             {"position_interpolation": "bilinear", "position_offset": 0.1},
-            ["position embeddings for other image sizes: bilinear without antialiasing, offset 0.1, as in timm"],
+            ["bilinear without antialiasing"],
         ),
         (
+            "timm:vit",
             {"position_embedding_type": "learned_rope_2d", "position_antialias": True},
-            [
-                "position embeddings for other image sizes: bicubic with antialiasing, as in timm",
-                "rotary periods: computed in float32, as in timm; the authors' DINOv3 files store rounded periods",
-            ],
+            ["bicubic with antialiasing, as in timm", "computed in float32"],
         ),
-    ],
-)
-def test_notes_on_positions(fields: dict[str, Any], notes: list[str]) -> None:
-    assert describe_position_embeddings("timm", build_tiny_config(**fields)) == notes
+        ("timm:vit_base_patch16_sapiens2", {"position_embedding_type": "rope_2d"}, ["bfloat16"]),
+    ]
+    for name, fields, parts in cases:
+        source: Any = StubSource(name, "timm")
+        notes = describe_position_embeddings(source, build_tiny_config(**fields))
+        assert len(notes) == len(parts) and all(part in note for part, note in zip(parts, notes, strict=True))
 
 
 def test_the_second_size_has_fewer_rows_and_more_columns() -> None:

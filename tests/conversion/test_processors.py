@@ -1,5 +1,6 @@
 """The conversion of image processors of timm and transformers: equal pixels on real photographs, and defaults."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -170,3 +171,12 @@ def test_a_processor_that_differs_is_not_written(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(processors, "convert_timm_settings", lambda **values: settings(**values | {"crop_pct": 0.89}))
     made = processors.convert_timm_preprocessing(PretrainedConfigOnly(TIMM_CONFIGS["crop"]))
     assert "gray levels" in made.default_reason
+
+
+def test_brighter_and_darker_pixels_are_noticed() -> None:
+    """The difference of a processor is an absolute value."""
+    processor = ViTCLSImageProcessor(size={"height": 32, "width": 32})
+    for offset in (-0.1, 0.1):
+        shifted = ViTCLSImageProcessor(size={"height": 32, "width": 32}, image_mean=[0.5 + offset] * 3)
+        with raises_one_line("gray levels", error=ValueError):
+            processors.check_processor(processor, processor, partial(processors.apply_processor, shifted), "theirs")

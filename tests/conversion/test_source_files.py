@@ -1,0 +1,597 @@
+"""Published state-dict files: families, accuracy against the authors' forward passes, preprocessing, and refusals.
+
+All parameters have random values. The forward passes in helpers/published_weights.py use neither timm nor this
+package.
+"""
+
+import argparse
+import copy
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from helpers.published_weights import (
+    GRID,
+    LABELS,
+    PATCH,
+    Weights,
+    build_dinov3_weights,
+    build_flax_weights,
+    build_map_head,
+    build_vit_weights,
+    fill,
+    run_authors_vit,
+    run_big_vision,
+)
+from helpers.tiny_models import raises_one_line
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn.functional import interpolate
+
+from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
+from modeling_vitcls.conversion.convert import convert_checkpoint
+from modeling_vitcls.conversion.from_state_dict import NUM_HEADS, convert_state_dict
+from modeling_vitcls.conversion.parity_report import compare_models
+from modeling_vitcls.conversion.random_weights import randomize_weights
+from modeling_vitcls.conversion.source_files import FileSource
+from modeling_vitcls.conversion.weight_rules import ConversionError
+from modeling_vitcls.hub.provenance import find_provenance
+
+
+pytestmark = pytest.mark.integration
+
+LIMIT = 1e-5  # DESIGN.md
+HEAD = {"head.weight": (LABELS, 192), "head.bias": (LABELS,)}
+
+
+def resample_dino(maps: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """facebookresearch/dino, vision_transformer.py, and dinov2 without registers (interpolate_offset=0.1)."""
+    return interpolate(maps, scale_factor=((grid[0] + 0.1) / GRID, (grid[1] + 0.1) / GRID), mode="bicubic")
+
+
+def resample_bicubic(maps: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """facebookresearch/deit and mae, util/pos_embed.py."""
+    return interpolate(maps, size=grid, mode="bicubic", align_corners=False)
+
+
+def resample_dinov2_reg4(maps: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """facebookresearch/dinov2, hub/backbones.py: interpolate_antialias=True, interpolate_offset=0.0."""
+    return interpolate(maps, size=grid, mode="bicubic", antialias=True)
+
+
+def resample_tips(maps: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """google-deepmind/tips, pytorch/image_encoder.py."""
+    return interpolate(maps, size=grid, mode="bilinear", antialias=True)
+
+
+def add_token(weights: Weights, **tokens: tuple[int, ...]) -> Weights:
+    """Add random tokens."""
+    return weights | fill(dict(tokens))
+
+
+# File name: family, --family, weights, function that wraps them as published, resampling of the authors
+FILES: dict[str, tuple[str, str | None, Callable[[], Weights], Callable[[Weights], Any], Any]] = {
+    "dino.pth": ("dino", "dino", lambda: build_vit_weights(depth=12), dict, resample_dino),
+    "dino_full.pth": (
+        "dino",
+        None,
+        build_vit_weights,
+        lambda weights: {
+            "args": argparse.Namespace(arch="vit"),
+            "epoch": 3,
+            "student": {"module.backbone.cls_token": torch.zeros(1)},
+            "teacher": {f"module.backbone.{name}": tensor for name, tensor in weights.items()}
+            | {"module.head.last_layer.weight": torch.zeros(3)},
+        },
+        resample_dino,
+    ),
+    "ibot.pth": (
+        "ibot",
+        None,
+        lambda: add_token(build_vit_weights(), masked_embed=(1, 192)),
+        lambda weights: {"state_dict": weights | {"epoch": 3}},
+        resample_dino,
+    ),
+    "msn.pth": (
+        "msn",
+        None,
+        lambda: build_vit_weights(width=384),
+        lambda weights: {"target_encoder": {f"module.{name}": tensor for name, tensor in weights.items()}},
+        resample_bicubic,
+    ),
+    "ijepa.pth": (
+        "ijepa",
+        None,
+        lambda: {name: tensor for name, tensor in build_vit_weights(0, width=768).items() if name != "cls_token"},
+        lambda weights: {"encoder": {}, "target_encoder": {f"module.{name}": t for name, t in weights.items()}},
+        resample_bicubic,
+    ),
+    "mae.pth": (
+        "mae",
+        None,
+        lambda: build_vit_weights(width=768),
+        lambda weights: {
+            "model": weights | {"decoder_embed.weight": torch.zeros(3, 768), "mask_token": torch.zeros(1, 1, 3)}
+        },
+        resample_bicubic,
+    ),
+    "deit.pth": ("deit", None, lambda: build_vit_weights(extra=HEAD), lambda w: {"model": w}, resample_bicubic),
+    "deit_distilled.pth": (
+        "deit",
+        None,
+        lambda: build_vit_weights(
+            2,
+            extra=HEAD | {"dist_token": (1, 1, 192), "head_dist.weight": (LABELS, 192), "head_dist.bias": (LABELS,)},
+        ),
+        lambda weights: {"model": weights},
+        resample_bicubic,
+    ),
+    "deit3.pth": (
+        "deit",
+        None,
+        lambda: build_vit_weights(0, "gamma_{}", extra=HEAD),
+        lambda weights: {"model": weights},
+        resample_bicubic,
+    ),
+    "dinov2.pth": (
+        "dinov2",
+        None,
+        lambda: add_token(build_vit_weights(1, "ls{}.gamma", width=384), mask_token=(1, 384)),
+        dict,
+        resample_dino,
+    ),
+    "dinov2_giant_reg4.pth": (  # block names with chunk indices
+        "dinov2",
+        None,
+        lambda: add_token(build_vit_weights(1, "ls{}.gamma", width=1536, mlp="fused"), register_tokens=(1, 4, 1536)),
+        lambda weights: {re.sub(r"^blocks\.(\d+)\.", r"blocks.\1.\1.", name): t for name, t in weights.items()},
+        resample_dinov2_reg4,
+    ),
+    "tips.npz": (
+        "tips",
+        None,
+        lambda: add_token(
+            build_vit_weights(1, "ls{}.gamma", width=384), register_tokens=(1, 1, 384), mask_token=(1, 384)
+        ),
+        dict,
+        resample_tips,
+    ),
+    "tips_giant.safetensors": (
+        "tips",
+        "tips",
+        lambda: add_token(build_vit_weights(1, "ls{}.gamma", width=1536, mlp="fused"), register_tokens=(1, 1, 1536)),
+        dict,
+        resample_tips,
+    ),
+}
+
+
+def save(content: Any, file: Path) -> Path:
+    """Write a file in the format of its suffix."""
+    if file.suffix == ".npz":
+        np.savez(file, **{name: tensor.numpy() for name, tensor in content.items()})
+    elif file.suffix == ".safetensors":
+        save_file({name: tensor.contiguous() for name, tensor in content.items()}, file)
+    else:
+        torch.save(content, file)
+    return file
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", FILES)
+def test_files_are_converted_exactly(name: str, tmp_path: Path) -> None:
+    """All tokens equal those of the authors' code, at the native size and at a non-square size."""
+    family, option, build, wrap, resample = FILES[name]
+    weights = build()
+    file = save(wrap(weights), tmp_path / name)
+    report = convert_checkpoint(str(file), tmp_path / "made", family=option)
+    assert report.family == family and report.source == f"path/to/{name}"
+    assert len(report.comparisons) == 2 and not report.not_compared and "as in the authors' code" in report.notes[-1]
+    saved_report = json.loads((tmp_path / "made" / "parity_report.json").read_text())
+    assert saved_report["source_sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
+    assert str(tmp_path) not in json.dumps(saved_report)
+    assert not report.preprocessing["assumed_because"]
+    is_classifier = "head.weight" in weights
+    assert report.classifier == ("kept" if is_classifier else "none")
+    model_class = ViTCLSForImageClassification if is_classifier else ViTCLSModel
+    model: Any = model_class.from_pretrained(tmp_path / "made")
+    for rows, columns in ((GRID, GRID), (3, 7)):
+        images = torch.randn(2, 3, rows * PATCH, columns * PATCH)
+        expected = run_authors_vit(weights, images, resample)
+        difference = model.base_model(images).last_hidden_state - expected
+        assert difference.abs().max() <= LIMIT * expected.abs().max()
+    if is_classifier:
+        logits = expected[:, 0] @ weights["head.weight"].T + weights["head.bias"]
+        if "dist_token" in weights:
+            logits = (logits + expected[:, 1] @ weights["head_dist.weight"].T + weights["head_dist.bias"]) / 2
+        assert (model(images).logits - logits).abs().max() <= LIMIT * logits.abs().max()
+    if (mask_token := weights.get("mask_token", weights.get("masked_embed"))) is not None:
+        assert torch.equal(model.embeddings.mask_token.flatten(), mask_token.flatten())
+    unused = "1 weights outside of backbone.* are not converted, for example head.last_layer.weight"
+    assert (unused in report.notes) is (name == "dino_full.pth")
+
+
+@torch.no_grad()
+def test_tips_files(tmp_path: Path) -> None:
+    """Two CLS tokens, images in 0..1 that are resized to a square, and the family must be unambiguous."""
+    weights = FILES["tips.npz"][2]()
+    source = FileSource.load(save(weights, tmp_path / "tips.npz"))
+    model = source.convert("keep", None)
+    images = torch.rand(1, 3, GRID * PATCH, GRID * PATCH)
+    outputs = model(images)
+    expected = run_authors_vit(weights, images)
+    torch.testing.assert_close(outputs.tokens["cls"], expected[:, :2], atol=LIMIT, rtol=LIMIT)
+    assert outputs.tokens["registers"].shape[1] == 0
+    torch.testing.assert_close(outputs.pooler_output, expected[:, 0], atol=LIMIT, rtol=LIMIT)
+    processor = source.convert_preprocessing().processor
+    assert (list(processor.image_mean), list(processor.image_std), processor.resample) == ([0] * 3, [1] * 3, 2)
+    assert dict(processor.size) == {"height": GRID * PATCH, "width": GRID * PATCH}
+    with raises_one_line("--family", "tips", "dinov2", error=ConversionError):
+        FileSource.load(save(weights, tmp_path / "unknown.pth"))
+
+
+@torch.no_grad()
+def test_dinov3_with_stored_and_with_computed_periods(tmp_path: Path) -> None:
+    """Both variants are exact: as the authors run the weights, and as timm and transformers do."""
+    weights = build_dinov3_weights()
+    stored = convert_state_dict(weights, "dinov3")
+    computed = convert_state_dict(weights, "dinov3", rope_periods=None)
+    periods = weights["rope_embed.periods"]
+    assert periods.dtype == torch.bfloat16 and stored.config.rope_periods == periods.float().tolist()
+    assert torch.equal(stored.embeddings.mask_token[0], weights["mask_token"])
+    images = torch.randn(2, 3, GRID * PATCH, 6 * PATCH)
+    for model, expected in ((stored, periods.float()), (computed, 100.0 ** (torch.arange(16) / 16))):
+        cos, _ = model.rotary_positions((GRID, 6), torch.zeros(1))
+        y, x = torch.meshgrid(*((torch.arange(n) + 0.5) / n * 2 - 1 for n in (GRID, 6)), indexing="ij")
+        angles = 2 * torch.pi * torch.stack([y, x], dim=-1).flatten(0, 1)[:, :, None] / expected
+        torch.testing.assert_close(cos, angles.flatten(1).tile(2).cos(), atol=2e-6, rtol=0)
+    assert (stored(images).last_hidden_state - computed(images).last_hidden_state).abs().max() > 1e-4
+    for mlp, bias in (("plain", True), ("gated", True), ("gated", False)):
+        file = save(build_dinov3_weights(mlp, bias), tmp_path / f"{mlp}{bias}.pth")
+        report = convert_checkpoint(str(file), tmp_path / f"made {mlp} {bias}")
+        assert len(report.comparisons) == 2 and "stored in the file" in report.notes[-1]
+
+
+def test_key_biases_of_dinov3_are_refused() -> None:
+    weights = build_dinov3_weights()
+    unmasked = {name: part for name, part in weights.items() if not name.endswith("bias_mask")}
+    with raises_one_line("nonzero key biases", error=ConversionError):
+        convert_state_dict(unmasked, "dinov3")
+    unset = weights | {"blocks.0.attn.qkv.bias_mask": torch.full((3 * 384,), float("nan"))}
+    with raises_one_line("values other than 0 and 1", error=ConversionError):
+        convert_state_dict(unset, "dinov3")
+    with raises_one_line("rope_periods", error=ValueError):
+        convert_state_dict(weights | {"rope_embed.periods": torch.zeros(16)}, "dinov3")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("registers", [0, 4])
+def test_the_linear_classifier_of_dinov2(registers: int, tmp_path: Path) -> None:
+    """It uses the CLS token and the mean of the patches; the converted weights have the dtype of the file."""
+    backbone = build_vit_weights(1, "ls{}.gamma", width=384)
+    if registers:
+        backbone = add_token(backbone, register_tokens=(1, registers, 384))
+    head = fill({"weight": (LABELS, 768), "bias": (LABELS,)})
+    weights = {f"backbone.{name}": tensor.half() for name, tensor in backbone.items()}
+    weights |= {f"linear_head.{name}": tensor.half() for name, tensor in head.items()}
+    report = convert_checkpoint(str(save(weights, tmp_path / "lc.pth")), tmp_path / "made")
+    assert report.classifier == "kept" and all("logits" in row.differences for row in report.comparisons)
+    saved_weights = load_file(tmp_path / "made" / "model.safetensors")
+    dtypes = {weight.dtype for weight in saved_weights.values()}
+    assert dtypes == {torch.float32 if registers else torch.float16}  # the sum of the CLS token and its position
+    model: Any = ViTCLSForImageClassification.from_pretrained(tmp_path / "made", dtype=torch.float32)
+    images = torch.randn(2, 3, GRID * PATCH, GRID * PATCH)
+    tokens = run_authors_vit({name: tensor.half().float() for name, tensor in backbone.items()}, images)
+    pooled = torch.cat([tokens[:, 0], tokens[:, 1 + registers :].mean(dim=1)], dim=1)
+    expected = pooled @ head["weight"].half().float().T + head["bias"].half().float()
+    torch.testing.assert_close(model(images).logits, expected, atol=LIMIT, rtol=LIMIT)
+
+
+@torch.no_grad()
+def test_a_fine_tuned_mae(tmp_path: Path) -> None:
+    """The mean of the patches, then the norm, then the classifier."""
+    extra = {"head.weight": (LABELS, 768), "head.bias": (LABELS,), "fc_norm.weight": (768,), "fc_norm.bias": (768,)}
+    weights = build_vit_weights(width=768, extra=extra)
+    del weights["norm.weight"], weights["norm.bias"]
+    source = FileSource.load(save({"model": weights}, tmp_path / "mae.pth"))
+    model: Any = source.convert("keep", None)
+    assert source.family == "mae"
+    images = torch.randn(2, 3, GRID * PATCH, GRID * PATCH)
+    pooled = run_authors_vit(weights, images)[:, 1:].mean(dim=1)
+    pooled = nn.functional.layer_norm(pooled, (768,), weights["fc_norm.weight"], weights["fc_norm.bias"], eps=1e-6)
+    expected = pooled @ weights["head.weight"].T + weights["head.bias"]
+    torch.testing.assert_close(model(images).logits, expected, atol=LIMIT, rtol=LIMIT)
+
+
+@torch.no_grad()
+def test_rectangular_patches_and_other_arguments() -> None:
+    shapes = {"patch_embed.proj.weight": (192, 1, PATCH, 2 * PATCH)}
+    weights = build_vit_weights(extra=shapes)
+    model = convert_state_dict({"model": weights}, "deit")
+    images = torch.randn(2, 1, GRID * PATCH, 2 * GRID * PATCH)
+    torch.testing.assert_close(model(images).last_hidden_state, run_authors_vit(weights, images), atol=1e-5, rtol=1e-5)
+    oblong = weights | {"pos_embed": torch.zeros(1, 1 + 3 * 6, 192)}
+    model = convert_state_dict(oblong, "mae", image_size=(3 * PATCH, 12 * PATCH), num_attention_heads=4)
+    assert model.config.grid_size == (3, 6) and model.config.num_attention_heads == 4
+    labeled = convert_state_dict(weights, "deit", classifier="new", num_labels=3, id2label=dict(enumerate("abc")))
+    assert labeled.config.id2label[2] == "c" and labeled.classifier.out_features == 3
+
+
+# Architectures of the published sizes, by family.
+PUBLISHED_SIZES = {
+    "vit_{}_patch14_dinov2": ("small", "base", "large", "giant"),
+    "deit_{}_patch16_224": ("tiny", "small", "base"),
+    "deit3_{}_224": ("medium_patch16", "large_patch16", "huge_patch14"),
+    "vit_{}_patch14_reg1_tipsv2": ("base", "large", "so400m", "giant"),
+    "vit_{}_224": ("large_patch16", "huge_patch14", "huge_patch14_gap", "giant_patch16_gap"),
+}
+
+
+def test_published_widths_have_the_published_number_of_heads() -> None:
+    """The weights do not contain the number of heads, and a comparison would use the same number."""
+    for pattern, sizes in PUBLISHED_SIZES.items():
+        for size in sizes:
+            model: Any = timm.create_model(pattern.format(size), device="meta", depth=1)
+            assert NUM_HEADS[model.embed_dim] == model.blocks[0].attn.num_heads
+    for size in ("small", "base", "large", "huge_plus", "7b"):
+        model = timm.create_model(f"vit_{size}_patch16_dinov3", device="meta", depth=1)
+        num_heads = 20 if model.embed_dim == 1280 else NUM_HEADS[model.embed_dim]
+        assert num_heads == model.blocks[0].attn.num_heads
+
+
+# big_vision ----------------------------------------------------------------------------------------------------------
+
+
+FLAX_FILES: dict[str, Callable[[], Weights]] = {
+    "mean": lambda: build_flax_weights(GRID**2),
+    "cls": lambda: build_flax_weights(GRID**2) | fill({"cls": (1, 1, 48)}),
+    "attention": lambda: build_flax_weights(GRID**2) | build_map_head(),
+    "rectangular patches": lambda: build_flax_weights(GRID**2) | fill({"embedding/kernel": (PATCH, 2 * PATCH, 3, 48)}),
+    "vision_transformer": lambda: build_flax_weights(1 + GRID**2, is_earlier=True) | fill({"cls": (1, 1, 48)}),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", FLAX_FILES)
+def test_npz_files_of_big_vision(name: str, tmp_path: Path) -> None:
+    weights = FLAX_FILES[name]()
+    prefix = "" if name == "vision_transformer" else "params/img/" if name == "attention" else "params/"
+    arrays = {f"{prefix}{key}": tensor for key, tensor in weights.items()} | {"params/t": torch.ones(1)}
+    if name == "attention":  # stacked blocks
+        for key in [key for key in arrays if "encoderblock_0" in key]:
+            blocks = [arrays.pop(key.replace("encoderblock_0", f"encoderblock_{index}")) for index in range(2)]
+            arrays[key.replace("encoderblock_0", "encoderblock")] = torch.stack(blocks)
+    source = FileSource.load(save(arrays, tmp_path / "vit.npz"))
+    model: Any = source.convert("keep", None)
+    images = torch.randn(2, 3, *source.image_size)
+    expected = run_big_vision(weights, images)
+    assert (model(images).logits - expected).abs().max() <= LIMIT * expected.abs().max()
+    preprocessing = source.convert_preprocessing()
+    is_rectangular = name == "rectangular patches"  # timm crops only squares
+    assert bool(preprocessing.default_reason) == is_rectangular
+    assert is_rectangular or list(preprocessing.processor.image_mean) == [0.5, 0.5, 0.5]
+
+
+def test_resampling_that_is_not_supported_is_not_compared(tmp_path: Path) -> None:
+    """big_vision aligns the corners, so that only the native size is compared."""
+    file = save(FLAX_FILES["mean"](), tmp_path / "vit.npz")
+    report = convert_checkpoint(str(file), tmp_path / "made")
+    assert len(report.comparisons) == 1 and "aligned corners" in report.not_compared
+    with raises_one_line("pre_logits", error=ConversionError):
+        FileSource.load(save(FLAX_FILES["cls"]() | fill({"pre_logits/kernel": (48, 48)}), tmp_path / "pre.npz"))
+
+
+# Families by way of timm's names -------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("family", "name", "depth"),
+    [
+        ("clip", "vit_base_patch32_clip_quickgelu_224", 2),
+        ("eva02", "eva02_tiny_patch14_224", 12),
+        ("aimv2", "aimv2_large_patch14_224", 2),
+    ],
+)
+def test_families_that_timm_reads(family: str, name: str, depth: int, tmp_path: Path) -> None:
+    """From files with the authors' names, of the published widths."""
+    source: Any = randomize_weights(timm.create_model(name, depth=depth, num_classes=0 if family == "aimv2" else 7))
+    if family == "clip":
+        source.head.bias.zero_()
+    weights = AUTHORS_NAMES[family](dict(source.state_dict()))
+    loaded = FileSource.load(save(weights, tmp_path / "weights.safetensors"))
+    assert loaded.family == family
+    images = torch.randn(1, 3, *source.patch_embed.img_size)
+    height, width = source.patch_embed.patch_size
+    wide = torch.randn(1, 3, 3 * height, 5 * width)
+    resized = copy.deepcopy(source)
+    resized.set_input_size(img_size=wide.shape[-2:])
+    model: Any = loaded.convert("keep", None)
+    for reference, inputs in ((source, images), (resized, wide)):
+        expected = reference.forward_features(inputs)
+        tokens = model.base_model(inputs).last_hidden_state
+        assert (tokens - expected).abs().max() <= LIMIT * expected.abs().max()
+    if family != "aimv2":
+        torch.testing.assert_close(model(images).logits, source(images), atol=1e-5, rtol=1e-5)
+        assert loaded.convert("new", 3).config.num_labels == 3
+    if family == "clip":  # a file with only the image encoder
+        weights = {name.removeprefix("visual."): tensor for name, tensor in weights.items() if "visual" in name}
+        image_encoder = FileSource.load(save(weights, tmp_path / "visual.safetensors"))
+        assert image_encoder.family == "clip"
+        assert torch.equal(image_encoder.model(images), loaded.model(images))
+
+
+def rename(weights: Weights, swaps: dict[str, str]) -> Weights:
+    """Replace parts of the names."""
+    renamed: Weights = {}
+    for name, tensor in weights.items():
+        for part, theirs in swaps.items():
+            name = re.sub(part, theirs, name)
+        renamed[name] = tensor
+    return renamed
+
+
+def name_as_openai(weights: Weights) -> Weights:
+    """Return OpenAI's names and shapes of a CLIP image encoder, next to weights of the text encoder."""
+    weights = {name: tensor for name, tensor in weights.items() if name != "head.bias"}
+    weights |= {
+        "class_embedding": weights.pop("cls_token").flatten(),
+        "positional_embedding": weights.pop("pos_embed")[0],
+        "proj": weights.pop("head.weight").T,
+    }
+    swaps = {r"^patch_embed\.proj": "conv1", r"^norm_pre": "ln_pre", r"^norm\.": "ln_post."}
+    swaps |= {r"^blocks\.": "transformer.resblocks.", r"norm(\d)": r"ln_\1", r"mlp\.fc1": "mlp.c_fc"}
+    swaps |= {r"mlp\.fc2": "mlp.c_proj", r"attn\.proj": "attn.out_proj", r"attn\.qkv\.": "attn.in_proj_"}
+    renamed = rename(weights, swaps)
+    return {f"visual.{name}": tensor for name, tensor in renamed.items()} | {"logit_scale": torch.ones(1)}
+
+
+AUTHORS_NAMES: dict[str, Callable[[Weights], Weights]] = {
+    "clip": name_as_openai,
+    "eva02": lambda weights: rename(  # baaivision/EVA
+        weights | {"rope.freqs_cos": torch.ones(1)},
+        {
+            r"mlp\.fc1_g": "mlp.w1",
+            r"mlp\.fc1_x": "mlp.w2",
+            r"mlp\.norm": "mlp.ffn_ln",
+            r"mlp\.fc2": "mlp.w3",
+            r"attn\.(q|v)_proj\.bias": r"attn.\1_bias",
+        },
+    ),
+    "aimv2": lambda weights: rename(  # apple/ml-aim
+        weights,
+        {
+            r"^patch_embed": "preprocessor.patchifier",
+            r"^pos_embed": "preprocessor.pos_embed",
+            r"^blocks": "trunk.blocks",
+            r"^norm\.": "trunk.post_trunk_norm.",
+            r"norm(\d)": r"norm_\1",
+            r"mlp\.fc1_g": "mlp.fc1",
+            r"mlp\.fc1_x": "mlp.fc3",
+        },
+    ),
+}
+
+
+# Refusals ------------------------------------------------------------------------------------------------------------
+
+
+def build_nested_state_dict() -> dict[str, Any]:
+    """Return a state dict that contains itself."""
+    content: dict[str, Any] = {"epoch": 3}
+    content["model"] = content
+    return content
+
+
+PLAIN = build_vit_weights()
+# Name: content of the file, --family, words in the error
+REFUSED: dict[str, tuple[Any, str | None, tuple[str, ...]]] = {
+    "several families": (PLAIN, None, ("--family", "dino", "mae", "deit")),
+    "beit": ({"blocks.0.attn.relative_position_bias_table": torch.zeros(3)}, None, ("transformers:",)),
+    "sapiens2": ({"blocks.0.attn.wq.weight": torch.zeros(3)}, None, ("transformers:",)),
+    "swin": ({"layers.0.weight": torch.zeros(3)}, None, ("layers.0.weight", "timm:NAME")),
+    "nothing": ({}, None, ("timm:NAME",)),
+    "unknown family": (PLAIN, "swin", ("swin", "--family", "dinov2")),
+    "wrong family": (PLAIN, "dinov3", ("nonzero key biases",)),
+    "list": ([torch.zeros(3)], None, ("list",)),
+    "a state dict in itself": (build_nested_state_dict(), None, ("nested", "safetensors")),
+    "integers": (
+        {"model": build_vit_weights(extra=HEAD) | {"blocks.0.attn.qkv.weight": torch.zeros(576, 192).to(torch.int8)}},
+        None,
+        ("blocks.0.attn.qkv.weight", "int8"),
+    ),
+    "width": (
+        {
+            "visual.class_embedding": torch.zeros(3),
+            "visual.conv1.weight": torch.zeros(3, 3, 8, 8),
+            "visual.positional_embedding": torch.zeros(5, 3),
+        },
+        None,
+        ("clip", "(768, 32)", "timm:NAME"),
+    ),
+    "no positions": ({n: t for n, t in PLAIN.items() if n != "pos_embed"}, "deit", ("pos_embed", "--family")),
+    "no MLP": ({n: t for n, t in PLAIN.items() if "mlp" not in n}, "deit", ("blocks.0.mlp.fc1.weight",)),
+    "no final norm": ({n: t for n, t in PLAIN.items() if n != "norm.weight"}, "deit", ("norm.weight",)),
+    "another weight": (PLAIN | {"blocks.0.extra\nname": torch.zeros(1)}, "deit", ("blocks.0.extra name",)),
+    "no block 2": (
+        {n.replace("blocks.1.", "blocks.999."): t for n, t in PLAIN.items()} | {"blocks.1.x": PLAIN["cls_token"]},
+        "deit",
+        ("no block 2",),
+    ),
+    "heads": (build_vit_weights(width=48), "deit", ("num_attention_heads",)),
+    "grid": (PLAIN | {"pos_embed": torch.zeros(1, 1 + 3 * 6, 192)}, "mae", ("image_size",)),
+    "shape": (PLAIN | {"blocks.0.attn.qkv.bias": torch.tensor(0.0)}, "deit", ("deit",)),
+    "Flax": (PLAIN, "big_vision", ("embedding/kernel",)),
+    "Flax without blocks": (
+        {name: part for name, part in build_flax_weights(GRID**2).items() if "block_0" not in name},
+        "big_vision",
+        ("encoderblock",),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_not_a_supported_file_is_refused(name: str, tmp_path: Path) -> None:
+    content, family, words = REFUSED[name]
+    torch.save(content, tmp_path / "weights.pth")
+    with raises_one_line(*words, error=ConversionError):
+        FileSource.load(tmp_path / "weights.pth", family)
+
+
+def test_values_that_are_not_numbers_are_refused() -> None:
+    for weights in ({"cls_token": None}, {"cls_token": np.zeros(2, dtype="V2")}):
+        with raises_one_line("cls_token", "float32", error=ConversionError):
+            convert_state_dict(weights, "deit")
+    with raises_one_line("state dict", "list", error=ConversionError):
+        convert_state_dict([torch.zeros(1)], "deit")  # type: ignore[arg-type]
+
+
+def test_unreadable_files_are_refused(tmp_path: Path) -> None:
+    with raises_one_line("is not a file", error=OSError):
+        FileSource.load(tmp_path / "missing.pth")
+    (tmp_path / "weights.ckpt").touch()
+    with raises_one_line("weights.ckpt", ".npz .safetensors", error=ConversionError):
+        FileSource.load(tmp_path / "weights.ckpt")
+    (tmp_path / "damaged.pth").write_bytes(b"damaged")
+    with raises_one_line("damaged.pth", error=ConversionError):
+        FileSource.load(tmp_path / "damaged.pth")
+
+
+class RunWhenUnpickled:
+    """Creates a folder when it is unpickled."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.folder),)
+
+
+def test_no_code_in_a_file_runs(tmp_path: Path) -> None:
+    torch.save({"model": RunWhenUnpickled(tmp_path / "ran")}, tmp_path / "evil.pth")
+    torch.jit.script(nn.Linear(2, 2)).save(str(tmp_path / "script.pt"))
+    np.savez(tmp_path / "evil.npz", embedding=np.array([RunWhenUnpickled(tmp_path / "ran")], dtype=object))
+    for name in ("evil.pth", "script.pt", "evil.npz"):
+        with raises_one_line(name, error=ConversionError):
+            FileSource.load(tmp_path / name)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_file_as_a_model_of_other_commands(tmp_path: Path) -> None:
+    file = save({"model": build_vit_weights(extra=HEAD)}, tmp_path / "deit.pth")
+    source = FileSource.load(file)
+    model, processor = source.convert("keep", None), source.convert_preprocessing().processor
+    assert isinstance(model, ViTCLSForImageClassification) and model.config.num_labels == LABELS
+    assert (processor.crop_size.height, processor.crop_size.width) == (GRID * PATCH, GRID * PATCH)
+    provenance = find_provenance(str(file))
+    assert provenance.name == "deit.pth" and provenance.license is None
+    comparisons, _ = compare_models(source, model, has_source_classifier=True)
+    assert [set(comparison.differences) for comparison in comparisons] == [{"cls", "patches", "logits"}] * 2
