@@ -379,6 +379,44 @@ class FinetuneOptions(TaskOptions):
 
 
 @dataclass(frozen=True)
+class LeJEPAOptions:
+    """Views and loss of LeJEPA (Balestriero and LeCun 2025)."""
+
+    global_crops: int = 2
+    """Number of large crops of each image."""
+    local_crops: int = 6
+    """Number of small crops of each image, with 0.43 times the image size."""
+    global_crop_scale: float = 0.3
+    """Minimum area of global crops and maximum area of local crops, as a fraction of the image area."""
+    sigreg_weight: float = 0.05
+    """Weight of SIGReg, the loss that keeps the features from collapsing."""
+    projector_width: int = 1024
+    """Channels of the projector's two hidden layers."""
+    projector_features: int = 64
+    """Channels of the projector's output."""
+
+    def __post_init__(self) -> None:
+        check_minimum(self, 1, "global_crops", "projector_width", "projector_features")
+        check_minimum(self, 0, "local_crops")
+        check_value(self, "global_crop_scale", 0.05 < self.global_crop_scale <= 1, "above 0.05 and at most 1")
+        check_value(self, "sigreg_weight", 0 < self.sigreg_weight < 1, "between 0 and 1")
+
+
+@dataclass(frozen=True)
+class MAEOptions:
+    """Masks and decoder of MAE (He et al. 2021)."""
+
+    mask_ratio: float = 0.75
+    """Fraction of the patches to mask."""
+    decoder_layers: int = 4
+    """Layers of the decoder. The paper uses 8 for ViT-B."""
+
+    def __post_init__(self) -> None:
+        check_value(self, "mask_ratio", 0 < self.mask_ratio < 1, "between 0 and 1")
+        check_minimum(self, 1, "decoder_layers")
+
+
+@dataclass(frozen=True)
 class MaskingOptions:
     """Masking for masked image modeling."""
 

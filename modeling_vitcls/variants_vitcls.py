@@ -174,14 +174,7 @@ class PatchDropout(nn.Module):
         if not self.training:
             return hidden_states, mask, position_embeddings
         kept_indices = self.choose_patches(hidden_states)  # [B, num_kept]
-        prefix_indices = torch.arange(self.num_prefix_tokens, device=hidden_states.device)
-        prefix_indices = prefix_indices.expand(hidden_states.shape[0], -1)
-        indices = torch.cat([prefix_indices, kept_indices + self.num_prefix_tokens], dim=1)  # [B, n]
-        return (
-            select_tokens(hidden_states, indices),
-            map_layers(mask, lambda layer_mask: select_mask(layer_mask, indices)),
-            map_layers(position_embeddings, lambda cos_sin: select_position_embeddings(cos_sin, kept_indices)),
-        )
+        return keep_patches(hidden_states, mask, position_embeddings, kept_indices, self.num_prefix_tokens)
 
     def choose_patches(self, hidden_states: Tensor) -> Tensor:
         """Return the indices [B, num_kept] of the patches to keep, in ascending order."""
@@ -192,6 +185,19 @@ class PatchDropout(nn.Module):
 
     def extra_repr(self) -> str:
         return f"rate={self.rate}"
+
+
+def keep_patches(
+    hidden_states: Tensor, mask: Any, position_embeddings: Any, kept_indices: Tensor, num_prefix_tokens: int
+) -> tuple[Tensor, Any, Any]:
+    """Keep the special tokens and the patches at `kept_indices` [B, num_kept], as `PatchDropout.forward` does."""
+    prefix_indices = torch.arange(num_prefix_tokens, device=hidden_states.device).expand(len(hidden_states), -1)
+    indices = torch.cat([prefix_indices, kept_indices + num_prefix_tokens], dim=1)  # [B, n]
+    return (
+        select_tokens(hidden_states, indices),
+        map_layers(mask, lambda layer_mask: select_mask(layer_mask, indices)),
+        map_layers(position_embeddings, lambda cos_sin: select_position_embeddings(cos_sin, kept_indices)),
+    )
 
 
 def get_num_kept_patches(drop_rate: float, num_patches: int) -> int:

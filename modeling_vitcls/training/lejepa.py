@@ -1,0 +1,158 @@
+"""LeJEPA (Balestriero and LeCun 2025, arXiv 2511.08544): pre-training without labels, teacher or stop-gradient.
+
+    image -> global and local crops -> encoder -> pooled token -> projector -> z [views, B, P]
+
+    loss = (1 - weight) * invariance(z) + weight * SIGReg(z)
+
+The invariance loss pulls all views of an image to the mean of its global views. SIGReg makes the distribution of z an
+isotropic Gaussian, so that the features cannot collapse. The loss is the same over several processes as over one
+process with all images. The crops are drawn on the model's device, from PyTorch's random numbers.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from ..configuration_vitcls import ViTCLSConfig
+from ..data.batches import Batch, Normalizer
+from ..modeling_vitcls import ViTCLSModel, ViTCLSPreTrainedModel
+from ..options import LeJEPAOptions
+from .losses import Losses
+
+
+MAX_FREQUENCY, NUM_FREQUENCIES = 3.0, 17  # of the characteristic functions that SIGReg compares
+NUM_DIRECTIONS = 256  # number of random directions per step
+LOCAL_SIZE = 0.43  # side length of local crops, as a fraction of the image size (98 of 224 pixels)
+MAX_ASPECT_RATIO = 4 / 3
+JITTER_PROBABILITY, JITTER = 0.8, 0.4  # brightness, contrast and saturation change by a factor of 1 - 0.4 to 1 + 0.4
+GRAY_PROBABILITY = 0.2
+
+
+class LeJEPA(ViTCLSPreTrainedModel):
+    """An encoder with a projector on its pooled token. The projector is dropped after pre-training."""
+
+    def __init__(self, config: ViTCLSConfig, width: int = 1024, num_features: int = 64) -> None:
+        super().__init__(config)
+        self.vitcls = ViTCLSModel(config)
+        # LayerNorm instead of BatchNorm: no image depends on the other images of its process.
+        self.projector = nn.Sequential(
+            nn.Linear(config.pooled_size, width), nn.LayerNorm(width), nn.GELU(),
+            nn.Linear(width, width), nn.LayerNorm(width), nn.GELU(),
+            nn.Linear(width, num_features),
+        )  # fmt: skip
+        self.post_init()
+
+    def forward(self, *views: Tensor) -> Tensor:
+        """Return the projections [views, B, P] of images [views, B, C, H, W] of one or more sizes."""
+        projections = []
+        for images in views:
+            pooled: Tensor = self.vitcls(images.flatten(0, 1)).pooler_output
+            projections.append(self.projector(pooled).unflatten(0, images.shape[:2]))
+        return torch.cat(projections)
+
+
+@dataclass(frozen=True)
+class LeJEPAObjective:
+    """Loss of a batch: crops, projections, invariance and SIGReg."""
+
+    normalize: Normalizer
+    options: LeJEPAOptions
+    patch_size: tuple[int, int]
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Losses:
+        options, pixels = self.options, batch["pixels"].float() / 255
+        height, width = pixels.shape[-2:]
+        small = [
+            max(2, round(LOCAL_SIZE * side / patch)) * patch
+            for side, patch in zip((height, width), self.patch_size, strict=True)
+        ]
+        views = [self.draw_crops(pixels, options.global_crops, [height, width], (options.global_crop_scale, 1.0))]
+        if options.local_crops:
+            views.append(self.draw_crops(pixels, options.local_crops, small, (0.05, options.global_crop_scale)))
+        projections = model(*views).float()
+        invariance = compute_invariance_loss(projections, options.global_crops)
+        sigreg = compute_sigreg(projections, draw_directions(projections, NUM_DIRECTIONS))
+        loss = (1 - options.sigreg_weight) * invariance + options.sigreg_weight * sigreg
+        return {"loss": loss, "invariance_loss": invariance, "sigreg_loss": sigreg}
+
+    def draw_crops(self, pixels: Tensor, num_crops: int, size: list[int], scale: tuple[float, float]) -> Tensor:
+        """Return normalized random crops [num_crops, B, C, *size] with random colors."""
+        crops = [self.normalize(255 * jitter(crop(pixels, size, scale))) for _ in range(num_crops)]
+        return torch.stack(crops)
+
+
+# Views ---------------------------------------------------------------------------------------------------------------
+
+
+def crop(pixels: Tensor, size: list[int], scale: tuple[float, float]) -> Tensor:
+    """Return a random crop of each image [B, C, H, W], resized to `size` and flipped with a probability of 0.5.
+
+    `scale` is the range of the area as a fraction of the image, as in torchvision's RandomResizedCrop.
+    """
+    area, ratio, x, y, flip = torch.rand(5, len(pixels), device=pixels.device)
+    area = scale[0] + (scale[1] - scale[0]) * area
+    ratio = torch.exp((2 * ratio - 1) * math.log(MAX_ASPECT_RATIO))
+    width, height = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
+    transforms = pixels.new_zeros(len(pixels), 2, 3)
+    transforms[:, 0, 0], transforms[:, 0, 2] = width * (1 - 2 * (flip < 0.5).float()), (2 * x - 1) * (1 - width)
+    transforms[:, 1, 1], transforms[:, 1, 2] = height, (2 * y - 1) * (1 - height)
+    grid = nn.functional.affine_grid(transforms, [*pixels.shape[:2], *size], align_corners=False)
+    return nn.functional.grid_sample(pixels, grid, padding_mode="border", align_corners=False)
+
+
+def jitter(pixels: Tensor) -> Tensor:
+    """Return images [B, C, H, W] in [0, 1] with random brightness, contrast and saturation, some of them gray."""
+    random = torch.rand(5, len(pixels), 1, 1, 1, device=pixels.device)
+    factors = torch.where(random[3] < JITTER_PROBABILITY, 1 + JITTER * (2 * random[:3] - 1), 1)
+    pixels = pixels * factors[0]
+    mean = pixels.mean(dim=(1, 2, 3), keepdim=True)
+    pixels = mean + (pixels - mean) * factors[1]
+    gray = pixels.mean(dim=1, keepdim=True)
+    pixels = gray + (pixels - gray) * torch.where(random[4] < GRAY_PROBABILITY, 0, factors[2])
+    return pixels.clamp(0, 1)
+
+
+# Loss ----------------------------------------------------------------------------------------------------------------
+
+
+def compute_invariance_loss(projections: Tensor, num_global: int) -> Tensor:
+    """Return the mean squared distance of projections [views, B, P] from the mean of the first `num_global` views."""
+    return (projections - projections[:num_global].mean(dim=0)).square().mean()
+
+
+def compute_sigreg(projections: Tensor, directions: Tensor) -> Tensor:
+    """Return the Epps-Pulley statistic of projections [views, B, P], averaged over views and directions [P, M].
+
+    The statistic is the number of images times the integral of |characteristic function of the projections - that of
+    a Gaussian|^2, weighted with the Gaussian's (section 4.2; trapezoidal rule).
+    """
+    frequencies = torch.linspace(0, MAX_FREQUENCY, NUM_FREQUENCIES, device=projections.device)
+    gaussian = torch.exp(-frequencies.square() / 2)
+    weights = torch.full_like(frequencies, 2 * MAX_FREQUENCY / (NUM_FREQUENCIES - 1))  # twice, for both signs
+    weights[[0, -1]] /= 2
+    angles = (projections @ directions).unsqueeze(-1) * frequencies  # [views, B, M, frequencies]
+    cos, sin = average_over_processes(torch.stack([angles.cos(), angles.sin()]).mean(dim=2))  # [views, M, frequencies]
+    errors = (cos - gaussian).square() + sin.square()
+    num_processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return (errors @ (weights * gaussian)).mean() * projections.shape[1] * num_processes
+
+
+def draw_directions(projections: Tensor, num_directions: int) -> Tensor:
+    """Return random unit vectors [P, num_directions], the same on all processes."""
+    directions = torch.randn(projections.shape[-1], num_directions, device=projections.device)
+    if dist.is_available() and dist.is_initialized():
+        dist.broadcast(directions, src=0)
+    return directions / directions.norm(dim=0)
+
+
+def average_over_processes(values: Tensor) -> Tensor:
+    """Return the mean over processes. Gradients flow to this process's values only, because data parallelism then
+    averages the gradients of all processes."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return values
+    total = values.detach().clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size() + values - values.detach()

@@ -1,0 +1,140 @@
+"""Masked autoencoder (MAE; He et al. 2021, arXiv 2111.06377): pre-training by reconstruction of masked patches.
+
+    image -> visible patches -> encoder -> linear -> with mask tokens and positions -> decoder -> masked pixels
+
+The encoder computes only the visible patches and the special tokens. The decoder has plain ViT layers and is dropped
+after pre-training. The loss is the squared difference from the pixels of masked patches, normalized per patch
+(section 3). `ViTCLSForMaskedImageModeling` is the other form of masked image modeling, in which the encoder sees all
+patches, with mask tokens in place of the masked ones (BEiT, SimMIM).
+"""
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from ..blocks_vitcls import SinCosPositions, build_norm
+from ..configuration_vitcls import ViTCLSConfig
+from ..data.batches import Batch, Normalizer
+from ..heads_vitcls import PixelDecoder, compute_masked_pixel_loss
+from ..modeling_vitcls import MaskedImageModelingOutput, ViTCLSModel, ViTCLSPreTrainedModel
+from ..variants_vitcls import get_layer_classes, keep_patches
+from .losses import Losses
+
+
+HEAD_DIM = 32  # of the decoder, as in the paper (512 channels, 16 heads)
+
+
+def build_decoder_config(config: ViTCLSConfig, num_layers: int) -> ViTCLSConfig:
+    """Return the configuration of a decoder with two thirds of the encoder's width, as for ViT-B in the paper."""
+    width = HEAD_DIM * max(1, round(config.hidden_size * 2 / 3 / HEAD_DIM))
+    return ViTCLSConfig(
+        hidden_size=width,
+        num_hidden_layers=num_layers,
+        num_attention_heads=width // HEAD_DIM,
+        intermediate_size=4 * width,
+        layer_norm_eps=config.layer_norm_eps,
+        image_size=config.image_size,
+        patch_size=config.patch_size,
+        num_channels=config.num_channels,
+    )
+
+
+class VisiblePatches(nn.Module):
+    """Keeps the patches at `indices` [B, K] in the encoder's sequence, or all patches if `indices` is None."""
+
+    def __init__(self, num_prefix_tokens: int) -> None:
+        super().__init__()
+        self.num_prefix_tokens = num_prefix_tokens
+        self.indices: Tensor | None = None
+
+    def forward(self, hidden_states: Tensor, mask: Any, position_embeddings: Any) -> tuple[Tensor, Any, Any]:
+        """Select tokens in hidden states [B, N, D], masks and position embeddings."""
+        if self.indices is None:
+            return hidden_states, mask, position_embeddings
+        return keep_patches(hidden_states, mask, position_embeddings, self.indices, self.num_prefix_tokens)
+
+
+class MAE(ViTCLSPreTrainedModel):
+    """An encoder of visible patches and a decoder of all patches."""
+
+    def __init__(self, config: ViTCLSConfig, decoder_config: ViTCLSConfig | None = None) -> None:
+        super().__init__(config)
+        decoder_config = decoder_config or build_decoder_config(config, num_layers=4)
+        decoder_config._attn_implementation = config._attn_implementation
+        self.num_prefix_tokens = config.token_layout.num_prefix_tokens
+        self.loss_config = copy.copy(config)
+        self.loss_config.mim_loss, self.loss_config.norm_pixel_target = "l2", True
+        self.vitcls = ViTCLSModel(config, add_pooling_layer=False)
+        self.vitcls.patch_dropout = VisiblePatches(self.num_prefix_tokens)
+        width = decoder_config.hidden_size
+        self.decoder_embed = nn.Linear(config.hidden_size, width)
+        self.decoder_positions = SinCosPositions(decoder_config)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, width))
+        layer_class, attention_class = get_layer_classes(decoder_config)
+        self.decoder_layers = nn.ModuleList(
+            layer_class(decoder_config, 0.0, attention_class) for _ in range(decoder_config.num_hidden_layers)
+        )
+        self.decoder_norm = build_norm(decoder_config)
+        self.decoder = PixelDecoder(decoder_config)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if module is self:
+            init.trunc_normal_(self.mask_token, mean=0.0, std=self.config.initializer_range)
+        else:
+            super()._init_weights(module)
+
+    def forward(self, pixel_values: Tensor, bool_masked_pos: Tensor) -> MaskedImageModelingOutput:
+        """Reconstruct images [B, C, H, W] from their visible patches.
+
+        Args:
+            pixel_values: [B, C, H, W].
+            bool_masked_pos: [B, rows * columns]; True for masked patches; the same number in every image.
+
+        Returns:
+            The loss over the masked patches, and `reconstruction` [B, C, H, W], normalized per patch.
+        """
+        grid_size = self.vitcls.embeddings.patch_embeddings.get_grid_size(pixel_values)
+        num_visible = int((~bool_masked_pos[0]).sum())
+        visible = bool_masked_pos.int().argsort(dim=1, stable=True)[:, :num_visible]  # [B, K], ascending
+        self.vitcls.patch_dropout.indices = visible
+        try:
+            tokens = self.decoder_embed(self.vitcls(pixel_values).last_hidden_state)  # [B, prefix + K, width]
+        finally:
+            self.vitcls.patch_dropout.indices = None
+        special_tokens, patches = tokens.split([self.num_prefix_tokens, num_visible], dim=1)
+        all_patches = self.mask_token.to(tokens.dtype).expand(len(tokens), bool_masked_pos.shape[1], -1)
+        all_patches = all_patches.scatter(1, visible.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]), patches)
+        _, all_patches = self.decoder_positions({}, all_patches, grid_size)
+        hidden_states = torch.cat([special_tokens, all_patches], dim=1)
+        for layer in self.decoder_layers:
+            hidden_states = layer(hidden_states)
+        decoded = self.decoder_norm(hidden_states)[:, self.num_prefix_tokens :]
+        reconstruction = self.decoder(decoded, grid_size)
+        loss = compute_masked_pixel_loss(reconstruction, pixel_values, bool_masked_pos, self.loss_config)
+        return MaskedImageModelingOutput(loss=loss, reconstruction=reconstruction)
+
+
+@dataclass(frozen=True)
+class MAEObjective:
+    """Loss of a batch with random masks of single patches."""
+
+    normalize: Normalizer
+    num_patches: int
+    mask_ratio: float
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Losses:
+        pixels = self.normalize(batch["pixels"])
+        return {"loss": model(pixels, draw_masks(len(pixels), self.num_patches, self.mask_ratio, pixels.device)).loss}
+
+
+def draw_masks(num_images: int, num_patches: int, mask_ratio: float, device: torch.device) -> Tensor:
+    """Return random masks [num_images, num_patches], True for masked patches; at least one patch stays visible."""
+    num_visible = max(1, int(num_patches * (1 - mask_ratio)))
+    order = torch.rand(num_images, num_patches, device=device).argsort(dim=1)
+    return torch.ones_like(order, dtype=torch.bool).scatter(1, order[:, :num_visible], False)

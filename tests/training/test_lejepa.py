@@ -1,0 +1,101 @@
+"""LeJEPA: the loss equals lightly's, also over two processes; random crops; gradients reach the tokens."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.tiny_models import build_images, build_tiny_config
+from torch import distributed, multiprocessing
+
+from modeling_vitcls.data.batches import Normalizer
+from modeling_vitcls.image_processing_vitcls import ViTCLSImageProcessor
+from modeling_vitcls.options import LeJEPAOptions
+from modeling_vitcls.training import lejepa
+from modeling_vitcls.training.lejepa import LeJEPA, LeJEPAObjective, compute_invariance_loss, compute_sigreg, crop
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("num_global", "num_local", "num_images"), [(2, 6, 32), (1, 1, 5), (3, 2, 1)])
+def test_the_loss_equals_that_of_lightly(
+    num_global: int, num_local: int, num_images: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loss_module = pytest.importorskip("lightly.loss.lejepa_loss")
+    projections = torch.randn(num_global + num_local, num_images, 16) * 2 + 0.5
+    directions = torch.nn.functional.normalize(torch.randn(16, 1024), dim=0)
+    theirs = loss_module.LeJEPALoss(lambda_param=0.1)
+    monkeypatch.setattr(theirs.sigreg, "_generate_unit_vectors", lambda *arguments: directions)
+    expected = theirs(global_proj=projections[:num_global], local_proj=projections[num_global:])
+    ours = 0.9 * compute_invariance_loss(projections, num_global) + 0.1 * compute_sigreg(projections, directions)
+    torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-6)
+
+
+def test_sigreg_measures_the_distance_from_a_gaussian() -> None:
+    """Compare with the integral over frequencies by scipy, and with other distributions."""
+    from scipy import integrate
+
+    values = torch.randn(1, 40, 1, dtype=torch.float64)
+
+    def get_error(t: float) -> float:
+        characteristic = torch.exp(1j * t * values).mean()
+        return float((characteristic - math.exp(-t * t / 2)).abs() ** 2 * math.exp(-t * t / 2))
+
+    integral, _ = integrate.quad(get_error, -3, 3)
+    found = compute_sigreg(values.float(), torch.ones(1, 1))
+    assert float(found) == pytest.approx(40 * integral, rel=0.02)
+    gaussian, directions = torch.randn(1, 2000, 8), torch.nn.functional.normalize(torch.randn(8, 64), dim=0)
+    collapsed, scaled = torch.zeros(1, 2000, 8), 2 * gaussian
+    near, *far = (float(compute_sigreg(each, directions)) for each in (gaussian, collapsed, scaled, gaussian + 1))
+    assert near < 2 and min(far) > 20 * near
+
+
+def compare_with_one_process(rank: int, folder: Path) -> None:
+    """Check that the mean gradient over two processes equals the gradient of one process with all images."""
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    weight, images = torch.randn(6, 4), torch.randn(3, 10, 6)  # 3 views of 10 images
+    torch.manual_seed(rank)  # only the first process's directions are used
+    directions = lejepa.draw_directions(torch.empty(3, 10, 4), 32)
+    local = weight.clone().requires_grad_()
+    loss = compute_sigreg(images[:, rank * 5 : rank * 5 + 5] @ local, directions)
+    loss.backward()
+    distributed.all_reduce(local.grad)
+    distributed.destroy_process_group()
+    whole = weight.clone().requires_grad_()
+    torch.manual_seed(0)
+    assert torch.equal(directions, lejepa.draw_directions(torch.empty(3, 10, 4), 32))
+    expected = compute_sigreg(images @ whole, directions)
+    expected.backward()
+    torch.testing.assert_close(loss, expected, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(local.grad / 2, whole.grad, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.integration
+def test_two_processes_equal_one(tmp_path: Path) -> None:
+    multiprocessing.spawn(compare_with_one_process, (tmp_path,), nprocs=2)
+
+
+def test_crops_are_parts_of_the_image() -> None:
+    rows = torch.arange(32.0)[:, None].expand(32, 32)
+    pixels = torch.stack([rows, rows.T, torch.full((32, 32), 7.0)]).expand(200, -1, -1, -1)
+    crops = crop(pixels, [16, 16], (0.25, 0.25))
+    assert crops.shape == (200, 3, 16, 16) and (crops[:, 2] - 7).abs().max() < 1e-4
+    y_steps, x_steps = crops[:, 0].diff(dim=1)[:, 2:-2].mean((1, 2)), crops[:, 1].diff(dim=2)[:, :, 2:-2].mean((1, 2))
+    torch.testing.assert_close(y_steps * x_steps.abs(), torch.ones(200), atol=1e-3, rtol=0)  # a quarter of the area
+    assert (y_steps > 0).all() and 0.3 < (x_steps < 0).float().mean() < 0.7  # flipped only horizontally
+    assert 0.86 < y_steps.min() < 0.9 and 1.1 < y_steps.max() < 1.16  # aspect ratios of 3/4 to 4/3
+    centers = crops[:, 0].mean((1, 2))
+    assert centers.min() < 10 and centers.max() > 21
+    whole = crop(pixels[:1], [32, 32], (1.0, 1.0))
+    assert whole[:, 0].max() - whole[:, 0].min() > 23  # at most the aspect ratio is cropped
+
+
+@pytest.mark.parametrize("fields", [{}, {"pooling": "mean"}, {"num_cls_tokens": 2, "num_register_tokens": 3}])
+def test_gradients_reach_the_tokens(fields: dict) -> None:
+    model = LeJEPA(build_tiny_config(**fields), width=32, num_features=8)
+    objective = LeJEPAObjective(Normalizer(ViTCLSImageProcessor(), torch.device("cpu")), LeJEPAOptions(), (8, 8))
+    losses = objective(model, {"pixels": (build_images(4).sigmoid() * 255).to(torch.uint8)})
+    losses["loss"].backward()
+    torch.testing.assert_close(losses["loss"], 0.95 * losses["invariance_loss"] + 0.05 * losses["sigreg_loss"])
+    without = [name for name, weight in model.named_parameters() if weight.grad is None]
+    assert without == [] and model.vitcls.embeddings.cls_token.grad.abs().sum() > 0
