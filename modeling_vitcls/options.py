@@ -84,8 +84,13 @@ class ModelOptions:
     token for each cell of a grid of 2 rows and 2 columns."""
     head_type: Literal["linear", "mlp"] | None = None
     """Type of the classification head."""
-    image_size: int | tuple[int, int] | None = None
-    """Image height and width in pixels; one number sets both."""
+    image_size: int | tuple[int, int] | Literal["native"] | None = None
+    """Image height and width in pixels; one number sets both. `native` keeps the size of the checkpoint. Default: the
+    size of the preset or checkpoint, but fine-tuning uses 224 pixels for checkpoints of more than 256 pixels per
+    side."""
+    fit: Literal["squash", "crop", "pad"] = "squash"
+    """How images of other aspect ratios become the input: resize the whole image (`squash`), crop the center (`crop`)
+    or add gray (`pad`). Saved in the image processor, for evaluation and prediction."""
     patch_size: int | tuple[int, int] | None = None
     """Patch height and width in pixels; one number sets both."""
     position_embedding_type: Literal["learned", "sincos_2d", "rope_2d", "none"] | None = None
@@ -114,7 +119,11 @@ class ModelOptions:
 
     def get_config_values(self) -> dict[str, Any]:
         """Return the ViTCLSConfig fields that these options set, with their values."""
-        config_values = {name: value for name, value in vars(self).items() if name != "model" and value is not None}
+        config_values = {
+            name: value
+            for name, value in vars(self).items()
+            if name not in ("model", "fit") and value not in (None, "native")
+        }
         if self.cls_scopes:
             config_values["cls_scopes"] = parse_cls_scopes(self.cls_scopes)
             config_values.setdefault("num_cls_tokens", len(config_values["cls_scopes"]))
@@ -449,6 +458,9 @@ class EvaluateOptions:
     """Dataset split to evaluate. If the dataset has a single split that is not named `test`, `test` selects the
     held-out split of fine-tuning. Default: the held-out split that was used in training, or `test` if there is no such
     split."""
+    fit: Literal["squash", "crop", "pad"] | None = None
+    """How images of other aspect ratios become the input: resize the whole image (`squash`), crop the center (`crop`)
+    or add gray (`pad`). Default: the setting of the image processor."""
     batch_size: int = 64
     """Number of images per process and forward pass."""
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
@@ -517,6 +529,9 @@ class PredictOptions(ImageOptions):
     """Minimum probability of a predicted label (multi-label models only)."""
     features: Literal["cls", "mean", "registers", "distillation"] | None = None
     """Features to write instead of labels: tokens of the last layer, or `mean` for the mean of the patch tokens."""
+    fit: Literal["squash", "crop", "pad"] | None = None
+    """How images of other aspect ratios become the input: resize the whole image (`squash`), crop the center (`crop`)
+    or add gray (`pad`). Default: the setting of the image processor."""
     num_workers: int | None = None
     """Number of image loading threads per process. Default: the number of CPU cores, but at most 8."""
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None

@@ -2,42 +2,23 @@
 
     rows [..., key] -> extract_patch_maps [..., gh, gw] -> upsample_maps [..., h, w] -> overlay, an image
                                                            |
-    processor, image size -> get_visible_region, a box ____|
+    processor, image size -> get_visible_region (data/fit.py), a box ____|
 
 The rows are returned by `model.token_attention`. Figures are in figures.py.
 """
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from matplotlib import colormaps
 from PIL import Image
 from torch import nn
-from transformers.image_transforms import get_size_with_aspect_ratio
-from transformers.image_utils import get_image_size_for_max_height_width
 
 from ..configuration_vitcls import ViTCLSConfig
-from ..image_processing_vitcls import CROP_ROUNDINGS, pil_to_tensor
+from ..data.fit import Size, VisibleRegion
+from ..image_processing_vitcls import pil_to_tensor
 from ..token_names import get_token_names_by_group
-
-
-Size = tuple[int, int]  # height, width in pixels
-Processor = Any  # a ViTCLSImageProcessor or ViTCLSImageProcessorPil; transformers sets the attributes dynamically
-
-
-class VisibleRegion(NamedTuple):
-    """Edges, in pixels, of the image region that the model receives; (0, 0, w, h) is the whole image.
-
-    The region extends beyond the image if the processor pads the image.
-    """
-
-    left: float
-    top: float
-    right: float
-    bottom: float
 
 
 def get_head_names(config: ViTCLSConfig) -> list[str]:
@@ -141,57 +122,6 @@ def normalize_pixel_centers(length: int, start: float, stop: float) -> torch.Ten
     """Return the centers of `length` pixels as float32 [length], scaled so that `start` is -1 and `stop` is 1."""
     centers = torch.arange(length, dtype=torch.float64) + 0.5
     return ((centers - start) / (stop - start) * 2 - 1).float()
-
-
-# Visible region ----------------------------------------------------------------------------------------------------
-
-
-def get_visible_region(processor: Processor, image_size: Size, patch_size: Size | None = None) -> VisibleRegion:
-    """Return the image region that the model receives from the image processor.
-
-    Without cropping, the region is the whole image. A center crop keeps the middle of the image. A crop larger than
-    the resized image adds padding on both sides, and `do_pad` adds padding on the right and at the bottom. The region
-    then extends beyond the image.
-
-    Args:
-        image_size: height and width of the upright image.
-        patch_size: height and width of patches (`config.patch_height_width`). If `patch_size` is given, pixels on the
-            right and at the bottom that do not fill a patch are excluded, as in the model.
-    """
-    resized_size = image_size
-    if processor.do_resize:
-        size = dict(processor.size)
-        resized_size = RESIZE_RULES[frozenset(size)](image_size, **size)
-    (height, width), (top, left) = resized_size, (0, 0)
-    if processor.do_center_crop:
-        height, width = processor.crop_size["height"], processor.crop_size["width"]
-        offsets = (resized_size[0] - height) / 2, (resized_size[1] - width) / 2  # negative if the crop pads
-        is_padded = min(offsets) < 0
-        round_offset = PAD_ROUNDINGS[processor.backend] if is_padded else CROP_ROUNDINGS[processor.crop_rounding]
-        top, left = map(round_offset, offsets)
-    if processor.do_pad and processor.pad_size:
-        height, width = processor.pad_size["height"], processor.pad_size["width"]
-    if patch_size is not None:
-        height, width = height // patch_size[0] * patch_size[0], width // patch_size[1] * patch_size[1]
-    y_scale, x_scale = image_size[0] / resized_size[0], image_size[1] / resized_size[1]
-    return VisibleRegion(left * x_scale, top * y_scale, (left + width) * x_scale, (top + height) * y_scale)
-
-
-def get_shortest_edge_size(image_size: Size, shortest_edge: int, longest_edge: int | None = None) -> Size:
-    """Return the height and width after resizing the shortest edge. The longest edge is at most `longest_edge`."""
-    return get_size_with_aspect_ratio(image_size, shortest_edge, longest_edge)
-
-
-# Keys of the processor's size -> function that returns height and width after resizing, as in transformers.
-RESIZE_RULES: dict[frozenset[str], Callable[..., Size]] = {
-    frozenset({"height", "width"}): lambda _, height, width: (height, width),
-    frozenset({"shortest_edge"}): get_shortest_edge_size,
-    frozenset({"shortest_edge", "longest_edge"}): get_shortest_edge_size,
-    frozenset({"max_height", "max_width"}): get_image_size_for_max_height_width,
-}
-
-# Backend of the processor -> rounding of half pixels in a center crop that pads.
-PAD_ROUNDINGS: dict[str, Callable[[float], int]] = {"torchvision": math.trunc, "pil": math.floor}
 
 
 # Overlay ---------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ normalized on the model's device (batches.py).
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from torch import nn
 from torchvision.transforms import InterpolationMode, v2
 
 from ..options import AugmentationOptions, MaskingOptions
+from .fit import FitTransform, get_output_size
 from .sampling import convert_to_fractions, draw_random_bits
 
 
@@ -53,19 +55,17 @@ class Augmentation:
         return self.batch_transform(pixels, convert_to_fractions(random_bits[:, 1:]))
 
 
-def build_augmentation(
-    options: AugmentationOptions, height_width: tuple[int, int], interpolation: InterpolationMode
-) -> Augmentation:
-    """Build the augmentation for output images of size `height_width`."""
-    fixed_transform: nn.Module = nn.Identity()
+def build_augmentation(options: AugmentationOptions, processor: Any) -> Augmentation:
+    """Build the augmentation for the input size of an image processor. Without random crops, images are resized as by
+    the image processor."""
+    height_width = get_output_size(processor)
+    fixed_transform = FitTransform(processor, keep_resolution=options.crop_scale != 1)
     transforms: list[nn.Module] = []
     assert options.crop_scale is not None
     if options.crop_scale < 1:
         transforms.append(
-            v2.RandomResizedCrop(height_width, scale=(options.crop_scale, 1.0), interpolation=interpolation)
+            v2.RandomResizedCrop(height_width, scale=(options.crop_scale, 1.0), interpolation=processor.resample)
         )
-    else:
-        fixed_transform = v2.Resize(height_width, interpolation=interpolation)
     if options.auto_augment == "rand":
         num_operations, magnitude = options.rand_augment_operations, options.rand_augment_magnitude
         transforms.append(v2.RandAugment(num_operations, magnitude, interpolation=InterpolationMode.BILINEAR))

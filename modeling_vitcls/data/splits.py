@@ -50,6 +50,7 @@ class TrainingData:
 
     name: str
     label_space: LabelSpace
+    train_split: str  # name of the split with the training images
     train: LabeledImages | StreamedImages
     held_out: LabeledImages
     held_out_name: str  # name of the held-out split, or description of the rule that selected the images
@@ -106,7 +107,15 @@ def load_training_data(
         train, selection, _ = hold_out_images(train, rule, options)
         selection_name = f"{rule}; from the training images"
     return TrainingData(
-        splits.name, splits.label_space, train, held_out, held_out_name, record, selection, selection_name
+        splits.name,
+        splits.label_space,
+        training_splits.train,
+        train,
+        held_out,
+        held_out_name,
+        record,
+        selection,
+        selection_name,
     )
 
 

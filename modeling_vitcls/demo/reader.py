@@ -21,11 +21,9 @@ from transformers.utils import cached_file
 from ..adaptation_vitcls import load_checkpoint
 from ..analysis.attribution import trace_attention
 from ..analysis.maps import (
-    VisibleRegion,
     count_used_layers,
     extract_patch_maps,
     get_head_names,
-    get_visible_region,
     overlay,
     resize_with_region,
 )
@@ -35,6 +33,7 @@ from ..analysis.patch_features import (
     compute_patch_similarity,
     draw_patch_colors,
 )
+from ..data.fit import VisibleRegion, get_visible_region
 from ..token_names import get_token_names
 
 

@@ -21,6 +21,7 @@ from ..adaptation_vitcls import load_checkpoint
 from ..analysis.maps import extract_patch_maps
 from ..configuration_vitcls import ViTCLSConfig
 from ..conversion.any_checkpoint import resolve_checkpoint
+from ..data.fit import set_fit
 from ..hub.loading import check_is_vitcls
 from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..inference.exported_graphs import INPUT_NAME
@@ -32,7 +33,6 @@ from ..modeling_vitcls import (
     ViTCLSModel,
     ViTCLSPreTrainedModel,
 )
-from ..training.model import set_processor_size
 
 
 Outputs = dict[str, torch.Tensor]
@@ -111,7 +111,7 @@ def load_exportable_model(source: str) -> ExportableModel:
     if is_preset(source):
         model: ViTCLSPreTrainedModel = ViTCLSForImageClassification(ViTCLSConfig.from_preset(source))
         processor = ViTCLSImageProcessor()
-        set_processor_size(processor, model.config)
+        set_fit(processor, "squash", model.config.image_height_width)
         return ExportableModel(model.eval(), processor, is_trained=False)
     folder = resolve_checkpoint(source)
     check_is_vitcls(source, folder)

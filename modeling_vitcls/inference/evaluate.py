@@ -18,6 +18,7 @@ from rich.table import Table
 
 from ..configuration_vitcls import ViTCLSConfig
 from ..conversion.any_checkpoint import resolve_checkpoint
+from ..data.fit import set_fit
 from ..data.held_out import (
     HELD_OUT_RECORD_KEY,
     RESULTS_FILE,
@@ -61,6 +62,8 @@ def load_evaluation(options: EvaluateOptions, accelerator: Accelerator, warn: Ca
         folder = resolve_checkpoint(options.model, [*MODEL_FILE_PATTERNS, RESULTS_FILE])
         model = load_classifier(options.model, folder).to(accelerator.device).eval()
         processor = ViTCLSImageProcessor.from_pretrained(folder)
+        if options.fit is not None:
+            set_fit(processor, options.fit, model.config.image_height_width)
         record = read_held_out_record(folder)
         label_space, images, split, rule = load_evaluation_data(options.data, options.split, record)
     warning = None if rule is None else describe_possible_overlap(options.model, record, images)

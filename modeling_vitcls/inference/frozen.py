@@ -197,7 +197,7 @@ def evaluate_frozen(options: EvaluateOptions) -> dict[str, Any]:
         raise ValueError("--frozen does not support streams. Remove --streaming")
     accelerator, console, warn = set_up_evaluation(options)
     with accelerator.main_process_first():  # the main process downloads the files
-        model, processor = load_model(options.model, use_head=False)
+        model, processor = load_model(options.model, use_head=False, fit=options.fit)
         record = read_held_out_record(resolve_checkpoint(options.model, [*MODEL_FILE_PATTERNS, RESULTS_FILE]))
         training_label_space, training_images, _, _ = load_evaluation_data(options.data, "train", record)
         held_out_label_space, held_out_images, split, rule = load_evaluation_data(options.data, options.split, record)

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.utils import http_backoff
 
 from ..data.image_folder import IMAGE_SUFFIXES, make_printable
 from ..data.images import ROWS_PER_READ, ArrayImages, resolve_path
@@ -32,6 +33,9 @@ from ..data.streaming import read_features
 from ..errors import format_error
 from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..options import DataOptions, PredictOptions
+
+
+SECONDS_BEFORE_RETRY = 1.0  # wait before the first retry of a download in seconds; doubled before each further retry
 
 
 @dataclass(frozen=True)
@@ -261,17 +265,38 @@ def prepare_images(
 
 
 def prepare_image(processor: ViTCLSImageProcessor, record: ImageRecord) -> PreparedImage:
-    """Read, decode and preprocess one image. Raise FetchError if `fetch_file` fails."""
+    """Read, decode and preprocess one image. Raise FetchError if the image cannot be fetched."""
     content = record.content
     if content is None:
         return PreparedImage(record, error=f"row {record.index} has no image")
-    if isinstance(content, str) and "://" in content and not content.startswith(("http://", "https://")):
-        content = fetch_file(content)
     try:
+        if isinstance(content, str) and "://" in content:
+            content = fetch_url(content) if content.startswith(("http://", "https://")) else fetch_file(content)
         pixels = processor(content, return_tensors="pt")["pixel_values"][0]  # [C, H, W]
+    except FetchError:
+        raise
     except (ValueError, OSError) as error:
         return PreparedImage(record, error=format_error(error))
     return PreparedImage(record, pixels)
+
+
+def fetch_url(url: str) -> bytes:
+    """Return the contents of an HTTP URL. Network errors and temporary errors of the server are retried for about 15
+    seconds. Raise ValueError if the server has no such image, and FetchError otherwise."""
+    try:
+        response = http_backoff(
+            "GET", url, max_retries=4, base_wait_time=SECONDS_BEFORE_RETRY, follow_redirects=True, timeout=60.0
+        )
+        response.raise_for_status()
+        return response.content
+    except Exception as error:  # the types of errors depend on the version of huggingface_hub
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status is not None and 400 <= status < 500 and status not in (408, 429):
+            raise ValueError(f"cannot fetch the image: the server returned status {status}") from error
+        reason = f"{type(error).__name__}: {format_error(error)}"
+        raise FetchError(
+            f"cannot fetch {url} ({reason}). Repeat the command later, or remove the URL from the input"
+        ) from error
 
 
 def fetch_file(url: str) -> bytes:

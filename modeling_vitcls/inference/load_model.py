@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 from ..adaptation_vitcls import load_checkpoint
 from ..configuration_vitcls import PRESETS, ViTCLSConfig
 from ..conversion.any_checkpoint import resolve_checkpoint
+from ..data.fit import set_fit
 from ..hub.connection import silence_transformers
 from ..hub.loading import check_is_vitcls
 from ..image_processing_vitcls import ViTCLSImageProcessor
@@ -31,8 +32,9 @@ def format_preset_names() -> str:
     return ", ".join(f"vitcls-{name}" for name in PRESETS)
 
 
-def load_model(source: str, use_head: bool) -> tuple[PreTrainedModel, ViTCLSImageProcessor]:
-    """Load the model of a vitcls checkpoint, with or without the classifier, and the image processor. Raise ValueError
+def load_model(source: str, use_head: bool, fit: str | None = None) -> tuple[PreTrainedModel, ViTCLSImageProcessor]:
+    """Load the model of a vitcls checkpoint, with or without the classifier, and the image processor. `fit` overrides
+    the fit of the image processor. Raise ValueError
     if the checkpoint is not a vitcls model, has no trained weights, or has no classifier although one is requested.
     Raise OSError if the checkpoint cannot be found or read."""
     if is_preset(source):
@@ -58,7 +60,10 @@ def load_model(source: str, use_head: bool) -> tuple[PreTrainedModel, ViTCLSImag
     if missing_weights := loading_info["missing_keys"]:
         weight_name = min(missing_weights)
         raise ValueError(f"the checkpoint {source} does not contain the weight {weight_name}. Train the model first")
-    return model, load_checkpoint(ViTCLSImageProcessor.from_pretrained, folder)
+    processor = load_checkpoint(ViTCLSImageProcessor.from_pretrained, folder)
+    if fit is not None:
+        set_fit(processor, fit, model.config.image_height_width)
+    return model, processor
 
 
 def load_classifier(source: str, folder: str) -> Classifier:

@@ -124,7 +124,7 @@ def collect_rows(predictor: Predictor, source: PredictionInput) -> list[Row]:
 
 def build_predictor(options: PredictOptions, accelerator: Accelerator) -> Predictor:
     """Load the model and the image processor, and build a predictor on the device of the accelerator."""
-    model, processor = load_model(options.model, use_head=options.features is None)
+    model, processor = load_model(options.model, use_head=options.features is None, fit=options.fit)
     return Predictor(
         model=model.to(accelerator.device),
         processor=processor,

@@ -15,17 +15,19 @@ frozen and remains frozen.
 import copy
 import re
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.image_utils import SizeDict
 
 from ..blocks_vitcls import EncoderLayer, ViTCLSEmbeddings
 from ..configuration_vitcls import ViTCLSConfig
 from ..conversion.any_checkpoint import resolve_checkpoint
+from ..data.fit import set_fit
 from ..data.labels import LabelSpace
+from ..hub.loading import check_is_vitcls
 from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..inference.load_model import CLASSIFIER_CLASSES, Classifier, format_preset_names, is_preset
 from ..modeling_vitcls import ViTCLSModel
@@ -33,6 +35,7 @@ from ..options import ModelOptions
 from ..publishing.adapters import LORA_TARGET_MODULES
 
 
+MAX_NATIVE_SIDE, FINETUNING_SIDE = 256, 224  # image sides in pixels: largest side that is kept, and its replacement
 LORA_A_SUFFIX, LORA_B_SUFFIX = ".lora_A.default.weight", ".lora_B.default.weight"
 
 
@@ -55,8 +58,33 @@ def build_model(options: ModelOptions, label_space: LabelSpace) -> tuple[Classif
         processor = ViTCLSImageProcessor.from_pretrained(folder)
     if (mask_token := model.vitcls.embeddings.mask_token) is not None:
         mask_token.requires_grad_(False)  # not used in fine-tuning; DDP requires gradients of all trainable parameters
-    set_processor_size(processor, model.config)
+    set_fit(processor, options.fit, model.config.image_height_width)
     return model, processor, new_parameter_names
+
+
+def choose_image_size(options: ModelOptions) -> tuple[ModelOptions, str | None]:
+    """Return the options of fine-tuning with an image size, and a line of text with the reason and the cost. Large
+    images of a checkpoint are replaced with images of 224 pixels, unless `--image-size` is set."""
+    if options.image_size is not None or is_preset(options.model):
+        return options, None
+    folder = resolve_checkpoint(options.model)
+    check_is_vitcls(options.model, folder)
+    config = ViTCLSConfig.from_pretrained(folder, **options.get_config_values())
+    native_size, patch_size = config.image_height_width, config.patch_height_width
+    if max(native_size) <= MAX_NATIVE_SIDE:
+        return options, None
+    scale = FINETUNING_SIDE / max(native_size)
+    size = [max(round(scale * side / patch), 1) * patch for side, patch in zip(native_size, patch_size, strict=True)]
+    with torch.device("meta"):
+        model = ViTCLSModel(config)
+    costs = [f"{model.flops(each_size) / 1e9:.1f}" for each_size in (size, native_size)]
+    size_text, native_text = (
+        str(height) if height == width else f"{height} x {width}" for height, width in (size, native_size)
+    )
+    return replace(options, image_size=(size[0], size[1])), (
+        f"{size_text} px: {costs[0]} GFLOP per image; native {native_text} px: {costs[1]}. A native side of more than "
+        f"{MAX_NATIVE_SIDE} px is reduced for fine-tuning; --image-size native keeps it"
+    )
 
 
 def load_with_label_space(
@@ -114,15 +142,6 @@ def check_preset_name(name: str) -> None:
     """Raise ValueError if a name starts with "vitcls-" but is not a preset, file or folder."""
     if name.startswith("vitcls-") and "/" not in name and not is_preset(name) and not Path(name).exists():
         raise ValueError(f"--model {name} is not a preset. Use one of {format_preset_names()}")
-
-
-def set_processor_size(processor: Any, config: ViTCLSConfig) -> None:
-    """Set the output size of an image processor to the model's image size if the sizes differ."""
-    height, width = config.image_height_width
-    output_size = processor.crop_size if processor.do_center_crop else processor.size
-    if (output_size.height, output_size.width) != (height, width):
-        processor.size = SizeDict(height=height, width=width)
-        processor.do_center_crop = False
 
 
 # Trainable parameters ------------------------------------------------------------------------------------------------

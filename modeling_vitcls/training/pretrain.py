@@ -16,6 +16,7 @@ from ..configuration_vitcls import ViTCLSConfig
 from ..conversion.any_checkpoint import resolve_checkpoint
 from ..data.augmentation import MaskGenerator
 from ..data.batches import Normalizer
+from ..data.fit import set_fit
 from ..data.images import LabeledImages
 from ..data.splits import TrainingData, load_training_data
 from ..hub.provenance import Provenance
@@ -27,7 +28,6 @@ from ..options import ModelOptions, PretrainOptions, to_flags
 from ..publishing.card import build_encoder_card
 from .loop import Metrics
 from .losses import MaskedImageModelingObjective, Objective
-from .model import set_processor_size
 from .task import NO_EVALUATION_TEXT, Task, format_metrics
 
 
@@ -120,5 +120,5 @@ def build_pretraining_model(options: ModelOptions) -> tuple[ViTCLSForMaskedImage
                 f"{options.model} has a patch_drop_rate of {rate}, but pre-training requires all patches. "
                 "Set --patch-drop-rate 0"
             )
-    set_processor_size(processor, model.config)
+    set_fit(processor, options.fit, model.config.image_height_width)
     return model, processor

@@ -29,10 +29,11 @@ from transformers import PreTrainedModel
 from ..checkpoints import WRITE_ERRORS, CheckpointStore, Tensors
 from ..data.augmentation import build_augmentation
 from ..data.batches import Normalizer, TrainingImages, iterate_training_batches
+from ..data.fit import describe_fit
 from ..data.held_out import HELD_OUT_RECORD_KEY
 from ..data.images import LabeledImages
 from ..data.sampling import BatchPlan
-from ..data.splits import TrainingData, describe_data
+from ..data.splits import HELD_OUT_SPLITS, TrainingData, describe_data
 from ..data.streaming import TrainingStream, build_training_dataset
 from ..distributed import run_on_main
 from ..errors import format_error
@@ -43,7 +44,7 @@ from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..inference.evaluator import Evaluator
 from ..inference.metrics import drop_large_matrices
 from ..intervals import compute_mean_interval
-from ..options import AugmentationOptions, TrainingOptions
+from ..options import AugmentationOptions, FinetuneOptions, TrainingOptions
 from ..publishing.adapters import write_adapter
 from ..publishing.publish import push_folder
 from ..publishing.push_permissions import check_push_permissions
@@ -53,7 +54,7 @@ from .defaults import describe_random_weights, get_run_properties, resolve_defau
 from .distributed_state import gather_weights, reshard
 from .loop import Metrics
 from .losses import Objective
-from .model import merge_lora
+from .model import choose_image_size, merge_lora
 from .model_report import REPORT_FILE, build_model_report, can_show_samples, get_model_provenance, write_card
 from .output_folder import ADAPTER_FOLDER, CHECKPOINTS_FOLDER, RESULTS_FILE, check_replaceable
 from .reporter import describe_batches, describe_model, describe_run, format_duration, format_metric
@@ -109,11 +110,15 @@ class Task(ABC):
     def resolve_options(self) -> None:
         """Set the flags whose default depends on the run (defaults.py), and pin Hub models to commits."""
         self.options = self.runner.pin_models(self.options)
+        size_line = None
+        if isinstance(self.options, FinetuneOptions):
+            model_options, size_line = choose_image_size(self.options.model)
+            self.options = replace(self.options, model=model_options)
         run_properties = get_run_properties(self.options, self.data.num_training_images)
         self.options, defaults_line = resolve_defaults(self.options, run_properties)
         self.runner.set_options(self.options)
         weights_line = describe_random_weights(self.options.model.model, run_properties)
-        self.summary_lines = {"weights": weights_line, "defaults": defaults_line}
+        self.summary_lines = {"weights": weights_line, "image size": size_line, "defaults": defaults_line}
 
     # Supplied by each task -------------------------------------------------------------------------------------------
 
@@ -210,7 +215,7 @@ class Task(ABC):
         """Build the augmented training images. `num_views` is the number of views per image, or 0 for a new view in
         every epoch."""
         processor, config = self.processor, self.model.config
-        transform = build_augmentation(augmentation, config.image_height_width, processor.resample)
+        transform = build_augmentation(augmentation, processor)
         to_rgb, seed = bool(processor.do_convert_rgb), self.options.training.seed
         return build_training_dataset(self.data.train, transform, to_rgb, seed, num_views, config.num_channels)
 
@@ -286,7 +291,12 @@ def collect_summary_lines(task: Task) -> dict[str, str]:
     """Return the summary lines that are printed before training, as {name: text}."""
     data = task.data
     size_text = "a stream of" if data.num_training_images is None else f"{data.num_training_images:,}"
-    summary_lines = {
+    summary_lines = {}
+    if data.train_split in HELD_OUT_SPLITS:
+        summary_lines["split"] = (
+            f"training uses the split named {data.train_split!r}, because {data.name} has no split named 'train'"
+        )
+    summary_lines |= {
         "data": f"{data.name}: {size_text} training images, {len(data.held_out):,} held-out images "
         f"({data.held_out_name}); {task.describe_labels()}"
     }
@@ -294,6 +304,7 @@ def collect_summary_lines(task: Task) -> dict[str, str]:
         summary_lines["selection"] = (
             f"the best checkpoint is selected on {len(data.selection):,} separate images ({data.selection_name})"
         )
+    summary_lines["fit"] = describe_fit(task.processor, data.held_out.images)
     summary_lines |= describe_model(task.options.model.model, task.model)
     summary_lines["tokens"] += f", {task.forward_flops / 1e9:.3g} GFLOP per image"
     summary_lines |= {name: line for name, line in task.summary_lines.items() if line}

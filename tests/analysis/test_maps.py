@@ -17,16 +17,15 @@ from modeling_vitcls import (
     ViTCLSModel,
 )
 from modeling_vitcls.analysis.maps import (
-    VisibleRegion,
     count_used_layers,
     extract_patch_maps,
     get_head_names,
     get_used_token_mask,
-    get_visible_region,
     is_used_by_head,
     overlay,
     upsample_maps,
 )
+from modeling_vitcls.data.fit import VisibleRegion, get_visible_region
 from modeling_vitcls.token_names import get_token_names
 
 

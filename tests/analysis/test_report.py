@@ -33,9 +33,7 @@ from modeling_vitcls.analysis.effects import AblationEffect, FeatureEffect
 from modeling_vitcls.analysis.inspection import Inspection, inspect_model
 from modeling_vitcls.analysis.maps import (
     MIN_SCALE,
-    VisibleRegion,
     extract_patch_maps,
-    get_visible_region,
     overlay,
     upsample_maps,
 )
@@ -57,6 +55,7 @@ from modeling_vitcls.analysis.report import (
     write_report,
 )
 from modeling_vitcls.conversion.from_transformers import convert_from_transformers
+from modeling_vitcls.data.fit import VisibleRegion, get_visible_region
 from modeling_vitcls.inference.predict import predict
 from modeling_vitcls.token_names import get_token_names
 from modeling_vitcls.version import __version__

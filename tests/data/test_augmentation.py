@@ -7,6 +7,7 @@ import pytest
 import torch
 from torchvision.transforms import InterpolationMode, v2
 
+from modeling_vitcls import ViTCLSImageProcessor
 from modeling_vitcls.data.augmentation import Augmentation, BatchMixer, BatchTransform, Erasing, build_augmentation
 from modeling_vitcls.data.sampling import convert_to_fractions, draw_random_bits
 from modeling_vitcls.options import AugmentationOptions
@@ -26,7 +27,7 @@ STILL = {"crop_scale": 1.0, "flip": False}
 
 def build(**options: Any) -> Augmentation:
     options = {"shift": 0.0} | options
-    return build_augmentation(AugmentationOptions(**options), (24, 32), InterpolationMode.BICUBIC)
+    return build_augmentation(AugmentationOptions(**options), ViTCLSImageProcessor(size=[24, 32]))
 
 
 def build_pil_images(count: int, size: tuple[int, int] = (40, 36)) -> list[torch.Tensor]:

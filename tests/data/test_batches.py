@@ -26,7 +26,7 @@ def build_images(
     source: LabeledImages, seed: int = 0, num_views: int = 0, **options: Any
 ) -> TrainingImages | TrainingStream:
     options = {"crop_scale": 1.0, "flip": False, "shift": 0.0} | options
-    augmentation = build_augmentation(AugmentationOptions(**options), (16, 16), 3)
+    augmentation = build_augmentation(AugmentationOptions(**options), ViTCLSImageProcessor(size=[16, 16]))
     return build_training_dataset(source, augmentation, to_rgb=True, seed=seed, num_views=num_views)
 
 
@@ -240,7 +240,9 @@ def test_a_gray_model_skips_color_images(tmp_path: Path) -> None:
     images = [
         image.convert(mode) for image, mode in zip(build_noise_images(4), ("L", "RGB", "RGBA", "LA"), strict=True)
     ]
-    augmentation = build_augmentation(AugmentationOptions(crop_scale=1.0, flip=False, shift=0.0), (16, 16), 3)
+    augmentation = build_augmentation(
+        AugmentationOptions(crop_scale=1.0, flip=False, shift=0.0), ViTCLSImageProcessor(size=[16, 16])
+    )
     source = LabeledImages(images, [0, 1, 2, 3])
     prepared = build_training_dataset(source, augmentation, to_rgb=False, seed=0, num_channels=1)
     batch = prepared[[(0, 0), (0, 1), (0, 2), (0, 3)]]
@@ -249,7 +251,9 @@ def test_a_gray_model_skips_color_images(tmp_path: Path) -> None:
     assert prepared.describe_unreadable_image(1) == "an image of mode RGB has 3 channels, but the model requires 1"
     arrays = LabeledImages(ArrayImages(np.zeros((2, 12, 10), dtype=np.uint8)), [0, 1])
     for options in ({}, {"auto_augment": "rand"}):
-        gray = build_augmentation(AugmentationOptions(crop_scale=1.0, shift=0.0, **options), (16, 16), 3)
+        gray = build_augmentation(
+            AugmentationOptions(crop_scale=1.0, shift=0.0, **options), ViTCLSImageProcessor(size=[16, 16])
+        )
         assert build_training_dataset(arrays, gray, to_rgb=False, seed=0)[[(0, 0)]]["pixels"].shape == (1, 1, 16, 16)
     images[1].save(tmp_path / "color.png")
     files = LabeledImages(FileImages([str(tmp_path / "color.png")]), [0])

@@ -268,7 +268,7 @@ def test_missing_classes_of_tasks_and_tags_are_named() -> None:
     def describe(space: LabelSpace, train: list[Any], held_out: list[Any]) -> list[str]:
         parts = [LabeledImages([None] * len(labels), labels) for labels in (train, held_out)]
         record = HeldOutRecord("test", len(held_out))
-        return describe_missing_classes(TrainingData("mine", space, *parts, "split 'test'", record))
+        return describe_missing_classes(TrainingData("mine", space, "train", *parts, "split 'test'", record))
 
     tasks = LabelSpace("multi_task", {"light": ["dusk", "noon"], "place": ["sea", "wood"]})
     train = [{"light": 0, "place": 0}, {"light": 1, "place": -100}]
@@ -283,3 +283,13 @@ def test_missing_classes_of_tasks_and_tags_are_named() -> None:
     assert warning.startswith("1 of the 2 classes has no held-out images (wood)")
     assert describe(LabelSpace("single_label_classification", {}), [-100], [-100]) == []
     assert describe(tags, [[1.0, 1.0, 0.0]], []) == []
+
+
+def test_training_on_a_split_named_test_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    photos = write_photos(tmp_path / "photos" / "test", range(20))
+    task = FinetuneTask(build_tiny_options(tmp_path / "out", photos.parent, epochs=1))
+    name, text = next(iter(collect_summary_lines(task).items()))
+    assert name == "split" and "'test'" in text
+    reset_accelerate()
+    task = FinetuneTask(build_tiny_options(tmp_path / "other", photos, epochs=1))  # a folder of classes
+    assert "split" not in collect_summary_lines(task)

@@ -16,6 +16,7 @@ import torch
 from helpers.tiny_models import raises_one_line
 from PIL import Image
 
+from modeling_vitcls import ViTCLSImageProcessor
 from modeling_vitcls.data import splits as training_data
 from modeling_vitcls.data import streaming
 from modeling_vitcls.data.augmentation import build_augmentation
@@ -84,7 +85,9 @@ def build_plan(num_processes: int = 1, num_copies: int = 1, **options: Any) -> B
 def build_batches(
     source: Any, plan: BatchPlan, process: int = 0, num_workers: int = 0, first_step: int = 0, views: int = 0
 ) -> list[Batch]:
-    augmentation = build_augmentation(AugmentationOptions(crop_scale=0.5, rotation=10, shift=0.0), (8, 8), 3)
+    augmentation = build_augmentation(
+        AugmentationOptions(crop_scale=0.5, rotation=10, shift=0.0), ViTCLSImageProcessor(size=[8, 8])
+    )
     images = build_training_dataset(source, augmentation, True, plan.seed, views)
     return list(iterate_training_batches(images, plan, process, num_workers, first_step))
 
@@ -228,7 +231,10 @@ def test_unreadable_images_are_described_by_their_path(tmp_path: Path) -> None:
     source = read(tmp_path).train
     assert isinstance(source, StreamedImages)
     images = build_training_dataset(
-        source, build_augmentation(AugmentationOptions(crop_scale=0.5, shift=0.0), (8, 8), 3), True, seed=0
+        source,
+        build_augmentation(AugmentationOptions(crop_scale=0.5, shift=0.0), ViTCLSImageProcessor(size=[8, 8])),
+        True,
+        seed=0,
     )
     batches = list(iterate_training_batches(images, build_plan(max_steps=8, batch_size=4), 0, 0))
     indices = {index for batch in batches for index in batch["replaced"].tolist()} - {-1}
@@ -239,7 +245,9 @@ def test_unreadable_images_are_described_by_their_path(tmp_path: Path) -> None:
 
 def test_the_names_of_the_newest_images_are_stored(monkeypatch: pytest.MonkeyPatch, two_shards: Path) -> None:
     monkeypatch.setattr(streaming, "MAX_STORED_PATHS", 3)
-    augmentation = build_augmentation(AugmentationOptions(crop_scale=0.5, shift=0.0), (8, 8), 3)
+    augmentation = build_augmentation(
+        AugmentationOptions(crop_scale=0.5, shift=0.0), ViTCLSImageProcessor(size=[8, 8])
+    )
     images = build_training_dataset(read(two_shards).train, augmentation, True, seed=0)
     images.store_paths([Example({"path": f"{index}.png"}, 0, index) for index in (7, 3, 9, 5)])
     assert [images.describe_unreadable_image(index) for index in (7, 3, 9, 5)] == [
@@ -255,7 +263,9 @@ def test_a_batch_of_unreadable_images_is_an_error(tmp_path: Path, two_shards: Pa
     message = "data: none of the 4 images of a batch can be read"
     with raises_one_line(message):
         build_batches(read(folder).train, build_plan(max_steps=1, batch_size=4))
-    augmentation = build_augmentation(AugmentationOptions(crop_scale=0.5, shift=0.0), (8, 8), 3)
+    augmentation = build_augmentation(
+        AugmentationOptions(crop_scale=0.5, shift=0.0), ViTCLSImageProcessor(size=[8, 8])
+    )
     for num_channels in (1, 3):  # of the model; the images are color images
         source = build_training_dataset(read(two_shards).train, augmentation, False, seed=0, num_channels=num_channels)
         batches = iterate_training_batches(source, build_plan(max_steps=1, batch_size=4), 0, 0)

@@ -2,10 +2,13 @@
 
 import json
 import os
+import threading
+from collections import Counter
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import datasets
 import fsspec
@@ -18,10 +21,13 @@ from helpers.tiny_models import raises_one_line
 from PIL import Image
 
 from modeling_vitcls.data.images import ArrayImages
+from modeling_vitcls.inference import inputs
 from modeling_vitcls.inference.inputs import (
     DatasetInput,
+    FetchError,
     ImageRecord,
     ListInput,
+    PreparedImage,
     StreamInput,
     build_record,
     open_input,
@@ -175,16 +181,45 @@ def test_files_of_other_file_systems_are_fetched() -> None:
         contents.append(content)
         return {"pixel_values": torch.zeros(1, 3, 4, 4)}
 
-    given = ["a.png", "http://host/a.png", "https://host/a.png", "memory://fetched.png", b"bytes"]
+    given = ["a.png", "memory://fetched.png", b"bytes"]
     for content in given:
         prepared = prepare_image(process, ImageRecord(0, "name", content))
         assert prepared.error is None and prepared.pixels is not None and prepared.pixels.shape == (3, 4, 4)
-    assert contents == [*given[:3], b"encoded", b"bytes"]
+    assert contents == ["a.png", b"encoded", b"bytes"]
 
-    def fail(content: Any, return_tensors: str) -> None:
-        raise OSError("connection lost")
 
-    assert prepare_image(fail, ImageRecord(0, "name", "https://host/a.png")).error == "connection lost"
+class FlakyServer(BaseHTTPRequestHandler):
+    """A web server whose first two answers to each path are temporary errors. Only /photo.png exists."""
+
+    num_requests: ClassVar[Counter[str]] = Counter()
+
+    def do_GET(self) -> None:
+        self.num_requests[self.path] += 1
+        exists = self.path == "/photo.png"
+        self.send_response(503 if self.num_requests[self.path] <= 2 else 200 if exists else 404)
+        self.end_headers()
+        self.wfile.write(b"encoded" if exists else b"")
+
+    def log_message(self, *args: Any) -> None: ...
+
+
+def test_a_network_failure_is_retried_and_is_not_an_unreadable_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An image that the server lacks is a row with an error. Other failures stop the prediction."""
+    monkeypatch.setattr(inputs, "SECONDS_BEFORE_RETRY", 0.01)
+
+    def prepare(url: str) -> PreparedImage:
+        return prepare_image(lambda content, return_tensors: {"pixel_values": [content]}, ImageRecord(0, "name", url))
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), FlakyServer)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    assert prepare(f"{address}/photo.png") == PreparedImage(ImageRecord(0, "name", f"{address}/photo.png"), b"encoded")
+    assert "404" in (prepare(f"{address}/missing.png").error or "")
+    server.shutdown()
+    server.server_close()
+    with pytest.raises(FetchError, match=f"{address}/photo.png") as caught:
+        prepare(f"{address}/photo.png")
+    assert "\n" not in str(caught.value)
 
 
 def test_digits_are_read() -> None:

@@ -109,7 +109,7 @@ class Probe:
         self.source = LabeledImages(MemoryImages(unreadable), labels)  # type: ignore[arg-type]
         columns = {name: [str(i) for i in range(n)] for name, n in tasks.items()} if tasks else {"label": NAMES}
         self.labels = LabelSpace("multi_task" if tasks else "single_label_classification", columns)
-        augmentation = build_augmentation(options, (32, 32), self.processor.resample)
+        augmentation = build_augmentation(options, self.processor)
         self.images = build_training_dataset(self.source, augmentation, to_rgb=True, seed=3, num_views=views)
         self.label_loss = MultiTaskLoss(0.1) if tasks else SingleLabelLoss(0.1)
         training = TrainingOptions(max_steps=8, batch_size=4, gradient_accumulation_steps=2)

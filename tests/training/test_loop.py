@@ -29,6 +29,7 @@ from modeling_vitcls import (
     ViTCLSForImageClassification,
     ViTCLSForMaskedImageModeling,
     ViTCLSForMultiTaskClassification,
+    ViTCLSImageProcessor,
 )
 from modeling_vitcls.data.augmentation import build_augmentation
 from modeling_vitcls.data.batches import Normalizer, iterate_training_batches, leave_signals_to_parent
@@ -138,7 +139,9 @@ class LoopRecorder:
         return {"loss": 1.0, "accuracy": next(self.accuracies), "num_images": 7, "per_class": []}
 
     def batches(self) -> Iterator[Any]:
-        pictures = build_training_dataset(DIGITS.train, build_augmentation(PLAIN, (32, 32), 3), to_rgb=True, seed=0)
+        pictures = build_training_dataset(
+            DIGITS.train, build_augmentation(PLAIN, ViTCLSImageProcessor(size=[32, 32])), to_rgb=True, seed=0
+        )
         return iterate_training_batches(
             pictures, self.plan, process_index=0, num_workers=0, first_step=self.state.step
         )

@@ -12,7 +12,12 @@ from helpers.accelerate_state import reset_accelerate
 from helpers.tiny_models import build_images, build_tiny_config, get_largest_difference, raises_one_line, randomize
 from peft.tuners.lora import LoraLayer
 
-from modeling_vitcls import ViTCLSForImageClassification, ViTCLSForMultiTaskClassification, ViTCLSImageProcessor
+from modeling_vitcls import (
+    ViTCLSForImageClassification,
+    ViTCLSForMultiTaskClassification,
+    ViTCLSImageProcessor,
+    ViTCLSModel,
+)
 from modeling_vitcls.data.labels import LabelSpace
 from modeling_vitcls.options import (
     AugmentationOptions,
@@ -27,8 +32,8 @@ from modeling_vitcls.training.finetune import FinetuneTask, check_flag_combinati
 from modeling_vitcls.training.model import (
     build_model,
     check_preset_name,
+    choose_image_size,
     merge_lora,
-    set_processor_size,
     set_train_mode,
     set_trainable_parameters,
 )
@@ -151,27 +156,6 @@ def test_only_names_that_look_like_presets_must_be_presets(tmp_path: Path, monke
         check_preset_name(name)
     with raises_one_line("--model vitcls-yours is not a preset", "vitcls-tiny, vitcls-small"):
         check_preset_name("vitcls-yours")
-
-
-@pytest.mark.parametrize(
-    ("settings", "image_size", "is_cropped"),
-    [
-        ({"size": 40, "do_center_crop": True, "crop_size": 32}, 32, True),
-        ({"size": 40, "do_center_crop": True, "crop_size": 32}, 40, False),
-        ({"size": 40}, 24, False),
-    ],
-)
-def test_the_image_processor_returns_images_of_the_size_of_the_model(
-    settings: dict[str, Any], image_size: int, is_cropped: bool
-) -> None:
-    """A center crop is kept only if it has this size."""
-    processor = ViTCLSImageProcessor(**settings)
-    set_processor_size(processor, build_tiny_config(image_size=image_size))
-    image = torch.arange(48 * 48, dtype=torch.uint8).view(1, 48, 48).expand(3, -1, -1)
-    fields = {"size": {"height": image_size, "width": image_size}}
-    expected = ViTCLSImageProcessor(**(settings if is_cropped else fields))
-    found, wanted = (each(image, return_tensors="pt")["pixel_values"] for each in (processor, expected))
-    assert found.shape == (1, 3, image_size, image_size) and torch.equal(found, wanted)
 
 
 def test_the_preprocessing_of_a_checkpoint_is_kept(tmp_path: Path) -> None:
@@ -546,3 +530,34 @@ def test_weights_without_lora_do_not_change() -> None:
     merged = merge_lora(weights)
     assert list(merged) == list(weights)
     assert all(merged[name] is weights[name] for name in weights)
+
+
+@pytest.mark.parametrize(
+    ("native", "patch", "flag", "expected"),
+    [
+        (518, 14, None, (224, 224)),
+        (384, 16, None, (224, 224)),
+        (288, 18, None, (216, 216)),
+        ((288, 576), 16, None, (112, 224)),
+        (256, 16, None, (256, 256)),
+        (518, 14, "native", (518, 518)),
+        (518, 14, 28, (28, 28)),
+    ],
+)
+def test_large_checkpoints_are_fine_tuned_at_224_pixels(
+    native: Any, patch: int, flag: Any, expected: tuple[int, int], tmp_path: Path
+) -> None:
+    config = build_tiny_config(image_size=native, patch_size=patch)
+    encoder = ViTCLSModel(config)
+    encoder.save_pretrained(tmp_path)
+    ViTCLSImageProcessor(size=config.image_height_width).save_pretrained(tmp_path)
+    options, line = choose_image_size(ModelOptions(str(tmp_path), image_size=flag))
+    label_space = LabelSpace("single_label_classification", {"label": ["yes", "no"]})
+    model, processor, _ = build_model(options, label_space)
+    assert model.config.image_height_width == expected == (processor.size.height, processor.size.width)
+    if flag is None and expected != config.image_height_width:
+        assert line is not None
+        for text in (*(f"{encoder.flops(size) / 1e9:.1f}" for size in (native, expected)), "--image-size native"):
+            assert text in line
+    else:
+        assert line is None

@@ -14,7 +14,6 @@ from helpers.tiny_options import build_tiny_options, read_metrics
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
-from torchvision.transforms import InterpolationMode
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
 from modeling_vitcls.checkpoints import CheckpointStore
@@ -127,7 +126,7 @@ def test_the_flags_and_the_checkpoint_determine_the_batches(tmp_path: Path) -> N
     assert task.model.is_gradient_checkpointing
     train, options = task.data.train, task.options
     plan = BatchPlan.from_options(len(train), options.training, 1, train.labels, num_copies=2)
-    augmentation = build_augmentation(options.augmentation, (24, 32), InterpolationMode.NEAREST)
+    augmentation = build_augmentation(options.augmentation, ViTCLSImageProcessor(size=[24, 32], resample=0))
     images = build_training_dataset(train, augmentation, to_rgb=False, seed=5, num_views=0, num_channels=1)
     components = task.build_components(lambda model: {})
     batch, expected = next(components.iterate_batches(0)), next(iterate_training_batches(images, plan, 0, 0))

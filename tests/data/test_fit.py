@@ -1,0 +1,89 @@
+"""`--fit`: the region of an image that reaches the model, in training, prediction and saved processors."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers.tiny_models import build_tiny_config
+from PIL import Image
+
+from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, ViTCLSImageProcessorPil
+from modeling_vitcls.data.augmentation import build_augmentation
+from modeling_vitcls.data.fit import describe_fit, get_visible_share, set_fit
+from modeling_vitcls.data.labels import LabelSpace
+from modeling_vitcls.inference.load_model import load_model
+from modeling_vitcls.options import AugmentationOptions, ModelOptions
+from modeling_vitcls.training.model import build_model
+
+
+CROP = {"size": {"shortest_edge": 36}, "do_center_crop": True, "crop_size": {"height": 32, "width": 32}}
+LABELS = LabelSpace("single_label_classification", {"label": ["yes", "no"]})
+
+
+def build_edge_images() -> list[Image.Image]:
+    """Return black images, wide and tall, each with a white square at one of its edges."""
+    images = []
+    for height, width in ((160, 640), (640, 160)):
+        for top, left in ((0, 0), (0, width - 40), (height - 40, 0), (height // 2, 0), (0, width // 2)):
+            pixels = np.zeros((height, width, 3), dtype=np.uint8)
+            pixels[top : top + 40, left : left + 40] = 255
+            images.append(Image.fromarray(pixels))
+    return images
+
+
+@pytest.fixture(scope="module")
+def cropping_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a checkpoint whose processor crops, as after the conversion of most timm models."""
+    folder = tmp_path_factory.mktemp("crop")
+    ViTCLSForImageClassification(build_tiny_config(num_labels=2, id2label={0: "yes", 1: "no"})).save_pretrained(folder)
+    ViTCLSImageProcessor(**CROP).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("image_size", [None, (32, 48)])
+@pytest.mark.parametrize("fit", [None, "pad", "crop"])
+def test_a_white_square_at_each_edge_reaches_the_input(
+    fit: str | None, image_size: tuple[int, int] | None, cropping_checkpoint: Path, tmp_path: Path
+) -> None:
+    """By default, fine-tuning squashes. The saved processor, both backends and training see the same region."""
+    flags = {} if fit is None else {"fit": fit}
+    _, processor, _ = build_model(ModelOptions(str(cropping_checkpoint), image_size=image_size, **flags), LABELS)
+    processor.save_pretrained(tmp_path)
+    augmentation = build_augmentation(AugmentationOptions(crop_scale=1.0, shift=0.0), processor)
+    for image in build_edge_images():
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        seen_in_training = augmentation.fixed_transform(pixels)
+        assert seen_in_training.shape[-2:] == (image_size or (32, 32))
+        is_seen = [bool((seen_in_training > 200).any())]
+        for backend in (ViTCLSImageProcessor, ViTCLSImageProcessorPil):
+            values = backend.from_pretrained(tmp_path)(image, return_tensors="pt")["pixel_values"]
+            assert values.shape[-2:] == (image_size or (32, 32))
+            is_seen.append(bool((values > 1.5).any()))  # white is above 2 after normalization
+        assert is_seen == [is_seen[0]] * 3
+        assert is_seen[0] or fit == "crop"
+    assert ("100 %" in describe_fit(processor, build_edge_images())) is (fit != "crop")
+
+
+def test_random_crops_of_padded_images_have_the_aspect_ratio_of_the_input() -> None:
+    processor = ViTCLSImageProcessor()
+    set_fit(processor, "pad", (32, 48))
+    augmentation = build_augmentation(AugmentationOptions(crop_scale=0.5, shift=0.0), processor)
+    assert augmentation.fixed_transform(torch.zeros(3, 40, 30, dtype=torch.uint8)).shape == (3, 40, 60)
+    assert augmentation.fixed_transform(torch.zeros(3, 20, 90, dtype=torch.uint8)).shape == (3, 60, 90)
+
+
+def test_a_crop_keeps_its_ratio_at_another_size_and_the_seen_share_is_measured() -> None:
+    processor = ViTCLSImageProcessor(**CROP)
+    set_fit(processor, "crop", (64, 64))
+    assert (processor.size.shortest_edge, processor.crop_size.height) == (72, 64)
+    assert get_visible_share(processor, (160, 640)) == pytest.approx((64 / 72) ** 2 / 4)
+    text = describe_fit(processor, [Image.new("L", size) for size in ((640, 160), (100, 100), (100, 100))])
+    assert f"{100 * (64 / 72) ** 2:.0f} %" in text
+
+
+def test_prediction_and_evaluation_can_override_the_saved_fit(cropping_checkpoint: Path) -> None:
+    for fit, is_seen in ((None, False), ("squash", True), ("pad", True)):
+        _, processor = load_model(str(cropping_checkpoint), use_head=True, fit=fit)
+        values = processor(build_edge_images()[:1], return_tensors="pt")["pixel_values"]
+        assert bool((values > 1.5).any()) is is_seen
