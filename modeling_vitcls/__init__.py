@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .conversion.from_transformers import convert_from_transformers
     from .conversion.to_transformers import convert_to_transformers
     from .image_processing_vitcls import ViTCLSImageProcessor, ViTCLSImageProcessorPil
+    from .inference.embed_images import EmbedImages
     from .modeling_vitcls import (
         ViTCLSBackbone,
         ViTCLSForImageClassification,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "EmbedImages",
     "TokenLayout",
     "ViTCLSBackbone",
     "ViTCLSConfig",
@@ -61,6 +63,7 @@ IMPORT_STRUCTURE = {
     "conversion.from_timm": ("convert_from_timm",),
     "conversion.from_transformers": ("convert_from_transformers",),
     "conversion.to_transformers": ("convert_to_transformers",),
+    "inference.embed_images": ("EmbedImages",),
     "image_processing_vitcls": ("ViTCLSImageProcessor", "ViTCLSImageProcessorPil"),
     "modeling_vitcls": (
         "ViTCLSBackbone",

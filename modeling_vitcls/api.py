@@ -97,7 +97,8 @@ def predict(model: str | Path, images: Any = (), **flags: Any) -> list[dict[str,
         model: a folder, a Hub id or any other checkpoint that `--model` accepts.
         images: a path, a URL, or a list of paths, URLs, encoded images (bytes), PIL images or arrays. A folder path
             selects all images in the folder. To use a dataset instead, set `dataset`.
-        flags: other flags of `vitcls predict`, except `output` and `shard_size`.
+        flags: other flags of `vitcls predict`, except `output`, `shard_size`, `shard`
+            and `merge`.
 
     Returns:
         A list with one dict per image: `index`, `image`, the predicted columns, and `error` (None, or the reason why
@@ -110,7 +111,8 @@ def predict(model: str | Path, images: Any = (), **flags: Any) -> list[dict[str,
 
     images = [images] if isinstance(images, str | bytes | Path) else list(images)
     placeholder_paths = tuple(map(str, range(len(images))))  # PredictOptions requires one path per image
-    fixed_flags = {"output": Path("not-written.json"), "shard_size": PredictOptions.shard_size}
+    fixed_flags: dict[str, Any] = {name: getattr(PredictOptions, name) for name in ("shard_size", "shard", "merge")}
+    fixed_flags["output"] = Path("not-written.json")
     options = build_options(PredictOptions, fixed_flags, model=model, paths=placeholder_paths, **flags)
     return predict_from_options(options, images)
 
@@ -171,12 +173,15 @@ def convert_value(name: str, value: Any, type_hint: Any) -> Any:
     expects a path. Raise ValueError if the value is not one of the flag's choices."""
     value_types = get_args(type_hint) if get_origin(type_hint) in (Union, types.UnionType) else (type_hint,)
     choices = [choice for type_ in value_types if get_origin(type_) is Literal for choice in get_args(type_)]
-    if choices and value is not None and value not in choices:
+    has_only_choices = choices and all(get_origin(type_) is Literal or type_ is type(None) for type_ in value_types)
+    if choices and value not in [None, *choices] and (has_only_choices or isinstance(value, str)):
         raise ValueError(f"{name} is {value!r}. Set {name} to one of {', '.join(map(repr, choices))}")
     if isinstance(value, list):
         return tuple(value)
-    if isinstance(value, str) and any(get_origin(type_) is tuple for type_ in value_types):
+    if isinstance(value, str) and value not in choices and any(get_origin(type_) is tuple for type_ in value_types):
         return (value,)  # the flag accepts several values
     if isinstance(value, str) and Path in value_types:
         return Path(value)
+    if isinstance(value, str) and not choices and str not in value_types:
+        raise ValueError(f"{name} is the text {value!r}. Set {name} to a {value_types[0].__name__} without quotes")
     return str(value) if isinstance(value, Path) and Path not in value_types else value

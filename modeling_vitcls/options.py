@@ -511,6 +511,9 @@ class PredictOptions(ImageOptions):
     image contains an error message.
     """
 
+    model: str | None = None
+    """Folder or Hub id of a vitcls model (`ID@COMMIT` pins the model), or another ViT, which is converted once
+    (`timm:NAME`, `transformers:ID`, a folder, a Hub id, a file)."""
     list: Path | None = None
     """Text file with one image file, folder or URL per line."""
     split: str | None = None
@@ -522,13 +525,23 @@ class PredictOptions(ImageOptions):
     an existing folder, only missing files are written. Default: print a table."""
     shard_size: int = 10_000
     """Number of images per Parquet file, if --output is a folder."""
+    shard: str | None = None
+    """`i/n`: compute the i-th of n parts (numbered from 1) of the files in the folder --output, for array jobs. The
+    jobs do not communicate."""
+    merge: Path | None = None
+    """Check that a folder of Parquet files is complete, and write all rows to --output if it is set. No images are
+    read."""
     top_k: int | None = None
     """Maximum number of predicted labels per image. Default: 1 or, for multi-label models, all labels with a
     probability of at least --threshold."""
     threshold: float = 0.5
     """Minimum probability of a predicted label (multi-label models only)."""
-    features: Literal["cls", "mean", "registers", "distillation"] | None = None
-    """Features to write instead of labels: tokens of the last layer, or `mean` for the mean of the patch tokens."""
+    features: tuple[str, ...] | None = None
+    """Features to write instead of labels: `cls`, `registers`, `distillation` or `patches`, or `mean` for the mean of
+    the patch tokens. `cls@6` is the output of layer 6 after the final norm; the default is the last layer. Each of
+    several features has a column."""
+    feature_dtype: Literal["float32", "float16"] = "float32"
+    """Data type of the features."""
     fit: Literal["squash", "crop", "pad"] | None = None
     """How images of other aspect ratios become the input: resize the whole image (`squash`), crop the center (`crop`)
     or add gray (`pad`). Default: the setting of the image processor."""
@@ -540,20 +553,31 @@ class PredictOptions(ImageOptions):
     def __post_init__(self) -> None:
         check_minimum(self, 1, "shard_size", "batch_size", "top_k", "num_workers")
         check_value(self, "threshold", 0 <= self.threshold <= 1, "from 0 to 1")
-        if sum(map(bool, (self.paths, self.list, self.dataset))) != 1:
+        if self.merge is None and self.model is None:
+            raise ValueError("Set --model to the model, or --merge to a folder of predictions.")
+        if self.merge is None and sum(map(bool, (self.paths, self.list, self.dataset))) != 1:
             raise ValueError("Set exactly one of PATHS, --list and --dataset to select the images.")
         if self.dataset is None and (self.split or self.image_column or self.streaming):
             raise ValueError("--split, --image-column and --streaming require --dataset. Set --dataset.")
+        for name in self.features or ():
+            is_feature = bool(re.fullmatch(r"(cls|registers|distillation|patches|mean)(@[1-9]\d*)?", name))
+            requirement = "cls, registers, distillation, patches or mean, and optionally a layer such as cls@6"
+            check_value(self, "features", is_feature, requirement)
+        match = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", self.shard or "1/1")
+        is_part = match is not None and int(match[1]) <= int(match[2])
+        check_value(self, "shard", is_part, "i/n with i from 1 to n, such as 3/16")
         suffix = "" if self.output is None or self.output.is_dir() else self.output.suffix.lower()
         if suffix not in ("", ".csv", ".json", ".jsonl", ".parquet"):
             raise ValueError(
                 f"--output {self.output}: set a .csv, .json, .jsonl or .parquet file, or a folder without a suffix"
             )
+        if self.shard is not None and (self.output is None or suffix):
+            raise ValueError("--shard requires a folder of Parquet files. Set --output to a folder.")
         if self.features and (self.output is None or suffix == ".csv"):
             output_text = "a printed table" if self.output is None else "a CSV file"
             raise ValueError(
-                f"--features {self.features} cannot be written to {output_text}. Set --output to a .parquet, .json or "
-                ".jsonl file, or to a folder."
+                f"--features {' '.join(self.features)} cannot be written to {output_text}. Set --output to a folder or "
+                "to a .parquet, .json or .jsonl file."
             )
 
 

@@ -120,6 +120,13 @@ def test_errors_name_the_argument(tmp_path: Path) -> None:
         finetune("vitcls-tiny", "digits", tmp_path, auto_augment="random")
     with pytest.raises(TypeError, match="unknown keyword argument 'config'"):
         finetune("vitcls-tiny", "digits", tmp_path, config="digits.yaml")
+    with pytest.raises(ValueError, match="learning_rate"):
+        build_options(FinetuneOptions, model="m", dataset="digits", output_dir="o", learning_rate="1e-4")
+    for size in ("native", 32, [32, 48]):
+        options = build_options(FinetuneOptions, model="m", dataset="digits", output_dir="o", image_size=size)
+        assert options.model.image_size == (tuple(size) if isinstance(size, list) else size)
+    with pytest.raises(ValueError, match="image_size"):
+        build_options(FinetuneOptions, model="m", dataset="digits", output_dir="o", image_size="large")
     with pytest.raises(ValueError, match="--epochs is -1, but it must be above 0"):
         finetune("vitcls-tiny", "digits", tmp_path, epochs=-1)
 

@@ -208,9 +208,9 @@ def test_combinations_of_flags(kind: type, accepted: dict[str, Any], changes: di
 
 def test_an_existing_folder_is_an_output_for_any_name(tmp_path: Path) -> None:
     (tmp_path / "features.v2").mkdir()
-    PredictOptions("m", ("a.jpg",), output=tmp_path / "features.v2", features="cls")
+    PredictOptions("m", ("a.jpg",), output=tmp_path / "features.v2", features=("cls",))
     with raises_one_line("features.v3"):
-        PredictOptions("m", ("a.jpg",), output=tmp_path / "features.v3", features="cls")
+        PredictOptions("m", ("a.jpg",), output=tmp_path / "features.v3", features=("cls",))
 
 
 def test_regions_of_cls_tokens() -> None:

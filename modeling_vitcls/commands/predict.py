@@ -3,6 +3,7 @@
     vitcls predict --model runs/mine photo.jpg path/to/folder
     vitcls predict --model runs/mine --list files.txt --output labels.csv
     vitcls predict --model runs/mine --dataset path/or/hub-id --features cls --output features
+    vitcls predict --merge features --output features.parquet
 
 The prediction is implemented in modeling_vitcls/inference/predict.py.
 """
@@ -34,7 +35,11 @@ def run(options: PredictCommandOptions) -> None:
     from transformers.utils.logging import disable_progress_bar
 
     from ..inference.predict import predict_images
+    from ..inference.shards import merge_shards
 
+    if options.merge is not None:
+        print(merge_shards(options.merge, options.output))
+        return
     disable_progress_bar()  # hides the progress bar of weight loading
     summary = predict_images(options)
     if options.output is not None and summary.num_images:

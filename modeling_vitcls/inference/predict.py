@@ -1,20 +1,20 @@
 """Prediction of labels or features for any number of images, from options to rows.
 
     images -> records -> pixels -> predictions -> rows -> table, file, or folder of Parquet files
-    inputs.py ----------------->   prediction_rows.py ->  outputs.py
+    inputs.py ----------------->   prediction_rows.py ->  outputs.py   shards.py
 
-The images are divided by index into chunks of equal size. A chunk is a shard if the output is a folder, or a batch
-otherwise. The chunks are assigned to the processes in turn, and a batch never spans two chunks. The output is
-therefore bit-identical for any number of processes, even after a restart.
+The images are divided by index into chunks of equal size: a shard if the output is a folder, or a batch otherwise. The
+chunks are assigned to the processes in turn, and a batch never spans two chunks. The output is therefore bit-identical
+for any number of processes, even after a restart. A stream is divided among the workers (shards.py) by `datasets`.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import groupby, islice
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
 
@@ -23,22 +23,14 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from transformers import PreTrainedModel
 
-from ..distributed import build_accelerator, run_on_main
+from ..distributed import build_accelerator
 from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..options import PredictOptions
-from .inputs import ListInput, PredictionInput, PreparedImage, build_list_input, open_input, prepare_images
+from .inputs import ImageRecord, ListInput, PredictionInput, StreamInput, build_list_input, open_input, prepare_images
 from .load_model import load_model
-from .outputs import (
-    WRITERS,
-    Progress,
-    ShardFolder,
-    get_output_columns,
-    iterate_shards,
-    print_table,
-    send_heartbeats,
-    write_rows,
-)
+from .outputs import WRITERS, Progress, get_output_columns, print_table, write_rows
 from .prediction_rows import AutocastFactory, PredictionColumns, Row, build_prediction_columns, predict_rows
+from .shards import ShardFolder, Worker, iterate_shards
 
 
 @dataclass(frozen=True)
@@ -52,11 +44,10 @@ class Predictor:
     batch_size: int
     num_workers: int
 
-    def iterate_rows(self, source: PredictionInput, ranges: Iterable[range], chunk_size: int) -> Iterator[Row]:
-        """Yield a row for each image in the index ranges, in order. A batch does not span two chunks."""
-        records = source.read_records(ranges)
+    def iterate_rows(self, records: Iterator[ImageRecord]) -> Iterator[Row]:
+        """Yield a row for each image, in order."""
         images = prepare_images(records, self.processor, self.num_workers, num_ahead=2 * self.batch_size)
-        batches = iterate_batches(images, self.batch_size, chunk_size)
+        batches = iter(lambda: list(islice(images, self.batch_size)), [])
         return predict_rows(batches, self.columns, self.model.device, self.autocast)
 
 
@@ -74,7 +65,7 @@ def predict(
     images: Any,
     top_k: int | None = None,
     threshold: float = 0.5,
-    features: str | None = None,
+    features: str | Sequence[str] | None = None,
     batch_size: int = 32,
     num_workers: int | None = None,
 ) -> list[Row]:
@@ -97,12 +88,12 @@ def predict(
         ValueError: if there are no images, or if the model does not support the requested labels or features.
     """
     source = wrap_images([images] if isinstance(images, str | Path) else images)
-    columns = build_prediction_columns(model, top_k, threshold, features)
+    columns = build_prediction_columns(model, top_k, threshold, [features] if isinstance(features, str) else features)
     predictor = Predictor(model, processor, columns, nullcontext, batch_size, num_workers or get_num_workers())
     was_training = model.training
     model.eval()
     try:
-        return collect_rows(predictor, source)
+        return list(predictor.iterate_rows(read_all_records(source)))
     finally:
         model.train(was_training)
 
@@ -112,23 +103,26 @@ def predict_from_options(options: PredictOptions, images: list[Any]) -> list[Row
     `predict`. If `images` is empty, the options specify the input."""
     accelerator = build_accelerator(mixed_precision=options.mixed_precision)
     source = wrap_images(images) if images else open_input(options)
-    return collect_rows(build_predictor(options, accelerator), source)
+    return list(build_predictor(options, accelerator).iterate_rows(read_all_records(source)))
 
 
-def collect_rows(predictor: Predictor, source: PredictionInput) -> list[Row]:
-    """Return the rows of all images. Raise ValueError if the number of images is unknown, as for a stream."""
-    if source.num_images is None:
-        raise ValueError("cannot return the rows of a stream, because its length is unknown. Disable streaming")
-    return list(predictor.iterate_rows(source, [range(source.num_images)], chunk_size=source.num_images))
+def read_all_records(source: PredictionInput) -> Iterator[ImageRecord]:
+    """Yield the records of all images."""
+    if isinstance(source, StreamInput):
+        return source.build_records(source.dataset, count())
+    return source.read_records([range(source.num_images)])
 
 
 def build_predictor(options: PredictOptions, accelerator: Accelerator) -> Predictor:
     """Load the model and the image processor, and build a predictor on the device of the accelerator."""
+    assert options.model is not None
     model, processor = load_model(options.model, use_head=options.features is None, fit=options.fit)
     return Predictor(
         model=model.to(accelerator.device),
         processor=processor,
-        columns=build_prediction_columns(model, options.top_k, options.threshold, options.features),
+        columns=build_prediction_columns(
+            model, options.top_k, options.threshold, options.features, options.feature_dtype
+        ),
         autocast=accelerator.autocast,
         batch_size=options.batch_size,
         num_workers=options.num_workers or get_num_workers(),
@@ -159,7 +153,7 @@ def predict_images(options: PredictOptions) -> PredictionCounts:
     is_folder = options.output is not None and options.output.suffix.lower() not in WRITERS
     counts = (predict_to_folder if is_folder else predict_to_file)(options, accelerator, source, predictor)
     accelerator.end_training()
-    return counts
+    return counts if accelerator.is_main_process else PredictionCounts(0, 0)
 
 
 def get_num_workers() -> int:
@@ -168,52 +162,28 @@ def get_num_workers() -> int:
     return max(1, min(8, (os.cpu_count() or 1) // num_processes))
 
 
-def iterate_batches(
-    images: Iterator[PreparedImage], batch_size: int, chunk_size: int
-) -> Iterator[list[PreparedImage]]:
-    """Yield batches of `batch_size` images. The last batch of each chunk may be smaller."""
-    for _, group in groupby(images, key=lambda image: image.record.index // chunk_size):
-        while batch := list(islice(group, batch_size)):
-            yield batch
-
-
-# A table or a file ---------------------------------------------------------------------------------------------------
-
-
 def predict_to_file(
     options: PredictOptions, accelerator: Accelerator, source: PredictionInput, predictor: Predictor
 ) -> PredictionCounts:
     """Print a table or write one file. The main process gathers the rows of all processes."""
-    chunk_size = options.batch_size
-    chunks = iterate_shards(source.num_images, chunk_size)
-    ranges = islice(chunks, accelerator.process_index, None, accelerator.num_processes)
-    rows = gather_rows(predictor.iterate_rows(source, ranges, chunk_size), chunk_size, accelerator)
+    if isinstance(source, StreamInput):
+        if accelerator.num_processes > 1:
+            raise ValueError("--streaming with several processes requires a folder. Set --output to a folder")
+        records, num_local_images = read_all_records(source), None
+    else:
+        chunks = iterate_shards(source.num_images, options.batch_size)
+        ranges = list(islice(chunks, accelerator.process_index, None, accelerator.num_processes))
+        records, num_local_images = source.read_records(ranges), sum(map(len, ranges))
     columns = get_output_columns(predictor.columns.columns)
-    with Progress(source.num_images, is_shown=accelerator.is_main_process) as progress:
-        rows = progress.track_rows(rows)
-        if not accelerator.is_main_process:
-            for _ in rows:
-                pass  # the rows are gathered on the main process
-        elif options.output is None:
-            table_rows = list(rows)
-        else:
-            write_rows(rows, columns, options.output)
-    if not accelerator.is_main_process:
-        return PredictionCounts(0, 0)
-    if options.output is None:
-        print_table(table_rows, columns)
-    return PredictionCounts(progress.num_images, progress.num_failed)
-
-
-def gather_rows(rows: Iterator[Row], chunk_size: int, accelerator: Accelerator) -> Iterator[Row]:
-    """Yield the rows of all processes in order. In each round, one chunk per process is gathered."""
-    if accelerator.num_processes == 1:
-        yield from rows
-        return
-    chunks = (list(group) for _, group in groupby(rows, key=lambda row: row["index"] // chunk_size))
-    while any(gathered_chunks := gather_object([next(chunks, [])])):
-        for chunk in gathered_chunks:
-            yield from chunk
+    with Progress(num_local_images, is_shown=accelerator.is_main_process) as progress:
+        rows = list(progress.track_rows(predictor.iterate_rows(records)))
+    if accelerator.num_processes > 1:
+        rows = sorted(gather_object(rows), key=lambda row: row["index"])
+    if accelerator.is_main_process and options.output is None:
+        print_table(rows, columns)
+    elif accelerator.is_main_process and options.output is not None:
+        write_rows(rows, columns, options.output)
+    return PredictionCounts(len(rows), sum(row["error"] is not None for row in rows))
 
 
 # A folder of Parquet files -------------------------------------------------------------------------------------------
@@ -222,68 +192,77 @@ def gather_rows(rows: Iterator[Row], chunk_size: int, accelerator: Accelerator) 
 def predict_to_folder(
     options: PredictOptions, accelerator: Accelerator, source: PredictionInput, predictor: Predictor
 ) -> PredictionCounts:
-    """Write the missing shards, which are divided among the processes. The main process polls until all shards exist,
-    because a collective operation would time out if a process is slow. Raise OSError if a process ends before its
-    shards are written."""
+    """Write the missing shards of each process, and return the numbers of images of all processes of this job."""
     assert options.output is not None
-    folder = ShardFolder(options.output, options.shard_size)
-    num_images, finished_shards = open_shard_folder(folder, options, accelerator, source, predictor)
-    shards = iterate_shards(num_images, folder.shard_size)
-    missing_shards = (indices for indices in shards if indices.start // folder.shard_size not in finished_shards)
-    local_shards: Iterable[range] = islice(missing_shards, accelerator.process_index, None, accelerator.num_processes)
-    num_local_images = None
-    if num_images is not None:
-        local_shards = list(local_shards)
-        num_local_images = sum(map(len, local_shards))
+    worker = Worker.from_shard(options.shard, accelerator.process_index, accelerator.num_processes)
+    settings = {
+        "shard_size": options.shard_size,
+        "features": options.features,
+        "feature_dtype": options.feature_dtype,
+        "top_k": options.top_k,
+        "threshold": options.threshold,
+        "mixed_precision": accelerator.mixed_precision,
+        "input": source.compute_fingerprint(),
+        "model": compute_model_digest(predictor.model, predictor.processor),
+    }
+    if isinstance(source, StreamInput):
+        settings["num_workers"] = worker.num_workers
+    folder = ShardFolder(options.output, options.shard_size, json.loads(json.dumps(settings)))
+    folder.open()
+    write = write_stream_shards if isinstance(source, StreamInput) else write_list_shards
+    local_counts = write(folder, worker, source, predictor, accelerator.is_main_process)
+    counts = gather_object([local_counts])
+    return PredictionCounts(*(sum(values) for values in zip(*counts, strict=True)))
+
+
+def write_list_shards(
+    folder: ShardFolder, worker: Worker, source: Any, predictor: Predictor, is_shown: bool
+) -> tuple[int, int]:
+    """Write the missing shards of one worker. Return the numbers of images and of images without a prediction."""
     columns = get_output_columns(predictor.columns.columns)
-    with (
-        send_heartbeats(folder.get_heartbeat_file(accelerator.process_index)),
-        Progress(num_local_images, is_shown=accelerator.is_main_process) as progress,
-    ):
-        accelerator.wait_for_everyone()  # all processes have created a heartbeat file
-        rows = progress.track_rows(predictor.iterate_rows(source, local_shards, folder.shard_size))
-        for shard_index, shard in groupby(rows, key=lambda row: row["index"] // folder.shard_size):
-            write_rows(shard, columns, folder.get_shard_file(shard_index))
-        if not accelerator.is_main_process:
-            return PredictionCounts(0, 0)
-        if num_images is None:  # the end of the stream has been reached
-            num_images = source.num_images or 0
-            folder.record_num_images(num_images)
-        folder.wait_for_shards(num_images, accelerator.num_processes)
-    return PredictionCounts(*folder.count_rows(num_images))
+    shards = list(iterate_shards(source.num_images, folder.shard_size))
+    num_images, num_failed, missing = 0, 0, []
+    for indices in islice(shards, worker.index, None, worker.num_workers):
+        finished = folder.read_finished(folder.get_file(indices.start // folder.shard_size))
+        if finished is None:
+            missing.append(indices)
+        else:
+            num_images, num_failed = num_images + finished["images"], num_failed + finished["failed"]
+    with Progress(sum(map(len, missing)), is_shown) as progress:
+        for indices in missing:
+            rows = list(progress.track_rows(predictor.iterate_rows(source.read_records([indices]))))
+            metadata = folder.build_metadata(rows, num_shards=len(shards))
+            write_rows(rows, columns, folder.get_file(indices.start // folder.shard_size), metadata)
+    return num_images + progress.num_images, num_failed + progress.num_failed
 
 
-def open_shard_folder(
-    folder: ShardFolder,
-    options: PredictOptions,
-    accelerator: Accelerator,
-    source: PredictionInput,
-    predictor: Predictor,
-) -> tuple[int | None, set[int]]:
-    """Create the output folder, or check that an existing folder belongs to the same prediction. Return the number of
-    images, which is None if unknown, and the indices of the finished shards."""
-    fingerprint = source.compute_fingerprint()
-
-    def open_folder() -> tuple[int | None, set[int]]:
-        num_images = folder.open(
-            {
-                "features": options.features,
-                "top_k": options.top_k,
-                "threshold": options.threshold,
-                "mixed_precision": accelerator.mixed_precision,
-                "input": fingerprint,
-                "model": compute_model_digest(predictor.model, predictor.processor),
-            }
-        )
-        return source.num_images if num_images is None else num_images, folder.list_shards()
-
-    num_images, finished_shards = run_on_main(accelerator, open_folder)
-    if any(process_fingerprint != fingerprint for process_fingerprint in gather_object([fingerprint])):
-        raise ValueError(
-            "prediction requires the same images on all machines, but the images differ. Copy the images to all "
-            "machines again"
-        )
-    return num_images, finished_shards
+def write_stream_shards(
+    folder: ShardFolder, worker: Worker, source: StreamInput, predictor: Predictor, is_shown: bool
+) -> tuple[int, int]:
+    """Continue the shards of one worker from the state of the stream in its last shard, as `write_list_shards`."""
+    columns = get_output_columns(predictor.columns.columns)
+    stream, num_images, num_failed, first_shard = source.get_part(worker.index, worker.num_workers), 0, 0, 0
+    while (finished := folder.read_finished(folder.get_file(first_shard, worker))) is not None:
+        num_images, num_failed = num_images + finished["images"], num_failed + finished["failed"]
+        if finished["is_last"]:
+            return num_images, num_failed
+        stream.load_state_dict(finished["state"])
+        first_shard += 1
+    with Progress(None, is_shown) as progress:
+        examples, is_last = iter(stream), False
+        indices = count(first_shard * folder.shard_size * worker.num_workers + worker.index, worker.num_workers)
+        for shard_index in count(first_shard):
+            records = source.build_records(islice(examples, folder.shard_size), indices)
+            rows = list(progress.track_rows(predictor.iterate_rows(records)))
+            state = stream.state_dict()  # before the next example is read
+            next_example = list(islice(examples, 1))
+            is_last = not next_example
+            examples = chain(next_example, examples)
+            metadata = folder.build_metadata(rows, is_last=is_last, state=state)
+            write_rows(rows, columns, folder.get_file(shard_index, worker), metadata)
+            if is_last:
+                break
+    return num_images + progress.num_images, num_failed + progress.num_failed
 
 
 def compute_model_digest(model: PreTrainedModel, processor: ViTCLSImageProcessor) -> str:

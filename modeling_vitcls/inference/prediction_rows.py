@@ -4,14 +4,15 @@ model                       columns
 one label per image         label, probability, label_2, probability_2, ... up to --top-k
 several labels per image    labels, probabilities: lists
 several tasks               <task>_label, <task>_probability, <task>_label_2, ...
-any, with --features        features: a list of D numbers, or one list per token if there are several tokens
+any, with --features        features: a list of D numbers, or one list per token if there are several tokens;
+                            with several features, one column per feature
 
 The first columns are `index` (index in the input) and `image`, and the last column is `error`. outputs.py writes the
 rows. Each kind of model has a class with the attribute `columns`, a dict of column types. The method `predict` returns
 a dict of `float32` outputs [B, ...] for images [B, C, H, W], and `build_rows` converts the outputs to rows.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -122,37 +123,79 @@ class MultiLabelColumns:
 # Features ------------------------------------------------------------------------------------------------------------
 
 
-class FeatureColumns:
-    """Output column with features of the last hidden state: `cls`, `registers` or `distillation` tokens, or the `mean`
-    of the patch tokens. Raise ValueError if the model has no tokens of the requested kind."""
+FEATURE_DTYPES = {"float32": (torch.float32, pa.float32()), "float16": (torch.float16, pa.float16())}
 
-    def __init__(self, model: PreTrainedModel, token_group: str) -> None:
-        config: Any = model.config
-        self.encoder = model.base_model
-        self.token_group = token_group
-        token_counts = dict(zip(("cls", "distillation", "registers"), config.token_counts, strict=True)) | {"mean": 1}
-        self.num_tokens = token_counts[token_group]
-        if not self.num_tokens:
+
+@dataclass(frozen=True)
+class Feature:
+    """The tokens of a group, or the mean of the patch tokens, in the output of a layer after the final norm."""
+
+    group: str
+    layer: int | None  # number of the layer, starting from 1; None for the last layer
+    num_tokens: int
+
+    @classmethod
+    def from_name(cls, name: str, config: Any) -> "Feature":
+        """Parse a name such as `cls` or `cls@6`. Raise ValueError if the model has no such tokens or layer."""
+        rows, columns = config.grid_size
+        token_counts = dict(zip(("cls", "distillation", "registers"), config.token_counts, strict=True))
+        token_counts |= {"mean": 1, "patches": rows * columns}
+        group, _, layer = name.partition("@")
+        if not token_counts.get(group):
             choices_text = " or ".join(name for name, count in token_counts.items() if count)
             raise ValueError(
-                f"--features {token_group} requires tokens of this kind, but the model has none. Set --features to "
+                f"--features {name} requires tokens of this kind, but the model has none. Set --features to "
                 f"{choices_text}"
             )
-        feature_type = pa.list_(pa.float32())
-        self.columns = {"features": feature_type if self.num_tokens == 1 else pa.list_(feature_type)}
+        if layer and not 1 <= int(layer) <= config.num_hidden_layers:
+            raise ValueError(
+                f"--features {name} requires layer {layer}, but the model has the layers 1 to "
+                f"{config.num_hidden_layers}. Set --features {group}@{config.num_hidden_layers}"
+            )
+        return cls(group, int(layer) if layer else None, token_counts[group])
+
+    def select(self, encoder: Any, outputs: Any) -> torch.Tensor:
+        """Return the feature [B, D], or [B, n, D] if there are n > 1 tokens."""
+        tokens = outputs.last_hidden_state
+        if self.layer is not None:
+            tokens = outputs.hidden_states[self.layer]
+            tokens = tokens if encoder.layernorm is None else encoder.layernorm(tokens)
+        group = "patches" if self.group == "mean" else self.group
+        tokens = tokens[:, getattr(encoder.config.token_layout, group)]
+        if self.group == "mean":
+            return tokens.mean(dim=1)
+        return tokens[:, 0] if self.num_tokens == 1 else tokens
+
+
+class FeatureColumns:
+    """Output columns with features: `features` for a single feature, otherwise one column per feature, such as `cls`
+    and `mean@6`. Raise ValueError if the model has no such tokens."""
+
+    def __init__(self, model: PreTrainedModel, names: Sequence[str], dtype: str = "float32") -> None:
+        self.encoder = model.base_model
+        columns = ["features"] if len(names) == 1 else names
+        self.features = {
+            column: Feature.from_name(name, model.config) for column, name in zip(columns, names, strict=True)
+        }
+        self.dtype, arrow_type = FEATURE_DTYPES[dtype]
+        self.columns = {
+            column: pa.list_(arrow_type if feature.num_tokens == 1 else pa.list_(arrow_type))
+            for column, feature in self.features.items()
+        }
 
     def predict(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return the features [B, D], or [B, n, D] if there are n > 1 tokens."""
-        tokens = self.encoder(pixel_values).tokens
-        if self.token_group == "mean":
-            return {"features": tokens["patches"].mean(dim=1).float()}
-        features = tokens[self.token_group].float()  # [B, n, D]
-        return {"features": features[:, 0] if self.num_tokens == 1 else features}
+        """Return each feature as [B, D], or [B, n, D] if there are n > 1 tokens."""
+        has_layers = any(feature.layer is not None for feature in self.features.values())
+        outputs = self.encoder(pixel_values, output_hidden_states=has_layers)
+        return {name: feature.select(self.encoder, outputs).to(self.dtype) for name, feature in self.features.items()}
 
     def build_rows(self, outputs: dict[str, torch.Tensor]) -> list[Row]:
         """Return one row per image with the features: one array, or a list with one array per token."""
-        features = outputs["features"].cpu().numpy()
-        return [{"features": vectors if self.num_tokens == 1 else list(vectors)} for vectors in features]
+        arrays = {name: output.cpu().numpy() for name, output in outputs.items()}
+        return [
+            {name: array[index] if array.ndim == 2 else list(array[index]) for name, array in arrays.items()}
+            for index in range(len(next(iter(arrays.values()))))
+        ]
 
 
 # Rows ----------------------------------------------------------------------------------------------------------------
@@ -163,12 +206,16 @@ AutocastFactory = Callable[[], AbstractContextManager]  # function that returns 
 
 
 def build_prediction_columns(
-    model: PreTrainedModel, top_k: int | None, threshold: float, features: str | None
+    model: PreTrainedModel,
+    top_k: int | None,
+    threshold: float,
+    features: Sequence[str] | None,
+    feature_dtype: str = "float32",
 ) -> PredictionColumns:
     """Build the output columns of a model. Raise ValueError if the model does not support the arguments."""
     config: Any = model.config
     if features is not None:
-        return FeatureColumns(model, features)
+        return FeatureColumns(model, features, feature_dtype)
     if config.tasks:
         return TopLabelColumns(model, config.task_labels(), top_k)
     if not config.num_labels or config.problem_type == "regression":

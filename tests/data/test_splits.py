@@ -35,7 +35,7 @@ from modeling_vitcls.options import (
 )
 from modeling_vitcls.training.finetune import FinetuneTask
 from modeling_vitcls.training.pretrain import PretrainTask
-from modeling_vitcls.training.task import run_task
+from modeling_vitcls.training.task import collect_summary_lines, run_task
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -285,7 +285,7 @@ def test_missing_classes_of_tasks_and_tags_are_named() -> None:
     assert describe(tags, [[1.0, 1.0, 0.0]], []) == []
 
 
-def test_training_on_a_split_named_test_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_training_on_a_split_named_test_is_reported(tmp_path: Path) -> None:
     photos = write_photos(tmp_path / "photos" / "test", range(20))
     task = FinetuneTask(build_tiny_options(tmp_path / "out", photos.parent, epochs=1))
     name, text = next(iter(collect_summary_lines(task).items()))

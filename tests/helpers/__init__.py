@@ -1,4 +1,4 @@
 """Test helpers, imported by name: `from helpers.tiny_models import ...`. Each file says what it makes.
 
-Files that tests run as programs (`*_worker.py`, `load_*.py`, `slow_prediction.py`) are run with `tests/` on the path.
+Files that tests run as programs (`*_worker.py`, `load_*.py`) are run with `tests/` on the path.
 """

@@ -6,7 +6,6 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,12 +27,10 @@ from modeling_vitcls.inference.inputs import (
     ImageRecord,
     ListInput,
     PreparedImage,
-    StreamInput,
     build_record,
     open_input,
     prepare_image,
 )
-from modeling_vitcls.inference.outputs import iterate_shards
 from modeling_vitcls.options import PredictOptions
 
 
@@ -263,17 +260,3 @@ def test_one_of_several_splits_has_to_be_named(tmp_path: Path) -> None:
         open_input(PredictOptions("model", dataset=str(tmp_path)))
     for split, number in (("train", 2), ("test", 1)):
         assert open_input(PredictOptions("model", dataset=str(tmp_path), split=split)).num_images == number
-
-
-def test_skipped_images_of_a_stream_are_not_decoded(photos: Path, tmp_path: Path) -> None:
-    good = (photos / "a.jpg").read_bytes()
-    values = [{"bytes": b"broken" if index < 6 else good, "path": None} for index in range(10)]
-    table = datasets.Dataset.from_dict({"image": values}).cast_column("image", datasets.Image())
-    table.to_parquet(tmp_path / "images.parquet")
-    source = open_input(PredictOptions("model", dataset=str(tmp_path / "images.parquet"), streaming=True))
-    assert isinstance(source, StreamInput) and source.num_images is None
-    assert [(record.index, record.content) for record in source.read_records([range(6, 8)])] == [(6, good), (7, good)]
-    assert source.num_images is None
-    ranges = islice(iterate_shards(None, 4), 1, None, 2)  # 4 to 7, then beyond the end
-    assert [record.index for record in source.read_records(ranges)] == [4, 5, 6, 7]
-    assert source.num_images == 10

@@ -1,11 +1,7 @@
-"""Outputs of prediction: files, tables, progress, and folders of shards."""
+"""Outputs of prediction: files, tables and progress."""
 
 import csv
 import json
-import os
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,144 +9,17 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from helpers.fresh_processes import SCRIPT_ENVIRONMENT
 from helpers.tiny_models import raises_one_line
 
-from modeling_vitcls.files import read_json
 from modeling_vitcls.inference import outputs
 from modeling_vitcls.inference.outputs import (
-    ShardFolder,
     get_output_columns,
-    iterate_shards,
     print_table,
     write_rows,
 )
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
-
-
-# Folders of shards ---------------------------------------------------------------------------------------------------
-
-
-def test_a_folder_is_complete_if_every_shard_has_all_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(outputs, "ROWS_PER_GROUP", 3)
-    folder = ShardFolder(tmp_path, shard_size=4)
-    rows = [{"index": index, "image": str(index), "error": None if index else "unreadable"} for index in range(9)]
-    for number in range(3):
-        assert not folder.is_complete(9)
-        write_rows(rows[number * 4 : number * 4 + 4], get_output_columns({}), folder.get_shard_file(number))
-    assert folder.is_complete(9) and not folder.is_complete(13)
-    assert folder.count_rows(9) == (9, 1)
-    for number, kept in ((1, rows[4:7]), (2, [])):
-        write_rows(kept, get_output_columns({}), folder.get_shard_file(number))
-        with raises_one_line(
-            f"shard-00000{number}.parquet must have", f"but has {len(kept)}. Delete the file and repeat the command"
-        ):
-            folder.count_rows(9)
-        write_rows(rows[number * 4 : number * 4 + 4], get_output_columns({}), folder.get_shard_file(number))
-
-
-@pytest.mark.parametrize("num_images", [1, 7, 8, 9])
-def test_each_image_is_in_one_shard(num_images: int) -> None:
-    shards = list(iterate_shards(num_images, 4))
-    assert [index for indices in shards for index in indices] == list(range(num_images))
-
-
-HEARTBEAT = """
-import sys, time
-from pathlib import Path
-from modeling_vitcls.inference import outputs
-outputs.SECONDS_BETWEEN_HEARTBEATS = 0.05
-with outputs.send_heartbeats(outputs.ShardFolder(Path(sys.argv[1]), 4).get_heartbeat_file(1)):
-    print("ready", flush=True)
-    time.sleep(600)
-"""
-
-
-@pytest.mark.slow
-def test_killed_processes_are_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(outputs, "SECONDS_BETWEEN_HEARTBEATS", 0.05)
-    monkeypatch.setattr(outputs, "MAX_HEARTBEAT_AGE", 2.0)
-    folder = outputs.ShardFolder(tmp_path, 4)
-    command = [sys.executable, "-c", HEARTBEAT, tmp_path]
-    with (
-        subprocess.Popen(command, stdout=subprocess.PIPE, env=SCRIPT_ENVIRONMENT) as other,
-        outputs.send_heartbeats(folder.get_heartbeat_file(0)),
-    ):
-        assert other.stdout is not None and other.stdout.readline() == b"ready\n"
-        last = folder.get_heartbeat_file(1).stat().st_mtime_ns
-        while folder.get_heartbeat_file(1).stat().st_mtime_ns == last:
-            time.sleep(0.01)
-        other.kill()
-        with raises_one_line("lacks shards of a process that has ended. Repeat the command", error=OSError):
-            folder.wait_for_shards(4, 2)
-        folder.get_heartbeat_file(1).unlink()  # as after an error
-        with raises_one_line("lacks shards of a process that has ended. Repeat the command", error=OSError):
-            folder.wait_for_shards(4, 2)
-        folder.get_shard_file(0).touch()
-        folder.wait_for_shards(4, 2)
-    assert [file.name for file in tmp_path.iterdir()] == ["shard-000000.parquet"]
-
-
-def test_shards_are_awaited_while_other_processes_are_running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Heartbeats that are too old or missing are those of processes that have ended."""
-    folder = ShardFolder(tmp_path, shard_size=4)
-    other = folder.get_heartbeat_file(1)
-    other.touch()
-    waits = []
-
-    def wait(seconds: float) -> None:
-        """Write the last shard, as the other process does."""
-        waits.append(seconds)
-        folder.get_shard_file(len(waits) - 1).touch()
-
-    monkeypatch.setattr(outputs.time, "sleep", wait)
-    folder.wait_for_shards(8, 2)
-    assert len(waits) == 2
-    for age, has_ended in ((outputs.MAX_HEARTBEAT_AGE / 2, False), (outputs.MAX_HEARTBEAT_AGE * 2, True)):
-        os.utime(other, (time.time() - age,) * 2)
-        folder.get_shard_file(1).unlink()
-        waits = [0.0]
-        if has_ended:
-            folder.get_heartbeat_file(2).touch()  # of a third process, which is running
-            for num_processes in (2, 3):
-                with raises_one_line("lacks shards of a process that has ended", error=OSError):
-                    folder.wait_for_shards(8, num_processes)
-            folder.wait_for_shards(4, 2)
-        else:
-            folder.wait_for_shards(8, 2)
-    other.unlink()
-    with raises_one_line("lacks shards of a process that has ended", error=OSError):
-        folder.wait_for_shards(8, 2)
-
-
-def test_a_heartbeat_is_removed_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(outputs, "SECONDS_BETWEEN_HEARTBEATS", 0.001)
-    file = tmp_path / "heartbeat"
-    with pytest.raises(ValueError, match="an error"), outputs.send_heartbeats(file):
-        os.utime(file, (0, 0))
-        deadline = time.monotonic() + 60
-        while file.stat().st_mtime == 0:
-            assert time.monotonic() < deadline
-            time.sleep(0.001)
-        raise ValueError("an error")
-    assert not file.exists()
-
-
-def test_unfinished_files_of_a_killed_start_are_removed(tmp_path: Path) -> None:
-    (tmp_path / ".shard-000000.parquet.77.unfinished").write_bytes(b"half")
-    folder = ShardFolder(tmp_path, shard_size=2)
-    assert folder.open({"input": "this"}) is None
-    assert [file.name for file in tmp_path.iterdir()] == [".manifest.json"]
-    folder.record_num_images(5)
-    assert folder.open({"input": "this"}) == 5
-    assert not folder.is_complete(5)
-    manifest = read_json(tmp_path / ".manifest.json")
-    for change, words in (({"format": 0}, "another format"), ({"old": 7}, "--old 7, not None")):
-        (tmp_path / ".manifest.json").write_text(json.dumps(manifest | change), encoding="utf-8")
-        with raises_one_line(f"was written with {words}. Use the same flags"):
-            folder.open({"input": "this"})
 
 
 # Files ---------------------------------------------------------------------------------------------------------------
@@ -184,7 +53,10 @@ def test_text_in_csv_files_is_not_a_formula(tmp_path: Path) -> None:
     with (tmp_path / "out.csv").open(newline="", encoding="utf-8") as file:
         header, *found = csv.reader(file)
     assert header == ["index", "image", "labels", "'=task_label", "p", "error"]
-    assert found == [["-1", f"'{text}", f"'{text}|b", f"'{text}", "-0.5", ""] for text in FORMULAS]
+    cells = [f"'{text}".replace("\t", " ").replace("\r", " ") for text in FORMULAS]
+    assert found == [["-1", cell, f"{cell}|b", cell, "-0.5", ""] for cell in cells]
+    write_rows([rows[0] | {"image": "a\x1b[31m\x07\nb"}], columns, tmp_path / "out.csv")
+    assert "a\ufffd[31m\ufffd b" in (tmp_path / "out.csv").read_text(encoding="utf-8")
     write_rows(rows, columns, tmp_path / "out.jsonl")
     lines = (tmp_path / "out.jsonl").read_text(encoding="utf-8").split("\n")
     assert [json.loads(line)["image"] for line in lines[:-1]] == FORMULAS

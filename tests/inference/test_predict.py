@@ -13,7 +13,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -40,18 +39,14 @@ from modeling_vitcls import (
     ViTCLSModel,
 )
 from modeling_vitcls.inference import predict as predict_module
-from modeling_vitcls.inference.inputs import (
-    FetchError,
-    ImageRecord,
-    PreparedImage,
-)
+from modeling_vitcls.inference.inputs import FetchError
 from modeling_vitcls.inference.predict import (
     PredictionCounts,
     compute_model_digest,
-    iterate_batches,
     predict,
     predict_images,
 )
+from modeling_vitcls.inference.shards import merge_shards
 from modeling_vitcls.options import PredictOptions
 
 
@@ -233,9 +228,7 @@ def test_features_equal_the_tokens_of_the_model(
     models: Path, photos: Path, tmp_path: Path, source: str, kind: str
 ) -> None:
     output = tmp_path / ("out.parquet" if source == "encoder" else "out.json")
-    predict_images(
-        PredictOptions(str(models / source), (str(photos),), output=output, features=kind, batch_size=9)  # type: ignore
-    )
+    predict_images(PredictOptions(str(models / source), (str(photos),), output=output, features=(kind,), batch_size=9))
     rows = read_json(output) if output.suffix == ".json" else pq.read_table(output).to_pylist()
     with torch.no_grad():
         tokens = ViTCLSModel.from_pretrained(models / source)(pixel_values(photos)).tokens
@@ -249,7 +242,7 @@ def test_features_equal_the_tokens_of_the_model(
 def test_an_unreadable_image_has_no_features(models: Path, unreadable: Path, tmp_path: Path) -> None:
     for kind in ("cls", "registers"):
         file = tmp_path / f"{kind}.parquet"
-        options = PredictOptions(str(models / "encoder"), (str(unreadable),), output=file, features=kind)  # type: ignore
+        options = PredictOptions(str(models / "encoder"), (str(unreadable),), output=file, features=(kind,))
         predict_images(options)
         reset_accelerate()
         features = pq.read_table(file)["features"].to_pylist()
@@ -269,13 +262,39 @@ def test_features_require_no_weights_of_a_pooling_layer(photos: Path, tmp_path: 
     model = randomize(ViTCLSModel(build_tiny_config(pooling="attention"), add_pooling_layer=False))
     model.save_pretrained(tmp_path)
     ViTCLSImageProcessor(size=32).save_pretrained(tmp_path)
-    options = PredictOptions(str(tmp_path), (str(photos),), features="mean", output=tmp_path / "out.json")
+    options = PredictOptions(str(tmp_path), (str(photos),), features=("mean",), output=tmp_path / "out.json")
     assert predict_images(options) == PredictionCounts(9, 0)
 
 
 def test_missing_tokens_are_errors() -> None:
     with raises_one_line("--features registers requires tokens of this kind", "--features to cls or mean"):
         predict(ViTCLSModel(build_tiny_config()), ViTCLSImageProcessor(size=32), ["a.jpg"], features="registers")
+
+
+def test_several_features_of_any_layer(models: Path, photos: Path, tmp_path: Path) -> None:
+    """Layers are outputs after the final norm. The last layer is the default."""
+    names = ("cls", "cls@1", "mean@2", "patches")
+    options = PredictOptions(
+        str(models / "encoder"),
+        (str(photos),),
+        features=names,
+        feature_dtype="float16",
+        output=tmp_path / "out.parquet",
+        batch_size=9,
+    )
+    predict_images(options)
+    table = pq.read_table(options.output)
+    model = ViTCLSModel.from_pretrained(models / "encoder")
+    with torch.no_grad():
+        outputs = model(pixel_values(photos), output_hidden_states=True)
+        first = model.layernorm(outputs.hidden_states[1])
+    last = outputs.tokens["patches"]
+    for name, values in zip(names, (outputs.tokens["cls"][:, 0], first[:, 0], last.mean(1), last), strict=True):
+        found = np.array(table[name].to_pylist())
+        assert found.dtype == np.float16 or str(table.schema.field(name).type).count("halffloat")
+        np.testing.assert_array_equal(found.astype(np.float16), values.half().numpy())
+    with raises_one_line("--features cls@3", "cls@2"):
+        predict(model, ViTCLSImageProcessor(size=32), photos, features="cls@3")
 
 
 # Inputs --------------------------------------------------------------------------------------------------------------
@@ -365,12 +384,12 @@ def streamed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_a_killed_run_is_resumed_by_two_processes(models: Path, streamed: Path, tmp_path: Path) -> None:
-    """The result must equal that of one uninterrupted run."""
-    flags = ["--model", models / "encoder", "--dataset", streamed, "--streaming", "--features", "cls"]
-    flags += ["--shard-size", 30, "--batch-size", 8]
-    folder = tmp_path / "features"
-    log = tmp_path / "killed"
+@pytest.mark.parametrize("is_streaming", [False, True])
+def test_a_killed_job_is_continued(models: Path, streamed: Path, tmp_path: Path, is_streaming: bool) -> None:
+    """The result must equal that of one uninterrupted run. A stream continues from the state in its last shard."""
+    flags = ["--model", models / "encoder", "--dataset", streamed, "--features", "cls", "--shard-size", 30]
+    flags += ["--batch-size", 8, *(["--streaming"] if is_streaming else [])]
+    folder, log = tmp_path / "features", tmp_path / "killed"
     words = [str(word) for word in (*flags, "--output", folder)]
     process = READY.Process(target=run_script, args=("predict.py", words, log, log, OFFLINE))
     process.start()
@@ -380,34 +399,23 @@ def test_a_killed_run_is_resumed_by_two_processes(models: Path, streamed: Path, 
     process.join()
     before = {file.name: file.stat().st_mtime_ns for file in folder.glob("shard-*")}
     assert 3 <= len(before) < 34, "it was not killed in the middle"
-    (folder / ".shard-000031.parquet.1.unfinished").write_bytes(b"half a file")
+    with raises_one_line(str(folder), "lacks"):
+        merge_shards(folder, None)
 
-    printed = run_together("predict.py", *flags, "--output", folder, log=tmp_path / "log", environment=OFFLINE)
+    processes = 1 if is_streaming else 2
+    how = {"log": tmp_path / "log", "environment": OFFLINE, "processes": processes}
+    printed = run_together("predict.py", *flags, "--output", folder, **how)
     assert printed == f"{folder}: 1,000 images, 10 without a prediction\n"
     assert all((folder / name).stat().st_mtime_ns == written for name, written in before.items())
-    assert sorted(file.name for file in folder.iterdir()) == [
-        ".manifest.json",
-        *(f"shard-{number:06}.parquet" for number in range(34)),
-    ]
-
     whole = tmp_path / "whole"
-    predict_images(
-        PredictOptions(
-            str(models / "encoder"),
-            dataset=str(streamed),
-            features="cls",
-            output=whole,
-            shard_size=30,
-            batch_size=8,
-        )
-    )
-    rows, expected = read_shards(folder), read_shards(whole)
-    assert [row["index"] for row in rows] == list(range(NUM_STREAMED))
-    assert [row["image"] for row in rows] == [f"{index}.png" for index in range(NUM_STREAMED)]
-    for row, other in zip(rows, expected, strict=True):
-        assert (row["features"] is None) == (row["index"] % 100 == 0) == (row["error"] is not None)
-        assert row["error"] == other["error"] and "0x" not in str(row["error"])
-        assert row["features"] is None or np.allclose(row["features"], other["features"], atol=1e-6)
+    options = {"features": ("cls",), "shard_size": 30, "batch_size": 8, "output": whole}
+    predict_images(PredictOptions(str(models / "encoder"), dataset=str(streamed), **options))
+    merged = []
+    for part in (folder, whole):
+        assert "1,000 images" in merge_shards(part, part.with_suffix(".jsonl"))
+        merged.append([json.loads(line) for line in part.with_suffix(".jsonl").read_text().splitlines()])
+    assert [row["index"] for row in merged[0]] == list(range(NUM_STREAMED))
+    assert merged[0] == merged[1]
 
 
 @pytest.mark.slow
@@ -420,64 +428,54 @@ def test_two_processes_write_the_same_file_as_one(models: Path, streamed: Path, 
     assert (tmp_path / "one.csv").read_bytes() == (tmp_path / "two.csv").read_bytes()
 
 
-WORKER = Path(__file__).parents[1] / "helpers" / "slow_prediction.py"
+def test_array_jobs_write_every_shard_once(models: Path, photos: Path, tmp_path: Path) -> None:
+    """Three jobs of one process write the rows of one job. Missing shards are named."""
+    rows, folder = {}, tmp_path / "jobs"
+    for output, shards in ((tmp_path / "whole", [None]), (folder, ["1/3", "3/3", "2/3"])):
+        for shard in shards:
+            if shard == "2/3":
+                with raises_one_line(str(folder), "shard-000001.parquet, shard-000004.parquet"):
+                    merge_shards(folder, tmp_path / "out.csv")
+            options = {"output": output, "shard_size": 2, "shard": shard}
+            predict_images(PredictOptions(str(models / "one_label"), (str(photos),), **options))
+            reset_accelerate()
+        assert "9 images, 0 without" in merge_shards(output, tmp_path / "out.jsonl")
+        rows[output] = (tmp_path / "out.jsonl").read_text(encoding="utf-8")
+    assert rows[folder] == rows[tmp_path / "whole"]
+    assert len(read_shards(folder)) == 9
+    flags = ["--merge", folder, "--output", tmp_path / "merged.csv"]
+    assert run_in_process("predict.py", *flags) == 0
+    assert len(list(csv.DictReader((tmp_path / "merged.csv").open()))) == 9
+    with raises_one_line("--merge"):
+        merge_shards(tmp_path / "absent", None)
 
 
-@pytest.mark.slow
-def test_the_main_process_awaits_the_last_shard_of_a_slow_process(models: Path, photos: Path, tmp_path: Path) -> None:
-    """The last shard is smaller than the others."""
-    flags = ["--model", models / "one_label", photos, "--output", tmp_path / "labels", "--shard-size", 5]
-    environment = OFFLINE | {"LAST_SHARD": "slow"}
-    printed = run_together(WORKER, *flags, log=tmp_path / "log", environment=environment)
-    assert printed == f"{tmp_path / 'labels'}: 9 images, 0 without a prediction\n"
-    assert [row["index"] for row in read_shards(tmp_path / "labels")] == list(range(9))
-
-
-@pytest.mark.slow
-def test_a_process_that_dies_leaves_the_folder_incomplete(models: Path, photos: Path, tmp_path: Path) -> None:
-    """The main process raises an error; a new start computes the missing shard."""
-    folder = tmp_path / "labels"
-    flags = ["--model", models / "one_label", photos, "--output", folder, "--shard-size", 5]
-    environment = OFFLINE | {"LAST_SHARD": "die"}
-    log = tmp_path / "log"
-    assert run_together(WORKER, *flags, log=log, environment=environment, may_fail=True) == ""
-    assert "lacks shards of a process that has ended" in log.with_name("log.errors").read_text()
-    assert [file.name for file in sorted(folder.glob("shard-*"))] == ["shard-000000.parquet"]
-    assert predict_images(PredictOptions(str(models / "one_label"), (str(photos),), output=folder, shard_size=5)) == (
-        PredictionCounts(9, 0)
-    )
-    assert [row["index"] for row in read_shards(folder)] == list(range(9))
-
-
-def test_a_stream_is_written_to_a_folder(models: Path, photos: Path, tmp_path: Path, capsys: Any) -> None:
-    """The number of images is known at the end of the stream, and recorded for the next start."""
-    values = [{"bytes": (photos / "a.jpg").read_bytes() if index else b"broken", "path": None} for index in range(5)]
-    table = datasets.Dataset.from_dict({"image": values}).cast_column("image", datasets.Image())
-    table.to_parquet(tmp_path / "images.parquet")
-    options = PredictOptions(
-        str(models / "one_label"),
-        dataset=str(tmp_path / "images.parquet"),
-        streaming=True,
-        output=tmp_path / "labels",
-        shard_size=2,
-    )
-    for progress in ("5 images", "0 of 0 images"):
-        assert predict_images(options) == PredictionCounts(5, 1)
-        assert capsys.readouterr().err.splitlines()[-1].startswith(progress)
-        assert [(row["index"], row["error"] is None) for row in read_shards(tmp_path / "labels")] == [
-            (index, index > 0) for index in range(5)
-        ]
-        assert read_json(tmp_path / "labels" / ".manifest.json")["num_images"] == 5
+@pytest.mark.parametrize("num_files", [1, 4])
+def test_a_stream_is_divided_among_jobs_and_continued(
+    models: Path, streamed: Path, tmp_path: Path, num_files: int
+) -> None:
+    """With four files, two jobs read two files each. With one file, each job reads every other row."""
+    table = datasets.load_dataset("parquet", data_files=str(streamed), split="train").select(range(21))
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for index in range(num_files):
+        table.shard(num_files, index).to_parquet(folder / f"{index}.parquet")
+    output = tmp_path / "labels"
+    options = {"dataset": str(folder), "streaming": True, "output": output, "shard_size": 4}
+    for shard in ("1/2", "2/2"):
+        predict_images(PredictOptions(str(models / "one_label"), shard=shard, **options))
         reset_accelerate()
-
-
-def test_rows_of_all_processes_are_in_the_order_of_the_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Process 0 has the chunks 0, 2 and 4 of two images; the last chunk of process 1 is smaller."""
-    others = iter([[{"index": 2}, {"index": 3}], [{"index": 6}], [], []])
-    monkeypatch.setattr(predict_module, "gather_object", lambda own: [*own, next(others)])
-    rows: Any = ({"index": index} for index in (0, 1, 4, 5))
-    gathered = predict_module.gather_rows(rows, 2, SimpleNamespace(num_processes=2))
-    assert [row["index"] for row in gathered] == list(range(7))
+    expected = {row["image"]: row["label"] for row in read_shards(output)}
+    assert len(expected) == 21 and len({row["index"] for row in read_shards(output)}) == 21
+    files = sorted(output.glob("shard-0001-*"))
+    kept = files[0].read_bytes()
+    for file in files[1:]:
+        file.unlink()
+    with raises_one_line("lacks", "shard-0001-000001.parquet"):
+        merge_shards(output, None)
+    predict_images(PredictOptions(str(models / "one_label"), shard="2/2", **options))
+    assert {row["image"]: row["label"] for row in read_shards(output)} == expected
+    assert files[0].read_bytes() == kept and "21 images" in merge_shards(output, None)
 
 
 @pytest.mark.parametrize(
@@ -492,7 +490,7 @@ def test_threads_are_divided_among_the_processes(
 
 
 def test_a_second_start_must_have_the_same_options(
-    models: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    models: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     folder = tmp_path / "labels"
 
@@ -503,35 +501,33 @@ def test_a_second_start_must_have_the_same_options(
 
     assert again() == PredictionCounts(9, 0)
     written = {file: file.stat().st_mtime_ns for file in folder.iterdir()}
-    assert len(written) == 4
+    assert len(written) == 3
     for change, words in {
-        "shard_size": ("--shard-size 4, not 5", {"shard_size": 5}),
-        "top_k": ("--top-k None, not 2", {"top_k": 2}),
-        "threshold": ("--threshold 0.5, not 0.6", {"threshold": 0.6}),
-        "features": ("--features None, not mean", {"features": "mean"}),
-        "mixed_precision": ("--mixed-precision no, not bf16", {"mixed_precision": "bf16"}),
-        "model": ("another model", {"model": "several_labels"}),
-        "input": ("another input", {"path": photos / "inner"}),
-    }.values():
-        with raises_one_line(f"--output {folder} was written with {change}"):
+        "--shard-size": {"shard_size": 5},
+        "--top-k": {"top_k": 2},
+        "--threshold": {"threshold": 0.6},
+        "--features": {"features": ("mean",)},
+        "--mixed-precision": {"mixed_precision": "bf16"},
+        "another model": {"model": "several_labels"},
+        "another input": {"path": photos / "inner"},
+    }.items():
+        with raises_one_line(f"--output {folder}", change):
             again(**words)
+    with raises_one_line("another model"):  # other preprocessing
+        again(fit="crop")
     assert again(batch_size=3, num_workers=1) == PredictionCounts(9, 0)  # may change
     assert {file: file.stat().st_mtime_ns for file in folder.iterdir()} == written
 
     (folder / "shard-000001.parquet").unlink()
+    (folder / ".shard-000001.parquet.7.unfinished").write_bytes(b"half a file")
     capsys.readouterr()
     assert again() == PredictionCounts(9, 0)
     assert capsys.readouterr().err.splitlines()[-1].startswith("4 of 4 images")  # only the missing shard
     assert [row["index"] for row in read_shards(folder)] == list(range(9))
-    with monkeypatch.context() as patch, raises_one_line("the images differ. Copy the images to all machines again"):
-        patch.setattr(predict_module, "gather_object", lambda objects: [*objects, {"images": 9}])
-        again()
+    assert len(list(folder.iterdir())) == 3
     (folder / "shard-000002.parquet").write_bytes(b"half")
-    with raises_one_line("shard-000002.parquet is damaged", "Delete the file and repeat the command"):
+    with raises_one_line("shard-000002.parquet", "Delete the file"):
         again()
-    flags = ["--model", models / "one_label", photos, "--output", folder, "--top-k", 3]
-    assert run_in_process("predict.py", *flags) == 1
-    assert capsys.readouterr().err.splitlines()[-1].startswith("error: --output")
 
 
 def test_a_model_is_identified_by_everything_that_affects_predictions() -> None:
@@ -557,12 +553,6 @@ def test_a_folder_with_other_files_is_an_error(models: Path, photos: Path, tmp_p
     (tmp_path / "thesis.tex").write_text("", encoding="utf-8")
     with raises_one_line("contains other files"):
         predict_images(PredictOptions(str(models / "one_label"), (str(photos),), output=tmp_path))
-
-
-def test_batches_do_not_cross_shards() -> None:
-    images = (PreparedImage(ImageRecord(index, str(index), None)) for index in (0, 1, 2, 3, 4, 10, 11, 12))
-    sizes = [[image.record.index for image in batch] for batch in iterate_batches(images, batch_size=3, chunk_size=5)]
-    assert sizes == [[0, 1, 2], [3, 4], [10, 11, 12]]
 
 
 # Models --------------------------------------------------------------------------------------------------------------
@@ -608,7 +598,7 @@ def test_mixed_precision_is_close(models: Path, photos: Path, tmp_path: Path) ->
     features = {}
     for precision in ("no", "bf16"):
         output = tmp_path / f"{precision}.parquet"
-        flags: dict[str, Any] = {"features": "mean", "mixed_precision": precision, "output": output}
+        flags: dict[str, Any] = {"features": ("mean",), "mixed_precision": precision, "output": output}
         predict_images(PredictOptions(str(models / "encoder"), (str(photos),), **flags))
         reset_accelerate()
         features[precision] = np.array(pq.read_table(output)["features"].to_pylist())
@@ -635,7 +625,7 @@ def test_predict_accepts_images_of_any_kind(photos: Path) -> None:
         predict(model, ViTCLSImageProcessor(size=32), [])
 
 
-def test_rows_of_options_have_the_settings_of_the_options(models: Path, photos: Path, tmp_path: Path) -> None:
+def test_rows_of_options_have_the_settings_of_the_options(models: Path, photos: Path) -> None:
     source, processor = str(models / "several_labels"), ViTCLSImageProcessor(size=32)
     model = ViTCLSForImageClassification.from_pretrained(source)
     with torch.no_grad():
@@ -646,10 +636,6 @@ def test_rows_of_options_have_the_settings_of_the_options(models: Path, photos: 
         expected = predict(model, processor, photos, **flags)
     assert predict_module.predict_from_options(options, []) == expected
     assert expected != predict(model, processor, photos, **flags)
-    table = tmp_path / "table.csv"
-    table.write_text("image\na.png\n", encoding="utf-8")
-    with raises_one_line("cannot return the rows of a stream, because its length is unknown. Disable streaming"):
-        predict_module.predict_from_options(PredictOptions(source, dataset=str(table), streaming=True), [])
 
 
 def test_images_of_several_shapes_share_a_batch(photos: Path) -> None:

@@ -1,0 +1,84 @@
+"""`EmbedImages`: features of batches of images, as a callable for Ray Data, Spark and `datasets.map`.
+
+embed = EmbedImages("runs/mine", features=["cls", "mean"])
+ray_dataset.map_batches(embed_class, fn_constructor_args=["runs/mine"])       # see scripts/ray_features.py
+spark_frame.mapInPandas(lambda frames: (pandas.DataFrame(embed(frame.to_dict("list"))) for frame in frames), schema)
+dataset.with_format("numpy").map(embed, batched=True, batch_size=256)
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .inputs import build_record
+from .load_model import load_model
+from .predict import Predictor, get_num_workers
+from .prediction_rows import FeatureColumns
+
+
+IMAGE_COLUMNS = ("image", "bytes", "path")  # column names of images in Ray, Spark and `datasets`
+
+
+class EmbedImages:
+    """Picklable function that adds features to a batch of images. The model is loaded on the first call.
+
+    Args:
+        model: a folder, a Hub id or any other checkpoint that `--model` accepts.
+        features: features as in `vitcls predict --features`, such as `["cls", "mean@6"]`.
+        image_column: column with paths, encoded bytes, `{"bytes", "path"}`, arrays or PIL images. Default: `image`,
+            `bytes` or `path`.
+        dtype: "float32" or "float16".
+        batch_size: maximum number of images per forward pass.
+        fit: see `vitcls predict --fit`.
+        device: device of the model. Default: CUDA if it is available.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        features: Sequence[str] = ("cls",),
+        image_column: str | None = None,
+        dtype: str = "float32",
+        batch_size: int = 32,
+        fit: str | None = None,
+        device: str | None = None,
+    ) -> None:
+        self.model, self.features, self.image_column = str(model), tuple(features), image_column
+        self.dtype, self.batch_size, self.fit, self.device = dtype, batch_size, fit, device
+        self.predictor: Predictor | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the arguments without the model, which each process loads itself."""
+        return self.__dict__ | {"predictor": None}
+
+    def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the columns of a batch without the images, one array [B, D] or [B, n, D] per feature, and `error`:
+        the error message of each unreadable image, whose features are NaN, or an empty text."""
+        if self.predictor is None:
+            self.predictor = self.build_predictor()
+        column = self.image_column or next((name for name in IMAGE_COLUMNS if name in batch), None)
+        if column is None or column not in batch:
+            raise ValueError(f"the batch has only the columns {', '.join(batch)}. Set image_column to one of them")
+        records = (build_record(index, image, Path()) for index, image in enumerate(batch[column]))
+        rows = list(self.predictor.iterate_rows(records))
+        columns: Any = self.predictor.columns
+        outputs: dict[str, Any] = {name: values for name, values in batch.items() if name != column}
+        for name, (output_name, feature) in zip(self.features, columns.features.items(), strict=True):
+            width = self.predictor.model.config.hidden_size
+            shape = (width,) if feature.num_tokens == 1 else (feature.num_tokens, width)
+            missing = np.full(shape, np.nan, self.dtype)
+            values = [missing if row["error"] is not None else np.stack([*row[output_name]]) for row in rows]
+            outputs[name] = np.stack([value.reshape(shape) for value in values])
+        return outputs | {"error": np.array([row["error"] or "" for row in rows], dtype=object)}
+
+    def build_predictor(self) -> Predictor:
+        """Load the model."""
+        model, processor = load_model(self.model, use_head=False, fit=self.fit)
+        device = torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        columns = FeatureColumns(model, self.features, self.dtype)
+        model = model.eval().to(device)  # type: ignore[arg-type]
+        return Predictor(model, processor, columns, nullcontext, self.batch_size, get_num_workers())

@@ -1,0 +1,156 @@
+"""Folders of Parquet files (`vitcls predict --output FOLDER`), written by any number of jobs without communication.
+
+    shard-000003.parquet           images 3 * shard_size, ... of a list or a dataset
+    shard-0001-000003.parquet      the fourth file of worker 1, for a stream
+
+A job `--shard i/n` with p processes has p of the n * p workers. Each shard is written atomically by one worker. The
+metadata of every file contains the settings of the prediction, so a repeated command skips finished shards and refuses
+files of another model or input. For a stream, the metadata also contains the position from which a repeated command
+continues.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ..data.image_folder import format_name_list
+from ..errors import format_error
+from .outputs import write_table
+
+
+METADATA_KEY = b"vitcls"
+
+
+@dataclass(frozen=True)
+class Worker:
+    """One of the processes of all jobs."""
+
+    index: int
+    num_workers: int
+
+    @classmethod
+    def from_shard(cls, shard: str | None, process_index: int, num_processes: int) -> "Worker":
+        """Build the worker of a process in the job `--shard i/n`, or in the only job."""
+        job, num_jobs = map(int, (shard or "1/1").split("/"))
+        return cls((job - 1) * num_processes + process_index, num_jobs * num_processes)
+
+
+@dataclass(frozen=True)
+class ShardFolder:
+    """An output folder, and the settings that are stored in all of its files."""
+
+    path: Path
+    shard_size: int
+    settings: dict[str, Any]
+
+    def get_file(self, shard_index: int, worker: Worker | None = None) -> Path:
+        """Return the path of a shard. `worker` is set for streams."""
+        prefix = "" if worker is None else f"{worker.index:04}-"
+        return self.path / f"shard-{prefix}{shard_index:06}.parquet"
+
+    def open(self) -> None:
+        """Create the folder. Raise ValueError if it contains other files, or shards with other settings."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        shards, other_files = list_shards(self.path)
+        if other_files:
+            raise ValueError(f"--output {self.path} contains other files. Set a new or empty folder")
+        if not shards:
+            return
+        stored_settings = read_metadata(shards[0])["settings"]
+        for name, value in self.settings.items():
+            if (stored_value := stored_settings.get(name)) != value:
+                difference = f"--{name.replace('_', '-')} {stored_value}, not {value}"
+                if name in ("input", "model"):
+                    difference = f"another {name}"
+                raise ValueError(
+                    f"--output {self.path} was written with {difference}. Use the same flags, or a new folder"
+                )
+
+    def read_finished(self, file: Path) -> dict[str, Any] | None:
+        """Return the metadata of a finished shard, or None. Remove the partial file of a process that was killed."""
+        if file.exists():
+            return read_metadata(file)
+        for unfinished_file in self.path.glob(f".{file.name}.*.unfinished"):
+            unfinished_file.unlink()
+        return None
+
+    def build_metadata(self, rows: list[dict[str, Any]], **fields: Any) -> dict[str, str]:
+        """Return the metadata of a shard. `fields` are added."""
+        num_failed = sum(row["error"] is not None for row in rows)
+        metadata = {"settings": self.settings, "images": len(rows), "failed": num_failed, **fields}
+        return {METADATA_KEY.decode(): json.dumps(metadata)}
+
+
+def iterate_shards(num_images: int | None, shard_size: int) -> Iterator[range]:
+    """Yield the image indices of each shard, indefinitely if `num_images` is None."""
+    shard_indices = count() if num_images is None else range(math.ceil(num_images / shard_size))
+    for shard_index in shard_indices:
+        end = (shard_index + 1) * shard_size
+        yield range(shard_index * shard_size, end if num_images is None else min(end, num_images))
+
+
+def list_shards(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Return the shards of a folder in their order, and all other files except hidden files."""
+    files = sorted(file for file in folder.iterdir() if not file.name.startswith("."))
+    shards = [file for file in files if file.name.startswith("shard-") and file.suffix == ".parquet"]
+    return shards, [file for file in files if file not in shards]
+
+
+def read_metadata(file: Path) -> dict[str, Any]:
+    """Return the metadata of a shard. Raise ValueError if the file is damaged."""
+    try:
+        metadata = pq.read_metadata(file)
+        fields = json.loads(metadata.metadata[METADATA_KEY])
+        if fields["images"] != metadata.num_rows:
+            raise ValueError(f"{metadata.num_rows} of {fields['images']} rows")
+        return fields
+    except Exception as error:  # pyarrow raises several types of errors
+        raise ValueError(
+            f"{file} is damaged ({format_error(error)}). Delete the file and repeat the command"
+        ) from error
+
+
+def find_missing_shards(folder: Path) -> tuple[list[str], list[dict[str, Any]]]:
+    """Return the names of the missing shards of a folder, and the metadata of the existing shards. Raise ValueError if
+    the folder has no shards, or shards of different predictions."""
+    shards, _ = list_shards(folder) if folder.is_dir() else ([], [])
+    if not shards:
+        raise ValueError(f"{folder} contains no shards. Set --merge to the --output folder of `vitcls predict`")
+    metadata = {file.name: read_metadata(file) for file in shards}
+    first = metadata[shards[0].name]
+    for name, fields in metadata.items():
+        if fields["settings"] != first["settings"]:
+            raise ValueError(f"{folder / name} was written with other flags than {shards[0].name}. Delete the file")
+    if "num_shards" in first:
+        expected = [f"shard-{index:06}.parquet" for index in range(first["num_shards"])]
+        return [name for name in expected if name not in metadata], list(metadata.values())
+    missing = []
+    for worker in range(first["settings"]["num_workers"]):
+        for index in count():
+            name = f"shard-{worker:04}-{index:06}.parquet"
+            if name not in metadata:
+                missing.append(f"{name} and later files of this worker")
+                break
+            if metadata[name]["is_last"]:
+                break
+    return missing, list(metadata.values())
+
+
+def merge_shards(folder: Path, output: Path | None, write: Callable[[pa.Table, Path], None] = write_table) -> str:
+    """Write the rows of all shards to one file, if `output` is set. Return a line of text with the number of images.
+    Raise ValueError with the names of the missing shards if the folder is not complete."""
+    missing, metadata = find_missing_shards(folder)
+    if missing:
+        names = format_name_list(missing)
+        raise ValueError(f"{folder} lacks {len(missing)} shards: {names}. Repeat the commands that write them")
+    num_images, num_failed = (sum(fields[name] for fields in metadata) for name in ("images", "failed"))
+    if output is not None:
+        write(pa.concat_tables(pq.read_table(file) for file in list_shards(folder)[0]), output)
+    return f"{output or folder}: {num_images:,} images, {num_failed:,} without a prediction"

@@ -1,0 +1,60 @@
+"""`EmbedImages` in this process, after pickling, in `datasets.map` and in Ray."""
+
+import pickle
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from helpers import prediction_photos
+from helpers.prediction_photos import sorted_photos
+from helpers.tiny_models import build_tiny_config, raises_one_line, save_with_processor
+
+from modeling_vitcls import EmbedImages, ViTCLSImageProcessor, ViTCLSModel
+from modeling_vitcls.inference.predict import predict
+
+
+photos = prediction_photos.photos  # a fixture
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return an encoder with two register tokens."""
+    return save_with_processor(ViTCLSModel(build_tiny_config(num_register_tokens=2)), tmp_path_factory.mktemp("model"))
+
+
+def test_features_equal_those_of_predict(encoder: Path, photos: Path) -> None:
+    """Batches contain paths, bytes or encoded images. The other columns are kept."""
+    names = ["cls", "registers@1", "mean"]
+    paths = sorted_photos(photos)
+    model, processor = ViTCLSModel.from_pretrained(encoder).eval(), ViTCLSImageProcessor.from_pretrained(encoder)
+    expected = predict(model, processor, paths, features=names)
+    embed = EmbedImages(encoder, names)
+    embed({"path": paths[:1]})
+    restored = pickle.loads(pickle.dumps(embed))
+    contents = [Path(path).read_bytes() for path in paths]
+    for batch in (
+        {"path": np.array(paths)},
+        {"bytes": contents, "id": list(range(9))},
+        {"image": [{"bytes": content, "path": None} for content in contents]},
+    ):
+        outputs = restored(batch)
+        for name in names:
+            np.testing.assert_allclose(outputs[name], np.array([row[name] for row in expected]), atol=1e-6)
+        assert outputs["registers@1"].shape == (9, 2, 16) and set(outputs["error"]) == {""}
+        assert outputs.get("id", list(range(9))) == list(range(9))
+
+
+def test_unreadable_images_have_an_error(encoder: Path, photos: Path) -> None:
+    outputs = EmbedImages(encoder, dtype="float16")({"bytes": [b"broken", (photos / "a.jpg").read_bytes()]})
+    assert outputs["cls"].dtype == np.float16 and np.isnan(outputs["cls"]).all(axis=1).tolist() == [True, False]
+    assert outputs["error"][0] and not outputs["error"][1]
+    with raises_one_line("image_column", "photo"):
+        EmbedImages(encoder)({"photo": []})
+
+
+def test_datasets_map_adds_features(encoder: Path, photos: Path) -> None:
+    table = datasets.Dataset.from_dict({"path": sorted_photos(photos)})
+    mapped = table.map(EmbedImages(encoder), batched=True, batch_size=4)
+    whole = EmbedImages(encoder)({"path": sorted_photos(photos)})
+    np.testing.assert_allclose(np.array(mapped["cls"]), whole["cls"], atol=1e-6)
