@@ -46,7 +46,7 @@ class DataOptions:
     shuffle_buffer: int = 1000
     """Number of images in the shuffle buffer of a streamed dataset. For an image folder, which is streamed class by
     class, set the number of images in the folder."""
-    max_broken_images: int = 100
+    max_unreadable_images: int = 100
     """Maximum number of unreadable images, which are reported and skipped. The run stops if more images are
     unreadable."""
     num_workers: int = 2
@@ -58,7 +58,7 @@ class DataOptions:
         if self.fold is not None:
             check_value(self, "fold", 1 <= self.fold <= (self.folds or 0), "from 1 to the value of --folds")
         check_minimum(self, 1, "shuffle_buffer")
-        check_minimum(self, 0, "split_seed", "max_broken_images", "num_workers")
+        check_minimum(self, 0, "split_seed", "max_unreadable_images", "num_workers")
 
 
 @dataclass(frozen=True)
@@ -576,8 +576,8 @@ class PredictOptions(ImageOptions):
         if self.features and (self.output is None or suffix == ".csv"):
             output_text = "a printed table" if self.output is None else "a CSV file"
             raise ValueError(
-                f"--features {' '.join(self.features)} cannot be written to {output_text}. Set --output to a folder or "
-                "to a .parquet, .json or .jsonl file."
+                f"--features {' '.join(self.features)} cannot be written to {output_text}. Set --output to a "
+                "folder, or to a .parquet, .json or .jsonl file."
             )
 
 

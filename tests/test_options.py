@@ -41,7 +41,7 @@ LIMITS: list[tuple[type, str, list[Any], list[Any], str]] = [
     (DataOptions, "folds", [None, 2], [1], "2 or more"),
     (DataOptions, "shuffle_buffer", [1], [0], "1 or more"),
     (DataOptions, "split_seed", [0], [-1], "0 or more"),
-    (DataOptions, "max_broken_images", [0], [-1], "0 or more"),
+    (DataOptions, "max_unreadable_images", [0], [-1], "0 or more"),
     (DataOptions, "num_workers", [0], [-1], "0 or more"),
     (AugmentationOptions, "crop_scale", [None, 0.01, 1], [0, 1.1], "above 0 and at most 1"),
     (AugmentationOptions, "rotation", [0, 180], [-1, 181], "from 0 to 180"),
@@ -163,13 +163,13 @@ COMBINATIONS: list[tuple[type, dict[str, Any], dict[str, Any], str]] = [
     ),
     (
         PredictOptions,
-        {"features": "cls", "output": Path("a.parquet")},
+        {"features": ("cls",), "output": Path("a.parquet")},
         {"output": None},
         "--features cls cannot be written to a printed table",
     ),
     (
         PredictOptions,
-        {"features": "cls", "output": Path("a")},
+        {"features": ("cls",), "output": Path("a")},
         {"output": Path("a.csv")},
         "--features cls cannot be written to a CSV file",
     ),
@@ -230,19 +230,19 @@ def test_fields_of_the_configuration() -> None:
 
 
 DEFAULTS = """
-    output_dir=out dataset=digits held_out_fraction=0.2 shuffle_buffer=1000 max_broken_images=100 num_workers=2 model=m
-    flip=True auto_augment=none rand_augment_operations=2 rand_augment_magnitude=9 repeated_augmentation=1
+    output_dir=out dataset=digits held_out_fraction=0.2 shuffle_buffer=1000 max_unreadable_images=100 num_workers=2
+    model=m flip=True auto_augment=none rand_augment_operations=2 rand_augment_magnitude=9 repeated_augmentation=1
     gradient_accumulation_steps=1 warmup=0.1 weight_decay=0.05 label_smoothing=0.1 class_balance=none
     max_gradient_norm=1.0 trainable=full lora_rank=8 log_every=10 log_attention_every=100 evaluate_every=1 select=last
-    keep_checkpoints=2 report=True hub_verify=True hub_checkpoint_branch=checkpoints distillation=hard
+    fit=squash keep_checkpoints=2 report=True hub_verify=True hub_checkpoint_branch=checkpoints distillation=hard
     distillation_alpha=0.5 distillation_tau=3.0
 
     mask_ratio=0.6 mask_block=1
 
-    model=m dataset=digits held_out_fraction=0.2 shuffle_buffer=1000 max_broken_images=100 num_workers=2 batch_size=64
-    frozen_layers=last frozen_repeats=10
+    model=m dataset=digits held_out_fraction=0.2 shuffle_buffer=1000 max_unreadable_images=100 num_workers=2
+    batch_size=64 frozen_layers=last frozen_repeats=10
 
-    model=m dataset=digits batch_size=32 shard_size=10000 threshold=0.5
+    model=m dataset=digits batch_size=32 shard_size=10000 threshold=0.5 feature_dtype=float32
 
     model=m dataset=digits batch_size=32 output=report.html num_images=8 max_images=256
 """

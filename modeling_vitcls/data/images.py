@@ -257,7 +257,7 @@ class UnreadableImageCounter:
 
     describe: Callable[[int], str]  # function that returns the one-line error message for an image index
     warn: Callable[[str], None]  # function that prints a one-line warning
-    limit: int  # maximum number of unreadable images (`--max-broken-images`); a larger number stops the run
+    limit: int  # maximum number of unreadable images (`--max-unreadable-images`); a larger number stops the run
     indices: set[int] = field(default_factory=set)
 
     def __len__(self) -> int:
@@ -275,5 +275,5 @@ class UnreadableImageCounter:
             if len(self) > self.limit:
                 raise ValueError(
                     f"more than {self.limit} images cannot be read; the last unreadable image: {description}. "
-                    "Repair or remove these images, or set a larger --max-broken-images"
+                    "Repair or remove these images, or set a larger --max-unreadable-images"
                 )

@@ -186,7 +186,7 @@ def load_with_datasets(options: DataOptions, use_labels: bool, select: SplitSele
 
 def drop_unlabeled_images(images: LabeledImages, options: DataOptions, split: str) -> LabeledImages:
     """Return the labeled images and log a warning about images without a label. Raise ValueError if no image has a
-    label, or if more than --max-broken-images images have no label."""
+    label, or if more than --max-unreadable-images images have no label."""
     unlabeled_indices = [index for index, label in enumerate(images.labels) if label == IGNORED_LABEL]
     if not unlabeled_indices:
         return images
@@ -197,8 +197,8 @@ def drop_unlabeled_images(images: LabeledImages, options: DataOptions, split: st
         )
     rows = format_name_list([str(index) for index in unlabeled_indices])
     message = f"{options.dataset}, split {split!r}: {len(unlabeled_indices):,} images have no label (rows {rows})"
-    if len(unlabeled_indices) > options.max_broken_images:
-        raise ValueError(f"{message}. Add labels, or set a larger --max-broken-images to skip the images")
+    if len(unlabeled_indices) > options.max_unreadable_images:
+        raise ValueError(f"{message}. Add labels, or set a larger --max-unreadable-images to skip the images")
     warn_on_first_process(f"{message} and are skipped")
     return images.select(index for index, label in enumerate(images.labels) if label != IGNORED_LABEL)
 

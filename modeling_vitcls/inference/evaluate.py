@@ -77,7 +77,7 @@ def load_evaluation(options: EvaluateOptions, accelerator: Accelerator, warn: Ca
         options.batch_size,
         options.data.num_workers,
         accelerator,
-        options.data.max_broken_images,
+        options.data.max_unreadable_images,
         warn,
         model.config.num_channels,
     )

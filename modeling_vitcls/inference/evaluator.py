@@ -102,8 +102,8 @@ class Evaluator:
         batch_size: number of images per process and forward pass.
         num_workers: number of data loading workers per process; with 0, no worker processes are started.
         accelerator: the accelerator, which defines the device, the precision and the processes.
-        max_broken_images: maximum number of unreadable images, which are skipped. The evaluation fails if more images
-            are unreadable.
+        max_unreadable_images: maximum number of unreadable images, which are skipped. The evaluation fails if more
+            images are unreadable.
         warn: function that prints a warning; called on the main process, once for each unreadable image.
         num_channels: number of input channels of the model. Images with a different number of channels are
             counted as unreadable.
@@ -117,7 +117,7 @@ class Evaluator:
         batch_size: int,
         num_workers: int,
         accelerator: Accelerator,
-        max_broken_images: int = DataOptions.max_broken_images,
+        max_unreadable_images: int = DataOptions.max_unreadable_images,
         warn: Callable[[str], None] = print,
         num_channels: int | None = None,
     ) -> None:
@@ -127,7 +127,7 @@ class Evaluator:
         self.accelerator = accelerator
         self.error_messages: dict[int, str] = {}  # index of each unreadable image -> error message, for all processes
         self.unreadable_counter = UnreadableImageCounter(
-            self.error_messages.__getitem__, accelerator.on_main_process(warn), max_broken_images
+            self.error_messages.__getitem__, accelerator.on_main_process(warn), max_unreadable_images
         )
         process_index, num_processes = accelerator.process_index, accelerator.num_processes
         local_batches = HeldOutBatches(
@@ -142,11 +142,11 @@ class Evaluator:
         """Evaluate a model on the device in evaluation mode. Return the metrics for the kind of labels (metrics.py).
 
         In the returned dict, numbers come before lists and dicts, and the first number is the metric for comparing
-        models. `num_broken_images` is the number of unreadable images, which `num_images` excludes. Floats are rounded
-        to six decimals. `show_progress` yields the given batches and shows progress.
+        models. `num_unreadable_images` is the number of unreadable images, which `num_images` excludes. Floats are
+        rounded to six decimals. `show_progress` yields the given batches and shows progress.
 
         Raises:
-            ValueError: if all images are unreadable, or if more than `max_broken_images` images are unreadable.
+            ValueError: if all images are unreadable, or if more than `max_unreadable_images` images are unreadable.
             RuntimeError: if an image was not counted exactly once.
         """
         metrics = self.build_metrics()
@@ -169,7 +169,7 @@ class Evaluator:
                 f"but expected {self.num_images} images in total. This is a bug. Report it with "
                 "the output of `vitcls env`"
             )
-        return select_scalars(metric_values) | {"num_broken_images": num_unreadable} | metric_values
+        return select_scalars(metric_values) | {"num_unreadable_images": num_unreadable} | metric_values
 
     def build_metrics(self) -> Any:
         """Build the metrics for the kind of labels."""

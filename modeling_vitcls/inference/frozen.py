@@ -219,7 +219,7 @@ def evaluate_frozen(options: EvaluateOptions) -> dict[str, Any]:
             options.batch_size,
             options.data.num_workers,
             accelerator,
-            options.data.max_broken_images,
+            options.data.max_unreadable_images,
             warn=warn,
             num_channels=model.config.num_channels,
         )
@@ -228,7 +228,7 @@ def evaluate_frozen(options: EvaluateOptions) -> dict[str, Any]:
         keys = [(layer, token) for layer in layer_numbers for token in tokens]  # in the order of `compute_features`
         vectors = {key: output["features"][:, index] for index, key in enumerate(keys)}
         labels = np.array(label_space.names)[output["labels"]]
-        return LabeledFeatures(vectors, labels, output["num_broken_images"])
+        return LabeledFeatures(vectors, labels, output["num_unreadable_images"])
 
     start_time = time.perf_counter()
     training_features = extract_features(training_images, training_label_space)
@@ -240,7 +240,7 @@ def evaluate_frozen(options: EvaluateOptions) -> dict[str, Any]:
         "frozen": options.frozen,
         "num_training_images": len(training_features.labels),
         "num_images": len(held_out_features.labels),
-        "num_broken_images": training_features.num_unreadable + held_out_features.num_unreadable,
+        "num_unreadable_images": training_features.num_unreadable + held_out_features.num_unreadable,
     }
     if accelerator.is_main_process:
         rows = measure_accuracies(

@@ -71,7 +71,7 @@ class TrainingComponents:
 
 # Flags that may change on --resume, because these flags do not affect the result.
 CHANGEABLE_FLAGS = (
-    "output_dir num_workers max_broken_images batch_size gradient_accumulation_steps resume overwrite save_every "
+    "output_dir num_workers max_unreadable_images batch_size gradient_accumulation_steps resume overwrite save_every "
     "keep_checkpoints log_with report dry_run push_to_hub hub_model_id hub_private hub_verify hub_checkpoint_every "
     "hub_checkpoint_branch hub_push_optimizer license card_samples eval_benchmark eval_task_id"
 ).split()
@@ -139,7 +139,7 @@ class Runner:
         # The monitor stores the initial tokens, so it is built before the checkpoint is loaded.
         monitor = TokenMonitor(accelerator.unwrap_model(state.model))
         unreadable_images = UnreadableImageCounter(
-            components.describe_unreadable_image, self.reporter.warn, self.options.data.max_broken_images
+            components.describe_unreadable_image, self.reporter.warn, self.options.data.max_unreadable_images
         )
         unreported_indices: list[int] = []  # indices of unreadable images that are not reported yet
         self.restore(plan, state, unreadable_images)

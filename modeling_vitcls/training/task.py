@@ -224,7 +224,7 @@ class Task(ABC):
             "batch_size": self.plan.batch_size,
             "num_workers": self.options.data.num_workers,
             "accelerator": self.runner.accelerator,
-            "max_broken_images": self.options.data.max_broken_images,
+            "max_unreadable_images": self.options.data.max_unreadable_images,
             "warn": self.runner.reporter.warn,
             "num_channels": self.model.config.num_channels,
         }
@@ -248,7 +248,7 @@ def run_task(task: Task) -> dict[str, Any]:
             reporter.warn(warning)
 
         held_out, selection = task.data.held_out, task.data.selection
-        empty_metrics = {"num_images": 0, "num_broken_images": 0}  # metrics if no images are held out
+        empty_metrics = {"num_images": 0, "num_unreadable_images": 0}  # metrics if no images are held out
         evaluate_held_out = task.build_evaluator(held_out) if len(held_out) else lambda model: empty_metrics
         components = task.build_components(evaluate_held_out if selection is None else task.build_evaluator(selection))
         write_model_files = partial(write_model, task.model, task.processor)

@@ -307,11 +307,13 @@ def test_rows_without_a_label_are_skipped_and_counted(
         data = read(file)
         assert len(list_all(data)) == 15 and data.label_space.names == classes
         assert f"split 'train': 5 images have no label (rows {first} and 2 more) and are skipped" in caplog.text
-    with pytest.raises(ValueError, match=r"5 images have no label .*Add labels, or set a larger --max-broken-images"):
-        read(table, max_broken_images=4)
+    with pytest.raises(
+        ValueError, match=r"5 images have no label .*Add labels, or set a larger --max-unreadable-images"
+    ):
+        read(table, max_unreadable_images=4)
     caplog.clear()
     monkeypatch.setenv("RANK", "1")  # only the first process prints the warning
-    assert len(list_all(read(table, max_broken_images=5))) == 15 and not caplog.records
+    assert len(list_all(read(table, max_unreadable_images=5))) == 15 and not caplog.records
 
 
 def test_contradictory_labels_are_named(color_images: Path, tmp_path: Path) -> None:

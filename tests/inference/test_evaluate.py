@@ -191,7 +191,7 @@ def test_the_results_describe_the_evaluation(
         image.save(folder / f"{index}.png")
     options = EvaluateOptions(
         str(tmp_path / "model"),
-        DataOptions(str(data), num_workers=0, max_broken_images=1),
+        DataOptions(str(data), num_workers=0, max_unreadable_images=1),
         split="validation",
         batch_size=4,
         mixed_precision="bf16",
@@ -222,7 +222,7 @@ def test_the_results_describe_the_evaluation(
         "is_recorded_part": None,
         "accuracy": np.mean(is_correct),
         "num_images": 5,
-        "num_broken_images": 1,
+        "num_unreadable_images": 1,
     }
     assert results | expected == results
     printed = capsys.readouterr().out
@@ -234,7 +234,7 @@ def test_the_results_describe_the_evaluation(
     for name, values in (("`[b]dark`", dark), ("`light`", light)):
         assert any(row[1:4] == [name, str(len(values)), f"{np.mean(values):.2%}"] for row in cells), printed
     with pytest.raises(ValueError, match="more than 0 images cannot be read"):
-        evaluate_checkpoint(replace(options, data=replace(options.data, max_broken_images=0)))
+        evaluate_checkpoint(replace(options, data=replace(options.data, max_unreadable_images=0)))
 
 
 def test_streamed_images(models: Path, tmp_path: Path, by_one_process: dict[str, Any]) -> None:

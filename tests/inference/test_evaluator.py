@@ -71,7 +71,7 @@ def test_blank_batches_have_the_shape_of_the_model() -> None:
     evaluator = evaluator_module.Evaluator(
         LabeledImages(images, [0, 1]), processor, labels, 1, 0, Accelerator(cpu=True)
     )
-    assert evaluator(model)["num_broken_images"] == 1
+    assert evaluator(model)["num_unreadable_images"] == 1
     assert shapes == [(1, 1, 16, 24)] * 2
 
 
@@ -93,7 +93,7 @@ def test_the_loss_of_masked_patches_is_the_mean_over_images(mixed_precision: str
     assert evaluator(model) == {
         "reconstruction_loss": pytest.approx(np.mean(losses), abs=1e-5),
         "num_images": 3,
-        "num_broken_images": 0,
+        "num_unreadable_images": 0,
     }
 
 
@@ -119,12 +119,12 @@ def test_unreadable_images_are_named_once_and_not_counted(by_one_process: dict[s
         "single",
         build_accelerator(),
         build_labeled_images("single", unreadable=UNREADABLE),
-        max_broken_images=4,
+        max_unreadable_images=4,
         warn=said.append,
     )
     model = build_classifier("single")
     metrics = evaluator(model)
-    assert (metrics["num_images"], metrics["num_broken_images"]) == (NUM_IMAGES - 4, 4)
+    assert (metrics["num_images"], metrics["num_unreadable_images"]) == (NUM_IMAGES - 4, 4)
     assert [f"'{index}.png'" in line for index, line in zip(UNREADABLE, said, strict=True)] == [True] * 4
     assert evaluator(model) == metrics == by_one_process["unreadable"]
     assert len(said) == 4
@@ -137,7 +137,7 @@ def test_unreadable_images_are_named_once_and_not_counted(by_one_process: dict[s
 def test_too_many_unreadable_images_are_an_error() -> None:
     accelerator = build_accelerator()
     pictures = build_labeled_images("single", unreadable=UNREADABLE)
-    evaluator = build_evaluator("single", accelerator, pictures, max_broken_images=3)
+    evaluator = build_evaluator("single", accelerator, pictures, max_unreadable_images=3)
     with pytest.raises(
         ValueError, match=r"more than 3 images cannot be read; the last unreadable image: .*'12\.png'"
     ) as raised:

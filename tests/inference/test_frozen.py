@@ -196,13 +196,13 @@ def test_splits_of_the_data_set_and_unreadable_images(
     results = run(model, "knn", data=data, split="validation")
     assert (results["seconds"], results["images_per_second"]) == (4.0, (11 + 7) / 4)
     assert (results["split"], results["num_training_images"], results["num_images"]) == ("validation", 11, 7)
-    assert results["num_broken_images"] == 2
+    assert results["num_unreadable_images"] == 2
     assert results["best"]["accuracy"] == 1.0
     gray = save_model(tmp_path / "gray", num_channels=1)
     processor = ViTCLSImageProcessor(size=16, do_convert_rgb=False, image_mean=0.5, image_std=0.5)
     processor.save_pretrained(gray)
     with pytest.raises(ValueError, match=r"more than 0 images cannot be read.* has 3 channels"):
-        run(gray, "knn", data=replace(data, max_broken_images=0), split="validation")
+        run(gray, "knn", data=replace(data, max_unreadable_images=0), split="validation")
     with pytest.raises(ValueError, match=r"--frozen does not support streams\. Remove --streaming"):
         run(model, "knn", data=replace(data, streaming=True))
 

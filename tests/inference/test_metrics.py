@@ -146,7 +146,7 @@ def test_numbers_come_first_and_the_first_one_compares_models(by_one_process: di
         numbers = select_scalars(metrics)
         assert next(iter(numbers)) == first
         assert list(metrics)[: len(numbers)] == list(numbers)
-        assert "num_broken_images" in numbers and not any(isinstance(value, list) for value in numbers.values())
+        assert "num_unreadable_images" in numbers and not any(isinstance(value, list) for value in numbers.values())
         assert not re.search(r"\.\d{7}", json.dumps(metrics, allow_nan=False))  # at most six decimals
 
 

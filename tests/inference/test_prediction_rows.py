@@ -57,7 +57,7 @@ def test_an_image_without_a_finite_output_does_not_affect_other_images(
     model_class: Any, fields: dict[str, Any], features: str | None
 ) -> None:
     model = randomize(model_class(build_tiny_config(**fields)))
-    columns = build_prediction_columns(model, 2, 0.0, features)
+    columns = build_prediction_columns(model, 2, 0.0, features and [features])
     pixels = build_images(3)
     pixels[1, 0, 0, 0] = torch.nan
     first, second, third = predict_batch(pixels, columns, nullcontext)
@@ -81,7 +81,7 @@ def test_one_task_without_a_finite_output_is_an_error() -> None:
 
 
 def test_images_of_an_unsupported_shape_are_errors() -> None:
-    columns = build_prediction_columns(randomize(ViTCLSModel(build_tiny_config())), None, 0.5, "cls")
+    columns = build_prediction_columns(randomize(ViTCLSModel(build_tiny_config())), None, 0.5, ["cls"])
     rows = predict_batch(build_images(2, channels=4), columns, nullcontext)
     assert len(rows) == 2 and all("requires 3 channel" in row["error"] for row in rows)
 

@@ -327,7 +327,7 @@ def test_killed_and_resumed(
     """The resumed run has no workers, and saves at other steps."""
     trained = uninterrupted(f"{RUN} --dataset {image_folder}")
     flags = VARIANTS[variant].format(trained=trained) + f" --dataset {image_folder}"
-    before = f"{flags} --num-workers 1 --save-every 2 --keep-checkpoints 1 --max-broken-images 5"
+    before = f"{flags} --num-workers 1 --save-every 2 --keep-checkpoints 1 --max-unreadable-images 5"
     run = start(folder, before)
     run.wait_for_step(*draw_steps(1, seed=list(VARIANTS).index(variant)))
     run.kill()

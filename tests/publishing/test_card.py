@@ -247,7 +247,7 @@ def test_results_of_one_label() -> None:
         cls_accuracy=0.5,
         distillation_accuracy=0.0,
         calibration_error=0.0123,
-        num_broken_images=3,
+        num_unreadable_images=3,
         per_class=PER_CLASS,
     )
     assert "| Accuracy | 98.33% (95% interval: 96.40% to 99.25%) |" in card.text

@@ -320,10 +320,10 @@ def test_unreadable_images_are_named_and_skipped(
     (folder / "dusk" / "2.png").write_bytes((color_images / "dusk" / "2.png").read_bytes()[:60])
     results = train(tmp_path / "out", folder, epochs=2, max_steps=None, num_workers=1)
     output = capsys.readouterr().out
-    assert results["num_broken_training_images"] + results["num_broken_images"] == 2
+    assert results["num_broken_training_images"] + results["num_unreadable_images"] == 2
     assert "noon/1.png" in output and "dusk/2.png" in output
-    with pytest.raises(RunStopped, match=r"more than 1 images cannot be read.*--max-broken-images"):
-        train(tmp_path / "strict", folder, epochs=2, max_steps=None, max_broken_images=1, held_out_fraction=0.05)
+    with pytest.raises(RunStopped, match=r"more than 1 images cannot be read.*--max-unreadable-images"):
+        train(tmp_path / "strict", folder, epochs=2, max_steps=None, max_unreadable_images=1, held_out_fraction=0.05)
 
 
 def test_the_first_training_image_is_named_if_it_is_unreadable(

@@ -282,7 +282,7 @@ def test_evaluating_the_heads_equals_evaluating_the_model() -> None:
     probe = Probe(num_distillation_tokens=1, hidden_dropout_prob=0.5, unreadable=unreadable)
     said: list[str] = []
     evaluator = Evaluator(
-        probe.source, probe.processor, probe.labels, 8, 0, probe.accelerator, max_broken_images=9, warn=said.append
+        probe.source, probe.processor, probe.labels, 8, 0, probe.accelerator, max_unreadable_images=9, warn=said.append
     )
     probe.model.eval()
     expected = evaluator(probe.model)

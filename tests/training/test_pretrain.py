@@ -114,7 +114,7 @@ def evaluate(model: ViTCLSForMaskedImageModeling, batch_size: int, mask_seed: in
         batch_size=batch_size,
         num_workers=0,
         accelerator=Accelerator(cpu=True),
-        max_broken_images=0,
+        max_unreadable_images=0,
         warn=print,
     )
     first, second = evaluator(model), evaluator(model)

@@ -121,7 +121,7 @@ def test_the_flags_and_the_checkpoint_determine_the_batches(tmp_path: Path) -> N
     settings = {"image_mean": [0.4], "image_std": [0.2], "resample": 0, "do_convert_rgb": False}
     ViTCLSImageProcessor(size={"height": 24, "width": 32}, **settings).save_pretrained(start)
     flags = {"crop_scale": 0.6, "shift": 0.1, "repeated_augmentation": 2, "class_balance": "sampling", "seed": 5}
-    flags |= {"model": start, "max_steps": 2, "gradient_checkpointing": True, "max_broken_images": 0}
+    flags |= {"model": start, "max_steps": 2, "gradient_checkpointing": True, "max_unreadable_images": 0}
     task = FinetuneTask(build_options(tmp_path / "run", replace(DIGITS, split_seed=3), **flags))
     assert task.model.is_gradient_checkpointing
     train, options = task.data.train, task.options
