@@ -20,7 +20,6 @@ With `gate_new_tokens=True`, added tokens initially do not affect the other toke
 """
 
 import copy
-import os
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -292,65 +291,57 @@ ADAPTERS: dict[str, Callable[[AdaptationContext], AdaptedWeight]] = {
     "patch_embeddings.projection.weight": partial(
         adapt_to_patch_size, lambda kernel, _, new: resize_patch_kernel(kernel, new)
     ),
-    "view.tables": partial(adapt_to_grid, lambda tables, old, new, _: resample_bias_tables(tables, old, new)),
+    "relative_position_bias.tables": partial(
+        adapt_to_grid, lambda tables, old, new, _: resample_bias_tables(tables, old, new)
+    ),
     "gates.gates": adapt_gates,
     "distillation_classifier": adapt_distillation_head,
     "decoder.projection.": partial(adapt_to_patch_size, resize_decoder_weight),
 }
 
 
-# Loading errors ------------------------------------------------------------------------------------------------------
-def load_checkpoint(load: Callable[..., Any], source: Any, *args: Any, **kwargs: Any) -> Any:
-    """Return the output of `load` (a `from_pretrained` method); raise one-line errors that name the file or weight.
+# Loading -------------------------------------------------------------------------------------------------------------
+# Patterns of former parameter names -> current names.
+RENAMED_PARAMETERS = {r"\bview\.tables": "relative_position_bias.tables", r"\.second_share": ".lambda_full"}
 
-    Without this function, transformers would report mismatched weights in a table, and use defaults if there is no
-    config.json.
+
+def load_checkpoint(load: Callable[..., Any], source: Any, *args: Any, **kwargs: Any) -> Any:
+    """Return the output of `load` (a `from_pretrained` method); raise one-line errors that name the checkpoint.
 
     Raises:
         OSError: if the folder, config.json or the weights are missing or damaged.
         RuntimeError: if the weights do not match the configuration.
-        ImportError, ValueError: if an attention kernel cannot be loaded from the Hub.
     """
     check_checkpoint_folder(source, needs_config_file=kwargs.get("config") is None and not kwargs.get("subfolder"))
     try:
-        return load(source, *args, **kwargs)
+        model_or_tuple = load(source, *args, **{"key_mapping": RENAMED_PARAMETERS, **kwargs})
     except Exception as error:
-        if type(error).__name__ == "SafetensorError":  # compare names to avoid importing safetensors
-            raise OSError(f"the weights in {source} are damaged ({error}). Copy or download them again") from error
         if isinstance(error, RuntimeError) and "ignore_mismatched_sizes" in str(error):
             raise RuntimeError(describe_mismatch(load, source, *args, **kwargs)) from error
-        config = kwargs.get("config")
-        kernel = kwargs.get("attn_implementation") or getattr(config, "_attn_implementation", None)
-        if isinstance(error, ImportError | ValueError) and "/" in str(kernel):  # a kernel on the Hub
-            message = f'cannot load attn_implementation="{kernel}" ({" ".join(str(error).split())}). Use "sdpa"'
-            raise type(error)(message) from error
-        if isinstance(error, OSError) and "\n" in str(error):
-            raise OSError(f"cannot load {source}: {' '.join(str(error).split())}") from error
+        is_damaged = type(error).__name__ == "SafetensorError"  # compare names to avoid importing safetensors
+        if is_damaged or (isinstance(error, OSError) and "\n" in str(error)):
+            prefix = "the weights in " if is_damaged else ""
+            raise OSError(f"cannot load {prefix}{source}: {' '.join(str(error).split())}") from error
         raise
+    model = model_or_tuple[0] if isinstance(model_or_tuple, tuple) else model_or_tuple
+    model._weight_conversions = []  # by default, transformers would save the model with the former names
+    return model_or_tuple
 
 
 def check_checkpoint_folder(source: Any, needs_config_file: bool) -> None:
-    """Raise OSError if a local path is not a checkpoint folder; Hub ids are not checked."""
-    if source is None:  # the caller passes a state dict instead of a checkpoint
-        return
-    folder = Path(source)
-    if not folder.exists():
-        if folder.is_absolute() or len(folder.parts) > 2 or os.fspath(source).startswith((".", "~")):
-            raise OSError(f"there is no folder {source}. Check the path")
-        return
-    if folder.is_dir() and needs_config_file and not (folder / "config.json").is_file():
+    """Raise OSError if a local path is not a checkpoint folder; Hub ids and None (a state dict) are not checked."""
+    folder = Path("." if source is None else source)
+    if not folder.exists() and (folder.is_absolute() or len(folder.parts) > 2 or str(source).startswith((".", "~"))):
+        raise OSError(f"there is no folder {source}. Check the path")
+    if source is not None and folder.is_dir() and needs_config_file and not (folder / "config.json").is_file():
         raise OSError(f"there is no config.json in {source}. Save the model with save_pretrained to write this file")
 
 
 def describe_mismatch(load: Callable[..., Any], source: Any, *args: Any, **kwargs: Any) -> str:
     """Load the checkpoint again, and return an error message that names a weight with a mismatched shape."""
-    kwargs = {**kwargs, "ignore_mismatched_sizes": True, "output_loading_info": True}
-    _, loading_info = load(source, *args, **kwargs)
-    mismatched_keys = sorted(loading_info["mismatched_keys"])
-    name, saved_shape, expected_shape = mismatched_keys[0]
-    total_text = f" ({len(mismatched_keys)} mismatched weights in total)" if len(mismatched_keys) > 1 else ""
+    _, loading_info = load(source, *args, **{**kwargs, "ignore_mismatched_sizes": True, "output_loading_info": True})
+    name, saved_shape, expected_shape = min(loading_info["mismatched_keys"])
     return (
         f"the weights in {source} do not match the model: {name} has shape {list(saved_shape)}, but the model "
-        f"requires {list(expected_shape)}{total_text}. Use the checkpoint's configuration, or "
-        "ignore_mismatched_sizes=True to reinitialize these weights"
+        f"requires {list(expected_shape)}. Use the checkpoint's configuration, or set ignore_mismatched_sizes=True"
     )

@@ -92,14 +92,18 @@ class ViTCLSEmbeddings(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.norm = build_norm(config) if config.pre_norm else None
 
-    def forward(self, pixel_values: Tensor, bool_masked_pos: Tensor | None = None) -> Tensor:
+    def forward(
+        self, pixel_values: Tensor, grid_size: tuple[int, int], bool_masked_pos: Tensor | None = None
+    ) -> Tensor:
         """Embed images, and replace patches with the mask token where `bool_masked_pos` [B, rows * columns] is True.
 
+        Args:
+            grid_size: number of patch rows and columns, from `get_grid_size`.
+
         Raises:
-            ValueError: if the image shape is unsupported, or `bool_masked_pos` does not have one value per patch.
+            ValueError: if `bool_masked_pos` does not have one value per patch.
         """
         batch_size = pixel_values.shape[0]
-        grid_size = self.patch_embeddings.get_grid_size(pixel_values)
         patches = self.mask_patches(self.patch_embeddings(pixel_values), bool_masked_pos)  # [B, rows * columns, D]
         special_tokens = self.get_special_tokens()  # group -> [1, n, D]
         if self.position_embeddings is not None:
@@ -130,7 +134,7 @@ class ViTCLSEmbeddings(nn.Module):
         return torch.where(bool_masked_pos.bool().unsqueeze(-1), self.mask_token.to(patches.dtype), patches)
 
 
-class LearnedPositions(nn.Module):
+class LearnedPositionEmbeddings(nn.Module):
     """Learned position embeddings (`config.position_embedding_tokens`), resampled to the patch grid of the images."""
 
     def __init__(self, config: ViTCLSConfig) -> None:
@@ -160,7 +164,7 @@ class LearnedPositions(nn.Module):
         return tokens if positions is None else tokens + positions
 
 
-class SinCosPositions(nn.Module):
+class SinCosPositionEmbeddings(nn.Module):
     """Fixed sine-cosine position embeddings of patches, [sin x, cos x, sin y, cos y] (MoCo v3, arXiv 2104.02057)."""
 
     def __init__(self, config: ViTCLSConfig) -> None:
@@ -183,11 +187,11 @@ class SinCosPositions(nn.Module):
         return special_tokens, patches + positions.to(patches.dtype)
 
 
-def build_position_embeddings(config: ViTCLSConfig) -> LearnedPositions | SinCosPositions | None:
+def build_position_embeddings(config: ViTCLSConfig) -> LearnedPositionEmbeddings | SinCosPositionEmbeddings | None:
     """Build learned or sin-cos position embeddings; return None if the model has neither."""
     if config.position_embedding_type.startswith("learned"):
-        return LearnedPositions(config)
-    return SinCosPositions(config) if config.position_embedding_type == "sincos_2d" else None
+        return LearnedPositionEmbeddings(config)
+    return SinCosPositionEmbeddings(config) if config.position_embedding_type == "sincos_2d" else None
 
 
 def build_tokens(num_tokens: int, width: int) -> nn.Parameter | None:
@@ -325,20 +329,17 @@ class ViTCLSMLP(nn.Module):
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.project(self.get_activations(hidden_states))
-
-    def get_activations(self, hidden_states: Tensor) -> Tensor:
-        """Return the output of the activation function, [B, N, intermediate]."""
-        return self.activation_fn(self.fc1(hidden_states))
-
-    def project(self, activations: Tensor) -> Tensor:
-        """Project activations [B, N, intermediate] to [B, N, D]."""
-        return self.fc2(edit_activations(self, activations))
+        activations = self.activation_fn(self.fc1(hidden_states))  # [B, N, intermediate]
+        if self.register_neurons is not None:
+            activations = self.register_neurons(activations)
+        if self.norm is not None:
+            activations = self.norm(activations)
+        return self.fc2(activations)
 
 
 @use_kernel_forward_from_hub("ViTCLSGLU")
 class ViTCLSGLU(nn.Module):
-    """Gated MLP with the methods of `ViTCLSMLP`: `down(act(gate(x)) * up(x))` (Shazeer 2020, arXiv 2002.05202)."""
+    """Gated MLP, `down(act(gate(x)) * up(x))` (Shazeer 2020, arXiv 2002.05202); see `ViTCLSMLP`."""
 
     def __init__(self, config: ViTCLSConfig) -> None:
         super().__init__()
@@ -350,22 +351,12 @@ class ViTCLSGLU(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.project(self.get_activations(hidden_states))
-
-    def get_activations(self, hidden_states: Tensor) -> Tensor:
-        """Return the gated activations, [B, N, intermediate]."""
-        return self.activation_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states)
-
-    def project(self, activations: Tensor) -> Tensor:
-        """Project activations [B, N, intermediate] to [B, N, D]."""
-        return self.down_proj(edit_activations(self, activations))
-
-
-def edit_activations(mlp: ViTCLSMLP | ViTCLSGLU, activations: Tensor) -> Tensor:
-    """Apply the register neurons and the norm of an MLP, if present, to its activations [B, N, intermediate]."""
-    if mlp.register_neurons is not None:
-        activations = mlp.register_neurons(activations)
-    return activations if mlp.norm is None else mlp.norm(activations)
+        activations = self.activation_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states)
+        if self.register_neurons is not None:
+            activations = self.register_neurons(activations)
+        if self.norm is not None:
+            activations = self.norm(activations)
+        return self.down_proj(activations)
 
 
 # Layer ---------------------------------------------------------------------------------------------------------------

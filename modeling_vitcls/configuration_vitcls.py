@@ -452,8 +452,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         Composite models, for example `VisionTextDualEncoderModel`, require this registration. A registered class takes
         precedence over `trust_remote_code` and `revision` in all later loads in this process.
 
-        The modules are imported dynamically, because the modules import this file. transformers' remote code loader
-        copies the files that these lines import (before version 5.17, the loader searches only this file):
+        transformers' remote code loader copies the files that these lines name (imports would form a ring):
 
             from .adaptation_vitcls import *
             from .attention_masks_vitcls import *
@@ -536,6 +535,20 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     def has_distillation_head(self) -> bool:
         """Return whether the distillation tokens have a classifier."""
         return self.num_distillation_tokens > 0 and self.distillation_head is not False
+
+    @property
+    def num_head_tokens(self) -> int | None:
+        """Return the number of leading tokens that the classifiers read, or None if they require all tokens.
+
+        With `forward(..., num_output_tokens=config.num_head_tokens)`, the last layer computes only these tokens.
+        Register neurons in the last layer, flash and flex attention require all tokens.
+        """
+        edited_layers = {layer for layer, _ in self.register_neurons or ()}
+        if self.pooling != "cls" or self.num_hidden_layers - 1 in edited_layers:
+            return None
+        if self._attn_implementation not in (None, "sdpa", "eager"):
+            return None
+        return self.num_cls_tokens + self.num_distillation_tokens * self.has_distillation_head
 
     def task_labels(self) -> dict[str, list[str]]:
         """Return the label names of each task, sorted by task name. Task i uses CLS token i."""

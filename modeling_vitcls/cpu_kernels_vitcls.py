@@ -140,20 +140,20 @@ class CPUMLP(CPUKernel, ViTCLSMLP):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Apply the MLP, [B, N, D] -> [B, N, D]."""
         if not torch.is_grad_enabled():
-            return super().forward(hidden_states)
+            return self.project(linear_gelu(self.fc1, self.activation_fn, hidden_states))
         preactivations = self.fc1(hidden_states)  # [B, N, intermediate]
         can_fuse = can_fuse_gelu(self.fc2, self.activation_fn) and can_use_onednn(self.fc2, preactivations)
         if can_fuse and self.register_neurons is None and self.norm is None:
             return OneDNNGELULinear.apply(preactivations, self.fc2.weight, self.fc2.bias)
         return recompute_in_backward(self, self.activate_and_project, preactivations)
 
-    def get_activations(self, hidden_states: Tensor) -> Tensor:
-        """Return the output of the activation function, [B, N, intermediate]."""
-        return linear_gelu(self.fc1, self.activation_fn, hidden_states)
-
     def activate_and_project(self, preactivations: Tensor) -> Tensor:
         """Apply the activation and the second linear layer, [B, N, intermediate] -> [B, N, D]."""
         return self.project(self.activation_fn(preactivations))
+
+    def project(self, activations: Tensor) -> Tensor:
+        """Apply the second linear layer to edited activations, [B, N, intermediate] -> [B, N, D]."""
+        return self.fc2(edit_activations(self, activations))
 
 
 class CPUGLU(CPUKernel, ViTCLSGLU):
@@ -167,7 +167,14 @@ class CPUGLU(CPUKernel, ViTCLSGLU):
 
     def activate_and_project(self, gate: Tensor, up: Tensor) -> Tensor:
         """Apply the activation, gate and last linear layer to two tensors [B, N, intermediate]; return [B, N, D]."""
-        return self.project(self.activation_fn(gate) * up)
+        return self.down_proj(edit_activations(self, self.activation_fn(gate) * up))
+
+
+def edit_activations(mlp: ViTCLSMLP | ViTCLSGLU, activations: Tensor) -> Tensor:
+    """Apply the register neurons and the norm of an MLP, if present, to its activations [B, N, intermediate]."""
+    if mlp.register_neurons is not None:
+        activations = mlp.register_neurons(activations)
+    return activations if mlp.norm is None else mlp.norm(activations)
 
 
 class CPUAttention(CPUKernel, ViTCLSAttention):

@@ -15,7 +15,7 @@ adaptation_vitcls.py (different special tokens and sizes), token_attention_vitcl
 """
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -32,7 +32,14 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .adaptation_vitcls import AdaptableModel
 from .attention_masks_vitcls import RelativePositionBias, TokenGates, build_attention_mask
-from .blocks_vitcls import EncoderLayer, LayerScale, LearnedPositions, ViTCLSAttention, ViTCLSEmbeddings, build_norm
+from .blocks_vitcls import (
+    EncoderLayer,
+    LayerScale,
+    LearnedPositionEmbeddings,
+    ViTCLSAttention,
+    ViTCLSEmbeddings,
+    build_norm,
+)
 from .configuration_vitcls import TokenLayout, ViTCLSConfig, to_pair
 from .cpu_kernels_vitcls import install_cpu_kernels
 from .heads_vitcls import (
@@ -70,7 +77,9 @@ class ViTCLSModelOutput(BaseModelOutputWithPooling):
         attentions: the attention weights [B, heads, N, N] of each layer, if requested; requires eager attention.
     """
 
-    token_layout: ClassVar[TokenLayout | None] = None  # set by the model; not a field, because fields are tensors
+    # Set by the model; not fields, because fields are tensors.
+    token_layout: ClassVar[TokenLayout | None] = None
+    grid_size: ClassVar[tuple[int, int] | None] = None  # number of patch rows and columns
 
     @property
     def tokens(self) -> dict[str, Tensor]:
@@ -166,7 +175,7 @@ class ViTCLSPreTrainedModel(AdaptableModel):
                 TOKEN_INITS[self.config.token_init](tokens, std)
             if module.mask_token is not None:
                 init.trunc_normal_(module.mask_token, mean=0.0, std=std)
-        elif isinstance(module, LearnedPositions):
+        elif isinstance(module, LearnedPositionEmbeddings):
             for positions in module.parameters(recurse=False):
                 init.trunc_normal_(positions, mean=0.0, std=std)
         elif isinstance(module, LayerScale):
@@ -178,7 +187,7 @@ class ViTCLSPreTrainedModel(AdaptableModel):
         elif isinstance(module, RelativePositionBias):
             init.zeros_(module.tables)
         elif isinstance(module, ViTCLSDifferentialAttention):
-            init.constant_(module.second_share, module.LAMBDA_INIT)
+            init.constant_(module.lambda_full, module.LAMBDA_INIT)
             init.constant_(module.head_norm.weight, 1 - module.LAMBDA_INIT)
         elif isinstance(module, TokenGates):
             init.constant_(module.gates, module.CLOSED)
@@ -221,8 +230,8 @@ class ViTCLSPreTrainedModel(AdaptableModel):
     def flops(self, image_size: int | Sequence[int] | None = None, batch_size: int = 1) -> int:
         """Return the FLOPs of a forward pass, counted by `torch.utils.flop_counter` on the meta device.
 
-        The count includes matrix products and convolutions; a multiply-add counts as two. The count for the last layer
-        includes only the computed tokens. `image_size` is in pixels and defaults to `config.image_size`.
+        The count includes matrix products and convolutions; a multiply-add counts as two. `image_size` is in pixels
+        and defaults to `config.image_size`.
         """
         height, width = self.config.image_height_width if image_size is None else to_pair(image_size)
         config = copy.deepcopy(self.config)
@@ -252,8 +261,8 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
         last_layer_index = max(config.num_hidden_layers - 1, 1)
         self.embeddings = ViTCLSEmbeddings(config)
         self.rotary_positions = build_rotary_embeddings(config)
-        # The attribute name `view` is part of the parameter names in saved checkpoints.
-        self.view = RelativePositionBias(config) if config.relative_position_bias != "none" else None
+        has_position_bias = config.relative_position_bias != "none"
+        self.relative_position_bias = RelativePositionBias(config) if has_position_bias else None
         self.gates = TokenGates(config) if config.gated_tokens else None
         self.patch_dropout = PatchDropout(config) if config.patch_drop_rate > 0 else None
         self.layers = nn.ModuleList(
@@ -282,6 +291,7 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
             bool_masked_pos: [B, rows * columns]; True for patches that are replaced with the mask token.
             attention_mask: [B, N] for all tokens, special tokens first; 1 for visible tokens, 0 for hidden tokens.
             num_output_tokens: number of special tokens to compute in the last layer and return. Default: all tokens.
+                Classifiers are faster with `num_output_tokens=config.num_head_tokens`; the logits do not change.
             interpolate_pos_encoding: has no effect, because positions are always interpolated to the image size.
             output_hidden_states, output_attentions, return_dict: as in all transformers models.
 
@@ -295,12 +305,13 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
         if not isinstance(pixel_values, Tensor):
             raise ValueError(f"pixel_values is a {type(pixel_values).__name__}: pass a tensor [B, C, H, W]")
         pixel_values = pixel_values.to(self.embeddings.patch_embeddings.projection.weight.dtype)
-        hidden_states = self.embeddings(pixel_values, bool_masked_pos)  # [B, N, D]
+        grid_size = self.embeddings.patch_embeddings.get_grid_size(pixel_values)
+        hidden_states = self.embeddings(pixel_values, grid_size, bool_masked_pos)  # [B, N, D]
 
         mask = position_embeddings = None  # None, a value for all layers, or a list with one value per layer
-        grid_size = self.embeddings.patch_embeddings.get_grid_size(pixel_values)
-        if attention_mask is not None or self.view is not None or self.gates is not None or self.config.cls_scopes:
-            mask = build_attention_mask(self.config, hidden_states, attention_mask, grid_size, self.view, self.gates)
+        bias, gates = self.relative_position_bias, self.gates
+        if attention_mask is not None or bias is not None or gates is not None or self.config.cls_scopes:
+            mask = build_attention_mask(self.config, hidden_states, attention_mask, grid_size, bias, gates)
         if self.rotary_positions is not None:
             position_embeddings = self.rotary_positions(grid_size, hidden_states)
         if self.patch_dropout is not None:
@@ -312,6 +323,7 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
         pooler_output = self.pooler(hidden_states) if self.pooler is not None else None  # [B, P]
         output = ViTCLSModelOutput(last_hidden_state=hidden_states, pooler_output=pooler_output)
         output.token_layout = self.config.token_layout  # type: ignore[misc]  # set on this instance
+        output.grid_size = grid_size  # type: ignore[misc]
         return output
 
     def run_layers(
@@ -384,8 +396,7 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
             labels, num_items_in_batch: as in `compute_classification_loss`.
             pixel_values, attention_mask and other arguments: as in `ViTCLSModel.forward`.
         """
-        num_tokens = get_num_output_tokens(self.vitcls, kwargs)
-        outputs = self.vitcls(pixel_values, attention_mask=attention_mask, num_output_tokens=num_tokens, **kwargs)
+        outputs = self.vitcls(pixel_values, attention_mask=attention_mask, **kwargs)
         logits = cls_logits = self.classifier(outputs.pooler_output)  # [B, num_labels]
         distillation_logits = None
         if self.distillation_classifier is not None:
@@ -448,8 +459,7 @@ class ViTCLSForMultiTaskClassification(ViTCLSPreTrainedModel):
         Raises:
             ValueError: if a task is unknown, or if a label is not a class index of the task.
         """
-        num_tokens = get_num_output_tokens(self.vitcls, kwargs)
-        outputs = self.vitcls(pixel_values, attention_mask=attention_mask, num_output_tokens=num_tokens, **kwargs)
+        outputs = self.vitcls(pixel_values, attention_mask=attention_mask, **kwargs)
         cls_tokens = outputs.last_hidden_state[:, self.config.token_layout.cls].unbind(dim=1)  # [B, D] each
         classifiers = zip(self.config.task_labels(), self.classifiers.values(), cls_tokens, strict=True)
         logits = {name: classifier(token) for name, classifier, token in classifiers}
@@ -473,36 +483,6 @@ class ViTCLSForMultiTaskClassification(ViTCLSPreTrainedModel):
                 task_labels = torch.full((task_logits.shape[0],), IGNORED_LABEL)  # all parameters must get gradients
             losses[name] = compute_cross_entropy(task_logits, task_labels, owner=f"task {name!r}")
         return losses
-
-
-def get_num_output_tokens(encoder: ViTCLSModel, kwargs: Mapping[str, Any]) -> int | None:
-    """Return the number of tokens that the last layer must compute for the classifiers; None for all tokens.
-
-    Special tokens come first, so the slices of `token_layout` remain valid. Return None if pooling uses patches,
-    the attention is neither SDPA nor eager, the last layer has register neurons, hidden states or attentions are
-    requested, or a recorder or hook may access all tokens.
-    """
-    config = encoder.config
-    if config.pooling != "cls" or config._attn_implementation not in ("sdpa", "eager"):
-        return None
-    if any(layer == config.num_hidden_layers - 1 for layer, _ in config.register_neurons or ()):
-        return None
-    if any(kwargs.get(name, getattr(config, name, False)) for name in ("output_hidden_states", "output_attentions")):
-        return None
-    last_layer: Any = encoder.layers[-1]
-    if last_layer.attention.recorder is not None:
-        return None
-    if any(map(has_user_hooks, (encoder, encoder.layers, encoder.layernorm, *last_layer.modules()))):
-        return None
-    return int(config.token_layout.distillation.stop if config.has_distillation_head else config.token_layout.cls.stop)
-
-
-def has_user_hooks(module: nn.Module | None) -> bool:
-    """Return whether a module has hooks that neither transformers nor torch.distributed registered."""
-    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    hooks = [hook for name in names for hook in (getattr(module, name, None) or {}).values()]
-    module_names = (str(getattr(hook, "__module__", "")) for hook in hooks)
-    return any(not name.startswith(("transformers.", "torch.distributed.")) for name in module_names)
 
 
 # Masked image modeling -----------------------------------------------------------------------------------------------
@@ -536,8 +516,8 @@ class ViTCLSForMaskedImageModeling(ViTCLSPreTrainedModel):
         """
         require_all_patches(self, self.config)
         outputs = self.vitcls(pixel_values, bool_masked_pos=bool_masked_pos, attention_mask=attention_mask, **kwargs)
-        grid_size = self.vitcls.embeddings.patch_embeddings.get_grid_size(pixel_values)
-        reconstruction = self.decoder(outputs.last_hidden_state[:, self.config.token_layout.patches], grid_size)
+        patches = outputs.last_hidden_state[:, self.config.token_layout.patches]
+        reconstruction = self.decoder(patches, outputs.grid_size)
         loss = None
         if bool_masked_pos is not None:
             loss = compute_masked_pixel_loss(reconstruction, pixel_values, bool_masked_pos, self.config)
@@ -571,9 +551,8 @@ class ViTCLSBackbone(BackboneMixin, ViTCLSModel):  # type: ignore[misc]  # num_f
         """
         require_all_patches(self, self.config)
         outputs = ViTCLSModel.forward(self, pixel_values, attention_mask=attention_mask, **kwargs)
-        grid_size = self.embeddings.patch_embeddings.get_grid_size(pixel_values)
         feature_maps = [
-            self.get_feature_map(hidden_states, stage, grid_size)
+            self.get_feature_map(hidden_states, stage, outputs.grid_size)
             for stage, hidden_states in zip(self.stage_names, outputs.hidden_states, strict=True)
             if stage in self.out_features
         ]

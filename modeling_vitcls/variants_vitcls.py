@@ -91,7 +91,7 @@ class ViTCLSDifferentialAttention(ViTCLSAttention):
         if config.qk_norm:
             self.q_norm = build_norm(config, self.qk_head_dim)
             self.k_norm = build_norm(config, self.qk_head_dim)
-        self.second_share = nn.Parameter(torch.empty(1))
+        self.lambda_full = nn.Parameter(torch.empty(1))
         self.head_norm = nn.RMSNorm(self.head_dim, eps=1e-5)
 
     def project_qkv(self, hidden_states: Tensor, num_queries: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -105,7 +105,7 @@ class ViTCLSDifferentialAttention(ViTCLSAttention):
         """Return the normalized difference [B, n, heads, head_dim] of the maps' outputs, and the attention weights."""
         outputs, weights = super().attend(query, key, value, attention_mask, **kwargs)  # [B, n, 2 * heads, head_dim]
         first_output, second_output = outputs.unflatten(2, (-1, 2)).unbind(3)
-        return self.head_norm(first_output - self.second_share * second_output), weights
+        return self.head_norm(first_output - self.lambda_full * second_output), weights
 
 
 ATTENTION_CLASSES: dict[str, type[ViTCLSAttention]] = {

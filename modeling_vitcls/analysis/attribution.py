@@ -41,7 +41,7 @@ def average_heads(weights: torch.Tensor, attention: Any) -> torch.Tensor:
     if attention.config.attention_type != "differential":
         return weights.mean(dim=1)
     first_maps, second_maps = weights.unflatten(1, (-1, 2)).unbind(dim=2)  # [B, heads, N, N] each
-    positive_weights = (first_maps - attention.second_share.float() * second_maps).clamp(min=0)
+    positive_weights = (first_maps - attention.lambda_full.float() * second_maps).clamp(min=0)
     row_sums = positive_weights.sum(dim=-1, keepdim=True)
     identity = torch.eye(weights.shape[-1], device=weights.device)  # replaces rows without positive weights
     return torch.where(row_sums > 0, positive_weights / row_sums, identity).mean(dim=1)

@@ -111,12 +111,13 @@ def encode_patches(
     patches = encoder.config.token_layout.patches
     activations: list[torch.Tensor] = []
 
-    def read_activations(mlp: Any, inputs: tuple[torch.Tensor]) -> None:
-        activations.append(mlp.get_activations(inputs[0])[:, patches])
+    def read_activations(module: Any, inputs: tuple[torch.Tensor]) -> None:
+        activations.append(inputs[0][:, patches])
 
     with ExitStack() as hooks, evaluation_mode(model), torch.no_grad():
         for layer in encoder.layers:
-            hooks.enter_context(layer.mlp.register_forward_pre_hook(read_activations))
+            down_projection = layer.mlp.fc2 if hasattr(layer.mlp, "fc2") else layer.mlp.down_proj
+            hooks.enter_context((layer.mlp.norm or down_projection).register_forward_pre_hook(read_activations))
         outputs = encoder(pixel_values.to(model.device), output_hidden_states=True)
     return [states[:, patches] for states in outputs.hidden_states], activations
 

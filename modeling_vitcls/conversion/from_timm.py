@@ -171,7 +171,7 @@ def fold_differential_lambda(weights: Weights, prefix: str, lambda_init: float) 
         products = [weights.pop(f"{prefix}lambda_q{n}") * weights.pop(f"{prefix}lambda_k{n}") for n in "12"]
         lambda_1, lambda_2 = (product.double().sum().reshape(1) for product in products)
     scale = weights[f"{prefix}sub_norm.weight"]
-    weights[f"{prefix}second_share"] = (lambda_1.exp() - lambda_2.exp() + lambda_init).to(scale.dtype)
+    weights[f"{prefix}lambda_full"] = (lambda_1.exp() - lambda_2.exp() + lambda_init).to(scale.dtype)
     weights[f"{prefix}sub_norm.weight"] = scale * (1 - lambda_init)
 
 
@@ -223,7 +223,7 @@ BLOCK_RULES = [
     Rule("blocks.{i}.attn.v_proj.{rest}", "layers.{i}.attention.v_proj.{rest}", repeat_kv),
     Rule("blocks.{i}.attn.q_norm.{rest}", "layers.{i}.attention.q_norm.{rest}"),
     Rule("blocks.{i}.attn.k_norm.{rest}", "layers.{i}.attention.k_norm.{rest}"),
-    Rule("blocks.{i}.attn.second_share", "layers.{i}.attention.second_share"),
+    Rule("blocks.{i}.attn.lambda_full", "layers.{i}.attention.lambda_full"),
     Rule("blocks.{i}.attn.sub_norm.{rest}", "layers.{i}.attention.head_norm.{rest}"),
     Rule("blocks.{i}.attn.norm.{rest}", "layers.{i}.attention.norm.{rest}"),
     Rule("blocks.{i}.attn.proj.{rest}", "layers.{i}.attention.o_proj.{rest}"),
@@ -237,7 +237,7 @@ PARALLEL_RULES = [
     Rule("blocks.{i}.mlp_bias", "layers.{i}.mlp.fc1.bias"),
     Rule("blocks.{i}.q_norm.{rest}", "layers.{i}.attention.q_norm.{rest}"),
     Rule("blocks.{i}.k_norm.{rest}", "layers.{i}.attention.k_norm.{rest}"),
-    Rule("blocks.{i}.second_share", "layers.{i}.attention.second_share"),
+    Rule("blocks.{i}.lambda_full", "layers.{i}.attention.lambda_full"),
     Rule("blocks.{i}.sub_norm.{rest}", "layers.{i}.attention.head_norm.{rest}"),
     Rule("blocks.{i}.attn_out_proj.{rest}", "layers.{i}.attention.o_proj.{rest}"),
     Rule("blocks.{i}.mlp_out_proj.{rest}", "layers.{i}.mlp.fc2.{rest}"),

@@ -404,24 +404,24 @@ def read_aimv2_fields(config: Any, weights: Weights) -> Fields:
 BEIT_RULES = [
     Rule("embeddings.position_embeddings", POSITIONS, split_positions, axis=1),
     Rule("embeddings.{rest}", "embeddings.{rest}"),
-    Rule("layers.{i}.relative_position_bias.relative_position_bias_table", "view.tables[{i}]"),
+    Rule("layers.{i}.relative_position_bias.relative_position_bias_table", "relative_position_bias.tables[{i}]"),
     Rule("layers.{i}.lambda_{n}", "layers.{i}.layer_scale{n}.lambda1"),
     Rule("layers.{i}.{rest}", "layers.{i}.{rest}"),
-    Rule("shared_position_bias.relative_position_bias_table", "view.tables[0]"),
+    Rule("shared_position_bias.relative_position_bias_table", "relative_position_bias.tables[0]"),
     Rule("layernorm.{rest}", "layernorm.{rest}"),
     Rule("pooler.layernorm.{rest}", "pooler.layernorm.{rest}"),
 ]
 DATA2VEC_RULES = [
     Rule(
         "encoder.layer.{i}.attention.attention.relative_position_bias.relative_position_bias_table",
-        "view.tables[{i}]",
+        "relative_position_bias.tables[{i}]",
     ),
     *BERT_ATTENTION_RULES,
     Rule("encoder.layer.{i}.intermediate.dense.{rest}", "layers.{i}.mlp.fc1.{rest}"),
     Rule("encoder.layer.{i}.output.dense.{rest}", "layers.{i}.mlp.fc2.{rest}"),
     Rule("encoder.layer.{i}.lambda_{n}", "layers.{i}.layer_scale{n}.lambda1"),
     Rule("encoder.layer.{i}.{rest}", "layers.{i}.{rest}"),
-    Rule("encoder.relative_position_bias.relative_position_bias_table", "view.tables[0]"),
+    Rule("encoder.relative_position_bias.relative_position_bias_table", "relative_position_bias.tables[0]"),
     *BEIT_RULES,
 ]
 

@@ -163,7 +163,7 @@ class FinetuneTask(Task):
         mixer = None
         if augmentation.mixup or augmentation.cutmix:
             mixer = BatchMixer(augmentation, len(self.data.label_space.names))
-        prepare_batch = losses.PixelTransform(normalize, mixer)
+        prepare_batch = losses.PixelTransform(normalize, mixer, self.model.config.num_head_tokens)
         if self.teacher is None:
             return losses.ClassificationObjective(prepare_batch, self.build_label_loss())
         predict = self.teacher.predict

@@ -40,13 +40,15 @@ class PixelTransform:
 
     normalize: Normalizer
     mixer: Callable[[Any, Any], tuple[Any, Any]] | None = None
+    num_output_tokens: int | None = None  # number of tokens that the last layer computes; default: all
 
     def __call__(self, batch: Batch) -> Batch:
         """Return a copy of the batch that also contains the model's `inputs`."""
         if self.mixer is not None:
             pixels, labels = self.mixer(batch["pixels"], batch["labels"])
             batch = batch | {"pixels": pixels, "labels": labels}
-        return batch | {"inputs": {"pixel_values": self.normalize(batch["pixels"])}}
+        inputs = {"pixel_values": self.normalize(batch["pixels"]), "num_output_tokens": self.num_output_tokens}
+        return batch | {"inputs": inputs}
 
 
 def add_feature_inputs(batch: Batch) -> Batch:

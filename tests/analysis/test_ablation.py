@@ -75,11 +75,11 @@ def compute_logits(model: Any, place: int | list[int] | None, means: torch.Tenso
     """Return the logits [B, labels], computed layer by layer; one or more tokens are replaced by their means in the
     embeddings and after each layer."""
     encoder = model.vitcls
-    states = encoder.embeddings(PIXELS, None)
+    grid = encoder.embeddings.patch_embeddings.get_grid_size(PIXELS)
+    states = encoder.embeddings(PIXELS, grid)
     if place is not None:
         states[:, place] = means[0, place]
-    grid = encoder.embeddings.patch_embeddings.get_grid_size(PIXELS)
-    mask = build_attention_mask(model.config, states, None, grid, encoder.view, encoder.gates)
+    mask = build_attention_mask(model.config, states, None, grid, encoder.relative_position_bias, encoder.gates)
     position_embeddings = None if encoder.rotary_positions is None else encoder.rotary_positions(grid, states)
     for layer, mean in zip(encoder.layers, means[1:], strict=True):
         states = layer(states, mask, position_embeddings)

@@ -91,7 +91,7 @@ def compute_rollout(model: Any, pixels: torch.Tensor) -> torch.Tensor:
     product = None
     for maps, layer in zip(run_eager(model, pixels).attentions, model.base_model.layers, strict=True):
         if model.config.attention_type == "differential":
-            maps = subtract_second_maps(maps, layer.attention.second_share.item())
+            maps = subtract_second_maps(maps, layer.attention.lambda_full.item())
         mixed = (maps.mean(dim=1) + torch.eye(maps.shape[-1])) / 2
         product = mixed if product is None else mixed @ product
     return product
@@ -170,7 +170,7 @@ def test_rollout_of_differential_attention(share: float) -> None:
     model = randomize(ViTCLSModel(build_tiny_config(**LAYERS, attention_type="differential")))
     with torch.no_grad():
         for layer in model.layers:
-            layer.attention.second_share.fill_(share)
+            layer.attention.lambda_full.fill_(share)
     found = compute_attention_rollout(model, build_images())
     assert get_largest_difference(found, compute_rollout(model, build_images())[:, :1]) <= TOLERANCE
     assert get_largest_difference(found.sum(-1), torch.ones(found.shape[:-1])) <= TOLERANCE and found.min() >= 0

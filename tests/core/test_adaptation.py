@@ -503,7 +503,7 @@ def test_relative_position_biases_are_resampled(shared: str, caplog: pytest.LogC
     with torch.no_grad():
         wanted = model(build_images(2, 48, 32)).last_hidden_state
         assert get_largest_difference(turned(build_images(2, 48, 32)).last_hidden_state, wanted) < 1e-5
-    assert "view.tables: resampled from 4 x 6 to 6 x 4 patches" in get_logged_lines(caplog)
+    assert "relative_position_bias.tables: resampled from 4 x 6 to 6 x 4 patches" in get_logged_lines(caplog)
 
 
 def test_positions_are_unchanged_for_other_patches_on_the_same_grid(caplog: pytest.LogCaptureFixture) -> None:

@@ -39,7 +39,7 @@ def test_differential_attention_is_the_difference_of_two_maps() -> None:
         queries = map(attention.q_norm, attention.q_proj(tokens)[..., part].split(width // 2, dim=-1))
         keys = map(attention.k_norm, attention.k_proj(tokens)[..., part].split(width // 2, dim=-1))
         maps = [(q @ k.mT / (width // 2) ** 0.5).softmax(-1) for q, k in zip(queries, keys, strict=True)]
-        mixed = (maps[0] - attention.second_share * maps[1]) @ attention.v_proj(tokens)[..., part]
+        mixed = (maps[0] - attention.lambda_full * maps[1]) @ attention.v_proj(tokens)[..., part]
         heads.append(mixed / (mixed.square().mean(-1, keepdim=True) + 1e-5).sqrt() * attention.head_norm.weight)
     expected = attention.o_proj(torch.cat(heads, dim=-1))
     got, maps = attention(tokens)
@@ -61,7 +61,7 @@ def test_implementations_agree_and_models_reload(fields: dict[str, Any], tmp_pat
 
 def test_a_new_differential_model_starts_as_in_the_paper() -> None:
     attention = ViTCLSModel(build_tiny_config(attention_type="differential")).layers[0].attention
-    assert attention.second_share.item() == pytest.approx(0.8)
+    assert attention.lambda_full.item() == pytest.approx(0.8)
     assert attention.head_norm.weight.mean().item() == pytest.approx(0.2)
 
 

@@ -235,10 +235,11 @@ def test_sincos_positions(size: tuple[int, int]) -> None:
                 vector[2 * quarter + channel] = math.sin(row * frequency)
                 vector[3 * quarter + channel] = math.cos(row * frequency)
     fields = {"position_embedding_type": "sincos_2d", "num_register_tokens": 2}
-    with_positions = randomize(ViTCLSModel(build_tiny_config(**fields))).embeddings(build_images(1, *size))
-    without = randomize(ViTCLSModel(build_tiny_config(**fields | {"position_embedding_type": "none"}))).embeddings(
-        build_images(1, *size)
+    with_positions = randomize(ViTCLSModel(build_tiny_config(**fields))).embeddings(
+        build_images(1, *size), (rows, columns)
     )
+    plain_model = randomize(ViTCLSModel(build_tiny_config(**fields | {"position_embedding_type": "none"})))
+    without = plain_model.embeddings(build_images(1, *size), (rows, columns))
     added = (with_positions - without)[0]
     assert torch.equal(added[:3], torch.zeros(3, 16))
     assert get_largest_difference(added[3:], torch.tensor(expected, dtype=torch.float32)) <= TOLERANCE

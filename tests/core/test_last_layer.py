@@ -1,11 +1,12 @@
-"""Classifiers compute the last layer only for the tokens that they read; their outputs are the same."""
+"""The last layer: hooks receive all tokens; on request, only the tokens that the classifiers read are computed."""
 
 from typing import Any
 
 import pytest
 import torch
+from captum.attr import LayerIntegratedGradients
 from helpers.tiny_models import (
-    BLOCKS,
+    TASKS,
     assert_same_outputs,
     build_images,
     build_tiny_config,
@@ -15,43 +16,25 @@ from helpers.tiny_models import (
 )
 from torch.nn.functional import cross_entropy
 
-from modeling_vitcls import ViTCLSForImageClassification
-from modeling_vitcls.modeling_vitcls import get_num_output_tokens
+from modeling_vitcls import ViTCLSForImageClassification, ViTCLSForMultiTaskClassification
 
 
 TOKENS: dict[str, Any] = {"num_cls_tokens": 2, "num_distillation_tokens": 1, "num_register_tokens": 3}
 
 # Fields, and the number of tokens that the classifiers read; None means all.
-READ: dict[str, tuple[dict[str, Any], int | None]] = {
-    "one CLS": ({}, 1),
-    "one CLS, registers": ({"num_register_tokens": 3}, 1),
-    "one layer": ({"num_hidden_layers": 1, "num_register_tokens": 3}, 1),
-    "several of each": (TOKENS, 3),
-    "no distillation head": (TOKENS | {"distillation_head": False}, 2),
-    "only the distillation head answers": (TOKENS | {"distillation_inference": "distillation"}, 3),
-    "concatenated": (TOKENS | {"cls_pooling": "concat"}, 3),
-    "mean of CLS tokens": (TOKENS | {"cls_pooling": "mean"}, 3),
-    "the second CLS": (TOKENS | {"pooled_cls_tokens": [1]}, 3),
-    "pooled norm": (TOKENS | {"pooled_norm": True, "pooled_activation": "tanh"}, 3),
-    "scopes": (TOKENS | {"cls_scopes": ["image", [2, 2, 0, 1]]}, 3),
-    "gates": (TOKENS | {"gated_tokens": {"registers": 2}}, 3),
-    "relative positions": (TOKENS | {"relative_position_bias": "layer"}, 3),
-    "shared relative positions": (TOKENS | {"relative_position_bias": "shared", "gated_tokens": {"cls": 1}}, 3),
-    "rotary": (TOKENS | {"position_embedding_type": "rope_2d"}, 3),
-    "mixed rotary": (TOKENS | {"position_embedding_type": "rope_mixed"}, 3),
-    "normalised queries": (TOKENS | {"qk_norm": True, "attention_norm": True, "mlp_norm": True}, 3),
-    "differential": (TOKENS | {"attention_type": "differential"}, 3),
-    "parallel": (TOKENS | {"layer_type": "parallel"}, 3),
-    "post-norm": (TOKENS | {"layer_type": "post", "layer_scale_init_value": 1.0}, 3),
-    "gated MLP": (TOKENS | {"mlp_type": "swiglu", "final_norm": False}, 3),
-    "neurons moved before": (TOKENS | {"register_neurons": [[0, 3]]}, 3),
-    "neurons moved in the last layer": (TOKENS | {"register_neurons": [[1, 3]]}, None),
-    "mean": (TOKENS | {"pooling": "mean"}, None),
-    "max": (TOKENS | {"pooling": "max"}, None),
-    "CLS and mean": (TOKENS | {"pooling": "cls_mean"}, None),
-    "attention pooling": (TOKENS | {"pooling": "attention"}, None),
-}
-each_config = pytest.mark.parametrize(("fields", "num_read"), READ.values(), ids=READ)
+NUM_READ: list[tuple[dict[str, Any], int | None]] = [
+    ({"num_hidden_layers": 1, "num_register_tokens": 3}, 1),
+    (TOKENS, 3),
+    (TOKENS | {"distillation_head": False, "cls_pooling": "concat", "mlp_type": "swiglu"}, 2),
+    (TOKENS | {"pooled_cls_tokens": [1], "cls_scopes": ["image", [2, 2, 0, 1]]}, 3),
+    (TOKENS | {"gated_tokens": {"registers": 2}, "relative_position_bias": "layer"}, 3),
+    (TOKENS | {"position_embedding_type": "rope_mixed", "qk_norm": True}, 3),
+    (TOKENS | {"attention_type": "differential", "layer_type": "parallel"}, 3),
+    (TOKENS | {"layer_type": "post", "layer_scale_init_value": 1.0, "register_neurons": [[0, 3]]}, 3),
+    (TOKENS | {"register_neurons": [[1, 3]]}, None),
+    (TOKENS | {"pooling": "cls_mean"}, None),
+    (TOKENS | {"pooling": "attention"}, None),
+]
 
 MASK = torch.ones(2, 6 + 16, dtype=torch.long)
 MASK[1, 10:14] = 0
@@ -68,18 +51,17 @@ def compute_losses_and_gradients(model: Any, **inputs: Any) -> tuple[Any, list[t
     return (output.logits, output.cls_logits, output.distillation_logits), gradients
 
 
-@each_config
+@pytest.mark.parametrize(("fields", "num_read"), NUM_READ, ids=str)
 def test_outputs_and_gradients_equal_those_of_all_tokens(fields: dict[str, Any], num_read: int | None) -> None:
     model = randomize(ViTCLSForImageClassification(build_tiny_config(**fields)))
-    assert get_num_output_tokens(model.vitcls, {}) == num_read
-    masks = [None, MASK] if fields.items() >= TOKENS.items() else [None]
+    assert model.config.num_head_tokens == num_read
+    num_tokens = model.config.token_layout.num_prefix_tokens + 16
     for implementation in ("sdpa", "eager"):
         model.set_attn_implementation(implementation)
-        for mask in masks:
+        for mask in (None, MASK) if fields.items() >= TOKENS.items() else (None,):
             outputs = record_outputs(model.vitcls.layers[-1])
-            found = compute_losses_and_gradients(model, attention_mask=mask)
-            wanted = compute_losses_and_gradients(model, attention_mask=mask, output_hidden_states=True)
-            num_tokens = model.config.token_layout.num_prefix_tokens + 16
+            found = compute_losses_and_gradients(model, attention_mask=mask, num_output_tokens=num_read)
+            wanted = compute_losses_and_gradients(model, attention_mask=mask)
             assert [output.shape[1] for output in outputs] == [num_read or num_tokens, num_tokens]
             assert_same_outputs(found[0], wanted[0], 1e-5)
             for one, other in zip(found[1], wanted[1], strict=True):
@@ -87,46 +69,110 @@ def test_outputs_and_gradients_equal_those_of_all_tokens(fields: dict[str, Any],
 
 
 @torch.no_grad()
-def test_requested_hidden_states_contain_all_tokens() -> None:
-    model = randomize(ViTCLSForImageClassification(build_tiny_config(**TOKENS)))
-    encoded = model.vitcls(build_images())
-    assert encoded.last_hidden_state.shape == (2, 22, 16)
-    assert encoded.tokens["registers"].shape == (2, 3, 16) and encoded.tokens["patches"].shape == (2, 16, 16)
-    hidden_states = model(build_images(), output_hidden_states=True).hidden_states
-    assert get_largest_difference(model.vitcls.layernorm(hidden_states[-1]), encoded.last_hidden_state) <= 1e-6
-    model.set_attn_implementation("eager")
-    assert [each.shape for each in model(build_images(), output_attentions=True).attentions] == [(2, 2, 22, 22)] * 2
-    model.config.output_hidden_states = True
-    assert model(build_images()).hidden_states[-1].shape == (2, 22, 16)
+def test_several_tasks() -> None:
+    model = randomize(ViTCLSForMultiTaskClassification(build_tiny_config(num_cls_tokens=2, tasks=TASKS)))
+    logits = model(build_images()).logits
+    fewer_tokens = model(build_images(), num_output_tokens=model.config.num_head_tokens).logits
+    for task, expected in logits.items():
+        assert get_largest_difference(fewer_tokens[task], expected) <= 1e-5 * expected.abs().max().item()
 
 
-@torch.no_grad()
-def test_other_attention_implementations_receive_all_tokens() -> None:
-    model = randomize(ViTCLSForImageClassification(build_tiny_config(**TOKENS)))
-    expected, outputs = model(build_images()).logits, record_outputs(model.vitcls.layers[-1])
-    model.set_attn_implementation("flex_attention")
-    with torch.compiler.set_stance("force_eager"):
-        assert get_largest_difference(model(build_images()).logits, expected) <= 1e-5
-    assert [output.shape[1] for output in outputs] == [22]
+@pytest.mark.parametrize("implementation", ["flex_attention", "flash_attention_2"])
+def test_other_attention_implementations_require_all_tokens(implementation: str) -> None:
+    config = build_tiny_config(**TOKENS)
+    config._attn_implementation = implementation
+    assert config.num_head_tokens is None
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing(reentrant: bool) -> None:
     gradients = []
     for checkpointing in (False, True):
-        model = randomize(ViTCLSForImageClassification(build_tiny_config(**TOKENS, **BLOCKS["rope"]))).train()
+        config = build_tiny_config(**TOKENS, position_embedding_type="rope_2d")
+        model = randomize(ViTCLSForImageClassification(config)).train()
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-        outputs = record_outputs(model.vitcls.layers[-1])
-        gradients.append(compute_losses_and_gradients(model)[1])
-        # does not count the recomputation, which happens inside `forward`
-        assert [output.shape[1] for output in outputs] == [3]
+        gradients.append(compute_losses_and_gradients(model, num_output_tokens=3)[1])
     assert_same_outputs(*gradients, 1e-6)
 
 
-@torch.no_grad()
-def test_other_image_sizes_and_batches_of_one() -> None:
-    model = randomize(ViTCLSForImageClassification(build_tiny_config(**TOKENS, position_embedding_type="rope_mixed")))
-    for size in ((24, 56), (8, 8)):
-        found, wanted = (model(build_images(1, *size), output_hidden_states=whole).logits for whole in (False, True))
-        assert get_largest_difference(found, wanted) <= 1e-6
+# Hooks ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"mlp_type": "swiglu", "mlp_norm": True, "attention_norm": True}, {"layer_type": "parallel"}],
+    ids=str,
+)
+def test_hooks_receive_all_tokens(fields: dict[str, Any]) -> None:
+    """Forward and backward hooks on the last layer and each of its modules."""
+    model = randomize(ViTCLSForImageClassification(build_tiny_config(**TOKENS, **fields)))
+    counts: list[int] = []
+
+    def see(module: Any, inputs: Any, output: Any) -> None:
+        tensors = output if isinstance(output, tuple) else (output,)
+        counts.extend(tensor.shape[1] for tensor in tensors if isinstance(tensor, torch.Tensor) and tensor.ndim >= 3)
+
+    modules = [model.vitcls.layernorm, *model.vitcls.layers[-1].modules()]
+    for module in modules:
+        module.register_forward_hook(see)
+        module.register_full_backward_hook(see)
+    model(build_images()).logits.sum().backward()
+    assert set(counts) == {22} and len(counts) >= len(modules)
+
+
+# Explanations --------------------------------------------------------------------------------------------------------
+
+
+def compute_gradient(model: Any, class_index: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the output [B, N, D] of the last layer's first norm, and the gradient of the summed logit of a class."""
+    layer, encoder = model.vitcls.layers[-1], model.vitcls
+    with torch.no_grad():
+        inputs = model(build_images(), output_hidden_states=True).hidden_states[-2]
+        normalized = layer.layernorm_before(inputs)
+    normalized.requires_grad_()
+    attended, _ = layer.attention(normalized)
+    hidden_states = inputs + attended
+    hidden_states = encoder.layernorm(hidden_states + layer.mlp(layer.layernorm_after(hidden_states)))
+    logits = (model.classifier(hidden_states[:, 0]) + model.distillation_classifier(hidden_states[:, 2])) / 2
+    (gradient,) = torch.autograd.grad(logits[:, class_index].sum(), normalized)
+    return normalized.detach(), gradient
+
+
+def test_grad_cam() -> None:
+    """Compare with Selvaraju et al. (2017, arXiv 1610.02391), with the patches as the feature map."""
+    model = randomize(ViTCLSForImageClassification(build_tiny_config(**TOKENS)))
+    target = model.vitcls.layers[-1].layernorm_before
+    seen: dict[str, torch.Tensor] = {}
+    target.register_forward_hook(lambda _, args, output: seen.update(activations=output.detach()))
+    target.register_full_backward_hook(lambda _, grad_in, grad_out: seen.update(gradients=grad_out[0]))
+    model(build_images()).logits[:, 1].sum().backward()
+
+    patches, grid = model.config.token_layout.patches, model.config.grid_size
+
+    def compute_map(activations: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
+        feature_map, gradient_map = (
+            each[:, patches].transpose(1, 2).unflatten(2, grid) for each in (activations, gradients)
+        )  # [B, D, rows, columns]
+        weights = gradient_map.mean(dim=(2, 3), keepdim=True)
+        return (weights * feature_map).sum(1).relu()  # [B, rows, columns]
+
+    found = compute_map(seen["activations"], seen["gradients"])
+    expected = compute_map(*compute_gradient(model, 1))
+    assert found.shape == (2, 4, 4) and (found > 0).any()
+    assert get_largest_difference(found, expected) <= 1e-5 * expected.max().item()
+
+
+def test_captum_integrated_gradients() -> None:
+    """The attributions of the last layer's tokens sum to the change of the logit (Sundararajan et al. 2017)."""
+    model = randomize(ViTCLSForImageClassification(build_tiny_config(**TOKENS)))
+    attribution = LayerIntegratedGradients(lambda pixel_values: model(pixel_values).logits, model.vitcls.layers[-1])
+    found, error = attribution.attribute(
+        build_images(), torch.zeros(2, 3, 32, 32), target=1, n_steps=200, return_convergence_delta=True
+    )
+    assert found.shape == (2, 22, 16)
+    with torch.no_grad():
+        change = (model(build_images()).logits - model(torch.zeros(2, 3, 32, 32)).logits)[:, 1]
+    assert error.abs().max() <= 0.01 * change.abs().max()
+    assert get_largest_difference(found.sum(dim=(1, 2)).float(), change) <= 0.01 * change.abs().max().item()
+    assert (found[:, 3:] == 0).all()  # the classifiers read only the CLS and the distillation token

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 from helpers.released_models import ANSWERS, KINDS, RELEASED, compute_outputs, write
-from safetensors.torch import load_file
+from helpers.tiny_models import build_tiny_config, randomize
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
 import modeling_vitcls as vitcls
@@ -103,3 +104,33 @@ def test_new_releases_are_written_in_the_same_format(kind: str, tmp_path: Path) 
     wanted = load_file(tmp_path / kind / ANSWERS)
     assert found.keys() == wanted.keys()
     assert all(torch.allclose(found[name], value, atol=TOLERANCE, rtol=0) for name, value in wanted.items())
+
+
+@pytest.mark.parametrize(
+    ("fields", "new_name", "old_name"),
+    [
+        ({"relative_position_bias": "shared"}, "relative_position_bias.tables", "view.tables"),
+        ({"attention_type": "differential"}, ".lambda_full", ".second_share"),
+    ],
+)
+def test_former_parameter_names(fields: dict[str, Any], new_name: str, old_name: str, tmp_path: Path) -> None:
+    """They are renamed at load, and saved with the current names."""
+    model = randomize(vitcls.ViTCLSForImageClassification(build_tiny_config(**fields)))
+    former = {name.replace(new_name, old_name): weight for name, weight in model.state_dict().items()}
+    assert former.keys() != model.state_dict().keys()
+    model.save_pretrained(tmp_path / "former")
+    save_file(former, tmp_path / "former" / "model.safetensors", metadata={"format": "pt"})
+    for model_class in (type(model), vitcls.ViTCLSModel):
+        loaded, info = model_class.from_pretrained(tmp_path / "former", output_loading_info=True)
+        assert not info["missing_keys"]
+        assert_same_weights(loaded.base_model, model.base_model)
+        loaded.save_pretrained(tmp_path / "current")
+        names = load_file(tmp_path / "current" / "model.safetensors")
+        assert any(new_name in name for name in names) and not any(old_name in name for name in names)
+
+
+def assert_same_weights(model: Any, expected: Any) -> None:
+    """Check that two models have the same parameters."""
+    weights, expected_weights = model.state_dict(), expected.state_dict()
+    assert weights.keys() == expected_weights.keys()
+    assert all(torch.equal(weights[name], weight) for name, weight in expected_weights.items())
