@@ -1,43 +1,26 @@
-"""Base model and license of a model's weights, for the model card.
+"""Base model and license of a model's weights.
 
     find_provenance("runs/pretrained")                      a model folder: from README.md
     find_provenance("ORG/MODEL")                            a model on the Hub: from the card; also transformers:...
     find_provenance("timm:vit_small_patch16_dinov3.lvd1689m")   from timm's pretrained configuration
 
 Unknown values are None: a card never states a license that the authors did not specify. Without a network connection,
-values that are not in the cache are unknown; no error is raised. A card states these licenses:
-
-    new weights                 the license given with `--license`, or no license
-    weights of another model    the license of that model, if known
-    the Python files            Apache-2.0, independently of the license of the weights
+values that are not in the cache are unknown; no error is raised.
 """
 
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import yaml
 from huggingface_hub import HfApi, constants, metadata_load, snapshot_download
 
 from .connection import HUB_ERRORS, set_hub_timeout, silence_hub_client
 from .loading import is_hub_id, split_revision
+from .model_files import CARD_FILE, LICENSE_PATTERNS
 
 
-CARD_FILE = "README.md"
-
-
-def iter_license_patterns() -> Iterator[str]:
-    """Yield name patterns of license and notice files: upper-case names with any ending, and other names with a
-    text suffix or without a suffix."""
-    for stem in ("license", "licence", "copying", "notice"):
-        case_insensitive_stem = "".join(f"[{letter}{letter.upper()}]" for letter in stem)
-        yield f"{stem.upper()}*"
-        yield from (f"{case_insensitive_stem}{ending}" for ending in ("", "*.md", "*.txt", "*.rst"))
-
-
-LICENSE_PATTERNS = tuple(iter_license_patterns())
 TIMEOUT = 5.0  # maximum time without a response, in seconds; short, so that finished runs do not wait for a slow Hub
 
 # timm's license identifiers that the Hub supports. Any other license is `other` on the Hub, with a name and a link.
@@ -67,6 +50,16 @@ class Provenance:
         """Return the name of the license; None if the license is unknown."""
         label = self.license_name if self.license == "other" and self.license_name else self.license
         return ", ".join(label) if isinstance(label, list) else label
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the provenance for results.json. License files are represented by their names."""
+        return asdict(self) | {"license_files": [file.name for file in self.license_files]}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], folder: Path) -> Self:
+        """Return the provenance that `to_dict` stored in the results.json of a model folder."""
+        files = tuple(folder / name for name in values.get("license_files", ()))
+        return cls(**values | {"license_files": tuple(file for file in files if file.is_file())})
 
     def copy_license(self, folder: Path) -> None:
         """Copy the license text to a model folder. Raise OSError if the files cannot be written."""
@@ -160,61 +153,3 @@ def find_timm_provenance(name: str) -> Provenance:
         f"https://huggingface.co/{config.hf_hub_id}" if config.hf_hub_id else None
     )
     return replace(provenance, license="other", license_name=config.license, license_link=license_link)
-
-
-# Licenses in a card --------------------------------------------------------------------------------------------------
-
-
-# Sentences about weights whose license is known, and about weights whose license is unknown.
-NEW_WEIGHTS_TEXTS = (
-    "The weights are licensed under {license}.",
-    "The authors did not specify a license for the weights. Ask the authors before you use or redistribute the "
-    "weights.",
-)
-DERIVED_WEIGHTS_TEXTS = (
-    "The weights are derived from another model and remain under its license: {license}.",
-    "The weights are derived from another model whose license is unknown. Ask the authors of that model before you "
-    "use or redistribute the weights.",
-)
-CONVERTED_WEIGHTS_TEXTS = (
-    "The weights remain under the license of the source: {license}.",
-    "No license was found for the source. Ask the authors of the source before you use or redistribute the weights.",
-)
-
-
-@dataclass(frozen=True)
-class WeightsLicense:
-    """License of a model's weights, and the sentences that describe the license."""
-
-    sentences: tuple[str, str]  # sentence for a known license, sentence for an unknown license
-    source: Provenance | None  # provenance with the name, link and text of the license; None if unknown
-    teacher: Provenance | None = None  # distillation teacher, whose license is also stated
-    has_code: bool = True  # whether the repository contains code; if so, the license of the code is also named
-
-    @property
-    def metadata(self) -> dict[str, Any]:
-        """Return the license as keyword arguments of ModelCardData; empty if the license is unknown."""
-        return self.source.license_metadata if self.source else {}
-
-    def __str__(self) -> str:
-        """Return the sentences, separated by spaces."""
-        known_license_sentence, unknown_license_sentence = self.sentences
-        sentences = [unknown_license_sentence]
-        if self.source is not None and self.source.license_label is not None:
-            label, link, files = self.source.license_label, self.source.license_link, self.source.license_files
-            sentences = [known_license_sentence.format(license=f"[{label}]({link})" if link else label)]
-            sentences += [f"The license text is in {', '.join(file.name for file in files)}."] if files else []
-        if self.teacher is not None and self.teacher.license_label is not None:
-            sentences.append(f"The teacher model of the distillation is licensed under {self.teacher.license_label}.")
-        sentences += ["The Python files are licensed under Apache-2.0."] if self.has_code else []
-        return " ".join(sentences)
-
-
-def describe_license_conflict(license_flag: str | None, base_provenance: Provenance | None) -> str | None:
-    """Return a one-line warning if `--license` differs from the inherited license; None otherwise."""
-    if license_flag is None or base_provenance is None or base_provenance.license in (None, license_flag):
-        return None
-    return (
-        f"--license {license_flag} is ignored: the weights are derived from {base_provenance.name} and remain under "
-        f"the license {base_provenance.license_label}"
-    )

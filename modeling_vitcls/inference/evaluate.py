@@ -36,10 +36,10 @@ from ..heads_vitcls import IGNORED_LABEL
 from ..hub.loading import MODEL_FILE_PATTERNS
 from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..options import EvaluateOptions
-from ..publishing.card_results import build_class_tables, build_metric_rows
 from ..system import describe_device, get_versions
 from .evaluator import CachedBatches, Evaluator, HeldOutBatch
 from .load_model import load_classifier
+from .metric_tables import build_class_tables, build_metric_rows
 from .metrics import select_scalars
 
 

@@ -29,7 +29,6 @@ from ..data.splits import load_evaluation_data
 from ..hub.loading import MODEL_FILE_PATTERNS
 from ..intervals import compute_mean_interval, compute_proportion_interval
 from ..options import EvaluateOptions
-from ..publishing.card_results import format_percent
 from ..token_names import get_token_names
 from .evaluate import (
     LABEL_DESCRIPTIONS,
@@ -42,6 +41,7 @@ from .evaluate import (
 )
 from .evaluator import Evaluator, HeldOutBatch, round_floats
 from .load_model import load_model
+from .metric_tables import format_percent
 
 
 # Features ------------------------------------------------------------------------------------------------------------

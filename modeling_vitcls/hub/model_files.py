@@ -1,0 +1,75 @@
+"""Names of the files in a model folder, which is the interface between training or conversion and publishing.
+
+    config.json, preprocessor_config.json, model*.safetensors, *_vitcls.py      the model
+    results.json, config.resolved.yaml, metrics.jsonl                           a training run
+    parity_report.json                                                          a conversion
+    adapter_config.json, adapter_model.safetensors                              a LoRA adapter
+    README.md, report.html, images/, .eval_results/, onnx/                      for publication
+"""
+
+from collections.abc import Iterable, Iterator
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from ..checkpoints import compute_file_digest
+from ..files import read_json
+
+
+CONFIG_FILE = "config.json"
+CONFIG_FILES = (CONFIG_FILE, "preprocessor_config.json")
+RESULTS_FILE = "results.json"
+RECIPE_FILE = "config.resolved.yaml"  # the flags of a run
+METRICS_FILE = "metrics.jsonl"
+PARITY_REPORT_FILE = "certificate.json"  # parity report of a conversion
+CARD_FILE = "README.md"
+REPORT_FILE = "report.html"  # HTML report with held-out images
+IMAGES_FOLDER = "images"
+SAMPLE_IMAGES_FILE = f"{IMAGES_FOLDER}/attention.png"  # the only figure that shows images of the dataset
+BENCHMARK_FILE = ".eval_results/results.yaml"  # entry of a leaderboard on the Hub
+ADAPTER_CONFIG_FILE = "adapter_config.json"
+ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
+CODE_PATTERN = "*_vitcls.py"
+WEIGHTS_PATTERNS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
+
+
+def iter_license_patterns() -> Iterator[str]:
+    """Yield name patterns of license and notice files: upper-case names with any ending, and other names with a
+    text suffix or without a suffix."""
+    for stem in ("license", "licence", "copying", "notice"):
+        case_insensitive_stem = "".join(f"[{letter}{letter.upper()}]" for letter in stem)
+        yield f"{stem.upper()}*"
+        yield from (f"{case_insensitive_stem}{ending}" for ending in ("", "*.md", "*.txt", "*.rst"))
+
+
+LICENSE_PATTERNS = tuple(iter_license_patterns())
+ADAPTER_PATTERNS = (ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, CARD_FILE, *LICENSE_PATTERNS)
+# Files that define the model.
+MODEL_PATTERNS = (*CONFIG_FILES, *WEIGHTS_PATTERNS, CODE_PATTERN)
+# Files that belong to certain weights: a push of other weights removes them.
+RESULT_PATTERNS = (
+    PARITY_REPORT_FILE,
+    RESULTS_FILE,
+    METRICS_FILE,
+    RECIPE_FILE,
+    REPORT_FILE,
+    BENCHMARK_FILE,
+    *(f"{IMAGES_FOLDER}/{name}" for name in ("attention.png", "token_layout.png", "confusion_matrix*.png")),
+    "onnx/*.onnx",
+    "onnx/report.json",
+)
+
+
+def is_match(name: str, patterns: Iterable[str]) -> bool:
+    """Return whether a path, such as `images/cat.png`, matches any of the patterns. `*` does not match `/`."""
+    return any(name.count("/") == pattern.count("/") and fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def list_weight_files(folder: Path) -> list[str]:
+    """Return the names of the weight files."""
+    index_file = folder / "model.safetensors.index.json"
+    return sorted(set(read_json(index_file)["weight_map"].values())) if index_file.is_file() else ["model.safetensors"]
+
+
+def hash_weights(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of each weight file, by file name."""
+    return {name: compute_file_digest(folder / name) for name in list_weight_files(folder)}

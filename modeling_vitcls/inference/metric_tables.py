@@ -1,0 +1,72 @@
+"""Measured metrics as tables: names of the metrics, rows with confidence intervals, and one table of the classes."""
+
+from typing import Any
+
+from ..configuration_vitcls import ViTCLSConfig
+from ..files import replace_control_characters
+
+
+METRIC_NAMES = {
+    "accuracy": "Accuracy",
+    "top_5_accuracy": "Top-5 accuracy",
+    "balanced_accuracy": "Balanced accuracy",
+    "cls_accuracy": "Accuracy, CLS head",
+    "distillation_accuracy": "Accuracy, distillation head",
+    "mean_average_precision": "Mean average precision",
+    "micro_f1": "F1, micro average",
+    "macro_f1": "F1, macro average",
+    "exact_match": "Exact match (all classes of an image are correct)",
+    "calibration_error": "Calibration error",
+}
+CLASS_COLUMNS = {"recall": "Recall", "precision": "Precision", "f1": "F1", "average_precision": "Average precision"}
+CONFIDENCE_LEVEL = 0.95  # confidence level of all intervals, as in inference/metrics.py
+MAX_CLASSES_IN_TABLE = 20
+MAX_NAME_LENGTH = 100  # maximum length of a name in a card, in characters
+
+
+def get_metric_names(results: dict[str, Any], config: ViTCLSConfig) -> dict[str, str]:
+    """Return a dict that maps the keys of the measured metrics to their names. Metrics over all tasks come first."""
+    names = METRIC_NAMES | {
+        f"{task}_{key}": f"{task}: {label}" for task in config.task_labels() for key, label in METRIC_NAMES.items()
+    }
+    return {key: name for key, name in names.items() if results.get(key) is not None}
+
+
+def build_metric_rows(results: dict[str, Any], config: ViTCLSConfig) -> list[list[str]]:
+    """Return the name and the value of each measured metric, with the confidence interval if available."""
+    rows = []
+    for key, name in get_metric_names(results, config).items():
+        interval = results.get(f"{key}_interval")  # [low, high]
+        suffix = f" (95% interval: {format_percent(interval[0])} to {format_percent(interval[1])})" if interval else ""
+        rows.append([name, format_percent(results[key]) + suffix])
+    return rows
+
+
+def build_class_tables(results: dict[str, Any], config: ViTCLSConfig) -> dict[str, list[dict[str, str]]]:
+    """Return a dict that maps table titles to rows, for each task with at most `MAX_CLASSES_IN_TABLE` classes."""
+    titles = {"": "Per class"} | {f"{task}_": f"{task}, per class" for task in config.task_labels()}
+    tables = {title: results.get(f"{prefix}per_class", []) for prefix, title in titles.items()}
+    return {
+        title: [build_class_row(row) for row in rows]
+        for title, rows in tables.items()
+        if 0 < len(rows) <= MAX_CLASSES_IN_TABLE
+    }
+
+
+def build_class_row(metrics: dict[str, Any]) -> dict[str, str]:
+    """Return a dict that maps column names to table cells for one class."""
+    metric_cells = {
+        CLASS_COLUMNS[key]: format_percent(value) for key, value in metrics.items() if key not in ("name", "images")
+    }
+    return {"Class": format_name(metrics["name"]), "Images": f"{metrics['images']:,}", **metric_cells}
+
+
+def format_percent(value: float | None) -> str:
+    """Return a fraction as a percentage, or a dash for None."""
+    return "–" if value is None else f"{value:.2%}"
+
+
+def format_name(name: str) -> str:
+    """Return a name from a dataset as inline Markdown code on one line, with at most 100 characters."""
+    name = replace_control_characters(name).replace("`", "'")
+    return f"`{name if len(name) <= MAX_NAME_LENGTH else f'{name[: MAX_NAME_LENGTH - 1]}…'}`"

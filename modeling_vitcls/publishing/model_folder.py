@@ -1,0 +1,204 @@
+"""A model folder, as publishing sees it: what is in the folder, and which of its results belong to its weights."""
+
+import logging
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors import safe_open
+
+from ..configuration_vitcls import ViTCLSConfig
+from ..files import read_json
+from ..hub.loading import check_is_vitcls
+from ..hub.local_paths import can_publish_images, is_local
+from ..hub.model_files import (
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_WEIGHTS_FILE,
+    CONFIG_FILE,
+    CONFIG_FILES,
+    IMAGES_FOLDER,
+    PARITY_REPORT_FILE,
+    RECIPE_FILE,
+    REPORT_FILE,
+    RESULTS_FILE,
+    SAMPLE_IMAGES_FILE,
+    hash_weights,
+    list_weight_files,
+)
+from ..hub.provenance import Provenance, read_folder_provenance
+
+
+# Model types that `vitcls convert --to transformers` writes.
+NATIVE_MODEL_TYPES = ("vit", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit")
+ONNX_REPORT_FILE = "onnx/report.json"  # written by `vitcls export --format transformers.js`
+
+logger = logging.getLogger(__name__)
+
+
+class ModelFolder:
+    """The contents of a folder with a model or an adapter.
+
+    Results, reports and ONNX files that contain the hash of other weights are ignored. Raise ValueError if the folder
+    does not contain a model or an adapter.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not path.is_dir():
+            raise ValueError(f"{path} is not a folder. Specify the folder of a saved model")
+        self.is_adapter = (path / ADAPTER_CONFIG_FILE).is_file()
+        if self.is_adapter:
+            return
+        if not (path / CONFIG_FILE).is_file():
+            raise ValueError(
+                f"{path} does not contain a model: {CONFIG_FILE} is missing. Specify the folder of a saved model"
+            )
+        if not self.is_native:
+            check_is_vitcls(str(path), path)
+
+    # Model -----------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def is_native(self) -> bool:
+        """Whether the model was converted to a class of transformers and requires no code from the repository."""
+        is_native = read_json(self.path / CONFIG_FILE).get("model_type") in NATIVE_MODEL_TYPES
+        return is_native and (self.path / PARITY_REPORT_FILE).is_file() and not self.code_references
+
+    @cached_property
+    def code_references(self) -> list[str]:
+        """The code references of the model, such as `modeling_vitcls.ViTCLSModel`, in the `auto_map` of its files."""
+        files = (self.path / name for name in CONFIG_FILES if (self.path / name).is_file())
+        return [text for file in files for text in list_strings(read_json(file).get("auto_map"))]
+
+    @cached_property
+    def config(self) -> ViTCLSConfig | None:
+        """The configuration of a vitcls model or of the base model of an adapter, if it is known."""
+        if self.is_native or not (self.path / CONFIG_FILE).is_file():
+            return None
+        return ViTCLSConfig.from_pretrained(self.path)
+
+    @cached_property
+    def architecture(self) -> str:
+        """The name of the model class."""
+        return (read_json(self.path / CONFIG_FILE).get("architectures") or ["ViTCLSModel"])[0]
+
+    @cached_property
+    def num_parameters(self) -> int:
+        """The number of values in the weight files."""
+        count = 0
+        for name in list_weight_files(self.path):
+            with safe_open(self.path / name, "pt") as file:
+                for key in file.keys():  # noqa: SIM118  # safe_open is not a dict
+                    size = 1
+                    for length in file.get_slice(key).get_shape():
+                        size *= length
+                    count += size
+        return count
+
+    def check_is_complete(self) -> None:
+        """Raise ValueError if files are missing or refer to other repositories or to local paths."""
+        if self.is_adapter:
+            if not (self.path / ADAPTER_WEIGHTS_FILE).is_file():
+                raise ValueError(f"{self.path} lacks {ADAPTER_WEIGHTS_FILE}. Save the adapter again")
+            base_model = self.adapter_config.get("base_model_name_or_path")
+            if not base_model or is_local(base_model):
+                raise ValueError(
+                    f"the adapter in {self.path} requires a base model on the Hub, but its base model is "
+                    f"{base_model!r}. Push the base model, and set base_model_name_or_path in {ADAPTER_CONFIG_FILE}"
+                )
+            return
+        for reference in self.code_references:
+            if "--" in reference:
+                raise ValueError(
+                    f"{self.path} has the code {reference} in another repository, but a push requires the code next "
+                    "to the weights. Load the model with modeling_vitcls and save it again"
+                )
+        code_files = {f"{reference.partition('.')[0]}.py" for reference in self.code_references}
+        for name in sorted(code_files | set(list_weight_files(self.path))):
+            if not (self.path / name).is_file():
+                raise ValueError(f"{self.path} lacks {name}, which is required to load the model. Save the model again")
+
+    # Run and conversion ----------------------------------------------------------------------------------------------
+
+    @cached_property
+    def weights_sha256(self) -> dict[str, str]:
+        """The SHA-256 of each weight file."""
+        return hash_weights(self.path)
+
+    @cached_property
+    def results(self) -> dict[str, Any]:
+        """The contents of results.json; empty if the results belong to other weights."""
+        return self.read_current(RESULTS_FILE, "weights_sha256")
+
+    @cached_property
+    def parity_report(self) -> dict[str, Any]:
+        """The contents of the parity report of a conversion; empty if it belongs to other weights."""
+        return self.read_current(PARITY_REPORT_FILE, "sha256")
+
+    @cached_property
+    def onnx_report(self) -> dict[str, Any]:
+        """The contents of onnx/report.json; empty if the ONNX files were created from other weights."""
+        return self.read_current(ONNX_REPORT_FILE, "weights_sha256")
+
+    def read_current(self, name: str, key: str) -> dict[str, Any]:
+        """Return the contents of a JSON file whose `key` contains the hashes of the weights in this folder; otherwise
+        an empty dict."""
+        if not (self.path / name).is_file():
+            return {}
+        content = read_json(self.path / name)
+        if self.is_adapter or content.get(key) == self.weights_sha256:
+            return content
+        logger.warning("ignoring %s, because it belongs to other weights than those in %s", name, self.path)
+        return {}
+
+    @cached_property
+    def flags(self) -> dict[str, Any]:
+        """The flags of the run that wrote the folder; empty if they are missing or unreadable."""
+        try:
+            flags: Any = yaml.safe_load((self.path / RECIPE_FILE).read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError):  # no such file, not UTF-8, or not YAML
+            return {}
+        return flags if isinstance(flags, dict) else {}
+
+    @cached_property
+    def provenance(self) -> Provenance | None:
+        """The provenance of the initial weights: from results.json or the parity report, or else from the card; None
+        for random initial weights."""
+        for name in (RESULTS_FILE, PARITY_REPORT_FILE):  # also valid for weights that were changed afterwards
+            if (self.path / name).is_file() and "provenance" in (content := read_json(self.path / name)):
+                values = content["provenance"]
+                return None if values is None else Provenance.from_dict(values, self.path)
+        return read_folder_provenance(self.path)
+
+    @cached_property
+    def teacher_provenance(self) -> Provenance | None:
+        """The provenance of the distillation teacher, if any."""
+        values = self.results.get("teacher_provenance")
+        return None if values is None else Provenance.from_dict(values, self.path)
+
+    @cached_property
+    def adapter_config(self) -> dict[str, Any]:
+        """The contents of adapter_config.json."""
+        return read_json(self.path / ADAPTER_CONFIG_FILE)
+
+    @property
+    def private_files(self) -> set[str]:
+        """The files that show images of a dataset that may not be published."""
+        return set() if self.flags and can_publish_images(self.flags) else {REPORT_FILE, SAMPLE_IMAGES_FILE}
+
+    @property
+    def images(self) -> dict[str, str]:
+        """The names of the card's images, such as "token_layout", and their paths in the folder."""
+        images = {file.stem: f"{IMAGES_FOLDER}/{file.name}" for file in (self.path / IMAGES_FOLDER).glob("*.png")}
+        if self.results:
+            return images
+        return {name: path for name, path in images.items() if name == "token_layout"}
+
+
+def list_strings(value: Any) -> list[str]:
+    """Return the strings in nested dicts and lists."""
+    if isinstance(value, str):
+        return [value]
+    values = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [text for nested_value in values for text in list_strings(nested_value)]
