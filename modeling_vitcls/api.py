@@ -38,6 +38,7 @@ def finetune(model: str | Path, dataset: Any, output_dir: str | Path, **flags: A
         TypeError: if a flag is unknown.
         ValueError, OSError: if a flag has an invalid value, or the model or the data cannot be read.
         RunStopped: if the run is interrupted or fails.
+        PushError: if `push_to_hub` is set and the push fails. The folder is complete.
     """
     from .training.finetune import FinetuneTask
 
@@ -57,15 +58,26 @@ def pretrain(model: str | Path, dataset: Any, output_dir: str | Path, **flags: A
 
 
 def run_training(task_class: Any, options: Any) -> dict[str, Any]:
-    """Run a task and return the contents of results.json or folds.json, or an empty dict if `dry_run` is set."""
+    """Train, then write the report and the card and push the folder. Return the contents of results.json or
+    folds.json, or an empty dict if `dry_run` is set."""
+    from accelerate import PartialState
+
+    from .publishing.finish import finish_run, prepare_push
     from .training.task import dry_run, run_folds, run_task
 
+    repo_id = prepare_push(options)
     if options.run.dry_run:
         dry_run(task_class, options)
         return {}
     if options.data.folds is not None and options.data.fold is None:
-        return run_folds(task_class, options)
-    return run_task(task_class(options))
+        results = run_folds(task_class, options)
+        folders = [options.output_dir / fold["folder"] for fold in results["folds"]]
+    else:
+        results, folders = run_task(task_class(options)), [options.output_dir]
+    if PartialState().is_main_process:
+        for folder in folders:
+            finish_run(folder, options.run, repo_id)
+    return results
 
 
 def evaluate(model: str | Path, dataset: Any, **flags: Any) -> dict[str, Any]:

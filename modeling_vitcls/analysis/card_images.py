@@ -1,8 +1,8 @@
 """Images of a model card. Figures are drawn, compressed and written next to the card.
 
-pictures/token_layout.png               always
-pictures/confusion_matrix[_TASK].png    if results are given
-pictures/attention.png                  if the model has special tokens and samples are given
+images/token_layout.png               always
+images/confusion_matrix[_TASK].png    if results are given
+images/attention.png                  if the model has special tokens and samples are given
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,7 +27,7 @@ from .maps import count_used_layers, extract_patch_maps, to_upright_rgb
 from .model_utils import evaluation_mode, is_classifier, unwrap_model
 
 
-IMAGES_FOLDER = "pictures"
+IMAGES_FOLDER = "images"
 MATRIX_NAME, ATTENTION_NAME = "confusion_matrix", "attention"
 
 MAX_SAMPLES, MAX_OVERLAYS = 4, 32  # maximum number of images, and of overlays, in the attention figure

@@ -76,16 +76,14 @@ def run(options: ConvertOptions) -> None:
     """Convert the model and print the parity report."""
     from transformers.utils.logging import disable_progress_bar
 
-    from ..analysis.card_images import write_card_images
     from ..conversion.convert import convert_checkpoint, write_native_model
-    from ..image_processing_vitcls import ViTCLSImageProcessor
-    from ..modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
-    from ..publishing.conversion_card import write_conversion_card
+    from ..publishing.card import write_card
+    from ..publishing.report import write_report
 
     disable_progress_bar()
     if options.to == "transformers":
         report = write_native_model(str(options.model), options.output, options.any_size)
-        write_conversion_card(options.output)
+        write_card(options.output)
         print_report(report, options.output, trust_argument="")
         return
     report = convert_checkpoint(
@@ -96,10 +94,8 @@ def run(options: ConvertOptions) -> None:
         options.num_labels,
         options.family,
     )
-    model_class = ViTCLSForImageClassification if "Classification" in report.model_class else ViTCLSModel
-    model = model_class.from_pretrained(options.output)
-    processor = ViTCLSImageProcessor.from_pretrained(options.output)
-    write_conversion_card(options.output, write_card_images(options.output, model, processor, {}))
+    write_report(options.output, print)  # without images, only the figure of the tokens
+    write_card(options.output)
     print_report(report, options.output)
 
 
@@ -116,7 +112,7 @@ def print_report(report: "ParityReport", output: Path, trust_argument: str = ", 
     from rich.console import Console
     from rich.table import Table
 
-    from ..publishing.publish import build_push_command
+    from ..publishing.push import build_push_command
 
     console = Console(soft_wrap=True, highlight=False)
     table = Table(title=f"Largest differences between {report.model_class} and {report.source}")

@@ -3,7 +3,7 @@
     vitcls push --model runs/mine --hub-model-id me/my-model
     vitcls push --verify-only someone/their-model --revision COMMIT
 
-A push requires a token: run `hf auth login`, or set HF_TOKEN. The push is implemented in modeling_vitcls/hub/.
+A push requires a token: run `hf auth login`, or set HF_TOKEN. The push is implemented in modeling_vitcls/publishing/.
 """
 
 from dataclasses import dataclass, fields
@@ -24,12 +24,6 @@ class PushOptions:
     """Branch to push to, created if it does not exist. Default: main."""
     message: str = "Upload model"
     """Commit message."""
-    push_optimizer: bool = False
-    """Also push the newest checkpoint in the folder, with the optimizer state. To resume, run
-    `hf download ID --include "checkpoints/*" --local-dir DIR`, then repeat the training command with
-    --output-dir DIR --resume."""
-    endpoint_handler: bool = False
-    """Also push handler.py, which Hugging Face Inference Endpoints require to serve the model."""
     verify: bool = True
     """Load the model from the pushed commit in a new process, and compare its outputs with the outputs of --model."""
     verify_only: str | None = None
@@ -59,30 +53,20 @@ OPTIONS_CLASS = PushOptions
 
 def run(options: PushOptions) -> None:
     """Push a model and verify the pushed commit, or verify a repository if --verify-only is set."""
-    from ..publishing.adapters import check_adapter, is_adapter
-    from ..publishing.manifest import check_is_model
-    from ..publishing.publish import push_folder
-    from ..publishing.push_permissions import check_push_permissions
+    from ..publishing.model_folder import ModelFolder
+    from ..publishing.push import prepare_repository, push_folder
     from ..publishing.verify import verify, verify_push
 
     if options.verify_only is not None:
         report = verify(options.verify_only, options.revision or "main", options.model)
         print("\n".join(report.format_lines()))
         return
-    folder = options.model
-    assert folder is not None
-    (check_adapter if is_adapter(folder) else check_is_model)(folder)
-    repo_id = check_push_permissions(options.hub_model_id, folder.resolve().name, options.private)
-    pushed_model = push_folder(
-        folder,
-        repo_id,
-        options.private,
-        options.message,
-        options.branch,
-        with_optimizer=options.push_optimizer,
-        with_handler=options.endpoint_handler,
-    )
+    assert options.model is not None
+    folder = ModelFolder(options.model)
+    folder.check_is_complete()
+    repo_id = prepare_repository(options.hub_model_id, options.model.resolve().name, options.private)
+    pushed_model = push_folder(options.model, repo_id, options.private, options.message, options.branch)
     print(f"pushed    {pushed_model.summary}", flush=True)
-    if options.verify and not is_adapter(folder):  # the outputs of an adapter depend on its base model
+    if options.verify and not folder.is_adapter:  # the outputs of an adapter depend on its base model
         print("verifying the pushed commit in a new process", flush=True)
-        print("\n".join(verify_push(pushed_model, folder).format_lines()))
+        print("\n".join(verify_push(pushed_model, options.model).format_lines()))

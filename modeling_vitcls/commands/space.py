@@ -11,15 +11,14 @@ static Space in publishing/static_space.py.
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from ..options import to_arguments
 from .export import silence_exporters
 
 
 if TYPE_CHECKING:
-    from ..publishing.manifest import RepoFiles
-    from ..publishing.space import PublishedModel
+    from ..hub.revisions import HubCommit
 
 
 @dataclass(frozen=True)
@@ -61,47 +60,48 @@ OPTIONS_CLASS = SpaceOptions
 
 
 def run(options: SpaceOptions) -> None:
-    """Build the files of a Space for a model, push or write the files, and print the URL or folder."""
-    from ..publishing.space import build_space_files, find_published_model
+    """Write the files of a Space for a model, push them, and print the URL or folder."""
+    from ..hub.local_paths import check_output_is_empty
+    from ..publishing.push import prepare_repository
+    from ..publishing.space import find_published_model, push_space
 
     model = find_published_model(options.model, options.revision)
-    if not options.static:
-        publish(options, model, build_space_files(model, options.title, options.examples))
-        return
-    from ..export.transformers_js import export_for_transformers_js
-    from ..publishing.static_space import build_static_space_files
-
-    if model.needs_token and not options.private and options.output is None:
+    if options.static and model.needs_token and not options.private and options.output is None:
         raise ValueError(
             f"a public static Space would publish the weights of {model.repo_id}, which is private or gated. "
             "Set --private"
         )
-    silence_exporters()
-    with tempfile.TemporaryDirectory() as export_folder:
-        export_for_transformers_js(f"{model.repo_id}@{model.commit}", Path(export_folder))
-        files = build_static_space_files(model, Path(export_folder), options.title, options.node_modules)
-        publish(options, model, files)
-
-
-def publish(options: SpaceOptions, model: "PublishedModel", space_files: "RepoFiles") -> None:
-    """Push or write the files of a Space, and print the URL or folder."""
-    from ..publishing.push_permissions import check_push_permissions
-    from ..publishing.space import push_space, write_space
-
     if options.output is not None:
-        write_space(space_files, options.output)
+        check_output_is_empty(options.output)
+        write_files(options, model, options.output)
         arguments = f"-m http.server --directory {options.output}" if options.static else options.output / "app.py"
         print(f"wrote {options.output}: to serve the page, run python {arguments}")
         return
-    default_name = f"{model.repo_id.rpartition('/')[2]}-demo"
-    space_id = check_push_permissions(options.space_id, default_name, options.private, repo_type="space")
+    default_name, sdk = f"{model.repo_id.rpartition('/')[2]}-demo", "static" if options.static else "gradio"
     flag_values = {name: getattr(options, name) for name in ("title", "examples", "static", "node_modules")}
     flags = [argument for name, value in flag_values.items() if value for argument in to_arguments(name, value)]
-    sdk: Literal["gradio", "static"] = "static" if options.static else "gradio"
-    pushed_space = push_space(space_files, model, space_id, options.private, sdk, flags)
-    print(f"pushed a Space for {model.repo_id} at {model.commit}: {pushed_space.url}")
+    with tempfile.TemporaryDirectory() as folder:
+        write_files(options, model, Path(folder))
+        space_id = prepare_repository(options.space_id, default_name, options.private, sdk)
+        pushed_space = push_space(Path(folder), model, space_id, options.private, flags)
+    print(f"pushed a Space for {model.repo_id} at {model.sha}: {pushed_space.url}")
     if model.needs_token and not options.static:
         print(
             f"{model.repo_id} is private or gated: at {pushed_space.url}/settings, add a token with read access to "
             "the model as the secret HF_TOKEN"
         )
+
+
+def write_files(options: SpaceOptions, model: "HubCommit", folder: Path) -> None:
+    """Write the files of the Space to a folder."""
+    if not options.static:
+        from ..publishing.space import write_space
+
+        write_space(folder, model, options.title, options.examples)
+        return
+    from ..export.transformers_js import export_for_transformers_js
+    from ..publishing.static_space import MODEL_FOLDER, write_static_space
+
+    silence_exporters()
+    export_for_transformers_js(f"{model.repo_id}@{model.sha}", folder / MODEL_FOLDER)
+    write_static_space(folder, model, options.title, options.node_modules)

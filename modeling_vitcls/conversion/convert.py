@@ -21,8 +21,9 @@ from transformers import PreTrainedModel
 
 from ..configuration_vitcls import ViTCLSConfig
 from ..files import write_json
-from ..hub.loading import PARITY_REPORT_FILE, check_is_vitcls, get_model_folder
+from ..hub.loading import check_is_vitcls, get_model_folder
 from ..hub.local_paths import check_output_is_empty, resolve_name, strip_folders
+from ..hub.model_files import PARITY_REPORT_FILE
 from ..hub.provenance import find_provenance
 from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel, ViTCLSPreTrainedModel

@@ -47,13 +47,11 @@ from .connection import (
     retry,
     set_hub_timeout,
 )
+from .model_files import CONFIG_FILE, CONFIG_FILES, WEIGHTS_PATTERNS
 
 
 # Files of a model that this package reads. The model's code files are not needed.
-CONFIG_FILE = "config.json"
-PARITY_REPORT_FILE = "parity_report.json"  # parity report of a conversion
-CONFIG_FILES = (CONFIG_FILE, "preprocessor_config.json")
-MODEL_FILE_PATTERNS = (*CONFIG_FILES, "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
+MODEL_FILE_PATTERNS = (*CONFIG_FILES, *WEIGHTS_PATTERNS)
 # Pickled weight files, which older models from other projects contain.
 PICKLED_WEIGHTS_PATTERNS = ("pytorch_model.bin", "pytorch_model-*-of-*.bin", "pytorch_model.bin.index.json")
 

@@ -51,9 +51,16 @@ def make_relative(name: Any) -> Any:
     return prefix + (relative_path if relative_path.startswith(RELATIVE_PREFIXES) else f"./{relative_path}")
 
 
+def is_hub_dataset(name: Any) -> bool:
+    """Return whether a resolved name is the id of a dataset on the Hub."""
+    return isinstance(name, str) and name != BUILT_IN_DATASET and not is_local(name) and ":" not in name
+
+
 def can_publish_images(flags: dict[str, Any]) -> bool:
-    """Return whether images of the dataset may be published: the dataset is not local, or `--card-samples` was set."""
-    return bool(flags.get("card_samples")) or not is_local(flags.get("dataset"))
+    """Return whether images of the dataset may be published: `digits`, datasets on the Hub, or any dataset with
+    `--card-samples`."""
+    dataset = flags.get("dataset")
+    return bool(flags.get("card_samples")) or dataset == BUILT_IN_DATASET or is_hub_dataset(dataset)
 
 
 def strip_folders(name: str) -> str:

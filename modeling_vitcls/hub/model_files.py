@@ -1,10 +1,10 @@
 """Names of the files in a model folder, which is the interface between training or conversion and publishing.
 
-    config.json, preprocessor_config.json, model*.safetensors, *_vitcls.py      the model
-    results.json, config.resolved.yaml, metrics.jsonl                           a training run
-    parity_report.json                                                          a conversion
-    adapter_config.json, adapter_model.safetensors                              a LoRA adapter
-    README.md, report.html, images/, .eval_results/, onnx/                      for publication
+config.json, preprocessor_config.json, model*.safetensors, *_vitcls.py      the model
+results.json, config.resolved.yaml, metrics.jsonl                           a training run
+parity_report.json                                                          a conversion
+adapter_config.json, adapter_model.safetensors                              a LoRA adapter
+README.md, report.html, images/, .eval_results/, onnx/                      for publication
 """
 
 from collections.abc import Iterable, Iterator
@@ -20,7 +20,7 @@ CONFIG_FILES = (CONFIG_FILE, "preprocessor_config.json")
 RESULTS_FILE = "results.json"
 RECIPE_FILE = "config.resolved.yaml"  # the flags of a run
 METRICS_FILE = "metrics.jsonl"
-PARITY_REPORT_FILE = "certificate.json"  # parity report of a conversion
+PARITY_REPORT_FILE = "parity_report.json"  # parity report of a conversion
 CARD_FILE = "README.md"
 REPORT_FILE = "report.html"  # HTML report with held-out images
 IMAGES_FOLDER = "images"
@@ -45,18 +45,12 @@ LICENSE_PATTERNS = tuple(iter_license_patterns())
 ADAPTER_PATTERNS = (ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, CARD_FILE, *LICENSE_PATTERNS)
 # Files that define the model.
 MODEL_PATTERNS = (*CONFIG_FILES, *WEIGHTS_PATTERNS, CODE_PATTERN)
-# Files that belong to certain weights: a push of other weights removes them.
-RESULT_PATTERNS = (
-    PARITY_REPORT_FILE,
-    RESULTS_FILE,
-    METRICS_FILE,
-    RECIPE_FILE,
-    REPORT_FILE,
-    BENCHMARK_FILE,
-    *(f"{IMAGES_FOLDER}/{name}" for name in ("attention.png", "token_layout.png", "confusion_matrix*.png")),
-    "onnx/*.onnx",
-    "onnx/report.json",
-)
+# Files of a training run, which belong to certain weights.
+RUN_PATTERNS = (RESULTS_FILE, METRICS_FILE, RECIPE_FILE, REPORT_FILE, BENCHMARK_FILE)
+RESULT_IMAGE_PATTERNS = (SAMPLE_IMAGES_FILE, f"{IMAGES_FOLDER}/confusion_matrix*.png")
+# Files of `vitcls export --format transformers.js`.
+ONNX_REPORT_FILE = "onnx/report.json"
+ONNX_PATTERNS = ("onnx/*.onnx", ONNX_REPORT_FILE)
 
 
 def is_match(name: str, patterns: Iterable[str]) -> bool:

@@ -1,7 +1,7 @@
-"""Look up the commit of a branch or tag, download the files of a commit, and find the commit of the model's code.
+"""Look up the commit of a branch or tag, and download the files of a commit.
 
 model_commit = resolve_commit("someone/model", "main")
-code_commit = resolve_code_commit(model_commit, model_folder)       # None if the code is in the same commit
+folder = download_commit(model_commit, ["config.json"])
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,6 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
-from ..publishing.manifest import find_code_repository
 from .connection import HUB_ERRORS, SHORT_RETRY_WAITS, describe_no_response, format_hub_error, retry, set_hub_timeout
 from .loading import describe_missing_repo, describe_missing_revision, is_hub_id
 
@@ -67,13 +66,3 @@ def download_commit(commit: HubCommit, patterns: Sequence[str], folder: Path | N
     except HUB_ERRORS as error:
         raise OSError(f"cannot download {repo_id}: {format_hub_error(error)}") from error
     return Path(path)
-
-
-def resolve_code_commit(model_commit: HubCommit, folder: Path) -> HubCommit | None:
-    """Return the newest commit of the repository that contains the code of the model in `folder`, or None if the code
-    is in the model's own repository. Raise ValueError if the code is in several repositories."""
-    try:
-        repo_id = find_code_repository(folder, model_commit.repo_id)
-    except ValueError as error:
-        raise ValueError(f"{model_commit.repo_id} at {model_commit.sha}: {error}") from None
-    return resolve_commit(repo_id) if repo_id else None

@@ -24,15 +24,16 @@ MAX_CLASSES_IN_TABLE = 20
 MAX_NAME_LENGTH = 100  # maximum length of a name in a card, in characters
 
 
-def get_metric_names(results: dict[str, Any], config: ViTCLSConfig) -> dict[str, str]:
+def get_metric_names(results: dict[str, Any], config: ViTCLSConfig | None) -> dict[str, str]:
     """Return a dict that maps the keys of the measured metrics to their names. Metrics over all tasks come first."""
+    tasks = config.task_labels() if config is not None else {}
     names = METRIC_NAMES | {
-        f"{task}_{key}": f"{task}: {label}" for task in config.task_labels() for key, label in METRIC_NAMES.items()
+        f"{task}_{key}": f"{task}: {label}" for task in tasks for key, label in METRIC_NAMES.items()
     }
     return {key: name for key, name in names.items() if results.get(key) is not None}
 
 
-def build_metric_rows(results: dict[str, Any], config: ViTCLSConfig) -> list[list[str]]:
+def build_metric_rows(results: dict[str, Any], config: ViTCLSConfig | None) -> list[list[str]]:
     """Return the name and the value of each measured metric, with the confidence interval if available."""
     rows = []
     for key, name in get_metric_names(results, config).items():
@@ -42,9 +43,10 @@ def build_metric_rows(results: dict[str, Any], config: ViTCLSConfig) -> list[lis
     return rows
 
 
-def build_class_tables(results: dict[str, Any], config: ViTCLSConfig) -> dict[str, list[dict[str, str]]]:
+def build_class_tables(results: dict[str, Any], config: ViTCLSConfig | None) -> dict[str, list[dict[str, str]]]:
     """Return a dict that maps table titles to rows, for each task with at most `MAX_CLASSES_IN_TABLE` classes."""
-    titles = {"": "Per class"} | {f"{task}_": f"{task}, per class" for task in config.task_labels()}
+    tasks = config.task_labels() if config is not None else {}
+    titles = {"": "Per class"} | {f"{task}_": f"{task}, per class" for task in tasks}
     tables = {title: results.get(f"{prefix}per_class", []) for prefix, title in titles.items()}
     return {
         title: [build_class_row(row) for row in rows]

@@ -1,7 +1,7 @@
 """A model folder, as publishing sees it: what is in the folder, and which of its results belong to its weights."""
 
 import logging
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from ..hub.model_files import (
     CONFIG_FILE,
     CONFIG_FILES,
     IMAGES_FOLDER,
+    ONNX_REPORT_FILE,
     PARITY_REPORT_FILE,
     RECIPE_FILE,
     REPORT_FILE,
@@ -31,7 +32,6 @@ from ..hub.provenance import Provenance, read_folder_provenance
 
 # Model types that `vitcls convert --to transformers` writes.
 NATIVE_MODEL_TYPES = ("vit", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit")
-ONNX_REPORT_FILE = "onnx/report.json"  # written by `vitcls export --format transformers.js`
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +117,9 @@ class ModelFolder:
         code_files = {f"{reference.partition('.')[0]}.py" for reference in self.code_references}
         for name in sorted(code_files | set(list_weight_files(self.path))):
             if not (self.path / name).is_file():
-                raise ValueError(f"{self.path} lacks {name}, which is required to load the model. Save the model again")
+                raise ValueError(
+                    f"{self.path} lacks {name}, which is required to load the model. Save the model again"
+                )
 
     # Run and conversion ----------------------------------------------------------------------------------------------
 
@@ -149,7 +151,7 @@ class ModelFolder:
         content = read_json(self.path / name)
         if self.is_adapter or content.get(key) == self.weights_sha256:
             return content
-        logger.warning("ignoring %s, because it belongs to other weights than those in %s", name, self.path)
+        warn_once(f"ignoring {name}, because it belongs to other weights than those in {self.path}")
         return {}
 
     @cached_property
@@ -194,6 +196,12 @@ class ModelFolder:
         if self.results:
             return images
         return {name: path for name, path in images.items() if name == "token_layout"}
+
+
+@cache
+def warn_once(message: str) -> None:
+    """Log a warning unless it was already logged, because a push and its verification both read the folder."""
+    logger.warning(message)
 
 
 def list_strings(value: Any) -> list[str]:

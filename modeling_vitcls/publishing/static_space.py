@@ -1,7 +1,7 @@
 """A static Space on the Hub: a page that runs a copy of the model in the browser, with transformers.js.
 
-export_for_transformers_js("someone/model@commit", folder)
-files = build_static_space_files(model, folder)       # space.py pushes the files
+export_for_transformers_js("someone/model@commit", folder / MODEL_FOLDER)
+write_static_space(folder, model)       # space.py pushes the folder
 
 index.html, app.js   the page, from modeling_vitcls/demo/
 model/               the exported model
@@ -11,11 +11,12 @@ README.md            the settings of the Space
 
 import html
 import json
+import shutil
 from pathlib import Path
 
-from .code_files import PACKAGE_FOLDER
-from .manifest import RepoFiles
-from .space import PublishedModel, build_space_card
+from ..hub.revisions import HubCommit
+from .space import build_space_card
+from .staging import PACKAGE_FOLDER
 
 
 MODEL_FOLDER = "model"
@@ -38,37 +39,30 @@ from commit [`{commit}`]({url}/tree/{commit}).
 """
 
 
-def build_static_space_files(
-    model: PublishedModel, exported_folder: Path, title: str | None = None, node_modules: Path | None = None
-) -> RepoFiles:
-    """Build the files of a static Space. `exported_folder` is the folder written by `export_for_transformers_js`.
+def write_static_space(
+    folder: Path, model: HubCommit, title: str | None = None, node_modules: Path | None = None
+) -> None:
+    """Write the files of a static Space to the folder that contains the exported model in `MODEL_FOLDER`.
 
     By default, the page loads transformers.js from a CDN. If `node_modules` is set, the required files of the npm
     package `@huggingface/transformers` are copied from this folder to the Space instead. Raise ValueError if
     `node_modules` lacks a required file.
     """
     title = title or f"{model.repo_id.partition('/')[2]}: labels and attention in the browser"
-    files: RepoFiles = {
-        f"{MODEL_FOLDER}/{file.relative_to(exported_folder).as_posix()}": file
-        for file in sorted(exported_folder.rglob("*"))
-        if file.is_file()
-    }
     library_url = TRANSFORMERS_JS_URL
     if node_modules is not None:
         library_url = f"./{LIBRARY_FOLDER}/{Path(LIBRARY_FILES[0]).name}"
+        (folder / LIBRARY_FOLDER).mkdir()
         for name in LIBRARY_FILES:
             if not (node_modules / name).is_file():
                 raise ValueError(
                     f"--node-modules requires {name}, but {node_modules} does not contain this file. Run `npm install "
                     f"@huggingface/transformers@{TRANSFORMERS_JS_VERSION}`"
                 )
-            files[f"{LIBRARY_FOLDER}/{Path(name).name}"] = node_modules / name
+            shutil.copyfile(node_modules / name, folder / LIBRARY_FOLDER / Path(name).name)
     page_html = (PACKAGE_FOLDER / "demo" / "static.html").read_text(encoding="utf-8")
     page_html = page_html.replace('"LIBRARY"', json.dumps(library_url)).replace("TITLE", html.escape(title))
-    return files | {
-        "index.html": page_html.encode(),
-        "app.js": PACKAGE_FOLDER / "demo" / "static.js",
-        "README.md": build_space_card(
-            model, title, DESCRIPTION_TEMPLATE, {"sdk": "static"}, folder=MODEL_FOLDER
-        ).encode(),
-    }
+    (folder / "index.html").write_text(page_html, encoding="utf-8")
+    shutil.copyfile(PACKAGE_FOLDER / "demo" / "static.js", folder / "app.js")
+    card = build_space_card(model, title, DESCRIPTION_TEMPLATE, {"sdk": "static"}, folder=MODEL_FOLDER)
+    (folder / "README.md").write_text(card, encoding="utf-8")

@@ -1,15 +1,10 @@
-"""Load a published model in a process without this package, and save the outputs of the model.
+"""Load a published model in a process without this package, and save its outputs for fixed inputs.
 
-    python -P verification_script.py REQUEST.json        # run by verify.py, with an empty cache
+    python -P verification_script.py REPO_ID COMMIT TRUST_REMOTE_CODE NUM_THREADS FOLDER    # run by verify.py
 
-REQUEST.json contains `repo_id`, `revision`, `trust_remote_code`, `num_threads`, the folder `target`, and
-`code_repo_id` and `code_revision`, which are null if the code is in the repository of the model. In `target`, the
-script saves report.json with the loaded classes or the error and, on success, outputs.safetensors with the outputs for
-fixed inputs.
-
-The code of the repository runs only in this process. The reference outputs come from verification_reference.py, which
-shares `collect_outputs` with this file. The script imports torch, transformers and other libraries, but not this
-package.
+The script writes outputs.safetensors and report.json with the loaded classes to FOLDER; report.json contains only
+the error if loading fails. The code of the repository runs only in this process. The script imports torch,
+transformers and other libraries, but not this package.
 """
 
 import json
@@ -22,11 +17,8 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import constants
-from huggingface_hub.file_download import repo_folder_name
-from PIL import Image
+from huggingface_hub import scan_cache_dir
 from safetensors.torch import save_file
-from transformers.utils import is_torchvision_available
 
 
 PACKAGE_NAME = "modeling_vitcls"
@@ -37,10 +29,7 @@ AUTO_CLASSES = {
     "ViTCLSForMaskedImageModeling": "AutoModelForMaskedImageModeling",
     "ViTCLSBackbone": "AutoBackbone",
 }
-PROCESSOR_CONFIG_FILE = "preprocessor_config.json"
-FLOAT32_OPTIONS: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True}
-BATCH_SIZE = 2
-SEED = 0
+LOADING_OPTIONS: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True}
 
 Outputs = dict[str, torch.Tensor]
 
@@ -54,116 +43,89 @@ class PackageBlocker(MetaPathFinder):
             raise ModuleNotFoundError(f"No module named {fullname!r}")
 
 
-def main(request_file: Path) -> None:
-    """Load the model, and write report.json and outputs.safetensors."""
-    request = json.loads(request_file.read_text(encoding="utf-8"))
-    output_folder = Path(request["target"])
-    torch.set_num_threads(request["num_threads"])  # the number of threads affects rounding
+def main(repo_id: str, commit: str, trust_remote_code: bool, folder: Path) -> None:
+    """Load the model, and write report.json and outputs.safetensors to `folder`."""
     report: dict[str, Any]
-    code_repo_id, code_revision = request["code_repo_id"], request["code_revision"]
     try:
-        loader = HubLoader(request["repo_id"], request["revision"], code_revision, request["trust_remote_code"])
-        outputs, report = collect_outputs(loader)
+        outputs, report = collect_outputs(AutoLoader(repo_id, {"revision": commit}, trust_remote_code))
+        save_file(outputs, folder / "outputs.safetensors")
+        report["commits"] = sorted(
+            revision.commit_hash for repo in scan_cache_dir().repos for revision in repo.revisions
+        )
     except Exception as error:  # published code may raise any error
         message = f"{type(error).__name__}: {' '.join(str(error).split())}"
         report = {"error": message, "can_retry": isinstance(error, OSError)}  # network errors are instances of OSError
-    else:
-        save_file(outputs, output_folder / "outputs.safetensors")
-        report["commits"] = list_cached_commits(request["repo_id"])
-        report["code_commits"] = list_cached_commits(code_repo_id) if code_repo_id else []
     report["has_package"] = any(name.partition(".")[0] == PACKAGE_NAME for name in sys.modules)
-    (output_folder / "report.json").write_text(json.dumps(report), encoding="utf-8")
-
-
-def list_cached_commits(repo_id: str) -> list[str]:
-    """Return the hashes of the commits whose files are in the cache of a repository."""
-    cache_folder = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repo_id, repo_type="model"))
-    return sorted(snapshot.name for snapshot in (cache_folder / "snapshots").glob("*") if any(snapshot.iterdir()))
+    (folder / "report.json").write_text(json.dumps(report), encoding="utf-8")
 
 
 @dataclass(frozen=True)
-class HubLoader:
-    """Loads a model from the Hub, or from a folder, with the Auto classes and the `pipeline` function."""
+class AutoLoader:
+    """Loads a model with the Auto classes of transformers."""
 
-    repo_id: str
-    revision: str = "main"
-    code_revision: str | None = None
-    # Whether the code in the repository is run; if False, the classes of transformers are used.
-    trust_remote_code: bool = True
-
-    def get_loading_options(self) -> dict[str, Any]:
-        """Return keyword arguments for `from_pretrained`: the pinned commits and `trust_remote_code`."""
-        loading_options: dict[str, Any] = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
-        return loading_options | ({"code_revision": self.code_revision} if self.code_revision else {})
+    source: str  # id of a repository, or a folder
+    revision: dict[str, str]  # {"revision": commit}, or empty for a folder
+    trust_remote_code: bool
 
     def load_config(self) -> Any:
         """Load the model configuration."""
-        return transformers.AutoConfig.from_pretrained(self.repo_id, **self.get_loading_options())
+        return self.load(transformers.AutoConfig)
 
     def load_model(self, auto_class: str, config: Any) -> tuple[Any, dict[str, Any]]:
-        """Load the model in float32 with an Auto class; return the model and transformers' loading info."""
-        return getattr(transformers, auto_class).from_pretrained(
-            self.repo_id, **FLOAT32_OPTIONS, **self.get_loading_options()
-        )
+        """Load the model in float32; return the model and transformers' loading info."""
+        return self.load(getattr(transformers, auto_class), **LOADING_OPTIONS)
 
-    def has_processor(self) -> bool:
-        """Return whether an image processor was saved with the model."""
-        file = transformers.utils.cached_file(
-            self.repo_id, PROCESSOR_CONFIG_FILE, revision=self.revision, _raise_exceptions_for_missing_entries=False
-        )
-        return file is not None
+    def load_processor(self) -> Any:
+        """Load the image processor, or return None if the model has no image processor."""
+        options = {"_raise_exceptions_for_missing_entries": False, **self.revision}
+        has_processor = transformers.utils.cached_file(self.source, "preprocessor_config.json", **options) is not None
+        return self.load(transformers.AutoImageProcessor) if has_processor else None
 
-    def load_processor(self, backend: str) -> Any:
-        """Load the image processor for a backend, `torchvision` or `pil`."""
-        return transformers.AutoImageProcessor.from_pretrained(
-            self.repo_id, backend=backend, **self.get_loading_options()
-        )
-
-    def load_pipeline(self, config: Any) -> Any:
-        """Load the image-classification pipeline on the CPU, in float32."""
-        return transformers.pipeline(
-            "image-classification", model=self.repo_id, device="cpu", dtype=torch.float32, **self.get_loading_options()
-        )
+    def load(self, auto_class: Any, **options: Any) -> Any:
+        """Load an object at the pinned commit."""
+        options |= self.revision
+        return auto_class.from_pretrained(self.source, trust_remote_code=self.trust_remote_code, **options)
 
 
 def collect_outputs(loader: Any) -> tuple[Outputs, dict[str, Any]]:
-    """Compute the outputs of the model, the image processors and the pipeline for fixed inputs.
+    """Process a fixed image and compute the outputs of the encoder and of the complete model.
 
     Args:
-        loader: A `HubLoader`, or a `PackageLoader` from verification_reference.py.
+        loader: An `AutoLoader`, or a `PackageLoader` from verify.py.
 
     Returns:
-        The outputs in float32 by name, such as `{"AutoModel/last_hidden_state": ...}`, and a report on the loaded
-        classes. In the report, `models` maps each Auto class to the loaded class (name and module) and the weights
-        that the checkpoint lacks. `processors` maps each backend to the name of the loaded class.
+        The outputs in float32 by name, such as `{"AutoModel/last_hidden_state": ...}`, and a report that maps each
+        Auto class to the loaded class (name and module) and the weights that the checkpoint lacks.
     """
     config = loader.load_config()
-    architecture = (config.architectures or ["ViTCLSModel"])[0]
+    size = config.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    generator = torch.Generator().manual_seed(0)
+    pixel_values = torch.randn(2, config.num_channels, height, width, generator=generator)
     outputs: Outputs = {}
-    report: dict[str, Any] = {"models": {}, "processors": {}}
+    report: dict[str, Any] = {"models": {}}
+    if processor := loader.load_processor():
+        num_channels = 3 if processor.do_convert_rgb else config.num_channels
+        shape = (num_channels, height * 5 // 4 + 1, width * 3 // 2 + 1)
+        image = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+        pixel_values = outputs["AutoImageProcessor/pixel_values"] = processor(image, return_tensors="pt")[
+            "pixel_values"
+        ]
+        report["processor"] = type(processor).__name__
+    architecture = (config.architectures or ["ViTCLSModel"])[0]
     for auto_class in dict.fromkeys(["AutoModel", get_auto_class(architecture)]):
-        torch.manual_seed(SEED)  # for a reproducible initialization of missing weights
+        torch.manual_seed(0)  # for a reproducible initialization of missing weights
         model, loading_info = loader.load_model(auto_class, config)
+        class_name = type(model).__name__
         report["models"][auto_class] = {
-            "class": type(model).__name__,
+            "class": class_name,
             "module": type(model).__module__,
             # Classes other than the saved class may have a head that the checkpoint lacks.
-            "missing": sorted(loading_info["missing_keys"]) if type(model).__name__ == architecture else [],
+            "missing": sorted(loading_info["missing_keys"]) if class_name == architecture else [],
         }
         with torch.inference_mode():
-            model_output = model.eval()(build_pixel_values(config))
+            model_output = model.eval()(pixel_values)
         outputs |= {f"{auto_class}/{name}": tensor for name, tensor in flatten_outputs(model_output)}
-    if loader.has_processor():
-        for backend in ("torchvision", "pil") if is_torchvision_available() else ("pil",):
-            processor = loader.load_processor(backend)
-            report["processors"][backend] = type(processor).__name__
-            image = torch.from_numpy(build_image(config, processor))  # [H, W, C]
-            pixel_values = processor(image.movedim(-1, 0), return_tensors="pt")["pixel_values"]
-            outputs[f"AutoImageProcessor, {backend}/pixel_values"] = pixel_values
-        is_classifier = get_auto_class(architecture) == "AutoModelForImageClassification"
-        # The pipeline converts images to RGB and supports only models with one task.
-        if is_classifier and getattr(config, "tasks", None) is None and config.num_channels == 3:
-            outputs["pipeline/scores"] = compute_pipeline_scores(loader, config, processor)
     return {name: tensor.detach().clone().contiguous() for name, tensor in outputs.items()}, report
 
 
@@ -171,37 +133,6 @@ def get_auto_class(architecture: str) -> str:
     """Return the Auto class for a model class of modeling_vitcls, or for a transformers classifier or encoder."""
     is_classifier = "ForImageClassification" in architecture
     return AUTO_CLASSES.get(architecture, "AutoModelForImageClassification" if is_classifier else "AutoModel")
-
-
-def get_image_size(config: Any) -> tuple[int, int]:
-    """Return the height and width of the model's input images in pixels."""
-    size = config.image_size
-    return (size, size) if isinstance(size, int) else tuple(size)
-
-
-def build_pixel_values(config: Any) -> torch.Tensor:
-    """Return fixed random images [B, C, H, W] with the image size of the model."""
-    height, width = get_image_size(config)
-    generator = torch.Generator().manual_seed(SEED)
-    return torch.randn(BATCH_SIZE, config.num_channels, height, width, generator=generator)
-
-
-def build_image(config: Any, processor: Any) -> Any:
-    """Return a fixed random `uint8` image [H, W, C] that is larger than the model's images and has a different aspect
-    ratio."""
-    height, width = get_image_size(config)
-    num_channels = 3 if processor.do_convert_rgb else config.num_channels
-    generator = torch.Generator().manual_seed(SEED)
-    shape = (height * 5 // 4 + 1, width * 3 // 2 + 1, num_channels)
-    return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8).numpy()
-
-
-def compute_pipeline_scores(loader: Any, config: Any, processor: Any) -> torch.Tensor:
-    """Return the scores [num_labels] of the image-classification pipeline in the order of the label indices."""
-    pipeline = loader.load_pipeline(config)
-    image = Image.fromarray(build_image(config, processor))
-    scores = {prediction["label"]: prediction["score"] for prediction in pipeline(image, top_k=config.num_labels)}
-    return torch.tensor([scores[label] for _, label in sorted(config.id2label.items())])
 
 
 def flatten_outputs(outputs: Any, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
@@ -216,4 +147,6 @@ def flatten_outputs(outputs: Any, prefix: str = "") -> Iterator[tuple[str, torch
 
 if __name__ == "__main__":
     sys.meta_path.insert(0, PackageBlocker())
-    main(Path(sys.argv[1]))
+    script_repo_id, script_commit, trust_text, thread_text, script_folder = sys.argv[1:]
+    torch.set_num_threads(int(thread_text))  # the number of threads affects rounding
+    main(script_repo_id, script_commit, trust_text == "True", Path(script_folder))

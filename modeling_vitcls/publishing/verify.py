@@ -3,17 +3,15 @@
     report = verify("someone/model", "0123abc...", folder)
     print("\\n".join(report.format_lines()))
 
-1. The model's files are downloaded. The hash of each file must match the hash on the Hub, and the contents must equal
-   those that a push of `folder` publishes.
-2. A new process, with an empty cache and without this package, loads the commit with the Auto classes and the pipeline
+1. The hashes of the files on the Hub must match the downloaded files and the files that a push of `folder` publishes.
+2. A new process, with an empty cache and without this package, loads the commit with the Auto classes
    (verification_script.py). Because the process may run code by an unknown author, it receives only a few
    environment variables, and it receives the user's token only if the repository is private or gated. The process is
    not sandboxed: it runs as the current user and can read the user's files.
 3. The outputs of the new process for fixed inputs must match the outputs of the model in `folder`, loaded with this
-   package (verification_reference.py). No published code runs in the calling process.
+   package. No published code runs in the calling process.
 """
 
-import filecmp
 import json
 import os
 import site
@@ -27,7 +25,9 @@ from typing import Any
 import torch
 from huggingface_hub import HfApi, get_token
 from safetensors.torch import load_file
+from transformers.utils import is_torchvision_available
 
+from ..configuration_vitcls import ViTCLSConfig
 from ..hub.connection import (
     HUB_ERRORS,
     SHORT_RETRY_WAITS,
@@ -37,32 +37,29 @@ from ..hub.connection import (
     set_hub_timeout,
     silence_transformers,
 )
-from ..hub.revisions import HubCommit, download_commit, resolve_code_commit, resolve_commit
+from ..hub.model_files import CARD_FILE, CODE_PATTERN, MODEL_PATTERNS, PARITY_REPORT_FILE
+from ..hub.revisions import TIMEOUT, HubCommit, download_commit, resolve_commit
+from ..image_processing_vitcls import ViTCLSImageProcessor, ViTCLSImageProcessorPil
+from ..modeling_vitcls import (
+    ViTCLSBackbone,
+    ViTCLSForImageClassification,
+    ViTCLSForMaskedImageModeling,
+    ViTCLSForMultiTaskClassification,
+    ViTCLSModel,
+)
 from ..system import get_versions
 from ..version import __version__
 from . import verification_script
-from .code_files import describe_code_differences
-from .manifest import (
-    CHECKPOINT_PATTERNS,
-    DOCUMENTATION_PATTERNS,
-    MODEL_PATTERNS,
-    check_is_model,
-    collect_checkpoint_files,
-    collect_model_files,
-    is_match,
-    is_native_model,
-)
-from .publish import PushResult
-from .verification_reference import PackageLoader
-from .verification_script import HubLoader, Outputs, collect_outputs
+from .model_folder import ModelFolder
+from .push import PushResult
+from .staging import PACKAGE_FOLDER, stage_folder
+from .verification_script import LOADING_OPTIONS, AutoLoader, Outputs, collect_outputs
 
 
 # Maximum absolute difference from a reference tensor in float32, relative to the largest absolute value of the
 # reference tensor if this value exceeds 1.
 TOLERANCE = 1e-6
-TIMEOUT = 60.0  # maximum time without a response from the Hub, in seconds
-PIN_ADVICE = "load the model at a pinned commit, because loading runs the code in the repository:"
-
+VERIFIED_PATTERNS = (*MODEL_PATTERNS, PARITY_REPORT_FILE, CARD_FILE, "*.py")
 # Environment variables (in upper or lower case) that the new process inherits: locations of programs and libraries,
 # access to the Hub, and settings that affect numerical results.
 INHERITED_VARIABLES = frozenset(
@@ -74,6 +71,13 @@ INHERITED_VARIABLES = frozenset(
     ).split()
 )
 INHERITED_PREFIXES = ("OMP_", "GOMP_", "KMP_", "MKL_", "ONEDNN_", "DNNL_", "OPENBLAS_")
+# Auto class -> model classes; the first class is used unless config.json names another class.
+MODEL_CLASSES: dict[str, tuple[Any, ...]] = {
+    "AutoModel": (ViTCLSModel,),
+    "AutoModelForImageClassification": (ViTCLSForImageClassification, ViTCLSForMultiTaskClassification),
+    "AutoModelForMaskedImageModeling": (ViTCLSForMaskedImageModeling,),
+    "AutoBackbone": (ViTCLSBackbone,),
+}
 
 
 class VerificationError(ValueError):
@@ -81,33 +85,51 @@ class VerificationError(ValueError):
 
 
 @dataclass(frozen=True)
+class PackageLoader:
+    """Loads a model folder with the code of this package; only JSON and safetensors files are read."""
+
+    folder: Path
+
+    def load_config(self) -> ViTCLSConfig:
+        """Load the model configuration."""
+        return ViTCLSConfig.from_pretrained(self.folder)
+
+    def load_model(self, auto_class: str, config: ViTCLSConfig) -> tuple[Any, dict[str, Any]]:
+        """Load the model in float32 with a class from `MODEL_CLASSES`; return the model and the loading info."""
+        classes = MODEL_CLASSES[auto_class]
+        configured_classes = (each for each in classes if each.__name__ in (config.architectures or ()))
+        model_class = next(configured_classes, classes[0])
+        return model_class.from_pretrained(self.folder, use_safetensors=True, **LOADING_OPTIONS)
+
+    def load_processor(self) -> Any:
+        """Load the image processor, or return None if the model has no image processor."""
+        if not (self.folder / "preprocessor_config.json").is_file():
+            return None
+        processor_class = ViTCLSImageProcessor if is_torchvision_available() else ViTCLSImageProcessorPil
+        return processor_class.from_pretrained(self.folder)
+
+
+@dataclass(frozen=True)
 class VerificationReport:
     """The result of a verification."""
 
-    repo_id: str  # `namespace/name`
-    revision: str  # commit hash, 40 hexadecimal digits
+    commit: HubCommit
     reference: str  # description of the reference model
     num_files: int  # number of files whose hashes were checked
     class_names: dict[str, str]  # Auto class, such as "AutoModel" -> name of the loaded class
-    differences: dict[str, float]  # Auto class or "pipeline" -> maximum difference between the outputs
+    differences: dict[str, float]  # Auto class -> maximum difference between the outputs
     versions: dict[str, str]  # library -> version
     code_comparison: str  # one line that compares the published code with the code of this package
-    code_revision: str | None = None  # commit of the code if another repository contains the code
     is_native: bool = False  # whether the model classes are part of transformers, not of the repository
-
-    def format_loading_code(self) -> str:
-        """Return the line of code that loads the verified commit."""
-        auto_class = next(name for name in reversed(self.class_names) if not name.startswith("AutoImageProcessor"))
-        code_pin = f', code_revision="{self.code_revision}"' if self.code_revision else ""
-        trust_argument = "" if self.is_native else ", trust_remote_code=True"
-        arguments_text = f'"{self.repo_id}", revision="{self.revision}"{code_pin}{trust_argument}'
-        return f"{auto_class}.from_pretrained({arguments_text})"
 
     def format_lines(self) -> list[str]:
         """Return the report as lines of text."""
         width = max(map(len, self.differences))
+        auto_class = next(name for name in reversed(self.class_names) if name != "AutoImageProcessor")
+        trust_argument = "" if self.is_native else ", trust_remote_code=True"
+        advice = "" if self.is_native else " at a pinned commit, because loading runs the code in the repository"
         return [
-            f"verified: {self.repo_id} at {self.revision}",
+            f"verified: {self.commit.repo_id} at {self.commit.sha}",
             f"  {self.num_files} files match their hashes; {self.code_comparison}",
             f"  outputs of a new process (empty cache, no modeling_vitcls), compared with {self.reference}:",
             *(
@@ -115,14 +137,12 @@ class VerificationReport:
                 for name, difference in self.differences.items()
             ),
             f"  limit {TOLERANCE:g}; " + ", ".join(f"{name} {version}" for name, version in self.versions.items()),
-            "load the model:" if self.is_native else PIN_ADVICE,
-            f"  {self.format_loading_code()}",
+            f"load the model{advice}:",
+            f'  {auto_class}.from_pretrained("{self.commit.repo_id}", revision="{self.commit.sha}"{trust_argument})',
         ]
 
 
-def verify(
-    repo_id: str, revision: str = "main", folder: Path | None = None, with_optimizer: bool = False
-) -> VerificationReport:
+def verify(repo_id: str, revision: str = "main", folder: Path | None = None) -> VerificationReport:
     """Download a published model, run it in a new process, and compare its outputs with a reference.
 
     Args:
@@ -130,8 +150,6 @@ def verify(
         revision: Commit hash, branch or tag.
         folder: Local folder of the pushed model, which is loaded as the reference. By default, the reference is loaded
             from the downloaded files, with the code of this package.
-        with_optimizer: Whether the repository must contain the newest checkpoint in `folder`. A checkpoint in
-            the repository is always compared with the newest checkpoint in `folder`.
 
     Raises:
         VerificationError: If files are damaged or differ from those in `folder`, if the model does not load without
@@ -140,39 +158,41 @@ def verify(
         OSError: If the Hub does not respond.
     """
     check_is_online()
-    model_commit = resolve_commit(repo_id, revision)
+    commit = resolve_commit(repo_id, revision)
     with tempfile.TemporaryDirectory(prefix="vitcls-verify-") as temporary_path, silence_transformers():
-        temporary_folder = Path(temporary_path)
-        download_folder = temporary_folder / "files"
-        num_files = download_files(model_commit, download_folder)
+        download_folder = download_commit(commit, VERIFIED_PATTERNS, Path(temporary_path, "files"))
+        num_files = check_hashes(commit, download_folder)
         if folder is not None:
-            check_published_files(repo_id, download_folder, folder, with_optimizer)
-        code_commit = resolve_code_commit(model_commit, download_folder)
-        is_native = is_native_model(download_folder)
-        code_folder = download_folder
-        if code_commit is not None:
-            code_folder = download_commit(code_commit, ["*.py"], temporary_folder / "code")
-        code_comparison = "no code" if is_native else describe_code_differences(code_folder)
-        reference_loader: Any = PackageLoader(folder or download_folder)
-        if is_native:
-            reference_loader = HubLoader(str(folder or download_folder), trust_remote_code=False)
-        expected_outputs, _ = collect_outputs(reference_loader)
-        outputs, report = run_verification(
-            model_commit, code_commit, temporary_folder, trust_remote_code=not is_native
-        )
-    module_prefix = "transformers.models." if is_native else "transformers_modules."
-    check_script_report(model_commit, code_commit, report, module_prefix)
+            with stage_folder(folder, repo_id) as staged_folder:
+                check_hashes(commit, staged_folder, folder)
+        try:
+            is_native = ModelFolder(download_folder).is_native
+        except ValueError:
+            raise VerificationError(
+                f"{repo_id} at {commit.sha} does not contain a vitcls model. Check the id and the revision"
+            ) from None
+        reference_folder = folder or download_folder
+        loader: Any = AutoLoader(str(reference_folder), {}, False) if is_native else PackageLoader(reference_folder)
+        expected_outputs, _ = collect_outputs(loader)
+        try:
+            outputs, report = retry(
+                lambda: run_script(commit, Path(temporary_path), trust_remote_code=not is_native),
+                f"loading {repo_id}",
+                waits=SHORT_RETRY_WAITS[:1],
+            )
+        except RuntimeError as error:
+            raise VerificationError(str(error)) from None
+        code_comparison = "no code" if is_native else describe_code_differences(download_folder)
+    check_script_report(commit, report, "transformers.models." if is_native else "transformers_modules.")
+    class_names = {name: model_report["class"] for name, model_report in report["models"].items()}
     return VerificationReport(
-        repo_id=repo_id,
-        revision=model_commit.sha,
+        commit=commit,
         reference=f"{folder}" if folder else f"the same files with modeling_vitcls {__version__}",
         num_files=num_files,
-        class_names={name: model_report["class"] for name, model_report in report["models"].items()}
-        | {f"AutoImageProcessor, {backend}": name for backend, name in report["processors"].items()},
+        class_names=class_names | ({"AutoImageProcessor": report["processor"]} if "processor" in report else {}),
         differences=compare_outputs(repo_id, outputs, expected_outputs),
         versions=get_versions("huggingface_hub"),
         code_comparison=code_comparison,
-        code_revision=code_commit.sha if code_commit else None,
         is_native=is_native,
     )
 
@@ -183,7 +203,7 @@ def verify_push(push_result: PushResult, folder: Path) -> VerificationReport:
     The message is a single line and ends with the command that repeats the verification.
     """
     try:
-        return verify(push_result.repo_id, push_result.commit, folder, push_result.with_optimizer)
+        return verify(push_result.repo_id, push_result.commit, folder)
     except (ValueError, OSError) as error:
         command = f"vitcls push --verify-only {push_result.repo_id} --revision {push_result.commit}"
         raise OSError(
@@ -192,100 +212,57 @@ def verify_push(push_result: PushResult, folder: Path) -> VerificationReport:
         ) from error
 
 
-# Files ---------------------------------------------------------------------------------------------------------------
+def check_hashes(commit: HubCommit, folder: Path, pushed_folder: Path | None = None) -> int:
+    """Compare the files in `folder` with the hashes on the Hub, and return the number of files.
 
-
-def download_files(model_commit: HubCommit, target: Path) -> int:
-    """Download the files of a model and return the number of files. Raise VerificationError if a hash is wrong."""
-    repo_id, commit = model_commit.repo_id, model_commit.sha
-    download_commit(model_commit, (*MODEL_PATTERNS, *DOCUMENTATION_PATTERNS, *CHECKPOINT_PATTERNS, "*.py"), target)
+    Raise VerificationError if a hash differs. `pushed_folder` is the folder whose staged files are in `folder`; all
+    of these files must be on the Hub.
+    """
     try:
         with set_hub_timeout(TIMEOUT):
-            checksum_report = HfApi().verify_repo_checksums(repo_id, revision=commit, local_dir=target)
+            result = HfApi().verify_repo_checksums(commit.repo_id, revision=commit.sha, local_dir=folder)
     except HUB_ERRORS as error:
-        raise OSError(f"cannot download {repo_id}: {format_hub_error(error)}") from error
-    if checksum_report.mismatches:
-        names = ", ".join(mismatch["path"] for mismatch in checksum_report.mismatches)
+        raise OSError(f"cannot check {commit.repo_id}: {format_hub_error(error)}") from error
+    names = ", ".join(mismatch["path"] for mismatch in result.mismatches)
+    if pushed_folder is not None:
+        names = ", ".join(filter(None, (names, *result.extra_paths)))
+        if names:
+            raise VerificationError(
+                f"{names} in {commit.repo_id} is missing or differs from the file in {pushed_folder}. Push "
+                f"{pushed_folder} again"
+            )
+    elif names:
         raise VerificationError(
-            f"{repo_id} at {commit} is damaged on the Hub: the hash of {names} does not match. Delete {names} "
-            "on the Hub and push the model again"
+            f"{commit.repo_id} at {commit.sha} is damaged on the Hub: the hash of {names} does not match. Delete "
+            f"{names} on the Hub and push the model again"
         )
-    try:
-        check_is_model(target)
-    except ValueError:
-        raise VerificationError(
-            f"{repo_id} at {commit} does not contain a vitcls model. Check the id and the revision"
-        ) from None
-    return checksum_report.checked_count
+    return result.checked_count
 
 
-def check_published_files(repo_id: str, published_folder: Path, folder: Path, with_optimizer: bool) -> None:
-    """Raise VerificationError unless the published files match the files that a push of `folder` would publish."""
-    expected_files = collect_model_files(folder, repo_id)
-    published_names = (file.relative_to(published_folder).as_posix() for file in published_folder.rglob("*"))
-    checkpoint_files = {name for name in published_names if is_match(name, CHECKPOINT_PATTERNS)}
-    if with_optimizer or checkpoint_files:
-        expected_files |= collect_checkpoint_files(folder)
-    if unexpected_files := sorted(checkpoint_files - expected_files.keys()):
-        raise VerificationError(
-            f"{repo_id} contains {unexpected_files[0]}, which is not a file of the newest checkpoint in "
-            f"{folder}. Push {folder} again"
-        )
-    for name, content in expected_files.items():
-        file = published_folder / name
-        if not file.is_file():
-            raise VerificationError(f"{repo_id} lacks {name}, which is in {folder}. Push {folder} again")
-        is_unchanged = (
-            file.read_bytes() == content if isinstance(content, bytes) else filecmp.cmp(file, content, shallow=False)
-        )
-        if not is_unchanged:
-            raise VerificationError(f"{name} in {repo_id} differs from the file in {folder}. Push {folder} again")
+def describe_code_differences(folder: Path) -> str:
+    """Compare all Python files of a folder with the code files of this package, and return the result in one line."""
+    expected_files = {file.name: file.read_bytes() for file in PACKAGE_FOLDER.glob(CODE_PATTERN)}
+    actual_files = {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*.py")}
+    names = expected_files.keys() | actual_files.keys()
+    different_names = sorted(name for name in names if expected_files.get(name) != actual_files.get(name))
+    package = f"modeling_vitcls {__version__}"
+    return f"code differs from {package}: {', '.join(different_names)}" if different_names else f"code of {package}"
 
 
-# Process -------------------------------------------------------------------------------------------------------------
-
-
-def run_verification(
-    model_commit: HubCommit, code_commit: HubCommit | None, temporary_folder: Path, trust_remote_code: bool = True
-) -> tuple[Outputs, dict[str, Any]]:
-    """Run verification_script.py, and return the outputs and the report. Retry once after a possible network error."""
-    try:
-        return retry(
-            lambda: run_script(model_commit, code_commit, temporary_folder, trust_remote_code),
-            f"loading {model_commit.repo_id}",
-            waits=SHORT_RETRY_WAITS[:1],
-        )
-    except RuntimeError as error:
-        raise VerificationError(str(error)) from None
-
-
-def run_script(
-    model_commit: HubCommit, code_commit: HubCommit | None, temporary_folder: Path, trust_remote_code: bool
-) -> tuple[Outputs, dict[str, Any]]:
+def run_script(commit: HubCommit, temporary_folder: Path, trust_remote_code: bool) -> tuple[Outputs, dict[str, Any]]:
     """Run verification_script.py once in a new process, and return the outputs and the report.
 
     Raise RuntimeError if the process fails and a retry may succeed, and VerificationError if a retry would fail again.
     """
-    error_prefix = f"a new process cannot load {model_commit.repo_id} at {model_commit.sha}"
+    error_prefix = f"a new process cannot load {commit.repo_id} at {commit.sha}"
     with tempfile.TemporaryDirectory(dir=temporary_folder) as home_folder:
         target = Path(home_folder, "outputs")
         target.mkdir()
-        request = {
-            "repo_id": model_commit.repo_id,
-            "revision": model_commit.sha,
-            "code_repo_id": code_commit.repo_id if code_commit else None,
-            "code_revision": code_commit.sha if code_commit else None,
-            "trust_remote_code": trust_remote_code,
-            "target": str(target),
-            "num_threads": torch.get_num_threads(),
-        }
-        request_file = Path(home_folder, "request.json")
-        request_file.write_text(json.dumps(request), encoding="utf-8")
-        needs_token = model_commit.needs_token or (code_commit is not None and code_commit.needs_token)
+        arguments = [commit.repo_id, commit.sha, str(trust_remote_code), str(torch.get_num_threads()), str(target)]
         process = subprocess.run(
-            [sys.executable, "-P", verification_script.__file__, str(request_file)],
+            [sys.executable, "-P", verification_script.__file__, *arguments],
             cwd=home_folder,
-            env=build_clean_environment(home_folder, needs_token),
+            env=build_clean_environment(home_folder, commit.needs_token),
             capture_output=True,
             text=True,
             check=False,
@@ -313,50 +290,38 @@ def build_clean_environment(home_folder: str, needs_token: bool) -> dict[str, st
     return environment | ({"HF_TOKEN": token} if token else {})
 
 
-# Outputs -------------------------------------------------------------------------------------------------------------
-
-
-def check_script_report(
-    model_commit: HubCommit, code_commit: HubCommit | None, report: dict[str, Any], module_prefix: str
-) -> None:
-    """Raise VerificationError unless the process loaded all weights and only the expected commits and modules."""
-    repo_id, commit = model_commit.repo_id, model_commit.sha
+def check_script_report(commit: HubCommit, report: dict[str, Any], module_prefix: str) -> None:
+    """Raise VerificationError unless the process loaded all weights and only the expected commit and modules."""
     if report["has_package"]:
         raise VerificationError("the new process imported modeling_vitcls, so it did not test the published code")
-    if report["commits"] != [commit]:
+    if report["commits"] != [commit.sha]:
         raise VerificationError(
-            f"the new process must load only {repo_id} at {commit}, but it loaded "
+            f"the new process must load only {commit.repo_id} at {commit.sha}, but it loaded "
             f"{', '.join(report['commits']) or 'no commit'}"
-        )
-    if code_commit is not None and report["code_commits"] != [code_commit.sha]:
-        raise VerificationError(
-            f"the new process must load code only from {code_commit.repo_id} at {code_commit.sha}, but it loaded code "
-            f"from {', '.join(report['code_commits']) or 'no commit'}"
         )
     for auto_class, model_report in report["models"].items():
         if not model_report["module"].startswith(module_prefix):
             raise VerificationError(
-                f"{auto_class} loaded {model_report['class']} from {model_report['module']}, not from {repo_id}"
+                f"{auto_class} loaded {model_report['class']} from {model_report['module']}, not from {commit.repo_id}"
             )
         if model_report["missing"]:
-            raise VerificationError(f"{repo_id} at {commit} lacks the weights {', '.join(model_report['missing'])}")
+            missing_text = ", ".join(model_report["missing"])
+            raise VerificationError(f"{commit.repo_id} at {commit.sha} lacks the weights {missing_text}")
 
 
 def compare_outputs(repo_id: str, outputs: Outputs, expected_outputs: Outputs) -> dict[str, float]:
-    """Return the maximum absolute difference between the outputs for each Auto class and for the pipeline. Raise
-    VerificationError if a difference exceeds the tolerance."""
-    if outputs.keys() != expected_outputs.keys():
-        names = ", ".join(sorted(outputs.keys() ^ expected_outputs.keys()))
+    """Return the maximum absolute difference between the outputs for each Auto class. Raise VerificationError if a
+    difference exceeds the tolerance."""
+    shapes, expected_shapes = (
+        {name: list(each.shape) for name, each in o.items()} for o in (outputs, expected_outputs)
+    )
+    if shapes != expected_shapes:
+        names = sorted(name for name in shapes | expected_shapes if shapes.get(name) != expected_shapes.get(name))
         raise VerificationError(
-            f"the outputs of {repo_id} do not match the reference; missing or unexpected tensors: {names}"
+            f"the outputs of {repo_id} and the reference differ in the shape of {', '.join(names)}"
         )
     differences: dict[str, float] = {}
     for name, expected_output in expected_outputs.items():
-        if outputs[name].shape != expected_output.shape:
-            raise VerificationError(
-                f"the outputs of {repo_id} have an unexpected shape: {name} has {list(outputs[name].shape)}, "
-                f"not {list(expected_output.shape)}"
-            )
         difference = compute_max_abs(outputs[name].double() - expected_output.double())
         limit = TOLERANCE * max(1.0, compute_max_abs(expected_output.double()))
         if not difference <= limit:  # NaN also raises the error

@@ -5,7 +5,7 @@
 
 After the run, the output folder contains:
     config.json, model.safetensors, preprocessor_config.json, *_vitcls.py    files for from_pretrained
-    README.md, pictures/, report.html                                        model card, analysis of the special tokens
+    README.md, images/, report.html                                        model card, analysis of the special tokens
     LICENSE*, NOTICE*                                                        license files of the initial model
     results.json, metrics.jsonl                                              final results, metrics of logged steps
     checkpoints/, config.resolved.yaml                                       state for --resume, all flags
@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from accelerate import DistributedType
-from huggingface_hub import ModelCard
 
 from ..conversion.any_checkpoint import resolve_checkpoint
 from ..data.augmentation import BatchMixer
@@ -30,12 +29,10 @@ from ..data.splits import TrainingData, describe_missing_classes, load_training_
 from ..files import read_json
 from ..hub.loading import MODEL_FILE_PATTERNS
 from ..hub.local_paths import strip_folders
-from ..hub.provenance import Provenance
 from ..inference.evaluator import Evaluator
 from ..inference.load_model import is_preset
 from ..inference.metrics import SELECTION_METRICS
-from ..options import AugmentationOptions, FinetuneOptions, to_flags
-from ..publishing.card import build_card
+from ..options import AugmentationOptions, FinetuneOptions
 from . import losses
 from .linear_probe import (
     build_classifier_heads,
@@ -46,7 +43,6 @@ from .linear_probe import (
 )
 from .loop import Metrics
 from .model import build_model, set_trainable_parameters, uses_patch_dropout
-from .model_report import get_teacher_provenance
 from .runner import TrainingComponents
 from .task import NO_EVALUATION_TEXT, EvaluationFunction, Task, format_metrics
 from .teacher import Teacher, TeacherCache, load_teacher
@@ -211,12 +207,6 @@ class FinetuneTask(Task):
     def format_result(self, metrics: Metrics) -> str:
         text = format_metrics(metrics, self.selection_metric, "cls_accuracy", "distillation_accuracy")
         return f"{text} on {metrics['num_images']:,} held-out images" if text else NO_EVALUATION_TEXT
-
-    def build_card(
-        self, name: str, results: dict[str, Any], provenance: Provenance | None, images: dict[str, str]
-    ) -> ModelCard:
-        flags, teacher_provenance = to_flags(self.options), get_teacher_provenance(self.options)
-        return build_card(name, self.model.config, results, flags, provenance, teacher_provenance, images)
 
 
 # Checks --------------------------------------------------------------------------------------------------------------

@@ -80,7 +80,6 @@ class LoopCallbacks:
     on_batch: Callable[[Batch], None] = lambda batch: None  # called for each batch before the forward pass
     measure_attention: Callable[[Batch], Metrics] = lambda batch: {}  # called every `log_attention_every` steps
     get_stop_signal: Callable[[], str | None] = lambda: None  # returns the name of the stop signal
-    push_checkpoint: Callable[[], None] = lambda: None  # called after each step except the last step
     show_step: Callable[[int], None] = lambda step: None  # called after each optimizer step
 
 
@@ -132,7 +131,6 @@ class TrainingLoop:
             if name := self.callbacks.get_stop_signal():
                 self.callbacks.save(self.is_best)
                 raise TrainingInterrupted(name)
-            self.callbacks.push_checkpoint()
         return metrics or self.evaluate()
 
     @property

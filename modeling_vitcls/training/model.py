@@ -32,7 +32,7 @@ from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..inference.load_model import CLASSIFIER_CLASSES, Classifier, format_preset_names, is_preset
 from ..modeling_vitcls import ViTCLSModel
 from ..options import ModelOptions
-from ..publishing.adapters import LORA_TARGET_MODULES
+from .adapter import LORA_TARGET_MODULES
 
 
 MAX_NATIVE_SIDE, FINETUNING_SIDE = 256, 224  # image sides in pixels: largest side that is kept, and its replacement

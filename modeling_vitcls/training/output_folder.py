@@ -21,22 +21,33 @@ from filelock import FileLock, Timeout
 from ..checkpoints import CheckpointStore
 from ..data.image_folder import format_name_list
 from ..hub.local_paths import is_local, split_prefix
+from ..hub.model_files import (
+    ADAPTER_PATTERNS,
+    BENCHMARK_FILE,
+    CARD_FILE,
+    CONFIG_FILE,
+    IMAGES_FOLDER,
+    LICENSE_PATTERNS,
+    METRICS_FILE,
+    MODEL_PATTERNS,
+    ONNX_PATTERNS,
+    PARITY_REPORT_FILE,
+    RECIPE_FILE,
+    REPORT_FILE,
+    RESULTS_FILE,
+    is_match,
+)
 from ..options import FinetuneOptions, PretrainOptions
-from ..publishing.adapters import ADAPTER_PATTERNS
-from ..publishing.manifest import DOCUMENTATION_PATTERNS, MODEL_PATTERNS, RECIPE_FILE, is_match
 
-
-RESULTS_FILE = "results.json"
-METRICS_FILE = "metrics.jsonl"
-CONFIG_FILE = "config.json"
 
 ADAPTER_FOLDER = "adapter"  # folder with only the LoRA adapter
 # Files that a run writes at the end, in the order in which they are removed; the results and the model come first.
 FINAL_FILE_PATTERNS = (
     RESULTS_FILE,
     *MODEL_PATTERNS,
-    *(name for name in DOCUMENTATION_PATTERNS if name not in (METRICS_FILE, RECIPE_FILE)),
-    *(f"{ADAPTER_FOLDER}/{name}" for name in ADAPTER_PATTERNS),
+    *(CARD_FILE, *LICENSE_PATTERNS, REPORT_FILE, PARITY_REPORT_FILE, BENCHMARK_FILE, *ONNX_PATTERNS),
+    f"{IMAGES_FOLDER}/*.png",
+    *(f"{ADAPTER_FOLDER}/{name}" for name in (*ADAPTER_PATTERNS, CONFIG_FILE, RESULTS_FILE)),
 )
 NON_FINITE_FILE = "non_finite.json"  # list of the training images in the step with a non-finite loss
 NON_FINITE_FOLDER = "non_finite"  # folder with a checkpoint of the state before the step with a non-finite loss
@@ -100,7 +111,7 @@ def remove_run_files(folder: Path, store: CheckpointStore) -> None:
         return
     for name in (*list_final_files(folder), METRICS_FILE, NON_FINITE_FILE):
         (folder / name).unlink(missing_ok=True)
-    for name in ("pictures", ".eval_results", ADAPTER_FOLDER):
+    for name in (IMAGES_FOLDER, ".eval_results", ADAPTER_FOLDER):
         with suppress(OSError):  # the folder does not exist or is not empty
             (folder / name).rmdir()
     shutil.rmtree(folder / NON_FINITE_FOLDER, ignore_errors=True)
@@ -110,7 +121,7 @@ def remove_run_files(folder: Path, store: CheckpointStore) -> None:
 
 def list_final_files(folder: Path) -> list[str]:
     """Return the names of the existing files that a run writes at the end, in the order of `FINAL_FILE_PATTERNS`."""
-    patterns = ("*", "pictures/*", ".eval_results/*", f"{ADAPTER_FOLDER}/*")
+    patterns = ("*", f"{IMAGES_FOLDER}/*", "onnx/*", ".eval_results/*", f"{ADAPTER_FOLDER}/*")
     files = (path for pattern in patterns for path in folder.glob(pattern) if path.is_file())
     names = [path.relative_to(folder).as_posix() for path in files]
     ranks = {

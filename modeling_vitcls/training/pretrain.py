@@ -10,7 +10,6 @@ No loss is computed on the CLS token, which is trained only through the patches 
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCard
 
 from ..configuration_vitcls import ViTCLSConfig
 from ..conversion.any_checkpoint import resolve_checkpoint
@@ -19,13 +18,11 @@ from ..data.batches import Normalizer
 from ..data.fit import set_fit
 from ..data.images import LabeledImages
 from ..data.splits import TrainingData, load_training_data
-from ..hub.provenance import Provenance
 from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..inference.evaluator import Evaluator, ReconstructionEvaluator
 from ..inference.load_model import is_preset
 from ..modeling_vitcls import ViTCLSForMaskedImageModeling
-from ..options import ModelOptions, PretrainOptions, to_flags
-from ..publishing.card import build_encoder_card
+from ..options import ModelOptions, PretrainOptions
 from .loop import Metrics
 from .losses import MaskedImageModelingObjective, Objective
 from .task import NO_EVALUATION_TEXT, Task, format_metrics
@@ -97,11 +94,6 @@ class PretrainTask(Task):
         if not text:
             return NO_EVALUATION_TEXT
         return f"{text} on the masked patches of {metrics['num_images']:,} held-out images"
-
-    def build_card(
-        self, name: str, results: dict[str, Any], provenance: Provenance | None, images: dict[str, str]
-    ) -> ModelCard:
-        return build_encoder_card(name, self.model.config, results, to_flags(self.options), provenance, images)
 
 
 def build_pretraining_model(options: ModelOptions) -> tuple[ViTCLSForMaskedImageModeling, ViTCLSImageProcessor]:

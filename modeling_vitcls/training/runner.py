@@ -8,7 +8,7 @@ task.py implements the complete run, and loop.py implements the training steps.
 
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -33,11 +33,10 @@ from ..distributed import (
 from ..errors import is_raised_on_all_processes, mark_errors_of_all_processes
 from ..files import write_json
 from ..hub.local_paths import BUILT_IN_DATASET, is_same_source, make_relative, resolve_name
+from ..hub.model_files import RECIPE_FILE
 from ..inference.load_model import is_preset
 from ..options import FinetuneOptions, PretrainOptions, to_flags
-from ..publishing.manifest import RECIPE_FILE
 from . import output_folder
-from .branch_uploads import BranchUploader
 from .defaults import DEFAULTS
 from .distributed_state import gather_state, scatter_state, scatter_weights_and_ema
 from .loop import (
@@ -122,7 +121,6 @@ class Runner:
         components: TrainingComponents,
         plan: BatchPlan,
         selection_metric: str,
-        uploader: BranchUploader | None = None,
         evaluated_images: str = "held_out",
     ) -> Metrics:
         """Train from the beginning or from the checkpoint, and return the metrics of the last evaluation. With
@@ -178,7 +176,6 @@ class Runner:
             SignalHandler(accelerator) as signal_handler,
             self.reporter.progress,
             self.convert_errors(signal_handler),
-            uploader or nullcontext(),
         ):
             callbacks = LoopCallbacks(
                 evaluate=evaluate_with_timing,
@@ -190,8 +187,6 @@ class Runner:
                 get_stop_signal=signal_handler.get_signal,
                 show_step=self.reporter.show_step,
             )
-            if uploader is not None:
-                callbacks.push_checkpoint = partial(uploader.push_if_due, state, gather_for_checkpoint)
             save_every = self.options.run.save_every or (None if plan.num_images else DEFAULT_STREAM_SAVE_EVERY)
             loop = TrainingLoop(
                 state,

@@ -21,7 +21,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
@@ -39,24 +38,22 @@ from ..distributed import run_on_main
 from ..errors import format_error
 from ..files import read_json, write_json
 from ..hub.connection import silence_transformers
-from ..hub.provenance import Provenance
+from ..hub.model_files import RESULTS_FILE, hash_weights
+from ..hub.provenance import find_provenance
 from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..inference.evaluator import Evaluator
+from ..inference.load_model import is_preset
 from ..inference.metrics import drop_large_matrices
+from ..inference.speed import measure_inference_speed
 from ..intervals import compute_mean_interval
 from ..options import AugmentationOptions, FinetuneOptions, TrainingOptions
-from ..publishing.adapters import write_adapter
-from ..publishing.publish import push_folder
-from ..publishing.push_permissions import check_push_permissions
-from ..publishing.verify import verify_push
-from .branch_uploads import build_branch_uploader
+from .adapter import write_adapter
 from .defaults import describe_random_weights, get_run_properties, resolve_defaults
 from .distributed_state import gather_weights, reshard
 from .loop import Metrics
 from .losses import Objective
 from .model import choose_image_size, merge_lora
-from .model_report import REPORT_FILE, build_model_report, can_show_samples, get_model_provenance, write_card
-from .output_folder import ADAPTER_FOLDER, CHECKPOINTS_FOLDER, RESULTS_FILE, check_replaceable
+from .output_folder import ADAPTER_FOLDER, CHECKPOINTS_FOLDER, check_replaceable
 from .reporter import describe_batches, describe_model, describe_run, format_duration, format_metric
 from .runner import Runner, RunStopped, TrainingComponents, build_runner, resolve_local_paths
 from .token_monitor import build_attention_callback
@@ -75,7 +72,6 @@ class Task(ABC):
 
     options: Any  # FinetuneOptions or PretrainOptions, with absolute paths
     runner: Runner  # holds the lock of the output folder until `run_task` ends
-    hub_model_id: str | None  # repository to push to; None if the run is not pushed
     data: TrainingData
     # Name of the metric that selects the best checkpoint. Lower values are better if the name ends with "loss".
     selection_metric: str
@@ -93,7 +89,6 @@ class Task(ABC):
         self.options = self.runner.options
         accelerator = self.runner.accelerator
         with self.runner.release_lock_on_error():
-            self.hub_model_id = self.resolve_repo_id()
             with accelerator.main_process_first():  # only the main process downloads files
                 self.data = self.load_data()
                 self.runner.set_data_fingerprint(describe_data(self.data))
@@ -159,27 +154,11 @@ class Task(ABC):
     def format_result(self, metrics: Metrics) -> str:
         """Format the evaluation metrics as one line of text."""
 
-    @abstractmethod
-    def build_card(
-        self, name: str, results: dict[str, Any], provenance: Provenance | None, images: dict[str, str]
-    ) -> ModelCard:
-        """Build the model card of the repository or folder `name`. `images` maps image names to paths."""
-
     def find_warnings(self) -> list[str]:
         """Return the warnings to print before training."""
         return []
 
     # Shared by the tasks ---------------------------------------------------------------------------------------------
-
-    def resolve_repo_id(self) -> str | None:
-        """Return the repository to push to, or None without `--push-to-hub`. Raise ValueError or OSError on all
-        processes if pushing is not permitted or the Hub cannot be reached."""
-        run_options, accelerator, name = self.options.run, self.runner.accelerator, self.runner.folder.resolve().name
-        if not run_options.push_to_hub:
-            return None
-        return run_on_main(
-            accelerator, lambda: check_push_permissions(run_options.hub_model_id, name, run_options.hub_private)
-        )
 
     def build_plan(self, training_options: TrainingOptions) -> BatchPlan:
         labels = self.data.train.labels if isinstance(self.data.train, LabeledImages) else None
@@ -234,13 +213,12 @@ class Task(ABC):
 
 
 def run_task(task: Task) -> dict[str, Any]:
-    """Train and evaluate the model, write and push the output folder, and return the contents of results.json. Raise
-    RunStopped for the same reasons as `Runner.train`, or if the output folder cannot be written or pushed."""
+    """Train and evaluate the model, write the output folder, and return the contents of results.json. Raise RunStopped
+    for the same reasons as `Runner.train`, or if the output folder cannot be written."""
     runner, reporter = task.runner, task.runner.reporter
     with runner.lock:
         if runner.is_finished:
             reporter.print_line("finished", f"{runner.folder} already contains the results of this run")
-            push_output(task)
             return read_json(runner.folder / RESULTS_FILE)
         for name, text in collect_summary_lines(task).items():
             reporter.print_line(name, text)
@@ -251,20 +229,15 @@ def run_task(task: Task) -> dict[str, Any]:
         empty_metrics = {"num_images": 0, "num_unreadable_images": 0}  # metrics if no images are held out
         evaluate_held_out = task.build_evaluator(held_out) if len(held_out) else lambda model: empty_metrics
         components = task.build_components(evaluate_held_out if selection is None else task.build_evaluator(selection))
-        write_model_files = partial(write_model, task.model, task.processor)
-        uploader = build_branch_uploader(task.options, reporter, task.hub_model_id, task.model, write_model_files)
         evaluated_images = "held_out" if selection is None else "selection"
-        metrics = runner.train(components, task.plan, task.selection_metric, uploader, evaluated_images)
+        metrics = runner.train(components, task.plan, task.selection_metric, evaluated_images)
         metrics |= evaluate_trained_model(task, components, evaluate_held_out)
 
         results = collect_results(task) | drop_large_matrices(metrics)
         save_output(task, results)
         if not task.options.run.dry_run:  # a few steps, evaluated on a few images, have no meaningful result
             reporter.print_line("result", task.format_result(metrics))
-        report_text = f" {REPORT_FILE}," if (runner.folder / REPORT_FILE).exists() else ""
-        files_text = f"model, image processor, README.md,{report_text} {RESULTS_FILE}"
-        reporter.print_line("saved", f"{runner.folder} ({files_text})")
-        push_output(task)
+        reporter.print_line("saved", f"{runner.folder} (model, image processor, {RESULTS_FILE})")
         runner.accelerator.end_training()
         return results
 
@@ -335,34 +308,29 @@ def format_metrics(metrics: Metrics, *names: str) -> str:
 
 
 def save_output(task: Task, results: dict[str, Any]) -> None:
-    """Write the model, the image processor, the card and finally results.json, which marks the folder as complete. Add
-    the inference speed and the diagnosis of the special tokens to `results`. This function must be called on all
-    processes. Raise RunStopped on all processes if the folder cannot be written."""
-    runner, options, warn = task.runner, task.options, task.runner.reporter.warn
-    folder = runner.folder
+    """Write the model, the image processor, and finally results.json, which marks the folder as complete. Add the
+    inference speed, the hash of the weights and the provenance of the initial weights to `results`. This function must
+    be called on all processes. Raise RunStopped on all processes if the folder cannot be written."""
+    runner, options, folder = task.runner, task.options, task.runner.folder
     weights = gather_weights(task.model, runner.accelerator.is_main_process)
 
     def write_files() -> None:
         write_model(task.model, task.processor, folder, weights)
-        provenance, base_model, rank = get_model_provenance(options), options.model.model, options.training.lora_rank
+        results["weights_sha256"] = hash_weights(folder)
+        results["provenance"] = None  # random initial weights
+        if not is_preset(options.model.model):
+            provenance = find_provenance(options.model.model)
+            provenance.copy_license(folder)
+            results["provenance"] = provenance.to_dict()
+        if results.get("teacher"):
+            results["teacher_provenance"] = find_provenance(options.distillation.teacher).to_dict()
+        # The training model may be sharded.
+        saved_model = get_unsharded_class(task.model).from_pretrained(folder).to(runner.accelerator.device).eval()
+        results["inference"] = measure_inference_speed(saved_model, runner.accelerator.device)
         if any(".lora_" in name for name in weights):
-            write_adapter(folder / ADAPTER_FOLDER, weights, task.model.config, rank, base_model, provenance)
-        images = build_model_report(
-            folder,
-            type(task.model),
-            results,
-            task.data.held_out,
-            task.data.label_space,
-            runner.accelerator.device,
-            options.run.report and len(task.data.held_out) > 0,
-            warn,
-            runner.reporter.get_image_logger(),
-            can_show_samples(options, task.hub_model_id, warn),
-        )
-        if "diagnosis" in results:
-            runner.reporter.print_line("diagnosis", results["diagnosis"])
-        card = task.build_card(task.hub_model_id or folder.resolve().name, results, provenance, images)
-        write_card(folder, card, provenance, results, options.run, warn)
+            write_adapter(folder / ADAPTER_FOLDER, weights, options.training.lora_rank, options.model.model)
+            task.model.config.save_pretrained(folder / ADAPTER_FOLDER)
+            write_json(folder / ADAPTER_FOLDER / RESULTS_FILE, results)
         write_json(folder / RESULTS_FILE, results)
 
     def write_and_convert_errors() -> None:
@@ -383,11 +351,9 @@ def save_output(task: Task, results: dict[str, Any]) -> None:
 def write_model(model: PreTrainedModel, processor: ViTCLSImageProcessor, folder: Path, weights: Tensors) -> None:
     """Write weights, configuration, code and image processor. LoRA weights are merged. Only the main process may call
     this function. `weights` are full tensors, because the model may be sharded."""
-    # FSDP2 replaces the model's class with a subclass. With the subclass, transformers would save PyTorch's source
-    # files as the model's code.
+    # With the subclass, transformers would save PyTorch's source files as the model's code.
     wrapped_class = type(model)
-    unsharded_class: Any = next(base for base in wrapped_class.__mro__ if not issubclass(base, FSDPModule))
-    model.__class__ = unsharded_class
+    model.__class__ = get_unsharded_class(model)
     try:
         model.save_pretrained(folder, state_dict=merge_lora(weights))
     finally:
@@ -395,25 +361,9 @@ def write_model(model: PreTrainedModel, processor: ViTCLSImageProcessor, folder:
     processor.save_pretrained(folder)
 
 
-def push_output(task: Task) -> None:
-    """Push the output folder, and verify the pushed files if `--hub-verify` is set. Do nothing in a dry run, or if the
-    task has no repository. Raise RunStopped if the push or the verification fails."""
-    options, reporter, folder = task.options.run, task.runner.reporter, task.runner.folder
-    repo_id = task.hub_model_id
-    if repo_id is None or options.dry_run:
-        return
-
-    def push_and_verify() -> None:
-        push_result = push_folder(folder, repo_id, options.hub_private, with_optimizer=options.hub_push_optimizer)
-        reporter.print_line("pushed", push_result.summary)
-        if options.hub_verify:
-            reporter.print_line("verifying", "loading the pushed model in a new process")
-            reporter.console.print("\n".join(verify_push(push_result, folder).format_lines()), markup=False)
-
-    try:
-        run_on_main(task.runner.accelerator, push_and_verify)  # other processes wait up to PROCESS_GROUP_TIMEOUT
-    except (ValueError, OSError) as error:
-        raise RunStopped(str(error)) from error
+def get_unsharded_class(model: PreTrainedModel) -> Any:
+    """Return the class of a model, which FSDP2 replaces with a subclass."""
+    return next(base for base in type(model).__mro__ if not issubclass(base, FSDPModule))
 
 
 # Cross-validation ----------------------------------------------------------------------------------------------------
@@ -472,13 +422,12 @@ def dry_run(task_class: type[Task], options: Any) -> None:
         if dry_run_options.training.trainable == "head":
             limit_training_images(task)
         run_task(task)
-    push_note = f"; pushing to {task.hub_model_id} is permitted" if task.hub_model_id else ""
     evaluated_fraction = num_evaluated / num_held_out if num_held_out else 1.0
     duration = format_duration(estimate_run_seconds(runner, plan, evaluated_fraction))
     runner.reporter.print_line(
         "dry run",
         f"ran {len(runner.step_seconds)} steps and an evaluation, and saved a checkpoint and the model, in "
-        f"{time.perf_counter() - start_time:.0f} s{push_note}; no files were kept. The full run has "
+        f"{time.perf_counter() - start_time:.0f} s; no files were kept. The full run has "
         f"{plan.num_steps:,} steps, takes about {duration}, and needs "
         f"about {runner.peak_memory_mb:,.0f} MiB of memory per process",
     )

@@ -35,7 +35,8 @@ from modeling_vitcls.options import (
     EvaluateOptions,
     InspectOptions,
 )
-from modeling_vitcls.publishing.manifest import collect_model_files
+from modeling_vitcls.publishing.model_folder import ModelFolder
+from modeling_vitcls.publishing.staging import list_published_files
 from modeling_vitcls.training.finetune import FinetuneTask, get_split_warning
 from modeling_vitcls.training.task import run_task
 
@@ -296,7 +297,7 @@ def test_a_split_of_the_dataset_is_recorded_and_evaluated(tmp_path: Path) -> Non
 def test_the_record_is_published_and_inspection_uses_it(tmp_path: Path) -> None:
     folder = write_photos(tmp_path / "photos", range(50))
     run(tmp_path / "run", folder, split_seed=7)
-    assert collect_model_files(tmp_path / "run")["results.json"] == tmp_path / "run" / "results.json"
+    assert "results.json" in list_published_files(ModelFolder(tmp_path / "run"))
     model = load_classifier("run", str(tmp_path / "run"))
     options = InspectOptions(str(tmp_path / "run"), dataset=str(folder))
     images = open_images(options, model, read_held_out_record(tmp_path / "run"))

@@ -6,7 +6,6 @@ in this process.
 """
 
 import json
-import socket
 import time
 from pathlib import Path
 
@@ -31,14 +30,11 @@ from modeling_vitcls.conversion.random_weights import randomize_weights
 from modeling_vitcls.data.labels import LabelSpace
 from modeling_vitcls.data.sources import load_splits
 from modeling_vitcls.data.splits import load_training_data
-from modeling_vitcls.demo.page import serve_demo
 from modeling_vitcls.demo.reader import DemoModel
 from modeling_vitcls.hub import loading, provenance
 from modeling_vitcls.hub.loading import get_cached_commit, get_model_folder
 from modeling_vitcls.options import DataOptions
-from modeling_vitcls.publishing.code_files import CODE_PATTERN, PACKAGE_FOLDER
-from modeling_vitcls.publishing.publish import push_folder
-from modeling_vitcls.publishing.shared_code import use_shared_code
+from modeling_vitcls.publishing.push import push_folder
 from modeling_vitcls.training.teacher import load_teacher
 
 
@@ -210,38 +206,6 @@ def test_the_demo_sends_no_requests_if_its_model_is_local(
         reader = DemoModel.load("ann/mine", commit)
     assert (reader.source, reader.commit) == ("ann/mine", commit)
     assert time.monotonic() - started < 10 and not constants.HF_HUB_OFFLINE
-
-
-def test_the_demo_loads_the_model_at_the_given_commit(hub: LocalHub, tmp_path: Path) -> None:
-    """The later commit of the model is broken. In this process, transformers uses the installed code; test_space.py
-    tests that the code is pinned.
-    """
-    folder = tmp_path / "mine"
-    model = vitcls.ViTCLSForImageClassification(build_tiny_config())
-    save_with_processor(model, folder)
-    hub.create("ann/code", private=False, files={})
-    use_shared_code(folder, "ann/code")
-    commits = {}
-    for name, contents, broken in (
-        ("ann/mine", {file.name: file.read_bytes() for file in folder.iterdir()}, "config.json"),
-        (
-            "ann/code",
-            {file.name: file.read_bytes() for file in PACKAGE_FOLDER.glob(CODE_PATTERN)},
-            "modeling_vitcls.py",
-        ),
-    ):
-        repository = hub.create(name, private=False, files=contents)
-        commits[name] = repository.branches["main"]
-        files = repository.commits[commits[name]].files
-        repository.commit("main", "broken", files | {broken: hub.store(broken, b"raise SystemExit")})
-    demo_model = DemoModel.load("ann/mine", commits["ann/mine"], commits["ann/code"])
-    assert (demo_model.commit, demo_model.code_revision) == (commits["ann/mine"], commits["ann/code"])
-    assert not demo_model.model.training
-    assert torch.equal(demo_model.model.classifier.weight, model.classifier.weight)
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-        with raises_one_line(f"Cannot listen on port {port}. Set --port to a free port", error=OSError):
-            serve_demo("ann/mine", commits["ann/mine"], port=port, host="127.0.0.1", code_revision=commits["ann/code"])
 
 
 @pytest.mark.parametrize("is_offline", [True, False])

@@ -35,9 +35,9 @@ import modeling_vitcls as vitcls
 from modeling_vitcls.conversion.convert import convert_checkpoint
 from modeling_vitcls.conversion.random_weights import randomize_weights
 from modeling_vitcls.hub import loading
-from modeling_vitcls.hub.loading import CONFIG_FILES, get_cached_commit, get_model_folder
-from modeling_vitcls.publishing.publish import push_folder
-from modeling_vitcls.publishing.shared_code import use_shared_code, write_code
+from modeling_vitcls.hub.loading import get_cached_commit, get_model_folder
+from modeling_vitcls.hub.model_files import CONFIG_FILES
+from modeling_vitcls.publishing.push import push_folder
 
 
 pytestmark = pytest.mark.integration
@@ -66,7 +66,7 @@ OTHER_CODE = "pool = TokenPooler.forward\nTokenPooler.forward = lambda self, seq
 
 
 # Models that are also loaded without the Hub.
-CACHED = ["dino", "old code", "main", "code elsewhere, pinned", "processor", "processor, code elsewhere", "pipeline"]
+CACHED = ["dino", "old code", "main", "processor", "pipeline"]
 MARKER = {"name": "marker", "loader": "marker"}
 LOCAL = "local: "
 
@@ -222,11 +222,11 @@ def convert_and_push(world: PublishedModels) -> None:
 
 
 def publish_two_versions(world: PublishedModels, inputs: dict[str, torch.Tensor]) -> None:
-    """Push a model twice, the second time with other code, and a model that uses the code of the first."""
+    """Push a model twice, the second time with other code."""
     config = build_tiny_config(num_register_tokens=1, num_labels=len(NAMES), id2label=NAMES)
     model = randomize(vitcls.ViTCLSForImageClassification(config))
     processor = vitcls.ViTCLSImageProcessor(size={"height": 32, "width": 32})
-    folder, code = world.folder / "versions", world.folder / "code"
+    folder = world.folder / "versions"
     with torch.no_grad():
         old = model(inputs["pixel_values"]).logits
         new = 2 * (old - model.classifier.bias) + model.classifier.bias
@@ -234,27 +234,18 @@ def publish_two_versions(world: PublishedModels, inputs: dict[str, torch.Tensor]
         scores = model(pixel_values).logits.softmax(-1)[0]
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
-    write_code(code)
-    with_code = {"first": push_folder(folder, "ann/versions").commit}
-    HfApi().create_repo("ann/code")
-    code_commit = HfApi().upload_folder(repo_id="ann/code", folder_path=code).oid
-    for file in (folder / "heads_vitcls.py", code / "heads_vitcls.py"):
-        file.write_text(file.read_text() + OTHER_CODE)
-    with_code["second"] = push_folder(folder, "ann/versions").commit
-    HfApi().upload_folder(repo_id="ann/code", folder_path=code)
-    use_shared_code(folder, "ann/code")
-    world.commits |= with_code | {"weights": push_folder(folder, "ann/weights").commit}
+    commits = {"first": push_folder(folder, "ann/versions").commit}
+    with (folder / "heads_vitcls.py").open("a") as file:
+        file.write(OTHER_CODE)
+    commits["second"] = push_folder(folder, "ann/versions").commit
+    world.commits |= commits
 
     classifier = "AutoModelForImageClassification"
-    world.add_request("old code", old, classifier, "ann/versions", revision=with_code["first"])
-    world.add_request("new code", new, classifier, "ann/versions", revision=with_code["second"])
+    world.add_request("old code", old, classifier, "ann/versions", revision=commits["first"])
+    world.add_request("new code", new, classifier, "ann/versions", revision=commits["second"])
     world.add_request("main", new, classifier, "ann/versions")
-    pinned = {"revision": world.commits["weights"], "code_revision": code_commit}
-    world.add_request("code elsewhere, pinned", old, classifier, "ann/weights", **pinned)
-    world.add_request("code elsewhere, newest", new, classifier, "ann/weights", revision=pinned["revision"])
     world.add_request("processor", pixel_values, "AutoImageProcessor", "ann/versions")
-    world.add_request("processor, code elsewhere", pixel_values, "AutoImageProcessor", "ann/weights", **pinned)
-    world.add_request("pipeline", scores, "pipeline", "ann/versions", revision=with_code["first"])
+    world.add_request("pipeline", scores, "pipeline", "ann/versions", revision=commits["first"])
 
 
 def write_image(world: PublishedModels) -> Path:
@@ -292,33 +283,15 @@ def test_card_and_license_are_converted_with_the_model(world: PublishedModels) -
 
 
 VERSIONS = ["old code", "new code", "main", "processor", "pipeline"]
-ELSEWHERE = ["code elsewhere, pinned", "code elsewhere, newest", "processor, code elsewhere"]
 
 
-@pytest.mark.parametrize("name", VERSIONS + ELSEWHERE)
+@pytest.mark.parametrize("name", VERSIONS)
 def test_each_commit_predicts_with_its_own_code(world: PublishedModels, online: Any, name: str) -> None:
     answers, report = online
     assert "error" not in report[name], report[name]
     assert report[name]["module"].startswith("transformers_modules.ann.")
     torch.testing.assert_close(answers[name], world.wanted[name], rtol=1e-5, atol=1e-5)
     assert (world.wanted["old code"] - world.wanted["new code"]).abs().max() > 0.1
-
-
-def test_code_in_another_repository_is_defined_by_the_published_files(world: PublishedModels, tmp_path: Path) -> None:
-    assert not [name for name in world.hub.files("ann/weights") if name.endswith(".py")]
-    folder = world.folder / "versions"
-    use_shared_code(folder, "bob/code")  # moved again
-    for file in CONFIG_FILES:
-        text = (folder / file).read_text()
-        assert "bob/code--" in text and "ann/code" not in text
-    model = vitcls.ViTCLSForImageClassification.from_pretrained(folder)
-    model.save_pretrained(tmp_path)
-    assert "bob/code" not in (tmp_path / "config.json").read_text()
-    assert (tmp_path / "modeling_vitcls.py").is_file()
-    with raises_one_line("'code' is not a repository id", "namespace/name"):
-        use_shared_code(folder, "code")
-    with raises_one_line("is not a folder"):
-        use_shared_code(tmp_path / "nowhere", "bob/code")
 
 
 # Offline, or without a Hub -------------------------------------------------------------------------------------------

@@ -1,19 +1,14 @@
 """Names of data, models and teachers: local paths are recognized as local on every machine."""
 
-import logging
 import os
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from helpers.local_hub import LocalHub
-from helpers.tiny_models import build_tiny_config, raises_one_line, save_with_processor
-from PIL import Image
+from helpers.tiny_models import raises_one_line
 
-from modeling_vitcls import ViTCLSForImageClassification
 from modeling_vitcls.hub.local_paths import (
     check_output_is_empty,
     is_local,
@@ -31,10 +26,6 @@ from modeling_vitcls.options import (
     RunOptions,
     to_flags,
 )
-from modeling_vitcls.publishing.manifest import SAMPLE_IMAGES_FILE, collect_model_files, find_local_dataset_in_card
-from modeling_vitcls.publishing.publish import push_folder
-from modeling_vitcls.publishing.push_permissions import is_private_repo
-from modeling_vitcls.training.model_report import can_show_samples
 from modeling_vitcls.training.runner import build_runner, check_flags_unchanged, resolve_local_paths
 
 
@@ -90,28 +81,6 @@ def options_of(output: Path, dataset: str, **others: Any) -> FinetuneOptions:
     teacher = DistillationOptions(teacher="timm:resnet18@weights.pt")
     model = ModelOptions("vitcls-tiny", num_distillation_tokens=1)
     return FinetuneOptions(output, DataOptions(dataset), model, distillation=teacher, run=RunOptions(**others))
-
-
-def test_a_model_trained_on_local_data_is_pushed_without_its_path(
-    here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = tmp_path / "run"
-    runner = build_runner(options_of(folder, "../clinic/scans"))
-    runner.prepare_folder()
-    save_with_processor(ViTCLSForImageClassification(build_tiny_config()), folder)
-    shutil.rmtree(tmp_path / "clinic")
-    (here / "weights.pt").unlink()
-    (tmp_path / "elsewhere" / "vitcls-tiny").mkdir(parents=True)
-    monkeypatch.chdir(tmp_path / "elsewhere")
-    published = collect_model_files(folder)["config.resolved.yaml"]
-    assert isinstance(published, bytes)
-    flags = yaml.safe_load(published)
-    assert {name: flags[name] for name in ("dataset", "model", "teacher")} == {
-        "dataset": "path/to/scans",
-        "model": "vitcls-tiny",
-        "teacher": "timm:resnet18@path/to/weights.pt",
-    }
-    assert "clinic" not in published.decode()
 
 
 def test_files_of_a_run_contain_no_local_paths(here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,70 +180,3 @@ def test_a_folder_in_use_is_not_written_to(tmp_path: Path) -> None:
     for used in (tmp_path, tmp_path / "file"):
         with raises_one_line(str(used), "not empty", "a different --output"):
             check_output_is_empty(used)
-
-
-# Local images --------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def hub(hub: LocalHub) -> LocalHub:
-    """Start a Hub with a private and a public repository for this process, as ann."""
-    hub.create("ann/private", private=True)
-    hub.create("ann/public", private=False)
-    return hub
-
-
-@pytest.mark.parametrize(
-    ("dataset", "repository", "flags", "shows"),
-    [
-        ("data/teach", None, {}, True),
-        ("data/teach", "ann/public", {}, False),
-        ("data/teach", "ann/new", {}, False),
-        ("data/teach", "ann/new", {"hub_private": True}, True),
-        ("data/teach", "ann/private", {}, True),
-        ("data/teach", "ann/public", {"card_samples": True}, True),
-        ("digits", "ann/public", {}, True),
-        ("acme/none", "ann/public", {}, True),
-    ],
-)
-def test_local_images_are_not_published_without_a_flag(
-    hub: LocalHub, here: Path, dataset: str, repository: str | None, flags: dict[str, Any], shows: bool
-) -> None:
-    warnings: list[str] = []
-    options = resolve_local_paths(options_of(here / "run", dataset, **flags))
-    assert can_show_samples(options, repository, warnings.append) is shows
-    if shows:
-        assert not warnings
-    else:
-        (warning,) = warnings
-        assert f"{here}/data/teach" in warning and str(repository) in warning and "--card-samples" in warning
-    if repository == "ann/private":
-        hub.fail("GET", "/api/models/ann/private", 500)
-        assert not is_private_repo("ann/private") and is_private_repo("ann/private")
-    quiet = replace(options, run=replace(options.run, report=False))
-    assert can_show_samples(quiet, repository, warnings.append) and len(warnings) == int(not shows)
-
-
-@pytest.mark.parametrize("private", [True, False])
-def test_a_push_prints_who_can_see_the_images(
-    hub: LocalHub, here: Path, tmp_path: Path, private: bool, caplog: pytest.LogCaptureFixture
-) -> None:
-    folder = tmp_path / "run"
-    save_with_processor(ViTCLSForImageClassification(build_tiny_config()), folder)
-    (folder / "config.resolved.yaml").write_text(yaml.safe_dump({"dataset": f"{here}/data/teach"}))
-    (folder / SAMPLE_IMAGES_FILE).parent.mkdir()
-    Image.new("L", (4, 4)).save(folder / SAMPLE_IMAGES_FILE)
-    with caplog.at_level(logging.WARNING):
-        pushed = push_folder(folder, "ann/mine", private=private)
-    assert pushed.summary == f"{pushed.url} ({'private' if private else 'public'})"
-    assert (SAMPLE_IMAGES_FILE in caplog.text) is not private
-    if not private:
-        (message,) = [record.getMessage() for record in caplog.records]
-        assert "ann/mine is public" in message and f"{here}/data/teach" in message and "\n" not in message
-    for text in (
-        *("dataset: digits", f"dataset: {here}/data/teach\ncard_samples: true", "- no flags", "a: [", "a: \xff"),
-    ):
-        (folder / "config.resolved.yaml").write_bytes(text.encode("latin-1"))
-        assert find_local_dataset_in_card(folder) is None
-    (folder / SAMPLE_IMAGES_FILE).unlink()
-    assert find_local_dataset_in_card(folder) is None

@@ -12,8 +12,8 @@ from huggingface_hub import constants
 from modeling_vitcls import ViTCLSForImageClassification
 from modeling_vitcls.hub import provenance
 from modeling_vitcls.hub.provenance import Provenance, find_provenance
-from modeling_vitcls.publishing.card import get_license
-from modeling_vitcls.publishing.manifest import collect_model_files
+from modeling_vitcls.publishing.model_folder import ModelFolder
+from modeling_vitcls.publishing.staging import list_published_files
 
 
 DINOV3 = "license: other\nlicense_name: dinov3-license\nlicense_link: LICENSE.md\n"
@@ -69,10 +69,9 @@ def test_files_that_a_license_requires_are_copied(tmp_path: Path) -> None:
     randomize(ViTCLSForImageClassification(build_tiny_config())).save_pretrained(output)
     found.copy_license(output)
     (output / "license_plates.pkl").write_text("")
-    assert {name for name in collect_model_files(output) if "ic" in name.lower() or name == "COPYING"} == {
-        "CODE_LICENSE",
-        *taken,
-    }
+    assert {name for name in list_published_files(ModelFolder(output)) if "." not in name or "lic" in name} == set(
+        taken
+    )
 
 
 @pytest.mark.parametrize("card", ["", "license: unknown\n", "license: [unclosed\n", "- mit\n", "tags:\n- vit\n"])
@@ -126,14 +125,6 @@ def test_a_license_has_one_label(license: str | list[str] | None, name: str | No
 def test_timm_folders_are_read(tmp_path: Path) -> None:
     source = write_folder(tmp_path / "mine", "license: mit\n")
     assert find_provenance(f"timm:local-dir:{source}").license == "mit"
-
-
-def test_the_license_of_derived_weights_names_the_teacher() -> None:
-    base, teacher = Provenance("ann/base", license="mit"), Provenance("ann/cnn", license="other", license_name="x")
-    assert str(get_license({"model": "ann/base"}, base, teacher)) == (
-        "The weights are derived from another model and remain under its license: mit. The teacher model of the "
-        "distillation is licensed under x. The Python files are licensed under Apache-2.0."
-    )
 
 
 # The Hub -------------------------------------------------------------------------------------------------------------

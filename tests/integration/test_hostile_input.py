@@ -28,9 +28,9 @@ from modeling_vitcls.checkpoints import CheckpointStore, DamagedCheckpointError,
 from modeling_vitcls.conversion.from_state_dict import FAMILIES, convert_state_dict
 from modeling_vitcls.data.sources import load_splits
 from modeling_vitcls.image_processing_vitcls import IMAGE_FORMATS
+from modeling_vitcls.inference.metric_tables import format_name
 from modeling_vitcls.inference.outputs import FORMULA_PREFIXES, format_csv_cell
 from modeling_vitcls.options import DataOptions
-from modeling_vitcls.publishing.card_results import format_name
 
 
 pytestmark = pytest.mark.slow

@@ -1,0 +1,49 @@
+"""What follows a training run, on the main process: report, card, push and verification of the output folder."""
+
+import os
+from pathlib import Path
+
+from rich.console import Console
+
+from ..hub.connection import silence_transformers
+from ..hub.model_files import CARD_FILE, REPORT_FILE
+from ..options import FinetuneOptions, PretrainOptions, RunOptions
+from .card import write_card
+from .push import prepare_repository, push_folder
+from .report import write_report
+from .verify import verify_push
+
+
+def prepare_push(options: FinetuneOptions | PretrainOptions) -> str | None:
+    """Before training, create the repository to push to and return its id; None without `--push-to-hub` and on
+    processes other than the main process. Raise ValueError or OSError if a push is not possible."""
+    is_main_process = os.environ.get("RANK", "0") == "0"  # Accelerate is not initialized yet
+    if not options.run.push_to_hub or not is_main_process:
+        return None
+    name = options.output_dir.resolve().name
+    return prepare_repository(options.run.hub_model_id, name, options.run.hub_private)
+
+
+def finish_run(folder: Path, options: RunOptions, repo_id: str | None) -> None:
+    """Write the report and the card of a finished run, and push and verify the folder if `repo_id` is set.
+
+    Raise OSError if a file cannot be written, or if the push or the verification fails. The message is a single line.
+    """
+    console = Console(soft_wrap=True, highlight=False)
+    if options.report and not (folder / REPORT_FILE).exists():
+        with silence_transformers(hide_warnings=False):
+            diagnosis = write_report(
+                folder, lambda message: console.print(f"WARNING: {message}", style="bold yellow", markup=False)
+            )
+        if diagnosis is not None:
+            console.print(f"diagnosis {diagnosis}", markup=False)
+    write_card(folder)
+    names = [CARD_FILE, *([REPORT_FILE] if (folder / REPORT_FILE).exists() else [])]
+    console.print(f"written   {', '.join(str(folder / name) for name in names)}", markup=False)
+    if repo_id is None:
+        return
+    push_result = push_folder(folder, repo_id, options.hub_private)
+    console.print(f"pushed    {push_result.summary}", markup=False)
+    if options.hub_verify:
+        console.print("verifying loading the pushed model in a new process", markup=False)
+        console.print("\n".join(verify_push(push_result, folder).format_lines()), markup=False)

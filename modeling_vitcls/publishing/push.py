@@ -1,0 +1,161 @@
+"""Push a model folder to the Hub.
+
+    repo_id = prepare_repository("mine", default_name="mine")           # before a training run
+    push_result = push_folder(Path("runs/mine"), repo_id)
+    push_result.commit                                                  # the commit hash to pin
+
+Temporary failures are retried. Files that the Hub already has are not uploaded again. The folder is not changed.
+"""
+
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import HfApi, constants, get_token
+from huggingface_hub.errors import HfHubHTTPError
+
+from ..hub.connection import (
+    HUB_ERRORS,
+    check_is_online,
+    describe_no_response,
+    format_hub_error,
+    retry,
+    set_hub_timeout,
+    silence_hub_client,
+)
+from .staging import DELETE_PATTERNS, stage_folder
+
+
+TIMEOUT = 120.0  # maximum time without a response, in seconds; the duration of an upload is not limited
+DEFAULT_MESSAGE = "Upload model"
+TOKEN_SETTINGS_URL = "https://huggingface.co/settings/tokens"
+
+
+class PushError(OSError):
+    """Raised if a push fails. The message ends with the command that completes the push."""
+
+
+@dataclass(frozen=True)
+class PushResult:
+    """The result of a push."""
+
+    repo_id: str  # `namespace/name`
+    commit: str  # commit hash, 40 hexadecimal digits
+    url: str  # URL of the commit
+    is_private: bool = False  # whether the repository is private
+
+    @property
+    def summary(self) -> str:
+        """Return the URL of the commit and the visibility of the repository."""
+        return f"{self.url} ({'private' if self.is_private else 'public'})"
+
+
+def prepare_repository(
+    repo_id: str | None, default_name: str, private: bool = False, space_sdk: str | None = None
+) -> str:
+    """Create a repository if it does not exist, check that the token may push to it, and return `namespace/name`.
+
+    Args:
+        repo_id: `namespace/name`, or a name in the user's namespace. Default: `default_name`.
+        default_name: Name of the repository in the user's namespace.
+        private: Whether the repository must be private. Default: the account's default visibility.
+        space_sdk: "gradio" or "static" for a Space.
+
+    Raises:
+        ValueError: If the name is invalid, or the token, the namespace or the visibility does not permit the push.
+        OSError: If the Hub does not respond.
+    """
+    check_is_online()
+    name, repo_type = repo_id or default_name, "space" if space_sdk else "model"
+    remedy = (
+        f"Run `hf auth login` with a token that may write to the repository ({TOKEN_SETTINGS_URL}), or set HF_TOKEN; "
+        f"check {'--space-id' if space_sdk else '--hub-model-id'}"
+    )
+    if get_token() is None:
+        raise ValueError(f"a push to {name} requires a Hugging Face token, but no token was found. {remedy}")
+    api = HfApi()
+    try:
+        with set_hub_timeout(TIMEOUT):
+            name = api.create_repo(
+                name, private=private or None, repo_type=repo_type, space_sdk=space_sdk, exist_ok=True
+            ).repo_id
+            api.auth_check(name, repo_type=repo_type, write=True)
+            is_private = api.repo_info(name, repo_type=repo_type).private
+    except HfHubHTTPError as error:
+        if error.response.status_code >= 500:
+            raise OSError(f"{describe_no_response(error)}, or push later") from error
+        raise ValueError(f"cannot push to {name}: {format_hub_error(error)}. {remedy}") from None
+    except HUB_ERRORS as error:
+        if isinstance(error, ValueError):  # HFValidationError
+            raise ValueError(f"{name!r} is not a valid repository id: {format_hub_error(error)}. {remedy}") from None
+        raise OSError(f"{describe_no_response(error)}, or push later") from error
+    if private and not is_private:
+        raise ValueError(
+            f"{name} exists and is public, but a private repository is required. Make the repository private in its "
+            f"settings on the Hub, or set a different name"
+        )
+    return name
+
+
+def push_folder(
+    folder: Path, repo_id: str, private: bool = False, message: str = DEFAULT_MESSAGE, branch: str | None = None
+) -> PushResult:
+    """Push a model or adapter folder; create the repository if it does not exist.
+
+    If nothing has changed, no commit is made, and the newest commit of the branch is returned.
+
+    Args:
+        folder: Folder with the configuration, weights, code, image processor and results of a model.
+        repo_id: `namespace/name`.
+        private: Whether a new repository must be private. Default: the account's default visibility.
+        message: Commit message.
+        branch: Branch of the commit, created from `main` if it does not exist. Default: `main`.
+
+    Raises:
+        ValueError: If the folder does not contain a complete model.
+        PushError: If the push fails. The message is a single line and ends with the command that completes the push.
+    """
+    check_is_online()
+    with stage_folder(folder, repo_id) as staged_folder:
+        try:
+            with set_hub_timeout(TIMEOUT), silence_hub_client(sys.stderr.isatty()):
+                commit, is_private = retry(
+                    lambda: push_once(staged_folder, repo_id, private, message, branch), f"pushing to {repo_id}"
+                )
+        except HUB_ERRORS as error:
+            raise PushError(
+                f"the push to {repo_id} failed: {format_hub_error(error)}. The model is saved in {folder}; "
+                f"finish with: {build_push_command(folder, repo_id, private, branch, message)}"
+            ) from error
+    return PushResult(repo_id, commit, f"{constants.ENDPOINT}/{repo_id}/commit/{commit}", is_private)
+
+
+def push_once(staged_folder: Path, repo_id: str, private: bool, message: str, branch: str | None) -> tuple[str, bool]:
+    """Try to push once; return the commit and whether the repository is private."""
+    api = HfApi()
+    api.create_repo(repo_id, private=private or None, exist_ok=True)  # None selects the account's default visibility
+    if branch is not None:
+        api.create_branch(repo_id, branch=branch, exist_ok=True)
+    repo_info = api.model_info(repo_id, revision=branch)
+    commit = api.upload_folder(
+        repo_id=repo_id,
+        folder_path=staged_folder,
+        commit_message=message,
+        revision=branch,
+        delete_patterns=DELETE_PATTERNS,
+        # If another push happens in the meantime, the Hub rejects the commit (HTTP 412), and the retry starts again.
+        parent_commit=repo_info.sha,
+    )
+    return commit.oid, bool(repo_info.private)
+
+
+def build_push_command(
+    folder: Path, repo_id: str, private: bool = False, branch: str | None = None, message: str = DEFAULT_MESSAGE
+) -> str:
+    """Return the command line that pushes a model folder."""
+    flags = ["--model", str(folder), "--hub-model-id", repo_id]
+    flags += ["--private"] if private else []
+    flags += ["--branch", branch] if branch else []
+    flags += ["--message", message] if message != DEFAULT_MESSAGE else []
+    return f"vitcls push {shlex.join(flags)}"

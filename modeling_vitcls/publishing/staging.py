@@ -1,0 +1,124 @@
+"""The files of a model folder that a push publishes, collected in a temporary folder.
+
+    with stage_folder(Path("runs/mine"), "me/mine") as staged:
+        api.upload_folder(folder_path=staged, delete_patterns=DELETE_PATTERNS, ...)
+
+Large files are links. README.md contains the id of the repository, config.resolved.yaml no local paths, and
+CODE_LICENSE the license of the code. There are no pickle files, no results of other weights, and no images of a
+dataset that may not be published.
+"""
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+import yaml
+from transformers.dynamic_module_utils import get_relative_import_files
+
+from ..hub.model_files import (
+    ADAPTER_PATTERNS,
+    CARD_FILE,
+    IMAGES_FOLDER,
+    LICENSE_PATTERNS,
+    MODEL_PATTERNS,
+    ONNX_PATTERNS,
+    PARITY_REPORT_FILE,
+    RECIPE_FILE,
+    RESULT_IMAGE_PATTERNS,
+    RESULTS_FILE,
+    RUN_PATTERNS,
+    is_match,
+)
+from .card import has_edited_card, render_card
+from .model_folder import ModelFolder, warn_once
+from .training_section import get_shareable_flags
+
+
+PACKAGE_FOLDER = Path(__file__).parents[1]
+# License file of the code. Other license files in a model folder apply to the weights.
+CODE_LICENSE_FILE = "CODE_LICENSE"
+IMAGE_PATTERNS = tuple(f"{IMAGES_FOLDER}/*.{extension}" for extension in ("png", "jpg", "jpeg", "svg", "webp"))
+# A push removes these files from the repository unless the folder contains them: an old model.safetensors would be
+# loaded instead of new shards, and old results describe other weights.
+DELETE_PATTERNS = [
+    *(*MODEL_PATTERNS, *RUN_PATTERNS, *RESULT_IMAGE_PATTERNS, *ONNX_PATTERNS, PARITY_REPORT_FILE),
+    *("handler.py", "checkpoints/step-*"),
+]
+
+
+@contextmanager
+def stage_folder(path: Path, repo_id: str) -> Iterator[Path]:
+    """Yield a temporary folder with the files to publish. Raise ValueError if the model or adapter is incomplete."""
+    folder = ModelFolder(path)
+    folder.check_is_complete()
+    check_imported_code(folder)
+    files = list_published_files(folder)
+    with tempfile.TemporaryDirectory(prefix="vitcls-push-") as temporary_path:
+        staged = Path(temporary_path)
+        for name in files:
+            (staged / name).parent.mkdir(parents=True, exist_ok=True)
+            try:
+                (staged / name).symlink_to((path / name).resolve())
+            except OSError:  # Windows without developer mode
+                shutil.copyfile(path / name, staged / name)
+        if has_edited_card(path):
+            if repo_id not in (path / CARD_FILE).read_text(encoding="utf-8"):
+                warn_once(f"{path / CARD_FILE} was edited and does not mention {repo_id}")
+        else:
+            replace_file(staged / CARD_FILE, render_card(folder, repo_id, folder.private_files))
+        if RECIPE_FILE in files:
+            flags = yaml.safe_dump(get_shareable_flags(folder.flags), sort_keys=False)
+            replace_file(staged / RECIPE_FILE, flags)
+        if any(staged.glob("*.py")):
+            replace_file(staged / CODE_LICENSE_FILE, read_code_license())
+        yield staged
+
+
+def list_published_files(folder: ModelFolder) -> set[str]:
+    """Return the names of the files to publish."""
+    names = {path.relative_to(folder.path).as_posix() for path in folder.path.rglob("*") if path.is_file()}
+    if folder.is_adapter:
+        return {name for name in names if is_match(name, ADAPTER_PATTERNS)}
+    patterns = [*MODEL_PATTERNS, *LICENSE_PATTERNS, *IMAGE_PATTERNS, CARD_FILE]
+    patterns += [PARITY_REPORT_FILE] if folder.parity_report else []
+    patterns += ONNX_PATTERNS if folder.onnx_report else []
+    patterns += RUN_PATTERNS if folder.results or not (folder.path / RESULTS_FILE).is_file() else []
+    hidden_files = folder.private_files
+    if not folder.results:
+        hidden_files |= {name for name in names if is_match(name, RESULT_IMAGE_PATTERNS)}
+    return {name for name in names if is_match(name, patterns)} - hidden_files
+
+
+def replace_file(file: Path, text: str) -> None:
+    """Write a file in place of a link."""
+    file.unlink(missing_ok=True)
+    file.write_text(text, encoding="utf-8", newline="\n")
+
+
+def check_imported_code(folder: ModelFolder) -> None:
+    """Raise ValueError if a code file of the model imports a file that does not exist."""
+    for reference in folder.code_references:
+        try:
+            get_relative_import_files(folder.path / f"{reference.partition('.')[0]}.py")
+        except OSError as error:
+            missing_file = Path(error.filename).name if error.filename else "a code file"
+            raise ValueError(
+                f"{folder.path} lacks {missing_file}, which the model requires. Save the model again"
+            ) from None
+
+
+def read_code_license() -> str:
+    """Return the text of the license of the code files. Raise ValueError if the license is not installed."""
+    checkout_license = PACKAGE_FOLDER.parent / "LICENSE"
+    if checkout_license.is_file():
+        return checkout_license.read_text(encoding="utf-8")
+    try:
+        text = distribution("modeling_vitcls").read_text("licenses/LICENSE")
+    except PackageNotFoundError:
+        text = None
+    if text is None:
+        raise ValueError("the license of modeling_vitcls was not found. Reinstall the package")
+    return text
