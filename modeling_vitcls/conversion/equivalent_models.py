@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import pad
 
-from ..blocks_vitcls import SinCosPositions
+from ..blocks_vitcls import SinCosPositionEmbeddings
 from ..configuration_vitcls import ViTCLSConfig
 from .transformers_families import compute_dinov2_mlp_size
 from .weight_rules import Fields, Weights
@@ -123,7 +123,7 @@ def add_learned_positions(weights: Weights, old_config: ViTCLSConfig, new_config
     projection = weights["embeddings.patch_embeddings.projection.weight"]
     positions = projection.new_zeros(1, rows * columns, old_config.hidden_size)
     if old_config.position_embedding_type == "sincos_2d":
-        _, positions = SinCosPositions(old_config)({}, positions, (rows, columns))
+        _, positions = SinCosPositionEmbeddings(old_config)({}, positions, (rows, columns))
     weights[f"{POSITION_EMBEDDINGS}.patches"] = positions
     for group in GROUPS_WITH_POSITIONS[new_config.position_embedding_tokens]:
         if TOKEN_WEIGHT_NAMES[group] in weights:

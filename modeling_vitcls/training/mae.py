@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from ..blocks_vitcls import SinCosPositions, build_norm
+from ..blocks_vitcls import SinCosPositionEmbeddings, build_norm
 from ..configuration_vitcls import ViTCLSConfig
 from ..data.batches import Batch, Normalizer
 from ..heads_vitcls import PixelDecoder, compute_masked_pixel_loss
@@ -72,7 +72,7 @@ class MAE(ViTCLSPreTrainedModel):
         self.vitcls.patch_dropout = VisiblePatches(self.num_prefix_tokens)
         width = decoder_config.hidden_size
         self.decoder_embed = nn.Linear(config.hidden_size, width)
-        self.decoder_positions = SinCosPositions(decoder_config)
+        self.decoder_positions = SinCosPositionEmbeddings(decoder_config)
         self.mask_token = nn.Parameter(torch.empty(1, 1, width))
         layer_class, attention_class = get_layer_classes(decoder_config)
         self.decoder_layers = nn.ModuleList(
