@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from .configuration_vitcls import ViTCLSConfig
 from .conversion.from_timm import convert_from_timm
@@ -103,9 +102,7 @@ def run_benchmarks(settings: BenchmarkSettings, report: Callable[[str], None] = 
         model = load_model(settings.model, Path(folder, "model"))
         for work in settings.work:
             build_engines = {"inference": build_inference_engines, "step": build_step_engines}[work]
-            num_flops = count_flops(model) * (
-                3 if work == "step" else 1
-            )  # a backward pass counts as two forward passes
+            num_flops = model.flops() * (3 if work == "step" else 1)  # backward: twice the FLOPs of forward
             for batch_size in settings.batch_sizes:
                 images = build_random_images((batch_size, *get_image_shape(model.config))).to(settings.device)
                 functions: list[Function] = []
@@ -316,16 +313,6 @@ def measure_matrix_product(device: str, dtype: torch.dtype) -> float:
     if device == "cpu" and torch.backends.mkldnn.is_available():
         matrices.append((x.to_mkldnn(), weight.to_mkldnn()))
     return 2 * size**3 * max(measure_calls_per_second(partial(nn.functional.linear, *pair)) for pair in matrices)
-
-
-def count_flops(model: Any) -> int:
-    """Return the FLOPs of a forward pass of one image. A multiply-add counts as two operations."""
-    with torch.device("meta"):
-        copy_without_weights = type(model)(model.config)
-        copy_without_weights.set_attn_implementation("eager")  # fused attention is not counted
-        with FlopCounterMode(display=False) as counter:
-            copy_without_weights(torch.empty(1, *get_image_shape(model.config)))
-    return counter.get_total_flops()
 
 
 # Report --------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ imports this file.
 
 import difflib
 import importlib
-import logging
 import os
 import shutil
 import sys
@@ -66,8 +65,6 @@ def main(arguments: list[str] | None = None) -> None:
     Args:
         arguments: The subcommand and its flags. Default: `sys.argv[1:]`.
     """
-    # Hide the deprecation warning that PyTorch 2.15 logs when transformers imports torchao.
-    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
     try:
         run_command_line(arguments)
     except BrokenPipeError:
@@ -120,13 +117,13 @@ def run_subcommand(name: str, flags: list[str]) -> None:
 
 
 def load_module(name: str) -> ModuleType:
-    """Import the module of a subcommand. Exit with status 1 if a library of the extra `scripts` is not installed."""
+    """Import the module of a subcommand. Exit with status 1 if a library of the extra `cli` is not installed."""
     try:
         return importlib.import_module(f"modeling_vitcls.commands.{COMMANDS[name].module}")
     except ModuleNotFoundError as error:
         if error.name not in ("tyro", "yaml"):
             raise
-        message = f"error: the vitcls command requires {error.name}: run pip install 'modeling_vitcls[scripts]'"
+        message = f"error: the vitcls command requires {error.name}: run pip install 'modeling_vitcls[cli]'"
         print(message, file=sys.stderr)
         raise SystemExit(1) from None
 

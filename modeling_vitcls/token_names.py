@@ -1,13 +1,13 @@
-"""Names of the special tokens in tables, reports and figures."""
+"""Names of the special tokens in tables, reports and figures. A Space contains this file without the package."""
 
-from .configuration_vitcls import ViTCLSConfig
+from typing import Any
 
 
 # Token group in `config.token_layout` -> name of the token if the group has only one token.
 SINGLE_TOKEN_NAMES = {"cls": "CLS", "distillation": "distillation", "registers": "register"}
 
 
-def get_token_names(config: ViTCLSConfig) -> list[str]:
+def get_token_names(config: Any) -> list[str]:
     """Return the name of each special token, in sequence order.
 
     A single CLS token is named "CLS", and several CLS tokens are named "CLS 1", "CLS 2" and so on; distillation and
@@ -18,7 +18,7 @@ def get_token_names(config: ViTCLSConfig) -> list[str]:
     return [name for names in get_token_names_by_group(config).values() for name in names]
 
 
-def get_token_names_by_group(config: ViTCLSConfig) -> dict[str, list[str]]:
+def get_token_names_by_group(config: Any) -> dict[str, list[str]]:
     """Return a dict that maps token groups ("cls", "distillation" and "registers") to the names of their tokens."""
     layout = config.token_layout
     indices = range(layout.num_prefix_tokens)

@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["modeling_vitcls[scripts]"]
+# dependencies = ["modeling_vitcls[cli]"]
 #
 # [tool.uv.sources]
 # modeling_vitcls = { path = "..", editable = true }

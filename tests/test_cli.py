@@ -141,7 +141,7 @@ def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     monkeypatch.delitem(sys.modules, "modeling_vitcls.commands.predict", raising=False)
     monkeypatch.setitem(sys.modules, "tyro", None)  # importing it fails
     assert run_here("predict", "--help") == 1
-    message = "error: the vitcls command requires tyro: run pip install 'modeling_vitcls[scripts]'\n"
+    message = "error: the vitcls command requires tyro: run pip install 'modeling_vitcls[cli]'\n"
     assert capsys.readouterr().err == message
     monkeypatch.setitem(sys.modules, "modeling_vitcls.commands.predict", None)
     with pytest.raises(ModuleNotFoundError, match="predict"):  # not a library that the user can install

@@ -1,7 +1,7 @@
 """`vitcls demo`: serve a web page that shows the predictions for images and the attention of the special tokens.
 
     vitcls demo --model runs/mine
-    vitcls demo --model someone/their-model --revision COMMIT --port 8000
+    vitcls demo --model someone/their-model@COMMIT --port 8000
 
 `vitcls space` publishes the same page on the Hub. The page is implemented in modeling_vitcls/demo/.
 """
@@ -15,9 +15,7 @@ class DemoOptions:
     """Serve a web page that shows the predictions and attention of a model."""
 
     model: str
-    """Folder or Hub id of a vitcls model."""
-    revision: str | None = None
-    """Commit hash, branch or tag on the Hub. Default: the newest commit."""
+    """Folder or Hub id of a vitcls model (`ID@COMMIT` pins the model), or another ViT, which is converted once."""
     examples: tuple[Path, ...] = ()
     """Image files to show as examples."""
     host: str = "127.0.0.1"
@@ -31,13 +29,14 @@ OPTIONS_CLASS = DemoOptions
 
 def run(options: DemoOptions) -> None:
     """Load the model and serve the demo page."""
-    from transformers.utils.logging import disable_progress_bar
+    from ..conversion.any_checkpoint import resolve_checkpoint
+    from ..hub.loading import check_is_vitcls, force_offline
+    from ..inference.load_model import load_model
 
-    from ..hub.loading import force_offline, get_cached_commit, get_model_folder
-
-    disable_progress_bar()  # hides the progress bar of weight loading
-    folder = get_model_folder(options.model, revision=options.revision)
-    from ..demo.page import serve_demo  # importing gradio is slow
-
+    folder = resolve_checkpoint(options.model)
+    architectures = check_is_vitcls(options.model, folder).get("architectures") or []
     with force_offline():  # all files are local at this point
-        serve_demo(options.model, get_cached_commit(folder), options.examples, options.host, options.port)
+        model, processor = load_model(folder, use_head=any("Classification" in name for name in architectures))
+        from ..demo.page import serve_demo  # importing gradio is slow
+
+        serve_demo(model.eval(), processor, options.model, options.examples, options.host, options.port)

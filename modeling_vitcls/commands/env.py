@@ -10,7 +10,7 @@ from ..system import format_device_name, get_processor_name, get_versions
 
 
 # Libraries that only some features require.
-OPTIONAL_LIBRARIES = "huggingface_hub datasets timm peft torchao onnxruntime openvino gradio tyro".split()
+OPTIONAL_LIBRARIES = "huggingface_hub datasets timm peft onnxruntime openvino nncf gradio tyro".split()
 # Environment variables that affect results, speed or file locations. Access tokens are never printed.
 ENVIRONMENT_VARIABLES = (
     "OMP_NUM_THREADS",

@@ -39,35 +39,15 @@ PAGE_FOLDER = "vitcls_demo"
 EXAMPLES_FOLDER = "examples"
 
 # Files from this package that the page requires. These files import no other files from this package.
-PAGE_FILES = (
-    "demo/__init__.py",
-    "demo/page.py",
-    "demo/reader.py",
-    "demo/text.py",
-    "analysis/attention_recorder.py",
-    "analysis/attribution.py",
-    "token_names.py",
-    "analysis/maps.py",
-    "analysis/model_utils.py",
-    "analysis/patch_features.py",
-    "configuration_vitcls.py",
-    "fast_image_processing_vitcls.py",
-    "image_processing_vitcls.py",
-    "adaptation_vitcls.py",
-    "attention_masks_vitcls.py",
-    "positions_vitcls.py",
-    "token_attention_vitcls.py",
-)
+PAGE_FILES = ("demo/__init__.py", "demo/page.py", "token_names.py")
 # Libraries that the page files and the model's code import. The SDK of the Space contains gradio.
-REQUIRED_LIBRARIES = (
-    "huggingface_hub matplotlib numpy pillow scikit-learn safetensors torch torchvision transformers"
-).split()
+REQUIRED_LIBRARIES = "huggingface_hub matplotlib numpy pillow safetensors torch torchvision transformers".split()
 
 APP_TEMPLATE = '''"""Run the demo page of a model. The code of the page is in {folder}/."""
 
 from pathlib import Path
 
-from {folder}.demo.page import serve_demo
+from {folder}.demo.page import load_from_hub, serve_demo
 
 
 MODEL = {model!r}
@@ -76,12 +56,12 @@ COMMIT = {commit!r}
 
 if __name__ == "__main__":
     examples = sorted(Path(__file__).parent.glob("{examples}/*"))
-    serve_demo(MODEL, COMMIT, examples)
+    serve_demo(*load_from_hub(MODEL, COMMIT), MODEL, examples)
 '''
 
 DESCRIPTION_TEMPLATE = """
-Upload an image to see the predictions of the Vision Transformer [{model}]({url}), the attention maps of its
-special tokens (CLS, distillation, registers) and its patch features in every layer.
+Upload an image to see the predictions of the Vision Transformer [{model}]({url}), and the attention maps of its
+special tokens (CLS, distillation, registers) in every layer.
 
 The model is loaded at commit [`{commit}`]({url}/tree/{commit}). The commit is set in `app.py`.
 To run this page on your own machine: `pip install gradio=={gradio} -r requirements.txt`, then `python app.py`.

@@ -15,7 +15,6 @@ from helpers.tiny_models import assert_same_outputs, build_images, build_tiny_co
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.profiler import profile
-from torchao import quantization
 
 from modeling_vitcls import ViTCLSForImageClassification, cpu_kernels_vitcls
 from modeling_vitcls.blocks_vitcls import ViTCLSAttention, ViTCLSMLP
@@ -209,17 +208,6 @@ def test_lora() -> None:
         merged = [{"logits": model.merge_and_unload()(build_images()).logits} for model in adapted]
     assert_equal_in_float32(*merged)
     assert_equal_in_float32(merged[0], {"logits": steps[1]["logits"]})
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("name", ["Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig"])
-def test_int8(name: str) -> None:
-    fast, plain = build_models(hidden_size=32, intermediate_size=64)
-    for model in (fast, plain):
-        quantization.quantize_(model, getattr(quantization, name)())
-    assert type(fast.classifier.weight) is not nn.Parameter
-    assert ONEDNN not in list_operators(fast.vitcls.layers[0].mlp.fc1, torch.randn(2, 32))
-    assert_equal_in_float32({"logits": fast(build_images()).logits}, {"logits": plain(build_images()).logits})
 
 
 @pytest.mark.slow

@@ -18,23 +18,19 @@ import transformers
 from helpers.local_hub import LocalHub
 from helpers.scripts_in_process import run_in_process
 from helpers.source_checkpoints import SIZES, save_checkpoint
-from helpers.tiny_models import build_tiny_config, raises_one_line, save_with_processor
+from helpers.tiny_models import raises_one_line
 from huggingface_hub import constants
 from test_loading import assert_ends_with_one_line
 from timm.models import save_for_hf
 
-import modeling_vitcls as vitcls
 from modeling_vitcls.commands.convert import ConvertOptions, run
 from modeling_vitcls.conversion.convert import convert_checkpoint
 from modeling_vitcls.conversion.random_weights import randomize_weights
 from modeling_vitcls.data.labels import LabelSpace
 from modeling_vitcls.data.sources import load_splits
 from modeling_vitcls.data.splits import load_training_data
-from modeling_vitcls.demo.reader import DemoModel
 from modeling_vitcls.hub import loading, provenance
-from modeling_vitcls.hub.loading import get_cached_commit, get_model_folder
 from modeling_vitcls.options import DataOptions
-from modeling_vitcls.publishing.push import push_folder
 from modeling_vitcls.training.teacher import load_teacher
 
 
@@ -190,22 +186,6 @@ def test_a_mistyped_folder_is_named_in_one_line(
         status = run_in_process(script, *flags.format(name).split())
         assert time.monotonic() - started < 20
         assert_ends_with_one_line(status, capsys.readouterr().err, name, *words)
-
-
-def test_the_demo_sends_no_requests_if_its_model_is_local(
-    hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    names = {0: "a", 1: "b", 2: "c"}
-    save_with_processor(vitcls.ViTCLSForImageClassification(build_tiny_config(id2label=names)), tmp_path / "mine")
-    commit = push_folder(tmp_path / "mine", "ann/mine").commit
-    assert get_cached_commit(get_model_folder("ann/mine")) == commit
-    assert DemoModel.load("ann/mine").commit == DemoModel.load("ann/mine", "main").commit == commit
-    stop_hub(monkeypatch)
-    started = time.monotonic()
-    with loading.force_offline():
-        reader = DemoModel.load("ann/mine", commit)
-    assert (reader.source, reader.commit) == ("ann/mine", commit)
-    assert time.monotonic() - started < 10 and not constants.HF_HUB_OFFLINE
 
 
 @pytest.mark.parametrize("is_offline", [True, False])

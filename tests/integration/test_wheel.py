@@ -56,7 +56,7 @@ def test_the_installed_wheel_trains_outside_the_checkout(wheel: Path, tmp_path: 
     run(sys.executable, "-m", "uv", "venv", "--python", sys.executable, "environment", cwd=tmp_path)
     programs = tmp_path / "environment" / "bin"
     python = programs / "python"
-    run(sys.executable, "-m", "uv", "pip", "install", "--python", python, f"{wheel}[scripts]", cwd=tmp_path)
+    run(sys.executable, "-m", "uv", "pip", "install", "--python", python, f"{wheel}[cli]", cwd=tmp_path)
     location = run(python, "-c", "import modeling_vitcls; print(modeling_vitcls.__file__)", cwd=tmp_path)
     assert Path(location.strip()).is_relative_to(tmp_path)
 

@@ -1,0 +1,292 @@
+"""The page of the demo in a real browser: on this machine, and as a Space that is pushed to a local Hub."""
+
+import ast
+import json
+import os
+import shlex
+import subprocess
+import sys
+import threading
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.request import Request, urlopen
+
+import pytest
+import torch
+from gradio_client import Client, handle_file
+from helpers.local_hub import LocalHub
+from helpers.scripts_in_process import run_in_process
+from helpers.tiny_models import build_tiny_config, raises_one_line, save_with_processor
+from huggingface_hub import constants, snapshot_download
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+import modeling_vitcls as vitcls
+from modeling_vitcls.hub import connection
+from modeling_vitcls.hub.revisions import HubCommit
+from modeling_vitcls.publishing.push import PushError, push_folder
+from modeling_vitcls.publishing.space import (
+    PAGE_FILES,
+    build_space_files,
+    find_published_model,
+    push_space,
+    write_space,
+)
+from modeling_vitcls.publishing.staging import PACKAGE_FOLDER
+
+
+NAMES = ["temple", "flower", "cat", "seven", "bird", "ship"]
+PATIENCE = 60_000  # timeout of the browser in milliseconds
+
+pytestmark = pytest.mark.slow  # each demo is a process of its own, and most tests push to a local Hub
+
+# Runs a file like `python FILE`, in a process that cannot import modeling_vitcls.
+WITHOUT_PACKAGE = """
+import runpy, sys
+sys.path.insert(0, {tests!r})
+from helpers.load_without_package import PackageBlocker
+sys.meta_path.insert(0, PackageBlocker())
+sys.path[0] = {folder!r}
+runpy.run_path("app.py", run_name="__main__")
+"""
+
+
+# Test inputs and helpers ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a real photograph of 640 x 427 pixels."""
+    file = tmp_path_factory.mktemp("pictures") / "temple.png"
+    Image.fromarray(load_sample_images().images[0]).save(file)
+    return file
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a classifier with special tokens of all kinds, whose image processor crops images."""
+    config = build_tiny_config(
+        num_cls_tokens=2,
+        num_distillation_tokens=1,
+        num_register_tokens=2,
+        num_hidden_layers=3,
+        id2label=dict(enumerate(NAMES)),
+        num_labels=len(NAMES),
+    )
+    processor = vitcls.ViTCLSImageProcessor(
+        size={"shortest_edge": 40}, do_center_crop=True, crop_size={"height": 32, "width": 32}
+    )
+    return save_with_processor(
+        vitcls.ViTCLSForImageClassification(config), tmp_path_factory.mktemp("models") / "mine", processor
+    )
+
+
+def predict_top_labels(folder: Path, picture: Path) -> dict[str, float]:
+    """Return the model's prediction without the demo: the five most probable labels."""
+    model = vitcls.ViTCLSForImageClassification.from_pretrained(folder).eval()
+    pixel_values = vitcls.ViTCLSImageProcessor.from_pretrained(folder)(picture, return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        top = model(pixel_values).logits[0].softmax(dim=0).topk(5)
+    return {NAMES[index]: value for index, value in zip(top.indices.tolist(), top.values.tolist(), strict=True)}
+
+
+@contextmanager
+def run_page(command: list[str], folder: Path, **environment: str) -> Iterator[str]:
+    """Run a page in a separate process and yield its address."""
+    child = subprocess.Popen(
+        [sys.executable, *command],
+        cwd=folder,
+        env=os.environ | environment | {"PYTHONUNBUFFERED": "1", "GRADIO_TEMP_DIR": str(folder / "uploads")},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert child.stdout is not None and child.stderr is not None
+        line = child.stdout.readline()
+        assert "http://" in line, child.stderr.read()
+        yield line.split()[-1]
+    finally:
+        child.terminate()
+        child.communicate(timeout=60)
+
+
+def upload(at: str, file: Path) -> str:
+    """Upload a file as the page does, and return its path on the server."""
+    form = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\nContent-Type: image/png\r\n\r\n'
+    body = form + file.read_bytes() + b"\r\n--x--\r\n"
+    request = Request(f"{at.rstrip('/')}/gradio_api/upload", body, {"Content-Type": "multipart/form-data; boundary=x"})
+    with urlopen(request, timeout=60) as answer:
+        return json.load(answer)[0]
+
+
+def request_prediction(at: str, file: dict[str, Any]) -> Any:
+    """Return the server's response for a file, through its queue."""
+    at = at.rstrip("/")
+    with urlopen(f"{at}/config", timeout=60) as answer:
+        events = {event["api_name"]: event["id"] for event in json.load(answer)["dependencies"]}
+    session = uuid.uuid4().hex
+    event = {"data": [file, 1], "fn_index": events["predict"], "session_hash": session}
+    request = Request(f"{at}/gradio_api/queue/join", json.dumps(event).encode(), {"Content-Type": "application/json"})
+    with urlopen(request, timeout=60):
+        pass
+    with urlopen(f"{at}/gradio_api/queue/data?session_hash={session}", timeout=60) as lines:
+        for line in lines:
+            if line.startswith(b"data:"):
+                message = json.loads(line[5:])
+                if message["msg"] == "process_completed":
+                    return message["output"]
+    raise AssertionError("no answer")
+
+
+@contextmanager
+def record_requests() -> Iterator[tuple[str, list[str]]]:
+    """Start a server to which no requests should be sent; yield its address and the received requests."""
+    requests: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            requests.append(self.path)
+            self.send_error(404)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *args: object) -> None:
+            """Log nothing."""
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", requests
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+# The Space ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(hub: LocalHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> LocalHub:
+    """Start an empty Hub for this process, as ann."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
+    monkeypatch.setattr(connection, "RETRY_WAITS", (0.01, 0.02))
+    return hub
+
+
+@pytest.fixture
+def model(hub: LocalHub, classifier: Path) -> HubCommit:
+    """Push the classifier to that Hub and return its id."""
+    push_folder(classifier, "ann/mine")
+    return find_published_model("ann/mine")
+
+
+def test_the_pushed_space_runs_without_this_package(
+    hub: LocalHub, classifier: Path, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Later commits of the model have no effect. Only uploaded files and examples are opened."""
+    push_folder(classifier, "ann/mine")
+    model = find_published_model("ann/mine")
+    flags = ["--model", "ann/mine", "--space-id", "ann/try-mine", "--examples", str(photo)]
+    assert run_in_process("push_space.py", *flags) == 0
+    assert f"{hub.url}/spaces/ann/try-mine" in capsys.readouterr().out
+    save_with_processor(vitcls.ViTCLSForImageClassification(build_tiny_config(num_labels=1)), tmp_path / "newer")
+    push_folder(tmp_path / "newer", "ann/mine")
+
+    space = Path(snapshot_download("ann/try-mine", repo_type="space", local_dir=tmp_path / "space"))
+    assert model.sha in (space / "app.py").read_text()
+    command = WITHOUT_PACKAGE.format(tests=str(Path(__file__).parents[1]), folder=str(space))
+    with run_page(["-P", "-c", command], space, HF_HOME=str(tmp_path / "empty")) as at:
+        with urlopen(f"{at.rstrip('/')}/gradio_api/info", timeout=60) as answer:
+            assert set(json.load(answer)["named_endpoints"]) == {"/predict"}
+        label, maps = Client(at, verbose=False).predict(handle_file(photo), 1, api_name="/predict")
+        confidences = {entry["label"]: entry["confidence"] for entry in label["confidences"]}
+        assert confidences == pytest.approx(predict_top_labels(classifier, photo), abs=1e-4)
+        assert [each["caption"] for each in maps] == ["CLS 1", "CLS 2", "distillation", "register 1", "register 2"]
+        secret = tmp_path / "secret.png"
+        secret.write_bytes(photo.read_bytes())
+        with record_requests() as (address, requests):
+            for path in (str(secret), f"{address}/picture.png"):
+                for more in ({}, {"meta": {"_type": "gradio.FileData"}}):
+                    assert "confidences" not in json.dumps(request_prediction(at, {"path": path} | more))
+            assert not requests
+        assert "confidences" in json.dumps(
+            request_prediction(at, {"path": upload(at, photo), "meta": {"_type": "gradio.FileData"}})
+        )
+
+
+def test_shipped_files_import_only_shipped_modules(model: HubCommit) -> None:
+    listed = {line.partition(">=")[0] for line in build_space_files(model)["requirements.txt"].decode().splitlines()}  # type: ignore[union-attr]
+    available = listed - {"pillow"} | {"PIL", "gradio"} | set(sys.stdlib_module_names)
+    for name in PAGE_FILES:
+        tree = ast.parse((PACKAGE_FOLDER / name).read_text())
+        checks = [
+            node for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+        ]
+        skipped = {node for found in checks for node in ast.walk(found)}
+        for node in set(ast.walk(tree)) - skipped:
+            if isinstance(node, ast.ImportFrom) and node.level:
+                target = (
+                    PACKAGE_FOLDER.joinpath(name).parents[node.level - 1]
+                    / f"{(node.module or '').replace('.', '/')}.py"
+                )
+                assert target.relative_to(PACKAGE_FOLDER).as_posix() in PAGE_FILES, f"{name} imports {target.name}"
+            elif isinstance(node, ast.ImportFrom):
+                assert (node.module or "").partition(".")[0] in available
+            elif isinstance(node, ast.Import):
+                assert all(alias.name.partition(".")[0] in available for alias in node.names)
+
+
+def test_temporary_faults_are_retried_and_others_print_a_command_to_finish(
+    hub: LocalHub, model: HubCommit, photo: Path
+) -> None:
+    hub.fail("POST", "/spaces/ann/demo/commit/", 503)
+    push_space(build_space_files(model), model, "ann/demo")
+    hub.fail("POST", "/spaces/ann/other/commit/", 500, times=3)
+    contents = build_space_files(model, title="Ann's own", examples=[photo])
+    with pytest.raises(PushError) as failed:
+        push_space(
+            contents, model, "ann/other", private=True, flags=["--title", "Ann's own", "--examples", str(photo)]
+        )
+    assert hub.repositories["spaces/ann/other"].private
+    message = str(failed.value)
+    assert message.startswith("the push to the Space ann/other failed: HTTP 500") and "\n" not in message
+    program, script, *flags = shlex.split(message.partition("Finish with: ")[2])
+    assert (program, script) == ("vitcls", "space")
+    assert run_in_process("push_space.py", *flags) == 0
+    assert {name: hub.read("spaces/ann/other", name) for name in contents} == {
+        name: content if isinstance(content, bytes) else content.read_bytes() for name, content in contents.items()
+    }
+    assert "title: Ann's own" in hub.read("spaces/ann/other", "README.md").decode()
+
+
+@pytest.mark.parametrize("more", ["--space-id ann/demo", "--private"])
+def test_incompatible_flags_exit_with_status_2(more: str, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--model", "ann/mine", "--output", "space", *more.split()]
+    assert run_in_process("push_space.py", *flags) == 2
+    assert f"--output pushes nothing, but {more.split()[0]}" in "".join(capsys.readouterr())
+
+
+def test_a_private_model_requires_a_secret(
+    hub: LocalHub, classifier: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    push_folder(classifier, "ann/hidden", private=True)
+    assert run_in_process("push_space.py", "--model", "ann/hidden", "--private") == 0
+    assert hub.repositories["spaces/ann/hidden-demo"].private
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert "secret HF_TOKEN" in last and f"{hub.url}/spaces/ann/hidden-demo/settings" in last
+
+
+def test_the_files_can_be_written_without_a_push(hub: LocalHub, model: HubCommit, tmp_path: Path) -> None:
+    target = tmp_path / "space"
+    assert run_in_process("push_space.py", "--model", "ann/mine", "--output", target) == 0
+    written = {file.relative_to(target).as_posix() for file in target.rglob("*") if file.is_file()}
+    assert written == set(build_space_files(model))
+    assert not [name for name in hub.repositories if name.startswith("spaces/")]
+    with raises_one_line(str(target), "not empty", "--output"):
+        write_space(build_space_files(model), target)
