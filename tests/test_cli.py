@@ -232,7 +232,7 @@ def test_invalid_flags_exit_with_status_2(
 def test_the_demo_loads_the_revision_of_its_flag(hub: LocalHub) -> None:
     hub.create("ann/mine", private=False, files={"config.json": b'{"model_type": "vitcls"}'})
     with raises_one_line("ann/mine has no revision v9", error=OSError):
-        demo.run(demo.DemoOptions("ann/mine", revision="v9"))
+        demo.run(demo.DemoOptions("ann/mine@v9"))
 
 
 def test_a_study_of_the_package_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
