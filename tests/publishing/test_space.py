@@ -3,7 +3,6 @@
 import ast
 import json
 import os
-import shlex
 import subprocess
 import sys
 import threading
@@ -20,22 +19,15 @@ import torch
 from gradio_client import Client, handle_file
 from helpers.local_hub import LocalHub
 from helpers.scripts_in_process import run_in_process
-from helpers.tiny_models import build_tiny_config, raises_one_line, save_with_processor
+from helpers.tiny_models import build_tiny_config, save_with_processor
 from huggingface_hub import constants, snapshot_download
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
 import modeling_vitcls as vitcls
 from modeling_vitcls.hub import connection
-from modeling_vitcls.hub.revisions import HubCommit
-from modeling_vitcls.publishing.push import PushError, push_folder
-from modeling_vitcls.publishing.space import (
-    PAGE_FILES,
-    build_space_files,
-    find_published_model,
-    push_space,
-    write_space,
-)
+from modeling_vitcls.publishing.push import push_folder
+from modeling_vitcls.publishing.space import PAGE_FILES, REQUIRED_LIBRARIES, find_published_model
 from modeling_vitcls.publishing.staging import PACKAGE_FOLDER
 
 
@@ -179,13 +171,6 @@ def hub(hub: LocalHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Local
     return hub
 
 
-@pytest.fixture
-def model(hub: LocalHub, classifier: Path) -> HubCommit:
-    """Push the classifier to that Hub and return its id."""
-    push_folder(classifier, "ann/mine")
-    return find_published_model("ann/mine")
-
-
 def test_the_pushed_space_runs_without_this_package(
     hub: LocalHub, classifier: Path, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -220,9 +205,8 @@ def test_the_pushed_space_runs_without_this_package(
         )
 
 
-def test_shipped_files_import_only_shipped_modules(model: HubCommit) -> None:
-    listed = {line.partition(">=")[0] for line in build_space_files(model)["requirements.txt"].decode().splitlines()}  # type: ignore[union-attr]
-    available = listed - {"pillow"} | {"PIL", "gradio"} | set(sys.stdlib_module_names)
+def test_shipped_files_import_only_shipped_modules() -> None:
+    available = set(REQUIRED_LIBRARIES) - {"pillow"} | {"PIL", "gradio"} | set(sys.stdlib_module_names)
     for name in PAGE_FILES:
         tree = ast.parse((PACKAGE_FOLDER / name).read_text())
         checks = [
@@ -240,53 +224,3 @@ def test_shipped_files_import_only_shipped_modules(model: HubCommit) -> None:
                 assert (node.module or "").partition(".")[0] in available
             elif isinstance(node, ast.Import):
                 assert all(alias.name.partition(".")[0] in available for alias in node.names)
-
-
-def test_temporary_faults_are_retried_and_others_print_a_command_to_finish(
-    hub: LocalHub, model: HubCommit, photo: Path
-) -> None:
-    hub.fail("POST", "/spaces/ann/demo/commit/", 503)
-    push_space(build_space_files(model), model, "ann/demo")
-    hub.fail("POST", "/spaces/ann/other/commit/", 500, times=3)
-    contents = build_space_files(model, title="Ann's own", examples=[photo])
-    with pytest.raises(PushError) as failed:
-        push_space(
-            contents, model, "ann/other", private=True, flags=["--title", "Ann's own", "--examples", str(photo)]
-        )
-    assert hub.repositories["spaces/ann/other"].private
-    message = str(failed.value)
-    assert message.startswith("the push to the Space ann/other failed: HTTP 500") and "\n" not in message
-    program, script, *flags = shlex.split(message.partition("Finish with: ")[2])
-    assert (program, script) == ("vitcls", "space")
-    assert run_in_process("push_space.py", *flags) == 0
-    assert {name: hub.read("spaces/ann/other", name) for name in contents} == {
-        name: content if isinstance(content, bytes) else content.read_bytes() for name, content in contents.items()
-    }
-    assert "title: Ann's own" in hub.read("spaces/ann/other", "README.md").decode()
-
-
-@pytest.mark.parametrize("more", ["--space-id ann/demo", "--private"])
-def test_incompatible_flags_exit_with_status_2(more: str, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ["--model", "ann/mine", "--output", "space", *more.split()]
-    assert run_in_process("push_space.py", *flags) == 2
-    assert f"--output pushes nothing, but {more.split()[0]}" in "".join(capsys.readouterr())
-
-
-def test_a_private_model_requires_a_secret(
-    hub: LocalHub, classifier: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    push_folder(classifier, "ann/hidden", private=True)
-    assert run_in_process("push_space.py", "--model", "ann/hidden", "--private") == 0
-    assert hub.repositories["spaces/ann/hidden-demo"].private
-    last = capsys.readouterr().out.splitlines()[-1]
-    assert "secret HF_TOKEN" in last and f"{hub.url}/spaces/ann/hidden-demo/settings" in last
-
-
-def test_the_files_can_be_written_without_a_push(hub: LocalHub, model: HubCommit, tmp_path: Path) -> None:
-    target = tmp_path / "space"
-    assert run_in_process("push_space.py", "--model", "ann/mine", "--output", target) == 0
-    written = {file.relative_to(target).as_posix() for file in target.rglob("*") if file.is_file()}
-    assert written == set(build_space_files(model))
-    assert not [name for name in hub.repositories if name.startswith("spaces/")]
-    with raises_one_line(str(target), "not empty", "--output"):
-        write_space(build_space_files(model), target)
