@@ -268,8 +268,8 @@ def run_script(commit: HubCommit, temporary_folder: Path, trust_remote_code: boo
             check=False,
         )
         if not (target / "report.json").is_file():
-            lines = process.stderr.strip().splitlines() or [f"exit status {process.returncode}"]
-            raise RuntimeError(f"{error_prefix}: {lines[-1]}")
+            last_line = (process.stderr.strip().splitlines() or [""])[-1]
+            raise RuntimeError(f"{error_prefix}: exit status {process.returncode}. {last_line}".rstrip(". "))
         report = json.loads((target / "report.json").read_text(encoding="utf-8"))
         if "error" in report:
             error_class = RuntimeError if report["can_retry"] else VerificationError

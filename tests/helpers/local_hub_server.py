@@ -119,6 +119,12 @@ def who_am_i(hub: "LocalHub", match: re.Match[str], request: Request) -> Respons
     )
 
 
+def check_write_access(hub: "LocalHub", match: re.Match[str], request: Request) -> Response:
+    """Return an empty response if the token may write to the repository."""
+    get_writable(hub, match["repo"], request)
+    return Response({})
+
+
 def create_repository(hub: "LocalHub", match: re.Match[str], request: Request) -> Response:
     """Create a repository with an initial commit; status 409 if the repository exists."""
     requested = request.json()
@@ -379,6 +385,7 @@ HUB_ROUTES: Routes = [
     ("GET", re.compile(r"/api/whoami-v2"), who_am_i),
     ("POST", re.compile(r"/api/repos/create"), create_repository),
     ("POST", re.compile(r"/api/validate-yaml"), validate_card),
+    ("GET", re.compile(f"{ANY_REPO}/auth-check/write"), check_write_access),
     ("GET", re.compile(f"{ANY_REPO}/refs"), refs),
     ("POST", re.compile(f"{ANY_REPO}/branch/(?P<name>[^/]+)"), create_branch),
     ("POST", re.compile(f"{ANY_REPO}/tag/(?P<name>[^/]+)"), create_tag),

@@ -1,0 +1,315 @@
+"""Pushing model folders to a local Hub, with the real huggingface_hub client."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from helpers.local_hub import LocalHub, Token
+from helpers.model_folders import write_results, write_run_folder
+from helpers.tiny_models import build_tiny_config, raises_one_line, save_with_processor
+from huggingface_hub import HfApi
+
+import modeling_vitcls as vitcls
+from modeling_vitcls.hub import connection
+from modeling_vitcls.publishing.card import write_card
+from modeling_vitcls.publishing.push import PushError, prepare_repository, push_folder
+
+
+pytestmark = pytest.mark.integration
+
+CODE = {file.name for file in Path(vitcls.__file__).parent.glob("*_vitcls.py")}
+WEIGHTS = "model.safetensors"
+MODEL_FILES = CODE | {WEIGHTS, "config.json", "preprocessor_config.json"}
+
+TOKENS = {
+    "hf_ann": Token("ann", {"lab": "write", "school": "read"}),
+    "hf_read": Token("ann", role="read"),
+    "hf_one_model": Token("ann", role="fineGrained", scopes={("model", "ann/there"): ["repo.write"]}),
+}
+
+
+@pytest.fixture
+def hub(hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> LocalHub:
+    """Start an empty Hub for this process, as ann."""
+    hub.tokens |= TOKENS
+    monkeypatch.setattr(connection, "RETRY_WAITS", (0.01, 0.02, 0.03))
+    return hub
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Return the output folder of a run, with files that must not be pushed."""
+    target = write_run_folder(tmp_path / "my-run")
+    (target / "images").mkdir()
+    (target / "images" / "attention.png").write_bytes(b"\x89PNG")
+    (target / "report.html").write_text("<html>")
+    for name in (".vitcls.lock", "holiday.png", "model.pkl", "notes.txt", "checkpoints/step-1/model.safetensors"):
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        (target / name).write_bytes(b"private")
+    return target
+
+
+def take_snapshot(folder: Path) -> dict[str, str]:
+    """Return the hashes of all files of a folder."""
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.rglob("*") if path.is_file()}
+
+
+# Files ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_push_is_one_commit_of_the_model_files(hub: LocalHub, folder: Path) -> None:
+    before = take_snapshot(folder)
+    pushed = push_folder(folder, "ann/model", message="Trained")
+    repository = hub.repositories["ann/model"]
+    assert len(repository.commits) == 2 and repository.branches == {"main": pushed.commit}
+    assert repository.commits[pushed.commit].message == "Trained" and not repository.private
+    accompanying = {"README.md", "results.json", "config.resolved.yaml", "images/attention.png", "report.html"}
+    assert set(hub.files("ann/model")) == {".gitattributes", "CODE_LICENSE"} | MODEL_FILES | accompanying
+    for name in MODEL_FILES | {"results.json"}:
+        assert hub.read("ann/model", name) == (folder / name).read_bytes()
+    assert hub.files("ann/model")[WEIGHTS].is_lfs
+    recipe = yaml.safe_load(hub.read("ann/model", "config.resolved.yaml"))
+    assert recipe == {"output_dir": "my-model", "model": "vitcls-tiny", "dataset": "digits", "epochs": 3.0}
+    assert take_snapshot(folder) == before
+    assert push_folder(folder, "ann/model").commit == pushed.commit  # nothing changed
+
+
+@pytest.mark.parametrize(
+    ("flags", "is_published"),
+    [
+        ({"dataset": "acme/photos"}, True),
+        ({"dataset": "./photos"}, False),
+        ({"dataset": "/home/ann/photos"}, False),
+        ({"dataset": "memory:0123456789abcdef"}, False),
+        ({"dataset": "./photos", "card_samples": True}, True),
+    ],
+)
+def test_images_of_local_datasets_are_published_only_on_request(
+    hub: LocalHub, folder: Path, flags: dict[str, Any], is_published: bool
+) -> None:
+    (folder / "config.resolved.yaml").write_text(yaml.safe_dump({"model": "vitcls-tiny"} | flags))
+    push_folder(folder, "ann/model")
+    card = hub.read("ann/model", "README.md").decode()
+    for name in ("report.html", "images/attention.png"):
+        assert (name in hub.files("ann/model")) is is_published and (name in card) is is_published
+    assert "/home/ann" not in card and "/home/ann" not in hub.read("ann/model", "config.resolved.yaml").decode()
+
+
+def test_results_of_other_weights_are_not_published(
+    hub: LocalHub, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    push_folder(folder, "ann/model")
+    assert "98.33%" in hub.read("ann/model", "README.md").decode()
+    config = build_tiny_config(num_register_tokens=1)
+    save_with_processor(vitcls.ViTCLSForImageClassification(config), folder)
+    push_folder(folder, "ann/model")
+    names = set(hub.files("ann/model"))
+    assert names >= MODEL_FILES
+    assert not names & {"results.json", "config.resolved.yaml", "report.html", "images/attention.png"}
+    assert "98.33%" not in hub.read("ann/model", "README.md").decode()
+    (message,) = caplog.messages
+    assert "results.json" in message and "\n" not in message
+
+
+def test_onnx_files_are_pushed_only_with_the_weights_they_were_created_from(hub: LocalHub, folder: Path) -> None:
+    (folder / "onnx").mkdir()
+    (folder / "onnx" / "model.onnx").write_bytes(b"graph")
+    digest = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
+    comparison = {"file": "onnx/model.onnx", "largest_difference": 2.5e-7, "top1_agreement": 1.0}
+    scores = {"dataset": "digits", "split": "test", "num_images": 1000, "metric": "accuracy", "model": 0.974}
+    report = {"weights_sha256": {WEIGHTS: digest}, "comparisons": [comparison]}
+    report["labeled"] = scores | {"files": {"model.onnx": 0.9725}}
+    (folder / "onnx" / "report.json").write_text(json.dumps(report))
+    push_folder(folder, "ann/model")
+    assert {"onnx/model.onnx", "onnx/report.json"} <= set(hub.files("ann/model"))
+    card = hub.read("ann/model", "README.md").decode()
+    assert "| `onnx/model.onnx` | 2.5e-07 | 100.00% | 97.25% |\n" in card and "97.40%" in card
+    save_with_processor(vitcls.ViTCLSForImageClassification(build_tiny_config(num_register_tokens=2)), folder)
+    push_folder(folder, "ann/model")
+    assert not [name for name in hub.files("ann/model") if name.startswith("onnx/")]
+    assert "onnx" not in hub.read("ann/model", "README.md").decode()
+
+
+def test_a_push_removes_outdated_files_of_its_branch_and_keeps_others(hub: LocalHub, folder: Path) -> None:
+    """Shards replace a single file, and files of earlier versions are removed."""
+    push_folder(folder, "ann/model")
+    for name in ("notes.md", "handler.py", "parity_report.json"):
+        HfApi().upload_file(path_or_fileobj=b"mine", path_in_repo=name, repo_id="ann/model")
+    main = hub.repositories["ann/model"].branches["main"]
+    (folder / WEIGHTS).unlink()
+    vitcls.ViTCLSForImageClassification(build_tiny_config()).save_pretrained(folder, max_shard_size="20KB")
+    write_results(folder)
+    push_folder(folder, "ann/model", branch="new")
+    names = set(hub.files("ann/model", "new"))
+    shards = {path.name for path in folder.glob("model-*.safetensors")}
+    assert len(shards) > 1 and shards | {"notes.md", "results.json"} <= names
+    assert not names & {WEIGHTS, "handler.py", "parity_report.json"}
+    assert hub.repositories["ann/model"].branches["main"] == main
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda folder: (folder / "config.json").unlink(), ["does not contain a model", "config.json"]),
+        (lambda folder: (folder / WEIGHTS).unlink(), ["lacks model.safetensors"]),
+        (lambda folder: (folder / "modeling_vitcls.py").unlink(), ["lacks modeling_vitcls.py"]),
+        (lambda folder: (folder / "heads_vitcls.py").unlink(), ["lacks heads_vitcls.py"]),
+        (lambda folder: (folder / "config.json").write_text('{"model_type": "vit"}'), ["'vit'", "vitcls convert"]),
+        (lambda folder: (folder / "config.json").write_text("{"), ["cannot read", "config.json"]),
+        (lambda folder: folder.rename(folder.with_name("other")), ["is not a folder"]),
+    ],
+)
+def test_an_incomplete_model_is_not_pushed(hub: LocalHub, folder: Path, spoil: Any, words: list[str]) -> None:
+    spoil(folder)
+    with raises_one_line(*words, error=(ValueError, OSError)):
+        push_folder(folder, "ann/model")
+    assert not hub.repositories
+
+
+def test_code_in_another_repository_is_not_pushed(hub: LocalHub, folder: Path) -> None:
+    config = (folder / "config.json").read_text().replace('": "modeling_vitcls.', '": "ann/code--modeling_vitcls.')
+    (folder / "config.json").write_text(config)
+    with raises_one_line("ann/code--modeling_vitcls", "another repository"):
+        push_folder(folder, "ann/model")
+
+
+# Cards ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_generated_card_names_the_repository(hub: LocalHub, folder: Path) -> None:
+    write_card(folder)
+    local_card = (folder / "README.md").read_text()
+    assert "# my-run\n" in local_card and 'model="my-run"' in local_card
+    push_folder(folder, "ann/model")
+    card = hub.read("ann/model", "README.md").decode()
+    assert "# ann/model\n" in card and 'model="ann/model"' in card and "my-run" not in card
+    assert (folder / "README.md").read_text() == local_card
+
+
+def test_an_edited_card_is_published_as_it_is(hub: LocalHub, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_card(folder)
+    text = (folder / "README.md").read_text().replace("# my-run", "# My model")
+    (folder / "README.md").write_text(text)
+    push_folder(folder, "ann/model")
+    assert hub.read("ann/model", "README.md").decode() == text and "ann/model" in caplog.text
+    write_card(folder)
+    assert (folder / "README.md").read_text() == text
+    (folder / "README.md").write_text("---\nlicense: [\n---\n")  # invalid YAML
+    with raises_one_line("README.md", "vitcls push", error=PushError):
+        push_folder(folder, "ann/model")
+
+
+# Adapters ------------------------------------------------------------------------------------------------------------
+
+
+def test_an_adapter_is_pushed_without_local_paths(hub: LocalHub, tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    (folder / "adapter_model.safetensors").write_bytes(b"weights")
+    (folder / "config.json").write_text("{}")
+    settings = {"base_model_name_or_path": str(tmp_path / "base"), "r": 8, "peft_type": "LORA"}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    with raises_one_line("base_model_name_or_path"):
+        push_folder(folder, "ann/adapter")
+    (folder / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": "ann/base"}))
+    build_tiny_config(num_labels=7).save_pretrained(folder)
+    push_folder(folder, "ann/adapter")
+    assert set(hub.files("ann/adapter")) - {".gitattributes"} == {
+        *("adapter_config.json", "adapter_model.safetensors", "README.md")
+    }
+    card = hub.read("ann/adapter", "README.md").decode()
+    assert "base_model: ann/base" in card and "base_model_relation: adapter" in card and "num_labels=7" in card
+    (folder / "adapter_model.safetensors").unlink()
+    with raises_one_line("lacks adapter_model.safetensors"):
+        push_folder(folder, "ann/adapter")
+
+
+# Permissions ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("token", "asked", "found"),
+    [
+        ("hf_ann", None, "ann/my-run"),
+        ("hf_ann", "model", "ann/model"),
+        ("hf_ann", "lab/model", "lab/model"),
+        ("hf_one_model", "ann/there", "ann/there"),
+    ],
+)
+def test_the_repository_exists_before_a_run(
+    hub: LocalHub, token: str, asked: str | None, found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.create("ann/there", private=False)
+    monkeypatch.setenv("HF_TOKEN", token)
+    assert prepare_repository(asked, "my-run") == found
+    assert found in hub.repositories and hub.count_requests("POST", "/commit/") == 0
+
+
+@pytest.mark.parametrize(
+    ("token", "repo_id", "words"),
+    [
+        (None, "ann/model", ["no token was found", "hf auth login", "HF_TOKEN"]),
+        ("hf_wrong", "ann/model", ["hf auth login"]),
+        ("hf_read", "ann/there", ["ann/there", "hf auth login"]),
+        ("hf_one_model", "ann/other", ["ann/other", "hf auth login"]),
+        ("hf_ann", "bob/model", ["bob/model", "--hub-model-id"]),
+        ("hf_ann", "school/model", ["school/model", "--hub-model-id"]),
+        ("hf_ann", "ann/my model", ["ann/my model", "--hub-model-id"]),
+        ("hf_ann", "a/b/c", ["a/b/c", "--hub-model-id"]),
+    ],
+)
+def test_a_push_that_is_not_permitted_is_an_error_before_a_run(
+    hub: LocalHub, token: str | None, repo_id: str, words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.create("ann/there", private=False)
+    monkeypatch.delenv("HF_TOKEN")
+    if token is not None:
+        monkeypatch.setenv("HF_TOKEN", token)
+    with raises_one_line(*words):
+        prepare_repository(repo_id, "my-run")
+    assert set(hub.repositories) == {"ann/there"}
+
+
+def test_a_public_repository_is_not_accepted_for_a_private_push(hub: LocalHub) -> None:
+    hub.create("ann/there", private=False)
+    with raises_one_line("ann/there", "is public"):
+        prepare_repository("ann/there", "my-run", private=True)
+    assert prepare_repository("ann/new", "my-run", private=True) == "ann/new" and hub.repositories["ann/new"].private
+
+
+def test_offline_mode_is_an_error(hub: LocalHub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for push in (lambda: prepare_repository("ann/model", "x"), lambda: push_folder(folder, "ann/model")):
+        with raises_one_line("HF_HUB_OFFLINE"):
+            push()
+
+
+# Faults --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "kind"),
+    [
+        ("POST", "/api/repos/create", 503),
+        ("GET", "/api/models/ann/model", "drop"),
+        ("PUT", "/objects/", "drop"),
+        ("POST", "/commit/", 502),
+        ("POST", "/commit/", 412),
+    ],
+)
+def test_temporary_failures_are_retried(hub: LocalHub, folder: Path, method: str, path: str, kind: Any) -> None:
+    hub.fail(method, path, kind)
+    pushed = push_folder(folder, "ann/model")
+    assert hub.repositories["ann/model"].branches["main"] == pushed.commit
+    assert set(hub.files("ann/model")) >= MODEL_FILES and len(hub.repositories["ann/model"].commits) == 2
+
+
+def test_a_failed_push_prints_the_command_that_completes_it(hub: LocalHub, folder: Path) -> None:
+    hub.create("ann/model", private=False)
+    hub.fail("POST", "/commit/", 403)
+    command = f"vitcls push --model {folder} --hub-model-id ann/model --private --branch new"
+    with raises_one_line("HTTP 403", command, error=PushError):
+        push_folder(folder, "ann/model", private=True, branch="new")

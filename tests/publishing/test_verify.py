@@ -1,0 +1,199 @@
+"""Verification of published models: hashes, and the outputs of a new process that loads the published code."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.fresh_processes import run_fresh
+from helpers.local_hub import LocalHub, Token
+from helpers.tiny_models import build_tiny_config, raises_one_line, save_classifier, save_with_processor
+from huggingface_hub import HfApi
+from safetensors.torch import load_file, save_file
+
+import modeling_vitcls as vitcls
+from modeling_vitcls.hub import connection
+from modeling_vitcls.publishing.push import push_folder
+from modeling_vitcls.publishing.verify import (
+    VerificationError,
+    build_clean_environment,
+    compare_outputs,
+    verify,
+    verify_push,
+)
+
+
+pytestmark = pytest.mark.integration
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "push_to_hub.py"
+TASKS = {"species": ["cat", "dog"], "coat": ["short", "long", "none"]}
+KINDS: dict[str, tuple[type, dict[str, Any], list[str]]] = {
+    "encoder": (vitcls.ViTCLSModel, {}, ["AutoModel"]),
+    "masked": (vitcls.ViTCLSForMaskedImageModeling, {}, ["AutoModel", "AutoModelForMaskedImageModeling"]),
+    "tasks": (
+        vitcls.ViTCLSForMultiTaskClassification,
+        {"num_cls_tokens": 2, "tasks": TASKS},
+        ["AutoModel", "AutoModelForImageClassification"],
+    ),
+    "backbone": (vitcls.ViTCLSBackbone, {}, ["AutoModel", "AutoBackbone"]),
+}
+
+
+@pytest.fixture
+def hub(hub: LocalHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> LocalHub:
+    """Start an empty Hub for this process and its child processes, as ann."""
+    hub.tokens |= {"hf_bob": Token("bob")}
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))  # a new process must not use it
+    monkeypatch.setattr(connection, "RETRY_WAITS", (0.01, 0.02))
+    return hub
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Return a classifier with its image processor."""
+    return save_classifier(tmp_path / "my-run")
+
+
+@pytest.mark.slow
+def test_the_script_pushes_and_verifies_a_private_model(hub: LocalHub, folder: Path, tmp_path: Path) -> None:
+    hub.fail("GET", "/objects/", "cut")  # the first request for weights
+    ended = run_fresh(SCRIPT, "--model", folder, "--hub-model-id", "model", "--private", cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    commit = hub.repositories["ann/model"].branches["main"]
+    assert hub.repositories["ann/model"].private and f"verified: ann/model at {commit}" in ended.stdout
+    for name in ("AutoModel", "AutoModelForImageClassification", "AutoImageProcessor"):
+        assert f"    {name} " in ended.stdout
+    line = f'AutoModelForImageClassification.from_pretrained("ann/model", revision="{commit}", trust_remote_code=True)'
+    assert ended.stdout.rstrip().endswith(line)
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fast_verification")
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_of_model_is_verified_at_an_old_tag(hub: LocalHub, tmp_path: Path, kind: str) -> None:
+    model_class, fields, auto_classes = KINDS[kind]
+    model = model_class(build_tiny_config(**fields))
+    first = push_folder(save_with_processor(model, tmp_path / kind), "ann/model").commit
+    HfApi().create_tag("ann/model", tag="v1", revision=first)
+    push_folder(save_classifier(tmp_path / "other"), "ann/model")
+    report = verify("ann/model", "v1")
+    assert report.commit.sha == first and report.class_names[auto_classes[-1]] == model_class.__name__
+    assert set(report.differences) == {*auto_classes, "AutoImageProcessor"}
+    assert max(report.differences.values()) <= 1e-6
+    assert report.code_comparison == f"code of modeling_vitcls {vitcls.__version__}"
+
+
+# Untrusted code ------------------------------------------------------------------------------------------------------
+
+
+CHANGED_CODE = "pool = TokenPooler.forward\nTokenPooler.forward = lambda self, tokens: 1.001 * pool(self, tokens)\n"
+
+
+def test_published_code_runs_in_another_process_and_other_logits_are_noticed(
+    hub: LocalHub, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The new process receives no secrets of this process."""
+    code, seen = folder / "heads_vitcls.py", tmp_path / "seen.json"
+    spy = f"import json, os\njson.dump([os.getpid(), dict(os.environ)], open({str(seen)!r}, 'w'))\n"
+    code.write_text(code.read_text() + CHANGED_CODE + spy)
+    pushed = push_folder(folder, "ann/model")
+    assert not seen.exists()
+    monkeypatch.setenv("MY_SECRET", "42")
+    with raises_one_line("differ from the reference", "the limit", error=VerificationError):
+        verify("ann/model", pushed.commit, folder)
+    process, environment = json.loads(seen.read_text())
+    assert process != os.getpid()
+    assert "hf_ann" not in environment.values() and "MY_SECRET" not in environment
+    assert environment["HF_ENDPOINT"] == hub.url and environment["PATH"] == os.environ["PATH"]
+
+
+def test_only_private_repositories_are_loaded_with_the_token(
+    hub: LocalHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    values = {"HF_HOME": "/mine", "AWS_KEY": "x", "RANK": "1", "no_proxy": "a", "OMP_NUM_THREADS": "1"}
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    found = build_clean_environment(str(tmp_path), needs_token=False)
+    assert not {"HF_TOKEN", "AWS_KEY", "RANK"} & found.keys()
+    assert found["HF_HOME"] == found["HOME"] == str(tmp_path)
+    assert found["no_proxy"] == "a" and found["OMP_NUM_THREADS"] == "1"
+    assert build_clean_environment(str(tmp_path), needs_token=True) == found | {"HF_TOKEN": "hf_ann"}
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        ("try:\n    import modeling_vitcls\nexcept ValueError:\n    pass\n", ["cannot load", "modeling_vitcls"]),
+        ("raise KeyError('x')\n", ["cannot load", "KeyError"]),
+        ("import os\nos._exit(3)\n", ["cannot load", "exit status 3"]),
+    ],
+)
+def test_code_that_does_not_load_is_an_error(hub: LocalHub, folder: Path, code: str, words: list[str]) -> None:
+    """Code that requires this package, raises an error, or ends the process."""
+    file = folder / "modeling_vitcls.py"
+    file.write_text(code + file.read_text())
+    pushed = push_folder(folder, "ann/model")
+    with raises_one_line("ann/model", *words, error=VerificationError):
+        verify("ann/model", pushed.commit, folder)
+    with raises_one_line(
+        "was pushed, but not verified", f"--verify-only ann/model --revision {pushed.commit}", error=OSError
+    ):
+        verify_push(pushed, folder)
+
+
+# Files ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "modeling_vitcls.py", "config.json"])
+def test_a_file_that_is_corrupted_in_storage_is_named(hub: LocalHub, folder: Path, file: str) -> None:
+    pushed = push_folder(folder, "ann/model")
+    hub.corrupt("ann/model", file)
+    with raises_one_line("damaged", file, error=(VerificationError, OSError)):
+        verify("ann/model", pushed.commit)
+
+
+def test_a_folder_that_changed_after_the_push_is_noticed(hub: LocalHub, folder: Path) -> None:
+    pushed = push_folder(folder, "ann/model")
+    HfApi().delete_file("preprocessor_config.json", "ann/model")
+    with raises_one_line("preprocessor_config.json", f"Push {folder} again", error=VerificationError):
+        verify("ann/model", "main", folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["classifier.bias"] += 1
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with raises_one_line("model.safetensors", f"Push {folder} again", error=VerificationError):
+        verify("ann/model", pushed.commit, folder)
+
+
+def test_other_repositories_are_one_line_errors(hub: LocalHub) -> None:
+    hub.create("ann/empty", private=False)
+    with raises_one_line("ann/empty", "does not contain a vitcls model", error=VerificationError):
+        verify("ann/empty")
+    with raises_one_line("ann/nothing"):
+        verify("ann/nothing")
+    with raises_one_line("ann/empty", "v9"):
+        verify("ann/empty", "v9")
+
+
+# Outputs -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "is_equal"),
+    [(1.0, True), (1.0 + 5e-7, True), (1.0 + 5e-6, False), (float("nan"), False)],
+)
+def test_outputs_are_compared_with_a_tolerance(value: float, is_equal: bool) -> None:
+    expected, found = {"AutoModel/logits": torch.ones(2, 3)}, {"AutoModel/logits": torch.full((2, 3), value)}
+    if is_equal:
+        assert compare_outputs("ann/model", found, expected)["AutoModel"] == pytest.approx(value - 1, abs=2e-7)
+    else:
+        with raises_one_line("AutoModel/logits", error=VerificationError):
+            compare_outputs("ann/model", found, expected)
+
+
+@pytest.mark.parametrize("found", [{}, {"a": torch.ones(3)}, {"a": torch.ones(2), "b": torch.ones(1)}])
+def test_missing_and_unexpected_outputs_are_noticed(found: dict[str, torch.Tensor]) -> None:
+    with raises_one_line("shape", error=VerificationError):
+        compare_outputs("ann/model", found, {"a": torch.ones(2)})
