@@ -27,6 +27,7 @@ from ..hub.loading import (
     CONFIG_FILE,
     CONFIG_FILES,
     MODEL_FILE_PATTERNS,
+    PARITY_REPORT_FILE,
     get_cached_commit,
     get_model_folder,
     split_revision,
@@ -93,9 +94,16 @@ def convert_once(source: str) -> str:
 
     folder = Path(constants.HF_HUB_CACHE).parent / "vitcls" / "converted" / compute_cache_name(source)
     if not (folder / CONFIG_FILE).is_file():
-        logger.warning("converting %s; the result is cached in %s", source, folder)
+        logger.warning("converting %s", source)
         convert_checkpoint(source, folder)
+        logger.warning("the converted model is cached in %s", folder)
     return str(folder)
+
+
+def has_random_weights(folder: str) -> bool:
+    """Return whether a model folder is a conversion with random weights (`vitcls convert --random-init`)."""
+    file = Path(folder, PARITY_REPORT_FILE)
+    return file.is_file() and bool(read_json(file).get("random_init"))
 
 
 def compute_cache_name(source: str) -> str:

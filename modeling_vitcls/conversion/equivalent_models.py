@@ -8,6 +8,7 @@ These forms have the same outputs for images of any size:
     position_embedding_type="none"     zero learned position embeddings
     intermediate_size                  additional hidden units with zero weights
     distillation_inference="cls"       no distillation classifier, because inference does not use it
+    temperature                        a classifier whose weights are divided by the temperature
 
 The following forms have the same outputs only at the native image size, where position embeddings are not resampled:
 
@@ -84,6 +85,18 @@ def drop_distillation_classifier(weights: Weights, old_config: ViTCLSConfig, new
         del weights[name]
 
 
+def propose_temperature_removal(config: ViTCLSConfig) -> list[Fields]:
+    """Return a temperature of 1 if the logits of one linear classifier are divided by the temperature."""
+    is_foldable = bool(config.num_labels) and config.head_type == "linear" and not config.has_distillation_head
+    return [{"temperature": 1.0}] if is_foldable and config.temperature != 1 else []
+
+
+def fold_temperature(weights: Weights, old_config: ViTCLSConfig, new_config: ViTCLSConfig) -> None:
+    """Divide the weights of the classifier by the temperature."""
+    for name in ("classifier.weight", "classifier.bias"):
+        weights[name] = weights[name] / old_config.temperature
+
+
 # Positions -----------------------------------------------------------------------------------------------------------
 
 
@@ -153,6 +166,7 @@ def widen_mlp(weights: Weights, old_config: ViTCLSConfig, new_config: ViTCLSConf
 # All rewrites, in the order in which to_transformers.py tries them.
 REWRITES = (
     Rewrite(propose_distillation_head_removal, drop_distillation_classifier),
+    Rewrite(propose_temperature_removal, fold_temperature),
     Rewrite(propose_cls_mean_pooling, widen_classifier),
     Rewrite(propose_wider_mlp, widen_mlp),
     Rewrite(lambda config: propose_learned_positions(config, "none"), add_learned_positions),

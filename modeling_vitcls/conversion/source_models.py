@@ -84,7 +84,8 @@ class TimmSource:
             model, commit = load_timm_model(name, pretrained=not random_init)
         except Exception as error:  # downloads raise errors of many types
             raise OSError(
-                f"timm cannot load {name}: {format_error(error)}. Set --random-init to convert without trained weights"
+                f"timm cannot load {name}: {format_error(error)}. Use a machine with access to the Hub, or a folder "
+                "with the model (timm:local-dir:FOLDER)"
             ) from error
         return cls(f"timm:{name}", randomize_weights(model) if random_init else model, commit, [])
 

@@ -34,11 +34,10 @@ from ..distributed import build_accelerator
 from ..files import write_json
 from ..heads_vitcls import IGNORED_LABEL
 from ..hub.loading import MODEL_FILE_PATTERNS
-from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..options import EvaluateOptions
 from ..system import describe_device, get_versions
 from .evaluator import CachedBatches, Evaluator, HeldOutBatch
-from .load_model import load_classifier
+from .load_model import load_classifier, load_processor
 from .metric_tables import build_class_tables, build_metric_rows
 from .metrics import select_scalars
 
@@ -61,7 +60,7 @@ def load_evaluation(options: EvaluateOptions, accelerator: Accelerator, warn: Ca
     with accelerator.main_process_first():  # the main process downloads the files
         folder = resolve_checkpoint(options.model, [*MODEL_FILE_PATTERNS, RESULTS_FILE])
         model = load_classifier(options.model, folder).to(accelerator.device).eval()
-        processor = ViTCLSImageProcessor.from_pretrained(folder)
+        processor = load_processor(options.model, folder)
         if options.fit is not None:
             set_fit(processor, options.fit, model.config.image_height_width)
         record = read_held_out_record(folder)

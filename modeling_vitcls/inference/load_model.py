@@ -1,5 +1,6 @@
 """Load a saved model for evaluation or prediction."""
 
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -60,10 +61,21 @@ def load_model(source: str, use_head: bool, fit: str | None = None) -> tuple[Pre
     if missing_weights := loading_info["missing_keys"]:
         weight_name = min(missing_weights)
         raise ValueError(f"the checkpoint {source} does not contain the weight {weight_name}. Train the model first")
-    processor = load_checkpoint(ViTCLSImageProcessor.from_pretrained, folder)
+    processor = load_processor(source, folder)
     if fit is not None:
         set_fit(processor, fit, model.config.image_height_width)
     return model, processor
+
+
+def load_processor(source: str, folder: str) -> ViTCLSImageProcessor:
+    """Load the image processor from the folder of the model `source`. Raise OSError if the folder has no image
+    processor."""
+    if not Path(folder, "preprocessor_config.json").is_file():
+        raise OSError(
+            f"{source} requires an image processor, but preprocessor_config.json is missing. Convert the original "
+            "checkpoint with `vitcls convert`, which also writes the image processor"
+        )
+    return load_checkpoint(ViTCLSImageProcessor.from_pretrained, folder)
 
 
 def load_classifier(source: str, folder: str) -> Classifier:

@@ -28,8 +28,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
 from ..configuration_vitcls import ViTCLSConfig, to_pair
-from ..conversion.any_checkpoint import resolve_checkpoint
-from ..hub.loading import check_is_vitcls
+from ..conversion.any_checkpoint import has_random_weights, resolve_checkpoint
+from ..hub.loading import MODEL_FILE_PATTERNS, PARITY_REPORT_FILE, check_is_vitcls
 from ..inference.load_model import is_preset
 from ..options import FinetuneOptions, PretrainOptions
 
@@ -54,6 +54,7 @@ class RunProperties:
     width: int  # hidden size of the model
     image_size: int  # length of the longer side of the model's input images, in pixels
     num_training_images: int | None  # number of training images; None for a stream
+    is_random_conversion: bool = False  # whether the model was converted with --random-init
 
     @property
     def is_large_dataset(self) -> bool:
@@ -123,14 +124,16 @@ def get_run_properties(options: FinetuneOptions | PretrainOptions, num_training_
     """Return the properties of a run. Only the configuration of a checkpoint is read, not the weights. Raise
     ValueError if the checkpoint is not a vitcls model, and OSError if the checkpoint cannot be found or read."""
     name, config_values = options.model.model, options.model.get_config_values()
-    has_random_weights = is_preset(name)
-    if has_random_weights:
+    is_random_conversion = False
+    if is_preset(name):
         config = ViTCLSConfig.from_preset(name)
     else:
-        folder = resolve_checkpoint(name)
+        folder = resolve_checkpoint(name, [*MODEL_FILE_PATTERNS, PARITY_REPORT_FILE])
         check_is_vitcls(name, folder)
         config = ViTCLSConfig.from_pretrained(folder)
-    method: TrainingMethod = "random weights" if has_random_weights else "pre-trained weights"
+        is_random_conversion = has_random_weights(folder)
+    has_random_initial_weights = is_preset(name) or is_random_conversion
+    method: TrainingMethod = "random weights" if has_random_initial_weights else "pre-trained weights"
     if isinstance(options, PretrainOptions):
         method = "masked images"
     elif options.training.trainable == "head":
@@ -139,7 +142,9 @@ def get_run_properties(options: FinetuneOptions | PretrainOptions, num_training_
         method = "LoRA"
     width = config_values.get("hidden_size", config.hidden_size)
     image_size = max(to_pair(config_values.get("image_size", config.image_size)))
-    return RunProperties(method, has_random_weights, width, image_size, num_training_images)
+    return RunProperties(
+        method, has_random_initial_weights, width, image_size, num_training_images, is_random_conversion
+    )
 
 
 def resolve_defaults(options: Options, run_properties: RunProperties) -> tuple[Options, str]:
@@ -148,7 +153,8 @@ def resolve_defaults(options: Options, run_properties: RunProperties) -> tuple[O
     values_by_reason: dict[str, list[str]] = {}
     for default in DEFAULTS:
         group: Any = getattr(options, default.group)
-        uses_checkpoint_value = default.name == "initializer_range" and not run_properties.has_random_weights
+        is_checkpoint = run_properties.is_random_conversion or not run_properties.has_random_weights
+        uses_checkpoint_value = default.name == "initializer_range" and is_checkpoint
         if getattr(group, default.name) is not None or uses_checkpoint_value:
             continue
         value = default.compute_value(run_properties)
@@ -162,4 +168,5 @@ def resolve_defaults(options: Options, run_properties: RunProperties) -> tuple[O
 def describe_random_weights(name: str, run_properties: RunProperties) -> str | None:
     """Return the summary line about random initial weights, or None if the initial weights are pre-trained."""
     remedy = f"For better results on a small dataset, set --model to a checkpoint, for example {EXAMPLE_CHECKPOINT}"
-    return f"random, because {name} is a preset. {remedy}" if run_properties.has_random_weights else None
+    reason = "was converted with --random-init" if run_properties.is_random_conversion else "is a preset"
+    return f"random, because {name} {reason}. {remedy}" if run_properties.has_random_weights else None

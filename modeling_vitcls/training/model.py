@@ -29,7 +29,7 @@ from ..data.fit import set_fit
 from ..data.labels import LabelSpace
 from ..hub.loading import check_is_vitcls
 from ..image_processing_vitcls import ViTCLSImageProcessor
-from ..inference.load_model import CLASSIFIER_CLASSES, Classifier, format_preset_names, is_preset
+from ..inference.load_model import CLASSIFIER_CLASSES, Classifier, format_preset_names, is_preset, load_processor
 from ..modeling_vitcls import ViTCLSModel
 from ..options import ModelOptions
 from .adapter import LORA_TARGET_MODULES
@@ -55,7 +55,7 @@ def build_model(options: ModelOptions, label_space: LabelSpace) -> tuple[Classif
     else:
         folder = resolve_checkpoint(options.model)
         model, new_parameter_names = load_with_label_space(folder, config_values, label_space)
-        processor = ViTCLSImageProcessor.from_pretrained(folder)
+        processor = load_processor(options.model, folder)
     if (mask_token := model.vitcls.embeddings.mask_token) is not None:
         mask_token.requires_grad_(False)  # not used in fine-tuning; DDP requires gradients of all trainable parameters
     set_fit(processor, options.fit, model.config.image_height_width)

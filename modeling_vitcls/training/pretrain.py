@@ -20,7 +20,7 @@ from ..data.images import LabeledImages
 from ..data.splits import TrainingData, load_training_data
 from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..inference.evaluator import Evaluator, ReconstructionEvaluator
-from ..inference.load_model import is_preset
+from ..inference.load_model import is_preset, load_processor
 from ..modeling_vitcls import ViTCLSForMaskedImageModeling
 from ..options import ModelOptions, PretrainOptions
 from .loop import Metrics
@@ -106,7 +106,7 @@ def build_pretraining_model(options: ModelOptions) -> tuple[ViTCLSForMaskedImage
     else:
         folder = resolve_checkpoint(options.model)
         model = ViTCLSForMaskedImageModeling.from_pretrained(folder, dtype=torch.float32, **config_values)
-        processor = ViTCLSImageProcessor.from_pretrained(folder)
+        processor = load_processor(options.model, folder)
         if rate := model.config.patch_drop_rate:
             raise ValueError(
                 f"{options.model} has a patch_drop_rate of {rate}, but pre-training requires all patches. "

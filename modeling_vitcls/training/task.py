@@ -26,6 +26,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from ..checkpoints import WRITE_ERRORS, CheckpointStore, Tensors
+from ..conversion.any_checkpoint import has_random_weights
 from ..data.augmentation import build_augmentation
 from ..data.batches import Normalizer, TrainingImages, iterate_training_batches
 from ..data.fit import describe_fit
@@ -318,7 +319,7 @@ def save_output(task: Task, results: dict[str, Any]) -> None:
         write_model(task.model, task.processor, folder, weights)
         results["weights_sha256"] = hash_weights(folder)
         results["provenance"] = None  # random initial weights
-        if not is_preset(options.model.model):
+        if not is_preset(options.model.model) and not has_random_weights(options.model.model):
             provenance = find_provenance(options.model.model)
             provenance.copy_license(folder)
             results["provenance"] = provenance.to_dict()

@@ -16,12 +16,18 @@ import transformers
 import yaml
 from helpers.accelerate_state import reset_accelerate
 from helpers.source_checkpoints import build_vit_classifier, save_checkpoint
-from helpers.tiny_models import build_tiny_config, randomize
+from helpers.tiny_models import build_tiny_config, raises_one_line, randomize
 from helpers.tiny_options import PLAIN
 from huggingface_hub import constants
 from timm.models import save_for_hf
 
-from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification, ViTCLSImageProcessor, ViTCLSModel
+from modeling_vitcls import (
+    ViTCLSConfig,
+    ViTCLSForImageClassification,
+    ViTCLSImageProcessor,
+    ViTCLSModel,
+    convert_from_timm,
+)
 from modeling_vitcls.conversion import any_checkpoint
 from modeling_vitcls.conversion.any_checkpoint import (
     compute_cache_name,
@@ -29,8 +35,9 @@ from modeling_vitcls.conversion.any_checkpoint import (
     pin_revision,
     resolve_checkpoint,
 )
-from modeling_vitcls.conversion.convert import load_source
+from modeling_vitcls.conversion.convert import convert_checkpoint, load_source
 from modeling_vitcls.conversion.random_weights import randomize_weights
+from modeling_vitcls.conversion.weight_rules import ConversionError
 from modeling_vitcls.export.exportable import load_exportable_model
 from modeling_vitcls.inference.load_model import load_model
 from modeling_vitcls.options import DataOptions, FinetuneOptions, ModelOptions, RunOptions, TrainingOptions
@@ -268,3 +275,29 @@ def test_a_run_starts_from_a_converted_model(source: Path, tmp_path: Path) -> No
     run(tmp_path / "run", str(source))
     assert ViTCLSForImageClassification.from_pretrained(tmp_path / "run").config.num_labels == 10
     assert Path(constants.HF_HUB_CACHE).parent.joinpath("vitcls", "converted").is_dir()
+
+
+def test_a_model_without_an_image_processor_names_the_remedy(tmp_path: Path) -> None:
+    """For example after `convert_from_timm(model).save_pretrained(folder)`."""
+    model = timm.create_model("test_vit", num_classes=10)
+    convert_from_timm(model).save_pretrained(tmp_path / "model")
+    with raises_one_line("preprocessor_config.json", "vitcls convert", error=OSError):
+        run(tmp_path / "run", str(tmp_path / "model"))
+    with raises_one_line("timm.create_model('vit_tiny_patch16_224'", error=ConversionError):
+        convert_from_timm("vit_tiny_patch16_224")  # type: ignore[arg-type]
+
+
+def test_a_timm_model_that_cannot_be_loaded_names_a_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """`finetune` has no flag --random-init, and nothing is cached."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(OSError, match="timm:local-dir:FOLDER") as raised:
+        run(tmp_path / "run", "timm:vit_tiny_patch16_224")
+    assert "--random-init" not in str(raised.value) and "\n" not in str(raised.value)
+    assert "cached in" not in caplog.text
+
+
+def test_a_run_from_random_weights_records_no_source(tmp_path: Path) -> None:
+    convert_checkpoint("timm:test_vit", tmp_path / "random", random_init=True)
+    assert run(tmp_path / "run", str(tmp_path / "random"))["provenance"] is None

@@ -343,3 +343,13 @@ def test_missing_weights_are_named() -> None:
     model = ViTCLSModel(ViTCLSConfig(**BASE, pooled_activation="tanh"), add_pooling_layer=False)
     with pytest.raises(ConversionError, match=re.escape("weights missing: pooler.dense.weight")):
         convert_to_transformers(model)
+
+
+@torch.no_grad()
+def test_the_temperature_is_folded_into_the_classifier() -> None:
+    model = randomize_weights(ViTCLSForImageClassification(ViTCLSConfig(**BASE, temperature=2.5)))
+    native: Any = convert_to_transformers(model)
+    torch.testing.assert_close(native(images((32, 32))).logits, model(images((32, 32))).logits, atol=1e-5, rtol=1e-5)
+    distilled = ViTCLSForImageClassification(ViTCLSConfig(**BASE | DISTILLED, temperature=2.5))
+    with pytest.raises(ConversionError, match="temperature"):
+        convert_to_transformers(distilled)

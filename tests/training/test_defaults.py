@@ -8,8 +8,14 @@ import pytest
 from helpers.tiny_models import build_tiny_config, randomize
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
+from modeling_vitcls.conversion.convert import convert_checkpoint
 from modeling_vitcls.options import DataOptions, FinetuneOptions, ModelOptions, PretrainOptions, TrainingOptions
-from modeling_vitcls.training.defaults import RunProperties, get_run_properties, resolve_defaults
+from modeling_vitcls.training.defaults import (
+    RunProperties,
+    describe_random_weights,
+    get_run_properties,
+    resolve_defaults,
+)
 
 
 SCRATCH = RunProperties("random weights", True, 96, 28, 2000)
@@ -104,3 +110,15 @@ def test_facts_about_a_run(tmp_path: Path) -> None:
         options = build_options(model=model, training=TrainingOptions(trainable=trainable))
         assert get_run_properties(options, 7).method == weights
     assert get_run_properties(PretrainOptions(Path("out"), DataOptions("digits"), model), 7).method == "masked images"
+
+
+def test_a_conversion_with_random_weights_is_not_pre_trained(tmp_path: Path) -> None:
+    """It gets the learning rate and the number of epochs of random weights, and the run says so."""
+    convert_checkpoint("timm:test_vit", tmp_path / "random", random_init=True)
+    options = build_options(model=ModelOptions(str(tmp_path / "random")))
+    run_properties = get_run_properties(options, 20_000)
+    assert run_properties.method == "random weights" and run_properties.has_random_weights
+    resolved, _ = resolve_defaults(options, run_properties)
+    assert (resolved.training.epochs, resolved.training.layer_decay) == (30.0, 1.0)
+    assert resolved.model.initializer_range is None  # the weights are those of the conversion
+    assert "--random-init" in str(describe_random_weights("random", run_properties))
