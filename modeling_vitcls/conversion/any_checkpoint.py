@@ -27,11 +27,11 @@ from ..hub.loading import (
     CONFIG_FILE,
     CONFIG_FILES,
     MODEL_FILE_PATTERNS,
-    PARITY_REPORT_FILE,
     get_cached_commit,
     get_model_folder,
     split_revision,
 )
+from ..hub.model_files import PARITY_REPORT_FILE
 from ..version import __version__
 
 

@@ -20,15 +20,15 @@ import transformers
 from transformers import PreTrainedModel
 
 from ..configuration_vitcls import ViTCLSConfig
-from ..files import write_json
+from ..files import read_json, write_json
 from ..hub.loading import check_is_vitcls, get_model_folder
 from ..hub.local_paths import check_output_is_empty, resolve_name, strip_folders
-from ..hub.model_files import PARITY_REPORT_FILE
+from ..hub.model_files import PARITY_REPORT_FILE, RECIPE_FILE, RESULTS_FILE, hash_weights
 from ..hub.provenance import find_provenance
 from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel, ViTCLSPreTrainedModel
 from ..system import get_versions
-from .parity_report import ParityReport, compare_models, describe_position_embeddings, hash_files
+from .parity_report import ParityReport, compare_models, describe_position_embeddings
 from .processors import ConvertedPreprocessing, apply_processor, check_processor, select_settings
 from .source_files import FileSource
 from .source_models import SourceModel, TimmSource, TransformersSource
@@ -37,7 +37,6 @@ from .weight_rules import ClassifierChoice, ConversionError
 
 
 SOURCE_CLASSES: dict[str, type[SourceModel]] = {"timm": TimmSource, "transformers": TransformersSource}
-COPIED_RESULT_FILES = ("results.json", "config.resolved.yaml")  # results of the run, for the card of a native model
 
 
 def convert_checkpoint(
@@ -106,7 +105,7 @@ def describe_converted_model(folder: Path, model: PreTrainedModel, config: ViTCL
         "num_parameters": model.num_parameters(),
         "image_size": config.image_height_width,
         "num_labels": config.num_labels,
-        "sha256": hash_files(folder.glob("*.safetensors")),
+        "sha256": hash_weights(folder),
     }
 
 
@@ -238,10 +237,20 @@ def write_native_model(source: str, output: Path, any_size: bool = False) -> Par
             provenance=save_provenance(source, output_folder),
         )
         write_json(output_folder / PARITY_REPORT_FILE, dataclasses.asdict(report))
-        for name in COPIED_RESULT_FILES:
-            if (folder / name).is_file():
-                shutil.copyfile(folder / name, output_folder / name)
+        copy_results(folder, output_folder)
     return report
+
+
+def copy_results(folder: Path, output_folder: Path) -> None:
+    """Copy the results and flags of the run that trained the weights in `folder`, for the card of the converted model.
+    Results of other weights are not copied."""
+    if not (folder / RESULTS_FILE).is_file():
+        return
+    results = read_json(folder / RESULTS_FILE)
+    if results.get("weights_sha256") == hash_weights(folder):
+        write_json(output_folder / RESULTS_FILE, results | {"weights_sha256": hash_weights(output_folder)})
+        with suppress(FileNotFoundError):
+            shutil.copyfile(folder / RECIPE_FILE, output_folder / RECIPE_FILE)
 
 
 def convert_model(model: ViTCLSPreTrainedModel, any_size: bool) -> tuple[PreTrainedModel, bool]:

@@ -29,7 +29,8 @@ from typing import Any, Literal, TypeVar
 
 from ..configuration_vitcls import ViTCLSConfig, to_pair
 from ..conversion.any_checkpoint import has_random_weights, resolve_checkpoint
-from ..hub.loading import MODEL_FILE_PATTERNS, PARITY_REPORT_FILE, check_is_vitcls
+from ..hub.loading import MODEL_FILE_PATTERNS, check_is_vitcls
+from ..hub.model_files import PARITY_REPORT_FILE
 from ..inference.load_model import is_preset
 from ..options import FinetuneOptions, PretrainOptions
 

@@ -18,6 +18,7 @@ from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
 from modeling_vitcls.commands.convert import ConvertOptions, check_options, run
 from modeling_vitcls.conversion.convert import write_native_model
 from modeling_vitcls.conversion.weight_rules import ConversionError
+from modeling_vitcls.hub.model_files import hash_weights
 from modeling_vitcls.publishing.push import push_folder
 from modeling_vitcls.publishing.verify import verify
 
@@ -212,3 +213,19 @@ def test_wrong_flags(
     with pytest.raises(SystemExit):
         check_options(ConvertOptions(output=tmp_path / "out", **flags))
     assert message in capsys.readouterr().err
+
+
+def test_results_of_the_same_weights_are_kept(tmp_path: Path) -> None:
+    """The card of the native model has the results of the run, with the hash of the new weights."""
+    folder = save(tmp_path / "mine")
+    results = {"accuracy": 0.5, "weights_sha256": hash_weights(folder)}
+    (folder / "results.json").write_text(json.dumps(results))
+    (folder / "config.resolved.yaml").write_text("dataset: digits\n")
+    report = write_native_model(str(folder), tmp_path / "native")
+    assert report.required_versions == {"transformers": "4.30"}
+    kept = json.loads((tmp_path / "native" / "results.json").read_text())
+    assert kept == {"accuracy": 0.5, "weights_sha256": hash_weights(tmp_path / "native")}
+    assert (tmp_path / "native" / "config.resolved.yaml").is_file()
+    (folder / "results.json").write_text(json.dumps(results | {"weights_sha256": {"model.safetensors": "other"}}))
+    write_native_model(str(folder), tmp_path / "other")
+    assert not (tmp_path / "other" / "results.json").exists()
