@@ -1,0 +1,144 @@
+"""Two `torchrun` agents on the loopback interface train as two machines do, with the SLURM script and by hand.
+
+`srun` and `scontrol` are replaced by small programs that start one process per node on this machine.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from helpers.fresh_processes import SCRIPT_ENVIRONMENT
+from helpers.photo_folders import write_photos
+from helpers.warm_processes import find_free_port, get_loopback
+from safetensors.torch import load_file
+
+
+pytestmark = pytest.mark.slow
+
+REPOSITORY = Path(__file__).parents[2]
+SRUN = """#!/usr/bin/env bash
+# Start the command once per node; pass SIGUSR1 on, as srun does.
+while [[ $1 == -* ]]; do shift; done
+pids=()
+trap 'kill -USR1 "${pids[@]}"' USR1
+for node in 0 1; do SLURM_NODEID=$node "$@" & pids+=($!); done
+status=0
+for pid in "${pids[@]}"; do
+    while kill -0 "$pid" 2>/dev/null; do wait "$pid"; result=$?; done
+    [ "$result" = 0 ] || { status=$result; [ "$result" -gt 128 ] && kill "${pids[@]}" 2>/dev/null; }
+done
+exit $status
+"""
+SCONTROL = """#!/usr/bin/env bash
+[ "$1" = requeue ] && echo requeue "$2" >> "$SCONTROL_LOG" || { echo 127.0.0.1; echo 127.0.0.2; }
+"""
+ENVIRONMENT = os.environ | SCRIPT_ENVIRONMENT | {"GLOO_SOCKET_IFNAME": get_loopback(), "PYTHONUNBUFFERED": "1"}
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Return the flags of a run of 12 steps on generated photographs, without the output folder."""
+    photos = write_photos(tmp_path_factory.mktemp("photos") / "photos", range(20))
+    text = "--model vitcls-tiny --image-size 32 --patch-size 8 --hidden-size 32 --num-hidden-layers 2 --max-steps 12"
+    text += " --num-attention-heads 2 --batch-size 4 --save-every 2 --log-every 1 --num-workers 0 --drop-path-rate 0.1"
+    return [*text.split(), "--dataset", str(photos)]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a run of two agents that was not interrupted."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    agents = start_agents(flags, folder)
+    for agent in agents:
+        output = agent.communicate(timeout=240)[0]
+        assert agent.returncode == 0, output
+    return folder
+
+
+def start_agents(flags: list[str], folder: Path) -> list[subprocess.Popen[str]]:
+    """Start two torchrun agents with one process each, as on two machines."""
+    port = find_free_port()
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
+    command += ["--master-addr", "127.0.0.1", "--master-port", str(port)]
+    program = ["-m", "modeling_vitcls.cli", "finetune", "--resume", *flags, "--output-dir", str(folder)]
+    return [
+        subprocess.Popen(
+            [*command, "--node-rank", str(rank), *program],
+            env=ENVIRONMENT,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for rank in range(2)
+    ]
+
+
+def wait_for_step(folder: Path, step: int, process: subprocess.Popen[Any]) -> None:
+    """Wait until a run has logged a step."""
+    deadline = time.monotonic() + 240
+    log = folder / "metrics.jsonl"
+    while not log.exists() or f'"step": {step},' not in log.read_text():
+        assert time.monotonic() < deadline and process.poll() is None, f"step {step} was not reached"
+        time.sleep(0.05)
+
+
+def assert_equal_weights(first: Path, second: Path) -> None:
+    """Check that two runs have the same weights to the bit, and the same accuracy."""
+    weights, others = (load_file(folder / "model.safetensors") for folder in (first, second))
+    assert weights.keys() == others.keys()
+    assert all(weights[name].equal(others[name]) for name in weights)
+    accuracies = [json.loads((folder / "results.json").read_text())["metrics"]["accuracy"] for folder in (first, second)]
+    assert accuracies[0] == accuracies[1]
+
+
+def test_a_killed_agent_is_started_again(flags: list[str], uninterrupted: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    agents = start_agents(flags, folder)
+    wait_for_step(folder, 5, agents[0])
+    for member in [*psutil.Process(agents[1].pid).children(recursive=True), psutil.Process(agents[1].pid)]:
+        member.kill()
+    assert agents[0].wait(timeout=240) != 0  # the other agent notices
+    agents[1].wait()
+    assert not (folder / "results.json").exists()
+    for agent in (agents := start_agents(flags, folder)):
+        output = agent.communicate(timeout=240)[0]
+        assert agent.returncode == 0, output
+    assert_equal_weights(uninterrupted, folder)
+
+
+def test_the_slurm_script_continues_after_the_time_limit(
+    flags: list[str], uninterrupted: Path, tmp_path: Path
+) -> None:
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, text in {"srun": SRUN, "scontrol": SCONTROL}.items():
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+    folder, log = tmp_path / "run", tmp_path / "scontrol.log"
+    path = os.pathsep.join([str(programs), str(Path(sys.executable).parent), os.environ["PATH"]])
+    slurm = {"SLURM_JOB_ID": str(find_free_port()), "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "a[1-2]"}
+    environment = ENVIRONMENT | slurm | {"PATH": path, "SCONTROL_LOG": str(log)}
+    script = REPOSITORY / "scripts" / "slurm" / "finetune.sbatch"
+
+    def submit() -> subprocess.Popen[str]:
+        command = ["bash", str(script), *flags, "--output-dir", str(folder)]
+        output = (tmp_path / "output").open("a")
+        return subprocess.Popen(command, env=environment, text=True, stdout=output, stderr=output, cwd=REPOSITORY)
+
+    job = submit()
+    wait_for_step(folder, 3, job)
+    job.send_signal(signal.SIGUSR1)
+    job.wait(timeout=240)
+    assert log.read_text().split() == ["requeue", slurm["SLURM_JOB_ID"]]
+    assert not (folder / "results.json").exists()
+    job = submit()
+    assert job.wait(timeout=240) == 0, (tmp_path / "output").read_text()
+    assert log.read_text().count("requeue") == 1
+    assert_equal_weights(uninterrupted, folder)
