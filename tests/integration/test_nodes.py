@@ -94,7 +94,7 @@ def assert_equal_weights(first: Path, second: Path) -> None:
     weights, others = (load_file(folder / "model.safetensors") for folder in (first, second))
     assert weights.keys() == others.keys()
     assert all(weights[name].equal(others[name]) for name in weights)
-    accuracies = [json.loads((folder / "results.json").read_text())["metrics"]["accuracy"] for folder in (first, second)]
+    accuracies = [json.loads((folder / "results.json").read_text())["accuracy"] for folder in (first, second)]
     assert accuracies[0] == accuracies[1]
 
 
