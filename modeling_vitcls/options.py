@@ -46,6 +46,8 @@ class DataOptions:
     shuffle_buffer: int = 1000
     """Number of images in the shuffle buffer of a streamed dataset. For an image folder, which is streamed class by
     class, set the number of images in the folder."""
+    exclude: Path | None = None
+    """CSV file of `evaluate --audit`: the training images in it are left out. Held-out images are not left out."""
     max_unreadable_images: int = 100
     """Maximum number of unreadable images, which are reported and skipped. The run stops if more images are
     unreadable."""
@@ -58,6 +60,8 @@ class DataOptions:
         if self.fold is not None:
             check_value(self, "fold", 1 <= self.fold <= (self.folds or 0), "from 1 to the value of --folds")
         check_minimum(self, 1, "shuffle_buffer")
+        if self.streaming and self.exclude is not None:
+            raise ValueError("--exclude requires all image names, which a stream lacks. Remove --streaming")
         check_minimum(self, 0, "split_seed", "max_unreadable_images", "num_workers")
 
 
@@ -474,11 +478,20 @@ class EvaluateOptions:
     """With --frozen few-shot:N: number of random training subsets of N images per class."""
     output: Path | None = None
     """JSON file for the metrics, including the metrics of each class and the confusion matrix."""
+    per_image: Path | None = None
+    """Parquet file with one row per image: label, prediction, probabilities and loss."""
+    audit: Path | None = None
+    """HTML page of likely label errors, near duplicates, outliers and overlapping classes, with a CSV file for
+    `finetune --exclude` beside it. The labels of the held-out images are checked; with --frozen logreg, all labels."""
     config: Path | None = None
     """Recipe: a YAML file of flags. Flags on the command line override flags in the recipe."""
 
     def __post_init__(self) -> None:
         check_minimum(self, 1, "batch_size", "frozen_repeats")
+        if self.audit is not None and self.frozen not in (None, "knn", "logreg"):
+            raise ValueError(
+                f"--audit requires --frozen logreg or knn, but --frozen is {self.frozen}. Remove --frozen"
+            )
         is_known_method = bool(re.fullmatch(r"knn|logreg|few-shot:[1-9]\d*", str(self.frozen)))
         requirement = "knn, logreg or few-shot:N such as few-shot:5"
         check_value(self, "frozen", self.frozen is None or is_known_method, requirement)

@@ -1,6 +1,7 @@
 """Audit of a labeled dataset: likely label errors, near duplicates, outliers and classes that overlap.
 
-    audit = audit_dataset(images)     from labels, probabilities and features; no model is run here
+    audit_checkpoint(options)         `evaluate --audit`: compute features and probabilities, audit, write
+    audit = audit_dataset(images)     the tables, from labels, probabilities and features
     write_audit(audit, images, ...)   audit.html with thumbnails, and audit.csv for `finetune --exclude`
 
 Label errors, outliers and overlapping classes are cleanlab's (Northcutt et al. 2021, arXiv 1911.00068). Probabilities
@@ -10,14 +11,31 @@ neighbors in the model's features, or in small copies of the images, whose pixel
 
 import base64
 import io
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from jinja2 import Environment, PackageLoader
 from PIL import Image
+from rich.console import Console
+from rich.progress import track
+from sklearn.model_selection import cross_val_predict
+
+from ..conversion.any_checkpoint import resolve_checkpoint
+from ..data.held_out import RESULTS_FILE, read_held_out_record
+from ..data.images import get_image_ids
+from ..data.labels import get_label_space
+from ..data.splits import load_evaluation_data
+from ..hub.loading import MODEL_FILE_PATTERNS
+from ..inference.evaluate import match_labels
+from ..inference.frozen import build_classifier
+from ..inference.load_model import load_model
+from ..options import EvaluateOptions
 
 
 NUM_NEIGHBORS = 5  # neighbors in feature space whose pixels are compared
@@ -42,6 +60,89 @@ class AuditedImages:
     features: np.ndarray  # [N, D]
     pixels: np.ndarray  # [N, THUMBNAIL_SIZE, THUMBNAIL_SIZE, 3], uint8
     names: list[str]  # of the labels
+
+
+def audit_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
+    """Audit a dataset, write the page and the table, and return the number of issues of each kind.
+
+    Features are the CLS tokens and the mean of the patches. Probabilities are the classifier's for held-out images or,
+    with `--frozen`, those of a classifier on the features that was fitted without the image, for all images.
+
+    Raises:
+        ValueError: if the dataset has several labels per image, or the model has no classifier without --frozen.
+        OSError: if the model or the dataset cannot be read, or the page cannot be written.
+    """
+    assert options.audit is not None
+    images, num_unreadable = load_audited_images(options)
+    audit = audit_dataset(images)
+    title = f"Audit of {Path(options.data.dataset).name}"
+    csv_file = write_audit(audit, images, options.audit, title)
+    counts = {issue: len(rows) for issue, rows in audit.items()}
+    across = count_pairs_across_splits(audit)
+    console = Console(soft_wrap=True, highlight=False)
+    if across:
+        console.print(f"WARNING: {across} pairs of near duplicates are in different splits", style="bold yellow")
+    console.print(
+        f"{len(images.ids):,} images: {counts['duplicate']} near duplicates, {counts['label']} likely label errors, "
+        f"{counts['outlier']} outliers, {counts['overlap']} pairs of classes that overlap"
+    )
+    console.print(f"saved {options.audit} and {csv_file.name}", markup=False)
+    return counts | {"across_splits": across, "num_images": len(images.ids), "num_unreadable_images": num_unreadable}
+
+
+def load_audited_images(options: EvaluateOptions) -> tuple[AuditedImages, int]:
+    """Return the training and held-out images with features and probabilities, and the number of unreadable images."""
+    model, processor = load_model(options.model, use_head=options.frozen is None, fit=options.fit)
+    if options.frozen is None and not getattr(model.config, "num_labels", 0):
+        raise ValueError("--audit requires a classifier, but the model has none. Set --frozen logreg")
+    record = read_held_out_record(resolve_checkpoint(options.model, [*MODEL_FILE_PATTERNS, RESULTS_FILE]))
+    splits = {}
+    for split in ("train", options.split):
+        label_space, images, name, _ = load_evaluation_data(options.data, split, record)
+        if label_space.kind != "single_label_classification":
+            raise ValueError("--audit requires one label per image. Set a single --label-column")
+        splits[name] = images if options.frozen else match_labels(images, label_space, get_label_space(model.config))
+    columns: dict[str, list[Any]] = {name: [] for name in ("ids", "splits", "labels", "features", "pixels")}
+    logits, num_unreadable = [], 0
+    model = model.eval()
+    for number, (split, images) in enumerate(splits.items()):
+        ids = get_image_ids(images)
+        for start in track(range(0, len(images), options.batch_size), f"audit: {split}", transient=True):
+            pixel_values = []
+            for index in range(start, min(start + options.batch_size, len(images))):
+                try:
+                    image = images.images[index]
+                    pixel_values.append(processor(image, return_tensors="pt")["pixel_values"][0])
+                except ValueError:  # UnreadableImage, or an image that the processor does not support
+                    num_unreadable += 1
+                    continue
+                columns["pixels"].append(make_thumbnail(image))
+                columns["ids"].append(ids[index])
+                columns["splits"].append(split)
+                columns["labels"].append(images.labels[index])
+            if not pixel_values:
+                continue
+            batch = torch.stack(pixel_values)
+            with torch.inference_mode():
+                tokens = model.base_model(batch).tokens
+                vectors = [tokens["cls"].flatten(1), tokens["patches"].mean(dim=1)]
+                columns["features"].append(torch.cat(vectors, dim=1).float().numpy())
+                if options.frozen is None:
+                    was_trained_on = torch.full((len(batch), model.config.num_labels), torch.nan)
+                    logits.append(was_trained_on if number == 0 else model(batch).logits.float())
+    features, labels = np.concatenate(columns["features"]), np.array(columns["labels"])
+    if options.frozen is None:
+        probabilities = torch.cat(logits).softmax(dim=1).numpy()
+    else:
+        classifier = build_classifier(options.frozen, len(labels) * 4 // 5)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # classes with fewer than five images
+            probabilities = cross_val_predict(classifier, features, labels, cv=5, method="predict_proba")
+    names = label_space.names if options.frozen else get_label_space(model.config).names
+    audited = AuditedImages(
+        columns["ids"], columns["splits"], labels, probabilities, features, np.stack(columns["pixels"]), names
+    )
+    return audited, num_unreadable
 
 
 def make_thumbnail(image: Image.Image) -> np.ndarray:
@@ -170,18 +271,18 @@ def build_rows(images: AuditedImages, indices: np.ndarray, scores: np.ndarray) -
 def write_audit(audit: dict[str, pd.DataFrame], images: AuditedImages, page: Path, title: str) -> Path:
     """Write the page and, beside it, a table `.csv` with one row per issue. Return the path of the table."""
     table = pd.concat([rows.assign(issue=issue) for issue, rows in audit.items() if issue != "overlap"])
+    page.parent.mkdir(parents=True, exist_ok=True)
     csv_file = page.with_suffix(".csv")
     columns = [name for name in table.columns if name not in ("row", "other_row")]
     table[["issue", *[name for name in columns if name != "issue"]]].to_csv(csv_file, index=False)
     environment = Environment(loader=PackageLoader("modeling_vitcls.analysis", "."), autoescape=True)
     shown = {issue: rows.head(MAX_SHOWN).to_dict("records") for issue, rows in audit.items()}
-    across = sum(row["split"] != row["other_split"] for row in audit["duplicate"].to_dict("records"))
     page.write_text(
         environment.get_template("audit.html.j2").render(
             title=title,
             shown=shown,
             counts={issue: len(rows) for issue, rows in audit.items()},
-            across=across,
+            across=count_pairs_across_splits(audit),
             num_images=len(images.ids),
             thumbnail=lambda row: encode_thumbnail(images.pixels[row]),
             csv_name=csv_file.name,
@@ -189,6 +290,11 @@ def write_audit(audit: dict[str, pd.DataFrame], images: AuditedImages, page: Pat
         encoding="utf-8",
     )
     return csv_file
+
+
+def count_pairs_across_splits(audit: dict[str, pd.DataFrame]) -> int:
+    """Return the number of near duplicates whose images are in different splits."""
+    return int((audit["duplicate"]["split"] != audit["duplicate"]["other_split"]).sum())
 
 
 def encode_thumbnail(pixels: np.ndarray) -> str:

@@ -53,6 +53,11 @@ class LabeledImages:
         return LabeledImages(ImageSubset(self.images, indices), [self.labels[index] for index in indices])
 
 
+def get_image_ids(images: LabeledImages) -> list[str]:
+    """Return the name of each image within its split: its path or checksum, or its index if it has neither."""
+    return [name or str(index) for index, name in enumerate(images.images.get_names())]
+
+
 @dataclass(frozen=True)
 class ImageSubset(Sequence):
     """A subset of another sequence of images."""

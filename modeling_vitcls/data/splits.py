@@ -18,12 +18,13 @@ import hashlib
 import json
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..options import DataOptions
 from .held_out import HeldOutRecord, HeldOutRule
 from .image_folder import describe_single_class, format_name_list
-from .images import EncodedImages, LabeledImages
+from .images import EncodedImages, LabeledImages, get_image_ids
 from .labels import LabelSpace
 from .sources import Splits, load_splits
 from .streaming import MAX_HELD_OUT_IMAGES, StreamedImages, open_streams
@@ -57,6 +58,7 @@ class TrainingData:
     record: HeldOutRecord
     selection: LabeledImages | None = None  # images for selecting the best checkpoint (`--select best`)
     selection_name: str = ""  # name of the selection split, or description of the rule
+    num_excluded: int = 0  # number of training images that `--exclude` leaves out
 
     @property
     def num_training_images(self) -> int | None:
@@ -98,6 +100,9 @@ def load_training_data(
         held_out_name = str(rule)
         if options.streaming and len(held_out) == MAX_HELD_OUT_IMAGES:
             held_out_name += f", evaluated on the first {MAX_HELD_OUT_IMAGES:,} images"
+    num_images = None if options.streaming else len(train)
+    if options.exclude is not None:
+        train = exclude_images(train, training_splits.train, options.exclude)
     selection, selection_name = None, ""
     if training_splits.selection is not None:
         selection = materialize_images(splits.images_by_split[training_splits.selection])
@@ -116,7 +121,22 @@ def load_training_data(
         record,
         selection,
         selection_name,
+        0 if options.exclude is None else num_images - len(train),
     )
+
+
+def exclude_images(images: LabeledImages, split: str, file: Path) -> LabeledImages:
+    """Return the training images without those that a table of `evaluate --audit` lists in this split. Held-out images
+    are never left out, because this would only make the accuracy look better. Raise ValueError if the table does not
+    have the columns `split` and `id`, and OSError if it cannot be read."""
+    import pandas as pd
+
+    table = pd.read_csv(file, dtype=str)
+    if not {"split", "id"} <= set(table.columns):
+        raise ValueError(f"--exclude {file}: the column `split` or `id` is missing. Use a table of evaluate --audit")
+    excluded = set(table["id"][table["split"] == split])
+    ids = get_image_ids(images)
+    return images.select(index for index, name in enumerate(ids) if name not in excluded)
 
 
 class TrainingSplits(NamedTuple):

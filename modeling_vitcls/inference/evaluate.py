@@ -40,6 +40,7 @@ from .evaluator import CachedBatches, Evaluator, HeldOutBatch
 from .load_model import load_classifier, load_processor
 from .metric_tables import build_class_tables, build_metric_rows
 from .metrics import select_scalars
+from .per_image import check_per_image, write_predictions
 
 
 SECONDS_BETWEEN_LINES = 10.0  # interval between progress lines if the output is not a terminal, in seconds
@@ -95,6 +96,9 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
     """
     accelerator, console, warn = set_up_evaluation(options)
     model, evaluator, split, rule, warning = load_evaluation(options, accelerator, warn)
+    if options.per_image is not None:
+        check_per_image(evaluator.label_space)
+        evaluator.keep_logits = True
     start_time = time.perf_counter()
     metrics = evaluator(model, build_progress(console, accelerator))
     seconds = time.perf_counter() - start_time
@@ -107,6 +111,10 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
     print_results(results, model.config, console)
     if accelerator.is_main_process:
         write_results(options, results, console)
+        if options.per_image is not None:
+            options.per_image.parent.mkdir(parents=True, exist_ok=True)
+            write_predictions(options.per_image, evaluator.logits, evaluator.images, evaluator.label_space)
+            console.print(f"saved {options.per_image}", markup=False)
     accelerator.end_training()
     return results
 

@@ -40,6 +40,7 @@ class HeldOutBatch:
 
     pixel_values: torch.Tensor | None  # [G, C, H, W]; None if there is no readable image
     labels: Any  # labels of the G readable images; the type depends on the kind of labels
+    indices: list[int]  # indices of the G readable images
     error_messages: dict[int, str]  # index of each unreadable image -> error message
 
 
@@ -64,7 +65,7 @@ class HeldOutBatches(Dataset):
         return len(self.index_ranges)
 
     def __getitem__(self, index: int) -> HeldOutBatch:
-        pixel_values, labels, error_messages = [], [], {}
+        pixel_values, labels, indices, error_messages = [], [], [], {}
         for image_index in self.index_ranges[index]:
             try:
                 image = self.source.images[image_index]
@@ -72,11 +73,13 @@ class HeldOutBatches(Dataset):
                 check_channels(image, pixels, self.num_channels)
                 pixel_values.append(pixels)
                 labels.append(self.source.labels[image_index])
+                indices.append(image_index)
             except ValueError as error:  # UnreadableImage, or an image that the image processor does not support
                 error_messages[image_index] = str(error)
         return HeldOutBatch(
             torch.stack(pixel_values) if pixel_values else None,
             COLLATE_FUNCTIONS[self.label_space.kind](labels, self.label_space),
+            indices,
             error_messages,
         )
 
@@ -107,7 +110,12 @@ class Evaluator:
         warn: function that prints a warning; called on the main process, once for each unreadable image.
         num_channels: number of input channels of the model. Images with a different number of channels are
             counted as unreadable.
+
+    With `keep_logits = True`, `logits` contains the logits of the last evaluation, {image index: tensor [L]}, for all
+    readable images, on every process.
     """
+
+    keep_logits = False
 
     def __init__(
         self,
@@ -121,6 +129,7 @@ class Evaluator:
         warn: Callable[[str], None] = print,
         num_channels: int | None = None,
     ) -> None:
+        self.images = images
         self.num_images = len(images)
         self.label_space = label_space
         self.batch_size = batch_size
@@ -151,12 +160,17 @@ class Evaluator:
         """
         metrics = self.build_metrics()
         error_messages: dict[int, str] = {}
+        logits: list[tuple[int, torch.Tensor]] = []
         for batch in show_progress(self.batches):
             error_messages |= batch.error_messages
             labels = send_to_device(batch.labels, self.accelerator.device)
-            metrics.update(self.compute_outputs(model, batch), labels)
+            outputs = self.compute_outputs(model, batch)
+            metrics.update(outputs, labels)
+            if self.keep_logits:
+                logits += zip(batch.indices, outputs.logits.float().cpu(), strict=False)  # without padding
 
         error_messages = dict(gather_object(list(error_messages.items())))
+        self.logits = dict(sorted(gather_object(logits), key=lambda item: item[0])) if self.keep_logits else {}
         self.error_messages |= error_messages
         self.unreadable_counter.add(sorted(error_messages))
         num_unreadable = len(error_messages)

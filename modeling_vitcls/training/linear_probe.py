@@ -178,4 +178,4 @@ def encode_batch(batch: HeldOutBatch, model: Any, accelerator: Accelerator) -> H
         num_images, pixel_values = len(batch.pixel_values), batch.pixel_values
     with accelerator.autocast():
         features = compute_features(model, pixel_values.to(accelerator.device)).float()
-    return HeldOutBatch(features[:num_images].cpu(), batch.labels, batch.error_messages)
+    return HeldOutBatch(features[:num_images].cpu(), batch.labels, batch.indices, batch.error_messages)

@@ -6,13 +6,25 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from helpers.tiny_models import build_tiny_config, save_with_processor
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score
 from sklearn.model_selection import cross_val_predict
 
-from modeling_vitcls.analysis.audit import AuditedImages, audit_dataset, make_thumbnail, score_labels, write_audit
+from modeling_vitcls import ViTCLSModel
+from modeling_vitcls.analysis.audit import (
+    AuditedImages,
+    audit_checkpoint,
+    audit_dataset,
+    make_thumbnail,
+    score_labels,
+    write_audit,
+)
+from modeling_vitcls.data.images import get_image_ids
+from modeling_vitcls.data.splits import load_training_data
+from modeling_vitcls.options import DataOptions, EvaluateOptions
 
 
 pytest.importorskip("cleanlab", reason="cleanlab is in the extras `audit` and `test`")
@@ -101,3 +113,47 @@ def test_page_and_table(planted: tuple[AuditedImages, ...], tmp_path: Path) -> N
     page = (tmp_path / "audit.html").read_text()
     assert page.count("<img") == 2 * len(audit["duplicate"]) + len(audit["label"]) + len(audit["outlier"])
     assert page.index("different") < page.index("digit ")  # the error of the split is said first
+
+
+# From the command to the training run --------------------------------------------------------------------------------
+
+
+def test_audit_of_a_folder_and_training_without_the_listed_images(tmp_path: Path) -> None:
+    """Ten wrong labels and five copies in another split of 400 digits: the listed training images are left out."""
+    digits = load_digits()
+    generator = np.random.default_rng(0)
+    wrong = set(generator.choice(300, 10, replace=False).tolist())
+    for index in range(400):
+        split = "train" if index < 300 else "test"
+        label = (digits.target[index] + (index in wrong) * 3) % 10
+        file = tmp_path / "photos" / split / f"digit {label}" / f"{index}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.uint8(digits.images[index] * 15.9)).resize((32, 32)).save(file)
+    for index in range(5):
+        folder = tmp_path / "photos" / "test" / f"digit {digits.target[index]}"
+        folder.mkdir(exist_ok=True)
+        Image.fromarray(np.uint8(digits.images[index] * 15)).resize((32, 32)).save(folder / f"copy {index}.png")
+    model = ViTCLSModel(build_tiny_config(image_size=32, patch_size=8, hidden_size=64))
+    save_with_processor(model, tmp_path / "model")
+    page = tmp_path / "audit" / "page.html"
+    options = EvaluateOptions(
+        str(tmp_path / "model"), DataOptions(str(tmp_path / "photos")), frozen="logreg", audit=page
+    )
+    counts = audit_checkpoint(options)
+    assert counts["num_images"] == 405 and counts["across_splits"] >= 5
+    table = pd.read_csv(page.with_suffix(".csv"), dtype=str)
+    listed = set(table["id"][(table["split"] == "train") & (table["issue"] == "label")])
+    found = {index for index in wrong if any(Path(name).stem == str(index) for name in listed)}
+    assert len(found) >= 5
+    without = load_training_data(DataOptions(str(tmp_path / "photos"), exclude=page.with_suffix(".csv")))
+    excluded = set(table["id"][table["split"] == "train"])
+    assert without.num_excluded == len(excluded) == 300 - len(without.train)
+    assert not excluded & set(get_image_ids(without.train))
+    assert len(without.held_out) == 105
+
+
+def test_audit_needs_a_classifier_or_frozen_features(tmp_path: Path) -> None:
+    save_with_processor(ViTCLSModel(build_tiny_config()), tmp_path / "model")
+    options = EvaluateOptions(str(tmp_path / "model"), DataOptions("digits"), audit=tmp_path / "page.html")
+    with pytest.raises(ValueError, match="classifier"):
+        audit_checkpoint(options)

@@ -48,7 +48,18 @@ MAX_README_LINES = 180
 FAST_PAGES = ("README.md",)  # pages whose Python blocks also run in the fast tests
 
 MODULE = ["-m", "modeling_vitcls.cli"]
-OTHER_COMMANDS = ("cd", "git", "hf", "sbatch", "torchrun", "make", "pip", ".venv/bin/pip", ".venv/bin/python", "pre-commit")
+OTHER_COMMANDS = (
+    "cd",
+    "git",
+    "hf",
+    "sbatch",
+    "torchrun",
+    "make",
+    "pip",
+    ".venv/bin/pip",
+    ".venv/bin/python",
+    "pre-commit",
+)
 # flags of pip, hf and pytest that the text mentions
 OTHER_FLAGS = {"--help", "--node-rank", "--version", "--include", "--local-dir"}
 OTHER_SUBCOMMANDS = {"--version", *cli.UTILITY_COMMANDS}
