@@ -370,7 +370,7 @@ def describe_conversion(folder: ModelFolder, name: str) -> dict[str, Any]:
             f"differ from those of the source by at most {difference:.2g} gray levels (0 to 255)."
         )
     return {
-        "report": report,
+        "parity": report,
         "random_init": report["random_init"],
         "source": source,
         "is_copy": is_copy,
