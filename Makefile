@@ -32,9 +32,9 @@ RECIPES ?= digits fashion-mnist
 cards: setup
 	set -e; for name in $(RECIPES); do \
 		OMP_NUM_THREADS=1 $(RUN) scripts/finetune.py --config scripts/recipes/$$name.yaml --output-dir runs/$$name --overwrite; \
-		mkdir -p model_cards/$$name/pictures; \
+		mkdir -p model_cards/$$name/images; \
 		cp runs/$$name/README.md runs/$$name/results.json model_cards/$$name/; \
-		cp runs/$$name/pictures/*.png model_cards/$$name/pictures/; \
+		cp runs/$$name/images/*.png model_cards/$$name/images/; \
 	done
 
 # Files that take at most 8 s of CPU time each

@@ -144,7 +144,7 @@ def render_card(folder: ModelFolder, name: str | None = None, hidden_files: set[
         version=__version__,
         images=images,
         matrices=list_confusion_matrices(images, folder.config),
-        report=REPORT_FILE if has_report and REPORT_FILE not in (hidden_files or ()) else None,
+        report_file=REPORT_FILE if has_report and REPORT_FILE not in (hidden_files or ()) else None,
         onnx=describe_onnx_files(folder.onnx_report) if folder.onnx_report else None,
     )
     text = f"{text.rstrip()}\n\n"

@@ -302,7 +302,7 @@ def test_sources_in_the_output_folder_are_not_removed(tmp_path: Path, monkeypatc
     [
         ["config.json"],
         ["results.json"],
-        ["pictures/cat.png"],
+        ["images/cat.png"],
         [".eval_results/results.yaml"],
         ["adapter/README.md"],
         ["README.md", "LICENSE", "metrics.jsonl"],
@@ -347,14 +347,14 @@ def test_a_run_that_ended_before_its_first_checkpoint_is_replaced(folder: Path) 
 
 
 def test_only_the_files_of_a_run_are_removed(earlier: Path) -> None:
-    mine = ["notes.txt", "train.py", "pictures/mine.txt", "checkpoints/best.pt", "checkpoints/mine/weights.bin"]
+    mine = ["notes.txt", "train.py", "images/mine.txt", "checkpoints/best.pt", "checkpoints/mine/weights.bin"]
     failed = ["non_finite.json", "non_finite/step-00000001/model.safetensors", "adapter/adapter_config.json"]
     for name in (*mine, *failed):
         (earlier / name).parent.mkdir(parents=True, exist_ok=True)
         (earlier / name).write_text("mine")
     remove_run_files(earlier, CheckpointStore(earlier / "checkpoints", num_kept=1))
     assert set(contents(earlier)) == set(mine)
-    assert {path.name for path in earlier.iterdir()} == {"notes.txt", "train.py", "pictures", "checkpoints"}
+    assert {path.name for path in earlier.iterdir()} == {"notes.txt", "train.py", "images", "checkpoints"}
 
 
 @pytest.mark.parametrize("name", ["results.json", "config.json", "config.resolved.yaml", None])

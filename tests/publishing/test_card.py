@@ -1,0 +1,207 @@
+"""Cards of model folders: one builder for every kind; every claim was measured or read from the folder."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from helpers.model_folders import RESULTS, write_results, write_run_folder
+from helpers.tiny_models import build_tiny_config, save_with_processor
+from huggingface_hub import ModelCard, parse_eval_result_entries
+from markdown_it import MarkdownIt
+
+from modeling_vitcls import (
+    ViTCLSForImageClassification,
+    ViTCLSForMaskedImageModeling,
+    ViTCLSForMultiTaskClassification,
+    ViTCLSModel,
+)
+from modeling_vitcls.conversion.convert import convert_checkpoint, write_native_model
+from modeling_vitcls.publishing.card import render_card, write_card
+from modeling_vitcls.publishing.model_folder import ModelFolder
+from modeling_vitcls.version import __version__
+
+
+MODEL_CARDS = Path(__file__).parents[2] / "model_cards"
+
+
+def load_card(folder: Path, name: str | None = None) -> ModelCard:
+    """Return the card of a folder, which must be valid Markdown with a title and sections that are not empty."""
+    card = ModelCard(render_card(ModelFolder(folder), name))
+    tokens = MarkdownIt("commonmark").enable("table").parse(card.text)
+    kinds = [token.type for token in tokens]
+    assert kinds.count("heading_open") == len(list_headings(card.text)) + 1
+    for index, kind in enumerate(kinds[:-3]):
+        if kind == "heading_open":
+            assert kinds[index + 3] != "heading_open", tokens[index + 1].content
+    assert "None" not in card.text and "{{" not in card.text and "{%" not in card.text
+    return card
+
+
+def list_headings(text: str) -> list[str]:
+    """Return the section headings of a card."""
+    return [line.removeprefix("## ") for line in text.splitlines() if line.startswith("## ")]
+
+
+# Runs ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_classifier(tmp_path: Path) -> None:
+    rows = [
+        {"name": "dusk", "images": 200, "recall": 0.99, "precision": 0.975, "f1": 0.982456},
+        {"name": "noon|late", "images": 160, "recall": 0.5, "precision": 1.0, "f1": 0.5},
+    ]
+    matrix = [[198, 2], [80, 80]]
+    results = {"per_class": rows, "confusion_matrix": matrix, "calibration_error": 0.0123}
+    card = load_card(write_run_folder(tmp_path / "mine", results), "ann/mine")
+    text = card.text
+    assert "# ann/mine\n" in text and 'model="ann/mine", revision="main"' in text
+    assert "| Accuracy | 98.33% (95% interval: 96.00% to 99.00%) |" in text
+    assert r"| `noon\|late` | 160 | 50.00% | 100.00% | 50.00% |" in text
+    assert "recall 50.00% on 160 images, 80 of which were predicted as `dusk`" in text
+    assert "by 1.23 percentage points" in text and "trained from scratch on `digits`" in text
+    assert f"These files belong to modeling_vitcls {__version__}." in text and "sha256sum" not in text
+    assert card.data.library_name == "transformers" and card.data.pipeline_tag == "image-classification"
+    assert card.data.license is None and "did not specify a license" in text
+
+
+@pytest.mark.parametrize(("dataset", "is_on_hub"), [("acme/photos", True), ("digits", False), ("./photos", False)])
+def test_the_model_index_names_datasets_of_the_hub_only(tmp_path: Path, dataset: str, is_on_hub: bool) -> None:
+    folder = write_run_folder(tmp_path / "mine", {"dataset": "photos"}, {"dataset": dataset})
+    card = load_card(folder, "ann/mine")
+    assert (card.data.datasets == ["acme/photos"]) is is_on_hub
+    if not is_on_hub:
+        assert card.data.eval_results is None and "98.33%" in card.text
+        return
+    (result,) = card.data.eval_results
+    assert (result.dataset_type, result.dataset_split) == ("acme/photos", "test")
+    assert (result.metric_type, result.metric_value) == ("accuracy", 0.983333)
+    assert yaml.safe_load(str(card).split("---")[1])["model-index"][0]["name"] == "ann/mine"
+
+
+def test_an_encoder_has_no_flags_of_fine_tuning(tmp_path: Path) -> None:
+    results = {"reconstruction_loss": 0.4321, "num_hidden_patches": 9, "token_layout": {"patches": 16}}
+    results |= {"accuracy": None, "accuracy_interval": None, "selection_metric": "reconstruction_loss"}
+    flags = {"mask_ratio": 0.6, "label_smoothing": 0.1}
+    card = load_card(write_run_folder(tmp_path / "mine", results, flags, ViTCLSForMaskedImageModeling))
+    assert "0.4321" in card.text and "vitcls finetune --model mine" in card.text and "label_smoothing" not in card.text
+    assert "| Mask ratio | 0.6 |" in card.text and "masked-image-modeling" in card.data.tags
+    assert card.data.pipeline_tag == "image-feature-extraction" and card.data.eval_results is None
+
+
+def test_tasks_have_no_pipeline(tmp_path: Path) -> None:
+    tasks = {"species": ["cat", "dog"], "coat": ["short", "long", "none"]}
+    config = build_tiny_config(num_cls_tokens=2, tasks=tasks)
+    results = {"species_accuracy": 0.75, "coat_accuracy": 0.5}
+    folder = write_run_folder(tmp_path / "mine", results, None, ViTCLSForMultiTaskClassification, config)
+    card = load_card(folder)
+    assert "| species: Accuracy | 75.00% |" in card.text and "pipeline(" not in card.text
+    assert card.data.pipeline_tag == "image-feature-extraction" and "multi-task" in card.data.tags
+
+
+@pytest.mark.parametrize(
+    ("provenance", "flag", "license_id", "words"),
+    [
+        (None, "mit", "mit", "The weights are licensed under mit."),
+        ({"name": "ann/base", "base_model": "ann/base", "license": "cc-by-4.0"}, "mit", "cc-by-4.0", "derived from"),
+        ({"name": "ann/base", "base_model": "ann/base"}, None, None, "whose license is unknown"),
+        ({"name": "ann/base", "base_model": "ann/base"}, "mit", "mit", "The weights are licensed under mit."),
+    ],
+)
+def test_the_license_of_the_initial_weights_is_inherited(
+    tmp_path: Path, provenance: dict[str, Any] | None, flag: str | None, license_id: str | None, words: str
+) -> None:
+    flags = {"license": flag, "model": "ann/base" if provenance else "vitcls-tiny", "teacher": "timm:resnet18"}
+    results = {"provenance": provenance, "teacher": "timm:resnet18"}
+    results["teacher_provenance"] = {"name": "timm:resnet18", "license": "apache-2.0"}
+    card = load_card(write_run_folder(tmp_path / "mine", results, flags))
+    assert card.data.license == license_id and words in card.text
+    assert "teacher model of the distillation is licensed under apache-2.0" in card.text
+    assert card.data.base_model == (provenance and "ann/base") and "distillation" in card.data.tags
+    assert getattr(card.data, "base_model_relation", None) == ("finetune" if provenance else None)
+
+
+def test_the_recipe_has_no_local_paths_and_no_destination(tmp_path: Path) -> None:
+    flags = {"dataset": "/home/ann/secret/photos", "model": "../secret/base", "output_dir": "/home/ann/secret/out"}
+    provenance = {"name": "base"}
+    card = load_card(write_run_folder(tmp_path / "mine", {"provenance": provenance, "dataset": "photos"}, flags))
+    recipe = yaml.safe_load(card.text.partition("```yaml\n")[2].partition("```")[0])
+    assert recipe["dataset"] == "path/to/photos" and recipe["model"] == "path/to/base"
+    assert "secret" not in card.text and not [name for name in recipe if "hub" in name]
+
+
+def test_names_from_a_dataset_cannot_change_the_card(tmp_path: Path) -> None:
+    config = build_tiny_config(id2label={0: "a`\n# Injected", 1: "b\x1b[31m", 2: "c"})
+    text = load_card(write_run_folder(tmp_path / "mine", None, None, ViTCLSForImageClassification, config)).text
+    assert "\n# Injected" not in text and "\x1b" not in text
+
+
+def test_a_run_without_held_out_images_has_no_results(tmp_path: Path) -> None:
+    results = {"num_images": 0, "accuracy": None, "accuracy_interval": None}
+    card = load_card(write_run_folder(tmp_path / "mine", results, {"dataset": "acme/photos"}))
+    assert "trained without held-out images" in card.text and card.data.eval_results is None
+
+
+def test_the_entry_of_a_benchmark(tmp_path: Path) -> None:
+    folder = write_run_folder(tmp_path / "mine", None, {"eval_benchmark": "acme/bench", "eval_task_id": "top1"})
+    write_card(folder)
+    entries = yaml.safe_load((folder / ".eval_results" / "results.yaml").read_text())
+    (entry,) = parse_eval_result_entries(entries)
+    assert (entry.dataset_id, entry.task_id, entry.value) == ("acme/bench", "top1", 0.983333)
+    (folder / "config.resolved.yaml").write_text("dataset: digits\nmodel: vitcls-tiny\n")
+    write_card(folder)
+    assert not (folder / ".eval_results" / "results.yaml").exists()
+
+
+# Other folders -------------------------------------------------------------------------------------------------------
+
+
+def test_a_merged_adapter_has_a_card_of_its_own(tmp_path: Path) -> None:
+    """A model that was saved by hand, with a license in its former card."""
+    folder = save_with_processor(ViTCLSForImageClassification(build_tiny_config()), tmp_path / "merged")
+    card = load_card(folder)
+    assert card.data.pipeline_tag == "image-classification" and "not measured" in card.text
+    encoder = load_card(save_with_processor(ViTCLSModel(build_tiny_config()), tmp_path / "encoder"))
+    assert encoder.data.pipeline_tag == "image-feature-extraction" and "AutoModel.from_pretrained" in encoder.text
+
+
+def test_a_converted_model(tmp_path: Path) -> None:
+    convert_checkpoint("timm:vit_tiny_patch16_224", tmp_path / "vit", random_init=True)
+    card = load_card(tmp_path / "vit", "ann/vit")
+    assert "All weights are random" in card.text and card.data.license is None and card.data.base_model is None
+    assert "vitcls convert --source timm:vit_tiny_patch16_224 --output ann/vit --random-init" in card.text
+    assert "## Accuracy of the conversion" in card.text
+
+
+def test_a_native_model_keeps_the_results_of_its_run(tmp_path: Path) -> None:
+    flags, config = {"dataset": "acme/photos"}, build_tiny_config(num_labels=3)
+    folder = write_run_folder(tmp_path / "mine", {"dataset": "photos"}, flags, config=config)
+    write_native_model(str(folder), tmp_path / "native")
+    native = tmp_path / "native"
+    if not (native / "results.json").is_file():  # the conversion copies both files
+        (native / "config.resolved.yaml").write_bytes((folder / "config.resolved.yaml").read_bytes())
+    write_results(native, {"dataset": "photos"})
+    card = load_card(native, "ann/native")
+    assert card.data.eval_results[0].metric_value == RESULTS["accuracy"] and "98.33%" in card.text
+    assert card.data.tags == ["vision", "vit"] and "trust_remote_code" not in card.text
+    required = json.loads((native / "parity_report.json").read_text())["required_versions"]["transformers"]
+    assert f'"transformers>={required.lstrip(">=")}"' in card.text
+
+
+# Committed examples --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["digits", "fashion-mnist"])
+def test_example_cards_have_the_headings_of_the_template(tmp_path: Path, name: str) -> None:
+    """`make cards` makes the examples again."""
+    text = (MODEL_CARDS / name / "README.md").read_text()
+    folder = write_run_folder(tmp_path / "mine")
+    (folder / "images").mkdir()
+    (folder / "images" / "attention.png").touch()
+    assert list_headings(text) == list_headings(load_card(folder).text)
+    assert "modeling_vitcls " in text and "sha256sum" not in text
+    for image in MarkdownIt().parse(text):
+        for child in image.children or ():
+            if child.type == "image":
+                assert (MODEL_CARDS / name / child.attrs["src"]).is_file(), child.attrs["src"]
