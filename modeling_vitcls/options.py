@@ -549,6 +549,9 @@ class PredictOptions(ImageOptions):
     probability of at least --threshold."""
     threshold: float = 0.5
     """Minimum probability of a predicted label (multi-label models only)."""
+    coverage: float | None = None
+    """Add the set of labels that contains the true label with this probability, for example 0.9 (split conformal
+    prediction, from the held-out images of the model's run)."""
     features: tuple[str, ...] | None = None
     """Features to write instead of labels: `cls`, `registers`, `distillation` or `patches`, or `mean` for the mean of
     the patch tokens. `cls@6` is the output of layer 6 after the final norm; the default is the last layer. Each of
@@ -566,6 +569,9 @@ class PredictOptions(ImageOptions):
     def __post_init__(self) -> None:
         check_minimum(self, 1, "shard_size", "batch_size", "top_k", "num_workers")
         check_value(self, "threshold", 0 <= self.threshold <= 1, "from 0 to 1")
+        check_value(self, "coverage", self.coverage is None or 0 < self.coverage < 1, "between 0 and 1")
+        if self.coverage is not None and self.features:
+            raise ValueError("--coverage requires labels, but --features writes features. Remove one of the two flags")
         if self.merge is None and self.model is None:
             raise ValueError("Set --model to the model, or --merge to a folder of predictions.")
         if self.merge is None and sum(map(bool, (self.paths, self.list, self.dataset))) != 1:

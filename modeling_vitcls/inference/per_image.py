@@ -46,11 +46,20 @@ def write_predictions(
     """
     from datasets import Dataset
 
-    rows = build_prediction_columns(logits, images, label_space)
+    rows = build_image_rows(logits, images, label_space)
     Dataset.from_dict(rows).to_parquet(file)
 
 
-def build_prediction_columns(
+def read_predictions(file: Path, names: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the probabilities [N, L] and label indices [N] of a file of images with one label each. `names` are the
+    labels of the model, in order."""
+    import pandas as pd
+
+    rows = pd.read_parquet(file, columns=["label", "probabilities"])
+    return np.stack(rows["probabilities"]), np.array([names.index(label) for label in rows["label"]])
+
+
+def build_image_rows(
     logits: dict[int, torch.Tensor], images: LabeledImages, label_space: LabelSpace
 ) -> dict[str, Any]:
     """Return the columns of the table in the header of this file."""

@@ -23,12 +23,16 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from transformers import PreTrainedModel
 
+from ..conversion.any_checkpoint import resolve_checkpoint
+from ..data.labels import get_label_space
 from ..distributed import build_accelerator
 from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..options import PredictOptions
+from .confidence import find_score_limit
 from .inputs import ImageRecord, ListInput, PredictionInput, StreamInput, build_list_input, open_input, prepare_images
 from .load_model import load_model
 from .outputs import WRITERS, Progress, get_output_columns, print_table, write_rows
+from .per_image import PREDICTIONS_FILE, read_predictions
 from .prediction_rows import AutocastFactory, PredictionColumns, Row, build_prediction_columns, predict_rows
 from .shards import ShardFolder, Worker, iterate_shards
 
@@ -121,12 +125,37 @@ def build_predictor(options: PredictOptions, accelerator: Accelerator) -> Predic
         model=model.to(accelerator.device),
         processor=processor,
         columns=build_prediction_columns(
-            model, options.top_k, options.threshold, options.features, options.feature_dtype
+            model,
+            options.top_k,
+            options.threshold,
+            options.features,
+            options.feature_dtype,
+            find_set_limit(options, model),
         ),
         autocast=accelerator.autocast,
         batch_size=options.batch_size,
         num_workers=options.num_workers or get_num_workers(),
     )
+
+
+def find_set_limit(options: PredictOptions, model: PreTrainedModel) -> float | None:
+    """Return the limit of the scores of labels in prediction sets (confidence.py), from the held-out images of the
+    model's run; None without --coverage. Raise ValueError if the model has several labels or tasks, or no predictions
+    of held-out images."""
+    if options.coverage is None:
+        return None
+    assert options.model is not None
+    label_space = get_label_space(model.config)
+    if label_space.kind != "single_label_classification":
+        raise ValueError(f"--coverage requires one label per image, not {label_space.kind}. Remove --coverage")
+    file = Path(resolve_checkpoint(options.model, [PREDICTIONS_FILE]), PREDICTIONS_FILE)
+    if not file.is_file():
+        raise ValueError(
+            f"--coverage requires {PREDICTIONS_FILE} in the model folder, but {options.model} has none. Write it with "
+            f" `vitcls evaluate --model {options.model} --dataset D --per-image {file}`"
+        )
+    probabilities, labels = read_predictions(file, label_space.names)
+    return find_score_limit(probabilities, labels, options.coverage)
 
 
 def wrap_images(images: Sequence[Any]) -> ListInput:

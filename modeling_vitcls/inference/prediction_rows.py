@@ -1,7 +1,8 @@
 """Predictions of a model as rows with named columns.
 
 model                       columns
-one label per image         label, probability, label_2, probability_2, ... up to --top-k
+one label per image         label, probability, label_2, probability_2, ... up to --top-k; unknown, if the model has
+                            an energy threshold; label_set, with --coverage
 several labels per image    labels, probabilities: lists
 several tasks               <task>_label, <task>_probability, <task>_label_2, ...
 any, with --features        features: a list of D numbers, or one list per token if there are several tokens;
@@ -22,6 +23,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..data.labels import is_multi_label
+from .confidence import build_prediction_sets, compute_energies
 from .inputs import PreparedImage
 
 
@@ -66,8 +68,16 @@ class TopLabelColumns:
     """Output columns of a single-label or multi-task classifier: the `top_k` most probable labels of each task. A
     single-label classifier has one task with an empty name."""
 
-    def __init__(self, model: PreTrainedModel, names: dict[str, list[str]], top_k: int | None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        names: dict[str, list[str]],
+        top_k: int | None,
+        set_limit: float | None = None,
+    ) -> None:
         self.model = model
+        self.set_limit = set_limit  # limit of the scores of labels in prediction sets (confidence.py)
+        self.energy_threshold: float | None = model.config.energy_threshold if "" in names else None
         self.names = names  # task -> label names
         self.column_pairs: dict[str, list[tuple[str, str]]] = {}  # task -> names of label and probability columns
         self.columns: dict[str, pa.DataType] = {}
@@ -78,6 +88,10 @@ class TopLabelColumns:
             self.column_pairs[task] = pairs
             for label_column, probability_column in pairs:
                 self.columns |= {label_column: pa.string(), probability_column: pa.float32()}
+        if self.energy_threshold is not None:
+            self.columns["unknown"] = pa.bool_()
+        if set_limit is not None:
+            self.columns["label_set"] = pa.list_(pa.string())
 
     def predict(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the logits [B, num_labels] of each task."""
@@ -93,6 +107,14 @@ class TopLabelColumns:
             for row, labels in zip(rows, top_labels, strict=True):
                 for (label_column, probability_column), (label, probability) in zip(pairs, labels, strict=True):
                     row |= {label_column: label, probability_column: probability}
+        if self.energy_threshold is not None:
+            energies = compute_energies(outputs[""].cpu().numpy())
+            for row, energy in zip(rows, energies, strict=True):
+                row["unknown"] = bool(energy > self.energy_threshold)
+        if self.set_limit is not None:
+            sets = build_prediction_sets(outputs[""].softmax(dim=1).cpu().numpy(), self.set_limit)
+            for row, is_in_set in zip(rows, sets, strict=True):
+                row["label_set"] = [self.names[""][index] for index in is_in_set.nonzero()[0]]
         return rows
 
 
@@ -211,6 +233,7 @@ def build_prediction_columns(
     threshold: float,
     features: Sequence[str] | None,
     feature_dtype: str = "float32",
+    set_limit: float | None = None,
 ) -> PredictionColumns:
     """Build the output columns of a model. Raise ValueError if the model does not support the arguments."""
     config: Any = model.config
@@ -227,7 +250,7 @@ def build_prediction_columns(
     names = [config.id2label[index] for index in range(config.num_labels)]
     if is_multi_label(config):
         return MultiLabelColumns(model, names, top_k, threshold)
-    return TopLabelColumns(model, {"": names}, top_k)
+    return TopLabelColumns(model, {"": names}, top_k, set_limit)
 
 
 def predict_rows(

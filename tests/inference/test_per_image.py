@@ -1,15 +1,21 @@
 """One row per evaluated image, compared with the model, and with two processes."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 from helpers.digits_models import train_digits_model
+from PIL import Image
 from scipy.special import softmax
+from sklearn.datasets import load_digits
 from sklearn.metrics import log_loss
 
-from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, evaluate
+from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, evaluate, predict
+from modeling_vitcls.data.labels import LabelSpace
+from modeling_vitcls.inference.confidence import compute_energies
+from modeling_vitcls.inference.per_image import PREDICTIONS_FILE, check_per_image
 
 
 @pytest.fixture(scope="module")
@@ -35,10 +41,7 @@ def test_rows_equal_the_metrics_of_the_same_evaluation(folder: Path, tmp_path: P
     assert rows["image"].is_unique and rows["index"].tolist() == list(range(len(rows)))
 
 
-def test_several_tasks_are_refused(tmp_path: Path) -> None:
-    from modeling_vitcls.data.labels import LabelSpace
-    from modeling_vitcls.inference.per_image import check_per_image
-
+def test_several_tasks_are_refused() -> None:
     with pytest.raises(ValueError, match="--per-image"):
         check_per_image(LabelSpace("multi_task", {"kind": ["a", "b"], "time": ["c", "d"]}))
 
@@ -56,3 +59,26 @@ def test_a_temperature_changes_probabilities_only(folder: Path, tmp_path: Path) 
     assert (before["prediction"] == after["prediction"]).all()
     logits = np.log(np.stack(before["probabilities"]))
     assert np.stack(after["probabilities"]) == pytest.approx(softmax(logits / 2, axis=1), abs=1e-5)
+
+
+def test_prediction_adds_sets_and_unknown_images(folder: Path, tmp_path: Path) -> None:
+    """On images that were not used for the limit, sets contain the label as often as requested."""
+    calibrated = tmp_path / "calibrated"
+    shutil.copytree(folder, calibrated)
+    images = [Image.fromarray(np.uint8(pixels * 15.9)) for pixels in load_digits().images]
+    with pytest.raises(ValueError, match="--per-image"):
+        predict(calibrated, images[:1], coverage=0.9)
+    evaluate(calibrated, "digits", per_image=calibrated / PREDICTIONS_FILE)
+    rows = predict(calibrated, images, coverage=0.9)
+    is_covered = [str(label) in row["label_set"] for row, label in zip(rows, load_digits().target, strict=True)]
+    assert 0.85 < np.mean(is_covered) < 0.96
+    assert "unknown" not in rows[0]
+
+    model = ViTCLSForImageClassification.from_pretrained(folder)
+    energies = compute_energies(np.log(np.stack(pd.read_parquet(calibrated / PREDICTIONS_FILE)["probabilities"])))
+    assert np.allclose(energies, 0, atol=1e-5)  # probabilities have no energy: it is a column of its own
+    model.config.energy_threshold = float(pd.read_parquet(calibrated / PREDICTIONS_FILE)["energy"].quantile(0.95))
+    model.save_pretrained(calibrated)
+    noise = [Image.fromarray(np.random.default_rng(seed).integers(0, 99, (8, 8), np.uint8)) for seed in range(50)]
+    known = np.mean([row["unknown"] for row in predict(calibrated, images)])
+    assert known < 0.1 < np.mean([row["unknown"] for row in predict(calibrated, noise)])
