@@ -6,6 +6,7 @@
 # make test-floor run the tests with the lowest package versions that pyproject.toml allows
 # make browser    install Chromium for the tests of HTML pages, which are skipped without Chromium
 # make docs       test the documentation: links, flags and code blocks
+# make dist      build the wheel and the source distribution, and check them
 # make gpu        run tests and benchmarks on a CUDA device, and write docs/speed-gpu.md
 
 PYTHON ?= python3
@@ -21,10 +22,17 @@ test-quick test test-all test-floor: export OMP_NUM_THREADS := 1
 # Let Python cache bytecode. Otherwise, each subprocess of a test compiles libraries again, which takes seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo cards test-quick test test-all test-floor check lint browser docs gpu setup clean
+.PHONY: dist demo cards test-quick test test-all test-floor check lint browser docs gpu setup clean
 
 demo: setup
 	$(RUN) scripts/demo.py
+
+# The wheel and the source distribution, as .github/workflows/release.yml publishes them. Requires uv and twine.
+DIST ?= dist
+
+dist:
+	$(PYTHON) -m uv build --out-dir $(DIST)
+	$(PYTHON) -m twine check --strict $(DIST)/*.whl $(DIST)/*.tar.gz
 
 # Recipes of the cards in model_cards/. To run only one recipe: make cards RECIPES=digits
 RECIPES ?= digits fashion-mnist
@@ -47,7 +55,6 @@ QUICK := \
 	$(addprefix data/test_,batches labels sampling sources splits) \
 	$(addprefix hub/test_,provenance) \
 	$(addprefix inference/test_,inputs metrics prediction_rows) \
-	$(addprefix publishing/test_,card_results manifest) \
 	$(addprefix training/test_,defaults model optimizer)
 
 test-quick: setup

@@ -1,3 +1,3 @@
 """Version of the package. Importing this file does not import torch."""
 
-__version__ = "0.2.0"
+__version__ = "0.1.0"

@@ -38,7 +38,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if not name.startswith("tests/") and (REPOSITORY / name).is_file():
             (folder / "source" / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / "source" / name).write_bytes((REPOSITORY / name).read_bytes())
-    run(sys.executable, "-m", "uv", "build", "--wheel", "--out-dir", folder, folder / "source", cwd=folder)
+    run("make", "dist", f"PYTHON={sys.executable}", f"DIST={folder}", cwd=folder / "source")  # as a release does
     (file,) = folder.glob("*.whl")
     return file
 
