@@ -102,13 +102,26 @@ HEADER = """# Coverage of other projects' ViTs
 
 `python scripts/make_coverage.py` writes this page. The script builds every architecture with random weights and two
 layers, and converts the model. An architecture is converted exactly if all tokens and logits match those of the source
-model to within 1e-5 in float32, at the native size and at a non-square size.
+model to within 1e-5 of the largest value in float32, at the native size and at a non-square size.
 
 The versions are timm {timm} and transformers {transformers}.
 
 The timm table lists all modules whose models have a single resolution and global attention, except
-`vision_transformer_hybrid`, which has a CNN before the ViT. EUPE is a set of weights for architectures of the module
-`eva`. Neither library contains ViT-5, so there is no reference implementation for a ViT-5 preset.
+`vision_transformer_hybrid`, which has a CNN before the ViT. EUPE and LingBot-Vision (arXiv 2607.05247) are sets of
+weights for architectures of the module `eva`. Neither library contains ViT-5, so there is no reference implementation
+for a ViT-5 preset.
+
+Two vision encoders that were published in 2026 are not in the tables, because their configurations do not have the
+fields of an image encoder. Neither is supported:
+
+- Molmo 2 (`Molmo2VisionModel`): the input is a sequence of flattened patches of a grid with one fixed size, so that no
+  image size can be chosen.
+- Kimi K2.5 (`Kimi_K25VisionModel`): batches contain images and videos of several sizes, and the model merges patches.
+
+Sapiens2: the authors' code computes rotary positions in bfloat16 by default. transformers, timm and the converted
+model compute them in float32, which changes the outputs by up to 4.2e-3. Files in the authors' format are not
+supported; use `transformers:ID`. DINOv3: the authors' files store rotary periods that are rounded to bfloat16, and
+timm and transformers compute the periods in float32 ([Converting checkpoints](converting.md)).
 
 """
 
