@@ -4,7 +4,8 @@
 import { AutoImageProcessor, AutoModelForImageClassification, RawImage, env, softmax } from "transformers.js";
 
 const TOP_K = 5;
-const MIN_BRIGHTNESS = 0.15; // brightness of a patch without attention, from 0 to 1
+const HEAT_COLORS = [[13, 8, 135], [156, 23, 158], [237, 121, 83], [240, 249, 33]]; // no attention to most attention
+const HEAT_OPACITY = 0.65;
 
 env.allowRemoteModels = false;
 env.allowLocalModels = true;
@@ -55,19 +56,24 @@ function toImageData({ data, dims: [, , height, width] }, processor) {
 const find = (id) => document.getElementById(id);
 let result = null;
 
-/** Draw the image. Patches that receive less attention from the selected token are darker. */
+/** Return the color [red, green, blue] of an attention from 0 to 1. */
+function getHeatColor(value) {
+  const position = value * (HEAT_COLORS.length - 1);
+  const index = Math.min(Math.floor(position), HEAT_COLORS.length - 2);
+  return HEAT_COLORS[index].map((low, channel) => low + (position - index) * (HEAT_COLORS[index + 1][channel] - low));
+}
+
+/** Draw the image, and over it a heat map of the attention of the selected token. */
 function draw() {
   const { attention, image } = result;
   const [, numLayers, numTokens, rows, columns] = attention.dims;
   const offset = ((find("layer").value - 1) * numTokens + find("token").selectedIndex) * rows * columns;
   const map = Array.from(attention.data.slice(offset, offset + rows * columns));
   const maxValue = Math.max(...map);
-  const shade = new ImageData(columns, rows);
-  map.forEach((value, index) => {
-    shade.data[4 * index + 3] = 255 * (1 - MIN_BRIGHTNESS) * (1 - value / maxValue);
-  });
+  const heat = new ImageData(columns, rows);
+  map.forEach((value, index) => heat.data.set([...getHeatColor(value / maxValue), 255 * HEAT_OPACITY], 4 * index));
   const patches = new OffscreenCanvas(columns, rows);
-  patches.getContext("2d").putImageData(shade, 0, 0);
+  patches.getContext("2d").putImageData(heat, 0, 0);
   const canvas = find("map");
   Object.assign(canvas, { width: image.width, height: image.height });
   const context = canvas.getContext("2d");
