@@ -383,6 +383,10 @@ class TaskOptions:
     config: Path | None = None
     """Recipe: a YAML file of flags. Flags on the command line override flags in the recipe."""
 
+    def __post_init__(self) -> None:
+        if self.output_dir.is_file():
+            raise ValueError(f"--output-dir {self.output_dir} is a file. Set --output-dir to a folder")
+
 
 @dataclass(frozen=True)
 class FinetuneOptions(TaskOptions):

@@ -263,7 +263,7 @@ def test_the_demo_evaluates_the_held_out_digits() -> None:
     evaluated = load_evaluation_data(DataOptions("digits"), "test")
     assert labels == [evaluated.label_space.names[label] for label in evaluated.images.labels]
     assert [image.tobytes() for image in images] == [image.tobytes() for image in evaluated.images.images]
-    assert len(images) == 372
+    assert len(images) == 359
 
 
 # Importing the package -----------------------------------------------------------------------------------------------

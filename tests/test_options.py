@@ -213,6 +213,12 @@ def test_an_existing_folder_is_an_output_for_any_name(tmp_path: Path) -> None:
         PredictOptions("m", ("a.jpg",), output=tmp_path / "features.v3", features=("cls",))
 
 
+def test_the_output_folder_of_a_run_is_not_a_file(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("", encoding="utf-8")
+    with raises_one_line("--output-dir"):
+        FinetuneOptions(tmp_path / "out", DataOptions("digits"), ModelOptions("m"))
+
+
 def test_regions_of_cls_tokens() -> None:
     grid = [[2, 3, row, column] for row in (0, 1) for column in (0, 1, 2)]  # row by row
     assert parse_cls_scopes(["1x2", "image", "2x3"]) == [[1, 2, 0, 0], [1, 2, 0, 1], "image", *grid]

@@ -1,14 +1,16 @@
 """Held-out images of datasets without an evaluation split, and the record of these images in results.json.
 
     image -> key: checksum of the image bytes, or of the path within the dataset if the dataset contains only paths
-          -> hash of the key and the split seed, as a number in [0, 1)
-          -> held out if this number is less than the fraction
+          -> hash of the key and the split seed
 
-Whether an image is held out does not depend on other images, their order or the labels. If images are added to the
-dataset, held-out images stay held out, and training images stay training images.
+    one known label per image    of each class, the images with the smallest hashes: the rounded fraction of the class,
+                                 but at least one image of a class with two or more images
+    all other data               the images whose hash, as a number in [0, 1), is less than the fraction
 
-The split is not stratified: the held-out fraction of a class is only approximate. Training prints a warning if a class
-has no held-out images or no training images.
+The split depends on neither the order of the images nor the working directory. Equal images are on the same side. In a
+stream, or with several labels per image, whether an image is held out does not depend on other images, and the
+fraction of a class is only approximate. Training prints a warning if a class has no held-out images or no training
+images.
 
 A training run writes a `HeldOutRecord` to results.json under the key "held_out". results.json is published with the
 model. `vitcls evaluate` reads the record, holds out the same images, and compares the digest of the image keys.
@@ -16,10 +18,12 @@ model. `vitcls evaluate` reads the record, holds out the same images, and compar
 
 import hashlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..files import read_json
+from ..heads_vitcls import IGNORED_LABEL
 
 
 RESULTS_FILE = "results.json"  # file with the results of the training run, in a model folder
@@ -39,12 +43,32 @@ class HeldOutRule:
     fold: int | None = None  # fold to hold out, starting at 1; each image is in exactly one fold
 
     def is_held_out(self, key: int) -> bool:
-        """Return whether the image with this key is held out."""
-        text = f"{self.seed} {self.purpose} {key}" if self.purpose else f"{self.seed} {key}"
-        hash_value = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+        """Return whether the image with this key is held out, if the classes are not known."""
+        hash_value = self.hash_key(key)
         if self.num_folds is not None and self.fold is not None:
             return hash_value * self.num_folds >> 64 == self.fold - 1
         return hash_value / 2**64 < self.fraction
+
+    def select(self, keys: Sequence[int], labels: Sequence[int]) -> set[int]:
+        """Return the held-out keys of images with one label each, or -100 for an unknown label. Equal images have the
+        label of the first one."""
+        keys_by_label: dict[int, list[int]] = {}
+        for key, label in dict(zip(reversed(keys), reversed(labels), strict=True)).items():
+            keys_by_label.setdefault(label, []).append(key)
+        held_out = set(filter(self.is_held_out, keys_by_label.pop(IGNORED_LABEL, [])))
+        for label, class_keys in keys_by_label.items():
+            class_keys.sort(key=self.hash_key)
+            if self.num_folds is not None and self.fold is not None:
+                held_out.update(class_keys[(self.fold - 1 - label) % self.num_folds :: self.num_folds])
+            elif self.fraction and len(class_keys) > 1:
+                num_held_out = round(self.fraction * len(class_keys))
+                held_out.update(class_keys[: min(max(num_held_out, 1), len(class_keys) - 1)])
+        return held_out
+
+    def hash_key(self, key: int) -> int:
+        """Return the 64-bit hash of a key and the seed."""
+        text = f"{self.seed} {self.purpose} {key}" if self.purpose else f"{self.seed} {key}"
+        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
     def __str__(self) -> str:
         if self.num_folds is not None:
@@ -96,8 +120,11 @@ def compute_image_key(content: bytes) -> int:
 
 
 def get_relative_path(path: str, folder: Path) -> str:
-    """Return the path of an image relative to the dataset folder. URLs and empty paths are left unchanged."""
-    return path if not path or "://" in path else Path(os.path.relpath(path, folder)).as_posix()
+    """Return the path of an image relative to the dataset folder. URLs, empty paths, and relative paths in datasets in
+    memory are left unchanged."""
+    if not path or "://" in path or (folder.is_absolute() and not Path(path).is_absolute()):
+        return path
+    return Path(os.path.relpath(path, folder)).as_posix()
 
 
 def compute_key_digest(keys: list[int]) -> str:

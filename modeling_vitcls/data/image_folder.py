@@ -198,9 +198,11 @@ def build_labeled_splits(folder: ImageFolder, images_by_split: dict[str, list[st
     unlabeled_images = [image for image, label in labels.items() if label is None]
     if not classes:
         parent = folder.path / PurePosixPath(unlabeled_images[0]).parent
+        tables = [*(folder.path / table for table in folder.tables), *list_tables(folder.path.parent)]
+        table_text = f"{tables[0]}, which may contain the labels" if tables else "a table of images and labels"
         raise ValueError(
             f"{parent} contains images, but no class folders. Move the images of each class into a separate folder "
-            f"({parent / 'CLASS' / 'IMAGE'}), or set --dataset to a table of images and labels"
+            f"({parent / 'CLASS' / 'IMAGE'}), or set --dataset to {table_text}"
         )
     note_unused_files(folder, unlabeled_images, "outside of class folders")
     nested_folders = sorted(
@@ -219,6 +221,11 @@ def build_labeled_splits(folder: ImageFolder, images_by_split: dict[str, list[st
             columns = pyarrow.table({"label": pyarrow.array(class_indices, pyarrow.int64())})
             datasets_by_split[split] = build_dataset(folder, split, labeled_images, columns, {"label": feature})
     return datasets_by_split
+
+
+def list_tables(folder: Path) -> list[Path]:
+    """Return the tables in a folder that may name the images of an adjacent folder."""
+    return sorted(file for file in folder.iterdir() if file.suffix.lower() in (".csv", ".tsv", ".jsonl", ".parquet"))
 
 
 def describe_single_class(dataset: str, name: str) -> str:

@@ -187,6 +187,9 @@ class ColumnImages(EncodedSequence):
         return pyarrow.compute.struct_field(values, "path").to_pylist()
 
     def compute_keys(self) -> list[int]:
+        paths = self.get_paths()
+        if all(paths) and len(set(paths)) == len(paths):  # no image is read
+            return [compute_image_key(name.encode()) for name in self.get_names()]
         starts = range(0, len(self), ROWS_PER_READ)
         rows = (row for start in starts for row in self.dataset[start : start + ROWS_PER_READ][self.column])
         return [compute_encoded_image_key(row or MISSING_IMAGE, self.folder) for row in rows]

@@ -61,7 +61,14 @@ def convert_split(data: Any) -> Any:
     import datasets
 
     if isinstance(data, datasets.Dataset):
+        if data.format["type"] == "custom":
+            raise ValueError(
+                "the dataset has a transform (`with_transform`), but images are read without it. Pass "
+                "dataset.with_format(None), and set augmentation flags"
+            )
         return data
+    if type(data).__name__ == "DataFrame":
+        raise TypeError("a pandas DataFrame is not supported. Pass datasets.Dataset.from_pandas(data)")
     if not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
         raise TypeError(
             "a dataset must be a path, a datasets.Dataset, a torch Dataset with a length, or a list of (image, label) "

@@ -23,8 +23,20 @@ from ..heads_vitcls import IGNORED_LABEL
 from ..options import DataOptions
 
 
-IMAGE_COLUMN_NAMES = ("image", "img", "picture", "photo", "pixel_values", "file_name", "filename", "file", "path")
-LABEL_COLUMN_NAMES = ("label", "labels", "class", "target", "category", "fine_label")
+IMAGE_COLUMN_NAMES = (
+    "image",
+    "img",
+    "picture",
+    "photo",
+    "pixel_values",
+    "file_name",
+    "filename",
+    "file",
+    "path",
+    "jpg",
+    "png",
+)
+LABEL_COLUMN_NAMES = ("label", "labels", "class", "target", "category", "fine_label", "cls")
 NO_LABELS = "nothing"  # text for an image without labels in a multi-label dataset
 
 LabelKind = Literal["single_label_classification", "multi_label_classification", "multi_task"]

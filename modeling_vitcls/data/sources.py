@@ -20,6 +20,7 @@ import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -203,8 +204,9 @@ def drop_unlabeled_images(images: LabeledImages, options: DataOptions, split: st
     return images.select(index for index, label in enumerate(images.labels) if label != IGNORED_LABEL)
 
 
+@cache
 def warn_on_first_process(message: str) -> None:
-    """Log a warning on the first process only."""
+    """Log a warning once, on the first process only."""
     if os.environ.get("RANK", "0") == "0":
         logger.warning("%s", message)
 

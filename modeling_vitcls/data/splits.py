@@ -16,11 +16,13 @@ is sufficient to detect that many files were replaced, for example if the names 
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..heads_vitcls import IGNORED_LABEL
 from ..options import DataOptions
 from .held_out import HeldOutRecord, HeldOutRule
 from .image_folder import describe_single_class, format_name_list
@@ -35,7 +37,7 @@ NUM_SAMPLES = 32  # number of images whose bytes are part of a fingerprint
 
 # Description of a change, by digest name. The first digest that differs determines the description.
 CHANGE_DESCRIPTIONS = {
-    "name_set_sha256": "the number of images is the same, but the names of the images differ",
+    "name_set_sha256": "the number of images is the same, but the names of the images, or the labels, differ",
     "names_sha256": "the images are the same, but the order of the images differs",
     "labels_sha256": "the images are the same, but some labels differ",
     "contents_sha256": "the names of the images are the same, but the contents differ; classes may have been swapped",
@@ -65,6 +67,14 @@ class TrainingData:
         """Return the number of training images; None for a stream, whose length is unknown."""
         return None if isinstance(self.train, StreamedImages) else len(self.train)
 
+    @property
+    def class_ratio(self) -> float:
+        """Return the size of the largest class divided by that of the smallest, or 1 if images have several labels."""
+        if not is_stratified(self.train):
+            return 1.0
+        sizes = Counter(self.train.labels).values()  # type: ignore[union-attr]
+        return max(sizes, default=1) / min(sizes, default=1)
+
 
 def load_training_data(
     options: DataOptions, use_selection_split: bool = False, use_labels: bool = True
@@ -90,14 +100,15 @@ def load_training_data(
     training_splits = choose_training_splits(splits.names, use_selection_split)
     check_splits(options, splits, training_splits, use_selection_split)
     train = splits.images_by_split[training_splits.train]
+    labels_by_key = {} if use_labels or options.streaming else read_labels_by_key(options, select)
     if training_splits.held_out is not None:
         held_out = materialize_images(splits.images_by_split[training_splits.held_out])
         held_out_name = f"split {training_splits.held_out!r}"
         record = HeldOutRecord(training_splits.held_out, len(held_out))
     else:
         rule = build_held_out_rule(options)
-        train, held_out, record = hold_out_images(train, rule, options)
-        held_out_name = str(rule)
+        held_out_name = describe_rule(rule, train)
+        train, held_out, record = hold_out_images(train, rule, options, labels_by_key)
         if options.streaming and len(held_out) == MAX_HELD_OUT_IMAGES:
             held_out_name += f", evaluated on the first {MAX_HELD_OUT_IMAGES:,} images"
     num_images = None if options.streaming else len(train)
@@ -109,7 +120,7 @@ def load_training_data(
         selection_name = f"split {training_splits.selection!r}"
     elif use_selection_split:
         rule = HeldOutRule(options.held_out_fraction, options.split_seed, "selection")
-        train, selection, _ = hold_out_images(train, rule, options)
+        train, selection, _ = hold_out_images(train, rule, options, labels_by_key)
         selection_name = f"{rule}; from the training images"
     return TrainingData(
         splits.name,
@@ -194,15 +205,23 @@ def build_held_out_rule(options: DataOptions) -> HeldOutRule:
     return HeldOutRule(options.held_out_fraction, options.split_seed)
 
 
-def hold_out_images(images: Any, rule: HeldOutRule, options: DataOptions) -> tuple[Any, LabeledImages, HeldOutRecord]:
+def hold_out_images(
+    images: Any, rule: HeldOutRule, options: DataOptions, labels_by_key: Mapping[int, int] | None = None
+) -> tuple[Any, LabeledImages, HeldOutRecord]:
     """Return the training images (stored or streamed), the held-out images, and the record of the held-out images.
+    `labels_by_key` are the labels of images that are read without labels.
     Raise ValueError if none or all of the images would be held out."""
     if isinstance(images, StreamedImages):
         train = replace(images, held_out_rule=rule)
         held_out = train.read_held_out_images() if rule.fraction else LabeledImages(EncodedImages([]), [])
         return train, held_out, HeldOutRecord.from_keys(rule, held_out.images.compute_keys())
     keys = images.images.compute_keys()
-    held_out_indices = [index for index, key in enumerate(keys) if rule.is_held_out(key)]
+    if not is_stratified(images):
+        labels_by_key = labels_by_key or {}
+        held_out_keys = rule.select(keys, [labels_by_key.get(key, IGNORED_LABEL) for key in keys])
+    else:
+        held_out_keys = rule.select(keys, images.labels)
+    held_out_indices = [index for index, key in enumerate(keys) if key in held_out_keys]
     train_indices = sorted(set(range(len(keys))).difference(held_out_indices))
     if not train_indices or (not held_out_indices and rule.fraction > 0):
         amount, change = ("all", "smaller") if held_out_indices else ("none of the", "larger")
@@ -213,6 +232,32 @@ def hold_out_images(images: Any, rule: HeldOutRule, options: DataOptions) -> tup
         )
     record = HeldOutRecord.from_keys(rule, [keys[index] for index in held_out_indices])
     return images.select(train_indices), images.select(held_out_indices), record
+
+
+def is_stratified(images: Any) -> bool:
+    """Return whether held-out images are selected by class, which requires one known label per image."""
+    if isinstance(images, StreamedImages):
+        return False
+    return all(isinstance(label, int) and label != IGNORED_LABEL for label in images.labels)
+
+
+def describe_rule(rule: HeldOutRule, images: Any) -> str:
+    """Return the description of a rule, and whether the split is stratified."""
+    if is_stratified(images):
+        return f"{rule}, stratified by class"
+    has_several_labels = not isinstance(images, StreamedImages) and isinstance(images.labels[0], dict | list)
+    return f"{rule}, not stratified: several labels per image" if has_several_labels else str(rule)
+
+
+def read_labels_by_key(options: DataOptions, select: Callable[[list[str]], list[str]]) -> dict[int, int]:
+    """Return the labels of the training images by key, so that pre-training and fine-tuning hold out the same images.
+    The dict is empty if the dataset has no labels or several labels per image."""
+    try:
+        splits = load_splits(options, select=select)
+    except ValueError:
+        return {}
+    images = splits.images_by_split[choose_training_splits(splits.names, False).train]
+    return dict(zip(images.images.compute_keys(), images.labels, strict=True)) if is_stratified(images) else {}
 
 
 # Evaluation ----------------------------------------------------------------------------------------------------------

@@ -7,7 +7,9 @@
     frozen.py           simple classifiers on frozen features, for `vitcls evaluate --frozen`
     inputs.py           images for prediction, decoded in advance by threads
     prediction_rows.py  pixels -> rows of labels, probabilities or features
-    outputs.py          rows -> table, CSV, JSON, Parquet; shards; progress
+    outputs.py          rows -> table, CSV, JSON, Parquet; progress
+    shards.py           folders of Parquet files, written by any number of jobs
+    embed_images.py     EmbedImages, for Ray, Spark and datasets.map
     predict.py          the command `vitcls predict`
 
 The files in this folder are not pushed to the Hub.

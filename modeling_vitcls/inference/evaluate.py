@@ -8,6 +8,8 @@ If the dataset has no split for evaluation, the model is evaluated on the images
 
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from accelerate import Accelerator
@@ -31,13 +33,13 @@ from ..data.images import LabeledImages
 from ..data.labels import LabelKind, LabelSpace, get_label_space
 from ..data.splits import load_evaluation_data
 from ..distributed import build_accelerator
-from ..files import write_json
+from ..files import read_json, write_json
 from ..heads_vitcls import IGNORED_LABEL
 from ..hub.loading import MODEL_FILE_PATTERNS
-from ..options import EvaluateOptions
+from ..options import DataOptions, EvaluateOptions
 from ..system import describe_device, get_versions
 from .evaluator import CachedBatches, Evaluator, HeldOutBatch
-from .load_model import load_classifier, load_processor
+from .load_model import check_is_finished, load_classifier, load_processor
 from .metric_tables import build_class_tables, build_metric_rows
 from .metrics import select_scalars
 from .per_image import check_per_image, write_predictions
@@ -46,7 +48,7 @@ from .per_image import check_per_image, write_predictions
 SECONDS_BETWEEN_LINES = 10.0  # interval between progress lines if the output is not a terminal, in seconds
 
 
-class Evaluation(NamedTuple):
+class EvaluationSetup(NamedTuple):
     """A loaded model and an evaluator with the labeled images."""
 
     model: Any  # on the device, in eval mode
@@ -56,8 +58,11 @@ class Evaluation(NamedTuple):
     warning: str | None  # warning that the model may have been trained on the images, or None
 
 
-def load_evaluation(options: EvaluateOptions, accelerator: Accelerator, warn: Callable[[str], None]) -> Evaluation:
+def load_evaluation(
+    options: EvaluateOptions, accelerator: Accelerator, warn: Callable[[str], None]
+) -> EvaluationSetup:
     """Load the model and the labeled images. The errors are the same as in `evaluate_checkpoint`."""
+    check_is_finished(options.model)
     with accelerator.main_process_first():  # the main process downloads the files
         folder = resolve_checkpoint(options.model, [*MODEL_FILE_PATTERNS, RESULTS_FILE])
         model = load_classifier(options.model, folder).to(accelerator.device).eval()
@@ -65,7 +70,9 @@ def load_evaluation(options: EvaluateOptions, accelerator: Accelerator, warn: Ca
         if options.fit is not None:
             set_fit(processor, options.fit, model.config.image_height_width)
         record = read_held_out_record(folder)
-        label_space, images, split, rule = load_evaluation_data(options.data, options.split, record)
+        label_space, images, split, rule = load_evaluation_data(
+            set_label_columns(options.data, model.config, folder), options.split, record
+        )
     warning = None if rule is None else describe_possible_overlap(options.model, record, images)
     if warning is not None:
         warn(warning)
@@ -81,7 +88,7 @@ def load_evaluation(options: EvaluateOptions, accelerator: Accelerator, warn: Ca
         warn,
         model.config.num_channels,
     )
-    return Evaluation(model, evaluator, split, rule, warning)
+    return EvaluationSetup(model, evaluator, split, rule, warning)
 
 
 def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
@@ -180,6 +187,21 @@ def describe_possible_overlap(model: str, record: HeldOutRecord | None, held_out
         f"when {model} was trained, so the dataset has changed or is a different dataset. The model may have been "
         "trained on images that have been renamed or re-encoded"
     )
+
+
+def set_label_columns(options: DataOptions, config: ViTCLSConfig, folder: str) -> DataOptions:
+    """Return the options with the label columns of a multi-task model, or the label column and the separator of a
+    multi-label model, unless the flags are set."""
+    if options.label_column is not None or options.label_separator is not None:
+        return options
+    if config.tasks:
+        return replace(options, label_column=tuple(config.task_labels()))
+    file = Path(folder, RESULTS_FILE)
+    if config.problem_type != "multi_label_classification" or not file.is_file():
+        return options
+    results = read_json(file)
+    columns = results.get("label_column")
+    return replace(options, label_column=columns and tuple(columns), label_separator=results.get("label_separator"))
 
 
 # Labels --------------------------------------------------------------------------------------------------------------

@@ -42,6 +42,7 @@ def load_model(source: str, use_head: bool, fit: str | None = None) -> tuple[Pre
         raise ValueError(
             f"{source} is a preset without trained weights. Set --model to a folder or a model on the Hub"
         )
+    check_is_finished(source)
     folder = resolve_checkpoint(source)
     settings = check_is_vitcls(source, folder)
     model_class: Any = ViTCLSModel
@@ -76,6 +77,15 @@ def load_processor(source: str, folder: str) -> ViTCLSImageProcessor:
             "checkpoint with `vitcls convert`, which also writes the image processor"
         )
     return load_checkpoint(ViTCLSImageProcessor.from_pretrained, folder)
+
+
+def check_is_finished(source: str) -> None:
+    """Raise ValueError if `source` is the output folder of a run that has not written its model."""
+    folder = Path(source)
+    if (folder / "checkpoints").is_dir() and not (folder / "config.json").exists():
+        raise ValueError(
+            f"{source} contains an unfinished run without a model. Repeat the training command with --resume"
+        )
 
 
 def load_classifier(source: str, folder: str) -> Classifier:

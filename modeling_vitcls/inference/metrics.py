@@ -56,6 +56,7 @@ class SingleLabelMetrics:
     accuracy                top-1 accuracy
     top_5_accuracy          top-5 accuracy, if there are more than five classes
     balanced_accuracy       mean recall of the classes that have images
+    macro_f1                mean F1 of the classes that have images or predictions
     calibration_error       expected calibration error with 15 bins (Guo et al. 2017, arXiv 1706.04599)
     cls_accuracy, distillation_accuracy     accuracy of each head, if the model has two heads
     loss                    cross-entropy, without label smoothing
@@ -113,6 +114,7 @@ class SingleLabelMetrics:
         if self.top_5_accuracy is not None:
             values["top_5_accuracy"] = to_number(self.top_5_accuracy.compute())
         values["balanced_accuracy"] = compute_mean([row["recall"] for row in class_metrics])
+        values["macro_f1"] = compute_mean([row["f1"] for row in class_metrics])
         values["calibration_error"] = to_number(self.calibration_error.compute())
         values |= {
             name: to_number(metric.compute()) for name, metric in self.head_accuracies.items() if metric.update_called

@@ -48,6 +48,9 @@ from .task import NO_EVALUATION_TEXT, EvaluationFunction, Task, format_metrics
 from .teacher import Teacher, TeacherCache, load_teacher
 
 
+MAX_CLASS_RATIO = 10  # ratio of the largest to the smallest class, above which macro F1 is reported in step lines
+
+
 class FinetuneTask(Task):
     """Fine-tuning of a classifier, optionally with a teacher."""
 
@@ -91,7 +94,20 @@ class FinetuneTask(Task):
 
     def find_warnings(self) -> list[str]:
         split_warning = get_split_warning(self.options.model.model, self.data)
-        return [*describe_missing_classes(self.data), *([split_warning] if split_warning else [])]
+        warnings = [*describe_missing_classes(self.data), split_warning, self.describe_imbalance()]
+        return [warning for warning in warnings if warning]
+
+    def describe_imbalance(self) -> str | None:
+        """Return a warning if the largest class has more than `MAX_CLASS_RATIO` times the images of the smallest."""
+        ratio = self.data.class_ratio
+        if ratio > MAX_CLASS_RATIO:
+            self.runner.reporter.additional_metric = "macro_f1"
+        if ratio <= MAX_CLASS_RATIO or self.options.training.class_balance != "none":
+            return None
+        return (
+            f"the largest class has {ratio:.0f} times as many training images as the smallest. The accuracy hardly "
+            "depends on small classes: compare macro F1, and set --class-balance weights or sampling"
+        )
 
     # Training --------------------------------------------------------------------------------------------------------
 
@@ -202,7 +218,11 @@ class FinetuneTask(Task):
 
     def get_task_results(self) -> dict[str, Any]:
         teacher = self.options.distillation.teacher
-        return {"teacher": strip_folders(teacher) if teacher else None}
+        return {
+            "teacher": strip_folders(teacher) if teacher else None,
+            "label_column": list(self.data.label_space.columns),
+            "label_separator": self.options.data.label_separator,
+        }
 
     def format_result(self, metrics: Metrics) -> str:
         text = format_metrics(metrics, self.selection_metric, "cls_accuracy", "distillation_accuracy")

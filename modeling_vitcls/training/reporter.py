@@ -43,6 +43,7 @@ class Reporter:
             disable=not (accelerator.is_main_process and self.console.is_terminal),
         )
         self.progress_task = self.progress.add_task("training", total=None, remaining="")
+        self.additional_metric: str | None = None  # evaluation metric that is printed in addition
         self.num_steps = 0
         self.first_step = 0
         self.start_time = 0.0  # time at which the first step started
@@ -102,6 +103,8 @@ class Reporter:
         for split, split_text in (("held_out", "held out"), ("selection", "selection")):
             if printed_metric is not None and (name := f"{split}_{printed_metric}") in record:
                 score_text = f"{split_text}: {format_metric(printed_metric, record[name])}"
+                if self.additional_metric is not None and (name := f"{split}_{self.additional_metric}") in record:
+                    score_text += f", {format_metric(self.additional_metric, record[name])}"
         remaining_time = self.format_remaining_time(record["step"])
         if self.progress.disable:
             columns = [f"step {record['step']}/{self.num_steps}", text, remaining_time, score_text]

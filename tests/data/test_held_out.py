@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections import Counter
 from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path
@@ -22,6 +23,7 @@ from modeling_vitcls.data.held_out import (
     get_relative_path,
     read_held_out_record,
 )
+from modeling_vitcls.data.in_memory import add_dataset
 from modeling_vitcls.data.splits import (
     describe_missing_classes,
     load_evaluation_data,
@@ -65,14 +67,49 @@ def evaluate(model: Path, dataset: Path, split: str | None = None, **data: Any) 
 # Selection -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_growing_folder_keeps_its_split(tmp_path: Path) -> None:
-    before = read(write_photos(tmp_path / "photos", range(10, 50)))
-    trained, held_out = get_names(before.train), get_names(before.held_out)
-    write_photos(tmp_path / "photos", range(100), "ant", "cat", "dog")
-    after = read(tmp_path / "photos")
-    assert len(after.train) + len(after.held_out) == 300 > len(trained) + len(held_out) == 80
-    assert held_out < get_names(after.held_out)
-    assert trained < get_names(after.train)
+@pytest.mark.parametrize("fraction", [0.01, 0.2, 0.5, 0.95])
+def test_the_split_is_stratified(fraction: float, tmp_path: Path) -> None:
+    """Each class with two or more images has held-out images and training images, in proportion to its size."""
+    sizes = {"ant": 1, "bee": 2, "cat": 3, "dog": 40, "elk": 7}
+    for name, size in sizes.items():
+        write_photos(tmp_path / "photos", range(size), name)
+    data = read(tmp_path / "photos", held_out_fraction=fraction)
+    names = data.label_space.names
+    counts = [Counter(names[label] for label in part.labels) for part in (data.train, data.held_out)]
+    expected = {
+        name: 0 if size == 1 else min(max(round(fraction * size), 1), size - 1) for name, size in sizes.items()
+    }
+    assert counts[1] == Counter(expected) and counts[0] + counts[1] == Counter(sizes)
+    assert "stratified" in data.held_out_name and data.class_ratio == max(counts[0].values()) / min(counts[0].values())
+
+
+def test_the_folds_are_stratified(tmp_path: Path) -> None:
+    folder = write_photos(tmp_path / "photos", range(12), "ant", "cat")
+    folds = [read(folder, folds=3, fold=fold).held_out for fold in (1, 2, 3)]
+    assert [Counter(fold.labels) for fold in folds] == [{0: 4, 1: 4}] * 3
+    assert len(set.union(*map(get_names, folds))) == 24
+
+
+def test_the_split_of_tags_is_not_stratified_and_labels_select_images_for_pretraining(tmp_path: Path) -> None:
+    paths = sorted(write_photos(tmp_path / "photos", range(30)).glob("*/*.png"))
+    rows = [f"{path},{'x|y' if index % 2 else 'x'}" for index, path in enumerate(paths)]
+    (tmp_path / "tags.csv").write_text("\n".join(["image,label", *rows]), encoding="utf-8")
+    assert "not stratified" in read(tmp_path / "tags.csv", label_separator="|").held_out_name
+    assert (
+        "not stratified" in load_training_data(DataOptions(str(tmp_path / "photos")), use_labels=False).held_out_name
+    )
+
+
+def test_relative_paths_in_memory_do_not_depend_on_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held_out = []
+    for folder in (tmp_path / "a", tmp_path / "a" / "b"):
+        write_photos(folder / "photos", range(20))
+        monkeypatch.chdir(folder)
+        pairs = [(f"photos/{name}/{index}.png", name) for name in ("cat", "dog") for index in range(20)]
+        held_out.append(get_names(load_training_data(DataOptions(add_dataset(pairs))).held_out))
+    assert held_out[0] == held_out[1]
 
 
 def test_the_split_depends_only_on_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,8 +120,6 @@ def test_the_split_depends_only_on_names(tmp_path: Path, monkeypatch: pytest.Mon
     assert get_names(read(tmp_path / "there", split_seed=3).held_out) == held_out
     monkeypatch.chdir(tmp_path)
     assert get_names(read("there", split_seed=3).held_out) == held_out
-    assert get_names(read("there", split_seed=3, streaming=True).held_out) == held_out
-    assert get_names(load_training_data(DataOptions("there", split_seed=3), use_labels=False).held_out) == held_out
     rows = [f"there/{path.relative_to(tmp_path / 'there')},x" for path in (tmp_path / "there").glob("*/*.png")]
     (tmp_path / "list.csv").write_text("\n".join(["image,label", *rows[:40], "a.png,y", *rows[40:]]), encoding="utf-8")
     listed = get_names(read("list.csv", split_seed=3).held_out)
@@ -93,7 +128,7 @@ def test_the_split_depends_only_on_names(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_images_without_names_are_selected_by_their_content(tmp_path: Path) -> None:
-    """Check stored and streamed images, in any order; equal images are on the same side."""
+    """Check any order; equal images are on the same side."""
     paths = sorted(write_photos(tmp_path / "photos", range(30)).glob("*/*.png"))
     found = []
     for order in (paths, paths[::-1], paths + paths):
@@ -102,9 +137,7 @@ def test_images_without_names_are_selected_by_their_content(tmp_path: Path) -> N
         data = read(tmp_path / "table.parquet")
         found.append({image.tobytes() for image in data.held_out.images})
         assert not found[-1] & {image.tobytes() for image in data.train.images}
-    streamed = read(tmp_path / "table.parquet", streaming=True, label_names=("cat", "dog"))
-    found.append({image.tobytes() for image in streamed.held_out.images})
-    assert found[0] == found[1] == found[2] == found[3] and 0 < len(found[0]) < 60
+    assert found[0] == found[1] == found[2] and 0 < len(found[0]) < 60
 
 
 def test_the_expected_fraction_is_held_out(tmp_path: Path) -> None:
@@ -146,31 +179,17 @@ def test_each_image_is_in_one_fold() -> None:
 
 def test_classes_missing_from_one_part_are_named(tmp_path: Path) -> None:
     folder = write_photos(tmp_path, range(60))
-    seeds = {}
     write_photos(tmp_path, range(1), "rare")
-    for seed in range(30):
-        (warning,) = describe_missing_classes(read(folder, split_seed=seed))
-        seeds[warning] = seed
-    assert len(seeds) == 2
-    missing, unlearned = sorted(seeds)
-    assert missing.startswith(
-        "1 of the 3 classes has no held-out images (rare), so the accuracy on this class is not measured"
-    )
-    assert unlearned.startswith("1 of the 3 classes has no training images (rare), because all")
-    write_photos(tmp_path, range(60), "rare")
+    (warning,) = describe_missing_classes(read(folder))
+    assert "no held-out images (rare)" in warning
+    write_photos(tmp_path, range(2), "rare")
     assert describe_missing_classes(read(folder)) == []
 
 
 def test_empty_parts_are_errors(tmp_path: Path) -> None:
-    folder = write_photos(tmp_path, range(2))
-    with raises_one_line(
-        "none of the 4 images would be held out", "--held-out-fraction 1e-06", "a larger --held-out-fraction"
-    ):
-        read(folder, held_out_fraction=1e-6)
-    with raises_one_line(
-        "all 4 images would be held out", "--held-out-fraction 0.999999", "a smaller --held-out-fraction"
-    ):
-        read(folder, held_out_fraction=0.999999)
+    folder = write_photos(tmp_path, range(1))
+    with raises_one_line("--held-out-fraction", "add images"):
+        read(folder)
 
 
 # The record ----------------------------------------------------------------------------------------------------------
@@ -195,6 +214,36 @@ def test_evaluation_uses_the_held_out_images_of_the_run(tmp_path: Path, capsys: 
         evaluate(tmp_path / "run", folder, split_seed=3)
     with raises_one_line("--held-out-fraction is 0.5, but training used 0.3"):
         evaluate(tmp_path / "run", folder, held_out_fraction=0.5)
+
+
+def test_the_label_columns_of_a_run_are_used_in_its_evaluation(tmp_path: Path) -> None:
+    """The model of several tasks has their names, and results.json the column and the separator of tags."""
+    paths = sorted(write_photos(tmp_path / "photos", range(10)).glob("*/*.png"))
+    rows = [f"{path},{path.parent.name}|all,{'old' if index % 2 else 'new'}" for index, path in enumerate(paths)]
+    (tmp_path / "table.csv").write_text("\n".join(["image,tags,age", *rows]), encoding="utf-8")
+    for name, flags in (
+        ("tags", {"label_column": "tags", "label_separator": "|"}),
+        ("tasks", {"label_column": ["age", "tags"]}),
+    ):
+        reset_accelerate()
+        results = run(tmp_path / name, tmp_path / "table.csv", **flags)
+        metric = results["selection_metric"]
+        assert evaluate(tmp_path / name, tmp_path / "table.csv")[metric] == pytest.approx(results[metric], abs=1e-5)
+
+
+def test_rare_classes_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """With a ratio above 10, the run names --class-balance, and step lines contain macro F1."""
+    for num_dogs, is_rare in ((50, True), (44, False)):
+        folder = tmp_path / f"{num_dogs}"
+        for name, count in (("cat", 5), ("dog", num_dogs)):  # 4 training images of cats; 45 or 40 of dogs
+            write_photos(folder / "photos", range(count), name)
+        reset_accelerate()
+        capsys.readouterr()
+        run(folder / "run", folder / "photos", held_out_fraction=0.1)
+        output = capsys.readouterr().out
+        assert ("--class-balance" in output) is is_rare
+        steps = [line for line in output.splitlines() if line.startswith("step ") and "held out" in line]
+        assert steps and all(("macro f1" in line) is is_rare for line in steps)
 
 
 def test_evaluation_warns_of_images_that_may_be_training_images(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

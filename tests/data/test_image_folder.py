@@ -1,6 +1,8 @@
 """Image folders: distinguish splits from classes, and use or name every file."""
 
+import io
 import os
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -205,6 +207,32 @@ def test_errors_are_about_folders(tmp_path: Path) -> None:
     (tmp_path / "packed").rename(tmp_path / "splits" / "Train")
     with raises_one_line("If the subfolders (cat, dog) are the classes", "set --dataset", "splits/Train/photos"):
         load(tmp_path / "splits")
+
+
+def test_a_table_beside_images_is_named(tmp_path: Path) -> None:
+    """The table is in the folder of the images, or next to it."""
+    images = tmp_path / "data" / "images"
+    images.mkdir(parents=True)
+    for index in range(3):
+        Image.new("L", (4, 4)).save(images / f"{index}.png")
+    for table in (tmp_path / "data" / "labels.csv", images / "labels.csv"):
+        table.write_text("image,label\n0.png,a\n", encoding="utf-8")
+        with raises_one_line(f"set --dataset to {table}"):
+            load_training_data(DataOptions(str(images)))
+
+
+def test_shards_of_webdataset_need_no_flags(tmp_path: Path) -> None:
+    encoded = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(encoded, "JPEG")
+    with tarfile.open(tmp_path / "train-000.tar", "w") as archive:
+        for index in range(10):
+            for suffix, content in (("jpg", encoded.getvalue()), ("cls", str(index % 2).encode())):
+                member = tarfile.TarInfo(f"{index}.{suffix}")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+    data = load_training_data(DataOptions(str(tmp_path)))
+    assert data.label_space.names == ["0", "1"] and len(data.train) + len(data.held_out) == 10
+    assert data.train.images[0].size == (4, 4)
 
 
 def test_one_class_can_be_evaluated(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pandas
 import pytest
 import torch
 from PIL import Image
@@ -234,3 +235,11 @@ def test_json_lines(tmp_path: Path) -> None:
     part = splits.images_by_split["train"]
     assert splits.label_space.names == ["cat", "dog"] and part.labels == [0, 1, 0, 1, 0, 1]
     assert encode(part.images[5]) == encode(make_image(5))
+
+
+def test_data_that_would_be_misread_is_refused() -> None:
+    rows = {"image": ["a.png", "b.png"], "label": ["x", "y"]}
+    with pytest.raises(TypeError, match=r"from_pandas"):
+        add_dataset(pandas.DataFrame(rows))
+    with pytest.raises(ValueError, match=r"with_format"):
+        add_dataset(datasets.Dataset.from_dict(rows).with_transform(lambda batch: batch))

@@ -98,7 +98,7 @@ def test_a_changed_table_is_an_error(tmp_path: Path, streaming: bool) -> None:
     options = start(get_options(table, streaming))
     for lines, reason in (
         (rows[::-1], "the images are the same, but the order of the images differs"),
-        ([row.replace(",cat", ",dog") for row in rows], "the images are the same, but some labels differ"),
+        ([row.replace(",cat", ",dog") for row in rows], "labels"),
     ):
         write(lines)
         with raises_one_line("--resume: the dataset has changed", reason):
@@ -218,9 +218,7 @@ def test_selection_images_of_a_single_split_are_not_used_for_anything_else(tmp_p
     assert get_names(data.held_out) == get_names(plain.held_out)
     train, selection = get_names(data.train), get_names(data.selection)
     assert train | selection == get_names(plain.train) and not train & selection
-    rule = HeldOutRule(0.25, 3, "selection")
-    keys = plain.train.images.compute_keys()  # type: ignore[union-attr]
-    assert len(selection) == sum(map(rule.is_held_out, keys)) > 5
+    assert len(selection) == 16  # 8 of the 30 training images of each class
     unlabeled = load_training_data(options, use_selection_split=True, use_labels=False)
     assert (get_names(unlabeled.train), get_names(unlabeled.selection)) == (train, selection)
     assert data.selection_name == "about 25%, by checksum, split seed 3; from the training images"

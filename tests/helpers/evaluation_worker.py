@@ -118,7 +118,7 @@ def shard(model: Any, accelerator: Accelerator) -> Any:
 
 
 def evaluate_digits(model: Path, output: Path | None = None) -> dict[str, Any]:
-    """Evaluate as `vitcls evaluate` does. 372 digits are not a multiple of 2 x 7."""
+    """Evaluate as `vitcls evaluate` does. 359 digits are not a multiple of 2 x 7."""
     data = DataOptions(dataset="digits", num_workers=0)
     return evaluate_checkpoint(EvaluateOptions(model=str(model), data=data, batch_size=7, output=output))
 

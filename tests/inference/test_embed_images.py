@@ -1,13 +1,19 @@
 """`EmbedImages` in this process, after pickling, in `datasets.map` and in Ray."""
 
+import os
 import pickle
+import runpy
+import signal
+import sys
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
 import pytest
 from helpers import prediction_photos
 from helpers.prediction_photos import sorted_photos
+from helpers.scripts_in_process import SCRIPTS
 from helpers.tiny_models import build_tiny_config, raises_one_line, save_with_processor
 
 from modeling_vitcls import EmbedImages, ViTCLSImageProcessor, ViTCLSModel
@@ -58,3 +64,51 @@ def test_datasets_map_adds_features(encoder: Path, photos: Path) -> None:
     mapped = table.map(EmbedImages(encoder), batched=True, batch_size=4)
     whole = EmbedImages(encoder)({"path": sorted_photos(photos)})
     np.testing.assert_allclose(np.array(mapped["cls"]), whole["cls"], atol=1e-6)
+
+
+@pytest.mark.slow
+def test_ray_workers_equal_predict_even_if_one_is_killed(
+    encoder: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first worker that computes a batch dies. Ray repeats its batch in another process."""
+    ray = pytest.importorskip("ray")
+    marker = tmp_path / "killed"
+
+    class DyingEmbedImages(EmbedImages):
+        def __call__(self, batch: Any) -> Any:
+            if not marker.exists():
+                marker.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().__call__(batch)
+
+    paths = sorted_photos(photos)
+    model, processor = ViTCLSModel.from_pretrained(encoder).eval(), ViTCLSImageProcessor.from_pretrained(encoder)
+    expected = {row["image"]: row["features"] for row in predict(model, processor, paths, features="cls")}
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        images = ray.data.read_binary_files(paths, include_paths=True)
+        actors = ray.data.ActorPoolStrategy(size=2)
+        rows = images.map_batches(
+            DyingEmbedImages, fn_constructor_args=[str(encoder)], batch_size=2, compute=actors, num_cpus=1
+        ).take_all()
+        assert marker.exists() and {row["path"] for row in rows} == set(paths) and len(rows) == 9
+        for row in rows:
+            np.testing.assert_allclose(row["cls"], expected[row["path"]], atol=1e-6)
+        table = tmp_path / "photos.parquet"
+        contents = {"bytes": [Path(path).read_bytes() for path in paths], "path": paths}
+        datasets.Dataset.from_dict(contents).to_parquet(table)
+        output = tmp_path / "features"
+        flags = ["--model", encoder, "--images", table, "--output", output, "--batch-size", "4"]
+        monkeypatch.setattr(sys, "argv", ["ray_features.py", *map(str, flags)])
+        runpy.run_path(str(SCRIPTS / "ray_features.py"), run_name="__main__")
+        written = datasets.load_dataset("parquet", data_files=str(output / "*.parquet"), split="train")
+        assert sorted(written["path"]) == sorted(paths)
+        for row in written:
+            np.testing.assert_allclose(row["cls"], expected[row["path"]], atol=1e-6)
+    finally:
+        ray.shutdown()
+
+
+def test_the_ray_script_is_short() -> None:
+    lines = (SCRIPTS / "ray_features.py").read_text(encoding="utf-8").splitlines()
+    assert sum(1 for line in lines if line.strip()) <= 40

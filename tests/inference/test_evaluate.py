@@ -28,6 +28,7 @@ from helpers.evaluation_worker import (
     evaluate_digits,
     evaluate_frozen_digits,
 )
+from helpers.tiny_models import raises_one_line
 from helpers.warm_processes import OFFLINE, run_together
 from PIL import Image
 from rich.console import Console
@@ -38,6 +39,7 @@ from modeling_vitcls.data.labels import LabelSpace, get_label_space
 from modeling_vitcls.distributed import build_accelerator
 from modeling_vitcls.files import read_json
 from modeling_vitcls.inference import evaluate as evaluate_module
+from modeling_vitcls.inference import load_model
 from modeling_vitcls.inference.evaluate import build_progress, evaluate_checkpoint, match_labels
 from modeling_vitcls.inference.load_model import load_classifier
 from modeling_vitcls.options import DataOptions, EvaluateOptions
@@ -46,7 +48,7 @@ from modeling_vitcls.system import describe_device, get_versions
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
-NUM_HELD_OUT_DIGITS = 372
+NUM_HELD_OUT_DIGITS = 359
 MEASURED = ("images_per_second", "seconds", "num_processes", "device")  # differ from run to run
 by_one_process = evaluation_results.by_one_process  # a fixture
 
@@ -146,7 +148,7 @@ def test_a_multi_task_model(models: Path, tmp_path: Path, by_one_process: dict[s
         return [columns[task][label[task]] if label[task] >= 0 else "" for task in ("species", "age")]
 
     table = write_table(tmp_path, "multi_task", ["species", "age"], text)
-    parts = evaluate(models / "multi_task", table, label_column=("species", "age"))
+    parts = evaluate(models / "multi_task", table)  # the columns of the model
     expected = by_one_process["multi_task"]
     assert sum(parts["num_images"]) == 2 * NUM_IMAGES
     for task in ("species", "age"):
@@ -281,6 +283,20 @@ def test_progress(is_terminal: bool, shown: str, monkeypatch: pytest.MonkeyPatch
     assert metrics["num_images"] == NUM_IMAGES
     assert shown in console.file.getvalue()
     assert ("\x1b" in console.file.getvalue()) is is_terminal
+
+
+def test_an_unfinished_run_names_resume(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    with raises_one_line("--resume"):
+        evaluate_checkpoint(EvaluateOptions(model=str(tmp_path), data=DataOptions("digits")))
+    with raises_one_line("--resume"):
+        load_model.load_model(str(tmp_path), use_head=True)
+
+
+def test_names_in_brackets_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    """Rich would interpret them as markup."""
+    Console().print(evaluate_module.build_table("", ["Class", "F1"], [["[b]cat[/b]", "[/b]"]]))
+    assert "[b]cat[/b]" in (printed := capsys.readouterr().out) and "│ [/b] │" in printed
 
 
 def test_a_model_without_a_classifier_is_an_error(tmp_path: Path) -> None:

@@ -58,6 +58,7 @@ def test_single_label_metrics(by_one_process: dict[str, Any]) -> None:
     top_5 = [label in row for label, row in zip(labels, outputs.logits.argsort(1)[:, -5:].tolist(), strict=True)]
     assert metrics["top_5_accuracy"] == close(np.mean(top_5))
     assert metrics["balanced_accuracy"] == close(sklearn.metrics.balanced_accuracy_score(labels, answers))
+    assert metrics["macro_f1"] == close(sklearn.metrics.f1_score(labels, answers, average="macro"))
     assert metrics["calibration_error"] == close(calibration_error(outputs.logits, labels))
     assert metrics["loss"] == close(nn.functional.cross_entropy(outputs.logits, torch.tensor(labels)).item())
     expected = sklearn.metrics.confusion_matrix(labels, answers, labels=range(7))

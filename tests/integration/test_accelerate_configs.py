@@ -35,7 +35,7 @@ REPOSITORY = Path(__file__).parents[2]
 CONFIGS = REPOSITORY / "scripts" / "accelerate"
 FILES = sorted(CONFIGS.glob("*.yaml"))
 ENVIRONMENT = os.environ | SCRIPT_ENVIRONMENT
-NUM_HELD_OUT_DIGITS = 372
+NUM_HELD_OUT_DIGITS = 359
 TINY = [
     *("--model", "vitcls-tiny", "--dataset", "digits", "--image-size", 32, "--patch-size", 8),
     *("--hidden-size", 32, "--num-hidden-layers", 2, "--num-attention-heads", 2, "--intermediate-size", 64),

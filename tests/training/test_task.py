@@ -237,7 +237,7 @@ def test_patience_stops_early(tmp_path: Path) -> None:
 def test_the_best_checkpoint_of_pretraining(tmp_path: Path) -> None:
     options = build_options(tmp_path / "run", kind=PretrainOptions, max_steps=2, select="best")
     results = run_task(PretrainTask(options))
-    assert results["selection"]["step"] == 2 and results["num_images"] == 372
+    assert results["selection"]["step"] == 2 and results["num_images"] == 359
 
 
 # Cross-validation, and training on all images ------------------------------------------------------------------------
