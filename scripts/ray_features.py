@@ -35,6 +35,7 @@ def main() -> None:
         EmbedImages,
         fn_constructor_args=[str(Path(flags.model).resolve()), flags.features],
         batch_size=flags.batch_size,
+        num_cpus=0.5,  # leaves cores to the tasks that read files
         num_gpus=flags.gpus_per_worker,
         compute=ray.data.ActorPoolStrategy(size=flags.workers),
     ).write_parquet(str(Path(flags.output).resolve()))

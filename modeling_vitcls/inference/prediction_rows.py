@@ -23,6 +23,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..data.labels import is_multi_label
+from ..modeling_vitcls import ViTCLSForImageClassification, ViTCLSForMultiTaskClassification
 from .confidence import build_prediction_sets, compute_energies
 from .inputs import PreparedImage
 
@@ -33,6 +34,7 @@ Row = dict[str, Any]
 # Labels --------------------------------------------------------------------------------------------------------------
 
 
+CLASSIFIERS = (ViTCLSForImageClassification, ViTCLSForMultiTaskClassification)
 Label = tuple[str, float]  # name and probability
 DEFAULT_THRESHOLD = 0.5  # default minimum probability of a predicted label in multi-label classification
 
@@ -62,6 +64,14 @@ def build_labels(indices: torch.Tensor, probabilities: torch.Tensor, names: list
         [(names[index], probability) for index, probability in zip(image_indices, image_probabilities, strict=True)]
         for image_indices, image_probabilities in zip(indices.tolist(), probabilities.tolist(), strict=True)
     ]
+
+
+def compute_logits(model: Any, pixel_values: torch.Tensor) -> Any:
+    """Return the logits of a classifier. The last layer of a vitcls model computes only the tokens of the head."""
+    arguments = {}
+    if isinstance(model, CLASSIFIERS):
+        arguments["num_output_tokens"] = model.config.num_head_tokens
+    return model(pixel_values, **arguments).logits
 
 
 class TopLabelColumns:
@@ -95,7 +105,7 @@ class TopLabelColumns:
 
     def predict(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the logits [B, num_labels] of each task."""
-        logits = self.model(pixel_values).logits
+        logits = compute_logits(self.model, pixel_values)
         logits_by_task = logits if isinstance(logits, dict) else {"": logits}
         return {task: task_logits.float() for task, task_logits in logits_by_task.items()}
 
@@ -130,7 +140,7 @@ class MultiLabelColumns:
 
     def predict(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the logits [B, num_labels]."""
-        return {"logits": self.model(pixel_values).logits.float()}
+        return {"logits": compute_logits(self.model, pixel_values).float()}
 
     def build_rows(self, outputs: dict[str, torch.Tensor]) -> list[Row]:
         """Return one row per image with the predicted labels. The most probable label comes first."""

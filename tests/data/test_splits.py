@@ -114,7 +114,10 @@ def test_other_names_and_other_held_out_images_have_different_errors() -> None:
     before = counts | compute_fingerprint(names, labels, lambda index: b"")
     renamed = counts | compute_fingerprint([*names[:-1], "new.png"], labels, lambda index: b"")
     assert describe_change(before, before) is None
-    assert describe_change(before, renamed) == "the number of images is the same, but the names of the images differ"
+    assert (
+        describe_change(before, renamed)
+        == "the number of images is the same, but the names of the images, or the labels, differ"
+    )
     assert describe_change(before, before | {"held_out": 2}) == "different images are held out"
     assert describe_change(before, before | {"num_held_out_images": 1009}) == (
         "there were 9 held-out images, but there are 1,009 now"

@@ -84,7 +84,7 @@ def test_ray_workers_equal_predict_even_if_one_is_killed(
     paths = sorted_photos(photos)
     model, processor = ViTCLSModel.from_pretrained(encoder).eval(), ViTCLSImageProcessor.from_pretrained(encoder)
     expected = {row["image"]: row["features"] for row in predict(model, processor, paths, features="cls")}
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
     try:
         images = ray.data.read_binary_files(paths, include_paths=True)
         actors = ray.data.ActorPoolStrategy(size=2)

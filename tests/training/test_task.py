@@ -73,7 +73,7 @@ def test_defaults_are_printed_and_recorded(tmp_path: Path, capsys: pytest.Captur
         and "set --model to a checkpoint, for example timm:" in printed
     )
     assert "random weights, width 32: learning rate 0.001, initializer range 0.141" in printed
-    assert "random weights, 1,425 images: batch size 32" in printed
+    assert "random weights, 1,438 images: batch size 32" in printed
     assert "image size 32: crop scale 1, shift 0.04" in printed
     resolved = yaml.safe_load((tmp_path / "run" / "config.resolved.yaml").read_text(encoding="utf-8"))
     expected = {"learning_rate": 0.001, "batch_size": 32, "layer_decay": 1.0, "crop_scale": 1.0, "weight_decay": 0.1}
