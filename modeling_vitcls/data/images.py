@@ -14,6 +14,7 @@ images:
     compute_keys() a checksum of the bytes or path of each image, which selects the held-out images (held_out.py)
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,9 @@ from ..errors import format_error
 from ..image_processing_vitcls import read_image, shorten_text
 from .held_out import compute_image_key, get_relative_path
 
+
+# Pillow warns about harmless properties of files, once per image and worker.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 ROWS_PER_READ = 64  # number of dataset rows that are read from disk at once
 MISSING_IMAGE = {"path": None, "bytes": None}  # encoded image of a row without an image

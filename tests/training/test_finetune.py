@@ -144,8 +144,8 @@ def test_summary_is_printed_first(launched: Path) -> None:
     lines = (launched.parent / "stdout").read_text(encoding="utf-8").splitlines()
     names = ["data", "fit", "model", "tokens", "weights", "defaults", "batches", "device"]
     assert [line.split()[0] for line in lines[:8]] == names
-    assert "[ 2 cls | 1 distillation | 2 registers | 16 patches ] = 21" in lines[2]
-    assert "14 images per step = 14 x 1 accumulated x 1 process(es); 7 steps" in lines[5]
+    assert "[ 2 cls | 1 distillation | 2 registers | 16 patches ] = 21" in lines[3]
+    assert "14 images per step = 14 x 1 accumulated x 1 process(es); 7 steps" in lines[6]
 
 
 def test_two_processes_train_and_evaluate_as_one(launched: Path, tmp_path: Path) -> None:

@@ -300,7 +300,7 @@ def test_the_last_evaluation_is_repeated_if_all_steps_are_done() -> None:
 def test_frozen_layers_stay_in_eval_mode() -> None:
     """Check the steps before and after an evaluation."""
     bench = LoopRecorder(
-        prepare=lambda model: model.vitcls.layers[0].requires_grad_(False), epochs=2, max_steps=None, batch_size=712
+        prepare=lambda model: model.vitcls.layers[0].requires_grad_(False), epochs=2, max_steps=None, batch_size=719
     )
     objective, modes = bench.loop.objective, []
 
@@ -359,18 +359,18 @@ def test_checkpoints_are_saved_when_due() -> None:
     bench = LoopRecorder(max_steps=8, save_every=3)
     bench.run()
     assert bench.saved == [(3, False), (6, False), (8, False), (8, True)]
-    at_evaluations = LoopRecorder(epochs=2, max_steps=None, batch_size=479, log_every=100)  # three steps per epoch
+    at_evaluations = LoopRecorder(epochs=2, max_steps=None, batch_size=480, log_every=100)  # three steps per epoch
     at_evaluations.run()
     assert at_evaluations.saved == [(3, False), (3, True), (6, False), (6, True)]
 
 
 def test_the_best_checkpoint_is_marked() -> None:
-    bench = LoopRecorder(epochs=3, max_steps=None, batch_size=479, save_every=100)
+    bench = LoopRecorder(epochs=3, max_steps=None, batch_size=480, save_every=100)
     bench.run()  # 0.5, 0.75, 0.6
     assert bench.saved == [(3, True), (6, True), (9, False)]
     assert bench.state.best_score == 0.75
     reset_accelerate()
-    equal = LoopRecorder(epochs=3, max_steps=None, batch_size=479, save_every=100)
+    equal = LoopRecorder(epochs=3, max_steps=None, batch_size=480, save_every=100)
     equal.accuracies = iter([0.5, 0.5, 0.5])
     equal.run()
     assert equal.saved == [(3, True), (9, False)]  # the first of equal evaluations
@@ -379,7 +379,7 @@ def test_the_best_checkpoint_is_marked() -> None:
 
 @pytest.mark.parametrize("step", [3, 4])
 def test_a_signal_after_the_best_evaluation_keeps_it_the_best(step: int) -> None:
-    bench = LoopRecorder(epochs=3, max_steps=None, batch_size=479)
+    bench = LoopRecorder(epochs=3, max_steps=None, batch_size=480)
     bench.signal_at = step
     with pytest.raises(TrainingInterrupted):
         bench.run()
@@ -387,10 +387,10 @@ def test_a_signal_after_the_best_evaluation_keeps_it_the_best(step: int) -> None
 
 
 def test_an_interrupted_evaluation_is_repeated_from_the_checkpoint() -> None:
-    whole = LoopRecorder(epochs=2, max_steps=None, batch_size=479, log_every=2)
+    whole = LoopRecorder(epochs=2, max_steps=None, batch_size=480, log_every=2)
     whole.run()
     reset_accelerate()
-    bench = LoopRecorder(epochs=2, max_steps=None, batch_size=479, log_every=2)
+    bench = LoopRecorder(epochs=2, max_steps=None, batch_size=480, log_every=2)
     evaluate, bench.accuracies = bench.loop.callbacks.evaluate, iter([])
     with pytest.raises(StopIteration):
         bench.run()
@@ -421,7 +421,7 @@ def test_a_signal_after_the_last_step_stops_nothing() -> None:
     assert bench.run()["accuracy"] == 0.5
     assert bench.saved == [(3, False), (3, True)]
     reset_accelerate()
-    bench = LoopRecorder(epochs=9, max_steps=None, batch_size=479, select="best", patience=1)
+    bench = LoopRecorder(epochs=9, max_steps=None, batch_size=480, select="best", patience=1)
     bench.accuracies, bench.signal_at = iter([0.75, 0.5]), 6  # three steps per epoch
     assert bench.run()["accuracy"] == 0.5 and bench.state.step == 6
 

@@ -312,7 +312,7 @@ def test_many_classes_with_few_images(tmp_path: Path, capsys: pytest.CaptureFixt
     results = run_task(FinetuneTask(build_options(tmp_path / "run", data, max_steps=2)))
     assert len(results["per_class"]) == 201 and "confusion_matrix" not in results
     assert results["num_images"] + results["num_training_images"] == 402
-    assert "of the 201 classes have no held-out images (class 0" in capsys.readouterr().out
+    assert "no held-out images" not in capsys.readouterr().out  # one image of each class is held out
 
 
 def test_a_stopped_run_selects_nothing(tmp_path: Path) -> None:
