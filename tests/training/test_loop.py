@@ -300,7 +300,7 @@ def test_the_last_evaluation_is_repeated_if_all_steps_are_done() -> None:
 def test_frozen_layers_stay_in_eval_mode() -> None:
     """Check the steps before and after an evaluation."""
     bench = LoopRecorder(
-        prepare=lambda model: model.vitcls.layers[0].requires_grad_(False), epochs=2, max_steps=None, batch_size=719
+        prepare=lambda model: model.vitcls.layers[0].requires_grad_(False), epochs=2, max_steps=None, batch_size=718
     )
     objective, modes = bench.loop.objective, []
 
