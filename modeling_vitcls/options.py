@@ -632,14 +632,9 @@ class InspectOptions(ImageOptions):
     max_images: int = 256
     """Maximum number of images for the statistics. The images are sampled at regular intervals and stored in
     memory."""
-    patch_sizes: tuple[int, ...] = ()
-    """Patch sizes in pixels per side, such as 8 16 32. The report compares the sequence length, the cost and, if there
-    are labels, the accuracy."""
 
     def __post_init__(self) -> None:
         check_minimum(self, 1, "num_images", "max_images", "batch_size")
-        has_valid_sizes = all(size >= 1 for size in self.patch_sizes)
-        check_value(self, "patch_sizes", has_valid_sizes, "a list of positive integers (pixels)")
         if bool(self.paths) == (self.dataset is not None):
             raise ValueError("Set either PATHS or --dataset to select the images.")
         if self.dataset is None and (self.image_column or self.label_column or self.label_separator):

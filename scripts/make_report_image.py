@@ -37,13 +37,13 @@ def main() -> None:
     script = Path(__file__).with_name("inspect_tokens.py")
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
         report = Path(folder, "report.html")
-        flags = ["--model", options.model, "--dataset", "digits", "--patch-sizes", 4, 8, 16, "--output", report]
+        flags = ["--model", options.model, "--dataset", "digits", "--output", report]
         subprocess.run([sys.executable, script, *map(str, flags)], check=True)
         browser_path = next(filter(None, map(shutil.which, BROWSERS)), None)  # None selects the browser of Playwright
         browser = playwright.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": WIDTH, "height": HEIGHT}, color_scheme="light")
         page.goto(report.as_uri())
-        verdicts_box = page.locator(".verdicts").bounding_box()
+        verdicts_box = page.locator("#verdicts").bounding_box()
         assert verdicts_box is not None
         clip = {
             "x": 0.0,

@@ -105,7 +105,6 @@ LIMITS: list[tuple[type, str, list[Any], list[Any], str]] = [
     (InspectOptions, "num_images", [1], [0], "1 or more"),
     (InspectOptions, "max_images", [1], [0], "1 or more"),
     (InspectOptions, "batch_size", [1], [0], "1 or more"),
-    (InspectOptions, "patch_sizes", [(), (1, 16)], [(8, 0), (0, 8)], "a list of positive integers (pixels)"),
 ]
 
 

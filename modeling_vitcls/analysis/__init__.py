@@ -7,7 +7,6 @@
     attribution.py          attention rollout and gradient attribution through all layers
     token_statistics.py     statistics over many images, per layer, head and token
     model_outputs.py        predictions or features that a model outputs for many images
-    effects.py              differences between outputs, with confidence intervals
     ablation.py             effects of tokens on outputs, with null distributions
     artifacts.py            patches with large norms
     diagnosis.py            verdicts as text, with measured values
@@ -16,11 +15,8 @@
     attention_recorder.py   attention of every layer of a forward pass
     model_utils.py          helpers that unwrap models and set evaluation mode
     image_report.py         predictions and maps of one image
-    figures.py              figures of tokens and predictions, for cards, notebooks and trackers
-    figures_over_depth.py   curves over layers
-    figures_of_states.py    figures of similarities, norms and ablation effects
+    figures.py              figures of tokens, predictions and statistics, for cards, reports and notebooks
     card_images.py          images of a model card
-    patch_sizes.py          cost and accuracy with other patch sizes
     test_time_registers.py  neuron activations moved from patches to a register, without training
     inspection_inputs.py    images and labels of an inspection
     inspection.py           all measurements for a model and images
@@ -38,37 +34,34 @@ from typing import Any
 
 # File name without suffix -> public names in the file.
 PUBLIC_NAMES = {
-    "ablation": ("Ablation", "compute_ablation_effects", "compute_ablations"),
-    "artifacts": ("PatchDiagnosis", "SecondMode", "describe_artifacts", "find_second_mode"),
+    "ablation": ("Effect", "compute_ablations"),
+    "artifacts": ("PatchDiagnosis", "SecondMode", "find_second_mode"),
     "attribution": ("compute_attention_rollout", "compute_attribution"),
-    "diagnosis": ("Verdict", "describe_depth"),
-    "effects": ("AblationEffect", "FeatureEffect"),
+    "diagnosis": ("Verdict", "diagnose_tokens"),
     "figures": (
+        "CURVES",
         "GROUP_COLORS",
         "plot_attention",
-        "plot_attention_by_layer",
+        "plot_attention_mass",
         "plot_confusion_matrix",
+        "plot_curve",
+        "plot_map_checks",
+        "plot_norm_histogram",
+        "plot_norms",
         "plot_token_layout",
         "render_figure",
+        "render_svg",
     ),
-    "figures_of_states": (
-        "plot_ablation_effects",
-        "plot_layer_similarity",
-        "plot_norm_histogram",
-        "plot_token_similarity",
-    ),
-    "figures_over_depth": ("CURVES", "plot_attention_mass", "plot_curve", "plot_norms"),
     "image_report": ("ImageReport", "build_image_report"),
     "inspection": ("Inspection", "inspect_model"),
     "map_checks": ("MapCheck", "check_maps"),
-    "maps": ("VisibleRegion", "extract_patch_maps", "get_visible_region", "overlay", "upsample_maps"),
+    "maps": ("extract_patch_maps", "overlay", "upsample_maps"),
     "patch_features": (
         "compute_patch_colors",
         "compute_patch_features",
         "compute_patch_similarity",
         "draw_patch_colors",
     ),
-    "patch_sizes": ("PatchSizeRow", "compare_patch_sizes", "describe_patch_sizes"),
     "report": ("write_json_values", "write_page", "write_report"),
     "token_statistics": ("Findings", "TokenStatistics"),
 }

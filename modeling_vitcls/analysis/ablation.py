@@ -1,38 +1,38 @@
-"""Ablations: how outputs change if special tokens are replaced with their means or hidden from attention.
+"""Effects of special tokens: how outputs change if tokens are replaced with their means or hidden from attention.
 
     information   the states of the tokens are replaced with their means over images, after the embeddings and each
                   layer, so that the states are the same for every image. Removing tokens or setting them to zero would
                   instead produce inputs that the model was never trained on.
     presence      the tokens are hidden by the attention mask, so that no token attends to them.
 
-    ablations = compute_ablations(model, batches, findings.mean_states)
-    ablations["information"]["registers[0]"].effect        the effect, with a 95% interval (effects.py)
-    ablations["information"]["registers"].is_beyond_null   whether the effect of all registers exceeds the limits
-                                                           of its null distributions
+    ablations = compute_ablations(model, batches)
+    ablations["information"]["registers[0]"][""]    the `Effect` on the output "" (model_outputs.py)
 
-An effect alone is not meaningful, because ablating any patch also changes the outputs. Each effect is therefore
-compared with null distributions on the same images: effects of ablating random patches and, unless the head uses the
-token, effects of ablating a redrawn token, whose embedding is replaced with a random vector of the same norm.
+An effect alone is not meaningful, because a random token is attended to as well. The effect of each token that no head
+reads is therefore compared with one null distribution: the effects of ablating a redrawn token, whose embedding is
+replaced with a random vector of the same norm. Effects, null distributions and decisions use the same images.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from scipy import stats
 from torch import nn
 
 from ..configuration_vitcls import TokenLayout
-from ..intervals import CONFIDENCE_LEVEL, Interval, compute_prediction_limit
-from .effects import AblationEffect, compute_effect
-from .maps import get_used_token_mask
+from ..intervals import Interval, compute_bootstrap_interval, compute_prediction_limit, compute_proportion_interval
+from .maps import get_head_readers, get_used_token_mask
 from .model_outputs import (
     Batches,
+    Features,
+    Outputs,
     Predictions,
     collect_outputs,
-    collect_predictions,
-    count_tokens,
+    count_images,
     extract_outputs,
     join_outputs,
 )
@@ -40,239 +40,198 @@ from .model_utils import evaluation_mode, get_classifier_or_encoder, is_classifi
 
 
 ABLATION_KINDS = ("information", "presence")
-# Lower bound on the limit of a null distribution; smaller effects are treated as rounding errors.
-MIN_NULL_LIMIT = 1e-3
-NUM_NULL_DRAWS = 8  # number of random draws of patches or tokens per null distribution
+MIN_CHANGE = 1e-3  # smaller effects are rounding errors
+# Minimum standard deviation of the logits over images, as a fraction of their root mean square
+MIN_RELATIVE_DEVIATION = 1e-3
+NUM_NULL_DRAWS = 8  # number of random draws of tokens per null distribution
+MAX_REDRAW_DROP = 0.05  # maximum decrease in accuracy if a random token does as well
+NULL_LEVEL = 0.995  # level of the limit: 1 of 200 random tokens has a larger effect
 
 
 @dataclass(frozen=True)
-class Ablation:
-    """Effect of ablating a token or a group of tokens, with null distributions.
+class Effect:
+    """Effect of an ablation on one output, with 95% confidence intervals.
 
     Attributes:
-        effect: effect over all images.
-        effect_on_null_images: effect size on the images that the null distributions use (all or a subset).
-        patch_effects: effect sizes of ablating the same number of random patches.
-        redrawn_effects: effect sizes of ablating redrawn tokens. The list is empty for tokens that the head uses,
-            because ablating these tokens always has an effect.
-        redraw_effect: mean effect size of redrawing the tokens; None if the effect was not measured.
+        size: for predictions, the root mean square change of the logits, divided by the standard deviation of the
+            logits over images. For features, the mean of 1 minus the cosine similarity.
+        interval: interval for `size`, from bootstrap samples of the images.
+        num_images: number of images.
+        changed: fraction of images whose prediction changes; None for features.
+        changed_interval: interval for `changed`.
+        accuracy_change: accuracy after the ablation minus accuracy before; None if no label is known.
+        improvement: p-value under the null hypothesis that the accuracy does not increase (exact McNemar test); None
+            if no label is known.
+        is_better_than_chance: whether the accuracy after the ablation is better than chance; None if unknown.
+        null_sizes: sizes of the effects of ablating redrawn tokens; empty if a head reads the token, because then
+            every replacement has an effect.
+        redraw_drop: interval for the decrease in accuracy if the token is redrawn, as a mean over draws; None if no
+            label is known or a head reads the token.
     """
 
-    effect: Any
-    effect_on_null_images: float
-    patch_effects: list[float] = field(default_factory=list)
-    redrawn_effects: list[float] = field(default_factory=list)
-    redraw_effect: float | None = None
+    size: float
+    interval: Interval
+    num_images: int
+    changed: float | None = None
+    changed_interval: Interval | None = None
+    accuracy_change: float | None = None
+    improvement: float | None = None
+    is_better_than_chance: bool | None = None
+    null_sizes: tuple[float, ...] = ()
+    redraw_drop: Interval | None = None
 
     @property
-    def null_interval(self) -> Interval | None:
-        """Return the smallest effect and the largest limit of the null distributions, or None if the distributions
-        were not measured."""
-        if not self.patch_effects:
-            return None
-        limits = [compute_null_limit(sizes) for sizes in (self.patch_effects, self.redrawn_effects) if sizes]
-        return min(self.patch_effects + self.redrawn_effects), max(limits)
+    def limit(self) -> float | None:
+        """Return the limit of the null distribution: the upper bound of its prediction interval at NULL_LEVEL, which
+        accounts for rare large effects. None if there is no null distribution."""
+        return max(compute_prediction_limit(self.null_sizes, NULL_LEVEL), MIN_CHANGE) if self.null_sizes else None
 
     @property
-    def is_beyond_null(self) -> bool:
-        """Return whether outputs change and the effect exceeds the limits of its null distributions."""
-        interval = self.null_interval
-        return interval is not None and self.effect.has_changed_outputs and self.effect_on_null_images > interval[1]
+    def is_measurable(self) -> bool:
+        """Return whether the interval excludes no change: any prediction changes, or the features change by more than
+        rounding errors."""
+        return self.interval[0] > MIN_CHANGE if self.changed is None else self.changed > 0 and self.size > MIN_CHANGE
+
+    @property
+    def is_beyond_limit(self) -> bool:
+        """Return whether the effect is measurable, and exceeds the limit of its null distribution or a random token in
+        its place costs accuracy."""
+        costs_accuracy = self.redraw_drop is not None and self.redraw_drop[0] > MAX_REDRAW_DROP
+        return self.is_measurable and self.limit is not None and (self.size > self.limit or costs_accuracy)
 
 
-Ablations = dict[str, dict[str, Ablation]]  # kind -> token key or group name -> ablation
+Ablations = dict[str, dict[str, dict[str, Effect]]]  # kind -> token key or group name -> output name -> effect
 
 
-def compute_null_limit(effect_sizes: Sequence[float]) -> float:
-    """Return the limit of a null distribution: the maximum of MIN_NULL_LIMIT, all effect sizes, and the upper bound of
-    the 95% prediction interval (normal distribution with unknown variance). The interval accounts for rare large
-    effects that a few random draws may miss."""
-    return max(compute_prediction_limit(effect_sizes, (1 + CONFIDENCE_LEVEL) / 2), MIN_NULL_LIMIT)
-
-
-def compute_ablations(
-    model: Any,
-    batches: Batches,
-    mean_states: torch.Tensor,
-    before: Any = None,
-    sample: tuple[Batches, Sequence[int]] | None = None,
-    known_outputs: dict[str, Any] | None = None,
-) -> Ablations:
-    """Return the ablations of each special token and of each group of several tokens, with their null distributions.
+def compute_ablations(model: Any, batches: Batches) -> Ablations:
+    """Return the effects of each special token and of each group of several tokens, with their null distributions.
 
     Args:
         model: any ViTCLS model.
-        batches: callable that returns an iterable over batches of images and labels.
-        mean_states: [L + 1, S, D], mean states after the embeddings and after each layer (`Findings.mean_states`).
-        before: outputs without ablation (`collect_outputs(model, batches)`), if already computed.
-        sample: batches of images for the null distributions, and the indices of these images. Default: all images.
-        known_outputs: dict that maps token keys or group names to outputs with these tokens hidden, if already
-            computed.
+        batches: callable that returns an iterable over batches of images and labels; it is called `count_passes`
+            times.
 
     Raises:
         ValueError: if there are no images, or labels have the wrong shape.
     """
     model = unwrap_model(model)
-    before = collect_outputs(model, batches) if before is None else before
-    sample_batches, sampled_indices = sample or (batches, range(len(before)))
-    targets = get_ablation_targets(model.config.token_layout)
+    targets, generator = get_ablation_targets(model.config.token_layout), torch.Generator().manual_seed(0)
     ablations: Ablations = {kind: {} for kind in ABLATION_KINDS}
     if not targets:
         return ablations
-    generator, sampled_before = torch.Generator().manual_seed(0), before.select(sampled_indices)
-    # Effect on all images, and effect size on the sample. Only the outputs of one ablation are kept in memory.
-    effects: dict[str, dict[str, tuple[Any, float]]] = {kind: {} for kind in ABLATION_KINDS}
-    outputs_without_tokens = {}  # sequence indices of hidden tokens -> outputs for the sample
+    means, before = collect_mean_states(model, batches, range(model.config.token_layout.num_prefix_tokens))
+    hidden = {}  # token key or group name -> outputs with these tokens hidden
     for key, indices in targets.items():
-        with replace_by_means(model, indices, mean_states[:, indices]):
-            after = collect_constant_outputs(model, batches, before, indices) or collect_outputs(model, batches)
-        sampled_size = compute_effect(sampled_before, after.select(sampled_indices)).size
-        effects["information"][key] = compute_effect(before, after), sampled_size
-        after = (known_outputs or {}).get(key) or collect_outputs(model, batches, indices)
-        outputs_without_tokens[tuple(indices)] = sampled_after = after.select(sampled_indices)
-        effects["presence"][key] = compute_effect(before, after), compute_effect(sampled_before, sampled_after).size
-    set_sizes = {len(indices) for indices in targets.values()}
-    patch_effects = measure_patch_effects(model, sample_batches, sampled_before, set_sizes, generator)
-    redraw_effects = measure_redraw_effects(model, sample_batches, sampled_before, outputs_without_tokens, generator)
-    for kind, effects_by_key in effects.items():
-        for key, (effect, effect_on_null_images) in effects_by_key.items():
-            redraw_effect, redrawn_effects = redraw_effects[key]
-            ablations[kind][key] = Ablation(
-                effect=effect,
-                effect_on_null_images=effect_on_null_images,
-                patch_effects=patch_effects[kind, len(targets[key])],
-                redrawn_effects=redrawn_effects[kind],
-                redraw_effect=redraw_effect,
-            )
+        with replace_by_means(model, indices, means[:, indices]):
+            ablations["information"][key] = compute_effects(before, collect_outputs(model, batches))
+        hidden[key] = collect_outputs(model, batches, indices)
+        ablations["presence"][key] = compute_effects(before, hidden[key])
+    for keys, draws in plan_redraws(model):
+        sizes: dict[tuple[str, str], list[float]] = {}  # (kind, output name) -> null distribution
+        drops: dict[tuple[str, str], list[torch.Tensor]] = {}  # (redrawn key, output name) -> drops [images] per draw
+        for key in draws:
+            with redraw_tokens(model, targets[key], generator):
+                redrawn_means, redrawn = collect_mean_states(model, batches, targets[key])
+                with replace_by_means(model, targets[key], redrawn_means):
+                    replaced = collect_outputs(model, batches)
+            for name, output in redrawn.items():
+                if isinstance(output, Predictions) and output.labels is not None and bool(output.is_known.all()):
+                    was_correct, is_correct = ((each.predicted == output.labels) for each in (before[name], output))
+                    drops.setdefault((key, name), []).append((was_correct.float() - is_correct.float()).mean(dim=1))
+            # No head reads the tokens, so the outputs with hidden tokens do not depend on their embeddings.
+            for kind, after in (("information", replaced), ("presence", hidden[key])):
+                for name, output in after.items():
+                    size = summarize_changes(output, measure_changes(redrawn[name], output))
+                    sizes.setdefault((kind, name), []).append(size)
+        intervals = {
+            position: compute_bootstrap_interval(torch.stack(draw_drops).mean(dim=0).tolist())
+            for position, draw_drops in drops.items()
+        }
+        for (kind, name), null_sizes in sizes.items():
+            for key in keys:
+                effects, drop = ablations[kind][key], intervals.get((key, name))
+                effects[name] = replace(effects[name], null_sizes=tuple(null_sizes), redraw_drop=drop)
     return ablations
 
 
-def compute_ablation_effects(
-    model: Any, batches: Batches, mean_states: torch.Tensor, before: Predictions | None = None
-) -> dict[str, AblationEffect]:
-    """Return a dict that maps token keys such as `cls[0]` to the effect of replacing the token with its mean. Null
-    distributions are not measured (use `compute_ablations`).
-
-    Args:
-        model: a classifier.
-        batches: callable that returns an iterable over batches of images and labels.
-        mean_states: [L + 1, S, D], mean states after the embeddings and after each layer (`Findings.mean_states`).
-        before: predictions without ablation (`collect_predictions(model, batches)`), if already computed.
-
-    Raises:
-        ValueError: if the model has no classifier, there are no images, or labels have the wrong shape.
-    """
-    model = unwrap_model(model)
-    before = collect_predictions(model, batches) if before is None else before
-    effects = {}
-    for index, key in enumerate(get_token_keys(model.config.token_layout)):
-        with replace_by_means(model, [index], mean_states[:, [index]]):
-            effects[key] = compute_effect(before, collect_predictions(model, batches))
-    return effects
+def count_passes(model: Any) -> int:
+    """Return the number of passes of `compute_ablations` over the images."""
+    targets = get_ablation_targets(model.config.token_layout)
+    return 1 + 2 * len(targets) + sum(2 * len(draws) for _, draws in plan_redraws(model)) if targets else 0
 
 
-def collect_constant_outputs(model: Any, batches: Batches, before: Any, indices: Sequence[int]) -> Predictions | None:
-    """Return the predictions for all images if the classifier uses only the replaced tokens at `indices`, and None
-    otherwise. The replaced tokens, and thus the predictions, are the same for every image."""
-    used_indices = {index for index, is_used in enumerate(get_used_token_mask(model.config)) if is_used}
-    if not isinstance(before, Predictions) or not used_indices <= set(indices):
-        return None
-    first_image = next(iter(batches()))[0][:1]
-    outputs = collect_outputs(model, lambda: [(first_image, None)])
-    logits, predicted = outputs.logits.expand_as(before.logits), outputs.predicted.expand_as(before.predicted)
-    return Predictions(logits, predicted, before.labels)
-
-
-# Null distributions --------------------------------------------------------------------------------------------------
-
-
-def measure_patch_effects(
-    model: Any, batches: Batches, before: Any, set_sizes: set[int], generator: torch.Generator
-) -> dict[tuple[str, int], list[float]]:
-    """Return a dict that maps (kind of ablation, number of patches) to the effect sizes of ablating random patches."""
-    min_tokens = min(count_tokens(model, pixel_values) for pixel_values, _ in batches())
-    # Sequence indices of the patches that all images have.
-    patch_indices = torch.arange(min_tokens)[model.config.token_layout.patches]
-    sets_by_size = {size: sample_patch_sets(patch_indices, size, generator) for size in sorted(set_sizes)}
-    sampled_indices = sorted({index for sets in sets_by_size.values() for indices in sets for index in indices})
-    means, _ = collect_mean_states(model, batches, sampled_indices)
-    return {
-        (kind, size): [
-            compute_effect(before, collect_ablated_outputs(kind, model, batches, indices, means[:, positions])).size
-            for indices in sets
-            for positions in [[sampled_indices.index(index) for index in indices]]
-        ]
-        for size, sets in sets_by_size.items()
-        for kind in ABLATION_KINDS
-    }
-
-
-def sample_patch_sets(patch_indices: torch.Tensor, size: int, generator: torch.Generator) -> list[list[int]]:
-    """Return NUM_NULL_DRAWS random sets of `size` patches, as sequence indices. Single patches are drawn without
-    replacement, so there may be fewer sets if `size` is 1."""
-    if size == 1:
-        order = torch.randperm(len(patch_indices), generator=generator)
-        return patch_indices[order[:NUM_NULL_DRAWS]].unsqueeze(1).tolist()
-    orders = [torch.randperm(len(patch_indices), generator=generator) for _ in range(NUM_NULL_DRAWS)]
-    return [sorted(patch_indices[order[:size]].tolist()) for order in orders]
-
-
-def measure_redraw_effects(
-    model: Any,
-    batches: Batches,
-    before: Any,
-    outputs_without_tokens: dict[tuple[int, ...], Any],
-    generator: torch.Generator,
-) -> dict[str, tuple[float, dict[str, list[float]]]]:
-    """Return a dict that maps token keys and group names to two values: the mean effect size of redrawing the tokens,
-    and the effect sizes of ablating the redrawn tokens, by kind.
-
-    `outputs_without_tokens` maps the sequence indices of tokens to the outputs with these tokens hidden from
-    attention. If the head does not use these tokens, the same outputs are valid for the redrawn tokens.
-    """
-    effects: dict[str, tuple[float, dict[str, list[float]]]] = {}
-    for keys, sets, has_null in plan_redraws(model):
-        redrawn_effects: dict[str, list[float]] = {kind: [] for kind in ABLATION_KINDS}
-        redraw_effects = []
-        for indices in sets:
-            with redraw_tokens(model, indices, generator):
-                means, redrawn_outputs = collect_mean_states(model, batches, indices)
-                redraw_effects.append(compute_effect(before, redrawn_outputs).size)
-                if has_null:
-                    ablated_outputs = {
-                        "information": collect_ablated_outputs("information", model, batches, indices, means),
-                        "presence": outputs_without_tokens[tuple(indices)],
-                    }
-                    for kind, outputs in ablated_outputs.items():
-                        redrawn_effects[kind].append(compute_effect(redrawn_outputs, outputs).size)
-        effects |= dict.fromkeys(keys, (sum(redraw_effects) / len(redraw_effects), redrawn_effects))
-    return effects
-
-
-def plan_redraws(model: Any) -> Iterator[tuple[list[str], list[list[int]], bool]]:
-    """Yield the keys that share a null distribution, the sequence indices of each draw, and whether to ablate the
-    redrawn tokens. Each draw replaces all tokens of a group, or one token; the draws cycle through the tokens."""
+def plan_redraws(model: Any) -> Iterator[tuple[list[str], list[str]]]:
+    """Yield the keys that share a null distribution, and the key that each draw redraws. The draws cycle through the
+    tokens of a group. Tokens that a head reads are not redrawn."""
     layout = model.config.token_layout
-    keys, is_used_by_head = get_token_keys(layout), get_used_token_mask(model.config, is_classifier(model))
+    keys, is_read = get_token_keys(layout), get_used_token_mask(model.config, is_classifier(model))
     for group, members in get_group_indices(layout).items():
-        candidates = []
-        for is_used in (False, True):
-            if indices := [index for index in members if is_used_by_head[index] == is_used]:
-                candidates.append(([keys[index] for index in indices], [[index] for index in indices]))
-        if len(members) > 1:
-            candidates.append(([group], [members]))
-        for shared_keys, sets in candidates:
-            has_null = not any(is_used_by_head[index] for index in sets[0])  # see `Ablation.redrawn_effects`
-            num_draws = NUM_NULL_DRAWS if has_null else NUM_NULL_DRAWS // 2
-            yield shared_keys, [sets[draw % len(sets)] for draw in range(num_draws)], has_null
+        unread_keys = [keys[index] for index in members if not is_read[index]]
+        if unread_keys:
+            yield unread_keys, [unread_keys[draw % len(unread_keys)] for draw in range(NUM_NULL_DRAWS)]
+        if len(unread_keys) == len(members) > 1:
+            yield [group], [group] * NUM_NULL_DRAWS
 
 
-def count_null_passes(model: Any) -> int:
-    """Return the maximum number of passes over the images for the null distributions. The first pass only determines
-    the number of tokens."""
-    set_sizes = {len(indices) for indices in get_ablation_targets(model.config.token_layout).values()}
-    num_redraws = sum(len(sets) * (2 if has_null else 1) for _, sets, has_null in plan_redraws(model))
-    return 2 + 2 * NUM_NULL_DRAWS * len(set_sizes) + num_redraws if set_sizes else 0
+def feeds_head_alone(model: Any, indices: Sequence[int]) -> list[str]:
+    """Return the names of the heads that read only tokens at these sequence indices (`get_head_readers`)."""
+    readers = get_head_readers(model.config, is_classifier(model))
+    return [head for head, read in readers.items() if read and read <= set(indices)]
+
+
+# Effects -------------------------------------------------------------------------------------------------------------
+
+
+def compute_effects(before: Outputs, after: Outputs) -> dict[str, Effect]:
+    """Return the effect of an ablation on each output."""
+    return {name: compute_effect(output, after[name]) for name, output in before.items()}
+
+
+def compute_effect(before: Any, after: Any) -> Effect:
+    """Return the effect of an ablation on one output (`Predictions` or `Features`)."""
+    changes = measure_changes(before, after)
+    size, (low, high) = summarize_changes(after, changes), compute_bootstrap_interval(changes.tolist())
+    if isinstance(before, Features):
+        return Effect(size, (low, high), len(before))
+    is_changed = (before.predicted != after.predicted).any(dim=-1)
+    changed_low, changed_high = compute_proportion_interval(int(is_changed.sum()), len(before)) or (0.0, 1.0)
+    effect = Effect(
+        size=size,
+        interval=(low**0.5, high**0.5),
+        num_images=len(before),
+        changed=is_changed.float().mean().item(),
+        changed_interval=(changed_low, changed_high),
+    )
+    accuracy_before, accuracy_after = before.compute_accuracy(), after.compute_accuracy()
+    if accuracy_before is None or accuracy_after is None:
+        return effect
+    was_correct, is_correct = ((outputs.predicted == before.labels)[before.is_known] for outputs in (before, after))
+    num_gained, num_lost = int((is_correct & ~was_correct).sum()), int((was_correct & ~is_correct).sum())
+    p_value = stats.binomtest(num_gained, num_gained + num_lost, alternative="greater").pvalue if num_gained else 1.0
+    return replace(
+        effect,
+        accuracy_change=accuracy_after - accuracy_before,
+        improvement=float(p_value),
+        is_better_than_chance=after.is_better_than_chance(),
+    )
+
+
+def measure_changes(before: Any, after: Any) -> torch.Tensor:
+    """Return the change [images] of an output: the squared change of the logits in units of their variance over
+    images, or 1 minus the cosine similarity of the features."""
+    if isinstance(before, Features):
+        pairs = zip(before.vectors, after.vectors, strict=True)
+        return 1 - torch.stack([nn.functional.cosine_similarity(*pair, dim=-1).mean() for pair in pairs]).clamp(max=1)
+    root_mean_square = before.logits.square().mean().sqrt()
+    variances = (before.logits - before.logits.mean(dim=0)).square().mean(dim=1)  # [images]
+    scale = variances.mean().sqrt().clamp(min=MIN_RELATIVE_DEVIATION * root_mean_square).clamp(min=1e-12)
+    return (after.logits - before.logits).square().mean(dim=1) / scale.square()
+
+
+def summarize_changes(output: Any, changes: torch.Tensor) -> float:
+    """Return `Effect.size` for changes [images]."""
+    mean = changes.mean().item()
+    return math.sqrt(mean) if isinstance(output, Predictions) else mean
 
 
 # Tokens --------------------------------------------------------------------------------------------------------------
@@ -297,7 +256,7 @@ def get_ablation_targets(layout: TokenLayout) -> dict[str, list[int]]:
 
 
 @torch.no_grad()
-def collect_mean_states(model: Any, batches: Batches, indices: Sequence[int]) -> tuple[torch.Tensor, Any]:
+def collect_mean_states(model: Any, batches: Batches, indices: Sequence[int]) -> tuple[torch.Tensor, Outputs]:
     """Return the mean states [L + 1, n, D] of the tokens at sequence indices `indices`, in double precision, and the
     outputs of the same forward passes."""
     batch_outputs, state_sums, module = [], [], get_classifier_or_encoder(model)
@@ -308,18 +267,7 @@ def collect_mean_states(model: Any, batches: Batches, indices: Sequence[int]) ->
             state_sums.append(states.cpu().double().sum(dim=0))
             batch_outputs.append(extract_outputs(model, outputs, labels))
     joined_outputs = join_outputs(batch_outputs)
-    return torch.stack(state_sums).sum(dim=0) / len(joined_outputs), joined_outputs
-
-
-def collect_ablated_outputs(
-    kind: str, model: Any, batches: Batches, indices: list[int], mean_states: torch.Tensor
-) -> Any:
-    """Return the outputs with the tokens at sequence indices `indices` replaced with their mean states [L + 1, n, D]
-    ("information") or hidden from attention ("presence")."""
-    if kind == "presence":
-        return collect_outputs(model, batches, indices)
-    with replace_by_means(model, indices, mean_states):
-        return collect_outputs(model, batches)
+    return torch.stack(state_sums).sum(dim=0) / count_images(joined_outputs), joined_outputs
 
 
 @contextmanager

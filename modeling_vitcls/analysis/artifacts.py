@@ -6,12 +6,12 @@ diagnose_patches(config, findings, has_head)      a PatchDiagnosis
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
 from ..configuration_vitcls import ViTCLSConfig
 from .maps import count_used_layers
+from .test_time_registers import OUTLIER_RATIO
 from .token_statistics import Findings
 
 
@@ -20,7 +20,10 @@ BIN_WIDTH, WINDOW_WIDTHS = 0.05, (5, 9, 17)
 MAX_LOG_RATIO = 5.0  # maximum logarithm of the ratio of a norm to the median; the last bin includes larger norms
 MIN_VALLEY_LOG_RATIO = 0.25  # minimum logarithm of the ratio of the valley to the median
 MIN_MODE_SCORE = 4.0  # minimum `SecondMode.score`
-MODE_FRACTION_RANGE = 0.001, 0.2  # range of the fraction of patches in a second mode; larger modes are not outliers
+MODE_FRACTION_RANGE = 0.001, 0.45  # range of the fraction of patches in a second mode
+# A mode with a larger fraction may be the foreground, unless its norms are OUTLIER_RATIO times the median
+MAX_OUTLIER_FRACTION = 0.2
+MIN_PATCHES = 1000  # minimum number of patches that show a mode of 2% of the patches
 MIN_RISE_SCORE = 4.0  # minimum increase in the outlier fraction, in standard errors, if registers are hidden
 
 
@@ -47,9 +50,9 @@ class PatchDiagnosis:
     """Diagnosis of the patch norms.
 
     Attributes:
-        word: "artifacts" if the norms have a second mode in the last layers whose output is used, "no artifacts"
-            otherwise.
-        rating: "bad" or "good".
+        word: "artifacts" if the norms have a second mode in the last layers whose output is used; otherwise
+            "no artifacts", or "too few patches to tell" if there are fewer than MIN_PATCHES patches.
+        rating: "bad", "good" or "neutral".
         reason: sentences with the measured values.
         layer: the layer after which the values were measured; 0 means the embeddings.
         num_patches: number of patches.
@@ -58,13 +61,14 @@ class PatchDiagnosis:
             such mode.
     """
 
-    word: Literal["artifacts", "no artifacts"]
-    rating: Literal["good", "bad"]
+    word: str
+    rating: str
     reason: str
     layer: int
     num_patches: int
     second_mode: SecondMode | None
     second_mode_without_registers: SecondMode | None
+    token: str = "patches"
 
 
 def find_second_mode(ratios: torch.Tensor) -> SecondMode | None:
@@ -97,7 +101,9 @@ def find_second_mode(ratios: torch.Tensor) -> SecondMode | None:
         fraction = is_in_mode.float().mean().item()
         is_second_mode = score >= MIN_MODE_SCORE and MODE_FRACTION_RANGE[0] <= fraction <= MODE_FRACTION_RANGE[1]
         if is_second_mode and (best_mode is None or score > best_mode.score):
-            best_mode = SecondMode(threshold, ratios[is_in_mode].median().item(), fraction, score)
+            ratio = ratios[is_in_mode].median().item()
+            if fraction <= MAX_OUTLIER_FRACTION or ratio >= OUTLIER_RATIO:
+                best_mode = SecondMode(threshold, ratio, fraction, score)
     return best_mode
 
 
@@ -105,49 +111,42 @@ def diagnose_patches(config: ViTCLSConfig, findings: Findings, has_head: bool = 
     """Determine whether the patch norms have a second mode, and whether registers absorb outliers.
 
     The verdict applies to the last quarter of the layers whose output is used; Darcet et al. (2023, arXiv 2309.16588)
-    measure only the last layer. The `reason` also describes earlier layers.
+    measure only the last layer.
     """
     last_layer = count_used_layers(config, has_head)[-1]
     first_layer = last_layer - max(last_layer // 4, 1) + 1
-    second_modes = [find_second_mode(ratios) for ratios in findings.patch_ratios[: last_layer + 1]]
-    fractions = [0.0 if second_mode is None else second_mode.fraction for second_mode in second_modes]
-    layer = max(range(first_layer, last_layer + 1), key=fractions.__getitem__)
-    second_mode, ratios, suffix = second_modes[layer], findings.patch_ratios[layer], ""
+    second_modes = {
+        layer: find_second_mode(findings.patch_ratios[layer]) for layer in range(first_layer, last_layer + 1)
+    }
+    layer = max(second_modes, key=lambda layer: 0.0 if (mode := second_modes[layer]) is None else mode.fraction)
+    second_mode, ratios = second_modes[layer], findings.patch_ratios[layer]
+    word, rating = "no artifacts", "good"
     if second_mode is not None:
+        word, rating = "artifacts", "bad"
         registers_text = "more registers" if config.num_register_tokens else "registers"
         sentence = (
-            f"Artifacts: {describe_layer(layer)}, {second_mode.fraction:.2%} of the patches form a second mode of the "
-            f"norm distribution, at {second_mode.ratio:.1f} times the median norm of the image; {registers_text} may "
-            "absorb artifacts (train with --num-register-tokens, or see analysis.test_time_registers)"
+            f"{describe_layer(layer).capitalize()}, {second_mode.fraction:.1%} of the patches have outlier norms, at "
+            f"{second_mode.ratio:.1f} times the median norm of the image; {registers_text} may absorb them (train "
+            "with --num-register-tokens, or see analysis.test_time_registers)"
         )
+    elif len(ratios) < MIN_PATCHES:
+        word, rating = "too few patches to tell", "neutral"
+        sentence = f"There are {len(ratios):,} patches, but {MIN_PATCHES:,} are needed. Pass more images"
     else:
         sentence = (
-            f"No artifacts: the norms of {len(ratios):,} patches have one mode {describe_layer(layer)}; the largest "
-            f"norm is {ratios.max():.1f} times the median norm of its image"
-        )
-        suffix = "; the patch norms have no second mode in the last layers whose output is used"
-    sentences = [sentence]
-    earlier_layer = max(range(first_layer), key=fractions.__getitem__, default=layer)
-    if fractions[earlier_layer] > 1.01 * fractions[layer]:
-        sentences.append(
-            f"The largest second mode in earlier layers contains {fractions[earlier_layer]:.2%} of the patches "
-            f"({describe_layer(earlier_layer)}){suffix}"
+            f"The norms of {len(ratios):,} patches have one mode {describe_layer(layer)}; the largest norm is "
+            f"{ratios.max():.1f} times the median norm of its image"
         )
     second_mode_without_registers, register_sentences = compare_without_registers(findings, layer)
     return PatchDiagnosis(
-        word="no artifacts" if second_mode is None else "artifacts",
-        rating="good" if second_mode is None else "bad",
-        reason=". ".join(sentences + register_sentences) + ".",
+        word=word,
+        rating=rating,
+        reason=". ".join([sentence, *register_sentences]) + ".",
         layer=layer,
         num_patches=len(ratios),
         second_mode=second_mode,
         second_mode_without_registers=second_mode_without_registers,
     )
-
-
-def describe_artifacts(config: ViTCLSConfig, findings: Findings, has_head: bool = True) -> str:
-    """Return the patch diagnosis (`diagnose_patches`) as text."""
-    return diagnose_patches(config, findings, has_head).reason
 
 
 def describe_layer(layer: int) -> str:

@@ -1,5 +1,8 @@
-"""The command `vitcls inspect` inspects a model on images, writes the report and JSON values, and prints a
-summary."""
+"""Inspect a saved model on images and write the report: the command `vitcls inspect`, and a model folder.
+
+inspect_tokens(options)           writes the report and JSON values, and prints the verdicts
+inspect_folder(folder, images)    writes report.html into the folder
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,20 +12,17 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-from rich.table import Table
 from transformers.configuration_utils import PreTrainedConfig
 
-from ..adaptation_vitcls import load_checkpoint
 from ..conversion.any_checkpoint import resolve_checkpoint
 from ..data.held_out import RESULTS_FILE, read_held_out_record
 from ..files import read_json
 from ..hub.loading import MODEL_FILE_PATTERNS
-from ..inference.evaluate import build_table
 from ..inference.load_model import is_preset, load_model
 from ..options import InspectOptions
 from .inspection import Inspection, ProgressCallback, do_nothing, inspect_model
 from .inspection_inputs import open_images
-from .report import VERDICT_SYMBOLS, build_patch_size_table, get_model_name, write_json_values, write_page
+from .report import SIGNS, get_model_name, write_json_values, write_page
 from .report_data import count_images_with_heads
 
 
@@ -43,11 +43,11 @@ def inspect_tokens(options: InspectOptions) -> Inspection:
         raise ValueError(f"{options.model} is a preset without trained weights. Pass a folder or a Hub id.")
     source = options.model if options.revision is None else f"{options.model}@{options.revision}"
     folder = resolve_checkpoint(source, [*MODEL_FILE_PATTERNS, RESULTS_FILE])
-    architectures = load_checkpoint(PreTrainedConfig.get_config_dict, folder)[0].get("architectures") or []
+    architectures = PreTrainedConfig.get_config_dict(folder)[0].get("architectures") or []
     model, processor = load_model(folder, use_head=any(name.endswith("Classification") for name in architectures))
     model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu")).eval()  # type: ignore[arg-type]  # `to` is decorated
-    images = open_images(options, model, read_held_out_record(folder))
     results = read_json(Path(folder, RESULTS_FILE)) if Path(folder, RESULTS_FILE).is_file() else {}
+    images = open_images(options, model, read_held_out_record(folder))
     for file in (options.output, options.json):
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)  # raise errors before the measurements
@@ -57,7 +57,6 @@ def inspect_tokens(options: InspectOptions) -> Inspection:
             processor,
             **images.build_arguments(options.num_images, options.max_images),
             token_movement=results.get("token_movement"),
-            patch_sizes=options.patch_sizes,
             batch_size=options.batch_size,
             on_warning=lambda message: error_console.print(f"WARNING: {message}", style="bold yellow", markup=False),
             on_progress=on_progress,
@@ -87,17 +86,14 @@ def show_progress(console: Console) -> Iterator[ProgressCallback]:
 
 
 def print_inspection(inspection: Inspection, options: InspectOptions, console: Console) -> None:
-    """Print the results of the inspection and the paths of the written files."""
-    console.print(build_verdict_table(inspection) if inspection.verdicts else "The model has no special tokens.")
-    check_descriptions = [check.describe(name) for name, check in inspection.map_checks.items()]
-    summary = f"Diagnosis: {inspection.summary}"
-    for text in (inspection.patches.reason, *inspection.depth, *check_descriptions, summary):
-        console.print(text, markup=False)
-    if inspection.patch_sizes:
-        patch_size_table = build_patch_size_table(inspection.patch_sizes)
-        console.print(build_table("Patch sizes", patch_size_table["header"], patch_size_table["rows"]))
-        for sentence in patch_size_table["sentences"]:
-            console.print(sentence, markup=False)
+    """Print the verdicts and the paths of the written files."""
+    if not inspection.verdicts:
+        console.print("The model has no special tokens.")
+    for verdict in [*inspection.verdicts, *inspection.tasks, inspection.heads, inspection.patches]:
+        headline = f"[{RATING_STYLES[verdict.rating]}]{SIGNS[verdict.rating]} {verdict.word}[/]"
+        console.print(f"[bold]{escape(verdict.token)}[/]: {headline}. {escape(verdict.reason)}")
+    for name, check in inspection.map_checks.items():
+        console.print(check.describe(name), markup=False)
     details = [f"{options.output.stat().st_size / 2**20:.1f} MiB"]
     num_images_with_heads, num_shown = count_images_with_heads(inspection.image_reports), len(inspection.image_reports)
     if num_images_with_heads < num_shown:
@@ -106,13 +102,3 @@ def print_inspection(inspection: Inspection, options: InspectOptions, console: C
     console.print(f"saved {options.output} ({'; '.join(details)})", markup=False)
     if options.json is not None:
         console.print(f"saved {options.json}", markup=False)
-
-
-def build_verdict_table(inspection: Inspection) -> Table:
-    """Build a table with the verdict and reason of each token and each group of several tokens."""
-    table = Table("token", "verdict", "reason")
-    for verdict in [*inspection.verdicts, *inspection.group_verdicts]:
-        sign = VERDICT_SYMBOLS[verdict.word, verdict.rating]
-        word = f"[{RATING_STYLES[verdict.rating]}]{sign} {verdict.word}[/]"
-        table.add_row(escape(verdict.token), word, escape(verdict.reason))
-    return table

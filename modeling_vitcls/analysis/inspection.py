@@ -1,10 +1,7 @@
 """All measurements of the report (report.py): maps of a few images, statistics over many images, and verdicts.
 
-    images -> pixels in memory -> token_statistics.py -> ablation.py -> diagnosis.py
-           -> image_report.py, for the images to show
-
-The forward passes for the statistics also compute the outputs without ablations, and the outputs with hidden
-registers.
+images -> pixels in memory -> token_statistics.py -> ablation.py -> diagnosis.py
+       -> image_report.py, for the images to show
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,27 +11,34 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ..data.images import ImageSubset, check_channels
+from ..data.images import check_channels
 from ..data.labels import get_label_space, is_multi_label
 from ..errors import format_error
-from ..heads_vitcls import IGNORED_LABEL
 from ..inference.prediction_rows import group_by_shape
-from .ablation import Ablations, compute_ablations, count_null_passes, get_ablation_targets, get_token_keys
+from .ablation import Ablations, compute_ablations, count_passes
 from .artifacts import PatchDiagnosis, diagnose_patches
-from .diagnosis import Verdict, describe_depth, diagnose_groups, diagnose_tokens, summarize_diagnosis
-from .effects import AblationEffect
+from .diagnosis import Verdict, diagnose_heads, diagnose_tasks, diagnose_tokens, summarize_diagnosis
 from .image_report import ImageReport, build_image_report
 from .map_checks import MapCheck, check_maps
-from .model_outputs import MIN_IMAGES, Batches, Predictions, count_tokens, encode_labels, extract_outputs, join_outputs
+from .model_outputs import (
+    MIN_IMAGES,
+    Batches,
+    Outputs,
+    Predictions,
+    count_images,
+    count_tokens,
+    encode_labels,
+    extract_outputs,
+    join_outputs,
+)
 from .model_utils import is_classifier, unwrap_model
-from .patch_sizes import PatchSizeRow, compare_patch_sizes
 from .token_statistics import Findings, TokenStatistics
 
 
 MAX_BATCH_BYTES = 2**29  # maximum memory of a batch in bytes (`get_max_batch_size`)
-# Minimum and maximum number of images for the null distributions, and maximum number of floating-point operations in a
-# pass over these images
-MIN_NULL_IMAGES, MAX_NULL_IMAGES, MAX_NULL_FLOPS = 8, 64, 2.5e11
+# Maximum number of images for effects and their null distributions, and maximum number of floating-point operations
+# in a pass over these images; MIN_IMAGES images are always used
+MAX_ABLATION_IMAGES, MAX_ABLATION_FLOPS = 256, 2.5e11
 MIN_CHECKED_IMAGES, MAX_CHECKED_IMAGES = 5, 16  # minimum and maximum number of images for the checks of maps
 
 ProgressCallback = Callable[[str, int, int], None]  # (description, finished steps, total steps)
@@ -52,16 +56,14 @@ class Inspection:
         has_head: whether the model is a classifier.
         findings: statistics over `findings.num_images` images.
         ablations: effects of each special token and each group, with null distributions (`compute_ablations`).
-        accuracy: accuracy on the images used for the statistics, from 0 to 1; None if no label is known.
-        verdicts: one verdict per special token.
-        group_verdicts: one verdict per group of several special tokens.
+        num_ablation_images: number of images for the effects and their null distributions.
+        verdicts: one verdict per special token, and one per group of several special tokens.
+        tasks: one verdict per task with known labels, over all images.
+        heads: verdict on the attention heads.
         patches: diagnosis of the patch norms.
-        depth: descriptions of the attention over depth, one per special token.
         image_reports: reports of the images to show.
-        num_null_images: number of images for the null distributions.
         map_checks: checks of rollout and attribution (`check_maps`); empty unless the model is a small
             single-label classifier.
-        patch_sizes: comparison of patch sizes; empty unless requested.
         num_unreadable: number of images that could not be read.
     """
 
@@ -71,29 +73,19 @@ class Inspection:
     has_head: bool
     findings: Findings
     ablations: Ablations
-    accuracy: float | None
+    num_ablation_images: int
     verdicts: list[Verdict]
-    group_verdicts: list[Verdict]
+    tasks: list[Verdict]
+    heads: Verdict
     patches: PatchDiagnosis
-    depth: list[str]
     image_reports: list[ImageReport]
-    num_null_images: int
     map_checks: dict[str, MapCheck]
-    patch_sizes: list[PatchSizeRow]
     num_unreadable: int
-
-    @property
-    def effects(self) -> dict[str, AblationEffect] | None:
-        """Return the effects of replacing each token with its mean, by token key, or None if the model has no
-        classifier."""
-        if not self.has_head:
-            return None
-        return {key: self.ablations["information"][key].effect for key in get_token_keys(self.config.token_layout)}
 
     @property
     def summary(self) -> str:
         """Return the diagnosis in one line."""
-        return summarize_diagnosis(self.verdicts, self.group_verdicts, self.patches)
+        return summarize_diagnosis([*self.verdicts, *self.tasks, self.heads, self.patches])
 
 
 def do_nothing(*args: Any) -> None:
@@ -111,7 +103,6 @@ def inspect_model(
     statistics_labels: Sequence[Any] | None = None,
     num_shown: int | None = None,
     token_movement: Mapping[str, float] | None = None,
-    patch_sizes: Sequence[int] = (),
     batch_size: int = 32,
     on_warning: WarningCallback = do_nothing,
     on_progress: ProgressCallback = do_nothing,
@@ -131,7 +122,6 @@ def inspect_model(
         num_shown: number of images to show, selected from `images` by their predictions (`select_images`); requires
             statistics over the same images. Default: all images.
         token_movement: distance by which training moved each token (`token_movement` in results.json).
-        patch_sizes: patch sizes to compare, in pixels.
         batch_size: maximum number of images per forward pass.
         on_warning: called with a message for each skipped image.
         on_progress: called with a description, the number of finished steps and the total number of steps.
@@ -151,29 +141,19 @@ def inspect_model(
     readable_indices, pixels = list(pixels_by_index), list(pixels_by_index.values())
     readable_labels = None if statistics_labels is None else [statistics_labels[index] for index in readable_indices]
     batches = InspectionBatches(model, pixels, encode_labels(readable_labels, model), batch_size)
-    num_null_images = min(max(count_null_images(model, pixels), MIN_NULL_IMAGES), MAX_NULL_IMAGES)
-    sample_batches, sampled_indices = batches.sample(num_null_images)
-    # One pass without ablations and two passes per ablation target. The pass that hides the registers is one of
-    # these passes; it runs while statistics are collected.
-    num_passes = 2 * len(get_ablation_targets(config.token_layout)) + 1
+    sample_batches = batches.sample(min(max(count_affordable_images(model, pixels), MIN_IMAGES), MAX_ABLATION_IMAGES))
+    num_sampled = len(sample_batches.order)
     num_statistics_passes = 2 if config.num_register_tokens else 1
-    num_null_passes = count_null_passes(model)
-    progress = PassProgress(on_progress, len(pixels) * num_passes + len(sampled_indices) * num_null_passes)
-    watched_batches = progress.watch(batches, "collecting statistics", num_statistics_passes)
-    findings, outputs, outputs_without_registers = collect_statistics(model, watched_batches)
-    ablations = compute_ablations(
-        model,
-        progress.watch(batches, "ablating tokens"),
-        findings.mean_states,
-        outputs,
-        (progress.watch(sample_batches, "measuring null effects"), sampled_indices),
-        outputs_without_registers,
+    progress = PassProgress(on_progress, len(pixels) * num_statistics_passes + num_sampled * count_passes(model))
+    findings, outputs = collect_statistics(
+        model, progress.watch(batches, "collecting statistics", num_statistics_passes)
     )
+    ablations = compute_ablations(model, progress.watch(sample_batches, "ablating tokens"))
     kinds_by_index = dict.fromkeys(range(len(images)))
     if num_shown is not None:
         selected_images = select_images(outputs, config, num_shown).items()
         kinds_by_index = {readable_indices[batches.order[position]]: kind for position, kind in selected_images}
-    has_head, predictions = is_classifier(model), outputs if isinstance(outputs, Predictions) else None
+    has_head = is_classifier(model)
     label_space, image_reports = get_label_space(config), []
     for num_finished, (index, kind) in enumerate(kinds_by_index.items()):
         on_progress("computing maps", num_finished, len(kinds_by_index))
@@ -181,11 +161,6 @@ def inspect_model(
             name = f"image {index + 1}" if names is None else names[index]
             truth = label_space.format_label(labels[index]) if has_head and labels is not None else None
             image_reports.append(build_image_report(model, processor, images[index], name, truth, kind))
-    patch_size_rows = []
-    if patch_sizes:
-        on_progress("comparing patch sizes", 0, 1)
-        readable_images = ImageSubset(statistics_images, readable_indices)
-        patch_size_rows = compare_patch_sizes(model, processor, readable_images, readable_labels, patch_sizes)
     return Inspection(
         config=config,
         model_class=type(model).__name__,
@@ -193,15 +168,13 @@ def inspect_model(
         has_head=has_head,
         findings=findings,
         ablations=ablations,
-        accuracy=None if predictions is None else predictions.compute_accuracy(),
-        verdicts=diagnose_tokens(config, findings, ablations, token_movement, predictions, has_head),
-        group_verdicts=diagnose_groups(config, ablations, predictions),
+        num_ablation_images=num_sampled,
+        verdicts=diagnose_tokens(model, findings, ablations, token_movement),
+        tasks=diagnose_tasks(outputs),
+        heads=diagnose_heads(findings),
         patches=diagnose_patches(config, findings, has_head),
-        depth=describe_depth(config, findings, has_head),
         image_reports=image_reports,
-        num_null_images=len(sampled_indices),
         map_checks=check_sampled_maps(model, batches, on_progress),
-        patch_sizes=patch_size_rows,
         num_unreadable=len(preparer.error_messages),
     )
 
@@ -209,28 +182,30 @@ def inspect_model(
 def check_sampled_maps(model: Any, batches: "InspectionBatches", on_progress: ProgressCallback) -> dict[str, MapCheck]:
     """Return the checks of rollout and attribution for a few images. Each image requires about 40 forward passes. The
     dict is empty for large models and for models other than single-label classifiers."""
-    max_null_images = count_null_images(model, batches.pixels)
-    if not is_classifier(model) or model.config.tasks or is_multi_label(model.config) or max_null_images < MIN_IMAGES:
+    num_affordable = count_affordable_images(model, batches.pixels)
+    if not is_classifier(model) or model.config.tasks or is_multi_label(model.config) or num_affordable < MIN_IMAGES:
         return {}
     on_progress("checking maps", 0, 1)
-    sample_batches, _ = batches.sample(min(max(max_null_images // 8, MIN_CHECKED_IMAGES), MAX_CHECKED_IMAGES))
+    sample_batches = batches.sample(min(max(num_affordable // 8, MIN_CHECKED_IMAGES), MAX_CHECKED_IMAGES))
     return check_maps(model, [image.unsqueeze(0) for pixel_values, _ in sample_batches() for image in pixel_values])
 
 
-def select_images(outputs: Any, config: Any, num_selected: int) -> dict[int, str | None]:
+def select_images(outputs: Outputs, config: Any, num_selected: int) -> dict[int, str | None]:
     """Return the indices of the most instructive images, with the kind of each image.
 
     Up to half of the selected images, or more if there are too few other images, have the most confident wrong
     predictions. About a quarter have the least confident correct or unlabeled predictions. The remaining images are
     evenly spaced. For an encoder, all selected images are evenly spaced and have no kind.
     """
-    if not isinstance(outputs, Predictions):
-        return dict.fromkeys(select_evenly_spaced(range(len(outputs)), num_selected))
-    confidences = compute_confidences(outputs.logits, config).tolist()
-    sorted_indices = sorted(range(len(outputs)), key=lambda index: confidences[index])
-    is_wrong = torch.zeros(len(outputs), dtype=torch.bool)
-    if outputs.labels is not None:
-        is_wrong = ((outputs.predicted != outputs.labels) & (outputs.labels != IGNORED_LABEL)).any(dim=1)
+    tasks = [predictions for predictions in outputs.values() if isinstance(predictions, Predictions)]
+    if not tasks:
+        return dict.fromkeys(select_evenly_spaced(range(count_images(outputs)), num_selected))
+    confidences = torch.stack([compute_confidences(task.logits, config) for task in tasks]).amin(dim=0).tolist()
+    sorted_indices = sorted(range(len(tasks[0])), key=lambda index: confidences[index])
+    is_wrong = torch.zeros(len(tasks[0]), dtype=torch.bool)
+    for task in tasks:
+        if task.labels is not None:
+            is_wrong |= ((task.predicted != task.labels) & task.is_known).any(dim=1)
     other_indices = [index for index in sorted_indices if not is_wrong[index]]
     num_wrong = max((num_selected + 1) // 2, num_selected - len(other_indices))
     wrong_indices = [index for index in reversed(sorted_indices) if is_wrong[index]][:num_wrong]
@@ -242,14 +217,11 @@ def select_images(outputs: Any, config: Any, num_selected: int) -> dict[int, str
 
 
 def compute_confidences(logits: torch.Tensor, config: Any) -> torch.Tensor:
-    """Compute the probability [images] of each prediction from the logits [images, labels] of all tasks. For a
-    multi-task or multi-label model, the probability is the minimum over tasks or labels."""
+    """Return the probability [images] of each prediction; for a multi-label model, the minimum over labels."""
     if is_multi_label(config):
         probabilities = logits.sigmoid()
         return probabilities.maximum(1 - probabilities).amin(dim=1)
-    num_labels = [len(names) for names in config.task_labels().values()] if config.tasks else [logits.shape[1]]
-    task_confidences = [task_logits.softmax(dim=1).amax(dim=1) for task_logits in logits.split(num_labels, dim=1)]
-    return torch.stack(task_confidences).amin(dim=0)
+    return logits.softmax(dim=1).amax(dim=1)
 
 
 def select_evenly_spaced(indices: Sequence[int], num_selected: int) -> list[int]:
@@ -258,24 +230,15 @@ def select_evenly_spaced(indices: Sequence[int], num_selected: int) -> list[int]
     return [indices[(2 * number + 1) * len(indices) // (2 * num_selected)] for number in range(num_selected)]
 
 
-def collect_statistics(model: Any, batches: Batches) -> tuple[Findings, Any, dict[str, Any]]:
-    """Return the statistics over all images, the outputs of the same forward passes, and the outputs with the
-    registers hidden from attention (`known_outputs` of `compute_ablations`)."""
-    statistics = TokenStatistics(model)
-    batch_outputs, batch_outputs_without_registers = [], []
+def collect_statistics(model: Any, batches: Batches) -> tuple[Findings, Outputs]:
+    """Return the statistics over all images, and the outputs of the same forward passes."""
+    statistics, batch_outputs = TokenStatistics(model), []
     for pixel_values, labels in batches():
-        outputs, outputs_without_registers = statistics.update(pixel_values)
-        batch_outputs.append(extract_outputs(model, outputs, labels))
-        if outputs_without_registers is not None:
-            batch_outputs_without_registers.append(extract_outputs(model, outputs_without_registers, labels))
+        batch_outputs.append(extract_outputs(model, statistics.update(pixel_values), labels))
     findings = statistics.compute()
     if not bool(findings.patch_norms.isfinite().all() and findings.token_norms.isfinite().all()):
         raise ValueError("The hidden states of the model are not finite. Check the weights, or load them in float32.")
-    known_outputs = {}
-    if batch_outputs_without_registers:
-        register_key = "registers[0]" if model.config.num_register_tokens == 1 else "registers"
-        known_outputs[register_key] = join_outputs(batch_outputs_without_registers)
-    return findings, join_outputs(batch_outputs), known_outputs
+    return findings, join_outputs(batch_outputs)
 
 
 # Pixels --------------------------------------------------------------------------------------------------------------
@@ -340,14 +303,12 @@ class InspectionBatches:
             pixel_values = torch.stack([self.pixels[index] for index in batch_indices])  # [B, C, H, W]
             yield pixel_values.to(self.model.device), None if self.labels is None else self.labels[batch_indices]
 
-    def sample(self, num_selected: int) -> tuple["InspectionBatches", list[int]]:
-        """Return the batches of a sample of at most `num_selected` evenly spaced images, and the positions of these
-        images in the order in which this object yields images."""
-        positions = select_evenly_spaced(range(len(self.order)), num_selected)
-        indices = [self.order[position] for position in positions]
+    def sample(self, num_selected: int) -> "InspectionBatches":
+        """Return the batches of a sample of at most `num_selected` evenly spaced images."""
+        indices = [self.order[position] for position in select_evenly_spaced(range(len(self.order)), num_selected)]
         pixels = [self.pixels[index] for index in indices]
         labels = None if self.labels is None else self.labels[indices]
-        return InspectionBatches(self.model, pixels, labels, self.batch_size), positions
+        return InspectionBatches(self.model, pixels, labels, self.batch_size)
 
 
 class PassProgress:
@@ -381,8 +342,8 @@ def get_max_batch_size(model: Any, pixels: torch.Tensor) -> int:
     return max(MAX_BATCH_BYTES // (4 * num_values), 1)
 
 
-def count_null_images(model: Any, pixels: Sequence[torch.Tensor]) -> int:
-    """Return the number of images that a pass of MAX_NULL_FLOPS floating-point operations can process."""
+def count_affordable_images(model: Any, pixels: Sequence[torch.Tensor]) -> int:
+    """Return the number of images that a pass of MAX_ABLATION_FLOPS floating-point operations can process."""
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     flops = 2 * num_parameters * max(count_tokens(model, image.unsqueeze(0)) for image in pixels)
-    return int(MAX_NULL_FLOPS / flops)
+    return int(MAX_ABLATION_FLOPS / flops)

@@ -61,6 +61,29 @@ def get_used_token_mask(config: ViTCLSConfig, has_head: bool = True) -> list[boo
     return [is_used_by_head(config, group, index, has_head) for group, index in positions]
 
 
+def get_head_readers(config: ViTCLSConfig, has_head: bool = True) -> dict[str, set[int]]:
+    """Return a dict that maps each output of the model to the sequence indices of the special tokens that it is
+    computed from directly; patches count as index -1. Outputs are named as in model_outputs.py; the distillation head
+    is "distillation"."""
+    layout, names = config.token_layout, get_token_names_by_group(config)
+    members = {group: range(layout.num_prefix_tokens)[indices] for group, indices in layout.items()}
+    if config.tasks and has_head:
+        return {task: {members["cls"][index]} for index, task in enumerate(config.task_labels())}
+    if not has_head:
+        return {group: set(members[group]) for group in ("cls", "distillation") if members[group]}
+    used = {
+        group: {members[group][index] for index in range(len(names[group])) if is_used_by_head(config, group, index)}
+        for group in names
+    }
+    patches = {-1} if is_used_by_head(config, "patches", 0) else set()
+    heads = {"": used["cls"] | used["registers"] | patches}
+    if config.has_distillation_head and config.pooling != "attention":
+        heads["distillation"] = used["distillation"]
+    else:
+        heads[""] |= used["distillation"]
+    return heads
+
+
 def count_used_layers(config: ViTCLSConfig, has_head: bool) -> list[int]:
     """Return, for each special token and then for the patches, the number of layers whose output is used.
     The last layer is counted only if the head uses the token. The attention of a token is used in the same layers."""

@@ -6,64 +6,52 @@
     write_page("report.html", inspection)
 
     inspection.py      measurements
-    report_data.py     values and maps for the scripts
+    figures.py         figures, embedded as SVG
+    report_data.py     values and maps for the script
     report.html.j2     text and tables
     report.css         style
-    report_page.js     code shared by the other two scripts
-    report_maps.js     draws maps over images
-    report_charts.js   draws curves, histograms and similarities
+    report_maps.js     draws maps of layers and heads over images
 
-The page does not load any other files and follows the browser's light or dark color scheme.
+The page does not load any other files.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import torch
 from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 from PIL import Image
 
 from ..files import write_atomically
 from ..hub.loading import get_cached_commit
-from ..token_names import get_token_names_by_group
+from ..token_names import get_token_names, get_token_names_by_group
 from ..version import __version__
-from .ablation import Ablation
-from .diagnosis import ABLATION_TERMS, describe_changed_predictions
-from .effects import AblationEffect
-from .figures import describe_head
+from .diagnosis import Verdict
+from .figures import (
+    describe_head,
+    plot_attention_mass,
+    plot_curve,
+    plot_map_checks,
+    plot_norm_histogram,
+    plot_norms,
+    render_svg,
+)
 from .image_report import IMAGE_KINDS
 from .inspection import Inspection, inspect_model
-from .maps import is_used_by_head
-from .patch_sizes import PatchSizeRow, describe_patch_sizes, format_patch_size
-from .report_data import build_json_values, build_page_data
-from .test_time_registers import OUTLIER_RATIO
+from .maps import count_used_layers, is_used_by_head, overlay, resize_with_region
+from .report_data import build_json_values, build_page_data, encode_data_url
 
 
 TEMPLATE_FOLDER = Path(__file__).parent
-MAX_GRIDS = 3  # maximum number of patch grids listed in the page header
-SCRIPTS = ("report_page.js", "report_maps.js", "report_charts.js")  # scripts in loading order
-
-# Symbol for each (verdict, rating) pair, so that verdicts can be distinguished without color.
-VERDICT_SYMBOLS = {
-    ("effect beyond the null", "good"): "✓",
-    ("effect beyond the null", "neutral"): "•",
-    ("no measurable effect", "neutral"): "○",
-    ("harmful", "bad"): "✕",
-    ("norm too large", "bad"): "✕",
-    ("not moved", "neutral"): "•",
-    ("not moved", "bad"): "✕",
-    ("same for all images", "bad"): "✕",
-    ("cut off from the patches", "bad"): "✕",
-    ("collapsed", "bad"): "≡",
-    ("equal attention", "doubtful"): "≈",
-    ("not judged", "neutral"): "?",
-    ("artifacts", "bad"): "✕",
-    ("no artifacts", "good"): "✓",
-}
+NUM_OVERVIEW_IMAGES = 6  # number of images on the first screen
+OVERVIEW_SIDE = 160  # longer side of an image on the first screen, in pixels
+MAX_OVERVIEW_TOKENS = 8  # maximum number of tokens per image on the first screen
+SIGNS = {"good": "✓", "bad": "✕", "doubtful": "≈", "neutral": "○"}  # symbols distinguish ratings without color
 
 
 def write_report(
@@ -105,7 +93,7 @@ def write_page(file: str | Path, inspection: Inspection, title: str | None = Non
     Raises:
         OSError: if the file cannot be written.
     """
-    write_text(file, render_page(inspection, build_page_header(inspection, title, source)))
+    write_text(file, render_page(inspection, title, source))
 
 
 def write_json_values(file: str | Path, inspection: Inspection, title: str | None = None) -> None:
@@ -133,7 +121,7 @@ def write_text(file: str | Path, text: str) -> None:
 # The page ------------------------------------------------------------------------------------------------------------
 
 
-def render_page(inspection: Inspection, page_header: dict[str, Any]) -> str:
+def render_page(inspection: Inspection, title: str | None, source: str | None) -> str:
     """Return the HTML text of the page."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATE_FOLDER),
@@ -142,71 +130,90 @@ def render_page(inspection: Inspection, page_header: dict[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    config = inspection.config
+    groups = get_token_names_by_group(config) | {"patches": ["patches"]}
     return environment.get_template("report.html.j2").render(
-        about=page_header,
+        title=title or get_model_name(config.name_or_path) or inspection.model_class,
+        source=source,
+        commit=get_commit(config),
+        version=__version__,
+        date=datetime.now().astimezone().strftime("%d %B %Y, %H:%M %Z"),
+        read_by=describe_head(config),
         inspection=inspection,
         findings=inspection.findings,
-        effects=build_effect_table(inspection),
-        patch_sizes=build_patch_size_table(inspection.patch_sizes),
+        other_verdicts=[*inspection.tasks, inspection.heads, inspection.patches],
+        layout={
+            group: [
+                (name, inspection.has_head and is_used_by_head(config, group, index))
+                for index, name in enumerate(names)
+            ]
+            for group, names in groups.items()
+            if names
+        },
+        overview=build_overview(inspection),
+        effects=build_effect_rows(inspection.verdicts),
+        figures=build_figures(inspection),
         image_kinds=IMAGE_KINDS,
-        layout=build_layout(inspection.config, inspection.has_head),
-        signs=VERDICT_SYMBOLS,
-        outlier_ratio=OUTLIER_RATIO,
+        signs=SIGNS,
         data=htmlsafe_json_dumps(build_page_data(inspection), allow_nan=False, separators=(",", ":")),
         style=Markup((TEMPLATE_FOLDER / "report.css").read_text(encoding="utf-8")),
-        scripts=[Markup((TEMPLATE_FOLDER / name).read_text(encoding="utf-8")) for name in SCRIPTS],
+        script=Markup((TEMPLATE_FOLDER / "report_maps.js").read_text(encoding="utf-8")),
     )
 
 
-def build_effect_table(inspection: Inspection) -> dict[str, Any]:
-    """Return the `header` and `rows` of a table with the effects and null distributions of all ablations."""
+def build_overview(inspection: Inspection) -> list[dict[str, Any]]:
+    """Return the pictures of the first screen: for each image, the image and the attention of each special token in
+    the last layer in which this attention is used, averaged over heads."""
+    *used_layers, _ = count_used_layers(inspection.config, inspection.has_head)
+    layers = torch.tensor(used_layers, dtype=torch.long).sub(1).clamp(min=0)  # [S]
+    names = get_token_names(inspection.config)[:MAX_OVERVIEW_TOKENS]
     rows = []
-    verdicts = [*inspection.verdicts, *inspection.group_verdicts]
-    for key, verdict in zip(inspection.ablations["information"], verdicts, strict=True):
-        for kind, ablations in inspection.ablations.items():
-            term = ABLATION_TERMS[kind].format("its mean" if "[" in key else "their means")
-            row = {"token": verdict.token, "ablation": f"{kind}: {term}"}
-            rows.append(row | format_effect(ablations[key]))
-    return {"header": list(rows[0]) if rows else [], "rows": [list(row.values()) for row in rows]}
+    for report in inspection.image_reports[:NUM_OVERVIEW_IMAGES]:
+        sides = {"max_side": OVERVIEW_SIDE, "min_side": OVERVIEW_SIDE}
+        maps = report.attention.mean(dim=1)[layers, torch.arange(len(layers))]  # [S, gh, gw]
+        pictures = [
+            {"name": name, "url": encode_data_url(overlay(report.image, values, report.visible_region, **sides))}
+            for name, values in zip(names, maps, strict=False)
+        ]
+        labels = [label for prediction in report.predictions for label, _ in prediction.labels[:1]]
+        caption = f"{report.truth} → {', '.join(labels)}" if report.truth and labels else ", ".join(labels)
+        image, _ = resize_with_region(report.image, None, OVERVIEW_SIDE, OVERVIEW_SIDE)
+        rows.append({"name": report.name, "caption": caption, "url": encode_data_url(image), "maps": pictures})
+    return rows
 
 
-def format_effect(ablation: Ablation) -> dict[str, str]:
-    """Return a dict that maps column headers of the table to the values of an ablation as text."""
-    effect = ablation.effect
-    columns: dict[str, str] = {}
-    if isinstance(effect, AblationEffect):
-        columns["changed predictions"] = describe_changed_predictions(effect)
-        columns["logit change / standard deviation over images"] = f"{effect.logit_change:.2g}"
-    else:
-        columns |= {f"cosine distance, {name}": f"{value:.2g}" for name, value in effect.cosine_change.items()}
-        if effect.knn_agreement is not None:
-            columns["same nearest neighbors"] = f"{effect.knn_agreement:.0%}"
-    low, high = effect.interval
-    columns["95% interval"] = f"{low:.2g} to {high:.2g}"
-    null_effects = {"random patches": ablation.patch_effects, "random tokens": ablation.redrawn_effects}
-    for name, sizes in null_effects.items():
-        columns[f"null: {name}"] = f"{min(sizes):.2g} to {max(sizes):.2g}" if sizes else ""
-    if isinstance(effect, AblationEffect) and effect.accuracy_change is not None:
-        columns["accuracy change, percentage points"] = f"{effect.accuracy_change * 100:+.1f}"
-    return columns
+def build_effect_rows(verdicts: Sequence[Verdict]) -> list[dict[str, str]]:
+    """Return one row for the effect of each ablation of each token on each output. A dot marks the effect that decided
+    the outcome."""
+    rows = []
+    for verdict in verdicts:
+        decided_by = verdict.numbers.get("decided_by", {})
+        for kind, term in (("information", "replaced with mean"), ("presence", "hidden")):
+            for name, effect in verdict.numbers.get(kind, {}).items():
+                row = {"token": verdict.token, "ablation": term + (f", {name}" if name else "")}
+                if (decided_by["ablation"], decided_by["output"]) == (kind, name):
+                    row["ablation"] += " •"
+                row["changed predictions"] = "–"
+                if effect["changed"] is not None:
+                    low, high = effect["changed_interval"]
+                    row["changed predictions"] = f"{effect['changed']:.1%} ({low:.1%} to {high:.1%})"
+                row["effect (95% interval)"] = "{:.2g} ({:.2g} to {:.2g})".format(effect["size"], *effect["interval"])
+                row["limit"] = "no test" if effect["limit"] is None else f"{effect['limit']:.2g}"
+                rows.append(row)
+    return rows
 
 
-def build_page_header(inspection: Inspection, title: str | None, source: str | None) -> dict[str, Any]:
-    """Return the values of the page header."""
-    config = inspection.config
-    shapes = {report.rollout.shape for report in inspection.image_reports}  # {(S, gh, gw)}
-    grids = sorted((rows, columns) for _, rows, columns in shapes) or [config.grid_size]
-    num_patches = sorted({rows * columns for rows, columns in grids})
-    return {
-        "title": title or get_model_name(config.name_or_path) or inspection.model_class,
-        "commit": get_commit(config),
-        "version": __version__,
-        "date": datetime.now().astimezone().strftime("%d %B %Y, %H:%M %Z"),
-        "source": source,
-        "read_by": describe_head(config),
-        "num_patches": f"{num_patches[0]} to {num_patches[-1]}" if len(num_patches) > 1 else f"{num_patches[0]}",
-        "grid": ", ".join(f"{rows} × {columns}" for rows, columns in grids) if len(grids) <= MAX_GRIDS else None,
-    }
+def build_figures(inspection: Inspection) -> list[Markup]:
+    """Return the figures of the page as SVG."""
+    config, findings = inspection.config, inspection.findings
+    figures = [plot_curve(config, findings, "patch_distance"), plot_norms(config, findings)]
+    figures.append(plot_norm_histogram(config, findings, inspection.patches.layer))
+    if config.token_layout.num_prefix_tokens:
+        curves = [plot_curve(config, findings, name) for name in ("entropy", "received", "variation")]
+        figures = [*curves, plot_attention_mass(config, findings), *figures]
+    if inspection.map_checks:
+        figures.append(plot_map_checks(inspection.map_checks))
+    return [Markup(render_svg(figure)) for figure in figures]
 
 
 def get_model_name(source: str) -> str:
@@ -219,38 +226,3 @@ def get_model_name(source: str) -> str:
 def get_commit(config: Any) -> str | None:
     """Return the Hub commit that a model was loaded from, or None if the commit is unknown."""
     return getattr(config, "_commit_hash", None) or get_cached_commit(config.name_or_path)
-
-
-def build_layout(config: Any, has_head: bool) -> dict[str, list[tuple[str, bool]]]:
-    """Return the tokens of each nonempty group as (name, whether the head uses the token) pairs."""
-    groups = get_token_names_by_group(config) | {"patches": ["patches"]}
-    return {
-        group: [(name, has_head and is_used_by_head(config, group, index)) for index, name in enumerate(names)]
-        for group, names in groups.items()
-        if names
-    }
-
-
-# Patch sizes ---------------------------------------------------------------------------------------------------------
-
-# Column headers, and functions that return the text of a cell, or an empty string if the value is unknown.
-PATCH_SIZE_COLUMNS: dict[str, Callable[[PatchSizeRow], str]] = {
-    "patch": lambda row: format_patch_size(row.patch_size) + (" (the model's own)" if row.is_native else ""),
-    "tokens": lambda row: f"{row.sequence_length:,}",
-    "GFLOPs per image": lambda row: f"{row.gflops:.3g}",
-    "ms per image": lambda row: f"{row.milliseconds:.3g}",
-    "accuracy": lambda row: "" if row.accuracy is None else f"{row.accuracy:.1%}",
-    "same predictions": lambda row: "" if row.agreement is None else f"{row.agreement:.1%}",
-}
-
-
-def build_patch_size_table(rows: Sequence[PatchSizeRow]) -> dict[str, Any]:
-    """Return the `header` and `rows` of a table of patch sizes, and `sentences` about the patch sizes. Columns without
-    known values are omitted."""
-    columns = {name: [format_cell(row) for row in rows] for name, format_cell in PATCH_SIZE_COLUMNS.items()}
-    columns = {name: texts for name, texts in columns.items() if any(texts)}
-    return {
-        "header": list(columns),
-        "rows": [list(row) for row in zip(*columns.values(), strict=True)],
-        "sentences": describe_patch_sizes(rows) if rows else [],
-    }

@@ -33,14 +33,10 @@ class Findings:
 
     Attributes:
         num_images: number of images.
-        uniform: values for uniform attention: `entropy` (ln N) over all tokens, `spread` and `patch_distance` over all
-            patches.
-        uniform_by_token: [S] each, values of `entropy` and `spread` for uniform attention to the tokens that each
-            special token may attend to. The values differ from `uniform` for CLS tokens that are restricted to a
-            region (`config.cls_scopes`).
+        uniform: values for uniform attention: `entropy` (ln N) over all tokens, `patch_distance` over all patches.
+        uniform_entropy_by_token: [S], entropy of uniform attention to the tokens that each special token may attend
+            to. The value differs from `uniform` for CLS tokens that are restricted to a region (`config.cls_scopes`).
         entropy: [L, H, S], entropy of the attention of each special token, in nats.
-        spread: [L, H, S], attention-weighted mean distance in pixels between the patches and the center of mass of a
-            special token's attention.
         patch_distance: [L, H], attention-weighted mean distance in pixels between two patches (mean attention
             distance, Dosovitskiy et al. 2020, section 4.5).
         attention_fractions: [L, H, S, 4], fraction of attention to CLS, distillation, register and patch tokens.
@@ -49,8 +45,7 @@ class Findings:
         state_distance: [L + 1, S, S], root mean square distance between the states of two special tokens for the same
             image. Unlike the cosine similarity, the distance shows differences even if one channel is very large in
             all tokens.
-        across_layers: [S, L + 1, L + 1], cosine similarity between every two states of a special token.
-        to_patches: [L + 1, S], cosine similarity between the state of a special token and the mean patch state.
+        embedding_similarity: [L + 1, S], cosine similarity between the state of a special token and its embedding.
         variation: [L + 1, S], variation between images: root mean square distance between the state of a token and the
             mean state over images, divided by the norm of the mean state.
         channel_variation: [L + 1, S], median over channels of (standard deviation over images) / |mean|. One
@@ -68,21 +63,25 @@ class Findings:
             the sum of absolute differences, 0 to 1).
         map_selectivity: [L, S], mean total variation distance between the attention maps of a special token and
             uniform attention to all visible tokens.
+        map_variation: [L, S], root mean square distance between the attention map of a special token (mean over heads)
+            and its mean over images, divided by the distance of this mean from uniform attention. 0 means that the map
+            is the same for every image. Infinite if the images have different numbers of patches.
+        head_selectivity: [L, H], mean total variation distance between the attention of a token and uniform attention.
+        head_outputs: [L, H], mean norm of what a head adds to a token, as a fraction of the mean over all heads of the
+            layer. With differential attention, two maps share one value.
         token_norms: [L + 1, S], norms of the special tokens' states.
     """
 
     num_images: int
     uniform: dict[str, float]
-    uniform_by_token: dict[str, torch.Tensor]
+    uniform_entropy_by_token: torch.Tensor
     entropy: torch.Tensor
-    spread: torch.Tensor
     patch_distance: torch.Tensor
     attention_fractions: torch.Tensor
     received: torch.Tensor
     between_tokens: torch.Tensor
     state_distance: torch.Tensor
-    across_layers: torch.Tensor
-    to_patches: torch.Tensor
+    embedding_similarity: torch.Tensor
     variation: torch.Tensor
     channel_variation: torch.Tensor
     mean_states: torch.Tensor
@@ -93,6 +92,9 @@ class Findings:
     patch_ratios_without_registers: torch.Tensor | None = None
     map_distance: torch.Tensor
     map_selectivity: torch.Tensor
+    map_variation: torch.Tensor
+    head_selectivity: torch.Tensor
+    head_outputs: torch.Tensor
     token_norms: torch.Tensor
 
 
@@ -107,16 +109,15 @@ class TokenStatistics:
         self.patch_values: dict[str, list[torch.Tensor]] = {}  # name -> one tensor [L + 1, n] per batch
 
     @torch.no_grad()
-    def update(self, pixel_values: torch.Tensor) -> tuple[Any, Any]:
+    def update(self, pixel_values: torch.Tensor) -> Any:
         """Add a batch of images to the statistics.
 
         Args:
             pixel_values: [B, C, H, W], on the model's device.
 
         Returns:
-            The output of the model, or of the encoder if the model is not a classifier, and the output of a second
-            forward pass with the registers hidden from attention. The second output is None if the model has no
-            registers.
+            The output of the model, or of the encoder if the model is not a classifier. A second forward pass with the
+            registers hidden from attention contributes to the patch norms.
         """
         grid_size = self.model.base_model.embeddings.patch_embeddings.get_grid_size(pixel_values)
         centers = self.get_patch_centers(grid_size).to(pixel_values.device)  # [P, 2]
@@ -126,7 +127,8 @@ class TokenStatistics:
         outputs_without_registers = None
 
         def add_layer(layer: RecordedLayer) -> None:
-            layer_statistics.append(self.compute_layer_statistics(layer, centers))
+            attention = self.model.base_model.layers[len(layer_statistics)].attention
+            layer_statistics.append(self.compute_layer_statistics(layer, attention, centers))
 
         with evaluation_mode(self.model):
             with process_attention_layers(self.model, add_layer):
@@ -136,8 +138,8 @@ class TokenStatistics:
                 outputs_without_registers = module(pixel_values, attention_mask=mask, output_hidden_states=True)
         names = list(layer_statistics[0])
         statistics = {name: torch.stack([layer[name] for layer in layer_statistics], dim=1) for name in names}
-        # All layers have the same visible tokens, and therefore the same entropy and spread of uniform attention.
-        statistics |= {name: statistics.pop(name)[:, 0] for name in ("token_entropy", "token_spread")}
+        # All layers have the same visible tokens, and therefore the same entropy of uniform attention.
+        statistics["uniform_entropy_by_token"] = statistics.pop("uniform_entropy_by_token")[:, 0]
         statistics |= self.compute_state_statistics(outputs.hidden_states)
         statistics |= self.compute_uniform_statistics(grid_size, centers, len(pixel_values))
         norms = self.compute_patch_norms(outputs.hidden_states)
@@ -149,13 +151,16 @@ class TokenStatistics:
             statistics["outliers_without_registers"] = (ratios > OUTLIER_RATIO).float().mean(dim=-1)
         for name, value in statistics.items():
             total = value.cpu().double().sum(dim=0)  # some devices do not support double precision
+            if name == "maps" and name in self.sums and self.sums[name].shape != total.shape:
+                total = torch.full_like(total, torch.nan)  # maps of different sizes have no mean
+                self.sums[name] = total
             self.sums[name] = self.sums.get(name, 0) + total
         for name, patch_values in patch_statistics.items():
             batches = self.patch_values.setdefault(name, [])
             num_stored_norms = sum(batch.shape[1] for batch in batches)
             batches.append(patch_values.transpose(0, 1).flatten(1)[:, : MAX_NORMS - num_stored_norms].cpu())
         self.num_images += len(pixel_values)
-        return outputs, outputs_without_registers
+        return outputs
 
     def compute(self) -> Findings:
         """Return the statistics over all images.
@@ -168,21 +173,28 @@ class TokenStatistics:
         means = {name: total / self.num_images for name, total in self.sums.items()}
         mean_states = means.pop("states")  # [L + 1, S, D]
         deviations = (means.pop("squares") - mean_states.square()).clamp(min=0).sqrt()  # [L + 1, S, D]
+        maps, map_squares = means.pop("maps"), means.pop("map_squares")  # [L, S, N], [L, S]
+        map_deviation = (map_squares - maps.square().sum(dim=-1)).clamp(min=0).sqrt()
+        map_distance = (maps - maps.mean(dim=-1, keepdim=True)).norm(dim=-1)
+        head_outputs = means.pop("head_outputs")
         return Findings(
             num_images=self.num_images,
+            map_variation=(map_deviation / map_distance.clamp(min=1e-12)).nan_to_num(nan=torch.inf).float(),
+            head_outputs=(head_outputs / head_outputs.mean(dim=1, keepdim=True).clamp(min=1e-12)).float(),
             mean_states=mean_states.float(),
             variation=(deviations.norm(dim=-1) / mean_states.norm(dim=-1).clamp(min=1e-12)).float(),
             channel_variation=(deviations / mean_states.abs().clamp(min=1e-12)).median(dim=-1).values.float(),
             state_distance=means.pop("squared_distances").sqrt().float(),
-            uniform={name: means.pop(f"uniform_{name}").item() for name in ("entropy", "spread", "patch_distance")},
-            uniform_by_token={name: means.pop(f"token_{name}").float() for name in ("entropy", "spread")},
+            uniform={name: means.pop(f"uniform_{name}").item() for name in ("entropy", "patch_distance")},
             **{name: mean.float() for name, mean in means.items()},
             **{f"patch_{name}": torch.cat(batches, dim=1) for name, batches in self.patch_values.items()},
         )
 
     # Statistics of one batch, tensors [B, ...] -----------------------------------------------------------------------
 
-    def compute_layer_statistics(self, layer: RecordedLayer, centers: torch.Tensor) -> dict[str, torch.Tensor]:
+    def compute_layer_statistics(
+        self, layer: RecordedLayer, attention: Any, centers: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
         """Return the statistics of one layer's attention maps."""
         layout = self.layout
         weights = layer.compute_weights()  # [B, H, N, N]
@@ -190,13 +202,16 @@ class TokenStatistics:
         patch_rows = weights[:, :, layout.patches]  # [B, H, P, N]
         is_visible = get_visible_keys(layer, layout.num_prefix_tokens).float()  # [B, S, N]
         uniform = is_visible / is_visible.sum(dim=-1, keepdim=True)
+        maps = special_rows.mean(dim=1)  # [B, S, N]
         return {
-            "token_entropy": is_visible.sum(dim=-1).log(),
-            "token_spread": compute_spread(is_visible[..., layout.patches], centers),
+            "uniform_entropy_by_token": is_visible.sum(dim=-1).log(),
+            "maps": maps,
+            "map_squares": maps.square().sum(dim=-1),
+            "head_selectivity": (weights - 1 / weights.shape[-1]).abs().sum(dim=-1).mean(dim=-1) / 2,
+            "head_outputs": compute_head_outputs(layer, attention),
             "map_distance": torch.cdist(special_rows, special_rows, p=1).mean(dim=1) / 2,
             "map_selectivity": (special_rows - uniform.unsqueeze(1)).abs().sum(dim=-1).mean(dim=1) / 2,
             "entropy": torch.special.entr(special_rows).sum(dim=-1),
-            "spread": compute_spread(special_rows[..., layout.patches], centers),
             "attention_fractions": torch.stack(
                 [special_rows[..., group].sum(dim=-1) for _, group in layout.items()], dim=-1
             ),
@@ -210,16 +225,12 @@ class TokenStatistics:
 
     def compute_state_statistics(self, hidden_states: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return the statistics of the special tokens in the L + 1 hidden states [B, N, D]."""
-        num_special_tokens, patches = self.layout.num_prefix_tokens, self.layout.patches
+        num_special_tokens = self.layout.num_prefix_tokens
         special_states = torch.stack([state[:, :num_special_tokens] for state in hidden_states], dim=1).float()
-        mean_patches = torch.stack([state[:, patches].float().mean(dim=1) for state in hidden_states], dim=1)
         directions = torch.nn.functional.normalize(special_states, dim=-1)  # [B, L + 1, S, D]
-        patch_direction = torch.nn.functional.normalize(mean_patches, dim=-1)  # [B, L + 1, D]
-        token_directions = directions.transpose(1, 2)  # [B, S, L + 1, D]
         return {
             "between_tokens": directions @ directions.transpose(-1, -2),
-            "across_layers": token_directions @ token_directions.transpose(-1, -2),
-            "to_patches": (directions @ patch_direction.unsqueeze(-1)).squeeze(-1),
+            "embedding_similarity": (directions * directions[:, :1]).sum(dim=-1),
             "squared_distances": compute_distances(special_states).square(),
             "states": special_states,
             "squares": special_states.cpu().double().square(),
@@ -232,7 +243,6 @@ class TokenStatistics:
         """Return the statistics of uniform attention, as tensors [B]."""
         values = {
             "uniform_entropy": torch.tensor(self.layout.get_num_tokens(*grid_size)).log(),
-            "uniform_spread": compute_spread(torch.ones_like(centers[:, 0]), centers),
             "uniform_patch_distance": compute_distances(centers).mean(),
         }
         return {name: value.expand(num_images) for name, value in values.items()}
@@ -261,12 +271,15 @@ def get_visible_keys(layer: RecordedLayer, num_rows: int) -> torch.Tensor:
     return mask[:, 0].expand(batch, num_rows, -1)
 
 
-def compute_spread(weights: torch.Tensor, centers: torch.Tensor) -> torch.Tensor:
-    """Return the weighted mean distance [...] of `centers` [P, 2] from the center of mass, for weights [..., P]."""
-    fractions = weights / weights.sum(dim=-1, keepdim=True).clamp(min=1e-12)
-    center_of_mass = fractions @ centers  # [..., 2]
-    distances = (centers - center_of_mass.unsqueeze(-2)).norm(dim=-1)  # [..., P]
-    return (fractions * distances).sum(dim=-1)
+def compute_head_outputs(layer: RecordedLayer, attention: Any) -> torch.Tensor:
+    """Return the mean norm over tokens of what each head adds to the hidden states, [B, maps]."""
+    outputs = layer.attention_output.float()  # [B, N, maps, d]
+    num_maps, size = outputs.shape[2:]
+    weight = attention.o_proj.weight.float()  # [D, width]
+    if weight.shape[1] != num_maps * size:  # differential attention merges the two maps of a head
+        return outputs.norm(dim=-1).mean(dim=1)
+    weights = weight.unflatten(1, (num_maps, size)).unbind(dim=1)  # [D, d] each
+    return torch.stack([(outputs[:, :, i] @ w.T).norm(dim=-1).mean(dim=1) for i, w in enumerate(weights)], dim=1)
 
 
 def compute_attention_distance(weights: torch.Tensor, centers: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """`vitcls inspect`: show what the special tokens of a model do, in an HTML report and on the terminal.
 
     vitcls inspect --model runs/mine photo.jpg path/to/folder --output report.html
-    vitcls inspect --model runs/digits --dataset digits --patch-sizes 4 8 16
+    vitcls inspect --model runs/digits --dataset digits --json report.json
 
 The inspection is implemented in modeling_vitcls/analysis/inspect_tokens.py.
 """
@@ -26,6 +26,9 @@ OPTIONS_CLASS = InspectCommandOptions
 
 def run(options: InspectCommandOptions) -> None:
     """Inspect the special tokens of the model and write the report."""
+    from transformers.utils.logging import disable_progress_bar
+
     from ..analysis.inspect_tokens import inspect_tokens
 
+    disable_progress_bar()  # hides the progress bar of weight loading
     inspect_tokens(options)

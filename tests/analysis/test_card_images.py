@@ -63,9 +63,9 @@ def test_a_classifier_has_all_images_and_is_not_changed(tmp_path):
     folder = tmp_path / "new" / "card"
     paths = write_card_images(folder, model, ViTCLSImageProcessor(**FITTING, **GREY), results, load_digit_images())
     assert paths == {
-        "token_layout": "pictures/token_layout.png",
-        "confusion_matrix": "pictures/confusion_matrix.png",
-        "attention": "pictures/attention.png",
+        "token_layout": "images/token_layout.png",
+        "confusion_matrix": "images/confusion_matrix.png",
+        "attention": "images/attention.png",
     }
     assert check_files(folder, paths)["token_layout"].width > 800
     assert model.training
@@ -125,10 +125,10 @@ def test_images_of_an_earlier_model_are_removed(tmp_path):
     processor = ViTCLSImageProcessor(**FITTING)
     classifier = randomize(ViTCLSForImageClassification(build_tiny_config(num_labels=1)))
     write_card_images(tmp_path, classifier, processor, {"confusion_matrix": [[1]]}, load_digit_images())
-    (tmp_path / "pictures" / "mine.png").write_bytes(b"")
+    (tmp_path / "images" / "mine.png").write_bytes(b"")
     no_tokens = randomize(ViTCLSForImageClassification(build_tiny_config(num_cls_tokens=0, pooling="mean")))
     assert set(write_card_images(tmp_path, no_tokens, processor, {}, load_digit_images())) == {"token_layout"}
-    assert {file.name for file in (tmp_path / "pictures").iterdir()} == {"token_layout.png", "mine.png"}
+    assert {file.name for file in (tmp_path / "images").iterdir()} == {"token_layout.png", "mine.png"}
 
 
 def test_attention_samples_show_the_last_layer_that_is_read_with_label_and_prediction():

@@ -1,9 +1,12 @@
 """Figures of tokens and predictions, compared with the model."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from helpers.figure_titles import get_titles
+from helpers.measured_encoders import TOKENS, measure
 from helpers.tiny_models import TASKS, build_images, build_tiny_config, raises_one_line, randomize
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgba
@@ -17,7 +20,22 @@ from modeling_vitcls import (
     ViTCLSForMaskedImageModeling,
     ViTCLSForMultiTaskClassification,
 )
-from modeling_vitcls.analysis.figures import GROUP_COLORS, plot_attention, plot_confusion_matrix, plot_token_layout
+from modeling_vitcls.analysis.artifacts import find_second_mode
+from modeling_vitcls.analysis.figures import (
+    CURVES,
+    GROUP_COLORS,
+    plot_attention,
+    plot_attention_mass,
+    plot_confusion_matrix,
+    plot_curve,
+    plot_map_checks,
+    plot_norm_histogram,
+    plot_norms,
+    plot_token_layout,
+    render_figure,
+    render_svg,
+)
+from modeling_vitcls.analysis.map_checks import FRACTIONS, MapCheck
 from modeling_vitcls.analysis.maps import VisibleRegion, is_used_by_head
 from modeling_vitcls.token_names import get_token_names
 
@@ -77,22 +95,6 @@ def test_the_layout_names_every_token_in_order_and_the_patches(fields):
     assert left_edges == sorted(left_edges)
 
 
-@pytest.mark.parametrize("fields", LAYOUTS.values(), ids=LAYOUTS)
-def test_the_layout_is_readable_at_800_pixels(fields):
-    figure = plot_token_layout(build_tiny_config(**fields))
-    renderer = draw(figure).get_renderer()
-    assert (renderer.width, renderer.height) == (800, 290)
-    places = []
-    for text in figure.axes[0].texts:
-        if text.get_text():
-            assert text.get_fontsize() >= 7
-            place = text.get_window_extent(renderer)
-            assert place.x0 >= 0 and place.x1 <= 800 and place.y0 >= 0 and place.y1 <= 290, text
-            places.append(place)
-    overlapping = [1 for index, one in enumerate(places) for other in places[:index] if one.overlaps(other)]
-    assert not overlapping
-
-
 def test_the_layout_omits_some_of_very_many_tokens():
     figure = plot_token_layout(build_tiny_config(num_register_tokens=100))
     assert len(get_boxes(figure, "registers")) == 12
@@ -109,13 +111,6 @@ def test_arrows_start_at_drawn_tokens(pooled, num_arrows):
     boxes = sorted(box.get_x() + box.get_width() / 2 for box in get_boxes(axes.figure, "cls"))
     starts = [text.xyann[0] for text in axes.texts if getattr(text, "arrow_patch", None) is not None]
     assert starts == pytest.approx([boxes[0], boxes[-1]][:num_arrows])
-
-
-def test_the_patch_grid_has_the_aspect_ratio_of_the_image():
-    """The grid fits into the area of 2 x 1.25 inches."""
-    for image_size, size in (([32, 256], (2, 0.25)), ([64, 32], (0.625, 1.25)), ([32, 32], (1.25, 1.25))):
-        (grid,) = get_boxes(plot_token_layout(build_tiny_config(image_size=image_size)), "patches")
-        assert (grid.get_width(), grid.get_height()) == pytest.approx(size)
 
 
 DESCRIPTIONS = {
@@ -264,3 +259,64 @@ def test_attention_of_a_wrong_shape_is_an_error():
         plot_attention([picture] * 2, [maps[0, :1], maps[0]], ["CLS"], ["a", "b"])
     with raises_one_line("at least one"):
         plot_attention([], [], ["CLS"], [])
+
+
+# Statistics ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CURVES)
+def test_curves_show_the_mean_over_heads_for_each_token(name):
+    config, findings = measure(**TOKENS)
+    values = getattr(findings, name)
+    means = values if name == "variation" else values.mean(dim=1)
+    means = means.unsqueeze(-1) if name == "patch_distance" else means
+    axes = plot_curve(config, findings, name).axes[0]
+    lines = [line for line in axes.get_lines() if len(line.get_xdata()) > 2]
+    names = ["patches"] if name == "patch_distance" else get_token_names(config)
+    assert [line.get_label() for line in lines] == names
+    for line, expected in zip(lines, means.T, strict=True):
+        assert line.get_ydata().tolist() == pytest.approx(expected.tolist())
+    baselines = [line for line in axes.get_lines() if len(line.get_xdata()) == 2]
+    assert len(baselines) == (name != "variation")  # uniform attention
+
+
+def test_curves_of_tokens_require_tokens():
+    config, findings = measure(num_cls_tokens=0, pooling="mean")
+    with raises_one_line("special tokens"):
+        plot_curve(config, findings, "entropy")
+    with raises_one_line("special tokens"):
+        plot_attention_mass(config, findings)
+    with raises_one_line("'no such curve'"):
+        plot_curve(config, findings, "no such curve")
+
+
+def test_attention_mass_adds_up_to_one():
+    config, findings = measure(**TOKENS)
+    for index, axes in enumerate(plot_attention_mass(config, findings).axes[:6]):
+        bars = np.array([patch.get_height() for patch in axes.patches]).reshape(4, -1)
+        assert bars.sum(axis=0).tolist() == pytest.approx([1, 1, 1])
+        assert bars[-1].tolist() == pytest.approx(findings.attention_fractions.mean(dim=1)[:, index, -1].tolist())
+
+
+def test_norms_and_their_histogram():
+    config, findings = measure(**TOKENS)
+    norms, outliers = plot_norms(config, findings).axes
+    medians = findings.patch_norms.quantile(0.5, dim=1).tolist()
+    assert norms.get_lines()[0].get_ydata().tolist() == pytest.approx(medians)
+    assert outliers.get_lines()[0].get_ydata().tolist() == pytest.approx(findings.outliers.tolist())
+    ratios = torch.linspace(0.9, 1.1, 2000).repeat(len(findings.patch_ratios), 1)
+    ratios[:, :60] = 5.0
+    planted = replace(findings, patch_ratios=ratios)
+    (axes,) = plot_norm_histogram(config, planted).axes
+    mode, red = find_second_mode(ratios[-1]), to_rgba("#B3261E")
+    assert mode is not None and sum(bar.get_height() for bar in axes.patches) == 2000
+    assert sum(bar.get_height() for bar in axes.patches if bar.get_facecolor() == red) == 60
+
+
+def test_figures_are_images_and_svg():
+    check = MapCheck(4, [0.9] * 6, [0.1] * 6, [0.5] * 6, [0.6] * 6, 0.1, 0.01)
+    figure = plot_map_checks({"rollout": check})
+    assert [line.get_xdata().tolist() for line in figure.axes[0].get_lines()] == [list(FRACTIONS)] * 2
+    svg = render_svg(figure)
+    assert svg.startswith("<svg") and svg.rstrip().endswith("</svg>") and ">Deletion<" in svg
+    assert render_figure(figure, 50).width == pytest.approx(50 * figure.get_figwidth(), abs=1)

@@ -2,7 +2,6 @@
 stay together, although unreadable images are skipped and batches have images of one shape.
 """
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,24 +13,21 @@ from PIL import Image
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, ViTCLSModel
 from modeling_vitcls.analysis import inspection
-from modeling_vitcls.analysis.ablation import compute_ablations, count_null_passes
+from modeling_vitcls.analysis.ablation import count_passes
 from modeling_vitcls.analysis.inspection import (
-    MIN_NULL_IMAGES,
     InspectionBatches,
     check_sampled_maps,
     compute_confidences,
-    count_null_images,
+    count_affordable_images,
     inspect_model,
     select_evenly_spaced,
     select_images,
 )
-from modeling_vitcls.analysis.model_outputs import Features, Predictions
-from modeling_vitcls.analysis.report import write_page
+from modeling_vitcls.analysis.model_outputs import MIN_IMAGES, Features, Predictions
 from modeling_vitcls.heads_vitcls import IGNORED_LABEL
 
 
 NUM_IMAGES = 18
-EFFECTS = {"effect beyond the null", "no measurable effect"}
 PROCESSOR = ViTCLSImageProcessor(size={"height": 32, "width": 32})
 
 
@@ -55,60 +51,28 @@ def test_progress_counts_all_forward_passes(monkeypatch: pytest.MonkeyPatch) -> 
         num_passes += len(args[0] if args else kwargs["pixel_values"])
 
     model.base_model.register_forward_hook(count, with_kwargs=True)
-    monkeypatch.setattr(inspection, "MAX_NULL_FLOPS", 1)
+    monkeypatch.setattr(inspection, "MAX_ABLATION_FLOPS", 1)
     monkeypatch.setattr(inspection, "build_image_report", lambda *_: None)
-    inspect_model(model, PROCESSOR, build_images(), num_shown=1, on_progress=lambda *report: reports.append(report))
-
-    names = "collecting statistics", "ablating tokens", "measuring null effects"
-    passes = [report for report in reports if report[0] in names]
+    report = lambda *each: reports.append(each)  # noqa: E731
+    found = inspect_model(model, PROCESSOR, build_images(), num_shown=1, on_progress=report)
+    passes = [report for report in reports if report[0] in ("collecting statistics", "ablating tokens")]
     (total,) = {total for *_, total in passes}
     finished = [number for _, number, _ in passes]
-    assert finished == sorted(finished) and {name for name, *_ in passes} == set(names)
-    # 4 parts without information and without presence, and once without ablation; registers are hidden only once
-    assert total == NUM_IMAGES * (1 + 2 * 4) + MIN_NULL_IMAGES * count_null_passes(model)
-    # the last batch is reported before its pass, and a pass that one image completes is not reported as finished
-    assert max(finished) == total - MIN_NULL_IMAGES - NUM_IMAGES
-    # a head that reads only a constant CLS token requires one image, and one pass only counts tokens
-    assert num_passes == total - (NUM_IMAGES - 1) - MIN_NULL_IMAGES
+    assert total == num_passes == 2 * NUM_IMAGES + MIN_IMAGES * count_passes(model)
+    assert finished == sorted(finished) and max(finished) < total
+    # large models use fewer images for effects, null distributions and decisions, but never too few
+    assert found.num_ablation_images == MIN_IMAGES < found.findings.num_images == NUM_IMAGES
+    effects = [effect for by_key in found.ablations["information"].values() for effect in by_key.values()]
+    assert {effect.num_images for effect in effects} == {MIN_IMAGES}
 
 
-def test_large_models_use_fewer_images_for_null_distributions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The page states their number. The images are evenly spaced. All predictions are wrong, which verdicts state."""
-    monkeypatch.setattr(inspection, "MAX_NULL_FLOPS", 1)
-    monkeypatch.setattr("modeling_vitcls.analysis.ablation.NUM_NULL_DRAWS", 2)
-    model, pixels = build_classifier(), PROCESSOR(build_images(), return_tensors="pt")["pixel_values"]
-    with torch.no_grad():
-        labels = (model(pixels).logits.argmax(dim=-1) + 1) % 8
-    found = inspect_model(model, PROCESSOR, build_images(), num_shown=1, labels=labels.tolist())
-    assert found.num_null_images == MIN_NULL_IMAGES < NUM_IMAGES == found.findings.num_images
-    write_page(tmp_path / "report.html", found)
-    statement = f"null distributions on {MIN_NULL_IMAGES} of the {NUM_IMAGES} images"
-    assert statement in (tmp_path / "report.html").read_text(encoding="utf-8")
-    sampled = select_evenly_spaced(range(NUM_IMAGES), MIN_NULL_IMAGES)
-    sample = (lambda: [(pixels[sampled], None)], sampled)
-    expected = compute_ablations(model, lambda: [(pixels, labels)], found.findings.mean_states, sample=sample)
-    for kind, ablations in expected.items():
-        for key, ablation in ablations.items():
-            other = found.ablations[kind][key]
-            assert other.effect_on_null_images == pytest.approx(ablation.effect_on_null_images, rel=1e-3)
-            assert other.redraw_effect == pytest.approx(ablation.redraw_effect, rel=1e-3)
-    judged = [verdict for verdict in [*found.verdicts, *found.group_verdicts] if verdict.word in EFFECTS]
-    assert found.group_verdicts[0] in judged and len(judged) > 1
-    assert all("not better than chance (0.0% on 18 images" in verdict.reason for verdict in judged)
-
-
-def test_the_number_of_null_images_depends_on_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A forward pass requires 2 floating-point operations per parameter and token, here 16 patches. The largest image
-    determines the number."""
+def test_the_number_of_images_depends_on_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A forward pass requires 2 floating-point operations per parameter and token. The largest image decides."""
     model = build_classifier(num_cls_tokens=0, num_register_tokens=0, pooling="mean")
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    monkeypatch.setattr(inspection, "MAX_NULL_FLOPS", 10.5 * 2 * num_parameters * 16)
-    monkeypatch.setattr(inspection, "build_image_report", lambda *_: None)
-    monkeypatch.setattr(inspection, "check_sampled_maps", lambda *_: {})
-    assert inspect_model(model, PROCESSOR, build_images()).num_null_images == 10
-    assert count_null_images(model, [torch.zeros(3, 32, width) for width in (32, 48, 32)]) == int(10.5 * 16 / 24)
-    monkeypatch.setattr(inspection, "MAX_NULL_IMAGES", 9)
-    assert inspect_model(model, PROCESSOR, build_images()).num_null_images == 9
+    monkeypatch.setattr(inspection, "MAX_ABLATION_FLOPS", 10.5 * 2 * num_parameters * 16)
+    images = [torch.zeros(3, 32, width) for width in (32, 48, 32)]
+    assert count_affordable_images(model, images) == int(10.5 * 16 / 24)
 
 
 def test_maps_of_small_single_label_classifiers_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,7 +81,7 @@ def test_maps_of_small_single_label_classifiers_are_checked(monkeypatch: pytest.
     def count_checked(num_null: int, **fields: Any) -> int:
         model = build_classifier(**fields)
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
-        monkeypatch.setattr(inspection, "MAX_NULL_FLOPS", (num_null + 0.5) * 2 * num_parameters * 19)
+        monkeypatch.setattr(inspection, "MAX_ABLATION_FLOPS", (num_null + 0.5) * 2 * num_parameters * 19)
         checks = check_sampled_maps(model, InspectionBatches(model, pixels, None, 32), lambda *_: None)
         return checks["attribution"].num_images if checks else 0
 
@@ -156,10 +120,8 @@ def test_labels_and_names_stay_with_their_images(monkeypatch: pytest.MonkeyPatch
         batch_size=2,
         on_warning=warnings.append,
     )
-    assert found.accuracy == pytest.approx(4 / 6) and found.findings.num_images == 7
+    assert found.tasks[0].numbers["accuracy"] == pytest.approx(4 / 6) and found.findings.num_images == 7
     assert found.num_unreadable == 1 and len(warnings) == 1 and "mode F" in warnings[0]
-    keys = ("cls[0]", "registers[0]", "registers[1]")
-    assert found.effects == {key: found.ablations["information"][key].effect for key in keys}
     confidences = {index: values.max().item() for index, values in probabilities.items()}
     wrong = sorted([4, 5], key=lambda index: -confidences[index])
     uncertain = min({0, 1, 2, 6, 7}, key=lambda index: confidences[index])
@@ -178,14 +140,11 @@ def test_unreadable_images_are_skipped_everywhere(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("modeling_vitcls.analysis.ablation.NUM_NULL_DRAWS", 2)
     encoder = ViTCLSModel(build_tiny_config(num_cls_tokens=2, num_register_tokens=1)).eval()
     images, warnings = [Image.new("F", (32, 32)), *build_images()[:2]], []
-    found = inspect_model(encoder, PROCESSOR, images, patch_sizes=[16], on_warning=warnings.append)
+    found = inspect_model(encoder, PROCESSOR, images, on_warning=warnings.append)
     assert [report.name for report in found.image_reports] == ["image 2", "image 3"]
-    assert (found.num_unreadable, len(warnings), found.accuracy, found.effects) == (1, 1, None, None)
-    assert [row.num_images for row in found.patch_sizes] == [2, 2]
-    assert [verdict.numbers["read_layers"] for verdict in found.verdicts] == [2, 2, 1]
+    assert (found.num_unreadable, len(warnings), found.tasks) == (1, 1, [])
+    assert [verdict.numbers["read_layers"] for verdict in found.verdicts[:3]] == [2, 2, 1]
     assert found.patches.layer == 2  # the last layer
-    assert ["layer by layer" in story for story in found.depth] == [True] * 3
-    assert [story.partition(" of the visible")[0].count("%") for story in found.depth] == [2, 2, 1]
 
 
 def test_hidden_states_that_are_not_finite_are_errors() -> None:
@@ -206,12 +165,11 @@ def test_samples_of_batches_keep_their_labels() -> None:
     batches = InspectionBatches(model, pixels, labels, batch_size=3)
     assert batches.order == [0, 2, 4, 6, 8, 1, 3, 5, 7]
     assert [len(pixel_values) for pixel_values, _ in batches()] == [3, 2, 3, 1]
-    sampled, positions = batches.sample(3)
-    assert positions == [1, 4, 7]
+    sampled = batches.sample(3)
     for (pixel_values, found), indices in zip(sampled(), [[2, 8], [5]], strict=True):
         assert pixel_values[:, 0, 0, 0].tolist() == indices
         assert found is not None and found.flatten().tolist() == [10 * index for index in indices]
-    assert all(found is None for _, found in InspectionBatches(model, pixels, None, 3).sample(3)[0]())
+    assert all(found is None for _, found in InspectionBatches(model, pixels, None, 3).sample(3)())
 
 
 @pytest.mark.parametrize(("fields", "num_maps"), [({}, 2), ({"attention_type": "differential"}, 4)])
@@ -250,36 +208,35 @@ def build_predictions(margins: list[float], is_wrong: list[int | None]) -> Predi
 def test_the_most_instructive_images_are_selected() -> None:
     """Check at most half wrong images (confident ones first), a quarter uncertain ones, and typical ones."""
     config = build_tiny_config(num_labels=2)
+    select = lambda output, number: select_images({"": output}, config, number)  # noqa: E731
     before = build_predictions([5, 9, 1, 7, 3, 8, 2, 6, 4, 5.5], [1, 1, 1, 0, 0, None, 0, 0, 0, 0])
     # wrong: 1, 0, 2; others by confidence: 6, 4, 8, 9, 7, 3, 5
-    assert select_images(before, config, 5) == dict.fromkeys([1, 0, 2], "wrong") | {6: "uncertain", 4: "uncertain"}
-    assert select_images(before, config, 4) == {1: "wrong", 0: "wrong", 6: "uncertain", 7: "typical"}
-    assert list(select_images(before, config, 1)) == [1]
-    everything = select_images(before, config, 10)
+    assert select(before, 5) == dict.fromkeys([1, 0, 2], "wrong") | {
+        6: "uncertain",
+        4: "uncertain",
+    }
+    assert select(before, 4) == {1: "wrong", 0: "wrong", 6: "uncertain", 7: "typical"}
+    assert list(select(before, 1)) == [1]
+    everything = select(before, 10)
     assert [index for index, kind in everything.items() if kind == "typical"] == [3, 5, 7, 9]
-    assert list(everything)[:6] == [1, 0, 2, 6, 4, 8] and select_images(before, config, 20).keys() == everything.keys()
+    assert list(everything)[:6] == [1, 0, 2, 6, 4, 8] and select(before, 20).keys() == everything.keys()
     # with few other images, more than half are wrong
     few = build_predictions([5, 4, 3, 2, 1], [1, 1, 1, 1, 0])
-    assert select_images(few, config, 4) == dict.fromkeys([0, 1, 2], "wrong") | {4: "uncertain"}
+    assert select(few, 4) == dict.fromkeys([0, 1, 2], "wrong") | {4: "uncertain"}
     unknown = Predictions(few.logits, few.predicted, None)
-    assert select_images(unknown, config, 3) == {4: "uncertain", 1: "typical", 3: "typical"}
-    tasks = Predictions(torch.zeros(2, 4), torch.zeros(2, 2), torch.tensor([[0, 1], [0, 0]]))
+    assert select(unknown, 3) == {4: "uncertain", 1: "typical", 3: "typical"}
+    age = Predictions(torch.zeros(2, 2), torch.zeros(2, 1), torch.tensor([[0], [0]]))
+    tasks = {"age": age, "kind": Predictions(torch.zeros(2, 2), torch.zeros(2, 1), torch.tensor([[1], [0]]))}
     config = build_tiny_config(num_cls_tokens=2, tasks={"age": 2, "kind": 2})
     assert select_images(tasks, config, 2) == {0: "wrong", 1: "uncertain"}  # one wrong task is sufficient
-    features = Features({"patches": [torch.zeros(1, 2)] * 10})
-    assert select_images(features, config, 3) == dict.fromkeys([1, 5, 8])
+    features = Features([torch.zeros(1, 2)] * 10)
+    assert select_images({"": features}, config, 3) == dict.fromkeys([1, 5, 8])
 
 
-def test_the_confidence_is_the_minimum_over_tasks_and_labels() -> None:
+def test_the_confidence_is_the_minimum_over_labels() -> None:
     logits = torch.tensor([[2.0, 0.0, 0.0], [0.0, 0.0, 9.0]])
     single = compute_confidences(logits, build_tiny_config())
     assert single.tolist() == pytest.approx(logits.softmax(dim=1).amax(dim=1).tolist())
-    tasks = compute_confidences(
-        torch.tensor([[2.0, 0.0, 0.0, 0.0, 3.0], [1.0, 0.0, 0.0, 9.0, 0.0]]),
-        build_tiny_config(num_cls_tokens=2, tasks={"age": 2, "kind": 3}),
-    )
-    expected = [np.exp(2) / (np.exp(2) + 1), np.exp(1) / (np.exp(1) + 1)]
-    assert tasks.tolist() == pytest.approx(expected, abs=1e-4)
     several = compute_confidences(
         torch.tensor([[3.0, -1.0, 2.0]]), build_tiny_config(problem_type="multi_label_classification")
     )

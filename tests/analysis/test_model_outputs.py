@@ -1,21 +1,19 @@
-"""Outputs of a model for many images: labels, chance accuracy, features and their nearest neighbors.
+"""Outputs of a model for many images: labels, chance accuracy and features.
 
 tests/analysis/test_ablation.py tests the predictions of classifiers.
 """
 
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from helpers.tiny_models import TASKS, build_images, build_tiny_config, randomize
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
 from modeling_vitcls.analysis.model_outputs import (
-    MIN_IMAGES,
-    Features,
     Predictions,
     collect_outputs,
+    count_images,
     encode_label,
     encode_labels,
 )
@@ -32,7 +30,7 @@ def build_predictions(predicted: list[list[int]], labels: list[list[int]]) -> Pr
 def test_a_task_without_labels_does_not_change_chance() -> None:
     unknown = IGNORED_LABEL
     found = build_predictions([[0, 1]] * 4, [[0, unknown], [0, unknown], [1, unknown], [unknown, unknown]])
-    assert found.compute_majority_accuracy() == pytest.approx(2 / 3) == pytest.approx(found.compute_accuracy())
+    assert found.compute_chance() == pytest.approx(2 / 3) == pytest.approx(found.compute_accuracy())
 
 
 def test_each_image_with_a_known_label_counts_as_one_image() -> None:
@@ -46,7 +44,7 @@ def test_each_image_with_a_known_label_counts_as_one_image() -> None:
             column = 0 if labels[4 + index][0] != unknown else 1
             predicted[4 + index][column] = 1 - predicted[4 + index][column]
         found = build_predictions(predicted, labels)
-        assert found.compute_majority_accuracy() == 0.5
+        assert found.compute_chance() == 0.5
         assert found.compute_accuracy() == pytest.approx(1 - num_wrong / 20)
         assert found.is_better_than_chance() is is_better
 
@@ -67,32 +65,15 @@ def test_features_are_the_tokens_and_the_pooled_vector(fields: dict[str, Any], h
     tokens = {name: torch.cat([output.tokens[name] for output in outputs]) for name in ("cls", "patches")}
     maximum, mean = tokens["patches"].amax(dim=1, keepdim=True), tokens["patches"].mean(dim=1, keepdim=True)
     expected = tokens | {"pooled": maximum if has_pooler else mean}
-    assert set(found.vectors) == set(expected) and len(found) == 3
+    assert set(found) == set(expected) and count_images(found) == 3
     for name, vectors in expected.items():
-        assert torch.allclose(torch.stack(found.vectors[name]), vectors, atol=1e-6), name
+        assert torch.allclose(torch.stack(found[name].vectors), vectors, atol=1e-6), name
 
 
 def test_encoders_without_cls_tokens_have_no_cls_features() -> None:
     model = randomize(ViTCLSModel(build_tiny_config(num_cls_tokens=0, pooling="mean")))
     found = collect_outputs(model, lambda: [(build_images(), None)])
-    assert set(found.vectors) == {"pooled", "patches"}
-
-
-@pytest.mark.parametrize("has_cls", [True, False])
-def test_neighbors_have_the_largest_cosine_similarity(has_cls: bool) -> None:
-    """The similarity is of all CLS tokens together, or of the pooled vector without CLS tokens."""
-    generator = torch.Generator().manual_seed(0)
-    shapes = {"pooled": (1, 4), "patches": (3, 4)} | ({"cls": (2, 4)} if has_cls else {})
-    vectors = {
-        name: [torch.randn(shape, generator=generator) * (1 + index) + 1 for index in range(MIN_IMAGES)]
-        for name, shape in shapes.items()
-    }
-    rows = torch.stack(vectors["cls" if has_cls else "pooled"]).flatten(1).double().numpy()
-    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-    similarity = rows @ rows.T - 10 * np.eye(MIN_IMAGES)  # an image is not its own neighbor
-    expected = [set(np.argsort(row)[-5:].tolist()) for row in similarity]
-    assert Features(vectors).find_neighbors() == expected
-    assert Features(vectors).select(range(MIN_IMAGES - 1)).find_neighbors() is None
+    assert set(found) == {"pooled", "patches"}
 
 
 # Labels --------------------------------------------------------------------------------------------------------------

@@ -73,10 +73,6 @@ def check_maps(found: Findings, model: Any, image: torch.Tensor) -> None:
                 assert found.attention_fractions[layer, head, token, group] == pytest.approx(share, abs=TOLERANCE)
             received = sum(rows[num_special + patch][token] for patch in range(num_patches)) / num_patches
             assert found.received[layer, head, token] == pytest.approx(received, abs=TOLERANCE)
-            to_patches = [weight / sum(row[num_special:]) for weight in row[num_special:]]
-            middle = [sum(w * point[axis] for w, point in zip(to_patches, points, strict=True)) for axis in (0, 1)]
-            spread = sum(w * math.dist(point, middle) for w, point in zip(to_patches, points, strict=True))
-            assert found.spread[layer, head, token] == pytest.approx(spread, abs=1e-4)
         distances = []
         for point, row in zip(points, rows[num_special:], strict=True):
             total = sum(row[num_special:])
@@ -113,13 +109,11 @@ def check_states(found: Findings, model: Any, image: torch.Tensor) -> None:
         assert sorted(found.patch_ratios[step].tolist()) == pytest.approx([norm / median for norm in norms], rel=1e-4)
         for token in range(num_special):
             assert found.token_norms[step, token] == pytest.approx(special[token].norm().item(), rel=1e-4)
-            assert found.to_patches[step, token] == pytest.approx(cosine(special[token], patches.mean(0)), abs=1e-5)
             for other in range(num_special):
                 similarity = cosine(special[token], special[other])
                 assert found.between_tokens[step, token, other] == pytest.approx(similarity, abs=TOLERANCE)
-            for earlier in range(len(states)):
-                similarity = cosine(special[token], states[earlier, token])
-                assert found.across_layers[token, step, earlier] == pytest.approx(similarity, abs=TOLERANCE)
+            similarity = cosine(special[token], states[0, token])
+            assert found.embedding_similarity[step, token] == pytest.approx(similarity, abs=TOLERANCE)
 
 
 @each_layout
@@ -147,6 +141,8 @@ def test_statistics_over_images_are_means() -> None:
     for batches in ((pixels[:1], pixels[1:4], pixels[4:], oblong), (oblong[:1], pixels, oblong[1:])):
         found = collect_findings(model, *batches)
         for name, value in vars(together).items():
+            if name == "map_variation":  # not defined for images of several sizes
+                continue
             if (isinstance(value, torch.Tensor) and not name.startswith("patch_")) or name == "patch_distance":
                 assert get_largest_difference(getattr(found, name), value) <= TOLERANCE, name
         assert found.uniform == pytest.approx(together.uniform)
@@ -155,12 +151,11 @@ def test_statistics_over_images_are_means() -> None:
     singles = [collect_findings(model, image[None]) for image in [*pixels, *oblong]]
     for name in (
         "entropy",
-        "spread",
         "patch_distance",
         "attention_fractions",
         "received",
         "between_tokens",
-        "across_layers",
+        "embedding_similarity",
     ):
         expected = average([getattr(single, name) for single in singles])
         assert get_largest_difference(getattr(together, name).double(), expected) <= TOLERANCE, name
@@ -242,13 +237,10 @@ def test_uniform_attention_equals_the_baselines(layout: dict[str, Any]) -> None:
     found = collect_findings(model, build_images(3, 24, 40))
     num_special, points = model.config.token_layout.num_prefix_tokens, get_patch_centers(24, 40)
     assert found.uniform["entropy"] == pytest.approx(math.log(num_special + len(points)))
-    middle = math.dist(points[0], points[-1]) / 2
-    assert 0 < found.uniform["spread"] < middle
     pairs = [math.dist(point, other) for point in points for other in points]
     assert found.uniform["patch_distance"] == pytest.approx(sum(pairs) / len(pairs), rel=1e-6)
-    for name in ("entropy", "spread"):
-        figures = getattr(found, name)
-        assert get_largest_difference(figures, torch.full_like(figures, found.uniform[name])) <= 1e-5
+    assert get_largest_difference(found.entropy, torch.full_like(found.entropy, found.uniform["entropy"])) <= 1e-5
+    assert found.head_selectivity.max() <= 1e-6
     assert get_largest_difference(found.patch_distance, torch.full((3, 2), found.uniform["patch_distance"])) <= 1e-5
 
 
@@ -264,14 +256,9 @@ def test_uniform_attention_within_scopes(implementation: str) -> None:
             layer.attention.q_proj.bias.zero_()
     with torch.compiler.set_stance("force_eager"):  # flex attention is mathematically equal
         found = collect_findings(model, build_images(2), build_images(1))
-    alike = found.uniform_by_token
-    assert alike["entropy"].tolist() == pytest.approx([math.log(3 + 16), math.log(3 + 4), math.log(3 + 16)])
-    corner = [(8 * row + 4.0, 8 * column + 4.0) for row in (0, 1) for column in (2, 3)]
-    assert alike["spread"].tolist()[1] == pytest.approx(average([math.dist(one, (8, 24)) for one in corner]).item())
-    assert alike["spread"][0].item() == pytest.approx(found.uniform["spread"])
-    for name in ("entropy", "spread"):
-        figures = getattr(found, name)
-        assert get_largest_difference(figures, alike[name].expand_as(figures)) <= 1e-5
+    entropy = found.uniform_entropy_by_token
+    assert entropy.tolist() == pytest.approx([math.log(3 + 16), math.log(3 + 4), math.log(3 + 16)])
+    assert get_largest_difference(found.entropy, entropy.expand_as(found.entropy)) <= 1e-5
     assert found.map_selectivity.max() <= 1e-6  # compared with uniform attention to the tokens in the scope
     assert found.map_distance[:, 0, 1].tolist() == pytest.approx([12 / 19] * 2)  # 12 of 19 tokens are not in the scope
 
@@ -281,7 +268,7 @@ def test_gates_and_biases_mask_no_tokens() -> None:
     for one in fields:
         model = randomize(ViTCLSModel(build_tiny_config(**one)))
         found = collect_findings(model, build_images(2))
-        entropies = found.uniform_by_token["entropy"]
+        entropies = found.uniform_entropy_by_token
         assert entropies.tolist() == pytest.approx([found.uniform["entropy"]] * len(entropies))
 
 
@@ -289,7 +276,6 @@ def test_attention_of_patches_to_themselves_has_distance_zero() -> None:
     """The distance is exactly zero, at the size of real images."""
     points = torch.cartesian_prod(torch.arange(14) * 16 + 8.0, torch.arange(14) * 16 + 8.0)
     assert token_statistics.compute_attention_distance(torch.eye(196)[None, None], points).item() == 0
-    assert token_statistics.compute_spread(torch.eye(196), points).abs().max() <= 1e-4
 
 
 def test_zeros_are_not_divided_by_zero() -> None:
@@ -300,10 +286,9 @@ def test_zeros_are_not_divided_by_zero() -> None:
         model.embeddings.register_tokens.zero_()
     found = collect_findings(model, torch.zeros(2, 3, 32, 32))
     assert not found.patch_norms[0].any() and not found.token_norms[0, 1]
-    for values in (found.patch_ratios, found.outliers, found.to_patches, found.variation, found.channel_variation):
+    for values in (found.patch_ratios, found.outliers, found.variation, found.channel_variation):
         assert not values[0].any()
     points = torch.tensor([[4.0, 4.0], [4.0, 12.0]])
-    assert not token_statistics.compute_spread(torch.zeros(3, 2), points).any()
     assert not token_statistics.compute_attention_distance(torch.zeros(1, 1, 2, 2), points).any()
 
 
@@ -387,7 +372,7 @@ def test_half_precision() -> None:
     expected = collect_findings(model, build_images(3))
     found = collect_findings(model.bfloat16(), build_images(3))
     tensors = [value for value in vars(found).values() if isinstance(value, torch.Tensor)]
-    assert all(value.dtype == torch.float32 for value in (*tensors, *found.uniform_by_token.values()))
+    assert all(value.dtype == torch.float32 for value in tensors)
     for name in ("entropy", "attention_fractions", "received", "between_tokens"):
         assert get_largest_difference(getattr(found, name), getattr(expected, name)) <= 0.05, name
     assert get_largest_difference(found.attention_fractions.sum(-1), torch.ones(3, 2, 6)) <= TOLERANCE
@@ -412,3 +397,21 @@ def test_no_images_are_an_error() -> None:
         collected.update(build_images(channels=4))
     with raises_one_line("no images"):
         collected.compute()
+
+
+def test_map_variation_and_head_outputs() -> None:
+    """Variation is 0 for one image and infinite for images of two sizes. A head without weights adds nothing."""
+    model = randomize(ViTCLSModel(build_tiny_config(**PATCH)))
+    with torch.no_grad():
+        model.layers[1].attention.o_proj.weight[:, :8] = 0
+    assert collect_findings(model, build_images(1)).map_variation.max() <= 1e-3
+    found = collect_findings(model, build_images(3))
+    assert found.map_variation.min() > 1e-3 and found.map_variation.isfinite().all()
+    assert collect_findings(model, build_images(1), build_images(1, 24, 40)).map_variation.isinf().all()
+    assert found.head_outputs[1].tolist() == pytest.approx([0, 2]) and found.head_outputs[0].min() > 0.1
+    weights = torch.stack([run_eager(model, image)[0] for image in build_images(3)])  # [images, L, H, N, N]
+    maps = weights.mean(dim=2)[:, :, 0]  # attention of the CLS token, mean over heads
+    mean = maps.mean(dim=0)
+    distance = (mean - 1 / mean.shape[-1]).norm(dim=-1)
+    expected = (maps - mean).square().sum(dim=-1).mean(dim=0).sqrt() / distance
+    assert get_largest_difference(found.map_variation[:, 0], expected) <= 1e-3

@@ -61,16 +61,8 @@ OTHER_COMMANDS = (
     "pre-commit",
 )
 # flags of pip, hf and pytest that the text mentions
-OTHER_FLAGS = {
-    "--help",
-    "--help-all",
-    "--tyro-print-completion",
-    "--node-rank",
-    "--version",
-    "--include",
-    "--local-dir",
-}
-OTHER_SUBCOMMANDS = {"--version", "--tyro-print-completion", "env"}
+OTHER_FLAGS = {"--help", "--node-rank", "--version", "--include", "--local-dir"}
+OTHER_SUBCOMMANDS = {"--version", *cli.UTILITY_COMMANDS}
 
 # Added to commands so that they take only seconds.
 QUICK = {
@@ -209,7 +201,7 @@ def read_flags(name: str) -> frozenset[str]:
     """Return the flags in `vitcls NAME --help`."""
     output = io.StringIO()
     with contextlib.redirect_stdout(output), pytest.raises(SystemExit) as ended:
-        cli.main([name, "--help-all"])
+        cli.main([name, "--help"])
     assert ended.value.code == 0
     return frozenset(FLAG.findall(output.getvalue()))
 
@@ -283,7 +275,7 @@ def test_commands_have_the_flags_of_their_programs() -> None:
         assert not unknown, f"{place}: `vitcls {command.name}` has no {', '.join(unknown)}"
         unknown = get_flags(command.launcher) - read_accelerate_flags()
         assert not unknown, f"{place}: `accelerate launch` has no {', '.join(unknown)}"
-    assert {command.name for _, command in commands} == set(cli.COMMANDS) - {"env"}
+    assert {command.name for _, command in commands} == set(cli.COMMANDS)
 
 
 def get_flags(words: list[str]) -> set[str]:
@@ -299,7 +291,7 @@ def test_flags_in_the_text_exist(page: Path) -> None:
 
 def test_every_program_is_in_the_readme() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert all(f"`vitcls {name} " in text for name in cli.COMMANDS if name not in ("space", "env"))
+    assert all(f"`vitcls {name} " in text for name in cli.COMMANDS if name != "space")
 
 
 # Names and messages --------------------------------------------------------------------------------------------------

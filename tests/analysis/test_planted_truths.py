@@ -1,0 +1,311 @@
+"""The diagnosis finds planted truths in small trained and constructed models, and raises no false alarms."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import pytest
+import torch
+from helpers.digits_models import HELD_OUT, LABELS, NUM_TRAINED, PIXELS, train_digits_model
+from helpers.tiny_models import build_images, build_tiny_config, randomize
+from helpers.varied_models import center_logits, collect_findings
+from torch.nn import functional as F
+
+from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification, ViTCLSForMultiTaskClassification
+from modeling_vitcls.analysis.ablation import compute_ablations
+from modeling_vitcls.analysis.artifacts import MIN_PATCHES, diagnose_patches
+from modeling_vitcls.analysis.diagnosis import Verdict, diagnose_heads, diagnose_tasks, diagnose_tokens
+from modeling_vitcls.analysis.model_outputs import MIN_IMAGES, collect_outputs
+
+
+NUM_EPOCHS = 8
+UNIMPORTANT = {"replaceable", "no measurable effect"}
+TASKS = {"parity": 2, "size": 2}
+
+
+def judge(
+    model: Any,
+    pixels: torch.Tensor = HELD_OUT[0],
+    labels: torch.Tensor | None = HELD_OUT[1],
+    movement: dict[str, float] | None = None,
+) -> dict[str, Verdict]:
+    """Return the verdicts on tokens, groups and tasks by name."""
+    batches = lambda: [(pixels, labels)]  # noqa: E731
+    findings = collect_findings(model, pixels)
+    verdicts = diagnose_tokens(model, findings, compute_ablations(model, batches), movement)
+    return {verdict.token: verdict for verdict in [*verdicts, *diagnose_tasks(collect_outputs(model, batches))]}
+
+
+@contextmanager
+def hide_from_cls(model: Any, hidden: slice) -> Iterator[None]:
+    """Mask the keys `hidden` for the CLS token in all layers."""
+
+    def mask_keys(attention: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        states = args[0] if args else kwargs["hidden_states"]
+        mask = torch.ones(1, 1, states.shape[1], states.shape[1], dtype=torch.bool)
+        mask[:, :, 0, hidden] = False
+        return (states, mask, *args[2:]), kwargs
+
+    with ExitStack() as hooks:
+        for layer in model.base_model.layers:
+            hooks.enter_context(layer.attention.register_forward_pre_hook(mask_keys, with_kwargs=True))
+        yield
+
+
+def train(model: Any, compute_loss: Callable[[Any, torch.Tensor], torch.Tensor]) -> Any:
+    """Train a model on digits; `compute_loss` receives the output of the model and the indices of the images."""
+    optimizer = torch.optim.AdamW(model.train().parameters(), lr=3e-3)
+    for _ in range(NUM_EPOCHS):
+        for indices in torch.randperm(NUM_TRAINED).split(100):
+            optimizer.zero_grad()
+            compute_loss(model(PIXELS[indices]), indices).backward()
+            optimizer.step()
+    return model.eval()
+
+
+def build_digits_config(**fields: Any) -> ViTCLSConfig:
+    sizes = {"image_size": 8, "patch_size": 2, "num_channels": 1, "hidden_size": 32, "intermediate_size": 64}
+    settings = {"num_hidden_layers": 3, "num_attention_heads": 2, "initializer_range": 0.08}
+    return ViTCLSConfig(**(sizes | settings | fields))
+
+
+@pytest.fixture(scope="module")
+def trained() -> ViTCLSForImageClassification:
+    return train_digits_model(epochs=NUM_EPOCHS)
+
+
+@pytest.fixture
+def model(trained: ViTCLSForImageClassification) -> Iterator[ViTCLSForImageClassification]:
+    """Return a trained model of digits with two registers; changes of its weights are undone."""
+    weights = {name: value.clone() for name, value in trained.state_dict().items()}
+    yield trained
+    trained.load_state_dict(weights)
+
+
+# One task ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_token_that_alone_feeds_the_head_is_read_by_the_classifier(model: Any) -> None:
+    found = judge(model)["CLS"]
+    effect = found.numbers["information"][""]
+    assert (found.word, found.headline) == ("read by the classifier", "matters")
+    assert effect["limit"] is None and effect["changed"] > 0.5  # there is no test
+    assert effect["changed_interval"][0] < effect["changed"] < effect["changed_interval"][1]
+    with hide_from_cls(model, slice(1, None)):
+        cut_off = judge(model)["CLS"]
+    assert cut_off.word == "cut off from the patches" and cut_off.rating == "bad"
+
+
+def test_an_untouched_random_register_does_not_matter(model: Any) -> None:
+    with torch.no_grad():
+        registers = model.vitcls.embeddings.register_tokens
+        registers.copy_(torch.randn(registers.shape) * registers.std())
+    found = judge(model, movement={"cls[0]": 1.0, "registers[0]": 1.0, "registers[1]": 0.0})
+    assert found["register 1"].word in UNIMPORTANT and found["all 2 registers"].word in UNIMPORTANT
+    assert found["register 2"].word == "not moved" and found["register 2"].numbers["outcome"] in UNIMPORTANT
+
+
+@pytest.mark.parametrize("num_registers", [1, 2])
+def test_registers_that_carry_all_information_have_an_effect(num_registers: int) -> None:
+    """CLS attends to itself and the registers only. Two registers may share the information; the group is found."""
+    torch.manual_seed(0)
+    config = build_digits_config(num_register_tokens=num_registers, num_labels=10)
+    model = ViTCLSForImageClassification(config)
+    with hide_from_cls(model, slice(1 + num_registers, None)):
+        train(model, lambda outputs, indices: F.cross_entropy(outputs.logits, LABELS[indices]))
+        found = judge(model)
+    verdict = found["register" if num_registers == 1 else "all 2 registers"]
+    assert verdict.word == "has an effect" and verdict.headline == "matters"
+    assert verdict.numbers["decided_by"]["limit"] is not None
+
+
+def test_a_token_that_no_token_attends_to_has_no_measurable_effect(model: Any) -> None:
+    """The interval includes no change. 96 images give the upper bound of the interval."""
+
+    def hide(attention: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        states = args[0] if args else kwargs["hidden_states"]
+        mask = torch.ones(1, 1, states.shape[1], states.shape[1], dtype=torch.bool)
+        mask[:, :, :, 2] = False
+        return (states, mask, *args[2:]), kwargs
+
+    with ExitStack() as hooks:
+        for layer in model.vitcls.layers:
+            hooks.enter_context(layer.attention.register_forward_pre_hook(hide, with_kwargs=True))
+        found = judge(model, HELD_OUT[0][:96], HELD_OUT[1][:96])["register 2"]
+    low, high = found.numbers["information"][""]["changed_interval"]
+    assert found.word == "no measurable effect" and low == 0 and 0.01 < high < 0.05
+
+
+@pytest.mark.parametrize("factor", [10, 100])
+def test_a_cls_token_with_a_large_norm(model: Any, factor: int) -> None:
+    with torch.no_grad():
+        model.vitcls.embeddings.cls_token *= factor
+    found = judge(model)["CLS"]
+    assert found.numbers["norm_ratio"] > 3
+    assert found.rating == "bad" and "The norm of its embedding" in found.reason
+
+
+def test_a_harmful_register(model: Any) -> None:
+    """The embedding of a register increases the loss (gradient ascent): accuracy is higher without it."""
+    tokens = model.vitcls.embeddings.register_tokens
+    for _ in range(60):
+        model.zero_grad()
+        model(HELD_OUT[0][:64], labels=HELD_OUT[1][:64]).loss.backward()
+        with torch.no_grad():
+            tokens[:, 1] += tokens.grad[:, 1] / tokens.grad[:, 1].norm()
+    found = judge(model)["register 2"]
+    assert (found.word, found.rating) == ("harmful", "bad")
+
+
+def test_dead_and_uniform_heads(model: Any) -> None:
+    assert diagnose_heads(collect_findings(model, HELD_OUT[0])).rating == "good"
+    head_size = model.config.hidden_size // 2
+    with torch.no_grad():
+        model.vitcls.layers[1].attention.o_proj.weight[:, :head_size] = 0
+        for name in ("weight", "bias"):
+            getattr(model.vitcls.layers[0].attention.q_proj, name)[head_size:] = 0
+    found = diagnose_heads(collect_findings(model, HELD_OUT[0]))
+    assert found.numbers == {"dead": [[1, 0]], "uniform": [[0, 1]]}
+    assert found.rating == "bad" and "dead" in found.word and "uniform" in found.word
+
+
+def test_a_cls_token_that_looks_at_one_corner(model: Any) -> None:
+    """All queries match the key of the first patch, whose position embedding is large."""
+    direction = F.normalize(torch.arange(32.0) - 15.5, dim=0)
+    with torch.no_grad():
+        model.vitcls.embeddings.position_embeddings.patches[:, 0] += 50 * direction
+        for layer in model.vitcls.layers:
+            layer.attention.k_proj.weight.copy_(torch.outer(torch.ones(32), direction))
+            layer.attention.q_proj.weight.zero_()
+            layer.attention.q_proj.bias.fill_(1.0)
+    found = judge(model)["CLS"]
+    assert "same attention for all images" in (found.word, *found.reason.split(". ")) or "same patches" in found.reason
+    assert found.rating == "bad"
+
+
+@pytest.mark.parametrize("fraction", [0.03, 0.3])
+def test_artifact_patches(model: Any, fraction: float) -> None:
+    """Random patches have about five times the norm after layer 2, the last layer whose patches are used."""
+    is_artifact = torch.rand(len(HELD_OUT[0]), 16, generator=torch.Generator().manual_seed(0)) < fraction
+
+    def grow(layer: Any, args: tuple) -> tuple:
+        scale = torch.ones(len(args[0]), args[0].shape[1])
+        scale[:, 3:][is_artifact] = 6  # the layer adds some more to every patch
+        return (args[0] * scale.unsqueeze(-1), *args[1:])
+
+    assert diagnose_patches(model.config, collect_findings(model, HELD_OUT[0])).word == "no artifacts"
+    with model.vitcls.layers[1].register_forward_pre_hook(grow):
+        found = diagnose_patches(model.config, collect_findings(model, HELD_OUT[0]))
+    assert found.word == "artifacts" and found.second_mode is not None
+    assert found.second_mode.fraction == pytest.approx(fraction, abs=0.02)
+    assert 3.5 < found.second_mode.ratio < 7
+
+
+@pytest.mark.parametrize("num_images", [1, 2, MIN_IMAGES - 1])
+def test_too_few_images_and_patches(model: Any, num_images: int) -> None:
+    found = judge(model, HELD_OUT[0][:num_images], HELD_OUT[1][:num_images])
+    assert {verdict.numbers["outcome"] for name, verdict in found.items() if name != "predictions"} == {
+        "too few images to tell"
+    }
+    assert found["predictions"].word == "too few images to tell"
+    assert str(num_images) in found["register 1"].reason and str(MIN_IMAGES) in found["register 1"].reason
+    patches = diagnose_patches(model.config, collect_findings(model, HELD_OUT[0][:num_images]))
+    assert patches.word == "too few patches to tell" and f"{MIN_PATCHES:,}" in patches.reason
+
+
+# Several tasks -------------------------------------------------------------------------------------------------------
+
+
+def get_task_labels(labels: torch.Tensor) -> torch.Tensor:
+    """Return the labels [images, 2] of the tasks parity and size."""
+    return torch.stack([labels % 2, (labels >= 5).long()], dim=1)
+
+
+@pytest.fixture(scope="module")
+def trained_tasks() -> ViTCLSForMultiTaskClassification:
+    torch.manual_seed(0)
+    config = build_digits_config(num_cls_tokens=2, num_register_tokens=1, tasks=TASKS)
+    targets = get_task_labels(LABELS)
+
+    def compute_loss(outputs: Any, indices: torch.Tensor) -> torch.Tensor:
+        pairs = zip(outputs.logits.values(), targets[indices].T, strict=True)
+        return sum(F.cross_entropy(logits, labels) for logits, labels in pairs)
+
+    return train(ViTCLSForMultiTaskClassification(config), compute_loss)
+
+
+def judge_tasks(model: Any, labels: torch.Tensor | None = None) -> dict[str, Verdict]:
+    return judge(model, HELD_OUT[0], get_task_labels(HELD_OUT[1]) if labels is None else labels)
+
+
+def test_each_task_has_its_own_effects(trained_tasks: Any) -> None:
+    """Scaling the head of one task by 10 changes no value of the other task."""
+    found = judge_tasks(trained_tasks)
+    for task in TASKS:
+        assert found[f"CLS {task}"].word == "read by the classifier" and found[f"CLS {task}"].headline == "matters"
+        assert found[f"CLS {task}"].numbers["heads"] == [task]
+        assert found[f"task {task}"].word == "better than chance"
+    with torch.no_grad():
+        trained_tasks.classifiers["task_size"].weight *= 10
+        scaled = judge_tasks(trained_tasks)
+        trained_tasks.classifiers["task_size"].weight /= 10
+    for name in ("CLS parity", "register"):
+        assert scaled[name].word == found[name].word
+        for kind in ("information", "presence"):
+            assert scaled[name].numbers[kind]["parity"]["size"] == pytest.approx(
+                found[name].numbers[kind]["parity"]["size"], rel=1e-4
+            )
+
+
+def test_a_useless_and_a_healthy_task(trained_tasks: Any) -> None:
+    """The head of one task is zero: its predictions do not depend on its CLS token."""
+    head = trained_tasks.classifiers["task_size"]
+    weights = {name: value.clone() for name, value in head.state_dict().items()}
+    with torch.no_grad():
+        head.weight.zero_()
+    found = judge_tasks(trained_tasks)
+    head.load_state_dict(weights)
+    assert found["CLS parity"].headline == "matters" and found["task parity"].rating == "good"
+    assert found["CLS size"].headline != "matters" and found["CLS size"].rating == "doubtful"
+    assert (found["task size"].word, found["task size"].rating) == ("not better than chance", "bad")
+
+
+def test_a_task_with_random_labels(trained_tasks: Any) -> None:
+    labels = get_task_labels(HELD_OUT[1])
+    labels[:, 1] = torch.randint(2, (len(labels),), generator=torch.Generator().manual_seed(0))
+    found = judge_tasks(trained_tasks, labels)
+    assert found["task size"].word == "not better than chance"
+    assert found["task parity"].word == "better than chance"
+
+
+# Constructed and random models ---------------------------------------------------------------------------------------
+
+
+def build_random_model(seed: int, **fields: Any) -> Any:
+    tokens = {"num_distillation_tokens": 1, "num_register_tokens": 2, "num_hidden_layers": 3, "num_labels": 8}
+    torch.manual_seed(seed)
+    config = build_tiny_config(**(tokens | fields))
+    return center_logits(randomize(ViTCLSForImageClassification(config), seed), build_images(MIN_IMAGES))
+
+
+def test_equal_tokens_are_identical() -> None:
+    model = build_random_model(0)
+    embeddings = model.vitcls.embeddings
+    with torch.no_grad():
+        embeddings.register_tokens[:, 1] = embeddings.register_tokens[:, 0]
+        embeddings.distillation_token.copy_(embeddings.cls_token + embeddings.position_embeddings.cls)
+    found = judge(model, build_images(MIN_IMAGES), None)
+    pairs = {"register 1": "register 2", "register 2": "register 1", "CLS": "distillation", "distillation": "CLS"}
+    for name, other in pairs.items():
+        assert found[name].word == "identical" and other in found[name].reason
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_random_models_raise_no_false_alarm(seed: int) -> None:
+    pixels = build_images(MIN_IMAGES, seed=seed)
+    model = build_random_model(seed)
+    found = judge(model, pixels, torch.arange(len(pixels)) % 8)
+    for name in ("register 1", "register 2", "all 2 registers"):
+        assert found[name].word in UNIMPORTANT, found[name]
+    assert diagnose_heads(collect_findings(model, pixels)).rating == "good"
+    assert diagnose_patches(model.config, collect_findings(model, pixels)).rating != "bad"
