@@ -7,7 +7,7 @@
     transformers_families.py  parameter names and configurations of the model families of transformers
     from_timm.py              conversion of timm models: parameter names, and rewrites that involve several parameters
     timm_modules.py           configuration fields, read from the modules of a timm model
-    from_state_dict.py        conversion of published state dicts (DINO, DINOv2, TIPS, MAE, big_vision, ...) through timm
+    from_state_dict.py        conversion of published state dicts (DINO, DINOv2, TIPS, MAE, ...) through timm
     source_files.py           published state-dict files: loading, and detection of the family
     to_transformers.py        conversion of ViTCLS models to transformers
     equivalent_models.py      models with the same outputs but different configurations

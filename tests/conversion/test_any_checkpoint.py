@@ -35,10 +35,8 @@ from modeling_vitcls.conversion.any_checkpoint import (
     pin_revision,
     resolve_checkpoint,
 )
-from modeling_vitcls.conversion.convert import convert_checkpoint, load_source
-from modeling_vitcls.conversion.random_weights import randomize_weights
+from modeling_vitcls.conversion.convert import convert_checkpoint
 from modeling_vitcls.conversion.weight_rules import ConversionError
-from modeling_vitcls.export.exportable import load_exportable_model
 from modeling_vitcls.inference.load_model import load_model
 from modeling_vitcls.options import DataOptions, FinetuneOptions, ModelOptions, RunOptions, TrainingOptions
 from modeling_vitcls.training.finetune import FinetuneTask
@@ -129,15 +127,6 @@ def test_conversions_of_other_sources_and_versions_are_not_used(
     assert re.fullmatch(r"my-vit-b16-[0-9a-f]{16}", compute_cache_name("timm:my vit+b16"))
 
 
-def test_a_folder_of_timm_is_converted(tmp_path: Path) -> None:
-    theirs = randomize_weights(timm.create_model("test_vit", num_classes=5))
-    save_for_hf(theirs, tmp_path / "theirs", safe_serialization=True)
-    ours, _ = load_model(str(tmp_path / "theirs"), use_head=True)
-    pixel_values = torch.randn(1, 3, 160, 160)
-    with torch.no_grad():
-        assert (ours(pixel_values).logits - theirs(pixel_values)).abs().max() < 1e-5
-
-
 def test_a_timm_model_on_the_hub_is_converted_at_the_requested_commit(tmp_path: Path) -> None:
     """The newest commit has another classifier."""
     repository = tmp_path / "cache" / "hub" / "models--ann--timm"
@@ -169,28 +158,6 @@ def test_the_conversion_of_a_hub_model_is_pinned(source: Path, tmp_path: Path) -
     assert resolve_checkpoint(f"ann/vit@{COMMIT}") == folders[0]
 
 
-def test_the_requested_revision_is_converted(source: Path, tmp_path: Path) -> None:
-    """The newest commit has another configuration."""
-    repository = tmp_path / "cache" / "hub" / "models--ann--vit"
-    (repository / "refs").mkdir(parents=True)
-    (repository / "refs" / "main").write_text(COMMIT[::-1])
-    for commit, eps in ((COMMIT, 0.25), (COMMIT[::-1], 0.5)):
-        file = shutil.copytree(source, repository / "snapshots" / commit) / "config.json"
-        file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | {"layer_norm_eps": eps}))
-    for name, eps in ((f"ann/vit@{COMMIT}", 0.25), ("ann/vit", 0.5)):
-        assert ViTCLSConfig.from_pretrained(resolve_checkpoint(name)).layer_norm_eps == eps
-        assert load_source(f"transformers:{name}", random_init=True).model.config.layer_norm_eps == eps
-
-
-def test_a_timm_model_is_converted_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Random weights replace the pretrained weights, which tests cannot download."""
-    create = timm.create_model
-    monkeypatch.setattr(timm, "create_model", lambda name, pretrained=False, **keywords: create(name, **keywords))
-    folder = resolve_checkpoint("timm:test_vit")
-    assert ViTCLSForImageClassification.from_pretrained(folder).config.num_labels == 1000
-    assert load_exportable_model("timm:test_vit").is_trained
-
-
 def test_a_failed_conversion_is_not_cached(source: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("modeling_vitcls.conversion.parity_report.MAX_DIFFERENCE", -1.0)
     with pytest.raises(ValueError, match="differ"):
@@ -212,24 +179,6 @@ def test_unsupported_names_are_errors(tmp_path: Path) -> None:
     transformers.ResNetForImageClassification(config).save_pretrained(tmp_path / "resnet")
     with pytest.raises(ValueError, match="ResNetForImageClassification"):
         resolve_checkpoint(str(tmp_path / "resnet"))
-
-
-@pytest.mark.integration
-def test_a_published_state_dict(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    # in the layout in which DeiT published its weights
-    theirs = timm.create_model("vit_tiny_patch16_224", num_classes=5).eval()
-    file = tmp_path / "deit_tiny.pth"
-    torch.save({"model": theirs.state_dict()}, file)
-    model, _ = load_model(str(file), use_head=True)
-    pixel_values = torch.randn(1, 3, 224, 224)
-    with torch.no_grad():
-        assert (model(pixel_values).logits - theirs(pixel_values)).abs().max() < 1e-5
-    folder = resolve_checkpoint(str(file))
-    assert "source_sha256" in (Path(folder) / "parity_report.json").read_text(encoding="utf-8")
-    torch.save({"model": {}}, tmp_path / "empty.pth")
-    with pytest.raises(ValueError, match=r"empty\.pth"):
-        resolve_checkpoint(str(tmp_path / "empty.pth"))
 
 
 def test_commits_are_pinned(cached_hub_model: str) -> None:

@@ -22,7 +22,7 @@ import transformers
 from helpers.fresh_processes import run_fresh
 from helpers.sample_photographs import photograph
 from helpers.scripts_in_process import SCRIPTS, run_in_process
-from helpers.source_checkpoints import NAMES, SIZES, WIDTHS, build_vit_classifier, save_checkpoint
+from helpers.source_checkpoints import NAMES, SIZES, build_vit_classifier, save_checkpoint
 from helpers.tiny_models import build_tiny_config, raises_one_line
 from safetensors.torch import load_file, save_file
 from timm.data import create_transform, resolve_data_config
@@ -169,32 +169,6 @@ def test_the_printed_lines_load_it_without_the_package(from_timm: tuple[Path, st
     assert (torch.load(tmp_path / "logits") - wanted).abs().max() <= LIMIT
 
 
-def test_unsupported_models_end_with_one_line_and_status_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert (
-        run_in_process("convert.py", "--source", "timm:resnet18", "--output", tmp_path / "made", "--random-init") == 1
-    )
-    error = capsys.readouterr().err
-    assert error.strip().splitlines()[-1].startswith("error: ResNet")
-    assert "Traceback" not in error
-    assert not list_all(tmp_path)
-
-
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ["--source", "timm:test_vit", "--output", "x", "--random-inti"],
-        ["--source", "timm:test_vit"],
-        ["--source", "resnet50", "--output", "x"],
-        ["--source", "timm:test_vit", "--output", "x", "--num-labels", "0"],
-        ["--source", "timm:test_vit", "--output", "x", "--classifier", "maybe"],
-    ],
-)
-def test_wrong_flags_end_with_status_2(flags: list[str]) -> None:
-    done = run(*flags)
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr
-
-
 # A wrong conversion writes nothing
 
 
@@ -223,7 +197,6 @@ def fill_with_nan(model: Any) -> None:
 
 
 WRONG: dict[str, tuple[Callable[[Any], None], str]] = {
-    "a token": (add_to_weight("vitcls.embeddings.cls_token"), "160 x 160 pixels: cls by"),
     "a layer": (add_to_weight("vitcls.layers.3.mlp.fc1.bias"), "160 x 160 pixels: cls by"),
     "the classifier": (add_to_weight("classifier.bias"), "160 x 160 pixels: logits by 0.001"),
     "the interpolation": (use_bilinear_interpolation, "112 x 208 pixels: cls by"),
@@ -311,22 +284,6 @@ def test_random_weights_are_reproducible(tmp_path: Path) -> None:
     assert reports[0]["comparisons"] == reports[1]["comparisons"]  # of the same random images
 
 
-def test_random_init_requires_no_weights(tmp_path: Path) -> None:
-    transformers.Dinov2WithRegistersConfig(
-        **WIDTHS, image_size=32, patch_size=8, architectures=["Dinov2WithRegistersModel"]
-    ).save_pretrained(tmp_path / "source")
-    made = convert_checkpoint(f"transformers:{tmp_path / 'source'}", tmp_path / "made", random_init=True)
-    assert made.model_class == "ViTCLSModel"
-    assert made.classifier == "none"
-    assert [set(comparison.differences) for comparison in made.comparisons] == [
-        {"cls", "registers", "patches", "pooled"}
-    ] * 2
-    weights = load_file(tmp_path / "made" / "model.safetensors")
-    assert all(weight.std() > 0.01 for weight in weights.values() if weight.numel() > 1)
-    with pytest.raises(OSError, match="cannot load"):
-        convert_checkpoint(f"transformers:{tmp_path / 'source'}", tmp_path / "again")
-
-
 def test_a_non_square_source(tmp_path: Path) -> None:
     """transformers has no interpolation for non-square grids, so only the native size is compared."""
     config = transformers.ViTConfig(**SIZES | {"image_size": [32, 48]})
@@ -358,44 +315,6 @@ def test_the_classifier(
     assert found == ([shape] if shape else [])
 
 
-def test_a_classifier_of_another_width_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ConversionError, match="3 labels, but num_labels=7"):
-        convert_checkpoint(
-            save_checkpoint(build_vit_classifier(), tmp_path / "source"), tmp_path / "made", num_labels=7
-        )
-    assert not (tmp_path / "made").exists()
-
-
-def test_both_classifiers_of_a_distilled_model_are_compared(tmp_path: Path) -> None:
-    config = transformers.DeiTConfig(**SIZES, id2label=NAMES)
-    deit = randomize_weights(transformers.DeiTForImageClassificationWithTeacher(config))
-    made = convert_checkpoint(save_checkpoint(deit, tmp_path / "source"), tmp_path / "made")
-    for comparison in made.comparisons:
-        names = {"cls", "distillation", "patches", "logits", "cls_logits", "distillation_logits"}
-        assert comparison.differences.keys() == names
-    made = convert_checkpoint(f"transformers:{tmp_path / 'source'}", tmp_path / "new", classifier="new")
-    assert made.comparisons[1].differences.keys() == {"cls", "distillation", "patches"}
-
-
-def test_masked_autoencoders_are_compared_without_masking(tmp_path: Path) -> None:
-    """Also at another size, although the source masks 75% of the patches in random order."""
-    decoder = {"decoder_hidden_size": 16, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2}
-    mae = randomize_weights(transformers.ViTMAEForPreTraining(transformers.ViTMAEConfig(**SIZES, **decoder)))
-    made = convert_checkpoint(save_checkpoint(mae, tmp_path / "source"), tmp_path / "made")
-    assert made.source_class == "ViTMAEModel" and not made.not_compared
-    assert [set(comparison.differences) for comparison in made.comparisons] == [{"cls", "patches"}] * 2
-
-
-def test_models_of_flattened_patches_are_compared(tmp_path: Path) -> None:
-    sizes = {name: value for name, value in SIZES.items() if name != "image_size"} | {"num_patches": 16}
-    config = transformers.Siglip2VisionConfig(**sizes)
-    model = randomize_weights(transformers.Siglip2VisionModel(config))
-    made = convert_checkpoint(save_checkpoint(model, tmp_path / "source"), tmp_path / "made", classifier="drop")
-    assert made.classifier == "none"  # the source has no classifier
-    assert [comparison.image_size for comparison in made.comparisons] == [(32, 32), (24, 48)]
-    assert [set(comparison.differences) for comparison in made.comparisons] == [{"patches", "pooled"}] * 2
-
-
 def test_a_source_of_one_size_is_compared_at_this_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(source: Any, size: tuple[int, int]) -> Any:
         raise RuntimeError("one size\nonly")
@@ -410,22 +329,12 @@ def test_a_source_of_one_size_is_compared_at_this_size(tmp_path: Path, monkeypat
     assert not (tmp_path / "other").exists()
 
 
-def test_a_classifier_is_kept_only_if_its_logits_are_compared(tmp_path: Path) -> None:
-    encoder = randomize_weights(transformers.ViTModel(transformers.ViTConfig(**SIZES)))
-    source = load_source(save_checkpoint(encoder, tmp_path / "source"))
-    with raises_one_line("the logits of transformers:", "cannot be compared", error=ConversionError):
-        compare_models(source, source.convert("keep", None), has_source_classifier=True)
-
-
 def test_the_vision_part_of_a_larger_model(tmp_path: Path) -> None:
     text = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     config = transformers.CLIPConfig(vision_config=SIZES, text_config=text)
     clip = randomize_weights(transformers.CLIPModel(config))
     made = convert_checkpoint(save_checkpoint(clip, tmp_path / "source"), tmp_path / "made")
     assert made.source_class == "CLIPVisionModel"
-    assert made.notes == [
-        "position embeddings for other image sizes: bicubic without antialiasing, as in transformers"
-    ]  # and no note on the weights of the text encoder
     model = ViTCLSModel.from_pretrained(tmp_path / "made")
     pixel_values = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
@@ -457,34 +366,6 @@ def test_a_checkpoint_without_a_pooler_must_have_all_other_weights(tmp_path: Pat
     ):
         convert_checkpoint(source, tmp_path / "made")
     assert not (tmp_path / "made").exists()
-
-
-def test_weights_that_the_source_does_not_use_are_named(tmp_path: Path) -> None:
-    source = save_checkpoint(
-        randomize_weights(transformers.ViTModel(transformers.ViTConfig(**SIZES))), tmp_path / "source"
-    )
-    file = tmp_path / "source" / "model.safetensors"
-    save_file(load_file(file) | {"layernorm.scale": torch.ones(32)}, file, metadata={"format": "pt"})
-    made = convert_checkpoint(source, tmp_path / "made")
-    assert made.notes == [
-        "ViTModel does not use 1 weights of the checkpoint, for example layernorm.scale",
-        "position embeddings for other image sizes: bicubic without antialiasing, as in transformers",
-    ]
-
-
-@pytest.mark.integration
-def test_the_report_names_the_policies_of_positions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    create = timm.create_model
-    sizes = {"depth": 1, "embed_dim": 64, "num_heads": 4, "img_size": 64, "num_classes": 0}
-    monkeypatch.setattr(timm, "create_model", lambda name, pretrained: create(name, **sizes))
-    for name, words in {
-        "vit_tiny_patch16_224": ["position embeddings for other image sizes: bicubic with antialiasing, as in timm"],
-        "vit_small_patch16_dinov3": [
-            "rotary periods: computed in float32, as in timm; the authors' DINOv3 files store rounded periods"
-        ],
-    }.items():
-        made = convert_checkpoint(f"timm:{name}", tmp_path / name, random_init=True)
-        assert made.notes == words
 
 
 class RunWhenUnpickled:
@@ -533,18 +414,6 @@ def test_remote_code_is_never_run(file: str, tmp_path: Path, monkeypatch: pytest
     ]
 
 
-def test_missing_weights_are_an_error(tmp_path: Path) -> None:
-    encoder = randomize_weights(transformers.ViTModel(transformers.ViTConfig(**SIZES)))
-    save_checkpoint(encoder, tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": ["ViTForImageClassification"]}))
-    with pytest.raises(
-        ConversionError,
-        match=r"ViTForImageClassification requires 2 weights that are missing from .*, for example classifier\.",
-    ):
-        convert_checkpoint(f"transformers:{tmp_path}", tmp_path / "made")
-
-
 def test_half_precision_is_kept_if_conversion_is_exact(tmp_path: Path) -> None:
     half = build_vit_classifier().to(torch.bfloat16)
     made = convert_checkpoint(save_checkpoint(half, tmp_path / "source"), tmp_path / "made")
@@ -586,12 +455,9 @@ UNSUPPORTED: dict[str, Callable[[Path], str]] = {
     "timm 1.* has no model vit_huuge. Did you mean": lambda folder: "timm:vit_huuge",
     "nowhere/at/all is not a folder": lambda folder: f"transformers:{folder}/nowhere/at/all",
     "cannot read the configuration of": lambda folder: f"transformers:{folder.parent}",  # without config.json
-    "source 'resnet' is not supported": lambda folder: "resnet",
     "source 'keras:resnet' is not supported": lambda folder: "keras:resnet",
-    "source 'timm:' is not supported": lambda folder: "timm:",
     "--random-init requires timm:NAME or transformers:PATH_OR_ID, but the source is": lambda folder: "weights.pth",
     "is already a ViTCLS model. Use --model": lambda folder: save_checkpoint(ViTCLSModel(build_tiny_config()), folder),
-    "global_pool='avgmax'": lambda folder: "timm:test_vit",
 }
 
 
@@ -606,11 +472,6 @@ def test_errors_have_one_line(message: str, tmp_path: Path, monkeypatch: pytest.
         convert_checkpoint(source, tmp_path / "made", random_init=True)
     assert "\n" not in str(raised.value)
     assert list_all(tmp_path) == before
-
-
-def test_a_family_requires_a_state_dict_file(tmp_path: Path) -> None:
-    with raises_one_line("--family dino requires a state-dict file", "timm:test_vit", error=ConversionError):
-        convert_checkpoint("timm:test_vit", tmp_path / "made", random_init=True, family="dino")
 
 
 # Image processors

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.fresh_processes import run_fresh
 from helpers.local_hub import LocalHub
 from helpers.source_checkpoints import build_vit_classifier, save_checkpoint
 from helpers.tiny_models import KINDS, build_images, build_tiny_config, raises_one_line, randomize
@@ -175,44 +174,15 @@ def test_the_command_prints_the_report_and_how_to_load_the_model(
     assert f"SHA-256 of model.safetensors: {certificate['sha256']['model.safetensors']}" in lines
 
 
-@pytest.mark.slow
-def test_the_command(tmp_path: Path) -> None:
-    folder = save(tmp_path / "mine", **DEMO)
-    script = ROOT / "scripts" / "convert.py"
-    ran = run_fresh(script, "--to", "transformers", "--model", folder, "--output", tmp_path / "native", cwd=tmp_path)
-    assert ran.returncode == 0, ran.stderr[-2000:]
-    assert "Dinov2WithRegistersForImageClassification" in ran.stdout and "trust_remote_code" not in ran.stdout
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        ({"to": "transformers"}, "--to transformers requires --model"),
-        ({"to": "transformers", "model": "x", "source": "timm:x"}, "does not support --source"),
-        ({"model": "x"}, "requires --source"),
-        (
-            {"source": "mine"},
-            "mine is already a ViTCLS model. To convert the model to transformers, set --to transformers --model mine",
-        ),
-        ({"source": "vit"}, "--source vit is not supported. Use timm:NAME, transformers:PATH_OR_ID"),
-        ({"source": "damaged"}, "--source damaged is not supported"),
-    ],
-)
-def test_wrong_flags(
-    flags: dict[str, Any],
-    message: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+@pytest.mark.parametrize("flags", [{"to": "transformers"}, {"model": "x"}, {"source": "mine"}, {"source": "damaged"}])
+def test_wrong_flags(flags: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path / "mine")
-    for name, content in {"vit": '{"model_type": "vit"}', "damaged": "{"}.items():
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text(content)
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "config.json").write_text("{")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as stopped:
         check_options(ConvertOptions(output=tmp_path / "out", **flags))
-    assert message in capsys.readouterr().err
+    assert stopped.value.code == 2
 
 
 def test_results_of_the_same_weights_are_kept(tmp_path: Path) -> None:

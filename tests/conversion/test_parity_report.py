@@ -1,7 +1,5 @@
 """The comparison of a source with its conversion: image sizes, CPU kernels, dtypes, and notes on positions."""
 
-import math
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,12 +8,9 @@ from helpers.tiny_models import build_images, build_tiny_config, randomize
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
 from modeling_vitcls.conversion.parity_report import (
-    build_random_images,
     compute_model_outputs,
     describe_position_embeddings,
-    get_max_magnitude,
     get_non_square_size,
-    hash_files,
     remove_cpu_kernels,
 )
 from modeling_vitcls.cpu_kernels_vitcls import CPUKernel, install_cpu_kernels, uninstall_cpu_kernels
@@ -87,14 +82,3 @@ def test_outputs_by_token_group() -> None:
     outputs = compute_model_outputs(encoder, build_images())
     assert outputs.keys() == {"cls", "patches", "pooled"}
     assert torch.equal(outputs["pooled"], encoder(build_images()).pooler_output)
-
-
-def test_random_images_and_hashes(tmp_path: Path) -> None:
-    images = build_random_images((2, 1, 3, 4))
-    assert torch.equal(images, torch.randn(2, 1, 3, 4, generator=torch.Generator().manual_seed(0)))
-    assert get_max_magnitude(torch.tensor([1.0, -3.0, 2.0])) == 3
-    assert math.isnan(get_max_magnitude(torch.tensor([1.0, torch.nan])))
-    for name in ("b", "a"):
-        (tmp_path / name).write_text("abc")
-    digest = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # SHA-256 of "abc" (FIPS 180-2)
-    assert list(hash_files(tmp_path.iterdir()).items()) == [("a", digest), ("b", digest)]

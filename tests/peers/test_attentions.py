@@ -77,11 +77,6 @@ def test_of_timm(name: str) -> None:
     check_timm(name, {})
 
 
-@pytest.mark.parametrize("what", timm_cases.OWN_ARGUMENTS)
-def test_of_own_arguments_in_timm(what: str) -> None:
-    check_timm(*timm_cases.OWN_ARGUMENTS[what])
-
-
 @torch.no_grad()
 def check_timm(name: str, arguments: dict[str, Any]) -> None:
     """Check the attention maps of a timm model at another size than its native size."""
