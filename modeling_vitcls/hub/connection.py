@@ -3,16 +3,13 @@
 import json
 import logging
 import re
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from huggingface_hub import constants, is_offline_mode, set_client_factory
+from huggingface_hub import constants, get_session, is_offline_mode
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
-from huggingface_hub.utils import _http as hub_http
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from huggingface_hub.utils import logging as hub_logging
 from transformers.utils import logging as transformers_logging
@@ -33,14 +30,8 @@ RETRY_WAITS = (1.0, 2.0, 4.0, 8.0)
 SHORT_RETRY_WAITS = (0.5, 1.0)  # wait before each retry of an interactive command, in seconds
 MAX_RETRY_WAIT = 300.0  # maximum wait before a retry, in seconds
 
-TIMEOUT_NAMES = ("connect", "read", "write", "pool")  # names of the timeouts in the HTTP library
-
 Result = TypeVar("Result")
 Error = TypeVar("Error", bound=BaseException)
-
-# Timeouts of the active `set_hub_timeout` blocks in all threads, in seconds.
-ACTIVE_TIMEOUTS: list[float] = []
-TIMEOUTS_LOCK = threading.Lock()
 
 logger = logging.getLogger(__name__)
 
@@ -56,50 +47,15 @@ def check_is_online() -> None:
 
 @contextmanager
 def set_hub_timeout(seconds: float) -> Iterator[None]:
-    """Set a timeout for requests to the Hub within the block; by default, huggingface_hub waits indefinitely.
-
-    All threads share one client, so the shortest active timeout applies to all threads.
-    """
-    with TIMEOUTS_LOCK:
-        # The client factory is wrapped, because huggingface_hub creates a new client after each connection failure. No
-        # public function returns the current factory.
-        make_client = hub_http._GLOBAL_CLIENT_FACTORY
-        if not isinstance(make_client, TimeoutClientFactory):
-            set_client_factory(TimeoutClientFactory(make_client))
-        ACTIVE_TIMEOUTS.append(seconds)
+    """Set a timeout for requests to the Hub within the block; by default, huggingface_hub waits indefinitely for
+    answers other than files (HF_HUB_DOWNLOAD_TIMEOUT). All threads share one client."""
+    client = get_session()
+    previous_timeout = client.timeout
+    client.timeout = seconds
     try:
         yield
     finally:
-        with TIMEOUTS_LOCK:
-            ACTIVE_TIMEOUTS.remove(seconds)
-
-
-@dataclass(frozen=True)
-class TimeoutClientFactory:
-    """Factory of HTTP clients that apply the shortest of `ACTIVE_TIMEOUTS` to each request."""
-
-    make_client: Callable[[], Any]
-
-    def __call__(self) -> Any:
-        """Return a new client."""
-        client = self.make_client()
-
-        def apply_timeout(request: Any) -> None:
-            """Apply the shortest active timeout to a request, unless the caller has set a timeout."""
-            # The lock is not acquired, because a lock held during a fork is never released in the forked process.
-            seconds, default_timeout = min(list(ACTIVE_TIMEOUTS), default=None), client.timeout.as_dict()
-            if seconds is None:
-                return
-            current_timeout = request.extensions.get("timeout", default_timeout)
-            request.extensions["timeout"] = {
-                name: seconds
-                if current_timeout == default_timeout or current_timeout.get(name) is None
-                else current_timeout[name]
-                for name in TIMEOUT_NAMES
-            }
-
-        client.event_hooks["request"].append(apply_timeout)
-        return client
+        client.timeout = previous_timeout
 
 
 @contextmanager

@@ -37,7 +37,7 @@ def resolve_commit(repo_id: str, revision: str = "main") -> HubCommit:
     try:
         with set_hub_timeout(TIMEOUT):
             model_info = retry(
-                lambda: HfApi().model_info(repo_id, revision=revision),
+                lambda: HfApi().model_info(repo_id, revision=revision, timeout=TIMEOUT),
                 f"looking up {repo_id}",
                 waits=SHORT_RETRY_WAITS,
             )

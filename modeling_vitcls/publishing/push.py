@@ -81,7 +81,7 @@ def prepare_repository(
                 name, private=private or None, repo_type=repo_type, space_sdk=space_sdk, exist_ok=True
             ).repo_id
             api.auth_check(name, repo_type=repo_type, write=True)
-            is_private = api.repo_info(name, repo_type=repo_type).private
+            is_private = api.repo_info(name, repo_type=repo_type, timeout=TIMEOUT).private
     except HfHubHTTPError as error:
         if error.response.status_code >= 500:
             raise OSError(f"{describe_no_response(error)}, or push later") from error
@@ -137,7 +137,7 @@ def push_once(staged_folder: Path, repo_id: str, private: bool, message: str, br
     api.create_repo(repo_id, private=private or None, exist_ok=True)  # None selects the account's default visibility
     if branch is not None:
         api.create_branch(repo_id, branch=branch, exist_ok=True)
-    repo_info = api.model_info(repo_id, revision=branch)
+    repo_info = api.model_info(repo_id, revision=branch, timeout=TIMEOUT)
     commit = api.upload_folder(
         repo_id=repo_id,
         folder_path=staged_folder,

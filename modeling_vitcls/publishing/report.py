@@ -89,12 +89,10 @@ def load_run_data(folder: ModelFolder) -> TrainingData | None:
     flags = folder.flags
     if "dataset" not in flags:
         return None
-    values = {field.name: flags[field.name] for field in fields(DataOptions) if field.name in flags}
-    options = DataOptions(
-        **{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-    )
+    stored_values = {field.name: flags[field.name] for field in fields(DataOptions) if field.name in flags}
+    values: Any = {name: tuple(value) if isinstance(value, list) else value for name, value in stored_values.items()}
     use_labels = folder.architecture != "ViTCLSForMaskedImageModeling"
-    return load_training_data(options, flags.get("select") == "best", use_labels)
+    return load_training_data(DataOptions(**values), flags.get("select") == "best", use_labels)
 
 
 def select_samples(data: TrainingData) -> list[Sample]:

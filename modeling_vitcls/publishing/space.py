@@ -186,7 +186,7 @@ def push_space(
                     folder_path=folder,
                     commit_message=f"Show {model.repo_id} at {model.sha[:7]}",
                     delete_patterns=[f"{name}/*" for name in subfolders],
-                    parent_commit=api.space_info(space_id).sha,
+                    parent_commit=api.space_info(space_id, timeout=TIMEOUT).sha,
                 ),
                 f"pushing to {space_id}",
             )

@@ -1,6 +1,5 @@
 """Commits of models and code on the Hub: branches, tags, visibility, and the files of an old commit."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -8,7 +7,7 @@ from helpers.local_hub import LocalHub
 from helpers.tiny_models import raises_one_line
 from huggingface_hub import HfApi, constants
 
-from modeling_vitcls.hub.revisions import HubCommit, download_commit, resolve_code_commit, resolve_commit
+from modeling_vitcls.hub.revisions import HubCommit, download_commit, resolve_commit
 
 
 pytestmark = pytest.mark.integration
@@ -52,10 +51,3 @@ def test_only_the_matching_files_of_the_commit_are_downloaded(hub: LocalHub, tmp
         download_commit(HubCommit("ann/none", "0" * 40, needs_token=False), ["*.json"])
     cached = download_commit(resolve_commit("ann/model"), ["*.txt"])
     assert (cached / "notes.txt").read_bytes() == b"new" and cached.is_relative_to(tmp_path / "cache")
-
-
-@pytest.mark.parametrize("repo_id", ["ann/model", "ann/secret"])
-def test_the_code_is_in_the_repository_that_the_config_names(hub: LocalHub, tmp_path: Path, repo_id: str) -> None:
-    weights = resolve_commit("ann/model")
-    (tmp_path / "config.json").write_text(json.dumps({"auto_map": {"AutoModel": f"{repo_id}--modeling.Model"}}))
-    assert resolve_code_commit(weights, tmp_path) == (None if repo_id == "ann/model" else resolve_commit(repo_id))
