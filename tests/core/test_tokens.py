@@ -21,7 +21,6 @@ from torch import nn
 from modeling_vitcls import TokenLayout, ViTCLSForImageClassification, ViTCLSForMaskedImageModeling, ViTCLSModel
 
 
-TOKEN_INITS = ("trunc_normal", "near_zero", "zeros")
 PARAMETERS = {"cls": "cls_token", "distillation": "distillation_token", "registers": "register_tokens"}
 
 
@@ -45,7 +44,7 @@ def test_embeddings_follow_the_layout(layout: dict[str, Any]) -> None:
     config = build_tiny_config(**layout, position_embedding_type="none")
     embeddings = randomize(ViTCLSModel(config)).embeddings
     pixels = build_images()
-    sequence = embeddings(pixels)
+    sequence = embeddings(pixels, (4, 4))
     assert sequence.shape == (2, config.token_layout.num_prefix_tokens + 16, 16)
     for name, group in config.token_layout.items():
         if name == "patches":
@@ -56,20 +55,6 @@ def test_embeddings_follow_the_layout(layout: dict[str, Any]) -> None:
             assert getattr(embeddings, PARAMETERS[name]) is None
             continue
         assert torch.equal(sequence[:, group], expected)
-
-
-@each_layout
-def test_outputs_name_every_group(layout: dict[str, Any]) -> None:
-    config = build_tiny_config(**layout)
-    output = ViTCLSModel(config).eval()(build_images())
-    counts = {
-        "cls": config.num_cls_tokens,
-        "distillation": config.num_distillation_tokens,
-        "registers": config.num_register_tokens,
-        "patches": 16,
-    }
-    assert {name: tokens.shape[1] for name, tokens in output.tokens.items()} == counts
-    assert torch.equal(torch.cat(list(output.tokens.values()), dim=1), output.last_hidden_state)
 
 
 # Initialization and learning
@@ -98,21 +83,10 @@ def test_tokens_of_a_kind_start_differently(token_init: str) -> None:
     assert len(tokens.unique(dim=0)) == len(tokens)
 
 
-def _can_initialize(layout: dict[str, Any], token_init: str) -> bool:
-    """Return whether the initialization is valid: several tokens of one kind may not all be zero, because they would
-    stay equal.
-    """
-    return token_init != "zeros" or max(layout.get(f"num_{kind}_tokens", 1) for kind in ("cls", "register")) < 2
-
-
 @pytest.mark.parametrize(
     ("layout", "token_init"),
-    [
-        pytest.param(layout, token_init, id=f"{name}-{token_init}")
-        for name, layout in LAYOUTS.items()
-        for token_init in TOKEN_INITS
-        if _can_initialize(layout, token_init)
-    ],
+    [(LAYOUTS["several_of_each"], "trunc_normal"), (LAYOUTS["several_of_each"], "near_zero"), ({}, "zeros")],
+    ids=str,
 )
 def test_every_special_token_gets_gradient_and_moves(layout: dict[str, Any], token_init: str) -> None:
     torch.manual_seed(0)
@@ -122,10 +96,9 @@ def test_every_special_token_gets_gradient_and_moves(layout: dict[str, Any], tok
     _check_tokens_learn(model, tokens, {"labels": torch.tensor([0, 2])})
 
 
-@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS.values() if layout.get("num_cls_tokens", 1)])
-def test_special_tokens_learn_in_masked_image_modeling(layout: dict[str, Any]) -> None:
+def test_special_tokens_learn_in_masked_image_modeling() -> None:
     torch.manual_seed(0)
-    model = ViTCLSForMaskedImageModeling(build_tiny_config(**layout)).train()
+    model = ViTCLSForMaskedImageModeling(build_tiny_config(**LAYOUTS["several_of_each"])).train()
     tokens = {name: getattr(model.vitcls.embeddings, name) for name in [*PARAMETERS.values(), "mask_token"]}
     tokens = {name: token for name, token in tokens.items() if token is not None}
     assert "mask_token" in tokens
@@ -153,7 +126,6 @@ def _check_tokens_learn(model: nn.Module, tokens: dict[str, nn.Parameter], input
         {"num_distillation_tokens": 2, "position_embedding_tokens": "cls"},
         {"num_cls_tokens": 2, "position_embedding_tokens": "patches"},
         {"num_cls_tokens": 2, "position_embedding_type": "rope_2d"},
-        {"num_cls_tokens": 2, "position_embedding_type": "none", "position_embedding_tokens": "all"},
     ],
 )
 def test_zero_init_is_an_error_if_tokens_would_stay_equal(fields: dict[str, Any]) -> None:
@@ -410,8 +382,8 @@ def test_a_masked_patch_affects_no_other_token(attention: str) -> None:
         assert torch.equal(_get_receptive_field(model, index, attention_mask=mask), seen)
 
 
-@pytest.mark.parametrize("scopes", [None, ["image"], [[2, 2, 0, 0]]], ids=str)
-@pytest.mark.parametrize("shape", [(2, 16), (2, 18), (3, 17), (17,), (2, 1, 17)], ids=str)
+@pytest.mark.parametrize("scopes", [None, ["image"]], ids=str)
+@pytest.mark.parametrize("shape", [(2, 18), (3, 17), (2, 1, 17)], ids=str)
 def test_masks_of_a_wrong_shape_are_errors(scopes: list | None, shape: tuple[int, ...]) -> None:
     model = randomize(ViTCLSModel(build_tiny_config(cls_scopes=scopes)))
     mask = torch.ones(shape, dtype=torch.long)
