@@ -8,7 +8,6 @@ tested in test_gates.py.
 
 import copy
 import json
-import runpy
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +16,14 @@ import torch
 from helpers.adaptation_cases import adapt_with_loader, get_logged_lines
 from helpers.fresh_processes import run_fresh
 from helpers.tiny_models import (
-    SIZES,
     build_images,
     build_tiny_config,
     get_largest_difference,
     raises_one_line,
     randomize,
-    save_and_load,
 )
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModel,
     AutoModelForImageClassification,
     AutoModelForMaskedImageModeling,
@@ -40,7 +36,6 @@ from modeling_vitcls import (
     ViTCLSForMaskedImageModeling,
     ViTCLSForMultiTaskClassification,
     ViTCLSModel,
-    configuration_vitcls,
 )
 from modeling_vitcls.positions_vitcls import resize_patch_kernel
 
@@ -264,15 +259,6 @@ def test_a_new_distillation_head_starts_as_the_classifier() -> None:
     assert wide.adapt(num_distillation_tokens=1).distillation_classifier.weight.shape == (3, 16)
 
 
-def test_a_classifier_of_another_width_is_newly_initialized_and_logged(caplog: pytest.LogCaptureFixture) -> None:
-    model = randomize(ViTCLSForImageClassification(build_tiny_config(cls_pooling="concat"))).requires_grad_(False)
-    larger = model.adapt(num_cls_tokens=2)
-    assert larger.classifier.weight.shape == (3, 32)
-    assert "classifier.weight: newly initialized, because the shape changed" in get_logged_lines(caplog)
-    assert larger.classifier.weight.requires_grad
-    assert not larger.classifier.bias.requires_grad
-
-
 @pytest.mark.parametrize("loader", [ViTCLSForImageClassification, AutoModelForImageClassification])
 def test_tokens_and_pooling_change_together(loader: Any, tmp_path: Path) -> None:
     """Check changes in which the new pooling does not match the old tokens, nor the old pooling the new tokens."""
@@ -300,17 +286,6 @@ def test_one_task_becomes_several(tmp_path: Path) -> None:
     assert {name: logits.shape[1] for name, logits in model(build_images()).logits.items()} == {"age": 2, "kind": 5}
 
 
-def test_a_multi_task_model_gains_registers(tmp_path: Path) -> None:
-    model = randomize(
-        ViTCLSForMultiTaskClassification(build_tiny_config(num_cls_tokens=2, tasks={"age": 2, "kind": 5}))
-    )
-    model.save_pretrained(tmp_path)
-    larger = ViTCLSForMultiTaskClassification.from_pretrained(tmp_path, num_register_tokens=4, gate_new_tokens=True)
-    with torch.no_grad():
-        wanted, found = model(build_images()).logits, larger(build_images()).logits
-    assert all(get_largest_difference(found[task], wanted[task]) < 1e-5 for task in wanted)
-
-
 def test_scopes_change_with_cls_tokens(tmp_path: Path) -> None:
     randomize(ViTCLSModel(build_tiny_config())).save_pretrained(tmp_path)
     scopes = ["image", [2, 1, 0, 0], [2, 1, 1, 0]]
@@ -333,88 +308,6 @@ def test_adapting_with_a_configuration_object(loader: Any, tmp_path: Path) -> No
         assert (larger.embeddings.distillation_token is None) == (not more)
         assert torch.equal(larger.embeddings.cls_token, model.embeddings.cls_token)
     assert config.to_dict() == before
-
-
-def test_adapting_with_a_configuration_of_an_equal_class(tmp_path: Path) -> None:
-    """transformers may execute configuration_vitcls.py from the Hub twice."""
-    model = randomize(ViTCLSModel(build_tiny_config()))
-    model.save_pretrained(tmp_path)
-    equal_class = runpy.run_path(configuration_vitcls.__file__, run_name="equal")["ViTCLSConfig"]
-    config = equal_class(**SIZES | {"image_size": 48, "num_register_tokens": 2})
-    larger = ViTCLSModel.from_pretrained(tmp_path, config=config)
-    assert larger.embeddings.register_tokens.shape[1] == 2
-    assert torch.equal(larger.embeddings.cls_token, model.embeddings.cls_token)
-
-
-def test_adapting_with_the_path_of_a_configuration(tmp_path: Path) -> None:
-    """Its fields and the arguments replace the fields of the checkpoint, which is in a subfolder."""
-    model = randomize(ViTCLSModel(build_tiny_config()))
-    model.save_pretrained(tmp_path / "models" / "small")
-    build_tiny_config(drop_path_rate=0.2, num_cls_tokens=2).save_pretrained(tmp_path / "other")
-    options = {"config": str(tmp_path / "other"), "num_register_tokens": 2}
-    larger = ViTCLSModel.from_pretrained(tmp_path / "models" / "small", **options)
-    assert (larger.config.num_cls_tokens, larger.config.drop_path_rate) == (2, 0.2)
-    assert larger.embeddings.register_tokens.shape[1] == 2
-    assert torch.equal(larger.embeddings.cls_token[:, :1], model.embeddings.cls_token)
-    nested = ViTCLSModel.from_pretrained(tmp_path / "models", subfolder="small", num_register_tokens=2, image_size=48)
-    assert nested.embeddings.register_tokens.shape[1] == 2
-    assert torch.equal(nested.embeddings.cls_token, model.embeddings.cls_token)
-    unchanged = ViTCLSModel.from_pretrained(tmp_path / "models", subfolder="small")
-    assert torch.equal(unchanged.embeddings.cls_token, model.embeddings.cls_token)
-    (tmp_path / "models" / "small" / "config.json").unlink()
-    loaded = ViTCLSModel.from_pretrained(tmp_path / "models" / "small", config=options["config"], num_cls_tokens=1)
-    assert loaded.config.drop_path_rate == 0.2
-    assert torch.equal(loaded.embeddings.cls_token, model.embeddings.cls_token)
-
-
-@pytest.mark.parametrize("loader", [ViTCLSModel, AutoModel])
-def test_a_configuration_of_one_checkpoint_adapts_another(
-    loader: Any, caplog: pytest.LogCaptureFixture, tmp_path: Path
-) -> None:
-    """Check that registers that were trained in the meantime are not initialized again."""
-    randomize(ViTCLSModel(build_tiny_config())).save_pretrained(tmp_path / "before")
-    config = AutoConfig.from_pretrained(tmp_path / "before", num_register_tokens=4)
-    trained = randomize(ViTCLSModel(config), seed=1)
-    trained.save_pretrained(tmp_path / "after")
-    again = loader.from_pretrained(tmp_path / "after", config=config)
-    assert torch.equal(again.embeddings.register_tokens, trained.embeddings.register_tokens)
-    assert not get_logged_lines(caplog)
-    larger = loader.from_pretrained(tmp_path / "before", config=config)
-    assert larger.embeddings.register_tokens.shape[1] == 4
-
-
-def test_a_configuration_file_without_default_values(tmp_path: Path) -> None:
-    model = randomize(ViTCLSModel(build_tiny_config()))
-    model.save_pretrained(tmp_path)
-    file = tmp_path / "config.json"
-    stored = json.loads(file.read_text())
-    for field in ("num_cls_tokens", "num_register_tokens", "gated_tokens"):
-        stored.pop(field, None)
-    file.write_text(json.dumps(stored))
-    for loader in (ViTCLSModel, AutoModel):
-        larger = loader.from_pretrained(tmp_path, num_register_tokens=2)
-        assert larger.embeddings.register_tokens.shape[1] == 2
-        assert torch.equal(larger.embeddings.cls_token, model.embeddings.cls_token)
-
-
-def test_weights_without_a_configuration_file(tmp_path: Path) -> None:
-    model = randomize(ViTCLSModel(build_tiny_config()))
-    model.save_pretrained(tmp_path)
-    (tmp_path / "config.json").unlink()
-    for source, options in ((tmp_path, {}), (None, {"state_dict": model.state_dict()})):
-        again = ViTCLSModel.from_pretrained(source, config=build_tiny_config(), **options)
-        assert torch.equal(again.embeddings.cls_token, model.embeddings.cls_token)
-    with raises_one_line("config.json", error=OSError):
-        ViTCLSModel.from_pretrained(tmp_path, num_register_tokens=2)
-
-
-def test_saved_configurations_contain_no_loading_arguments(tmp_path: Path) -> None:
-    randomize(ViTCLSModel(build_tiny_config())).save_pretrained(tmp_path)
-    larger = ViTCLSModel.from_pretrained(tmp_path, num_register_tokens=2)
-    again = save_and_load(larger, tmp_path / "again")
-    assert "_skip_validation" not in json.loads((tmp_path / "again" / "config.json").read_text())
-    with torch.no_grad():
-        assert torch.equal(again(build_images()).last_hidden_state, larger(build_images()).last_hidden_state)
 
 
 def test_impossible_changes_are_errors(tmp_path: Path) -> None:
@@ -506,15 +399,6 @@ def test_relative_position_biases_are_resampled(shared: str, caplog: pytest.LogC
     assert "relative_position_bias.tables: resampled from 4 x 6 to 6 x 4 patches" in get_logged_lines(caplog)
 
 
-def test_positions_are_unchanged_for_other_patches_on_the_same_grid(caplog: pytest.LogCaptureFixture) -> None:
-    model = randomize(ViTCLSModel(build_tiny_config(image_size=[32, 48])))
-    larger = model.adapt(image_size=[64, 96], patch_size=16)
-    assert torch.equal(larger.embeddings.position_embeddings.patches, model.embeddings.position_embeddings.patches)
-    assert get_logged_lines(caplog) == [
-        "embeddings.patch_embeddings.projection.weight: resized from 8 x 8 to 16 x 16 pixels per patch"
-    ]
-
-
 @pytest.mark.parametrize("patch", [(16, 16), (12, 12), (8, 16), (10, 13)])
 def test_growing_patches_are_exact(patch: tuple[int, int]) -> None:
     """Check that images whose patches are enlarged bilinearly, each separately, have the same tokens."""
@@ -563,18 +447,6 @@ def test_decoded_patches_are_resized(loader: Any, tmp_path: Path) -> None:
         found = larger(enlarge(build_images(), (12, 16)), bool_masked_pos=mask)
     assert get_largest_difference(found.reconstruction, wanted) < 1e-4
     assert found.loss.isfinite()
-
-
-def test_decoded_patches_with_equal_pixel_count_are_resized() -> None:
-    """4 x 16 pixels are as many as 8 x 8, but differently arranged."""
-    model = randomize(ViTCLSForMaskedImageModeling(build_tiny_config()))
-    for size, new_size in (((8, 8), (4, 16)), ((4, 16), (16, 4))):
-        turned = model.adapt(patch_size=list(new_size))
-        assert turned.decoder.projection.weight.shape == model.decoder.projection.weight.shape
-        old = model.decoder.projection.bias.view(1, 3, *size)
-        wanted = nn.functional.interpolate(old, size=new_size, mode="bilinear", antialias=True)
-        assert get_largest_difference(turned.decoder.projection.bias, wanted.flatten()) < 1e-6
-        model = turned
 
 
 # Remote code

@@ -4,7 +4,6 @@ Random configurations are tested in test_properties.py.
 """
 
 import copy
-import dataclasses
 import json
 import math
 import os
@@ -504,10 +503,6 @@ def test_one_line_registers_remote_code_for_composite_models(tmp_path: Path) -> 
         "processors": ["ViTCLSImageProcessor", "ViTCLSImageProcessorPil"],
         "registered code for another checkpoint": "first",
     }
-
-
-def _fields(cls: type) -> tuple[dataclasses.Field, ...]:
-    return dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ()
 
 
 def _comparable(config: ViTCLSConfig) -> dict[str, Any]:

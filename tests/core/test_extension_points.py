@@ -11,9 +11,6 @@ from transformers.utils.import_utils import is_kernels_available
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
 
 
-HUB_KERNEL = "kernels-community/flash-attn2"
-
-
 # Attention -----------------------------------------------------------------------------------------------------------
 
 

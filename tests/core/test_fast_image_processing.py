@@ -2,8 +2,6 @@
 
 import copy
 import itertools
-import os
-import threading
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -35,12 +33,6 @@ SIZES: list[dict[str, Any]] = [
     {"do_resize": False, "do_center_crop": True, "crop_size": 60},
 ]
 RESAMPLES = [0, 1, 2, 3]
-STATISTICS: list[dict[str, Any]] = [
-    {},
-    {"image_mean": [0.5] * 3, "image_std": [0.5] * 3},
-    {"image_mean": [0, 1, 2], "image_std": [1, 2, 3], "rescale_factor": 1 / 127.5},
-    {"crop_size": 20},  # not used without do_center_crop
-]
 
 
 def encode_jpeg(image: PIL.Image.Image, **settings: Any) -> bytes:
@@ -107,25 +99,12 @@ def test_all_images_have_the_same_values(sizes: dict[str, Any], resample: int) -
         check_same(processor, image, name)
 
 
-@pytest.mark.parametrize("statistics", STATISTICS, ids=str)
-def test_all_statistics_have_the_same_values(statistics: dict[str, Any]) -> None:
-    check_same(ViTCLSImageProcessor(size=32, **statistics), build_example_images()["jpeg"], "jpeg")
-
-
 def test_images_of_all_shapes_have_the_same_values() -> None:
     """Check sizes down to a single pixel, and axes that could be mistaken for channels."""
     processor = ViTCLSImageProcessor(size={"height": 20, "width": 24})
     for height, width in [(1, 1), (1, 3), (3, 3), (4, 1), (2, 90), (90, 2), (20, 24), (64, 64)]:
         for image in (build_photograph(height, width), encode_jpeg(build_photograph(height, width))):
             check_same(processor, image, f"{height} x {width}")
-
-
-def test_channels_are_kept_without_conversion() -> None:
-    gray = ViTCLSImageProcessor(size=32, do_convert_rgb=False, image_mean=[0.5], image_std=[0.5])
-    check_same(gray, build_example_images()["gray jpeg"], "gray")
-    with raises_one_line("3 channels"):
-        gray(build_example_images()["jpeg"], return_tensors="pt")
-    check_same(ViTCLSImageProcessor(size=32, do_convert_rgb=False), build_example_images()["jpeg"], "color")
 
 
 @pytest.mark.parametrize("num_threads", [1, 3])
@@ -176,24 +155,6 @@ def test_errors_are_those_of_the_slow_path(tmp_path: Path) -> None:
             known(images, return_tensors="pt")
 
 
-def test_a_named_pipe_is_an_error_on_the_fast_path(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe.jpg")
-    processor = ViTCLSImageProcessor(size=32)
-    processor(build_example_images()["jpeg"], return_tensors="pt")
-    assert processor._checked_settings is not None
-    messages: list[str] = []
-
-    def process() -> None:
-        with pytest.raises(ValueError) as caught:
-            processor(tmp_path / "pipe.jpg", return_tensors="pt")
-        messages.append(str(caught.value))
-
-    thread = threading.Thread(target=process, daemon=True)  # opening a pipe blocks until a process writes to it
-    thread.start()
-    thread.join(60)
-    assert messages and "pipe.jpg" in messages[0] and "regular file" in messages[0]
-
-
 def test_settings_may_change_between_calls() -> None:
     """Change a setting, a value within a size, and set a wrong value."""
     image = build_example_images()["jpeg"]
@@ -229,17 +190,6 @@ def test_other_settings_use_the_slow_path(settings: dict[str, Any]) -> None:
         found = processor(build_example_images()["jpeg"], return_tensors="pt")["pixel_values"]
         assert torch.equal(found, run_slow_path(processor, build_example_images()["jpeg"]))
     assert processor._checked_settings is None
-
-
-def test_keywords_override_settings_after_a_call_without_keywords() -> None:
-    processor = ViTCLSImageProcessor(size=32)
-    image = build_example_images()["jpeg"]
-    check_same(processor, image, "without")
-    assert processor(image, size=16, return_tensors="pt")["pixel_values"].shape == (1, 3, 16, 16)
-    assert isinstance(processor(image, return_tensors="np")["pixel_values"], np.ndarray)
-    assert isinstance(processor(image)["pixel_values"], list)
-    with raises_one_line("did you mean 'do_resize'"):
-        processor(image, do_resized=False, return_tensors="pt")
 
 
 def test_methods_of_a_subclass_are_called() -> None:

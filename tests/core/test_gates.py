@@ -10,7 +10,6 @@ import pytest
 import torch
 from helpers.adaptation_cases import adapt_with_loader, get_logged_lines
 from helpers.tiny_models import (
-    assert_same_outputs,
     build_images,
     build_tiny_config,
     get_largest_difference,
@@ -52,15 +51,6 @@ def test_gated_tokens_change_nothing_at_first(fields: dict[str, Any], implementa
             # otherwise, the test could not detect unused tokens
             open_tokens = loader.from_pretrained(tmp_path, **options)
             assert get_largest_difference(open_tokens(build_images()).logits, saved(build_images()).logits) > 1e-3
-
-
-def test_several_kinds_of_tokens_can_be_gated() -> None:
-    model = randomize(ViTCLSForImageClassification(build_tiny_config(num_register_tokens=1)))
-    gated = model.adapt(num_cls_tokens=3, num_distillation_tokens=1, num_register_tokens=3, gate_new_tokens=True)
-    assert gated.config.gated_tokens == {"cls": 2, "distillation": 1, "registers": 2}
-    assert gated.vitcls.gates.token_indices == [1, 2, 3, 5, 6]
-    with torch.no_grad():
-        assert get_largest_difference(gated(build_images()).cls_logits, model(build_images()).logits) < 1e-5
 
 
 def test_gates_work_with_attention_masks_of_the_caller() -> None:
@@ -168,25 +158,6 @@ def test_gates_stay_with_their_tokens(loader: Any, caplog: pytest.LogCaptureFixt
     }
 
 
-def test_explicit_gates() -> None:
-    model = randomize(ViTCLSModel(build_tiny_config(num_register_tokens=4)))
-    gated = model.adapt(gated_tokens={"registers": 3})
-    assert gated.gates.get_gate_values().tolist() == [1, 1, 1]  # tokens that had no gates stay open
-    with torch.no_grad():
-        assert_same_outputs(gated(build_images()).last_hidden_state, model(build_images()).last_hidden_state, 1e-6)
-        gated.gates.gates.copy_(torch.tensor([0.1, 0.2, 0.3]) * TokenGates.OPEN)
-    assert gated.adapt(gated_tokens={"registers": 1}).gates.get_gate_values().tolist() == pytest.approx(
-        [0.3], abs=2e-7
-    )
-    explicit = {"registers": 4}
-    both = gated.adapt(gated_tokens=explicit, num_cls_tokens=2, gate_new_tokens=True)
-    assert both.config.gated_tokens == {"cls": 1, "registers": 4} and explicit == {"registers": 4}
-    assert both.gates.get_gate_values().tolist() == pytest.approx([1e-6, 1, 0.1, 0.2, 0.3], abs=2e-7)
-    assert gated.adapt(num_register_tokens=5, gate_new_tokens=True).config.gated_tokens == {"registers": 4}
-    with raises_one_line("gated_tokens", "must be from 1 to 4, but it is 5"):
-        model.adapt(gated_tokens={"registers": 5})
-
-
 @pytest.fixture(scope="module")
 def digits() -> tuple[torch.Tensor, torch.Tensor]:
     """Return real handwritten digits, [1797, 1, 8, 8] in [-1, 1], and their labels, [1797]."""
@@ -217,21 +188,6 @@ def test_fine_tuning_opens_the_gates_and_uses_the_tokens(
     assert gated.vitcls.gates.get_gate_values().mean() > 0.01  # ten thousand times the initial value
     assert (gated.vitcls.embeddings.register_tokens - before).norm(dim=-1).min() > 0.02
     assert measure_effect_of_registers(gated, pixels) > 0.01  # a thousand times the initial effect
-
-
-@pytest.mark.integration
-def test_training_only_new_registers_lowers_the_loss(
-    digits: tuple[torch.Tensor, torch.Tensor], digit_model: ViTCLSForImageClassification
-) -> None:
-    """Train only the registers on inverted images; all other parameters are frozen."""
-    pixels, labels = -digits[0], digits[1]
-    gated = add_gated_registers(digit_model, pixels).requires_grad_(False)
-    gated.vitcls.gates.requires_grad_(True)
-    gated.vitcls.embeddings.register_tokens.requires_grad_(True)
-    losses = train(gated, pixels, labels, num_steps=200)
-    assert sum(losses[-20:]) < 0.9 * sum(losses[:20])
-    assert gated.vitcls.gates.get_gate_values().min() > 1
-    assert measure_effect_of_registers(gated, pixels) > 0.5
 
 
 def add_gated_registers(model: ViTCLSForImageClassification, pixels: torch.Tensor) -> ViTCLSForImageClassification:

@@ -95,12 +95,6 @@ def test_accumulated_gradients_equal_those_of_the_whole_batch(
             assert torch.allclose(got.grad, expected.grad, atol=1e-6, rtol=1e-4)
 
 
-def test_without_labels_there_is_no_loss() -> None:
-    assert build_classifier()(build_images()).loss is None
-    assert build_multi_task()(build_images()).loss is None
-    assert build_masked_modeler()(build_images()).loss is None
-
-
 def test_a_batch_without_labels_has_zero_loss_and_gradient() -> None:
     model = build_classifier()
     loss = model(build_images(), labels=torch.tensor([-100, -100])).loss
@@ -115,14 +109,6 @@ def test_one_hot_probabilities_equal_class_indices() -> None:
         build_images(), labels=functional.one_hot(labels, 3).float()
     )
     assert soft.loss.item() == pytest.approx(build_classifier()(build_images(), labels=labels).loss.item(), rel=1e-5)
-
-
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8])
-def test_class_indices_may_have_any_integer_dtype(dtype: torch.dtype) -> None:
-    labels = torch.tensor([0, 2])
-    expected = build_classifier()(build_images(), labels=labels).loss
-    for given in (labels.to(dtype), labels.to(dtype)[:, None]):
-        assert torch.equal(build_classifier()(build_images(), labels=given).loss, expected)
 
 
 def test_both_heads_are_trained() -> None:
@@ -160,19 +146,6 @@ def test_unknown_label_ids_are_named(label: int) -> None:
         build_classifier()(build_images(), labels=torch.tensor([0, label]))
 
 
-def test_per_sample_gradients() -> None:
-    model, labels = build_classifier().eval(), torch.tensor([0, 2])
-    weights = dict(model.named_parameters())
-
-    def compute_loss(weights: dict[str, torch.Tensor], image: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-        return torch.func.functional_call(model, weights, (image[None],), {"labels": label[None]}).loss
-
-    gradients = torch.func.vmap(torch.func.grad(compute_loss), in_dims=(None, 0, 0))(weights, build_images(), labels)
-    model(build_images(), labels=labels).loss.backward()
-    for name, parameter in weights.items():
-        torch.testing.assert_close(gradients[name].mean(0), parameter.grad, rtol=1e-4, atol=1e-6)
-
-
 @pytest.mark.parametrize(
     ("problem_type", "num_labels", "dtype", "shape"),
     [
@@ -194,11 +167,6 @@ def test_labels_of_a_wrong_shape_are_an_error(
     model = build_classifier(problem_type=problem_type, num_labels=num_labels)
     with raises_one_line():
         model(build_images(), labels=torch.zeros(shape, dtype=dtype))
-
-
-def test_labels_without_a_classifier_are_an_error() -> None:
-    with raises_one_line("num_labels"):
-        build_classifier(num_labels=0)(build_images(), labels=torch.tensor([0, 1]))
 
 
 # Several tasks
@@ -255,32 +223,11 @@ def test_an_unknown_task_is_named() -> None:
         build_multi_task()(build_images(), labels={"size": torch.tensor([0, 0])})
 
 
-def test_unknown_label_ids_name_their_task() -> None:
-    with raises_one_line("age", "Target 2 is out of bounds", "0 to 1"):
-        build_multi_task()(build_images(), labels={"age": torch.tensor([0, 2])})
-
-
-def test_labels_of_several_tasks_must_be_a_dict() -> None:
-    with raises_one_line("labels", "species"):
-        build_multi_task()(build_images(), labels=torch.tensor([0, 2]))
-
-
 def test_tasks_and_the_multi_task_class_require_each_other() -> None:
     with raises_one_line("tasks"):
         ViTCLSForMultiTaskClassification(build_tiny_config())
     with raises_one_line("tasks", "ViTCLSForMultiTaskClassification"):
         ViTCLSForImageClassification(build_tiny_config(num_cls_tokens=3, tasks=TASKS))
-
-
-@pytest.mark.parametrize("name", ["type", "keys", "items", "forward", "training", "double"])
-def test_any_identifier_is_a_task_name(name: str) -> None:
-    """torch's ModuleDict does not accept keys that are its own attributes."""
-    model = randomize(ViTCLSForMultiTaskClassification(build_tiny_config(tasks={name: 2})))
-    output = model(build_images(), labels={name: torch.tensor([0, 1])})
-    assert list(output.losses) == list(output.logits) == [name]
-    expected = functional.cross_entropy(output.logits[name], torch.tensor([0, 1]))
-    torch.testing.assert_close(output.losses[name], expected)
-    torch.testing.assert_close(output.loss, expected)
 
 
 # Masked image modeling
@@ -306,14 +253,6 @@ def test_an_empty_mask_has_zero_loss() -> None:
     assert loss.item() == 0.0
 
 
-@pytest.mark.parametrize("dtype", [torch.bool, torch.long, torch.float32])
-def test_masks_may_be_numbers(dtype: torch.dtype) -> None:
-    expected = build_masked_modeler()(build_images(), bool_masked_pos=MASK)
-    got = build_masked_modeler()(build_images(), bool_masked_pos=MASK.to(dtype))
-    assert torch.equal(got.loss, expected.loss)
-    assert torch.equal(got.reconstruction, expected.reconstruction)
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("fields", [{}, {"mim_loss": "l2"}, {"norm_pixel_target": True}], ids=str)
 def test_pixel_losses_are_computed_in_float32(fields: dict[str, Any], dtype: torch.dtype) -> None:
@@ -334,14 +273,6 @@ def test_normalized_targets_of_a_uniform_patch_are_zero() -> None:
     grey = torch.full((1, 3, 32, 32), 0.7)
     loss = compute_masked_pixel_loss(torch.zeros(1, 3, 32, 32), grey, torch.ones(1, 16, dtype=torch.bool), config)
     assert loss.item() == pytest.approx(0.0, abs=1e-6)
-
-
-def test_normalized_targets_of_one_pixel_patches_are_zero() -> None:
-    config = build_tiny_config(norm_pixel_target=True, patch_size=1, image_size=4, num_channels=1)
-    loss = compute_masked_pixel_loss(
-        torch.zeros(1, 1, 4, 4), build_images(1, 4, 4, 1), torch.ones(1, 16, dtype=torch.bool), config
-    )
-    assert loss.item() == 0
 
 
 # Trainer: one step on four images, in one batch and in two batches of two

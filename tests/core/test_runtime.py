@@ -9,7 +9,6 @@ import pytest
 import torch
 from helpers.tiny_models import (
     BLOCKS,
-    KINDS,
     POSITIONS,
     assert_same_outputs,
     build_images,
@@ -188,21 +187,6 @@ def test_compiled_code_agrees(kind: str) -> None:
         assert_same_outputs(compiled(build_images(2, *size)), model(build_images(2, *size)), 1e-5)
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("fresh_compiler")
-@torch.no_grad()
-def test_compiled_models_return_hidden_states() -> None:
-    model = randomize(ViTCLSForImageClassification(build_tiny_config(num_register_tokens=2)))
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
-    logits = model(build_images()).logits
-    assert_same_outputs(compiled(build_images()).logits, logits, 1e-5)
-    model(build_images(), output_hidden_states=True)  # transformers cannot install its hooks during compilation
-    recorded = compiled(build_images(), output_hidden_states=True)
-    assert [state.shape for state in recorded.hidden_states] == [(2, 19, 16)] * 3
-    assert_same_outputs(recorded.logits, logits, 1e-5)
-    assert_same_outputs(compiled(build_images()).logits, logits, 1e-5)
-
-
 @pytest.mark.parametrize("name", ["bare", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW_TO_TRACE)])
 def test_export_with_any_number_of_images(name: str) -> None:
     assert sorted(block for blocks in TOGETHER.values() for block in blocks) == sorted(BLOCKS)
@@ -219,21 +203,6 @@ def test_export_of_each_class(model_class: type, fields: dict[str, Any], inputs:
     batch = torch.export.Dim("batch", min=1, max=1024)
     program = torch.export.export(model, (build_images(3),), dynamic_shapes=({0: batch},))
     assert_same_outputs(program.module()(build_images(5)), model(build_images(5)), 1e-6)
-
-
-@pytest.mark.parametrize("name", ["classifier", "multi_task", "masked"])
-def test_export_with_the_loss(name: str) -> None:
-    model_class, fields, inputs = KINDS[name]
-    model = randomize(model_class(build_tiny_config(**fields)))
-    batch = torch.export.Dim("batch", min=1, max=1024)
-    three = {"pixel_values": build_images(3), **_repeat_inputs(inputs, [0, 1, 0])}
-    dynamic = {
-        key: {task: {0: batch} for task in value} if isinstance(value, dict) else {0: batch}
-        for key, value in three.items()
-    }
-    program = torch.export.export(model, (), three, dynamic_shapes=dynamic)
-    five = {"pixel_values": build_images(5), **_repeat_inputs(inputs, [0, 1, 0, 1, 1])}
-    assert_same_outputs(program.module()(**five), model(**five), 1e-6)
 
 
 def _repeat_inputs(inputs: dict[str, Any], rows: list[int]) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from typing import Any
 import pytest
 import torch
 from helpers.tiny_models import (
-    LAYOUTS,
     assert_no_recording,
     build_images,
     build_tiny_config,
@@ -15,10 +14,8 @@ from helpers.tiny_models import (
     raises_one_line,
     randomize,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
-from modeling_vitcls.token_attention_vitcls import record_attention
 
 
 TOKENS: dict[str, Any] = {"num_cls_tokens": 2, "num_distillation_tokens": 1, "num_register_tokens": 3}
@@ -123,14 +120,6 @@ def test_groups_and_layers_can_be_selected() -> None:
         assert torch.equal(model.token_attention(build_images(), layers=list(layers)), everything[:, indices])
 
 
-@torch.no_grad()
-def test_groups_without_tokens_have_no_rows() -> None:
-    model = randomize(ViTCLSModel(build_tiny_config(**LAYOUTS["no_special_tokens"])))
-    assert model.token_attention(build_images()).shape == (2, NUM_LAYERS, 2, 0, NUM_PATCHES)
-    model = randomize(ViTCLSModel(build_tiny_config()))
-    assert model.token_attention(build_images(), tokens=("registers",)).shape == (2, NUM_LAYERS, 2, 0, 1 + NUM_PATCHES)
-
-
 def test_unknown_groups_and_layers_are_errors() -> None:
     model = randomize(ViTCLSModel(build_tiny_config()))
     with raises_one_line("tokens", "'patches'", "cls, distillation, registers"):
@@ -152,31 +141,6 @@ def test_recorders_are_removed() -> None:
     assert_no_recording(model)
 
 
-def test_nothing_is_compiled_while_attention_is_recorded() -> None:
-    model, graphs = ViTCLSModel(build_tiny_config()), []
-
-    def keep_graph(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
-        graphs.append(graph)
-        return graph.forward
-
-    add_one = torch.compile(lambda values: values + 1, backend=keep_graph)
-    with record_attention(model, [0], lambda *args: None):
-        add_one(torch.zeros(2))
-    assert not graphs
-    add_one(torch.zeros(2))
-    assert len(graphs) == 1
-
-
-@torch.no_grad()
-def test_a_recorder_of_the_user_is_restored() -> None:
-    model, calls = randomize(ViTCLSModel(build_tiny_config())), []
-    model.layers[0].attention.recorder = lambda *args: calls.append(args)
-    model.token_attention(build_images())
-    assert not calls
-    model(build_images())
-    assert len(calls) == 1
-
-
 def test_gradients_flow() -> None:
     model = randomize(ViTCLSModel(build_tiny_config(**TOKENS)))
     pixels = build_images().requires_grad_()
@@ -185,14 +149,6 @@ def test_gradients_flow() -> None:
         gradients.append(torch.autograd.grad(rows.square().sum(), pixels)[0])
     assert gradients[0].abs().max() > 0
     assert get_largest_difference(*gradients) <= 1e-5
-
-
-@torch.no_grad()
-def test_dropout_is_not_applied() -> None:
-    model = randomize(ViTCLSModel(build_tiny_config(**TOKENS, attention_probs_dropout_prob=0.9)))
-    assert torch.equal(
-        model.train().token_attention(build_images(), layers=[0]), model.eval().token_attention(build_images())[:, :1]
-    )
 
 
 @torch.no_grad()
@@ -212,28 +168,3 @@ def test_compiled_models_have_it() -> None:
     model(build_images())  # compiled without recorders
     assert torch.equal(model.token_attention(build_images()), expected)
     assert torch.equal(torch.compile(model, backend="eager").token_attention(build_images()), expected)
-
-
-class MapDetector(TorchDispatchMode):
-    """Record whether any operation returns a full map of all tokens and all keys."""
-
-    def __init__(self, num_tokens: int) -> None:
-        super().__init__()
-        self.shape = (num_tokens, num_tokens)
-        self.found = False
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operation and check the shape of the result."""
-        result = function(*args, **(kwargs or {}))
-        self.found |= isinstance(result, torch.Tensor) and result.shape[-2:] == self.shape
-        return result
-
-
-@torch.no_grad()
-def test_no_full_map_is_computed() -> None:
-    model = randomize(ViTCLSModel(build_tiny_config(**TOKENS)))
-    with MapDetector(NUM_SPECIAL + NUM_PATCHES) as by_rows:
-        model.token_attention(build_images())
-    with MapDetector(NUM_SPECIAL + NUM_PATCHES) as by_maps:
-        get_eager_rows(model, build_images())
-    assert by_maps.found and not by_rows.found
