@@ -6,29 +6,29 @@
     VITCLS_CPU_KERNELS=0            environment variable that prevents installation
     torch.backends.mkldnn.flags(enabled=False)    plain PyTorch while the context is active
 
-    nn.Linear             -> CPULinear             oneDNN instead of MKL in float32, on CPUs with AVX-512
-    nn.Conv2d (patches)   -> CPUPatchProjection    one matrix product in bfloat16
-    ViTCLSMLP, ViTCLSGLU  -> CPUMLP, CPUGLU        linear + GELU fused; the backward pass recomputes activations
-    attention classes     -> CPUAttention, ...     chunked attention in bfloat16, for short sequences
+    nn.Linear             -> CPULinear             oneDNN instead of MKL in float32, on CPUs with AVX-512 but not AMX
+    ViTCLSMLP             -> CPUMLP                linear + GELU fused; the backward pass recomputes GELU
+    nn.Conv2d (patches)   -> CPUPatchProjection    float32 on CPUs without half-precision instructions
+    attention classes     -> CPUAttention, ...     float32 on CPUs without half-precision instructions
 
-On CPUs without bfloat16 or float16 instructions, half-precision products are computed in float32 and then rounded. The
-subclasses add no state. Parameters, state dicts, `isinstance` checks, copying and pickling work as in plain modules.
-Plain PyTorch is used on other devices, in exported and traced programs, under torch.func, for modules with hooks, for
-quantized, sharded or parametrized weights, and if a private PyTorch API is missing. oneDNN is not used under autocast.
+Each kernel is at least 10% faster on a row of docs/speed.md. On CPUs without bfloat16 or float16 instructions,
+half-precision products are computed in float32 and then rounded. The subclasses add no state. Parameters, state dicts,
+`isinstance` checks, copying and pickling work as in plain modules. Plain PyTorch is used on other devices, in exported
+and traced programs, under torch.func, for modules with hooks, for quantized, sharded or parametrized weights, and if a
+private PyTorch API is missing. oneDNN is not used under autocast.
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers.activations import GELUActivation
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from .blocks_vitcls import ViTCLSAttention, ViTCLSGLU, ViTCLSMLP
+from .blocks_vitcls import ViTCLSAttention, ViTCLSMLP
 from .variants_vitcls import ViTCLSDifferentialAttention
 
 
@@ -36,17 +36,15 @@ from .variants_vitcls import ViTCLSDifferentialAttention
 try:
     from torch._C import _functorch
     from torch._C import _len_torch_dispatch_stack as count_dispatch_modes
-    from torch._C._autograd import _saved_tensors_hooks_is_enabled as can_save_tensors  # type: ignore[attr-defined]
     from torch.autograd import forward_ad
 
     peek_functorch_stack = _functorch.peek_interpreter_stack
-    softmax_backward = torch._softmax_backward_data
     onednn_pointwise: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # None in builds without oneDNN
     HALF_PRECISION_CHECKS: dict[torch.dtype, Callable[[], bool] | None] = {
         torch.bfloat16: getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None),
         torch.float16: getattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", None),
     }
-    HAS_AVX512_BFLOAT16 = torch.cpu._is_avx512_bf16_supported()
+    HAS_AMX = torch.cpu._is_amx_tile_supported()  # on these CPUs, MKL is as fast as oneDNN or faster
 
     def is_functorch_active() -> bool:
         """Return whether torch.func or forward-mode AD is active; oneDNN's operators support neither."""
@@ -120,18 +118,10 @@ class CPUPatchProjection(CPUKernel, nn.Conv2d):
 
     def forward(self, images: Tensor) -> Tensor:
         """Project each patch; pixels beyond the last whole patch are ignored."""
-        if images.dtype == torch.bfloat16 and can_use_onednn(self, images):
-            linear: Callable[..., Tensor] = onednn_linear
-        elif is_emulated(images) and has_plain_parameters(self):
-            linear = linear_in_float32
-        else:
-            return super().forward(images)
-        height, width = self.kernel_size
-        rows, columns = images.shape[2] // height, images.shape[3] // width
-        patches = images[:, :, : rows * height, : columns * width]
-        patches = patches.unflatten(3, (columns, width)).unflatten(2, (rows, height))  # [B, C, rows, h, columns, w]
-        patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3)  # [B, rows, columns, C * h * w]
-        return linear(patches, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+        if is_emulated(images) and has_plain_parameters(self):
+            convolve = partial(nn.functional.conv2d, stride=self.stride)
+            return compute_in_float32(convolve, images, self.weight, self.bias)
+        return super().forward(images)
 
 
 class CPUMLP(CPUKernel, ViTCLSMLP):
@@ -139,50 +129,21 @@ class CPUMLP(CPUKernel, ViTCLSMLP):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Apply the MLP, [B, N, D] -> [B, N, D]."""
+        is_plain = self.register_neurons is None and self.norm is None
+        if not is_plain or is_capturing_graph() or not can_fuse_gelu(self):
+            return super().forward(hidden_states)
         if not torch.is_grad_enabled():
-            return self.project(linear_gelu(self.fc1, self.activation_fn, hidden_states))
+            if not can_use_onednn(self.fc1, hidden_states):
+                return super().forward(hidden_states)
+            return self.fc2(onednn_linear(hidden_states, self.fc1.weight, self.fc1.bias, "gelu"))
         preactivations = self.fc1(hidden_states)  # [B, N, intermediate]
-        can_fuse = can_fuse_gelu(self.fc2, self.activation_fn) and can_use_onednn(self.fc2, preactivations)
-        if can_fuse and self.register_neurons is None and self.norm is None:
+        if can_use_onednn(self.fc2, preactivations):
             return OneDNNGELULinear.apply(preactivations, self.fc2.weight, self.fc2.bias)
-        return recompute_in_backward(self, self.activate_and_project, preactivations)
-
-    def activate_and_project(self, preactivations: Tensor) -> Tensor:
-        """Apply the activation and the second linear layer, [B, N, intermediate] -> [B, N, D]."""
-        return self.project(self.activation_fn(preactivations))
-
-    def project(self, activations: Tensor) -> Tensor:
-        """Apply the second linear layer to edited activations, [B, N, intermediate] -> [B, N, D]."""
-        return self.fc2(edit_activations(self, activations))
-
-
-class CPUGLU(CPUKernel, ViTCLSGLU):
-    """ViTCLSGLU with recomputation. Autograd stores the gate and the second factor, but not their product."""
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """Apply the MLP, [B, N, D] -> [B, N, D]."""
-        hidden_states = cast_for_autocast(hidden_states)
-        gate, up = self.gate_proj(hidden_states), self.up_proj(hidden_states)
-        return recompute_in_backward(self, self.activate_and_project, gate, up)
-
-    def activate_and_project(self, gate: Tensor, up: Tensor) -> Tensor:
-        """Apply the activation, gate and last linear layer to two tensors [B, N, intermediate]; return [B, N, D]."""
-        return self.down_proj(edit_activations(self, self.activation_fn(gate) * up))
-
-
-def edit_activations(mlp: ViTCLSMLP | ViTCLSGLU, activations: Tensor) -> Tensor:
-    """Apply the register neurons and the norm of an MLP, if present, to its activations [B, N, intermediate]."""
-    if mlp.register_neurons is not None:
-        activations = mlp.register_neurons(activations)
-    return activations if mlp.norm is None else mlp.norm(activations)
+        return self.fc2(self.activation_fn(preactivations))
 
 
 class CPUAttention(CPUKernel, ViTCLSAttention):
     """CPU kernel of `ViTCLSAttention`, and base class of the other attention kernels."""
-
-    def project_qkv(self, hidden_states: Tensor, num_queries: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Return queries, keys and values. Under autocast, the three projections share one cast of the input."""
-        return super().project_qkv(cast_for_autocast(hidden_states), num_queries)
 
     def get_attention_function(self) -> Callable[..., tuple[Tensor, Tensor | None]]:
         """Return `sdpa_attention` for "sdpa", and the function of `ViTCLSAttention` for other implementations."""
@@ -197,7 +158,6 @@ KERNEL_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: CPULinear,
     nn.Conv2d: CPUPatchProjection,
     ViTCLSMLP: CPUMLP,
-    ViTCLSGLU: CPUGLU,
     ViTCLSAttention: CPUAttention,
     ViTCLSDifferentialAttention: CPUDifferentialAttention,
 }
@@ -218,10 +178,11 @@ def can_use_onednn(linear: nn.Linear | nn.Conv2d, inputs: Tensor) -> bool:
     )
 
 
-def can_fuse_gelu(linear: nn.Module, activation: Any) -> bool:
-    """Return whether `linear` is a CPULinear, `activation` is the exact GELU, and neither module has hooks."""
-    is_plain_gelu = type(activation) is GELUActivation and not has_hooks(activation)
-    return is_plain_gelu and type(linear) is CPULinear and not has_hooks(linear)
+def can_fuse_gelu(mlp: ViTCLSMLP) -> bool:
+    """Return whether an MLP has the exact GELU and `CPULinear` layers, and none of them has hooks."""
+    modules = (mlp.fc1, mlp.activation_fn, mlp.fc2)
+    has_classes = [type(module) for module in modules] == [CPULinear, GELUActivation, CPULinear]
+    return has_classes and not any(map(has_hooks, modules))
 
 
 def is_onednn_enabled() -> bool:
@@ -259,17 +220,6 @@ def onednn_linear_autograd(inputs: Tensor, weight: Tensor, bias: Tensor | None) 
     if torch.is_grad_enabled():  # disabled when `LinearFunction.forward` calls this function
         return LinearFunction.apply(onednn_linear_autograd, inputs, weight, bias)
     return onednn_linear(inputs, weight, bias)
-
-
-def linear_gelu(linear: nn.Module, activation: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
-    """Return `activation(linear(inputs))`, [..., in] -> [..., out]. Without gradients, GELU is fused or in-place."""
-    if torch.is_grad_enabled() or not can_fuse_gelu(linear, activation) or is_capturing_graph():
-        return activation(linear(inputs))
-    if can_use_onednn(linear, inputs):  # type: ignore[arg-type]  # can_fuse_gelu has checked the type
-        return onednn_linear(inputs, linear.weight, linear.bias, "gelu")  # type: ignore[arg-type]
-    if not is_onednn_enabled():
-        return activation(linear(inputs))
-    return torch.ops.aten.gelu_(linear(inputs))  # in place: allocating memory takes longer than GELU
 
 
 def compute_linear_gradients(
@@ -358,7 +308,8 @@ def is_onednn_correct() -> bool:
 MIN_MULTIPLICATIONS: dict[tuple[torch.dtype, bool], int] = {}
 HAS_ONEDNN = HAS_PRIVATE_NAMES and torch.backends.mkldnn.is_available() and onednn_pointwise is not None
 if HAS_ONEDNN and torch.backends.cpu.get_cpu_capability().startswith("AVX512") and is_onednn_correct():
-    MIN_MULTIPLICATIONS |= {(torch.float32, False): 1_500_000, (torch.float32, True): 8_000_000}
+    if not HAS_AMX:
+        MIN_MULTIPLICATIONS |= {(torch.float32, False): 1_500_000, (torch.float32, True): 8_000_000}
     has_bfloat16 = HALF_PRECISION_CHECKS[torch.bfloat16]
     if has_bfloat16 is not None and has_bfloat16():
         MIN_MULTIPLICATIONS[torch.bfloat16, False] = 0
@@ -391,13 +342,6 @@ def get_matmul_dtype(inputs: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(inputs.device.type)
 
 
-def cast_for_autocast(inputs: Tensor) -> Tensor:
-    """Cast float32 inputs to the autocast dtype once, so that several projections share the copy."""
-    if inputs.dtype != torch.float32 or inputs.is_meta or not torch.is_autocast_enabled(inputs.device.type):
-        return inputs  # a cast to the same dtype would become part of exported programs
-    return inputs.to(get_matmul_dtype(inputs))
-
-
 def compute_in_float32(function: Callable[..., Tensor], inputs: Tensor, *other_inputs: Tensor | None) -> Tensor:
     """Compute `function(inputs, *other_inputs)` in float32 and return the result in half precision."""
     dtype = get_matmul_dtype(inputs)
@@ -417,44 +361,6 @@ def linear_in_float32(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Te
     return LinearFunction.apply(partial(compute_in_float32, nn.functional.linear), *tensors)
 
 
-# Activation recomputation --------------------------------------------------------------------------------------------
-def recompute_in_backward(
-    module: nn.Module, function: Callable[..., Tensor], inputs: Tensor, *other_inputs: Tensor | None
-) -> Tensor:
-    """Return `function(inputs, *other_inputs)` and recompute it in the backward pass.
-
-    Outputs and gradients are bit-identical to those without recomputation. Modules with hooks run the function
-    normally, because recomputation would call a hook twice.
-    """
-    if not can_recompute(inputs) or any(map(has_hooks, module.modules())):
-        return function(inputs, *other_inputs)
-    return checkpoint(function, inputs, *other_inputs, use_reentrant=False)
-
-
-def can_recompute(inputs: Tensor) -> bool:
-    """Return whether `inputs` requires gradients and recomputation is supported.
-
-    Recomputation is limited to CPUs, because it has been measured only on CPUs. Compilers choose what
-    to recompute, and torch.func does not support recomputation.
-    """
-    return (
-        inputs.requires_grad
-        and inputs.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and is_onednn_enabled()
-        and can_save_tensors()
-    )
-
-
-# Chunked attention ---------------------------------------------------------------------------------------------------
-# Attention is computed for a few images at a time, so that the attention scores fit in the cache. The backward pass
-# recomputes the attention weights chunk by chunk.
-
-MAX_CHUNKED_KEYS = 1200  # maximum number of keys for which chunked attention was measured to be faster
-MIN_CHUNKED_SCORES = 20_000  # minimum number of attention scores, over all images and heads, for chunked attention
-SCORES_PER_THREAD = 2**19  # number of attention scores per chunk and thread: 1 MiB in bfloat16, about one L2 cache
-
-
 def sdpa_attention(
     module: nn.Module,
     query: Tensor,
@@ -465,126 +371,10 @@ def sdpa_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Return (output, None); the output [B, n, heads, head_dim] is computed by chunked attention or SDPA."""
-    if dropout == 0 and should_use_chunked_attention(query, key):
-        return chunked_attention(query, key, value, attention_mask, scaling), None
+    """Return (output [B, n, heads, head_dim], None); the output is computed by SDPA, emulated where necessary."""
 
     def call_sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         return sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, **kwargs)[0]
 
-    if is_emulated(query):  # the float32 tensors that the backward pass needs are twice as large as the inputs
-        attend_in_float32 = partial(compute_in_float32, call_sdpa)
-        return recompute_in_backward(module, attend_in_float32, query, key, value, attention_mask), None
-    return call_sdpa(query, key, value, attention_mask), None
-
-
-def should_use_chunked_attention(query: Tensor, key: Tensor) -> bool:
-    """Return whether chunked attention is faster than PyTorch's kernel, as measured in bfloat16 for short sequences.
-
-    Return False in exported programs, which may run elsewhere, and compiled training, which stores attention weights.
-    """
-    if not query.is_cpu or query.dtype != torch.bfloat16 or not HAS_AVX512_BFLOAT16 or is_exporting():
-        return False
-    if key.shape[2] > MAX_CHUNKED_KEYS:
-        return False
-    if torch.compiler.is_compiling():
-        return not query.requires_grad
-    return query.shape[:3].numel() * key.shape[2] >= MIN_CHUNKED_SCORES and is_onednn_enabled()
-
-
-def chunked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-    """Return the attention output [B, n, heads, d] of queries [B, heads, n, d], keys and values [B, heads, N, d].
-
-    The mask, [B or 1, heads or 1, n or 1, N] or None, is boolean (True: visible) or additive.
-    """
-    if torch.compiler.is_compiling():  # compilers split the computation themselves
-        return attend(query * scaling, key, value, mask).contiguous()
-    if not torch.is_grad_enabled():
-        return attend_in_chunks(query, key, value, mask, scaling)
-    return ChunkedAttention.apply(query, key, value, mask, scaling)
-
-
-class ChunkedAttention(torch.autograd.Function):
-    """Chunked attention with gradients of any order. Only the inputs are stored for the backward pass."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-        return attend_in_chunks(query, key, value, mask, scaling)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        *tensors, ctx.scaling = inputs
-        ctx.save_for_backward(*tensors)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, mask = ctx.saved_tensors
-        needs_mask_grad = ctx.needs_input_grad[3]
-        grad = grad.transpose(1, 2).contiguous()  # [B, heads, n, d]
-        chunks = split_batch(query.contiguous() * ctx.scaling, key.contiguous(), value.contiguous(), mask, grad)
-        chunk_grads = [compute_chunk_gradients(needs_mask_grad, *chunk) for chunk in chunks]
-        *qkv_grads, mask_grads = zip(*chunk_grads, strict=True)
-        query_grad, key_grad, value_grad = (torch.cat(grads).transpose(1, 2) for grads in qkv_grads)
-        mask_grad = None
-        if needs_mask_grad:
-            mask_grad = torch.stack(mask_grads).sum(0) if len(mask) == 1 else torch.cat(mask_grads)
-        return query_grad * ctx.scaling, key_grad, value_grad, mask_grad, None
-
-
-def attend_in_chunks(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-    """Compute the attention output [B, n, heads, d] chunk by chunk."""
-    chunks = split_batch(query.contiguous() * scaling, key.contiguous(), value.contiguous(), mask)
-    outputs = [attend(*chunk) for chunk in chunks]
-    return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
-
-
-def get_chunk_size(query: Tensor, key: Tensor) -> int:
-    """Return the number of images per chunk."""
-    scores_per_image = query.shape[1] * query.shape[2] * key.shape[2]
-    return max(1, SCORES_PER_THREAD * torch.get_num_threads() // scores_per_image)
-
-
-def split_batch(query: Tensor, key: Tensor, *tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
-    """Yield the tensors in chunks of a few images. Tensors that all images share are yielded unchanged."""
-    chunk_size, num_images = get_chunk_size(query, key), len(query)
-    if chunk_size >= num_images:
-        yield query, key, *tensors
-        return
-    for start in range(0, num_images, chunk_size):
-        image_slice = slice(start, start + chunk_size)
-        yield tuple(x if x is None or len(x) < num_images else x[image_slice] for x in (query, key, *tensors))
-
-
-def compute_attention_weights(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
-    """Return the attention weights [B, heads, n, N] for scaled queries."""
-    scores = torch.matmul(query, key.transpose(2, 3))
-    if mask is not None and mask.dtype == torch.bool:
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    elif mask is not None:
-        scores = scores + mask.to(scores.dtype)
-    return scores.softmax(dim=-1)
-
-
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-    """Return the attention output [B, n, heads, d] for scaled queries."""
-    return torch.matmul(compute_attention_weights(query, key, mask), value).transpose(1, 2)
-
-
-def compute_chunk_gradients(
-    needs_mask_grad: bool, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, grad: Tensor
-) -> tuple[Any, ...]:
-    """Return the gradients of scaled queries, keys and values [B, n or N, heads, d], and of the mask.
-
-    With W = softmax(S) and the gradient G of W, the gradient of the scores S is W * (G - sum(W * G)).
-    """
-    weights = compute_attention_weights(query, key, mask)  # [B, heads, n, N]
-    weights_grad = torch.matmul(grad, value.transpose(2, 3))
-    scores_grad = softmax_backward(weights_grad, weights, -1, weights.dtype)
-    return (
-        torch.matmul(scores_grad, key).transpose(1, 2),
-        torch.matmul(scores_grad.transpose(2, 3), query).transpose(1, 2),
-        torch.matmul(weights.transpose(2, 3), grad).transpose(1, 2),
-        scores_grad.sum_to_size(mask.shape).to(mask.dtype) if needs_mask_grad and mask is not None else None,
-    )
+    attend = partial(compute_in_float32, call_sdpa) if is_emulated(query) else call_sdpa
+    return attend(query, key, value, attention_mask), None

@@ -17,7 +17,6 @@ def low_thresholds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         cpu_kernels_vitcls, "MIN_MULTIPLICATIONS", dict.fromkeys(cpu_kernels_vitcls.MIN_MULTIPLICATIONS, 0)
     )
-    monkeypatch.setattr(cpu_kernels_vitcls, "MIN_CHUNKED_SCORES", 0)
 
 
 @pytest.fixture

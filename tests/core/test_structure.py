@@ -86,7 +86,7 @@ def test_private_names_of_pytorch_are_in_one_guarded_block() -> None:
             if PRIVATE_NAME.search(line):
                 found.append(line)
                 assert any(number in lines for lines in guarded), f"{file.name}, line {number}: {line}"
-    assert len(found) >= 5  # the search finds them
+    assert len(found) >= 3  # the search finds them
 
 
 @pytest.mark.parametrize("file", SHIPPED_FILES, ids=lambda file: file.name)
