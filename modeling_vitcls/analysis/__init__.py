@@ -15,8 +15,7 @@
     attention_recorder.py   attention of every layer of a forward pass
     model_utils.py          helpers that unwrap models and set evaluation mode
     image_report.py         predictions and maps of one image
-    figures.py              figures of tokens, predictions and statistics, for cards, reports and notebooks
-    card_images.py          images of a model card
+    figures.py              figures of statistics, for reports and notebooks
     test_time_registers.py  neuron activations moved from patches to a register, without training
     inspection_inputs.py    images and labels of an inspection
     inspection.py           all measurements for a model and images
@@ -41,15 +40,10 @@ PUBLIC_NAMES = {
     "figures": (
         "CURVES",
         "GROUP_COLORS",
-        "plot_attention",
-        "plot_attention_mass",
-        "plot_confusion_matrix",
         "plot_curve",
         "plot_map_checks",
         "plot_norm_histogram",
         "plot_norms",
-        "plot_token_layout",
-        "render_figure",
         "render_svg",
     ),
     "image_report": ("ImageReport", "build_image_report"),

@@ -34,7 +34,6 @@ from ..version import __version__
 from .diagnosis import Verdict
 from .figures import (
     describe_head,
-    plot_attention_mass,
     plot_curve,
     plot_map_checks,
     plot_norm_histogram,
@@ -210,7 +209,7 @@ def build_figures(inspection: Inspection) -> list[Markup]:
     figures.append(plot_norm_histogram(config, findings, inspection.patches.layer))
     if config.token_layout.num_prefix_tokens:
         curves = [plot_curve(config, findings, name) for name in ("entropy", "received", "variation")]
-        figures = [*curves, plot_attention_mass(config, findings), *figures]
+        figures = [*curves, *figures]
     if inspection.map_checks:
         figures.append(plot_map_checks(inspection.map_checks))
     return [Markup(render_svg(figure)) for figure in figures]

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ..analysis.card_images import write_card_images
 from ..analysis.inspection import inspect_model
 from ..analysis.inspection_inputs import InspectionImages
 from ..analysis.report import write_page
@@ -23,6 +22,7 @@ from ..data.splits import TrainingData, load_training_data
 from ..hub.model_files import REPORT_FILE
 from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..options import DataOptions
+from .card_images import write_card_images
 from .model_folder import ModelFolder
 from .verify import MODEL_CLASSES
 

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from helpers.tiny_models import build_images, build_tiny_config, raises_one_line, randomize
-from matplotlib import colormaps
 from PIL import Image
 
 from modeling_vitcls import (
@@ -252,38 +251,6 @@ def test_an_overlay_is_brightest_at_the_maximum_of_the_map():
     y, x = np.nonzero(bright)
     assert bright.sum() > 20
     assert y.min() >= 15 and y.max() < 30 and x.min() >= 60 and x.max() < 75  # the cell
-
-
-def test_the_colors_of_an_overlay():
-    """Opacity is 0.25 to 0.85 above a dimmed gray image. Values are relative to the maximum, or to 3 times the mean of
-    the visible pixels if this is larger; larger values have the last color."""
-    colors = colormaps["inferno"]
-
-    def draw(values: list[float], region: VisibleRegion | None = None, **options: float) -> list[list[int]]:
-        image = Image.new("RGB", (len(values), 1), (100, 100, 100))
-        return np.asarray(overlay(image, torch.tensor([values]), region, **options))[0].astype(int).tolist()
-
-    def blend(strength: float) -> list[int]:
-        opacity = 0.25 + 0.6 * strength
-        color = np.array(colors(float(strength))[:3])
-        return (255 * (100 / 255 * 0.75 * (1 - opacity) + color * opacity)).round().astype(int).tolist()
-
-    assert draw([0.0, 0.0]) == [blend(0)] * 2
-    assert draw([4.0, 1.0, 0.0, 0.0, 0.0]) == [blend(1), blend(0.25), *[blend(0)] * 3]
-    assert draw([1.0, 1.0]) == [blend(1 / 3)] * 2
-    assert draw([1.0, 0.5], max_value=0.5) == [blend(1)] * 2 and draw([1.0, 0.0], max_value=0) == [blend(1), blend(0)]
-    # a map [1, 4] of the right half of an image of 4 pixels
-    hidden = draw([0.5, 0.5, 0.5, 0.5], VisibleRegion(2, 0, 4, 1))
-    assert hidden[2:] == [blend(1 / 3)] * 2 and max(hidden[0]) <= 35 + 31
-
-
-def test_maps_per_pixel_are_drawn_like_maps_per_patch():
-    seen = VisibleRegion(15, 0, 75, 60)
-    per_pixel = upsample_maps(build_spot(), (60, 90), seen)
-    difference = get_lightness(overlay(build_photograph(), per_pixel)) - get_lightness(
-        overlay(build_photograph(), build_spot(), seen)
-    )
-    assert np.abs(difference).max() <= 1
 
 
 def test_the_invisible_part_is_dark():

@@ -17,8 +17,8 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 import modeling_vitcls.analysis as analysis
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, ViTCLSModel
-from modeling_vitcls.analysis.card_images import build_attention_samples
 from modeling_vitcls.analysis.model_utils import is_classifier, unwrap_model
+from modeling_vitcls.publishing.card_images import build_attention_samples
 
 
 # Names ---------------------------------------------------------------------------------------------------------------

@@ -16,15 +16,15 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
+from ..analysis.maps import count_used_layers, extract_patch_maps, to_upright_rgb
+from ..analysis.model_utils import evaluation_mode, is_classifier, unwrap_model
 from ..configuration_vitcls import ViTCLSConfig
 from ..data.fit import VisibleRegion, get_visible_region
 from ..data.labels import NO_LABELS, get_label_space
 from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..inference.prediction_rows import DEFAULT_THRESHOLD, Row, build_prediction_columns, predict_batch
 from ..token_names import get_token_names
-from .figures import plot_attention, plot_confusion_matrix, plot_token_layout, render_figure
-from .maps import count_used_layers, extract_patch_maps, to_upright_rgb
-from .model_utils import evaluation_mode, is_classifier, unwrap_model
+from .card_figures import plot_attention, plot_confusion_matrix, plot_token_layout, render_figure
 
 
 IMAGES_FOLDER = "images"

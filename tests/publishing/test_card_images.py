@@ -19,8 +19,8 @@ from modeling_vitcls import (
     ViTCLSImageProcessor,
     ViTCLSModel,
 )
-from modeling_vitcls.analysis import card_images
-from modeling_vitcls.analysis.card_images import (
+from modeling_vitcls.publishing import card_images
+from modeling_vitcls.publishing.card_images import (
     MAX_BYTES,
     Sample,
     build_attention_samples,
