@@ -1,9 +1,11 @@
 """A training run: the folder is complete, and publishing adds the report and the card from the folder alone."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
-from helpers.tiny_models import build_tiny_config, save_with_processor
+from helpers.local_hub import LocalHub
+from helpers.tiny_models import build_tiny_config, raises_one_line, save_with_processor
 from huggingface_hub import ModelCard
 from PIL import Image
 
@@ -39,6 +41,26 @@ def test_a_run_gets_a_report_and_a_card_from_its_folder(tmp_path: Path, capsys: 
     text = ModelCard.load(moved / "README.md").text
     expected = card.replace("# run", "# moved").replace('"run"', '"moved"')
     assert text.rpartition("<!--")[0] == expected.rpartition("<!--")[0]
+
+
+@pytest.mark.integration
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh_accelerate", "fast_verification")
+def test_a_run_is_pushed_and_verified(
+    hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A token without permission stops the run before the training."""
+    flags: dict[str, Any] = {"max_steps": 1, "image_size": 16, "patch_size": 8, "num_workers": 0, "report": False}
+    with raises_one_line("bob/mine"):
+        finetune("vitcls-tiny", "digits", tmp_path / "run", push_to_hub=True, hub_model_id="bob/mine", **flags)
+    assert not (tmp_path / "run").exists()
+    finetune("vitcls-tiny", "digits", tmp_path / "run", push_to_hub=True, hub_model_id="mine", **flags)
+    commit = hub.repositories["ann/mine"].branches["main"]
+    output = capsys.readouterr().out
+    assert f"pushed    {hub.url}/ann/mine/commit/{commit} (public)" in output and "verified: ann/mine at" in output
+    assert "# ann/mine" in hub.read("ann/mine", "README.md").decode()
+    lines = [line for line in output.splitlines() if line.strip()]
+    assert len(lines) == len(set(lines))  # nothing is printed twice
 
 
 def test_a_model_saved_by_hand_gets_a_report_and_a_card(tmp_path: Path) -> None:
