@@ -473,6 +473,9 @@ class EvaluateOptions:
     """Number of images per process and forward pass."""
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
     """Precision of the forward pass. Default: the setting of `accelerate launch`."""
+    backend: str = "torch"
+    """Engine of the forward passes: `torch`, `onnx` or `openvino` (model.onnx or model.xml in the model's folder),
+    or a file that `vitcls export` wrote."""
     frozen: str | None = None
     """Evaluate the frozen encoder instead of the classifier of the model: fit `knn`, `logreg` (logistic regression) or
     `few-shot:N` (logistic regression on N images per class) to the features of the training images."""
@@ -565,6 +568,9 @@ class PredictOptions(ImageOptions):
     fit: Literal["squash", "crop", "pad"] | None = None
     """How images of other aspect ratios become the input: resize the whole image (`squash`), crop the center (`crop`)
     or add gray (`pad`). Default: the setting of the image processor."""
+    backend: str = "torch"
+    """Engine of the forward passes: `torch`, `onnx` or `openvino` (model.onnx or model.xml in the model's folder),
+    or a file that `vitcls export` wrote."""
     num_workers: int | None = None
     """Number of image loading threads per process. Default: the number of CPU cores, but at most 8."""
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None

@@ -31,7 +31,13 @@ class ExportOptions:
     format: Literal["torch", "onnx", "openvino", "transformers.js"]
     """torch.export (.pt2), ONNX (.onnx), OpenVINO (.xml and .bin), or a folder for transformers.js."""
     output: Path
-    """Output file, which must not exist yet. With --format transformers.js: a new or empty folder."""
+    """Output file, which must not exist yet. With --format transformers.js: a new or empty folder. --backend finds
+    MODEL/model.onnx and MODEL/model.xml."""
+    int8: bool = False
+    """With --format onnx or openvino: quantize the matrix products to int8 (NNCF), calibrated on training images of
+    --dataset, and measure the accuracy."""
+    max_drop: float = 0.5
+    """With --int8: largest loss of accuracy, in points."""
     image_size: tuple[int, int] | None = None
     """Height and width in pixels. With --no-dynamic, the graph accepts only this size; otherwise, the size is used
     only in the comparison. Default: the image size of the model."""
@@ -42,7 +48,7 @@ class ExportOptions:
     opset: int | None = None
     """ONNX opset. Default: the default opset of torch.onnx."""
     dataset: str | None = None
-    """With --format transformers.js: labeled images, as in `vitcls evaluate`, to measure the accuracy of each file."""
+    """With --int8 or --format transformers.js: labeled images, as in `vitcls evaluate`, to measure the accuracy."""
     split: str | None = None
     """Split of --dataset, as in `vitcls evaluate`."""
 
@@ -61,8 +67,10 @@ def check_options(options: ExportOptions) -> None:
         exit_with_message(
             "error: --format transformers.js does not support --image-size, --no-dynamic, --dtype or --opset"
         )
-    if options.dataset is not None and options.format != "transformers.js":
-        exit_with_message(f"error: --dataset requires --format transformers.js, but --format is {options.format}")
+    if options.dataset is not None and options.format != "transformers.js" and not options.int8:
+        exit_with_message(f"error: --dataset requires --int8 or --format transformers.js, not {options.format}")
+    if options.int8 and (options.dataset is None or options.format not in ("onnx", "openvino")):
+        exit_with_message("error: --int8 requires --format onnx or openvino, and --dataset for calibration. Set both")
     if options.split is not None and options.dataset is None:
         exit_with_message("error: --split requires --dataset. Set --dataset")
     if options.opset is not None and options.format == "torch":
@@ -86,6 +94,18 @@ def run(options: ExportOptions) -> None:
             print(f"{scores.metric} on {scores.num_images} images of {scores.dataset} ({scores.split}):")
             for name, score in {"PyTorch": scores.model, **scores.files}.items():
                 print(f"{name:26} {score:.2%}")
+        return
+    if options.int8:
+        from ..export.quantization import export_int8
+
+        assert options.dataset is not None
+        scores = export_int8(
+            options.model, options.format, options.output, options.dataset, options.split, options.max_drop
+        )
+        print(
+            f"{options.output}: {scores['metric']} {scores['int8']:.2%} in int8, {scores['float32']:.2%} in float32, "
+            f"on {scores['num_images']} images; {scores['num_bytes'] / 2**20:.1f} MiB"
+        )
         return
     report = export_model(
         options.model,

@@ -39,6 +39,7 @@ from ..hub.loading import MODEL_FILE_PATTERNS
 from ..options import DataOptions, EvaluateOptions
 from ..system import describe_device, get_versions
 from .evaluator import CachedBatches, Evaluator, HeldOutBatch
+from .exported_graphs import use_backend
 from .load_model import check_is_finished, load_classifier, load_processor
 from .metric_tables import build_class_tables, build_metric_rows
 from .metrics import select_scalars
@@ -66,6 +67,7 @@ def load_evaluation(
     with accelerator.main_process_first():  # the main process downloads the files
         folder = resolve_checkpoint(options.model, [*MODEL_FILE_PATTERNS, RESULTS_FILE])
         model = load_classifier(options.model, folder).to(accelerator.device).eval()
+        use_backend(model, options.backend, Path(folder))
         processor = load_processor(options.model, folder)
         if options.fit is not None:
             set_fit(processor, options.fit, model.config.image_height_width)

@@ -5,6 +5,7 @@ outputs = ExportedGraph(Path("model.xml"), precision="bf16")(pixel_values)    # 
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -78,3 +79,41 @@ def open_openvino(file: Path, precision: str) -> Runner:
         return {name: arrays[name] for name in names}
 
     return run
+
+
+def use_backend(model: Any, backend: str, folder: Path) -> None:
+    """Let the forward passes of a model run an exported graph. Labels, configuration and weights stay.
+
+    Args:
+        model: The model that was exported.
+        backend: "torch" (no change), "onnx" or "openvino" for model.onnx or model.xml in `folder`, or the path of an
+            exported file.
+        folder: Folder of the model.
+
+    Raises:
+        ValueError: If the file does not exist, cannot be run, or lacks the outputs of the model.
+    """
+    if backend == "torch":
+        return
+    suffix = BACKEND_SUFFIXES.get(backend)
+    file = folder / f"model{suffix}" if suffix else Path(backend)
+    if not file.is_file() or file.suffix not in BACKEND_SUFFIXES.values():
+        raise ValueError(
+            f"--backend {backend} requires {file}, written by `vitcls export --model {folder} --format "
+            f"{backend if suffix else 'onnx'} --output {file}`"
+        )
+    graph = ExportedGraph(file)
+    config = model.config
+    names = list(config.task_labels()) or (["logits"] if hasattr(model, "classifier") else ["last_hidden_state"])
+
+    def forward(pixel_values: torch.Tensor, **arguments: Any) -> SimpleNamespace:
+        outputs = graph(pixel_values)
+        if missing := [name for name in names if name not in outputs]:
+            raise ValueError(f"{file} has no output {missing[0]}. Export the model that --model names")
+        outputs = {name: output.to(pixel_values.device) for name, output in outputs.items()}
+        if config.tasks:
+            return SimpleNamespace(logits=outputs)
+        return SimpleNamespace(**{"distillation_logits": None, "hidden_states": None} | outputs)
+
+    model.forward = forward
+    model.exported_file = file
