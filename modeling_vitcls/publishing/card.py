@@ -40,7 +40,7 @@ from ..inference.metric_tables import (
 )
 from ..version import __version__
 from .limitations import describe_limitations
-from .model_folder import ModelFolder
+from .model_folder import ModelFolder, warn_once
 from .training_section import describe_training
 from .verification_script import get_auto_class
 
@@ -105,6 +105,9 @@ def write_card(path: Path) -> None:
     folder = ModelFolder(path)
     if not has_edited_card(path):
         (path / CARD_FILE).write_text(render_card(folder), encoding="utf-8")
+    flag, weights_license = folder.flags.get("license"), get_license_source(folder).license
+    if flag is not None and flag != weights_license:
+        warn_once(f"--license {flag} is ignored: the initial weights remain under the license {weights_license}")
     (path / BENCHMARK_FILE).unlink(missing_ok=True)  # of an earlier run
     if folder.results and folder.flags.get("eval_benchmark"):
         (path / BENCHMARK_FILE).parent.mkdir(exist_ok=True)

@@ -122,6 +122,15 @@ def test_the_license_of_the_initial_weights_is_inherited(
     assert getattr(card.data, "base_model_relation", None) == ("finetune" if provenance else None)
 
 
+def test_an_ignored_license_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    provenance = {"name": "ann/base", "base_model": "ann/base", "license": "cc-by-4.0"}
+    write_card(
+        write_run_folder(tmp_path / "mine", {"provenance": provenance}, {"license": "mit", "model": "ann/base"})
+    )
+    (message,) = caplog.messages
+    assert "--license mit" in message and "cc-by-4.0" in message
+
+
 def test_the_recipe_has_no_local_paths_and_no_destination(tmp_path: Path) -> None:
     flags = {"dataset": "/home/ann/secret/photos", "model": "../secret/base", "output_dir": "/home/ann/secret/out"}
     provenance = {"name": "base"}
