@@ -80,7 +80,7 @@ REPLACEMENT = re.compile(r'run with: "(.+)" instead of "(.+)"')
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 COMMAND = re.compile(r"(vitcls [a-z]+|accelerate launch -m modeling_vitcls\.cli [a-z]+) \S")  # in inline code
 INLINE = re.compile(r"`([^`\n]+)`")
-FLAG = re.compile(r"--[a-z][a-z_-]*")
+FLAG = re.compile(r"--[a-z][a-z0-9_-]*")
 PRINTED = re.compile(r"^# (?=[{(\[])", re.MULTILINE)  # comments that show the output of the line before
 FILE = re.compile(r"[\w./-]+\.(?:py|toml|j2)|(?:modeling_vitcls|scripts|tests|docs|model_cards)/[\w./-]*")
 NAME = re.compile(r"[A-Za-z_]\w*(?:\(.*\))?")
