@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers.accelerate_state import reset_accelerate
+from helpers.command_in_process import parse_flags
 from PIL import Image
 from sklearn.datasets import load_digits
 from torch.utils.data import Dataset
@@ -18,7 +19,6 @@ import modeling_vitcls
 from modeling_vitcls import evaluate, finetune, inspect_tokens, predict, pretrain
 from modeling_vitcls.analysis import inspect_tokens as inspect_tokens_module
 from modeling_vitcls.api import build_options
-from modeling_vitcls.commands.parsing import parse_with_recipe
 from modeling_vitcls.options import EvaluateOptions, FinetuneOptions, InspectOptions, PredictOptions, PretrainOptions
 from modeling_vitcls.training import task
 from modeling_vitcls.training.finetune import FinetuneTask
@@ -144,15 +144,13 @@ def test_errors_name_the_argument(tmp_path: Path) -> None:
 )
 def test_arguments_are_flags(options_class: Any, flags: list[str], arguments: dict[str, Any]) -> None:
     required = {"model": "m", "dataset": "digits", "output_dir": "out"}
-    by_flags = parse_with_recipe(options_class, [*flags, "--model", "m", "--dataset", "digits", "--output-dir", "out"])
+    by_flags = parse_flags(options_class, [*flags, "--model", "m", "--dataset", "digits", "--output-dir", "out"])
     assert build_options(options_class, **required, **arguments) == by_flags
 
 
 def test_options_of_evaluation_and_prediction() -> None:
     options = build_options(EvaluateOptions, model=Path("m"), dataset="digits", output="out.json")
-    assert options == parse_with_recipe(
-        EvaluateOptions, ["--model", "m", "--dataset", "digits", "--output", "out.json"]
-    )
+    assert options == parse_flags(EvaluateOptions, ["--model", "m", "--dataset", "digits", "--output", "out.json"])
     assert build_options(EvaluateOptions, model="m", dataset=Path("d")).data.dataset == "d"
     assert build_options(EvaluateOptions, model="m", dataset="d", mixed_precision=None).mixed_precision is None
     assert build_options(PredictOptions, model="m", list="files.txt").list == Path("files.txt")

@@ -101,17 +101,13 @@ def test_help_and_wrong_flags_do_not_load_torch(arguments: tuple[str, ...]) -> N
     assert ran.returncode == (2 if "--epoch" in arguments else 0)
 
 
-def test_help_has_a_line_for_each_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "100")
+def test_help_names_each_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
     assert run_here() == 0
-    lines = capsys.readouterr().out.splitlines()
-    for name, command in cli.COMMANDS.items():
-        assert f"  {name:<10}  {command.summary}" in lines
-    assert max(map(len, lines)) <= 100
-    assert all(line in "\n".join(lines) for line in cli.UTILITY_COMMANDS.values())
-    for name in ("--help", "-h", "help"):
-        assert run_here(name) == 0
-        assert capsys.readouterr().out.splitlines() == lines
+    text = capsys.readouterr().out
+    lines = " ".join(text.split())
+    assert all(name in lines and summary in lines for name, (_, summary) in cli.COMMANDS.items())
+    assert run_here("--help") == 0 and capsys.readouterr().out == text
 
 
 def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -120,50 +116,29 @@ def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
         assert capsys.readouterr().out == f"vitcls {__version__}\n"
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["finetun"], "error: vitcls has no command finetun: did you mean finetune?\n"),
-        (["tokens"], "error: vitcls has no command tokens: choose from finetune, pretrain, "),
-        (["completion"], "error: vitcls completion requires the name of a shell: bash, zsh, tcsh\n"),
-        (["completion", "fish"], "error: vitcls completion requires the name of a shell: bash, zsh, tcsh\n"),
-        (["completion", "bash", "zsh"], "error: vitcls completion requires the name of a shell: bash, zsh, tcsh\n"),
-        (["env", "now"], "error: vitcls env accepts no flags\n"),
-    ],
-)
-def test_wrong_commands_are_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_here(*arguments) == 2
-    error = capsys.readouterr().err
-    assert error.startswith(message) and error.count("\n") == 1
-
-
-def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.delitem(sys.modules, "modeling_vitcls.commands.predict", raising=False)
+def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("predict", "parsing"):
+        monkeypatch.delitem(sys.modules, f"modeling_vitcls.commands.{name}", raising=False)
     monkeypatch.setitem(sys.modules, "tyro", None)  # importing it fails
-    assert run_here("predict", "--help") == 1
-    message = "error: the vitcls command requires tyro: run pip install 'modeling_vitcls[cli]'\n"
-    assert capsys.readouterr().err == message
-    monkeypatch.setitem(sys.modules, "modeling_vitcls.commands.predict", None)
-    with pytest.raises(ModuleNotFoundError, match="predict"):  # not a library that the user can install
-        run_here("predict", "--help")
+    for arguments in ((), ("predict", "--help")):
+        assert run_here(*arguments) == 1
+        error = capsys.readouterr().err
+        assert "pip install 'modeling_vitcls[cli]'" in error and error.count("\n") == 1
 
 
 def test_flags_of_all_commands_have_help(capsys: pytest.CaptureFixture[str]) -> None:
     for name in cli.COMMANDS:
-        assert run_here(name, "--help") == 0
+        assert run_here(name, "--help-all") == 0
         text = " ".join(capsys.readouterr().out.split())
         assert text.startswith(f"usage: vitcls {name} ")
-        summary = " ".join(str(cli.load_module(name).OPTIONS_CLASS.__doc__).split()).partition(".")[0]
-        assert f" {summary}." in text and f" vitcls {name} --" in text.partition(summary)[2]  # an example
+        assert f" vitcls {name} --" in text, name  # an example
 
 
 def test_completion_includes_all_commands_and_their_flags(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_here("completion", "bash") == 0
+    assert run_here("--tyro-print-completion", "bash") == 0
     script = capsys.readouterr().out
     assert all(name in script for name in cli.COMMANDS)
     assert "--num-register-tokens" in script and "--top-k" in script
-    assert run_here("completion", "zsh") == 0
-    assert capsys.readouterr().out.startswith("#compdef vitcls")
 
 
 def test_a_run_that_stops_early_ends_with_its_status(
@@ -177,56 +152,6 @@ def test_a_run_that_stops_early_ends_with_its_status(
     with pytest.raises(SystemExit, match="143"):
         finetune.train(object, None)
     assert capsys.readouterr().err == "process 1: stopped by a signal\n"
-
-
-@pytest.mark.parametrize(
-    ("command", "valid_flags"),
-    [
-        ("benchmark", {"work": ("inference", "step"), "rounds": 1}),
-        ("convert", {"source": "timm:test_vit", "num_labels": 1}),
-        ("convert", {"source": "transformers:ann/model@v1"}),
-        ("convert", {"source": "weights.pth", "family": "dino"}),
-        ("convert", {"to": "transformers", "model": "ann/model"}),
-        ("export", {"format": "onnx", "opset": 18, "image_size": (1, 1), "dynamic": False, "dtype": "float16"}),
-        ("export", {"format": "torch"}),
-        ("export", {"format": "transformers.js"}),
-        ("export", {"format": "transformers.js", "dataset": "digits", "split": "test"}),
-    ],
-)
-def test_valid_flags_are_accepted(command: str, valid_flags: dict[str, Any], tmp_path: Path) -> None:
-    module = cli.load_module(command)
-    fields = {"convert": {"output": tmp_path}, "export": {"model": "mine", "output": tmp_path}}.get(command, {})
-    module.check_options(module.OPTIONS_CLASS(**fields, **valid_flags))
-
-
-@pytest.mark.parametrize(
-    ("command", "flags", "message"),
-    [
-        ("benchmark", {"rounds": 0}, "--rounds and --batch-sizes"),
-        ("convert", {"source": "resnet50"}, "--source resnet50 is not supported. Use timm:NAME"),
-        ("convert", {"source": "timm:x", "num_labels": 0}, "--num-labels must be at least 1, but it is 0"),
-        ("convert", {"source": "timm:x", "model": "mine"}, "requires --source and does not support --model"),
-        ("export", {"format": "onnx", "image_size": (0, 32)}, "two positive numbers, but it is 0 32"),
-        ("export", {"format": "onnx", "opset": 17}, "--opset must be at least 18, but it is 17"),
-        ("export", {"format": "torch", "opset": 18}, "--opset requires --format onnx or openvino"),
-        ("export", {"format": "torch", "dataset": "digits"}, "--dataset requires --format transformers.js"),
-        ("export", {"format": "transformers.js", "split": "test"}, "--split requires --dataset"),
-        ("export", {"format": "transformers.js", "image_size": (32, 32)}, "does not support --image-size"),
-        ("export", {"format": "transformers.js", "dynamic": False}, "does not support --image-size, --no-dynamic"),
-        ("export", {"format": "transformers.js", "dtype": "float16"}, "--dtype or --opset"),
-        ("export", {"format": "transformers.js", "opset": 18}, "--dtype or --opset"),
-    ],
-)
-def test_invalid_flags_exit_with_status_2(
-    command: str, flags: dict[str, Any], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    module = cli.load_module(command)
-    fields = {"convert": {"output": tmp_path}, "export": {"model": "mine", "output": tmp_path}}.get(command, {})
-    with pytest.raises(SystemExit) as ended:
-        module.check_options(module.OPTIONS_CLASS(**fields, **flags))
-    assert ended.value.code == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and message in error and error.count("\n") == 1
 
 
 def test_the_demo_loads_the_revision_of_its_flag(hub: LocalHub) -> None:
@@ -247,7 +172,7 @@ def test_a_study_of_the_package_has_a_name(tmp_path: Path, monkeypatch: pytest.M
 def test_scripts_run_the_same_programs(
     command: str, script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert WRAPPERS.keys() == cli.COMMANDS.keys()
+    assert {*WRAPPERS, "env"} == cli.COMMANDS.keys()
     monkeypatch.setattr(sys, "argv", [f"{script}.py", "--help"])
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(SCRIPTS / f"{script}.py"), run_name="__main__")

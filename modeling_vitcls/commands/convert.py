@@ -74,13 +74,10 @@ def check_options(options: ConvertOptions) -> None:
 
 def run(options: ConvertOptions) -> None:
     """Convert the model and print the parity report."""
-    from transformers.utils.logging import disable_progress_bar
-
     from ..conversion.convert import convert_checkpoint, write_native_model
     from ..publishing.card import write_card
     from ..publishing.report import write_report
 
-    disable_progress_bar()
     if options.to == "transformers":
         report = write_native_model(str(options.model), options.output, options.any_size)
         write_card(options.output)

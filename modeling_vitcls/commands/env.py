@@ -1,12 +1,12 @@
-"""`vitcls env`: versions, devices and CPU kernels, for bug reports."""
+"""`vitcls env`: versions, devices and CPU kernels, for bug reports.
+
+vitcls env --help
+"""
 
 import os
 import platform
-
-import torch
-
-from .. import cpu_kernels_vitcls as kernels
-from ..system import format_device_name, get_processor_name, get_versions
+from dataclasses import dataclass
+from pathlib import Path
 
 
 # Libraries that only some features require.
@@ -22,8 +22,35 @@ ENVIRONMENT_VARIABLES = (
 )
 
 
+# Instructions that make bf16 and int8 fast: flag in /proc/cpuinfo -> name
+INSTRUCTIONS = {
+    "amx_bf16": "AMX bf16",
+    "amx_int8": "AMX int8",
+    "avx512_bf16": "AVX-512 bf16",
+    "avx512_vnni": "AVX-512 VNNI (int8)",
+    "avx_vnni": "AVX VNNI (int8)",
+}
+
+
+@dataclass(frozen=True)
+class EnvOptions:
+    """Print versions, devices and CPU kernels, for bug reports."""
+
+
+OPTIONS_CLASS = EnvOptions
+
+
+def run(options: EnvOptions) -> None:
+    """Print the environment."""
+    print(format_environment())
+
+
 def format_environment() -> str:
     """Format the versions, devices and settings for a bug report, one per line."""
+    import torch
+
+    from ..system import get_processor_name, get_versions
+
     num_threads = torch.get_num_threads()
     environment = {
         **get_versions(),
@@ -31,7 +58,7 @@ def format_environment() -> str:
         **get_versions(*OPTIONAL_LIBRARIES),
         "platform": platform.platform(),
         "processor": f"{get_processor_name()}, {os.cpu_count()} logical cores, {num_threads} threads in PyTorch",
-        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "instructions": ", ".join([torch.backends.cpu.get_cpu_capability(), *list_instructions()]),
         "devices": describe_devices(),
         "CPU kernels": describe_cpu_kernels(),
     }
@@ -40,9 +67,20 @@ def format_environment() -> str:
     return "\n".join(f"{name:<{width}}  {value}" for name, value in environment.items())
 
 
+def list_instructions() -> list[str]:
+    """Return the names of the CPU's instructions for bf16 and int8, on Linux."""
+    file = Path("/proc/cpuinfo")
+    flags = set(file.read_text(encoding="utf-8").split()) if file.is_file() else set()
+    return [name for flag, name in INSTRUCTIONS.items() if flag in flags]
+
+
 def describe_devices() -> str:
     """Return the names of all CUDA GPUs and the CUDA version. Without CUDA, return the name of another accelerator or
     of the CPU."""
+    import torch
+
+    from ..system import format_device_name
+
     if torch.cuda.is_available():
         names = [format_device_name(torch.device("cuda", index)) for index in range(torch.cuda.device_count())]
         return f"{', '.join(names)}; CUDA {torch.version.cuda}"
@@ -52,6 +90,10 @@ def describe_devices() -> str:
 
 def describe_cpu_kernels() -> str:
     """Describe whether the CPU kernels and oneDNN are enabled and, if not, why."""
+    import torch
+
+    from .. import cpu_kernels_vitcls as kernels
+
     if os.environ.get("VITCLS_CPU_KERNELS") == "0":
         return "off: VITCLS_CPU_KERNELS is 0"
     if not kernels.HAS_PRIVATE_NAMES:

@@ -18,6 +18,13 @@ if TYPE_CHECKING:
 
 
 OPTIONS_CLASS = FinetuneOptions
+# Flags in `--help`, by group; `--help-all` shows all flags
+COMMON_FLAGS = {
+    "input and output": "model dataset output_dir config label_column held_out_fraction",
+    "model": "num_register_tokens image_size fit pooling",
+    "training": "epochs batch_size learning_rate trainable mixed_precision auto_augment mixup class_balance seed",
+    "run": "resume overwrite dry_run log_with push_to_hub hub_model_id",
+}
 
 
 def run(options: FinetuneOptions) -> None:

@@ -26,9 +26,6 @@ OPTIONS_CLASS = InspectCommandOptions
 
 def run(options: InspectCommandOptions) -> None:
     """Inspect the special tokens of the model and write the report."""
-    from transformers.utils.logging import disable_progress_bar
-
     from ..analysis.inspect_tokens import inspect_tokens
 
-    disable_progress_bar()  # hides the progress bar of weight loading
     inspect_tokens(options)

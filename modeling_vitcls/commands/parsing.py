@@ -1,23 +1,33 @@
-"""Parse flags and recipe files into options.
+"""The command line: subcommands, flags and recipe files -> options; help; errors of one line.
 
-    options = parse_with_recipe(FinetuneOptions, ["--config", "digits", "--epochs", "3"])
+    name, options = parse_command_line(modules, summaries, ["finetune", "--config", "digits", "--epochs", "3"])
 
-A recipe is a YAML file of flags. The flags of a recipe are inserted before the flags on the command line, so that tyro
-validates all flags and the command line overrides the recipe. Invalid flags are reported before torch is
+tyro parses the flags. A recipe is a YAML file of flags, which are inserted before the flags on the command line, so
+that tyro validates all flags and the command line overrides the recipe. Invalid flags are reported before torch is
 imported.
 """
 
+import ast
+import contextlib
+import dataclasses
 import difflib
+import inspect
+import io
+import itertools
 import os
+import re
+import shutil
 import sys
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NoReturn
 
 import tyro
 import yaml
+from tyro.extras import SubcommandApp
 
 from ..errors import is_raised_on_all_processes
 from ..files import is_closed_pipe
@@ -57,21 +67,150 @@ EQUIVALENT_FLAGS = {
 FLAG_SYNONYMS = {"private": "hub_private", "hub_private": "private"}
 
 
-@dataclass
-class RecipeFlag:
-    """Flag --config, which is parsed before all other flags."""
-
-    config: Path | None = None
+NOT_OF_TYPE = r"\1 requires \2, but got \3"
+TYRO_CONFIG = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
 
 
-def parse_with_recipe(options_class: type, arguments: list[str], **tyro_settings: Any) -> Any:
-    """Build options from flags and the recipe in --config. Exit with status 2 if a flag is invalid."""
+def parse_command_line(
+    modules: dict[str, ModuleType], summaries: dict[str, str], arguments: list[str]
+) -> tuple[str, Any]:
+    """Return the name of the subcommand and its options.
+
+    Print the help and exit with status 0 if the help is requested; exit with status 2 if the command line is invalid.
+    """
+    name, flags = arguments[0], arguments[1:]
+    is_command = name in modules
+    if is_command:
+        options_class = modules[name].OPTIONS_CLASS
+        common_flags = getattr(modules[name], "COMMON_FLAGS", None)
+        if common_flags and {"--help", "-h"} & set(flags):
+            print(format_short_help(name, options_class, common_flags))
+            raise SystemExit(0)
+        flags = ["--help" if flag == "--help-all" else flag for flag in flags]
+        if "--help" not in flags:
+            flags = prepare_flags(name, options_class, flags)
+    elif not name.startswith("-"):
+        similar = difflib.get_close_matches(name, modules, n=1, cutoff=0.5)
+        hint = f"did you mean {similar[0]}?" if similar else f"choose from {', '.join(modules)}"
+        exit_with_message(f"error: vitcls has no command {name}: {hint}")
+    app = SubcommandApp()
+    for command, module in modules.items():
+        _, _, examples = str(module.__doc__).partition("\n\n")
+        description = f"{textwrap.dedent(str(module.OPTIONS_CLASS.__doc__))}\n\n{examples}".strip()
+        app.command(module.OPTIONS_CLASS, name=command, help=description if command == name else summaries[command])
+    with one_line_errors():
+        return name, app.cli(prog="vitcls", args=[name, *flags], config=TYRO_CONFIG)
+
+
+def prepare_flags(command: str, options_class: type, flags: list[str]) -> list[str]:
+    """Insert the flags of a recipe, and check the names of all flags. Exit with status 2 if a flag is unknown or
+    missing."""
     flag_names = get_flag_names(options_class)
-    recipe_flag, _ = tyro.cli(RecipeFlag, args=arguments, return_unknown_args=True, add_help=False)
-    reject_equivalent_flags(arguments, flag_names)
-    if recipe_flag.config is not None:
-        arguments = [*read_recipe(find_recipe(recipe_flag.config), flag_names), *arguments]
-    return parse_flags(options_class, arguments, **tyro_settings, config=(tyro.conf.OmitArgPrefixes,))
+    flags = [rename_synonym(flag, flag_names) for flag in flags]
+    has_recipes = "config" in flag_names and command != "study"  # a study file has a format of its own
+    if has_recipes and (recipe := read_value(flags, "--config")) is not None:
+        flags = [*read_recipe(find_recipe(Path(recipe)), flag_names), *flags]
+    names = [flag.partition("=")[0].removeprefix("--").replace("-", "_") for flag in flags if flag.startswith("--")]
+    for name in names:
+        if not {name, name.removeprefix("no_")} & flag_names and not name.startswith("tyro_"):
+            exit_with_message(
+                f"error: vitcls {command} has no flag --{name.replace('_', '-')}; {hint(name, flag_names)}"
+            )
+    missing = [f"--{name.replace('_', '-')}" for name in list_required_flags(options_class) if name not in names]
+    if missing:
+        exit_with_message(
+            f"error: vitcls {command} requires {', '.join(missing)}. `vitcls {command} --help` lists flags"
+        )
+    return flags
+
+
+def hint(name: str, flag_names: set[str]) -> str:
+    """Return what to use instead of an unknown flag."""
+    if name == "revision" and "model" in flag_names:
+        return "to pin a commit, set --model ID@COMMIT"
+    similar = EQUIVALENT_FLAGS.get(name) or next(iter(difflib.get_close_matches(name, flag_names, n=1)), None)
+    return f"use --{similar.replace('_', '-')}" if similar in flag_names else "`--help` lists the flags"
+
+
+def read_value(flags: list[str], flag: str) -> str | None:
+    """Return the last value of a flag, given as `--flag value` or `--flag=value`; None if the flag is not given."""
+    values = [flags[index + 1] for index in range(len(flags) - 1) if flags[index] == flag]
+    values += [each.partition("=")[2] for each in flags if each.startswith(f"{flag}=")]
+    return values[-1] if values else None
+
+
+def list_required_flags(options_class: Any) -> list[str]:
+    """Return the names of the flags without a default, including those of nested dataclasses."""
+    names = []
+    for option in dataclasses.fields(options_class):
+        if dataclasses.is_dataclass(option.type):
+            names += list_required_flags(option.type)
+        elif option.default is option.default_factory is dataclasses.MISSING:
+            names.append(option.name)
+    return names
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Replace tyro's error boxes with one line. Exit with status 2 after an error."""
+    output = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(output):
+            yield
+    except SystemExit as ended:
+        if not ended.code:
+            raise
+        # A box has a title and, between horizontal lines, text; an ASCII terminal gets no vertical lines.
+        plain_text = re.sub(r"\x1b\[[\d;]*m", "", output.getvalue())  # without colors
+        _, *rows = [line.strip("│ ") for line in plain_text.splitlines()]
+        rows = list(itertools.dropwhile(lambda row: not row.strip("─-"), rows))
+        message = " ".join(filter(None, itertools.takewhile(lambda row: row.strip("─-"), rows)))
+        message = message.partition(" Got errors:")[0]
+        message = re.sub(r"^Error parsing (\w+Options: )?", "", message)
+        type_error = re.compile(
+            r"(--\S+): no type matching (?:{None}\|)?(.+) could be instantiated from \['(.*)'\]\.?"
+        )
+        exit_with_message(f"error: {type_error.sub(NOT_OF_TYPE, message)}")
+
+
+# Help ----------------------------------------------------------------------------------------------------------------
+
+
+def format_short_help(command: str, options_class: type, common_flags: dict[str, str]) -> str:
+    """Format the help of the flags that are set most often, on one screen.
+
+    Args:
+        common_flags: Title of a group -> names of its flags, separated by spaces.
+    """
+    width = max(60, shutil.get_terminal_size().columns)
+    texts = read_help_texts(options_class)
+    lines = [f"usage: vitcls {command} --model M --dataset D --output-dir FOLDER [FLAGS]"]
+    for title, names in common_flags.items():
+        lines += ["", f"{title}:"]
+        for name in names.split():
+            first_sentence = re.split(r"(?<!al)[.:] ", " ".join(texts[name].split()))[0].rstrip(".")
+            text = textwrap.shorten(first_sentence, width - 26, placeholder=" ...")
+            lines.append(f"  --{name.replace('_', '-'):<22}{text}")
+    rest = len(texts) - sum(len(names.split()) for names in common_flags.values())
+    return "\n".join([*lines, "", f"`vitcls {command} --help-all` also shows the other {rest} flags."])
+
+
+def read_help_texts(options_class: Any) -> dict[str, str]:
+    """Return the docstrings below the fields of a dataclass, its base classes and its nested dataclasses."""
+    texts: dict[str, str] = {}
+    for base in reversed(options_class.__mro__[:-1]):
+        (definition,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
+        assert isinstance(definition, ast.ClassDef)
+        for field, text in zip(definition.body, definition.body[1:], strict=False):
+            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(field.target, ast.Name):
+                texts[field.target.id] = ast.literal_eval(text.value)
+    for option in dataclasses.fields(options_class):
+        if dataclasses.is_dataclass(option.type):
+            texts |= read_help_texts(option.type)
+    return texts
+
+
+# Recipes -------------------------------------------------------------------------------------------------------------
 
 
 def find_recipe(path: Path) -> Path:
@@ -80,24 +219,6 @@ def find_recipe(path: Path) -> Path:
         return path
     recipe_files = (folder / f"{path}.yaml" for folder in RECIPE_FOLDERS)
     return next((file for file in recipe_files if file.is_file()), path)
-
-
-def reject_equivalent_flags(arguments: list[str], flag_names: set[str]) -> None:
-    """Exit with status 2 if a flag is in `EQUIVALENT_FLAGS`. The message contains the equivalent flag."""
-    for argument in arguments:
-        name = argument.partition("=")[0].removeprefix("--").replace("-", "_")
-        equivalent_flag = EQUIVALENT_FLAGS.get(name)
-        if argument.startswith("--") and name not in flag_names and equivalent_flag in flag_names:
-            exit_with_message(
-                f"error: unknown flag --{name.replace('_', '-')}; use --{str(equivalent_flag).replace('_', '-')}"
-            )
-
-
-def parse_flags(options_class: type, arguments: list[str], **tyro_settings: Any) -> Any:
-    """Build options from flags. Exit with status 2 if a flag is invalid."""
-    flag_names = get_flag_names(options_class)
-    arguments = [rename_synonym(argument, flag_names) for argument in arguments]
-    return tyro.cli(options_class, args=arguments, **tyro_settings)
 
 
 def rename_synonym(argument: str, flag_names: set[str]) -> str:
@@ -111,6 +232,9 @@ def rename_synonym(argument: str, flag_names: set[str]) -> str:
 
 def read_recipe(path: Path, flag_names: set[str]) -> list[str]:
     """Read a recipe and return its flags. Exit with status 2 if the file cannot be read or a key is not a flag."""
+    if not path.exists() and not path.suffix:
+        names = sorted({file.stem for folder in RECIPE_FOLDERS for file in folder.glob("[!s]*.yaml")})
+        exit_with_message(f"error: there is no recipe {path}: set --config to a file, or to one of {', '.join(names)}")
     try:
         text = path.read_text(encoding="utf-8")
         recipe = yaml.safe_load(text) or {}
@@ -121,12 +245,23 @@ def read_recipe(path: Path, flag_names: set[str]) -> list[str]:
     for key, _ in yaml.compose(text).value if recipe else ():
         name = str(key.value).replace("-", "_")
         if name not in flag_names and name.removeprefix("no_") not in flag_names:
-            similar_flag = EQUIVALENT_FLAGS.get(name) or next(
-                iter(difflib.get_close_matches(name, flag_names, n=1)), None
-            )
-            hint = f"use {similar_flag}" if similar_flag in flag_names else "`--help` lists the flags"
-            exit_with_message(f"error: {path}, line {key.start_mark.line + 1}: unknown flag {key.value}; {hint}")
+            message = f"{path}, line {key.start_mark.line + 1}: unknown flag {key.value}; {hint(name, flag_names)}"
+            exit_with_message(f"error: {message}")
     return [argument for name, value in recipe.items() for argument in to_arguments(str(name), value)]
+
+
+# Errors and output of libraries --------------------------------------------------------------------------------------
+
+
+def silence_libraries() -> None:
+    """Hide the progress bars of weight loading, and transformers' tables about the loaded weights. Our commands check
+    the weights, and log what was adapted in one line."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.get_logger("transformers.modeling_utils").addFilter(
+        lambda record: "LOAD REPORT" not in record.getMessage()
+    )
 
 
 @contextmanager

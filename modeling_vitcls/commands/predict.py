@@ -32,15 +32,12 @@ def run(options: PredictCommandOptions) -> None:
 
     In the output, the row of an unreadable image contains an error message.
     """
-    from transformers.utils.logging import disable_progress_bar
-
     from ..inference.predict import predict_images
     from ..inference.shards import merge_shards
 
     if options.merge is not None:
         print(merge_shards(options.merge, options.output))
         return
-    disable_progress_bar()  # hides the progress bar of weight loading
     summary = predict_images(options)
     if options.output is not None and summary.num_images:
         print(f"{options.output}: {summary.num_images:,} images, {summary.num_failed:,} without a prediction")

@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers.command_in_process import run_here
 
+from modeling_vitcls import cpu_kernels_vitcls as kernels
 from modeling_vitcls.commands import env
 from modeling_vitcls.version import __version__
 
@@ -28,17 +29,17 @@ def test_the_environment_of_a_bug_report(monkeypatch: pytest.MonkeyPatch, capsys
     monkeypatch.setenv("VITCLS_CPU_KERNELS", "0")
     assert env.describe_cpu_kernels() == "off: VITCLS_CPU_KERNELS is 0"
     monkeypatch.delenv("VITCLS_CPU_KERNELS")
-    monkeypatch.setattr(env.kernels, "HAS_PRIVATE_NAMES", False)
+    monkeypatch.setattr(kernels, "HAS_PRIVATE_NAMES", False)
     assert "lacks a private API" in env.describe_cpu_kernels()
 
 
 def test_the_environment_names_the_kernels_that_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VITCLS_CPU_KERNELS", raising=False)
-    monkeypatch.setattr(env.kernels, "MIN_MULTIPLICATIONS", {(torch.float32, "a"): 1, (torch.bfloat16, "a"): 1})
+    monkeypatch.setattr(kernels, "MIN_MULTIPLICATIONS", {(torch.float32, "a"): 1, (torch.bfloat16, "a"): 1})
     assert env.describe_cpu_kernels() == "on, oneDNN for bfloat16, float32"
-    monkeypatch.setattr(env.kernels, "MIN_MULTIPLICATIONS", {})
+    monkeypatch.setattr(kernels, "MIN_MULTIPLICATIONS", {})
     for has_onednn, reason in ((True, "this CPU has no AVX-512"), (False, "this PyTorch build has no oneDNN")):
-        monkeypatch.setattr(env.kernels, "HAS_ONEDNN", has_onednn)
+        monkeypatch.setattr(kernels, "HAS_ONEDNN", has_onednn)
         assert env.describe_cpu_kernels() == f"on, without oneDNN: {reason}"
     with torch.backends.mkldnn.flags(enabled=False):
         assert env.describe_cpu_kernels() == "off: torch.backends.mkldnn is disabled"

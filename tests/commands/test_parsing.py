@@ -1,58 +1,106 @@
-"""Flags and recipes: names, precedence, and errors of one line."""
+"""Flags, recipes and help of the vitcls command; every error is one line."""
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from helpers.command_in_process import parse_flags, run_here
+from helpers.tiny_models import build_tiny_config, save_with_processor
 
+from modeling_vitcls import ViTCLSForImageClassification, cli
 from modeling_vitcls.commands import push, space
-from modeling_vitcls.commands.parsing import find_recipe, parse_flags, parse_with_recipe
-from modeling_vitcls.options import FinetuneOptions
+from modeling_vitcls.commands.parsing import find_recipe, read_help_texts, silence_libraries
+from modeling_vitcls.options import FinetuneOptions, get_flag_names
 
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
+RUN = "--model m --dataset d --output-dir o"
 
 
 def test_recipes_are_flags_that_the_command_line_overrides(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     flags = ["--config", str(recipe), "--output-dir", "out", "--model", "vitcls-tiny", "--dataset", "data"]
     recipe.write_text("epochs: 3\nbatch_size: 7\n", encoding="utf-8")
-    options = parse_with_recipe(FinetuneOptions, [*flags, "--epochs", "5"])
+    options = parse_flags(FinetuneOptions, [*flags, "--epochs", "5"])
     assert (options.training.epochs, options.training.batch_size, options.data.dataset) == (5, 7, "data")
     recipe.write_text("# no flags\n", encoding="utf-8")
-    assert replace(parse_with_recipe(FinetuneOptions, flags), config=None) == parse_with_recipe(
-        FinetuneOptions, flags[2:]
-    )
+    assert replace(parse_flags(FinetuneOptions, flags), config=None) == parse_flags(FinetuneOptions, flags[2:])
+    assert parse_flags(FinetuneOptions, [f"--config={recipe}", *flags[2:]]).config == recipe
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("content", "words"),
     [
-        (None, "error: cannot read the recipe {recipe}: "),
-        (b"\xff\xfe\xff", "error: cannot read the recipe {recipe}: "),
-        (b"epochs: [3", "error: cannot read the recipe {recipe}: "),
-        (b"- epochs", "error: the recipe {recipe} must contain lines of the form `flag: value`"),
-        (b"epochs: 3\nlr: 0.1", "error: {recipe}, line 2: unknown flag lr; use learning_rate"),
-        (b"xyzzy: 1", "error: {recipe}, line 1: unknown flag xyzzy; `--help` lists the flags"),
+        (b"\xff\xfe\xff", "cannot read"),
+        (b"epochs: [3", "cannot read"),
+        (b"- epochs", "flag: value"),
+        (b"epochs: 3\nlr: 0.1", "line 2: unknown flag lr; use --learning-rate"),
+        (b"xyzzy: 1", "line 1: unknown flag xyzzy"),
     ],
 )
 def test_errors_of_recipes_are_one_line(
-    content: bytes | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    content: bytes, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = tmp_path / "recipe.yaml"
-    if content is not None:
-        recipe.write_bytes(content)
-    with pytest.raises(SystemExit) as ended:
-        parse_with_recipe(FinetuneOptions, ["--config", str(recipe), "--output-dir", "out"])
-    assert ended.value.code == 2
+    recipe.write_bytes(content)
+    assert run_here("finetune", "--config", str(recipe), "--output-dir", "out") == 2
     error = capsys.readouterr().err
-    assert error.startswith(message.format(recipe=recipe)) and error.count("\n") == 1
+    assert error.startswith("error: ") and str(recipe) in error and words in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("nosuch", ["nosuch", "finetune"]),
+        ("finetun --model x", ["finetune"]),
+        (f"finetune {RUN} --lr 3", ["--lr", "--learning-rate"]),
+        (f"finetune {RUN} --epochs abc", ["--epochs", "abc"]),
+        (f"finetune {RUN} --epochs 0", ["--epochs"]),
+        ("finetune --model m", ["--dataset", "--output-dir"]),
+        ("finetune --config nosuch --output-dir o", ["nosuch", "digits"]),
+        ("evaluate --model m --dataset d --batch-size", ["--batch-size"]),
+        ("predict --model m a.png --revision abc", ["--revision", "ID@COMMIT"]),
+        ("push", ["--model", "--verify-only"]),
+        ("push --token x", ["--token"]),
+        ("export --model m --format tflite --output o", ["--format", "tflite", "onnx"]),
+        ("export --model m --format onnx --output o --opset 17", ["--opset"]),
+        ("convert --source resnet50 --output o", ["--source", "timm:NAME"]),
+        ("benchmark --rounds 0", ["--rounds"]),
+        ("space --model m --output o --private", ["--output", "--private"]),
+        ("env now", ["now"]),
+    ],
+)
+def test_errors_of_flags_are_one_line(command: str, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_here(*command.split()) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and all(word in error for word in words)
+
+
+@pytest.mark.parametrize("command", ["finetune", "pretrain"])
+def test_the_help_of_training_fits_on_a_screen(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "90")
+    assert run_here(command, "--help") == 0
+    lines = capsys.readouterr().out.splitlines()
+    flags = [line.split()[0] for line in lines if line.startswith("  --")]
+    assert 15 <= len(flags) <= 30 and len(lines) <= 45 and max(map(len, lines)) <= 90
+    assert {"--model", "--dataset", "--output-dir", "--epochs", "--learning-rate", "--resume"} <= set(flags)
+    assert run_here(command, "--help-all") == 0
+    text = capsys.readouterr().out
+    names = get_flag_names(cli.load_modules()[command].OPTIONS_CLASS)
+    assert all(f"--{name.replace('_', '-')}" in text for name in names)
+
+
+def test_every_flag_has_a_help_text() -> None:
+    for name, module in cli.load_modules().items():
+        assert get_flag_names(module.OPTIONS_CLASS) <= read_help_texts(module.OPTIONS_CLASS).keys(), name
 
 
 def test_recipes_have_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert find_recipe(Path("digits")).read_text() == (SCRIPTS / "recipes" / "digits.yaml").read_text()
-    assert find_recipe(Path("none")) == Path("none")
     Path("digits").write_text("epochs: 1", encoding="utf-8")  # a file in the working folder takes precedence
     assert find_recipe(Path("digits")) == Path("digits")
 
@@ -61,7 +109,17 @@ def test_recipes_have_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_both_names_of_the_flag_for_private_repositories_are_accepted(flag: str) -> None:
     assert parse_flags(push.OPTIONS_CLASS, ["--model", "mine", flag]).private
     assert parse_flags(space.OPTIONS_CLASS, ["--model", "mine", flag]).private
-    run = ["--model", "vitcls-tiny", "--dataset", "digits", "--output-dir", "mine", "--push-to-hub"]
-    options = parse_with_recipe(FinetuneOptions, [*run, flag])
-    assert options.run.hub_private
-    assert not parse_with_recipe(FinetuneOptions, [*run, flag.replace("--", "--no-")]).run.hub_private
+    run = [*RUN.split(), "--push-to-hub"]
+    assert parse_flags(FinetuneOptions, [*run, flag]).run.hub_private
+    assert not parse_flags(FinetuneOptions, [*run, flag.replace("--", "--no-")]).run.hub_private
+
+
+def test_commands_do_not_print_transformers_reports_about_weights(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    save_with_processor(ViTCLSForImageClassification(build_tiny_config()), tmp_path)
+    silence_libraries()
+    with caplog.at_level(logging.WARNING):
+        ViTCLSForImageClassification.from_pretrained(tmp_path, num_labels=7, ignore_mismatched_sizes=True)
+    printed = caplog.text + "".join(capfd.readouterr())
+    assert "LOAD REPORT" not in printed and "Loading weights" not in printed

@@ -1,6 +1,11 @@
-"""Run the vitcls command in the test process."""
+"""Run the vitcls command, or parse its flags, in the test process."""
+
+from typing import Any
+
+import tyro
 
 from modeling_vitcls import cli
+from modeling_vitcls.commands.parsing import TYRO_CONFIG, one_line_errors, prepare_flags
 
 
 def run_here(*arguments: str) -> int:
@@ -10,3 +15,9 @@ def run_here(*arguments: str) -> int:
     except SystemExit as ended:
         return int(ended.code or 0)
     return 0
+
+
+def parse_flags(options_class: Any, flags: list[str]) -> Any:
+    """Return the options of flags and the recipe in --config. Exit with status 2 if a flag is invalid."""
+    with one_line_errors():
+        return tyro.cli(options_class, args=prepare_flags("finetune", options_class, flags), config=TYRO_CONFIG)

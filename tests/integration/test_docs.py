@@ -61,8 +61,16 @@ OTHER_COMMANDS = (
     "pre-commit",
 )
 # flags of pip, hf and pytest that the text mentions
-OTHER_FLAGS = {"--help", "--node-rank", "--version", "--include", "--local-dir"}
-OTHER_SUBCOMMANDS = {"--version", *cli.UTILITY_COMMANDS}
+OTHER_FLAGS = {
+    "--help",
+    "--help-all",
+    "--tyro-print-completion",
+    "--node-rank",
+    "--version",
+    "--include",
+    "--local-dir",
+}
+OTHER_SUBCOMMANDS = {"--version", "--tyro-print-completion", "env"}
 
 # Added to commands so that they take only seconds.
 QUICK = {
@@ -201,7 +209,7 @@ def read_flags(name: str) -> frozenset[str]:
     """Return the flags in `vitcls NAME --help`."""
     output = io.StringIO()
     with contextlib.redirect_stdout(output), pytest.raises(SystemExit) as ended:
-        cli.main([name, "--help"])
+        cli.main([name, "--help-all"])
     assert ended.value.code == 0
     return frozenset(FLAG.findall(output.getvalue()))
 
@@ -275,7 +283,7 @@ def test_commands_have_the_flags_of_their_programs() -> None:
         assert not unknown, f"{place}: `vitcls {command.name}` has no {', '.join(unknown)}"
         unknown = get_flags(command.launcher) - read_accelerate_flags()
         assert not unknown, f"{place}: `accelerate launch` has no {', '.join(unknown)}"
-    assert {command.name for _, command in commands} == set(cli.COMMANDS)
+    assert {command.name for _, command in commands} == set(cli.COMMANDS) - {"env"}
 
 
 def get_flags(words: list[str]) -> set[str]:
@@ -291,7 +299,7 @@ def test_flags_in_the_text_exist(page: Path) -> None:
 
 def test_every_program_is_in_the_readme() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert all(f"`vitcls {name} " in text for name in cli.COMMANDS if name != "space")
+    assert all(f"`vitcls {name} " in text for name in cli.COMMANDS if name not in ("space", "env"))
 
 
 # Names and messages --------------------------------------------------------------------------------------------------
