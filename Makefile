@@ -48,7 +48,7 @@ cards: setup
 # Files that take at most 8 s of CPU time each
 QUICK := \
 	test_errors test_files test_import_order test_options test_token_names \
-	$(addprefix analysis/test_,effects maps token_statistics) \
+	$(addprefix analysis/test_,maps token_statistics) \
 	$(addprefix commands/test_,parsing) \
 	$(addprefix conversion/test_,parity_report processors) \
 	$(addprefix core/test_,adaptation configuration outputs positions released_checkpoints structure tokens) \

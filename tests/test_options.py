@@ -245,9 +245,9 @@ DEFAULTS = """
     mask_ratio=0.6 mask_block=1
 
     model=m dataset=digits held_out_fraction=0.2 shuffle_buffer=1000 max_unreadable_images=100 num_workers=2
-    batch_size=64 frozen_layers=last frozen_repeats=10
+    batch_size=64 frozen_layers=last frozen_repeats=10 backend=torch
 
-    model=m dataset=digits batch_size=32 shard_size=10000 threshold=0.5 feature_dtype=float32
+    model=m dataset=digits batch_size=32 shard_size=10000 threshold=0.5 feature_dtype=float32 backend=torch
 
     model=m dataset=digits batch_size=32 output=report.html num_images=8 max_images=256
 """
