@@ -52,19 +52,20 @@ def load_held_out_digits() -> tuple[list[Image.Image], list[str]]:
     """Return images and labels of the held-out split of the digits recipe."""
     digits = load_digits()
     pixel_values = (digits.images * (255 / 16)).round().astype(np.uint8)  # [1797, 8, 8]
-    held_out_indices = [index for index, pixels in enumerate(pixel_values) if is_held_out(pixels.tobytes())]
+    hashes = [hash_image(pixels.tobytes()) for pixels in pixel_values]
+    held_out_indices = []
+    for digit in range(10):  # the fifth of each class with the smallest hashes
+        indices = sorted(np.flatnonzero(digits.target == digit).tolist(), key=hashes.__getitem__)
+        held_out_indices += indices[: round(0.2 * len(indices))]
+    held_out_indices.sort()
     images = [Image.fromarray(pixel_values[index]) for index in held_out_indices]
     return images, [str(digits.target[index]) for index in held_out_indices]
 
 
-def is_held_out(image_bytes: bytes, fraction: float = 0.2, seed: int = 0) -> bool:
-    """Return whether an image is held out.
-
-    An image is held out if a hash of its bytes and the seed, scaled to [0, 1), is below `fraction`.
-    """
+def hash_image(image_bytes: bytes, seed: int = 0) -> int:
+    """Return the hash of an image's bytes and the seed, by which fine-tuning orders the images of a class."""
     image_hash = int.from_bytes(hashlib.blake2b(image_bytes, digest_size=8).digest(), "big") >> 1
-    split_hash = hashlib.blake2b(f"{seed} {image_hash}".encode(), digest_size=8).digest()
-    return int.from_bytes(split_hash, "big") / 2**64 < fraction
+    return int.from_bytes(hashlib.blake2b(f"{seed} {image_hash}".encode(), digest_size=8).digest(), "big")
 
 
 if __name__ == "__main__":
