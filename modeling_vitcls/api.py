@@ -40,10 +40,8 @@ def finetune(model: str | Path, dataset: Any, output_dir: str | Path, **flags: A
         RunStopped: if the run is interrupted or fails.
         PushError: if `push_to_hub` is set and the push fails. The folder is complete.
     """
-    from .training.finetune import FinetuneTask
-
     options = build_options(FinetuneOptions, model=model, dataset=dataset, output_dir=output_dir, **flags)
-    return run_training(FinetuneTask, options)
+    return run_training(options)
 
 
 def pretrain(model: str | Path, dataset: Any, output_dir: str | Path, **flags: Any) -> dict[str, Any]:
@@ -51,33 +49,33 @@ def pretrain(model: str | Path, dataset: Any, output_dir: str | Path, **flags: A
 
     The arguments, return value and errors are the same as for `finetune`. The labels of the dataset are ignored.
     """
-    from .training.pretrain import PretrainTask
-
     options = build_options(PretrainOptions, model=model, dataset=dataset, output_dir=output_dir, **flags)
-    return run_training(PretrainTask, options)
+    return run_training(options)
 
 
-def run_training(task_class: Any, options: Any) -> dict[str, Any]:
+def run_training(options: Any) -> dict[str, Any]:
     """Train, then write the report and the card and push the folder. Return the contents of results.json or
     folds.json, or an empty dict if `dry_run` is set."""
     from accelerate import PartialState
 
-    from .publishing.finish import finish_run, prepare_push
-    from .training.task import dry_run, run_folds, run_task
+    from .files import read_json
+    from .hub.model_files import RESULTS_FILE
+    from .publishing.finish import build_checkpoint_uploader, finish_run, prepare_push
+    from .training.run import run_folds, train
 
     repo_id = prepare_push(options)
-    if options.run.dry_run:
-        dry_run(task_class, options)
-        return {}
-    if options.data.folds is not None and options.data.fold is None:
-        results = run_folds(task_class, options)
-        folders = [options.output_dir / fold["folder"] for fold in results["folds"]]
-    else:
-        results, folders = run_task(task_class(options)), [options.output_dir]
-    if PartialState().is_main_process:
-        for folder in folders:
+
+    def train_one(options: Any) -> dict[str, Any]:
+        folder = train(options, build_checkpoint_uploader(options.run, repo_id))
+        if options.run.dry_run:
+            return {}
+        if PartialState().is_main_process:
             finish_run(folder, options.run, repo_id)
-    return results
+        return read_json(folder / RESULTS_FILE)
+
+    if options.data.folds is not None and options.data.fold is None and not options.run.dry_run:
+        return run_folds(options, train_one)
+    return train_one(options)
 
 
 def evaluate(model: str | Path, dataset: Any, **flags: Any) -> dict[str, Any]:

@@ -48,7 +48,7 @@ class Checkpoint:
 
     folder: Path
     step: int
-    metadata: dict[str, Any]  # `facts` in state.json
+    metadata: dict[str, Any]  # `metadata` in state.json
     files: dict[str, str]  # file name -> SHA-256, for all files except state.json
 
     def load_tensors(self, name: str) -> Tensors:
@@ -99,7 +99,7 @@ class CheckpointStore:
     def load_newest(self, warn: Callable[[str], None]) -> Checkpoint | None:
         """Return the newest undamaged checkpoint, or None if there are no checkpoints. Call `warn` with a message for
         each damaged checkpoint. Raise ValueError if all checkpoints are damaged."""
-        self.clean_up_interrupted_saves()
+        self.clean_up_interrupted_saves(warn)
         error_messages = []
         for step in reversed(self.list_steps()):
             try:
@@ -153,17 +153,22 @@ class CheckpointStore:
             if stored_step not in steps_to_keep:
                 remove_checkpoint(self.get_folder(stored_step))
 
-    def clean_up_interrupted_saves(self) -> None:
+    def clean_up_interrupted_saves(self, warn: Callable[[str], None] = lambda message: None) -> None:
         """Remove the partial folders of interrupted saves and removals, and restore checkpoints whose replacement was
-        interrupted."""
+        interrupted. Links, which a run does not write, are skipped with a warning."""
+        for link in filter(Path.is_symlink, self.folder.glob(".step-*")):
+            warn(f"{link} is a link, which is not part of a run and is ignored")
         for replaced_folder in self.folder.glob(f".step-*{REPLACED_SUFFIX}"):
+            if replaced_folder.is_symlink():
+                continue
             target = self.folder / replaced_folder.name.removeprefix(".").removesuffix(REPLACED_SUFFIX)
             if target.exists():
                 shutil.rmtree(replaced_folder)
             else:
                 replaced_folder.rename(target)
         for partial_folder in self.folder.glob(f".step-*{PARTIAL_SUFFIX}"):
-            shutil.rmtree(partial_folder)
+            if not partial_folder.is_symlink():
+                shutil.rmtree(partial_folder)
 
     def describe_write_error(self, step: int, tensor_groups: dict[str, Tensors], error: Exception) -> str:
         """Return the error message for a checkpoint that cannot be written, with the required and the free space."""
@@ -189,7 +194,7 @@ def write_checkpoint(
     for name, tensors in tensor_groups.items():
         save_file(clone_shared_tensors(tensors), folder / f"{name}.safetensors")
     files = {path.name: compute_file_digest(path) for path in sorted(folder.iterdir())}
-    state = {"format": 1, "step": step, "is_best": is_best, "facts": metadata, "files": files}
+    state = {"format": 1, "step": step, "is_best": is_best, "metadata": metadata, "files": files}
     (folder / STATE_FILE).write_text(format_state(state), encoding="utf-8")
     for path in (*folder.iterdir(), folder):
         sync_to_disk(path)
@@ -204,7 +209,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             raise DamagedCheckpointError(f"the checkpoint {folder} is damaged: {name} is missing")
         if compute_file_digest(file) != expected_digest:
             raise DamagedCheckpointError(f"the checkpoint {folder} is damaged: the checksum of {name} does not match")
-    return Checkpoint(folder, state["step"], state["facts"], state["files"])
+    return Checkpoint(folder, state["step"], state["metadata"], state["files"])
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -217,17 +222,21 @@ def read_state(folder: Path) -> dict[str, Any]:
         has_valid_checksum = compute_json_digest(state) == expected_digest
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):  # not a JSON object with a checksum
         raise DamagedCheckpointError(f"the checkpoint {folder} is damaged: {STATE_FILE} is unreadable") from None
-    if not has_valid_checksum or not is_valid_state(state):
+    if not has_valid_checksum or not is_valid_state(state, folder):
         raise DamagedCheckpointError(f"the checkpoint {folder} is damaged: {STATE_FILE} is not valid")
     return state
 
 
-def is_valid_state(state: dict[str, Any]) -> bool:
-    """Return whether a JSON object has the fields of state.json and lists no files outside the folder."""
-    files, metadata = state.get("files"), state.get("facts")
+def is_valid_state(state: dict[str, Any], folder: Path) -> bool:
+    """Return whether a JSON object has the fields of state.json, belongs to the step in the name of the folder, and
+    lists no files outside the folder."""
+    match = STEP_FOLDER_PATTERN.fullmatch(folder.name)
+    files, metadata = state.get("files"), state.get("metadata")
     return (
         type(state.get("step")) is int
+        and (match is None or state["step"] == int(match[1]))
         and isinstance(metadata, dict)
+        and state["step"] in range(metadata.get("num_steps", state["step"]) + 1)
         and isinstance(metadata.get("flags", {}), dict)
         and isinstance(files, dict)
         and all(Path(name).name == name and isinstance(sha256, str) for name, sha256 in files.items())

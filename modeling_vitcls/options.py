@@ -231,9 +231,9 @@ class TrainingOptions:
     weights. 0.999 is suitable for runs of a few thousand steps. Default: no moving average."""
     trainable: str = "full"
     """Weights to train: `full` (all), `head` (linear probing), `last-N` (last N layers and head), or `lora`."""
-    feature_views: int = 0
-    """With `--trainable head`: number of augmented views of each image. The features of each view are computed once
-    and reused in all epochs. 0: images are not augmented."""
+    probe: bool = True
+    """Start the classifier of a pre-trained model from logistic regression on the features of the frozen model, and
+    print the accuracy of the frozen model. `--trainable head` then stops. --no-probe: start from random values."""
     lora_rank: int = 8
     """Rank of the LoRA matrices for the query and value projections (Hu et al. 2021)."""
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
@@ -250,22 +250,23 @@ class TrainingOptions:
     """Number of steps between measurements of each layer's CLS attention entropy for metrics.jsonl. 0: off."""
     evaluate_every: int = 1
     """Number of epochs between evaluations on held-out images. The model is always evaluated after the last step."""
-    select: Literal["last", "best"] = "last"
-    """Checkpoint to save and report: the last checkpoint, or the checkpoint with the best metric. The best checkpoint
-    is selected on the validation split if there is also a test split, otherwise on additional held-out training
-    images. The reported metrics do not use these images."""
+    select: Literal["last", "best"] | None = None
+    """Checkpoint to save and report: the last checkpoint, or the checkpoint with the best metric, which may be the
+    frozen model of the probe. The best checkpoint is selected on the validation split if there is also a test split,
+    otherwise on additional held-out training images. The reported metrics do not use these images. Default: best for
+    pre-trained weights if the dataset has enough images, otherwise last."""
     patience: int | None = None
     """With --select best: stop after this number of evaluations without improvement. Default: no early stopping."""
 
     def __post_init__(self) -> None:
         check_minimum(self, 1, "max_steps", "batch_size", "gradient_accumulation_steps", "log_every", "evaluate_every")
         check_minimum(self, 1, "lora_rank", "patience")
-        check_minimum(self, 0, "weight_decay", "seed", "log_attention_every", "feature_views")
+        check_minimum(self, 0, "weight_decay", "seed", "log_attention_every")
         for name in ("epochs", "learning_rate", "max_gradient_norm"):
             check_value(self, name, getattr(self, name) is None or getattr(self, name) > 0, "above 0")
         for name in ("warmup", "label_smoothing"):
             check_value(self, name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
-        if self.patience is not None and self.select != "best":
+        if self.patience is not None and self.select == "last":
             raise ValueError("--patience requires --select best, but --select is last. Set --select best")
         check_value(
             self, "layer_decay", self.layer_decay is None or 0 < self.layer_decay <= 1, "above 0 and at most 1"
@@ -331,15 +332,10 @@ class RunOptions:
     hub_verify: bool = True
     """Load the model from the pushed commit in a new process, and compare its outputs with the outputs of the saved
     model."""
-    hub_checkpoint_every: int | None = None
-    """Number of steps between background pushes of the model to --hub-checkpoint-branch. Default: off. Requires
-    --push-to-hub."""
-    hub_checkpoint_branch: str = "checkpoints"
-    """Branch for the pushes of --hub-checkpoint-every, created if it does not exist."""
-    hub_push_optimizer: bool = False
-    """Also push the newest checkpoint, with the optimizer state, to main and to --hub-checkpoint-branch. To resume on
-    another machine, run `hf download ID --revision BRANCH --local-dir FOLDER`, then repeat the command with
-    --output-dir FOLDER --resume. Requires --push-to-hub."""
+    hub_checkpoint_branch: str | None = None
+    """Push each saved checkpoint to this branch in the background. To resume on another machine, run
+    `hf download ID --revision BRANCH --local-dir FOLDER`, then repeat the command with --output-dir FOLDER --resume.
+    Default: checkpoints are not pushed. Requires --push-to-hub."""
     license: str | None = None
     """License of the trained weights for the model card: a Hub identifier such as apache-2.0. If the initial weights
     have a license, the card contains the license of the initial weights instead. Default: no license in the card."""
@@ -353,15 +349,14 @@ class RunOptions:
     """Name of the task in the eval.yaml file of the benchmark."""
 
     def __post_init__(self) -> None:
-        check_minimum(self, 1, "save_every", "keep_checkpoints", "hub_checkpoint_every")
+        check_minimum(self, 1, "save_every", "keep_checkpoints")
         is_valid_branch = self.hub_checkpoint_branch not in ("", "main")
         check_value(self, "hub_checkpoint_branch", is_valid_branch, "a branch other than main")
         is_valid_license = self.license is None or bool(re.fullmatch(r"[a-z0-9][a-z0-9.-]*", self.license))
         requirement = "a Hub license identifier, such as apache-2.0 or cc-by-4.0"
         check_value(self, "license", is_valid_license, requirement)
-        for name in ("hub_checkpoint_every", "hub_push_optimizer"):
-            if getattr(self, name) and not self.push_to_hub:
-                raise ValueError(f"--{name.replace('_', '-')} requires --push-to-hub. Set --push-to-hub.")
+        if self.hub_checkpoint_branch and not self.push_to_hub:
+            raise ValueError("--hub-checkpoint-branch requires --push-to-hub. Set --push-to-hub.")
         if (self.eval_benchmark is None) != (self.eval_task_id is None):
             raise ValueError("--eval-benchmark and --eval-task-id require each other. Set both flags, or neither.")
         is_dataset_id = self.eval_benchmark is None or bool(re.fullmatch(r"[\w.-]+/[\w.-]+", self.eval_benchmark))

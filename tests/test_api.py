@@ -19,10 +19,10 @@ import modeling_vitcls
 from modeling_vitcls import evaluate, finetune, inspect_tokens, predict, pretrain
 from modeling_vitcls.analysis import inspect_tokens as inspect_tokens_module
 from modeling_vitcls.api import build_options
+from modeling_vitcls.files import write_json
 from modeling_vitcls.options import EvaluateOptions, FinetuneOptions, InspectOptions, PredictOptions, PretrainOptions
-from modeling_vitcls.training import task
-from modeling_vitcls.training.finetune import FinetuneTask
-from modeling_vitcls.training.pretrain import PretrainTask
+from modeling_vitcls.publishing import finish
+from modeling_vitcls.training import run
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -157,42 +157,34 @@ def test_options_of_evaluation_and_prediction() -> None:
     assert build_options(EvaluateOptions, model="m", dataset="d", label_column="age").data.label_column == ("age",)
 
 
+@pytest.mark.parametrize("function", [finetune, pretrain])
 @pytest.mark.parametrize(
-    ("function", "flags", "expected"),
+    ("flags", "names"),
     [
-        (finetune, {}, "run_task"),
-        (finetune, {"folds": 3}, "run_folds"),
-        (finetune, {"folds": 3, "fold": 1}, "run_task"),
-        (finetune, {"dry_run": True, "folds": 3}, "dry_run"),
-        (pretrain, {}, "run_task"),
-        (pretrain, {"dry_run": True}, "dry_run"),
+        ({}, ["out"]),
+        ({"folds": 3}, ["fold-1", "fold-2", "fold-3"]),
+        ({"folds": 3, "fold": 1}, ["out"]),
+        ({"dry_run": True, "folds": 3}, []),
     ],
 )
 def test_flags_select_one_run_all_folds_or_a_dry_run(
-    function: Any, flags: dict[str, Any], expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    function: Any, flags: dict[str, Any], names: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing is trained: the three functions are replaced."""
-    calls: list[tuple[str, Any]] = []
-    task_class = FinetuneTask if function is finetune else PretrainTask
+    """Nothing is trained: the stages of a run are replaced."""
+    finished: list[Path] = []
 
-    def replace(name: str, result: Any) -> None:
-        def record(*arguments: Any) -> Any:
-            calls.append((name, arguments))
-            return result
+    def train(options: Any, on_checkpoint: Any) -> Path:
+        assert isinstance(options, FinetuneOptions if function is finetune else PretrainOptions)
+        options.output_dir.mkdir(parents=True)
+        write_json(options.output_dir / "results.json", {"accuracy": 1.0, "selection_metric": "accuracy"})
+        return options.output_dir
 
-        monkeypatch.setattr(task, name, record)
-
-    monkeypatch.setattr(task_class, "__init__", lambda self, options: setattr(self, "options", options))
-    replace("run_task", {"loss": 1.0})
-    replace("run_folds", {"mean": 1.0})
-    replace("dry_run", None)
+    monkeypatch.setattr(run, "train", train)
+    monkeypatch.setattr(finish, "finish_run", lambda folder, *others: finished.append(folder))
     results = function("vitcls-tiny", "digits", tmp_path / "out", **flags)
-    assert results == {"run_task": {"loss": 1.0}, "run_folds": {"mean": 1.0}, "dry_run": {}}[expected]
-    ((name, arguments),) = calls
-    options = arguments[0].options if name == "run_task" else arguments[1]
-    assert name == expected and (isinstance(arguments[0], task_class) or arguments[0] is task_class)
-    assert isinstance(options, FinetuneOptions if function is finetune else PretrainOptions)
-    assert options.data.dataset == "digits" and options.run.dry_run == ("dry_run" in flags)
+    assert [folder.name for folder in finished] == names
+    assert len(results.get("folds", [])) == (3 if len(names) == 3 else 0)
+    assert bool(results) == ("dry_run" not in flags)
 
 
 @pytest.mark.parametrize("images", ["photos", Path("photos"), ["photos"], (Path("photos"),)], ids=repr)

@@ -214,7 +214,7 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "missing tensors": ("optimizer.safetensors", Path.unlink, "optimizer.safetensors is missing"),
     "truncated facts": ("state.json", truncate, "state.json is unreadable"),
     "edited facts": ("state.json", edit, "state.json is not valid"),
-    "no facts": ("state.json", Path.unlink, "state.json is missing"),
+    "no metadata": ("state.json", Path.unlink, "state.json is missing"),
     "a list in place of facts": (
         "state.json",
         lambda file: file.write_text("[]") and None,
@@ -292,9 +292,9 @@ OTHER_STATES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "a step in text": lambda state: state | {"step": "20"},
     "a step that is true": lambda state: state | {"step": True},
     "a step that is not a number": lambda state: state | {"step": None},
-    "no facts": lambda state: state | {"facts": None},
-    "facts in a list": lambda state: state | {"facts": [1, 2]},
-    "flags in a list": lambda state: state | {"facts": {"flags": [1]}},
+    "no metadata": lambda state: state | {"metadata": None},
+    "metadata in a list": lambda state: state | {"metadata": [1, 2]},
+    "flags in a list": lambda state: state | {"metadata": {"flags": [1]}},
 }
 
 

@@ -64,7 +64,6 @@ LIMITS: list[tuple[type, str, list[Any], list[Any], str]] = [
     (TrainingOptions, "label_smoothing", [0, 0.9], [-0.1, 1], "at least 0 and below 1"),
     (TrainingOptions, "max_gradient_norm", [0.1], [0], "above 0"),
     (TrainingOptions, "ema_decay", [None, 0.1, 0.9], [0, 1], "between 0 and 1"),
-    (TrainingOptions, "feature_views", [0], [-1], "0 or more"),
     (TrainingOptions, "lora_rank", [1], [0], "1 or more"),
     (TrainingOptions, "seed", [0], [-1], "0 or more"),
     (TrainingOptions, "log_every", [1], [0], "1 or more"),
@@ -85,8 +84,7 @@ LIMITS: list[tuple[type, str, list[Any], list[Any], str]] = [
     (MaskingOptions, "mask_block", [1], [0], "1 or more"),
     (RunOptions, "save_every", [None, 1], [0], "1 or more"),
     (RunOptions, "keep_checkpoints", [1], [0], "1 or more"),
-    (RunOptions, "hub_checkpoint_every", [None], [0], "1 or more"),
-    (RunOptions, "hub_checkpoint_branch", ["mains"], ["", "main"], "a branch other than main"),
+    (RunOptions, "hub_checkpoint_branch", [None], ["", "main"], "a branch other than main"),
     (RunOptions, "license", [None, "cc-by-4.0"], ["CC BY", "", "-mit", "MIT"], "a Hub license identifier"),
     (EvaluateOptions, "batch_size", [1], [0], "1 or more"),
     (EvaluateOptions, "frozen_repeats", [1], [0], "1 or more"),
@@ -129,15 +127,9 @@ COMBINATIONS: list[tuple[type, dict[str, Any], dict[str, Any], str]] = [
     (TrainingOptions, {"patience": 1, "select": "best"}, {"select": "last"}, "--patience requires --select best"),
     (
         RunOptions,
-        {"hub_checkpoint_every": 1, "push_to_hub": True},
+        {"hub_checkpoint_branch": "dev", "push_to_hub": True},
         {"push_to_hub": False},
-        "--hub-checkpoint-every requires --push-to-hub",
-    ),
-    (
-        RunOptions,
-        {"hub_push_optimizer": True, "push_to_hub": True},
-        {"push_to_hub": False},
-        "--hub-push-optimizer requires --push-to-hub",
+        "--hub-checkpoint-branch requires --push-to-hub",
     ),
     (RunOptions, {"eval_benchmark": "a/b", "eval_task_id": "t"}, {"eval_task_id": None}, "require each other"),
     (RunOptions, {"eval_benchmark": "a/b", "eval_task_id": "t"}, {"eval_benchmark": None}, "require each other"),
@@ -238,8 +230,8 @@ DEFAULTS = """
     output_dir=out dataset=digits held_out_fraction=0.2 shuffle_buffer=1000 max_unreadable_images=100 num_workers=2
     model=m flip=True auto_augment=none rand_augment_operations=2 rand_augment_magnitude=9 repeated_augmentation=1
     gradient_accumulation_steps=1 warmup=0.1 weight_decay=0.05 label_smoothing=0.1 class_balance=none
-    max_gradient_norm=1.0 trainable=full lora_rank=8 log_every=10 log_attention_every=100 evaluate_every=1 select=last
-    fit=squash keep_checkpoints=2 report=True hub_verify=True hub_checkpoint_branch=checkpoints distillation=hard
+    max_gradient_norm=1.0 trainable=full lora_rank=8 log_every=10 log_attention_every=100 evaluate_every=1 probe=True
+    fit=squash keep_checkpoints=2 report=True hub_verify=True distillation=hard
     distillation_alpha=0.5 distillation_tau=3.0
 
     mask_ratio=0.6 mask_block=1

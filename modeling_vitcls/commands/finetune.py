@@ -4,17 +4,11 @@
     vitcls finetune --model vitcls-tiny --dataset path/to/images --output-dir runs/mine
 
 To continue an interrupted run, repeat the command with --resume. --dry-run tests all stages of a run with a few steps.
-The training is implemented in modeling_vitcls/training/task.py and finetune.py.
+The training is implemented in modeling_vitcls/training/run.py and finetune.py.
 """
 
-from typing import TYPE_CHECKING, Any
-
-from ..options import FinetuneOptions
+from ..options import FinetuneOptions, PretrainOptions
 from .parsing import exit_with_message
-
-
-if TYPE_CHECKING:
-    from ..training.task import Task
 
 
 OPTIONS_CLASS = FinetuneOptions
@@ -27,19 +21,13 @@ COMMON_FLAGS = {
 }
 
 
-def run(options: FinetuneOptions) -> None:
-    """Fine-tune the model, or test the run if --dry-run is set."""
-    from ..training.finetune import FinetuneTask
-
-    train(FinetuneTask, options)
-
-
-def train(task_class: "type[Task]", options: Any) -> None:
-    """Run a training task. If the run is interrupted or fails, exit with its exit status."""
+def run(options: FinetuneOptions | PretrainOptions) -> None:
+    """Train a model, or test the run if --dry-run is set. If the run is interrupted or fails, exit with its exit
+    status."""
     from ..api import run_training
-    from ..training.runner import RunStopped
+    from ..training.run import RunStopped
 
     try:
-        run_training(task_class, options)
+        run_training(options)
     except RunStopped as stopped:
         exit_with_message(str(stopped), stopped.exit_status, stopped.is_on_all_processes)

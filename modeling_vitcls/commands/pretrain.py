@@ -4,11 +4,11 @@
     vitcls finetune --model runs/pretrained --dataset path/to/labeled --output-dir runs/mine
 
 To continue an interrupted run, repeat the command with --resume. --dry-run tests all stages of a run with a few steps.
-The training is implemented in modeling_vitcls/training/task.py and pretrain.py.
+The training is implemented in modeling_vitcls/training/run.py and pretrain.py.
 """
 
 from ..options import PretrainOptions
-from .finetune import train
+from .finetune import run as run  # the same for both kinds of training
 
 
 OPTIONS_CLASS = PretrainOptions
@@ -18,10 +18,3 @@ COMMON_FLAGS = {
     "training": "epochs batch_size learning_rate mask_ratio mixed_precision seed",
     "run": "resume overwrite dry_run log_with push_to_hub hub_model_id",
 }
-
-
-def run(options: PretrainOptions) -> None:
-    """Pre-train the model, or test the run if --dry-run is set."""
-    from ..training.pretrain import PretrainTask
-
-    train(PretrainTask, options)

@@ -212,6 +212,8 @@ def leave_signals_to_parent(worker_index: int) -> None:
     pending. To stop the workers without a signal, close the iterator of the loader.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "SIGUSR1"):  # not available on Windows
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not available on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # inherited by the thread below
         threading.Thread(target=wait_for_parent_signal, daemon=True).start()

@@ -1,39 +1,41 @@
-"""The training loop.
+"""The training loop: how a run trains, evaluates, logs and saves checkpoints.
 
     batch -> objective -> accumulated gradients -> clipping -> AdamW -> moving average
                           at intervals: metrics record, evaluation, checkpoint
 
 `TrainingState` contains the state that changes during training. The learning rate, the order and augmentation of the
-images, and the random numbers in the model are computed from the step and are not stored. The caller provides the
-model, the loss, and callbacks for evaluation and checkpoints.
+images, and the random numbers in the model are computed from the step and are not stored.
 """
 
 import math
-import os
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from types import FrameType
-from typing import Any, Self
+from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import send_to_device
-from torch import distributed, nn
+from accelerate.utils import gather_object, send_to_device
+from torch import nn
 
-from ..data.batches import Batch
+from ..checkpoints import Checkpoint, CheckpointStore
+from ..data.batches import Batch, Normalizer
+from ..data.images import UnreadableImageCounter
 from ..data.sampling import BatchPlan, derive_seed
+from ..distributed import run_on_main
+from ..errors import mark_errors_of_all_processes
 from ..inference.metrics import select_scalars
 from ..options import TrainingOptions
 from ..system import get_peak_memory
-from .distributed_state import reshard
+from .distributed_state import gather_state, reshard, scatter_state, scatter_weights_and_ema
 from .losses import Losses, Objective
 from .model import set_train_mode
 from .optimizer import Ema, get_learning_rate
-from .token_monitor import TokenMonitor, Tokens
+from .reporter import Reporter
+from .signals import SignalHandler
+from .token_monitor import TokenMonitor, Tokens, measure_attention_entropy
 
 
 Metrics = dict[str, Any]
@@ -41,9 +43,6 @@ Metrics = dict[str, Any]
 # Maximum number of consecutive steps that the fp16 loss scaler may skip. After one more skipped step, the scale would
 # be 2^20 times smaller.
 MAX_CONSECUTIVE_OVERFLOWS = 19
-# environment variables that accelerate and torchrun set
-LAUNCHER_ENVIRONMENT_VARIABLES = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
-MAX_FORWARDING_SECONDS = 1.0  # maximum delay in seconds between a Ctrl-C and the same signal forwarded by a launcher
 
 
 @dataclass
@@ -60,6 +59,7 @@ class TrainingState:
     attention_metrics: Metrics = field(default_factory=dict)  # attention metrics since the last logged step
     # metrics of a step that has not been evaluated yet; otherwise empty
     pending_record: Metrics = field(default_factory=dict)
+    earlier_seconds: float = 0.0  # training time before --resume
 
     @property
     def shadow(self) -> list[torch.Tensor] | None:
@@ -67,20 +67,6 @@ class TrainingState:
 
     def use_averaged_weights(self) -> AbstractContextManager[None]:
         return nullcontext() if self.ema is None else self.ema.use_averaged_weights()
-
-
-@dataclass
-class LoopCallbacks:
-    """Callbacks of the training loop. All processes call each callback."""
-
-    evaluate: Callable[[], Metrics]  # evaluates the current model
-    log: Callable[[Metrics], None]  # logs the record of a step
-    warn: Callable[[str], None]  # prints a one-line warning
-    save: Callable[[bool], None]  # saves a checkpoint; the argument states whether the checkpoint is the best so far
-    on_batch: Callable[[Batch], None] = lambda batch: None  # called for each batch before the forward pass
-    measure_attention: Callable[[Batch], Metrics] = lambda batch: {}  # called every `log_attention_every` steps
-    get_stop_signal: Callable[[], str | None] = lambda: None  # returns the name of the stop signal
-    show_step: Callable[[int], None] = lambda step: None  # called after each optimizer step
 
 
 class TrainingInterrupted(Exception):
@@ -105,18 +91,34 @@ class TrainingLoop:
 
     state: TrainingState
     objective: Objective
+    evaluate_model: Callable[[nn.Module], Metrics]  # evaluates the model from `Accelerator.prepare`
     plan: BatchPlan
     options: TrainingOptions
     accelerator: Accelerator
-    callbacks: LoopCallbacks
-    monitor: TokenMonitor
-    selection_metric: str  # name of the metric that selects the best checkpoint
+    reporter: Reporter
+    store: CheckpointStore
+    selection_metric: str
+    unreadable_images: UnreadableImageCounter
     save_every: int | None = None  # number of steps between checkpoints; None to save at each evaluation
     evaluated_images: str = "held_out"  # "selection" if the best checkpoint is selected on separate images
-    step_seconds: list[float] = field(default_factory=list)  # durations of the steps since the last record, in seconds
+    normalize: Normalizer | None = None  # for the attention entropy; None if it is not measured
+    signals: SignalHandler | None = None
+    run_metadata: dict[str, Any] = field(default_factory=dict)  # constant values that checkpoints contain
+    on_checkpoint: Callable[[Path], None] | None = None  # called on the main process with each saved checkpoint
+    step_seconds: list[float] = field(default_factory=list)  # durations of all steps in this process, in seconds
+    evaluation_seconds: list[float] = field(default_factory=list)
+    num_logged_steps: int = 0  # number of the steps in `step_seconds` that the last record includes
+    unreported_indices: list[int] = field(default_factory=list)  # unreadable images that are not reported yet
     is_best: bool = False  # whether the last step was evaluated and had the best score so far
     num_overflows: int = 0  # number of consecutive steps that the loss scaler skipped
     peak_memory: int = 0  # peak memory in bytes up to the last record
+    start_time: float = field(default_factory=time.perf_counter)
+
+    def __post_init__(self) -> None:
+        self.model = self.accelerator.unwrap_model(self.state.model)
+        self.monitor = TokenMonitor(self.model)  # stores the initial tokens, so a checkpoint is loaded later
+        # With other values of --trainable, some tokens are frozen.
+        self.should_warn_about_tokens = self.options.trainable in ("full", "lora")
 
     def run(self, batches: Iterator[Batch]) -> Metrics:
         """Run the remaining steps, and return the metrics of the final evaluation. `batches` yields the batches of
@@ -128,8 +130,8 @@ class TrainingLoop:
             metrics = self.run_step(batches)
             if self.state.step == self.plan.num_steps or self.should_stop_early:
                 break
-            if name := self.callbacks.get_stop_signal():
-                self.callbacks.save(self.is_best)
+            if self.signals is not None and (name := self.signals.get_signal()):
+                self.save(self.is_best)
                 raise TrainingInterrupted(name)
         return metrics or self.evaluate()
 
@@ -151,10 +153,11 @@ class TrainingLoop:
         start_time = time.perf_counter()
         record, batch = self.run_optimizer_step(batches, should_measure_tokens=should_log)
         self.step_seconds.append(time.perf_counter() - start_time)
-        self.callbacks.show_step(state.step)
+        self.reporter.show_step(state.step)
 
-        if self.options.log_attention_every and next_step % self.options.log_attention_every == 0:
-            state.attention_metrics = self.callbacks.measure_attention(batch)
+        attention_every = self.options.log_attention_every
+        if self.normalize is not None and attention_every and next_step % attention_every == 0:
+            state.attention_metrics = measure_attention_entropy(self.model, self.normalize, batch)
             reshard(state.model)
         self.is_best = False
         if should_log:
@@ -163,27 +166,10 @@ class TrainingLoop:
         if should_evaluate:
             state.pending_record = record
         elif should_log:
-            self.callbacks.log(record)
+            self.log(record)
         if should_save:
-            self.callbacks.save(False)
+            self.save(False)
         return self.evaluate_step() if should_evaluate else {}
-
-    def evaluate_step(self) -> Metrics:
-        """Evaluate the model, log the pending record, and save a checkpoint if the score is the best so far."""
-        state = self.state
-        metrics = self.evaluate()
-        score = get_score(metrics, self.selection_metric)
-        self.is_best = score is not None and (state.best_score is None or score > state.best_score)
-        if self.is_best:
-            state.best_score, state.num_evaluations_since_best = score, 0
-        else:
-            state.num_evaluations_since_best += 1
-        scalars = {f"{self.evaluated_images}_{name}": value for name, value in select_scalars(metrics).items()}
-        self.callbacks.log(state.pending_record | scalars)
-        state.pending_record = {}
-        if self.is_best:
-            self.callbacks.save(True)
-        return metrics
 
     def run_optimizer_step(self, batches: Iterator[Batch], should_measure_tokens: bool) -> tuple[Metrics, Batch]:
         """Run one optimizer step with gradients accumulated over several batches. Return the record of the step, and
@@ -198,9 +184,10 @@ class TrainingLoop:
         tokens_and_gradients: tuple[Tokens, Tokens] | None = None  # before the update
         for batch_index in range(self.plan.accumulation_steps):
             batch = next(batches)
-            self.callbacks.on_batch(batch)
+            self.unreported_indices += batch["replaced"][batch["replaced"] >= 0].tolist()
             step_batches.append(batch)
             batch = send_to_device(batch, accelerator.device, non_blocking=True)
+            # The processes draw different random numbers, for example for dropout.
             torch.manual_seed(derive_seed(self.plan.seed, state.step, batch_index, accelerator.process_index))
             with accelerator.accumulate(state.model):
                 batch_losses = self.objective(state.model, batch)
@@ -229,8 +216,9 @@ class TrainingLoop:
         if tokens_and_gradients:
             token_metrics = self.monitor.compute_token_metrics(*tokens_and_gradients)
             record |= token_metrics
-            for token in self.monitor.find_new_tokens_without_gradient(token_metrics):
-                self.callbacks.warn(f"the token {token} received no gradient in step {state.step} and is not trained")
+            names = self.monitor.find_new_tokens_without_gradient(token_metrics)
+            for token in names if self.should_warn_about_tokens else ():
+                self.reporter.warn(f"the token {token} received no gradient in step {state.step} and is not trained")
         return record, batch
 
     def check_finite(self, losses: list[Losses], batches: list[Batch], gradient_norm: float) -> None:
@@ -248,14 +236,45 @@ class TrainingLoop:
             self.state.optimizer.zero_grad()
             raise NonFiniteLoss(self.state.step, batches)
 
+    # Evaluation and records ------------------------------------------------------------------------------------------
+
     def evaluate(self) -> Metrics:
-        """Return the metrics on held-out images. If EMA is used, the averaged weights are evaluated."""
+        """Return the metrics of an evaluation. If EMA is used, the averaged weights are evaluated."""
+        start_time = time.perf_counter()
         self.state.model.eval()
         with self.state.use_averaged_weights():
-            metrics = self.callbacks.evaluate()
+            metrics = self.evaluate_model(self.state.model)
         reshard(self.state.model)
         set_train_mode(self.state.model)
+        self.evaluation_seconds.append(time.perf_counter() - start_time)
         return metrics
+
+    def evaluate_step(self) -> Metrics:
+        """Evaluate the model, log the pending record, and save a checkpoint if the score is the best so far."""
+        state = self.state
+        metrics = self.evaluate()
+        score = get_score(metrics, self.selection_metric)
+        self.is_best = score is not None and (state.best_score is None or score > state.best_score)
+        if self.is_best:
+            state.best_score, state.num_evaluations_since_best = score, 0
+        else:
+            state.num_evaluations_since_best += 1
+        scalars = {f"{self.evaluated_images}_{name}": value for name, value in select_scalars(metrics).items()}
+        if state.pending_record:  # empty before the first step
+            self.log(state.pending_record | scalars)
+        state.pending_record = {}
+        if self.is_best:
+            self.save(True)
+        return metrics
+
+    def log(self, record: Metrics) -> None:
+        self.report_unreadable_images()
+        self.reporter.log(record)
+
+    def report_unreadable_images(self) -> None:
+        with mark_errors_of_all_processes():
+            self.unreadable_images.add(gather_object(self.unreported_indices))
+        self.unreported_indices.clear()
 
     def compute_recent_metrics(self) -> Metrics:
         """Return the losses (means over all processes and the steps since the last record), the speed of these steps
@@ -264,17 +283,67 @@ class TrainingLoop:
         local_means = [
             math.fsum(losses[name] for losses in recent_losses) / len(recent_losses) for name in recent_losses[0]
         ]
-        num_images, seconds = len(self.step_seconds) * self.plan.images_per_step, math.fsum(self.step_seconds)
+        seconds = self.step_seconds[self.num_logged_steps :]
+        self.num_logged_steps = len(self.step_seconds)
         self.peak_memory = max(self.peak_memory, get_peak_memory(self.accelerator.device))
         means = self.accelerator.reduce(torch.tensor(local_means, device=self.accelerator.device), "mean").tolist()
         mean_losses = {name: round(mean, 6) for name, mean in zip(recent_losses[0], means, strict=True)}
         recent_losses.clear()
-        self.step_seconds.clear()
         return {
             **mean_losses,
-            "images_per_second": round(num_images / seconds, 1),
+            "images_per_second": round(len(seconds) * self.plan.images_per_step / math.fsum(seconds), 1),
             "peak_memory_mb": round(self.peak_memory / 2**20, 1),
         }
+
+    # Checkpoints -----------------------------------------------------------------------------------------------------
+
+    def get_training_seconds(self) -> float:
+        """Return the training time so far in seconds, including the time before --resume."""
+        return self.state.earlier_seconds + time.perf_counter() - self.start_time
+
+    def save(self, is_best: bool) -> None:
+        """Save a checkpoint with everything that `restore` requires. All processes must call this method."""
+        self.report_unreadable_images()
+        state = self.state
+        metadata = self.run_metadata | {
+            "step": state.step,
+            "best_score": state.best_score,
+            "num_evaluations_since_best": state.num_evaluations_since_best,
+            "training_seconds": self.get_training_seconds(),
+            "recent_losses": gather_object([state.recent_losses]),
+            "attention_metrics": state.attention_metrics,
+            "pending_record": state.pending_record,
+            "unreadable_images": sorted(self.unreadable_images.indices),
+        }
+        tensors, non_tensor_state = gather_state(self.accelerator, state.model, state.optimizer, state.shadow)
+
+        def write() -> None:
+            self.store.save(state.step, tensors, metadata | non_tensor_state, is_best)
+            if self.on_checkpoint is not None:
+                self.on_checkpoint(self.store.get_folder(state.step))
+
+        run_on_main(self.accelerator, write)
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Load a checkpoint into the state. Raise ValueError if the checkpoint belongs to another model."""
+        state, metadata = self.state, checkpoint.metadata
+        scatter_state(checkpoint, self.accelerator, state.model, state.optimizer, state.shadow)
+        state.step = checkpoint.step
+        state.best_score = metadata["best_score"]
+        state.num_evaluations_since_best = metadata["num_evaluations_since_best"]
+        losses_by_process = metadata["recent_losses"]
+        state.recent_losses = losses_by_process[self.accelerator.process_index % len(losses_by_process)]
+        state.attention_metrics = metadata["attention_metrics"]
+        state.pending_record = metadata["pending_record"]
+        self.unreadable_images.indices.update(metadata["unreadable_images"])
+        state.earlier_seconds = metadata["training_seconds"]
+
+    def load_best_weights(self) -> int:
+        """Load the weights of the checkpoint with the best evaluation, and return its step. Raise ValueError if the
+        checkpoint is damaged or missing."""
+        checkpoint: Checkpoint = run_on_main(self.accelerator, self.store.load_best)
+        scatter_weights_and_ema(checkpoint, self.accelerator, self.state.model, self.state.shadow)
+        return checkpoint.step
 
 
 def is_end_of_epochs(step: int, num_epochs: int, plan: BatchPlan) -> bool:
@@ -286,74 +355,3 @@ def get_score(metrics: Metrics, selection_metric: str) -> float | None:
     """Return the selection metric, negated if the metric is a loss, or None if the metric is missing."""
     value = metrics.get(selection_metric)
     return -value if value is not None and selection_metric.endswith("loss") else value
-
-
-# Signals ------------------------------------------------------------------------------------------------------------
-
-
-class SignalHandler:
-    """Context manager that stores the first Ctrl-C or SIGTERM. A second Ctrl-C raises KeyboardInterrupt.
-
-    Clusters send SIGTERM some time before the machine is stopped. The launcher determines which processes receive a
-    signal:
-
-        python                    the process itself
-        accelerate, 1 process     Ctrl-C: the launcher and the process; the shell prompt appears before the checkpoint
-                                  is saved. SIGTERM: often only the launcher, which ends; `get_signal` detects that
-                                  the parent process has changed
-        accelerate, N processes   torchrun's agent forwards both signals to all processes, including DataLoader
-                                  workers, and kills the processes after 30 s
-
-    The launcher's exit status may differ from `exit_status`: torchrun's agent exits with 1 after any signal. Signal
-    handlers are installed only in the main thread, because Python does not allow other threads to install handlers.
-    Signals that are already ignored, for example Ctrl-C in background jobs of a shell, remain ignored.
-    """
-
-    def __init__(self, accelerator: Accelerator) -> None:
-        self.received_signal: signal.Signals | None = None
-        self.signal_time = 0.0
-        self.old_handlers: dict[signal.Signals, Any] = {}
-        self.parent_pid = os.getppid() if any(name in os.environ for name in LAUNCHER_ENVIRONMENT_VARIABLES) else None
-        # A process group for CPU tensors avoids synchronization with the device.
-        self.process_group: Any = distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
-        self.synchronized_signal: signal.Signals | None = None
-
-    def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():
-            for signum in (signal.SIGINT, signal.SIGTERM):
-                old_handler = signal.getsignal(signum)
-                if old_handler not in (signal.SIG_IGN, None):  # None: the handler was not installed from Python
-                    self.old_handlers[signum] = old_handler
-                    signal.signal(signum, self.handle_signal)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for signum, handler in self.old_handlers.items():
-            signal.signal(signum, handler)
-        self.old_handlers.clear()
-
-    def handle_signal(self, signum: int, frame: FrameType | None) -> None:
-        """Store the first signal. Raise KeyboardInterrupt on a later Ctrl-C, but not if a launcher only forwards the
-        first Ctrl-C."""
-        if self.received_signal is None:
-            self.received_signal, self.signal_time = signal.Signals(signum), time.monotonic()
-        elif signum == signal.SIGINT and time.monotonic() - self.signal_time > MAX_FORWARDING_SECONDS:
-            raise KeyboardInterrupt
-
-    def get_signal(self) -> str | None:
-        """Return the name of the received stop signal, or None if no signal was received. The result is the same on
-        all processes. This method must be called on all processes."""
-        if self.received_signal is None and self.parent_pid not in (None, os.getppid()):
-            self.received_signal = signal.SIGTERM
-        signum = int(self.received_signal or 0)
-        if self.process_group is not None:
-            max_signum = torch.tensor(signum)
-            distributed.all_reduce(max_signum, op=distributed.ReduceOp.MAX, group=self.process_group)
-            signum = int(max_signum)
-        self.synchronized_signal = signal.Signals(signum) if signum else None
-        return self.synchronized_signal.name if self.synchronized_signal else None
-
-    @property
-    def exit_status(self) -> int:
-        """Return the exit status: 130 after Ctrl-C, 143 after SIGTERM, 0 if no signal was received."""
-        return 128 + self.synchronized_signal if self.synchronized_signal else 0

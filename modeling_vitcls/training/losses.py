@@ -51,11 +51,6 @@ class PixelTransform:
         return batch | {"inputs": inputs}
 
 
-def add_feature_inputs(batch: Batch) -> Batch:
-    """Return the batch with the cached features as `inputs`, for linear probing."""
-    return batch | {"inputs": {"features": batch["features"]}}
-
-
 # Losses of a head, by kind of labels ---------------------------------------------------------------------------------
 
 

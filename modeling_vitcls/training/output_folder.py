@@ -16,10 +16,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
+import yaml
 from filelock import FileLock, Timeout
+from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedModel
 
-from ..checkpoints import CheckpointStore
+from ..checkpoints import Checkpoint, CheckpointStore, Tensors
+from ..conversion.any_checkpoint import has_random_weights, resolve_checkpoint
 from ..data.image_folder import format_name_list
+from ..files import sync_to_disk, write_json
 from ..hub.local_paths import is_local, split_prefix
 from ..hub.model_files import (
     ADAPTER_PATTERNS,
@@ -35,9 +40,16 @@ from ..hub.model_files import (
     RECIPE_FILE,
     REPORT_FILE,
     RESULTS_FILE,
+    hash_weights,
     is_match,
 )
+from ..hub.provenance import find_provenance
+from ..image_processing_vitcls import ViTCLSImageProcessor
+from ..inference.load_model import is_preset
+from ..inference.speed import measure_inference_speed
 from ..options import FinetuneOptions, PretrainOptions
+from .adapter import write_adapter
+from .model import merge_lora
 
 
 ADAPTER_FOLDER = "adapter"  # folder with only the LoRA adapter
@@ -53,6 +65,7 @@ NON_FINITE_FILE = "non_finite.json"  # list of the training images in the step w
 NON_FINITE_FOLDER = "non_finite"  # folder with a checkpoint of the state before the step with a non-finite loss
 CHECKPOINTS_FOLDER = "checkpoints"
 
+PARTIAL_FOLDER = ".model.partial"  # files of the model until all of them are written
 LOCK_FILE = ".vitcls.lock"
 # Waiting time in seconds. Data loading processes of a killed run hold its lock until they notice that it has ended.
 LOCK_TIMEOUT = 10.0
@@ -114,9 +127,18 @@ def remove_run_files(folder: Path, store: CheckpointStore) -> None:
     for name in (IMAGES_FOLDER, ".eval_results", ADAPTER_FOLDER):
         with suppress(OSError):  # the folder does not exist or is not empty
             (folder / name).rmdir()
-    shutil.rmtree(folder / NON_FINITE_FOLDER, ignore_errors=True)
+    for name in (NON_FINITE_FOLDER, PARTIAL_FOLDER):
+        shutil.rmtree(folder / name, ignore_errors=True)
     store.clear()
     (folder / RECIPE_FILE).unlink(missing_ok=True)  # removed last, because this file marks an output folder
+
+
+def prepare(folder: Path, store: CheckpointStore, flags: dict[str, Any], checkpoint: Checkpoint | None) -> None:
+    """Remove the files of an earlier run unless that run is resumed, then write config.resolved.yaml."""
+    if checkpoint is None:
+        remove_run_files(folder, store)
+    flags = {name: value for name, value in flags.items() if name not in ("resume", "overwrite", "dry_run")}
+    (folder / RECIPE_FILE).write_text(yaml.safe_dump(flags, sort_keys=False), encoding="utf-8")
 
 
 def list_final_files(folder: Path) -> list[str]:
@@ -129,6 +151,65 @@ def list_final_files(folder: Path) -> list[str]:
         for name in sorted(names)
     }
     return sorted((name for name in ranks if ranks[name]), key=ranks.__getitem__)
+
+
+# Model ---------------------------------------------------------------------------------------------------------------
+
+
+def write_model_folder(
+    model: PreTrainedModel,
+    processor: ViTCLSImageProcessor,
+    folder: Path,
+    weights: Tensors,
+    results: dict[str, Any],
+    options: FinetuneOptions | PretrainOptions,
+) -> None:
+    """Write weights, configuration, code, image processor, LoRA adapter and results. LoRA weights are merged. Only the
+    main process may call this function. `weights` are full tensors, because the model may be sharded.
+
+    All files are written to a hidden folder first, and then moved: config.json first, because it marks the folder as
+    the folder of a model, and results.json last, because it marks the run as finished. A killed run is therefore
+    continued by --resume.
+    """
+    partial_folder = folder / PARTIAL_FOLDER
+    shutil.rmtree(partial_folder, ignore_errors=True)
+    # FSDP2 replaces the model's class with a subclass. With the subclass, transformers would save PyTorch's source
+    # files as the model's code.
+    wrapped_class = type(model)
+    unsharded_class: Any = next(base for base in wrapped_class.__mro__ if not issubclass(base, FSDPModule))
+    model.__class__ = unsharded_class
+    try:
+        model.save_pretrained(partial_folder, state_dict=merge_lora(weights))
+    finally:
+        model.__class__ = wrapped_class
+    processor.save_pretrained(partial_folder)
+    results = results | {"weights_sha256": hash_weights(partial_folder), "provenance": None}  # None: random weights
+    if not is_preset(options.model.model) and not has_random_weights(resolve_checkpoint(options.model.model)):
+        provenance = find_provenance(options.model.model)
+        provenance.copy_license(partial_folder)
+        results["provenance"] = provenance.to_dict()
+    if isinstance(options, FinetuneOptions) and options.distillation.teacher is not None:
+        results["teacher_provenance"] = find_provenance(options.distillation.teacher).to_dict()
+    # The training model may be sharded.
+    saved_model = unsharded_class.from_pretrained(partial_folder).to(model.device).eval()
+    results["inference"] = measure_inference_speed(saved_model, model.device)
+    if any(".lora_" in name for name in weights):
+        adapter_folder = partial_folder / ADAPTER_FOLDER
+        write_adapter(adapter_folder, weights, options.training.lora_rank, options.model.model)
+        model.config.save_pretrained(adapter_folder)
+        write_json(adapter_folder / RESULTS_FILE, results)
+    write_json(partial_folder / RESULTS_FILE, results)
+    files = [path for path in partial_folder.rglob("*") if path.is_file()]
+    for path in (*files, partial_folder):
+        sync_to_disk(path)
+    order = {CONFIG_FILE: 0, RESULTS_FILE: 2}
+    names = {path: path.relative_to(partial_folder).as_posix() for path in files}
+    for path in sorted(files, key=lambda path: (order.get(names[path], 1), path)):
+        target = folder / names[path]
+        target.parent.mkdir(exist_ok=True)
+        path.replace(target)
+    sync_to_disk(folder)
+    shutil.rmtree(partial_folder)
 
 
 # Lock ---------------------------------------------------------------------------------------------------------------

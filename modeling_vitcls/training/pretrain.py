@@ -1,4 +1,4 @@
-"""Pre-training by masked image modeling, on images without labels. task.py implements the complete run.
+"""Pre-training by masked image modeling, on images without labels. run.py implements the complete run.
 
     images with masked patches -> encoder and decoder -> reconstruction of the masked patches
 
@@ -7,8 +7,6 @@ the decoder, and can be loaded with AutoModel, AutoModelForMaskedImageModeling, 
 No loss is computed on the CLS token, which is trained only through the patches that attend to the CLS token.
 """
 
-from typing import Any
-
 import torch
 
 from ..configuration_vitcls import ViTCLSConfig
@@ -16,84 +14,66 @@ from ..conversion.any_checkpoint import resolve_checkpoint
 from ..data.augmentation import MaskGenerator
 from ..data.batches import Normalizer
 from ..data.fit import set_fit
-from ..data.images import LabeledImages
 from ..data.splits import TrainingData, load_training_data
 from ..image_processing_vitcls import ViTCLSImageProcessor
-from ..inference.evaluator import Evaluator, ReconstructionEvaluator
+from ..inference.evaluator import ReconstructionEvaluator
 from ..inference.load_model import is_preset, load_processor
 from ..modeling_vitcls import ViTCLSForMaskedImageModeling
 from ..options import ModelOptions, PretrainOptions
-from .loop import Metrics
-from .losses import MaskedImageModelingObjective, Objective
-from .task import NO_EVALUATION_TEXT, Task, format_metrics
+from .losses import MaskedImageModelingObjective
+from .reporter import Reporter
+from .task import Task, get_evaluator_arguments
 
 
-class PretrainTask(Task):
-    """Pre-training of an encoder by masked image modeling."""
-
-    options: PretrainOptions
-    mask_generator: MaskGenerator  # set by `load_model`
-    selection_metric = "reconstruction_loss"
-
-    @staticmethod
-    def check_options(options: PretrainOptions) -> PretrainOptions:
-        """Return the options. Raise ValueError if a flag requires labels or a trained model, or drops patches."""
-        flags = {
-            "--mixup": bool(options.augmentation.mixup),
-            "--cutmix": bool(options.augmentation.cutmix),
-            "--class-balance": options.training.class_balance != "none",
-            "--trainable": options.training.trainable != "full",
-            "--eval-benchmark": options.run.eval_benchmark is not None,
-        }
-        for flag, is_set in flags.items():
-            if is_set:
-                raise ValueError(
-                    f"{flag} is supported only in fine-tuning, but this is a pre-training run. Remove {flag}"
-                )
-        if options.model.patch_drop_rate:
-            raise ValueError(
-                "--patch-drop-rate drops patches, but pre-training requires all patches. Remove --patch-drop-rate"
-            )
-        return options
-
-    def load_data(self) -> TrainingData:
-        return load_training_data(self.options.data, self.options.training.select == "best", use_labels=False)
-
-    def load_model(self) -> None:
-        self.model, self.processor = build_pretraining_model(self.options.model)
-        self.mask_generator = MaskGenerator(self.options.masking, self.model.config.grid_size)
-
-    def build_objective(self, normalize: Normalizer) -> Objective:
-        return MaskedImageModelingObjective(normalize, self.mask_generator)
-
-    def build_evaluator(self, images: LabeledImages) -> Evaluator:
-        return ReconstructionEvaluator(
-            images.images,
-            self.processor,
-            self.mask_generator,
-            mask_seed=self.options.data.split_seed,
-            **self.get_evaluator_arguments(),
+def check_options(options: PretrainOptions) -> PretrainOptions:
+    """Return the options. Raise ValueError if a flag requires labels or a trained model, or drops patches."""
+    flags = {
+        "--mixup": bool(options.augmentation.mixup),
+        "--cutmix": bool(options.augmentation.cutmix),
+        "--class-balance": options.training.class_balance != "none",
+        "--trainable": options.training.trainable != "full",
+        "--eval-benchmark": options.run.eval_benchmark is not None,
+    }
+    for flag, is_set in flags.items():
+        if is_set:
+            raise ValueError(f"{flag} is supported only in fine-tuning, but this is a pre-training run. Remove {flag}")
+    if options.model.patch_drop_rate:
+        raise ValueError(
+            "--patch-drop-rate drops patches, but pre-training requires all patches. Remove --patch-drop-rate"
         )
+    return options
 
-    def describe_labels(self) -> str:
-        return "labels are not used"
 
-    def get_summary_lines(self) -> dict[str, str]:
-        generator = self.mask_generator
-        rows, columns = generator.grid_size
-        return {
-            "masks": f"{generator.num_masked} of {rows} x {columns} patches are masked, in squares of "
-            f"{generator.block_size} x {generator.block_size} patches"
-        }
+def load_data(options: PretrainOptions) -> TrainingData:
+    """Load the training images and the held-out images, without labels."""
+    should_select = options.training.select == "best" or (
+        options.training.select is None and options.training.patience is not None
+    )
+    return load_training_data(options.data, should_select, use_labels=False)
 
-    def get_task_results(self) -> dict[str, Any]:
-        return {"num_hidden_patches": self.mask_generator.num_masked}
 
-    def format_result(self, metrics: Metrics) -> str:
-        text = format_metrics(metrics, self.selection_metric)
-        if not text:
-            return NO_EVALUATION_TEXT
-        return f"{text} on the masked patches of {metrics['num_images']:,} held-out images"
+def build_task(options: PretrainOptions, data: TrainingData, reporter: Reporter) -> Task:
+    """Load the model, and build loss and evaluation."""
+    model, processor = build_pretraining_model(options.model)
+    masks = MaskGenerator(options.masking, model.config.grid_size)
+    rows, columns = masks.grid_size
+    arguments = get_evaluator_arguments(options, model, reporter)
+    arguments |= {"processor": processor, "mask_generator": masks, "mask_seed": options.data.split_seed}
+    return Task(
+        model,
+        processor,
+        MaskedImageModelingObjective(Normalizer(processor, reporter.accelerator.device), masks),
+        build_evaluator=lambda images: ReconstructionEvaluator(images.images, **arguments),
+        selection_metric="reconstruction_loss",
+        result_metrics=("reconstruction_loss",),
+        evaluated_text="the masked patches of {num_images:,} held-out images",
+        labels_text="labels are not used",
+        summary_lines={
+            "masks": f"{masks.num_masked} of {rows} x {columns} patches are masked, in squares of "
+            f"{masks.block_size} x {masks.block_size} patches"
+        },
+        results={"num_hidden_patches": masks.num_masked},
+    )
 
 
 def build_pretraining_model(options: ModelOptions) -> tuple[ViTCLSForMaskedImageModeling, ViTCLSImageProcessor]:

@@ -7,14 +7,12 @@ and writes.
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from accelerate import Accelerator
-from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from torch import nn
@@ -22,9 +20,6 @@ from torch import nn
 from ..configuration_vitcls import ViTCLSConfig
 from ..data.sampling import BatchPlan
 from ..system import describe_device, get_versions
-
-
-ImageLogger = Callable[[Mapping[str, Image.Image]], None]
 
 
 class Reporter:
@@ -43,7 +38,9 @@ class Reporter:
             disable=not (accelerator.is_main_process and self.console.is_terminal),
         )
         self.progress_task = self.progress.add_task("training", total=None, remaining="")
-        self.additional_metric: str | None = None  # evaluation metric that is printed in addition
+        # metrics of evaluations that lines contain, set by the run; none in a dry run
+        self.printed_metric: str | None = None
+        self.additional_metric: str | None = None
         self.num_steps = 0
         self.first_step = 0
         self.start_time = 0.0  # time at which the first step started
@@ -87,10 +84,9 @@ class Reporter:
         """Move the progress bar, and update the remaining time."""
         self.progress.update(self.progress_task, completed=step, remaining=self.format_remaining_time(step))
 
-    def log(self, record: dict[str, Any], printed_metric: str | None) -> None:
+    def log(self, record: dict[str, Any]) -> None:
         """Append a record to metrics.jsonl, print the record, and send the numeric values of the record to the
-        trackers. The printed line contains the evaluation metric `printed_metric` if the record does. Raise OSError on
-        the main process if metrics.jsonl cannot be written."""
+        trackers. Raise OSError on the main process if metrics.jsonl cannot be written."""
         self.accelerator.log(flatten_record(record), step=record["step"])
         if not self.accelerator.is_main_process:
             return
@@ -101,8 +97,8 @@ class Reporter:
         text += f"{record['images_per_second']:.0f} images/s"
         score_text = ""
         for split, split_text in (("held_out", "held out"), ("selection", "selection")):
-            if printed_metric is not None and (name := f"{split}_{printed_metric}") in record:
-                score_text = f"{split_text}: {format_metric(printed_metric, record[name])}"
+            if self.printed_metric is not None and (name := f"{split}_{self.printed_metric}") in record:
+                score_text = f"{split_text}: {format_metric(self.printed_metric, record[name])}"
                 if self.additional_metric is not None and (name := f"{split}_{self.additional_metric}") in record:
                     score_text += f", {format_metric(self.additional_metric, record[name])}"
         remaining_time = self.format_remaining_time(record["step"])
@@ -121,19 +117,6 @@ class Reporter:
             return ""
         seconds_per_step = (time.perf_counter() - self.start_time) / num_completed_steps
         return f"{format_duration(seconds_per_step * num_remaining_steps)} left"
-
-    def get_image_logger(self) -> ImageLogger | None:
-        """Return the function that logs named images of the last step to the trackers, or None if no tracker accepts
-        images. Only the main process may call this method."""
-        trackers = [tracker for tracker in self.accelerator.trackers if hasattr(tracker, "log_images")]
-
-        def log_images(images: Mapping[str, Image.Image]) -> None:
-            arrays = {name: np.asarray(image.convert("RGB"))[None] for name, image in images.items()}  # NHWC
-            for tracker in trackers:
-                kwargs = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                tracker.log_images(arrays, step=self.num_steps, **kwargs)
-
-        return log_images if trackers else None
 
 
 def format_duration(seconds: float) -> str:
@@ -179,7 +162,7 @@ def flatten_record(record: dict[str, Any], prefix: str = "") -> dict[str, float]
 # Summary and results -------------------------------------------------------------------------------------------------
 
 
-def describe_model(source: str, model: Any) -> dict[str, str]:
+def describe_model(source: str, model: Any, forward_flops: int) -> dict[str, str]:
     """Return the summary lines about the model."""
     config = model.config
     token_counts = {name: count for name, count in count_tokens(config).items() if count}
@@ -189,16 +172,19 @@ def describe_model(source: str, model: Any) -> dict[str, str]:
         "model": f"{source}: {count_parameters(model):,} parameters, "
         f"{count_parameters(model, only_trainable=True):,} trainable, "
         f"{config.num_hidden_layers} layers of width {config.hidden_size}, pooling {config.pooling}",
-        "tokens": f"[ {layout_text} ] = {sum(token_counts.values())} for {height} x {width} pixels",
+        "tokens": f"[ {layout_text} ] = {sum(token_counts.values())} for {height} x {width} pixels, "
+        f"{forward_flops / 1e9:.3g} GFLOP per image",
     }
 
 
-def describe_batches(plan: BatchPlan, accelerator: Accelerator) -> dict[str, str]:
+def describe_batches(plan: BatchPlan, accelerator: Accelerator, has_no_steps: bool = False) -> dict[str, str | None]:
     """Return the summary lines about the batches and the device."""
     batch_text = f"{plan.batch_size} x {plan.accumulation_steps} accumulated x {plan.num_processes} process(es)"
     epoch_text = f" = {plan.count_epochs(plan.num_steps):.1f} epochs" if plan.num_images else ""
     return {
-        "batches": f"{plan.images_per_step} images per step = {batch_text}; {plan.num_steps:,} steps{epoch_text}",
+        "batches": None
+        if has_no_steps
+        else f"{plan.images_per_step} images per step = {batch_text}; {plan.num_steps:,} steps{epoch_text}",
         "device": f"{describe_device(accelerator)}, mixed precision: {accelerator.mixed_precision}",
     }
 

@@ -17,7 +17,7 @@ import yaml
 from helpers.accelerate_state import reset_accelerate
 from helpers.source_checkpoints import build_vit_classifier, save_checkpoint
 from helpers.tiny_models import build_tiny_config, raises_one_line, randomize
-from helpers.tiny_options import PLAIN
+from helpers.tiny_options import PLAIN, run_training
 from huggingface_hub import constants
 from timm.models import save_for_hf
 
@@ -39,8 +39,6 @@ from modeling_vitcls.conversion.convert import convert_checkpoint
 from modeling_vitcls.conversion.weight_rules import ConversionError
 from modeling_vitcls.inference.load_model import load_model
 from modeling_vitcls.options import DataOptions, FinetuneOptions, ModelOptions, RunOptions, TrainingOptions
-from modeling_vitcls.training.finetune import FinetuneTask
-from modeling_vitcls.training.task import run_task
 
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -207,7 +205,7 @@ def run(folder: Path, model: str, **run_options: Any) -> dict[str, Any]:
         training=TrainingOptions(max_steps=1, batch_size=8, log_attention_every=0),
         run=RunOptions(report=False, **run_options),
     )
-    return run_task(FinetuneTask(options))
+    return run_training(options)
 
 
 def test_a_run_records_the_commit(cached_hub_model: str, tmp_path: Path) -> None:

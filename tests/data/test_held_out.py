@@ -13,7 +13,7 @@ import pytest
 from helpers.accelerate_state import reset_accelerate
 from helpers.photo_folders import write_photos
 from helpers.tiny_models import raises_one_line
-from helpers.tiny_options import build_tiny_options
+from helpers.tiny_options import build_tiny_options, run_training
 
 from modeling_vitcls.analysis.inspection_inputs import open_images
 from modeling_vitcls.data.held_out import (
@@ -39,8 +39,7 @@ from modeling_vitcls.options import (
 )
 from modeling_vitcls.publishing.model_folder import ModelFolder
 from modeling_vitcls.publishing.staging import list_published_files
-from modeling_vitcls.training.finetune import FinetuneTask, get_split_warning
-from modeling_vitcls.training.task import run_task
+from modeling_vitcls.training.finetune import get_split_warning
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -56,7 +55,7 @@ def get_names(part: Any) -> set[str]:
 
 def run(output: Path, dataset: Path, **flags: Any) -> dict[str, Any]:
     """Fine-tune for two steps and return the contents of results.json."""
-    return run_task(FinetuneTask(build_tiny_options(output, dataset, max_steps=2, batch_size=8, **flags)))
+    return run_training(build_tiny_options(output, dataset, max_steps=2, batch_size=8, **flags))
 
 
 def evaluate(model: Path, dataset: Path, split: str | None = None, **data: Any) -> dict[str, Any]:

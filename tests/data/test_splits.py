@@ -13,7 +13,7 @@ import pytest
 from helpers.accelerate_state import reset_accelerate
 from helpers.photo_folders import write_photos
 from helpers.tiny_models import raises_one_line
-from helpers.tiny_options import build_tiny_options
+from helpers.tiny_options import build_tiny_options, prepare_task, run_training
 
 from modeling_vitcls.data.held_out import HeldOutRecord, HeldOutRule
 from modeling_vitcls.data.images import LabeledImages
@@ -33,9 +33,7 @@ from modeling_vitcls.options import (
     FinetuneOptions,
     PretrainOptions,
 )
-from modeling_vitcls.training.finetune import FinetuneTask
-from modeling_vitcls.training.pretrain import PretrainTask
-from modeling_vitcls.training.task import collect_summary_lines, run_task
+from modeling_vitcls.training.run import describe_splits
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -50,7 +48,7 @@ def get_options(dataset: Path, streaming: bool = False) -> FinetuneOptions:
 
 def start(options: FinetuneOptions) -> FinetuneOptions:
     """Start a run that does not finish, and return the options to resume it."""
-    run_task(FinetuneTask(options))
+    run_training(options)
     (options.output_dir / "results.json").unlink()
     reset_accelerate()
     return replace(options, run=replace(options.run, resume=True))
@@ -77,11 +75,11 @@ CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
 def test_a_changed_folder_is_an_error(tmp_path: Path, change: Callable[[Path], object], reason: str) -> None:
     photos = write_photos(tmp_path / "photos", range(20), "cat", "dog")
     options = start(get_options(photos))
-    FinetuneTask(options)  # with the same data
-    reset_accelerate()
+    run_training(options)  # with the same data
+    (options.output_dir / "results.json").unlink()
     change(photos)
     with raises_one_line("--resume: the dataset has changed since the run in", reason, "Restore the dataset"):
-        FinetuneTask(options)
+        run_training(options)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -102,10 +100,10 @@ def test_a_changed_table_is_an_error(tmp_path: Path, streaming: bool) -> None:
     ):
         write(lines)
         with raises_one_line("--resume: the dataset has changed", reason):
-            FinetuneTask(options)
+            run_training(options)
         reset_accelerate()
     write(rows)
-    assert FinetuneTask(options).runner.checkpoint is not None
+    run_training(options)
 
 
 def test_other_names_and_other_held_out_images_have_different_errors() -> None:
@@ -164,12 +162,12 @@ def test_the_description_of_the_data_never_changes(tmp_path: Path) -> None:
 def test_pre_training_is_checked_too(tmp_path: Path) -> None:
     photos = write_photos(tmp_path / "photos", range(20), "cat", "dog")
     options = build_tiny_options(tmp_path / "run", photos, PretrainOptions, max_steps=2, batch_size=8)
-    run_task(PretrainTask(options))
+    run_training(options)
     (tmp_path / "run" / "results.json").unlink()
     reset_accelerate()
     write_photos(photos, range(20, 60), "cat")
     with raises_one_line("--resume: the dataset has changed", "training images, but there are"):
-        PretrainTask(replace(options, run=replace(options.run, resume=True)))
+        run_training(replace(options, run=replace(options.run, resume=True)))
 
 
 # Splits --------------------------------------------------------------------------------------------------------------
@@ -288,9 +286,8 @@ def test_missing_classes_of_tasks_and_tags_are_named() -> None:
 
 def test_training_on_a_split_named_test_is_reported(tmp_path: Path) -> None:
     photos = write_photos(tmp_path / "photos" / "test", range(20))
-    task = FinetuneTask(build_tiny_options(tmp_path / "out", photos.parent, epochs=1))
-    name, text = next(iter(collect_summary_lines(task).items()))
+    run = prepare_task(build_tiny_options(tmp_path / "out", photos.parent, epochs=1))
+    name, text = next(iter(describe_splits(run.data, run.task).items()))
     assert name == "split" and "'test'" in text
-    reset_accelerate()
-    task = FinetuneTask(build_tiny_options(tmp_path / "other", photos, epochs=1))  # a folder of classes
-    assert "split" not in collect_summary_lines(task)
+    run = prepare_task(build_tiny_options(tmp_path / "other", photos, epochs=1))  # a folder of classes
+    assert "split" not in describe_splits(run.data, run.task)

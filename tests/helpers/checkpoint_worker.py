@@ -27,8 +27,8 @@ from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification
 from modeling_vitcls.checkpoints import CheckpointStore
 from modeling_vitcls.distributed import run_on_main
 from modeling_vitcls.training.distributed_state import gather_state, scatter_state
-from modeling_vitcls.training.loop import SignalHandler
 from modeling_vitcls.training.optimizer import Ema
+from modeling_vitcls.training.signals import SignalHandler
 
 
 NUM_PROCESSES = 2

@@ -24,12 +24,14 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import modeling_vitcls as vitcls
 from helpers.process_checks import write_report
+from modeling_vitcls.checkpoints import CheckpointStore
 from modeling_vitcls.data.batches import BatchPlan
+from modeling_vitcls.data.images import UnreadableImageCounter
 from modeling_vitcls.options import TrainingOptions
-from modeling_vitcls.training.loop import LoopCallbacks, NonFiniteLoss, TrainingLoop, TrainingState
+from modeling_vitcls.training.loop import NonFiniteLoss, TrainingLoop, TrainingState
 from modeling_vitcls.training.losses import Objective
 from modeling_vitcls.training.optimizer import build_parameter_groups
-from modeling_vitcls.training.token_monitor import TokenMonitor
+from modeling_vitcls.training.reporter import Reporter
 
 
 NUM_PROCESSES = 2
@@ -196,10 +198,12 @@ def build_training_loop(folder: Path, objective: Objective) -> TrainingLoop:
     optimizer = torch.optim.SGD(build_parameter_groups(model, weight_decay=0.0), lr=0.1)
     state = TrainingState(*accelerator.prepare(model, optimizer))
     plan = BatchPlan.from_options(8, options, NUM_PROCESSES)
-    callbacks = LoopCallbacks(
-        evaluate=dict, log=lambda record: None, warn=lambda line: None, save=lambda is_best: None
+    reporter = Reporter(folder / "metrics.jsonl", accelerator)
+    store = CheckpointStore(folder / "checkpoints", num_kept=1)
+    unreadable_images = UnreadableImageCounter(str, print, 0)
+    return TrainingLoop(
+        state, objective, dict, plan, options, accelerator, reporter, store, "accuracy", unreadable_images
     )
-    return TrainingLoop(state, objective, plan, options, accelerator, callbacks, TokenMonitor(model), "accuracy")
 
 
 def random_numbers_per_process(folder: Path) -> None:

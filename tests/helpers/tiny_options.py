@@ -1,13 +1,20 @@
 """Build options of tiny training runs, and read the logs of the runs."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+
+from accelerate import Accelerator
 
 from helpers.accelerate_state import reset_accelerate
 from modeling_vitcls.api import build_options
-from modeling_vitcls.options import AugmentationOptions, FinetuneOptions, ModelOptions
-from modeling_vitcls.training.task import Task, run_task
+from modeling_vitcls.files import read_json
+from modeling_vitcls.options import AugmentationOptions, FinetuneOptions, ModelOptions, PretrainOptions
+from modeling_vitcls.training import finetune, pretrain
+from modeling_vitcls.training.reporter import Reporter
+from modeling_vitcls.training.run import build_plan, resolve_options, train
 
 
 TINY = ModelOptions(
@@ -26,15 +33,35 @@ PLAIN = AugmentationOptions(crop_scale=1.0, flip=False, shift=0.0)
 def build_tiny_options(output_dir: Path, dataset: object, kind: type = FinetuneOptions, **flags: Any) -> Any:
     """Return options of a training run of a tiny model, or of `model`, in this process. `flags` sets further flags."""
     model = {} if "model" in flags else vars(TINY)
-    settings = {**model, **vars(PLAIN), "num_workers": 0, "report": False} | flags
+    settings = {**model, **vars(PLAIN), "num_workers": 0, "report": False, "probe": False, "select": "last"} | flags
     return build_options(kind, output_dir=output_dir, dataset=str(dataset), **settings)
 
 
-def run_to_folder(task_class: type[Task], options: Any) -> Path:
-    """Run a task in this process, for a fixture of a module, and return the output folder."""
+def run_training(options: Any) -> dict[str, Any]:
+    """Train in this process, and return the contents of results.json."""
+    return read_json(run_to_folder(options) / "results.json")
+
+
+def run_dry(options: Any) -> None:
+    """Run `--dry-run` in this process."""
+    run_to_folder(replace(options, run=replace(options.run, dry_run=True)))
+
+
+def run_to_folder(options: Any) -> Path:
+    """Train in this process, and return the output folder."""
     reset_accelerate()
-    run_task(task_class(options))
-    return options.output_dir
+    return train(options)
+
+
+def prepare_task(options: Any) -> SimpleNamespace:
+    """Return what a run prepares before training: task, options with all defaults, data, plan and reporter."""
+    reset_accelerate()
+    kind: Any = pretrain if isinstance(options, PretrainOptions) else finetune
+    options, accelerator = kind.check_options(options), Accelerator(cpu=True)
+    reporter, data = Reporter(options.output_dir / "metrics.jsonl", accelerator), kind.load_data(options)
+    options = resolve_options(options, data, None)[0]
+    task, plan = kind.build_task(options, data, reporter), build_plan(options, data, accelerator)
+    return SimpleNamespace(task=task, options=options, data=data, plan=plan, reporter=reporter)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ import pytest
 import yaml
 from helpers.tiny_models import raises_one_line
 
+from modeling_vitcls.checkpoints import CheckpointStore
 from modeling_vitcls.hub.local_paths import (
     check_output_is_empty,
     is_local,
@@ -26,7 +27,8 @@ from modeling_vitcls.options import (
     RunOptions,
     to_flags,
 )
-from modeling_vitcls.training.runner import build_runner, check_flags_unchanged, resolve_local_paths
+from modeling_vitcls.training import output_folder
+from modeling_vitcls.training.resume import check_flags_unchanged, get_relative_flags, resolve_local_paths
 
 
 @pytest.fixture
@@ -83,21 +85,27 @@ def options_of(output: Path, dataset: str, **others: Any) -> FinetuneOptions:
     return FinetuneOptions(output, DataOptions(dataset), model, distillation=teacher, run=RunOptions(**others))
 
 
+def write_recipe(options: FinetuneOptions) -> None:
+    """Write config.resolved.yaml, as a run does."""
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    store = CheckpointStore(options.output_dir / "checkpoints", num_kept=1)
+    output_folder.prepare(options.output_dir, store, get_relative_flags(options), None)
+
+
 def test_files_of_a_run_contain_no_local_paths(here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The files repeat the run from the same folder, and show that data and teacher are local."""
     folder = tmp_path / "runs" / "mine"
-    runner = build_runner(options_of(folder, str(tmp_path / "clinic" / "scans")))
-    runner.prepare_folder()
-    runner.lock.release()
+    options = resolve_local_paths(options_of(folder, str(tmp_path / "clinic" / "scans")))
+    write_recipe(options)
     text = (folder / "config.resolved.yaml").read_text()
     flags = yaml.safe_load(text)
     assert (flags["output_dir"], flags["dataset"]) == ("../runs/mine", "../clinic/scans")
     assert (flags["model"], flags["teacher"]) == ("vitcls-tiny", "timm:resnet18@./weights.pt")
     assert str(tmp_path) not in text
     again = resolve_local_paths(options_of(Path(flags["output_dir"]), flags["dataset"]))
-    assert again.distillation == runner.options.distillation
-    assert Path(again.data.dataset).resolve() == Path(runner.options.data.dataset)
-    check_flags_unchanged(runner.get_flags(), to_flags(runner.options), folder)
+    assert again.distillation == options.distillation
+    assert Path(again.data.dataset).resolve() == Path(options.data.dataset)
+    check_flags_unchanged(get_relative_flags(options), to_flags(options), folder)
     monkeypatch.chdir(tmp_path / "clinic")  # the dataset is a local folder, from any working folder
     assert is_local(flags["dataset"]) and is_local(flags["teacher"]) and not is_local(flags["model"])
     assert strip_folders(flags["teacher"]) == "timm:resnet18@path/to/weights.pt"
@@ -134,7 +142,7 @@ def test_paths_on_other_drives_stay_absolute(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_built_in_data_and_presets_take_precedence_over_folders(here: Path, tmp_path: Path) -> None:
-    options = build_runner(options_of(tmp_path / "run", "digits")).options
+    options = resolve_local_paths(options_of(tmp_path / "run", "digits"))
     assert (options.data.dataset, options.model.model) == ("digits", "vitcls-tiny")
     pretraining = resolve_local_paths(PretrainOptions(tmp_path, DataOptions("data/teach"), ModelOptions("acme/data")))
     assert (pretraining.data.dataset, pretraining.model.model) == (f"{here}/data/teach", f"{here}/acme/data")

@@ -252,7 +252,7 @@ def test_image_files(file_format: str, edits: list[tuple[str, float, bytes]], su
     st.one_of(
         JSON,
         st.builds(
-            lambda changes: changes, st.dictionaries(st.sampled_from(["step", "files", "facts", "is_best"]), JSON)
+            lambda changes: changes, st.dictionaries(st.sampled_from(["step", "files", "metadata", "is_best"]), JSON)
         ),
     ),
     st.booleans(),

@@ -14,21 +14,25 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
-from io import BytesIO
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator
 from helpers.accelerate_state import reset_accelerate
 from helpers.command_in_process import parse_flags
 from helpers.fresh_processes import SCRIPT_ENVIRONMENT, run_fresh
-from helpers.local_hub import LocalHub, Token, point_client_at
 from helpers.tiny_models import raises_one_line
-from helpers.tiny_options import PLAIN, TINY, build_tiny_options, read_metrics
+from helpers.tiny_options import (
+    TINY,
+    build_tiny_options,
+    prepare_task,
+    read_metrics,
+    run_dry,
+    run_training,
+)
 from helpers.warm_processes import OFFLINE, run_together
 from PIL import Image
 from safetensors.torch import load_file
@@ -40,19 +44,21 @@ from modeling_vitcls import (
     ViTCLSForMultiTaskClassification,
     ViTCLSImageProcessor,
 )
+from modeling_vitcls.checkpoints import CheckpointStore
 from modeling_vitcls.commands.parsing import exit_on_error
 from modeling_vitcls.data.batches import Normalizer, iterate_training_batches
 from modeling_vitcls.data.labels import LabelSpace
 from modeling_vitcls.distributed import run_on_main
 from modeling_vitcls.files import read_json
+from modeling_vitcls.inference.evaluator import Evaluator
 from modeling_vitcls.options import EvaluateOptions, FinetuneOptions, ModelOptions
-from modeling_vitcls.training import runner, task
-from modeling_vitcls.training.finetune import FinetuneTask
-from modeling_vitcls.training.linear_probe import compute_features
+from modeling_vitcls.training import finetune
+from modeling_vitcls.training import run as run_module
+from modeling_vitcls.training.finetune import build_label_loss, build_objective
 from modeling_vitcls.training.losses import MultiLabelLoss, MultiTaskLoss, SingleLabelLoss, compute_distillation_loss
 from modeling_vitcls.training.model import build_model
-from modeling_vitcls.training.runner import RunStopped
-from modeling_vitcls.training.task import dry_run, run_task, save_output
+from modeling_vitcls.training.run import RunStopped, build_training_images
+from modeling_vitcls.training.teacher import Teacher
 
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("fresh_accelerate")]
@@ -62,6 +68,7 @@ SCRIPTS = REPOSITORY / "scripts"
 RECIPE = SCRIPTS / "recipes" / "digits.yaml"
 ENVIRONMENT = os.environ | SCRIPT_ENVIRONMENT
 NUM_HELD_OUT_DIGITS = 359
+CPU = torch.device("cpu")
 
 
 def run_script(script: str, *flags: object) -> subprocess.CompletedProcess:
@@ -105,7 +112,7 @@ def tiny_options(output_dir: Path, dataset: object, **flags: Any) -> FinetuneOpt
 def train(output_dir: Path, dataset: object, **others: Any) -> dict[str, Any]:
     """Return the results of such a run."""
     reset_accelerate()
-    return run_task(FinetuneTask(tiny_options(output_dir, dataset, **others)))
+    return run_training(tiny_options(output_dir, dataset, **others))
 
 
 # A run through accelerate launch -------------------------------------------------------------------------------------
@@ -143,10 +150,10 @@ def test_metrics_have_one_line_per_logged_step(launched: Path) -> None:
 
 def test_summary_is_printed_first(launched: Path) -> None:
     lines = (launched.parent / "stdout").read_text(encoding="utf-8").splitlines()
-    names = ["data", "fit", "model", "tokens", "weights", "defaults", "batches", "device"]
-    assert [line.split()[0] for line in lines[:8]] == names
+    names = ["data", "fit", "model", "tokens", "weights", "defaults", "probe", "batches", "device"]
+    assert [line.split()[0] for line in lines[:9]] == names
     assert "[ 2 cls | 1 distillation | 2 registers | 16 patches ] = 21" in lines[3]
-    assert "14 images per step = 14 x 1 accumulated x 1 process(es); 7 steps" in lines[6]
+    assert "14 images per step = 14 x 1 accumulated x 1 process(es); 7 steps" in lines[7]
 
 
 def test_two_processes_train_and_evaluate_as_one(launched: Path, tmp_path: Path) -> None:
@@ -236,7 +243,7 @@ def test_an_abbreviation_that_is_a_flag_is_that_flag(tmp_path: Path) -> None:
 def test_an_unknown_preset_lists_the_presets(tmp_path: Path) -> None:
     presets = "vitcls-tiny, vitcls-small, vitcls-base, vitcls-large"
     with raises_one_line("--model vitcls-smal is not a preset", presets):
-        FinetuneTask(tiny_options(tmp_path / "out", "digits", model="vitcls-smal"))
+        run_training(tiny_options(tmp_path / "out", "digits", model="vitcls-smal"))
     assert not (tmp_path / "out").exists()
 
 
@@ -298,17 +305,17 @@ def test_several_labels_per_image(tasks: Path, tmp_path: Path) -> None:
 
 def test_options_for_one_label_are_errors_for_several_labels(tasks: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--mixup requires one label per image"):
-        FinetuneTask(tiny_options(tmp_path, tasks, label_column=("time", "kind"), mixup=0.5))
+        run_training(tiny_options(tmp_path, tasks, label_column=("time", "kind"), mixup=0.5))
 
 
 def test_a_stream_is_learned(color_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "DEFAULT_STREAM_SAVE_EVERY", 15)
+    monkeypatch.setattr(run_module, "DEFAULT_STREAM_SAVE_EVERY", 15)
     results = train(tmp_path, color_images, streaming=True, max_steps=20, held_out_fraction=0.4)
     assert results["num_training_images"] is None and results["num_images"] > 4
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000015", "step-00000020"]
     assert results["accuracy"] == 1.0
     with pytest.raises(ValueError, match="--max-steps"):
-        FinetuneTask(tiny_options(tmp_path / "other", color_images, streaming=True, max_steps=None))
+        run_training(tiny_options(tmp_path / "other", color_images, streaming=True, max_steps=None))
 
 
 def test_unreadable_images_are_named_and_skipped(
@@ -322,7 +329,7 @@ def test_unreadable_images_are_named_and_skipped(
     (folder / "dusk" / "2.png").write_bytes((color_images / "dusk" / "2.png").read_bytes()[:60])
     results = train(tmp_path / "out", folder, epochs=2, max_steps=None, num_workers=1)
     output = capsys.readouterr().out
-    assert results["num_broken_training_images"] + results["num_unreadable_images"] == 2
+    assert results["num_unreadable_training_images"] + results["num_unreadable_images"] == 2
     assert "noon/1.png" in output and "dusk/2.png" in output
     with pytest.raises(RunStopped, match=r"more than 1 images cannot be read.*--max-unreadable-images"):
         train(tmp_path / "strict", folder, epochs=2, max_steps=None, max_unreadable_images=1, held_out_fraction=0.05)
@@ -334,7 +341,7 @@ def test_the_first_training_image_is_named_if_it_is_unreadable(
     folder = shutil.copytree(color_images, tmp_path / "images")
     (folder / "dusk" / "0.png").write_bytes(b"no image")
     results = train(tmp_path / "out", folder, epochs=1, max_steps=None, held_out_fraction=0.0)
-    assert results["num_broken_training_images"] == 1
+    assert results["num_unreadable_training_images"] == 1
     assert "dusk/0.png" in capsys.readouterr().out
 
 
@@ -357,85 +364,37 @@ def test_linear_probing_trains_only_the_head(pretrained: Path, tmp_path: Path, c
     results = train(tmp_path, "digits", max_steps=20, **start)
     assert list_changed_weights(pretrained, tmp_path) == {"classifier.weight", "classifier.bias"}
     assert results["num_images"] == NUM_HELD_OUT_DIGITS
-    output = capsys.readouterr().out
-    assert "encoding 1,438 images once" in output and "WARNING" not in output
-
-
-def test_features_are_not_cached_if_they_change(
-    pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    run = FinetuneTask(tiny_options(tmp_path / "out", "digits", model=pretrained, trainable="head"))
-    assert run.explain_unsupported_caching() is None
-    options = run.options
-    for flag in ("mixup", "cutmix"):
-        run.options = replace(options, augmentation=replace(options.augmentation, **{flag: 0.5}))
-        assert run.explain_unsupported_caching() == "images are mixed"
-        assert run.build_components(lambda model: {}).model is run.model
-        assert "computed in every step, because images are mixed" in capsys.readouterr().out
-    run.options = options
-    run.teacher = run.model
-    assert run.explain_unsupported_caching() == "the teacher requires images"
-    run.teacher, data = None, run.data
-    run.data = SimpleNamespace(num_training_images=None)
-    assert run.explain_unsupported_caching() == "the dataset is a stream"
-    run.data = data
-    run.model.vitcls.layernorm.weight.requires_grad_(True)
-    assert run.explain_unsupported_caching() == "vitcls.layernorm.weight is trained"
-    run.runner.accelerator.state.distributed_type = DistributedType.FSDP
-    assert run.explain_unsupported_caching() == "the model is sharded"
+    assert "WARNING" not in capsys.readouterr().out
 
 
 def test_a_new_token_is_trained_with_a_frozen_encoder(pretrained: Path, tmp_path: Path) -> None:
     flags = {"model": pretrained, "trainable": "head", "num_distillation_tokens": 1}
-    run = FinetuneTask(tiny_options(tmp_path, "digits", **flags))
-    trained = {name for name, parameter in run.model.named_parameters() if parameter.requires_grad}
+    model = prepare_task(tiny_options(tmp_path, "digits", **flags)).task.model
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     heads = {f"{head}.{name}" for head in ("classifier", "distillation_classifier") for name in ("weight", "bias")}
     assert trained == heads | {"vitcls.embeddings.distillation_token"}
-    assert run.explain_unsupported_caching() == "vitcls.embeddings.distillation_token is trained"
-
-
-@pytest.mark.parametrize("num_views", [0, 2])
-def test_the_views_of_cached_features(pretrained: Path, tmp_path: Path, num_views: int) -> None:
-    """Without --feature-views, the images are not augmented. Otherwise, each epoch uses the next view."""
-    flags = {"model": pretrained, "trainable": "head", "crop_scale": 0.4, "shift": 0.2, "feature_views": num_views}
-    run = FinetuneTask(tiny_options(tmp_path, "digits", max_steps=15, **flags))
-    run.data = replace(run.data, train=run.data.train.select(range(40)))  # five steps per epoch
-    run.plan = run.build_plan(run.options.training)
-    components = run.build_components(lambda model: {})
-    images = run.build_training_images(run.options.augmentation if num_views else PLAIN, num_views)
-    normalize = Normalizer(run.processor, torch.device("cpu"))
-    for found, expected in zip(
-        components.iterate_batches(0), iterate_training_batches(images, run.plan, 0, 0), strict=True
-    ):
-        with torch.no_grad():
-            features = compute_features(run.model.eval(), normalize(expected["pixels"]))
-        torch.testing.assert_close(found["features"], features, atol=1e-5, rtol=0)
-        assert torch.equal(found["labels"], expected["labels"])
 
 
 def test_images_are_mixed_and_classes_are_weighted_by_flags(color_images: Path, tmp_path: Path) -> None:
-    run = FinetuneTask(tiny_options(tmp_path / "out", color_images, class_balance="weights"))
+    run = prepare_task(tiny_options(tmp_path / "out", color_images, class_balance="weights"))
     batch = {"pixels": torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8), "labels": torch.arange(8) % 2}
-    options, normalize = run.options, Normalizer(run.processor, torch.device("cpu"))
+    options, data, normalize = run.options, run.data, Normalizer(run.task.processor, torch.device("cpu"))
     for flag in (None, "mixup", "cutmix"):
-        changes = {flag: 5.0} if flag else {}
-        run.options = replace(options, augmentation=replace(options.augmentation, **changes))
-        inputs = run.build_objective(normalize).prepare_batch(batch)
+        changed = replace(options, augmentation=replace(options.augmentation, **({flag: 5.0} if flag else {})))
+        objective: Any = build_objective(changed, data, None, normalize, run.reporter.accelerator)
+        inputs = objective.prepare_batch(batch)
         is_mixed = inputs["labels"].is_floating_point()
         assert is_mixed == (not torch.equal(inputs["pixels"], batch["pixels"])) == (flag is not None)
-    counts = torch.bincount(torch.tensor(run.data.train.labels), minlength=2)
+    counts = torch.bincount(torch.tensor(data.train.labels), minlength=2)
     logits, labels = torch.randn(6, 2), torch.tensor([0, 1, 1, 0, 1, 1])
     expected = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.1, reduction="none")
     weighted = (expected * (counts.sum() / (2 * counts))[labels]).mean()
-    run.options = options
-    torch.testing.assert_close(run.build_label_loss()(logits, labels), weighted)
-    run.options = replace(options, training=replace(options.training, class_balance="none"))
-    torch.testing.assert_close(run.build_label_loss()(logits, labels), expected.mean())
-    run.options = replace(options, training=replace(options.training, class_balance="sampling"))
-    assert run.build_label_loss() == SingleLabelLoss(0.1)
+    torch.testing.assert_close(build_label_loss(options, data, CPU)(logits, labels), weighted)
+    plain = replace(options, training=replace(options.training, class_balance="sampling"))
+    assert build_label_loss(plain, data, CPU) == SingleLabelLoss(0.1)
     for kind, loss in (("multi_task", MultiTaskLoss(0.1)), ("multi_label_classification", MultiLabelLoss(0.1))):
-        run.data = replace(run.data, label_space=LabelSpace(kind, {"label": ["dusk", "noon"]}))
-        assert run.build_label_loss() == loss
+        other = replace(data, label_space=LabelSpace(kind, {"label": ["dusk", "noon"]}))
+        assert build_label_loss(options, other, CPU) == loss
 
 
 def test_training_only_the_last_layers(pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -452,9 +411,8 @@ def test_lora_is_merged_into_a_plain_model(pretrained: Path, tmp_path: Path) -> 
     assert names == {f"vitcls.layers.{layer}.attention.{name}_proj.weight" for layer in (0, 1) for name in "qv"}
     assert results["num_images"] == NUM_HELD_OUT_DIGITS
     ViTCLSForImageClassification.from_pretrained(tmp_path)
-    assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} == {
-        file.name for file in (tmp_path / "adapter").iterdir()
-    }
+    names = {file.name for file in (tmp_path / "adapter").iterdir()}
+    assert names >= {"adapter_config.json", "adapter_model.safetensors", "config.json", "results.json"}
     adapter = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert {tuple(weight.shape) for name, weight in adapter.items() if "lora_A" in name} == {(2, 32)}
     assert read_json(tmp_path / "adapter" / "adapter_config.json")["r"] == 2
@@ -486,31 +444,30 @@ def test_a_teacher_trains_the_distillation_token(
     assert last["loss"] == pytest.approx(parts, abs=1e-5)
     output = capsys.readouterr().out
     assert "teacher " in output and "cls accuracy" in output and "distillation accuracy" in output
-    card = (tmp_path / "README.md").read_text(encoding="utf-8")
-    assert "The teacher model of the distillation is licensed under cc-by-nc-4.0." in card
+    assert read_json(tmp_path / "results.json")["teacher_provenance"]["license"] == "cc-by-nc-4.0"
 
 
 def test_the_flags_determine_the_distillation(teacher: Path, tmp_path: Path) -> None:
     """With two views per image, the third epoch uses the first view again. The teacher predicts each view once."""
     flags = {"distillation": "soft", "distillation_alpha": 0.3, "distillation_tau": 2.0, "teacher_views": 2}
     flags |= {"batch_size": 480, "epochs": 3.0, "max_steps": None}  # three steps per epoch
-    run = FinetuneTask(tiny_options(tmp_path, "digits", teacher=teacher, **flags))
-    components = run.build_components(lambda model: {})
-    batch = next(components.iterate_batches(6))
+    run = prepare_task(tiny_options(tmp_path, "digits", teacher=teacher, **flags))
+    task, seen = run.task, []
+    images = build_training_images(run.options, run.data, task)
+    batch = next(iterate_training_batches(images, run.plan, 0, 0, 6))
     assert batch["epoch"].unique().tolist() == [2] and batch["view"].unique().tolist() == [0]
-    logits: list[torch.Tensor] = []
-    run.teacher.register_forward_hook(lambda module, inputs, outputs: logits.append(outputs))
-    losses = [components.objective(run.model.eval(), batch) for _ in range(2)]
-    assert losses[0] == losses[1] and len(logits) == 1
-    outputs = run.model(Normalizer(run.processor, torch.device("cpu"))(batch["pixels"]))
+    handle = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, inputs, outputs: seen.append(outputs) if isinstance(module, Teacher) else None
+    )
+    losses = [task.objective(task.model.eval(), batch) for _ in range(2)]
+    handle.remove()
+    assert losses[0] == losses[1] and len(seen) == 1
+    outputs = task.model(Normalizer(task.processor, CPU)(batch["pixels"]))
     loss = torch.nn.functional.cross_entropy(outputs.cls_logits, batch["labels"], label_smoothing=0.1)
-    distillation_loss = compute_distillation_loss("soft", outputs.distillation_logits, logits[0].half(), 2.0)
+    distillation_loss = compute_distillation_loss("soft", outputs.distillation_logits, seen[0].half(), 2.0)
     expected = {"label_loss": loss, "distillation_loss": distillation_loss}
     torch.testing.assert_close(losses[0], {"loss": 0.7 * loss + 0.3 * distillation_loss} | expected)
-    description = (
-        f"{teacher}: {sum(map(torch.Tensor.numel, run.teacher.parameters())):,} parameters, at 32 x 32 pixels"
-    )
-    assert run.get_summary_lines() == {"teacher": description}
+    assert task.summary_lines["teacher"].startswith(f"{teacher}: ")
 
 
 def test_cached_predictions_of_the_teacher(teacher: Path, tmp_path: Path) -> None:
@@ -518,7 +475,7 @@ def test_cached_predictions_of_the_teacher(teacher: Path, tmp_path: Path) -> Non
     results = train(tmp_path, "digits", **options)
     assert results["steps"] == 7
     with pytest.raises(ValueError, match="--teacher-views caches the logits of individual images"):
-        FinetuneTask(tiny_options(tmp_path, "digits", **options, mixup=0.2))
+        run_training(tiny_options(tmp_path, "digits", **options, mixup=0.2))
 
 
 def test_all_options_at_once(tmp_path: Path) -> None:
@@ -580,84 +537,28 @@ def test_trackers_get_the_numbers(tmp_path: Path) -> None:
     assert [event.step for event in events.Scalars("loss")] == [1, 2, 3]
 
 
-@pytest.mark.slow
-def test_trackers_get_the_main_images_at_the_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The images are from the card and the report, and the last line names them."""
-    event_files = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    train(tmp_path, "digits", log_with=("tensorboard",), report=True)
-    files = "(model, image processor, README.md, report.html, results.json)"
-    output, diagnosis = capsys.readouterr().out, read_json(tmp_path / "results.json")["diagnosis"]
-    assert f"saved     {tmp_path} {files}" in output
-    assert f"diagnosis {diagnosis}\n" in output and "patches: " in diagnosis
-    folder = next((tmp_path / "trackers").rglob("events.out.tfevents*")).parent
-    events = event_files.EventAccumulator(str(folder))
-    events.Reload()
-    names = {"token_layout", "confusion_matrix", "attention", "attention_over_depth", "effects", "entropy", "mass"}
-    tags = set(events.Tags()["images"])
-    assert tags == names | {"norms", "patch_distance"}
-    for name in tags:
-        (image,) = events.Images(name)
-        assert image.step == 3 and image.width > 300 and image.height > 100
-        picture = Image.open(BytesIO(image.encoded_image_string)).convert("RGB")
-        assert picture.getpixel((0, 0)) == (255, 255, 255) and picture.entropy() > 0.5  # drawn on white
+@pytest.fixture
+def freeze(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return a function that registers a change of the task of the next run."""
+    build_task = finetune.build_task
 
+    def register(change: Any) -> None:
+        def build_changed_task(*arguments: Any) -> Any:
+            task = build_task(*arguments)
+            change(task)
+            return task
 
-def test_a_run_without_a_report_removes_the_report_of_an_earlier_run(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    tmp_path.joinpath("report.html").write_text("of an earlier run")
-    train(tmp_path, "digits", max_steps=1, overwrite=True)
-    assert not (tmp_path / "report.html").exists()
-    assert "(model, image processor, README.md, results.json)" in capsys.readouterr().out
+        monkeypatch.setattr(finetune, "build_task", build_changed_task)
 
-
-# The Hub ------------------------------------------------------------------------------------------------------------
-
-
-def test_the_result_is_pushed(hub: LocalHub, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    train(tmp_path / "my-model", "digits", push_to_hub=True, hub_private=True, hub_verify=False)
-    files = hub.files("ann/my-model")
-    assert {"README.md", "config.json", "model.safetensors", "modeling_vitcls.py", "results.json"} <= files.keys()
-    assert not any("checkpoints" in name or "optimizer" in name for name in files)
-    assert hub.repositories["ann/my-model"].private
-    assert "pushed    " in capsys.readouterr().out
-
-
-def test_a_dry_run_checks_push_permissions(
-    hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    options = tiny_options(tmp_path / "my-model", "digits", push_to_hub=True)
-    dry_run(FinetuneTask, options)
-    assert "pushing to ann/my-model is permitted" in capsys.readouterr().out
-    assert not hub.repositories
-    hub.tokens["hf_read"] = Token("ann", role="read")
-    point_client_at(hub.url, "hf_read", monkeypatch, tmp_path / "other-home")
-    with pytest.raises(ValueError, match="is read-only, so it cannot push to ann/my-model"):
-        dry_run(FinetuneTask, options)
-    assert not (tmp_path / "my-model").exists()
-
-
-def test_a_finished_run_can_be_pushed(hub: LocalHub, tmp_path: Path) -> None:
-    train(tmp_path / "my-model", "digits")
-    train(tmp_path / "my-model", "digits", resume=True, push_to_hub=True, hub_verify=False)
-    assert "model.safetensors" in hub.files("ann/my-model")
-
-
-def test_a_failed_push_keeps_the_model_and_prints_the_command_to_finish(hub: LocalHub, tmp_path: Path) -> None:
-    run = FinetuneTask(tiny_options(tmp_path / "my-model", "digits", push_to_hub=True))
-    hub.fail("POST", "/api/repos/create", 403)
-    with pytest.raises(RunStopped, match=r"vitcls push --model .*my-model"):
-        run_task(run)
-    ViTCLSForImageClassification.from_pretrained(tmp_path / "my-model")
+    return register
 
 
 # Errors --------------------------------------------------------------------------------------------------------------
 
 
-def test_a_token_without_updates_is_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    run = FinetuneTask(tiny_options(tmp_path, "digits"))
-    run.model.vitcls.embeddings.register_tokens.requires_grad_(False)
-    results = run_task(run)
+def test_a_token_without_updates_is_named(tmp_path: Path, capsys: pytest.CaptureFixture, freeze: Any) -> None:
+    freeze(lambda task: task.model.vitcls.embeddings.register_tokens.requires_grad_(False))
+    results = train(tmp_path, "digits")
     output = capsys.readouterr().out
     for index in (0, 1):
         assert f"WARNING: the token registers[{index}] received no gradient in step 3" in output
@@ -674,32 +575,29 @@ def test_a_non_finite_loss_names_its_images(tmp_path: Path) -> None:
     (batch,) = report["batches"]
     assert len(batch["index"]) == 8 and max(batch["index"]) < 1438 and batch["epoch"] == [0] * 8
     assert (tmp_path / "non_finite" / "step-00000001" / "model.safetensors").is_file()
-    assert read_json(tmp_path / "non_finite" / "step-00000001" / "state.json")["facts"]["step"] == 1
+    assert read_json(tmp_path / "non_finite" / "step-00000001" / "state.json")["metadata"]["step"] == 1
 
 
 def test_an_unfinished_run_is_not_overwritten(tmp_path: Path) -> None:
     with pytest.raises(RunStopped):
         train(tmp_path, "digits", learning_rate=1e38, warmup=0.0, max_steps=9, save_every=1)
     with pytest.raises(ValueError, match=r"an unfinished run .* step 1\)\. Continue the run with --resume, restart"):
-        FinetuneTask(tiny_options(tmp_path, "digits"))
+        run_training(tiny_options(tmp_path, "digits"))
     assert train(tmp_path, "digits", overwrite=True)["steps"] == 3
     assert train(tmp_path, "digits", max_steps=2, overwrite=True)["steps"] == 2  # also a finished run
 
 
-def test_a_failed_evaluation_is_repeated(tmp_path: Path) -> None:
+def test_a_failed_evaluation_is_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The disk with the held-out images may be removed, or a cluster may not wait for the evaluation."""
-
-    class Gone(list):
-        def __getitem__(self, index: Any) -> Any:
-            raise OSError("the disk is gone")
 
     settings = {"max_steps": 6, "batch_size": 480, "log_every": 2, "ema_decay": 0.9}  # three steps per epoch
     whole = train(tmp_path / "whole", "digits", **settings)
     reset_accelerate()
-    run = FinetuneTask(tiny_options(tmp_path / "cut", "digits", **settings))
-    run.data = replace(run.data, held_out=replace(run.data.held_out, images=Gone()))
+    evaluate = Evaluator.__call__
+    monkeypatch.setattr(Evaluator, "__call__", lambda *arguments: (_ for _ in ()).throw(OSError("the disk is gone")))
     with pytest.raises(RunStopped, match="the disk is gone"):
-        run_task(run)
+        train(tmp_path / "cut", "digits", **settings)
+    monkeypatch.setattr(Evaluator, "__call__", evaluate)
     assert (tmp_path / "cut" / "checkpoints" / "step-00000003").is_dir()
     (tmp_path / "cut" / "metrics.jsonl").open("a").write('{"step": 3}\n')  # killed after it was logged
     again = train(tmp_path / "cut", "digits", resume=True, **settings)
@@ -711,14 +609,14 @@ def test_a_failed_evaluation_is_repeated(tmp_path: Path) -> None:
     assert found == expected and [record["step"] for record in found[1:]] == [2, 3, 4, 6]
 
 
-def test_a_model_that_cannot_be_written_is_a_one_line_error(tmp_path: Path) -> None:
+def test_a_model_that_cannot_be_written_is_a_one_line_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The system refuses to write, as with a quota."""
-    run = FinetuneTask(tiny_options(tmp_path, "digits"))
+    monkeypatch.setattr(CheckpointStore, "save", lambda *arguments: None)  # the checkpoint is also too large
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
         with raises_one_line("cannot write the model to", "File too large", "Free disk space", error=RunStopped):
-            save_output(run, {})
+            train(tmp_path, "digits")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
@@ -727,22 +625,6 @@ def test_a_non_finite_loss_is_reported_on_a_full_disk(tmp_path: Path) -> None:
     (tmp_path / "non_finite").touch()  # a file in place of the folder
     with raises_one_line("not finite in step 2", "before this step could not be saved: cannot", error=RunStopped):
         train(tmp_path, "digits", learning_rate=1e38, warmup=0.0, max_steps=9)
-
-
-def test_metrics_that_cannot_be_written_are_a_one_line_error(tmp_path: Path) -> None:
-    run = FinetuneTask(tiny_options(tmp_path, "digits", log_every=1))
-    run.runner.reporter.metrics_file = Path("/dev/full")
-    with raises_one_line("cannot write /dev/full (No space left on device). Free disk space", error=OSError):
-        run.runner.reporter.log({"step": 1, "epoch": 0.0, "loss": 1.0, "images_per_second": 1.0}, "accuracy")
-
-
-def test_a_dry_run_of_linear_probing_encodes_few_images(
-    pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    options = tiny_options(tmp_path / "out", "digits", max_steps=None, trainable="head", model=pretrained)
-    dry_run(FinetuneTask, options)
-    output = capsys.readouterr().out
-    assert "encoding 24 images once" in output and "The full run has 5,393 steps" in output
 
 
 def fails() -> None:
@@ -777,12 +659,14 @@ def test_a_dry_run_executes_all_steps_and_keeps_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fractions = []
-    estimate = task.estimate_run_seconds
-    monkeypatch.setattr(task, "estimate_run_seconds", lambda *given: (fractions.append(given[2]), estimate(*given))[1])
-    dry_run(FinetuneTask, tiny_options(tmp_path / "out", "digits", max_steps=50, ema_decay=0.9))
+    estimate = run_module.estimate_run_seconds
+    monkeypatch.setattr(
+        run_module, "estimate_run_seconds", lambda *given: (fractions.append(given[3]), estimate(*given))[1]
+    )
+    run_dry(tiny_options(tmp_path / "out", "digits", max_steps=50, ema_decay=0.9))
     output = capsys.readouterr().out
     assert "ran 3 steps and an evaluation, and saved a checkpoint and the model, in" in output
-    assert re.search(r"The full run has 50 steps,? (and )?takes about \d+ s", output.strip())
+    assert re.search(r"The full run has 50 steps and takes about \d+ s, and needs about [\d,]+ MiB", output)
     assert list(tmp_path.iterdir()) == []
     assert fractions == [8 / NUM_HELD_OUT_DIGITS]
 
@@ -824,20 +708,12 @@ def test_every_trained_parameter_gets_a_gradient(tmp_path: Path) -> None:
     config.distillation_inference = "cls"
     ViTCLSForImageClassification(config).save_pretrained(tmp_path)
     ViTCLSImageProcessor(size=32).save_pretrained(tmp_path)
-    run = FinetuneTask(tiny_options(tmp_path / "out", "digits", model=tmp_path))
-    run_task(run)
-    assert not run.model.vitcls.embeddings.mask_token.requires_grad
+    train(tmp_path / "out", "digits", model=tmp_path)
+    after = load_file(tmp_path / "out" / "model.safetensors")
     before = ViTCLSForImageClassification.from_pretrained(tmp_path).state_dict()
-    still = {
-        name for name, value in run.model.vitcls.state_dict().items() if torch.equal(before[f"vitcls.{name}"], value)
+    assert {name for name, value in after.items() if torch.equal(before[name], value)} == {
+        "vitcls.embeddings.mask_token"
     }
-    assert still == {"embeddings.mask_token"}
-
-
-def test_another_kind_of_model_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "vit"}', encoding="utf-8")
-    with pytest.raises(OSError, match=r"no file named model\.safetensors"):
-        build_model(ModelOptions(model=str(tmp_path)), digits_named(["a", "b"]))
 
 
 # The recipe ----------------------------------------------------------------------------------------------------------

@@ -33,16 +33,14 @@ from modeling_vitcls import (
 )
 from modeling_vitcls.data.augmentation import build_augmentation
 from modeling_vitcls.data.batches import Normalizer, iterate_training_batches, leave_signals_to_parent
+from modeling_vitcls.data.images import UnreadableImageCounter
 from modeling_vitcls.data.sampling import BatchPlan
 from modeling_vitcls.data.splits import load_training_data
 from modeling_vitcls.data.streaming import build_training_dataset
 from modeling_vitcls.options import DataOptions, DistillationOptions, TrainingOptions
 from modeling_vitcls.training import loop as loop_module
 from modeling_vitcls.training.loop import (
-    LAUNCHER_ENVIRONMENT_VARIABLES,
-    LoopCallbacks,
     NonFiniteLoss,
-    SignalHandler,
     TrainingInterrupted,
     TrainingLoop,
     TrainingState,
@@ -65,7 +63,7 @@ from modeling_vitcls.training.optimizer import (
     build_parameter_groups,
     get_learning_rate,
 )
-from modeling_vitcls.training.token_monitor import TokenMonitor
+from modeling_vitcls.training.signals import LAUNCHER_ENVIRONMENT_VARIABLES, SignalHandler
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -75,7 +73,7 @@ needs_fork = pytest.mark.skipif("fork" not in multiprocessing.get_all_start_meth
 
 
 class LoopRecorder:
-    """A training loop on digits that records all calls of its callbacks."""
+    """A training loop on digits, and its reporter, checkpoint store and signal handler, which record all calls."""
 
     def __init__(
         self,
@@ -103,13 +101,6 @@ class LoopRecorder:
         self.evaluations: list[dict[str, torch.Tensor]] = []
         self.accuracies = iter([0.5, 0.75, 0.6, 0.7, 0.8, 0.9])
         self.signal_at: int | None = None
-        callbacks = LoopCallbacks(
-            evaluate=self.evaluate,
-            log=self.records.append,
-            warn=self.warnings.append,
-            save=lambda is_best: self.saved.append((self.state.step, is_best)),
-            get_stop_signal=lambda: "SIGTERM" if self.state.step == self.signal_at else None,
-        )
         classification = ClassificationObjective(PixelTransform(self.normalise), SingleLabelLoss(label_smoothing=0.1))
         self.losses: list[float] = []  # loss of each batch
         self.seeds: list[int] = []  # random seed of each batch
@@ -121,17 +112,37 @@ class LoopRecorder:
             self.losses.append(losses["loss"].item())
             return losses
 
+        self.steps: list[int] = []
         self.loop = TrainingLoop(
             self.state,
             objective,
+            lambda model: self.evaluate(),
             self.plan,
             self.options,
             self.accelerator,
-            callbacks,
-            TokenMonitor(self.model),
-            "accuracy",
-            save_every,
+            reporter=self,  # type: ignore[arg-type]
+            store=self,  # type: ignore[arg-type]
+            selection_metric="accuracy",
+            unreadable_images=UnreadableImageCounter(str, self.warn, 0),
+            save_every=save_every,
+            normalize=self.normalise,
+            signals=self,  # type: ignore[arg-type]
         )
+
+    def log(self, record: dict[str, Any]) -> None:
+        self.records.append(record)
+
+    def warn(self, message: str) -> None:
+        self.warnings.append(message)
+
+    def show_step(self, step: int) -> None:
+        self.steps.append(step)
+
+    def save(self, step: int, tensors: Any, metadata: dict[str, Any], is_best: bool) -> None:
+        self.saved.append((step, is_best))
+
+    def get_signal(self) -> str | None:
+        return "SIGTERM" if self.state.step == self.signal_at else None
 
     def evaluate(self) -> dict[str, Any]:
         assert not self.model.training
@@ -262,20 +273,17 @@ def test_the_peak_memory_of_the_whole_run_is_logged(monkeypatch: pytest.MonkeyPa
     assert [record["peak_memory_mb"] for record in bench.records] == [3.0, 3.0]
 
 
-def test_attention_is_logged_with_the_next_record() -> None:
+def test_attention_is_logged_with_the_next_record(monkeypatch: pytest.MonkeyPatch) -> None:
     bench = LoopRecorder(max_steps=7, log_every=3, log_attention_every=2)
-    bench.loop.callbacks.measure_attention = lambda batch: {"entropy": bench.state.step}
+    monkeypatch.setattr(loop_module, "measure_attention_entropy", lambda *given: {"entropy": bench.state.step})
     bench.run()
     assert [(record["step"], record.get("entropy")) for record in bench.records] == [(3, 2), (6, 6), (7, None)]
 
 
-def test_each_batch_has_its_own_seed_and_the_same_seed_after_a_resume() -> None:
-    whole, batches, pushed = LoopRecorder(max_steps=4, gradient_accumulation_steps=2), [], []
-    whole.loop.callbacks.on_batch = batches.append
-    whole.loop.callbacks.push_checkpoint = lambda: pushed.append(whole.state.step)
+def test_each_batch_has_its_own_seed_and_the_same_seed_after_a_resume(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = LoopRecorder(max_steps=4, gradient_accumulation_steps=2)
     whole.run()
-    assert len(whole.seeds) == len(set(whole.seeds)) == len(batches) == 8
-    assert pushed == [1, 2, 3]  # the last step pushes the result
+    assert len(whole.seeds) == len(set(whole.seeds)) == 8 and whole.steps == [1, 2, 3, 4]
     reset_accelerate()
     resumed = LoopRecorder(max_steps=4, gradient_accumulation_steps=2)
     resumed.state.step = 2
@@ -285,6 +293,11 @@ def test_each_batch_has_its_own_seed_and_the_same_seed_after_a_resume() -> None:
     other = LoopRecorder(max_steps=4, gradient_accumulation_steps=2, seed=1)
     other.run()
     assert not set(other.seeds) & set(whole.seeds)
+    reset_accelerate()
+    process = LoopRecorder(max_steps=4, gradient_accumulation_steps=2)
+    monkeypatch.setattr(Accelerator, "process_index", 1)  # each process draws other random numbers
+    process.run()
+    assert len(process.seeds) == 8 and not set(process.seeds) & set(whole.seeds)
 
 
 def test_the_last_evaluation_is_repeated_if_all_steps_are_done() -> None:
@@ -391,12 +404,12 @@ def test_an_interrupted_evaluation_is_repeated_from_the_checkpoint() -> None:
     whole.run()
     reset_accelerate()
     bench = LoopRecorder(epochs=2, max_steps=None, batch_size=480, log_every=2)
-    evaluate, bench.accuracies = bench.loop.callbacks.evaluate, iter([])
+    evaluate, bench.accuracies = bench.loop.evaluate_model, iter([])
     with pytest.raises(StopIteration):
         bench.run()
     assert bench.saved == [(3, False)] and bench.state.pending_record["step"] == 3
     bench.accuracies = iter([0.5, 0.75])
-    bench.loop.callbacks.evaluate = evaluate
+    bench.loop.evaluate_model = evaluate
     bench.run()
     different = {"images_per_second", "peak_memory_mb"}
     found, expected = (
@@ -441,6 +454,18 @@ def test_a_non_finite_loss_stops_before_the_update(accumulation: int) -> None:
     assert all(torch.equal(before[name], weight) for name, weight in copy_weights(bench.model).items())
     assert all(parameter.grad is None for parameter in bench.model.parameters())
     assert bench.state.step == 1
+
+
+def test_a_non_finite_loss_of_another_process_stops_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = LoopRecorder(max_steps=2)
+    monkeypatch.setattr(Accelerator, "num_processes", 2)
+    monkeypatch.setattr(Accelerator, "reduce", lambda accelerator, tensor, kind: tensor + 0.0)  # the other adds 0
+    before = copy_weights(bench.model)
+    with pytest.raises(NonFiniteLoss, match="not finite in step 1"):
+        bench.loop.run_step(bench.batches())
+    assert all(torch.equal(before[name], weight) for name, weight in copy_weights(bench.model).items())
+    monkeypatch.setattr(Accelerator, "reduce", lambda accelerator, tensor, kind: tensor + tensor)  # all are finite
+    bench.loop.check_finite([{"loss": torch.tensor(1.0)}], [], 1.0)
 
 
 def build_overflowing_loop(finite_every: int | None = None, **training: Any) -> LoopRecorder:
@@ -640,7 +665,7 @@ def test_signals_stop_training_at_the_next_check(
     number: signal.Signals, status: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "modeling_vitcls.training.loop.MAX_FORWARDING_SECONDS", SECONDS
+        "modeling_vitcls.training.signals.MAX_FORWARDING_SECONDS", SECONDS
     )  # a busy machine may pause here
     before = signal.getsignal(number)
     with SignalHandler(Accelerator(cpu=True)) as interruption:

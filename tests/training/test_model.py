@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.accelerate_state import reset_accelerate
 from helpers.tiny_models import build_images, build_tiny_config, get_largest_difference, raises_one_line, randomize
+from helpers.tiny_options import prepare_task, run_training
 from peft.tuners.lora import LoraLayer
 
 from modeling_vitcls import (
@@ -28,7 +28,7 @@ from modeling_vitcls.options import (
     PretrainOptions,
     TrainingOptions,
 )
-from modeling_vitcls.training.finetune import FinetuneTask, check_flag_combinations, check_label_kind
+from modeling_vitcls.training.finetune import check_flag_combinations, check_label_kind, check_options
 from modeling_vitcls.training.model import (
     build_model,
     check_preset_name,
@@ -37,7 +37,6 @@ from modeling_vitcls.training.model import (
     set_train_mode,
     set_trainable_parameters,
 )
-from modeling_vitcls.training.pretrain import PretrainTask
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -135,10 +134,9 @@ def test_a_checkpoint_of_an_unknown_type_is_an_error(tmp_path: Path) -> None:
     start = tmp_path / "start"
     ViTCLSForImageClassification(build_tiny_config()).save_pretrained(start)
     (start / "config.json").write_text('{"model_type": "mystery"}', encoding="utf-8")
-    for task_class, kind in ((FinetuneTask, FinetuneOptions), (PretrainTask, PretrainOptions)):
-        reset_accelerate()
+    for kind in (FinetuneOptions, PretrainOptions):
         with raises_one_line(f"{start} contains a model of type 'mystery', not 'vitcls'"):
-            task_class(kind(tmp_path / "run", DataOptions("digits"), ModelOptions(str(start))))
+            run_training(kind(tmp_path / "run", DataOptions("digits"), ModelOptions(str(start))))
 
 
 def test_the_number_of_cls_tokens_of_several_tasks_is_their_number() -> None:
@@ -174,11 +172,10 @@ def test_patches_are_dropped_only_in_trained_layers(two_tasks: Path, tmp_path: P
     model = ModelOptions(str(two_tasks), patch_drop_rate=0.5)
     options = FinetuneOptions(tmp_path / "out", DataOptions("digits"), model)
     with raises_one_line("--patch-drop-rate", "--trainable last-1 freezes the embeddings and the first layer"):
-        FinetuneTask(replace(options, training=TrainingOptions(trainable="last-1")))
+        run_training(replace(options, training=TrainingOptions(trainable="last-1")))
     assert not (tmp_path / "out").exists()
-    reset_accelerate()
-    run = FinetuneTask(replace(options, training=TrainingOptions(trainable="last-2")))
-    assert run.model.config.patch_drop_rate == 0.5
+    task = prepare_task(replace(options, training=TrainingOptions(trainable="last-2"))).task
+    assert task.model.config.patch_drop_rate == 0.5
 
 
 def test_contradictory_flags_are_errors() -> None:
@@ -192,12 +189,6 @@ def test_contradictory_flags_are_errors() -> None:
         "--patch-drop-rate requires trainable embeddings or a trainable first layer, but --trainable head": {
             "model": ModelOptions("some/checkpoint", patch_drop_rate=0.5),
             "training": TrainingOptions(trainable="head"),
-        },
-        "--feature-views requires --trainable head, but --trainable is full": {
-            "training": TrainingOptions(feature_views=2)
-        },
-        "--feature-views requires --trainable head, but --trainable is lora": {
-            "training": TrainingOptions(trainable="lora", feature_views=2)
         },
         "--class-balance requires all labels": {
             "data": DataOptions("digits", streaming=True),
@@ -226,7 +217,6 @@ def test_contradictory_flags_are_errors() -> None:
     token, head = ModelOptions("some/checkpoint", num_distillation_tokens=1), TrainingOptions(trainable="head")
     accepted: list[dict[str, Any]] = [
         {"distillation": DistillationOptions(teacher="t"), "model": token},
-        {"training": replace(head, feature_views=2)},
         {"training": TrainingOptions(class_balance="weights")},
         {"distillation": DistillationOptions(teacher="t", teacher_views=1), "model": token},
         {"augmentation": AugmentationOptions(mixup=0.8, cutmix=1.0)},
@@ -245,13 +235,13 @@ def test_contradictory_flags_are_errors() -> None:
 
 def test_a_teacher_adds_a_distillation_token() -> None:
     options = FinetuneOptions(Path("out"), DataOptions("digits"), ModelOptions("some/checkpoint"))
-    assert FinetuneTask.check_options(options) == options
+    assert check_options(options) == options
     taught = replace(options, distillation=DistillationOptions(teacher="t"))
-    assert FinetuneTask.check_options(taught).model.num_distillation_tokens == 1
+    assert check_options(taught).model.num_distillation_tokens == 1
     two = replace(taught, model=replace(options.model, num_distillation_tokens=2))
-    assert FinetuneTask.check_options(two) == two
+    assert check_options(two) == two
     with raises_one_line("--num-distillation-tokens is 0"):
-        FinetuneTask.check_options(replace(taught, model=replace(options.model, num_distillation_tokens=0)))
+        check_options(replace(taught, model=replace(options.model, num_distillation_tokens=0)))
 
 
 @pytest.mark.parametrize("kind", ["multi_label_classification", "multi_task"])

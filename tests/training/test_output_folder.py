@@ -11,13 +11,13 @@ import torch
 import yaml
 from helpers.accelerate_state import reset_accelerate
 from helpers.tiny_models import raises_one_line
-from helpers.tiny_options import build_tiny_options
+from helpers.tiny_options import build_tiny_options, run_dry, run_training
 from helpers.warm_processes import READY, SECONDS
 
 from modeling_vitcls.checkpoints import CheckpointStore
 from modeling_vitcls.options import FinetuneOptions, PretrainOptions
 from modeling_vitcls.training import output_folder
-from modeling_vitcls.training.finetune import FinetuneTask
+from modeling_vitcls.training import run as run_module
 from modeling_vitcls.training.output_folder import (
     LOCK_FILE,
     FolderLock,
@@ -25,8 +25,8 @@ from modeling_vitcls.training.output_folder import (
     list_final_files,
     remove_run_files,
 )
-from modeling_vitcls.training.runner import RunStopped, resolve_local_paths
-from modeling_vitcls.training.task import dry_run, run_task
+from modeling_vitcls.training.reporter import Reporter
+from modeling_vitcls.training.resume import resolve_local_paths
 
 
 pytestmark = pytest.mark.integration
@@ -162,7 +162,7 @@ def options_of(folder: Path, dataset: str = "digits", **flags: Any) -> FinetuneO
 
 def run(folder: Path, **changes: Any) -> dict[str, Any]:
     reset_accelerate()
-    return run_task(FinetuneTask(options_of(folder, **changes)))
+    return run_training(options_of(folder, **changes))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -187,11 +187,11 @@ def earlier(finished: Path, folder: Path) -> Path:
     return folder
 
 
-def test_a_run_locks_its_folder_until_it_ends(folder: Path) -> None:
-    reset_accelerate()
-    prepared = FinetuneTask(options_of(folder))
-    assert prepared.runner.lock.file_lock.is_locked and is_locked(folder)
-    run_task(prepared)
+def test_a_run_locks_its_folder_until_it_ends(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool] = []
+    monkeypatch.setattr(Reporter, "show_step", lambda reporter, step: seen.append((folder / LOCK_FILE).exists()))
+    run(folder)
+    assert seen == [True]
     assert not (folder / LOCK_FILE).exists()
 
 
@@ -206,11 +206,6 @@ def test_a_run_that_fails_releases_its_lock(folder: Path) -> None:
     with raises_one_line("no-such-folder", error=(ValueError, OSError)):
         run(folder, dataset="./no-such-folder")
     assert not folder.parent.exists()
-    prepared = FinetuneTask(options_of(folder))
-    prepared.runner.train = lambda *parts: (_ for _ in ()).throw(RunStopped("stopped"))
-    with pytest.raises(RunStopped):
-        run_task(prepared)
-    assert not (folder / LOCK_FILE).exists()
 
 
 def test_a_finished_run_is_replaced_only_with_overwrite(earlier: Path) -> None:
@@ -219,7 +214,7 @@ def test_a_finished_run_is_replaced_only_with_overwrite(earlier: Path) -> None:
         run(earlier)
     assert contents(earlier) == before
     with raises_one_line(f"{earlier} contains a finished run"):
-        dry_run(FinetuneTask, options_of(earlier))
+        run_dry(options_of(earlier))
     assert run(earlier, max_steps=2, overwrite=True)["steps"] == 2
 
 
@@ -230,7 +225,7 @@ def test_a_finished_run_without_checkpoints_is_not_repeated(earlier: Path) -> No
 
 
 def test_the_old_model_is_never_next_to_the_new_configuration(earlier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The new run may be killed at any time. Here, the process exits at each removal of a file."""
+    """The new run may be killed at any time. Here, the contents are noted at each removal of a file."""
     config = (earlier / "config.resolved.yaml").read_bytes()
     (earlier / "notes.txt").write_text("mine")
     states: list[set[str]] = []
@@ -238,21 +233,23 @@ def test_the_old_model_is_never_next_to_the_new_configuration(earlier: Path, mon
 
     def note(path: Path, missing_ok: bool = False) -> None:
         if path.parent == earlier and path.name != LOCK_FILE:
-            names = set(contents(earlier))
-            states.append(names)
+            states.append(set(contents(earlier)))
             assert (earlier / "config.resolved.yaml").read_bytes() == config
         unlink(path, missing_ok)
 
+    def stop(*arguments: Any) -> None:
+        raise ValueError("stop")
+
     monkeypatch.setattr(Path, "unlink", note)
-    reset_accelerate()
-    prepared = FinetuneTask(options_of(earlier, max_steps=2, overwrite=True))
+    monkeypatch.setattr(run_module, "prepare_state", stop)
+    with pytest.raises(ValueError, match="stop"):
+        run(earlier, max_steps=2, overwrite=True)
     monkeypatch.undo()
-    assert set(contents(earlier)) == {"config.resolved.yaml", "notes.txt", LOCK_FILE}
+    assert set(contents(earlier)) == {"config.resolved.yaml", "notes.txt"}
     assert (earlier / "config.resolved.yaml").read_bytes() != config
     assert len(states) > 10 and "results.json" in states[0]
     # an incomplete run is never recognized as finished
     assert not any("results.json" in names for names in states[1:])
-    prepared.runner.lock.release()
 
 
 def test_errors_are_raised_before_files_are_removed(earlier: Path) -> None:
@@ -321,10 +318,10 @@ def test_files_of_other_programs_are_kept(folder: Path, names: list[str]) -> Non
 
 def test_other_files_are_overwritten_on_request(folder: Path) -> None:
     folder.mkdir(parents=True)
-    (folder / "README.md").write_text("mine")
+    (folder / "config.json").write_text("mine")
     (folder / "notes.txt").write_text("mine")
     run(folder, overwrite=True)
-    assert (folder / "README.md").read_text() != "mine"
+    assert (folder / "config.json").read_text() != "mine"
     assert (folder / "notes.txt").read_text() == "mine"
 
 
@@ -340,8 +337,8 @@ def test_a_file_that_appears_while_a_run_is_stopped_is_kept(earlier: Path) -> No
 
 
 def test_a_run_that_ended_before_its_first_checkpoint_is_replaced(folder: Path) -> None:
-    reset_accelerate()
-    FinetuneTask(options_of(folder)).runner.lock.release()
+    folder.mkdir(parents=True)
+    (folder / "config.resolved.yaml").write_text("dataset: digits\n")
     (folder / "metrics.jsonl").write_text('{"step": 1}\n')
     assert run(folder)["steps"] == 1
 

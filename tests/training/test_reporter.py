@@ -5,19 +5,17 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
 from helpers.tiny_models import build_tiny_config
-from PIL import Image
 from rich.console import Console
 
 from modeling_vitcls import ViTCLSForImageClassification
 from modeling_vitcls.data.sampling import BatchPlan
-from modeling_vitcls.options import FinetuneOptions, TrainingOptions
+from modeling_vitcls.options import TrainingOptions
 from modeling_vitcls.training import reporter as reporter_module
 from modeling_vitcls.training.reporter import (
     Reporter,
@@ -28,8 +26,6 @@ from modeling_vitcls.training.reporter import (
     format_duration,
     format_metric,
 )
-from modeling_vitcls.training.runner import Runner
-from modeling_vitcls.training.task import estimate_run_seconds
 
 
 RECORD = {"epoch": 0.5, "loss": 2.0, "learning_rate": 2.5e-4, "images_per_second": 100.0}
@@ -62,6 +58,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 def build_reporter(folder: Path, **console: Any) -> tuple[Reporter, io.StringIO]:
     output = io.StringIO()
     reporter = Reporter(folder / "metrics.jsonl", Accelerator(cpu=True))
+    reporter.printed_metric = "accuracy"
     reporter.console = reporter.progress.live.console = Console(file=output, soft_wrap=True, **console)
     return reporter, output
 
@@ -71,13 +68,13 @@ def test_a_line_shows_the_learning_rate_and_the_remaining_time(tmp_path: Path, c
     reporter, output = build_reporter(tmp_path)
     reporter.start_after(10, 20)
     clock[0] += 240
-    reporter.log(RECORD | {"step": 10}, "accuracy")
-    reporter.log(RECORD | {"step": 12, "held_out_loss": 1.0, "held_out_accuracy": 0.25}, "accuracy")
+    reporter.log(RECORD | {"step": 10})
+    reporter.log(RECORD | {"step": 12, "held_out_loss": 1.0, "held_out_accuracy": 0.25})
     assert output.getvalue() == (
         "step 10/20  epoch 0.5  loss 2.000  lr 2.5e-04  100 images/s\n"
         "step 12/20  epoch 0.5  loss 2.000  lr 2.5e-04  100 images/s  16 min left  held out: accuracy 25.00%\n"
     )
-    reporter.log(RECORD | {"step": 20}, "accuracy")
+    reporter.log(RECORD | {"step": 20})
     assert output.getvalue().endswith("100 images/s\n")  # no time remains
 
 
@@ -87,7 +84,7 @@ def test_the_time_on_the_bar_is_labeled(tmp_path: Path, clock: list[float]) -> N
     reporter.start_after(0, 20)
     with reporter.progress:
         clock[0] += 240
-        reporter.log(RECORD | {"step": 2}, "accuracy")
+        reporter.log(RECORD | {"step": 2})
     (last,) = [line for line in output.getvalue().splitlines() if "36 min left" in line][-1:]
     assert "lr 2.5e-04" in last and "2/20" in last
 
@@ -110,10 +107,10 @@ def test_records_of_repeated_steps_are_removed(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, "[]", '{"loss": 1.0}', '{"step": 3, "lo']))
     reporter.start_after(4, 10)
     assert (tmp_path / "metrics.jsonl").read_text() == f"{lines[0]}\n{lines[1]}\n"
-    reporter.log(RECORD | {"step": 5}, "accuracy")
+    reporter.log(RECORD | {"step": 5})
     assert (tmp_path / "metrics.jsonl").read_text().splitlines()[2:] == [json.dumps(RECORD | {"step": 5})]
     with pytest.raises(ValueError, match="Out of range float values"):  # would not be valid JSON
-        reporter.log(RECORD | {"step": 6, "loss": math.nan}, "accuracy")
+        reporter.log(RECORD | {"step": 6, "loss": math.nan})
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
     reporter.start_after(0, 10)
@@ -129,7 +126,7 @@ def test_only_the_main_process_writes_and_prints(
     with reporter.progress:
         reporter.print_line("data", "a line")
         reporter.warn("a warning")
-        reporter.log(RECORD | {"step": 1}, "accuracy")
+        reporter.log(RECORD | {"step": 1})
     assert not list(tmp_path.iterdir()) and capsys.readouterr().out == ""
 
 
@@ -145,7 +142,7 @@ def test_evaluations_are_printed_above_the_bar(tmp_path: Path) -> None:
     reporter.progress.disable = False
     reporter.start_after(0, 20)
     with reporter.progress:
-        reporter.log(RECORD | {"step": 2, "held_out_accuracy": 0.25}, "accuracy")
+        reporter.log(RECORD | {"step": 2, "held_out_accuracy": 0.25})
     assert "epoch   0.5  held out: accuracy 25.00%" in output.getvalue()
 
 
@@ -170,28 +167,6 @@ def test_trackers_get_only_numbers() -> None:
         "loss": None,
     }
     assert flatten_record(record) == {"step": 3, "norms/cls[0]": 1.5, "entropy/00": 0.25, "entropy/01/a": 2}
-    assert Reporter(Path("metrics.jsonl"), Accelerator(cpu=True)).get_image_logger() is None
-
-
-@pytest.mark.usefixtures("fresh_accelerate")
-def test_trackers_get_images_of_the_last_step(tmp_path: Path) -> None:
-    event_files = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    accelerator = Accelerator(cpu=True, log_with="tensorboard", project_dir=tmp_path)
-    accelerator.init_trackers("run")
-    accelerator.trackers.append(SimpleNamespace(name="without images"))
-    reporter = Reporter(tmp_path / "metrics.jsonl", accelerator)
-    reporter.start_after(0, 7)
-    log_images = reporter.get_image_logger()
-    assert log_images is not None
-    log_images({"norms": Image.new("RGBA", (30, 20), (250, 120, 10, 255))})
-    accelerator.trackers.pop()
-    accelerator.end_training()
-    events = event_files.EventAccumulator(str(next(tmp_path.rglob("events.out.tfevents*")).parent))
-    events.Reload()
-    (event,) = events.Images("norms")
-    image = Image.open(io.BytesIO(event.encoded_image_string))
-    assert event.step == 7 and (image.size, image.mode) == ((30, 20), "RGB")
-    assert image.getpixel((3, 4)) == (250, 120, 10)
 
 
 # The model and the batches -------------------------------------------------------------------------------------------
@@ -204,14 +179,17 @@ def build_plan(**changes: Any) -> BatchPlan:
 
 def test_the_model_and_the_batches_are_described() -> None:
     model = ViTCLSForImageClassification(build_tiny_config(image_size=[32, 16], num_register_tokens=3))
-    lines = describe_model("some/checkpoint", model)
+    lines = describe_model("some/checkpoint", model, 2_500_000_000)
     total = sum(parameter.numel() for parameter in model.parameters())
     assert lines["model"].startswith(
         f"some/checkpoint: {total:,} parameters, {total:,} trainable, 2 layers of width 16"
     )
-    assert lines["tokens"] == "[ 1 cls | 3 registers | 8 patches ] = 12 for 32 x 16 pixels"
+    assert lines["tokens"] == "[ 1 cls | 3 registers | 8 patches ] = 12 for 32 x 16 pixels, 2.5 GFLOP per image"
     model.vitcls.requires_grad_(False)
-    assert f" {total:,} parameters, {16 * 3 + 3} trainable" in describe_model("some/checkpoint", model)["model"]
+    assert (
+        f" {total:,} parameters, {16 * 3 + 3} trainable"
+        in describe_model("some/checkpoint", model, 2_500_000_000)["model"]
+    )
     batches = describe_batches(build_plan(), Accelerator(cpu=True))["batches"]
     assert batches == "40 images per step = 5 x 2 accumulated x 4 process(es); 30 steps = 3.0 epochs"
     stream = describe_batches(build_plan(num_images=None), Accelerator(cpu=True))["batches"]
@@ -228,23 +206,3 @@ def test_the_facts_of_a_run() -> None:
     assert facts["token_layout"] == {"cls": 1, "distillation": 0, "registers": 0, "patches": 16}
     assert facts["sequence_length"] == 17 and facts["versions"]["torch"] == torch.__version__
     assert describe_run(build_plan(num_images=None), 10, model, Accelerator(cpu=True), 16.0)["epochs"] is None
-
-
-def test_a_dry_run_expects_steps_and_evaluations(tmp_path: Path) -> None:
-    """The first step, which takes longer, is not counted; the evaluation uses a quarter of the images."""
-
-    class Plan:
-        num_steps, num_images = 100, 50
-
-        def count_epochs(self, step: int) -> float:
-            return step / 40
-
-    runner = Runner.__new__(Runner)
-    runner.step_seconds, runner.evaluation_seconds = [9.0, 0.5, 0.6], [2.0]
-    options = FinetuneOptions.__new__(FinetuneOptions)
-    object.__setattr__(options, "training", TrainingOptions())
-    runner.options = options
-    plan: Any = Plan()
-    assert estimate_run_seconds(runner, plan, 0.25) == 100 * 0.5 + 3 * 2.0 / 0.25
-    runner.step_seconds, runner.evaluation_seconds, plan.num_images = [9.0], [2.0, 1.5], None
-    assert estimate_run_seconds(runner, plan, 1.0) == 100 * 9.0 + 1.5  # a stream is evaluated once

@@ -13,16 +13,16 @@ import pytest
 import torch
 from helpers.accelerate_state import reset_accelerate
 from helpers.tiny_models import raises_one_line
-from helpers.tiny_options import build_tiny_options, read_metrics, run_to_folder
+from helpers.tiny_options import build_tiny_options, read_metrics, run_to_folder, run_training
 from PIL import Image
 from safetensors.torch import load_file
 
 from modeling_vitcls.checkpoints import CheckpointStore, format_state, read_state
 from modeling_vitcls.files import read_json
 from modeling_vitcls.options import FinetuneOptions
-from modeling_vitcls.training.finetune import FinetuneTask
-from modeling_vitcls.training.runner import RunStopped, check_flags_unchanged
-from modeling_vitcls.training.task import run_task
+from modeling_vitcls.training.reporter import Reporter
+from modeling_vitcls.training.resume import check_flags_unchanged
+from modeling_vitcls.training.run import RunStopped
 
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("fresh_accelerate")]
@@ -40,7 +40,7 @@ def build_options(folder: Path, **flags: Any) -> FinetuneOptions:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of an uninterrupted run."""
-    return run_to_folder(FinetuneTask, build_options(tmp_path_factory.mktemp("whole") / "run"))
+    return run_to_folder(build_options(tmp_path_factory.mktemp("whole") / "run"))
 
 
 @pytest.fixture
@@ -53,12 +53,12 @@ def killed(whole: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def change_facts(folder: Path, **changes: Any) -> None:
+def change_metadata(folder: Path, **changes: Any) -> None:
     """Change the metadata of the checkpoint of step 2. None removes a value."""
     file = folder / "checkpoints" / "step-00000002" / "state.json"
     state = read_state(file.parent)
-    facts = state["facts"] | changes
-    state["facts"] = {name: facts[name] for name in facts if name not in changes or changes[name] is not None}
+    metadata = state["metadata"] | changes
+    state["metadata"] = {name: metadata[name] for name in metadata if name not in changes or changes[name] is not None}
     file.write_text(format_state(state), encoding="utf-8")
 
 
@@ -85,8 +85,8 @@ def test_the_saved_model_has_the_averaged_weights(whole: Path) -> None:
 def test_a_resumed_run_has_the_same_results(whole: Path, killed: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Flags that do not affect the result may change. Times and metrics of earlier steps are included."""
     changes = {"batch_size": 4, "gradient_accumulation_steps": 2, "keep_checkpoints": 1, "save_every": 5}
-    change_facts(killed, seconds=1000.0)
-    results = run_task(FinetuneTask(build_options(killed, resume=True, **changes)))
+    change_metadata(killed, training_seconds=1000.0)
+    results = run_training(build_options(killed, resume=True, **changes))
     assert "resumed   after step 2 of 3" in capsys.readouterr().out
     found, expected = get_compared_values(killed), get_compared_values(whole)
     for one, other in zip(found, expected, strict=True):
@@ -99,18 +99,18 @@ def test_a_resumed_run_has_the_same_results(whole: Path, killed: Path, capsys: p
     checkpoints = CheckpointStore(killed / "checkpoints", num_kept=1)
     assert checkpoints.list_steps() == [3]
     reset_accelerate()
-    facts = read_json(checkpoints.get_folder(3) / "state.json")["facts"]
-    assert 1000 < facts["seconds"] <= results["seconds"] and facts["flags"]["batch_size"] == 4
-    assert facts["images_per_step"] == 8
+    metadata = read_json(checkpoints.get_folder(3) / "state.json")["metadata"]
+    assert 1000 < metadata["training_seconds"] <= results["seconds"] and metadata["flags"]["batch_size"] == 4
+    assert metadata["images_per_step"] == 8
 
 
 def test_unreadable_images_and_evaluations_of_earlier_steps_are_counted(killed: Path) -> None:
-    change_facts(killed, broken=[7, 3], best_score=2.0, num_worse=5)
-    results = run_task(FinetuneTask(build_options(killed, resume=True)))
-    assert results["num_broken_training_images"] == 2
+    change_metadata(killed, unreadable_images=[7, 3], best_score=2.0, num_evaluations_since_best=5)
+    results = run_training(build_options(killed, resume=True))
+    assert results["num_unreadable_training_images"] == 2
     state = read_json(killed / "checkpoints" / "step-00000003" / "state.json")
-    assert state["facts"]["broken"] == [3, 7]
-    assert (state["facts"]["best_score"], state["facts"]["num_worse"]) == (2.0, 5)
+    assert state["metadata"]["unreadable_images"] == [3, 7]
+    assert (state["metadata"]["best_score"], state["metadata"]["num_evaluations_since_best"]) == (2.0, 5)
 
 
 def test_checkpoints_contain_unreadable_images_that_are_not_logged_yet(tmp_path: Path) -> None:
@@ -121,41 +121,31 @@ def test_checkpoints_contain_unreadable_images_that_are_not_logged_yet(tmp_path:
     image.write_bytes(b"not an image")
     flags = {"held_out_fraction": 0.0, "max_steps": 2, "log_every": 100}
     options = build_tiny_options(tmp_path / "run", tmp_path / "images", batch_size=8, save_every=1, **flags)
-    run_task(FinetuneTask(options))
-    (index,) = read_json(tmp_path / "run" / "checkpoints" / "step-00000001" / "state.json")["facts"]["broken"]
+    run_training(options)
+    (index,) = read_json(tmp_path / "run" / "checkpoints" / "step-00000001" / "state.json")["metadata"][
+        "unreadable_images"
+    ]
     assert 0 <= index < 8
 
 
-def test_a_signal_saves_a_checkpoint_to_resume_from(whole: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_a_checkpoint_to_resume_from(
+    whole: Path, tmp_path: Path, signum: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder, flags = tmp_path / "run", {"save_every": 100, "log_every": 1}
-    task = FinetuneTask(build_options(folder, **flags))
-    log = task.runner.reporter.log
-
-    def log_and_stop(record: dict[str, Any], selection_metric: str) -> None:
-        log(record, selection_metric)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    task.runner.reporter.log = log_and_stop  # type: ignore[method-assign]
-    message = "stopped by SIGTERM; a checkpoint was saved. Repeat the command with --resume to continue the run"
-    with pytest.raises(RunStopped, match=f"^{message}$") as stopped:
-        run_task(task)
-    assert stopped.value.exit_status == 143
+    show_step = Reporter.show_step
+    monkeypatch.setattr(
+        Reporter, "show_step", lambda reporter, step: (show_step(reporter, step), os.kill(os.getpid(), signum))
+    )
+    with pytest.raises(RunStopped, match=rf"^stopped by {signum.name}; .*--resume") as stopped:
+        run_training(build_options(folder, **flags))
+    assert stopped.value.exit_status == 128 + signum
     assert not (folder / "results.json").exists() and not (folder / ".vitcls.lock").exists()
     assert CheckpointStore(folder / "checkpoints", num_kept=1).list_steps() == [1]
-    reset_accelerate()
-    run_task(FinetuneTask(build_options(folder, resume=True, **flags)))
+    monkeypatch.setattr(Reporter, "show_step", show_step)
+    run_training(build_options(folder, resume=True, **flags))
     assert get_compared_values(folder)[0] == get_compared_values(whole)[0]
     assert [record["step"] for record in read_metrics(folder)] == [1, 2, 3]
-
-
-def test_the_seed_determines_the_initial_weights(tmp_path: Path) -> None:
-    weights = []
-    for index, seed in enumerate((3, 3, 4)):
-        reset_accelerate()
-        task = FinetuneTask(build_options(tmp_path / str(index), seed=seed))
-        task.runner.lock.release()
-        weights.append(task.model.vitcls.layers[0].mlp.fc1.weight)
-    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 
 
 # Changes between start and resume ------------------------------------------------------------------------------------
@@ -175,7 +165,7 @@ CHANGES: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("changes", "message"), CHANGES)
 def test_another_run_is_an_error(killed: Path, changes: dict[str, Any], message: str) -> None:
     with raises_one_line("--resume: ", message):
-        FinetuneTask(build_options(killed, resume=True, **changes))
+        run_training(build_options(killed, resume=True, **changes))
     assert not (killed / ".vitcls.lock").exists()
 
 
@@ -183,26 +173,20 @@ def test_another_precision_is_an_error(killed: Path, monkeypatch: pytest.MonkeyP
     """The configuration of `accelerate launch` sets the precision if no flag does."""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     with raises_one_line("uses the mixed precision 'no', but the mixed precision of this run is 'bf16'"):
-        FinetuneTask(build_options(killed, resume=True))
+        run_training(build_options(killed, resume=True))
 
 
 def test_another_number_of_steps_is_an_error(killed: Path) -> None:
-    change_facts(killed, num_steps=1234)
+    change_metadata(killed, num_steps=1234)
     with raises_one_line("has 1,234 steps of 8 images, but this run has 3 steps of 8 images"):
-        FinetuneTask(build_options(killed, resume=True))
-
-
-def test_a_checkpoint_of_an_older_version_is_an_error(killed: Path) -> None:
-    change_facts(killed, data=None)
-    with raises_one_line("was written by an older version", "Restart the run with --overwrite"):
-        FinetuneTask(build_options(killed, resume=True))
+        run_training(build_options(killed, resume=True))
 
 
 def test_a_checkpoint_of_another_model_is_an_error(killed: Path) -> None:
     file = killed / "checkpoints" / "step-00000002" / "state.json"
-    change_facts(killed, flags=read_json(file)["facts"]["flags"] | {"intermediate_size": 48})
+    change_metadata(killed, flags=read_json(file)["metadata"]["flags"] | {"intermediate_size": 48})
     with raises_one_line("--resume: ", "belongs to another", error=RunStopped):
-        run_task(FinetuneTask(build_options(killed, resume=True, intermediate_size=48)))
+        run_training(build_options(killed, resume=True, intermediate_size=48))
 
 
 def test_unset_flags_with_defaults_of_the_run_are_accepted(tmp_path: Path) -> None:

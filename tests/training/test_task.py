@@ -10,8 +10,7 @@ import torch
 import yaml
 from helpers.accelerate_state import reset_accelerate
 from helpers.tiny_models import build_tiny_config
-from helpers.tiny_options import build_tiny_options, read_metrics
-from huggingface_hub import ModelCard
+from helpers.tiny_options import build_tiny_options, prepare_task, read_metrics, run_dry, run_training
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -23,12 +22,11 @@ from modeling_vitcls.data.sampling import BatchPlan
 from modeling_vitcls.data.splits import load_evaluation_data, load_training_data
 from modeling_vitcls.data.streaming import build_training_dataset
 from modeling_vitcls.inference.evaluate import evaluate_checkpoint
+from modeling_vitcls.inference.evaluator import Evaluator
 from modeling_vitcls.intervals import compute_mean_interval
 from modeling_vitcls.options import DataOptions, EvaluateOptions, ModelOptions, PretrainOptions
-from modeling_vitcls.training.finetune import FinetuneTask
-from modeling_vitcls.training.pretrain import PretrainTask
-from modeling_vitcls.training.runner import RunStopped
-from modeling_vitcls.training.task import dry_run, run_folds, run_task
+from modeling_vitcls.training import finetune
+from modeling_vitcls.training.run import build_training_images, run_folds
 
 
 DIGITS = DataOptions("digits", num_workers=0)
@@ -66,7 +64,7 @@ def write_images(folder: Path, splits: dict[str, dict[str, int]]) -> DataOptions
 def test_defaults_are_printed_and_recorded(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     flags = {"crop_scale": None, "shift": None, "max_steps": 2, "weight_decay": 0.1}
     options = build_tiny_options(tmp_path / "run", "digits", **flags)
-    run_task(FinetuneTask(options))
+    run_training(options)
     printed = capsys.readouterr().out
     assert (
         "weights   random, because vitcls-tiny is a preset" in printed
@@ -81,7 +79,7 @@ def test_defaults_are_printed_and_recorded(tmp_path: Path, capsys: pytest.Captur
 
     reset_accelerate()
     start = replace(options, output_dir=tmp_path / "next", model=ModelOptions(str(tmp_path / "run")))
-    run_task(FinetuneTask(start))
+    run_training(start)
     printed = capsys.readouterr().out
     assert "random" not in printed
     assert "pre-trained weights, width 32: learning rate 0.0004; pre-trained weights: layer decay 0.75" in printed
@@ -90,28 +88,16 @@ def test_defaults_are_printed_and_recorded(tmp_path: Path, capsys: pytest.Captur
 def test_a_run_with_defaults_is_resumed(tmp_path: Path) -> None:
     flags = {"crop_scale": None, "shift": None, "max_steps": 2, "log_attention_every": 0, "save_every": 1}
     options = build_tiny_options(tmp_path, "digits", **flags)
-    whole = run_task(FinetuneTask(options))
+    whole = run_training(options)
     (tmp_path / "results.json").unlink()
     reset_accelerate()
-    resumed = run_task(FinetuneTask(replace(options, run=replace(options.run, resume=True))))
+    resumed = run_training(replace(options, run=replace(options.run, resume=True)))
     assert resumed["accuracy"] == whole["accuracy"]
     reset_accelerate()
     other = replace(options, training=replace(options.training, learning_rate=0.5))
     message = r"was started with --learning-rate 0\.001, but the value in this run is 0\.5"
     with pytest.raises(ValueError, match=message):
-        FinetuneTask(replace(other, run=replace(options.run, resume=True)))
-
-
-def test_the_license_of_the_initial_model_is_passed_on(tmp_path: Path) -> None:
-    start, folder = tmp_path / "start", tmp_path / "run"
-    ViTCLSForImageClassification(build_tiny_config()).save_pretrained(start)
-    ViTCLSImageProcessor(size=32).save_pretrained(start)
-    (start / "README.md").write_text("---\nlicense: cc-by-nc-4.0\nbase_model: acme/model\n---\n")
-    (start / "LICENSE").write_text("not for sale")
-    run_task(FinetuneTask(build_options(folder, max_steps=1, model=start)))
-    card = ModelCard.load(folder / "README.md").data
-    assert (card.license, card.base_model) == ("cc-by-nc-4.0", "acme/model")
-    assert (folder / "LICENSE").read_text() == "not for sale"
+        run_training(replace(other, run=replace(options.run, resume=True)))
 
 
 def test_the_flags_and_the_checkpoint_determine_the_batches(tmp_path: Path) -> None:
@@ -122,18 +108,17 @@ def test_the_flags_and_the_checkpoint_determine_the_batches(tmp_path: Path) -> N
     ViTCLSImageProcessor(size={"height": 24, "width": 32}, **settings).save_pretrained(start)
     flags = {"crop_scale": 0.6, "shift": 0.1, "repeated_augmentation": 2, "class_balance": "sampling", "seed": 5}
     flags |= {"model": start, "max_steps": 2, "gradient_checkpointing": True, "max_unreadable_images": 0}
-    task = FinetuneTask(build_options(tmp_path / "run", replace(DIGITS, split_seed=3), **flags))
-    assert task.model.is_gradient_checkpointing
-    train, options = task.data.train, task.options
+    run = prepare_task(build_options(tmp_path / "run", replace(DIGITS, split_seed=3), **flags))
+    train, options, task = run.data.train, run.options, run.task
     plan = BatchPlan.from_options(len(train), options.training, 1, train.labels, num_copies=2)
+    assert [*run.plan.iterate_keys(0)] == [*plan.iterate_keys(0)]
     augmentation = build_augmentation(options.augmentation, ViTCLSImageProcessor(size=[24, 32], resample=0))
     images = build_training_dataset(train, augmentation, to_rgb=False, seed=5, num_views=0, num_channels=1)
-    components = task.build_components(lambda model: {})
-    batch, expected = next(components.iterate_batches(0)), next(iterate_training_batches(images, plan, 0, 0))
+    expected = next(iterate_training_batches(images, run.plan, 0, 0))
+    batch = next(iterate_training_batches(build_training_images(options, run.data, task), run.plan, 0, 0))
     assert batch["pixels"].shape == (16, 1, 24, 32) and batch.keys() == expected.keys()
     assert all(torch.equal(batch[name], expected[name]) for name in expected)
-    assert task.build_training_images(options.augmentation, 0).builder.num_channels == 1
-    assert task.build_evaluator(task.data.held_out)(task.model.eval())["num_images"] == len(task.data.held_out)
+    assert task.build_evaluator(run.data.held_out)(task.model.eval())["num_images"] == len(run.data.held_out)
 
 
 # The best checkpoint -------------------------------------------------------------------------------------------------
@@ -144,7 +129,7 @@ def test_the_best_checkpoint_is_saved_and_reported(tmp_path: Path, capsys: pytes
     folder = tmp_path / "run"
     flags = {"epochs": 4.0, "batch_size": 400, "learning_rate": 0.2, "warmup": 0.0, "ema_decay": 0.5}
     flags |= {"drop_path_rate": 0.5}  # not in evaluations
-    results = run_task(FinetuneTask(build_options(folder, select="best", **flags)))
+    results = run_training(build_options(folder, select="best", **flags))
     records = read_records(folder)
     best = max(records, key=lambda record: record["selection_accuracy"])
     assert results["selection"]["step"] == best["step"] and best is not records[-1]
@@ -179,11 +164,18 @@ def test_a_validation_split_selects_and_the_test_split_is_reported(tmp_path: Pat
     loaded = load_training_data(data, use_selection_split=True)
     assert loaded.selection is not None and loaded.selection_name == "split 'validation'"
     assert (len(loaded.train), len(loaded.selection), len(loaded.held_out)) == (16, 6, 10)
-    task, forwards = FinetuneTask(build_options(tmp_path / "run", data, max_steps=2, select="best")), []
-    task.model.register_forward_hook(
-        lambda model, _, output: forwards.append((model.training, len(output.logits.unique(dim=0))))
-    )
-    results = run_task(task)
+    forwards: list[tuple[bool, int]] = []
+
+    def note(model: Any, _: Any, output: Any) -> None:
+        if isinstance(model, ViTCLSForImageClassification) and output.logits.device.type != "meta":
+            forwards.append((model.training, len(output.logits.unique(dim=0))))
+
+    handle = torch.nn.modules.module.register_module_forward_hook(note)
+    try:
+        results = run_training(build_options(tmp_path / "run", data, max_steps=2, select="best"))
+    finally:
+        handle.remove()
+    forwards = [forward for forward in forwards if forward[1] > 1 or forward[0]]  # without FLOPs and speed
     # The validation split is evaluated after each epoch, and the test split at the end. Empty rows have equal logits.
     assert [count for is_training, count in forwards if not is_training] == [6 + 1, 6 + 1, 10 + 1] and forwards[0][0]
     assert (results["split"], results["num_images"], results["selection"]["num_images"]) == ("split 'test'", 10, 6)
@@ -195,11 +187,15 @@ def test_a_dry_run_evaluates_random_images_and_prints_no_result(
 ) -> None:
     """The first held-out images are all of one class."""
     data = write_images(tmp_path / "data", {split: {"dusk": 40, "noon": 40} for split in ("train", "val")})
-    evaluated, build_evaluator = [], FinetuneTask.build_evaluator
-    monkeypatch.setattr(
-        FinetuneTask, "build_evaluator", lambda task, images: evaluated.append(images) or build_evaluator(task, images)
-    )
-    dry_run(FinetuneTask, build_options(tmp_path / "run", data, report=False))
+    evaluated: list[Any] = []
+
+    class RecordingEvaluator(Evaluator):
+        def __init__(self, images: Any, *arguments: Any, **others: Any) -> None:
+            evaluated.append(images)
+            super().__init__(images, *arguments, **others)
+
+    monkeypatch.setattr(finetune, "Evaluator", RecordingEvaluator)
+    run_dry(build_options(tmp_path / "run", data, report=False))
     assert set(evaluated[0].labels) == {0, 1} and len(evaluated[0]) == 16
     printed = capsys.readouterr().out
     assert "accuracy" not in printed and "WARNING" not in printed and "ran 3 steps" in printed
@@ -210,7 +206,7 @@ def test_a_dry_run_with_fewer_images_to_select_on_than_to_report(
 ) -> None:
     counts = {"train": 8, "val": 3, "test": 12}
     data = write_images(tmp_path / "data", {split: dict.fromkeys(("dusk", "noon"), n) for split, n in counts.items()})
-    dry_run(FinetuneTask, build_options(tmp_path / "run", data, select="best"))
+    run_dry(build_options(tmp_path / "run", data, select="best"))
     output = capsys.readouterr().out
     assert "an evaluation, and saved a checkpoint and the model, in" in output
     assert "the best checkpoint is selected on 6 separate images (split 'validation')" in output
@@ -228,7 +224,7 @@ def test_the_training_split_does_not_select(tmp_path: Path) -> None:
 def test_patience_stops_early(tmp_path: Path) -> None:
     """The learning rate is so low that no evaluation is better than the first one."""
     flags = {"epochs": 20.0, "batch_size": 400, "learning_rate": 1e-12}
-    results = run_task(FinetuneTask(build_options(tmp_path, select="best", patience=2, **flags)))
+    results = run_training(build_options(tmp_path, select="best", patience=2, **flags))
     records = read_records(tmp_path)
     assert [record["step"] for record in records] == [3, 6, 9] and results["steps"] == 9
     assert results["selection"]["step"] == 3
@@ -236,7 +232,7 @@ def test_patience_stops_early(tmp_path: Path) -> None:
 
 def test_the_best_checkpoint_of_pretraining(tmp_path: Path) -> None:
     options = build_options(tmp_path / "run", kind=PretrainOptions, max_steps=2, select="best")
-    results = run_task(PretrainTask(options))
+    results = run_training(options)
     assert results["selection"]["step"] == 2 and results["num_images"] == 359
 
 
@@ -245,7 +241,7 @@ def test_the_best_checkpoint_of_pretraining(tmp_path: Path) -> None:
 
 def test_folds(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     data = replace(DIGITS, folds=3)
-    summary = run_folds(FinetuneTask, build_options(tmp_path / "run", data, max_steps=2))
+    summary = run_folds(build_options(tmp_path / "run", data, max_steps=2), run_training)
     parts = [json.loads((tmp_path / "run" / f"fold-{fold}" / "results.json").read_text()) for fold in (1, 2, 3)]
     assert sum(part["num_images"] for part in parts) == 1797
     accuracies = [part["accuracy"] for part in parts]
@@ -268,7 +264,7 @@ def test_folds(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
 def test_folds_are_not_pushed(tmp_path: Path) -> None:
     options = build_options(tmp_path / "run", replace(DIGITS, folds=3), push_to_hub=True)
     with pytest.raises(ValueError, match="--folds trains several models, but --push-to-hub pushes only one model"):
-        run_folds(FinetuneTask, options)
+        run_folds(options, run_training)
     assert not (tmp_path / "run").exists()
 
 
@@ -283,9 +279,9 @@ def test_folds_require_a_single_split(tmp_path: Path) -> None:
 def test_training_on_all_images(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     data = replace(DIGITS, held_out_fraction=0.0)
     options = build_options(tmp_path / "run", data, max_steps=2, report=True)
-    dry_run(FinetuneTask, options)
+    run_dry(options)
     reset_accelerate()
-    results = run_task(FinetuneTask(options))
+    results = run_training(options)
     assert (results["num_training_images"], results["num_images"]) == (1797, 0)
     output = capsys.readouterr().out
     assert "accuracy" not in results and "not evaluated" in output and "WARNING" not in output
@@ -302,24 +298,14 @@ def test_training_on_all_images(tmp_path: Path, capsys: pytest.CaptureFixture) -
 def test_a_class_that_only_the_validation_split_has(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     splits = {"train": {"dusk": 6, "noon": 6}, "val": {"dusk": 2, "noon": 2, "night": 2}}
     data = write_images(tmp_path / "data", splits)
-    results = run_task(FinetuneTask(build_options(tmp_path / "run", data, max_steps=2)))
+    results = run_training(build_options(tmp_path / "run", data, max_steps=2))
     assert [row["name"] for row in results["per_class"]] == ["dusk", "night", "noon"]
     assert "1 of the 3 classes has no training images (night)" in capsys.readouterr().out
 
 
 def test_many_classes_with_few_images(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     data = write_images(tmp_path / "data", {"": {f"class {index:03d}": 2 for index in range(201)}})
-    results = run_task(FinetuneTask(build_options(tmp_path / "run", data, max_steps=2)))
+    results = run_training(build_options(tmp_path / "run", data, max_steps=2))
     assert len(results["per_class"]) == 201 and "confusion_matrix" not in results
     assert results["num_images"] + results["num_training_images"] == 402
     assert "no held-out images" not in capsys.readouterr().out  # one image of each class is held out
-
-
-def test_a_stopped_run_selects_nothing(tmp_path: Path) -> None:
-    """A damaged best checkpoint is an error; no other model is saved."""
-    options = build_options(tmp_path / "run", max_steps=2, select="best")
-    task = FinetuneTask(options)
-    task.runner.store.load_best = lambda: (_ for _ in ()).throw(ValueError("checkpoint is damaged"))  # type: ignore
-    with pytest.raises(RunStopped, match="checkpoint is damaged"):
-        run_task(task)
-    assert not (tmp_path / "run" / "model.safetensors").exists()

@@ -1,0 +1,148 @@
+"""Probe of the frozen encoder before fine-tuning: k-NN and logistic regression on the features of the images.
+
+    images -> frozen encoder, once -> CLS | mean of the patches | CLS + mean | the model's own pooling
+                                      -> k-NN, logistic regression -> accuracies
+                                      -> weights of the classifier (regression on the model's own pooling)
+
+Fine-tuning then starts from the regression instead of a random classifier (linear probing, then fine-tuning: Kumar et
+al. 2022, arXiv 2202.10054). With `--select best`, the frozen model takes part in the selection. The classifiers are
+those of `vitcls evaluate --frozen` (inference/frozen.py).
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..data.images import LabeledImages
+from ..data.splits import TrainingData
+from ..distributed import run_on_main
+from ..inference.evaluator import HeldOutBatch
+from ..inference.frozen import FeatureEvaluator, build_classifier
+from .reporter import Reporter
+
+
+MAX_PROBE_IMAGES = 10_000  # maximum number of training images for the probe, drawn at random
+ABSENT_CLASS_MARGIN = 100.0  # difference of a class without training images to the smallest bias, in logits
+
+
+class ProbeEvaluator(FeatureEvaluator):
+    """Computes the features of a frozen classifier's encoder."""
+
+    def compute_outputs(self, model: nn.Module, batch: HeldOutBatch) -> torch.Tensor:
+        """Return the features [G, P + 2 D] of the G readable images: own pooling, CLS tokens, mean of the patches."""
+        with self.accelerator.autocast():
+            outputs: Any = model.vitcls(self.pad_batch(model, batch.pixel_values))
+        tokens = outputs.tokens
+        cls = tokens["cls"] if tokens["cls"].shape[1] else tokens["patches"]
+        vectors = [outputs.pooler_output, cls.mean(dim=1), tokens["patches"].mean(dim=1)]
+        return torch.cat([vector.float() for vector in vectors], dim=1)[: len(batch.labels)]
+
+
+def explain_missing_probe(options: Any, model: Any, new_parameter_names: set[str], label_kind: str) -> str | None:
+    """Return the reason why a run has no probe, or None if it has one."""
+    reasons = {
+        "--no-probe is set": not options.training.probe,
+        "the dataset is a stream": options.data.streaming,
+        "the dataset does not have one label per image": label_kind != "single_label_classification",
+        "the model has a distillation head": getattr(model, "distillation_classifier", None) is not None,
+        "the head is an MLP": not isinstance(getattr(model, "classifier", None), nn.Linear),
+        "the pooler has random weights": any(name.startswith("vitcls.pooler.") for name in new_parameter_names),
+        "the checkpoint has a classifier for these labels": "classifier.weight" not in new_parameter_names,
+    }
+    return next((reason for reason, is_true in reasons.items() if is_true), None)
+
+
+def run_probe(
+    model: Any, data: TrainingData, reporter: Reporter, max_images: int | None, evaluator_arguments: dict[str, Any]
+) -> dict[str, Any]:
+    """Set the classifier of `model` to the logistic regression on the frozen features, print the accuracies of the
+    frozen model, and return them for results.json. The accuracies are measured on the selection images, or the
+    held-out images if there are no selection images. At most `max_images` training images are used."""
+    accelerator = reporter.accelerator
+    was_training = model.training
+    model.to(accelerator.device).eval()
+
+    def compute_features(images: LabeledImages, **arguments: Any) -> tuple[np.ndarray, np.ndarray]:
+        evaluator = ProbeEvaluator([], images, label_space=data.label_space, **evaluator_arguments | arguments)
+        outputs = evaluator(model)
+        return outputs["features"], outputs["labels"]
+
+    train: Any = data.train
+    if max_images is not None and len(train) > max_images:
+        train = train.select(sorted(np.random.default_rng(0).permutation(len(train))[:max_images].tolist()))
+    features, labels = compute_features(train, warn=lambda message: None)  # training reports unreadable images
+    images = data.held_out if data.selection is None else data.selection
+    evaluation = compute_features(images) if len(images) else None
+    model.train(was_training)
+    size, width = model.config.pooled_size, model.config.hidden_size
+
+    def fit() -> dict[str, Any]:
+        own = slice(0, size)
+        columns = {
+            "CLS": slice(size, size + width),
+            "mean of the patches": slice(size + width, None),
+            "CLS + mean": slice(size, None),
+        }
+        if not model.config.num_cls_tokens:
+            columns = {"mean of the patches": columns["mean of the patches"]}
+        own_name = next(
+            (name for name, part in columns.items() if np.array_equal(features[:, part], features[:, own])), None
+        )
+        if own_name is None:
+            columns[own_name := f"pooling {model.config.pooling}"] = own
+        classifiers = {
+            (kind, name): build_classifier(kind, len(labels)).fit(features[:, part], labels)
+            for name, part in columns.items()
+            for kind in ("knn", "logreg")
+            if evaluation is not None or (kind, name) == ("logreg", own_name)
+        }
+        weight, bias = fold_standardization(classifiers["logreg", own_name], model.config.num_labels)
+        probe: dict[str, Any] = {"num_training_images": len(labels), "features": own_name}
+        if evaluation is not None:
+            for kind in ("knn", "logreg"):
+                probe[kind] = {
+                    name: round(
+                        float((classifiers[kind, name].predict(evaluation[0][:, part]) == evaluation[1]).mean()), 6
+                    )
+                    for name, part in columns.items()
+                }
+        return {"probe": probe, "weight": weight, "bias": bias}
+
+    fitted = run_on_main(accelerator, fit)
+    with torch.no_grad():
+        model.classifier.weight.copy_(torch.from_numpy(fitted["weight"]))
+        model.classifier.bias.copy_(torch.from_numpy(fitted["bias"]))
+    probe = fitted["probe"]
+    if reporter.printed_metric is not None:  # None: a dry run
+        reporter.print_line("frozen", describe_probe(probe))
+    return probe
+
+
+def fold_standardization(pipeline: Any, num_labels: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the weight [L, F] and the bias [L] of the linear layer that predicts the same classes and probabilities
+    as a `StandardScaler` followed by a `LogisticRegression`. Classes without training images are never predicted."""
+    scaler, regression = pipeline[0], pipeline[1]
+    coefficients, intercepts = regression.coef_, regression.intercept_
+    if len(regression.classes_) == 2:  # the sigmoid of z is the softmax of [-z / 2, z / 2]
+        coefficients, intercepts = np.vstack([-coefficients, coefficients]) / 2, np.append(-intercepts, intercepts) / 2
+    weight = np.zeros((num_labels, coefficients.shape[1]))
+    bias = np.full(num_labels, intercepts.min() - ABSENT_CLASS_MARGIN)
+    weight[regression.classes_] = coefficients / scaler.scale_
+    bias[regression.classes_] = intercepts - weight[regression.classes_] @ scaler.mean_
+    return weight.astype(np.float32), bias.astype(np.float32)
+
+
+def describe_probe(probe: dict[str, Any]) -> str:
+    """Return the accuracies as text: "k-NN 78.9%, logistic regression 82.1% (CLS + mean)"."""
+    if "knn" not in probe:
+        return f"the classifier starts from logistic regression on {probe['features']}"
+    texts = []
+    for kind, kind_text in (("knn", "k-NN"), ("logreg", "logistic regression")):
+        name = max(probe[kind], key=probe[kind].__getitem__)
+        texts.append(f"{kind_text} {probe[kind][name]:.1%} ({name})")
+    return (
+        f"{', '.join(texts)}; the classifier starts from the regression on {probe['features']} "
+        f"({probe['logreg'][probe['features']]:.1%})"
+    )

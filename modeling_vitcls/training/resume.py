@@ -1,0 +1,120 @@
+"""What `--resume` may change: checks of flags, models, data and plan against the checkpoint of the run."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..checkpoints import Checkpoint
+from ..conversion.any_checkpoint import is_pinned, pin_revision
+from ..data.splits import describe_change
+from ..hub.local_paths import BUILT_IN_DATASET, is_same_source, make_relative, resolve_name, strip_folders
+from ..inference.load_model import is_preset
+from ..options import PretrainOptions, to_flags
+from .defaults import DEFAULTS
+
+
+# Flags that may change on --resume, because these flags do not affect the result.
+CHANGEABLE_FLAGS = (
+    "output_dir num_workers max_unreadable_images batch_size gradient_accumulation_steps resume overwrite save_every "
+    "keep_checkpoints log_with report dry_run push_to_hub hub_model_id hub_private hub_verify hub_checkpoint_branch "
+    "license card_samples eval_benchmark eval_task_id"
+).split()
+PATH_FLAGS = ("dataset", "model", "teacher")  # flags whose values may be paths
+
+
+def resolve_local_paths(options: Any) -> Any:
+    """Return the options with absolute paths for a local dataset, model and teacher."""
+    dataset = resolve_name(options.data.dataset, is_built_in=options.data.dataset == BUILT_IN_DATASET)
+    options = replace(options, data=replace(options.data, dataset=dataset))
+    return replace_sources(
+        options, lambda flag, source: resolve_name(source, is_built_in=flag == "model" and is_preset(source))
+    )
+
+
+def pin_models(options: Any, checkpoint: Checkpoint | None) -> Any:
+    """Return the options with Hub models pinned to commits. A resumed run uses the commits that are stored in the
+    flags of the checkpoint. Raise ValueError or OSError if a model cannot be found."""
+    stored_flags = checkpoint.metadata["flags"] if checkpoint else {}
+
+    def pin(flag: str, source: str) -> str:
+        if flag == "model" and is_preset(source):
+            return source
+        return stored_flags[flag] if is_pinned(stored_flags.get(flag), source) else pin_revision(source)
+
+    return replace_sources(options, pin)
+
+
+def replace_sources(options: Any, convert: Callable[[str, str], str]) -> Any:
+    """Return the options with the values of --model and --teacher replaced with `convert(flag, value)`."""
+    options = replace(options, model=replace(options.model, model=convert("model", options.model.model)))
+    if isinstance(options, PretrainOptions) or options.distillation.teacher is None:
+        return options
+    teacher = convert("teacher", options.distillation.teacher)
+    return replace(options, distillation=replace(options.distillation, teacher=teacher))
+
+
+def get_relative_flags(options: Any, should_strip: bool = False) -> dict[str, Any]:
+    """Return all flags of the run, with paths relative to the current directory. If `should_strip` is set, local
+    folders are replaced with placeholders, because the flags are published."""
+    flags = to_flags(options)
+    convert = strip_folders if should_strip else make_relative
+    relative = {name: convert(flags[name]) for name in PATH_FLAGS if flags.get(name)}
+    return (
+        flags | {"output_dir": flags["output_dir"] if should_strip else make_relative(flags["output_dir"])} | relative
+    )
+
+
+def check_flags_unchanged(stored_flags: dict[str, Any], current_flags: dict[str, Any], folder: Path) -> None:
+    """Raise ValueError if --resume would continue the run with flags that differ from the flags of the checkpoint.
+
+    A current value of None is accepted if the default value of the flag depends on the run. A current model without a
+    commit hash is accepted if the stored model is the same model with a commit hash.
+    """
+    for name, value in stored_flags.items():
+        current_value = current_flags.get(name)
+        if (
+            name in CHANGEABLE_FLAGS
+            or current_value == value
+            or (name in PATH_FLAGS and is_same_source(value, current_value))
+            or is_pinned(value, current_value)
+            or (current_value is None and (name == "select" or any(name == default.name for default in DEFAULTS)))
+        ):
+            continue
+        advice = "Use the same flags, or choose a different --output-dir"
+        if name in ("epochs", "max_steps"):
+            advice = (
+                "The number of steps is fixed, because the learning rate decays to 0 over these steps. To continue "
+                f"training, start another run with --model {folder}"
+            )
+        raise ValueError(
+            f"--resume: the run in {folder} was started with --{name.replace('_', '-')} "
+            f"{format_flag_value(value)}, but the value in this run is {format_flag_value(current_value)}. {advice}"
+        )
+
+
+def check_run_unchanged(metadata: dict[str, Any], current: dict[str, Any], folder: Path) -> None:
+    """Raise ValueError if --resume would continue the run with other data, another precision, or other steps.
+    `metadata` and `current` are the values in the checkpoint and in this run."""
+    if change := describe_change(metadata["data"], current["data"]):
+        raise ValueError(
+            f"--resume: the dataset has changed since the run in {folder} was started: {change}. Restore the dataset, "
+            "or choose a different --output-dir"
+        )
+    if metadata["mixed_precision"] != current["mixed_precision"]:
+        raise ValueError(
+            f"--resume: the run in {folder} uses the mixed precision {metadata['mixed_precision']!r}, but the mixed "
+            f"precision of this run is {current['mixed_precision']!r}. Use the same mixed precision, or choose a "
+            "different --output-dir"
+        )
+    if any(metadata[name] != current[name] for name in ("images_per_step", "num_steps")):
+        raise ValueError(
+            f"--resume: the run in {folder} has {metadata['num_steps']:,} steps of {metadata['images_per_step']} "
+            f"images, but this run has {current['num_steps']:,} steps of {current['images_per_step']} images. Do not "
+            "change the product of --batch-size, --gradient-accumulation-steps and the number of processes"
+        )
+
+
+def format_flag_value(value: Any) -> str:
+    """Format a flag's value for messages: as on the command line, or "unset" if the value is None."""
+    return "unset" if value is None else " ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -1,0 +1,529 @@
+"""One training run, from options to a model folder.
+
+    folder = train(options)        fine-tuning or pre-training
+    summary = run_folds(options)   one run per fold (`--folds`)
+
+A run has two collaborators: the task is what is trained (finetune.py, pretrain.py), and the loop is how the steps run
+(loop.py). The run writes weights, configuration, code, image processor, config.resolved.yaml, metrics.jsonl,
+checkpoints and finally results.json, which marks the folder as complete. publishing/ builds the report and the card
+from the folder, and pushes the folder.
+"""
+
+import math
+import os
+import random
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object, set_seed
+
+from ..checkpoints import WRITE_ERRORS, CheckpointStore
+from ..data.augmentation import build_augmentation
+from ..data.batches import Normalizer, iterate_training_batches
+from ..data.fit import describe_fit
+from ..data.held_out import HELD_OUT_RECORD_KEY
+from ..data.images import LabeledImages, UnreadableImageCounter
+from ..data.sampling import BatchPlan
+from ..data.splits import HELD_OUT_SPLITS, TrainingData, describe_data
+from ..data.streaming import build_training_dataset
+from ..distributed import build_accelerator, configure_layer_sharding, run_on_main
+from ..errors import format_error, is_raised_on_all_processes
+from ..files import write_json
+from ..hub.connection import silence_transformers
+from ..inference.metrics import drop_large_matrices
+from ..intervals import compute_mean_interval
+from ..options import FinetuneOptions, PretrainOptions, to_flags
+from . import finetune, output_folder, pretrain
+from .defaults import describe_random_weights, get_run_properties, resolve_defaults
+from .distributed_state import gather_state, gather_weights, reshard
+from .loop import Metrics, NonFiniteLoss, TrainingInterrupted, TrainingLoop, TrainingState
+from .model import check_preset_name, choose_image_size
+from .optimizer import Ema, build_optimizer
+from .output_folder import CHECKPOINTS_FOLDER, RESULTS_FILE, FolderLock, write_model_folder
+from .reporter import Reporter, describe_batches, describe_model, describe_run, format_duration, format_metric
+from .resume import (
+    check_flags_unchanged,
+    check_run_unchanged,
+    format_flag_value,
+    get_relative_flags,
+    pin_models,
+    resolve_local_paths,
+)
+from .signals import SignalHandler
+from .task import Task
+
+
+FOLDS_FILE = "folds.json"  # results of a cross-validation
+NUM_DECIMALS = 6  # number of decimals in folds.json
+NO_EVALUATION_TEXT = "the model was trained on all images and not evaluated, because --held-out-fraction is 0"
+NUM_DRY_RUN_STEPS = 3  # number of steps of a dry run; more than 1, because the first step is slower than later steps
+NUM_DRY_RUN_PROBE_IMAGES = 256  # maximum number of training images for the probe of a dry run
+DEFAULT_STREAM_SAVE_EVERY = 1000  # default of --save-every in steps for streams, which have no epochs
+
+
+class RunStopped(Exception):
+    """Exception that ends a run early, with a one-line message for the user."""
+
+    def __init__(self, message: str, exit_status: int = 1, is_on_all_processes: bool = True) -> None:
+        super().__init__(message)
+        self.exit_status = exit_status  # exit status of the program
+        self.is_on_all_processes = is_on_all_processes  # whether all processes stop for the same reason
+
+
+def train(options: FinetuneOptions | PretrainOptions, on_checkpoint: Callable[[Path], None] | None = None) -> Path:
+    """Train and evaluate a model, and return the folder with the model and its results. With `--dry-run`, run a few
+    steps, print the expected duration and memory of the full run, and keep no files.
+
+    Args:
+        options: flags of the run.
+        on_checkpoint: called on the main process with the folder of each saved checkpoint.
+
+    Raises:
+        ValueError, OSError: if data or models cannot be read or do not match the options, another run uses the
+            folder, files would be replaced without --overwrite, or the run cannot be resumed.
+        RunStopped: after a signal, a non-finite loss, too many unreadable images, or a full disk.
+    """
+    kind: Any = pretrain if isinstance(options, PretrainOptions) else finetune
+    check_preset_name(options.model.model)
+    options = resolve_local_paths(kind.check_options(options))
+    if options.run.dry_run:
+        with build_dry_run_options(options) as dry_run_options:
+            run(kind, dry_run_options, None, full_max_steps=options.training.max_steps)
+        return options.output_dir
+    return run(kind, options, on_checkpoint)
+
+
+def run(
+    kind: Any,
+    options: Any,
+    on_checkpoint: Callable[[Path], None] | None = None,
+    full_max_steps: int | None = None,
+) -> Path:
+    """Run the stages of `train`. `kind` is the module finetune or pretrain. In a dry run, `full_max_steps` is
+    `--max-steps` of the full run."""
+    run_start_time, folder, is_dry_run = time.perf_counter(), options.output_dir, options.run.dry_run
+    accelerator = build_accelerator(
+        options.training.gradient_accumulation_steps,
+        options.training.mixed_precision,
+        options.run.log_with,
+        folder / "trackers",
+    )
+    set_seed(options.training.seed)
+    reporter = Reporter(folder / output_folder.METRICS_FILE, accelerator)
+    store = CheckpointStore(folder / CHECKPOINTS_FOLDER, options.run.keep_checkpoints)
+    with FolderLock(folder) as lock:
+        run_on_main(accelerator, lock.acquire)
+        checkpoint = None
+        if options.run.resume:
+            checkpoint = run_on_main(accelerator, partial(store.load_newest, reporter.warn))
+
+        def check_folder() -> bool:
+            """Return whether the resumed run is already finished."""
+            if checkpoint is None:
+                output_folder.check_replaceable(options, store)
+                return False
+            check_flags_unchanged(checkpoint.metadata["flags"], to_flags(options), folder)
+            if not (folder / output_folder.CONFIG_FILE).exists() and not options.run.overwrite:
+                output_folder.check_no_unrelated_files(folder)
+            return (folder / RESULTS_FILE).exists()
+
+        if run_on_main(accelerator, check_folder):
+            reporter.print_line("finished", f"{folder} already contains the results of this run")
+            return folder
+
+        # Data and model
+        with accelerator.main_process_first():  # only the main process downloads files
+            data = kind.load_data(options)
+            options, default_lines = resolve_options(options, data, checkpoint)
+            task: Task = kind.build_task(options, data, reporter)
+            forward_flops = task.model.flops()
+        if options.training.gradient_checkpointing:
+            task.model.gradient_checkpointing_enable()
+        plan = build_plan(options, data, accelerator)
+        run_metadata = {
+            "images_per_step": plan.images_per_step,
+            "num_steps": plan.num_steps,
+            "mixed_precision": accelerator.mixed_precision,
+            "data": describe_data(data),
+            "flags": get_relative_flags(options, should_strip=options.run.hub_checkpoint_branch is not None),
+        }
+        if checkpoint is not None:
+            check_flags_unchanged(checkpoint.metadata["flags"], to_flags(options), folder)
+            check_run_unchanged(checkpoint.metadata, run_metadata, folder)
+        run_on_main(accelerator, lambda: output_folder.prepare(folder, store, get_relative_flags(options), checkpoint))
+
+        # Summary
+        lines = describe_splits(data, task) | describe_model(options.model.model, task.model, forward_flops)
+        lines |= default_lines | task.summary_lines
+        has_finished_training = task.run_probe is not None and options.training.trainable == "head"
+        if has_finished_training:  # no steps
+            lines["defaults"] = None
+        for name, text in (lines | describe_batches(plan, accelerator, has_finished_training)).items():
+            if text:
+                reporter.print_line(name, text)
+        for warning in task.warnings:
+            reporter.warn(warning)
+        num_evaluated, full_num_images = 0, 0
+        if is_dry_run:
+            num_evaluated = min(len(data.held_out), plan.batch_size * plan.num_processes)
+            full_num_images = len(data.held_out if data.selection is None else data.selection)
+            data = replace(
+                data,
+                held_out=draw_images(data.held_out, num_evaluated),
+                selection=None if data.selection is None else draw_images(data.selection, num_evaluated),
+            )
+            if task.run_probe is not None:
+                task.run_probe = partial(task.run_probe, max_images=NUM_DRY_RUN_PROBE_IMAGES)
+
+        # Probe
+        reporter.printed_metric = None if is_dry_run else task.selection_metric
+        if checkpoint is not None:
+            run_metadata["probe"] = checkpoint.metadata["probe"]
+        elif task.run_probe is None:
+            run_metadata["probe"] = None
+        else:
+            run_metadata["probe"] = task.run_probe(data=data, reporter=reporter)
+
+        # Training
+        empty_metrics = {"num_images": 0, "num_unreadable_images": 0}  # metrics if no images are held out
+        evaluate_held_out = task.build_evaluator(data.held_out) if len(data.held_out) else lambda model: empty_metrics
+        evaluated = evaluate_held_out if data.selection is None else task.build_evaluator(data.selection)
+        images = build_training_images(options, data, task)
+        unreadable_images = UnreadableImageCounter(
+            images.describe_unreadable_image, reporter.warn, options.data.max_unreadable_images
+        )
+        state = prepare_state(options, task, accelerator)
+        with SignalHandler(accelerator) as signals, reporter.progress, convert_errors(accelerator, signals):
+            loop = TrainingLoop(
+                state,
+                task.objective,
+                evaluated,
+                plan,
+                options.training,
+                accelerator,
+                reporter,
+                store,
+                task.selection_metric,
+                unreadable_images,
+                options.run.save_every or (None if plan.num_images else DEFAULT_STREAM_SAVE_EVERY),
+                "held_out" if data.selection is None else "selection",
+                Normalizer(task.processor, accelerator.device) if task.model.config.num_cls_tokens else None,
+                signals,
+                run_metadata,
+                on_checkpoint,
+            )
+            if checkpoint is not None:
+                try:
+                    loop.restore(checkpoint)
+                except ValueError as error:
+                    is_on_all = is_raised_on_all_processes(error)
+                    raise RunStopped(f"--resume: {error}", is_on_all_processes=is_on_all) from error
+                reporter.print_line("resumed", f"after step {state.step:,} of {plan.num_steps:,}")
+            reporter.start_after(state.step - 1 if state.pending_record else state.step, plan.num_steps)
+            accelerator.wait_for_everyone()
+            if options.run.log_with:
+                start_trackers(accelerator, options)
+            batches = iterate_training_batches(
+                images, plan, accelerator.process_index, options.data.num_workers, state.step
+            )
+            try:
+                with closing(batches):  # closing stops the data loading workers
+                    if has_finished_training or (
+                        checkpoint is None and task.run_probe is not None and data.selection is not None
+                    ):
+                        metrics = loop.evaluate_step()  # the frozen model takes part in the selection
+                    if not has_finished_training:
+                        metrics = loop.run(batches)
+            except NonFiniteLoss as error:
+                raise RunStopped(f"{error}. {save_non_finite_step(error, loop, folder)}") from None
+            selected_step = None
+            if options.training.select == "best":
+                selected_step = loop.load_best_weights()
+                selected_text = f"the checkpoint of step {selected_step:,}, with the best evaluation"
+                if selected_step == 0:
+                    selected_text = "the frozen model, because no evaluation during fine-tuning was better"
+                reporter.print_line("selected", selected_text)
+            training_seconds = loop.get_training_seconds()
+        if state.ema is not None:
+            state.ema.copy_to_model(state.ema.shadow)
+
+        # Results
+        if data.selection is not None:
+            metrics = evaluate_held_out(state.model.eval())
+            reshard(state.model)
+            metrics["selection"] = {
+                "images": data.selection_name,
+                "num_images": len(data.selection),
+                "step": selected_step,
+                task.selection_metric: state.best_score,
+            }
+        token_movement = loop.monitor.compute_token_movement()
+        for token, distance in token_movement.items():
+            if distance == 0 and selected_step != 0 and loop.should_warn_about_tokens:
+                reporter.warn(f"token {token} did not change during training")
+        if num_unreadable := len(unreadable_images):
+            reporter.warn(f"{num_unreadable} training image(s) could not be read and were replaced with other images")
+        results = {
+            "dataset": data.name,
+            "split": data.held_out_name,
+            HELD_OUT_RECORD_KEY: asdict(data.record),
+            "num_training_images": data.num_training_images,
+            **task.results,
+            **({"frozen": run_metadata["probe"]} if run_metadata["probe"] else {}),
+            "selection_metric": task.selection_metric,
+            "forward_flops_per_image": forward_flops,
+            **describe_run(plan, state.step, task.model, accelerator, training_seconds),
+            **drop_large_matrices(metrics),
+            "num_unreadable_training_images": num_unreadable,
+            "token_movement": token_movement,
+        }
+        save_output(task, results, options, accelerator)
+        if is_dry_run:
+            full_options = replace(options, training=replace(options.training, max_steps=full_max_steps))
+            full_plan = build_plan(full_options, data, accelerator)
+            fraction = num_evaluated / full_num_images if full_num_images else 1.0
+            seconds = estimate_run_seconds(loop, full_plan, options.training.evaluate_every, fraction)
+            reporter.print_line(
+                "dry run",
+                f"ran {len(loop.step_seconds)} steps and an evaluation, and saved a checkpoint and the model, in "
+                f"{time.perf_counter() - run_start_time:.0f} s; no files were kept. The full run has "
+                f"{full_plan.num_steps:,} steps, takes about {format_duration(seconds)}, and needs about "
+                f"{loop.peak_memory / 2**20:,.0f} MiB of memory per process",
+            )
+        else:
+            reporter.print_line("result", format_result(task, metrics))
+            reporter.print_line("saved", f"{folder} (model, image processor, {RESULTS_FILE})")
+        accelerator.end_training()
+        return folder
+
+
+# Stages --------------------------------------------------------------------------------------------------------------
+
+
+def resolve_options(options: Any, data: TrainingData, checkpoint: Any) -> tuple[Any, dict[str, str | None]]:
+    """Return the options with pinned models and a value for each flag whose default depends on the run (defaults.py),
+    and the summary lines about these values."""
+    options = pin_models(options, checkpoint)
+    options = replace(
+        options,
+        training=replace(options.training, select="last" if data.selection is None else "best"),
+    )
+    size_line = None
+    if isinstance(options, FinetuneOptions):
+        model_options, size_line = choose_image_size(options.model)
+        options = replace(options, model=model_options)
+    run_properties = get_run_properties(options, data.num_training_images)
+    options, defaults_line = resolve_defaults(options, run_properties)
+    weights_line = describe_random_weights(options.model.model, run_properties)
+    return options, {"weights": weights_line, "image size": size_line, "defaults": defaults_line}
+
+
+def build_plan(options: Any, data: TrainingData, accelerator: Accelerator) -> BatchPlan:
+    labels = data.train.labels if isinstance(data.train, LabeledImages) else None
+    return BatchPlan.from_options(
+        data.num_training_images,
+        options.training,
+        accelerator.num_processes,
+        labels,
+        options.augmentation.repeated_augmentation,
+    )
+
+
+def build_training_images(options: Any, data: TrainingData, task: Task) -> Any:
+    """Build the augmented training images (`TrainingImages` or `TrainingStream`)."""
+    config, processor = task.model.config, task.processor
+    transform = build_augmentation(options.augmentation, processor)
+    to_rgb, seed = bool(processor.do_convert_rgb), options.training.seed
+    return build_training_dataset(data.train, transform, to_rgb, seed, task.num_views, config.num_channels)
+
+
+def prepare_state(options: Any, task: Task, accelerator: Accelerator) -> TrainingState:
+    """Prepare the model and the optimizer for the launch configuration, and build the moving average."""
+    if options.training.compile:
+        task.model.compile()
+    configure_layer_sharding(accelerator, task.model)
+    state = TrainingState(*accelerator.prepare(task.model, build_optimizer(task.model, options.training)))
+    if options.training.ema_decay:
+        state.ema = Ema(state.model, options.training.ema_decay)
+    return state
+
+
+def describe_splits(data: TrainingData, task: Task) -> dict[str, str]:
+    """Return the summary lines about the data."""
+    size_text = "a stream of" if data.num_training_images is None else f"{data.num_training_images:,}"
+    lines = {}
+    if data.train_split in HELD_OUT_SPLITS:
+        lines["split"] = (
+            f"training uses the split named {data.train_split!r}, because {data.name} has no split named 'train'"
+        )
+    lines |= {
+        "data": f"{data.name}: {size_text} training images, {len(data.held_out):,} held-out images "
+        f"({data.held_out_name}); {task.labels_text}"
+    }
+    if data.selection is not None:
+        lines["selection"] = (
+            f"the best checkpoint is selected on {len(data.selection):,} separate images ({data.selection_name})"
+        )
+    if data.num_excluded:
+        total = data.num_excluded + (data.num_training_images or 0)
+        lines["excluded"] = f"{data.num_excluded:,} of {total:,} training images are left out (--exclude)"
+    lines["fit"] = describe_fit(task.processor, data.held_out.images)
+    return lines
+
+
+def format_result(task: Task, metrics: Metrics) -> str:
+    """Format the metrics of the final evaluation as one line of text."""
+    names = [name for name in task.result_metrics if name in metrics]
+    if not names:
+        return NO_EVALUATION_TEXT
+    text = ", ".join(format_metric(name, metrics[name]) for name in names)
+    return f"{text} on {task.evaluated_text.format(num_images=metrics['num_images'])}"
+
+
+def start_trackers(accelerator: Accelerator, options: Any) -> None:
+    folder = options.output_dir / "trackers"
+    if accelerator.is_main_process:
+        folder.mkdir(exist_ok=True)
+    accelerator.wait_for_everyone()
+    # Flags are formatted as text, because TensorBoard does not accept lists.
+    flags = {name: format_flag_value(value) for name, value in to_flags(options).items()}
+    accelerator.init_trackers(
+        options.output_dir.resolve().name, config=flags, init_kwargs={"wandb": {"dir": str(folder)}}
+    )
+
+
+@contextmanager
+def convert_errors(accelerator: Accelerator, signals: SignalHandler) -> Iterator[None]:
+    """Convert stop signals, OSError and ValueError inside the `with` block to RunStopped."""
+    try:
+        yield
+    except TrainingInterrupted as error:
+        raise RunStopped(
+            f"stopped by {error}; a checkpoint was saved. Repeat the command with --resume to continue the run",
+            signals.exit_status,
+        ) from None
+    except (OSError, ValueError) as error:  # a full disk, unreadable images, or a checkpoint of another model
+        raise RunStopped(str(error), is_on_all_processes=is_raised_on_all_processes(error)) from error
+
+
+def save_non_finite_step(error: NonFiniteLoss, loop: TrainingLoop, folder: Path) -> str:
+    """Save the image indices and the initial state of the step with the non-finite loss. Return a sentence that
+    contains the file name, or the error if saving fails."""
+    file, accelerator, state = folder / output_folder.NON_FINITE_FILE, loop.accelerator, loop.state
+    local_batches = [{name: batch[name].tolist() for name in ("index", "epoch")} for batch in error.batches]
+    failed_step = {"step": error.step + 1, "batches": gather_object(local_batches)}
+    try:
+        run_on_main(accelerator, lambda: write_json(file, failed_step))
+        store = CheckpointStore(folder / output_folder.NON_FINITE_FOLDER, num_kept=1)
+        tensors, metadata = gather_state(accelerator, state.model, state.optimizer, state.shadow)
+        metadata = {"step": error.step} | metadata
+        run_on_main(accelerator, lambda: store.save(error.step, tensors, metadata, is_best=False))
+    except OSError as saving_error:
+        saved_data = f"The images of step {error.step + 1} and the state before this step"
+        return f"{saved_data} could not be saved: {saving_error}"
+    return f"The images of step {error.step + 1} are listed in {file}"
+
+
+def save_output(task: Task, results: dict[str, Any], options: Any, accelerator: Accelerator) -> None:
+    """Write the model, the image processor and finally results.json. All processes must call this function. Raise
+    RunStopped on all processes if the folder cannot be written."""
+    folder, weights = options.output_dir, gather_weights(task.model, accelerator.is_main_process)
+
+    def write() -> None:
+        try:
+            with silence_transformers(hide_warnings=False):
+                write_model_folder(task.model, task.processor, folder, weights, results, options)
+        except WRITE_ERRORS as error:
+            raise OSError(format_error(error)) from error
+
+    try:
+        run_on_main(accelerator, write)
+    except OSError as error:
+        raise RunStopped(
+            f"cannot write the model to {folder} ({error}). Free disk space, then repeat the command with --resume"
+        ) from error
+
+
+# Cross-validation ----------------------------------------------------------------------------------------------------
+
+
+def run_folds(options: Any, train_fold: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+    """Train one model per fold in OUTPUT_DIR/fold-1, fold-2, ... (`--folds`). Write folds.json and return its content.
+    `train_fold` returns the contents of results.json.
+
+    Each image is held out in exactly one fold. The confidence interval of the mean uses Student's t-distribution. This
+    interval is too narrow, because the training images of the folds overlap (Bengio and Grandvalet 2004, "No unbiased
+    estimator of the variance of k-fold cross-validation"). Raise ValueError if --push-to-hub is set.
+    """
+    if options.run.push_to_hub:
+        raise ValueError(
+            "--folds trains several models, but --push-to-hub pushes only one model. Remove one of the two flags"
+        )
+    results = []
+    for fold in range(1, options.data.folds + 1):
+        folder = options.output_dir / f"fold-{fold}"
+        results.append(train_fold(replace(options, output_dir=folder, data=replace(options.data, fold=fold))))
+    metric = results[0]["selection_metric"]
+    values = [result[metric] for result in results]
+    mean, half_width = compute_mean_interval(values)
+    summary = {
+        "metric": metric,
+        "mean": round(mean, NUM_DECIMALS),
+        "interval": [round(mean - half_width, NUM_DECIMALS), round(mean + half_width, NUM_DECIMALS)],
+        "folds": [{"folder": f"fold-{index + 1}", metric: value} for index, value in enumerate(values)],
+    }
+    accelerator = build_accelerator()
+    run_on_main(accelerator, lambda: write_json(options.output_dir / FOLDS_FILE, summary))
+    low, high = (format_metric(metric, value).split()[-1] for value in summary["interval"])
+    Reporter(options.output_dir / output_folder.METRICS_FILE, accelerator).print_line(
+        "folds", f"mean {format_metric(metric, mean)} (95% interval: {low} to {high}) over {len(values)} folds"
+    )
+    return summary
+
+
+# Dry run -------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def build_dry_run_options(options: Any) -> Iterator[Any]:
+    """Yield the options of a dry run, which writes to a temporary folder. The folder is removed at the end of the
+    `with` block. Raise ValueError if the full run would not be allowed to replace the files in the output folder."""
+    if not options.run.resume:
+        output_folder.check_replaceable(options, CheckpointStore(options.output_dir / CHECKPOINTS_FOLDER, num_kept=1))
+    parent, prefix = options.output_dir.absolute().parent, f".{options.output_dir.name}-dry-run-"
+    folder = parent / prefix
+    if os.environ.get("RANK", "0") == "0":  # Accelerate is not initialized yet
+        parent.mkdir(parents=True, exist_ok=True)  # fails without the write permission that the full run requires
+        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+    try:
+        yield replace(
+            options,
+            output_dir=folder / options.output_dir.name,
+            training=replace(options.training, max_steps=NUM_DRY_RUN_STEPS, log_every=1),
+            run=replace(options.run, resume=False),
+        )
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def draw_images(images: LabeledImages, num_images: int) -> LabeledImages:
+    """Draw at most `num_images` images at random, with a fixed seed, because datasets are often sorted by class."""
+    return images.select(sorted(random.Random(0).sample(range(len(images)), min(num_images, len(images)))))
+
+
+def estimate_run_seconds(loop: TrainingLoop, plan: BatchPlan, evaluate_every: int, evaluated_fraction: float) -> float:
+    """Return the expected duration in seconds of the steps and evaluations of the full run. `plan` is the batch plan
+    of the full run. `evaluated_fraction` is the fraction of the images that the dry run evaluated."""
+    epochs = plan.count_epochs(plan.num_steps) if plan.num_images else 1.0
+    num_evaluations = math.ceil(epochs / evaluate_every)
+    # The first step is slower than later steps. `--trainable head` runs no steps.
+    seconds_per_step = min(loop.step_seconds[1:] or loop.step_seconds, default=0.0)
+    return plan.num_steps * seconds_per_step + num_evaluations * min(loop.evaluation_seconds) / evaluated_fraction

@@ -1,0 +1,86 @@
+"""Signals that stop a run after a checkpoint: Ctrl-C, SIGTERM and SIGUSR1."""
+
+import os
+import signal
+import threading
+import time
+from types import FrameType
+from typing import Any, Self
+
+import torch
+from accelerate import Accelerator
+from torch import distributed
+
+
+# environment variables that accelerate and torchrun set
+LAUNCHER_ENVIRONMENT_VARIABLES = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
+MAX_FORWARDING_SECONDS = 1.0  # maximum delay in seconds between a Ctrl-C and the same signal forwarded by a launcher
+STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM] + [signal.SIGUSR1] * hasattr(signal, "SIGUSR1")  # not on Windows
+
+
+class SignalHandler:
+    """Context manager that stores the first Ctrl-C, SIGTERM or SIGUSR1. A second Ctrl-C raises KeyboardInterrupt.
+
+    Clusters send SIGTERM, or SIGUSR1 (`sbatch --signal=USR1@120`), some time before the machine is stopped. The
+    launcher determines which processes receive a signal:
+
+        python                    the process itself
+        accelerate, 1 process     Ctrl-C: the launcher and the process; the shell prompt appears before the checkpoint
+                                  is saved. SIGTERM: often only the launcher, which ends; `get_signal` detects that
+                                  the parent process has changed
+        accelerate, N processes   torchrun's agent forwards both signals to all processes, including DataLoader
+                                  workers, and kills the processes after 30 s
+
+    The launcher's exit status may differ from `exit_status`: torchrun's agent exits with 1 after any signal. Signal
+    handlers are installed only in the main thread, because Python does not allow other threads to install handlers.
+    Signals that are already ignored, for example Ctrl-C in background jobs of a shell, remain ignored.
+    """
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.received_signal: signal.Signals | None = None
+        self.signal_time = 0.0
+        self.old_handlers: dict[signal.Signals, Any] = {}
+        self.parent_pid = os.getppid() if any(name in os.environ for name in LAUNCHER_ENVIRONMENT_VARIABLES) else None
+        # A process group for CPU tensors avoids synchronization with the device.
+        self.process_group: Any = distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
+        self.synchronized_signal: signal.Signals | None = None
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            for signum in STOP_SIGNALS:
+                old_handler = signal.getsignal(signum)
+                if old_handler not in (signal.SIG_IGN, None):  # None: the handler was not installed from Python
+                    self.old_handlers[signum] = old_handler
+                    signal.signal(signum, self.handle_signal)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for signum, handler in self.old_handlers.items():
+            signal.signal(signum, handler)
+        self.old_handlers.clear()
+
+    def handle_signal(self, signum: int, frame: FrameType | None) -> None:
+        """Store the first signal. Raise KeyboardInterrupt on a later Ctrl-C, but not if a launcher only forwards the
+        first Ctrl-C."""
+        if self.received_signal is None:
+            self.received_signal, self.signal_time = signal.Signals(signum), time.monotonic()
+        elif signum == signal.SIGINT and time.monotonic() - self.signal_time > MAX_FORWARDING_SECONDS:
+            raise KeyboardInterrupt
+
+    def get_signal(self) -> str | None:
+        """Return the name of the received stop signal, or None if no signal was received. The result is the same on
+        all processes. This method must be called on all processes."""
+        if self.received_signal is None and self.parent_pid not in (None, os.getppid()):
+            self.received_signal = signal.SIGTERM
+        signum = int(self.received_signal or 0)
+        if self.process_group is not None:
+            max_signum = torch.tensor(signum)
+            distributed.all_reduce(max_signum, op=distributed.ReduceOp.MAX, group=self.process_group)
+            signum = int(max_signum)
+        self.synchronized_signal = signal.Signals(signum) if signum else None
+        return self.synchronized_signal.name if self.synchronized_signal else None
+
+    @property
+    def exit_status(self) -> int:
+        """Return the exit status: 128 plus the number of the signal (143 for SIGTERM), or 0 without a signal."""
+        return 128 + self.synchronized_signal if self.synchronized_signal else 0
