@@ -44,10 +44,10 @@ def write_predictions(
     Raises:
         OSError: if the file cannot be written.
     """
-    from datasets import Dataset
+    import pandas as pd
 
-    rows = build_image_rows(logits, images, label_space)
-    Dataset.from_dict(rows).to_parquet(file)
+    columns = build_image_rows(logits, images, label_space)
+    pd.DataFrame({name: list(values) for name, values in columns.items()}).to_parquet(file, index=False)
 
 
 def read_predictions(file: Path, names: list[str]) -> tuple[np.ndarray, np.ndarray]:

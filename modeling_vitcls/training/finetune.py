@@ -123,6 +123,7 @@ def build_task(options: FinetuneOptions, data: TrainingData, reporter: Reporter)
         result_metrics=(SELECTION_METRICS[labels.kind], "cls_accuracy", "distillation_accuracy"),
         evaluated_text="{num_images:,} held-out images",
         labels_text=f"classes: {class_count_text}, {labels.kind.replace('_', ' ')}",
+        can_calibrate=labels.kind == "single_label_classification",
         num_views=options.distillation.teacher_views,
         summary_lines=summary_lines,
         warnings=[*describe_missing_classes(data), *filter(None, warnings)],

@@ -58,6 +58,7 @@ def build_model(options: ModelOptions, label_space: LabelSpace) -> tuple[Classif
         processor = load_processor(options.model, folder)
     if (mask_token := model.vitcls.embeddings.mask_token) is not None:
         mask_token.requires_grad_(False)  # not used in fine-tuning; DDP requires gradients of all trainable parameters
+    model.config.temperature, model.config.energy_threshold = 1.0, None  # fitted again after training (calibration.py)
     set_fit(processor, options.fit, model.config.image_height_width)
     return model, processor, new_parameter_names
 

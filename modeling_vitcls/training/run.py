@@ -38,10 +38,13 @@ from ..distributed import build_accelerator, configure_layer_sharding, run_on_ma
 from ..errors import format_error, is_raised_on_all_processes
 from ..files import write_json
 from ..hub.connection import silence_transformers
+from ..inference.evaluator import Evaluator
 from ..inference.metrics import drop_large_matrices
+from ..inference.per_image import PREDICTIONS_FILE, write_predictions
 from ..intervals import compute_mean_interval
 from ..options import FinetuneOptions, PretrainOptions, to_flags
 from . import finetune, output_folder, pretrain
+from .calibration import FITTED, REPORTED, calibrate, compute_calibration_errors
 from .defaults import describe_random_weights, get_run_properties, resolve_defaults
 from .distributed_state import gather_state, gather_weights, reshard
 from .loop import Metrics, NonFiniteLoss, TrainingInterrupted, TrainingLoop, TrainingState
@@ -255,10 +258,32 @@ def run(
         if state.ema is not None:
             state.ema.copy_to_model(state.ema.shadow)
 
+        # Calibration
+        calibration, reported_images = None, slice(None)
+        should_calibrate = task.can_calibrate and len(data.held_out) > 0 and not is_dry_run
+        if should_calibrate:
+            fitted_images = slice(None)
+            if data.selection is None:
+                fitted_images, reported_images = FITTED, REPORTED
+            calibration = calibrate(state.model.eval(), task.model.config, evaluated, fitted_images)
+            reshard(state.model)
+
         # Results
-        if data.selection is not None:
+        if data.selection is not None or calibration is not None:
+            evaluate_held_out.keep_logits = should_calibrate
             metrics = evaluate_held_out(state.model.eval())
             reshard(state.model)
+        if calibration is not None:
+            temperature = calibration["temperature"]
+            calibration |= compute_calibration_errors(evaluate_held_out, temperature, reported_images)
+            metrics["calibration_error"] = calibration["calibration_error"]
+            reporter.print_line(
+                "calibration",
+                f"temperature {temperature:.2f}, from {calibration['num_images']:,} images that are not reported: the "
+                f"calibration error is {100 * calibration['calibration_error']:.1f} points, and was "
+                f"{100 * calibration['calibration_error_before']:.1f}",
+            )
+        if data.selection is not None:
             metrics["selection"] = {
                 "images": data.selection_name,
                 "num_images": len(data.selection),
@@ -278,6 +303,7 @@ def run(
             "num_training_images": data.num_training_images,
             **task.results,
             **({"frozen": run_metadata["probe"]} if run_metadata["probe"] else {}),
+            "calibration": calibration,
             "selection_metric": task.selection_metric,
             "forward_flops_per_image": forward_flops,
             **describe_run(plan, state.step, task.model, accelerator, training_seconds),
@@ -285,7 +311,7 @@ def run(
             "num_unreadable_training_images": num_unreadable,
             "token_movement": token_movement,
         }
-        save_output(task, results, options, accelerator)
+        save_output(task, results, options, accelerator, evaluate_held_out if should_calibrate else None)
         if is_dry_run:
             full_options = replace(options, training=replace(options.training, max_steps=full_max_steps))
             full_plan = build_plan(full_options, data, accelerator)
@@ -432,13 +458,17 @@ def save_non_finite_step(error: NonFiniteLoss, loop: TrainingLoop, folder: Path)
     return f"The images of step {error.step + 1} are listed in {file}"
 
 
-def save_output(task: Task, results: dict[str, Any], options: Any, accelerator: Accelerator) -> None:
-    """Write the model, the image processor and finally results.json. All processes must call this function. Raise
-    RunStopped on all processes if the folder cannot be written."""
+def save_output(
+    task: Task, results: dict[str, Any], options: Any, accelerator: Accelerator, evaluator: Evaluator | None
+) -> None:
+    """Write the evaluator's predictions, the model, the image processor and finally results.json. All processes must
+    call this function. Raise RunStopped on all processes if the folder cannot be written."""
     folder, weights = options.output_dir, gather_weights(task.model, accelerator.is_main_process)
 
     def write() -> None:
         try:
+            if evaluator is not None:
+                write_predictions(folder / PREDICTIONS_FILE, evaluator.logits, evaluator.images, evaluator.label_space)
             with silence_transformers(hide_warnings=False):
                 write_model_folder(task.model, task.processor, folder, weights, results, options)
         except WRITE_ERRORS as error:

@@ -28,6 +28,7 @@ class Task:
     result_metrics: tuple[str, ...]  # metrics of the printed result
     evaluated_text: str  # format string; the argument is `num_images`
     labels_text: str
+    can_calibrate: bool = False  # whether the model has a temperature: a classifier with one label per image
     num_views: int = 0  # number of different views per image, or 0 if every epoch uses a new view
     summary_lines: dict[str, str] = field(default_factory=dict)  # lines to print before training, keyed by name
     warnings: list[str] = field(default_factory=list)  # warnings to print before training

@@ -1,0 +1,56 @@
+"""Calibration of a trained classifier: the temperature and the energy threshold in its configuration.
+
+They are fitted to the selection images or, without selection images, to half of the held-out images. The calibration
+error is reported for the other half, or for all held-out images.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torchmetrics.functional.classification import multiclass_calibration_error
+
+from ..inference.confidence import find_energy_threshold, fit_temperature
+from ..inference.evaluator import Evaluator
+from ..inference.per_image import is_labeled
+
+
+MIN_IMAGES = 100  # minimum number of images for a temperature; with fewer, it is mostly noise
+FITTED, REPORTED = slice(0, None, 2), slice(1, None, 2)  # the halves of the held-out images
+
+
+def calibrate(model: Any, config: Any, evaluator: Evaluator, images: slice = slice(None)) -> dict[str, Any] | None:
+    """Set `temperature` and `energy_threshold` of the configuration, and return both and the number of images; None if
+    there are too few. `images` selects images of the evaluator. All processes must call this function."""
+    evaluator.keep_logits = True
+    evaluator(model)
+    logits, labels = get_outputs(evaluator, images)
+    if len(labels) < MIN_IMAGES:
+        return None
+    config.temperature = round(fit_temperature(logits, labels), 4)
+    config.energy_threshold = round(find_energy_threshold(logits / config.temperature), 6)
+    return {
+        "temperature": config.temperature,
+        "energy_threshold": config.energy_threshold,
+        "num_images": len(labels),
+    }
+
+
+def compute_calibration_errors(evaluator: Evaluator, temperature: float, images: slice) -> dict[str, float]:
+    """Return the expected calibration error (15 bins) of the last evaluation, and what it was before calibration."""
+    logits, labels = map(torch.from_numpy, get_outputs(evaluator, images))
+
+    def compute(scaled: torch.Tensor) -> float:
+        return round(float(multiclass_calibration_error(scaled.softmax(dim=1), labels, scaled.shape[1], n_bins=15)), 6)
+
+    return {"calibration_error_before": compute(logits * temperature), "calibration_error": compute(logits)}
+
+
+def get_outputs(evaluator: Evaluator, images: slice) -> tuple[np.ndarray, np.ndarray]:
+    """Return logits [N, L] and labels [N] of the selected images that have a label."""
+    labels = evaluator.images.labels
+    indices = [index for index in list(evaluator.logits)[images] if is_labeled(labels[index])]
+    if not indices:
+        return np.zeros((0, 1), np.float32), np.zeros(0, np.int64)
+    logits = torch.stack([evaluator.logits[index] for index in indices]).numpy()
+    return logits, np.array([labels[index] for index in indices])
