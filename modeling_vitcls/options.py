@@ -429,24 +429,13 @@ class MAEOptions:
 
 
 @dataclass(frozen=True)
-class MaskingOptions:
-    """Masking for masked image modeling."""
-
-    mask_ratio: float = 0.6
-    """Fraction of the patches to mask. SimMIM uses 0.6 (Xie et al. 2021)."""
-    mask_block: int = 1
-    """Side length of the masked square blocks, in patches. SimMIM uses 32 x 32 pixels."""
-
-    def __post_init__(self) -> None:
-        check_value(self, "mask_ratio", 0 < self.mask_ratio < 1, "between 0 and 1")
-        check_minimum(self, 1, "mask_block")
-
-
-@dataclass(frozen=True)
 class PretrainOptions(TaskOptions):
-    """Pre-train a ViT on images without labels, by masked image modeling. The pre-trained model can be fine-tuned."""
+    """Pre-train a ViT on images without labels. The pre-trained model can be fine-tuned."""
 
-    masking: MaskingOptions = field(default_factory=MaskingOptions)
+    method: Literal["lejepa", "mae"] = "lejepa"
+    """LeJEPA trains the pooled token (CLS); MAE reconstructs masked patches."""
+    lejepa: LeJEPAOptions = field(default_factory=LeJEPAOptions)
+    mae: MAEOptions = field(default_factory=MAEOptions)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from modeling_vitcls.options import (
     EvaluateOptions,
     FinetuneOptions,
     InspectOptions,
-    MaskingOptions,
+    LeJEPAOptions,
+    MAEOptions,
     ModelOptions,
     PredictOptions,
     PretrainOptions,
@@ -80,8 +81,11 @@ LIMITS: list[tuple[type, str, list[Any], list[Any], str]] = [
     (DistillationOptions, "distillation_alpha", [0.1, 1], [0, 1.1], "above 0 and at most 1"),
     (DistillationOptions, "distillation_tau", [0.1], [0], "above 0"),
     (DistillationOptions, "teacher_views", [0], [-1], "0 or more"),
-    (MaskingOptions, "mask_ratio", [0.1, 0.9], [0, 1], "between 0 and 1"),
-    (MaskingOptions, "mask_block", [1], [0], "1 or more"),
+    (MAEOptions, "mask_ratio", [0.1, 0.9], [0, 1], "between 0 and 1"),
+    (MAEOptions, "decoder_layers", [1], [0], "1 or more"),
+    (LeJEPAOptions, "local_crops", [0], [-1], "0 or more"),
+    (LeJEPAOptions, "global_crop_scale", [0.06, 1], [0.05, 1.1], "above 0.05 and at most 1"),
+    (LeJEPAOptions, "sigreg_weight", [0.01], [0, 1], "between 0 and 1"),
     (RunOptions, "save_every", [None, 1], [0], "1 or more"),
     (RunOptions, "keep_checkpoints", [1], [0], "1 or more"),
     (RunOptions, "hub_checkpoint_branch", [None], ["", "main"], "a branch other than main"),
@@ -234,7 +238,8 @@ DEFAULTS = """
     fit=squash keep_checkpoints=2 report=True hub_verify=True distillation=hard
     distillation_alpha=0.5 distillation_tau=3.0
 
-    mask_ratio=0.6 mask_block=1
+    method=lejepa global_crops=2 local_crops=6 global_crop_scale=0.3 sigreg_weight=0.05 projector_width=1024
+    projector_features=64 mask_ratio=0.75 decoder_layers=4
 
     model=m dataset=digits held_out_fraction=0.2 shuffle_buffer=1000 max_unreadable_images=100 num_workers=2
     batch_size=64 frozen_layers=last frozen_repeats=10 backend=torch

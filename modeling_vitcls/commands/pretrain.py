@@ -1,4 +1,4 @@
-"""`vitcls pretrain`: pre-train a ViT on images without labels, by masked image modeling.
+"""`vitcls pretrain`: pre-train a ViT on images without labels, with LeJEPA or MAE.
 
     vitcls pretrain --model vitcls-tiny --dataset path/to/images --output-dir runs/pretrained
     vitcls finetune --model runs/pretrained --dataset path/to/labeled --output-dir runs/mine

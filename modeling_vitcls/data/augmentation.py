@@ -1,10 +1,9 @@
-"""Augmentation of training images, and masks for masked image modeling.
+"""Augmentation of training images.
 
     image   -> fixed_transform: one image -> image_transform: one image -> batch_transform: a batch -> pixels
                resize (cached)               crop, RandAugment,            flip, rotation,
                                              erasing                       shift, zoom
     batch on the device -> BatchMixer: mixup, CutMix
-                        -> MaskGenerator: masked patches
 
 The transforms run on the CPU and process `uint8` pixels. Their random numbers depend only on the seed and the index of
 each image. Held-out images are preprocessed by the image processor without augmentation. Pixels are rescaled and
@@ -20,7 +19,7 @@ import torch
 from torch import nn
 from torchvision.transforms import InterpolationMode, v2
 
-from ..options import AugmentationOptions, MaskingOptions
+from ..options import AugmentationOptions
 from .fit import FitTransform, get_output_size
 from .sampling import convert_to_fractions, draw_random_bits
 
@@ -137,53 +136,3 @@ class BatchMixer:
         """Mix pixels [B, C, H, W] and class indices [B]. Return the pixels as floats from 0 to 255, and the labels as
         probabilities [B, classes]."""
         return self.mix(pixels.float(), labels)
-
-
-class MaskGenerator:
-    """Generator of random masks for a grid of patches.
-
-        mask_block 1          mask_block 2          (#: masked; ratio 0.5: 8 of 16 patches)
-        # . . #               # # . .
-        . # # .               # # . .
-        # . . #               . . # #
-        . # # .               . . # #
-
-    The masks consist of single patches (MAE, arXiv 2111.06377, section 3) or square blocks of patches (SimMIM, arXiv
-    2111.09886, section 3.2). Every image has the same number of masked patches, so the mean over all masked patches
-    of a batch equals the mean of the per-image means. The model defines the mask token and the loss.
-    """
-
-    def __init__(self, options: MaskingOptions, grid_size: tuple[int, int]) -> None:
-        """Raise ValueError if no patches or all patches would be masked, or if a block has more patches than
-        would be masked."""
-        self.grid_size = rows, columns = grid_size
-        self.block_size = block_size = options.mask_block
-        self.num_masked = round(options.mask_ratio * rows * columns)
-        if not 0 < self.num_masked < rows * columns:
-            raise ValueError(
-                f"pre-training requires both masked and visible patches, but --mask-ratio {options.mask_ratio} masks "
-                f"{self.num_masked} of the {rows} x {columns} patches. Set a different --mask-ratio or a smaller "
-                "--patch-size"
-            )
-        num_block_patches = min(block_size, rows) * min(block_size, columns)
-        if num_block_patches > self.num_masked:
-            raise ValueError(
-                f"--mask-block {block_size} requires {num_block_patches} masked patches, but --mask-ratio "
-                f"{options.mask_ratio} masks only {self.num_masked} of the {rows} x {columns} patches. Set a smaller "
-                "--mask-block"
-            )
-
-    def __call__(
-        self, batch_size: int, device: torch.device, generator: torch.Generator | None = None
-    ) -> torch.Tensor:
-        """Return masks [B, rows * columns], True for masked patches.
-
-        Blocks are masked in random order. The last block may be masked only partially, starting with its first row, to
-        reach the exact number of masked patches.
-        """
-        rows, columns = self.grid_size
-        block_grid = (batch_size, -(-rows // self.block_size), -(-columns // self.block_size))
-        scores = torch.rand(block_grid, device=device, generator=generator)  # [B, block rows, block columns]
-        scores = scores.repeat_interleave(self.block_size, dim=1).repeat_interleave(self.block_size, dim=2)
-        order = scores[:, :rows, :columns].flatten(1).argsort(dim=1, stable=True)  # [B, rows * columns]
-        return torch.zeros_like(order, dtype=torch.bool).scatter(1, order[:, : self.num_masked], True)

@@ -10,25 +10,22 @@ Metrics are in metrics.py; evaluate.py evaluates a saved model and writes the re
 """
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, send_to_device
-from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from ..data.augmentation import MaskGenerator
 from ..data.batches import leave_signals_to_parent
 from ..data.images import LabeledImages, UnreadableImageCounter, check_channels
-from ..data.labels import UNLABELED, LabelKind, LabelSpace
-from ..data.sampling import derive_seed
+from ..data.labels import LabelKind, LabelSpace
 from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..options import DataOptions
-from .metrics import METRICS, ReconstructionMetrics, select_scalars
+from .metrics import METRICS, select_scalars
 
 
 MAX_CACHE_BYTES = 256 * 2**20  # maximum size of the cache of preprocessed images per process, in bytes
@@ -203,42 +200,6 @@ class Evaluator:
         if num_padding:
             pixel_values = torch.cat([pixel_values, pixel_values.new_zeros(num_padding, *pixel_values.shape[1:])])
         return pixel_values.to(self.accelerator.device)
-
-
-class ReconstructionEvaluator(Evaluator):
-    """Evaluates a masked autoencoder. The mask of an image depends only on `mask_seed` and on the index of the image,
-    which is passed as its label."""
-
-    def __init__(
-        self,
-        images: Sequence[Image.Image],
-        processor: ViTCLSImageProcessor,
-        mask_generator: MaskGenerator,
-        mask_seed: int,
-        **kwargs: Any,
-    ) -> None:
-        """Initialize the evaluator. `kwargs` are the remaining arguments of `Evaluator`."""
-        super().__init__(LabeledImages(images, range(len(images))), processor, UNLABELED, **kwargs)
-        self.mask_generator = mask_generator
-        self.mask_seed = mask_seed
-
-    def build_metrics(self) -> ReconstructionMetrics:
-        return ReconstructionMetrics(self.accelerator.device)
-
-    def compute_outputs(self, model: nn.Module, batch: HeldOutBatch) -> Any:
-        """Return the model outputs for a batch, which is padded with blank images without masked patches."""
-        pixel_values = self.pad_batch(model, batch.pixel_values)  # [B, C, H, W]
-        rows, columns = self.mask_generator.grid_size
-        masks = torch.zeros(len(pixel_values), rows * columns, dtype=torch.bool)
-        for row, index in enumerate(batch.labels.tolist()):
-            masks[row] = self.build_mask(index)
-        with self.accelerator.autocast():
-            return model(pixel_values=pixel_values, bool_masked_pos=masks.to(pixel_values.device))
-
-    def build_mask(self, index: int) -> torch.Tensor:
-        """Return the mask [rows * columns] of one image, which is True for masked patches."""
-        generator = torch.Generator().manual_seed(derive_seed(self.mask_seed, index))
-        return self.mask_generator(1, torch.device("cpu"), generator)[0]
 
 
 class CachedBatches:

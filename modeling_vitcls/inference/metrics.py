@@ -217,26 +217,6 @@ class MultiTaskMetrics:
         return values | select_scalars(task_values) | task_values
 
 
-class ReconstructionMetrics:
-    """Metrics of a masked autoencoder.
-
-    reconstruction_loss     training loss, mean over the images
-    num_images
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.loss = build_aggregator(MeanMetric, device)
-        self.num_images = build_aggregator(SumMetric, device)
-
-    def update(self, outputs: Any, indices: torch.Tensor) -> None:
-        """Update the metrics with the mean loss of a batch of G images, whose indices are `indices` [G]."""
-        self.loss.update(outputs.loss.expand(len(indices)))  # `weight` has no effect if nan_strategy is "disable"
-        self.num_images.update(len(indices))
-
-    def compute(self) -> MetricValues:
-        return {"reconstruction_loss": to_number(self.loss.compute()), "num_images": int(self.num_images.compute())}
-
-
 METRICS: dict[LabelKind, type[Any]] = {
     "single_label_classification": SingleLabelMetrics,
     "multi_label_classification": MultiLabelMetrics,

@@ -166,7 +166,7 @@ def describe_model(folder: ModelFolder, name: str) -> tuple[str, dict[str, Any],
         return "conversion", variables | describe_conversion(folder, name), build_metadata(folder, name)
     template = "model"
     if folder.results and folder.flags:
-        template = "encoder" if folder.architecture == "ViTCLSForMaskedImageModeling" else "classifier"
+        template = "encoder" if "method" in folder.results else "classifier"
     return template, variables, build_metadata(folder, name)
 
 
@@ -191,7 +191,7 @@ def build_metadata(folder: ModelFolder, name: str) -> dict[str, Any]:
         tags += ["multi-label"] if config.problem_type == "multi_label_classification" else []
     is_classifier = folder.is_adapter or "ForImageClassification" in folder.architecture
     has_classifier = is_classifier and report.get("classifier", "kept") == "kept"
-    if not folder.is_adapter and folder.architecture == "ViTCLSForMaskedImageModeling":
+    if not folder.is_adapter and "method" in folder.results:
         tags.append("masked-image-modeling")
     metadata = {
         "library_name": "peft" if folder.is_adapter else "transformers",

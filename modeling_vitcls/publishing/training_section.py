@@ -1,6 +1,7 @@
 """The section of a card on a training run: hyperparameters, recipe, teacher and duration."""
 
 import re
+from dataclasses import fields
 from typing import Any
 
 import yaml
@@ -9,6 +10,7 @@ from ..configuration_vitcls import ViTCLSConfig
 from ..hub.local_paths import strip_folders
 from ..hub.provenance import Provenance
 from ..inference.metric_tables import format_name
+from ..options import LeJEPAOptions, MAEOptions
 from .model_folder import ModelFolder
 
 
@@ -34,8 +36,13 @@ HYPERPARAMETERS: dict[str, tuple[str, Any]] = {
     "ema_decay": ("Decay of the weight average (EMA)", None),
     "label_smoothing": ("Label smoothing", 0.0),
     "class_balance": ("Class balancing", "none"),
+    "method": ("Method", None),
+    "global_crops": ("Global crops per image", None),
+    "local_crops": ("Local crops per image", None),
+    "global_crop_scale": ("Minimum area of global crops, fraction of the image", None),
+    "sigreg_weight": ("Weight of SIGReg", None),
     "mask_ratio": ("Mask ratio", None),
-    "mask_block": ("Side length of the mask blocks, patches", 1),
+    "decoder_layers": ("Layers of the decoder", None),
     "crop_scale": ("Minimum area of a random crop, fraction of the image", 1.0),
     "flip": ("Random horizontal flip", False),
     "rotation": ("Maximum rotation, degrees", 0.0),
@@ -53,9 +60,11 @@ HYPERPARAMETERS: dict[str, tuple[str, Any]] = {
 def describe_training(folder: ModelFolder) -> dict[str, Any]:
     """Return the variables of the section "Training", on data, recipe, duration, speed and environment."""
     config, results, flags = folder.config, folder.results, folder.flags
-    is_pretraining = "num_hidden_patches" in results
+    is_pretraining = "method" in results
     if is_pretraining:
-        flags = {flag: value for flag, value in flags.items() if flag not in FINETUNING_FLAGS}
+        other_options = MAEOptions if results["method"] == "lejepa" else LeJEPAOptions
+        unused_flags = {*FINETUNING_FLAGS} | {field.name for field in fields(other_options)}
+        flags = {flag: value for flag, value in flags.items() if flag not in unused_flags}
     shareable_flags = get_shareable_flags(flags)
     recipe = {name: value for name, value in shareable_flags.items() if not name.startswith(NON_RECIPE_FLAGS)}
     recipe_text = yaml.safe_dump(recipe, sort_keys=False).strip()

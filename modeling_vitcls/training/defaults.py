@@ -37,7 +37,7 @@ from ..options import FinetuneOptions, PretrainOptions
 
 Options = TypeVar("Options", FinetuneOptions, PretrainOptions)
 TrainingMethod = Literal[
-    "random weights", "pre-trained weights", "LoRA", "new head on frozen weights", "masked images"
+    "random weights", "pre-trained weights", "LoRA", "new head on frozen weights", "self-supervised"
 ]
 
 # Checkpoint suggested if the initial weights are random.
@@ -136,7 +136,7 @@ def get_run_properties(options: FinetuneOptions | PretrainOptions, num_training_
     has_random_initial_weights = is_preset(name) or is_random_conversion
     method: TrainingMethod = "random weights" if has_random_initial_weights else "pre-trained weights"
     if isinstance(options, PretrainOptions):
-        method = "masked images"
+        method = "self-supervised"
     elif options.training.trainable == "head":
         method = "new head on frozen weights"
     elif options.training.trainable == "lora":

@@ -11,12 +11,12 @@ process with all images. The crops are drawn on the model's device, from PyTorch
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from ..configuration_vitcls import ViTCLSConfig
 from ..data.batches import Batch, Normalizer
 from ..modeling_vitcls import ViTCLSModel, ViTCLSPreTrainedModel
 from ..options import LeJEPAOptions
@@ -34,19 +34,25 @@ GRAY_PROBABILITY = 0.2
 class LeJEPA(ViTCLSPreTrainedModel):
     """An encoder with a projector on its pooled token. The projector is dropped after pre-training."""
 
-    def __init__(self, config: ViTCLSConfig, width: int = 1024, num_features: int = 64) -> None:
-        super().__init__(config)
-        self.vitcls = ViTCLSModel(config)
+    def __init__(self, encoder: ViTCLSModel, width: int = 1024, num_features: int = 64) -> None:
+        super().__init__(encoder.config)
         # LayerNorm instead of BatchNorm: no image depends on the other images of its process.
         self.projector = nn.Sequential(
-            nn.Linear(config.pooled_size, width), nn.LayerNorm(width), nn.GELU(),
+            nn.Linear(encoder.config.pooled_size, width), nn.LayerNorm(width), nn.GELU(),
             nn.Linear(width, width), nn.LayerNorm(width), nn.GELU(),
             nn.Linear(width, num_features),
         )  # fmt: skip
         self.post_init()
+        self.vitcls = encoder  # after the initialization of the projector, which keeps these weights
 
-    def forward(self, *views: Tensor) -> Tensor:
-        """Return the projections [views, B, P] of images [views, B, C, H, W] of one or more sizes."""
+    def flops(self, *arguments: Any, **keyword_arguments: Any) -> int:
+        return self.vitcls.flops(*arguments, **keyword_arguments)
+
+    def forward(self, *views: Tensor) -> Any:
+        """Return the projections [views, B, P] of images [views, B, C, H, W] of one or more sizes, or the encoder's
+        output for images [B, C, H, W]."""
+        if views[0].ndim == 4:
+            return self.vitcls(*views)
         projections = []
         for images in views:
             pooled: Tensor = self.vitcls(images.flatten(0, 1)).pooler_output

@@ -151,19 +151,6 @@ class DistillationObjective:
         return {"loss": loss, "label_loss": label_loss, "distillation_loss": distillation_loss}
 
 
-@dataclass(frozen=True)
-class MaskedImageModelingObjective:
-    """Reconstruction loss of masked patches (MAE, SimMIM), computed by the model."""
-
-    normalize: Normalizer
-    mask_generator: Callable[[int, torch.device], torch.Tensor]  # returns masks [B, patches]; True means masked
-
-    def __call__(self, model: nn.Module, batch: Batch) -> Losses:
-        pixels = batch["pixels"]
-        masks = self.mask_generator(len(pixels), pixels.device)
-        return {"loss": model(pixel_values=self.normalize(pixels), bool_masked_pos=masks).loss}
-
-
 def compute_distillation_loss(
     kind: str, student_logits: torch.Tensor, teacher_logits: torch.Tensor, tau: float
 ) -> torch.Tensor:

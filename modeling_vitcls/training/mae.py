@@ -61,15 +61,13 @@ class VisiblePatches(nn.Module):
 class MAE(ViTCLSPreTrainedModel):
     """An encoder of visible patches and a decoder of all patches."""
 
-    def __init__(self, config: ViTCLSConfig, decoder_config: ViTCLSConfig | None = None) -> None:
+    def __init__(self, encoder: ViTCLSModel, decoder_config: ViTCLSConfig) -> None:
+        config = encoder.config
         super().__init__(config)
-        decoder_config = decoder_config or build_decoder_config(config, num_layers=4)
         decoder_config._attn_implementation = config._attn_implementation
         self.num_prefix_tokens = config.token_layout.num_prefix_tokens
         self.loss_config = copy.copy(config)
         self.loss_config.mim_loss, self.loss_config.norm_pixel_target = "l2", True
-        self.vitcls = ViTCLSModel(config, add_pooling_layer=False)
-        self.vitcls.patch_dropout = VisiblePatches(self.num_prefix_tokens)
         width = decoder_config.hidden_size
         self.decoder_embed = nn.Linear(config.hidden_size, width)
         self.decoder_positions = SinCosPositionEmbeddings(decoder_config)
@@ -81,6 +79,10 @@ class MAE(ViTCLSPreTrainedModel):
         self.decoder_norm = build_norm(decoder_config)
         self.decoder = PixelDecoder(decoder_config)
         self.post_init()
+        self.vitcls = encoder  # after the initialization of the decoder, which keeps these weights
+        self.vitcls.patch_dropout = VisiblePatches(self.num_prefix_tokens)
+        if encoder.pooler is not None:
+            encoder.pooler.requires_grad_(False)  # not part of the loss
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -89,16 +91,22 @@ class MAE(ViTCLSPreTrainedModel):
         else:
             super()._init_weights(module)
 
-    def forward(self, pixel_values: Tensor, bool_masked_pos: Tensor) -> MaskedImageModelingOutput:
-        """Reconstruct images [B, C, H, W] from their visible patches.
+    def flops(self, *arguments: Any, **keyword_arguments: Any) -> int:
+        return self.vitcls.flops(*arguments, **keyword_arguments)
+
+    def forward(self, pixel_values: Tensor, bool_masked_pos: Tensor | None = None) -> Any:
+        """Reconstruct images from their visible patches.
 
         Args:
             pixel_values: [B, C, H, W].
-            bool_masked_pos: [B, rows * columns]; True for masked patches; the same number in every image.
+            bool_masked_pos: [B, rows * columns]; True for masked patches; the same number in every image. If None,
+                the encoder's output for all patches is returned.
 
         Returns:
             The loss over the masked patches, and `reconstruction` [B, C, H, W], normalized per patch.
         """
+        if bool_masked_pos is None:
+            return self.vitcls(pixel_values)
         grid_size = self.vitcls.embeddings.patch_embeddings.get_grid_size(pixel_values)
         num_visible = int((~bool_masked_pos[0]).sum())
         visible = bool_masked_pos.int().argsort(dim=1, stable=True)[:, :num_visible]  # [B, K], ascending

@@ -133,7 +133,8 @@ def format_duration(seconds: float) -> str:
 
 
 def format_metric(name: str, value: float | None) -> str:
-    text = "unknown" if value is None else f"{value:.4g}" if name.endswith("loss") else f"{value:.2%}"
+    formats = {"loss": ".4g", "rank": ".1f"}
+    text = "unknown" if value is None else f"{value:{formats.get(name.rpartition('_')[2], '.2%')}}"
     return f"{name.replace('_', ' ')} {text}"
 
 

@@ -203,6 +203,9 @@ def run(
         unreadable_images = UnreadableImageCounter(
             images.describe_unreadable_image, reporter.warn, options.data.max_unreadable_images
         )
+        should_compare = task.compare is not None and len(data.held_out) > 0 and not is_dry_run
+        if should_compare:
+            task.compare.before = task.compare.measure(task.model.to(accelerator.device))
         state = prepare_state(options, task, accelerator)
         with SignalHandler(accelerator) as signals, reporter.progress, convert_errors(accelerator, signals):
             loop = TrainingLoop(
@@ -311,6 +314,11 @@ def run(
             "num_unreadable_training_images": num_unreadable,
             "token_movement": token_movement,
         }
+        if should_compare:
+            after = task.compare.measure(state.model)
+            reshard(state.model)
+            results["features"] = {"before": task.compare.before, "after": after}
+            results["features"]["summary"] = task.compare.describe(after)
         save_output(task, results, options, accelerator, evaluate_held_out if should_calibrate else None)
         if is_dry_run:
             full_options = replace(options, training=replace(options.training, max_steps=full_max_steps))
@@ -326,6 +334,8 @@ def run(
             )
         else:
             reporter.print_line("result", format_result(task, metrics))
+            if should_compare:
+                reporter.print_line("features", results["features"]["summary"])
             reporter.print_line("saved", f"{folder} (model, image processor, {RESULTS_FILE})")
         accelerator.end_training()
         return folder
@@ -464,13 +474,15 @@ def save_output(
     """Write the evaluator's predictions, the model, the image processor and finally results.json. All processes must
     call this function. Raise RunStopped on all processes if the folder cannot be written."""
     folder, weights = options.output_dir, gather_weights(task.model, accelerator.is_main_process)
+    if task.encoder is not None:
+        weights = {name.removeprefix("vitcls."): weights[name] for name in weights if name.startswith("vitcls.")}
 
     def write() -> None:
         try:
             if evaluator is not None:
                 write_predictions(folder / PREDICTIONS_FILE, evaluator.logits, evaluator.images, evaluator.label_space)
             with silence_transformers(hide_warnings=False):
-                write_model_folder(task.model, task.processor, folder, weights, results, options)
+                write_model_folder(task.encoder or task.model, task.processor, folder, weights, results, options)
         except WRITE_ERRORS as error:
             raise OSError(format_error(error)) from error
 

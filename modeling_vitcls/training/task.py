@@ -35,6 +35,8 @@ class Task:
     results: dict[str, Any] = field(default_factory=dict)  # fields of results.json
     # Sets the classifier with a probe of the frozen encoder (probe.py), and returns the results; None for no probe.
     run_probe: Callable[..., dict[str, Any]] | None = None
+    encoder: Any = None  # part of the model that is saved; None to save the model
+    compare: Any = None  # FeatureComparison of pre-training; None in fine-tuning
 
 
 def get_evaluator_arguments(options: Any, model: Any, reporter: Reporter) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 import io
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -21,15 +20,12 @@ from helpers.evaluation_worker import (
 )
 from PIL import Image
 
-from modeling_vitcls import ViTCLSConfig, ViTCLSForMaskedImageModeling, ViTCLSImageProcessor
-from modeling_vitcls.data.augmentation import MaskGenerator
+from modeling_vitcls import ViTCLSConfig, ViTCLSImageProcessor
 from modeling_vitcls.data.images import EncodedImages, LabeledImages
 from modeling_vitcls.data.labels import LabelSpace
-from modeling_vitcls.data.sampling import derive_seed
 from modeling_vitcls.distributed import build_accelerator
 from modeling_vitcls.inference import evaluator as evaluator_module
 from modeling_vitcls.inference.evaluator import HeldOutBatches
-from modeling_vitcls.options import MaskingOptions
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -73,28 +69,6 @@ def test_blank_batches_have_the_shape_of_the_model() -> None:
     )
     assert evaluator(model)["num_unreadable_images"] == 1
     assert shapes == [(1, 1, 16, 24)] * 2
-
-
-@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
-def test_the_loss_of_masked_patches_is_the_mean_over_images(mixed_precision: str) -> None:
-    torch.manual_seed(0)
-    model = ViTCLSForMaskedImageModeling(ViTCLSConfig(**SIZES)).eval()
-    images, processor = build_labeled_images("single", number=3).images, ViTCLSImageProcessor(size=16)
-    accelerator = Accelerator(cpu=True, mixed_precision=mixed_precision)
-    masks = MaskGenerator(MaskingOptions(), (2, 2))
-    evaluator = evaluator_module.ReconstructionEvaluator(
-        images, processor, masks, 5, batch_size=2, num_workers=0, accelerator=accelerator
-    )
-    losses = []
-    for index, pixel_values in enumerate(processor(list(images), return_tensors="pt")["pixel_values"].split(1)):
-        mask = masks(1, CPU, torch.Generator().manual_seed(derive_seed(5, index)))
-        with torch.no_grad(), accelerator.autocast():
-            losses.append(model(pixel_values, bool_masked_pos=mask).loss.item())
-    assert evaluator(model) == {
-        "reconstruction_loss": pytest.approx(np.mean(losses), abs=1e-5),
-        "num_images": 3,
-        "num_unreadable_images": 0,
-    }
 
 
 def test_an_uncounted_image_is_an_error() -> None:

@@ -65,7 +65,7 @@ def get_values(options: Any) -> dict[str, Any]:
         ({"method": "pre-trained weights", "num_training_images": None}, {"epochs": 10.0}),
         ({"method": "new head on frozen weights"}, {"learning_rate": 1e-3, "layer_decay": 1.0}),
         ({"method": "LoRA", "width": 768}, {"learning_rate": 5e-4, "layer_decay": 1.0}),
-        ({"method": "masked images", "width": 96}, {"learning_rate": 5e-4, "initializer_range": 0.082}),
+        ({"method": "self-supervised", "width": 96}, {"learning_rate": 5e-4, "initializer_range": 0.082}),
     ],
 )
 def test_values(changes: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -109,7 +109,8 @@ def test_facts_about_a_run(tmp_path: Path) -> None:
     ):
         options = build_options(model=model, training=TrainingOptions(trainable=trainable))
         assert get_run_properties(options, 7).method == weights
-    assert get_run_properties(PretrainOptions(Path("out"), DataOptions("digits"), model), 7).method == "masked images"
+    options = PretrainOptions(Path("out"), DataOptions("digits"), model)
+    assert get_run_properties(options, 7).method == "self-supervised"
 
 
 def test_a_conversion_with_random_weights_is_not_pre_trained(tmp_path: Path) -> None:

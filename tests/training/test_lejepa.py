@@ -8,6 +8,7 @@ import torch
 from helpers.tiny_models import build_images, build_tiny_config
 from torch import distributed, multiprocessing
 
+from modeling_vitcls import ViTCLSModel
 from modeling_vitcls.data.batches import Normalizer
 from modeling_vitcls.image_processing_vitcls import ViTCLSImageProcessor
 from modeling_vitcls.options import LeJEPAOptions
@@ -92,7 +93,7 @@ def test_crops_are_parts_of_the_image() -> None:
 
 @pytest.mark.parametrize("fields", [{}, {"pooling": "mean"}, {"num_cls_tokens": 2, "num_register_tokens": 3}])
 def test_gradients_reach_the_tokens(fields: dict) -> None:
-    model = LeJEPA(build_tiny_config(**fields), width=32, num_features=8)
+    model = LeJEPA(ViTCLSModel(build_tiny_config(**fields)), width=32, num_features=8)
     objective = LeJEPAObjective(Normalizer(ViTCLSImageProcessor(), torch.device("cpu")), LeJEPAOptions(), (8, 8))
     losses = objective(model, {"pixels": (build_images(4).sigmoid() * 255).to(torch.uint8)})
     losses["loss"].backward()

@@ -7,8 +7,13 @@ import torch
 from helpers.tiny_models import build_images, build_tiny_config, randomize
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
-from modeling_vitcls import ViTCLSConfig, convert_from_transformers
-from modeling_vitcls.training.mae import MAE, draw_masks
+from modeling_vitcls import ViTCLSConfig, ViTCLSModel, convert_from_transformers
+from modeling_vitcls.training.mae import MAE, build_decoder_config, draw_masks
+
+
+def build_mae(**fields: Any) -> MAE:
+    encoder = ViTCLSModel(build_tiny_config(**fields))
+    return MAE(encoder, build_decoder_config(encoder.config, num_layers=2))
 
 
 def test_loss_and_reconstruction_equal_transformers() -> None:
@@ -26,8 +31,7 @@ def test_loss_and_reconstruction_equal_transformers() -> None:
     randomize(theirs).decoder.initialize_weights(16)  # sets the fixed positions, which a new model leaves at zero
     encoder = convert_from_transformers(theirs.vit)
     decoder_config = ViTCLSConfig(image_size=32, patch_size=8, layer_norm_eps=theirs.config.layer_norm_eps, **decoder)
-    ours = MAE(encoder.config, decoder_config).eval()
-    ours.vitcls.load_state_dict(encoder.state_dict(), strict=False)
+    ours = MAE(encoder, decoder_config).eval()
     state = theirs.decoder.state_dict()
     del state["decoder_pos_embed"]
     for name in ("weight", "bias"):  # rows, columns, channels -> channels, rows, columns
@@ -53,7 +57,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_only_visible_patches_are_encoded(name: str) -> None:
-    model = randomize(MAE(build_tiny_config(**VARIANTS[name]))).eval()
+    model = randomize(build_mae(**VARIANTS[name])).eval()
     pixels, masks = build_images(2), draw_masks(2, 16, 0.75, torch.device("cpu"))
     assert masks.sum(dim=1).tolist() == [12, 12]
     seen: list[int] = []
@@ -69,6 +73,6 @@ def test_only_visible_patches_are_encoded(name: str) -> None:
 
 
 def test_every_parameter_is_trained() -> None:
-    model = randomize(MAE(build_tiny_config(num_register_tokens=1))).train()
+    model = randomize(build_mae(num_register_tokens=1)).train()
     model(build_images(2), draw_masks(2, 16, 0.5, torch.device("cpu"))).loss.backward()
     assert [name for name, weight in model.named_parameters() if weight.grad is None] == []

@@ -1,309 +1,189 @@
-"""Masked image modeling: masks, evaluation on held-out images, and the saved encoder."""
+"""Pre-training runs with LeJEPA and MAE: measured features, the saved encoder, resumption, and any tokens and data."""
 
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
+from helpers.photo_folders import write_photos
 from helpers.tiny_models import build_tiny_config, raises_one_line
 from helpers.tiny_options import TINY as TINY_FINETUNING
-from helpers.tiny_options import build_tiny_options, prepare_task, read_metrics, run_dry, run_to_folder, run_training
-from transformers import AutoModel, AutoModelForMaskedImageModeling
+from helpers.tiny_options import build_tiny_options, prepare_task, read_metrics, run_to_folder, run_training
+from safetensors.torch import load_file
+from sklearn.neighbors import KNeighborsClassifier
+from transformers import AutoModel
 
-from modeling_vitcls import ViTCLSForMaskedImageModeling, ViTCLSImageProcessor, ViTCLSModel
-from modeling_vitcls.data.augmentation import MaskGenerator
-from modeling_vitcls.data.batches import Normalizer
-from modeling_vitcls.data.sampling import derive_seed
-from modeling_vitcls.data.splits import load_training_data
+from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, ViTCLSModel
 from modeling_vitcls.files import read_json
-from modeling_vitcls.heads_vitcls import compute_masked_pixel_loss
-from modeling_vitcls.inference.evaluator import ReconstructionEvaluator
-from modeling_vitcls.options import DataOptions, MaskingOptions, ModelOptions, PretrainOptions
-from modeling_vitcls.training.loop import get_score
-from modeling_vitcls.training.losses import MaskedImageModelingObjective
-from modeling_vitcls.training.pretrain import build_pretraining_model
+from modeling_vitcls.options import PretrainOptions
+from modeling_vitcls.training.pretrain import FeatureComparison, FeatureQuality, compute_effective_rank
+from modeling_vitcls.training.reporter import format_metric
 
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("fresh_accelerate")]
 
-CPU = torch.device("cpu")
-NUM_HELD_OUT_DIGITS = 359
-NUM_EVALUATED = 30
-DIGITS = DataOptions(dataset="digits", num_workers=0)
-TINY = replace(TINY_FINETUNING, patch_size=8, num_cls_tokens=2, num_distillation_tokens=1)
+NUM_HELD_OUT_DIGITS = 372
+TINY = replace(TINY_FINETUNING, patch_size=8)
+METHODS = ("lejepa", "mae")
 
 
-def tiny_options(folder: Path, **training: Any) -> PretrainOptions:
-    """Return options of three epochs of three steps on digits, with an evaluation after each epoch."""
-    flags = {"max_steps": 9, "batch_size": 480, "learning_rate": 3e-3, "ema_decay": 0.9} | training
-    return build_tiny_options(folder, "digits", PretrainOptions, **vars(TINY) | flags)
+def tiny_options(folder: Path, dataset: object = "digits", **flags: Any) -> PretrainOptions:
+    """Return options of six steps on digits, with an evaluation after each epoch of three steps."""
+    settings = {"max_steps": 6, "batch_size": 475, "learning_rate": 3e-3, "projector_width": 32, "decoder_layers": 1}
+    settings |= {"local_crops": 2}
+    return build_tiny_options(folder, dataset, PretrainOptions, **vars(TINY) | settings | {"select": None} | flags)
 
 
-@pytest.fixture(scope="module")
-def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the output folder of a short run."""
-    return run_to_folder(tiny_options(tmp_path_factory.mktemp("pretrained") / "encoder"))
+@pytest.fixture(scope="module", params=METHODS)
+def pretrained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the output folder of a short run of a method."""
+    return run_to_folder(tiny_options(tmp_path_factory.mktemp("run") / "encoder", method=request.param))
 
 
-# Masks ---------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("grid", [(5, 5), (5, 7), (14, 14)])
-@pytest.mark.parametrize("block", [1, 2, 3])
-@pytest.mark.parametrize("ratio", [0.5, 0.75])
-def test_each_image_has_the_exact_fraction_masked(grid: tuple[int, int], block: int, ratio: float) -> None:
-    masks = MaskGenerator(MaskingOptions(mask_ratio=ratio, mask_block=block), grid)(50, CPU)
-    assert masks.shape == (50, grid[0] * grid[1]) and masks.dtype == torch.bool
-    assert masks.sum(dim=1).unique().tolist() == [round(ratio * grid[0] * grid[1])]
-    assert len(masks.unique(dim=0)) > 5
-
-
-def test_squares_are_masked_as_a_whole() -> None:
-    masks = MaskGenerator(MaskingOptions(mask_ratio=0.5, mask_block=2), (6, 8))(20, CPU)
-    squares = masks.view(20, 3, 2, 4, 2).sum(dim=(2, 4))  # [20, squares down, squares across]
-    assert squares.unique().tolist() == [0, 4]
-
-
-def test_every_patch_is_masked_equally_often() -> None:
-    torch.manual_seed(0)
-    for block in (1, 2):
-        masks = MaskGenerator(MaskingOptions(mask_ratio=0.5, mask_block=block), (4, 4))(4000, CPU)
-        assert masks.float().mean(dim=0).sub(0.5).abs().max() < 0.04  # five standard deviations
-
-
-def test_masks_follow_torchs_seed() -> None:
-    choose = MaskGenerator(MaskingOptions(), (4, 4))
-    torch.manual_seed(3)
-    first = choose(8, CPU)
-    assert not torch.equal(choose(8, CPU), first)
-    torch.manual_seed(3)
-    assert torch.equal(choose(8, CPU), first)
-
-
-def test_invalid_masks_are_errors() -> None:
-    with raises_one_line("--mask-ratio", "0.01 masks 0 of the 4 x 4 patches"):
-        MaskGenerator(MaskingOptions(mask_ratio=0.01), (4, 4))
-    with raises_one_line("--mask-ratio", "0.99 masks 16 of the 4 x 4 patches"):
-        MaskGenerator(MaskingOptions(mask_ratio=0.99), (4, 4))
-    with raises_one_line("--mask-block 3", "masks only 8 of the 4 x 4 patches"):
-        MaskGenerator(MaskingOptions(mask_ratio=0.5, mask_block=3), (4, 4))
-    # a block that is larger than the grid consists of whole rows or columns, and may be all masked patches
-    for grid in ((2, 8), (8, 2)):
-        masks = MaskGenerator(MaskingOptions(mask_ratio=0.5, mask_block=4), grid)(9, CPU).view(9, *grid)
-        assert masks.sum(dim=(1, 2)).unique().tolist() == [8]
-        assert masks.view(9, 2, 2, 4).transpose(1, 2).flatten(2).sum(2).unique().tolist() == [0, 8] or grid == (8, 2)
-
-
-# Evaluation ----------------------------------------------------------------------------------------------------------
-
-
-def evaluate(model: ViTCLSForMaskedImageModeling, batch_size: int, mask_seed: int = 0) -> dict[str, Any]:
-    """Return the metrics of a model on the first held-out digits."""
-    processor = build_pretraining_model(TINY)[1]
-    evaluator = ReconstructionEvaluator(
-        load_training_data(DIGITS, use_labels=False).held_out.select(range(NUM_EVALUATED)).images,
-        processor,
-        MaskGenerator(MaskingOptions(mask_ratio=0.5), (4, 4)),
-        mask_seed,
-        batch_size=batch_size,
-        num_workers=0,
-        accelerator=Accelerator(cpu=True),
-        max_unreadable_images=0,
-        warn=print,
-    )
-    first, second = evaluator(model), evaluator(model)
-    assert first == second
-    return first
-
-
-def test_the_evaluation_loss_is_the_mean_over_images() -> None:
-    torch.manual_seed(0)
-    model, processor = build_pretraining_model(TINY)
-    model.eval()
-    metrics = evaluate(model, batch_size=16)
-    assert metrics["num_images"] == NUM_EVALUATED
-    assert evaluate(model, batch_size=7) == metrics
-    assert evaluate(model, batch_size=7, mask_seed=1) != metrics
-
-    mask_generator = MaskGenerator(MaskingOptions(mask_ratio=0.5), (4, 4))
-    losses = []
-    images = load_training_data(DIGITS, use_labels=False).held_out.images
-    for index in range(NUM_EVALUATED):
-        pixels = processor(images[index], return_tensors="pt")["pixel_values"]
-        mask = mask_generator(1, CPU, torch.Generator().manual_seed(derive_seed(0, index)))
-        with torch.no_grad():
-            reconstruction = model(pixels, bool_masked_pos=mask).reconstruction
-        losses.append(compute_masked_pixel_loss(reconstruction, pixels, mask, model.config).item())
-    assert metrics["reconstruction_loss"] == pytest.approx(sum(losses) / len(losses), abs=2e-6)
-
-
-def test_the_best_evaluation_has_the_lowest_loss() -> None:
-    assert get_score({"num_images": 9, "reconstruction_loss": 0.5}, "reconstruction_loss") == -0.5
-    assert get_score({"loss": 2.0, "accuracy": 0.5}, "accuracy") == 0.5
-    assert get_score({"mean_average_precision": None}, "mean_average_precision") is None
-
-
-# Runs ----------------------------------------------------------------------------------------------------------------
-
-
-def test_every_parameter_gets_a_gradient() -> None:
-    """Special tokens have gradients because patches attend to them.
-
-    With several processes, a missing gradient stops the run.
-    """
-    torch.manual_seed(0)
-    model, processor = build_pretraining_model(TINY)
-    objective = MaskedImageModelingObjective(Normalizer(processor, CPU), MaskGenerator(MaskingOptions(), (4, 4)))
-    objective(model, {"pixels": torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8)})["loss"].backward()
-    assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
-    tokens = model.vitcls.embeddings.get_special_tokens()
-    assert tokens.keys() == {"cls", "distillation", "registers"}
-    assert all((token.grad[0].norm(dim=1) > 0).all() for token in tokens.values())
-
-
-@pytest.mark.slow
-def test_a_run_reduces_the_loss(pretrained: Path) -> None:
-    losses = [record["held_out_reconstruction_loss"] for record in read_metrics(pretrained) if "epoch" in record]
-    assert len(losses) == 3 and losses == sorted(losses, reverse=True)
+def test_the_folder_contains_the_encoder_and_the_measured_features(pretrained: Path) -> None:
+    weights = load_file(pretrained / "model.safetensors")
+    model, info = ViTCLSModel.from_pretrained(pretrained, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and weights.keys() == model.state_dict().keys()
+    assert type(AutoModel.from_pretrained(pretrained)) is ViTCLSModel
     results = read_json(pretrained / "results.json")
-    assert results["reconstruction_loss"] == losses[-1] < 0.97 * losses[0]
-    assert results["num_images"] == NUM_HELD_OUT_DIGITS
-    assert results["num_hidden_patches"] == 10  # 0.6 x 16
+    before, after = results["features"]["before"], results["features"]["after"]
+    assert after["num_images"] == results["num_images"] == NUM_HELD_OUT_DIGITS
+    for name in ("knn_accuracy", "regression_accuracy"):
+        for part in ("", "_of_patches"):
+            assert 0.1 < before[name + part] < 1 and 0.1 < after[name + part] < 1
+    assert after["knn_accuracy"] == results["knn_accuracy"]
     assert all(moved > 0 for moved in results["token_movement"].values())
+    records = [record for record in read_metrics(pretrained) if "held_out_knn_accuracy" in record]
+    assert [record["step"] for record in records] == [3, 6]
+    assert 1 < records[-1]["held_out_effective_rank"] < TINY.hidden_size
+    assert records[-1]["loss"] < records[0]["loss"] or results["method"] == "lejepa"
 
 
-def test_the_best_checkpoint_has_the_lowest_loss(pretrained: Path) -> None:
-    newest = read_json(pretrained / "checkpoints" / "step-00000009" / "state.json")
-    assert newest["is_best"]
-    results = read_json(pretrained / "results.json")
-    assert results["selection_metric"] == "reconstruction_loss"
-    assert newest["metadata"]["best_score"] == -results["reconstruction_loss"]
+def test_the_encoder_is_fine_tuned(pretrained: Path, tmp_path: Path) -> None:
+    results = run_training(build_tiny_options(tmp_path / "out", "digits", model=str(pretrained), max_steps=2))
+    assert 0 <= results["accuracy"] <= 1
+    assert ViTCLSForImageClassification.from_pretrained(tmp_path / "out").config.num_labels == 10
 
 
-@pytest.mark.slow
-def test_no_token_is_reported_as_not_training(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    run_training(tiny_options(tmp_path, max_steps=2, log_every=1, report=True))
-    output = capsys.readouterr().out
-    assert "reconstruction loss" in output and "WARNING" not in output
+@pytest.mark.parametrize("method", METHODS)
+def test_a_resumed_run_equals_an_uninterrupted_run(method: str, tmp_path: Path) -> None:
+    """The newest checkpoint is removed; its projector or decoder, crops and masks come back to the bit."""
+    whole = run_to_folder(tiny_options(tmp_path / "whole", method=method, save_every=2, keep_checkpoints=3))
+    shutil.copytree(whole, resumed := tmp_path / "resumed")
+    shutil.rmtree(resumed / "checkpoints" / "step-00000006")
+    for name in ("results.json", "model.safetensors"):
+        (resumed / name).unlink()
+    run_to_folder(tiny_options(resumed, method=method, save_every=2, keep_checkpoints=3, resume=True))
+    for file in ("model.safetensors", "checkpoints/step-00000006/model.safetensors"):
+        expected, found = load_file(whole / file), load_file(resumed / file)
+        assert expected.keys() == found.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+    assert any(name.startswith(("projector.", "decoder.")) for name in found)
+    features = [read_json(folder / "results.json")["features"] for folder in (whole, resumed)]
+    assert features[0] == features[1]
 
 
-@pytest.mark.slow
-def test_a_resumed_run_masks_the_same_patches(pretrained: Path, tmp_path: Path) -> None:
-    """Resume the checkpoint after six of the nine steps, as if the run had been killed then."""
-    folder = tmp_path / "resumed"
-    shutil.copytree(pretrained, folder)
-    shutil.rmtree(folder / "checkpoints" / "step-00000009")
-    (folder / "results.json").unlink()
-    (folder / "model.safetensors").unlink()
-    assert (
-        run_training(tiny_options(folder, resume=True))["reconstruction_loss"]
-        == read_json(pretrained / "results.json")["reconstruction_loss"]
-    )
-    resumed, whole = (ViTCLSForMaskedImageModeling.from_pretrained(at).state_dict() for at in (folder, pretrained))
-    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "several tokens": {"num_cls_tokens": 2, "num_register_tokens": 1, "num_distillation_tokens": 1},
+    "mean of patches": {"num_cls_tokens": 0, "pooling": "mean", "num_register_tokens": 0},
+    "not square": {"image_size": [32, 48], "patch_size": 16},
+    "bfloat16": {"mixed_precision": "bf16"},
+    "average": {"ema_decay": 0.5, "gradient_accumulation_steps": 2, "batch_size": 200},
+}
 
 
-def test_a_dry_run_leaves_nothing(tmp_path: Path) -> None:
-    folder = tmp_path / "encoder"
-    run_dry(tiny_options(folder, batch_size=8))
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("method", METHODS)
+def test_any_layout_is_trained(method: str, name: str, tmp_path: Path) -> None:
+    results = run_training(tiny_options(tmp_path / "out", method=method, max_steps=2, **LAYOUTS[name]))
+    assert results["knn_accuracy"] > 0.2
+
+
+def test_images_without_labels_are_measured_by_rank(tmp_path: Path) -> None:
+    write_photos(tmp_path / "photos", range(24), "photos")
+    folder = tmp_path / "photos" / "photos"
+    results = run_training(tiny_options(tmp_path / "out", folder, max_steps=2, batch_size=8))
+    assert results["selection_metric"] == "effective_rank" and "knn_accuracy" not in results
+    assert 1 <= results["features"]["after"]["effective_rank"] <= TINY.hidden_size
+
+
+def test_a_converted_checkpoint_is_continued(tmp_path: Path) -> None:
+    ViTCLSModel(build_tiny_config(num_register_tokens=1)).save_pretrained(tmp_path / "model")
+    ViTCLSImageProcessor(size=32).save_pretrained(tmp_path / "model")
+    model = {"model": str(tmp_path / "model"), **dict.fromkeys(name for name in vars(TINY) if name != "model")}
+    before = load_file(tmp_path / "model" / "model.safetensors")
+    folder = run_to_folder(tiny_options(tmp_path / "out", **model, max_steps=1, learning_rate=1e-5))
+    for name, weight in load_file(folder / "model.safetensors").items():
+        assert 0 < (weight - before[name]).abs().max() < 1e-4, name
+
+
+# Quality of the features ---------------------------------------------------------------------------------------------
+
+
+def test_the_accuracy_is_that_of_scikit_learn(tmp_path: Path) -> None:
+    prepared = prepare_task(tiny_options(tmp_path / "out"))
+    task, data = prepared.task, prepared.data
+    found = task.build_evaluator(data.held_out)(task.model.eval())
+
+    def encode(images: Any) -> np.ndarray:
+        pixels = task.processor([image.convert("RGB") for image in images], return_tensors="pt")["pixel_values"]
+        with torch.no_grad():
+            return task.model.vitcls(pixels).last_hidden_state[:, 0].numpy()
+
+    classifier = KNeighborsClassifier(10, weights="distance", metric="cosine")
+    classifier.fit(encode(data.train.images), data.train.labels)
+    expected = classifier.score(encode(data.held_out.images), data.held_out.labels)
+    assert found["knn_accuracy"] == pytest.approx(expected, abs=2.1 / NUM_HELD_OUT_DIGITS)  # ties between neighbors
+    assert found["num_images"] == NUM_HELD_OUT_DIGITS
+
+
+def test_the_effective_rank() -> None:
+    generator = np.random.default_rng(0)
+    directions = np.linalg.qr(generator.normal(size=(64, 64)))[0]
+    for rank in (1, 3, 20):
+        features = generator.normal(size=(4000, rank)) @ directions[:rank] + 5
+        assert compute_effective_rank(features) == pytest.approx(rank, rel=0.03)
+    shares = np.array([0.75, 0.25])  # of the singular values
+    features = np.array([[1, 0], [-1, 0], [0, 1], [0, -1]]) * [3, 1]
+    assert compute_effective_rank(features) == pytest.approx(math.exp(-(shares * np.log(shares)).sum()))
+    assert compute_effective_rank(np.ones((9, 4))) == 1
+
+
+def test_a_collapse_is_a_warning(tmp_path: Path) -> None:
+    warnings: list[str] = []
+    prepared = prepare_task(tiny_options(tmp_path / "out"))
+    evaluate: FeatureQuality = prepared.task.build_evaluator(prepared.data.held_out)
+    evaluate.warn = warnings.append
+    evaluate(prepared.task.model.eval())
+    assert warnings == []
+    with torch.no_grad():
+        prepared.task.model.vitcls.layernorm.weight.zero_()
+    assert evaluate(prepared.task.model)["effective_rank"] == 1
+    assert len(warnings) == 1 and "collapsed" in warnings[0] and "--sigreg-weight" in warnings[0]
+
+
+def test_worse_features_are_named() -> None:
+    good, bad = ({"knn_accuracy": value, "regression_accuracy": value, "num_images": 9} for value in (0.5, 0.4))
+    assert "worse" in FeatureComparison(lambda: None, before=good).describe(bad)
+    assert "worse" not in FeatureComparison(lambda: None, before=bad).describe(good)
+    assert format_metric("effective_rank", 12.345) == "effective rank 12.3"
+
+
+# Flags ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("flag", "changes"),
-    [
-        ("--mixup", {"mixup": 0.2}),
-        ("--cutmix", {"cutmix": 1.0}),
-        ("--class-balance", {"class_balance": "weights"}),
-        ("--trainable", {"trainable": "last-1"}),
-        ("--eval-benchmark", {"eval_benchmark": "org/benchmark", "eval_task_id": "top_1"}),
-    ],
+    ("flag", "value"),
+    [("mixup", 0.1), ("cutmix", 1.0), ("class_balance", "weights"), ("trainable", "head"), ("patch_drop_rate", 0.5)],
 )
-def test_flags_for_fine_tuning_are_errors(flag: str, changes: dict[str, Any], tmp_path: Path) -> None:
-    with raises_one_line(f"{flag} is supported only in fine-tuning"):
-        run_training(tiny_options(tmp_path / "never", **changes))
-    assert not (tmp_path / "never").exists()
+def test_flags_that_require_labels_or_drop_patches_are_errors(flag: str, value: Any, tmp_path: Path) -> None:
+    with raises_one_line(f"--{flag.replace('_', '-')}"):
+        run_training(tiny_options(tmp_path / "out", **{flag: value}))
 
 
-def test_dropping_patches_is_an_error(tmp_path: Path) -> None:
-    with raises_one_line("Remove --patch-drop-rate"):
-        run_training(tiny_options(tmp_path / "never", patch_drop_rate=0.5))
-    assert not (tmp_path / "never").exists()
-
-
-def test_pre_training_on_all_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = {"held_out_fraction": 0.0, "max_steps": 1, "batch_size": 8}
-    results = run_training(tiny_options(tmp_path, **flags))
-    output = capsys.readouterr().out
-    assert "not evaluated, because --held-out-fraction is 0" in output
-    assert "masks     10 of 4 x 4 patches are masked, in squares of 1 x 1 patches" in output
-    assert (results["num_training_images"], results["num_images"]) == (1797, 0)
-    assert "reconstruction_loss" not in results and results["num_hidden_patches"] == 10
-
-
-# The output folder ---------------------------------------------------------------------------------------------------
-
-
-def test_the_folder_loads_as_an_encoder(pretrained: Path) -> None:
-    trained = ViTCLSForMaskedImageModeling.from_pretrained(pretrained)
-    encoder, info = AutoModel.from_pretrained(pretrained, output_loading_info=True)
-    assert isinstance(encoder, ViTCLSModel) and not info["missing_keys"]
-    weights = encoder.state_dict()
-    assert all(torch.equal(weight, weights[name]) for name, weight in trained.vitcls.state_dict().items())
-    assert isinstance(AutoModelForMaskedImageModeling.from_pretrained(pretrained), ViTCLSForMaskedImageModeling)
-
-
-def test_pre_training_starts_from_a_checkpoint(pretrained: Path) -> None:
-    trained = ViTCLSForMaskedImageModeling.from_pretrained(pretrained)
-    model, processor = build_pretraining_model(ModelOptions(model=str(pretrained), image_size=48))
-    assert torch.equal(model.decoder.projection.weight, trained.decoder.projection.weight)
-    assert (processor.size.height, model.config.grid_size) == (48, (6, 6))
-
-
-def test_a_checkpoint_in_bfloat16_is_trained_in_float32(tmp_path: Path) -> None:
-    ViTCLSModel(build_tiny_config()).bfloat16().save_pretrained(tmp_path)
-    ViTCLSImageProcessor(size=48).save_pretrained(tmp_path)
-    model, processor = build_pretraining_model(ModelOptions(model=str(tmp_path)))
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
-    assert (processor.size.height, processor.size.width) == (32, 32)
-
-
-def test_the_checkpoint_and_the_flags_determine_the_masks(tmp_path: Path) -> None:
-    start = tmp_path / "start"
-    ViTCLSForMaskedImageModeling(build_tiny_config(image_size=[32, 48])).save_pretrained(start)
-    saved = ViTCLSImageProcessor(size={"height": 32, "width": 48}, image_mean=[0.1, 0.2, 0.3])
-    saved.save_pretrained(start)
-    flags = {"model": start, "max_steps": 1, "batch_size": 8, "split_seed": 3, "seed": 5, "mask_ratio": 0.5}
-    run = prepare_task(build_tiny_options(tmp_path / "run", "digits", PretrainOptions, **flags))
-    task, generate_mask = run.task, run.task.objective.mask_generator
-    assert generate_mask.grid_size == (4, 6) and generate_mask.num_masked == 12
-    expected = saved.to_dict()
-    assert {name: task.processor.to_dict()[name] for name in expected} == expected
-    generator = torch.Generator().manual_seed(derive_seed(3, 7))
-    mask = task.build_evaluator(run.data.held_out).build_mask(7)
-    assert torch.equal(mask, generate_mask(1, CPU, generator)[0])
-
-
-def test_a_checkpoint_that_drops_patches_is_an_error(tmp_path: Path) -> None:
-    saved, folder = ViTCLSModel(build_tiny_config(patch_drop_rate=0.5)), str(tmp_path)
-    saved.save_pretrained(folder)
-    ViTCLSImageProcessor(size=32).save_pretrained(folder)
-    with raises_one_line(folder, "--patch-drop-rate 0"):
-        build_pretraining_model(ModelOptions(model=folder))
-    model, _ = build_pretraining_model(ModelOptions(model=folder, patch_drop_rate=0.0))
-    assert torch.equal(model.vitcls.layers[0].mlp.fc1.weight, saved.layers[0].mlp.fc1.weight)
-
-
-def test_fine_tuning_starts_from_the_encoder(pretrained: Path, tmp_path: Path) -> None:
-    flags = {"model": pretrained, "max_steps": 2, "batch_size": 32, "learning_rate": 1e-3}
-    options = build_tiny_options(tmp_path / "classifier", "digits", **flags)
-    trained = ViTCLSForMaskedImageModeling.from_pretrained(pretrained).vitcls.state_dict()
-    encoder = prepare_task(options).task.model.vitcls.state_dict()
-    for name, weight in trained.items():
-        assert torch.equal(encoder[name], weight), name
-    results = run_training(options)
-    assert results["num_images"] == NUM_HELD_OUT_DIGITS
-    assert results["token_layout"]["cls"] == 2
+def test_a_dry_run_keeps_no_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_to_folder(tiny_options(tmp_path / "out", dry_run=True))
+    assert "no files were kept" in capsys.readouterr().out and list(tmp_path.iterdir()) == []

@@ -150,7 +150,7 @@ def test_evaluations_are_printed_above_the_bar(tmp_path: Path) -> None:
     ("name", "value", "text"),
     [
         ("top_5_accuracy", 0.98765, "top 5 accuracy 98.77%"),
-        ("reconstruction_loss", 0.123456, "reconstruction loss 0.1235"),
+        ("effective_rank", 12.3456, "effective rank 12.3"),
         ("accuracy", None, "accuracy unknown"),
     ],
 )
