@@ -238,8 +238,9 @@ DEFAULTS = """
     fit=squash keep_checkpoints=2 report=True hub_verify=True distillation=hard
     distillation_alpha=0.5 distillation_tau=3.0
 
-    method=lejepa global_crops=2 local_crops=6 global_crop_scale=0.3 sigreg_weight=0.05 projector_width=1024
-    projector_features=64 mask_ratio=0.75 decoder_layers=4
+    global_crops=2 local_crops=6 global_crop_scale=0.3 sigreg_weight=0.05 projector_width=1024 projector_features=64
+
+    mask_ratio=0.75 decoder_layers=4
 
     model=m dataset=digits held_out_fraction=0.2 shuffle_buffer=1000 max_unreadable_images=100 num_workers=2
     batch_size=64 frozen_layers=last frozen_repeats=10 backend=torch
@@ -255,7 +256,8 @@ def test_defaults_of_flags() -> None:
     run = Path("out"), DataOptions("digits"), ModelOptions("m")
     options = [
         FinetuneOptions(*run),
-        PretrainOptions(*run).masking,
+        PretrainOptions(*run).lejepa,
+        PretrainOptions(*run).mae,
         EvaluateOptions("m", run[1]),
         PredictOptions("m", dataset="digits"),
         InspectOptions("m", dataset="digits"),
