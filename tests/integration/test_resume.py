@@ -135,6 +135,10 @@ def finetune(flags: list[str], log: Path, environment: dict[str, str]) -> None:
     run_script("finetune.py", flags, log, log, environment)
 
 
+def pretrain(flags: list[str], log: Path, environment: dict[str, str]) -> None:
+    run_script("pretrain.py", flags, log, log, environment)
+
+
 def finetune_with_late_workers(flags: list[str], log: Path, environment: dict[str, str]) -> None:
     """Simulate a busy machine: the thread of a worker that waits for SIGTERM is delayed."""
     wait = batches.wait_for_parent_signal
@@ -143,7 +147,8 @@ def finetune_with_late_workers(flags: list[str], log: Path, environment: dict[st
 
 
 def start(folder: Path, flags: str) -> RunningProcess:
-    return RunningProcess(folder, flags, build_ready_process(folder, flags))
+    target = pretrain if "--method" in flags else finetune
+    return RunningProcess(folder, flags, build_ready_process(folder, flags, target))
 
 
 def launch(folder: Path, flags: str, processes: int = 1, *launcher_flags: str) -> RunningProcess:
@@ -315,6 +320,8 @@ VARIANTS = {
     "LoRA": f"{SCHEDULE} --model {{trained}} --trainable lora --lora-rank 2 --ema-decay 0.9",
     "last layer": f"{SCHEDULE} --model {{trained}} --trainable last-1 --class-balance sampling",
     "a teacher": f"{RUN} --teacher {{trained}} --distillation soft",
+    "LeJEPA": f"{RUN} --method lejepa --projector-width 32 --local-crops 2 --ema-decay 0.9",
+    "MAE": f"{RUN} --method mae --decoder-layers 1 --patch-size 8",
 }
 
 
