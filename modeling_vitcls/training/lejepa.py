@@ -48,11 +48,11 @@ class LeJEPA(ViTCLSPreTrainedModel):
     def flops(self, *arguments: Any, **keyword_arguments: Any) -> int:
         return self.vitcls.flops(*arguments, **keyword_arguments)
 
-    def forward(self, *views: Tensor) -> Any:
+    def forward(self, *views: Tensor, **kwargs: Any) -> Any:
         """Return the projections [views, B, P] of images [views, B, C, H, W] of one or more sizes, or the encoder's
         output for images [B, C, H, W]."""
         if views[0].ndim == 4:
-            return self.vitcls(*views)
+            return self.vitcls(*views, **kwargs)
         projections = []
         for images in views:
             pooled: Tensor = self.vitcls(images.flatten(0, 1)).pooler_output

@@ -94,7 +94,7 @@ class MAE(ViTCLSPreTrainedModel):
     def flops(self, *arguments: Any, **keyword_arguments: Any) -> int:
         return self.vitcls.flops(*arguments, **keyword_arguments)
 
-    def forward(self, pixel_values: Tensor, bool_masked_pos: Tensor | None = None) -> Any:
+    def forward(self, pixel_values: Tensor, bool_masked_pos: Tensor | None = None, **kwargs: Any) -> Any:
         """Reconstruct images from their visible patches.
 
         Args:
@@ -106,7 +106,7 @@ class MAE(ViTCLSPreTrainedModel):
             The loss over the masked patches, and `reconstruction` [B, C, H, W], normalized per patch.
         """
         if bool_masked_pos is None:
-            return self.vitcls(pixel_values)
+            return self.vitcls(pixel_values, **kwargs)
         grid_size = self.vitcls.embeddings.patch_embeddings.get_grid_size(pixel_values)
         num_visible = int((~bool_masked_pos[0]).sum())
         visible = bool_masked_pos.int().argsort(dim=1, stable=True)[:, :num_visible]  # [B, K], ascending

@@ -34,7 +34,7 @@ METHODS = ("lejepa", "mae")
 def tiny_options(folder: Path, dataset: object = "digits", **flags: Any) -> PretrainOptions:
     """Return options of six steps on digits, with an evaluation after each epoch of three steps."""
     settings = {"max_steps": 6, "batch_size": 475, "learning_rate": 3e-3, "projector_width": 32, "decoder_layers": 1}
-    settings |= {"local_crops": 2}
+    settings |= {"local_crops": 2, "log_every": 1, "log_attention_every": 2}
     return build_tiny_options(folder, dataset, PretrainOptions, **vars(TINY) | settings | {"select": None} | flags)
 
 
@@ -59,6 +59,7 @@ def test_the_folder_contains_the_encoder_and_the_measured_features(pretrained: P
     assert all(moved > 0 for moved in results["token_movement"].values())
     records = [record for record in read_metrics(pretrained) if "held_out_knn_accuracy" in record]
     assert [record["step"] for record in records] == [3, 6]
+    assert "cls_attention_entropy" in read_metrics(pretrained)[1]
     assert 1 < records[-1]["held_out_effective_rank"] < TINY.hidden_size
     assert records[-1]["loss"] < records[0]["loss"] or results["method"] == "lejepa"
 
