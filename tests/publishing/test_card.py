@@ -13,7 +13,6 @@ from markdown_it import MarkdownIt
 
 from modeling_vitcls import (
     ViTCLSForImageClassification,
-    ViTCLSForMaskedImageModeling,
     ViTCLSForMultiTaskClassification,
     ViTCLSModel,
 )
@@ -80,14 +79,21 @@ def test_the_model_index_names_datasets_of_the_hub_only(tmp_path: Path, dataset:
     assert yaml.safe_load(str(card).split("---")[1])["model-index"][0]["name"] == "ann/mine"
 
 
-def test_an_encoder_has_no_flags_of_fine_tuning(tmp_path: Path) -> None:
-    results = {"reconstruction_loss": 0.4321, "num_hidden_patches": 9, "token_layout": {"patches": 16}}
-    results |= {"accuracy": None, "accuracy_interval": None, "selection_metric": "reconstruction_loss"}
-    flags = {"mask_ratio": 0.6, "label_smoothing": 0.1}
-    card = load_card(write_run_folder(tmp_path / "mine", results, flags, ViTCLSForMaskedImageModeling))
-    assert "0.4321" in card.text and "vitcls finetune --model mine" in card.text and "label_smoothing" not in card.text
-    assert "| Mask ratio | 0.6 |" in card.text and "masked-image-modeling" in card.data.tags
+def test_an_encoder_shows_its_features_before_and_after_pre_training(tmp_path: Path) -> None:
+    before, after = (
+        {"knn_accuracy": value, "knn_accuracy_of_patches": value, "effective_rank": 7.5} for value in (0.4321, 0.5678)
+    )
+    features = {"before": before, "after": after, "summary": "k-NN 43.2% -> 56.8%"}
+    results = {"method": "mae", "features": features, "knn_accuracy": 0.5678, "token_layout": {"patches": 16}}
+    results |= {"accuracy": None, "accuracy_interval": None, "selection_metric": "knn_accuracy"}
+    flags = {"mask_ratio": 0.6, "label_smoothing": 0.1, "sigreg_weight": 0.05}
+    card = load_card(write_run_folder(tmp_path / "mine", results, flags, ViTCLSModel))
+    assert "| 43.2% | 56.8% |" in card.text and "worse" not in card.text
+    assert "vitcls finetune --model mine" in card.text and "label_smoothing" not in card.text
+    assert "| Mask ratio | 0.6 |" in card.text and "SIGReg" not in card.text
     assert card.data.pipeline_tag == "image-feature-extraction" and card.data.eval_results is None
+    results["features"] |= {"summary": "k-NN 56.8% -> 43.2%. Pre-training made the features worse"}
+    assert "made the features worse" in load_card(write_run_folder(tmp_path / "b", results, flags, ViTCLSModel)).text
 
 
 def test_tasks_have_no_pipeline(tmp_path: Path) -> None:

@@ -27,7 +27,6 @@ from torch.utils.data import DataLoader
 from modeling_vitcls import (
     ViTCLSConfig,
     ViTCLSForImageClassification,
-    ViTCLSForMaskedImageModeling,
     ViTCLSForMultiTaskClassification,
     ViTCLSImageProcessor,
 )
@@ -49,7 +48,6 @@ from modeling_vitcls.training.loop import (
 from modeling_vitcls.training.losses import (
     ClassificationObjective,
     DistillationObjective,
-    MaskedImageModelingObjective,
     MultiLabelLoss,
     MultiTaskLoss,
     PixelTransform,
@@ -641,20 +639,6 @@ def test_a_teacher_trains_the_distillation_head_on_mixed_images() -> None:
     teacher_loss = compute_distillation_loss("soft", outputs.distillation_logits, teacher_logits, 2.0)
     expected = {"loss": 0.7 * label_loss + 0.3 * teacher_loss}
     torch.testing.assert_close(losses, expected | {"label_loss": label_loss, "distillation_loss": teacher_loss})
-
-
-def test_masked_images_are_masked_as_specified() -> None:
-    config = ViTCLSConfig(**TINY.get_config_values(), use_mask_token=True)
-    torch.manual_seed(0)
-    model = ViTCLSForMaskedImageModeling(config)
-    pixels = torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8)
-    masks = torch.tensor([[True, False, False, True]]).expand(3, -1)
-    objective = MaskedImageModelingObjective(
-        lambda values: values / 255, lambda count, device: masks[:count].to(device)
-    )
-    expected = model(pixels / 255, bool_masked_pos=masks).loss
-    assert objective(model, {"pixels": pixels})["loss"] == expected
-    assert expected != model(pixels / 255, bool_masked_pos=~masks).loss
 
 
 # Signals -------------------------------------------------------------------------------------------------------------
