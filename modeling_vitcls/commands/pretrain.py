@@ -14,7 +14,7 @@ from .finetune import run as run  # the same for both kinds of training
 OPTIONS_CLASS = PretrainOptions
 COMMON_FLAGS = {
     "input and output": "model dataset output_dir config",
-    "model": "num_register_tokens image_size patch_size",
+    "model": "method num_register_tokens image_size patch_size",
     "training": "epochs batch_size learning_rate mask_ratio mixed_precision seed",
     "run": "resume overwrite dry_run log_with push_to_hub hub_model_id",
 }
