@@ -144,13 +144,13 @@ def test_completion_includes_all_commands_and_their_flags(capsys: pytest.Capture
 def test_a_run_that_stops_early_ends_with_its_status(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def stop(task_class: type, options: Any) -> None:
+    def stop(options: Any) -> None:
         raise RunStopped("stopped by a signal", exit_status=143, is_on_all_processes=False)
 
     monkeypatch.setattr("modeling_vitcls.api.run_training", stop)
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(SystemExit, match="143"):
-        finetune.train(object, None)
+        finetune.run(None)  # type: ignore[arg-type]
     assert capsys.readouterr().err == "process 1: stopped by a signal\n"
 
 

@@ -19,6 +19,7 @@ CONFIG_FILE = "config.json"
 CONFIG_FILES = (CONFIG_FILE, "preprocessor_config.json")
 RESULTS_FILE = "results.json"
 RECIPE_FILE = "config.resolved.yaml"  # the flags of a run
+PREDICTIONS_FILE = "predictions.parquet"  # predictions of the held-out images
 METRICS_FILE = "metrics.jsonl"
 PARITY_REPORT_FILE = "parity_report.json"  # parity report of a conversion
 CARD_FILE = "README.md"

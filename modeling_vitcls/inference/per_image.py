@@ -24,9 +24,6 @@ from ..data.labels import LabelSpace
 from .confidence import compute_energies
 
 
-PREDICTIONS_FILE = "predictions.parquet"
-
-
 def check_per_image(label_space: LabelSpace) -> None:
     """Raise ValueError if the rows are not defined for the kind of labels."""
     if label_space.kind == "multi_task":

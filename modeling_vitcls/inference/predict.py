@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from ..conversion.any_checkpoint import resolve_checkpoint
 from ..data.labels import get_label_space
 from ..distributed import build_accelerator
+from ..hub.model_files import PREDICTIONS_FILE
 from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..options import PredictOptions
 from .confidence import find_score_limit
@@ -33,7 +34,7 @@ from .exported_graphs import use_backend
 from .inputs import ImageRecord, ListInput, PredictionInput, StreamInput, build_list_input, open_input, prepare_images
 from .load_model import load_model
 from .outputs import WRITERS, Progress, get_output_columns, print_table, write_rows
-from .per_image import PREDICTIONS_FILE, read_predictions
+from .per_image import read_predictions
 from .prediction_rows import AutocastFactory, PredictionColumns, Row, build_prediction_columns, predict_rows
 from .shards import ShardFolder, Worker, iterate_shards
 

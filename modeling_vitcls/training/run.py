@@ -38,9 +38,10 @@ from ..distributed import build_accelerator, configure_layer_sharding, run_on_ma
 from ..errors import format_error, is_raised_on_all_processes
 from ..files import write_json
 from ..hub.connection import silence_transformers
+from ..hub.model_files import PREDICTIONS_FILE
 from ..inference.evaluator import Evaluator
 from ..inference.metrics import drop_large_matrices
-from ..inference.per_image import PREDICTIONS_FILE, write_predictions
+from ..inference.per_image import write_predictions
 from ..intervals import compute_mean_interval
 from ..options import FinetuneOptions, PretrainOptions, to_flags
 from . import finetune, output_folder, pretrain

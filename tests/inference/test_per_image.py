@@ -14,8 +14,9 @@ from sklearn.metrics import log_loss
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, evaluate, predict
 from modeling_vitcls.data.labels import LabelSpace
+from modeling_vitcls.hub.model_files import PREDICTIONS_FILE
 from modeling_vitcls.inference.confidence import compute_energies
-from modeling_vitcls.inference.per_image import PREDICTIONS_FILE, check_per_image
+from modeling_vitcls.inference.per_image import check_per_image
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from helpers.tiny_options import build_tiny_options
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from modeling_vitcls import ViTCLSForImageClassification
-from modeling_vitcls.inference.per_image import PREDICTIONS_FILE
+from modeling_vitcls.hub.model_files import PREDICTIONS_FILE
 from modeling_vitcls.training.run import train
 
 
