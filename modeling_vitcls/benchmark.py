@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from .configuration_vitcls import ViTCLSConfig
 from .conversion.from_timm import convert_from_timm
@@ -226,14 +227,15 @@ def open_exported_graph(backend: str, precision: str, config: ViTCLSConfig, fold
     if not file.exists():
         export_model(str(folder / "model"), backend, file, dynamic=False)
         if precision == "int8":
-            quantize_graph(file, list(build_random_images((NUM_CALIBRATION_IMAGES, 1, *get_image_shape(config)))))
+            images = build_random_images((NUM_CALIBRATION_IMAGES, *get_image_shape(config)))
+            quantize_graph(file, list(images.split(1)))
     return ExportedGraph(file, precision="fp32" if precision == "fp32" else "bf16")
 
 
 class FirstOutput(nn.Module):
     """Wrapper that returns the first output of a model: the logits of a classifier, the final tokens of an encoder."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = NamedOutputsModel(model) if type(model) in OUTPUT_SELECTORS else model
 
@@ -256,12 +258,12 @@ def build_timm_vit(config: ViTCLSConfig) -> nn.Module:
             depth=config.num_hidden_layers,
             num_heads=config.num_attention_heads,
             mlp_ratio=config.intermediate_size / config.hidden_size,
-            num_classes=config.num_labels,
+            num_classes=config.num_labels or 0,
         )
     )
 
 
-def build_transformers_vit(config: ViTCLSConfig) -> nn.Module:
+def build_transformers_vit(config: ViTCLSConfig) -> PreTrainedModel:
     """Build transformers' ViT of the same size, with random weights."""
     from transformers import ViTConfig, ViTForImageClassification
 

@@ -264,7 +264,7 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
         has_position_bias = config.relative_position_bias != "none"
         self.relative_position_bias = RelativePositionBias(config) if has_position_bias else None
         self.gates = TokenGates(config) if config.gated_tokens else None
-        self.patch_dropout = PatchDropout(config) if config.patch_drop_rate > 0 else None
+        self.patch_dropout: nn.Module | None = PatchDropout(config) if config.patch_drop_rate > 0 else None
         self.layers = nn.ModuleList(
             layer_class(config, config.drop_path_rate * index / last_layer_index, attention_class)
             for index in range(config.num_hidden_layers)

@@ -492,7 +492,7 @@ class EvaluateOptions:
 class ImageOptions:
     """Model and image flags that prediction and inspection share. Labels are not required."""
 
-    model: str
+    model: str | None
     """Folder or Hub id of a vitcls model (`ID@COMMIT` pins the model), or another ViT, which is converted once
     (`timm:NAME`, `transformers:ID`, a folder, a Hub id, a file)."""
     paths: tuple[str, ...] = ()
@@ -602,6 +602,9 @@ class InspectOptions(ImageOptions):
     with these names.
     """
 
+    model: str
+    """Folder or Hub id of a vitcls model (`ID@COMMIT` pins the model), or another ViT, which is converted once
+    (`timm:NAME`, `transformers:ID`, a folder, a Hub id, a file)."""
     split: str | None = None
     """Dataset split to inspect. If the dataset has a single split that is not named `test`, `test` selects the
     held-out split of fine-tuning. Default: the held-out split that was used in training, or `test` if there is no such

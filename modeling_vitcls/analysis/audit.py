@@ -219,7 +219,7 @@ def find_near_duplicates(images: AuditedImages) -> pd.DataFrame:
     for start in range(0, len(features), BLOCK_SIZE):
         rows = np.arange(start, min(start + BLOCK_SIZE, len(features)))
         searches = ((features, features), (coarse, coarse), (coarse_mirrored, coarse))
-        neighbors = np.hstack([find_neighbors(*search, rows, num_neighbors) for search in searches])  # [B, K]
+        neighbors = np.hstack([find_neighbors(a, b, rows, num_neighbors) for a, b in searches])  # [B, K]
         candidates = pixels[neighbors]  # [B, K, P]
         agreement = np.maximum(
             np.einsum("bp,bkp->bk", pixels[rows], candidates), np.einsum("bp,bkp->bk", mirrored[rows], candidates)

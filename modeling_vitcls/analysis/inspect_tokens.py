@@ -20,6 +20,8 @@ from ..files import read_json
 from ..hub.loading import MODEL_FILE_PATTERNS
 from ..inference.load_model import is_preset, load_model
 from ..options import InspectOptions
+from .artifacts import PatchDiagnosis
+from .diagnosis import Verdict
 from .inspection import Inspection, ProgressCallback, do_nothing, inspect_model
 from .inspection_inputs import open_images
 from .report import SIGNS, get_model_name, write_json_values, write_page
@@ -89,7 +91,8 @@ def print_inspection(inspection: Inspection, options: InspectOptions, console: C
     """Print the verdicts and the paths of the written files."""
     if not inspection.verdicts:
         console.print("The model has no special tokens.")
-    for verdict in [*inspection.verdicts, *inspection.tasks, inspection.heads, inspection.patches]:
+    verdicts: list[Verdict | PatchDiagnosis] = [*inspection.verdicts, *inspection.tasks]
+    for verdict in [*verdicts, inspection.heads, inspection.patches]:
         headline = f"[{RATING_STYLES[verdict.rating]}]{SIGNS[verdict.rating]} {verdict.word}[/]"
         console.print(f"[bold]{escape(verdict.token)}[/]: {headline}. {escape(verdict.reason)}")
     for name, check in inspection.map_checks.items():

@@ -54,14 +54,14 @@ def run(options: BenchmarkOptions) -> None:
     from .export import silence_exporters
 
     silence_exporters()
-    backends, peers = options.backends, options.peers
+    backends: tuple[str, ...] | None = options.backends
+    peers: tuple[str, ...] | None = options.peers
     if backends is None:
         is_cpu = options.device == "cpu"
         exported = [name for name, packages in PACKAGES.items() if is_cpu and all(map(find_spec, packages))]
-        backends = ("torch", "compiled", *exported)  # type: ignore[assignment]
+        backends = ("torch", "compiled", *exported)
     if peers is None:
         peers = ("timm", "transformers") if find_spec("timm") else ("transformers",)
-    assert backends is not None
     settings = BenchmarkSettings(
         options.model,
         options.work,

@@ -99,12 +99,12 @@ def run(options: ExportOptions) -> None:
         from ..export.quantization import export_int8
 
         assert options.dataset is not None
-        scores = export_int8(
+        result = export_int8(
             options.model, options.format, options.output, options.dataset, options.split, options.max_drop
         )
         print(
-            f"{options.output}: {scores['metric']} {scores['int8']:.2%} in int8, {scores['float32']:.2%} in float32, "
-            f"on {scores['num_images']} images; {scores['num_bytes'] / 2**20:.1f} MiB"
+            f"{options.output}: {result['metric']} {result['int8']:.2%} in int8, {result['float32']:.2%} in float32, "
+            f"on {result['num_images']} images; {result['num_bytes'] / 2**20:.1f} MiB"
         )
         return
     report = export_model(

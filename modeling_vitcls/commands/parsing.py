@@ -164,7 +164,7 @@ def one_line_errors() -> Iterator[None]:
         plain_text = re.sub(r"\x1b\[[\d;]*m", "", output.getvalue())  # without colors
         _, *rows = [line.strip("│ ") for line in plain_text.splitlines()]
         rows = list(itertools.dropwhile(lambda row: not row.strip("─-"), rows))
-        message = " ".join(filter(None, itertools.takewhile(lambda row: row.strip("─-"), rows)))
+        message = " ".join(itertools.takewhile(lambda row: row.strip("─-"), rows))
         message = message.partition(" Got errors:")[0]
         message = re.sub(r"^Error parsing (\w+Options: )?", "", message)
         type_error = re.compile(
@@ -260,7 +260,7 @@ def silence_libraries() -> None:
 
     transformers_logging.disable_progress_bar()
     transformers_logging.get_logger("transformers.modeling_utils").addFilter(
-        lambda record: "LOAD REPORT" not in record.getMessage()
+        lambda record: "LOAD REPORT" not in record.getMessage()  # type: ignore[arg-type]  # logging accepts functions
     )
 
 

@@ -5,13 +5,17 @@ The random values keep activations close to 1 in magnitude, so that an absolute 
 """
 
 import re
+from typing import TypeVar
 
 import torch
 from torch import nn
 
 
+Model = TypeVar("Model", bound=nn.Module)
+
+
 @torch.no_grad()
-def randomize_weights(model: nn.Module) -> nn.Module:
+def randomize_weights(model: Model) -> Model:
     """Fill a model in place with random values and return it in eval mode; repeated calls give the same values.
 
     Scales (norms, LayerScale, variances) are uniformly distributed from 0.5 to 1.5. Other values are normally

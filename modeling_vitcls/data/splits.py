@@ -111,7 +111,7 @@ def load_training_data(
         train, held_out, record = hold_out_images(train, rule, options, labels_by_key)
         if options.streaming and len(held_out) == MAX_HELD_OUT_IMAGES:
             held_out_name += f", evaluated on the first {MAX_HELD_OUT_IMAGES:,} images"
-    num_images = None if options.streaming else len(train)
+    num_images = 0 if options.streaming else len(train)
     if options.exclude is not None:
         train = exclude_images(train, training_splits.train, options.exclude)
     selection, selection_name = None, ""

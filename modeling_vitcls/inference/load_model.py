@@ -3,8 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
-
 from ..adaptation_vitcls import load_checkpoint
 from ..configuration_vitcls import PRESETS, ViTCLSConfig
 from ..conversion.any_checkpoint import resolve_checkpoint
@@ -12,7 +10,12 @@ from ..data.fit import set_fit
 from ..hub.connection import silence_transformers
 from ..hub.loading import check_is_vitcls
 from ..image_processing_vitcls import ViTCLSImageProcessor
-from ..modeling_vitcls import ViTCLSForImageClassification, ViTCLSForMultiTaskClassification, ViTCLSModel
+from ..modeling_vitcls import (
+    ViTCLSForImageClassification,
+    ViTCLSForMultiTaskClassification,
+    ViTCLSModel,
+    ViTCLSPreTrainedModel,
+)
 
 
 Classifier = ViTCLSForImageClassification | ViTCLSForMultiTaskClassification
@@ -33,7 +36,9 @@ def format_preset_names() -> str:
     return ", ".join(f"vitcls-{name}" for name in PRESETS)
 
 
-def load_model(source: str, use_head: bool, fit: str | None = None) -> tuple[PreTrainedModel, ViTCLSImageProcessor]:
+def load_model(
+    source: str, use_head: bool, fit: str | None = None
+) -> tuple[ViTCLSPreTrainedModel, ViTCLSImageProcessor]:
     """Load the model of a vitcls checkpoint, with or without the classifier, and the image processor. `fit` overrides
     the fit of the image processor. Raise ValueError
     if the checkpoint is not a vitcls model, has no trained weights, or has no classifier although one is requested.

@@ -85,7 +85,7 @@ def build_image_rows(
 
 def is_labeled(label: Any) -> bool:
     """Return whether an image has a label."""
-    return not isinstance(label, int | np.integer) or label >= 0
+    return not isinstance(label, int | np.integer) or bool(label >= 0)
 
 
 def select_names(names: list[str], values: torch.Tensor) -> list[str]:

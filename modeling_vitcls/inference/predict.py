@@ -28,6 +28,7 @@ from ..data.labels import get_label_space
 from ..distributed import build_accelerator
 from ..hub.model_files import PREDICTIONS_FILE
 from ..image_processing_vitcls import ViTCLSImageProcessor
+from ..modeling_vitcls import ViTCLSPreTrainedModel
 from ..options import PredictOptions
 from .confidence import find_score_limit
 from .exported_graphs import use_backend
@@ -141,7 +142,7 @@ def build_predictor(options: PredictOptions, accelerator: Accelerator) -> Predic
     )
 
 
-def find_set_limit(options: PredictOptions, model: PreTrainedModel) -> float | None:
+def find_set_limit(options: PredictOptions, model: ViTCLSPreTrainedModel) -> float | None:
     """Return the limit of the scores of labels in prediction sets (confidence.py), from the held-out images of the
     model's run; None without --coverage. Raise ValueError if the model has several labels or tasks, or no predictions
     of held-out images."""
@@ -241,8 +242,10 @@ def predict_to_folder(
         settings["num_workers"] = worker.num_workers
     folder = ShardFolder(options.output, options.shard_size, json.loads(json.dumps(settings)))
     folder.open()
-    write = write_stream_shards if isinstance(source, StreamInput) else write_list_shards
-    local_counts = write(folder, worker, source, predictor, accelerator.is_main_process)
+    if isinstance(source, StreamInput):
+        local_counts = write_stream_shards(folder, worker, source, predictor, accelerator.is_main_process)
+    else:
+        local_counts = write_list_shards(folder, worker, source, predictor, accelerator.is_main_process)
     counts = gather_object([local_counts])
     return PredictionCounts(*(sum(values) for values in zip(*counts, strict=True)))
 

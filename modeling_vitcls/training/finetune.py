@@ -96,7 +96,7 @@ def build_task(options: FinetuneOptions, data: TrainingData, reporter: Reporter)
         raise ValueError(format_patch_dropout_error(options))
 
     arguments = get_evaluator_arguments(options, model, reporter) | {"processor": processor}
-    missing_probe_reason = "the initial weights are random"
+    missing_probe_reason: str | None = "the initial weights are random"
     if not starts_from_random_weights(options):
         missing_probe_reason = explain_missing_probe(options, model, new_parameter_names, labels.kind)
     max_images = None if training_options.trainable == "head" else MAX_PROBE_IMAGES

@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
+from transformers.modeling_outputs import MaskedImageModelingOutput
 
 from ..blocks_vitcls import SinCosPositionEmbeddings, build_norm
 from ..configuration_vitcls import ViTCLSConfig
 from ..data.batches import Batch, Normalizer
 from ..heads_vitcls import PixelDecoder, compute_masked_pixel_loss
-from ..modeling_vitcls import MaskedImageModelingOutput, ViTCLSModel, ViTCLSPreTrainedModel
+from ..modeling_vitcls import ViTCLSModel, ViTCLSPreTrainedModel
 from ..variants_vitcls import get_layer_classes, keep_patches
 from .losses import Losses
 
@@ -110,11 +111,13 @@ class MAE(ViTCLSPreTrainedModel):
         grid_size = self.vitcls.embeddings.patch_embeddings.get_grid_size(pixel_values)
         num_visible = int((~bool_masked_pos[0]).sum())
         visible = bool_masked_pos.int().argsort(dim=1, stable=True)[:, :num_visible]  # [B, K], ascending
-        self.vitcls.patch_dropout.indices = visible
+        visible_patches = self.vitcls.patch_dropout
+        assert isinstance(visible_patches, VisiblePatches)
+        visible_patches.indices = visible
         try:
             tokens = self.decoder_embed(self.vitcls(pixel_values).last_hidden_state)  # [B, prefix + K, width]
         finally:
-            self.vitcls.patch_dropout.indices = None
+            visible_patches.indices = None
         special_tokens, patches = tokens.split([self.num_prefix_tokens, num_visible], dim=1)
         all_patches = self.mask_token.to(tokens.dtype).expand(len(tokens), bool_masked_pos.shape[1], -1)
         all_patches = all_patches.scatter(1, visible.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]), patches)

@@ -30,7 +30,7 @@ ABSENT_CLASS_MARGIN = 100.0  # difference of a class without training images to 
 class ProbeEvaluator(FeatureEvaluator):
     """Computes the features of a frozen classifier's encoder."""
 
-    def compute_outputs(self, model: nn.Module, batch: HeldOutBatch) -> torch.Tensor:
+    def compute_outputs(self, model: Any, batch: HeldOutBatch) -> torch.Tensor:
         """Return the features [G, P + 2 D] of the G readable images: own pooling, CLS tokens, mean of the patches."""
         with self.accelerator.autocast():
             outputs: Any = model.vitcls(self.pad_batch(model, batch.pixel_values))

@@ -165,8 +165,8 @@ def run(
         run_on_main(accelerator, lambda: output_folder.prepare(folder, store, get_relative_flags(options), checkpoint))
 
         # Summary
-        lines = describe_splits(data, task) | describe_model(options.model.model, task.model, forward_flops)
-        lines |= default_lines | task.summary_lines
+        lines: dict[str, str | None] = {**describe_splits(data, task)}
+        lines |= describe_model(options.model.model, task.model, forward_flops) | default_lines | task.summary_lines
         has_finished_training = task.run_probe is not None and options.training.trainable == "head"
         if has_finished_training:  # no steps
             lines["defaults"] = None
@@ -264,8 +264,10 @@ def run(
 
         # Calibration
         calibration, reported_images = None, slice(None)
-        should_calibrate = task.can_calibrate and len(data.held_out) > 0 and not is_dry_run
-        if should_calibrate:
+        held_out_evaluator: Evaluator | None = None  # only if the model is calibrated
+        if task.can_calibrate and len(data.held_out) > 0 and not is_dry_run:
+            assert isinstance(evaluate_held_out, Evaluator) and isinstance(evaluated, Evaluator)
+            held_out_evaluator = evaluate_held_out
             fitted_images = slice(None)
             if data.selection is None:
                 fitted_images, reported_images = FITTED, REPORTED
@@ -274,12 +276,13 @@ def run(
 
         # Results
         if data.selection is not None or calibration is not None:
-            evaluate_held_out.keep_logits = should_calibrate
+            if held_out_evaluator is not None:
+                held_out_evaluator.keep_logits = True
             metrics = evaluate_held_out(state.model.eval())
             reshard(state.model)
-        if calibration is not None:
+        if held_out_evaluator is not None and calibration is not None:
             temperature = calibration["temperature"]
-            calibration |= compute_calibration_errors(evaluate_held_out, temperature, reported_images)
+            calibration |= compute_calibration_errors(held_out_evaluator, temperature, reported_images)
             metrics["calibration_error"] = calibration["calibration_error"]
             reporter.print_line(
                 "calibration",
@@ -320,7 +323,7 @@ def run(
             reshard(state.model)
             results["features"] = {"before": task.compare.before, "after": after}
             results["features"]["summary"] = task.compare.describe(after)
-        save_output(task, results, options, accelerator, evaluate_held_out if should_calibrate else None)
+        save_output(task, results, options, accelerator, held_out_evaluator)
         if is_dry_run:
             full_options = replace(options, training=replace(options.training, max_steps=full_max_steps))
             full_plan = build_plan(full_options, data, accelerator)

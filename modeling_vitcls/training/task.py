@@ -10,7 +10,6 @@ from typing import Any
 
 from ..data.images import LabeledImages
 from ..image_processing_vitcls import ViTCLSImageProcessor
-from ..inference.evaluator import Evaluator
 from .losses import Objective
 from .reporter import Reporter
 
@@ -22,7 +21,8 @@ class Task:
     model: Any  # unwrapped ViTCLS model; parameters that are not trained are frozen
     processor: ViTCLSImageProcessor
     objective: Objective
-    build_evaluator: Callable[[LabeledImages], Evaluator]
+    # Returns a function from a model to metrics; an `Evaluator` if the model can be calibrated.
+    build_evaluator: Callable[[LabeledImages], Callable[[Any], dict[str, Any]]]
     # Name of the metric that selects the best checkpoint. Lower values are better if the name ends with "loss".
     selection_metric: str
     result_metrics: tuple[str, ...]  # metrics of the printed result
