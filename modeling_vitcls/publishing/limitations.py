@@ -16,6 +16,12 @@ def describe_limitations(results: dict[str, Any], config: ViTCLSConfig) -> list[
             f"The predicted confidence differs from the accuracy by {100 * calibration_error:.2f} percentage points "
             "on average (calibration error)."
         )
+    if calibration := results.get("calibration"):
+        sentences[-1] += (
+            f" Before the logits were divided by the temperature {calibration['temperature']:.2f}, it was "
+            f"{100 * calibration['calibration_error_before']:.2f}. The temperature was fitted to "
+            f"{calibration['num_images']:,} images that are not reported."
+        )
     return sentences
 
 

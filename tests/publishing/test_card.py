@@ -52,14 +52,16 @@ def test_a_classifier(tmp_path: Path) -> None:
         {"name": "noon|late", "images": 160, "recall": 0.5, "precision": 1.0, "f1": 0.5},
     ]
     matrix = [[198, 2], [80, 80]]
-    results = {"per_class": rows, "confusion_matrix": matrix, "calibration_error": 0.0123}
+    calibration = {"temperature": 0.651, "num_images": 180, "calibration_error_before": 0.0871}
+    results = {"per_class": rows, "confusion_matrix": matrix, "calibration_error": 0.0123, "calibration": calibration}
     card = load_card(write_run_folder(tmp_path / "mine", results), "ann/mine")
     text = card.text
     assert "# ann/mine\n" in text and 'model="ann/mine", revision="main"' in text
     assert "| Accuracy | 98.33% (95% interval: 96.00% to 99.00%) |" in text
     assert r"| `noon\|late` | 160 | 50.00% | 100.00% | 50.00% |" in text
     assert "recall 50.00% on 160 images, 80 of which were predicted as `dusk`" in text
-    assert "by 1.23 percentage points" in text and "trained from scratch on `digits`" in text
+    assert all(number in text for number in ("by 1.23 percentage points", "8.71", "0.65", "180 images"))
+    assert "trained from scratch on `digits`" in text
     assert f"These files belong to modeling_vitcls {__version__}." in text and "sha256sum" not in text
     assert card.data.library_name == "transformers" and card.data.pipeline_tag == "image-classification"
     assert card.data.license is None and "did not specify a license" in text
