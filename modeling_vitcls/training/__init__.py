@@ -1,10 +1,12 @@
 """Training, from the options to a model folder with evaluation results.
 
-    task.py             complete run of fine-tuning or pre-training; read this file first
-    finetune.py         data, model, loss, evaluator and card of fine-tuning
-    pretrain.py         data, model, loss, evaluator and card of masked pre-training
-    runner.py           output folder, checkpoints, signals and trackers for the training loop
+    run.py              complete run of fine-tuning or pre-training; read this file first
+    task.py             what a run trains: the interface between run.py and the next two files
+    finetune.py         data, model, loss and evaluator of fine-tuning
+    pretrain.py         data, model, loss and evaluator of pre-training; lejepa.py and mae.py are its methods
+    probe.py            k-NN and logistic regression on the frozen model, before fine-tuning
     loop.py             training loop
+    calibration.py      temperature and energy threshold of the trained classifier
     output_folder.py    checks of the output folder, removal of replaced files, lock of the folder
 
 Outside this folder, checkpoints.py writes and reads checkpoints, options.py defines the flags, and distributed.py

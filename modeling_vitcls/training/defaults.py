@@ -16,7 +16,7 @@ batch_size         32                         64
 Learning rates for random and pre-trained weights are proportional to 1 / width (muP, arXiv 2203.03466) within fixed
 limits. Narrow models learn slowly with the common initializer range of 0.02. The default range is therefore the larger
 of 0.02 and 0.8 / sqrt(width), which lies between the Xavier standard deviations for the attention (1 / sqrt(width))
-and the MLP (0.63 / sqrt(width)). Layer decay follows BEiT (arXiv 2106.08254). Masked pre-training uses a learning rate
+and the MLP (0.63 / sqrt(width)). Layer decay follows BEiT (arXiv 2106.08254). Pre-training uses a learning rate
 of 5e-4 and no layer decay.
 
 The default values are printed with their reasons and written to config.resolved.yaml.
