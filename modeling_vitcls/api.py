@@ -60,13 +60,13 @@ def run_training(options: Any) -> dict[str, Any]:
 
     from .files import read_json
     from .hub.model_files import RESULTS_FILE
-    from .publishing.finish import build_checkpoint_uploader, finish_run, prepare_push
+    from .publishing.finish import build_uploader, finish_run, prepare_push
     from .training.run import run_folds, train
 
     repo_id = prepare_push(options)
 
     def train_one(options: Any) -> dict[str, Any]:
-        folder = train(options, build_checkpoint_uploader(options.run, repo_id))
+        folder = train(options, build_uploader(options.run, repo_id))
         if options.run.dry_run:
             return {}
         if PartialState().is_main_process:

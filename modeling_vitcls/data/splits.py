@@ -111,9 +111,11 @@ def load_training_data(
         train, held_out, record = hold_out_images(train, rule, options, labels_by_key)
         if options.streaming and len(held_out) == MAX_HELD_OUT_IMAGES:
             held_out_name += f", evaluated on the first {MAX_HELD_OUT_IMAGES:,} images"
-    num_images = 0 if options.streaming else len(train)
+    num_excluded = 0
     if options.exclude is not None:
+        num_images = len(train)
         train = exclude_images(train, training_splits.train, options.exclude)
+        num_excluded = num_images - len(train)
     selection, selection_name = None, ""
     if training_splits.selection is not None:
         selection = materialize_images(splits.images_by_split[training_splits.selection])
@@ -132,7 +134,7 @@ def load_training_data(
         record,
         selection,
         selection_name,
-        0 if options.exclude is None else num_images - len(train),
+        num_excluded,
     )
 
 

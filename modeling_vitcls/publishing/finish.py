@@ -2,17 +2,15 @@
 
 import os
 from collections.abc import Callable
-from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
 
-from huggingface_hub import HfApi
 from rich.console import Console
 
-from ..hub.connection import format_hub_error, silence_transformers
-from ..hub.model_files import CARD_FILE, METRICS_FILE, REPORT_FILE
+from ..hub.connection import silence_transformers
+from ..hub.model_files import CARD_FILE, REPORT_FILE
 from ..options import FinetuneOptions, PretrainOptions, RunOptions
 from .card import write_card
+from .checkpoint_uploads import build_checkpoint_uploader
 from .push import prepare_repository, push_folder
 from .report import write_report
 from .verify import verify_push
@@ -28,38 +26,17 @@ def prepare_push(options: FinetuneOptions | PretrainOptions) -> str | None:
     return prepare_repository(options.run.hub_model_id, name, options.run.hub_private)
 
 
-def build_checkpoint_uploader(options: RunOptions, repo_id: str | None) -> Callable[[Path], None] | None:
-    """Build a function that pushes a checkpoint folder to `--hub-checkpoint-branch` in the background, for `--resume`
-    on another machine; None if the flag is not set. The branch contains only the newest checkpoint. A checkpoint that
-    is saved during an upload is not pushed. Errors are printed as warnings."""
+def build_uploader(options: RunOptions, repo_id: str | None) -> Callable[[Path], None] | None:
+    """Build the function that pushes each checkpoint to `--hub-checkpoint-branch`; None if the flag is not set."""
     branch = options.hub_checkpoint_branch
     if repo_id is None or branch is None or options.dry_run:
         return None
-    api, console = HfApi(), Console(soft_wrap=True, highlight=False)
-    api.create_branch(repo_id, branch=branch, exist_ok=True)
-    uploads: list[Future[Any]] = []
+    console = Console(soft_wrap=True, highlight=False)
 
-    def report(upload: "Future[Any]") -> None:
-        if (error := upload.exception()) is not None:
-            message = f"a checkpoint was not pushed to the branch {branch}: {format_hub_error(error)}"
-            console.print(f"WARNING: {message}", style="bold yellow", markup=False)
+    def warn(message: str) -> None:
+        console.print(f"WARNING: {message}", style="bold yellow", markup=False)
 
-    def push_checkpoint(folder: Path) -> None:
-        if uploads and not uploads[-1].done():
-            return
-        upload = api.upload_folder(
-            repo_id=repo_id,
-            folder_path=folder.parents[1],
-            allow_patterns=[f"checkpoints/{folder.name}/*", METRICS_FILE],
-            delete_patterns="checkpoints/*",
-            revision=branch,
-            commit_message=f"Checkpoint {folder.name}",
-            run_as_future=True,
-        )
-        upload.add_done_callback(report)
-        uploads.append(upload)
-
-    return push_checkpoint
+    return build_checkpoint_uploader(repo_id, branch, warn)
 
 
 def finish_run(folder: Path, options: RunOptions, repo_id: str | None) -> None:

@@ -148,6 +148,8 @@ def test_audit_of_a_folder_and_training_without_the_listed_images(tmp_path: Path
     without = load_training_data(DataOptions(str(tmp_path / "photos"), exclude=page.with_suffix(".csv")))
     excluded = set(table["id"][table["split"] == "train"])
     assert without.num_excluded == len(excluded) == 300 - len(without.train)
+    selecting = load_training_data(DataOptions(str(tmp_path / "photos"), exclude=page.with_suffix(".csv")), True)
+    assert selecting.num_excluded == len(excluded) < 300 - len(selecting.train)
     assert not excluded & set(get_image_ids(without.train))
     assert len(without.held_out) == 105
 
