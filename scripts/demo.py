@@ -32,12 +32,12 @@ def main() -> None:
     if output == OUTPUT:  # replace the model from an earlier demo
         finetune_arguments.append("--overwrite")
     run_step(
-        "1. Fine-tune a small ViT on 1,425 handwritten digits",
+        "1. Fine-tune a small ViT on 1,438 handwritten digits",
         ["accelerate", "launch", *finetune_arguments],
         [sys.executable, "-m", "accelerate.commands.launch", *LAUNCH_FLAGS, *finetune_arguments, *sys.argv[1:]],
     )
     run_step(
-        "2. Load the model in a new process, without importing this package, and classify the 372 held-out digits",
+        "2. Load the model in a new process, without importing this package, and classify the 359 held-out digits",
         ["python", SCRIPTS / "demo_load.py", output],
         [sys.executable, SCRIPTS / "demo_load.py", output],
     )

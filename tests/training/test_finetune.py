@@ -736,4 +736,4 @@ def test_the_demo_reaches_97_percent(tmp_path: Path) -> None:
     assert results["num_images"] == NUM_HELD_OUT_DIGITS
     assert results["accuracy"] >= 0.97
     assert f"accuracy {results['accuracy']:.2%} on 359 held-out images" in ran.stdout
-    assert ran.stdout.index("1. Fine-tune") < ran.stdout.index("2. Load it") < ran.stdout.index("Done in")
+    assert ran.stdout.index("1. Fine-tune") < ran.stdout.index("2. Load the model") < ran.stdout.index("Done in")
