@@ -473,7 +473,7 @@ class EvaluateOptions:
     """Parquet file with one row per image: label, prediction, probabilities and loss."""
     audit: Path | None = None
     """HTML page of likely label errors, near duplicates, outliers and overlapping classes, with a CSV file for
-    `finetune --exclude` beside it. The labels of the held-out images are checked; with --frozen logreg, all labels."""
+    `finetune --exclude` in the same folder. Checks the labels of held-out images; with --frozen logreg, all labels."""
     config: Path | None = None
     """Recipe: a YAML file of flags. Flags on the command line override flags in the recipe."""
 

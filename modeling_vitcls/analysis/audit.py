@@ -42,7 +42,7 @@ NUM_NEIGHBORS = 5  # neighbors in feature space whose pixels are compared
 THUMBNAIL_SIZE = 32  # side of the compared images in pixels
 MAX_PIXEL_DISTANCE = 0.1  # maximum distance of near duplicates, 1 - correlation of the pixels
 # Near duplicates are at most this fraction of the distance at which images of the dataset usually have a neighbor.
-# Without this limit, all pictures of the digit 1 would be duplicates.
+# Without this limit, all images of the digit 1 would be duplicates.
 MAX_RELATIVE_DISTANCE = 0.25
 OUTLIER_FRACTION = 0.01  # fraction of the images that the page lists as outliers
 MAX_SHOWN = 100  # maximum number of rows of a table with thumbnails
@@ -205,7 +205,7 @@ def find_class_overlap(images: AuditedImages) -> pd.DataFrame:
 
 
 def find_near_duplicates(images: AuditedImages) -> pd.DataFrame:
-    """Return pairs of images that show the same picture. Pairs across splits come first."""
+    """Return pairs of images with the same content. Pairs across splits come first."""
     features = images.features / np.maximum(np.linalg.norm(images.features, axis=1, keepdims=True), 1e-12)
     gray = images.pixels.astype(np.float32).reshape(len(features), THUMBNAIL_SIZE, THUMBNAIL_SIZE, 3)
     pixels, mirrored = standardize(gray), standardize(gray[:, :, ::-1])
@@ -269,7 +269,7 @@ def build_rows(images: AuditedImages, indices: np.ndarray, scores: np.ndarray) -
 
 
 def write_audit(audit: dict[str, pd.DataFrame], images: AuditedImages, page: Path, title: str) -> Path:
-    """Write the page and, beside it, a table `.csv` with one row per issue. Return the path of the table."""
+    """Write the page, and a CSV file with one row per issue to the same folder. Return the path of the file."""
     table = pd.concat([rows.assign(issue=issue) for issue, rows in audit.items() if issue != "overlap"])
     page.parent.mkdir(parents=True, exist_ok=True)
     csv_file = page.with_suffix(".csv")

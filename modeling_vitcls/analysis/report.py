@@ -161,7 +161,7 @@ def render_page(inspection: Inspection, title: str | None, source: str | None) -
 
 
 def build_overview(inspection: Inspection) -> list[dict[str, Any]]:
-    """Return the pictures of the first screen: for each image, the image and the attention of each special token in
+    """Return the images of the first screen: for each image, the image and the attention of each special token in
     the last layer in which this attention is used, averaged over heads."""
     *used_layers, _ = count_used_layers(inspection.config, inspection.has_head)
     layers = torch.tensor(used_layers, dtype=torch.long).sub(1).clamp(min=0)  # [S]
