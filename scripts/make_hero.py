@@ -68,7 +68,7 @@ def compute_figure_data(folder: Path) -> tuple[list[np.ndarray], np.ndarray, np.
     from sklearn.datasets import load_digits
 
     from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
-    from modeling_vitcls.analysis import extract_patch_maps
+    from modeling_vitcls.analysis.maps import extract_patch_maps
 
     digits = load_digits()
     pixels = (digits.images * (255 / 16)).round().astype(np.uint8)  # [images, 8, 8]

@@ -46,7 +46,7 @@ class ImageReport:
         attention: [L, H, S, gh, gw], attention of each special token to the patches.
         rollout: [S, gh, gw], attention rollout through all layers (`compute_attention_rollout`).
         attributions: [gh, gw] for each prediction, attribution of the most probable label (`compute_attribution`).
-        features: [L, gh, gw, D], hidden states of the patches after each layer (`compute_patch_features`).
+        features: [L, gh, gw, D], hidden states of the patches after each layer, before the final norm.
         kind: reason why the image is shown, one of IMAGE_KINDS; None if the image was not selected by its prediction.
     """
 

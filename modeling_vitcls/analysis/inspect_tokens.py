@@ -1,8 +1,4 @@
-"""Inspect a saved model on images and write the report: the command `vitcls inspect`, and a model folder.
-
-inspect_tokens(options)           writes the report and JSON values, and prints the verdicts
-inspect_folder(folder, images)    writes report.html into the folder
-"""
+"""Inspect a saved model on images, write the report and JSON values, and print the verdicts: `vitcls inspect`."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +7,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 from transformers.configuration_utils import PreTrainedConfig
 
 from ..conversion.any_checkpoint import resolve_checkpoint
@@ -22,7 +18,7 @@ from ..inference.load_model import is_preset, load_model
 from ..options import InspectOptions
 from .artifacts import PatchDiagnosis
 from .diagnosis import Verdict
-from .inspection import Inspection, ProgressCallback, do_nothing, inspect_model
+from .inspection import Inspection, ProgressCallback, inspect_model
 from .inspection_inputs import open_images
 from .report import SIGNS, get_model_name, write_json_values, write_page
 from .report_data import count_images_with_heads
@@ -73,11 +69,8 @@ def inspect_tokens(options: InspectOptions) -> Inspection:
 @contextmanager
 def show_progress(console: Console) -> Iterator[ProgressCallback]:
     """Show a progress bar with the remaining time, if the output is a terminal."""
-    if not console.is_terminal:
-        yield do_nothing
-        return
-    bar_columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*bar_columns, console=console, transient=True, speed_estimate_period=SPEED_ESTIMATE_PERIOD) as bar:
+    period, is_hidden = SPEED_ESTIMATE_PERIOD, not console.is_terminal
+    with Progress(console=console, transient=True, speed_estimate_period=period, disable=is_hidden) as bar:
         task = bar.add_task("", total=None)
         yield lambda description, num_finished, total: bar.update(
             task, description=description, completed=num_finished, total=total

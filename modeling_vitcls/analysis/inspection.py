@@ -99,8 +99,6 @@ def inspect_model(
     *,
     names: Sequence[str] | None = None,
     labels: Sequence[Any] | None = None,
-    statistics_images: Sequence[Image.Image] | None = None,
-    statistics_labels: Sequence[Any] | None = None,
     num_shown: int | None = None,
     token_movement: Mapping[str, float] | None = None,
     batch_size: int = 32,
@@ -114,13 +112,11 @@ def inspect_model(
         model: any ViTCLS classifier or encoder, with or without special tokens. The model may be compiled or have PEFT
             adapters.
         processor: the image processor of the model.
-        images: images to show. Unreadable images cause a warning and are skipped.
+        images: images to measure and to show. Unreadable images cause a warning and are skipped.
         names: names of the images.
         labels: labels of the images: class indices, lists with 0.0 or 1.0 per class, or {task: class index}; None or
             -100 if unknown.
-        statistics_images, statistics_labels: images and labels for the statistics. Default: `images` and `labels`.
-        num_shown: number of images to show, selected from `images` by their predictions (`select_images`); requires
-            statistics over the same images. Default: all images.
+        num_shown: number of images to show, selected by their predictions (`select_images`). Default: all images.
         token_movement: distance by which training moved each token (`token_movement` in results.json).
         batch_size: maximum number of images per forward pass.
         on_warning: called with a message for each skipped image.
@@ -129,17 +125,11 @@ def inspect_model(
     Raises:
         ValueError: if no image can be read, or the hidden states of the model are not finite.
     """
-    if num_shown is not None and statistics_images is not None:
-        raise ValueError(
-            "num_shown requires statistics over `images`, but statistics_images is set. Set statistics_images=None."
-        )
-    if statistics_images is None:
-        statistics_images, statistics_labels = images, labels
     model = unwrap_model(model)
-    config, preparer = model.config, ImagePreparer(processor, model.config.num_channels, on_warning)
-    pixels_by_index = preparer.prepare_all(statistics_images, on_progress)
+    config = model.config
+    pixels_by_index = read_pixels(processor, config.num_channels, images, on_warning, on_progress)
     readable_indices, pixels = list(pixels_by_index), list(pixels_by_index.values())
-    readable_labels = None if statistics_labels is None else [statistics_labels[index] for index in readable_indices]
+    readable_labels = None if labels is None else [labels[index] for index in readable_indices]
     batches = InspectionBatches(model, pixels, encode_labels(readable_labels, model), batch_size)
     sample_batches = batches.sample(min(max(count_affordable_images(model, pixels), MIN_IMAGES), MAX_ABLATION_IMAGES))
     num_sampled = len(sample_batches.order)
@@ -149,7 +139,7 @@ def inspect_model(
         model, progress.watch(batches, "collecting statistics", num_statistics_passes)
     )
     ablations = compute_ablations(model, progress.watch(sample_batches, "ablating tokens"))
-    kinds_by_index = dict.fromkeys(range(len(images)))
+    kinds_by_index = dict.fromkeys(readable_indices)
     if num_shown is not None:
         selected_images = select_images(outputs, config, num_shown).items()
         kinds_by_index = {readable_indices[batches.order[position]]: kind for position, kind in selected_images}
@@ -157,10 +147,9 @@ def inspect_model(
     label_space, image_reports = get_label_space(config), []
     for num_finished, (index, kind) in enumerate(kinds_by_index.items()):
         on_progress("computing maps", num_finished, len(kinds_by_index))
-        if preparer.prepare(images, index) is not None:
-            name = f"image {index + 1}" if names is None else names[index]
-            truth = label_space.format_label(labels[index]) if has_head and labels is not None else None
-            image_reports.append(build_image_report(model, processor, images[index], name, truth, kind))
+        name = f"image {index + 1}" if names is None else names[index]
+        truth = label_space.format_label(labels[index]) if has_head and labels is not None else None
+        image_reports.append(build_image_report(model, processor, images[index], name, truth, kind))
     return Inspection(
         config=config,
         model_class=type(model).__name__,
@@ -175,7 +164,7 @@ def inspect_model(
         patches=diagnose_patches(config, findings, has_head),
         image_reports=image_reports,
         map_checks=check_sampled_maps(model, batches, on_progress),
-        num_unreadable=len(preparer.error_messages),
+        num_unreadable=len(images) - len(pixels),
     )
 
 
@@ -244,43 +233,33 @@ def collect_statistics(model: Any, batches: Batches) -> tuple[Findings, Outputs]
 # Pixels --------------------------------------------------------------------------------------------------------------
 
 
-class ImagePreparer:
-    """Runs the image processor, and warns once about each image that cannot be used."""
-
-    def __init__(self, processor: Any, num_channels: int, on_warning: WarningCallback) -> None:
-        self.processor, self.num_channels, self.on_warning = processor, num_channels, on_warning
-        self.error_messages: set[str] = set()  # one message per image that cannot be used
-
-    def prepare(self, images: Sequence[Image.Image], index: int) -> torch.Tensor | None:
-        """Return the pixels [C, H, W] of one image, or None if the image cannot be used."""
+def read_pixels(
+    processor: Any,
+    num_channels: int,
+    images: Sequence[Image.Image],
+    on_warning: WarningCallback,
+    on_progress: ProgressCallback,
+) -> dict[int, torch.Tensor]:
+    """Return a dict that maps indices to the pixels [C, H, W] of all usable images, and warn about each other image.
+    Raise ValueError if no image is usable."""
+    if not images:
+        raise ValueError("An inspection requires at least one image, but there are no images. Pass images.")
+    pixels_by_index, error_messages = {}, []
+    for index in range(len(images)):
+        on_progress("reading images", index, len(images))
         try:
             image = images[index]
-            pixels = self.processor(image, return_tensors="pt")["pixel_values"][0]  # [C, H, W]
-            check_channels(image, pixels, self.num_channels)
+            pixels = processor(image, return_tensors="pt")["pixel_values"][0]  # [C, H, W]
+            check_channels(image, pixels, num_channels)
+            pixels_by_index[index] = pixels
         except (ValueError, OSError) as error:
-            message = format_error(error)
-            if message not in self.error_messages:
-                self.error_messages.add(message)
-                self.on_warning(f"skipped an image: {message}")
-            return None
-        return pixels
-
-    def prepare_all(self, images: Sequence[Image.Image], on_progress: ProgressCallback) -> dict[int, torch.Tensor]:
-        """Return a dict that maps indices to the pixels of all usable images. Raise ValueError if no image is
-        usable."""
-        if not images:
-            raise ValueError("An inspection requires at least one image, but there are no images. Pass images.")
-        pixels_by_index = {}
-        for index in range(len(images)):
-            on_progress("reading images", index, len(images))
-            if (pixels := self.prepare(images, index)) is not None:
-                pixels_by_index[index] = pixels
-        if not pixels_by_index:
-            raise ValueError(
-                f"None of the {len(images)} images can be read. First error: {min(self.error_messages)}. "
-                "Check the images."
-            )
-        return pixels_by_index
+            error_messages.append(format_error(error))
+            on_warning(f"skipped an image: {error_messages[-1]}")
+    if not pixels_by_index:
+        raise ValueError(
+            f"None of the {len(images)} images can be read. First error: {error_messages[0]}. Check the images."
+        )
+    return pixels_by_index
 
 
 class InspectionBatches:

@@ -117,15 +117,12 @@ def extract_patch_maps(rows: torch.Tensor, config: ViTCLSConfig, image_size: Siz
     return patch_rows.unflatten(-1, (grid_height, grid_width))
 
 
-def upsample_maps(
-    maps: torch.Tensor, image_size: Size, visible_region: VisibleRegion, interpolate: bool = True
-) -> torch.Tensor:
+def upsample_maps(maps: torch.Tensor, image_size: Size, visible_region: VisibleRegion) -> torch.Tensor:
     """Interpolate maps [..., gh, gw] to the pixels of an image, bilinearly between patch centers.
 
     Args:
         image_size: height and width of the upright image.
         visible_region: the region that the maps cover (`get_visible_region`).
-        interpolate: whether to interpolate; otherwise, all pixels of a patch have the value of the patch.
 
     Returns:
         Maps [..., h, w] in float32, with NaN outside the visible region.
@@ -135,8 +132,7 @@ def upsample_maps(
     x = normalize_pixel_centers(width, visible_region.left, visible_region.right).to(maps.device)  # [w]
     centers = torch.stack(torch.broadcast_tensors(x[None, :], y[:, None]), dim=-1)  # [h, w, 2]
     flat_maps = maps.float().reshape(1, -1, *maps.shape[-2:])  # [1, maps, gh, gw]
-    mode = "bilinear" if interpolate else "nearest"
-    pixel_maps = nn.functional.grid_sample(flat_maps, centers[None], mode, padding_mode="border", align_corners=False)
+    pixel_maps = nn.functional.grid_sample(flat_maps, centers[None], padding_mode="border", align_corners=False)
     is_outside = (centers.abs() > 1).any(dim=-1)  # [h, w]
     return pixel_maps.masked_fill(is_outside, math.nan).reshape(*maps.shape[:-2], height, width)
 

@@ -37,11 +37,6 @@ class Predictions:
     def __len__(self) -> int:
         return len(self.predicted)
 
-    def select(self, indices: Sequence[int]) -> "Predictions":
-        """Return the predictions for the images at `indices`."""
-        rows = list(indices)
-        return Predictions(self.logits[rows], self.predicted[rows], None if self.labels is None else self.labels[rows])
-
     @property
     def is_known(self) -> torch.Tensor:
         """Return a mask with the shape of `predicted` of the known labels."""
@@ -77,10 +72,6 @@ class Features:
 
     def __len__(self) -> int:
         return len(self.vectors)
-
-    def select(self, indices: Sequence[int]) -> "Features":
-        """Return copies of the features of the images at `indices`, so that the other features can be freed."""
-        return Features([self.vectors[index].clone() for index in indices])
 
 
 @torch.no_grad()

@@ -17,7 +17,6 @@ from modeling_vitcls import (
 from modeling_vitcls.analysis.attribution import compute_attention_rollout, compute_attribution
 from modeling_vitcls.analysis.image_report import build_image_report
 from modeling_vitcls.analysis.maps import VisibleRegion, extract_patch_maps
-from modeling_vitcls.analysis.patch_features import compute_patch_features
 
 
 PROCESSOR = ViTCLSImageProcessor(
@@ -43,7 +42,10 @@ def test_the_maps_and_features_of_an_image() -> None:
     (attribution,) = report.attributions
     rows = compute_attribution(model, PIXELS)[0]
     assert get_largest_difference(attribution, extract_patch_maps(rows, model.config, (32, 40))) < 1e-5
-    assert get_largest_difference(report.features, compute_patch_features(model, PIXELS)[0]) < 1e-5
+    with torch.no_grad():
+        states = model.vitcls(PIXELS, output_hidden_states=True).hidden_states[1:]
+    for features, state in zip(report.features, states, strict=True):
+        assert get_largest_difference(features.flatten(0, 1), state[0, 3:]) < 1e-5
     assert not report.features.requires_grad
 
 

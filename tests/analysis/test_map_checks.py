@@ -3,6 +3,7 @@ wrong.
 """
 
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -50,9 +51,8 @@ def test_shuffled_weights_have_the_same_values() -> None:
     model = center_logits(ViTCLSForImageClassification(build_tiny_config()), build_images())
     shuffled = copy_with_shuffled_weights(model, torch.Generator().manual_seed(0))
     weight, other = (each.vitcls.layers[0].mlp.fc1.weight for each in (model, shuffled))
-    assert not torch.equal(weight, other) and torch.equal(
-        weight.flatten().sort().values, other.flatten().sort().values
-    )
+    assert not torch.equal(weight, other)
+    assert torch.equal(weight.flatten().sort().values, other.flatten().sort().values)
 
 
 def test_checks_average_over_images() -> None:
@@ -99,19 +99,11 @@ def test_checks_in_words() -> None:
     curves = ([1.0, 0.8, 0.6, 0.4, 0.2, 0.0], [0.3, 0.9, 0.9, 0.9, 0.8, 0.7], [0.6] * 6, [0.3] * 6)
     check = MapCheck(9, curves[0], curves[2], curves[1], curves[3], weight_correlation=0.5, p_value=0.05)
     assert check.is_faithful
-    assert check.describe("attribution") == (
-        "Attribution shows what predictions depend on (9 images). The area under the deletion curve is 0.50 (0.80 "
-        "for a random order; lower is better), and the area under the insertion curve is 0.60 (0.30 for a random "
-        "order; higher is better; p = 0.05 for both curves). The rank correlation between this map and the map for "
-        "shuffled weights is 0.50."
-    )
-    constant = dataclasses.replace(check, weight_correlation=0.51)
-    assert not constant.is_faithful and constant.describe("rollout").startswith(
-        "Rollout depends little on the weights"
-    )
-    chance = dataclasses.replace(check, p_value=0.051)
-    assert not chance.is_faithful
-    assert chance.describe("rollout").startswith("Rollout is not measurably better than a random order of patches (")
+    numbers = re.findall(r"\d+\.\d+", check.describe("attribution"))
+    assert numbers == ["0.50", "0.80", "0.60", "0.30", "0.05", "0.50"]  # areas, p-value, correlation
+    worse = [dataclasses.replace(check, weight_correlation=0.51), dataclasses.replace(check, p_value=0.051)]
+    assert not any(each.is_faithful for each in worse)
+    assert len({each.describe("rollout").partition("(")[0] for each in (check, *worse)}) == 3
 
 
 def test_constant_maps_have_no_correlation_and_curves_without_gains_are_not_better() -> None:
@@ -130,7 +122,7 @@ def test_attribution_of_a_trained_model_is_faithful(monkeypatch: pytest.MonkeyPa
     found = check_maps(model, pixels)
     assert set(found) == {"attribution", "rollout"} and found["attribution"].num_images == 24
     attribution = found["attribution"]
-    assert attribution.is_faithful and "shows what predictions depend on" in attribution.describe("attribution")
+    assert attribution.is_faithful
     assert attribution.weight_correlation < 0.5
     assert attribution.deletion[0] == pytest.approx(attribution.insertion[-1])  # the whole image
     compute_maps = map_checks.compute_maps
@@ -141,7 +133,7 @@ def test_attribution_of_a_trained_model_is_faithful(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(map_checks, "compute_maps", invert)
     inverted = check_maps(model, pixels)["attribution"]
-    assert not inverted.is_faithful and "not measurably better than a random order" in inverted.describe("attribution")
+    assert not inverted.is_faithful
 
 
 def test_rollout_requires_a_token_that_the_head_reads() -> None:

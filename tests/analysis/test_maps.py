@@ -25,41 +25,10 @@ from modeling_vitcls.analysis.maps import (
     upsample_maps,
 )
 from modeling_vitcls.data.fit import VisibleRegion, get_visible_region
-from modeling_vitcls.token_names import get_token_names
 
 
 RAW = {"do_rescale": False, "do_normalize": False}
 ORIENTATION = 0x0112  # the EXIF tag
-
-# Names -----------------------------------------------------------------------------------------------------------
-
-NAMES = {
-    "one": ({}, ["CLS"]),
-    "none": ({"num_cls_tokens": 0, "pooling": "mean"}, []),
-    "several": (
-        {"num_cls_tokens": 2, "num_distillation_tokens": 1, "num_register_tokens": 2},
-        ["CLS 1", "CLS 2", "distillation", "register 1", "register 2"],
-    ),
-    "two_distillation": (
-        {"num_distillation_tokens": 2, "num_register_tokens": 1},
-        ["CLS", "distillation 1", "distillation 2", "register"],
-    ),
-    "tasks": (
-        {"num_cls_tokens": 2, "tasks": {"species": 4, "age": 2}, "num_register_tokens": 1},
-        ["CLS age", "CLS species", "register"],
-    ),
-    "scopes": (
-        {"num_cls_tokens": 2, "cls_scopes": ["image", [2, 4, 1, 0]]},
-        ["CLS 1", "CLS 2 (cell 2, 1 of 2 x 4)"],
-    ),
-}
-
-
-@pytest.mark.parametrize(("fields", "names"), NAMES.values(), ids=NAMES)
-def test_special_tokens_have_unique_names_in_the_order_of_the_sequence(fields, names):
-    config = build_tiny_config(**fields)
-    assert get_token_names(config) == names
-    assert len(names) == config.token_layout.num_prefix_tokens
 
 
 def test_differential_attention_has_two_maps_per_head():
@@ -89,9 +58,9 @@ def test_patch_maps_contain_the_attention_to_each_patch():
 
 def test_maps_of_another_image_size_are_errors():
     config = build_tiny_config(num_register_tokens=2)
-    with raises_one_line("16 patches", "64 x 32", "8 x 4"):
+    with raises_one_line("64 x 32"):
         extract_patch_maps(torch.zeros(1, 3, 19), config, (64, 32))
-    with raises_one_line("16 patches", "16 x 32", "2 x 4"):
+    with raises_one_line("16 x 32"):
         extract_patch_maps(torch.zeros(1, 3, 19), config, (16, 32))
 
 
@@ -123,10 +92,8 @@ def build_coordinates(height: int, width: int) -> Image.Image:
 
 
 PROCESSORS = {
-    "rectangle": {"size": {"height": 64, "width": 48}},
     "enlarged": {"size": {"height": 300, "width": 310}},
     "shortest_edge": {"size": {"shortest_edge": 64}},
-    "crop": {"size": {"shortest_edge": 64}, "do_center_crop": True, "crop_size": 56},
     "half_pixel_down": {"size": {"shortest_edge": 64}, "do_center_crop": True, "crop_size": 58},
     "half_pixel_even": {
         "size": {"shortest_edge": 64},
@@ -134,29 +101,17 @@ PROCESSORS = {
         "crop_size": 58,
         "crop_rounding": "even",
     },
-    "flat_crop": {
-        "size": {"height": 80, "width": 64},
-        "do_center_crop": True,
-        "crop_size": {"height": 40, "width": 60},
-    },
-    "longest_edge": {"size": {"shortest_edge": 64, "longest_edge": 72}},
-    "longest_edge_pads": {
-        "size": {"shortest_edge": 64, "longest_edge": 72},
-        "do_center_crop": True,
-        "crop_size": 64,
-    },
+    "longest_edge_pads": {"size": {"shortest_edge": 64, "longest_edge": 72}, "do_center_crop": True, "crop_size": 64},
     "max_sides": {"size": {"max_height": 70, "max_width": 60}},
-    "crop_alone": {"do_resize": False, "do_center_crop": True, "crop_size": {"height": 121, "width": 90}},
     "crop_pads_one_side": {"do_resize": False, "do_center_crop": True, "crop_size": {"height": 195, "width": 101}},
-    "crop_pads_both": {"do_resize": False, "do_center_crop": True, "crop_size": {"height": 257, "width": 263}},
     "pad": {"size": {"height": 48, "width": 40}, "do_pad": True, "pad_size": {"height": 64, "width": 60}},
     "no_pad": {"size": {"height": 48, "width": 40}, "do_pad": False, "pad_size": {"height": 64, "width": 60}},
-    "nothing": {"do_resize": False},
 }
 
 
-@pytest.mark.parametrize("size", [(180, 240), (240, 180)], ids=["landscape", "portrait"])
-@pytest.mark.parametrize("backend", [ViTCLSImageProcessor, ViTCLSImageProcessorPil])
+@pytest.mark.parametrize(
+    ("backend", "size"), [(ViTCLSImageProcessor, (180, 240)), (ViTCLSImageProcessorPil, (240, 180))], ids=str
+)
 @pytest.mark.parametrize("settings", PROCESSORS.values(), ids=PROCESSORS)
 def test_the_visible_part_equals_the_input_of_the_model(settings, backend, size):
     processor = backend(resample=2, **RAW, **settings)
@@ -216,14 +171,6 @@ def test_maps_are_bilinear_between_centers_and_nan_outside():
     assert torch.allclose(drawn, expected.expand(2, 8), equal_nan=True, atol=1e-5)
 
 
-def test_maps_of_half_precision_and_any_leading_axes():
-    maps = torch.rand(2, 3, 4, 5, 6).bfloat16()
-    drawn = upsample_maps(maps, (9, 7), VisibleRegion(0, 0, 7, 9))
-    assert drawn.shape == (2, 3, 4, 9, 7)
-    assert drawn.dtype == torch.float32
-    assert torch.equal(drawn[1, 2, 3], upsample_maps(maps[1, 2, 3], (9, 7), VisibleRegion(0, 0, 7, 9)))
-
-
 # Overlays --------------------------------------------------------------------------------------------------------
 
 
@@ -277,7 +224,7 @@ def test_overlays_of_large_and_small_images_are_scaled_on_request():
     assert (get_lightness(small)[:, :14] < 110).all()
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I;16"])
+@pytest.mark.parametrize("mode", ["1", "LA", "P", "CMYK", "I;16"])
 def test_images_of_all_modes_are_drawn(mode):
     picture = build_photograph().convert("L" if mode == "I;16" else mode)
     if mode == "I;16":

@@ -1,19 +1,12 @@
-"""Patch features: principal components as colors, similarities, and their compressed form, compared with NumPy."""
+"""Patch features, and their principal components as colors, compared with NumPy."""
 
 import numpy as np
 import pytest
 import torch
 from helpers.tiny_models import build_images, build_tiny_config, randomize
-from PIL import Image
 
 from modeling_vitcls import ViTCLSForImageClassification
-from modeling_vitcls.analysis.maps import VisibleRegion
-from modeling_vitcls.analysis.patch_features import (
-    compute_patch_colors,
-    compute_patch_features,
-    compute_patch_similarity,
-    draw_patch_colors,
-)
+from modeling_vitcls.analysis.patch_features import arrange_patch_features, compute_patch_colors
 
 
 def draw_features(*sizes: tuple[int, int], width: int = 12) -> list[torch.Tensor]:
@@ -27,15 +20,15 @@ def draw_features(*sizes: tuple[int, int], width: int = 12) -> list[torch.Tensor
 def test_features_are_the_patches_of_each_layer(fields: dict) -> None:
     model = randomize(ViTCLSForImageClassification(build_tiny_config(**fields)))
     pixels = build_images(2, 24, 40)
-    features = compute_patch_features(model, pixels)
     with torch.no_grad():
         states = model.vitcls(pixels, output_hidden_states=True).hidden_states
+    features = arrange_patch_features(states, model.vitcls, pixels)
     assert features.shape == (2, 2, 3, 5, 16)
     start = model.config.token_layout.patches.start
     assert torch.equal(features[1, 0, 2, 4], states[1][1, start + 14])
     assert torch.equal(features[0, 1, 1, 0], states[2][0, start + 5])
-    half = compute_patch_features(model.bfloat16(), pixels.bfloat16())
-    assert half.dtype == torch.float32 and torch.allclose(half, features, atol=0.1, rtol=0.1)
+    half = arrange_patch_features([state.bfloat16() for state in states], model.vitcls, pixels)
+    assert half.dtype == torch.float32
 
 
 def test_colors_are_the_principal_components() -> None:
@@ -68,20 +61,3 @@ def test_equal_patches_have_one_color() -> None:
     """For example, of a black image."""
     (colors,) = compute_patch_colors([torch.ones(3, 4, 8)])
     assert colors.isfinite().all() and len(colors.flatten(0, 1).unique(dim=0)) == 1
-
-
-def test_similarity_is_the_cosine() -> None:
-    (features,) = draw_features((4, 5))
-    found = compute_patch_similarity(features, 1, 3)
-    one, other = features[1, 3].numpy(), features[2, 0].numpy()
-    assert found[2, 0].item() == pytest.approx(one @ other / np.linalg.norm(one) / np.linalg.norm(other), abs=1e-5)
-    assert found[1, 3].item() == pytest.approx(1)
-
-
-def test_colors_are_drawn_on_the_pixels_of_the_image() -> None:
-    colors = torch.zeros(2, 2, 3)
-    colors[0, 1] = torch.tensor([1.0, 0.0, 0.0])
-    image = Image.new("RGB", (60, 40), (200, 200, 200))
-    drawn = np.asarray(draw_patch_colors(image, colors, VisibleRegion(10, 0, 50, 40)))
-    assert drawn[5, 45].tolist() == [255, 0, 0] and drawn[5, 15].tolist() == [0, 0, 0]
-    assert drawn[30, 40].tolist() == [0, 0, 0] and 0 < drawn[30, 5].max() < 130  # outside

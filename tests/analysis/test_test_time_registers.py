@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.fresh_processes import run_fresh
 from helpers.tiny_models import (
     build_images,
     build_tiny_config,
@@ -86,6 +85,8 @@ def test_outliers_move_to_the_register(fields: dict[str, Any]) -> None:
     assert compute_outlier_fraction(model, build_images()) == 2 / 16
     neurons = find_register_neurons(model, build_images(), num_neurons=2)
     assert sorted(neurons) == [[LAYER, neuron] for neuron in PLANTED]
+    more = find_register_neurons(model, build_images(), num_neurons=10)
+    assert more[:2] == neurons and len(more) == 10 and max(more)[0] <= LAYER  # not after the layer with outliers
     better = add_test_time_register(model, neurons)
     assert compute_outlier_fraction(better, build_images()) == 0.0
     assert better.config.num_register_tokens == 1
@@ -95,14 +96,6 @@ def test_outliers_move_to_the_register(fields: dict[str, Any]) -> None:
     register = better.config.token_layout.registers
     assert (norms[:, register] > 3 * norms.median()).all()  # position of the artifacts after the change
     assert compute_outlier_fraction(model, build_images()) == 2 / 16  # the original model is not changed
-
-
-@all_mlps
-def test_planted_neurons_are_the_strongest_of_ten(fields: dict[str, Any]) -> None:
-    found = find_register_neurons(build_planted_model(**fields), build_images(8), num_neurons=10)
-    assert len(found) == 10
-    assert sorted(found[:2]) == [[LAYER, neuron] for neuron in PLANTED]
-    assert all(layer <= LAYER for layer, _ in found)  # no neurons after the layer in which outliers start
 
 
 @pytest.mark.parametrize(("ratio", "last_layer"), [(1.1, None), (1.2, 0), (1.2, 2)])
@@ -189,10 +182,7 @@ def test_the_register_starts_at_zero_and_other_weights_are_not_changed() -> None
     assert not better.vitcls.embeddings.position_embeddings.registers[:, 2].any()
     old, new = model.state_dict(), better.state_dict()
     changed = {name for name in new if new[name].shape != old[name].shape or not torch.equal(new[name], old[name])}
-    assert changed == {
-        "vitcls.embeddings.register_tokens",
-        "vitcls.embeddings.position_embeddings.registers",
-    }
+    assert changed == {f"vitcls.embeddings.{part}" for part in ("register_tokens", "position_embeddings.registers")}
 
 
 def test_the_register_of_a_gated_group_is_open() -> None:
@@ -213,36 +203,6 @@ def test_saved_and_loaded_models_have_equal_outputs(model_class: type, tmp_path:
     with torch.no_grad():
         found, wanted = (one(build_images(), output_hidden_states=True).hidden_states for one in (again, better))
     assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
-
-
-@pytest.mark.slow
-def test_loads_without_the_package(tmp_path: Path) -> None:
-    better = add_test_time_register(build_planted_model(), [[LAYER, neuron] for neuron in PLANTED])
-    better.save_pretrained(tmp_path / "model")
-    torch.save(build_images(), tmp_path / "images.pt")
-    child = run_fresh("-I", "-c", CHILD, tmp_path, environment={"HF_HOME": str(tmp_path / "home")})
-    assert child.returncode == 0, child.stderr[-2000:]
-    found = torch.load(tmp_path / "found.pt")
-    with torch.no_grad():
-        wanted = better(build_images()).last_hidden_state
-    assert get_largest_difference(found, wanted) < 1e-6
-
-
-CHILD = """
-import sys
-from pathlib import Path
-
-sys.modules["modeling_vitcls"] = None  # importing it fails
-
-import torch
-from transformers import AutoModel
-
-folder = Path(sys.argv[1])
-model = AutoModel.from_pretrained(folder / "model", trust_remote_code=True).eval()
-assert type(model).__module__.startswith("transformers_modules."), type(model)
-with torch.no_grad():
-    torch.save(model(torch.load(folder / "images.pt")).last_hidden_state, folder / "found.pt")
-"""
 
 
 def test_the_mode_is_kept_and_hooks_are_removed() -> None:
@@ -272,16 +232,14 @@ def test_images_without_outliers_do_not_count() -> None:
 
 def test_unsupported_models_are_errors() -> None:
     healthy = randomize(ViTCLSModel(build_tiny_config()))
-    with raises_one_line("no patch", "ratio"):
+    with raises_one_line("ratio"):
         find_register_neurons(healthy, build_images())
-    with raises_one_line("num_neurons is 65", "64"):
+    with raises_one_line("num_neurons"):
         find_register_neurons(build_planted_model(), build_images(), num_neurons=65)
-    with raises_one_line("num_neurons is 0"):
-        find_register_neurons(build_planted_model(), build_images(), num_neurons=0)
     with raises_one_line("[1, 99]"):
         add_test_time_register(healthy, [[1, 99]])
     better = add_test_time_register(build_planted_model(), [[LAYER, 5]])
-    with raises_one_line("already has a test-time register"):
+    with raises_one_line("test-time register"):
         add_test_time_register(better, [[LAYER, 17]])
     with raises_one_line("register_neurons", "num_register_tokens"):
         ViTCLSConfig(register_neurons=[[0, 0]])

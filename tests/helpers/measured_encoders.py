@@ -5,7 +5,7 @@ from typing import Any
 from helpers.tiny_models import build_images, build_tiny_config, randomize
 from helpers.varied_models import collect_findings
 from modeling_vitcls import ViTCLSModel
-from modeling_vitcls.analysis import Findings
+from modeling_vitcls.analysis.token_statistics import Findings
 
 
 TOKENS = {"num_cls_tokens": 2, "num_distillation_tokens": 1, "num_register_tokens": 3}

@@ -1,6 +1,5 @@
-"""The analysis as Python functions: its public names, and models in wrappers, which are unwrapped."""
+"""Models in wrappers are unwrapped by every function of the analysis."""
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,51 +7,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.fresh_processes import run_fresh
 from helpers.tiny_models import build_images, build_tiny_config, randomize
 from helpers.varied_models import center_logits
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-import modeling_vitcls.analysis as analysis
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, ViTCLSModel
+from modeling_vitcls.analysis.ablation import compute_ablations
+from modeling_vitcls.analysis.attribution import compute_attention_rollout, compute_attribution
 from modeling_vitcls.analysis.model_utils import is_classifier, unwrap_model
+from modeling_vitcls.analysis.report import write_report
+from modeling_vitcls.analysis.token_statistics import TokenStatistics
 from modeling_vitcls.publishing.card_images import build_attention_samples
-
-
-# Names ---------------------------------------------------------------------------------------------------------------
-
-
-def test_every_public_name_can_be_imported() -> None:
-    for name in analysis.__all__:
-        exec(f"from modeling_vitcls.analysis import {name}", found := {})
-        assert not isinstance(found[name], type(sys)), f"{name} is the file of this name"
-    assert set(analysis.__all__) <= set(dir(analysis))
-    with pytest.raises(ImportError, match="no_such_name"):
-        exec("from modeling_vitcls.analysis import no_such_name")
-    with pytest.raises(AttributeError, match="no_such_name"):
-        analysis.no_such_name  # noqa: B018
-
-
-def test_importing_the_package_is_cheap_and_hides_no_name() -> None:
-    """Figures and pages are not imported in a new process, and functions are not replaced by modules of their name."""
-    code = """
-import sys, modeling_vitcls
-before = set(sys.modules)
-from modeling_vitcls.analysis import compute_attribution
-files = {name.rpartition(".")[2] for name in set(sys.modules) - before if name.startswith("modeling_vitcls.")}
-assert files == {"analysis", "attribution", "model_utils", "attention_recorder"}, files
-assert not {"matplotlib", "jinja2", "torchmetrics"} & (set(sys.modules) - before)
-import modeling_vitcls.analysis.image_report, modeling_vitcls.analysis.attribution
-from modeling_vitcls.analysis import compute_attribution as again, overlay, write_report
-assert again is compute_attribution and callable(again)
-"""
-    ran = run_fresh("-c", code)
-    assert ran.returncode == 0, ran.stderr
-
-
-# Wrappers ------------------------------------------------------------------------------------------------------------
 
 
 class Mine(ViTCLSForImageClassification):
@@ -91,7 +58,7 @@ PROCESSOR = ViTCLSImageProcessor(size={"height": 32, "width": 32})
 def test_wrapped_models_are_unwrapped(wrapped: Callable[[], Any], tmp_path: Path) -> None:
     model = wrapped()
     assert is_classifier(model)
-    found = analysis.write_report(tmp_path / "report.html", model, PROCESSOR, build_pil_images(), labels=[0, 1, 2, 3])
+    found = write_report(tmp_path / "report.html", model, PROCESSOR, build_pil_images(), labels=[0, 1, 2, 3])
     assert found.has_head and len(found.tasks) == 1
     with torch.no_grad():
         logits = model(PROCESSOR(build_pil_images(), return_tensors="pt")["pixel_values"]).logits
@@ -109,17 +76,15 @@ def test_each_function_accepts_wrapped_models(name: str) -> None:
     plain = unwrap_model(model)
     assert type(plain) is ViTCLSForImageClassification
     pixels = build_images(2)
-    assert torch.allclose(
-        analysis.compute_attention_rollout(model, pixels), analysis.compute_attention_rollout(plain, pixels)
-    )
-    assert torch.allclose(analysis.compute_attribution(model, pixels), analysis.compute_attribution(plain, pixels))
-    statistics = [analysis.TokenStatistics(one) for one in (model, plain)]
+    assert torch.allclose(compute_attention_rollout(model, pixels), compute_attention_rollout(plain, pixels))
+    assert torch.allclose(compute_attribution(model, pixels), compute_attribution(plain, pixels))
+    statistics = [TokenStatistics(one) for one in (model, plain)]
     for collected in statistics:
         collected.update(pixels)
     wrapped, unwrapped = (collected.compute() for collected in statistics)
     assert torch.allclose(wrapped.entropy, unwrapped.entropy)
     batches = lambda: [(pixels, None)]  # noqa: E731
-    assert analysis.compute_ablations(model, batches) == analysis.compute_ablations(plain, batches)
+    assert compute_ablations(model, batches) == compute_ablations(plain, batches)
 
 
 def test_remote_code_has_its_own_classes(tmp_path: Path) -> None:
