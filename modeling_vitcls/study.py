@@ -10,7 +10,7 @@ A study file (recipes/study_*.yaml) contains
     factors            factor -> level -> flags of `finetune`, or {stage: flags}; {stage: null} skips the stage
     metrics            dotted key of a number in results.json -> heading of its table. Numbers under a heading that
                        ends with (%), such as `Accuracy (%)`, are shown in per cent. `NAME.*` denotes a list of
-                       numbers, with one table row per index, for example per layer
+                       numbers, with one table row per number: `Entropy per layer` has the column `layer`, from 1
     baseline           factor -> baseline level, with which all levels of the factor are compared
 
 In flags, `{run}` is replaced with the folder of the run, `{folder}` with the folder of the study, and `{subset:NAME}`
@@ -343,7 +343,7 @@ def write_page(runner: StudyRunner, rows: "pandas.DataFrame", command: str) -> P
 
 
 def summarize(study: Study, rows: "pandas.DataFrame", metric: str) -> "pandas.DataFrame":
-    """Summarize a metric: one row per combination of levels, and per index for a list of numbers (`NAME.*`).
+    """Summarize a metric: one row per combination of levels, and per number of a list of numbers (`NAME.*`).
 
     The columns are the levels, the values by seed, their mean and half width of the 95% interval, and the mean and the
     half width of the paired differences from the baseline (NaN for the baseline and without common seeds).
@@ -357,8 +357,11 @@ def summarize(study: Study, rows: "pandas.DataFrame", metric: str) -> "pandas.Da
     columns = [name for name in rows.columns if name == metric or name.removeprefix(prefix).isdigit()]
     long = rows.melt([*factors, "seed"], columns, "index", "value").dropna(subset="value")
     long["value"] *= 100 if study.metrics[metric].endswith("(%)") else 1
-    long["index"] = long["index"].str.removeprefix(prefix)
-    keys = [*factors, *(["index"] if metric.endswith("*") else [])]
+    keys = factors
+    if metric.endswith("*"):
+        index_name = study.metrics[metric].partition(" per ")[2].split(",")[0] or "index"
+        long[index_name] = [str(int(name.removeprefix(prefix)) + 1) for name in long["index"]]
+        keys = [*factors, index_name]
     groups = {key: group.set_index("seed")["value"] for key, group in long.groupby(keys, sort=False)}
     summary = []
     for levels, values in groups.items():
@@ -384,8 +387,8 @@ def format_table(summary: "pandas.DataFrame") -> str:
     for row in summary.to_dict("records"):
         intervals = []
         for mean, width, sign in (("mean", "half_width", ""), ("difference", "difference_half_width", "+")):
-            text = "" if math.isnan(row[mean]) else f"{row[mean]:{sign}.{decimals}f}"
-            intervals.append(text if math.isnan(row[width]) else f"{text} ± {row[width]:.{decimals}f}")
+            text = "" if math.isnan(row[mean]) else f"{row[mean]:{sign},.{decimals}f}"
+            intervals.append(text if math.isnan(row[width]) else f"{text} ± {row[width]:,.{decimals}f}")
         difference = "baseline" if row["is_baseline"] else intervals[1]
         rows.append([*(row[key] for key in keys), str(len(row["runs"])), intervals[0], difference])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)

@@ -252,15 +252,15 @@ def test_differences_are_paired_by_seed_within_the_other_levels() -> None:
     assert table[0][3] == "70 ± 50" and table[2][3] == "75"
 
 
-def test_a_list_has_one_row_per_index() -> None:
+def test_a_list_has_one_row_per_number() -> None:
     rows = pandas.DataFrame(
         {"pooling": level, "seed": seed, "entropy.0": 1.0 + seed, "entropy.1": 2.0, "entropy.largest": 9.0}
         for level in ("cls", "mean")
         for seed in (0, 1)
     )
-    summary = summarize(replace(STUDY_OBJECT, metrics={"entropy.*": "Entropy"}), rows, "entropy.*")
-    found = {(row["pooling"], row["index"]): row["mean"] for row in summary.to_dict("records")}
-    assert found == {(level, index): mean for level in ("cls", "mean") for index, mean in (("0", 1.5), ("1", 2.0))}
+    summary = summarize(replace(STUDY_OBJECT, metrics={"entropy.*": "Entropy per layer"}), rows, "entropy.*")
+    found = {(row["pooling"], row["layer"]): row["mean"] for row in summary.to_dict("records")}
+    assert found == {(level, index): mean for level in ("cls", "mean") for index, mean in (("1", 1.5), ("2", 2.0))}
 
 
 @pytest.mark.usefixtures("program")
