@@ -9,7 +9,6 @@ from helpers.tiny_models import (
     build_images,
     build_tiny_config,
     get_largest_difference,
-    raises_one_line,
     randomize,
     save_and_load,
 )
@@ -69,16 +68,3 @@ def test_head_width_is_independent_of_hidden_size() -> None:
     model = ViTCLSModel(build_tiny_config(hidden_size=18, num_attention_heads=4, attention_head_size=8))
     assert model.layers[0].attention.q_proj.weight.shape == (32, 18)
     assert model.layers[0].attention.o_proj.weight.shape == (18, 32)
-
-
-def test_unsupported_options_are_errors() -> None:
-    with raises_one_line("attention_head_size"):
-        build_tiny_config(attention_head_size=0)
-    with raises_one_line("differential", "rope_2d"):
-        build_tiny_config(attention_type="differential", position_embedding_type="rope_2d")
-    with raises_one_line("differential", "relative_position_bias"):
-        build_tiny_config(attention_type="differential", relative_position_bias="layer")
-    with raises_one_line("differential", "even head size", "7"):
-        build_tiny_config(attention_type="differential", attention_head_size=7)
-    with raises_one_line("attention_pool_heads=3", "hidden_size=16"):
-        build_tiny_config(attention_head_size=4, num_attention_heads=3, pooling="attention")

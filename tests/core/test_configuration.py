@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 import torch
 from helpers.fresh_processes import run_fresh
-from helpers.local_hub import LocalHub
 from helpers.tiny_models import SIZES, build_tiny_config, raises_one_line
 from transformers import (
     AutoConfig,
@@ -37,86 +36,62 @@ from modeling_vitcls.configuration_vitcls import SIZE_LIMITS
 
 NAN = float("nan")
 
-CLASS_VARIABLES = {"_skip_validation", "keys_to_ignore_at_inference", "base_model_tp_plan", "base_model_fsdp_plan"}
-
-# Contradictory fields -> words of the error message that name the change to make.
-CONTRADICTIONS: list[tuple[dict[str, Any], list[str]]] = [
-    ({"num_cls_tokens": 0}, ["num_cls_tokens=1"]),
-    ({"hidden_size": 18, "num_attention_heads": 4}, ["num_attention_heads=4", "3 heads"]),
-    ({"image_size": [32, 20]}, ["image_size", "width", "16 or 24"]),
-    ({"distillation_head": True}, ["distillation_head", "num_distillation_tokens=1"]),
-    ({"distillation_inference": "distillation"}, ["distillation_inference", "num_distillation_tokens=1"]),
-    ({"token_init": "zeros", "num_register_tokens": 2}, ["token_init", "trunc_normal"]),
-    ({"position_embedding_type": "rope_2d", "hidden_size": 12}, ["rope_2d", "hidden_size"]),
-    ({"position_embedding_type": "sincos_2d", "hidden_size": 18}, ["sincos_2d", "hidden_size"]),
-    ({"num_cls_tokens": 2, "cls_scopes": ["image"]}, ["cls_scopes", "num_cls_tokens"]),
-    ({"cls_scopes": ["whole"]}, ["cls_scopes", "whole"]),
-    ({"cls_scopes": [[2, 2, 0]]}, ["cls_scopes", "[2, 2, 0]"]),
-    ({"cls_scopes": [[2, 2, 2, 0]]}, ["cls_scopes", "[2, 2, 2, 0]"]),
-    ({"cls_scopes": [[2, 2, 0, -1]]}, ["cls_scopes", "[2, 2, 0, -1]"]),
-    ({"cls_scopes": [[1, 5, 0, 0]]}, ["cls_scopes", "4 x 4"]),
-    ({"tasks": {"species": 2, "age": 2}}, ["tasks", "num_cls_tokens=2"]),
-    ({"tasks": {"species": 2}, "pooling": "mean"}, ["tasks", 'pooling="cls"']),
-    ({"tasks": {"species": ["cat", "cat"]}}, ["tasks", "species"]),
-    ({"tasks": {"no name": 2}}, ["tasks", "no name"]),
-    (
-        {"num_cls_tokens": 2, "tasks": {"species": 2, "age": 2}, "cls_scopes": ["image", [2, 2, 0, 0]]},
-        ["cls_scopes", "age, species"],
-    ),
-    ({"gated_tokens": {"patches": 1}}, ["gated_tokens", "patches"]),
-    ({"gated_tokens": {"cls": 0}}, ["gated_tokens", "cls"]),
-    ({"gated_tokens": {"cls": 2}}, ["gated_tokens", "cls"]),
-    ({"register_neurons": [[0, 0]]}, ["register_neurons", "num_register_tokens=1"]),
-    ({"num_register_tokens": 1, "register_neurons": [[2, 0]]}, ["register_neurons", "[2, 0]"]),
-    ({"num_register_tokens": 1, "register_neurons": [[0, 24]]}, ["register_neurons", "[0, 24]"]),
-    ({"pooled_cls_tokens": []}, ["pooled_cls_tokens"]),
-    ({"num_cls_tokens": 2, "pooled_cls_tokens": [0, 2]}, ["pooled_cls_tokens", "2"]),
-    ({"attention_pool_heads": 3}, ["attention_pool_heads=3"]),
-    ({"rope_reference_grid": [4, 0]}, ["rope_reference_grid", "[4, 0]"]),
-    ({"rope_periods": [1.0, math.inf]}, ["rope_periods", "inf"]),
-    ({"rope_periods": [1.0, 2.0, 3.0]}, ["rope_periods", "3.0"]),
-    ({"num_labels": 3, "id2label": {0: "cat", 1: "dog"}}, ["num_labels", "id2label"]),
-    ({"out_features": ["stage3"]}, ["out_features", "stage3"]),
-    ({"out_features": ["stem"], "out_indices": [1]}, ["out_features", "out_indices"]),
-    (
-        {"attention_type": "differential", "relative_position_bias": "layer"},
-        ["attention_type", "relative_position_bias"],
-    ),
-    ({"attention_type": "differential", "position_embedding_type": "rope_2d"}, ["attention_type", "rope_2d"]),
+# Contradictory fields; the error names the first of them.
+CONTRADICTIONS: list[dict[str, Any]] = [
+    {"num_cls_tokens": 0},
+    {"num_attention_heads": 4, "hidden_size": 18},
+    {"image_size": [32, 20]},
+    {"distillation_head": True},
+    {"distillation_inference": "distillation"},
+    {"token_init": "zeros", "num_register_tokens": 2},
+    {"token_init": "zeros", "num_cls_tokens": 2, "position_embedding_type": "rope_2d"},
+    {"hidden_size": 12, "position_embedding_type": "rope_2d"},
+    {"hidden_size": 18, "position_embedding_type": "sincos_2d"},
+    {"cls_scopes": ["image"], "num_cls_tokens": 2},
+    {"cls_scopes": ["whole"]},
+    {"cls_scopes": [[2, 2, 0]]},
+    {"cls_scopes": [[2, 2, 2, 0]]},
+    {"cls_scopes": [[1, 5, 0, 0]]},
+    {"tasks": {"species": 2, "age": 2}},
+    {"tasks": {"species": 2}, "pooling": "mean"},
+    {"tasks": {"species": ["cat", "cat"]}},
+    {"tasks": {"no name": 2}},
+    {"cls_scopes": ["image", [2, 2, 0, 0]], "num_cls_tokens": 2, "tasks": {"species": 2, "age": 2}},
+    {"gated_tokens": {"patches": 1}},
+    {"gated_tokens": {"cls": 2}},
+    {"register_neurons": [[0, 0]]},
+    {"register_neurons": [[2, 0]], "num_register_tokens": 1},
+    {"pooled_cls_tokens": []},
+    {"pooled_cls_tokens": [0, 2], "num_cls_tokens": 2},
+    {"attention_pool_heads": 3},
+    {"rope_reference_grid": [4, 0]},
+    {"rope_periods": [1.0, math.inf]},
+    {"num_labels": 3, "id2label": {0: "cat", 1: "dog"}},
+    {"out_features": ["stage3"]},
+    {"attention_type": "differential", "relative_position_bias": "layer"},
+    {"attention_type": "differential", "position_embedding_type": "rope_2d"},
+    {"attention_type": "differential", "attention_head_size": 7},
 ]
 
-# Fields with a wrong type or a value out of range.
+# Values of a wrong type or out of range.
 WRONG_VALUES: list[tuple[str, Any]] = [
-    *(("hidden_size", value) for value in (0, -2, 16.0, "16", None, True)),
-    *(("num_register_tokens", value) for value in (-1, 1.0, "1", None, True)),
-    *(("drop_path_rate", value) for value in (-0.1, 1.0, NAN, "0.1", None)),
-    *(("patch_drop_rate", value) for value in (-0.1, 1.0)),
-    *(("layer_norm_eps", value) for value in (0.0, -1.0, NAN, math.inf, "1")),
-    *(("patch_size", value) for value in (0, 8.0, "8", None, [8], [8, 0], [8, 8.0], [])),
-    *(("pooling", value) for value in ("other", "", None, 1, ["cls"])),
-    *(("mlp_type", value) for value in ("other", None)),
+    *(("hidden_size", value) for value in (0, 16.0, "16", None, True)),
+    *(("drop_path_rate", value) for value in (-0.1, 1.0, NAN)),
+    *(("patch_size", value) for value in (0, [8], [8, 0])),
+    *(("hidden_act", value) for value in ("geluu", None)),
+    *(("id2label", value) for value in (["cat", "dog"], {5: "cat"})),
+    *(("cls_scopes", value) for value in ("image", [[2, 2, 0, 0.5]])),
+    ("layer_norm_eps", math.inf),
+    ("pooling", "other"),
     ("qkv_bias", 1),
-    ("mlp_bias", "yes"),
-    *(("layer_scale_init_value", value) for value in (NAN, "1e-5")),
-    *(("head_hidden_size", value) for value in (0, 8.0)),
-    *(("hidden_act", value) for value in ("geluu", "", None)),
-    ("pooled_activation", "tanhh"),
+    ("layer_scale_init_value", NAN),
     ("problem_type", "classification"),
-    *(("num_labels", value) for value in (-1, 2.0)),
-    *(("id2label", value) for value in (3, ["cat", "dog"], {5: "cat"})),
-    ("label2id", ["cat", "dog"]),
-    *(("cls_scopes", value) for value in ("image", [None], [[2, 2, 0, 0.5]])),
-    *(("tasks", value) for value in ("species", {"species": 1.5}, {"species": [1, 2]})),
-    *((name, value) for name, (_, largest) in SIZE_LIMITS.items() for value in (largest + 1,)),
+    ("num_labels", -1),
+    ("tasks", {"species": 1.5}),
+    *((name, largest + 1) for name, (_, largest) in SIZE_LIMITS.items()),
 ]
 
-
-def test_the_defaults_are_vit_base_16() -> None:
-    config = ViTCLSConfig()
-    sizes = config.hidden_size, config.num_hidden_layers, config.num_attention_heads, config.intermediate_size
-    assert sizes == (768, 12, 12, 3072)
-    assert (config.image_height_width, config.patch_height_width, config.grid_size) == ((224, 224), (16, 16), (14, 14))
-    assert (config.num_cls_tokens, config.num_distillation_tokens, config.num_register_tokens) == (1, 0, 0)
+CLASS_VARIABLES = {"_skip_validation", "keys_to_ignore_at_inference", "base_model_tp_plan", "base_model_fsdp_plan"}
 
 
 # Numbers of parameters with 1,000 labels in the papers' code (timm's vit_*_patch16_224 and deit_*_patch16_224).
@@ -150,52 +125,6 @@ def test_fields_are_documented_in_their_order() -> None:
     assert names == body
 
 
-def test_rectangles() -> None:
-    config = build_tiny_config(image_size=[24, 64], patch_size=[4, 16])
-    assert (config.image_height_width, config.patch_height_width) == ((24, 64), (4, 16))
-    assert config.grid_size == (6, 4)
-    assert build_tiny_config(image_size=(24, 64)).grid_size == (3, 8)
-
-
-@pytest.mark.parametrize(
-    ("fields", "vectors"),
-    [
-        ({}, 1),
-        ({"num_cls_tokens": 3}, 1),
-        ({"num_cls_tokens": 3, "cls_pooling": "mean"}, 1),
-        ({"num_cls_tokens": 3, "cls_pooling": "concat"}, 3),
-        ({"pooling": "cls_mean"}, 2),
-        ({"pooling": "cls_mean", "num_cls_tokens": 3, "cls_pooling": "concat"}, 4),
-        ({"pooling": "mean", "num_cls_tokens": 3, "cls_pooling": "concat"}, 1),
-        ({"pooling": "max"}, 1),
-        ({"pooling": "attention"}, 1),
-    ],
-)
-def test_pooled_size(fields: dict[str, Any], vectors: int) -> None:
-    assert build_tiny_config(**fields).pooled_size == vectors * 16
-
-
-def test_the_distillation_head_depends_on_its_token_unless_set() -> None:
-    assert not build_tiny_config().has_distillation_head
-    assert build_tiny_config(num_distillation_tokens=1).has_distillation_head
-    assert not build_tiny_config(num_distillation_tokens=1, distillation_head=False).has_distillation_head
-
-
-@pytest.mark.parametrize(("fields", "words"), CONTRADICTIONS, ids=lambda value: str(value)[:60])
-def test_contradictions_name_the_change_to_make(fields: dict[str, Any], words: list[str]) -> None:
-    with raises_one_line(*words):
-        build_tiny_config(**fields)
-
-
-@pytest.mark.parametrize(("name", "value"), WRONG_VALUES, ids=lambda value: str(value)[:40])
-def test_a_wrong_value_names_its_field(name: str, value: Any) -> None:
-    fields = {**SIZES, name: value}
-    if name == "id2label":
-        del fields["num_labels"]
-    with raises_one_line(name):
-        ViTCLSConfig(**fields)
-
-
 @pytest.mark.parametrize(
     "fields",
     [
@@ -216,20 +145,25 @@ def test_too_large_values_are_errors_before_a_list_of_their_length_is_built(fiel
         tracemalloc.stop()
 
 
-@pytest.mark.parametrize(
-    ("keyword", "meant"),
-    [
-        ("num_regster_tokens", "num_register_tokens"),
-        ("num_label", "num_labels"),
-        ("out_feature", "out_features"),
-    ],
-)
-def test_a_misspelt_keyword_is_an_error(keyword: str, meant: str) -> None:
-    with raises_one_line(keyword, meant):
-        ViTCLSConfig(**{keyword: 4})
+@pytest.mark.parametrize("fields", CONTRADICTIONS, ids=lambda value: str(value)[:60])
+def test_contradictions_are_errors(fields: dict[str, Any]) -> None:
+    with raises_one_line(next(iter(fields))):
+        build_tiny_config(**fields)
 
 
-def test_a_misspelt_keyword_is_an_error_at_load(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "value"), WRONG_VALUES, ids=lambda value: str(value)[:40])
+def test_a_wrong_value_names_its_field(name: str, value: Any) -> None:
+    fields = {**SIZES, name: value}
+    if name == "id2label":
+        del fields["num_labels"]
+    with raises_one_line(name):
+        ViTCLSConfig(**fields)
+
+
+def test_a_misspelt_keyword_is_an_error(tmp_path: Path) -> None:
+    for keyword, meant in (("num_regster_tokens", "num_register_tokens"), ("out_feature", "out_features")):
+        with raises_one_line(keyword, meant):
+            ViTCLSConfig(**{keyword: 4})
     ViTCLSModel(build_tiny_config()).save_pretrained(tmp_path)
     for load in (ViTCLSConfig, AutoConfig, ViTCLSModel, ViTCLSForImageClassification, ViTCLSBackbone):
         with raises_one_line("num_regster_tokens", "num_register_tokens"):
@@ -314,11 +248,9 @@ SAVED_CONFIGS = [
     {"image_size": (24, 64), "patch_size": [4, 16]},
     {"num_labels": 1, "problem_type": "regression"},
     {"id2label": {0: "cat", 1: "dog", 2: "cow"}},
-    {"num_cls_tokens": 2, "cls_scopes": ["image", [2, 2, 0, 1]]},
     {"num_cls_tokens": 2, "tasks": {"age": 3, "species": 2}, "cls_scopes": ["image", [2, 2, 0, 1]]},
     {"num_distillation_tokens": 1, "distillation_head": True, "distillation_inference": "distillation"},
     {"out_indices": [0, 1]},
-    {"layer_scale_init_value": 1e-5, "drop_path_rate": 0.1, "layer_norm_eps": 1e-12},
     {"position_embedding_type": "rope_2d", "rope_periods": [1.0, 100.0], "rope_reference_grid": [1, 4]},
     {"num_register_tokens": 2, "gated_tokens": {"cls": 1, "registers": 2}, "register_neurons": [[0, 0], [1, 23]]},
     {"num_cls_tokens": 2, "pooled_cls_tokens": [1, 0], "cls_pooling": "concat", "pooled_activation": "tanh"},
@@ -357,12 +289,6 @@ def test_configurations_share_no_mutable_values() -> None:
     assert stored == before and len(build_tiny_config().auto_map) == 5
 
 
-def test_saved_files_of_multi_task_models_contain_their_class(tmp_path: Path) -> None:
-    build_tiny_config(tasks={"species": 2}).save_pretrained(tmp_path)
-    auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
-    assert auto_map["AutoModelForImageClassification"] == "modeling_vitcls.ViTCLSForMultiTaskClassification"
-
-
 def test_a_reference_to_shared_code_is_kept_until_the_configuration_is_saved(tmp_path: Path) -> None:
     build_tiny_config().save_pretrained(tmp_path)
     stored = json.loads((tmp_path / "config.json").read_text())
@@ -373,12 +299,6 @@ def test_a_reference_to_shared_code_is_kept_until_the_configuration_is_saved(tmp
     assert config.auto_map == shared_code
     config.save_pretrained(tmp_path)  # next to the code of this package
     assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == own_code
-
-
-def test_a_configuration_can_be_pushed(hub: LocalHub, tmp_path: Path) -> None:
-    folder = str(tmp_path / "mine")
-    build_tiny_config(num_register_tokens=2).save_pretrained(folder, push_to_hub=True, repo_id="ann/mine")
-    assert json.loads(hub.read("ann/mine", "config.json"))["num_register_tokens"] == 2
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda config: pickle.loads(pickle.dumps(config))])
@@ -429,8 +349,8 @@ from pathlib import Path
 import torch
 import transformers
 from transformers import AutoBackbone, AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
-from transformers import BertConfig, BertLMHeadModel, BertModel, UperNetConfig, UperNetForSemanticSegmentation
-from transformers import VisionEncoderDecoderModel, VisionTextDualEncoderModel
+from transformers import BertConfig, BertModel, UperNetConfig, UperNetForSemanticSegmentation
+from transformers import VisionTextDualEncoderModel
 
 first, second, work = map(Path, sys.argv[1:])
 models = [AutoModel.from_pretrained(folder, trust_remote_code=True) for folder in (first, second)]
@@ -458,20 +378,12 @@ upernet = UperNetForSemanticSegmentation(UperNetConfig(backbone_config=backbone_
 upernet.save_pretrained(work / "upernet")
 upernet_again = UperNetForSemanticSegmentation.from_pretrained(work / "upernet").eval()
 
-decoder = BertLMHeadModel(BertConfig(vocab_size=20, is_decoder=True, add_cross_attention=True, **sizes))
-captioner = VisionEncoderDecoderModel(encoder=model, decoder=decoder).eval()
-captioner.save_pretrained(work / "captioner")
-captioner_again = VisionEncoderDecoderModel.from_pretrained(work / "captioner").eval()
-words = torch.tensor([[1, 2], [3, 4]])
-
 with torch.no_grad():
-    captions = [one(images, decoder_input_ids=words).logits for one in (captioner, captioner_again)]
     features = [one.get_image_features(images).pooler_output for one in (dual, dual_again)]
     maps = [one(images).logits for one in (upernet, upernet_again)]
 assert torch.equal(*features) and features[0].std() > 0
 torch.testing.assert_close(*maps)  # sums in another order
 assert maps[0].std() > 0
-assert torch.equal(*captions) and captions[0].std() > 0
 
 config = AutoConfig.from_pretrained(first)
 print(json.dumps({

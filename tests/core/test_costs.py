@@ -14,9 +14,7 @@ from modeling_vitcls import ViTCLSConfig, ViTCLSModel
     "variant",
     [
         {},
-        {"mlp_type": "swiglu", "layer_type": "parallel", "norm_type": "rmsnorm"},
         {"attention_type": "differential", "num_register_tokens": 2, "gated_tokens": {"registers": 1}},
-        {"position_embedding_type": "rope_mixed", "patch_norm": True},
     ],
     ids=str,
 )

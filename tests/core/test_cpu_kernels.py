@@ -103,9 +103,10 @@ def train_under_autocast(model: Any, dtype: torch.dtype) -> Tensors:
 
 
 @pytest.mark.parametrize("is_emulated", [False, True])
-@pytest.mark.parametrize("run", [train, train_under_autocast])
-@each_dtype
-@pytest.mark.parametrize("name", ["default", "differential"])
+@pytest.mark.parametrize(
+    ("name", "dtype", "run"),
+    [("default", torch.bfloat16, train), ("differential", torch.float16, train_under_autocast)],
+)
 def test_half_precision(
     name: str, dtype: torch.dtype, run: Callable[..., Tensors], is_emulated: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -142,8 +143,7 @@ def test_emulated_products_are_rounded_once(
         assert torch.equal(found, expected.to(dtype))
 
 
-@pytest.mark.parametrize("shape", [(2, 7, 48), (3, 48), (48,)], ids=str)
-@pytest.mark.parametrize("out", [80, 16])
+@pytest.mark.parametrize(("shape", "out"), [((2, 7, 48), 80), ((3, 48), 16), ((48,), 80)], ids=str)
 @requires_onednn
 def test_first_and_second_derivatives_of_a_linear_layer(shape: tuple[int, ...], out: int) -> None:
     torch.manual_seed(0)

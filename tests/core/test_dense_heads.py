@@ -1,20 +1,16 @@
 """Dense prediction heads of transformers on `ViTCLSBackbone`: every patch is at its correct position."""
 
-from typing import Any
-
 import pytest
 import torch
 from helpers.tiny_models import build_images, build_tiny_config, get_largest_difference, randomize, record_outputs
 from transformers import (
-    DepthAnythingConfig,
-    DepthAnythingForDepthEstimation,
     DPTConfig,
     DPTForDepthEstimation,
     UperNetConfig,
     UperNetForSemanticSegmentation,
 )
 
-from modeling_vitcls import ViTCLSConfig, ViTCLSModel
+from modeling_vitcls import ViTCLSModel
 
 
 TOKENS: dict[str, dict[str, int]] = {
@@ -25,33 +21,17 @@ TOKENS: dict[str, dict[str, int]] = {
 each_layout = pytest.mark.parametrize("tokens", TOKENS.values(), ids=TOKENS)
 
 
-def build_backbone_config(**fields: Any) -> ViTCLSConfig:
-    return build_tiny_config(out_indices=[1, 2], reshape_hidden_states=False, **fields)
-
-
-def build_dpt(config: ViTCLSConfig) -> Any:
-    sizes = {"neck_hidden_sizes": [8, 8], "reassemble_factors": [2, 1], "fusion_hidden_size": 8}
-    return randomize(DPTForDepthEstimation(DPTConfig(backbone_config=config, neck_ignore_stages=[], **sizes)))
-
-
-def build_depth_anything(config: ViTCLSConfig) -> Any:
-    sizes = {"neck_hidden_sizes": [8, 8], "reassemble_factors": [2, 1], "fusion_hidden_size": 8}
-    settings = DepthAnythingConfig(
-        backbone_config=config, patch_size=8, reassemble_hidden_size=16, head_hidden_size=8, **sizes
-    )
-    return randomize(DepthAnythingForDepthEstimation(settings))
-
-
 @each_layout
-@pytest.mark.parametrize("build", [build_dpt, build_depth_anything])
 @pytest.mark.parametrize("size", [(32, 32), (24, 48)], ids=str)
-def test_depth(build: Any, tokens: dict[str, int], size: tuple[int, int]) -> None:
+def test_depth(tokens: dict[str, int], size: tuple[int, int]) -> None:
     """Check that the head receives the CLS token and the patches of each stage, row by row."""
-    model = build(build_backbone_config(**tokens))
+    sizes = {"neck_hidden_sizes": [8, 8], "reassemble_factors": [2, 1], "fusion_hidden_size": 8}
+    config = build_tiny_config(out_indices=[1, 2], reshape_hidden_states=False, **tokens)
+    model = randomize(DPTForDepthEstimation(DPTConfig(backbone_config=config, neck_ignore_stages=[], **sizes)))
     received = record_outputs(model.backbone)
     depth = model(build_images(2, *size)).predicted_depth
     assert depth.shape[0] == 2 and depth.isfinite().all() and depth.std() > 0
-    encoder = ViTCLSModel(model.config.backbone_config, add_pooling_layer=False).eval()
+    encoder = ViTCLSModel(config, add_pooling_layer=False).eval()
     encoder.load_state_dict(model.backbone.state_dict())
     expected = encoder(build_images(2, *size)).tokens
     last = received[0].feature_maps[-1]

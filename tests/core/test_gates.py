@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.adaptation_cases import adapt_with_loader, get_logged_lines
+from helpers.adaptation_cases import adapt_with_loader
 from helpers.tiny_models import (
     build_images,
     build_tiny_config,
@@ -17,8 +17,6 @@ from helpers.tiny_models import (
     randomize,
     save_and_load,
 )
-from sklearn.datasets import load_digits
-from torch import nn
 from transformers import AutoModel, AutoModelForImageClassification
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
@@ -51,20 +49,6 @@ def test_gated_tokens_change_nothing_at_first(fields: dict[str, Any], implementa
             # otherwise, the test could not detect unused tokens
             open_tokens = loader.from_pretrained(tmp_path, **options)
             assert get_largest_difference(open_tokens(build_images()).logits, saved(build_images()).logits) > 1e-3
-
-
-def test_gates_work_with_attention_masks_of_the_caller() -> None:
-    model = randomize(ViTCLSModel(build_tiny_config()))
-    gated = model.adapt(num_register_tokens=2, gate_new_tokens=True)
-    mask, longer = torch.ones(2, 17), torch.ones(2, 19)
-    mask[:, 10:] = 0
-    longer[:, 12:] = 0
-    for implementation in ("sdpa", "eager"):
-        model.set_attn_implementation(implementation)
-        gated.set_attn_implementation(implementation)
-        with torch.no_grad():
-            wanted, found = model(build_images(), attention_mask=mask), gated(build_images(), attention_mask=longer)
-        assert get_largest_difference(found.tokens["cls"], wanted.tokens["cls"]) < 1e-5
 
 
 def test_gradient_reaches_gates_and_new_tokens() -> None:
@@ -123,102 +107,31 @@ def test_gates_are_saved_and_loaded(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("loader", [None, ViTCLSModel, AutoModel])
-def test_gates_stay_with_their_tokens(loader: Any, caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+def test_gates_stay_with_their_tokens(loader: Any, tmp_path: Path) -> None:
     """Check two open registers followed by two gated registers, and one CLS token followed by a gated one."""
     model = randomize(ViTCLSModel(build_tiny_config(num_register_tokens=2)))
     gated = model.adapt(num_cls_tokens=2, num_register_tokens=4, gate_new_tokens=True)
     with torch.no_grad():
         gated.gates.gates.copy_(torch.tensor([0.5, 0.2, 0.3]) * TokenGates.OPEN)
-    found = {}
-    for name, change in {
-        "more": {"num_register_tokens": 5},
-        "fewer": {"num_register_tokens": 3},
-        "none": {"num_register_tokens": 2},
-        "cls": {"num_cls_tokens": 1},
-        "another group": {"num_distillation_tokens": 1},
-    }.items():
-        caplog.clear()
+    for change, gated_tokens, values in (
+        ({"num_register_tokens": 5}, {"cls": 1, "registers": 3}, [0.5, 0.2, 0.3, 1e-6]),
+        ({"num_register_tokens": 3}, {"cls": 1, "registers": 1}, [0.5, 0.2]),
+        ({"num_register_tokens": 2}, {"cls": 1}, [0.5]),
+        ({"num_cls_tokens": 1}, {"registers": 2}, [0.2, 0.3]),
+        ({"num_distillation_tokens": 1}, {"cls": 1, "registers": 2}, [0.5, 0.2, 0.3]),
+    ):
         changed = adapt_with_loader(gated, loader, tmp_path, **change)
-        gate_lines = [line for line in get_logged_lines(caplog) if "gates" in line]
-        found[name] = changed.config.gated_tokens, changed.gates.get_gate_values().tolist(), gate_lines
-    assert found == {
-        "more": (
-            {"cls": 1, "registers": 3},
-            pytest.approx([0.5, 0.2, 0.3, 1e-6], abs=2e-7),
-            ["gates.gates: 3 kept, 0 dropped, 1 closed"],
-        ),
-        "fewer": (
-            {"cls": 1, "registers": 1},
-            pytest.approx([0.5, 0.2], abs=2e-7),
-            ["gates.gates: 2 kept, 1 dropped, 0 closed"],
-        ),
-        "none": ({"cls": 1}, pytest.approx([0.5], abs=2e-7), ["gates.gates: 1 kept, 2 dropped, 0 closed"]),
-        "cls": ({"registers": 2}, pytest.approx([0.2, 0.3], abs=2e-7), ["gates.gates: 2 kept, 1 dropped, 0 closed"]),
-        "another group": ({"cls": 1, "registers": 2}, pytest.approx([0.5, 0.2, 0.3], abs=2e-7), []),
-    }
+        assert changed.config.gated_tokens == gated_tokens
+        assert changed.gates.get_gate_values().tolist() == pytest.approx(values, abs=2e-7)
 
 
-@pytest.fixture(scope="module")
-def digits() -> tuple[torch.Tensor, torch.Tensor]:
-    """Return real handwritten digits, [1797, 1, 8, 8] in [-1, 1], and their labels, [1797]."""
-    data = load_digits()
-    return torch.tensor(data.images, dtype=torch.float32).unsqueeze(1) / 8 - 1, torch.tensor(data.target)
-
-
-@pytest.fixture(scope="module")
-def digit_model(digits: tuple[torch.Tensor, torch.Tensor]) -> ViTCLSForImageClassification:
-    """Return a small model after a few training steps on the digits."""
+def test_fine_tuning_opens_the_gates() -> None:
     torch.manual_seed(0)
-    sizes = {"image_size": 8, "patch_size": 2, "num_channels": 1, "hidden_size": 32, "intermediate_size": 64}
-    model = ViTCLSForImageClassification(build_tiny_config(**sizes, num_labels=10))
-    train(model, *digits, num_steps=150)
-    return model
-
-
-@pytest.mark.slow
-@pytest.mark.integration
-def test_fine_tuning_opens_the_gates_and_uses_the_tokens(
-    digits: tuple[torch.Tensor, torch.Tensor], digit_model: ViTCLSForImageClassification
-) -> None:
-    pixels, labels = digits
-    gated = add_gated_registers(digit_model, pixels)
-    before = copy.deepcopy(gated.vitcls.embeddings.register_tokens)
-    losses = train(gated, pixels, labels, num_steps=250)
-    assert sum(losses[-50:]) < sum(losses[:50])
-    assert gated.vitcls.gates.get_gate_values().mean() > 0.01  # ten thousand times the initial value
-    assert (gated.vitcls.embeddings.register_tokens - before).norm(dim=-1).min() > 0.02
-    assert measure_effect_of_registers(gated, pixels) > 0.01  # a thousand times the initial effect
-
-
-def add_gated_registers(model: ViTCLSForImageClassification, pixels: torch.Tensor) -> ViTCLSForImageClassification:
-    """Return a model with the same outputs and four more tokens."""
-    torch.manual_seed(1)
+    model = ViTCLSForImageClassification(build_tiny_config()).train()
     gated = model.adapt(num_register_tokens=4, gate_new_tokens=True)
-    with torch.no_grad():
-        assert get_largest_difference(gated(pixels[:64]).logits, model(pixels[:64]).logits) < 1e-5
-    return gated
-
-
-def measure_effect_of_registers(model: ViTCLSForImageClassification, pixels: torch.Tensor) -> float:
-    """Return the largest change of the logits if the gates are closed again."""
-    shut = copy.deepcopy(model)
-    with torch.no_grad():
-        shut.vitcls.gates.gates.zero_()
-        return get_largest_difference(shut(pixels[:64]).logits, model(pixels[:64]).logits)
-
-
-def train(model: nn.Module, pixels: torch.Tensor, labels: torch.Tensor, num_steps: int) -> list[float]:
-    """Train with AdamW on batches of 64 images, and return the loss of each step."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0)
-    generator, losses = torch.Generator().manual_seed(0), []
-    model.train()
-    for _ in range(num_steps):
-        batch = torch.randint(0, len(labels), (64,), generator=generator)
-        loss = model(pixels[batch], labels=labels[batch]).loss
+    optimizer = torch.optim.AdamW(gated.parameters(), lr=1e-3)
+    for _ in range(20):
         optimizer.zero_grad()
-        loss.backward()
+        gated(build_images(8), labels=torch.arange(8) % 3).loss.backward()
         optimizer.step()
-        losses.append(loss.item())
-    model.eval()
-    return losses
+    assert gated.vitcls.gates.get_gate_values().min() > 1e-3  # a thousand times the initial value

@@ -18,6 +18,7 @@ import PIL.EpsImagePlugin
 import PIL.Image
 import pytest
 import torch
+from helpers.tiny_models import raises_one_line
 from sklearn.datasets import load_sample_images
 
 from modeling_vitcls import ViTCLSImageProcessor, ViTCLSImageProcessorPil
@@ -128,25 +129,6 @@ def test_backends_agree_within_the_tolerance_of_the_docstring(resample: int, set
         difference = (results[0] - results[1]).abs()
         assert difference.max() <= at_any_pixel
         assert difference.mean() <= on_average
-
-
-def test_backends_agree_without_resizing_whatever_the_source(tmp_path: Path) -> None:
-    image = build_gradient()
-    image.save(tmp_path / "image.png")
-    sources = [
-        tmp_path / "image.png",
-        encode(image, "JPEG"),
-        image.convert("CMYK"),
-        np.asarray(image),
-        torch.rand(3, 5, 6),
-    ]
-    for source in sources:
-        floats = isinstance(source, torch.Tensor)
-        results = [
-            cls(do_resize=False, do_rescale=not floats)(source, return_tensors="pt").pixel_values
-            for cls in BACKENDS.values()
-        ]
-        torch.testing.assert_close(results[0], results[1], rtol=0, atol=1e-6)
 
 
 def test_settings_of_a_call_override_those_of_the_processor(backend: type) -> None:
@@ -292,7 +274,11 @@ def test_transparency_is_composited_on_white(backend: type) -> None:
     for source in (build_rgba(100), np.array(build_rgba(100)), torch.from_numpy(np.array(build_rgba(100)))):
         np.testing.assert_allclose(as_hwc(get_raw_values(backend, source)), expected, atol=1)
     half_gray = PIL.Image.merge("LA", [PIL.Image.new("L", (6, 4), value) for value in (50, 100)])
-    assert (get_raw_values(backend, half_gray) == round(50 * 100 / 255 + 155)).all()
+    for to_rgb, channels in ((True, 3), (False, 1)):
+        values = get_raw_values(backend, half_gray, do_convert_rgb=to_rgb)
+        assert values.shape == (channels, 4, 6) and (values == round(50 * 100 / 255 + 155)).all()
+    one_shade = PIL.Image.open(BytesIO(encode(PIL.Image.new("L", (6, 4), 7), transparency=7)))
+    assert (get_raw_values(backend, one_shade) == 255).all()
     palette = get_raw_values(backend, build_palette_with_transparency())
     assert palette[:, 0, 0].tolist() == [255, 0, 0]
     assert palette[:, 0, 5].tolist() == [255, 255, 255]
@@ -346,42 +332,19 @@ def test_a_gray_model_gets_one_channel(backend: type) -> None:
     assert (pixel_values[2] == -1).all()
 
 
-def build_gray_with_alpha(kind: str) -> PIL.Image.Image:
-    """Return a gray image of value 50 with alpha 100, or of value 50 with one transparent pixel (`tRNS`)."""
-    if kind == "LA":
-        return PIL.Image.merge("LA", [PIL.Image.new("L", (6, 4), value) for value in (50, 100)])
-    image = PIL.Image.new("L", (6, 4), 50)
-    image.putpixel((0, 0), 7)
-    return PIL.Image.open(BytesIO(encode(image, transparency=7)))
-
-
-@pytest.mark.parametrize(("kind", "first", "others"), [("LA", 175, 175), ("L", 255, 50)])
-def test_transparency_of_gray_images_is_composited_on_white(backend: type, kind: str, first: int, others: int) -> None:
-    """Check also models with one channel."""
-    for to_rgb, channels in ((True, 3), (False, 1)):
-        values = get_raw_values(backend, build_gray_with_alpha(kind), do_convert_rgb=to_rgb)
-        assert values.shape == (channels, 4, 6)
-        expected = np.full_like(values, others)
-        expected[:, 0, 0] = first
-        np.testing.assert_array_equal(values, expected)
-
-
 # Errors --------------------------------------------------------------------------------------------------------------
 
 
 def test_unreadable_sources_are_named(backend: type, tmp_path: Path) -> None:
     missing, text, truncated = (tmp_path / name for name in ("missing.png", "text.png", "truncated.jpg"))
     text.write_text("not an image")
-    photo, lossless = (encode(PIL.Image.fromarray(photographs()[0]), kind) for kind in ("JPEG", "PNG"))
+    photo = encode(PIL.Image.fromarray(photographs()[0]), "JPEG")
     truncated.write_bytes(photo[: len(photo) // 2])
     for path in (missing, text, truncated, tmp_path):
-        for source in (path, str(path)):
-            assert path.name in get_error(backend, source)
-    assert "truncated" in get_error(backend, truncated)
-    assert "truncated.jpg" in get_error(backend, PIL.Image.open(truncated))
-    for broken in (b"", b"not an image", photo[:1000], lossless[: len(lossless) // 2]):
+        assert path.name in get_error(backend, path) and path.name in get_error(backend, str(path))
+    assert truncated.name in get_error(backend, PIL.Image.open(truncated))
+    for broken in (b"", b"not an image", photo[:1000]):
         assert f"{len(broken)} bytes" in get_error(backend, broken)
-    assert "cannot fetch the image at 'data:image" in get_error(backend, "data:image/png;base64,###")
     for long in ("x" * 100_000, "data:image/png;base64," + "A" * 100_000):
         assert len(get_error(backend, long)) < 1000
 
@@ -451,89 +414,55 @@ def test_damaged_files_return_an_image_or_a_value_error(file_format: str) -> Non
     assert num_errors > 20
 
 
-@pytest.mark.parametrize("bad", [None, 3, 1.5, {"bytes": b""}, object()], ids=lambda bad: type(bad).__name__)
+@pytest.mark.parametrize("bad", [None, 3, {"bytes": b""}], ids=lambda bad: type(bad).__name__)
 def test_objects_that_are_not_images_are_named(backend: type, bad: object) -> None:
-    assert type(bad).__name__ in get_error(backend, bad)
     assert type(bad).__name__ in get_error(backend, [build_gradient(), bad])
 
 
-@pytest.mark.parametrize(
-    ("image", "settings", "hint"),
-    [
-        ([], {}, "empty"),
-        (np.zeros(5), {}, "must have shape [H, W], [C, H, W] or [H, W, C] and at least 1 pixel, not [5]"),
-        (np.zeros((0, 4, 3), dtype=np.uint8), {}, "[0, 4, 3]"),
-        (np.zeros((7, 8, 9), dtype=np.uint8), {}, "input_data_format"),
-        (np.zeros((2, 8, 8), dtype=np.uint8), {"input_data_format": "channels_first"}, "2 channels"),
-        (np.array([["a"]]), {}, "<U1"),
-        (np.full((4, 4), 300), {}, "300"),
-        (np.full((4, 4), -1.0), {}, "-1"),
-        (np.full((4, 4), np.nan), {}, "nan"),
-        (np.full((4, 4), 0.5), {}, "do_rescale=False"),
-        (np.ones((4, 4)), {}, "already rescaled (the maximum value is 1)"),
-        (np.zeros((4, 4), dtype=complex), {}, "complex"),
-        (PIL.Image.new("F", (4, 4)), {}, "mode F"),
-        (PIL.Image.new("I", (4, 4), 70_000), {}, "70000"),
-        (PIL.Image.new("I", (4, 4), -1), {}, "range from -1 to -1"),
-        (np.full((4, 4), 256), {}, "between 256 and 256"),
-        (
-            build_gradient().convert("L"),
-            {"do_convert_rgb": False},
-            "image_mean has 3 values, but this image has 1 channels",
-        ),
-        (build_gradient(), {"image_std": [0.5]}, "image_std has 1 values, but this image has 3 channels"),
-        ([build_gradient(), build_gradient(9, 4)], {"size": {"shortest_edge": 8}}, "[(3, 8, 9), (3, 18, 8)]"),
-        ([build_gradient(), build_gradient(9, 4)], {"do_resize": False}, "[(3, 5, 6), (3, 9, 4)]"),
-        (
-            [build_gradient().convert("L"), build_gradient()],
-            {"do_convert_rgb": False, "do_normalize": False, "size": 8},
-            "[(1, 8, 8), (3, 8, 8)]",
-        ),
-    ],
-)
-def test_unusable_images_are_explained(backend: type, image: object, settings: dict, hint: str) -> None:
-    assert hint in get_error(backend, image, **settings)
+# Image, settings, and what the error names.
+UNUSABLE: list[tuple[object, dict, str]] = [
+    ([], {}, "empty"),
+    (np.zeros(5), {}, "[5]"),
+    (np.zeros((7, 8, 9), dtype=np.uint8), {}, "input_data_format"),
+    (np.array([["a"]]), {}, "<U1"),
+    (np.full((4, 4), 300), {}, "300"),
+    (np.full((4, 4), np.nan), {}, "nan"),
+    (np.full((4, 4), 0.5), {}, "do_rescale=False"),
+    (PIL.Image.new("F", (4, 4)), {}, "mode F"),
+    (PIL.Image.new("I", (4, 4), 70_000), {}, "70000"),
+    (build_gradient().convert("L"), {"do_convert_rgb": False}, "image_mean"),
+    ([build_gradient(), build_gradient(9, 4)], {"do_resize": False}, "[(3, 5, 6), (3, 9, 4)]"),
+]
+
+
+@pytest.mark.parametrize(("image", "settings", "named"), UNUSABLE, ids=[case[-1] for case in UNUSABLE])
+def test_unusable_images_are_errors(backend: type, image: object, settings: dict, named: str) -> None:
+    assert named in get_error(backend, image, **settings)
 
 
 @pytest.mark.parametrize(
-    ("settings", "hint"),
+    "settings",
     [
-        ({"size": {"heigth": 224, "width": 224}}, "heigth"),
-        ({"size": {"height": 224}}, "height"),
-        ({"size": {"height": 224, "width": None}}, "width"),
-        ({"size": {"height": 224, "width": 0}}, "0"),
-        ({"size": {"height": 224, "width": -1}}, "-1"),
-        ({"size": {"height": 22.4, "width": 224}}, "22.4"),
-        ({"size": {"longest_edge": 224}}, "longest_edge"),
-        ({"size": {"shortest_edge": 256, "longest_edge": 224}}, "less than its shortest_edge"),
-        ({"size": "large"}, "large"),
-        ({"size": [224, 224, 3]}, "[224, 224, 3]"),
-        ({"size": (224, 224, 3)}, "[224, 224, 3]"),
-        ({"size": [224]}, "[224]"),
-        ({"do_center_crop": True}, "crop_size"),
-        ({"do_center_crop": True, "crop_size": {"shortest_edge": 8}}, "crop_size"),
-        ({"do_center_crop": True, "crop_size": 256}, "256"),
-        ({"do_center_crop": True, "crop_size": {"height": 8, "width": 225}}, "larger than an image resized to"),
-        ({"do_center_crop": True, "crop_size": {"height": 225, "width": 8}}, "larger than an image resized to"),
-        ({"crop_size": [8, 8, 8]}, "crop_size must be [height, width]"),
-        ({"image_means": [0.5] * 3}, "did you mean 'image_mean'"),
-        ({"do_center_crop": True, "crop_size": 256, "size": {"shortest_edge": 224}}, "256"),
-        ({"resample": "bicubic"}, "bicubic"),
-        ({"resample": 5}, "5"),
-        ({"do_resize": "no"}, "do_resize"),
-        ({"do_centre_crop": True}, "did you mean 'do_center_crop'"),
+        {"size": {"heigth": 224, "width": 224}},
+        {"size": {"height": 224}},
+        {"size": {"height": 224, "width": 0}},
+        {"size": {"height": 22.4, "width": 224}},
+        {"size": {"shortest_edge": 256, "longest_edge": 224}},
+        {"size": [224, 224, 3]},
+        {"crop_size": None, "do_center_crop": True},
+        {"crop_size": {"height": 8, "width": 225}, "do_center_crop": True},
+        {"resample": "bicubic"},
+        {"do_resize": "no"},
+        {"do_centre_crop": True},
     ],
     ids=str,
 )
-def test_contradictory_settings_raise_at_construction_and_at_the_call(
-    backend: type, settings: dict, hint: str
-) -> None:
+def test_contradictory_settings_raise_at_construction_and_at_the_call(backend: type, settings: dict) -> None:
+    """The error names the first setting."""
     processor = backend()
     for attempt in (backend, functools.partial(backend.from_dict, {}), functools.partial(processor, build_gradient())):
-        with pytest.raises(ValueError) as caught:
+        with raises_one_line(next(iter(settings))):
             attempt(**settings)
-        assert hint in str(caught.value)
-        assert "\n" not in str(caught.value)
 
 
 # Saving and loading --------------------------------------------------------------------------------------------------

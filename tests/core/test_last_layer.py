@@ -84,18 +84,6 @@ def test_other_attention_implementations_require_all_tokens(implementation: str)
     assert config.num_head_tokens is None
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing(reentrant: bool) -> None:
-    gradients = []
-    for checkpointing in (False, True):
-        config = build_tiny_config(**TOKENS, position_embedding_type="rope_2d")
-        model = randomize(ViTCLSForImageClassification(config)).train()
-        if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-        gradients.append(compute_losses_and_gradients(model, num_output_tokens=3)[1])
-    assert_same_outputs(*gradients, 1e-6)
-
-
 # Hooks ---------------------------------------------------------------------------------------------------------------
 
 
@@ -122,45 +110,6 @@ def test_hooks_receive_all_tokens(fields: dict[str, Any]) -> None:
 
 
 # Explanations --------------------------------------------------------------------------------------------------------
-
-
-def compute_gradient(model: Any, class_index: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the output [B, N, D] of the last layer's first norm, and the gradient of the summed logit of a class."""
-    layer, encoder = model.vitcls.layers[-1], model.vitcls
-    with torch.no_grad():
-        inputs = model(build_images(), output_hidden_states=True).hidden_states[-2]
-        normalized = layer.layernorm_before(inputs)
-    normalized.requires_grad_()
-    attended, _ = layer.attention(normalized)
-    hidden_states = inputs + attended
-    hidden_states = encoder.layernorm(hidden_states + layer.mlp(layer.layernorm_after(hidden_states)))
-    logits = (model.classifier(hidden_states[:, 0]) + model.distillation_classifier(hidden_states[:, 2])) / 2
-    (gradient,) = torch.autograd.grad(logits[:, class_index].sum(), normalized)
-    return normalized.detach(), gradient
-
-
-def test_grad_cam() -> None:
-    """Compare with Selvaraju et al. (2017, arXiv 1610.02391), with the patches as the feature map."""
-    model = randomize(ViTCLSForImageClassification(build_tiny_config(**TOKENS)))
-    target = model.vitcls.layers[-1].layernorm_before
-    seen: dict[str, torch.Tensor] = {}
-    target.register_forward_hook(lambda _, args, output: seen.update(activations=output.detach()))
-    target.register_full_backward_hook(lambda _, grad_in, grad_out: seen.update(gradients=grad_out[0]))
-    model(build_images()).logits[:, 1].sum().backward()
-
-    patches, grid = model.config.token_layout.patches, model.config.grid_size
-
-    def compute_map(activations: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
-        feature_map, gradient_map = (
-            each[:, patches].transpose(1, 2).unflatten(2, grid) for each in (activations, gradients)
-        )  # [B, D, rows, columns]
-        weights = gradient_map.mean(dim=(2, 3), keepdim=True)
-        return (weights * feature_map).sum(1).relu()  # [B, rows, columns]
-
-    found = compute_map(seen["activations"], seen["gradients"])
-    expected = compute_map(*compute_gradient(model, 1))
-    assert found.shape == (2, 4, 4) and (found > 0).any()
-    assert get_largest_difference(found, expected) <= 1e-5 * expected.max().item()
 
 
 def test_captum_integrated_gradients() -> None:

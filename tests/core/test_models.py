@@ -100,16 +100,6 @@ def test_a_norm_and_a_layer_on_the_pooled_vector() -> None:
     assert_same_outputs(output.pooler_output, pooler.dense(pooled).tanh(), 1e-5)
 
 
-@pytest.mark.parametrize("fields", [{}, {"pooling": "cls_mean"}, {"num_cls_tokens": 2, "cls_pooling": "concat"}])
-@pytest.mark.parametrize("num_distillation_tokens", [0, 1])
-def test_a_classifier_without_labels_returns_the_pooled_vector(
-    fields: dict[str, Any], num_distillation_tokens: int
-) -> None:
-    config = build_tiny_config(**fields, num_distillation_tokens=num_distillation_tokens, num_labels=0)
-    model = randomize(ViTCLSForImageClassification(config))
-    assert get_largest_difference(model(build_images()).cls_logits, model.vitcls(build_images()).pooler_output) <= 1e-6
-
-
 @each_kind
 def test_hidden_states_and_attentions_on_request(
     model_class: type, fields: dict[str, Any], inputs: dict[str, Any]
@@ -213,31 +203,22 @@ def test_every_parameter_has_a_gradient_in_every_step(
 
 
 @pytest.mark.parametrize(
-    ("fields", "biased"),
+    ("fields", "unbiased"),
     [
-        ({}, "qkvo12p"),
-        ({"qkv_bias": False}, "o12p"),
-        ({"key_bias": False}, "qvo12p"),
-        ({"qkv_bias": False, "value_bias": True}, "vo12p"),
-        ({"query_bias": False, "value_bias": False}, "ko12p"),
-        ({"projection_bias": False}, "qkv12p"),
-        ({"mlp_bias": False}, "qkvop"),
-        ({"patch_bias": False}, "qkvo12"),
+        ({"qkv_bias": False}, "qkv"),
+        ({"key_bias": False}, "k"),
+        ({"qkv_bias": False, "value_bias": True}, "qk"),
+        ({"projection_bias": False}, "o"),
+        ({"mlp_bias": False}, "12"),
+        ({"patch_bias": False}, "p"),
     ],
 )
-def test_biases_are_separate(fields: dict[str, Any], biased: str) -> None:
+def test_biases_are_separate(fields: dict[str, Any], unbiased: str) -> None:
     model = ViTCLSModel(build_tiny_config(**fields))
     attention, mlp = model.layers[1].attention, model.layers[1].mlp
-    modules = {
-        "q": attention.q_proj,
-        "k": attention.k_proj,
-        "v": attention.v_proj,
-        "o": attention.o_proj,
-        "1": mlp.fc1,
-        "2": mlp.fc2,
-        "p": model.embeddings.patch_embeddings.projection,
-    }
-    assert "".join(letter for letter, module in modules.items() if module.bias is not None) == biased
+    modules = dict(zip("qkvo", (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj), strict=True))
+    modules |= {"1": mlp.fc1, "2": mlp.fc2, "p": model.embeddings.patch_embeddings.projection}
+    assert "".join(letter for letter, module in modules.items() if module.bias is None) == unbiased
 
 
 def test_drop_path_increases_linearly_over_the_layers() -> None:
@@ -392,23 +373,8 @@ def test_feature_maps(layout: dict[str, Any]) -> None:
     assert torch.equal(backbone(build_images(2, 24, 56)).feature_maps[0], maps[1])
 
 
-@pytest.mark.parametrize("apply_layernorm", [True, False])
-def test_feature_maps_without_a_final_norm(apply_layernorm: bool) -> None:
-    config = build_tiny_config(out_indices=[1, 2], apply_layernorm=apply_layernorm, final_norm=False)
-    maps = randomize(ViTCLSBackbone(config))(build_images()).feature_maps
-    states = randomize(ViTCLSModel(config))(build_images(), output_hidden_states=True).hidden_states
-    for feature_map, state in zip(maps, states[1:], strict=True):
-        assert torch.equal(feature_map.flatten(2).transpose(1, 2), state[:, 1:])
-
-
-def test_feature_maps_as_tokens() -> None:
-    """Expect the first CLS token and the patches."""
-    fields = {"num_cls_tokens": 2, "num_register_tokens": 2}
-    backbone = randomize(ViTCLSBackbone(build_tiny_config(reshape_hidden_states=False, **fields)))
-    (tokens,) = backbone(build_images()).feature_maps
-    expected = randomize(ViTCLSModel(build_tiny_config(**fields)))(build_images()).tokens
-    assert torch.equal(tokens, torch.cat([expected["cls"][:, :1], expected["patches"]], dim=1))
-    with raises_one_line("reshape_hidden_states=False requires a CLS token"):
+def test_maps_of_tokens_require_a_cls_token() -> None:
+    with raises_one_line("reshape_hidden_states", "num_cls_tokens"):
         ViTCLSBackbone(build_tiny_config(reshape_hidden_states=False, num_cls_tokens=0, pooling="mean"))
 
 
@@ -416,7 +382,7 @@ def test_stages_can_be_set_at_load(tmp_path: Path) -> None:
     ViTCLSForImageClassification(build_tiny_config()).save_pretrained(tmp_path)
     chosen = ViTCLSBackbone.from_pretrained(tmp_path, out_indices=[0, 1])
     assert chosen.out_features == ["stem", "stage1"]
-    with pytest.raises(ValueError, match=r"^(?!cannot load attn_implementation).*stage7"):
+    with raises_one_line("stage7"):
         ViTCLSBackbone.from_pretrained(tmp_path, out_features=["stage7"])
 
 
@@ -463,13 +429,10 @@ def test_reset_classifier(tmp_path: Path, head_type: str) -> None:
 @each_kind
 def test_images_of_a_wrong_shape_are_errors(model_class: type, fields: dict[str, Any], inputs: dict[str, Any]) -> None:
     model = model_class(build_tiny_config(**fields))
-    with raises_one_line("requires 3 channel", "pixel_values has 1"):
-        model(build_images(channels=1))
-    with raises_one_line("requires 3 channel", "pixel_values has 4"):
-        model(build_images(channels=4))
-    for height, width in ((7, 32), (32, 7), (1, 1), (0, 32)):
-        with raises_one_line(f"{height} x {width}", "one patch of 8 x 8"):
-            model(build_images(2, height, width))
+    for shape in ((2, 32, 32, 1), (2, 7, 32, 3), (2, 32, 7, 3)):
+        batch, height, width, channels = shape
+        with raises_one_line("num_channels" if channels == 1 else f"{height} x {width}"):
+            model(build_images(batch, height, width, channels))
 
 
 @each_kind
@@ -486,8 +449,6 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "no_weights": (lambda folder: (folder / "model.safetensors").unlink(), ["model.safetensors"]),
     "no_config": (lambda folder: (folder / "config.json").unlink(), ["config.json"]),
     "truncated_weights": (lambda folder: _cut(folder / "model.safetensors", -100), ["weights"]),
-    "truncated_header": (lambda folder: _cut(folder / "model.safetensors", 50), ["weights"]),
-    "empty_weights": (lambda folder: _cut(folder / "model.safetensors", 0), ["weights"]),
     "corrupt_config": (lambda folder: _cut(folder / "config.json", 40), ["config"]),
     "nothing": (lambda folder: [file.unlink() for file in folder.iterdir()], ["config.json"]),
 }
@@ -507,16 +468,6 @@ def test_a_damaged_checkpoint_is_named(damage: Callable, words: list[str], load:
 def test_a_missing_checkpoint_is_named(load: Any, tmp_path: Path) -> None:
     with raises_one_line(str(tmp_path / "nowhere"), error=CHECKPOINT_ERRORS):
         load.from_pretrained(tmp_path / "nowhere")
-
-
-def test_a_missing_folder_that_looks_like_a_hub_id_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    for options, message in (
-        ({}, "runs/nowhere"),
-        ({"config": build_tiny_config()}, "runs/nowhere does"),
-    ):
-        with raises_one_line(message, error=OSError):
-            ViTCLSForImageClassification.from_pretrained("runs/nowhere", **options)
 
 
 @pytest.mark.parametrize("load", [ViTCLSForImageClassification, AutoModelForImageClassification])

@@ -1,8 +1,6 @@
 """Patch dropout: training uses some patches, each with its own position, mask and rotation; evaluation uses all."""
 
-import itertools
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +18,6 @@ from modeling_vitcls import (
     ViTCLSForImageClassification,
     ViTCLSModel,
 )
-from modeling_vitcls.variants_vitcls import get_num_kept_patches, select_mask
 
 
 TOKENS: dict[str, Any] = {"num_cls_tokens": 2, "num_distillation_tokens": 1, "num_register_tokens": 3}
@@ -115,37 +112,6 @@ def test_gradient_checkpointing_uses_the_same_patches(reentrant: bool) -> None:
     assert_same_outputs(*gradients, 1e-6)
 
 
-@pytest.mark.parametrize("pooling", ["mean", "cls_mean", "max", "attention"])
-def test_heads_read_the_kept_patches(pooling: str) -> None:
-    model = randomize(ViTCLSForImageClassification(build_tiny_config(pooling=pooling, patch_drop_rate=0.5))).train()
-    pooler_inputs: list[torch.Tensor] = []
-    model.vitcls.pooler.register_forward_pre_hook(lambda pooler, inputs: pooler_inputs.append(inputs[0]))
-    output = model(build_images(2, 24, 40), labels=torch.tensor([0, 2]))
-    (sequence,) = pooler_inputs
-    assert sequence.shape == (2, 1 + 8, 16)  # 8 of 15 patches
-    patches = sequence[:, 1:]
-    pooled = {
-        "mean": lambda: patches.mean(1),
-        "cls_mean": lambda: torch.cat([sequence[:, 0], patches.mean(1)], dim=-1),
-        "max": lambda: patches.amax(1),
-        "attention": lambda: model.vitcls.pooler(sequence),
-    }[pooling]()
-    torch.testing.assert_close(output.logits, model.classifier(pooled))
-    output.loss.backward()
-    assert all(parameter.grad.abs().max() > 0 for parameter in model.classifier.parameters())
-
-
-def test_block_masks_of_the_kept_patches() -> None:
-    table = torch.rand(2, 6, 6, generator=torch.Generator().manual_seed(0)) < 0.5
-    mask = SimpleNamespace(mask_mod=lambda batch, head, query, key: table[batch, query, key])
-    indices = torch.tensor([[0, 2, 5], [1, 3, 4]])
-    selected = select_mask(mask, indices)
-    assert selected.shape == (2, 1, 3, 3)
-    for image, query, key in itertools.product(range(2), range(3), range(3)):
-        found = selected.mask_mod(*(torch.tensor(index) for index in (image, 0, query, key)))
-        assert found == table[image, indices[image, query], indices[image, key]]
-
-
 def test_kept_patches_are_random_and_reproducible() -> None:
     model = randomize(ViTCLSModel(build_tiny_config(patch_drop_rate=0.5))).train()
     kept = record_kept_patches(model)
@@ -158,11 +124,3 @@ def test_kept_patches_are_random_and_reproducible() -> None:
     torch.manual_seed(99)
     model(build_images(4))
     assert kept[-1].equal(kept[-2])
-
-
-@pytest.mark.parametrize(
-    ("rate", "patches", "kept"),
-    [(0.5, 196, 98), (0.8, 10, 2), (0.9, 10, 1), (0.99, 4, 1), (0.25, 49, 37), (0.0, 5, 5)],
-)
-def test_number_of_kept_patches(rate: float, patches: int, kept: int) -> None:
-    assert get_num_kept_patches(rate, patches) == kept

@@ -76,13 +76,6 @@ def test_zeros_are_zero() -> None:
     assert not embeddings.distillation_token.any()
 
 
-@pytest.mark.parametrize("token_init", ["trunc_normal", "near_zero"])
-def test_tokens_of_a_kind_start_differently(token_init: str) -> None:
-    model = ViTCLSModel(build_tiny_config(**LAYOUTS["several_of_each"], token_init=token_init))
-    tokens = torch.cat([getattr(model.embeddings, name)[0] for name in PARAMETERS.values()])
-    assert len(tokens.unique(dim=0)) == len(tokens)
-
-
 @pytest.mark.parametrize(
     ("layout", "token_init"),
     [(LAYOUTS["several_of_each"], "trunc_normal"), (LAYOUTS["several_of_each"], "near_zero"), ({}, "zeros")],
@@ -122,20 +115,6 @@ def _check_tokens_learn(model: nn.Module, tokens: dict[str, nn.Parameter], input
 @pytest.mark.parametrize(
     "fields",
     [
-        {"num_register_tokens": 2},
-        {"num_distillation_tokens": 2, "position_embedding_tokens": "cls"},
-        {"num_cls_tokens": 2, "position_embedding_tokens": "patches"},
-        {"num_cls_tokens": 2, "position_embedding_type": "rope_2d"},
-    ],
-)
-def test_zero_init_is_an_error_if_tokens_would_stay_equal(fields: dict[str, Any]) -> None:
-    with raises_one_line("token_init", "identical"):
-        build_tiny_config(token_init="zeros", **fields)
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
         {"num_cls_tokens": 2},
         {"num_cls_tokens": 2, "num_register_tokens": 4, "position_embedding_tokens": "all"},
     ],
@@ -159,124 +138,44 @@ def test_every_special_token_is_updated_in_every_layer(layout: dict[str, Any]) -
         assert (change > 1e-3).all()
 
 
-@each_layout
-def test_every_token_attends_to_every_token_in_every_layer(layout: dict[str, Any]) -> None:
-    config = build_tiny_config(**layout, num_hidden_layers=3)
-    model = ViTCLSModel(config).eval()
-    model.set_attn_implementation("eager")
-    attentions = model(build_images(), output_attentions=True).attentions
-    length = config.token_layout.num_prefix_tokens + 16
-    assert len(attentions) == 3
-    for weights in attentions:
-        assert weights.shape == (2, 2, length, length)
-        assert (weights > 0).all()
-        assert torch.allclose(weights.sum(dim=-1), torch.ones(2, 2, length))
-
-
-def test_the_cls_token_reads_the_image_and_the_patches_read_it() -> None:
-    model = randomize(ViTCLSModel(build_tiny_config(num_hidden_layers=1)))
-    pixels = build_images().requires_grad_()
-    tokens = model(pixels).tokens
-    tokens["cls"].sum().backward()
-    assert (pixels.grad != 0).all()
-
-    with torch.no_grad():
-        model.embeddings.cls_token.add_(torch.randn(16))
-    changed = (model(build_images()).tokens["patches"] - tokens["patches"]).abs().amax(dim=-1)
-    assert (changed > 1e-4).all()
-
-
 # Pooling: the head reads only the tokens of its pooling
-
-
-ALL = slice(None)
-FIRST = slice(1)
 
 
 def _mean_of_patches(tokens: dict[str, torch.Tensor]) -> torch.Tensor:
     return tokens["patches"].mean(dim=1)
 
 
-# Name -> fields, the pooled vector as a function of the tokens, token groups that it reads.
-POOLED: dict[str, tuple[dict[str, Any], Callable[[dict[str, torch.Tensor]], torch.Tensor], dict[str, slice]]] = {
-    "cls": ({}, lambda tokens: tokens["cls"][:, 0], {"cls": ALL}),
-    "first": ({"num_cls_tokens": 3}, lambda tokens: tokens["cls"][:, 0], {"cls": FIRST}),
+# Name -> fields, and the pooled vector as a function of the tokens.
+POOLED: dict[str, tuple[dict[str, Any], Callable[[dict[str, torch.Tensor]], torch.Tensor]]] = {
+    "cls": ({}, lambda tokens: tokens["cls"][:, 0]),
+    "first": ({"num_cls_tokens": 3}, lambda tokens: tokens["cls"][:, 0]),
     "mean_of_cls": (
         {"num_cls_tokens": 3, "cls_pooling": "mean"},
         lambda tokens: sum(tokens["cls"].unbind(1)) / 3,
-        {"cls": ALL},
-    ),
-    "concatenated_cls": (
-        {"num_cls_tokens": 3, "cls_pooling": "concat"},
-        lambda tokens: torch.cat(tokens["cls"].unbind(1), dim=-1),
-        {"cls": ALL},
     ),
     "selected_cls": (
         {"num_cls_tokens": 3, "cls_pooling": "concat", "pooled_cls_tokens": [2, 0]},
         lambda tokens: torch.cat([tokens["cls"][:, 2], tokens["cls"][:, 0]], dim=-1),
-        {"cls": slice(0, 3, 2)},
     ),
-    "mean": ({"pooling": "mean"}, _mean_of_patches, {"patches": ALL}),
-    "max": ({"pooling": "max"}, lambda tokens: tokens["patches"].max(dim=1).values, {"patches": ALL}),
+    "mean": ({"pooling": "mean"}, _mean_of_patches),
+    "max": ({"pooling": "max"}, lambda tokens: tokens["patches"].max(dim=1).values),
     "cls_mean": (
-        {"pooling": "cls_mean", "num_cls_tokens": 2},
-        lambda tokens: torch.cat([tokens["cls"][:, 0], _mean_of_patches(tokens)], dim=-1),
-        {"cls": FIRST, "patches": ALL},
-    ),
-    "concatenated_cls_mean": (
         {"pooling": "cls_mean", "num_cls_tokens": 2, "cls_pooling": "concat"},
         lambda tokens: torch.cat([*tokens["cls"].unbind(1), _mean_of_patches(tokens)], dim=-1),
-        {"cls": ALL, "patches": ALL},
     ),
 }
-OTHERS = {"num_register_tokens": 2, "num_distillation_tokens": 1}
 
 
-@pytest.mark.parametrize(("fields", "expected"), [case[:2] for case in POOLED.values()], ids=POOLED)
-def test_the_pooled_vector(fields: dict[str, Any], expected: Callable) -> None:
-    config = build_tiny_config(**fields, **OTHERS)
-    output = randomize(ViTCLSModel(config))(build_images())
-    assert output.pooler_output.shape == (2, config.pooled_size)
-    assert get_largest_difference(output.pooler_output, expected(output.tokens)) < 1e-6
-
-
-@pytest.mark.parametrize(
-    ("fields", "read"),
-    [*((fields, read) for fields, _, read in POOLED.values()), ({"pooling": "attention"}, {"patches": ALL})],
-    ids=[*POOLED, "attention"],
-)
-def test_only_pooled_tokens_reach_the_head(fields: dict[str, Any], read: dict[str, slice]) -> None:
-    """The logits depend only on the final tokens that the pooling reads."""
-    model = randomize(ViTCLSForImageClassification(build_tiny_config(**fields, **OTHERS)))
-    final = _record_final_tokens(model)
-    # "max" takes each channel from one patch: with many images, every patch is the maximum of some channel.
-    model(build_images(64)).cls_logits.sum().backward()
-    reached = final[0].grad.abs().amax(dim=(0, 2)) > 0  # [N]
-    expected = torch.zeros_like(reached)
-    for group, part in read.items():
-        expected[getattr(model.config.token_layout, group)][part] = True
-    assert torch.equal(reached, expected)
-
-
-def test_only_distillation_tokens_reach_the_distillation_head() -> None:
-    config = build_tiny_config(num_cls_tokens=2, num_distillation_tokens=2, num_register_tokens=2)
+@pytest.mark.parametrize(("fields", "expected"), POOLED.values(), ids=POOLED)
+def test_both_heads_read_only_their_tokens(fields: dict[str, Any], expected: Callable) -> None:
+    config = build_tiny_config(**fields, num_register_tokens=2, num_distillation_tokens=2)
     model = randomize(ViTCLSForImageClassification(config))
-    final = _record_final_tokens(model)
-    model(build_images()).distillation_logits.sum().backward()
-    reached = final[0].grad.abs().amax(dim=(0, 2)) > 0
-    assert reached.nonzero().flatten().tolist() == [2, 3]
-
-
-def _record_final_tokens(model: ViTCLSForImageClassification) -> list[torch.Tensor]:
-    """Return a list that collects the tokens after the last norm in each forward pass, as leaf tensors."""
-    final: list[torch.Tensor] = []
-
-    def detach(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
-        final.append(output.detach().requires_grad_())
-        return final[0]
-
-    model.vitcls.layernorm.register_forward_hook(detach)
-    return final
+    encoded, output = model.vitcls(build_images()), model(build_images())
+    assert encoded.pooler_output.shape == (2, config.pooled_size)
+    assert get_largest_difference(encoded.pooler_output, expected(encoded.tokens)) < 1e-6
+    assert get_largest_difference(output.cls_logits, model.classifier(encoded.pooler_output)) < 1e-6
+    distilled = model.distillation_classifier(encoded.tokens["distillation"].mean(dim=1))
+    assert get_largest_difference(output.distillation_logits, distilled) < 1e-6
 
 
 # Scopes: the part of the image to which each CLS token attends
@@ -370,20 +269,8 @@ def test_scopes_require_attention_with_masks() -> None:
 # Attention masks of the caller
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_a_masked_patch_affects_no_other_token(attention: str) -> None:
-    model = randomize(ViTCLSModel(build_tiny_config(num_hidden_layers=1)))
-    model.set_attn_implementation(attention)
-    mask = torch.ones(1, 17, dtype=torch.long)
-    mask[0, 1 + 5] = 0  # row 1, column 1
-    seen = torch.ones(32, 32, dtype=torch.bool)
-    seen[8:16, 8:16] = False
-    for index in (0, 1, 16):
-        assert torch.equal(_get_receptive_field(model, index, attention_mask=mask), seen)
-
-
 @pytest.mark.parametrize("scopes", [None, ["image"]], ids=str)
-@pytest.mark.parametrize("shape", [(2, 18), (3, 17), (2, 1, 17)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 18), (2, 1, 17)], ids=str)
 def test_masks_of_a_wrong_shape_are_errors(scopes: list | None, shape: tuple[int, ...]) -> None:
     model = randomize(ViTCLSModel(build_tiny_config(cls_scopes=scopes)))
     mask = torch.ones(shape, dtype=torch.long)

@@ -1,4 +1,4 @@
-"""Code that runs in the two processes of test_kernels_on_and_off.py and test_outputs.py. Start with:
+"""Code that runs in the two processes of test_cpu_kernels.py and test_outputs.py. Start with:
 
     two_processes.py TARGET
 

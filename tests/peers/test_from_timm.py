@@ -329,7 +329,7 @@ def test_every_architecture() -> None:
         except ConversionError:
             refused.append(name)
             continue
-        uninstall_cpu_kernels(ours)  # their rounding grows with the values; tests/core/test_kernels_on_and_off.py
+        uninstall_cpu_kernels(ours)  # their rounding grows with the values; tests/core/test_cpu_kernels.py
         difference = largest_difference(model, ours)
         if difference <= TOLERANCE:
             exact.append(name)
