@@ -13,8 +13,8 @@ A study file (recipes/study_*.yaml) contains
                        numbers, with one table row per number: `Entropy per layer` has the column `layer`, from 1
     baseline           factor -> baseline level, with which all levels of the factor are compared
 
-In flags, `{run}` is replaced with the folder of the run, `{folder}` with the folder of the study, and `{subset:NAME}`
-with the folder of a subset.
+In flags, `{run}` is replaced with the folder of the run, `{folder}` with the folder of the study, `{seed}` with the
+seed, and `{subset:NAME}` with the folder of a subset. The name of a subset may contain `{seed}`.
 
 The output folder contains
     README.md, images/*.png    page of means with 95% confidence intervals and of differences paired by seed
@@ -213,8 +213,8 @@ class StudyRunner:
     def build_commands(self, run: StudyRun) -> list[tuple[str, list[str]]]:
         """Return the name and the command-line arguments of each stage of a run."""
         folder = self.get_run_folder(run)
-        placeholders = {f"{{subset:{name}}}": str(self.get_subset_folder(name)) for name in self.study.subsets}
-        placeholders |= {"{run}": str(folder), "{folder}": str(self.folder)}
+        placeholders = {"{seed}": str(run.seed), "{run}": str(folder), "{folder}": str(self.folder)}
+        placeholders |= {f"{{subset:{name}}}": str(self.get_subset_folder(name)) for name in self.study.subsets}
         commands = []
         for stage, stage_flags in run.stages.items():
             flags = dict(stage_flags)

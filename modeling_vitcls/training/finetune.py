@@ -11,7 +11,6 @@ After the run, the output folder contains:
 """
 
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,7 +32,7 @@ from ..inference.metrics import SELECTION_METRICS
 from ..options import FinetuneOptions
 from . import losses
 from .model import build_model, set_trainable_parameters, uses_patch_dropout
-from .probe import MAX_PROBE_IMAGES, explain_missing_probe, run_probe
+from .probe import MAX_PROBE_IMAGES, Probe, explain_missing_probe
 from .reporter import Reporter
 from .task import Task, get_evaluator_arguments
 from .teacher import Teacher, TeacherCache, load_teacher
@@ -133,9 +132,7 @@ def build_task(options: FinetuneOptions, data: TrainingData, reporter: Reporter)
             "label_column": list(labels.columns),
             "label_separator": options.data.label_separator,
         },
-        run_probe=None
-        if missing_probe_reason
-        else partial(run_probe, model, max_images=max_images, evaluator_arguments=arguments),
+        probe=None if missing_probe_reason else Probe(model, max_images, arguments),
     )
 
 

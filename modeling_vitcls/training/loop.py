@@ -54,6 +54,7 @@ class TrainingState:
     ema: Ema | None = None
     step: int = 0  # number of completed optimizer steps
     best_score: float | None = None  # best score of all evaluations so far
+    margin: float = 0.0  # by which an evaluation must exceed the best score: see `evaluate_step`
     num_evaluations_since_best: int = 0  # number of evaluations since the best evaluation
     recent_losses: list[dict[str, float]] = field(default_factory=list)  # losses of the steps since the last record
     attention_metrics: Metrics = field(default_factory=dict)  # attention metrics since the last logged step
@@ -250,13 +251,18 @@ class TrainingLoop:
         return metrics
 
     def evaluate_step(self) -> Metrics:
-        """Evaluate the model, log the pending record, and save a checkpoint if the score is the best so far."""
+        """Evaluate the model, log the pending record, and save a checkpoint if the score is the best so far.
+
+        The accuracy of the frozen model (step 0) must be exceeded by more than its standard error. Otherwise, the
+        best of many evaluations on few images would often replace a better frozen model by chance.
+        """
         state = self.state
         metrics = self.evaluate()
         score = get_score(metrics, self.selection_metric)
-        self.is_best = score is not None and (state.best_score is None or score > state.best_score)
+        self.is_best = score is not None and (state.best_score is None or score > state.best_score + state.margin)
         if self.is_best:
             state.best_score, state.num_evaluations_since_best = score, 0
+            state.margin = 0.0 if state.step else math.sqrt(score * (1 - score) / metrics["num_images"])
         else:
             state.num_evaluations_since_best += 1
         scalars = {f"{self.evaluated_images}_{name}": value for name, value in select_scalars(metrics).items()}
@@ -308,6 +314,7 @@ class TrainingLoop:
         metadata = self.run_metadata | {
             "step": state.step,
             "best_score": state.best_score,
+            "margin": state.margin,
             "num_evaluations_since_best": state.num_evaluations_since_best,
             "training_seconds": self.get_training_seconds(),
             "recent_losses": gather_object([state.recent_losses]),
@@ -329,7 +336,7 @@ class TrainingLoop:
         state, metadata = self.state, checkpoint.metadata
         scatter_state(checkpoint, self.accelerator, state.model, state.optimizer, state.shadow)
         state.step = checkpoint.step
-        state.best_score = metadata["best_score"]
+        state.best_score, state.margin = metadata["best_score"], metadata["margin"]
         state.num_evaluations_since_best = metadata["num_evaluations_since_best"]
         losses_by_process = metadata["recent_losses"]
         state.recent_losses = losses_by_process[self.accelerator.process_index % len(losses_by_process)]

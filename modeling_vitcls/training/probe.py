@@ -5,17 +5,21 @@
                                       -> weights of the classifier (regression on the model's own pooling)
 
 Fine-tuning then starts from the regression instead of a random classifier (linear probing, then fine-tuning: Kumar et
-al. 2022, arXiv 2202.10054). With `--select best`, the frozen model takes part in the selection. The classifiers are
-those of `vitcls evaluate --frozen` (inference/frozen.py).
+al. 2022, arXiv 2202.10054). With `--select best`, the frozen model takes part in the selection: fine-tuning must be
+better by more than the standard error of the frozen model's accuracy. If the frozen model is selected, the regression
+is fitted again, to the training and selection images. The classifiers are those of `vitcls evaluate --frozen`
+(inference/frozen.py).
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from torch import nn
 
-from ..data.images import LabeledImages
 from ..data.splits import TrainingData
 from ..distributed import run_on_main
 from ..inference.evaluator import HeldOutBatch
@@ -54,70 +58,97 @@ def explain_missing_probe(options: Any, model: Any, new_parameter_names: set[str
     return next((reason for reason, is_true in reasons.items() if is_true), None)
 
 
-def run_probe(
-    model: Any, data: TrainingData, reporter: Reporter, max_images: int | None, evaluator_arguments: dict[str, Any]
-) -> dict[str, Any]:
-    """Set the classifier of `model` to the logistic regression on the frozen features, print the accuracies of the
-    frozen model, and return them for results.json. The accuracies are measured on the selection images, or the
-    held-out images if there are no selection images. At most `max_images` training images are used."""
-    accelerator = reporter.accelerator
-    was_training = model.training
-    model.to(accelerator.device).eval()
+@dataclass(frozen=True)
+class Probe:
+    """The probe of a classifier. At most `max_images` training images are used."""
 
-    def compute_features(images: LabeledImages, **arguments: Any) -> tuple[np.ndarray, np.ndarray]:
-        evaluator = ProbeEvaluator([], images, label_space=data.label_space, **evaluator_arguments | arguments)
-        outputs = evaluator(model)
+    model: Any
+    max_images: int | None
+    evaluator_arguments: dict[str, Any]
+
+    def run(self, data: TrainingData, reporter: Reporter) -> dict[str, Any]:
+        """Set the classifier to the logistic regression on the frozen features, print the accuracies of the frozen
+        model, and return them for results.json. The accuracies are measured on the selection images, or the held-out
+        images if there are no selection images."""
+        config = self.model.config
+        features, labels = self.compute_features(data, self.draw_training_images(data))
+        images = data.held_out if data.selection is None else data.selection
+        evaluation = self.compute_features(data, images, warn=reporter.warn) if len(images) else None
+        size, width = config.pooled_size, config.hidden_size
+
+        def fit() -> dict[str, Any]:
+            own = slice(0, size)
+            columns = {
+                "CLS": slice(size, size + width),
+                "mean of the patches": slice(size + width, None),
+                "CLS + mean": slice(size, None),
+            }
+            if not config.num_cls_tokens:
+                columns = {"mean of the patches": columns["mean of the patches"]}
+            own_name = next(
+                (name for name, part in columns.items() if np.array_equal(features[:, part], features[:, own])), None
+            )
+            if own_name is None:
+                columns[own_name := f"pooling {config.pooling}"] = own
+            classifiers = {
+                (kind, name): build_classifier(kind, len(labels)).fit(features[:, part], labels)
+                for name, part in columns.items()
+                for kind in ("knn", "logreg")
+                if evaluation is not None or (kind, name) == ("logreg", own_name)
+            }
+            probe: dict[str, Any] = {"num_training_images": len(labels), "features": own_name}
+            if evaluation is not None:
+                for kind in ("knn", "logreg"):
+                    probe[kind] = {
+                        name: round(
+                            float((classifiers[kind, name].predict(evaluation[0][:, part]) == evaluation[1]).mean()), 6
+                        )
+                        for name, part in columns.items()
+                    }
+            return {
+                "probe": probe,
+                "classifier": fold_standardization(classifiers["logreg", own_name], config.num_labels),
+            }
+
+        fitted = run_on_main(reporter.accelerator, fit)
+        self.set_classifier(*fitted["classifier"])
+        if reporter.printed_metric is not None:  # None: a dry run
+            reporter.print_line("frozen", describe_probe(fitted["probe"]))
+        return fitted["probe"]
+
+    def refit(self, data: TrainingData, accelerator: Accelerator) -> None:
+        """Fit the regression again, to the training and the selection images together."""
+        parts = [self.compute_features(data, images) for images in (self.draw_training_images(data), data.selection)]
+        features, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        config = self.model.config
+
+        def fit() -> tuple[np.ndarray, np.ndarray]:
+            pipeline = build_classifier("logreg", len(labels)).fit(features[:, : config.pooled_size], labels)
+            return fold_standardization(pipeline, config.num_labels)
+
+        self.set_classifier(*run_on_main(accelerator, fit))
+
+    def draw_training_images(self, data: TrainingData) -> Any:
+        images: Any = data.train
+        if self.max_images is None or len(images) <= self.max_images:
+            return images
+        return images.select(sorted(np.random.default_rng(0).permutation(len(images))[: self.max_images].tolist()))
+
+    def compute_features(
+        self, data: TrainingData, images: Any, warn: Callable[[str], None] = lambda message: None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return features and labels. Training reports unreadable images, so that the default does not."""
+        arguments = self.evaluator_arguments | {"warn": warn}
+        evaluator = ProbeEvaluator([], images, label_space=data.label_space, **arguments)
+        was_training = self.model.training
+        outputs = evaluator(self.model.to(evaluator.accelerator.device).eval())
+        self.model.train(was_training)
         return outputs["features"], outputs["labels"]
 
-    train: Any = data.train
-    if max_images is not None and len(train) > max_images:
-        train = train.select(sorted(np.random.default_rng(0).permutation(len(train))[:max_images].tolist()))
-    features, labels = compute_features(train, warn=lambda message: None)  # training reports unreadable images
-    images = data.held_out if data.selection is None else data.selection
-    evaluation = compute_features(images) if len(images) else None
-    model.train(was_training)
-    size, width = model.config.pooled_size, model.config.hidden_size
-
-    def fit() -> dict[str, Any]:
-        own = slice(0, size)
-        columns = {
-            "CLS": slice(size, size + width),
-            "mean of the patches": slice(size + width, None),
-            "CLS + mean": slice(size, None),
-        }
-        if not model.config.num_cls_tokens:
-            columns = {"mean of the patches": columns["mean of the patches"]}
-        own_name = next(
-            (name for name, part in columns.items() if np.array_equal(features[:, part], features[:, own])), None
-        )
-        if own_name is None:
-            columns[own_name := f"pooling {model.config.pooling}"] = own
-        classifiers = {
-            (kind, name): build_classifier(kind, len(labels)).fit(features[:, part], labels)
-            for name, part in columns.items()
-            for kind in ("knn", "logreg")
-            if evaluation is not None or (kind, name) == ("logreg", own_name)
-        }
-        weight, bias = fold_standardization(classifiers["logreg", own_name], model.config.num_labels)
-        probe: dict[str, Any] = {"num_training_images": len(labels), "features": own_name}
-        if evaluation is not None:
-            for kind in ("knn", "logreg"):
-                probe[kind] = {
-                    name: round(
-                        float((classifiers[kind, name].predict(evaluation[0][:, part]) == evaluation[1]).mean()), 6
-                    )
-                    for name, part in columns.items()
-                }
-        return {"probe": probe, "weight": weight, "bias": bias}
-
-    fitted = run_on_main(accelerator, fit)
-    with torch.no_grad():
-        model.classifier.weight.copy_(torch.from_numpy(fitted["weight"]))
-        model.classifier.bias.copy_(torch.from_numpy(fitted["bias"]))
-    probe = fitted["probe"]
-    if reporter.printed_metric is not None:  # None: a dry run
-        reporter.print_line("frozen", describe_probe(probe))
-    return probe
+    def set_classifier(self, weight: np.ndarray, bias: np.ndarray) -> None:
+        with torch.no_grad():
+            self.model.classifier.weight.copy_(torch.from_numpy(weight))
+            self.model.classifier.bias.copy_(torch.from_numpy(bias))
 
 
 def fold_standardization(pipeline: Any, num_labels: int) -> tuple[np.ndarray, np.ndarray]:

@@ -24,6 +24,7 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
+from torch.distributed.fsdp import FSDPModule
 
 from ..checkpoints import WRITE_ERRORS, CheckpointStore
 from ..data.augmentation import build_augmentation
@@ -167,7 +168,7 @@ def run(
         # Summary
         lines: dict[str, str | None] = {**describe_splits(data, task)}
         lines |= describe_model(options.model.model, task.model, forward_flops) | default_lines | task.summary_lines
-        has_finished_training = task.run_probe is not None and options.training.trainable == "head"
+        has_finished_training = task.probe is not None and options.training.trainable == "head"
         if has_finished_training:  # no steps
             lines["defaults"] = None
         for name, text in (lines | describe_batches(plan, accelerator, has_finished_training)).items():
@@ -184,17 +185,17 @@ def run(
                 held_out=draw_images(data.held_out, num_evaluated),
                 selection=None if data.selection is None else draw_images(data.selection, num_evaluated),
             )
-            if task.run_probe is not None:
-                task.run_probe = partial(task.run_probe, max_images=NUM_DRY_RUN_PROBE_IMAGES)
+            if task.probe is not None:
+                task.probe = replace(task.probe, max_images=NUM_DRY_RUN_PROBE_IMAGES)
 
         # Probe
         reporter.printed_metric = None if is_dry_run else task.selection_metric
         if checkpoint is not None:
             run_metadata["probe"] = checkpoint.metadata["probe"]
-        elif task.run_probe is None:
+        elif task.probe is None:
             run_metadata["probe"] = None
         else:
-            run_metadata["probe"] = task.run_probe(data=data, reporter=reporter)
+            run_metadata["probe"] = task.probe.run(data, reporter)
 
         # Training
         empty_metrics = {"num_images": 0, "num_unreadable_images": 0}  # metrics if no images are held out
@@ -244,7 +245,7 @@ def run(
             try:
                 with closing(batches):  # closing stops the data loading workers
                     if has_finished_training or (
-                        checkpoint is None and task.run_probe is not None and data.selection is not None
+                        checkpoint is None and task.probe is not None and data.selection is not None
                     ):
                         metrics = loop.evaluate_step()  # the frozen model takes part in the selection
                     if not has_finished_training:
@@ -256,7 +257,9 @@ def run(
                 selected_step = loop.load_best_weights()
                 selected_text = f"the checkpoint of step {selected_step:,}, with the best evaluation"
                 if selected_step == 0:
-                    selected_text = "the frozen model, because no evaluation during fine-tuning was better"
+                    selected_text = (
+                        "the frozen model, because fine-tuning was not better by more than a standard error"
+                    )
                 reporter.print_line("selected", selected_text)
             training_seconds = loop.get_training_seconds()
         if state.ema is not None:
@@ -275,6 +278,13 @@ def run(
             reshard(state.model)
 
         # Results
+        if (
+            selected_step == 0
+            and task.probe is not None
+            and not is_dry_run
+            and not isinstance(state.model, FSDPModule)
+        ):
+            task.probe.refit(data, accelerator)
         if data.selection is not None or calibration is not None:
             if held_out_evaluator is not None:
                 held_out_evaluator.keep_logits = True

@@ -11,6 +11,7 @@ from typing import Any
 from ..data.images import LabeledImages
 from ..image_processing_vitcls import ViTCLSImageProcessor
 from .losses import Objective
+from .probe import Probe
 from .reporter import Reporter
 
 
@@ -33,8 +34,7 @@ class Task:
     summary_lines: dict[str, str] = field(default_factory=dict)  # lines to print before training, keyed by name
     warnings: list[str] = field(default_factory=list)  # warnings to print before training
     results: dict[str, Any] = field(default_factory=dict)  # fields of results.json
-    # Sets the classifier with a probe of the frozen encoder (probe.py), and returns the results; None for no probe.
-    run_probe: Callable[..., dict[str, Any]] | None = None
+    probe: Probe | None = None  # sets the classifier from the features of the frozen encoder
     encoder: Any = None  # part of the model that is saved; None to save the model
     compare: Any = None  # FeatureComparison of pre-training; None in fine-tuning
 

@@ -65,15 +65,25 @@ def test_the_frozen_model_equals_the_regression_of_scikit_learn(encoder: Path, t
 
 
 def test_a_learning_rate_that_is_too_large_ends_with_the_frozen_model(encoder: Path, tmp_path: Path) -> None:
-    """The default learning rate of this model is 4e-4, and 30 times this value is 1.2e-2."""
+    """The default learning rate of this model is 4e-4, and 30 times this value is 1.2e-2. The classifier of the frozen
+    model is then the regression on training and selection images."""
     flags = {"learning_rate": 1.2e-2, "warmup": 0.0, "epochs": 1.0, "max_steps": None, "batch_size": 16}
-    results = run_training(build_options(tmp_path / "run", encoder, **flags, weight_decay=10.0))
+    options = build_options(tmp_path / "run", encoder, **flags, weight_decay=10.0)
+    results = run_training(options)
     records = [record for record in read_metrics(tmp_path / "run") if "selection_accuracy" in record]
     assert all(record["selection_accuracy"] <= results["selection"]["accuracy"] for record in records)
     assert results["selection"]["step"] == 0
     assert results["selection"]["accuracy"] == results["frozen"]["logreg"]["CLS"]
     best = CheckpointStore(tmp_path / "run" / "checkpoints", num_kept=9).load_best()
     assert best.step == 0
+    data = prepare_task(options).data
+    assert data.selection is not None
+    train, selection, held_out = (
+        compute_cls_features(encoder, part.images) for part in (data.train, data.selection, data.held_out)
+    )
+    regression = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+    regression.fit(np.concatenate([train, selection]), [*data.train.labels, *data.selection.labels])
+    assert results["accuracy"] == pytest.approx(regression.score(held_out, data.held_out.labels), abs=1e-6)
 
 
 def test_fine_tuning_starts_from_the_regression(
@@ -98,12 +108,12 @@ def test_fine_tuning_starts_from_the_regression(
 )
 def test_reasons_for_no_probe(encoder: Path, tmp_path: Path, flags: dict[str, Any], reason: str) -> None:
     task = prepare_task(build_options(tmp_path / "run", encoder, **flags)).task
-    assert task.run_probe is None and task.summary_lines["probe"] == f"off, because {reason}"
+    assert task.probe is None and task.summary_lines["probe"] == f"off, because {reason}"
 
 
 def test_random_weights_have_no_probe(tmp_path: Path) -> None:
     run = prepare_task(build_tiny_options(tmp_path / "run", "digits", probe=True, select=None))
-    assert run.task.run_probe is None and run.options.training.select == "last"
+    assert run.task.probe is None and run.options.training.select == "last"
     assert run.task.summary_lines["probe"] == "off, because the initial weights are random"
 
 
