@@ -458,8 +458,8 @@ class EvaluateOptions:
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
     """Precision of the forward pass. Default: the setting of `accelerate launch`."""
     backend: str = "torch"
-    """Engine of the forward passes: `torch`, `onnx` or `openvino` (model.onnx or model.xml in the model's folder),
-    or a file that `vitcls export` wrote."""
+    """Engine: `torch`, or `onnx` or `openvino` for model.onnx or model.xml in the model's folder, which then
+    requires no other weights, or a file that `vitcls export` wrote."""
     frozen: str | None = None
     """Evaluate the frozen encoder instead of the classifier of the model: fit `knn`, `logreg` (logistic regression) or
     `few-shot:N` (logistic regression on N images per class) to the features of the training images."""
@@ -483,6 +483,8 @@ class EvaluateOptions:
             raise ValueError(
                 f"--audit requires --frozen logreg or knn, but --frozen is {self.frozen}. Remove --frozen"
             )
+        if self.backend != "torch" and (self.frozen or self.audit):
+            raise ValueError("--frozen and --audit require --backend torch. Remove --backend")
         is_known_method = bool(re.fullmatch(r"knn|logreg|few-shot:[1-9]\d*", str(self.frozen)))
         requirement = "knn, logreg or few-shot:N such as few-shot:5"
         check_value(self, "frozen", self.frozen is None or is_known_method, requirement)
@@ -553,8 +555,8 @@ class PredictOptions(ImageOptions):
     """How images of other aspect ratios become the input: resize the whole image (`squash`), crop the center (`crop`)
     or add gray (`pad`). Default: the setting of the image processor."""
     backend: str = "torch"
-    """Engine of the forward passes: `torch`, `onnx` or `openvino` (model.onnx or model.xml in the model's folder),
-    or a file that `vitcls export` wrote."""
+    """Engine: `torch`, or `onnx` or `openvino` for model.onnx or model.xml in the model's folder, which then
+    requires no other weights, or a file that `vitcls export` wrote."""
     num_workers: int | None = None
     """Number of image loading threads per process. Default: the number of CPU cores, but at most 8."""
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None

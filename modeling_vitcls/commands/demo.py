@@ -22,6 +22,9 @@ class DemoOptions:
     """Address of the server. 0.0.0.0 allows connections from other machines."""
     port: int | None = None
     """Port of the server. Default: the first free port from 7860 upward."""
+    backend: str = "torch"
+    """Engine: `torch`, or `onnx` or `openvino` for model.onnx or model.xml in the model's folder, which then
+    requires no other weights, or a file that `vitcls export` wrote. Exported files have no attention maps."""
 
 
 OPTIONS_CLASS = DemoOptions
@@ -31,12 +34,13 @@ def run(options: DemoOptions) -> None:
     """Load the model and serve the demo page."""
     from ..conversion.any_checkpoint import resolve_checkpoint
     from ..hub.loading import check_is_vitcls, force_offline
-    from ..inference.load_model import load_model
+    from ..inference.load_model import list_file_patterns, load_model
 
-    folder = resolve_checkpoint(options.model)
+    folder = resolve_checkpoint(options.model, list_file_patterns(options.backend))
     architectures = check_is_vitcls(options.model, folder).get("architectures") or []
+    has_head = any("Classification" in name for name in architectures)
     with force_offline():  # all files are local at this point
-        model, processor = load_model(folder, use_head=any("Classification" in name for name in architectures))
+        model, processor = load_model(folder, has_head, backend=options.backend)
         from ..demo.page import serve_demo  # importing gradio is slow
 
         serve_demo(model.eval(), processor, options.model, options.examples, options.host, options.port)

@@ -89,7 +89,7 @@ def launch_page(page: gr.Blocks, host: str | None = None, port: int | None = Non
 
 def build_page(model: Any, processor: Any, title: str, examples: Sequence[str | Path] = ()) -> gr.Blocks:
     """Build the page of a model."""
-    has_labels = "Classification" in type(model).__name__
+    has_labels = "Classification" in (model.config.architectures or [type(model).__name__])[0]
     names = get_token_names(model.config) if hasattr(model, "token_attention") else []
     num_layers = model.config.num_hidden_layers
     with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(CACHE_SECONDS, CACHE_SECONDS)) as page:

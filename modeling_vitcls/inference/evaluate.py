@@ -35,12 +35,10 @@ from ..data.splits import load_evaluation_data
 from ..distributed import build_accelerator
 from ..files import read_json, write_json
 from ..heads_vitcls import IGNORED_LABEL
-from ..hub.loading import MODEL_FILE_PATTERNS
 from ..options import DataOptions, EvaluateOptions
 from ..system import describe_device, get_versions
 from .evaluator import CachedBatches, Evaluator, HeldOutBatch
-from .exported_graphs import use_backend
-from .load_model import check_is_finished, load_classifier, load_processor
+from .load_model import check_is_finished, list_file_patterns, load_classifier, load_processor
 from .metric_tables import build_class_tables, build_metric_rows
 from .metrics import select_scalars
 from .per_image import check_per_image, write_predictions
@@ -65,9 +63,9 @@ def load_evaluation(
     """Load the model and the labeled images. The errors are the same as in `evaluate_checkpoint`."""
     check_is_finished(options.model)
     with accelerator.main_process_first():  # the main process downloads the files
-        folder = resolve_checkpoint(options.model, [*MODEL_FILE_PATTERNS, RESULTS_FILE])
-        model = load_classifier(options.model, folder).to(accelerator.device).eval()
-        use_backend(model, options.backend, Path(folder))
+        folder = resolve_checkpoint(options.model, [*list_file_patterns(options.backend), RESULTS_FILE])
+        model = load_classifier(options.model, folder, options.backend, accelerator.mixed_precision)
+        model = model.to(accelerator.device).eval()
         processor = load_processor(options.model, folder)
         if options.fit is not None:
             set_fit(processor, options.fit, model.config.image_height_width)

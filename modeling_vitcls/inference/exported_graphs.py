@@ -1,6 +1,7 @@
 """Run graphs that `vitcls export` wrote: ONNX files with onnxruntime, and OpenVINO files with OpenVINO, on the CPU.
 
 outputs = ExportedGraph(Path("model.xml"), precision="bf16")(pixel_values)    # {"logits": [B, labels]}
+logits = ExportedModel(Path("model.xml"), config, use_head=True)(pixel_values).logits
 """
 
 from collections.abc import Callable
@@ -11,11 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..configuration_vitcls import ViTCLSConfig
 from ..errors import format_error
 
 
 INPUT_NAME = "pixel_values"
-BACKEND_SUFFIXES = {"onnx": ".onnx", "openvino": ".xml"}
+# Backend -> files that it reads in a model folder. Large ONNX files have their weights in a second file.
+BACKEND_FILES = {"onnx": ("model.onnx", "model.onnx.data"), "openvino": ("model.xml", "model.bin")}
 # Precision -> OpenVINO's hint. Without a hint, OpenVINO computes in bfloat16 wherever the CPU supports it.
 OPENVINO_HINTS = {"fp32": "f32", "bf16": "bf16"}
 
@@ -81,39 +84,66 @@ def open_openvino(file: Path, precision: str) -> Runner:
     return run
 
 
-def use_backend(model: Any, backend: str, folder: Path) -> None:
-    """Let the forward passes of a model run an exported graph. Labels, configuration and weights stay.
+class ExportedModel(nn.Module):
+    """An exported graph in the place of the model that was exported; no weights of the model are loaded.
 
     Args:
-        model: The model that was exported.
-        backend: "torch" (no change), "onnx" or "openvino" for model.onnx or model.xml in `folder`, or the path of an
-            exported file.
+        file: The exported file.
+        config: Configuration of the model.
+        use_head: Whether the logits are required, or the final hidden state.
+        mixed_precision: "no", or "bf16" for OpenVINO.
+
+    Raises:
+        ValueError: If the file cannot be read, or the runtime does not support the precision.
+    """
+
+    device = torch.device("cpu")
+
+    def __init__(self, file: Path, config: ViTCLSConfig, use_head: bool, mixed_precision: str = "no") -> None:
+        super().__init__()
+        supported = ("no", "bf16") if file.suffix == ".xml" else ("no",)
+        if mixed_precision not in supported:
+            raise ValueError(
+                f"{file.name} supports --mixed-precision {' or '.join(supported)}, not {mixed_precision}. Set one of "
+                "them, or --backend torch"
+            )
+        self.config, self.use_head = config, use_head
+        weights_file = file.with_suffix(".bin") if file.suffix == ".xml" else Path(f"{file}.data")
+        self.files = [file, *filter(Path.is_file, [weights_file])]
+        self.graph = ExportedGraph(file, "bf16" if mixed_precision == "bf16" else "fp32")
+
+    @property
+    def base_model(self) -> "ExportedModel":
+        """The encoder, as in transformers: `last_hidden_state` is an output of this graph."""
+        return self
+
+    def forward(self, pixel_values: torch.Tensor, output_hidden_states: bool = False) -> SimpleNamespace:
+        """Return the outputs [B, ...] of the model for images [B, C, H, W], on the device of the images."""
+        if output_hidden_states:
+            raise ValueError(f"{self.graph.file} has only the outputs of the last layer. Set --backend torch")
+        outputs = {name: output.to(pixel_values.device) for name, output in self.graph(pixel_values).items()}
+        tasks = self.config.task_labels() if self.use_head else {}
+        for name in tasks or ["logits" if self.use_head else "last_hidden_state"]:
+            if name not in outputs:
+                raise ValueError(f"{self.graph.file} has no output {name}. Export the model that --model names")
+        return SimpleNamespace(**{"logits": outputs} if tasks else {"distillation_logits": None} | outputs)
+
+
+def find_exported_file(backend: str, folder: Path) -> Path:
+    """Return the file that a backend runs.
+
+    Args:
+        backend: "onnx" or "openvino" for model.onnx or model.xml in the folder, or the path of an exported file.
         folder: Folder of the model.
 
     Raises:
-        ValueError: If the file does not exist, cannot be run, or lacks the outputs of the model.
+        ValueError: If there is no such file.
     """
-    if backend == "torch":
-        return
-    suffix = BACKEND_SUFFIXES.get(backend)
-    file = folder / f"model{suffix}" if suffix else Path(backend)
-    if not file.is_file() or file.suffix not in BACKEND_SUFFIXES.values():
+    file = folder / BACKEND_FILES[backend][0] if backend in BACKEND_FILES else Path(backend)
+    if not file.is_file() or file.suffix not in (".onnx", ".xml"):
+        format_name = backend if backend in BACKEND_FILES else "onnx"
         raise ValueError(
-            f"--backend {backend} requires {file}, written by `vitcls export --model {folder} --format "
-            f"{backend if suffix else 'onnx'} --output {file}`"
+            f"--backend {backend} requires {file}, written by `vitcls export --model {folder} --format {format_name} "
+            f"--output {file}`"
         )
-    graph = ExportedGraph(file)
-    config = model.config
-    names = list(config.task_labels()) or (["logits"] if hasattr(model, "classifier") else ["last_hidden_state"])
-
-    def forward(pixel_values: torch.Tensor, **arguments: Any) -> SimpleNamespace:
-        outputs = graph(pixel_values)
-        if missing := [name for name in names if name not in outputs]:
-            raise ValueError(f"{file} has no output {missing[0]}. Export the model that --model names")
-        outputs = {name: output.to(pixel_values.device) for name, output in outputs.items()}
-        if config.tasks:
-            return SimpleNamespace(logits=outputs)
-        return SimpleNamespace(**{"distillation_logits": None, "hidden_states": None} | outputs)
-
-    model.forward = forward
-    model.exported_file = file
+    return file

@@ -31,7 +31,7 @@ from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..modeling_vitcls import ViTCLSPreTrainedModel
 from ..options import PredictOptions
 from .confidence import find_score_limit
-from .exported_graphs import use_backend
+from .exported_graphs import ExportedModel
 from .inputs import ImageRecord, ListInput, PredictionInput, StreamInput, build_list_input, open_input, prepare_images
 from .load_model import load_model
 from .outputs import WRITERS, Progress, get_output_columns, print_table, write_rows
@@ -123,8 +123,9 @@ def read_all_records(source: PredictionInput) -> Iterator[ImageRecord]:
 def build_predictor(options: PredictOptions, accelerator: Accelerator) -> Predictor:
     """Load the model and the image processor, and build a predictor on the device of the accelerator."""
     assert options.model is not None
-    model, processor = load_model(options.model, use_head=options.features is None, fit=options.fit)
-    use_backend(model, options.backend, Path(options.model))
+    model, processor = load_model(
+        options.model, options.features is None, options.fit, options.backend, accelerator.mixed_precision
+    )
     return Predictor(
         model=model.to(accelerator.device),
         processor=processor,
@@ -307,6 +308,7 @@ def compute_model_digest(model: PreTrainedModel, processor: ViTCLSImageProcessor
     for name, weights in sorted(model.state_dict().items()):
         digest.update(name.encode())
         digest.update(weights.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    if (exported_file := getattr(model, "exported_file", None)) is not None:
-        digest.update(exported_file.read_bytes())
+    if isinstance(model, ExportedModel):
+        for file in model.files:
+            digest.update(file.read_bytes())
     return digest.hexdigest()

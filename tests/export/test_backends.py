@@ -1,20 +1,25 @@
 """--backend onnx and openvino have the predictions of torch; int8 is measured on the file."""
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from helpers.command_in_process import run_here
 from helpers.digits_models import train_digits_model
 from helpers.tiny_models import build_tiny_config, randomize, save_with_processor
+from helpers.warm_processes import OFFLINE, run_together
 from PIL import Image
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, evaluate, predict
+from modeling_vitcls.demo import page
 from modeling_vitcls.export.exporter import export_model
 
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("fresh_accelerate")]
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +42,68 @@ def test_backends_have_the_predictions_of_torch(backend: str, model: Path, tmp_p
             theirs[f"label{suffix}"] for suffix in ("", "_2", "_3")
         ]
         assert mine["probability"] == pytest.approx(theirs["probability"], abs=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["onnx", "openvino"])
+def test_a_folder_without_weights_is_evaluated_and_shown(
+    backend: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The graph, the configuration and the image processor are enough; --backend torch names the remedy."""
+    folder = tmp_path / "exported"
+    shutil.copytree(model, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    for index in range(12):
+        image = Image.fromarray(np.random.default_rng(index).integers(0, 256, (40, 40, 3), dtype=np.uint8))
+        (tmp_path / "images" / f"LABEL_{index % 3}").mkdir(parents=True, exist_ok=True)
+        image.save(tmp_path / "images" / f"LABEL_{index % 3}" / f"{index}.png")
+    dataset = {"split": "train", "held_out_fraction": 0.0}
+    results = [
+        evaluate(str(source), str(tmp_path / "images"), backend=name, **dataset)
+        for source, name in ((model, "torch"), (folder, backend))
+    ]
+    assert results[0]["confusion_matrix"] == results[1]["confusion_matrix"]
+    served: list[Any] = []
+    monkeypatch.setattr(page, "serve_demo", lambda *arguments: served.append(arguments))
+    assert run_here("demo", "--model", str(folder), "--backend", backend) == 0
+    exported_model, processor = served[0][:2]
+    pixel_values = processor(image, return_tensors="pt")["pixel_values"]
+    loaded: Any = ViTCLSForImageClassification.from_pretrained(model)
+    expected, found = (page.compute_predictions(each, pixel_values)[0] for each in (loaded, exported_model))
+    assert found == pytest.approx(expected, abs=1e-5)
+    assert page.build_page(exported_model, processor, "exported") is not None
+    capsys.readouterr()
+    assert run_here("predict", "--model", str(folder), str(tmp_path / "images")) == 1
+    error = capsys.readouterr().err
+    assert "--backend onnx" in error and error.count("\n") == 1
+
+
+def test_the_precision_of_a_graph_is_checked(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
+    words = ("predict", "--model", str(model), str(tmp_path / "a.png"), "--mixed-precision", "bf16", "--backend")
+    assert run_here(*words, "openvino") == 0
+    assert run_here(*words, "onnx") == 1
+    assert "--mixed-precision" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["torch", "onnx"])
+def test_two_processes_resume_with_the_rows_of_one(backend: str, model: Path, tmp_path: Path) -> None:
+    """A missing file is written again, and the others stay; another graph is not mixed with the first."""
+    for index in range(20):
+        image = Image.fromarray(np.random.default_rng(index).integers(0, 256, (40, 40, 3), dtype=np.uint8))
+        image.save(tmp_path / f"{index:02}.png")
+    folder = tmp_path / "labels"
+    flags = ["--model", model, tmp_path, "--backend", backend, "--shard-size", 4, "--batch-size", 2]
+    how = {"log": tmp_path / "log", "environment": OFFLINE, "processes": 2}
+    for _ in range(2):
+        run_together("predict.py", *flags, "--output", folder, **how)
+        (folder / "shard-000002.parquet").unlink(missing_ok=True)
+    run_together("predict.py", *flags, "--output", folder, **how)
+    files = sorted(folder.glob("*.parquet"))
+    rows = [row for file in files for row in pq.read_table(file).to_pylist()]
+    expected = predict(str(model), str(tmp_path), backend=backend)
+    assert [row["label"] for row in rows] == [row["label"] for row in expected] and len(files) == 5
+    other = ["torch", "onnx"][backend == "torch"]
+    assert run_here("predict", *map(str, flags[:4]), other, *map(str, flags[5:]), "--output", str(folder)) == 1
 
 
 def test_missing_and_damaged_files_are_one_line(
