@@ -260,7 +260,7 @@ def prepare_weights(weights: Mapping[str, Any], family: str) -> Weights:
 
 
 def convert_to_tensor(name: str, array: Any) -> torch.Tensor:
-    """Convert an array to a tensor. Raise ConversionError unless the values are floating-point numbers."""
+    """Convert an array to a tensor. Raise ConversionError unless weights are arrays of floating-point numbers."""
     name = replace_control_characters(name)
     try:
         tensor = torch.as_tensor(array)
@@ -268,7 +268,10 @@ def convert_to_tensor(name: str, array: Any) -> torch.Tensor:
         raise ConversionError(
             f"{name} is not an array of numbers with a supported dtype. Convert the array to float32"
         ) from None
-    if not tensor.is_floating_point() and name.endswith(("weight", "bias", "kernel", "embed", "token")):
+    is_weight = name.endswith(("weight", ".bias", "kernel", "embed", "token"))
+    if is_weight and tensor.ndim == 0:
+        raise ConversionError(f"{name} is a single number, but weights must be arrays. Download the file again")
+    if is_weight and not tensor.is_floating_point():
         dtype = str(tensor.dtype).removeprefix("torch.")
         raise ConversionError(f"{name} has the dtype {dtype}, but weights must be floating-point. Use a float file")
     return tensor

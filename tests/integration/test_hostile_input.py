@@ -182,7 +182,7 @@ def test_state_dicts(family: str, changes: list[tuple[str, str]], heads: int) ->
         if change in CHANGED_NAMES and tensor is not None:
             weights[CHANGED_NAMES[change](name)] = tensor
         elif isinstance(tensor, torch.Tensor):
-            weights[name] = CHANGED_TENSORS[change](tensor)
+            weights[name] = CHANGED_TENSORS[change](tensor) if tensor.ndim else tensor
     run_limited(lambda: convert_state_dict(weights, family, num_attention_heads=heads))
 
 
