@@ -7,13 +7,11 @@ DDP and FSDP2 on two processes must be equal, with gradient accumulation, averag
 training.
 """
 
-import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -22,10 +20,12 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
 from helpers.fresh_processes import SCRIPT_ENVIRONMENT
+from helpers.tiny_options import read_metrics
 from helpers.warm_processes import OFFLINE, run_together
 from safetensors.torch import load_file
 
 from modeling_vitcls import ViTCLSForImageClassification
+from modeling_vitcls.files import read_json
 
 
 pytestmark = pytest.mark.integration
@@ -65,14 +65,6 @@ def get_launcher_environment(config: str) -> dict[str, str]:
     return {name: value for name, value in environment.items() if os.environ.get(name) != value}
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text(encoding="utf-8"))
-
-
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
 def assert_same_run(one: Path, other: Path, tolerance: float) -> None:
     """Check that two runs logged equal metrics and have equal weights."""
     for first, second in zip(read_metrics(one), read_metrics(other), strict=True):
@@ -108,18 +100,6 @@ def fsdp2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 # The files -----------------------------------------------------------------------------------------------------------
-
-
-def test_there_is_a_file_for_each_setup() -> None:
-    names = {file.stem for file in FILES}
-    assert names >= {"cpu", "gpu", "ddp", "fsdp2", "nodes"}
-
-
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_the_first_lines_state_the_purpose(file: Path) -> None:
-    first, second, *_ = file.read_text(encoding="utf-8").splitlines()
-    assert first.startswith("# ") and first.endswith(".") and ": " in first
-    assert second.startswith("# Not tested") == (file.stem not in ("cpu", "ddp_cpu", "fsdp2_cpu", "nodes"))
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)

@@ -63,6 +63,12 @@ def build_random_images(count: int = 2) -> torch.Tensor:
     return torch.rand(count, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 
 
+def assert_same_logits(model: Any, wanted: Any = None, **tolerance: float) -> None:
+    """Check that a model has the logits of another model, by default of the tiny classifier."""
+    wanted = (wanted or build_tiny_classifier()).eval()(build_random_images()).logits
+    torch.testing.assert_close(model.eval()(build_random_images()).logits, wanted, **tolerance)
+
+
 def build_pil_image() -> Image.Image:
     """Return a random color image."""
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8))
@@ -117,11 +123,15 @@ class Examples(torch.utils.data.Dataset):
         return {"pixel_values": self.images[index], "labels": self.labels[index]}
 
 
-def build_trainer(model: Any, labels: torch.Tensor, folder: Path, **arguments: Any) -> Trainer:
-    """Return a Trainer on the CPU without trackers."""
-    values = {"output_dir": str(folder), "use_cpu": True, "report_to": [], "disable_tqdm": True, "max_steps": 2}
-    values |= {"per_device_train_batch_size": 8, "save_strategy": "no", "logging_steps": 1}
-    return Trainer(model=model, args=TrainingArguments(**(values | arguments)), train_dataset=Examples(labels))
+def build_trainer(model: Any, dataset: Any, folder: Path, *, trainer: Any = None, **arguments: Any) -> Trainer:
+    """Return a Trainer on the CPU without trackers; `trainer` are further arguments of `Trainer`."""
+    values = {"output_dir": str(folder), "use_cpu": True, "report_to": [], "disable_tqdm": True, "logging_steps": 1}
+    settings = TrainingArguments(**(values | {"save_strategy": "no"} | arguments))
+    return Trainer(model=model, args=settings, train_dataset=dataset, eval_dataset=dataset, **(trainer or {}))
+
+
+# One step of SGD without clipping: its weights are the weights of the gradient.
+ONE_STEP: dict[str, Any] = {"max_steps": 1, "optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.0}
 
 
 def test_trainer_trains_evaluates_and_saves(tmp_path: Path) -> None:
@@ -131,28 +141,21 @@ def test_trainer_trains_evaluates_and_saves(tmp_path: Path) -> None:
         seen.append(prediction)
         return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
 
-    labels = torch.arange(12) % 3
-    trainer = Trainer(
-        model=build_tiny_classifier(),
-        args=TrainingArguments(
-            output_dir=str(tmp_path),
-            use_cpu=True,
-            report_to=[],
-            disable_tqdm=True,
-            max_steps=30,
-            learning_rate=3e-3,
-            per_device_train_batch_size=12,
-            per_device_eval_batch_size=5,
-            eval_strategy="steps",
-            eval_steps=15,
-            save_steps=30,
-            load_best_model_at_end=True,
-            metric_for_best_model="accuracy",
-        ),
-        train_dataset=Examples(labels),
-        eval_dataset=Examples(labels),
-        processing_class=ViTCLSImageProcessor(size=16),
-        compute_metrics=compute_metrics,
+    trainer = build_trainer(
+        build_tiny_classifier(),
+        Examples(torch.arange(12) % 3),
+        tmp_path,
+        trainer={"processing_class": ViTCLSImageProcessor(size=16), "compute_metrics": compute_metrics},
+        max_steps=30,
+        learning_rate=3e-3,
+        per_device_train_batch_size=12,
+        per_device_eval_batch_size=5,
+        eval_strategy="steps",
+        eval_steps=15,
+        save_strategy="steps",
+        save_steps=30,
+        load_best_model_at_end=True,
+        metric_for_best_model="accuracy",
     )
     before = trainer.evaluate()["eval_loss"]
     trainer.train()
@@ -161,10 +164,7 @@ def test_trainer_trains_evaluates_and_saves(tmp_path: Path) -> None:
     assert isinstance(seen[-1].predictions, np.ndarray) and seen[-1].predictions.shape == (12, 3)
     trainer.save_model(str(tmp_path / "final"))
     for folder in (tmp_path / "checkpoint-30", tmp_path / "final"):
-        again = AutoModelForImageClassification.from_pretrained(folder)
-        torch.testing.assert_close(
-            again(build_random_images()).logits, trainer.model.eval()(build_random_images()).logits
-        )
+        assert_same_logits(AutoModelForImageClassification.from_pretrained(folder), trainer.model)
         assert (folder / "preprocessor_config.json").is_file() and (folder / "modeling_vitcls.py").is_file()
 
 
@@ -188,18 +188,9 @@ def test_gradient_accumulation_equals_one_large_batch(kind: str, distillation_to
 
     def train_step(batch_size: int, steps: int) -> tuple[dict[str, torch.Tensor], float]:
         model = build_tiny_classifier(**overrides, num_distillation_tokens=distillation_tokens)
-        trainer = build_trainer(
-            model,
-            labels,
-            tmp_path,
-            max_steps=1,
-            per_device_train_batch_size=batch_size,
-            gradient_accumulation_steps=steps,
-            optim="sgd",
-            learning_rate=1.0,
-            lr_scheduler_type="constant",
-            max_grad_norm=0.0,
-        )
+        sizes = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": steps}
+        constant = {"lr_scheduler_type": "constant"}
+        trainer = build_trainer(model, Examples(labels), tmp_path, **ONE_STEP, **sizes, **constant)
         trainer.train()
         return model.state_dict(), trainer.state.log_history[0]["loss"]
 
@@ -221,25 +212,10 @@ def test_trainer_supports_labels_of_several_tasks(tmp_path: Path) -> None:
 
     torch.manual_seed(0)
     model = ViTCLSForMultiTaskClassification(build_tiny_config(num_cls_tokens=2, tasks={"species": 3, "age": 2}))
-    arguments = TrainingArguments(
-        output_dir=str(tmp_path),
-        use_cpu=True,
-        report_to=[],
-        disable_tqdm=True,
-        max_steps=20,
-        per_device_train_batch_size=8,
-        gradient_accumulation_steps=2,
-        learning_rate=3e-3,
-        save_strategy="no",
-    )
+    collator = {"data_collator": torch.utils.data.default_collate}
+    settings = {"max_steps": 20, "per_device_train_batch_size": 8, "learning_rate": 3e-3}
     dataset = MultiTaskExamples(species)
-    trainer = Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=dataset,
-        eval_dataset=dataset,
-        data_collator=torch.utils.data.default_collate,
-    )
+    trainer = build_trainer(model, dataset, tmp_path, trainer=collator, gradient_accumulation_steps=2, **settings)
     before = trainer.evaluate()["eval_loss"]
     trainer.train()
     assert trainer.evaluate()["eval_loss"] < before
@@ -255,22 +231,9 @@ def test_trainer_pretrains_on_masked_images(tmp_path: Path) -> None:
     def train_step(batch_size: int, steps: int) -> dict[str, torch.Tensor]:
         torch.manual_seed(0)
         model = ViTCLSForMaskedImageModeling(build_tiny_config())
-        arguments = TrainingArguments(
-            output_dir=str(tmp_path),
-            use_cpu=True,
-            report_to=[],
-            disable_tqdm=True,
-            max_steps=1,
-            per_device_train_batch_size=batch_size,
-            gradient_accumulation_steps=steps,
-            optim="sgd",
-            learning_rate=1.0,
-            max_grad_norm=0.0,
-            save_strategy="no",
-            label_names=["bool_masked_pos"],
-        )
-        dataset = MaskedExamples(torch.zeros(16))
-        trainer = Trainer(model=model, args=arguments, train_dataset=dataset, eval_dataset=dataset)
+        sizes = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": steps}
+        dataset, names = MaskedExamples(torch.zeros(16)), ["bool_masked_pos"]
+        trainer = build_trainer(model, dataset, tmp_path, label_names=names, **ONE_STEP, **sizes)
         before = trainer.evaluate()["eval_loss"]
         trainer.train()
         assert trainer.evaluate()["eval_loss"] < before
@@ -402,19 +365,13 @@ def test_from_config() -> None:
 def test_sharded_checkpoint(tmp_path: Path) -> None:
     build_tiny_classifier().save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
-    again = ViTCLSForImageClassification.from_pretrained(tmp_path)
-    assert torch.equal(
-        again(build_random_images()).logits, build_tiny_classifier().eval()(build_random_images()).logits
-    )
+    assert_same_logits(ViTCLSForImageClassification.from_pretrained(tmp_path), rtol=0, atol=0)
 
 
 def test_checkpoint_in_a_subfolder(tmp_path: Path) -> None:
     build_tiny_classifier().save_pretrained(tmp_path / "vision")
     for model_class in (ViTCLSForImageClassification, AutoModelForImageClassification):
-        again = model_class.from_pretrained(tmp_path, subfolder="vision")
-        assert torch.equal(
-            again(build_random_images()).logits, build_tiny_classifier().eval()(build_random_images()).logits
-        )
+        assert_same_logits(model_class.from_pretrained(tmp_path, subfolder="vision"), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -429,10 +386,7 @@ def test_half_precision_load(dtype: torch.dtype, saved: Path) -> None:
 
 
 def test_device_map_load(saved: Path) -> None:
-    model = AutoModelForImageClassification.from_pretrained(saved, device_map="cpu")
-    assert torch.equal(
-        model(build_random_images()).logits, build_tiny_classifier().eval()(build_random_images()).logits
-    )
+    assert_same_logits(AutoModelForImageClassification.from_pretrained(saved, device_map="cpu"), rtol=0, atol=0)
 
 
 def test_eager_attention_returns_attentions(saved: Path) -> None:
@@ -441,7 +395,7 @@ def test_eager_attention_returns_attentions(saved: Path) -> None:
     tokens = model.config.token_layout.num_prefix_tokens + 4
     assert [tuple(weights.shape) for weights in outputs.attentions] == [(2, 4, tokens, tokens)] * 2
     torch.testing.assert_close(outputs.attentions[0].sum(-1), torch.ones(2, 4, tokens))
-    torch.testing.assert_close(outputs.logits, build_tiny_classifier().eval()(build_random_images()).logits)
+    assert_same_logits(model)
 
 
 def build_offload_map(model: ViTCLSForImageClassification) -> dict[str, str]:
@@ -458,26 +412,20 @@ def test_accelerate_loads_an_empty_model(saved: Path, tmp_path: Path) -> None:
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
     device_map = build_offload_map(build_tiny_classifier())
     model = load_checkpoint_and_dispatch(model, str(saved), device_map, offload_folder=str(tmp_path / "offload"))
-    torch.testing.assert_close(
-        model.eval()(build_random_images()).logits, build_tiny_classifier().eval()(build_random_images()).logits
-    )
+    assert_same_logits(model)
 
 
-# Kind of positions -> configuration fields.
-POSITIONS: dict[str, dict[str, Any]] = {
-    "learned": {"position_embedding_tokens": "all"},
-    "rotary": {"position_embedding_type": "rope_2d", "pooling": "attention"},
-}
-
-
-@pytest.mark.parametrize("kind", POSITIONS)
-def test_offloaded_weights_have_equal_outputs(kind: str, tmp_path: Path) -> None:
-    wanted = build_tiny_classifier(**POSITIONS[kind]).eval()(build_random_images()).logits
-    build_tiny_classifier(**POSITIONS[kind]).save_pretrained(tmp_path)
-    device_map = build_offload_map(build_tiny_classifier(**POSITIONS[kind]))
+@pytest.mark.parametrize(
+    "fields",
+    [{"position_embedding_tokens": "all"}, {"position_embedding_type": "rope_2d", "pooling": "attention"}],
+    ids=["learned", "rotary"],
+)
+def test_offloaded_weights_have_equal_outputs(fields: dict[str, Any], tmp_path: Path) -> None:
+    model = build_tiny_classifier(**fields)
+    model.save_pretrained(tmp_path)
     on_disk = AutoModelForImageClassification.from_pretrained(
-        tmp_path, device_map=device_map, offload_folder=tmp_path / "offload"
+        tmp_path, device_map=build_offload_map(model), offload_folder=tmp_path / "offload"
     )
-    torch.testing.assert_close(on_disk(build_random_images()).logits, wanted)
-    in_memory = cpu_offload(build_tiny_classifier(**POSITIONS[kind]).eval(), execution_device=torch.device("cpu"))
-    torch.testing.assert_close(in_memory(build_random_images()).logits, wanted)
+    assert_same_logits(on_disk, model)
+    in_memory = cpu_offload(build_tiny_classifier(**fields).eval(), execution_device=torch.device("cpu"))
+    assert_same_logits(in_memory, model)

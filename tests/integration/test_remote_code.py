@@ -294,12 +294,6 @@ def test_the_imported_package_has_precedence_over_the_code_of_the_checkpoint(
     assert_same(compute_outputs(found, pixel_values), compute_outputs(wanted, pixel_values))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_the_imported_package_loads_the_image_processor(backend: str | None, saved: Path) -> None:
-    processor = transformers.AutoImageProcessor.from_pretrained(saved / "model", backend=backend)
-    assert type(processor) is PROCESSORS[backend]
-
-
 @pytest.mark.parametrize("file", SHIPPED_FILES, ids=lambda file: file.name)
 def test_shipped_files_import_only_what_the_hub_can_load(file: Path) -> None:
     """Check public libraries and sibling files by name; transformers finds the same siblings as Python."""
@@ -322,10 +316,3 @@ def get_module_imported_by_name(node: ast.AST) -> str | None:
     name, package = node.args
     assert isinstance(name, ast.Constant) and name.value.startswith(".") and ast.unparse(package) == "__package__"
     return name.value.removeprefix(".")
-
-
-def test_a_classifier_does_not_load_a_multi_task_configuration() -> None:
-    """Otherwise, an Auto class with the wrong class would silently initialize a new head."""
-    config = vitcls.ViTCLSConfig(**SIZES, **CHECKPOINTS["multitask"][1])
-    with pytest.raises(ValueError, match="ViTCLSForMultiTaskClassification"):
-        vitcls.ViTCLSForImageClassification(config)
