@@ -77,7 +77,7 @@ def test_only_version_2_of_fsdp_is_supported(is_fsdp2: bool, arguments: dict[str
     if is_fsdp2:
         build_accelerator()
         return
-    with raises_one_line("FSDP 1 is not supported. Set fsdp_version: 2"):
+    with raises_one_line("fsdp_version"):
         build_accelerator()
 
 
@@ -88,7 +88,7 @@ def test_deepspeed_is_an_error(arguments: dict[str, Any], monkeypatch: pytest.Mo
 
 
 def test_missing_trackers_are_errors() -> None:
-    with raises_one_line("--log-with no_tracker requires the package no_tracker", "Run pip install no_tracker"):
+    with raises_one_line("--log-with", "no_tracker"):
         build_accelerator(trackers=("json", "no_tracker"))
 
 

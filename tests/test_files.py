@@ -16,28 +16,27 @@ def test_json_is_read_and_written(tmp_path: Path) -> None:
     write_json(file, {"loss": 0.1, "é": [None]})
     assert file.read_text(encoding="utf-8") == '{\n  "loss": 0.1,\n  "\\u00e9": [\n    null\n  ]\n}\n'
     assert read_json(file) == {"loss": 0.1, "é": [None]}
-    for content, reason in ((b"{", "Expecting"), (b"\xff", "codec"), (b"[1]", "does not contain a JSON object")):
+    for content in (b"{", b"\xff", b"[1]"):
         file.write_bytes(content)
-        with raises_one_line(f"cannot read {file}: ", reason):
+        with raises_one_line(str(file)):
             read_json(file)
 
 
 def test_a_failed_write_keeps_the_file(tmp_path: Path) -> None:
     file = tmp_path / "results.json"
     file.write_text("before", encoding="utf-8")
-    for error, message in (
+    for error, named in (
         (ValueError("no results"), "no results"),
         (OSError("no connection"), "no connection"),  # while the content is computed
-        (OSError(28, "No space left on device", "hidden"), f"cannot write {file}: No space left on device"),
+        (OSError(28, "No space left on device", "hidden"), str(file)),
     ):
-        with pytest.raises(type(error)) as raised, write_atomically(file) as unfinished_file:
+        with raises_one_line(named, error=type(error)), write_atomically(file) as unfinished_file:
             unfinished_file.write_text("after", encoding="utf-8")
             assert file.read_text(encoding="utf-8") == "before"
             raise error
-        assert str(raised.value) == message
         assert list(tmp_path.iterdir()) == [file] and file.read_text(encoding="utf-8") == "before"
     missing = tmp_path / "missing" / "results.json"
-    with raises_one_line(f"cannot write {missing}: No such file or directory", error=OSError):
+    with raises_one_line(str(missing), error=OSError):
         write_json(missing, {})
 
 

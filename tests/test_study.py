@@ -348,16 +348,3 @@ def test_a_killed_study_resumes_its_runs(tmp_path: Path) -> None:
     assert "--resume" in "".join(log.read_text() for log in output.glob("runs/*/log.txt"))
     rows = parquet.read_table(output / "runs.parquet").to_pylist()
     assert len(rows) == 4 and all(row["status"] == "finished" and row["steps"] == 60 for row in rows)
-
-
-@pytest.mark.slow
-def test_the_study_of_digits(tmp_path: Path) -> None:
-    process = start_study(RECIPES / "study_digits.yaml", tmp_path / "out", "--jobs", "2")
-    _, error = process.communicate()
-    assert process.returncode == 0, error
-    rows = parquet.read_table(tmp_path / "out" / "runs.parquet").to_pylist()
-    assert len(rows) == 9 and min(row["accuracy"] for row in rows) > 0.5
-    assert sorted(file.name for file in (tmp_path / "out" / "images").iterdir()) == [
-        "pooling-on-handwritten-digits-accuracy.png",
-        "pooling-on-handwritten-digits-loss.png",
-    ]

@@ -120,12 +120,16 @@ def compute_ablations(model: Any, batches: Batches) -> Ablations:
     if not targets:
         return ablations
     means, before = collect_mean_states(model, batches, range(model.config.token_layout.num_prefix_tokens))
+
+    def compute_effects(after: Outputs) -> dict[str, Effect]:
+        return {name: compute_effect(output, after[name]) for name, output in before.items()}
+
     hidden = {}  # token key or group name -> outputs with these tokens hidden
     for key, indices in targets.items():
         with replace_by_means(model, indices, means[:, indices]):
-            ablations["information"][key] = compute_effects(before, collect_outputs(model, batches))
+            ablations["information"][key] = compute_effects(collect_outputs(model, batches))
         hidden[key] = collect_outputs(model, batches, indices)
-        ablations["presence"][key] = compute_effects(before, hidden[key])
+        ablations["presence"][key] = compute_effects(hidden[key])
     for keys, draws in plan_redraws(model):
         sizes: dict[tuple[str, str], list[float]] = {}  # (kind, output name) -> null distribution
         drops: dict[tuple[str, str], list[torch.Tensor]] = {}  # (redrawn key, output name) -> drops [images] per draw
@@ -180,11 +184,6 @@ def feeds_head_alone(model: Any, indices: Sequence[int]) -> list[str]:
 
 
 # Effects -------------------------------------------------------------------------------------------------------------
-
-
-def compute_effects(before: Outputs, after: Outputs) -> dict[str, Effect]:
-    """Return the effect of an ablation on each output."""
-    return {name: compute_effect(output, after[name]) for name, output in before.items()}
 
 
 def compute_effect(before: Any, after: Any) -> Effect:

@@ -1,6 +1,7 @@
 """Record the attention of every layer in a forward pass, for any attention implementation.
 
-    with record_attention_layers(model) as layers:
+    layers = []
+    with process_attention_layers(model, layers.append):
         model(pixel_values)
     layers[0].compute_weights()    # [B, maps, N, N]; only the maps of this layer are in memory
 
@@ -38,17 +39,9 @@ class RecordedLayer:
 
 
 @contextmanager
-def record_attention_layers(model: Any) -> Iterator[list[RecordedLayer]]:
-    """Record the attention of the forward pass inside the block, including all tokens of the last layer."""
-    layers: list[RecordedLayer] = []
-    with process_attention_layers(model, layers.append):
-        yield layers
-
-
-@contextmanager
 def process_attention_layers(model: Any, process_layer: Callable[[RecordedLayer], None]) -> Iterator[None]:
-    """Call `process_layer` with the attention of each layer during forward passes inside the block, so that the
-    attention of only one layer is in memory."""
+    """Call `process_layer` with the attention of each layer, including all tokens of the last layer, during forward
+    passes inside the block."""
     encoder = unwrap_model(model).base_model
     record = lambda index, *fields: process_layer(RecordedLayer(*fields))  # noqa: E731
     with record_attention(encoder, range(len(encoder.layers)), record):

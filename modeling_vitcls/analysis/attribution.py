@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..configuration_vitcls import ViTCLSConfig
-from .attention_recorder import RecordedLayer, record_attention_layers
+from .attention_recorder import RecordedLayer, process_attention_layers
 from .model_utils import evaluation_mode, unwrap_model
 
 
@@ -122,7 +122,8 @@ def trace_attention(model: Any, pixel_values: torch.Tensor, needs_gradients: boo
     with hook, torch.inference_mode(False), torch.set_grad_enabled(needs_gradients), evaluation_mode(model):
         # Pixels that require gradients make attention part of the autograd graph even if all weights are frozen.
         inputs = pixel_values.detach().clone().requires_grad_(needs_gradients)
-        with record_attention_layers(model) as layers:
+        layers: list[RecordedLayer] = []
+        with process_attention_layers(model, layers.append):
             outputs = model(inputs, output_hidden_states=True)
     attention_modules = [layer.attention for layer in model.base_model.layers]
     last_hidden_state = getattr(encoder_outputs[-1], "last_hidden_state", None)  # None for a backbone

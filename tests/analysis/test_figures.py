@@ -55,6 +55,9 @@ def test_norms_and_their_histogram():
     ratios[:, :60] = 5.0
     planted = replace(findings, patch_ratios=ratios)
     (axes,) = plot_norm_histogram(config, planted).axes
+    triangles = next(line for line in axes.get_lines() if line.get_label() == "registers").get_xdata()
+    medians = findings.token_norms[-1, config.token_layout.registers] / findings.patch_norms[-1].median()
+    assert triangles == pytest.approx(medians.tolist())
     mode, red = find_second_mode(ratios[-1]), to_rgba("#B3261E")
     assert mode is not None and sum(bar.get_height() for bar in axes.patches) == 2000
     assert sum(bar.get_height() for bar in axes.patches if bar.get_facecolor() == red) == 60

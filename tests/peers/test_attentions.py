@@ -13,7 +13,7 @@ from helpers.tiny_models import get_largest_difference
 from torch import nn
 
 from modeling_vitcls import convert_from_timm, convert_from_transformers
-from modeling_vitcls.analysis.attention_recorder import record_attention_layers
+from modeling_vitcls.analysis.attention_recorder import RecordedLayer, process_attention_layers
 from peers import test_from_timm as timm_cases
 from peers.transformers_cases import CASES, Case, build_inputs, get_encoder, images
 
@@ -27,7 +27,8 @@ LIMIT = 1e-5
 def check_maps(ours: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Check that three ways to compute attention maps agree, and return the maps [B, maps, N, N] per layer."""
     rows = ours.token_attention(pixels)  # [B, layer, map, special token, N]
-    with record_attention_layers(ours) as layers:
+    layers: list[RecordedLayer] = []
+    with process_attention_layers(ours, layers.append):
         ours(pixels)
     recorded = [layer.compute_weights() for layer in layers]
     ours.set_attn_implementation("eager")
