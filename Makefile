@@ -1,5 +1,7 @@
 # make demo       set up, fine-tune a ViT on handwritten digits, load the saved model, print predictions
 # make cards      train the models of scripts/recipes/ again, and update their cards in model_cards/
+# make pictures   draw docs/images/ again, from runs/digits and the encoder in HERO (default: runs/hero)
+# make site       build the documentation's site in site/, and fail if a link or an object is missing
 # make test-quick run the fastest test files of each folder, in under 60 s on two cores
 # make test       set up, lint, check types, run all tests except the slow ones (CI runs `make browser test`)
 # make test-all   like `make test`, including the slow tests
@@ -22,7 +24,7 @@ test-quick test test-all test-floor: export OMP_NUM_THREADS := 1
 # Let Python cache bytecode. Otherwise, each subprocess of a test compiles libraries again, which takes seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: dist demo cards test-quick test test-all test-floor check lint browser docs gpu setup clean
+.PHONY: dist demo cards pictures site test-quick test test-all test-floor check lint browser docs gpu setup clean
 
 demo: setup
 	$(RUN) scripts/demo.py
@@ -34,7 +36,7 @@ dist:
 	$(PYTHON) -m uv build --out-dir $(DIST)
 	$(PYTHON) -m twine check --strict $(DIST)/*.whl $(DIST)/*.tar.gz
 
-# Recipes of the cards in model_cards/. To run only one recipe: make cards RECIPES=digits
+# Recipes of the cards in model_cards/, whose reports are not committed. To run only one recipe: make cards RECIPES=digits
 RECIPES ?= digits fashion-mnist
 
 cards: setup
@@ -43,7 +45,19 @@ cards: setup
 		mkdir -p model_cards/$$name/images; \
 		cp runs/$$name/README.md runs/$$name/results.json model_cards/$$name/; \
 		cp runs/$$name/images/*.png model_cards/$$name/images/; \
+		sed -i.bak '/^\[report.html\]/,+1d' model_cards/$$name/README.md && rm model_cards/$$name/README.md.bak; \
 	done
+
+# The report image is a screenshot of runs/digits/report.html, which `make cards RECIPES=digits` writes.
+HERO ?= runs/hero
+
+pictures: setup browser
+	$(RUN) scripts/make_report_image.py --report runs/digits/report.html
+	$(RUN) scripts/make_hero.py --model $(HERO)
+
+site: setup
+	$(VENV)/bin/uv pip install --quiet --python $(RUN) --editable ".[docs]"
+	$(RUN) -m mkdocs build --strict
 
 # Files that take at most 8 s of CPU time each
 QUICK := \

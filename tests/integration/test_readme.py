@@ -1,0 +1,105 @@
+"""Every block of README.md runs as it is printed, in a new environment with the printed installation.
+
+The Hub is a local one: it has the two timm models of the page, with random weights, and accepts the push. `photos` is a
+folder of digits.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import timm
+from helpers.local_hub import LocalHub, Token, running_hub
+from PIL import Image
+from sklearn.datasets import load_digits
+
+
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
+
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(python|bash)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+TIMM_MODELS = ("vit_small_patch16_224.augreg_in21k_ft_in1k", "vit_small_patch14_reg4_dinov2.lvd142m")
+NOT_COPIED = shutil.ignore_patterns(".venv*", ".git", "runs", "build", "*.egg-info", "__pycache__", ".*_cache", "site")
+
+
+@pytest.fixture
+def hub() -> Iterator[LocalHub]:
+    with running_hub() as hub:
+        hub.tokens["hf_me"] = Token("ME")
+        for name in TIMM_MODELS:
+            weights = safetensors.torch.save(timm.create_model(name, pretrained=False).state_dict())
+            hub.create(f"timm/{name}", private=False, files={"model.safetensors": weights})
+        yield hub
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """Return a copy of the repository with the folder `photos`."""
+    folder = tmp_path / "checkout"
+    shutil.copytree(ROOT, folder, ignore=NOT_COPIED)
+    digits = load_digits()
+    for label, name in enumerate(("cat", "dog")):
+        (folder / "photos" / name).mkdir(parents=True)
+        for index, pixels in enumerate(digits.images[digits.target == label][:20]):
+            Image.fromarray((pixels * 15).astype(np.uint8)).resize((64, 64)).save(
+                folder / f"photos/{name}/{index}.png"
+            )
+    return folder
+
+
+@pytest.fixture
+def environment(tmp_path: Path, hub: LocalHub) -> dict[str, str]:
+    """Return the variables of a new environment in which `pip` is uv, which takes seconds instead of minutes."""
+    uv = shutil.which("uv", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    if uv is None:
+        pytest.skip("requires uv")
+    folder = tmp_path / "environment"
+    subprocess.run([uv, "venv", "--quiet", "--python", sys.executable, folder], check=True)
+    (folder / "bin" / "pip").write_text(f'#!/bin/sh\nexec {uv} pip "$@" --quiet\n')
+    (folder / "bin" / "pip").chmod(0o755)
+    variables = {key: value for key, value in os.environ.items() if key != "PYTHONPATH" and not key.startswith("HF_")}
+    return variables | {
+        "VIRTUAL_ENV": str(folder),
+        "PATH": f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}",
+        "HOME": str(tmp_path / "home"),
+        "HF_ENDPOINT": hub.url,
+        "HF_TOKEN": "hf_me",
+        "HF_HUB_DISABLE_XET": "1",
+        "UV_CACHE_DIR": os.environ.get("UV_CACHE_DIR", str(Path.home() / ".cache" / "uv")),
+    }
+
+
+def test_every_block_runs_after_the_printed_installation(
+    checkout: Path, environment: dict[str, str], hub: LocalHub
+) -> None:
+    installation = next(text for _, text in BLOCKS if text.startswith("pip install"))
+    for language, text in sorted(BLOCKS, key=lambda block: block[1] != installation):
+        command = ["bash", "-ec", text] if language == "bash" else ["python", "-c", text]
+        done = subprocess.run(
+            command, cwd=checkout, env=environment, capture_output=True, text=True, check=False, timeout=1800
+        )
+        assert done.returncode == 0, f"{text}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+        for printed in re.findall(r"^# ([{(\[].*)$", text, re.MULTILINE):
+            assert printed in done.stdout
+
+    accuracy = json.loads((checkout / "runs/digits/results.json").read_text())["accuracy"]
+    (printed_accuracy,) = re.findall(r"\*\*([\d.]+)% on 359 held-out images\*\*", README)
+    assert accuracy == pytest.approx(float(printed_accuracy) / 100, abs=0.015)
+    assert (checkout / "report.html").stat().st_size > 100_000
+    assert "model.safetensors" in hub.files("ME/photos")
+
+
+def test_the_numbers_of_the_readme_are_in_committed_results() -> None:
+    for name in ("digits", "fashion-mnist"):
+        accuracy = json.loads((ROOT / "model_cards" / name / "results.json").read_text())["accuracy"]
+        assert f"{accuracy:.2%}" in README
