@@ -33,11 +33,11 @@ import pytest
 import yaml
 from accelerate.commands.launch import launch_command_parser
 from PIL import Image
-from scripts import make_address
 from sklearn.datasets import load_digits
 from transformers import TrainingArguments
 
 from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification, ViTCLSImageProcessor, cli
+from scripts import make_address
 
 
 pytestmark = pytest.mark.integration

@@ -1,6 +1,6 @@
 """Every block of README.md runs as it is printed, in a new environment with the printed installation.
 
-The Hub is a local one: it has the two timm models of the page, with random weights, and accepts the push. `photos` is a
+The Hub is a local one with the two timm models of the page, with random weights, and accepts the push. `photos` is a
 folder of digits.
 """
 
