@@ -28,7 +28,6 @@ from sklearn.model_selection import cross_val_predict
 
 from ..conversion.any_checkpoint import resolve_checkpoint
 from ..data.held_out import RESULTS_FILE, read_held_out_record
-from ..data.images import get_image_ids
 from ..data.labels import get_label_space
 from ..data.splits import load_evaluation_data
 from ..hub.loading import MODEL_FILE_PATTERNS
@@ -96,7 +95,7 @@ def load_audited_images(options: EvaluateOptions) -> tuple[AuditedImages, int]:
     if options.frozen is None and not getattr(model.config, "num_labels", 0):
         raise ValueError("--audit requires a classifier, but the model has none. Set --frozen logreg")
     record = read_held_out_record(resolve_checkpoint(options.model, [*MODEL_FILE_PATTERNS, RESULTS_FILE]))
-    splits = {}
+    splits: dict[str, Any] = {}
     for split in ("train", options.split):
         label_space, images, name, _ = load_evaluation_data(options.data, split, record)
         if label_space.kind != "single_label_classification":
@@ -106,7 +105,7 @@ def load_audited_images(options: EvaluateOptions) -> tuple[AuditedImages, int]:
     logits, num_unreadable = [], 0
     model = model.eval()
     for number, (split, images) in enumerate(splits.items()):
-        ids = get_image_ids(images)
+        ids = images.images.get_names()
         for start in track(range(0, len(images), options.batch_size), f"audit: {split}", transient=True):
             pixel_values = []
             for index in range(start, min(start + options.batch_size, len(images))):

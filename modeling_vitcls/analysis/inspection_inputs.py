@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image
 
 from ..data.held_out import HeldOutRecord
-from ..data.images import FileImages, ImageSubset
+from ..data.images import ArrayImages, DatasetImages
 from ..data.labels import get_label_space
 from ..data.sources import load_splits
 from ..data.splits import load_evaluation_data
@@ -28,7 +28,7 @@ from .model_utils import is_classifier
 class InspectionImages:
     """Images with names, labels (as in `inspect_model`; None if unknown) and a description of the source."""
 
-    images: Sequence[Image.Image]
+    images: ArrayImages | DatasetImages
     names: Sequence[str]
     labels: Sequence[Any] | None
     source: str
@@ -38,7 +38,7 @@ class InspectionImages:
         shown. The images are evenly spaced, because datasets are often sorted by class."""
         indices = select_evenly_spaced(range(len(self.names)), num_measured)
         return {
-            "images": ImageSubset(self.images, indices),
+            "images": self.images.select(indices),
             "names": [self.names[index] for index in indices],
             "labels": None if self.labels is None else [self.labels[index] for index in indices],
             "num_shown": num_shown,
@@ -65,7 +65,7 @@ def load_from_paths(paths: Sequence[str], model: Any) -> InspectionImages:
             raise ValueError(f"Image {file} does not exist. Check the path.")
     names = [name if "://" in name else Path(name).name for name in list_input.names]
     source = ", ".join(map(get_short_name, paths))
-    return InspectionImages(FileImages(files), names, get_folder_labels(files, model), source)
+    return InspectionImages(DatasetImages.from_list(files), names, get_folder_labels(files, model), source)
 
 
 def get_short_name(path: str) -> str:

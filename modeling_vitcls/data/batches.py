@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 from ..image_processing_vitcls import pil_to_tensor
 from .augmentation import Augmentation
-from .images import NOT_REPLACED, ArrayImages, ImageSubset, LabeledImages, UnreadableImage, check_channels
+from .images import NOT_REPLACED, ArrayImages, LabeledImages, UnreadableImage, check_channels
 from .sampling import BatchPlan, ImageKey, derive_seed
 
 
@@ -162,12 +162,9 @@ class TrainingImages:
 def load_array_pixels(source: LabeledImages, augmentation: Augmentation) -> torch.Tensor | None:
     """Return the pixels of all images after the fixed transform, [images, 1, H, W] `uint8`, or None if the images are
     not stored as arrays or do not fit in the cache."""
-    images: Any = source.images
-    array_images = images.source_images if isinstance(images, ImageSubset) else images
-    if not isinstance(array_images, ArrayImages):
+    if not isinstance(source.images, ArrayImages):
         return None
-    arrays = array_images.pixels[images.indices] if isinstance(images, ImageSubset) else array_images.pixels
-    pixels = torch.from_numpy(np.array(arrays))[:, None]  # [images, 1, H, W]
+    pixels = torch.from_numpy(np.array(source.images.pixels))[:, None]  # [images, 1, H, W]
     if augmentation.fixed_transform(pixels[:1]).nbytes * len(pixels) > MAX_CACHE_BYTES:
         return None
     return torch.cat([augmentation.fixed_transform(chunk) for chunk in pixels.split(1024)])

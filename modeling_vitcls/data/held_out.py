@@ -1,16 +1,15 @@
 """Held-out images of datasets without an evaluation split, and the record of these images in results.json.
 
-    image -> key: checksum of the image bytes, or of the path within the dataset if the dataset contains only paths
+    image -> key: checksum of the path within the dataset, of the row number, or of the bytes (images.py)
           -> hash of the key and the split seed
 
     one known label per image    of each class, the images with the smallest hashes: the rounded fraction of the class,
                                  but at least one image of a class with two or more images
     all other data               the images whose hash, as a number in [0, 1), is less than the fraction
 
-The split depends on neither the order of the images nor the working directory. Equal images are on the same side. In a
-stream, or with several labels per image, whether an image is held out does not depend on other images, and the
-fraction of a class is only approximate. Training prints a warning if a class has no held-out images or no training
-images.
+If images have paths, the split depends on neither the order of the images nor the working directory. In a stream, or
+with several labels per image, whether an image is held out does not depend on other images, and the fraction of a
+class is only approximate. Training prints a warning if a class has no held-out images or no training images.
 
 A training run writes a `HeldOutRecord` to results.json under the key "held_out". results.json is published with the
 model. `vitcls evaluate` reads the record, holds out the same images, and compares the digest of the image keys.
@@ -18,9 +17,10 @@ model. `vitcls evaluate` reads the record, holds out the same images, and compar
 
 import hashlib
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from ..files import read_json
 from ..heads_vitcls import IGNORED_LABEL
@@ -44,26 +44,33 @@ class HeldOutRule:
 
     def is_held_out(self, key: int) -> bool:
         """Return whether the image with this key is held out, if the classes are not known."""
-        hash_value = self.hash_key(key)
+        return self.is_hash_held_out(self.hash_key(key))
+
+    def is_hash_held_out(self, hash_value: int) -> bool:
+        """Return whether an image whose key has this hash is held out, if the classes are not known."""
         if self.num_folds is not None and self.fold is not None:
             return hash_value * self.num_folds >> 64 == self.fold - 1
         return hash_value / 2**64 < self.fraction
 
-    def select(self, keys: Sequence[int], labels: Sequence[int]) -> set[int]:
-        """Return the held-out keys of images with one label each, or -100 for an unknown label. Equal images have the
-        label of the first one."""
-        keys_by_label: dict[int, list[int]] = {}
-        for key, label in dict(zip(reversed(keys), reversed(labels), strict=True)).items():
-            keys_by_label.setdefault(label, []).append(key)
-        held_out = set(filter(self.is_held_out, keys_by_label.pop(IGNORED_LABEL, [])))
-        for label, class_keys in keys_by_label.items():
-            class_keys.sort(key=self.hash_key)
+    def select(self, keys: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        """Return whether each image is held out, given the keys [N] and one label per image [N], or -100 for an
+        unknown label. Images with equal keys have the label of the first one."""
+        unique_keys, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
+        hashes = np.fromiter(map(self.hash_key, unique_keys.tolist()), np.uint64, len(unique_keys))
+        is_held_out = np.zeros(len(unique_keys), bool)
+        key_labels = labels[first]
+        for label in np.unique(key_labels).tolist():
+            members = np.flatnonzero(key_labels == label)
+            if label == IGNORED_LABEL:
+                is_held_out[members] = [self.is_hash_held_out(value) for value in hashes[members].tolist()]
+                continue
+            members = members[np.argsort(hashes[members], kind="stable")]
             if self.num_folds is not None and self.fold is not None:
-                held_out.update(class_keys[(self.fold - 1 - label) % self.num_folds :: self.num_folds])
-            elif self.fraction and len(class_keys) > 1:
-                num_held_out = round(self.fraction * len(class_keys))
-                held_out.update(class_keys[: min(max(num_held_out, 1), len(class_keys) - 1)])
-        return held_out
+                is_held_out[members[(self.fold - 1 - label) % self.num_folds :: self.num_folds]] = True
+            elif self.fraction and len(members) > 1:
+                num_held_out = round(self.fraction * len(members))
+                is_held_out[members[: min(max(num_held_out, 1), len(members) - 1)]] = True
+        return is_held_out[inverse]
 
     def hash_key(self, key: int) -> int:
         """Return the 64-bit hash of a key and the seed."""
@@ -81,7 +88,7 @@ class HeldOutRecord:
     """Description of the held-out images of a run, as stored in results.json."""
 
     split: str | None  # held-out split of the dataset; None if a `HeldOutRule` selected the images
-    num_images: int
+    num_images: int | None  # None for a streamed split
     fraction: float | None = None  # fraction of the `HeldOutRule`
     split_seed: int | None = None  # seed of the `HeldOutRule`
     sha256: str | None = None  # digest of the keys of the selected images
@@ -89,7 +96,7 @@ class HeldOutRecord:
     fold: int | None = None  # held-out fold of the `HeldOutRule`
 
     @classmethod
-    def from_keys(cls, rule: HeldOutRule, keys: list[int]) -> "HeldOutRecord":
+    def from_keys(cls, rule: HeldOutRule, keys: np.ndarray) -> "HeldOutRecord":
         """Build the record from the keys of the images that `rule` selected."""
         return cls(None, len(keys), rule.fraction, rule.seed, compute_key_digest(keys), rule.num_folds, rule.fold)
 
@@ -120,13 +127,16 @@ def compute_image_key(content: bytes) -> int:
 
 
 def get_relative_path(path: str, folder: Path) -> str:
-    """Return the path of an image relative to the dataset folder. URLs, empty paths, and relative paths in datasets in
-    memory are left unchanged."""
-    if not path or "://" in path or (folder.is_absolute() and not Path(path).is_absolute()):
+    """Return the path of an image relative to the dataset folder. URLs, empty paths, and relative paths outside of the
+    folder, such as names in a table, are left unchanged."""
+    prefix = f"{folder}/"
+    if path.startswith(prefix) and "/." not in path and "//" not in path:
+        return path.removeprefix(prefix)
+    if not path or "://" in path or not (path.startswith(prefix) or Path(path).is_absolute()):
         return path
     return Path(os.path.relpath(path, folder)).as_posix()
 
 
-def compute_key_digest(keys: list[int]) -> str:
+def compute_key_digest(keys: np.ndarray) -> str:
     """Return the SHA-256 of a set of keys. The digest does not depend on the order of the keys."""
-    return hashlib.sha256(" ".join(map(str, sorted(keys))).encode()).hexdigest()
+    return hashlib.sha256(" ".join(map(str, np.sort(keys).tolist())).encode()).hexdigest()

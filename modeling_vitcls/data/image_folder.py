@@ -19,13 +19,15 @@ that contains at least as many tables as images, and no metadata files, is read 
 import hashlib
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from ..errors import format_error
-from ..files import replace_control_characters
+from ..files import replace_control_characters, write_atomically
+from .images import get_cache_file
 
 
 if TYPE_CHECKING:
@@ -46,6 +48,7 @@ SPLIT_BY_FOLDER_NAME = {
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
 SPLITS = ("train", "validation", "test")
+MIN_STORED_IMAGES = 10_000  # number of images from which the table of a folder is stored in the cache
 MAX_SHOWN_NAMES = 3  # maximum number of names in a message
 
 
@@ -252,8 +255,9 @@ def describe_single_class(dataset: str, name: str) -> str:
 def build_dataset(
     folder: ImageFolder, split: str, images: list[str], columns: "pyarrow.Table", features: dict[str, Any]
 ) -> Any:
-    """Return an in-memory `datasets.Dataset` with the image paths and the given columns. The fingerprint is a hash of
-    the columns, and of the names, sizes and modification times of the images."""
+    """Return a `datasets.Dataset` with the image paths and the given columns. The fingerprint is a hash of the
+    columns, and of the names, sizes and modification times of the images. A large table is stored in the cache of
+    `datasets` under its fingerprint, so that all processes share its memory."""
     import datasets
     import pyarrow
 
@@ -268,11 +272,19 @@ def build_dataset(
         except OSError:  # an error is reported when the image is read
             continue
         digest.update(f"{image} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    fingerprint, stored_table = digest.hexdigest()[:16], datasets.table.InMemoryTable(table)
+    if len(images) >= MIN_STORED_IMAGES:
+        file = get_cache_file(f"{fingerprint}.arrow")
+        with suppress(OSError):  # a full disk
+            if not file.is_file():
+                with write_atomically(file) as temporary, pyarrow.ipc.new_stream(temporary, table.schema) as writer:
+                    writer.write_table(table)
+            stored_table = datasets.table.MemoryMappedTable.from_file(str(file))
     return datasets.Dataset(
-        datasets.table.InMemoryTable(table),
+        stored_table,
         info=datasets.DatasetInfo(features=datasets.Features({"image": datasets.Image(), **features})),
         split=datasets.NamedSplit(split),
-        fingerprint=digest.hexdigest()[:16],
+        fingerprint=fingerprint,
     )
 
 

@@ -1,22 +1,21 @@
 """Sequences of images that are decoded on access, and a counter of unreadable images.
 
-    ArrayImages    images of the same size in memory (digits, MNIST)
-    FileImages     files or URLs
-    ColumnImages   a column of a dataset of the `datasets` library
-    EncodedImages  encoded images in memory (from streamed datasets)
-    ImageSubset    a subset of another sequence
+    ArrayImages      images of the same size in memory (digits, MNIST)
+    DatasetImages    a column of a `datasets.Dataset`: encoded images, paths or URLs
 
-Each sequence returns PIL images and raises `UnreadableImage` for unreadable images. Three methods do not decode
-images:
+Both return PIL images and raise `UnreadableImage` for unreadable images. Four methods do not decode images:
 
-    get_names()    the path of each image within the dataset, or a checksum; "" if an image has neither
-    read_bytes()   the bytes of one image; None if the image cannot be read or is remote
-    compute_keys() a checksum of the bytes or path of each image, which selects the held-out images (held_out.py)
+    select(indices)  a subset
+    get_names()        the path of each image within the dataset, a checksum (arrays), or the row number
+    read_bytes()     the bytes of one image; None if the image cannot be read or is remote
+    compute_keys()   a checksum of the path, row number or bytes of each image, which selects the held-out images
+                     (held_out.py)
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +24,16 @@ import torch
 from PIL import Image
 
 from ..errors import format_error
+from ..files import write_atomically
 from ..image_processing_vitcls import read_image, shorten_text
 from .held_out import compute_image_key, get_relative_path
+from .labels import MultiHotLabels
 
 
 # Pillow warns about harmless properties of files, once per image and worker.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 ROWS_PER_READ = 64  # number of dataset rows that are read from disk at once
-MISSING_IMAGE = {"path": None, "bytes": None}  # encoded image of a row without an image
 NOT_REPLACED = -1  # value of `replaced` in a batch for an image that does not replace an unreadable image
 
 
@@ -46,7 +46,7 @@ class LabeledImages:
     """Images and one label per image: a class index, a list with 0.0 or 1.0 per class, or {task: class index}."""
 
     images: Any  # one of the classes below, or any other sequence of PIL images
-    labels: Sequence[Any]
+    labels: Any  # a list or `MultiHotLabels`
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -54,37 +54,9 @@ class LabeledImages:
     def select(self, indices: Iterable[int]) -> "LabeledImages":
         """Return the images and labels at `indices`, in the given order."""
         indices = list(indices)
-        return LabeledImages(ImageSubset(self.images, indices), [self.labels[index] for index in indices])
-
-
-def get_image_ids(images: LabeledImages) -> list[str]:
-    """Return the name of each image within its split: its path or checksum, or its index if it has neither."""
-    return [name or str(index) for index, name in enumerate(images.images.get_names())]
-
-
-@dataclass(frozen=True)
-class ImageSubset(Sequence):
-    """A subset of another sequence of images."""
-
-    source_images: Any  # sequence that contains the subset
-    indices: list[int]
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.source_images[self.indices[index]]
-
-    def get_names(self) -> list[str]:
-        names = self.source_images.get_names()
-        return [names[index] for index in self.indices]
-
-    def read_bytes(self, index: int) -> bytes | None:
-        return self.source_images.read_bytes(self.indices[index])
-
-    def compute_keys(self) -> list[int]:
-        keys = self.source_images.compute_keys()
-        return [keys[index] for index in self.indices]
+        if isinstance(self.labels, MultiHotLabels):
+            return LabeledImages(self.images.select(indices), self.labels.select(indices))
+        return LabeledImages(self.images.select(indices), [self.labels[index] for index in indices])
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,32 +71,56 @@ class ArrayImages(Sequence):
     def __getitem__(self, index: Any) -> Any:
         return Image.fromarray(self.pixels[index])
 
+    def select(self, indices: Sequence[int]) -> "ArrayImages":
+        return ArrayImages(self.pixels[np.asarray(indices, np.int64)])
+
     def get_names(self) -> list[str]:
-        return [f"{key:x}" for key in self.compute_keys()]
+        return [f"{key:x}" for key in self.compute_keys().tolist()]
 
     def read_bytes(self, index: int) -> bytes:
         return self.pixels[index].tobytes()
 
-    def compute_keys(self) -> list[int]:
-        return [compute_image_key(array.tobytes()) for array in self.pixels]
+    def compute_keys(self) -> np.ndarray:
+        return np.fromiter((compute_image_key(array.tobytes()) for array in self.pixels), np.int64, len(self))
 
 
-class EncodedSequence(Sequence):
-    """Base class of images that are decoded on access. `get_encoded_image` returns an input of `decode_image`."""
+@dataclass(frozen=True, eq=False)
+class DatasetImages(Sequence):
+    """Rows of a `datasets.Dataset` with one column: encoded images (`datasets.Image(decode=False)`) or paths."""
 
-    get_encoded_image: Callable[[int], dict[str, Any]]
-    folder: Path  # folder of the dataset
-    fallback_prefix = "row"  # text before the index in the name of an image without a path
+    dataset: Any
+    folder: Path = Path()  # folder to which paths are relative
+    rows: np.ndarray | None = None  # row of each image; None: all rows
+
+    @classmethod
+    def from_list(cls, values: Sequence[Any], folder: Path = Path()) -> "DatasetImages":
+        """Build a sequence in memory from paths, or from encoded images {"path": ..., "bytes": ...}."""
+        import datasets
+
+        feature = datasets.Value("string") if values and isinstance(values[0], str) else datasets.Image(decode=False)
+        return cls(datasets.Dataset.from_dict({"image": values}, datasets.Features({"image": feature})), folder)
+
+    def __len__(self) -> int:
+        return len(self.dataset) if self.rows is None else len(self.rows)
 
     def __getitem__(self, index: Any) -> Any:
-        return decode_image(self.get_encoded_image(index), f"{self.fallback_prefix} {index}")
+        return decode_image(self.get_encoded_image(index), f"row {self.get_row(index)}")
 
-    def get_paths(self) -> list[str | None]:
-        """Return the path of each image, or None for an image without a path."""
-        return [self.get_encoded_image(index)["path"] for index in range(len(self))]
+    def get_row(self, index: int) -> int:
+        """Return the row of an image. Raise IndexError at the end of the sequence, so that it can be iterated."""
+        return range(len(self.dataset))[index] if self.rows is None else int(self.rows[index])
+
+    def get_encoded_image(self, index: int) -> dict[str, Any]:
+        """Return {"path": ..., "bytes": ...}, the input of `decode_image`."""
+        return to_encoded_image(self.dataset[self.get_row(index)][self.dataset.column_names[0]], self.folder)
+
+    def select(self, indices: Sequence[int]) -> "DatasetImages":
+        selected = np.asarray(indices, np.int64)
+        return replace(self, rows=selected if self.rows is None else self.rows[selected])
 
     def get_names(self) -> list[str]:
-        return [get_relative_path(path, self.folder) if path else "" for path in self.get_paths()]
+        rows = np.arange(len(self.dataset)) if self.rows is None else self.rows
+        return [name or str(row) for row, name in zip(rows.tolist(), self.iterate_names(rows), strict=True)]
 
     def read_bytes(self, index: int) -> bytes | None:
         encoded_image = self.get_encoded_image(index)
@@ -136,67 +132,69 @@ class EncodedSequence(Sequence):
         except (OSError, ValueError):
             return None
 
-    def compute_keys(self) -> list[int]:
-        return [compute_encoded_image_key(self.get_encoded_image(index), self.folder) for index in range(len(self))]
+    def compute_keys(self) -> np.ndarray:
+        """Return the keys of the images. The keys of a table on disk are computed once and stored in the cache of
+        `datasets`."""
+        if not self.dataset.cache_files:
+            keys = self.compute_all_keys()
+        else:
+            file = get_cache_file(f"{self.dataset._fingerprint}-keys.npy")
+            if not file.is_file():
+                with suppress(OSError), write_atomically(file) as temporary_file, temporary_file.open("wb") as stream:
+                    np.save(stream, self.compute_all_keys())
+            keys = np.load(file) if file.is_file() else self.compute_all_keys()
+        return keys if self.rows is None else keys[self.rows]
 
+    def compute_all_keys(self) -> np.ndarray:
+        """Return the keys of all rows: a checksum of the path if all paths differ or the rows contain only paths;
+        otherwise of the row number, or of the bytes if the rows are in memory."""
+        has_bytes, num_rows, num_unnamed = self.has_bytes(), len(self.dataset), 0
 
-@dataclass(frozen=True)
-class FileImages(EncodedSequence):
-    """Images in files or at URLs."""
+        def iterate_keys() -> Iterator[int]:
+            nonlocal num_unnamed
+            for name in self.iterate_names(None):
+                num_unnamed += not name
+                yield compute_image_key(name.encode())
 
-    paths: list[str]
-    folder: Path = Path()
+        keys = np.fromiter(iterate_keys(), np.int64, num_rows)
+        if not has_bytes or (not num_unnamed and len(np.unique(keys)) == num_rows):
+            return keys
+        if self.dataset.cache_files:
+            return np.fromiter((compute_image_key(b"row %d" % row) for row in range(num_rows)), np.int64, num_rows)
+        starts, column = range(0, num_rows, ROWS_PER_READ), self.dataset.column_names[0]
+        values = (value for start in starts for value in self.dataset[start : start + ROWS_PER_READ][column])
+        encoded_images = (to_encoded_image(value, self.folder) for value in values)
+        return np.fromiter((compute_encoded_image_key(image, self.folder) for image in encoded_images), np.int64)
 
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def get_encoded_image(self, index: int) -> dict[str, Any]:
-        return {"path": self.paths[index], "bytes": None}
-
-
-@dataclass(frozen=True)
-class EncodedImages(EncodedSequence):
-    """Encoded images in memory."""
-
-    encoded_images: list[dict[str, Any]]
-    folder: Path = Path()
-    fallback_prefix = "example"
-
-    def __len__(self) -> int:
-        return len(self.encoded_images)
-
-    def get_encoded_image(self, index: int) -> dict[str, Any]:
-        return self.encoded_images[index]
-
-
-@dataclass(frozen=True)
-class ColumnImages(EncodedSequence):
-    """Images in a column of a dataset. The type of the column is `datasets.Image(decode=False)`."""
-
-    dataset: Any
-    column: str
-    folder: Path = Path()
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def get_encoded_image(self, index: int) -> dict[str, Any]:
-        return self.dataset[index][self.column] or MISSING_IMAGE
-
-    def get_paths(self) -> list[str | None]:
-        """Return the path of each image without reading the images."""
+    def iterate_names(self, rows: np.ndarray | None) -> Iterator[str]:
+        """Yield the path of each image within the folder, or "". Images are not read."""
         import pyarrow.compute
 
-        values = self.dataset.with_format("arrow")[:][self.column]  # not copied
-        return pyarrow.compute.struct_field(values, "path").to_pylist()
+        values = self.dataset.with_format("arrow")[:][self.dataset.column_names[0]]  # not copied
+        is_encoded = pyarrow.types.is_struct(values.type)
+        paths = pyarrow.compute.struct_field(values, "path") if is_encoded else values
+        for chunk in (paths if rows is None else paths.take(pyarrow.array(rows))).chunks:
+            for path in chunk.to_pylist():
+                yield get_relative_path((path if is_encoded else resolve_path(self.folder, path)) or "", self.folder)
 
-    def compute_keys(self) -> list[int]:
-        paths = self.get_paths()
-        if all(paths) and len(set(paths)) == len(paths):  # no image is read
-            return [compute_image_key(name.encode()) for name in self.get_names()]
-        starts = range(0, len(self), ROWS_PER_READ)
-        rows = (row for start in starts for row in self.dataset[start : start + ROWS_PER_READ][self.column])
-        return [compute_encoded_image_key(row or MISSING_IMAGE, self.folder) for row in rows]
+    def has_bytes(self) -> bool:
+        """Return whether any row contains the bytes of the image."""
+        import pyarrow.compute
+
+        values = self.dataset.with_format("arrow")[:][self.dataset.column_names[0]]
+        if not pyarrow.types.is_struct(values.type):
+            return False
+        return pyarrow.compute.struct_field(values, "bytes").null_count < len(values)
+
+
+def get_cache_file(name: str) -> Path:
+    """Return the path of a file in the cache of `datasets`, whose folder is created if possible."""
+    import datasets
+
+    folder = Path(datasets.config.HF_DATASETS_CACHE, "vitcls")
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder / name
 
 
 def compute_encoded_image_key(encoded_image: dict[str, Any], folder: Path) -> int:

@@ -13,10 +13,12 @@ values, in this order of precedence. This file also selects the image column.
 """
 
 import math
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
+
+import numpy as np
 
 from ..configuration_vitcls import ViTCLSConfig
 from ..heads_vitcls import IGNORED_LABEL
@@ -100,6 +102,39 @@ def is_multi_label(config: ViTCLSConfig) -> bool:
     return not config.tasks and (config.problem_type == "multi_label_classification" or config.num_labels == 1)
 
 
+@dataclass(frozen=True, eq=False)
+class MultiHotLabels(Sequence):
+    """Labels of a multi-label dataset, stored as class indices. Items are lists with 0.0 or 1.0 per class."""
+
+    indices: np.ndarray  # class indices of all images, in the order of the images
+    offsets: np.ndarray  # [N + 1]; the indices of image i start at offsets[i]
+    num_classes: int
+
+    @classmethod
+    def from_indices(cls, labels: Iterable[Iterable[int]], num_classes: int) -> "MultiHotLabels":
+        """Build labels from the class indices of each image; negative indices (missing labels) are ignored."""
+        rows = [np.unique([index for index in label if index >= 0]).astype(np.int32) for label in labels]
+        offsets = np.cumsum([0, *map(len, rows)])
+        return cls(np.concatenate([*rows, np.zeros(0, np.int32)]), offsets, num_classes)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[position] for position in range(len(self))[index]]
+        multi_hot = np.zeros(self.num_classes)
+        multi_hot[self.get_indices(range(len(self))[index])] = 1  # IndexError at the end, so that it can be iterated
+        return multi_hot.tolist()
+
+    def get_indices(self, index: int) -> np.ndarray:
+        """Return the class indices of one image."""
+        return self.indices[self.offsets[index] : self.offsets[index + 1]]
+
+    def select(self, indices: Iterable[int]) -> "MultiHotLabels":
+        return self.from_indices(map(self.get_indices, indices), self.num_classes)
+
+
 # Reading -------------------------------------------------------------------------------------------------------------
 
 
@@ -124,6 +159,16 @@ class LabelColumn:
                 f"{row_name} has the label {value!r}, which is not one of the {len(self.classes)} classes"
             )
         return self.index_by_name[str(value)]
+
+    def get_indices(self, values: Iterable[Any], name_row: Callable[[int], str]) -> list[int]:
+        """Return the class index of each value."""
+        known: dict[Any, int] = {}
+        indices = []
+        for row, value in enumerate(values):
+            if value not in known:
+                known[value] = self.get_index(value, name_row(row))
+            indices.append(known[value])
+        return indices
 
     @cached_property
     def has_class_indices(self) -> bool:
@@ -152,22 +197,36 @@ class LabelReader:
     def read(self, row: Row, row_name: str) -> Any:
         """Return the label of one row in the format of the label kind. Raise ValueError if a value is not one of the
         classes. `row_name` is the name of the row in error messages."""
-        if self.kind == "multi_task":
-            return {column.name: column.get_index(row[column.name], row_name) for column in self.columns}
-        (column,) = self.columns
-        value = row[column.name]
+        (label,) = self.read_columns([[row[column.name]] for column in self.columns], lambda _: row_name)
+        return label
+
+    def read_columns(self, values: Sequence[Sequence[Any]], name_row: Callable[[int], str]) -> Any:
+        """Return the labels of all rows: a list or, with several labels per image, `MultiHotLabels`. Raise ValueError
+        if a value is not one of the classes.
+
+        Args:
+            values: values of each column in `columns`.
+            name_row: returns the name of a row in error messages.
+        """
         if self.kind == "multi_label_classification":
-            labels = split_labels(value, self.separator, row_name)
-            label_indices = {column.get_index(label, row_name) for label in labels}
-            return [float(index in label_indices) for index in range(len(column.classes))]
-        return column.get_index(value, row_name)
+            (column,) = self.columns
+            named_rows = ((value, name_row(row)) for row, value in enumerate(values[0]))
+            rows = (
+                [column.get_index(label, row_name) for label in split_labels(value, self.separator, row_name)]
+                for value, row_name in named_rows
+            )
+            return MultiHotLabels.from_indices(rows, len(column.classes))
+        indices = [self.columns[n].get_indices(column, name_row) for n, column in enumerate(values)]
+        if self.kind == "single_label_classification":
+            return indices[0]
+        return [dict(zip(self.label_space.columns, row, strict=True)) for row in zip(*indices, strict=True)]
 
 
 def build_label_reader(
-    options: DataOptions, features: Features, read_column: Callable[[str], Iterable[Any]] | None
+    options: DataOptions, features: Features, read_column: Callable[[str], Iterable[Any]]
 ) -> LabelReader:
     """Build the label reader of a dataset. Raise ValueError if a column does not exist or contains no class labels, or
-    if the classes of a column are unknown. `read_column` returns all values of a column, or is None for a stream."""
+    if the classes of a column are unknown. `read_column` returns all values of a column."""
     names = [
         find_column("label", name, features, find_class_label, LABEL_COLUMN_NAMES, options.dataset)
         for name in options.label_column or (None,)
@@ -187,7 +246,7 @@ def build_label_reader(
 
 
 def build_label_column(
-    options: DataOptions, name: str, feature: Any, read_column: Callable[[str], Iterable[Any]] | None
+    options: DataOptions, name: str, feature: Any, read_column: Callable[[str], Iterable[Any]]
 ) -> LabelColumn:
     """Build one label column. The class names are declared, set by --label-names, or collected from the values."""
     if (class_label := find_class_label(feature)) is not None:
@@ -199,10 +258,6 @@ def build_label_column(
                 "--label-names"
             )
         return LabelColumn(name, list(options.label_names), is_declared=False)
-    if read_column is None:
-        raise ValueError(
-            f"{options.dataset} does not declare the classes of {name!r}. Set --label-names to all class names"
-        )
     distinct_values: set[Any] = set()
     for value in read_column(name):
         for label in split_labels(value, options.label_separator, f"{options.dataset}, column {name!r}: a row"):

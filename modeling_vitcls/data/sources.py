@@ -20,7 +20,7 @@ import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -32,12 +32,12 @@ from ..heads_vitcls import IGNORED_LABEL
 from ..hub.loading import describe_missing_repo, fall_back_to_cache, is_hub_id
 from ..options import DataOptions
 from .image_folder import format_name_list, read_image_folder, scan_folder
-from .images import ArrayImages, ColumnImages, FileImages, LabeledImages, resolve_path
+from .images import ArrayImages, DatasetImages, LabeledImages
 from .in_memory import MEMORY_PREFIX, get_dataset
 from .labels import UNLABELED, LabelSpace, build_label_reader, find_image_column, is_image_feature
 
 
-READERS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".parquet": "parquet"}
+READERS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".parquet": "parquet", ".tar": "webdataset"}
 
 IDX_SPLITS = {"train": "train", "t10k": "test"}
 IDX_CLASSES = {
@@ -170,16 +170,15 @@ def load_with_datasets(options: DataOptions, use_labels: bool, select: SplitSele
         unlabeled_splits = {split: mark_as_unlabeled(images) for split, images in images_by_split.items()}
         return Splits(name, UNLABELED, unlabeled_splits, list(all_splits))
 
-    def read_column_of_all_splits(column: str) -> Iterator[Any]:
-        return chain.from_iterable(read_column(dataset, column) for dataset in datasets.values())
-
-    reader = build_label_reader(options, features, read_column_of_all_splits)
+    reader = build_label_reader(
+        options,
+        features,
+        lambda column: chain.from_iterable(read_column(dataset, column) for dataset in datasets.values()),
+    )
     labeled_splits = {}
     for split, dataset in datasets.items():
-        label_columns = [read_column(dataset, column.name) for column in reader.columns]
-        rows = (dict(zip(reader.label_space.columns, row, strict=True)) for row in zip(*label_columns, strict=True))
-        split_name = f"{options.dataset}, split {split!r}"
-        labels = [reader.read(row, f"{split_name}: row {row_index}") for row_index, row in enumerate(rows)]
+        name_row = partial("{}, split {!r}: row {}".format, options.dataset, split)
+        labels = reader.read_columns([read_column(dataset, column.name) for column in reader.columns], name_row)
         labeled_images = LabeledImages(images_by_split[split], labels)
         labeled_splits[split] = drop_unlabeled_images(labeled_images, options, split)
     return Splits(name, reader.label_space, labeled_splits, list(all_splits))
@@ -188,6 +187,8 @@ def load_with_datasets(options: DataOptions, use_labels: bool, select: SplitSele
 def drop_unlabeled_images(images: LabeledImages, options: DataOptions, split: str) -> LabeledImages:
     """Return the labeled images and log a warning about images without a label. Raise ValueError if no image has a
     label, or if more than --max-unreadable-images images have no label."""
+    if not isinstance(images.labels, list):
+        return images
     unlabeled_indices = [index for index, label in enumerate(images.labels) if label == IGNORED_LABEL]
     if not unlabeled_indices:
         return images
@@ -298,11 +299,11 @@ def read_column(dataset: Any, column: str) -> list[Any]:
     return dataset.select_columns([column])[:][column]
 
 
-def build_images(dataset: Any, column: str, folder: Path) -> "FileImages | ColumnImages":
+def build_images(dataset: Any, column: str, folder: Path) -> DatasetImages:
     """Return the images of one split. The column contains encoded images, or paths relative to `folder`."""
     import datasets
 
-    if not is_image_feature(dataset.features[column]):
-        return FileImages([resolve_path(folder, path) for path in read_column(dataset, column)], folder)
-    encoded_images = dataset.select_columns([column]).cast_column(column, datasets.Image(decode=False))
-    return ColumnImages(encoded_images, column, folder)
+    images = dataset.select_columns([column])
+    if is_image_feature(dataset.features[column]):
+        images = images.cast_column(column, datasets.Image(decode=False))
+    return DatasetImages(images, folder)

@@ -10,24 +10,30 @@ Labels are read in labels.py. Images are decoded on access (images.py) and batch
     name_set_sha256      sorted image names, to distinguish a different order from different images
     labels_sha256        labels in the order of the dataset
     contents_sha256      bytes of `NUM_SAMPLES` images, spread evenly over all images
-The fingerprint of a large dataset is computed quickly, because no other image files are read. A sample of the images
-is sufficient to detect that many files were replaced, for example if the names of two class folders were swapped.
+The names are the images' keys (images.py), so no other images are read. A sample of the images is sufficient to detect
+that many files were replaced, for example if the names of two class folders were swapped.
 """
 
 import hashlib
 import json
+import pickle
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
+from accelerate import Accelerator
+
+from ..distributed import run_on_main
 from ..heads_vitcls import IGNORED_LABEL
 from ..options import DataOptions
 from .held_out import HeldOutRecord, HeldOutRule
 from .image_folder import describe_single_class, format_name_list
-from .images import EncodedImages, LabeledImages, get_image_ids
-from .labels import LabelSpace
+from .images import DatasetImages, LabeledImages
+from .in_memory import MEMORY_PREFIX
+from .labels import LabelSpace, MultiHotLabels
 from .sources import Splits, load_splits
 from .streaming import MAX_HELD_OUT_IMAGES, StreamedImages, open_streams
 
@@ -44,6 +50,25 @@ CHANGE_DESCRIPTIONS = {
 }
 
 
+Data = TypeVar("Data")
+
+
+def load_on_main(accelerator: Accelerator, dataset: str, load: Callable[[], Data]) -> Data:
+    """Load a dataset on the main process, and return what `load` returns on all processes, so that a folder is scanned
+    once and the held-out images are selected once. Tables on disk are not copied.
+
+    A process loads the dataset itself if it is in memory, or if the files in the cache of `datasets` are not on a file
+    system that it shares with the main process.
+    """
+    if accelerator.num_processes == 1 or dataset.startswith(MEMORY_PREFIX):
+        return load()
+    content = run_on_main(accelerator, lambda: pickle.dumps(load()))
+    try:
+        return pickle.loads(content)
+    except OSError:
+        return load()
+
+
 # Training ------------------------------------------------------------------------------------------------------------
 
 
@@ -55,10 +80,10 @@ class TrainingData:
     label_space: LabelSpace
     train_split: str  # name of the split with the training images
     train: LabeledImages | StreamedImages
-    held_out: LabeledImages
+    held_out: Any  # `LabeledImages`, or `StreamedImages` if the split is streamed
     held_out_name: str  # name of the held-out split, or description of the rule that selected the images
     record: HeldOutRecord
-    selection: LabeledImages | None = None  # images for selecting the best checkpoint (`--select best`)
+    selection: Any = None  # images for selecting the best checkpoint (`--select best`), as `held_out`
     selection_name: str = ""  # name of the selection split, or description of the rule
     num_excluded: int = 0  # number of training images that `--exclude` leaves out
 
@@ -68,11 +93,16 @@ class TrainingData:
         return None if isinstance(self.train, StreamedImages) else len(self.train)
 
     @property
+    def num_held_out_images(self) -> int | None:
+        """Return the number of held-out images; None for a streamed split, whose length is unknown."""
+        return None if isinstance(self.held_out, StreamedImages) else len(self.held_out)
+
+    @property
     def class_ratio(self) -> float:
         """Return the size of the largest class divided by that of the smallest, or 1 if images have several labels."""
         if not is_stratified(self.train):
             return 1.0
-        sizes = Counter(self.train.labels).values()  # type: ignore[union-attr]
+        sizes = Counter(self.train.labels).values()  # type: ignore
         return max(sizes, default=1) / min(sizes, default=1)
 
 
@@ -86,8 +116,8 @@ def load_training_data(
     held-out images. The selection images are the validation split if the dataset also has a test split. Otherwise,
     another seeded rule selects the selection images from the training images.
 
-    The held-out images of a stream are read immediately and stored in memory without decoding. If the stream has no
-    evaluation split, only the first 10,000 held-out images are stored.
+    The evaluation split of a stream is read in every evaluation. If a stream has no evaluation split, its first 10,000
+    held-out images are read immediately and stored in memory without decoding.
 
     Raise ValueError if the dataset has no images, no labels (unless `use_labels` is False) or only one class, or is
     too small to be split.
@@ -100,15 +130,14 @@ def load_training_data(
     training_splits = choose_training_splits(splits.names, use_selection_split)
     check_splits(options, splits, training_splits, use_selection_split)
     train = splits.images_by_split[training_splits.train]
-    labels_by_key = {} if use_labels or options.streaming else read_labels_by_key(options, select)
     if training_splits.held_out is not None:
-        held_out = materialize_images(splits.images_by_split[training_splits.held_out])
+        held_out = splits.images_by_split[training_splits.held_out]
         held_out_name = f"split {training_splits.held_out!r}"
-        record = HeldOutRecord(training_splits.held_out, len(held_out))
+        record = HeldOutRecord(training_splits.held_out, None if options.streaming else len(held_out))
     else:
         rule = build_held_out_rule(options)
         held_out_name = describe_rule(rule, train)
-        train, held_out, record = hold_out_images(train, rule, options, labels_by_key)
+        train, held_out, record = hold_out_images(train, rule, options)
         if options.streaming and len(held_out) == MAX_HELD_OUT_IMAGES:
             held_out_name += f", evaluated on the first {MAX_HELD_OUT_IMAGES:,} images"
     num_excluded = 0
@@ -118,11 +147,11 @@ def load_training_data(
         num_excluded = num_images - len(train)
     selection, selection_name = None, ""
     if training_splits.selection is not None:
-        selection = materialize_images(splits.images_by_split[training_splits.selection])
+        selection = splits.images_by_split[training_splits.selection]
         selection_name = f"split {training_splits.selection!r}"
     elif use_selection_split:
         rule = HeldOutRule(options.held_out_fraction, options.split_seed, "selection")
-        train, selection, _ = hold_out_images(train, rule, options, labels_by_key)
+        train, selection, _ = hold_out_images(train, rule, options)
         selection_name = f"{rule}; from the training images"
     return TrainingData(
         splits.name,
@@ -148,8 +177,7 @@ def exclude_images(images: LabeledImages, split: str, file: Path) -> LabeledImag
     if not {"split", "id"} <= set(table.columns):
         raise ValueError(f"--exclude {file}: the column `split` or `id` is missing. Use a table of evaluate --audit")
     excluded = set(table["id"][table["split"] == split])
-    ids = get_image_ids(images)
-    return images.select(index for index, name in enumerate(ids) if name not in excluded)
+    return images.select(index for index, name in enumerate(images.images.get_names()) if name not in excluded)
 
 
 class TrainingSplits(NamedTuple):
@@ -168,11 +196,6 @@ def choose_training_splits(names: Collection[str], use_selection_split: bool) ->
     if use_selection_split and len(held_out_names) > 1 and "test" in held_out_names:
         return TrainingSplits(train, "test", held_out_names[0])
     return TrainingSplits(train, held_out_names[0] if held_out_names else None, None)
-
-
-def materialize_images(images: LabeledImages | StreamedImages) -> LabeledImages:
-    """Return the images of a whole split; the images of a stream are read and stored in memory."""
-    return images.read_held_out_images() if isinstance(images, StreamedImages) else images
 
 
 def check_splits(
@@ -207,38 +230,32 @@ def build_held_out_rule(options: DataOptions) -> HeldOutRule:
     return HeldOutRule(options.held_out_fraction, options.split_seed)
 
 
-def hold_out_images(
-    images: Any, rule: HeldOutRule, options: DataOptions, labels_by_key: Mapping[int, int] | None = None
-) -> tuple[Any, LabeledImages, HeldOutRecord]:
+def hold_out_images(images: Any, rule: HeldOutRule, options: DataOptions) -> tuple[Any, LabeledImages, HeldOutRecord]:
     """Return the training images (stored or streamed), the held-out images, and the record of the held-out images.
-    `labels_by_key` are the labels of images that are read without labels.
     Raise ValueError if none or all of the images would be held out."""
     if isinstance(images, StreamedImages):
-        train = replace(images, held_out_rule=rule)
-        held_out = train.read_held_out_images() if rule.fraction else LabeledImages(EncodedImages([]), [])
+        train, held_out = replace(images, held_out_rule=rule), LabeledImages(DatasetImages.from_list([]), [])
+        if rule.fraction:
+            held_out = replace(train, is_held_out_part=True).read_first(MAX_HELD_OUT_IMAGES)
         return train, held_out, HeldOutRecord.from_keys(rule, held_out.images.compute_keys())
     keys = images.images.compute_keys()
-    if not is_stratified(images):
-        labels_by_key = labels_by_key or {}
-        held_out_keys = rule.select(keys, [labels_by_key.get(key, IGNORED_LABEL) for key in keys])
-    else:
-        held_out_keys = rule.select(keys, images.labels)
-    held_out_indices = [index for index, key in enumerate(keys) if key in held_out_keys]
-    train_indices = sorted(set(range(len(keys))).difference(held_out_indices))
-    if not train_indices or (not held_out_indices and rule.fraction > 0):
-        amount, change = ("all", "smaller") if held_out_indices else ("none of the", "larger")
+    labels = np.array(images.labels) if is_stratified(images) else np.full(len(keys), IGNORED_LABEL)
+    is_held_out = rule.select(keys, labels)
+    train_indices, held_out_indices = np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
+    if not len(train_indices) or (not len(held_out_indices) and rule.fraction > 0):
+        amount, change = ("all", "smaller") if len(held_out_indices) else ("none of the", "larger")
         raise ValueError(
             f"{options.dataset}: {amount} {len(keys)} images would be held out by --held-out-fraction {rule.fraction} "
             f"and --split-seed {rule.seed}. Set a {change} --held-out-fraction or a different "
             "--split-seed, or add images"
         )
-    record = HeldOutRecord.from_keys(rule, [keys[index] for index in held_out_indices])
-    return images.select(train_indices), images.select(held_out_indices), record
+    record = HeldOutRecord.from_keys(rule, keys[is_held_out])
+    return images.select(train_indices.tolist()), images.select(held_out_indices.tolist()), record
 
 
 def is_stratified(images: Any) -> bool:
     """Return whether held-out images are selected by class, which requires one known label per image."""
-    if isinstance(images, StreamedImages):
+    if isinstance(images, StreamedImages) or isinstance(images.labels, MultiHotLabels):
         return False
     return all(isinstance(label, int) and label != IGNORED_LABEL for label in images.labels)
 
@@ -251,17 +268,6 @@ def describe_rule(rule: HeldOutRule, images: Any) -> str:
     return f"{rule}, not stratified: several labels per image" if has_several_labels else str(rule)
 
 
-def read_labels_by_key(options: DataOptions, select: Callable[[list[str]], list[str]]) -> dict[int, int]:
-    """Return the labels of the training images by key, so that pre-training and fine-tuning hold out the same images.
-    The dict is empty if the dataset has no labels or several labels per image."""
-    try:
-        splits = load_splits(options, select=select)
-    except ValueError:
-        return {}
-    images = splits.images_by_split[choose_training_splits(splits.names, False).train]
-    return dict(zip(images.images.compute_keys(), images.labels, strict=True)) if is_stratified(images) else {}
-
-
 # Evaluation ----------------------------------------------------------------------------------------------------------
 
 
@@ -269,7 +275,7 @@ class EvaluationData(NamedTuple):
     """Images and labels for the evaluation of a model."""
 
     label_space: LabelSpace
-    images: LabeledImages
+    images: Any  # `LabeledImages`, or `StreamedImages` with --streaming
     split: str
     rule: HeldOutRule | None  # rule that held out `images`; None if `images` are a whole split or training images
 
@@ -294,7 +300,7 @@ def load_evaluation_data(
     split, source_split = choose_split(split, splits.names, record, options)
     images = splits.images_by_split[source_split]
     if split == source_split and not (split == "train" and len(splits.names) == 1):  # all images of a split
-        return EvaluationData(splits.label_space, materialize_images(images), split, None)
+        return EvaluationData(splits.label_space, images, split, None)
     if split == "train" and options.streaming:
         raise ValueError(
             f"evaluation on the training images of the single split of {options.dataset} is not supported for "
@@ -347,42 +353,34 @@ def choose_rule(options: DataOptions, record: HeldOutRecord | None) -> HeldOutRu
 
 def describe_data(training_data: TrainingData) -> dict[str, Any]:
     """Return a description of the training data, to be stored in checkpoints. The description of a stream contains
-    only the held-out images and the classes."""
-    labeled_images = training_data.held_out if isinstance(training_data.train, StreamedImages) else training_data.train
-    return {
+    only the classes and the stored held-out images."""
+    description = {
         "num_training_images": training_data.num_training_images,
-        "num_held_out_images": len(training_data.held_out),
+        "num_held_out_images": training_data.num_held_out_images,
         "held_out": asdict(training_data.record),
         "classes": training_data.label_space.columns,
-        **compute_fingerprint(
-            labeled_images.images.get_names(), labeled_images.labels, labeled_images.images.read_bytes
-        ),
     }
+    images = training_data.held_out if isinstance(training_data.train, StreamedImages) else training_data.train
+    if isinstance(images, StreamedImages):
+        return description
+    return description | compute_fingerprint(images.images.compute_keys(), images.labels, images.images.read_bytes)
 
 
-def compute_fingerprint(
-    names: Sequence[str], labels: Iterable[Any], read_bytes: Callable[[int], bytes | None]
-) -> dict[str, str]:
-    """Return the digests that are listed in the module docstring. `labels` must be JSON-serializable.
-    `read_bytes` returns the bytes of the image at an index, or None if the image cannot be read."""
-    sample_indices = sorted({len(names) * number // NUM_SAMPLES for number in range(NUM_SAMPLES)}) if names else []
+def compute_fingerprint(keys: np.ndarray, labels: Any, read_bytes: Callable[[int], bytes | None]) -> dict[str, str]:
+    """Return the digests that are listed in the module docstring, for keys [N] and N labels. `read_bytes` returns the
+    bytes of the image at an index, or None if the image cannot be read."""
+    sample_indices = sorted({len(keys) * number // NUM_SAMPLES for number in range(NUM_SAMPLES)}) if len(keys) else []
     contents = (read_bytes(index) for index in sample_indices)
+    if isinstance(labels, MultiHotLabels):
+        labels = [labels.offsets.tolist(), labels.indices.tolist()]
     return {
-        "names_sha256": compute_digest(names),
-        "name_set_sha256": compute_digest(sorted(names)),
-        "labels_sha256": compute_digest(labels),
-        "contents_sha256": compute_digest(
-            hashlib.sha256(content).hexdigest() for content in contents if content is not None
-        ),
+        "names_sha256": hashlib.sha256(keys.tobytes()).hexdigest(),
+        "name_set_sha256": hashlib.sha256(np.sort(keys).tobytes()).hexdigest(),
+        "labels_sha256": hashlib.sha256(json.dumps(labels, sort_keys=True).encode()).hexdigest(),
+        "contents_sha256": hashlib.sha256(
+            b"".join(hashlib.sha256(content).digest() for content in contents if content is not None)
+        ).hexdigest(),
     }
-
-
-def compute_digest(values: Iterable[Any]) -> str:
-    """Return the SHA-256 of JSON-serializable values."""
-    digest = hashlib.sha256()
-    for value in values:
-        digest.update(json.dumps(value, sort_keys=True).encode() + b"\n")
-    return digest.hexdigest()
 
 
 def describe_change(stored_description: dict[str, Any], current_description: dict[str, Any]) -> str | None:
@@ -398,7 +396,7 @@ def describe_change(stored_description: dict[str, Any], current_description: dic
         if stored_description[name] != current_description[name]:
             return f"there were {stored_description[name]:,} {noun}, but there are {current_description[name]:,} now"
     for name, change in CHANGE_DESCRIPTIONS.items():
-        if stored_description[name] != current_description[name]:
+        if stored_description.get(name) != current_description.get(name):
             return change
     return "different images are held out"
 
@@ -415,7 +413,7 @@ def format_classes(names: Sequence[str] | None) -> str:
 
 def describe_missing_classes(training_data: TrainingData) -> list[str]:
     """Return warnings about classes without held-out images and classes without training images."""
-    if isinstance(training_data.train, StreamedImages) or not len(training_data.held_out):
+    if isinstance(training_data.train, StreamedImages) or not training_data.num_held_out_images:
         return []
     label_space = training_data.label_space
     train = find_classes(training_data.train.labels, label_space)
@@ -437,7 +435,7 @@ def describe_missing_classes(training_data: TrainingData) -> list[str]:
     return warnings
 
 
-def find_classes(labels: Sequence[Any], label_space: LabelSpace) -> set[str]:
+def find_classes(labels: Any, label_space: LabelSpace) -> set[str]:
     """Return the names of the classes that occur in `labels`. In a multi-task dataset, each class name is
     prefixed with the name of the task."""
     if label_space.kind == "multi_task":
@@ -445,6 +443,6 @@ def find_classes(labels: Sequence[Any], label_space: LabelSpace) -> set[str]:
         return {f"{task} {names[label[task]]}" for task, names in tasks for label in labels if label[task] >= 0}
     if not label_space.columns:
         return set()
-    if label_space.kind == "multi_label_classification":
-        return {name for label in labels for name, value in zip(label_space.names, label, strict=True) if value}
+    if isinstance(labels, MultiHotLabels):
+        return {label_space.names[index] for index in np.unique(labels.indices)}
     return {label_space.names[label] for label in labels}

@@ -10,8 +10,9 @@ or of the image path, so an image has the same index in every pass and every pro
 """
 
 import math
+import tarfile
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -19,6 +20,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..heads_vitcls import IGNORED_LABEL
@@ -29,14 +31,14 @@ from .batches import Batch, BatchBuilder, TrainingImages
 from .held_out import HeldOutRule
 from .images import (
     NOT_REPLACED,
-    EncodedImages,
+    DatasetImages,
     LabeledImages,
     UnreadableImage,
     compute_encoded_image_key,
     decode_image,
     to_encoded_image,
 )
-from .labels import UNLABELED, Features, LabelReader, build_label_reader, find_image_column
+from .labels import UNLABELED, Features, LabelReader, MultiHotLabels, build_label_reader, find_image_column
 from .sampling import BatchPlan, derive_seed
 from .sources import Splits, get_dataset_folder, get_dataset_name, open_splits
 
@@ -57,6 +59,11 @@ class Example:
     index: int
     epoch: int = 0
 
+    @property
+    def name(self) -> str:
+        """Return the path of the image, or its checksum."""
+        return self.encoded_image["path"] or f"{self.index:x}"
+
 
 @dataclass(frozen=True)
 class StreamedImages:
@@ -69,6 +76,8 @@ class StreamedImages:
     folder: Path
     shuffle_buffer_size: int
     held_out_rule: HeldOutRule | None = None
+    is_held_out_part: bool = False  # whether the images are those that `held_out_rule` holds out
+    convert_label: Callable[[Any], Any] | None = None  # applied to each label
 
     def iterate_examples(self, seed: int, process_index: int, num_processes: int, start: int = 0) -> Iterator[Example]:
         """Yield the examples of one process indefinitely, starting at example `start`. `Example.epoch` is the number
@@ -99,19 +108,32 @@ class StreamedImages:
         local_rows = rows if has_own_shards else islice(rows, process_index, None, num_processes)
         return self.build_examples(local_rows)
 
-    def read_held_out_images(self) -> LabeledImages:
-        """Return encoded images in the order of the stream: all images if `held_out_rule` is None (an evaluation
-        split), otherwise the first `MAX_HELD_OUT_IMAGES` held-out images. Raise ValueError if there are no images."""
-        rows = self.iterate_rows(self.stream)
-        if self.held_out_rule is not None:
-            rows = islice(filter(self.is_held_out, rows), MAX_HELD_OUT_IMAGES)
-        examples = list(self.build_examples(rows))
-        if not examples and self.held_out_rule is None:
+    def iterate_in_order(self, process_index: int = 0, num_processes: int = 1) -> Iterator[Example]:
+        """Yield the examples that one process evaluates, in the order of the stream: shards of the stream, or every
+        n-th example. Raise ValueError if a label is not one of the classes."""
+        from datasets.distributed import split_dataset_by_node
+
+        stream = self.stream
+        if num_processes > 1:
+            stream = split_dataset_by_node(stream, rank=process_index, world_size=num_processes)
+        return self.build_examples(
+            row for row in self.iterate_rows(stream) if self.is_held_out(row) == self.is_held_out_part
+        )
+
+    def read_first(self, num_images: int) -> LabeledImages:
+        """Return the first images in the order of the stream, stored in memory without decoding. Raise ValueError if
+        there are none."""
+        examples = list(islice(self.iterate_in_order(), num_images))
+        if not examples and not self.is_held_out_part:
             raise ValueError(f"{self.name}: the evaluation split contains no images. Add images, or remove the split")
         if not examples:
             raise ValueError(f"{self.name}: no image is held out. Set a larger --held-out-fraction")
-        images = EncodedImages([example.encoded_image for example in examples], self.folder)
-        return LabeledImages(images, [example.label for example in examples])
+        labels: Any = [example.label for example in examples]
+        if labels and isinstance(labels[0], list):
+            labels = MultiHotLabels.from_indices(map(np.flatnonzero, labels), len(labels[0]))
+        return LabeledImages(
+            DatasetImages.from_list([example.encoded_image for example in examples], self.folder), labels
+        )
 
     def iterate_rows(self, stream: Any) -> Iterator[StreamRow]:
         """Yield the column values and the image key of each row. The image column contains inputs of
@@ -130,6 +152,7 @@ class StreamedImages:
             encoded_image, label = values[self.image_column], IGNORED_LABEL
             if self.reader is not None:
                 label = self.reader.read(values, f"{self.name}: the image {encoded_image['path'] or hex(index)}")
+                label = label if self.convert_label is None else self.convert_label(label)
             if self.reader is None or label != IGNORED_LABEL:
                 yield Example(encoded_image, label, index)
 
@@ -145,7 +168,9 @@ def open_streams(options: DataOptions, use_labels: bool = True) -> Splits:
     streams = open_splits(options, use_labels)
     features = read_features(next(iter(streams.values())), options)
     image_column = find_image_column(options, features)
-    reader = build_label_reader(options, features, read_column=None) if use_labels else None
+    reader = None
+    if use_labels:
+        reader = build_label_reader(options, features, lambda column: read_label_column(streams, column, options))
     label_space = UNLABELED if reader is None else reader.label_space
     columns = [image_column, *label_space.columns]
     name, folder = get_dataset_name(options), get_dataset_folder(options)
@@ -157,6 +182,29 @@ def open_streams(options: DataOptions, use_labels: bool = True) -> Splits:
             name, stream.select_columns(columns), image_column, reader, folder, options.shuffle_buffer
         )
     return Splits(name, label_space, images_by_split, list(streams))
+
+
+def read_label_column(streams: Any, column: str, options: DataOptions) -> Iterator[Any]:
+    """Yield the labels of all splits of a dataset that does not declare its classes. Images are not read: only the
+    column of a table, and only the label files of local WebDataset shards."""
+    path = Path(options.dataset)
+    shards = [path] if path.suffix == ".tar" else sorted(path.rglob("*.tar"))
+    if shards:
+        for shard in shards:
+            with tarfile.open(shard) as tar:
+                for member in tar:
+                    if member.isfile() and member.name.endswith(f".{column}"):
+                        text = tar.extractfile(member).read().decode().strip()  # type: ignore[union-attr]
+                        yield int(text) if column in ("cls", "cls2", "index") else text
+        return
+    for stream in streams.values():
+        if "__url__" in (stream.features or {}):
+            raise ValueError(
+                f"{options.dataset} does not declare the classes of {column!r}, and reading them would download all "
+                "images. Set --label-names to all class names"
+            )
+        for row in stream.select_columns([column]):
+            yield row[column]
 
 
 def read_features(stream: Any, options: DataOptions) -> Features:

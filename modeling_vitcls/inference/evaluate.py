@@ -8,7 +8,8 @@ If the dataset has no split for evaluation, the model is evaluated on the images
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,8 +31,9 @@ from ..data.held_out import (
     read_held_out_record,
 )
 from ..data.images import LabeledImages
-from ..data.labels import LabelKind, LabelSpace, get_label_space
-from ..data.splits import load_evaluation_data
+from ..data.labels import LabelKind, LabelSpace, MultiHotLabels, get_label_space
+from ..data.splits import load_evaluation_data, load_on_main
+from ..data.streaming import StreamedImages
 from ..distributed import build_accelerator
 from ..files import read_json, write_json
 from ..heads_vitcls import IGNORED_LABEL
@@ -70,9 +72,10 @@ def load_evaluation(
         if options.fit is not None:
             set_fit(processor, options.fit, model.config.image_height_width)
         record = read_held_out_record(folder)
-        label_space, images, split, rule = load_evaluation_data(
-            set_label_columns(options.data, model.config, folder), options.split, record
-        )
+    data_options = set_label_columns(options.data, model.config, folder)
+    label_space, images, split, rule = load_on_main(
+        accelerator, data_options.dataset, partial(load_evaluation_data, data_options, options.split, record)
+    )
     warning = None if rule is None else describe_possible_overlap(options.model, record, images)
     if warning is not None:
         warn(warning)
@@ -120,7 +123,7 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
         write_results(options, results, console)
         if options.per_image is not None:
             options.per_image.parent.mkdir(parents=True, exist_ok=True)
-            write_predictions(options.per_image, evaluator.logits, evaluator.images, evaluator.label_space)
+            write_predictions(options.per_image, evaluator)
             console.print(f"saved {options.per_image}", markup=False)
     accelerator.end_training()
     return results
@@ -170,7 +173,7 @@ def write_results(options: EvaluateOptions, results: dict[str, Any], console: Co
         console.print(f"saved {options.output}", markup=False)
 
 
-def describe_possible_overlap(model: str, record: HeldOutRecord | None, held_out_images: LabeledImages) -> str | None:
+def describe_possible_overlap(model: str, record: HeldOutRecord | None, held_out_images: Any) -> str | None:
     """Return a warning that the model may have been trained on `held_out_images`, or None if the same images
     were held out during training."""
     risk = "The model may have been trained on the evaluated images"
@@ -214,53 +217,64 @@ LABEL_DESCRIPTIONS: dict[LabelKind, str] = {
 }
 
 
-def match_labels(images: LabeledImages, data_space: LabelSpace, model_space: LabelSpace) -> LabeledImages:
+def match_labels(images: Any, data_space: LabelSpace, model_space: LabelSpace) -> Any:
     """Convert the label indices of the dataset to the label indices of the model. Labels are matched by name, and
     missing labels (-100) are left unchanged. Raise ValueError if the kinds of labels or the tasks differ, or if an
-    image has a label that the model lacks."""
+    image has a label that the model lacks; for a stream, when the label is read."""
     if data_space.kind != model_space.kind:
         raise ValueError(
             f"the model was trained with {LABEL_DESCRIPTIONS[model_space.kind]}, but the dataset has "
             f"{LABEL_DESCRIPTIONS[data_space.kind]}. Select other columns with --label-column, or set "
             "--label-separator for a column with several labels"
         )
-    if data_space.kind == "multi_task":
-        if data_space.columns.keys() != model_space.columns.keys():
-            raise ValueError(
-                f"the model has the tasks {', '.join(model_space.columns)}, but the dataset has "
-                f"{', '.join(data_space.columns)}. Select the columns of the tasks with --label-column"
-            )
-        converters = {
-            task: build_index_converter(data_space.columns[task], names) for task, names in model_space.columns.items()
-        }
-        task_labels = [{task: convert(label[task]) for task, convert in converters.items()} for label in images.labels]
-        return LabeledImages(images.images, task_labels)
-    convert_index = build_index_converter(data_space.names, model_space.names)
-    if data_space.kind == "single_label_classification":
-        return LabeledImages(images.images, [convert_index(label) for label in images.labels])
-    labels = []
-    for multi_hot_label in images.labels:
-        present_indices = {convert_index(index) for index, value in enumerate(multi_hot_label) if value}
-        labels.append([float(index in present_indices) for index in range(len(model_space.names))])
-    return LabeledImages(images.images, labels)
+    if data_space.kind == "multi_task" and data_space.columns.keys() != model_space.columns.keys():
+        raise ValueError(
+            f"the model has the tasks {', '.join(model_space.columns)}, but the dataset has "
+            f"{', '.join(data_space.columns)}. Select the columns of the tasks with --label-column"
+        )
+    convert = LabelConverter(data_space, model_space)
+    if isinstance(images, StreamedImages):
+        return replace(images, convert_label=convert)
+    if isinstance(images.labels, MultiHotLabels):
+        rows = (map(convert.get_index, images.labels.get_indices(row).tolist()) for row in range(len(images)))
+        return LabeledImages(images.images, MultiHotLabels.from_indices(rows, len(model_space.names)))
+    return LabeledImages(images.images, list(map(convert, images.labels)))
 
 
-def build_index_converter(data_names: list[str], model_names: list[str]) -> Callable[[int], int]:
-    """Return a function that converts the index of a label in the dataset to the index of this label in the model."""
-    model_indices = {name: index for index, name in enumerate(model_names)}
+@dataclass(frozen=True)
+class LabelConverter:
+    """Converts a label of a dataset to the label of a model with the same name."""
 
-    def convert_index(index: int) -> int:
+    data_space: LabelSpace
+    model_space: LabelSpace
+
+    def __call__(self, label: Any) -> Any:
+        if isinstance(label, dict):
+            return {task: self.get_index(label[task], task) for task in self.model_space.columns}
+        if isinstance(label, list):
+            indices = [self.get_index(index) for index, value in enumerate(label) if value]
+            return MultiHotLabels.from_indices([indices], len(self.model_space.names))[0]
+        return self.get_index(label)
+
+    def get_index(self, index: int, task: str | None = None) -> int:
+        """Convert one class index. `task` is the task of a multi-task model."""
         if index == IGNORED_LABEL:
             return IGNORED_LABEL
-        if data_names[index] not in model_indices:
+        name = (self.data_space.columns[task] if task else self.data_space.names)[index]
+        model_names = self.model_space.columns[task] if task else self.model_space.names
+        if (model_index := self.index_by_name[task or next(iter(self.index_by_name))].get(name)) is None:
             suffix = f" and {len(model_names) - 20} more" if len(model_names) > 20 else ""
             raise ValueError(
-                f"the dataset has the label {data_names[index]!r}, but the model has only the labels "
+                f"the dataset has the label {name!r}, but the model has only the labels "
                 f"{', '.join(model_names[:20])}{suffix}. Remove the images with this label"
             )
-        return model_indices[data_names[index]]
+        return model_index
 
-    return convert_index
+    @cached_property
+    def index_by_name(self) -> dict[str, dict[str, int]]:
+        """Return the model's class indices by column and name."""
+        columns = self.model_space.columns.items()
+        return {column: {name: index for index, name in enumerate(names)} for column, names in columns}
 
 
 # Output --------------------------------------------------------------------------------------------------------------
@@ -271,14 +285,14 @@ def build_progress(console: Console, accelerator: Accelerator) -> Callable[[Cach
     if not accelerator.is_main_process:
         return iter
     if console.is_terminal:
-        return lambda batches: track(batches, "evaluating", console=console, transient=True)
+        return lambda batches: track(batches, "evaluating", total=batches.num_batches, console=console, transient=True)
 
     def print_progress(batches: CachedBatches) -> Iterator[HeldOutBatch]:
         last_print_time = time.monotonic()
         for index, batch in enumerate(batches):
             if time.monotonic() - last_print_time > SECONDS_BETWEEN_LINES:
                 last_print_time = time.monotonic()
-                console.print(f"evaluating: batch {index}/{len(batches)}")
+                console.print(f"evaluating: batch {index}/{batches.num_batches or '?'}")
             yield batch
 
     return print_progress

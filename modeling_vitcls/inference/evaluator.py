@@ -6,12 +6,16 @@ Sharded models require that all processes run the same number of batches of the 
 distributed in rounds of one batch per process. The last round is padded with blank images, which have no labels and
 are not counted. An unreadable image is replaced with a blank image, reported by name, and counted as unreadable.
 
+A streamed split is read in every evaluation. Each process reads its own shards, or every n-th image.
+
 Metrics are in metrics.py; evaluate.py evaluates a saved model and writes the results.
 """
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
@@ -21,8 +25,9 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from ..data.batches import leave_signals_to_parent
-from ..data.images import LabeledImages, UnreadableImageCounter, check_channels
+from ..data.images import LabeledImages, UnreadableImageCounter, check_channels, decode_image
 from ..data.labels import LabelKind, LabelSpace
+from ..data.streaming import Example, StreamedImages, read_ahead
 from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..options import DataOptions
 from .metrics import METRICS, select_scalars
@@ -39,13 +44,17 @@ class HeldOutBatch:
     labels: Any  # labels of the G readable images; the type depends on the kind of labels
     indices: list[int]  # indices of the G readable images
     error_messages: dict[int, str]  # index of each unreadable image -> error message
+    names: list[str] = field(default_factory=list)  # names of the G readable images of a stream
+
+
+Key = int | tuple[int, Example]  # index of a stored image, or index and example of a streamed image
 
 
 @dataclass
 class HeldOutBatches(Dataset):
-    """A dataset whose items are the batches of one process."""
+    """Dataset whose items are the batches of one process. Iterating over it yields the keys of each batch."""
 
-    source: LabeledImages
+    source: LabeledImages | StreamedImages
     processor: ViTCLSImageProcessor
     label_space: LabelSpace
     batch_size: int
@@ -53,32 +62,47 @@ class HeldOutBatches(Dataset):
     num_processes: int
     num_channels: int | None = None
 
-    def __post_init__(self) -> None:
-        first_index = self.process_index * self.batch_size
-        batch_starts = range(first_index, len(self.source) + first_index, self.batch_size * self.num_processes)
-        self.index_ranges = [range(start, min(start + self.batch_size, len(self.source))) for start in batch_starts]
-
     def __len__(self) -> int:
-        return len(self.index_ranges)
+        return math.ceil(len(self.source) / (self.batch_size * self.num_processes))  # type: ignore[arg-type]
 
-    def __getitem__(self, index: int) -> HeldOutBatch:
-        pixel_values, labels, indices, error_messages = [], [], [], {}
-        for image_index in self.index_ranges[index]:
+    def __iter__(self) -> Iterator[Sequence[Key]]:
+        if isinstance(self.source, StreamedImages):
+            yield from read_ahead(self.iterate_stream(), num_items=2)
+            return
+        for batch_index in range(len(self)):
+            start = (batch_index * self.num_processes + self.process_index) * self.batch_size
+            yield range(start, min(start + self.batch_size, len(self.source)))
+
+    def iterate_stream(self) -> Iterator[Sequence[Key]]:
+        """Yield the keys of each batch of a stream."""
+        assert isinstance(self.source, StreamedImages)
+        examples = self.source.iterate_in_order(self.process_index, self.num_processes)
+        keys = ((self.process_index + n * self.num_processes, example) for n, example in enumerate(examples))
+        yield from iter(lambda: list(islice(keys, self.batch_size)), [])
+
+    def __getitem__(self, keys: Sequence[Key]) -> HeldOutBatch:
+        pixel_values, labels = [], []
+        batch = HeldOutBatch(None, None, [], {})
+        for key in keys:
+            index, example = key if isinstance(key, tuple) else (key, None)
             try:
-                image = self.source.images[image_index]
+                if example is None:
+                    image, label = self.source.images[index], self.source.labels[index]  # type: ignore[union-attr]
+                else:
+                    image, label = decode_image(example.encoded_image, example.name), example.label
                 pixels = self.processor(image, return_tensors="pt")["pixel_values"][0]  # [C, H, W]
                 check_channels(image, pixels, self.num_channels)
-                pixel_values.append(pixels)
-                labels.append(self.source.labels[image_index])
-                indices.append(image_index)
             except ValueError as error:  # UnreadableImage, or an image that the image processor does not support
-                error_messages[image_index] = str(error)
-        return HeldOutBatch(
-            torch.stack(pixel_values) if pixel_values else None,
-            COLLATE_FUNCTIONS[self.label_space.kind](labels, self.label_space),
-            indices,
-            error_messages,
-        )
+                batch.error_messages[index] = str(error)
+                continue
+            pixel_values.append(pixels)
+            labels.append(label)
+            batch.indices.append(index)
+            if example is not None:
+                batch.names.append(example.name)
+        batch.pixel_values = torch.stack(pixel_values) if pixel_values else None
+        batch.labels = COLLATE_FUNCTIONS[self.label_space.kind](labels, self.label_space)
+        return batch
 
 
 COLLATE_FUNCTIONS: dict[LabelKind, Callable[[list[Any], LabelSpace], Any]] = {
@@ -96,7 +120,7 @@ class Evaluator:
     """Evaluates models on a fixed set of labeled images.
 
     Args:
-        images: all images and labels; the same on every process.
+        images: all images and labels, the same on every process; or a streamed split.
         processor: image processor that returns `pixel_values`.
         label_space: names of the labels, in the order of the model's logits.
         batch_size: number of images per process and forward pass.
@@ -109,14 +133,14 @@ class Evaluator:
             counted as unreadable.
 
     With `keep_logits = True`, `logits` contains the logits of the last evaluation, {image index: tensor [L]}, for all
-    readable images, on every process.
+    readable images, on every process, and `labels` and `names` contain their labels and names.
     """
 
     keep_logits = False
 
     def __init__(
         self,
-        images: LabeledImages,
+        images: LabeledImages | StreamedImages,
         processor: ViTCLSImageProcessor,
         label_space: LabelSpace,
         batch_size: int,
@@ -127,7 +151,6 @@ class Evaluator:
         num_channels: int | None = None,
     ) -> None:
         self.images = images
-        self.num_images = len(images)
         self.label_space = label_space
         self.batch_size = batch_size
         self.accelerator = accelerator
@@ -140,6 +163,9 @@ class Evaluator:
             images, processor, label_space, batch_size, process_index, num_processes, num_channels
         )
         self.batches = CachedBatches(local_batches, num_workers)
+        self.logits: dict[int, torch.Tensor] = {}
+        self.labels: dict[int, torch.Tensor] = {}
+        self.names: dict[int, str] = {}
 
     @torch.no_grad()
     def __call__(
@@ -157,30 +183,52 @@ class Evaluator:
         """
         metrics = self.build_metrics()
         error_messages: dict[int, str] = {}
-        logits: list[tuple[int, torch.Tensor]] = []
-        for batch in show_progress(self.batches):
+        num_local_images = 0
+        rows: list[tuple[int, Any, torch.Tensor, str]] = []
+        for batch in self.synchronize(show_progress(self.batches)):
+            num_local_images += len(batch.indices) + len(batch.error_messages)
             error_messages |= batch.error_messages
             labels = send_to_device(batch.labels, self.accelerator.device)
             outputs = self.compute_outputs(model, batch)
             metrics.update(outputs, labels)
-            if self.keep_logits:
-                logits += zip(batch.indices, outputs.logits.float().cpu(), strict=False)  # without padding
+            if self.keep_logits:  # without padding
+                names = batch.names or [""] * len(batch.indices)
+                rows += zip(batch.indices, batch.labels, outputs.logits.float().cpu(), names, strict=False)
 
         error_messages = dict(gather_object(list(error_messages.items())))
-        self.logits = dict(sorted(gather_object(logits), key=lambda item: item[0])) if self.keep_logits else {}
+        num_images = sum(gather_object([num_local_images]))
+        if self.keep_logits:
+            rows = sorted(gather_object(rows), key=lambda row: row[0])
+            self.labels = {index: label for index, label, _, _ in rows}
+            self.logits = {index: logits for index, _, logits, _ in rows}
+            self.names = {index: name for index, _, _, name in rows}
+            if isinstance(self.images, LabeledImages):
+                all_names = self.images.images.get_names()
+                self.names = {index: all_names[index] for index in self.names}
         self.error_messages |= error_messages
         self.unreadable_counter.add(sorted(error_messages))
         num_unreadable = len(error_messages)
-        if num_unreadable == self.num_images:
-            raise ValueError(f"none of the {self.num_images} images can be read. Check the dataset")
+        if num_unreadable == num_images:
+            raise ValueError(f"none of the {num_images} images can be read. Check the dataset")
         metric_values = round_floats(metrics.compute())
-        if metric_values["num_images"] + num_unreadable != self.num_images:
+        expected = num_images if isinstance(self.images, StreamedImages) else len(self.images)
+        if metric_values["num_images"] + num_unreadable != expected:
             raise RuntimeError(
                 f"evaluation counted {metric_values['num_images']} readable and {num_unreadable} unreadable images, "
-                f"but expected {self.num_images} images in total. This is a bug. Report it with "
+                f"but expected {expected} images in total. This is a bug. Report it with "
                 "the output of `vitcls env`"
             )
         return select_scalars(metric_values) | {"num_unreadable_images": num_unreadable} | metric_values
+
+    def synchronize(self, batches: Iterable[HeldOutBatch]) -> Iterator[HeldOutBatch]:
+        """Yield the batches. All processes yield the same number of batches: processes with fewer batches of a stream
+        yield batches without images."""
+        if isinstance(self.images, LabeledImages) or self.accelerator.num_processes == 1:
+            yield from batches
+            return
+        iterator = iter(batches)
+        while any(gather_object([(batch := next(iterator, None)) is not None])):
+            yield self.batches.loader.dataset[[]] if batch is None else batch
 
     def build_metrics(self) -> Any:
         """Build the metrics for the kind of labels."""
@@ -188,8 +236,9 @@ class Evaluator:
 
     def compute_outputs(self, model: nn.Module, batch: HeldOutBatch) -> Any:
         """Return the model outputs for a batch, which is padded with blank images."""
+        config = self.accelerator.unwrap_model(model).config
         with self.accelerator.autocast():
-            return model(self.pad_batch(model, batch.pixel_values))
+            return model(self.pad_batch(model, batch.pixel_values), num_output_tokens=config.num_head_tokens)
 
     def pad_batch(self, model: nn.Module, pixel_values: torch.Tensor | None) -> torch.Tensor:
         """Pad pixel values [G, C, H, W] with blank images to [B, C, H, W], and move the padded batch to the device."""
@@ -203,26 +252,26 @@ class Evaluator:
 
 
 class CachedBatches:
-    """Iterable over the batches of a process. The first pass caches batches of up to `MAX_CACHE_BYTES` in total."""
+    """Iterable over the batches of a process. The first pass caches batches of up to `MAX_CACHE_BYTES` in total; a
+    stream is not cached. `num_batches` is None for a stream."""
 
     def __init__(self, batches: HeldOutBatches, num_workers: int) -> None:
         self.loader = DataLoader(
             batches,
             batch_size=None,
+            sampler=batches,
             num_workers=num_workers,
             worker_init_fn=leave_signals_to_parent,
             generator=torch.Generator(),  # a separate generator, so that evaluations do not affect training
         )
         self.cache: list[HeldOutBatch] | None = None
-
-    def __len__(self) -> int:
-        return len(self.loader)
+        self.num_batches = None if isinstance(batches.source, StreamedImages) else len(batches)
 
     def __iter__(self) -> Iterator[HeldOutBatch]:
         if self.cache is not None:
             yield from self.cache
             return
-        cache: list[HeldOutBatch] | None = []
+        cache: list[HeldOutBatch] | None = None if self.num_batches is None else []
         num_bytes = 0
         for batch in self.loader:
             num_bytes += 0 if batch.pixel_values is None else batch.pixel_values.nbytes

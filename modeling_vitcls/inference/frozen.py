@@ -25,7 +25,7 @@ from ..conversion.any_checkpoint import resolve_checkpoint
 from ..data.held_out import RESULTS_FILE, read_held_out_record
 from ..data.images import LabeledImages
 from ..data.labels import LabelSpace
-from ..data.splits import load_evaluation_data
+from ..data.splits import load_evaluation_data, load_on_main
 from ..hub.loading import MODEL_FILE_PATTERNS
 from ..intervals import compute_mean_interval, compute_proportion_interval
 from ..options import EvaluateOptions
@@ -199,8 +199,11 @@ def evaluate_frozen(options: EvaluateOptions) -> dict[str, Any]:
     with accelerator.main_process_first():  # the main process downloads the files
         model, processor = load_model(options.model, use_head=False, fit=options.fit)
         record = read_held_out_record(resolve_checkpoint(options.model, [*MODEL_FILE_PATTERNS, RESULTS_FILE]))
-        training_label_space, training_images, _, _ = load_evaluation_data(options.data, "train", record)
-        held_out_label_space, held_out_images, split, rule = load_evaluation_data(options.data, options.split, record)
+    (training_label_space, training_images, _, _), (held_out_label_space, held_out_images, split, rule) = load_on_main(
+        accelerator,
+        options.data.dataset,
+        lambda: [load_evaluation_data(options.data, split, record) for split in ("train", options.split)],
+    )
     check_is_single_label(options, held_out_label_space)
     if rule is not None and record is not None:
         warning = describe_possible_overlap(options.model, record, held_out_images)

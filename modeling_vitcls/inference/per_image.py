@@ -2,7 +2,7 @@
 
 column          one label per image                     several labels per image
 index           index in the split                      same
-image           path within the dataset, a checksum, or the index
+image           path within the dataset, a checksum, or the row number
 label           name                                    list of names
 prediction      name                                    list of names with a probability above 0.5
 probabilities   list, in the order of the model's labels (calibrated if the model has a temperature)
@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
-from ..data.images import LabeledImages, get_image_ids
 from ..data.labels import LabelSpace
 from .confidence import compute_energies
+from .evaluator import Evaluator
 
 
 def check_per_image(label_space: LabelSpace) -> None:
@@ -33,17 +33,15 @@ def check_per_image(label_space: LabelSpace) -> None:
         )
 
 
-def write_predictions(
-    file: Path, logits: dict[int, torch.Tensor], images: LabeledImages, label_space: LabelSpace
-) -> None:
-    """Write the rows of the images whose logits [L] are given (`Evaluator.logits`) to a Parquet file.
+def write_predictions(file: Path, evaluator: Evaluator) -> None:
+    """Write the rows of the images of the last evaluation (`Evaluator.logits`) to a Parquet file.
 
     Raises:
         OSError: if the file cannot be written.
     """
     import pandas as pd
 
-    columns = build_image_rows(logits, images, label_space)
+    columns = build_image_rows(evaluator)
     pd.DataFrame({name: list(values) for name, values in columns.items()}).to_parquet(file, index=False)
 
 
@@ -56,36 +54,34 @@ def read_predictions(file: Path, names: list[str]) -> tuple[np.ndarray, np.ndarr
     return np.stack(rows["probabilities"]), np.array([names.index(label) for label in rows["label"]])
 
 
-def build_image_rows(
-    logits: dict[int, torch.Tensor], images: LabeledImages, label_space: LabelSpace
-) -> dict[str, Any]:
+def build_image_rows(evaluator: Evaluator) -> dict[str, Any]:
     """Return the columns of the table in the header of this file."""
-    names, ids = label_space.names, get_image_ids(images)
-    indices = [index for index in logits if is_labeled(images.labels[index])]
-    stacked = torch.stack([logits[index] for index in indices])  # [N, L]
-    labels = [images.labels[index] for index in indices]
-    columns: dict[str, Any] = {"index": indices, "image": [ids[index] for index in indices]}
+    label_space, names = evaluator.label_space, evaluator.label_space.names
+    indices = list_labeled_images(evaluator)
+    if not indices:
+        raise ValueError("no evaluated image has a label")
+    logits = torch.stack([evaluator.logits[index] for index in indices])  # [N, L]
+    targets = torch.stack([evaluator.labels[index] for index in indices]).cpu()  # [N] or [N, L]
+    columns: dict[str, Any] = {"index": indices, "image": [evaluator.names[index] for index in indices]}
     if label_space.kind == "single_label_classification":
-        targets = torch.tensor(labels)
         return columns | {
-            "label": [names[label] for label in labels],
-            "prediction": [names[index] for index in stacked.argmax(dim=1).tolist()],
-            "probabilities": stacked.softmax(dim=1).numpy(),
-            "loss": cross_entropy(stacked, targets, reduction="none").numpy(),
-            "energy": compute_energies(stacked.numpy()),
+            "label": [names[label] for label in targets.tolist()],
+            "prediction": [names[index] for index in logits.argmax(dim=1).tolist()],
+            "probabilities": logits.softmax(dim=1).numpy(),
+            "loss": cross_entropy(logits, targets, reduction="none").numpy(),
+            "energy": compute_energies(logits.numpy()),
         }
-    targets = torch.tensor(labels, dtype=torch.float32)
     return columns | {
         "label": [select_names(names, row) for row in targets],
-        "prediction": [select_names(names, row) for row in stacked.sigmoid()],
-        "probabilities": stacked.sigmoid().numpy(),
-        "loss": binary_cross_entropy_with_logits(stacked, targets, reduction="none").mean(dim=1).numpy(),
+        "prediction": [select_names(names, row) for row in logits.sigmoid()],
+        "probabilities": logits.sigmoid().numpy(),
+        "loss": binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(dim=1).numpy(),
     }
 
 
-def is_labeled(label: Any) -> bool:
-    """Return whether an image has a label."""
-    return not isinstance(label, int | np.integer) or bool(label >= 0)
+def list_labeled_images(evaluator: Evaluator) -> list[int]:
+    """Return the indices of the images of the last evaluation that have a label."""
+    return [index for index, label in evaluator.labels.items() if label.ndim or label >= 0]
 
 
 def select_names(names: list[str], values: torch.Tensor) -> list[str]:

@@ -14,6 +14,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ from transformers import PreTrainedModel
 
 from ..conversion.any_checkpoint import resolve_checkpoint
 from ..data.labels import get_label_space
-from ..distributed import build_accelerator
+from ..data.splits import load_on_main
+from ..distributed import build_accelerator, run_on_main
 from ..hub.model_files import PREDICTIONS_FILE
 from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..modeling_vitcls import ViTCLSPreTrainedModel
@@ -181,8 +183,8 @@ def predict_images(options: PredictOptions) -> PredictionCounts:
     """Run the prediction that the options specify, and print or write the rows. Raise ValueError or OSError with a
     single-line message if the images or the model cannot be read, or if the output cannot be written."""
     accelerator = build_accelerator(mixed_precision=options.mixed_precision)
+    source = load_on_main(accelerator, options.dataset or "", partial(open_input, options))
     with accelerator.main_process_first():  # the main process downloads the files
-        source = open_input(options)
         predictor = build_predictor(options, accelerator)
     is_folder = options.output is not None and options.output.suffix.lower() not in WRITERS
     counts = (predict_to_folder if is_folder else predict_to_file)(options, accelerator, source, predictor)
@@ -236,7 +238,7 @@ def predict_to_folder(
         "top_k": options.top_k,
         "threshold": options.threshold,
         "mixed_precision": accelerator.mixed_precision,
-        "input": source.compute_fingerprint(),
+        "input": run_on_main(accelerator, source.compute_fingerprint),
         "model": compute_model_digest(predictor.model, predictor.processor),
     }
     if isinstance(source, StreamInput):

@@ -7,7 +7,7 @@ The images are read from the dataset of the run again, so that the folder does n
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import fields
+from dataclasses import fields, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from ..analysis.inspection import inspect_model
 from ..analysis.inspection_inputs import InspectionImages
 from ..analysis.report import write_page
 from ..data.splits import TrainingData, load_training_data
+from ..data.streaming import StreamedImages
 from ..hub.model_files import REPORT_FILE
 from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..options import DataOptions
@@ -30,6 +31,7 @@ from .verify import MODEL_CLASSES
 NUM_SAMPLES = 4  # number of images in the card
 NUM_REPORT_IMAGES = 6  # number of images shown in the report
 NUM_STATISTICS_IMAGES = 64  # number of images for the statistics in the report
+NUM_STREAMED_IMAGES = 1000  # number of images of a streamed held-out split from which images are selected
 MAX_IMAGES_TO_READ = 20  # maximum number of images to try to read for the card
 
 Sample = tuple[Image.Image, str | None]  # image, and label as text (None if the images have no labels)
@@ -46,6 +48,8 @@ def write_report(path: Path, warn: Callable[[str], None], images: InspectionImag
         model, processor = load_saved_model(folder)
         data = load_run_data(folder) if images is None and folder.results else None
         samples: list[Sample] = []
+        if data is not None and isinstance(data.held_out, StreamedImages):
+            data = replace(data, held_out=data.held_out.read_first(NUM_STREAMED_IMAGES))
         if data is not None and len(data.held_out):
             samples = select_samples(data)
             labels = data.held_out.labels if data.label_space.columns else None

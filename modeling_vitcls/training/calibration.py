@@ -8,22 +8,21 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.functional import cross_entropy
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from ..inference.confidence import find_energy_threshold, fit_temperature
 from ..inference.evaluator import Evaluator
-from ..inference.per_image import is_labeled
+from ..inference.per_image import list_labeled_images
 
 
 MIN_IMAGES = 100  # minimum number of images for a temperature; with fewer, it is mostly noise
 FITTED, REPORTED = slice(0, None, 2), slice(1, None, 2)  # the halves of the held-out images
 
 
-def calibrate(model: Any, config: Any, evaluator: Evaluator, images: slice = slice(None)) -> dict[str, Any] | None:
+def calibrate(config: Any, evaluator: Evaluator, images: slice = slice(None)) -> dict[str, Any] | None:
     """Set `temperature` and `energy_threshold` of the configuration, and return both and the number of images; None if
-    there are too few. `images` selects images of the evaluator. All processes must call this function."""
-    evaluator.keep_logits = True
-    evaluator(model)
+    there are too few. `images` selects images of the evaluator's last evaluation, which kept the logits."""
     logits, labels = get_outputs(evaluator, images)
     if len(labels) < MIN_IMAGES:
         return None
@@ -34,6 +33,14 @@ def calibrate(model: Any, config: Any, evaluator: Evaluator, images: slice = sli
         "energy_threshold": config.energy_threshold,
         "num_images": len(labels),
     }
+
+
+def rescale(evaluator: Evaluator, temperature: float) -> float:
+    """Divide the logits of the last evaluation by the temperature, as the calibrated model does, and return the
+    cross-entropy. All other metrics except the calibration error do not depend on the temperature."""
+    evaluator.logits = {index: logits / temperature for index, logits in evaluator.logits.items()}
+    logits, labels = map(torch.from_numpy, get_outputs(evaluator, slice(None)))
+    return round(float(cross_entropy(logits.double(), labels)), 6)
 
 
 def compute_calibration_errors(evaluator: Evaluator, temperature: float, images: slice) -> dict[str, float]:
@@ -48,9 +55,9 @@ def compute_calibration_errors(evaluator: Evaluator, temperature: float, images:
 
 def get_outputs(evaluator: Evaluator, images: slice) -> tuple[np.ndarray, np.ndarray]:
     """Return logits [N, L] and labels [N] of the selected images that have a label."""
-    labels = evaluator.images.labels
-    indices = [index for index in list(evaluator.logits)[images] if is_labeled(labels[index])]
+    selected = set(list(evaluator.logits)[images])
+    indices = [index for index in list_labeled_images(evaluator) if index in selected]
     if not indices:
         return np.zeros((0, 1), np.float32), np.zeros(0, np.int64)
     logits = torch.stack([evaluator.logits[index] for index in indices]).numpy()
-    return logits, np.array([labels[index] for index in indices])
+    return logits, torch.stack([evaluator.labels[index] for index in indices]).cpu().numpy()

@@ -29,12 +29,12 @@ from torch.distributed.fsdp import FSDPModule
 from ..checkpoints import WRITE_ERRORS, CheckpointStore
 from ..data.augmentation import build_augmentation
 from ..data.batches import Normalizer, iterate_training_batches
-from ..data.fit import describe_fit
+from ..data.fit import MAX_MEASURED_IMAGES, describe_fit
 from ..data.held_out import HELD_OUT_RECORD_KEY
 from ..data.images import LabeledImages, UnreadableImageCounter
 from ..data.sampling import BatchPlan
-from ..data.splits import HELD_OUT_SPLITS, TrainingData, describe_data
-from ..data.streaming import build_training_dataset
+from ..data.splits import HELD_OUT_SPLITS, TrainingData, describe_data, load_on_main
+from ..data.streaming import StreamedImages, build_training_dataset
 from ..distributed import build_accelerator, configure_layer_sharding, run_on_main
 from ..errors import format_error, is_raised_on_all_processes
 from ..files import write_json
@@ -46,7 +46,7 @@ from ..inference.per_image import write_predictions
 from ..intervals import compute_mean_interval
 from ..options import FinetuneOptions, PretrainOptions, to_flags
 from . import finetune, output_folder, pretrain
-from .calibration import FITTED, REPORTED, calibrate, compute_calibration_errors
+from .calibration import FITTED, REPORTED, calibrate, compute_calibration_errors, rescale
 from .defaults import describe_random_weights, get_run_properties, resolve_defaults
 from .distributed_state import gather_state, gather_weights, reshard
 from .loop import Metrics, NonFiniteLoss, TrainingInterrupted, TrainingLoop, TrainingState
@@ -145,8 +145,8 @@ def run(
             return folder
 
         # Data and model
+        data = load_on_main(accelerator, options.data.dataset, partial(kind.load_data, options))
         with accelerator.main_process_first():  # only the main process downloads files
-            data = kind.load_data(options)
             options, default_lines = resolve_options(options, data, checkpoint)
             task: Task = kind.build_task(options, data, reporter)
             forward_flops = task.model.flops()
@@ -157,7 +157,7 @@ def run(
             "images_per_step": plan.images_per_step,
             "num_steps": plan.num_steps,
             "mixed_precision": accelerator.mixed_precision,
-            "data": describe_data(data),
+            "data": run_on_main(accelerator, partial(describe_data, data)),
             "flags": get_relative_flags(options, should_strip=options.run.hub_checkpoint_branch is not None),
         }
         if checkpoint is not None:
@@ -178,8 +178,11 @@ def run(
             reporter.warn(warning)
         num_evaluated, full_num_images = 0, 0
         if is_dry_run:
-            num_evaluated = min(len(data.held_out), plan.batch_size * plan.num_processes)
-            full_num_images = len(data.held_out if data.selection is None else data.selection)
+            num_evaluated = plan.batch_size * plan.num_processes
+            evaluated_data = data.held_out if data.selection is None else data.selection
+            if isinstance(evaluated_data, LabeledImages):
+                full_num_images = len(evaluated_data)
+                num_evaluated = min(num_evaluated, full_num_images)
             data = replace(
                 data,
                 held_out=draw_images(data.held_out, num_evaluated),
@@ -199,13 +202,14 @@ def run(
 
         # Training
         empty_metrics = {"num_images": 0, "num_unreadable_images": 0}  # metrics if no images are held out
-        evaluate_held_out = task.build_evaluator(data.held_out) if len(data.held_out) else lambda model: empty_metrics
+        has_held_out = data.num_held_out_images != 0
+        evaluate_held_out = task.build_evaluator(data.held_out) if has_held_out else lambda model: empty_metrics
         evaluated = evaluate_held_out if data.selection is None else task.build_evaluator(data.selection)
         images = build_training_images(options, data, task)
         unreadable_images = UnreadableImageCounter(
             images.describe_unreadable_image, reporter.warn, options.data.max_unreadable_images
         )
-        should_compare = task.compare is not None and len(data.held_out) > 0 and not is_dry_run
+        should_compare = task.compare is not None and has_held_out and not is_dry_run
         if should_compare:
             task.compare.before = task.compare.measure(task.model.to(accelerator.device))
         state = prepare_state(options, task, accelerator)
@@ -265,19 +269,18 @@ def run(
         if state.ema is not None:
             state.ema.copy_to_model(state.ema.shadow)
 
-        # Calibration
+        # Calibration and results
         calibration, reported_images = None, slice(None)
         held_out_evaluator: Evaluator | None = None  # only if the model is calibrated
-        if task.can_calibrate and len(data.held_out) > 0 and not is_dry_run:
+        if task.can_calibrate and has_held_out and not is_dry_run:
             assert isinstance(evaluate_held_out, Evaluator) and isinstance(evaluated, Evaluator)
-            held_out_evaluator = evaluate_held_out
-            fitted_images = slice(None)
+            held_out_evaluator, fitted_images = evaluate_held_out, slice(None)
+            evaluated.keep_logits = held_out_evaluator.keep_logits = True
+            metrics = evaluated(state.model.eval())
             if data.selection is None:
                 fitted_images, reported_images = FITTED, REPORTED
-            calibration = calibrate(state.model.eval(), task.model.config, evaluated, fitted_images)
+            calibration = calibrate(task.model.config, evaluated, fitted_images)
             reshard(state.model)
-
-        # Results
         if (
             selected_step == 0
             and task.probe is not None
@@ -285,11 +288,11 @@ def run(
             and not isinstance(state.model, FSDPModule)
         ):
             task.probe.refit(data, accelerator)
-        if data.selection is not None or calibration is not None:
-            if held_out_evaluator is not None:
-                held_out_evaluator.keep_logits = True
+        if data.selection is not None:
             metrics = evaluate_held_out(state.model.eval())
             reshard(state.model)
+        elif held_out_evaluator is not None and calibration is not None:
+            metrics["loss"] = rescale(held_out_evaluator, calibration["temperature"])
         if held_out_evaluator is not None and calibration is not None:
             temperature = calibration["temperature"]
             calibration |= compute_calibration_errors(held_out_evaluator, temperature, reported_images)
@@ -303,7 +306,7 @@ def run(
         if data.selection is not None:
             metrics["selection"] = {
                 "images": data.selection_name,
-                "num_images": len(data.selection),
+                "num_images": None if isinstance(data.selection, StreamedImages) else len(data.selection),
                 "step": selected_step,
                 task.selection_metric: state.best_score,
             }
@@ -414,18 +417,22 @@ def describe_splits(data: TrainingData, task: Task) -> dict[str, str]:
         lines["split"] = (
             f"training uses the split named {data.train_split!r}, because {data.name} has no split named 'train'"
         )
+    held_out_text = "a stream of" if data.num_held_out_images is None else f"{data.num_held_out_images:,}"
     lines |= {
-        "data": f"{data.name}: {size_text} training images, {len(data.held_out):,} held-out images "
+        "data": f"{data.name}: {size_text} training images, {held_out_text} held-out images "
         f"({data.held_out_name}); {task.labels_text}"
     }
     if data.selection is not None:
+        selection_text = "a stream of" if isinstance(data.selection, StreamedImages) else f"{len(data.selection):,}"
         lines["selection"] = (
-            f"the best checkpoint is selected on {len(data.selection):,} separate images ({data.selection_name})"
+            f"the best checkpoint is selected on {selection_text} separate images ({data.selection_name})"
         )
     if data.num_excluded:
         total = data.num_excluded + (data.num_training_images or 0)
         lines["excluded"] = f"{data.num_excluded:,} of {total:,} training images are left out (--exclude)"
-    lines["fit"] = describe_fit(task.processor, data.held_out.images)
+    is_streamed = isinstance(data.held_out, StreamedImages)
+    measured = data.held_out.read_first(MAX_MEASURED_IMAGES) if is_streamed else data.held_out
+    lines["fit"] = describe_fit(task.processor, measured.images)
     return lines
 
 
@@ -494,7 +501,7 @@ def save_output(
     def write() -> None:
         try:
             if evaluator is not None:
-                write_predictions(folder / PREDICTIONS_FILE, evaluator.logits, evaluator.images, evaluator.label_space)
+                write_predictions(folder / PREDICTIONS_FILE, evaluator)
             with silence_transformers(hide_warnings=False):
                 write_model_folder(task.encoder or task.model, task.processor, folder, weights, results, options)
         except WRITE_ERRORS as error:
@@ -570,8 +577,11 @@ def build_dry_run_options(options: Any) -> Iterator[Any]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def draw_images(images: LabeledImages, num_images: int) -> LabeledImages:
-    """Draw at most `num_images` images at random, with a fixed seed, because datasets are often sorted by class."""
+def draw_images(images: LabeledImages | StreamedImages, num_images: int) -> LabeledImages:
+    """Draw at most `num_images` images at random, with a fixed seed, because datasets are often sorted by class; or
+    return the first images of a stream."""
+    if isinstance(images, StreamedImages):
+        return images.read_first(num_images)
     return images.select(sorted(random.Random(0).sample(range(len(images)), min(num_images, len(images)))))
 
 

@@ -22,7 +22,6 @@ from modeling_vitcls.analysis.audit import (
     score_labels,
     write_audit,
 )
-from modeling_vitcls.data.images import get_image_ids
 from modeling_vitcls.data.splits import load_training_data
 from modeling_vitcls.options import DataOptions, EvaluateOptions
 
@@ -150,7 +149,7 @@ def test_audit_of_a_folder_and_training_without_the_listed_images(tmp_path: Path
     assert without.num_excluded == len(excluded) == 300 - len(without.train)
     selecting = load_training_data(DataOptions(str(tmp_path / "photos"), exclude=page.with_suffix(".csv")), True)
     assert selecting.num_excluded == len(excluded) < 300 - len(selecting.train)
-    assert not excluded & set(get_image_ids(without.train))
+    assert not excluded & set(without.train.images.get_names())
     assert len(without.held_out) == 105
 
 

@@ -17,7 +17,7 @@ from modeling_vitcls import ViTCLSImageProcessor
 from modeling_vitcls.data import batches as batches_module
 from modeling_vitcls.data.augmentation import build_augmentation
 from modeling_vitcls.data.batches import Batch, Normalizer, TrainingImages, iterate_training_batches
-from modeling_vitcls.data.images import ArrayImages, FileImages, LabeledImages
+from modeling_vitcls.data.images import ArrayImages, DatasetImages, LabeledImages
 from modeling_vitcls.data.streaming import TrainingStream, build_training_dataset
 from modeling_vitcls.options import AugmentationOptions
 
@@ -128,7 +128,7 @@ def test_only_small_datasets_are_decoded_once(tmp_path: Path, monkeypatch: pytes
     paths = [tmp_path / f"{index}.png" for index in range(3)]
     for path, image in zip(paths, build_noise_images(3), strict=True):
         image.save(path)
-    source = LabeledImages(FileImages(list(map(str, paths))), [0, 1, 2])
+    source = LabeledImages(DatasetImages.from_list(list(map(str, paths))), [0, 1, 2])
     keys = [(5, 0), (5, 1), (5, 2)]
     num_bytes = 3 * 12 * 10 * 3  # three images before the random crop
     for limit, is_stored in ((num_bytes, True), (num_bytes - 1, False)):
@@ -169,7 +169,9 @@ def half_unreadable(tmp_path: Path) -> LabeledImages:
             (tmp_path / f"{index}.png").write_bytes(b"no image")
         else:
             image.save(tmp_path / f"{index}.png")
-    return LabeledImages(FileImages([str(tmp_path / f"{index}.png") for index in range(6)]), list(range(6)))
+    return LabeledImages(
+        DatasetImages.from_list([str(tmp_path / f"{index}.png") for index in range(6)]), list(range(6))
+    )
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -195,7 +197,7 @@ def test_an_unreadable_image_is_described(half_unreadable: LabeledImages) -> Non
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_dataset_without_any_readable_image_is_a_one_line_error(tmp_path: Path, num_workers: int) -> None:
-    source = LabeledImages(FileImages([str(tmp_path / f"{index}.png") for index in range(3)]), [0, 1, 2])
+    source = LabeledImages(DatasetImages.from_list([str(tmp_path / f"{index}.png") for index in range(3)]), [0, 1, 2])
     with pytest.raises(ValueError, match=r"^none of the 3 images can be read\. First error: .*\.png") as caught:
         next(iterate_training_batches(build_images(source), build_plan(3, batch_size=2, max_steps=2), 0, num_workers))
     assert "\n" not in str(caught.value)
@@ -256,6 +258,6 @@ def test_a_gray_model_skips_color_images(tmp_path: Path) -> None:
         )
         assert build_training_dataset(arrays, gray, to_rgb=False, seed=0)[[(0, 0)]]["pixels"].shape == (1, 1, 16, 16)
     images[1].save(tmp_path / "color.png")
-    files = LabeledImages(FileImages([str(tmp_path / "color.png")]), [0])
+    files = LabeledImages(DatasetImages.from_list([str(tmp_path / "color.png")]), [0])
     named = build_training_dataset(files, augmentation, to_rgb=False, seed=0, num_channels=1)
     assert named.describe_unreadable_image(0).startswith(f"the image '{tmp_path / 'color.png'}' has 3 channels")

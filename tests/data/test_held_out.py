@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
 from helpers.accelerate_state import reset_accelerate
 from helpers.photo_folders import write_photos
@@ -89,13 +90,11 @@ def test_the_folds_are_stratified(tmp_path: Path) -> None:
     assert len(set.union(*map(get_names, folds))) == 24
 
 
-def test_the_split_of_tags_is_not_stratified_and_labels_select_images_for_pretraining(tmp_path: Path) -> None:
+def test_the_split_of_tags_is_not_stratified(tmp_path: Path) -> None:
     paths = sorted(write_photos(tmp_path / "photos", range(30)).glob("*/*.png"))
     rows = [f"{path},{'x|y' if index % 2 else 'x'}" for index, path in enumerate(paths)]
     (tmp_path / "tags.csv").write_text("\n".join(["image,label", *rows]), encoding="utf-8")
     assert "not stratified" in read(tmp_path / "tags.csv", label_separator="|").held_out_name
-    unlabeled = load_training_data(DataOptions(str(tmp_path / "photos")), use_labels=False)
-    assert get_names(unlabeled.held_out) == get_names(read(tmp_path / "photos").held_out)
 
 
 def test_relative_paths_in_memory_do_not_depend_on_the_working_directory(
@@ -125,17 +124,23 @@ def test_the_split_depends_only_on_names(tmp_path: Path, monkeypatch: pytest.Mon
     assert get_names(read("list.csv", split_seed=3).held_out) == listed  # in any order
 
 
-def test_images_without_names_are_selected_by_their_content(tmp_path: Path) -> None:
-    """Check any order; equal images are on the same side."""
+def test_images_without_paths_are_selected_by_row_on_disk_and_by_content_in_memory(tmp_path: Path) -> None:
+    """In memory, equal images are on the same side, in any order. On disk, the images are not read."""
     paths = sorted(write_photos(tmp_path / "photos", range(30)).glob("*/*.png"))
+    pairs = [(path.read_bytes(), path.parent.name) for path in paths]
     found = []
-    for order in (paths, paths[::-1], paths + paths):
-        rows = {"image": [path.read_bytes() for path in order], "label": [path.parent.name for path in order]}
-        datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "table.parquet")
-        data = read(tmp_path / "table.parquet")
+    for order in (pairs, pairs[::-1], pairs + pairs):
+        data = load_training_data(DataOptions(add_dataset(order)))
         found.append({image.tobytes() for image in data.held_out.images})
         assert not found[-1] & {image.tobytes() for image in data.train.images}
-    assert found[0] == found[1] == found[2] and 0 < len(found[0]) < 60
+    assert found[0] == found[1] == found[2] and len(found[0]) == 12
+    rows = {"image": [b"unreadable"] * 60, "label": [label for _, label in pairs]}
+    datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "table.parquet")
+    held_out = read(tmp_path / "table.parquet").held_out
+    assert len(held_out) == 12 and len(get_names(held_out)) == 12
+    assert get_names(held_out) <= set(map(str, range(60)))
+    keys = [compute_image_key(f"row {row}".encode()) for row in held_out.images.get_names()]
+    assert held_out.images.compute_keys().tolist() == keys
 
 
 def test_the_expected_fraction_is_held_out(tmp_path: Path) -> None:
@@ -168,11 +173,11 @@ def test_each_image_is_in_one_fold() -> None:
     assert sorted(chain.from_iterable(folds)) == list(range(6000))
     assert all(abs(len(fold) - 2000) < 5 * (6000 * 2 / 9) ** 0.5 for fold in folds)
     assert folds[0] == [key for key in range(6000) if HeldOutRule(1 / 3, 1).is_held_out(key)]
-    record = HeldOutRecord.from_keys(rules[1], folds[1])
+    record = HeldOutRecord.from_keys(rules[1], np.array(folds[1]))
     assert record.rule == rules[1] and str(record.rule) == "fold 2 of 3, by checksum, split seed 1"
     assert (record.num_images, record.split) == (len(folds[1]), None)
     for keys in ([20, 3, 3], [3, 20, 3]):  # equal images have equal keys
-        assert HeldOutRecord.from_keys(rules[1], keys).sha256 == hashlib.sha256(b"3 3 20").hexdigest()
+        assert HeldOutRecord.from_keys(rules[1], np.array(keys)).sha256 == hashlib.sha256(b"3 3 20").hexdigest()
 
 
 def test_classes_missing_from_one_part_are_named(tmp_path: Path) -> None:

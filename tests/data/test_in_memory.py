@@ -14,7 +14,7 @@ from PIL import Image
 
 from modeling_vitcls.data.in_memory import add_dataset, get_dataset
 from modeling_vitcls.data.sources import load_splits
-from modeling_vitcls.data.splits import load_evaluation_data, load_training_data
+from modeling_vitcls.data.splits import load_training_data
 from modeling_vitcls.options import DataOptions
 
 
@@ -112,16 +112,6 @@ def test_every_kind_has_the_same_images_and_labels(kind: str, tmp_path: Path, mo
         names = {name for part in (data.train, data.held_out) for name in part.images.get_names()}
         assert names == {f"{tmp_path}/{index}.png".removeprefix("/") for index in range(NUM_IMAGES)}
     assert (kind == "splits") == (data.held_out_name == "split 'test'")
-
-
-def test_the_split_equals_that_of_the_same_images_on_disk(tmp_path: Path) -> None:
-    """Images are held out by their bytes, so the kind of dataset does not matter."""
-    in_memory = load_training_data(DataOptions(add_dataset(build("bytes", tmp_path))))
-    build("datasets", tmp_path).to_parquet(tmp_path / "images.parquet")
-    on_disk = load_training_data(DataOptions(str(tmp_path / "images.parquet")))
-    assert in_memory.record == on_disk.record
-    evaluated = load_evaluation_data(DataOptions(add_dataset(build("bytes", tmp_path))), None, on_disk.record)
-    assert len(evaluated.images) == len(on_disk.held_out)
 
 
 def test_the_name_identifies_the_data(tmp_path: Path) -> None:

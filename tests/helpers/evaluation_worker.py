@@ -27,7 +27,7 @@ from modeling_vitcls import (
     ViTCLSForMultiTaskClassification,
     ViTCLSImageProcessor,
 )
-from modeling_vitcls.data.images import EncodedImages, LabeledImages
+from modeling_vitcls.data.images import DatasetImages, LabeledImages
 from modeling_vitcls.data.labels import LabelSpace
 from modeling_vitcls.distributed import build_accelerator
 from modeling_vitcls.inference.evaluate import evaluate_checkpoint
@@ -81,7 +81,7 @@ def build_labeled_images(name: str, number: int = NUM_IMAGES, unreadable: tuple[
         content = file.getvalue()
         encoded.append({"path": f"{index}.png", "bytes": content[:200] if index in unreadable else content})
         labels.append(draw_label(name, random))
-    return LabeledImages(EncodedImages(encoded), labels)
+    return LabeledImages(DatasetImages.from_list(encoded), labels)
 
 
 def build_evaluator(
