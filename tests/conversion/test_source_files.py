@@ -238,6 +238,13 @@ def test_tips_files(tmp_path: Path) -> None:
         FileSource.load(save(weights, tmp_path / "unknown.pth"))
 
 
+def test_an_encoder_of_two_pooled_tokens_has_no_pooler() -> None:
+    """A distilled DeiT outputs its CLS and its distillation token."""
+    weights = FILES["deit_distilled.pth"][2]()
+    assert convert_state_dict(weights, "deit", classifier="drop").pooler is None
+    assert convert_state_dict(FILES["deit.pth"][2](), "deit", classifier="drop").pooler is not None
+
+
 @torch.no_grad()
 def test_dinov3_with_stored_and_with_computed_periods(tmp_path: Path) -> None:
     """Both variants are exact: as the authors run the weights, and as timm and transformers do."""

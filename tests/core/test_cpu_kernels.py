@@ -26,6 +26,7 @@ from modeling_vitcls.cpu_kernels_vitcls import (
     KERNEL_CLASSES,
     CPULinear,
     CPUPatchProjection,
+    get_matmul_dtype,
     install_cpu_kernels,
     uninstall_cpu_kernels,
 )
@@ -163,6 +164,16 @@ def compute_derivatives(layer: nn.Module, inputs: torch.Tensor) -> list[torch.Te
 
 
 @requires_onednn
+def test_the_dtype_of_products_is_that_of_autocast_except_for_float64() -> None:
+    """Plain PyTorch rounds as emulated products do on this CPU, so results do not show the dtype."""
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype=dtype):
+            assert get_matmul_dtype(torch.zeros(1)) == dtype
+            product = nn.functional.linear(torch.zeros(1, 1).double(), torch.zeros(1, 1).double())
+            assert get_matmul_dtype(torch.zeros(1).double()) == product.dtype == torch.float64
+    assert get_matmul_dtype(torch.zeros(1)) == torch.float32
+
+
 def test_only_the_gradients_that_are_needed_are_computed() -> None:
     layer = CPULinear(48, 80).requires_grad_(False)
     assert layer(torch.randn(3, 48)).grad_fn is None

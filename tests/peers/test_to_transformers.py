@@ -255,6 +255,16 @@ def test_weights_without_a_counterpart_are_listed() -> None:
         convert_to_transformers(model)
 
 
+@torch.no_grad()
+def test_pooling_without_weights_is_left_to_the_user() -> None:
+    """ViTModel has no mean of the patches. Its tokens are those of the model."""
+    model = randomize_weights(ViTCLSModel(ViTCLSConfig(**BASE, pooling="mean", position_embedding_tokens="cls")))
+    native: Any = convert_to_transformers(model)
+    assert type(native).__name__ == "ViTModel" and native.pooler is None
+    expected = model(images((32, 32))).last_hidden_state
+    torch.testing.assert_close(native(images((32, 32))).last_hidden_state, expected, atol=1e-5, rtol=1e-5)
+
+
 def test_a_missing_mask_token_is_zero() -> None:
     """DINOv2 with registers always has a mask token."""
     converted = convert_to_transformers(ViTCLSModel(ViTCLSConfig(**BASE | REGISTERS)))
