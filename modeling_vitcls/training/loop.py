@@ -253,8 +253,8 @@ class TrainingLoop:
     def evaluate_step(self) -> Metrics:
         """Evaluate the model, log the pending record, and save a checkpoint if the score is the best so far.
 
-        The accuracy of the frozen model (step 0) must be exceeded by more than its standard error. Otherwise, the
-        best of many evaluations on few images would often replace a better frozen model by chance.
+        The accuracy of the frozen model (step 0) must be exceeded by more than two of its standard errors. Otherwise,
+        the best of many evaluations on few images would often replace a better frozen model by chance.
         """
         state = self.state
         metrics = self.evaluate()
@@ -262,7 +262,7 @@ class TrainingLoop:
         self.is_best = score is not None and (state.best_score is None or score > state.best_score + state.margin)
         if self.is_best:
             state.best_score, state.num_evaluations_since_best = score, 0
-            state.margin = 0.0 if state.step else math.sqrt(score * (1 - score) / metrics["num_images"])
+            state.margin = 0.0 if state.step else 2 * math.sqrt(score * (1 - score) / metrics["num_images"])
         else:
             state.num_evaluations_since_best += 1
         scalars = {f"{self.evaluated_images}_{name}": value for name, value in select_scalars(metrics).items()}

@@ -6,9 +6,9 @@
 
 Fine-tuning then starts from the regression instead of a random classifier (linear probing, then fine-tuning: Kumar et
 al. 2022, arXiv 2202.10054). With `--select best`, the frozen model takes part in the selection: fine-tuning must be
-better by more than the standard error of the frozen model's accuracy. If the frozen model is selected, the regression
-is fitted again, to the training and selection images. The classifiers are those of `vitcls evaluate --frozen`
-(inference/frozen.py).
+better by more than two standard errors of the frozen model's accuracy, and nothing is trained if there are too few
+selection images to tell. If the frozen model is selected, the regression is fitted again, to the training and
+selection images. The classifiers are those of `vitcls evaluate --frozen` (inference/frozen.py).
 """
 
 from collections.abc import Callable
@@ -28,6 +28,7 @@ from .reporter import Reporter
 
 
 MAX_PROBE_IMAGES = 10_000  # maximum number of training images for the probe, drawn at random
+MIN_SELECTION_IMAGES = 50  # with fewer images, the accuracy of the frozen model has a standard error of up to 7 points
 ABSENT_CLASS_MARGIN = 100.0  # difference of a class without training images to the smallest bias, in logits
 
 

@@ -46,13 +46,14 @@ from ..inference.per_image import write_predictions
 from ..intervals import compute_mean_interval
 from ..options import FinetuneOptions, PretrainOptions, to_flags
 from . import finetune, output_folder, pretrain
-from .calibration import FITTED, REPORTED, calibrate, compute_calibration_errors, rescale
+from .calibration import FITTED, MIN_IMAGES, REPORTED, calibrate, compute_calibration_errors, rescale
 from .defaults import describe_random_weights, get_run_properties, resolve_defaults
 from .distributed_state import gather_state, gather_weights, reshard
 from .loop import Metrics, NonFiniteLoss, TrainingInterrupted, TrainingLoop, TrainingState
 from .model import check_preset_name, choose_image_size
 from .optimizer import Ema, build_optimizer
 from .output_folder import CHECKPOINTS_FOLDER, RESULTS_FILE, FolderLock, write_model_folder
+from .probe import MIN_SELECTION_IMAGES
 from .reporter import Reporter, describe_batches, describe_model, describe_run, format_duration, format_metric
 from .resume import (
     check_flags_unchanged,
@@ -168,9 +169,16 @@ def run(
         # Summary
         lines: dict[str, str | None] = {**describe_splits(data, task)}
         lines |= describe_model(options.model.model, task.model, forward_flops) | default_lines | task.summary_lines
-        has_finished_training = task.probe is not None and options.training.trainable == "head"
+        num_selection = len(data.selection) if isinstance(data.selection, LabeledImages) else None
+        has_few_images = num_selection is not None and num_selection < MIN_SELECTION_IMAGES
+        has_finished_training = task.probe is not None and (options.training.trainable == "head" or has_few_images)
         if has_finished_training:  # no steps
             lines["defaults"] = None
+            if has_few_images:
+                lines["selection"] = (
+                    f"{num_selection} separate images are too few to tell whether fine-tuning is better than "
+                    "the frozen model, so the frozen model is saved. Set --select last to fine-tune on all images"
+                )
         for name, text in (lines | describe_batches(plan, accelerator, has_finished_training)).items():
             if text:
                 reporter.print_line(name, text)
@@ -261,10 +269,9 @@ def run(
                 selected_step = loop.load_best_weights()
                 selected_text = f"the checkpoint of step {selected_step:,}, with the best evaluation"
                 if selected_step == 0:
-                    selected_text = (
-                        "the frozen model, because fine-tuning was not better by more than a standard error"
-                    )
-                reporter.print_line("selected", selected_text)
+                    selected_text = "the frozen model: fine-tuning was not better by more than two standard errors"
+                if not has_finished_training:
+                    reporter.print_line("selected", selected_text)
             training_seconds = loop.get_training_seconds()
         if state.ema is not None:
             state.ema.copy_to_model(state.ema.shadow)
@@ -274,12 +281,12 @@ def run(
         held_out_evaluator: Evaluator | None = None  # only if the model is calibrated
         if task.can_calibrate and has_held_out and not is_dry_run:
             assert isinstance(evaluate_held_out, Evaluator) and isinstance(evaluated, Evaluator)
-            held_out_evaluator, fitted_images = evaluate_held_out, slice(None)
-            evaluated.keep_logits = held_out_evaluator.keep_logits = True
-            metrics = evaluated(state.model.eval())
-            if data.selection is None:
-                fitted_images, reported_images = FITTED, REPORTED
-            calibration = calibrate(task.model.config, evaluated, fitted_images)
+            held_out_evaluator, fitted_evaluator, fitted_images = evaluate_held_out, evaluated, slice(None)
+            if data.selection is None or (num_selection is not None and num_selection < MIN_IMAGES):
+                fitted_evaluator, fitted_images, reported_images = evaluate_held_out, FITTED, REPORTED
+            fitted_evaluator.keep_logits = held_out_evaluator.keep_logits = True
+            metrics = fitted_evaluator(state.model.eval())
+            calibration = calibrate(task.model.config, fitted_evaluator, fitted_images)
             reshard(state.model)
         if (
             selected_step == 0
@@ -306,7 +313,7 @@ def run(
         if data.selection is not None:
             metrics["selection"] = {
                 "images": data.selection_name,
-                "num_images": None if isinstance(data.selection, StreamedImages) else len(data.selection),
+                "num_images": num_selection,
                 "step": selected_step,
                 task.selection_metric: state.best_score,
             }

@@ -86,6 +86,22 @@ def test_a_learning_rate_that_is_too_large_ends_with_the_frozen_model(encoder: P
     assert results["accuracy"] == pytest.approx(regression.score(held_out, data.held_out.labels), abs=1e-6)
 
 
+def test_nothing_is_trained_with_too_few_selection_images(encoder: Path, tmp_path: Path) -> None:
+    """The classifier is the regression on training and selection images."""
+    options = build_options(tmp_path / "run", encoder, held_out_fraction=0.02)
+    results = run_training(options)
+    data = prepare_task(options).data
+    assert data.selection is not None and len(data.selection) < 50
+    assert results["steps"] == 0 and results["selection"]["step"] == 0
+    train, held_out = (compute_cls_features(encoder, part.images) for part in (data.train, data.held_out))
+    selection = compute_cls_features(encoder, data.selection.images)
+    regression = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+    regression.fit(np.concatenate([train, selection]), [*data.train.labels, *data.selection.labels])
+    assert results["accuracy"] == pytest.approx(regression.score(held_out, data.held_out.labels), abs=1e-6)
+    last = run_training(build_options(tmp_path / "last", encoder, held_out_fraction=0.02, select="last"))
+    assert last["steps"] == 4
+
+
 def test_fine_tuning_starts_from_the_regression(
     encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
