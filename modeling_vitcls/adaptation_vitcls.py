@@ -14,6 +14,7 @@ is adapted, and every change is logged in one line:
     pixel decoder          resized bilinearly
     distillation head      a new head is initialized as a copy of the classifier
     gates                  a gate is kept if the gated token is kept
+    specialized weights    copies of the shared weights; shared weights are copies of those of the patches
     other weights          newly initialized if they are missing or their shape changes
 
 With `gate_new_tokens=True`, added tokens initially do not affect the other tokens (`TokenGates`).
@@ -172,17 +173,31 @@ def load_adapted_weights(source: AdaptableModel, target: AdaptableModel) -> None
     new_weights = target.state_dict()
     frozen_names = {name for name, parameter in source.named_parameters() if not parameter.requires_grad}
     parameters = dict(target.named_parameters())
+    dropped_names = set(old_weights)
     for name, initial_value in new_weights.items():
-        old_value = old_weights.get(name)
-        context = AdaptationContext(name, initial_value, old_value, old_weights, source.config, target.config)
+        old_name = find_old_name(name, old_weights)
+        dropped_names.discard(old_name)
+        context = AdaptationContext(
+            name, initial_value, old_weights.get(old_name), old_weights, source.config, target.config
+        )
         weight, note = adapt_weight(context)
-        if name in frozen_names and weight is not initial_value:
+        if old_name in frozen_names and weight is not initial_value:
             parameters[name].requires_grad_(False)
         initial_value.copy_(weight)
         if note:
             logger.warning(f"{name}: {note}")
-    for name in sorted(old_weights.keys() - new_weights.keys()):
+    for name in sorted(dropped_names):
         logger.warning(f"{name}: dropped")
+    if source.config.specialized_layers != target.config.specialized_layers:
+        logger.warning(f"specialized_layers: {target.config.specialized_layers}, with copied weights")
+
+
+def find_old_name(name: str, old_weights: Mapping[str, Tensor]) -> str:
+    """Return the name of the old weight from which a weight is adapted (see `SpecializedModule`)."""
+    shared_name = name.replace(".special_tokens.", ".").replace(".patches.", ".")
+    module_name, _, parameter_name = shared_name.rpartition(".")
+    candidates = (name, shared_name, f"{module_name}.patches.{parameter_name}")
+    return next((candidate for candidate in candidates if candidate in old_weights), name)
 
 
 class AdaptationContext(NamedTuple):

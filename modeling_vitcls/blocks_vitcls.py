@@ -155,13 +155,10 @@ class LearnedPositionEmbeddings(nn.Module):
         positions: Tensor = self.patches  # [1, rows * columns, D]
         if needs_resampling(self.grid_size, grid_size):
             positions = resample_positions(positions, self.grid_size, grid_size, self.config)
-        special_tokens = {group: self.add_positions(group, tokens) for group, tokens in special_tokens.items()}
+        for group, tokens in special_tokens.items():
+            if getattr(self, group) is not None:
+                special_tokens[group] = tokens + getattr(self, group)  # [1, n, D]
         return special_tokens, patches + positions
-
-    def add_positions(self, group: str, tokens: Tensor) -> Tensor:
-        """Add the position embeddings of a group of special tokens, if any, to its tokens [1, n, D]."""
-        positions = getattr(self, group)
-        return tokens if positions is None else tokens + positions
 
 
 class SinCosPositionEmbeddings(nn.Module):
@@ -234,11 +231,13 @@ class ViTCLSAttention(nn.Module):
             recorder to read queries, keys and values. Default: None.
     """
 
+    MAPS_PER_HEAD = 1  # number of attention maps that each head computes; 2 in differential attention
+
     def __init__(self, config: ViTCLSConfig) -> None:
         super().__init__()
         self.config = config
         self.head_dim = config.head_dim
-        self.qk_head_dim = self.head_dim  # head_dim // 2 in differential attention
+        self.qk_head_dim = self.head_dim // self.MAPS_PER_HEAD
         self.scaling = self.qk_head_dim**-0.5
         self.attention_dropout = config.attention_probs_dropout_prob
         self.is_causal = False
@@ -409,7 +408,7 @@ class ViTCLSLayer(EncoderLayer):
         self.attention = attention_class(config)
         self.layer_scale1 = build_layer_scale(config)
         self.layernorm_after = build_norm(config)
-        self.mlp = build_mlp(config)
+        self.mlp = ViTCLSMLP(config) if config.mlp_type == "mlp" else ViTCLSGLU(config)
         self.layer_scale2 = build_layer_scale(config)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.drop_path = DropPath(drop_path_rate) if drop_path_rate > 0 else None
@@ -436,11 +435,6 @@ class ViTCLSLayer(EncoderLayer):
         if self.drop_path is not None:
             branch = self.drop_path(branch)
         return hidden_states + branch
-
-
-def build_mlp(config: ViTCLSConfig) -> ViTCLSMLP | ViTCLSGLU:
-    """Build an MLP of the type `config.mlp_type`."""
-    return ViTCLSMLP(config) if config.mlp_type == "mlp" else ViTCLSGLU(config)
 
 
 def build_layer_scale(config: ViTCLSConfig) -> LayerScale | None:

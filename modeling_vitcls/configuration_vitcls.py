@@ -69,8 +69,10 @@ TRANSFORMERS_KEYWORDS = frozenset(
 COUNT_FIELDS = {"cls": "num_cls_tokens", "distillation": "num_distillation_tokens", "registers": "num_register_tokens"}
 
 # Fields for which `from_pretrained(..., field=value)` adapts the weights of a checkpoint (adaptation_vitcls.py).
-TOKEN_FIELDS = (*COUNT_FIELDS.values(), "cls_scopes", "gated_tokens", "register_neurons")
-ADAPTABLE_FIELDS = ("image_size", "patch_size", *TOKEN_FIELDS)
+ADAPTABLE_FIELDS = (
+    *("image_size", "patch_size", *COUNT_FIELDS.values()),
+    *("cls_scopes", "gated_tokens", "register_neurons", "specialized_layers"),
+)
 
 # Field -> smallest and largest value. The upper limits only reject typos that would exhaust the memory.
 SIZE_LIMITS: dict[str, tuple[int, int]] = {
@@ -156,6 +158,8 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             gate scales the influence of a token on other tokens. `model.adapt(gate_new_tokens=True)` sets this field.
         register_neurons (`list[[layer, neuron]]`, *optional*): MLP neurons whose activations are moved to the last
             register (Jiang et al. 2025, arXiv 2506.08010). `find_register_neurons` finds such neurons.
+        specialized_layers (`dict[str, list[int]]`, *optional*): Part of a layer, `"norm"` or `"qkv"` -> indices of the
+            layers in which special tokens have weights of their own for this part (arXiv 2602.08626).
         tasks (`dict[str, int | list[str]]`, *optional*): Task name -> number of labels or label names, for
             `ViTCLSForMultiTaskClassification`. Tasks are sorted by name; the input of classifier i is CLS token i.
 
@@ -295,6 +299,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     cls_scopes: list[str | list[int]] | None = None
     gated_tokens: dict[str, int] | None = None
     register_neurons: list[list[int]] | None = None
+    specialized_layers: dict[str, list[int]] | None = None
     tasks: dict[str, int | list[str]] | None = None
     pooling: Literal["cls", "mean", "cls_mean", "max", "attention"] = "cls"
     cls_pooling: Literal["first", "mean", "concat"] = "first"
@@ -368,7 +373,10 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     attention_pool_mlp: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:
-        self._reject_unknown_keywords(kwargs)
+        for name in kwargs:
+            if not self._is_known_keyword(name):
+                known_names = [*(field.name for field in dataclasses.fields(self)), *TRANSFORMERS_KEYWORDS]
+                raise ValueError(f"Unknown field {name!r}{_format_suggestion(name, known_names)}")
         self.validate_sizes()  # checked before lists of these sizes are built
         self.auto_map = kwargs.pop("auto_map", None) or self.build_auto_map()
         # AutoModelForImageClassification selects one of two classes by `architectures`, which must not be None.
@@ -558,9 +566,9 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         }
 
     def _build_tensor_parallel_plan(self) -> dict[str, str]:
-        """Build the tensor parallel plan. Attention and MLPs with a norm over the split dimension are not split."""
+        """Build the tensor parallel plan, without specialized modules and modules with a norm over the split axis."""
         plan: dict[str, str] = {}
-        if not self.attention_norm:
+        if not self.attention_norm and "qkv" not in (self.specialized_layers or {}):
             plan |= type(self).base_model_tp_plan
             if self.qk_norm:  # processes have different heads, but all heads share the norms
                 plan |= {f"layers.*.attention.{name}_norm": "replicated_with_grad_allreduce" for name in "qk"}
@@ -598,8 +606,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         scopes, (grid_rows, grid_columns) = self.cls_scopes, self.grid_size
         if scopes is not None and len(scopes) != self.num_cls_tokens:
             raise ValueError(
-                f"`cls_scopes` has length {len(scopes)}, but num_cls_tokens is {self.num_cls_tokens}. Set one scope "
-                "per CLS token."
+                f"`cls_scopes` has {len(scopes)} scopes. Set one for each of {self.num_cls_tokens} CLS tokens."
             )
         for scope in scopes or ():
             if scope == "image":
@@ -621,17 +628,13 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             num_tokens = getattr(self, COUNT_FIELDS[group])
             if not 0 < num_gated <= num_tokens:
                 raise ValueError(
-                    f"`gated_tokens`: the number of gated tokens of {group!r} must be from 1 to {num_tokens}, but it "
-                    f"is {num_gated}. To gate no tokens, omit {group!r}."
+                    f"`gated_tokens`: {num_gated} of {num_tokens} {group!r} tokens. Omit {group!r} for none."
                 )
 
     def validate_register_neurons(self) -> None:
         """Check that register neurons exist, and that a register receives their activations."""
         if self.register_neurons is not None and self.num_register_tokens == 0:
-            raise ValueError(
-                "`register_neurons` requires a register token, but `num_register_tokens` is 0. Set "
-                "num_register_tokens=1."
-            )
+            raise ValueError("`register_neurons` requires a register token. Set num_register_tokens=1.")
         for pair in self.register_neurons or ():
             if len(pair) != 2 or not (0 <= pair[0] < self.num_hidden_layers and 0 <= pair[1] < self.intermediate_size):
                 raise ValueError(
@@ -639,15 +642,23 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
                     f"and a neuron below {self.intermediate_size}."
                 )
 
+    def validate_specialized_layers(self) -> None:
+        """Check that the parts and layers exist, and that the model has special tokens."""
+        for part, layers in (self.specialized_layers or {}).items():
+            if part not in ("norm", "qkv") or len(set(layers) & set(range(self.num_hidden_layers))) != len(layers):
+                raise ValueError(
+                    f'`specialized_layers` maps "norm" or "qkv" to different layers from 0 to '
+                    f"{self.num_hidden_layers - 1}, not {part!r} to {layers}."
+                )
+            if not self.token_layout.num_prefix_tokens:
+                raise ValueError("`specialized_layers` requires a special token. Set num_cls_tokens=1.")
+
     def validate_tasks(self) -> None:
         """Check that every task has its own CLS token, a valid name, and labels."""
         if self.tasks is None:
             return
         if len(self.tasks) != self.num_cls_tokens or not self.tasks:
-            raise ValueError(
-                f"`tasks` requires one CLS token per task, but there are {len(self.tasks)} tasks and `num_cls_tokens` "
-                f"is {self.num_cls_tokens}. Set num_cls_tokens={max(len(self.tasks), 1)}."
-            )
+            raise ValueError(f"`tasks` requires one CLS token per task. Set num_cls_tokens={max(len(self.tasks), 1)}.")
         if self.cls_scopes and list(self.tasks) != sorted(self.tasks):
             order = ", ".join(sorted(self.tasks))
             raise ValueError(f"`cls_scopes` requires `tasks` in alphabetical order. Reorder both fields: {order}.")
@@ -724,11 +735,9 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     def validate_attention(self) -> None:
         """Check that the number of heads divides the hidden size, and that the size of the heads is supported."""
         if self.attention_head_size is None and self.hidden_size % self.num_attention_heads:
-            divisors = [n for n in range(1, self.hidden_size + 1) if self.hidden_size % n == 0]
-            nearest_divisors = sorted(divisors, key=lambda n: abs(n - self.num_attention_heads))[:2]
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} does not divide hidden_size={self.hidden_size}. "
-                f"Use {' or '.join(map(str, sorted(nearest_divisors)))} heads."
+                "Set attention_head_size, or another number of heads."
             )
         if self.has_rotary_positions and self.head_dim % 4:
             raise ValueError(
@@ -785,12 +794,6 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     def _is_known_keyword(cls, name: str) -> bool:
         field_names = {field.name for field in dataclasses.fields(cls)}
         return name in field_names or name in TRANSFORMERS_KEYWORDS or name.startswith("_")
-
-    def _reject_unknown_keywords(self, kwargs: dict[str, Any]) -> None:
-        for name in kwargs:
-            if not self._is_known_keyword(name):
-                known_names = [*(field.name for field in dataclasses.fields(self)), *TRANSFORMERS_KEYWORDS]
-                raise ValueError(f"Unknown field {name!r}{_format_suggestion(name, known_names)}")
 
 
 def update_gated_tokens(

@@ -173,7 +173,7 @@ def can_use_onednn(linear: nn.Linear | nn.Conv2d, inputs: Tensor) -> bool:
     return (
         weight.dtype == inputs.dtype
         and inputs.numel() * len(weight) >= min_multiplications
-        and is_onednn_enabled()
+        and torch.backends.mkldnn.enabled
         and not (count_dispatch_modes() or torch.is_autocast_enabled("cpu") or is_functorch_active())
     )
 
@@ -183,11 +183,6 @@ def can_fuse_gelu(mlp: ViTCLSMLP) -> bool:
     modules = (mlp.fc1, mlp.activation_fn, mlp.fc2)
     has_classes = [type(module) for module in modules] == [CPULinear, GELUActivation, CPULinear]
     return has_classes and not any(map(has_hooks, modules))
-
-
-def is_onednn_enabled() -> bool:
-    """Return whether `torch.backends.mkldnn.flags(enabled=...)` enables the kernels of this file."""
-    return bool(torch.backends.mkldnn.enabled)
 
 
 def has_plain_parameters(linear: nn.Linear | nn.Conv2d) -> bool:
@@ -331,7 +326,7 @@ def is_emulated(inputs: Tensor) -> bool:
         and inputs.is_cpu
         and get_matmul_dtype(inputs) in EMULATED_DTYPES
         and not is_exporting()
-        and is_onednn_enabled()
+        and torch.backends.mkldnn.enabled
     )
 
 

@@ -51,9 +51,6 @@ class TokenPooler(nn.Module):
             return tokens[:, 0]
         return tokens.mean(dim=1) if self.cls_pooling == "mean" else tokens.flatten(1)
 
-    def extra_repr(self) -> str:
-        return f"pooling={self.pooling!r}"
-
 
 class AttentionPooler(nn.Module):
     """Attention pooling with a learned query and an optional MLP. [B, N, D] -> [B, D] (MAP, arXiv 2106.04560)."""

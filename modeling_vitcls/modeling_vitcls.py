@@ -56,12 +56,13 @@ from .heads_vitcls import (
 from .positions_vitcls import MixedRotaryEmbeddings, build_rotary_embeddings
 from .token_attention_vitcls import SPECIAL_TOKEN_GROUPS, LayerIndices, compute_token_attention
 from .variants_vitcls import (
+    ATTENTION_CLASSES,
     LAYER_CLASSES,
     PatchDropout,
     ViTCLSDifferentialAttention,
     add_register_neurons,
-    get_layer_classes,
     require_all_patches,
+    specialize_layers,
 )
 
 
@@ -257,7 +258,8 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
 
     def __init__(self, config: ViTCLSConfig, add_pooling_layer: bool = True) -> None:
         super().__init__(config)
-        layer_class, attention_class = get_layer_classes(config)  # ViTCLSLayer and ViTCLSAttention by default
+        layer_class = LAYER_CLASSES[config.layer_type]  # ViTCLSLayer by default
+        attention_class = ATTENTION_CLASSES[config.attention_type]  # ViTCLSAttention by default
         last_layer_index = max(config.num_hidden_layers - 1, 1)
         self.embeddings = ViTCLSEmbeddings(config)
         self.rotary_positions = build_rotary_embeddings(config)
@@ -269,6 +271,7 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
             layer_class(config, config.drop_path_rate * index / last_layer_index, attention_class)
             for index in range(config.num_hidden_layers)
         )
+        specialize_layers(self.layers, config)
         add_register_neurons(self.layers, config)
         self.layernorm = build_norm(config) if config.final_norm else None
         self.pooler = build_pooler(config) if add_pooling_layer else None

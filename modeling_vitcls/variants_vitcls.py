@@ -3,12 +3,14 @@
 
     layer_type="post", "parallel"     ViTCLSPostNormLayer, ViTCLSParallelLayer
     attention_type="differential"     ViTCLSDifferentialAttention
+    specialized_layers                SpecializedModule
     register_neurons                  RegisterNeurons
     patch_drop_rate                   PatchDropout
 
 These classes extend the classes of blocks_vitcls.py, which does not import this file.
 """
 
+import copy
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
-from .blocks_vitcls import ViTCLSAttention, ViTCLSLayer, build_norm
+from .blocks_vitcls import ViTCLSAttention, ViTCLSLayer
 from .configuration_vitcls import ViTCLSConfig
 from .positions_vitcls import PositionEmbeddings
 
@@ -44,13 +46,8 @@ class ViTCLSPostNormLayer(ViTCLSLayer):
 class ViTCLSParallelLayer(ViTCLSLayer):
     """Layer with parallel attention and MLP after one norm, [B, N, D] -> [B, N, D] (ViT-22B, arXiv 2302.05442)."""
 
-    def __init__(
-        self,
-        config: ViTCLSConfig,
-        drop_path_rate: float = 0.0,
-        attention_class: type[ViTCLSAttention] = ViTCLSAttention,
-    ) -> None:
-        super().__init__(config, drop_path_rate, attention_class)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         del self.layernorm_after, self.layer_scale2  # both branches share one norm and one layer scale
 
     def forward(
@@ -82,15 +79,11 @@ class ViTCLSDifferentialAttention(ViTCLSAttention):
     map. Unlike in the paper, this weight is a parameter, and the norm's weights include the output scale.
     """
 
+    MAPS_PER_HEAD = 2
     LAMBDA_INIT = 0.8  # initial weight of the second map (the paper's limit in deep layers); norm weights start at 0.2
 
     def __init__(self, config: ViTCLSConfig) -> None:
         super().__init__(config)
-        self.qk_head_dim = self.head_dim // 2
-        self.scaling = self.qk_head_dim**-0.5
-        if config.qk_norm:
-            self.q_norm = build_norm(config, self.qk_head_dim)
-            self.k_norm = build_norm(config, self.qk_head_dim)
         self.lambda_full = nn.Parameter(torch.empty(1))
         self.head_norm = nn.RMSNorm(self.head_dim, eps=1e-5)
 
@@ -114,9 +107,43 @@ ATTENTION_CLASSES: dict[str, type[ViTCLSAttention]] = {
 }
 
 
-def get_layer_classes(config: ViTCLSConfig) -> tuple[type[ViTCLSLayer], type[ViTCLSAttention]]:
-    """Return the layer class and the attention class for a configuration."""
-    return LAYER_CLASSES[config.layer_type], ATTENTION_CLASSES[config.attention_type]
+# Specialized weights -------------------------------------------------------------------------------------------------
+# Part of a layer in `config.specialized_layers` -> modules. A parallel layer has no `layernorm_after`.
+SPECIALIZED_MODULES = {
+    "norm": ("layernorm_before", "layernorm_after"),
+    "qkv": ("attention.q_proj", "attention.k_proj", "attention.v_proj"),
+}
+
+
+class SpecializedModule(nn.Module):
+    """Norm or projection with separate weights for special tokens and patches (arXiv 2602.08626)."""
+
+    def __init__(self, module: nn.Module, num_special_tokens: int) -> None:
+        super().__init__()
+        self.num_special_tokens = num_special_tokens
+        self.special_tokens = copy.deepcopy(module)
+        self.patches = module
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Return the outputs [B, N, out] of tokens [B, N, D], special tokens first."""
+        outputs, special_states = self.patches(hidden_states), hidden_states[:, : self.num_special_tokens]
+        # A product may be rounded differently if it has fewer rows. Therefore, special tokens get their rows of
+        # `outputs` plus the difference of two products of equal shape, which is exactly 0 for equal weights.
+        difference = self.special_tokens(special_states) - self.patches(special_states).detach()
+        special_outputs = outputs[:, : self.num_special_tokens].detach() + difference
+        return torch.cat([special_outputs, outputs[:, self.num_special_tokens :]], dim=1)
+
+
+def specialize_layers(layers: nn.ModuleList, config: ViTCLSConfig) -> None:
+    """Replace the modules that `config.specialized_layers` selects with a `SpecializedModule`."""
+    for part, indices in (config.specialized_layers or {}).items():
+        for name in SPECIALIZED_MODULES[part]:
+            for index in indices:
+                if config.layer_type != "parallel" or name != "layernorm_after":
+                    module = SpecializedModule(
+                        layers[index].get_submodule(name), config.token_layout.num_prefix_tokens
+                    )
+                    layers[index].set_submodule(name, module)
 
 
 # Register neurons ----------------------------------------------------------------------------------------------------
@@ -141,9 +168,6 @@ class RegisterNeurons(nn.Module):
         edited_activations[:, self.patches, self.neurons] = 0
         edited_activations[:, self.last_register, self.neurons] = patch_activations.gather(1, largest_index).squeeze(1)
         return edited_activations
-
-    def extra_repr(self) -> str:
-        return f"neurons={self.neurons}"
 
 
 def add_register_neurons(layers: Iterable[Any], config: ViTCLSConfig) -> None:
@@ -179,12 +203,9 @@ class PatchDropout(nn.Module):
     def choose_patches(self, hidden_states: Tensor) -> Tensor:
         """Return the indices [B, num_kept] of the patches to keep, in ascending order."""
         num_images, num_patches = hidden_states.shape[0], hidden_states.shape[1] - self.num_prefix_tokens
-        num_kept = get_num_kept_patches(self.rate, num_patches)
+        num_kept = max(1, round(num_patches * (1 - self.rate)))
         random_order = torch.rand(num_images, num_patches, device=hidden_states.device).argsort(dim=1)
         return random_order[:, :num_kept].sort(dim=1).values
-
-    def extra_repr(self) -> str:
-        return f"rate={self.rate}"
 
 
 def keep_patches(
@@ -194,15 +215,10 @@ def keep_patches(
     prefix_indices = torch.arange(num_prefix_tokens, device=hidden_states.device).expand(len(hidden_states), -1)
     indices = torch.cat([prefix_indices, kept_indices + num_prefix_tokens], dim=1)  # [B, n]
     return (
-        select_tokens(hidden_states, indices),
+        torch.take_along_dim(hidden_states, indices.unsqueeze(-1), dim=1),  # [B, n, D]
         map_layers(mask, lambda layer_mask: select_mask(layer_mask, indices)),
         map_layers(position_embeddings, lambda cos_sin: select_position_embeddings(cos_sin, kept_indices)),
     )
-
-
-def get_num_kept_patches(drop_rate: float, num_patches: int) -> int:
-    """Return the number of patches kept per image in training, rounded to the nearest integer and at least 1."""
-    return max(1, round(num_patches * (1 - drop_rate)))
 
 
 def require_all_patches(model: nn.Module, config: ViTCLSConfig) -> None:
@@ -219,11 +235,6 @@ def map_layers(values: Any, function: Callable[[Any], Any]) -> Any:
     if values is None:
         return None
     return [function(value) for value in values] if isinstance(values, list) else function(values)
-
-
-def select_tokens(hidden_states: Tensor, indices: Tensor) -> Tensor:
-    """Return the tokens [B, n, D] at `indices` [B, n] of hidden states [B, N, D]."""
-    return hidden_states.gather(1, indices.unsqueeze(-1).expand(-1, -1, hidden_states.shape[-1]))
 
 
 def select_mask(mask: Any, indices: Tensor) -> Any:

@@ -221,12 +221,16 @@ def has_trainable_parameters(module: nn.Module) -> bool:
 # LoRA ----------------------------------------------------------------------------------------------------------------
 
 
-def add_lora(model: nn.Module, rank: int) -> None:
+def add_lora(model: Any, rank: int) -> None:
     """Replace the query and value projections with PEFT's LoRA layers, scaled by 1: W x becomes W x + B A x."""
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise ValueError("--trainable lora requires PEFT: pip install peft") from error
+    if "qkv" in (model.config.specialized_layers or {}):
+        raise ValueError(
+            '--trainable lora requires shared projections, but specialized_layers contains "qkv". Use full'
+        )
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=LORA_TARGET_MODULES), model)
 
 

@@ -398,6 +398,7 @@ REMOTE: dict[str, dict[str, Any]] = {
     "gated": {"num_register_tokens": 4, "gate_new_tokens": True},
     "sizes": {"image_size": [48, 64], "patch_size": 16},
     "fewer": {"num_register_tokens": 0, "num_distillation_tokens": 0},
+    "specialized": {"specialized_layers": {"norm": [0, 1], "qkv": [0]}},
 }
 
 CHILD = """

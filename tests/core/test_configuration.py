@@ -61,6 +61,10 @@ CONTRADICTIONS: list[dict[str, Any]] = [
     {"gated_tokens": {"cls": 2}},
     {"register_neurons": [[0, 0]]},
     {"register_neurons": [[2, 0]], "num_register_tokens": 1},
+    {"specialized_layers": {"mlp": [0]}},
+    {"specialized_layers": {"norm": [0, 2]}},
+    {"specialized_layers": {"qkv": [1, 1]}},
+    {"specialized_layers": {"qkv": [0]}, "num_cls_tokens": 0, "pooling": "mean"},
     {"pooled_cls_tokens": []},
     {"pooled_cls_tokens": [0, 2], "num_cls_tokens": 2},
     {"attention_pool_heads": 3},
@@ -253,6 +257,7 @@ SAVED_CONFIGS = [
     {"out_indices": [0, 1]},
     {"position_embedding_type": "rope_2d", "rope_periods": [1.0, 100.0], "rope_reference_grid": [1, 4]},
     {"num_register_tokens": 2, "gated_tokens": {"cls": 1, "registers": 2}, "register_neurons": [[0, 0], [1, 23]]},
+    {"specialized_layers": {"norm": [0, 1], "qkv": [1]}},
     {"num_cls_tokens": 2, "pooled_cls_tokens": [1, 0], "cls_pooling": "concat", "pooled_activation": "tanh"},
 ]
 

@@ -29,6 +29,7 @@ NUM_READ: list[tuple[dict[str, Any], int | None]] = [
     (TOKENS | {"pooled_cls_tokens": [1], "cls_scopes": ["image", [2, 2, 0, 1]]}, 3),
     (TOKENS | {"gated_tokens": {"registers": 2}, "relative_position_bias": "layer"}, 3),
     (TOKENS | {"position_embedding_type": "rope_mixed", "qk_norm": True}, 3),
+    (TOKENS | {"specialized_layers": {"norm": [0, 1], "qkv": [1]}}, 3),
     (TOKENS | {"attention_type": "differential", "layer_type": "parallel"}, 3),
     (TOKENS | {"layer_type": "post", "layer_scale_init_value": 1.0, "register_neurons": [[0, 3]]}, 3),
     (TOKENS | {"register_neurons": [[1, 3]]}, None),

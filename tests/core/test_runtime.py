@@ -162,7 +162,7 @@ def test_each_class_compiles_into_one_graph(model_class: type, fields: dict[str,
 # Few models contain all blocks, because tracing a model takes seconds.
 TOGETHER = {
     "gated MLP": ["swiglu", "qk_norm", "no_key_bias", "layer_scale", "rope", "tokens", "mlp_head"],
-    "bare": ["no_bias", "pre_norm", "relu", "sincos", "attention_pooling"],
+    "bare": ["no_bias", "pre_norm", "relu", "sincos", "attention_pooling", "specialized"],
     "scopes": ["scopes", "no_positions", "no_qkv_bias"],
     "random": ["drop_path", "dropout"],
 }
@@ -241,6 +241,7 @@ def test_modules_with_norms_over_the_split_dimension_are_not_split() -> None:
         "plain": ({}, attention | mlp),
         "head norms": ({"qk_norm": True, "mlp_type": "glu"}, attention | head_norms | gated_mlp),
         "attention norm": ({"attention_norm": True, "qk_norm": True}, mlp),
+        "specialized": ({"specialized_layers": {"qkv": [0]}}, mlp),
         "MLP norm": ({"mlp_norm": True, "mlp_type": "swiglu"}, attention),
     }
     found = {name: build_tiny_config(**fields).base_model_tp_plan for name, (fields, _) in plans.items()}

@@ -39,7 +39,8 @@ def main(target: Path) -> None:
 
 def train_sharded(has_kernels: bool) -> dict[str, Any]:
     """Return loss and full gradients of a step with FSDP2, with one of two images in each process."""
-    model: Any = randomize(ViTCLSForImageClassification(build_tiny_config(num_register_tokens=2)))
+    config = build_tiny_config(num_register_tokens=2, specialized_layers={"norm": [0], "qkv": [0]})
+    model: Any = randomize(ViTCLSForImageClassification(config))
     if not has_kernels:
         cpu_kernels_vitcls.uninstall_cpu_kernels(model)
     for layer in model.vitcls.layers:
