@@ -222,6 +222,14 @@ def test_regions_of_cls_tokens() -> None:
             ModelOptions("vitcls-tiny", cls_scopes=("image", text))
 
 
+def test_specialized_layers() -> None:
+    options = ModelOptions("vitcls-tiny", specialized_layers=("norm:3", "qkv:1"))
+    assert options.get_config_values() == {"specialized_layers": {"norm": [0, 1, 2], "qkv": [0]}}
+    for text in ("norm", "mlp:2", "qkv:0", "norm:1:2"):
+        with raises_one_line("--specialized-layers", text):
+            ModelOptions("vitcls-tiny", specialized_layers=(text,))
+
+
 def test_fields_of_the_configuration() -> None:
     assert ModelOptions("vitcls-tiny").get_config_values() == {}
     options = ModelOptions("vitcls-tiny", num_register_tokens=0, cls_scopes=("image", "2x1"))
