@@ -11,7 +11,7 @@ from safetensors import safe_open
 from ..configuration_vitcls import ViTCLSConfig
 from ..files import read_json
 from ..hub.loading import check_is_vitcls
-from ..hub.local_paths import can_publish_images, is_local
+from ..hub.local_paths import can_publish_images, is_local, strip_folders
 from ..hub.model_files import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_WEIGHTS_FILE,
@@ -32,6 +32,9 @@ from ..hub.provenance import Provenance, read_folder_provenance
 
 # Model types that `vitcls convert --to transformers` writes.
 NATIVE_MODEL_TYPES = ("vit", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit")
+
+SOURCE_FLAGS = ("dataset", "model", "teacher")  # flags that may contain local paths
+PUSH_FLAGS = ("push_to_hub", "hub_")  # names or prefixes of the flags that set the destination of a push
 
 logger = logging.getLogger(__name__)
 
@@ -163,6 +166,17 @@ class ModelFolder:
             return {}
         return flags if isinstance(flags, dict) else {}
 
+    @property
+    def shareable_flags(self) -> dict[str, Any]:
+        """The flags for publication, without unset flags, local folders or push destinations."""
+        sources = {name: strip_folders(self.flags[name]) for name in SOURCE_FLAGS if self.flags.get(name)}
+        shareable_paths = sources | {"output_dir": "my-model"}
+        return {
+            name: shareable_paths.get(name, value)
+            for name, value in self.flags.items()
+            if value is not None and not name.startswith(PUSH_FLAGS)
+        }
+
     @cached_property
     def provenance(self) -> Provenance | None:
         """The provenance of the initial weights: from results.json or the parity report, or else from the card; None
@@ -191,11 +205,9 @@ class ModelFolder:
 
     @property
     def images(self) -> dict[str, str]:
-        """The names of the card's images, such as "token_layout", and their paths in the folder."""
-        images = {file.stem: f"{IMAGES_FOLDER}/{file.name}" for file in (self.path / IMAGES_FOLDER).glob("*.png")}
-        if self.results:
-            return images
-        return {name: path for name, path in images.items() if name == "token_layout"}
+        """The names of the card's images, such as "attention", and their paths in the folder."""
+        files = (self.path / IMAGES_FOLDER).glob("*.png") if self.results else ()
+        return {file.stem: f"{IMAGES_FOLDER}/{file.name}" for file in files}
 
 
 @cache

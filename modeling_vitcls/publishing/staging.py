@@ -34,7 +34,6 @@ from ..hub.model_files import (
 )
 from .card import has_edited_card, render_card
 from .model_folder import ModelFolder, warn_once
-from .training_section import get_shareable_flags
 
 
 PACKAGE_FOLDER = Path(__file__).parents[1]
@@ -70,8 +69,7 @@ def stage_folder(path: Path, repo_id: str) -> Iterator[Path]:
         else:
             replace_file(staged / CARD_FILE, render_card(folder, repo_id, folder.private_files))
         if RECIPE_FILE in files:
-            flags = yaml.safe_dump(get_shareable_flags(folder.flags), sort_keys=False)
-            replace_file(staged / RECIPE_FILE, flags)
+            replace_file(staged / RECIPE_FILE, yaml.safe_dump(folder.shareable_flags, sort_keys=False))
         if any(staged.glob("*.py")):
             replace_file(staged / CODE_LICENSE_FILE, read_code_license())
         yield staged

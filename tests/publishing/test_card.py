@@ -59,7 +59,7 @@ def test_a_classifier(tmp_path: Path) -> None:
     assert "# ann/mine\n" in text and 'model="ann/mine", revision="main"' in text
     assert "| Accuracy | 98.33% (95% interval: 96.00% to 99.00%) |" in text
     assert r"| `noon\|late` | 160 | 50.00% | 100.00% | 50.00% |" in text
-    assert "recall 50.00% on 160 images, 80 of which were predicted as `dusk`" in text
+    assert "recall 50.00% on 160 images." in text
     assert all(number in text for number in ("by 1.23 percentage points", "8.71", "0.65", "180 images"))
     assert "trained from scratch on `digits`" in text
     assert f"These files belong to modeling_vitcls {__version__}." in text and "sha256sum" not in text
@@ -92,7 +92,7 @@ def test_an_encoder_shows_its_features_before_and_after_pre_training(tmp_path: P
     card = load_card(write_run_folder(tmp_path / "mine", results, flags, ViTCLSModel))
     assert "| 43.2% | 56.8% |" in card.text and "worse" not in card.text
     assert "vitcls finetune --model mine" in card.text and "label_smoothing" not in card.text
-    assert "| Mask ratio | 0.6 |" in card.text and "SIGReg" not in card.text
+    assert "\nmask_ratio: 0.6\n" in card.text and "sigreg_weight" not in card.text
     assert card.data.pipeline_tag == "image-feature-extraction" and card.data.eval_results is None
     results["features"] |= {"summary": "k-NN 56.8% -> 43.2%. Pre-training made the features worse"}
     assert "made the features worse" in load_card(write_run_folder(tmp_path / "b", results, flags, ViTCLSModel)).text

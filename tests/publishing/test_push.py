@@ -46,7 +46,13 @@ def folder(tmp_path: Path) -> Path:
     (target / "images").mkdir()
     (target / "images" / "attention.png").write_bytes(b"\x89PNG")
     (target / "report.html").write_text("<html>")
-    for name in (".vitcls.lock", "holiday.png", "model.pkl", "notes.txt", "checkpoints/step-1/model.safetensors"):
+    for name in (
+        ".vitcls.lock",
+        "predictions.parquet",
+        "model.pkl",
+        "notes.txt",
+        "checkpoints/step-1/model.safetensors",
+    ):
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         (target / name).write_bytes(b"private")
     return target
