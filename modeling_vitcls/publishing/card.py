@@ -7,6 +7,7 @@
     encoder.md.j2       a pre-trained encoder: results.json and config.resolved.yaml of `vitcls pretrain`
     conversion.md.j2    the output of `vitcls convert`, in both directions: parity_report.json
     adapter.md.j2       a LoRA adapter: adapter_config.json
+    export.md.j2        exported files without weights: FILE.json of `vitcls export`
     model.md.j2         any other vitcls model, such as a merged adapter or a model saved by hand
 
 The templates, with all text, are in model_cards/. Sections without values are omitted. A card that was edited is never
@@ -115,7 +116,7 @@ def render_card(folder: ModelFolder, name: str | None = None, hidden_files: set[
         "license": get_license_source(folder),
         "provenance": folder.provenance,
         "teacher_provenance": folder.teacher_provenance,
-        "has_code": not folder.is_adapter and not folder.is_native,
+        "has_code": folder.has_weights and not folder.is_native,
         "is_native": not folder.is_adapter and folder.is_native,
         "config": folder.config,
         "tasks": folder.config.task_labels() if folder.config is not None else {},
@@ -123,6 +124,7 @@ def render_card(folder: ModelFolder, name: str | None = None, hidden_files: set[
         "flags": folder.flags,
         "parity": folder.parity_report,
         "onnx": folder.onnx_report,
+        "exports": {} if folder.is_adapter else folder.exports,
     }
     if folder.is_adapter:
         template, variables = "adapter", variables | describe_adapter(folder)
@@ -133,7 +135,7 @@ def render_card(folder: ModelFolder, name: str | None = None, hidden_files: set[
         if folder.parity_report:
             template, variables = "conversion", variables | describe_conversion(folder, name)
         elif not is_run:
-            template = "model"
+            template = "model" if folder.has_weights else "export"
     text = f"{TEMPLATES.get_template(f'{template}.md.j2').render(variables).rstrip()}\n\n"
     return f"{text}{SIGNATURE.format(compute_digest(text))}\n"
 
@@ -235,7 +237,7 @@ def get_license_source(folder: ModelFolder) -> Provenance:
 def describe_architecture(folder: ModelFolder) -> dict[str, Any]:
     """Return the variables about the model and its tokens."""
     config = folder.config
-    variables: dict[str, Any] = {"num_parameters": folder.num_parameters}
+    variables: dict[str, Any] = {"num_parameters": folder.num_parameters if folder.has_weights else None}
     if config is None:
         return variables
     length = config.token_layout.get_num_tokens(*config.grid_size)

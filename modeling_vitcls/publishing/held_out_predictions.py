@@ -14,7 +14,7 @@ from ..analysis.report_data import encode_data_url
 from ..data.labels import get_label_space
 from ..hub.model_files import PREDICTIONS_FILE
 from ..inference.confidence import build_prediction_sets, find_score_limit
-from .model_folder import ModelFolder
+from .model_folder import ModelFolder, warn_once
 
 
 COVERAGE = 0.9  # probability with which a prediction set contains the true label
@@ -35,7 +35,11 @@ def describe_predictions(folder: ModelFolder, images: Sequence[Image.Image] | No
     config, file = folder.config, folder.path / PREDICTIONS_FILE
     if not folder.results or not file.is_file() or config is None:
         return None
-    rows = pd.read_parquet(file, columns=["index", "label", "prediction", "probabilities", "loss"])
+    try:
+        rows = pd.read_parquet(file, columns=["index", "label", "prediction", "probabilities", "loss"])
+    except (OSError, ValueError):  # pyarrow's errors are subclasses
+        warn_once(f"ignoring {file}, because it is not readable. Write it again with `vitcls evaluate --per-image`")
+        return None
     if not len(rows) or not isinstance(rows["label"][0], str):
         return None
     rows["confidence"] = rows["probabilities"].map(max)

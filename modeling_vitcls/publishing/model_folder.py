@@ -17,6 +17,7 @@ from ..hub.model_files import (
     ADAPTER_WEIGHTS_FILE,
     CONFIG_FILE,
     CONFIG_FILES,
+    EXPORT_SUFFIXES,
     IMAGES_FOLDER,
     ONNX_REPORT_FILE,
     PARITY_REPORT_FILE,
@@ -99,6 +100,12 @@ class ModelFolder:
                     count += size
         return count
 
+    @cached_property
+    def has_weights(self) -> bool:
+        """Whether the folder contains a model in safetensors, and not only an adapter or exported files."""
+        names = ("model.safetensors", "model.safetensors.index.json")
+        return not self.is_adapter and any((self.path / name).is_file() for name in names)
+
     def check_is_complete(self) -> None:
         """Raise ValueError if files are missing or refer to other repositories or to local paths."""
         if self.is_adapter:
@@ -110,6 +117,8 @@ class ModelFolder:
                     f"the adapter in {self.path} requires a base model on the Hub, but its base model is "
                     f"{base_model!r}. Push the base model, and set base_model_name_or_path in {ADAPTER_CONFIG_FILE}"
                 )
+            return
+        if self.exports and not self.has_weights:
             return
         for reference in self.code_references:
             if "--" in reference:
@@ -146,13 +155,21 @@ class ModelFolder:
         """The contents of onnx/report.json; empty if the ONNX files were created from other weights."""
         return self.read_current(ONNX_REPORT_FILE, "weights_sha256")
 
+    @cached_property
+    def exports(self) -> dict[str, dict[str, Any]]:
+        """The reports (FILE.json) of the exported files by file name, without files that were exported from other
+        weights."""
+        files = sorted(file for suffix in EXPORT_SUFFIXES for file in self.path.glob(f"*{suffix}"))
+        reports = {file.name: self.read_current(f"{file.name}.json", "weights_sha256") for file in files}
+        return {name: report for name, report in reports.items() if report}
+
     def read_current(self, name: str, key: str) -> dict[str, Any]:
         """Return the contents of a JSON file whose `key` contains the hashes of the weights in this folder; otherwise
         an empty dict."""
         if not (self.path / name).is_file():
             return {}
         content = read_json(self.path / name)
-        if self.is_adapter or content.get(key) == self.weights_sha256:
+        if not self.has_weights or content.get(key) == self.weights_sha256:
             return content
         warn_once(f"ignoring {name}, because it belongs to other weights than those in {self.path}")
         return {}

@@ -29,7 +29,7 @@ from modeling_vitcls.conversion.random_weights import randomize_weights
 from modeling_vitcls.data.labels import LabelSpace
 from modeling_vitcls.data.sources import load_splits
 from modeling_vitcls.data.splits import load_training_data
-from modeling_vitcls.hub import loading, provenance
+from modeling_vitcls.hub import loading
 from modeling_vitcls.options import DataOptions
 from modeling_vitcls.training.teacher import load_teacher
 
@@ -50,7 +50,6 @@ def hub(hub: LocalHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Local
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "data")
     monkeypatch.setattr(loading, "RETRY_WAIT", 0.01)
-    monkeypatch.setattr(provenance, "TIMEOUT", 0.5)
     return hub
 
 
