@@ -147,15 +147,11 @@ def test_a_hub_source_is_converted_at_the_given_commit(hub: LocalHub, tmp_path: 
 @pytest.mark.parametrize(
     ("script", "flags"),
     [
-        ("demo_app.py", "--model {}"),
         ("evaluate.py", "--model {} --dataset digits"),
         ("finetune.py", "--model {} --dataset digits --output-dir out"),
         ("finetune.py", "--model vitcls-tiny --dataset {} --output-dir out"),
         ("finetune.py", "--model vitcls-tiny --dataset digits --teacher {} --output-dir out"),
-        ("pretrain.py", "--model {} --dataset digits --output-dir out"),
         ("convert.py", "--source transformers:{} --output out"),
-        ("predict.py", "--model {} --dataset digits"),
-        ("inspect_tokens.py", "--model {} --dataset digits --output out.html"),
         ("export.py", "--model {} --format onnx --output out.onnx"),
     ],
 )
@@ -184,12 +180,3 @@ def test_a_mistyped_folder_is_named_in_one_line(
         status = run_in_process(script, *flags.format(name).split())
         assert time.monotonic() - started < 20
         assert_ends_with_one_line(status, capsys.readouterr().err, name, *words)
-
-
-@pytest.mark.parametrize("is_offline", [True, False])
-def test_offline_mode_ends_with_the_setting_of_before(is_offline: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", is_offline)
-    with pytest.raises(OSError, match="not in the cache"), loading.force_offline():
-        assert constants.HF_HUB_OFFLINE
-        raise OSError("not in the cache")
-    assert constants.HF_HUB_OFFLINE is is_offline
