@@ -111,8 +111,8 @@ def get_model_folder(source: str, patterns: Sequence[str] = MODEL_FILE_PATTERNS,
     try:
         folder = snapshot_download(source, revision=revision, allow_patterns=list(patterns), local_files_only=True)
     except LocalEntryNotFoundError:
-        folder = ""
-    if not Path(folder, CONFIG_FILE).is_file():
+        folder = None
+    if folder is None or not Path(folder, CONFIG_FILE).is_file():
         raise OSError(
             f"{source} is not a folder and is missing or incomplete in the cache {constants.HF_HUB_CACHE}, and "
             f"{problem}"

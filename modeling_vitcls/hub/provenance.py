@@ -16,6 +16,7 @@ from typing import Any, Self
 import yaml
 from huggingface_hub import constants, metadata_load
 
+from .connection import hide_hub_progress_bars
 from .loading import get_model_folder, is_hub_id, split_revision
 from .model_files import CARD_FILE, CONFIG_FILE, LICENSE_PATTERNS
 
@@ -81,7 +82,8 @@ def fetch_hub_provenance(repo_id: str) -> Provenance:
     if not is_hub_id(repo_id):
         return Provenance(repo_id)
     try:
-        folder = get_model_folder(repo_id, (CONFIG_FILE, CARD_FILE, *LICENSE_PATTERNS))
+        with hide_hub_progress_bars():
+            folder = get_model_folder(repo_id, (CONFIG_FILE, CARD_FILE, *LICENSE_PATTERNS))
     except OSError:
         return Provenance(repo_id, base_model=repo_id)
     return read_folder_provenance(Path(folder), repo_id)
