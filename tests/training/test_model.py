@@ -139,14 +139,6 @@ def test_a_checkpoint_of_an_unknown_type_is_an_error(tmp_path: Path) -> None:
             run_training(kind(tmp_path / "run", DataOptions("digits"), ModelOptions(str(start))))
 
 
-def test_the_number_of_cls_tokens_of_several_tasks_is_their_number() -> None:
-    label_space = LabelSpace("multi_task", {"age": ["old", "young"], "kind": ["a", "b"], "size": ["s", "m", "l"]})
-    options = ModelOptions(model="vitcls-tiny", image_size=32, patch_size=8)
-    assert build_model(options, label_space)[0].config.num_cls_tokens == 3
-    with raises_one_line("3 tasks", "num_cls_tokens"):
-        build_model(replace(options, num_cls_tokens=2), label_space)
-
-
 def test_only_names_that_look_like_presets_must_be_presets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "vitcls-mine").mkdir()
@@ -334,12 +326,6 @@ def test_pooler_with_parameters_belongs_to_the_head() -> None:
     }
 
 
-def test_heads_of_all_tasks_are_trained() -> None:
-    assert group_trainable(
-        set_trainable_parameters(build_random_model(ViTCLSForMultiTaskClassification, **TASKS), "head")
-    ) == {"classifiers"}
-
-
 def test_a_new_mask_token_stays_frozen() -> None:
     model = build_random_model(use_mask_token=True)
     set_trainable_parameters(model, "head", new_parameter_names={"vitcls.embeddings.mask_token"})
@@ -484,13 +470,6 @@ def test_lora_changes_nothing_at_first() -> None:
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
 
 
-def test_lora_is_only_in_queries_and_values_of_the_layers() -> None:
-    model = set_trainable_parameters(build_random_model(pooling="attention"), "lora", 3)
-    found = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
-    assert set(found) == {f"vitcls.layers.{layer}.attention.{part}_proj" for layer in (0, 1) for part in "qv"}
-    assert {module.r["default"] for module in found.values()} == {3}
-
-
 def test_a_merged_model_has_equal_outputs_and_plain_modules(tmp_path: Path) -> None:
     model = build_lora_model(**LAYOUT)
     expected = model(build_images()).logits
@@ -513,13 +492,6 @@ def test_merging_equals_peft() -> None:
         if isinstance(layer, LoraLayer):
             layer.merge()
             assert get_largest_difference(weights[f"{name}.weight"], layer.get_base_layer().weight) <= 1e-6
-
-
-def test_weights_without_lora_do_not_change() -> None:
-    weights = build_random_model().state_dict()
-    merged = merge_lora(weights)
-    assert list(merged) == list(weights)
-    assert all(merged[name] is weights[name] for name in weights)
 
 
 @pytest.mark.parametrize(
