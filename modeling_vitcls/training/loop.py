@@ -258,8 +258,9 @@ class TrainingLoop:
         state = self.state
         metrics = self.evaluate()
         score = get_score(metrics, self.selection_metric)
-        self.is_best = score is not None and (state.best_score is None or score > state.best_score + state.margin)
-        if self.is_best:
+        self.is_best = False
+        if score is not None and (state.best_score is None or score > state.best_score + state.margin):
+            self.is_best = True
             state.best_score, state.num_evaluations_since_best = score, 0
             state.margin = 0.0 if state.step else 2 * math.sqrt(score * (1 - score) / metrics["num_images"])
         else:
