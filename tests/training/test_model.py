@@ -341,7 +341,7 @@ def test_lora_requires_peft(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "choice"), zip(MODELS, ["last-1", "head", "lora", "head", "last-2", "lora"], strict=True)
+    ("name", "choice"), list(zip(MODELS, ["last-1", "head", "lora", "head", "last-2", "lora"], strict=True))
 )
 def test_exactly_the_trainable_parameters_change(name: str, choice: str) -> None:
     """With several processes, a trainable parameter without a gradient stops the run."""
