@@ -52,12 +52,11 @@ from modeling_vitcls.distributed import run_on_main
 from modeling_vitcls.errors import RunStopped
 from modeling_vitcls.files import read_json
 from modeling_vitcls.inference.evaluator import Evaluator
-from modeling_vitcls.options import FinetuneOptions, ModelOptions
+from modeling_vitcls.options import FinetuneOptions
 from modeling_vitcls.training import finetune
 from modeling_vitcls.training import run as run_module
 from modeling_vitcls.training.finetune import build_label_loss, build_objective
 from modeling_vitcls.training.losses import MultiLabelLoss, MultiTaskLoss, SingleLabelLoss, compute_distillation_loss
-from modeling_vitcls.training.model import build_model
 from modeling_vitcls.training.run import build_training_images
 from modeling_vitcls.training.teacher import Teacher
 
@@ -578,23 +577,6 @@ def test_a_dry_run_executes_all_steps_and_keeps_nothing(
 
 
 # Starting from a checkpoint ------------------------------------------------------------------------------------------
-
-
-def digits_named(names: list[str]) -> LabelSpace:
-    return LabelSpace("single_label_classification", {"label": names})
-
-
-def test_a_checkpoint_gets_a_new_classifier_for_other_labels(launched: Path) -> None:
-    saved = ViTCLSForImageClassification.from_pretrained(launched)
-    options = ModelOptions(model=str(launched), image_size=(48, 64), num_register_tokens=3)
-    model, processor, new_names = build_model(options, digits_named(["dusk", "noon"]))
-    assert model.config.label2id == {"dusk": 0, "noon": 1}
-    assert torch.equal(model.vitcls.layers[0].mlp.fc1.weight, saved.vitcls.layers[0].mlp.fc1.weight)
-    assert model.config.image_height_width == (48, 64)
-    assert dict(processor.size) == {"height": 48, "width": 64}
-    assert model(torch.zeros(1, 3, 48, 64)).logits.shape == (1, 2)
-    heads = {f"{head}.{part}" for head in ("classifier", "distillation_classifier") for part in ("weight", "bias")}
-    assert new_names == heads | {"vitcls.embeddings.register_tokens"}
 
 
 def test_every_trained_parameter_gets_a_gradient(tmp_path: Path) -> None:

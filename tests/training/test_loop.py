@@ -210,20 +210,6 @@ def test_steps_equal_a_plain_training_loop() -> None:
         torch.testing.assert_close(bench.model.get_parameter(name), weight, atol=1e-6, rtol=0)
 
 
-def test_a_weighted_loss_accumulates_too() -> None:
-    torch.manual_seed(0)
-    logits, labels, weights = torch.randn(8, 10), torch.randint(10, (8,)), torch.rand(10)
-    loss = SingleLabelLoss(0.1, class_weights=weights)
-    halves = (loss(logits[:4], labels[:4]) + loss(logits[4:], labels[4:])) / 2
-    torch.testing.assert_close(loss(logits, labels), halves)
-    image_losses = [
-        torch.nn.functional.cross_entropy(row[None], label[None], label_smoothing=0.1)
-        for row, label in zip(logits, labels, strict=True)
-    ]
-    expected = sum(weights[label] * loss for label, loss in zip(labels, image_losses, strict=True)) / 8
-    torch.testing.assert_close(loss(logits, labels), expected)
-
-
 def test_logged_records() -> None:
     bench = LoopRecorder(max_steps=5, log_every=2, log_attention_every=0)
     metrics = bench.run()

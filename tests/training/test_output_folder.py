@@ -68,17 +68,6 @@ def fork(folder: Path, ready: Any) -> None:
             ready.put(pool.apply(is_locked, (folder,)))
 
 
-def wait_and_lock(folder: Path, ready: Any, start: Any, end: Any) -> None:
-    with FolderLock(folder) as lock:
-        start.wait()
-        try:
-            lock.acquire()
-            ready.put(True)
-            end.wait()
-        except ValueError:
-            ready.put(False)
-
-
 @pytest.fixture(autouse=True)
 def short_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(output_folder, "LOCK_TIMEOUT", 0.5)
@@ -133,20 +122,6 @@ def test_a_forked_process_keeps_the_lock(folder: Path) -> None:
     assert queue.get() is True
     process.join(SECONDS)
     assert process.exitcode == 0
-
-
-def test_only_one_process_takes_over_a_lock(folder: Path) -> None:
-    queue, start, end = READY.SimpleQueue(), READY.Event(), READY.Event()
-    processes = [READY.Process(target=wait_and_lock, args=(folder, queue, start, end)) for _ in range(6)]
-    for process in processes:
-        process.start()
-    start.set()
-    assert sum(queue.get() for _ in processes) == 1
-    end.set()
-    for process in processes:
-        process.join(SECONDS)
-        assert process.exitcode == 0
-    assert not (folder / LOCK_FILE).exists()
 
 
 def test_folders_of_the_lock_are_removed_if_they_are_empty(folder: Path) -> None:
@@ -319,15 +294,6 @@ def test_files_of_other_programs_are_kept(folder: Path, names: list[str]) -> Non
         with raises_one_line(f"would overwrite ({', '.join(names)})", "--overwrite"):
             run(folder, **changes)
     assert contents(folder) == dict.fromkeys(names, b"mine")
-
-
-def test_other_files_are_overwritten_on_request(folder: Path) -> None:
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text("mine")
-    (folder / "notes.txt").write_text("mine")
-    run(folder, overwrite=True)
-    assert (folder / "config.json").read_text() != "mine"
-    assert (folder / "notes.txt").read_text() == "mine"
 
 
 def test_a_file_that_appears_while_a_run_is_stopped_is_kept(earlier: Path) -> None:

@@ -3,23 +3,16 @@
 import io
 import json
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from accelerate import Accelerator
-from helpers.tiny_models import build_tiny_config
 from rich.console import Console
 
-from modeling_vitcls import ViTCLSForImageClassification
-from modeling_vitcls.data.sampling import BatchPlan
-from modeling_vitcls.options import TrainingOptions
 from modeling_vitcls.training import reporter as reporter_module
 from modeling_vitcls.training.reporter import (
     Reporter,
-    describe_run,
     flatten_record,
     format_duration,
     format_metric,
@@ -148,20 +141,3 @@ def test_trackers_get_only_numbers() -> None:
 
 
 # The model and the batches -------------------------------------------------------------------------------------------
-
-
-def build_plan(**changes: Any) -> BatchPlan:
-    training = TrainingOptions(max_steps=30, batch_size=5, gradient_accumulation_steps=2)
-    return replace(BatchPlan.from_options(400, training, num_processes=4), **changes)
-
-
-def test_the_facts_of_a_run() -> None:
-    model = ViTCLSForImageClassification(build_tiny_config())
-    model.vitcls.requires_grad_(False)
-    facts = describe_run(build_plan(), 10, model, Accelerator(cpu=True), seconds=16.0)
-    assert (facts["steps"], facts["epochs"], facts["seconds"], facts["images_per_second"]) == (10, 1.0, 16.0, 25.0)
-    assert facts["num_parameters"] == sum(parameter.numel() for parameter in model.parameters())
-    assert facts["num_processes"] == 1
-    assert facts["token_layout"] == {"cls": 1, "distillation": 0, "registers": 0, "patches": 16}
-    assert facts["sequence_length"] == 17 and facts["versions"]["torch"] == torch.__version__
-    assert describe_run(build_plan(num_images=None), 10, model, Accelerator(cpu=True), 16.0)["epochs"] is None

@@ -175,12 +175,6 @@ def test_another_precision_is_an_error(killed: Path, monkeypatch: pytest.MonkeyP
         run_training(build_options(killed, resume=True))
 
 
-def test_another_number_of_steps_is_an_error(killed: Path) -> None:
-    change_metadata(killed, num_steps=1234)
-    with raises_one_line("has 1,234 steps of 8 images, but this run has 3 steps of 8 images"):
-        run_training(build_options(killed, resume=True))
-
-
 def test_a_checkpoint_of_another_model_is_an_error(killed: Path) -> None:
     file = killed / "checkpoints" / "step-00000002" / "state.json"
     change_metadata(killed, flags=read_json(file)["metadata"]["flags"] | {"intermediate_size": 48})
