@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 from helpers.digits_models import train_digits_model
 from PIL import Image
+from pyarrow import parquet
 from scipy.special import softmax
 from sklearn.datasets import load_digits
 from sklearn.metrics import log_loss
@@ -34,6 +35,7 @@ def test_rows_equal_the_metrics_of_the_same_evaluation(folder: Path, tmp_path: P
     results = evaluate(folder, "digits", per_image=tmp_path / "rows.parquet")
     rows = pd.read_parquet(tmp_path / "rows.parquet")
     assert len(rows) == results["num_images"]
+    assert parquet.read_schema(tmp_path / "rows.parquet").names == list(rows.columns)  # for readers without pandas
     assert (rows["label"] == rows["prediction"]).mean() == pytest.approx(results["accuracy"], abs=1e-6)
     assert rows["loss"].mean() == pytest.approx(results["loss"], abs=1e-5)
     probabilities = np.stack(rows["probabilities"])

@@ -67,6 +67,12 @@ def test_a_classifier(tmp_path: Path) -> None:
     assert card.data.license is None and "did not specify a license" in text
 
 
+def test_a_step_contains_the_images_of_all_processes(tmp_path: Path) -> None:
+    flags = {"batch_size": 32, "gradient_accumulation_steps": 3}
+    card = load_card(write_run_folder(tmp_path / "mine", {"num_processes": 20}, flags))
+    assert "| 1,920 |" in card.text
+
+
 @pytest.mark.parametrize(("dataset", "is_on_hub"), [("acme/photos", True), ("digits", False), ("./photos", False)])
 def test_the_model_index_names_datasets_of_the_hub_only(tmp_path: Path, dataset: str, is_on_hub: bool) -> None:
     folder = write_run_folder(tmp_path / "mine", {"dataset": "photos"}, {"dataset": dataset})
