@@ -28,7 +28,8 @@ class DataOptions:
     label_separator: str | None = None
     """Separator of the labels in a text column with several labels per image (`cat|dog`)."""
     label_names: tuple[str, ...] | None = None
-    """Names of all labels; required for a streamed dataset that does not declare the label names."""
+    """Names of all labels. By default, they are declared by the dataset or collected from the label column; they are
+    required for WebDataset shards on the Hub."""
     held_out_fraction: float = 0.2
     """Fraction of the images to hold out for evaluation if the dataset has no evaluation split. Whether an image is
     held out depends only on the fraction, --split-seed and the checksum of the image. 0: train on all images, without
@@ -488,11 +489,15 @@ class EvaluateOptions:
     """With --frozen few-shot:N: number of random training subsets of N images per class."""
     output: Path | None = None
     """JSON file for the metrics, including the metrics of each class and the confusion matrix."""
+    unknown_dataset: str | None = None
+    """Dataset with images of none of the classes: measures how well the energy separates these images from the
+    evaluated images (AUROC). The result is also written to results.json in the model's folder, for the card."""
     per_image: Path | None = None
     """Parquet file with one row per image: label, prediction, probabilities and loss."""
     audit: Path | None = None
     """HTML page of likely label errors, near duplicates, outliers and overlapping classes, with a CSV file for
-    `finetune --exclude` in the same folder. Checks the labels of held-out images; with --frozen logreg, all labels."""
+    `finetune --exclude` in the same folder. Checks the labels of held-out images; with --frozen logreg, or if --model
+    is the output folder of a run with --folds, all labels."""
     config: Path | None = None
     """Recipe: a YAML file of flags. Flags on the command line override flags in the recipe."""
 
