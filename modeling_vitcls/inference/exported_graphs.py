@@ -97,7 +97,7 @@ class ExportedModel(nn.Module):
         ValueError: If the file cannot be read, or the runtime does not support the precision.
     """
 
-    device = torch.device("cpu")
+    device, dtype = torch.device("cpu"), torch.float32
 
     def __init__(self, file: Path, config: ViTCLSConfig, use_head: bool, mixed_precision: str = "no") -> None:
         super().__init__()
