@@ -5,6 +5,7 @@ of the activations are measured on calibration images.
 """
 
 import contextlib
+import copy
 import io
 import logging
 from collections.abc import Iterable, Sequence
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..cpu_kernels_vitcls import uninstall_cpu_kernels
 from ..errors import format_error
 from ..inference.exported_graphs import INPUT_NAME
 from .exportable import NamedOutputsModel
@@ -67,25 +69,19 @@ def rank_layers(model: Any, images: torch.Tensor) -> list[int]:
         model: A vitcls model in float32.
         images: Preprocessed images [B, C, H, W].
     """
-    wrapped_model = NamedOutputsModel(model)
 
-    def compute_output() -> torch.Tensor:
-        return next(iter(wrapped_model(images).values()))
+    def compute_output(model: Any) -> torch.Tensor:
+        return next(iter(NamedOutputsModel(model)(images).values()))
 
-    expected, errors = compute_output(), {}
-    for number, layer in enumerate(model.base_model.layers, start=1):
-        linear_layers = [module for module in layer.modules() if isinstance(module, nn.Linear)]
-        weights = [linear.weight.clone() for linear in linear_layers]
-        hooks = []
-        for linear in linear_layers:
-            linear.weight.copy_(round_to_int8(linear.weight, linear.weight.abs().amax(1, keepdim=True)))
-            hooks.append(
-                linear.register_forward_pre_hook(lambda module, args: round_to_int8(args[0], args[0].abs().max()))
-            )
-        errors[number] = (compute_output() - expected).norm().item()
-        for linear, weight, hook in zip(linear_layers, weights, hooks, strict=True):
-            linear.weight.copy_(weight)
-            hook.remove()
+    expected, errors = compute_output(model), {}
+    for number in range(1, model.config.num_hidden_layers + 1):
+        quantized = copy.deepcopy(model)
+        uninstall_cpu_kernels(quantized)  # fused kernels would skip the hooks
+        for module in quantized.base_model.layers[number - 1].modules():
+            if isinstance(module, nn.Linear):
+                module.weight.copy_(round_to_int8(module.weight, module.weight.abs().amax(1, keepdim=True)))
+                module.register_forward_pre_hook(round_inputs)
+        errors[number] = (compute_output(quantized) - expected).norm().item()
     return sorted(errors, key=lambda number: -errors[number])
 
 
