@@ -14,7 +14,7 @@ from helpers.tiny_models import build_tiny_config, randomize, save_with_processo
 from helpers.warm_processes import OFFLINE, run_together
 from PIL import Image
 
-from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, evaluate, predict
+from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, ViTCLSModel, evaluate, predict
 from modeling_vitcls.demo import page
 from modeling_vitcls.export.exporter import export_model
 
@@ -138,3 +138,11 @@ def test_the_accuracy_of_int8_is_that_of_the_file(tmp_path: Path, capsys: pytest
     assert scores["num_calibration_images"] >= 200 and scores["interval"][0] <= scores["int8"] <= scores["interval"][1]
     results = evaluate(str(folder), "digits", backend="openvino")
     assert results["accuracy"] == pytest.approx(scores["int8"], abs=1e-3)
+
+
+def test_features_of_an_exported_encoder(tmp_path: Path) -> None:
+    save_with_processor(ViTCLSModel(build_tiny_config(num_register_tokens=1)), tmp_path)
+    export_model(str(tmp_path), "onnx", tmp_path / "model.onnx", dynamic=False)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8))
+    found, expected = (predict(tmp_path, [image], features="cls", backend=name)[0] for name in ("onnx", "torch"))
+    assert found["features"] == pytest.approx(expected["features"], abs=1e-4)
