@@ -45,7 +45,7 @@ def write_card_images(
     results: Mapping[str, Any],
     samples: Sequence[Sample] = (),
 ) -> dict[str, str]:
-    """Write the images of a card to `folder`/pictures, as PNG files of less than 300 kB each if possible.
+    """Write the images of a card to `folder`/images, as PNG files of less than 300 kB each if possible.
 
     The model runs on its own device, in evaluation mode and without gradients, and is not changed. Call this function
     only on the main process, with a model whose weights are not sharded. Older confusion matrices and attention

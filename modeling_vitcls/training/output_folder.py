@@ -69,7 +69,7 @@ CHECKPOINTS_FOLDER = "checkpoints"
 
 STAGING_FOLDER = ".model.partial"  # files of the model until all of them are written
 LOCK_FILE = ".vitcls.lock"
-# Waiting time in seconds. Data loading processes of a killed run hold its lock until they notice that it has ended.
+# Waiting time in seconds. Data loading processes of a killed run hold its lock until they end, a few seconds later.
 LOCK_TIMEOUT = 10.0
 
 

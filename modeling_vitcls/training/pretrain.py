@@ -163,7 +163,7 @@ class FeatureQuality:
         if rank < max(MIN_RANK * width, 1.5):
             self.warn(
                 f"the features have collapsed: their effective rank is {rank:.1f} of {width} channels, so images "
-                "can hardly be told apart. Set a larger --sigreg-weight or a lower --learning-rate"
+                "have nearly the same features. Set a larger --sigreg-weight or a lower --learning-rate"
             )
         counts = {name: held_out[name] for name in ("num_images", "num_unreadable_images")}
         return metrics | {"effective_rank": round(rank, 2)} | counts

@@ -185,3 +185,11 @@ def test_without_labels_outputs_are_compared(tmp_path: Path) -> None:
     assert report["evaluation"] is None and report["dtype"] == "int8"
     assert report["comparison"]["output"] == "last_hidden_state" and report["comparison"]["top1_agreement"] is None
     assert 0 < report["comparison"]["relative_error"] < 0.2 < report["comparison"]["cosine_similarity"] <= 1
+
+
+def test_features_of_an_exported_encoder(tmp_path: Path) -> None:
+    save_with_processor(ViTCLSModel(build_tiny_config(num_register_tokens=1)), tmp_path)
+    export_model(str(tmp_path), "onnx", tmp_path / "model.onnx", dynamic=False)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8))
+    found, expected = (predict(tmp_path, [image], features="cls", backend=name)[0] for name in ("onnx", "torch"))
+    assert found["features"] == pytest.approx(expected["features"], abs=1e-4)
