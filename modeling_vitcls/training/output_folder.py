@@ -107,10 +107,12 @@ def check_no_unrelated_files(folder: Path) -> None:
 def check_sources_not_removed(options: FinetuneOptions | PretrainOptions) -> None:
     """Raise ValueError if --overwrite would remove the initial model or the teacher."""
     folder = options.output_dir.resolve()
-    sources = {"--model": options.model.model}
-    if isinstance(options, FinetuneOptions) and options.distillation.teacher is not None:
-        sources["--teacher"] = options.distillation.teacher
-    for flag, name in sources.items():
+    sources = [("--model", options.model.model)]
+    if isinstance(options, PretrainOptions):
+        sources += [("--teachers", name) for name in options.distillation.teachers]
+    elif options.distillation.teacher is not None:
+        sources.append(("--teacher", options.distillation.teacher))
+    for flag, name in sources:
         path = Path(split_prefix(name)[1]).resolve()
         if is_local(name) and (path == folder or folder in path.parents):
             raise ValueError(
@@ -209,6 +211,8 @@ def write_model_files(
         results["provenance"] = provenance.to_dict()
     if isinstance(options, FinetuneOptions) and options.distillation.teacher is not None:
         results["teacher_provenance"] = find_provenance(options.distillation.teacher).to_dict()
+    if isinstance(options, PretrainOptions) and options.distillation.teachers:
+        results["teacher_licenses"] = [find_provenance(name).license for name in options.distillation.teachers]
     saved_model = unsharded_class.from_pretrained(folder).to(model.device).eval()  # `model` may be sharded
     results["inference"] = measure_inference_speed(saved_model, model.device)
     if any(".lora_" in name for name in weights):

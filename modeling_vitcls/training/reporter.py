@@ -133,7 +133,7 @@ def format_duration(seconds: float) -> str:
 
 
 def format_metric(name: str, value: float | None) -> str:
-    formats = {"loss": ".4g", "rank": ".1f"}
+    formats = {"loss": ".4g", "rank": ".1f", "cosine": ".3f"}
     text = "unknown" if value is None else f"{value:{formats.get(name.rpartition('_')[2], '.2%')}}"
     return f"{name.replace('_', ' ')} {text}"
 

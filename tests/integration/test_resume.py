@@ -312,6 +312,7 @@ VARIANTS = {
     "last layer": f"{SCHEDULE} --model {{trained}} --trainable last-1 --class-balance sampling",
     "a teacher": f"{RUN} --teacher {{trained}} --distillation soft",
     "LeJEPA": f"{RUN} --method lejepa --projector-width 32 --local-crops 2 --ema-decay 0.9",
+    "feature teachers": f"{RUN} --method distillation --teachers {{trained}} {{trained}} --distill-patches",
     "MAE": f"{RUN} --method mae --decoder-layers 1 --patch-size 8",
 }
 

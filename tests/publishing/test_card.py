@@ -104,6 +104,20 @@ def test_an_encoder_shows_its_features_before_and_after_pre_training(tmp_path: P
     assert "made the features worse" in load_card(write_run_folder(tmp_path / "b", results, flags, ViTCLSModel)).text
 
 
+def test_an_encoder_names_its_teachers(tmp_path: Path) -> None:
+    measured = {"knn_accuracy": 0.5, "effective_rank": 7.5, "teacher_cosines": [0.25, 0.75]}
+    results: dict[str, Any] = {"method": "distillation", "teachers": ["ann/a", "path/to/b"], "knn_accuracy": 0.5}
+    results |= {"teacher_licenses": ["mit", None], "features": {"before": measured, "after": measured, "summary": ""}}
+    results |= {"accuracy": None, "accuracy_interval": None, "selection_metric": "teacher_cosine"}
+    config = build_tiny_config(num_distillation_tokens=2, distillation_teachers=results["teachers"])
+    card = load_card(write_run_folder(tmp_path / "mine", results, {"teachers": ["ann/a"]}, ViTCLSModel, config))
+    assert (
+        '`outputs.tokens["distillation"][:, k]`' in card.text
+        and "0 `ann/a` (license: mit), 1 `path/to/b`" in card.text
+    )
+    assert "| Cosine similarity with teacher 1 | 0.750 | 0.750 |" in card.text and "distillation tokens |" in card.text
+
+
 def test_tasks_have_no_pipeline(tmp_path: Path) -> None:
     tasks = {"species": ["cat", "dog"], "coat": ["short", "long", "none"]}
     config = build_tiny_config(num_cls_tokens=2, tasks=tasks)

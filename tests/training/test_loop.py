@@ -37,7 +37,7 @@ from modeling_vitcls.data.sampling import BatchPlan
 from modeling_vitcls.data.splits import load_training_data
 from modeling_vitcls.data.streaming import build_training_dataset
 from modeling_vitcls.errors import RunStopped
-from modeling_vitcls.options import DataOptions, DistillationOptions, TrainingOptions
+from modeling_vitcls.options import DataOptions, TrainingOptions
 from modeling_vitcls.training import loop as loop_module
 from modeling_vitcls.training.loop import (
     NonFiniteLoss,
@@ -565,8 +565,11 @@ def test_a_teacher_trains_the_distillation_head_on_mixed_images() -> None:
     pixels, labels = torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8), torch.tensor([4, 0, 1])
     inputs = PixelTransform(lambda values: values / 255, lambda values, targets: (values.flip(0), targets.roll(1)))
     predict = lambda batch: batch["pixels"].flatten(1)[:, :5] / 50  # noqa: E731
-    options = DistillationOptions(distillation="soft", distillation_alpha=0.3, distillation_tau=2.0)
-    objective = DistillationObjective(inputs, SingleLabelLoss(0.1), predict, options)
+
+    def compute_loss(outputs: Any, logits: torch.Tensor) -> torch.Tensor:
+        return compute_distillation_loss("soft", outputs.distillation_logits, logits, 2.0)
+
+    objective = DistillationObjective(inputs, predict, compute_loss, SingleLabelLoss(0.1), alpha=0.3)
     losses = objective(model, {"pixels": pixels, "labels": labels})
     outputs = model(pixels.flip(0) / 255)
     label_loss = torch.nn.functional.cross_entropy(outputs.cls_logits, labels.roll(1), label_smoothing=0.1)
