@@ -57,7 +57,7 @@ from modeling_vitcls.training import finetune
 from modeling_vitcls.training import run as run_module
 from modeling_vitcls.training.finetune import build_label_loss, build_objective
 from modeling_vitcls.training.losses import MultiLabelLoss, MultiTaskLoss, SingleLabelLoss, compute_distillation_loss
-from modeling_vitcls.training.run import build_training_images
+from modeling_vitcls.training.run import build_training_images, describe_splits
 from modeling_vitcls.training.teacher import Teacher
 
 
@@ -309,6 +309,15 @@ def test_a_new_token_is_trained_with_a_frozen_encoder(pretrained: Path, tmp_path
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     heads = {f"{head}.{name}" for head in ("classifier", "distillation_classifier") for name in ("weight", "bias")}
     assert trained == heads | {"vitcls.embeddings.distillation_token"}
+
+
+def test_the_summary_counts_the_images_that_are_left_out(color_images: Path, tmp_path: Path) -> None:
+    whole = prepare_task(tiny_options(tmp_path / "whole", color_images)).data
+    names = whole.train.images.get_names()
+    rows = ["id,split", *(f"{name},{whole.train_split}" for name in names[:3])]
+    (tmp_path / "audit.csv").write_text("\n".join(rows))
+    run = prepare_task(tiny_options(tmp_path / "out", color_images, exclude=tmp_path / "audit.csv"))
+    assert f"3 of {len(names)} " in describe_splits(run.data, run.task)["excluded"]
 
 
 def test_images_are_mixed_and_classes_are_weighted_by_flags(color_images: Path, tmp_path: Path) -> None:
