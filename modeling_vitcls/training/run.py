@@ -24,12 +24,11 @@ from torch.distributed.fsdp import FSDPModule
 from ..checkpoints import WRITE_ERRORS, CheckpointStore
 from ..data.augmentation import build_augmentation
 from ..data.batches import Normalizer, iterate_training_batches
-from ..data.fit import MAX_MEASURED_IMAGES, describe_fit
 from ..data.held_out import HELD_OUT_RECORD_KEY
 from ..data.images import LabeledImages, UnreadableImageCounter
 from ..data.sampling import BatchPlan
-from ..data.splits import HELD_OUT_SPLITS, TrainingData, describe_data, load_on_main
-from ..data.streaming import StreamedImages, build_training_dataset
+from ..data.splits import TrainingData, describe_data, load_on_main
+from ..data.streaming import build_training_dataset
 from ..distributed import build_accelerator, configure_layer_sharding, run_on_main
 from ..errors import RunStopped, format_error, is_raised_on_all_processes
 from ..files import write_json
@@ -44,12 +43,12 @@ from .calibration import FITTED, MIN_IMAGES, REPORTED, calibrate, compute_calibr
 from .defaults import describe_random_weights, get_run_properties, resolve_defaults
 from .distributed_state import gather_state, gather_weights, reshard
 from .dry_run import NUM_PROBE_IMAGES, build_dry_run_options, describe_dry_run, draw_images
-from .loop import Metrics, NonFiniteLoss, TrainingLoop, TrainingState
+from .loop import NonFiniteLoss, TrainingLoop, TrainingState
 from .model import check_preset_name, choose_image_size
 from .optimizer import Ema, build_optimizer
 from .output_folder import CHECKPOINTS_FOLDER, RESULTS_FILE, FolderLock, stage_files, write_model_files
 from .probe import MIN_SELECTION_IMAGES
-from .reporter import Reporter, describe_batches, describe_model, describe_run, format_metric
+from .reporter import Reporter, describe_batches, describe_model, describe_run, describe_splits, format_result
 from .resume import (
     check_flags_unchanged,
     check_run_unchanged,
@@ -62,7 +61,6 @@ from .signals import SignalHandler
 from .task import Task
 
 
-NO_EVALUATION_TEXT = "the model was trained on all images and not evaluated, because --held-out-fraction is 0"
 DEFAULT_STREAM_SAVE_EVERY = 1000  # default of --save-every in steps for streams, which have no epochs
 
 
@@ -150,7 +148,7 @@ def run(
         run_on_main(accelerator, lambda: output_folder.prepare(folder, store, get_relative_flags(options), checkpoint))
 
         # Summary
-        lines: dict[str, str | None] = {**describe_splits(data, task)}
+        lines: dict[str, str | None] = {**describe_splits(data, task.processor, task.labels_text)}
         lines |= describe_model(options.model.model, task.model, forward_flops) | default_lines | task.summary_lines
         num_selection = len(data.selection) if isinstance(data.selection, LabeledImages) else None
         has_few_images = num_selection is not None and num_selection < MIN_SELECTION_IMAGES
@@ -330,7 +328,7 @@ def run(
             text = describe_dry_run(loop, full_plan, options, fraction, time.perf_counter() - run_start_time)
             reporter.print_line("dry run", text)
         else:
-            reporter.print_line("result", format_result(task, metrics))
+            reporter.print_line("result", format_result(metrics, task.result_metrics, task.evaluated_text))
             if should_compare:
                 reporter.print_line("features", results["features"]["summary"])
             reporter.print_line("saved", f"{folder} (model, image processor, {RESULTS_FILE})")
@@ -387,42 +385,6 @@ def prepare_state(options: Any, task: Task, accelerator: Accelerator) -> Trainin
     if options.training.ema_decay:
         state.ema = Ema(state.model, options.training.ema_decay)
     return state
-
-
-def describe_splits(data: TrainingData, task: Task) -> dict[str, str]:
-    """Return the summary lines about the data."""
-    size_text = "a stream of" if data.num_training_images is None else f"{data.num_training_images:,}"
-    lines = {}
-    if data.train_split in HELD_OUT_SPLITS:
-        lines["split"] = (
-            f"training uses the split named {data.train_split!r}, because {data.name} has no split named 'train'"
-        )
-    held_out_text = "a stream of" if data.num_held_out_images is None else f"{data.num_held_out_images:,}"
-    lines |= {
-        "data": f"{data.name}: {size_text} training images, {held_out_text} held-out images "
-        f"({data.held_out_name}); {task.labels_text}"
-    }
-    if data.selection is not None:
-        selection_text = "a stream of" if isinstance(data.selection, StreamedImages) else f"{len(data.selection):,}"
-        lines["selection"] = (
-            f"the best checkpoint is selected on {selection_text} separate images ({data.selection_name})"
-        )
-    if data.num_excluded:
-        total = data.num_excluded + (data.num_training_images or 0)
-        lines["excluded"] = f"{data.num_excluded:,} of {total:,} training images are left out (--exclude)"
-    is_streamed = isinstance(data.held_out, StreamedImages)
-    measured = data.held_out.read_first(MAX_MEASURED_IMAGES) if is_streamed else data.held_out
-    lines["fit"] = describe_fit(task.processor, measured.images)
-    return lines
-
-
-def format_result(task: Task, metrics: Metrics) -> str:
-    """Format the metrics of the final evaluation as one line of text."""
-    names = [name for name in task.result_metrics if name in metrics]
-    if not names:
-        return NO_EVALUATION_TEXT
-    text = ", ".join(format_metric(name, metrics[name]) for name in names)
-    return f"{text} on {task.evaluated_text.format(num_images=metrics['num_images'])}"
 
 
 def start_trackers(accelerator: Accelerator, options: Any) -> None:
