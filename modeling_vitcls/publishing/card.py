@@ -417,7 +417,8 @@ def describe_onnx_files(report: dict[str, Any]) -> dict[str, Any]:
     rows = []
     for comparison in report["comparisons"]:
         file, agreement = comparison["file"], comparison["top1_agreement"]
-        row = [f"`{file}`", f"{comparison['largest_difference']:.1e}", format_percent(agreement)]
+        agreement_text = "–" if agreement is None else format_percent(agreement)  # None: an encoder
+        row = [f"`{file}`", f"{comparison['largest_difference']:.1e}", agreement_text]
         rows.append(row + ([format_percent(scores["files"][Path(file).name])] if scores else []))
     if not scores:
         return {"rows": rows, "labeled": None}
