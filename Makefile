@@ -52,6 +52,7 @@ cards: setup
 HERO ?= runs/hero
 
 pictures: setup browser
+	$(VENV)/bin/uv pip install --quiet --python $(RUN) --editable ".[docs]"
 	$(RUN) scripts/make_report_image.py --report runs/digits/report.html
 	$(RUN) scripts/make_hero.py --model $(HERO)
 

@@ -61,7 +61,8 @@ def run_training(options: Any) -> dict[str, Any]:
     from .files import read_json
     from .hub.model_files import RESULTS_FILE
     from .publishing.finish import build_uploader, finish_run, prepare_push
-    from .training.run import run_folds, train
+    from .training.folds import run_folds
+    from .training.run import train
 
     repo_id = prepare_push(options)
 

@@ -16,7 +16,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -35,7 +35,8 @@ from .export.exportable import OUTPUT_SELECTORS, NamedOutputsModel, load_exporta
 from .export.exporter import export_model
 from .export.quantization import quantize_graph
 from .hub.local_paths import strip_folders
-from .inference.exported_graphs import BACKEND_SUFFIXES, ExportedGraph
+from .inference.exported_graphs import BACKEND_FILES, ExportedGraph
+from .options import BenchmarkOptions
 from .system import get_processor_name, get_versions
 
 
@@ -58,20 +59,6 @@ NUM_CALIBRATION_IMAGES = 16  # random images; the accuracy of int8 is measured b
 Function = Callable[[], object]
 
 
-@dataclass(frozen=True)
-class BenchmarkSettings:
-    """Settings of `vitcls benchmark`."""
-
-    model: str = "vitcls-small"
-    work: tuple[str, ...] = ("inference",)
-    backends: tuple[str, ...] = tuple(BACKENDS)
-    peers: tuple[str, ...] = ("timm", "transformers")
-    precisions: tuple[str, ...] = ("fp32", "bf16", "int8")
-    batch_sizes: tuple[int, ...] = (1, 16)
-    rounds: int = 7
-    device: str = "cpu"
-
-
 @dataclass
 class Row:
     """One engine (a backend or peer) in one precision, and its throughput in each round."""
@@ -90,13 +77,14 @@ class Row:
         return statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
 
 
-def run_benchmarks(settings: BenchmarkSettings, report: Callable[[str], None] = print) -> list[Row]:
+def run_benchmarks(settings: BenchmarkOptions, report: Callable[[str], None] = print) -> list[Row]:
     """Measure all rows. `report` receives one line about each row.
 
     Raises:
         ValueError: If the model cannot be loaded, the device or a package is missing, or outputs differ by more than
             the limit.
     """
+    settings = set_default_engines(settings)
     check_requirements(settings)
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -124,11 +112,22 @@ def run_benchmarks(settings: BenchmarkSettings, report: Callable[[str], None] = 
     return rows
 
 
-def check_requirements(settings: BenchmarkSettings) -> None:
+def set_default_engines(settings: BenchmarkOptions) -> BenchmarkOptions:
+    """Replace None by all backends and peers that are installed and that run on the device."""
+    is_cpu = settings.device == "cpu"
+    exported = [name for name, packages in PACKAGES.items() if is_cpu and all(map(find_spec, packages))]
+    defaults: dict[str, Any] = {
+        "backends": ("torch", "compiled", *exported),
+        "peers": tuple(filter(find_spec, ("timm", "transformers"))),
+    }
+    return replace(settings, **{name: value for name, value in defaults.items() if getattr(settings, name) is None})
+
+
+def check_requirements(settings: BenchmarkOptions) -> None:
     """Raise ValueError if the device or a package is missing."""
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda requires a GPU, but PyTorch finds no GPU. Omit --device to measure on the CPU")
-    for name in (*settings.backends, *settings.peers):
+    for name in (*(settings.backends or ()), *(settings.peers or ())):
         if name in PACKAGES and settings.device != "cpu":
             raise ValueError(f"{name} is measured on the CPU only. Remove {name} from --backends, or omit --device")
         if missing := [package for package in PACKAGES.get(name, (name,)) if not is_available(package)]:
@@ -160,7 +159,7 @@ def get_image_shape(config: ViTCLSConfig) -> tuple[int, int, int]:
 Engines = Iterator[tuple[str, str, Function, float]]
 
 
-def build_inference_engines(model: Any, settings: BenchmarkSettings, images: torch.Tensor, folder: Path) -> Engines:
+def build_inference_engines(model: Any, settings: BenchmarkOptions, images: torch.Tensor, folder: Path) -> Engines:
     """Yield a function that computes the outputs for a batch of images [B, C, H, W], for each engine."""
     for name, precision in list_engines(settings):
         ours, engine = build_engine(name, precision, model, settings.device, folder)
@@ -170,7 +169,7 @@ def build_inference_engines(model: Any, settings: BenchmarkSettings, images: tor
         yield name, precision, torch.inference_mode()(partial(engine, batch)), difference
 
 
-def build_step_engines(model: Any, settings: BenchmarkSettings, images: torch.Tensor, folder: Path) -> Engines:
+def build_step_engines(model: Any, settings: BenchmarkOptions, images: torch.Tensor, folder: Path) -> Engines:
     """Yield a function that takes a training step (forward, backward, AdamW), for each engine that can be trained. The
     weights are float32; bf16 is autocast."""
     for name, precision in list_engines(settings):
@@ -196,9 +195,10 @@ def take_step(engine: nn.Module, optimizer: torch.optim.Optimizer, images: torch
     optimizer.zero_grad()
 
 
-def list_engines(settings: BenchmarkSettings) -> list[tuple[str, str]]:
+def list_engines(settings: BenchmarkOptions) -> list[tuple[str, str]]:
     """Return the names and precisions of the engines that the settings select."""
-    engines = {name: BACKENDS[name] for name in settings.backends} | {name: tuple(DTYPES) for name in settings.peers}
+    engines = {name: BACKENDS[name] for name in settings.backends or ()}
+    engines |= {name: tuple(DTYPES) for name in settings.peers or ()}
     return [(name, key) for name, precisions in engines.items() for key in precisions if key in settings.precisions]
 
 
@@ -223,7 +223,7 @@ def build_engine(name: str, precision: str, model: Any, device: str, folder: Pat
 
 def open_exported_graph(backend: str, precision: str, config: ViTCLSConfig, folder: Path) -> ExportedGraph:
     """Export the saved model in `folder` once, and open the graph."""
-    file = folder / ("int8" if precision == "int8" else "fp32") / f"model{BACKEND_SUFFIXES[backend]}"
+    file = folder / ("int8" if precision == "int8" else "fp32") / BACKEND_FILES[backend][0]
     if not file.exists():
         export_model(str(folder / "model"), backend, file, dynamic=False)
         if precision == "int8":
@@ -291,12 +291,18 @@ def measure_calls_per_second(function: Function) -> float:
     """Return the number of calls per second, after a warm-up call."""
     function()
     synchronize_gpu()
-    num_calls, start_time = 0, time.perf_counter()
-    while num_calls == 0 or time.perf_counter() - start_time < SECONDS_PER_MEASUREMENT:
+    read_clock = time.process_time if uses_cpu_time() else time.perf_counter
+    num_calls, start_time = 0, read_clock()
+    while num_calls == 0 or read_clock() - start_time < SECONDS_PER_MEASUREMENT:
         function()
         synchronize_gpu()
         num_calls += 1
-    return num_calls / (time.perf_counter() - start_time)
+    return num_calls / (read_clock() - start_time)
+
+
+def uses_cpu_time() -> bool:
+    """Return whether speed is measured per second of CPU time, which other programs hardly change: with one thread."""
+    return torch.get_num_threads() == 1 and not torch.cuda.is_initialized()
 
 
 def synchronize_gpu() -> None:
@@ -320,8 +326,9 @@ def measure_matrix_product(device: str, dtype: torch.dtype) -> float:
 # Report --------------------------------------------------------------------------------------------------------------
 
 
-def format_markdown(rows: list[Row], settings: BenchmarkSettings) -> str:
+def format_markdown(rows: list[Row], settings: BenchmarkOptions) -> str:
     """Return a Markdown table with one line per row, and a caption with the machine and the versions."""
+    settings = set_default_engines(settings)
     peaks = {
         precision: measure_matrix_product(settings.device, DTYPES[precision])
         for precision in sorted({row.precision for row in rows} & DTYPES.keys())
@@ -333,7 +340,9 @@ def format_markdown(rows: list[Row], settings: BenchmarkSettings) -> str:
     for row in rows:
         group = [other for other in rows if (other.work, other.batch_size) == (row.work, row.batch_size)]
         baseline = [other for other in group if (other.engine, other.precision) == ("torch", "fp32")]
-        peers = [other for other in group if other.engine in settings.peers and other.precision == row.precision]
+        peers = [
+            other for other in group if other.engine in (settings.peers or ()) and other.precision == row.precision
+        ]
         speed = statistics.median(row.throughputs)
         cells = (
             f"{row.work}, batch {row.batch_size}",
@@ -345,11 +354,13 @@ def format_markdown(rows: list[Row], settings: BenchmarkSettings) -> str:
         )
         lines.append(f"| {' | '.join(cells)} |")
     peak_texts = [f"{peak / 1e9:,.0f} GFLOP/s in {precision}" for precision, peak in peaks.items()]
-    libraries = ("timm", *(package for name in settings.backends for package in PACKAGES.get(name, ())[2:]))
+    libraries = ("timm", *(package for name in settings.backends or () for package in PACKAGES.get(name, ())[2:]))
     versions = ", ".join(f"{name} {version}" for name, version in get_versions(*libraries).items())
+    second = "CPU second" if uses_cpu_time() else "second"
     machine = torch.cuda.get_device_name() if settings.device == "cuda" else get_processor_name()
     caption = (
-        f"{strip_folders(settings.model)}: medians of {settings.rounds} rounds, with quartiles. {machine}, "
+        f"{strip_folders(settings.model)}: images per {second}, medians of {settings.rounds} rounds, with quartiles. "
+        f"{machine}, "
         f"{torch.get_num_threads()} threads; best matrix product {', '.join(peak_texts)}; {versions}; "
         f"{time.strftime('%Y-%m-%d')}."
     )

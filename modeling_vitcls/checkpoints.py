@@ -236,7 +236,8 @@ def is_valid_state(state: dict[str, Any], folder: Path) -> bool:
         type(state.get("step")) is int
         and (match is None or state["step"] == int(match[1]))
         and isinstance(metadata, dict)
-        and state["step"] in range(metadata.get("num_steps", state["step"]) + 1)
+        and type(num_steps := metadata.get("num_steps", state["step"])) is int
+        and 0 <= state["step"] <= num_steps
         and isinstance(metadata.get("flags", {}), dict)
         and isinstance(files, dict)
         and all(Path(name).name == name and isinstance(sha256, str) for name, sha256 in files.items())

@@ -143,6 +143,8 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             has no CLS token. Several CLS tokens can represent tasks (`tasks`) or regions of the image (`cls_scopes`).
         num_distillation_tokens (`int`, defaults to 0): Number of tokens that learn from a teacher (DeiT, arXiv
             2012.12877).
+        distillation_teachers (`list[str]`, *optional*): Names of the teachers: after `vitcls pretrain --teachers`,
+            distillation token k is an embedding that imitates the pooled vector of teacher k.
         num_register_tokens (`int`, defaults to 0): Number of register tokens, which can store global information that
             the model would otherwise store in patches (Darcet et al. 2023, arXiv 2309.16588).
         use_mask_token (`bool`, defaults to `False`): Whether the model has a learned token that replaces masked
@@ -293,6 +295,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     # Main options
     num_cls_tokens: int = 1
     num_distillation_tokens: int = 0
+    distillation_teachers: list[str] | None = None
     num_register_tokens: int = 0
     use_mask_token: bool = False
     token_init: Literal["trunc_normal", "near_zero", "zeros"] = "trunc_normal"
@@ -427,6 +430,8 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             stored_counts = {field: config_dict.get(field, getattr(cls, field)) for field in COUNT_FIELDS.values()}
             new_counts, gated_tokens = stored_counts | changed_counts, config_dict.get("gated_tokens")
             config_dict["gated_tokens"] = update_gated_tokens(gated_tokens, stored_counts, new_counts)
+            teachers = config_dict.get("distillation_teachers") or []
+            config_dict["distillation_teachers"] = teachers[: new_counts["num_distillation_tokens"]] or None
         unknown_fields = {name: config_dict.pop(name) for name in list(config_dict) if not cls._is_known_keyword(name)}
         config_or_tuple = super().from_dict({**config_dict, **overrides}, **kwargs)
         config = config_or_tuple[0] if isinstance(config_or_tuple, tuple) else config_or_tuple
@@ -687,7 +692,9 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
                 )
 
     def validate_distillation(self) -> None:
-        """Check that a distillation head has a distillation token."""
+        """Check that a distillation head and each named teacher have a distillation token."""
+        if len(self.distillation_teachers or ()) > self.num_distillation_tokens:
+            raise ValueError("`distillation_teachers` has more names than `num_distillation_tokens`. Remove names.")
         if self.distillation_head and self.num_distillation_tokens == 0:
             raise ValueError("`distillation_head=True` requires a distillation token. Set num_distillation_tokens=1.")
         if self.distillation_inference == "distillation" and not self.has_distillation_head:

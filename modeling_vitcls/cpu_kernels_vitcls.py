@@ -173,7 +173,7 @@ def can_use_onednn(linear: nn.Linear | nn.Conv2d, inputs: Tensor) -> bool:
     return (
         weight.dtype == inputs.dtype
         and inputs.numel() * len(weight) >= min_multiplications
-        and torch.backends.mkldnn.enabled
+        and bool(torch.backends.mkldnn.enabled)
         and not (count_dispatch_modes() or torch.is_autocast_enabled("cpu") or is_functorch_active())
     )
 
@@ -326,7 +326,7 @@ def is_emulated(inputs: Tensor) -> bool:
         and inputs.is_cpu
         and get_matmul_dtype(inputs) in EMULATED_DTYPES
         and not is_exporting()
-        and torch.backends.mkldnn.enabled
+        and bool(torch.backends.mkldnn.enabled)
     )
 
 

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedType
-from accelerate.state import PartialState
+from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.utils import (
     FullyShardedDataParallelPlugin,
     InitProcessGroupKwargs,
@@ -78,7 +77,9 @@ def enable_fsdp_on_cpu(accelerator: Accelerator) -> None:
     if accelerator.mixed_precision != "no":
         plugin.set_mixed_precision(accelerator.mixed_precision)
     accelerator.state.fsdp_plugin = plugin
-    accelerator.state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    accelerator.state.distributed_type = PartialState().distributed_type = (
+        DistributedType.FSDP
+    )  # shared by all instances
 
 
 def configure_layer_sharding(accelerator: Accelerator, model: nn.Module) -> None:

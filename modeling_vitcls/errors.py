@@ -30,3 +30,12 @@ def mark_errors_of_all_processes() -> Iterator[None]:
 def is_raised_on_all_processes(error: BaseException) -> bool:
     """Return whether an error was marked by `mark_errors_of_all_processes`."""
     return ALL_PROCESSES_NOTE in getattr(error, "__notes__", ())
+
+
+class RunStopped(Exception):
+    """Exception that ends a training run early, with a one-line message for the user."""
+
+    def __init__(self, message: str, exit_status: int = 1, is_on_all_processes: bool = True) -> None:
+        super().__init__(message)
+        self.exit_status = exit_status  # exit status of the program
+        self.is_on_all_processes = is_on_all_processes  # whether all processes stop for the same reason

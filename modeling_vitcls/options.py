@@ -28,7 +28,8 @@ class DataOptions:
     label_separator: str | None = None
     """Separator of the labels in a text column with several labels per image (`cat|dog`)."""
     label_names: tuple[str, ...] | None = None
-    """Names of all labels; required for a streamed dataset that does not declare the label names."""
+    """Names of all labels. By default, they are declared by the dataset or collected from the label column; they are
+    required for WebDataset shards on the Hub."""
     held_out_fraction: float = 0.2
     """Fraction of the images to hold out for evaluation if the dataset has no evaluation split. Whether an image is
     held out depends only on the fraction, --split-seed and the checksum of the image. 0: train on all images, without
@@ -448,11 +449,36 @@ class MAEOptions:
 
 
 @dataclass(frozen=True)
+class TeachersOptions:
+    """Distillation without labels (UNIC, Sariyildiz et al. 2024): distillation token k imitates teacher k."""
+
+    teachers: tuple[str, ...] = ()
+    """Models whose pooled vectors the distillation tokens imitate: vitcls folders, Hub ids, or any other ViT that
+    --model accepts. By default, each teacher has its own token; with --num-distillation-tokens 1, all teachers share
+    one token, and with 0, the pooled token (CLS) imitates all of them."""
+    distill_patches: bool = False
+    """The patches also imitate the patches of the teachers, resampled to the same grid."""
+    teacher_views: int = 0
+    """Number of augmented views per image. The teachers' vectors for each view are computed once and reused in later
+    epochs. 0: views and vectors are computed in each step."""
+
+    def __post_init__(self) -> None:
+        check_minimum(self, 0, "teacher_views")
+        if self.distill_patches and self.teacher_views:
+            raise ValueError(
+                "--teacher-views stores one vector per image, but --distill-patches requires all patches. Remove one "
+                "of the two flags"
+            )
+
+
+@dataclass(frozen=True)
 class PretrainOptions(TaskOptions):
     """Pre-train a ViT on images without labels. The pre-trained model can be fine-tuned."""
 
-    method: Literal["lejepa", "mae"] = "lejepa"
-    """LeJEPA trains the pooled token (CLS); MAE reconstructs masked patches."""
+    method: Literal["lejepa", "mae", "distillation"] | None = None
+    """LeJEPA trains the pooled token (CLS), MAE reconstructs masked patches, and distillation imitates --teachers.
+    Default: distillation with --teachers, otherwise lejepa."""
+    distillation: TeachersOptions = field(default_factory=TeachersOptions)
     lejepa: LeJEPAOptions = field(default_factory=LeJEPAOptions)
     mae: MAEOptions = field(default_factory=MAEOptions)
 
@@ -488,11 +514,15 @@ class EvaluateOptions:
     """With --frozen few-shot:N: number of random training subsets of N images per class."""
     output: Path | None = None
     """JSON file for the metrics, including the metrics of each class and the confusion matrix."""
+    unknown_dataset: str | None = None
+    """Dataset with images of none of the classes: measures how well the energy separates these images from the
+    evaluated images (AUROC). The result is also written to results.json in the model's folder, for the card."""
     per_image: Path | None = None
     """Parquet file with one row per image: label, prediction, probabilities and loss."""
     audit: Path | None = None
     """HTML page of likely label errors, near duplicates, outliers and overlapping classes, with a CSV file for
-    `finetune --exclude` in the same folder. Checks the labels of held-out images; with --frozen logreg, all labels."""
+    `finetune --exclude` in the same folder. Checks the labels of held-out images; with --frozen logreg, or if --model
+    is the output folder of a run with --folds, all labels."""
     config: Path | None = None
     """Recipe: a YAML file of flags. Flags on the command line override flags in the recipe."""
 
@@ -657,6 +687,34 @@ class InspectOptions(ImageOptions):
             raise ValueError(f"--output {self.output}: the file name must end in .html")
         if self.json is not None and self.json.suffix.lower() != ".json":
             raise ValueError(f"--json {self.json}: the file name must end in .json")
+
+
+@dataclass(frozen=True)
+class BenchmarkOptions:
+    """Measure the speed of a model on this machine, by backend and precision, next to timm and transformers."""
+
+    model: str = "vitcls-small"
+    """A model folder, the id of a model on the Hub, or a preset (random weights)."""
+    work: tuple[Literal["inference", "step"], ...] = ("inference",)
+    """inference: forward passes. step: training steps (forward, backward, AdamW) without data loading."""
+    backends: tuple[Literal["torch", "compiled", "onnx", "openvino"], ...] | None = None
+    """Backends. Default: torch, compiled and, on the CPU, the installed ones of onnx and openvino."""
+    peers: tuple[Literal["timm", "transformers"], ...] | None = None
+    """Other packages, with the plain ViT of the same size. Default: the installed ones."""
+    precisions: tuple[Literal["fp32", "bf16", "int8"], ...] = ("fp32", "bf16", "int8")
+    """Precisions. int8 is OpenVINO's."""
+    batch_sizes: tuple[int, ...] = (1, 16)
+    """Numbers of images per call."""
+    rounds: int = 7
+    """Number of rounds. Each round measures each row once."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Device. Exported files are measured on the CPU only."""
+    markdown: Path | None = None
+    """Markdown file for the table. The table is also printed."""
+
+    def __post_init__(self) -> None:
+        check_minimum(self, 1, "rounds")
+        check_value(self, "batch_sizes", min(self.batch_sizes) >= 1, "1 or more")
 
 
 def check_value(options: Any, name: str, is_valid: bool, requirement: str) -> None:

@@ -219,8 +219,10 @@ class StudyRunner:
         for stage, stage_flags in run.stages.items():
             flags = dict(stage_flags)
             for name, value in flags.items():
-                for placeholder, path in placeholders.items() if isinstance(value, str) else ():
-                    flags[name] = flags[name].replace(placeholder, path)
+                values = value if isinstance(value, list) else [value]
+                for placeholder, path in placeholders.items():
+                    values = [each.replace(placeholder, path) if isinstance(each, str) else each for each in values]
+                flags[name] = values if isinstance(value, list) else values[0]
             if stage in SEEDED_STAGES:
                 flags["output_dir"] = str(folder / stage)
                 has_checkpoint = any((folder / stage / "checkpoints").glob("*"))

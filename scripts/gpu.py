@@ -23,8 +23,9 @@ from pathlib import Path
 import torch
 
 from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification
-from modeling_vitcls.benchmark import BenchmarkSettings, format_markdown, run_benchmarks
+from modeling_vitcls.benchmark import format_markdown, run_benchmarks
 from modeling_vitcls.files import read_json
+from modeling_vitcls.options import BenchmarkOptions
 
 
 REPOSITORY = Path(__file__).parents[1]
@@ -68,13 +69,13 @@ def main() -> None:
 def measure(work: str, is_dry_run: bool) -> str:
     """Return the table of `vitcls benchmark` with a ViT-S/16, or a tiny model on the CPU."""
     if not is_dry_run:
-        settings = BenchmarkSettings(work=(work,), backends=("torch", "compiled"), batch_sizes=(1, 64), device="cuda")
+        settings = BenchmarkOptions(work=(work,), backends=("torch", "compiled"), batch_sizes=(1, 64), device="cuda")
         return format_markdown(run_benchmarks(settings), settings)
     with tempfile.TemporaryDirectory() as folder:
         sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
         config = ViTCLSConfig(**sizes, image_size=32, patch_size=8, num_labels=5)
         ViTCLSForImageClassification(config).save_pretrained(folder)
-        settings = BenchmarkSettings(folder, (work,), backends=("torch",), batch_sizes=(2,), rounds=1)
+        settings = BenchmarkOptions(folder, (work,), backends=("torch",), batch_sizes=(2,), rounds=1)
         return format_markdown(run_benchmarks(settings), settings)
 
 

@@ -8,7 +8,7 @@ import torch
 from helpers.tiny_models import build_tiny_config, raises_one_line
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel, benchmark
-from modeling_vitcls.benchmark import BenchmarkSettings, Row, format_markdown, run_benchmarks
+from modeling_vitcls.benchmark import BenchmarkOptions, Row, format_markdown, run_benchmarks
 
 
 pytestmark = pytest.mark.integration
@@ -29,8 +29,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_backends_and_peers_have_the_outputs_of_the_model(model: str, capsys: pytest.CaptureFixture) -> None:
-    settings = BenchmarkSettings(model, ("inference", "step"), ("torch", "onnx", "openvino"), **SMALL)
-    settings = BenchmarkSettings(**vars(settings) | {"precisions": ("fp32", "bf16")})
+    settings = BenchmarkOptions(model, ("inference", "step"), ("torch", "onnx", "openvino"), **SMALL)
+    settings = BenchmarkOptions(**vars(settings) | {"precisions": ("fp32", "bf16")})
     rows = run_benchmarks(settings)
     peers = [(peer, precision) for peer in ("timm", "transformers") for precision in ("fp32", "bf16")]
     ours = [("torch", "fp32"), ("torch", "bf16")]
@@ -48,7 +48,7 @@ def test_backends_and_peers_have_the_outputs_of_the_model(model: str, capsys: py
 
 def test_int8_and_encoders(tmp_path: Path) -> None:
     ViTCLSModel(build_tiny_config()).save_pretrained(tmp_path)
-    settings = BenchmarkSettings(str(tmp_path), backends=("openvino",), peers=(), precisions=("int8",), **SMALL)
+    settings = BenchmarkOptions(str(tmp_path), backends=("openvino",), peers=(), precisions=("int8",), **SMALL)
     (row,) = run_benchmarks(settings)
     assert (row.engine, row.precision) == ("openvino", "int8") and 1e-4 < row.difference < 0.5
     assert "| openvino int8 |" in format_markdown([row], settings)
@@ -65,19 +65,19 @@ def test_models_with_different_outputs_are_not_compared(model: str, monkeypatch:
 
     monkeypatch.setattr(benchmark, "convert_from_timm", convert_wrongly)
     with raises_one_line("timm in fp32", "differs from the model"):
-        run_benchmarks(BenchmarkSettings(model, backends=(), peers=("timm",), **SMALL))
+        run_benchmarks(BenchmarkOptions(model, backends=(), peers=("timm",), **SMALL))
 
 
 def test_missing_devices_and_packages_are_one_line(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if not torch.cuda.is_available():
         with raises_one_line("--device cuda requires a GPU"):
-            run_benchmarks(BenchmarkSettings(model, device="cuda"))
+            run_benchmarks(BenchmarkOptions(model, device="cuda"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with raises_one_line("openvino", "CPU"):
-        run_benchmarks(BenchmarkSettings(model, backends=("openvino",), device="cuda"))
+        run_benchmarks(BenchmarkOptions(model, backends=("openvino",), device="cuda"))
     monkeypatch.setattr(benchmark, "find_spec", lambda name: None)
     with raises_one_line("nncf", "pip install 'modeling_vitcls[export]'"):
-        run_benchmarks(BenchmarkSettings(model, backends=("openvino",)))
+        run_benchmarks(BenchmarkOptions(model, backends=("openvino",)))
 
 
 def test_ratios_compare_measurements_of_the_same_round() -> None:
@@ -100,7 +100,8 @@ def test_the_throughput_counts_the_images_of_all_calls_but_the_first(monkeypatch
         clock[0] += 8.0 if len(calls) == 1 else 0.5
 
     monkeypatch.setattr(benchmark, "SECONDS_PER_MEASUREMENT", 1.5)
-    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: clock[0])
+    for name in ("perf_counter", "process_time"):
+        monkeypatch.setattr(benchmark.time, name, lambda: clock[0])
     row = Row("inference", "torch", "fp32", 4, 1, 0.0)
     benchmark.measure_rows([row], [process_batch], num_rounds=1)
     assert row.throughputs == [8.0] and len(calls) == 4

@@ -20,8 +20,8 @@ from modeling_vitcls import cli
 from modeling_vitcls.commands import demo, finetune, study
 from modeling_vitcls.commands.parsing import exit_on_error
 from modeling_vitcls.data.splits import load_evaluation_data
+from modeling_vitcls.errors import RunStopped
 from modeling_vitcls.options import DataOptions
-from modeling_vitcls.training.run import RunStopped
 from modeling_vitcls.version import __version__
 from scripts.demo_load import load_held_out_digits
 

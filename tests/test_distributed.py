@@ -5,8 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import DistributedType
-from accelerate.state import PartialState
+from accelerate import DistributedType, PartialState
 from helpers.tiny_models import build_tiny_config, raises_one_line
 
 from modeling_vitcls import ViTCLSForImageClassification, distributed
@@ -56,7 +55,6 @@ def test_fsdp_on_cpus_is_enabled(arguments: dict[str, Any], monkeypatch: pytest.
             self.precision = precision
 
     monkeypatch.setattr(distributed, "FullyShardedDataParallelPlugin", Plugin)
-    monkeypatch.setattr(PartialState, "_shared_state", {})
     result = {"distributed_type": DistributedType.MULTI_CPU, "is_fsdp2": True}
     for number, (use_fsdp, precision) in enumerate(((False, "bf16"), (True, "no"), (True, "bf16"))):
         arguments["result"] = result | {"mixed_precision": precision, "state": SimpleNamespace()}
@@ -68,7 +66,7 @@ def test_fsdp_on_cpus_is_enabled(arguments: dict[str, Any], monkeypatch: pytest.
             assert accelerator.state.fsdp_plugin is plugins[-1]
             assert plugins[-1].precision == (None if precision == "no" else precision)
             assert accelerator.state.distributed_type == DistributedType.FSDP
-            assert PartialState._shared_state == {"distributed_type": DistributedType.FSDP}
+            assert PartialState().distributed_type == DistributedType.FSDP
 
 
 @pytest.mark.parametrize("is_fsdp2", [False, True])

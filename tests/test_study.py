@@ -326,6 +326,17 @@ def test_an_interrupted_study_stops_its_runs_and_writes_the_page(
     assert "1 of 2 runs finished" in (tmp_path / "out" / "README.md").read_text()
 
 
+@pytest.mark.usefixtures("program")
+def test_a_stopping_study_starts_no_further_stage(tmp_path: Path) -> None:
+    """The first stage may end without an error while the study stops."""
+    stages = {"finetune": {"model": "vitcls-tiny"}, "evaluate": None}
+    runner = StudyRunner(load_study(write_study(tmp_path, stages=stages)), tmp_path / "out")
+    runner.is_stopping.set()
+    run = runner.study.plan_runs()[0]
+    runner.execute_run(run)
+    assert [runner.get_result_file(run, stage).exists() for stage in run.stages] == [True, False]
+
+
 @pytest.mark.parametrize("name", ["jobs", "threads"])
 def test_the_numbers_of_jobs_and_threads_are_positive(name: str) -> None:
     with raises_one_line(f"--{name}"):

@@ -29,8 +29,10 @@ from sklearn.model_selection import cross_val_predict
 from ..conversion.any_checkpoint import resolve_checkpoint
 from ..data.held_out import RESULTS_FILE, read_held_out_record
 from ..data.labels import get_label_space
+from ..data.sources import load_splits
 from ..data.splits import load_evaluation_data
 from ..hub.loading import MODEL_FILE_PATTERNS
+from ..hub.model_files import PREDICTIONS_FILE
 from ..inference.evaluate import match_labels
 from ..inference.frozen import build_classifier
 from ..inference.load_model import load_model
@@ -65,7 +67,9 @@ def audit_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
     """Audit a dataset, write the page and the table, and return the number of issues of each kind.
 
     Features are the CLS tokens and the mean of the patches. Probabilities are the classifier's for held-out images or,
-    with `--frozen`, those of a classifier on the features that was fitted without the image, for all images.
+    with `--frozen`, those of a classifier on the features that was fitted without the image, for all images. If the
+    model is the output folder of a run with `--folds`, they are those of the model that held out the image, for all
+    images, and the features are those of the first fold's model.
 
     Raises:
         ValueError: if the dataset has several labels per image, or the model has no classifier without --frozen.
@@ -91,12 +95,21 @@ def audit_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
 
 def load_audited_images(options: EvaluateOptions) -> tuple[AuditedImages, int]:
     """Return the training and held-out images with features and probabilities, and the number of unreadable images."""
-    model, processor = load_model(options.model, use_head=options.frozen is None, fit=options.fit)
+    folds = [] if options.frozen else sorted(Path(options.model).glob(f"fold-*/{PREDICTIONS_FILE}"))
+    source = str(folds[0].parent) if folds else options.model
+    model, processor = load_model(source, use_head=options.frozen is None, fit=options.fit)
     if options.frozen is None and not getattr(model.config, "num_labels", 0):
         raise ValueError("--audit requires a classifier, but the model has none. Set --frozen logreg")
-    record = read_held_out_record(resolve_checkpoint(options.model, [*MODEL_FILE_PATTERNS, RESULTS_FILE]))
     splits: dict[str, Any] = {}
-    for split in ("train", options.split):
+    if folds:
+        data = load_splits(options.data)
+        splits = {
+            name: match_labels(images, data.label_space, get_label_space(model.config))
+            for name, images in data.images_by_split.items()
+        }
+    else:
+        record = read_held_out_record(resolve_checkpoint(options.model, [*MODEL_FILE_PATTERNS, RESULTS_FILE]))
+    for split in () if folds else ("train", options.split):
         label_space, images, name, _ = load_evaluation_data(options.data, split, record)
         if label_space.kind != "single_label_classification":
             raise ValueError("--audit requires one label per image. Set a single --label-column")
@@ -126,11 +139,13 @@ def load_audited_images(options: EvaluateOptions) -> tuple[AuditedImages, int]:
                 tokens = model.base_model(batch).tokens
                 vectors = [tokens["cls"].flatten(1), tokens["patches"].mean(dim=1)]
                 columns["features"].append(torch.cat(vectors, dim=1).float().numpy())
-                if options.frozen is None:
+                if options.frozen is None and not folds:
                     was_trained_on = torch.full((len(batch), model.config.num_labels), torch.nan)
                     logits.append(was_trained_on if number == 0 else model(batch).logits.float())
     features, labels = np.concatenate(columns["features"]), np.array(columns["labels"])
-    if options.frozen is None:
+    if folds:
+        probabilities = read_fold_probabilities(folds, columns["ids"], model.config.num_labels)
+    elif options.frozen is None:
         probabilities = torch.cat(logits).softmax(dim=1).numpy()
     else:
         classifier = build_classifier(options.frozen, len(labels) * 4 // 5)
@@ -142,6 +157,15 @@ def load_audited_images(options: EvaluateOptions) -> tuple[AuditedImages, int]:
         columns["ids"], columns["splits"], labels, probabilities, features, np.stack(columns["pixels"]), names
     )
     return audited, num_unreadable
+
+
+def read_fold_probabilities(files: list[Path], ids: Sequence[str], num_labels: int) -> np.ndarray:
+    """Return the out-of-fold probabilities [N, L] of images, from the predictions of each fold's held-out images; NaN
+    for images without a prediction."""
+    rows = pd.concat(pd.read_parquet(file, columns=["image", "probabilities"]) for file in files)
+    by_image = dict(zip(rows["image"], rows["probabilities"], strict=True))
+    missing = np.full(num_labels, np.nan)
+    return np.stack([by_image.get(name, missing) for name in ids])
 
 
 def make_thumbnail(image: Image.Image) -> np.ndarray:

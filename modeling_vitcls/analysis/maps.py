@@ -77,10 +77,10 @@ def get_head_readers(config: ViTCLSConfig, has_head: bool = True) -> dict[str, s
     }
     patches = {-1} if is_used_by_head(config, "patches", 0) else set()
     heads = {"": used["cls"] | used["registers"] | patches}
-    if config.has_distillation_head and config.pooling != "attention":
-        heads["distillation"] = used["distillation"]
-    else:
+    if config.pooling == "attention" and config.attention_pool_tokens == "all":
         heads[""] |= used["distillation"]
+    if config.has_distillation_head:
+        heads["distillation"] = used["distillation"]
     return heads
 
 

@@ -11,13 +11,10 @@ modeling_vitcls/export/.
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal
 
 from .parsing import exit_with_message
 
-
-if TYPE_CHECKING:
-    from ..export.exporter import ExportReport
 
 MIN_OPSET = 18  # lowest ONNX opset that torch.onnx supports
 
@@ -31,13 +28,15 @@ class ExportOptions:
     format: Literal["torch", "onnx", "openvino", "transformers.js"]
     """torch.export (.pt2), ONNX (.onnx), OpenVINO (.xml and .bin), or a folder for transformers.js."""
     output: Path
-    """Output file, which must not exist yet. With --format transformers.js: a new or empty folder. --backend finds
-    MODEL/model.onnx and MODEL/model.xml."""
+    """Output file, which must not exist yet, or a folder: model.onnx (or model.xml, model.pt2) and all files that
+    `predict` and `evaluate` with --backend require. With --format transformers.js: a new or empty folder."""
     int8: bool = False
     """With --format onnx or openvino: quantize the matrix products to int8 (NNCF), calibrated on training images of
-    --dataset, and measure the accuracy."""
+    --dataset. The image size is fixed."""
     max_drop: float = 0.5
-    """With --int8: largest loss of accuracy, in points."""
+    """With --int8: largest loss of accuracy, in points. If it is exceeded, nothing is written."""
+    exclude_layers: tuple[int, ...] = ()
+    """With --int8: numbers of the layers, from 1, that stay in float32."""
     image_size: tuple[int, int] | None = None
     """Height and width in pixels. With --no-dynamic, the graph accepts only this size; otherwise, the size is used
     only in the comparison. Default: the image size of the model."""
@@ -48,7 +47,8 @@ class ExportOptions:
     opset: int | None = None
     """ONNX opset. Default: the default opset of torch.onnx."""
     dataset: str | None = None
-    """With --int8 or --format transformers.js: labeled images, as in `vitcls evaluate`, to measure the accuracy."""
+    """Images, as in `vitcls evaluate`, to measure the accuracy of the file. For images without labels, the outputs of
+    file and model are compared."""
     split: str | None = None
     """Split of --dataset, as in `vitcls evaluate`."""
 
@@ -67,10 +67,14 @@ def check_options(options: ExportOptions) -> None:
         exit_with_message(
             "error: --format transformers.js does not support --image-size, --no-dynamic, --dtype or --opset"
         )
-    if options.dataset is not None and options.format != "transformers.js" and not options.int8:
-        exit_with_message(f"error: --dataset requires --int8 or --format transformers.js, not {options.format}")
+    if options.dataset is not None and options.format == "torch":
+        exit_with_message("error: --dataset requires --format onnx, openvino or transformers.js, not torch")
     if options.int8 and (options.dataset is None or options.format not in ("onnx", "openvino")):
         exit_with_message("error: --int8 requires --format onnx or openvino, and --dataset for calibration. Set both")
+    if options.int8 and (not options.dynamic or options.dtype != "float32"):
+        exit_with_message("error: --int8 sets the dtype and the size. Remove --dtype and --no-dynamic")
+    if options.exclude_layers and not options.int8:
+        exit_with_message("error: --exclude-layers requires --int8. Set --int8")
     if options.split is not None and options.dataset is None:
         exit_with_message("error: --split requires --dataset. Set --dataset")
     if options.opset is not None and options.format == "torch":
@@ -87,25 +91,14 @@ def run(options: ExportOptions) -> None:
     silence_exporters()
     if options.format == "transformers.js":
         web_report = export_for_transformers_js(options.model, options.output, options.dataset, options.split)
-        for comparison in web_report.comparisons:
-            difference, agreement = comparison.largest_difference, comparison.top1_agreement
-            print(f"{comparison.file:26} largest difference {difference:.1e}, same top-1 label: {agreement:.1%}")
-        if (scores := web_report.labeled) is not None:
-            print(f"{scores.metric} on {scores.num_images} images of {scores.dataset} ({scores.split}):")
-            for name, score in {"PyTorch": scores.model, **scores.files}.items():
+        for comparison in web_report["comparisons"]:
+            agreement = comparison["top1_agreement"]
+            text = "" if agreement is None else f", same top-1 label: {agreement:.1%}"
+            print(f"{comparison['file']:26} largest difference {comparison['largest_difference']:.1e}{text}")
+        if (scores := web_report["labeled"]) is not None:
+            print(f"{scores['metric']} on {scores['num_images']} images of {scores['dataset']} ({scores['split']}):")
+            for name, score in {"PyTorch": scores["model"], **scores["files"]}.items():
                 print(f"{name:26} {score:.2%}")
-        return
-    if options.int8:
-        from ..export.quantization import export_int8
-
-        assert options.dataset is not None
-        result = export_int8(
-            options.model, options.format, options.output, options.dataset, options.split, options.max_drop
-        )
-        print(
-            f"{options.output}: {result['metric']} {result['int8']:.2%} in int8, {result['float32']:.2%} in float32, "
-            f"on {result['num_images']} images; {result['num_bytes'] / 2**20:.1f} MiB"
-        )
         return
     report = export_model(
         options.model,
@@ -115,6 +108,11 @@ def run(options: ExportOptions) -> None:
         options.dynamic,
         options.dtype,
         options.opset,
+        int8=options.int8,
+        dataset=options.dataset,
+        split=options.split,
+        max_drop=options.max_drop,
+        exclude_layers=options.exclude_layers,
     )
     print_report(report, options.output)
 
@@ -127,52 +125,61 @@ def silence_exporters() -> None:
     warnings.filterwarnings("ignore", module=r"torch\.|onnxscript|copyreg")
 
 
-def print_report(report: "ExportReport", output: Path) -> None:
+def print_report(report: dict[str, Any], output: Path) -> None:
     """Print the report and the code to run the exported file."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(soft_wrap=True, highlight=False)
-    absolute_limit, relative_limit = report.limit
-    limit = f"{absolute_limit:g}" + (f" + {relative_limit:g} of the largest value" if relative_limit else "")
-    table = Table(title=f"Largest differences between {report.format} and {report.model} (limit {limit})")
-    table.add_column("images")
-    for name in report.outputs:
-        table.add_column(name, justify="right")
-    for comparison in report.tried:
-        batch_size, _, height, width = comparison.shape
-        table.add_row(
-            f"{batch_size} of {height} x {width}", *(f"{value:.1e}" for value in comparison.differences.values())
-        )
-    console.print(table)
-    for line in format_notes(report):
-        console.print(line, markup=False)
-    console.print(
-        f"\nWrote the model to {output}, and a description of its inputs and outputs to {output}.json. "
-        "Run the exported model with",
-        markup=False,
-    )
-    for line in USAGE[report.format]:
-        console.print(f"  {line.format(file=output)}", markup=False)
+    limit = ""
+    if report["limit"]:
+        absolute, relative = report["limit"]
+        limit = f" (limit {absolute:g}" + (f" + {relative:g} of the largest value)" if relative else ")")
+    print(f"Largest differences between {report['format']} in {report['dtype']} and {report['model']}{limit}:")
+    for comparison in report["tried"]:
+        batch_size, _, height, width = comparison["shape"]
+        differences = ", ".join(f"{name} {value:.1e}" for name, value in comparison["differences"].items())
+        print(f"- {batch_size} images of {height} x {width}: {differences}")
+    print("\n".join(format_notes(report)))
+    file = output if output.suffix else output / f"model{SUFFIXES[report['format']]}"
+    print(f"\nWrote the model to {file}, and its description to {file}.json. Run the exported model with")
+    for line in USAGE[report["format"]]:
+        print(f"  {line.format(file=file)}")
+    if not output.suffix:
+        print(f"or with `vitcls predict --model {output} --backend {report['format']} IMAGES`")
 
 
-def format_notes(report: "ExportReport") -> list[str]:
+def format_notes(report: dict[str, Any]) -> list[str]:
     """Format all fields of the report except the differences, one per line."""
-    height, width = report.input["image_size"]
-    smallest_size_text = " x ".join(map(str, report.input["smallest_image_size"]))
-    accepted_sizes_text = f" and images of at least {smallest_size_text} pixels"
-    if "height" not in report.input["shape"]:
-        accepted_sizes_text = f", but only images of {height} x {width} pixels"
-    opset = [] if report.opset is None else [f"opset {report.opset}"]
-    return [
-        f"Accepts any batch size{accepted_sizes_text}",
-        *([f"The image size is fixed: {report.fixed_because}"] if report.fixed_because else []),
-        *(["The weights are random, because presets are untrained"] if report.weights == "random" else []),
-        *(["The checkpoint has no image processor"] if report.preprocessing is None else []),
-        "Versions: " + ", ".join([*opset, *(f"{name} {version}" for name, version in report.versions.items())]),
-    ]
+    size, smallest_size = (" x ".join(map(str, report["input"][key])) for key in ("image_size", "smallest_image_size"))
+    is_dynamic = "height" in report["input"]["shape"]
+    sizes = f" and images of at least {smallest_size} pixels" if is_dynamic else f", but only images of {size} pixels"
+    opset = [] if report["opset"] is None else [f"opset {report['opset']}"]
+    lines = [f"Accepts any batch size{sizes}"]
+    if report["fixed_because"]:
+        lines.append(f"The image size is fixed: {report['fixed_because']}")
+    if report["weights"] == "random":
+        lines.append("The weights are random, because presets are untrained")
+    if report["preprocessing"] is None:
+        lines.append("The checkpoint has no image processor")
+    if (comparison := report["comparison"]) is not None:
+        agreement = comparison["top1_agreement"]
+        lines.append(
+            f"{comparison['output']} of {comparison['num_images']} held-out images: relative error "
+            f"{comparison['relative_error']:.1e}, cosine similarity {comparison['cosine_similarity']:.4f}"
+            + ("" if agreement is None else f", same top-1 label {agreement:.1%}")
+        )
+    if (scores := report["evaluation"]) is not None:
+        interval = " ({:.2%} to {:.2%})".format(*scores["interval"]) if scores["interval"] else ""
+        lines.append(
+            f"{scores['metric']}: file {scores['file']:.2%}{interval}, model {scores['model']:.2%}, on "
+            f"{scores['num_images']} images"
+        )
+    if "speed" in report:
+        speed = report["speed"]
+        lines.append(f"{speed['images_per_second']:g} images/s in batches of {speed['batch_size']}, {speed['device']}")
+    size_text = f"{report['num_bytes'] / 2**20:.1f} MiB"
+    versions = ", ".join([*opset, *(f"{name} {version}" for name, version in report["versions"].items())])
+    return [*lines, f"Size: {size_text}", f"Versions: {versions}"]
 
 
+SUFFIXES = {"torch": ".pt2", "onnx": ".onnx", "openvino": ".xml"}
 USAGE = {
     "torch": ('outputs = torch.export.load("{file}").module()(pixel_values)',),
     "onnx": (

@@ -25,7 +25,7 @@ def run(options: FinetuneOptions | PretrainOptions) -> None:
     """Train a model, or test the run if --dry-run is set. If the run is interrupted or fails, exit with its exit
     status."""
     from ..api import run_training
-    from ..training.run import RunStopped
+    from ..errors import RunStopped
 
     try:
         run_training(options)

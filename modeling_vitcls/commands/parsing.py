@@ -44,28 +44,14 @@ EQUIVALENT_FLAGS = {
     "bs": "batch_size",
     "wd": "weight_decay",
     "per_device_train_batch_size": "batch_size",
-    "train_batch_size": "batch_size",
     "num_train_epochs": "epochs",
-    "num_epochs": "epochs",
-    "img_size": "image_size",
     "data": "dataset",
-    "dataset_name": "dataset",
     "data_dir": "dataset",
     "model_name_or_path": "model",
-    "output": "output_dir",
-    "workers": "num_workers",
     "fp16": "mixed_precision",
     "bf16": "mixed_precision",
-    "warmup_ratio": "warmup",
     "clip_grad": "max_gradient_norm",
-    "max_grad_norm": "max_gradient_norm",
-    "drop_path": "drop_path_rate",
-    "smoothing": "label_smoothing",
 }
-
-# Flags whose names differ between subcommands. Each subcommand accepts both names.
-FLAG_SYNONYMS = {"private": "hub_private", "hub_private": "private"}
-
 
 NOT_OF_TYPE = r"\1 requires \2, but got \3"
 TYRO_CONFIG = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
@@ -106,7 +92,6 @@ def prepare_flags(command: str, options_class: type, flags: list[str]) -> list[s
     """Insert the flags of a recipe, and check the names of all flags. Exit with status 2 if a flag is unknown or
     missing."""
     flag_names = get_flag_names(options_class)
-    flags = [rename_synonym(flag, flag_names) for flag in flags]
     has_recipes = "config" in flag_names and command != "study"  # a study file has a format of its own
     if has_recipes and (recipe := read_value(flags, "--config")) is not None:
         flags = [*read_recipe(find_recipe(Path(recipe)), flag_names), *flags]
@@ -219,15 +204,6 @@ def find_recipe(path: Path) -> Path:
         return path
     recipe_files = (folder / f"{path}.yaml" for folder in RECIPE_FOLDERS)
     return next((file for file in recipe_files if file.is_file()), path)
-
-
-def rename_synonym(argument: str, flag_names: set[str]) -> str:
-    """Replace a flag with its synonym if only the synonym is in `flag_names`; return other arguments unchanged."""
-    for prefix in ("--no-", "--"):
-        name = argument.removeprefix(prefix).replace("-", "_")
-        if argument.startswith(prefix) and name not in flag_names and FLAG_SYNONYMS.get(name) in flag_names:
-            return f"{prefix}{FLAG_SYNONYMS[name].replace('_', '-')}"
-    return argument
 
 
 def read_recipe(path: Path, flag_names: set[str]) -> list[str]:

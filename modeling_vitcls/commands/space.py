@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..files import read_json
 from ..options import to_arguments
 from .export import silence_exporters
 
@@ -104,4 +105,6 @@ def write_files(options: SpaceOptions, model: "HubCommit", folder: Path) -> None
 
     silence_exporters()
     export_for_transformers_js(f"{model.repo_id}@{model.sha}", folder / MODEL_FOLDER)
+    if "id2label" not in read_json(folder / MODEL_FOLDER / "config.json"):
+        raise ValueError(f"--static requires a classifier, but {model.repo_id} is an encoder. Remove --static")
     write_static_space(folder, model, options.title, options.node_modules)

@@ -237,3 +237,7 @@ class Normalizer:
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
         """Rescale and normalize pixels [B, C, H, W], `uint8` or `float32`; return `float32`."""
         return pixels * self.scale - self.offset
+
+    def invert(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Return pixels [B, C, H, W] in [0, 255] for normalized pixel values."""
+        return (pixel_values + self.offset) / self.scale

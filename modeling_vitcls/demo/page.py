@@ -64,7 +64,7 @@ def serve_demo(
     try:
         address = launch_page(page, host, port)
     except OSError as error:  # gradio's message does not mention --port
-        raise OSError(f"Cannot listen on port {port or '7860 or above'}. Set --port to a free port.") from error
+        raise OSError(f"Cannot open port {port or '7860 or above'}. Set --port to a free port.") from error
     print(f"{title}: {address}", flush=True)
     page.block_thread()
 

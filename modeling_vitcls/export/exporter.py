@@ -6,7 +6,6 @@ The reference outputs are computed by the model in float32, in eager mode. The o
 runtime of the format, such as onnxruntime. If the outputs differ by more than the limit, nothing is written.
 """
 
-import dataclasses
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,53 +15,29 @@ import torch
 from transformers.image_utils import PILImageResampling
 
 from ..configuration_vitcls import ViTCLSConfig
+from ..conversion.any_checkpoint import resolve_checkpoint
 from ..conversion.parity_report import build_random_images, get_max_magnitude, get_non_square_size, hash_files
 from ..conversion.processors import SHARED_SETTINGS, select_settings
-from ..files import write_json
+from ..data.held_out import HELD_OUT_RECORD_KEY
+from ..files import read_json, write_json
 from ..hub.local_paths import resolve_name, strip_folders
+from ..hub.model_files import CONFIG_FILES, RESULTS_FILE, hash_weights
 from ..image_processing_vitcls import ViTCLSImageProcessor
-from ..inference.exported_graphs import INPUT_NAME
+from ..inference.exported_graphs import INPUT_NAME, ExportedModel
+from ..inference.speed import measure_inference_speed
+from ..modeling_vitcls import ViTCLSBackbone
 from ..system import get_versions
 from .exportable import Outputs, compute_named_outputs, load_exportable_model
 from .formats import FORMATS, TracedModel
+from .measurement import NUM_COMPARED_IMAGES, compare_outputs_on_images, load_export_images
+from .quantization import NUM_CALIBRATION_IMAGES, quantize_graph, rank_layers
 from .tracing import GraphShape, select_graph_shape, trace_model
 
 
 # dtype of the graph -> absolute tolerance, and tolerance relative to the largest absolute value of the output.
 LIMITS: dict[str, tuple[float, float]] = {"float32": (1e-4, 0.0), "float16": (1e-4, 1e-2), "bfloat16": (1e-4, 8e-2)}
 
-
-@dataclasses.dataclass(frozen=True)
-class BatchComparison:
-    """Comparison of the outputs of a file with the outputs of the model for one batch of images."""
-
-    shape: tuple[int, ...]  # (batch size, channels, height, width) of the images
-    differences: dict[str, float]  # output name -> largest absolute difference
-    magnitudes: dict[str, float]  # output name -> largest absolute value of the model's output
-
-
-@dataclasses.dataclass(frozen=True)
-class ExportReport:
-    """Report on an exported file. The report is written to FILE.json next to FILE."""
-
-    format: str
-    model: str  # name of the model, without local folders
-    model_class: str
-    weights: str  # "trained", or "random" for a preset
-    dtype: str
-    opset: int | None
-    limit: tuple[float, float]  # absolute tolerance, and tolerance relative to the magnitude
-    largest_differences: dict[str, float]
-    tried: list[BatchComparison]  # one comparison per batch
-    # Name, dtype, shape (with names of dynamic axes), image sizes and patch size of the input
-    input: dict[str, Any]
-    outputs: dict[str, list[int | str]]  # output name -> shape, with names of dynamic axes
-    # Reason why the image size is fixed although a dynamic size was requested; empty otherwise
-    fixed_because: str
-    preprocessing: dict[str, Any] | None  # settings of the image processor; None if there is no processor
-    labels: dict[str, list[str]]  # output name -> class names
-    versions: dict[str, str]
-    sha256: dict[str, str]  # file name -> hash
+Report = dict[str, Any]
 
 
 def export_model(
@@ -74,71 +49,158 @@ def export_model(
     dtype: str = "float32",
     opset: int | None = None,
     output_attentions: bool = False,
-) -> ExportReport:
+    int8: bool = False,
+    dataset: str | None = None,
+    split: str | None = None,
+    max_drop: float = 0.5,
+    exclude_layers: tuple[int, ...] = (),
+) -> Report:
     """Export a model to a file, such as mine.onnx, and write a report to mine.onnx.json.
 
     Args:
         source: A model folder, a model on the Hub, or a preset, which has random weights.
         format_name: "torch", "onnx" or "openvino".
-        output: Path of the exported file, with the suffix of the format. The file must not exist.
+        output: Path of the exported file, with the suffix of the format, or a folder without a suffix, which gets
+            model.onnx (or model.xml, model.pt2) and the files that `--backend` requires. The file must not exist.
         image_size: Image size (height, width) in pixels. If `dynamic` is True, the size is used only in the
             comparison. Default: the native image size of the model.
         dynamic: Whether the graph accepts images of different sizes. If a dynamic size is not possible, the report
-            states the reason.
+            states the reason. int8 graphs have a fixed size.
         dtype: dtype of weights and computations. Inputs and outputs are always float32.
         opset: ONNX opset. Default: the default opset of torch.onnx.
         output_attentions: Whether the graph also outputs the attention of the CLS tokens (exportable.py).
+        int8: Whether to quantize the matrix products, calibrated on training images of `dataset`.
+        dataset: Images to measure the accuracy of the file, as in `vitcls evaluate`; without labels, only the outputs
+            are compared.
+        split: Split to evaluate, as in `vitcls evaluate`.
+        max_drop: With `int8`, the largest loss of the metric, in points.
+        exclude_layers: With `int8`, numbers of the layers (from 1) that stay in float32.
+
+    Returns:
+        The contents of the report (docs/exporting.md).
 
     Raises:
         ValueError, OSError: If the model cannot be found or exported, if the outputs of the file differ from the
-            outputs of the model by more than the limit, if packages are missing, or if `output` is invalid or exists.
-            The message is a single line. Nothing is written if an error is raised.
+            outputs of the model by more than the limit, if int8 lowers the metric by more than `max_drop`, if packages
+            are missing, or if `output` is invalid or exists. The message is a single line. Nothing is written if an
+            error is raised.
     """
     file_format = FORMATS[format_name]
-    if output.suffix != file_format.suffix:
-        raise ValueError(f"--output {output}: the file name must end in {file_format.suffix}")
-    check_files_do_not_exist(output, get_report_path(output))
-    if missing_packages := [name for name in file_format.packages if find_spec(name) is None]:
+    target = output if output.suffix else output / f"model{file_format.suffix}"
+    if target.suffix != file_format.suffix:
+        raise ValueError(f"--output {output}: the file name must end in {file_format.suffix}, or have no suffix")
+    check_files_do_not_exist(target, get_report_path(target))
+    packages = (*file_format.packages, *(["nncf"] if int8 else []))
+    if missing_packages := [name for name in packages if find_spec(name) is None]:
         raise ValueError(
             f"--format {format_name} requires packages that are not installed: {', '.join(missing_packages)}. Run pip "
             "install 'modeling_vitcls[export]'"
         )
     exportable_model = load_exportable_model(source)
-    model = exportable_model.model
+    model, processor = exportable_model.model, exportable_model.processor
+    if max(exclude_layers, default=1) > model.config.num_hidden_layers or min(exclude_layers, default=1) < 1:
+        raise ValueError(f"--exclude-layers requires numbers from 1 to {model.config.num_hidden_layers}")
+    if dataset is not None and processor is None:
+        raise ValueError(f"--dataset requires an image processor, but {source} has none. Omit --dataset")
+    images = None if dataset is None else load_export_images(source, dataset, split)
+    dynamic = dynamic and not int8
     graph_shape = select_graph_shape(model, image_size, dynamic, file_format.has_pytorch_antialias_filter)
     batches = [build_random_images(shape) for shape in select_image_shapes(model.config, graph_shape)]
     reference_outputs = compute_named_outputs(model, batches, output_attentions)
     names = list(reference_outputs[0])
     graph = trace_model(model, graph_shape, getattr(torch, dtype), output_attentions)
     traced_model = TracedModel(graph, graph_shape, names, opset)
-    existing_parent = next(folder for folder in output.absolute().parents if folder.is_dir())
+    existing_parent = next(folder for folder in target.absolute().parents if folder.is_dir())
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=existing_parent) as temporary_folder:
-        file = Path(temporary_folder, output.name)
+        folder = Path(temporary_folder)
+        file = folder / target.name
         written_opset = file_format.write(traced_model, file)
         comparisons = compare_outputs(batches, reference_outputs, file_format.run(file, batches, names), dtype)
-        report = ExportReport(
-            format=format_name,
-            model=strip_folders(resolve_name(source, is_built_in=not exportable_model.is_trained)),
-            model_class=type(model).__name__,
-            weights="trained" if exportable_model.is_trained else "random",
-            dtype=dtype,
-            opset=written_opset,
-            limit=LIMITS[dtype],
-            largest_differences={
-                name: max(comparison.differences[name] for comparison in comparisons) for name in names
-            },
-            tried=comparisons,
-            input=describe_input(model.config, graph_shape),
-            outputs=get_output_shapes(reference_outputs[0], graph_shape),
-            fixed_because=graph_shape.fixed_size_reason,
-            preprocessing=describe_preprocessing(exportable_model.processor),
-            labels=get_label_names(model.config, names),
-            versions=get_versions("timm", *file_format.packages),
-            sha256=hash_files(Path(temporary_folder).iterdir()),
-        )
-        write_json(get_report_path(file), dataclasses.asdict(report))
-        move_files(Path(temporary_folder), output.parent)
+        calibration_images: list[torch.Tensor] = []
+        if int8:
+            assert images is not None, "int8 requires a dataset"
+            calibration_images = images.prepare(images.training, processor, NUM_CALIBRATION_IMAGES)
+            quantize_graph(file, calibration_images, exclude_layers)
+            comparisons = compare_outputs(batches, reference_outputs, file_format.run(file, batches, names), None)
+        report: Report = {
+            "format": format_name,
+            "model": strip_folders(resolve_name(source, is_built_in=not exportable_model.is_trained)),
+            "model_class": type(model).__name__,
+            "weights": "trained" if exportable_model.is_trained else "random",
+            "dtype": "int8" if int8 else dtype,
+            "opset": written_opset,
+            "limit": None if int8 else LIMITS[dtype],
+            "largest_differences": {name: max(each["differences"][name] for each in comparisons) for name in names},
+            "tried": comparisons,
+            "input": describe_input(model.config, graph_shape),
+            "outputs": get_output_shapes(reference_outputs[0], graph_shape),
+            "fixed_because": graph_shape.fixed_size_reason,
+            "preprocessing": describe_preprocessing(processor),
+            "labels": get_label_names(model.config, names),
+            "versions": get_versions("timm", *packages),
+            "sha256": hash_files(folder.iterdir()),
+            "num_bytes": sum(each.stat().st_size for each in folder.iterdir()),
+            "excluded_layers": list(exclude_layers),
+            "num_calibration_images": len(calibration_images),
+            "evaluation": None,
+            "comparison": None,
+        }
+        if format_name == "openvino":
+            report["compile_config"] = {"INFERENCE_PRECISION_HINT": "f32"}  # without it, OpenVINO computes in bfloat16
+        if exportable_model.is_trained:
+            report["weights_sha256"] = hash_weights(Path(resolve_checkpoint(source)))
+        has_native_size = graph_shape.is_dynamic or graph_shape.image_size == model.config.image_height_width
+        if format_name != "torch" and has_native_size and not isinstance(model, ViTCLSBackbone):
+            exported_model = ExportedModel(file, model.config, use_head="last_hidden_state" not in names)
+            report["speed"] = measure_inference_speed(exported_model, torch.device("cpu"))
+        if images is not None:
+            pixels = images.prepare(images.held_out, processor, NUM_COMPARED_IMAGES)
+            outputs = file_format.run(file, pixels, names)
+            report["comparison"] = compare_outputs_on_images(outputs, compute_named_outputs(model, pixels))
+            report["evaluation"] = images.measure_file(file)
+            if int8:
+                check_drop(report, max_drop, model, torch.cat(calibration_images[:16]))
+        if not output.suffix:
+            write_model_files(source, folder, report)
+        write_json(get_report_path(file), report)
+        move_files(folder, target.parent)
     return report
+
+
+def check_drop(report: Report, max_drop: float, model: Any, images: torch.Tensor) -> None:
+    """Raise ValueError if the metric falls by more than `max_drop` points. The message names the layers with the
+    largest error in int8, measured on preprocessed images [B, C, H, W]."""
+    scores = report["evaluation"]
+    if scores is None or 100 * (scores["model"] - scores["file"]) <= max_drop:
+        return
+    excluded = report["excluded_layers"]
+    layers = [number for number in rank_layers(model, images) if number not in excluded]
+    worst = sorted([*excluded, *layers[: max(1, len(layers) // 4)]])
+    interval = f" ({scores['interval'][0]:.1%} to {scores['interval'][1]:.1%})" if scores["interval"] else ""
+    raise ValueError(
+        f"int8 lowers the {scores['metric']} from {scores['model']:.1%} to {scores['file']:.1%}{interval} on "
+        f"{scores['num_images']} images, more than --max-drop {max_drop:g} points. Set --exclude-layers "
+        f"{' '.join(map(str, worst))}, the layers with the largest errors, or a larger --max-drop"
+    )
+
+
+def write_model_files(source: str, folder: Path, report: Report) -> None:
+    """Write what `--backend` and `evaluate` require beside the graph: the configuration, the image processor and, in
+    results.json, the held-out images of the model's run and the measurements of the file."""
+    if report["weights"] == "random":
+        return
+    model_folder = Path(resolve_checkpoint(source, [*CONFIG_FILES, RESULTS_FILE]))
+    for name in CONFIG_FILES:
+        if (model_folder / name).is_file():
+            write_json(folder / name, read_json(model_folder / name))
+    results_file = model_folder / RESULTS_FILE
+    results = read_json(results_file) if results_file.is_file() else {}
+    kept_keys = (HELD_OUT_RECORD_KEY, "label_column", "label_separator", "dataset")
+    kept = {key: results[key] for key in kept_keys if key in results}
+    (file_name,) = (name for name in report["sha256"] if not name.endswith((".bin", ".data")))
+    write_json(
+        folder / RESULTS_FILE, kept | {"weights_sha256": report["weights_sha256"], "files": {file_name: report}}
+    )
 
 
 def get_report_path(file: Path) -> Path:
@@ -189,11 +251,11 @@ def select_image_shapes(config: ViTCLSConfig, graph_shape: GraphShape) -> list[t
 
 
 def compare_outputs(
-    batches: list[torch.Tensor], reference_outputs: list[Outputs], outputs: list[Outputs], dtype: str
-) -> list[BatchComparison]:
-    """Compare the outputs of a file with the outputs of the model. Raise ValueError if the names or shapes differ, or
-    if a difference exceeds `LIMITS`."""
-    absolute_limit, relative_limit = LIMITS[dtype]
+    batches: list[torch.Tensor], reference_outputs: list[Outputs], outputs: list[Outputs], dtype: str | None
+) -> list[Report]:
+    """Return the largest differences between the outputs of a file and of the model for each batch. Raise ValueError
+    if the names or shapes differ, or if a difference exceeds `LIMITS`; a dtype of None has no limit."""
+    absolute_limit, relative_limit = LIMITS[dtype] if dtype else (float("inf"), 0.0)
     comparisons = []
     for images, reference, result in zip(batches, reference_outputs, outputs, strict=True):
         shape = list(images.shape)
@@ -214,7 +276,7 @@ def compare_outputs(
                     f"the output {name} of the written graph differs from that of the model by {difference:.2g} for "
                     f"images {shape}, but the limit in {dtype} is {limit:.2g}"
                 )
-        comparisons.append(BatchComparison(tuple(shape), differences, magnitudes))
+        comparisons.append({"shape": shape, "differences": differences, "magnitudes": magnitudes})
     return comparisons
 
 

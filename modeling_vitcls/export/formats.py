@@ -5,6 +5,7 @@ onnx      .onnx    onnxruntime; weights of more than 1.9 GB are written to a sec
 openvino  .xml     OpenVINO, with weights in FILE.bin; converted from the ONNX graph
 """
 
+import re
 import subprocess
 import sys
 import tempfile
@@ -93,6 +94,9 @@ def write_onnx(traced_model: TracedModel, file: Path) -> int:
     except Exception as error:  # torch.onnx raises many types of errors
         raise ValueError(f"torch.onnx cannot export this model: {format_error(error)}") from error
     assert program is not None
+    for node in program.model.graph:  # names of nodes tell which layer of the model they compute (quantization.py)
+        if match := re.search(r"\blayers\.\d+\b", node.metadata_props.get("namespace", "")):
+            node.name = f"{match[0]}/{node.name}"
     num_weight_bytes = sum(weight.nbytes for weight in traced_model.graph.state_dict.values())
     program.save(file, external_data=num_weight_bytes > MAX_ONNX_WEIGHTS)
     opset = program.model.opset_imports[""]

@@ -5,104 +5,32 @@ of the activations are measured on calibration images.
 """
 
 import contextlib
+import copy
 import io
 import logging
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from ..conversion.any_checkpoint import resolve_checkpoint
-from ..data.held_out import read_held_out_record
-from ..data.splits import load_evaluation_data
-from ..distributed import build_accelerator
+from ..cpu_kernels_vitcls import uninstall_cpu_kernels
 from ..errors import format_error
-from ..files import read_json, write_json
-from ..hub.local_paths import strip_folders
-from ..inference.evaluate import load_evaluation
-from ..inference.exported_graphs import INPUT_NAME, use_backend
-from ..inference.load_model import load_processor
-from ..intervals import compute_proportion_interval
-from ..options import DataOptions, EvaluateOptions
-from .exporter import check_files_do_not_exist, export_model, get_report_path, move_files
+from ..inference.exported_graphs import INPUT_NAME
+from .exportable import NamedOutputsModel
 
 
 NUM_CALIBRATION_IMAGES = 300
 
 
-def export_int8(
-    source: str, format_name: str, output: Path, dataset: str, split: str | None = None, max_drop: float = 0.5
-) -> dict[str, Any]:
-    """Export a classifier with int8 matrix products, and measure its accuracy.
-
-    The graph is calibrated on training images, which are not evaluated. FILE.json gets the key "int8".
-
-    Args:
-        source: A model folder or a model on the Hub.
-        format_name: "onnx" or "openvino".
-        output: Path of the exported file, which must not exist.
-        dataset: Labeled images, as in `vitcls evaluate`.
-        split: Split to evaluate, as in `vitcls evaluate`.
-        max_drop: Largest accepted loss of the metric, in points.
-
-    Returns:
-        The metric, its values before and after, and the size of the files.
-
-    Raises:
-        ValueError, OSError: As in `export_model` and `vitcls evaluate`, or if the metric falls by more than
-            `max_drop`. Nothing is written if an error is raised.
-    """
-    check_files_do_not_exist(output, get_report_path(output))
-    options = EvaluateOptions(model=source, data=DataOptions(dataset=dataset), split=split)
-    setup = load_evaluation(options, build_accelerator(mixed_precision="no"), print)
-    folder = resolve_checkpoint(source)
-    record = read_held_out_record(folder)
-    images = load_evaluation_data(options.data, "train", record)[1].images
-    step = max(1, len(images) // NUM_CALIBRATION_IMAGES)
-    processor = load_processor(source, folder)
-    calibration_images = [
-        processor(images[index], return_tensors="pt")[INPUT_NAME]
-        for index in range(0, len(images), step)[:NUM_CALIBRATION_IMAGES]
-    ]
-    with tempfile.TemporaryDirectory() as temporary_folder:
-        file = Path(temporary_folder, output.name)
-        export_model(source, format_name, file, dynamic=False)
-        quantize_graph(file, calibration_images)
-        before = setup.evaluator(setup.model)
-        use_backend(setup.model, str(file), file.parent)
-        after = setup.evaluator(setup.model)
-        metric, num_images = next(iter(before)), after["num_images"]
-        drop = 100 * (before[metric] - after[metric])
-        interval = compute_proportion_interval(round(after[metric] * num_images), num_images)
-        if drop > max_drop:
-            raise ValueError(
-                f"int8 lowers the {metric} from {before[metric]:.1%} to {after[metric]:.1%} on {num_images} images, "
-                f"more than --max-drop {max_drop:g} points. Set a larger --max-drop, or export without --int8"
-            )
-        results = {
-            "dataset": strip_folders(dataset),
-            "split": setup.split,
-            "num_images": num_images,
-            "num_calibration_images": len(calibration_images),
-            "metric": metric,
-            "float32": before[metric],
-            "int8": after[metric],
-            "interval": interval if metric == "accuracy" else None,
-            "num_bytes": sum(each.stat().st_size for each in file.parent.iterdir() if each.suffix != ".json"),
-        }
-        write_json(get_report_path(file), read_json(get_report_path(file)) | {"int8": results})
-        move_files(file.parent, output.parent)
-    return results
-
-
-def quantize_graph(file: Path, images: Sequence[torch.Tensor]) -> None:
+def quantize_graph(file: Path, images: Sequence[torch.Tensor], excluded_layers: Iterable[int] = ()) -> None:
     """Quantize the matrix products of an .onnx or .xml file to int8, in place.
 
     Args:
         file: A graph in float32.
         images: Preprocessed calibration images, each [1, C, H, W].
+        excluded_layers: Numbers of the layers, from 1, that stay in float32.
 
     Raises:
         ValueError: If NNCF cannot quantize the graph.
@@ -111,21 +39,58 @@ def quantize_graph(file: Path, images: Sequence[torch.Tensor]) -> None:
 
     logging.getLogger("nncf").setLevel(logging.ERROR)
     dataset = nncf.Dataset(images, lambda image: {INPUT_NAME: image.numpy()})
-
-    def quantize(graph: Any) -> Any:
-        with contextlib.redirect_stdout(io.StringIO()):  # progress bars
-            model_type = nncf.ModelType.TRANSFORMER
-            return nncf.quantize(graph, dataset, model_type=model_type, subset_size=len(images))
-
+    patterns = [rf"layers\.{number - 1}/.*" for number in excluded_layers]  # names of nodes (formats.py)
+    settings: dict[str, Any] = {
+        "model_type": nncf.ModelType.TRANSFORMER,
+        "subset_size": len(images),
+        "ignored_scope": nncf.IgnoredScope(patterns=patterns, validate=False),
+    }
     try:
-        if file.suffix == ".xml":
-            import openvino
+        with contextlib.redirect_stdout(io.StringIO()):  # progress bars
+            if file.suffix == ".xml":
+                import openvino
 
-            quantized = quantize(openvino.Core().read_model(file.read_bytes(), file.with_suffix(".bin").read_bytes()))
-            openvino.save_model(quantized, file, compress_to_fp16=False)
-        else:
-            import onnx
+                graph = openvino.Core().read_model(file.read_bytes(), file.with_suffix(".bin").read_bytes())
+                openvino.save_model(nncf.quantize(graph, dataset, **settings), file, compress_to_fp16=False)
+            else:
+                import onnx
 
-            onnx.save(quantize(onnx.load(file)), file)
+                onnx.save(nncf.quantize(onnx.load(file), dataset, **settings), file)
     except Exception as error:  # NNCF raises many types of errors
         raise ValueError(f"NNCF cannot quantize {file.name}: {format_error(error)}") from error
+
+
+@torch.no_grad()
+def rank_layers(model: Any, images: torch.Tensor) -> list[int]:
+    """Return the numbers of the layers, from 1, in the order of the error of the outputs when the linear layers of one
+    layer alone compute in int8 (simulated: weights per output channel, inputs per tensor).
+
+    Args:
+        model: A vitcls model in float32.
+        images: Preprocessed images [B, C, H, W].
+    """
+
+    def compute_output(model: Any) -> torch.Tensor:
+        return next(iter(NamedOutputsModel(model)(images).values()))
+
+    expected, errors = compute_output(model), {}
+    for number in range(1, model.config.num_hidden_layers + 1):
+        quantized = copy.deepcopy(model)
+        uninstall_cpu_kernels(quantized)  # fused kernels would skip the hooks
+        for module in quantized.base_model.layers[number - 1].modules():
+            if isinstance(module, nn.Linear):
+                module.weight.copy_(round_to_int8(module.weight, module.weight.abs().amax(1, keepdim=True)))
+                module.register_forward_pre_hook(round_inputs)
+        errors[number] = (compute_output(quantized) - expected).norm().item()
+    return sorted(errors, key=lambda number: -errors[number])
+
+
+def round_inputs(module: nn.Module, inputs: tuple[torch.Tensor]) -> torch.Tensor:
+    """Hook that rounds the inputs of a layer."""
+    return round_to_int8(inputs[0], inputs[0].abs().max())
+
+
+def round_to_int8(values: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
+    """Round values to multiples of largest / 127."""
+    scale = largest.clamp(min=1e-12) / 127
+    return (values / scale).round() * scale

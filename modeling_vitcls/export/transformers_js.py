@@ -1,4 +1,4 @@
-"""Export a classifier to a folder that transformers.js loads in Node.js and in browsers.
+"""Export a classifier or an encoder to a folder that transformers.js loads in Node.js and in browsers.
 
     report = export_for_transformers_js("runs/mine", Path("web"))
     // in JavaScript: const classify = await pipeline("image-classification", "web", {dtype: "fp32"});
@@ -15,29 +15,25 @@ The graph contains the complete model, including special tokens, pooling and hea
 attention of the CLS tokens, which static Spaces display (publishing/static_space.py).
 """
 
-import dataclasses
 import json
 import tempfile
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import nn
 from transformers.image_utils import PILImageResampling
 
 from ..conversion.parity_report import build_random_images, get_max_magnitude, hash_files
 from ..conversion.processors import select_settings
 from ..data.labels import is_multi_label
 from ..files import write_json
-from ..hub.local_paths import check_output_is_empty, strip_folders
+from ..hub.local_paths import check_output_is_empty
 from ..image_processing_vitcls import ViTCLSImageProcessor
-from ..inference.exported_graphs import ExportedGraph
-from ..modeling_vitcls import ViTCLSForImageClassification, ViTCLSPreTrainedModel
-from ..options import DataOptions, EvaluateOptions
+from ..modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
 from .exportable import ExportableModel, Outputs, compute_named_outputs, load_exportable_model
 from .exporter import export_model, get_report_path, move_files
 from .formats import FORMATS
+from .measurement import compare_outputs_on_images, load_export_images
 
 
 # `dtype` in transformers.js -> file name.
@@ -46,66 +42,40 @@ NUM_IMAGES = 64  # number of random images in the comparison
 BATCH_SIZE = 16  # number of images per batch in the comparison
 
 
-@dataclasses.dataclass(frozen=True)
-class FileComparison:
-    """Comparison of the outputs of a file with the outputs of the float32 model on random images."""
-
-    file: str  # path in the folder
-    dtype: str  # `dtype` in transformers.js
-    largest_difference: float  # largest absolute difference between logits
-    top1_agreement: float  # fraction of images for which the file and the model predict the same top-1 class
-
-
-@dataclasses.dataclass(frozen=True)
-class LabeledImageScores:
-    """Scores of the model and of each file on labeled images, with a batch size of 1 as in a browser."""
-
-    dataset: str
-    split: str
-    num_images: int
-    metric: str  # accuracy, or mean_average_precision for several labels per image
-    model: float  # score of the model in PyTorch
-    files: dict[str, float]  # file name -> score
-
-
-@dataclasses.dataclass(frozen=True)
-class TransformersJsReport:
-    """The contents of onnx/report.json."""
-
-    comparisons: list[FileComparison]  # one comparison per file
-    num_images: int  # number of random images in each comparison
-    labeled: LabeledImageScores | None  # scores on labeled images; None without a dataset
-    weights_sha256: dict[str, str]  # weight file name -> SHA-256; empty unless `source` is a folder
-    sha256: dict[str, str]  # ONNX file name -> SHA-256
-
-
 def export_for_transformers_js(
     source: str, output: Path, dataset: str | None = None, split: str | None = None
-) -> TransformersJsReport:
-    """Export a classifier for transformers.js and return the report. If an error is raised, nothing is written.
+) -> dict[str, Any]:
+    """Export a classifier or an encoder for transformers.js. If an error is raised, nothing is written.
 
     Args:
-        source: Folder or Hub id of a classifier for a single task, or a preset, which has random weights.
+        source: Folder or Hub id of a classifier for a single task or of an encoder, or a preset, which has random
+            weights.
         output: A folder that does not exist or is empty.
-        dataset: Dataset for evaluating the model and the files, as in `vitcls evaluate`. Default: no evaluation.
+        dataset: Dataset for evaluating a classifier and the files, as in `vitcls evaluate`. Default: no evaluation.
         split: Split of the dataset, as in `vitcls evaluate`.
 
+    Returns:
+        The contents of onnx/report.json: `comparisons` (one per file, on `num_images` random images), `labeled` (the
+        metric of the model and of each file with one image per batch, as in a browser), and hashes.
+
     Raises:
-        ValueError, OSError: If the model cannot be found or exported, if the model is not a classifier for a single
-            task, if transformers.js does not support the image processor, if the outputs of the float32 or float16
-            file differ from the outputs of the model by more than the limit, or if the labels of the dataset do not
-            match the model. The message is one line.
+        ValueError, OSError: If the model cannot be found or exported, if the model has several tasks, if
+            transformers.js does not support the image processor, if the outputs of the float32 or float16 file differ
+            from the outputs of the model by more than the limit, or if the labels of the dataset do not match the
+            model. The message is one line.
     """
     check_output_is_empty(output)
     exportable_model = load_exportable_model(source)
     model, processor = exportable_model.model, exportable_model.processor
-    is_classifier = isinstance(model, ViTCLSForImageClassification) and model.config.problem_type != "regression"
-    if not is_classifier or processor is None:
+    is_supported = isinstance(model, ViTCLSForImageClassification | ViTCLSModel)
+    if not is_supported or model.config.problem_type == "regression" or processor is None:
         raise ValueError(
-            "--format transformers.js requires a classifier for one task (not regression) and its image processor, "
-            f"but {source} contains {type(model).__name__} {'without' if processor is None else 'with'} an image "
-            "processor. Set a different --model"
+            "--format transformers.js requires an encoder or a classifier for one task (not regression) and its image "
+            f"processor, but {source} contains {type(model).__name__} {'without' if processor is None else 'with'} an "
+            "image processor. Set a different --model"
         )
+    if dataset is not None and isinstance(model, ViTCLSModel):
+        raise ValueError(f"--dataset requires a classifier, but {source} is an encoder. Remove --dataset")
     preprocessor_config = build_preprocessor_config(processor)
     batches = [
         build_random_images((BATCH_SIZE, model.config.num_channels, *model.config.image_height_width))
@@ -118,38 +88,41 @@ def export_for_transformers_js(
         folder.mkdir()
         for web_dtype, dtype in (("fp32", "float32"), ("fp16", "float16")):
             file = folder / FILE_NAMES[web_dtype]
-            export_model(source, "onnx", file, dynamic=False, dtype=dtype, output_attentions=has_cls_attention(model))
+            export_model(
+                source, "onnx", file, dynamic=False, dtype=dtype, output_attentions=model.config.num_cls_tokens > 0
+            )
             get_report_path(file).unlink()
         quantize_onnx_file(folder / FILE_NAMES["fp32"], folder / FILE_NAMES["q8"])
-        comparisons = [
-            compare_file(folder / file, web_dtype, batches, reference_outputs)
-            for web_dtype, file in FILE_NAMES.items()
-        ]
-        scores = None if dataset is None else evaluate_files(source, folder, dataset, split)
+        labeled = None
+        if dataset is not None:
+            images = load_export_images(source, dataset, split, batch_size=1)
+            labeled = images.measure_accuracy({file: folder / file for file in FILE_NAMES.values()})
         weight_files = Path(source).glob("*.safetensors") if Path(source).is_dir() else iter(())
-        report = TransformersJsReport(
-            comparisons, NUM_IMAGES, scores, hash_files(weight_files), hash_files(folder.glob("*.onnx"))
-        )
-        write_json(folder / "report.json", dataclasses.asdict(report))
+        report = {
+            "comparisons": [
+                compare_file(folder / file, web_dtype, batches, reference_outputs)
+                for web_dtype, file in FILE_NAMES.items()
+            ],
+            "num_images": NUM_IMAGES,
+            "labeled": labeled,
+            "weights_sha256": hash_files(weight_files),
+            "sha256": hash_files(folder.glob("*.onnx")),
+        }
+        write_json(folder / "report.json", report)
         move_files(folder, output / "onnx")
     write_json(output / "config.json", build_config(exportable_model))
     write_json(output / "preprocessor_config.json", preprocessor_config)
     return report
 
 
-def has_cls_attention(model: ViTCLSPreTrainedModel) -> bool:
-    """Return whether the graph can output the attention of CLS tokens to all patches."""
-    return model.config.num_cls_tokens > 0
-
-
 def build_config(exportable_model: ExportableModel) -> dict[str, Any]:
     """Return the contents of config.json, from which transformers.js reads the model type and the labels."""
     config = exportable_model.model.config
-    return {
+    is_classifier = isinstance(exportable_model.model, ViTCLSForImageClassification)
+    labels = {"id2label": config.id2label, "label2id": config.label2id} if is_classifier else {}
+    return labels | {
         "model_type": "vit",
-        "architectures": ["ViTForImageClassification"],
-        "id2label": config.id2label,
-        "label2id": config.label2id,
+        "architectures": ["ViTForImageClassification" if is_classifier else "ViTModel"],
         "image_size": config.image_height_width[0],
         "patch_size": config.patch_height_width[0],
         "hidden_size": config.hidden_size,
@@ -186,48 +159,17 @@ def quantize_onnx_file(source: Path, target: Path) -> None:
 
 def compare_file(
     file: Path, web_dtype: str, batches: list[torch.Tensor], reference_outputs: list[Outputs]
-) -> FileComparison:
-    """Run a file with onnxruntime and compare its logits [B, labels] with the logits of the model."""
+) -> dict[str, Any]:
+    """Run a file with onnxruntime and compare the logits of a classifier [B, labels], or the final hidden state of an
+    encoder [B, N, D], with those of the model. `dtype` is that of transformers.js."""
     outputs = FORMATS["onnx"].run(file, batches, list(reference_outputs[0]))
-    logits, reference = (torch.cat([batch["logits"] for batch in results]) for results in (outputs, reference_outputs))
-    top1_agreement = (logits.argmax(-1) == reference.argmax(-1)).float().mean().item()
-    return FileComparison(f"onnx/{file.name}", web_dtype, get_max_magnitude(logits - reference), top1_agreement)
-
-
-# Labeled images ------------------------------------------------------------------------------------------------------
-
-
-class OnnxClassifier(nn.Module):
-    """Classifier that runs an ONNX file."""
-
-    def __init__(self, file: Path, config: Any) -> None:
-        super().__init__()
-        self.graph = ExportedGraph(file)
-        self.config = config
-
-    def forward(self, pixel_values: torch.Tensor) -> SimpleNamespace:
-        """Return the logits [B, labels] for images [B, C, H, W]."""
-        logits = self.graph(pixel_values)["logits"].to(pixel_values.device)
-        return SimpleNamespace(logits=logits, distillation_logits=None)
-
-
-def evaluate_files(source: str, folder: Path, dataset: str, split: str | None) -> LabeledImageScores:
-    """Evaluate the model and the files in the folder on labeled images."""
-    from ..distributed import build_accelerator
-    from ..inference.evaluate import load_evaluation
-
-    options = EvaluateOptions(model=source, data=DataOptions(dataset=dataset), split=split, batch_size=1)
-    evaluation = load_evaluation(options, build_accelerator(mixed_precision="no"), print)
-    evaluator = evaluation.evaluator
-    metrics = evaluator(evaluation.model)
-    metric = next(iter(metrics))
-    config = evaluation.model.config
-    scores = {file: evaluator(OnnxClassifier(folder / file, config))[metric] for file in FILE_NAMES.values()}
-    return LabeledImageScores(
-        dataset=strip_folders(dataset),
-        split=evaluation.split,
-        num_images=metrics["num_images"],
-        metric=metric,
-        model=metrics[metric],
-        files=scores,
+    difference = max(
+        get_max_magnitude(next(iter(found.values())) - next(iter(expected.values())))
+        for found, expected in zip(outputs, reference_outputs, strict=True)
     )
+    return {
+        "file": f"onnx/{file.name}",
+        "dtype": web_dtype,
+        "largest_difference": difference,
+        "top1_agreement": compare_outputs_on_images(outputs, reference_outputs)["top1_agreement"],
+    }

@@ -47,8 +47,11 @@ def check_is_online() -> None:
 
 @contextmanager
 def set_hub_timeout(seconds: float) -> Iterator[None]:
-    """Set a timeout for requests to the Hub within the block; by default, huggingface_hub waits indefinitely for
-    answers other than files (HF_HUB_DOWNLOAD_TIMEOUT). All threads share one client."""
+    """Set a timeout for requests to the Hub within the block.
+
+    By default, only file downloads have a timeout in huggingface_hub (HF_HUB_DOWNLOAD_TIMEOUT). All threads share one
+    client.
+    """
     client = get_session()
     previous_timeout = client.timeout
     client.timeout = seconds

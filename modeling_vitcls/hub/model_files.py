@@ -34,8 +34,10 @@ WEIGHTS_PATTERNS = ("model.safetensors", "model-*-of-*.safetensors", "model.safe
 
 
 def iter_license_patterns() -> Iterator[str]:
-    """Yield name patterns of license and notice files: upper-case names with any ending, and other names with a
-    text suffix or without a suffix."""
+    """Yield name patterns of license files and files of notices.
+
+    Upper-case names have any ending, and other names have a text suffix or no suffix.
+    """
     for stem in ("license", "licence", "copying", "notice"):
         case_insensitive_stem = "".join(f"[{letter}{letter.upper()}]" for letter in stem)
         yield f"{stem.upper()}*"

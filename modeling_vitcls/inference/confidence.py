@@ -4,13 +4,15 @@
     find_energy_threshold(logits)                    an image with a higher energy shows none of the classes
     find_score_limit(probabilities, labels, ...)     the limit of split conformal prediction
     build_prediction_sets(probabilities, limit, ...) the labels that contain the true label with the chosen coverage
+    describe_prediction_sets(probabilities, ...)     their measured coverage, and their size for each class
+    measure_unknown(known, unknown, threshold)       how well the energy separates images of none of the classes
 
 All functions work on NumPy arrays: logits [N, L], probabilities [N, L] and label indices [N]. The temperature and the
 energy threshold are stored in config.json (`temperature`, `energy_threshold`).
 """
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from scipy.optimize import minimize_scalar
@@ -46,6 +48,20 @@ def compute_energies(logits: np.ndarray) -> np.ndarray:
 def find_energy_threshold(logits: np.ndarray, recall: float = KNOWN_RECALL) -> float:
     """Return the energy below which the fraction `recall` of images of the classes lies."""
     return float(np.quantile(compute_energies(logits), recall, method="higher"))
+
+
+def measure_unknown(known_logits: np.ndarray, unknown_logits: np.ndarray, threshold: float | None) -> dict[str, Any]:
+    """Return the area under the ROC curve of the energy for the logits [N, L] of images of the classes and [M, L] of
+    other images, and the fraction of the other images above the energy threshold (None without a threshold)."""
+    from sklearn.metrics import roc_auc_score
+
+    energies = [compute_energies(logits) for logits in (known_logits, unknown_logits)]
+    is_unknown = np.repeat([0, 1], list(map(len, energies)))
+    return {
+        "num_images": len(unknown_logits),
+        "auroc": float(roc_auc_score(is_unknown, np.concatenate(energies))),
+        "flagged": None if threshold is None else float((energies[1] > threshold).mean()),
+    }
 
 
 def compute_set_scores(probabilities: np.ndarray, method: SetMethod) -> np.ndarray:
@@ -91,3 +107,23 @@ def build_prediction_sets(probabilities: np.ndarray, limit: float, method: SetMe
     if method == "aps":
         sets[np.arange(len(sets)), probabilities.argmax(axis=1)] = True
     return sets
+
+
+def describe_prediction_sets(
+    probabilities: np.ndarray, labels: np.ndarray, names: list[str], coverage: float = 0.9
+) -> dict[str, Any] | None:
+    """Return the measured coverage, the mean size and the mean size for each class of `lac` prediction sets. The limit
+    is found on half of the N images, and the sets are measured on the other half. None if there are too few images."""
+    fitted, measured = slice(0, None, 2), slice(1, None, 2)
+    try:
+        limit = find_score_limit(probabilities[fitted], labels[fitted], coverage)
+    except ValueError:
+        return None
+    sets, labels = build_prediction_sets(probabilities[measured], limit), labels[measured]
+    sizes = sets.sum(axis=1)
+    return {
+        "coverage": coverage,
+        "measured": float(sets[np.arange(len(sets)), labels].mean()),
+        "mean_size": float(sizes.mean()),
+        "per_class": {names[label]: float(sizes[labels == label].mean()) for label in np.unique(labels)},
+    }

@@ -13,11 +13,13 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from accelerate import Accelerator
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
+from scipy.special import softmax
 
 from ..configuration_vitcls import ViTCLSConfig
 from ..conversion.any_checkpoint import resolve_checkpoint
@@ -32,18 +34,20 @@ from ..data.held_out import (
 )
 from ..data.images import LabeledImages
 from ..data.labels import LabelKind, LabelSpace, MultiHotLabels, get_label_space
-from ..data.splits import load_evaluation_data, load_on_main
+from ..data.sources import load_splits
+from ..data.splits import HELD_OUT_SPLITS, load_evaluation_data, load_on_main
 from ..data.streaming import StreamedImages
 from ..distributed import build_accelerator
 from ..files import read_json, write_json
 from ..heads_vitcls import IGNORED_LABEL
 from ..options import DataOptions, EvaluateOptions
 from ..system import describe_device, get_versions
-from .evaluator import CachedBatches, Evaluator, HeldOutBatch
+from .confidence import describe_prediction_sets, measure_unknown
+from .evaluator import CachedBatches, Evaluator, HeldOutBatch, round_floats
 from .load_model import check_is_finished, list_file_patterns, load_classifier, load_processor
 from .metric_tables import build_class_tables, build_metric_rows
 from .metrics import select_scalars
-from .per_image import check_per_image, write_predictions
+from .per_image import check_per_image, get_outputs, write_predictions
 
 
 SECONDS_BETWEEN_LINES = 10.0  # interval between progress lines if the output is not a terminal, in seconds
@@ -54,6 +58,7 @@ class EvaluationSetup(NamedTuple):
 
     model: Any  # on the device, in eval mode
     evaluator: Evaluator
+    build_evaluator: Callable[[LabeledImages], Evaluator]  # for other images with the labels of the model
     split: str
     rule: HeldOutRule | None  # rule that selected the held-out images; None if the dataset has an evaluation split
     warning: str | None  # warning that the model may have been trained on the images, or None
@@ -80,18 +85,19 @@ def load_evaluation(
     if warning is not None:
         warn(warning)
     model_space = get_label_space(model.config)
-    evaluator = Evaluator(
-        match_labels(images, label_space, model_space),
-        processor,
-        model_space,
-        options.batch_size,
-        options.data.num_workers,
-        accelerator,
-        options.data.max_unreadable_images,
-        warn,
-        model.config.num_channels,
+    build_evaluator = partial(
+        Evaluator,
+        processor=processor,
+        label_space=model_space,
+        batch_size=options.batch_size,
+        num_workers=options.data.num_workers,
+        accelerator=accelerator,
+        max_unreadable_images=options.data.max_unreadable_images,
+        warn=warn,
+        num_channels=model.config.num_channels,
     )
-    return EvaluationSetup(model, evaluator, split, rule, warning)
+    evaluator = build_evaluator(match_labels(images, label_space, model_space))
+    return EvaluationSetup(model, evaluator, build_evaluator, split, rule, warning)
 
 
 def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
@@ -105,19 +111,28 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
             written.
     """
     accelerator, console, warn = set_up_evaluation(options)
-    model, evaluator, split, rule, warning = load_evaluation(options, accelerator, warn)
+    setup = load_evaluation(options, accelerator, warn)
+    model, evaluator, rule, kind = setup.model, setup.evaluator, setup.rule, setup.evaluator.label_space.kind
     if options.per_image is not None:
         check_per_image(evaluator.label_space)
-        evaluator.keep_logits = True
+    if options.unknown_dataset is not None and kind != "single_label_classification":
+        raise ValueError(f"--unknown-dataset requires one label per image, not {kind}. Remove --unknown-dataset")
+    evaluator.keep_logits = kind == "single_label_classification" or options.per_image is not None
     start_time = time.perf_counter()
     metrics = evaluator(model, build_progress(console, accelerator))
     seconds = time.perf_counter() - start_time
     results = {
-        **describe_evaluation(options, split, rule, metrics["num_images"], seconds, accelerator),
-        "is_recorded_part": None if rule is None else warning is None,
+        **describe_evaluation(options, setup.split, rule, metrics["num_images"], seconds, accelerator),
+        "is_recorded_part": None if rule is None else setup.warning is None,
         **select_scalars(metrics),
         **metrics,
     }
+    if kind == "single_label_classification":
+        logits, labels = get_outputs(evaluator)
+        probabilities = softmax(logits, axis=1)
+        results["prediction_sets"] = describe_prediction_sets(probabilities, labels, evaluator.label_space.names)
+    if options.unknown_dataset is not None:
+        results["unknown"] = evaluate_unknown(options, setup, accelerator, logits)
     print_results(results, model.config, console)
     if accelerator.is_main_process:
         write_results(options, results, console)
@@ -125,8 +140,30 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
             options.per_image.parent.mkdir(parents=True, exist_ok=True)
             write_predictions(options.per_image, evaluator)
             console.print(f"saved {options.per_image}", markup=False)
+        run_results = Path(options.model, RESULTS_FILE)
+        if "unknown" in results and run_results.is_file():
+            write_json(run_results, read_json(run_results) | {"unknown": results["unknown"]})
+            console.print(f"added the result of --unknown-dataset to {run_results}", markup=False)
     accelerator.end_training()
     return results
+
+
+def evaluate_unknown(
+    options: EvaluateOptions, setup: EvaluationSetup, accelerator: Accelerator, known_logits: np.ndarray
+) -> dict[str, Any]:
+    """Return how well the energy separates the images of `--unknown-dataset` from those with `known_logits` [N, L].
+    The test split is used or, if there is none, another evaluation split or the only split."""
+    assert options.unknown_dataset is not None
+    data_options = replace(options.data, dataset=options.unknown_dataset, streaming=False)
+    splits = load_on_main(accelerator, data_options.dataset, partial(load_splits, data_options, use_labels=False))
+    split = next((name for name in reversed(HELD_OUT_SPLITS) if name in splits.names), splits.names[0])
+    images = splits.images_by_split[split].images
+    evaluator = setup.build_evaluator(LabeledImages(images, [0] * len(images)))  # the labels are not used
+    evaluator.keep_logits = True
+    evaluator(setup.model)
+    unknown_logits = get_outputs(evaluator)[0]
+    measured = measure_unknown(known_logits, unknown_logits, setup.model.config.energy_threshold)
+    return {"dataset": splits.name, "split": split, **round_floats(measured)}
 
 
 def set_up_evaluation(options: EvaluateOptions) -> tuple[Accelerator, Console, Callable[[str], None]]:
@@ -304,6 +341,18 @@ def print_results(results: dict[str, Any], config: ViTCLSConfig, console: Consol
     summary = f"{results['num_images']:,} images of {results['dataset']} ({split_text}), each counted once"
     console.print(f"{summary}; {results['images_per_second']:,} images/s", markup=False)
     console.print(build_table("", ["Metric", "Value"], build_metric_rows(results, config)))
+    if sets := results.get("prediction_sets"):
+        console.print(
+            f"sets of labels that contain the true label with a probability of {sets['coverage']:.0%} (measured: "
+            f"{sets['measured']:.1%}) have {sets['mean_size']:.2f} labels on average"
+        )
+    if unknown := results.get("unknown"):
+        flagged = "" if unknown["flagged"] is None else f"; {unknown['flagged']:.1%} are flagged as unknown"
+        console.print(
+            f"unknown images: AUROC {unknown['auroc']:.4f} of the energy against {unknown['num_images']:,} images of "
+            f"{unknown['dataset']} ({unknown['split']}){flagged}",
+            markup=False,
+        )
     for title, rows in build_class_tables(results, config).items():
         console.print(build_table(title, list(rows[0]), [list(row.values()) for row in rows]))
 

@@ -97,7 +97,7 @@ class ExportedModel(nn.Module):
         ValueError: If the file cannot be read, or the runtime does not support the precision.
     """
 
-    device = torch.device("cpu")
+    device, dtype = torch.device("cpu"), torch.float32
 
     def __init__(self, file: Path, config: ViTCLSConfig, use_head: bool, mixed_precision: str = "no") -> None:
         super().__init__()
@@ -117,8 +117,11 @@ class ExportedModel(nn.Module):
         """The encoder, as in transformers: `last_hidden_state` is an output of this graph."""
         return self
 
-    def forward(self, pixel_values: torch.Tensor, output_hidden_states: bool = False) -> SimpleNamespace:
-        """Return the outputs [B, ...] of the model for images [B, C, H, W], on the device of the images."""
+    def forward(
+        self, pixel_values: torch.Tensor, output_hidden_states: bool = False, num_output_tokens: int | None = None
+    ) -> SimpleNamespace:
+        """Return the outputs [B, ...] of the model for images [B, C, H, W], on the device of the images. The graph
+        always computes all tokens (`num_output_tokens`)."""
         if output_hidden_states:
             raise ValueError(f"{self.graph.file} has only the outputs of the last layer. Set --backend torch")
         outputs = {name: output.to(pixel_values.device) for name, output in self.graph(pixel_values).items()}

@@ -79,6 +79,16 @@ def build_image_rows(evaluator: Evaluator) -> dict[str, Any]:
     }
 
 
+def get_outputs(evaluator: Evaluator, images: slice = slice(None)) -> tuple[np.ndarray, np.ndarray]:
+    """Return logits [N, L] and labels [N] of the selected images of the last evaluation that have a label."""
+    selected = set(list(evaluator.logits)[images])
+    indices = [index for index in list_labeled_images(evaluator) if index in selected]
+    if not indices:
+        return np.zeros((0, 1), np.float32), np.zeros(0, np.int64)
+    logits = torch.stack([evaluator.logits[index] for index in indices]).numpy()
+    return logits, torch.stack([evaluator.labels[index] for index in indices]).cpu().numpy()
+
+
 def list_labeled_images(evaluator: Evaluator) -> list[int]:
     """Return the indices of the images of the last evaluation that have a label."""
     return [index for index, label in evaluator.labels.items() if label.ndim or label >= 0]

@@ -129,7 +129,7 @@ class TopLabelColumns:
 
 
 @dataclass
-class MultiLabelColumns:
+class LabelListColumns:
     """Output columns of a multi-label classifier: up to `top_k` labels with probabilities of at least `threshold`."""
 
     model: PreTrainedModel
@@ -233,7 +233,7 @@ class FeatureColumns:
 # Rows ----------------------------------------------------------------------------------------------------------------
 
 
-PredictionColumns = TopLabelColumns | MultiLabelColumns | FeatureColumns
+PredictionColumns = TopLabelColumns | LabelListColumns | FeatureColumns
 AutocastFactory = Callable[[], AbstractContextManager]  # function that returns a context manager for a forward pass
 
 
@@ -259,7 +259,7 @@ def build_prediction_columns(
         )
     names = [config.id2label[index] for index in range(config.num_labels)]
     if is_multi_label(config):
-        return MultiLabelColumns(model, names, top_k, threshold)
+        return LabelListColumns(model, names, top_k, threshold)
     return TopLabelColumns(model, {"": names}, top_k, set_limit)
 
 

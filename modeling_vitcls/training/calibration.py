@@ -6,14 +6,13 @@ error is reported for the other half, or for all held-out images.
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from ..inference.confidence import find_energy_threshold, fit_temperature
 from ..inference.evaluator import Evaluator
-from ..inference.per_image import list_labeled_images
+from ..inference.per_image import get_outputs
 
 
 MIN_IMAGES = 100  # minimum number of images for a temperature; with fewer, it is mostly noise
@@ -39,7 +38,7 @@ def rescale(evaluator: Evaluator, temperature: float) -> float:
     """Divide the logits of the last evaluation by the temperature, as the calibrated model does, and return the
     cross-entropy. All other metrics except the calibration error do not depend on the temperature."""
     evaluator.logits = {index: logits / temperature for index, logits in evaluator.logits.items()}
-    logits, labels = map(torch.from_numpy, get_outputs(evaluator, slice(None)))
+    logits, labels = map(torch.from_numpy, get_outputs(evaluator))
     return round(float(cross_entropy(logits.double(), labels)), 6)
 
 
@@ -51,13 +50,3 @@ def compute_calibration_errors(evaluator: Evaluator, temperature: float, images:
         return round(float(multiclass_calibration_error(scaled.softmax(dim=1), labels, scaled.shape[1], n_bins=15)), 6)
 
     return {"calibration_error_before": compute(logits * temperature), "calibration_error": compute(logits)}
-
-
-def get_outputs(evaluator: Evaluator, images: slice) -> tuple[np.ndarray, np.ndarray]:
-    """Return logits [N, L] and labels [N] of the selected images that have a label."""
-    selected = set(list(evaluator.logits)[images])
-    indices = [index for index in list_labeled_images(evaluator) if index in selected]
-    if not indices:
-        return np.zeros((0, 1), np.float32), np.zeros(0, np.int64)
-    logits = torch.stack([evaluator.logits[index] for index in indices]).numpy()
-    return logits, torch.stack([evaluator.labels[index] for index in indices]).cpu().numpy()

@@ -47,7 +47,7 @@ def gather_state(
     process on the CPU, the returned tensors share memory with the training state and must be written to disk before
     training continues. `shadow` contains the EMA weights in the order of the trainable parameters.
     """
-    is_main_process, torch_optimizer = accelerator.is_main_process, unwrap_optimizer(optimizer)
+    torch_optimizer = unwrap_optimizer(optimizer)
     parameter_states: Any = (
         get_optimizer_state_dict(model, torch_optimizer, options=FULL_STATE_DICT_OPTIONS).get("state", {})
         if torch_optimizer.state
@@ -59,11 +59,13 @@ def gather_state(
         for key, value in state.items():
             target = moments if isinstance(value, torch.Tensor) else non_tensor_state
             target[f"{key}/{name}"] = value
-    tensors = {"model": gather_weights(model, is_main_process), "optimizer": moments}
+    tensors = {"model": gather_weights(model), "optimizer": moments}
     if shadow is not None:
-        tensors["ema"] = gather_tensors(
-            dict(zip(get_trainable_parameter_names(model), shadow, strict=True)), is_main_process
-        )
+        tensors["ema"] = {}
+        for name, tensor in zip(get_trainable_parameter_names(model), shadow, strict=True):
+            full_tensor = gather_tensor(tensor)
+            if accelerator.is_main_process:
+                tensors["ema"][name] = full_tensor.detach().cpu()
     scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else {}
     return tensors, {"optimizer": non_tensor_state, "scaler": scaler}
 
@@ -89,19 +91,19 @@ def scatter_state(
         accelerator.scaler.load_state_dict(checkpoint.metadata["scaler"])
 
 
+@torch.no_grad()
 def scatter_weights_and_ema(
     checkpoint: Checkpoint, accelerator: Accelerator, model: nn.Module, shadow: Sequence[torch.Tensor] | None
 ) -> None:
     """Load the weights and the EMA weights of a checkpoint into `model` and `shadow`. Raise ValueError if the
     checkpoint belongs to another model."""
-
-    def load_tensors(name: str) -> Tensors | None:
-        return checkpoint.load_tensors(name) if accelerator.is_main_process else None
-
-    scatter_weights(load_tensors("model"), model, accelerator)
+    scatter_weights(checkpoint.load_tensors("model") if accelerator.is_main_process else None, model, accelerator)
     if shadow is not None:
+        averages = checkpoint.load_tensors("ema") if accelerator.is_main_process else {}
         targets = dict(zip(get_trainable_parameter_names(model), shadow, strict=True))
-        scatter_tensors(load_tensors("ema"), targets, accelerator)
+        run_on_main(accelerator, lambda: check_names_and_shapes(averages, targets))
+        for name, target in targets.items():
+            target.copy_(distribute_like(averages.get(name), target.dtype, target, accelerator))
 
 
 def reshard(model: nn.Module) -> None:
@@ -133,22 +135,11 @@ def unwrap_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
 # Tensors across processes --------------------------------------------------------------------------------------------
 
 
-def gather_weights(model: nn.Module, is_main_process: bool) -> Tensors:
+def gather_weights(model: nn.Module) -> Tensors:
     """Return parameters and persistent buffers as full CPU tensors on the main process, and an empty dictionary on the
     other processes. This function must be called on all processes."""
     weights: dict[str, Any] = get_model_state_dict(model, options=FULL_STATE_DICT_OPTIONS)
     return weights
-
-
-def gather_tensors(tensors: Tensors, is_main_process: bool) -> Tensors:
-    """Return possibly sharded tensors as full CPU tensors on the main process, and an empty dictionary on the other
-    processes. This function must be called on all processes."""
-    full_tensors: Tensors = {}
-    for name, tensor in tensors.items():
-        full_tensor = gather_tensor(tensor)
-        if is_main_process:
-            full_tensors[name] = full_tensor.detach().cpu()
-    return full_tensors
 
 
 def gather_tensor(tensor: torch.Tensor) -> torch.Tensor:
@@ -167,17 +158,6 @@ def scatter_weights(full_tensors: Tensors | None, model: nn.Module, accelerator:
     is_distributed = is_sharded or accelerator.num_processes > 1
     options = StateDictOptions(full_state_dict=is_distributed, broadcast_from_rank0=is_distributed)
     set_model_state_dict(model, weights, options=options)
-
-
-@torch.no_grad()
-def scatter_tensors(full_tensors: Tensors | None, targets: Tensors, accelerator: Accelerator) -> None:
-    """Copy full tensors from the main process into `targets` on all processes. Raise ValueError if a tensor is missing
-    or unexpected, or has a different shape."""
-    run_on_main(accelerator, lambda: check_names_and_shapes(full_tensors or {}, targets))
-    for name, target in targets.items():
-        target.copy_(
-            distribute_like(None if full_tensors is None else full_tensors[name], target.dtype, target, accelerator)
-        )
 
 
 def distribute_like(

@@ -12,6 +12,7 @@ After the run, the output folder contains:
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -162,15 +163,23 @@ def build_objective(
     label_loss = build_label_loss(options, data, accelerator.device)
     if teacher is None:
         return losses.ClassificationObjective(prepare_batch, label_loss)
+    distillation = options.distillation
     predict = teacher.predict
-    if num_views := options.distillation.teacher_views:
+    if num_views := distillation.teacher_views:
         predict = TeacherCache(teacher, data.num_training_images or 0, num_views, len(labels.names)).predict
 
     def compute_teacher_logits(batch: Batch) -> torch.Tensor:
         with accelerator.autocast():
             return predict(batch)
 
-    return losses.DistillationObjective(prepare_batch, label_loss, compute_teacher_logits, options.distillation)
+    def compute_loss(outputs: Any, teacher_logits: torch.Tensor) -> torch.Tensor:
+        return losses.compute_distillation_loss(
+            distillation.distillation, outputs.distillation_logits, teacher_logits, distillation.distillation_tau
+        )
+
+    return losses.DistillationObjective(
+        prepare_batch, compute_teacher_logits, compute_loss, label_loss, distillation.distillation_alpha
+    )
 
 
 def build_label_loss(options: FinetuneOptions, data: TrainingData, device: torch.device) -> losses.LabelLossFunction:

@@ -140,7 +140,8 @@ def compute_sigreg(projections: Tensor, directions: Tensor) -> Tensor:
     weights = torch.full_like(frequencies, 2 * MAX_FREQUENCY / (NUM_FREQUENCIES - 1))  # twice, for both signs
     weights[[0, -1]] /= 2
     angles = (projections @ directions).unsqueeze(-1) * frequencies  # [views, B, M, frequencies]
-    cos, sin = average_over_processes(torch.stack([angles.cos(), angles.sin()]).mean(dim=2))  # [views, M, frequencies]
+    means = torch.stack([angles.cos().mean(dim=1), angles.sin().mean(dim=1)])  # [2, views, M, frequencies]
+    cos, sin = average_over_processes(means)
     errors = (cos - gaussian).square() + sin.square()
     num_processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     return (errors @ (weights * gaussian)).mean() * projections.shape[1] * num_processes

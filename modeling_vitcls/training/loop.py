@@ -25,7 +25,7 @@ from ..data.batches import Batch, Normalizer
 from ..data.images import UnreadableImageCounter
 from ..data.sampling import BatchPlan, derive_seed
 from ..distributed import run_on_main
-from ..errors import mark_errors_of_all_processes
+from ..errors import RunStopped, mark_errors_of_all_processes
 from ..inference.metrics import select_scalars
 from ..options import TrainingOptions
 from ..system import get_peak_memory
@@ -68,10 +68,6 @@ class TrainingState:
 
     def use_averaged_weights(self) -> AbstractContextManager[None]:
         return nullcontext() if self.ema is None else self.ema.use_averaged_weights()
-
-
-class TrainingInterrupted(Exception):
-    """Exception that ends training after a stop signal. A checkpoint is saved before the exception is raised."""
 
 
 class NonFiniteLoss(Exception):
@@ -124,7 +120,7 @@ class TrainingLoop:
     def run(self, batches: Iterator[Batch]) -> Metrics:
         """Run the remaining steps, and return the metrics of the final evaluation. `batches` yields the batches of
         this process on the CPU; each step uses `gradient_accumulation_steps` batches. After a stop signal, save a
-        checkpoint and raise TrainingInterrupted. Raise NonFiniteLoss if a loss or gradient is not finite."""
+        checkpoint and raise RunStopped. Raise NonFiniteLoss if a loss or gradient is not finite."""
         set_train_mode(self.state.model)
         metrics = self.evaluate_step() if self.state.pending_record else {}
         while self.state.step < self.plan.num_steps and not self.should_stop_early:
@@ -133,7 +129,10 @@ class TrainingLoop:
                 break
             if self.signals is not None and (name := self.signals.get_signal()):
                 self.save(self.is_best)
-                raise TrainingInterrupted(name)
+                raise RunStopped(
+                    f"stopped by {name}; a checkpoint was saved. Repeat the command with --resume to continue the run",
+                    self.signals.exit_status,
+                )
         return metrics or self.evaluate()
 
     @property
@@ -259,8 +258,9 @@ class TrainingLoop:
         state = self.state
         metrics = self.evaluate()
         score = get_score(metrics, self.selection_metric)
-        self.is_best = score is not None and (state.best_score is None or score > state.best_score + state.margin)
-        if self.is_best:
+        self.is_best = False
+        if score is not None and (state.best_score is None or score > state.best_score + state.margin):
+            self.is_best = True
             state.best_score, state.num_evaluations_since_best = score, 0
             state.margin = 0.0 if state.step else 2 * math.sqrt(score * (1 - score) / metrics["num_images"])
         else:

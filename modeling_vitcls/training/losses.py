@@ -5,11 +5,11 @@
 Every loss is a mean over images, and the loss of one image does not depend on other images. The mean loss of
 accumulated batches is therefore equal to the loss of one large batch, up to rounding.
 
-The loss with a teacher follows DeiT (Touvron et al. 2021, arXiv 2012.12877, section 4):
+The loss with a teacher and labels follows DeiT (Touvron et al. 2021, arXiv 2012.12877, section 4):
 
     total = (1 - alpha) * loss of the CLS head on the labels + alpha * distillation loss
 
-The teacher is implemented in teacher.py.
+teacher.py implements the teachers, and distillation.py the distillation of their features without labels.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,6 @@ from torch import nn
 
 from ..data.batches import Batch, Normalizer
 from ..heads_vitcls import IGNORED_LABEL
-from ..options import DistillationOptions
 
 
 Losses = dict[str, torch.Tensor]
@@ -129,25 +128,29 @@ class ClassificationObjective:
 
 @dataclass(frozen=True)
 class DistillationObjective:
-    """Distillation loss (DeiT, section 4): the CLS head is trained on labels, and the distillation head is trained on
-    a teacher's logits for the same pixels."""
+    """Distillation from the outputs of teachers for the same pixels, with or without labels.
+
+    With labels (DeiT, section 4), the CLS head is trained on labels, and the distillation head on a teacher's logits.
+    Without labels, the model's outputs are trained on the features of several teachers (distillation.py).
+    """
 
     prepare_batch: Callable[[Batch], Batch]  # adds the model's "inputs"
-    label_loss: LabelLossFunction
-    compute_teacher_logits: Callable[[Batch], torch.Tensor]  # returns logits [B, L]
-    options: DistillationOptions
+    compute_targets: Callable[[Batch], Any]  # returns the outputs of the teachers
+    distillation_loss: Callable[
+        [Any, Any], torch.Tensor
+    ]  # computes the mean loss from the model's outputs and targets
+    label_loss: LabelLossFunction | None = None
+    alpha: float = 1.0  # weight of the distillation loss; the weight of the label loss is 1 - alpha
 
     def __call__(self, model: nn.Module, batch: Batch) -> Losses:
-        """Return the total loss, the label loss and the distillation loss of a batch that is on the model's device."""
-        alpha, tau = self.options.distillation_alpha, self.options.distillation_tau
+        """Return the total loss, and its parts if there are labels, of a batch that is on the model's device."""
         batch = self.prepare_batch(batch)
         outputs = model(**batch["inputs"])
+        distillation_loss = self.distillation_loss(outputs, self.compute_targets(batch))
+        if self.label_loss is None:
+            return {"loss": distillation_loss}
         label_loss = self.label_loss(outputs.cls_logits, batch["labels"])
-        teacher_logits = self.compute_teacher_logits(batch)
-        distillation_loss = compute_distillation_loss(
-            self.options.distillation, outputs.distillation_logits, teacher_logits, tau
-        )
-        loss = (1 - alpha) * label_loss + alpha * distillation_loss
+        loss = (1 - self.alpha) * label_loss + self.alpha * distillation_loss
         return {"loss": loss, "label_loss": label_loss, "distillation_loss": distillation_loss}
 
 

@@ -22,7 +22,7 @@ from ..configuration_vitcls import ViTCLSConfig
 from ..data.batches import Batch, Normalizer
 from ..heads_vitcls import PixelDecoder, compute_masked_pixel_loss
 from ..modeling_vitcls import ViTCLSModel, ViTCLSPreTrainedModel
-from ..variants_vitcls import get_layer_classes, keep_patches
+from ..variants_vitcls import ATTENTION_CLASSES, LAYER_CLASSES, keep_patches
 from .losses import Losses
 
 
@@ -73,7 +73,8 @@ class MAE(ViTCLSPreTrainedModel):
         self.decoder_embed = nn.Linear(config.hidden_size, width)
         self.decoder_positions = SinCosPositionEmbeddings(decoder_config)
         self.mask_token = nn.Parameter(torch.empty(1, 1, width))
-        layer_class, attention_class = get_layer_classes(decoder_config)
+        layer_class = LAYER_CLASSES[decoder_config.layer_type]
+        attention_class = ATTENTION_CLASSES[decoder_config.attention_type]
         self.decoder_layers = nn.ModuleList(
             layer_class(decoder_config, 0.0, attention_class) for _ in range(decoder_config.num_hidden_layers)
         )

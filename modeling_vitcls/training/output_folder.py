@@ -12,7 +12,8 @@ Therefore, the folder never contains an old model with a new configuration, even
 """
 
 import shutil
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -66,9 +67,9 @@ NON_FINITE_FILE = "non_finite.json"  # list of the training images in the step w
 NON_FINITE_FOLDER = "non_finite"  # folder with a checkpoint of the state before the step with a non-finite loss
 CHECKPOINTS_FOLDER = "checkpoints"
 
-PARTIAL_FOLDER = ".model.partial"  # files of the model until all of them are written
+STAGING_FOLDER = ".model.partial"  # files of the model until all of them are written
 LOCK_FILE = ".vitcls.lock"
-# Waiting time in seconds. Data loading processes of a killed run hold its lock until they notice that it has ended.
+# Waiting time in seconds. Data loading processes of a killed run hold its lock until they end, a few seconds later.
 LOCK_TIMEOUT = 10.0
 
 
@@ -106,10 +107,12 @@ def check_no_unrelated_files(folder: Path) -> None:
 def check_sources_not_removed(options: FinetuneOptions | PretrainOptions) -> None:
     """Raise ValueError if --overwrite would remove the initial model or the teacher."""
     folder = options.output_dir.resolve()
-    sources = {"--model": options.model.model}
-    if isinstance(options, FinetuneOptions) and options.distillation.teacher is not None:
-        sources["--teacher"] = options.distillation.teacher
-    for flag, name in sources.items():
+    sources = [("--model", options.model.model)]
+    if isinstance(options, PretrainOptions):
+        sources += [("--teachers", name) for name in options.distillation.teachers]
+    elif options.distillation.teacher is not None:
+        sources.append(("--teacher", options.distillation.teacher))
+    for flag, name in sources:
         path = Path(split_prefix(name)[1]).resolve()
         if is_local(name) and (path == folder or folder in path.parents):
             raise ValueError(
@@ -128,7 +131,7 @@ def remove_run_files(folder: Path, store: CheckpointStore) -> None:
     for name in (IMAGES_FOLDER, ".eval_results", ADAPTER_FOLDER):
         with suppress(OSError):  # the folder does not exist or is not empty
             (folder / name).rmdir()
-    for name in (NON_FINITE_FOLDER, PARTIAL_FOLDER):
+    for name in (NON_FINITE_FOLDER, STAGING_FOLDER):
         shutil.rmtree(folder / name, ignore_errors=True)
     store.clear()
     (folder / RECIPE_FILE).unlink(missing_ok=True)  # removed last, because this file marks an output folder
@@ -157,7 +160,31 @@ def list_final_files(folder: Path) -> list[str]:
 # Model ---------------------------------------------------------------------------------------------------------------
 
 
-def write_model_folder(
+@contextmanager
+def stage_files(folder: Path) -> Iterator[Path]:
+    """Yield a hidden folder for the files of the trained model, and move them to `folder` at the end.
+
+    config.json is moved first, because it marks the folder as the folder of a model, and results.json last, because it
+    marks the run as finished. A run that is killed at any time is therefore continued by --resume.
+    """
+    staging_folder = folder / STAGING_FOLDER
+    shutil.rmtree(staging_folder, ignore_errors=True)
+    staging_folder.mkdir()
+    yield staging_folder
+    files = [path for path in staging_folder.rglob("*") if path.is_file()]
+    for path in (*files, staging_folder):
+        sync_to_disk(path)
+    order = {CONFIG_FILE: 0, RESULTS_FILE: 2}
+    names = {path: path.relative_to(staging_folder).as_posix() for path in files}
+    for path in sorted(files, key=lambda path: (order.get(names[path], 1), path)):
+        target = folder / names[path]
+        target.parent.mkdir(exist_ok=True)
+        path.replace(target)
+    sync_to_disk(folder)
+    shutil.rmtree(staging_folder)
+
+
+def write_model_files(
     model: PreTrainedModel,
     processor: ViTCLSImageProcessor,
     folder: Path,
@@ -166,51 +193,34 @@ def write_model_folder(
     options: FinetuneOptions | PretrainOptions,
 ) -> None:
     """Write weights, configuration, code, image processor, LoRA adapter and results. LoRA weights are merged. Only the
-    main process may call this function. `weights` are full tensors, because the model may be sharded.
-
-    All files are written to a hidden folder first, and then moved: config.json first, because it marks the folder as
-    the folder of a model, and results.json last, because it marks the run as finished. A killed run is therefore
-    continued by --resume.
-    """
-    partial_folder = folder / PARTIAL_FOLDER
-    shutil.rmtree(partial_folder, ignore_errors=True)
+    main process may call this function. `weights` are full tensors, because the model may be sharded."""
     # FSDP2 replaces the model's class with a subclass. With the subclass, transformers would save PyTorch's source
     # files as the model's code.
     wrapped_class = type(model)
     unsharded_class: Any = next(base for base in wrapped_class.__mro__ if not issubclass(base, FSDPModule))
     model.__class__ = unsharded_class
     try:
-        model.save_pretrained(partial_folder, state_dict=merge_lora(weights))
+        model.save_pretrained(folder, state_dict=merge_lora(weights))
     finally:
         model.__class__ = wrapped_class
-    processor.save_pretrained(partial_folder)
-    results = results | {"weights_sha256": hash_weights(partial_folder), "provenance": None}  # None: random weights
+    processor.save_pretrained(folder)
+    results = results | {"weights_sha256": hash_weights(folder), "provenance": None}  # None: random weights
     if not is_preset(options.model.model) and not has_random_weights(resolve_checkpoint(options.model.model)):
         provenance = find_provenance(options.model.model)
-        provenance.copy_license(partial_folder)
+        provenance.copy_license(folder)
         results["provenance"] = provenance.to_dict()
     if isinstance(options, FinetuneOptions) and options.distillation.teacher is not None:
         results["teacher_provenance"] = find_provenance(options.distillation.teacher).to_dict()
-    # The training model may be sharded.
-    saved_model = unsharded_class.from_pretrained(partial_folder).to(model.device).eval()
+    if isinstance(options, PretrainOptions) and options.distillation.teachers:
+        results["teacher_licenses"] = [find_provenance(name).license for name in options.distillation.teachers]
+    saved_model = unsharded_class.from_pretrained(folder).to(model.device).eval()  # `model` may be sharded
     results["inference"] = measure_inference_speed(saved_model, model.device)
     if any(".lora_" in name for name in weights):
-        adapter_folder = partial_folder / ADAPTER_FOLDER
+        adapter_folder = folder / ADAPTER_FOLDER
         write_adapter(adapter_folder, weights, options.training.lora_rank, options.model.model)
         model.config.save_pretrained(adapter_folder)
         write_json(adapter_folder / RESULTS_FILE, results)
-    write_json(partial_folder / RESULTS_FILE, results)
-    files = [path for path in partial_folder.rglob("*") if path.is_file()]
-    for path in (*files, partial_folder):
-        sync_to_disk(path)
-    order = {CONFIG_FILE: 0, RESULTS_FILE: 2}
-    names = {path: path.relative_to(partial_folder).as_posix() for path in files}
-    for path in sorted(files, key=lambda path: (order.get(names[path], 1), path)):
-        target = folder / names[path]
-        target.parent.mkdir(exist_ok=True)
-        path.replace(target)
-    sync_to_disk(folder)
-    shutil.rmtree(partial_folder)
+    write_json(folder / RESULTS_FILE, results)
 
 
 # Lock ---------------------------------------------------------------------------------------------------------------

@@ -1,46 +1,74 @@
-"""Pre-training on images without labels: LeJEPA (lejepa.py) or MAE (mae.py). run.py implements the complete run.
+"""Pre-training on images without labels: LeJEPA (lejepa.py), MAE (mae.py) or distillation from teachers
+(distillation.py). run.py implements the complete run.
 
-    images -> method (encoder, and a projector or a decoder) -> loss
+    images -> method (encoder, and projectors or a decoder) -> loss
     held-out images -> encoder -> features -> accuracy of k-NN, or effective rank of the features without labels
 
-The saved model is the encoder; the projector and the decoder are only in checkpoints/. The accuracy of k-NN and of
+The saved model is the encoder; projectors and the decoder are only in checkpoints/. The accuracy of k-NN and of
 logistic regression on frozen features is measured before and after training.
 """
 
 import itertools
+import math
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
+from accelerate.utils import send_to_device
 
 from ..configuration_vitcls import ViTCLSConfig
 from ..conversion.any_checkpoint import resolve_checkpoint
-from ..data.batches import Normalizer
+from ..data.augmentation import build_augmentation
+from ..data.batches import Normalizer, iterate_training_batches
 from ..data.fit import set_fit
 from ..data.images import LabeledImages
+from ..data.sampling import BatchPlan
 from ..data.splits import TrainingData, load_training_data
+from ..data.streaming import build_training_dataset
+from ..hub.local_paths import strip_folders
 from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..inference.evaluator import HeldOutBatch
 from ..inference.frozen import FeatureEvaluator, build_classifier
 from ..inference.load_model import is_preset, load_processor
 from ..modeling_vitcls import ViTCLSModel
 from ..options import PretrainOptions
+from .distillation import Distillation, FeatureTeachers, TeacherCosines, compute_feature_loss
 from .lejepa import LeJEPA, LeJEPAObjective
-from .losses import Objective
+from .losses import DistillationObjective, Objective
 from .mae import MAE, MAEObjective, build_decoder_config, draw_masks
 from .reporter import Reporter
 from .task import Task, get_evaluator_arguments
+from .teacher import TeacherCache, load_feature_teacher
 
 
 MAX_NEIGHBORS = 10_000  # maximum number of training images for k-NN and logistic regression
+NUM_STANDARDIZATION_IMAGES, NUM_DRY_RUN_STANDARDIZATION_IMAGES = 2048, 64  # images for teachers' means and covariances
 MIN_RANK = 0.02  # effective rank below which the features have collapsed, as a fraction of their width
 
 
 def check_options(options: PretrainOptions) -> PretrainOptions:
-    """Return the options with the method's defaults. Raise ValueError if a flag requires labels or drops patches."""
+    """Return the options with the method's defaults. Raise ValueError if flags contradict each other, require labels
+    or drop patches."""
+    num_teachers, num_tokens = len(options.distillation.teachers), options.model.num_distillation_tokens
+    method = options.method or ("distillation" if num_teachers else "lejepa")
+    if (method == "distillation") != bool(num_teachers):
+        raise ValueError(f"--method {method} {'excludes' if num_teachers else 'requires'} --teachers. Change one flag")
+    for name in filter(is_preset, options.distillation.teachers):
+        raise ValueError(f"--teachers requires trained models, but {name} has random weights. Set a checkpoint")
+    if num_teachers and num_tokens is None:
+        num_tokens = num_teachers
+    if num_teachers and num_tokens not in (0, 1, num_teachers):
+        raise ValueError(
+            f"--teachers requires a distillation token for each teacher, one token for all teachers, or none, but "
+            f"{num_teachers} teachers have {num_tokens} tokens. Set --num-distillation-tokens {num_teachers}"
+        )
+    model = replace(options.model, num_distillation_tokens=num_tokens)
+    options = replace(options, method=method, model=model)
     flags = {
         "--mixup": bool(options.augmentation.mixup),
         "--cutmix": bool(options.augmentation.cutmix),
@@ -54,6 +82,11 @@ def check_options(options: PretrainOptions) -> PretrainOptions:
     if options.model.patch_drop_rate:
         raise ValueError(
             "--patch-drop-rate drops patches, but pre-training requires all patches. Remove --patch-drop-rate"
+        )
+    if options.data.streaming and options.distillation.teacher_views:
+        raise ValueError(
+            "--teacher-views stores one vector per image, but the number of images in a stream is unknown. Remove "
+            "--teacher-views or --streaming"
         )
     if options.method == "lejepa":  # draws its own crops
         augmentation = options.augmentation
@@ -75,19 +108,28 @@ def load_data(options: PretrainOptions) -> TrainingData:
 
 def build_task(options: PretrainOptions, data: TrainingData, reporter: Reporter) -> Task:
     """Load the model, and build loss and evaluation."""
-    method, processor = build_method(options)
-    config, device = method.config, reporter.accelerator.device
+    encoder, processor = build_encoder(options)
+    config, device = encoder.config, reporter.accelerator.device
     normalize = Normalizer(processor, device)
     rows, columns = config.grid_size
-    objective: Objective = LeJEPAObjective(normalize, options.lejepa, config.patch_height_width)
-    if options.method == "mae":
+    teachers: FeatureTeachers | None = None
+    method: Any
+    objective: Objective
+    if options.method == "distillation":
+        teachers = load_teachers(options, data, processor, config, reporter.accelerator)
+        method = Distillation(encoder, teachers.teachers, teachers.with_patches)
+        objective = build_distillation_objective(options, data, teachers, normalize)
+        summary = f"distillation from {len(teachers.teachers)} teacher(s)"
+    elif options.method == "mae":
+        method = MAE(encoder, build_decoder_config(config, options.mae.decoder_layers))
         objective = MAEObjective(normalize, rows * columns, options.mae.mask_ratio)
         num_masked = int(draw_masks(1, rows * columns, options.mae.mask_ratio, torch.device("cpu")).sum())
         summary = f"MAE: {num_masked} of {rows} x {columns} patches are masked"
     else:
-        summary = (
-            f"LeJEPA: {options.lejepa.global_crops} global and {options.lejepa.local_crops} local crops per image"
-        )
+        lejepa = options.lejepa
+        method = LeJEPA(encoder, lejepa.projector_width, lejepa.projector_features)
+        objective = LeJEPAObjective(normalize, lejepa, config.patch_height_width)
+        summary = f"LeJEPA: {lejepa.global_crops} global and {lejepa.local_crops} local crops per image"
     has_labels = data.label_space.kind == "single_label_classification" and bool(data.label_space.columns)
     arguments = {"processor": processor, "label_space": data.label_space}
     arguments |= get_evaluator_arguments(options, method, reporter)
@@ -97,19 +139,31 @@ def build_task(options: PretrainOptions, data: TrainingData, reporter: Reporter)
         neighbors = TokenFeatures(data.train.select(sorted(order[:MAX_NEIGHBORS].tolist())), **arguments)
 
     def build_evaluator(images: LabeledImages, with_regression: bool = False) -> FeatureQuality:
-        return FeatureQuality(TokenFeatures(images, **arguments), neighbors, reporter.warn, with_regression)
+        cosines = None if teachers is None else TeacherCosines(teachers, normalize, images, **arguments)
+        return FeatureQuality(TokenFeatures(images, **arguments), neighbors, cosines, reporter.warn, with_regression)
+
+    selection_metric = "effective_rank" if neighbors is None else "knn_accuracy"
+    summary_lines = {"method": summary}
+    results: dict[str, Any] = {"method": options.method}
+    if teachers is not None:
+        selection_metric = "teacher_cosine"
+        summary_lines |= {f"teacher {index}": each.description for index, each in enumerate(teachers.teachers)}
+        results["teachers"] = [strip_folders(name) for name in options.distillation.teachers]
+        has_own_tokens = config.num_distillation_tokens == len(teachers.teachers)
+        config.distillation_teachers = results["teachers"] if has_own_tokens else None
 
     return Task(
         method,
         processor,
         objective,
         build_evaluator,
-        selection_metric="effective_rank" if neighbors is None else "knn_accuracy",
-        result_metrics=("knn_accuracy", "knn_accuracy_of_patches", "effective_rank"),
+        selection_metric=selection_metric,
+        result_metrics=("teacher_cosine", "knn_accuracy", "knn_accuracy_of_patches", "effective_rank"),
         evaluated_text="{num_images:,} held-out images",
         labels_text="labels are used only to measure the features" if has_labels else "no labels",
-        summary_lines={"method": summary},
-        results={"method": options.method},
+        num_views=options.distillation.teacher_views,
+        summary_lines=summary_lines,
+        results=results,
         encoder=method.vitcls,
         compare=FeatureComparison(partial(build_evaluator, data.held_out, with_regression=True)),
     )
@@ -119,51 +173,66 @@ def build_task(options: PretrainOptions, data: TrainingData, reporter: Reporter)
 
 
 class TokenFeatures(FeatureEvaluator):
-    """Computes two features of each image: its CLS token (or the mean of its patches), and the mean of its patches."""
+    """Computes two features of each image: its trained token and the mean of its patches, concatenated.
+
+    The trained token is the CLS token, or the mean of the patches without CLS token. After distillation from teachers,
+    it is the concatenation of all distillation tokens.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__([], *args, **kwargs)
 
     def compute_outputs(self, model: torch.nn.Module, batch: HeldOutBatch) -> torch.Tensor:
-        """Return the features [G, 2, D] of the G readable images of a batch."""
-        layout = self.accelerator.unwrap_model(model).config.token_layout
+        """Return the features [G, token + D] of the G readable images of a batch."""
+        method = self.accelerator.unwrap_model(model)
+        layout = method.config.token_layout
         with self.accelerator.autocast():
             states = model(self.pad_batch(model, batch.pixel_values)).last_hidden_state
         patches = states[:, layout.patches].mean(dim=1)
         token = states[:, layout.cls.start] if layout.cls.start < layout.cls.stop else patches
-        return torch.stack([token, patches], dim=1)[: len(batch.labels)]
+        if isinstance(method, Distillation) and method.num_tokens:
+            token = states[:, layout.distillation].flatten(1)
+        return torch.cat([token, patches], dim=1)[: len(batch.labels)]
 
 
 @dataclass
 class FeatureQuality:
     """Measures frozen features: the accuracy of k-NN on held-out images, and their effective rank.
 
-    `neighbors` computes the features of labeled training images; None without labels.
+    `neighbors` computes the features of labeled training images; None without labels. `cosines` compares the tokens
+    with teachers; None without teachers.
     """
 
     held_out: TokenFeatures
     neighbors: TokenFeatures | None
+    cosines: TeacherCosines | None
     warn: Callable[[str], None]
     with_regression: bool = False
 
     def __call__(self, model: Any) -> dict[str, Any]:
         """Return the metrics of a method, wrapped or not. All processes must call this method."""
         held_out = self.held_out(model)
-        features, labels = held_out["features"], held_out["labels"]  # [images, 2, D]
+        features, labels = held_out["features"], held_out["labels"]  # [images, token + D]
+        patch_width = self.held_out.accelerator.unwrap_model(model).config.hidden_size
+        parts = {"": np.s_[:, :-patch_width], "_of_patches": np.s_[:, -patch_width:]}
         metrics: dict[str, Any] = {}
+        if self.cosines is not None:
+            cosines = self.cosines(model)["features"].mean(axis=0)  # [teachers]
+            metrics["teacher_cosine"] = round(float(cosines.mean()), 6)
+            metrics["teacher_cosines"] = [round(float(cosine), 6) for cosine in cosines]
         if self.neighbors is not None:
             train = self.neighbors(model)
             kinds = {"knn_accuracy": "knn"} | ({"regression_accuracy": "logreg"} if self.with_regression else {})
-            for (name, kind), (index, suffix) in itertools.product(kinds.items(), enumerate(("", "_of_patches"))):
+            for (name, kind), (suffix, part) in itertools.product(kinds.items(), parts.items()):
                 classifier = build_classifier(kind, len(train["labels"]))
-                classifier.fit(train["features"][:, index], train["labels"])
-                predictions = classifier.predict(features[:, index])
+                classifier.fit(train["features"][part], train["labels"])
+                predictions = classifier.predict(features[part])
                 metrics[name + suffix] = round(float((predictions == labels).mean()), 6)
-        rank, width = compute_effective_rank(features[:, 0]), features.shape[-1]
+        rank, width = compute_effective_rank(features[parts[""]]), features.shape[-1] - patch_width
         if rank < max(MIN_RANK * width, 1.5):
             self.warn(
                 f"the features have collapsed: their effective rank is {rank:.1f} of {width} channels, so images "
-                "can hardly be told apart. Set a larger --sigreg-weight or a lower --learning-rate"
+                "have nearly the same features. Set a larger --sigreg-weight or a lower --learning-rate"
             )
         counts = {name: held_out[name] for name in ("num_images", "num_unreadable_images")}
         return metrics | {"effective_rank": round(rank, 2)} | counts
@@ -184,9 +253,11 @@ class FeatureComparison:
         """Return a line that compares the metrics with those before training."""
         before, names = self.before, {"knn_accuracy": "k-NN", "regression_accuracy": "logistic regression"}
         texts = [f"{text} {before[name]:.1%} -> {after[name]:.1%}" for name, text in names.items() if name in after]
+        is_worse = all(after[name] < before[name] for name in names if name in after) and bool(texts)
         if not texts:
-            return f"effective rank {before['effective_rank']} -> {after['effective_rank']} (no labels)"
-        is_worse = all(after[name] < before[name] for name in names)
+            texts = [f"effective rank {before['effective_rank']} -> {after['effective_rank']} (no labels)"]
+        for index, cosine in enumerate(after.get("teacher_cosines", ())):
+            texts.append(f"cosine with teacher {index} {before['teacher_cosines'][index]:.3f} -> {cosine:.3f}")
         text = f"{', '.join(texts)} on {after['num_images']:,} held-out images, from before to after pre-training"
         return f"{text}. Pre-training made the features worse" if is_worse else text
 
@@ -207,8 +278,8 @@ def compute_effective_rank(features: np.ndarray) -> float:
 # Models --------------------------------------------------------------------------------------------------------------
 
 
-def build_method(options: PretrainOptions) -> tuple[LeJEPA | MAE, ViTCLSImageProcessor]:
-    """Build the encoder from a preset or a checkpoint, with a projector or a decoder of random weights."""
+def build_encoder(options: PretrainOptions) -> tuple[ViTCLSModel, ViTCLSImageProcessor]:
+    """Build the encoder from a preset or a checkpoint."""
     name, config_values = options.model.model, options.model.get_config_values()
     if is_preset(name):
         encoder, processor = ViTCLSModel(ViTCLSConfig.from_preset(name, **config_values)), ViTCLSImageProcessor()
@@ -222,7 +293,57 @@ def build_method(options: PretrainOptions) -> tuple[LeJEPA | MAE, ViTCLSImagePro
             f"{name} has a patch_drop_rate of {config.patch_drop_rate}, but pre-training requires all patches. "
             "Set --patch-drop-rate 0"
         )
+    if encoder.embeddings.mask_token is not None:
+        encoder.embeddings.mask_token.requires_grad_(False)  # not used; DDP requires gradients of all parameters
     set_fit(processor, options.model.fit, config.image_height_width)
-    if options.method == "mae":
-        return MAE(encoder, build_decoder_config(config, options.mae.decoder_layers)), processor
-    return LeJEPA(encoder, options.lejepa.projector_width, options.lejepa.projector_features), processor
+    return encoder, processor
+
+
+def load_teachers(
+    options: PretrainOptions,
+    data: TrainingData,
+    processor: ViTCLSImageProcessor,
+    config: ViTCLSConfig,
+    accelerator: Accelerator,
+) -> FeatureTeachers:
+    """Load the teachers, and fit the standardization of their features to augmented training images."""
+    with_patches, augmentation = (
+        options.distillation.distill_patches,
+        build_augmentation(options.augmentation, processor),
+    )
+    teachers = FeatureTeachers(
+        [
+            load_feature_teacher(name, config, with_patches, accelerator.device)
+            for name in options.distillation.teachers
+        ],
+        with_patches,
+        accelerator.autocast,
+    )
+    num_images = NUM_DRY_RUN_STANDARDIZATION_IMAGES if options.run.dry_run else NUM_STANDARDIZATION_IMAGES
+    plan = BatchPlan.from_options(data.num_training_images, options.training, num_processes=1)
+    num_batches = math.ceil(min(num_images, data.num_training_images or num_images) / plan.batch_size)
+    images = build_training_dataset(
+        data.train,
+        augmentation,
+        bool(processor.do_convert_rgb),
+        options.training.seed,
+        num_channels=config.num_channels,
+    )
+    with closing(iterate_training_batches(images, plan, 0, num_workers=0)) as batches:
+        teachers.fit(send_to_device(batch, accelerator.device) for batch in itertools.islice(batches, num_batches))
+    return teachers
+
+
+def build_distillation_objective(
+    options: PretrainOptions, data: TrainingData, teachers: FeatureTeachers, normalize: Normalizer
+) -> DistillationObjective:
+    """Build the loss of the encoder's predictions, with cached targets if the number of views is limited."""
+    sources: list[Any] = teachers.teachers
+    if num_views := options.distillation.teacher_views:
+        num_images = data.num_training_images or 0
+        sources = [TeacherCache(each, num_images, num_views, each.model.config.pooled_size) for each in sources]
+    return DistillationObjective(
+        lambda batch: batch | {"inputs": {"pixel_values": normalize(batch["pixels"]), "project": True}},
+        partial(teachers.compute_targets, sources=sources),
+        compute_feature_loss,
+    )

@@ -18,7 +18,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from torch import nn
 
 from ..configuration_vitcls import ViTCLSConfig
+from ..data.fit import MAX_MEASURED_IMAGES, describe_fit
 from ..data.sampling import BatchPlan
+from ..data.splits import HELD_OUT_SPLITS, TrainingData
+from ..data.streaming import StreamedImages
+from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..system import describe_device, get_versions
 
 
@@ -133,7 +137,7 @@ def format_duration(seconds: float) -> str:
 
 
 def format_metric(name: str, value: float | None) -> str:
-    formats = {"loss": ".4g", "rank": ".1f"}
+    formats = {"loss": ".4g", "rank": ".1f", "cosine": ".3f"}
     text = "unknown" if value is None else f"{value:{formats.get(name.rpartition('_')[2], '.2%')}}"
     return f"{name.replace('_', ' ')} {text}"
 
@@ -161,6 +165,42 @@ def flatten_record(record: dict[str, Any], prefix: str = "") -> dict[str, float]
 
 
 # Summary and results -------------------------------------------------------------------------------------------------
+
+
+def describe_splits(data: TrainingData, processor: ViTCLSImageProcessor, labels_text: str) -> dict[str, str]:
+    """Return the summary lines about the data."""
+    size_text = "a stream of" if data.num_training_images is None else f"{data.num_training_images:,}"
+    lines = {}
+    if data.train_split in HELD_OUT_SPLITS:
+        lines["split"] = (
+            f"training uses the split named {data.train_split!r}, because {data.name} has no split named 'train'"
+        )
+    held_out_text = "a stream of" if data.num_held_out_images is None else f"{data.num_held_out_images:,}"
+    lines |= {
+        "data": f"{data.name}: {size_text} training images, {held_out_text} held-out images "
+        f"({data.held_out_name}); {labels_text}"
+    }
+    if data.selection is not None:
+        selection_text = "a stream of" if isinstance(data.selection, StreamedImages) else f"{len(data.selection):,}"
+        lines["selection"] = (
+            f"the best checkpoint is selected on {selection_text} separate images ({data.selection_name})"
+        )
+    if data.num_excluded:
+        total = data.num_excluded + (data.num_training_images or 0)
+        lines["excluded"] = f"{data.num_excluded:,} of {total:,} training images are left out (--exclude)"
+    is_streamed = isinstance(data.held_out, StreamedImages)
+    measured = data.held_out.read_first(MAX_MEASURED_IMAGES) if is_streamed else data.held_out
+    lines["fit"] = describe_fit(processor, measured.images)
+    return lines
+
+
+def format_result(metrics: dict[str, Any], names: tuple[str, ...], evaluated_text: str) -> str:
+    """Format the metrics `names` of the final evaluation as one line of text. `evaluated_text` names the images."""
+    names = tuple(name for name in names if name in metrics)
+    if not names:
+        return "the model was trained on all images and not evaluated, because --held-out-fraction is 0"
+    text = ", ".join(format_metric(name, metrics[name]) for name in names)
+    return f"{text} on {evaluated_text.format(num_images=metrics['num_images'])}"
 
 
 def describe_model(source: str, model: Any, forward_flops: int) -> dict[str, str]:

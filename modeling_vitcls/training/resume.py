@@ -20,11 +20,11 @@ CHANGEABLE_FLAGS = (
     "keep_checkpoints log_with report dry_run push_to_hub hub_model_id hub_private hub_verify hub_checkpoint_branch "
     "license card_samples eval_benchmark eval_task_id"
 ).split()
-PATH_FLAGS = ("dataset", "model", "teacher")  # flags whose values may be paths
+PATH_FLAGS = ("dataset", "model", "teacher", "teachers")  # flags whose values may be paths
 
 
 def resolve_local_paths(options: Any) -> Any:
-    """Return the options with absolute paths for a local dataset, model and teacher."""
+    """Return the options with absolute paths for a local dataset, model and teachers."""
     dataset = resolve_name(options.data.dataset, is_built_in=options.data.dataset == BUILT_IN_DATASET)
     options = replace(options, data=replace(options.data, dataset=dataset))
     return replace_sources(
@@ -40,15 +40,19 @@ def pin_models(options: Any, checkpoint: Checkpoint | None) -> Any:
     def pin(flag: str, source: str) -> str:
         if flag == "model" and is_preset(source):
             return source
-        return stored_flags[flag] if is_pinned(stored_flags.get(flag), source) else pin_revision(source)
+        stored_sources = [stored_flags.get(flag)] if flag != "teachers" else stored_flags.get(flag, [])
+        return next((stored for stored in stored_sources if is_pinned(stored, source)), None) or pin_revision(source)
 
     return replace_sources(options, pin)
 
 
 def replace_sources(options: Any, convert: Callable[[str, str], str]) -> Any:
-    """Return the options with the values of --model and --teacher replaced with `convert(flag, value)`."""
+    """Return the options with the values of --model, --teacher and --teachers replaced with `convert(flag, value)`."""
     options = replace(options, model=replace(options.model, model=convert("model", options.model.model)))
-    if isinstance(options, PretrainOptions) or options.distillation.teacher is None:
+    if isinstance(options, PretrainOptions):
+        teachers = tuple(convert("teachers", source) for source in options.distillation.teachers)
+        return replace(options, distillation=replace(options.distillation, teachers=teachers))
+    if options.distillation.teacher is None:
         return options
     teacher = convert("teacher", options.distillation.teacher)
     return replace(options, distillation=replace(options.distillation, teacher=teacher))
@@ -59,7 +63,11 @@ def get_relative_flags(options: Any, should_strip: bool = False) -> dict[str, An
     folders are replaced with placeholders, because the flags are published."""
     flags = to_flags(options)
     convert = strip_folders if should_strip else make_relative
-    relative = {name: convert(flags[name]) for name in PATH_FLAGS if flags.get(name)}
+    relative = {
+        name: list(map(convert, flags[name])) if name == "teachers" else convert(flags[name])
+        for name in PATH_FLAGS
+        if flags.get(name)
+    }
     return (
         flags | {"output_dir": flags["output_dir"] if should_strip else make_relative(flags["output_dir"])} | relative
     )
@@ -73,11 +81,13 @@ def check_flags_unchanged(stored_flags: dict[str, Any], current_flags: dict[str,
     """
     for name, value in stored_flags.items():
         current_value = current_flags.get(name)
+        pairs = [(value, current_value)]
+        if name == "teachers" and len(value) == len(current_value or ()):
+            pairs = list(zip(value, current_value, strict=True))
         if (
             name in CHANGEABLE_FLAGS
             or current_value == value
-            or (name in PATH_FLAGS and is_same_source(value, current_value))
-            or is_pinned(value, current_value)
+            or (name in PATH_FLAGS and all(is_same_source(*pair) or is_pinned(*pair) for pair in pairs))
             or (current_value is None and (name == "select" or any(name == default.name for default in DEFAULTS)))
         ):
             continue

@@ -1,7 +1,6 @@
 """One training run, from options to a model folder.
 
-    folder = train(options)        fine-tuning or pre-training
-    summary = run_folds(options)   one run per fold (`--folds`)
+    folder = train(options)
 
 A run has two collaborators: the task is what is trained (finetune.py, pretrain.py), and the loop is how the steps run
 (loop.py). The run writes weights, configuration, code, image processor, config.resolved.yaml, metrics.jsonl,
@@ -9,11 +8,7 @@ checkpoints and finally results.json, which marks the folder as complete. publis
 from the folder, and pushes the folder.
 """
 
-import math
-import os
-import random
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -29,32 +24,31 @@ from torch.distributed.fsdp import FSDPModule
 from ..checkpoints import WRITE_ERRORS, CheckpointStore
 from ..data.augmentation import build_augmentation
 from ..data.batches import Normalizer, iterate_training_batches
-from ..data.fit import MAX_MEASURED_IMAGES, describe_fit
 from ..data.held_out import HELD_OUT_RECORD_KEY
 from ..data.images import LabeledImages, UnreadableImageCounter
 from ..data.sampling import BatchPlan
-from ..data.splits import HELD_OUT_SPLITS, TrainingData, describe_data, load_on_main
-from ..data.streaming import StreamedImages, build_training_dataset
+from ..data.splits import TrainingData, describe_data, load_on_main
+from ..data.streaming import build_training_dataset
 from ..distributed import build_accelerator, configure_layer_sharding, run_on_main
-from ..errors import format_error, is_raised_on_all_processes
+from ..errors import RunStopped, format_error, is_raised_on_all_processes
 from ..files import write_json
 from ..hub.connection import silence_transformers
 from ..hub.model_files import PREDICTIONS_FILE
 from ..inference.evaluator import Evaluator
 from ..inference.metrics import drop_large_matrices
 from ..inference.per_image import write_predictions
-from ..intervals import compute_mean_interval
 from ..options import FinetuneOptions, PretrainOptions, to_flags
 from . import finetune, output_folder, pretrain
 from .calibration import FITTED, MIN_IMAGES, REPORTED, calibrate, compute_calibration_errors, rescale
 from .defaults import describe_random_weights, get_run_properties, resolve_defaults
 from .distributed_state import gather_state, gather_weights, reshard
-from .loop import Metrics, NonFiniteLoss, TrainingInterrupted, TrainingLoop, TrainingState
+from .dry_run import NUM_PROBE_IMAGES, build_dry_run_options, describe_dry_run, draw_images
+from .loop import NonFiniteLoss, TrainingLoop, TrainingState
 from .model import check_preset_name, choose_image_size
 from .optimizer import Ema, build_optimizer
-from .output_folder import CHECKPOINTS_FOLDER, RESULTS_FILE, FolderLock, write_model_folder
+from .output_folder import CHECKPOINTS_FOLDER, RESULTS_FILE, FolderLock, stage_files, write_model_files
 from .probe import MIN_SELECTION_IMAGES
-from .reporter import Reporter, describe_batches, describe_model, describe_run, format_duration, format_metric
+from .reporter import Reporter, describe_batches, describe_model, describe_run, describe_splits, format_result
 from .resume import (
     check_flags_unchanged,
     check_run_unchanged,
@@ -67,21 +61,7 @@ from .signals import SignalHandler
 from .task import Task
 
 
-FOLDS_FILE = "folds.json"  # results of a cross-validation
-NUM_DECIMALS = 6  # number of decimals in folds.json
-NO_EVALUATION_TEXT = "the model was trained on all images and not evaluated, because --held-out-fraction is 0"
-NUM_DRY_RUN_STEPS = 3  # number of steps of a dry run; more than 1, because the first step is slower than later steps
-NUM_DRY_RUN_PROBE_IMAGES = 256  # maximum number of training images for the probe of a dry run
 DEFAULT_STREAM_SAVE_EVERY = 1000  # default of --save-every in steps for streams, which have no epochs
-
-
-class RunStopped(Exception):
-    """Exception that ends a run early, with a one-line message for the user."""
-
-    def __init__(self, message: str, exit_status: int = 1, is_on_all_processes: bool = True) -> None:
-        super().__init__(message)
-        self.exit_status = exit_status  # exit status of the program
-        self.is_on_all_processes = is_on_all_processes  # whether all processes stop for the same reason
 
 
 def train(options: FinetuneOptions | PretrainOptions, on_checkpoint: Callable[[Path], None] | None = None) -> Path:
@@ -142,6 +122,7 @@ def run(
             return (folder / RESULTS_FILE).exists()
 
         if run_on_main(accelerator, check_folder):
+            shutil.rmtree(folder / output_folder.STAGING_FOLDER, ignore_errors=True)  # killed at the very end
             reporter.print_line("finished", f"{folder} already contains the results of this run")
             return folder
 
@@ -167,7 +148,7 @@ def run(
         run_on_main(accelerator, lambda: output_folder.prepare(folder, store, get_relative_flags(options), checkpoint))
 
         # Summary
-        lines: dict[str, str | None] = {**describe_splits(data, task)}
+        lines: dict[str, str | None] = {**describe_splits(data, task.processor, task.labels_text)}
         lines |= describe_model(options.model.model, task.model, forward_flops) | default_lines | task.summary_lines
         num_selection = len(data.selection) if isinstance(data.selection, LabeledImages) else None
         has_few_images = num_selection is not None and num_selection < MIN_SELECTION_IMAGES
@@ -197,7 +178,7 @@ def run(
                 selection=None if data.selection is None else draw_images(data.selection, num_evaluated),
             )
             if task.probe is not None:
-                task.probe = replace(task.probe, max_images=NUM_DRY_RUN_PROBE_IMAGES)
+                task.probe = replace(task.probe, max_images=NUM_PROBE_IMAGES)
 
         # Probe
         reporter.printed_metric = None if is_dry_run else task.selection_metric
@@ -221,7 +202,7 @@ def run(
         if should_compare:
             task.compare.before = task.compare.measure(task.model.to(accelerator.device))
         state = prepare_state(options, task, accelerator)
-        with SignalHandler(accelerator) as signals, reporter.progress, convert_errors(accelerator, signals):
+        with SignalHandler(accelerator) as signals, reporter.progress, stop_on_errors():
             loop = TrainingLoop(
                 state,
                 task.objective,
@@ -241,11 +222,7 @@ def run(
                 on_checkpoint,
             )
             if checkpoint is not None:
-                try:
-                    loop.restore(checkpoint)
-                except ValueError as error:
-                    is_on_all = is_raised_on_all_processes(error)
-                    raise RunStopped(f"--resume: {error}", is_on_all_processes=is_on_all) from error
+                loop.restore(checkpoint)
                 reporter.print_line("resumed", f"after step {state.step:,} of {plan.num_steps:,}")
             reporter.start_after(state.step - 1 if state.pending_record else state.step, plan.num_steps)
             accelerator.wait_for_everyone()
@@ -348,16 +325,10 @@ def run(
             full_options = replace(options, training=replace(options.training, max_steps=full_max_steps))
             full_plan = build_plan(full_options, data, accelerator)
             fraction = num_evaluated / full_num_images if full_num_images else 1.0
-            seconds = estimate_run_seconds(loop, full_plan, options.training.evaluate_every, fraction)
-            reporter.print_line(
-                "dry run",
-                f"ran {len(loop.step_seconds)} steps and an evaluation, and saved a checkpoint and the model, in "
-                f"{time.perf_counter() - run_start_time:.0f} s; no files were kept. The full run has "
-                f"{full_plan.num_steps:,} steps, takes about {format_duration(seconds)}, and needs about "
-                f"{loop.peak_memory / 2**20:,.0f} MiB of memory per process",
-            )
+            text = describe_dry_run(loop, full_plan, options, fraction, time.perf_counter() - run_start_time)
+            reporter.print_line("dry run", text)
         else:
-            reporter.print_line("result", format_result(task, metrics))
+            reporter.print_line("result", format_result(metrics, task.result_metrics, task.evaluated_text))
             if should_compare:
                 reporter.print_line("features", results["features"]["summary"])
             reporter.print_line("saved", f"{folder} (model, image processor, {RESULTS_FILE})")
@@ -416,42 +387,6 @@ def prepare_state(options: Any, task: Task, accelerator: Accelerator) -> Trainin
     return state
 
 
-def describe_splits(data: TrainingData, task: Task) -> dict[str, str]:
-    """Return the summary lines about the data."""
-    size_text = "a stream of" if data.num_training_images is None else f"{data.num_training_images:,}"
-    lines = {}
-    if data.train_split in HELD_OUT_SPLITS:
-        lines["split"] = (
-            f"training uses the split named {data.train_split!r}, because {data.name} has no split named 'train'"
-        )
-    held_out_text = "a stream of" if data.num_held_out_images is None else f"{data.num_held_out_images:,}"
-    lines |= {
-        "data": f"{data.name}: {size_text} training images, {held_out_text} held-out images "
-        f"({data.held_out_name}); {task.labels_text}"
-    }
-    if data.selection is not None:
-        selection_text = "a stream of" if isinstance(data.selection, StreamedImages) else f"{len(data.selection):,}"
-        lines["selection"] = (
-            f"the best checkpoint is selected on {selection_text} separate images ({data.selection_name})"
-        )
-    if data.num_excluded:
-        total = data.num_excluded + (data.num_training_images or 0)
-        lines["excluded"] = f"{data.num_excluded:,} of {total:,} training images are left out (--exclude)"
-    is_streamed = isinstance(data.held_out, StreamedImages)
-    measured = data.held_out.read_first(MAX_MEASURED_IMAGES) if is_streamed else data.held_out
-    lines["fit"] = describe_fit(task.processor, measured.images)
-    return lines
-
-
-def format_result(task: Task, metrics: Metrics) -> str:
-    """Format the metrics of the final evaluation as one line of text."""
-    names = [name for name in task.result_metrics if name in metrics]
-    if not names:
-        return NO_EVALUATION_TEXT
-    text = ", ".join(format_metric(name, metrics[name]) for name in names)
-    return f"{text} on {task.evaluated_text.format(num_images=metrics['num_images'])}"
-
-
 def start_trackers(accelerator: Accelerator, options: Any) -> None:
     folder = options.output_dir / "trackers"
     if accelerator.is_main_process:
@@ -465,16 +400,12 @@ def start_trackers(accelerator: Accelerator, options: Any) -> None:
 
 
 @contextmanager
-def convert_errors(accelerator: Accelerator, signals: SignalHandler) -> Iterator[None]:
-    """Convert stop signals, OSError and ValueError inside the `with` block to RunStopped."""
+def stop_on_errors() -> Iterator[None]:
+    """Convert OSError and ValueError inside the `with` block to RunStopped: a full disk, unreadable images, or a
+    checkpoint of another model."""
     try:
         yield
-    except TrainingInterrupted as error:
-        raise RunStopped(
-            f"stopped by {error}; a checkpoint was saved. Repeat the command with --resume to continue the run",
-            signals.exit_status,
-        ) from None
-    except (OSError, ValueError) as error:  # a full disk, unreadable images, or a checkpoint of another model
+    except (OSError, ValueError) as error:
         raise RunStopped(str(error), is_on_all_processes=is_raised_on_all_processes(error)) from error
 
 
@@ -501,16 +432,16 @@ def save_output(
 ) -> None:
     """Write the evaluator's predictions, the model, the image processor and finally results.json. All processes must
     call this function. Raise RunStopped on all processes if the folder cannot be written."""
-    folder, weights = options.output_dir, gather_weights(task.model, accelerator.is_main_process)
+    folder, weights = options.output_dir, gather_weights(task.model)
     if task.encoder is not None:
         weights = {name.removeprefix("vitcls."): weights[name] for name in weights if name.startswith("vitcls.")}
 
     def write() -> None:
         try:
-            if evaluator is not None:
-                write_predictions(folder / PREDICTIONS_FILE, evaluator)
-            with silence_transformers(hide_warnings=False):
-                write_model_folder(task.encoder or task.model, task.processor, folder, weights, results, options)
+            with stage_files(folder) as staging, silence_transformers(hide_warnings=False):
+                if evaluator is not None:
+                    write_predictions(staging / PREDICTIONS_FILE, evaluator)
+                write_model_files(task.encoder or task.model, task.processor, staging, weights, results, options)
         except WRITE_ERRORS as error:
             raise OSError(format_error(error)) from error
 
@@ -520,83 +451,3 @@ def save_output(
         raise RunStopped(
             f"cannot write the model to {folder} ({error}). Free disk space, then repeat the command with --resume"
         ) from error
-
-
-# Cross-validation ----------------------------------------------------------------------------------------------------
-
-
-def run_folds(options: Any, train_fold: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
-    """Train one model per fold in OUTPUT_DIR/fold-1, fold-2, ... (`--folds`). Write folds.json and return its content.
-    `train_fold` returns the contents of results.json.
-
-    Each image is held out in exactly one fold. The confidence interval of the mean uses Student's t-distribution. This
-    interval is too narrow, because the training images of the folds overlap (Bengio and Grandvalet 2004, "No unbiased
-    estimator of the variance of k-fold cross-validation"). Raise ValueError if --push-to-hub is set.
-    """
-    if options.run.push_to_hub:
-        raise ValueError(
-            "--folds trains several models, but --push-to-hub pushes only one model. Remove one of the two flags"
-        )
-    results = []
-    for fold in range(1, options.data.folds + 1):
-        folder = options.output_dir / f"fold-{fold}"
-        results.append(train_fold(replace(options, output_dir=folder, data=replace(options.data, fold=fold))))
-    metric = results[0]["selection_metric"]
-    values = [result[metric] for result in results]
-    mean, half_width = compute_mean_interval(values)
-    summary = {
-        "metric": metric,
-        "mean": round(mean, NUM_DECIMALS),
-        "interval": [round(mean - half_width, NUM_DECIMALS), round(mean + half_width, NUM_DECIMALS)],
-        "folds": [{"folder": f"fold-{index + 1}", metric: value} for index, value in enumerate(values)],
-    }
-    accelerator = build_accelerator()
-    run_on_main(accelerator, lambda: write_json(options.output_dir / FOLDS_FILE, summary))
-    low, high = (format_metric(metric, value).split()[-1] for value in summary["interval"])
-    Reporter(options.output_dir / output_folder.METRICS_FILE, accelerator).print_line(
-        "folds", f"mean {format_metric(metric, mean)} (95% interval: {low} to {high}) over {len(values)} folds"
-    )
-    return summary
-
-
-# Dry run -------------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def build_dry_run_options(options: Any) -> Iterator[Any]:
-    """Yield the options of a dry run, which writes to a temporary folder. The folder is removed at the end of the
-    `with` block. Raise ValueError if the full run would not be allowed to replace the files in the output folder."""
-    if not options.run.resume:
-        output_folder.check_replaceable(options, CheckpointStore(options.output_dir / CHECKPOINTS_FOLDER, num_kept=1))
-    parent, prefix = options.output_dir.absolute().parent, f".{options.output_dir.name}-dry-run-"
-    folder = parent / prefix
-    if os.environ.get("RANK", "0") == "0":  # Accelerate is not initialized yet
-        parent.mkdir(parents=True, exist_ok=True)  # fails without the write permission that the full run requires
-        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
-    try:
-        yield replace(
-            options,
-            output_dir=folder / options.output_dir.name,
-            training=replace(options.training, max_steps=NUM_DRY_RUN_STEPS, log_every=1),
-            run=replace(options.run, resume=False),
-        )
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def draw_images(images: LabeledImages | StreamedImages, num_images: int) -> LabeledImages:
-    """Draw at most `num_images` images at random, with a fixed seed, because datasets are often sorted by class; or
-    return the first images of a stream."""
-    if isinstance(images, StreamedImages):
-        return images.read_first(num_images)
-    return images.select(sorted(random.Random(0).sample(range(len(images)), min(num_images, len(images)))))
-
-
-def estimate_run_seconds(loop: TrainingLoop, plan: BatchPlan, evaluate_every: int, evaluated_fraction: float) -> float:
-    """Return the expected duration in seconds of the steps and evaluations of the full run. `plan` is the batch plan
-    of the full run. `evaluated_fraction` is the fraction of the images that the dry run evaluated."""
-    epochs = plan.count_epochs(plan.num_steps) if plan.num_images else 1.0
-    num_evaluations = math.ceil(epochs / evaluate_every)
-    # The first step is slower than later steps. `--trainable head` runs no steps.
-    seconds_per_step = min(loop.step_seconds[1:] or loop.step_seconds, default=0.0)
-    return plan.num_steps * seconds_per_step + num_evaluations * min(loop.evaluation_seconds) / evaluated_fraction

@@ -1,6 +1,10 @@
-"""Teachers: image classifiers of any architecture that predict the student's labels from the student's pixels.
+"""Teachers: frozen models that predict labels, or compute features, from the student's pixels.
 
     student's pixels -> channels, size and scale of the teacher -> teacher -> logits of the student's labels
+                                                                           -> pooled vector, and patches (ViTs only)
+
+Teachers with features are models that `--model` accepts (`pretrain --teachers`; distillation.py). Teachers with logits
+(`finetune --teacher`) are image classifiers of any architecture:
 
 `FOLDER` or a Hub id     an image classifier from transformers or this package; code in the repository is not executed
 `timm:NAME`              a timm model with its pretrained weights; also `timm:hf-hub:ID` and `timm:local-dir:FOLDER`
@@ -11,8 +15,8 @@ The teacher and the student receive the same crop, resized for the teacher (DeiT
 image processor determines the input size, interpolation, scale and normalization, but does not crop. losses.py
 contains the losses.
 
-With `--teacher-views V`, every image has V fixed views, and TeacherCache stores the logits of each view. The cache is
-not stored in checkpoints. A resumed run computes the logits again in different batches, so the logits may differ by
+With `--teacher-views V`, every image has V fixed views, and TeacherCache stores the outputs of each view. The cache is
+not stored in checkpoints. A resumed run computes the outputs again in different batches, so the outputs may differ by
 rounding errors.
 """
 
@@ -35,10 +39,14 @@ from transformers import (
 )
 from transformers.image_utils import pil_torch_interpolation_mapping
 
+from ..configuration_vitcls import ViTCLSConfig
 from ..conversion.any_checkpoint import resolve_checkpoint
 from ..data.labels import LabelSpace
 from ..errors import format_error
-from ..hub.loading import get_external_model_folder, load_timm_model, split_revision
+from ..hub.connection import silence_transformers
+from ..hub.loading import check_is_vitcls, get_external_model_folder, load_timm_model, split_revision
+from ..inference.load_model import load_processor
+from ..modeling_vitcls import ViTCLSModel, ViTCLSModelOutput
 
 
 TIMM_PREFIX = "timm:"
@@ -66,30 +74,31 @@ class TeacherPreprocessing:
 
 
 class Teacher(nn.Module):
-    """Frozen classifier, always in eval mode."""
+    """Frozen model, always in eval mode."""
 
     def __init__(
         self,
+        source: str,
         model: nn.Module,
         preprocessing: TeacherPreprocessing,
-        label_indices: list[int] | None = None,
-        description: str = "",
+        read_outputs: Callable[[Any], torch.Tensor],
+        note: str = "",
     ) -> None:
         super().__init__()
-        self.model = model.requires_grad_(False)
+        self.model: Any = model.requires_grad_(False)
         self.preprocessing = preprocessing
-        # Indices of the student's labels in the teacher's logits; None if the labels and their order are the same.
-        self.label_indices = label_indices
-        self.description = description  # name and size of the teacher, and a note on the label mapping, if any
+        self.read_outputs = read_outputs  # model's outputs -> logits of the student's labels, or features
+        height, width = preprocessing.height_width
+        num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        self.description = f"{source}: {num_parameters:,} parameters, at {height} x {width} pixels"
+        self.description += f"; {note}" if note else ""
         self.eval()
 
     @torch.no_grad()
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Return the logits of the student's labels [B, L] for the student's pixels [B, C, H, W], which are `uint8` or
+        """Return the logits [B, L] or features [B, F] for the student's pixels [B, C, H, W], which are `uint8` or
         floats in [0, 255]."""
-        outputs = self.model(self.preprocessing(pixels))
-        logits = outputs if isinstance(outputs, torch.Tensor) else outputs.logits
-        return logits if self.label_indices is None else logits[:, self.label_indices]
+        return self.read_outputs(self.model(self.preprocessing(pixels)))
 
     def predict(self, batch: dict[str, Any]) -> torch.Tensor:
         return self(batch["pixels"])
@@ -124,12 +133,48 @@ def load_teacher(
         folder = resolve_checkpoint(source) if Path(source).is_file() else source
         loaded_teacher = load_transformers_teacher(folder, num_channels, height_width)
     label_indices, note = match_labels(source, loaded_teacher, labels.names)
-    height, width = loaded_teacher.preprocessing.height_width
-    num_parameters = sum(parameter.numel() for parameter in loaded_teacher.model.parameters())
-    description = f"{source}: {num_parameters:,} parameters, at {height} x {width} pixels"
-    if note:
-        description += f"; {note}"
-    return Teacher(loaded_teacher.model, loaded_teacher.preprocessing, label_indices, description).to(device)
+
+    def read_logits(outputs: Any) -> torch.Tensor:
+        logits = outputs if isinstance(outputs, torch.Tensor) else outputs.logits
+        return logits if label_indices is None else logits[:, label_indices]
+
+    return Teacher(source, loaded_teacher.model, loaded_teacher.preprocessing, read_logits, note).to(device)
+
+
+def load_feature_teacher(source: str, student: ViTCLSConfig, with_patches: bool, device: torch.device) -> Teacher:
+    """Load a teacher that returns its pooled vector [B, P], or, with patches, [B, P + rows * columns * D]: the pooled
+    vector, and the patches, resampled to the student's grid.
+
+    Args:
+        source: any model that `--model` accepts, except a preset.
+        student: the student's configuration.
+        with_patches: whether the teacher also returns patches.
+        device: device of the teacher.
+
+    Raises:
+        ValueError: if the source is not a complete ViT.
+        OSError: if the source cannot be found or read.
+    """
+    folder = resolve_checkpoint(source)
+    check_is_vitcls(source, folder)
+    with silence_transformers():
+        model, loading_info = ViTCLSModel.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    if missing_names := loading_info["missing_keys"]:
+        raise ValueError(f"the teacher {source} lacks the weight {min(missing_names)}. Use a trained model")
+    channels, height_width = student.num_channels, student.image_height_width
+    processor = load_processor(source, folder)
+    preprocessing = build_processor_preprocessing(processor, model.config.num_channels, channels, height_width)
+
+    def read_features(outputs: ViTCLSModelOutput) -> torch.Tensor:
+        assert outputs.pooler_output is not None
+        pooled = outputs.pooler_output.float()
+        if not with_patches:
+            return pooled
+        patches = outputs.tokens["patches"].float().transpose(1, 2).unflatten(2, outputs.grid_size)  # [B, D, r, c]
+        patches = nn.functional.interpolate(patches, student.grid_size, mode="bilinear", antialias=True)
+        return torch.cat([pooled, patches.flatten(2).transpose(1, 2).flatten(1)], dim=1)
+
+    return Teacher(source, model, preprocessing, read_features).to(device)
 
 
 def match_labels(source: str, teacher: LoadedTeacher, labels: list[str]) -> tuple[list[int] | None, str]:
@@ -304,24 +349,24 @@ def get_interpolation(resample: Any) -> InterpolationMode:
 
 
 class TeacherCache:
-    """Cache of a teacher's logits for batches with `pixels`, `view` [B] and `index` [B].
+    """Cache of a teacher's outputs for batches with `pixels`, `view` [B] and `index` [B].
 
-    Each process caches the logits of its own batches. Logits are converted to `float16` before the first use, and the
-    teacher always runs on whole batches. The result therefore does not depend on the step at which the logits are
+    Each process caches the outputs of its own batches. Outputs are converted to `float16` before the first use, and
+    the teacher always runs on whole batches. The result therefore does not depend on the step at which the outputs are
     cached.
     """
 
-    def __init__(self, teacher: Teacher, num_images: int, num_views: int, num_labels: int) -> None:
+    def __init__(self, teacher: Teacher, num_images: int, num_views: int, width: int) -> None:
         self.teacher = teacher
-        self.logits = torch.empty(num_views, num_images, num_labels, dtype=torch.float16)
+        self.outputs = torch.empty(num_views, num_images, width, dtype=torch.float16)
         self.is_cached = torch.zeros(num_views, num_images, dtype=torch.bool)
 
     def predict(self, batch: dict[str, Any]) -> torch.Tensor:
-        """Return the teacher's `float32` logits [B, L] for a batch, on the device of the pixels."""
+        """Return the teacher's `float32` outputs [B, width] for a batch, on the device of the pixels."""
         views, indices = batch["view"].cpu(), batch["index"].cpu()
         is_missing = ~self.is_cached[views, indices]  # [B]
         if is_missing.any():
-            logits = self.teacher.predict(batch).to("cpu", torch.float16)
-            self.logits[views[is_missing], indices[is_missing]] = logits[is_missing]
+            outputs = self.teacher.predict(batch).to("cpu", torch.float16)
+            self.outputs[views[is_missing], indices[is_missing]] = outputs[is_missing]
             self.is_cached[views, indices] = True
-        return self.logits[views, indices].to(batch["pixels"].device, torch.float32)
+        return self.outputs[views, indices].to(batch["pixels"].device, torch.float32)

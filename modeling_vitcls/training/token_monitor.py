@@ -8,7 +8,6 @@ entropy           entropy of the CLS attention in nats, per layer; ln(number of 
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -74,14 +73,6 @@ class TokenMonitor:
     def compute_token_movement(self) -> dict[str, float]:
         """Return the Euclidean norm of each token's change since the start of training."""
         return {name: (token - self.initial_tokens[name]).norm().item() for name, token in self.copy_tokens().items()}
-
-
-def build_attention_callback(
-    model: Any, normalize: Callable[[torch.Tensor], torch.Tensor]
-) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """Build the function that measures the CLS attention of a batch. The function returns no metrics for a
-    model without CLS tokens."""
-    return partial(measure_attention_entropy, model, normalize) if model.config.num_cls_tokens else lambda batch: {}
 
 
 @torch.no_grad()

@@ -25,6 +25,7 @@ from modeling_vitcls.analysis.ablation import (
     redraw_tokens,
     replace_by_means,
 )
+from modeling_vitcls.analysis.maps import get_head_readers
 from modeling_vitcls.analysis.model_outputs import Features, Predictions, collect_outputs
 from modeling_vitcls.attention_masks_vitcls import build_attention_mask
 from modeling_vitcls.heads_vitcls import IGNORED_LABEL
@@ -154,6 +155,7 @@ def test_the_model_is_unchanged_afterwards() -> None:
         ({"num_register_tokens": 1}, [0], [""]),
         ({"num_register_tokens": 1}, [1], []),
         ({"num_distillation_tokens": 1}, [1], ["distillation"]),
+        ({"num_distillation_tokens": 1, "pooling": "attention"}, [1], ["distillation"]),
         ({"num_cls_tokens": 3, "cls_pooling": "mean"}, [1], []),
         ({"num_cls_tokens": 3, "cls_pooling": "mean"}, [0, 1, 2], [""]),
         ({"num_cls_tokens": 3}, [0], [""]),  # only the first CLS token is pooled
@@ -163,6 +165,15 @@ def test_the_model_is_unchanged_afterwards() -> None:
 )
 def test_tokens_that_alone_feed_a_head(fields: dict[str, Any], indices: list[int], heads: list[str]) -> None:
     assert feeds_head_alone(build_classifier(**fields), indices) == heads
+
+
+def test_attention_pooling_of_all_tokens_reads_the_distillation_token_too() -> None:
+    """-1 are the patches."""
+    fields = {"num_distillation_tokens": 1, "num_register_tokens": 1, "pooling": "attention"}
+    for tokens, read in (("all", {0, 1, 2, -1}), ("patches", {-1})):
+        model = build_classifier(**fields, attention_pool_tokens=tokens)
+        assert model.distillation_classifier is not None
+        assert get_head_readers(model.config) == {"": read, "distillation": {1}}
 
 
 # Effects in numbers --------------------------------------------------------------------------------------------------

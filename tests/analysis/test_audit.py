@@ -19,6 +19,7 @@ from modeling_vitcls.analysis.audit import (
     audit_checkpoint,
     audit_dataset,
     make_thumbnail,
+    read_fold_probabilities,
     score_labels,
     write_audit,
 )
@@ -158,3 +159,12 @@ def test_audit_needs_a_classifier_or_frozen_features(tmp_path: Path) -> None:
     options = EvaluateOptions(str(tmp_path / "model"), DataOptions("digits"), audit=tmp_path / "page.html")
     with pytest.raises(ValueError, match="classifier"):
         audit_checkpoint(options)
+
+
+def test_folds_give_probabilities_for_all_images(tmp_path: Path) -> None:
+    ids = ["a.png", "b.png", "c.png"]
+    for fold, rows in ((1, {"b.png": [0.9, 0.1]}), (2, {"a.png": [0.2, 0.8]})):
+        file = tmp_path / f"{fold}.parquet"
+        pd.DataFrame({"image": list(rows), "probabilities": list(rows.values())}).to_parquet(file)
+    found = read_fold_probabilities([tmp_path / "1.parquet", tmp_path / "2.parquet"], ids, 2)
+    assert found[:2].tolist() == [[0.2, 0.8], [0.9, 0.1]] and np.isnan(found[2]).all()

@@ -112,6 +112,12 @@ def test_labels_of_a_dataset_are_one_tensor() -> None:
     assert encode_labels(None, classifier) is None
 
 
+def test_labels_of_some_batches_only_are_no_labels() -> None:
+    model = randomize(ViTCLSForImageClassification(build_tiny_config()))
+    found = collect_outputs(model, lambda: [(build_images(2), torch.tensor([0, 1])), (build_images(1), None)])[""]
+    assert found.labels is None and found.compute_accuracy() is None and len(found) == 3
+
+
 @pytest.mark.parametrize("problem_type", [None, "regression"])
 def test_models_that_are_not_classifiers_have_no_labels(problem_type: str | None) -> None:
     """Such labels cannot be encoded as class indices."""

@@ -9,7 +9,6 @@ from helpers.command_in_process import parse_flags, run_here
 from helpers.tiny_models import build_tiny_config, save_with_processor
 
 from modeling_vitcls import ViTCLSForImageClassification, cli
-from modeling_vitcls.commands import push, space
 from modeling_vitcls.commands.parsing import find_recipe, read_help_texts, silence_libraries
 from modeling_vitcls.options import FinetuneOptions, get_flag_names
 
@@ -103,15 +102,6 @@ def test_recipes_have_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert find_recipe(Path("digits")).read_text() == (SCRIPTS / "recipes" / "digits.yaml").read_text()
     Path("digits").write_text("epochs: 1", encoding="utf-8")  # a file in the working folder takes precedence
     assert find_recipe(Path("digits")) == Path("digits")
-
-
-@pytest.mark.parametrize("flag", ["--private", "--hub-private"])
-def test_both_names_of_the_flag_for_private_repositories_are_accepted(flag: str) -> None:
-    assert parse_flags(push.OPTIONS_CLASS, ["--model", "mine", flag]).private
-    assert parse_flags(space.OPTIONS_CLASS, ["--model", "mine", flag]).private
-    run = [*RUN.split(), "--push-to-hub"]
-    assert parse_flags(FinetuneOptions, [*run, flag]).run.hub_private
-    assert not parse_flags(FinetuneOptions, [*run, flag.replace("--", "--no-")]).run.hub_private
 
 
 def test_commands_do_not_print_transformers_reports_about_weights(

@@ -12,6 +12,7 @@ from helpers.tiny_models import (
     build_images,
     build_tiny_config,
     each_kind,
+    get_largest_difference,
     raises_one_line,
     randomize,
 )
@@ -121,3 +122,12 @@ def test_accelerate_gathers(two_processes: Path) -> None:
         found = gathered[model_class.__name__]
         assert list(found) == list(expected)
         assert_same_outputs(found, expected, 1e-6)
+
+
+def test_the_temperature_divides_the_logits_in_evaluation_only() -> None:
+    """The loss of training does not depend on it."""
+    warm = randomize(ViTCLSForImageClassification(build_tiny_config(temperature=2.0)))
+    plain = randomize(ViTCLSForImageClassification(build_tiny_config()))
+    for is_training, factor in ((False, 2.0), (True, 1.0)):
+        logits, expected = (each.train(is_training)(build_images()).logits for each in (warm, plain))
+        assert get_largest_difference(logits * factor, expected) <= 1e-6

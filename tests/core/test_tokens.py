@@ -238,6 +238,16 @@ def test_scopes_with_a_4d_mask_are_an_error() -> None:
         _build_scoped_model()(build_images(1), attention_mask=torch.ones(1, 1, 24, 24, dtype=torch.bool))
 
 
+def test_a_4d_mask_is_used_without_changes() -> None:
+    model = randomize(ViTCLSModel(build_tiny_config()))
+    mask = torch.ones(2, 17, dtype=torch.long)
+    mask[:, -1] = 0
+    full_mask = mask.bool()[:, None, None].expand(2, 1, 17, 17)
+    outputs = [model(build_images(), attention_mask=each).last_hidden_state for each in (mask, full_mask)]
+    assert_same_outputs(*outputs, 1e-6)
+    assert get_largest_difference(outputs[0], model(build_images()).last_hidden_state) > 1e-3
+
+
 def test_scopes_of_the_whole_image_change_nothing() -> None:
     plain = randomize(ViTCLSModel(build_tiny_config(num_cls_tokens=2)))
     scoped = randomize(ViTCLSModel(build_tiny_config(num_cls_tokens=2, cls_scopes=["image", [1, 1, 0, 0]])))

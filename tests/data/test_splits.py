@@ -32,7 +32,7 @@ from modeling_vitcls.options import (
     FinetuneOptions,
     PretrainOptions,
 )
-from modeling_vitcls.training.run import describe_splits
+from modeling_vitcls.training.reporter import describe_splits
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -268,7 +268,7 @@ def test_missing_classes_of_tasks_and_tags_are_named() -> None:
 def test_training_on_a_split_named_test_is_reported(tmp_path: Path) -> None:
     photos = write_photos(tmp_path / "photos" / "test", range(20))
     run = prepare_task(build_tiny_options(tmp_path / "out", photos.parent, epochs=1))
-    name, text = next(iter(describe_splits(run.data, run.task).items()))
+    name, text = next(iter(describe_splits(run.data, run.task.processor, run.task.labels_text).items()))
     assert name == "split" and "'test'" in text
     run = prepare_task(build_tiny_options(tmp_path / "other", photos, epochs=1))  # a folder of classes
-    assert "split" not in describe_splits(run.data, run.task)
+    assert "split" not in describe_splits(run.data, run.task.processor, run.task.labels_text)

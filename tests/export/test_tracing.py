@@ -7,7 +7,6 @@ import torch
 from helpers.tiny_models import build_images, build_tiny_config, raises_one_line, randomize
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
-from modeling_vitcls.export import tracing
 from modeling_vitcls.export.tracing import GraphShape, get_smallest_size, select_graph_shape, trace_model
 
 
@@ -23,22 +22,6 @@ def test_the_graph_has_fused_attention_for_any_attn_implementation() -> None:
     assert model.config._attn_implementation == "eager"  # the caller's model stays as it was
     pixel_values = build_images(3, 24, 48)
     torch.testing.assert_close(graph.module()(pixel_values)["logits"], model(pixel_values).logits)
-
-
-@pytest.mark.parametrize(
-    ("is_dynamic", "size", "dimensions"),
-    [(True, (16, 36), {"batch": 1, "height": 8, "width": 12}), (False, (8, 24), {"batch": 1})],
-)
-def test_example_images_are_larger_than_the_native_size(
-    is_dynamic: bool, size: tuple[int, int], dimensions: dict[str, int]
-) -> None:
-    """A grid of 2 x 4 patches: the examples of a dynamic graph have more rows and columns than the larger side."""
-    config = build_tiny_config(image_size=[8, 16], patch_size=[4, 4], num_channels=1)
-    shape = GraphShape((8, 24), (8, 12), is_dynamic)
-    expected_size = (5 * 4, 7 * 4) if is_dynamic else (8, 24)
-    assert tracing.build_example_images(config, shape).shape == (2, 1, *expected_size)
-    axes = tracing.build_dynamic_shapes(shape)["pixel_values"].values()
-    assert {axis.__name__: axis.min for axis in axes} == dimensions
 
 
 def test_the_smallest_size_contains_the_grids_of_cls_tokens() -> None:

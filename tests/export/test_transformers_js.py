@@ -8,23 +8,19 @@ import os
 import subprocess
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from helpers.scripts_in_process import run_in_process
-from helpers.tiny_models import KINDS, build_images, build_tiny_config, raises_one_line, randomize
+from helpers.tiny_models import KINDS, build_images, build_tiny_config, raises_one_line, randomize, save_with_processor
 from helpers.transformers_js import install_transformers_js, load_digit_images, save_digits_classifier
 
-from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
-from modeling_vitcls.export.exportable import ExportableModel, compute_named_outputs
+from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, ViTCLSModel
+from modeling_vitcls.export.exportable import compute_named_outputs
 from modeling_vitcls.export.formats import FORMATS
 from modeling_vitcls.export.transformers_js import (
-    build_config,
     compare_file,
-    evaluate_files,
     export_for_transformers_js,
-    has_cls_attention,
 )
 
 
@@ -143,29 +139,29 @@ def test_top1_agreement_is_a_fraction_of_the_images(web: Path) -> None:
     reference = [{"logits": part} for part in logits.split(2)]
     comparison = compare_file(web / "onnx" / "model.onnx", "fp32", list(images.split(2)), reference)
     difference = (logits - outputs["logits"]).max().item()
-    assert (comparison.top1_agreement, comparison.largest_difference) == (0.75, pytest.approx(difference))
+    assert (comparison["top1_agreement"], comparison["largest_difference"]) == (0.75, pytest.approx(difference))
 
 
-@pytest.mark.parametrize(
-    ("fields", "problem_type", "has_attention"),
-    [
-        ({"problem_type": "multi_label_classification", "image_size": [32, 32]}, "multi_label_classification", True),
-        ({"num_cls_tokens": 0, "pooling": "mean"}, "single_label_classification", False),
-    ],
-)
-def test_the_task_and_the_attention_depend_on_the_model(
-    fields: dict[str, Any], problem_type: str, has_attention: bool
-) -> None:
-    model = ViTCLSForImageClassification(build_tiny_config(**fields))
-    assert build_config(ExportableModel(model, None, True))["problem_type"] == problem_type
-    assert has_cls_attention(model) is has_attention
+def test_an_encoder_has_features_instead_of_labels(tmp_path: Path) -> None:
+    model = randomize(ViTCLSModel(build_tiny_config(num_cls_tokens=0, pooling="mean")))
+    save_with_processor(model, tmp_path / "mine")
+    report = export_for_transformers_js(str(tmp_path / "mine"), tmp_path / "web")
+    config = json.loads((tmp_path / "web" / "config.json").read_text())
+    assert config["architectures"] == ["ViTModel"] and "id2label" not in config
+    assert all(comparison["top1_agreement"] is None for comparison in report["comparisons"])
+    names = ["last_hidden_state", "pooler_output"]
+    (outputs,) = FORMATS["onnx"].run(tmp_path / "web" / "onnx" / "model.onnx", [build_images()], names)
+    with torch.no_grad():
+        assert (outputs["pooler_output"] - model(build_images()).pooler_output).abs().max() <= 1e-4
+    with raises_one_line("--dataset"):
+        export_for_transformers_js(str(tmp_path / "mine"), tmp_path / "other", dataset="digits")
 
 
 def test_other_models_and_gray_images_are_refused(tmp_path: Path) -> None:
     model_class, fields, _ = KINDS["multi_task"]
     randomize(model_class(build_tiny_config(**fields))).save_pretrained(tmp_path / "tasks")
     ViTCLSImageProcessor(size=32).save_pretrained(tmp_path / "tasks")
-    with raises_one_line("requires a classifier for one task"):
+    with raises_one_line("classifier for one task"):
         export_for_transformers_js(str(tmp_path / "tasks"), tmp_path / "web")
     for name, fields in (("regression", {"problem_type": "regression"}), ("no processor", {})):
         randomize(ViTCLSForImageClassification(build_tiny_config(**fields))).save_pretrained(tmp_path / name)
@@ -201,35 +197,26 @@ def save_labeled_images(web: Path, output: Path) -> tuple[torch.Tensor, list[int
     return pixel_values, labels
 
 
-@pytest.mark.usefixtures("fresh_accelerate")
-def test_files_are_evaluated_on_labeled_images(web: Path, tmp_path: Path) -> None:
-    pixel_values, labels = save_labeled_images(web, tmp_path / "images")
-    scores = evaluate_files(str(web.parent / "mine"), web / "onnx", str(tmp_path / "images"), None)
-    assert (scores.dataset, scores.split, scores.num_images) == ("path/to/images", "test", 40)
-    assert scores.metric == "accuracy" and scores.model == scores.files["model.onnx"] == 0.75
-    assert list(scores.files) == ["model.onnx", "model_fp16.onnx", "model_quantized.onnx"]
-    quantized = web / "onnx" / "model_quantized.onnx"
-    outputs = FORMATS["onnx"].run(quantized, list(pixel_values.split(1)), ["logits"])
-    logits = torch.cat([output["logits"] for output in outputs])
-    correct = (logits.argmax(-1) == torch.tensor(labels)).float().mean().item()
-    assert scores.files["model_quantized.onnx"] == pytest.approx(correct)
-
-
 @pytest.mark.slow
-def test_the_script_evaluates_the_files(web: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    save_labeled_images(web, tmp_path / "images")
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_files_are_evaluated_on_labeled_images(web: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pixel_values, labels = save_labeled_images(web, tmp_path / "images")
     flags = ["--model", web.parent / "mine", "--format", "transformers.js", "--output", tmp_path / "web"]
     assert run_in_process("export.py", *flags, "--dataset", tmp_path / "images") == 0
     labeled = json.loads((tmp_path / "web" / "onnx" / "report.json").read_text())["labeled"]
-    assert labeled["dataset"] == "path/to/images" and labeled["model"] == labeled["files"]["model.onnx"] == 0.75
-    printed = capsys.readouterr().out
-    assert "accuracy on 40 images of path/to/images (test):\nPyTorch                    75.00%" in printed
+    assert (labeled["dataset"], labeled["split"], labeled["num_images"]) == ("path/to/images", "test", 40)
+    assert labeled["metric"] == "accuracy" and labeled["model"] == labeled["files"]["model.onnx"] == 0.75
+    outputs = FORMATS["onnx"].run(web / "onnx" / "model_quantized.onnx", list(pixel_values.split(1)), ["logits"])
+    logits = torch.cat([output["logits"] for output in outputs])
+    correct = (logits.argmax(-1) == torch.tensor(labels)).float().mean().item()
+    assert labeled["files"]["model_quantized.onnx"] == pytest.approx(correct)
+    assert "75.00%" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--format onnx --dataset digits", "--dataset requires"),
+        ("--format torch --dataset digits", "--dataset requires"),
         ("--format transformers.js --split test", "--split"),
     ],
 )

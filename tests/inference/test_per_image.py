@@ -1,5 +1,6 @@
 """One row per evaluated image, compared with the model, and with two processes."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -8,11 +9,13 @@ import pandas as pd
 import pytest
 from helpers.digits_models import train_digits_model
 from PIL import Image
+from pyarrow import parquet
 from scipy.special import softmax
 from sklearn.datasets import load_digits
-from sklearn.metrics import log_loss
+from sklearn.metrics import log_loss, roc_auc_score
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, evaluate, predict
+from modeling_vitcls.data.held_out import RESULTS_FILE
 from modeling_vitcls.data.labels import LabelSpace
 from modeling_vitcls.hub.model_files import PREDICTIONS_FILE
 from modeling_vitcls.inference.confidence import compute_energies
@@ -34,6 +37,7 @@ def test_rows_equal_the_metrics_of_the_same_evaluation(folder: Path, tmp_path: P
     results = evaluate(folder, "digits", per_image=tmp_path / "rows.parquet")
     rows = pd.read_parquet(tmp_path / "rows.parquet")
     assert len(rows) == results["num_images"]
+    assert parquet.read_schema(tmp_path / "rows.parquet").names == list(rows.columns)  # for readers without pandas
     assert (rows["label"] == rows["prediction"]).mean() == pytest.approx(results["accuracy"], abs=1e-6)
     assert rows["loss"].mean() == pytest.approx(results["loss"], abs=1e-5)
     probabilities = np.stack(rows["probabilities"])
@@ -83,3 +87,30 @@ def test_prediction_adds_sets_and_unknown_images(folder: Path, tmp_path: Path) -
     noise = [Image.fromarray(np.random.default_rng(seed).integers(0, 99, (8, 8), np.uint8)) for seed in range(50)]
     known = np.mean([row["unknown"] for row in predict(calibrated, images)])
     assert known < 0.1 < np.mean([row["unknown"] for row in predict(calibrated, noise)])
+
+
+def test_unknown_images_are_measured_and_recorded(folder: Path, tmp_path: Path) -> None:
+    """The areas under the curve of noise and of the known images themselves, and the record for the card."""
+    model = tmp_path / "model"
+    shutil.copytree(folder, model)
+    (model / RESULTS_FILE).write_text('{"dataset": "digits"}')
+    for index in range(30):
+        noise = np.random.default_rng(index).integers(0, 256, (8, 8), dtype=np.uint8)
+        (tmp_path / "noise").mkdir(exist_ok=True)
+        Image.fromarray(noise).save(tmp_path / "noise" / f"{index}.png")
+    results = evaluate(model, "digits", unknown_dataset=str(tmp_path / "noise"), per_image=tmp_path / "rows.parquet")
+    found = results["unknown"]
+    assert (found["dataset"], found["split"], found["num_images"], found["flagged"]) == ("noise", "train", 30, None)
+    images = [Image.open(tmp_path / "noise" / f"{index}.png") for index in range(30)]
+    pixels = ViTCLSImageProcessor.from_pretrained(model)(images, return_tensors="pt")["pixel_values"]
+    logits = ViTCLSForImageClassification.from_pretrained(model).eval()(pixels).logits.detach().numpy()
+    known = pd.read_parquet(tmp_path / "rows.parquet")["energy"]
+    energies = np.concatenate([known, compute_energies(logits)])
+    assert found["auroc"] == pytest.approx(roc_auc_score(np.arange(len(energies)) >= len(known), energies), abs=1e-5)
+    assert json.loads((model / RESULTS_FILE).read_text()) == {"dataset": "digits", "unknown": found}
+
+
+def test_sets_of_labels_are_measured_on_other_images(folder: Path) -> None:
+    sets = evaluate(folder, "digits")["prediction_sets"]
+    assert sets["coverage"] == 0.9 and abs(sets["measured"] - 0.9) < 0.07 and len(sets["per_class"]) == 10
+    assert min(sets["per_class"].values()) <= sets["mean_size"] <= max(sets["per_class"].values())

@@ -73,6 +73,12 @@ def test_a_classifier(tmp_path: Path) -> None:
     assert card.data.license is None and "did not specify a license" in text
 
 
+def test_a_step_contains_the_images_of_all_processes(tmp_path: Path) -> None:
+    flags = {"batch_size": 32, "gradient_accumulation_steps": 3}
+    card = load_card(write_run_folder(tmp_path / "mine", {"num_processes": 20}, flags))
+    assert "used 1,920 images" in card.text
+
+
 @pytest.mark.parametrize(("dataset", "is_on_hub"), [("acme/photos", True), ("digits", False), ("./photos", False)])
 def test_the_model_index_names_datasets_of_the_hub_only(tmp_path: Path, dataset: str, is_on_hub: bool) -> None:
     folder = write_run_folder(tmp_path / "mine", {"dataset": "photos"}, {"dataset": dataset})
@@ -102,6 +108,20 @@ def test_an_encoder_shows_its_features_before_and_after_pre_training(tmp_path: P
     assert card.data.pipeline_tag == "image-feature-extraction" and card.data.eval_results is None
     results["features"] |= {"summary": "k-NN 56.8% -> 43.2%. Pre-training made the features worse"}
     assert "made the features worse" in load_card(write_run_folder(tmp_path / "b", results, flags, ViTCLSModel)).text
+
+
+def test_an_encoder_names_its_teachers(tmp_path: Path) -> None:
+    measured = {"knn_accuracy": 0.5, "effective_rank": 7.5, "teacher_cosines": [0.25, 0.75]}
+    results: dict[str, Any] = {"method": "distillation", "teachers": ["ann/a", "path/to/b"], "knn_accuracy": 0.5}
+    results |= {"teacher_licenses": ["mit", None], "features": {"before": measured, "after": measured, "summary": ""}}
+    results |= {"accuracy": None, "accuracy_interval": None, "selection_metric": "teacher_cosine"}
+    config = build_tiny_config(num_distillation_tokens=2, distillation_teachers=results["teachers"])
+    card = load_card(write_run_folder(tmp_path / "mine", results, {"teachers": ["ann/a"]}, ViTCLSModel, config))
+    assert (
+        '`outputs.tokens["distillation"][:, k]`' in card.text
+        and "0 `ann/a` (license: mit), 1 `path/to/b`" in card.text
+    )
+    assert "| Cosine similarity with teacher 1 | 0.750 | 0.750 |" in card.text and "distillation tokens |" in card.text
 
 
 def test_tasks_have_no_pipeline(tmp_path: Path) -> None:

@@ -323,6 +323,13 @@ def test_a_push_that_is_not_permitted_is_an_error_before_a_run(
     assert set(hub.repositories) == {"ann/there"}
 
 
+def test_a_new_repository_has_the_default_visibility_of_the_account(hub: LocalHub, folder: Path) -> None:
+    hub.private_by_default.add("ann")
+    prepare_repository("ann/prepared", "my-run")
+    push_folder(folder, "ann/pushed")
+    assert hub.repositories["ann/prepared"].private and hub.repositories["ann/pushed"].private
+
+
 def test_a_public_repository_is_not_accepted_for_a_private_push(hub: LocalHub) -> None:
     hub.create("ann/there", private=False)
     with raises_one_line("ann/there", "is public"):

@@ -49,15 +49,15 @@ from modeling_vitcls.commands.parsing import exit_on_error
 from modeling_vitcls.data.batches import Normalizer, iterate_training_batches
 from modeling_vitcls.data.labels import LabelSpace
 from modeling_vitcls.distributed import run_on_main
+from modeling_vitcls.errors import RunStopped
 from modeling_vitcls.files import read_json
 from modeling_vitcls.inference.evaluator import Evaluator
-from modeling_vitcls.options import EvaluateOptions, FinetuneOptions, ModelOptions
+from modeling_vitcls.options import FinetuneOptions
 from modeling_vitcls.training import finetune
 from modeling_vitcls.training import run as run_module
 from modeling_vitcls.training.finetune import build_label_loss, build_objective
 from modeling_vitcls.training.losses import MultiLabelLoss, MultiTaskLoss, SingleLabelLoss, compute_distillation_loss
-from modeling_vitcls.training.model import build_model
-from modeling_vitcls.training.run import RunStopped, build_training_images
+from modeling_vitcls.training.run import build_training_images, describe_splits
 from modeling_vitcls.training.teacher import Teacher
 
 
@@ -69,12 +69,6 @@ RECIPE = SCRIPTS / "recipes" / "digits.yaml"
 ENVIRONMENT = os.environ | SCRIPT_ENVIRONMENT
 NUM_HELD_OUT_DIGITS = 359
 CPU = torch.device("cpu")
-
-
-def run_script(script: str, *flags: object) -> subprocess.CompletedProcess:
-    """Run a script in a separate process."""
-    command = list(map(str, [sys.executable, "-X", "importtime", SCRIPTS / script, *flags]))
-    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -138,24 +132,6 @@ def test_every_special_token_moves(launched: Path) -> None:
     assert "WARNING" not in (launched.parent / "stdout").read_text(encoding="utf-8")
 
 
-def test_metrics_have_one_line_per_logged_step(launched: Path) -> None:
-    metrics = read_metrics(launched)
-    assert [record["step"] for record in metrics] == [2, 4, 6, 7]
-    for record in metrics:
-        assert record["loss"] > 0 and record["gradient_norm"] > 0 and record["images_per_second"] > 0
-        assert record["epoch"] == pytest.approx(record["step"] * 14 / 1438, abs=1e-4)
-    assert metrics[-1]["held_out_accuracy"] == read_json(launched / "results.json")["accuracy"]
-    assert "held_out_accuracy" not in metrics[0]
-
-
-def test_summary_is_printed_first(launched: Path) -> None:
-    lines = (launched.parent / "stdout").read_text(encoding="utf-8").splitlines()
-    names = ["data", "fit", "model", "tokens", "weights", "defaults", "probe", "batches", "device"]
-    assert [line.split()[0] for line in lines[:9]] == names
-    assert "[ 2 cls | 1 distillation | 2 registers | 16 patches ] = 21" in lines[3]
-    assert "14 images per step = 14 x 1 accumulated x 1 process(es); 7 steps" in lines[7]
-
-
 def test_two_processes_train_and_evaluate_as_one(launched: Path, tmp_path: Path) -> None:
     """Use the resolved recipe with half the batch size. 359 images are not a multiple of 2 x 7."""
     flags = ("--config", launched / "config.resolved.yaml", "--output-dir", tmp_path / "run", "--batch-size", 7)
@@ -205,46 +181,11 @@ def test_the_folder_loads_without_the_package(launched: Path) -> None:
 # Flags ---------------------------------------------------------------------------------------------------------------
 
 
-def test_a_wrong_flag_is_named_before_anything_is_loaded() -> None:
-    ran = run_script("finetune.py", "--config", RECIPE, "--output-dir", "unused", "--num-regster-tokens", "4")
-    assert ran.returncode == 2
-    assert "--num-regster-tokens" in ran.stderr and "--num-register-tokens" in ran.stderr
-    assert not any(line.endswith((" torch", " transformers")) for line in ran.stderr.splitlines())
-
-
-def test_a_wrong_value_is_named() -> None:
-    ran = run_script("finetune.py", "--config", RECIPE, "--output-dir", "unused", "--batch-size", "0")
-    assert ran.returncode == 2
-    assert "--batch-size is 0, but it must be 1 or more" in ran.stderr
-
-
 def test_keys_of_a_recipe_may_be_written_as_flags(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("dataset: digits\nmodel: vitcls-tiny\nbatch-size: 3\nno-flip: true\n", encoding="utf-8")
     options = parse_flags(FinetuneOptions, ["--config", str(recipe), "--output-dir", "out"])
     assert options.training.batch_size == 3 and not options.augmentation.flip
-
-
-@pytest.mark.parametrize(("flag", "words"), [("--lr", "--learning-rate"), ("--num_epochs=3", "--epochs")])
-def test_the_usual_abbreviation_of_a_flag_names_the_flag(flag: str, words: str, capsys: pytest.CaptureFixture) -> None:
-    with pytest.raises(SystemExit) as ended:
-        parse_flags(FinetuneOptions, [flag, "0.1", "--dataset", "digits"])
-    assert ended.value.code == 2
-    name = flag.partition("=")[0].replace("_", "-")
-    error = capsys.readouterr().err
-    assert name in error and words in error and error.count("\n") == 1
-
-
-def test_an_abbreviation_that_is_a_flag_is_that_flag(tmp_path: Path) -> None:
-    flags = ["--model", "m", "--dataset", "digits", "--output", str(tmp_path / "results.json")]
-    assert parse_flags(EvaluateOptions, flags).output == tmp_path / "results.json"
-
-
-def test_an_unknown_preset_lists_the_presets(tmp_path: Path) -> None:
-    presets = "vitcls-tiny, vitcls-small, vitcls-base, vitcls-large"
-    with raises_one_line("--model vitcls-smal is not a preset", presets):
-        run_training(tiny_options(tmp_path / "out", "digits", model="vitcls-smal"))
-    assert not (tmp_path / "out").exists()
 
 
 def test_an_impossible_model_ends_in_one_line(
@@ -301,11 +242,6 @@ def test_several_labels_per_image(tasks: Path, tmp_path: Path) -> None:
     model = ViTCLSForImageClassification.from_pretrained(tmp_path)
     assert model.config.problem_type == "multi_label_classification"
     assert set(model.config.label2id) == {"all", "dusk", "noon"}
-
-
-def test_options_for_one_label_are_errors_for_several_labels(tasks: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="--mixup requires one label per image"):
-        run_training(tiny_options(tmp_path, tasks, label_column=("time", "kind"), mixup=0.5))
 
 
 def test_a_stream_is_learned(color_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -373,6 +309,15 @@ def test_a_new_token_is_trained_with_a_frozen_encoder(pretrained: Path, tmp_path
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     heads = {f"{head}.{name}" for head in ("classifier", "distillation_classifier") for name in ("weight", "bias")}
     assert trained == heads | {"vitcls.embeddings.distillation_token"}
+
+
+def test_the_summary_counts_the_images_that_are_left_out(color_images: Path, tmp_path: Path) -> None:
+    whole = prepare_task(tiny_options(tmp_path / "whole", color_images)).data
+    names = whole.train.images.get_names()
+    rows = ["id,split", *(f"{name},{whole.train_split}" for name in names[:3])]
+    (tmp_path / "audit.csv").write_text("\n".join(rows))
+    run = prepare_task(tiny_options(tmp_path / "out", color_images, exclude=tmp_path / "audit.csv"))
+    assert f"3 of {len(names)} " in describe_splits(run.data, run.task)["excluded"]
 
 
 def test_images_are_mixed_and_classes_are_weighted_by_flags(color_images: Path, tmp_path: Path) -> None:
@@ -470,14 +415,6 @@ def test_the_flags_determine_the_distillation(teacher: Path, tmp_path: Path) -> 
     assert task.summary_lines["teacher"].startswith(f"{teacher}: ")
 
 
-def test_cached_predictions_of_the_teacher(teacher: Path, tmp_path: Path) -> None:
-    options = {"teacher": str(teacher), "teacher_views": 1, "epochs": 1.2, "max_steps": None, "batch_size": 256}
-    results = train(tmp_path, "digits", **options)
-    assert results["steps"] == 7
-    with pytest.raises(ValueError, match="--teacher-views caches the logits of individual images"):
-        run_training(tiny_options(tmp_path, "digits", **options, mixup=0.2))
-
-
 def test_all_options_at_once(tmp_path: Path) -> None:
     """Combine all options that are possible with one label per image."""
     results = train(
@@ -498,23 +435,6 @@ def test_all_options_at_once(tmp_path: Path) -> None:
         pooling="attention",
     )
     assert results["mixed_precision"] == "bf16" and math.isfinite(results["loss"])
-
-
-@pytest.mark.slow
-def test_class_weights_help_the_rare_class(tmp_path: Path) -> None:
-    """40 gray images of one class and 8 of another differ only by noise: without weights, the first class wins."""
-    generator = torch.Generator().manual_seed(0)
-    for name, count, level in (("often", 40, 120), ("rare", 8, 136)):
-        for index in range(count):
-            noise = torch.randint(-40, 40, (1,), generator=generator).item()
-            folder = tmp_path / "pictures" / ("train" if index % 2 else "test") / name
-            folder.mkdir(parents=True, exist_ok=True)
-            Image.new("L", (32, 32), level + noise).save(folder / f"{index}.png")
-    options = {"max_steps": 40, "num_hidden_layers": 1}
-    plain = train(tmp_path / "plain", tmp_path / "pictures", **options)
-    weighted = train(tmp_path / "weighted", tmp_path / "pictures", class_balance="weights", **options)
-    recalls = [results["per_class"][1]["recall"] for results in (plain, weighted)]
-    assert recalls[0] < recalls[1]
 
 
 @pytest.mark.slow
@@ -658,48 +578,14 @@ def test_processes_print_their_own_errors_unless_all_have_the_same(
 def test_a_dry_run_executes_all_steps_and_keeps_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fractions = []
-    estimate = run_module.estimate_run_seconds
-    monkeypatch.setattr(
-        run_module, "estimate_run_seconds", lambda *given: (fractions.append(given[3]), estimate(*given))[1]
-    )
     run_dry(tiny_options(tmp_path / "out", "digits", max_steps=50, ema_decay=0.9))
     output = capsys.readouterr().out
     assert "ran 3 steps and an evaluation, and saved a checkpoint and the model, in" in output
     assert re.search(r"The full run has 50 steps, takes about \d+ (s|min), and needs about [\d,]+ MiB", output)
     assert list(tmp_path.iterdir()) == []
-    assert fractions == [8 / NUM_HELD_OUT_DIGITS]
 
 
 # Starting from a checkpoint ------------------------------------------------------------------------------------------
-
-
-def digits_named(names: list[str]) -> LabelSpace:
-    return LabelSpace("single_label_classification", {"label": names})
-
-
-def test_a_checkpoint_keeps_its_classifier_for_the_same_labels(launched: Path) -> None:
-    saved = ViTCLSForImageClassification.from_pretrained(launched)
-    model, processor, new_names = build_model(
-        ModelOptions(model=str(launched)), digits_named(list(saved.config.label2id))
-    )
-    for name, weight in saved.state_dict().items():
-        assert torch.equal(model.state_dict()[name], weight), name
-    assert dict(processor.size) == {"height": 32, "width": 32}
-    assert new_names == set()
-
-
-def test_a_checkpoint_gets_a_new_classifier_for_other_labels(launched: Path) -> None:
-    saved = ViTCLSForImageClassification.from_pretrained(launched)
-    options = ModelOptions(model=str(launched), image_size=(48, 64), num_register_tokens=3)
-    model, processor, new_names = build_model(options, digits_named(["dusk", "noon"]))
-    assert model.config.label2id == {"dusk": 0, "noon": 1}
-    assert torch.equal(model.vitcls.layers[0].mlp.fc1.weight, saved.vitcls.layers[0].mlp.fc1.weight)
-    assert model.config.image_height_width == (48, 64)
-    assert dict(processor.size) == {"height": 48, "width": 64}
-    assert model(torch.zeros(1, 3, 48, 64)).logits.shape == (1, 2)
-    heads = {f"{head}.{part}" for head in ("classifier", "distillation_classifier") for part in ("weight", "bias")}
-    assert new_names == heads | {"vitcls.embeddings.register_tokens"}
 
 
 def test_every_trained_parameter_gets_a_gradient(tmp_path: Path) -> None:

@@ -1,8 +1,12 @@
 """Output folders: one run at a time, and the files that a new run replaces. Real processes hold the locks."""
 
+import itertools
 import os
+import shutil
 import signal
+import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +14,12 @@ import pytest
 import torch
 import yaml
 from helpers.accelerate_state import reset_accelerate
-from helpers.tiny_models import raises_one_line
+from helpers.tiny_models import build_tiny_config, raises_one_line, save_with_processor
 from helpers.tiny_options import build_tiny_options, run_dry, run_training
 from helpers.warm_processes import READY, SECONDS
 
 from modeling_vitcls.checkpoints import CheckpointStore
+from modeling_vitcls.modeling_vitcls import ViTCLSModel
 from modeling_vitcls.options import FinetuneOptions, PretrainOptions
 from modeling_vitcls.training import output_folder
 from modeling_vitcls.training import run as run_module
@@ -61,17 +66,6 @@ def fork(folder: Path, ready: Any) -> None:
         output_folder.LOCK_TIMEOUT = 0.0
         with READY.Pool(1) as pool:
             ready.put(pool.apply(is_locked, (folder,)))
-
-
-def wait_and_lock(folder: Path, ready: Any, start: Any, end: Any) -> None:
-    with FolderLock(folder) as lock:
-        start.wait()
-        try:
-            lock.acquire()
-            ready.put(True)
-            end.wait()
-        except ValueError:
-            ready.put(False)
 
 
 @pytest.fixture(autouse=True)
@@ -128,20 +122,6 @@ def test_a_forked_process_keeps_the_lock(folder: Path) -> None:
     assert queue.get() is True
     process.join(SECONDS)
     assert process.exitcode == 0
-
-
-def test_only_one_process_takes_over_a_lock(folder: Path) -> None:
-    queue, start, end = READY.SimpleQueue(), READY.Event(), READY.Event()
-    processes = [READY.Process(target=wait_and_lock, args=(folder, queue, start, end)) for _ in range(6)]
-    for process in processes:
-        process.start()
-    start.set()
-    assert sum(queue.get() for _ in processes) == 1
-    end.set()
-    for process in processes:
-        process.join(SECONDS)
-        assert process.exitcode == 0
-    assert not (folder / LOCK_FILE).exists()
 
 
 def test_folders_of_the_lock_are_removed_if_they_are_empty(folder: Path) -> None:
@@ -316,15 +296,6 @@ def test_files_of_other_programs_are_kept(folder: Path, names: list[str]) -> Non
     assert contents(folder) == dict.fromkeys(names, b"mine")
 
 
-def test_other_files_are_overwritten_on_request(folder: Path) -> None:
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text("mine")
-    (folder / "notes.txt").write_text("mine")
-    run(folder, overwrite=True)
-    assert (folder / "config.json").read_text() != "mine"
-    assert (folder / "notes.txt").read_text() == "mine"
-
-
 def test_a_file_that_appears_while_a_run_is_stopped_is_kept(earlier: Path) -> None:
     for name in list_final_files(earlier):
         (earlier / name).unlink()
@@ -368,6 +339,92 @@ def test_only_folders_of_runs_and_models_are_cleared(folder: Path, name: str | N
         (folder / name).touch()
     remove_run_files(folder, store)
     assert contents(folder) == {}
+
+
+# A kill in the final save --------------------------------------------------------------------------------------------
+
+KILLED = 9  # exit status
+CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "shutil.rmtree")
+
+
+def end_at_change(number: int, folder: Path) -> None:
+    """End this process immediately before its change number `number` of the files in `folder`."""
+    numbers = itertools.count(1)
+
+    def count(event: str, arguments: tuple[Any, ...]) -> None:
+        is_change = event in CHANGES or (event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
+        if is_change and str(arguments[0]).startswith(f"{folder}/") and next(numbers) == number:
+            os._exit(KILLED)
+
+    sys.addaudithook(count)
+
+
+def copy_files(source: Path, target: Path) -> None:
+    """Replace the files of `target`, except its lock, which this process holds."""
+    for path in target.iterdir() if target.exists() else ():
+        if path.name != LOCK_FILE:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns(LOCK_FILE), dirs_exist_ok=True)
+
+
+def save_and_end(folder: Path, model: Path, queue: Any) -> None:
+    """Train, and run the final save in child processes that end before the first, the second, ... change of a file.
+    Then resume the run of each folder with other files outside of the staging folder, which a resumed run removes.
+    Send the number of children, and then the problem of each resumed run, or None if its folder is whole."""
+    torch.set_num_threads(1)
+    save_output = run_module.save_output
+    output_folder.measure_inference_speed = lambda *arguments: {}  # slow, and writes no files
+    flags = {"model": model, "trainable": "lora", "lora_rank": 2, "max_steps": 1, "batch_size": 4}
+
+    def save(*arguments: Any) -> None:
+        copy_files(folder, folder.parent / "before")
+        save_output(*arguments)  # also imports everything before the forks
+        copy_files(folder, folder.parent / "whole")
+        for number in itertools.count(1):
+            copy_files(folder.parent / "before", folder)
+            child = os.fork()
+            if not child:
+                end_at_change(number, folder)
+                save_output(*arguments)
+                os._exit(0)
+            status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            assert status in (0, KILLED)
+            if status == 0:
+                raise InterruptedError
+            copy_files(folder, folder.parent / str(number))
+
+    run_module.save_output = save
+    with suppress(InterruptedError):
+        run_training(build_tiny_options(folder, "digits", **flags))
+    run_module.save_output = save_output
+    expected = contents(folder.parent / "whole")
+    killed = sorted((path for path in folder.parent.iterdir() if path.name.isdigit()), key=lambda path: int(path.name))
+    queue.put(len(killed))
+    for path in {tuple(entry.name for entry in sorted(path.iterdir())): path for path in killed}.values():
+        try:
+            run_training(build_tiny_options(path, "digits", resume=True, **flags))
+            found = contents(path)
+            changed = [name for name in COMPARED if found.get(name) != expected[name]]
+            changed += [entry.name for entry in path.iterdir() if entry.name.startswith(".")]
+            queue.put(f"{path.name}: {changed}" if changed or found.keys() != expected.keys() else None)
+        except Exception as error:
+            queue.put(f"{path.name}: {error!r}")
+    queue.put("end")
+
+
+COMPARED = ("model.safetensors", "config.json", "preprocessor_config.json", "modeling_vitcls.py")
+COMPARED += ("predictions.parquet", "adapter/adapter_model.safetensors", "adapter/adapter_config.json")
+
+
+@pytest.mark.slow
+def test_a_final_save_that_is_killed_before_any_change_of_a_file_is_repeated(tmp_path: Path) -> None:
+    model, queue = save_with_processor(ViTCLSModel(build_tiny_config()), tmp_path / "model"), READY.SimpleQueue()
+    process = READY.Process(target=save_and_end, args=(tmp_path / "runs" / "mine", model, queue))
+    process.start()
+    number, *problems = iter(queue.get, "end")
+    process.join(SECONDS)
+    assert number > 60 and len(problems) > 15, (number, problems)
+    assert not [problem for problem in problems if problem is not None]
 
 
 def test_the_recipe_of_a_run_does_not_overwrite(finished: Path) -> None:

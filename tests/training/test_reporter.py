@@ -3,25 +3,16 @@
 import io
 import json
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from accelerate import Accelerator
-from helpers.tiny_models import build_tiny_config
 from rich.console import Console
 
-from modeling_vitcls import ViTCLSForImageClassification
-from modeling_vitcls.data.sampling import BatchPlan
-from modeling_vitcls.options import TrainingOptions
 from modeling_vitcls.training import reporter as reporter_module
 from modeling_vitcls.training.reporter import (
     Reporter,
-    describe_batches,
-    describe_model,
-    describe_run,
     flatten_record,
     format_duration,
     format_metric,
@@ -78,17 +69,6 @@ def test_a_line_shows_the_learning_rate_and_the_remaining_time(tmp_path: Path, c
     assert output.getvalue().endswith("100 images/s\n")  # no time remains
 
 
-def test_the_time_on_the_bar_is_labeled(tmp_path: Path, clock: list[float]) -> None:
-    reporter, output = build_reporter(tmp_path, force_terminal=True, width=200)
-    reporter.progress.disable = False
-    reporter.start_after(0, 20)
-    with reporter.progress:
-        clock[0] += 240
-        reporter.log(RECORD | {"step": 2})
-    (last,) = [line for line in output.getvalue().splitlines() if "36 min left" in line][-1:]
-    assert "lr 2.5e-04" in last and "2/20" in last
-
-
 def test_the_bar_moves_at_every_step(tmp_path: Path, clock: list[float]) -> None:
     reporter, output = build_reporter(tmp_path, force_terminal=True, width=200)
     reporter.progress.disable = False
@@ -137,15 +117,6 @@ def test_brackets_are_not_markup(tmp_path: Path) -> None:
     assert output.getvalue() == "data      [red] and registers[1]\nWARNING: [bold]noon[/bold].png cannot be read\n"
 
 
-def test_evaluations_are_printed_above_the_bar(tmp_path: Path) -> None:
-    reporter, output = build_reporter(tmp_path, force_terminal=True, width=200, color_system=None)
-    reporter.progress.disable = False
-    reporter.start_after(0, 20)
-    with reporter.progress:
-        reporter.log(RECORD | {"step": 2, "held_out_accuracy": 0.25})
-    assert "epoch   0.5  held out: accuracy 25.00%" in output.getvalue()
-
-
 @pytest.mark.parametrize(
     ("name", "value", "text"),
     [
@@ -170,39 +141,3 @@ def test_trackers_get_only_numbers() -> None:
 
 
 # The model and the batches -------------------------------------------------------------------------------------------
-
-
-def build_plan(**changes: Any) -> BatchPlan:
-    training = TrainingOptions(max_steps=30, batch_size=5, gradient_accumulation_steps=2)
-    return replace(BatchPlan.from_options(400, training, num_processes=4), **changes)
-
-
-def test_the_model_and_the_batches_are_described() -> None:
-    model = ViTCLSForImageClassification(build_tiny_config(image_size=[32, 16], num_register_tokens=3))
-    lines = describe_model("some/checkpoint", model, 2_500_000_000)
-    total = sum(parameter.numel() for parameter in model.parameters())
-    assert lines["model"].startswith(
-        f"some/checkpoint: {total:,} parameters, {total:,} trainable, 2 layers of width 16"
-    )
-    assert lines["tokens"] == "[ 1 cls | 3 registers | 8 patches ] = 12 for 32 x 16 pixels, 2.5 GFLOP per image"
-    model.vitcls.requires_grad_(False)
-    assert (
-        f" {total:,} parameters, {16 * 3 + 3} trainable"
-        in describe_model("some/checkpoint", model, 2_500_000_000)["model"]
-    )
-    batches = describe_batches(build_plan(), Accelerator(cpu=True))["batches"]
-    assert batches == "40 images per step = 5 x 2 accumulated x 4 process(es); 30 steps = 3.0 epochs"
-    stream = describe_batches(build_plan(num_images=None), Accelerator(cpu=True))["batches"]
-    assert stream.endswith("; 30 steps")
-
-
-def test_the_facts_of_a_run() -> None:
-    model = ViTCLSForImageClassification(build_tiny_config())
-    model.vitcls.requires_grad_(False)
-    facts = describe_run(build_plan(), 10, model, Accelerator(cpu=True), seconds=16.0)
-    assert (facts["steps"], facts["epochs"], facts["seconds"], facts["images_per_second"]) == (10, 1.0, 16.0, 25.0)
-    assert facts["num_parameters"] == sum(parameter.numel() for parameter in model.parameters())
-    assert facts["num_processes"] == 1
-    assert facts["token_layout"] == {"cls": 1, "distillation": 0, "registers": 0, "patches": 16}
-    assert facts["sequence_length"] == 17 and facts["versions"]["torch"] == torch.__version__
-    assert describe_run(build_plan(num_images=None), 10, model, Accelerator(cpu=True), 16.0)["epochs"] is None

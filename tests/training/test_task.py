@@ -26,7 +26,8 @@ from modeling_vitcls.inference.evaluator import Evaluator
 from modeling_vitcls.intervals import compute_mean_interval
 from modeling_vitcls.options import DataOptions, EvaluateOptions, ModelOptions, PretrainOptions
 from modeling_vitcls.training import finetune
-from modeling_vitcls.training.run import build_training_images, run_folds
+from modeling_vitcls.training.folds import run_folds
+from modeling_vitcls.training.run import build_training_images
 
 
 DIGITS = DataOptions("digits", num_workers=0)
@@ -85,21 +86,6 @@ def test_defaults_are_printed_and_recorded(tmp_path: Path, capsys: pytest.Captur
     assert "pre-trained weights, width 32: learning rate 0.0004; pre-trained weights: layer decay 0.75" in printed
 
 
-def test_a_run_with_defaults_is_resumed(tmp_path: Path) -> None:
-    flags = {"crop_scale": None, "shift": None, "max_steps": 2, "log_attention_every": 0, "save_every": 1}
-    options = build_tiny_options(tmp_path, "digits", **flags)
-    whole = run_training(options)
-    (tmp_path / "results.json").unlink()
-    reset_accelerate()
-    resumed = run_training(replace(options, run=replace(options.run, resume=True)))
-    assert resumed["accuracy"] == whole["accuracy"]
-    reset_accelerate()
-    other = replace(options, training=replace(options.training, learning_rate=0.5))
-    message = r"was started with --learning-rate 0\.001, but the value in this run is 0\.5"
-    with pytest.raises(ValueError, match=message):
-        run_training(replace(other, run=replace(options.run, resume=True)))
-
-
 def test_the_flags_and_the_checkpoint_determine_the_batches(tmp_path: Path) -> None:
     """The checkpoint requires gray images that are not square."""
     start = tmp_path / "start"
@@ -146,16 +132,6 @@ def test_the_best_checkpoint_is_saved_and_reported(tmp_path: Path, capsys: pytes
     reset_accelerate()
     evaluated = evaluate_checkpoint(EvaluateOptions(str(folder), DIGITS, batch_size=16))
     assert evaluated["accuracy"] == results["accuracy"] and evaluated["is_recorded_part"]
-
-
-def test_images_that_select_are_not_reported() -> None:
-    plain, selecting = load_training_data(DIGITS), load_training_data(DIGITS, use_selection_split=True)
-    assert selecting.selection is not None
-    assert selecting.record == plain.record  # the reported images are the same
-    keys = [set(part.images.compute_keys()) for part in (selecting.train, selecting.selection, selecting.held_out)]
-    assert keys[0] | keys[1] == set(plain.train.images.compute_keys())
-    assert not keys[0] & keys[1] and not keys[1] & keys[2]
-    assert 200 < len(selecting.selection) < 360
 
 
 def test_a_validation_split_selects_and_the_test_split_is_reported(tmp_path: Path) -> None:
@@ -213,15 +189,6 @@ def test_a_dry_run_with_fewer_images_to_select_on_than_to_report(
     assert "the best checkpoint is selected on 6 separate images (split 'validation')" in output
 
 
-def test_the_training_split_does_not_select(tmp_path: Path) -> None:
-    """Without a split called train, the validation split is used for training."""
-    data = write_images(tmp_path, {split: {"dusk": 20, "noon": 20} for split in ("val", "test")})
-    loaded = load_training_data(data, use_selection_split=True)
-    assert loaded.selection is not None and loaded.held_out_name == "split 'test'"
-    assert len(loaded.train) + len(loaded.selection) == 40
-    assert not {*loaded.train.images.compute_keys()} & {*loaded.selection.images.compute_keys()}
-
-
 def test_patience_stops_early(tmp_path: Path) -> None:
     """The learning rate is so low that no evaluation is better than the first one."""
     flags = {"epochs": 20.0, "batch_size": 400, "learning_rate": 1e-12}
@@ -269,14 +236,6 @@ def test_folds_are_not_pushed(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_folds_require_a_single_split(tmp_path: Path) -> None:
-    data = write_images(tmp_path, {"train": {"dusk": 3, "noon": 3}, "test": {"dusk": 3, "noon": 3}})
-    with pytest.raises(
-        ValueError, match=r"--folds requires a dataset with a single split, but .* has the held-out split 'test'"
-    ):
-        load_training_data(replace(data, folds=2, fold=1))
-
-
 def test_training_on_all_images(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     data = replace(DIGITS, held_out_fraction=0.0)
     options = build_options(tmp_path / "run", data, max_steps=2, report=True)
@@ -302,11 +261,3 @@ def test_a_class_that_only_the_validation_split_has(tmp_path: Path, capsys: pyte
     results = run_training(build_options(tmp_path / "run", data, max_steps=2))
     assert [row["name"] for row in results["per_class"]] == ["dusk", "night", "noon"]
     assert "1 of the 3 classes has no training images (night)" in capsys.readouterr().out
-
-
-def test_many_classes_with_few_images(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    data = write_images(tmp_path / "data", {"": {f"class {index:03d}": 2 for index in range(201)}})
-    results = run_training(build_options(tmp_path / "run", data, max_steps=2))
-    assert len(results["per_class"]) == 201 and "confusion_matrix" not in results
-    assert results["num_images"] + results["num_training_images"] == 402
-    assert "no held-out images" not in capsys.readouterr().out  # one image of each class is held out

@@ -1,0 +1,82 @@
+"""Dry run: a few steps, an evaluation, a checkpoint and a model in a temporary folder (`--dry-run`).
+
+The run prints the expected duration and memory of the full run, and keeps no files.
+"""
+
+import math
+import os
+import random
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..checkpoints import CheckpointStore
+from ..data.images import LabeledImages
+from ..data.sampling import BatchPlan
+from ..data.streaming import StreamedImages
+from .loop import TrainingLoop
+from .output_folder import CHECKPOINTS_FOLDER, check_replaceable
+from .reporter import format_duration
+
+
+NUM_STEPS = 3  # more than 1, because the first step is slower than later steps
+NUM_PROBE_IMAGES = 256  # maximum number of training images for the probe
+
+
+@contextmanager
+def build_dry_run_options(options: Any) -> Iterator[Any]:
+    """Yield the options of a dry run, which writes to a temporary folder. The folder is removed at the end of the
+    `with` block. Raise ValueError if the full run would not be allowed to replace the files in the output folder."""
+    if not options.run.resume:
+        check_replaceable(options, CheckpointStore(options.output_dir / CHECKPOINTS_FOLDER, num_kept=1))
+    parent, prefix = options.output_dir.absolute().parent, f".{options.output_dir.name}-dry-run-"
+    folder = parent / prefix
+    if os.environ.get("RANK", "0") == "0":  # Accelerate is not initialized yet
+        parent.mkdir(parents=True, exist_ok=True)  # fails without the write permission that the full run requires
+        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+    try:
+        yield replace(
+            options,
+            output_dir=folder / options.output_dir.name,
+            training=replace(options.training, max_steps=NUM_STEPS, log_every=1),
+            run=replace(options.run, resume=False),
+        )
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def draw_images(images: LabeledImages | StreamedImages, num_images: int) -> LabeledImages:
+    """Draw at most `num_images` images at random, with a fixed seed, because datasets are often sorted by class; or
+    return the first images of a stream."""
+    if isinstance(images, StreamedImages):
+        return images.read_first(num_images)
+    return images.select(sorted(random.Random(0).sample(range(len(images)), min(num_images, len(images)))))
+
+
+def describe_dry_run(
+    loop: TrainingLoop, full_plan: BatchPlan, options: Any, evaluated_fraction: float, seconds: float
+) -> str:
+    """Return the expected duration and memory of the full run as text.
+
+    Args:
+        loop: the loop after the dry run.
+        full_plan: batch plan of the full run.
+        options: flags of the run.
+        evaluated_fraction: fraction of the evaluated images in the images that the full run evaluates.
+        seconds: duration of the dry run.
+    """
+    epochs = full_plan.count_epochs(full_plan.num_steps) if full_plan.num_images else 1.0
+    num_evaluations = math.ceil(epochs / options.training.evaluate_every)
+    # The first step is slower than later steps. `--trainable head` runs no steps.
+    seconds_per_step = min(loop.step_seconds[1:] or loop.step_seconds, default=0.0)
+    full_seconds = full_plan.num_steps * seconds_per_step
+    full_seconds += num_evaluations * min(loop.evaluation_seconds) / evaluated_fraction
+    return (
+        f"ran {len(loop.step_seconds)} steps and an evaluation, and saved a checkpoint and the model, in "
+        f"{seconds:.0f} s; no files were kept. The full run has {full_plan.num_steps:,} steps, takes about "
+        f"{format_duration(full_seconds)}, and needs about {loop.peak_memory / 2**20:,.0f} MiB of memory per process"
+    )

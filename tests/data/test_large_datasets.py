@@ -1,0 +1,91 @@
+"""The start of a run with many images: one scan of a folder, keys computed once, and no image that is read."""
+
+import io
+import os
+import tarfile
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import datasets
+import pytest
+from helpers.photo_folders import write_photos
+
+from modeling_vitcls.data import image_folder, splits
+from modeling_vitcls.data.images import DatasetImages
+from modeling_vitcls.data.labels import MultiHotLabels
+from modeling_vitcls.data.splits import load_on_main, load_training_data
+from modeling_vitcls.options import DataOptions
+
+
+def test_the_main_process_scans_a_folder_once_for_all_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos = write_photos(tmp_path / "photos", range(20))
+    monkeypatch.setattr(image_folder, "MIN_STORED_IMAGES", 10)
+    scanned: list[str] = []
+    scandir = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: scanned.append(str(path)) or scandir(path))
+    sent: list[bytes] = []
+
+    def send(accelerator: Any, load: Any) -> bytes:
+        """Run the function in the first call, which is that of the main process."""
+        if not sent:
+            sent.append(load())
+        return sent[0]
+
+    monkeypatch.setattr(splits, "run_on_main", send)
+    load = partial(load_training_data, DataOptions(str(photos)))
+    main = load_on_main(SimpleNamespace(num_processes=2), str(photos), load)  # type: ignore[arg-type]
+    class_folders = [path for path in scanned if Path(path).parent == photos]
+    assert sorted(class_folders) == sorted(map(str, photos.iterdir())) and len(sent[0]) < 10_000
+    scanned.clear()
+    other = load_on_main(SimpleNamespace(num_processes=2), str(photos), load)  # type: ignore[arg-type]
+    assert not any(path.startswith(str(photos)) for path in scanned)
+    assert other.record == main.record and other.train.images.get_names() == main.train.images.get_names()
+    assert other.train.images[0].tobytes() == main.train.images[0].tobytes()
+
+
+@pytest.mark.parametrize("has_paths", [False, True])
+def test_keys_of_a_table_are_computed_once_without_its_images(
+    has_paths: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"path": f"{index}.png" if has_paths else None, "bytes": b"unreadable"} for index in range(50)]
+    table = datasets.Dataset.from_dict({"image": rows, "label": [index % 2 for index in range(50)]})
+    table.to_parquet(tmp_path / "table.parquet")
+    computed: list[DatasetImages] = []
+    compute = DatasetImages.compute_all_keys
+    monkeypatch.setattr(DatasetImages, "compute_all_keys", lambda images: computed.append(images) or compute(images))
+    monkeypatch.setattr(DatasetImages, "get_encoded_image", None)  # no image is read
+    first, second = (load_training_data(DataOptions(str(tmp_path / "table.parquet"))) for _ in range(2))
+    assert first.record == second.record and first.record.num_images == 10 and len(computed) == 1
+
+
+def test_labels_of_many_classes_are_stored_as_class_indices(tmp_path: Path) -> None:
+    photos = sorted(write_photos(tmp_path / "photos", range(10)).glob("*/*.png"))
+    rows = [f"{path},tag {index}|tag {index + 1}" for index, path in enumerate(photos)]
+    (tmp_path / "tags.csv").write_text("\n".join(["image,label", *rows]), encoding="utf-8")
+    data = load_training_data(DataOptions(str(tmp_path / "tags.csv"), label_separator="|"))
+    for part in (data.train, data.held_out):
+        assert isinstance(part.labels, MultiHotLabels) and part.labels.indices.size == 2 * len(part)
+        assert all(len(label) == 21 and sum(label) == 2 for label in part.labels)
+
+
+@pytest.mark.parametrize("is_folder", [True, False])
+def test_web_dataset_shards_need_no_flags(is_folder: bool, tmp_path: Path) -> None:
+    photos = sorted(write_photos(tmp_path / "photos", range(20)).glob("*/*.png"))
+    (tmp_path / "shards").mkdir()
+    shard = tmp_path / "shards" / "train-0000.tar"
+    with tarfile.open(shard, "w") as tar:
+        for index, photo in enumerate(photos):
+            for suffix, content in (("png", photo.read_bytes()), ("cls", str(7 * (index % 3)).encode())):
+                member = tarfile.TarInfo(f"{index:04}.{suffix}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    options = DataOptions(str(shard.parent if is_folder else shard), streaming=True, shuffle_buffer=1)
+    data = load_training_data(options)
+    assert data.label_space.columns == {"cls": ["0", "7", "14"]}
+    examples = [*data.train.iterate_pass(0, 0, 0, 1)]
+    assert {int(Path(example.name).stem.split("/")[-1]) % 3 == example.label for example in examples} == {True}
+    assert len(examples) + len(data.held_out) == 40

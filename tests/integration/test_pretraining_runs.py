@@ -1,0 +1,152 @@
+"""Pre-training in two processes: stopped, killed and resumed runs, sharded weights and bfloat16, for each method.
+
+test_resume.py kills pre-training in one process.
+"""
+
+import json
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.photo_folders import write_photos
+from helpers.warm_processes import OFFLINE, READY, find_free_port, get_rank_variables, run_script, run_together
+from safetensors.torch import load_file
+
+from modeling_vitcls import ViTCLSConfig, ViTCLSImageProcessor, ViTCLSModel
+
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.integration,
+    pytest.mark.skipif(sys.platform == "win32", reason="needs sessions of processes"),
+]
+
+METHODS = {
+    "lejepa": "--method lejepa --projector-width 32 --local-crops 1",
+    "mae": "--method mae --decoder-layers 1",
+    "distillation": "--teachers {teacher} {teacher} --distill-patches",
+}
+FLAGS = (
+    "--model vitcls-tiny --hidden-size 32 --num-hidden-layers 2 --num-attention-heads 2 --intermediate-size 64 "
+    "--image-size 32 --patch-size 8 --num-register-tokens 2 --drop-path-rate 0.2 --no-report --dataset {photos} "
+    "--max-steps 12 --batch-size 4 --learning-rate 3e-3 --num-workers 0 --save-every 3 --log-every 1"
+)
+SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
+SHARDED |= {"FSDP_RESHARD_AFTER_FORWARD": "true"}
+NOT_COMPARED = ("images_per_second", "peak_memory_mb")
+Flags = Callable[[str], list[str]]
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory: pytest.TempPathFactory) -> Flags:
+    """Return a function: method -> flags of a run, except the output folder."""
+    folder = tmp_path_factory.mktemp("inputs")
+    write_photos(folder, range(24), "photos")
+    torch.manual_seed(0)
+    config = ViTCLSConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=16)
+    ViTCLSModel(config).save_pretrained(folder / "teacher")
+    ViTCLSImageProcessor(size=32).save_pretrained(folder / "teacher")
+    return lambda method: f"{FLAGS} {METHODS[method]}".format(photos=folder, teacher=folder / "teacher").split()
+
+
+@pytest.fixture(scope="module", params=METHODS)
+def method(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def whole(method: str, flags: Flags, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of an uninterrupted run in two processes."""
+    return run_two(tmp_path_factory.mktemp(method) / "whole", flags(method))
+
+
+def run_two(folder: Path, flags: list[str], environment: dict[str, str] | None = None, processes: int = 2) -> Path:
+    log, environment = folder.with_suffix(".log"), OFFLINE | (environment or {})
+    run_together("pretrain.py", *flags, "--output-dir", folder, log=log, environment=environment, processes=processes)
+    return folder
+
+
+def interrupt(folder: Path, flags: list[str], step: int, number: signal.Signals) -> list[int | None]:
+    """Start two processes, send them a signal after a step, and return their exit statuses."""
+    port, log = find_free_port(), folder.with_suffix(".log")
+    arguments = [*flags, "--output-dir", str(folder)]
+    started = [
+        READY.Process(
+            target=run_script, args=("pretrain.py", arguments, log, log, OFFLINE | get_rank_variables(rank, 2, port))
+        )
+        for rank in range(2)
+    ]
+    for process in started:
+        process.start()
+    deadline = time.monotonic() + 240
+    while len(read_records(folder)) < step:
+        assert time.monotonic() < deadline and started[0].is_alive(), log.read_text()
+        time.sleep(0.002)
+    for process in started:
+        os.kill(process.pid, number)
+    for process in started:
+        process.join(240)
+    return [process.exitcode for process in started]
+
+
+def read_records(folder: Path) -> list[dict[str, Any]]:
+    """Return the complete records of metrics.jsonl without speeds."""
+    try:
+        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+    except OSError:
+        return []
+    return [{name: value for name, value in json.loads(line).items() if name not in NOT_COMPARED} for line in lines]
+
+
+def test_two_processes_are_stopped_killed_and_resumed(method: str, whole: Path, flags: Flags, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    assert interrupt(folder, flags(method), 2, signal.SIGTERM) == [128 + signal.SIGTERM] * 2
+    assert list((folder / "checkpoints").glob("step-*"))
+    assert interrupt(folder, [*flags(method), "--resume"], 6, signal.SIGKILL) == [-signal.SIGKILL] * 2
+    run_two(folder, [*flags(method), "--resume"])
+    assert read_records(folder) == read_records(whole)
+    weights, expected = (load_file(each / "model.safetensors") for each in (folder, whole))
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+VARIANTS: dict[str, tuple[dict[str, str], str, float]] = {
+    "sharded": (SHARDED, "", 1e-4),
+    "bfloat16": ({}, "--mixed-precision bf16", 0.1),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_sharded_weights_and_bfloat16_have_the_same_losses(
+    variant: str, method: str, whole: Path, flags: Flags, tmp_path: Path
+) -> None:
+    environment, more_flags, tolerance = VARIANTS[variant]
+    folder = run_two(tmp_path / "run", [*flags(method), *more_flags.split()], environment)
+    for found, expected in zip(read_records(folder), read_records(whole), strict=True):
+        assert math.isclose(found["loss"], expected["loss"], rel_tol=tolerance), found["step"]
+    weights, expected_weights = (load_file(each / "model.safetensors") for each in (folder, whole))
+    assert weights.keys() == expected_weights.keys()
+
+
+def test_teachers_in_two_processes_equal_one(flags: Flags, tmp_path: Path) -> None:
+    """Distillation draws no random numbers except for stochastic depth."""
+    command = [*flags("distillation"), "--drop-path-rate", "0"]
+    two, one = (
+        run_two(tmp_path / str(processes), [*command, "--batch-size", str(8 // processes)], processes=processes)
+        for processes in (2, 1)
+    )
+    weights, expected = (load_file(each / "model.safetensors") for each in (two, one))
+    for name, weight in expected.items():
+        torch.testing.assert_close(weights[name], weight, rtol=1e-3, atol=1e-4)
+
+
+def test_a_dry_run_in_two_processes(flags: Flags, tmp_path: Path) -> None:
+    folder = run_two(tmp_path / "run", [*flags("distillation"), "--dry-run"])
+    assert "no files were kept" in folder.with_suffix(".log").read_text(encoding="utf-8") and not folder.exists()
