@@ -3,15 +3,16 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 from helpers.local_hub import LocalHub
 from helpers.tiny_models import build_tiny_config, raises_one_line, save_with_processor
 from huggingface_hub import ModelCard
-from PIL import Image
 
 from modeling_vitcls import ViTCLSForImageClassification, finetune
 from modeling_vitcls.analysis.inspection_inputs import InspectionImages
+from modeling_vitcls.data.images import ArrayImages
 from modeling_vitcls.files import read_json
 from modeling_vitcls.publishing.card import write_card
 from modeling_vitcls.publishing.report import write_report
@@ -72,7 +73,7 @@ def test_a_run_is_pushed_and_verified(
 def test_a_model_saved_by_hand_gets_a_report_and_a_card(tmp_path: Path) -> None:
     config = build_tiny_config(num_register_tokens=1, id2label={0: "a", 1: "b", 2: "c"})
     save_with_processor(ViTCLSForImageClassification(config), tmp_path / "mine")
-    pictures = [Image.new("RGB", (32, 32), (value, 0, 90)) for value in range(0, 250, 50)]
+    pictures = ArrayImages(np.stack([np.full((32, 32), value, np.uint8) for value in range(0, 250, 50)]))
     images = InspectionImages(pictures, [str(index) for index in range(5)], None, "five images")
     summary = write_report(tmp_path / "mine", fail, images)
     write_card(tmp_path / "mine")
