@@ -20,7 +20,14 @@ from modeling_vitcls import IMPORT_STRUCTURE
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 RENAMED = {"README.md": "index.md", "docs/README.md": "contents.md"}  # path in the repository -> path in the site
-ADDED = ["CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "notebooks/quickstart.ipynb", "LICENSE"]
+ADDED = [
+    "CONTRIBUTING.md",
+    "SECURITY.md",
+    "CHANGELOG.md",
+    "LICENSE",
+    "notebooks/quickstart.ipynb",
+    "scripts/make_hero.py",
+]
 LINK = re.compile(r"(\]\()([^)\s]+)(\))")
 FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 METADATA = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)  # of model cards, for the Hub
