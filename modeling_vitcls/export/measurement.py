@@ -18,8 +18,8 @@ import torch
 from torch.nn import functional as F
 
 from ..conversion.any_checkpoint import resolve_checkpoint
-from ..data.images import LabeledImages
 from ..data.held_out import read_held_out_record
+from ..data.images import LabeledImages
 from ..data.splits import load_evaluation_data, load_training_data
 from ..distributed import build_accelerator
 from ..hub.loading import MODEL_FILE_PATTERNS
