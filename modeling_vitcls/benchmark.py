@@ -197,7 +197,7 @@ def take_step(engine: nn.Module, optimizer: torch.optim.Optimizer, images: torch
 
 def list_engines(settings: BenchmarkOptions) -> list[tuple[str, str]]:
     """Return the names and precisions of the engines that the settings select."""
-    engines = {name: BACKENDS[name] for name in settings.backends or ()}
+    engines: dict[str, tuple[str, ...]] = {name: BACKENDS[name] for name in settings.backends or ()}
     engines |= {name: tuple(DTYPES) for name in settings.peers or ()}
     return [(name, key) for name, precisions in engines.items() for key in precisions if key in settings.precisions]
 

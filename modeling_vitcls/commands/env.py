@@ -98,7 +98,7 @@ def describe_cpu_kernels() -> str:
         return "off: VITCLS_CPU_KERNELS is 0"
     if not kernels.HAS_PRIVATE_NAMES:
         return f"off: PyTorch {torch.__version__} lacks a private API that the kernels require"
-    if not kernels.is_onednn_enabled():
+    if not torch.backends.mkldnn.enabled:
         return "off: torch.backends.mkldnn is disabled"
     dtype_names = sorted({str(dtype).removeprefix("torch.") for dtype, _ in kernels.MIN_MULTIPLICATIONS})
     if dtype_names:

@@ -77,15 +77,17 @@ class FeatureTeachers:
     standardizations: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # mean and matrix for each target
 
     @torch.no_grad()
-    def fit(self, batches: Iterable[Batch]) -> None:
-        """Fit the standardization of each target to batches of images; for patches, to one patch of each image."""
+    def fit(self, batches: Iterable[Batch], num_images: int) -> None:
+        """Fit the standardization of each target to the first `num_images` images of batches; for patches, to one
+        patch of each image."""
         samples = []
         for batch in batches:
             features = self.compute_features(batch, self.teachers)
-            indices = torch.arange(len(batch["pixels"]))
-            samples.append([each if each.ndim == 2 else each[indices, indices % each.shape[1]] for each in features])
+            indices = torch.arange(len(batch["pixels"])) + sum(len(each[0]) for each in samples)
+            rows = torch.arange(len(indices))
+            samples.append([each if each.ndim == 2 else each[rows, indices % each.shape[1]] for each in features])
         for vectors in zip(*samples, strict=True):
-            mean, matrix = fit_phi_s(torch.cat(vectors).cpu().double())
+            mean, matrix = fit_phi_s(torch.cat(vectors)[:num_images].cpu().double())
             self.standardizations.append((mean.to(vectors[0]), matrix.to(vectors[0])))
 
     def compute_features(self, batch: Batch, sources: Sequence[Teacher | TeacherCache]) -> list[Tensor]:

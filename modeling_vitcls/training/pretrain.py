@@ -321,7 +321,8 @@ def load_teachers(
     )
     num_images = NUM_DRY_RUN_STANDARDIZATION_IMAGES if options.run.dry_run else NUM_STANDARDIZATION_IMAGES
     plan = BatchPlan.from_options(data.num_training_images, options.training, num_processes=1)
-    num_batches = math.ceil(min(num_images, data.num_training_images or num_images) / plan.batch_size)
+    num_images = min(num_images, data.num_training_images or num_images)
+    num_batches = math.ceil(num_images / plan.batch_size)
     images = build_training_dataset(
         data.train,
         augmentation,
@@ -330,7 +331,8 @@ def load_teachers(
         num_channels=config.num_channels,
     )
     with closing(iterate_training_batches(images, plan, 0, num_workers=0)) as batches:
-        teachers.fit(send_to_device(batch, accelerator.device) for batch in itertools.islice(batches, num_batches))
+        first_batches = (send_to_device(batch, accelerator.device) for batch in itertools.islice(batches, num_batches))
+        teachers.fit(first_batches, num_images)
     return teachers
 
 

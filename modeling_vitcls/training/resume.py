@@ -82,7 +82,7 @@ def check_flags_unchanged(stored_flags: dict[str, Any], current_flags: dict[str,
     for name, value in stored_flags.items():
         current_value = current_flags.get(name)
         pairs = [(value, current_value)]
-        if name == "teachers" and len(value) == len(current_value or ()):
+        if name == "teachers" and value and current_value and len(value) == len(current_value):
             pairs = list(zip(value, current_value, strict=True))
         if (
             name in CHANGEABLE_FLAGS
