@@ -41,7 +41,7 @@ from ..inference.metric_tables import (
     format_percent,
     get_metric_names,
 )
-from ..options import LeJEPAOptions, MAEOptions
+from ..options import LeJEPAOptions, MAEOptions, TeachersOptions
 from ..version import __version__
 from .held_out_predictions import describe_predictions
 from .model_folder import ModelFolder, warn_once
@@ -161,8 +161,8 @@ def build_metadata(folder: ModelFolder, name: str) -> dict[str, Any]:
         tags += ["multi-label"] if config.problem_type == "multi_label_classification" else []
     is_classifier = folder.is_adapter or "ForImageClassification" in folder.architecture
     has_classifier = is_classifier and report.get("classifier", "kept") == "kept"
-    if not folder.is_adapter and "method" in folder.results:
-        tags.append("masked-image-modeling")
+    if not folder.is_adapter and results.get("method") in ("mae", "distillation"):
+        tags.append("masked-image-modeling" if results["method"] == "mae" else "distillation")
     metadata = {
         "library_name": "peft" if folder.is_adapter else "transformers",
         "pipeline_tag": "image-classification" if has_classifier else "image-feature-extraction",
@@ -271,8 +271,9 @@ def describe_run(folder: ModelFolder) -> dict[str, Any]:
     config, results, flags = folder.config, folder.results, folder.flags
     recipe = {name: value for name, value in folder.shareable_flags.items() if not name.startswith(NON_RECIPE_FLAGS)}
     if "method" in results:
-        unused_options = MAEOptions if results["method"] == "lejepa" else LeJEPAOptions
-        unused_flags = {*FINETUNING_FLAGS} | {field.name for field in fields(unused_options)}
+        options = {"lejepa": LeJEPAOptions, "mae": MAEOptions, "distillation": TeachersOptions}
+        others = [each for method, each in options.items() if method != results["method"]]
+        unused_flags = {*FINETUNING_FLAGS, *(field.name for each in others for field in fields(each))}
         recipe = {name: value for name, value in recipe.items() if name not in unused_flags}
     recipe_text = yaml.safe_dump(recipe, sort_keys=False).strip()
     return {

@@ -116,11 +116,14 @@ def test_an_encoder_names_its_teachers(tmp_path: Path) -> None:
     results |= {"teacher_licenses": ["mit", None], "features": {"before": measured, "after": measured, "summary": ""}}
     results |= {"accuracy": None, "accuracy_interval": None, "selection_metric": "teacher_cosine"}
     config = build_tiny_config(num_distillation_tokens=2, distillation_teachers=results["teachers"])
-    card = load_card(write_run_folder(tmp_path / "mine", results, {"teachers": ["ann/a"]}, ViTCLSModel, config))
+    card = load_card(
+        write_run_folder(tmp_path / "mine", results, {"teachers": ["ann/a", "/home/b"]}, ViTCLSModel, config)
+    )
     assert (
         '`outputs.tokens["distillation"][:, k]`' in card.text
         and "0 `ann/a` (license: mit), 1 `path/to/b`" in card.text
     )
+    assert "- path/to/b" in card.text and "/home/b" not in card.text and "distillation" in card.data.tags
     assert "| Cosine similarity with teacher 1 | 0.750 | 0.750 |" in card.text and "distillation tokens |" in card.text
 
 
