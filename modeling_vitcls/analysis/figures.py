@@ -4,7 +4,7 @@ plot_curve, plot_norms                    statistics over depth (`Findings`)
 plot_norm_histogram, plot_map_checks      norms of the patches, checks of the maps
 
 Each function returns a matplotlib `Figure` with a white background, created without pyplot. `render_svg` returns a
-figure as text for HTML. "After layer 0" means the embeddings. publishing/card_figures.py draws the figures of cards.
+figure as text for HTML. "After layer 0" means the embeddings. publishing/card_images.py draws the figures of cards.
 """
 
 import io
@@ -37,8 +37,6 @@ from .token_statistics import Findings
 GROUP_COLORS = {"cls": "#0072B2", "distillation": "#D55E00", "registers": "#009E73", "patches": "#8C8C8C"}
 
 DARK_GRAY = "#222222"
-ELLIPSIS = "…"
-GROUP_NAMES = {"cls": "CLS", "distillation": "distillation", "registers": "registers", "patches": "patches"}
 
 
 def describe_head(config: ViTCLSConfig) -> str:
@@ -311,9 +309,9 @@ def render_svg(figure: Figure) -> str:
 
 
 def shorten_text(text: str, max_length: int) -> str:
-    """Shorten a text by replacing its middle with `ELLIPSIS`, because names often differ only at their ends."""
+    """Shorten a text by replacing its middle with "…", because names often differ only at their ends."""
     if len(text) <= max_length:
         return text
     suffix_length = (max_length - 1) // 2
     prefix_length = max_length - 1 - suffix_length
-    return f"{text[:prefix_length]}{ELLIPSIS}{text[len(text) - suffix_length :]}"
+    return f"{text[:prefix_length]}…{text[len(text) - suffix_length :]}"

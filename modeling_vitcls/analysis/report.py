@@ -16,7 +16,7 @@ The page does not load any other files.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ from .figures import (
     plot_norms,
     render_svg,
 )
-from .image_report import IMAGE_KINDS
+from .image_report import IMAGE_KINDS, ImageReport
 from .inspection import Inspection, inspect_model
 from .maps import count_used_layers, is_used_by_head, overlay, resize_with_region
 from .report_data import build_json_values, build_page_data, encode_data_url
@@ -81,18 +81,25 @@ def write_report(
     return inspection
 
 
-def write_page(file: str | Path, inspection: Inspection, title: str | None = None, source: str | None = None) -> None:
+def write_page(
+    file: str | Path,
+    inspection: Inspection,
+    title: str | None = None,
+    source: str | None = None,
+    predictions: Mapping[str, Any] | None = None,
+) -> None:
     """Write the report of an inspection (`inspect_model`) atomically.
 
     Args:
         file: path of the HTML file.
         title: name of the model. Default: name of the folder or Hub id that the model was loaded from.
         source: description of the images.
+        predictions: wrong images, prediction sets and calibration (publishing/held_out_predictions.py).
 
     Raises:
         OSError: if the file cannot be written.
     """
-    write_text(file, render_page(inspection, title, source))
+    write_text(file, render_page(inspection, title, source, predictions))
 
 
 def write_json_values(file: str | Path, inspection: Inspection, title: str | None = None) -> None:
@@ -120,7 +127,9 @@ def write_text(file: str | Path, text: str) -> None:
 # The page ------------------------------------------------------------------------------------------------------------
 
 
-def render_page(inspection: Inspection, title: str | None, source: str | None) -> str:
+def render_page(
+    inspection: Inspection, title: str | None, source: str | None, predictions: Mapping[str, Any] | None
+) -> str:
     """Return the HTML text of the page."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATE_FOLDER),
@@ -150,6 +159,7 @@ def render_page(inspection: Inspection, title: str | None, source: str | None) -
             if names
         },
         overview=build_overview(inspection),
+        predictions=predictions,
         effects=build_effect_rows(inspection.verdicts),
         figures=build_figures(inspection),
         image_kinds=IMAGE_KINDS,
@@ -160,22 +170,30 @@ def render_page(inspection: Inspection, title: str | None, source: str | None) -
     )
 
 
-def build_overview(inspection: Inspection) -> list[dict[str, Any]]:
-    """Return the images of the first screen: for each image, the image and the attention of each special token in
-    the last layer in which this attention is used, averaged over heads."""
+def iterate_overview(
+    inspection: Inspection, num_images: int
+) -> Iterator[tuple[ImageReport, str, dict[str, torch.Tensor]]]:
+    """Yield the first images with a caption, and the attention map [gh, gw] of each special token in the last layer in
+    which this attention is used, averaged over heads."""
     *used_layers, _ = count_used_layers(inspection.config, inspection.has_head)
     layers = torch.tensor(used_layers, dtype=torch.long).sub(1).clamp(min=0)  # [S]
     names = get_token_names(inspection.config)[:MAX_OVERVIEW_TOKENS]
-    rows = []
-    for report in inspection.image_reports[:NUM_OVERVIEW_IMAGES]:
-        sides = {"max_side": OVERVIEW_SIDE, "min_side": OVERVIEW_SIDE}
+    for report in inspection.image_reports[:num_images]:
         maps = report.attention.mean(dim=1)[layers, torch.arange(len(layers))]  # [S, gh, gw]
-        pictures = [
-            {"name": name, "url": encode_data_url(overlay(report.image, values, report.visible_region, **sides))}
-            for name, values in zip(names, maps, strict=False)
-        ]
         labels = [label for prediction in report.predictions for label, _ in prediction.labels[:1]]
         caption = f"{report.truth} → {', '.join(labels)}" if report.truth and labels else ", ".join(labels)
+        yield report, caption, dict(zip(names, maps, strict=False))
+
+
+def build_overview(inspection: Inspection) -> list[dict[str, Any]]:
+    """Return the images of the first screen and the attention of each special token as data URLs."""
+    rows = []
+    for report, caption, maps in iterate_overview(inspection, NUM_OVERVIEW_IMAGES):
+        sides = {"max_side": OVERVIEW_SIDE, "min_side": OVERVIEW_SIDE}
+        pictures = [
+            {"name": name, "url": encode_data_url(overlay(report.image, values, report.visible_region, **sides))}
+            for name, values in maps.items()
+        ]
         image, _ = resize_with_region(report.image, None, OVERVIEW_SIDE, OVERVIEW_SIDE)
         rows.append({"name": report.name, "caption": caption, "url": encode_data_url(image), "maps": pictures})
     return rows

@@ -76,7 +76,6 @@ def run(options: ConvertOptions) -> None:
     """Convert the model and print the parity report."""
     from ..conversion.convert import convert_checkpoint, write_native_model
     from ..publishing.card import write_card
-    from ..publishing.report import write_report
 
     if options.to == "transformers":
         report = write_native_model(str(options.model), options.output, options.any_size)
@@ -91,7 +90,6 @@ def run(options: ConvertOptions) -> None:
         options.num_labels,
         options.family,
     )
-    write_report(options.output, print)  # without images, only the figure of the tokens
     write_card(options.output)
     print_report(report, options.output)
 

@@ -67,6 +67,6 @@ def run(options: PushOptions) -> None:
     repo_id = prepare_repository(options.hub_model_id, options.model.resolve().name, options.private)
     pushed_model = push_folder(options.model, repo_id, options.private, options.message, options.branch)
     print(f"pushed    {pushed_model.summary}", flush=True)
-    if options.verify and not folder.is_adapter:  # the outputs of an adapter depend on its base model
+    if options.verify and folder.has_weights:  # adapters and exported files do not load without other files
         print("verifying the pushed commit in a new process", flush=True)
         print("\n".join(verify_push(pushed_model, options.model).format_lines()))

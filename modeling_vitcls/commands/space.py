@@ -19,7 +19,7 @@ from .export import silence_exporters
 
 
 if TYPE_CHECKING:
-    from ..hub.revisions import HubCommit
+    from ..hub.loading import HubCommit
 
 
 @dataclass(frozen=True)

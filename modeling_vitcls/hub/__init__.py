@@ -1,9 +1,8 @@
 """Access to the Hugging Face Hub that all folders share. publishing/ writes cards, pushes and verifies models.
 
     connection.py      timeouts, retries and error messages for requests to the Hub
-    loading.py         model name -> local folder, from the Hub or the cache; timm models
+    loading.py         model name -> local folder, from the Hub or the cache; branch or tag -> commit; timm models
     local_paths.py     model and dataset names that are local paths
-    revisions.py       branch or tag -> commit and its files
     provenance.py      base model and license of a model
 
 These files are not copied to the Hub.

@@ -102,9 +102,7 @@ def hide_hub_progress_bars(group: str | None = None) -> Iterator[None]:
         enable_progress_bars(group)
 
 
-def retry(
-    action: Callable[[], Result], description: str, waits: Sequence[float] | None = None, level: int = logging.WARNING
-) -> Result:
+def retry(action: Callable[[], Result], description: str, waits: Sequence[float] | None = None) -> Result:
     """Call `action`, retry after temporary failures, and return the result or raise the last error.
 
     Before each retry, a line with the `description`, such as "pushing to someone/model", is logged. `waits` contains
@@ -118,7 +116,7 @@ def retry(
                 raise
             wait = min(max(wait, get_requested_wait(error)), MAX_RETRY_WAIT)
             delay_text = f"in {wait:.0f} s" if wait >= 1 else "immediately"
-            logger.log(level, "%s: %s; trying again %s", description, format_hub_error(error), delay_text)
+            logger.warning("%s: %s; trying again %s", description, format_hub_error(error), delay_text)
             time.sleep(wait)
     return action()
 

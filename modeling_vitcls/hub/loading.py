@@ -6,6 +6,7 @@
         ...                                             # the same rule for downloads by other libraries
     model, commit = load_timm_model("vit_small_patch16_224")          # timm chooses the repository and the commit
     model, commit = load_timm_model("hf-hub:someone/their-model")     # also with @REVISION
+    folder = download_commit(resolve_commit("someone/their-model", "v1"), ["config.json"])
 
     online          the newest commit; files that are not in the cache are downloaded
     no response     the cached files, with a warning; an error after two attempts if no files are cached
@@ -20,6 +21,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -56,12 +58,22 @@ MODEL_FILE_PATTERNS = (*CONFIG_FILES, *WEIGHTS_PATTERNS)
 PICKLED_WEIGHTS_PATTERNS = ("pytorch_model.bin", "pytorch_model-*-of-*.bin", "pytorch_model.bin.index.json")
 
 TIMEOUT = 6.0  # maximum time without a response, in seconds
+COMMIT_TIMEOUT = 60.0  # maximum time without a response for the files of a commit, in seconds
 RETRY_WAIT = 1.0  # wait before the only retry, in seconds
 
 RepoType = Literal["model", "dataset"]
 PATH_NOUNS: dict[RepoType, str] = {"model": "folder", "dataset": "file or folder"}
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class HubCommit:
+    """A commit on the Hub."""
+
+    repo_id: str  # `namespace/name`
+    sha: str  # commit hash, 40 hexadecimal digits
+    needs_token: bool  # whether a download requires a token, because the repository is private or gated
 
 
 class HubUnreachableError(OSError):
@@ -84,28 +96,35 @@ def get_model_folder(source: str, patterns: Sequence[str] = MODEL_FILE_PATTERNS,
         return source
     if not is_hub_id(source):
         raise OSError(describe_missing_repo(source))
-    problem = f"{source} is not a folder and is missing or incomplete in the cache {constants.HF_HUB_CACHE}"
     if is_offline_mode():
-        if folder := find_cached_folder(source, patterns, revision):
-            return folder
-        raise OSError(
-            f"{problem}, and HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) is set. Run `hf download {source}` on a "
-            "machine with network access, copy the cache of that machine to this machine, and set HF_HUB_CACHE to the "
-            "copy"
+        problem: Any = (
+            f"HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) is set. Run `hf download {source}` on a machine with network "
+            "access, copy the cache of that machine to this machine, and set HF_HUB_CACHE to the copy"
         )
+    else:
+        try:
+            fetch_repo_info(source, revision=revision)
+        except HubUnreachableError as error:
+            problem = error
+        else:
+            return download_model(source, patterns, revision)
     try:
-        fetch_repo_info(source, revision=revision)
-    except HubUnreachableError as error:
-        if folder := find_cached_folder(source, patterns, revision):
-            logger.warning(
-                "%s. Loading %s from the cache, which may be outdated. Set HF_HUB_OFFLINE=1 to skip the request to "
-                "the Hub",
-                error,
-                source,
-            )
-            return folder
-        raise OSError(f"{problem}, and {error}") from error
-    return download_model(source, patterns, revision)
+        folder = snapshot_download(source, revision=revision, allow_patterns=list(patterns), local_files_only=True)
+    except LocalEntryNotFoundError:
+        folder = None
+    if folder is None or not Path(folder, CONFIG_FILE).is_file():
+        raise OSError(
+            f"{source} is not a folder and is missing or incomplete in the cache {constants.HF_HUB_CACHE}, and "
+            f"{problem}"
+        )
+    if not is_offline_mode():
+        logger.warning(
+            "%s. Loading %s from the cache, which may be outdated. Set HF_HUB_OFFLINE=1 to skip the request to the "
+            "Hub",
+            problem,
+            source,
+        )
+    return folder
 
 
 def check_is_vitcls(source: str, folder: str | Path) -> dict[str, Any]:
@@ -221,15 +240,6 @@ def is_hub_id(source: str) -> bool:
     return True
 
 
-def find_cached_folder(repo_id: str, patterns: Sequence[str], revision: str | None) -> str | None:
-    """Return the folder of a revision in the cache, or None if the revision (default: `main`) is not in the cache."""
-    try:
-        folder = snapshot_download(repo_id, revision=revision, allow_patterns=list(patterns), local_files_only=True)
-    except LocalEntryNotFoundError:
-        return None
-    return folder if Path(folder, CONFIG_FILE).is_file() else None
-
-
 def download_model(repo_id: str, patterns: Sequence[str], revision: str | None) -> str:
     """Download the commit of the revision, by default the newest commit, and return the folder in the cache.
 
@@ -251,6 +261,30 @@ def download_model(repo_id: str, patterns: Sequence[str], revision: str | None) 
     if not Path(folder, CONFIG_FILE).is_file():
         raise OSError(f"{repo_id} does not contain a model, because {CONFIG_FILE} is missing. Check the name")
     return folder
+
+
+def resolve_commit(repo_id: str, revision: str = "main") -> HubCommit:
+    """Return the commit of a branch or tag. Raise OSError if the repository or the revision does not exist, or if the
+    Hub does not respond."""
+    if not is_hub_id(repo_id):
+        raise OSError(describe_missing_repo(repo_id))
+    info = fetch_repo_info(repo_id, revision=revision)
+    return HubCommit(repo_id, info.sha, bool(info.private or info.gated))
+
+
+def download_commit(commit: HubCommit, patterns: Sequence[str], folder: Path | None = None) -> Path:
+    """Download the matching files of a commit to a folder, by default to the cache, and return the folder."""
+    try:
+        with set_hub_timeout(COMMIT_TIMEOUT):
+            path = retry(
+                lambda: snapshot_download(
+                    commit.repo_id, revision=commit.sha, local_dir=folder, allow_patterns=list(patterns)
+                ),
+                f"downloading {commit.repo_id}",
+            )
+    except HUB_ERRORS as error:
+        raise OSError(f"cannot download {commit.repo_id}: {format_hub_error(error)}") from error
+    return Path(path)
 
 
 def describe_missing_repo(name: str, repo_type: RepoType = "model") -> str:

@@ -51,6 +51,9 @@ MODEL_PATTERNS = (*CONFIG_FILES, *WEIGHTS_PATTERNS, CODE_PATTERN)
 # Files of a training run, which belong to certain weights.
 RUN_PATTERNS = (RESULTS_FILE, METRICS_FILE, RECIPE_FILE, REPORT_FILE, BENCHMARK_FILE)
 RESULT_IMAGE_PATTERNS = (SAMPLE_IMAGES_FILE, f"{IMAGES_FOLDER}/confusion_matrix*.png")
+# Files of `vitcls export`; FILE.json is the report of FILE.
+EXPORT_SUFFIXES = (".onnx", ".xml")
+EXPORT_PATTERNS = ("*.onnx", "*.onnx.json", "*.xml", "*.xml.json", "model.bin")
 # Files of `vitcls export --format transformers.js`.
 ONNX_REPORT_FILE = "onnx/report.json"
 ONNX_PATTERNS = ("onnx/*.onnx", ONNX_REPORT_FILE)

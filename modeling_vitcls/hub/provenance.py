@@ -14,14 +14,12 @@ from pathlib import Path
 from typing import Any, Self
 
 import yaml
-from huggingface_hub import HfApi, constants, metadata_load, snapshot_download
+from huggingface_hub import constants, metadata_load
 
-from .connection import HUB_ERRORS, set_hub_timeout, silence_hub_client
-from .loading import is_hub_id, split_revision
-from .model_files import CARD_FILE, LICENSE_PATTERNS
+from .connection import hide_hub_progress_bars
+from .loading import get_model_folder, is_hub_id, split_revision
+from .model_files import CARD_FILE, CONFIG_FILE, LICENSE_PATTERNS
 
-
-TIMEOUT = 5.0  # maximum time without a response, in seconds; short, so that finished runs do not wait for a slow Hub
 
 # timm's license identifiers that the Hub supports. Any other license is `other` on the Hub, with a name and a link.
 HUB_LICENSES = frozenset({"apache-2.0", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0", "gemma", "mit"})
@@ -84,15 +82,9 @@ def fetch_hub_provenance(repo_id: str) -> Provenance:
     if not is_hub_id(repo_id):
         return Provenance(repo_id)
     try:
-        HfApi().model_info(repo_id, timeout=TIMEOUT)  # snapshot_download has no timeout argument
-        is_reachable = True
-    except HUB_ERRORS:
-        is_reachable = False
-    try:
-        with set_hub_timeout(TIMEOUT), silence_hub_client(show_progress=False):
-            files = [CARD_FILE, *LICENSE_PATTERNS]
-            folder = snapshot_download(repo_id, allow_patterns=files, local_files_only=not is_reachable)
-    except HUB_ERRORS:
+        with hide_hub_progress_bars():
+            folder = get_model_folder(repo_id, (CONFIG_FILE, CARD_FILE, *LICENSE_PATTERNS))
+    except OSError:
         return Provenance(repo_id, base_model=repo_id)
     return read_folder_provenance(Path(folder), repo_id)
 

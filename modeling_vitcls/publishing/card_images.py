@@ -1,173 +1,110 @@
-"""Images of a model card. Figures are drawn, compressed and written next to the card.
+"""Images of a model card, drawn from results.json and from the measurements of the report.
 
-images/token_layout.png               always
 images/confusion_matrix[_TASK].png    if results are given
-images/attention.png                  if the model has special tokens and samples are given
+images/attention.png                  if the model has special tokens and an inspection is given
 """
 
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
-from io import BytesIO
-from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
+import numpy as np
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
-from PIL import Image
+from sklearn.metrics import ConfusionMatrixDisplay
 
-from ..analysis.maps import count_used_layers, extract_patch_maps, to_upright_rgb
-from ..analysis.model_utils import evaluation_mode, is_classifier, unwrap_model
+from ..analysis.figures import create_figure, shorten_text
+from ..analysis.inspection import Inspection
+from ..analysis.maps import overlay, resize_with_region
+from ..analysis.report import iterate_overview
 from ..configuration_vitcls import ViTCLSConfig
-from ..data.fit import VisibleRegion, get_visible_region
-from ..data.labels import NO_LABELS, get_label_space
-from ..image_processing_vitcls import ViTCLSImageProcessor
-from ..inference.prediction_rows import DEFAULT_THRESHOLD, Row, build_prediction_columns, predict_batch
-from ..token_names import get_token_names
-from .card_figures import plot_attention, plot_confusion_matrix, plot_token_layout, render_figure
+from ..data.labels import get_label_space
+from ..hub.model_files import IMAGES_FOLDER, RESULT_IMAGE_PATTERNS
 
 
-IMAGES_FOLDER = "images"
-MATRIX_NAME, ATTENTION_NAME = "confusion_matrix", "attention"
-
-MAX_SAMPLES, MAX_OVERLAYS = 4, 32  # maximum number of images, and of overlays, in the attention figure
-MAX_BYTES = 300_000  # maximum file size in bytes
-# (dots per inch, palette size) pairs in the order in which they are tried; the palette size None keeps all colors.
-QUALITIES = ((120, None), (100, None), (80, None), (80, 256), (60, 256), (40, 256), (25, 64))
-
-Sample = tuple[Image.Image, str | None]
+MAX_IMAGES = 4  # maximum number of images in the attention figure
+TILE_WIDTH, TITLE_HEIGHT = 1.45, 0.35  # size of an image and of its title, in inches
+TILE_SIDE = 320  # longer side of an image, in pixels
+MAX_CLASSES_WITH_COUNTS = 20  # maximum number of classes for which counts are shown
+MAX_CLASSES_WITH_NAMES = 50  # maximum number of classes for which names are shown
 
 
 def write_card_images(
-    folder: Path,
-    model: Any,
-    processor: ViTCLSImageProcessor,
-    results: Mapping[str, Any],
-    samples: Sequence[Sample] = (),
-) -> dict[str, str]:
-    """Write the images of a card to `folder`/images, as PNG files of less than 300 kB each if possible.
-
-    The model runs on its own device, in evaluation mode and without gradients, and is not changed. Call this function
-    only on the main process, with a model whose weights are not sharded. Older confusion matrices and attention
-    figures that are not drawn again are deleted.
+    folder: Path, config: ViTCLSConfig, results: Mapping[str, Any], inspection: Inspection | None = None
+) -> None:
+    """Write the images of a card to `folder`/images, and delete those of an earlier run.
 
     Args:
-        model: any ViTCLS model.
+        config: configuration of the model.
         results: measured values as in results.json; every confusion matrix is drawn.
-        samples: (image, label name) pairs; the name is None if the label is unknown. The first four images that the
-            model accepts are shown, or fewer images if the model has more than eight special tokens.
-
-    Returns:
-        Dictionary that maps the name of each image to its path relative to `folder`. Names are "token_layout",
-        "confusion_matrix" (or "confusion_matrix_TASK" for each task) and "attention".
+        inspection: measurements of the report, with the images to show.
 
     Raises:
         OSError: if a file cannot be written.
     """
-    paths: dict[str, str] = {}
-    (folder / IMAGES_FOLDER).mkdir(parents=True, exist_ok=True)
-    for name, figure in build_figures(model, processor, results, samples):
-        paths[name] = f"{IMAGES_FOLDER}/{name}.png"
-        (folder / paths[name]).write_bytes(encode_small_png(figure))
-    for file in (folder / IMAGES_FOLDER).glob("*.png"):
-        if file.stem.startswith((MATRIX_NAME, ATTENTION_NAME)) and file.stem not in paths:
+    figures = {name: plot_confusion_matrix(*matrix) for name, *matrix in find_confusion_matrices(results, config)}
+    if inspection is not None and inspection.image_reports and config.token_layout.num_prefix_tokens:
+        figures["attention"] = plot_attention(inspection)
+    for pattern in RESULT_IMAGE_PATTERNS:
+        for file in folder.glob(pattern):
             file.unlink()
-    return paths
-
-
-def build_figures(
-    model: Any, processor: ViTCLSImageProcessor, results: Mapping[str, Any], samples: Sequence[Sample]
-) -> Iterator[tuple[str, Figure]]:
-    """Yield (name, figure) for each figure that the model, the results and the samples support."""
-    config = unwrap_model(model).config
-    yield "token_layout", plot_token_layout(config)
-    for name, matrix, class_names in find_confusion_matrices(results, config):
-        yield name, plot_confusion_matrix(matrix, class_names)
-    names = get_token_names(config)
-    num_samples = min(max(MAX_OVERLAYS // len(names), 1), MAX_SAMPLES) if names else 0
-    if attention_samples := list(islice(build_attention_samples(model, processor, samples), num_samples)):
-        images, maps, titles, visible_regions = zip(*attention_samples, strict=True)
-        yield ATTENTION_NAME, plot_attention(images, maps, names, titles, visible_regions)
+    if figures:
+        (folder / IMAGES_FOLDER).mkdir(parents=True, exist_ok=True)
+    for name, figure in figures.items():
+        figure.savefig(folder / IMAGES_FOLDER / f"{name}.png", facecolor="white", pil_kwargs={"optimize": True})
 
 
 def find_confusion_matrices(
     results: Mapping[str, Any], config: ViTCLSConfig
 ) -> Iterator[tuple[str, list[list[int]], list[str]]]:
     """Yield (image name, matrix, class names) for each nonempty confusion matrix in the results."""
-    if config.tasks:
-        tasks = config.task_labels().items()
-        candidates = [(f"{MATRIX_NAME}_{task}", f"{task}_{MATRIX_NAME}", class_names) for task, class_names in tasks]
-    else:
-        candidates = [(MATRIX_NAME, MATRIX_NAME, get_label_space(config).names)]
-    for image_name, key, class_names in candidates:
-        matrix = results.get(key)
+    tasks = {f"{task}_": names for task, names in config.task_labels().items()}
+    for prefix, names in (tasks or {"": get_label_space(config).names}).items():
+        matrix = results.get(f"{prefix}confusion_matrix")
         if matrix and any(map(any, matrix)):
-            yield image_name, matrix, class_names
+            yield f"confusion_matrix_{prefix}".rstrip("_"), matrix, names
 
 
-# Attention -----------------------------------------------------------------------------------------------------------
+def plot_confusion_matrix(matrix: Sequence[Sequence[int]], class_names: Sequence[str]) -> Figure:
+    """Plot a confusion matrix [L, L]; rows are true classes, columns are predicted classes. The colors show fractions
+    of the true class on a nonlinear scale, so that rare confusions are visible."""
+    counts, num_classes = np.asarray(matrix), len(class_names)
+    fractions = counts / counts.sum(axis=1, keepdims=True).clip(min=1)
+    side = min(max(2.6 + 0.34 * num_classes, 4.0), 8.0)
+    figure = create_figure(side + 0.6, side)
+    axes = figure.add_subplot()
+    short_names = [shorten_text(name, 18) for name in class_names]
+    plot = ConfusionMatrixDisplay(fractions, display_labels=short_names).plot(
+        ax=axes,
+        cmap="Blues",
+        include_values=num_classes <= MAX_CLASSES_WITH_COUNTS,
+        xticks_rotation="horizontal" if max(map(len, short_names)) <= 3 else "vertical",
+        im_kw={"norm": PowerNorm(0.5, vmin=0, vmax=1)},
+    )
+    if plot.text_ is not None:
+        for text, count in zip(plot.text_.flat, counts.flat, strict=True):
+            text.set(text=f"{count}", fontsize=9 if counts.max() < 1000 else 7)
+    axes.set(xlabel="predicted", ylabel="true")
+    if num_classes > MAX_CLASSES_WITH_NAMES:
+        axes.set(xticks=[], yticks=[])
+    axes.tick_params(labelsize=9 if num_classes <= MAX_CLASSES_WITH_COUNTS else 6)
+    return figure
 
 
-class AttentionSample(NamedTuple):
-    """Attention maps [T, gh, gw] of the special tokens on the visible region of one image."""
-
-    image: Image.Image
-    maps: torch.Tensor
-    title: str
-    visible_region: VisibleRegion
-
-
-def build_attention_samples(
-    model: Any, processor: ViTCLSImageProcessor, samples: Sequence[Sample]
-) -> Iterator[AttentionSample]:
-    """Yield an AttentionSample for each sample that the model accepts. The maps show the attention of each special
-    token in the last layer whose output is used, averaged over heads."""
-    model = unwrap_model(model)
-    *num_used_layers, _ = count_used_layers(model.config, is_classifier(model))
-    layer_indices = torch.tensor(num_used_layers).sub(1).clamp(min=0)  # [T]
-    predict = None
-    if is_classifier(model):
-        predict = build_prediction_columns(model, top_k=None, threshold=DEFAULT_THRESHOLD, features=None)
-    for image, label in samples:
-        try:
-            pixel_values = processor(image, return_tensors="pt")["pixel_values"].to(model.device)  # [1, C, H, W]
-            with evaluation_mode(model), torch.no_grad():
-                rows = model.token_attention(pixel_values)[0].float().mean(dim=1)  # [L, T, key]
-                rows = rows[layer_indices, torch.arange(len(layer_indices))]  # [T, key]
-                prediction = predict_batch(pixel_values, predict, nullcontext)[0] if predict else {}
-        except ValueError:  # evaluation also skips images that the model does not accept
-            continue
-        maps = extract_patch_maps(rows, model.config, (pixel_values.shape[-2], pixel_values.shape[-1]))
-        image = to_upright_rgb(image)
-        visible_region = get_visible_region(processor, (image.height, image.width), model.config.patch_height_width)
-        yield AttentionSample(image, maps, format_title(label, prediction), visible_region)
-
-
-def format_title(label: str | None, prediction: Row) -> str:
-    """Return the label and the prediction as text, such as "7, predicted 7". An unknown label is omitted."""
-    predicted_labels = []
-    for column, value in prediction.items():
-        if column == "label":
-            predicted_labels.append(value)
-        elif column.endswith("_label"):
-            predicted_labels.append(f"{column.removesuffix('_label')} {value}")
-        elif column == "labels":
-            predicted_labels.append(", ".join(value) or NO_LABELS)
-    prediction_text = f"predicted {', '.join(predicted_labels)}" if predicted_labels else None
-    return ", ".join(filter(None, (label, prediction_text)))
-
-
-# Files ---------------------------------------------------------------------------------------------------------------
-
-
-def encode_small_png(figure: Figure) -> bytes:
-    """Return the figure as a PNG file in the best of `QUALITIES` for which the file is smaller than MAX_BYTES, or in
-    the lowest quality if every file is larger."""
-    for dpi, num_colors in QUALITIES:
-        image, png = render_figure(figure, dpi), BytesIO()
-        if num_colors is not None:
-            image = image.quantize(palette=image.quantize(num_colors))  # dithered
-        image.save(png, format="PNG", optimize=True)
-        if png.tell() < MAX_BYTES:
-            break
-    return png.getvalue()
+def plot_attention(inspection: Inspection) -> Figure:
+    """Plot one row per image: the image, and the attention of each special token as an overlay, as on the first screen
+    of the report. Each overlay has its own scale."""
+    rows = []
+    for report, caption, maps in iterate_overview(inspection, MAX_IMAGES):
+        image, region = resize_with_region(report.image, report.visible_region, TILE_SIDE, TILE_SIDE)
+        rows.append({caption: image} | {name: overlay(image, values, region) for name, values in maps.items()})
+    heights = [TILE_WIDTH * min(max(each.height / each.width for each in row.values()), 1) for row in rows]
+    size = (TILE_WIDTH * len(rows[0]), sum(heights) + TITLE_HEIGHT * len(rows))
+    figure = Figure(figsize=size, dpi=100, facecolor="white", layout="constrained")
+    grid = figure.subplots(len(rows), len(rows[0]), squeeze=False, gridspec_kw={"height_ratios": heights})
+    for axes, (title, image) in zip(grid.flat, (tile for row in rows for tile in row.items()), strict=True):
+        axes.axis("off")
+        axes.imshow(image, interpolation="nearest")
+        axes.set_title(textwrap.fill(shorten_text(title, 60), 22), fontsize=8)
+    return figure

@@ -11,12 +11,13 @@ from safetensors import safe_open
 from ..configuration_vitcls import ViTCLSConfig
 from ..files import read_json
 from ..hub.loading import check_is_vitcls
-from ..hub.local_paths import can_publish_images, is_local
+from ..hub.local_paths import can_publish_images, is_local, strip_folders
 from ..hub.model_files import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_WEIGHTS_FILE,
     CONFIG_FILE,
     CONFIG_FILES,
+    EXPORT_SUFFIXES,
     IMAGES_FOLDER,
     ONNX_REPORT_FILE,
     PARITY_REPORT_FILE,
@@ -32,6 +33,9 @@ from ..hub.provenance import Provenance, read_folder_provenance
 
 # Model types that `vitcls convert --to transformers` writes.
 NATIVE_MODEL_TYPES = ("vit", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit")
+
+SOURCE_FLAGS = ("dataset", "model", "teacher")  # flags that may contain local paths
+PUSH_FLAGS = ("push_to_hub", "hub_")  # names or prefixes of the flags that set the destination of a push
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +100,12 @@ class ModelFolder:
                     count += size
         return count
 
+    @cached_property
+    def has_weights(self) -> bool:
+        """Whether the folder contains a model in safetensors, and not only an adapter or exported files."""
+        names = ("model.safetensors", "model.safetensors.index.json")
+        return not self.is_adapter and any((self.path / name).is_file() for name in names)
+
     def check_is_complete(self) -> None:
         """Raise ValueError if files are missing or refer to other repositories or to local paths."""
         if self.is_adapter:
@@ -107,6 +117,8 @@ class ModelFolder:
                     f"the adapter in {self.path} requires a base model on the Hub, but its base model is "
                     f"{base_model!r}. Push the base model, and set base_model_name_or_path in {ADAPTER_CONFIG_FILE}"
                 )
+            return
+        if self.exports and not self.has_weights:
             return
         for reference in self.code_references:
             if "--" in reference:
@@ -143,13 +155,21 @@ class ModelFolder:
         """The contents of onnx/report.json; empty if the ONNX files were created from other weights."""
         return self.read_current(ONNX_REPORT_FILE, "weights_sha256")
 
+    @cached_property
+    def exports(self) -> dict[str, dict[str, Any]]:
+        """The reports (FILE.json) of the exported files by file name, without files that were exported from other
+        weights."""
+        files = sorted(file for suffix in EXPORT_SUFFIXES for file in self.path.glob(f"*{suffix}"))
+        reports = {file.name: self.read_current(f"{file.name}.json", "weights_sha256") for file in files}
+        return {name: report for name, report in reports.items() if report}
+
     def read_current(self, name: str, key: str) -> dict[str, Any]:
         """Return the contents of a JSON file whose `key` contains the hashes of the weights in this folder; otherwise
         an empty dict."""
         if not (self.path / name).is_file():
             return {}
         content = read_json(self.path / name)
-        if self.is_adapter or content.get(key) == self.weights_sha256:
+        if not self.has_weights or content.get(key) == self.weights_sha256:
             return content
         warn_once(f"ignoring {name}, because it belongs to other weights than those in {self.path}")
         return {}
@@ -162,6 +182,17 @@ class ModelFolder:
         except (OSError, ValueError, yaml.YAMLError):  # no such file, not UTF-8, or not YAML
             return {}
         return flags if isinstance(flags, dict) else {}
+
+    @property
+    def shareable_flags(self) -> dict[str, Any]:
+        """The flags for publication, without unset flags, local folders or push destinations."""
+        sources = {name: strip_folders(self.flags[name]) for name in SOURCE_FLAGS if self.flags.get(name)}
+        shareable_paths = sources | {"output_dir": "my-model"}
+        return {
+            name: shareable_paths.get(name, value)
+            for name, value in self.flags.items()
+            if value is not None and not name.startswith(PUSH_FLAGS)
+        }
 
     @cached_property
     def provenance(self) -> Provenance | None:
@@ -191,11 +222,9 @@ class ModelFolder:
 
     @property
     def images(self) -> dict[str, str]:
-        """The names of the card's images, such as "token_layout", and their paths in the folder."""
-        images = {file.stem: f"{IMAGES_FOLDER}/{file.name}" for file in (self.path / IMAGES_FOLDER).glob("*.png")}
-        if self.results:
-            return images
-        return {name: path for name, path in images.items() if name == "token_layout"}
+        """The names of the card's images, such as "attention", and their paths in the folder."""
+        files = (self.path / IMAGES_FOLDER).glob("*.png") if self.results else ()
+        return {file.stem: f"{IMAGES_FOLDER}/{file.name}" for file in files}
 
 
 @cache

@@ -27,8 +27,8 @@ from packaging.requirements import Requirement
 from ..configuration_vitcls import ViTCLSConfig
 from ..files import read_json
 from ..hub.connection import HUB_ERRORS, check_is_online, format_hub_error, retry, set_hub_timeout
+from ..hub.loading import HubCommit, download_commit, resolve_commit
 from ..hub.model_files import CONFIG_FILES
-from ..hub.revisions import HubCommit, download_commit, resolve_commit
 from ..image_processing_vitcls import read_image
 from .model_folder import list_strings
 from .push import TIMEOUT, PushError, PushResult, build_push_command

@@ -21,6 +21,8 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from ..hub.model_files import (
     ADAPTER_PATTERNS,
     CARD_FILE,
+    CONFIG_FILES,
+    EXPORT_PATTERNS,
     IMAGES_FOLDER,
     LICENSE_PATTERNS,
     MODEL_PATTERNS,
@@ -34,7 +36,6 @@ from ..hub.model_files import (
 )
 from .card import has_edited_card, render_card
 from .model_folder import ModelFolder, warn_once
-from .training_section import get_shareable_flags
 
 
 PACKAGE_FOLDER = Path(__file__).parents[1]
@@ -44,7 +45,7 @@ IMAGE_PATTERNS = tuple(f"{IMAGES_FOLDER}/*.{extension}" for extension in ("png",
 # A push removes these files from the repository unless the folder contains them: an old model.safetensors would be
 # loaded instead of new shards, and old results describe other weights.
 DELETE_PATTERNS = [
-    *(*MODEL_PATTERNS, *RUN_PATTERNS, *RESULT_IMAGE_PATTERNS, *ONNX_PATTERNS, PARITY_REPORT_FILE),
+    *(*MODEL_PATTERNS, *RUN_PATTERNS, *RESULT_IMAGE_PATTERNS, *ONNX_PATTERNS, *EXPORT_PATTERNS, PARITY_REPORT_FILE),
     *("handler.py", "checkpoints/step-*"),
 ]
 
@@ -70,8 +71,7 @@ def stage_folder(path: Path, repo_id: str) -> Iterator[Path]:
         else:
             replace_file(staged / CARD_FILE, render_card(folder, repo_id, folder.private_files))
         if RECIPE_FILE in files:
-            flags = yaml.safe_dump(get_shareable_flags(folder.flags), sort_keys=False)
-            replace_file(staged / RECIPE_FILE, flags)
+            replace_file(staged / RECIPE_FILE, yaml.safe_dump(folder.shareable_flags, sort_keys=False))
         if any(staged.glob("*.py")):
             replace_file(staged / CODE_LICENSE_FILE, read_code_license())
         yield staged
@@ -82,6 +82,10 @@ def list_published_files(folder: ModelFolder) -> set[str]:
     names = {path.relative_to(folder.path).as_posix() for path in folder.path.rglob("*") if path.is_file()}
     if folder.is_adapter:
         return {name for name in names if is_match(name, ADAPTER_PATTERNS)}
+    exported_names = {name for file, report in folder.exports.items() for name in (f"{file}.json", *report["sha256"])}
+    if not folder.has_weights:
+        exported_names |= {name for name in names if is_match(name, (*CONFIG_FILES, RESULTS_FILE, *LICENSE_PATTERNS))}
+        return names & (exported_names | {CARD_FILE})
     patterns = [*MODEL_PATTERNS, *LICENSE_PATTERNS, *IMAGE_PATTERNS, CARD_FILE]
     patterns += [PARITY_REPORT_FILE] if folder.parity_report else []
     patterns += ONNX_PATTERNS if folder.onnx_report else []
@@ -89,7 +93,7 @@ def list_published_files(folder: ModelFolder) -> set[str]:
     hidden_files = folder.private_files
     if not folder.results:
         hidden_files |= {name for name in names if is_match(name, RESULT_IMAGE_PATTERNS)}
-    return {name for name in names if is_match(name, patterns)} - hidden_files
+    return ({name for name in names if is_match(name, patterns)} | names & exported_names) - hidden_files
 
 
 def replace_file(file: Path, text: str) -> None:
@@ -100,7 +104,7 @@ def replace_file(file: Path, text: str) -> None:
 
 def check_imported_code(folder: ModelFolder) -> None:
     """Raise ValueError if a code file of the model imports a file that does not exist."""
-    for reference in folder.code_references:
+    for reference in folder.code_references if folder.has_weights else ():
         try:
             get_relative_import_files(folder.path / f"{reference.partition('.')[0]}.py")
         except OSError as error:

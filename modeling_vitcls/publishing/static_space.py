@@ -14,7 +14,7 @@ import json
 import shutil
 from pathlib import Path
 
-from ..hub.revisions import HubCommit
+from ..hub.loading import HubCommit
 from .space import build_space_card
 from .staging import PACKAGE_FOLDER
 

@@ -37,8 +37,8 @@ from ..hub.connection import (
     set_hub_timeout,
     silence_transformers,
 )
+from ..hub.loading import HubCommit, download_commit, resolve_commit
 from ..hub.model_files import CARD_FILE, CODE_PATTERN, MODEL_PATTERNS, PARITY_REPORT_FILE
-from ..hub.revisions import TIMEOUT, HubCommit, download_commit, resolve_commit
 from ..image_processing_vitcls import ViTCLSImageProcessor, ViTCLSImageProcessorPil
 from ..modeling_vitcls import (
     ViTCLSBackbone,
@@ -51,7 +51,7 @@ from ..system import get_versions
 from ..version import __version__
 from . import verification_script
 from .model_folder import ModelFolder
-from .push import PushResult
+from .push import TIMEOUT, PushResult
 from .staging import PACKAGE_FOLDER, stage_folder
 from .verification_script import LOADING_OPTIONS, AutoLoader, Outputs, collect_outputs
 
@@ -154,8 +154,7 @@ def verify(repo_id: str, revision: str = "main", folder: Path | None = None) -> 
     Raises:
         VerificationError: If files are damaged or differ from those in `folder`, if the model does not load without
             this package, or if the outputs of the model differ from the reference. The message is a single line.
-        ValueError: If the repository or the revision does not exist.
-        OSError: If the Hub does not respond.
+        OSError: If the repository or the revision does not exist, or if the Hub does not respond.
     """
     check_is_online()
     commit = resolve_commit(repo_id, revision)

@@ -18,7 +18,6 @@ from modeling_vitcls.hub.connection import (
     HTTPError,
     describe_gated_repo,
     format_hub_error,
-    get_requested_wait,
     is_temporary,
     retry,
     silence_hub_client,
@@ -60,10 +59,9 @@ def test_failed_attempts_are_repeated_after_the_given_waits(
             raise errors.pop(0)
         return "done"
 
-    with caplog.at_level(logging.INFO):
-        assert retry(act, "looking", waits=(0.5, 1.0, 1.0, 4.0, 4.0), level=logging.INFO) == "done"
+    assert retry(act, "looking", waits=(0.5, 1.0, 1.0, 4.0, 4.0)) == "done"
     assert waits == [0.5, 1.0, 2.0, 4.0, 300.0]
-    messages = [record.getMessage() for record in caplog.records if record.levelname == "INFO"]
+    messages = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert messages[0] == "looking: HTTP 503, Down; trying again immediately"
     assert messages[1].endswith("; trying again in 1 s")
     assert messages[2] == "looking: HTTP 429, Busy; trying again in 2 s" and len(messages) == 5
@@ -85,12 +83,9 @@ def test_failed_attempts_are_repeated_after_the_given_waits(
     [
         (build_hub_error(503), True),
         (build_hub_error(404), False),
-        (chain(ValueError("x"), build_hub_error(429)), True),
         (chain(build_hub_error(403), build_hub_error(500)), False),  # the status of the outer error
         (HTTPError("x"), True),
-        (ConnectionRefusedError("x"), True),
         (TimeoutError("x"), True),
-        (RuntimeError("failed upload"), True),
         (chain(OSError("x"), HTTPError("y")), True),
         (json.JSONDecodeError("x", "<html>", 0), True),
         (PermissionError("x"), False),
@@ -100,13 +95,6 @@ def test_failed_attempts_are_repeated_after_the_given_waits(
 )
 def test_temporary_errors(error: BaseException, expected: bool) -> None:
     assert is_temporary(error) is expected
-
-
-def test_the_requested_wait_is_a_number_of_seconds() -> None:
-    assert get_requested_wait(build_hub_error(429, Retry_After="7")) == 7.0
-    assert get_requested_wait(chain(OSError("x"), build_hub_error(429, Retry_After="7"))) == 7.0
-    for error in (build_hub_error(429), build_hub_error(429, Retry_After="Fri, 31 Dec 1999"), OSError("x")):
-        assert get_requested_wait(error) == 0.0
 
 
 # Messages ------------------------------------------------------------------------------------------------------------
@@ -126,10 +114,7 @@ def test_messages_of_causes_are_joined_without_repetition() -> None:
     [
         ("/api/models/ann/model", "ann/model"),
         ("/api/models/ann/model/revision/main", "ann/model"),
-        ("/api/models/ann/model/tree/main", "ann/model"),
-        ("/api/models/ann/model/paths-info/main", "ann/model"),
         ("/ann/model/resolve/main/config.json", "ann/model"),
-        ("/api/datasets/ann/data/revision/main", "datasets/ann/data"),
         ("/datasets/ann/data/resolve/main/x.parquet", "datasets/ann/data"),
     ],
 )

@@ -1,15 +1,13 @@
 """Loading models from the Hub: converted from other projects, pinned, offline, with code in another repository.
 
 Real scripts and processes without the package use a local Hub. Processes take time to start: one loads all models
-online, one all models offline, and each script runs once with a full and once with an empty cache. The process that
-waits for a silent Hub runs in the background.
+online, one all models offline, and each script runs once with a full and once with an empty cache.
 """
 
 import json
 import os
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -28,7 +26,6 @@ from helpers.tiny_models import build_tiny_config, raises_one_line, randomize
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import GatedRepoError
 from huggingface_hub.utils import _http as hub_http
-from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from safetensors.torch import load_file, save_file
 
 import modeling_vitcls as vitcls
@@ -67,8 +64,6 @@ OTHER_CODE = "pool = TokenPooler.forward\nTokenPooler.forward = lambda self, seq
 
 # Models that are also loaded without the Hub.
 CACHED = ["dino", "old code", "main", "processor", "pipeline"]
-MARKER = {"name": "marker", "loader": "marker"}
-LOCAL = "local: "
 
 
 @dataclass
@@ -80,7 +75,6 @@ class PublishedModels:
         commits: name in this file -> commit.
         wanted: expected output of each request.
         requests: requests of the first process.
-        asked_after_marker: requests that this process sent to the Hub with `local_files_only`.
     """
 
     hub: LocalHub
@@ -89,7 +83,6 @@ class PublishedModels:
     commits: dict[str, str] = field(default_factory=dict)
     wanted: dict[str, torch.Tensor] = field(default_factory=dict)
     requests: list[dict[str, Any]] = field(default_factory=list)
-    asked_after_marker: list[str] = field(default_factory=list)
 
     def environment(self, home: Path | None = None, **settings: str) -> dict[str, str]:
         """Return the environment of a process that uses this Hub as ann; `settings` override variables."""
@@ -154,16 +147,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PublishedModels]
 
 @pytest.fixture(scope="module")
 def online(world: PublishedModels) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Return the results of the process that loads all models, first online, then with `local_files_only`."""
-    again = [
-        request | {"name": f"{LOCAL}{request['name']}", "options": request["options"] | {"local_files_only": True}}
-        for request in world.requests
-        if request["name"] in CACHED and request["loader"] != "pipeline"  # does not accept the option
-    ]
-    found = world.load([*world.requests, MARKER, *again])
-    paths = [path for _, path in world.hub.requests]
-    world.asked_after_marker = [path for path in paths[paths.index("/marker") :] if "ann/" in path]
-    return found
+    """Return the results of the process that loads all models."""
+    return world.load(world.requests)
 
 
 @pytest.fixture(scope="module")
@@ -173,20 +158,6 @@ def silent() -> Iterator[str]:
         listener.bind(("127.0.0.1", 0))
         listener.listen(50)
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def waiting_script(
-    silent: str, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[subprocess.Popen[str], float]]:
-    """Start scripts/predict.py with a model on that server in the background; yield it and its start time."""
-    home = tmp_path_factory.mktemp("waiting")
-    PIL.Image.new("RGB", (50, 40)).save(home / "picture.png")
-    environment = get_environment_of_ann(silent, home)
-    command = [sys.executable, ROOT / "scripts" / "predict.py", "--model", "ann/versions", home / "picture.png"]
-    with subprocess.Popen(command, env=environment, stdout=-1, stderr=-1, text=True) as process:
-        yield process, time.monotonic()
-        process.kill()
 
 
 def publish_theirs(world: PublishedModels, pixel_values: torch.Tensor) -> None:
@@ -309,16 +280,6 @@ def test_cached_models_load_offline(world: PublishedModels, online: Any) -> None
     for name, answer in answers.items():
         assert torch.equal(answer, online[0][name]), name
     assert len(world.hub.requests) == asked
-
-
-def test_local_files_only_sends_no_requests(world: PublishedModels, online: Any) -> None:
-    answers, report = online
-    again = {name.removeprefix(LOCAL): found for name, found in report.items() if name.startswith(LOCAL)}
-    assert again.keys() == set(CACHED) - {"pipeline"}
-    assert not [found for found in again.values() if "error" in found]
-    for name in again:
-        assert torch.equal(answers[f"{LOCAL}{name}"], answers[name]), name
-    assert world.asked_after_marker == []
 
 
 def test_scripts_use_the_cache_offline(world: PublishedModels, online: Any) -> None:
@@ -521,32 +482,6 @@ def test_a_revision_follows_the_last_at_sign(tmp_path: Path) -> None:
         assert loading.split_revision(name) == expected
 
 
-@pytest.mark.parametrize("rank", ["0", "1"])
-def test_progress_is_shown_on_the_first_process_of_each_machine(
-    rank: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    group = "huggingface_hub.snapshot_download"
-    is_hidden: list[bool] = []
-
-    def download(*_: Any, **__: Any) -> str:
-        is_hidden.append(are_progress_bars_disabled(group))
-        return str(tmp_path)
-
-    monkeypatch.setattr(loading, "snapshot_download", download)
-    (tmp_path / "config.json").write_text("{}")
-    monkeypatch.setenv("LOCAL_RANK", rank)
-    monkeypatch.setenv("RANK", "8")
-    enable_progress_bars()  # commands that ran in this process have hidden them
-    loading.download_model("ann/model", CONFIG_FILES, None)
-    assert is_hidden == [rank == "1"] and not are_progress_bars_disabled(group)
-    disable_progress_bars(group)
-    try:
-        loading.download_model("ann/model", CONFIG_FILES, None)
-        assert is_hidden == [rank == "1", True] and are_progress_bars_disabled(group)
-    finally:
-        enable_progress_bars(group)
-
-
 def test_incomplete_cached_models_are_not_used(hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> None:
     get_model_folder("ann/model", CONFIG_FILES)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -561,14 +496,14 @@ def test_incomplete_cached_models_are_not_used(hub: LocalHub, monkeypatch: pytes
         get_model_folder("ann/model")
 
 
-# Results of the background process -----------------------------------------------------------------------------------
-
-
-def test_scripts_stop_if_the_hub_never_responds(
-    waiting_script: tuple[subprocess.Popen[str], float], silent: str
-) -> None:
-    process, started = waiting_script
-    _, errors = process.communicate(timeout=max(1.0, started + SECONDS - time.monotonic()))
+@pytest.mark.slow
+def test_scripts_stop_if_the_hub_never_responds(silent: str, tmp_path: Path) -> None:
+    PIL.Image.new("RGB", (50, 40)).save(tmp_path / "picture.png")
+    environment = get_environment_of_ann(silent, tmp_path)
+    flags = ["--model", "ann/versions", tmp_path / "picture.png"]
+    started = time.monotonic()
+    ended = run_fresh(ROOT / "scripts" / "predict.py", *flags, environment=environment)
+    assert time.monotonic() - started < SECONDS
     assert_ends_with_one_line(
-        process.returncode, errors, f"{silent} does not respond", "timed out", "Check the network"
+        ended.returncode, ended.stderr, f"{silent} does not respond", "timed out", "Check the network"
     )

@@ -1,6 +1,7 @@
 """Cards of model folders: one builder for every kind; every claim was measured or read from the folder."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from helpers.tiny_models import build_tiny_config, save_with_processor
 from huggingface_hub import ModelCard, parse_eval_result_entries
 from markdown_it import MarkdownIt
 
+import modeling_vitcls as vitcls
 from modeling_vitcls import (
     ViTCLSForImageClassification,
     ViTCLSForMultiTaskClassification,
@@ -54,13 +56,17 @@ def test_a_classifier(tmp_path: Path) -> None:
     matrix = [[198, 2], [80, 80]]
     calibration = {"temperature": 0.651, "num_images": 180, "calibration_error_before": 0.0871}
     results = {"per_class": rows, "confusion_matrix": matrix, "calibration_error": 0.0123, "calibration": calibration}
+    results["unknown"] = {"dataset": "fashion", "split": "test", "num_images": 2000, "auroc": 0.97, "flagged": 0.9}
     card = load_card(write_run_folder(tmp_path / "mine", results), "ann/mine")
     text = card.text
     assert "# ann/mine\n" in text and 'model="ann/mine", revision="main"' in text
     assert "| Accuracy | 98.33% (95% interval: 96.00% to 99.00%) |" in text
     assert r"| `noon\|late` | 160 | 50.00% | 100.00% | 50.00% |" in text
-    assert "recall 50.00% on 160 images, 80 of which were predicted as `dusk`" in text
+    assert "recall 50.00% on 160 images." in text
     assert all(number in text for number in ("by 1.23 percentage points", "8.71", "0.65", "180 images"))
+    assert "2,000 images of `fashion` (test) with an AUROC of 0.970" in text
+    code_files = sorted(file.name for file in Path(vitcls.__file__).parent.glob("*_vitcls.py"))
+    assert sorted(set(re.findall(r"`(\w+_vitcls\.py)`", text))) == code_files  # in reading order
     assert "trained from scratch on `digits`" in text
     assert f"These files belong to modeling_vitcls {__version__}." in text and "sha256sum" not in text
     assert card.data.library_name == "transformers" and card.data.pipeline_tag == "image-classification"
@@ -70,7 +76,7 @@ def test_a_classifier(tmp_path: Path) -> None:
 def test_a_step_contains_the_images_of_all_processes(tmp_path: Path) -> None:
     flags = {"batch_size": 32, "gradient_accumulation_steps": 3}
     card = load_card(write_run_folder(tmp_path / "mine", {"num_processes": 20}, flags))
-    assert "| 1,920 |" in card.text
+    assert "used 1,920 images" in card.text
 
 
 @pytest.mark.parametrize(("dataset", "is_on_hub"), [("acme/photos", True), ("digits", False), ("./photos", False)])
@@ -98,7 +104,7 @@ def test_an_encoder_shows_its_features_before_and_after_pre_training(tmp_path: P
     card = load_card(write_run_folder(tmp_path / "mine", results, flags, ViTCLSModel))
     assert "| 43.2% | 56.8% |" in card.text and "worse" not in card.text
     assert "vitcls finetune --model mine" in card.text and "label_smoothing" not in card.text
-    assert "| Mask ratio | 0.6 |" in card.text and "SIGReg" not in card.text
+    assert "\nmask_ratio: 0.6\n" in card.text and "sigreg_weight" not in card.text
     assert card.data.pipeline_tag == "image-feature-extraction" and card.data.eval_results is None
     results["features"] |= {"summary": "k-NN 56.8% -> 43.2%. Pre-training made the features worse"}
     assert "made the features worse" in load_card(write_run_folder(tmp_path / "b", results, flags, ViTCLSModel)).text

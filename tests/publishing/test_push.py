@@ -46,7 +46,13 @@ def folder(tmp_path: Path) -> Path:
     (target / "images").mkdir()
     (target / "images" / "attention.png").write_bytes(b"\x89PNG")
     (target / "report.html").write_text("<html>")
-    for name in (".vitcls.lock", "holiday.png", "model.pkl", "notes.txt", "checkpoints/step-1/model.safetensors"):
+    for name in (
+        ".vitcls.lock",
+        "predictions.parquet",
+        "model.pkl",
+        "notes.txt",
+        "checkpoints/step-1/model.safetensors",
+    ):
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         (target / name).write_bytes(b"private")
     return target
@@ -110,8 +116,8 @@ def test_results_of_other_weights_are_not_published(
     assert names >= MODEL_FILES
     assert not names & {"results.json", "config.resolved.yaml", "report.html", "images/attention.png"}
     assert "98.33%" not in hub.read("ann/model", "README.md").decode()
-    (message,) = caplog.messages
-    assert "results.json" in message and "\n" not in message
+    (message,) = (text for text in caplog.messages if "results.json" in text)
+    assert "\n" not in message
 
 
 def test_onnx_files_are_pushed_only_with_the_weights_they_were_created_from(hub: LocalHub, folder: Path) -> None:
@@ -131,6 +137,50 @@ def test_onnx_files_are_pushed_only_with_the_weights_they_were_created_from(hub:
     push_folder(folder, "ann/model")
     assert not [name for name in hub.files("ann/model") if name.startswith("onnx/")]
     assert "onnx" not in hub.read("ann/model", "README.md").decode()
+
+
+def write_export(folder: Path, **values: Any) -> None:
+    """Write an OpenVINO file with its report, as `vitcls export` does."""
+    digest = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
+    scores = {"dataset": "digits", "split": "test", "num_images": 359, "metric": "accuracy", "model": 0.974}
+    speed = {"images_per_second": 1234.5, "batch_size": 32, "repeats": 5, "dtype": "float32", "device": "CPU"}
+    report = {"format": "openvino", "dtype": "int8", "weights_sha256": {WEIGHTS: digest}, "num_bytes": 3 * 2**19}
+    report |= {"evaluation": scores | {"file": 0.9725, "interval": [0.95, 0.99]}, "comparison": None, "speed": speed}
+    report |= {"largest_differences": {"logits": 2e-6}, "sha256": {"model.xml": "", "model.bin": ""}}
+    for name in ("model.xml", "model.bin"):
+        (folder / name).write_bytes(b"graph")
+    (folder / "model.xml.json").write_text(json.dumps(report | values))
+
+
+def test_exported_files_are_pushed_only_with_the_weights_they_were_created_from(hub: LocalHub, folder: Path) -> None:
+    write_export(folder)
+    (folder / "pytorch_model.bin").write_bytes(b"pickled")
+    push_folder(folder, "ann/model")
+    names = set(hub.files("ann/model"))
+    assert {"model.xml", "model.bin", "model.xml.json"} <= names and "pytorch_model.bin" not in names
+    card = hub.read("ann/model", "README.md").decode()
+    (row,) = (line for line in card.splitlines() if line.startswith("| `model.xml` |"))
+    assert all(text in row for text in ("int8", "1.5 MiB", "97.25% (95.00% to 99.00%)", "97.40%", "359", "1,234"))
+    save_with_processor(vitcls.ViTCLSForImageClassification(build_tiny_config(num_register_tokens=2)), folder)
+    push_folder(folder, "ann/model")
+    assert not set(hub.files("ann/model")) & {"model.xml", "model.bin", "model.xml.json"}
+    assert "model.xml" not in hub.read("ann/model", "README.md").decode()
+
+
+def test_a_folder_of_exported_files_is_pushed_without_weights_and_code(hub: LocalHub, folder: Path) -> None:
+    comparison = {"num_images": 64, "relative_error": 0.0123, "top1_agreement": 0.984375}
+    write_export(folder, evaluation=None, comparison=comparison)
+    for file in (*folder.glob("*.safetensors"), *folder.glob("*.py"), folder / "config.resolved.yaml"):
+        file.unlink()
+    (folder / "results.json").write_text('{"files": {}}')
+    push_folder(folder, "ann/export")
+    assert set(hub.files("ann/export")) - {".gitattributes"} == {
+        *("config.json", "preprocessor_config.json", "results.json", "README.md"),
+        *("model.xml", "model.bin", "model.xml.json"),
+    }
+    card = hub.read("ann/export", "README.md").decode()
+    assert "1.2e-02" in card and "98.44%" in card and "--backend my-model/model.xml" in card
+    assert "trust_remote_code" not in card and "None" not in card
 
 
 def test_a_push_removes_outdated_files_of_its_branch_and_keeps_others(hub: LocalHub, folder: Path) -> None:

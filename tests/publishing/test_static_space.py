@@ -11,7 +11,7 @@ from huggingface_hub import SpaceCard
 from PIL import Image
 from playwright.sync_api import Browser, expect
 
-from modeling_vitcls.hub.revisions import HubCommit
+from modeling_vitcls.hub.loading import HubCommit
 from modeling_vitcls.publishing.static_space import LIBRARY_FILES, MODEL_FOLDER, write_static_space
 
 

@@ -171,9 +171,9 @@ def test_other_repositories_are_one_line_errors(hub: LocalHub) -> None:
     hub.create("ann/empty", private=False)
     with raises_one_line("ann/empty", "does not contain a vitcls model", error=VerificationError):
         verify("ann/empty")
-    with raises_one_line("ann/nothing"):
+    with raises_one_line("ann/nothing", error=OSError):
         verify("ann/nothing")
-    with raises_one_line("ann/empty", "v9"):
+    with raises_one_line("ann/empty", "v9", error=OSError):
         verify("ann/empty", "v9")
 
 

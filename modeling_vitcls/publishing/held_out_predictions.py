@@ -1,0 +1,89 @@
+"""What predictions.parquet contains about the held-out images of a run, for the report and the card.
+
+Only a classifier with one label per image has prediction sets and wrong images.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ..analysis.maps import resize_with_region, to_upright_rgb
+from ..analysis.report_data import encode_data_url
+from ..data.labels import get_label_space
+from ..hub.model_files import PREDICTIONS_FILE
+from ..inference.confidence import build_prediction_sets, find_score_limit
+from .model_folder import ModelFolder, warn_once
+
+
+COVERAGE = 0.9  # probability with which a prediction set contains the true label
+MAX_WRONG_IMAGES = 12  # maximum number of wrong images in the report
+THUMBNAIL_SIDE = 96  # longer side of a wrong image in the report, in pixels
+
+
+def describe_predictions(folder: ModelFolder, images: Sequence[Image.Image] | None = None) -> dict[str, Any] | None:
+    """Return the wrong images, the prediction sets of each class, and the calibration; None if the folder has no
+    predictions of these weights.
+
+    Args:
+        folder: The folder of a run.
+        images: The held-out images, for thumbnails of the images with the highest losses.
+    """
+    import pandas as pd
+
+    config, file = folder.config, folder.path / PREDICTIONS_FILE
+    if not folder.results or not file.is_file() or config is None:
+        return None
+    try:
+        rows = pd.read_parquet(file, columns=["index", "label", "prediction", "probabilities", "loss"])
+    except (OSError, ValueError):  # pyarrow's errors are subclasses
+        warn_once(f"ignoring {file}, because it is not readable. Write it again with `vitcls evaluate --per-image`")
+        return None
+    if not len(rows) or not isinstance(rows["label"][0], str):
+        return None
+    rows["confidence"] = rows["probabilities"].map(max)
+    wrong = rows[rows["label"] != rows["prediction"]].sort_values("loss", ascending=False)
+    wrong_rows = wrong.head(MAX_WRONG_IMAGES)[["index", "label", "prediction", "confidence"]].to_dict("records")
+    for row in wrong_rows if images is not None else ():
+        try:
+            thumbnail, _ = resize_with_region(to_upright_rgb(images[row["index"]]), None, THUMBNAIL_SIDE, 1)
+        except (IndexError, ValueError):  # the dataset has changed, or the image is unreadable
+            continue
+        row["url"] = encode_data_url(thumbnail)
+    return {
+        "num_images": len(rows),
+        "num_wrong": len(wrong),
+        "num_confident_errors": int((wrong["confidence"] > COVERAGE).sum()),
+        "wrong": wrong_rows,
+        "calibration": folder.results.get("calibration"),
+        "coverage": COVERAGE,
+        "sets": measure_prediction_sets(
+            np.stack(rows["probabilities"]), rows["label"].tolist(), get_label_space(config).names
+        ),
+    }
+
+
+def measure_prediction_sets(probabilities: np.ndarray, labels: list[str], names: list[str]) -> list[dict[str, Any]]:
+    """Return the number of labels in the prediction sets (LAC) of each class and of all images, and how often a set
+    contains the true label. The limit is fitted to every second image, and the sets are those of the other images;
+    empty if there are too few images."""
+    targets = np.array([names.index(label) for label in labels])
+    try:
+        limit = find_score_limit(probabilities[::2], targets[::2], COVERAGE)
+    except ValueError:
+        return []
+    sets, targets = build_prediction_sets(probabilities[1::2], limit), targets[1::2]
+    is_covered = sets[np.arange(len(sets)), targets]
+    groups = {"all classes": np.ones(len(targets), dtype=bool)}
+    groups |= {name: targets == index for index, name in enumerate(names)}
+    return [
+        {
+            "class": name,
+            "images": int(chosen.sum()),
+            "size": sets[chosen].sum(axis=1).mean(),
+            "coverage": is_covered[chosen].mean(),
+        }
+        for name, chosen in groups.items()
+        if chosen.any()
+    ]

@@ -1,0 +1,76 @@
+"""The held-out images of a run in the report and the card: from predictions.parquet, without another evaluation."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from helpers.model_folders import write_run_folder
+from helpers.tiny_models import build_tiny_config, save_with_processor
+from PIL import Image
+
+from modeling_vitcls import ViTCLSForImageClassification
+from modeling_vitcls.publishing.card import render_card
+from modeling_vitcls.publishing.held_out_predictions import describe_predictions
+from modeling_vitcls.publishing.model_folder import ModelFolder
+
+
+NAMES = ["dusk", "noon", "x"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Return the folder of a run with 400 predictions; the logits contain noise."""
+    generator = np.random.default_rng(0)
+    labels = generator.integers(0, 3, 400)
+    logits = generator.normal(size=(400, 3)) + 2 * np.eye(3)[labels]
+    probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    columns = {
+        "index": range(400),
+        "label": [NAMES[label] for label in labels],
+        "prediction": [NAMES[index] for index in logits.argmax(axis=1)],
+        "probabilities": list(probabilities),
+        "loss": -np.log(probabilities[range(400), labels]),
+    }
+    target = write_run_folder(tmp_path / "mine")
+    pd.DataFrame(columns).to_parquet(target / "predictions.parquet")
+    return target
+
+
+def test_wrong_images_and_prediction_sets_are_counted(folder: Path) -> None:
+    rows = pd.read_parquet(folder / "predictions.parquet")
+    wrong = rows[rows["label"] != rows["prediction"]]
+    images = [Image.new("RGB", (300, 200)) for _ in range(rows["index"][0] + 399)]  # the last image is missing
+    found = describe_predictions(ModelFolder(folder), images)
+    assert found["num_wrong"] == len(wrong) > 12 == len(found["wrong"])
+    assert found["num_confident_errors"] == sum(max(values) > 0.9 for values in wrong["probabilities"])
+    assert [row["index"] for row in found["wrong"]] == wrong.sort_values("loss")["index"].tolist()[:-13:-1]
+    assert all(row["url"].startswith("data:image/") for row in found["wrong"] if row["index"] < 399)
+    # Split conformal prediction by hand.
+    probabilities, targets = np.stack(rows["probabilities"]), np.array([NAMES.index(name) for name in rows["label"]])
+    scores = np.sort(1 - probabilities[::2][range(200), targets[::2]])
+    sets = 1 - probabilities[1::2] <= scores[int(np.ceil(201 * 0.9)) - 1]
+    everything, *classes = found["sets"]
+    assert [row["class"] for row in classes] == NAMES and sum(row["images"] for row in classes) == 200
+    assert everything["size"] == pytest.approx(sets.sum() / 200)
+    assert classes[2]["coverage"] == pytest.approx(sets[targets[1::2] == 2, 2].mean())
+    assert 0.85 < everything["coverage"] < 0.95
+
+
+def test_the_card_states_wrong_images_and_the_size_of_the_sets(folder: Path) -> None:
+    found = describe_predictions(ModelFolder(folder))
+    card = render_card(ModelFolder(folder))
+    (sentence,) = re.findall(r"- (\d+) of 400 predictions are wrong; .* these exceeds 90%.*", card)
+    assert int(sentence) == found["num_wrong"] and f"contain {found['sets'][0]['size']:.2f} labels" in card
+
+
+def test_predictions_of_other_weights_or_kinds_are_not_shown(folder: Path) -> None:
+    few = pd.read_parquet(folder / "predictions.parquet").head(10)
+    few.to_parquet(folder / "predictions.parquet")
+    assert describe_predictions(ModelFolder(folder))["sets"] == []  # too few images for a limit
+    few.assign(label=[["dusk"]] * 10).to_parquet(folder / "predictions.parquet")
+    assert describe_predictions(ModelFolder(folder)) is None  # several labels per image
+    few.to_parquet(folder / "predictions.parquet")
+    save_with_processor(ViTCLSForImageClassification(build_tiny_config(num_register_tokens=1)), folder)
+    assert describe_predictions(ModelFolder(folder)) is None
