@@ -43,7 +43,8 @@ def write_card_images(
     Raises:
         OSError: if a file cannot be written.
     """
-    figures = {name: plot_confusion_matrix(*matrix) for name, *matrix in find_confusion_matrices(results, config)}
+    matrices = find_confusion_matrices(results, config)
+    figures = {name: plot_confusion_matrix(matrix, class_names) for name, matrix, class_names in matrices}
     if inspection is not None and inspection.image_reports and config.token_layout.num_prefix_tokens:
         figures["attention"] = plot_attention(inspection)
     for pattern in RESULT_IMAGE_PATTERNS:

@@ -45,7 +45,9 @@ def describe_predictions(folder: ModelFolder, images: Sequence[Image.Image] | No
     rows["confidence"] = rows["probabilities"].map(max)
     wrong = rows[rows["label"] != rows["prediction"]].sort_values("loss", ascending=False)
     wrong_rows = wrong.head(MAX_WRONG_IMAGES)[["index", "label", "prediction", "confidence"]].to_dict("records")
-    for row in wrong_rows if images is not None else ():
+    for row in wrong_rows:
+        if images is None:
+            break
         try:
             thumbnail, _ = resize_with_region(to_upright_rgb(images[row["index"]]), None, THUMBNAIL_SIDE, 1)
         except (IndexError, ValueError):  # the dataset has changed, or the image is unreadable

@@ -80,7 +80,7 @@ class FeatureTeachers:
     def fit(self, batches: Iterable[Batch], num_images: int) -> None:
         """Fit the standardization of each target to the first `num_images` images of batches; for patches, to one
         patch of each image."""
-        samples = []
+        samples: list[list[Tensor]] = []
         for batch in batches:
             features = self.compute_features(batch, self.teachers)
             indices = torch.arange(len(batch["pixels"])) + sum(len(each[0]) for each in samples)

@@ -535,7 +535,7 @@ REFUSED: dict[str, tuple[Any, str | None, tuple[str, ...]]] = {
     ),
     "heads": (build_vit_weights(width=48), "deit", ("num_attention_heads",)),
     "grid": (PLAIN | {"pos_embed": torch.zeros(1, 1 + 3 * 6, 192)}, "mae", ("image_size",)),
-    "shape": (PLAIN | {"blocks.0.attn.qkv.bias": torch.tensor(0.0)}, "deit", ("deit",)),
+    "shape": (PLAIN | {"blocks.0.attn.qkv.bias": torch.tensor(0.0)}, "deit", ("blocks.0.attn.qkv.bias",)),
     "Flax": (PLAIN, "big_vision", ("embedding/kernel",)),
     "Flax without blocks": (
         {name: part for name, part in build_flax_weights(GRID**2).items() if "block_0" not in name},

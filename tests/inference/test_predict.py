@@ -564,6 +564,7 @@ def test_models_without_labels_are_a_one_line_error(models: Path, photos: Path, 
     model = randomize(ViTCLSForImageClassification(build_tiny_config()))
     weights = {name: value for name, value in model.state_dict().items() if "classifier" not in name}
     model.save_pretrained(lost, state_dict=weights)
+    ViTCLSImageProcessor(size=32).save_pretrained(lost)
     for source, words in {
         models / "encoder": "contains ViTCLSModel. Fine-tune the model first",
         models / "masked": "contains ViTCLSForMaskedImageModeling",

@@ -317,7 +317,7 @@ def test_the_summary_counts_the_images_that_are_left_out(color_images: Path, tmp
     rows = ["id,split", *(f"{name},{whole.train_split}" for name in names[:3])]
     (tmp_path / "audit.csv").write_text("\n".join(rows))
     run = prepare_task(tiny_options(tmp_path / "out", color_images, exclude=tmp_path / "audit.csv"))
-    assert f"3 of {len(names)} " in describe_splits(run.data, run.task)["excluded"]
+    assert f"3 of {len(names)} " in describe_splits(run.data, run.task.processor, run.task.labels_text)["excluded"]
 
 
 def test_images_are_mixed_and_classes_are_weighted_by_flags(color_images: Path, tmp_path: Path) -> None:

@@ -499,7 +499,7 @@ def iterate_views(num_images: int, num_views: int, seed: int) -> Iterator[dict[s
 
 def test_the_cache_predicts_each_view_once(resnet: Path) -> None:
     teacher = load_labeled_teacher(resnet)
-    calls, cache = CallCounter(teacher), TeacherCache(teacher, num_images=10, num_views=2, num_labels=3)
+    calls, cache = CallCounter(teacher), TeacherCache(teacher, num_images=10, num_views=2, width=3)
     for seed in range(4):
         for batch in iterate_views(10, 2, seed):
             answer = cache.predict(batch)
