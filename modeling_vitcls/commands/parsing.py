@@ -200,7 +200,7 @@ def read_help_texts(options_class: Any) -> dict[str, str]:
 
 def find_recipe(path: Path) -> Path:
     """Return `path` itself, or the path of the recipe in the package if `path` is a name, such as `digits`."""
-    if path.exists() or path.suffix or path.name != str(path):
+    if path.is_file() or path.suffix or path.name != str(path):
         return path
     recipe_files = (folder / f"{path}.yaml" for folder in RECIPE_FOLDERS)
     return next((file for file in recipe_files if file.is_file()), path)
@@ -208,7 +208,7 @@ def find_recipe(path: Path) -> Path:
 
 def read_recipe(path: Path, flag_names: set[str]) -> list[str]:
     """Read a recipe and return its flags. Exit with status 2 if the file cannot be read or a key is not a flag."""
-    if not path.exists() and not path.suffix:
+    if not path.is_file() and not path.suffix:
         names = sorted({file.stem for folder in RECIPE_FOLDERS for file in folder.glob("[!s]*.yaml")})
         exit_with_message(f"error: there is no recipe {path}: set --config to a file, or to one of {', '.join(names)}")
     try:

@@ -99,7 +99,9 @@ def test_every_flag_has_a_help_text() -> None:
 
 def test_recipes_have_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    Path("digits").mkdir()  # a folder is not a recipe
     assert find_recipe(Path("digits")).read_text() == (SCRIPTS / "recipes" / "digits.yaml").read_text()
+    Path("digits").rmdir()
     Path("digits").write_text("epochs: 1", encoding="utf-8")  # a file in the working folder takes precedence
     assert find_recipe(Path("digits")) == Path("digits")
 
