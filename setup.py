@@ -1,15 +1,35 @@
-"""Define the packages of the wheel; all other settings are in pyproject.toml.
+"""Define the packages and the description of the wheel; all other settings are in pyproject.toml.
 
 Two folders of the repository are shipped inside the package: the templates of model cards, and the recipes that
-`vitcls finetune --config NAME` finds by name.
+`vitcls finetune --config NAME` finds by name. Relative links and pictures of the README lead nowhere on a package
+page. They get the address of the repository, if `Repository` is set in [project.urls].
 """
+
+import re
+import tomllib
+from pathlib import Path
 
 from setuptools import find_packages, setup
 
 
+ROOT = Path(__file__).parent
 DATA_FOLDERS = {"modeling_vitcls.model_cards": "model_cards", "modeling_vitcls.recipes": "scripts/recipes"}
 
+
+def read_description() -> str:
+    """Return the README, with absolute links if the repository has an address."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    address = project["urls"].get("Repository")
+    if address is None:
+        return readme
+    readme = re.sub(r"(!\[[^]]*\])\((?!https?:)([^)#]+)\)", rf"\1({address}/raw/main/\2)", readme)
+    return re.sub(r"\]\((?!https?:|#)([^)]+)\)", rf"]({address}/blob/main/\1)", readme)
+
+
 setup(
+    long_description=read_description(),
+    long_description_content_type="text/markdown",
     packages=[*find_packages(include=["modeling_vitcls", "modeling_vitcls.*"]), *DATA_FOLDERS],
     package_dir=DATA_FOLDERS,
 )

@@ -19,6 +19,7 @@ import importlib
 import io
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -433,6 +434,20 @@ def test_the_faq_has_ten_messages_of_the_package() -> None:
         texts = (message, message.removeprefix("error: "))
         is_known = any(pattern.fullmatch(text) for text in texts for pattern in read_messages())
         assert is_known, f"no such message: {message}"
+
+
+def test_links_of_the_package_page_are_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    described: list[str] = []
+    monkeypatch.setattr("setuptools.setup", lambda **arguments: described.append(arguments["long_description"]))
+    for name in ("README.md", "setup.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    settings = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    address = '[project.urls]\nRepository = "https://example.org/vitcls"\n'
+    (tmp_path / "pyproject.toml").write_text(settings.replace("[project.urls]\n", address), encoding="utf-8")
+    runpy.run_path(str(tmp_path / "setup.py"))
+    targets = re.findall(r"\]\(([^)]+)\)", described[0])
+    assert targets and all(target.startswith(("https://", "http://")) for target in targets)
+    assert "https://example.org/vitcls/raw/main/docs/images/hero.jpg" in targets
 
 
 def test_the_study_in_the_docs_is_the_recipe() -> None:
