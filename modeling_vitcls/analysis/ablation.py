@@ -14,7 +14,7 @@ replaced with a random vector of the same norm. Effects, null distributions and 
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,22 +23,21 @@ import torch
 from scipy import stats
 from torch import nn
 
-from ..configuration_vitcls import TokenLayout
+from ..configuration_vitcls import TokenLayout, ViTCLSConfig
+from ..data.labels import is_multi_label
+from ..heads_vitcls import IGNORED_LABEL
+from ..inference.prediction_rows import DEFAULT_THRESHOLD
 from ..intervals import Interval, compute_bootstrap_interval, compute_prediction_limit, compute_proportion_interval
 from .maps import get_head_readers, get_used_token_mask
-from .model_outputs import (
-    Batches,
-    Features,
-    Outputs,
-    Predictions,
-    collect_outputs,
-    count_images,
-    extract_outputs,
-    join_outputs,
-)
 from .model_utils import evaluation_mode, get_classifier_or_encoder, is_classifier, unwrap_model
 
 
+# Callable that returns batches: pixel_values [B, C, H, W] on the model's device, and labels or None. Labels are [B, A]
+# with the columns of all tasks (see `Predictions`), or [B] if A is 1. Each call returns the same batches.
+Batches = Callable[[], Iterable[tuple[torch.Tensor, torch.Tensor | None]]]
+Outputs = dict[str, Any]  # name of a task or a feature -> `Predictions` or `Features`
+
+MIN_IMAGES = 16  # minimum number of images required to judge an effect
 ABLATION_KINDS = ("information", "presence")
 MIN_CHANGE = 1e-3  # smaller effects are rounding errors
 # Minimum standard deviation of the logits over images, as a fraction of their root mean square
@@ -139,7 +138,7 @@ def compute_ablations(model: Any, batches: Batches) -> Ablations:
                 with replace_by_means(model, targets[key], redrawn_means):
                     replaced = collect_outputs(model, batches)
             for name, output in redrawn.items():
-                if isinstance(output, Predictions) and output.labels is not None and bool(output.is_known.all()):
+                if isinstance(output, Predictions) and bool(output.is_known.all()):
                     was_correct, is_correct = ((each.predicted == output.labels) for each in (before[name], output))
                     drops.setdefault((key, name), []).append((was_correct.float() - is_correct.float()).mean(dim=1))
             # No head reads the tokens, so the outputs with hidden tokens do not depend on their embeddings.
@@ -201,15 +200,14 @@ def compute_effect(before: Any, after: Any) -> Effect:
         changed=is_changed.float().mean().item(),
         changed_interval=(changed_low, changed_high),
     )
-    accuracy_before, accuracy_after = before.compute_accuracy(), after.compute_accuracy()
-    if accuracy_before is None or accuracy_after is None:
-        return effect
     was_correct, is_correct = ((outputs.predicted == before.labels)[before.is_known] for outputs in (before, after))
+    if not len(is_correct):
+        return effect
     num_gained, num_lost = int((is_correct & ~was_correct).sum()), int((was_correct & ~is_correct).sum())
     p_value = stats.binomtest(num_gained, num_gained + num_lost, alternative="greater").pvalue if num_gained else 1.0
     return replace(
         effect,
-        accuracy_change=accuracy_after - accuracy_before,
+        accuracy_change=(num_gained - num_lost) / len(is_correct),
         improvement=float(p_value),
         is_better_than_chance=after.is_better_than_chance(),
     )
@@ -309,3 +307,166 @@ def replace_tokens(
         return new_states
 
     return module.register_forward_hook(hook)
+
+
+# Outputs -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Predictions of one task for all images."""
+
+    logits: torch.Tensor  # [images, labels]
+    predicted: torch.Tensor  # [images, 1], class indices; [images, labels] with values 0 or 1 for a multi-label model
+    labels: torch.Tensor  # same shape as `predicted`; IGNORED_LABEL if unknown
+
+    def __len__(self) -> int:
+        return len(self.predicted)
+
+    @property
+    def is_known(self) -> torch.Tensor:
+        """Return a mask with the shape of `predicted` of the known labels."""
+        return self.labels != IGNORED_LABEL
+
+    def compute_accuracy(self) -> float | None:
+        """Return the fraction of correct predictions among images with known labels, or None if no label is known."""
+        is_correct = (self.predicted == self.labels)[self.is_known]
+        return is_correct.float().mean().item() if len(is_correct) else None
+
+    def compute_chance(self) -> float:
+        """Return the accuracy of predicting the most frequent label of each column."""
+        columns = [column[column != IGNORED_LABEL] for column in self.labels.unbind(dim=1)]
+        counts = [column.unique(return_counts=True)[1].max().item() for column in columns if len(column)]
+        return sum(counts) / sum(map(len, columns))
+
+    def is_better_than_chance(self) -> bool | None:
+        """Return whether the accuracy exceeds chance by more than 2 standard errors, or None if no label is known."""
+        accuracy = self.compute_accuracy()
+        if accuracy is None:
+            return None
+        chance, num_known_images = self.compute_chance(), int(self.is_known.any(dim=1).sum())
+        return accuracy > chance + 2 * math.sqrt(chance * (1 - chance) / num_known_images)
+
+
+@dataclass(frozen=True)
+class Features:
+    """One kind of features of an encoder: one tensor [vectors, D] per image."""
+
+    vectors: list[torch.Tensor]
+
+    def __len__(self) -> int:
+        return len(self.vectors)
+
+
+@torch.no_grad()
+def collect_outputs(model: Any, batches: Batches, hidden_indices: Sequence[int] = ()) -> Outputs:
+    """Return the outputs for all images, on the CPU. The tokens at the sequence indices `hidden_indices` are hidden
+    from attention."""
+    batch_outputs, module = [], get_classifier_or_encoder(model)
+    with evaluation_mode(model):
+        for pixel_values, labels in batches():
+            mask = build_hiding_mask(model, pixel_values, hidden_indices) if hidden_indices else None
+            batch_outputs.append(extract_outputs(model, module(pixel_values, attention_mask=mask), labels))
+    return join_outputs(batch_outputs)
+
+
+def extract_outputs(model: Any, outputs: Any, labels: torch.Tensor | None = None) -> Outputs:
+    """Return the outputs of a batch, on the CPU. `outputs` is the output of the classifier, or of the encoder inside
+    any other model. The features of an encoder are "cls" and "distillation" (if there are such tokens), "pooled" (the
+    pooler's output, or the mean of the patches) and "patches".
+
+    Raises:
+        ValueError: if the shape of the labels does not match the predictions.
+    """
+    config = model.config
+    if not is_classifier(model):
+        layout, states = config.token_layout, outputs.last_hidden_state
+        pooled = getattr(outputs, "pooler_output", None)
+        pooled = states[:, layout.patches].mean(dim=1) if pooled is None else pooled
+        features = {
+            "cls": states[:, layout.cls],
+            "distillation": states[:, layout.distillation],
+            "pooled": pooled.unsqueeze(1),
+            "patches": states[:, layout.patches],
+        }
+        return {name: Features(list(rows.float().cpu())) for name, rows in features.items() if rows.shape[1]}
+    logits_by_task = outputs.logits if isinstance(outputs.logits, dict) else {"": outputs.logits}
+    predicted = {task: predict_labels(logits, config).cpu() for task, logits in logits_by_task.items()}
+    shape = torch.cat(list(predicted.values()), dim=1).shape
+    labels = torch.full(shape, IGNORED_LABEL) if labels is None else labels.cpu()
+    if len(labels) != shape[0] or labels.numel() != shape.numel():
+        raise ValueError(
+            f"The predictions have shape {list(shape)} [images, labels per image], but the labels have shape "
+            f"{list(labels.shape)}. Pass one label per prediction."
+        )
+    label_columns = labels.view(shape).split([columns.shape[1] for columns in predicted.values()], dim=1)
+    return {
+        task: Predictions(logits.float().cpu(), predicted[task], columns)
+        for (task, logits), columns in zip(logits_by_task.items(), label_columns, strict=True)
+    }
+
+
+def join_outputs(batches: Sequence[Outputs]) -> Outputs:
+    """Return the outputs of all batches. Raise ValueError if there are no batches."""
+    if not batches:
+        raise ValueError("Ablation requires at least one image, but there are no images. Pass one or more images.")
+    joined: Outputs = {}
+    for name, first in batches[0].items():
+        if isinstance(first, Features):
+            joined[name] = Features([row for batch in batches for row in batch[name].vectors])
+        else:
+            fields = zip(*(vars(batch[name]).values() for batch in batches), strict=True)
+            joined[name] = Predictions(*map(torch.cat, fields))
+    return joined
+
+
+def count_images(outputs: Outputs) -> int:
+    """Return the number of images."""
+    return len(next(iter(outputs.values())))
+
+
+def build_hiding_mask(model: Any, pixel_values: torch.Tensor, hidden_indices: Sequence[int]) -> torch.Tensor:
+    """Return an attention mask [B, N] that hides the tokens at sequence indices `hidden_indices` from all tokens."""
+    shape = len(pixel_values), count_tokens(model, pixel_values)
+    mask = torch.ones(shape, dtype=torch.long, device=pixel_values.device)
+    mask[:, list(hidden_indices)] = 0
+    return mask
+
+
+def count_tokens(model: Any, pixel_values: torch.Tensor) -> int:
+    """Return the number of tokens of each image in a batch [B, C, H, W]."""
+    grid_size = model.base_model.embeddings.patch_embeddings.get_grid_size(pixel_values)
+    return model.config.token_layout.get_num_tokens(*grid_size)
+
+
+# Labels --------------------------------------------------------------------------------------------------------------
+
+
+def predict_labels(logits: torch.Tensor, config: ViTCLSConfig) -> torch.Tensor:
+    """Return the predicted labels (`Predictions.predicted`) for the logits [B, labels] of a task. A multi-label model
+    predicts each label whose probability is at least DEFAULT_THRESHOLD."""
+    if is_multi_label(config):
+        return (logits.float().sigmoid() >= DEFAULT_THRESHOLD).long()
+    return logits.argmax(dim=-1, keepdim=True)
+
+
+def encode_label(label: Any, config: ViTCLSConfig) -> torch.Tensor:
+    """Return a dataset label (data/images.py) as a tensor [A] with the columns of all tasks. None becomes
+    IGNORED_LABEL. A class index for a multi-label model means that only this label applies."""
+    if config.tasks:
+        task_labels = label or {}
+        return torch.tensor([task_labels.get(task, IGNORED_LABEL) for task in config.task_labels()])
+    if not is_multi_label(config):
+        return torch.tensor([IGNORED_LABEL if label is None else int(label)])
+    if isinstance(label, list | tuple):
+        return torch.tensor([int(value) for value in label])
+    if label is None or label < 0:
+        return torch.full((config.num_labels or 0,), IGNORED_LABEL)
+    return torch.tensor([int(index == label) for index in range(config.num_labels or 0)])
+
+
+def encode_labels(labels: Sequence[Any] | None, model: Any) -> torch.Tensor | None:
+    """Return dataset labels as a tensor [images, A], or None if `labels` is None or the model is not a classifier."""
+    if labels is None or not is_classifier(model):
+        return None
+    return torch.stack([encode_label(label, model.config) for label in labels])

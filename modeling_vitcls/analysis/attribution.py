@@ -1,21 +1,58 @@
-"""Attribution of a prediction to tokens, through all layers: attention rollout and gradient-weighted attribution.
+"""Attention of every layer of a forward pass, attention rollout and gradient-weighted attribution.
 
     compute_attention_rollout(model, pixel_values)    [B, special token, key]    contributions to each special token
     compute_attribution(model, pixel_values)          [B, key]                   contributions to the predicted class
+
+    with process_attention_layers(model, layers.append):
+        model(pixel_values)
+    layers[0].compute_weights()    # [B, maps, N, N]; only the maps of this layer are in memory
+
+The `recorder` of each layer's attention receives queries, keys and values instead of attention maps, so memory grows
+with N, not N².
 
 Keys are in the order of `config.token_layout`; `extract_patch_maps` (maps.py) selects the patches. Both functions
 multiply row vectors by the maps of each layer, from the last layer to the first, so that the maps of only one layer
 are in memory. Both functions support every attention implementation.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ..configuration_vitcls import ViTCLSConfig
-from .attention_recorder import RecordedLayer, process_attention_layers
+from ..token_attention_vitcls import compute_attention_rows, record_attention, select_mask_rows
 from .model_utils import evaluation_mode, unwrap_model
+
+
+@dataclass(frozen=True)
+class RecordedLayer:
+    """Inputs and output of one layer's attention. Each head has one map, or two maps with differential attention."""
+
+    query: torch.Tensor  # [B, maps, N, d]
+    key: torch.Tensor  # [B, maps, N, d]
+    value: torch.Tensor  # [B, maps, N, head_dim]
+    mask: Any
+    scaling: float
+    attention_output: torch.Tensor  # [B, N, maps, head_dim]
+
+    def compute_weights(self, num_rows: int | None = None) -> torch.Tensor:
+        """Return the maps [B, maps, N, N] of eager attention, or only the rows of the first `num_rows` tokens. Maps
+        are computed in float32, so that rows sum to 1 for half-precision models too."""
+        query, key = self.query[:, :, :num_rows].float(), self.key.float()
+        return compute_attention_rows(query, key, select_mask_rows(self.mask, query, key), self.scaling)
+
+
+@contextmanager
+def process_attention_layers(model: Any, process_layer: Callable[[RecordedLayer], None]) -> Iterator[None]:
+    """Call `process_layer` with the attention of each layer, including all tokens of the last layer, during forward
+    passes inside the block."""
+    encoder = unwrap_model(model).base_model
+    record = lambda index, *fields: process_layer(RecordedLayer(*fields))  # noqa: E731
+    with record_attention(encoder, range(len(encoder.layers)), record):
+        yield
 
 
 @torch.no_grad()
@@ -64,12 +101,8 @@ def compute_attribution(
 
     Returns:
         Nonnegative tensor [B, key]. Values have no unit and are comparable only within an image.
-
-    Raises:
-        ValueError: if the model has no classifier, or the task or class does not exist.
     """
-    trace = trace_attention(model, pixel_values, needs_gradients=True)
-    return trace.compute_attribution(target, task)
+    return trace_attention(model, pixel_values, needs_gradients=True).compute_attribution(target, task)
 
 
 @dataclass(frozen=True)
@@ -118,11 +151,11 @@ def trace_attention(model: Any, pixel_values: torch.Tensor, needs_gradients: boo
     """Run the model on images [B, C, H, W] in evaluation mode, and record the attention of all layers."""
     model = unwrap_model(model)
     encoder_outputs: list[Any] = []
+    layers: list[RecordedLayer] = []
     hook = model.base_model.register_forward_hook(lambda _, args, output: encoder_outputs.append(output))
     with hook, torch.inference_mode(False), torch.set_grad_enabled(needs_gradients), evaluation_mode(model):
         # Pixels that require gradients make attention part of the autograd graph even if all weights are frozen.
         inputs = pixel_values.detach().clone().requires_grad_(needs_gradients)
-        layers: list[RecordedLayer] = []
         with process_attention_layers(model, layers.append):
             outputs = model(inputs, output_hidden_states=True)
     attention_modules = [layer.attention for layer in model.base_model.layers]
@@ -133,33 +166,10 @@ def trace_attention(model: Any, pixel_values: torch.Tensor, needs_gradients: boo
 def select_logits(outputs: Any, target: torch.Tensor | int | None, task: str | None) -> torch.Tensor:
     """Return the logit [B] of each image's target class, or of its predicted class if `target` is None. `task` is
     the name of a task for a multi-task model, and None for any other model."""
-    logits = getattr(outputs, "logits", None)
-    if logits is None:
-        raise ValueError(
-            "Attribution requires predictions, but this model has no classifier. Use a model with a classifier."
-        )
-    if isinstance(logits, dict):
-        if task not in logits:
-            names = ", ".join(logits)
-            raise ValueError(f"task is {task!r}, but the tasks are {names}. Set task to one of these names.")
-        logits = logits[task]
-    elif task is not None:
-        raise ValueError(f"task is {task!r}, but this model has no tasks. Remove the argument `task`.")
+    logits = outputs.logits if task is None else outputs.logits[task]
     if target is None:
         return logits.amax(dim=-1)
-    num_images, num_classes = logits.shape
-    classes = torch.as_tensor(target, device=logits.device).long()
-    if classes.numel() not in (1, num_images):
-        raise ValueError(
-            f"target has {classes.numel()} classes, but there are {num_images} images. Pass one class, or one class "
-            "per image."
-        )
-    classes = classes.reshape(-1).expand(num_images)
-    if not bool(((classes >= 0) & (classes < num_classes)).all()):
-        raise ValueError(
-            f"target is {classes.tolist()}, but the model has class indices from 0 to {num_classes - 1}. Pass valid "
-            "class indices."
-        )
+    classes = torch.as_tensor(target, device=logits.device).long().reshape(-1).expand(len(logits))
     return logits.gather(1, classes[:, None]).squeeze(1)
 
 

@@ -1,6 +1,7 @@
-"""Diagnosis as text, with measured values: special tokens, groups of tokens, attention heads and tasks.
+"""Diagnosis as text, with measured values: special tokens, groups of tokens, patches, attention heads and tasks.
 
     diagnose_tokens(model, findings, ablations)   one Verdict per special token, then one per group of several tokens
+    diagnose_patches(config, findings)            one Verdict on the norms of the patches
     diagnose_heads(findings)                      one Verdict on all attention heads
     diagnose_tasks(outputs)                       one Verdict per task with known labels
 
@@ -22,12 +23,21 @@ from typing import Any, Literal
 
 import torch
 
+from ..configuration_vitcls import ViTCLSConfig
 from ..intervals import compute_proportion_interval
 from ..token_names import SINGLE_TOKEN_NAMES, get_token_names
-from .ablation import Ablations, Effect, feeds_head_alone, get_ablation_targets
+from .ablation import (
+    MIN_IMAGES,
+    Ablations,
+    Effect,
+    Outputs,
+    Predictions,
+    feeds_head_alone,
+    get_ablation_targets,
+)
 from .maps import count_used_layers, get_used_token_mask
-from .model_outputs import MIN_IMAGES, Outputs, Predictions
 from .model_utils import is_classifier
+from .test_time_registers import OUTLIER_RATIO
 from .token_statistics import Findings
 
 
@@ -48,15 +58,26 @@ MIN_HEAD_OUTPUT = 1e-3  # minimum `head_outputs` of a head that is not dead
 # Minimum `head_selectivity` of a head that is not uniform, and minimum as a fraction of the median over all heads
 MIN_HEAD_SELECTIVITY, MIN_RELATIVE_SELECTIVITY = 1e-3, 0.02
 
+# Bin width in the histogram of norm ratios (natural logarithms), and widths of the compared windows, in bins
+BIN_WIDTH, WINDOW_WIDTHS = 0.05, (5, 9, 17)
+MAX_LOG_RATIO = 5.0  # maximum logarithm of the ratio of a norm to the median; the last bin includes larger norms
+MIN_VALLEY_LOG_RATIO = 0.25  # minimum logarithm of the ratio of the valley to the median
+MIN_MODE_SCORE = 4.0  # minimum `SecondMode.score`
+MODE_FRACTION_RANGE = 0.001, 0.45  # range of the fraction of patches in a second mode
+# A mode with a larger fraction may be the foreground, unless its norms are OUTLIER_RATIO times the median
+MAX_OUTLIER_FRACTION = 0.2
+MIN_PATCHES = 1000  # minimum number of patches that show a mode of 2% of the patches
+MIN_RISE_SCORE = 4.0  # minimum increase in the outlier fraction, in standard errors, if registers are hidden
+
 ABLATION_TERMS = {"information": "replacing {} with {} mean{}", "presence": "hiding {} from attention"}
 RATINGS: dict[str, Rating] = {"read by the classifier": "good", "an output of the encoder": "good"}
-RATINGS |= {"has an effect": "good", "equal attention": "doubtful"}
+RATINGS |= {"has an effect": "good", "equal attention": "doubtful", "no artifacts": "good", "artifacts": "bad"}
 NEUTRAL_WORDS = ("replaceable", "no measurable effect", "too few images to tell", "not measured")
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Verdict on a special token, a group of special tokens, the attention heads or a task.
+    """Verdict on a special token, a group of special tokens, the patches, the attention heads or a task.
 
     Attributes:
         token: name of the token, such as "register 1", or of the group, such as "all 4 registers".
@@ -107,10 +128,10 @@ def diagnose_tokens(
         faults = find_harm(effects, sum(map(len, (ablations or {}).values())), is_group)
         if not is_group:
             moved = movement.get(key)
-            faults |= find_faults(model, findings, indices[0], names)
+            numbers |= {"movement": moved, **collect_numbers(model, findings, indices[0])}
+            faults |= find_faults(model, findings, indices[0], names, numbers)
             if moved == 0 and outcome in ("replaceable", "no measurable effect") and any(movement.values()):
                 faults["not moved"] = "Training did not move the token, but moved other tokens."
-            numbers |= {"movement": moved, **collect_numbers(model, findings, indices[0])}
         word = next(iter(faults), outcome)
         rating = RATINGS.get(word, "neutral" if word in NEUTRAL_WORDS else "bad")
         if outcome.startswith(("read", "an output")) and word == outcome and not numbers["is_measurable"]:
@@ -140,40 +161,36 @@ def judge_effects(
         candidates,
         key=lambda item: (item[2].is_beyond_limit, item[2].is_measurable, item[2].size / (item[2].limit or 1)),
     )
-    limit_text = ""
+    sentence = f"{describe_ablation(kind, is_group).capitalize()} {describe_effect(effect, name)}."
+    subject, place = ("They are", "their") if is_group else ("It is", "its")
     if effect.num_images < MIN_IMAGES:
         outcome = "too few images to tell"
-        limit_text = f"There are {effect.num_images} images, but {MIN_IMAGES} are needed. "
+        sentence = f"There are {effect.num_images} images, but {MIN_IMAGES} are needed."
     elif heads:
         outcome = "read by the classifier" if has_head else "an output of the encoder"
+        if has_head:
+            tasks = f" ({', '.join(filter(None, heads))})" if any(heads) else ""
+            sentence = f"{subject} read by the classifier{tasks}. {sentence}"
     elif not effect.is_measurable:
         outcome = "no measurable effect"
     elif is_read or effect.is_beyond_limit:
         outcome = "has an effect"
         if effect.limit is not None:
             worse = "has less effect" if effect.size > effect.limit else "costs accuracy"
-            limit_text = f" A random token in {'their' if is_group else 'its'} place {worse}."
+            sentence += f" A random token in {place} place {worse}."
     else:
         outcome = "replaceable"
-        limit_text = f" A random token in {'their' if is_group else 'its'} place does as well."
-    sentence = f"{describe_ablation(kind, is_group).capitalize()} {describe_effect(effect, name)}."
-    if outcome == "read by the classifier":
-        tasks = ", ".join(filter(None, heads))
-        sentence = f"It is read by the classifier{f' ({tasks})' if tasks else ''}. {sentence}".replace(
-            "It is", "They are" if is_group else "It is"
-        )
-    if effect.num_images < MIN_IMAGES:
-        sentence, limit_text = limit_text.strip(), ""
-    numbers = {
+        sentence += f" A random token in {place} place does as well."
+    numbers: dict[str, Any] = {
         "outcome": outcome,
         "is_measurable": effect.is_measurable,
         "decided_by": {"ablation": kind, "output": name, "limit": effect.limit},
         "heads": heads,
         "num_images": effect.num_images,
-        **{kind: {key: {**asdict(value), "limit": value.limit} for key, value in by_name.items()}
-           for kind, by_name in effects.items()},
-    }  # fmt: skip
-    return outcome, f"{sentence}{limit_text}", numbers
+    }
+    for kind, by_name in effects.items():
+        numbers[kind] = {key: asdict(value) | {"limit": value.limit} for key, value in by_name.items()}
+    return outcome, sentence, numbers
 
 
 def describe_ablation(kind: str, is_group: bool) -> str:
@@ -210,9 +227,11 @@ def find_harm(effects: dict[str, dict[str, Effect]], num_tests: int, is_group: b
 # Faults --------------------------------------------------------------------------------------------------------------
 
 
-def find_faults(model: Any, findings: Findings, index: int, names: Sequence[str]) -> dict[str, str]:
-    """Return a dict that maps the faults of the token at sequence index `index` to sentences."""
-    numbers = collect_numbers(model, findings, index)
+def find_faults(
+    model: Any, findings: Findings, index: int, names: Sequence[str], numbers: Mapping[str, Any]
+) -> dict[str, str]:
+    """Return a dict that maps the faults of the token at sequence index `index` to sentences. `numbers` are the values
+    of `collect_numbers`."""
     last, num_layers = numbers["read_layers"], len(findings.entropy)
     layer = "After the last layer" if last == num_layers else f"After layer {last}, the last layer that is used"
     faults = {}
@@ -291,6 +310,121 @@ def find_equal_attention(model: Any, findings: Findings, index: int) -> tuple[in
             candidates.append((distance / selectivity, other))
     distance, nearest = min(candidates, default=(math.inf, None))
     return (nearest if distance <= MAX_MAP_DISTANCE else None), distance
+
+
+# Patches -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SecondMode:
+    """A second, higher mode in the distribution of the logarithms of patch norms.
+
+    Attributes:
+        threshold: norm above which a patch is in the mode, as a multiple of the median norm of the image.
+        ratio: median norm of the patches in the mode; each norm is divided by the median norm of its image.
+        fraction: fraction of all patches that are in the mode.
+        score: number of patches in the window of the mode minus number of patches in the valley, in standard
+            deviations (Poisson distribution).
+    """
+
+    threshold: float
+    ratio: float
+    fraction: float
+    score: float
+
+
+def find_second_mode(ratios: torch.Tensor) -> SecondMode | None:
+    """Return the second mode of the patch norms, or None if the norm distribution has one mode.
+
+    Artifacts form a separate mode (Darcet et al. 2023, arXiv 2309.16588, figure 3). A fixed limit on the norm cannot
+    detect artifacts, because a wide distribution with one mode also has patches above the limit. In the histogram of
+    logarithms, a second mode is a window with significantly more patches than the valley, which is a window between
+    this mode and the median.
+
+    Args:
+        ratios: [n], norms divided by the median norm of the image (`Findings.patch_ratios` of one layer).
+    """
+    log_ratios = ratios.float().clamp(min=1e-12).log().clamp(max=MAX_LOG_RATIO)
+    num_bins = round(MAX_LOG_RATIO / BIN_WIDTH)
+    counts = log_ratios[log_ratios > 0].histc(num_bins, min=0, max=MAX_LOG_RATIO)
+    best_mode: SecondMode | None = None
+    for width in WINDOW_WIDTHS:
+        windows = counts.unfold(0, width, 1).sum(dim=-1)  # [num_bins - width + 1]
+        valley, peak = windows[:, None], windows[None, :]
+        scores = (peak - valley) / (peak + valley).clamp(min=1).sqrt()
+        window_starts = torch.arange(len(windows))
+        can_be_valley = window_starts >= math.ceil(MIN_VALLEY_LOG_RATIO / BIN_WIDTH)
+        is_valid_pair = can_be_valley[:, None] & (window_starts >= window_starts[:, None] + width)
+        scores = scores.where(is_valid_pair, -torch.inf)
+        score = scores.max().item()
+        valley_indices = (scores >= score).any(dim=1).nonzero().flatten()
+        threshold = math.exp((valley_indices.float().mean().item() + width / 2) * BIN_WIDTH)
+        is_in_mode = ratios > threshold
+        fraction = is_in_mode.float().mean().item()
+        is_second_mode = score >= MIN_MODE_SCORE and MODE_FRACTION_RANGE[0] <= fraction <= MODE_FRACTION_RANGE[1]
+        if is_second_mode and (best_mode is None or score > best_mode.score):
+            ratio = ratios[is_in_mode].median().item()
+            if fraction <= MAX_OUTLIER_FRACTION or ratio >= OUTLIER_RATIO:
+                best_mode = SecondMode(threshold, ratio, fraction, score)
+    return best_mode
+
+
+def diagnose_patches(config: ViTCLSConfig, findings: Findings, has_head: bool = True) -> Verdict:
+    """Determine whether the patch norms have a second mode ("artifacts"), and whether registers absorb outliers.
+
+    The verdict applies to the last quarter of the layers whose output is used; Darcet et al. (2023, arXiv 2309.16588)
+    measure only the last layer. `numbers["layer"]` is the layer with the largest mode; 0 means the embeddings.
+    """
+    last_layer = count_used_layers(config, has_head)[-1]
+    layers = range(last_layer - max(last_layer // 4, 1) + 1, last_layer + 1)
+    modes = {layer: find_second_mode(findings.patch_ratios[layer]) for layer in layers}
+    layer = max(modes, key=lambda layer: 0.0 if (mode := modes[layer]) is None else mode.fraction)
+    mode, ratios = modes[layer], findings.patch_ratios[layer]
+    position = f"after layer {layer}" if layer else "in the embeddings"
+    word = "no artifacts"
+    sentence = (
+        f"The norms of {len(ratios):,} patches have one mode {position}; the largest norm is {ratios.max():.1f} times "
+        "the median norm of its image."
+    )
+    if mode is not None:
+        word = "artifacts"
+        registers_text = "more registers" if config.num_register_tokens else "registers"
+        sentence = (
+            f"{position.capitalize()}, {mode.fraction:.1%} of the patches have outlier norms, at {mode.ratio:.1f} "
+            f"times the median norm of the image; {registers_text} may absorb them (train with "
+            "--num-register-tokens, or see analysis.test_time_registers)."
+        )
+    elif len(ratios) < MIN_PATCHES:
+        word = "too few patches to tell"
+        sentence = f"There are {len(ratios):,} patches, but {MIN_PATCHES:,} are needed. Pass more images."
+    hidden_mode, hidden_sentence = compare_without_registers(findings, layer)
+    numbers = {
+        "layer": layer,
+        "num_patches": len(ratios),
+        "second_mode": None if mode is None else asdict(mode),
+        "second_mode_without_registers": None if hidden_mode is None else asdict(hidden_mode),
+    }
+    return Verdict("patches", word, RATINGS.get(word, "neutral"), f"{sentence} {hidden_sentence}".strip(), numbers)
+
+
+def compare_without_registers(findings: Findings, layer: int) -> tuple[SecondMode | None, str]:
+    """Return the second mode (or None) of the norms with the registers hidden from attention, and a sentence, which is
+    empty if the registers do not absorb outliers."""
+    if findings.patch_ratios_without_registers is None:
+        return None, ""
+    all_ratios = findings.patch_ratios[layer], findings.patch_ratios_without_registers[layer]
+    mode = find_second_mode(all_ratios[1])
+    if mode is None:
+        return None, ""
+    before, after = ((ratios > mode.threshold).float().mean().item() for ratios in all_ratios)
+    mean_fraction = (before + after) / 2
+    standard_error = (2 * mean_fraction * (1 - mean_fraction) / len(all_ratios[0])) ** 0.5
+    if after - before < MIN_RISE_SCORE * standard_error:
+        return mode, ""
+    return mode, (
+        f"The registers absorb outliers (norms above {mode.threshold:.1f} times the median): with the registers "
+        f"hidden from attention, the fraction of outliers increases from {before:.2%} to {after:.2%}."
+    )
 
 
 # Heads and tasks -----------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Figures of statistics over depth and of the patch norms, for reports and notebooks.
 
-plot_curve, plot_norms                    statistics over depth (`Findings`)
-plot_norm_histogram, plot_map_checks      norms of the patches, checks of the maps
+plot_curve, plot_norms       statistics over depth (`Findings`)
+plot_norm_histogram          norms of the patches after one layer
 
 Each function returns a matplotlib `Figure` with a white background, created without pyplot. `render_svg` returns a
 figure as text for HTML. "After layer 0" means the embeddings. publishing/card_images.py draws the figures of cards.
@@ -9,9 +9,7 @@ figure as text for HTML. "After layer 0" means the embeddings. publishing/card_i
 
 import io
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import matplotlib
 import numpy as np
@@ -19,15 +17,11 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from ..configuration_vitcls import ViTCLSConfig
 from ..token_names import get_token_names_by_group
-from .artifacts import find_second_mode
-from .map_checks import FRACTIONS, MapCheck
-from .maps import is_masked_image_model
+from .diagnosis import find_second_mode
 from .test_time_registers import OUTLIER_RATIO
 from .token_statistics import Findings
 
@@ -39,17 +33,6 @@ GROUP_COLORS = {"cls": "#0072B2", "distillation": "#D55E00", "registers": "#009E
 DARK_GRAY = "#222222"
 
 
-def describe_head(config: ViTCLSConfig) -> str:
-    """Describe the heads that use the tokens."""
-    if is_masked_image_model(config):
-        return "used by the decoder of masked patches"
-    if config.tasks:
-        return f"used by one head per task: {shorten_text(', '.join(config.task_labels()), 60)}"
-    if config.has_distillation_head:
-        return f'used by the head (pooling "{config.pooling}") and the distillation head'
-    return f'used by the head (pooling "{config.pooling}")'
-
-
 # Curves over depth ---------------------------------------------------------------------------------------------------
 
 AXES_WIDTH, AXES_HEIGHT = 5.6, 2.8  # size of the axes in inches, without the legend
@@ -59,49 +42,21 @@ MIN_RATIO_FOR_LOG_SCALE = 30.0  # minimum ratio of largest to smallest norm for 
 PATCH_QUANTILES = (0.05, 0.5, 0.95)  # quantiles of the patch norms: lower edge of the band, line, upper edge
 NUM_BINS = 48  # number of bins in a histogram
 OUTLIER_COLOR = "#B3261E"  # color of the bars of the second mode
-DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 1.5, 1, 1.5)))
-MARKERS = ("o", "s", "^", "D")
+DASHES = ("o-", "s--", "^:", "D-.")  # markers and dashes of the tokens of a group
 MAX_WHITE_FRACTION = 0.55  # fraction of white in the color of the last token of a group
 
-
-class CurveLabels(NamedTuple):
-    """Labels of a figure that shows one attribute of `Findings` over depth."""
-
-    title: str
-    y_label: str
-    is_percentage: bool = False
-
-
-# Attribute of `Findings` -> labels of its figure. Shapes are [L, H, S] for attention of tokens, [L, H] for attention
-# of patches, and [L + 1, S] for states.
+# Attribute of `Findings` -> title, label of the y axis, and whether values are percentages. Shapes are [L, H, S] for
+# attention of tokens, [L, H] for attention of patches, and [L + 1, S] for states.
 CURVES = {
-    "entropy": CurveLabels("Entropy of attention", "nats"),
-    "received": CurveLabels("Attention received from patches", "fraction", is_percentage=True),
-    "patch_distance": CurveLabels("Attention distance of patches", "pixels"),
-    "variation": CurveLabels("Variation between images", "fraction of the norm", is_percentage=True),
+    "entropy": ("Entropy of attention", "nats", False),
+    "received": ("Attention received from patches", "fraction", True),
+    "patch_distance": ("Attention distance of patches", "pixels", False),
+    "variation": ("Variation between images", "fraction of the norm", True),
 }
 
-
-def get_uniform_values(findings: Findings, name: str) -> list[float]:
-    """Return the values of uniform attention for one of CURVES, without repetitions. The list is empty for states."""
-    values = {
-        "received": [math.exp(-findings.uniform["entropy"])],  # 1 / N
-        "patch_distance": [findings.uniform["patch_distance"]],
-        "entropy": findings.uniform_entropy_by_token.tolist(),
-    }
-    return sorted({float(f"{value:.5g}") for value in values.get(name, [])})
-
-
-@dataclass(frozen=True)
-class LineStyle:
-    """Line style of one token. Groups differ in color; tokens of a group differ in lightness, dashes and markers."""
-
-    name: str
-    color: tuple[float, float, float]
-    index: int = 0  # index of the token within the group
-
-
-PATCH_STYLE = LineStyle("patches", to_rgb(GROUP_COLORS["patches"]))
+# Name, color and matplotlib format of a line. Groups differ in color, tokens of a group in lightness, dash and marker.
+LineStyle = tuple[str, tuple[float, ...], str]
+PATCH_STYLE: LineStyle = ("patches", to_rgb(GROUP_COLORS["patches"]), DASHES[0])
 
 
 def plot_curve(config: ViTCLSConfig, findings: Findings, name: str) -> Figure:
@@ -115,11 +70,9 @@ def plot_curve(config: ViTCLSConfig, findings: Findings, name: str) -> Figure:
         name: name of the figure.
 
     Raises:
-        ValueError: if the figure does not exist, or requires special tokens that the model does not have.
+        ValueError: if the figure requires special tokens that the model does not have.
     """
-    if name not in CURVES:
-        raise ValueError(f"There is no figure {name!r}. Choose one of {', '.join(CURVES)}.")
-    curve = CURVES[name]
+    title, y_label, is_percentage = CURVES[name]
     values = getattr(findings, name)
     if values.shape[-1] == 0:
         raise ValueError(
@@ -129,19 +82,23 @@ def plot_curve(config: ViTCLSConfig, findings: Findings, name: str) -> Figure:
     styles = [PATCH_STYLE] if is_patch_figure else get_token_styles(config)
     lines = values.unsqueeze(-1) if is_patch_figure else values  # [L, H, lines], or [L + 1, lines]
     first_layer = 0 if lines.ndim == 2 else 1
-    baselines = get_uniform_values(findings, name)
+    uniform_values = {
+        "received": [math.exp(-findings.uniform["entropy"])],  # 1 / N
+        "patch_distance": [findings.uniform["patch_distance"]],
+        "entropy": findings.uniform_entropy_by_token.tolist(),
+    }
+    baselines = sorted({float(f"{value:.5g}") for value in uniform_values.get(name, [])})
     figure, (axes,) = create_axes(1, len(styles) + bool(baselines))
-    axes.set_title(curve.title, fontsize=11, color=DARK_GRAY)
-    axes.set_ylabel(curve.y_label)
+    axes.set_title(title, fontsize=11, color=DARK_GRAY)
+    axes.set_ylabel(y_label)
     for style, line in zip(styles, lines.unbind(dim=-1), strict=True):
         head_values = line if line.ndim == 2 else line.unsqueeze(1)  # [L, H]
         draw_line(axes, style, head_values.mean(dim=1), head_values.amin(dim=1), head_values.amax(dim=1), first_layer)
     for index, value in enumerate(baselines):
-        label = "uniform" if index == 0 else "_nolegend_"
-        axes.axhline(value, color=DARK_GRAY, linewidth=1, linestyle=(0, (5, 3)), label=label)
+        axes.axhline(value, color=DARK_GRAY, linewidth=1, linestyle="--", label="_" * (index > 0) + "uniform")
     format_layer_axis(axes, len(lines), first_layer)
     axes.set_ylim(bottom=min(axes.get_ylim()[0], 0))
-    if curve.is_percentage:
+    if is_percentage:
         axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
     draw_legend(figure, axes)
     return figure
@@ -153,8 +110,8 @@ def get_token_styles(config: ViTCLSConfig) -> list[LineStyle]:
     for group, names in get_token_names_by_group(config).items():
         for index, name in enumerate(names):
             white = MAX_WHITE_FRACTION * index / max(len(names) - 1, 1)
-            red, green, blue = (white + (1 - white) * channel for channel in to_rgb(GROUP_COLORS[group]))
-            styles.append(LineStyle(shorten_text(name, MAX_LEGEND_NAME), (red, green, blue), index))
+            color = tuple(white + (1 - white) * channel for channel in to_rgb(GROUP_COLORS[group]))
+            styles.append((shorten_text(name, MAX_LEGEND_NAME), color, DASHES[index % len(DASHES)]))
     return styles
 
 
@@ -162,13 +119,11 @@ def draw_line(
     axes: Axes, style: LineStyle, mean: torch.Tensor, low: torch.Tensor, high: torch.Tensor, first_layer: int
 ) -> None:
     """Draw the `mean` [L] as a line over the layers, and a band from `low` to `high` if these values differ."""
+    name, color, line_format = style
     layer_numbers = range(first_layer, first_layer + len(mean))
     if bool((high > low).any()):
-        axes.fill_between(layer_numbers, low.numpy(), high.numpy(), color=style.color, alpha=0.15, linewidth=0)
-    dash, marker = DASHES[style.index % len(DASHES)], MARKERS[style.index % len(MARKERS)]
-    axes.plot(
-        layer_numbers, mean, c=style.color, ls=dash, marker=marker, markersize=4, linewidth=1.6, label=style.name
-    )
+        axes.fill_between(layer_numbers, low.numpy(), high.numpy(), color=color, alpha=0.15, linewidth=0)
+    axes.plot(layer_numbers, mean, line_format, color=color, markersize=4, linewidth=1.6, label=name)
 
 
 # Norms ---------------------------------------------------------------------------------------------------------------
@@ -195,11 +150,10 @@ def plot_norms(config: ViTCLSConfig, findings: Findings) -> Figure:
     if min_value > 0 and max_value > MIN_RATIO_FOR_LOG_SCALE * min_value:
         norm_axes.set(yscale="log", ylabel="norm, logarithmic")
     else:
-        norm_axes.set_ylim(bottom=0)
-        norm_axes.set_ylabel("norm")
+        norm_axes.set(ylim=(0, None), ylabel="norm")
     outlier_axes.set_title(f"Patches above {OUTLIER_RATIO:g} times the median", fontsize=11, color=DARK_GRAY)
-    for index, (name, fraction) in enumerate(fractions.items()):
-        draw_line(outlier_axes, LineStyle(name, PATCH_STYLE.color, index), fraction, fraction, fraction, 0)
+    for line_format, (name, fraction) in zip(DASHES, fractions.items(), strict=False):
+        draw_line(outlier_axes, (name, PATCH_STYLE[1], line_format), fraction, fraction, fraction, 0)
     outlier_axes.set_ylim(0, max(1.1 * max(fraction.max().item() for fraction in fractions.values()), 0.01))
     outlier_axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
     for axes in (norm_axes, outlier_axes):
@@ -218,39 +172,22 @@ def plot_norm_histogram(config: ViTCLSConfig, findings: Findings, layer: int = -
     median = findings.patch_norms[layer].median().clamp(min=1e-12)
     registers = (findings.token_norms[layer, config.token_layout.registers] / median).clamp(min=1e-3).tolist()
     low, high = min(ratios.min().item(), 0.5, *registers), max(ratios.max().item(), 2.0, *registers)
-    counts = ratios.log().histc(NUM_BINS, min=math.log(low), max=math.log(high)).int().tolist()
     mode, edges = find_second_mode(findings.patch_ratios[layer]), np.geomspace(low, high, NUM_BINS + 1)
-    threshold = math.inf if mode is None else mode.threshold
     figure, (axes,) = create_axes(1, bool(registers))
     axes.set_title(f"Norms of the patches, after layer {range(len(findings.patch_norms))[layer]}", fontsize=11)
-    is_mode = np.sqrt(edges[1:] * edges[:-1]) >= threshold
-    colors = [OUTLIER_COLOR if is_outlier else GROUP_COLORS["patches"] for is_outlier in is_mode]
+    is_outlier = np.sqrt(edges[1:] * edges[:-1]) >= (math.inf if mode is None else mode.threshold)
+    colors = [OUTLIER_COLOR if each else GROUP_COLORS["patches"] for each in is_outlier]
+    counts, _ = np.histogram(ratios.numpy(), edges)
     axes.bar(edges[:-1], counts, width=0.94 * np.diff(edges), align="edge", color=colors)
-    axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(0.7, 2 * max(*counts, 5)))
+    axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(0.7, None))
     axes.set(xlabel="norm / median norm of the image, logarithmic", ylabel="patches, logarithmic")
     if mode is not None:
-        axes.axvline(threshold, color=DARK_GRAY, linewidth=1, linestyle=(0, (5, 3)))
-    axes.plot(
-        registers, [0.97] * len(registers), "v", transform=axes.get_xaxis_transform(),
-        color=GROUP_COLORS["registers"], label="registers", clip_on=False,
-    )  # fmt: skip
-    despine(axes)
+        axes.axvline(mode.threshold, color=DARK_GRAY, linewidth=1, linestyle="--")
+    transform, color = axes.get_xaxis_transform(), GROUP_COLORS["registers"]
+    axes.plot(registers, [0.97] * len(registers), "v", transform=transform, color=color, label="registers")
+    axes.spines[["top", "right"]].set_visible(False)
     if registers:
         figure.legend(loc="outside lower center", frameon=False, fontsize=8.5)
-    return figure
-
-
-def plot_map_checks(checks: Mapping[str, MapCheck]) -> Figure:
-    """Plot the deletion and insertion curves of each map (`check_maps`), and of a random order of patches."""
-    figure, all_axes = create_axes(2, len(checks) + 1)
-    for axes, kind in zip(all_axes, ("deletion", "insertion"), strict=True):
-        for index, (name, check) in enumerate(checks.items()):
-            axes.plot(FRACTIONS, getattr(check, kind), MARKERS[index] + "-", label=name)
-        axes.plot(FRACTIONS, getattr(check, f"random_{kind}"), "--", color=DARK_GRAY, label="random order")
-        axes.set(xlabel="fraction of the patches", ylabel="probability of the class", ylim=(0, 1.02))
-        axes.set_title(kind.capitalize(), fontsize=11, color=DARK_GRAY)
-        despine(axes)
-    draw_legend(figure, *all_axes)
     return figure
 
 
@@ -272,29 +209,21 @@ def format_layer_axis(axes: Axes, num_values: int, first_layer: int) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(axis="y", color="#E4E4E4", linewidth=0.8)
     axes.set_axisbelow(True)
-    despine(axes)
-
-
-def despine(axes: Axes) -> None:
-    """Hide the top and right lines of the frame."""
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def draw_legend(figure: Figure, *all_axes: Axes) -> None:
     """Draw a legend of all named lines below the axes, unless there is only one named line."""
-    lines: dict[str, Line2D] = {}
-    for line in (line for axes in all_axes for line in axes.get_lines()):
-        lines.setdefault(str(line.get_label()), line)
-    named_lines = [line for name, line in lines.items() if not name.startswith("_")]
+    lines = {str(line.get_label()): line for axes in reversed(all_axes) for line in reversed(axes.get_lines())}
+    named_lines = [line for name, line in reversed(lines.items()) if not name.startswith("_")]
     if len(named_lines) > 1:
         num_columns = min(len(named_lines), int(figure.get_figwidth() / LEGEND_COLUMN_WIDTH))
         figure.legend(handles=named_lines, loc="outside lower center", ncols=num_columns, frameon=False, fontsize=8.5)
 
 
 def create_figure(width: float, height: float) -> Figure:
-    """Create a white figure with a constrained layout and margins; width and height are in inches."""
-    margins = ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.06)
-    return Figure(figsize=(width, height), dpi=100, facecolor="white", layout=margins)
+    """Create a white figure with a constrained layout; width and height are in inches."""
+    return Figure(figsize=(width, height), dpi=100, facecolor="white", layout="constrained")
 
 
 def render_svg(figure: Figure) -> str:

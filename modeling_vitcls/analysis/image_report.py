@@ -1,13 +1,20 @@
-"""Report on one image: predictions of the model, and attention maps of the special tokens.
+"""Report on one image: predictions of the model, attention maps of the special tokens, and features of the patches.
+
+Patches of one object have similar features and thus similar colors (Oquab et al. 2023, arXiv 2304.07193, figure 1).
+Features are hidden states before the final norm; models without special tokens have patch features too. The sign of a
+principal component is arbitrary.
 
 Statistics over many images are in token_statistics.py.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
+from sklearn.decomposition import PCA
 
 from ..configuration_vitcls import ViTCLSConfig
 from ..data.fit import VisibleRegion, get_visible_region
@@ -16,10 +23,13 @@ from ..inference.prediction_rows import Label, select_probable_labels, select_to
 from .attribution import trace_attention
 from .maps import extract_patch_maps, to_upright_rgb
 from .model_utils import is_classifier, unwrap_model
-from .patch_features import arrange_patch_features
 
 
 MAX_LABELS = 3  # maximum number of labels shown per prediction
+NUM_COLOR_CHANNELS = 3  # number of color channels: red, green and blue
+# Quantiles of a component that are drawn in the darkest and the brightest color; values beyond these quantiles are
+# clipped.
+COLOR_QUANTILES = 0.02, 0.98
 # Kinds of images and their headings in the report, in display order.
 IMAGE_KINDS = {"wrong": "wrong predictions", "uncertain": "least confident", "typical": "typical"}
 
@@ -88,7 +98,7 @@ def build_image_report(
     predictions = build_image_predictions(trace.outputs.logits, config) if is_classifier(model) else []
 
     def extract_maps(rows: torch.Tensor) -> torch.Tensor:
-        return extract_patch_maps(rows.float().cpu(), config, (pixel_values.shape[-2], pixel_values.shape[-1]))
+        return extract_patch_maps(rows.detach().float().cpu(), config, pixel_values.shape[-2:])
 
     image_size = (upright_image.height, upright_image.width)
     return ImageReport(
@@ -100,7 +110,7 @@ def build_image_report(
         attention=extract_maps(trace.compute_token_attention()[0]),
         rollout=extract_maps(trace.compute_rollout()[0]),
         attributions=[extract_maps(trace.compute_attribution(task=prediction.task)[0]) for prediction in predictions],
-        features=arrange_patch_features(trace.outputs.hidden_states, model.base_model, pixel_values)[0].detach(),
+        features=torch.stack([extract_maps(state[0].T) for state in trace.outputs.hidden_states[1:]]).movedim(1, -1),
         kind=kind,
     )
 
@@ -115,3 +125,26 @@ def build_image_predictions(logits: Any, config: ViTCLSConfig) -> list[ImagePred
         (labels,) = select_probable_labels(task_logits, names) if is_multi_label(config) else [most_probable_labels]
         predictions.append(ImagePrediction(task, labels, top_label=most_probable_labels[0][0]))
     return predictions
+
+
+def compute_patch_colors(features: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return the first three principal components of the patches of one layer as colors.
+
+    The components are computed from all images together, so that equal colors mean similar features in all images.
+
+    Args:
+        features: [gh, gw, D] for each image; sizes may differ.
+
+    Returns:
+        [gh, gw, 3] for each image, values from 0 to 1.
+    """
+    rows = torch.cat([image.flatten(0, 1) for image in features]).numpy()  # [patches, D]
+    num_components = min(NUM_COLOR_CHANNELS, *rows.shape)
+    with np.errstate(invalid="ignore"):  # the variance of equal patches is 0
+        components = PCA(num_components, random_state=0).fit_transform(rows)
+    low, high = np.quantile(components, COLOR_QUANTILES, axis=0)
+    # 0.5 is the value of missing components if there are fewer than three components.
+    colors = np.full((len(rows), NUM_COLOR_CHANNELS), 0.5, dtype=np.float32)
+    colors[:, :num_components] = ((components - low) / np.maximum(high - low, 1e-12)).clip(0, 1)
+    pixels_by_image = torch.from_numpy(colors).split([image.shape[0] * image.shape[1] for image in features])
+    return [rows.unflatten(0, image.shape[:2]) for rows, image in zip(pixels_by_image, features, strict=True)]

@@ -16,12 +16,8 @@ from ..files import read_json
 from ..hub.loading import MODEL_FILE_PATTERNS
 from ..inference.load_model import is_preset, load_model
 from ..options import InspectOptions
-from .artifacts import PatchDiagnosis
-from .diagnosis import Verdict
-from .inspection import Inspection, ProgressCallback, inspect_model
-from .inspection_inputs import open_images
-from .report import SIGNS, get_model_name, write_json_values, write_page
-from .report_data import count_images_with_heads
+from .inspection import Inspection, ProgressCallback, inspect_model, open_images
+from .report import SIGNS, count_images_with_heads, get_model_name, write_json_values, write_page
 
 
 SPEED_ESTIMATE_PERIOD = 600  # period in seconds over which the progress bar estimates the speed
@@ -84,8 +80,7 @@ def print_inspection(inspection: Inspection, options: InspectOptions, console: C
     """Print the verdicts and the paths of the written files."""
     if not inspection.verdicts:
         console.print("The model has no special tokens.")
-    verdicts: list[Verdict | PatchDiagnosis] = [*inspection.verdicts, *inspection.tasks]
-    for verdict in [*verdicts, inspection.heads, inspection.patches]:
+    for verdict in [*inspection.verdicts, *inspection.tasks, inspection.heads, inspection.patches]:
         headline = f"[{RATING_STYLES[verdict.rating]}]{SIGNS[verdict.rating]} {verdict.word}[/]"
         console.print(f"[bold]{escape(verdict.token)}[/]: {headline}. {escape(verdict.reason)}")
     for name, check in inspection.map_checks.items():

@@ -2,35 +2,55 @@
 
 images -> pixels in memory -> token_statistics.py -> ablation.py -> diagnosis.py
        -> image_report.py, for the images to show
+
+Images and labels of `vitcls inspect` (`open_images`), decoded on access:
+    PATHS       files, folders and URLs; if a folder has the name of a class, the images in the folder have this label
+    --dataset   a dataset, loaded as in `vitcls evaluate`
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 
-from ..data.images import check_channels
+from ..data.held_out import HeldOutRecord
+from ..data.images import ArrayImages, DatasetImages, check_channels
 from ..data.labels import get_label_space, is_multi_label
+from ..data.sources import load_splits
+from ..data.splits import load_evaluation_data
 from ..errors import format_error
+from ..heads_vitcls import IGNORED_LABEL
+from ..inference.evaluate import match_labels
+from ..inference.inputs import build_list_input
 from ..inference.prediction_rows import group_by_shape
-from .ablation import Ablations, compute_ablations, count_passes
-from .artifacts import PatchDiagnosis, diagnose_patches
-from .diagnosis import Verdict, diagnose_heads, diagnose_tasks, diagnose_tokens, summarize_diagnosis
-from .image_report import ImageReport, build_image_report
-from .map_checks import MapCheck, check_maps
-from .model_outputs import (
+from ..options import DataOptions, InspectOptions
+from .ablation import (
     MIN_IMAGES,
+    Ablations,
     Batches,
     Outputs,
     Predictions,
+    compute_ablations,
     count_images,
+    count_passes,
     count_tokens,
     encode_labels,
     extract_outputs,
     join_outputs,
 )
+from .diagnosis import (
+    Verdict,
+    diagnose_heads,
+    diagnose_patches,
+    diagnose_tasks,
+    diagnose_tokens,
+    summarize_diagnosis,
+)
+from .image_report import ImageReport, build_image_report
+from .map_checks import MapCheck, check_maps
 from .model_utils import is_classifier, unwrap_model
 from .token_statistics import Findings, TokenStatistics
 
@@ -60,7 +80,7 @@ class Inspection:
         verdicts: one verdict per special token, and one per group of several special tokens.
         tasks: one verdict per task with known labels, over all images.
         heads: verdict on the attention heads.
-        patches: diagnosis of the patch norms.
+        patches: verdict on the patch norms.
         image_reports: reports of the images to show.
         map_checks: checks of rollout and attribution (`check_maps`); empty unless the model is a small
             single-label classifier.
@@ -77,7 +97,7 @@ class Inspection:
     verdicts: list[Verdict]
     tasks: list[Verdict]
     heads: Verdict
-    patches: PatchDiagnosis
+    patches: Verdict
     image_reports: list[ImageReport]
     map_checks: dict[str, MapCheck]
     num_unreadable: int
@@ -126,7 +146,7 @@ def inspect_model(
         ValueError: if no image can be read, or the hidden states of the model are not finite.
     """
     model = unwrap_model(model)
-    config = model.config
+    config, has_head = model.config, is_classifier(model)
     pixels_by_index = read_pixels(processor, config.num_channels, images, on_warning, on_progress)
     readable_indices, pixels = list(pixels_by_index), list(pixels_by_index.values())
     readable_labels = None if labels is None else [labels[index] for index in readable_indices]
@@ -134,19 +154,30 @@ def inspect_model(
     sample_batches = batches.sample(min(max(count_affordable_images(model, pixels), MIN_IMAGES), MAX_ABLATION_IMAGES))
     num_sampled = len(sample_batches.order)
     num_statistics_passes = 2 if config.num_register_tokens else 1
-    progress = PassProgress(on_progress, len(pixels) * num_statistics_passes + num_sampled * count_passes(model))
-    findings, outputs = collect_statistics(
-        model, progress.watch(batches, "collecting statistics", num_statistics_passes)
-    )
-    ablations = compute_ablations(model, progress.watch(sample_batches, "ablating tokens"))
+    num_total = len(pixels) * num_statistics_passes + num_sampled * count_passes(model)
+    num_finished = 0  # images, counted once per forward pass, so that the remaining time can be estimated
+
+    def watch(batches: Batches, description: str, num_passes: int = 1) -> Batches:
+        """Return a function that yields the same batches and reports `num_passes` forward passes per batch."""
+
+        def iterate_with_progress() -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+            nonlocal num_finished
+            for pixel_values, labels in batches():
+                on_progress(description, num_finished, num_total)
+                yield pixel_values, labels
+                num_finished += num_passes * len(pixel_values)
+
+        return iterate_with_progress
+
+    findings, outputs = collect_statistics(model, watch(batches, "collecting statistics", num_statistics_passes))
+    ablations = compute_ablations(model, watch(sample_batches, "ablating tokens"))
     kinds_by_index = dict.fromkeys(readable_indices)
     if num_shown is not None:
-        selected_images = select_images(outputs, config, num_shown).items()
-        kinds_by_index = {readable_indices[batches.order[position]]: kind for position, kind in selected_images}
-    has_head = is_classifier(model)
+        selected_images = select_images(outputs, config, num_shown)
+        kinds_by_index = {readable_indices[batches.order[each]]: kind for each, kind in selected_images.items()}
     label_space, image_reports = get_label_space(config), []
-    for num_finished, (index, kind) in enumerate(kinds_by_index.items()):
-        on_progress("computing maps", num_finished, len(kinds_by_index))
+    for position, (index, kind) in enumerate(kinds_by_index.items()):
+        on_progress("computing maps", position, len(kinds_by_index))
         name = f"image {index + 1}" if names is None else names[index]
         truth = label_space.format_label(labels[index]) if has_head and labels is not None else None
         image_reports.append(build_image_report(model, processor, images[index], name, truth, kind))
@@ -191,10 +222,7 @@ def select_images(outputs: Outputs, config: Any, num_selected: int) -> dict[int,
         return dict.fromkeys(select_evenly_spaced(range(count_images(outputs)), num_selected))
     confidences = torch.stack([compute_confidences(task.logits, config) for task in tasks]).amin(dim=0).tolist()
     sorted_indices = sorted(range(len(tasks[0])), key=lambda index: confidences[index])
-    is_wrong = torch.zeros(len(tasks[0]), dtype=torch.bool)
-    for task in tasks:
-        if task.labels is not None:
-            is_wrong |= ((task.predicted != task.labels) & task.is_known).any(dim=1)
+    is_wrong = torch.stack([((task.predicted != task.labels) & task.is_known).any(dim=1) for task in tasks]).any(dim=0)
     other_indices = [index for index in sorted_indices if not is_wrong[index]]
     num_wrong = max((num_selected + 1) // 2, num_selected - len(other_indices))
     wrong_indices = [index for index in reversed(sorted_indices) if is_wrong[index]][:num_wrong]
@@ -242,8 +270,6 @@ def read_pixels(
 ) -> dict[int, torch.Tensor]:
     """Return a dict that maps indices to the pixels [C, H, W] of all usable images, and warn about each other image.
     Raise ValueError if no image is usable."""
-    if not images:
-        raise ValueError("An inspection requires at least one image, but there are no images. Pass images.")
     pixels_by_index, error_messages = {}, []
     for index in range(len(images)):
         on_progress("reading images", index, len(images))
@@ -256,8 +282,10 @@ def read_pixels(
             error_messages.append(format_error(error))
             on_warning(f"skipped an image: {error_messages[-1]}")
     if not pixels_by_index:
+        first_error = f" ({error_messages[0]})" if error_messages else ""
         raise ValueError(
-            f"None of the {len(images)} images can be read. First error: {error_messages[0]}. Check the images."
+            f"An inspection requires at least one image, but none of {len(images)} images can be read{first_error}. "
+            "Check the images."
         )
     return pixels_by_index
 
@@ -290,25 +318,6 @@ class InspectionBatches:
         return InspectionBatches(self.model, pixels, labels, self.batch_size)
 
 
-class PassProgress:
-    """Reports the progress of all measurements as a number of images, counted once per forward pass. The remaining
-    time can therefore be estimated from the start."""
-
-    def __init__(self, on_progress: ProgressCallback, num_images: int) -> None:
-        self.on_progress, self.num_images, self.num_finished = on_progress, num_images, 0
-
-    def watch(self, batches: Batches, description: str, num_passes: int = 1) -> Batches:
-        """Return a function that yields the same batches and reports `num_passes` forward passes per batch."""
-
-        def iterate_with_progress() -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-            for pixel_values, labels in batches():
-                self.on_progress(description, self.num_finished, self.num_images)
-                yield pixel_values, labels
-                self.num_finished += num_passes * len(pixel_values)
-
-        return iterate_with_progress
-
-
 def get_max_batch_size(model: Any, pixels: torch.Tensor) -> int:
     """Return the largest batch size for which images [C, H, W] require at most MAX_BATCH_BYTES of memory, or 1 if one
     image requires more. The estimate includes all hidden states, a few copies of the attention maps of one layer, and
@@ -326,3 +335,93 @@ def count_affordable_images(model: Any, pixels: Sequence[torch.Tensor]) -> int:
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     flops = 2 * num_parameters * max(count_tokens(model, image.unsqueeze(0)) for image in pixels)
     return int(MAX_ABLATION_FLOPS / flops)
+
+
+# Images of `vitcls inspect` ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class InspectionImages:
+    """Images with names, labels (as in `inspect_model`; None if unknown) and a description of the source."""
+
+    images: ArrayImages | DatasetImages | list[Image.Image]
+    names: Sequence[str]
+    labels: Sequence[Any] | None
+    source: str
+
+    def build_arguments(self, num_shown: int, num_measured: int) -> dict[str, Any]:
+        """Return arguments of `inspect_model`: `num_measured` images for the statistics, of which `num_shown` are
+        shown. The images are evenly spaced, because datasets are often sorted by class."""
+        indices = select_evenly_spaced(range(len(self.names)), num_measured)
+        if isinstance(self.images, list):
+            images: Any = [self.images[index] for index in indices]
+        else:
+            images = self.images.select(indices)
+        return {
+            "images": images,
+            "names": [self.names[index] for index in indices],
+            "labels": None if self.labels is None else [self.labels[index] for index in indices],
+            "num_shown": num_shown,
+        }
+
+
+def open_images(options: InspectOptions, model: Any, record: HeldOutRecord | None = None) -> InspectionImages:
+    """Open the images of PATHS or `--dataset`. `record` is the held-out record of the model's training run.
+
+    Raises:
+        ValueError: if there are no images, the dataset cannot be read, or its labels do not match the model.
+    """
+    if options.dataset is not None:
+        return load_from_dataset(options, options.dataset, model, record)
+    list_input = build_list_input(options.paths)
+    files = [str(content) for content in list_input.contents]
+    for file in files:
+        if "://" not in file and not Path(file).exists():
+            raise ValueError(f"Image {file} does not exist. Check the path.")
+    names = [name if "://" in name else Path(name).name for name in list_input.names]
+    source = ", ".join(map(get_short_name, options.paths))
+    return InspectionImages(DatasetImages.from_list(files), names, get_folder_labels(files, model), source)
+
+
+def get_short_name(path: str) -> str:
+    """Return the last component of a path; URLs are returned unchanged."""
+    return path if "://" in path else Path(path).resolve().name
+
+
+def get_folder_labels(files: Sequence[str], model: Any) -> list[int] | None:
+    """Return the class index of each file: the index of the class with the same name as the file's folder, or
+    IGNORED_LABEL if there is no such class. Return None if no folder has the name of a class."""
+    config = model.config
+    if not is_classifier(model) or config.tasks or config.problem_type == "multi_label_classification":
+        return None
+    class_indices = {name: index for index, name in enumerate(get_label_space(config).names)}
+    labels = [class_indices.get(Path(file).resolve().parent.name, IGNORED_LABEL) for file in files]
+    return labels if any(label != IGNORED_LABEL for label in labels) else None
+
+
+def load_from_dataset(
+    options: InspectOptions, dataset: str, model: Any, record: HeldOutRecord | None
+) -> InspectionImages:
+    """Load one split, with the label indices of the model, or without labels if the model is not a classifier."""
+    column_options = {name: getattr(options, name) for name in ("image_column", "label_column", "label_separator")}
+    data_options = DataOptions(dataset, **column_options)
+    images: Any
+    labels: Sequence[Any] | None = None
+    if is_classifier(model):
+        label_space, examples, split, _ = load_evaluation_data(data_options, options.split, record)
+        examples = match_labels(examples, label_space, get_label_space(model.config))
+        images, labels = examples.images, examples.labels
+    else:
+        wanted = options.split or "test"
+
+        def select_split(names: list[str]) -> list[str]:
+            if wanted not in names and len(names) > 1:
+                raise ValueError(f"{dataset} has no split {wanted!r}. Choose one of {', '.join(names)}.")
+            return [wanted if wanted in names else names[0]]
+
+        splits = load_splits(data_options, use_labels=False, select=select_split).images_by_split
+        ((split, unlabeled_examples),) = splits.items()
+        images = unlabeled_examples.images
+    dataset_name = get_short_name(dataset)
+    names = [f"{dataset_name} {index}" for index in range(len(images))]
+    return InspectionImages(images, names, labels, f"{dataset_name}, split {split}")

@@ -8,11 +8,11 @@ weights.
 """
 
 import copy
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from scipy import stats
 
@@ -99,17 +99,19 @@ def check_maps(model: Any, images: Sequence[torch.Tensor], seed: int = 0) -> dic
             curve = measure_curves(model, pixel_values, values, int(probabilities.argmax()))  # [2, fractions]
             curves.setdefault(name, []).append(curve)
         for name, values in maps.items():
-            correlation = float(stats.spearmanr(values.flatten(), shuffled_maps[name].flatten()).statistic)
-            correlations.setdefault(name, []).append(0.0 if math.isnan(correlation) else correlation)
+            correlation = stats.spearmanr(values.flatten(), shuffled_maps[name].flatten()).statistic
+            correlations.setdefault(name, []).append(float(np.nan_to_num(correlation)))
     curves_by_map = {name: torch.stack(map_curves) for name, map_curves in curves.items()}  # [images, 2, fractions]
     random_curves = curves_by_map.pop("random")
+    means = {name: map_curves.mean(dim=0).tolist() for name, map_curves in curves_by_map.items()}
+    random_means = random_curves.mean(dim=0).tolist()
     return {
         name: MapCheck(
             num_images=len(images),
-            deletion=map_curves[:, 0].mean(dim=0).tolist(),
-            insertion=map_curves[:, 1].mean(dim=0).tolist(),
-            random_deletion=random_curves[:, 0].mean(dim=0).tolist(),
-            random_insertion=random_curves[:, 1].mean(dim=0).tolist(),
+            deletion=means[name][0],
+            insertion=means[name][1],
+            random_deletion=random_means[0],
+            random_insertion=random_means[1],
             weight_correlation=sum(correlations[name]) / len(images),
             p_value=compare_curves(map_curves, random_curves),
         )
@@ -131,13 +133,12 @@ def compute_maps(
     """Return a dict that maps map names to the maps [gh, gw] of one image, and the class probabilities [labels]."""
     trace = trace_attention(model, pixel_values, needs_gradients=True)
     config, logits = model.config, trace.outputs.logits
-    image_size = (pixel_values.shape[-2], pixel_values.shape[-1])
-    attribution = trace.compute_attribution(logits[0].argmax() if target is None else target)[0]
-    maps = {"attribution": extract_patch_maps(attribution.float().cpu(), config, image_size)}
+    rows = {"attribution": trace.compute_attribution(target)[0]}
     *is_used, _ = get_used_token_mask(config)
     if any(is_used):
-        rollout = trace.compute_rollout()[0, is_used.index(True)]
-        maps["rollout"] = extract_patch_maps(rollout.float().cpu(), config, image_size)
+        rows["rollout"] = trace.compute_rollout()[0, is_used.index(True)]
+    image_size = (pixel_values.shape[-2], pixel_values.shape[-1])
+    maps = {name: extract_patch_maps(row.float().cpu(), config, image_size) for name, row in rows.items()}
     return maps, logits.detach()[0].float().softmax(dim=0).cpu()
 
 

@@ -57,30 +57,30 @@ def is_masked_image_model(config: ViTCLSConfig) -> bool:
 def get_used_token_mask(config: ViTCLSConfig, has_head: bool = True) -> list[bool]:
     """Return whether the head uses each special token and, as the last value, the patches (`is_used_by_head`)."""
     groups = get_token_names_by_group(config) | {"patches": ["patches"]}
-    positions = [(group, index) for group, names in groups.items() for index in range(len(names))]
-    return [is_used_by_head(config, group, index, has_head) for group, index in positions]
+    return [
+        is_used_by_head(config, group, index, has_head)
+        for group, names in groups.items()
+        for index in range(len(names))
+    ]
 
 
 def get_head_readers(config: ViTCLSConfig, has_head: bool = True) -> dict[str, set[int]]:
     """Return a dict that maps each output of the model to the sequence indices of the special tokens that it is
-    computed from directly; patches count as index -1. Outputs are named as in model_outputs.py; the distillation head
+    computed from directly; patches count as index -1. Outputs are named as in ablation.py; the distillation head
     is "distillation"."""
-    layout, names = config.token_layout, get_token_names_by_group(config)
+    layout = config.token_layout
     members = {group: range(layout.num_prefix_tokens)[indices] for group, indices in layout.items()}
     if config.tasks and has_head:
         return {task: {members["cls"][index]} for index, task in enumerate(config.task_labels())}
     if not has_head:
         return {group: set(members[group]) for group in ("cls", "distillation") if members[group]}
-    used = {
-        group: {members[group][index] for index in range(len(names[group])) if is_used_by_head(config, group, index)}
-        for group in names
-    }
-    patches = {-1} if is_used_by_head(config, "patches", 0) else set()
-    heads = {"": used["cls"] | used["registers"] | patches}
-    if config.pooling == "attention" and config.attention_pool_tokens == "all":
-        heads[""] |= used["distillation"]
+    *is_used, uses_patches = get_used_token_mask(config)
+    used = {index for index in range(layout.num_prefix_tokens) if is_used[index]}
+    heads = {"": used | ({-1} if uses_patches else set())}
     if config.has_distillation_head:
-        heads["distillation"] = used["distillation"]
+        heads["distillation"] = used & set(members["distillation"])
+        if config.pooling != "attention" or config.attention_pool_tokens != "all":
+            heads[""] -= heads["distillation"]
     return heads
 
 
@@ -128,19 +128,15 @@ def upsample_maps(maps: torch.Tensor, image_size: Size, visible_region: VisibleR
         Maps [..., h, w] in float32, with NaN outside the visible region.
     """
     height, width = image_size
-    y = normalize_pixel_centers(height, visible_region.top, visible_region.bottom).to(maps.device)  # [h]
-    x = normalize_pixel_centers(width, visible_region.left, visible_region.right).to(maps.device)  # [w]
-    centers = torch.stack(torch.broadcast_tensors(x[None, :], y[:, None]), dim=-1)  # [h, w, 2]
+    left, top, right, bottom = visible_region
+    # Centers of the pixels, scaled so that the edges of the visible region are -1 and 1
+    y = (torch.arange(height, dtype=torch.float64) + 0.5 - top) / (bottom - top) * 2 - 1
+    x = (torch.arange(width, dtype=torch.float64) + 0.5 - left) / (right - left) * 2 - 1
+    centers = torch.stack(torch.meshgrid(x.float(), y.float(), indexing="xy"), dim=-1).to(maps.device)  # [h, w, 2]
     flat_maps = maps.float().reshape(1, -1, *maps.shape[-2:])  # [1, maps, gh, gw]
     pixel_maps = nn.functional.grid_sample(flat_maps, centers[None], padding_mode="border", align_corners=False)
     is_outside = (centers.abs() > 1).any(dim=-1)  # [h, w]
     return pixel_maps.masked_fill(is_outside, math.nan).reshape(*maps.shape[:-2], height, width)
-
-
-def normalize_pixel_centers(length: int, start: float, stop: float) -> torch.Tensor:
-    """Return the centers of `length` pixels as float32 [length], scaled so that `start` is -1 and `stop` is 1."""
-    centers = torch.arange(length, dtype=torch.float64) + 0.5
-    return ((centers - start) / (stop - start) * 2 - 1).float()
 
 
 # Overlay ---------------------------------------------------------------------------------------------------------
@@ -161,8 +157,7 @@ def overlay(
 ) -> Image.Image:
     """Draw a map over an image; higher values are brighter and more opaque.
 
-    The image is gray and dimmed, so that all colors belong to the map. Pixels outside the visible region are dark and
-    hatched.
+    The image is gray and dimmed, so that all colors belong to the map. Pixels outside the visible region are dark.
 
     Args:
         values: nonnegative values [gh, gw] of patches, or [h, w] of pixels. NaN marks values outside the visible
@@ -191,9 +186,9 @@ def overlay(
         max_value = max(finite_values.max(), MIN_SCALE * finite_values.sum() / max((~is_hidden).sum(), 1))
     strength = (finite_values / max_value if max_value > 0 else finite_values).clip(0, 1)  # [h, w]
     colors, opacity = colormaps[COLORMAP](strength)[:, :, :3], (0.25 + 0.6 * strength)[:, :, None]
-    gray = to_gray(resized_image)  # [h, w, 3]
+    gray = np.asarray(resized_image.convert("L"), dtype=np.float32)[:, :, None] / 255  # [h, w, 1]
     blended = gray * IMAGE_BRIGHTNESS * (1 - opacity) + colors * opacity
-    pixels = np.where(is_hidden[:, :, None], draw_hatching(gray), blended)
+    pixels = np.where(is_hidden[:, :, None], gray * HIDDEN_BRIGHTNESS, blended)
     return Image.fromarray((pixels * 255).round().astype(np.uint8))
 
 
@@ -216,16 +211,3 @@ def resize_with_region(
         image = image.resize((width * factor, height * factor), Image.Resampling.NEAREST)
     x_scale, y_scale = image.width / width, image.height / height
     return image, VisibleRegion(left * x_scale, top * y_scale, right * x_scale, bottom * y_scale)
-
-
-def to_gray(image: Image.Image) -> np.ndarray:
-    """Return the brightness of an image as [h, w, 3] with values from 0 to 1."""
-    return np.asarray(image.convert("L"), dtype=np.float32)[:, :, None].repeat(3, axis=2) / 255
-
-
-def draw_hatching(gray: np.ndarray) -> np.ndarray:
-    """Return a gray image [h, w, 3] with values from 0 to 1, darkened and hatched with diagonal lines."""
-    height, width, _ = gray.shape
-    period = max(round(max(height, width) / 40), 2)
-    is_line = (np.arange(height)[:, None] + np.arange(width)[None, :]) % period < max(period / 8, 1)  # [h, w]
-    return gray * HIDDEN_BRIGHTNESS + 0.12 * is_line[:, :, None]

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from accelerate.utils import extract_model_from_parallel
 from torch import nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 
 # Classes are compared by name, because a model loaded with the code of a Hub repository has different class objects
@@ -15,15 +15,8 @@ CLASSIFIER_CLASS_NAMES = {"ViTCLSForImageClassification", "ViTCLSForMultiTaskCla
 
 def unwrap_model(model: Any) -> Any:
     """Return the ViTCLS model inside any wrappers. Adapter layers that PEFT inserted stay active."""
-    while True:
-        if hasattr(model, "_orig_mod"):  # torch.compile
-            model = model._orig_mod
-        elif hasattr(model, "get_base_model"):  # PEFT
-            model = model.get_base_model()
-        elif isinstance(model, DataParallel | DistributedDataParallel):
-            model = model.module
-        else:
-            return model
+    module: Any = extract_model_from_parallel(model, keep_torch_compile=False)
+    return unwrap_model(module.get_base_model()) if hasattr(module, "get_base_model") else module
 
 
 def is_classifier(model: Any) -> bool:

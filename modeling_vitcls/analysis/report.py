@@ -7,49 +7,54 @@
 
     inspection.py      measurements
     figures.py         figures, embedded as SVG
-    report_data.py     values and maps for the script
     report.html.j2     text and tables
     report.css         style
     report_maps.js     draws maps of layers and heads over images
 
-The page does not load any other files.
+The page does not load any other files. A map is stored as one byte per patch, which encodes the square root of (value
+/ maximum of the map). This encoding keeps a page with thousands of maps small and is precise for weak attention.
 """
 
+import base64
+import dataclasses
+import io
+import itertools
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import numpy as np
 import torch
 from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
+from matplotlib import colormaps
 from PIL import Image
 
 from ..files import write_atomically
 from ..hub.loading import get_cached_commit
 from ..token_names import get_token_names, get_token_names_by_group
 from ..version import __version__
+from .ablation import get_token_keys
 from .diagnosis import Verdict
-from .figures import (
-    describe_head,
-    plot_curve,
-    plot_map_checks,
-    plot_norm_histogram,
-    plot_norms,
-    render_svg,
-)
-from .image_report import IMAGE_KINDS, ImageReport
+from .figures import plot_curve, plot_norm_histogram, plot_norms, render_svg
+from .image_report import IMAGE_KINDS, ImageReport, compute_patch_colors
 from .inspection import Inspection, inspect_model
-from .maps import count_used_layers, is_used_by_head, overlay, resize_with_region
-from .report_data import build_json_values, build_page_data, encode_data_url
+from .maps import COLORMAP, MIN_SCALE, count_used_layers, get_head_names, is_used_by_head, overlay, resize_with_region
 
 
 TEMPLATE_FOLDER = Path(__file__).parent
 NUM_OVERVIEW_IMAGES = 6  # number of images on the first screen
 OVERVIEW_SIDE = 160  # longer side of an image on the first screen, in pixels
 MAX_OVERVIEW_TOKENS = 8  # maximum number of tokens per image on the first screen
+# Maximum total size, in bytes, of the per-head attention maps, before base64 encoding (which adds a third). The maps
+# of individual heads are omitted for the last images if the maps of all images would exceed the limit.
+MAX_MAP_BYTES = 11 * 2**20
+MAX_IMAGE_SIDE = 640  # maximum length of the longer side of an image in the page, in pixels
+MAX_PNG_SIDE = 96  # maximum length of the longer side of an image that is stored as PNG, in pixels
 SIGNS = {"good": "✓", "bad": "✕", "doubtful": "≈", "neutral": "○"}  # symbols distinguish ratings without color
 
 
@@ -108,13 +113,9 @@ def write_json_values(file: str | Path, inspection: Inspection, title: str | Non
     Raises:
         OSError: if the file cannot be written.
     """
-    config = inspection.config
-    provenance = {
-        "model": title or get_model_name(config.name_or_path),
-        "commit": get_commit(config),
-        "version": __version__,
-    }
-    write_text(file, json.dumps(provenance | build_json_values(inspection), indent=1, allow_nan=False) + "\n")
+    model, commit = title or get_model_name(inspection.config.name_or_path), get_commit(inspection.config)
+    values = {"model": model, "commit": commit, "version": __version__} | build_json_values(inspection)
+    write_text(file, json.dumps(values, indent=1, allow_nan=False) + "\n")
 
 
 def write_text(file: str | Path, text: str) -> None:
@@ -146,7 +147,6 @@ def render_page(
         commit=get_commit(config),
         version=__version__,
         date=datetime.now().astimezone().strftime("%d %B %Y, %H:%M %Z"),
-        read_by=describe_head(config),
         inspection=inspection,
         findings=inspection.findings,
         other_verdicts=[*inspection.tasks, inspection.heads, inspection.patches],
@@ -224,12 +224,10 @@ def build_figures(inspection: Inspection) -> list[Markup]:
     """Return the figures of the page as SVG."""
     config, findings = inspection.config, inspection.findings
     figures = [plot_curve(config, findings, "patch_distance"), plot_norms(config, findings)]
-    figures.append(plot_norm_histogram(config, findings, inspection.patches.layer))
+    figures.append(plot_norm_histogram(config, findings, inspection.patches.numbers["layer"]))
     if config.token_layout.num_prefix_tokens:
         curves = [plot_curve(config, findings, name) for name in ("entropy", "received", "variation")]
         figures = [*curves, *figures]
-    if inspection.map_checks:
-        figures.append(plot_map_checks(inspection.map_checks))
     return [Markup(render_svg(figure)) for figure in figures]
 
 
@@ -243,3 +241,138 @@ def get_model_name(source: str) -> str:
 def get_commit(config: Any) -> str | None:
     """Return the Hub commit that a model was loaded from, or None if the commit is unknown."""
     return getattr(config, "_commit_hash", None) or get_cached_commit(config.name_or_path)
+
+
+# Values and maps for the script of the page --------------------------------------------------------------------------
+
+
+def build_page_data(inspection: Inspection) -> dict[str, Any]:
+    """Return all values that the script of the page reads."""
+    reports, config = inspection.image_reports, inspection.config
+    num_images_with_heads = count_images_with_heads(reports)
+    *num_used_layers, num_used_patch_layers = count_used_layers(config, inspection.has_head)
+    groups = [key.partition("[")[0] for key in get_token_keys(config.token_layout)]
+    color_table = (colormaps[COLORMAP](np.arange(256))[:, :3] * 255).round().astype(np.uint8)
+    features_by_layer = zip(*(report.features for report in reports), strict=True)
+    patch_colors = [compute_patch_colors(layer) for layer in features_by_layer]  # colors of each layer and image
+    return {
+        "tokens": [
+            {"name": name, "group": group, "used": num_layers}
+            for name, group, num_layers in zip(get_token_names(config), groups, num_used_layers, strict=True)
+        ],
+        "layers": config.num_hidden_layers,
+        "patch_layers": num_used_patch_layers,
+        "heads": get_head_names(config) if num_images_with_heads else [],
+        "colors": color_table.tobytes().hex(),
+        "min_scale": MIN_SCALE,
+        "images": [
+            build_image_data(
+                report, torch.stack([layer[index] for layer in patch_colors]), index < num_images_with_heads
+            )
+            for index, report in enumerate(reports)
+        ],
+    }
+
+
+def count_images_with_heads(image_reports: list[ImageReport]) -> int:
+    """Return the number of leading images whose per-head attention maps fit in MAX_MAP_BYTES in total."""
+    cumulative_sizes = itertools.accumulate(report.attention.numel() for report in image_reports)
+    return sum(size <= MAX_MAP_BYTES for size in cumulative_sizes)
+
+
+def build_image_data(report: ImageReport, colors: torch.Tensor, has_head_maps: bool) -> dict[str, Any]:
+    """Return the values of one image, with patch colors [L, gh, gw, 3] and attention maps in the order [layer, mean
+    and heads, token]."""
+    width, height = report.image.size
+    mean = report.attention.mean(dim=1, keepdim=True)  # [L, 1, S, gh, gw]
+    attention = torch.cat([mean, report.attention], dim=1) if has_head_maps else mean
+    left, top, right, bottom = report.visible_region
+    return {
+        "name": report.name,
+        "width": width,
+        "height": height,
+        "url": encode_data_url(report.image),
+        "visible_region": [left / width, top / height, right / width, bottom / height],
+        "grid": list(attention.shape[-2:]),
+        "attention": pack_maps(attention),
+        "rollout": pack_maps(report.rollout),
+        "num_heads": report.attention.shape[1] if has_head_maps else 0,
+        "attribution": pack_maps(torch.stack(report.attributions)) if report.attributions else None,
+        "attributed": [
+            ": ".join(filter(None, (prediction.task, prediction.top_label))) for prediction in report.predictions
+        ],
+        "patch_colors": encode_base64((colors * 255).round().to(torch.uint8)),
+    }
+
+
+def encode_data_url(image: Image.Image) -> str:
+    """Return an image as a data URL. An image larger than MAX_IMAGE_SIDE is scaled down."""
+    thumbnail, buffer = image.copy(), io.BytesIO()
+    thumbnail.thumbnail((MAX_IMAGE_SIDE, MAX_IMAGE_SIDE))
+    file_type = "png" if max(thumbnail.size) <= MAX_PNG_SIDE else "jpeg"
+    thumbnail.save(buffer, file_type, quality=85)
+    return f"data:image/{file_type};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def pack_maps(maps: torch.Tensor) -> dict[str, str]:
+    """Encode nonnegative maps [..., gh, gw] in base64: `values` (one byte per patch), and the `largest` value and
+    `sum` of each map. The value of a patch is (byte / 255)² times the largest value of the map."""
+    maps = maps.double()
+    maxima = maps.amax(dim=(-2, -1), keepdim=True)
+    return {
+        "values": encode_base64(((maps / maxima.clamp(min=1e-30)).sqrt() * 255).round().to(torch.uint8)),
+        "largest": encode_base64(maxima.float()),
+        "sum": encode_base64(maps.sum(dim=(-2, -1)).float()),
+    }
+
+
+def encode_base64(values: torch.Tensor) -> str:
+    """Return the bytes of a tensor in base64, in little-endian order as in browsers."""
+    array = values.contiguous().numpy()
+    return base64.b64encode(array.astype(array.dtype.newbyteorder("<")).tobytes()).decode()
+
+
+# Values for programs -------------------------------------------------------------------------------------------------
+
+
+def build_json_values(inspection: Inspection) -> dict[str, Any]:
+    """Return all verdicts with the measured values, and the findings. Mean states and norms of single patches are
+    omitted. `tokens` are the special tokens, then the groups of several tokens; "information" and "presence" contain
+    all values of an ablation by output (`Effect`), and `decided_by` names the effect that decided the outcome."""
+    omitted_names = ("mean_states", "patch_norms", "patch_ratios", "patch_ratios_without_registers")
+    findings = {name: value for name, value in vars(inspection.findings).items() if name not in omitted_names}
+
+    def build_record(verdict: Verdict) -> dict[str, Any]:
+        values = dataclasses.asdict(verdict)
+        return values | values.pop("numbers")
+
+    return round_values(
+        {
+            "diagnosis": inspection.summary,
+            "tokens": list(map(build_record, inspection.verdicts)),
+            "tasks": list(map(build_record, inspection.tasks)),
+            "heads": [build_record(inspection.heads)],
+            "patches": build_record(inspection.patches),
+            "num_ablation_images": inspection.num_ablation_images,
+            "map_checks": {
+                name: {"statement": check.describe(name), "is_faithful": check.is_faithful} | dataclasses.asdict(check)
+                for name, check in inspection.map_checks.items()
+            },
+            "findings": findings,
+            "num_unreadable": inspection.num_unreadable,
+        }
+    )
+
+
+def round_values(values: Any) -> Any:
+    """Convert tensors in nested dicts and lists to lists, round numbers to five significant digits, and replace
+    non-finite numbers with None."""
+    if isinstance(values, torch.Tensor):
+        return round_values(values.tolist())
+    if isinstance(values, dict):
+        return {name: round_values(value) for name, value in values.items()}
+    if isinstance(values, list | tuple):
+        return [round_values(value) for value in values]
+    if isinstance(values, float):
+        return float(f"{values:.5g}") if math.isfinite(values) else None
+    return values

@@ -14,8 +14,8 @@ import torch
 
 from ..configuration_vitcls import TokenLayout
 from ..token_attention_vitcls import select_mask_rows
-from .attention_recorder import RecordedLayer, process_attention_layers
-from .model_outputs import build_hiding_mask
+from .ablation import build_hiding_mask
+from .attribution import RecordedLayer, process_attention_layers
 from .model_utils import evaluation_mode, get_classifier_or_encoder, unwrap_model
 from .test_time_registers import OUTLIER_RATIO
 

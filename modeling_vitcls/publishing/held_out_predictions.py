@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from ..analysis.maps import resize_with_region, to_upright_rgb
-from ..analysis.report_data import encode_data_url
+from ..analysis.report import encode_data_url
 from ..data.labels import get_label_space
 from ..hub.model_files import PREDICTIONS_FILE
 from ..inference.confidence import build_prediction_sets, find_score_limit

@@ -14,8 +14,7 @@ from typing import Any
 
 import torch
 
-from ..analysis.inspection import Inspection, inspect_model
-from ..analysis.inspection_inputs import InspectionImages
+from ..analysis.inspection import Inspection, InspectionImages, inspect_model
 from ..analysis.report import write_page
 from ..data.splits import TrainingData, load_training_data
 from ..data.streaming import StreamedImages

@@ -7,26 +7,38 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.tiny_models import LAYOUTS, build_images, build_tiny_config, get_largest_difference, raises_one_line
+from helpers.tiny_models import (
+    LAYOUTS,
+    TASKS,
+    build_images,
+    build_tiny_config,
+    get_largest_difference,
+    raises_one_line,
+    randomize,
+)
 from helpers.varied_models import center_logits
 from scipy import stats
 
-from modeling_vitcls import ViTCLSForImageClassification, ViTCLSForMultiTaskClassification
+from modeling_vitcls import ViTCLSForImageClassification, ViTCLSForMultiTaskClassification, ViTCLSModel
 from modeling_vitcls.analysis.ablation import (
     MIN_CHANGE,
     NUM_NULL_DRAWS,
     Effect,
+    Features,
+    Predictions,
     collect_mean_states,
+    collect_outputs,
     compute_ablations,
     compute_effect,
+    count_images,
     count_passes,
+    encode_labels,
     feeds_head_alone,
     get_token_keys,
     redraw_tokens,
     replace_by_means,
 )
 from modeling_vitcls.analysis.maps import get_head_readers
-from modeling_vitcls.analysis.model_outputs import Features, Predictions, collect_outputs
 from modeling_vitcls.attention_masks_vitcls import build_attention_mask
 from modeling_vitcls.heads_vitcls import IGNORED_LABEL
 
@@ -84,7 +96,7 @@ def compute_logits(model: Any, index: int | None, means: torch.Tensor) -> torch.
     "fields",
     [
         *(LAYOUTS[name] for name in ("one_cls", "no_cls", "several_of_each")),
-        {"position_embedding_type": "rope_2d", "mlp_type": "swiglu", "num_register_tokens": 2},
+        {"position_embedding_type": "rope_2d", "num_register_tokens": 2},
         {"num_cls_tokens": 2, "cls_scopes": ["image", [2, 2, 0, 1]]},
         {"gated_tokens": {"registers": 1}, "layer_type": "parallel", "num_register_tokens": 2},
         {"attention_type": "differential", "layer_type": "post", "num_register_tokens": 2},
@@ -112,41 +124,27 @@ def test_replacing_a_token_with_its_mean(fields: dict[str, Any]) -> None:
 def test_null_distributions_are_effects_of_redrawn_tokens() -> None:
     """They use the same images, in the announced number of passes. Tokens that a head reads have none."""
     model, batches = build_classifier(num_register_tokens=3), Batches()
+    before = collect_outputs(model, Batches())[""].logits
     found = compute_ablations(model, batches)
     assert batches.num_passes == count_passes(model)
+    assert torch.equal(collect_outputs(model, Batches())[""].logits, before)  # the model is unchanged
     for kind in ("information", "presence"):
         assert found[kind]["cls[0]"][""].null_sizes == ()
         for key in ("registers[0]", "registers[1]", "registers"):
             effect = found[kind][key][""]
             assert len(effect.null_sizes) == NUM_NULL_DRAWS and effect.num_images == len(PIXELS)
             assert effect.limit is not None and effect.limit > max(effect.null_sizes)
-    generator = torch.Generator().manual_seed(0)
+    generator, embeddings = torch.Generator().manual_seed(0), []
+    model.vitcls.layers[0].register_forward_pre_hook(lambda layer, args: embeddings.append(args[0]))
     with redraw_tokens(model, [1], generator):
         means, before = collect_mean_states(model, batches, [1])
         with replace_by_means(model, [1], means):
             after = collect_outputs(model, batches)
-    first = found["information"]["registers[0]"][""].null_sizes[0]
-    assert first == pytest.approx(compute_effect(before[""], after[""]).size, rel=1e-5)
-
-
-def test_redrawn_tokens_have_the_same_norm() -> None:
-    model = build_classifier(num_register_tokens=2)
-    old = model.vitcls.embeddings.register_tokens[0, 0]
-    embeddings: list[torch.Tensor] = []
-    model.vitcls.layers[0].register_forward_pre_hook(lambda layer, args: embeddings.append(args[0]))
-    with redraw_tokens(model, [1], torch.Generator().manual_seed(0)), torch.no_grad():
-        model(PIXELS)
-    new = embeddings[-1][0, 1]
+    old, new = (model.vitcls.embeddings.register_tokens[0, 0], embeddings[0][0, 1])
     assert new.norm().item() == pytest.approx(old.norm().item(), rel=1e-5)
     assert torch.nn.functional.cosine_similarity(new, old, dim=0).item() < 0.9
-
-
-def test_the_model_is_unchanged_afterwards() -> None:
-    model = build_classifier(num_register_tokens=2)
-    with torch.no_grad():
-        before = model(PIXELS).logits
-        compute_ablations(model, Batches())
-        assert torch.equal(model(PIXELS).logits, before)
+    first = found["information"]["registers[0]"][""].null_sizes[0]
+    assert first == pytest.approx(compute_effect(before[""], after[""]).size, rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -191,7 +189,7 @@ def test_effects_in_numbers() -> None:
     assert found.is_measurable and not found.is_beyond_limit
     same = compute_effect(before, before)
     assert (same.changed, same.size, same.is_measurable) == (0.0, 0.0, False)
-    constant = Predictions(torch.full((2, 2), 100.0), before.predicted, None)
+    constant = Predictions(torch.full((2, 2), 100.0), before.predicted, before.labels)
     rounding = replace(constant, logits=constant.logits + 1e-5)
     assert compute_effect(constant, rounding).size < MIN_CHANGE
 
@@ -275,3 +273,97 @@ def test_wrong_inputs_are_one_line_errors() -> None:
     with raises_one_line("at least one image"):
         compute_ablations(model, list)
     assert np.isfinite(compute_ablations(model, Batches())["information"]["cls[0]"][""].size)
+
+
+def build_predictions(predicted: list[list[int]], labels: list[list[int]]) -> Predictions:
+    return Predictions(torch.zeros(len(predicted), 2), torch.tensor(predicted), torch.tensor(labels))
+
+
+# Chance --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_task_without_labels_does_not_change_chance() -> None:
+    unknown = IGNORED_LABEL
+    found = build_predictions([[0, 1]] * 4, [[0, unknown], [0, unknown], [1, unknown], [unknown, unknown]])
+    assert found.compute_chance() == pytest.approx(2 / 3) == pytest.approx(found.compute_accuracy())
+
+
+def test_each_image_with_a_known_label_counts_as_one_image() -> None:
+    """Chance is 1/2. The standard error is 1/8 for 16 images and 1/4 for the 4 images in which both labels are known;
+    the number of labels, 20, is not the number of images."""
+    unknown = IGNORED_LABEL
+    labels = [[0, 0], [1, 1]] * 2 + [[0, unknown], [1, unknown], [unknown, 0], [unknown, 1]] * 3 + [[unknown] * 2]
+    for num_wrong, is_better in ((4, True), (5, False)):  # 0.8 and 0.75, compared with 0.5 + 2 / 8
+        predicted = [[0 if label == unknown else label for label in row] for row in labels]
+        for index in range(num_wrong):
+            column = 0 if labels[4 + index][0] != unknown else 1
+            predicted[4 + index][column] = 1 - predicted[4 + index][column]
+        found = build_predictions(predicted, labels)
+        assert found.compute_chance() == 0.5
+        assert found.compute_accuracy() == pytest.approx(1 - num_wrong / 20)
+        assert found.is_better_than_chance() is is_better
+
+
+# Features ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "has_pooler"),
+    [
+        ({"num_cls_tokens": 2, "num_register_tokens": 1}, True),
+        ({"num_register_tokens": 1}, False),
+        ({"num_cls_tokens": 0, "pooling": "mean"}, False),
+    ],
+)
+def test_features_are_the_tokens_and_the_pooled_vector(fields: dict[str, Any], has_pooler: bool) -> None:
+    model = randomize(ViTCLSModel(build_tiny_config(**{"pooling": "max"} | fields), add_pooling_layer=has_pooler))
+    batches = [build_images(2), build_images(1, seed=1)]
+    found = collect_outputs(model, lambda: [(batch, None) for batch in batches])
+    with torch.no_grad():
+        outputs = [model(batch) for batch in batches]
+    tokens = {name: torch.cat([output.tokens[name] for output in outputs]) for name in ("cls", "patches")}
+    tokens = {name: values for name, values in tokens.items() if values.shape[1]}
+    maximum, mean = tokens["patches"].amax(dim=1, keepdim=True), tokens["patches"].mean(dim=1, keepdim=True)
+    expected = tokens | {"pooled": maximum if has_pooler else mean}
+    assert set(found) == set(expected) and count_images(found) == 3
+    for name, vectors in expected.items():
+        assert torch.allclose(torch.stack(found[name].vectors), vectors, atol=1e-6), name
+
+
+# Labels --------------------------------------------------------------------------------------------------------------
+
+
+MULTI_LABEL: dict[str, Any] = {"problem_type": "multi_label_classification"}
+MULTI_TASK: dict[str, Any] = {"num_cls_tokens": 2, "tasks": TASKS}
+
+
+@pytest.mark.parametrize(
+    ("fields", "label", "expected"),
+    [
+        ({}, 2, [2]),
+        ({}, None, [IGNORED_LABEL]),
+        (MULTI_LABEL, [0.0, 1.0, 1.0], [0, 1, 1]),
+        (MULTI_LABEL, 2, [0, 0, 1]),  # the only label of the image
+        (MULTI_LABEL, None, [IGNORED_LABEL] * 3),
+        ({"num_labels": 1}, 0, [1]),
+        ({"num_labels": 1}, 1, [0]),
+        ({"num_labels": 1}, [0.0], [0]),
+        (MULTI_TASK, {"species": 3, "age": 1}, [1, 3]),
+        (MULTI_TASK, {"species": 3}, [IGNORED_LABEL, 3]),
+        (MULTI_TASK, None, [IGNORED_LABEL] * 2),
+    ],
+)
+def test_labels_of_datasets_are_converted(fields: dict[str, Any], label: Any, expected: list[int]) -> None:
+    config = build_tiny_config(**fields)
+    model = (ViTCLSForMultiTaskClassification if config.tasks else ViTCLSForImageClassification)(config)
+    found = encode_labels([label, label], model)
+    assert found is not None and found.tolist() == [expected] * 2
+    assert encode_labels(None, model) is None
+
+
+@pytest.mark.parametrize("problem_type", [None, "regression"])
+def test_models_that_are_not_classifiers_have_no_labels(problem_type: str | None) -> None:
+    """Such labels cannot be encoded as class indices."""
+    config = build_tiny_config(problem_type=problem_type)
+    model = ViTCLSForImageClassification(config) if problem_type else ViTCLSModel(config)
+    assert encode_labels([[0.5, 1.5, 2.5], {"species": 1}, None], model) is None

@@ -8,16 +8,14 @@ from helpers.measured_encoders import TOKENS, measure
 from helpers.tiny_models import raises_one_line
 from matplotlib.colors import to_rgba
 
-from modeling_vitcls.analysis.artifacts import find_second_mode
+from modeling_vitcls.analysis.diagnosis import find_second_mode
 from modeling_vitcls.analysis.figures import (
     CURVES,
     plot_curve,
-    plot_map_checks,
     plot_norm_histogram,
     plot_norms,
     render_svg,
 )
-from modeling_vitcls.analysis.map_checks import FRACTIONS, MapCheck
 from modeling_vitcls.token_names import get_token_names
 
 
@@ -41,8 +39,6 @@ def test_curves_of_tokens_require_tokens():
     config, findings = measure(num_cls_tokens=0, pooling="mean")
     with raises_one_line("special tokens"):
         plot_curve(config, findings, "entropy")
-    with raises_one_line("'no such curve'"):
-        plot_curve(config, findings, "no such curve")
 
 
 def test_norms_and_their_histogram():
@@ -63,9 +59,6 @@ def test_norms_and_their_histogram():
     assert sum(bar.get_height() for bar in axes.patches if bar.get_facecolor() == red) == 60
 
 
-def test_figures_are_images_and_svg():
-    check = MapCheck(4, [0.9] * 6, [0.1] * 6, [0.5] * 6, [0.6] * 6, 0.1, 0.01)
-    figure = plot_map_checks({"rollout": check})
-    assert [line.get_xdata().tolist() for line in figure.axes[0].get_lines()] == [list(FRACTIONS)] * 2
-    svg = render_svg(figure)
-    assert svg.startswith("<svg") and svg.rstrip().endswith("</svg>") and ">Deletion<" in svg
+def test_figures_are_svg():
+    svg = render_svg(plot_curve(*measure(**TOKENS), "patch_distance"))
+    assert svg.startswith("<svg") and svg.rstrip().endswith("</svg>") and ">Attention distance of patches<" in svg

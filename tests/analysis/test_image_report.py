@@ -15,7 +15,7 @@ from modeling_vitcls import (
     ViTCLSModel,
 )
 from modeling_vitcls.analysis.attribution import compute_attention_rollout, compute_attribution
-from modeling_vitcls.analysis.image_report import build_image_report
+from modeling_vitcls.analysis.image_report import build_image_report, compute_patch_colors
 from modeling_vitcls.analysis.maps import VisibleRegion, extract_patch_maps
 
 
@@ -104,3 +104,42 @@ def test_an_encoder_has_no_predictions() -> None:
     report = build_image_report(encoder, PROCESSOR, PHOTO)
     assert report.predictions == report.attributions == []
     assert report.attention.shape == (3, 2, 3, 4, 5)
+
+
+def draw_features(*sizes: tuple[int, int], width: int = 12) -> list[torch.Tensor]:
+    """Return random features whose components have different sizes."""
+    generator = torch.Generator().manual_seed(0)
+    scales = torch.arange(width, 0, -1).float() ** 2
+    return [torch.randn(*size, width, generator=generator) * scales + 3 for size in sizes]
+
+
+def test_colors_are_the_principal_components() -> None:
+    """The components are of the patches of all images, up to sign, scaled between two quantiles."""
+    features = draw_features((4, 5), (3, 2))
+    rows = torch.cat([one.flatten(0, 1) for one in features]).double().numpy()
+    centered = rows - rows.mean(axis=0)
+    directions = np.linalg.svd(centered, full_matrices=False)[2][:3]
+    components = centered @ directions.T
+    colors = compute_patch_colors(features)
+    assert [tuple(one.shape) for one in colors] == [(4, 5, 3), (3, 2, 3)]
+    found = torch.cat([one.flatten(0, 1) for one in colors]).double().numpy()
+    for channel in range(3):
+        candidates = []
+        for sign in (1, -1):
+            low, high = np.quantile(sign * components[:, channel], (0.02, 0.98))
+            candidates.append(((sign * components[:, channel] - low) / (high - low)).clip(0, 1))
+        assert min(np.abs(found[:, channel] - one).max() for one in candidates) < 1e-4
+    for small, one in zip(compute_patch_colors([image / 1e4 for image in features]), colors, strict=True):
+        assert torch.allclose(small, one, atol=1e-4)
+
+
+def test_few_patches_and_channels_have_colors_too() -> None:
+    (colors,) = compute_patch_colors([torch.randn(1, 2, 4)])
+    assert colors.isfinite().all() and (colors[..., 2] == 0.5).all()
+
+
+@pytest.mark.filterwarnings("error")
+def test_equal_patches_have_one_color() -> None:
+    """For example, of a black image."""
+    (colors,) = compute_patch_colors([torch.ones(3, 4, 8)])
+    assert colors.isfinite().all() and len(colors.flatten(0, 1).unique(dim=0)) == 1

@@ -2,28 +2,38 @@
 stay together, although unreadable images are skipped and batches have images of one shape.
 """
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from helpers.tiny_models import build_tiny_config, raises_one_line
+from helpers.photo_folders import write_photos
+from helpers.tiny_models import TASKS, build_tiny_config, raises_one_line
 from helpers.varied_models import center_logits
 from PIL import Image
+from sklearn.datasets import load_digits
 
-from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, ViTCLSModel
+from modeling_vitcls import (
+    ViTCLSForImageClassification,
+    ViTCLSForMultiTaskClassification,
+    ViTCLSImageProcessor,
+    ViTCLSModel,
+)
 from modeling_vitcls.analysis import inspection
-from modeling_vitcls.analysis.ablation import count_passes
+from modeling_vitcls.analysis.ablation import MIN_IMAGES, Features, Predictions, count_passes
 from modeling_vitcls.analysis.inspection import (
     InspectionBatches,
+    InspectionImages,
     check_sampled_maps,
     compute_confidences,
     inspect_model,
+    open_images,
     select_evenly_spaced,
     select_images,
 )
-from modeling_vitcls.analysis.model_outputs import MIN_IMAGES, Features, Predictions
 from modeling_vitcls.heads_vitcls import IGNORED_LABEL
+from modeling_vitcls.options import InspectOptions
 
 
 NUM_IMAGES = 18
@@ -134,7 +144,7 @@ def test_unreadable_images_are_skipped_everywhere(monkeypatch: pytest.MonkeyPatc
     assert [report.name for report in found.image_reports] == ["image 2", "image 3"]
     assert (found.num_unreadable, len(warnings), found.tasks) == (1, 1, [])
     assert [verdict.numbers["read_layers"] for verdict in found.verdicts[:3]] == [2, 2, 1]
-    assert found.patches.layer == 2  # the last layer
+    assert found.patches.numbers["layer"] == 2  # the last layer
 
 
 def test_hidden_states_that_are_not_finite_are_errors() -> None:
@@ -204,7 +214,7 @@ def test_the_most_instructive_images_are_selected() -> None:
     # with few other images, more than half are wrong
     few = build_predictions([5, 4, 3, 2, 1], [1, 1, 1, 1, 0])
     assert select(few, 4) == dict.fromkeys([0, 1, 2], "wrong") | {4: "uncertain"}
-    unknown = Predictions(few.logits, few.predicted, None)
+    unknown = build_predictions([5, 4, 3, 2, 1], [None] * 5)
     assert select(unknown, 3) == {4: "uncertain", 1: "typical", 3: "typical"}
     age = Predictions(torch.zeros(2, 2), torch.zeros(2, 1), torch.tensor([[0], [0]]))
     tasks = {"age": age, "kind": Predictions(torch.zeros(2, 2), torch.zeros(2, 1), torch.tensor([[1], [0]]))}
@@ -222,3 +232,99 @@ def test_the_confidence_is_the_minimum_over_labels() -> None:
         torch.tensor([[3.0, -1.0, 2.0]]), build_tiny_config(problem_type="multi_label_classification")
     )
     assert several.tolist() == pytest.approx([1 / (1 + np.exp(-1))], abs=1e-5)
+
+
+# Images of `vitcls inspect` ------------------------------------------------------------------------------------------
+
+
+CLASSES = ["dog", "owl", "cat"]
+DIGITS = [str(digit) for digit in range(10)]
+
+
+def build_named_classifier(names: list[str], **fields: Any) -> ViTCLSForImageClassification:
+    config = build_tiny_config(id2label=dict(enumerate(names)), num_labels=len(names), **fields)
+    return ViTCLSForImageClassification(config)
+
+
+def open_paths(model: Any, *paths: Path) -> InspectionImages:
+    return open_images(InspectOptions("model", tuple(map(str, paths))), model)
+
+
+def open_digits(model: Any, **fields: Any) -> InspectionImages:
+    return open_images(InspectOptions("model", dataset="digits", **fields), model)
+
+
+def test_folder_names_are_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder without a class has unknown labels. Images are in the order of the paths."""
+    folder = write_photos(tmp_path / "photos", range(2), "dog", "cat", "else")
+    found = open_paths(build_named_classifier(CLASSES), folder, folder / "cat" / "1.png")
+    assert found.names == ["0.png", "1.png"] * 3 + ["1.png"]
+    assert found.labels == [2, 2, 0, 0, IGNORED_LABEL, IGNORED_LABEL, 2]
+    assert found.source == "photos, 1.png"
+    for index, name in enumerate(["cat/0.png", "cat/1.png", "dog/0.png"]):
+        assert np.array_equal(np.asarray(found.images[index]), np.asarray(Image.open(folder / name)))
+    assert open_paths(build_named_classifier(CLASSES), folder / "else").labels is None
+    monkeypatch.chdir(folder / "cat")
+    here = open_paths(build_named_classifier(CLASSES), Path())
+    assert (here.labels, here.source) == ([2, 2], "cat")
+
+
+def test_folder_names_are_labels_of_single_label_classifiers_only(tmp_path: Path) -> None:
+    folder = write_photos(tmp_path, range(1), *CLASSES)
+    several = build_named_classifier(CLASSES, problem_type="multi_label_classification")
+    tasks = ViTCLSForMultiTaskClassification(build_tiny_config(num_cls_tokens=2, tasks=TASKS))
+    for model in (several, tasks, ViTCLSModel(build_tiny_config())):
+        assert open_paths(model, folder).labels is None
+
+
+def test_labels_of_a_dataset_are_the_indices_of_the_model() -> None:
+    """The model has the classes in another order. Both select the same held-out images."""
+    found, other = open_digits(build_named_classifier(DIGITS)), open_digits(build_named_classifier(DIGITS[::-1]))
+    assert found.labels is not None and other.labels is not None
+    assert set(found.labels) == set(range(10))
+    assert list(other.labels) == [9 - label for label in found.labels]
+    assert found.names[:2] == ["digits 0", "digits 1"] and len(found.names) == len(found.images) == len(found.labels)
+    assert found.source == "digits, split test" and len(found.images) < 1797
+
+
+def test_an_encoder_reads_all_images_of_the_only_split() -> None:
+    """The description names the split that is read."""
+    found = open_digits(ViTCLSModel(build_tiny_config()))
+    assert found.labels is None and len(found.images) == len(found.names) == 1797
+    assert found.source == "digits, split train"
+    first = np.asarray(found.images[0].convert("L"))
+    assert np.array_equal(first, (load_digits().images[0] * (255 / 16)).round())
+
+
+def test_an_encoder_reads_the_selected_split(tmp_path: Path) -> None:
+    for split, numbers in {"train": range(3), "test": range(3, 5)}.items():
+        write_photos(tmp_path / "photos" / split, numbers)
+    encoder = ViTCLSModel(build_tiny_config())
+    for split, count in ((None, 4), ("test", 4), ("train", 6)):
+        found = open_images(InspectOptions("model", dataset=str(tmp_path / "photos"), split=split), encoder)
+        assert (len(found.images), found.source) == (count, f"photos, split {split or 'test'}")
+    with raises_one_line("no split 'nothing'", "train"):
+        open_images(InspectOptions("model", dataset=str(tmp_path / "photos"), split="nothing"), encoder)
+
+
+def test_columns_of_a_dataset(tmp_path: Path) -> None:
+    """One image of the only split is held out."""
+    write_photos(tmp_path, range(2), "dog")
+    (tmp_path / "list.csv").write_text("name,photo,animals\na.png,dog/1.png,owl|cat\nb.png,dog/0.png,dog\n")
+    columns: dict[str, Any] = {"image_column": "photo", "label_column": ("animals",), "label_separator": "|"}
+    model = build_named_classifier(CLASSES, problem_type="multi_label_classification")
+    for split, label, file in (("train", [0, 1, 1], "1.png"), ("test", [1, 0, 0], "0.png")):
+        found = open_images(InspectOptions("model", dataset=str(tmp_path / "list.csv"), split=split, **columns), model)
+        assert found.labels is not None and [list(values) for values in found.labels] == [label]
+        assert np.array_equal(np.asarray(found.images[0]), np.asarray(Image.open(tmp_path / "dog" / file)))
+
+
+@pytest.mark.parametrize("has_labels", [False, True])
+def test_some_images_are_selected_at_regular_intervals(has_labels: bool) -> None:
+    images = [Image.new("L", (1, 1), value) for value in range(9)]
+    labels = [10 * value for value in range(9)] if has_labels else None
+    found = InspectionImages(images, [f"image {value}" for value in range(9)], labels, "a test")
+    arguments = found.build_arguments(2, 3)
+    assert arguments["names"] == ["image 1", "image 4", "image 7"] and arguments["num_shown"] == 2
+    assert [arguments["images"][index].getpixel((0, 0)) for index in range(3)] == [1, 4, 7]
+    assert arguments["labels"] == ([10, 40, 70] if has_labels else None)

@@ -19,7 +19,7 @@ from modeling_vitcls import (
     ViTCLSImageProcessor,
     ViTCLSModel,
 )
-from modeling_vitcls.analysis import report_data
+from modeling_vitcls.analysis import report as report_module
 from modeling_vitcls.analysis.inspection import Inspection, inspect_model
 from modeling_vitcls.analysis.maps import overlay
 from modeling_vitcls.analysis.report import write_json_values, write_page, write_report
@@ -144,7 +144,7 @@ def test_the_page_names_the_model_and_escapes_names(page: Page) -> None:
     about = page.locator("#about").inner_text()
     assert f"{len(NAMES)} images of my photos" in about and __version__ in about
     page.locator("#figures summary").click()
-    assert page.locator("#figures svg").count() == 7
+    assert page.locator("#figures svg").count() == 6
 
 
 @pytest.mark.parametrize(
@@ -186,16 +186,13 @@ def test_values_for_programs(inspection: Inspection, tmp_path: Path) -> None:
     assert values["limit"] == pytest.approx(effect.limit, rel=1e-4)
     assert found["tasks"][0]["accuracy"] == pytest.approx(inspection.tasks[0].numbers["accuracy"], rel=1e-4)
     assert np.shape(found["findings"]["entropy"]) == inspection.findings.entropy.shape
-    assert len(found["images"]) == len(NAMES) and found["num_unreadable"] == 0
-    assert found["findings"]["patch_norms"]["median"] == pytest.approx(
-        inspection.findings.patch_norms.quantile(0.5, dim=1).tolist(), rel=1e-4
-    )
+    assert found["num_unreadable"] == 0
 
 
 def test_large_pages_omit_the_maps_of_heads(inspection: Inspection, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = [report.attention.numel() for report in inspection.image_reports]
-    monkeypatch.setattr(report_data, "MAX_MAP_BYTES", sum(sizes[:2]))
-    data = report_data.build_page_data(inspection)
+    monkeypatch.setattr(report_module, "MAX_MAP_BYTES", sum(sizes[:2]))
+    data = report_module.build_page_data(inspection)
     assert [image["num_heads"] for image in data["images"]] == [2, 2] + [0] * (len(sizes) - 2)
     assert len(data["heads"]) == 2
 

@@ -19,7 +19,7 @@ from helpers.tiny_models import (
 )
 from torch import nn
 
-from modeling_vitcls import ViTCLSBackbone, ViTCLSConfig, ViTCLSForImageClassification, ViTCLSModel
+from modeling_vitcls import ViTCLSBackbone, ViTCLSForImageClassification, ViTCLSModel
 from modeling_vitcls.analysis.test_time_registers import (
     add_test_time_register,
     compute_outlier_fraction,
@@ -138,11 +138,6 @@ def test_neurons_are_ordered_by_their_mean_activation_at_outliers(ratio: float, 
     assert found == [list(place) for place in expected]
 
 
-def test_the_layer_can_be_set() -> None:
-    model = build_planted_model()
-    assert all(layer == 0 for layer, _ in find_register_neurons(model, build_images(), last_layer=0))
-
-
 def test_neurons_with_large_negative_activations_are_found_and_moved() -> None:
     """A gated MLP can write an artifact with a negative activation."""
     model = build_planted_model(mlp_type="swiglu", sign=-1.0)
@@ -241,8 +236,6 @@ def test_unsupported_models_are_errors() -> None:
     better = add_test_time_register(build_planted_model(), [[LAYER, 5]])
     with raises_one_line("test-time register"):
         add_test_time_register(better, [[LAYER, 17]])
-    with raises_one_line("register_neurons", "num_register_tokens"):
-        ViTCLSConfig(register_neurons=[[0, 0]])
 
 
 def _record_activations(model: ViTCLSModel) -> torch.Tensor:

@@ -16,7 +16,7 @@ from helpers.photo_folders import write_photos
 from helpers.tiny_models import raises_one_line
 from helpers.tiny_options import build_tiny_options, run_training
 
-from modeling_vitcls.analysis.inspection_inputs import open_images
+from modeling_vitcls.analysis.inspection import open_images
 from modeling_vitcls.data.held_out import (
     HeldOutRecord,
     HeldOutRule,

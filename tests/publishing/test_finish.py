@@ -11,7 +11,7 @@ from helpers.tiny_models import build_tiny_config, raises_one_line, save_with_pr
 from huggingface_hub import ModelCard
 
 from modeling_vitcls import ViTCLSForImageClassification, finetune
-from modeling_vitcls.analysis.inspection_inputs import InspectionImages
+from modeling_vitcls.analysis.inspection import InspectionImages
 from modeling_vitcls.data.images import ArrayImages
 from modeling_vitcls.files import read_json
 from modeling_vitcls.publishing.card import write_card
