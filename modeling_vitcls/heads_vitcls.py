@@ -168,11 +168,9 @@ def compute_classification_loss(
     num_items = labels.numel() if num_items_in_batch is None else num_items_in_batch
     problem_type = config.problem_type or ("regression" if config.num_labels == 1 else None)
     if problem_type == "regression":
-        check_label_shape(labels.view(labels.shape[0], -1), logits)
         loss_sum = nn.functional.mse_loss(logits.float().view(-1), labels.float().view(-1), reduction="sum")
         return loss_sum / num_items
     if problem_type == "multi_label_classification":
-        check_label_shape(labels, logits)
         loss_sum = nn.functional.binary_cross_entropy_with_logits(logits.float(), labels.float(), reduction="sum")
         return loss_sum / num_items
     if not labels.is_floating_point():
@@ -182,7 +180,6 @@ def compute_classification_loss(
             'float labels require config.problem_type: "single_label_classification" for class probabilities '
             'or "multi_label_classification" for several labels per image'
         )
-    check_label_shape(labels, logits)
     loss_sum = nn.functional.cross_entropy(logits.float(), labels.float(), reduction="sum")
     return loss_sum * labels.shape[-1] / num_items  # num_items is B * C, so the result is the mean over images
 
@@ -210,14 +207,6 @@ def compute_cross_entropy(
     if num_items_in_batch is not None:
         return loss_sum / num_items_in_batch
     return loss_sum / (labels != IGNORED_LABEL).sum().clamp(min=1)
-
-
-def check_label_shape(labels: Tensor, logits: Tensor) -> None:
-    """Raise ValueError if the shapes of labels and logits differ."""
-    if labels.shape != logits.shape:
-        raise ValueError(
-            f"labels must have the shape of the logits, {list(logits.shape)}, but have shape {list(labels.shape)}"
-        )
 
 
 def compute_masked_pixel_loss(

@@ -7,14 +7,12 @@ tested in test_gates.py.
 """
 
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers.adaptation_cases import adapt_with_loader, get_logged_lines
-from helpers.fresh_processes import run_fresh
 from helpers.tiny_models import (
     build_images,
     build_tiny_config,
@@ -33,7 +31,6 @@ from modeling_vitcls import (
     ViTCLSConfig,
     ViTCLSForImageClassification,
     ViTCLSForMaskedImageModeling,
-    ViTCLSForMultiTaskClassification,
     ViTCLSModel,
 )
 from modeling_vitcls.configuration_vitcls import COUNT_FIELDS
@@ -245,22 +242,6 @@ def test_tokens_and_pooling_change_together(loader: Any, tmp_path: Path) -> None
     assert torch.equal(distilled.distillation_classifier.weight, without.classifier.weight)
 
 
-def test_one_task_becomes_several(tmp_path: Path) -> None:
-    """Check that a checkpoint with one CLS token gets one CLS token for each task."""
-    plain = randomize(ViTCLSForImageClassification(build_tiny_config()))
-    plain.save_pretrained(tmp_path)
-    model = ViTCLSForMultiTaskClassification.from_pretrained(tmp_path, num_cls_tokens=2, tasks={"age": 2, "kind": 5})
-    assert torch.equal(model.vitcls.embeddings.cls_token[:, :1], plain.vitcls.embeddings.cls_token)
-    assert {name: logits.shape[1] for name, logits in model(build_images()).logits.items()} == {"age": 2, "kind": 5}
-
-
-def test_scopes_change_with_cls_tokens(tmp_path: Path) -> None:
-    randomize(ViTCLSModel(build_tiny_config())).save_pretrained(tmp_path)
-    scopes = ["image", [2, 1, 0, 0], [2, 1, 1, 0]]
-    for loader in (ViTCLSModel, AutoModel):
-        assert loader.from_pretrained(tmp_path, num_cls_tokens=3, cls_scopes=scopes).config.cls_scopes == scopes
-
-
 # Configurations
 
 
@@ -390,59 +371,6 @@ def test_decoded_patches_are_resized() -> None:
         found = larger(enlarge(build_images(), (12, 16)), bool_masked_pos=mask)
     assert get_largest_difference(found.reconstruction, wanted) < 1e-4
     assert found.loss.isfinite()
-
-
-# Remote code
-
-REMOTE: dict[str, dict[str, Any]] = {
-    "gated": {"num_register_tokens": 4, "gate_new_tokens": True},
-    "sizes": {"image_size": [48, 64], "patch_size": 16},
-    "fewer": {"num_register_tokens": 0, "num_distillation_tokens": 0},
-    "specialized": {"specialized_layers": {"norm": [0, 1], "qkv": [0]}},
-}
-
-CHILD = """
-import json, sys
-from pathlib import Path
-
-sys.modules["modeling_vitcls"] = None  # importing it fails
-
-import torch
-from transformers import AutoModelForImageClassification
-
-folder = Path(sys.argv[1])
-for name, change in json.loads(sys.argv[2]).items():
-    model = AutoModelForImageClassification.from_pretrained(folder / "saved", trust_remote_code=True, **change)
-    assert type(model).__module__.startswith("transformers_modules."), type(model)
-    with torch.no_grad():
-        logits = model(torch.load(folder / f"{name}.pt")).logits
-    torch.save(logits, folder / f"{name}.logits.pt")
-    model.adapt(num_register_tokens=0, num_distillation_tokens=0).save_pretrained(folder / name)
-"""
-
-
-@pytest.mark.slow
-def test_checkpoints_adapt_without_the_package(tmp_path: Path) -> None:
-    """Compare with adaptation in a process that cannot import the package, to the bit."""
-    fields = {"num_distillation_tokens": 1, "image_size": [32, 48]}
-    model = randomize(ViTCLSForImageClassification(build_tiny_config(**fields)))
-    model.save_pretrained(tmp_path / "saved")
-    here = {name: model.adapt(**change) for name, change in REMOTE.items()}
-    for name, changed in here.items():
-        torch.save(build_images(2, *changed.config.image_height_width), tmp_path / f"{name}.pt")
-    environment = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
-    child = run_fresh("-I", "-c", CHILD, tmp_path, json.dumps(REMOTE), environment=environment)
-    assert child.returncode == 0, child.stderr[-2000:]
-    assert child.stderr.count("embeddings.register_tokens: 0 kept, 4 added") == 1
-    for name, changed in here.items():
-        pixel_values = build_images(2, *changed.config.image_height_width)
-        with torch.no_grad():
-            found, wanted = torch.load(tmp_path / f"{name}.logits.pt"), changed(pixel_values).logits
-            assert get_largest_difference(found, wanted) < 1e-5  # new tokens are random, and their gates are closed
-        again = ViTCLSForImageClassification.from_pretrained(tmp_path / name)
-        with torch.no_grad():
-            fewer = changed.adapt(num_register_tokens=0, num_distillation_tokens=0)
-            assert get_largest_difference(again(pixel_values).logits, fewer(pixel_values).logits) < 1e-6
 
 
 def test_validation_is_enabled_again_after_loading(tmp_path: Path) -> None:

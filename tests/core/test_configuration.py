@@ -7,7 +7,6 @@ import copy
 import json
 import math
 import os
-import pickle
 import re
 import shutil
 import tracemalloc
@@ -83,12 +82,11 @@ WRONG_VALUES: list[tuple[str, Any]] = [
     *(("drop_path_rate", value) for value in (-0.1, 1.0, NAN)),
     *(("patch_size", value) for value in (0, [8], [8, 0])),
     *(("hidden_act", value) for value in ("geluu", None)),
-    *(("id2label", value) for value in (["cat", "dog"], {5: "cat"})),
+    ("id2label", {5: "cat"}),
     *(("cls_scopes", value) for value in ("image", [[2, 2, 0, 0.5]])),
     ("layer_norm_eps", math.inf),
     ("pooling", "other"),
     ("qkv_bias", 1),
-    ("layer_scale_init_value", NAN),
     ("problem_type", "classification"),
     ("num_labels", -1),
     ("tasks", {"species": 1.5}),
@@ -294,25 +292,6 @@ def test_configurations_share_no_mutable_values() -> None:
     assert stored == before and len(build_tiny_config().auto_map) == 5
 
 
-def test_a_reference_to_shared_code_is_kept_until_the_configuration_is_saved(tmp_path: Path) -> None:
-    build_tiny_config().save_pretrained(tmp_path)
-    stored = json.loads((tmp_path / "config.json").read_text())
-    own_code = stored["auto_map"]
-    shared_code = {name: f"ann/code--{reference}" for name, reference in own_code.items()}
-    (tmp_path / "config.json").write_text(json.dumps(stored | {"auto_map": shared_code}))
-    config = ViTCLSConfig.from_pretrained(tmp_path)
-    assert config.auto_map == shared_code
-    config.save_pretrained(tmp_path)  # next to the code of this package
-    assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == own_code
-
-
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda config: pickle.loads(pickle.dumps(config))])
-def test_copies_are_equal(copied: Any) -> None:
-    config = build_tiny_config(num_cls_tokens=2, tasks={"species": 2, "age": 3}, out_indices=[0, 1])
-    assert _comparable(copied(config)) == _comparable(config)
-    assert copied(config).task_labels() == config.task_labels()
-
-
 def test_assigning_a_wrong_type_is_an_error() -> None:
     config = build_tiny_config()
     with raises_one_line("num_register_tokens"):
@@ -354,8 +333,7 @@ from pathlib import Path
 import torch
 import transformers
 from transformers import AutoBackbone, AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
-from transformers import BertConfig, BertModel, UperNetConfig, UperNetForSemanticSegmentation
-from transformers import VisionTextDualEncoderModel
+from transformers import BertConfig, BertModel, VisionTextDualEncoderModel
 
 first, second, work = map(Path, sys.argv[1:])
 models = [AutoModel.from_pretrained(folder, trust_remote_code=True) for folder in (first, second)]
@@ -377,18 +355,9 @@ dual = VisionTextDualEncoderModel(vision_model=model, text_model=text_model).eva
 dual.save_pretrained(work / "dual")
 dual_again = VisionTextDualEncoderModel.from_pretrained(work / "dual").eval()
 
-backbone_config = AutoConfig.from_pretrained(first, out_indices=[1, 2])
-settings = {"hidden_size": 16, "pool_scales": [1, 2], "num_labels": 3, "use_auxiliary_head": False}
-upernet = UperNetForSemanticSegmentation(UperNetConfig(backbone_config=backbone_config, **settings)).eval()
-upernet.save_pretrained(work / "upernet")
-upernet_again = UperNetForSemanticSegmentation.from_pretrained(work / "upernet").eval()
-
 with torch.no_grad():
     features = [one.get_image_features(images).pooler_output for one in (dual, dual_again)]
-    maps = [one(images).logits for one in (upernet, upernet_again)]
 assert torch.equal(*features) and features[0].std() > 0
-torch.testing.assert_close(*maps)  # sums in another order
-assert maps[0].std() > 0
 
 config = AutoConfig.from_pretrained(first)
 print(json.dumps({

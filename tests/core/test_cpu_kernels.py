@@ -17,7 +17,6 @@ from helpers.tiny_models import (
 )
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from torch.autograd import forward_ad
 from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -26,7 +25,6 @@ from modeling_vitcls.cpu_kernels_vitcls import (
     KERNEL_CLASSES,
     CPULinear,
     CPUPatchProjection,
-    get_matmul_dtype,
     install_cpu_kernels,
     uninstall_cpu_kernels,
 )
@@ -163,17 +161,6 @@ def compute_derivatives(layer: nn.Module, inputs: torch.Tensor) -> list[torch.Te
     return [*first, *torch.autograd.grad(sum(each.square().sum() for each in first), wanted)]
 
 
-@requires_onednn
-def test_the_dtype_of_products_is_that_of_autocast_except_for_float64() -> None:
-    """Plain PyTorch rounds as emulated products do on this CPU, so results do not show the dtype."""
-    for dtype in (torch.bfloat16, torch.float16):
-        with torch.autocast("cpu", dtype=dtype):
-            assert get_matmul_dtype(torch.zeros(1)) == dtype
-            product = nn.functional.linear(torch.zeros(1, 1).double(), torch.zeros(1, 1).double())
-            assert get_matmul_dtype(torch.zeros(1).double()) == product.dtype == torch.float64
-    assert get_matmul_dtype(torch.zeros(1)) == torch.float32
-
-
 def test_only_the_gradients_that_are_needed_are_computed() -> None:
     layer = CPULinear(48, 80).requires_grad_(False)
     assert layer(torch.randn(3, 48)).grad_fn is None
@@ -200,15 +187,6 @@ def test_torch_func(name: str) -> None:
 
     fast, plain = map(compute_gradients, build_models(**VARIANTS[name]))
     assert_equal_in_float32(fast, plain)
-
-
-@requires_onednn
-def test_forward_mode() -> None:
-    layer, inputs = CPULinear(48, 80), torch.randn(3, 48)
-    with forward_ad.dual_level():
-        dual = layer(forward_ad.make_dual(inputs, torch.ones_like(inputs)))
-        tangent = forward_ad.unpack_dual(dual).tangent
-    torch.testing.assert_close(tangent, layer.weight.sum(1).expand_as(tangent))
 
 
 @pytest.mark.slow

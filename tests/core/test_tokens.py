@@ -1,7 +1,6 @@
 """The special tokens: their order, initialization, training, attention, and the tokens that each head reads."""
 
 from collections.abc import Callable
-from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -70,12 +69,6 @@ def test_random_token_inits_have_their_standard_deviation(token_init: str, std: 
         assert abs(tokens.mean().item()) < std / 10
 
 
-def test_zeros_are_zero() -> None:
-    embeddings = ViTCLSModel(build_tiny_config(num_distillation_tokens=1, token_init="zeros")).embeddings
-    assert not embeddings.cls_token.any()
-    assert not embeddings.distillation_token.any()
-
-
 @pytest.mark.parametrize(
     ("layout", "token_init"),
     [(LAYOUTS["several_of_each"], "trunc_normal"), (LAYOUTS["several_of_each"], "near_zero"), ({}, "zeros")],
@@ -110,32 +103,6 @@ def _check_tokens_learn(model: nn.Module, tokens: dict[str, nn.Parameter], input
         optimizer.step()
     for name, token in tokens.items():
         assert ((token.detach() - starts[name]).norm(dim=-1) > 1e-4).all(), f"did not move: {name}"
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"num_cls_tokens": 2},
-        {"num_cls_tokens": 2, "num_register_tokens": 4, "position_embedding_tokens": "all"},
-    ],
-)
-def test_zero_init_is_accepted_if_positions_differ(fields: dict[str, Any]) -> None:
-    model = ViTCLSModel(build_tiny_config(token_init="zeros", **fields)).eval()
-    special = model(build_images()).last_hidden_state[0, : model.config.token_layout.num_prefix_tokens]
-    assert len(special.unique(dim=0)) == len(special)
-
-
-# Attention: CLS tokens are ordinary tokens
-
-
-@each_layout
-def test_every_special_token_is_updated_in_every_layer(layout: dict[str, Any]) -> None:
-    config = build_tiny_config(**layout, num_hidden_layers=4)
-    states = randomize(ViTCLSModel(config))(build_images(), output_hidden_states=True).hidden_states
-    assert len(states) == 5
-    for before, after in pairwise(states):
-        change = (after - before).norm(dim=-1)  # [B, N]
-        assert (change > 1e-3).all()
 
 
 # Pooling: the head reads only the tokens of its pooling
@@ -246,12 +213,6 @@ def test_a_4d_mask_is_used_without_changes() -> None:
     outputs = [model(build_images(), attention_mask=each).last_hidden_state for each in (mask, full_mask)]
     assert_same_outputs(*outputs, 1e-6)
     assert get_largest_difference(outputs[0], model(build_images()).last_hidden_state) > 1e-3
-
-
-def test_scopes_of_the_whole_image_change_nothing() -> None:
-    plain = randomize(ViTCLSModel(build_tiny_config(num_cls_tokens=2)))
-    scoped = randomize(ViTCLSModel(build_tiny_config(num_cls_tokens=2, cls_scopes=["image", [1, 1, 0, 0]])))
-    assert_same_outputs(plain(build_images()).last_hidden_state, scoped(build_images()).last_hidden_state, 1e-6)
 
 
 def test_cells_cover_an_uneven_grid_without_gap_or_overlap() -> None:

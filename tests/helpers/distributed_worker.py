@@ -37,7 +37,6 @@ from modeling_vitcls.training.reporter import Reporter
 NUM_PROCESSES = 2
 SIZES: dict[str, Any] = {"image_size": [16, 24], "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 2}
 SIZES |= {"num_attention_heads": 4, "intermediate_size": 48}
-TASKS = {"num_cls_tokens": 2, "tasks": {"species": 3, "age": 2}}
 SCOPES: list[Any] = ["image", [2, 2, 0, 0], [2, 2, 1, 1]]
 
 # Name -> model class and configuration fields. Each model must train on several processes without changes.
@@ -163,24 +162,6 @@ def data_parallel(layout: str, folder: Path) -> None:
     assert_same_weights(model, accelerator.unwrap_model(replica))
 
 
-def data_parallel_with_missing_task(folder: Path) -> None:
-    """Check that DDP continues after a batch without labels for a task."""
-    accelerator = Accelerator(cpu=True)
-    model, _ = save_model("several tasks", folder)
-    model = accelerator.prepare(model)
-    for _ in range(2):
-        accelerator.backward(model.train()(build_own_images(), labels={"species": torch.tensor([0, 2])}).loss)
-
-
-def data_parallel_from_masked_image_model(folder: Path) -> None:
-    """Check that DDP trains a classifier whose weights come from masked image modeling."""
-    accelerator = Accelerator(cpu=True)
-    _, path = save_model("masked images", folder)
-    model = accelerator.prepare(vitcls.ViTCLSForImageClassification.from_pretrained(path))
-    for _ in range(2):
-        accelerator.backward(compute_loss(model.train(), "one CLS", build_own_images()))
-
-
 def build_training_loop(folder: Path, objective: Objective) -> TrainingLoop:
     """Build a training loop of four steps on both processes, which calls `objective(model, batch)`."""
     accelerator = Accelerator(cpu=True)
@@ -243,8 +224,6 @@ def non_finite_loss_stops_all_processes(folder: Path) -> None:
 CHECKS |= {
     function.__name__: function
     for function in (
-        data_parallel_with_missing_task,
-        data_parallel_from_masked_image_model,
         random_numbers_per_process,
         non_finite_loss_stops_all_processes,
     )

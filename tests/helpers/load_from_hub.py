@@ -3,18 +3,13 @@
     python -I load_from_hub.py REQUESTS.json TARGET
 
 REQUESTS.json contains the path of the inputs and a list of requests {"name", "loader", "source", "options"}. `loader`
-is an Auto class, "pipeline", or "marker", which only sends a request with the name to the Hub. The script writes the
-outputs by name to TARGET/answers.safetensors. For each request, TARGET/report.json contains the module of the class or
-the error, and the duration in seconds.
+is an Auto class or "pipeline". The script writes the outputs by name to TARGET/answers.safetensors. For each request,
+TARGET/report.json contains the module of the class or the error, and the duration in seconds.
 """
 
-import contextlib
 import json
-import os
 import sys
 import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +28,6 @@ def main(requests_file: str, target: Path) -> None:
     outputs: dict[str, torch.Tensor] = {}
     report: dict[str, Any] = {}
     for request in contents["requests"]:
-        if request["loader"] == "marker":
-            with contextlib.suppress(urllib.error.HTTPError):
-                urllib.request.urlopen(f"{os.environ['HF_ENDPOINT']}/{request['name']}")
-            continue
         started = time.perf_counter()
         try:
             outputs[request["name"]], module = compute_output(

@@ -171,15 +171,6 @@ def test_pre_training_with_fsdp2_equals_ddp(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_mixed_precision_under_fsdp2(fsdp2: Path, tmp_path: Path) -> None:
-    launch(
-        "fsdp2_cpu.yaml", "finetune.py", *TINY, *STEPS, "--mixed-precision", "bf16", "--output-dir", tmp_path / "model"
-    )
-    assert_same_run(fsdp2, tmp_path / "model", tolerance=0.05)
-    assert {weight.dtype for weight in load_file(tmp_path / "model" / "model.safetensors").values()} == {torch.float32}
-
-
-@pytest.mark.slow
 def test_one_cpu_process(tmp_path: Path) -> None:
     launch("cpu.yaml", "finetune.py", *TINY, "--max-steps", 2, "--batch-size", 32, "--output-dir", tmp_path / "model")
     results = read_json(tmp_path / "model" / "results.json")

@@ -2,7 +2,6 @@
 Real libraries, tiny models, no network.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +30,6 @@ from transformers import (
 from modeling_vitcls import (
     ViTCLSConfig,
     ViTCLSForImageClassification,
-    ViTCLSForMaskedImageModeling,
-    ViTCLSForMultiTaskClassification,
     ViTCLSImageProcessor,
     ViTCLSImageProcessorPil,
     ViTCLSModel,
@@ -166,80 +163,6 @@ def test_trainer_trains_evaluates_and_saves(tmp_path: Path) -> None:
     for folder in (tmp_path / "checkpoint-30", tmp_path / "final"):
         assert_same_logits(AutoModelForImageClassification.from_pretrained(folder), trainer.model)
         assert (folder / "preprocessor_config.json").is_file() and (folder / "modeling_vitcls.py").is_file()
-
-
-# Kind of labels -> configuration, labels of 16 images.
-LABEL_KINDS: dict[str, tuple[dict[str, Any], Callable[[], torch.Tensor]]] = {
-    "classes": ({}, lambda: torch.arange(16) % 3),
-    "some ignored": ({}, lambda: torch.where(torch.arange(16) % 5 == 0, -100, torch.arange(16) % 3)),
-    "mixup": ({"problem_type": "single_label_classification"}, lambda: torch.rand(16, 3).softmax(-1)),
-    "several per image": ({"problem_type": "multi_label_classification"}, lambda: (torch.rand(16, 3) > 0.5).float()),
-    "regression": ({"problem_type": "regression", "id2label": {0: "age"}}, lambda: torch.rand(16)),
-}
-
-
-@pytest.mark.parametrize(
-    ("kind", "distillation_tokens"), [*((kind, 0) for kind in LABEL_KINDS), ("classes", 1), ("mixup", 1)]
-)
-def test_gradient_accumulation_equals_one_large_batch(kind: str, distillation_tokens: int, tmp_path: Path) -> None:
-    overrides, make_labels = LABEL_KINDS[kind]
-    torch.manual_seed(2)
-    labels = make_labels()
-
-    def train_step(batch_size: int, steps: int) -> tuple[dict[str, torch.Tensor], float]:
-        model = build_tiny_classifier(**overrides, num_distillation_tokens=distillation_tokens)
-        sizes = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": steps}
-        constant = {"lr_scheduler_type": "constant"}
-        trainer = build_trainer(model, Examples(labels), tmp_path, **ONE_STEP, **sizes, **constant)
-        trainer.train()
-        return model.state_dict(), trainer.state.log_history[0]["loss"]
-
-    whole, whole_loss = train_step(batch_size=16, steps=1)
-    parts, parts_loss = train_step(batch_size=8, steps=2)
-    torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-6)
-    assert parts_loss == pytest.approx(whole_loss, rel=1e-5)
-    start = build_tiny_classifier(**overrides, num_distillation_tokens=distillation_tokens).state_dict()
-    assert not torch.equal(whole["classifier.weight"], start["classifier.weight"])
-
-
-def test_trainer_supports_labels_of_several_tasks(tmp_path: Path) -> None:
-    """Gradients are accumulated over batches as in one batch; -100 marks a missing label of a task."""
-    species, age = torch.arange(16) % 3, torch.where(torch.arange(16) % 3 == 0, -100, torch.arange(16) % 2)
-
-    class MultiTaskExamples(Examples):
-        def __getitem__(self, index: int) -> dict[str, Any]:
-            return {"pixel_values": self.images[index], "labels": {"species": species[index], "age": age[index]}}
-
-    torch.manual_seed(0)
-    model = ViTCLSForMultiTaskClassification(build_tiny_config(num_cls_tokens=2, tasks={"species": 3, "age": 2}))
-    collator = {"data_collator": torch.utils.data.default_collate}
-    settings = {"max_steps": 20, "per_device_train_batch_size": 8, "learning_rate": 3e-3}
-    dataset = MultiTaskExamples(species)
-    trainer = build_trainer(model, dataset, tmp_path, trainer=collator, gradient_accumulation_steps=2, **settings)
-    before = trainer.evaluate()["eval_loss"]
-    trainer.train()
-    assert trainer.evaluate()["eval_loss"] < before
-
-
-def test_trainer_pretrains_on_masked_images(tmp_path: Path) -> None:
-    """Gradients accumulated over two batches equal those of one batch."""
-
-    class MaskedExamples(Examples):
-        def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-            return {"pixel_values": self.images[index], "bool_masked_pos": torch.arange(4) % 2 == index % 2}
-
-    def train_step(batch_size: int, steps: int) -> dict[str, torch.Tensor]:
-        torch.manual_seed(0)
-        model = ViTCLSForMaskedImageModeling(build_tiny_config())
-        sizes = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": steps}
-        dataset, names = MaskedExamples(torch.zeros(16)), ["bool_masked_pos"]
-        trainer = build_trainer(model, dataset, tmp_path, label_names=names, **ONE_STEP, **sizes)
-        before = trainer.evaluate()["eval_loss"]
-        trainer.train()
-        assert trainer.evaluate()["eval_loss"] < before
-        return model.state_dict()
-
-    torch.testing.assert_close(train_step(8, 2), train_step(16, 1), rtol=1e-4, atol=1e-6)
 
 
 # PEFT ----------------------------------------------------------------------------------------------------------------

@@ -128,16 +128,12 @@ CHANGED_TENSORS: dict[str, Callable[[torch.Tensor], Any]] = {
     "flat": torch.Tensor.flatten,
     "scalar": lambda tensor: tensor.flatten()[0],
     "empty": lambda tensor: tensor[:0],
-    "longer": lambda tensor: torch.cat([tensor, tensor]),
     "shorter": lambda tensor: tensor[..., :-1],
-    "deeper": lambda tensor: tensor[None],
     "integers": torch.Tensor.long,
-    "complex": lambda tensor: tensor.to(torch.complex64),
     "not finite": lambda tensor: tensor * float("nan"),
     "text": lambda tensor: "text",
     "nothing": lambda tensor: None,
     "array": lambda tensor: tensor.numpy(),
-    "list": torch.Tensor.tolist,
     "dict": lambda tensor: {"x": tensor},
 }
 CHANGED_NAMES: dict[str, Callable[[str], str]] = {

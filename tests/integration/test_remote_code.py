@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from helpers.fresh_processes import run_fresh
 from helpers.load_without_package import AUTO_CLASSES, BACKENDS, SEED, compute_outputs
 from helpers.local_hub import local_hub
@@ -273,25 +272,6 @@ def test_saving_without_the_package_writes_the_same_files(
     assert json.loads((folder / "config.json").read_text()) == json.loads((saved / name / "config.json").read_text())
     settings = json.loads((folder / "preprocessor_config.json").read_text())
     assert settings["auto_map"] == json.loads((saved / name / "preprocessor_config.json").read_text())["auto_map"]
-
-
-@each_checkpoint
-@each_auto_class
-def test_the_imported_package_has_precedence_over_the_code_of_the_checkpoint(
-    name: str, auto_class: str, saved: Path, inputs: Path
-) -> None:
-    if auto_class == "AutoBackbone":
-        config = transformers.AutoConfig.from_pretrained(saved / name)
-        assert type(transformers.AutoBackbone.from_config(config)) is vitcls.ViTCLSBackbone
-        return
-    torch.manual_seed(SEED)
-    found = getattr(transformers, auto_class).from_pretrained(saved / name)
-    model_class = get_expected_class(name, auto_class)
-    assert type(found) is model_class
-    torch.manual_seed(SEED)
-    wanted = model_class.from_pretrained(saved / name)
-    pixel_values = load_file(inputs)["pixel_values"]
-    assert_same(compute_outputs(found, pixel_values), compute_outputs(wanted, pixel_values))
 
 
 @pytest.mark.parametrize("file", SHIPPED_FILES, ids=lambda file: file.name)
