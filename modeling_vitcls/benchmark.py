@@ -81,11 +81,13 @@ def run_benchmarks(settings: BenchmarkOptions, report: Callable[[str], None] = p
     """Measure all rows. `report` receives one line about each row.
 
     Raises:
-        ValueError: If the model cannot be loaded, the device or a package is missing, or outputs differ by more than
-            the limit.
+        ValueError: If the model cannot be loaded, the device does not support a backend, or outputs differ by more
+            than the limit.
     """
     settings = set_default_engines(settings)
-    check_requirements(settings)
+    exported = set(PACKAGES) & set(settings.backends or ())
+    if exported and settings.device != "cpu":
+        raise ValueError(f"{', '.join(exported)} is measured on the CPU only. Change --backends, or omit --device")
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         model = load_model(settings.model, Path(folder, "model"))
@@ -121,23 +123,6 @@ def set_default_engines(settings: BenchmarkOptions) -> BenchmarkOptions:
         "peers": tuple(filter(find_spec, ("timm", "transformers"))),
     }
     return replace(settings, **{name: value for name, value in defaults.items() if getattr(settings, name) is None})
-
-
-def check_requirements(settings: BenchmarkOptions) -> None:
-    """Raise ValueError if the device or a package is missing."""
-    if settings.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda requires a GPU, but PyTorch finds no GPU. Omit --device to measure on the CPU")
-    for name in (*(settings.backends or ()), *(settings.peers or ())):
-        if name in PACKAGES and settings.device != "cpu":
-            raise ValueError(f"{name} is measured on the CPU only. Remove {name} from --backends, or omit --device")
-        if missing := [package for package in PACKAGES.get(name, (name,)) if not is_available(package)]:
-            extra = "export" if name in PACKAGES else "cli"
-            raise ValueError(f"{name} requires {', '.join(missing)}. Run pip install 'modeling_vitcls[{extra}]'")
-
-
-def is_available(package: str) -> bool:
-    """Return whether a package is installed; the backends of PyTorch always are."""
-    return package in ("torch", "compiled") or find_spec(package) is not None
 
 
 def load_model(source: str, folder: Path) -> Any:

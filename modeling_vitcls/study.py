@@ -28,13 +28,11 @@ import json
 import math
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,8 +50,6 @@ if TYPE_CHECKING:
 
 STAGES = ("pretrain", "finetune", "evaluate", "inspect")
 SEEDED_STAGES = ("pretrain", "finetune")  # stages that accept --seed
-REQUIRED_KEYS = ("title", "question", "seeds", "stages", "factors", "metrics", "baseline")
-OPTIONAL_KEYS = ("answer", "subsets")
 MAX_LIST_LENGTH = 32  # maximum length of lists whose elements become columns of runs.parquet
 
 Flags = dict[str, Any]
@@ -110,26 +106,22 @@ class Study:
 def load_study(file: Path) -> Study:
     """Load a study file. Raise ValueError if the file is not valid YAML, or if a key is missing or unknown."""
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"cannot read {file}: {format_error(error)}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} is not a YAML mapping. A study file requires the keys {', '.join(REQUIRED_KEYS)}")
-    if missing_keys := [key for key in REQUIRED_KEYS if not content.get(key)]:
-        raise ValueError(f"{file} has no value for {', '.join(missing_keys)}. Set all required keys")
-    unknown_keys = set(content) - {*REQUIRED_KEYS, *OPTIONAL_KEYS} | set(content["stages"]) - set(STAGES)
-    if unknown_keys:
-        known_keys = f"{', '.join([*REQUIRED_KEYS, *OPTIONAL_KEYS])}, and the stages {', '.join(STAGES)}"
-        raise ValueError(f"{file} has unknown keys: {', '.join(sorted(unknown_keys))}. Choose from {known_keys}")
+        study = Study(**yaml.safe_load(file.read_text(encoding="utf-8")))
+    except (UnicodeDecodeError, yaml.YAMLError, TypeError) as error:
+        raise ValueError(
+            f"cannot read {file}: {format_error(error)}. Compare it with recipes/study_digits.yaml"
+        ) from None
+    if unknown_stages := set(study.stages) - set(STAGES):
+        raise ValueError(f"{file} has unknown stages: {', '.join(unknown_stages)}. Choose from {', '.join(STAGES)}")
     factors = {
         str(name): {str(level): flags or {} for level, flags in levels.items()}
-        for name, levels in content["factors"].items()
+        for name, levels in study.factors.items()
     }
-    baseline = {str(factor): str(level) for factor, level in content["baseline"].items()}
+    baseline = {str(factor): str(level) for factor, level in study.baseline.items()}
     for factor, level in baseline.items():
         if level not in factors.get(factor, {}):
             raise ValueError(f"{file}: `baseline` has the level {level} of {factor}. Set a level that `factors` has")
-    return Study(**content | {"factors": factors, "baseline": baseline})
+    return replace(study, factors=factors, baseline=baseline)
 
 
 def to_file_name(text: str) -> str:
@@ -149,47 +141,38 @@ class StudyRunner:
     num_jobs: int = 1  # maximum number of parallel runs
     num_threads: int = 1  # number of CPU threads per run
     dataset: str | None = None  # dataset from which all subsets are drawn; overrides the datasets in the study file
-    processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)  # run -> process of its current stage
-    is_stopping: threading.Event = field(default_factory=threading.Event)
 
     def execute(self) -> None:
-        """Run all unfinished runs. A failed run does not stop the others; Ctrl-C lets each run save a checkpoint."""
+        """Run all unfinished runs. A failed run does not stop the others; Ctrl-C also interrupts the runs, which then
+        save a checkpoint."""
         for name, subset in self.study.subsets.items():
             if not self.get_subset_folder(name).exists():
                 write_subset(self.get_subset_folder(name), subset, self.dataset)
         runs = self.study.plan_runs()
-        pending_runs = [run for run in runs if not self.is_finished(run)]
-        num_finished = len(runs) - len(pending_runs)
-        print(f"{len(runs)} runs ({num_finished} already finished)", flush=True)
         with ThreadPoolExecutor(self.num_jobs) as executor:
-            futures = {executor.submit(self.execute_run, run): run for run in pending_runs}
+            futures = {executor.submit(self.execute_run, run): run for run in runs if not self.is_finished(run)}
+            print(f"{len(runs)} runs ({len(runs) - len(futures)} already finished)", flush=True)
             try:
-                for number, future in enumerate(as_completed(futures), start=num_finished + 1):
-                    run = futures[future]
-                    levels_text = ", ".join(f"{factor} {level}" for factor, level in run.levels.items())
-                    print(f"[{number}/{len(runs)}] {levels_text}, seed {run.seed}: {future.result()}", flush=True)
+                for future in as_completed(futures):
+                    print(f"{futures[future].name}: {future.result()}", flush=True)
             finally:
-                self.is_stopping.set()
-                executor.shutdown(wait=False, cancel_futures=True)
-                for process in self.processes.values():
-                    process.send_signal(signal.SIGTERM)
+                executor.shutdown(cancel_futures=True)
 
     def execute_run(self, run: StudyRun) -> str:
         """Run the unfinished stages of a run, and return its metrics or the last line of its log."""
-        self.get_run_folder(run).mkdir(parents=True, exist_ok=True)
+        log_file = self.get_run_folder(run) / "log.txt"
+        log_file.parent.mkdir(parents=True, exist_ok=True)
         environment = os.environ | {"OMP_NUM_THREADS": str(self.num_threads), "MKL_NUM_THREADS": str(self.num_threads)}
         for stage, flags in self.build_commands(run):
             if self.get_result_file(run, stage).exists():
                 continue
-            with (self.get_run_folder(run) / "log.txt").open("ab") as log_file:
-                log_file.write(f"$ vitcls {stage} {' '.join(flags)}\n".encode())
-                log_file.flush()
+            with log_file.open("ab") as log:
+                log.write(f"$ vitcls {stage} {' '.join(flags)}\n".encode())
+                log.flush()
                 command = [sys.executable, "-m", "modeling_vitcls.cli", stage, *flags]
-                process = subprocess.Popen(command, stdout=log_file, stderr=subprocess.STDOUT, env=environment)
-                self.processes[run.name] = process
-            if process.wait() or self.is_stopping.is_set():
-                log_text = (self.get_run_folder(run) / "log.txt").read_text(encoding="utf-8", errors="replace")
-                return f"failed: {log_text.strip().splitlines()[-1]}"
+                process = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment, check=False)
+            if process.returncode:
+                return f"failed: {log_file.read_text(encoding='utf-8', errors='replace').strip().splitlines()[-1]}"
         row = build_row(self, run)
         return ", ".join(f"{name} {row[name]:.4g}" for name in self.study.metrics if name in row)
 
@@ -216,13 +199,16 @@ class StudyRunner:
         placeholders = {"{seed}": str(run.seed), "{run}": str(folder), "{folder}": str(self.folder)}
         placeholders |= {f"{{subset:{name}}}": str(self.get_subset_folder(name)) for name in self.study.subsets}
         commands = []
+
+        def fill(value: Any) -> Any:
+            if isinstance(value, list):
+                return [fill(each) for each in value]
+            for placeholder, text in placeholders.items() if isinstance(value, str) else ():
+                value = value.replace(placeholder, text)
+            return value
+
         for stage, stage_flags in run.stages.items():
-            flags = dict(stage_flags)
-            for name, value in flags.items():
-                values = value if isinstance(value, list) else [value]
-                for placeholder, path in placeholders.items():
-                    values = [each.replace(placeholder, path) if isinstance(each, str) else each for each in values]
-                flags[name] = values if isinstance(value, list) else values[0]
+            flags = {name: fill(value) for name, value in stage_flags.items()}
             if stage in SEEDED_STAGES:
                 flags["output_dir"] = str(folder / stage)
                 has_checkpoint = any((folder / stage / "checkpoints").glob("*"))
@@ -238,7 +224,7 @@ class StudyRunner:
 
 def write_subset(folder: Path, subset: Flags, source: str | None) -> None:
     """Write `num_images` random images of the split `train`, and all images of the other splits, as Parquet files."""
-    from datasets import disable_progress_bars, load_dataset
+    from datasets import load_dataset
 
     partial_folder = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial_folder, ignore_errors=True)
@@ -246,7 +232,6 @@ def write_subset(folder: Path, subset: Flags, source: str | None) -> None:
     source = os.path.expandvars(source or subset["dataset"])
     split_files = {file.stem: str(file) for file in sorted(Path(source).glob("*.parquet"))}
     splits = load_dataset("parquet", data_files=split_files) if split_files else load_dataset(source)
-    disable_progress_bars()  # disabled after the download; processing local files is fast
     for split, dataset in splits.items():
         if split == "train":
             dataset = dataset.shuffle(seed=subset.get("seed", 0)).select(range(subset["num_images"]))
@@ -260,13 +245,8 @@ def add_label_groups(dataset: "Dataset", column: str, groups: Mapping[str, Seque
     """Return a copy of a dataset with an additional column that contains the group of each image's label."""
     from datasets import ClassLabel
 
-    feature = dataset.features.get("label")
-    names = feature.names if isinstance(feature, ClassLabel) else []
     indices = {label: index for index, labels in enumerate(groups.values()) for label in labels}
-    if not names or not indices.keys() >= set(names):
-        missing = f"{column} has no group for {', '.join(names)}" if names else "there are no class names"
-        raise ValueError(f"`groups` requires class names in the column `label`, each in a group, but {missing}")
-    group_indices = [indices[names[label]] for label in dataset["label"]]
+    group_indices = [indices[dataset.features["label"].names[label]] for label in dataset["label"]]
     return dataset.add_column(column, group_indices).cast_column(column, ClassLabel(names=list(groups)))
 
 

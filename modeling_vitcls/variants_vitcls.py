@@ -238,28 +238,13 @@ def map_layers(values: Any, function: Callable[[Any], Any]) -> Any:
 
 
 def select_mask(mask: Any, indices: Tensor) -> Any:
-    """Select the tokens at `indices` [B, n] in a mask, for any attention implementation.
-
-    Masks are [B, N] (flash), [B or 1, heads or 1, N or 1, N] (SDPA, eager) or a `BlockMask` (flex attention).
-    """
-    if not isinstance(mask, Tensor):
-        return select_block_mask(mask, indices)
+    """Select the tokens at `indices` [B, n] in a mask [B, N] (flash) or [B or 1, heads or 1, N or 1, N] (SDPA, eager).
+    Masks of flex attention are not supported."""
     if mask.ndim == 2:
         return torch.take_along_dim(mask, indices, dim=1)
     if mask.shape[2] > 1:
         mask = torch.take_along_dim(mask, indices[:, None, :, None], dim=2)
     return torch.take_along_dim(mask, indices[:, None, None, :], dim=3)
-
-
-def select_block_mask(mask: Any, indices: Tensor) -> Any:
-    """Select the tokens at `indices` [B, n] in a flex attention mask."""
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    def is_visible(batch_idx: Tensor, head_idx: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        return mask.mask_mod(batch_idx, head_idx, indices[batch_idx, q_idx], indices[batch_idx, kv_idx])
-
-    num_images, num_tokens = indices.shape
-    return create_block_mask(is_visible, num_images, None, num_tokens, num_tokens, device=indices.device)
 
 
 def select_position_embeddings(position_embeddings: PositionEmbeddings, indices: Tensor) -> PositionEmbeddings:

@@ -9,7 +9,6 @@ figure as text for HTML. "After layer 0" means the embeddings. publishing/card_i
 
 import io
 import math
-from collections.abc import Sequence
 
 import matplotlib
 import numpy as np
@@ -22,7 +21,6 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from ..configuration_vitcls import ViTCLSConfig
 from ..token_names import get_token_names_by_group
 from .diagnosis import find_second_mode
-from .test_time_registers import OUTLIER_RATIO
 from .token_statistics import Findings
 
 
@@ -88,19 +86,16 @@ def plot_curve(config: ViTCLSConfig, findings: Findings, name: str) -> Figure:
         "entropy": findings.uniform_entropy_by_token.tolist(),
     }
     baselines = sorted({float(f"{value:.5g}") for value in uniform_values.get(name, [])})
-    figure, (axes,) = create_axes(1, len(styles) + bool(baselines))
-    axes.set_title(title, fontsize=11, color=DARK_GRAY)
-    axes.set_ylabel(y_label)
+    figure, axes = create_axes(len(styles) + bool(baselines), title, y_label)
     for style, line in zip(styles, lines.unbind(dim=-1), strict=True):
         head_values = line if line.ndim == 2 else line.unsqueeze(1)  # [L, H]
         draw_line(axes, style, head_values.mean(dim=1), head_values.amin(dim=1), head_values.amax(dim=1), first_layer)
     for index, value in enumerate(baselines):
         axes.axhline(value, color=DARK_GRAY, linewidth=1, linestyle="--", label="_" * (index > 0) + "uniform")
-    format_layer_axis(axes, len(lines), first_layer)
     axes.set_ylim(bottom=min(axes.get_ylim()[0], 0))
     if is_percentage:
         axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
-    draw_legend(figure, axes)
+    format_layer_axis(figure, axes, len(lines), first_layer)
     return figure
 
 
@@ -130,35 +125,23 @@ def draw_line(
 
 
 def plot_norms(config: ViTCLSConfig, findings: Findings) -> Figure:
-    """Plot the norms of the special tokens, the median and central 90% range of the patch norms, and the fraction of
-    outlier patches.
+    """Plot the norms of the special tokens, and the median and central 90% range of the patch norms.
 
     Models without registers may store global information in uninformative patches, whose norms then become outliers
     (Darcet et al. 2023, arXiv 2309.16588).
     """
     styles = get_token_styles(config)
-    fractions = {"patches": findings.outliers}
-    if findings.outliers_without_registers is not None:
-        fractions["patches, registers hidden"] = findings.outliers_without_registers
-    figure, (norm_axes, outlier_axes) = create_axes(2, len(styles) + len(fractions))
-    norm_axes.set_title("Norms of tokens and patches", fontsize=11, color=DARK_GRAY)
+    figure, axes = create_axes(len(styles) + 1, "Norms of tokens and patches", "norm")
     low, median, high = findings.patch_norms.float().quantile(torch.tensor(PATCH_QUANTILES), dim=1)  # [L + 1] each
-    draw_line(norm_axes, PATCH_STYLE, median, low, high, 0)
+    draw_line(axes, PATCH_STYLE, median, low, high, 0)
     for style, line in zip(styles, findings.token_norms.unbind(dim=-1), strict=True):
-        draw_line(norm_axes, style, line, line, line, 0)
+        draw_line(axes, style, line, line, line, 0)
     min_value, max_value = torch.cat([low, high, findings.token_norms.flatten()]).aminmax()
     if min_value > 0 and max_value > MIN_RATIO_FOR_LOG_SCALE * min_value:
-        norm_axes.set(yscale="log", ylabel="norm, logarithmic")
+        axes.set(yscale="log", ylabel="norm, logarithmic")
     else:
-        norm_axes.set(ylim=(0, None), ylabel="norm")
-    outlier_axes.set_title(f"Patches above {OUTLIER_RATIO:g} times the median", fontsize=11, color=DARK_GRAY)
-    for line_format, (name, fraction) in zip(DASHES, fractions.items(), strict=False):
-        draw_line(outlier_axes, (name, PATCH_STYLE[1], line_format), fraction, fraction, fraction, 0)
-    outlier_axes.set_ylim(0, max(1.1 * max(fraction.max().item() for fraction in fractions.values()), 0.01))
-    outlier_axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
-    for axes in (norm_axes, outlier_axes):
-        format_layer_axis(axes, len(median), 0)
-    draw_legend(figure, norm_axes, outlier_axes)
+        axes.set_ylim(bottom=0)
+    format_layer_axis(figure, axes, len(median), 0)
     return figure
 
 
@@ -173,19 +156,18 @@ def plot_norm_histogram(config: ViTCLSConfig, findings: Findings, layer: int = -
     registers = (findings.token_norms[layer, config.token_layout.registers] / median).clamp(min=1e-3).tolist()
     low, high = min(ratios.min().item(), 0.5, *registers), max(ratios.max().item(), 2.0, *registers)
     mode, edges = find_second_mode(findings.patch_ratios[layer]), np.geomspace(low, high, NUM_BINS + 1)
-    figure, (axes,) = create_axes(1, bool(registers))
-    axes.set_title(f"Norms of the patches, after layer {range(len(findings.patch_norms))[layer]}", fontsize=11)
+    title = f"Norms of the patches, after layer {range(len(findings.patch_norms))[layer]}"
+    figure, axes = create_axes(bool(registers), title, "patches, logarithmic")
     is_outlier = np.sqrt(edges[1:] * edges[:-1]) >= (math.inf if mode is None else mode.threshold)
     colors = [OUTLIER_COLOR if each else GROUP_COLORS["patches"] for each in is_outlier]
     counts, _ = np.histogram(ratios.numpy(), edges)
     axes.bar(edges[:-1], counts, width=0.94 * np.diff(edges), align="edge", color=colors)
     axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(0.7, None))
-    axes.set(xlabel="norm / median norm of the image, logarithmic", ylabel="patches, logarithmic")
+    axes.set_xlabel("norm / median norm of the image, logarithmic")
     if mode is not None:
         axes.axvline(mode.threshold, color=DARK_GRAY, linewidth=1, linestyle="--")
     transform, color = axes.get_xaxis_transform(), GROUP_COLORS["registers"]
     axes.plot(registers, [0.97] * len(registers), "v", transform=transform, color=color, label="registers")
-    axes.spines[["top", "right"]].set_visible(False)
     if registers:
         figure.legend(loc="outside lower center", frameon=False, fontsize=8.5)
     return figure
@@ -194,31 +176,28 @@ def plot_norm_histogram(config: ViTCLSConfig, findings: Findings, layer: int = -
 # Axes ----------------------------------------------------------------------------------------------------------------
 
 
-def create_axes(num_axes: int, num_names: int) -> tuple[Figure, Sequence[Axes]]:
-    """Create a figure with `num_axes` axes side by side, above the space for a legend of `num_names` names."""
-    width = AXES_WIDTH if num_axes == 1 else 1.5 * AXES_WIDTH
-    height = AXES_HEIGHT + LEGEND_LINE_HEIGHT * math.ceil(num_names / int(width / LEGEND_COLUMN_WIDTH))
-    figure = create_figure(width, height)
-    return figure, figure.subplots(1, num_axes, squeeze=False)[0]
+def create_axes(num_names: int, title: str, y_label: str) -> tuple[Figure, Axes]:
+    """Create a figure with a title, above the space for a legend of `num_names` names."""
+    num_legend_lines = math.ceil(num_names / int(AXES_WIDTH / LEGEND_COLUMN_WIDTH))
+    figure = create_figure(AXES_WIDTH, AXES_HEIGHT + LEGEND_LINE_HEIGHT * num_legend_lines)
+    axes = figure.add_subplot()
+    axes.set_title(title, fontsize=11, color=DARK_GRAY)
+    axes.set_ylabel(y_label)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
 
 
-def format_layer_axis(axes: Axes, num_values: int, first_layer: int) -> None:
-    """Draw horizontal grid lines, and label the x axis with layer indices."""
+def format_layer_axis(figure: Figure, axes: Axes, num_values: int, first_layer: int) -> None:
+    """Draw horizontal grid lines, label the x axis with layer indices, and draw a legend of several names."""
     axes.set_xlabel("layer" if first_layer else "after layer")
     axes.set_xlim(first_layer - 0.3, first_layer + num_values - 0.7)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(axis="y", color="#E4E4E4", linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def draw_legend(figure: Figure, *all_axes: Axes) -> None:
-    """Draw a legend of all named lines below the axes, unless there is only one named line."""
-    lines = {str(line.get_label()): line for axes in reversed(all_axes) for line in reversed(axes.get_lines())}
-    named_lines = [line for name, line in reversed(lines.items()) if not name.startswith("_")]
-    if len(named_lines) > 1:
-        num_columns = min(len(named_lines), int(figure.get_figwidth() / LEGEND_COLUMN_WIDTH))
-        figure.legend(handles=named_lines, loc="outside lower center", ncols=num_columns, frameon=False, fontsize=8.5)
+    lines, _ = axes.get_legend_handles_labels()
+    if len(lines) > 1:
+        num_columns = min(len(lines), int(AXES_WIDTH / LEGEND_COLUMN_WIDTH))
+        figure.legend(handles=lines, loc="outside lower center", ncols=num_columns, frameon=False, fontsize=8.5)
 
 
 def create_figure(width: float, height: float) -> Figure:

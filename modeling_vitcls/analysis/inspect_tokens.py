@@ -85,11 +85,11 @@ def print_inspection(inspection: Inspection, options: InspectOptions, console: C
         console.print(f"[bold]{escape(verdict.token)}[/]: {headline}. {escape(verdict.reason)}")
     for name, check in inspection.map_checks.items():
         console.print(check.describe(name), markup=False)
-    details = [f"{options.output.stat().st_size / 2**20:.1f} MiB"]
-    num_images_with_heads, num_shown = count_images_with_heads(inspection.image_reports), len(inspection.image_reports)
-    if num_images_with_heads < num_shown:
-        details.append(f"individual heads are shown for the first {num_images_with_heads} images")
-    details.append(f"statistics over {inspection.findings.num_images:,} images, {num_shown} shown")
-    console.print(f"saved {options.output} ({'; '.join(details)})", markup=False)
+    num_with_heads, num_shown = count_images_with_heads(inspection.image_reports), len(inspection.image_reports)
+    console.print(
+        f"saved {options.output} (statistics over {inspection.findings.num_images:,} images, {num_shown} shown, "
+        f"{num_with_heads} with individual heads)",
+        markup=False,
+    )
     if options.json is not None:
         console.print(f"saved {options.json}", markup=False)

@@ -104,34 +104,6 @@ def write_page(
     Raises:
         OSError: if the file cannot be written.
     """
-    write_text(file, render_page(inspection, title, source, predictions))
-
-
-def write_json_values(file: str | Path, inspection: Inspection, title: str | None = None) -> None:
-    """Write the values of an inspection as JSON (`build_json_values`), with the name and commit of the model.
-
-    Raises:
-        OSError: if the file cannot be written.
-    """
-    model, commit = title or get_model_name(inspection.config.name_or_path), get_commit(inspection.config)
-    values = {"model": model, "commit": commit, "version": __version__} | build_json_values(inspection)
-    write_text(file, json.dumps(values, indent=1, allow_nan=False) + "\n")
-
-
-def write_text(file: str | Path, text: str) -> None:
-    """Write a text file atomically. Create the parent folder if necessary."""
-    Path(file).parent.mkdir(parents=True, exist_ok=True)
-    with write_atomically(Path(file)) as partial_file:
-        partial_file.write_text(text, encoding="utf-8")
-
-
-# The page ------------------------------------------------------------------------------------------------------------
-
-
-def render_page(
-    inspection: Inspection, title: str | None, source: str | None, predictions: Mapping[str, Any] | None
-) -> str:
-    """Return the HTML text of the page."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATE_FOLDER),
         autoescape=True,
@@ -141,7 +113,7 @@ def render_page(
     )
     config = inspection.config
     groups = get_token_names_by_group(config) | {"patches": ["patches"]}
-    return environment.get_template("report.html.j2").render(
+    text = environment.get_template("report.html.j2").render(
         title=title or get_model_name(config.name_or_path) or inspection.model_class,
         source=source,
         commit=get_commit(config),
@@ -168,6 +140,28 @@ def render_page(
         style=Markup((TEMPLATE_FOLDER / "report.css").read_text(encoding="utf-8")),
         script=Markup((TEMPLATE_FOLDER / "report_maps.js").read_text(encoding="utf-8")),
     )
+    write_text(file, text)
+
+
+def write_json_values(file: str | Path, inspection: Inspection, title: str | None = None) -> None:
+    """Write the values of an inspection as JSON (`build_json_values`), with the name and commit of the model.
+
+    Raises:
+        OSError: if the file cannot be written.
+    """
+    model, commit = title or get_model_name(inspection.config.name_or_path), get_commit(inspection.config)
+    values = {"model": model, "commit": commit, "version": __version__} | build_json_values(inspection)
+    write_text(file, json.dumps(values, indent=1, allow_nan=False) + "\n")
+
+
+def write_text(file: str | Path, text: str) -> None:
+    """Write a text file atomically. Create the parent folder if necessary."""
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
+    with write_atomically(Path(file)) as partial_file:
+        partial_file.write_text(text, encoding="utf-8")
+
+
+# The page ------------------------------------------------------------------------------------------------------------
 
 
 def iterate_overview(

@@ -58,7 +58,7 @@ def find_register_neurons(
         `[[layer, neuron], ...]`, the `neurons` argument of `add_test_time_register`.
 
     Raises:
-        ValueError: if no patch is an outlier, or the searched layers have fewer than `num_neurons` neurons.
+        ValueError: if no patch is an outlier.
     """
     hidden_states, activations = encode_patches(model, pixel_values)
     outliers = is_outlier(hidden_states[-1], ratio)  # [B, patches]
@@ -70,13 +70,7 @@ def find_register_neurons(
     if last_layer is None:
         outlier_fractions = [is_outlier(patches, ratio)[outliers].float().mean() for patches in hidden_states[1:]]
         last_layer = next(index for index, fraction in enumerate(outlier_fractions) if fraction >= 0.5)
-    layer_scores = [average_outlier_activations(outliers, states) for states in activations[: last_layer + 1]]
-    scores = torch.stack(layer_scores)  # [layers, neurons]
-    if not 0 < num_neurons <= scores.numel():
-        raise ValueError(
-            f"num_neurons is {num_neurons}, but layers 0 to {last_layer} have {scores.numel()} neurons. Choose from 1 "
-            f"to {scores.numel()}."
-        )
+    scores = torch.stack([average_outlier_activations(outliers, states) for states in activations[: last_layer + 1]])
     top_indices = scores.flatten().topk(num_neurons).indices.tolist()
     return [list(divmod(index, scores.shape[1])) for index in top_indices]
 

@@ -54,8 +54,6 @@ class Findings:
         patch_norms: [L + 1, n], norms of patch states, for at most MAX_NORMS patches.
         outliers: [L + 1], fraction of patches whose norm exceeds 3 times the median patch norm of the image (Darcet et
             al. 2023, arXiv 2309.16588, also detect artifacts by norm).
-        outliers_without_registers: [L + 1], `outliers` with the registers hidden from attention; None if the model has
-            no registers.
         patch_ratios: [L + 1, n], `patch_norms` divided by the median patch norm of the image.
         patch_ratios_without_registers: `patch_ratios` with the registers hidden from attention; None if the model has
             no registers.
@@ -87,7 +85,6 @@ class Findings:
     mean_states: torch.Tensor
     patch_norms: torch.Tensor
     outliers: torch.Tensor
-    outliers_without_registers: torch.Tensor | None = None
     patch_ratios: torch.Tensor
     patch_ratios_without_registers: torch.Tensor | None = None
     map_distance: torch.Tensor
@@ -120,7 +117,9 @@ class TokenStatistics:
             registers hidden from attention contributes to the patch norms.
         """
         grid_size = self.model.base_model.embeddings.patch_embeddings.get_grid_size(pixel_values)
-        centers = self.get_patch_centers(grid_size).to(pixel_values.device)  # [P, 2]
+        height, width = self.model.config.patch_height_width
+        rows, columns = (torch.arange(size) + 0.5 for size in grid_size)
+        centers = torch.cartesian_prod(rows * height, columns * width).to(pixel_values.device)  # [P, 2], in pixels
         layer_statistics: list[dict[str, torch.Tensor]] = []
         module = get_classifier_or_encoder(self.model)
         register_indices = range(self.layout.num_prefix_tokens)[self.layout.registers]
@@ -141,14 +140,17 @@ class TokenStatistics:
         # All layers have the same visible tokens, and therefore the same entropy of uniform attention.
         statistics["uniform_entropy_by_token"] = statistics.pop("uniform_entropy_by_token")[:, 0]
         statistics |= self.compute_state_statistics(outputs.hidden_states)
-        statistics |= self.compute_uniform_statistics(grid_size, centers, len(pixel_values))
+        uniform_values = {
+            "uniform_entropy": torch.tensor(self.layout.get_num_tokens(*grid_size)).log(),
+            "uniform_patch_distance": compute_distances(centers).mean(),
+        }
+        statistics |= {name: value.expand(len(pixel_values)) for name, value in uniform_values.items()}
         norms = self.compute_patch_norms(outputs.hidden_states)
         patch_statistics = {"norms": norms, "ratios": divide_by_median(norms)}
         statistics["outliers"] = (patch_statistics["ratios"] > OUTLIER_RATIO).float().mean(dim=-1)  # [B, L + 1]
         if outputs_without_registers is not None:
-            ratios = divide_by_median(self.compute_patch_norms(outputs_without_registers.hidden_states))
-            patch_statistics["ratios_without_registers"] = ratios
-            statistics["outliers_without_registers"] = (ratios > OUTLIER_RATIO).float().mean(dim=-1)
+            norms = self.compute_patch_norms(outputs_without_registers.hidden_states)
+            patch_statistics["ratios_without_registers"] = divide_by_median(norms)
         for name, value in statistics.items():
             total = value.cpu().double().sum(dim=0)  # some devices do not support double precision
             if name == "maps" and name in self.sums and self.sums[name].shape != total.shape:
@@ -236,22 +238,6 @@ class TokenStatistics:
             "squares": special_states.cpu().double().square(),
             "token_norms": special_states.norm(dim=-1),
         }
-
-    def compute_uniform_statistics(
-        self, grid_size: tuple[int, int], centers: torch.Tensor, num_images: int
-    ) -> dict[str, torch.Tensor]:
-        """Return the statistics of uniform attention, as tensors [B]."""
-        values = {
-            "uniform_entropy": torch.tensor(self.layout.get_num_tokens(*grid_size)).log(),
-            "uniform_patch_distance": compute_distances(centers).mean(),
-        }
-        return {name: value.expand(num_images) for name, value in values.items()}
-
-    def get_patch_centers(self, grid_size: tuple[int, int]) -> torch.Tensor:
-        """Return the center (row, column) of each patch in pixels, [P, 2]."""
-        height, width = self.model.config.patch_height_width
-        rows, columns = (torch.arange(size) + 0.5 for size in grid_size)
-        return torch.cartesian_prod(rows * height, columns * width)
 
 
 def divide_by_median(norms: torch.Tensor) -> torch.Tensor:

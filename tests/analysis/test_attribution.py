@@ -18,9 +18,7 @@ from helpers.tiny_models import (
 from torch import nn
 
 from modeling_vitcls import (
-    ViTCLSBackbone,
     ViTCLSForImageClassification,
-    ViTCLSForMaskedImageModeling,
     ViTCLSForMultiTaskClassification,
     ViTCLSModel,
 )
@@ -50,14 +48,12 @@ each_kind_of_layers = pytest.mark.parametrize("fields", KINDS_OF_LAYERS.values()
 HEADS: dict[str, tuple[dict[str, Any], list[float], str]] = {
     "cls": ({"num_register_tokens": 2}, [1, 0, 0], ""),
     "cls and distillation": (LAYOUTS["cls_distillation_registers"], [1, 1, 0, 0, 0, 0], ""),
-    "two distillation tokens": (LAYOUTS["several_of_each"], [1, 0, 1, 1, 0, 0, 0], ""),
     "a distillation token without a head": ({"num_distillation_tokens": 1, "distillation_head": False}, [1, 0], ""),
     "mean of the patches": (LAYOUTS["no_cls"], [0, 0], "all"),
     "cls and mean": ({"pooling": "cls_mean", "num_register_tokens": 1}, [1, 0], "all"),
     "largest of the patches": ({"pooling": "max"}, [0], "those with a maximum"),
     "attention pooling of all": ({"pooling": "attention", "attention_pool_tokens": "all"}, [1], "all"),
     "first of three": ({"num_cls_tokens": 3}, [1, 0, 0], ""),
-    "three side by side": ({"num_cls_tokens": 3, "cls_pooling": "concat"}, [1, 1, 1], ""),
     "two of three": ({"num_cls_tokens": 3, "cls_pooling": "concat", "pooled_cls_tokens": [2, 0]}, [1, 0, 1], ""),
 }
 each_head = pytest.mark.parametrize(("fields", "special", "patches"), HEADS.values(), ids=HEADS)
@@ -172,21 +168,6 @@ def test_rollout_of_differential_attention(share: float) -> None:
                 part.bias.zero_()
     same = compute_attention_rollout(model, build_images())
     assert (same[0, 0, 0].item() == pytest.approx(1)) == (share >= 1)
-
-
-@pytest.mark.parametrize("name", ["classifier", "tasks", "masked", "backbone"])
-def test_rollout_of_every_class(name: str) -> None:
-    """If the heads read few tokens, models compute the last layer only for them, except here."""
-    models: dict[str, nn.Module] = {
-        "classifier": build_classifier(num_register_tokens=2),
-        "tasks": ViTCLSForMultiTaskClassification(build_tiny_config(num_cls_tokens=2, tasks=TASKS)),
-        "masked": ViTCLSForMaskedImageModeling(build_tiny_config()),
-        "backbone": ViTCLSBackbone(build_tiny_config(out_indices=[0, 2])),
-    }
-    model = randomize(models[name])
-    found = compute_attention_rollout(model, build_images())
-    assert found.shape[1] == model.config.token_layout.num_prefix_tokens > 0
-    assert get_largest_difference(found, compute_rollout(model, build_images())[:, : found.shape[1]]) <= TOLERANCE
 
 
 # Attribution ---------------------------------------------------------------------------------------------------------

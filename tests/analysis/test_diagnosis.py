@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.tiny_models import TASKS, build_images, build_tiny_config, randomize
+from helpers.tiny_models import build_images, build_tiny_config, randomize
 from helpers.varied_models import center_logits, collect_findings
 
-from modeling_vitcls import ViTCLSForImageClassification, ViTCLSForMultiTaskClassification, ViTCLSModel
+from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
 from modeling_vitcls.analysis.ablation import MIN_IMAGES, compute_ablations
 from modeling_vitcls.analysis.diagnosis import (
     Verdict,
@@ -21,7 +21,6 @@ from modeling_vitcls.analysis.diagnosis import (
     summarize_diagnosis,
 )
 from modeling_vitcls.analysis.token_statistics import Findings
-from modeling_vitcls.training.token_monitor import TokenMonitor
 
 
 PIXELS = build_images(MIN_IMAGES)
@@ -47,27 +46,6 @@ def judge(model: Any, findings: Findings) -> list[str]:
     return [verdict.word for verdict in diagnose_tokens(model, findings)][: len(findings.token_norms[0])]
 
 
-@pytest.mark.parametrize("token", ["cls", "distillation", "registers"])
-def test_a_frozen_token_did_not_move(token: str) -> None:
-    """Train for some steps with one token frozen; only tokens that do not matter are faulty."""
-    model = build_classifier().train()
-    monitor = TokenMonitor(model)
-    monitor.parameters[token].requires_grad_(False)
-    optimizer = torch.optim.SGD([weight for weight in model.parameters() if weight.requires_grad], lr=0.3)
-    for _ in range(2):
-        optimizer.zero_grad()
-        model(PIXELS, labels=torch.arange(len(PIXELS)) % 8).loss.backward()
-        optimizer.step()
-    movement = monitor.compute_token_movement()
-    findings = collect_findings(model, PIXELS)
-    ablations = compute_ablations(model, lambda: [(PIXELS, None)])
-    found = diagnose_tokens(model, findings, ablations, movement)
-    frozen = {"cls": NAMES[:1], "distillation": NAMES[1:2], "registers": NAMES[2:]}[token]
-    assert {verdict.token for verdict in found if verdict.numbers.get("movement") == 0} == set(frozen)
-    unmoved = {verdict.token for verdict in found if verdict.word == "not moved"}
-    assert unmoved == (set(frozen) if token == "registers" else set())
-
-
 def test_states_that_are_not_used_are_not_judged() -> None:
     """In the last layer, two registers are equal and do not depend on the image, but the head uses only CLS."""
     model = build_classifier(num_distillation_tokens=0)
@@ -91,29 +69,6 @@ def test_states_that_are_not_used_are_not_judged() -> None:
 
     assert plant_layer(3) == ["not measured"] * 4
     assert plant_layer(2) == ["not measured", "identical", "identical", "same for all images"]
-
-
-def test_one_large_channel_hides_nothing() -> None:
-    """It does not make tokens identical or equal for all images."""
-    model = build_classifier()
-    size = 2e3 * collect_findings(model, PIXELS).mean_states[-1].norm(dim=-1).max()
-    shift = lambda mlp, args, added: added + size * torch.eye(added.shape[-1])[3]  # noqa: E731
-    with model.vitcls.layers[-1].mlp.register_forward_hook(shift):
-        findings = collect_findings(model, PIXELS)
-    assert findings.between_tokens[-1].min() > 0.999 and findings.variation[-1].max() < 1e-3
-    assert set(judge(model, findings)) == {"not measured"}
-
-
-def test_identical_cls_tokens_of_tasks() -> None:
-    config = build_tiny_config(num_cls_tokens=2, tasks=TASKS, num_hidden_layers=3)
-    model = center_logits(ViTCLSForMultiTaskClassification(config), PIXELS)
-    with torch.no_grad():
-        embeddings = model.vitcls.embeddings
-        for tokens in (embeddings.cls_token, embeddings.position_embeddings.cls):
-            tokens[:, 1] = tokens[:, 0]
-    found = diagnose_tokens(model, collect_findings(model, PIXELS))
-    assert [verdict.word for verdict in found[:2]] == ["identical", "identical"]
-    assert "CLS species" in found[0].reason and "CLS age" in found[1].reason
 
 
 @pytest.mark.parametrize(
@@ -229,15 +184,6 @@ def test_the_second_mode_in_numbers() -> None:
     assert mode_of_two_norms is not None and mode_of_two_norms.ratio == pytest.approx(math.exp(1.02))  # the median
     far = find_second_mode(build_ratios(20, 8.0))  # beyond the histogram
     assert far is not None and far.ratio == pytest.approx(math.exp(8)) and far.fraction == mode.fraction
-
-
-def test_patches_in_the_valley_lower_the_score() -> None:
-    """Each bin contains one patch, so windows of 5 bins contain 5 patches in the valley and 45 in the mode."""
-    ratios = build_ratios(40, 1.02)
-    ratios[40:139] = torch.exp(0.05 * (torch.arange(1, 100) + 0.5))
-    mode = find_second_mode(ratios)
-    assert mode is not None and mode.score == pytest.approx(40 / 50**0.5)
-    assert mode.threshold == pytest.approx(math.exp(0.5 + 0.125))
 
 
 def test_large_modes_are_outliers_only_at_three_times_the_median() -> None:

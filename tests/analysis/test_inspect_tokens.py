@@ -18,12 +18,11 @@ from PIL import Image
 from modeling_vitcls import (
     ViTCLSForImageClassification,
     ViTCLSImageProcessor,
-    ViTCLSModel,
 )
 from modeling_vitcls.analysis.inspect_tokens import inspect_tokens
 from modeling_vitcls.conversion.from_timm import convert_from_timm
 from modeling_vitcls.data.held_out import HELD_OUT_RECORD_KEY
-from modeling_vitcls.files import read_json, write_json
+from modeling_vitcls.files import write_json
 from modeling_vitcls.options import InspectOptions
 
 
@@ -76,15 +75,6 @@ def build_options(model: str, tmp_path: Path, *paths: Any, **fields: Any) -> Ins
     return InspectOptions(model, tuple(map(str, paths)), output=tmp_path / "report.html", **fields)
 
 
-@pytest.mark.slow
-def test_digits(tmp_path: Path) -> None:
-    model = save_classifier(tmp_path / "model", list("0123456789"))
-    found = inspect_tokens(build_options(model, tmp_path, dataset="digits", max_images=24))
-    assert found.findings.num_images == 24 and len(found.image_reports) == 8 and len(found.tasks) == 1
-    assert "digits, split test" in (tmp_path / "report.html").read_text()
-    assert len({reading.truth for reading in found.image_reports}) > 2  # from all classes
-
-
 @pytest.mark.parametrize(
     "name", ["vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "vit_small_patch14_reg4_dinov2"]
 )
@@ -101,20 +91,6 @@ def test_converted_models(name: str, image_folder: Path, tmp_path: Path) -> None
     assert len(found.findings.token_norms[0]) == converted.config.token_layout.num_prefix_tokens
     assert found.has_head != ("dinov2" in name)
     assert found.num_unreadable == 1
-
-
-def test_an_encoder_on_a_dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The distances that training moved the tokens are read from results.json."""
-    model = str(save_with_processor(ViTCLSModel(build_tiny_config(num_register_tokens=1)), tmp_path / "model"))
-    config = tmp_path / "model" / "config.json"
-    write_json(config, {name: value for name, value in read_json(config).items() if name != "architectures"})
-    write_json(tmp_path / "model" / "results.json", {"token_movement": {"cls[0]": 0.5, "registers[0]": 0.25}})
-    found = inspect_tokens(build_options(model, tmp_path, dataset="digits", max_images=5, num_images=2))
-    assert found.findings.num_images == 5 and found.tasks == []
-    assert [verdict.numbers["movement"] for verdict in found.verdicts] == [0.5, 0.25]
-    file = tmp_path / "report.html"
-    size = f"{file.stat().st_size / 2**20:.1f} MiB; statistics over 5 images, 2 shown"
-    assert capsys.readouterr().out.endswith(f"saved {file} ({size})\n")
 
 
 def test_a_revision_of_a_model_on_the_hub(
@@ -142,8 +118,7 @@ def test_a_revision_of_a_model_on_the_hub(
     assert [each["token"] for each in found["tokens"]] == ["CLS", "register 1", "register 2", "all 2 registers"]
     lines, checks = printed.splitlines(), [check["statement"] for check in found["map_checks"].values()]
     assert len(checks) == 2 and set(checks) <= set(lines)
-    size = f"{page.stat().st_size / 2**20:.1f} MiB; individual heads are shown for the first 0 images"
-    assert lines[-2:] == [f"saved {page} ({size}; statistics over 5 images, 5 shown)", f"saved {figures}"]
+    assert str(page) in lines[-2] and "5 shown, 0 with" in lines[-2] and lines[-1] == f"saved {figures}"
 
 
 def test_the_split_that_training_held_out_is_read(image_folder: Path, tmp_path: Path) -> None:

@@ -4,20 +4,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from helpers.tiny_models import build_images, build_tiny_config, randomize
 from helpers.varied_models import center_logits
 from peft import LoraConfig, get_peft_model
-from PIL import Image
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, ViTCLSModel
+from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
 from modeling_vitcls.analysis.ablation import compute_ablations
 from modeling_vitcls.analysis.attribution import compute_attention_rollout, compute_attribution
 from modeling_vitcls.analysis.model_utils import is_classifier, unwrap_model
-from modeling_vitcls.analysis.report import write_report
 from modeling_vitcls.analysis.token_statistics import TokenStatistics
 
 
@@ -38,35 +35,11 @@ def add_lora(model: Any) -> Any:
 
 WRAPPERS: dict[str, Callable[[], Any]] = {
     "compiled": lambda: torch.compile(build_classifier(), backend="eager"),
-    "inherited": lambda: build_classifier(Mine),
     "peft": lambda: add_lora(build_classifier()),
-    "data parallel": lambda: torch.nn.DataParallel(build_classifier()),
 }
 
 
-def build_pil_images(count: int = 4) -> list[Image.Image]:
-    generator = np.random.default_rng(0)
-    return [Image.fromarray(generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)) for _ in range(count)]
-
-
-PROCESSOR = ViTCLSImageProcessor(size={"height": 32, "width": 32})
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("wrapped", WRAPPERS.values(), ids=WRAPPERS)
-def test_wrapped_models_are_unwrapped(wrapped: Callable[[], Any], tmp_path: Path) -> None:
-    model = wrapped()
-    assert is_classifier(model)
-    found = write_report(tmp_path / "report.html", model, PROCESSOR, build_pil_images(), labels=[0, 1, 2, 3])
-    assert found.has_head and len(found.tasks) == 1
-    with torch.no_grad():
-        logits = model(PROCESSOR(build_pil_images(), return_tensors="pt")["pixel_values"]).logits
-    probabilities = [reading.predictions[0].labels[0][1] for reading in found.image_reports]
-    assert probabilities == pytest.approx(logits.softmax(dim=1).amax(dim=1).tolist(), abs=1e-5)
-    assert [len(reading.attributions) for reading in found.image_reports] == [1] * 4
-
-
-@pytest.mark.parametrize("name", ["compiled", "peft"])
+@pytest.mark.parametrize("name", WRAPPERS)
 def test_each_function_accepts_wrapped_models(name: str) -> None:
     """The results equal those of the inner model."""
     model = WRAPPERS[name]()

@@ -415,7 +415,7 @@ def test_objects_that_are_not_images_are_named(backend: type, bad: object) -> No
 UNUSABLE: list[tuple[object, dict, str]] = [
     ([], {}, "empty"),
     (np.zeros(5), {}, "[5]"),
-    (np.zeros((7, 8, 9), dtype=np.uint8), {}, "input_data_format"),
+    (np.zeros((7, 8, 9), dtype=np.uint8), {}, "channel"),
     (np.full((4, 4), 300), {}, "300"),
     (np.full((4, 4), np.nan), {}, "nan"),
     (np.full((4, 4), 0.5), {}, "do_rescale=False"),
