@@ -189,8 +189,6 @@ class AugmentationOptions:
     """Maximum relative change of scale. For example, 0.1 scales images by a random factor from 0.9 to 1.1."""
     auto_augment: Literal["none", "rand", "trivial"] = "none"
     """Automatic augmentation: RandAugment (Cubuk et al. 2020) or TrivialAugment (Müller and Hutter 2021)."""
-    rand_augment_operations: int = 2
-    """Number of RandAugment operations per image."""
     rand_augment_magnitude: int = 9
     """Magnitude of RandAugment, 0 to 30. DeiT uses 9."""
     random_erasing: float = 0.0
@@ -205,7 +203,7 @@ class AugmentationOptions:
     def __post_init__(self) -> None:
         check_value(self, "crop_scale", self.crop_scale is None or 0 < self.crop_scale <= 1, "above 0 and at most 1")
         check_value(self, "rotation", 0 <= self.rotation <= 180, "from 0 to 180")
-        check_minimum(self, 1, "rand_augment_operations", "repeated_augmentation")
+        check_minimum(self, 1, "repeated_augmentation")
         check_value(self, "rand_augment_magnitude", 0 <= self.rand_augment_magnitude <= 30, "from 0 to 30")
         check_value(self, "random_erasing", 0 <= self.random_erasing <= 1, "from 0 to 1")
         check_value(self, "shift", self.shift is None or 0 <= self.shift < 1, "at least 0 and below 1")
@@ -267,7 +265,7 @@ class TrainingOptions:
     log_every: int = 10
     """Number of steps between log entries in metrics.jsonl."""
     log_attention_every: int = 100
-    """Number of steps between measurements of each layer's CLS attention entropy for metrics.jsonl. 0: off."""
+    """Logged steps whose number is a multiple of this value contain each layer's CLS attention entropy. 0: off."""
     evaluate_every: int = 1
     """Number of epochs between evaluations on held-out images. The model is always evaluated after the last step."""
     select: Literal["last", "best"] | None = None
@@ -275,19 +273,15 @@ class TrainingOptions:
     frozen model of the probe. The best checkpoint is selected on the validation split if there is also a test split,
     otherwise on additional held-out training images. The reported metrics do not use these images. Default: best for
     pre-trained weights if the dataset has enough images, otherwise last."""
-    patience: int | None = None
-    """With --select best: stop after this number of evaluations without improvement. Default: no early stopping."""
 
     def __post_init__(self) -> None:
         check_minimum(self, 1, "max_steps", "batch_size", "gradient_accumulation_steps", "log_every", "evaluate_every")
-        check_minimum(self, 1, "lora_rank", "patience")
+        check_minimum(self, 1, "lora_rank")
         check_minimum(self, 0, "weight_decay", "seed", "log_attention_every")
         for name in ("epochs", "learning_rate", "max_gradient_norm"):
             check_value(self, name, getattr(self, name) is None or getattr(self, name) > 0, "above 0")
         for name in ("warmup", "label_smoothing"):
             check_value(self, name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
-        if self.patience is not None and self.select == "last":
-            raise ValueError("--patience requires --select best, but --select is last. Set --select best")
         check_value(
             self, "layer_decay", self.layer_decay is None or 0 < self.layer_decay <= 1, "above 0 and at most 1"
         )
@@ -362,11 +356,6 @@ class RunOptions:
     card_samples: bool = False
     """Show a few held-out images in the model card, even if the repository is public and the images are local files.
     Images of `digits` and of datasets on the Hub are always shown."""
-    eval_benchmark: str | None = None
-    """Benchmark dataset on the Hub (`namespace/name`) whose test images are the held-out split. The result is added to
-    the repository (.eval_results/) for the leaderboard of the benchmark. Requires --eval-task-id."""
-    eval_task_id: str | None = None
-    """Name of the task in the eval.yaml file of the benchmark."""
 
     def __post_init__(self) -> None:
         check_minimum(self, 1, "save_every", "keep_checkpoints")
@@ -377,10 +366,6 @@ class RunOptions:
         check_value(self, "license", is_valid_license, requirement)
         if self.hub_checkpoint_branch and not self.push_to_hub:
             raise ValueError("--hub-checkpoint-branch requires --push-to-hub. Set --push-to-hub.")
-        if (self.eval_benchmark is None) != (self.eval_task_id is None):
-            raise ValueError("--eval-benchmark and --eval-task-id require each other. Set both flags, or neither.")
-        is_dataset_id = self.eval_benchmark is None or bool(re.fullmatch(r"[\w.-]+/[\w.-]+", self.eval_benchmark))
-        check_value(self, "eval_benchmark", is_dataset_id, "a dataset on the Hub, `namespace/name`")
 
 
 @dataclass(frozen=True)

@@ -69,14 +69,10 @@ def test_limits_of_values(kind: type, name: str, accepted: list[Any], rejected: 
             kind(**REQUIRED.get(kind, {}) | {name: value})
 
 
-BENCHMARK = {"eval_benchmark": "a/b", "eval_task_id": "t"}
 # Class, flags that are accepted, changes that are rejected, and the flag in the error message.
 COMBINATIONS: list[tuple[type, dict[str, Any], dict[str, Any], str]] = [
     (DataOptions, {"folds": 3, "fold": 3}, {"fold": 4}, "--fold is 4"),
-    (TrainingOptions, {"patience": 1, "select": "best"}, {"select": "last"}, "--select best"),
     (RunOptions, {"hub_checkpoint_branch": "dev", "push_to_hub": True}, {"push_to_hub": False}, "--push-to-hub"),
-    (RunOptions, BENCHMARK, {"eval_task_id": None}, "--eval-task-id"),
-    (RunOptions, BENCHMARK, {"eval_benchmark": "a/b/c"}, "--eval-benchmark"),
     (EvaluateOptions, {"frozen": "knn"}, {"backend": "onnx"}, "--backend"),
     (PredictOptions, {"paths": ("a",)}, {"paths": ()}, "PATHS"),
     (PredictOptions, {"paths": (), "list": Path("b")}, {"dataset": "c"}, "PATHS"),
@@ -135,7 +131,7 @@ def test_fields_of_the_configuration() -> None:
 
 DEFAULTS = """
     output_dir=out dataset=digits held_out_fraction=0.2 shuffle_buffer=1000 max_unreadable_images=100 num_workers=2
-    model=m flip=True auto_augment=none rand_augment_operations=2 rand_augment_magnitude=9 repeated_augmentation=1
+    model=m flip=True auto_augment=none rand_augment_magnitude=9 repeated_augmentation=1
     gradient_accumulation_steps=1 warmup=0.1 weight_decay=0.05 label_smoothing=0.1 class_balance=none
     max_gradient_norm=1.0 trainable=full lora_rank=8 log_every=10 log_attention_every=100 evaluate_every=1 probe=True
     fit=squash keep_checkpoints=2 report=True hub_verify=True distillation=hard

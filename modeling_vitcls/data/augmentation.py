@@ -66,8 +66,8 @@ def build_augmentation(options: AugmentationOptions, processor: Any) -> Augmenta
             v2.RandomResizedCrop(height_width, scale=(options.crop_scale, 1.0), interpolation=processor.resample)
         )
     if options.auto_augment == "rand":
-        num_operations, magnitude = options.rand_augment_operations, options.rand_augment_magnitude
-        transforms.append(v2.RandAugment(num_operations, magnitude, interpolation=InterpolationMode.BILINEAR))
+        magnitude = options.rand_augment_magnitude
+        transforms.append(v2.RandAugment(magnitude=magnitude, interpolation=InterpolationMode.BILINEAR))
     elif options.auto_augment == "trivial":
         transforms.append(v2.TrivialAugmentWide(interpolation=InterpolationMode.BILINEAR))
     if options.random_erasing:

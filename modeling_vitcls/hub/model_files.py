@@ -4,7 +4,7 @@ config.json, preprocessor_config.json, model*.safetensors, *_vitcls.py      the 
 results.json, config.resolved.yaml, metrics.jsonl                           a training run
 parity_report.json                                                          a conversion
 adapter_config.json, adapter_model.safetensors                              a LoRA adapter
-README.md, report.html, images/, .eval_results/, onnx/                      for publication
+README.md, report.html, images/, onnx/                                     for publication
 """
 
 from collections.abc import Iterable, Iterator
@@ -26,7 +26,6 @@ CARD_FILE = "README.md"
 REPORT_FILE = "report.html"  # HTML report with held-out images
 IMAGES_FOLDER = "images"
 SAMPLE_IMAGES_FILE = f"{IMAGES_FOLDER}/attention.png"  # the only figure that shows images of the dataset
-BENCHMARK_FILE = ".eval_results/results.yaml"  # entry of a leaderboard on the Hub
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
 CODE_PATTERN = "*_vitcls.py"
@@ -49,7 +48,7 @@ ADAPTER_PATTERNS = (ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, CARD_FILE, *LICEN
 # Files that define the model.
 MODEL_PATTERNS = (*CONFIG_FILES, *WEIGHTS_PATTERNS, CODE_PATTERN)
 # Files of a training run, which belong to certain weights.
-RUN_PATTERNS = (RESULTS_FILE, METRICS_FILE, RECIPE_FILE, REPORT_FILE, BENCHMARK_FILE)
+RUN_PATTERNS = (RESULTS_FILE, METRICS_FILE, RECIPE_FILE, REPORT_FILE)
 RESULT_IMAGE_PATTERNS = (SAMPLE_IMAGES_FILE, f"{IMAGES_FOLDER}/confusion_matrix*.png")
 # Files of `vitcls export`; FILE.json is the report of FILE.
 EXPORT_SUFFIXES = (".onnx", ".xml")

@@ -7,7 +7,6 @@ error is reported for the other half, or for all held-out images.
 from typing import Any
 
 import torch
-from torch.nn.functional import cross_entropy
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from ..inference.confidence import find_energy_threshold, fit_temperature
@@ -32,14 +31,6 @@ def calibrate(config: Any, evaluator: Evaluator, images: slice = slice(None)) ->
         "energy_threshold": config.energy_threshold,
         "num_images": len(labels),
     }
-
-
-def rescale(evaluator: Evaluator, temperature: float) -> float:
-    """Divide the logits of the last evaluation by the temperature, as the calibrated model does, and return the
-    cross-entropy. All other metrics except the calibration error do not depend on the temperature."""
-    evaluator.logits = {index: logits / temperature for index, logits in evaluator.logits.items()}
-    logits, labels = map(torch.from_numpy, get_outputs(evaluator))
-    return round(float(cross_entropy(logits.double(), labels)), 6)
 
 
 def compute_calibration_errors(evaluator: Evaluator, temperature: float, images: slice) -> dict[str, float]:

@@ -23,16 +23,12 @@ The default values are printed with their reasons and written to config.resolved
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeVar
+from dataclasses import replace
+from typing import Literal, TypeVar
 
-from ..configuration_vitcls import ViTCLSConfig, to_pair
-from ..conversion.any_checkpoint import has_random_weights, resolve_checkpoint
-from ..hub.loading import MODEL_FILE_PATTERNS, check_is_vitcls
-from ..hub.model_files import PARITY_REPORT_FILE
-from ..inference.load_model import is_preset
+from ..configuration_vitcls import to_pair
 from ..options import FinetuneOptions, PretrainOptions
+from .model import InitialModel
 
 
 Options = TypeVar("Options", FinetuneOptions, PretrainOptions)
@@ -44,52 +40,59 @@ TrainingMethod = Literal[
 EXAMPLE_CHECKPOINT = "timm:vit_small_patch14_reg4_dinov2.lvd142m"
 MAX_SMALL_IMAGE_SIZE = 64  # maximum length of the longer side of a small image, in pixels
 MIN_LARGE_DATASET_SIZE = 10_000  # minimum number of training images in a large dataset
+# Flags with defaults of this file
+DEFAULT_FLAGS = "learning_rate initializer_range layer_decay epochs batch_size crop_scale shift".split()
 
 
-@dataclass(frozen=True)
-class RunProperties:
-    """Properties of a run that determine the default values of flags."""
-
-    method: TrainingMethod
-    has_random_weights: bool  # whether the initial weights are random
-    width: int  # hidden size of the model
-    image_size: int  # length of the longer side of the model's input images, in pixels
-    num_training_images: int | None  # number of training images; None for a stream
-    is_random_conversion: bool = False  # whether the model was converted with --random-init
-
-    @property
-    def is_large_dataset(self) -> bool:
-        """Return whether the dataset is large; a stream counts as large."""
-        return self.num_training_images is None or self.num_training_images >= MIN_LARGE_DATASET_SIZE
-
-    @property
-    def has_small_images(self) -> bool:
-        """Return whether the images are so small that random crops would leave too few pixels."""
-        return self.image_size <= MAX_SMALL_IMAGE_SIZE
-
-    @property
-    def dataset_size_text(self) -> str:
-        """Return the number of training images as text, or "a stream"."""
-        return "a stream" if self.num_training_images is None else f"{self.num_training_images:,} images"
-
-
-@dataclass(frozen=True)
-class FlagDefault:
-    """Default value of one flag, and the reason for this value."""
-
-    group: str  # options field that contains the flag, for example "training"
-    name: str  # name of the flag
-    compute_value: Callable[[RunProperties], float]
-    reason: str  # format string; the argument is a `RunProperties` object
+def resolve_defaults(options: Options, initial: InitialModel, num_training_images: int | None) -> tuple[Options, str]:
+    """Return the options with a value for each flag in `DEFAULT_FLAGS`, and a line of text with the default values
+    that affect the run, grouped by reason. `num_training_images` is None for a stream. For checkpoints,
+    `initializer_range` remains None."""
+    config_values = options.model.get_config_values()
+    width = config_values.get("hidden_size", initial.config.hidden_size)
+    image_size = max(to_pair(config_values.get("image_size", initial.config.image_size)))
+    method = get_training_method(options, initial.has_random_weights)
+    is_pretrained, has_small_images = method == "pre-trained weights", image_size <= MAX_SMALL_IMAGE_SIZE
+    is_large = num_training_images is None or num_training_images >= MIN_LARGE_DATASET_SIZE
+    initializer_range = max(round(0.8 / math.sqrt(width), 3), 0.02) if initial.folder is None else None
+    width_reason, size_reason = f"{method}, width {width}", f"image size {image_size}"
+    dataset_reason = f"{method}, " + ("a stream" if num_training_images is None else f"{num_training_images:,} images")
+    defaults = (
+        ("training", "learning_rate", choose_learning_rate(method, width), width_reason),
+        ("model", "initializer_range", initializer_range, width_reason),
+        ("training", "layer_decay", 0.75 if is_pretrained else 1.0, method),
+        ("training", "epochs", 10.0 if is_pretrained and is_large else 30.0, dataset_reason),
+        ("training", "batch_size", 64 if is_large else 32, dataset_reason),
+        ("augmentation", "crop_scale", 1.0 if has_small_images else 0.35, size_reason),
+        ("augmentation", "shift", 0.04 if has_small_images else 0.0, size_reason),
+    )
+    values_by_reason: dict[str, list[str]] = {}
+    for group_name, name, value, reason in defaults:
+        group = getattr(options, group_name)
+        if value is None or getattr(group, name) is not None:
+            continue
+        options = replace(options, **{group_name: replace(group, **{name: value})})
+        if name != "epochs" or options.training.max_steps is None:
+            values_by_reason.setdefault(reason, []).append(f"{name.replace('_', ' ')} {value:g}")
+    return options, "; ".join(f"{reason}: {', '.join(values)}" for reason, values in values_by_reason.items())
 
 
-def choose_learning_rate(run_properties: RunProperties) -> float:
+def get_training_method(options: FinetuneOptions | PretrainOptions, has_random_weights: bool) -> TrainingMethod:
+    """Return the method that determines the learning rate."""
+    if isinstance(options, PretrainOptions):
+        return "self-supervised"
+    if options.training.trainable in ("head", "lora"):
+        return "LoRA" if options.training.trainable == "lora" else "new head on frozen weights"
+    return "random weights" if has_random_weights else "pre-trained weights"
+
+
+def choose_learning_rate(method: TrainingMethod, width: int) -> float:
     """Return the default learning rate, rounded to two significant digits."""
-    match run_properties.method:
+    match method:
         case "random weights":
-            learning_rate = min(1e-3 * 96 / run_properties.width, 1e-3)
+            learning_rate = min(1e-3 * 96 / width, 1e-3)
         case "pre-trained weights":
-            learning_rate = min(max(5e-5 * 768 / run_properties.width, 5e-5), 4e-4)
+            learning_rate = min(max(5e-5 * 768 / width, 5e-5), 4e-4)
         case "new head on frozen weights":
             learning_rate = 1e-3
         case _:
@@ -97,77 +100,8 @@ def choose_learning_rate(run_properties: RunProperties) -> float:
     return float(f"{learning_rate:.1e}")
 
 
-WIDTH_REASON = "{0.method}, width {0.width}"
-DATASET_REASON = "{0.method}, {0.dataset_size_text}"
-IMAGES_REASON = "image size {0.image_size}"
-
-DEFAULTS: tuple[FlagDefault, ...] = (
-    FlagDefault("training", "learning_rate", choose_learning_rate, WIDTH_REASON),
-    FlagDefault(
-        "model", "initializer_range", lambda run: max(round(0.8 / math.sqrt(run.width), 3), 0.02), WIDTH_REASON
-    ),
-    FlagDefault(
-        "training", "layer_decay", lambda run: 0.75 if run.method == "pre-trained weights" else 1.0, "{0.method}"
-    ),
-    FlagDefault(
-        "training",
-        "epochs",
-        lambda run: 10.0 if run.method == "pre-trained weights" and run.is_large_dataset else 30.0,
-        DATASET_REASON,
-    ),
-    FlagDefault("training", "batch_size", lambda run: 64 if run.is_large_dataset else 32, DATASET_REASON),
-    FlagDefault("augmentation", "crop_scale", lambda run: 1.0 if run.has_small_images else 0.35, IMAGES_REASON),
-    FlagDefault("augmentation", "shift", lambda run: 0.04 if run.has_small_images else 0.0, IMAGES_REASON),
-)
-
-
-def get_run_properties(options: FinetuneOptions | PretrainOptions, num_training_images: int | None) -> RunProperties:
-    """Return the properties of a run. Only the configuration of a checkpoint is read, not the weights. Raise
-    ValueError if the checkpoint is not a vitcls model, and OSError if the checkpoint cannot be found or read."""
-    name, config_values = options.model.model, options.model.get_config_values()
-    is_random_conversion = False
-    if is_preset(name):
-        config = ViTCLSConfig.from_preset(name)
-    else:
-        folder = resolve_checkpoint(name, [*MODEL_FILE_PATTERNS, PARITY_REPORT_FILE])
-        check_is_vitcls(name, folder)
-        config = ViTCLSConfig.from_pretrained(folder)
-        is_random_conversion = has_random_weights(folder)
-    has_random_initial_weights = is_preset(name) or is_random_conversion
-    method: TrainingMethod = "random weights" if has_random_initial_weights else "pre-trained weights"
-    if isinstance(options, PretrainOptions):
-        method = "self-supervised"
-    elif options.training.trainable == "head":
-        method = "new head on frozen weights"
-    elif options.training.trainable == "lora":
-        method = "LoRA"
-    width = config_values.get("hidden_size", config.hidden_size)
-    image_size = max(to_pair(config_values.get("image_size", config.image_size)))
-    return RunProperties(
-        method, has_random_initial_weights, width, image_size, num_training_images, is_random_conversion
-    )
-
-
-def resolve_defaults(options: Options, run_properties: RunProperties) -> tuple[Options, str]:
-    """Return the options with a value for every flag in `DEFAULTS`, and a line of text with the default values that
-    affect the run, grouped by reason. For checkpoints, `initializer_range` remains None."""
-    values_by_reason: dict[str, list[str]] = {}
-    for default in DEFAULTS:
-        group: Any = getattr(options, default.group)
-        is_checkpoint = run_properties.is_random_conversion or not run_properties.has_random_weights
-        uses_checkpoint_value = default.name == "initializer_range" and is_checkpoint
-        if getattr(group, default.name) is not None or uses_checkpoint_value:
-            continue
-        value = default.compute_value(run_properties)
-        options = replace(options, **{default.group: replace(group, **{default.name: value})})
-        if default.name != "epochs" or options.training.max_steps is None:
-            values = values_by_reason.setdefault(default.reason.format(run_properties), [])
-            values.append(f"{default.name.replace('_', ' ')} {value:g}")
-    return options, "; ".join(f"{reason}: {', '.join(values)}" for reason, values in values_by_reason.items())
-
-
-def describe_random_weights(name: str, run_properties: RunProperties) -> str | None:
+def describe_random_weights(initial: InitialModel) -> str | None:
     """Return the summary line about random initial weights, or None if the initial weights are pre-trained."""
     remedy = f"For better results on a small dataset, set --model to a checkpoint, for example {EXAMPLE_CHECKPOINT}"
-    reason = "was converted with --random-init" if run_properties.is_random_conversion else "is a preset"
-    return f"random, because {name} {reason}. {remedy}" if run_properties.has_random_weights else None
+    reason = "is a preset" if initial.folder is None else "was converted with --random-init"
+    return f"random, because {initial.name} {reason}. {remedy}" if initial.has_random_weights else None

@@ -10,6 +10,7 @@ After the run, the output folder contains:
     checkpoints/, config.resolved.yaml                                       state for --resume, all flags
 """
 
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from ..conversion.any_checkpoint import has_random_weights, resolve_checkpoint
 from ..data.augmentation import BatchMixer
 from ..data.batches import Batch, Normalizer
 from ..data.held_out import RESULTS_FILE, read_held_out_record
@@ -25,14 +25,13 @@ from ..data.images import LabeledImages
 from ..data.sampling import compute_class_weights
 from ..data.splits import TrainingData, describe_missing_classes, load_training_data
 from ..files import read_json
-from ..hub.loading import MODEL_FILE_PATTERNS
 from ..hub.local_paths import strip_folders
 from ..inference.evaluator import Evaluator
 from ..inference.load_model import is_preset
 from ..inference.metrics import SELECTION_METRICS
 from ..options import FinetuneOptions
 from . import losses
-from .model import build_model, set_trainable_parameters, uses_patch_dropout
+from .model import InitialModel, build_model, set_trainable_parameters, uses_patch_dropout
 from .probe import MAX_PROBE_IMAGES, Probe, explain_missing_probe
 from .reporter import Reporter
 from .task import Task, get_evaluator_arguments
@@ -42,46 +41,25 @@ from .teacher import Teacher, TeacherCache, load_teacher
 MAX_CLASS_RATIO = 10  # ratio of the largest to the smallest class, above which macro F1 is reported in step lines
 
 
-def check_options(options: FinetuneOptions) -> FinetuneOptions:
-    """Check and return the options. With a teacher, the default of num_distillation_tokens is 1. Raise ValueError if
-    flags contradict each other."""
-    if options.distillation.teacher is not None and options.model.num_distillation_tokens is None:
-        options = replace(options, model=replace(options.model, num_distillation_tokens=1))
-    check_flag_combinations(options)
-    return options
-
-
-def load_data(options: FinetuneOptions) -> TrainingData:
+def load_data(options: FinetuneOptions, initial: InitialModel) -> TrainingData:
     """Load the training images and the held-out images. For pre-trained weights, `--select` is best by default if the
     dataset has enough images for a selection split."""
-    training_options = options.training
-    should_select = training_options.select == "best" or (
-        training_options.select is None and training_options.patience is not None
-    )
-    has_default = training_options.select is None and not should_select
-    is_pretrained = not starts_from_random_weights(options) and training_options.trainable != "head"
+    is_pretrained = not initial.has_random_weights and options.training.trainable != "head"
+    can_select = bool(options.data.held_out_fraction) and not options.data.streaming
     data = None
-    if has_default and is_pretrained and options.data.held_out_fraction and not options.data.streaming:
-        try:
+    if options.training.select is None and is_pretrained and can_select:
+        with suppress(ValueError):  # too few images; other errors are raised again below
             data = load_training_data(options.data, True)
-        except ValueError:  # too few images; other errors are raised again below
-            data = None
     if data is None:
-        data = load_training_data(options.data, should_select)
+        data = load_training_data(options.data, options.training.select == "best")
     check_label_kind(options, data.label_space.kind)
     return data
 
 
-def starts_from_random_weights(options: FinetuneOptions) -> bool:
-    """Return whether the initial model is a preset, or a conversion with random weights."""
-    name = options.model.model
-    return is_preset(name) or has_random_weights(resolve_checkpoint(name))
-
-
-def build_task(options: FinetuneOptions, data: TrainingData, reporter: Reporter) -> Task:
+def build_task(options: FinetuneOptions, initial: InitialModel, data: TrainingData, reporter: Reporter) -> Task:
     """Load the model and the teacher, freeze the parameters that are not trained, and build loss and evaluation."""
     accelerator, training_options, labels = reporter.accelerator, options.training, data.label_space
-    model, processor, new_parameter_names = build_model(options.model, labels)
+    model, processor, new_parameter_names = build_model(options.model, initial, labels)
     teacher = None
     if options.distillation.teacher is not None:
         teacher = load_teacher(
@@ -93,11 +71,14 @@ def build_task(options: FinetuneOptions, data: TrainingData, reporter: Reporter)
         )
     set_trainable_parameters(model, training_options.trainable, training_options.lora_rank, new_parameter_names)
     if options.model.patch_drop_rate and not uses_patch_dropout(model.vitcls):
-        raise ValueError(format_patch_dropout_error(options))
+        raise ValueError(
+            "--patch-drop-rate requires trainable embeddings or a trainable first layer, but --trainable "
+            f"{training_options.trainable} freezes both. Remove one of the two flags"
+        )
 
     arguments = get_evaluator_arguments(options, model, reporter) | {"processor": processor}
     missing_probe_reason: str | None = "the initial weights are random"
-    if not starts_from_random_weights(options):
+    if not initial.has_random_weights:
         missing_probe_reason = explain_missing_probe(options, model, new_parameter_names, labels.kind)
     max_images = None if training_options.trainable == "head" else MAX_PROBE_IMAGES
     summary_lines = {} if missing_probe_reason is None else {"probe": f"off, because {missing_probe_reason}"}
@@ -105,19 +86,13 @@ def build_task(options: FinetuneOptions, data: TrainingData, reporter: Reporter)
         summary_lines["teacher"] = teacher.description
     if data.class_ratio > MAX_CLASS_RATIO:
         reporter.additional_metric = "macro_f1"
-    warnings = [get_split_warning(options.model.model, data), describe_imbalance(options, data)]
+    normalize = Normalizer(processor, accelerator.device)
+    warnings = [get_split_warning(initial, data), describe_imbalance(options, data)]
     class_count_text = " + ".join(f"{len(names)} of {column!r}" for column, names in labels.columns.items())
     return Task(
         model,
         processor,
-        build_objective(
-            options,
-            data,
-            teacher,
-            Normalizer(processor, accelerator.device),
-            accelerator,
-            model.config.num_head_tokens,
-        ),
+        build_objective(options, data, teacher, normalize, accelerator, model.config.num_head_tokens),
         build_evaluator=lambda images: Evaluator(images, label_space=labels, **arguments),
         selection_metric=SELECTION_METRICS[labels.kind],
         result_metrics=(SELECTION_METRICS[labels.kind], "cls_accuracy", "distillation_accuracy"),
@@ -197,9 +172,12 @@ def build_label_loss(options: FinetuneOptions, data: TrainingData, device: torch
 # Checks --------------------------------------------------------------------------------------------------------------
 
 
-def check_flag_combinations(options: FinetuneOptions) -> None:
-    """Raise ValueError if flags contradict each other. The check runs before data and models are loaded."""
+def check_options(options: FinetuneOptions) -> FinetuneOptions:
+    """Check and return the options, before data and models are loaded. With a teacher, the default of
+    num_distillation_tokens is 1. Raise ValueError if flags contradict each other."""
     training_options = options.training
+    if options.distillation.teacher is not None and options.model.num_distillation_tokens is None:
+        options = replace(options, model=replace(options.model, num_distillation_tokens=1))
     if options.distillation.teacher is not None and not options.model.num_distillation_tokens:
         raise ValueError(
             "--teacher requires a distillation token, but --num-distillation-tokens is 0. Set "
@@ -210,8 +188,6 @@ def check_flag_combinations(options: FinetuneOptions) -> None:
             f"--trainable {training_options.trainable} requires a trained checkpoint, but {options.model.model} has "
             "random weights. Set --model to a checkpoint"
         )
-    if options.model.patch_drop_rate and training_options.trainable == "head" and options.distillation.teacher is None:
-        raise ValueError(format_patch_dropout_error(options))
     if options.data.streaming and options.distillation.teacher_views:
         raise ValueError(
             "--teacher-views caches the teacher's logits for each image, but the number of images in a stream is "
@@ -228,14 +204,7 @@ def check_flag_combinations(options: FinetuneOptions) -> None:
                 f"--teacher-views caches the logits of individual images, but --{flag} mixes images. "
                 "Remove one of the two flags"
             )
-
-
-def format_patch_dropout_error(options: FinetuneOptions) -> str:
-    """Return the error message for --patch-drop-rate with frozen embeddings and a frozen first layer."""
-    return (
-        "--patch-drop-rate requires trainable embeddings or a trainable first layer, but --trainable "
-        f"{options.training.trainable} freezes the embeddings and the first layer. Remove one of the two flags"
-    )
+    return options
 
 
 def check_label_kind(options: FinetuneOptions, kind: str) -> None:
@@ -253,16 +222,15 @@ def check_label_kind(options: FinetuneOptions, kind: str) -> None:
             )
 
 
-def get_split_warning(source: str, data: TrainingData) -> str | None:
-    """Return a warning if the initial model `source` may have been trained on held-out images of this run; otherwise
-    return None. Raise ValueError or OSError if the model cannot be found, or if its results.json is damaged."""
+def get_split_warning(initial: InitialModel, data: TrainingData) -> str | None:
+    """Return a warning if the initial model may have been trained on held-out images of this run; otherwise
+    return None. Raise ValueError if its results.json is damaged."""
     rule = data.record.rule
-    if is_preset(source) or rule is None:
+    if initial.folder is None or rule is None:
         return None
-    folder = resolve_checkpoint(source, [*MODEL_FILE_PATTERNS, RESULTS_FILE])
-    record = read_held_out_record(folder)
+    record = read_held_out_record(initial.folder)
     recorded_rule = None if record is None else record.rule
-    if recorded_rule is None or read_json(Path(folder, RESULTS_FILE)).get("dataset") != data.name:
+    if recorded_rule is None or read_json(Path(initial.folder, RESULTS_FILE)).get("dataset") != data.name:
         return None
     is_same_fold = (rule.num_folds, rule.fold) == (recorded_rule.num_folds, recorded_rule.fold)
     if rule.seed == recorded_rule.seed and is_same_fold and rule.fraction <= recorded_rule.fraction:
@@ -271,6 +239,6 @@ def get_split_warning(source: str, data: TrainingData) -> str | None:
     if recorded_rule.num_folds is None:
         flags_text = f"--held-out-fraction {recorded_rule.fraction}"
     return (
-        f"{source} was trained on {data.name} with a different held-out split, so the held-out images of this run may "
-        f"include training images of {source}. Use the same split with --split-seed {recorded_rule.seed} {flags_text}"
+        f"{initial.name} was trained on {data.name} with a different held-out split, so the held-out images of this "
+        f"run may include its training images. Use the same split with --split-seed {recorded_rule.seed} {flags_text}"
     )

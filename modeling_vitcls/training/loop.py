@@ -55,9 +55,7 @@ class TrainingState:
     step: int = 0  # number of completed optimizer steps
     best_score: float | None = None  # best score of all evaluations so far
     margin: float = 0.0  # by which an evaluation must exceed the best score: see `evaluate_step`
-    num_evaluations_since_best: int = 0  # number of evaluations since the best evaluation
     recent_losses: list[dict[str, float]] = field(default_factory=list)  # losses of the steps since the last record
-    attention_metrics: Metrics = field(default_factory=dict)  # attention metrics since the last logged step
     # metrics of a step that has not been evaluated yet; otherwise empty
     pending_record: Metrics = field(default_factory=dict)
     earlier_seconds: float = 0.0  # training time before --resume
@@ -68,18 +66,6 @@ class TrainingState:
 
     def use_averaged_weights(self) -> AbstractContextManager[None]:
         return nullcontext() if self.ema is None else self.ema.use_averaged_weights()
-
-
-class NonFiniteLoss(Exception):
-    """Exception that ends training if the loss or its gradient is not finite. The weights are unchanged."""
-
-    def __init__(self, step: int, batches: list[Batch]) -> None:
-        super().__init__(
-            f"the loss or its gradient is not finite in step {step + 1}. Try a lower --learning-rate, a longer "
-            "--warmup, a smaller --max-gradient-norm, or --mixed-precision no"
-        )
-        self.step = step
-        self.batches = batches  # batches of this process in the failed step
 
 
 @dataclass
@@ -120,25 +106,19 @@ class TrainingLoop:
     def run(self, batches: Iterator[Batch]) -> Metrics:
         """Run the remaining steps, and return the metrics of the final evaluation. `batches` yields the batches of
         this process on the CPU; each step uses `gradient_accumulation_steps` batches. After a stop signal, save a
-        checkpoint and raise RunStopped. Raise NonFiniteLoss if a loss or gradient is not finite."""
+        checkpoint and raise RunStopped. Raise RunStopped, too, if a loss or gradient is not finite."""
         set_train_mode(self.state.model)
         metrics = self.evaluate_step() if self.state.pending_record else {}
-        while self.state.step < self.plan.num_steps and not self.should_stop_early:
+        while self.state.step < self.plan.num_steps:
             metrics = self.run_step(batches)
-            if self.state.step == self.plan.num_steps or self.should_stop_early:
-                break
-            if self.signals is not None and (name := self.signals.get_signal()):
+            is_last_step = self.state.step == self.plan.num_steps
+            if self.signals is not None and not is_last_step and (name := self.signals.get_signal()):
                 self.save(self.is_best)
                 raise RunStopped(
                     f"stopped by {name}; a checkpoint was saved. Repeat the command with --resume to continue the run",
                     self.signals.exit_status,
                 )
         return metrics or self.evaluate()
-
-    @property
-    def should_stop_early(self) -> bool:
-        """Return whether none of the last `patience` evaluations improved the best score."""
-        return self.options.patience is not None and self.state.num_evaluations_since_best >= self.options.patience
 
     def run_step(self, batches: Iterator[Batch]) -> Metrics:
         """Run one step and the actions that are due after this step. Return the metrics of the evaluation; empty if no
@@ -155,14 +135,13 @@ class TrainingLoop:
         self.step_seconds.append(time.perf_counter() - start_time)
         self.reporter.show_step(state.step)
 
-        attention_every = self.options.log_attention_every
-        if self.normalize is not None and attention_every and next_step % attention_every == 0:
-            state.attention_metrics = measure_attention_entropy(self.model, self.normalize, batch)
-            reshard(state.model)
         self.is_best = False
         if should_log:
-            record |= self.compute_recent_metrics() | state.attention_metrics
-            state.attention_metrics = {}
+            record |= self.compute_recent_metrics()
+            attention_every = self.options.log_attention_every
+            if self.normalize is not None and attention_every and next_step % attention_every == 0:
+                record |= measure_attention_entropy(self.model, self.normalize, batch)
+                reshard(state.model)
         if should_evaluate:
             state.pending_record = record
         elif should_log:
@@ -179,13 +158,11 @@ class TrainingLoop:
         learning_rate = get_learning_rate(state.step, self.plan.num_steps, options)
         for group in state.optimizer.param_groups:
             group["lr"] = learning_rate * group["lr_scale"]
-        step_batches: list[Batch] = []
         losses: list[Losses] = []
         tokens_and_gradients: tuple[Tokens, Tokens] | None = None  # before the update
         for batch_index in range(self.plan.accumulation_steps):
             batch = next(batches)
             self.unreported_indices += batch["replaced"][batch["replaced"] >= 0].tolist()
-            step_batches.append(batch)
             batch = send_to_device(batch, accelerator.device, non_blocking=True)
             # The processes draw different random numbers, for example for dropout.
             torch.manual_seed(derive_seed(self.plan.seed, state.step, batch_index, accelerator.process_index))
@@ -196,7 +173,7 @@ class TrainingLoop:
                 if accelerator.sync_gradients:  # after the last accumulated batch
                     parameters = [parameter for parameter in state.model.parameters() if parameter.requires_grad]
                     gradient_norm = float(accelerator.clip_grad_norm_(parameters, options.max_gradient_norm))
-                    self.check_finite(losses, step_batches, gradient_norm)
+                    self.check_finite(losses, gradient_norm)
                     if should_measure_tokens:
                         tokens_and_gradients = self.monitor.copy_tokens(), self.monitor.copy_gradients()
                     state.optimizer.step()
@@ -221,8 +198,8 @@ class TrainingLoop:
                 self.reporter.warn(f"the token {token} received no gradient in step {state.step} and is not trained")
         return record, batch
 
-    def check_finite(self, losses: list[Losses], batches: list[Batch], gradient_norm: float) -> None:
-        """Discard the gradients and raise NonFiniteLoss on all processes if a loss or gradient is not finite on any
+    def check_finite(self, losses: list[Losses], gradient_norm: float) -> None:
+        """Discard the gradients and raise RunStopped on all processes if a loss or gradient is not finite on any
         process. With fp16, gradients may overflow. The loss scaler then skips the step and reduces the scale.
         MAX_CONSECUTIVE_OVERFLOWS limits the number of consecutive skipped steps."""
         self.num_overflows = 0 if math.isfinite(gradient_norm) else self.num_overflows + 1
@@ -234,7 +211,10 @@ class TrainingLoop:
             is_finite = bool(self.accelerator.reduce(is_finite_tensor, "sum") == self.accelerator.num_processes)
         if not is_finite:
             self.state.optimizer.zero_grad()
-            raise NonFiniteLoss(self.state.step, batches)
+            raise RunStopped(
+                f"the loss or its gradient is not finite in step {self.state.step + 1}. Try a lower --learning-rate, "
+                "a longer --warmup, a smaller --max-gradient-norm, or --mixed-precision no"
+            )
 
     # Evaluation and records ------------------------------------------------------------------------------------------
 
@@ -261,10 +241,8 @@ class TrainingLoop:
         self.is_best = False
         if score is not None and (state.best_score is None or score > state.best_score + state.margin):
             self.is_best = True
-            state.best_score, state.num_evaluations_since_best = score, 0
+            state.best_score = score
             state.margin = 0.0 if state.step else 2 * math.sqrt(score * (1 - score) / metrics["num_images"])
-        else:
-            state.num_evaluations_since_best += 1
         scalars = {f"{self.evaluated_images}_{name}": value for name, value in select_scalars(metrics).items()}
         if state.pending_record:  # empty before the first step
             self.log(state.pending_record | scalars)
@@ -315,10 +293,8 @@ class TrainingLoop:
             "step": state.step,
             "best_score": state.best_score,
             "margin": state.margin,
-            "num_evaluations_since_best": state.num_evaluations_since_best,
             "training_seconds": self.get_training_seconds(),
             "recent_losses": gather_object([state.recent_losses]),
-            "attention_metrics": state.attention_metrics,
             "pending_record": state.pending_record,
             "unreadable_images": sorted(self.unreadable_images.indices),
         }
@@ -337,10 +313,8 @@ class TrainingLoop:
         scatter_state(checkpoint, self.accelerator, state.model, state.optimizer, state.shadow)
         state.step = checkpoint.step
         state.best_score, state.margin = metadata["best_score"], metadata["margin"]
-        state.num_evaluations_since_best = metadata["num_evaluations_since_best"]
         losses_by_process = metadata["recent_losses"]
         state.recent_losses = losses_by_process[self.accelerator.process_index % len(losses_by_process)]
-        state.attention_metrics = metadata["attention_metrics"]
         state.pending_record = metadata["pending_record"]
         self.unreadable_images.indices.update(metadata["unreadable_images"])
         state.earlier_seconds = metadata["training_seconds"]

@@ -15,7 +15,7 @@ frozen and remains frozen.
 import copy
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,11 @@ from torch import nn
 
 from ..blocks_vitcls import EncoderLayer, ViTCLSEmbeddings
 from ..configuration_vitcls import ViTCLSConfig
-from ..conversion.any_checkpoint import resolve_checkpoint
+from ..conversion.any_checkpoint import has_random_weights, resolve_checkpoint
 from ..data.fit import set_fit
 from ..data.labels import LabelSpace
-from ..hub.loading import check_is_vitcls
+from ..hub.loading import MODEL_FILE_PATTERNS, check_is_vitcls
+from ..hub.model_files import PARITY_REPORT_FILE, RESULTS_FILE
 from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..inference.load_model import CLASSIFIER_CLASSES, Classifier, format_preset_names, is_preset, load_processor
 from ..modeling_vitcls import ViTCLSModel
@@ -39,23 +40,43 @@ MAX_NATIVE_SIDE, FINETUNING_SIDE = 256, 224  # image sides in pixels: largest si
 LORA_A_SUFFIX, LORA_B_SUFFIX = ".lora_A.default.weight", ".lora_B.default.weight"
 
 
-def build_model(options: ModelOptions, label_space: LabelSpace) -> tuple[Classifier, ViTCLSImageProcessor, set[str]]:
+@dataclass(frozen=True)
+class InitialModel:
+    """The model from which a run starts: a preset, or the local folder of a checkpoint."""
+
+    name: str
+    folder: str | None  # None for a preset
+    config: ViTCLSConfig
+    has_random_weights: bool  # a preset, or a conversion with --random-init
+
+
+def resolve_initial_model(name: str) -> InitialModel:
+    """Return the initial model with the name `name`. Checkpoints are downloaded or converted if necessary. Raise
+    ValueError if the checkpoint is not a vitcls model, and OSError if it cannot be found or read."""
+    if is_preset(name):
+        return InitialModel(name, None, ViTCLSConfig.from_preset(name), has_random_weights=True)
+    folder = resolve_checkpoint(name, [*MODEL_FILE_PATTERNS, PARITY_REPORT_FILE, RESULTS_FILE])
+    check_is_vitcls(name, folder)
+    return InitialModel(name, folder, ViTCLSConfig.from_pretrained(folder), has_random_weights(folder))
+
+
+def build_model(
+    options: ModelOptions, initial: InitialModel, label_space: LabelSpace
+) -> tuple[Classifier, ViTCLSImageProcessor, set[str]]:
     """Build a preset with random weights, or load a checkpoint. Return the model, the image processor, and the names
-    of the parameters that are not loaded from a checkpoint. The checkpoint must be a vitcls model, which
-    `get_run_properties` checks. A classifier in the checkpoint is kept only if the classifier has the labels of
-    `label_space`. Multi-task models have one CLS token per task."""
+    of the parameters that are not loaded from a checkpoint. A classifier in the checkpoint is kept only if the
+    classifier has the labels of `label_space`. Multi-task models have one CLS token per task."""
     config_values = options.get_config_values()
     if label_space.kind == "multi_task":
         config_values = {"num_cls_tokens": len(label_space.columns)} | config_values
-    if is_preset(options.model):
-        config = ViTCLSConfig.from_preset(options.model, **config_values, **label_space.to_config_values())
+    if initial.folder is None:
+        config = ViTCLSConfig.from_preset(initial.name, **config_values, **label_space.to_config_values())
         model = CLASSIFIER_CLASSES[label_space.kind](config)
         processor = ViTCLSImageProcessor()
         new_parameter_names = {name for name, _ in model.named_parameters()}
     else:
-        folder = resolve_checkpoint(options.model)
-        model, new_parameter_names = load_with_label_space(folder, config_values, label_space)
-        processor = load_processor(options.model, folder)
+        model, new_parameter_names = load_with_label_space(initial, config_values, label_space)
+        processor = load_processor(initial.name, initial.folder)
     if (mask_token := model.vitcls.embeddings.mask_token) is not None:
         mask_token.requires_grad_(False)  # not used in fine-tuning; DDP requires gradients of all trainable parameters
     model.config.temperature, model.config.energy_threshold = 1.0, None  # fitted again after training (calibration.py)
@@ -63,14 +84,12 @@ def build_model(options: ModelOptions, label_space: LabelSpace) -> tuple[Classif
     return model, processor, new_parameter_names
 
 
-def choose_image_size(options: ModelOptions) -> tuple[ModelOptions, str | None]:
+def choose_image_size(options: ModelOptions, initial: InitialModel) -> tuple[ModelOptions, str | None]:
     """Return the options of fine-tuning with an image size, and a line of text with the reason and the cost. Large
     images of a checkpoint are replaced with images of 224 pixels, unless `--image-size` is set."""
-    if options.image_size is not None or is_preset(options.model):
+    if options.image_size is not None or initial.folder is None:
         return options, None
-    folder = resolve_checkpoint(options.model)
-    check_is_vitcls(options.model, folder)
-    config = ViTCLSConfig.from_pretrained(folder, **options.get_config_values())
+    config = ViTCLSConfig.from_pretrained(initial.folder, **options.get_config_values())
     native_size, patch_size = config.image_height_width, config.patch_height_width
     if max(native_size) <= MAX_NATIVE_SIDE:
         return options, None
@@ -89,20 +108,20 @@ def choose_image_size(options: ModelOptions) -> tuple[ModelOptions, str | None]:
 
 
 def load_with_label_space(
-    source: str, config_values: dict[str, Any], label_space: LabelSpace
+    initial: InitialModel, config_values: dict[str, Any], label_space: LabelSpace
 ) -> tuple[Classifier, set[str]]:
     """Load a checkpoint as a model for the labels in `label_space`. The classifier is new, unless the checkpoint
     has a classifier with the same labels. Return the model, and the names of the newly initialized parameters."""
-    stored_config = ViTCLSConfig.from_pretrained(source)
+    stored_config = initial.config
     model_class = CLASSIFIER_CLASSES[label_space.kind]
     if has_labels(stored_config, label_space) and model_class.__name__ in (stored_config.architectures or ()):
         model, loading_info = model_class.from_pretrained(
-            source, dtype=torch.float32, output_loading_info=True, **config_values
+            initial.folder, dtype=torch.float32, output_loading_info=True, **config_values
         )
         new_parameter_names = set(loading_info["missing_keys"])
     else:
         encoder, loading_info = ViTCLSModel.from_pretrained(
-            source,
+            initial.folder,
             dtype=torch.float32,
             output_loading_info=True,
             tasks=None,  # the checkpoint's tasks may not match the number of CLS tokens

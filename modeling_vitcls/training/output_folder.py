@@ -29,7 +29,6 @@ from ..files import sync_to_disk, write_json
 from ..hub.local_paths import is_local, split_prefix
 from ..hub.model_files import (
     ADAPTER_PATTERNS,
-    BENCHMARK_FILE,
     CARD_FILE,
     CONFIG_FILE,
     IMAGES_FOLDER,
@@ -59,12 +58,10 @@ ADAPTER_FOLDER = "adapter"  # folder with only the LoRA adapter
 FINAL_FILE_PATTERNS = (
     RESULTS_FILE,
     *MODEL_PATTERNS,
-    *(PREDICTIONS_FILE, CARD_FILE, *LICENSE_PATTERNS, REPORT_FILE, PARITY_REPORT_FILE, BENCHMARK_FILE, *ONNX_PATTERNS),
+    *(PREDICTIONS_FILE, CARD_FILE, *LICENSE_PATTERNS, REPORT_FILE, PARITY_REPORT_FILE, *ONNX_PATTERNS),
     f"{IMAGES_FOLDER}/*.png",
     *(f"{ADAPTER_FOLDER}/{name}" for name in (*ADAPTER_PATTERNS, CONFIG_FILE, RESULTS_FILE)),
 )
-NON_FINITE_FILE = "non_finite.json"  # list of the training images in the step with a non-finite loss
-NON_FINITE_FOLDER = "non_finite"  # folder with a checkpoint of the state before the step with a non-finite loss
 CHECKPOINTS_FOLDER = "checkpoints"
 
 STAGING_FOLDER = ".model.partial"  # files of the model until all of them are written
@@ -126,13 +123,12 @@ def remove_run_files(folder: Path, store: CheckpointStore) -> None:
     has_marker_file = any((folder / name).exists() for name in (RESULTS_FILE, CONFIG_FILE, RECIPE_FILE))
     if not has_marker_file and not store.list_steps():
         return
-    for name in (*list_final_files(folder), METRICS_FILE, NON_FINITE_FILE):
+    for name in (*list_final_files(folder), METRICS_FILE):
         (folder / name).unlink(missing_ok=True)
-    for name in (IMAGES_FOLDER, ".eval_results", ADAPTER_FOLDER):
+    for name in (IMAGES_FOLDER, ADAPTER_FOLDER):
         with suppress(OSError):  # the folder does not exist or is not empty
             (folder / name).rmdir()
-    for name in (NON_FINITE_FOLDER, STAGING_FOLDER):
-        shutil.rmtree(folder / name, ignore_errors=True)
+    shutil.rmtree(folder / STAGING_FOLDER, ignore_errors=True)
     store.clear()
     (folder / RECIPE_FILE).unlink(missing_ok=True)  # removed last, because this file marks an output folder
 
@@ -147,7 +143,7 @@ def prepare(folder: Path, store: CheckpointStore, flags: dict[str, Any], checkpo
 
 def list_final_files(folder: Path) -> list[str]:
     """Return the names of the existing files that a run writes at the end, in the order of `FINAL_FILE_PATTERNS`."""
-    patterns = ("*", f"{IMAGES_FOLDER}/*", "onnx/*", ".eval_results/*", f"{ADAPTER_FOLDER}/*")
+    patterns = ("*", f"{IMAGES_FOLDER}/*", "onnx/*", f"{ADAPTER_FOLDER}/*")
     files = (path for pattern in patterns for path in folder.glob(pattern) if path.is_file())
     names = [path.relative_to(folder).as_posix() for path in files]
     ranks = {

@@ -22,7 +22,6 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 
 from ..configuration_vitcls import ViTCLSConfig
-from ..conversion.any_checkpoint import resolve_checkpoint
 from ..data.augmentation import build_augmentation
 from ..data.batches import Normalizer, iterate_training_batches
 from ..data.fit import set_fit
@@ -36,11 +35,12 @@ from ..inference.evaluator import HeldOutBatch
 from ..inference.frozen import FeatureEvaluator, build_classifier
 from ..inference.load_model import is_preset, load_processor
 from ..modeling_vitcls import ViTCLSModel
-from ..options import PretrainOptions
+from ..options import ModelOptions, PretrainOptions
 from .distillation import Distillation, FeatureTeachers, TeacherCosines, compute_feature_loss
 from .lejepa import LeJEPA, LeJEPAObjective
 from .losses import DistillationObjective, Objective
 from .mae import MAE, MAEObjective, build_decoder_config, draw_masks
+from .model import InitialModel
 from .reporter import Reporter
 from .task import Task, get_evaluator_arguments
 from .teacher import TeacherCache, load_feature_teacher
@@ -74,7 +74,6 @@ def check_options(options: PretrainOptions) -> PretrainOptions:
         "--cutmix": bool(options.augmentation.cutmix),
         "--class-balance": options.training.class_balance != "none",
         "--trainable": options.training.trainable != "full",
-        "--eval-benchmark": options.run.eval_benchmark is not None,
     }
     for flag, is_set in flags.items():
         if is_set:
@@ -95,20 +94,18 @@ def check_options(options: PretrainOptions) -> PretrainOptions:
     return options
 
 
-def load_data(options: PretrainOptions) -> TrainingData:
+def load_data(options: PretrainOptions, initial: InitialModel) -> TrainingData:
     """Load the training images and the held-out images, with labels if the dataset has any."""
-    should_select = options.training.select == "best" or (
-        options.training.select is None and options.training.patience is not None
-    )
+    should_select = options.training.select == "best"
     try:
         return load_training_data(options.data, should_select)
     except ValueError:  # no labels, or another problem, which the next call reports
         return load_training_data(options.data, should_select, use_labels=False)
 
 
-def build_task(options: PretrainOptions, data: TrainingData, reporter: Reporter) -> Task:
+def build_task(options: PretrainOptions, initial: InitialModel, data: TrainingData, reporter: Reporter) -> Task:
     """Load the model, and build loss and evaluation."""
-    encoder, processor = build_encoder(options)
+    encoder, processor = build_encoder(options.model, initial)
     config, device = encoder.config, reporter.accelerator.device
     normalize = Normalizer(processor, device)
     rows, columns = config.grid_size
@@ -249,6 +246,11 @@ class FeatureComparison:
         """Return the metrics of k-NN and logistic regression. All processes must call this method."""
         return self.build_evaluator()(model.eval())
 
+    def compare(self, model: Any) -> dict[str, Any]:
+        """Return the metrics before and after training, and a line that compares them."""
+        after = self.measure(model)
+        return {"before": self.before, "after": after, "summary": self.describe(after)}
+
     def describe(self, after: dict[str, Any]) -> str:
         """Return a line that compares the metrics with those before training."""
         before, names = self.before, {"knn_accuracy": "k-NN", "regression_accuracy": "logistic regression"}
@@ -278,15 +280,14 @@ def compute_effective_rank(features: np.ndarray) -> float:
 # Models --------------------------------------------------------------------------------------------------------------
 
 
-def build_encoder(options: PretrainOptions) -> tuple[ViTCLSModel, ViTCLSImageProcessor]:
+def build_encoder(options: ModelOptions, initial: InitialModel) -> tuple[ViTCLSModel, ViTCLSImageProcessor]:
     """Build the encoder from a preset or a checkpoint."""
-    name, config_values = options.model.model, options.model.get_config_values()
-    if is_preset(name):
+    name, config_values = initial.name, options.get_config_values()
+    if initial.folder is None:
         encoder, processor = ViTCLSModel(ViTCLSConfig.from_preset(name, **config_values)), ViTCLSImageProcessor()
     else:
-        folder = resolve_checkpoint(name)
-        encoder = ViTCLSModel.from_pretrained(folder, dtype=torch.float32, **config_values)
-        processor = load_processor(name, folder)
+        encoder = ViTCLSModel.from_pretrained(initial.folder, dtype=torch.float32, **config_values)
+        processor = load_processor(name, initial.folder)
     config = encoder.config
     if config.patch_drop_rate:
         raise ValueError(
@@ -295,7 +296,7 @@ def build_encoder(options: PretrainOptions) -> tuple[ViTCLSModel, ViTCLSImagePro
         )
     if encoder.embeddings.mask_token is not None:
         encoder.embeddings.mask_token.requires_grad_(False)  # not used; DDP requires gradients of all parameters
-    set_fit(processor, options.model.fit, config.image_height_width)
+    set_fit(processor, options.fit, config.image_height_width)
     return encoder, processor
 
 

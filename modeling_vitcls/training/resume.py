@@ -11,14 +11,14 @@ from ..data.splits import describe_change
 from ..hub.local_paths import BUILT_IN_DATASET, is_same_source, make_relative, resolve_name, strip_folders
 from ..inference.load_model import is_preset
 from ..options import PretrainOptions, to_flags
-from .defaults import DEFAULTS
+from .defaults import DEFAULT_FLAGS
 
 
 # Flags that may change on --resume, because these flags do not affect the result.
 CHANGEABLE_FLAGS = (
     "output_dir num_workers max_unreadable_images batch_size gradient_accumulation_steps resume overwrite save_every "
     "keep_checkpoints log_with report dry_run push_to_hub hub_model_id hub_private hub_verify hub_checkpoint_branch "
-    "license card_samples eval_benchmark eval_task_id"
+    "license card_samples"
 ).split()
 PATH_FLAGS = ("dataset", "model", "teacher", "teachers")  # flags whose values may be paths
 
@@ -88,7 +88,7 @@ def check_flags_unchanged(stored_flags: dict[str, Any], current_flags: dict[str,
             name in CHANGEABLE_FLAGS
             or current_value == value
             or (name in PATH_FLAGS and all(is_same_source(*pair) or is_pinned(*pair) for pair in pairs))
-            or (current_value is None and (name == "select" or any(name == default.name for default in DEFAULTS)))
+            or (current_value is None and name in ("select", *DEFAULT_FLAGS))
         ):
             continue
         advice = "Use the same flags, or choose a different --output-dir"

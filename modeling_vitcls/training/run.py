@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import set_seed
 from torch.distributed.fsdp import FSDPModule
 
-from ..checkpoints import WRITE_ERRORS, CheckpointStore
+from ..checkpoints import WRITE_ERRORS, Checkpoint, CheckpointStore
 from ..data.augmentation import build_augmentation
 from ..data.batches import Normalizer, iterate_training_batches
 from ..data.held_out import HELD_OUT_RECORD_KEY
@@ -31,7 +31,6 @@ from ..data.splits import TrainingData, describe_data, load_on_main
 from ..data.streaming import build_training_dataset
 from ..distributed import build_accelerator, configure_layer_sharding, run_on_main
 from ..errors import RunStopped, format_error, is_raised_on_all_processes
-from ..files import write_json
 from ..hub.connection import silence_transformers
 from ..hub.model_files import PREDICTIONS_FILE
 from ..inference.evaluator import Evaluator
@@ -39,12 +38,12 @@ from ..inference.metrics import drop_large_matrices
 from ..inference.per_image import write_predictions
 from ..options import FinetuneOptions, PretrainOptions, to_flags
 from . import finetune, output_folder, pretrain
-from .calibration import FITTED, MIN_IMAGES, REPORTED, calibrate, compute_calibration_errors, rescale
-from .defaults import describe_random_weights, get_run_properties, resolve_defaults
-from .distributed_state import gather_state, gather_weights, reshard
+from .calibration import FITTED, MIN_IMAGES, REPORTED, calibrate, compute_calibration_errors
+from .defaults import describe_random_weights, resolve_defaults
+from .distributed_state import gather_weights, reshard
 from .dry_run import NUM_PROBE_IMAGES, build_dry_run_options, describe_dry_run, draw_images
-from .loop import NonFiniteLoss, TrainingLoop, TrainingState
-from .model import check_preset_name, choose_image_size
+from .loop import TrainingLoop, TrainingState
+from .model import InitialModel, check_preset_name, choose_image_size, resolve_initial_model
 from .optimizer import Ema, build_optimizer
 from .output_folder import CHECKPOINTS_FOLDER, RESULTS_FILE, FolderLock, stage_files, write_model_files
 from .probe import MIN_SELECTION_IMAGES
@@ -66,7 +65,7 @@ DEFAULT_STREAM_SAVE_EVERY = 1000  # default of --save-every in steps for streams
 
 def train(options: FinetuneOptions | PretrainOptions, on_checkpoint: Callable[[Path], None] | None = None) -> Path:
     """Train and evaluate a model, and return the folder with the model and its results. With `--dry-run`, run a few
-    steps, print the expected duration and memory of the full run, and keep no files.
+    steps, print the expected duration and memory of the full run, and keep no files, not even the returned folder.
 
     Args:
         options: flags of the run.
@@ -77,228 +76,254 @@ def train(options: FinetuneOptions | PretrainOptions, on_checkpoint: Callable[[P
             folder, files would be replaced without --overwrite, or the run cannot be resumed.
         RunStopped: after a signal, a non-finite loss, too many unreadable images, or a full disk.
     """
-    kind: Any = pretrain if isinstance(options, PretrainOptions) else finetune
     check_preset_name(options.model.model)
+    kind: Any = pretrain if isinstance(options, PretrainOptions) else finetune
     options = resolve_local_paths(kind.check_options(options))
     if options.run.dry_run:
         with build_dry_run_options(options) as dry_run_options:
-            run(kind, dry_run_options, None, full_max_steps=options.training.max_steps)
-        return options.output_dir
-    return run(kind, options, on_checkpoint)
+            return Run(kind, dry_run_options, None, options.training.max_steps).run()
+    return Run(kind, options, on_checkpoint).run()
 
 
-def run(
-    kind: Any,
-    options: Any,
-    on_checkpoint: Callable[[Path], None] | None = None,
-    full_max_steps: int | None = None,
-) -> Path:
-    """Run the stages of `train`. `kind` is the module finetune or pretrain. In a dry run, `full_max_steps` is
-    `--max-steps` of the full run."""
-    run_start_time, folder, is_dry_run = time.perf_counter(), options.output_dir, options.run.dry_run
-    accelerator = build_accelerator(
-        options.training.gradient_accumulation_steps,
-        options.training.mixed_precision,
-        options.run.log_with,
-        folder / "trackers",
-    )
-    set_seed(options.training.seed)
-    reporter = Reporter(folder / output_folder.METRICS_FILE, accelerator)
-    store = CheckpointStore(folder / CHECKPOINTS_FOLDER, options.run.keep_checkpoints)
-    with FolderLock(folder) as lock:
-        run_on_main(accelerator, lock.acquire)
-        checkpoint = None
-        if options.run.resume:
-            checkpoint = run_on_main(accelerator, partial(store.load_newest, reporter.warn))
+class Run:
+    """The stages of `train`, in the order of the methods. `kind` is the module finetune or pretrain. In a dry run,
+    `full_max_steps` is `--max-steps` of the full run."""
 
-        def check_folder() -> bool:
-            """Return whether the resumed run is already finished."""
-            if checkpoint is None:
-                output_folder.check_replaceable(options, store)
-                return False
-            check_flags_unchanged(checkpoint.metadata["flags"], to_flags(options), folder)
-            if not (folder / output_folder.CONFIG_FILE).exists() and not options.run.overwrite:
-                output_folder.check_no_unrelated_files(folder)
-            return (folder / RESULTS_FILE).exists()
+    data: TrainingData
+    task: Task
+    plan: BatchPlan
+    loop: TrainingLoop
+    metrics: dict[str, Any]  # of the last evaluation
+    evaluate: Any  # functions from a model to metrics; `Evaluator`s if there are images
+    evaluate_held_out: Any
 
-        if run_on_main(accelerator, check_folder):
-            shutil.rmtree(folder / output_folder.STAGING_FOLDER, ignore_errors=True)  # killed at the very end
-            reporter.print_line("finished", f"{folder} already contains the results of this run")
-            return folder
+    def __init__(
+        self, kind: Any, options: Any, on_checkpoint: Callable[[Path], None] | None, full_max_steps: int | None = None
+    ) -> None:
+        self.kind, self.options, self.on_checkpoint = kind, options, on_checkpoint
+        self.folder, self.is_dry_run, self.full_max_steps = options.output_dir, options.run.dry_run, full_max_steps
+        self.start_time = time.perf_counter()
+        training, trackers = options.training, options.run.log_with
+        self.accelerator = build_accelerator(
+            training.gradient_accumulation_steps, training.mixed_precision, trackers, self.folder / "trackers"
+        )
+        set_seed(training.seed)
+        self.reporter = Reporter(self.folder / output_folder.METRICS_FILE, self.accelerator)
+        self.store = CheckpointStore(self.folder / CHECKPOINTS_FOLDER, options.run.keep_checkpoints)
+        self.checkpoint: Checkpoint | None = None  # to resume from
 
-        # Data and model
-        data = load_on_main(accelerator, options.data.dataset, partial(kind.load_data, options))
+    def run(self) -> Path:
+        """Run all stages, and return the output folder."""
+        with FolderLock(self.folder) as lock:
+            run_on_main(self.accelerator, lock.acquire)
+            if self.options.run.resume:
+                self.checkpoint = run_on_main(self.accelerator, partial(self.store.load_newest, self.reporter.warn))
+            if run_on_main(self.accelerator, self.check_folder):
+                shutil.rmtree(self.folder / output_folder.STAGING_FOLDER, ignore_errors=True)  # killed at the end
+                self.reporter.print_line("finished", f"{self.folder} already contains the results of this run")
+                return self.folder
+            self.load()
+            self.describe()
+            self.fit_probe()
+            self.train()
+            self.calibrate()
+            self.save()
+            self.accelerator.end_training()
+            return self.folder
+
+    def check_folder(self) -> bool:
+        """Check the output folder, and return whether the resumed run is already finished."""
+        if self.checkpoint is None:
+            output_folder.check_replaceable(self.options, self.store)
+            return False
+        check_flags_unchanged(self.checkpoint.metadata["flags"], to_flags(self.options), self.folder)
+        if not (self.folder / output_folder.CONFIG_FILE).exists() and not self.options.run.overwrite:
+            output_folder.check_no_unrelated_files(self.folder)
+        return (self.folder / RESULTS_FILE).exists()
+
+    def load(self) -> None:
+        """Load the data and the models, resolve all defaults, and prepare the output folder."""
+        accelerator = self.accelerator
         with accelerator.main_process_first():  # only the main process downloads files
-            options, default_lines = resolve_options(options, data, checkpoint)
-            task: Task = kind.build_task(options, data, reporter)
-            forward_flops = task.model.flops()
-        if options.training.gradient_checkpointing:
-            task.model.gradient_checkpointing_enable()
-        plan = build_plan(options, data, accelerator)
-        run_metadata = {
-            "images_per_step": plan.images_per_step,
-            "num_steps": plan.num_steps,
+            self.options = pin_models(self.options, self.checkpoint)
+            self.initial = resolve_initial_model(self.options.model.model)
+        load_data = partial(self.kind.load_data, self.options, self.initial)
+        self.data = load_on_main(accelerator, self.options.data.dataset, load_data)
+        with accelerator.main_process_first():
+            self.options, self.default_lines = resolve_options(self.options, self.initial, self.data)
+            self.task = self.kind.build_task(self.options, self.initial, self.data, self.reporter)
+            self.forward_flops = self.task.model.flops()
+        if self.options.training.gradient_checkpointing:
+            self.task.model.gradient_checkpointing_enable()
+        self.plan = build_plan(self.options, self.data, accelerator)
+        self.metadata = {  # of checkpoints
+            "images_per_step": self.plan.images_per_step,
+            "num_steps": self.plan.num_steps,
             "mixed_precision": accelerator.mixed_precision,
-            "data": run_on_main(accelerator, partial(describe_data, data)),
-            "flags": get_relative_flags(options, should_strip=options.run.hub_checkpoint_branch is not None),
+            "data": run_on_main(accelerator, partial(describe_data, self.data)),
+            "flags": get_relative_flags(self.options, self.options.run.hub_checkpoint_branch is not None),
         }
-        if checkpoint is not None:
-            check_flags_unchanged(checkpoint.metadata["flags"], to_flags(options), folder)
-            check_run_unchanged(checkpoint.metadata, run_metadata, folder)
-        run_on_main(accelerator, lambda: output_folder.prepare(folder, store, get_relative_flags(options), checkpoint))
+        if self.checkpoint is not None:
+            check_flags_unchanged(self.checkpoint.metadata["flags"], to_flags(self.options), self.folder)
+            check_run_unchanged(self.checkpoint.metadata, self.metadata, self.folder)
+        flags = get_relative_flags(self.options)
+        run_on_main(accelerator, lambda: output_folder.prepare(self.folder, self.store, flags, self.checkpoint))
 
-        # Summary
+    def describe(self) -> None:
+        """Print the summary, and decide whether the probe is followed by training steps."""
+        data, task = self.data, self.task
         lines: dict[str, str | None] = {**describe_splits(data, task.processor, task.labels_text)}
-        lines |= describe_model(options.model.model, task.model, forward_flops) | default_lines | task.summary_lines
-        num_selection = len(data.selection) if isinstance(data.selection, LabeledImages) else None
-        has_few_images = num_selection is not None and num_selection < MIN_SELECTION_IMAGES
-        has_finished_training = task.probe is not None and (options.training.trainable == "head" or has_few_images)
-        if has_finished_training:  # no steps
+        lines |= describe_model(self.initial.name, task.model, self.forward_flops)
+        lines |= self.default_lines | task.summary_lines
+        self.num_selection = len(data.selection) if isinstance(data.selection, LabeledImages) else None
+        has_few_images = self.num_selection is not None and self.num_selection < MIN_SELECTION_IMAGES
+        is_head_only = self.options.training.trainable == "head"
+        self.has_no_steps = task.probe is not None and (is_head_only or has_few_images)
+        if self.has_no_steps:
             lines["defaults"] = None
             if has_few_images:
                 lines["selection"] = (
-                    f"{num_selection} separate images are too few to tell whether fine-tuning is better than "
+                    f"{self.num_selection} separate images are too few to tell whether fine-tuning is better than "
                     "the frozen model, so the frozen model is saved. Set --select last to fine-tune on all images"
                 )
-        for name, text in (lines | describe_batches(plan, accelerator, has_finished_training)).items():
+        for name, text in (lines | describe_batches(self.plan, self.accelerator, self.has_no_steps)).items():
             if text:
-                reporter.print_line(name, text)
+                self.reporter.print_line(name, text)
         for warning in task.warnings:
-            reporter.warn(warning)
-        num_evaluated, full_num_images = 0, 0
-        if is_dry_run:
-            num_evaluated = plan.batch_size * plan.num_processes
-            evaluated_data = data.held_out if data.selection is None else data.selection
-            if isinstance(evaluated_data, LabeledImages):
-                full_num_images = len(evaluated_data)
-                num_evaluated = min(num_evaluated, full_num_images)
-            data = replace(
-                data,
-                held_out=draw_images(data.held_out, num_evaluated),
-                selection=None if data.selection is None else draw_images(data.selection, num_evaluated),
-            )
-            if task.probe is not None:
-                task.probe = replace(task.probe, max_images=NUM_PROBE_IMAGES)
-
-        # Probe
-        reporter.printed_metric = None if is_dry_run else task.selection_metric
-        if checkpoint is not None:
-            run_metadata["probe"] = checkpoint.metadata["probe"]
-        elif task.probe is None:
-            run_metadata["probe"] = None
+            self.reporter.warn(warning)
+        if self.is_dry_run:
+            self.draw_few_images()
         else:
-            run_metadata["probe"] = task.probe.run(data, reporter)
+            self.reporter.printed_metric = task.selection_metric
 
-        # Training
-        empty_metrics = {"num_images": 0, "num_unreadable_images": 0}  # metrics if no images are held out
-        has_held_out = data.num_held_out_images != 0
-        evaluate_held_out = task.build_evaluator(data.held_out) if has_held_out else lambda model: empty_metrics
-        evaluated = evaluate_held_out if data.selection is None else task.build_evaluator(data.selection)
+    def draw_few_images(self) -> None:
+        """Replace the evaluated images and those of the probe with a few images, for a dry run."""
+        data, num_images = self.data, self.plan.batch_size * self.plan.num_processes
+        evaluated = data.held_out if data.selection is None else data.selection
+        self.evaluated_fraction = 1.0
+        if isinstance(evaluated, LabeledImages) and len(evaluated):
+            self.evaluated_fraction = min(num_images / len(evaluated), 1.0)
+            num_images = min(num_images, len(evaluated))
+        selection = None if data.selection is None else draw_images(data.selection, num_images)
+        self.data = replace(data, held_out=draw_images(data.held_out, num_images), selection=selection)
+        if self.task.probe is not None:
+            self.task.probe = replace(self.task.probe, max_images=NUM_PROBE_IMAGES)
+
+    def fit_probe(self) -> None:
+        """Start the classifier from the probe, unless the run is resumed; and measure features before pre-training."""
+        if self.checkpoint is not None:
+            self.metadata["probe"] = self.checkpoint.metadata["probe"]
+        else:
+            self.metadata["probe"] = self.task.probe and self.task.probe.run(self.data, self.reporter)
+        self.has_held_out = self.data.num_held_out_images != 0
+        if self.is_dry_run or not self.has_held_out:
+            self.task.compare = None
+        if self.task.compare is not None:
+            self.task.compare.before = self.task.compare.measure(self.task.model.to(self.accelerator.device))
+
+    def train(self) -> None:
+        """Run the remaining steps, and load the selected weights."""
+        options, data, task, accelerator = self.options, self.data, self.task, self.accelerator
+        no_metrics = {"num_images": 0, "num_unreadable_images": 0}  # if no images are held out
+        self.evaluate_held_out = task.build_evaluator(data.held_out) if self.has_held_out else lambda model: no_metrics
+        self.evaluate = self.evaluate_held_out if data.selection is None else task.build_evaluator(data.selection)
         images = build_training_images(options, data, task)
-        unreadable_images = UnreadableImageCounter(
-            images.describe_unreadable_image, reporter.warn, options.data.max_unreadable_images
+        self.unreadable_images = UnreadableImageCounter(
+            images.describe_unreadable_image, self.reporter.warn, options.data.max_unreadable_images
         )
-        should_compare = task.compare is not None and has_held_out and not is_dry_run
-        if should_compare:
-            task.compare.before = task.compare.measure(task.model.to(accelerator.device))
-        state = prepare_state(options, task, accelerator)
-        with SignalHandler(accelerator) as signals, reporter.progress, stop_on_errors():
-            loop = TrainingLoop(
+        self.state = state = prepare_state(options, task, accelerator)
+        with SignalHandler(accelerator) as signals, self.reporter.progress, stop_on_errors():
+            self.loop = loop = TrainingLoop(
                 state,
                 task.objective,
-                evaluated,
-                plan,
+                self.evaluate,
+                self.plan,
                 options.training,
                 accelerator,
-                reporter,
-                store,
+                self.reporter,
+                self.store,
                 task.selection_metric,
-                unreadable_images,
-                options.run.save_every or (None if plan.num_images else DEFAULT_STREAM_SAVE_EVERY),
+                self.unreadable_images,
+                options.run.save_every or (None if self.plan.num_images else DEFAULT_STREAM_SAVE_EVERY),
                 "held_out" if data.selection is None else "selection",
                 Normalizer(task.processor, accelerator.device) if task.model.config.num_cls_tokens else None,
                 signals,
-                run_metadata,
-                on_checkpoint,
+                self.metadata,
+                self.on_checkpoint,
             )
-            if checkpoint is not None:
-                loop.restore(checkpoint)
-                reporter.print_line("resumed", f"after step {state.step:,} of {plan.num_steps:,}")
-            reporter.start_after(state.step - 1 if state.pending_record else state.step, plan.num_steps)
+            if self.checkpoint is not None:
+                loop.restore(self.checkpoint)
+                self.reporter.print_line("resumed", f"after step {state.step:,} of {self.plan.num_steps:,}")
+            self.reporter.start_after(state.step - bool(state.pending_record), self.plan.num_steps)
             accelerator.wait_for_everyone()
             if options.run.log_with:
                 start_trackers(accelerator, options)
+            is_frozen_selectable = self.checkpoint is None and task.probe is not None and data.selection is not None
             batches = iterate_training_batches(
-                images, plan, accelerator.process_index, options.data.num_workers, state.step
+                images, self.plan, accelerator.process_index, options.data.num_workers, state.step
             )
-            try:
-                with closing(batches):  # closing stops the data loading workers
-                    if has_finished_training or (
-                        checkpoint is None and task.probe is not None and data.selection is not None
-                    ):
-                        metrics = loop.evaluate_step()  # the frozen model takes part in the selection
-                    if not has_finished_training:
-                        metrics = loop.run(batches)
-            except NonFiniteLoss as error:
-                raise RunStopped(f"{error}. {save_non_finite_step(error, loop, folder)}") from None
-            selected_step = None
+            with closing(batches):  # closing stops the data loading workers
+                if self.has_no_steps or is_frozen_selectable:
+                    self.metrics = loop.evaluate_step()  # the frozen model takes part in the selection
+                if not self.has_no_steps:
+                    self.metrics = loop.run(batches)
+            self.selected_step = None
             if options.training.select == "best":
-                selected_step = loop.load_best_weights()
-                selected_text = f"the checkpoint of step {selected_step:,}, with the best evaluation"
-                if selected_step == 0:
-                    selected_text = "the frozen model: fine-tuning was not better by more than two standard errors"
-                if not has_finished_training:
-                    reporter.print_line("selected", selected_text)
-            training_seconds = loop.get_training_seconds()
+                self.selected_step = loop.load_best_weights()
+                text = f"the checkpoint of step {self.selected_step:,}, with the best evaluation"
+                if self.selected_step == 0:
+                    text = "the frozen model: fine-tuning was not better by more than two standard errors"
+                if not self.has_no_steps:
+                    self.reporter.print_line("selected", text)
+            self.training_seconds = loop.get_training_seconds()
         if state.ema is not None:
             state.ema.copy_to_model(state.ema.shadow)
 
-        # Calibration and results
-        calibration, reported_images = None, slice(None)
-        held_out_evaluator: Evaluator | None = None  # only if the model is calibrated
-        if task.can_calibrate and has_held_out and not is_dry_run:
-            assert isinstance(evaluate_held_out, Evaluator) and isinstance(evaluated, Evaluator)
-            held_out_evaluator, fitted_evaluator, fitted_images = evaluate_held_out, evaluated, slice(None)
-            if data.selection is None or (num_selection is not None and num_selection < MIN_IMAGES):
-                fitted_evaluator, fitted_images, reported_images = evaluate_held_out, FITTED, REPORTED
-            fitted_evaluator.keep_logits = held_out_evaluator.keep_logits = True
-            metrics = fitted_evaluator(state.model.eval())
-            calibration = calibrate(task.model.config, fitted_evaluator, fitted_images)
-            reshard(state.model)
-        if (
-            selected_step == 0
-            and task.probe is not None
-            and not is_dry_run
-            and not isinstance(state.model, FSDPModule)
-        ):
-            task.probe.refit(data, accelerator)
-        if data.selection is not None:
-            metrics = evaluate_held_out(state.model.eval())
-            reshard(state.model)
-        elif held_out_evaluator is not None and calibration is not None:
-            metrics["loss"] = rescale(held_out_evaluator, calibration["temperature"])
-        if held_out_evaluator is not None and calibration is not None:
-            temperature = calibration["temperature"]
-            calibration |= compute_calibration_errors(held_out_evaluator, temperature, reported_images)
-            metrics["calibration_error"] = calibration["calibration_error"]
-            reporter.print_line(
+    def calibrate(self) -> None:
+        """Calibrate the classifier, and measure the metrics of the held-out images unless the loop has done so."""
+        data, task, model = self.data, self.task, self.state.model
+        self.calibration: dict[str, Any] | None = None
+        fitted, fitted_images, reported_images = self.evaluate, slice(None), slice(None)
+        if data.selection is None or (self.num_selection is not None and self.num_selection < MIN_IMAGES):
+            fitted, fitted_images, reported_images = self.evaluate_held_out, FITTED, REPORTED
+        self.keeps_predictions = task.can_calibrate and self.has_held_out and not self.is_dry_run
+        if self.keeps_predictions:
+            fitted.keep_logits = self.evaluate_held_out.keep_logits = True
+            fitted(model.eval())
+            self.calibration = calibrate(task.model.config, fitted, fitted_images)
+            reshard(model)
+        can_refit = self.selected_step == 0 and not self.is_dry_run and not isinstance(model, FSDPModule)
+        if can_refit and task.probe is not None:
+            task.probe.refit(data, self.accelerator)
+        if data.selection is not None or self.calibration is not None:
+            self.metrics = self.evaluate_held_out(model.eval())
+            reshard(model)
+        if self.calibration is not None:
+            temperature = self.calibration["temperature"]
+            self.calibration |= compute_calibration_errors(self.evaluate_held_out, temperature, reported_images)
+            self.metrics["calibration_error"] = self.calibration["calibration_error"]
+            self.reporter.print_line(
                 "calibration",
-                f"temperature {temperature:.2f}, from {calibration['num_images']:,} images that are not reported: the "
-                f"calibration error is {100 * calibration['calibration_error']:.1f} points, and was "
-                f"{100 * calibration['calibration_error_before']:.1f}",
+                f"temperature {temperature:.2f}, from {self.calibration['num_images']:,} images that are not "
+                f"reported; calibration error {100 * self.calibration['calibration_error']:.1f} points, before: "
+                f"{100 * self.calibration['calibration_error_before']:.1f}",
             )
+
+    def save(self) -> None:
+        """Write the model and its results, and print the result."""
+        data, task, loop, reporter = self.data, self.task, self.loop, self.reporter
         if data.selection is not None:
-            metrics["selection"] = {
+            self.metrics["selection"] = {
                 "images": data.selection_name,
-                "num_images": num_selection,
-                "step": selected_step,
-                task.selection_metric: state.best_score,
+                "num_images": self.num_selection,
+                "step": self.selected_step,
+                task.selection_metric: self.state.best_score,
             }
         token_movement = loop.monitor.compute_token_movement()
         for token, distance in token_movement.items():
-            if distance == 0 and selected_step != 0 and loop.should_warn_about_tokens:
+            if distance == 0 and self.selected_step != 0 and loop.should_warn_about_tokens:
                 reporter.warn(f"token {token} did not change during training")
-        if num_unreadable := len(unreadable_images):
+        if num_unreadable := len(self.unreadable_images):
             reporter.warn(f"{num_unreadable} training image(s) could not be read and were replaced with other images")
         results = {
             "dataset": data.name,
@@ -306,55 +331,47 @@ def run(
             HELD_OUT_RECORD_KEY: asdict(data.record),
             "num_training_images": data.num_training_images,
             **task.results,
-            **({"frozen": run_metadata["probe"]} if run_metadata["probe"] else {}),
-            "calibration": calibration,
+            **({"frozen": self.metadata["probe"]} if self.metadata["probe"] else {}),
+            "calibration": self.calibration,
             "selection_metric": task.selection_metric,
-            "forward_flops_per_image": forward_flops,
-            **describe_run(plan, state.step, task.model, accelerator, training_seconds),
-            **drop_large_matrices(metrics),
+            "forward_flops_per_image": self.forward_flops,
+            **describe_run(self.plan, self.state.step, task.model, self.accelerator, self.training_seconds),
+            **drop_large_matrices(self.metrics),
             "num_unreadable_training_images": num_unreadable,
             "token_movement": token_movement,
         }
-        if should_compare:
-            after = task.compare.measure(state.model)
-            reshard(state.model)
-            results["features"] = {"before": task.compare.before, "after": after}
-            results["features"]["summary"] = task.compare.describe(after)
-        save_output(task, results, options, accelerator, held_out_evaluator)
-        if is_dry_run:
-            full_options = replace(options, training=replace(options.training, max_steps=full_max_steps))
-            full_plan = build_plan(full_options, data, accelerator)
-            fraction = num_evaluated / full_num_images if full_num_images else 1.0
-            text = describe_dry_run(loop, full_plan, options, fraction, time.perf_counter() - run_start_time)
+        if task.compare is not None:
+            results["features"] = task.compare.compare(self.state.model)
+            reshard(self.state.model)
+        evaluator = self.evaluate_held_out if self.keeps_predictions else None
+        save_output(task, results, self.options, self.accelerator, evaluator)
+        if self.is_dry_run:
+            full_training = replace(self.options.training, max_steps=self.full_max_steps)
+            full_plan = build_plan(replace(self.options, training=full_training), data, self.accelerator)
+            seconds = time.perf_counter() - self.start_time
+            text = describe_dry_run(loop, full_plan, self.options, self.evaluated_fraction, seconds)
             reporter.print_line("dry run", text)
-        else:
-            reporter.print_line("result", format_result(metrics, task.result_metrics, task.evaluated_text))
-            if should_compare:
-                reporter.print_line("features", results["features"]["summary"])
-            reporter.print_line("saved", f"{folder} (model, image processor, {RESULTS_FILE})")
-        accelerator.end_training()
-        return folder
+            return
+        reporter.print_line("result", format_result(self.metrics, task.result_metrics, task.evaluated_text))
+        if task.compare is not None:
+            reporter.print_line("features", results["features"]["summary"])
+        reporter.print_line("saved", f"{self.folder} (model, image processor, {RESULTS_FILE})")
 
 
 # Stages --------------------------------------------------------------------------------------------------------------
 
 
-def resolve_options(options: Any, data: TrainingData, checkpoint: Any) -> tuple[Any, dict[str, str | None]]:
-    """Return the options with pinned models and a value for each flag whose default depends on the run (defaults.py),
-    and the summary lines about these values."""
-    options = pin_models(options, checkpoint)
-    options = replace(
-        options,
-        training=replace(options.training, select="last" if data.selection is None else "best"),
-    )
-    size_line = None
+def resolve_options(options: Any, initial: InitialModel, data: TrainingData) -> tuple[Any, dict[str, str | None]]:
+    """Return the options with a value for each flag whose default depends on the run (defaults.py), and the summary
+    lines about these values."""
+    select = "last" if data.selection is None else "best"
+    options, size_line = replace(options, training=replace(options.training, select=select)), None
     if isinstance(options, FinetuneOptions):
-        model_options, size_line = choose_image_size(options.model)
+        model_options, size_line = choose_image_size(options.model, initial)
         options = replace(options, model=model_options)
-    run_properties = get_run_properties(options, data.num_training_images)
-    options, defaults_line = resolve_defaults(options, run_properties)
-    weights_line = describe_random_weights(options.model.model, run_properties)
-    return options, {"weights": weights_line, "image size": size_line, "defaults": defaults_line}
+    options, defaults_line = resolve_defaults(options, initial, data.num_training_images)
+    lines = {"weights": describe_random_weights(initial), "image size": size_line, "defaults": defaults_line}
+    return options, lines
 
 
 def build_plan(options: Any, data: TrainingData, accelerator: Accelerator) -> BatchPlan:
@@ -407,24 +424,6 @@ def stop_on_errors() -> Iterator[None]:
         yield
     except (OSError, ValueError) as error:
         raise RunStopped(str(error), is_on_all_processes=is_raised_on_all_processes(error)) from error
-
-
-def save_non_finite_step(error: NonFiniteLoss, loop: TrainingLoop, folder: Path) -> str:
-    """Save the image indices and the initial state of the step with the non-finite loss. Return a sentence that
-    contains the file name, or the error if saving fails."""
-    file, accelerator, state = folder / output_folder.NON_FINITE_FILE, loop.accelerator, loop.state
-    local_batches = [{name: batch[name].tolist() for name in ("index", "epoch")} for batch in error.batches]
-    failed_step = {"step": error.step + 1, "batches": gather_object(local_batches)}
-    try:
-        run_on_main(accelerator, lambda: write_json(file, failed_step))
-        store = CheckpointStore(folder / output_folder.NON_FINITE_FOLDER, num_kept=1)
-        tensors, metadata = gather_state(accelerator, state.model, state.optimizer, state.shadow)
-        metadata = {"step": error.step} | metadata
-        run_on_main(accelerator, lambda: store.save(error.step, tensors, metadata, is_best=False))
-    except OSError as saving_error:
-        saved_data = f"The images of step {error.step + 1} and the state before this step"
-        return f"{saved_data} could not be saved: {saving_error}"
-    return f"The images of step {error.step + 1} are listed in {file}"
 
 
 def save_output(

@@ -144,8 +144,8 @@ PER_IMAGE: dict[str, tuple[dict[str, Any], list[Any]]] = {
         [v2.RandomResizedCrop((24, 32), scale=(0.9, 1.0), interpolation=InterpolationMode.BICUBIC)],
     ),
     "rand": (
-        STILL | {"auto_augment": "rand", "rand_augment_operations": 3, "rand_augment_magnitude": 25},
-        [v2.RandAugment(num_ops=3, magnitude=25, interpolation=BILINEAR)],
+        STILL | {"auto_augment": "rand", "rand_augment_magnitude": 25},
+        [v2.RandAugment(num_ops=2, magnitude=25, interpolation=BILINEAR)],
     ),
     "trivial": (STILL | {"auto_augment": "trivial"}, [v2.TrivialAugmentWide(interpolation=BILINEAR)]),
     "all": (

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.tiny_models import build_tiny_config
+from helpers.tiny_options import build_initial_model
 from PIL import Image
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, ViTCLSImageProcessorPil
@@ -14,7 +15,6 @@ from modeling_vitcls.data.fit import describe_fit, get_visible_share, set_fit
 from modeling_vitcls.data.labels import LabelSpace
 from modeling_vitcls.inference.load_model import load_model
 from modeling_vitcls.options import AugmentationOptions, ModelOptions
-from modeling_vitcls.training.model import build_model
 
 
 CROP = {"size": {"shortest_edge": 36}, "do_center_crop": True, "crop_size": {"height": 32, "width": 32}}
@@ -48,7 +48,9 @@ def test_a_white_square_at_each_edge_reaches_the_input(
 ) -> None:
     """By default, fine-tuning squashes. The saved processor, both backends and training see the same region."""
     flags = {} if fit is None else {"fit": fit}
-    _, processor, _ = build_model(ModelOptions(str(cropping_checkpoint), image_size=image_size, **flags), LABELS)
+    _, processor, _ = build_initial_model(
+        ModelOptions(str(cropping_checkpoint), image_size=image_size, **flags), LABELS
+    )
     processor.save_pretrained(tmp_path)
     augmentation = build_augmentation(AugmentationOptions(crop_scale=1.0, shift=0.0), processor)
     for image in build_edge_images():

@@ -17,6 +17,7 @@ from helpers.tiny_models import raises_one_line
 from helpers.tiny_options import build_tiny_options, run_training
 
 from modeling_vitcls.analysis.inspection import open_images
+from modeling_vitcls.configuration_vitcls import ViTCLSConfig
 from modeling_vitcls.data.held_out import (
     HeldOutRecord,
     HeldOutRule,
@@ -30,7 +31,6 @@ from modeling_vitcls.data.splits import (
     load_evaluation_data,
     load_training_data,
 )
-from modeling_vitcls.hub.loading import MODEL_FILE_PATTERNS
 from modeling_vitcls.inference.evaluate import evaluate_checkpoint
 from modeling_vitcls.inference.load_model import load_classifier
 from modeling_vitcls.options import (
@@ -41,6 +41,7 @@ from modeling_vitcls.options import (
 from modeling_vitcls.publishing.model_folder import ModelFolder
 from modeling_vitcls.publishing.staging import list_published_files
 from modeling_vitcls.training.finetune import get_split_warning
+from modeling_vitcls.training.model import InitialModel
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -318,21 +319,20 @@ def test_a_model_trained_on_held_out_images_is_named(
 ) -> None:
     folder, model = write_photos(tmp_path / "photos", range(30)), tmp_path / "model"
     model.mkdir()
-    for file in MODEL_FILE_PATTERNS:
-        (model / file).touch()
+    initial = InitialModel(str(model), str(model), ViTCLSConfig(), has_random_weights=False)
     first, second = read(folder, **trained), read(folder, **other)
     results = {"dataset": first.name, "held_out": asdict(first.record)}
     (model / "results.json").write_text(json.dumps(results), encoding="utf-8")
-    warning = get_split_warning(str(model), second)
+    warning = get_split_warning(initial, second)
     assert warning is None if flags is None else warning.endswith(f"Use the same split with {flags}")
     assert bool(get_names(first.train) & get_names(second.held_out)) is (flags is not None)
-    assert get_split_warning(str(model), replace(second, name="another dataset")) is None
-    assert get_split_warning("vitcls-tiny", second) is None
-    assert get_split_warning(str(model), replace(second, record=HeldOutRecord("test", 5))) is None
+    assert get_split_warning(initial, replace(second, name="another dataset")) is None
+    assert get_split_warning(replace(initial, folder=None), second) is None
+    assert get_split_warning(initial, replace(second, record=HeldOutRecord("test", 5))) is None
     (model / "results.json").write_text(json.dumps(results | {"held_out": {"split": "test", "num_images": 5}}))
-    assert get_split_warning(str(model), second) is None
+    assert get_split_warning(initial, second) is None
     (model / "results.json").unlink()
-    assert get_split_warning(str(model), second) is None
+    assert get_split_warning(initial, second) is None
 
 
 def test_a_split_of_the_dataset_is_recorded_and_evaluated(tmp_path: Path) -> None:

@@ -27,8 +27,9 @@ from helpers.process_checks import write_report
 from modeling_vitcls.checkpoints import CheckpointStore
 from modeling_vitcls.data.batches import BatchPlan
 from modeling_vitcls.data.images import UnreadableImageCounter
+from modeling_vitcls.errors import RunStopped
 from modeling_vitcls.options import TrainingOptions
-from modeling_vitcls.training.loop import NonFiniteLoss, TrainingLoop, TrainingState
+from modeling_vitcls.training.loop import TrainingLoop, TrainingState
 from modeling_vitcls.training.losses import Objective
 from modeling_vitcls.training.optimizer import build_parameter_groups
 from modeling_vitcls.training.reporter import Reporter
@@ -213,7 +214,7 @@ def non_finite_loss_stops_all_processes(folder: Path) -> None:
         before = [parameter.detach().clone() for parameter in loop.state.model.parameters()]
         try:
             loop.run_optimizer_step(itertools.repeat(NO_IMAGES), should_measure_tokens=False)
-        except NonFiniteLoss:
+        except RunStopped:
             pass
         else:
             raise AssertionError(f"the loss of process {failing} is infinite, but training continued")

@@ -10,9 +10,11 @@ from accelerate import Accelerator
 
 from helpers.accelerate_state import reset_accelerate
 from modeling_vitcls.api import build_options
+from modeling_vitcls.data.labels import LabelSpace
 from modeling_vitcls.files import read_json
 from modeling_vitcls.options import AugmentationOptions, FinetuneOptions, ModelOptions, PretrainOptions
 from modeling_vitcls.training import finetune, pretrain
+from modeling_vitcls.training.model import build_model, resolve_initial_model
 from modeling_vitcls.training.reporter import Reporter
 from modeling_vitcls.training.run import build_plan, resolve_options, train
 
@@ -58,10 +60,17 @@ def prepare_task(options: Any) -> SimpleNamespace:
     reset_accelerate()
     kind: Any = pretrain if isinstance(options, PretrainOptions) else finetune
     options, accelerator = kind.check_options(options), Accelerator(cpu=True)
-    reporter, data = Reporter(options.output_dir / "metrics.jsonl", accelerator), kind.load_data(options)
-    options = resolve_options(options, data, None)[0]
-    task, plan = kind.build_task(options, data, reporter), build_plan(options, data, accelerator)
+    initial = resolve_initial_model(options.model.model)
+    reporter = Reporter(options.output_dir / "metrics.jsonl", accelerator)
+    data = kind.load_data(options, initial)
+    options = resolve_options(options, initial, data)[0]
+    task, plan = kind.build_task(options, initial, data, reporter), build_plan(options, data, accelerator)
     return SimpleNamespace(task=task, options=options, data=data, plan=plan, reporter=reporter)
+
+
+def build_initial_model(options: ModelOptions, label_space: LabelSpace) -> Any:
+    """Return the model, the image processor and the names of new parameters, as at the start of a run."""
+    return build_model(options, resolve_initial_model(options.model), label_space)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from helpers.model_folders import RESULTS, write_results, write_run_folder
 from helpers.tiny_models import build_tiny_config, save_with_processor
-from huggingface_hub import ModelCard, parse_eval_result_entries
+from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
 import modeling_vitcls as vitcls
@@ -187,17 +187,6 @@ def test_a_run_without_held_out_images_has_no_results(tmp_path: Path) -> None:
     results = {"num_images": 0, "accuracy": None, "accuracy_interval": None}
     card = load_card(write_run_folder(tmp_path / "mine", results, {"dataset": "acme/photos"}))
     assert "trained without held-out images" in card.text and card.data.eval_results is None
-
-
-def test_the_entry_of_a_benchmark(tmp_path: Path) -> None:
-    folder = write_run_folder(tmp_path / "mine", None, {"eval_benchmark": "acme/bench", "eval_task_id": "top1"})
-    write_card(folder)
-    entries = yaml.safe_load((folder / ".eval_results" / "results.yaml").read_text())
-    (entry,) = parse_eval_result_entries(entries)
-    assert (entry.dataset_id, entry.task_id, entry.value) == ("acme/bench", "top1", 0.983333)
-    (folder / "config.resolved.yaml").write_text("dataset: digits\nmodel: vitcls-tiny\n")
-    write_card(folder)
-    assert not (folder / ".eval_results" / "results.yaml").exists()
 
 
 # Other folders -------------------------------------------------------------------------------------------------------

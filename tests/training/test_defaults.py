@@ -1,119 +1,106 @@
 """Defaults that depend on the weights, the image size and the number of images."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from helpers.tiny_models import build_tiny_config, randomize
 
-from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
+from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification, ViTCLSImageProcessor
 from modeling_vitcls.conversion.convert import convert_checkpoint
 from modeling_vitcls.options import DataOptions, FinetuneOptions, ModelOptions, PretrainOptions, TrainingOptions
-from modeling_vitcls.training.defaults import (
-    RunProperties,
-    describe_random_weights,
-    get_run_properties,
-    resolve_defaults,
-)
+from modeling_vitcls.training.defaults import DEFAULT_FLAGS, describe_random_weights, resolve_defaults
+from modeling_vitcls.training.model import InitialModel, resolve_initial_model
 
 
-SCRATCH = RunProperties("random weights", True, 96, 28, 2000)
+PRETRAINED = {"folder": "checkpoint", "has_random_weights": False}
 
 
-def build_options(**groups: Any) -> FinetuneOptions:
+def build_options(kind: Any = FinetuneOptions, **groups: Any) -> Any:
     """Return the options of a run."""
-    return FinetuneOptions(Path("out"), DataOptions("digits"), **({"model": ModelOptions("vitcls-tiny")} | groups))
+    return kind(Path("out"), DataOptions("digits"), **({"model": ModelOptions("vitcls-tiny")} | groups))
+
+
+def build_initial(hidden_size: int = 96, image_size: int = 28, **fields: Any) -> InitialModel:
+    """Return an initial model; by default with random weights."""
+    config = ViTCLSConfig(hidden_size=hidden_size, num_attention_heads=1, image_size=image_size, patch_size=1)
+    return InitialModel(**{"name": "model", "folder": None, "config": config, "has_random_weights": True} | fields)
 
 
 def get_values(options: Any) -> dict[str, Any]:
     """Return the values that have defaults."""
-    training, augmentation = options.training, options.augmentation
-    return {
-        "learning_rate": training.learning_rate,
-        "layer_decay": training.layer_decay,
-        "epochs": training.epochs,
-        "initializer_range": options.model.initializer_range,
-        "crop_scale": augmentation.crop_scale,
-        "shift": augmentation.shift,
-        "batch_size": training.batch_size,
-    }
+    flags = vars(options.training) | vars(options.augmentation) | vars(options.model)
+    return {name: flags[name] for name in DEFAULT_FLAGS}
+
+
+HEAD, LORA = (build_options(training=TrainingOptions(trainable=trainable)) for trainable in ("head", "lora"))
 
 
 @pytest.mark.parametrize(
-    ("changes", "expected"),
+    ("options", "initial", "num_images", "expected"),
     [
-        ({}, {"learning_rate": 1e-3, "layer_decay": 1.0, "initializer_range": 0.082, "crop_scale": 1.0}),
-        ({"width": 192, "image_size": 224}, {"learning_rate": 5e-4, "initializer_range": 0.058, "crop_scale": 0.35}),
-        ({"width": 4096}, {"initializer_range": 0.02}),
-        ({"image_size": 65}, {"crop_scale": 0.35, "shift": 0.0}),
-        ({"num_training_images": 9_999}, {"batch_size": 32, "epochs": 30.0}),
-        ({"num_training_images": 10_000}, {"batch_size": 64, "epochs": 30.0}),
+        (None, {}, 2000, {"learning_rate": 1e-3, "layer_decay": 1.0, "initializer_range": 0.082, "crop_scale": 1.0}),
+        (None, {"hidden_size": 192, "image_size": 224}, 9, {"initializer_range": 0.058, "crop_scale": 0.35}),
         (
-            {"method": "pre-trained weights", "has_random_weights": False, "width": 768, "image_size": 224},
+            None,
+            {"hidden_size": 4096, "image_size": 65},
+            9,
+            {"initializer_range": 0.02, "crop_scale": 0.35, "shift": 0.0},
+        ),
+        (None, {}, 9_999, {"batch_size": 32, "epochs": 30.0, "shift": 0.04}),
+        (None, {}, 10_000, {"batch_size": 64, "epochs": 30.0}),
+        (
+            None,
+            PRETRAINED | {"hidden_size": 768},
+            9_999,
             {"learning_rate": 5e-5, "layer_decay": 0.75, "initializer_range": None, "epochs": 30.0},
         ),
-        ({"method": "pre-trained weights", "width": 48}, {"learning_rate": 4e-4}),
-        ({"method": "pre-trained weights", "width": 1536}, {"learning_rate": 5e-5}),
-        ({"method": "pre-trained weights", "num_training_images": 10_000}, {"epochs": 10.0}),
-        ({"method": "pre-trained weights", "num_training_images": None}, {"epochs": 10.0}),
-        ({"method": "new head on frozen weights"}, {"learning_rate": 1e-3, "layer_decay": 1.0}),
-        ({"method": "LoRA", "width": 768}, {"learning_rate": 5e-4, "layer_decay": 1.0}),
-        ({"method": "self-supervised", "width": 96}, {"learning_rate": 5e-4, "initializer_range": 0.082}),
+        (None, PRETRAINED | {"hidden_size": 48}, 10_000, {"learning_rate": 4e-4, "epochs": 10.0}),
+        (None, PRETRAINED | {"hidden_size": 1536}, None, {"learning_rate": 5e-5, "epochs": 10.0, "batch_size": 64}),
+        (HEAD, PRETRAINED, 10_000, {"learning_rate": 1e-3, "layer_decay": 1.0, "epochs": 30.0}),
+        (LORA, PRETRAINED, 9, {"learning_rate": 5e-4, "layer_decay": 1.0}),
+        (build_options(PretrainOptions), {}, 9, {"learning_rate": 5e-4, "initializer_range": 0.082}),
     ],
 )
-def test_values(changes: dict[str, Any], expected: dict[str, Any]) -> None:
-    options, _ = resolve_defaults(build_options(), replace(SCRATCH, **changes))
-    values = get_values(options)
+def test_values(options: Any, initial: dict[str, Any], num_images: int | None, expected: dict[str, Any]) -> None:
+    values = get_values(resolve_defaults(options or build_options(), build_initial(**initial), num_images)[0])
     assert {name: values[name] for name in expected} == expected
 
 
 def test_every_default_can_be_overridden_and_the_reasons_are_printed() -> None:
-    options, line = resolve_defaults(build_options(training=TrainingOptions(learning_rate=0.3)), SCRATCH)
+    initial = build_initial()
+    options, line = resolve_defaults(build_options(training=TrainingOptions(learning_rate=0.3)), initial, 2000)
     assert options.training.learning_rate == 0.3
     assert "random weights, width 96: initializer range 0.082" in line
     assert "image size 28: crop scale 1" in line
     assert "learning rate" not in line
     assert "random weights, 2,000 images: epochs 30, batch size 32" in line
-    stream = replace(SCRATCH, num_training_images=None)
-    assert "random weights, a stream: " in resolve_defaults(build_options(), stream)[1]
-    assert resolve_defaults(options, SCRATCH) == (options, "")
+    assert "random weights, a stream: " in resolve_defaults(build_options(), initial, None)[1]
+    assert resolve_defaults(options, initial, 2000) == (options, "")
+    sizes = ModelOptions("vitcls-tiny", hidden_size=192, image_size=(32, 96))
+    line = resolve_defaults(build_options(model=sizes), initial, 2000)[1]
+    assert "width 192: " in line and "image size 96: " in line
 
 
 def test_max_steps_replace_the_epochs() -> None:
-    options, line = resolve_defaults(build_options(training=TrainingOptions(max_steps=3)), SCRATCH)
+    options, line = resolve_defaults(build_options(training=TrainingOptions(max_steps=3)), build_initial(), 9)
     assert options.training.epochs == 30.0 and "epochs" not in line
 
 
-def test_facts_about_a_run(tmp_path: Path) -> None:
-    assert get_run_properties(
-        build_options(model=ModelOptions("vitcls-tiny", hidden_size=96, image_size=28)), 7
-    ) == RunProperties("random weights", True, 96, 28, 7)
-    assert get_run_properties(build_options(), 7) == RunProperties("random weights", True, 192, 224, 7)
-    randomize(ViTCLSForImageClassification(build_tiny_config())).save_pretrained(tmp_path)
-    ViTCLSImageProcessor(size=32).save_pretrained(tmp_path)
-    model = ModelOptions(str(tmp_path), image_size=(48, 40))
-    assert get_run_properties(build_options(model=model), None) == RunProperties(
-        "pre-trained weights", False, 16, 48, None
-    )
-    for trainable, weights in (
-        ("head", "new head on frozen weights"),
-        ("lora", "LoRA"),
-        ("last-1", "pre-trained weights"),
-    ):
-        options = build_options(model=model, training=TrainingOptions(trainable=trainable))
-        assert get_run_properties(options, 7).method == weights
-    options = PretrainOptions(Path("out"), DataOptions("digits"), model)
-    assert get_run_properties(options, 7).method == "self-supervised"
-
-
-def test_a_conversion_with_random_weights_is_not_pre_trained(tmp_path: Path) -> None:
-    """It gets the learning rate and the number of epochs of random weights, and the run says so."""
-    convert_checkpoint("timm:test_vit", tmp_path / "random", random_init=True)
-    options = build_options(model=ModelOptions(str(tmp_path / "random")))
-    run_properties = get_run_properties(options, 20_000)
-    assert run_properties.method == "random weights" and run_properties.has_random_weights
-    resolved, _ = resolve_defaults(options, run_properties)
-    assert (resolved.training.epochs, resolved.training.layer_decay) == (30.0, 1.0)
-    assert resolved.model.initializer_range is None  # the weights are those of the conversion
-    assert "--random-init" in str(describe_random_weights("random", run_properties))
+def test_initial_models(tmp_path: Path) -> None:
+    """A conversion with random weights is not pre-trained, and the run says so."""
+    preset = resolve_initial_model("vitcls-tiny")
+    assert (preset.folder, preset.config.hidden_size, preset.has_random_weights) == (None, 192, True)
+    assert "preset" in str(describe_random_weights(preset))
+    trained, random = tmp_path / "trained", tmp_path / "random"
+    randomize(ViTCLSForImageClassification(build_tiny_config())).save_pretrained(trained)
+    ViTCLSImageProcessor(size=32).save_pretrained(trained)
+    checkpoint = resolve_initial_model(str(trained))
+    assert (checkpoint.config.hidden_size, checkpoint.has_random_weights) == (16, False)
+    assert describe_random_weights(checkpoint) is None
+    convert_checkpoint("timm:test_vit", random, random_init=True)
+    initial = resolve_initial_model(str(random))
+    assert initial.has_random_weights and "--random-init" in str(describe_random_weights(initial))
+    values = get_values(resolve_defaults(build_options(), initial, 20_000)[0])
+    assert (values["epochs"], values["layer_decay"]) == (30.0, 1.0)
+    assert values["initializer_range"] is None  # the weights are those of the conversion

@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from helpers.accelerate_state import reset_accelerate
 from helpers.random_classifiers import build_random_model
-from helpers.tiny_options import PLAIN, TINY
+from helpers.tiny_options import PLAIN, TINY, build_initial_model
 from helpers.warm_processes import SECONDS
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
@@ -40,7 +40,6 @@ from modeling_vitcls.errors import RunStopped
 from modeling_vitcls.options import DataOptions, TrainingOptions
 from modeling_vitcls.training import loop as loop_module
 from modeling_vitcls.training.loop import (
-    NonFiniteLoss,
     TrainingLoop,
     TrainingState,
     is_end_of_epochs,
@@ -54,7 +53,6 @@ from modeling_vitcls.training.losses import (
     SingleLabelLoss,
     compute_distillation_loss,
 )
-from modeling_vitcls.training.model import build_model
 from modeling_vitcls.training.optimizer import (
     Ema,
     build_optimizer,
@@ -85,7 +83,7 @@ class LoopRecorder:
         )
         self.accelerator = Accelerator(cpu=True, gradient_accumulation_steps=self.options.gradient_accumulation_steps)
         torch.manual_seed(0)
-        self.model, processor, _ = build_model(TINY, DIGITS.label_space)
+        self.model, processor, _ = build_initial_model(TINY, DIGITS.label_space)
         prepare(self.model)
         optimizers = optimizer or (lambda model: build_optimizer(model, self.options))
         self.state = TrainingState(*self.accelerator.prepare(self.model, optimizers(self.model)))
@@ -194,7 +192,7 @@ def test_steps_equal_a_plain_training_loop() -> None:
     settings = {"max_steps": 3, "learning_rate": 0.5, "warmup": 0.0, "max_gradient_norm": 0.1, "log_every": 1}
     bench = LoopRecorder(groups, log_attention_every=0, **settings)
     torch.manual_seed(0)
-    reference = build_model(TINY, DIGITS.label_space)[0].train()
+    reference = build_initial_model(TINY, DIGITS.label_space)[0].train()
     optimizer, norms = torch.optim.SGD(reference.parameters()), []
     for step, batch in zip(range(3), bench.batches(), strict=False):
         logits = reference(bench.normalise(batch["pixels"])).logits
@@ -261,10 +259,6 @@ def test_the_last_evaluation_is_repeated_if_all_steps_are_done() -> None:
     bench = LoopRecorder(max_steps=4)
     bench.state.step = 4
     assert bench.run()["accuracy"] == 0.5
-    reset_accelerate()
-    bench = LoopRecorder(max_steps=4, select="best", patience=2)  # stopped early
-    bench.state.step, bench.state.num_evaluations_since_best = 3, 2
-    assert bench.run()["accuracy"] == 0.5 and bench.state.step == 3
 
 
 def test_frozen_layers_stay_in_eval_mode() -> None:
@@ -378,10 +372,6 @@ def test_a_signal_after_the_last_step_stops_nothing() -> None:
     bench.signal_at = 3
     assert bench.run()["accuracy"] == 0.5
     assert bench.saved == [(3, False), (3, True)]
-    reset_accelerate()
-    bench = LoopRecorder(epochs=9, max_steps=None, batch_size=480, select="best", patience=1)
-    bench.accuracies, bench.signal_at = iter([0.75, 0.5]), 6  # three steps per epoch
-    assert bench.run()["accuracy"] == 0.5 and bench.state.step == 6
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -392,10 +382,8 @@ def test_a_non_finite_loss_stops_before_the_update(accumulation: int) -> None:
     before = copy_weights(bench.model)
     objective, factors = bench.loop.objective, iter([math.nan, 1.0])
     bench.loop.objective = lambda model, batch: {"loss": objective(model, batch)["loss"] * next(factors)}
-    with pytest.raises(NonFiniteLoss, match=r"not finite in step 2\. Try a lower --learning-rate") as caught:
+    with pytest.raises(RunStopped, match=r"not finite in step 2\. Try a lower --learning-rate"):
         bench.loop.run_step(batches)
-    assert len(caught.value.batches) == accumulation
-    assert caught.value.batches[0]["index"].shape == (8,)
     assert all(torch.equal(before[name], weight) for name, weight in copy_weights(bench.model).items())
     assert all(parameter.grad is None for parameter in bench.model.parameters())
     assert bench.state.step == 1
@@ -424,14 +412,14 @@ def test_overflowing_gradients_are_logged_as_null() -> None:
 
 def test_permanently_non_finite_gradients_stop_the_run() -> None:
     bench = build_overflowing_loop(max_steps=40, log_every=40)
-    with pytest.raises(NonFiniteLoss, match="not finite in step 20"):
+    with pytest.raises(RunStopped, match="not finite in step 20"):
         bench.run()
 
 
 def test_non_finite_gradients_without_a_loss_scaler_stop_the_run() -> None:
     bench = LoopRecorder(max_steps=2)
     bench.model.classifier.weight.register_hook(lambda gradient: gradient * math.inf)
-    with pytest.raises(NonFiniteLoss, match="not finite in step 1"):
+    with pytest.raises(RunStopped, match="not finite in step 1"):
         bench.run()
 
 

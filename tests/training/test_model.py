@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.tiny_models import build_images, build_tiny_config, get_largest_difference, raises_one_line, randomize
-from helpers.tiny_options import prepare_task, run_training
+from helpers.tiny_options import build_initial_model, prepare_task, run_training
 from peft.tuners.lora import LoraLayer
 
 from modeling_vitcls import (
@@ -29,12 +29,12 @@ from modeling_vitcls.options import (
     PretrainOptions,
     TrainingOptions,
 )
-from modeling_vitcls.training.finetune import check_flag_combinations, check_label_kind, check_options
+from modeling_vitcls.training.finetune import check_label_kind, check_options
 from modeling_vitcls.training.model import (
-    build_model,
     check_preset_name,
     choose_image_size,
     merge_lora,
+    resolve_initial_model,
     set_train_mode,
     set_trainable_parameters,
 )
@@ -56,7 +56,7 @@ def two_tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_scopes_of_cls_tokens_are_built_from_grids() -> None:
     options = ModelOptions(model="vitcls-tiny", cls_scopes=("image", "1x2"), image_size=32, patch_size=8)
-    model, _, _ = build_model(options, LabelSpace("single_label_classification", {"label": ["yes", "no"]}))
+    model, _, _ = build_initial_model(options, LabelSpace("single_label_classification", {"label": ["yes", "no"]}))
     assert model.config.num_cls_tokens == 3
     assert model.config.cls_scopes == ["image", [1, 2, 0, 0], [1, 2, 0, 1]]
     for text in ("2", "0x2", "2 x 2", "left"):
@@ -75,7 +75,7 @@ def test_scopes_of_cls_tokens_are_built_from_grids() -> None:
 )
 def test_a_checkpoint_of_several_tasks_is_trained_on_other_labels(two_tasks: Path, label_space: LabelSpace) -> None:
     saved = ViTCLSForMultiTaskClassification.from_pretrained(two_tasks)
-    model, _, new_names = build_model(ModelOptions(model=str(two_tasks)), label_space)
+    model, _, new_names = build_initial_model(ModelOptions(model=str(two_tasks)), label_space)
     heads = {name for name, _ in model.named_parameters() if not name.startswith("vitcls.")}
     assert heads <= new_names
     kept = saved.vitcls.layers[0].mlp.fc1.weight
@@ -110,7 +110,7 @@ def test_a_classifier_is_kept_only_for_the_same_labels(
     saved = randomize(ViTCLSForImageClassification(build_tiny_config(**fields)))
     saved.save_pretrained(tmp_path)
     ViTCLSImageProcessor(size=32).save_pretrained(tmp_path)
-    model, _, new_names = build_model(ModelOptions(model=str(tmp_path)), LabelSpace(kind, {"label": names}))
+    model, _, new_names = build_initial_model(ModelOptions(model=str(tmp_path)), LabelSpace(kind, {"label": names}))
     assert new_names == (set() if is_same else {"classifier.weight", "classifier.bias"})
     assert torch.equal(model.classifier.weight, saved.classifier.weight) is is_same
     assert model.config.problem_type == (stored_kind if is_same else kind)
@@ -123,7 +123,7 @@ def test_checkpoints_in_bfloat16_are_trained_in_float32(names: list[str], tmp_pa
     randomize(ViTCLSForImageClassification(config)).bfloat16().save_pretrained(tmp_path)
     ViTCLSImageProcessor(size=32).save_pretrained(tmp_path)
     options = ModelOptions(model=str(tmp_path), num_distillation_tokens=1, num_register_tokens=1, pooling="attention")
-    model, _, new_names = build_model(options, LabelSpace("single_label_classification", {"label": names}))
+    model, _, new_names = build_initial_model(options, LabelSpace("single_label_classification", {"label": names}))
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     heads = [] if len(names) == 3 else ["classifier", "distillation_classifier"]
     new = {f"{head}.{name}" for head in heads for name in ("weight", "bias")}
@@ -155,7 +155,7 @@ def test_the_preprocessing_of_a_checkpoint_is_kept(tmp_path: Path) -> None:
     saved = ViTCLSImageProcessor(size=32, image_mean=[0.1, 0.2, 0.3], image_std=[0.4, 0.5, 0.6], resample=2)
     saved.save_pretrained(tmp_path)
     label_space = LabelSpace("single_label_classification", {"label": ["yes", "no"]})
-    processor = build_model(ModelOptions(model=str(tmp_path), image_size=(32, 48)), label_space)[1]
+    processor = build_initial_model(ModelOptions(model=str(tmp_path), image_size=(32, 48)), label_space)[1]
     expected = saved.to_dict() | {"size": {"height": 32, "width": 48}}
     assert {name: processor.to_dict()[name] for name in expected} == expected
 
@@ -164,7 +164,7 @@ def test_patches_are_dropped_only_in_trained_layers(two_tasks: Path, tmp_path: P
     """The number of layers is known only after the checkpoint is loaded."""
     model = ModelOptions(str(two_tasks), patch_drop_rate=0.5)
     options = FinetuneOptions(tmp_path / "out", DataOptions("digits"), model)
-    with raises_one_line("--patch-drop-rate", "--trainable last-1 freezes the embeddings and the first layer"):
+    with raises_one_line("--patch-drop-rate", "--trainable last-1"):
         run_training(replace(options, training=TrainingOptions(trainable="last-1")))
     assert not (tmp_path / "out").exists()
     task = prepare_task(replace(options, training=TrainingOptions(trainable="last-2"))).task
@@ -175,7 +175,6 @@ def test_patches_are_dropped_only_in_trained_layers(two_tasks: Path, tmp_path: P
     ("flags", "named"),
     [
         ({"teacher": "t", "num_distillation_tokens": 0}, ("--teacher", "--num-distillation-tokens")),
-        ({"patch_drop_rate": 0.5, "trainable": "head"}, ("--patch-drop-rate", "--trainable head")),
         ({"streaming": True, "class_balance": "sampling"}, ("--class-balance", "--streaming")),
         ({"streaming": True, "teacher_views": 1}, ("--teacher-views", "--streaming")),
         ({"teacher_views": 3, "mixup": 0.8}, ("--teacher-views", "--mixup")),
@@ -192,7 +191,7 @@ def test_contradictory_flags_are_errors(flags: dict[str, Any], named: tuple[str,
         FinetuneOptions, **{"output_dir": "out", "dataset": "digits", "model": "some/checkpoint"} | flags
     )
     with raises_one_line(*named) if named else nullcontext():
-        check_flag_combinations(options)
+        check_options(options)
 
 
 def test_a_teacher_adds_a_distillation_token() -> None:
@@ -305,7 +304,7 @@ def test_added_tokens_are_trained_with_their_positions_and_gates(choice: str, tm
     ViTCLSImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
     labels = LabelSpace("single_label_classification", {"label": names})
     options = ModelOptions(model=str(tmp_path), num_distillation_tokens=1, num_register_tokens=3)
-    model, _, new_names = build_model(options, labels)
+    model, _, new_names = build_initial_model(options, labels)
     found = group_trainable(set_trainable_parameters(model, choice, 4, new_names))
     new = {f"embeddings.{name}" for name in ("distillation_token", "register_tokens")}
     new |= {f"embeddings.position_embeddings.{group}" for group in ("distillation", "registers")}
@@ -478,9 +477,10 @@ def test_large_checkpoints_are_fine_tuned_at_224_pixels(
     encoder = ViTCLSModel(config)
     encoder.save_pretrained(tmp_path)
     ViTCLSImageProcessor(size=config.image_height_width).save_pretrained(tmp_path)
-    options, line = choose_image_size(ModelOptions(str(tmp_path), image_size=flag))
+    options = ModelOptions(str(tmp_path), image_size=flag)
+    options, line = choose_image_size(options, resolve_initial_model(options.model))
     label_space = LabelSpace("single_label_classification", {"label": ["yes", "no"]})
-    model, processor, _ = build_model(options, label_space)
+    model, processor, _ = build_initial_model(options, label_space)
     assert model.config.image_height_width == expected == (processor.size.height, processor.size.width)
     if flag is None and expected != config.image_height_width:
         assert line is not None

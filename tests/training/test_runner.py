@@ -32,7 +32,7 @@ NOT_COMPARED = ("images_per_second", "peak_memory_mb", "seconds", "inference", "
 def build_options(folder: Path, **flags: Any) -> FinetuneOptions:
     """Return the options of a run of three steps with averaged weights, which saves after each step."""
     settings = {"max_steps": 3, "batch_size": 8, "learning_rate": 3e-3, "ema_decay": 0.5, "save_every": 1}
-    settings |= {"log_every": 3, "log_attention_every": 2, "keep_checkpoints": 5}
+    settings |= {"log_every": 3, "log_attention_every": 3, "keep_checkpoints": 5}
     return build_tiny_options(folder, "digits", **settings | flags)
 
 
@@ -92,7 +92,7 @@ def test_a_resumed_run_has_the_same_results(whole: Path, killed: Path, capsys: p
         assert one["loss"] == pytest.approx(other["loss"], abs=1e-5)
     assert found[0]["token_movement"] == pytest.approx(expected[0]["token_movement"], abs=1e-5)
     assert [record["step"] for record in found[1:]] == [3]
-    entropy = found[1]["cls_attention_entropy"]  # measured after step 2
+    entropy = found[1]["cls_attention_entropy"]
     assert entropy == pytest.approx(expected[1]["cls_attention_entropy"], abs=1e-4)
     assert 1000 < results["seconds"] < 1300 and results["images_per_second"] == round(24 / results["seconds"], 1)
     checkpoints = CheckpointStore(killed / "checkpoints", num_kept=1)
@@ -104,12 +104,12 @@ def test_a_resumed_run_has_the_same_results(whole: Path, killed: Path, capsys: p
 
 
 def test_unreadable_images_and_evaluations_of_earlier_steps_are_counted(killed: Path) -> None:
-    change_metadata(killed, unreadable_images=[7, 3], best_score=2.0, num_evaluations_since_best=5)
+    change_metadata(killed, unreadable_images=[7, 3], best_score=2.0)
     results = run_training(build_options(killed, resume=True))
     assert results["num_unreadable_training_images"] == 2
     state = read_json(killed / "checkpoints" / "step-00000003" / "state.json")
     assert state["metadata"]["unreadable_images"] == [3, 7]
-    assert (state["metadata"]["best_score"], state["metadata"]["num_evaluations_since_best"]) == (2.0, 5)
+    assert state["metadata"]["best_score"] == 2.0
 
 
 def test_checkpoints_contain_unreadable_images_that_are_not_logged_yet(tmp_path: Path) -> None:

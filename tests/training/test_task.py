@@ -189,15 +189,6 @@ def test_a_dry_run_with_fewer_images_to_select_on_than_to_report(
     assert "the best checkpoint is selected on 6 separate images (split 'validation')" in output
 
 
-def test_patience_stops_early(tmp_path: Path) -> None:
-    """The learning rate is so low that no evaluation is better than the first one."""
-    flags = {"epochs": 20.0, "batch_size": 400, "learning_rate": 1e-12}
-    results = run_training(build_options(tmp_path, select="best", patience=2, **flags))
-    records = read_records(tmp_path)
-    assert [record["step"] for record in records] == [3, 6, 9] and results["steps"] == 9
-    assert results["selection"]["step"] == 3
-
-
 def test_the_best_checkpoint_of_pretraining(tmp_path: Path) -> None:
     options = build_options(tmp_path / "run", kind=PretrainOptions, max_steps=2, select="best")
     results = run_training(options)
