@@ -13,7 +13,6 @@ executed. training/distributed_state.py collects the tensors from the processes.
 
 import hashlib
 import json
-import math
 import re
 import shutil
 from collections.abc import Callable
@@ -26,6 +25,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from .errors import format_error
 from .files import sync_to_disk
 
 
@@ -41,6 +41,9 @@ WRITE_ERRORS = (OSError, SafetensorError)  # exceptions raised by failed writes
 class DamagedCheckpointError(ValueError):
     """Raised if a file of a checkpoint is missing or has changed since the checkpoint was written."""
 
+    def __init__(self, folder: Path, reason: str) -> None:
+        super().__init__(f"the checkpoint {folder} is damaged: {reason}")
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -49,19 +52,13 @@ class Checkpoint:
     folder: Path
     step: int
     metadata: dict[str, Any]  # `metadata` in state.json
-    files: dict[str, str]  # file name -> SHA-256, for all files except state.json
 
     def load_tensors(self, name: str) -> Tensors:
         """Return the tensors of `name`.safetensors on the CPU. Raise DamagedCheckpointError if the file is damaged."""
-        file = f"{name}.safetensors"
-        if file not in self.files:
-            raise DamagedCheckpointError(
-                f"the checkpoint {self.folder} is damaged: {STATE_FILE} has no checksum for {file}"
-            )
         try:
-            return load_file(self.folder / file)
+            return load_file(self.folder / f"{name}.safetensors")
         except SafetensorError as error:
-            raise DamagedCheckpointError(f"the checkpoint {self.folder} is damaged: {file} ({error})") from error
+            raise DamagedCheckpointError(self.folder, f"{name}.safetensors ({error})") from error
 
 
 @dataclass
@@ -93,7 +90,10 @@ class CheckpointStore:
             move_into_place(partial_folder, target)
         except WRITE_ERRORS as error:
             shutil.rmtree(partial_folder, ignore_errors=True)
-            raise OSError(self.describe_write_error(step, tensor_groups, error)) from error
+            raise OSError(
+                f"cannot write the checkpoint of step {step} to {self.folder}: {format_error(error)}. Earlier "
+                "checkpoints are intact. Free disk space, then use --resume"
+            ) from error
         self.prune(step)
 
     def load_newest(self, warn: Callable[[str], None]) -> Checkpoint | None:
@@ -170,19 +170,6 @@ class CheckpointStore:
             if not partial_folder.is_symlink():
                 shutil.rmtree(partial_folder)
 
-    def describe_write_error(self, step: int, tensor_groups: dict[str, Tensors], error: Exception) -> str:
-        """Return the error message for a checkpoint that cannot be written, with the required and the free space."""
-        required_bytes = sum(tensor.nbytes for tensors in tensor_groups.values() for tensor in tensors.values())
-        existing_folder = next(folder for folder in (self.folder, *self.folder.parents) if folder.exists())
-        free_bytes = shutil.disk_usage(existing_folder).free
-        steps = self.list_steps()
-        note = f"the checkpoint of step {steps[-1]} is intact" if steps else "there is no earlier checkpoint"
-        return (
-            f"cannot write the checkpoint of step {step} to {self.folder}: {' '.join(str(error).split())}. The "
-            f"checkpoint requires {math.ceil(required_bytes / 1e6):,} MB, and {math.ceil(free_bytes / 1e6):,} MB are "
-            f"free; {note}. Free disk space, then use --resume"
-        )
-
 
 # Checkpoint files ----------------------------------------------------------------------------------------------------
 
@@ -204,26 +191,21 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     """Verify and return a checkpoint. Raise DamagedCheckpointError if a file is missing or damaged."""
     state = read_state(folder)
     for name, expected_digest in state["files"].items():
-        file = folder / name
-        if not file.is_file():
-            raise DamagedCheckpointError(f"the checkpoint {folder} is damaged: {name} is missing")
-        if compute_file_digest(file) != expected_digest:
-            raise DamagedCheckpointError(f"the checkpoint {folder} is damaged: the checksum of {name} does not match")
-    return Checkpoint(folder, state["step"], state["metadata"], state["files"])
+        if not (folder / name).is_file() or compute_file_digest(folder / name) != expected_digest:
+            raise DamagedCheckpointError(folder, f"{name} is missing, or its checksum does not match")
+    return Checkpoint(folder, state["step"], state["metadata"])
 
 
 def read_state(folder: Path) -> dict[str, Any]:
     """Return the contents of state.json. Raise DamagedCheckpointError if the file is missing or invalid."""
-    if not (folder / STATE_FILE).is_file():
-        raise DamagedCheckpointError(f"the checkpoint {folder} is damaged: {STATE_FILE} is missing")
     try:
         state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
         expected_digest = state.pop("sha256")
-        has_valid_checksum = compute_json_digest(state) == expected_digest
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):  # not a JSON object with a checksum
-        raise DamagedCheckpointError(f"the checkpoint {folder} is damaged: {STATE_FILE} is unreadable") from None
-    if not has_valid_checksum or not is_valid_state(state, folder):
-        raise DamagedCheckpointError(f"the checkpoint {folder} is damaged: {STATE_FILE} is not valid")
+        is_valid = compute_json_digest(state) == expected_digest and is_valid_state(state, folder)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):  # other types of values
+        is_valid = False
+    if not is_valid:
+        raise DamagedCheckpointError(folder, f"{STATE_FILE} is missing or not valid")
     return state
 
 
@@ -231,16 +213,13 @@ def is_valid_state(state: dict[str, Any], folder: Path) -> bool:
     """Return whether a JSON object has the fields of state.json, belongs to the step in the name of the folder, and
     lists no files outside the folder."""
     match = STEP_FOLDER_PATTERN.fullmatch(folder.name)
-    files, metadata = state.get("files"), state.get("metadata")
+    step, metadata = state["step"], state["metadata"]
     return (
-        type(state.get("step")) is int
-        and (match is None or state["step"] == int(match[1]))
-        and isinstance(metadata, dict)
-        and type(num_steps := metadata.get("num_steps", state["step"])) is int
-        and 0 <= state["step"] <= num_steps
+        type(step) is int
+        and (match is None or step == int(match[1]))
+        and 0 <= step <= metadata.get("num_steps", step)
         and isinstance(metadata.get("flags", {}), dict)
-        and isinstance(files, dict)
-        and all(Path(name).name == name and isinstance(sha256, str) for name, sha256 in files.items())
+        and all(Path(name).name == name and isinstance(sha256, str) for name, sha256 in state["files"].items())
     )
 
 

@@ -24,7 +24,7 @@ RELATIVE_PREFIXES = ("./", "../")  # prefixes of relative paths; no Hub id start
 def resolve_name(name: str, is_built_in: bool = False) -> str:
     """Return a name in which the path of an existing file or folder is absolute.
 
-    `name` is a path, a Hub id, `timm:NAME`, `timm:NAME@FILE`, `timm:local-dir:FOLDER` or `transformers:...`. A
+    `name` is a path, a Hub id, `timm:NAME`, `timm:local-dir:FOLDER` or `transformers:...`. A
     built-in name (`digits`, a preset) takes precedence over a path.
     """
     prefix, path = split_prefix(name)

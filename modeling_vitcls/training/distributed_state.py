@@ -77,8 +77,7 @@ def scatter_state(
     optimizer: torch.optim.Optimizer,
     shadow: Sequence[torch.Tensor] | None,
 ) -> None:
-    """Load a state returned by `gather_state`. This function must be called on all processes. Raise ValueError if the
-    checkpoint belongs to another model or optimizer.
+    """Load a state returned by `gather_state`. This function must be called on all processes.
 
     Args:
         checkpoint: checkpoint to load, the same on all processes. Only the main process reads the tensors from disk.
@@ -95,13 +94,11 @@ def scatter_state(
 def scatter_weights_and_ema(
     checkpoint: Checkpoint, accelerator: Accelerator, model: nn.Module, shadow: Sequence[torch.Tensor] | None
 ) -> None:
-    """Load the weights and the EMA weights of a checkpoint into `model` and `shadow`. Raise ValueError if the
-    checkpoint belongs to another model."""
+    """Load the weights and the EMA weights of a checkpoint into `model` and `shadow`."""
     scatter_weights(checkpoint.load_tensors("model") if accelerator.is_main_process else None, model, accelerator)
     if shadow is not None:
         averages = checkpoint.load_tensors("ema") if accelerator.is_main_process else {}
         targets = dict(zip(get_trainable_parameter_names(model), shadow, strict=True))
-        run_on_main(accelerator, lambda: check_names_and_shapes(averages, targets))
         for name, target in targets.items():
             target.copy_(distribute_like(averages.get(name), target.dtype, target, accelerator))
 
@@ -148,11 +145,9 @@ def gather_tensor(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def scatter_weights(full_tensors: Tensors | None, model: nn.Module, accelerator: Accelerator) -> None:
-    """Load full tensors from the main process into the model on all processes. Raise ValueError if a tensor is missing
-    or unexpected, or has a different shape."""
+    """Load full tensors from the main process into the model on all processes."""
     weights: dict[str, Any] = {} if full_tensors is None else {**full_tensors}
     targets: dict[str, Any] = get_model_state_dict(model)
-    run_on_main(accelerator, lambda: check_names_and_shapes(weights, targets))
     # Full tensors cannot be copied into DTensors without these options. FSDP2 uses DTensors even with one process.
     is_sharded = any(isinstance(target, DTensor) for target in targets.values())
     is_distributed = is_sharded or accelerator.num_processes > 1
@@ -193,11 +188,7 @@ def scatter_optimizer_state(
         # same shapes as their parameters. Step counts, which are small, are sent as tensors.
         dtypes_and_steps: dict[str, Any] = {}
         for name, tensor in (full_tensors or {}).items():
-            parameter = parameters.get(name.split("/", 1)[1])
-            if parameter is None or id(parameter) not in indices:
-                raise ValueError(
-                    f"the checkpoint belongs to another run: the optimizer of this run has no state {name}"
-                )
+            parameter = parameters[name.split("/", 1)[1]]
             dtypes_and_steps[name] = tensor.dtype if tensor.ndim and tensor.shape == parameter.shape else tensor
         return dtypes_and_steps | non_tensor_state
 
@@ -211,18 +202,3 @@ def scatter_optimizer_state(
             )
         state.setdefault(indices[id(parameter)], {})[key] = value
     torch_optimizer.load_state_dict({"state": state, "param_groups": torch_optimizer.state_dict()["param_groups"]})
-
-
-def check_names_and_shapes(full_tensors: Tensors, targets: Tensors) -> None:
-    """Raise ValueError if the checkpoint's tensors and `targets` have different names or shapes."""
-    for name in sorted(full_tensors.keys() ^ targets.keys()):
-        location = "the checkpoint" if name in full_tensors else "the model"
-        raise ValueError(
-            f"the checkpoint belongs to another model: {name} exists only in {location}. Use the same model"
-        )
-    for name, target in targets.items():
-        if full_tensors[name].shape != target.shape:
-            shapes_text = f"{list(full_tensors[name].shape)} in the checkpoint and {list(target.shape)} in the model"
-            raise ValueError(
-                f"the checkpoint belongs to another model: the shape of {name} is {shapes_text}. Use the same model"
-            )

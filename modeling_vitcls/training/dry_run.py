@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ from ..data.sampling import BatchPlan
 from ..data.streaming import StreamedImages
 from .loop import TrainingLoop
 from .output_folder import CHECKPOINTS_FOLDER, check_replaceable
-from .reporter import format_duration
 
 
 NUM_STEPS = 3  # more than 1, because the first step is slower than later steps
@@ -78,5 +78,6 @@ def describe_dry_run(
     return (
         f"ran {len(loop.step_seconds)} steps and an evaluation, and saved a checkpoint and the model, in "
         f"{seconds:.0f} s; no files were kept. The full run has {full_plan.num_steps:,} steps, takes about "
-        f"{format_duration(full_seconds)}, and needs about {loop.peak_memory / 2**20:,.0f} MiB of memory per process"
+        f"{timedelta(seconds=math.ceil(full_seconds))}, and needs about {loop.peak_memory / 2**20:,.0f} MiB of "
+        "memory per process"
     )

@@ -175,7 +175,7 @@ class TrainingLoop:
                     gradient_norm = float(accelerator.clip_grad_norm_(parameters, options.max_gradient_norm))
                     self.check_finite(losses, gradient_norm)
                     if should_measure_tokens:
-                        tokens_and_gradients = self.monitor.copy_tokens(), self.monitor.copy_gradients()
+                        tokens_and_gradients = self.monitor.copy_tokens(), self.monitor.copy_tokens(gradients=True)
                     state.optimizer.step()
                     state.optimizer.zero_grad()
         state.step += 1

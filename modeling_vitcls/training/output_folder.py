@@ -23,7 +23,6 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from ..checkpoints import Checkpoint, CheckpointStore, Tensors
-from ..conversion.any_checkpoint import has_random_weights, resolve_checkpoint
 from ..data.image_folder import format_name_list
 from ..files import sync_to_disk, write_json
 from ..hub.local_paths import is_local, split_prefix
@@ -46,11 +45,11 @@ from ..hub.model_files import (
 )
 from ..hub.provenance import find_provenance
 from ..image_processing_vitcls import ViTCLSImageProcessor
-from ..inference.load_model import is_preset
 from ..inference.speed import measure_inference_speed
 from ..options import FinetuneOptions, PretrainOptions
 from .adapter import write_adapter
-from .model import merge_lora
+from .model import InitialModel, merge_lora
+from .resume import replace_sources
 
 
 ADAPTER_FOLDER = "adapter"  # folder with only the LoRA adapter
@@ -104,18 +103,17 @@ def check_no_unrelated_files(folder: Path) -> None:
 def check_sources_not_removed(options: FinetuneOptions | PretrainOptions) -> None:
     """Raise ValueError if --overwrite would remove the initial model or the teacher."""
     folder = options.output_dir.resolve()
-    sources = [("--model", options.model.model)]
-    if isinstance(options, PretrainOptions):
-        sources += [("--teachers", name) for name in options.distillation.teachers]
-    elif options.distillation.teacher is not None:
-        sources.append(("--teacher", options.distillation.teacher))
-    for flag, name in sources:
-        path = Path(split_prefix(name)[1]).resolve()
-        if is_local(name) and (path == folder or folder in path.parents):
+
+    def check(flag: str, source: str) -> str:
+        path = Path(split_prefix(source)[1]).resolve()
+        if is_local(source) and folder in (path, *path.parents):
             raise ValueError(
-                f"the {flag} path is in --output-dir {folder}, which --overwrite clears. Choose a different "
+                f"the --{flag} path is in --output-dir {folder}, which --overwrite clears. Choose a different "
                 "--output-dir"
             )
+        return source
+
+    replace_sources(options, check)
 
 
 def remove_run_files(folder: Path, store: CheckpointStore) -> None:
@@ -144,13 +142,10 @@ def prepare(folder: Path, store: CheckpointStore, flags: dict[str, Any], checkpo
 def list_final_files(folder: Path) -> list[str]:
     """Return the names of the existing files that a run writes at the end, in the order of `FINAL_FILE_PATTERNS`."""
     patterns = ("*", f"{IMAGES_FOLDER}/*", "onnx/*", f"{ADAPTER_FOLDER}/*")
-    files = (path for pattern in patterns for path in folder.glob(pattern) if path.is_file())
+    files = (path for pattern in patterns for path in sorted(folder.glob(pattern)) if path.is_file())
     names = [path.relative_to(folder).as_posix() for path in files]
-    ranks = {
-        name: [rank for rank, pattern in enumerate(FINAL_FILE_PATTERNS) if is_match(name, (pattern,))]
-        for name in sorted(names)
-    }
-    return sorted((name for name in ranks if ranks[name]), key=ranks.__getitem__)
+    matches = [name for pattern in FINAL_FILE_PATTERNS for name in names if is_match(name, (pattern,))]
+    return list(dict.fromkeys(matches))
 
 
 # Model ---------------------------------------------------------------------------------------------------------------
@@ -187,6 +182,7 @@ def write_model_files(
     weights: Tensors,
     results: dict[str, Any],
     options: FinetuneOptions | PretrainOptions,
+    initial: InitialModel,
 ) -> None:
     """Write weights, configuration, code, image processor, LoRA adapter and results. LoRA weights are merged. Only the
     main process may call this function. `weights` are full tensors, because the model may be sharded."""
@@ -201,8 +197,8 @@ def write_model_files(
         model.__class__ = wrapped_class
     processor.save_pretrained(folder)
     results = results | {"weights_sha256": hash_weights(folder), "provenance": None}  # None: random weights
-    if not is_preset(options.model.model) and not has_random_weights(resolve_checkpoint(options.model.model)):
-        provenance = find_provenance(options.model.model)
+    if not initial.has_random_weights:
+        provenance = find_provenance(initial.name)
         provenance.copy_license(folder)
         results["provenance"] = provenance.to_dict()
     if isinstance(options, FinetuneOptions) and options.distillation.teacher is not None:
@@ -213,7 +209,7 @@ def write_model_files(
     results["inference"] = measure_inference_speed(saved_model, model.device)
     if any(".lora_" in name for name in weights):
         adapter_folder = folder / ADAPTER_FOLDER
-        write_adapter(adapter_folder, weights, options.training.lora_rank, options.model.model)
+        write_adapter(adapter_folder, weights, options.training.lora_rank, initial.name)
         model.config.save_pretrained(adapter_folder)
         write_json(adapter_folder / RESULTS_FILE, results)
     write_json(folder / RESULTS_FILE, results)
@@ -229,11 +225,9 @@ class FolderLock:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.file_lock = FileLock(folder / LOCK_FILE, timeout=LOCK_TIMEOUT, thread_local=False)
-        self.created_folders: list[Path] = []  # folders that were created for the lock, innermost first
 
     def acquire(self) -> None:
         """Create the folder if necessary, and lock it. Raise ValueError if another run holds the lock."""
-        self.created_folders = [folder for folder in (self.folder, *self.folder.parents) if not folder.exists()]
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
             self.file_lock.acquire()
@@ -243,18 +237,12 @@ class FolderLock:
                 "--output-dir"
             ) from None
 
-    def release(self) -> None:
-        """Release the lock if this process holds the lock. Remove empty folders that were created for the lock."""
-        if not self.file_lock.is_locked:
-            return
-        (self.folder / LOCK_FILE).unlink(missing_ok=True)
-        self.file_lock.release()
-        with suppress(OSError):  # the folder is not empty
-            for folder in self.created_folders:
-                folder.rmdir()
-
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.release()
+        if self.file_lock.is_locked:
+            (self.folder / LOCK_FILE).unlink(missing_ok=True)
+            self.file_lock.release()
+            with suppress(OSError):  # the folder is not empty
+                self.folder.rmdir()

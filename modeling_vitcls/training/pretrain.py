@@ -12,7 +12,7 @@ import itertools
 import math
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -78,10 +78,6 @@ def check_options(options: PretrainOptions) -> PretrainOptions:
     for flag, is_set in flags.items():
         if is_set:
             raise ValueError(f"{flag} is supported only in fine-tuning, but this is a pre-training run. Remove {flag}")
-    if options.model.patch_drop_rate:
-        raise ValueError(
-            "--patch-drop-rate drops patches, but pre-training requires all patches. Remove --patch-drop-rate"
-        )
     if options.data.streaming and options.distillation.teacher_views:
         raise ValueError(
             "--teacher-views stores one vector per image, but the number of images in a stream is unknown. Remove "
@@ -162,7 +158,7 @@ def build_task(options: PretrainOptions, initial: InitialModel, data: TrainingDa
         summary_lines=summary_lines,
         results=results,
         encoder=method.vitcls,
-        compare=FeatureComparison(partial(build_evaluator, data.held_out, with_regression=True)),
+        measure_features=build_evaluator(data.held_out, with_regression=True),
     )
 
 
@@ -235,33 +231,17 @@ class FeatureQuality:
         return metrics | {"effective_rank": round(rank, 2)} | counts
 
 
-@dataclass
-class FeatureComparison:
-    """Compares the features before and after pre-training, on the held-out images."""
-
-    build_evaluator: Callable[[], FeatureQuality]
-    before: dict[str, Any] = field(default_factory=dict)
-
-    def measure(self, model: Any) -> dict[str, Any]:
-        """Return the metrics of k-NN and logistic regression. All processes must call this method."""
-        return self.build_evaluator()(model.eval())
-
-    def compare(self, model: Any) -> dict[str, Any]:
-        """Return the metrics before and after training, and a line that compares them."""
-        after = self.measure(model)
-        return {"before": self.before, "after": after, "summary": self.describe(after)}
-
-    def describe(self, after: dict[str, Any]) -> str:
-        """Return a line that compares the metrics with those before training."""
-        before, names = self.before, {"knn_accuracy": "k-NN", "regression_accuracy": "logistic regression"}
-        texts = [f"{text} {before[name]:.1%} -> {after[name]:.1%}" for name, text in names.items() if name in after]
-        is_worse = all(after[name] < before[name] for name in names if name in after) and bool(texts)
-        if not texts:
-            texts = [f"effective rank {before['effective_rank']} -> {after['effective_rank']} (no labels)"]
-        for index, cosine in enumerate(after.get("teacher_cosines", ())):
-            texts.append(f"cosine with teacher {index} {before['teacher_cosines'][index]:.3f} -> {cosine:.3f}")
-        text = f"{', '.join(texts)} on {after['num_images']:,} held-out images, from before to after pre-training"
-        return f"{text}. Pre-training made the features worse" if is_worse else text
+def compare_features(before: dict[str, Any], after: dict[str, Any]) -> str:
+    """Return a line that compares the metrics of the held-out images before and after pre-training."""
+    names = {"knn_accuracy": "k-NN", "regression_accuracy": "logistic regression"}
+    texts = [f"{text} {before[name]:.1%} -> {after[name]:.1%}" for name, text in names.items() if name in after]
+    is_worse = all(after[name] < before[name] for name in names if name in after) and bool(texts)
+    if not texts:
+        texts = [f"effective rank {before['effective_rank']} -> {after['effective_rank']} (no labels)"]
+    for index, cosine in enumerate(after.get("teacher_cosines", ())):
+        texts.append(f"cosine with teacher {index} {before['teacher_cosines'][index]:.3f} -> {cosine:.3f}")
+    text = f"{', '.join(texts)} on {after['num_images']:,} held-out images, from before to after pre-training"
+    return f"{text}. Pre-training made the features worse" if is_worse else text
 
 
 def compute_effective_rank(features: np.ndarray) -> float:
@@ -291,8 +271,8 @@ def build_encoder(options: ModelOptions, initial: InitialModel) -> tuple[ViTCLSM
     config = encoder.config
     if config.patch_drop_rate:
         raise ValueError(
-            f"{name} has a patch_drop_rate of {config.patch_drop_rate}, but pre-training requires all patches. "
-            "Set --patch-drop-rate 0"
+            f"pre-training requires all patches, but the patch_drop_rate is {config.patch_drop_rate}. Set "
+            "--patch-drop-rate 0"
         )
     if encoder.embeddings.mask_token is not None:
         encoder.embeddings.mask_token.requires_grad_(False)  # not used; DDP requires gradients of all parameters
@@ -308,32 +288,19 @@ def load_teachers(
     accelerator: Accelerator,
 ) -> FeatureTeachers:
     """Load the teachers, and fit the standardization of their features to augmented training images."""
-    with_patches, augmentation = (
-        options.distillation.distill_patches,
-        build_augmentation(options.augmentation, processor),
-    )
-    teachers = FeatureTeachers(
-        [
-            load_feature_teacher(name, config, with_patches, accelerator.device)
-            for name in options.distillation.teachers
-        ],
-        with_patches,
-        accelerator.autocast,
-    )
+    names, with_patches = options.distillation.teachers, options.distillation.distill_patches
+    loaded = [load_feature_teacher(name, config, with_patches, accelerator.device) for name in names]
+    teachers = FeatureTeachers(loaded, with_patches, accelerator.autocast)
     num_images = NUM_DRY_RUN_STANDARDIZATION_IMAGES if options.run.dry_run else NUM_STANDARDIZATION_IMAGES
-    plan = BatchPlan.from_options(data.num_training_images, options.training, num_processes=1)
     num_images = min(num_images, data.num_training_images or num_images)
-    num_batches = math.ceil(num_images / plan.batch_size)
+    plan = BatchPlan.from_options(data.num_training_images, options.training, num_processes=1)
+    augmentation, to_rgb = build_augmentation(options.augmentation, processor), bool(processor.do_convert_rgb)
     images = build_training_dataset(
-        data.train,
-        augmentation,
-        bool(processor.do_convert_rgb),
-        options.training.seed,
-        num_channels=config.num_channels,
+        data.train, augmentation, to_rgb, options.training.seed, num_channels=config.num_channels
     )
     with closing(iterate_training_batches(images, plan, 0, num_workers=0)) as batches:
-        first_batches = (send_to_device(batch, accelerator.device) for batch in itertools.islice(batches, num_batches))
-        teachers.fit(first_batches, num_images)
+        first_batches = itertools.islice(batches, math.ceil(num_images / plan.batch_size))
+        teachers.fit((send_to_device(batch, accelerator.device) for batch in first_batches), num_images)
     return teachers
 
 

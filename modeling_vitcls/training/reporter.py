@@ -7,8 +7,7 @@ and writes.
 import json
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -68,21 +67,9 @@ class Reporter:
                 line for line in lines if (line_step := parse_step(line)) is not None and line_step <= step
             ]
             partial_file = self.metrics_file.with_name(f".{self.metrics_file.name}.partial")
-            with self.explain_write_errors():
-                partial_file.write_text("".join(f"{line}\n" for line in earlier_lines), encoding="utf-8")
-                partial_file.replace(self.metrics_file)
+            partial_file.write_text("".join(f"{line}\n" for line in earlier_lines), encoding="utf-8")
+            partial_file.replace(self.metrics_file)
         self.progress.update(self.progress_task, completed=step, total=num_steps)
-
-    @contextmanager
-    def explain_write_errors(self) -> Iterator[None]:
-        """Add a remedy to the OSError if metrics.jsonl cannot be written."""
-        try:
-            yield
-        except OSError as error:
-            raise OSError(
-                f"cannot write {self.metrics_file} ({error.strerror}). Free disk space, then repeat the command with "
-                "--resume"
-            ) from error
 
     def show_step(self, step: int) -> None:
         """Move the progress bar, and update the remaining time."""
@@ -95,16 +82,17 @@ class Reporter:
         if not self.accelerator.is_main_process:
             return
         line = json.dumps(record, allow_nan=False)
-        with self.explain_write_errors(), self.metrics_file.open("a", encoding="utf-8") as file:
+        with self.metrics_file.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
         text = f"epoch {record['epoch']:.1f}  loss {record['loss']:.3f}  lr {record['learning_rate']:.1e}  "
         text += f"{record['images_per_second']:.0f} images/s"
         score_text = ""
-        for split, split_text in (("held_out", "held out"), ("selection", "selection")):
-            if self.printed_metric is not None and (name := f"{split}_{self.printed_metric}") in record:
-                score_text = f"{split_text}: {format_metric(self.printed_metric, record[name])}"
-                if self.additional_metric is not None and (name := f"{split}_{self.additional_metric}") in record:
-                    score_text += f", {format_metric(self.additional_metric, record[name])}"
+        metrics = (self.printed_metric, self.additional_metric)
+        names = [name for name in metrics if name is not None and self.printed_metric is not None]
+        for split in ("held_out", "selection"):
+            scores = {name: record[f"{split}_{name}"] for name in names if f"{split}_{name}" in record}
+            if scores:
+                score_text = f"{split.replace('_', ' ')}: {', '.join(map(format_metric, scores, scores.values()))}"
         remaining_time = self.format_remaining_time(record["step"])
         if self.progress.disable:
             columns = [f"step {record['step']}/{self.num_steps}", text, remaining_time, score_text]
@@ -120,20 +108,7 @@ class Reporter:
         if num_completed_steps <= 0 or num_remaining_steps <= 0:
             return ""
         seconds_per_step = (time.perf_counter() - self.start_time) / num_completed_steps
-        return f"{format_duration(seconds_per_step * num_remaining_steps)} left"
-
-
-def format_duration(seconds: float) -> str:
-    """Format a duration, rounded to one or two units: `42 s`, `7 min`, `3 h 20 min`, `2 d 5 h`."""
-    if seconds < 90:
-        return f"{math.ceil(seconds)} s"
-    minutes = round(seconds / 60)
-    if minutes < 60:
-        return f"{minutes} min"
-    hours, minutes = divmod(minutes, 60)
-    if hours < 24:
-        return f"{hours} h {minutes} min"
-    return f"{hours // 24} d {hours % 24} h"
+        return f"{timedelta(seconds=math.ceil(seconds_per_step * num_remaining_steps))} left"
 
 
 def format_metric(name: str, value: float | None) -> str:

@@ -217,9 +217,9 @@ class Run:
             self.metadata["probe"] = self.task.probe and self.task.probe.run(self.data, self.reporter)
         self.has_held_out = self.data.num_held_out_images != 0
         if self.is_dry_run or not self.has_held_out:
-            self.task.compare = None
-        if self.task.compare is not None:
-            self.task.compare.before = self.task.compare.measure(self.task.model.to(self.accelerator.device))
+            self.task.measure_features = None
+        if self.task.measure_features is not None:
+            self.features_before = self.task.measure_features(self.task.model.to(self.accelerator.device).eval())
 
     def train(self) -> None:
         """Run the remaining steps, and load the selected weights."""
@@ -340,11 +340,13 @@ class Run:
             "num_unreadable_training_images": num_unreadable,
             "token_movement": token_movement,
         }
-        if task.compare is not None:
-            results["features"] = task.compare.compare(self.state.model)
+        if task.measure_features is not None:
+            after = task.measure_features(self.state.model.eval())
             reshard(self.state.model)
+            summary = pretrain.compare_features(self.features_before, after)
+            results["features"] = {"before": self.features_before, "after": after, "summary": summary}
         evaluator = self.evaluate_held_out if self.keeps_predictions else None
-        save_output(task, results, self.options, self.accelerator, evaluator)
+        save_output(task, results, self.options, self.initial, self.accelerator, evaluator)
         if self.is_dry_run:
             full_training = replace(self.options.training, max_steps=self.full_max_steps)
             full_plan = build_plan(replace(self.options, training=full_training), data, self.accelerator)
@@ -353,7 +355,7 @@ class Run:
             reporter.print_line("dry run", text)
             return
         reporter.print_line("result", format_result(self.metrics, task.result_metrics, task.evaluated_text))
-        if task.compare is not None:
+        if "features" in results:
             reporter.print_line("features", results["features"]["summary"])
         reporter.print_line("saved", f"{self.folder} (model, image processor, {RESULTS_FILE})")
 
@@ -427,7 +429,12 @@ def stop_on_errors() -> Iterator[None]:
 
 
 def save_output(
-    task: Task, results: dict[str, Any], options: Any, accelerator: Accelerator, evaluator: Evaluator | None
+    task: Task,
+    results: dict[str, Any],
+    options: Any,
+    initial: InitialModel,
+    accelerator: Accelerator,
+    evaluator: Evaluator | None,
 ) -> None:
     """Write the evaluator's predictions, the model, the image processor and finally results.json. All processes must
     call this function. Raise RunStopped on all processes if the folder cannot be written."""
@@ -440,7 +447,8 @@ def save_output(
             with stage_files(folder) as staging, silence_transformers(hide_warnings=False):
                 if evaluator is not None:
                     write_predictions(staging / PREDICTIONS_FILE, evaluator)
-                write_model_files(task.encoder or task.model, task.processor, staging, weights, results, options)
+                model = task.encoder or task.model
+                write_model_files(model, task.processor, staging, weights, results, options, initial)
         except WRITE_ERRORS as error:
             raise OSError(format_error(error)) from error
 

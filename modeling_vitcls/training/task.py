@@ -1,7 +1,7 @@
 """What a run trains: the interface between run.py and the two kinds of runs, finetune.py and pretrain.py.
 
-Each of the two files has three functions: `check_options(options)`, `load_data(options)` and
-`build_task(options, data, reporter)`.
+Each of the two files has three functions: `check_options(options)`, `load_data(options, initial)` and
+`build_task(options, initial, data, reporter)`.
 """
 
 from collections.abc import Callable
@@ -36,7 +36,7 @@ class Task:
     results: dict[str, Any] = field(default_factory=dict)  # fields of results.json
     probe: Probe | None = None  # sets the classifier from the features of the frozen encoder
     encoder: Any = None  # part of the model that is saved; None to save the model
-    compare: Any = None  # FeatureComparison of pre-training; None in fine-tuning
+    measure_features: Callable[[Any], dict[str, Any]] | None = None  # before and after pre-training
 
 
 def get_evaluator_arguments(options: Any, model: Any, reporter: Reporter) -> dict[str, Any]:

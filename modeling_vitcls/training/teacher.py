@@ -8,7 +8,6 @@ Teachers with features are models that `--model` accepts (`pretrain --teachers`;
 
 `FOLDER` or a Hub id     an image classifier from transformers or this package; code in the repository is not executed
 `timm:NAME`              a timm model with its pretrained weights; also `timm:hf-hub:ID` and `timm:local-dir:FOLDER`
-`timm:NAME@FILE`         a timm model with the weights in FILE (safetensors, or a state dict, loaded with weights_only)
 FILE                     a published state dict with a classifier, converted once (conversion/any_checkpoint.py)
 
 The teacher and the student receive the same crop, resized for the teacher (DeiT, arXiv 2012.12877). The teacher's
@@ -20,10 +19,9 @@ not stored in checkpoints. A resumed run computes the outputs again in different
 rounding errors.
 """
 
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -50,7 +48,9 @@ from ..modeling_vitcls import ViTCLSModel, ViTCLSModelOutput
 
 
 TIMM_PREFIX = "timm:"
-NUM_GRAY_CHANNELS, NUM_RGB_CHANNELS = 1, 3
+NUM_RGB_CHANNELS = 3
+# Model, preprocessing, label names in the order of the logits (None if they have no names), and number of labels
+LoadedTeacher = tuple[nn.Module, "TeacherPreprocessing", list[str] | None, int]
 
 
 @dataclass(frozen=True)
@@ -108,16 +108,6 @@ class Teacher(nn.Module):
         return super().train(False)
 
 
-@dataclass(frozen=True)
-class LoadedTeacher:
-    """Teacher model with its preprocessing and labels."""
-
-    model: nn.Module
-    preprocessing: TeacherPreprocessing
-    label_names: list[str] | None  # in the order of the logits; None if the labels have no names
-    num_labels: int
-
-
 def load_teacher(
     source: str, labels: LabelSpace, num_channels: int, height_width: tuple[int, int], device: torch.device
 ) -> Teacher:
@@ -128,17 +118,17 @@ def load_teacher(
     to be in the same order. `Teacher.description` states this assumption.
     """
     if source.startswith(TIMM_PREFIX):
-        loaded_teacher = load_timm_teacher(source)
+        model, preprocessing, names, num_labels = load_timm_teacher(source)
     else:
         folder = resolve_checkpoint(source) if Path(source).is_file() else source
-        loaded_teacher = load_transformers_teacher(folder, num_channels, height_width)
-    label_indices, note = match_labels(source, loaded_teacher, labels.names)
+        model, preprocessing, names, num_labels = load_transformers_teacher(folder, num_channels, height_width)
+    label_indices, note = match_labels(source, names, num_labels, labels.names)
 
     def read_logits(outputs: Any) -> torch.Tensor:
         logits = outputs if isinstance(outputs, torch.Tensor) else outputs.logits
         return logits if label_indices is None else logits[:, label_indices]
 
-    return Teacher(source, loaded_teacher.model, loaded_teacher.preprocessing, read_logits, note).to(device)
+    return Teacher(source, model, preprocessing, read_logits, note).to(device)
 
 
 def load_feature_teacher(source: str, student: ViTCLSConfig, with_patches: bool, device: torch.device) -> Teacher:
@@ -177,30 +167,22 @@ def load_feature_teacher(source: str, student: ViTCLSConfig, with_patches: bool,
     return Teacher(source, model, preprocessing, read_features).to(device)
 
 
-def match_labels(source: str, teacher: LoadedTeacher, labels: list[str]) -> tuple[list[int] | None, str]:
+def match_labels(
+    source: str, names: list[str] | None, num_labels: int, labels: list[str]
+) -> tuple[list[int] | None, str]:
     """Return the index of each label in the teacher's logits, and a note on the label mapping. If the teacher has the
-    same labels in the same order, return None and an empty note."""
-    names = teacher.label_names
-    if names is None:
-        if teacher.num_labels != len(labels):
-            raise ValueError(
-                f"the teacher {source} has {teacher.num_labels} labels without names, but the dataset has "
-                f"{len(labels)} labels. Use a teacher that was trained on these labels"
-            )
-        return None, f"the teacher's {len(labels)} labels have no names and are assumed to be in the dataset's order"
+    same labels in the same order, return None and an empty note. `names` is None if its labels have no names."""
+    if names is None and num_labels == len(labels):
+        return None, f"the teacher's {num_labels} labels have no names and are assumed to be in the dataset's order"
     if names == labels:
         return None, ""
-    if missing_names := [name for name in labels if name not in names]:
-        available_names = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+    if missing_names := [name for name in labels if (names or []).count(name) != 1]:
+        names_text = f"{num_labels} labels without names" if names is None else ", ".join(names[:8])
         raise ValueError(
-            f"the teacher {source} has no label {missing_names[0]!r}, only {available_names}. Use a teacher that was "
-            "trained on the dataset's labels"
+            f"the teacher {source} requires exactly one label {missing_names[0]!r}, as the dataset, but has "
+            f"{names_text}{', ...' if num_labels > 8 else ''}. Use a teacher that was trained on the dataset's labels"
         )
-    if duplicate_names := [name for name in labels if Counter(names)[name] > 1]:
-        raise ValueError(
-            f"the teacher {source} has more than one label named {duplicate_names[0]!r}. Rename the labels in the "
-            "teacher's config"
-        )
+    assert names is not None
     note = f"{len(labels)} of the teacher's {len(names)} labels are used" if len(names) > len(labels) else ""
     return [names.index(name) for name in labels], note
 
@@ -210,29 +192,39 @@ def match_labels(source: str, teacher: LoadedTeacher, labels: list[str]) -> tupl
 
 def load_transformers_teacher(source: str, num_channels: int, height_width: tuple[int, int]) -> LoadedTeacher:
     """Load a transformers classifier in `float32`, and its image processor."""
-    try:
+    with explain_loading_errors(source):
         folder = get_external_model_folder(*split_revision(source.removeprefix("transformers:")))
-    except OSError as error:
-        raise OSError(f"cannot load the teacher: {error}") from error
-    config = load_component(source, "config.json", AutoConfig.from_pretrained, folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
         raise ValueError(f"the teacher {source} is a model of type {config.model_type!r}. Use an image classifier")
-    load_model = partial(
-        AutoModelForImageClassification.from_pretrained, dtype=torch.float32, output_loading_info=True
-    )
-    model, loading_info = load_component(source, "model", load_model, folder)
-    if loading_info["missing_keys"]:
-        missing_name = min(loading_info["missing_keys"])
-        raise ValueError(f"the teacher {source} lacks the weight {missing_name}. Use a trained classifier")
+    with explain_loading_errors(source):
+        model, loading_info = AutoModelForImageClassification.from_pretrained(
+            folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+        )
+        processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
+    if missing_names := loading_info["missing_keys"]:
+        raise ValueError(f"the teacher {source} lacks the weight {min(missing_names)}. Use a trained classifier")
     names = [config.id2label[index] for index in range(config.num_labels)]
     has_names = names != [f"LABEL_{index}" for index in range(config.num_labels)]
-    processor = load_component(source, "image processor", AutoImageProcessor.from_pretrained, folder)
     if config.model_type == "timm_wrapper":
         preprocessing = build_timm_preprocessing(processor.data_config)
     else:
         num_teacher_channels = getattr(config, "num_channels", NUM_RGB_CHANNELS)
         preprocessing = build_processor_preprocessing(processor, num_teacher_channels, num_channels, height_width)
-    return LoadedTeacher(model, preprocessing, names if has_names else None, config.num_labels)
+    return model, preprocessing, names if has_names else None, config.num_labels
+
+
+@contextmanager
+def explain_loading_errors(source: str) -> Iterator[None]:
+    """Convert all errors to OSErrors of one line that name the teacher."""
+    try:
+        yield
+    except Exception as error:  # loading files of other projects may raise any error
+        advice = ""
+        if "trust_remote_code" in str(error):
+            advice = ". Code of a repository is not executed: use a model that is part of transformers, or timm:NAME"
+        reason = f"{type(error).__name__}: {format_error(error)}"
+        raise OSError(f"cannot load the teacher {source} ({reason}){advice}") from error
 
 
 def build_processor_preprocessing(
@@ -275,37 +267,12 @@ def load_component(source: str, component: str, load: Callable[..., Any], folder
 
 def load_timm_teacher(source: str) -> LoadedTeacher:
     """Load a timm model, and the preprocessing that timm specifies for the model's weights."""
-    try:
+    with explain_loading_errors(source):  # for example, timm is not installed, or the name is unknown
         import timm
-    except ImportError as error:
-        raise OSError(f"the teacher {source} requires timm: pip install timm") from error
 
-    name, _, file = source.removeprefix(TIMM_PREFIX).partition("@")
-    try:
-        model: Any = load_timm_model_from_file(name, file) if file else load_timm_model(name)[0]
-    except Exception as error:  # for example, an unknown name, no network, or weights of another model
-        raise OSError(f"cannot load the teacher {source} ({type(error).__name__}: {format_error(error)})") from error
+        model: Any = load_timm_model(source.removeprefix(TIMM_PREFIX))[0]
     preprocessing = build_timm_preprocessing(timm.data.resolve_model_data_config(model))
-    return LoadedTeacher(model, preprocessing, model.pretrained_cfg.get("label_names"), model.num_classes)
-
-
-def load_timm_model_from_file(name: str, file: str) -> nn.Module:
-    """Load a timm model with weights from a file. The weights determine the number of labels and channels."""
-    import timm
-
-    if not Path(file).is_file():
-        raise FileNotFoundError(f"{file} does not exist")
-    weights = timm.models.load_state_dict(file, weights_only=True)
-    pretrained_cfg: Any = timm.get_pretrained_cfg(name, allow_unregistered=False)
-    layers_and_dimensions = {"num_classes": (pretrained_cfg.classifier, 0), "in_chans": (pretrained_cfg.first_conv, 1)}
-    model_sizes = {}
-    for setting, (names, dimension) in layers_and_dimensions.items():
-        module = names[0] if isinstance(names, tuple | list) else names  # one module name or several names
-        if f"{module}.weight" in weights:
-            model_sizes[setting] = weights[f"{module}.weight"].shape[dimension]
-    model = timm.create_model(name, pretrained=False, **model_sizes)
-    model.load_state_dict(weights)
-    return model
+    return model, preprocessing, model.pretrained_cfg.get("label_names"), model.num_classes
 
 
 def build_timm_preprocessing(data_config: dict[str, Any]) -> TeacherPreprocessing:
@@ -327,12 +294,13 @@ def convert_channels(pixels: torch.Tensor, num_channels: int) -> torch.Tensor:
     """Convert the student's pixels to the teacher's number of channels: gray [B, 1, H, W] to color [B, 3, H, W], or
     color to gray. Raise ValueError for other numbers of channels."""
     num_student_channels = pixels.shape[1]
-    if num_student_channels == num_channels:
-        return pixels
-    if (num_student_channels, num_channels) == (NUM_GRAY_CHANNELS, NUM_RGB_CHANNELS):
-        return pixels.expand(-1, NUM_RGB_CHANNELS, -1, -1)
-    if (num_student_channels, num_channels) == (NUM_RGB_CHANNELS, NUM_GRAY_CHANNELS):
-        return transforms.rgb_to_grayscale(pixels)
+    match num_student_channels, num_channels:
+        case same, other if same == other:
+            return pixels
+        case 1, 3:
+            return pixels.expand(-1, 3, -1, -1)
+        case 3, 1:
+            return transforms.rgb_to_grayscale(pixels)
     raise ValueError(
         f"the teacher requires images with {num_channels} channel(s), but the student's images have "
         f"{num_student_channels} channel(s). Use a teacher for gray or color images"

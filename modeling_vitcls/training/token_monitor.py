@@ -33,21 +33,14 @@ class TokenMonitor:
         self.initial_tokens = self.copy_tokens()
         self.reported_names: set[str] = set()  # names that `find_new_tokens_without_gradient` has returned
 
-    def copy_tokens(self) -> Tokens:
-        """Return a copy of each token on the CPU."""
+    def copy_tokens(self, gradients: bool = False) -> Tokens:
+        """Return a copy of each token, or of the gradient of each token that has one, on the CPU."""
+        tensors = {group: each.grad if gradients else each.detach() for group, each in self.parameters.items()}
         return {
             f"{group}[{index}]": token
-            for group, parameter in self.parameters.items()
-            for index, token in enumerate(gather_tensor(parameter).detach().float().cpu().squeeze(0).clone())
-        }
-
-    def copy_gradients(self) -> Tokens:
-        """Return a copy of the gradient on the CPU for each token that has a gradient."""
-        return {
-            f"{group}[{index}]": gradient
-            for group, parameter in self.parameters.items()
-            if parameter.grad is not None
-            for index, gradient in enumerate(gather_tensor(parameter.grad).float().cpu().squeeze(0).clone())
+            for group, tensor in tensors.items()
+            if tensor is not None
+            for index, token in enumerate(gather_tensor(tensor).float().cpu().squeeze(0).clone())
         }
 
     def compute_token_metrics(self, old_tokens: Tokens, gradients: Tokens) -> dict[str, dict[str, float | None]]:

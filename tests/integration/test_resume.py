@@ -356,7 +356,7 @@ def test_a_damaged_checkpoint_prints_a_warning(
     weights = newest / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-7])
     output = finish(folder, f"{flags} --resume")
-    assert f"WARNING: the checkpoint {newest} is damaged: the checksum of model.safetensors does not match" in output
+    assert f"WARNING: the checkpoint {newest} is damaged: model.safetensors" in output
     assert get_resumed_step(output) == get_step(before)
     assert_equal_runs(folder, uninterrupted(flags))
 
@@ -384,7 +384,7 @@ def test_a_full_disk_loses_nothing(image_folder: Path, tmp_path: Path, uninterru
         run = start(folder, flags)
         assert run.wait() == 1
         message = run.output.splitlines()[-1]
-        assert "No space left on device" in message and "is intact" in message and "Traceback" not in run.output
+        assert "No space left on device" in message and "are intact" in message and "Traceback" not in run.output
         subprocess.run(["mount", "-o", "remount,size=50m", *disk], check=True)
         assert get_resumed_step(finish(folder, f"{flags} --resume")) > 0
         assert_equal_runs(folder, uninterrupted(flags))

@@ -564,7 +564,7 @@ def test_a_dry_run_executes_all_steps_and_keeps_nothing(
     run_dry(tiny_options(tmp_path / "out", "digits", max_steps=50, ema_decay=0.9))
     output = capsys.readouterr().out
     assert "ran 3 steps and an evaluation, and saved a checkpoint and the model, in" in output
-    assert re.search(r"The full run has 50 steps, takes about \d+ (s|min), and needs about [\d,]+ MiB", output)
+    assert re.search(r"The full run has 50 steps, takes about \d:\d\d:\d\d, and needs about [\d,]+ MiB", output)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -20,7 +20,7 @@ from transformers import AutoModel
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, ViTCLSModel
 from modeling_vitcls.files import read_json
 from modeling_vitcls.options import PretrainOptions
-from modeling_vitcls.training.pretrain import FeatureComparison, FeatureQuality, compute_effective_rank
+from modeling_vitcls.training.pretrain import FeatureQuality, compare_features, compute_effective_rank
 from modeling_vitcls.training.reporter import format_metric
 
 
@@ -168,8 +168,8 @@ def test_a_collapse_is_a_warning(tmp_path: Path) -> None:
 
 def test_worse_features_are_named() -> None:
     good, bad = ({"knn_accuracy": value, "regression_accuracy": value, "num_images": 9} for value in (0.5, 0.4))
-    assert "worse" in FeatureComparison(lambda: None, before=good).describe(bad)
-    assert "worse" not in FeatureComparison(lambda: None, before=bad).describe(good)
+    assert "worse" in compare_features(good, bad)
+    assert "worse" not in compare_features(bad, good)
     assert format_metric("effective_rank", 12.345) == "effective rank 12.3"
 
 

@@ -173,10 +173,3 @@ def test_another_precision_is_an_error(killed: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     with raises_one_line("uses the mixed precision 'no', but the mixed precision of this run is 'bf16'"):
         run_training(build_options(killed, resume=True))
-
-
-def test_a_checkpoint_of_another_model_is_an_error(killed: Path) -> None:
-    file = killed / "checkpoints" / "step-00000002" / "state.json"
-    change_metadata(killed, flags=read_json(file)["metadata"]["flags"] | {"intermediate_size": 48})
-    with raises_one_line("belongs to another", error=RunStopped):
-        run_training(build_options(killed, resume=True, intermediate_size=48))

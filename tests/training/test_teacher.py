@@ -11,7 +11,6 @@ import timm
 import torch
 from helpers.tiny_models import build_tiny_config, get_largest_difference, raises_one_line, randomize
 from PIL import Image
-from safetensors.torch import save_file
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import save_for_hf
 from torch import nn
@@ -285,7 +284,7 @@ def test_labels_without_names_are_matched_by_index_with_a_message(tmp_path: Path
     folder = save_teacher(tmp_path / "unnamed", build_tiny_resnet(names=None), build_half_processor())
     teacher = load_labeled_teacher(folder)
     assert "order" in teacher.description
-    with raises_one_line("3 labels without names", "has 2"):
+    with raises_one_line("3 labels without names"):
         load_labeled_teacher(folder, "ant", "bee")
 
 
@@ -297,7 +296,7 @@ def test_labels_that_the_teacher_lacks_are_named(resnet: Path) -> None:
 def test_many_labels_of_the_teacher_are_not_all_named(tmp_path: Path) -> None:
     names = [f"label {index}" for index in range(10)]
     folder = save_teacher(tmp_path / "many", build_tiny_resnet(names=names), build_half_processor())
-    with raises_one_line("has no label 'dog', only label 0, ", "label 7, .... Use a teacher"):
+    with raises_one_line("'dog'", "label 7, ..."):
         load_labeled_teacher(folder, "label 3", "dog")
 
 
@@ -305,7 +304,7 @@ def test_labels_that_the_teacher_has_twice_are_named(tmp_path: Path) -> None:
     folder = save_teacher(
         tmp_path / "twice", build_tiny_resnet(names=["crane", "bee", "crane"]), build_half_processor()
     )
-    with raises_one_line("more than one label named 'crane'"):
+    with raises_one_line("exactly one label 'crane'"):
         load_labeled_teacher(folder, "bee", "crane")
 
 
@@ -331,7 +330,7 @@ def test_model_of_another_kind(tmp_path: Path) -> None:
 
 def test_model_without_an_image_processor(tmp_path: Path) -> None:
     build_tiny_resnet().save_pretrained(tmp_path)
-    with raises_one_line("image processor", error=OSError):
+    with raises_one_line(str(tmp_path), error=OSError):
         load_labeled_teacher(tmp_path)
 
 
@@ -345,36 +344,16 @@ def test_remote_code_is_not_run(tmp_path: Path) -> None:
     auto_map = '{"AutoConfig": "theirs.Config", "AutoModelForImageClassification": "theirs.Model"}'
     (tmp_path / "config.json").write_text(f'{{"model_type": "theirs", "auto_map": {auto_map}}}', encoding="utf-8")
     (tmp_path / "theirs.py").write_text("raise SystemExit('this code was run')", encoding="utf-8")
-    with raises_one_line("requires code from its repository", "timm:NAME"):
+    with raises_one_line("not executed", "timm:NAME", error=OSError):
         load_labeled_teacher(tmp_path)
 
 
 # timm ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def timm_weights(tmp_path: Path) -> tuple[Path, nn.Module]:
-    """Return a gray test_resnet with three labels."""
-    model = randomize(timm.create_model("test_resnet", num_classes=3, in_chans=1))
-    save_file(model.state_dict(), tmp_path / "weights.safetensors")
-    torch.save({"state_dict": model.state_dict()}, tmp_path / "weights.pt")
-    return tmp_path, model
-
-
-@pytest.mark.parametrize("name", ["weights.safetensors", "weights.pt"])
-def test_timm_model_with_local_weights(name: str, timm_weights: tuple[Path, nn.Module]) -> None:
-    folder, model = timm_weights
-    teacher = load_labeled_teacher(f"timm:test_resnet@{folder / name}", channels=3)
-    settings = timm.data.resolve_model_data_config(model)
-    assert teacher.preprocessing.height_width == settings["input_size"][1:]
-    assert "order" in teacher.description
-    with torch.no_grad():
-        assert get_largest_difference(teacher.model(torch.ones(1, 1, 64, 64)), model(torch.ones(1, 1, 64, 64))) == 0
-
-
 def test_timm_teachers_require_timm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)
-    with raises_one_line("the teacher timm:test_resnet requires timm: pip install timm", error=OSError):
+    with raises_one_line("timm:test_resnet", "import of timm", error=OSError):
         load_labeled_teacher("timm:test_resnet")
 
 
@@ -406,27 +385,9 @@ def test_timm_preprocessing_equals_timm(tmp_path: Path) -> None:
         assert get_largest_difference(teacher(smooth), expected[:, [2, 1, 0]]) <= 0.02 * expected.abs().max()
 
 
-@pytest.mark.parametrize(
-    ("source", "words"),
-    [
-        ("timm:no_such_model", ["no_such_model"]),
-        ("timm:no_such_model@{file}", ["no_such_model"]),
-        ("timm:test_resnet@nowhere.pt", ["nowhere.pt"]),
-        ("timm:test_vit@{file}", ["test_vit"]),
-    ],
-)
-def test_timm_models_that_cannot_be_loaded(
-    source: str, words: list[str], timm_weights: tuple[Path, nn.Module]
-) -> None:
-    with raises_one_line(*words, error=OSError):
-        load_labeled_teacher(source.format(file=timm_weights[0] / "weights.pt"))
-
-
-def test_weights_that_require_unpickling_are_errors(tmp_path: Path) -> None:
-    file = tmp_path / "weights.pt"
-    torch.save({"state_dict": build_tiny_resnet()}, file)
-    with raises_one_line(str(file), error=OSError):
-        load_labeled_teacher(f"timm:test_resnet@{file}")
+def test_timm_models_that_cannot_be_loaded() -> None:
+    with raises_one_line("no_such_model", error=OSError):
+        load_labeled_teacher("timm:no_such_model")
 
 
 # Losses --------------------------------------------------------------------------------------------------------------
