@@ -12,12 +12,10 @@ from typing import Any, TextIO
 import pytest
 from helpers.command_in_process import run_here
 from helpers.fresh_processes import run_fresh
-from helpers.local_hub import LocalHub
-from helpers.tiny_models import raises_one_line
 
 import modeling_vitcls
 from modeling_vitcls import cli
-from modeling_vitcls.commands import demo, finetune, study
+from modeling_vitcls.commands import finetune, study
 from modeling_vitcls.commands.parsing import exit_on_error
 from modeling_vitcls.data.splits import load_evaluation_data
 from modeling_vitcls.errors import RunStopped
@@ -84,15 +82,6 @@ def test_output_to_a_closed_pipe_stops_the_program(closed_pipe: TextIO, monkeypa
     assert run_here() == 1
 
 
-def test_other_closed_pipes_are_errors(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def fail(arguments: list[str] | None) -> None:
-        raise BrokenPipeError("a worker has ended")
-
-    monkeypatch.setattr(cli, "run_command_line", fail)
-    with pytest.raises(BrokenPipeError, match="a worker has ended"):
-        cli.main([])
-
-
 @pytest.mark.parametrize("arguments", [(), ("--help",), ("finetune", "--help"), ("finetune", "--epoch", "3")])
 def test_help_and_wrong_flags_do_not_load_torch(arguments: tuple[str, ...]) -> None:
     ran = run_command(*arguments)
@@ -152,12 +141,6 @@ def test_a_run_that_stops_early_ends_with_its_status(
     with pytest.raises(SystemExit, match="143"):
         finetune.run(None)  # type: ignore[arg-type]
     assert capsys.readouterr().err == "process 1: stopped by a signal\n"
-
-
-def test_the_demo_loads_the_revision_of_its_flag(hub: LocalHub) -> None:
-    hub.create("ann/mine", private=False, files={"config.json": b'{"model_type": "vitcls"}'})
-    with raises_one_line("ann/mine has no revision v9", error=OSError):
-        demo.run(demo.DemoOptions("ann/mine@v9"))
 
 
 def test_a_study_of_the_package_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

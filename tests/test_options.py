@@ -92,13 +92,6 @@ def test_combinations_of_flags(kind: type, accepted: dict[str, Any], changes: di
         kind(**REQUIRED.get(kind, {}) | accepted | changes)
 
 
-def test_an_existing_folder_is_an_output_for_any_name(tmp_path: Path) -> None:
-    (tmp_path / "features.v2").mkdir()
-    PredictOptions("m", ("a.jpg",), output=tmp_path / "features.v2", features=("cls",))
-    with raises_one_line("features.v3"):
-        PredictOptions("m", ("a.jpg",), output=tmp_path / "features.v3", features=("cls",))
-
-
 def test_the_output_folder_of_a_run_is_not_a_file(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("", encoding="utf-8")
     with raises_one_line("--output-dir"):

@@ -10,7 +10,6 @@ import os
 import re
 import resource
 import runpy
-import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -22,7 +21,6 @@ import torch
 import yaml
 from accelerate import Accelerator
 from helpers.accelerate_state import reset_accelerate
-from helpers.command_in_process import parse_flags
 from helpers.fresh_processes import SCRIPT_ENVIRONMENT, run_fresh
 from helpers.tiny_models import raises_one_line
 from helpers.tiny_options import (
@@ -181,13 +179,6 @@ def test_the_folder_loads_without_the_package(launched: Path) -> None:
 # Flags ---------------------------------------------------------------------------------------------------------------
 
 
-def test_keys_of_a_recipe_may_be_written_as_flags(tmp_path: Path) -> None:
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("dataset: digits\nmodel: vitcls-tiny\nbatch-size: 3\nno-flip: true\n", encoding="utf-8")
-    options = parse_flags(FinetuneOptions, ["--config", str(recipe), "--output-dir", "out"])
-    assert options.training.batch_size == 3 and not options.augmentation.flip
-
-
 def test_an_impossible_model_ends_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -271,16 +262,6 @@ def test_unreadable_images_are_named_and_skipped(
         train(tmp_path / "strict", folder, epochs=2, max_steps=None, max_unreadable_images=1, held_out_fraction=0.05)
 
 
-def test_the_first_training_image_is_named_if_it_is_unreadable(
-    color_images: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    folder = shutil.copytree(color_images, tmp_path / "images")
-    (folder / "dusk" / "0.png").write_bytes(b"no image")
-    results = train(tmp_path / "out", folder, epochs=1, max_steps=None, held_out_fraction=0.0)
-    assert results["num_unreadable_training_images"] == 1
-    assert "dusk/0.png" in capsys.readouterr().out
-
-
 @pytest.fixture(scope="module")
 def pretrained(color_images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a checkpoint for fine-tuning."""
@@ -340,14 +321,6 @@ def test_images_are_mixed_and_classes_are_weighted_by_flags(color_images: Path, 
     for kind, loss in (("multi_task", MultiTaskLoss(0.1)), ("multi_label_classification", MultiLabelLoss(0.1))):
         other = replace(data, label_space=LabelSpace(kind, {"label": ["dusk", "noon"]}))
         assert build_label_loss(options, other, CPU) == loss
-
-
-def test_training_only_the_last_layers(pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    train(tmp_path, "digits", trainable="last-1", model=pretrained)
-    names = list_changed_weights(pretrained, tmp_path)
-    assert all(name.startswith(("classifier.", "vitcls.layers.1.", "vitcls.layernorm.")) for name in names)
-    assert any(name.startswith("vitcls.layers.1.") for name in names)
-    assert "WARNING" not in capsys.readouterr().out  # the tokens are frozen on purpose
 
 
 def test_lora_is_merged_into_a_plain_model(pretrained: Path, tmp_path: Path) -> None:

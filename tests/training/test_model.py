@@ -11,7 +11,6 @@ import pytest
 import torch
 from helpers.tiny_models import build_images, build_tiny_config, get_largest_difference, raises_one_line, randomize
 from helpers.tiny_options import build_initial_model, prepare_task, run_training
-from peft.tuners.lora import LoraLayer
 
 from modeling_vitcls import (
     ViTCLSForImageClassification,
@@ -149,17 +148,6 @@ def test_only_names_that_look_like_presets_must_be_presets(tmp_path: Path, monke
         check_preset_name("vitcls-yours")
 
 
-def test_the_preprocessing_of_a_checkpoint_is_kept(tmp_path: Path) -> None:
-    """Only the size changes, with the size of the model."""
-    ViTCLSForImageClassification(build_tiny_config()).save_pretrained(tmp_path)
-    saved = ViTCLSImageProcessor(size=32, image_mean=[0.1, 0.2, 0.3], image_std=[0.4, 0.5, 0.6], resample=2)
-    saved.save_pretrained(tmp_path)
-    label_space = LabelSpace("single_label_classification", {"label": ["yes", "no"]})
-    processor = build_initial_model(ModelOptions(model=str(tmp_path), image_size=(32, 48)), label_space)[1]
-    expected = saved.to_dict() | {"size": {"height": 32, "width": 48}}
-    assert {name: processor.to_dict()[name] for name in expected} == expected
-
-
 def test_patches_are_dropped_only_in_trained_layers(two_tasks: Path, tmp_path: Path) -> None:
     """The number of layers is known only after the checkpoint is loaded."""
     model = ModelOptions(str(two_tasks), patch_drop_rate=0.5)
@@ -275,25 +263,6 @@ def test_what_is_trained(choice: str, expected: set[str]) -> None:
     assert group_trainable(set_trainable_parameters(build_random_model(**LAYOUT), choice, 4)) == expected
 
 
-def test_full_trains_everything_except_frozen_parameters() -> None:
-    model = set_trainable_parameters(build_random_model(use_mask_token=True), "full")
-    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
-    assert frozen == ["vitcls.embeddings.mask_token"]
-
-
-def test_pooler_with_parameters_belongs_to_the_head() -> None:
-    assert group_trainable(set_trainable_parameters(build_random_model(pooling="attention"), "head")) == {
-        "pooler",
-        "classifier",
-    }
-
-
-def test_a_new_mask_token_stays_frozen() -> None:
-    model = build_random_model(use_mask_token=True)
-    set_trainable_parameters(model, "head", new_parameter_names={"vitcls.embeddings.mask_token"})
-    assert group_trainable(model) == {"classifier"}
-
-
 @pytest.mark.parametrize("choice", ["head", "last-1", "lora"])
 def test_added_tokens_are_trained_with_their_positions_and_gates(choice: str, tmp_path: Path) -> None:
     """All new tokens of an adapted checkpoint are trained."""
@@ -364,27 +333,6 @@ def test_exactly_the_trainable_parameters_change(name: str, choice: str) -> None
 # Modes ---------------------------------------------------------------------------------------------------------------
 
 
-def modes(model: Any) -> dict[str, bool]:
-    parts = {"embeddings": model.vitcls.embeddings, "heads": model.classifier}
-    return {name: part.training for name, part in (parts | dict(enumerate(model.vitcls.layers))).items()}
-
-
-@pytest.mark.parametrize(
-    ("choice", "fresh", "in_training"),
-    [
-        ("full", set(), {"embeddings", 0, 1, "heads"}),
-        ("head", set(), {"heads"}),
-        ("last-1", set(), {1, "heads"}),
-        ("lora", set(), {"embeddings", 0, 1, "heads"}),
-        ("head", {"vitcls.embeddings.cls_token"}, {"embeddings", "heads"}),
-    ],
-)
-def test_frozen_parts_stay_in_eval_mode(choice: str, fresh: set[str], in_training: set[Any]) -> None:
-    model = set_trainable_parameters(build_random_model(), choice, 4, fresh)
-    set_train_mode(model)
-    assert {name for name, is_training in modes(model).items() if is_training} == in_training
-
-
 def test_a_frozen_encoder_has_no_dropout() -> None:
     model = build_random_model(hidden_dropout_prob=0.5, drop_path_rate=0.5, attention_probs_dropout_prob=0.5)
     set_trainable_parameters(model, "head")
@@ -428,12 +376,6 @@ def build_lora_model(**fields: Any) -> Any:
     return model.eval()
 
 
-def test_lora_changes_nothing_at_first() -> None:
-    expected = build_random_model(**LAYOUT)(build_images()).logits
-    found = set_trainable_parameters(build_random_model(**LAYOUT), "lora", 4)(build_images()).logits
-    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
-
-
 def test_a_merged_model_has_equal_outputs_and_plain_modules(tmp_path: Path) -> None:
     model = build_lora_model(**LAYOUT)
     expected = model(build_images()).logits
@@ -447,15 +389,6 @@ def test_a_merged_model_has_equal_outputs_and_plain_modules(tmp_path: Path) -> N
     loaded, info = ViTCLSForImageClassification.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert torch.equal(loaded(build_images()).logits, plain(build_images()).logits)
-
-
-def test_merging_equals_peft() -> None:
-    model = build_lora_model()
-    weights = merge_lora(model.state_dict())
-    for name, layer in model.named_modules():
-        if isinstance(layer, LoraLayer):
-            layer.merge()
-            assert get_largest_difference(weights[f"{name}.weight"], layer.get_base_layer().weight) <= 1e-6
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from helpers.accelerate_state import reset_accelerate
 from helpers.tiny_models import build_tiny_config, raises_one_line, save_with_processor
 from helpers.tiny_options import build_tiny_options, run_dry, run_training
@@ -53,21 +52,6 @@ def hold(folder: Path, ready: Any) -> None:
         time.sleep(SECONDS)
 
 
-def fork(folder: Path, ready: Any) -> None:
-    """Start a child process that exits, and one that receives SIGTERM. The parent keeps the lock."""
-    with FolderLock(folder) as lock:
-        lock.acquire()
-        for end in (lambda: lock.release(), lambda: os.kill(os.getpid(), signal.SIGTERM)):
-            child = os.fork()
-            if not child:
-                end()
-                os._exit(0)
-            os.waitpid(child, 0)
-        output_folder.LOCK_TIMEOUT = 0.0
-        with READY.Pool(1) as pool:
-            ready.put(pool.apply(is_locked, (folder,)))
-
-
 @pytest.fixture(autouse=True)
 def short_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(output_folder, "LOCK_TIMEOUT", 0.5)
@@ -106,22 +90,6 @@ def test_the_lock_of_a_process_that_has_ended_is_taken_over(folder: Path, lock_h
     os.kill(lock_holder.pid, number)
     lock_holder.join(SECONDS)
     assert not is_locked(folder)
-
-
-def test_a_lock_file_of_another_host_is_taken_over(folder: Path) -> None:
-    """No process holds a lock on the file."""
-    folder.mkdir(parents=True)
-    (folder / LOCK_FILE).write_text('{"host": "node-17", "pid": 4000000}\n')
-    assert not is_locked(folder) and not (folder / LOCK_FILE).exists()
-
-
-def test_a_forked_process_keeps_the_lock(folder: Path) -> None:
-    queue = READY.SimpleQueue()
-    process = READY.Process(target=fork, args=(folder, queue))
-    process.start()
-    assert queue.get() is True
-    process.join(SECONDS)
-    assert process.exitcode == 0
 
 
 def test_folders_of_the_lock_are_removed_if_they_are_empty(folder: Path) -> None:
@@ -198,12 +166,6 @@ def test_a_finished_run_is_replaced_only_with_overwrite(earlier: Path) -> None:
     assert run(earlier, max_steps=2, overwrite=True)["steps"] == 2
 
 
-def test_a_finished_run_without_checkpoints_is_not_repeated(earlier: Path) -> None:
-    CheckpointStore(earlier / "checkpoints", num_kept=1).clear()
-    with raises_one_line(f"{earlier} contains a finished run"):
-        run(earlier, resume=True)
-
-
 def test_the_old_model_is_never_next_to_the_new_configuration(earlier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The new run may be killed at any time. Here, the contents are noted at each removal of a file."""
     config = (earlier / "config.resolved.yaml").read_bytes()
@@ -232,23 +194,9 @@ def test_the_old_model_is_never_next_to_the_new_configuration(earlier: Path, mon
     assert not any("results.json" in names for names in states[1:])
 
 
-def test_errors_are_raised_before_files_are_removed(earlier: Path) -> None:
-    before = contents(earlier)
-    with raises_one_line("no-such-folder", error=(ValueError, OSError)):
-        run(earlier, dataset="./no-such-folder", overwrite=True)
-    assert contents(earlier) == before
-
-
 def test_a_resumed_run_that_is_finished_changes_nothing(earlier: Path) -> None:
     before = contents(earlier)
     run(earlier, resume=True, keep_checkpoints=5)  # a flag that may change
-    assert contents(earlier) == before
-
-
-def test_the_initial_model_is_not_removed(earlier: Path) -> None:
-    before = contents(earlier)
-    with raises_one_line("the --model path is in --output-dir", "Choose a different --output-dir"):
-        run(earlier, model=str(earlier), overwrite=True)
     assert contents(earlier) == before
 
 
@@ -304,13 +252,6 @@ def test_a_file_that_appears_while_a_run_is_stopped_is_kept(earlier: Path) -> No
     assert (earlier / "README.md").read_text() == "mine"
     (earlier / "README.md").unlink()
     assert run(earlier, resume=True)["steps"] == 1
-
-
-def test_a_run_that_ended_before_its_first_checkpoint_is_replaced(folder: Path) -> None:
-    folder.mkdir(parents=True)
-    (folder / "config.resolved.yaml").write_text("dataset: digits\n")
-    (folder / "metrics.jsonl").write_text('{"step": 1}\n')
-    assert run(folder)["steps"] == 1
 
 
 def test_only_the_files_of_a_run_are_removed(earlier: Path) -> None:
@@ -424,13 +365,6 @@ def test_a_final_save_that_is_killed_before_any_change_of_a_file_is_repeated(tmp
     process.join(SECONDS)
     assert number > 60 and len(problems) > 15, (number, problems)
     assert not [problem for problem in problems if problem is not None]
-
-
-def test_the_recipe_of_a_run_does_not_overwrite(finished: Path) -> None:
-    """Repeating a run with its config.resolved.yaml must not remove files."""
-    flags = yaml.safe_load((finished / "config.resolved.yaml").read_text(encoding="utf-8"))
-    assert flags["max_steps"] == 1 and not flags.keys() & {"overwrite", "resume", "dry_run"}
-    assert not (finished / "adapter").exists()  # written only with LoRA
 
 
 def test_a_run_writes_only_listed_files(finished: Path) -> None:

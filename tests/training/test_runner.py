@@ -166,10 +166,3 @@ def test_another_run_is_an_error(killed: Path, changes: dict[str, Any], message:
     with raises_one_line("--resume: ", message):
         run_training(build_options(killed, resume=True, **changes))
     assert not (killed / ".vitcls.lock").exists()
-
-
-def test_another_precision_is_an_error(killed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The configuration of `accelerate launch` sets the precision if no flag does."""
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    with raises_one_line("uses the mixed precision 'no', but the mixed precision of this run is 'bf16'"):
-        run_training(build_options(killed, resume=True))

@@ -178,17 +178,6 @@ def test_a_dry_run_evaluates_random_images_and_prints_no_result(
     assert "accuracy" not in printed and "WARNING" not in printed and "ran 3 steps" in printed
 
 
-def test_a_dry_run_with_fewer_images_to_select_on_than_to_report(
-    tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    counts = {"train": 8, "val": 3, "test": 12}
-    data = write_images(tmp_path / "data", {split: dict.fromkeys(("dusk", "noon"), n) for split, n in counts.items()})
-    run_dry(build_options(tmp_path / "run", data, select="best"))
-    output = capsys.readouterr().out
-    assert "an evaluation, and saved a checkpoint and the model, in" in output
-    assert "the best checkpoint is selected on 6 separate images (split 'validation')" in output
-
-
 def test_the_best_checkpoint_of_pretraining(tmp_path: Path) -> None:
     options = build_options(tmp_path / "run", kind=PretrainOptions, max_steps=2, select="best")
     results = run_training(options)

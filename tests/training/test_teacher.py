@@ -1,6 +1,5 @@
 """Teachers: labels and preprocessing, distillation losses, and the cache of their predictions."""
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from torch import nn
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
-    BertConfig,
     ConvNextConfig,
     ConvNextForImageClassification,
     ConvNextImageProcessor,
@@ -38,7 +36,6 @@ from modeling_vitcls.training.losses import compute_distillation_loss
 from modeling_vitcls.training.teacher import (
     Teacher,
     TeacherCache,
-    get_interpolation,
     load_teacher,
 )
 from scripts.train_cnn_teacher import train_cnn_teacher
@@ -181,22 +178,6 @@ def test_the_whole_crop_is_used_without_a_center_crop(tmp_path: Path) -> None:
     assert get_largest_difference(teacher(border), teacher(other)) > 1e-3
 
 
-def test_the_filter_of_the_processor_is_used(tmp_path: Path) -> None:
-    folders = {name: tmp_path / name for name in ("bilinear", "bicubic")}
-    for number, folder in zip((2, 3), folders.values(), strict=True):
-        save_teacher(folder, build_tiny_resnet(), build_half_processor(resample=number))
-    batch = build_pixels()
-    for name, folder in folders.items():
-        mode = load_labeled_teacher(folder).preprocessing.interpolation
-        assert mode.value == name
-    assert (
-        get_largest_difference(
-            load_labeled_teacher(folders["bilinear"])(batch), load_labeled_teacher(folders["bicubic"])(batch)
-        )
-        > 1e-3
-    )
-
-
 def test_the_size_depends_on_the_aspect_ratio_of_the_student(tmp_path: Path) -> None:
     folder = save_teacher(tmp_path / "edges", build_tiny_resnet(), build_half_processor(size={"shortest_edge": 20}))
     teacher = load_labeled_teacher(folder, size=(32, 48))
@@ -210,12 +191,6 @@ def test_mixed_pixels_are_rounded(resnet: Path) -> None:
     brighter = (batch.int() + 21).clamp(max=255).to(torch.uint8)
     assert torch.equal(teacher(brighter), teacher(batch.float() + 20.7))
     assert get_largest_difference(teacher(batch), teacher(brighter)) > 0
-
-
-def test_images_with_one_side_of_the_size_of_the_teacher_are_resized(resnet: Path) -> None:
-    teacher, images = load_labeled_teacher(resnet), build_smooth_pixels(36, 24)
-    resized = torch.from_numpy(np.array(build_pil_images(images)[0].resize((24, 24), Image.Resampling.BILINEAR)))
-    assert get_largest_difference(teacher(images), teacher(resized.permute(2, 0, 1)[None])) <= 1e-2
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -239,22 +214,6 @@ def test_gray_and_color_images_are_converted(channels: int, tmp_path: Path) -> N
         )
         <= 2e-2
     )
-
-
-def test_teachers_in_bfloat16_predict_in_float32(resnet: Path, tmp_path: Path) -> None:
-    model = AutoModelForImageClassification.from_pretrained(resnet).bfloat16()
-    for name in ("bfloat16", "float32"):
-        model.save_pretrained(tmp_path / name)
-        build_half_processor().save_pretrained(tmp_path / name)
-        model = model.float()
-    found, expected = (load_labeled_teacher(tmp_path / name)(build_pixels()) for name in ("bfloat16", "float32"))
-    assert found.dtype == torch.float32 and torch.equal(found, expected)
-
-
-@pytest.mark.parametrize(("resample", "mode"), [(None, "bilinear"), ("random", "bilinear"), (1, "bicubic")])
-def test_filters_of_teachers(resample: Any, mode: str) -> None:
-    """PIL's number of Lanczos is 1."""
-    assert get_interpolation(resample).value == mode
 
 
 def test_other_channels_are_errors(resnet: Path) -> None:
@@ -293,21 +252,6 @@ def test_labels_that_the_teacher_lacks_are_named(resnet: Path) -> None:
         load_labeled_teacher(resnet, "ant", "dog", "cat")
 
 
-def test_many_labels_of_the_teacher_are_not_all_named(tmp_path: Path) -> None:
-    names = [f"label {index}" for index in range(10)]
-    folder = save_teacher(tmp_path / "many", build_tiny_resnet(names=names), build_half_processor())
-    with raises_one_line("'dog'", "label 7, ..."):
-        load_labeled_teacher(folder, "label 3", "dog")
-
-
-def test_labels_that_the_teacher_has_twice_are_named(tmp_path: Path) -> None:
-    folder = save_teacher(
-        tmp_path / "twice", build_tiny_resnet(names=["crane", "bee", "crane"]), build_half_processor()
-    )
-    with raises_one_line("exactly one label 'crane'"):
-        load_labeled_teacher(folder, "bee", "crane")
-
-
 # Invalid teachers ----------------------------------------------------------------------------------------------------
 
 
@@ -320,12 +264,6 @@ def test_model_without_a_trained_classifier(tmp_path: Path) -> None:
     encoder = ResNetModel(build_tiny_resnet().config)
     with raises_one_line("lacks the weight classifier"):
         load_labeled_teacher(save_teacher(tmp_path / "encoder", encoder, build_half_processor()))
-
-
-def test_model_of_another_kind(tmp_path: Path) -> None:
-    BertConfig().save_pretrained(tmp_path)
-    with raises_one_line("'bert'", "image classifier"):
-        load_labeled_teacher(tmp_path)
 
 
 def test_model_without_an_image_processor(tmp_path: Path) -> None:
@@ -349,12 +287,6 @@ def test_remote_code_is_not_run(tmp_path: Path) -> None:
 
 
 # timm ----------------------------------------------------------------------------------------------------------------
-
-
-def test_timm_teachers_require_timm(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "timm", None)
-    with raises_one_line("timm:test_resnet", "import of timm", error=OSError):
-        load_labeled_teacher("timm:test_resnet")
 
 
 def test_a_published_state_dict_is_converted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -412,28 +344,6 @@ def test_soft_loss_is_the_scaled_kl_divergence_from_the_teacher() -> None:
     expected = tau**2 * (of_teacher * (of_teacher / of_student).log()).sum(-1).mean()
     assert get_largest_difference(compute_distillation_loss("soft", student, teacher, tau), expected) <= 1e-5
     assert compute_distillation_loss("soft", teacher, teacher + 5, tau).abs() <= 1e-5
-
-
-@pytest.mark.parametrize("kind", ["soft", "hard"])
-def test_losses_of_accumulated_batches_are_summed(kind: str) -> None:
-    student, teacher = build_logits(seed=1), build_logits(seed=2)
-    whole = compute_distillation_loss(kind, student, teacher, 3.0)
-    halves = [compute_distillation_loss(kind, student[part], teacher[part], 3.0) for part in (slice(3), slice(3, 6))]
-    assert get_largest_difference(whole, torch.stack(halves).mean()) <= 1e-6
-
-
-def test_losses_are_computed_in_float32() -> None:
-    student, teacher = build_logits(seed=1).bfloat16(), build_logits(seed=2).bfloat16()
-    found = compute_distillation_loss("soft", student, teacher, 3.0)
-    assert found.dtype is torch.float32
-    assert torch.equal(found, compute_distillation_loss("soft", student.float(), teacher.float(), 3.0))
-
-
-def test_wrong_arguments_of_losses() -> None:
-    with raises_one_line("'medium'", "soft or hard"):
-        compute_distillation_loss("medium", build_logits(), build_logits(), 1.0)
-    with raises_one_line("(6, 4)", "(6, 3)"):
-        compute_distillation_loss("soft", build_logits()[:, :3], build_logits(), 1.0)
 
 
 # The cache -----------------------------------------------------------------------------------------------------------
