@@ -52,21 +52,20 @@ OPTIONS_CLASS = ConvertOptions
 
 def check_options(options: ConvertOptions) -> None:
     """Exit with status 2 if a flag has an invalid value or if flags contradict each other."""
-    if options.to == "transformers":
-        if options.model is None or options.source is not None:
-            exit_with_message("error: --to transformers requires --model and does not support --source")
+    source, is_back = options.source, options.to == "transformers"
+    if (options.model is None) == is_back or (source is None) != is_back:
+        required, other = ("--model", "--source") if is_back else ("--source", "--model")
+        exit_with_message(f"error: --to {options.to} requires {required} and does not support {other}")
+    if source is None:
         return
-    if options.model is not None or options.source is None:
-        exit_with_message("error: --to vitcls requires --source and does not support --model")
-    if Path(options.source, "config.json").is_file() and is_vitcls_folder(Path(options.source)):
+    if Path(source, "config.json").is_file() and is_vitcls_folder(Path(source)):
         exit_with_message(
-            f"error: {options.source} is already a ViTCLS model. To convert the model to transformers, set --to "
-            f"transformers --model {options.source}"
+            f"error: {source} is already a ViTCLS model. To convert the model to transformers, set --to transformers "
+            f"--model {source}"
         )
-    if not options.source.startswith(("timm:", "transformers:")) and not Path(options.source).suffix:
+    if not source.startswith(("timm:", "transformers:")) and not Path(source).suffix:
         exit_with_message(
-            f"error: --source {options.source} is not supported. Use timm:NAME, transformers:PATH_OR_ID or a "
-            "state-dict file"
+            f"error: --source {source} is not supported. Use timm:NAME, transformers:PATH_OR_ID or a state-dict file"
         )
     if options.num_labels is not None and options.num_labels < 1:
         exit_with_message(f"error: --num-labels must be at least 1, but it is {options.num_labels}")
@@ -104,49 +103,20 @@ def is_vitcls_folder(folder: Path) -> bool:
 
 def print_report(report: "ParityReport", output: Path, trust_argument: str = ", trust_remote_code=True") -> None:
     """Print the parity report, code that loads the model, and the command that pushes the model to the Hub."""
-    from rich.console import Console
-    from rich.table import Table
-
     from ..publishing.push import build_push_command
 
-    console = Console(soft_wrap=True, highlight=False)
-    table = Table(title=f"Largest differences between {report.model_class} and {report.source}")
-    table.add_column("values")
+    print(f"Largest differences between {report.model_class} and {report.source} (limit {report.limit:g}):")
     for comparison in report.comparisons:
-        height, width = comparison.image_size
-        table.add_column(f"{height} x {width} pixels", justify="right")
-    for name in report.comparisons[0].differences:
-        table.add_row(name, *(f"{comparison.differences[name]:.1e}" for comparison in report.comparisons))
-    console.print(table)
-    for line in format_notes(report):
-        console.print(line)
+        differences = ", ".join(f"{name} {value:.1e}" for name, value in comparison.differences.items())
+        print("- {} x {} pixels: {}".format(*comparison.image_size, differences))
+    if report.not_compared:
+        print(f"Not compared at a second image size: {report.not_compared}")
+    if reason := report.preprocessing["assumed_because"]:
+        print(f"Image processor: the settings are assumed, because {reason}. Check them")
+    print(*report.notes, f"Classifier: {report.classifier}", sep="\n")
     auto_class = "AutoModelForImageClassification" if "Classification" in report.model_class else "AutoModel"
-    console.print(f"\nWritten to {output}. Load the model with")
-    console.print(f'  model = {auto_class}.from_pretrained("{output}"{trust_argument})')
-    console.print(f'  processor = AutoImageProcessor.from_pretrained("{output}"{trust_argument})')
-    console.print("Push the model and its card to the Hub, and verify the pushed model, with")
-    console.print(f"  {build_push_command(output, f'YOUR-NAME/{output.resolve().name}')}")
-
-
-def format_notes(report: "ParityReport") -> list[str]:
-    """Format all fields of the parity report except the differences, one per line."""
-    preprocessing = report.preprocessing
-    if preprocessing["assumed_because"]:
-        processor_note = (
-            f"Image processor: the settings are assumed, because {preprocessing['assumed_because']}. Check them"
-        )
-    else:
-        difference = preprocessing["largest_difference_in_grey_levels"]
-        processor_note = (
-            f"Image processor: settings of {preprocessing['origin']}; pixel values differ by at most "
-            f"{difference:.2g} gray levels (0 to 255)"
-        )
-    return [
-        *([f"Not compared at a second image size: {report.not_compared}"] if report.not_compared else []),
-        *report.notes,
-        f"Classifier: {report.classifier}. Maximum allowed difference: {report.limit:g}",
-        processor_note,
-        "Versions: " + ", ".join(f"{name} {version}" for name, version in report.versions.items()),
-        *([f"SHA-256 of the source ({report.family}): {report.source_sha256}"] if report.source_sha256 else []),
-        *(f"SHA-256 of {file}: {digest}" for file, digest in report.sha256.items()),
-    ]
+    print(f"\nWritten to {output}, with the parity report. Load the model with")
+    print(f'  model = {auto_class}.from_pretrained("{output}"{trust_argument})')
+    print(f'  processor = AutoImageProcessor.from_pretrained("{output}"{trust_argument})')
+    print("Push the model and its card to the Hub, and verify the pushed model, with")
+    print(f"  {build_push_command(output, f'YOUR-NAME/{output.resolve().name}')}")
