@@ -33,10 +33,11 @@ from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..inference.load_model import CLASSIFIER_CLASSES, Classifier, format_preset_names, is_preset, load_processor
 from ..modeling_vitcls import ViTCLSModel
 from ..options import ModelOptions
-from .adapter import LORA_TARGET_MODULES
 
 
 MAX_NATIVE_SIDE, FINETUNING_SIDE = 256, 224  # image sides in pixels: largest side that is kept, and its replacement
+# Query and value projections (Hu et al. 2021, arXiv 2106.09685); the pattern excludes attention poolers
+LORA_TARGET_MODULES = r".*\.layers\.\d+\.attention\.[qv]_proj"
 LORA_A_SUFFIX, LORA_B_SUFFIX = ".lora_A.default.weight", ".lora_B.default.weight"
 
 

@@ -27,7 +27,6 @@ from ..data.image_folder import format_name_list
 from ..files import sync_to_disk, write_json
 from ..hub.local_paths import is_local, split_prefix
 from ..hub.model_files import (
-    ADAPTER_PATTERNS,
     CARD_FILE,
     CONFIG_FILE,
     IMAGES_FOLDER,
@@ -47,19 +46,16 @@ from ..hub.provenance import find_provenance
 from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..inference.speed import measure_inference_speed
 from ..options import FinetuneOptions, PretrainOptions
-from .adapter import write_adapter
 from .model import InitialModel, merge_lora
 from .resume import replace_sources
 
 
-ADAPTER_FOLDER = "adapter"  # folder with only the LoRA adapter
 # Files that a run writes at the end, in the order in which they are removed; the results and the model come first.
 FINAL_FILE_PATTERNS = (
     RESULTS_FILE,
     *MODEL_PATTERNS,
     *(PREDICTIONS_FILE, CARD_FILE, *LICENSE_PATTERNS, REPORT_FILE, PARITY_REPORT_FILE, *ONNX_PATTERNS),
     f"{IMAGES_FOLDER}/*.png",
-    *(f"{ADAPTER_FOLDER}/{name}" for name in (*ADAPTER_PATTERNS, CONFIG_FILE, RESULTS_FILE)),
 )
 CHECKPOINTS_FOLDER = "checkpoints"
 
@@ -123,9 +119,8 @@ def remove_run_files(folder: Path, store: CheckpointStore) -> None:
         return
     for name in (*list_final_files(folder), METRICS_FILE):
         (folder / name).unlink(missing_ok=True)
-    for name in (IMAGES_FOLDER, ADAPTER_FOLDER):
-        with suppress(OSError):  # the folder does not exist or is not empty
-            (folder / name).rmdir()
+    with suppress(OSError):  # the folder does not exist or is not empty
+        (folder / IMAGES_FOLDER).rmdir()
     shutil.rmtree(folder / STAGING_FOLDER, ignore_errors=True)
     store.clear()
     (folder / RECIPE_FILE).unlink(missing_ok=True)  # removed last, because this file marks an output folder
@@ -141,7 +136,7 @@ def prepare(folder: Path, store: CheckpointStore, flags: dict[str, Any], checkpo
 
 def list_final_files(folder: Path) -> list[str]:
     """Return the names of the existing files that a run writes at the end, in the order of `FINAL_FILE_PATTERNS`."""
-    patterns = ("*", f"{IMAGES_FOLDER}/*", "onnx/*", f"{ADAPTER_FOLDER}/*")
+    patterns = ("*", f"{IMAGES_FOLDER}/*", "onnx/*")
     files = (path for pattern in patterns for path in sorted(folder.glob(pattern)) if path.is_file())
     names = [path.relative_to(folder).as_posix() for path in files]
     matches = [name for pattern in FINAL_FILE_PATTERNS for name in names if is_match(name, (pattern,))]
@@ -184,7 +179,7 @@ def write_model_files(
     options: FinetuneOptions | PretrainOptions,
     initial: InitialModel,
 ) -> None:
-    """Write weights, configuration, code, image processor, LoRA adapter and results. LoRA weights are merged. Only the
+    """Write weights, configuration, code, image processor and results. LoRA weights are merged. Only the
     main process may call this function. `weights` are full tensors, because the model may be sharded."""
     # FSDP2 replaces the model's class with a subclass. With the subclass, transformers would save PyTorch's source
     # files as the model's code.
@@ -207,11 +202,6 @@ def write_model_files(
         results["teacher_licenses"] = [find_provenance(name).license for name in options.distillation.teachers]
     saved_model = unsharded_class.from_pretrained(folder).to(model.device).eval()  # `model` may be sharded
     results["inference"] = measure_inference_speed(saved_model, model.device)
-    if any(".lora_" in name for name in weights):
-        adapter_folder = folder / ADAPTER_FOLDER
-        write_adapter(adapter_folder, weights, options.training.lora_rank, initial.name)
-        model.config.save_pretrained(adapter_folder)
-        write_json(adapter_folder / RESULTS_FILE, results)
     write_json(folder / RESULTS_FILE, results)
 
 

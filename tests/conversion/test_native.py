@@ -169,9 +169,6 @@ def test_the_command_prints_the_report_and_how_to_load_the_model(
     assert f"vitcls push --model {native} --hub-model-id YOUR-NAME/native" in lines
     certificate = json.loads((native / "parity_report.json").read_text())
     assert f"Not compared at a second image size: {certificate['not_compared']}" in lines
-    processor_line = "settings of ViTCLSImageProcessor; pixel values differ by at most 0 gray levels (0 to 255)"
-    assert f"Image processor: {processor_line}" in lines
-    assert f"SHA-256 of model.safetensors: {certificate['sha256']['model.safetensors']}" in lines
 
 
 @pytest.mark.parametrize("flags", [{"to": "transformers"}, {"model": "x"}, {"source": "mine"}, {"source": "damaged"}])

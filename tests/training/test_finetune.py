@@ -329,11 +329,6 @@ def test_lora_is_merged_into_a_plain_model(pretrained: Path, tmp_path: Path) -> 
     assert names == {f"vitcls.layers.{layer}.attention.{name}_proj.weight" for layer in (0, 1) for name in "qv"}
     assert results["num_images"] == NUM_HELD_OUT_DIGITS
     ViTCLSForImageClassification.from_pretrained(tmp_path)
-    names = {file.name for file in (tmp_path / "adapter").iterdir()}
-    assert names >= {"adapter_config.json", "adapter_model.safetensors", "config.json", "results.json"}
-    adapter = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
-    assert {tuple(weight.shape) for name, weight in adapter.items() if "lora_A" in name} == {(2, 32)}
-    assert read_json(tmp_path / "adapter" / "adapter_config.json")["r"] == 2
 
 
 @pytest.fixture(scope="module")

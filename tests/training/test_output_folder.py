@@ -228,7 +228,6 @@ def test_sources_in_the_output_folder_are_not_removed(tmp_path: Path, monkeypatc
         ["config.json"],
         ["results.json"],
         ["images/cat.png"],
-        ["adapter/README.md"],
         ["README.md", "LICENSE", "metrics.jsonl"],
     ],
     ids=" ".join,
@@ -256,8 +255,7 @@ def test_a_file_that_appears_while_a_run_is_stopped_is_kept(earlier: Path) -> No
 
 def test_only_the_files_of_a_run_are_removed(earlier: Path) -> None:
     mine = ["notes.txt", "train.py", "images/mine.txt", "checkpoints/best.pt", "checkpoints/mine/weights.bin"]
-    failed = ["adapter/adapter_config.json"]
-    for name in (*mine, *failed):
+    for name in mine:
         (earlier / name).parent.mkdir(parents=True, exist_ok=True)
         (earlier / name).write_text("mine")
     remove_run_files(earlier, CheckpointStore(earlier / "checkpoints", num_kept=1))
@@ -353,7 +351,7 @@ def save_and_end(folder: Path, model: Path, queue: Any) -> None:
 
 
 COMPARED = ("model.safetensors", "config.json", "preprocessor_config.json", "modeling_vitcls.py")
-COMPARED += ("predictions.parquet", "adapter/adapter_model.safetensors", "adapter/adapter_config.json")
+COMPARED += ("predictions.parquet",)
 
 
 @pytest.mark.slow
