@@ -92,8 +92,6 @@ def test_a_resumed_run_has_the_same_results(whole: Path, killed: Path, capsys: p
         assert one["loss"] == pytest.approx(other["loss"], abs=1e-5)
     assert found[0]["token_movement"] == pytest.approx(expected[0]["token_movement"], abs=1e-5)
     assert [record["step"] for record in found[1:]] == [3]
-    entropy = found[1]["cls_attention_entropy"]
-    assert entropy == pytest.approx(expected[1]["cls_attention_entropy"], abs=1e-4)
     assert 1000 < results["seconds"] < 1300 and results["images_per_second"] == round(24 / results["seconds"], 1)
     checkpoints = CheckpointStore(killed / "checkpoints", num_kept=1)
     assert checkpoints.list_steps() == [3]
