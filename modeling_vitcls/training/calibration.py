@@ -4,6 +4,7 @@ They are fitted to the selection images or, without selection images, to half of
 error is reported for the other half, or for all held-out images.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ def calibrate(config: Any, evaluator: Evaluator, images: slice = slice(None)) ->
 def rescale(evaluator: Evaluator, temperature: float) -> float:
     """Divide the logits of the last evaluation by the temperature, as the calibrated model does, and return the
     cross-entropy. All other metrics except the calibration error do not depend on the temperature."""
-    evaluator.logits = {index: logits / temperature for index, logits in evaluator.logits.items()}
+    evaluator.rows = [replace(row, logits=row.logits / temperature) for row in evaluator.rows]
     logits, labels = map(torch.from_numpy, get_outputs(evaluator))
     return round(float(cross_entropy(logits.double(), labels)), 6)
 

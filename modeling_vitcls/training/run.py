@@ -35,7 +35,6 @@ from ..files import write_json
 from ..hub.connection import silence_transformers
 from ..hub.model_files import PREDICTIONS_FILE
 from ..inference.evaluator import Evaluator
-from ..inference.metrics import drop_large_matrices
 from ..inference.per_image import write_predictions
 from ..options import FinetuneOptions, PretrainOptions, to_flags
 from . import finetune, output_folder, pretrain
@@ -195,9 +194,7 @@ def run(
         evaluate_held_out = task.build_evaluator(data.held_out) if has_held_out else lambda model: empty_metrics
         evaluated = evaluate_held_out if data.selection is None else task.build_evaluator(data.selection)
         images = build_training_images(options, data, task)
-        unreadable_images = UnreadableImageCounter(
-            images.describe_unreadable_image, reporter.warn, options.data.max_unreadable_images
-        )
+        unreadable_images = UnreadableImageCounter(reporter.warn, options.data.max_unreadable_images)
         should_compare = task.compare is not None and has_held_out and not is_dry_run
         if should_compare:
             task.compare.before = task.compare.measure(task.model.to(accelerator.device))
@@ -298,7 +295,7 @@ def run(
         for token, distance in token_movement.items():
             if distance == 0 and selected_step != 0 and loop.should_warn_about_tokens:
                 reporter.warn(f"token {token} did not change during training")
-        if num_unreadable := len(unreadable_images):
+        if num_unreadable := len(unreadable_images.indices):
             reporter.warn(f"{num_unreadable} training image(s) could not be read and were replaced with other images")
         results = {
             "dataset": data.name,
@@ -311,7 +308,7 @@ def run(
             "selection_metric": task.selection_metric,
             "forward_flops_per_image": forward_flops,
             **describe_run(plan, state.step, task.model, accelerator, training_seconds),
-            **drop_large_matrices(metrics),
+            **metrics,
             "num_unreadable_training_images": num_unreadable,
             "token_movement": token_movement,
         }
