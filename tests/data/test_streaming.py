@@ -334,7 +334,7 @@ def test_undeclared_labels_are_collected(tmp_path: Path) -> None:
     data = read(folder, label_names=("c", "b", "a"))
     assert data.label_space.names == ["c", "b", "a"]
     assert list(data.held_out.labels) == [2 - number % 3 for number in get_held_out(data)]
-    with pytest.raises(ValueError, match="has the label 'c', which is not one of the 2 classes"):
+    with pytest.raises(ValueError, match="has the label 'c', which is none of the 2 classes"):
         read(folder, label_names=("a", "b"))
 
 
