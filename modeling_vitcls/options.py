@@ -81,7 +81,8 @@ class ModelOptions:
     num_register_tokens: int | None = None
     """Number of register tokens."""
     pooling: Literal["cls", "mean", "cls_mean", "max", "attention"] | None = None
-    """Pooling of the tokens for the classifier."""
+    """Pooling of the tokens for the classifier. Default: the pooling of the preset or checkpoint, but a new classifier
+    of a pre-trained encoder reads CLS and the mean of the patches (`cls_mean`) instead of `cls`."""
     cls_pooling: Literal["first", "mean", "concat"] | None = None
     """Reduction of several CLS tokens to one vector."""
     cls_scopes: tuple[str, ...] | None = None

@@ -24,7 +24,7 @@ from torch import nn
 
 from ..blocks_vitcls import EncoderLayer, ViTCLSEmbeddings
 from ..configuration_vitcls import ViTCLSConfig
-from ..conversion.any_checkpoint import resolve_checkpoint
+from ..conversion.any_checkpoint import has_random_weights, resolve_checkpoint
 from ..data.fit import set_fit
 from ..data.labels import LabelSpace
 from ..hub.loading import check_is_vitcls
@@ -101,6 +101,8 @@ def load_with_label_space(
         )
         new_parameter_names = set(loading_info["missing_keys"])
     else:
+        if reads_patches_by_default(source, stored_config, config_values, label_space):
+            config_values = {"pooling": "cls_mean"} | config_values
         encoder, loading_info = ViTCLSModel.from_pretrained(
             source,
             dtype=torch.float32,
@@ -118,6 +120,23 @@ def load_with_label_space(
         head_names = {name for name, _ in model.named_parameters() if not name.startswith("vitcls.")}
         new_parameter_names = missing_names | head_names
     return model, new_parameter_names | get_added_token_names(stored_config, model)
+
+
+def reads_patches_by_default(
+    source: str, stored_config: ViTCLSConfig, config_values: dict[str, Any], label_space: LabelSpace
+) -> bool:
+    """Return whether a new classifier reads the CLS token and the mean of the patches, if `--pooling` is not set. It
+    does for a pre-trained encoder that pools CLS without further weights, as in the linear evaluation of DINOv2
+    (arXiv 2304.07193), and usually better than with CLS alone (model_cards/studies/probe.md)."""
+    config = {**stored_config.to_dict(), **config_values}
+    return (
+        config["pooling"] == "cls"
+        and config["pooled_activation"] is None
+        and not config["pooled_norm"]
+        and not config["num_distillation_tokens"]
+        and label_space.kind == "single_label_classification"
+        and not has_random_weights(source)
+    )
 
 
 def has_labels(config: ViTCLSConfig, label_space: LabelSpace) -> bool:
