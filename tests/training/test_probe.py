@@ -57,7 +57,9 @@ def test_the_frozen_model_equals_the_regression_of_scikit_learn(encoder: Path, t
     assert results["accuracy"] == pytest.approx(regression.score(held_out, data.held_out.labels), abs=1e-6)
     assert results["frozen"]["logreg"]["CLS + mean"] == results["accuracy"]
     neighbors = KNeighborsClassifier(10, weights="distance", metric="cosine").fit(train, data.train.labels)
-    assert results["frozen"]["knn"]["CLS + mean"] == pytest.approx(neighbors.score(held_out, data.held_out.labels), abs=3e-3)
+    assert results["frozen"]["knn"]["CLS + mean"] == pytest.approx(
+        neighbors.score(held_out, data.held_out.labels), abs=3e-3
+    )
     assert {"CLS", "mean of the patches", "CLS + mean"} == set(results["frozen"]["logreg"])
     model = ViTCLSForImageClassification.from_pretrained(tmp_path / "head")
     probabilities = (torch.from_numpy(held_out) @ model.classifier.weight.T + model.classifier.bias).softmax(-1)
