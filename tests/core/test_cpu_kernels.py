@@ -4,7 +4,6 @@ computed by plain PyTorch."""
 import copy
 import pickle
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -241,14 +240,6 @@ def test_lora() -> None:
     merged = adapter.merge_and_unload()
     with torch.no_grad():
         assert_equal_in_float32({"logits": merged(build_images()).logits}, {"logits": steps[1][-1]["logits"]})
-
-
-@pytest.mark.slow
-def test_fsdp2(two_processes: Path) -> None:
-    results = torch.load(two_processes / "sharded.pt")
-    assert any(name.startswith("CPU") for name in results[True]["classes"])
-    assert not any(name.startswith("CPU") for name in results[False]["classes"])
-    assert_equal_in_float32(results[True]["tensors"], results[False]["tensors"])
 
 
 @pytest.mark.parametrize("copy_model", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
