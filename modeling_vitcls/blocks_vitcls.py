@@ -126,11 +126,6 @@ class ViTCLSEmbeddings(nn.Module):
             bool_masked_pos = torch.zeros(patches.shape[:2], dtype=torch.bool, device=patches.device)
         if self.mask_token is None:
             raise ValueError("bool_masked_pos requires a mask token: set use_mask_token=True")
-        if bool_masked_pos.shape != patches.shape[:2]:
-            raise ValueError(
-                f"bool_masked_pos must have shape [batch, patches] = {tuple(patches.shape[:2])}, but it has shape "
-                f"{tuple(bool_masked_pos.shape)}"
-            )
         return torch.where(bool_masked_pos.bool().unsqueeze(-1), self.mask_token.to(patches.dtype), patches)
 
 

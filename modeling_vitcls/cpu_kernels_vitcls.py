@@ -6,7 +6,7 @@
     VITCLS_CPU_KERNELS=0            environment variable that prevents installation
     torch.backends.mkldnn.flags(enabled=False)    plain PyTorch while the context is active
 
-    nn.Linear             -> CPULinear             oneDNN instead of MKL in float32, on CPUs with AVX-512 but not AMX
+    nn.Linear             -> CPULinear             oneDNN: float32 on CPUs with AVX-512 but not AMX, bfloat16 with AMX
     ViTCLSMLP             -> CPUMLP                linear + GELU fused; the backward pass recomputes GELU
     nn.Conv2d (patches)   -> CPUPatchProjection    float32 on CPUs without half-precision instructions
     attention classes     -> CPUAttention, ...     float32 on CPUs without half-precision instructions
@@ -44,7 +44,7 @@ try:
         torch.bfloat16: getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None),
         torch.float16: getattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", None),
     }
-    HAS_AMX = torch.cpu._is_amx_tile_supported()  # on these CPUs, MKL is as fast as oneDNN or faster
+    HAS_AMX = torch.cpu._is_amx_tile_supported()  # in float32, MKL is as fast as oneDNN or faster on these CPUs
 
     def is_functorch_active() -> bool:
         """Return whether torch.func or forward-mode AD is active; oneDNN's operators support neither."""
@@ -303,11 +303,10 @@ def is_onednn_correct() -> bool:
 MIN_MULTIPLICATIONS: dict[tuple[torch.dtype, bool], int] = {}
 HAS_ONEDNN = HAS_PRIVATE_NAMES and torch.backends.mkldnn.is_available() and onednn_pointwise is not None
 if HAS_ONEDNN and torch.backends.cpu.get_cpu_capability().startswith("AVX512") and is_onednn_correct():
-    if not HAS_AMX:
-        MIN_MULTIPLICATIONS |= {(torch.float32, False): 1_500_000, (torch.float32, True): 8_000_000}
-    has_bfloat16 = HALF_PRECISION_CHECKS[torch.bfloat16]
-    if has_bfloat16 is not None and has_bfloat16():
-        MIN_MULTIPLICATIONS[torch.bfloat16, False] = 0
+    if HAS_AMX:
+        MIN_MULTIPLICATIONS = {(torch.bfloat16, False): 0}
+    else:
+        MIN_MULTIPLICATIONS = {(torch.float32, False): 1_500_000, (torch.float32, True): 8_000_000}
 
 
 # Half precision on CPUs without half-precision instructions ----------------------------------------------------------

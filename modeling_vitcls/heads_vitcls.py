@@ -190,13 +190,9 @@ def compute_cross_entropy(
     """Return the cross-entropy of logits [B, C] and class indices [B], ignoring -100; 0 if all indices are -100.
 
     Raises:
-        ValueError: if there is not one label per image or, only on the CPU, a label is not a class index. The
-            message names the `owner` of the labels.
+        ValueError: if there is not one label per image or, only on the CPU, a label is not a class index. The message
+            about the index names the `owner` of the labels.
     """
-    if labels.numel() != logits.shape[0]:
-        raise ValueError(
-            f"labels have shape {list(labels.shape)}, but there are {logits.shape[0]} images: pass one index per image"
-        )
     labels = labels.reshape(-1).to(logits.device, torch.long)
     try:
         loss_sum = nn.functional.cross_entropy(logits.float(), labels, ignore_index=IGNORED_LABEL, reduction="sum")

@@ -223,7 +223,8 @@ class ViTCLSPreTrainedModel(AdaptableModel):
             row sums to 1. With differential attention, the head axis contains two consecutive maps per head.
 
         Raises:
-            ValueError: if a token group or layer does not exist, or if the images have an unsupported shape.
+            KeyError, IndexError: if a token group or layer does not exist.
+            ValueError: if the images have an unsupported shape.
         """
         return compute_token_attention(self, pixel_values, attention_mask, tokens, layers)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .attention_masks_vitcls import apply_mask
-from .configuration_vitcls import COUNT_FIELDS, TokenLayout
+from .configuration_vitcls import COUNT_FIELDS
 
 
 SPECIAL_TOKEN_GROUPS = tuple(COUNT_FIELDS)  # names of the groups, in sequence order
@@ -30,8 +30,10 @@ def compute_token_attention(
     """Return the attention weights of special tokens; see `ViTCLSPreTrainedModel.token_attention`."""
     encoder = model.base_model
     layout = encoder.config.token_layout
-    token_indices = get_token_indices(tokens, layout)
-    layer_indices = get_layer_indices(layers, len(encoder.layers))
+    indices, all_layers = range(layout.num_prefix_tokens), range(len(encoder.layers))
+    indices_by_group = {name: indices[group] for name, group in layout.items() if name in SPECIAL_TOKEN_GROUPS}
+    token_indices = sorted(index for group in set(tokens) for index in indices_by_group[group])
+    layer_indices = list(all_layers) if layers == "all" else [all_layers[index] for index in layers]
     rows: dict[int, Tensor] = {}
 
     def record(layer: int, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float, _: Any) -> None:
@@ -59,27 +61,6 @@ def record_attention(encoder: Any, layers: Iterable[int], record: Callable[..., 
     finally:
         for index, attention in attention_modules.items():
             attention.recorder = previous_recorders[index]
-
-
-def get_token_indices(tokens: Sequence[str], layout: TokenLayout) -> list[int]:
-    """Return the sorted indices of the special tokens in the given groups. Raise ValueError for an unknown group."""
-    for group in tokens:
-        if group not in SPECIAL_TOKEN_GROUPS:
-            raise ValueError(f"tokens contains the unknown group {group!r}: use {', '.join(SPECIAL_TOKEN_GROUPS)}")
-    indices = range(layout.num_prefix_tokens)
-    return [index for group, group_slice in layout.items() if group in tokens for index in indices[group_slice]]
-
-
-def get_layer_indices(layers: LayerIndices, num_layers: int) -> list[int]:
-    """Return non-negative layer indices. Raise ValueError if `layers` is empty, or if an index is out of range."""
-    if layers == "all":
-        return list(range(num_layers))
-    if isinstance(layers, str) or not layers:
-        raise ValueError(f'layers is {layers!r}: pass "all" or a list of one or more indices')
-    for index in layers:
-        if not -num_layers <= index < num_layers:
-            raise ValueError(f"layers contains {index}, but the model has {num_layers} layers, numbered from 0")
-    return [index % num_layers for index in layers]
 
 
 def compute_attention_rows(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:

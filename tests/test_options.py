@@ -51,7 +51,6 @@ LIMITS: list[tuple[type, str, list[Any], list[Any]]] = [
     (MAEOptions, "mask_ratio", [0.1, 0.9], [0, 1]),
     (LeJEPAOptions, "global_crop_scale", [0.06, 1], [0.05, 1.1]),
     (RunOptions, "license", [None, "cc-by-4.0"], ["CC BY", "", "-mit", "MIT"]),
-    (EvaluateOptions, "frozen", [None, "knn", "few-shot:5"], ["svm", "few-shot:0", "few-shot:5x"]),
     (PredictOptions, "threshold", [0, 1], [-0.1, 1.1]),
     (InspectOptions, "num_images", [1], [0]),
     (BenchmarkOptions, "batch_sizes", [(1,)], [(4, 0)]),
@@ -135,7 +134,7 @@ DEFAULTS = """
     mask_ratio=0.75 decoder_layers=4
 
     model=m dataset=digits held_out_fraction=0.2 shuffle_buffer=1000 max_unreadable_images=100 num_workers=2
-    batch_size=64 frozen_layers=last frozen_repeats=10 backend=torch
+    batch_size=64 backend=torch
 
     model=m dataset=digits batch_size=32 shard_size=10000 threshold=0.5 feature_dtype=float32 backend=torch
 

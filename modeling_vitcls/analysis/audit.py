@@ -202,11 +202,10 @@ def find_label_errors(images: AuditedImages) -> pd.DataFrame:
 
 
 def score_labels(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
-    """Return cleanlab's label quality [N]: the normalized margin of probabilities that are adjusted to the confidence
-    with which the model predicts each class."""
+    """Return cleanlab's label quality [N]: the probability of the label, by a model that did not see the image."""
     from cleanlab.rank import get_label_quality_scores
 
-    return get_label_quality_scores(labels, probabilities, method="normalized_margin", adjust_pred_probs=True)
+    return get_label_quality_scores(labels, probabilities, method="self_confidence")
 
 
 def find_outliers(images: AuditedImages) -> pd.DataFrame:

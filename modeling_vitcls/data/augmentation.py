@@ -105,7 +105,9 @@ class BatchTransform:
         is_flipped = torch.from_numpy(random_numbers[:, 0] < 0.5) & self.flip  # [B]
         if not (self.rotation or self.shift or self.zoom):
             return torch.where(is_flipped[:, None, None, None], pixels.flip(-1), pixels) if self.flip else pixels
-        height, width = pixels.shape[-2:]
+        num_channels, height, width = pixels.shape[1:]
+        if torch.equal(pixels, pixels[:, :1].expand_as(pixels)):  # gray images: transform one channel
+            pixels = pixels[:, :1]
         factors = torch.from_numpy(random_numbers[:, 1:] * 2 - 1).float()  # [B, 4], from -1 to 1
         angle, shift_x, shift_y, zoom = factors[:, :, None, None].unbind(1)  # [B, 1, 1] each
         scale = 1 + self.zoom * zoom
@@ -118,7 +120,7 @@ class BatchTransform:
         sampling_grid[..., 0] = (cos * sign * 2 / width) * x + (sin * sign * 2 / width) * y
         sampling_grid[..., 1] = (cos * 2 / height) * y - (sin * 2 / height) * x
         outputs = nn.functional.grid_sample(pixels.float(), sampling_grid, align_corners=False)  # [B, C, H, W]
-        return outputs.round_().to(torch.uint8)
+        return outputs.round_().to(torch.uint8).expand(-1, num_channels, -1, -1)
 
 
 class BatchMixer:

@@ -6,7 +6,7 @@ A batch is a dict:
     index    [B] `int64`             index of the image
     epoch    [B] `int64`             number of earlier uses of the image
     view     [B] `int64`             index of the augmented view: `epoch`, or `epoch` modulo `num_views`
-    replaced [B] `int64`             index of the unreadable image that this image replaces, or -1
+    errors   {index: message}        error message of each unreadable image, which another image replaces
 """
 
 import os
@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 from ..image_processing_vitcls import pil_to_tensor
 from .augmentation import Augmentation
-from .images import NOT_REPLACED, ArrayImages, LabeledImages, UnreadableImage, check_channels
+from .images import LabeledImages, UnreadableImage, check_channels
 from .sampling import BatchPlan, ImageKey, derive_seed
 
 
@@ -56,14 +56,13 @@ class BatchBuilder:
 
     def build(
         self,
-        pixels: torch.Tensor | list[torch.Tensor],
+        pixels: list[torch.Tensor],
         labels: list[Any],
         keys: list[ImageKey],
-        replaced_indices: list[int],
+        errors: dict[int, str],
     ) -> Batch:
-        """Apply the random transforms to outputs of `prepare_image` and return a batch. `pixels` is a list or, if all
-        images have the same size, a tensor [B, C, H, W]. `replaced_indices` contains the index of the unreadable image
-        that each image replaces, or -1."""
+        """Apply the random transforms to outputs of `prepare_image` and return a batch. `errors` are the error
+        messages of the images that were replaced with other images."""
         epochs, indices = np.array(keys, dtype=np.int64).T
         views = epochs % self.num_views if self.num_views else epochs
         seeds = {view: derive_seed(self.seed, view) for view in set(views.tolist())}
@@ -74,7 +73,7 @@ class BatchBuilder:
             "index": torch.from_numpy(indices.copy()),
             "epoch": torch.from_numpy(epochs.copy()),
             "view": torch.from_numpy(views.copy()),
-            "replaced": torch.tensor(replaced_indices),
+            "errors": errors,
         }
 
 
@@ -95,50 +94,33 @@ class TrainingImages:
         self.source = source
         self.builder = builder
         self.cache: dict[int, torch.Tensor] = {}
-        self.unreadable_indices: set[int] = set()
-        self.array_pixels = load_array_pixels(source, builder.augmentation)  # [images, 1, H, W]
+        self.errors: dict[int, str] = {}  # index of each unreadable image -> error message
 
     def iterate_keys(self, plan: BatchPlan, process_index: int, first_step: int) -> Iterator[list[ImageKey]]:
         return plan.iterate_keys(process_index, first_step)
 
     def __getitem__(self, keys: list[ImageKey]) -> Batch:
         """Return the batch for a list of keys. Raise ValueError if no image can be read."""
-        if self.array_pixels is not None:
-            return self.load_array_batch(self.array_pixels, keys)
         loaded_indices, pixels = zip(*(self.load_readable_image(index) for _, index in keys), strict=True)
-        epochs, planned_indices = zip(*keys, strict=True)
+        pairs = zip(keys, loaded_indices, strict=True)
         return self.builder.build(
             list(pixels),
             [self.source.labels[index] for index in loaded_indices],
-            list(zip(epochs, loaded_indices, strict=True)),
-            [
-                NOT_REPLACED if index == planned_index else planned_index
-                for index, planned_index in zip(loaded_indices, planned_indices, strict=True)
-            ],
+            [(epoch, loaded) for (epoch, _), loaded in zip(keys, loaded_indices, strict=True)],
+            {index: self.errors[index] for (_, index), loaded in pairs if index != loaded},
         )
-
-    def load_array_batch(self, array_pixels: torch.Tensor, keys: list[ImageKey]) -> Batch:
-        """Return a batch of images that are stored in memory as one tensor. All images in memory are readable."""
-        indices = [index for _, index in keys]
-        pixels = array_pixels[indices]  # [B, 1, H, W]
-        num_channels = 3 if self.builder.to_rgb else 1
-        if self.builder.augmentation.image_transform is not None:
-            pixels = pixels.expand(-1, num_channels, -1, -1)
-        labels = [self.source.labels[index] for index in indices]
-        batch = self.builder.build(pixels, labels, keys, [NOT_REPLACED] * len(keys))
-        return batch | {"pixels": batch["pixels"].expand(-1, num_channels, -1, -1)}
 
     def load_readable_image(self, index: int) -> tuple[int, torch.Tensor]:
         """Return the index and the prepared pixels of the first readable image, starting at `index`."""
-        for candidate in (*range(index, len(self.source)), *range(index)):
-            if candidate not in self.unreadable_indices:
+        num_images = len(self.source)
+        for candidate in (number % num_images for number in range(index, index + num_images)):
+            if candidate not in self.errors:
                 try:
                     return candidate, self.load_pixels(candidate)
-                except UnreadableImage:
-                    self.unreadable_indices.add(candidate)
+                except UnreadableImage as error:
+                    self.errors[candidate] = str(error)
         raise ValueError(
-            f"none of the {len(self.source)} images can be read. First error: "
-            f"{self.describe_unreadable_image(index)}. Check the dataset"
+            f"none of the {num_images} images can be read. First error: {self.errors[index]}. Check the dataset"
         )
 
     def load_pixels(self, index: int) -> torch.Tensor:
@@ -149,25 +131,6 @@ class TrainingImages:
         if pixels.nbytes * len(self.source) <= MAX_CACHE_BYTES:
             self.cache[index] = pixels
         return pixels
-
-    def describe_unreadable_image(self, index: int) -> str:
-        """Return the error message of an unreadable image."""
-        try:
-            self.builder.prepare_image(self.source.images[index])
-        except UnreadableImage as error:
-            return str(error)
-        return f"the image with index {index} could not be read before, but can be read now"
-
-
-def load_array_pixels(source: LabeledImages, augmentation: Augmentation) -> torch.Tensor | None:
-    """Return the pixels of all images after the fixed transform, [images, 1, H, W] `uint8`, or None if the images are
-    not stored as arrays or do not fit in the cache."""
-    if not isinstance(source.images, ArrayImages):
-        return None
-    pixels = torch.from_numpy(np.array(source.images.pixels))[:, None]  # [images, 1, H, W]
-    if augmentation.fixed_transform(pixels[:1]).nbytes * len(pixels) > MAX_CACHE_BYTES:
-        return None
-    return torch.cat([augmentation.fixed_transform(chunk) for chunk in pixels.split(1024)])
 
 
 # Workers -------------------------------------------------------------------------------------------------------------

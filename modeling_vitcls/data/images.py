@@ -3,17 +3,16 @@
     ArrayImages      images of the same size in memory (digits, MNIST)
     DatasetImages    a column of a `datasets.Dataset`: encoded images, paths or URLs
 
-Both return PIL images and raise `UnreadableImage` for unreadable images. Four methods do not decode images:
+Both return PIL images and raise `UnreadableImage` for unreadable images. Three methods do not decode images:
 
     select(indices)  a subset
-    get_names()        the path of each image within the dataset, a checksum (arrays), or the row number
-    read_bytes()     the bytes of one image; None if the image cannot be read or is remote
+    get_names()      the path of each image within the dataset, a checksum (arrays), or the row number
     compute_keys()   a checksum of the path, row number or bytes of each image, which selects the held-out images
                      (held_out.py)
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -34,7 +33,6 @@ from .labels import MultiHotLabels
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 ROWS_PER_READ = 64  # number of dataset rows that are read from disk at once
-NOT_REPLACED = -1  # value of `replaced` in a batch for an image that does not replace an unreadable image
 
 
 class UnreadableImage(ValueError):
@@ -76,9 +74,6 @@ class ArrayImages(Sequence):
 
     def get_names(self) -> list[str]:
         return [f"{key:x}" for key in self.compute_keys().tolist()]
-
-    def read_bytes(self, index: int) -> bytes:
-        return self.pixels[index].tobytes()
 
     def compute_keys(self) -> np.ndarray:
         return np.fromiter((compute_image_key(array.tobytes()) for array in self.pixels), np.int64, len(self))
@@ -122,16 +117,6 @@ class DatasetImages(Sequence):
         rows = np.arange(len(self.dataset)) if self.rows is None else self.rows
         return [name or str(row) for row, name in zip(rows.tolist(), self.iterate_names(rows), strict=True)]
 
-    def read_bytes(self, index: int) -> bytes | None:
-        encoded_image = self.get_encoded_image(index)
-        if encoded_image["bytes"] is not None:
-            return encoded_image["bytes"]
-        try:
-            file = Path(encoded_image["path"] or "")
-            return file.read_bytes() if file.is_file() else None  # reading a pipe would block
-        except (OSError, ValueError):
-            return None
-
     def compute_keys(self) -> np.ndarray:
         """Return the keys of the images. The keys of a table on disk are computed once and stored in the cache of
         `datasets`."""
@@ -148,16 +133,9 @@ class DatasetImages(Sequence):
     def compute_all_keys(self) -> np.ndarray:
         """Return the keys of all rows: a checksum of the path if all paths differ or the rows contain only paths;
         otherwise of the row number, or of the bytes if the rows are in memory."""
-        has_bytes, num_rows, num_unnamed = self.has_bytes(), len(self.dataset), 0
-
-        def iterate_keys() -> Iterator[int]:
-            nonlocal num_unnamed
-            for name in self.iterate_names(None):
-                num_unnamed += not name
-                yield compute_image_key(name.encode())
-
-        keys = np.fromiter(iterate_keys(), np.int64, num_rows)
-        if not has_bytes or (not num_unnamed and len(np.unique(keys)) == num_rows):
+        num_rows, no_name = len(self.dataset), compute_image_key(b"")
+        keys = np.fromiter((compute_image_key(name.encode()) for name in self.iterate_names(None)), np.int64, num_rows)
+        if not self.has_bytes() or (len(np.unique(keys)) == num_rows and no_name not in keys):
             return keys
         if self.dataset.cache_files:
             return np.fromiter((compute_image_key(b"row %d" % row) for row in range(num_rows)), np.int64, num_rows)
@@ -265,25 +243,20 @@ class UnreadableImageCounter:
     Every process calls `add` with the unreadable images of all processes, so that all processes stop at the same step.
     """
 
-    describe: Callable[[int], str]  # function that returns the one-line error message for an image index
     warn: Callable[[str], None]  # function that prints a one-line warning
     limit: int  # maximum number of unreadable images (`--max-unreadable-images`); a larger number stops the run
     indices: set[int] = field(default_factory=set)
 
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def add(self, indices: Iterable[int]) -> None:
-        """Count the unreadable images at `indices` except `NOT_REPLACED`, and print a warning for each image that
-        was not counted before. Raise ValueError if the number of unreadable images exceeds the limit."""
-        for index in indices:
-            if index == NOT_REPLACED or index in self.indices:
+    def add(self, errors: Mapping[int, str]) -> None:
+        """Count unreadable images, given as index -> error message, and print a warning for each image that was not
+        counted before. Raise ValueError if the number of unreadable images exceeds the limit."""
+        for index, message in errors.items():
+            if index in self.indices:
                 continue
             self.indices.add(index)
-            description = self.describe(index)
-            self.warn(f"skipped an image: {description}")
-            if len(self) > self.limit:
+            self.warn(f"skipped an image: {message}")
+            if len(self.indices) > self.limit:
                 raise ValueError(
-                    f"more than {self.limit} images cannot be read; the last unreadable image: {description}. "
+                    f"more than {self.limit} images cannot be read; the last unreadable image: {message}. "
                     "Repair or remove these images, or set a larger --max-unreadable-images"
                 )

@@ -25,19 +25,7 @@ from ..heads_vitcls import IGNORED_LABEL
 from ..options import DataOptions
 
 
-IMAGE_COLUMN_NAMES = (
-    "image",
-    "img",
-    "picture",
-    "photo",
-    "pixel_values",
-    "file_name",
-    "filename",
-    "file",
-    "path",
-    "jpg",
-    "png",
-)
+IMAGE_COLUMN_NAMES = tuple("image img picture photo pixel_values file_name filename file path jpg png".split())
 LABEL_COLUMN_NAMES = ("label", "labels", "class", "target", "category", "fine_label", "cls")
 NO_LABELS = "nothing"  # text for an image without labels in a multi-label dataset
 
@@ -59,15 +47,17 @@ class LabelSpace:
         (names,) = self.columns.values()
         return names
 
+    @cached_property
+    def index_by_name(self) -> dict[str, dict[str, int]]:
+        """Return class indices by column and class name."""
+        return {column: {name: index for index, name in enumerate(names)} for column, names in self.columns.items()}
+
     def to_config_values(self) -> dict[str, Any]:
         """Return the fields of ViTCLSConfig that describe the labels."""
         if self.kind == "multi_task":
             return {"tasks": self.columns}
-        return {
-            "id2label": dict(enumerate(self.names)),
-            "label2id": {name: index for index, name in enumerate(self.names)},
-            "problem_type": self.kind,
-        }
+        (label2id,) = self.index_by_name.values()
+        return {"id2label": dict(enumerate(self.names)), "label2id": label2id, "problem_type": self.kind}
 
     def format_label(self, label: Any) -> str | None:
         """Return a label as text, such as "cat", "cat, dog" or "age old, kind cat", or None for an unknown label."""
@@ -155,9 +145,7 @@ class LabelColumn:
         if self.has_class_indices and isinstance(value, int) and 0 <= value < len(self.classes):
             return value
         if str(value) not in self.index_by_name:
-            raise ValueError(
-                f"{row_name} has the label {value!r}, which is not one of the {len(self.classes)} classes"
-            )
+            raise ValueError(f"{row_name} has the label {value!r}, which is none of the {len(self.classes)} classes")
         return self.index_by_name[str(value)]
 
     def get_indices(self, values: Iterable[Any], name_row: Callable[[int], str]) -> list[int]:
@@ -210,10 +198,9 @@ class LabelReader:
         """
         if self.kind == "multi_label_classification":
             (column,) = self.columns
-            named_rows = ((value, name_row(row)) for row, value in enumerate(values[0]))
             rows = (
-                [column.get_index(label, row_name) for label in split_labels(value, self.separator, row_name)]
-                for value, row_name in named_rows
+                [column.get_index(label, name_row(row)) for label in split_labels(value, self.separator)]
+                for row, value in enumerate(values[0])
             )
             return MultiHotLabels.from_indices(rows, len(column.classes))
         indices = [self.columns[n].get_indices(column, name_row) for n, column in enumerate(values)]
@@ -231,16 +218,13 @@ def build_label_reader(
         find_column("label", name, features, find_class_label, LABEL_COLUMN_NAMES, options.dataset)
         for name in options.label_column or (None,)
     ]
-    multi_label_columns = [
-        name for name in names if get_item_type(features[name]) is not None or options.label_separator
-    ]
-    if multi_label_columns and len(names) > 1:
+    has_lists = bool(options.label_separator) or any(get_item_type(features[name]) is not None for name in names)
+    if has_lists and len(names) > 1:
         raise ValueError(
-            f"{options.dataset}: several label columns require one label per image in each column, but "
-            f"{multi_label_columns[0]!r} contains several labels per image. Set one --label-column, or remove "
-            "--label-separator"
+            f"{options.dataset}: several label columns require one label per image in each column. Set one "
+            "--label-column, or remove --label-separator"
         )
-    kind: LabelKind = "multi_label_classification" if multi_label_columns else "single_label_classification"
+    kind: LabelKind = "multi_label_classification" if has_lists else "single_label_classification"
     columns = [build_label_column(options, name, features[name], read_column) for name in names]
     return LabelReader("multi_task" if len(names) > 1 else kind, columns, options.label_separator)
 
@@ -252,39 +236,27 @@ def build_label_column(
     if (class_label := find_class_label(feature)) is not None:
         return LabelColumn(name, list(class_label.names), is_declared=True)
     if options.label_names is not None:
-        if options.label_column is not None and len(options.label_column) > 1:
-            raise ValueError(
-                "--label-names requires a single label column, but --label-column names several columns. Remove "
-                "--label-names"
-            )
         return LabelColumn(name, list(options.label_names), is_declared=False)
     distinct_values: set[Any] = set()
     for value in read_column(name):
-        for label in split_labels(value, options.label_separator, f"{options.dataset}, column {name!r}: a row"):
-            normalized_label = normalize_value(label)
-            if isinstance(normalized_label, float) or not isinstance(normalized_label, Hashable):
+        for label in map(normalize_value, split_labels(value, options.label_separator)):
+            if isinstance(label, float) or not isinstance(label, Hashable):
                 raise ValueError(
-                    f"{options.dataset}: the column {name!r} does not contain class labels. Set a "
-                    "different --label-column"
+                    f"{options.dataset}: the column {name!r} does not contain class labels. Set --label-column"
                 )
-            distinct_values.add(normalized_label)
+            distinct_values.add(label)
     distinct_values.discard(None)
     classes = [str(value) for value in sorted(distinct_values, key=lambda value: (isinstance(value, str), value))]
     return LabelColumn(name, classes, is_declared=False)
 
 
-def split_labels(value: Any, separator: str | None, row_name: str) -> list[Any]:
+def split_labels(value: Any, separator: str | None) -> list[Any]:
     """Return the labels in one value: the items of a list, the text between separators, or the value itself."""
     if isinstance(value, list):
         return value
-    if separator is None:
+    if separator is None or not isinstance(value, str):
         return [value]
-    if value is not None and not isinstance(value, str):
-        raise ValueError(
-            f"{row_name} has the label {value!r}, but --label-separator requires a text column. "
-            "Remove --label-separator"
-        )
-    return [label.strip() for label in (value or "").split(separator)]  # empty text is a missing label
+    return [label.strip() for label in value.split(separator)]  # empty text is a missing label
 
 
 def normalize_value(value: Any) -> Any:
@@ -312,18 +284,18 @@ def find_column(
     dataset: str,
 ) -> str:
     """Return the requested column, the only column of the matching type, or the first column with a common name."""
-    columns_text = ", ".join(features)
+    if name is not None and name not in features:
+        raise ValueError(f"{dataset} has no column {name!r}. Choose one of {', '.join(features)}")
     if name is not None:
-        if name not in features:
-            raise ValueError(f"{dataset} has no column {name!r}. Choose one of {columns_text}")
         return name
     matching_columns = [column for column, feature in features.items() if has_matching_type(feature)]
     if len(matching_columns) == 1:
         return matching_columns[0]
     common_columns = [column for column in common_names if column in (matching_columns or features)]
-    if common_columns:
-        return common_columns[0]
-    raise ValueError(f"{dataset}: cannot identify the {kind} column among {columns_text}. Set --{kind}-column")
+    if not common_columns:
+        columns = ", ".join(features)
+        raise ValueError(f"{dataset}: cannot identify the {kind} column among {columns}. Set --{kind}-column")
+    return common_columns[0]
 
 
 def is_image_feature(feature: Any) -> bool:

@@ -17,8 +17,7 @@ import logging
 import os
 import struct
 import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import chain
@@ -125,15 +124,10 @@ def load_idx_folder(folder: Path) -> Splits:
         if image_file is None:
             continue
         if label_file is None:
-            raise ValueError(
-                f"{folder} contains {image_file.name}, but not {prefix}-labels-idx1-ubyte. Add the label file"
-            )
+            raise ValueError(f"{folder} has no file {prefix}-labels-idx1-ubyte. Download the files again")
         images, labels = read_idx(image_file, num_dimensions=3), read_idx(label_file, num_dimensions=1)
         if len(images) != len(labels):
-            raise ValueError(
-                f"{folder}: the split {name!r} has {len(images)} images, but {len(labels)} labels. "
-                "Download the files again"
-            )
+            raise ValueError(f"{image_file} has {len(images)} images, but {len(labels)} labels. Download both files")
         num_classes = max(num_classes, int(labels.max(initial=0)) + 1)
         images_by_split[name] = LabeledImages(ArrayImages(images), labels.tolist())
     name = folder.resolve().name
@@ -189,18 +183,15 @@ def drop_unlabeled_images(images: LabeledImages, options: DataOptions, split: st
     label, or if more than --max-unreadable-images images have no label."""
     if not isinstance(images.labels, list):
         return images
-    unlabeled_indices = [index for index, label in enumerate(images.labels) if label == IGNORED_LABEL]
-    if not unlabeled_indices:
+    unlabeled_rows = [str(index) for index, label in enumerate(images.labels) if label == IGNORED_LABEL]
+    if not unlabeled_rows:
         return images
-    if len(unlabeled_indices) == len(images):
-        raise ValueError(
-            f"{options.dataset}, split {split!r}: none of the {len(images):,} images has a label. Set a different "
-            "--label-column or --split"
-        )
-    rows = format_name_list([str(index) for index in unlabeled_indices])
-    message = f"{options.dataset}, split {split!r}: {len(unlabeled_indices):,} images have no label (rows {rows})"
-    if len(unlabeled_indices) > options.max_unreadable_images:
-        raise ValueError(f"{message}. Add labels, or set a larger --max-unreadable-images to skip the images")
+    message = (
+        f"{options.dataset}, split {split!r}: {len(unlabeled_rows):,} of {len(images):,} images have no label (rows "
+        f"{format_name_list(unlabeled_rows)})"
+    )
+    if len(unlabeled_rows) > options.max_unreadable_images or len(unlabeled_rows) == len(images):
+        raise ValueError(f"{message}. Set a different --label-column or --split, or a larger --max-unreadable-images")
     warn_on_first_process(f"{message} and are skipped")
     return images.select(index for index, label in enumerate(images.labels) if label != IGNORED_LABEL)
 
@@ -223,32 +214,15 @@ def open_splits(options: DataOptions, use_labels: bool = True) -> Any:
         return get_dataset(options.dataset)
     if path.is_dir() and (folder := scan_folder(path)).is_image_folder:
         image_splits = read_image_folder(folder, use_labels)
-        if not image_splits:
-            raise ValueError(f"{options.dataset} contains no rows. Check the metadata files")
         for note in folder.notes:
             warn_on_first_process(note)
         return convert_to_streams(image_splits, options)
     if path.suffix in READERS or path.exists():
-        with hide_progress_bars():
-            return read_with_datasets(options)
+        return read_with_datasets(options)
     if not is_hub_id(options.dataset):
         raise OSError(describe_missing_repo(options.dataset, "dataset"))
     with fall_back_to_cache(options.dataset, "dataset"):  # otherwise `datasets` retries for almost a minute
         return read_with_datasets(options)
-
-
-@contextmanager
-def hide_progress_bars() -> Iterator[None]:
-    """Hide the progress bars of `datasets`, which are only useful for downloads."""
-    import datasets
-
-    is_already_disabled = datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if not is_already_disabled:
-            datasets.enable_progress_bars()
 
 
 def read_with_datasets(options: DataOptions) -> Any:
@@ -258,20 +232,16 @@ def read_with_datasets(options: DataOptions) -> Any:
     path = Path(options.dataset)
     try:
         if path.suffix in READERS:
-            separator_options = {"sep": "\t"} if path.suffix == ".tsv" else {}
-            return datasets.load_dataset(
-                READERS[path.suffix], data_files=str(path), streaming=options.streaming, **separator_options
-            )
+            reader, arguments = READERS[path.suffix], {"sep": "\t"} if path.suffix == ".tsv" else {}
+            return datasets.load_dataset(reader, data_files=str(path), streaming=options.streaming, **arguments)
         if any((path / file).is_file() for file in ("dataset_dict.json", "state.json")):  # written by `save_to_disk`
             saved = datasets.load_from_disk(path)
             return convert_to_streams(saved if isinstance(saved, dict) else {"train": saved}, options)
         return datasets.load_dataset(options.dataset, streaming=options.streaming)
     except Exception as error:  # the readers raise many types of errors on damaged data
         raise ValueError(
-            f"cannot read the dataset {options.dataset!r} ({type(error).__name__}: {format_error(error)}). Set "
-            "--dataset to `digits`, a folder with a subfolder of images per class, a CSV, JSON Lines or Parquet "
-            "file, a folder written by `save_to_disk`, a folder with MNIST's idx files, or the id of a dataset on the "
-            "Hub"
+            f"cannot read the dataset {options.dataset!r} ({type(error).__name__}: {format_error(error)}). See --help "
+            "for the values of --dataset"
         ) from error
 
 

@@ -5,20 +5,16 @@
 
 Labels are read in labels.py. Images are decoded on access (images.py) and batched in batches.py.
 
-`--resume` continues a run only with the data that the run started with. The data has a fingerprint of four digests:
-    names_sha256         image names in the order of the dataset
-    name_set_sha256      sorted image names, to distinguish a different order from different images
-    labels_sha256        labels in the order of the dataset
-    contents_sha256      bytes of `NUM_SAMPLES` images, spread evenly over all images
-The names are the images' keys (images.py), so no other images are read. A sample of the images is sufficient to detect
-that many files were replaced, for example if the names of two class folders were swapped.
+`--resume` continues a run only with the data that the run started with: the same image names in the same order, the
+same labels and the same held-out images (`describe_data`). The names are the images' keys (images.py), so no images
+are read.
 """
 
 import hashlib
 import json
 import pickle
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -39,14 +35,15 @@ from .streaming import MAX_HELD_OUT_IMAGES, StreamedImages, open_streams
 
 
 HELD_OUT_SPLITS = ("validation", "valid", "val", "dev", "test")  # names of held-out splits, in order of precedence
-NUM_SAMPLES = 32  # number of images whose bytes are part of a fingerprint
 
-# Description of a change, by digest name. The first digest that differs determines the description.
-CHANGE_DESCRIPTIONS = {
-    "name_set_sha256": "the number of images is the same, but the names of the images, or the labels, differ",
-    "names_sha256": "the images are the same, but the order of the images differs",
-    "labels_sha256": "the images are the same, but some labels differ",
-    "contents_sha256": "the names of the images are the same, but the contents differ; classes may have been swapped",
+# Fields of `describe_data` -> what has changed if they differ.
+CHANGES = {
+    "classes": "the classes",
+    "num_training_images": "the number of training images",
+    "num_held_out_images": "the number of held-out images",
+    "names_sha256": "the names or the order of the images",
+    "labels_sha256": "the labels",
+    "held_out": "the held-out images",
 }
 
 
@@ -142,8 +139,7 @@ def load_training_data(
             held_out_name += f", evaluated on the first {MAX_HELD_OUT_IMAGES:,} images"
     num_excluded = 0
     if options.exclude is not None:
-        num_images = len(train)
-        train = exclude_images(train, training_splits.train, options.exclude)
+        num_images, train = len(train), exclude_images(train, training_splits.train, options.exclude)
         num_excluded = num_images - len(train)
     selection, selection_name = None, ""
     if training_splits.selection is not None:
@@ -153,18 +149,8 @@ def load_training_data(
         rule = HeldOutRule(options.held_out_fraction, options.split_seed, "selection")
         train, selection, _ = hold_out_images(train, rule, options)
         selection_name = f"{rule}; from the training images"
-    return TrainingData(
-        splits.name,
-        splits.label_space,
-        training_splits.train,
-        train,
-        held_out,
-        held_out_name,
-        record,
-        selection,
-        selection_name,
-        num_excluded,
-    )
+    images = (training_splits.train, train, held_out, held_out_name, record, selection, selection_name, num_excluded)
+    return TrainingData(splits.name, splits.label_space, *images)
 
 
 def exclude_images(images: LabeledImages, split: str, file: Path) -> LabeledImages:
@@ -203,24 +189,21 @@ def check_splits(
 ) -> None:
     """Raise ValueError if there is only one class, or if `--folds` or `--select best` is not possible with the
     splits."""
-    label_space = splits.label_space
+    label_space, lacks_selection = splits.label_space, use_selection_split and training_splits.selection is None
     if label_space.kind == "single_label_classification" and label_space.columns and len(label_space.names) == 1:
         raise ValueError(describe_single_class(options.dataset, label_space.names[0]))
     if options.folds is not None and training_splits.held_out is not None:
         raise ValueError(
-            f"--folds requires a dataset with a single split, but {options.dataset} has the held-out split "
+            f"--folds requires a single split, but {options.dataset} has the held-out split "
             f"{training_splits.held_out!r}. Remove --folds"
         )
-    if use_selection_split and training_splits.selection is None and options.streaming:
+    if lacks_selection and options.streaming:
         raise ValueError(
             f"--select best with --streaming requires a validation split and a test split, but {options.dataset} has "
             f"only {', '.join(splits.names)}. Remove --streaming or --select best"
         )
-    if use_selection_split and training_splits.selection is None and not options.held_out_fraction:
-        raise ValueError(
-            "--select best requires images for checkpoint selection, but --held-out-fraction is 0. Set a larger "
-            "--held-out-fraction"
-        )
+    if lacks_selection and not options.held_out_fraction:
+        raise ValueError("--select best requires images, but --held-out-fraction is 0. Set a larger one")
 
 
 def build_held_out_rule(options: DataOptions) -> HeldOutRule:
@@ -245,9 +228,8 @@ def hold_out_images(images: Any, rule: HeldOutRule, options: DataOptions) -> tup
     if not len(train_indices) or (not len(held_out_indices) and rule.fraction > 0):
         amount, change = ("all", "smaller") if len(held_out_indices) else ("none of the", "larger")
         raise ValueError(
-            f"{options.dataset}: {amount} {len(keys)} images would be held out by --held-out-fraction {rule.fraction} "
-            f"and --split-seed {rule.seed}. Set a {change} --held-out-fraction or a different "
-            "--split-seed, or add images"
+            f"{options.dataset}: {amount} {len(keys)} images would be held out. Set a {change} --held-out-fraction, "
+            "or add images"
         )
     record = HeldOutRecord.from_keys(rule, keys[is_held_out])
     return images.select(train_indices.tolist()), images.select(held_out_indices.tolist()), record
@@ -302,14 +284,11 @@ def load_evaluation_data(
     if split == source_split and not (split == "train" and len(splits.names) == 1):  # all images of a split
         return EvaluationData(splits.label_space, images, split, None)
     if split == "train" and options.streaming:
-        raise ValueError(
-            f"evaluation on the training images of the single split of {options.dataset} is not supported for "
-            "streams. Remove --streaming, or set --split test to evaluate the held-out images"
-        )
+        raise ValueError(f"--split train is not supported for the stream {options.dataset}. Remove --streaming")
     if split != "train" and rule.fraction == 0:
         raise ValueError(
-            f"evaluation requires held-out images, but --held-out-fraction is 0, so training used all images of "
-            f"{options.dataset}. Set --dataset to a dataset that was not used for training"
+            "evaluation requires held-out images, but --held-out-fraction is 0. Set --dataset to a dataset that was "
+            "not used for training"
         )
     train, held_out, _ = hold_out_images(images, rule, options)
     if split == "train":
@@ -341,14 +320,11 @@ def choose_rule(options: DataOptions, record: HeldOutRecord | None) -> HeldOutRu
         value = getattr(options, name)
         if value not in (recorded_value, getattr(DataOptions, name)):
             flag = f"--{name.replace('_', '-')}"
-            raise ValueError(
-                f"{flag} is {value}, but training used {recorded_value}, so the model would be evaluated on images "
-                f"that it was trained on. Remove {flag}"
-            )
+            raise ValueError(f"{flag} is {value}, but training held out images with {recorded_value}. Remove {flag}")
     return rule
 
 
-# Fingerprints --------------------------------------------------------------------------------------------------------
+# Changes of the data -------------------------------------------------------------------------------------------------
 
 
 def describe_data(training_data: TrainingData) -> dict[str, Any]:
@@ -363,76 +339,36 @@ def describe_data(training_data: TrainingData) -> dict[str, Any]:
     images = training_data.held_out if isinstance(training_data.train, StreamedImages) else training_data.train
     if isinstance(images, StreamedImages):
         return description
-    return description | compute_fingerprint(images.images.compute_keys(), images.labels, images.images.read_bytes)
-
-
-def compute_fingerprint(keys: np.ndarray, labels: Any, read_bytes: Callable[[int], bytes | None]) -> dict[str, str]:
-    """Return the digests that are listed in the module docstring, for keys [N] and N labels. `read_bytes` returns the
-    bytes of the image at an index, or None if the image cannot be read."""
-    sample_indices = sorted({len(keys) * number // NUM_SAMPLES for number in range(NUM_SAMPLES)}) if len(keys) else []
-    contents = (read_bytes(index) for index in sample_indices)
+    labels = images.labels
     if isinstance(labels, MultiHotLabels):
         labels = [labels.offsets.tolist(), labels.indices.tolist()]
-    return {
-        "names_sha256": hashlib.sha256(keys.tobytes()).hexdigest(),
-        "name_set_sha256": hashlib.sha256(np.sort(keys).tobytes()).hexdigest(),
+    return description | {
+        "names_sha256": hashlib.sha256(images.images.compute_keys().tobytes()).hexdigest(),
         "labels_sha256": hashlib.sha256(json.dumps(labels, sort_keys=True).encode()).hexdigest(),
-        "contents_sha256": hashlib.sha256(
-            b"".join(hashlib.sha256(content).digest() for content in contents if content is not None)
-        ).hexdigest(),
     }
 
 
 def describe_change(stored_description: dict[str, Any], current_description: dict[str, Any]) -> str | None:
     """Return the first difference between two outputs of `describe_data` as text, or None if they are equal."""
-    if stored_description == current_description:
-        return None
-    for column, names in current_description["classes"].items():
-        if (stored_names := stored_description["classes"].get(column)) != names:
-            return (
-                f"the classes of {column!r} were {format_classes(stored_names)}, but are {format_classes(names)} now"
-            )
-    for name, noun in (("num_training_images", "training images"), ("num_held_out_images", "held-out images")):
-        if stored_description[name] != current_description[name]:
-            return f"there were {stored_description[name]:,} {noun}, but there are {current_description[name]:,} now"
-    for name, change in CHANGE_DESCRIPTIONS.items():
-        if stored_description.get(name) != current_description.get(name):
-            return change
-    return "different images are held out"
-
-
-def format_classes(names: Sequence[str] | None) -> str:
-    """Return the number of classes and up to five class names as text."""
-    if not names:
-        return "none"
-    return f"{len(names)} ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"
-
-
-# Warnings ------------------------------------------------------------------------------------------------------------
+    for name, change in CHANGES.items():
+        stored, current = stored_description.get(name), current_description.get(name)
+        if stored != current:
+            numbers = f" was {stored:,} and is {current:,}" if isinstance(stored, int) and current else " changed"
+            return change + numbers
+    return None
 
 
 def describe_missing_classes(training_data: TrainingData) -> list[str]:
     """Return warnings about classes without held-out images and classes without training images."""
     if isinstance(training_data.train, StreamedImages) or not training_data.num_held_out_images:
         return []
-    label_space = training_data.label_space
-    train = find_classes(training_data.train.labels, label_space)
-    held_out = find_classes(training_data.held_out.labels, label_space)
-    num_classes = len(train | held_out)
-    remedy = "Add images"
-    if training_data.record.rule is not None:
-        remedy += ", or set a different --split-seed or --held-out-fraction"
-    warnings = []
-    for missing_classes, images, consequence in (
-        (train - held_out, "held-out images", "so the accuracy on {} is not measured"),
-        (held_out - train, "training images", "because all images of {} are held out"),
-    ):
-        if missing_classes:
-            verb, noun = ("has", "this class") if len(missing_classes) == 1 else ("have", "these classes")
-            problem = f"{len(missing_classes)} of the {num_classes} classes {verb} no {images}"
-            names_text = format_name_list(sorted(missing_classes))
-            warnings.append(f"{problem} ({names_text}), {consequence.format(noun)}. {remedy}")
-    return warnings
+    parts = (training_data.train, training_data.held_out)
+    train, held_out = (find_classes(images.labels, training_data.label_space) for images in parts)
+    return [
+        f"{len(missing)} of the {len(train | held_out)} classes have no {images}: {format_name_list(sorted(missing))}"
+        for missing, images in ((train - held_out, "held-out images"), (held_out - train, "training images"))
+        if missing
+    ]
 
 
 def find_classes(labels: Any, label_space: LabelSpace) -> set[str]:
@@ -441,8 +377,5 @@ def find_classes(labels: Any, label_space: LabelSpace) -> set[str]:
     if label_space.kind == "multi_task":
         tasks = label_space.columns.items()
         return {f"{task} {names[label[task]]}" for task, names in tasks for label in labels if label[task] >= 0}
-    if not label_space.columns:
-        return set()
-    if isinstance(labels, MultiHotLabels):
-        return {label_space.names[index] for index in np.unique(labels.indices)}
-    return {label_space.names[label] for label in labels}
+    indices = labels.indices.tolist() if isinstance(labels, MultiHotLabels) else labels
+    return {label_space.names[index] for index in set(indices)} if label_space.columns else set()

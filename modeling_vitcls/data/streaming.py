@@ -10,12 +10,10 @@ or of the image path, so an image has the same index in every pass and every pro
 """
 
 import math
-import tarfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,13 +22,11 @@ import numpy as np
 import torch
 
 from ..heads_vitcls import IGNORED_LABEL
-from ..image_processing_vitcls import shorten_text
 from ..options import DataOptions
 from .augmentation import Augmentation
 from .batches import Batch, BatchBuilder, TrainingImages
 from .held_out import HeldOutRule
 from .images import (
-    NOT_REPLACED,
     DatasetImages,
     LabeledImages,
     UnreadableImage,
@@ -43,7 +39,6 @@ from .sampling import BatchPlan, derive_seed
 from .sources import Splits, get_dataset_folder, get_dataset_name, open_splits
 
 
-MAX_STORED_PATHS = 10_000  # maximum number of recent examples whose paths are stored for error messages
 MAX_HELD_OUT_IMAGES = 10_000  # maximum number of held-out images of a stream without an evaluation split
 
 
@@ -185,20 +180,10 @@ def open_streams(options: DataOptions, use_labels: bool = True) -> Splits:
 
 
 def read_label_column(streams: Any, column: str, options: DataOptions) -> Iterator[Any]:
-    """Yield the labels of all splits of a dataset that does not declare its classes. Images are not read: only the
-    column of a table, and only the label files of local WebDataset shards."""
-    path = Path(options.dataset)
-    shards = [path] if path.suffix == ".tar" else sorted(path.rglob("*.tar"))
-    if shards:
-        for shard in shards:
-            with tarfile.open(shard) as tar:
-                for member in tar:
-                    if member.isfile() and member.name.endswith(f".{column}"):
-                        text = tar.extractfile(member).read().decode().strip()  # type: ignore[union-attr]
-                        yield int(text) if column in ("cls", "cls2", "index") else text
-        return
+    """Yield the labels of all splits of a dataset that does not declare its classes. Images are not decoded. Raise
+    ValueError for WebDataset shards on the Hub, of which all images would be downloaded."""
     for stream in streams.values():
-        if "__url__" in (stream.features or {}):
+        if "__url__" in (stream.features or {}) and not Path(options.dataset).exists():
             raise ValueError(
                 f"{options.dataset} does not declare the classes of {column!r}, and reading them would download all "
                 "images. Set --label-names to all class names"
@@ -231,7 +216,6 @@ class TrainingStream:
 
     source: StreamedImages
     builder: BatchBuilder
-    paths: dict[int, str] = field(default_factory=dict)  # example index -> image path
 
     def iterate_keys(self, plan: BatchPlan, process_index: int, first_step: int) -> Iterator[list[Example]]:
         """Yield the encoded examples of each batch of one process, starting at `first_step`. A thread reads ahead."""
@@ -245,7 +229,6 @@ class TrainingStream:
         examples = self.source.iterate_examples(plan.seed, process_index, plan.num_processes, start)
         for _ in range(first_batch, plan.num_steps * plan.accumulation_steps):
             batch = list(islice(examples, num_distinct_images))
-            self.store_paths(batch)
             copies = [
                 replace(example, epoch=example.epoch * plan.num_copies + copy_index)
                 for copy_index in range(plan.num_copies)
@@ -256,10 +239,13 @@ class TrainingStream:
     def __getitem__(self, examples: list[Example]) -> Batch:
         """Build a batch from encoded examples. Raise ValueError if none of the images can be read."""
         pixels: dict[int, torch.Tensor] = {}  # position of each readable image in the batch -> pixels
+        errors: dict[int, str] = {}
         for position, example in enumerate(examples):
-            with suppress(UnreadableImage):
-                image = decode_image(example.encoded_image, hex(example.index))
+            try:
+                image = decode_image(example.encoded_image, f"with checksum {example.index:x}")
                 pixels[position] = self.builder.prepare_image(image)
+            except UnreadableImage as error:
+                errors[example.index] = str(error)
         if not pixels:
             raise ValueError(
                 f"{self.source.name}: none of the {len(examples)} images of a batch can be read. Check the dataset"
@@ -273,22 +259,8 @@ class TrainingStream:
             [pixels[position] for position in used_positions],
             [example.label for example in used_examples],
             [(example.epoch, example.index) for example in used_examples],
-            [
-                NOT_REPLACED if used_position == position else examples[position].index
-                for position, used_position in enumerate(used_positions)
-            ],
+            errors,
         )
-
-    def store_paths(self, examples: list[Example]) -> None:
-        """Store the image paths of examples and remove the oldest paths if there are more than `MAX_STORED_PATHS`."""
-        self.paths |= {example.index: example.encoded_image["path"] or "" for example in examples}
-        while len(self.paths) > MAX_STORED_PATHS:
-            del self.paths[next(iter(self.paths))]
-
-    def describe_unreadable_image(self, index: int) -> str:
-        """Return the error message for an unreadable image."""
-        path = self.paths.get(index)
-        return f"cannot read the image {shorten_text(path) if path else f'with checksum {index:x}'}"
 
 
 def build_training_dataset(

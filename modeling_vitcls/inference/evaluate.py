@@ -7,9 +7,9 @@ If the dataset has no split for evaluation, the model is evaluated on the images
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,13 +17,11 @@ import numpy as np
 from accelerate import Accelerator
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import track
 from rich.table import Table
 from scipy.special import softmax
 
 from ..configuration_vitcls import ViTCLSConfig
 from ..conversion.any_checkpoint import resolve_checkpoint
-from ..data.fit import set_fit
 from ..data.held_out import (
     HELD_OUT_RECORD_KEY,
     RESULTS_FILE,
@@ -32,6 +30,7 @@ from ..data.held_out import (
     compute_key_digest,
     read_held_out_record,
 )
+from ..data.image_folder import format_name_list
 from ..data.images import LabeledImages
 from ..data.labels import LabelKind, LabelSpace, MultiHotLabels, get_label_space
 from ..data.sources import load_splits
@@ -43,14 +42,11 @@ from ..heads_vitcls import IGNORED_LABEL
 from ..options import DataOptions, EvaluateOptions
 from ..system import describe_device, get_versions
 from .confidence import describe_prediction_sets, measure_unknown
-from .evaluator import CachedBatches, Evaluator, HeldOutBatch, round_floats
-from .load_model import check_is_finished, list_file_patterns, load_classifier, load_processor
+from .evaluator import Evaluator, round_floats
+from .load_model import check_is_classifier, list_file_patterns, load_model
 from .metric_tables import build_class_tables, build_metric_rows
 from .metrics import select_scalars
 from .per_image import check_per_image, get_outputs, write_predictions
-
-
-SECONDS_BETWEEN_LINES = 10.0  # interval between progress lines if the output is not a terminal, in seconds
 
 
 class EvaluationSetup(NamedTuple):
@@ -68,15 +64,12 @@ def load_evaluation(
     options: EvaluateOptions, accelerator: Accelerator, warn: Callable[[str], None]
 ) -> EvaluationSetup:
     """Load the model and the labeled images. The errors are the same as in `evaluate_checkpoint`."""
-    check_is_finished(options.model)
     with accelerator.main_process_first():  # the main process downloads the files
-        folder = resolve_checkpoint(options.model, [*list_file_patterns(options.backend), RESULTS_FILE])
-        model = load_classifier(options.model, folder, options.backend, accelerator.mixed_precision)
-        model = model.to(accelerator.device).eval()
-        processor = load_processor(options.model, folder)
-        if options.fit is not None:
-            set_fit(processor, options.fit, model.config.image_height_width)
+        model, processor = load_model(options.model, True, options.fit, options.backend, accelerator.mixed_precision)
+        check_is_classifier(model.config)
+        folder = resolve_checkpoint(options.model, list_file_patterns(options.backend))
         record = read_held_out_record(folder)
+    model = model.to(accelerator.device).eval()
     data_options = set_label_columns(options.data, model.config, folder)
     label_space, images, split, rule = load_on_main(
         accelerator, data_options.dataset, partial(load_evaluation_data, data_options, options.split, record)
@@ -119,7 +112,7 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
         raise ValueError(f"--unknown-dataset requires one label per image, not {kind}. Remove --unknown-dataset")
     evaluator.keep_logits = kind == "single_label_classification" or options.per_image is not None
     start_time = time.perf_counter()
-    metrics = evaluator(model, build_progress(console, accelerator))
+    metrics = evaluator(model, console)
     seconds = time.perf_counter() - start_time
     results = {
         **describe_evaluation(options, setup.split, rule, metrics["num_images"], seconds, accelerator),
@@ -167,12 +160,9 @@ def evaluate_unknown(
 
 
 def set_up_evaluation(options: EvaluateOptions) -> tuple[Accelerator, Console, Callable[[str], None]]:
-    """Build the accelerator, the console of the main process, and a function that prints a warning to the console.
-    Create the parent folder of the `--output` file."""
+    """Build the accelerator, the console of the main process, and a function that prints a warning to the console."""
     accelerator = build_accelerator(mixed_precision=options.mixed_precision)
     console = Console(quiet=not accelerator.is_main_process, soft_wrap=True, highlight=False)
-    if options.output is not None:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
 
     def warn(message: str) -> None:
         console.print(f"WARNING: {message}", style="bold yellow", markup=False)
@@ -206,6 +196,7 @@ def describe_evaluation(
 def write_results(options: EvaluateOptions, results: dict[str, Any], console: Console) -> None:
     """Write the results to `--output` if it is set."""
     if options.output is not None:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
         write_json(options.output, results)
         console.print(f"saved {options.output}", markup=False)
 
@@ -269,70 +260,36 @@ def match_labels(images: Any, data_space: LabelSpace, model_space: LabelSpace) -
             f"the model has the tasks {', '.join(model_space.columns)}, but the dataset has "
             f"{', '.join(data_space.columns)}. Select the columns of the tasks with --label-column"
         )
-    convert = LabelConverter(data_space, model_space)
+    convert = partial(convert_label, data_space, model_space)
     if isinstance(images, StreamedImages):
         return replace(images, convert_label=convert)
     if isinstance(images.labels, MultiHotLabels):
-        rows = (map(convert.get_index, images.labels.get_indices(row).tolist()) for row in range(len(images)))
+        rows = (map(convert, images.labels.get_indices(row).tolist()) for row in range(len(images)))
         return LabeledImages(images.images, MultiHotLabels.from_indices(rows, len(model_space.names)))
     return LabeledImages(images.images, list(map(convert, images.labels)))
 
 
-@dataclass(frozen=True)
-class LabelConverter:
-    """Converts a label of a dataset to the label of a model with the same name."""
-
-    data_space: LabelSpace
-    model_space: LabelSpace
-
-    def __call__(self, label: Any) -> Any:
-        if isinstance(label, dict):
-            return {task: self.get_index(label[task], task) for task in self.model_space.columns}
-        if isinstance(label, list):
-            indices = [self.get_index(index) for index, value in enumerate(label) if value]
-            return MultiHotLabels.from_indices([indices], len(self.model_space.names))[0]
-        return self.get_index(label)
-
-    def get_index(self, index: int, task: str | None = None) -> int:
-        """Convert one class index. `task` is the task of a multi-task model."""
-        if index == IGNORED_LABEL:
-            return IGNORED_LABEL
-        name = (self.data_space.columns[task] if task else self.data_space.names)[index]
-        model_names = self.model_space.columns[task] if task else self.model_space.names
-        if (model_index := self.index_by_name[task or next(iter(self.index_by_name))].get(name)) is None:
-            suffix = f" and {len(model_names) - 20} more" if len(model_names) > 20 else ""
-            raise ValueError(
-                f"the dataset has the label {name!r}, but the model has only the labels "
-                f"{', '.join(model_names[:20])}{suffix}. Remove the images with this label"
-            )
-        return model_index
-
-    @cached_property
-    def index_by_name(self) -> dict[str, dict[str, int]]:
-        """Return the model's class indices by column and name."""
-        columns = self.model_space.columns.items()
-        return {column: {name: index for index, name in enumerate(names)} for column, names in columns}
+def convert_label(data_space: LabelSpace, model_space: LabelSpace, label: Any, task: str | None = None) -> Any:
+    """Convert a label of a dataset to the label of the model with the same name. `task` is the task of an index."""
+    if isinstance(label, dict):
+        return {name: convert_label(data_space, model_space, label[name], name) for name in model_space.columns}
+    if isinstance(label, list):
+        indices = [convert_label(data_space, model_space, index) for index, value in enumerate(label) if value]
+        return MultiHotLabels.from_indices([indices], len(model_space.names))[0]
+    if label == IGNORED_LABEL:
+        return IGNORED_LABEL
+    name = (data_space.columns[task] if task else data_space.names)[label]
+    column = task or next(iter(model_space.columns))
+    if name not in model_space.index_by_name[column]:
+        names = format_name_list(model_space.columns[column], 20)
+        raise ValueError(
+            f"the dataset has the label {name!r}, but the model has only the labels {names}. Remove the images with "
+            "this label"
+        )
+    return model_space.index_by_name[column][name]
 
 
 # Output --------------------------------------------------------------------------------------------------------------
-
-
-def build_progress(console: Console, accelerator: Accelerator) -> Callable[[CachedBatches], Iterable[HeldOutBatch]]:
-    """Build a function that shows progress on the main process: a bar on a terminal, and lines otherwise."""
-    if not accelerator.is_main_process:
-        return iter
-    if console.is_terminal:
-        return lambda batches: track(batches, "evaluating", total=batches.num_batches, console=console, transient=True)
-
-    def print_progress(batches: CachedBatches) -> Iterator[HeldOutBatch]:
-        last_print_time = time.monotonic()
-        for index, batch in enumerate(batches):
-            if time.monotonic() - last_print_time > SECONDS_BETWEEN_LINES:
-                last_print_time = time.monotonic()
-                console.print(f"evaluating: batch {index}/{batches.num_batches or '?'}")
-            yield batch
-
-    return print_progress
 
 
 def print_results(results: dict[str, Any], config: ViTCLSConfig, console: Console) -> None:

@@ -14,19 +14,21 @@ Metrics are in metrics.py; evaluate.py evaluates a saved model and writes the re
 import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, send_to_device
+from rich.console import Console
+from rich.progress import track
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from ..data.batches import leave_signals_to_parent
 from ..data.images import LabeledImages, UnreadableImageCounter, check_channels, decode_image
-from ..data.labels import LabelKind, LabelSpace
+from ..data.labels import LabelSpace
 from ..data.streaming import Example, StreamedImages, read_ahead
 from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..options import DataOptions
@@ -45,6 +47,16 @@ class HeldOutBatch:
     indices: list[int]  # indices of the G readable images
     error_messages: dict[int, str]  # index of each unreadable image -> error message
     names: list[str] = field(default_factory=list)  # names of the G readable images of a stream
+
+
+@dataclass(frozen=True)
+class OutputRow:
+    """The output of a model for one image."""
+
+    index: int
+    label: torch.Tensor  # class index, or [L] with several labels; on the CPU
+    logits: torch.Tensor  # [L] `float32`, on the CPU
+    name: str
 
 
 Key = int | tuple[int, Example]  # index of a stored image, or index and example of a streamed image
@@ -101,19 +113,19 @@ class HeldOutBatches(Dataset):
             if example is not None:
                 batch.names.append(example.name)
         batch.pixel_values = torch.stack(pixel_values) if pixel_values else None
-        batch.labels = COLLATE_FUNCTIONS[self.label_space.kind](labels, self.label_space)
+        batch.labels = collate_labels(labels, self.label_space)
         return batch
 
 
-COLLATE_FUNCTIONS: dict[LabelKind, Callable[[list[Any], LabelSpace], Any]] = {
-    "single_label_classification": lambda labels, label_space: torch.tensor(labels, dtype=torch.long),  # [G]
-    "multi_label_classification": lambda labels, label_space: torch.tensor(labels, dtype=torch.float32).reshape(
-        -1, len(label_space.names)
-    ),  # [G, L]
-    "multi_task": lambda labels, label_space: {
-        task: torch.tensor([label[task] for label in labels], dtype=torch.long) for task in label_space.columns
-    },
-}
+def collate_labels(labels: list[Any], label_space: LabelSpace) -> Any:
+    """Return the labels of G images, 0 or more, as [G] `int64`, [G, L] `float32`, or {task: [G] `int64`}."""
+    if label_space.kind == "multi_task":
+        return {
+            task: torch.tensor([label[task] for label in labels], dtype=torch.int64) for task in label_space.columns
+        }
+    if label_space.kind == "multi_label_classification":
+        return torch.tensor(labels, dtype=torch.float32).reshape(-1, len(label_space.names))
+    return torch.tensor(labels, dtype=torch.int64)
 
 
 class Evaluator:
@@ -132,8 +144,8 @@ class Evaluator:
         num_channels: number of input channels of the model. Images with a different number of channels are
             counted as unreadable.
 
-    With `keep_logits = True`, `logits` contains the logits of the last evaluation, {image index: tensor [L]}, for all
-    readable images, on every process, and `labels` and `names` contain their labels and names.
+    With `keep_logits = True`, `rows` contains the outputs of the last evaluation for all readable images, in their
+    order, on every process.
     """
 
     keep_logits = False
@@ -154,71 +166,52 @@ class Evaluator:
         self.label_space = label_space
         self.batch_size = batch_size
         self.accelerator = accelerator
-        self.error_messages: dict[int, str] = {}  # index of each unreadable image -> error message, for all processes
-        self.unreadable_counter = UnreadableImageCounter(
-            self.error_messages.__getitem__, accelerator.on_main_process(warn), max_unreadable_images
-        )
+        self.unreadable_counter = UnreadableImageCounter(accelerator.on_main_process(warn), max_unreadable_images)
         process_index, num_processes = accelerator.process_index, accelerator.num_processes
         local_batches = HeldOutBatches(
             images, processor, label_space, batch_size, process_index, num_processes, num_channels
         )
         self.batches = CachedBatches(local_batches, num_workers)
-        self.logits: dict[int, torch.Tensor] = {}
-        self.labels: dict[int, torch.Tensor] = {}
-        self.names: dict[int, str] = {}
+        self.rows: list[OutputRow] = []
 
     @torch.no_grad()
-    def __call__(
-        self, model: nn.Module, show_progress: Callable[["CachedBatches"], Iterable[HeldOutBatch]] = iter
-    ) -> dict[str, Any]:
+    def __call__(self, model: nn.Module, console: Console | None = None) -> dict[str, Any]:
         """Evaluate a model on the device in evaluation mode. Return the metrics for the kind of labels (metrics.py).
 
         In the returned dict, numbers come before lists and dicts, and the first number is the metric for comparing
         models. `num_unreadable_images` is the number of unreadable images, which `num_images` excludes. Floats are
-        rounded to six decimals. `show_progress` yields the given batches and shows progress.
+        rounded to six decimals. If `console` is a terminal, it shows a progress bar.
 
         Raises:
             ValueError: if all images are unreadable, or if more than `max_unreadable_images` images are unreadable.
-            RuntimeError: if an image was not counted exactly once.
         """
+        batches: Iterable[HeldOutBatch] = self.batches
+        if console is not None and console.is_terminal:
+            batches = track(batches, "evaluating", total=self.batches.num_batches, console=console, transient=True)
         metrics = self.build_metrics()
         error_messages: dict[int, str] = {}
-        num_local_images = 0
-        rows: list[tuple[int, Any, torch.Tensor, str]] = []
-        for batch in self.synchronize(show_progress(self.batches)):
-            num_local_images += len(batch.indices) + len(batch.error_messages)
+        num_readable = 0
+        rows: list[OutputRow] = []
+        for batch in self.synchronize(batches):
+            num_readable += len(batch.indices)
             error_messages |= batch.error_messages
-            labels = send_to_device(batch.labels, self.accelerator.device)
             outputs = self.compute_outputs(model, batch)
-            metrics.update(outputs, labels)
+            metrics.update(outputs, send_to_device(batch.labels, self.accelerator.device))
             if self.keep_logits:  # without padding
-                names = batch.names or [""] * len(batch.indices)
-                rows += zip(batch.indices, batch.labels, outputs.logits.float().cpu(), names, strict=False)
+                logits = outputs.logits.float().cpu()
+                rows += map(OutputRow, batch.indices, batch.labels, logits, batch.names or [""] * len(batch.indices))
 
-        error_messages = dict(gather_object(list(error_messages.items())))
-        num_images = sum(gather_object([num_local_images]))
+        error_messages = dict(sorted(gather_object(list(error_messages.items()))))
         if self.keep_logits:
-            rows = sorted(gather_object(rows), key=lambda row: row[0])
-            self.labels = {index: label for index, label, _, _ in rows}
-            self.logits = {index: logits for index, _, logits, _ in rows}
-            self.names = {index: name for index, _, _, name in rows}
+            self.rows = sorted(gather_object(rows), key=lambda row: row.index)
             if isinstance(self.images, LabeledImages):
-                all_names = self.images.images.get_names()
-                self.names = {index: all_names[index] for index in self.names}
-        self.error_messages |= error_messages
-        self.unreadable_counter.add(sorted(error_messages))
-        num_unreadable = len(error_messages)
-        if num_unreadable == num_images:
-            raise ValueError(f"none of the {num_images} images can be read. Check the dataset")
-        metric_values = round_floats(metrics.compute())
-        expected = num_images if isinstance(self.images, StreamedImages) else len(self.images)
-        if metric_values["num_images"] + num_unreadable != expected:
-            raise RuntimeError(
-                f"evaluation counted {metric_values['num_images']} readable and {num_unreadable} unreadable images, "
-                f"but expected {expected} images in total. This is a bug. Report it with "
-                "the output of `vitcls env`"
-            )
-        return select_scalars(metric_values) | {"num_unreadable_images": num_unreadable} | metric_values
+                names = self.images.images.get_names()
+                self.rows = [replace(row, name=names[row.index]) for row in self.rows]
+        self.unreadable_counter.add(error_messages)
+        if not sum(gather_object([num_readable])):
+            raise ValueError(f"none of the {len(error_messages)} images can be read. Check the dataset")
+        values = round_floats(metrics.compute())
+        return select_scalars(values) | {"num_unreadable_images": len(error_messages)} | values
 
     def synchronize(self, batches: Iterable[HeldOutBatch]) -> Iterator[HeldOutBatch]:
         """Yield the batches. All processes yield the same number of batches: processes with fewer batches of a stream

@@ -13,7 +13,6 @@ processes. On two cores, two threads loaded JPEG files of 500 x 375 pixels 1.3 t
 
 import hashlib
 import json
-import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,7 +23,7 @@ from typing import Any
 import torch
 from huggingface_hub.utils import http_backoff
 
-from ..data.image_folder import IMAGE_SUFFIXES, make_printable
+from ..data.image_folder import IMAGE_SUFFIXES, list_files, make_printable
 from ..data.images import ROWS_PER_READ, ArrayImages, resolve_path
 from ..data.labels import find_image_column
 from ..data.sources import get_dataset_folder, is_idx_folder, load_splits, open_splits
@@ -80,22 +79,14 @@ class ListInput:
 def build_list_input(paths: Iterable[str]) -> ListInput:
     """Return an input with the given files and URLs, and the images in the given folders. Images in a folder are
     sorted by name. Raise ValueError if there are no images."""
-    files = [file for path in paths for file in (list_image_files(path) if Path(path).is_dir() else [path])]
+    files: list[str] = []
+    for path in paths:
+        is_folder = Path(path).is_dir()
+        names = (name for name in list_files(path) if Path(name).suffix.lower() in IMAGE_SUFFIXES) if is_folder else ()
+        files += (str(Path(path, name)) for name in names) if is_folder else [path]
     if not files:
-        suffixes_text = " ".join(sorted(IMAGE_SUFFIXES))
-        raise ValueError(
-            f"there are no images in {', '.join(paths)}. Folders must contain files of these types: {suffixes_text}"
-        )
+        raise ValueError(f"there are no images in {', '.join(paths)}. Pass image files, or folders of images")
     return ListInput([make_printable(file) for file in files], files)
-
-
-def list_image_files(folder: str) -> Iterator[str]:
-    """Yield the paths of the images in a folder and its subfolders, except hidden files and folders."""
-    for parent, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(files):
-            if Path(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith("."):
-                yield str(Path(parent, name))
 
 
 def read_path_list(file: Path) -> list[str]:

@@ -9,7 +9,7 @@ from ..conversion.any_checkpoint import resolve_checkpoint
 from ..data.fit import set_fit
 from ..hub.connection import silence_transformers
 from ..hub.loading import MODEL_FILE_PATTERNS, check_is_vitcls
-from ..hub.model_files import CONFIG_FILES
+from ..hub.model_files import CONFIG_FILES, RESULTS_FILE
 from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..modeling_vitcls import (
     ViTCLSForImageClassification,
@@ -58,7 +58,10 @@ def load_model(
         raise ValueError(
             f"{source} is a preset without trained weights. Set --model to a folder or a model on the Hub"
         )
-    check_is_finished(source)
+    if Path(source, "checkpoints").is_dir() and not Path(source, "config.json").exists():
+        raise ValueError(
+            f"{source} contains an unfinished run without a model. Repeat the training command with --resume"
+        )
     folder = resolve_checkpoint(source, list_file_patterns(backend))
     settings = check_is_vitcls(source, folder)
     model_class: Any = ViTCLSModel
@@ -67,17 +70,19 @@ def load_model(
         architectures = settings.get("architectures") or []
         if architectures and not any(name.endswith("Classification") for name in architectures):
             raise ValueError(
-                f"label prediction requires a classifier, but {source} contains {architectures[0]}. Fine-tune the "
-                "model first, or set --features"
+                f"labels require a classifier, but {source} contains {architectures[0]}. Fine-tune the model first, "
+                "or set --features in `vitcls predict`"
             )
         model_class = ViTCLSForMultiTaskClassification if settings.get("tasks") else ViTCLSForImageClassification
         arguments = {}
-    processor = load_processor(source, folder)
+    processor, config = load_processor(source, folder), ViTCLSConfig.from_pretrained(folder)
     if fit is not None:
-        set_fit(processor, fit, ViTCLSConfig.from_pretrained(folder).image_height_width)
+        set_fit(processor, fit, config.image_height_width)
     if backend != "torch":
-        return load_exported_model(folder, use_head, backend, mixed_precision), processor
-    check_has_weights(source, folder)
+        return ExportedModel(find_exported_file(backend, Path(folder)), config, use_head, mixed_precision), processor
+    backends = [name for name, (file, _) in BACKEND_FILES.items() if Path(folder, file).is_file()]
+    if backends and not any(Path(folder).glob("*.safetensors")):
+        raise ValueError(f"--backend torch requires weights, but {source} has none. Set --backend {backends[0]}")
     # Hide the warnings of transformers: missing weights raise ValueError, and an unused classifier is intended.
     with silence_transformers(hide_progress_bars=False):
         model, loading_info = model_class.from_pretrained(folder, output_loading_info=True, **arguments)
@@ -87,22 +92,20 @@ def load_model(
     return model, processor
 
 
+def check_is_classifier(config: ViTCLSConfig) -> None:
+    """Raise ValueError for a model without classes, or for regression."""
+    if not config.tasks and (not config.num_labels or config.problem_type == "regression"):
+        problem = "was trained for regression" if config.num_labels else "has no classifier"
+        raise ValueError(
+            f"labels require a classifier, but the model {problem}. Fine-tune a classifier, or set --features in "
+            "`vitcls predict`"
+        )
+
+
 def list_file_patterns(backend: str) -> tuple[str, ...]:
-    """Return the patterns of the model files that a backend reads."""
-    return (*CONFIG_FILES, *BACKEND_FILES[backend]) if backend in BACKEND_FILES else MODEL_FILE_PATTERNS
-
-
-def load_exported_model(folder: str, use_head: bool, backend: str, mixed_precision: str) -> ExportedModel:
-    """Load an exported file with the configuration in a folder. Raise ValueError if the file cannot be read."""
-    file = find_exported_file(backend, Path(folder))
-    return ExportedModel(file, ViTCLSConfig.from_pretrained(folder), use_head, mixed_precision)
-
-
-def check_has_weights(source: str, folder: str) -> None:
-    """Raise ValueError if a folder contains an exported file instead of weights."""
-    backends = [name for name, (file, _) in BACKEND_FILES.items() if Path(folder, file).is_file()]
-    if backends and not any(Path(folder).glob("*.safetensors")):
-        raise ValueError(f"--backend torch requires weights, but {source} has none. Set --backend {backends[0]}")
+    """Return the patterns of the model files that a backend reads, and results.json."""
+    patterns = (*CONFIG_FILES, *BACKEND_FILES[backend]) if backend in BACKEND_FILES else MODEL_FILE_PATTERNS
+    return (*patterns, RESULTS_FILE)
 
 
 def load_processor(source: str, folder: str) -> ViTCLSImageProcessor:
@@ -114,35 +117,3 @@ def load_processor(source: str, folder: str) -> ViTCLSImageProcessor:
             "checkpoint with `vitcls convert`, which also writes the image processor"
         )
     return load_checkpoint(ViTCLSImageProcessor.from_pretrained, folder)
-
-
-def check_is_finished(source: str) -> None:
-    """Raise ValueError if `source` is the output folder of a run that has not written its model."""
-    folder = Path(source)
-    if (folder / "checkpoints").is_dir() and not (folder / "config.json").exists():
-        raise ValueError(
-            f"{source} contains an unfinished run without a model. Repeat the training command with --resume"
-        )
-
-
-def load_classifier(source: str, folder: str, backend: str = "torch", mixed_precision: str = "no") -> Any:
-    """Load a saved classifier of any kind from a folder. `source` is the name of the model in error messages, and the
-    other arguments are those of `load_model`. Raise ValueError if the model is not a vitcls model, has no classifier,
-    or was trained for regression."""
-    check_is_vitcls(source, folder)
-    config = ViTCLSConfig.from_pretrained(folder)
-    class_by_name = {model_class.__name__: model_class for model_class in CLASSIFIER_CLASSES.values()}
-    class_name = (config.architectures or ["a model of unknown class"])[0]
-    if class_name not in class_by_name or not (config.tasks or config.num_labels):
-        raise ValueError(
-            f"evaluation requires a classifier, but {source} contains {class_name}. Fine-tune the model "
-            "with `vitcls finetune`"
-        )
-    if config.problem_type == "regression":
-        raise ValueError(
-            f"evaluation requires a classifier, but {source} was trained for regression. Set --model to a classifier"
-        )
-    if backend != "torch":
-        return load_exported_model(folder, True, backend, mixed_precision)
-    check_has_weights(source, folder)
-    return class_by_name[class_name].from_pretrained(folder)

@@ -27,8 +27,7 @@ from ..heads_vitcls import IGNORED_LABEL
 from ..intervals import compute_proportion_interval
 
 
-MAX_MATRIX_CLASSES = 1000  # maximum number of classes for which a confusion matrix is computed
-MAX_RECORDED_MATRIX_CLASSES = 200  # maximum number of classes for which a run saves the confusion matrix
+MAX_MATRIX_CLASSES = 200  # maximum number of classes for which a confusion matrix is computed
 
 # Accuracy metric of a head -> name of the model output with the logits of the head.
 HEAD_OUTPUTS = {"cls_accuracy": "cls_logits", "distillation_accuracy": "distillation_logits"}
@@ -39,15 +38,6 @@ MetricValues = dict[str, Any]
 def select_scalars(metrics: Mapping[str, Any]) -> dict[str, int | float]:
     """Return the scalar metrics, in their original order, for logging and comparison."""
     return {name: value for name, value in metrics.items() if isinstance(value, int | float)}
-
-
-def drop_large_matrices(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the metrics without confusion matrices of more than `MAX_RECORDED_MATRIX_CLASSES` classes."""
-    return {
-        name: value
-        for name, value in metrics.items()
-        if not (name.endswith("confusion_matrix") and len(value) > MAX_RECORDED_MATRIX_CLASSES)
-    }
 
 
 class SingleLabelMetrics:
@@ -63,7 +53,7 @@ class SingleLabelMetrics:
     num_images
     accuracy_interval       95% confidence interval [low, high]
     per_class               name, number of images, recall, precision and F1 of each class
-    confusion_matrix        rows are true classes, columns are predictions; omitted for more than 1,000 classes
+    confusion_matrix        rows are true classes, columns are predictions; omitted for more than 200 classes
     """
 
     def __init__(self, label_space: LabelSpace, device: torch.device) -> None:

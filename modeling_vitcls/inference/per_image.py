@@ -21,7 +21,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 from ..data.labels import LabelSpace
 from .confidence import compute_energies
-from .evaluator import Evaluator
+from .evaluator import Evaluator, OutputRow
 
 
 def check_per_image(label_space: LabelSpace) -> None:
@@ -34,15 +34,32 @@ def check_per_image(label_space: LabelSpace) -> None:
 
 
 def write_predictions(file: Path, evaluator: Evaluator) -> None:
-    """Write the rows of the images of the last evaluation (`Evaluator.logits`) to a Parquet file.
-
-    Raises:
-        OSError: if the file cannot be written.
-    """
+    """Write the columns in the header of this file for the images of the last evaluation (`Evaluator.rows`) to a
+    Parquet file. Raise ValueError without labeled images, and OSError if the file cannot be written."""
     import pandas as pd
 
-    columns = build_image_rows(evaluator)
-    pd.DataFrame({name: list(values) for name, values in columns.items()}).to_parquet(file, index=False)
+    names = evaluator.label_space.names
+    rows = [row for row in evaluator.rows if is_labeled(row)]
+    if not rows:
+        raise ValueError("no evaluated image has a label")
+    logits, targets = torch.stack([row.logits for row in rows]), torch.stack([row.label for row in rows])
+    columns: dict[str, Any] = {"index": [row.index for row in rows], "image": [row.name for row in rows]}
+    if evaluator.label_space.kind == "single_label_classification":
+        columns |= {
+            "label": [names[label] for label in targets.tolist()],
+            "prediction": [names[index] for index in logits.argmax(dim=1).tolist()],
+            "probabilities": list(logits.softmax(dim=1).numpy()),
+            "loss": cross_entropy(logits, targets, reduction="none").numpy(),
+            "energy": compute_energies(logits.numpy()),
+        }
+    else:
+        columns |= {
+            "label": [select_names(names, row) for row in targets],
+            "prediction": [select_names(names, row) for row in logits.sigmoid()],
+            "probabilities": list(logits.sigmoid().numpy()),
+            "loss": binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(dim=1).numpy(),
+        }
+    pd.DataFrame(columns).to_parquet(file, index=False)
 
 
 def read_predictions(file: Path, names: list[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -54,44 +71,17 @@ def read_predictions(file: Path, names: list[str]) -> tuple[np.ndarray, np.ndarr
     return np.stack(rows["probabilities"]), np.array([names.index(label) for label in rows["label"]])
 
 
-def build_image_rows(evaluator: Evaluator) -> dict[str, Any]:
-    """Return the columns of the table in the header of this file."""
-    label_space, names = evaluator.label_space, evaluator.label_space.names
-    indices = list_labeled_images(evaluator)
-    if not indices:
-        raise ValueError("no evaluated image has a label")
-    logits = torch.stack([evaluator.logits[index] for index in indices])  # [N, L]
-    targets = torch.stack([evaluator.labels[index] for index in indices]).cpu()  # [N] or [N, L]
-    columns: dict[str, Any] = {"index": indices, "image": [evaluator.names[index] for index in indices]}
-    if label_space.kind == "single_label_classification":
-        return columns | {
-            "label": [names[label] for label in targets.tolist()],
-            "prediction": [names[index] for index in logits.argmax(dim=1).tolist()],
-            "probabilities": logits.softmax(dim=1).numpy(),
-            "loss": cross_entropy(logits, targets, reduction="none").numpy(),
-            "energy": compute_energies(logits.numpy()),
-        }
-    return columns | {
-        "label": [select_names(names, row) for row in targets],
-        "prediction": [select_names(names, row) for row in logits.sigmoid()],
-        "probabilities": logits.sigmoid().numpy(),
-        "loss": binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(dim=1).numpy(),
-    }
-
-
 def get_outputs(evaluator: Evaluator, images: slice = slice(None)) -> tuple[np.ndarray, np.ndarray]:
     """Return logits [N, L] and labels [N] of the selected images of the last evaluation that have a label."""
-    selected = set(list(evaluator.logits)[images])
-    indices = [index for index in list_labeled_images(evaluator) if index in selected]
-    if not indices:
+    rows = [row for row in evaluator.rows[images] if is_labeled(row)]
+    if not rows:
         return np.zeros((0, 1), np.float32), np.zeros(0, np.int64)
-    logits = torch.stack([evaluator.logits[index] for index in indices]).numpy()
-    return logits, torch.stack([evaluator.labels[index] for index in indices]).cpu().numpy()
+    return torch.stack([row.logits for row in rows]).numpy(), torch.stack([row.label for row in rows]).numpy()
 
 
-def list_labeled_images(evaluator: Evaluator) -> list[int]:
-    """Return the indices of the images of the last evaluation that have a label."""
-    return [index for index, label in evaluator.labels.items() if label.ndim or label >= 0]
+def is_labeled(row: OutputRow) -> bool:
+    """Return whether the label of an image is known."""
+    return bool(row.label.ndim or row.label >= 0)
 
 
 def select_names(names: list[str], values: torch.Tensor) -> list[str]:

@@ -12,12 +12,11 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, count, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -36,10 +35,10 @@ from .confidence import find_score_limit
 from .exported_graphs import ExportedModel
 from .inputs import ImageRecord, ListInput, PredictionInput, StreamInput, build_list_input, open_input, prepare_images
 from .load_model import load_model
-from .outputs import WRITERS, Progress, get_output_columns, print_table, write_rows
+from .outputs import WRITERS, get_output_columns, print_table, show_progress, write_rows
 from .per_image import read_predictions
 from .prediction_rows import AutocastFactory, PredictionColumns, Row, build_prediction_columns, predict_rows
-from .shards import ShardFolder, Worker, iterate_shards
+from .shards import ShardFolder, Worker, list_shard_indices
 
 
 @dataclass(frozen=True)
@@ -60,56 +59,16 @@ class Predictor:
         return predict_rows(batches, self.columns, self.model.device, self.autocast)
 
 
-@dataclass(frozen=True)
-class PredictionCounts:
+class PredictionCounts(NamedTuple):
     """Number of images, and number of images without a prediction. Both numbers are 0 except on the main process."""
 
     num_images: int
     num_failed: int
 
 
-def predict(
-    model: PreTrainedModel,
-    processor: ViTCLSImageProcessor,
-    images: Any,
-    top_k: int | None = None,
-    threshold: float = 0.5,
-    features: str | Sequence[str] | None = None,
-    batch_size: int = 32,
-    num_workers: int | None = None,
-) -> list[Row]:
-    """Predict labels or compute features of images on the device of the model. For notebooks and other programs.
-
-    Args:
-        model: a vitcls model.
-        processor: the image processor of the model.
-        images: a path, a URL, or a list of paths, URLs, encoded bytes, PIL images and arrays. The path of a folder
-            selects all images in the folder.
-        top_k, threshold, features: see the flags of `vitcls predict`.
-        batch_size: number of images per forward pass.
-        num_workers: number of threads that preprocess images. The default is the number of CPU cores, but at most 8.
-
-    Returns:
-        A dict for each image: `index`, `image` (the path or index), the columns listed in prediction_rows.py, and
-        `error`, which is an error message or None.
-
-    Raises:
-        ValueError: if there are no images, or if the model does not support the requested labels or features.
-    """
-    source = wrap_images([images] if isinstance(images, str | Path) else images)
-    columns = build_prediction_columns(model, top_k, threshold, [features] if isinstance(features, str) else features)
-    predictor = Predictor(model, processor, columns, nullcontext, batch_size, num_workers or get_num_workers())
-    was_training = model.training
-    model.eval()
-    try:
-        return list(predictor.iterate_rows(read_all_records(source)))
-    finally:
-        model.train(was_training)
-
-
 def predict_from_options(options: PredictOptions, images: list[Any]) -> list[Row]:
-    """Return the rows that `vitcls predict` would write, computed in this process. `images` has the same types as in
-    `predict`. If `images` is empty, the options specify the input."""
+    """Return the rows that `vitcls predict` would write, computed in this process. `images` are paths, URLs, folders,
+    encoded bytes, PIL images and arrays. If `images` is empty, the options specify the input."""
     accelerator = build_accelerator(mixed_precision=options.mixed_precision)
     source = wrap_images(images) if images else open_input(options)
     return list(build_predictor(options, accelerator).iterate_rows(read_all_records(source)))
@@ -129,7 +88,7 @@ def build_predictor(options: PredictOptions, accelerator: Accelerator) -> Predic
         options.model, options.features is None, options.fit, options.backend, accelerator.mixed_precision
     )
     return Predictor(
-        model=model.to(accelerator.device),
+        model=model.eval().to(accelerator.device),
         processor=processor,
         columns=build_prediction_columns(
             model,
@@ -167,8 +126,6 @@ def find_set_limit(options: PredictOptions, model: ViTCLSPreTrainedModel) -> flo
 
 def wrap_images(images: Sequence[Any]) -> ListInput:
     """Return an input with images from paths, folders and memory. Images in memory are named by index."""
-    if not images:
-        raise ValueError("prediction requires images, but the list is empty. Pass at least one image")
     names: list[str] = []
     contents: list[Any] = []
     for index, image in enumerate(images):
@@ -207,17 +164,17 @@ def predict_to_file(
             raise ValueError("--streaming with several processes requires a folder. Set --output to a folder")
         records, num_local_images = read_all_records(source), None
     else:
-        chunks = iterate_shards(source.num_images, options.batch_size)
-        ranges = list(islice(chunks, accelerator.process_index, None, accelerator.num_processes))
+        chunks = list_shard_indices(source.num_images, options.batch_size)
+        ranges = chunks[accelerator.process_index :: accelerator.num_processes]
         records, num_local_images = source.read_records(ranges), sum(map(len, ranges))
     columns = get_output_columns(predictor.columns.columns)
-    with Progress(num_local_images, is_shown=accelerator.is_main_process) as progress:
-        rows = list(progress.track_rows(predictor.iterate_rows(records)))
+    is_main = accelerator.is_main_process
+    rows = list(show_progress(predictor.iterate_rows(records), "images", num_local_images, is_main))
     if accelerator.num_processes > 1:
         rows = sorted(gather_object(rows), key=lambda row: row["index"])
-    if accelerator.is_main_process and options.output is None:
+    if is_main and options.output is None:
         print_table(rows, columns)
-    elif accelerator.is_main_process and options.output is not None:
+    elif is_main and options.output is not None:
         write_rows(rows, columns, options.output)
     return PredictionCounts(len(rows), sum(row["error"] is not None for row in rows))
 
@@ -245,62 +202,54 @@ def predict_to_folder(
         settings["num_workers"] = worker.num_workers
     folder = ShardFolder(options.output, options.shard_size, json.loads(json.dumps(settings)))
     folder.open()
-    if isinstance(source, StreamInput):
-        local_counts = write_stream_shards(folder, worker, source, predictor, accelerator.is_main_process)
-    else:
-        local_counts = write_list_shards(folder, worker, source, predictor, accelerator.is_main_process)
-    counts = gather_object([local_counts])
-    return PredictionCounts(*(sum(values) for values in zip(*counts, strict=True)))
+    write_shards: Any = write_stream_shards if isinstance(source, StreamInput) else write_list_shards
+    local_counts = write_shards(folder, worker, source, predictor, accelerator.is_main_process)
+    counts = gather_object(local_counts)
+    return PredictionCounts(*map(sum, zip(PredictionCounts(0, 0), *counts, strict=True)))
 
 
 def write_list_shards(
     folder: ShardFolder, worker: Worker, source: Any, predictor: Predictor, is_shown: bool
-) -> tuple[int, int]:
-    """Write the missing shards of one worker. Return the numbers of images and of images without a prediction."""
-    columns = get_output_columns(predictor.columns.columns)
-    shards = list(iterate_shards(source.num_images, folder.shard_size))
-    num_images, num_failed, missing = 0, 0, []
-    for indices in islice(shards, worker.index, None, worker.num_workers):
-        finished = folder.read_finished(folder.get_file(indices.start // folder.shard_size))
+) -> list[PredictionCounts]:
+    """Write the missing shards of one worker, and return the counts of each shard."""
+    shards = list_shard_indices(source.num_images, folder.shard_size)
+    local_shards, counts = shards[worker.index :: worker.num_workers], []
+    for indices in show_progress(local_shards, "files", len(local_shards), is_shown):
+        file = folder.get_file(indices.start // folder.shard_size)
+        finished = folder.read_finished(file)
         if finished is None:
-            missing.append(indices)
-        else:
-            num_images, num_failed = num_images + finished["images"], num_failed + finished["failed"]
-    with Progress(sum(map(len, missing)), is_shown) as progress:
-        for indices in missing:
-            rows = list(progress.track_rows(predictor.iterate_rows(source.read_records([indices]))))
-            metadata = folder.build_metadata(rows, num_shards=len(shards))
-            write_rows(rows, columns, folder.get_file(indices.start // folder.shard_size), metadata)
-    return num_images + progress.num_images, num_failed + progress.num_failed
+            rows = list(predictor.iterate_rows(source.read_records([indices])))
+            finished = folder.write(file, rows, predictor.columns.columns, num_shards=len(shards))
+        counts.append(PredictionCounts(finished["images"], finished["failed"]))
+    return counts
 
 
 def write_stream_shards(
     folder: ShardFolder, worker: Worker, source: StreamInput, predictor: Predictor, is_shown: bool
-) -> tuple[int, int]:
+) -> list[PredictionCounts]:
     """Continue the shards of one worker from the state of the stream in its last shard, as `write_list_shards`."""
-    columns = get_output_columns(predictor.columns.columns)
-    stream, num_images, num_failed, first_shard = source.get_part(worker.index, worker.num_workers), 0, 0, 0
+    stream, counts, first_shard = source.get_part(worker.index, worker.num_workers), [], 0
     while (finished := folder.read_finished(folder.get_file(first_shard, worker))) is not None:
-        num_images, num_failed = num_images + finished["images"], num_failed + finished["failed"]
+        counts.append(PredictionCounts(finished["images"], finished["failed"]))
         if finished["is_last"]:
-            return num_images, num_failed
+            return counts
         stream.load_state_dict(finished["state"])
         first_shard += 1
-    with Progress(None, is_shown) as progress:
-        examples, is_last = iter(stream), False
-        indices = count(first_shard * folder.shard_size * worker.num_workers + worker.index, worker.num_workers)
-        for shard_index in count(first_shard):
-            records = source.build_records(islice(examples, folder.shard_size), indices)
-            rows = list(progress.track_rows(predictor.iterate_rows(records)))
-            state = stream.state_dict()  # before the next example is read
-            next_example = list(islice(examples, 1))
-            is_last = not next_example
-            examples = chain(next_example, examples)
-            metadata = folder.build_metadata(rows, is_last=is_last, state=state)
-            write_rows(rows, columns, folder.get_file(shard_index, worker), metadata)
-            if is_last:
-                break
-    return num_images + progress.num_images, num_failed + progress.num_failed
+    examples, is_last = iter(stream), False
+    indices = count(first_shard * folder.shard_size * worker.num_workers + worker.index, worker.num_workers)
+    for shard_index in show_progress(count(first_shard), "files", None, is_shown):
+        records = source.build_records(islice(examples, folder.shard_size), indices)
+        rows = list(predictor.iterate_rows(records))
+        state = stream.state_dict()  # before the next example is read
+        next_example = list(islice(examples, 1))
+        is_last = not next_example
+        examples = chain(next_example, examples)
+        file = folder.get_file(shard_index, worker)
+        finished = folder.write(file, rows, predictor.columns.columns, is_last=is_last, state=state)
+        counts.append(PredictionCounts(finished["images"], finished["failed"]))
+        if is_last:
+            break
+    return counts
 
 
 def compute_model_digest(model: PreTrainedModel, processor: ViTCLSImageProcessor) -> str:

@@ -26,6 +26,7 @@ from ..data.labels import is_multi_label
 from ..modeling_vitcls import ViTCLSForImageClassification, ViTCLSForMultiTaskClassification
 from .confidence import build_prediction_sets, compute_energies
 from .inputs import PreparedImage
+from .load_model import check_is_classifier
 
 
 Row = dict[str, Any]
@@ -249,14 +250,9 @@ def build_prediction_columns(
     config: Any = model.config
     if features is not None:
         return FeatureColumns(model, features, feature_dtype)
+    check_is_classifier(config)
     if config.tasks:
         return TopLabelColumns(model, config.task_labels(), top_k)
-    if not config.num_labels or config.problem_type == "regression":
-        problem = "was trained for regression" if config.num_labels else "has no classifier"
-        raise ValueError(
-            f"label prediction requires a classifier, but the model {problem}. Fine-tune a classifier, or set "
-            "--features"
-        )
     names = [config.id2label[index] for index in range(config.num_labels)]
     if is_multi_label(config):
         return LabelListColumns(model, names, top_k, threshold)

@@ -10,8 +10,6 @@ continues.
 """
 
 import json
-import math
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -22,7 +20,7 @@ import pyarrow.parquet as pq
 
 from ..data.image_folder import format_name_list
 from ..errors import format_error
-from .outputs import write_table
+from .outputs import Columns, get_output_columns, write_rows, write_table
 
 
 METADATA_KEY = b"vitcls"
@@ -81,19 +79,17 @@ class ShardFolder:
             unfinished_file.unlink()
         return None
 
-    def build_metadata(self, rows: list[dict[str, Any]], **fields: Any) -> dict[str, str]:
-        """Return the metadata of a shard. `fields` are added."""
+    def write(self, file: Path, rows: list[dict[str, Any]], columns: Columns, **fields: Any) -> dict[str, Any]:
+        """Write a shard, and return its metadata. `fields` are added to the metadata."""
         num_failed = sum(row["error"] is not None for row in rows)
         metadata = {"settings": self.settings, "images": len(rows), "failed": num_failed, **fields}
-        return {METADATA_KEY.decode(): json.dumps(metadata)}
+        write_rows(rows, get_output_columns(columns), file, {METADATA_KEY.decode(): json.dumps(metadata)})
+        return metadata
 
 
-def iterate_shards(num_images: int | None, shard_size: int) -> Iterator[range]:
-    """Yield the image indices of each shard, indefinitely if `num_images` is None."""
-    shard_indices = count() if num_images is None else range(math.ceil(num_images / shard_size))
-    for shard_index in shard_indices:
-        end = (shard_index + 1) * shard_size
-        yield range(shard_index * shard_size, end if num_images is None else min(end, num_images))
+def list_shard_indices(num_images: int, shard_size: int) -> list[range]:
+    """Return the image indices of each shard."""
+    return [range(start, min(start + shard_size, num_images)) for start in range(0, num_images, shard_size)]
 
 
 def list_shards(folder: Path) -> tuple[list[Path], list[Path]]:
@@ -143,7 +139,7 @@ def find_missing_shards(folder: Path) -> tuple[list[str], list[dict[str, Any]]]:
     return missing, list(metadata.values())
 
 
-def merge_shards(folder: Path, output: Path | None, write: Callable[[pa.Table, Path], None] = write_table) -> str:
+def merge_shards(folder: Path, output: Path | None) -> str:
     """Write the rows of all shards to one file, if `output` is set. Return a line of text with the number of images.
     Raise ValueError with the names of the missing shards if the folder is not complete."""
     missing, metadata = find_missing_shards(folder)
@@ -152,5 +148,5 @@ def merge_shards(folder: Path, output: Path | None, write: Callable[[pa.Table, P
         raise ValueError(f"{folder} lacks {len(missing)} shards: {names}. Repeat the commands that write them")
     num_images, num_failed = (sum(fields[name] for fields in metadata) for name in ("images", "failed"))
     if output is not None:
-        write(pa.concat_tables(pq.read_table(file) for file in list_shards(folder)[0]), output)
+        write_table(pa.concat_tables(pq.read_table(file) for file in list_shards(folder)[0]), output)
     return f"{output or folder}: {num_images:,} images, {num_failed:,} without a prediction"

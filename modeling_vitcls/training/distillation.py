@@ -113,7 +113,7 @@ class TeacherCosines(FeatureEvaluator):
     """Computes the cosine similarity of each token's prediction with its target, for each image."""
 
     def __init__(self, teachers: FeatureTeachers, normalize: Normalizer, *args: Any, **kwargs: Any) -> None:
-        super().__init__([], *args, **kwargs)
+        super().__init__(*args, **kwargs)
         self.teachers, self.normalize = teachers, normalize
 
     def compute_outputs(self, model: nn.Module, batch: HeldOutBatch) -> Tensor:

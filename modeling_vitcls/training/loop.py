@@ -91,7 +91,7 @@ class TrainingLoop:
     step_seconds: list[float] = field(default_factory=list)  # durations of all steps in this process, in seconds
     evaluation_seconds: list[float] = field(default_factory=list)
     num_logged_steps: int = 0  # number of the steps in `step_seconds` that the last record includes
-    unreported_indices: list[int] = field(default_factory=list)  # unreadable images that are not reported yet
+    unreported_errors: dict[int, str] = field(default_factory=dict)  # unreadable images that are not reported yet
     is_best: bool = False  # whether the last step was evaluated and had the best score so far
     num_overflows: int = 0  # number of consecutive steps that the loss scaler skipped
     peak_memory: int = 0  # peak memory in bytes up to the last record
@@ -162,7 +162,7 @@ class TrainingLoop:
         tokens_and_gradients: tuple[Tokens, Tokens] | None = None  # before the update
         for batch_index in range(self.plan.accumulation_steps):
             batch = next(batches)
-            self.unreported_indices += batch["replaced"][batch["replaced"] >= 0].tolist()
+            self.unreported_errors |= batch["errors"]
             batch = send_to_device(batch, accelerator.device, non_blocking=True)
             # The processes draw different random numbers, for example for dropout.
             torch.manual_seed(derive_seed(self.plan.seed, state.step, batch_index, accelerator.process_index))
@@ -257,8 +257,8 @@ class TrainingLoop:
 
     def report_unreadable_images(self) -> None:
         with mark_errors_of_all_processes():
-            self.unreadable_images.add(gather_object(self.unreported_indices))
-        self.unreported_indices.clear()
+            self.unreadable_images.add(dict(gather_object(list(self.unreported_errors.items()))))
+        self.unreported_errors.clear()
 
     def compute_recent_metrics(self) -> Metrics:
         """Return the losses (means over all processes and the steps since the last record), the speed of these steps

@@ -121,6 +121,8 @@ def load_with_label_space(
         )
         new_parameter_names = set(loading_info["missing_keys"])
     else:
+        if reads_patches_by_default(initial, config_values, label_space):
+            config_values = {"pooling": "cls_mean"} | config_values
         encoder, loading_info = ViTCLSModel.from_pretrained(
             initial.folder,
             dtype=torch.float32,
@@ -138,6 +140,21 @@ def load_with_label_space(
         head_names = {name for name, _ in model.named_parameters() if not name.startswith("vitcls.")}
         new_parameter_names = missing_names | head_names
     return model, new_parameter_names | get_added_token_names(stored_config, model)
+
+
+def reads_patches_by_default(initial: InitialModel, config_values: dict[str, Any], label_space: LabelSpace) -> bool:
+    """Return whether a new classifier reads the CLS token and the mean of the patches, if `--pooling` is not set. It
+    does for a pre-trained encoder that pools CLS without further weights, as in the linear evaluation of DINOv2
+    (arXiv 2304.07193), and usually better than with CLS alone (model_cards/studies/probe.md)."""
+    config = {**initial.config.to_dict(), **config_values}
+    return (
+        config["pooling"] == "cls"
+        and config["pooled_activation"] is None
+        and not config["pooled_norm"]
+        and not config["num_distillation_tokens"]
+        and label_space.kind == "single_label_classification"
+        and not initial.has_random_weights
+    )
 
 
 def has_labels(config: ViTCLSConfig, label_space: LabelSpace) -> bool:

@@ -124,7 +124,7 @@ def build_task(options: PretrainOptions, initial: InitialModel, data: TrainingDa
         objective = LeJEPAObjective(normalize, lejepa, config.patch_height_width)
         summary = f"LeJEPA: {lejepa.global_crops} global and {lejepa.local_crops} local crops per image"
     has_labels = data.label_space.kind == "single_label_classification" and bool(data.label_space.columns)
-    arguments = {"processor": processor, "label_space": data.label_space}
+    arguments: dict[str, Any] = {"processor": processor, "label_space": data.label_space}
     arguments |= get_evaluator_arguments(options, method, reporter)
     neighbors = None
     if has_labels and isinstance(data.train, LabeledImages):
@@ -171,9 +171,6 @@ class TokenFeatures(FeatureEvaluator):
     The trained token is the CLS token, or the mean of the patches without CLS token. After distillation from teachers,
     it is the concatenation of all distillation tokens.
     """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__([], *args, **kwargs)
 
     def compute_outputs(self, model: torch.nn.Module, batch: HeldOutBatch) -> torch.Tensor:
         """Return the features [G, token + D] of the G readable images of a batch."""

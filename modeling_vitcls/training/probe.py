@@ -140,7 +140,7 @@ class Probe:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return features and labels. Training reports unreadable images, so that the default does not."""
         arguments = self.evaluator_arguments | {"warn": warn}
-        evaluator = ProbeEvaluator([], images, label_space=data.label_space, **arguments)
+        evaluator = ProbeEvaluator(images, label_space=data.label_space, **arguments)
         was_training = self.model.training
         outputs = evaluator(self.model.to(evaluator.accelerator.device).eval())
         self.model.train(was_training)

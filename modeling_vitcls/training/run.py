@@ -34,7 +34,6 @@ from ..errors import RunStopped, format_error, is_raised_on_all_processes
 from ..hub.connection import silence_transformers
 from ..hub.model_files import PREDICTIONS_FILE
 from ..inference.evaluator import Evaluator
-from ..inference.metrics import drop_large_matrices
 from ..inference.per_image import write_predictions
 from ..options import FinetuneOptions, PretrainOptions, to_flags
 from . import finetune, output_folder, pretrain
@@ -228,9 +227,7 @@ class Run:
         self.evaluate_held_out = task.build_evaluator(data.held_out) if self.has_held_out else lambda model: no_metrics
         self.evaluate = self.evaluate_held_out if data.selection is None else task.build_evaluator(data.selection)
         images = build_training_images(options, data, task)
-        self.unreadable_images = UnreadableImageCounter(
-            images.describe_unreadable_image, self.reporter.warn, options.data.max_unreadable_images
-        )
+        self.unreadable_images = UnreadableImageCounter(self.reporter.warn, options.data.max_unreadable_images)
         self.state = state = prepare_state(options, task, accelerator)
         with SignalHandler(accelerator) as signals, self.reporter.progress, stop_on_errors():
             self.loop = loop = TrainingLoop(
@@ -323,7 +320,7 @@ class Run:
         for token, distance in token_movement.items():
             if distance == 0 and self.selected_step != 0 and loop.should_warn_about_tokens:
                 reporter.warn(f"token {token} did not change during training")
-        if num_unreadable := len(self.unreadable_images):
+        if num_unreadable := len(self.unreadable_images.indices):
             reporter.warn(f"{num_unreadable} training image(s) could not be read and were replaced with other images")
         results = {
             "dataset": data.name,
@@ -336,7 +333,7 @@ class Run:
             "selection_metric": task.selection_metric,
             "forward_flops_per_image": self.forward_flops,
             **describe_run(self.plan, self.state.step, task.model, self.accelerator, self.training_seconds),
-            **drop_large_matrices(self.metrics),
+            **self.metrics,
             "num_unreadable_training_images": num_unreadable,
             "token_movement": token_movement,
         }

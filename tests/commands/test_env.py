@@ -1,6 +1,7 @@
 """The report of `vitcls env` for bug reports."""
 
 import importlib.metadata
+import sys
 
 import pytest
 import torch
@@ -31,6 +32,15 @@ def test_the_environment_of_a_bug_report(monkeypatch: pytest.MonkeyPatch, capsys
     monkeypatch.delenv("VITCLS_CPU_KERNELS")
     monkeypatch.setattr(kernels, "HAS_PRIVATE_NAMES", False)
     assert "lacks a private API" in env.describe_cpu_kernels()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the names are read from /proc")
+def test_the_environment_names_the_instructions_for_bf16_and_int8(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_here("env") == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("instructions"))
+    named = ("AVX-512 bf16" in line, "AMX bf16" in line, "VNNI (int8)" in line)
+    checks = (torch.cpu._is_avx512_bf16_supported, torch.cpu._is_amx_tile_supported, torch.cpu._is_vnni_supported)
+    assert named == tuple(check() for check in checks)
 
 
 def test_the_environment_names_the_kernels_that_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,6 +87,7 @@ WRONG_VALUES: list[tuple[str, Any]] = [
     ("layer_norm_eps", math.inf),
     ("pooling", "other"),
     ("qkv_bias", 1),
+    ("layer_scale_init_value", NAN),
     ("problem_type", "classification"),
     ("num_labels", -1),
     ("tasks", {"species": 1.5}),

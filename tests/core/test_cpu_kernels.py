@@ -4,7 +4,6 @@ computed by plain PyTorch."""
 import copy
 import pickle
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -48,11 +47,13 @@ each_dtype = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], i
 
 
 @pytest.fixture(autouse=True)
-def float32_by_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+def use_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Use oneDNN for all sizes and on all CPUs where it is correct, even where it is not the fastest."""
     if cpu_kernels_vitcls.HAS_ONEDNN:
         for has_gradients in (False, True):
             monkeypatch.setitem(cpu_kernels_vitcls.MIN_MULTIPLICATIONS, (torch.float32, has_gradients), 0)
+        if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            monkeypatch.setitem(cpu_kernels_vitcls.MIN_MULTIPLICATIONS, (torch.bfloat16, False), 0)
 
 
 requires_onednn = pytest.mark.skipif(not cpu_kernels_vitcls.HAS_ONEDNN, reason="this CPU or PyTorch has no oneDNN")
@@ -101,10 +102,20 @@ def train_under_autocast(model: Any, dtype: torch.dtype) -> Tensors:
         return run_step(model, build_images())
 
 
+@torch.no_grad()
+def infer(model: Any, dtype: torch.dtype) -> Tensors:
+    """Return logits of a model in a dtype."""
+    return {"logits": model.to(dtype)(build_images().to(dtype)).logits}
+
+
 @pytest.mark.parametrize("is_emulated", [False, True])
 @pytest.mark.parametrize(
     ("name", "dtype", "run"),
-    [("default", torch.bfloat16, train), ("differential", torch.float16, train_under_autocast)],
+    [
+        ("default", torch.bfloat16, train),
+        ("default", torch.bfloat16, infer),
+        ("differential", torch.float16, train_under_autocast),
+    ],
 )
 def test_half_precision(
     name: str, dtype: torch.dtype, run: Callable[..., Tensors], is_emulated: bool, monkeypatch: pytest.MonkeyPatch
@@ -229,14 +240,6 @@ def test_lora() -> None:
     merged = adapter.merge_and_unload()
     with torch.no_grad():
         assert_equal_in_float32({"logits": merged(build_images()).logits}, {"logits": steps[1][-1]["logits"]})
-
-
-@pytest.mark.slow
-def test_fsdp2(two_processes: Path) -> None:
-    results = torch.load(two_processes / "sharded.pt")
-    assert any(name.startswith("CPU") for name in results[True]["classes"])
-    assert not any(name.startswith("CPU") for name in results[False]["classes"])
-    assert_equal_in_float32(results[True]["tensors"], results[False]["tensors"])
 
 
 @pytest.mark.parametrize("copy_model", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])

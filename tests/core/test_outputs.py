@@ -1,6 +1,5 @@
 """Outputs contain only tensors: gather, DataParallel, pytrees and tuples handle them like transformers' outputs."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -104,16 +103,6 @@ def test_tokens_of_a_rebuilt_output_are_an_error(monkeypatch: pytest.MonkeyPatch
         assert rebuilt.last_hidden_state.shape[1:] == (NUM_TOKENS, 16)
         with raises_one_line("rebuilt", "config.token_layout"):
             _ = rebuilt.tokens
-
-
-@torch.no_grad()
-def test_accelerate_gathers(two_processes: Path) -> None:
-    gathered = torch.load(two_processes / "gathered.pt")
-    for model_class in (ViTCLSModel, ViTCLSForImageClassification):
-        expected = randomize(model_class(build_tiny_config(**FIELDS)))(build_images())
-        found = gathered[model_class.__name__]
-        assert list(found) == list(expected)
-        assert_same_outputs(found, expected, 1e-6)
 
 
 def test_the_temperature_divides_the_logits_in_evaluation_only() -> None:

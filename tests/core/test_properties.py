@@ -106,7 +106,7 @@ def valid_fields(draw: st.DrawFn) -> dict[str, Any]:
         "intermediate_size": draw(st.integers(1, 9)),
         "hidden_act": one_of(*ACT2FN),
         "mlp_type": one_of("mlp", "swiglu"),
-        "layer_norm_eps": one_of(1e-12, 1e-6, 1e-5),
+        "layer_norm_eps": one_of(1e-6, 1e-5),  # with 1e-12, gradients of equal values overflow
         "layer_scale_init_value": one_of(None, 0, 1e-5, 1),
         "position_embedding_type": positions,
         "position_embedding_tokens": one_of("patches", "cls", "all"),

@@ -135,16 +135,6 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("fresh_compiler")
-@each_kind
-def test_each_class_compiles_into_one_graph(model_class: type, fields: dict[str, Any], inputs: dict[str, Any]) -> None:
-    model = randomize(model_class(build_tiny_config(**fields)))
-    with torch.no_grad():
-        compiled = torch.compile(model, fullgraph=True, backend="eager")
-        assert_same_outputs(compiled(build_images(), **inputs), model(build_images(), **inputs), 1e-6)
-
-
 # Few models contain all blocks, because tracing a model takes seconds.
 TOGETHER = {
     "gated MLP": ["swiglu", "qk_norm", "no_key_bias", "layer_scale", "rope", "tokens", "mlp_head"],

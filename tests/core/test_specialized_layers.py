@@ -18,7 +18,6 @@ from helpers.tiny_models import (
     randomize,
     save_and_load,
 )
-from peft import LoraConfig, get_peft_model
 from torch.nn.functional import gelu, layer_norm, linear
 from transformers import AutoModelForImageClassification
 
@@ -112,15 +111,6 @@ def test_saving_and_removing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -
 def test_frozen_weights_stay_frozen() -> None:
     model = ViTCLSForImageClassification(build_tiny_config()).requires_grad_(False)
     assert not any(weight.requires_grad for weight in model.adapt(specialized_layers=SPECIALIZED).parameters())
-
-
-@torch.no_grad()
-def test_lora_of_both_sets() -> None:
-    model = randomize(ViTCLSForImageClassification(build_tiny_config(specialized_layers={"qkv": [0, 1]})))
-    expected = model(build_images()).logits
-    adapter = get_peft_model(model, LoraConfig(r=2, target_modules=r".*[qv]_proj\.(special_tokens|patches)"))
-    assert torch.equal(adapter(build_images()).logits, expected)
-    assert sum("lora_A" in name for name, _ in adapter.named_parameters()) == 2 * 2 * 2
 
 
 def test_conversion_to_transformers_is_an_error() -> None:

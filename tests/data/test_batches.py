@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.batch_plans import build_plan
+from helpers.tiny_models import raises_one_line
 from PIL import Image
 
 from modeling_vitcls import ViTCLSImageProcessor
@@ -36,7 +37,7 @@ def build_noise_images(count: int) -> list[Image.Image]:
 
 
 def are_equal(first: Batch, second: Batch) -> bool:
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    return all(torch.equal(first[name], second[name]) for name in ("pixels", "labels", "index", "epoch", "view"))
 
 
 # Images --------------------------------------------------------------------------------------------------------------
@@ -45,17 +46,16 @@ def are_equal(first: Batch, second: Batch) -> bool:
 def test_a_batch_contains_its_keys() -> None:
     source = LabeledImages(build_noise_images(5), [0, 1, 2, 3, 4])
     batch = build_images(source)[[(3, 4), (0, 2)]]
+    assert batch.pop("errors") == {}
     assert {name: (list(value.shape), value.dtype) for name, value in batch.items()} == {
         "pixels": ([2, 3, 16, 16], torch.uint8),
         "labels": ([2], torch.int64),
         "index": ([2], torch.int64),
         "epoch": ([2], torch.int64),
         "view": ([2], torch.int64),
-        "replaced": ([2], torch.int64),
     }
     assert batch["labels"].tolist() == batch["index"].tolist() == [4, 2]
     assert batch["epoch"].tolist() == batch["view"].tolist() == [3, 0]
-    assert batch["replaced"].tolist() == [-1, -1]
 
 
 @pytest.mark.parametrize(
@@ -146,18 +146,6 @@ def test_only_small_datasets_are_decoded_once(tmp_path: Path, monkeypatch: pytes
             path.with_suffix(".moved").rename(path)
 
 
-def test_only_small_arrays_are_resized_in_advance(monkeypatch: pytest.MonkeyPatch) -> None:
-    values = np.random.default_rng(0).integers(0, 256, (4, 10, 12), dtype=np.uint8)
-    source = LabeledImages(ArrayImages(values), [5, 6, 7, 8]).select([3, 1, 0, 2])
-    keys = [(0, 2), (1, 3)]
-    stored = build_images(source, rotation=20)
-    monkeypatch.setattr(batches_module, "MAX_CACHE_BYTES", 4 * 16 * 16 - 1)
-    resized_later = build_images(source, rotation=20)
-    assert stored.array_pixels is not None and resized_later.array_pixels is None
-    assert are_equal(stored[keys], resized_later[keys])
-    assert stored[keys]["labels"].tolist() == [5, 7]
-
-
 # Unreadable images ---------------------------------------------------------------------------------------------------
 
 
@@ -183,16 +171,15 @@ def test_the_next_image_replaces_an_unreadable_one(half_unreadable: LabeledImage
     for keys, batch in zip(plan.iterate_keys(0), batches, strict=True):
         wanted = [index for _, index in keys]
         assert batch["index"].tolist() == batch["labels"].tolist() == [replacements.get(at, at) for at in wanted]
-        assert batch["replaced"].tolist() == [at if at in replacements else -1 for at in wanted]
+        assert set(batch["errors"]) == replacements.keys() & set(wanted)
+        assert all(f"{index}.png" in message for index, message in batch["errors"].items())
     resumed = iterate_training_batches(build_images(half_unreadable, rotation=20), plan, 0, num_workers, first_step=4)
     assert all(are_equal(*pair) for pair in zip(resumed, batches[4:], strict=True))
 
 
-def test_an_unreadable_image_is_described(half_unreadable: LabeledImages) -> None:
-    assert "5.png" in build_images(half_unreadable).describe_unreadable_image(5)
+def test_an_image_of_an_unsupported_mode_is_unreadable() -> None:
     floats = build_images(LabeledImages([Image.new("F", (9, 9)), *build_noise_images(1)], [0, 1]))
-    assert floats[[(0, 0)]]["replaced"].tolist() == [0]  # can be decoded, but not used
-    assert "mode F" in floats.describe_unreadable_image(0)
+    assert "mode F" in floats[[(0, 0)]]["errors"][0]  # can be decoded, but not used
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
@@ -249,8 +236,8 @@ def test_a_gray_model_skips_color_images(tmp_path: Path) -> None:
     prepared = build_training_dataset(source, augmentation, to_rgb=False, seed=0, num_channels=1)
     batch = prepared[[(0, 0), (0, 1), (0, 2), (0, 3)]]
     assert batch["pixels"].shape == (4, 1, 16, 16)
-    assert (batch["index"].tolist(), batch["replaced"].tolist()) == ([0, 3, 3, 3], [-1, 1, 2, -1])
-    assert prepared.describe_unreadable_image(1) == "an image of mode RGB has 3 channels, but the model requires 1"
+    assert batch["index"].tolist() == [0, 3, 3, 3] and batch["errors"].keys() == {1, 2}
+    assert batch["errors"][1] == "an image of mode RGB has 3 channels, but the model requires 1"
     arrays = LabeledImages(ArrayImages(np.zeros((2, 12, 10), dtype=np.uint8)), [0, 1])
     for options in ({}, {"auto_augment": "rand"}):
         gray = build_augmentation(
@@ -260,4 +247,5 @@ def test_a_gray_model_skips_color_images(tmp_path: Path) -> None:
     images[1].save(tmp_path / "color.png")
     files = LabeledImages(DatasetImages.from_list([str(tmp_path / "color.png")]), [0])
     named = build_training_dataset(files, augmentation, to_rgb=False, seed=0, num_channels=1)
-    assert named.describe_unreadable_image(0).startswith(f"the image '{tmp_path / 'color.png'}' has 3 channels")
+    with raises_one_line(f"'{tmp_path / 'color.png'}' has 3 channels"):
+        named[[(0, 0)]]

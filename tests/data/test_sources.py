@@ -2,9 +2,7 @@
 
 import gzip
 import io
-import os
 import struct
-import sys
 import zipfile
 import zlib
 from collections import Counter
@@ -14,11 +12,11 @@ from typing import Any
 import datasets
 import numpy as np
 import pytest
+from helpers.tiny_models import raises_one_line
 from PIL import Image
 from sklearn.datasets import load_digits
 
 from modeling_vitcls.data.images import (
-    DatasetImages,
     LabeledImages,
     UnreadableImage,
     UnreadableImageCounter,
@@ -148,7 +146,7 @@ def test_class_names_match_labels_by_name_or_index(color_images: Path, tmp_path:
         assert data.label_space.names == list(names)
         for image, label in list_all(data):
             assert (names[label] in ("light", "noon")) == is_noon(image)
-    with pytest.raises(ValueError, match="split 'train': row 10 has the label 'noon', which is not one of"):
+    with pytest.raises(ValueError, match="split 'train': row 10 has the label 'noon', which is none of"):
         read(words, label_names=("dusk", "dawn"))
 
 
@@ -206,7 +204,7 @@ def test_damaged_folders_in_the_format_of_mnist_are_named(tmp_path: Path) -> Non
             read(tmp_path)
     file.write_bytes(whole)
     (tmp_path / "train-labels-idx1-ubyte.gz").unlink()
-    with pytest.raises(ValueError, match=r"but not train-labels-idx1-ubyte\. Add the label file"):
+    with raises_one_line("train-labels-idx1-ubyte"):
         read(tmp_path)
 
 
@@ -229,7 +227,7 @@ def test_parts_of_folders_in_the_format_of_mnist(tmp_path: Path, monkeypatch: py
     assert unlabeled.images_by_split["train"].labels == [-100] * 12 and unlabeled.label_space.columns == {}
     for count in (11, 13):
         write_idx(tmp_path / "mine" / "train-labels-idx1-ubyte", np.arange(count, dtype=np.uint8))
-        with pytest.raises(ValueError, match=f"the split 'train' has 12 images, but {count} labels"):
+        with raises_one_line("train-images-idx3-ubyte", f"12 images, but {count} labels"):
             load_splits(DataOptions("."))
 
 
@@ -304,10 +302,8 @@ def test_rows_without_a_label_are_skipped_and_counted(
         caplog.clear()
         data = read(file)
         assert len(list_all(data)) == 15 and data.label_space.names == classes
-        assert f"split 'train': 5 images have no label (rows {first} and 2 more) and are skipped" in caplog.text
-    with pytest.raises(
-        ValueError, match=r"5 images have no label .*Add labels, or set a larger --max-unreadable-images"
-    ):
+        assert f"5 of 20 images have no label (rows {first} and 2 more)" in caplog.text
+    with raises_one_line("--max-unreadable-images"):
         read(table, max_unreadable_images=4)
     caplog.clear()
     monkeypatch.setenv("RANK", "1")  # only the first process prints the warning
@@ -319,15 +315,10 @@ def test_contradictory_labels_are_named(color_images: Path, tmp_path: Path) -> N
     rows = {"image": paths, "tags": [["x"]] * 20, "size": [0.5] * 20, "shade": ["a"] * 20}
     file = write_table(tmp_path / "table.parquet", rows)
     for options, message in (
-        ({"label_column": ("tags", "shade")}, "'tags' contains several labels per image. Set one --label-column"),
-        ({"label_column": ("shade", "size"), "label_separator": "|"}, "'shade' contains several"),
-        ({"label_column": ("size",)}, "'size' does not contain class labels. Set a different --label-column"),
-        (
-            {"label_column": ("size",), "label_separator": "|"},
-            "has the label 0.5, but --label-separator requires a text column",
-        ),
-        ({"label_column": ("shade", "size"), "label_names": ("a",)}, "but --label-column names several columns"),
-        ({"label_column": ("absent",)}, "has no column 'absent'. Choose one of image, tags, size, shade"),
+        ({"label_column": ("tags", "shade")}, "--label-column"),
+        ({"label_column": ("shade", "size"), "label_separator": "|"}, "--label-separator"),
+        ({"label_column": ("size",)}, "'size'"),
+        ({"label_column": ("absent",)}, "'absent'"),
     ):
         with pytest.raises(ValueError, match=message):
             read(file, **options)
@@ -378,9 +369,9 @@ def test_missing_labels_of_an_unused_split_are_ignored(color_images: Path, tmp_p
     assert (len(data.train), len(data.held_out), data.held_out_name) == (20, 20, "split 'validation'")
     options = DataOptions(dataset=str(folder))
     assert len(load_evaluation_data(options, "validation")[1]) == 20
-    with pytest.raises(ValueError, match="split 'test': none of the 20 images has a label"):
+    with raises_one_line("split 'test': 20 of 20 images have no label"):
         load_evaluation_data(options, "test")
-    with pytest.raises(ValueError, match="split 'test': none of the 20 images has a label"):
+    with raises_one_line("split 'test': 20 of 20 images have no label"):
         read(write_splits(tmp_path / "b", color_images, train=None, test=-1))
 
 
@@ -501,16 +492,6 @@ def test_unreadable_images_are_named(tmp_path: Path) -> None:
             assert "\n" not in str(caught.value)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="requires named pipes")
-def test_contents_of_pipes_are_not_read(tmp_path: Path) -> None:
-    """Reading a pipe would block."""
-    os.mkfifo(tmp_path / "pipe.png")
-    (tmp_path / "file.png").write_bytes(b"content")
-    paths = [str(tmp_path / name) for name in ("pipe.png", "file.png", "missing.png")] + ["https://example.org/a.png"]
-    assert [DatasetImages.from_list(paths).read_bytes(index) for index in range(4)] == [None, b"content", None, None]
-    assert DatasetImages.from_list([None]).read_bytes(0) is None
-
-
 def test_missing_images_are_unreadable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "list.csv").write_text("image,label\nabsent.png,x\n,x\nabsent.png,x\n", encoding="utf-8")
     images = read_single_split(tmp_path / "list.csv").images
@@ -526,7 +507,6 @@ def test_missing_images_are_unreadable(tmp_path: Path, monkeypatch: pytest.Monke
     table = write_table(tmp_path / "table.parquet", {"image": [None, b"", None], "label": ["x"] * 3})
     images = read_single_split(table).images
     assert images.get_names() == ["0", "1", "2"]
-    assert [images.read_bytes(index) for index in range(3)] == [None, b"", None]
     for index in range(3):
         with pytest.raises(UnreadableImage, match=f"row {index}"):
             images[index]
@@ -541,20 +521,15 @@ def test_addresses_are_not_joined_to_the_folder(tmp_path: Path) -> None:
     (tmp_path / "list.csv").write_text("\n".join(["image,label", *(f"{path},x" for path in paths)]), encoding="utf-8")
     images = read_single_split(tmp_path / "list.csv").images
     assert images.get_names() == paths
-    assert images.read_bytes(0) is None
     for image in (images[1], images[2]):
         assert image.size == (5, 4) and image.getpixel((0, 0)) == (1, 2, 3)
 
 
 def test_each_unreadable_image_is_named_once_and_the_number_has_a_limit() -> None:
     lines: list[str] = []
-    counter = UnreadableImageCounter(lambda index: f"file {index} is empty", lines.append, limit=2)
-    counter.add([-1, 7, -1, 7])
-    counter.add(iter([7, 3]))
+    counter = UnreadableImageCounter(lines.append, limit=2)
+    counter.add({7: "file 7 is empty"})
+    counter.add({7: "file 7 is empty", 3: "file 3 is empty"})
     assert lines == ["skipped an image: file 7 is empty", "skipped an image: file 3 is empty"]
-    assert len(counter) == 2
-    with pytest.raises(
-        ValueError,
-        match=r"more than 2 images cannot be read; the last unreadable image: file 9 is empty\. .*set a larger",
-    ):
-        counter.add([3, 9])
+    with raises_one_line("file 9 is empty", "--max-unreadable-images"):
+        counter.add({3: "file 3 is empty", 9: "file 9 is empty"})

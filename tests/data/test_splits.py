@@ -7,7 +7,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from helpers.accelerate_state import reset_accelerate
 from helpers.photo_folders import write_photos
@@ -15,12 +14,11 @@ from helpers.tiny_models import raises_one_line
 from helpers.tiny_options import build_tiny_options, prepare_task, run_training
 
 from modeling_vitcls.data.held_out import HeldOutRecord, HeldOutRule
-from modeling_vitcls.data.images import LabeledImages
+from modeling_vitcls.data.images import DatasetImages, LabeledImages
 from modeling_vitcls.data.labels import LabelSpace, MultiHotLabels
 from modeling_vitcls.data.splits import (
     TrainingData,
     choose_training_splits,
-    compute_fingerprint,
     describe_change,
     describe_data,
     describe_missing_classes,
@@ -53,20 +51,11 @@ def start(options: FinetuneOptions) -> FinetuneOptions:
     return replace(options, run=replace(options.run, resume=True))
 
 
-def swap_classes(photos: Path) -> None:
-    (photos / "cat").rename(photos / "other")
-    (photos / "dog").rename(photos / "cat")
-    (photos / "other").rename(photos / "dog")
-
-
 CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "grown": (lambda photos: write_photos(photos, range(20, 60), "cat"), "training images, but there are"),
-    "shrunk": (lambda photos: [path.unlink() for path in photos.glob("*/1*.png")], "training images, but there are"),
-    "class added": (
-        lambda photos: write_photos(photos, range(20), "ant"),
-        "the classes of 'label' were 2 (cat, dog), but are 3 (ant, cat, dog) now",
-    ),
-    "classes swapped": (swap_classes, "the names of the images are the same, but the contents differ"),
+    "grown": (lambda photos: write_photos(photos, range(20, 60), "cat"), "training images"),
+    "shrunk": (lambda photos: [path.unlink() for path in photos.glob("*/1*.png")], "training images"),
+    "class added": (lambda photos: write_photos(photos, range(20), "ant"), "classes"),
+    "renamed": (lambda photos: (photos / "cat" / "1.png").rename(photos / "cat" / "0a.png"), "names"),
 }
 
 
@@ -94,8 +83,8 @@ def test_a_changed_table_is_an_error(tmp_path: Path, streaming: bool) -> None:
     write(rows)
     options = start(get_options(table, streaming))
     for lines, reason in (
-        (rows[::-1], "the images are the same, but the order of the images differs"),
-        ([row.replace(",cat", ",dog") for row in rows], "labels"),
+        (rows[::-1], "order"),
+        ([row.replace(",cat", ",dog") for row in rows], "Restore the dataset"),
     ):
         write(lines)
         with raises_one_line("--resume: the dataset has changed", reason):
@@ -103,29 +92,6 @@ def test_a_changed_table_is_an_error(tmp_path: Path, streaming: bool) -> None:
         reset_accelerate()
     write(rows)
     run_training(options)
-
-
-def test_other_names_and_other_held_out_images_have_different_errors() -> None:
-    keys, labels = np.arange(100), [number % 2 for number in range(100)]
-    counts = {"classes": {"label": ["a", "b"]}, "num_training_images": 100, "num_held_out_images": 9, "held_out": 1}
-    before = counts | compute_fingerprint(keys, labels, lambda index: b"")
-    renamed = counts | compute_fingerprint(keys + 1, labels, lambda index: b"")
-    assert describe_change(before, before) is None
-    assert (
-        describe_change(before, renamed)
-        == "the number of images is the same, but the names of the images, or the labels, differ"
-    )
-    assert describe_change(before, before | {"held_out": 2}) == "different images are held out"
-    assert describe_change(before, before | {"num_held_out_images": 1009}) == (
-        "there were 9 held-out images, but there are 1,009 now"
-    )
-    classes = {"label": ["a", "b"], "kind": [*"uvwxyz"]}
-    assert describe_change(before, before | {"classes": classes}) == (
-        "the classes of 'kind' were none, but are 6 (u, v, w, x, y, ...) now"
-    )
-    assert describe_change(before | {"classes": {"label": [*"vwxyz"]}}, before) == (
-        "the classes of 'label' were 5 (v, w, x, y, z), but are 2 (a, b) now"
-    )
 
 
 def test_the_description_of_the_data(tmp_path: Path) -> None:
@@ -136,9 +102,16 @@ def test_the_description_of_the_data(tmp_path: Path) -> None:
     assert description["held_out"] == asdict(data.record) and description["classes"] == {"label": ["cat", "dog"]}
     write_photos(photos, [3, 7], "cat")  # the same files
     assert describe_data(load_training_data(DataOptions(str(photos)))) == description
+    assert describe_change(description, description) is None
+    assert "held-out" in (describe_change(description, description | {"held_out": 2}) or "")
+    numbers = describe_change(description, description | {"num_held_out_images": 1012})
+    assert numbers is not None and "12" in numbers and "1,012" in numbers
     sparse = MultiHotLabels.from_indices([[1], [0, 2]], 3)
-    digests = [compute_fingerprint(np.arange(2), labels, lambda _: None) for labels in (sparse, sparse.select([1, 0]))]
-    assert {name for name in digests[0] if digests[0][name] != digests[1][name]} == {"labels_sha256"}
+    images = DatasetImages.from_list(["a.png", "a.png"])
+    changed = [
+        describe_data(replace(data, train=LabeledImages(images, labels))) for labels in (sparse, sparse.select([1, 0]))
+    ]
+    assert {name for name in changed[0] if changed[0][name] != changed[1][name]} == {"labels_sha256"}
 
 
 def test_pre_training_is_checked_too(tmp_path: Path) -> None:
@@ -148,7 +121,7 @@ def test_pre_training_is_checked_too(tmp_path: Path) -> None:
     (tmp_path / "run" / "results.json").unlink()
     reset_accelerate()
     write_photos(photos, range(20, 60), "cat")
-    with raises_one_line("--resume: the dataset has changed", "training images, but there are"):
+    with raises_one_line("--resume: the dataset has changed", "training images"):
         run_training(replace(options, run=replace(options.run, resume=True)))
 
 
@@ -210,9 +183,9 @@ def test_selection_images_of_a_single_split_are_not_used_for_anything_else(tmp_p
 
 def test_selection_without_images_for_it_is_an_error(tmp_path: Path) -> None:
     photos = write_photos(tmp_path / "photos", range(10))
-    with raises_one_line("--select best requires images", "but --held-out-fraction is 0"):
+    with raises_one_line("--select best", "--held-out-fraction"):
         load_training_data(DataOptions(str(photos), held_out_fraction=0.0), use_selection_split=True)
-    with raises_one_line("--select best with --streaming requires", "has only train. Remove --streaming"):
+    with raises_one_line("--select best", "--streaming"):
         load_training_data(DataOptions(str(photos), streaming=True), use_selection_split=True)
 
 
@@ -229,15 +202,13 @@ def test_without_a_held_out_part_all_images_are_trained_on(tmp_path: Path, strea
     else:
         assert data.num_training_images == 20
         assert len(load_evaluation_data(options, "train").images) == 20
-    with raises_one_line("evaluation requires held-out images, but --held-out-fraction is 0"):
+    with raises_one_line("--held-out-fraction"):
         load_evaluation_data(options, "test")
 
 
 def test_training_images_of_a_stream_are_not_evaluated(tmp_path: Path) -> None:
     photos = write_photos(tmp_path / "photos", range(10))
-    with raises_one_line(
-        "evaluation on the training images of the single split", "Remove --streaming, or set --split"
-    ):
+    with raises_one_line("--split train", "--streaming"):
         load_evaluation_data(DataOptions(str(photos), streaming=True), "train")
     training_images = load_training_data(DataOptions(str(photos))).train
     evaluated = load_evaluation_data(DataOptions(str(photos)), "train")
@@ -253,15 +224,12 @@ def test_missing_classes_of_tasks_and_tags_are_named() -> None:
 
     tasks = LabelSpace("multi_task", {"light": ["dusk", "noon"], "place": ["sea", "wood"]})
     train = [{"light": 0, "place": 0}, {"light": 1, "place": -100}]
-    assert describe(tasks, train, [{"light": 0, "place": 1}]) == [
-        "2 of the 4 classes have no held-out images (light noon, place sea), so the accuracy on these classes is not "
-        "measured. Add images",
-        "1 of the 4 classes has no training images (place wood), because all images of this class are held out. "
-        "Add images",
-    ]
+    first, second = describe(tasks, train, [{"light": 0, "place": 1}])
+    assert "2 of the 4" in first and "no held-out images: light noon, place sea" in first
+    assert "1 of the 4" in second and "no training images: place wood" in second
     tags = LabelSpace("multi_label_classification", {"tags": ["sea", "wood", "town"]})
     (warning,) = describe(tags, MultiHotLabels.from_indices([[0, 1]], 3), MultiHotLabels.from_indices([[0]], 3))
-    assert warning.startswith("1 of the 2 classes has no held-out images (wood)")
+    assert "1 of the 2" in warning and warning.endswith("no held-out images: wood")
     assert describe(LabelSpace("single_label_classification", {}), [-100], [-100]) == []
 
 

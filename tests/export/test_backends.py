@@ -7,19 +7,23 @@ from typing import Any
 
 import numpy as np
 import onnx
+import openvino
 import pyarrow.parquet as pq
 import pytest
+import torch
 from helpers.accelerate_state import reset_accelerate
 from helpers.command_in_process import run_here
 from helpers.digits_models import train_digits_model
 from helpers.tiny_models import build_images, build_tiny_config, randomize, save_with_processor
 from helpers.warm_processes import OFFLINE, run_together
 from PIL import Image
+from transformers import pipeline
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, ViTCLSModel, evaluate, predict
 from modeling_vitcls.demo import page
 from modeling_vitcls.export.exporter import export_model
 from modeling_vitcls.export.quantization import rank_layers
+from modeling_vitcls.inference.exported_graphs import ExportedGraph
 
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("fresh_accelerate")]
@@ -79,6 +83,36 @@ def test_a_folder_without_weights_is_evaluated_and_shown(
     assert run_here("predict", "--model", str(folder), str(tmp_path / "images")) == 1
     error = capsys.readouterr().err
     assert "--backend onnx" in error and error.count("\n") == 1
+
+
+def test_graphs_and_the_pipeline_have_calibrated_probabilities(tmp_path: Path) -> None:
+    """softmax(logits / temperature); the weights are those of the model without a temperature."""
+    plain = randomize(ViTCLSForImageClassification(build_tiny_config()))
+    processor = ViTCLSImageProcessor(size=32)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8))
+    pixel_values = processor(image, return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        expected = (plain(pixel_values).logits / 2.5).softmax(-1)[0].tolist()
+    plain.config.temperature = 2.5
+    plain.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    for format_name, file in (("onnx", tmp_path / "model.onnx"), ("openvino", tmp_path / "model.xml")):
+        export_model(str(tmp_path), format_name, file, dynamic=False)
+        assert ExportedGraph(file)(pixel_values)["logits"].softmax(-1)[0].tolist() == pytest.approx(expected, abs=1e-5)
+    loaded: Any = ViTCLSForImageClassification.from_pretrained(tmp_path)
+    rows = pipeline("image-classification", model=loaded, image_processor=processor)(image)
+    found = {row["label"]: row["score"] for row in rows}
+    assert found == pytest.approx(dict(zip(loaded.config.id2label.values(), expected, strict=True)), abs=1e-5)
+
+
+def test_the_hint_in_the_report_has_the_outputs_of_the_model(model: Path) -> None:
+    """Without a hint, OpenVINO computes in bf16 wherever the CPU can."""
+    images = build_images(3)
+    with torch.no_grad():
+        expected = ViTCLSForImageClassification.from_pretrained(model)(images).logits.numpy()
+    hint = json.loads((model / "model.xml.json").read_text())["compile_config"]
+    found = openvino.Core().compile_model(model / "model.xml", "CPU", hint)(images.numpy())["logits"]
+    assert np.abs(found - expected).max() <= 1e-4 and "compile_config" not in (model / "model.onnx.json").read_text()
 
 
 def test_the_precision_of_a_graph_is_checked(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

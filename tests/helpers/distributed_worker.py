@@ -173,13 +173,13 @@ def build_training_loop(folder: Path, objective: Objective) -> TrainingLoop:
     plan = BatchPlan.from_options(8, options, NUM_PROCESSES)
     reporter = Reporter(folder / "metrics.jsonl", accelerator)
     store = CheckpointStore(folder / "checkpoints", num_kept=1)
-    unreadable_images = UnreadableImageCounter(str, print, 0)
+    unreadable_images = UnreadableImageCounter(print, 0)
     return TrainingLoop(
         state, objective, dict, plan, options, accelerator, reporter, store, "accuracy", unreadable_images
     )
 
 
-NO_IMAGES = {"replaced": torch.full((2,), -1)}  # a batch of two readable images, without the images
+NO_IMAGES: dict[str, Any] = {"errors": {}}  # a batch of two readable images, without the images
 
 
 def random_numbers_per_process(folder: Path) -> None:

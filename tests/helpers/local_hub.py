@@ -5,7 +5,7 @@
 
     with running_hub() as hub:         # an empty Hub that accepts pushes
         hub.tokens["hf_ann"] = Token("ann")
-        hub.fail("POST", "/commit/", "lose")
+        hub.fail("POST", "/commit/", "drop")
         ...                            # HF_ENDPOINT=hub.url HF_TOKEN=hf_ann HF_HUB_DISABLE_XET=1
 
 This file contains the repositories and permissions, local_hub_server.py the HTTP routes. All commits are kept.
@@ -105,16 +105,14 @@ class Repository:
 class Fault:
     """A fault of the next `times` requests with this method and a matching path.
 
-    Kinds: "drop" closes the connection before the request is handled, "lose" after it. "cut" sends half of the
-    response. "wait" sends nothing for some seconds. "hold" sends the response after `released` is set. A number is the
-    status of the response.
+    Kinds: "drop" closes the connection before the request is handled. "cut" sends half of the response. "wait" sends
+    nothing for some seconds. A number is the status of the response.
     """
 
     method: str
     path: re.Pattern[str]
     kind: str | int
     times: int
-    retry_after: int | None  # seconds, for the header Retry-After
 
 
 class LocalHub:
@@ -131,15 +129,14 @@ class LocalHub:
         self.contents: dict[str, bytes] = {}
         self.requests: list[tuple[str, str]] = []
         self.faults: list[Fault] = []
-        self.released = threading.Event()
         self.lock = threading.RLock()
         self._folder = folder
 
     # Methods for tests -----------------------------------------------------------------------------------------------
 
-    def fail(self, method: str, path: str, kind: str | int, times: int = 1, retry_after: int | None = None) -> None:
+    def fail(self, method: str, path: str, kind: str | int, times: int = 1) -> None:
         """Add a fault for requests. `path` is a regular expression (re.search); see `Fault` for `kind`."""
-        self.faults.append(Fault(method, re.compile(path), kind, times, retry_after))
+        self.faults.append(Fault(method, re.compile(path), kind, times))
 
     def corrupt(self, repo_id: str, file: str, revision: str = "main") -> None:
         """Change the last byte of a stored file, but not the hash and size that the Hub reports."""

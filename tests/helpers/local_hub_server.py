@@ -20,10 +20,9 @@ import yaml
 
 
 if TYPE_CHECKING:
-    from helpers.local_hub import Commit, Fault, LocalHub, Repository, StoredFile, Token
+    from helpers.local_hub import Commit, LocalHub, Repository, StoredFile, Token
 
 WAIT_SECONDS = 30.0
-HOLD_SECONDS = 110.0  # clients that push time out after 120 s
 
 
 @dataclass(frozen=True)
@@ -158,8 +157,6 @@ def validate_card(hub: "LocalHub", match: re.Match[str], request: Request) -> Re
         return Response({"errors": [{"message": f"bad YAML: {error}"}], "warnings": []}, 400)
     if not isinstance(metadata, dict):
         return Response({"errors": [{"message": "the metadata is no object"}], "warnings": []}, 400)
-    if request.json().get("repoType") == "space" and len(metadata.get("short_description", "")) > 60:
-        return Response({"errors": [{"message": "short_description is longer than 60"}], "warnings": []}, 400)
     return Response({"errors": [], "warnings": []})
 
 
@@ -419,16 +416,10 @@ def build_handler(hub: "LocalHub", routes: Routes) -> type[BaseHTTPRequestHandle
                 self.drop_connection()
                 return
             body = self.read_body()
-            if fault is not None and fault.kind == "hold":
-                hub.released.wait(HOLD_SECONDS)
-            if fault is not None and isinstance(fault.kind, int):
-                self.send(failure(fault))
+            if fault is not None and isinstance(fault.kind, int):  # as of an overloaded server or proxy
+                self.send(Response(b"<html><h1>not now</h1></html>", fault.kind, {"Content-Type": "text/html"}))
                 return
-            response = self.response(body)
-            if fault is not None and fault.kind == "lose":
-                self.drop_connection()
-                return
-            self.send(response, is_cut=fault is not None and fault.kind == "cut")
+            self.send(self.response(body), is_cut=fault is not None and fault.kind == "cut")
 
         do_HEAD = do_POST = do_PUT = do_GET
 
@@ -486,11 +477,3 @@ def build_handler(hub: "LocalHub", routes: Routes) -> type[BaseHTTPRequestHandle
             """Log nothing."""
 
     return Handler
-
-
-def failure(fault: "Fault") -> Response:
-    """Return the HTML response of an overloaded server or proxy."""
-    headers = {"Content-Type": "text/html"}
-    if fault.retry_after is not None:
-        headers["Retry-After"] = str(fault.retry_after)
-    return Response(b"<html><h1>not now</h1></html>", int(fault.kind), headers)

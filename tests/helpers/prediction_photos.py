@@ -1,11 +1,15 @@
 """A folder of photographs of many kinds for tests of prediction."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import sklearn.datasets
 from PIL import Image
+
+from modeling_vitcls.inference.predict import Predictor, read_all_records, wrap_images
+from modeling_vitcls.inference.prediction_rows import build_prediction_columns
 
 
 @pytest.fixture(scope="module")
@@ -41,3 +45,20 @@ def sorted_photos(photos: Path) -> list[str]:
     return [str(photos / name) for name in ("a.jpg", "b.JPEG", "c.png")] + [
         str(photos / "inner" / name) for name in ("d.jpg", "e.jpg", "f.jpg", "g.webp", "h.jpg", "i.gif")
     ]
+
+
+def predict(
+    model: Any,
+    processor: Any,
+    images: Any,
+    top_k: int | None = None,
+    threshold: float = 0.5,
+    features: Any = None,
+    batch_size: int = 32,
+) -> list[dict[str, Any]]:
+    """Return the rows of a model in memory."""
+    names = [features] if isinstance(features, str) else features
+    columns = build_prediction_columns(model.eval(), top_k, threshold, names)
+    predictor = Predictor(model, processor, columns, nullcontext, batch_size, num_workers=1)
+    source = wrap_images(images if isinstance(images, list) else [images])
+    return list(predictor.iterate_rows(read_all_records(source)))

@@ -73,14 +73,6 @@ def test_blank_batches_have_the_shape_of_the_model() -> None:
     assert shapes == [(1, 1, 16, 24)] * 2
 
 
-def test_an_uncounted_image_is_an_error() -> None:
-    evaluator = build_evaluator("single", build_accelerator())
-    evaluator.batches.loader.dataset.num_processes = 2
-    words = "but expected 13 images in total"
-    with pytest.raises(RuntimeError, match=words):
-        evaluator(build_classifier("single"))
-
-
 def test_batches_have_equal_sizes() -> None:
     sizes = []
     model = build_classifier("single")

@@ -24,16 +24,8 @@ from modeling_vitcls.data.images import LabeledImages
 from modeling_vitcls.data.labels import LabelSpace
 from modeling_vitcls.data.splits import load_evaluation_data
 from modeling_vitcls.inference import frozen
-from modeling_vitcls.inference.frozen import (
-    FeatureEvaluator,
-    FeatureStore,
-    LabeledFeatures,
-    compute_features,
-    evaluate_frozen,
-    measure_accuracies,
-    select_few_shot_images,
-    summarize_repeats,
-)
+from modeling_vitcls.inference.evaluator import HeldOutBatch
+from modeling_vitcls.inference.frozen import FeatureEvaluator, FeatureStore, build_classifier, evaluate_frozen
 from modeling_vitcls.intervals import compute_proportion_interval
 from modeling_vitcls.options import DataOptions, EvaluateOptions
 
@@ -69,112 +61,47 @@ def run(model: Path, frozen: str, **options: Any) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def encode(model: Path, images: Any, layer: int, token: str) -> np.ndarray:
+def encode(model: Path, images: Any, token: str) -> np.ndarray:
     """Return the features of one token [images, D], from a plain loop over the images."""
     encoder = ViTCLSModel.from_pretrained(model).eval()
     processor = ViTCLSImageProcessor.from_pretrained(model)
     rows = []
     for image in images:
-        states = encoder(processor(image, return_tensors="pt")["pixel_values"], output_hidden_states=True)
-        tokens = encoder.layernorm(states.hidden_states[layer])[0]
+        tokens = encoder(processor(image, return_tensors="pt")["pixel_values"]).last_hidden_state[0]
         rows.append((tokens[6:].mean(0) if token == TOKENS[-1] else tokens[TOKENS.index(token)]).numpy())
     return np.array(rows)
 
 
-def test_the_last_layer_is_the_default_and_the_output_is_written(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_the_output_is_written(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     results = run(model, "knn", output=tmp_path / "new" / "frozen.json")
-    assert [row["layer"] for row in results["rows"]] == [2] * len(TOKENS)
     written = json.loads((tmp_path / "new" / "frozen.json").read_text(encoding="utf-8"))
     assert written["rows"] == results["rows"] and written["frozen"] == "knn" and "versions" in written
     printed = capsys.readouterr().out
-    assert f"layer 2, {results['best']['token']}: {results['best']['accuracy']:.2%}" in printed
+    assert f"{results['best']['token']}: {results['best']['accuracy']:.2%}" in printed
     assert all(token in printed for token in TOKENS)
 
 
 @each_layout
 @pytest.mark.parametrize("fields", [{}, {"pre_norm": True}, {"final_norm": False}], ids=str)
-def test_features_are_the_normalized_tokens_of_each_layer(layout: dict[str, Any], fields: dict[str, Any]) -> None:
-    model = randomize(ViTCLSModel(build_tiny_config(**fields, **layout), add_pooling_layer=False))
+def test_features_are_the_normalized_tokens(layout: dict[str, Any], fields: dict[str, Any]) -> None:
+    model = randomize(ViTCLSModel(build_tiny_config(**fields, **layout), add_pooling_layer=False)).eval()
     outputs: list[torch.Tensor] = []
-    for layer in model.layers:
-        layer.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    (model.layers[-1] if model.layernorm is None else model.layernorm).register_forward_hook(
+        lambda module, inputs, output: outputs.append(output)
+    )
+    images, space = build_images(), LabelSpace("single_label_classification", {"label": ["a"]})
+    labeled = LabeledImages([Image.new("RGB", (32, 32))] * len(images), [0] * len(images))
+    evaluator = FeatureEvaluator(labeled, ViTCLSImageProcessor(size=32), space, len(images), 0, Accelerator(cpu=True))
     with torch.no_grad():
-        found = compute_features(model, build_images(), [1, 2])
-        expected = []
-        for output in outputs:
-            tokens = output[0] if isinstance(output, tuple) else output
-            tokens = tokens if model.layernorm is None else model.layernorm(tokens)
-            num_special = tokens.shape[1] - 16  # 4 x 4 patches
-            expected += [tokens[:, index] for index in range(num_special)] + [tokens[:, num_special:].mean(dim=1)]
-    assert found.shape[1] == len(expected)
-    torch.testing.assert_close(found, torch.stack(expected, dim=1), rtol=0, atol=1e-5)
-
-
-def build_clusters(number: int, seed: int) -> LabeledFeatures:
-    """Return features of three overlapping classes for two tokens. The length of a vector contains no information."""
-    generator = np.random.default_rng(seed)
-    labels = generator.integers(0, 3, number)
-    vectors = {}
-    for layer, token in ((1, "CLS"), (2, TOKENS[-1])):
-        directions = generator.normal(size=(number, 4)) + np.eye(4)[labels] * layer
-        vectors[layer, token] = (directions * generator.lognormal(size=(number, 1))).astype(np.float32)
-    return LabeledFeatures(vectors, np.array(["ant", "bee", "cat"])[labels], num_unreadable=0)
-
-
-@pytest.mark.parametrize("kind", CLASSIFIERS)
-def test_classifiers_are_fitted_to_each_token(kind: str) -> None:
-    training, held_out = build_clusters(60, seed=0), build_clusters(400, seed=1)
-    rows = measure_accuracies(kind, training, held_out, num_repeats=1, seed=0)
-    assert [(row["layer"], row["token"]) for row in rows] == list(training.vectors)
-    for row, vectors in zip(rows, training.vectors.values(), strict=True):
-        classifier = CLASSIFIERS[kind]().fit(vectors, training.labels)
-        accuracy = classifier.score(held_out.vectors[row["layer"], row["token"]], held_out.labels)
-        assert 0 < accuracy < 1 and row["accuracy"] == pytest.approx(accuracy)
-        assert row["accuracy_interval"] == compute_proportion_interval(round(400 * accuracy), 400)
+        found = evaluator.compute_outputs(model, HeldOutBatch(images, labeled.labels, [], {}))
+    tokens = outputs[0][0] if isinstance(outputs[0], tuple) else outputs[0]
+    num_special = tokens.shape[1] - 16  # 4 x 4 patches
+    expected = torch.cat([tokens[:, :num_special], tokens[:, num_special:].mean(dim=1, keepdim=True)], dim=1)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
 def test_few_images_have_few_neighbors() -> None:
-    training, held_out = build_clusters(7, seed=0), build_clusters(400, seed=1)
-    (row, _) = measure_accuracies("knn", training, held_out, num_repeats=1, seed=0)
-    classifier = KNeighborsClassifier(7, weights="distance", metric="cosine")
-    classifier.fit(training.vectors[1, "CLS"], training.labels)
-    assert row["accuracy"] == pytest.approx(classifier.score(held_out.vectors[1, "CLS"], held_out.labels))
-
-
-def test_few_shot_classifiers_are_fitted_to_the_selected_images() -> None:
-    training, held_out = build_clusters(60, seed=0), build_clusters(40, seed=1)
-    (row, _) = measure_accuracies("few-shot:4", training, held_out, num_repeats=3, seed=5)
-    expected = []
-    for selected in select_few_shot_images(training.labels, 4, 3, seed=5):
-        assert np.unique(training.labels[selected], return_counts=True)[1].tolist() == [4] * 3
-        classifier = CLASSIFIERS["logreg"]().fit(training.vectors[1, "CLS"][selected], training.labels[selected])
-        expected.append(classifier.score(held_out.vectors[1, "CLS"], held_out.labels))
-    assert row["accuracies"] == pytest.approx(expected) and len(set(expected)) > 1
-    distance = 4.302653 * np.std(expected, ddof=1) / 3**0.5
-    interval = [np.mean(expected) - distance, np.mean(expected) + distance]
-    assert row["accuracy"] == pytest.approx(np.mean(expected))
-    assert row["accuracy_interval"] == pytest.approx(interval, abs=1e-6)
-
-
-def test_the_interval_of_repeats_is_within_0_and_1() -> None:
-    assert summarize_repeats([0.0, 0.1])["accuracy_interval"][0] == 0.0
-    assert summarize_repeats([1.0, 0.9])["accuracy_interval"][1] == 1.0
-    assert summarize_repeats([0.5]) == {"accuracy": 0.5, "accuracy_interval": None, "accuracies": [0.5]}
-
-
-def test_few_shot_requires_enough_images() -> None:
-    with pytest.raises(
-        ValueError, match=r"requires 3 training images of each class, but 'b' has 2\. Set --frozen few"
-    ):
-        select_few_shot_images(np.array(list("aaabb")), 3, 1, seed=0)
-    labels = np.array([*"a" * 20, *"b" * 30])
-    (selected,) = select_few_shot_images(labels, 20, 1, seed=0)
-    assert len(set(selected)) == len(selected) == 40 and set(range(20)) < set(selected)
-    assert set(selected) != set(select_few_shot_images(labels, 20, 1, seed=1)[0])
-    with pytest.raises(ValueError, match="--frozen is few-shot:0"):
-        EvaluateOptions(model="m", data=DIGITS, frozen="few-shot:0")
+    assert [build_classifier("knn", count).n_neighbors for count in (7, 10, 11)] == [7, 10, 10]
 
 
 def write_folder(folder: Path) -> Path:
@@ -219,28 +146,25 @@ def write_noise(folder: Path, counts: dict[str, tuple[int, ...]]) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("frozen", [*CLASSIFIERS, "few-shot:2"])
+@pytest.mark.parametrize("frozen", CLASSIFIERS)
 def test_results_equal_scikit_learn(model: Path, frozen: str, tmp_path: Path) -> None:
     """The evaluated split lacks the first class."""
     dataset = str(write_noise(tmp_path, {"train": (4, 5, 6), "val": (0, 4, 3)}))
-    data = DataOptions(dataset=dataset, num_workers=0, split_seed=3)
-    results = run(model, frozen, data=data, frozen_repeats=3, frozen_layers="all", split="validation")
+    data = DataOptions(dataset=dataset, num_workers=0)
+    results = run(model, frozen, data=data, split="validation")
     rows = results["rows"]
-    assert [(row["layer"], row["token"]) for row in rows] == [(layer, token) for layer in (1, 2) for token in TOKENS]
+    assert [row["token"] for row in rows] == TOKENS
     assert (results["num_training_images"], results["num_images"]) == (15, 7)
     assert results["best"] == max(rows, key=lambda row: row["accuracy"])
     assert len({row["accuracy"] for row in rows}) > 1
     splits = [load_evaluation_data(data, split) for split in ("train", "validation")]
     labels = [np.array(split.label_space.names)[split.images.labels] for split in splits]
-    subsets = [np.arange(15)] if frozen in CLASSIFIERS else select_few_shot_images(labels[0], 2, 3, seed=3)
-    for row in (rows[0], rows[13]):
-        train, held_out = (encode(model, split.images.images, row["layer"], row["token"]) for split in splits)
-        expected = []
-        for selected in subsets:
-            classifier = CLASSIFIERS.get(frozen, CLASSIFIERS["logreg"])().fit(train[selected], labels[0][selected])
-            expected.append(round(classifier.score(held_out, labels[1]), 6))
-        assert row["accuracy"] == pytest.approx(np.mean(expected), abs=1e-6)
-        assert row.get("accuracies", expected) == expected
+    for row in rows:
+        train, held_out = (encode(model, split.images.images, row["token"]) for split in splits)
+        accuracy = CLASSIFIERS[frozen]().fit(train, labels[0]).score(held_out, labels[1])
+        assert row["accuracy"] == pytest.approx(accuracy, abs=1e-6)
+        interval = compute_proportion_interval(round(7 * accuracy), 7)
+        assert row["accuracy_interval"] == pytest.approx(interval, abs=1e-6)
 
 
 @pytest.mark.parametrize("layout", ["no_cls", "several_of_each"])
@@ -272,11 +196,10 @@ def test_features_are_computed_with_autocast(model: Path) -> None:
     images, space = list(map(Image.fromarray, pixels)), LabelSpace("single_label_classification", {"label": ["a"]})
     processor, accelerator = ViTCLSImageProcessor(size=16), Accelerator(cpu=True, mixed_precision="bf16")
     encoder = ViTCLSModel.from_pretrained(model).eval()
-    arguments = (LabeledImages(images, [0, 0, 0]), processor, space, 3, 0, accelerator)
-    output = FeatureEvaluator([1, 2], *arguments)(encoder)
+    output = FeatureEvaluator(LabeledImages(images, [0, 0, 0]), processor, space, 3, 0, accelerator)(encoder)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        expected = compute_features(encoder, processor(images, return_tensors="pt")["pixel_values"], [1, 2])
-    np.testing.assert_array_equal(output["features"], expected.float().numpy())
+        expected = encoder(processor(images, return_tensors="pt")["pixel_values"]).last_hidden_state[:, :6]
+    np.testing.assert_array_equal(output["features"][:, :6], expected.float().numpy())
 
 
 def test_a_model_saved_in_half_precision(model: Path, tmp_path: Path) -> None:

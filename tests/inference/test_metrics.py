@@ -16,13 +16,12 @@ from helpers.evaluation_worker import CLASSES, NUM_IMAGES, SPACES
 from torch import nn
 
 from modeling_vitcls.data.labels import LabelSpace
-from modeling_vitcls.inference import evaluator as evaluator_module
+from modeling_vitcls.inference.evaluator import collate_labels
 from modeling_vitcls.inference.metrics import (
     METRICS,
     MultiLabelMetrics,
     MultiTaskMetrics,
     SingleLabelMetrics,
-    drop_large_matrices,
     select_scalars,
 )
 
@@ -161,8 +160,8 @@ def test_logits_between_0_and_1_are_not_interpreted_as_probabilities() -> None:
 
 def test_many_classes_have_no_matrix_and_few_have_no_top_5() -> None:
     for num_classes, has_matrix, has_top_5 in (
-        (1001, False, True),
-        (1000, True, True),
+        (201, False, True),
+        (200, True, True),
         (6, True, True),
         (5, True, False),
     ):
@@ -210,14 +209,13 @@ def test_a_single_class_has_all_metrics() -> None:
     tasks.update(SimpleNamespace(logits=task_logits), {"age": torch.tensor([0, 0]), "color": torch.tensor([1, 1])})
     values = tasks.compute()
     assert (values["age_confusion_matrix"], values["color_confusion_matrix"]) == ([[2]], [[0, 0], [1, 1]])
-    assert drop_large_matrices(values) == values
 
 
 @pytest.mark.parametrize("name", SPACES)
 def test_half_precision_logits_are_evaluated_in_float32(name: str) -> None:
     outputs, values = compute_outputs(name)
     kind, found = SPACES[name].kind, []
-    labels = evaluator_module.COLLATE_FUNCTIONS[kind](values, SPACES[name])
+    labels = collate_labels(values, SPACES[name])
     for dtype in (torch.bfloat16, torch.float32):
         logits = outputs.logits
         if isinstance(logits, dict):

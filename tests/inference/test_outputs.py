@@ -4,14 +4,13 @@ import csv
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from helpers.tiny_models import raises_one_line
 
-from modeling_vitcls.inference import outputs
 from modeling_vitcls.inference.outputs import (
     get_output_columns,
     print_table,
@@ -39,27 +38,28 @@ def test_files_are_written_atomically(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 4
 
 
-FORMULAS = ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1"]
-
-
-def test_text_in_csv_files_is_not_a_formula(tmp_path: Path) -> None:
-    """Spreadsheets evaluate cells that start with these characters. Other formats keep the text."""
-    columns = get_output_columns({"labels": pa.list_(pa.string()), "=task_label": pa.string(), "p": pa.float32()})
-    rows = [
-        {"index": -1, "image": text, "labels": [text, "b"], "=task_label": text, "p": -0.5, "error": None}
-        for text in FORMULAS
-    ]
-    write_rows(rows, columns, tmp_path / "out.csv")
+def test_lists_and_half_precision_are_written_to_every_format(tmp_path: Path) -> None:
+    """In CSV files, the labels of an image are in one cell. A missing prediction is empty or null."""
+    types = {"labels": pa.list_(pa.string()), "p": pa.list_(pa.float16()), "unknown": pa.bool_()}
+    rows = [{"index": 0, "image": "a\nb,c", "labels": ["x", "y"], "p": np.float16([0.5, 0.25]), "unknown": True}]
+    rows += [{"index": 1, "image": "d", "labels": None, "p": None, "unknown": None, "error": "unreadable"}]
+    for suffix in (".csv", ".json", ".jsonl"):
+        write_rows(rows, get_output_columns(types), tmp_path / f"out{suffix}")
     with (tmp_path / "out.csv").open(newline="", encoding="utf-8") as file:
         header, *found = csv.reader(file)
-    assert header == ["index", "image", "labels", "'=task_label", "p", "error"]
-    cells = [f"'{text}".replace("\t", " ").replace("\r", " ") for text in FORMULAS]
-    assert found == [["-1", cell, f"{cell}|b", cell, "-0.5", ""] for cell in cells]
-    write_rows([rows[0] | {"image": "a\x1b[31m\x07\nb"}], columns, tmp_path / "out.csv")
-    assert "a\ufffd[31m\ufffd b" in (tmp_path / "out.csv").read_text(encoding="utf-8")
-    write_rows(rows, columns, tmp_path / "out.jsonl")
-    lines = (tmp_path / "out.jsonl").read_text(encoding="utf-8").split("\n")
-    assert [json.loads(line)["image"] for line in lines[:-1]] == FORMULAS
+    assert header == ["index", "image", "labels", "p", "unknown", "error"]
+    assert found == [
+        ["0", "a\nb,c", "x|y", "0.5|0.25", "True", ""],
+        ["1", "d", "", "", "", "unreadable"],
+    ]
+    expected = [
+        {"index": 0, "image": "a\nb,c", "labels": ["x", "y"], "p": [0.5, 0.25]},
+        {"index": 1, "image": "d", "labels": None, "p": None, "unknown": None, "error": "unreadable"},
+    ]
+    expected[0] |= {"unknown": True, "error": None}
+    assert json.loads((tmp_path / "out.json").read_text(encoding="utf-8")) == expected
+    lines = (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()
+    assert list(map(json.loads, lines)) == expected
 
 
 def test_tables_show_errors_only_if_there_are_any_and_no_index(capsys: pytest.CaptureFixture) -> None:
@@ -82,38 +82,6 @@ def test_tables_show_numbers_with_four_decimals_and_lists_in_one_cell(capsys: py
     lines = [line for line in capsys.readouterr().out.splitlines() if "1.png" in line]
     cells = [[cell.strip() for cell in line.strip("│").split("│")] for line in lines]
     assert cells == [["1.png", "ant, bee", "0.7500, 0.5000", "0.1235"], ["1.png", "", "", ""]]
-
-
-def test_progress_counts_images_and_errors(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The clock is simulated. Without a terminal, a line is printed every ten seconds and at the end."""
-    clock = [0.0]
-    monkeypatch.setattr(outputs, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
-    rows = [{"error": "unreadable" if index % 3 == 0 else None} for index in range(10)]
-
-    def read_rows(seconds: float) -> Iterator[dict[str, Any]]:
-        for row in rows:
-            clock[0] += seconds
-            yield row
-
-    for seconds, total, is_shown, counts, images_per_second in (
-        (0.004, 2000, True, [(10, 4)], 250),
-        (0.004, None, True, [(10, 4)], 250),
-        (4.0, 2000, True, [(3, 1), (6, 2), (9, 3), (10, 4)], 0),
-        (4.0, 2000, False, [], 0),
-    ):
-        with outputs.Progress(total, is_shown) as progress:
-            assert list(progress.track_rows(read_rows(seconds))) == rows
-        assert (progress.num_images, progress.num_failed) == (10, 4)
-        assert capsys.readouterr().err.splitlines() == [
-            f"{num_images}{' of 2,000' if total else ''} images, {images_per_second} images/s, "
-            f"{num_failed} without a prediction (see the column `error`)"
-            for num_images, num_failed in counts
-        ]
-    with pytest.raises(ValueError, match="an error"), outputs.Progress(2000, is_shown=True):
-        raise ValueError("an error")
-    assert not capsys.readouterr().err
 
 
 def test_tables_show_no_control_characters(capsys: pytest.CaptureFixture) -> None:

@@ -8,9 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from accelerate import cpu_offload, init_empty_weights, load_checkpoint_and_dispatch
-from datasets import ClassLabel, Dataset, Features
-from datasets import Image as ImageFeature
+from accelerate import cpu_offload
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from transformers import (
@@ -252,23 +250,6 @@ def test_vision_encoder_decoder(encoder: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(again.generate(pixel_values=build_random_images(), **options), written)
 
 
-# datasets ------------------------------------------------------------------------------------------------------------
-
-
-def test_datasets_with_transform(processor: Any) -> None:
-    features = Features({"image": ImageFeature(), "label": ClassLabel(names=list(LABELS.values()))})
-    dataset = Dataset.from_dict({"image": [build_pil_image()] * 3, "label": [0, 1, 2]}, features=features)
-    dataset = dataset.with_transform(
-        lambda batch: {**processor(batch["image"], return_tensors="pt"), "labels": batch["label"]}
-    )
-    batch = next(iter(torch.utils.data.DataLoader(dataset, batch_size=3)))
-    assert batch["pixel_values"].shape == (3, 3, 16, 16)
-    assert build_tiny_classifier()(**batch).loss.isfinite()
-    torch.testing.assert_close(
-        batch["pixel_values"][0], processor(build_pil_image(), return_tensors="pt")["pixel_values"][0]
-    )
-
-
 # Loading -------------------------------------------------------------------------------------------------------------
 
 
@@ -297,17 +278,6 @@ def test_checkpoint_in_a_subfolder(tmp_path: Path) -> None:
         assert_same_logits(model_class.from_pretrained(tmp_path, subfolder="vision"), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_load(dtype: torch.dtype, saved: Path) -> None:
-    model = AutoModelForImageClassification.from_pretrained(saved, dtype=dtype)
-    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
-    logits = model(build_random_images()).logits  # float32 images, as returned by an image processor
-    assert logits.dtype is dtype
-    torch.testing.assert_close(
-        logits.float(), build_tiny_classifier().eval()(build_random_images()).logits, rtol=0, atol=0.02
-    )
-
-
 def test_device_map_load(saved: Path) -> None:
     assert_same_logits(AutoModelForImageClassification.from_pretrained(saved, device_map="cpu"), rtol=0, atol=0)
 
@@ -327,15 +297,6 @@ def build_offload_map(model: ViTCLSForImageClassification) -> dict[str, str]:
     blocks += [f"vitcls.{name}" for name in dict(model.vitcls.named_children()) if name != "layers"]
     blocks += [f"vitcls.layers.{name}" for name in dict(model.vitcls.layers.named_children())]
     return dict.fromkeys(blocks, "cpu") | {"vitcls.embeddings": "disk", "vitcls.layers.0": "disk"}
-
-
-def test_accelerate_loads_an_empty_model(saved: Path, tmp_path: Path) -> None:
-    with init_empty_weights():
-        model = ViTCLSForImageClassification(build_tiny_config())
-    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
-    device_map = build_offload_map(build_tiny_classifier())
-    model = load_checkpoint_and_dispatch(model, str(saved), device_map, offload_folder=str(tmp_path / "offload"))
-    assert_same_logits(model)
 
 
 @pytest.mark.parametrize(

@@ -118,7 +118,7 @@ class LoopRecorder:
             reporter=self,  # type: ignore[arg-type]
             store=self,  # type: ignore[arg-type]
             selection_metric="accuracy",
-            unreadable_images=UnreadableImageCounter(str, self.warn, 0),
+            unreadable_images=UnreadableImageCounter(self.warn, 0),
             save_every=save_every,
             normalize=self.normalise,
             signals=self,  # type: ignore[arg-type]

@@ -20,6 +20,7 @@ from modeling_vitcls import (
 )
 from modeling_vitcls.api import build_options
 from modeling_vitcls.data.labels import LabelSpace
+from modeling_vitcls.files import write_json
 from modeling_vitcls.options import (
     DataOptions,
     DistillationOptions,
@@ -113,6 +114,32 @@ def test_a_classifier_is_kept_only_for_the_same_labels(
     assert new_names == (set() if is_same else {"classifier.weight", "classifier.bias"})
     assert torch.equal(model.classifier.weight, saved.classifier.weight) is is_same
     assert model.config.problem_type == (stored_kind if is_same else kind)
+
+
+@pytest.mark.parametrize(
+    ("stored", "flags", "report", "expected"),
+    [
+        ({}, {}, {"random_init": False}, "cls_mean"),
+        ({}, {"pooling": "cls"}, {}, "cls"),
+        ({}, {}, {"random_init": True}, "cls"),
+        ({}, {"num_distillation_tokens": 1}, {}, "cls"),
+        ({"pooled_norm": True}, {}, {}, "cls"),
+        ({"pooling": "mean"}, {}, {}, "mean"),
+    ],
+)
+def test_a_new_classifier_of_a_pretrained_encoder_reads_cls_and_the_patches(
+    stored: dict[str, Any], flags: dict[str, Any], report: dict[str, bool], expected: str, tmp_path: Path
+) -> None:
+    """Encoders with random weights, other poolers or distillation heads keep the pooling of the checkpoint."""
+    encoder = ViTCLSModel(build_tiny_config(num_distillation_tokens=0, **stored))
+    encoder.save_pretrained(tmp_path)
+    ViTCLSImageProcessor(size=32).save_pretrained(tmp_path)
+    write_json(tmp_path / "parity_report.json", report)
+    labels = LabelSpace("single_label_classification", {"label": ["ant", "bee"]})
+    model, _, _ = build_initial_model(ModelOptions(model=str(tmp_path), **flags), labels)
+    assert model.config.pooling == expected
+    weights = model.vitcls.state_dict()
+    assert all(torch.equal(weights[name], weight) for name, weight in encoder.state_dict().items())
 
 
 @pytest.mark.parametrize("names", [["ant", "bee", "cat"], ["bee", "cat"]], ids=["same labels", "other labels"])

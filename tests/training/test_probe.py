@@ -38,11 +38,12 @@ def build_options(folder: Path, encoder: Path, **flags: Any) -> Any:
 
 
 @torch.no_grad()
-def compute_cls_features(encoder: Path, images: Any) -> np.ndarray:
-    """Compute the features with the model's public interface."""
+def compute_features(encoder: Path, images: Any) -> np.ndarray:
+    """Compute CLS and the mean of the patches with the model's public interface."""
     model, processor = ViTCLSModel.from_pretrained(encoder).eval(), ViTCLSImageProcessor.from_pretrained(encoder)
     pixel_values = processor([images[index] for index in range(len(images))], return_tensors="pt")["pixel_values"]
-    return model(pixel_values).tokens["cls"][:, 0].numpy()
+    tokens = model(pixel_values).tokens
+    return torch.cat([tokens["cls"][:, 0], tokens["patches"].mean(dim=1)], dim=1).numpy()
 
 
 def test_the_frozen_model_equals_the_regression_of_scikit_learn(encoder: Path, tmp_path: Path) -> None:
@@ -50,13 +51,15 @@ def test_the_frozen_model_equals_the_regression_of_scikit_learn(encoder: Path, t
     options = build_options(tmp_path / "head", encoder, trainable="head")
     results = run_training(options)
     data = prepare_task(options).data
-    train, held_out = (compute_cls_features(encoder, part.images) for part in (data.train, data.held_out))
+    train, held_out = (compute_features(encoder, part.images) for part in (data.train, data.held_out))
     regression = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)).fit(train, data.train.labels)
     assert results["steps"] == 0
     assert results["accuracy"] == pytest.approx(regression.score(held_out, data.held_out.labels), abs=1e-6)
-    assert results["frozen"]["logreg"]["CLS"] == results["accuracy"]
+    assert results["frozen"]["logreg"]["CLS + mean"] == results["accuracy"]
     neighbors = KNeighborsClassifier(10, weights="distance", metric="cosine").fit(train, data.train.labels)
-    assert results["frozen"]["knn"]["CLS"] == pytest.approx(neighbors.score(held_out, data.held_out.labels), abs=3e-3)
+    assert results["frozen"]["knn"]["CLS + mean"] == pytest.approx(
+        neighbors.score(held_out, data.held_out.labels), abs=3e-3
+    )
     assert {"CLS", "mean of the patches", "CLS + mean"} == set(results["frozen"]["logreg"])
     model = ViTCLSForImageClassification.from_pretrained(tmp_path / "head")
     probabilities = (torch.from_numpy(held_out) @ model.classifier.weight.T + model.classifier.bias).softmax(-1)
@@ -73,13 +76,13 @@ def test_a_learning_rate_that_is_too_large_ends_with_the_frozen_model(encoder: P
     records = [record for record in read_metrics(tmp_path / "run") if "selection_accuracy" in record]
     assert all(record["selection_accuracy"] <= results["selection"]["accuracy"] for record in records)
     assert results["selection"]["step"] == 0
-    assert results["selection"]["accuracy"] == results["frozen"]["logreg"]["CLS"]
+    assert results["selection"]["accuracy"] == results["frozen"]["logreg"]["CLS + mean"]
     best = CheckpointStore(tmp_path / "run" / "checkpoints", num_kept=9).load_best()
     assert best.step == 0
     data = prepare_task(options).data
     assert data.selection is not None
     train, selection, held_out = (
-        compute_cls_features(encoder, part.images) for part in (data.train, data.selection, data.held_out)
+        compute_features(encoder, part.images) for part in (data.train, data.selection, data.held_out)
     )
     regression = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
     regression.fit(np.concatenate([train, selection]), [*data.train.labels, *data.selection.labels])
@@ -93,8 +96,8 @@ def test_nothing_is_trained_with_too_few_selection_images(encoder: Path, tmp_pat
     data = prepare_task(options).data
     assert data.selection is not None and len(data.selection) < 50
     assert results["steps"] == 0 and results["selection"]["step"] == 0
-    train, held_out = (compute_cls_features(encoder, part.images) for part in (data.train, data.held_out))
-    selection = compute_cls_features(encoder, data.selection.images)
+    train, held_out = (compute_features(encoder, part.images) for part in (data.train, data.held_out))
+    selection = compute_features(encoder, data.selection.images)
     regression = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
     regression.fit(np.concatenate([train, selection]), [*data.train.labels, *data.selection.labels])
     assert results["accuracy"] == pytest.approx(regression.score(held_out, data.held_out.labels), abs=1e-6)

@@ -1,0 +1,179 @@
+"""Study: does a register reduce the error of int8 features? (model_cards/studies/int8_registers.md)
+
+    python scripts/study_int8_registers.py --model runs/encoder --train train.parquet --test test.parquet
+
+MLP neurons that write a large norm to a few patches are planted in an encoder; large ViTs have such neurons (arXiv
+2506.08010). The planted model and three changes of it are quantized to int8:
+
+    test-time register  the neurons write to an added register instead of the patches (arXiv 2506.08010)
+    neurons removed     the neurons are zero
+    cached prefix       the neurons are zero, and all tokens attend to cached keys and values of the register, as in
+                        RegCache (arXiv 2510.04547), which deletes outlier patches instead of setting neurons to zero
+"""
+
+import copy
+import io
+import math
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import timm
+import torch
+import tyro
+from PIL import Image
+from sklearn.neighbors import KNeighborsClassifier
+from torch import Tensor, nn
+
+from modeling_vitcls import ViTCLSImageProcessor, ViTCLSModel, convert_from_timm
+from modeling_vitcls.analysis.test_time_registers import add_test_time_register, compute_outlier_fraction
+from modeling_vitcls.blocks_vitcls import ViTCLSAttention
+from modeling_vitcls.conversion.random_weights import randomize_weights
+from modeling_vitcls.cpu_kernels_vitcls import uninstall_cpu_kernels
+from modeling_vitcls.export.exportable import NamedOutputsModel
+from modeling_vitcls.export.formats import TracedModel, write_openvino
+from modeling_vitcls.export.quantization import quantize_graph, round_inputs, round_to_int8
+from modeling_vitcls.export.tracing import select_graph_shape, trace_model
+from modeling_vitcls.inference.exported_graphs import ExportedGraph
+
+
+LAYER, NUM_NEURONS, SHARE = 1, 2, 0.03  # of the planted neurons; share of the patches at which a neuron is active
+ACTIVATION, NORM = 40.0, 6.0  # at these patches, on average: activation, norm written in median norms of last patches
+NUM_TRAIN, NUM_TEST, NUM_CALIBRATION_IMAGES = 3000, 2000, 128
+
+
+class PrefixAttention(ViTCLSAttention):
+    """Attention of all tokens to the tokens and to cached keys and values [1, heads, 1, head_dim]."""
+
+    def project_qkv(self, hidden_states: Tensor, num_queries: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value = super().project_qkv(hidden_states, num_queries)
+        cached_key, cached_value = (cached.expand(key.shape[0], -1, -1, -1) for cached in self.prefix)
+        return query, torch.cat([key, cached_key], dim=2), torch.cat([value, cached_value], dim=2)
+
+
+@torch.no_grad()
+def plant_outliers(model: Any, images: Tensor, seed: int) -> tuple[Any, list[list[int]]]:
+    """Return a copy of the model with neurons that are active at patches similar to a random one, and the neurons."""
+    model, first_patch, inputs = copy.deepcopy(model), model.config.token_layout.patches.start, []
+    layer, generator = model.layers[LAYER], torch.Generator().manual_seed(seed)
+    hook = layer.mlp.register_forward_pre_hook(lambda module, arguments: inputs.append(arguments[0]))
+    norm = model(images, output_hidden_states=True).hidden_states[-1][:, first_patch:].norm(dim=-1).median()
+    hook.remove()
+    special, patches = inputs[0][:, :first_patch].flatten(0, 1), inputs[0][:, first_patch:].flatten(0, 1)
+    for neuron in range(NUM_NEURONS):
+        for candidate in torch.randperm(len(patches), generator=generator):
+            direction = patches[candidate] - special.mean(0)
+            values = patches @ direction
+            threshold = values.sort().values[int((1 - SHARE) * len(values))]
+            if (special @ direction).max() < threshold:  # not active at the CLS token
+                break
+        scale = ACTIVATION / (values[values > threshold].mean() - threshold)
+        layer.mlp.fc1.weight[neuron], layer.mlp.fc1.bias[neuron] = scale * direction, -scale * threshold
+        layer.mlp.fc2.weight[:, neuron] = 0
+        layer.mlp.fc2.weight[torch.randint(len(direction), (), generator=generator), neuron] = NORM * norm / ACTIVATION
+    return model, [[LAYER, neuron] for neuron in range(NUM_NEURONS)]
+
+
+@torch.no_grad()
+def build_arms(model: Any, neurons: list[list[int]], images: Tensor) -> dict[str, Any]:
+    """Return the models to compare."""
+    with_register, without_neurons = add_test_time_register(model, neurons).eval(), copy.deepcopy(model)
+    uninstall_cpu_kernels(with_register)
+    for layer, neuron in neurons:
+        without_neurons.layers[layer].mlp.fc1.weight[neuron] = 0
+        without_neurons.layers[layer].mlp.fc1.bias[neuron] = 0
+    with_prefix, register = copy.deepcopy(without_neurons), with_register.config.token_layout.registers
+    for source, target in zip(with_register.layers, with_prefix.layers, strict=True):
+        target.attention.__class__, target.attention.prefix = PrefixAttention, []
+        source.attention.recorder = lambda query, key, value, *_, target=target: target.attention.prefix.extend(
+            states[:, :, register].mean(0, keepdim=True) for states in (key, value)
+        )
+    with_register(images)
+    for source in with_register.layers:
+        source.attention.recorder = None
+    names = ("no register", "test-time register", "neurons removed", "cached prefix")
+    return dict(zip(names, (model, with_register, without_neurons, with_prefix), strict=True))
+
+
+def simulate_int8(model: Any) -> Any:
+    """Return a copy whose linear layers compute in int8: weights per output channel, inputs per tensor."""
+    model = copy.deepcopy(model)
+    for module in model.layers.modules():
+        if isinstance(module, nn.Linear):
+            module.weight.data = round_to_int8(module.weight.data, module.weight.data.abs().amax(1, keepdim=True))
+            module.register_forward_pre_hook(round_inputs)
+    return model
+
+
+def export_int8(model: Any, images: Tensor, folder: str) -> ExportedGraph:
+    """Export the model to OpenVINO, and quantize it with NNCF."""
+    shape, file = select_graph_shape(model, None, dynamic=False), Path(folder, "model.xml")
+    graph = trace_model(model, shape, torch.float32)
+    write_openvino(TracedModel(graph, shape, list(NamedOutputsModel(model)(images[:2])), None), file)
+    quantize_graph(file, list(images[:NUM_CALIBRATION_IMAGES].split(1)))
+    return ExportedGraph(file)
+
+
+@torch.no_grad()
+def compute_tokens(model: Any, images: Tensor, num_patches: int) -> Tensor:
+    """Return the CLS token and the patches of the last layer, after the final norm, [B, 1 + patches, D]."""
+    tokens = torch.cat([model(batch)["last_hidden_state"] for batch in images.split(64)])
+    return torch.cat([tokens[:, :1], tokens[:, -num_patches:]], dim=1)
+
+
+def compare(tokens: Tensor, expected: Tensor) -> str:
+    """Return the mean relative errors of the CLS token and of the patches, in percent."""
+    errors = 100 * (tokens - expected).norm(dim=-1) / expected.norm(dim=-1)
+    return f"CLS {errors[:, 0].mean():.1f}, patches {errors[:, 1:].mean():.1f}"
+
+
+def load_images(file: Path, count: int, processor: Any) -> tuple[Tensor, list[int]]:
+    """Return preprocessed images [B, C, H, W] and their labels."""
+    table = pq.read_table(file).slice(0, count).to_pydict()
+    images = [Image.open(io.BytesIO(image["bytes"])) for image in table["image"]]
+    return processor(images, return_tensors="pt")["pixel_values"], table["label"]
+
+
+def main(model: Path, train: Path, test: Path, seeds: int = 3) -> None:
+    """Print one line per model.
+
+    Args:
+        model: Folder of an encoder without registers.
+        train: Parquet file with the columns image and label: images for calibration, and neighbors for k-NN.
+        test: Parquet file with the same columns.
+        seeds: Number of random choices of planted neurons in the encoder.
+    """
+    encoder: Any = ViTCLSModel.from_pretrained(model).eval()
+    processor = ViTCLSImageProcessor.from_pretrained(model)
+    train_images, train_labels = load_images(train, NUM_TRAIN, processor)
+    test_images, test_labels = load_images(test, NUM_TEST, processor)
+    converted = convert_from_timm(randomize_weights(timm.create_model("vit_tiny_patch16_224"))).vitcls.eval()
+    large = nn.functional.interpolate(torch.cat([train_images[:NUM_CALIBRATION_IMAGES], test_images[:64]]), 224)
+    for name, source, images, compared in (
+        ("trained", encoder, train_images, test_images),
+        ("converted, random", converted, large[:-64], large[-64:]),
+    ):
+        uninstall_cpu_kernels(source)
+        calibration, num_patches = images[:NUM_CALIBRATION_IMAGES], math.prod(source.config.grid_size)
+        arms = {"as it is": source}
+        for seed in range(seeds if source is encoder else 1):
+            planted, neurons = plant_outliers(source, calibration, seed)
+            arms |= {f"{arm}, seed {seed}": each for arm, each in build_arms(planted, neurons, calibration).items()}
+        for arm, each in arms.items():
+            fraction = compute_outlier_fraction(each, compared[:64])
+            expected = compute_tokens(each, compared, num_patches)
+            simulated = compare(compute_tokens(simulate_int8(each), compared, num_patches), expected)
+            with tempfile.TemporaryDirectory() as folder:
+                graph = export_int8(each, calibration, folder)
+                tokens = compute_tokens(graph, compared, num_patches)
+                line = f"{name} | {arm} | {fraction:.1%} | {simulated} | {compare(tokens, expected)}"
+                for run, features in ((each, expected), (graph, tokens)) if source is encoder else ():
+                    neighbors = compute_tokens(run, images, num_patches)[:, 0]
+                    classifier = KNeighborsClassifier(20, metric="cosine").fit(neighbors, train_labels)
+                    line += f" | {classifier.score(features[:, 0], test_labels):.2%}"
+            print(line, flush=True)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
