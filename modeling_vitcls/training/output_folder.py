@@ -18,13 +18,16 @@ from pathlib import Path
 from typing import Any, Self
 
 import yaml
+from accelerate import Accelerator
 from filelock import FileLock, Timeout
 from torch.distributed.fsdp import FSDPModule
-from transformers import PreTrainedModel
 
-from ..checkpoints import Checkpoint, CheckpointStore, Tensors
+from ..checkpoints import WRITE_ERRORS, Checkpoint, CheckpointStore, Tensors
 from ..data.image_folder import format_name_list
+from ..distributed import run_on_main
+from ..errors import RunStopped, format_error
 from ..files import sync_to_disk, write_json
+from ..hub.connection import silence_transformers
 from ..hub.local_paths import is_local, split_prefix
 from ..hub.model_files import (
     CARD_FILE,
@@ -43,11 +46,14 @@ from ..hub.model_files import (
     is_match,
 )
 from ..hub.provenance import find_provenance
-from ..image_processing_vitcls import ViTCLSImageProcessor
+from ..inference.evaluator import Evaluator
+from ..inference.per_image import write_predictions
 from ..inference.speed import measure_inference_speed
 from ..options import FinetuneOptions, PretrainOptions
+from .distributed_state import gather_weights
 from .model import InitialModel, merge_lora
 from .resume import replace_sources
+from .task import Task
 
 
 # Files that a run writes at the end, in the order in which they are removed; the results and the model come first.
@@ -170,19 +176,51 @@ def stage_files(folder: Path) -> Iterator[Path]:
     shutil.rmtree(staging_folder)
 
 
+def save_output(
+    task: Task,
+    results: dict[str, Any],
+    options: FinetuneOptions | PretrainOptions,
+    initial: InitialModel,
+    accelerator: Accelerator,
+    evaluator: Evaluator | None,
+) -> None:
+    """Write the evaluator's predictions, the model, the image processor and finally results.json. All processes must
+    call this function. Raise RunStopped on all processes if the folder cannot be written."""
+    weights = gather_weights(task.model)
+    if task.encoder is not None:
+        weights = {name.removeprefix("vitcls."): weights[name] for name in weights if name.startswith("vitcls.")}
+
+    def write() -> None:
+        try:
+            with stage_files(options.output_dir) as folder, silence_transformers(hide_warnings=False):
+                if evaluator is not None:
+                    write_predictions(folder / PREDICTIONS_FILE, evaluator)
+                write_model_files(task, folder, weights, results, options, initial)
+        except WRITE_ERRORS as error:
+            raise OSError(format_error(error)) from error
+
+    try:
+        run_on_main(accelerator, write)
+    except OSError as error:
+        raise RunStopped(
+            f"cannot write the model to {options.output_dir} ({error}). Free disk space, then repeat the command with "
+            "--resume"
+        ) from error
+
+
 def write_model_files(
-    model: PreTrainedModel,
-    processor: ViTCLSImageProcessor,
+    task: Task,
     folder: Path,
     weights: Tensors,
     results: dict[str, Any],
     options: FinetuneOptions | PretrainOptions,
     initial: InitialModel,
 ) -> None:
-    """Write weights, configuration, code, image processor and results. LoRA weights are merged. Only the
-    main process may call this function. `weights` are full tensors, because the model may be sharded."""
+    """Write weights, configuration, code, image processor and results. LoRA weights are merged. Only the main process
+    may call this function. `weights` are full tensors, because the model may be sharded."""
     # FSDP2 replaces the model's class with a subclass. With the subclass, transformers would save PyTorch's source
     # files as the model's code.
+    model = task.encoder or task.model
     wrapped_class = type(model)
     unsharded_class: Any = next(base for base in wrapped_class.__mro__ if not issubclass(base, FSDPModule))
     model.__class__ = unsharded_class
@@ -190,16 +228,17 @@ def write_model_files(
         model.save_pretrained(folder, state_dict=merge_lora(weights))
     finally:
         model.__class__ = wrapped_class
-    processor.save_pretrained(folder)
+    task.processor.save_pretrained(folder)
     results = results | {"weights_sha256": hash_weights(folder), "provenance": None}  # None: random weights
     if not initial.has_random_weights:
         provenance = find_provenance(initial.name)
         provenance.copy_license(folder)
         results["provenance"] = provenance.to_dict()
-    if isinstance(options, FinetuneOptions) and options.distillation.teacher is not None:
+    if isinstance(options, PretrainOptions):
+        if options.distillation.teachers:
+            results["teacher_licenses"] = [find_provenance(name).license for name in options.distillation.teachers]
+    elif options.distillation.teacher is not None:
         results["teacher_provenance"] = find_provenance(options.distillation.teacher).to_dict()
-    if isinstance(options, PretrainOptions) and options.distillation.teachers:
-        results["teacher_licenses"] = [find_provenance(name).license for name in options.distillation.teachers]
     saved_model = unsharded_class.from_pretrained(folder).to(model.device).eval()  # `model` may be sharded
     results["inference"] = measure_inference_speed(saved_model, model.device)
     write_json(folder / RESULTS_FILE, results)

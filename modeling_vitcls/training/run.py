@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch.distributed.fsdp import FSDPModule
 
-from ..checkpoints import WRITE_ERRORS, Checkpoint, CheckpointStore
+from ..checkpoints import Checkpoint, CheckpointStore
 from ..data.augmentation import build_augmentation
 from ..data.batches import Normalizer, iterate_training_batches
 from ..data.held_out import HELD_OUT_RECORD_KEY
@@ -30,21 +30,17 @@ from ..data.sampling import BatchPlan
 from ..data.splits import TrainingData, describe_data, load_on_main
 from ..data.streaming import build_training_dataset
 from ..distributed import build_accelerator, configure_layer_sharding, run_on_main
-from ..errors import RunStopped, format_error, is_raised_on_all_processes
-from ..hub.connection import silence_transformers
-from ..hub.model_files import PREDICTIONS_FILE
-from ..inference.evaluator import Evaluator
-from ..inference.per_image import write_predictions
+from ..errors import RunStopped, is_raised_on_all_processes
 from ..options import FinetuneOptions, PretrainOptions, to_flags
 from . import finetune, output_folder, pretrain
 from .calibration import FITTED, MIN_IMAGES, REPORTED, calibrate, compute_calibration_errors
 from .defaults import describe_random_weights, resolve_defaults
-from .distributed_state import gather_weights, reshard
+from .distributed_state import reshard
 from .dry_run import NUM_PROBE_IMAGES, build_dry_run_options, describe_dry_run, draw_images
 from .loop import TrainingLoop, TrainingState
 from .model import InitialModel, check_preset_name, choose_image_size, resolve_initial_model
 from .optimizer import Ema, build_optimizer
-from .output_folder import CHECKPOINTS_FOLDER, RESULTS_FILE, FolderLock, stage_files, write_model_files
+from .output_folder import CHECKPOINTS_FOLDER, RESULTS_FILE, FolderLock, save_output
 from .probe import MIN_SELECTION_IMAGES
 from .reporter import Reporter, describe_batches, describe_model, describe_run, describe_splits, format_result
 from .resume import (
@@ -423,35 +419,3 @@ def stop_on_errors() -> Iterator[None]:
         yield
     except (OSError, ValueError) as error:
         raise RunStopped(str(error), is_on_all_processes=is_raised_on_all_processes(error)) from error
-
-
-def save_output(
-    task: Task,
-    results: dict[str, Any],
-    options: Any,
-    initial: InitialModel,
-    accelerator: Accelerator,
-    evaluator: Evaluator | None,
-) -> None:
-    """Write the evaluator's predictions, the model, the image processor and finally results.json. All processes must
-    call this function. Raise RunStopped on all processes if the folder cannot be written."""
-    folder, weights = options.output_dir, gather_weights(task.model)
-    if task.encoder is not None:
-        weights = {name.removeprefix("vitcls."): weights[name] for name in weights if name.startswith("vitcls.")}
-
-    def write() -> None:
-        try:
-            with stage_files(folder) as staging, silence_transformers(hide_warnings=False):
-                if evaluator is not None:
-                    write_predictions(staging / PREDICTIONS_FILE, evaluator)
-                model = task.encoder or task.model
-                write_model_files(model, task.processor, staging, weights, results, options, initial)
-        except WRITE_ERRORS as error:
-            raise OSError(format_error(error)) from error
-
-    try:
-        run_on_main(accelerator, write)
-    except OSError as error:
-        raise RunStopped(
-            f"cannot write the model to {folder} ({error}). Free disk space, then repeat the command with --resume"
-        ) from error

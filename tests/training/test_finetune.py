@@ -9,7 +9,6 @@ import math
 import os
 import re
 import resource
-import runpy
 import subprocess
 import sys
 from dataclasses import replace
@@ -19,7 +18,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from accelerate import Accelerator
 from helpers.accelerate_state import reset_accelerate
 from helpers.fresh_processes import SCRIPT_ENVIRONMENT, run_fresh
 from helpers.tiny_models import raises_one_line
@@ -43,10 +41,8 @@ from modeling_vitcls import (
     ViTCLSImageProcessor,
 )
 from modeling_vitcls.checkpoints import CheckpointStore
-from modeling_vitcls.commands.parsing import exit_on_error
 from modeling_vitcls.data.batches import Normalizer, iterate_training_batches
 from modeling_vitcls.data.labels import LabelSpace
-from modeling_vitcls.distributed import run_on_main
 from modeling_vitcls.errors import RunStopped
 from modeling_vitcls.files import read_json
 from modeling_vitcls.inference.evaluator import Evaluator
@@ -123,13 +119,6 @@ def test_run_leaves_results_of_every_held_out_image(launched: Path) -> None:
     assert results["versions"]["torch"] == torch.__version__
 
 
-def test_every_special_token_moves(launched: Path) -> None:
-    movement = read_json(launched / "results.json")["token_movement"]
-    assert movement.keys() == {"cls[0]", "cls[1]", "distillation[0]", "registers[0]", "registers[1]"}
-    assert all(norm > 0 for norm in movement.values())
-    assert "WARNING" not in (launched.parent / "stdout").read_text(encoding="utf-8")
-
-
 def test_two_processes_train_and_evaluate_as_one(launched: Path, tmp_path: Path) -> None:
     """Use the resolved recipe with half the batch size. 359 images are not a multiple of 2 x 7."""
     flags = ("--config", launched / "config.resolved.yaml", "--output-dir", tmp_path / "run", "--batch-size", 7)
@@ -177,19 +166,6 @@ def test_the_folder_loads_without_the_package(launched: Path) -> None:
 
 
 # Flags ---------------------------------------------------------------------------------------------------------------
-
-
-def test_an_impossible_model_ends_in_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    flags = ["--config", RECIPE, "--output-dir", tmp_path, "--num-cls-tokens", 0]
-    monkeypatch.setattr(sys, "argv", list(map(str, ["finetune.py", *flags])))
-    monkeypatch.syspath_prepend(SCRIPTS)
-    with pytest.raises(SystemExit) as stopped:
-        runpy.run_path(str(SCRIPTS / "finetune.py"), run_name="__main__")
-    assert stopped.value.code == 1
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith('error: `pooling="cls"` requires a CLS token')
 
 
 # Runs of every kind --------------------------------------------------------------------------------------------------
@@ -496,34 +472,6 @@ def test_a_model_that_cannot_be_written_is_a_one_line_error(tmp_path: Path, monk
             train(tmp_path, "digits")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-
-def fails() -> None:
-    raise ValueError("no such file")
-
-
-def on_main_alone() -> None:
-    run_on_main(Accelerator(cpu=True), fails)
-
-
-@pytest.mark.parametrize(
-    ("process", "action", "said"),
-    [
-        ("0", on_main_alone, "error: no such file\n"),
-        ("0", fails, "error: no such file\n"),
-        ("1", on_main_alone, ""),
-        ("1", fails, "process 1: error: no such file\n"),
-    ],
-)
-def test_processes_print_their_own_errors_unless_all_have_the_same(
-    process: str, action: Any, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    Accelerator(cpu=True)
-    monkeypatch.setenv("RANK", process)
-    capsys.readouterr()
-    with pytest.raises(SystemExit), exit_on_error():
-        action()
-    assert capsys.readouterr().err == said
 
 
 def test_a_dry_run_executes_all_steps_and_keeps_nothing(
