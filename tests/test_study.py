@@ -22,6 +22,8 @@ from PIL import Image
 from pyarrow import parquet
 from scipy import stats
 
+from modeling_vitcls import cli
+from modeling_vitcls.commands.parsing import parse_command_line
 from modeling_vitcls.commands.study import StudyOptions
 from modeling_vitcls.commands.study import run as run_command
 from modeling_vitcls.study import (
@@ -34,6 +36,7 @@ from modeling_vitcls.study import (
     summarize,
     write_subset,
 )
+from modeling_vitcls.training.pretrain import check_options
 
 
 RECIPES = Path(__file__).parents[1] / "scripts" / "recipes"
@@ -170,9 +173,16 @@ def test_a_wrong_study_file_gets_one_line(tmp_path: Path, named: str, content: b
         load_study(tmp_path / "study.yaml")
 
 
-def test_the_studies_of_the_repository_load() -> None:
-    files = sorted(RECIPES.glob("study_*.yaml"))
-    assert files and all(load_study(file).plan_runs() for file in files)
+@pytest.mark.parametrize("file", sorted(RECIPES.glob("study_*.yaml")), ids=lambda file: file.stem)
+def test_the_commands_of_a_study_in_the_repository_are_valid(file: Path) -> None:
+    runner, modules = StudyRunner(load_study(file), Path("runs/study")), cli.load_modules()
+    first_run, *other_runs = runner.study.plan_runs()
+    for run in [first_run, *other_runs]:
+        if run.seed == first_run.seed and len(set(run.levels.items()) - set(first_run.levels.items())) <= 1:
+            for stage, flags in runner.build_commands(run):
+                _, options = parse_command_line(modules, dict.fromkeys(modules, ""), [stage, *flags])
+                if stage == "pretrain":
+                    check_options(options)
 
 
 def test_a_subset_has_random_training_images_and_all_other_images(tmp_path: Path) -> None:
