@@ -28,7 +28,6 @@ from modeling_vitcls.data.splits import (
 from modeling_vitcls.options import (
     DataOptions,
     FinetuneOptions,
-    PretrainOptions,
 )
 from modeling_vitcls.training.reporter import describe_splits
 
@@ -112,17 +111,6 @@ def test_the_description_of_the_data(tmp_path: Path) -> None:
         describe_data(replace(data, train=LabeledImages(images, labels))) for labels in (sparse, sparse.select([1, 0]))
     ]
     assert {name for name in changed[0] if changed[0][name] != changed[1][name]} == {"labels_sha256"}
-
-
-def test_pre_training_is_checked_too(tmp_path: Path) -> None:
-    photos = write_photos(tmp_path / "photos", range(20), "cat", "dog")
-    options = build_tiny_options(tmp_path / "run", photos, PretrainOptions, max_steps=2, batch_size=8)
-    run_training(options)
-    (tmp_path / "run" / "results.json").unlink()
-    reset_accelerate()
-    write_photos(photos, range(20, 60), "cat")
-    with raises_one_line("--resume: the dataset has changed", "training images"):
-        run_training(replace(options, run=replace(options.run, resume=True)))
 
 
 # Splits --------------------------------------------------------------------------------------------------------------
