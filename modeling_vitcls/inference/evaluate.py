@@ -46,7 +46,7 @@ from .evaluator import Evaluator, round_floats
 from .load_model import check_is_classifier, list_file_patterns, load_model
 from .metric_tables import build_class_tables, build_metric_rows
 from .metrics import select_scalars
-from .per_image import check_per_image, get_outputs, write_predictions
+from .per_image import get_outputs, write_predictions
 
 
 class EvaluationSetup(NamedTuple):
@@ -97,8 +97,8 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
     accelerator, console, warn = set_up_evaluation(options)
     setup = load_evaluation(options, accelerator, warn)
     model, evaluator, rule, kind = setup.model, setup.evaluator, setup.rule, setup.evaluator.label_space.kind
-    if options.per_image is not None:
-        check_per_image(evaluator.label_space)
+    if options.per_image is not None and kind == "multi_task":
+        raise ValueError("--per-image requires a single task. Use `vitcls predict --dataset` for several tasks")
     if options.unknown_dataset is not None and kind != "single_label_classification":
         raise ValueError(f"--unknown-dataset requires one label per image, not {kind}. Remove --unknown-dataset")
     evaluator.keep_logits = kind == "single_label_classification" or options.per_image is not None

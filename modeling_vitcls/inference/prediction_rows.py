@@ -175,16 +175,11 @@ class Feature:
         token_counts = dict(zip(("cls", "distillation", "registers"), config.token_counts, strict=True))
         token_counts |= {"mean": 1, "patches": rows * columns}
         group, _, layer = name.partition("@")
-        if not token_counts.get(group):
-            choices_text = " or ".join(name for name, count in token_counts.items() if count)
+        choices = [choice for choice, count in token_counts.items() if count]
+        if group not in choices or not 1 <= int(layer or 1) <= config.num_hidden_layers:
             raise ValueError(
-                f"--features {name} requires tokens of this kind, but the model has none. Set --features to "
-                f"{choices_text}"
-            )
-        if layer and not 1 <= int(layer) <= config.num_hidden_layers:
-            raise ValueError(
-                f"--features {name} requires layer {layer}, but the model has the layers 1 to "
-                f"{config.num_hidden_layers}. Set --features {group}@{config.num_hidden_layers}"
+                f"--features {name} requires tokens and a layer of the model, which has only {', '.join(choices)} and "
+                f"{config.num_hidden_layers} layers. Set --features {choices[0]}@{config.num_hidden_layers}"
             )
         return cls(group, int(layer) if layer else None, token_counts[group])
 

@@ -13,7 +13,7 @@ import json
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -26,18 +26,11 @@ from .outputs import Columns, get_output_columns, write_rows, write_table
 METADATA_KEY = b"vitcls"
 
 
-@dataclass(frozen=True)
-class Worker:
+class Worker(NamedTuple):
     """One of the processes of all jobs."""
 
     index: int
     num_workers: int
-
-    @classmethod
-    def from_shard(cls, shard: str | None, process_index: int, num_processes: int) -> "Worker":
-        """Build the worker of a process in the job `--shard i/n`, or in the only job."""
-        job, num_jobs = map(int, (shard or "1/1").split("/"))
-        return cls((job - 1) * num_processes + process_index, num_jobs * num_processes)
 
 
 @dataclass(frozen=True)

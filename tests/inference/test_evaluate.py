@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import evaluation_results
+from helpers.accelerate_state import reset_accelerate
 from helpers.evaluation_results import close
 from helpers.evaluation_worker import (
     CLASSES,
@@ -155,6 +156,10 @@ def test_a_multi_task_model(models: Path, tmp_path: Path, by_one_process: dict[s
         assert average(parts, f"{task}_loss", f"{task}_num_images") == close(expected[f"{task}_loss"])
     with raises_one_line("multi_task", "--label-column"):
         evaluate(models / "multi_task", table, label_column=("age",))
+    reset_accelerate()
+    options = EvaluateOptions(str(models / "multi_task"), DataOptions(str(table)), per_image=tmp_path / "rows.parquet")
+    with raises_one_line("--per-image"):
+        evaluate_checkpoint(options)
 
 
 def test_a_single_label_model(

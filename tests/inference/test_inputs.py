@@ -58,8 +58,8 @@ def test_images_of_folders_are_sorted_whatever_the_file_system_lists_first(
         (tmp_path / name).touch()
     walk = os.walk
 
-    def walk_backwards(folder: Any) -> Iterator[Any]:
-        for parent, folders, files in walk(folder):
+    def walk_backwards(folder: Any, followlinks: bool) -> Iterator[Any]:
+        for parent, folders, files in walk(folder, followlinks=followlinks):
             folders.sort(reverse=True)
             yield parent, folders, sorted(files, reverse=True)
 
