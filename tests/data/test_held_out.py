@@ -26,7 +26,6 @@ from modeling_vitcls.data.held_out import (
 )
 from modeling_vitcls.data.in_memory import add_dataset
 from modeling_vitcls.data.splits import (
-    describe_missing_classes,
     load_evaluation_data,
     load_training_data,
 )
@@ -171,15 +170,6 @@ def test_each_image_is_in_one_fold() -> None:
         assert HeldOutRecord.from_keys(rules[1], np.array(keys)).sha256 == hashlib.sha256(b"3 3 20").hexdigest()
 
 
-def test_classes_missing_from_one_part_are_named(tmp_path: Path) -> None:
-    folder = write_photos(tmp_path, range(60))
-    write_photos(tmp_path, range(1), "rare")
-    (warning,) = describe_missing_classes(read(folder))
-    assert "no held-out images: rare" in warning
-    write_photos(tmp_path, range(2), "rare")
-    assert describe_missing_classes(read(folder)) == []
-
-
 def test_empty_parts_are_errors(tmp_path: Path) -> None:
     folder = write_photos(tmp_path, range(1))
     with raises_one_line("--held-out-fraction", "add images"):
@@ -267,24 +257,6 @@ def test_evaluation_warns_of_images_that_may_be_training_images(tmp_path: Path, 
     (tmp_path / "run" / "results.json").unlink()
     (line,) = get_warnings(folder)
     assert "has no record of the held-out images" in line
-
-
-def test_training_on_other_images_of_the_same_dataset_prints_a_warning(
-    tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    folder = write_photos(tmp_path / "photos", range(50))
-    run(tmp_path / "first", folder, split_seed=7)
-    options = {"split_seed": 7, "held_out_fraction": 0.1}
-    for number, (data, is_warned) in enumerate(((options, False), ({"split_seed": 7}, False), ({}, True))):
-        capsys.readouterr()
-        reset_accelerate()
-        run(tmp_path / f"next{number}", folder, model=str(tmp_path / "first"), **data)
-        output = capsys.readouterr().out
-        found = (
-            "the held-out images of this run may include training images of" in output
-            and "Use the same split with --split-seed 7" in output
-        )
-        assert found is is_warned
 
 
 @pytest.mark.parametrize(

@@ -45,14 +45,6 @@ class TorchDataset(torch.utils.data.Dataset):
         return pixels / 255, index % 2
 
 
-class NamedLabels(TorchDataset):
-    """A dataset with class names whose labels are these names."""
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, Any]:
-        pixels, _ = super().__getitem__(index)
-        return pixels, name_class(index)
-
-
 class ListedLabels(TorchDataset):
     """A dataset with class names whose labels are lists."""
 
@@ -77,8 +69,8 @@ def encode(image: Image.Image) -> bytes:
 def build(kind: str, folder: Path) -> Any:
     """Return the same images and labels as a dataset of one kind."""
     pairs = [(make_image(index), name_class(index)) for index in range(NUM_IMAGES)]
-    if kind in ("torch", "torch with named labels"):
-        return TorchDataset() if kind == "torch" else NamedLabels()
+    if kind == "torch":
+        return TorchDataset()
     if kind == "datasets":
         rows = {"image": [{"bytes": encode(image), "path": None} for image, _ in pairs]}
         columns = rows | {"label": [label for _, label in pairs]}
@@ -93,7 +85,7 @@ def build(kind: str, folder: Path) -> Any:
     return [(convert(image), label) for image, label in pairs]
 
 
-KINDS = ["images", "arrays", "bytes", "paths", "torch", "torch with named labels", "datasets", "splits"]
+KINDS = ["images", "arrays", "bytes", "paths", "torch", "datasets", "splits"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

