@@ -79,7 +79,7 @@ def load_evaluation(
         warn(warning)
     model_space = get_label_space(model.config)
     arguments = get_evaluator_arguments(options, model, processor, accelerator, warn)
-    build_evaluator = partial(Evaluator, label_space=model_space, **arguments)
+    build_evaluator: Any = partial(Evaluator, label_space=model_space, **arguments)
     evaluator = build_evaluator(match_labels(images, label_space, model_space))
     return EvaluationSetup(model, evaluator, build_evaluator, split, rule, warning)
 

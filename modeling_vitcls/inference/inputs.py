@@ -212,7 +212,7 @@ def select_split(splits: Mapping[str, Any], options: PredictOptions) -> Any:
     """Return the split that `--split` names, or the only split if `--split` is not set. Raise ValueError if there is
     no such split."""
     split = next(iter(splits)) if options.split is None and len(splits) == 1 else options.split
-    if split not in splits:
+    if split is None or split not in splits:
         raise ValueError(f"{options.dataset} has several or other splits. Set --split to one of {', '.join(splits)}")
     return splits[split]
 

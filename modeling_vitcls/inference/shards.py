@@ -13,7 +13,7 @@ import json
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -26,7 +26,8 @@ from .outputs import Columns, get_output_columns, write_rows, write_table
 METADATA_KEY = b"vitcls"
 
 
-class Worker(NamedTuple):
+@dataclass(frozen=True)
+class Worker:
     """One of the processes of all jobs."""
 
     index: int

@@ -103,6 +103,7 @@ def test_the_flags_and_the_checkpoint_determine_the_batches(tmp_path: Path) -> N
     expected = next(iterate_training_batches(images, run.plan, 0, 0))
     batch = next(iterate_training_batches(build_training_images(options, run.data, task), run.plan, 0, 0))
     assert batch["pixels"].shape == (16, 1, 24, 32) and batch.keys() == expected.keys()
+    assert batch.pop("errors") == expected.pop("errors") == {}
     assert all(torch.equal(batch[name], expected[name]) for name in expected)
     assert task.build_evaluator(run.data.held_out)(task.model.eval())["num_images"] == len(run.data.held_out)
 
@@ -245,10 +246,10 @@ def test_training_on_all_images(tmp_path: Path, capsys: pytest.CaptureFixture) -
     assert (results["num_training_images"], results["num_images"]) == (1797, 0)
     output = capsys.readouterr().out
     assert "accuracy" not in results and "not evaluated" in output and "WARNING" not in output
-    with pytest.raises(ValueError, match="--held-out-fraction is 0, so training used all images of digits"):
+    with pytest.raises(ValueError, match="--held-out-fraction is 0"):
         evaluate_checkpoint(EvaluateOptions(str(tmp_path / "run"), DIGITS))
     assert len(load_evaluation_data(data, "train").images) == 1797
-    with pytest.raises(ValueError, match="--select best requires images for checkpoint selection"):
+    with pytest.raises(ValueError, match="--select best"):
         load_training_data(data, use_selection_split=True)
 
 
@@ -260,4 +261,4 @@ def test_a_class_that_only_the_validation_split_has(tmp_path: Path, capsys: pyte
     data = write_images(tmp_path / "data", splits)
     results = run_training(build_options(tmp_path / "run", data, max_steps=2))
     assert [row["name"] for row in results["per_class"]] == ["dusk", "night", "noon"]
-    assert "1 of the 3 classes has no training images (night)" in capsys.readouterr().out
+    assert "no training images: night" in capsys.readouterr().out
