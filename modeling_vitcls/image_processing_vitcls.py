@@ -126,20 +126,12 @@ class ViTCLSBaseImageProcessor(BaseImageProcessor):
         )
 
     def process_image(
-        self,
-        image: Any,
-        do_convert_rgb: bool | None = None,
-        input_data_format: str | ChannelDimension | None = None,
-        do_rescale: bool | None = None,
-        do_normalize: bool | None = None,
-        image_mean: float | tuple[float, ...] | None = None,
-        image_std: float | tuple[float, ...] | None = None,
-        **kwargs: Any,
+        self, image: Any, do_convert_rgb: bool | None = None, input_data_format: Any = None, **kwargs: Any
     ) -> Any:
         """Convert one image in memory to the shape [C, H, W] and the type that the backend requires."""
-        pixels = image_to_tensor(image, bool(do_convert_rgb), bool(do_rescale), input_data_format)
-        if do_normalize:
-            check_channels(len(pixels), image_mean=image_mean, image_std=image_std)
+        pixels = image_to_tensor(image, bool(do_convert_rgb), bool(kwargs.get("do_rescale")), input_data_format)
+        if kwargs.get("do_normalize"):
+            check_channels(len(pixels), **{name: kwargs.get(name) for name in ("image_mean", "image_std")})
         return super().process_image(pixels, do_convert_rgb=False, input_data_format=ChannelDimension.FIRST, **kwargs)
 
     def center_crop(self, image: Any, size: Any, **kwargs: Any) -> Any:  # type: ignore[override]
@@ -157,11 +149,9 @@ class ViTCLSBaseImageProcessor(BaseImageProcessor):
             raise ValueError("the list of images is empty: pass one or more images")
         return single_images
 
-    def _standardize_kwargs(  # type: ignore[override]
-        self, size: Any = None, crop_size: Any = None, **kwargs: Any
-    ) -> dict[str, Any]:
+    def _standardize_kwargs(self, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Return the settings in canonical form. transformers calls this method in `__init__` and `preprocess`."""
-        settings = super()._standardize_kwargs(size=size, crop_size=crop_size, **kwargs)
+        settings = super()._standardize_kwargs(**kwargs)
         check_sizes(settings)
         resample = settings.get("resample")
         if isinstance(resample, int | str) and resample not in RESAMPLING_FILTERS:  # PIL treats names as bilinear

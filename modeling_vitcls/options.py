@@ -198,13 +198,10 @@ class AugmentationOptions:
     """Alpha of mixup (Zhang et al. 2018). 0: off. If --cutmix is also set, each batch uses either mixup or CutMix."""
     cutmix: float = 0.0
     """Alpha of CutMix (Yun et al. 2019). 0: off."""
-    repeated_augmentation: int = 1
-    """Number of augmented copies of each image in a batch (Hoffer et al. 2020). DeiT uses 3."""
 
     def __post_init__(self) -> None:
         check_value(self, "crop_scale", self.crop_scale is None or 0 < self.crop_scale <= 1, "above 0 and at most 1")
         check_value(self, "rotation", 0 <= self.rotation <= 180, "from 0 to 180")
-        check_minimum(self, 1, "repeated_augmentation")
         check_value(self, "rand_augment_magnitude", 0 <= self.rand_augment_magnitude <= 30, "from 0 to 30")
         check_value(self, "random_erasing", 0 <= self.random_erasing <= 1, "from 0 to 1")
         check_value(self, "shift", self.shift is None or 0 <= self.shift < 1, "at least 0 and below 1")

@@ -123,7 +123,7 @@ def test_fields_of_the_configuration() -> None:
 
 DEFAULTS = """
     output_dir=out dataset=digits held_out_fraction=0.2 shuffle_buffer=1000 max_unreadable_images=100 num_workers=2
-    model=m flip=True auto_augment=none rand_augment_magnitude=9 repeated_augmentation=1
+    model=m flip=True auto_augment=none rand_augment_magnitude=9
     gradient_accumulation_steps=1 warmup=0.1 weight_decay=0.05 label_smoothing=0.1 class_balance=none
     max_gradient_norm=1.0 trainable=full lora_rank=8 log_every=10 log_attention_every=100 evaluate_every=1 probe=True
     fit=squash keep_checkpoints=2 report=True hub_verify=True distillation=hard

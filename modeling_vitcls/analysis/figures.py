@@ -167,7 +167,9 @@ def plot_norm_histogram(config: ViTCLSConfig, findings: Findings, layer: int = -
     if mode is not None:
         axes.axvline(mode.threshold, color=DARK_GRAY, linewidth=1, linestyle="--")
     transform, color = axes.get_xaxis_transform(), GROUP_COLORS["registers"]
-    axes.plot(registers, [0.97] * len(registers), "v", transform=transform, color=color, label="registers")
+    axes.plot(
+        registers, [0.97] * len(registers), "v", transform=transform, color=color, label="registers", clip_on=False
+    )
     if registers:
         figure.legend(loc="outside lower center", frameon=False, fontsize=8.5)
     return figure

@@ -138,16 +138,13 @@ def get_visible_region(processor: Processor, image_size: Size, patch_size: Size 
     return VisibleRegion(left * x_scale, top * y_scale, (left + width) * x_scale, (top + height) * y_scale)
 
 
-def get_shortest_edge_size(image_size: Size, shortest_edge: int, longest_edge: int | None = None) -> Size:
-    """Return the height and width after resizing the shortest edge. The longest edge is at most `longest_edge`."""
-    return get_size_with_aspect_ratio(image_size, shortest_edge, longest_edge)
-
-
 # Keys of the processor's size -> function that returns height and width after resizing, as in transformers.
 RESIZE_RULES: dict[frozenset[str], Callable[..., Size]] = {
     frozenset({"height", "width"}): lambda _, height, width: (height, width),
-    frozenset({"shortest_edge"}): get_shortest_edge_size,
-    frozenset({"shortest_edge", "longest_edge"}): get_shortest_edge_size,
+    frozenset({"shortest_edge"}): lambda size, shortest_edge: get_size_with_aspect_ratio(size, shortest_edge),
+    frozenset({"shortest_edge", "longest_edge"}): lambda size, shortest_edge, longest_edge: get_size_with_aspect_ratio(
+        size, shortest_edge, longest_edge
+    ),
     frozenset({"max_height", "max_width"}): get_image_size_for_max_height_width,
 }
 

@@ -33,10 +33,6 @@ def add_dataset(data: Any) -> str:
     an (image, label) pair, and TypeError if the type of the dataset is not supported."""
     import datasets
 
-    if isinstance(data, datasets.IterableDataset | datasets.IterableDatasetDict):
-        raise TypeError(
-            "datasets.IterableDataset is not supported. Pass the name of the dataset and set streaming=True"
-        )
     data_by_split = data if isinstance(data, Mapping) else {"train": data}
     if not data_by_split:
         raise ValueError("the dataset in memory has no splits. Pass at least one split")
@@ -72,7 +68,7 @@ def convert_split(data: Any) -> Any:
     if not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
         raise TypeError(
             "a dataset must be a path, a datasets.Dataset, a torch Dataset with a length, or a list of (image, label) "
-            f"pairs, but the type of the data is {type(data).__name__}"
+            f"pairs, but the type of the data is {type(data).__name__}. For a stream, pass its name and streaming=True"
         )
     rows = [convert_pair(data[index], index) for index in range(len(data))]
     if not rows:

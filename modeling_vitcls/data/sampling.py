@@ -7,8 +7,7 @@ The training images are shuffled for each epoch, and the epochs are concatenated
     step 0 | step 1 | step 2 | step 3 | ...
 
 All batches have the same size, and every image is used equally often. One process with batches of 16, two processes
-with batches of 8, and two accumulated batches of 8 use the same images per step. With repeated augmentation, a step
-contains several copies of a shorter sequence of images.
+with batches of 8, and two accumulated batches of 8 use the same images per step.
 """
 
 import math
@@ -132,7 +131,6 @@ class BatchPlan:
     num_processes: int
     num_steps: int
     seed: int
-    num_copies: int  # number of copies of each image in a step
     order: ShuffledOrder | None  # None for a stream
 
     @classmethod
@@ -142,7 +140,6 @@ class BatchPlan:
         options: TrainingOptions,
         num_processes: int,
         labels: Sequence[int] | None = None,
-        num_copies: int = 1,
     ) -> "BatchPlan":
         """Build a plan of `max_steps` steps, or of `epochs` epochs rounded up to whole steps. Raise ValueError for a
         stream without `max_steps` or with balanced classes.
@@ -150,8 +147,6 @@ class BatchPlan:
         Args:
             num_images: number of training images; None for a stream.
             labels: class indices of the images, for `class_balance="sampling"`.
-            num_copies: number of copies of each image in a step (`--repeated-augmentation`). If the number of images
-                per step is not a multiple of `num_copies`, some images have one copy fewer.
         """
         assert options.batch_size is not None
         images_per_step = options.batch_size * options.gradient_accumulation_steps * num_processes
@@ -164,25 +159,14 @@ class BatchPlan:
         order = None if num_images is None else ShuffledOrder(num_images, options.seed)
         if options.class_balance == "sampling":
             if labels is None:
-                raise ValueError(
-                    "--class-balance sampling requires one known label per image, but the labels of a stream are "
-                    "not known in advance. Remove --class-balance"
-                )
+                raise ValueError("--class-balance sampling requires labels, which a stream lacks. Remove it")
             order = BalancedOrder(labels, options.seed)
-        return cls(
-            num_images=num_images,
-            batch_size=options.batch_size,
-            accumulation_steps=options.gradient_accumulation_steps,
-            num_processes=num_processes,
-            num_steps=num_steps,
-            seed=options.seed,
-            num_copies=num_copies,
-            order=order,
-        )
+        accumulation_steps = options.gradient_accumulation_steps
+        return cls(num_images, options.batch_size, accumulation_steps, num_processes, num_steps, options.seed, order)
 
     @property
     def images_per_step(self) -> int:
-        """Return the number of images per step over all processes and accumulated batches, including copies."""
+        """Return the number of images per step over all processes and accumulated batches."""
         return self.batch_size * self.accumulation_steps * self.num_processes
 
     def count_epochs(self, step: int) -> float:
@@ -199,8 +183,6 @@ class BatchPlan:
     def compute_key(self, step: int, position: int) -> ImageKey:
         """Return the key of the image at a position in a step."""
         assert self.order is not None and self.num_images is not None  # not a stream
-        num_distinct_images = math.ceil(self.images_per_step / self.num_copies)
-        copy_index, offset = divmod(position, num_distinct_images)
-        epoch, position_in_epoch = divmod(step * num_distinct_images + offset, self.num_images)
+        epoch, position_in_epoch = divmod(step * self.images_per_step + position, self.num_images)
         num_uses, indices = self.order.get_epoch(epoch)
-        return int(num_uses[position_in_epoch]) * self.num_copies + copy_index, int(indices[position_in_epoch])
+        return int(num_uses[position_in_epoch]), int(indices[position_in_epoch])

@@ -9,7 +9,6 @@ example, a process starts a new pass in a different order. The index of an examp
 or of the image path, so an image has the same index in every pass and every process.
 """
 
-import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -219,22 +218,11 @@ class TrainingStream:
 
     def iterate_keys(self, plan: BatchPlan, process_index: int, first_step: int) -> Iterator[list[Example]]:
         """Yield the encoded examples of each batch of one process, starting at `first_step`. A thread reads ahead."""
-        return read_ahead(self.iterate_batches(plan, process_index, first_step), num_items=4)
-
-    def iterate_batches(self, plan: BatchPlan, process_index: int, first_step: int) -> Iterator[list[Example]]:
-        """Yield the encoded examples of each batch of one process, starting at `first_step`, without reading ahead."""
-        num_distinct_images = math.ceil(plan.batch_size / plan.num_copies)
-        first_batch = first_step * plan.accumulation_steps
-        start = first_batch * num_distinct_images
+        first_batch, last_batch = first_step * plan.accumulation_steps, plan.num_steps * plan.accumulation_steps
+        start = first_batch * plan.batch_size
         examples = self.source.iterate_examples(plan.seed, process_index, plan.num_processes, start)
-        for _ in range(first_batch, plan.num_steps * plan.accumulation_steps):
-            batch = list(islice(examples, num_distinct_images))
-            copies = [
-                replace(example, epoch=example.epoch * plan.num_copies + copy_index)
-                for copy_index in range(plan.num_copies)
-                for example in batch
-            ]
-            yield copies[: plan.batch_size]
+        batches = (list(islice(examples, plan.batch_size)) for _ in range(first_batch, last_batch))
+        return read_ahead(batches, num_items=4)
 
     def __getitem__(self, examples: list[Example]) -> Batch:
         """Build a batch from encoded examples. Raise ValueError if none of the images can be read."""

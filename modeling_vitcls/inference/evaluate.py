@@ -32,7 +32,7 @@ from ..data.held_out import (
 )
 from ..data.image_folder import format_name_list
 from ..data.images import LabeledImages
-from ..data.labels import LabelKind, LabelSpace, MultiHotLabels, get_label_space
+from ..data.labels import LabelSpace, MultiHotLabels, get_label_space
 from ..data.sources import load_splits
 from ..data.splits import HELD_OUT_SPLITS, load_evaluation_data, load_on_main
 from ..data.streaming import StreamedImages
@@ -46,7 +46,7 @@ from .evaluator import Evaluator, round_floats
 from .load_model import check_is_classifier, list_file_patterns, load_model
 from .metric_tables import build_class_tables, build_metric_rows
 from .metrics import select_scalars
-from .per_image import check_per_image, get_outputs, write_predictions
+from .per_image import get_outputs, write_predictions
 
 
 class EvaluationSetup(NamedTuple):
@@ -78,17 +78,8 @@ def load_evaluation(
     if warning is not None:
         warn(warning)
     model_space = get_label_space(model.config)
-    build_evaluator = partial(
-        Evaluator,
-        processor=processor,
-        label_space=model_space,
-        batch_size=options.batch_size,
-        num_workers=options.data.num_workers,
-        accelerator=accelerator,
-        max_unreadable_images=options.data.max_unreadable_images,
-        warn=warn,
-        num_channels=model.config.num_channels,
-    )
+    arguments = get_evaluator_arguments(options, model, processor, accelerator, warn)
+    build_evaluator: Any = partial(Evaluator, label_space=model_space, **arguments)
     evaluator = build_evaluator(match_labels(images, label_space, model_space))
     return EvaluationSetup(model, evaluator, build_evaluator, split, rule, warning)
 
@@ -106,8 +97,8 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
     accelerator, console, warn = set_up_evaluation(options)
     setup = load_evaluation(options, accelerator, warn)
     model, evaluator, rule, kind = setup.model, setup.evaluator, setup.rule, setup.evaluator.label_space.kind
-    if options.per_image is not None:
-        check_per_image(evaluator.label_space)
+    if options.per_image is not None and kind == "multi_task":
+        raise ValueError("--per-image requires a single task. Use `vitcls predict --dataset` for several tasks")
     if options.unknown_dataset is not None and kind != "single_label_classification":
         raise ValueError(f"--unknown-dataset requires one label per image, not {kind}. Remove --unknown-dataset")
     evaluator.keep_logits = kind == "single_label_classification" or options.per_image is not None
@@ -170,6 +161,21 @@ def set_up_evaluation(options: EvaluateOptions) -> tuple[Accelerator, Console, C
     return accelerator, console, warn
 
 
+def get_evaluator_arguments(
+    options: EvaluateOptions, model: Any, processor: Any, accelerator: Accelerator, warn: Callable[[str], None]
+) -> dict[str, Any]:
+    """Return the arguments of `Evaluator` without the images and the labels."""
+    return {
+        "processor": processor,
+        "batch_size": options.batch_size,
+        "num_workers": options.data.num_workers,
+        "accelerator": accelerator,
+        "max_unreadable_images": options.data.max_unreadable_images,
+        "warn": warn,
+        "num_channels": model.config.num_channels,
+    }
+
+
 def describe_evaluation(
     options: EvaluateOptions,
     split: str,
@@ -204,20 +210,15 @@ def write_results(options: EvaluateOptions, results: dict[str, Any], console: Co
 def describe_possible_overlap(model: str, record: HeldOutRecord | None, held_out_images: Any) -> str | None:
     """Return a warning that the model may have been trained on `held_out_images`, or None if the same images
     were held out during training."""
-    risk = "The model may have been trained on the evaluated images"
     if record is None:
-        return f"{model} has no record of the held-out images ({HELD_OUT_RECORD_KEY!r} in {RESULTS_FILE}). {risk}"
-    if record.rule is None:
-        return (
-            f"{model} was trained with the held-out split {record.split!r}, but the dataset has no such split. {risk}"
-        )
-    if compute_key_digest(held_out_images.images.compute_keys()) == record.sha256:
+        reason = f"{model} has no record of the held-out images ({HELD_OUT_RECORD_KEY!r} in {RESULTS_FILE})"
+    elif record.rule is None:
+        reason = f"the dataset lacks the held-out split {record.split!r} of the training of {model}"
+    elif compute_key_digest(held_out_images.images.compute_keys()) == record.sha256:
         return None
-    return (
-        f"the {len(held_out_images):,} held-out images are not the {record.num_images:,} images that were held out "
-        f"when {model} was trained, so the dataset has changed or is a different dataset. The model may have been "
-        "trained on images that have been renamed or re-encoded"
-    )
+    else:
+        reason = f"the held-out images are not the {record.num_images:,} images held out in the training of {model}"
+    return f"{reason}. The model may have been trained on the evaluated images"
 
 
 def set_label_columns(options: DataOptions, config: ViTCLSConfig, folder: str) -> DataOptions:
@@ -238,22 +239,14 @@ def set_label_columns(options: DataOptions, config: ViTCLSConfig, folder: str) -
 # Labels --------------------------------------------------------------------------------------------------------------
 
 
-LABEL_DESCRIPTIONS: dict[LabelKind, str] = {
-    "single_label_classification": "one label per image",
-    "multi_label_classification": "any number of labels per image",
-    "multi_task": "several tasks with one label each",
-}
-
-
 def match_labels(images: Any, data_space: LabelSpace, model_space: LabelSpace) -> Any:
     """Convert the label indices of the dataset to the label indices of the model. Labels are matched by name, and
     missing labels (-100) are left unchanged. Raise ValueError if the kinds of labels or the tasks differ, or if an
     image has a label that the model lacks; for a stream, when the label is read."""
     if data_space.kind != model_space.kind:
         raise ValueError(
-            f"the model was trained with {LABEL_DESCRIPTIONS[model_space.kind]}, but the dataset has "
-            f"{LABEL_DESCRIPTIONS[data_space.kind]}. Select other columns with --label-column, or set "
-            "--label-separator for a column with several labels"
+            f"the model was trained for {model_space.kind}, but the labels of the dataset are for {data_space.kind}. "
+            "Select other columns with --label-column, or set --label-separator"
         )
     if data_space.kind == "multi_task" and data_space.columns.keys() != model_space.columns.keys():
         raise ValueError(

@@ -103,10 +103,7 @@ class ExportedModel(nn.Module):
         super().__init__()
         supported = ("no", "bf16") if file.suffix == ".xml" else ("no",)
         if mixed_precision not in supported:
-            raise ValueError(
-                f"{file.name} supports --mixed-precision {' or '.join(supported)}, not {mixed_precision}. Set one of "
-                "them, or --backend torch"
-            )
+            raise ValueError(f"{file.name} supports --mixed-precision {' or '.join(supported)}. Set one of them")
         self.config, self.use_head = config, use_head
         weights_file = file.with_suffix(".bin") if file.suffix == ".xml" else Path(f"{file}.data")
         self.files = [file, *filter(Path.is_file, [weights_file])]
@@ -144,9 +141,6 @@ def find_exported_file(backend: str, folder: Path) -> Path:
     """
     file = folder / BACKEND_FILES[backend][0] if backend in BACKEND_FILES else Path(backend)
     if not file.is_file() or file.suffix not in (".onnx", ".xml"):
-        format_name = backend if backend in BACKEND_FILES else "onnx"
-        raise ValueError(
-            f"--backend {backend} requires {file}, written by `vitcls export --model {folder} --format {format_name} "
-            f"--output {file}`"
-        )
+        command = f"vitcls export --model {folder} --output {file}"
+        raise ValueError(f"--backend {backend} requires {file}, written by `{command}`")
     return file

@@ -11,7 +11,6 @@ The features are the special tokens and the mean of the patch tokens after the f
 """
 
 import time
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,10 +25,10 @@ from ..intervals import compute_proportion_interval
 from ..options import EvaluateOptions
 from ..token_names import get_token_names
 from .evaluate import (
-    LABEL_DESCRIPTIONS,
     build_table,
     describe_evaluation,
     describe_possible_overlap,
+    get_evaluator_arguments,
     set_up_evaluation,
     write_results,
 )
@@ -111,27 +110,18 @@ def evaluate_frozen(options: EvaluateOptions) -> dict[str, Any]:
     if kind != "single_label_classification":
         raise ValueError(
             f"--frozen {options.frozen} requires one label per image, but {options.data.dataset} has "
-            f"{LABEL_DESCRIPTIONS[kind]}. Set a single --label-column"
+            f"labels for {kind}. Set a single --label-column"
         )
     if held_out_data.rule is not None and record is not None:
         warning = describe_possible_overlap(options.model, record, held_out_data.images)
         if warning is not None:
             warn(warning)
     model = model.to(accelerator.device).eval()
-    build_evaluator = partial(
-        FeatureEvaluator,
-        processor=processor,
-        batch_size=options.batch_size,
-        num_workers=options.data.num_workers,
-        accelerator=accelerator,
-        max_unreadable_images=options.data.max_unreadable_images,
-        warn=warn,
-        num_channels=model.config.num_channels,
-    )
+    arguments = get_evaluator_arguments(options, model, processor, accelerator, warn)
 
     def extract_features(data: EvaluationData) -> tuple[dict[str, Any], np.ndarray]:
         """Return the output of the evaluator, and the class name of each image."""
-        output = build_evaluator(data.images, label_space=data.label_space)(model, console)
+        output = FeatureEvaluator(data.images, label_space=data.label_space, **arguments)(model, console)
         return output, np.array(data.label_space.names)[output["labels"]]
 
     start_time = time.perf_counter()

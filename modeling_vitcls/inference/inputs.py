@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import torch
 from huggingface_hub.utils import http_backoff
 
@@ -210,12 +211,10 @@ def open_input(options: PredictOptions) -> PredictionInput:
 def select_split(splits: Mapping[str, Any], options: PredictOptions) -> Any:
     """Return the split that `--split` names, or the only split if `--split` is not set. Raise ValueError if there is
     no such split."""
-    if options.split is None and len(splits) == 1:
-        return next(iter(splits.values()))
-    if options.split is None or options.split not in splits:
-        problem = "has several splits" if options.split is None else f"has no split {options.split!r}"
-        raise ValueError(f"{options.dataset} {problem}. Set --split to one of {', '.join(splits)}")
-    return splits[options.split]
+    split = next(iter(splits)) if options.split is None and len(splits) == 1 else options.split
+    if split is None or split not in splits:
+        raise ValueError(f"{options.dataset} has several or other splits. Set --split to one of {', '.join(splits)}")
+    return splits[split]
 
 
 # Preprocessing -------------------------------------------------------------------------------------------------------
@@ -259,7 +258,7 @@ def prepare_image(processor: ViTCLSImageProcessor, record: ImageRecord) -> Prepa
         return PreparedImage(record, error=f"row {record.index} has no image")
     try:
         if isinstance(content, str) and "://" in content:
-            content = fetch_url(content) if content.startswith(("http://", "https://")) else fetch_file(content)
+            content = fetch(content)
         pixels = processor(content, return_tensors="pt")["pixel_values"][0]  # [C, H, W]
     except FetchError:
         raise
@@ -268,31 +267,23 @@ def prepare_image(processor: ViTCLSImageProcessor, record: ImageRecord) -> Prepa
     return PreparedImage(record, pixels)
 
 
-def fetch_url(url: str) -> bytes:
-    """Return the contents of an HTTP URL. Network errors and temporary errors of the server are retried for about 15
-    seconds. Raise ValueError if the server has no such image, and FetchError otherwise."""
+def fetch(url: str) -> bytes:
+    """Return the contents of a URL: of a web server, or of another file system such as `hf://` or an archive. Network
+    errors and temporary errors of a web server are retried for about 15 seconds. Raise ValueError if the server has no
+    such image, and FetchError otherwise."""
     try:
-        retries: Any = {"max_retries": 4, "base_wait_time": SECONDS_BEFORE_RETRY}
-        response = http_backoff("GET", url, **retries, follow_redirects=True, timeout=60.0)
-        response.raise_for_status()
-        return response.content
-    except Exception as error:  # the types of errors depend on the version of huggingface_hub
+        if url.startswith(("http://", "https://")):
+            retries: Any = {"max_retries": 4, "base_wait_time": SECONDS_BEFORE_RETRY}
+            response = http_backoff("GET", url, **retries, follow_redirects=True, timeout=60.0)
+            response.raise_for_status()
+            return response.content
+        with fsspec.open(url, "rb") as file:
+            return file.read()
+    except Exception as error:  # the types depend on the file system and on the version of huggingface_hub
         status = getattr(getattr(error, "response", None), "status_code", None)
         if status is not None and 400 <= status < 500 and status not in (408, 429):
             raise ValueError(f"cannot fetch the image: the server returned status {status}") from error
         reason = f"{type(error).__name__}: {format_error(error)}"
         raise FetchError(
-            f"cannot fetch {url} ({reason}). Repeat the command later, or remove the URL from the input"
+            f"cannot fetch {url} ({reason}). Repeat the command to continue, or remove the URL"
         ) from error
-
-
-def fetch_file(url: str) -> bytes:
-    """Return the contents of a file in a streamed dataset, for example from `hf://`, `s3://` or an archive."""
-    import fsspec
-
-    try:
-        with fsspec.open(url, "rb") as file:
-            return file.read()
-    except Exception as error:  # different file systems raise different types of errors
-        reason = f"{type(error).__name__}: {format_error(error)}"
-        raise FetchError(f"cannot fetch {url} ({reason}). Repeat the command to continue") from error

@@ -19,18 +19,8 @@ import numpy as np
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
-from ..data.labels import LabelSpace
 from .confidence import compute_energies
 from .evaluator import Evaluator, OutputRow
-
-
-def check_per_image(label_space: LabelSpace) -> None:
-    """Raise ValueError if the rows are not defined for the kind of labels."""
-    if label_space.kind == "multi_task":
-        raise ValueError(
-            f"--per-image supports one task, but the model has the tasks {', '.join(label_space.columns)}. Use "
-            " `vitcls predict --dataset`, which writes the prediction of each task"
-        )
 
 
 def write_predictions(file: Path, evaluator: Evaluator) -> None:

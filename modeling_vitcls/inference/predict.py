@@ -187,13 +187,16 @@ def predict_to_folder(
 ) -> PredictionCounts:
     """Write the missing shards of each process, and return the numbers of images of all processes of this job."""
     assert options.output is not None
-    worker = Worker.from_shard(options.shard, accelerator.process_index, accelerator.num_processes)
+    job, num_jobs = map(int, (options.shard or "1/1").split("/"))
+    num_processes = accelerator.num_processes
+    worker = Worker((job - 1) * num_processes + accelerator.process_index, num_jobs * num_processes)
     settings = {
         "shard_size": options.shard_size,
         "features": options.features,
         "feature_dtype": options.feature_dtype,
         "top_k": options.top_k,
         "threshold": options.threshold,
+        "coverage": options.coverage,
         "mixed_precision": accelerator.mixed_precision,
         "input": run_on_main(accelerator, source.compute_fingerprint),
         "model": compute_model_digest(predictor.model, predictor.processor),

@@ -95,9 +95,10 @@ class TopLabelColumns:
         for task, task_names in names.items():
             prefix = f"{task}_" if task else ""
             suffixes = ["", *(f"_{rank}" for rank in range(2, min(top_k or 1, len(task_names)) + 1))]
-            pairs = [(f"{prefix}label{suffix}", f"{prefix}probability{suffix}") for suffix in suffixes]
-            self.column_pairs[task] = pairs
-            for label_column, probability_column in pairs:
+            self.column_pairs[task] = [
+                (f"{prefix}label{suffix}", f"{prefix}probability{suffix}") for suffix in suffixes
+            ]
+            for label_column, probability_column in self.column_pairs[task]:
                 self.columns |= {label_column: pa.string(), probability_column: pa.float32()}
         if self.energy_threshold is not None:
             self.columns["unknown"] = pa.bool_()
@@ -145,12 +146,12 @@ class LabelListColumns:
 
     def build_rows(self, outputs: dict[str, torch.Tensor]) -> list[Row]:
         """Return one row per image with the predicted labels. The most probable label comes first."""
-        rows = []
-        for labels in select_probable_labels(outputs["logits"], self.names, self.threshold):
-            top_labels = labels[: self.top_k]
-            names, probabilities = [name for name, _ in top_labels], [probability for _, probability in top_labels]
-            rows.append({"labels": names, "probabilities": probabilities})
-        return rows
+        images = select_probable_labels(outputs["logits"], self.names, self.threshold)
+        top_labels = [labels[: self.top_k] for labels in images]
+        return [
+            {"labels": [name for name, _ in labels], "probabilities": [probability for _, probability in labels]}
+            for labels in top_labels
+        ]
 
 
 # Features ------------------------------------------------------------------------------------------------------------
@@ -174,16 +175,11 @@ class Feature:
         token_counts = dict(zip(("cls", "distillation", "registers"), config.token_counts, strict=True))
         token_counts |= {"mean": 1, "patches": rows * columns}
         group, _, layer = name.partition("@")
-        if not token_counts.get(group):
-            choices_text = " or ".join(name for name, count in token_counts.items() if count)
+        choices = [choice for choice, count in token_counts.items() if count]
+        if group not in choices or not 1 <= int(layer or 1) <= config.num_hidden_layers:
             raise ValueError(
-                f"--features {name} requires tokens of this kind, but the model has none. Set --features to "
-                f"{choices_text}"
-            )
-        if layer and not 1 <= int(layer) <= config.num_hidden_layers:
-            raise ValueError(
-                f"--features {name} requires layer {layer}, but the model has the layers 1 to "
-                f"{config.num_hidden_layers}. Set --features {group}@{config.num_hidden_layers}"
+                f"--features {name} requires tokens and a layer of the model, which has only {', '.join(choices)} and "
+                f"{config.num_hidden_layers} layers. Set --features {choices[0]}@{config.num_hidden_layers}"
             )
         return cls(group, int(layer) if layer else None, token_counts[group])
 

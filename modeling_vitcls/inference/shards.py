@@ -33,12 +33,6 @@ class Worker:
     index: int
     num_workers: int
 
-    @classmethod
-    def from_shard(cls, shard: str | None, process_index: int, num_processes: int) -> "Worker":
-        """Build the worker of a process in the job `--shard i/n`, or in the only job."""
-        job, num_jobs = map(int, (shard or "1/1").split("/"))
-        return cls((job - 1) * num_processes + process_index, num_jobs * num_processes)
-
 
 @dataclass(frozen=True)
 class ShardFolder:
@@ -63,13 +57,9 @@ class ShardFolder:
             return
         stored_settings = read_metadata(shards[0])["settings"]
         for name, value in self.settings.items():
-            if (stored_value := stored_settings.get(name)) != value:
-                difference = f"--{name.replace('_', '-')} {stored_value}, not {value}"
-                if name in ("input", "model"):
-                    difference = f"another {name}"
-                raise ValueError(
-                    f"--output {self.path} was written with {difference}. Use the same flags, or a new folder"
-                )
+            if stored_settings.get(name) != value:
+                difference = f"another {name}" if name in ("input", "model") else f"other --{name.replace('_', '-')}"
+                raise ValueError(f"--output {self.path} was written with {difference}. Set a new --output folder")
 
     def read_finished(self, file: Path) -> dict[str, Any] | None:
         """Return the metadata of a finished shard, or None. Remove the partial file of a process that was killed."""
@@ -108,9 +98,7 @@ def read_metadata(file: Path) -> dict[str, Any]:
             raise ValueError(f"{metadata.num_rows} of {fields['images']} rows")
         return fields
     except Exception as error:  # pyarrow raises several types of errors
-        raise ValueError(
-            f"{file} is damaged ({format_error(error)}). Delete the file and repeat the command"
-        ) from error
+        raise ValueError(f"{file} is damaged ({format_error(error)}). Delete the file, and repeat") from error
 
 
 def find_missing_shards(folder: Path) -> tuple[list[str], list[dict[str, Any]]]:
@@ -120,23 +108,19 @@ def find_missing_shards(folder: Path) -> tuple[list[str], list[dict[str, Any]]]:
     if not shards:
         raise ValueError(f"{folder} contains no shards. Set --merge to the --output folder of `vitcls predict`")
     metadata = {file.name: read_metadata(file) for file in shards}
-    first = metadata[shards[0].name]
+    first = next(iter(metadata.values()))
     for name, fields in metadata.items():
         if fields["settings"] != first["settings"]:
             raise ValueError(f"{folder / name} was written with other flags than {shards[0].name}. Delete the file")
     if "num_shards" in first:
         expected = [f"shard-{index:06}.parquet" for index in range(first["num_shards"])]
-        return [name for name in expected if name not in metadata], list(metadata.values())
-    missing = []
-    for worker in range(first["settings"]["num_workers"]):
-        for index in count():
-            name = f"shard-{worker:04}-{index:06}.parquet"
-            if name not in metadata:
-                missing.append(f"{name} and later files of this worker")
-                break
-            if metadata[name]["is_last"]:
-                break
-    return missing, list(metadata.values())
+    else:  # of a stream: one file after the existing files of each worker, unless the last one is complete
+        expected = []
+        for worker in range(first["settings"]["num_workers"]):
+            names = (f"shard-{worker:04}-{index:06}.parquet" for index in count())
+            name = next(name for name in names if name not in metadata or metadata[name]["is_last"])
+            expected.append(name)
+    return [name for name in expected if name not in metadata], list(metadata.values())
 
 
 def merge_shards(folder: Path, output: Path | None) -> str:

@@ -376,7 +376,6 @@ def build_plan(options: Any, data: TrainingData, accelerator: Accelerator) -> Ba
         options.training,
         accelerator.num_processes,
         labels,
-        options.augmentation.repeated_augmentation,
     )
 
 

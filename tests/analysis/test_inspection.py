@@ -12,7 +12,6 @@ from helpers.photo_folders import write_photos
 from helpers.tiny_models import TASKS, build_tiny_config, raises_one_line
 from helpers.varied_models import center_logits
 from PIL import Image
-from sklearn.datasets import load_digits
 
 from modeling_vitcls import (
     ViTCLSForImageClassification,
@@ -287,15 +286,6 @@ def test_labels_of_a_dataset_are_the_indices_of_the_model() -> None:
     assert found.source == "digits, split test" and len(found.images) < 1797
 
 
-def test_an_encoder_reads_all_images_of_the_only_split() -> None:
-    """The description names the split that is read."""
-    found = open_digits(ViTCLSModel(build_tiny_config()))
-    assert found.labels is None and len(found.images) == len(found.names) == 1797
-    assert found.source == "digits, split train"
-    first = np.asarray(found.images[0].convert("L"))
-    assert np.array_equal(first, (load_digits().images[0] * (255 / 16)).round())
-
-
 def test_an_encoder_reads_the_selected_split(tmp_path: Path) -> None:
     for split, numbers in {"train": range(3), "test": range(3, 5)}.items():
         write_photos(tmp_path / "photos" / split, numbers)
@@ -305,18 +295,6 @@ def test_an_encoder_reads_the_selected_split(tmp_path: Path) -> None:
         assert (len(found.images), found.source) == (count, f"photos, split {split or 'test'}")
     with raises_one_line("no split 'nothing'", "train"):
         open_images(InspectOptions("model", dataset=str(tmp_path / "photos"), split="nothing"), encoder)
-
-
-def test_columns_of_a_dataset(tmp_path: Path) -> None:
-    """One image of the only split is held out."""
-    write_photos(tmp_path, range(2), "dog")
-    (tmp_path / "list.csv").write_text("name,photo,animals\na.png,dog/1.png,owl|cat\nb.png,dog/0.png,dog\n")
-    columns: dict[str, Any] = {"image_column": "photo", "label_column": ("animals",), "label_separator": "|"}
-    model = build_named_classifier(CLASSES, problem_type="multi_label_classification")
-    for split, label, file in (("train", [0, 1, 1], "1.png"), ("test", [1, 0, 0], "0.png")):
-        found = open_images(InspectOptions("model", dataset=str(tmp_path / "list.csv"), split=split, **columns), model)
-        assert found.labels is not None and [list(values) for values in found.labels] == [label]
-        assert np.array_equal(np.asarray(found.images[0]), np.asarray(Image.open(tmp_path / "dog" / file)))
 
 
 @pytest.mark.parametrize("has_labels", [False, True])

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.tiny_models import TASKS, build_tiny_config, raises_one_line, randomize
+from helpers.tiny_models import TASKS, build_tiny_config, randomize
 from helpers.varied_models import center_logits
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect
@@ -195,9 +195,3 @@ def test_large_pages_omit_the_maps_of_heads(inspection: Inspection, monkeypatch:
     data = report_module.build_page_data(inspection)
     assert [image["num_heads"] for image in data["images"]] == [2, 2] + [0] * (len(sizes) - 2)
     assert len(data["heads"]) == 2
-
-
-def test_no_images_are_an_error(tmp_path: Path) -> None:
-    with raises_one_line("at least one image"):
-        write_report(tmp_path / "report.html", build_classifier(), PROCESSOR, [])
-    assert not (tmp_path / "report.html").exists()

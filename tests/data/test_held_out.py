@@ -27,7 +27,6 @@ from modeling_vitcls.data.held_out import (
 )
 from modeling_vitcls.data.in_memory import add_dataset
 from modeling_vitcls.data.splits import (
-    describe_missing_classes,
     load_evaluation_data,
     load_training_data,
 )
@@ -144,15 +143,6 @@ def test_images_without_paths_are_selected_by_row_on_disk_and_by_content_in_memo
     assert held_out.images.compute_keys().tolist() == keys
 
 
-def test_the_expected_fraction_is_held_out(tmp_path: Path) -> None:
-    """Check 20,000 images, within 5 standard deviations. A larger fraction contains the images of a smaller one."""
-    for fraction in (0.05, 0.2, 0.5):
-        part, larger = HeldOutRule(fraction, 1), HeldOutRule(fraction + 0.1, 1)
-        held_out = [key for key in range(20_000) if part.is_held_out(key)]
-        assert abs(len(held_out) - 20_000 * fraction) < 5 * (20_000 * fraction * (1 - fraction)) ** 0.5
-        assert all(larger.is_held_out(key) for key in held_out)
-
-
 def test_the_held_out_images_of_a_dataset_never_change() -> None:
     """A model is evaluated by later versions of the package on the images that it was not trained on."""
 
@@ -179,15 +169,6 @@ def test_each_image_is_in_one_fold() -> None:
     assert (record.num_images, record.split) == (len(folds[1]), None)
     for keys in ([20, 3, 3], [3, 20, 3]):  # equal images have equal keys
         assert HeldOutRecord.from_keys(rules[1], np.array(keys)).sha256 == hashlib.sha256(b"3 3 20").hexdigest()
-
-
-def test_classes_missing_from_one_part_are_named(tmp_path: Path) -> None:
-    folder = write_photos(tmp_path, range(60))
-    write_photos(tmp_path, range(1), "rare")
-    (warning,) = describe_missing_classes(read(folder))
-    assert "no held-out images: rare" in warning
-    write_photos(tmp_path, range(2), "rare")
-    assert describe_missing_classes(read(folder)) == []
 
 
 def test_empty_parts_are_errors(tmp_path: Path) -> None:
@@ -262,7 +243,7 @@ def test_evaluation_warns_of_images_that_may_be_training_images(tmp_path: Path, 
     assert get_warnings(folder) == []
     write_photos(folder, range(30, 60))
     (line,) = get_warnings(folder)
-    assert "held-out images are not the" in line and "the dataset has changed or is a different dataset" in line
+    assert "held-out images are not the" in line
     (line,) = get_warnings(write_photos(tmp_path / "others", range(1000, 1030)))
     assert "held-out images are not the" in line
 
@@ -273,28 +254,10 @@ def test_evaluation_warns_of_images_that_may_be_training_images(tmp_path: Path, 
         json.dumps(results | {"held_out": {"split": "validation", "num_images": 3}}), encoding="utf-8"
     )
     (line,) = get_warnings(folder)
-    assert "with the held-out split 'validation', but the dataset has no such split" in line
+    assert "lacks the held-out split 'validation'" in line
     (tmp_path / "run" / "results.json").unlink()
     (line,) = get_warnings(folder)
     assert "has no record of the held-out images" in line
-
-
-def test_training_on_other_images_of_the_same_dataset_prints_a_warning(
-    tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    folder = write_photos(tmp_path / "photos", range(50))
-    run(tmp_path / "first", folder, split_seed=7)
-    options = {"split_seed": 7, "held_out_fraction": 0.1}
-    for number, (data, is_warned) in enumerate(((options, False), ({"split_seed": 7}, False), ({}, True))):
-        capsys.readouterr()
-        reset_accelerate()
-        run(tmp_path / f"next{number}", folder, model=str(tmp_path / "first"), **data)
-        output = capsys.readouterr().out
-        found = (
-            "the held-out images of this run may include training images of" in output
-            and "Use the same split with --split-seed 7" in output
-        )
-        assert found is is_warned
 
 
 @pytest.mark.parametrize(
@@ -302,12 +265,9 @@ def test_training_on_other_images_of_the_same_dataset_prints_a_warning(
     [
         ({}, {}, None),
         ({}, {"held_out_fraction": 0.1}, None),
-        ({}, {"held_out_fraction": 0.3}, "--split-seed 0 --held-out-fraction 0.2"),
         ({}, {"split_seed": 1}, "--split-seed 0 --held-out-fraction 0.2"),
         ({"folds": 3, "fold": 2}, {"folds": 3, "fold": 2}, None),
         ({"folds": 3, "fold": 2}, {"folds": 3, "fold": 1}, "--split-seed 0 --folds 3 --fold 2"),
-        ({"folds": 3, "fold": 2}, {"folds": 2, "fold": 2}, "--split-seed 0 --folds 3 --fold 2"),
-        ({"folds": 3, "fold": 2}, {}, "--split-seed 0 --folds 3 --fold 2"),
         ({}, {"folds": 3, "fold": 2}, "--split-seed 0 --held-out-fraction 0.2"),
     ],
     ids=str,

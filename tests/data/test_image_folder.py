@@ -167,12 +167,6 @@ def test_skipped_files_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     ]
 
 
-def test_a_clean_folder_has_no_notes(tmp_path: Path) -> None:
-    write_class(tmp_path, "cat", 2)
-    write_class(tmp_path, "dog", 2)
-    assert get_notes(tmp_path) == ""
-
-
 def test_errors_are_about_folders(tmp_path: Path) -> None:
     with raises_one_line("no class folders"):
         load(write_class(tmp_path, "flat", 12) / "flat")

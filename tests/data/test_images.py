@@ -14,12 +14,8 @@ from modeling_vitcls.data.images import (
     ArrayImages,
     DatasetImages,
     UnreadableImage,
-    check_channels,
     decode_image,
-    resolve_path,
-    to_encoded_image,
 )
-from modeling_vitcls.image_processing_vitcls import pil_to_tensor
 
 
 def encode(shade: int) -> bytes:
@@ -67,33 +63,3 @@ def test_images_are_named_in_errors(tmp_path: Path) -> None:
     for path, name in (("b.png", "'b.png'"), (None, "row 1")):
         with raises_one_line(f"cannot read the image {name}: ", error=UnreadableImage):
             decode_image({"path": path, "bytes": b"text"}, "row 1")
-
-
-@pytest.mark.parametrize(
-    ("value", "path", "content"),
-    [
-        ({"path": "a.png", "bytes": b"x"}, "a.png", b"x"),
-        ({"path": "a.png", "bytes": None}, "a.png", None),
-        (b"x", None, b"x"),
-        ("a//b.png", "photos/a/b.png", None),
-        ("/a.png", "/a.png", None),
-        ("https://example.org/a.png", "https://example.org/a.png", None),
-        (None, "", None),
-    ],
-)
-def test_values_of_image_columns(value: Any, path: str | None, content: bytes | None) -> None:
-    assert to_encoded_image(value, Path("photos")) == {"path": path, "bytes": content}
-    if not isinstance(value, dict | bytes):
-        assert resolve_path(Path("photos"), value) == path
-
-
-@pytest.mark.parametrize(("mode", "num_channels"), [("L", 3), ("RGB", 1), ("RGBA", 3)])
-def test_images_have_the_number_of_channels_of_the_model(mode: str, num_channels: int) -> None:
-    image = Image.new(mode, (3, 2))
-    pixels = pil_to_tensor(image, to_rgb=False)
-    for accepted in (None, len(pixels)):
-        check_channels(image, pixels, accepted)
-    count_text = {"L": "1 channel", "RGB": "3 channels", "RGBA": "4 channels"}[mode]
-    message = f"an image of mode {mode} has {count_text}, but the model requires {num_channels}"
-    with raises_one_line(message, error=UnreadableImage):
-        check_channels(image, pixels, num_channels)

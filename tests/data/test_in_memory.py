@@ -45,14 +45,6 @@ class TorchDataset(torch.utils.data.Dataset):
         return pixels / 255, index % 2
 
 
-class NamedLabels(TorchDataset):
-    """A dataset with class names whose labels are these names."""
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, Any]:
-        pixels, _ = super().__getitem__(index)
-        return pixels, name_class(index)
-
-
 class ListedLabels(TorchDataset):
     """A dataset with class names whose labels are lists."""
 
@@ -77,8 +69,8 @@ def encode(image: Image.Image) -> bytes:
 def build(kind: str, folder: Path) -> Any:
     """Return the same images and labels as a dataset of one kind."""
     pairs = [(make_image(index), name_class(index)) for index in range(NUM_IMAGES)]
-    if kind in ("torch", "torch with named labels"):
-        return TorchDataset() if kind == "torch" else NamedLabels()
+    if kind == "torch":
+        return TorchDataset()
     if kind == "datasets":
         rows = {"image": [{"bytes": encode(image), "path": None} for image, _ in pairs]}
         columns = rows | {"label": [label for _, label in pairs]}
@@ -93,7 +85,7 @@ def build(kind: str, folder: Path) -> Any:
     return [(convert(image), label) for image, label in pairs]
 
 
-KINDS = ["images", "arrays", "bytes", "paths", "torch", "torch with named labels", "datasets", "splits"]
+KINDS = ["images", "arrays", "bytes", "paths", "torch", "datasets", "splits"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -180,8 +172,6 @@ def test_parts_can_be_sent_to_workers(tmp_path: Path) -> None:
         ),
         ([(make_image(0), 1), (make_image(0), 1, 2)], r"item 1 of the dataset must be an \(image, label\) pair"),
         ([(np.zeros((2, 2, 7)), 1)], "item 0 of the dataset has no valid image"),
-        ([(torch.full((2, 2), -0.5), 1)], "item 0 of the dataset has no valid image"),
-        ([(object(), 1)], "item 0 of the dataset has no valid image"),
         ([(Image.open(io.BytesIO(encode(make_image(0))[:-100])), 1)], "item 0 of the dataset has no valid image"),
     ],
 )
@@ -196,7 +186,7 @@ def test_unusable_kinds_are_errors() -> None:
             add_dataset(data)
     stream = datasets.Dataset.from_dict({"image": [1], "label": [1]}).to_iterable_dataset()
     for data in (stream, datasets.IterableDatasetDict({"train": stream})):
-        with pytest.raises(TypeError, match="IterableDataset is not supported"):
+        with pytest.raises(TypeError, match=r"IterableDataset.*streaming=True"):
             add_dataset(data)
     with pytest.raises(ValueError, match="was a dataset in the memory of another process"):
         load_splits(DataOptions("memory:0123456789abcdef"))
@@ -213,18 +203,6 @@ def test_folders_of_save_to_disk(tmp_path: Path) -> None:
     assert len(one.train) + len(one.held_out) == NUM_IMAGES and one.record.rule is not None
     two = load_training_data(DataOptions(str(tmp_path / "two")))
     assert (len(two.train), len(two.held_out), two.record.split) == (NUM_IMAGES, 6, "validation")
-
-
-def test_json_lines(tmp_path: Path) -> None:
-    lines = []
-    for index in range(6):
-        make_image(index).save(tmp_path / f"{index}.png")
-        lines.append(f'{{"image": "{index}.png", "label": "{name_class(index)}"}}\n')
-    (tmp_path / "images.jsonl").write_text("".join(lines), encoding="utf-8")
-    splits = load_splits(DataOptions(str(tmp_path / "images.jsonl")))
-    part = splits.images_by_split["train"]
-    assert splits.label_space.names == ["cat", "dog"] and part.labels == [0, 1, 0, 1, 0, 1]
-    assert encode(part.images[5]) == encode(make_image(5))
 
 
 def test_data_that_would_be_misread_is_refused() -> None:

@@ -28,7 +28,6 @@ from modeling_vitcls.data.splits import (
 from modeling_vitcls.options import (
     DataOptions,
     FinetuneOptions,
-    PretrainOptions,
 )
 from modeling_vitcls.training.reporter import describe_splits
 
@@ -53,7 +52,6 @@ def start(options: FinetuneOptions) -> FinetuneOptions:
 
 CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "grown": (lambda photos: write_photos(photos, range(20, 60), "cat"), "training images"),
-    "shrunk": (lambda photos: [path.unlink() for path in photos.glob("*/1*.png")], "training images"),
     "class added": (lambda photos: write_photos(photos, range(20), "ant"), "classes"),
     "renamed": (lambda photos: (photos / "cat" / "1.png").rename(photos / "cat" / "0a.png"), "names"),
 }
@@ -114,17 +112,6 @@ def test_the_description_of_the_data(tmp_path: Path) -> None:
     assert {name for name in changed[0] if changed[0][name] != changed[1][name]} == {"labels_sha256"}
 
 
-def test_pre_training_is_checked_too(tmp_path: Path) -> None:
-    photos = write_photos(tmp_path / "photos", range(20), "cat", "dog")
-    options = build_tiny_options(tmp_path / "run", photos, PretrainOptions, max_steps=2, batch_size=8)
-    run_training(options)
-    (tmp_path / "run" / "results.json").unlink()
-    reset_accelerate()
-    write_photos(photos, range(20, 60), "cat")
-    with raises_one_line("--resume: the dataset has changed", "training images"):
-        run_training(replace(options, run=replace(options.run, resume=True)))
-
-
 # Splits --------------------------------------------------------------------------------------------------------------
 
 
@@ -132,16 +119,12 @@ def test_pre_training_is_checked_too(tmp_path: Path) -> None:
     ("names", "use_selection_split", "expected"),
     [
         (["train"], False, ("train", None, None)),
-        (["test"], True, ("test", None, None)),
         (["a", "b"], False, ("a", None, None)),
-        (["test", "train"], False, ("train", "test", None)),
         (["test", "train"], True, ("train", "test", None)),
         (["test", "validation", "train"], False, ("train", "validation", None)),
         (["test", "validation", "train"], True, ("train", "test", "validation")),
         (["train", "validation", "dev"], True, ("train", "validation", None)),
-        (["test", "val", "valid", "train"], False, ("train", "valid", None)),
         (["test", "dev", "val"], True, ("test", "val", None)),
-        (["dev", "test"], True, ("dev", "test", None)),
     ],
 )
 def test_results_are_measured_on_the_test_split_if_the_validation_split_selects_the_checkpoint(

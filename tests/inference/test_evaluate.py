@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import evaluation_results
+from helpers.accelerate_state import reset_accelerate
 from helpers.evaluation_results import close
 from helpers.evaluation_worker import (
     CLASSES,
@@ -35,7 +36,7 @@ from rich.console import Console
 
 from modeling_vitcls import ViTCLSConfig, ViTCLSForMaskedImageModeling, ViTCLSImageProcessor, ViTCLSModel
 from modeling_vitcls.data.images import LabeledImages
-from modeling_vitcls.data.labels import LabelSpace, get_label_space
+from modeling_vitcls.data.labels import LabelSpace
 from modeling_vitcls.distributed import build_accelerator
 from modeling_vitcls.files import read_json
 from modeling_vitcls.inference import evaluate as evaluate_module
@@ -153,10 +154,12 @@ def test_a_multi_task_model(models: Path, tmp_path: Path, by_one_process: dict[s
     for task in ("species", "age"):
         assert sum(parts[f"{task}_num_images"]) == 2 * expected[f"{task}_num_images"]
         assert average(parts, f"{task}_loss", f"{task}_num_images") == close(expected[f"{task}_loss"])
-    with pytest.raises(
-        ValueError, match="with several tasks with one label each, but the dataset has one label per image"
-    ):
+    with raises_one_line("multi_task", "--label-column"):
         evaluate(models / "multi_task", table, label_column=("age",))
+    reset_accelerate()
+    options = EvaluateOptions(str(models / "multi_task"), DataOptions(str(table)), per_image=tmp_path / "rows.parquet")
+    with raises_one_line("--per-image"):
+        evaluate_checkpoint(options)
 
 
 def test_a_single_label_model(
@@ -309,13 +312,6 @@ def test_a_model_without_a_classifier_is_an_error(tmp_path: Path) -> None:
             evaluate_checkpoint(options)
 
 
-def test_labels_of_a_model() -> None:
-    for name, space in SPACES.items():
-        assert get_label_space(build_classifier(name).config) == space
-    for id2label in ({0: "dusk", 1: "noon"}, {1: "noon", 0: "dusk"}):
-        assert get_label_space(ViTCLSConfig(id2label=id2label)) == build_single_label_space("dusk", "noon")
-
-
 # Labels by name ------------------------------------------------------------------------------------------------------
 
 
@@ -356,7 +352,5 @@ def test_tasks_are_matched_by_name() -> None:
     assert matched.labels == [{"a": 1, "b": 1}, {"a": 0, "b": -100}]
     with pytest.raises(ValueError, match=r"the model has the tasks a, c, but the dataset has b, a. Select"):
         match_labels(LabeledImages([], []), given, LabelSpace("multi_task", {"a": ["p"], "c": ["x"]}))
-    with pytest.raises(
-        ValueError, match="with one label per image, but the dataset has several tasks with one label each"
-    ):
+    with raises_one_line("multi_task", "--label-column"):
         match_labels(LabeledImages([], []), given, build_single_label_space("a"))

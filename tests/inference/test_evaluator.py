@@ -116,22 +116,6 @@ def test_too_many_unreadable_images_are_an_error() -> None:
         evaluator(build_classifier("single"))
 
 
-def test_color_images_are_unreadable_for_a_gray_model() -> None:
-    encoded = []
-    for mode in ("L", "RGB", "RGBA", "L"):
-        Image.new(mode, (16, 16)).save(file := io.BytesIO(), "PNG")
-        encoded.append({"path": f"{mode}.png", "bytes": file.getvalue()})
-    pictures = LabeledImages(DatasetImages.from_list(encoded), [0, 1, 2, 3])
-    processor = ViTCLSImageProcessor(size=16, do_convert_rgb=False, image_mean=0.5, image_std=0.5)
-    batch = HeldOutBatches(pictures, processor, SPACES["single"], 4, 0, 1, num_channels=1)[range(4)]
-    assert batch.pixel_values is not None and batch.pixel_values.shape == (2, 1, 16, 16)
-    assert batch.labels.tolist() == [0, 3]
-    assert batch.error_messages == {
-        1: "the image 'RGB.png' has 3 channels, but the model requires 1",
-        2: "the image 'RGBA.png' has 4 channels, but the model requires 1",
-    }
-
-
 class CountedImages(list):
     """Images that count how often they are loaded."""
 
@@ -171,8 +155,3 @@ def test_mixed_precision(by_one_process: dict[str, Any]) -> None:
     assert metrics["num_images"] == NUM_IMAGES
     assert metrics["loss"] != in_float32["loss"]
     assert metrics["loss"] == pytest.approx(in_float32["loss"], abs=0.05)
-
-
-def test_a_model_saved_in_half_precision(by_one_process: dict[str, Any]) -> None:
-    metrics = build_evaluator("multi_label", build_accelerator())(build_classifier("multi_label").bfloat16())
-    assert metrics["loss"] == pytest.approx(by_one_process["multi_label"]["loss"], abs=0.05)

@@ -58,8 +58,8 @@ def test_images_of_folders_are_sorted_whatever_the_file_system_lists_first(
         (tmp_path / name).touch()
     walk = os.walk
 
-    def walk_backwards(folder: Any) -> Iterator[Any]:
-        for parent, folders, files in walk(folder):
+    def walk_backwards(folder: Any, followlinks: bool) -> Iterator[Any]:
+        for parent, folders, files in walk(folder, followlinks=followlinks):
             folders.sort(reverse=True)
             yield parent, folders, sorted(files, reverse=True)
 
@@ -143,15 +143,6 @@ def test_streams_are_identified_by_split_and_column(tmp_path: Path) -> None:
             for change in changes
         )
         assert first != second
-    source = open_input(PredictOptions("model", dataset=str(table), split="train", image_column="first"))
-    identity = source.compute_fingerprint()
-    assert identity.pop("fingerprint") and identity == {
-        "dataset": str(table),
-        "split": "train",
-        "column": "first",
-        "bytes and time": [table.stat().st_size, table.stat().st_mtime_ns],
-        "images": 1,
-    }
 
 
 def test_values_of_a_column_are_paths_bytes_or_images(tmp_path: Path) -> None:
@@ -219,13 +210,6 @@ def test_a_network_failure_is_retried_and_is_not_an_unreadable_image(monkeypatch
     assert "\n" not in str(caught.value)
 
 
-def test_digits_are_read() -> None:
-    source = open_input(PredictOptions("model", dataset="digits"))
-    assert source.num_images == 1797
-    (record,) = source.read_records([range(1796, 1797)])
-    assert record.content.size == (8, 8) and record.name == "digits/1796"
-
-
 def test_idx_files_are_read(tmp_path: Path) -> None:
     pixels = np.arange(2 * 4 * 4, dtype=np.uint8).reshape(2, 4, 4)
     for name, header, values in (
@@ -245,7 +229,7 @@ def test_datasets_that_cannot_be_used_are_named(tmp_path: Path) -> None:
         open_input(PredictOptions("model", dataset=str(tmp_path / "table.csv")))
     with raises_one_line("has no column 'c'. Choose one of a, b"):
         open_input(PredictOptions("model", dataset=str(tmp_path / "table.csv"), image_column="c"))
-    with raises_one_line("has no split 'test'", "train"):
+    with raises_one_line("--split", "train"):
         open_input(PredictOptions("model", dataset=str(tmp_path / "table.csv"), split="test"))
     with raises_one_line("there are no images in"):
         open_input(PredictOptions("model", (str(tmp_path),)))
@@ -256,7 +240,7 @@ def test_one_of_several_splits_has_to_be_named(tmp_path: Path) -> None:
         for index in range(number):
             (tmp_path / split / "cat").mkdir(parents=True, exist_ok=True)
             Image.new("L", (4, 4)).save(tmp_path / split / "cat" / f"{index}.png")
-    with raises_one_line("has several splits. Set --split to one of", "train", "test"):
+    with raises_one_line("--split", "train, test"):
         open_input(PredictOptions("model", dataset=str(tmp_path)))
     for split, number in (("train", 2), ("test", 1)):
         assert open_input(PredictOptions("model", dataset=str(tmp_path), split=split)).num_images == number

@@ -86,12 +86,6 @@ def test_each_head_has_its_own_metrics(by_one_process: dict[str, Any]) -> None:
     assert len(set(answers.values())) == 3  # otherwise, swapped heads would not be detected
 
 
-def test_a_model_with_one_head_has_one_accuracy() -> None:
-    metrics = SingleLabelMetrics(SPACES["single"], CPU)
-    metrics.update(SimpleNamespace(logits=torch.eye(7), distillation_logits=None), torch.arange(7))
-    assert "cls_accuracy" not in metrics.compute()
-
-
 @pytest.mark.filterwarnings("ignore:No positive class")
 def test_multi_label_metrics(by_one_process: dict[str, Any]) -> None:
     metrics = by_one_process["multi_label"]
@@ -235,7 +229,3 @@ def test_losses_that_are_not_finite_are_none() -> None:
         metrics = SingleLabelMetrics(SPACES["single"], CPU)
         metrics.update(SimpleNamespace(logits=logits, distillation_logits=None), torch.tensor([1]))
         assert metrics.compute()["loss"] is None
-
-
-def test_every_kind_of_labels_has_metrics() -> None:
-    assert METRICS.keys() == {space.kind for space in SPACES.values()}

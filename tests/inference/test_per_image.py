@@ -16,10 +16,8 @@ from sklearn.metrics import log_loss, roc_auc_score
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, evaluate, predict
 from modeling_vitcls.data.held_out import RESULTS_FILE
-from modeling_vitcls.data.labels import LabelSpace
 from modeling_vitcls.hub.model_files import PREDICTIONS_FILE
 from modeling_vitcls.inference.confidence import compute_energies
-from modeling_vitcls.inference.per_image import check_per_image
 
 
 @pytest.fixture(scope="module")
@@ -44,11 +42,6 @@ def test_rows_equal_the_metrics_of_the_same_evaluation(folder: Path, tmp_path: P
     names = sorted(rows["label"].unique())
     assert log_loss(rows["label"], probabilities, labels=names) == pytest.approx(results["loss"], abs=1e-5)
     assert rows["image"].is_unique and rows["index"].tolist() == list(range(len(rows)))
-
-
-def test_several_tasks_are_refused() -> None:
-    with pytest.raises(ValueError, match="--per-image"):
-        check_per_image(LabelSpace("multi_task", {"kind": ["a", "b"], "time": ["c", "d"]}))
 
 
 def test_a_temperature_changes_probabilities_only(folder: Path, tmp_path: Path) -> None:

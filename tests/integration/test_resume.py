@@ -305,7 +305,6 @@ def test_killed_at_any_step_with_all_options(
 
 
 VARIANTS = {
-    "repeated augmentation": f"{RUN} --repeated-augmentation 2",
     "several kinds of tokens": f"{RUN} --num-cls-tokens 2 --num-distillation-tokens 1 --pooling cls_mean",
     "head": f"{SCHEDULE} --model {{trained}} --trainable head",
     "LoRA": f"{SCHEDULE} --model {{trained}} --trainable lora --lora-rank 2 --ema-decay 0.9",

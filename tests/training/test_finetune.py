@@ -368,7 +368,6 @@ def test_all_options_at_once(tmp_path: Path) -> None:
         cutmix=1.0,
         auto_augment="rand",
         random_erasing=0.3,
-        repeated_augmentation=2,
         class_balance="sampling",
         ema_decay=0.9,
         layer_decay=0.7,
