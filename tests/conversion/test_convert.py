@@ -252,7 +252,7 @@ def test_weights_that_change_when_loaded_are_an_error(tmp_path: Path, monkeypatc
             model.classifier.bias.sub_(1)
 
     monkeypatch.setattr(ViTCLSForImageClassification, "save_pretrained", wrong)
-    with pytest.raises(ConversionError, match=r"written weight .*classifier\.bias differs"):
+    with raises_one_line("logits", error=ConversionError):
         convert_checkpoint("timm:test_vit", tmp_path / "made", random_init=True)
     assert not list_all(tmp_path)
 
@@ -403,7 +403,7 @@ def test_remote_code_is_never_run(file: str, tmp_path: Path, monkeypatch: pytest
     path = tmp_path / "source" / file
     path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | settings))
     if file == "config.json":
-        with raises_one_line("requires remote code, which is never run", error=ConversionError):
+        with raises_one_line("remote code", error=OSError):
             convert_checkpoint(source, tmp_path / "made")
     else:
         made = convert_checkpoint(source, tmp_path / "made")
@@ -452,7 +452,7 @@ UNSUPPORTED: dict[str, Callable[[Path], str]] = {
     "SwinModel cannot be converted": lambda folder: save_checkpoint(
         transformers.SwinModel(transformers.SwinConfig(embed_dim=8, depths=[1], num_heads=[1], image_size=32)), folder
     ),
-    "timm 1.* has no model vit_huuge. Did you mean": lambda folder: "timm:vit_huuge",
+    "timm 1.* has no model vit_huuge": lambda folder: "timm:vit_huuge",
     "nowhere/at/all is not a folder": lambda folder: f"transformers:{folder}/nowhere/at/all",
     "cannot read the configuration of": lambda folder: f"transformers:{folder.parent}",  # without config.json
     "source 'keras:resnet' is not supported": lambda folder: "keras:resnet",

@@ -233,13 +233,6 @@ def test_errors_name_the_unsupported_field(model_class: Any, values: dict, field
     assert "\n" not in str(error.value)
 
 
-def test_the_error_names_the_class_for_the_encoder() -> None:
-    model = randomize_weights(ViTCLSForImageClassification(ViTCLSConfig(**BASE, position_embedding_type="rope_2d")))
-    with pytest.raises(ConversionError, match=r"model\.vitcls, can be converted to DINOv3ViTModel"):
-        convert_to_transformers(model)
-    assert type(convert_to_transformers(model.vitcls)).__name__ == "DINOv3ViTModel"
-
-
 @pytest.mark.parametrize(
     "model_class", [ViTCLSForMaskedImageModeling, ViTCLSForMultiTaskClassification, ViTCLSBackbone]
 )
