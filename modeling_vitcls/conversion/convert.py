@@ -7,8 +7,8 @@ report = write_native_model("runs/mine", Path("native"))    # a transformers cla
 """
 
 import dataclasses
-import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -72,7 +72,9 @@ def convert_checkpoint(
     with create_output_folder(output) as folder:
         model.save_pretrained(folder)
         preprocessing.processor.save_pretrained(folder)
-        model = type(model).from_pretrained(folder)  # what is compared is what was written
+        written_weights = type(model).from_pretrained(folder).state_dict()
+        if not all(torch.equal(written_weights[name], weight) for name, weight in model.state_dict().items()):
+            raise ConversionError("the written weights differ from the converted weights. Check the disk")
         has_source_classifier = classifier_state == "kept"
         comparisons, native_size_reason = compare_models(
             source, model, has_source_classifier, source.native_size_reason
@@ -156,22 +158,16 @@ def convert_source(source: SourceModel, classifier: ClassifierChoice, num_labels
 
 @contextmanager
 def create_output_folder(output: Path) -> Iterator[Path]:
-    """Create a temporary folder next to `output`. Rename the folder to `output` on exit, or remove the folder after an
-    error."""
-    new_folders = [folder for folder in (output, *output.parents) if not folder.exists()]  # innermost first
-    temporary_folder = output.with_name(f".{output.name}.partial-{os.getpid()}")
-    try:
-        temporary_folder.mkdir(parents=True)
-        yield temporary_folder
+    """Create a temporary folder, and rename it to `output` on exit. After an error, nothing is left."""
+    existing_parent = next(folder for folder in output.absolute().parents if folder.is_dir())
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=existing_parent) as temporary_folder:
+        folder = Path(temporary_folder, output.name)
+        folder.mkdir()
+        yield folder
+        output.parent.mkdir(parents=True, exist_ok=True)
         if output.exists():
             output.rmdir()
-        temporary_folder.rename(output)
-    except BaseException:
-        shutil.rmtree(temporary_folder, ignore_errors=True)
-        with suppress(OSError):
-            for folder in new_folders[1:]:
-                folder.rmdir()
-        raise
+        folder.rename(output)
 
 
 # Transformers classes ------------------------------------------------------------------------------------------------

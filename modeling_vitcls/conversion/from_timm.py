@@ -30,7 +30,6 @@ from .weight_rules import (
     Rule,
     Weights,
     append_ones,
-    append_zero_bias,
     build_model,
     convert_weights,
     repeat_kv,
@@ -94,7 +93,7 @@ def rewrite_state_dict(model: TimmModule) -> Weights:
         if get_class_name(block) == "ParallelThingsBlock":
             merge_branches(weights, prefix, len(block.attns))
         attention, attention_prefix = (block.attn, f"{prefix}attn.") if hasattr(block, "attn") else (block, prefix)
-        if hasattr(attention, "lambda_init"):
+        if hasattr(attention, "lambda_q1"):
             fold_differential_lambda(weights, attention_prefix, attention.lambda_init)
     return weights
 
@@ -111,10 +110,11 @@ def merge_branches(weights: Weights, prefix: str, num_branches: int) -> None:
     qkv_layers = [fold_norm(branch, "attn.qkv") for branch in attentions]
     for index, letter in enumerate("qkv"):
         layers = [{name: tensor.chunk(3)[index] for name, tensor in layer.items()} for layer in qkv_layers]
-        concatenate_outputs(weights, f"{prefix}attn.{letter}_proj", layers)
-    concatenate_outputs(weights, f"{prefix}mlp.fc1", [fold_norm(branch, "mlp.fc1") for branch in mlps])
-    concatenate_inputs(weights, f"{prefix}attn.proj", [fold_layer_scale(branch, "attn.proj") for branch in attentions])
-    concatenate_inputs(weights, f"{prefix}mlp.fc2", [fold_layer_scale(branch, "mlp.fc2") for branch in mlps])
+        set_merged_layer(weights, f"{prefix}attn.{letter}_proj", layers, dim=0)
+    set_merged_layer(weights, f"{prefix}mlp.fc1", [fold_norm(branch, "mlp.fc1") for branch in mlps], dim=0)
+    projections = [fold_layer_scale(branch, "attn.proj") for branch in attentions]
+    set_merged_layer(weights, f"{prefix}attn.proj", projections, dim=1)
+    set_merged_layer(weights, f"{prefix}mlp.fc2", [fold_layer_scale(branch, "mlp.fc2") for branch in mlps], dim=1)
     for name, branch in (("norm1", attentions[0]), ("norm2", mlps[0])):
         weights[f"{prefix}{name}.weight"] = torch.ones_like(branch["norm.weight"])
         if "norm.bias" in branch:
@@ -145,26 +145,18 @@ def fold_layer_scale(branch_weights: Weights, layer_name: str) -> Weights:
     return {"weight": scale[:, None] * weight, "bias": scale * bias}
 
 
-def concatenate_outputs(weights: Weights, name: str, layer_weights: Sequence[Weights]) -> None:
-    """Add the weights of a linear layer that concatenates the outputs of several linear layers."""
-    for parameter in ("weight", "bias"):
-        weights[f"{name}.{parameter}"] = torch.cat([layer[parameter] for layer in layer_weights])
-
-
-def concatenate_inputs(weights: Weights, name: str, layer_weights: Sequence[Weights]) -> None:
-    """Add the weights of a linear layer that maps the concatenated inputs of several linear layers to the sum of the
-    outputs of these layers."""
-    weights[f"{name}.weight"] = torch.cat([layer["weight"] for layer in layer_weights], dim=1)
-    weights[f"{name}.bias"] = torch.stack([layer["bias"] for layer in layer_weights]).sum(dim=0)
+def set_merged_layer(weights: Weights, name: str, layers: Sequence[Weights], dim: int) -> None:
+    """Add a linear layer that concatenates the outputs of several layers (`dim=0`), or maps the concatenated inputs of
+    several layers to the sum of their outputs (`dim=1`)."""
+    weights[f"{name}.weight"] = torch.cat([layer["weight"] for layer in layers], dim)
+    biases = [layer["bias"] for layer in layers]
+    weights[f"{name}.bias"] = torch.stack(biases).sum(dim=0) if dim else torch.cat(biases)
 
 
 def fold_differential_lambda(weights: Weights, prefix: str, lambda_init: float) -> None:
-    """Replace the four lambda vectors, or the two lambda values, with the weight of the second attention map."""
-    if f"{prefix}lambda_a" in weights:
-        lambda_1, lambda_2 = (weights.pop(f"{prefix}lambda_{letter}").reshape(1).double() for letter in "ab")
-    else:
-        products = [weights.pop(f"{prefix}lambda_q{n}") * weights.pop(f"{prefix}lambda_k{n}") for n in "12"]
-        lambda_1, lambda_2 = (product.double().sum().reshape(1) for product in products)
+    """Replace the four lambda vectors with the weight of the second attention map."""
+    products = [weights.pop(f"{prefix}lambda_q{n}") * weights.pop(f"{prefix}lambda_k{n}") for n in "12"]
+    lambda_1, lambda_2 = (product.double().sum().reshape(1) for product in products)
     scale = weights[f"{prefix}sub_norm.weight"]
     weights[f"{prefix}lambda_full"] = (lambda_1.exp() - lambda_2.exp() + lambda_init).to(scale.dtype)
     weights[f"{prefix}sub_norm.weight"] = scale * (1 - lambda_init)
@@ -231,14 +223,6 @@ PARALLEL_RULES = [
     Rule("blocks.{i}.lambda_full", "layers.{i}.attention.lambda_full"),
     Rule("blocks.{i}.attn_out_proj.{rest}", "layers.{i}.attention.o_proj.{rest}"),
     Rule("blocks.{i}.mlp_out_proj.{rest}", "layers.{i}.mlp.fc2.{rest}"),
-    Rule(
-        "blocks.{i}.out_proj.weight",
-        ["layers.{i}.attention.o_proj.weight", "layers.{i}.mlp.fc2.weight"],
-        lambda tensor, config: tensor.tensor_split([config.hidden_size], dim=1),
-    ),
-    Rule(
-        "blocks.{i}.out_proj.bias", ["layers.{i}.attention.o_proj.bias", "layers.{i}.mlp.fc2.bias"], append_zero_bias
-    ),
     Rule("blocks.{i}.ls.gamma", "layers.{i}.layer_scale1.lambda1"),
 ]
 

@@ -48,21 +48,14 @@ WRAPPER_PREFIXES = ("module.", "_orig_mod.", "backbone.")
 # Family -> regular expression for the weight names that identify the family. The first matching family is used.
 FAMILY_PATTERNS = {
     "big_vision": r"(.*/)?embedding/kernel",
-    "sapiens2": r"blocks\.0\.attn\.wq\.weight",
     "dinov3": r"storage_tokens|rope_embed\.periods",
     "aimv2": r"(image_encoder\.)?preprocessor\.patchifier\.proj\.weight",
     "clip": r"(visual\.)?class_embedding",
-    "beit": r".*relative_position_bias_table",
     "eva02": r"rope\.freqs_cos|blocks\.0\.(attn\.inner_attn_ln|mlp\.ffn_ln|attn\.q_proj)\..*",
     "dinov2": r"register_tokens|blocks\.0(\.0)?\.(ls1\.gamma|mlp\.w12\.weight)",
     "ibot": r"masked_embed",
     "mae": r"decoder_embed\.weight|fc_norm\.weight",
     "deit": r"dist_token|head\.weight|blocks\.0\.gamma_1",
-}
-# Families without file support, and the source to use instead.
-UNSUPPORTED_FAMILIES = {
-    "beit": "transformers:microsoft/beit-base-patch16-224",
-    "sapiens2": "transformers:facebook/sapiens2-pretrain-0.4b",
 }
 # Family of encoders that match no pattern, by container key. iBOT encoders may be detected as DINO; the conversion is
 # identical.
@@ -92,11 +85,6 @@ class FileSource(TimmSource):
         notes: list[str] = []
         tensors, container_key = unwrap_weights(read_state_dict(file), notes)
         family = family or detect_family(tensors, container_key, file)
-        if family in UNSUPPORTED_FAMILIES:
-            raise ConversionError(
-                f"{file} contains {family} weights, but {family} files are not supported. Use another source, for "
-                f"example {UNSUPPORTED_FAMILIES[family]}"
-            )
         try:
             weights = prepare_weights(tensors, family)
             model = build_timm_model(weights, family)

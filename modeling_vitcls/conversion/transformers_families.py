@@ -125,6 +125,10 @@ def read_common_fields(config: Any, weights: Weights) -> Fields:
         is_gated = getattr(config, "use_swiglu_ffn", False)
         fields["mlp_type"] = "swiglu" if is_gated else "mlp"
         fields["intermediate_size"] = compute_dinov2_mlp_size(config.hidden_size, config.mlp_ratio, is_gated)
+    if hasattr(config, "use_absolute_position_embeddings"):  # BEiT and InternViT
+        fields["position_embedding_type"] = "learned" if config.use_absolute_position_embeddings else "none"
+        fields["pooling"] = "mean" if config.use_mean_pooling else "cls"
+        fields["final_norm"] = not config.use_mean_pooling
     return fields | {"use_mask_token": "embeddings.mask_token" in weights}
 
 
@@ -308,12 +312,8 @@ def read_internvl_fields(config: Any, weights: Weights) -> Fields:
     if config.use_qk_norm:
         raise ConversionError("ViTCLS does not support query and key norms over all heads (use_qk_norm)")
     check_square_image(config)
-    return read_common_fields(config, weights) | {
-        "norm_type": "layernorm" if config.norm_type == "layer_norm" else "rmsnorm",
-        "position_embedding_type": "learned" if config.use_absolute_position_embeddings else "none",
-        "pooling": "mean" if config.use_mean_pooling else "cls",
-        "final_norm": not config.use_mean_pooling,
-    }
+    norm_type = "layernorm" if config.norm_type == "layer_norm" else "rmsnorm"
+    return read_common_fields(config, weights) | {"norm_type": norm_type}
 
 
 def add_identity_projection(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
@@ -369,15 +369,11 @@ BEIT_RULES = [
 def read_beit_fields(config: Any, weights: Weights) -> Fields:
     """Return the fields of BEiT, which has a relative position bias, position embeddings, or both."""
     check_square_image(config)
-    layer_bias_type = "layer" if config.use_relative_position_bias else None
-    shared_bias_type = "shared" if config.use_shared_relative_position_bias else None
+    shared_bias_type = "shared" if config.use_shared_relative_position_bias else "none"
     return read_common_fields(config, weights) | {
         "key_bias": False,
         "layer_scale_init_value": config.layer_scale_init_value if config.layer_scale_init_value > 0 else None,
-        "position_embedding_type": "learned" if config.use_absolute_position_embeddings else "none",
-        "relative_position_bias": layer_bias_type or shared_bias_type or "none",
-        "pooling": "mean" if config.use_mean_pooling else "cls",
-        "final_norm": not config.use_mean_pooling,
+        "relative_position_bias": "layer" if config.use_relative_position_bias else shared_bias_type,
         "pooled_norm": "pooler.layernorm.weight" in weights,
     }
 

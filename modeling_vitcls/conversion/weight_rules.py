@@ -24,6 +24,7 @@ import torch
 from transformers.initialization import no_init_weights
 
 from ..configuration_vitcls import TokenLayout, ViTCLSConfig
+from ..errors import format_error
 from ..modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel, ViTCLSPreTrainedModel
 
 
@@ -226,23 +227,10 @@ def should_create_classifier(classifier: str, num_labels: int | None, num_source
 
 def load_converted_weights(model: ViTCLSPreTrainedModel, weights: Weights) -> ViTCLSPreTrainedModel:
     """Load converted weights into a model and return the model in eval mode."""
-    shapes, expected_shapes = (
-        {name: list(weight.shape) for name, weight in state_dict.items()}
-        for state_dict in (weights, model.state_dict())
-    )
-    names_by_problem = {
-        "missing": sorted(expected_shapes.keys() - shapes.keys()),
-        "unexpected": [f"{name} {shapes[name]}" for name in sorted(shapes.keys() - expected_shapes.keys())],
-        "of a different shape": [
-            f"{name} {shapes[name]} (the model has {expected_shapes[name]})"
-            for name in sorted(shapes.keys() & expected_shapes.keys())
-            if shapes[name] != expected_shapes[name]
-        ],
-    }
-    for problem, names in names_by_problem.items():
-        if names:
-            raise ConversionError(f"weights {problem}: {join_names(names)}")
-    model.load_state_dict(weights)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:  # missing and unexpected weights, and weights of a different shape
+        raise ConversionError(format_error(error)) from None
     model.eval()
     return model
 

@@ -499,8 +499,6 @@ PLAIN = build_vit_weights()
 # Name: content of the file, --family, words in the error
 REFUSED: dict[str, tuple[Any, str | None, tuple[str, ...]]] = {
     "several families": (PLAIN, None, ("--family", "dino", "mae", "deit")),
-    "beit": ({"blocks.0.attn.relative_position_bias_table": torch.zeros(3)}, None, ("transformers:",)),
-    "sapiens2": ({"blocks.0.attn.wq.weight": torch.zeros(3)}, None, ("transformers:",)),
     "swin": ({"layers.0.weight": torch.zeros(3)}, None, ("layers.0.weight", "timm:NAME")),
     "nothing": ({}, None, ("timm:NAME",)),
     "unknown family": (PLAIN, "swin", ("swin", "--family", "dinov2")),

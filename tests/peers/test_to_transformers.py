@@ -116,23 +116,9 @@ EQUIVALENT = [
         "DeiTForImageClassificationWithTeacher",
         "deit distilled",
     ),
-    (
-        ViTCLSForImageClassification,
-        {"num_distillation_tokens": 1, "position_embedding_tokens": "patches", "distillation_inference": "cls"},
-        "DeiTForImageClassification",
-        "deit classifier",
-    ),
     (ViTCLSModel, {"position_embedding_tokens": "patches"}, "ViTModel", "vit without pooler"),
-    (ViTCLSModel, {"position_embedding_type": "none"}, "ViTModel", "vit without pooler"),
     (ViTCLSModel, REGISTERS | {"position_embedding_tokens": "all"}, "Dinov2WithRegistersModel", "registers"),
     (ViTCLSModel, REGISTERS | {"position_embedding_tokens": "patches"}, "Dinov2WithRegistersModel", "registers"),
-    (ViTCLSModel, REGISTERS | {"intermediate_size": 50}, "Dinov2WithRegistersModel", "registers"),
-    (
-        ViTCLSModel,
-        LAYER_SCALE | {"intermediate_size": 50, "mlp_type": "swiglu"},
-        "Dinov2Model",
-        "dinov2",
-    ),
 ]
 
 
