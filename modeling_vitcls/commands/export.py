@@ -16,9 +16,6 @@ from typing import Any, Literal
 from .parsing import exit_with_message
 
 
-MIN_OPSET = 18  # lowest ONNX opset that torch.onnx supports
-
-
 @dataclass(frozen=True)
 class ExportOptions:
     """Export a model. Nothing is written if the outputs of the graph and the model differ by more than the limit."""
@@ -44,8 +41,6 @@ class ExportOptions:
     """Accept images of different sizes, not only of --image-size. The batch size is always dynamic."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """dtype of the weights and computations. Inputs and outputs are always float32."""
-    opset: int | None = None
-    """ONNX opset. Default: the default opset of torch.onnx."""
     dataset: str | None = None
     """Images, as in `vitcls evaluate`, to measure the accuracy of the file. For images without labels, the outputs of
     file and model are compared."""
@@ -62,11 +57,9 @@ def check_options(options: ExportOptions) -> None:
         exit_with_message(
             f"error: --image-size must be two positive numbers, but it is {' '.join(map(str, options.image_size))}"
         )
-    graph_settings = (options.image_size, options.dynamic, options.dtype, options.opset)
-    if options.format == "transformers.js" and graph_settings != (None, True, "float32", None):
-        exit_with_message(
-            "error: --format transformers.js does not support --image-size, --no-dynamic, --dtype or --opset"
-        )
+    graph_settings = (options.image_size, options.dynamic, options.dtype)
+    if options.format == "transformers.js" and graph_settings != (None, True, "float32"):
+        exit_with_message("error: --format transformers.js does not support --image-size, --no-dynamic or --dtype")
     if options.dataset is not None and options.format == "torch":
         exit_with_message("error: --dataset requires --format onnx, openvino or transformers.js, not torch")
     if options.int8 and (options.dataset is None or options.format not in ("onnx", "openvino")):
@@ -77,10 +70,6 @@ def check_options(options: ExportOptions) -> None:
         exit_with_message("error: --exclude-layers requires --int8. Set --int8")
     if options.split is not None and options.dataset is None:
         exit_with_message("error: --split requires --dataset. Set --dataset")
-    if options.opset is not None and options.format == "torch":
-        exit_with_message("error: --opset requires --format onnx or openvino, but --format is torch")
-    if options.opset is not None and options.opset < MIN_OPSET:
-        exit_with_message(f"error: --opset must be at least {MIN_OPSET}, but it is {options.opset}")
 
 
 def run(options: ExportOptions) -> None:
@@ -107,7 +96,6 @@ def run(options: ExportOptions) -> None:
         options.image_size,
         options.dynamic,
         options.dtype,
-        options.opset,
         int8=options.int8,
         dataset=options.dataset,
         split=options.split,

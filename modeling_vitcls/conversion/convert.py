@@ -73,7 +73,8 @@ def convert_checkpoint(
         model.save_pretrained(folder)
         preprocessing.processor.save_pretrained(folder)
         written_weights = type(model).from_pretrained(folder).state_dict()
-        if not all(torch.equal(written_weights[name], weight) for name, weight in model.state_dict().items()):
+        is_equal = partial(torch.allclose, rtol=0, atol=0, equal_nan=True)
+        if not all(is_equal(written_weights[name], weight) for name, weight in model.state_dict().items()):
             raise ConversionError("the written weights differ from the converted weights. Check the disk")
         has_source_classifier = classifier_state == "kept"
         comparisons, native_size_reason = compare_models(

@@ -30,6 +30,7 @@ from .weight_rules import (
     Rule,
     Weights,
     append_ones,
+    append_zero_bias,
     build_model,
     convert_weights,
     repeat_kv,
@@ -219,10 +220,19 @@ PARALLEL_RULES = [
     Rule("blocks.{i}.in_norm.{rest}", "layers.{i}.layernorm_before.{rest}"),
     Rule("blocks.{i}.in_proj.{rest}", ["layers.{i}.mlp.fc1.{rest}", *QKV_NAMES], split_mlp_qkv),
     Rule("blocks.{i}.mlp_bias", "layers.{i}.mlp.fc1.bias"),
+    Rule("blocks.{i}.sub_norm.{rest}", "layers.{i}.attention.head_norm.{rest}"),
     Rule("blocks.{i}.{x}_norm.{rest}", "layers.{i}.attention.{x}_norm.{rest}"),  # q_norm, k_norm
     Rule("blocks.{i}.lambda_full", "layers.{i}.attention.lambda_full"),
     Rule("blocks.{i}.attn_out_proj.{rest}", "layers.{i}.attention.o_proj.{rest}"),
     Rule("blocks.{i}.mlp_out_proj.{rest}", "layers.{i}.mlp.fc2.{rest}"),
+    Rule(
+        "blocks.{i}.out_proj.weight",
+        ["layers.{i}.attention.o_proj.weight", "layers.{i}.mlp.fc2.weight"],
+        lambda tensor, config: tensor.tensor_split([config.hidden_size], dim=1),
+    ),
+    Rule(
+        "blocks.{i}.out_proj.bias", ["layers.{i}.attention.o_proj.bias", "layers.{i}.mlp.fc2.bias"], append_zero_bias
+    ),
     Rule("blocks.{i}.ls.gamma", "layers.{i}.layer_scale1.lambda1"),
 ]
 

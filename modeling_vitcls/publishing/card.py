@@ -114,17 +114,13 @@ def render_card(folder: ModelFolder, name: str | None = None, hidden_files: set[
         "images": images,
         "report_file": REPORT_FILE if has_report else None,
         "license": get_license_source(folder),
-        "provenance": folder.provenance,
-        "teacher_provenance": folder.teacher_provenance,
         "has_code": folder.has_weights and not folder.is_native,
         "is_native": not folder.is_adapter and folder.is_native,
-        "config": folder.config,
         "tasks": folder.config.task_labels() if folder.config is not None else {},
-        "results": folder.results,
-        "flags": folder.flags,
         "parity": folder.parity_report,
         "onnx": folder.onnx_report,
         "exports": {} if folder.is_adapter else folder.exports,
+        **{name: getattr(folder, name) for name in ("config", "results", "flags", "provenance", "teacher_provenance")},
     }
     if folder.is_adapter:
         template, variables = "adapter", variables | describe_adapter(folder)

@@ -1,6 +1,8 @@
 """A model folder, as publishing sees it: what is in the folder, and which of its results belong to its weights."""
 
 import logging
+import math
+from contextlib import ExitStack
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -90,15 +92,9 @@ class ModelFolder:
     @cached_property
     def num_parameters(self) -> int:
         """The number of values in the weight files."""
-        count = 0
-        for name in list_weight_files(self.path):
-            with safe_open(self.path / name, "pt") as file:
-                for key in file.keys():  # noqa: SIM118  # safe_open is not a dict
-                    size = 1
-                    for length in file.get_slice(key).get_shape():
-                        size *= length
-                    count += size
-        return count
+        with ExitStack() as stack:
+            files = [stack.enter_context(safe_open(self.path / name, "pt")) for name in list_weight_files(self.path)]
+            return sum(math.prod(file.get_slice(key).get_shape()) for file in files for key in file.keys())  # noqa: SIM118
 
     @cached_property
     def has_weights(self) -> bool:

@@ -16,7 +16,6 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import yaml
-from transformers.dynamic_module_utils import get_relative_import_files
 
 from ..hub.model_files import (
     ADAPTER_PATTERNS,
@@ -55,7 +54,6 @@ def stage_folder(path: Path, repo_id: str) -> Iterator[Path]:
     """Yield a temporary folder with the files to publish. Raise ValueError if the model or adapter is incomplete."""
     folder = ModelFolder(path)
     folder.check_is_complete()
-    check_imported_code(folder)
     files = list_published_files(folder)
     with tempfile.TemporaryDirectory(prefix="vitcls-push-") as temporary_path:
         staged = Path(temporary_path)
@@ -100,18 +98,6 @@ def replace_file(file: Path, text: str) -> None:
     """Write a file in place of a link."""
     file.unlink(missing_ok=True)
     file.write_text(text, encoding="utf-8", newline="\n")
-
-
-def check_imported_code(folder: ModelFolder) -> None:
-    """Raise ValueError if a code file of the model imports a file that does not exist."""
-    for reference in folder.code_references if folder.has_weights else ():
-        try:
-            get_relative_import_files(folder.path / f"{reference.partition('.')[0]}.py")
-        except OSError as error:
-            missing_file = Path(error.filename).name if error.filename else "a code file"
-            raise ValueError(
-                f"{folder.path} lacks {missing_file}, which the model requires. Save the model again"
-            ) from None
 
 
 def read_code_license() -> str:

@@ -526,7 +526,7 @@ REFUSED: dict[str, tuple[Any, str | None, tuple[str, ...]]] = {
     "no block 2": (
         {n.replace("blocks.1.", "blocks.999."): t for n, t in PLAIN.items()} | {"blocks.1.x": PLAIN["cls_token"]},
         "deit",
-        ("blocks.2",),
+        ("the family deit", "blocks."),
     ),
     "heads": (build_vit_weights(width=48), "deit", ("num_attention_heads",)),
     "grid": (PLAIN | {"pos_embed": torch.zeros(1, 1 + 3 * 6, 192)}, "mae", ("pos_embed",)),

@@ -237,7 +237,5 @@ class TestWeightsThatDoNotFit:
     def test_of_another_shape_are_listed(self) -> None:
         source = CASES["vit"].build()
         source.layers[0].mlp = type(source.layers[0].mlp)(transformers.ViTConfig(**PLAIN | {"intermediate_size": 40}))
-        with pytest.raises(
-            ConversionError, match=r"a different shape: layers.0.mlp.fc1.bias \[40\] \(the model has \[48\]"
-        ):
+        with pytest.raises(ConversionError, match=r"size mismatch for layers.0.mlp.fc1.bias: .*\[40\].*\[48\]"):
             convert_from_transformers(source)
