@@ -101,7 +101,7 @@ def prepare_repository(
 def push_folder(
     folder: Path, repo_id: str, private: bool = False, message: str = DEFAULT_MESSAGE, branch: str | None = None
 ) -> PushResult:
-    """Push a model or adapter folder; create the repository if it does not exist.
+    """Push a model folder; create the repository if it does not exist.
 
     If nothing has changed, no commit is made, and the newest commit of the branch is returned.
 

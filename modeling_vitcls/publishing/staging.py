@@ -18,7 +18,6 @@ from pathlib import Path
 import yaml
 
 from ..hub.model_files import (
-    ADAPTER_PATTERNS,
     CARD_FILE,
     CONFIG_FILES,
     EXPORT_PATTERNS,
@@ -51,7 +50,7 @@ DELETE_PATTERNS = [
 
 @contextmanager
 def stage_folder(path: Path, repo_id: str) -> Iterator[Path]:
-    """Yield a temporary folder with the files to publish. Raise ValueError if the model or adapter is incomplete."""
+    """Yield a temporary folder with the files to publish. Raise ValueError if the model is incomplete."""
     folder = ModelFolder(path)
     folder.check_is_complete()
     files = list_published_files(folder)
@@ -78,8 +77,6 @@ def stage_folder(path: Path, repo_id: str) -> Iterator[Path]:
 def list_published_files(folder: ModelFolder) -> set[str]:
     """Return the names of the files to publish."""
     names = {path.relative_to(folder.path).as_posix() for path in folder.path.rglob("*") if path.is_file()}
-    if folder.is_adapter:
-        return {name for name in names if is_match(name, ADAPTER_PATTERNS)}
     exported_names = {name for file, report in folder.exports.items() for name in (f"{file}.json", *report["sha256"])}
     if not folder.has_weights:
         exported_names |= {name for name in names if is_match(name, (*CONFIG_FILES, RESULTS_FILE, *LICENSE_PATTERNS))}

@@ -377,31 +377,6 @@ def run_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(formats.FORMATS, "torch", replace(formats.FORMATS["torch"], run=run_file))
 
 
-@pytest.mark.usefixtures("run_here")
-def test_a_graph_in_bfloat16_with_attention(tmp_path: Path) -> None:
-    """Two tasks, a requested size that is not square, and weights and computations in bfloat16."""
-    fields = {"num_cls_tokens": 2, "tasks": {"age": ["young", "old"], "species": ["oak", "elm", "ash"]}}
-    checkpoint(tmp_path / "model", ViTCLSForMultiTaskClassification, num_hidden_layers=1, num_channels=1, **fields)
-    file = tmp_path / "vit.pt2"
-    shape = {"image_size": (24, 40), "dynamic": False}
-    report = export_model(str(tmp_path / "model"), "torch", file, **shape, dtype="bfloat16", output_attentions=True)
-    assert (report["model_class"], report["dtype"], report["opset"]) == (
-        "ViTCLSForMultiTaskClassification",
-        "bfloat16",
-        None,
-    )
-    assert report["limit"] == (1e-4, 8e-2) and report["labels"] == fields["tasks"]
-    attention_shape = ["batch", 1, 2, 3, 5]  # layers, CLS tokens, rows, columns
-    assert report["outputs"] == {"age": ["batch", 2], "species": ["batch", 3], "cls_attention": attention_shape}
-    assert report["input"]["shape"] == ["batch", 1, 24, 40]
-    assert report["input"]["image_size"] == report["input"]["smallest_image_size"] == [24, 40]
-    assert [comparison["shape"] for comparison in report["tried"]] == [[batch, 1, 24, 40] for batch in (1, 2, 3)]
-    assert max(report["largest_differences"].values()) > 1e-4
-    program = torch.export.load(file)
-    assert {weight.dtype for weight in program.state_dict.values()} == {torch.bfloat16}
-    assert not any("stack_trace" in node.meta for node in program.graph.nodes)
-
-
 # The report, without a graph
 
 
@@ -466,9 +441,6 @@ def test_existing_files(tmp_path: Path) -> None:
 
 
 def test_packages_that_are_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert formats.FORMATS["onnx"].packages == ("onnx", "onnxscript", "onnxruntime")
-    assert formats.FORMATS["openvino"].packages == ("onnx", "onnxscript", "openvino")
-    assert formats.FORMATS["torch"].packages == ()
     monkeypatch.setattr(exporter, "find_spec", lambda name: None if name == "onnxruntime" else name)
     with raises_one_line(
         "--format onnx requires packages that are not installed: onnxruntime.", "pip install 'modeling_vitcls[export]'"

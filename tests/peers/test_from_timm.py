@@ -57,7 +57,6 @@ REPRESENTATIVES = [
 # What no name has, but a user may ask `timm.create_model` for.
 OWN_ARGUMENTS: dict[str, tuple[str, dict[str, Any]]] = {
     "oblong": ("vit_tiny_patch16_224", {"patch_size": (8, 16), "in_chans": 1}),
-    "no positions": ("vit_tiny_patch16_224", {"pos_embed": "none"}),
     "no biases": ("vit_tiny_patch16_224", {"qkv_bias": False, "proj_bias": False}),
     "every norm": (
         "vit_tiny_patch16_224",
@@ -65,23 +64,19 @@ OWN_ARGUMENTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "maximum": ("vit_tiny_patch16_224", {"global_pool": "max", "reg_tokens": 2, "act_layer": "relu"}),
     "attention pool, then norm": ("vit_tiny_patch16_224", {"global_pool": "map", "fc_norm": True}),
-    "post, normed": ("vit_base_patch16_rpn_224", {"init_values": 0.1, "qk_norm": True}),
     "parallel, with biases": ("vit_tiny_patch16_224", {"block_fn": ParallelScalingBlock, "init_values": 0.1}),
     "parallel differential, normed": ("vit_tiny_patch16_224", {"block_fn": DiffParallelScalingBlock, "qk_norm": True}),
-    "one token, with an unused prefix": ("vit_tiny_patch16_224", {"pool_include_prefix": True, "reg_tokens": 2}),
     "tanh GELU": ("vit_tiny_patch16_224", {"act_layer": partial(nn.GELU, approximate="tanh")}),
     "gate last": ("vit_tiny_patch16_224", {"mlp_layer": GluMlp, "act_layer": "silu", "scale_mlp_norm": True}),
     "branches without biases": (
         "vit_tiny_patch16_224",
         {"block_fn": ParallelThingsBlock, "norm_layer": RmsNorm, "qkv_bias": False, "proj_bias": False},
     ),
-    "differential, normed": ("vit_dwee_patch16_reg1_gap_256", {"qk_norm": True, "scale_attn_norm": True}),
     "DINOv3, neighbouring channels": (
         "vit_small_patch16_dinov3",
         {"rope_rotate_half": False, "rope_grid_indexing": "xy"},
     ),
     "EVA, non-square reference grid": ("eva02_tiny_patch14_224", {"ref_feat_shape": (6, 12)}),
-    "EVA, half layout": ("eva02_base_patch14_224", {"rope_rotate_half": True, "rope_grid_offset": 0.5}),
     "Sapiens, neighbouring channels": (
         "vit_base_patch16_sapiens2",
         {"rope_rotate_half": False, "num_kv_heads": (2, 1), "global_pool": "avg", "use_fc_norm": True},

@@ -244,12 +244,6 @@ def test_pooling_without_weights_is_left_to_the_user() -> None:
     torch.testing.assert_close(native(images((32, 32))).last_hidden_state, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_a_missing_mask_token_is_zero() -> None:
-    """DINOv2 with registers always has a mask token."""
-    converted = convert_to_transformers(ViTCLSModel(ViTCLSConfig(**BASE | REGISTERS)))
-    assert not converted.embeddings.mask_token.any()
-
-
 def test_missing_weights_are_named() -> None:
     model = ViTCLSModel(ViTCLSConfig(**BASE, pooled_activation="tanh"), add_pooling_layer=False)
     with pytest.raises(ConversionError, match=re.escape("weights missing: pooler.dense.weight")):
