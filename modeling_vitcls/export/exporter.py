@@ -240,9 +240,10 @@ def select_image_shapes(config: ViTCLSConfig, graph_shape: GraphShape) -> list[t
         (portrait_height, portrait_width + 1): 1,
         graph_shape.smallest_size: 1,
     }
+    min_height, min_width = graph_shape.smallest_size
     return [
-        (batch_size, config.num_channels, *map(max, size, graph_shape.smallest_size))
-        for size, batch_size in batch_sizes.items()
+        (batch_size, config.num_channels, max(height, min_height), max(width, min_width))
+        for (height, width), batch_size in batch_sizes.items()
     ]
 
 
