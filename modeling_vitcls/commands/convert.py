@@ -8,7 +8,6 @@
 The conversions are implemented in modeling_vitcls/conversion/convert.py.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -58,11 +57,6 @@ def check_options(options: ConvertOptions) -> None:
         exit_with_message(f"error: --to {options.to} requires {required} and does not support {other}")
     if source is None:
         return
-    if Path(source, "config.json").is_file() and is_vitcls_folder(Path(source)):
-        exit_with_message(
-            f"error: {source} is already a ViTCLS model. To convert the model to transformers, set --to transformers "
-            f"--model {source}"
-        )
     if not source.startswith(("timm:", "transformers:")) and not Path(source).suffix:
         exit_with_message(
             f"error: --source {source} is not supported. Use timm:NAME, transformers:PATH_OR_ID or a state-dict file"
@@ -91,14 +85,6 @@ def run(options: ConvertOptions) -> None:
     )
     write_card(options.output)
     print_report(report, options.output)
-
-
-def is_vitcls_folder(folder: Path) -> bool:
-    """Return whether the config.json in a folder describes a vitcls model."""
-    try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"] == "vitcls"
-    except (ValueError, KeyError, TypeError):
-        return False
 
 
 def print_report(report: "ParityReport", output: Path, trust_argument: str = ", trust_remote_code=True") -> None:

@@ -16,9 +16,6 @@ from typing import Any, Literal
 from .parsing import exit_with_message
 
 
-MIN_OPSET = 18  # lowest ONNX opset that torch.onnx supports
-
-
 @dataclass(frozen=True)
 class ExportOptions:
     """Export a model. Nothing is written if the outputs of the graph and the model differ by more than the limit."""
@@ -44,8 +41,6 @@ class ExportOptions:
     """Accept images of different sizes, not only of --image-size. The batch size is always dynamic."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """dtype of the weights and computations. Inputs and outputs are always float32."""
-    opset: int | None = None
-    """ONNX opset. Default: the default opset of torch.onnx."""
     dataset: str | None = None
     """Images, as in `vitcls evaluate`, to measure the accuracy of the file. For images without labels, the outputs of
     file and model are compared."""
@@ -58,21 +53,19 @@ OPTIONS_CLASS = ExportOptions
 
 def check_options(options: ExportOptions) -> None:
     """Exit with status 2 if a flag has an invalid value or if flags contradict each other."""
-    format_name, size, int8, opset = options.format, options.image_size, options.int8, options.opset
+    format_name, size, int8 = options.format, options.image_size, options.int8
     has_dataset, is_dynamic = options.dataset is not None, options.dynamic
-    has_graph_settings = (size, is_dynamic, options.dtype, opset) != (None, True, "float32", None)
+    has_graph_settings = (size, is_dynamic, options.dtype) != (None, True, "float32")
     is_runtime = format_name in ("onnx", "openvino")
     errors = {
         f"--image-size must be two positive numbers, but it is {size}": size is not None and min(size) < 1,
-        "--format transformers.js supports none of --image-size, --no-dynamic, --dtype and --opset": has_graph_settings
+        "--format transformers.js supports none of --image-size, --no-dynamic and --dtype": has_graph_settings
         and format_name == "transformers.js",
         "--dataset requires --format onnx, openvino or transformers.js": has_dataset and format_name == "torch",
         "--int8 requires --format onnx or openvino, and --dataset": int8 and not (has_dataset and is_runtime),
         "--int8 excludes --dtype and --no-dynamic": int8 and (not is_dynamic or options.dtype != "float32"),
         "--exclude-layers requires --int8": bool(options.exclude_layers) and not int8,
         "--split requires --dataset": options.split is not None and not has_dataset,
-        "--opset requires --format onnx or openvino": opset is not None and format_name == "torch",
-        f"--opset must be at least {MIN_OPSET}": opset is not None and opset < MIN_OPSET,
     }
     for message, is_wrong in errors.items():
         if is_wrong:
@@ -103,7 +96,6 @@ def run(options: ExportOptions) -> None:
         options.image_size,
         options.dynamic,
         options.dtype,
-        options.opset,
         int8=options.int8,
         dataset=options.dataset,
         split=options.split,

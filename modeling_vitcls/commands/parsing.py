@@ -93,6 +93,9 @@ def prepare_flags(command: str, options_class: type, flags: list[str]) -> list[s
     missing."""
     flag_names = get_flag_names(options_class)
     has_recipes = "config" in flag_names and command != "study"  # a study file has a format of its own
+    flag = "source" if "source" in flag_names else "model"
+    if flags and not flags[0].startswith("-") and "paths" not in flag_names and flag in flag_names:
+        exit_with_message(f"error: vitcls {command} has no positional arguments. Set --{flag} {flags[0]}")
     if has_recipes and (recipe := read_value(flags, "--config")) is not None:
         flags = [*read_recipe(find_recipe(Path(recipe)), flag_names), *flags]
     names = [flag.partition("=")[0].removeprefix("--").replace("-", "_") for flag in flags if flag.startswith("--")]

@@ -7,8 +7,8 @@ report = write_native_model("runs/mine", Path("native"))    # a transformers cla
 """
 
 import dataclasses
-import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -68,54 +68,58 @@ def convert_checkpoint(
     classifier_state = "dropped" if source.has_classifier else "none"
     if isinstance(model, ViTCLSForImageClassification):
         classifier_state = "kept" if source.has_classifier and classifier == "keep" else "new"
-    comparisons, native_size_reason = compare_models(
-        source, model, has_source_classifier=classifier_state == "kept", native_size_reason=source.native_size_reason
-    )
-    source.notes += describe_position_embeddings(source, model.config)
     preprocessing = source.convert_preprocessing()
     with create_output_folder(output) as folder:
         model.save_pretrained(folder)
         preprocessing.processor.save_pretrained(folder)
-        check_saved_weights(folder, model)
-        report = ParityReport(
+        written_weights = type(model).from_pretrained(folder).state_dict()
+        is_equal = partial(torch.allclose, rtol=0, atol=0, equal_nan=True)
+        if not all(is_equal(written_weights[name], weight) for name, weight in model.state_dict().items()):
+            raise ConversionError("the written weights differ from the converted weights. Check the disk")
+        has_source_classifier = classifier_state == "kept"
+        comparisons, native_size_reason = compare_models(
+            source, model, has_source_classifier, source.native_size_reason
+        )
+        return write_parity_report(
+            folder,
+            source_name,
+            model,
+            model.config,
+            random_init=random_init,
             source=strip_folders(resolve_name(source.name)),
             source_revision=source.revision,
             source_class=type(source.model).__name__,
-            random_init=random_init,
             classifier=classifier_state,
             comparisons=comparisons,
             not_compared=native_size_reason,
             preprocessing=preprocessing.to_dict(),
             versions=get_versions("timm"),
-            notes=source.notes,
+            notes=source.notes + describe_position_embeddings(source, model.config),
             family=source.family,
             source_sha256=source.sha256,
-            **describe_converted_model(folder, model, model.config),
-            provenance=save_provenance(source_name, folder, random_init),
         )
-        write_json(folder / PARITY_REPORT_FILE, dataclasses.asdict(report))
-    return report
 
 
-def describe_converted_model(folder: Path, model: PreTrainedModel, config: ViTCLSConfig) -> dict[str, Any]:
-    """Return the fields of the parity report that describe the model saved in a folder. `config` is the configuration
-    of the ViTCLS model."""
-    return {
-        "model_class": type(model).__name__,
-        "num_parameters": model.num_parameters(),
-        "image_size": config.image_height_width,
-        "num_labels": config.num_labels,
-        "sha256": hash_weights(folder),
-    }
-
-
-def save_provenance(source_name: str, folder: Path, random_init: bool = False) -> dict[str, Any]:
-    """Return the base model and license of a source for the parity report. Copy the license to the folder unless the
-    weights are random."""
+def write_parity_report(
+    folder: Path, source_name: str, model: PreTrainedModel, config: ViTCLSConfig, *, random_init: bool, **fields: Any
+) -> ParityReport:
+    """Write the parity report of a model in a folder and, unless the weights are random, copy the license of the
+    source. `config` is the configuration of the ViTCLS model, and `fields` are fields of `ParityReport`."""
     provenance = find_provenance(source_name)
     if not random_init:
         provenance.copy_license(folder)
-    return dataclasses.asdict(provenance) | {"license_files": [file.name for file in provenance.license_files]}
+    report = ParityReport(
+        random_init=random_init,
+        model_class=type(model).__name__,
+        num_parameters=model.num_parameters(),
+        image_size=config.image_height_width,
+        num_labels=config.num_labels,
+        sha256=hash_weights(folder),
+        provenance=provenance.to_dict(),
+        **fields,
+    )
+    write_json(folder / PARITY_REPORT_FILE, dataclasses.asdict(report))
+    return report
 
 
 def load_source(source_name: str, random_init: bool = False, family: str | None = None) -> SourceModel:
@@ -155,32 +159,16 @@ def convert_source(source: SourceModel, classifier: ClassifierChoice, num_labels
 
 @contextmanager
 def create_output_folder(output: Path) -> Iterator[Path]:
-    """Create a temporary folder next to `output`. Rename the folder to `output` on exit, or remove the folder after an
-    error."""
-    new_folders = [folder for folder in (output, *output.parents) if not folder.exists()]  # innermost first
-    temporary_folder = output.with_name(f".{output.name}.partial-{os.getpid()}")
-    try:
-        temporary_folder.mkdir(parents=True)
-        yield temporary_folder
+    """Create a temporary folder, and rename it to `output` on exit. After an error, nothing is left."""
+    existing_parent = next(folder for folder in output.absolute().parents if folder.is_dir())
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=existing_parent) as temporary_folder:
+        folder = Path(temporary_folder, output.name)
+        folder.mkdir()
+        yield folder
+        output.parent.mkdir(parents=True, exist_ok=True)
         if output.exists():
             output.rmdir()
-        temporary_folder.rename(output)
-    except BaseException:
-        shutil.rmtree(temporary_folder, ignore_errors=True)
-        with suppress(OSError):
-            for folder in new_folders[1:]:
-                folder.rmdir()
-        raise
-
-
-def check_saved_weights(folder: Path, model: ViTCLSPreTrainedModel) -> None:
-    """Raise ConversionError if the weights saved in the folder are not bit-identical to the weights of the model."""
-    loaded_weights = type(model).from_pretrained(folder).state_dict()
-    for name, weight in model.state_dict().items():
-        if not torch.equal(loaded_weights[name], weight):
-            raise ConversionError(
-                f"the written weight {name} differs from the converted weight. Check the disk and convert again"
-            )
+        folder.rename(output)
 
 
 # Transformers classes ------------------------------------------------------------------------------------------------
@@ -223,7 +211,13 @@ def write_native_model(source: str, output: Path, any_size: bool = False) -> Par
         reloaded_source.model.float()
         has_logits = is_classifier and bool(model.config.num_labels)
         comparisons, native_size_reason = compare_models(reloaded_source, model, has_logits, native_size_reason)
-        report = ParityReport(
+        copy_results(folder, output_folder)
+        return write_parity_report(
+            output_folder,
+            source,
+            converted_model,
+            model.config,
+            random_init=False,
             source=strip_folders(resolve_name(source)),
             source_class=type(model).__name__,
             is_native=True,
@@ -232,13 +226,8 @@ def write_native_model(source: str, output: Path, any_size: bool = False) -> Par
             not_compared=native_size_reason,
             preprocessing=preprocessing,
             versions=get_versions(),
-            required_versions={"transformers": MIN_TRANSFORMERS_VERSIONS[type(converted_model).__name__]},
-            **describe_converted_model(output_folder, converted_model, model.config),
-            provenance=save_provenance(source, output_folder),
+            required_versions={"transformers": MIN_TRANSFORMERS_VERSIONS[name]},
         )
-        write_json(output_folder / PARITY_REPORT_FILE, dataclasses.asdict(report))
-        copy_results(folder, output_folder)
-    return report
 
 
 def copy_results(folder: Path, output_folder: Path) -> None:

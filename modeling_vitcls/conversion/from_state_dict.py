@@ -17,7 +17,7 @@ import math
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,6 @@ import torch
 from torch.nn.functional import interpolate
 
 from ..adaptation_vitcls import replace_fields
-from ..configuration_vitcls import ViTCLSConfig
 from ..errors import format_error
 from ..files import replace_control_characters
 from ..modeling_vitcls import ViTCLSPreTrainedModel
@@ -35,31 +34,23 @@ from .from_timm import has_pooler, read_timm_model
 from .weight_rules import ClassifierChoice, ConversionError, Fields, Weights, build_model
 
 
-@dataclass(frozen=True)
-class Resampling:
-    """Resampling of learned position embeddings in the authors' code."""
-
-    fields: Fields  # differences from timm's configuration (bicubic with antialiasing)
-    # the same resampling of maps [1, D, rows, columns] to a grid, written as in the authors' code, for the parity
-    # report; None if this package does not support it
-    resample: Callable[[torch.Tensor, tuple[int, int]], torch.Tensor] | None
-
-
-def resample_with_offset(maps: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """Resample as in DINO, iBOT and DINOv2, whose code adds 0.1 to the size of the new grid."""
-    factors = [(new + 0.1) / old for new, old in zip(grid, maps.shape[-2:], strict=True)]
-    return interpolate(maps, scale_factor=factors, mode="bicubic")
+# Resampling of learned position embeddings in the authors' code, as differences from timm's configuration (bicubic
+# with antialiasing). DINO, iBOT and DINOv2 add 0.1 to the size of the new grid. big_vision aligns the corners of both
+# grids.
+BICUBIC: Fields = {"position_antialias": False}
+BICUBIC_WITH_OFFSET: Fields = {"position_antialias": False, "position_offset": 0.1}
+BICUBIC_ANTIALIASED: Fields = {}
+BILINEAR_ANTIALIASED: Fields = {"position_interpolation": "bilinear"}
+BILINEAR_ALIGNED: Fields = {"position_interpolation": "bilinear", "position_antialias": False}
 
 
-BICUBIC = Resampling({"position_antialias": False}, lambda maps, grid: interpolate(maps, size=grid, mode="bicubic"))
-BICUBIC_WITH_OFFSET = Resampling({"position_antialias": False, "position_offset": 0.1}, resample_with_offset)
-BICUBIC_ANTIALIASED = Resampling({}, lambda maps, grid: interpolate(maps, size=grid, mode="bicubic", antialias=True))
-BILINEAR_ANTIALIASED = Resampling(
-    {"position_interpolation": "bilinear"},
-    lambda maps, grid: interpolate(maps, size=grid, mode="bilinear", antialias=True),
-)
-# big_vision aligns the corners of both grids.
-BILINEAR_ALIGNED = Resampling({"position_interpolation": "bilinear", "position_antialias": False}, None)
+def resample_as_authors(maps: torch.Tensor, grid: tuple[int, int], resampling: Fields) -> torch.Tensor:
+    """Resample maps [1, D, rows, columns] to a grid with PyTorch's function, as in the authors' code."""
+    mode = resampling.get("position_interpolation", "bicubic")
+    if offset := resampling.get("position_offset"):
+        factors = [(new + offset) / old for new, old in zip(grid, maps.shape[-2:], strict=True)]
+        return interpolate(maps, scale_factor=factors, mode=mode)
+    return interpolate(maps, size=grid, mode=mode, antialias=resampling.get("position_antialias", True))
 
 
 @dataclass(frozen=True)
@@ -67,7 +58,7 @@ class FileFamily:
     """timm model of a family, and the resampling of the authors' code."""
 
     timm_name: str  # timm model with the preprocessing of the family; its sizes are replaced
-    resampling: Resampling | None = BICUBIC  # None for rotary position embeddings, or if timm's resampling is kept
+    resampling: Fields | None  # None for rotary position embeddings, or if timm's resampling is kept
     # other timm names, by the weight that selects them; the first match is used
     timm_names: Mapping[str, str] | None = None
 
@@ -99,16 +90,17 @@ FAMILIES = {
     ),
     "deit": FileFamily(
         "deit_small_patch16_224.fb_in1k",
-        timm_names={
+        BICUBIC,
+        {
             "blocks.0.gamma_1": "deit3_small_patch16_224.fb_in1k",
             "dist_token": "deit_small_distilled_patch16_224.fb_in1k",
         },
     ),
     "dino": FileFamily("vit_small_patch16_224.dino", BICUBIC_WITH_OFFSET),
     "ibot": FileFamily("vit_small_patch16_224.dino", BICUBIC_WITH_OFFSET),
-    "msn": FileFamily("vit_small_patch16_224.dino"),
-    "mae": FileFamily("vit_base_patch16_224.mae"),
-    "ijepa": FileFamily("vit_huge_patch14_gap_224.in1k_ijepa"),
+    "msn": FileFamily("vit_small_patch16_224.dino", BICUBIC),
+    "mae": FileFamily("vit_base_patch16_224.mae", BICUBIC),
+    "ijepa": FileFamily("vit_huge_patch14_gap_224.in1k_ijepa", BICUBIC),
     "big_vision": FileFamily(
         "vit_base_patch16_224.augreg_in21k",
         BILINEAR_ALIGNED,
@@ -156,7 +148,6 @@ def convert_state_dict(
     classifier: ClassifierChoice = "keep",
     num_labels: int | None = None,
     num_attention_heads: int | None = None,
-    image_size: tuple[int, int] | None = None,
     **fields: Any,
 ) -> ViTCLSPreTrainedModel:
     """Convert a published state dict, including the classifier if there is one, to a model in eval mode.
@@ -169,18 +160,16 @@ def convert_state_dict(
             classifier and returns a `ViTCLSModel`.
         num_labels: Number of labels of a new classifier.
         num_attention_heads: Number of heads, for widths that were not published.
-        image_size: Image size (height, width) in pixels, for position embeddings of a non-square grid.
         fields: Fields of `ViTCLSConfig` to set, such as `id2label`. With `rope_periods=None`, the periods of DINOv3
             are computed in float32, as in timm and transformers, and the stored periods are ignored.
 
     Raises:
-        ConversionError: If the family is unknown, the weights do not belong to the family, or an argument is not set
-            and cannot be inferred from the weights.
+        ConversionError: If the family is unknown, or the weights do not belong to the family.
     """
     if not isinstance(weights, Mapping):
         raise ConversionError(f"weights must be a state dict, but the type is {type(weights).__name__}")
     tensors = prepare_weights(weights.get("model", weights), family)
-    model = build_timm_model(tensors, family, num_attention_heads, image_size)
+    model = build_timm_model(tensors, family, num_attention_heads)
     return convert_family_model(model, tensors, family, classifier, num_labels, fields)
 
 
@@ -193,20 +182,16 @@ def convert_family_model(
     fields: Fields | None = None,
 ) -> ViTCLSPreTrainedModel:
     """Convert a timm model that was built from the weights of a family. `fields` contains fields to set."""
-    config, converted_weights = apply_family(*read_timm_model(model), weights, family)
-    if fields:
-        config = replace_fields(config, fields)
+    config, converted_weights = read_timm_model(model)
+    family_fields = apply_family(converted_weights, weights, family)
+    config = replace_fields(config, family_fields | (fields or {}))
     return build_model(config, converted_weights, classifier, num_labels, add_pooling_layer=has_pooler(model))
 
 
-def apply_family(
-    config: ViTCLSConfig, converted_weights: Weights, weights: Weights, family: str
-) -> tuple[ViTCLSConfig, Weights]:
-    """Restore what timm leaves out or does differently from the authors' code, in the converted configuration and
-    weights. `weights` are the published weights."""
-    fields: Fields = {}
-    if resampling := get_family(family, weights).resampling:
-        fields |= resampling.fields
+def apply_family(converted_weights: Weights, weights: Weights, family: str) -> Fields:
+    """Restore what timm leaves out or does differently from the authors' code: change the converted weights in place,
+    and return fields of the configuration. `weights` are the published weights."""
+    fields = dict(get_family(family, weights).resampling or {})
     if family == "dinov3" and "rope_embed.periods" in weights:
         fields["rope_periods"] = weights["rope_embed.periods"].float().tolist()
     if family == "tips":
@@ -222,7 +207,7 @@ def apply_family(
             f"classifier.{name}": weights[f"linear_head.{name}"].float() for name in ("weight", "bias")
         }
         fields |= {"pooling": "cls_mean", "num_labels": len(weights["linear_head.weight"])}
-    return replace_fields(config, fields), converted_weights
+    return fields
 
 
 def get_family(family: str, weights: Weights) -> FileFamily:
@@ -261,30 +246,27 @@ def prepare_weights(weights: Mapping[str, Any], family: str) -> Weights:
 
 def convert_to_tensor(name: str, array: Any) -> torch.Tensor:
     """Convert an array to a tensor. Raise ConversionError unless weights are arrays of floating-point numbers."""
-    name = replace_control_characters(name)
     try:
         tensor = torch.as_tensor(array)
     except (TypeError, ValueError, RuntimeError):
-        raise ConversionError(
-            f"{name} is not an array of numbers with a supported dtype. Convert the array to float32"
-        ) from None
+        tensor = None
     is_weight = name.endswith(("weight", ".bias", "kernel", "embed", "token"))
-    if is_weight and tensor.ndim == 0:
-        raise ConversionError(f"{name} is a single number, but weights must be arrays. Download the file again")
-    if is_weight and not tensor.is_floating_point():
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        raise ConversionError(f"{name} has the dtype {dtype}, but weights must be floating-point. Use a float file")
+    if tensor is None or (is_weight and not (tensor.ndim and tensor.is_floating_point())):
+        found = type(array).__name__ if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
+        raise ConversionError(
+            f"{replace_control_characters(name)} must be an array of floating-point numbers, but it is {found}. Save "
+            "the weights in float32"
+        )
     return tensor
 
 
 def mask_key_biases(weights: Weights) -> None:
     """Apply the bias masks of DINOv3 in place. Raise ConversionError if a mask is invalid or a key has a bias."""
     for name in [name for name in weights if name.endswith("attn.qkv.bias")]:
-        bias_mask = weights.pop(f"{name}_mask", None)
-        if bias_mask is not None:
-            if not torch.isin(bias_mask, bias_mask.new_tensor([0, 1])).all():
-                raise ConversionError(f"{name}_mask contains values other than 0 and 1")
-            weights[name] = weights[name] * bias_mask
+        bias_mask = weights.pop(f"{name}_mask", torch.ones(1))
+        if not torch.isin(bias_mask, bias_mask.new_tensor([0, 1])).all():
+            raise ConversionError(f"{name}_mask contains values other than 0 and 1")
+        weights[name] = weights[name] * bias_mask
         if weights[name].chunk(3)[1].any():
             raise ConversionError(f"{name} contains nonzero key biases, but DINOv3 has no key biases")
 
@@ -301,12 +283,7 @@ def import_timm() -> Any:
     return timm
 
 
-def build_timm_model(
-    weights: Weights,
-    family: str,
-    num_attention_heads: int | None = None,
-    image_size: tuple[int, int] | None = None,
-) -> Any:
+def build_timm_model(weights: Weights, family: str, num_attention_heads: int | None = None) -> Any:
     """Build a timm model with the sizes and values of prepared weights, in float32. Raise ConversionError if the
     weights do not belong to the family."""
     timm = import_timm()
@@ -314,29 +291,23 @@ def build_timm_model(
         if family in TIMM_NAMES_BY_SIZE:
             name, options = read_published_size(weights, family)
         else:
-            name = select_timm_name(get_family(family, weights), weights)
+            entry = get_family(family, weights)
+            names = (entry.timm_names or {}).items()
+            name = next((name for keys, name in names if weights.keys() >= set(keys.split())), entry.timm_name)
             options = read_big_vision_options(weights) if family == "big_vision" else read_vit_options(weights, family)
             options["num_heads"] = num_attention_heads or options["num_heads"]
-        options["img_size"] = image_size or options["img_size"]
-        for option, argument in (("num_heads", "num_attention_heads"), ("img_size", "image_size")):
-            if options.get(option, "") is None:
-                raise ConversionError(f"{argument} cannot be inferred from the weights. Set {argument}=... in Python")
+        if options.get("num_heads", 1) is None:
+            raise ConversionError("the number of heads is unknown for this width. Set num_attention_heads in Python")
+        if options["img_size"] is None:
+            raise ConversionError("pos_embed must belong to a square grid of patches. Use convert_from_timm")
         model = timm.create_model(name, pretrained=False, **options)
         load_timm_weights(model, weights, family)
+    except ConversionError:
+        raise
     except (LookupError, RuntimeError, ValueError, AssertionError) as error:  # weights that do not match the model
-        if isinstance(error, ConversionError):
-            raise
         raise ConversionError(f"the weights do not match the family {family}: {format_error(error)}") from error
     model.pretrained_cfg |= PREPROCESSING.get(family, {})
     return model.eval()
-
-
-def select_timm_name(family: FileFamily, weights: Weights) -> str:
-    """Return the first name in `timm_names` whose weights exist, and otherwise `timm_name`."""
-    for required_names, name in (family.timm_names or {}).items():
-        if all(required_name in weights for required_name in required_names.split()):
-            return name
-    return family.timm_name
 
 
 def load_timm_weights(model: Any, weights: Weights, family: str) -> None:
@@ -363,17 +334,17 @@ def load_timm_weights(model: Any, weights: Weights, family: str) -> None:
 
 def read_vit_options(weights: Weights, family: str) -> dict[str, Any]:
     """Return the arguments of `timm.create_model` for weights with the parameter names of timm or DINOv2."""
-    width, channels, *patch_size = get_weight(weights, "patch_embed.proj.weight").shape
+    width, channels, *patch_size = find_weight(weights, "patch_embed.proj.weight").shape
     if GATE in weights:  # timm's DINOv2 fuses the gate and the values
         hidden_size = weights[GATE].shape[1] * (1 if family == "dinov3" else 2)
     else:
-        hidden_size = get_weight(weights, "blocks.0.mlp.fc1.weight").shape[0]
+        hidden_size = find_weight(weights, "blocks.0.mlp.fc1.weight").shape[0]
     options: dict[str, Any] = {
         "img_size": [16 * size for size in patch_size] if family == "dinov3" else None,
         "patch_size": patch_size,
         "in_chans": channels,
         "embed_dim": width,
-        "depth": count_blocks(weights, r"blocks\.(\d{1,9})\."),
+        "depth": count_blocks(weights, r"blocks\.(\d+)\."),
         "num_heads": 20 if (family, width) == ("dinov3", 1280) else NUM_HEADS.get(width),
         "mlp_ratio": (hidden_size + 0.5) / width,  # timm rounds down
         "num_classes": len(weights["head.weight"]) if "head.weight" in weights else 0,
@@ -384,7 +355,7 @@ def read_vit_options(weights: Weights, family: str) -> dict[str, Any]:
     if family == "mae" and "fc_norm.weight" in weights:
         options["global_pool"] = "avg"
     if family != "dinov3":
-        num_positions = get_weight(weights, "pos_embed").shape[1]
+        num_positions = find_weight(weights, "pos_embed").shape[1]
         has_cls_position = family != "ijepa" and not (family == "deit" and "blocks.0.gamma_1" in weights)
         num_positions -= has_cls_position + ("dist_token" in weights)
         options["img_size"] = compute_image_size(num_positions, patch_size)
@@ -405,14 +376,14 @@ def read_published_size(weights: Weights, family: str) -> tuple[str, dict[str, A
     head_weight = weights.get("head.weight", None if projection is None else projection.T)
     return names[width, patch_size], {
         "img_size": math.isqrt(position_embeddings.shape[-2]) * patch_size,
-        "depth": count_blocks(weights, r".*blocks\.(\d{1,9})\."),
+        "depth": count_blocks(weights, r".*blocks\.(\d+)\."),
         "num_classes": 0 if head_weight is None else len(head_weight),
     }
 
 
 def read_big_vision_options(weights: Weights) -> dict[str, Any]:
     """Return the arguments of `timm.create_model` for Flax arrays. Flax's `nn.gelu` is the tanh approximation."""
-    *patch_size, channels, width = get_weight(weights, "embedding/kernel").shape
+    *patch_size, channels, width = find_weight(weights, "embedding/kernel").shape
     query_kernel = find_weight(weights, r"Transformer/encoderblock(_0)?/MultiHead\w+/query/kernel")
     mlp_kernel = find_weight(weights, r"Transformer/encoderblock(_0)?/MlpBlock_\d/Dense_0/kernel")
     is_stacked = "Transformer/encoderblock/LayerNorm_0/scale" in weights
@@ -424,7 +395,7 @@ def read_big_vision_options(weights: Weights) -> dict[str, Any]:
         "patch_size": patch_size,
         "in_chans": channels,
         "embed_dim": width,
-        "depth": len(query_kernel) if is_stacked else count_blocks(weights, r"Transformer/encoderblock_(\d{1,9})/"),
+        "depth": len(query_kernel) if is_stacked else count_blocks(weights, r"Transformer/encoderblock_(\d+)/"),
         "num_heads": query_kernel.shape[-2],
         "mlp_ratio": (mlp_kernel.shape[-1] + 0.5) / width,
         "num_classes": weights["head/kernel"].shape[1] if "head/kernel" in weights else 0,
@@ -444,27 +415,16 @@ def compute_image_size(num_patches: int, patch_size: list[int]) -> list[int] | N
 
 
 def count_blocks(weights: Weights, pattern: str) -> int:
-    """Return the number of blocks. `pattern` matches the start of the names, with the index of the block as group.
-    Raise ConversionError if a block is missing."""
-    blocks = {int(match[1]) for name in weights if (match := re.match(pattern, name))}
-    if blocks != set(range(len(blocks))):
-        missing_index = next(index for index in range(len(blocks)) if index not in blocks)
-        raise ConversionError(f"the weights contain blocks up to {max(blocks)}, but no block {missing_index}")
-    return len(blocks)
+    """Return the number of blocks. `pattern` matches the start of the names, with the index of the block as group."""
+    return len({match[1] for name in weights if (match := re.match(pattern, name))})
 
 
-def get_weight(weights: Weights, name: str) -> torch.Tensor:
-    """Return a weight of the state dict. Raise ConversionError if the weight is missing."""
-    return find_weight(weights, re.escape(name), name)
-
-
-def find_weight(weights: Weights, pattern: str, description: str | None = None) -> torch.Tensor:
+def find_weight(weights: Weights, pattern: str) -> torch.Tensor:
     """Return the first weight whose name matches a pattern. Raise ConversionError if there is none."""
     for name, weight in weights.items():
         if re.fullmatch(pattern, name):
             return weight
     found = ", ".join(list(weights)[:4]) or "no weights"
     raise ConversionError(
-        f"the family requires the weight {description or pattern}, but the file contains {found}. Set --family to "
-        "another family"
+        f"the family requires the weight {pattern}, but the file contains {found}. Set --family to another family"
     )

@@ -69,15 +69,10 @@ def convert_from_timm(
 def read_timm_model(model: nn.Module) -> tuple[ViTCLSConfig, Weights]:
     """Return the configuration and the converted weights of a timm ViT. Raise ConversionError if the class or a
     feature is not supported."""
-    if isinstance(model, str):
-        raise ConversionError(
-            f"convert_from_timm requires a timm model, but it got the name {model!r}. Set "
-            f"model=timm.create_model({model!r}, pretrained=True)"
-        )
     if get_class_name(model) not in TIMM_CLASSES or not type(model).__module__.startswith("timm."):
-        raise ConversionError(
-            f"{get_class_name(model)} cannot be converted. Supported timm classes: {', '.join(TIMM_CLASSES)}"
-        )
+        hint = f"{model!r}. Set model=timm.create_model({model!r})"
+        found = hint if isinstance(model, str) else get_class_name(model)
+        raise ConversionError(f"the model must be one of {', '.join(TIMM_CLASSES)} of timm, but it is {found}")
     try:
         config = ViTCLSConfig(**read_config_fields(model))
     except ValueError as error:
@@ -99,7 +94,7 @@ def rewrite_state_dict(model: TimmModule) -> Weights:
         if get_class_name(block) == "ParallelThingsBlock":
             merge_branches(weights, prefix, len(block.attns))
         attention, attention_prefix = (block.attn, f"{prefix}attn.") if hasattr(block, "attn") else (block, prefix)
-        if hasattr(attention, "lambda_init"):
+        if hasattr(attention, "lambda_q1"):
             fold_differential_lambda(weights, attention_prefix, attention.lambda_init)
     return weights
 
@@ -116,10 +111,11 @@ def merge_branches(weights: Weights, prefix: str, num_branches: int) -> None:
     qkv_layers = [fold_norm(branch, "attn.qkv") for branch in attentions]
     for index, letter in enumerate("qkv"):
         layers = [{name: tensor.chunk(3)[index] for name, tensor in layer.items()} for layer in qkv_layers]
-        concatenate_outputs(weights, f"{prefix}attn.{letter}_proj", layers)
-    concatenate_outputs(weights, f"{prefix}mlp.fc1", [fold_norm(branch, "mlp.fc1") for branch in mlps])
-    concatenate_inputs(weights, f"{prefix}attn.proj", [fold_layer_scale(branch, "attn.proj") for branch in attentions])
-    concatenate_inputs(weights, f"{prefix}mlp.fc2", [fold_layer_scale(branch, "mlp.fc2") for branch in mlps])
+        set_merged_layer(weights, f"{prefix}attn.{letter}_proj", layers, dim=0)
+    set_merged_layer(weights, f"{prefix}mlp.fc1", [fold_norm(branch, "mlp.fc1") for branch in mlps], dim=0)
+    projections = [fold_layer_scale(branch, "attn.proj") for branch in attentions]
+    set_merged_layer(weights, f"{prefix}attn.proj", projections, dim=1)
+    set_merged_layer(weights, f"{prefix}mlp.fc2", [fold_layer_scale(branch, "mlp.fc2") for branch in mlps], dim=1)
     for name, branch in (("norm1", attentions[0]), ("norm2", mlps[0])):
         weights[f"{prefix}{name}.weight"] = torch.ones_like(branch["norm.weight"])
         if "norm.bias" in branch:
@@ -150,26 +146,18 @@ def fold_layer_scale(branch_weights: Weights, layer_name: str) -> Weights:
     return {"weight": scale[:, None] * weight, "bias": scale * bias}
 
 
-def concatenate_outputs(weights: Weights, name: str, layer_weights: Sequence[Weights]) -> None:
-    """Add the weights of a linear layer that concatenates the outputs of several linear layers."""
-    for parameter in ("weight", "bias"):
-        weights[f"{name}.{parameter}"] = torch.cat([layer[parameter] for layer in layer_weights])
-
-
-def concatenate_inputs(weights: Weights, name: str, layer_weights: Sequence[Weights]) -> None:
-    """Add the weights of a linear layer that maps the concatenated inputs of several linear layers to the sum of the
-    outputs of these layers."""
-    weights[f"{name}.weight"] = torch.cat([layer["weight"] for layer in layer_weights], dim=1)
-    weights[f"{name}.bias"] = torch.stack([layer["bias"] for layer in layer_weights]).sum(dim=0)
+def set_merged_layer(weights: Weights, name: str, layers: Sequence[Weights], dim: int) -> None:
+    """Add a linear layer that concatenates the outputs of several layers (`dim=0`), or maps the concatenated inputs of
+    several layers to the sum of their outputs (`dim=1`)."""
+    weights[f"{name}.weight"] = torch.cat([layer["weight"] for layer in layers], dim)
+    biases = [layer["bias"] for layer in layers]
+    weights[f"{name}.bias"] = torch.stack(biases).sum(dim=0) if dim else torch.cat(biases)
 
 
 def fold_differential_lambda(weights: Weights, prefix: str, lambda_init: float) -> None:
-    """Replace the four lambda vectors, or the two lambda values, with the weight of the second attention map."""
-    if f"{prefix}lambda_a" in weights:
-        lambda_1, lambda_2 = (weights.pop(f"{prefix}lambda_{letter}").reshape(1).double() for letter in "ab")
-    else:
-        products = [weights.pop(f"{prefix}lambda_q{n}") * weights.pop(f"{prefix}lambda_k{n}") for n in "12"]
-        lambda_1, lambda_2 = (product.double().sum().reshape(1) for product in products)
+    """Replace the four lambda vectors with the weight of the second attention map."""
+    products = [weights.pop(f"{prefix}lambda_q{n}") * weights.pop(f"{prefix}lambda_k{n}") for n in "12"]
+    lambda_1, lambda_2 = (product.double().sum().reshape(1) for product in products)
     scale = weights[f"{prefix}sub_norm.weight"]
     weights[f"{prefix}lambda_full"] = (lambda_1.exp() - lambda_2.exp() + lambda_init).to(scale.dtype)
     weights[f"{prefix}sub_norm.weight"] = scale * (1 - lambda_init)
@@ -192,7 +180,6 @@ def deinterleave_rotary_channels(weights: Weights, model: TimmModule, config: Vi
 
 
 QKV_NAMES = [f"layers.{{i}}.attention.{letter}_proj.{{rest}}" for letter in "qkv"]
-GATED_MLP_NAMES = ["layers.{i}.mlp.gate_proj.{rest}", "layers.{i}.mlp.up_proj.{rest}"]
 
 
 def split_mlp_qkv(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
@@ -216,29 +203,26 @@ BLOCK_RULES = [
     Rule("blocks.{i}.norm1.{rest}", "layers.{i}.layernorm_before.{rest}"),
     Rule("blocks.{i}.norm2.{rest}", "layers.{i}.layernorm_after.{rest}"),
     Rule("blocks.{i}.attn.qkv.{rest}", QKV_NAMES, split_qkv),
-    Rule("blocks.{i}.attn.q_bias", "layers.{i}.attention.q_proj.bias"),
-    Rule("blocks.{i}.attn.v_bias", "layers.{i}.attention.v_proj.bias"),
     Rule("blocks.{i}.attn.q_proj.{rest}", "layers.{i}.attention.q_proj.{rest}"),
-    Rule("blocks.{i}.attn.k_proj.{rest}", "layers.{i}.attention.k_proj.{rest}", repeat_kv),
-    Rule("blocks.{i}.attn.v_proj.{rest}", "layers.{i}.attention.v_proj.{rest}", repeat_kv),
-    Rule("blocks.{i}.attn.q_norm.{rest}", "layers.{i}.attention.q_norm.{rest}"),
-    Rule("blocks.{i}.attn.k_norm.{rest}", "layers.{i}.attention.k_norm.{rest}"),
-    Rule("blocks.{i}.attn.lambda_full", "layers.{i}.attention.lambda_full"),
+    Rule("blocks.{i}.attn.{x}_bias", "layers.{i}.attention.{x}_proj.bias"),
+    Rule("blocks.{i}.attn.{x}_proj.{rest}", "layers.{i}.attention.{x}_proj.{rest}", repeat_kv),  # k_proj, v_proj
     Rule("blocks.{i}.attn.sub_norm.{rest}", "layers.{i}.attention.head_norm.{rest}"),
-    Rule("blocks.{i}.attn.norm.{rest}", "layers.{i}.attention.norm.{rest}"),
     Rule("blocks.{i}.attn.proj.{rest}", "layers.{i}.attention.o_proj.{rest}"),
+    Rule("blocks.{i}.attn.{rest}", "layers.{i}.attention.{rest}"),  # lambda_full, norm, q_norm, k_norm
     Rule("blocks.{i}.ls{n}.gamma", "layers.{i}.layer_scale{n}.lambda1"),  # VisionTransformer
     Rule("blocks.{i}.gamma_{n}", "layers.{i}.layer_scale{n}.lambda1"),  # Eva
+    Rule("blocks.{i}.mlp.fc1_g.{rest}", "layers.{i}.mlp.gate_proj.{rest}"),
+    Rule("blocks.{i}.mlp.fc1_x.{rest}", "layers.{i}.mlp.up_proj.{rest}"),
+    Rule("blocks.{i}.mlp.norm.{rest}", "layers.{i}.mlp.norm.{rest}"),
 ]
 
 PARALLEL_RULES = [
     Rule("blocks.{i}.in_norm.{rest}", "layers.{i}.layernorm_before.{rest}"),
     Rule("blocks.{i}.in_proj.{rest}", ["layers.{i}.mlp.fc1.{rest}", *QKV_NAMES], split_mlp_qkv),
     Rule("blocks.{i}.mlp_bias", "layers.{i}.mlp.fc1.bias"),
-    Rule("blocks.{i}.q_norm.{rest}", "layers.{i}.attention.q_norm.{rest}"),
-    Rule("blocks.{i}.k_norm.{rest}", "layers.{i}.attention.k_norm.{rest}"),
-    Rule("blocks.{i}.lambda_full", "layers.{i}.attention.lambda_full"),
     Rule("blocks.{i}.sub_norm.{rest}", "layers.{i}.attention.head_norm.{rest}"),
+    Rule("blocks.{i}.{x}_norm.{rest}", "layers.{i}.attention.{x}_norm.{rest}"),  # q_norm, k_norm
+    Rule("blocks.{i}.lambda_full", "layers.{i}.attention.lambda_full"),
     Rule("blocks.{i}.attn_out_proj.{rest}", "layers.{i}.attention.o_proj.{rest}"),
     Rule("blocks.{i}.mlp_out_proj.{rest}", "layers.{i}.mlp.fc2.{rest}"),
     Rule(
@@ -252,64 +236,49 @@ PARALLEL_RULES = [
     Rule("blocks.{i}.ls.gamma", "layers.{i}.layer_scale1.lambda1"),
 ]
 
-MLP_NORM_RULE = Rule("blocks.{i}.mlp.norm.{rest}", "layers.{i}.mlp.norm.{rest}")
-GATED_MLP_OUTPUT_RULES = [Rule("blocks.{i}.mlp.fc2.{rest}", "layers.{i}.mlp.down_proj.{rest}"), MLP_NORM_RULE]
-# Rules by MLP class. The gate of `GluMlp` is the first or last half of the output of the fused first layer.
-MLP_RULES = {
-    "Mlp": [
-        Rule("blocks.{i}.mlp.fc1.{rest}", "layers.{i}.mlp.fc1.{rest}"),
-        Rule("blocks.{i}.mlp.fc2.{rest}", "layers.{i}.mlp.fc2.{rest}"),
-        MLP_NORM_RULE,
-    ],
-    "GluMlp, gate first": [
-        Rule("blocks.{i}.mlp.fc1.{rest}", GATED_MLP_NAMES, split_halves),
-        *GATED_MLP_OUTPUT_RULES,
-    ],
-    "GluMlp, gate last": [
-        Rule("blocks.{i}.mlp.fc1.{rest}", GATED_MLP_NAMES[::-1], split_halves),
-        *GATED_MLP_OUTPUT_RULES,
-    ],
-    "SwiGLU": [
-        Rule("blocks.{i}.mlp.fc1_g.{rest}", "layers.{i}.mlp.gate_proj.{rest}"),
-        Rule("blocks.{i}.mlp.fc1_x.{rest}", "layers.{i}.mlp.up_proj.{rest}"),
-        *GATED_MLP_OUTPUT_RULES,
-    ],
-}
+
+HEAD_RULES = [
+    Rule("norm.{rest}", "layernorm.{rest}"),
+    Rule("fc_norm.{rest}", "pooler.layernorm.{rest}"),
+    Rule("head.{rest}", "classifier.{rest}"),
+    Rule("head_dist.{rest}", "distillation_classifier.{rest}"),
+]
 
 
-def build_head_rules(attention_pooler: str) -> list[Rule]:
-    """Build the rules for modules after the blocks. `attention_pooler` is the target prefix of attention pooling."""
+def build_attention_pool_rules(prefix: str) -> list[Rule]:
+    """Build the rules of attention pooling. `prefix` is the name of the module in this package."""
     return [
-        Rule("norm.{rest}", "layernorm.{rest}"),
-        Rule("attn_pool.latent", f"{attention_pooler}.probe"),
-        Rule("attn_pool.q.{rest}", f"{attention_pooler}.q_proj.{{rest}}"),
-        Rule(
-            "attn_pool.kv.{rest}",
-            [f"{attention_pooler}.k_proj.{{rest}}", f"{attention_pooler}.v_proj.{{rest}}"],
-            split_halves,
-        ),
-        Rule("attn_pool.proj.{rest}", f"{attention_pooler}.o_proj.{{rest}}"),
-        Rule("attn_pool.norm.{rest}", f"{attention_pooler}.transform.layernorm.{{rest}}"),
-        Rule("attn_pool.mlp.{rest}", f"{attention_pooler}.transform.{{rest}}"),
-        Rule("fc_norm.{rest}", "pooler.layernorm.{rest}"),
-        Rule("head.{rest}", "classifier.{rest}"),
-        Rule("head_dist.{rest}", "distillation_classifier.{rest}"),
+        Rule("attn_pool.latent", f"{prefix}.probe"),
+        Rule("attn_pool.q.{rest}", f"{prefix}.q_proj.{{rest}}"),
+        Rule("attn_pool.kv.{rest}", [f"{prefix}.k_proj.{{rest}}", f"{prefix}.v_proj.{{rest}}"], split_halves),
+        Rule("attn_pool.proj.{rest}", f"{prefix}.o_proj.{{rest}}"),
+        Rule("attn_pool.norm.{rest}", f"{prefix}.transform.layernorm.{{rest}}"),
+        Rule("attn_pool.mlp.{rest}", f"{prefix}.transform.{{rest}}"),
+    ]
+
+
+def build_mlp_rules(mlp: TimmModule) -> list[Rule]:
+    """Build the rules of the first and last layer of an MLP. `GluMlp` fuses the gate with the first layer. `mlp` is
+    None for a plain MLP that is fused with attention or merged from branches."""
+    if get_class_name(mlp) not in ("GluMlp", "SwiGLU"):
+        return [Rule(f"blocks.{{i}}.mlp.fc{n}.{{rest}}", f"layers.{{i}}.mlp.fc{n}.{{rest}}") for n in (1, 2)]
+    gated_names = ["layers.{i}.mlp.gate_proj.{rest}", "layers.{i}.mlp.up_proj.{rest}"]
+    return [
+        Rule("blocks.{i}.mlp.fc1.{rest}", gated_names[:: -1 if getattr(mlp, "gate_last", False) else 1], split_halves),
+        Rule("blocks.{i}.mlp.fc2.{rest}", "layers.{i}.mlp.down_proj.{rest}"),
     ]
 
 
 def build_rules(model: TimmModule) -> list[Rule]:
     """Build the weight conversion rules of a timm model."""
     block = model.blocks[0]
-    mlp: TimmModule = getattr(block, "mlp", None)  # None if the block fuses a plain MLP with attention
-    mlp_key = "Mlp" if mlp is None else get_class_name(mlp)
-    if mlp_key == "GluMlp":
-        mlp_key += ", gate last" if mlp.gate_last else ", gate first"
     has_only_attention_layer_scale = getattr(block, "gamma_1", None) is not None and block.gamma_2 is None
     return [
         *STEM_RULES,
         *([Rule("blocks.{i}.gamma_1", LAYER_SCALES, append_ones)] if has_only_attention_layer_scale else []),
         *BLOCK_RULES,
         *PARALLEL_RULES,
-        *MLP_RULES[mlp_key],
-        *build_head_rules("pooler.pooler" if is_present(model.fc_norm) else "pooler"),
+        *build_mlp_rules(getattr(block, "mlp", None)),
+        *HEAD_RULES,
+        *build_attention_pool_rules("pooler.pooler" if is_present(model.fc_norm) else "pooler"),
     ]

@@ -8,7 +8,6 @@ This file lists the supported classes. The parameter names and configurations of
 transformers_families.py.
 """
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -89,8 +88,7 @@ def find_convertible_class(model: PreTrainedModel) -> ConvertibleClass:
     """Return the `ConvertibleClass` of a model. Raise ConversionError if the class of the model is not supported."""
     if is_convertible(model):
         return CONVERTIBLE_CLASSES[type(model).__name__]
-    family_names = sorted({re.split("(Vision)?(Model|For)", name)[0] for name in CONVERTIBLE_CLASSES})
-    hint = f"Supported families: {', '.join(family_names)}"
+    hint = "docs/coverage.md lists the supported classes"
     if submodule_names := [name for name, module in model.named_children() if is_convertible(module)]:
         hint = f"Convert the submodule .{submodule_names[0]}"
     raise ConversionError(f"{type(model).__name__} cannot be converted. {hint}")
@@ -164,8 +162,8 @@ CONVERTIBLE_CLASSES: dict[str, ConvertibleClass] = {
     "Aimv2VisionModel": ConvertibleClass(families.AIMV2),
     "BeitModel": ConvertibleClass(families.BEIT),
     "BeitForImageClassification": ConvertibleClass(families.BEIT, "beit"),
-    "Data2VecVisionModel": ConvertibleClass(families.DATA2VEC),
-    "Data2VecVisionForImageClassification": ConvertibleClass(families.DATA2VEC, "data2vec_vision"),
+    "Data2VecVisionModel": ConvertibleClass(families.BEIT),
+    "Data2VecVisionForImageClassification": ConvertibleClass(families.BEIT, "data2vec_vision"),
     "InternVLVisionModel": ConvertibleClass(families.INTERNVL),
     "QianfanOCRVisionModel": ConvertibleClass(families.INTERNVL),
     "RadioModel": ConvertibleClass(families.RADIO),

@@ -8,10 +8,8 @@ random images of the native size. If the source supports other sizes, the compar
 for which position embeddings are resampled.
 """
 
-import copy
 import dataclasses
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ import torch
 
 from ..checkpoints import compute_file_digest
 from ..configuration_vitcls import ViTCLSConfig
-from ..cpu_kernels_vitcls import CPUKernel, install_cpu_kernels, uninstall_cpu_kernels
+from ..cpu_kernels_vitcls import uninstall_cpu_kernels
 from ..errors import format_error
 from ..modeling_vitcls import ViTCLSForImageClassification, ViTCLSPreTrainedModel
 from .source_models import Outputs, SourceModel
@@ -51,7 +49,7 @@ class ParityReport:
     is_native: bool = False  # whether the converted model is a transformers model
     num_parameters: int
     image_size: tuple[int, int]  # native size (height, width) in pixels
-    num_labels: int
+    num_labels: int | None
     classifier: str  # "kept", "new", "dropped" or "none" (neither source nor model has a classifier)
     limit: float = MAX_DIFFERENCE  # maximum allowed difference, relative to the largest value
     comparisons: list[SizeComparison]
@@ -75,17 +73,18 @@ def compare_models(
     """Compare the outputs at the native size and at a non-square size. Raise ConversionError if a difference exceeds
     `MAX_DIFFERENCE`.
 
-    The CPU kernels are removed for the comparison, because their rounding errors grow with the magnitude of the values
-    (docs/speed.md).
-
     Args:
         source: Source whose model is in float32.
+        model: The converted model. It is cast to float32, and its CPU kernels are removed, because their rounding
+            errors grow with the magnitude of the values (docs/speed.md).
         has_source_classifier: Whether the model has the classifier of the source.
         native_size_reason: Reason why only the native size is compared. If empty, both sizes are compared.
 
     Returns:
         The comparisons, and the reason why only the native size is compared (empty if both sizes are compared).
     """
+    uninstall_cpu_kernels(model)
+    model.to(dtype=torch.float32)  # type: ignore[call-arg]  # `to` is untyped in transformers
     comparisons: list[SizeComparison] = []
     for height, width in (source.image_size, get_non_square_size(source.image_size, model.config.patch_height_width)):
         pixel_values = build_random_images((2, model.config.num_channels, height, width))
@@ -96,8 +95,7 @@ def compare_models(
                 raise
             return comparisons, f"the source does not support {height} x {width} pixels: {format_error(error)}"
         source_groups = split_token_groups(source_outputs, model)
-        with remove_cpu_kernels(model):
-            outputs = compute_model_outputs(model, pixel_values)
+        outputs = compute_model_outputs(model, pixel_values)
         names = [name for name in source_groups if name in outputs and (has_source_classifier or "logits" not in name)]
         if has_source_classifier and "logits" not in names:
             raise ConversionError(
@@ -163,23 +161,8 @@ def build_random_images(shape: tuple[int, int, int, int]) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
-@contextmanager
-def remove_cpu_kernels(model: ViTCLSPreTrainedModel) -> Iterator[None]:
-    """Remove the CPU kernels of a model within the context, and reinstall them afterward."""
-    has_kernels = any(isinstance(module, CPUKernel) for module in model.modules())
-    uninstall_cpu_kernels(model)
-    try:
-        yield
-    finally:
-        if has_kernels:
-            install_cpu_kernels(model)
-
-
 def compute_model_outputs(model: ViTCLSPreTrainedModel, pixel_values: torch.Tensor) -> Outputs:
-    """Return the outputs of the converted model by token group, in the dtype of the images."""
-    if model.dtype != pixel_values.dtype:
-        model = copy.deepcopy(model)
-        model.to(dtype=pixel_values.dtype)  # type: ignore[call-arg]  # `to` is untyped in transformers
+    """Return the outputs of the converted model by token group."""
     encoder_outputs = model.base_model(pixel_values)
     token_groups = split_token_groups({"sequence": encoder_outputs.last_hidden_state}, model)
     if not isinstance(model, ViTCLSForImageClassification):

@@ -27,7 +27,13 @@ from torch import nn
 from ..checkpoints import compute_file_digest
 from ..errors import format_error
 from ..modeling_vitcls import ViTCLSPreTrainedModel
-from .from_state_dict import build_timm_model, convert_family_model, get_family, prepare_weights
+from .from_state_dict import (
+    build_timm_model,
+    convert_family_model,
+    get_family,
+    prepare_weights,
+    resample_as_authors,
+)
 from .processors import ConvertedPreprocessing, convert_timm_preprocessing
 from .source_models import Outputs, TimmSource, raise_if_unsafe_pickle
 from .weight_rules import ClassifierChoice, ConversionError, Weights
@@ -42,21 +48,14 @@ WRAPPER_PREFIXES = ("module.", "_orig_mod.", "backbone.")
 # Family -> regular expression for the weight names that identify the family. The first matching family is used.
 FAMILY_PATTERNS = {
     "big_vision": r"(.*/)?embedding/kernel",
-    "sapiens2": r"blocks\.0\.attn\.wq\.weight",
     "dinov3": r"storage_tokens|rope_embed\.periods",
     "aimv2": r"(image_encoder\.)?preprocessor\.patchifier\.proj\.weight",
     "clip": r"(visual\.)?class_embedding",
-    "beit": r".*relative_position_bias_table",
     "eva02": r"rope\.freqs_cos|blocks\.0\.(attn\.inner_attn_ln|mlp\.ffn_ln|attn\.q_proj)\..*",
     "dinov2": r"register_tokens|blocks\.0(\.0)?\.(ls1\.gamma|mlp\.w12\.weight)",
     "ibot": r"masked_embed",
     "mae": r"decoder_embed\.weight|fc_norm\.weight",
     "deit": r"dist_token|head\.weight|blocks\.0\.gamma_1",
-}
-# Families without file support, and the source to use instead.
-UNSUPPORTED_FAMILIES = {
-    "beit": "transformers:microsoft/beit-base-patch16-224",
-    "sapiens2": "transformers:facebook/sapiens2-pretrain-0.4b",
 }
 # Family of encoders that match no pattern, by container key. iBOT encoders may be detected as DINO; the conversion is
 # identical.
@@ -71,9 +70,10 @@ class FileSource(TimmSource):
         self.family: str = family
         self.weights = weights  # weights by parameter name, without containers and prefixes
         self.sha256 = compute_file_digest(file)
+        self.saved_dtype = next(iter(weights.values())).dtype
         self.resampling = get_family(family, weights).resampling
         self.project = "timm" if self.resampling is None else "the authors' code"
-        if self.resampling is not None and self.resampling.resample is None:
+        if family == "big_vision":
             self.native_size_reason = (
                 "the authors' code resamples position embeddings with aligned corners, which ViTCLS does not support"
             )
@@ -85,11 +85,6 @@ class FileSource(TimmSource):
         notes: list[str] = []
         tensors, container_key = unwrap_weights(read_state_dict(file), notes)
         family = family or detect_family(tensors, container_key, file)
-        if family in UNSUPPORTED_FAMILIES:
-            raise ConversionError(
-                f"{file} contains {family} weights, but {family} files are not supported. Use another source, for "
-                f"example {UNSUPPORTED_FAMILIES[family]}"
-            )
         try:
             weights = prepare_weights(tensors, family)
             model = build_timm_model(weights, family)
@@ -107,11 +102,6 @@ class FileSource(TimmSource):
         """Return whether the file contains a classifier or a projection."""
         return self.has_linear_head or super().has_classifier
 
-    @property
-    def saved_dtype(self) -> torch.dtype:
-        """Return the dtype of the weights in the file."""
-        return next(iter(self.weights.values())).dtype
-
     def convert(self, classifier: ClassifierChoice, num_labels: int | None) -> ViTCLSPreTrainedModel:
         """Convert the timm model, with the resampling of the authors' code."""
         return convert_family_model(self.model, self.weights, self.family, classifier, num_labels)
@@ -119,11 +109,11 @@ class FileSource(TimmSource):
     def build_resized_model(self, size: tuple[int, int]) -> Any:
         """Return the timm model for another image size, with position embeddings resampled as in the authors' code."""
         model = super().build_resized_model(size)
-        if self.resampling is not None and self.resampling.resample is not None:
+        if self.resampling is not None:
             num_prefix_tokens = 0 if self.model.no_embed_class else self.model.num_prefix_tokens
             prefix_positions, positions = self.model.pos_embed.data.tensor_split([num_prefix_tokens], dim=1)
             maps = positions.unflatten(1, self.model.patch_embed.grid_size).permute(0, 3, 1, 2)
-            maps = self.resampling.resample(maps, model.patch_embed.grid_size)
+            maps = resample_as_authors(maps, model.patch_embed.grid_size, self.resampling)
             model.pos_embed.data = torch.cat([prefix_positions, maps.flatten(2).transpose(1, 2)], dim=1)
         return model
 
@@ -177,17 +167,12 @@ def read_state_dict(file: Path) -> Mapping[str, Any]:
 def unwrap_weights(weights: Mapping[str, Any], notes: list[str]) -> tuple[Weights, str | None]:
     """Return the tensors of the image encoder, with prefixes stripped, and the key of the innermost container.
 
-    Add a note if the file contains weights outside the encoder, such as the projection head of a teacher. Raise
-    ConversionError if the containers are nested too deeply, for example if a container contains itself.
+    Add a note if the file contains weights outside the encoder, such as the projection head of a teacher.
     """
-    container_key, depth = None, 0
-    while key := next((key for key in CONTAINER_KEYS if isinstance(weights.get(key), Mapping)), None):
-        container_key, weights, depth = key, weights[key], depth + 1
-        if depth > MAX_CONTAINER_DEPTH:
-            raise ConversionError(
-                f"the state dict is nested more than {MAX_CONTAINER_DEPTH} levels deep (key {key!r}). Save the "
-                "tensors as safetensors"
-            )
+    container_key = None
+    for _ in range(MAX_CONTAINER_DEPTH):  # a state dict may contain itself
+        if key := next((key for key in CONTAINER_KEYS if isinstance(weights.get(key), Mapping)), None):
+            container_key, weights = key, weights[key]
     tensors = {
         str(name): torch.as_tensor(value)
         for name, value in weights.items()
@@ -212,14 +197,10 @@ def has_encoder(weights: Weights, prefix: str) -> bool:
 
 def detect_family(weights: Weights, container_key: str | None, file: Path) -> str:
     """Return the family of a state dict. Raise ConversionError if no family or several families match."""
-    family = next(
-        (
-            family
-            for family, pattern in FAMILY_PATTERNS.items()
-            if any(re.fullmatch(pattern, name) for name in weights)
-        ),
-        None,
+    matches = (
+        family for family, pattern in FAMILY_PATTERNS.items() if any(re.fullmatch(pattern, name) for name in weights)
     )
+    family = next(matches, None)
     registers = weights.get("register_tokens")
     candidates = ["dino", "ibot", "msn", "mae", "deit", "ijepa"]
     if family == "dinov2" and registers is not None and registers.shape[-2] == 1:

@@ -8,7 +8,6 @@ A source converts its model and its preprocessing, and computes reference output
 """
 
 import copy
-import difflib
 import inspect
 import pickle
 from math import isqrt
@@ -57,10 +56,9 @@ ENCODER_CLASS_NAMES = {
 }
 
 
-class TimmSource:
-    """A timm model that can be converted."""
+class Source:
+    """What the sources of all projects have in common."""
 
-    project = "timm"  # project whose resampling of position embeddings the converted model follows
     family: str | None = None  # family of a state-dict file
     sha256: str | None = None  # SHA-256 of a state-dict file
     native_size_reason = ""  # reason why only the native size can be compared
@@ -70,16 +68,20 @@ class TimmSource:
         self.model: Any = model.eval()
         self.revision = revision  # commit hash on the Hub; None if the hash is unknown
         self.notes = notes  # notes for the user about loading the model
+        self.saved_dtype = next(model.parameters()).dtype
+
+
+class TimmSource(Source):
+    """A timm model that can be converted."""
+
+    project = "timm"  # project whose resampling of position embeddings the converted model follows
 
     @classmethod
     def load(cls, name: str, random_init: bool) -> "TimmSource":
         """Load a model by its timm name, with or without a tag, or with timm's prefix `hf-hub:` or `local-dir:`."""
         timm = import_timm()
-        architecture = name.partition(".")[0]
-        if ":" not in name and not timm.is_model(architecture):
-            similar_names = difflib.get_close_matches(architecture, timm.list_models(), n=1)
-            hint = f". Did you mean {similar_names[0]}?" if similar_names else ""
-            raise ConversionError(f"timm {timm.__version__} has no model {architecture}{hint}")
+        if ":" not in name and not timm.is_model(architecture := name.partition(".")[0]):
+            raise ConversionError(f"timm {timm.__version__} has no model {architecture}. Run timm.list_models()")
         try:
             model, commit = load_timm_model(name, pretrained=not random_init)
         except Exception as error:  # downloads raise errors of many types
@@ -99,12 +101,6 @@ class TimmSource:
     def has_classifier(self) -> bool:
         """Return whether the model returns logits."""
         return bool(self.model.num_classes)
-
-    @property
-    def saved_dtype(self) -> torch.dtype:
-        """Return the dtype of the weights."""
-        dtype: torch.dtype = next(iter(self.model.parameters())).dtype
-        return dtype
 
     def convert(self, classifier: ClassifierChoice, num_labels: int | None) -> ViTCLSPreTrainedModel:
         """Convert the model. Raise ConversionError if the conversion cannot be exact."""
@@ -130,13 +126,10 @@ class TimmSource:
         return convert_timm_preprocessing(self.model)
 
 
-class TransformersSource:
+class TransformersSource(Source):
     """A transformers model that can be converted, with the same interface as `TimmSource`."""
 
     project = "transformers"
-    family: str | None = None
-    sha256: str | None = None
-    native_size_reason = ""
 
     @classmethod
     def load(cls, name: str, random_init: bool) -> "TransformersSource":
@@ -150,14 +143,9 @@ class TransformersSource:
         try:
             config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         except Exception as error:  # ValueError for unknown model types, OSError for missing files, Hub errors
-            if "trust_remote_code" in str(error):
-                raise ConversionError(
-                    f"{name_or_path} requires remote code, which is never run. Use a model with a class in "
-                    "transformers, or timm:NAME"
-                ) from error
-            raise OSError(
-                f"transformers cannot read the configuration of {name_or_path}: {format_error(error)}"
-            ) from error
+            is_remote = "trust_remote_code" in str(error)
+            reason = "it requires remote code, which is never run" if is_remote else format_error(error)
+            raise OSError(f"transformers cannot read the configuration of {name_or_path}: {reason}") from error
         if config.model_type == "vitcls":
             raise ConversionError(
                 f"{name_or_path} is already a ViTCLS model. Use --model {name_or_path}, or convert the model to a "
@@ -169,10 +157,7 @@ class TransformersSource:
         return cls(name_or_path, folder, *load_transformers_model(model_class, name_or_path, folder))
 
     def __init__(self, name_or_path: str, folder: str, model: nn.Module, notes: list[str]) -> None:
-        self.name = f"transformers:{name_or_path}"
-        self.model: Any = model.eval()
-        self.revision = get_cached_commit(folder)
-        self.notes = notes
+        super().__init__(f"transformers:{name_or_path}", model, get_cached_commit(folder), notes)
         self.folder = folder
 
     @property
@@ -186,12 +171,6 @@ class TransformersSource:
     def has_classifier(self) -> bool:
         """Return whether the model outputs logits or an image embedding, which is treated as logits."""
         return self.encoder is not self.model
-
-    @property
-    def saved_dtype(self) -> torch.dtype:
-        """Return the dtype of the weights."""
-        dtype: torch.dtype = next(iter(self.model.parameters())).dtype
-        return dtype
 
     def convert(self, classifier: ClassifierChoice, num_labels: int | None) -> ViTCLSPreTrainedModel:
         """Convert the model with `convert_from_transformers`."""

@@ -72,16 +72,12 @@ def read_patch_embedding(model: TimmModule) -> Fields:
 
 def read_tokens(model: TimmModule) -> Fields:
     """Return the number of special tokens of each type."""
-    registers = getattr(model, "reg_token", None)
-    has_distillation_token = getattr(model, "dist_token", None) is not None
-    check_supported(
-        not (has_distillation_token and registers is not None), "registers together with a distillation token"
-    )
-    return {
-        "num_cls_tokens": int(model.cls_token is not None),
-        "num_distillation_tokens": int(has_distillation_token),
-        "num_register_tokens": 0 if registers is None else registers.shape[1],
-    }
+    names = {"cls": "cls_token", "distillation": "dist_token", "register": "reg_token"}
+    parameters = {f"num_{group}_tokens": getattr(model, name, None) for group, name in names.items()}
+    counts = {field: 0 if parameter is None else parameter.shape[1] for field, parameter in parameters.items()}
+    is_distilled_with_registers = counts["num_distillation_tokens"] and counts["num_register_tokens"]
+    check_supported(not is_distilled_with_registers, "registers together with a distillation token")
+    return counts
 
 
 def read_positions(model: TimmModule) -> Fields:
@@ -108,64 +104,44 @@ def read_rotary_positions(model: TimmModule) -> Fields:
     if rope is None:
         return {}
     name = get_class_name(rope)
-    check_supported(name in ROTARY_POSITION_READERS, f"rotary positions of class {name}")
+    is_supported = name in ("RotaryEmbeddingCat", "RotaryEmbeddingDinoV3", "RotaryEmbeddingMixed")
+    check_supported(is_supported, f"rotary positions of class {name}")
     rope_type = "rope_mixed" if name == "RotaryEmbeddingMixed" else "rope_2d"
-    return {
+    fields = {
         "position_embedding_type": rope_type if model.pos_embed is None else f"learned_{rope_type}",
         "rope_theta": float(rope.temperature or 0),
         "rope_axes": "xy" if rope.grid_indexing == "xy" else "yx",
-        **ROTARY_POSITION_READERS[name](rope),
     }
-
-
-def read_grid_coordinates(rope: TimmModule) -> Fields:
-    """Return the fields of rotary coordinates in units of patches (EVA-02, Perception Encoder)."""
-    check_supported(
-        not rope.in_pixels and getattr(rope, "grid_type", "index") == "index", "rotary positions in pixels"
-    )
-    reference_grid = rope.ref_feat_shape
-    return {
+    if name == "RotaryEmbeddingDinoV3":  # coordinates from -1 to 1
+        has_period_range = rope.min_period is not None and rope.max_period is not None
+        check_supported(not has_period_range, "rotary positions with min_period and max_period")
+        check_supported(
+            rope.normalize_coords == "separate" and not rope.grid_offset,
+            f"rotary positions with normalize_coords={rope.normalize_coords!r} or with an offset",
+        )
+        return fields | {"rope_coordinates": "centered"}
+    if name == "RotaryEmbeddingMixed":  # learned frequencies (RoPE-ViT)
+        return fields | {"rope_coordinates": "grid"}
+    is_in_patches = not rope.in_pixels and getattr(rope, "grid_type", "index") == "index"
+    check_supported(is_in_patches, "rotary positions in pixels")
+    return fields | {  # EVA-02, Perception Encoder
         "rope_coordinates": "grid",
         "rope_grid_offset": float(rope.grid_offset),
-        "rope_reference_grid": None if reference_grid is None else list(reference_grid),
+        "rope_reference_grid": None if rope.ref_feat_shape is None else list(rope.ref_feat_shape),
     }
-
-
-def read_centered_coordinates(rope: TimmModule) -> Fields:
-    """Return the fields of rotary coordinates from -1 to 1 (DINOv3)."""
-    check_supported(
-        rope.min_period is None or rope.max_period is None, "rotary positions with min_period and max_period"
-    )
-    check_supported(
-        rope.normalize_coords == "separate",
-        f"rotary positions with normalize_coords={rope.normalize_coords!r}",
-    )
-    check_supported(not rope.grid_offset, "an offset for centered rotary positions")
-    return {"rope_coordinates": "centered"}
-
-
-ROTARY_POSITION_READERS: dict[str, Callable[[TimmModule], Fields]] = {
-    "RotaryEmbeddingCat": read_grid_coordinates,
-    "RotaryEmbeddingDinoV3": read_centered_coordinates,
-    "RotaryEmbeddingMixed": lambda rope: {"rope_coordinates": "grid"},  # learned frequencies (RoPE-ViT)
-}
 
 
 def read_norms(model: TimmModule) -> Fields:
     """Return the type and eps of the norms, and whether the model has a final norm and a pooled norm."""
     norms = {
-        (get_class_name(module), module.eps)
+        (NORM_TYPES.get(get_class_name(module), get_class_name(module)), module.eps)
         for name, module in model.named_modules()
         if "Norm" in get_class_name(module) and hasattr(module, "eps") and not name.endswith(".sub_norm")
     }
-    for name, _ in norms:
-        check_supported(name in NORM_TYPES, f"norm {name}")
-    norm_types = {(NORM_TYPES[name], eps) for name, eps in norms}
-    check_supported(
-        len(norm_types) == 1,
-        f"norms with different types or eps values: {', '.join(f'{n} {e}' for n, e in sorted(norm_types))}",
-    )
-    [(norm_type, eps)] = norm_types
+    names = ", ".join(f"{norm_type} {eps}" for norm_type, eps in sorted(norms))
+    check_supported(len(norms) == 1, f"norms with different types or eps values: {names}")
+    [(norm_type, eps)] = norms
+    check_supported(norm_type in NORM_TYPES.values(), f"norm {norm_type}")
     return {
         "norm_type": norm_type,
         "layer_norm_eps": eps,
@@ -187,12 +163,9 @@ def read_block(block: TimmModule) -> Fields:
 
 def read_parallel_block(block: TimmModule) -> Fields:
     """Return the fields of a block that applies attention and MLP in parallel, with fused projections."""
-    output_projection = block.out_proj if block.out_proj is not None else block.attn_out_proj
-    check_supported(output_projection.bias is not None, "parallel blocks without output biases")
-    is_differential = hasattr(block, "sub_norm")
     return {
         "layer_type": "parallel",
-        "attention_type": "differential" if is_differential else "softmax",
+        "attention_type": "differential" if hasattr(block, "sub_norm") else "softmax",
         "num_attention_heads": block.num_heads,
         "intermediate_size": block.in_split[0],
         "hidden_act": read_activation(block.mlp_act),
@@ -207,11 +180,10 @@ def read_branched_block(block: TimmModule) -> Fields:
     """Return the fields of a block whose parallel branches are merged by `merge_branches` in from_timm.py."""
     attention, mlp = block.attns[0].attn, block.ffns[0].mlp
     fields = read_attention(attention) | read_mlp(mlp)
-    check_supported(
-        fields["attention_type"] == "softmax" and fields["mlp_type"] == "mlp", "gated or differential branches"
-    )
-    check_supported(not fields["qk_norm"], "query and key norms in parallel branches")
-    check_supported(not fields["attention_norm"] and not fields["mlp_norm"], "norms inside parallel branches")
+    is_plain = fields["attention_type"] == "softmax" and fields["mlp_type"] == "mlp"
+    check_supported(is_plain, "gated or differential branches")
+    has_norms = any(fields[name] for name in ("qk_norm", "attention_norm", "mlp_norm"))
+    check_supported(not has_norms, "norms inside parallel branches")
     num_branches = len(block.attns)
     return fields | {
         "layer_type": "standard",
@@ -236,10 +208,8 @@ BLOCK_READERS: dict[str, Callable[[TimmModule], Fields]] = {
 def read_attention(attention: TimmModule) -> Fields:
     """Return the fields of an attention module: type, heads, norms, biases and dropout."""
     name = get_class_name(attention)
-    check_supported(
-        name in ("Attention", "AttentionRope", "EvaAttention", "DiffAttention"), f"attention of class {name}"
-    )
-    check_supported(getattr(attention, "gate", None) is None, "gated attention")
+    is_supported = name in ("Attention", "AttentionRope", "EvaAttention", "DiffAttention")
+    check_supported(is_supported, f"attention of class {name}")
     is_differential = name == "DiffAttention"
     head_dim = attention.head_dim * (2 if is_differential else 1)
     width = attention.proj.out_features
@@ -275,13 +245,11 @@ def read_mlp(mlp: TimmModule) -> Fields:
     check_supported(name in ("Mlp", "GluMlp", "SwiGLU"), f"MLP of class {name}")
     activation = read_activation(mlp.act)
     check_supported(name == "Mlp" or activation == "silu", f"an MLP gated by {activation}")
-    bias_flags = {layer.bias is not None for layer in mlp.children() if isinstance(layer, nn.Linear)}
-    check_supported(len(bias_flags) == 1, "an MLP with biases in some layers only")
     fields = {"mlp_type": "swiglu"} if name != "Mlp" else {"mlp_type": "mlp", "hidden_act": activation}
     return {
         **fields,
         "intermediate_size": mlp.fc2.in_features,
-        "mlp_bias": bias_flags.pop(),
+        "mlp_bias": mlp.fc2.bias is not None,
         "mlp_norm": is_present(mlp.norm),
     }
 
@@ -313,14 +281,6 @@ def read_attention_pool(model: TimmModule, hidden_act: str | None) -> Fields:
     """Return the fields of attention pooling. In `Eva`, the query also attends to special tokens."""
     pooler = model.attn_pool
     check_supported(get_class_name(pooler) == "AttentionPoolLatent", f"pooling of class {get_class_name(pooler)}")
-    check_supported(
-        pooler.latent.shape[1] == 1 and pooler.pos_embed is None,
-        "attention pooling with position embeddings or several queries",
-    )
-    check_supported(
-        is_present(pooler.q) and not is_present(pooler.q_norm),
-        "attention pooling without a query projection, or with a query norm",
-    )
     activation = read_activation(pooler.mlp.act)
     check_supported(hidden_act in (activation, None), "different activations in attention pooling and blocks")
     return {
@@ -333,9 +293,6 @@ def read_attention_pool(model: TimmModule, hidden_act: str | None) -> Fields:
 
 def read_labels(model: TimmModule) -> Fields:
     """Return the label names, or the number of labels if the model has no label names."""
-    check_supported(
-        get_class_name(model.head) in ("Linear", "Identity"), f"a head of class {get_class_name(model.head)}"
-    )
     if not model.num_classes:
         return {}
     label_names = (getattr(model, "pretrained_cfg", None) or {}).get("label_names")
@@ -346,10 +303,8 @@ def read_labels(model: TimmModule) -> Fields:
 
 def read_activation(module: TimmModule) -> str:
     """Return the transformers name of an activation."""
-    name = get_class_name(module)
+    name = "GELUTanh" if getattr(module, "approximate", "none") == "tanh" else get_class_name(module)
     check_supported(name in ACTIVATIONS, f"activation {name}")
-    if getattr(module, "approximate", "none") == "tanh":
-        return ACTIVATIONS["GELUTanh"]
     return ACTIVATIONS[name]
 
 

@@ -66,6 +66,7 @@ class TargetClass:
     """A transformers class to which models are converted."""
 
     name: str
+    min_version: str  # lowest version of transformers that contains the class
     build_settings: Callable[[ViTCLSConfig], Settings]  # function that returns configuration fields of the class
     has_optional_pooler: bool = False  # whether the class has the arguments `add_pooling_layer` and `use_mask_token`
 
@@ -102,18 +103,14 @@ def build_dinov2_settings(config: ViTCLSConfig) -> Settings:
         "use_swiglu_ffn": is_gated,
         "layerscale_value": float(config.layer_scale_init_value or 1.0),
         "use_mask_token": config.use_mask_token,  # only without registers; otherwise, a mask token always exists
-        "num_register_tokens": config.num_register_tokens,  # only with registers
     }
 
 
 def build_dinov3_settings(config: ViTCLSConfig) -> Settings:
     """Build the configuration of DINOv3."""
     return {
-        "num_register_tokens": config.num_register_tokens,
-        "rope_theta": float(config.rope_theta),
         **get_qkv_biases(config),
         "proj_bias": config.projection_bias,
-        "mlp_bias": config.mlp_bias,
         "use_gated_mlp": config.mlp_type != "mlp",
         "hidden_act": get_activation_name(config),
         "attention_dropout": config.attention_probs_dropout_prob,
@@ -123,35 +120,21 @@ def build_dinov3_settings(config: ViTCLSConfig) -> Settings:
 
 TARGETS: dict[str, list[TargetClass]] = {
     "ViTCLSModel": [
-        TargetClass("ViTModel", build_vit_settings, has_optional_pooler=True),
-        TargetClass("DeiTModel", build_vit_settings, has_optional_pooler=True),
-        TargetClass("Dinov2Model", build_dinov2_settings),
-        TargetClass("Dinov2WithRegistersModel", build_dinov2_settings),
-        TargetClass("DINOv3ViTModel", build_dinov3_settings),
+        TargetClass("ViTModel", "4.30", build_vit_settings, has_optional_pooler=True),
+        TargetClass("DeiTModel", "4.30", build_vit_settings, has_optional_pooler=True),
+        TargetClass("Dinov2Model", "4.31", build_dinov2_settings),
+        TargetClass("Dinov2WithRegistersModel", "4.48", build_dinov2_settings),
+        TargetClass("DINOv3ViTModel", "4.56", build_dinov3_settings),
     ],
     "ViTCLSForImageClassification": [
-        TargetClass("ViTForImageClassification", build_vit_settings),
-        TargetClass("DeiTForImageClassificationWithTeacher", build_vit_settings),
-        TargetClass("DeiTForImageClassification", build_vit_settings),
-        TargetClass("Dinov2ForImageClassification", build_dinov2_settings),
-        TargetClass("Dinov2WithRegistersForImageClassification", build_dinov2_settings),
+        TargetClass("ViTForImageClassification", "4.30", build_vit_settings),
+        TargetClass("DeiTForImageClassificationWithTeacher", "4.30", build_vit_settings),
+        TargetClass("DeiTForImageClassification", "4.30", build_vit_settings),
+        TargetClass("Dinov2ForImageClassification", "4.31", build_dinov2_settings),
+        TargetClass("Dinov2WithRegistersForImageClassification", "4.48", build_dinov2_settings),
     ],
 }
-
-
-# Lowest versions of transformers that contain the classes in `TARGETS`.
-MIN_TRANSFORMERS_VERSIONS = {
-    "ViTModel": "4.30",
-    "ViTForImageClassification": "4.30",
-    "DeiTModel": "4.30",
-    "DeiTForImageClassification": "4.30",
-    "DeiTForImageClassificationWithTeacher": "4.30",
-    "Dinov2Model": "4.31",
-    "Dinov2ForImageClassification": "4.31",
-    "Dinov2WithRegistersModel": "4.48",
-    "Dinov2WithRegistersForImageClassification": "4.48",
-    "DINOv3ViTModel": "4.56",
-}
+MIN_TRANSFORMERS_VERSIONS = {target.name: target.min_version for targets in TARGETS.values() for target in targets}
 
 
 @dataclass(frozen=True)
@@ -239,7 +222,7 @@ def is_mismatch(name: str, value: Any, target_value: Any) -> bool:
 
 def describe_mismatches(match: TargetMatch, model: ViTCLSPreTrainedModel, native_size_only: bool) -> str:
     """Return an error message with the unsupported fields and the nearest class. If possible, the message also names a
-    class that supports the model at the native size, or else a class that supports the encoder of a classifier."""
+    class that supports the model at the native size."""
     message = ", ".join(match.mismatches)
     if match.target_values:  # otherwise, the only mismatch is an error message
         message += (
@@ -252,10 +235,6 @@ def describe_mismatches(match: TargetMatch, model: ViTCLSPreTrainedModel, native
             name = native_match.target.name
             hint = f"{name} has equal outputs at the native size: set native_size_only=True, or omit --any-size"
             return f"{message}. {hint}"
-    if hasattr(model, "vitcls"):
-        encoder_match = find_best_match("ViTCLSModel", model.config, native_size_only=False)
-        if not encoder_match.mismatches:
-            return f"{message}. The encoder, model.vitcls, can be converted to {encoder_match.target.name}"
     return message
 
 

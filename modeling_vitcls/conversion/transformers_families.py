@@ -35,31 +35,107 @@ from .weight_rules import (
 class TransformersFamily:
     """Rules for the weights and configuration of one architecture."""
 
-    rules: Sequence[Rule]  # rules for the weights of the encoder
     # function (configuration, weights) that returns fields of `ViTCLSConfig`
     read_fields: Callable[[Any, Weights], Fields]
+    family_rules: Sequence[Rule] = ()  # rules for encoder weights that take precedence over `COMMON_RULES`
     # function that prepares the weights for the rules, for example by merging several weights
     prepare_weights: Callable[[Weights], Weights] = dict
+
+    @property
+    def rules(self) -> list[Rule]:
+        """Rules for the weights of the encoder."""
+        return [*self.family_rules, *COMMON_RULES]
+
+
+# Parameter names of the families -> parameter names of this package.
+LAYER_NAMES = {
+    **dict.fromkeys(("norm1", "layer_norm1", "rms_norm1"), "layernorm_before"),
+    **dict.fromkeys(("norm2", "layer_norm2", "rms_norm2"), "layernorm_after"),
+    "attention.attention.query": "attention.q_proj",
+    "attention.attention.key": "attention.k_proj",
+    "attention.attention.value": "attention.v_proj",
+    **dict.fromkeys(
+        ("attention.output.dense", "attention.out_proj", "attention.projection_layer", "self_attn.out_proj"),
+        "attention.o_proj",
+    ),
+    "self_attn": "attention",
+    "intermediate.dense": "mlp.fc1",
+    "output.dense": "mlp.fc2",
+    "mlp.weights_out": "mlp.down_proj",
+    "ffn": "mlp",
+}
+COMMON_RULES = [
+    Rule("embeddings.class_embedding", "embeddings.cls_token", reshape_token),
+    Rule("embeddings.mask_token", "embeddings.mask_token", reshape_token),
+    *(
+        Rule(f"embeddings.{name}", POSITIONS, split_positions, axis=1)
+        for name in ("position_embeddings", "position_embedding", "position_embedding.weight")
+    ),
+    *(
+        Rule(f"embeddings.{name}.{{rest}}", "embeddings.patch_embeddings.projection.{rest}")
+        for name in ("patch_embeddings.projection", "patch_embeddings", "patch_embedding", "patch_embed")
+    ),
+    Rule("embeddings.rms_norm.{rest}", "embeddings.patch_embeddings.norm.{rest}"),
+    Rule("embeddings.{rest}", "embeddings.{rest}"),
+    Rule("pre_layrnorm.{rest}", "embeddings.norm.{rest}"),
+    Rule(
+        "{stack}.{i}.mlp.weights_in.{rest}",
+        ["layers.{i}.mlp.gate_proj.{rest}", "layers.{i}.mlp.up_proj.{rest}"],
+        split_halves,
+    ),
+    *(
+        Rule(f"{{stack}}.{{i}}.{name}.{{rest}}", f"layers.{{i}}.{target}.{{rest}}")
+        for name, target in LAYER_NAMES.items()
+    ),
+    Rule("{stack}.{i}.lambda_{n}", "layers.{i}.layer_scale{n}.lambda1"),
+    Rule("{stack}.{i}.{rest}", "layers.{i}.{rest}"),
+    *(Rule(f"{name}.{{rest}}", "layernorm.{rest}") for name in ("layernorm", "norm", "rms_norm")),
+    Rule("pooler.{rest}", "pooler.{rest}"),
+]
 
 
 # Fields with the same name and meaning in transformers configurations and in ViTCLSConfig.
 SHARED_FIELDS = (
     "hidden_size num_hidden_layers num_attention_heads intermediate_size hidden_act layer_norm_eps qkv_bias "
-    "patch_size num_channels hidden_dropout_prob attention_probs_dropout_prob drop_path_rate initializer_range"
+    "query_bias key_bias value_bias mlp_bias patch_size num_channels num_register_tokens rope_theta "
+    "hidden_dropout_prob attention_probs_dropout_prob drop_path_rate initializer_range"
 ).split()
+# Fields with different names: name in transformers -> name in ViTCLSConfig.
+RENAMED_FIELDS = {
+    "attention_dropout": "attention_probs_dropout_prob",
+    "attention_bias": "qkv_bias",
+    "head_dim": "attention_head_size",
+    "layer_scale_init_value": "layer_scale_init_value",
+    "layerscale_value": "layer_scale_init_value",
+    "n_cls_tokens": "num_cls_tokens",
+    "num_cls_tokens": "num_cls_tokens",
+    "num_registers": "num_register_tokens",
+    "proj_bias": "projection_bias",
+    "rms_norm_eps": "layer_norm_eps",
+}
 
 
 def read_common_fields(config: Any, weights: Weights) -> Fields:
     """Return the fields that most families share."""
-    fields = {name: getattr(config, name) for name in SHARED_FIELDS if hasattr(config, name)}
-    if hasattr(config, "attention_dropout"):
-        fields["attention_probs_dropout_prob"] = config.attention_dropout
+    names = {name: name for name in SHARED_FIELDS} | RENAMED_FIELDS
+    fields = {target: getattr(config, name) for name, target in names.items() if hasattr(config, name)}
     if hasattr(config, "image_size"):
         fields["image_size"] = round_to_patches(config.image_size, config.patch_size)
-    return fields | {
-        "attention_head_size": getattr(config, "head_dim", None),
-        "use_mask_token": "embeddings.mask_token" in weights,
-    }
+    if hasattr(config, "mlp_ratio"):  # DINOv2 and families with the same layers
+        is_gated = getattr(config, "use_swiglu_ffn", False)
+        fields["mlp_type"] = "swiglu" if is_gated else "mlp"
+        fields["intermediate_size"] = compute_dinov2_mlp_size(config.hidden_size, config.mlp_ratio, is_gated)
+    if hasattr(config, "use_absolute_position_embeddings"):  # BEiT and InternViT
+        fields["position_embedding_type"] = "learned" if config.use_absolute_position_embeddings else "none"
+        fields["pooling"] = "mean" if config.use_mean_pooling else "cls"
+        fields["final_norm"] = not config.use_mean_pooling
+    return fields | {"use_mask_token": "embeddings.mask_token" in weights}
+
+
+def compute_dinov2_mlp_size(hidden_size: int, ratio: float, is_gated: bool) -> int:
+    """Return the hidden size of DINOv2's MLP. A gated MLP has about as many parameters as a plain MLP."""
+    width = int(hidden_size * ratio)
+    return (int(width * 2 / 3) + 7) // 8 * 8 if is_gated else width
 
 
 def round_to_patches(image_size: Any, patch_size: Any) -> int | list[int]:
@@ -79,14 +155,6 @@ def check_square_image(config: Any) -> None:
 
 
 # ViT (arXiv 2010.11929), DeiT (2012.12877), ViTMSN (2204.07141), ViTMAE (2111.06377), I-JEPA (2301.08243), Pixio.
-# The layer parameters have the same names as in this package.
-VIT_RULES = [
-    Rule("embeddings.position_embeddings", POSITIONS, split_positions, axis=1),
-    Rule("embeddings.{rest}", "embeddings.{rest}"),
-    Rule("layers.{i}.{rest}", "layers.{i}.{rest}"),
-    Rule("layernorm.{rest}", "layernorm.{rest}"),
-    Rule("pooler.dense.{rest}", "pooler.dense.{rest}"),
-]
 
 
 def read_vit_fields(config: Any, weights: Weights) -> Fields:
@@ -124,70 +192,22 @@ def read_ijepa_fields(config: Any, weights: Weights) -> Fields:
 def read_pixio_fields(config: Any, weights: Weights) -> Fields:
     """Return the fields of Pixio, which averages several CLS tokens for pooling."""
     check_square_image(config)
-    return read_common_fields(config, weights) | {
-        "num_cls_tokens": config.n_cls_tokens,
-        "cls_pooling": "mean",
-        "intermediate_size": int(config.hidden_size * config.mlp_ratio),
-    }
+    return read_common_fields(config, weights) | {"cls_pooling": "mean"}
 
 
-# Rules for attention parameters that are named as in BERT.
-BERT_ATTENTION_RULES = [
-    Rule("encoder.layer.{i}.attention.attention.query.{rest}", "layers.{i}.attention.q_proj.{rest}"),
-    Rule("encoder.layer.{i}.attention.attention.key.{rest}", "layers.{i}.attention.k_proj.{rest}"),
-    Rule("encoder.layer.{i}.attention.attention.value.{rest}", "layers.{i}.attention.v_proj.{rest}"),
-    Rule("encoder.layer.{i}.attention.output.dense.{rest}", "layers.{i}.attention.o_proj.{rest}"),
-]
-
-# DINOv2 (arXiv 2304.07193), DINOv2 with registers (2309.16588), and families with the same layers.
-DINOV2_LAYER_RULES = [
-    Rule("encoder.layer.{i}.norm1.{rest}", "layers.{i}.layernorm_before.{rest}"),
-    Rule("encoder.layer.{i}.norm2.{rest}", "layers.{i}.layernorm_after.{rest}"),
-    *BERT_ATTENTION_RULES,
-    Rule(
-        "encoder.layer.{i}.mlp.weights_in.{rest}",
-        ["layers.{i}.mlp.gate_proj.{rest}", "layers.{i}.mlp.up_proj.{rest}"],
-        split_halves,
-    ),
-    Rule("encoder.layer.{i}.mlp.weights_out.{rest}", "layers.{i}.mlp.down_proj.{rest}"),
-    Rule("encoder.layer.{i}.{rest}", "layers.{i}.{rest}"),
-]
-DINOV2_RULES = [
-    Rule("embeddings.position_embeddings", POSITIONS, split_positions, axis=1),
-    Rule("embeddings.mask_token", "embeddings.mask_token", reshape_token),
-    Rule("embeddings.{rest}", "embeddings.{rest}"),
-    *DINOV2_LAYER_RULES,
-    Rule("layernorm.{rest}", "layernorm.{rest}"),
-]
-
-
-def compute_dinov2_mlp_size(hidden_size: int, ratio: float, is_gated: bool) -> int:
-    """Return the hidden size of DINOv2's MLP. A gated MLP has about as many parameters as a plain MLP."""
-    width = int(hidden_size * ratio)
-    return (int(width * 2 / 3) + 7) // 8 * 8 if is_gated else width
-
-
-def read_dinov2_layer_fields(config: Any) -> Fields:
-    """Return the fields of the MLP and of LayerScale."""
-    return {
-        "intermediate_size": compute_dinov2_mlp_size(config.hidden_size, config.mlp_ratio, config.use_swiglu_ffn),
-        "mlp_type": "swiglu" if config.use_swiglu_ffn else "mlp",
-        "layer_scale_init_value": config.layerscale_value,
-    }
+# DINOv2 (arXiv 2304.07193), DINOv2 with registers (2309.16588), TIPSv2 (2604.12012).
 
 
 def read_dinov2_fields(config: Any, weights: Weights) -> Fields:
     """Return the fields of DINOv2, with or without registers. Unlike the authors' code, transformers resamples
     position embeddings without an offset. `Dinov2WithRegistersModel` resamples with antialiasing."""
     check_square_image(config)
-    fields = read_common_fields(config, weights) | read_dinov2_layer_fields(config)
-    if hasattr(config, "num_register_tokens"):
-        fields |= {"num_register_tokens": config.num_register_tokens, "position_antialias": True}
-    return fields
+    fields = read_common_fields(config, weights)
+    return fields | ({"position_antialias": True} if "num_register_tokens" in fields else {})
 
 
 def read_tipsv2_fields(config: Any, weights: Weights) -> Fields:
-    """Return the fields of TIPSv2 (arXiv 2604.12012), which is DINOv2 with registers and bilinear resampling."""
+    """Return the fields of TIPSv2, which is DINOv2 with registers and bilinear resampling."""
     return read_dinov2_fields(config, weights) | {"position_interpolation": "bilinear"}
 
 
@@ -198,38 +218,20 @@ def select_by_mlp_type(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[t
 
 # DINOv3 (arXiv 2508.10104). The plain MLP has the parameter names of a gated MLP without the gate.
 DINOV3_RULES = [
-    Rule("embeddings.patch_embeddings.{rest}", "embeddings.patch_embeddings.projection.{rest}"),
-    Rule("embeddings.{rest}", "embeddings.{rest}"),
-    Rule("model.layer.{i}.norm1.{rest}", "layers.{i}.layernorm_before.{rest}"),
-    Rule("model.layer.{i}.norm2.{rest}", "layers.{i}.layernorm_after.{rest}"),
     Rule(
-        "model.layer.{i}.mlp.up_proj.{rest}",
-        ["layers.{i}.mlp.fc1.{rest}", "layers.{i}.mlp.up_proj.{rest}"],
+        f"model.layer.{{i}}.mlp.{name}.{{rest}}",
+        [f"layers.{{i}}.mlp.{plain_name}.{{rest}}", f"layers.{{i}}.mlp.{name}.{{rest}}"],
         select_by_mlp_type,
-    ),
-    Rule(
-        "model.layer.{i}.mlp.down_proj.{rest}",
-        ["layers.{i}.mlp.fc2.{rest}", "layers.{i}.mlp.down_proj.{rest}"],
-        select_by_mlp_type,
-    ),
-    Rule("model.layer.{i}.{rest}", "layers.{i}.{rest}"),
-    Rule("norm.{rest}", "layernorm.{rest}"),
+    )
+    for name, plain_name in (("up_proj", "fc1"), ("down_proj", "fc2"))
 ]
 
 
 def read_dinov3_fields(config: Any, weights: Weights) -> Fields:
     """Return the fields of DINOv3, which has rotary position embeddings."""
     return read_common_fields(config, weights) | {
-        "num_register_tokens": config.num_register_tokens,
         "position_embedding_type": "rope_2d",
-        "rope_theta": config.rope_theta,
-        "query_bias": config.query_bias,
-        "key_bias": config.key_bias,
-        "value_bias": config.value_bias,
-        "projection_bias": config.proj_bias,
-        "mlp_bias": config.mlp_bias,
         "mlp_type": get_glu_type(config) if config.use_gated_mlp else "mlp",
-        "layer_scale_init_value": config.layerscale_value,
     }
 
 
@@ -240,8 +242,10 @@ def get_glu_type(config: Any) -> str:
 
 # Sapiens2 (arXiv 2604.21681): DINOv3 with RMS norms, grouped-query attention, and LayerScale after attention only.
 SAPIENS2_RULES = [
-    Rule("model.layer.{i}.attention.k_proj.{rest}", "layers.{i}.attention.k_proj.{rest}", repeat_kv),
-    Rule("model.layer.{i}.attention.v_proj.{rest}", "layers.{i}.attention.v_proj.{rest}", repeat_kv),
+    *(
+        Rule(f"model.layer.{{i}}.attention.{x}_proj.{{rest}}", f"layers.{{i}}.attention.{x}_proj.{{rest}}", repeat_kv)
+        for x in "kv"
+    ),
     Rule("model.layer.{i}.layer_scale1.lambda1", LAYER_SCALES, append_ones),
     *DINOV3_RULES,
 ]
@@ -249,29 +253,10 @@ SAPIENS2_RULES = [
 
 def read_sapiens2_fields(config: Any, weights: Weights) -> Fields:
     """Return the fields of Sapiens2."""
-    return read_dinov3_fields(config, weights) | {
-        "norm_type": "rmsnorm",
-        "layer_norm_eps": config.rms_norm_eps,
-        "qk_norm": config.use_qk_norm,
-    }
+    return read_dinov3_fields(config, weights) | {"norm_type": "rmsnorm", "qk_norm": config.use_qk_norm}
 
 
 # CLIP (arXiv 2103.00020), MetaCLIP 2 (2507.22062), SigLIP (2303.15343), SigLIP 2 (2502.14786).
-CLIP_LAYER_RULES = [
-    Rule("encoder.layers.{i}.self_attn.out_proj.{rest}", "layers.{i}.attention.o_proj.{rest}"),
-    Rule("encoder.layers.{i}.self_attn.{rest}", "layers.{i}.attention.{rest}"),
-    Rule("encoder.layers.{i}.layer_norm1.{rest}", "layers.{i}.layernorm_before.{rest}"),
-    Rule("encoder.layers.{i}.layer_norm2.{rest}", "layers.{i}.layernorm_after.{rest}"),
-    Rule("encoder.layers.{i}.mlp.{rest}", "layers.{i}.mlp.{rest}"),
-]
-CLIP_RULES = [
-    Rule("embeddings.class_embedding", "embeddings.cls_token", reshape_token),
-    Rule("embeddings.patch_embedding.{rest}", "embeddings.patch_embeddings.projection.{rest}"),
-    Rule("embeddings.position_embedding.weight", POSITIONS, split_positions, axis=1),
-    Rule("pre_layrnorm.{rest}", "embeddings.norm.{rest}"),
-    *CLIP_LAYER_RULES,
-    Rule("post_layernorm.{rest}", "pooler.layernorm.{rest}"),
-]
 
 
 def read_clip_fields(config: Any, weights: Weights) -> Fields:
@@ -279,40 +264,7 @@ def read_clip_fields(config: Any, weights: Weights) -> Fields:
     return read_common_fields(config, weights) | {"patch_bias": False, "pre_norm": True, "final_norm": False}
 
 
-# InternViT (arXiv 2312.14238), which is part of InternVL and Qianfan-OCR.
-INTERNVL_RULES = [
-    *(
-        Rule(f"{prefix}.{{i}}.{name}", f"layers.{{i}}.{target}")
-        for prefix in ("encoder.layer", "layers")
-        for name, target in (
-            ("attention.projection_layer.{rest}", "attention.o_proj.{rest}"),
-            ("lambda_{n}", "layer_scale{n}.lambda1"),
-            ("{rest}", "{rest}"),
-        )
-    ),
-    *VIT_RULES,
-]
-
-
-def read_internvl_fields(config: Any, weights: Weights) -> Fields:
-    """Return the fields of InternViT, which has no pooler."""
-    if config.use_qk_norm:
-        raise ConversionError("ViTCLS does not support query and key norms over all heads (use_qk_norm)")
-    check_square_image(config)
-    return read_common_fields(config, weights) | {
-        "qkv_bias": config.attention_bias,
-        "layer_scale_init_value": config.layer_scale_init_value,
-        "norm_type": "layernorm" if config.norm_type == "layer_norm" else "rmsnorm",
-        "position_embedding_type": "learned" if config.use_absolute_position_embeddings else "none",
-        "pooling": "mean" if config.use_mean_pooling else "cls",
-        "final_norm": not config.use_mean_pooling,
-    }
-
-
 SIGLIP_RULES = [
-    Rule("embeddings.patch_embedding.{rest}", "embeddings.patch_embeddings.projection.{rest}"),
-    Rule("embeddings.position_embedding.weight", POSITIONS, split_positions, axis=1),
-    *CLIP_LAYER_RULES,
     Rule("post_layernorm.{rest}", "layernorm.{rest}"),
     Rule("head.probe", "pooler.probe"),
     Rule("head.attention.in_proj_{rest}", [f"pooler.{x}_proj.{{rest}}" for x in "qkv"], split_qkv),
@@ -352,6 +304,18 @@ def read_siglip2_fields(config: Any, weights: Weights) -> Fields:
     }
 
 
+# InternViT (arXiv 2312.14238), which is part of InternVL and Qianfan-OCR.
+
+
+def read_internvl_fields(config: Any, weights: Weights) -> Fields:
+    """Return the fields of InternViT, which has no pooler."""
+    if config.use_qk_norm:
+        raise ConversionError("ViTCLS does not support query and key norms over all heads (use_qk_norm)")
+    check_square_image(config)
+    norm_type = "layernorm" if config.norm_type == "layer_norm" else "rmsnorm"
+    return read_common_fields(config, weights) | {"norm_type": norm_type}
+
+
 def add_identity_projection(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
     """Return the probe for a query that has no projection, an identity projection weight and a zero bias."""
     identity = torch.eye(config.hidden_size, dtype=tensor.dtype, device=tensor.device)
@@ -365,18 +329,11 @@ def append_missing_bias(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[
 
 # AIMv2 (arXiv 2411.14402).
 AIMV2_RULES = [
-    Rule("embeddings.patch_embed.{rest}", "embeddings.patch_embeddings.projection.{rest}"),
-    Rule("embeddings.rms_norm.{rest}", "embeddings.patch_embeddings.norm.{rest}"),
-    Rule("embeddings.position_embedding.weight", POSITIONS, split_positions, axis=1),
-    Rule("encoder.layers.{i}.attention.out_proj.{rest}", "layers.{i}.attention.o_proj.{rest}"),
-    Rule("encoder.layers.{i}.attention.{rest}", "layers.{i}.attention.{rest}"),
-    Rule("encoder.layers.{i}.ffn.{rest}", "layers.{i}.mlp.{rest}"),
-    Rule("encoder.layers.{i}.rms_norm1.{rest}", "layers.{i}.layernorm_before.{rest}"),
-    Rule("encoder.layers.{i}.rms_norm2.{rest}", "layers.{i}.layernorm_after.{rest}"),
-    Rule("rms_norm.{rest}", "layernorm.{rest}"),
     Rule("head.cls_token", ["pooler.probe", "pooler.q_proj.weight", "pooler.q_proj.bias"], add_identity_projection),
-    Rule("head.k_proj.weight", ["pooler.k_proj.weight", "pooler.k_proj.bias"], append_missing_bias),
-    Rule("head.v_proj.weight", ["pooler.v_proj.weight", "pooler.v_proj.bias"], append_missing_bias),
+    *(
+        Rule(f"head.{x}_proj.weight", [f"pooler.{x}_proj.weight", f"pooler.{x}_proj.bias"], append_missing_bias)
+        for x in "kv"
+    ),
     Rule("head.output_proj.{rest}", "pooler.o_proj.{rest}"),
     Rule("head.{rest}", "pooler.{rest}"),
 ]
@@ -390,11 +347,9 @@ def read_aimv2_fields(config: Any, weights: Weights) -> Fields:
         "position_embedding_type": "sincos_2d" if config.is_native else "learned",
         "position_embedding_tokens": "patches",
         "norm_type": "rmsnorm",
-        "layer_norm_eps": config.rms_norm_eps,
         "patch_norm": True,
         "projection_bias": config.qkv_bias,
         "mlp_type": get_glu_type(config),
-        "mlp_bias": config.mlp_bias,
         "pooling": "attention" if config.use_head else "mean",
         "attention_pool_mlp": False,
     }
@@ -402,42 +357,23 @@ def read_aimv2_fields(config: Any, weights: Weights) -> Fields:
 
 # BEiT (arXiv 2106.08254), data2vec (2202.03555).
 BEIT_RULES = [
-    Rule("embeddings.position_embeddings", POSITIONS, split_positions, axis=1),
-    Rule("embeddings.{rest}", "embeddings.{rest}"),
     Rule("layers.{i}.relative_position_bias.relative_position_bias_table", "relative_position_bias.tables[{i}]"),
-    Rule("layers.{i}.lambda_{n}", "layers.{i}.layer_scale{n}.lambda1"),
-    Rule("layers.{i}.{rest}", "layers.{i}.{rest}"),
-    Rule("shared_position_bias.relative_position_bias_table", "relative_position_bias.tables[0]"),
-    Rule("layernorm.{rest}", "layernorm.{rest}"),
-    Rule("pooler.layernorm.{rest}", "pooler.layernorm.{rest}"),
-]
-DATA2VEC_RULES = [
     Rule(
         "encoder.layer.{i}.attention.attention.relative_position_bias.relative_position_bias_table",
         "relative_position_bias.tables[{i}]",
     ),
-    *BERT_ATTENTION_RULES,
-    Rule("encoder.layer.{i}.intermediate.dense.{rest}", "layers.{i}.mlp.fc1.{rest}"),
-    Rule("encoder.layer.{i}.output.dense.{rest}", "layers.{i}.mlp.fc2.{rest}"),
-    Rule("encoder.layer.{i}.lambda_{n}", "layers.{i}.layer_scale{n}.lambda1"),
-    Rule("encoder.layer.{i}.{rest}", "layers.{i}.{rest}"),
-    Rule("encoder.relative_position_bias.relative_position_bias_table", "relative_position_bias.tables[0]"),
-    *BEIT_RULES,
+    Rule("{shared}position_bias.relative_position_bias_table", "relative_position_bias.tables[0]"),
 ]
 
 
 def read_beit_fields(config: Any, weights: Weights) -> Fields:
     """Return the fields of BEiT, which has a relative position bias, position embeddings, or both."""
     check_square_image(config)
-    layer_bias_type = "layer" if config.use_relative_position_bias else None
-    shared_bias_type = "shared" if config.use_shared_relative_position_bias else None
+    shared_bias_type = "shared" if config.use_shared_relative_position_bias else "none"
     return read_common_fields(config, weights) | {
         "key_bias": False,
         "layer_scale_init_value": config.layer_scale_init_value if config.layer_scale_init_value > 0 else None,
-        "position_embedding_type": "learned" if config.use_absolute_position_embeddings else "none",
-        "relative_position_bias": layer_bias_type or shared_bias_type or "none",
-        "pooling": "mean" if config.use_mean_pooling else "cls",
-        "final_norm": not config.use_mean_pooling,
+        "relative_position_bias": "layer" if config.use_relative_position_bias else shared_bias_type,
         "pooled_norm": "pooler.layernorm.weight" in weights,
     }
 
@@ -462,13 +398,11 @@ RADIO_RULES = [
         lambda weight, config: [weight.unflatten(1, (config.num_channels, *config.patch_height_width))],
     ),
     Rule("embeddings.patch_projection.bias", "embeddings.patch_embeddings.projection.bias"),
-    Rule("embeddings.position_embedding", POSITIONS, split_positions, axis=1),
     Rule(
         "embeddings.cls_register_token",
         ["embeddings.cls_token", "embeddings.register_tokens"],
         lambda tokens, config: [tokens[None, config.token_layout.cls], tokens[None, config.token_layout.registers]],
     ),
-    *DINOV2_LAYER_RULES,
     Rule("summary_idxs", []),
 ]
 
@@ -477,21 +411,15 @@ def read_radio_fields(config: Any, weights: Weights) -> Fields:
     """Return the fields of RADIO, which concatenates CLS tokens and crops position embeddings to the image size."""
     if "embeddings.video_patch_projection.weight" in weights:
         raise ConversionError("ViTCLS does not support video_patch_projection, a second patch projection for videos")
-    return (
-        read_common_fields(config, weights)
-        | read_dinov2_layer_fields(config)
-        | {
-            "image_size": round_to_patches(config.max_img_size, config.patch_size),
-            "num_cls_tokens": config.num_cls_tokens,
-            "num_register_tokens": config.num_registers,
-            "cls_pooling": "concat",
-            "pooled_cls_tokens": weights["summary_idxs"].tolist(),
-            "position_embedding_tokens": "patches",
-            "position_interpolation": "crop",
-            "patch_bias": "input_conditioner.norm_mean" in weights,
-            "final_norm": False,
-        }
-    )
+    return read_common_fields(config, weights) | {
+        "image_size": round_to_patches(config.max_img_size, config.patch_size),
+        "cls_pooling": "concat",
+        "pooled_cls_tokens": weights["summary_idxs"].tolist(),
+        "position_embedding_tokens": "patches",
+        "position_interpolation": "crop",
+        "patch_bias": "input_conditioner.norm_mean" in weights,
+        "final_norm": False,
+    }
 
 
 def fold_pixel_normalization(weights: Weights) -> Weights:
@@ -510,19 +438,18 @@ def fold_pixel_normalization(weights: Weights) -> Weights:
     }
 
 
-VIT = TransformersFamily(VIT_RULES, read_vit_fields)
-DEIT = TransformersFamily(VIT_RULES, read_deit_fields)
-IJEPA = TransformersFamily(VIT_RULES, read_ijepa_fields)
-PIXIO = TransformersFamily(VIT_RULES, read_pixio_fields)
-DINOV2 = TransformersFamily(DINOV2_RULES, read_dinov2_fields)
-TIPSV2 = TransformersFamily(DINOV2_RULES, read_tipsv2_fields)
-DINOV3 = TransformersFamily(DINOV3_RULES, read_dinov3_fields)
-SAPIENS2 = TransformersFamily(SAPIENS2_RULES, read_sapiens2_fields)
-CLIP = TransformersFamily(CLIP_RULES, read_clip_fields)
-SIGLIP = TransformersFamily(SIGLIP_RULES, read_siglip_fields)
-SIGLIP2 = TransformersFamily(SIGLIP2_RULES, read_siglip2_fields)
-AIMV2 = TransformersFamily(AIMV2_RULES, read_aimv2_fields)
-BEIT = TransformersFamily(BEIT_RULES, read_beit_fields, add_shared_bias)
-DATA2VEC = TransformersFamily(DATA2VEC_RULES, read_beit_fields, add_shared_bias)
-INTERNVL = TransformersFamily(INTERNVL_RULES, read_internvl_fields)
-RADIO = TransformersFamily(RADIO_RULES, read_radio_fields, fold_pixel_normalization)
+VIT = TransformersFamily(read_vit_fields)
+DEIT = TransformersFamily(read_deit_fields)
+IJEPA = TransformersFamily(read_ijepa_fields)
+PIXIO = TransformersFamily(read_pixio_fields)
+DINOV2 = TransformersFamily(read_dinov2_fields)
+TIPSV2 = TransformersFamily(read_tipsv2_fields)
+DINOV3 = TransformersFamily(read_dinov3_fields, DINOV3_RULES)
+SAPIENS2 = TransformersFamily(read_sapiens2_fields, SAPIENS2_RULES)
+CLIP = TransformersFamily(read_clip_fields, [Rule("post_layernorm.{rest}", "pooler.layernorm.{rest}")])
+SIGLIP = TransformersFamily(read_siglip_fields, SIGLIP_RULES)
+SIGLIP2 = TransformersFamily(read_siglip2_fields, SIGLIP2_RULES)
+AIMV2 = TransformersFamily(read_aimv2_fields, AIMV2_RULES)
+BEIT = TransformersFamily(read_beit_fields, BEIT_RULES, add_shared_bias)
+INTERNVL = TransformersFamily(read_internvl_fields)
+RADIO = TransformersFamily(read_radio_fields, RADIO_RULES, fold_pixel_normalization)

@@ -24,6 +24,7 @@ import torch
 from transformers.initialization import no_init_weights
 
 from ..configuration_vitcls import TokenLayout, ViTCLSConfig
+from ..errors import format_error
 from ..modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel, ViTCLSPreTrainedModel
 
 
@@ -212,43 +213,24 @@ def should_create_classifier(classifier: str, num_labels: int | None, num_source
     """Return whether to create a new classifier. `num_source_labels` is None for a source without a classifier."""
     if classifier not in ("keep", "new", "drop"):
         raise ConversionError(f'classifier={classifier!r} is not supported. Use "keep", "new" or "drop"')
-    if classifier == "drop":
-        if num_labels is not None:
-            raise ConversionError(f'classifier="drop" does not support num_labels={num_labels}. Remove num_labels')
-        return False
-    if classifier == "new":
-        if num_labels is None and num_source_labels is None:
-            raise ConversionError('classifier="new" requires num_labels, because the source has no classifier')
-        return True
-    if num_source_labels is None:
-        return num_labels is not None
-    if num_labels not in (None, num_source_labels):
+    if classifier == "drop" and num_labels is not None:
+        raise ConversionError(f'classifier="drop" does not support num_labels={num_labels}. Remove num_labels')
+    if classifier == "new" and num_labels is None and num_source_labels is None:
+        raise ConversionError('classifier="new" requires num_labels, because the source has no classifier')
+    if classifier == "keep" and num_source_labels is not None and num_labels not in (None, num_source_labels):
         raise ConversionError(
             f"the classifier of the source has {num_source_labels} labels, but num_labels={num_labels}. Set "
             'classifier="new" to create a new classifier, or "drop" to convert only the encoder'
         )
-    return False
+    return classifier == "new" or (num_source_labels is None and num_labels is not None)
 
 
 def load_converted_weights(model: ViTCLSPreTrainedModel, weights: Weights) -> ViTCLSPreTrainedModel:
     """Load converted weights into a model and return the model in eval mode."""
-    shapes, expected_shapes = (
-        {name: list(weight.shape) for name, weight in state_dict.items()}
-        for state_dict in (weights, model.state_dict())
-    )
-    names_by_problem = {
-        "missing": sorted(expected_shapes.keys() - shapes.keys()),
-        "unexpected": [f"{name} {shapes[name]}" for name in sorted(shapes.keys() - expected_shapes.keys())],
-        "of a different shape": [
-            f"{name} {shapes[name]} (the model has {expected_shapes[name]})"
-            for name in sorted(shapes.keys() & expected_shapes.keys())
-            if shapes[name] != expected_shapes[name]
-        ],
-    }
-    for problem, names in names_by_problem.items():
-        if names:
-            raise ConversionError(f"weights {problem}: {join_names(names)}")
-    model.load_state_dict(weights)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:  # missing and unexpected weights, and weights of a different shape
+        raise ConversionError(format_error(error)) from None
     model.eval()
     return model
 

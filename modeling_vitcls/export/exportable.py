@@ -24,7 +24,6 @@ from ..conversion.any_checkpoint import resolve_checkpoint
 from ..data.fit import set_fit
 from ..hub.loading import check_is_vitcls
 from ..image_processing_vitcls import ViTCLSImageProcessor
-from ..inference.exported_graphs import INPUT_NAME
 from ..inference.load_model import is_preset
 from ..modeling_vitcls import (
     ViTCLSBackbone,
@@ -123,10 +122,6 @@ def load_exportable_model(source: str) -> ExportableModel:
             "model of a supported class"
         )
     model = load_complete_model(MODEL_CLASSES[class_name], source, folder)
-    if INPUT_NAME in config.task_labels():
-        raise ValueError(
-            f"the task {INPUT_NAME} of {source} has the same name as the input of the graph. Rename the task"
-        )
     try:
         return ExportableModel(model, ViTCLSImageProcessor.from_pretrained(folder), is_trained=True)
     except OSError:

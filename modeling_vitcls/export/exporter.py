@@ -47,7 +47,6 @@ def export_model(
     image_size: tuple[int, int] | None = None,
     dynamic: bool = True,
     dtype: str = "float32",
-    opset: int | None = None,
     output_attentions: bool = False,
     int8: bool = False,
     dataset: str | None = None,
@@ -67,7 +66,6 @@ def export_model(
         dynamic: Whether the graph accepts images of different sizes. If a dynamic size is not possible, the report
             states the reason. int8 graphs have a fixed size.
         dtype: dtype of weights and computations. Inputs and outputs are always float32.
-        opset: ONNX opset. Default: the default opset of torch.onnx.
         output_attentions: Whether the graph also outputs the attention of the CLS tokens (exportable.py).
         int8: Whether to quantize the matrix products, calibrated on training images of `dataset`.
         dataset: Images to measure the accuracy of the file, as in `vitcls evaluate`; without labels, only the outputs
@@ -109,7 +107,7 @@ def export_model(
     reference_outputs = compute_named_outputs(model, batches, output_attentions)
     names = list(reference_outputs[0])
     graph = trace_model(model, graph_shape, getattr(torch, dtype), output_attentions)
-    traced_model = TracedModel(graph, graph_shape, names, opset)
+    traced_model = TracedModel(graph, graph_shape, names)
     existing_parent = next(folder for folder in target.absolute().parents if folder.is_dir())
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=existing_parent) as temporary_folder:
         folder = Path(temporary_folder)
@@ -239,8 +237,7 @@ def select_image_shapes(config: ViTCLSConfig, graph_shape: GraphShape) -> list[t
         config.image_height_width: 1,
         graph_shape.image_size: 3,
         get_non_square_size((height, width), (patch_height, patch_width)): 2,
-        (portrait_height, portrait_width): 1,
-        (height + patch_height - 1, width + 1): 2,
+        (portrait_height, portrait_width + 1): 1,
         graph_shape.smallest_size: 1,
     }
     min_height, min_width = graph_shape.smallest_size

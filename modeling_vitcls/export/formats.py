@@ -33,7 +33,6 @@ class TracedModel:
     graph: ExportedProgram
     graph_shape: GraphShape
     output_names: list[str]  # names of the outputs, in order
-    opset: int | None  # ONNX opset; None for the default opset of torch.onnx
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,6 @@ def write_onnx(traced_model: TracedModel, file: Path) -> int:
             input_names=[INPUT_NAME],
             output_names=traced_model.output_names,
             dynamic_shapes=build_dynamic_shapes(traced_model.graph_shape),
-            opset_version=traced_model.opset,
             verbose=False,
         )
     except Exception as error:  # torch.onnx raises many types of errors
@@ -99,10 +97,7 @@ def write_onnx(traced_model: TracedModel, file: Path) -> int:
             node.name = f"{match[0]}/{node.name}"
     num_weight_bytes = sum(weight.nbytes for weight in traced_model.graph.state_dict.values())
     program.save(file, external_data=num_weight_bytes > MAX_ONNX_WEIGHTS)
-    opset = program.model.opset_imports[""]
-    if traced_model.opset not in (None, opset):
-        raise ValueError(f"torch.onnx exports with opset {opset}, but --opset is {traced_model.opset}. Omit --opset")
-    return opset
+    return program.model.opset_imports[""]
 
 
 def run_graph(file: Path, batches: Sequence[torch.Tensor], names: list[str]) -> list[Outputs]:

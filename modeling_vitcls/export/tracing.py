@@ -42,7 +42,7 @@ def select_graph_shape(
     has_pytorch_antialias_filter: bool = True,
 ) -> GraphShape:
     """Return the image sizes that the graph of a model will accept. If `dynamic` is True but a dynamic size is not
-    possible, the size is fixed. Raise ValueError if `image_size` is too small for a dynamic graph.
+    possible, the size is fixed.
 
     `image_size` is (height, width) in pixels, by default the native size. `has_pytorch_antialias_filter` is False if
     the antialiasing filter of the runtime differs from PyTorch's filter.
@@ -52,13 +52,7 @@ def select_graph_shape(
     reason = find_fixed_size_reason(config, has_pytorch_antialias_filter) if dynamic else ""
     if not dynamic or reason:
         return GraphShape(size, size, is_dynamic=False, fixed_size_reason=reason)
-    min_size = get_smallest_size(config)
-    if size[0] < min_size[0] or size[1] < min_size[1]:
-        raise ValueError(
-            f"a dynamic graph requires images of at least {min_size[0]} x {min_size[1]} pixels, but --image-size is "
-            f"{size[0]} {size[1]}. Set a larger --image-size, or --no-dynamic"
-        )
-    return GraphShape(size, min_size, is_dynamic=True)
+    return GraphShape(size, get_smallest_size(config), is_dynamic=True)
 
 
 def find_fixed_size_reason(config: ViTCLSConfig, has_pytorch_antialias_filter: bool) -> str:

@@ -5,13 +5,12 @@ import logging
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import TypeVar
 
 from huggingface_hub import constants, get_session, is_offline_mode
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-from huggingface_hub.utils import logging as hub_logging
 from transformers.utils import logging as transformers_logging
 
 from ..errors import format_error
@@ -75,18 +74,6 @@ def silence_transformers(hide_warnings: bool = True, hide_progress_bars: bool = 
         transformers_logging.set_verbosity(verbosity)
         if had_progress_bars:
             transformers_logging.enable_progress_bar()
-
-
-@contextmanager
-def silence_hub_client(show_progress: bool) -> Iterator[None]:
-    """Turn off huggingface_hub's warnings about failed requests and, unless `show_progress` is True, progress bars."""
-    verbosity = hub_logging.get_verbosity()
-    hub_logging.set_verbosity_error()
-    try:
-        with nullcontext() if show_progress else hide_hub_progress_bars():
-            yield
-    finally:
-        hub_logging.set_verbosity(verbosity)
 
 
 @contextmanager
@@ -168,8 +155,6 @@ def get_message(error: BaseException) -> str:
     if isinstance(error, HfHubHTTPError):
         message = f"HTTP {error.response.status_code}, {error.server_message or error.response.reason_phrase}"
         return " ".join(message.split()).rstrip(".")
-    if isinstance(error, json.JSONDecodeError):
-        return "the response is not JSON"
     return format_error(error).rstrip(".")
 
 

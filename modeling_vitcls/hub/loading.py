@@ -29,7 +29,6 @@ from huggingface_hub import HfApi, constants, is_offline_mode, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HFValidationError,
-    LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -96,35 +95,8 @@ def get_model_folder(source: str, patterns: Sequence[str] = MODEL_FILE_PATTERNS,
         return source
     if not is_hub_id(source):
         raise OSError(describe_missing_repo(source))
-    if is_offline_mode():
-        problem: Any = (
-            f"HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) is set. Run `hf download {source}` on a machine with network "
-            "access, copy the cache of that machine to this machine, and set HF_HUB_CACHE to the copy"
-        )
-    else:
-        try:
-            fetch_repo_info(source, revision=revision)
-        except HubUnreachableError as error:
-            problem = error
-        else:
-            return download_model(source, patterns, revision)
-    try:
-        folder = snapshot_download(source, revision=revision, allow_patterns=list(patterns), local_files_only=True)
-    except LocalEntryNotFoundError:
-        folder = None
-    if folder is None or not Path(folder, CONFIG_FILE).is_file():
-        raise OSError(
-            f"{source} is not a folder and is missing or incomplete in the cache {constants.HF_HUB_CACHE}, and "
-            f"{problem}"
-        )
-    if not is_offline_mode():
-        logger.warning(
-            "%s. Loading %s from the cache, which may be outdated. Set HF_HUB_OFFLINE=1 to skip the request to the "
-            "Hub",
-            problem,
-            source,
-        )
-    return folder
+    with fall_back_to_cache(source, revision=revision):
+        return download_model(source, patterns, revision)
 
 
 def check_is_vitcls(source: str, folder: str | Path) -> dict[str, Any]:
@@ -247,20 +219,28 @@ def download_model(repo_id: str, patterns: Sequence[str], revision: str | None) 
     """
     is_first_process = os.environ.get("LOCAL_RANK", "0") == "0"
     progress = nullcontext() if is_first_process else hide_hub_progress_bars("huggingface_hub.snapshot_download")
+    folder = None
     try:
         with set_hub_timeout(TIMEOUT), progress:
             folder = retry(
                 lambda: snapshot_download(repo_id, revision=revision, allow_patterns=list(patterns)),
                 f"downloading {repo_id}",
-                waits=(RETRY_WAIT,),
+                waits=() if is_offline_mode() else (RETRY_WAIT,),
             )
     except GatedRepoError as error:
         raise OSError(describe_gated_repo(error)) from None
     except HUB_ERRORS as error:
-        raise OSError(f"cannot download {repo_id}: {format_hub_error(error)}") from error
-    if not Path(folder, CONFIG_FILE).is_file():
+        if not is_offline_mode():
+            raise OSError(f"cannot download {repo_id}: {format_hub_error(error)}") from error
+    if folder is not None and Path(folder, CONFIG_FILE).is_file():
+        return folder
+    if not is_offline_mode():
         raise OSError(f"{repo_id} does not contain a model, because {CONFIG_FILE} is missing. Check the name")
-    return folder
+    raise OSError(
+        f"{repo_id} is not a folder and is missing or incomplete in the cache {constants.HF_HUB_CACHE}, and "
+        f"HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) is set. Run `hf download {repo_id}` on a machine with network "
+        "access, copy the cache of that machine to this machine, and set HF_HUB_CACHE to the copy"
+    )
 
 
 def resolve_commit(repo_id: str, revision: str = "main") -> HubCommit:

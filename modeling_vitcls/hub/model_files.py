@@ -3,7 +3,6 @@
 config.json, preprocessor_config.json, model*.safetensors, *_vitcls.py      the model
 results.json, config.resolved.yaml, metrics.jsonl                           a training run
 parity_report.json                                                          a conversion
-adapter_config.json, adapter_model.safetensors                              a LoRA adapter
 README.md, report.html, images/, onnx/                                     for publication
 """
 
@@ -26,7 +25,6 @@ CARD_FILE = "README.md"
 REPORT_FILE = "report.html"  # HTML report with held-out images
 IMAGES_FOLDER = "images"
 SAMPLE_IMAGES_FILE = f"{IMAGES_FOLDER}/attention.png"  # the only figure that shows images of the dataset
-ADAPTER_CONFIG_FILE = "adapter_config.json"
 ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
 CODE_PATTERN = "*_vitcls.py"
 WEIGHTS_PATTERNS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
@@ -44,7 +42,6 @@ def iter_license_patterns() -> Iterator[str]:
 
 
 LICENSE_PATTERNS = tuple(iter_license_patterns())
-ADAPTER_PATTERNS = (ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, CARD_FILE, *LICENSE_PATTERNS)
 # Files that define the model.
 MODEL_PATTERNS = (*CONFIG_FILES, *WEIGHTS_PATTERNS, CODE_PATTERN)
 # Files of a training run, which belong to certain weights.

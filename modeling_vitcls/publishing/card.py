@@ -6,7 +6,6 @@
     classifier.md.j2    a fine-tuned classifier: results.json and config.resolved.yaml of `vitcls finetune`
     encoder.md.j2       a pre-trained encoder: results.json and config.resolved.yaml of `vitcls pretrain`
     conversion.md.j2    the output of `vitcls convert`, in both directions: parity_report.json
-    adapter.md.j2       a LoRA adapter: adapter_config.json
     export.md.j2        exported files without weights: FILE.json of `vitcls export`
     model.md.j2         any other vitcls model, such as a merged adapter or a model saved by hand
 
@@ -25,9 +24,9 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, FileSystemLoader
 
-from ..configuration_vitcls import COUNT_FIELDS, MIN_TRANSFORMERS_VERSION, ViTCLSConfig
+from ..configuration_vitcls import MIN_TRANSFORMERS_VERSION, ViTCLSConfig
 from ..data.held_out import HELD_OUT_RECORD_KEY
-from ..hub.local_paths import is_hub_dataset, is_local, strip_folders
+from ..hub.local_paths import is_hub_dataset, strip_folders
 from ..hub.model_files import CARD_FILE, REPORT_FILE
 from ..hub.provenance import Provenance
 from ..inference.metric_tables import (
@@ -108,28 +107,21 @@ def render_card(folder: ModelFolder, name: str | None = None, hidden_files: set[
         "images": images,
         "report_file": REPORT_FILE if has_report else None,
         "license": get_license_source(folder),
-        "provenance": folder.provenance,
-        "teacher_provenance": folder.teacher_provenance,
         "has_code": folder.has_weights and not folder.is_native,
-        "is_native": not folder.is_adapter and folder.is_native,
-        "config": folder.config,
+        "is_native": folder.is_native,
         "tasks": folder.config.task_labels() if folder.config is not None else {},
-        "results": folder.results,
-        "flags": folder.flags,
         "parity": folder.parity_report,
         "onnx": folder.onnx_report,
-        "exports": {} if folder.is_adapter else folder.exports,
+        "exports": folder.exports,
+        **{name: getattr(folder, name) for name in ("config", "results", "flags", "provenance", "teacher_provenance")},
     }
-    if folder.is_adapter:
-        template, variables = "adapter", variables | describe_adapter(folder)
-    else:
-        is_run = bool(folder.results and folder.flags)
-        template = "encoder" if "method" in folder.results else "classifier"
-        variables |= describe_architecture(folder) | describe_use(folder) | (describe_run(folder) if is_run else {})
-        if folder.parity_report:
-            template, variables = "conversion", variables | describe_conversion(folder, name)
-        elif not is_run:
-            template = "model" if folder.has_weights else "export"
+    is_run = bool(folder.results and folder.flags)
+    template = "encoder" if "method" in folder.results else "classifier"
+    variables |= describe_architecture(folder) | describe_use(folder) | (describe_run(folder) if is_run else {})
+    if folder.parity_report:
+        template, variables = "conversion", variables | describe_conversion(folder, name)
+    elif not is_run:
+        template = "model" if folder.has_weights else "export"
     text = f"{TEMPLATES.get_template(f'{template}.md.j2').render(variables).rstrip()}\n\n"
     return f"{text}{SIGNATURE.format(compute_digest(text))}\n"
 
@@ -144,21 +136,17 @@ def build_metadata(folder: ModelFolder, name: str) -> dict[str, Any]:
     base_model = folder.provenance.base_model if folder.provenance and not is_random else None
     relation = None if report else "finetune"  # the Hub has no relation for exact copies
     tags = [tag for tag in TAGS if tag != "vitcls" or not folder.is_native]
-    if folder.is_adapter:
-        source = folder.adapter_config.get("base_model_name_or_path")
-        base_model, relation = None if is_local(source) else source, "adapter"
-        tags.append("lora")
     if results.get("teacher"):
         tags.append("distillation")
     if config is not None:
         tags += ["multi-task"] if config.tasks else []
         tags += ["multi-label"] if config.problem_type == "multi_label_classification" else []
-    is_classifier = folder.is_adapter or "ForImageClassification" in folder.architecture
+    is_classifier = "ForImageClassification" in folder.architecture
     has_classifier = is_classifier and report.get("classifier", "kept") == "kept"
-    if not folder.is_adapter and results.get("method") in ("mae", "distillation"):
+    if results.get("method") in ("mae", "distillation"):
         tags.append("masked-image-modeling" if results["method"] == "mae" else "distillation")
     metadata = {
-        "library_name": "peft" if folder.is_adapter else "transformers",
+        "library_name": "transformers",
         "pipeline_tag": "image-classification" if has_classifier else "image-feature-extraction",
         "tags": tags,
         "datasets": [flags["dataset"]] if results and is_hub_dataset(flags.get("dataset")) else None,
@@ -316,19 +304,6 @@ def describe_conversion(folder: ModelFolder, name: str) -> dict[str, Any]:
         "is_copy": isinstance(provenance.base_model, str) and provenance.name in (provenance.base_model, source),
         "image_size": " x ".join(map(str, report["image_size"])),
         "command": f"vitcls convert {shlex.join(flags)}",
-    }
-
-
-def describe_adapter(folder: ModelFolder) -> dict[str, Any]:
-    """Return the variables about a LoRA adapter."""
-    arguments: dict[str, Any] = {}
-    if (config := folder.config) is not None:
-        arguments = {"num_labels": config.num_labels, "image_size": config.image_size}
-        arguments |= {field: getattr(config, field) for field in COUNT_FIELDS.values()}
-    return {
-        "rank": folder.adapter_config["r"],
-        "base_model": strip_folders(folder.adapter_config["base_model_name_or_path"]),
-        "arguments": "".join(f"{field}={value!r}, " for field, value in arguments.items()),
     }
 
 

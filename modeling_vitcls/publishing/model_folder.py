@@ -1,6 +1,8 @@
 """A model folder, as publishing sees it: what is in the folder, and which of its results belong to its weights."""
 
 import logging
+import math
+from contextlib import ExitStack
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -11,10 +13,8 @@ from safetensors import safe_open
 from ..configuration_vitcls import ViTCLSConfig
 from ..files import read_json
 from ..hub.loading import check_is_vitcls
-from ..hub.local_paths import can_publish_images, is_local, strip_folders
+from ..hub.local_paths import can_publish_images, strip_folders
 from ..hub.model_files import (
-    ADAPTER_CONFIG_FILE,
-    ADAPTER_WEIGHTS_FILE,
     CONFIG_FILE,
     CONFIG_FILES,
     EXPORT_SUFFIXES,
@@ -41,19 +41,16 @@ logger = logging.getLogger(__name__)
 
 
 class ModelFolder:
-    """The contents of a folder with a model or an adapter.
+    """The contents of a folder with a model.
 
     Results, reports and ONNX files that contain the hash of other weights are ignored. Raise ValueError if the folder
-    does not contain a model or an adapter.
+    does not contain a model.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         if not path.is_dir():
             raise ValueError(f"{path} is not a folder. Specify the folder of a saved model")
-        self.is_adapter = (path / ADAPTER_CONFIG_FILE).is_file()
-        if self.is_adapter:
-            return
         if not (path / CONFIG_FILE).is_file():
             raise ValueError(
                 f"{path} does not contain a model: {CONFIG_FILE} is missing. Specify the folder of a saved model"
@@ -77,10 +74,8 @@ class ModelFolder:
 
     @cached_property
     def config(self) -> ViTCLSConfig | None:
-        """The configuration of a vitcls model or of the base model of an adapter, if it is known."""
-        if self.is_native or not (self.path / CONFIG_FILE).is_file():
-            return None
-        return ViTCLSConfig.from_pretrained(self.path)
+        """The configuration of a vitcls model; None for a class of transformers."""
+        return None if self.is_native else ViTCLSConfig.from_pretrained(self.path)
 
     @cached_property
     def architecture(self) -> str:
@@ -90,34 +85,18 @@ class ModelFolder:
     @cached_property
     def num_parameters(self) -> int:
         """The number of values in the weight files."""
-        count = 0
-        for name in list_weight_files(self.path):
-            with safe_open(self.path / name, "pt") as file:
-                for key in file.keys():  # noqa: SIM118  # safe_open is not a dict
-                    size = 1
-                    for length in file.get_slice(key).get_shape():
-                        size *= length
-                    count += size
-        return count
+        with ExitStack() as stack:
+            files = [stack.enter_context(safe_open(self.path / name, "pt")) for name in list_weight_files(self.path)]
+            return sum(math.prod(file.get_slice(key).get_shape()) for file in files for key in file.keys())  # noqa: SIM118
 
     @cached_property
     def has_weights(self) -> bool:
-        """Whether the folder contains a model in safetensors, and not only an adapter or exported files."""
+        """Whether the folder contains a model in safetensors, and not only exported files."""
         names = ("model.safetensors", "model.safetensors.index.json")
-        return not self.is_adapter and any((self.path / name).is_file() for name in names)
+        return any((self.path / name).is_file() for name in names)
 
     def check_is_complete(self) -> None:
         """Raise ValueError if files are missing or refer to other repositories or to local paths."""
-        if self.is_adapter:
-            if not (self.path / ADAPTER_WEIGHTS_FILE).is_file():
-                raise ValueError(f"{self.path} lacks {ADAPTER_WEIGHTS_FILE}. Save the adapter again")
-            base_model = self.adapter_config.get("base_model_name_or_path")
-            if not base_model or is_local(base_model):
-                raise ValueError(
-                    f"the adapter in {self.path} requires a base model on the Hub, but its base model is "
-                    f"{base_model!r}. Push the base model, and set base_model_name_or_path in {ADAPTER_CONFIG_FILE}"
-                )
-            return
         if self.exports and not self.has_weights:
             return
         for reference in self.code_references:
@@ -211,11 +190,6 @@ class ModelFolder:
         """The provenance of the distillation teacher, if any."""
         values = self.results.get("teacher_provenance")
         return None if values is None else Provenance.from_dict(values, self.path)
-
-    @cached_property
-    def adapter_config(self) -> dict[str, Any]:
-        """The contents of adapter_config.json."""
-        return read_json(self.path / ADAPTER_CONFIG_FILE)
 
     @property
     def private_files(self) -> set[str]:

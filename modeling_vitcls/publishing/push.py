@@ -9,10 +9,12 @@ Temporary failures are retried. Files that the Hub already has are not uploaded 
 
 import shlex
 import sys
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import HfApi, constants, get_token
+from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError
 
 from ..hub.connection import (
@@ -20,9 +22,9 @@ from ..hub.connection import (
     check_is_online,
     describe_no_response,
     format_hub_error,
+    hide_hub_progress_bars,
     retry,
     set_hub_timeout,
-    silence_hub_client,
 )
 from .staging import DELETE_PATTERNS, stage_folder
 
@@ -72,8 +74,6 @@ def prepare_repository(
         f"Run `hf auth login` with a token that may write to the repository ({TOKEN_SETTINGS_URL}), or set HF_TOKEN; "
         f"check {'--space-id' if space_sdk else '--hub-model-id'}"
     )
-    if get_token() is None:
-        raise ValueError(f"a push to {name} requires a Hugging Face token, but no token was found. {remedy}")
     api = HfApi()
     try:
         with set_hub_timeout(TIMEOUT):
@@ -86,9 +86,9 @@ def prepare_repository(
         if error.response.status_code >= 500:
             raise OSError(f"{describe_no_response(error)}, or push later") from error
         raise ValueError(f"cannot push to {name}: {format_hub_error(error)}. {remedy}") from None
+    except ValueError as error:  # an invalid name, or no token
+        raise ValueError(f"cannot push to {name}: {format_hub_error(error)}. {remedy}") from None
     except HUB_ERRORS as error:
-        if isinstance(error, ValueError):  # HFValidationError
-            raise ValueError(f"{name!r} is not a valid repository id: {format_hub_error(error)}. {remedy}") from None
         raise OSError(f"{describe_no_response(error)}, or push later") from error
     if private and not is_private:
         raise ValueError(
@@ -101,7 +101,7 @@ def prepare_repository(
 def push_folder(
     folder: Path, repo_id: str, private: bool = False, message: str = DEFAULT_MESSAGE, branch: str | None = None
 ) -> PushResult:
-    """Push a model or adapter folder; create the repository if it does not exist.
+    """Push a model folder; create the repository if it does not exist.
 
     If nothing has changed, no commit is made, and the newest commit of the branch is returned.
 
@@ -116,38 +116,64 @@ def push_folder(
         ValueError: If the folder does not contain a complete model.
         PushError: If the push fails. The message is a single line and ends with the command that completes the push.
     """
-    check_is_online()
+    command = build_push_command(folder, repo_id, private, branch, message)
+    advice = f"The model is saved in {folder}; finish with: {command}"
     with stage_folder(folder, repo_id) as staged_folder:
-        try:
-            with set_hub_timeout(TIMEOUT), silence_hub_client(sys.stderr.isatty()):
-                commit, is_private = retry(
-                    lambda: push_once(staged_folder, repo_id, private, message, branch), f"pushing to {repo_id}"
-                )
-        except HUB_ERRORS as error:
-            raise PushError(
-                f"the push to {repo_id} failed: {format_hub_error(error)}. The model is saved in {folder}; "
-                f"finish with: {build_push_command(folder, repo_id, private, branch, message)}"
-            ) from error
-    return PushResult(repo_id, commit, f"{constants.ENDPOINT}/{repo_id}/commit/{commit}", is_private)
+        api = HfApi()
+
+        def prepare() -> None:
+            api.create_repo(repo_id, private=private or None, exist_ok=True)  # None: the account's default visibility
+            if branch is not None:
+                api.create_branch(repo_id, branch=branch, exist_ok=True)
+
+        return upload_folder(staged_folder, repo_id, "model", branch, message, DELETE_PATTERNS, advice, prepare)
 
 
-def push_once(staged_folder: Path, repo_id: str, private: bool, message: str, branch: str | None) -> tuple[str, bool]:
-    """Try to push once; return the commit and whether the repository is private."""
+def upload_folder(
+    folder: Path,
+    repo_id: str,
+    repo_type: str,
+    branch: str | None,
+    message: str,
+    delete_patterns: list[str],
+    advice: str,
+    prepare: Callable[[], None] = lambda: None,
+) -> PushResult:
+    """Upload a folder in one commit. If nothing has changed, no commit is made.
+
+    Args:
+        delete_patterns: Patterns of files to remove from the repository unless they are in the folder.
+        advice: How to finish a failed push.
+        prepare: Function that is called before each attempt.
+
+    Raises:
+        PushError: If the push fails. The message is a single line and ends with `advice`.
+    """
+    check_is_online()
     api = HfApi()
-    api.create_repo(repo_id, private=private or None, exist_ok=True)  # None selects the account's default visibility
-    if branch is not None:
-        api.create_branch(repo_id, branch=branch, exist_ok=True)
-    repo_info = api.model_info(repo_id, revision=branch, timeout=TIMEOUT)
-    commit = api.upload_folder(
-        repo_id=repo_id,
-        folder_path=staged_folder,
-        commit_message=message,
-        revision=branch,
-        delete_patterns=DELETE_PATTERNS,
-        # If another push happens in the meantime, the Hub rejects the commit (HTTP 412), and the retry starts again.
-        parent_commit=repo_info.sha,
-    )
-    return commit.oid, bool(repo_info.private)
+
+    def push_once() -> PushResult:
+        prepare()
+        info = api.repo_info(repo_id, repo_type=repo_type, revision=branch, timeout=TIMEOUT)
+        commit = api.upload_folder(
+            repo_id=repo_id,
+            repo_type=repo_type,
+            folder_path=folder,
+            commit_message=message,
+            revision=branch,
+            delete_patterns=delete_patterns,
+            # After another push in the meantime, the Hub rejects the commit (HTTP 412), and the retry starts again.
+            parent_commit=info.sha,
+        )
+        prefix = "spaces/" if repo_type == "space" else ""
+        url = f"{constants.ENDPOINT}/{prefix}{repo_id}" + ("" if prefix else f"/commit/{commit.oid}")
+        return PushResult(repo_id, commit.oid, url, bool(info.private))
+
+    try:
+        with set_hub_timeout(TIMEOUT), nullcontext() if sys.stderr.isatty() else hide_hub_progress_bars():
+            return retry(push_once, f"pushing to {repo_id}")
+    except HUB_ERRORS as error:
+        raise PushError(f"the push to {repo_id} failed: {format_hub_error(error)}. {advice}") from error
 
 
 def build_push_command(

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from .. import modeling_vitcls
 from ..analysis.inspection import Inspection, InspectionImages, inspect_model
 from ..analysis.report import write_page
 from ..data.splits import TrainingData, load_training_data
@@ -24,7 +25,6 @@ from ..options import DataOptions
 from .card_images import write_card_images
 from .held_out_predictions import describe_predictions
 from .model_folder import ModelFolder
-from .verify import MODEL_CLASSES
 
 
 NUM_REPORT_IMAGES = 6  # number of images shown in the report
@@ -76,8 +76,7 @@ def convert_errors(warn: Callable[[str], None], message: str) -> Iterator[None]:
 
 def load_saved_model(folder: ModelFolder) -> tuple[Any, ViTCLSImageProcessor]:
     """Load the model and the image processor of a folder."""
-    classes = {cls.__name__: cls for classes in MODEL_CLASSES.values() for cls in classes}
-    model = classes[folder.architecture].from_pretrained(folder.path)
+    model = getattr(modeling_vitcls, folder.architecture).from_pretrained(folder.path)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return model.to(device).eval(), ViTCLSImageProcessor.from_pretrained(folder.path)
 

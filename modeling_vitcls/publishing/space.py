@@ -21,17 +21,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, SpaceCard, SpaceCardData, constants
+from huggingface_hub import SpaceCard, SpaceCardData, constants
 from packaging.requirements import Requirement
 
 from ..configuration_vitcls import ViTCLSConfig
 from ..files import read_json
-from ..hub.connection import HUB_ERRORS, check_is_online, format_hub_error, retry, set_hub_timeout
+from ..hub.connection import check_is_online
 from ..hub.loading import HubCommit, download_commit, resolve_commit
 from ..hub.model_files import CONFIG_FILES
-from ..image_processing_vitcls import read_image
 from .model_folder import list_strings
-from .push import TIMEOUT, PushError, PushResult, build_push_command
+from .push import PushResult, build_push_command, upload_folder
 from .staging import PACKAGE_FOLDER
 
 
@@ -90,8 +89,6 @@ def find_published_model(repo_id: str, revision: str = "main") -> HubCommit:
             f"{repo_id} at {model.sha} does not contain a {ViTCLSConfig.model_type} model with its code. "
             "Convert the model with `vitcls convert` and push the result"
         )
-    if any("--" in reference for reference in code_references):
-        raise ValueError(f"a Space requires the code of {repo_id} in {repo_id} itself. Push the model again")
     if not processor_config_file.is_file():
         raise ValueError(f"{repo_id} has no preprocessor_config.json. Save the image processor next to the model")
     return model
@@ -100,10 +97,8 @@ def find_published_model(repo_id: str, revision: str = "main") -> HubCommit:
 def write_space(folder: Path, model: HubCommit, title: str | None = None, examples: Sequence[Path] = ()) -> None:
     """Write the files of the Space to a folder. `title` is the title of the Space on the Hub and of the card.
 
-    Raise ValueError if an example is not an image, if two examples have the same name, or if gradio is not installed.
+    Raise ValueError if two examples have the same name, or if gradio is not installed.
     """
-    for file in examples:
-        read_image(file)
     if len({file.name for file in examples}) < len(examples):
         raise ValueError(f"two examples have the same name ({', '.join(file.name for file in examples)}). Rename one")
     title = title or f"{model.repo_id.partition('/')[2]}: labels and attention"
@@ -174,26 +169,9 @@ def push_space(
 
     Raise PushError if the push fails. The message is a single line and ends with the command that completes the push.
     """
-    check_is_online()
-    api = HfApi()
     subfolders = {PAGE_FOLDER, EXAMPLES_FOLDER, *(file.name for file in folder.iterdir() if file.is_dir())}
-    try:
-        with set_hub_timeout(TIMEOUT):
-            commit = retry(
-                lambda: api.upload_folder(
-                    repo_id=space_id,
-                    repo_type="space",
-                    folder_path=folder,
-                    commit_message=f"Show {model.repo_id} at {model.sha[:7]}",
-                    delete_patterns=[f"{name}/*" for name in subfolders],
-                    parent_commit=api.space_info(space_id, timeout=TIMEOUT).sha,
-                ),
-                f"pushing to {space_id}",
-            )
-    except HUB_ERRORS as error:
-        arguments = ["--model", model.repo_id, "--revision", model.sha, "--space-id", space_id, *flags]
-        command = shlex.join(["vitcls", "space", *arguments, *(["--private"] if private else [])])
-        raise PushError(
-            f"the push to the Space {space_id} failed: {format_hub_error(error)}. Finish with: {command}"
-        ) from error
-    return PushResult(space_id, commit.oid, f"{constants.ENDPOINT}/spaces/{space_id}")
+    arguments = ["--model", model.repo_id, "--revision", model.sha, "--space-id", space_id, *flags]
+    command = shlex.join(["vitcls", "space", *arguments, *(["--private"] if private else [])])
+    message = f"Show {model.repo_id} at {model.sha[:7]}"
+    delete_patterns = [f"{name}/*" for name in subfolders]
+    return upload_folder(folder, space_id, "space", None, message, delete_patterns, f"Finish with: {command}")

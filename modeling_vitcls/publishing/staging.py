@@ -16,10 +16,8 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import yaml
-from transformers.dynamic_module_utils import get_relative_import_files
 
 from ..hub.model_files import (
-    ADAPTER_PATTERNS,
     CARD_FILE,
     CONFIG_FILES,
     EXPORT_PATTERNS,
@@ -52,10 +50,9 @@ DELETE_PATTERNS = [
 
 @contextmanager
 def stage_folder(path: Path, repo_id: str) -> Iterator[Path]:
-    """Yield a temporary folder with the files to publish. Raise ValueError if the model or adapter is incomplete."""
+    """Yield a temporary folder with the files to publish. Raise ValueError if the model is incomplete."""
     folder = ModelFolder(path)
     folder.check_is_complete()
-    check_imported_code(folder)
     files = list_published_files(folder)
     with tempfile.TemporaryDirectory(prefix="vitcls-push-") as temporary_path:
         staged = Path(temporary_path)
@@ -80,8 +77,6 @@ def stage_folder(path: Path, repo_id: str) -> Iterator[Path]:
 def list_published_files(folder: ModelFolder) -> set[str]:
     """Return the names of the files to publish."""
     names = {path.relative_to(folder.path).as_posix() for path in folder.path.rglob("*") if path.is_file()}
-    if folder.is_adapter:
-        return {name for name in names if is_match(name, ADAPTER_PATTERNS)}
     exported_names = {name for file, report in folder.exports.items() for name in (f"{file}.json", *report["sha256"])}
     if not folder.has_weights:
         exported_names |= {name for name in names if is_match(name, (*CONFIG_FILES, RESULTS_FILE, *LICENSE_PATTERNS))}
@@ -100,18 +95,6 @@ def replace_file(file: Path, text: str) -> None:
     """Write a file in place of a link."""
     file.unlink(missing_ok=True)
     file.write_text(text, encoding="utf-8", newline="\n")
-
-
-def check_imported_code(folder: ModelFolder) -> None:
-    """Raise ValueError if a code file of the model imports a file that does not exist."""
-    for reference in folder.code_references if folder.has_weights else ():
-        try:
-            get_relative_import_files(folder.path / f"{reference.partition('.')[0]}.py")
-        except OSError as error:
-            missing_file = Path(error.filename).name if error.filename else "a code file"
-            raise ValueError(
-                f"{folder.path} lacks {missing_file}, which the model requires. Save the model again"
-            ) from None
 
 
 def read_code_license() -> str:

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import scan_cache_dir
 from safetensors.torch import save_file
 
 
@@ -49,13 +48,8 @@ def main(repo_id: str, commit: str, trust_remote_code: bool, folder: Path) -> No
     try:
         outputs, report = collect_outputs(AutoLoader(repo_id, {"revision": commit}, trust_remote_code))
         save_file(outputs, folder / "outputs.safetensors")
-        report["commits"] = sorted(
-            revision.commit_hash for repo in scan_cache_dir().repos for revision in repo.revisions
-        )
     except Exception as error:  # published code may raise any error
-        message = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        report = {"error": message, "can_retry": isinstance(error, OSError)}  # network errors are instances of OSError
-    report["has_package"] = any(name.partition(".")[0] == PACKAGE_NAME for name in sys.modules)
+        report = {"error": f"{type(error).__name__}: {' '.join(str(error).split())}"}
     (folder / "report.json").write_text(json.dumps(report), encoding="utf-8")
 
 
@@ -87,15 +81,15 @@ class AutoLoader:
         return auto_class.from_pretrained(self.source, trust_remote_code=self.trust_remote_code, **options)
 
 
-def collect_outputs(loader: Any) -> tuple[Outputs, dict[str, Any]]:
+def collect_outputs(loader: AutoLoader) -> tuple[Outputs, dict[str, Any]]:
     """Process a fixed image and compute the outputs of the encoder and of the complete model.
 
     Args:
-        loader: An `AutoLoader`, or a `PackageLoader` from verify.py.
+        loader: An `AutoLoader`, or a `ReferenceLoader` from verify.py.
 
     Returns:
-        The outputs in float32 by name, such as `{"AutoModel/last_hidden_state": ...}`, and a report that maps each
-        Auto class to the loaded class (name and module) and the weights that the checkpoint lacks.
+        The outputs in float32 by name, such as `{"AutoModel/last_hidden_state": ...}`, and a report with
+        the names of the loaded classes and of the weights that the checkpoint lacks.
     """
     config = loader.load_config()
     size = config.image_size
@@ -103,7 +97,7 @@ def collect_outputs(loader: Any) -> tuple[Outputs, dict[str, Any]]:
     generator = torch.Generator().manual_seed(0)
     pixel_values = torch.randn(2, config.num_channels, height, width, generator=generator)
     outputs: Outputs = {}
-    report: dict[str, Any] = {"models": {}}
+    report: dict[str, Any] = {"classes": {}, "missing": []}
     if processor := loader.load_processor():
         num_channels = 3 if processor.do_convert_rgb else config.num_channels
         shape = (num_channels, height * 5 // 4 + 1, width * 3 // 2 + 1)
@@ -111,21 +105,18 @@ def collect_outputs(loader: Any) -> tuple[Outputs, dict[str, Any]]:
         pixel_values = outputs["AutoImageProcessor/pixel_values"] = processor(image, return_tensors="pt")[
             "pixel_values"
         ]
-        report["processor"] = type(processor).__name__
     architecture = (config.architectures or ["ViTCLSModel"])[0]
     for auto_class in dict.fromkeys(["AutoModel", get_auto_class(architecture)]):
         torch.manual_seed(0)  # for a reproducible initialization of missing weights
         model, loading_info = loader.load_model(auto_class, config)
-        class_name = type(model).__name__
-        report["models"][auto_class] = {
-            "class": class_name,
-            "module": type(model).__module__,
-            # Classes other than the saved class may have a head that the checkpoint lacks.
-            "missing": sorted(loading_info["missing_keys"]) if class_name == architecture else [],
-        }
+        report["classes"][auto_class] = type(model).__name__
+        if type(model).__name__ == architecture:  # other classes may have a head that the checkpoint lacks
+            report["missing"] = sorted(loading_info["missing_keys"])
         with torch.inference_mode():
             model_output = model.eval()(pixel_values)
         outputs |= {f"{auto_class}/{name}": tensor for name, tensor in flatten_outputs(model_output)}
+    if processor:
+        report["classes"]["AutoImageProcessor"] = type(processor).__name__
     return {name: tensor.detach().clone().contiguous() for name, tensor in outputs.items()}, report
 
 

@@ -172,13 +172,6 @@ def test_vitcls_folders_are_not_converted(tmp_path: Path) -> None:
         assert resolve_checkpoint(str(tmp_path / "mine")) == str(tmp_path / "mine")
 
 
-def test_unsupported_names_are_errors(tmp_path: Path) -> None:
-    config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], num_labels=2)
-    transformers.ResNetForImageClassification(config).save_pretrained(tmp_path / "resnet")
-    with pytest.raises(ValueError, match="ResNetForImageClassification"):
-        resolve_checkpoint(str(tmp_path / "resnet"))
-
-
 def test_commits_are_pinned(cached_hub_model: str) -> None:
     pinned = f"{cached_hub_model}@{COMMIT}"
     assert pin_revision(cached_hub_model) == pin_revision(pinned) == pinned
@@ -215,12 +208,6 @@ def test_a_run_records_the_commit(cached_hub_model: str, tmp_path: Path) -> None
     assert resolved["model"] == f"{cached_hub_model}@{COMMIT}"
     (folder / "results.json").unlink()
     assert run(folder, cached_hub_model, resume=True)["accuracy"] == results["accuracy"]
-
-
-def test_a_run_starts_from_a_converted_model(source: Path, tmp_path: Path) -> None:
-    run(tmp_path / "run", str(source))
-    assert ViTCLSForImageClassification.from_pretrained(tmp_path / "run").config.num_labels == 10
-    assert Path(constants.HF_HUB_CACHE).parent.joinpath("vitcls", "converted").is_dir()
 
 
 def test_a_model_without_an_image_processor_names_the_remedy(tmp_path: Path) -> None:

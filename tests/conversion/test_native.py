@@ -152,25 +152,6 @@ def test_code_in_a_native_repository_is_not_run(hub: LocalHub, tmp_path: Path) -
         push_folder(tmp_path / "native", "ann/native")
 
 
-def test_the_command_requires_equal_outputs_at_any_size_if_the_flag_is_set(tmp_path: Path) -> None:
-    folder = str(save(tmp_path / "mine", **DEMO))
-    with raises_one_line("has equal outputs at the native size", "omit --any-size", error=ConversionError):
-        run(ConvertOptions(tmp_path / "native", to="transformers", model=folder, any_size=True))
-
-
-def test_the_command_prints_the_report_and_how_to_load_the_model(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder, native = save(tmp_path / "mine", **DEMO), tmp_path / "native"
-    run(ConvertOptions(native, to="transformers", model=str(folder)))
-    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
-    assert f'model = AutoModelForImageClassification.from_pretrained("{native}")' in lines
-    assert f'processor = AutoImageProcessor.from_pretrained("{native}")' in lines
-    assert f"vitcls push --model {native} --hub-model-id YOUR-NAME/native" in lines
-    certificate = json.loads((native / "parity_report.json").read_text())
-    assert f"Not compared at a second image size: {certificate['not_compared']}" in lines
-
-
 @pytest.mark.parametrize("flags", [{"to": "transformers"}, {"model": "x"}, {"source": "mine"}, {"source": "damaged"}])
 def test_wrong_flags(flags: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path / "mine")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers.tiny_models import build_images, build_tiny_config, each_layout, randomize
 
-from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
+from modeling_vitcls import ViTCLSForImageClassification
 
 
 pytestmark = pytest.mark.integration
@@ -42,16 +42,6 @@ def test_the_batch_is_dynamic_and_no_output_is_repeated(tmp_path: Path, layout: 
     assert len(outputs) == len(names)
     for name, output in zip(names, outputs, strict=True):
         assert (output - expected[name]).abs().max() <= 1e-5, name
-
-
-@pytest.mark.slow
-def test_the_encoder(tmp_path: Path) -> None:
-    model = randomize(ViTCLSModel(build_tiny_config(num_register_tokens=2)))
-    sequence, pooled = export_and_run(model, tmp_path / "model.onnx", 3).values()
-    with torch.no_grad():
-        expected = model(build_images(3))
-    assert (sequence - expected.last_hidden_state).abs().max() <= 1e-5
-    assert (pooled - expected.pooler_output).abs().max() <= 1e-5
 
 
 def test_outside_of_an_export_the_logits_have_both_names() -> None:

@@ -469,19 +469,6 @@ def test_pickled_weights_are_downloaded_only_if_there_are_no_others(hub: LocalHu
     assert not Path(loading.get_external_model_folder("ann/old"), "pytorch_model.bin").exists()
 
 
-def test_a_revision_follows_the_last_at_sign(tmp_path: Path) -> None:
-    (tmp_path / "run@3").mkdir()
-    for name, expected in {
-        "ann/model@v1": ("ann/model", "v1"),
-        "/gone/run@3@v1": ("/gone/run@3", "v1"),
-        str(tmp_path / "run@3"): (str(tmp_path / "run@3"), None),
-        "ann/model": ("ann/model", None),
-        "ann/model@": ("ann/model@", None),
-        "@v1": ("@v1", None),
-    }.items():
-        assert loading.split_revision(name) == expected
-
-
 def test_incomplete_cached_models_are_not_used(hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> None:
     get_model_folder("ann/model", CONFIG_FILES)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -494,16 +481,3 @@ def test_incomplete_cached_models_are_not_used(hub: LocalHub, monkeypatch: pytes
         get_model_folder("ann/notes", CONFIG_FILES)
     with raises_one_line("complete in the cache", "HF_HUB_OFFLINE", error=OSError):
         get_model_folder("ann/model")
-
-
-@pytest.mark.slow
-def test_scripts_stop_if_the_hub_never_responds(silent: str, tmp_path: Path) -> None:
-    PIL.Image.new("RGB", (50, 40)).save(tmp_path / "picture.png")
-    environment = get_environment_of_ann(silent, tmp_path)
-    flags = ["--model", "ann/versions", tmp_path / "picture.png"]
-    started = time.monotonic()
-    ended = run_fresh(ROOT / "scripts" / "predict.py", *flags, environment=environment)
-    assert time.monotonic() - started < SECONDS
-    assert_ends_with_one_line(
-        ended.returncode, ended.stderr, f"{silent} does not respond", "timed out", "Check the network"
-    )

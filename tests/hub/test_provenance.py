@@ -1,6 +1,5 @@
 """Provenance of models: licenses are inherited without changes, and never invented."""
 
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -108,25 +107,6 @@ def test_other_licenses_of_timm_weights_link_to_their_card() -> None:
     assert find_provenance("timm:dla60_res2net.in1k") == unknown
 
 
-@pytest.mark.parametrize(
-    ("license", "name", "label"),
-    [
-        (["mit", "apache-2.0"], None, "mit, apache-2.0"),
-        ("other", "their-license", "their-license"),
-        ("other", None, "other"),
-        ("mit", "their-license", "mit"),
-        (None, None, None),
-    ],
-)
-def test_a_license_has_one_label(license: str | list[str] | None, name: str | None, label: str | None) -> None:
-    assert Provenance("model", license=license, license_name=name).license_label == label
-
-
-def test_timm_folders_are_read(tmp_path: Path) -> None:
-    source = write_folder(tmp_path / "mine", "license: mit\n")
-    assert find_provenance(f"timm:local-dir:{source}").license == "mit"
-
-
 # The Hub -------------------------------------------------------------------------------------------------------------
 
 
@@ -176,10 +156,3 @@ def test_without_a_network_the_cache_is_used(hub: LocalHub, monkeypatch: pytest.
     assert find_provenance("ann/dinov3") == known
     assert find_provenance("ann/linked").license is None
     assert len(hub.requests) == asked
-
-
-def test_a_silent_hub_times_out(hub: LocalHub) -> None:
-    hub.fail("GET", "/api/models/ann/dinov3", "wait", times=9)
-    started = time.perf_counter()
-    assert find_provenance("ann/dinov3") == Provenance("ann/dinov3", base_model="ann/dinov3")
-    assert time.perf_counter() - started < 10

@@ -231,13 +231,11 @@ class TestWeightsThatDoNotFit:
     def test_missing_are_listed(self) -> None:
         source = CASES["vit"].build()
         source.layers[1].mlp.fc2.bias = None
-        with pytest.raises(ConversionError, match=re.escape("weights missing: layers.1.mlp.fc2.bias")):
+        with pytest.raises(ConversionError, match=re.escape("layers.1.mlp.fc2.bias")):
             convert_from_transformers(source)
 
     def test_of_another_shape_are_listed(self) -> None:
         source = CASES["vit"].build()
         source.layers[0].mlp = type(source.layers[0].mlp)(transformers.ViTConfig(**PLAIN | {"intermediate_size": 40}))
-        with pytest.raises(
-            ConversionError, match=r"a different shape: layers.0.mlp.fc1.bias \[40\] \(the model has \[48\]"
-        ):
+        with pytest.raises(ConversionError, match=r"size mismatch for layers.0.mlp.fc1.bias: .*\[40\].*\[48\]"):
             convert_from_transformers(source)

@@ -116,23 +116,9 @@ EQUIVALENT = [
         "DeiTForImageClassificationWithTeacher",
         "deit distilled",
     ),
-    (
-        ViTCLSForImageClassification,
-        {"num_distillation_tokens": 1, "position_embedding_tokens": "patches", "distillation_inference": "cls"},
-        "DeiTForImageClassification",
-        "deit classifier",
-    ),
     (ViTCLSModel, {"position_embedding_tokens": "patches"}, "ViTModel", "vit without pooler"),
-    (ViTCLSModel, {"position_embedding_type": "none"}, "ViTModel", "vit without pooler"),
     (ViTCLSModel, REGISTERS | {"position_embedding_tokens": "all"}, "Dinov2WithRegistersModel", "registers"),
     (ViTCLSModel, REGISTERS | {"position_embedding_tokens": "patches"}, "Dinov2WithRegistersModel", "registers"),
-    (ViTCLSModel, REGISTERS | {"intermediate_size": 50}, "Dinov2WithRegistersModel", "registers"),
-    (
-        ViTCLSModel,
-        LAYER_SCALE | {"intermediate_size": 50, "mlp_type": "swiglu"},
-        "Dinov2Model",
-        "dinov2",
-    ),
 ]
 
 
@@ -233,13 +219,6 @@ def test_errors_name_the_unsupported_field(model_class: Any, values: dict, field
     assert "\n" not in str(error.value)
 
 
-def test_the_error_names_the_class_for_the_encoder() -> None:
-    model = randomize_weights(ViTCLSForImageClassification(ViTCLSConfig(**BASE, position_embedding_type="rope_2d")))
-    with pytest.raises(ConversionError, match=r"model\.vitcls, can be converted to DINOv3ViTModel"):
-        convert_to_transformers(model)
-    assert type(convert_to_transformers(model.vitcls)).__name__ == "DINOv3ViTModel"
-
-
 @pytest.mark.parametrize(
     "model_class", [ViTCLSForMaskedImageModeling, ViTCLSForMultiTaskClassification, ViTCLSBackbone]
 )
@@ -263,12 +242,6 @@ def test_pooling_without_weights_is_left_to_the_user() -> None:
     assert type(native).__name__ == "ViTModel" and native.pooler is None
     expected = model(images((32, 32))).last_hidden_state
     torch.testing.assert_close(native(images((32, 32))).last_hidden_state, expected, atol=1e-5, rtol=1e-5)
-
-
-def test_a_missing_mask_token_is_zero() -> None:
-    """DINOv2 with registers always has a mask token."""
-    converted = convert_to_transformers(ViTCLSModel(ViTCLSConfig(**BASE | REGISTERS)))
-    assert not converted.embeddings.mask_token.any()
 
 
 def test_missing_weights_are_named() -> None:

@@ -124,16 +124,6 @@ class MultiTaskTests(ViTCLSModelTests):
         return inputs
 
 
-@pytest.mark.slow
-class OneTaskTest(MultiTaskTests, unittest.TestCase):
-    layout = ONE_CLS | {"tasks": {"digit": ["odd", "even"]}}
-
-
-@pytest.mark.slow
-class OneTaskWithRegistersTest(MultiTaskTests, unittest.TestCase):
-    layout = DISTILLED_WITH_REGISTERS | {"tasks": {"digit": ["odd", "even"]}}
-
-
 class ThreeTasksTest(MultiTaskTests, unittest.TestCase):
     layout = THREE_CLS | {"tasks": {"digit": ["odd", "even"], "color": ["red", "green", "blue"], "size": ["any"]}}
 

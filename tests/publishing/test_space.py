@@ -1,6 +1,5 @@
 """The page of the demo in a real browser: on this machine, and as a Space that is pushed to a local Hub."""
 
-import ast
 import json
 import os
 import subprocess
@@ -27,8 +26,7 @@ from sklearn.datasets import load_sample_images
 import modeling_vitcls as vitcls
 from modeling_vitcls.hub import connection
 from modeling_vitcls.publishing.push import push_folder
-from modeling_vitcls.publishing.space import PAGE_FILES, REQUIRED_LIBRARIES, find_published_model
-from modeling_vitcls.publishing.staging import PACKAGE_FOLDER
+from modeling_vitcls.publishing.space import find_published_model
 
 
 NAMES = ["temple", "flower", "cat", "seven", "bird", "ship"]
@@ -199,24 +197,3 @@ def test_the_space_runs_without_this_package(hub: LocalHub, classifier: Path, ph
         assert "confidences" in json.dumps(
             request_prediction(at, {"path": upload(at, photo), "meta": {"_type": "gradio.FileData"}})
         )
-
-
-def test_shipped_files_import_only_shipped_modules() -> None:
-    available = set(REQUIRED_LIBRARIES) - {"pillow"} | {"PIL", "gradio"} | set(sys.stdlib_module_names)
-    for name in PAGE_FILES:
-        tree = ast.parse((PACKAGE_FOLDER / name).read_text())
-        checks = [
-            node for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
-        ]
-        skipped = {node for found in checks for node in ast.walk(found)}
-        for node in set(ast.walk(tree)) - skipped:
-            if isinstance(node, ast.ImportFrom) and node.level:
-                target = (
-                    PACKAGE_FOLDER.joinpath(name).parents[node.level - 1]
-                    / f"{(node.module or '').replace('.', '/')}.py"
-                )
-                assert target.relative_to(PACKAGE_FOLDER).as_posix() in PAGE_FILES, f"{name} imports {target.name}"
-            elif isinstance(node, ast.ImportFrom):
-                assert (node.module or "").partition(".")[0] in available
-            elif isinstance(node, ast.Import):
-                assert all(alias.name.partition(".")[0] in available for alias in node.names)
