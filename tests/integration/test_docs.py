@@ -227,9 +227,9 @@ class Command:
 
 def parse_command(words: list[str]) -> Command | None:
     """Return the parsed command, or None for commands of other projects. Fails for unknown commands."""
-    first = next(index for index, word in enumerate(words) if not re.match(r"[A-Z_]+=", word))
+    first = next((index for index, word in enumerate(words) if not re.match(r"[A-Z_]+=", word)), len(words))
     variables, words = words[:first], words[first:]
-    if words[0] in OTHER_COMMANDS:
+    if not words or words[0] in OTHER_COMMANDS:
         return None
     launcher: list[str] = []
     if words[:2] == ["accelerate", "launch"]:
