@@ -115,14 +115,6 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytes
         assert "pip install 'modeling_vitcls[cli]'" in error and error.count("\n") == 1
 
 
-def test_flags_of_all_commands_have_help(capsys: pytest.CaptureFixture[str]) -> None:
-    for name in cli.COMMANDS:
-        assert run_here(name, "--help-all") == 0
-        text = " ".join(capsys.readouterr().out.split())
-        assert text.startswith(f"usage: vitcls {name} ")
-        assert f" vitcls {name} --" in text, name  # an example
-
-
 def test_completion_includes_all_commands_and_their_flags(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_here("--tyro-print-completion", "bash") == 0
     script = capsys.readouterr().out

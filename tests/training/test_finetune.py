@@ -134,17 +134,6 @@ def test_two_processes_train_and_evaluate_as_one(launched: Path, tmp_path: Path)
         assert second["gradient_norm"] == pytest.approx(first["gradient_norm"], rel=1e-3)
 
 
-def test_evaluate_agrees_with_the_run(launched: Path, tmp_path: Path) -> None:
-    output = tmp_path / "new" / "evaluation.json"
-    flags = ("--model", launched, "--dataset", "digits", "--batch-size", 11, "--num-workers", 0, "--output", output)
-    run_together("evaluate.py", *flags, log=tmp_path / "log", environment=OFFLINE, processes=1)
-    expected, measured = read_json(launched / "results.json"), read_json(output)
-    assert measured["num_images"] == NUM_HELD_OUT_DIGITS
-    assert measured["accuracy"] == expected["accuracy"]
-    assert measured["loss"] == pytest.approx(expected["loss"], abs=1e-5)
-    assert measured["split"] == "test"
-
-
 WITHOUT_PACKAGE = """
 import runpy, sys
 

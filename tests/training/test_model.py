@@ -299,15 +299,6 @@ def test_added_tokens_are_trained_with_their_positions_and_gates(choice: str, tm
     assert ("embeddings.cls_token" in found) == (choice == "lora")
 
 
-def test_gates_of_added_tokens_are_trained() -> None:
-    fields = LAYOUT | {"gated_tokens": {"registers": 2}}
-    fresh = {"vitcls.embeddings.register_tokens"}
-    assert "gates.gates" in group_trainable(
-        set_trainable_parameters(build_random_model(**fields), "head", new_parameter_names=fresh)
-    )
-    assert "gates.gates" not in group_trainable(set_trainable_parameters(build_random_model(**fields), "head"))
-
-
 def test_invalid_choices_are_errors() -> None:
     with raises_one_line("last-3", "2 layers"):
         set_trainable_parameters(build_random_model(), "last-3")

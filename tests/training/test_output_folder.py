@@ -241,17 +241,6 @@ def test_files_of_other_programs_are_kept(folder: Path, names: list[str]) -> Non
     assert contents(folder) == dict.fromkeys(names, b"mine")
 
 
-def test_a_file_that_appears_while_a_run_is_stopped_is_kept(earlier: Path) -> None:
-    for name in list_final_files(earlier):
-        (earlier / name).unlink()
-    (earlier / "README.md").write_text("mine")
-    with raises_one_line("would overwrite (README.md)"):
-        run(earlier, resume=True)
-    assert (earlier / "README.md").read_text() == "mine"
-    (earlier / "README.md").unlink()
-    assert run(earlier, resume=True)["steps"] == 1
-
-
 def test_only_the_files_of_a_run_are_removed(earlier: Path) -> None:
     mine = ["notes.txt", "train.py", "images/mine.txt", "checkpoints/best.pt", "checkpoints/mine/weights.bin"]
     for name in mine:

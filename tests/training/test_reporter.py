@@ -14,7 +14,6 @@ from modeling_vitcls.training import reporter as reporter_module
 from modeling_vitcls.training.reporter import (
     Reporter,
     flatten_record,
-    format_metric,
 )
 
 
@@ -97,18 +96,6 @@ def test_brackets_are_not_markup(tmp_path: Path) -> None:
     reporter.print_line("data", "[red] and registers[1]")
     reporter.warn("[bold]noon[/bold].png cannot be read")
     assert output.getvalue() == "data      [red] and registers[1]\nWARNING: [bold]noon[/bold].png cannot be read\n"
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "text"),
-    [
-        ("top_5_accuracy", 0.98765, "top 5 accuracy 98.77%"),
-        ("effective_rank", 12.3456, "effective rank 12.3"),
-        ("accuracy", None, "accuracy unknown"),
-    ],
-)
-def test_metrics_are_formatted(name: str, value: float | None, text: str) -> None:
-    assert format_metric(name, value) == text
 
 
 def test_trackers_get_only_numbers() -> None:

@@ -24,7 +24,7 @@ from modeling_vitcls.data.streaming import build_training_dataset
 from modeling_vitcls.inference.evaluate import evaluate_checkpoint
 from modeling_vitcls.inference.evaluator import Evaluator
 from modeling_vitcls.intervals import compute_mean_interval
-from modeling_vitcls.options import DataOptions, EvaluateOptions, ModelOptions, PretrainOptions
+from modeling_vitcls.options import DataOptions, EvaluateOptions, ModelOptions
 from modeling_vitcls.training import finetune
 from modeling_vitcls.training.folds import run_folds
 from modeling_vitcls.training.run import build_training_images
@@ -177,12 +177,6 @@ def test_a_dry_run_evaluates_random_images_and_prints_no_result(
     assert set(evaluated[0].labels) == {0, 1} and len(evaluated[0]) == 16
     printed = capsys.readouterr().out
     assert "accuracy" not in printed and "WARNING" not in printed and "ran 3 steps" in printed
-
-
-def test_the_best_checkpoint_of_pretraining(tmp_path: Path) -> None:
-    options = build_options(tmp_path / "run", kind=PretrainOptions, max_steps=2, select="best")
-    results = run_training(options)
-    assert results["selection"]["step"] == 2 and results["num_images"] == 359
 
 
 # Cross-validation, and training on all images ------------------------------------------------------------------------

@@ -229,21 +229,10 @@ def test_labels_that_the_teacher_lacks_are_named(resnet: Path) -> None:
 # Invalid teachers ----------------------------------------------------------------------------------------------------
 
 
-def test_folder_that_does_not_exist(tmp_path: Path) -> None:
-    with raises_one_line("nowhere", error=OSError):
-        load_labeled_teacher(tmp_path / "nowhere")
-
-
 def test_model_without_a_trained_classifier(tmp_path: Path) -> None:
     encoder = ResNetModel(build_tiny_resnet().config)
     with raises_one_line("lacks the weight classifier"):
         load_labeled_teacher(save_teacher(tmp_path / "encoder", encoder, build_half_processor()))
-
-
-def test_model_without_an_image_processor(tmp_path: Path) -> None:
-    build_tiny_resnet().save_pretrained(tmp_path)
-    with raises_one_line(str(tmp_path), error=OSError):
-        load_labeled_teacher(tmp_path)
 
 
 def test_damaged_weights(resnet: Path) -> None:
