@@ -1,4 +1,4 @@
-"""Runs that are stopped and resumed in this process, and errors for changes between start and resume (runner.py).
+"""Runs that are stopped and resumed in this process, and errors for changes between start and resume (run.py).
 
 tests/integration/test_resume.py kills and resumes whole runs in other processes.
 """
