@@ -25,7 +25,6 @@ CARD_FILE = "README.md"
 REPORT_FILE = "report.html"  # HTML report with held-out images
 IMAGES_FOLDER = "images"
 SAMPLE_IMAGES_FILE = f"{IMAGES_FOLDER}/attention.png"  # the only figure that shows images of the dataset
-ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
 CODE_PATTERN = "*_vitcls.py"
 WEIGHTS_PATTERNS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
 
