@@ -6,7 +6,7 @@
 
 Fine-tuning then starts from the regression instead of a random classifier (linear probing, then fine-tuning: Kumar et
 al. 2022, arXiv 2202.10054). With `--select best`, the frozen model takes part in the selection: fine-tuning must be
-better by more than two standard errors of the frozen model's accuracy, and nothing is trained if there are too few
+better than the frozen model by more than chance, and nothing is trained if there are too few
 selection images to tell. If the frozen model is selected, the regression is fitted again, to the training and
 selection images. The classifiers are those of `vitcls evaluate --frozen` (inference/frozen.py).
 """

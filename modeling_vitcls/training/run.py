@@ -265,7 +265,7 @@ class Run:
                 self.selected_step = loop.load_best_weights()
                 text = f"the checkpoint of step {self.selected_step:,}, with the best evaluation"
                 if self.selected_step == 0:
-                    text = "the frozen model: fine-tuning was not better by more than two standard errors"
+                    text = "the frozen model: fine-tuning was not clearly better"
                 if not self.has_no_steps:
                     self.reporter.print_line("selected", text)
             self.training_seconds = loop.get_training_seconds()
