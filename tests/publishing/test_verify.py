@@ -123,6 +123,7 @@ def test_only_private_repositories_are_loaded_with_the_token(
     assert build_clean_environment(str(tmp_path), needs_token=True) == found | {"HF_TOKEN": "hf_ann"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("code", "words"),
     [
