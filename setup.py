@@ -1,8 +1,8 @@
 """Define the packages and the description of the wheel; all other settings are in pyproject.toml.
 
 Two folders of the repository are shipped inside the package: the templates of model cards, and the recipes that
-`vitcls finetune --config NAME` finds by name. Relative links and pictures of the README lead nowhere on a package
-page. They get the address of the repository, if `Repository` is set in [project.urls].
+`vitcls finetune --config NAME` finds by name. Relative links and images in the README would be broken on the page of
+the package index, so they become absolute if [project.urls] contains `Repository`.
 """
 
 import re

@@ -184,12 +184,12 @@ def build_overview(inspection: Inspection) -> list[dict[str, Any]]:
     rows = []
     for report, caption, maps in iterate_overview(inspection, NUM_OVERVIEW_IMAGES):
         sides = {"max_side": OVERVIEW_SIDE, "min_side": OVERVIEW_SIDE}
-        pictures = [
+        overlays = [
             {"name": name, "url": encode_data_url(overlay(report.image, values, report.visible_region, **sides))}
             for name, values in maps.items()
         ]
         image, _ = resize_with_region(report.image, None, OVERVIEW_SIDE, OVERVIEW_SIDE)
-        rows.append({"name": report.name, "caption": caption, "url": encode_data_url(image), "maps": pictures})
+        rows.append({"name": report.name, "caption": caption, "url": encode_data_url(image), "maps": overlays})
     return rows
 
 
