@@ -127,8 +127,8 @@ def set_default_engines(settings: BenchmarkOptions) -> BenchmarkOptions:
 
 def load_model(source: str, folder: Path) -> Any:
     """Load a model in float32, and save it to `folder`, from which it is exported. A preset gets random weights."""
-    exportable_model = load_exportable_model(source)
-    model = exportable_model.model if exportable_model.is_trained else randomize_weights(exportable_model.model)
+    model, _, is_trained = load_exportable_model(source)
+    model = model if is_trained else randomize_weights(model)
     model.save_pretrained(folder)
     return model
 

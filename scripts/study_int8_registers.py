@@ -32,7 +32,7 @@ from modeling_vitcls.blocks_vitcls import ViTCLSAttention
 from modeling_vitcls.conversion.random_weights import randomize_weights
 from modeling_vitcls.cpu_kernels_vitcls import uninstall_cpu_kernels
 from modeling_vitcls.export.exportable import NamedOutputsModel
-from modeling_vitcls.export.formats import TracedModel, write_openvino
+from modeling_vitcls.export.formats import write_openvino
 from modeling_vitcls.export.quantization import quantize_graph, round_inputs, round_to_int8
 from modeling_vitcls.export.tracing import select_graph_shape, trace_model
 from modeling_vitcls.inference.exported_graphs import ExportedGraph
@@ -110,7 +110,7 @@ def export_int8(model: Any, images: Tensor, folder: str) -> ExportedGraph:
     """Export the model to OpenVINO, and quantize it with NNCF."""
     shape, file = select_graph_shape(model, None, dynamic=False), Path(folder, "model.xml")
     graph = trace_model(model, shape, torch.float32)
-    write_openvino(TracedModel(graph, shape, list(NamedOutputsModel(model)(images[:2])), None), file)
+    write_openvino(graph, shape, list(NamedOutputsModel(model)(images[:2])), file)
     quantize_graph(file, list(images[:NUM_CALIBRATION_IMAGES].split(1)))
     return ExportedGraph(file)
 

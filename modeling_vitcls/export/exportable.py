@@ -10,8 +10,8 @@ attention of the CLS tokens to the patches, averaged over the heads.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,15 +35,6 @@ from ..modeling_vitcls import (
 
 
 Outputs = dict[str, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class ExportableModel:
-    """Model in float32 and eval mode, and its image processor."""
-
-    model: ViTCLSPreTrainedModel
-    processor: ViTCLSImageProcessor | None  # None if the checkpoint has no image processor
-    is_trained: bool  # False for a preset, which has random weights
 
 
 class NamedOutputsModel(nn.Module):
@@ -100,8 +91,12 @@ def compute_named_outputs(
     return [wrapped_model(batch) for batch in batches]
 
 
-def load_exportable_model(source: str) -> ExportableModel:
+def load_exportable_model(source: str) -> tuple[ViTCLSPreTrainedModel, ViTCLSImageProcessor | None, bool]:
     """Load a model folder, a model on the Hub, or a preset with random weights.
+
+    Returns:
+        The model in float32 and eval mode, its image processor (None if the checkpoint has none), and whether the
+        weights are trained.
 
     Raises:
         ValueError: If the checkpoint is not a ViTCLS model, if its class is not supported, or if weights are missing.
@@ -111,7 +106,7 @@ def load_exportable_model(source: str) -> ExportableModel:
         model: ViTCLSPreTrainedModel = ViTCLSForImageClassification(ViTCLSConfig.from_preset(source))
         processor = ViTCLSImageProcessor()
         set_fit(processor, "squash", model.config.image_height_width)
-        return ExportableModel(model.eval(), processor, is_trained=False)
+        return model.eval(), processor, False
     folder = resolve_checkpoint(source)
     check_is_vitcls(source, folder)
     config = load_checkpoint(ViTCLSConfig.from_pretrained, folder)
@@ -122,10 +117,8 @@ def load_exportable_model(source: str) -> ExportableModel:
             "model of a supported class"
         )
     model = load_complete_model(MODEL_CLASSES[class_name], source, folder)
-    try:
-        return ExportableModel(model, ViTCLSImageProcessor.from_pretrained(folder), is_trained=True)
-    except OSError:
-        return ExportableModel(model, None, is_trained=True)
+    has_processor = Path(folder, "preprocessor_config.json").is_file()
+    return model, ViTCLSImageProcessor.from_pretrained(folder) if has_processor else None, True
 
 
 def load_complete_model(model_class: Any, source: str, folder: str) -> ViTCLSPreTrainedModel:

@@ -28,7 +28,7 @@ from ..inference.speed import measure_inference_speed
 from ..modeling_vitcls import ViTCLSBackbone
 from ..system import get_versions
 from .exportable import Outputs, compute_named_outputs, load_exportable_model
-from .formats import FORMATS, TracedModel
+from .formats import FORMATS
 from .measurement import NUM_COMPARED_IMAGES, compare_outputs_on_images, load_export_images
 from .quantization import NUM_CALIBRATION_IMAGES, quantize_graph, rank_layers
 from .tracing import GraphShape, select_graph_shape, trace_model
@@ -94,8 +94,7 @@ def export_model(
             f"--format {format_name} requires packages that are not installed: {', '.join(missing_packages)}. Run pip "
             "install 'modeling_vitcls[export]'"
         )
-    exportable_model = load_exportable_model(source)
-    model, processor = exportable_model.model, exportable_model.processor
+    model, processor, is_trained = load_exportable_model(source)
     if max(exclude_layers, default=1) > model.config.num_hidden_layers or min(exclude_layers, default=1) < 1:
         raise ValueError(f"--exclude-layers requires numbers from 1 to {model.config.num_hidden_layers}")
     if dataset is not None and processor is None:
@@ -107,12 +106,11 @@ def export_model(
     reference_outputs = compute_named_outputs(model, batches, output_attentions)
     names = list(reference_outputs[0])
     graph = trace_model(model, graph_shape, getattr(torch, dtype), output_attentions)
-    traced_model = TracedModel(graph, graph_shape, names)
     existing_parent = next(folder for folder in target.absolute().parents if folder.is_dir())
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=existing_parent) as temporary_folder:
         folder = Path(temporary_folder)
         file = folder / target.name
-        written_opset = file_format.write(traced_model, file)
+        written_opset = file_format.write(graph, graph_shape, names, file)
         comparisons = compare_outputs(batches, reference_outputs, file_format.run(file, batches, names), dtype)
         calibration_images: list[torch.Tensor] = []
         if int8:
@@ -120,17 +118,25 @@ def export_model(
             calibration_images = images.prepare(images.training, processor, NUM_CALIBRATION_IMAGES)
             quantize_graph(file, calibration_images, exclude_layers)
             comparisons = compare_outputs(batches, reference_outputs, file_format.run(file, batches, names), None)
+        height_width = ["height", "width"] if graph_shape.is_dynamic else graph_shape.image_size
         report: Report = {
             "format": format_name,
-            "model": strip_folders(resolve_name(source, is_built_in=not exportable_model.is_trained)),
+            "model": strip_folders(resolve_name(source, is_built_in=not is_trained)),
             "model_class": type(model).__name__,
-            "weights": "trained" if exportable_model.is_trained else "random",
+            "weights": "trained" if is_trained else "random",
             "dtype": "int8" if int8 else dtype,
             "opset": written_opset,
             "limit": None if int8 else LIMITS[dtype],
             "largest_differences": {name: max(each["differences"][name] for each in comparisons) for name in names},
             "tried": comparisons,
-            "input": describe_input(model.config, graph_shape),
+            "input": {
+                "name": INPUT_NAME,
+                "dtype": "float32",
+                "shape": ["batch", model.config.num_channels, *height_width],
+                "image_size": list(graph_shape.image_size),
+                "smallest_image_size": list(graph_shape.smallest_size),
+                "patch_size": list(model.config.patch_height_width),
+            },
             "outputs": get_output_shapes(reference_outputs[0], graph_shape),
             "fixed_because": graph_shape.fixed_size_reason,
             "preprocessing": describe_preprocessing(processor),
@@ -145,7 +151,7 @@ def export_model(
         }
         if format_name == "openvino":
             report["compile_config"] = {"INFERENCE_PRECISION_HINT": "f32"}  # without it, OpenVINO computes in bfloat16
-        if exportable_model.is_trained:
+        if is_trained:
             report["weights_sha256"] = hash_weights(Path(resolve_checkpoint(source)))
         has_native_size = graph_shape.is_dynamic or graph_shape.image_size == model.config.image_height_width
         if format_name != "torch" and has_native_size and not isinstance(model, ViTCLSBackbone):
@@ -275,19 +281,6 @@ def compare_outputs(
                 )
         comparisons.append({"shape": shape, "differences": differences, "magnitudes": magnitudes})
     return comparisons
-
-
-def describe_input(config: ViTCLSConfig, graph_shape: GraphShape) -> dict[str, Any]:
-    """Return the name, dtype, shape, image sizes and patch size of the input."""
-    height_width = ["height", "width"] if graph_shape.is_dynamic else graph_shape.image_size
-    return {
-        "name": INPUT_NAME,
-        "dtype": "float32",
-        "shape": ["batch", config.num_channels, *height_width],
-        "image_size": list(graph_shape.image_size),
-        "smallest_image_size": list(graph_shape.smallest_size),
-        "patch_size": list(config.patch_height_width),
-    }
 
 
 def get_output_shapes(outputs: Outputs, graph_shape: GraphShape) -> dict[str, list[int | str]]:

@@ -1,13 +1,11 @@
 """Write a graph to a file and run the file in the runtime of its format.
 
-torch     .pt2     torch.export.load, in a separate process that can import torch but not this package
+torch     .pt2     torch.export.load
 onnx      .onnx    onnxruntime; weights of more than 1.9 GB are written to a second file, FILE.data
 openvino  .xml     OpenVINO, with weights in FILE.bin; converted from the ONNX graph
 """
 
 import re
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,22 +25,14 @@ MAX_ONNX_WEIGHTS = 1_900_000_000
 
 
 @dataclass(frozen=True)
-class TracedModel:
-    """A traced graph, and settings for writing the graph to a file."""
-
-    graph: ExportedProgram
-    graph_shape: GraphShape
-    output_names: list[str]  # names of the outputs, in order
-
-
-@dataclass(frozen=True)
 class Format:
     """File format for exported graphs."""
 
     suffix: str
     packages: tuple[str, ...]  # names of the required packages
-    # Function that writes a graph to a file and returns the ONNX opset, or None if the format is not based on ONNX
-    write: Callable[[TracedModel, Path], int | None]
+    # Function (graph, image sizes, names of the outputs, file) that writes a graph and returns the ONNX opset, or None
+    # if the format is not based on ONNX
+    write: Callable[[ExportedProgram, GraphShape, list[str], Path], int | None]
     # Function that runs a file on batches of images and returns the outputs of each batch
     run: Callable[[Path, Sequence[torch.Tensor], list[str]], list[Outputs]]
     # Whether the antialiasing filter of the runtime equals PyTorch's filter. OpenVINO uses a different filter, which
@@ -52,41 +42,26 @@ class Format:
 
 # torch ---------------------------------------------------------------------------------------------------------------
 
-RUN_SCRIPT = """
-import sys
-sys.modules["modeling_vitcls"] = None  # disables imports of this package
-import torch
-graph = torch.export.load(sys.argv[1]).module()
-with torch.no_grad():
-    torch.save([graph(images) for images in torch.load(sys.argv[2])], sys.argv[3])
-"""
 
-
+@torch.no_grad()
 def run_torch(file: Path, batches: Sequence[torch.Tensor], names: list[str]) -> list[Outputs]:
-    """Run a file in a separate process that cannot import this package, and return the outputs."""
-    with tempfile.TemporaryDirectory() as folder:
-        inputs_file, outputs_file = Path(folder, "inputs"), Path(folder, "outputs")
-        torch.save(list(batches), inputs_file)
-        command = [sys.executable, "-I", "-c", RUN_SCRIPT, str(file), str(inputs_file), str(outputs_file)]
-        process = subprocess.run(command, capture_output=True, text=True)
-        if process.returncode != 0:
-            reason = process.stderr.strip().splitlines()[-1:] or [f"exit status {process.returncode}"]
-            raise ValueError(f"the written graph does not run in a separate process: {reason[0]}")
-        return torch.load(outputs_file)
+    """Load and run a file, and return the outputs of each batch."""
+    graph = torch.export.load(file).module()
+    return [graph(images) for images in batches]
 
 
 # ONNX ----------------------------------------------------------------------------------------------------------------
 
 
-def write_onnx(traced_model: TracedModel, file: Path) -> int:
+def write_onnx(graph: ExportedProgram, graph_shape: GraphShape, names: list[str], file: Path) -> int:
     """Write a graph to an ONNX file with torch.onnx and return the opset."""
     try:
         program = torch.onnx.export(
-            traced_model.graph,
+            graph,
             dynamo=True,
             input_names=[INPUT_NAME],
-            output_names=traced_model.output_names,
-            dynamic_shapes=build_dynamic_shapes(traced_model.graph_shape),
+            output_names=names,
+            dynamic_shapes=build_dynamic_shapes(graph_shape),
             verbose=False,
         )
     except Exception as error:  # torch.onnx raises many types of errors
@@ -95,7 +70,7 @@ def write_onnx(traced_model: TracedModel, file: Path) -> int:
     for node in program.model.graph:  # names of nodes tell which layer of the model they compute (quantization.py)
         if match := re.search(r"\blayers\.\d+\b", node.metadata_props.get("namespace", "")):
             node.name = f"{match[0]}/{node.name}"
-    num_weight_bytes = sum(weight.nbytes for weight in traced_model.graph.state_dict.values())
+    num_weight_bytes = sum(weight.nbytes for weight in graph.state_dict.values())
     program.save(file, external_data=num_weight_bytes > MAX_ONNX_WEIGHTS)
     return program.model.opset_imports[""]
 
@@ -110,13 +85,13 @@ def run_graph(file: Path, batches: Sequence[torch.Tensor], names: list[str]) -> 
 # OpenVINO ------------------------------------------------------------------------------------------------------------
 
 
-def write_openvino(traced_model: TracedModel, file: Path) -> int:
+def write_openvino(graph: ExportedProgram, graph_shape: GraphShape, names: list[str], file: Path) -> int:
     """Write a graph to an ONNX file, convert the file with OpenVINO, and return the ONNX opset."""
     import openvino
 
     with tempfile.TemporaryDirectory() as folder:
         onnx_file = Path(folder, "model.onnx")
-        opset = write_onnx(traced_model, onnx_file)
+        opset = write_onnx(graph, graph_shape, names, onnx_file)
         try:
             openvino.save_model(openvino.Core().read_model(onnx_file), file, compress_to_fp16=False)
         except RuntimeError as error:
@@ -128,7 +103,7 @@ ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 OPENVINO_PACKAGES = ("onnx", "onnxscript", "openvino")
 
 FORMATS: dict[str, Format] = {
-    "torch": Format(".pt2", (), lambda traced_model, file: torch.export.save(traced_model.graph, file), run_torch),
+    "torch": Format(".pt2", (), lambda graph, shape, names, file: torch.export.save(graph, file), run_torch),
     "onnx": Format(".onnx", ONNX_PACKAGES, write_onnx, run_graph),
     "openvino": Format(".xml", OPENVINO_PACKAGES, write_openvino, run_graph, has_pytorch_antialias_filter=False),
 }

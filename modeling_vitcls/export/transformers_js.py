@@ -29,8 +29,8 @@ from ..data.labels import is_multi_label
 from ..files import write_json
 from ..hub.local_paths import check_output_is_empty
 from ..image_processing_vitcls import ViTCLSImageProcessor
-from ..modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
-from .exportable import ExportableModel, Outputs, compute_named_outputs, load_exportable_model
+from ..modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel, ViTCLSPreTrainedModel
+from .exportable import Outputs, compute_named_outputs, load_exportable_model
 from .exporter import export_model, get_report_path, move_files
 from .formats import FORMATS
 from .measurement import compare_outputs_on_images, load_export_images
@@ -65,8 +65,7 @@ def export_for_transformers_js(
             model. The message is one line.
     """
     check_output_is_empty(output)
-    exportable_model = load_exportable_model(source)
-    model, processor = exportable_model.model, exportable_model.processor
+    model, processor, _ = load_exportable_model(source)
     is_supported = isinstance(model, ViTCLSForImageClassification | ViTCLSModel)
     if not is_supported or model.config.problem_type == "regression" or processor is None:
         raise ValueError(
@@ -110,15 +109,14 @@ def export_for_transformers_js(
         }
         write_json(folder / "report.json", report)
         move_files(folder, output / "onnx")
-    write_json(output / "config.json", build_config(exportable_model))
+    write_json(output / "config.json", build_config(model))
     write_json(output / "preprocessor_config.json", preprocessor_config)
     return report
 
 
-def build_config(exportable_model: ExportableModel) -> dict[str, Any]:
+def build_config(model: ViTCLSPreTrainedModel) -> dict[str, Any]:
     """Return the contents of config.json, from which transformers.js reads the model type and the labels."""
-    config = exportable_model.model.config
-    is_classifier = isinstance(exportable_model.model, ViTCLSForImageClassification)
+    config, is_classifier = model.config, isinstance(model, ViTCLSForImageClassification)
     labels = {"id2label": config.id2label, "label2id": config.label2id} if is_classifier else {}
     return labels | {
         "model_type": "vit",

@@ -18,13 +18,13 @@ def test_an_encoder_without_pooler(tmp_path: Path) -> None:
     """A model that was saved without a pooler is exported without a pooler."""
     model = randomize(ViTCLSModel(build_tiny_config(pooling="attention"), add_pooling_layer=False))
     model.save_pretrained(tmp_path / "model")
-    loaded = load_exportable_model(str(tmp_path / "model"))
-    assert loaded.processor is None
-    outputs = NamedOutputsModel(loaded.model)(build_images())
+    loaded, processor, _ = load_exportable_model(str(tmp_path / "model"))
+    assert processor is None
+    outputs = NamedOutputsModel(loaded)(build_images())
     assert list(outputs) == ["last_hidden_state"]
     assert torch.equal(outputs["last_hidden_state"], model(build_images()).last_hidden_state)
     model.bfloat16().save_pretrained(tmp_path / "half")
-    assert load_exportable_model(str(tmp_path / "half")).model.dtype == torch.float32
+    assert load_exportable_model(str(tmp_path / "half"))[0].dtype == torch.float32
 
 
 @torch.no_grad()
@@ -44,7 +44,6 @@ def test_the_attention_of_cls_tokens_is_an_output() -> None:
 
 
 def test_a_preset_has_random_weights() -> None:
-    loaded = load_exportable_model("vitcls-tiny")
-    assert not loaded.is_trained and not loaded.model.training
-    assert load_exportable_model("vitcls-tiny").model.config.hidden_size == 192
-    assert exporter.describe_preprocessing(loaded.processor)["size"] == {"height": 224, "width": 224}
+    model, processor, is_trained = load_exportable_model("vitcls-tiny")
+    assert not is_trained and not model.training and model.config.hidden_size == 192
+    assert exporter.describe_preprocessing(processor)["size"] == {"height": 224, "width": 224}

@@ -12,7 +12,6 @@ import shutil
 import subprocess
 import sys
 from contextlib import redirect_stdout
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +161,9 @@ def check_onnx_file(file: Path, model: Any) -> None:
     for batch, height, width in ((1, 32, 32), (5, 24, 72), (2, 61, 30), (1, *get_smallest_size(model.config))):
         pixel_values = build_images(batch, height, width, seed=7)
         assert_close(run_onnx(file, pixel_values), compute_outputs(model, pixel_values))
+    program = "import sys; sys.modules['modeling_vitcls'] = None; import torch; graph = torch.export.load(sys.argv[1])"
+    program += "; graph.module()(torch.zeros(4, 3, 48, 24))"
+    subprocess.run([sys.executable, "-I", "-c", program, str(file)], check=True, timeout=300)
     assert str(ROOT).encode() not in file.read_bytes()
 
 
@@ -318,7 +320,7 @@ def test_the_printed_lines_run_the_graph(exported: tuple[Any, Path, str]) -> Non
 
 
 @pytest.mark.slow
-def test_the_torch_format_is_checked_in_a_new_process(tmp_path: Path) -> None:
+def test_the_torch_format_runs_without_this_package(tmp_path: Path) -> None:
     model_class, fields, names = MODELS["tasks"]
     model = checkpoint(tmp_path / "model", model_class, **fields)
     file = tmp_path / "vit.pt2"
@@ -333,6 +335,9 @@ def test_the_torch_format_is_checked_in_a_new_process(tmp_path: Path) -> None:
             {name: output.numpy() for name, output in graph(pixel_values).items()},
             compute_outputs(model, pixel_values),
         )
+    program = "import sys; sys.modules['modeling_vitcls'] = None; import torch; graph = torch.export.load(sys.argv[1])"
+    program += "; graph.module()(torch.zeros(4, 3, 48, 24))"
+    subprocess.run([sys.executable, "-I", "-c", program, str(file)], check=True, timeout=300)
     assert str(ROOT).encode() not in file.read_bytes()
     with pytest.raises(Exception, match=">= 24"):  # smaller than the smallest size in the report
         graph(build_images(1, 32, 16))
@@ -363,20 +368,6 @@ def test_openvino(tmp_path: Path) -> None:
     assert str(tmp_path).encode() not in b"".join(path.read_bytes() for path in tmp_path.iterdir())
 
 
-# The torch format in this process, and moved files
-
-
-@pytest.fixture
-def run_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run files of the torch format in this process, which is faster than a new process."""
-
-    def run_file(file: Path, batches: list[torch.Tensor], names: list[str]) -> list[dict[str, torch.Tensor]]:
-        with torch.no_grad():
-            return [torch.export.load(file).module()(images) for images in batches]
-
-    monkeypatch.setitem(formats.FORMATS, "torch", replace(formats.FORMATS["torch"], run=run_file))
-
-
 # The report, without a graph
 
 
@@ -397,7 +388,6 @@ def test_limits_are_absolute_and_relative_to_the_largest_value(dtype: str, limit
 # Errors
 
 
-@pytest.mark.usefixtures("run_here")
 def test_a_difference_over_the_limit_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint(tmp_path / "model", num_hidden_layers=1)
     monkeypatch.setitem(exporter.LIMITS, "float32", (-1.0, 0.0))

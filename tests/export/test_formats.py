@@ -15,10 +15,3 @@ def test_files_that_do_not_run(tmp_path: Path) -> None:
     (tmp_path / "vit.onnx").write_text("damaged")
     with raises_one_line("vit.onnx"):
         formats.FORMATS["onnx"].run(tmp_path / "vit.onnx", [build_images()], ["logits"])
-
-
-@pytest.mark.slow
-def test_torch_files_that_do_not_run(tmp_path: Path) -> None:
-    (tmp_path / "vit.pt2").write_text("damaged")
-    with raises_one_line("the written graph does not run in a separate process: ", "zip file"):
-        formats.FORMATS["torch"].run(tmp_path / "vit.pt2", [build_images()], ["logits"])
