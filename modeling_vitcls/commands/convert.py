@@ -16,7 +16,7 @@ from .parsing import exit_with_message
 
 
 if TYPE_CHECKING:
-    from ..conversion.parity_report import ParityReport
+    from ..conversion.parity_report import Report
 
 
 @dataclass
@@ -69,10 +69,11 @@ def run(options: ConvertOptions) -> None:
     """Convert the model and print the parity report."""
     from ..conversion.convert import convert_checkpoint, write_native_model
     from ..publishing.card import write_card
+    from ..publishing.model_folder import ModelFolder
 
     if options.to == "transformers":
         report = write_native_model(str(options.model), options.output, options.any_size)
-        write_card(options.output)
+        write_card(ModelFolder(options.output))
         print_report(report, options.output, trust_argument="")
         return
     report = convert_checkpoint(
@@ -83,24 +84,25 @@ def run(options: ConvertOptions) -> None:
         options.num_labels,
         options.family,
     )
-    write_card(options.output)
+    write_card(ModelFolder(options.output))
     print_report(report, options.output)
 
 
-def print_report(report: "ParityReport", output: Path, trust_argument: str = ", trust_remote_code=True") -> None:
+def print_report(report: "Report", output: Path, trust_argument: str = ", trust_remote_code=True") -> None:
     """Print the parity report, code that loads the model, and the command that pushes the model to the Hub."""
     from ..publishing.push import build_push_command
 
-    print(f"Largest differences between {report.model_class} and {report.source} (limit {report.limit:g}):")
-    for comparison in report.comparisons:
-        differences = ", ".join(f"{name} {value:.1e}" for name, value in comparison.differences.items())
-        print("- {} x {} pixels: {}".format(*comparison.image_size, differences))
-    if report.not_compared:
-        print(f"Not compared at a second image size: {report.not_compared}")
-    if reason := report.preprocessing["assumed_because"]:
+    model_class = report["model_class"]
+    print(f"Largest differences between {model_class} and {report['source']} (limit {report['limit']:g}):")
+    for comparison in report["comparisons"]:
+        differences = ", ".join(f"{name} {value:.1e}" for name, value in comparison["differences"].items())
+        print("- {} x {} pixels: {}".format(*comparison["image_size"], differences))
+    if report["not_compared"]:
+        print(f"Only the native image size was compared: {report['not_compared']}")
+    if reason := report["preprocessing"]["assumed_because"]:
         print(f"Image processor: the settings are assumed, because {reason}. Check them")
-    print(*report.notes, f"Classifier: {report.classifier}", sep="\n")
-    auto_class = "AutoModelForImageClassification" if "Classification" in report.model_class else "AutoModel"
+    print(*report["notes"], f"Classifier: {report['classifier']}", sep="\n")
+    auto_class = "AutoModelForImageClassification" if "Classification" in model_class else "AutoModel"
     print(f"\nWritten to {output}, with the parity report. Load the model with")
     print(f'  model = {auto_class}.from_pretrained("{output}"{trust_argument})')
     print(f'  processor = AutoImageProcessor.from_pretrained("{output}"{trust_argument})')

@@ -58,15 +58,15 @@ def run(options: PushOptions) -> None:
     from ..publishing.verify import verify, verify_push
 
     if options.verify_only is not None:
-        report = verify(options.verify_only, options.revision or "main", options.model)
-        print("\n".join(report.format_lines()))
+        folder = None if options.model is None else ModelFolder(options.model)
+        print(verify(options.verify_only, options.revision or "main", folder))
         return
     assert options.model is not None
     folder = ModelFolder(options.model)
     folder.check_is_complete()
     repo_id = prepare_repository(options.hub_model_id, options.model.resolve().name, options.private)
-    pushed_model = push_folder(options.model, repo_id, options.private, options.message, options.branch)
+    pushed_model = push_folder(folder, repo_id, options.private, options.message, options.branch)
     print(f"pushed    {pushed_model.summary}", flush=True)
     if options.verify and folder.has_weights:  # adapters and exported files do not load without other files
         print("verifying the pushed commit in a new process", flush=True)
-        print("\n".join(verify_push(pushed_model, options.model).format_lines()))
+        print(verify_push(pushed_model, folder))

@@ -6,7 +6,6 @@ report = convert_checkpoint("timm:vit_base_patch14_reg4_dinov2", Path("converted
 report = write_native_model("runs/mine", Path("native"))    # a transformers class, which requires no remote code
 """
 
-import dataclasses
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -28,8 +27,8 @@ from ..hub.provenance import find_provenance
 from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel, ViTCLSPreTrainedModel
 from ..system import get_versions
-from .parity_report import ParityReport, compare_models, describe_position_embeddings
-from .processors import ConvertedPreprocessing, apply_processor, check_processor, select_settings
+from .parity_report import MAX_DIFFERENCE, Report, compare_models, describe_position_embeddings
+from .processors import apply_processor, build_preprocessing_record, check_processor, select_settings
 from .source_files import FileSource
 from .source_models import SourceModel, TimmSource, TransformersSource
 from .to_transformers import MIN_TRANSFORMERS_VERSIONS, convert_to_transformers
@@ -46,7 +45,7 @@ def convert_checkpoint(
     classifier: ClassifierChoice = "keep",
     num_labels: int | None = None,
     family: str | None = None,
-) -> ParityReport:
+) -> Report:
     """Convert a checkpoint and write the model, image processor, parity report and license to `output`.
 
     Args:
@@ -68,17 +67,16 @@ def convert_checkpoint(
     classifier_state = "dropped" if source.has_classifier else "none"
     if isinstance(model, ViTCLSForImageClassification):
         classifier_state = "kept" if source.has_classifier and classifier == "keep" else "new"
-    preprocessing = source.convert_preprocessing()
+    processor, preprocessing = source.convert_preprocessing()
     with create_output_folder(output) as folder:
         model.save_pretrained(folder)
-        preprocessing.processor.save_pretrained(folder)
+        processor.save_pretrained(folder)
         written_weights = type(model).from_pretrained(folder).state_dict()
         is_equal = partial(torch.allclose, rtol=0, atol=0, equal_nan=True)
         if not all(is_equal(written_weights[name], weight) for name, weight in model.state_dict().items()):
             raise ConversionError("the written weights differ from the converted weights. Check the disk")
-        has_source_classifier = classifier_state == "kept"
         comparisons, native_size_reason = compare_models(
-            source, model, has_source_classifier, source.native_size_reason
+            source, model, classifier_state == "kept", source.native_size_reason
         )
         return write_parity_report(
             folder,
@@ -92,7 +90,7 @@ def convert_checkpoint(
             classifier=classifier_state,
             comparisons=comparisons,
             not_compared=native_size_reason,
-            preprocessing=preprocessing.to_dict(),
+            preprocessing=preprocessing,
             versions=get_versions("timm"),
             notes=source.notes + describe_position_embeddings(source, model.config),
             family=source.family,
@@ -102,23 +100,31 @@ def convert_checkpoint(
 
 def write_parity_report(
     folder: Path, source_name: str, model: PreTrainedModel, config: ViTCLSConfig, *, random_init: bool, **fields: Any
-) -> ParityReport:
+) -> Report:
     """Write the parity report of a model in a folder and, unless the weights are random, copy the license of the
-    source. `config` is the configuration of the ViTCLS model, and `fields` are fields of `ParityReport`."""
+    source. `config` is the configuration of the ViTCLS model, and `fields` are fields of the report.
+
+    These fields are not in docs/converting.md: `is_native` is True for a transformers model, with the lowest versions
+    that its class requires in `required_versions`; `provenance` contains the license and the base model.
+    """
     provenance = find_provenance(source_name)
     if not random_init:
         provenance.copy_license(folder)
-    report = ParityReport(
-        random_init=random_init,
-        model_class=type(model).__name__,
-        num_parameters=model.num_parameters(),
-        image_size=config.image_height_width,
-        num_labels=config.num_labels,
-        sha256=hash_weights(folder),
-        provenance=provenance.to_dict(),
+    optional_fields: Report = {"is_native": False, "required_versions": {}, "notes": []}
+    optional_fields |= dict.fromkeys(("source_revision", "family", "source_sha256"))
+    report = {
+        **optional_fields,
+        "random_init": random_init,
+        "model_class": type(model).__name__,
+        "num_parameters": model.num_parameters(),
+        "image_size": config.image_height_width,
+        "num_labels": config.num_labels,
+        "limit": MAX_DIFFERENCE,
+        "sha256": hash_weights(folder),
+        "provenance": provenance.to_dict(),
         **fields,
-    )
-    write_json(folder / PARITY_REPORT_FILE, dataclasses.asdict(report))
+    }
+    write_json(folder / PARITY_REPORT_FILE, report)
     return report
 
 
@@ -174,7 +180,7 @@ def create_output_folder(output: Path) -> Iterator[Path]:
 # Transformers classes ------------------------------------------------------------------------------------------------
 
 
-def write_native_model(source: str, output: Path, any_size: bool = False) -> ParityReport:
+def write_native_model(source: str, output: Path, any_size: bool = False) -> Report:
     """Convert a vitcls model to a transformers class, and write the model, image processor, parity report, license and
     the results of the training run.
 
@@ -197,13 +203,14 @@ def write_native_model(source: str, output: Path, any_size: bool = False) -> Par
     is_classifier = ViTCLSForImageClassification.__name__ in architectures
     model_class = ViTCLSForImageClassification if is_classifier else ViTCLSModel
     model: ViTCLSPreTrainedModel = model_class.from_pretrained(folder)
-    converted_model, is_exact_at_any_size = convert_model(model, any_size)
-    name = type(converted_model).__name__
     native_size_reason = ""
-    if not is_exact_at_any_size:
-        native_size_reason = (
-            f"at other image sizes, {name} and the ViTCLS model resample position embeddings differently"
-        )
+    try:
+        converted_model = convert_to_transformers(model)
+    except ConversionError:
+        if any_size:
+            raise
+        converted_model = convert_to_transformers(model, native_size_only=True)
+        native_size_reason = "at other image sizes, the two models resample position embeddings differently"
     with create_output_folder(output) as output_folder:
         converted_model.save_pretrained(output_folder)
         preprocessing = write_processor(folder, output_folder)
@@ -226,7 +233,7 @@ def write_native_model(source: str, output: Path, any_size: bool = False) -> Par
             not_compared=native_size_reason,
             preprocessing=preprocessing,
             versions=get_versions(),
-            required_versions={"transformers": MIN_TRANSFORMERS_VERSIONS[name]},
+            required_versions={"transformers": MIN_TRANSFORMERS_VERSIONS[type(converted_model).__name__]},
         )
 
 
@@ -242,25 +249,12 @@ def copy_results(folder: Path, output_folder: Path) -> None:
             shutil.copyfile(folder / RECIPE_FILE, output_folder / RECIPE_FILE)
 
 
-def convert_model(model: ViTCLSPreTrainedModel, any_size: bool) -> tuple[PreTrainedModel, bool]:
-    """Return the transformers model, and whether its outputs equal the outputs of `model` for images of any size."""
-    try:
-        return convert_to_transformers(model), True
-    except ConversionError as error:
-        if any_size:
-            raise
-        try:
-            return convert_to_transformers(model, native_size_only=True), False
-        except ConversionError:
-            raise error from None
-
-
 def write_processor(folder: Path, output_folder: Path) -> dict[str, Any]:
     """Save the image processor of a model folder as a `ViTImageProcessor`. Return the `preprocessing` field of the
     parity report."""
     if not (folder / "preprocessor_config.json").is_file():
-        return ConvertedPreprocessing(ViTCLSImageProcessor(), "", None, "the model has no image processor").to_dict()
+        return build_preprocessing_record("", "the model has no image processor")
     vitcls_processor = ViTCLSImageProcessor.from_pretrained(folder)
     transformers.ViTImageProcessor(**select_settings(vitcls_processor)).save_pretrained(output_folder)
     preprocess = partial(apply_processor, transformers.ViTImageProcessor.from_pretrained(output_folder))
-    return check_processor(vitcls_processor, vitcls_processor, preprocess, type(vitcls_processor).__name__).to_dict()
+    return check_processor(vitcls_processor, preprocess, type(vitcls_processor).__name__)

@@ -13,13 +13,12 @@
 timm's name of a family also selects the preprocessing of the family.
 """
 
+import io
 import math
 import re
 import sys
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -231,7 +230,9 @@ def prepare_weights(weights: Mapping[str, Any], family: str) -> Weights:
     if family == "dinov2":  # larger models have names `blocks.CHUNK.BLOCK`
         tensors = {re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", name): tensor for name, tensor in tensors.items()}
     if family == "dinov3":
-        mask_key_biases(tensors)
+        for name, bias in tensors.items():
+            if name.endswith("attn.qkv.bias") and f"{name}_mask" not in tensors and bias.chunk(3)[1].any():
+                raise ConversionError(f"{name} contains nonzero key biases, but DINOv3 has no key biases")
     if family == "clip" and "class_embedding" in tensors:
         tensors = {f"visual.{name}": tensor for name, tensor in tensors.items()}
     if family == "big_vision":
@@ -258,17 +259,6 @@ def convert_to_tensor(name: str, array: Any) -> torch.Tensor:
             "the weights in float32"
         )
     return tensor
-
-
-def mask_key_biases(weights: Weights) -> None:
-    """Apply the bias masks of DINOv3 in place. Raise ConversionError if a mask is invalid or a key has a bias."""
-    for name in [name for name in weights if name.endswith("attn.qkv.bias")]:
-        bias_mask = weights.pop(f"{name}_mask", torch.ones(1))
-        if not torch.isin(bias_mask, bias_mask.new_tensor([0, 1])).all():
-            raise ConversionError(f"{name}_mask contains values other than 0 and 1")
-        weights[name] = weights[name] * bias_mask
-        if weights[name].chunk(3)[1].any():
-            raise ConversionError(f"{name} contains nonzero key biases, but DINOv3 has no key biases")
 
 
 # timm models ---------------------------------------------------------------------------------------------------------
@@ -298,8 +288,6 @@ def build_timm_model(weights: Weights, family: str, num_attention_heads: int | N
             options["num_heads"] = num_attention_heads or options["num_heads"]
         if options.get("num_heads", 1) is None:
             raise ConversionError("the number of heads is unknown for this width. Set num_attention_heads in Python")
-        if options["img_size"] is None:
-            raise ConversionError("pos_embed must belong to a square grid of patches. Use convert_from_timm")
         model = timm.create_model(name, pretrained=False, **options)
         load_timm_weights(model, weights, family)
     except ConversionError:
@@ -315,12 +303,12 @@ def load_timm_weights(model: Any, weights: Weights, family: str) -> None:
     # In half precision, the sums of tokens and position embeddings in timm would be rounded.
     tensors = {name: weight.float() for name, weight in weights.items() if not name.startswith("linear_head.")}
     if family == "big_vision":
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder, "weights.npz")
-            prefix = "params/" if "pos_embedding" in tensors else ""  # timm detects big_vision by this prefix
-            arrays: dict[str, Any] = {f"{prefix}{name}": tensor.numpy() for name, tensor in tensors.items()}
-            np.savez(file, **arrays)
-            model.load_pretrained(str(file))
+        file = io.BytesIO()
+        prefix = "params/" if "pos_embedding" in tensors else ""  # timm detects big_vision by this prefix
+        arrays: dict[str, Any] = {f"{prefix}{name}": tensor.numpy() for name, tensor in tensors.items()}
+        np.savez(file, **arrays)
+        file.seek(0)
+        model.load_pretrained(file)
         return
     tensors.pop("masked_embed", None)
     if "rope_embed.periods" in tensors:  # timm computes the periods
@@ -408,10 +396,12 @@ def read_big_vision_options(weights: Weights) -> dict[str, Any]:
     return options
 
 
-def compute_image_size(num_patches: int, patch_size: list[int]) -> list[int] | None:
-    """Return the image size (height, width) in pixels, or None if the patch grid is not square."""
+def compute_image_size(num_patches: int, patch_size: list[int]) -> list[int]:
+    """Return the image size (height, width) in pixels. Raise ConversionError if the patch grid is not square."""
     grid_side = math.isqrt(max(num_patches, 0))
-    return [grid_side * length for length in patch_size] if grid_side * grid_side == num_patches else None
+    if grid_side**2 != num_patches:
+        raise ConversionError("pos_embed must belong to a square grid of patches. Use convert_from_timm")
+    return [grid_side * length for length in patch_size]
 
 
 def count_blocks(weights: Weights, pattern: str) -> int:
@@ -424,7 +414,4 @@ def find_weight(weights: Weights, pattern: str) -> torch.Tensor:
     for name, weight in weights.items():
         if re.fullmatch(pattern, name):
             return weight
-    found = ", ".join(list(weights)[:4]) or "no weights"
-    raise ConversionError(
-        f"the family requires the weight {pattern}, but the file contains {found}. Set --family to another family"
-    )
+    raise ConversionError(f"the family requires the weight {pattern}. Set --family to another family")

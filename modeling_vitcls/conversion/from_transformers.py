@@ -60,7 +60,8 @@ def convert_from_transformers(
     family = convertible_class.family
     weights = strip_encoder_name(model.state_dict(), convertible_class.encoder_name)
     fields = family.read_fields(getattr(model.config, "vision_config", model.config), weights)
-    config = ViTCLSConfig(**fields | dict(convertible_class.fields) | convertible_class.read_labels(model.config))
+    fields |= family.fields | dict(convertible_class.fields)
+    config = ViTCLSConfig(**fields | convertible_class.read_labels(model.config))
     rules = [*(Rule(name, []) for name in convertible_class.unused_patterns), *HEAD_RULES, *family.rules]
     weights = convert_weights(family.prepare_weights(weights), rules, config)
     has_classifier = convertible_class.encoder_name is not None

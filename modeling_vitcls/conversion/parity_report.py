@@ -8,7 +8,6 @@ random images of the native size. If the source supports other sizes, the compar
 for which position embeddings are resampled.
 """
 
-import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -27,49 +26,13 @@ from .weight_rules import ConversionError
 # Maximum allowed difference between float32 outputs, relative to the largest value of a token group or head.
 MAX_DIFFERENCE = 1e-5
 
-
-@dataclasses.dataclass(frozen=True)
-class SizeComparison:
-    """Output differences at one image size. The dict keys are token groups ("cls", ...), "logits" or "pooled"."""
-
-    image_size: tuple[int, int]  # (height, width) in pixels
-    differences: dict[str, float]  # largest absolute differences in float32
-    magnitudes: dict[str, float]  # largest absolute values of the source's outputs
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ParityReport:
-    """Content of parity_report.json."""
-
-    source: str  # name of the source, such as `timm:NAME`, without local folders
-    source_revision: str | None = None  # commit hash of the source on the Hub; None if the hash is unknown
-    source_class: str
-    random_init: bool = False
-    model_class: str
-    is_native: bool = False  # whether the converted model is a transformers model
-    num_parameters: int
-    image_size: tuple[int, int]  # native size (height, width) in pixels
-    num_labels: int | None
-    classifier: str  # "kept", "new", "dropped" or "none" (neither source nor model has a classifier)
-    limit: float = MAX_DIFFERENCE  # maximum allowed difference, relative to the largest value
-    comparisons: list[SizeComparison]
-    not_compared: str  # reason why only the native size is compared; empty if both sizes are compared
-    preprocessing: dict[str, Any]  # result of `ConvertedPreprocessing.to_dict`
-    versions: dict[str, str]
-    sha256: dict[str, str]  # SHA-256 of each weights file, by file name
-    provenance: dict[str, Any]  # fields of `Provenance`; the license files are in the folder of the converted model
-    # lowest versions that the class of a transformers model requires
-    required_versions: dict[str, str] = dataclasses.field(default_factory=dict)
-    # notes on loading the source, and on differences from other implementations
-    notes: list[str] = dataclasses.field(default_factory=list)
-    family: str | None = None  # family of a state-dict file; None for other sources
-    source_sha256: str | None = None  # SHA-256 of the state-dict file; None for other sources
+Report = dict[str, Any]  # content of parity_report.json, or of one of its comparisons
 
 
 @torch.no_grad()
 def compare_models(
     source: SourceModel, model: ViTCLSPreTrainedModel, has_source_classifier: bool, native_size_reason: str = ""
-) -> tuple[list[SizeComparison], str]:
+) -> tuple[list[Report], str]:
     """Compare the outputs at the native size and at a non-square size. Raise ConversionError if a difference exceeds
     `MAX_DIFFERENCE`.
 
@@ -81,11 +44,13 @@ def compare_models(
         native_size_reason: Reason why only the native size is compared. If empty, both sizes are compared.
 
     Returns:
-        The comparisons, and the reason why only the native size is compared (empty if both sizes are compared).
+        One dict per size, and the reason why only the native size is compared (empty if both sizes are compared).
+        The dict contains the image size (height, width) in pixels, and by token group ("cls", ...), "logits" or
+        "pooled" the largest absolute differences and the largest absolute values of the source's outputs.
     """
     uninstall_cpu_kernels(model)
     model.to(dtype=torch.float32)  # type: ignore[call-arg]  # `to` is untyped in transformers
-    comparisons: list[SizeComparison] = []
+    comparisons: list[Report] = []
     for height, width in (source.image_size, get_non_square_size(source.image_size, model.config.patch_height_width)):
         pixel_values = build_random_images((2, model.config.num_channels, height, width))
         try:
@@ -115,7 +80,7 @@ def compare_models(
                 f"the outputs of the converted model differ from those of {source.name} at {height} x {width} pixels: "
                 f"{', '.join(excessive)}; the limit is {MAX_DIFFERENCE:g} of the largest value"
             )
-        comparisons.append(SizeComparison((height, width), differences, magnitudes))
+        comparisons.append({"image_size": (height, width), "differences": differences, "magnitudes": magnitudes})
         if native_size_reason:
             return comparisons, native_size_reason
     return comparisons, ""

@@ -9,7 +9,6 @@ is used, and the parity report contains the reason.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -37,23 +36,8 @@ SHARED_SETTINGS = (
 ).split()
 
 
-@dataclass(frozen=True)
-class ConvertedPreprocessing:
-    """A converted image processor, and the measured difference from the source's preprocessing."""
-
-    processor: ViTCLSImageProcessor
-    settings_name: str  # name of the settings from which the image processor was built
-    difference: float | None  # largest pixel difference on the test images; None for the default processor
-    default_reason: str = ""  # reason why the default processor is used; empty for a converted processor
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return all fields except the processor, for the parity report."""
-        return {
-            "origin": self.settings_name,
-            "largest_difference_in_grey_levels": self.difference,
-            "limit": MAX_PIXEL_DIFFERENCE,
-            "assumed_because": self.default_reason,
-        }
+# An image processor, and the field `preprocessing` of the parity report.
+ConvertedPreprocessing = tuple[ViTCLSImageProcessor, dict[str, Any]]
 
 
 def convert_timm_preprocessing(model: nn.Module) -> ConvertedPreprocessing:
@@ -66,7 +50,7 @@ def convert_timm_preprocessing(model: nn.Module) -> ConvertedPreprocessing:
     try:
         processor = ViTCLSImageProcessor(**convert_timm_settings(**settings), crop_rounding="even")
         same_backend_processor = ViTCLSImageProcessorPil.from_dict(processor.to_dict())  # timm resizes with PIL
-        return check_processor(processor, same_backend_processor, source_transform, "timm's pretrained_cfg")
+        return processor, check_processor(same_backend_processor, source_transform, "timm's pretrained_cfg")
     except ValueError as error:
         return build_default_preprocessing((height, width), str(error))
 
@@ -115,7 +99,7 @@ def convert_transformers_preprocessing(folder: str, image_size: tuple[int, int])
     try:
         processor = ViTCLSImageProcessor(**select_settings(source_processor))
         same_backend_processor = backend_class.from_dict(processor.to_dict())
-        return check_processor(processor, same_backend_processor, preprocess, type(source_processor).__name__)
+        return processor, check_processor(same_backend_processor, preprocess, type(source_processor).__name__)
     except ValueError as error:
         return build_default_preprocessing(image_size, str(error))
 
@@ -133,38 +117,25 @@ def select_settings(processor: ImageProcessingMixin, names: Sequence[str] = SHAR
 
 
 def check_processor(
-    processor: ViTCLSImageProcessor,
-    same_backend_processor: ViTCLSImageProcessor | ViTCLSImageProcessorPil,
+    processor: ViTCLSImageProcessor | ViTCLSImageProcessorPil,
     preprocess: Callable[[PIL.Image.Image], torch.Tensor],
     settings_name: str,
-) -> ConvertedPreprocessing:
-    """Compare an image processor with `preprocess`, the preprocessing of the source. Raise ValueError if the
-    difference exceeds MAX_PIXEL_DIFFERENCE.
-
-    The processor that is compared, `same_backend_processor`, has the settings of `processor` and the backend of the
-    source.
-    `settings_name` is the name of the source's settings.
-    """
-    difference = measure_pixel_difference(same_backend_processor, preprocess)
-    if not difference <= MAX_PIXEL_DIFFERENCE:
-        difference_text = "in the output shape" if math.isinf(difference) else f"by {difference:.3g} gray levels"
-        raise ValueError(f"the converted processor differs from {settings_name} {difference_text}")
-    return ConvertedPreprocessing(processor, settings_name, difference)
-
-
-def measure_pixel_difference(
-    processor: ViTCLSImageProcessor | ViTCLSImageProcessorPil, preprocess: Callable[[PIL.Image.Image], torch.Tensor]
-) -> float:
-    """Return the largest pixel difference on the test images in gray levels, or infinity if the shapes differ."""
-    differences: list[float] = []
+) -> dict[str, Any]:
+    """Compare an image processor with `preprocess`, the preprocessing of the source in the same backend, on test
+    images. Raise ValueError if the pixels differ by more than MAX_PIXEL_DIFFERENCE. `settings_name` is the name of the
+    source's settings."""
+    largest_difference = 0.0  # in gray levels
     for image in (build_test_image(301, 428), build_test_image(428, 301)):
         image = image if processor.do_convert_rgb else image.convert("L")
         pixels, expected = apply_processor(processor, image), preprocess(image)
         if pixels.shape != expected.shape:
-            return math.inf
+            raise ValueError(f"the converted processor differs from {settings_name} in the output shape")
         std = torch.tensor(processor.image_std if processor.do_normalize else 1.0).view(-1, 1, 1)
-        differences.append(((pixels - expected).abs() * std * 255).max().item())
-    return max(differences)
+        difference = ((pixels - expected).abs() * std * 255).max().item()
+        if not difference <= MAX_PIXEL_DIFFERENCE:
+            raise ValueError(f"the converted processor differs from {settings_name} by {difference:.3g} gray levels")
+        largest_difference = max(largest_difference, difference)
+    return build_preprocessing_record(settings_name, "") | {"largest_difference_in_grey_levels": largest_difference}
 
 
 def build_test_image(height: int, width: int) -> PIL.Image.Image:
@@ -179,4 +150,15 @@ def build_default_preprocessing(image_size: tuple[int, int], reason: str) -> Con
     """Build the default image processor, which resizes to `image_size` (height, width)."""
     height, width = image_size
     processor = ViTCLSImageProcessor(size={"height": height, "width": width})
-    return ConvertedPreprocessing(processor, "the default", None, default_reason=reason)
+    return processor, build_preprocessing_record("the default", reason)
+
+
+def build_preprocessing_record(settings_name: str, reason: str) -> dict[str, Any]:
+    """Return the field `preprocessing` of the parity report for a processor that was not compared with a source.
+    `reason` is the reason why the default processor is used."""
+    return {
+        "origin": settings_name,  # name of the settings from which the image processor was built
+        "largest_difference_in_grey_levels": None,
+        "limit": MAX_PIXEL_DIFFERENCE,
+        "assumed_because": reason,
+    }

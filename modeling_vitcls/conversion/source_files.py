@@ -14,7 +14,6 @@
 
 import argparse
 import re
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -151,14 +150,11 @@ def read_state_dict(file: Path) -> Mapping[str, Any]:
                 return dict(arrays)
         if file.suffix == ".safetensors":
             return load_file(file)
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a TorchScript archive causes a warning and an error
+        with torch.serialization.safe_globals([argparse.Namespace]):
             weights = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load may raise any exception for a damaged file
         raise_if_unsafe_pickle(str(file), error)
-        is_torchscript = "TorchScript" in str(error)
-        reason = "the file is a TorchScript archive, which contains code" if is_torchscript else format_error(error)
-        raise ConversionError(f"cannot read the weights in {file}: {reason}") from error
+        raise ConversionError(f"cannot read the weights in {file}: {format_error(error)}") from error
     if not isinstance(weights, Mapping):
         raise ConversionError(f"{file} contains an object of type {type(weights).__name__} instead of a state dict")
     return weights
@@ -173,11 +169,8 @@ def unwrap_weights(weights: Mapping[str, Any], notes: list[str]) -> tuple[Weight
     for _ in range(MAX_CONTAINER_DEPTH):  # a state dict may contain itself
         if key := next((key for key in CONTAINER_KEYS if isinstance(weights.get(key), Mapping)), None):
             container_key, weights = key, weights[key]
-    tensors = {
-        str(name): torch.as_tensor(value)
-        for name, value in weights.items()
-        if isinstance(value, torch.Tensor | np.ndarray)
-    }
+    is_array = (torch.Tensor, np.ndarray)
+    tensors: dict[str, Any] = {str(name): value for name, value in weights.items() if isinstance(value, is_array)}
     while prefix := next((prefix for prefix in WRAPPER_PREFIXES if has_encoder(tensors, prefix)), None):
         kept = {name: tensor for name, tensor in tensors.items() if name.startswith((prefix, "linear_head."))}
         if other_names := [name for name in tensors if name not in kept]:

@@ -57,7 +57,11 @@ def convert_to_transformers(model: ViTCLSPreTrainedModel, native_size_only: bool
         raise ConversionError(f"transformers has no class for the task of {name}. Convert the encoder, model.vitcls")
     best_match = find_best_match(name, model.config, native_size_only)
     if best_match.mismatches:
-        raise ConversionError(describe_mismatches(best_match, model, native_size_only))
+        hint = "" if native_size_only else ". Set native_size_only=True (omit --any-size) if one size is enough"
+        raise ConversionError(
+            f"{best_match.target.name}, the nearest class of transformers, does not support the model: "
+            f"{', '.join(best_match.mismatches.values())}{hint}"
+        )
     return build_transformers_model(best_match, model)
 
 
@@ -143,8 +147,7 @@ class TargetMatch:
 
     target: TargetClass
     config: ViTCLSConfig  # configuration of the model after `applied_rewrites`
-    mismatches: list[str]  # fields that the target does not support, as `name=value`, or one error message
-    target_values: dict[str, str]  # values of the mismatched fields in the target, as `name=value`, by field name
+    mismatches: dict[str, str]  # description of each field that the target does not support, or of an error, by name
     # rewrites, each with the configuration before and after the rewrite
     applied_rewrites: tuple[tuple[Rewrite, ViTCLSConfig, ViTCLSConfig], ...] = ()
 
@@ -162,7 +165,7 @@ def find_equivalent_match(target: TargetClass, config: ViTCLSConfig, native_size
         if rewrite.is_native_size_only and not native_size_only:
             continue
         for changed_fields in rewrite.propose_changes(match.config):
-            if not changed_fields.keys() & match.target_values.keys():
+            if not changed_fields.keys() & match.mismatches.keys():
                 continue
             rewritten_match = compare_with_target(target, replace_fields(match.config, changed_fields))
             if len(rewritten_match.mismatches) < len(match.mismatches):
@@ -181,10 +184,11 @@ def compare_with_target(target: TargetClass, config: ViTCLSConfig) -> TargetMatc
         with torch.device("meta"):
             target_model = target.build(config)
         weights = strip_encoder_name(target_model.state_dict(), convertible_class.encoder_name)
-        fields = convertible_class.family.read_fields(target_model.config, weights) | dict(convertible_class.fields)
+        fields = convertible_class.family.read_fields(target_model.config, weights)
+        fields |= convertible_class.family.fields | dict(convertible_class.fields)
         round_trip_config = ViTCLSConfig(**fields)
     except (TypeError, ValueError) as error:  # a value that the class or this version of transformers does not support
-        return TargetMatch(target, config, [format_error(error)], {})
+        return TargetMatch(target, config, {"error": format_error(error)})
     has_head = convertible_class.encoder_name is not None
     values, target_values = get_effective_fields(config, has_head), get_effective_fields(round_trip_config, has_head)
     # If pooling has no weights, users can pool the outputs of a model without a pooler.
@@ -192,19 +196,12 @@ def compare_with_target(target: TargetClass, config: ViTCLSConfig) -> TargetMatc
         config.pooling != "attention" and not config.pooled_norm and config.pooled_activation is None
     )
     ignored_fields = POOLING_FIELDS if target.has_optional_pooler and has_weightless_pooler else set()
-    mismatched_names = [
-        name
-        for name in values
-        if name in target_values
-        and name not in ignored_fields
-        and is_mismatch(name, values[name], target_values[name])
-    ]
-    return TargetMatch(
-        target,
-        config,
-        [f"{name}={values[name]!r}" for name in mismatched_names],
-        {name: f"{name}={target_values[name]!r}" for name in mismatched_names},
-    )
+    mismatches = {
+        name: f"{name}={value!r} instead of {target_values[name]!r}"
+        for name, value in values.items()
+        if name in target_values.keys() - ignored_fields and is_mismatch(name, value, target_values[name])
+    }
+    return TargetMatch(target, config, mismatches)
 
 
 def is_mismatch(name: str, value: Any, target_value: Any) -> bool:
@@ -218,24 +215,6 @@ def is_mismatch(name: str, value: Any, target_value: Any) -> bool:
     if name.endswith("_bias") and name != "relative_position_bias":
         return bool(value and not target_value)
     return bool((value or None) != (target_value or None))
-
-
-def describe_mismatches(match: TargetMatch, model: ViTCLSPreTrainedModel, native_size_only: bool) -> str:
-    """Return an error message with the unsupported fields and the nearest class. If possible, the message also names a
-    class that supports the model at the native size."""
-    message = ", ".join(match.mismatches)
-    if match.target_values:  # otherwise, the only mismatch is an error message
-        message += (
-            " cannot be converted: transformers has no class with this configuration. The nearest class, "
-            f"{match.target.name}, has {', '.join(match.target_values.values())}"
-        )
-    if not native_size_only:
-        native_match = find_best_match(type(model).__name__, model.config, native_size_only=True)
-        if not native_match.mismatches:
-            name = native_match.target.name
-            hint = f"{name} has equal outputs at the native size: set native_size_only=True, or omit --any-size"
-            return f"{message}. {hint}"
-    return message
 
 
 POOLING_FIELDS = {"pooling", "cls_pooling", "pooled_cls_tokens"}

@@ -6,7 +6,7 @@ different activations.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import isqrt
 from typing import Any
 
@@ -38,6 +38,7 @@ class TransformersFamily:
     # function (configuration, weights) that returns fields of `ViTCLSConfig`
     read_fields: Callable[[Any, Weights], Fields]
     family_rules: Sequence[Rule] = ()  # rules for encoder weights that take precedence over `COMMON_RULES`
+    fields: Fields = field(default_factory=dict)  # fields of `ViTCLSConfig` that are the same for all models
     # function that prepares the weights for the rules, for example by merging several weights
     prepare_weights: Callable[[Weights], Weights] = dict
 
@@ -154,7 +155,8 @@ def check_square_image(config: Any) -> None:
         )
 
 
-# ViT (arXiv 2010.11929), DeiT (2012.12877), ViTMSN (2204.07141), ViTMAE (2111.06377), I-JEPA (2301.08243), Pixio.
+# ViT (arXiv 2010.11929), DeiT (2012.12877; a distillation token with a position embedding), ViTMSN (2204.07141),
+# ViTMAE (2111.06377), I-JEPA (2301.08243), Pixio.
 
 
 def read_vit_fields(config: Any, weights: Weights) -> Fields:
@@ -168,11 +170,6 @@ def read_vit_fields(config: Any, weights: Weights) -> Fields:
             )
         fields["pooled_activation"] = config.pooler_act
     return fields
-
-
-def read_deit_fields(config: Any, weights: Weights) -> Fields:
-    """Return the fields of DeiT, which is a ViT with a distillation token that has a position embedding."""
-    return read_vit_fields(config, weights) | {"num_distillation_tokens": 1, "position_embedding_tokens": "all"}
 
 
 def read_ijepa_fields(config: Any, weights: Weights) -> Fields:
@@ -195,7 +192,7 @@ def read_pixio_fields(config: Any, weights: Weights) -> Fields:
     return read_common_fields(config, weights) | {"cls_pooling": "mean"}
 
 
-# DINOv2 (arXiv 2304.07193), DINOv2 with registers (2309.16588), TIPSv2 (2604.12012).
+# DINOv2 (arXiv 2304.07193), DINOv2 with registers (2309.16588), TIPSv2 (2604.12012; bilinear).
 
 
 def read_dinov2_fields(config: Any, weights: Weights) -> Fields:
@@ -204,11 +201,6 @@ def read_dinov2_fields(config: Any, weights: Weights) -> Fields:
     check_square_image(config)
     fields = read_common_fields(config, weights)
     return fields | ({"position_antialias": True} if "num_register_tokens" in fields else {})
-
-
-def read_tipsv2_fields(config: Any, weights: Weights) -> Fields:
-    """Return the fields of TIPSv2, which is DINOv2 with registers and bilinear resampling."""
-    return read_dinov2_fields(config, weights) | {"position_interpolation": "bilinear"}
 
 
 def select_by_mlp_type(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
@@ -256,12 +248,8 @@ def read_sapiens2_fields(config: Any, weights: Weights) -> Fields:
     return read_dinov3_fields(config, weights) | {"norm_type": "rmsnorm", "qk_norm": config.use_qk_norm}
 
 
-# CLIP (arXiv 2103.00020), MetaCLIP 2 (2507.22062), SigLIP (2303.15343), SigLIP 2 (2502.14786).
-
-
-def read_clip_fields(config: Any, weights: Weights) -> Fields:
-    """Return the fields of CLIP, which has a norm before the first layer and a norm on the pooled output."""
-    return read_common_fields(config, weights) | {"patch_bias": False, "pre_norm": True, "final_norm": False}
+# CLIP (arXiv 2103.00020; with a norm before the first layer and a norm on the pooled output), MetaCLIP 2 (2507.22062),
+# SigLIP (2303.15343), SigLIP 2 (2502.14786).
 
 
 SIGLIP_RULES = [
@@ -439,17 +427,21 @@ def fold_pixel_normalization(weights: Weights) -> Weights:
 
 
 VIT = TransformersFamily(read_vit_fields)
-DEIT = TransformersFamily(read_deit_fields)
+DEIT = TransformersFamily(read_vit_fields, fields={"num_distillation_tokens": 1, "position_embedding_tokens": "all"})
 IJEPA = TransformersFamily(read_ijepa_fields)
 PIXIO = TransformersFamily(read_pixio_fields)
 DINOV2 = TransformersFamily(read_dinov2_fields)
-TIPSV2 = TransformersFamily(read_tipsv2_fields)
+TIPSV2 = TransformersFamily(read_dinov2_fields, fields={"position_interpolation": "bilinear"})
 DINOV3 = TransformersFamily(read_dinov3_fields, DINOV3_RULES)
 SAPIENS2 = TransformersFamily(read_sapiens2_fields, SAPIENS2_RULES)
-CLIP = TransformersFamily(read_clip_fields, [Rule("post_layernorm.{rest}", "pooler.layernorm.{rest}")])
+CLIP = TransformersFamily(
+    read_common_fields,
+    [Rule("post_layernorm.{rest}", "pooler.layernorm.{rest}")],
+    {"patch_bias": False, "pre_norm": True, "final_norm": False},
+)
 SIGLIP = TransformersFamily(read_siglip_fields, SIGLIP_RULES)
 SIGLIP2 = TransformersFamily(read_siglip2_fields, SIGLIP2_RULES)
 AIMV2 = TransformersFamily(read_aimv2_fields, AIMV2_RULES)
-BEIT = TransformersFamily(read_beit_fields, BEIT_RULES, add_shared_bias)
+BEIT = TransformersFamily(read_beit_fields, BEIT_RULES, prepare_weights=add_shared_bias)
 INTERNVL = TransformersFamily(read_internvl_fields)
-RADIO = TransformersFamily(read_radio_fields, RADIO_RULES, fold_pixel_normalization)
+RADIO = TransformersFamily(read_radio_fields, RADIO_RULES, prepare_weights=fold_pixel_normalization)

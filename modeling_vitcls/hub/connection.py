@@ -2,14 +2,13 @@
 
 import json
 import logging
-import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
 from huggingface_hub import constants, get_session, is_offline_mode
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from transformers.utils import logging as transformers_logging
 
@@ -61,13 +60,11 @@ def set_hub_timeout(seconds: float) -> Iterator[None]:
 
 
 @contextmanager
-def silence_transformers(hide_warnings: bool = True, hide_progress_bars: bool = True) -> Iterator[None]:
+def silence_transformers() -> Iterator[None]:
     """Turn off transformers' progress bars and warnings, for example about unused classifier weights."""
     verbosity, had_progress_bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    if hide_warnings:
-        transformers_logging.set_verbosity_error()
-    if hide_progress_bars:
-        transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
@@ -77,16 +74,15 @@ def silence_transformers(hide_warnings: bool = True, hide_progress_bars: bool = 
 
 
 @contextmanager
-def hide_hub_progress_bars(group: str | None = None) -> Iterator[None]:
-    """Turn off a group of huggingface_hub's progress bars (default: all) within the block."""
-    if are_progress_bars_disabled(group):
-        yield
-        return
-    disable_progress_bars(group)
+def hide_hub_progress_bars() -> Iterator[None]:
+    """Turn off huggingface_hub's progress bars within the block."""
+    were_hidden = are_progress_bars_disabled()
+    disable_progress_bars()
     try:
         yield
     finally:
-        enable_progress_bars(group)
+        if not were_hidden:
+            enable_progress_bars()
 
 
 def retry(action: Callable[[], Result], description: str, waits: Sequence[float] | None = None) -> Result:
@@ -140,31 +136,15 @@ def format_hub_error(error: BaseException) -> str:
     """Return the messages of an error and its causes in one line."""
     messages: list[str] = []
     for cause in iter_causes(error):
-        message = get_message(cause)
-        if not any(message in earlier_message for earlier_message in messages):
-            messages.append(message)
+        message = format_error(cause)
+        if isinstance(cause, HfHubHTTPError):
+            reason = cause.server_message or cause.response.reason_phrase
+            message = " ".join(f"HTTP {cause.response.status_code}, {reason}".split())
+        if not any(message.rstrip(".") in earlier_message for earlier_message in messages):
+            messages.append(message.rstrip("."))
         if isinstance(cause, HfHubHTTPError):  # the messages of the causes repeat this message
             break
     return ": ".join(messages)
-
-
-def get_message(error: BaseException) -> str:
-    """Return the message of an error, without the messages of the causes."""
-    if isinstance(error, GatedRepoError):
-        return describe_gated_repo(error)
-    if isinstance(error, HfHubHTTPError):
-        message = f"HTTP {error.response.status_code}, {error.server_message or error.response.reason_phrase}"
-        return " ".join(message.split()).rstrip(".")
-    return format_error(error).rstrip(".")
-
-
-def describe_gated_repo(error: GatedRepoError) -> str:
-    """Return the error message, with reason and remedy, for a gated repository that the user cannot access."""
-    path = re.sub(r"^/(api/models/|api/)?|/(resolve|revision|tree|paths-info)/.*", "", error.response.url.path)
-    return (
-        f"{path} is gated. Accept the conditions at {constants.ENDPOINT}/{path}, and log in with `hf auth login` or "
-        "set HF_TOKEN"
-    )
 
 
 def describe_no_response(error: BaseException) -> str:

@@ -6,7 +6,7 @@
         ...                                             # the same rule for downloads by other libraries
     model, commit = load_timm_model("vit_small_patch16_224")          # timm chooses the repository and the commit
     model, commit = load_timm_model("hf-hub:someone/their-model")     # also with @REVISION
-    folder = download_commit(resolve_commit("someone/their-model", "v1"), ["config.json"])
+    folder = download_files("someone/their-model", "v1", ["config.json"])
 
     online          the newest commit; files that are not in the cache are downloaded
     no response     the cached files, with a warning; an error after two attempts if no files are cached
@@ -27,7 +27,6 @@ from typing import Any, Literal
 
 from huggingface_hub import HfApi, constants, is_offline_mode, snapshot_download
 from huggingface_hub.errors import (
-    GatedRepoError,
     HFValidationError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -40,9 +39,7 @@ from ..configuration_vitcls import ViTCLSConfig
 from ..files import read_json
 from .connection import (
     HUB_ERRORS,
-    describe_gated_repo,
     describe_no_response,
-    find_cause,
     format_hub_error,
     hide_hub_progress_bars,
     retry,
@@ -135,12 +132,10 @@ def fetch_repo_info(repo_id: str, repo_type: RepoType = "model", revision: str |
             f"looking up {repo_id}",
             waits=(RETRY_WAIT,),
         )
-    except GatedRepoError as error:  # a subclass of RepositoryNotFoundError
-        raise OSError(describe_gated_repo(error)) from None
-    except RepositoryNotFoundError:
-        raise OSError(describe_missing_repo(repo_id, repo_type)) from None
-    except RevisionNotFoundError:
-        raise OSError(describe_missing_revision(repo_id, revision)) from None
+    except RepositoryNotFoundError as error:
+        raise OSError(f"{describe_missing_repo(repo_id, repo_type)} ({format_hub_error(error)})") from None
+    except RevisionNotFoundError as error:
+        raise OSError(f"{repo_id} has no revision {revision} ({format_hub_error(error)})") from None
     except HUB_ERRORS as error:
         raise HubUnreachableError(describe_no_response(error)) from error
 
@@ -152,7 +147,7 @@ def fall_back_to_cache(
     """If the Hub does not respond, run the block as if HF_HUB_OFFLINE were set, so that other libraries use the cache.
 
     Yield the hash of the commit on the Hub, or None if the Hub was not reached. Raise OSError if there is no such
-    repository or revision, if the repository is gated, or if the Hub does not respond and the block fails.
+    repository or revision, or if the Hub does not respond and the block fails.
     """
     if is_offline_mode():
         yield None
@@ -162,12 +157,7 @@ def fall_back_to_cache(
     except HubUnreachableError as error:
         hub_error = error
     else:
-        try:
-            yield commit
-        except Exception as error:  # libraries raise different errors for gated repositories
-            if gated_error := find_cause(error, GatedRepoError):
-                raise OSError(describe_gated_repo(gated_error)) from error
-            raise
+        yield commit
         return
     try:
         with force_offline():
@@ -218,29 +208,33 @@ def download_model(repo_id: str, patterns: Sequence[str], revision: str | None) 
     All processes on a machine share one download, and only the first process shows progress bars.
     """
     is_first_process = os.environ.get("LOCAL_RANK", "0") == "0"
-    progress = nullcontext() if is_first_process else hide_hub_progress_bars("huggingface_hub.snapshot_download")
-    folder = None
+    with nullcontext() if is_first_process else hide_hub_progress_bars():
+        folder = download_files(repo_id, revision, patterns, TIMEOUT)
+    if not (folder / CONFIG_FILE).is_file():
+        raise OSError(f"{repo_id} does not contain a model, because {CONFIG_FILE} is missing. Check the name")
+    return str(folder)
+
+
+def download_files(
+    repo_id: str,
+    revision: str | None,
+    patterns: Sequence[str],
+    timeout: float = COMMIT_TIMEOUT,
+    folder: Path | None = None,
+) -> Path:
+    """Download the matching files of a commit to a folder, by default to the cache, and return the folder.
+    huggingface_hub retries each request."""
     try:
-        with set_hub_timeout(TIMEOUT), progress:
-            folder = retry(
-                lambda: snapshot_download(repo_id, revision=revision, allow_patterns=list(patterns)),
-                f"downloading {repo_id}",
-                waits=() if is_offline_mode() else (RETRY_WAIT,),
-            )
-    except GatedRepoError as error:
-        raise OSError(describe_gated_repo(error)) from None
+        with set_hub_timeout(timeout):
+            path = snapshot_download(repo_id, revision=revision, local_dir=folder, allow_patterns=list(patterns))
     except HUB_ERRORS as error:
         if not is_offline_mode():
             raise OSError(f"cannot download {repo_id}: {format_hub_error(error)}") from error
-    if folder is not None and Path(folder, CONFIG_FILE).is_file():
-        return folder
-    if not is_offline_mode():
-        raise OSError(f"{repo_id} does not contain a model, because {CONFIG_FILE} is missing. Check the name")
-    raise OSError(
-        f"{repo_id} is not a folder and is missing or incomplete in the cache {constants.HF_HUB_CACHE}, and "
-        f"HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) is set. Run `hf download {repo_id}` on a machine with network "
-        "access, copy the cache of that machine to this machine, and set HF_HUB_CACHE to the copy"
-    )
+        raise OSError(
+            f"{repo_id} is not a folder and not complete in the cache, and HF_HUB_OFFLINE is set. Run `hf download "
+            f"{repo_id}` on a machine with network access, and set HF_HUB_CACHE to a copy of its cache"
+        ) from error
+    return Path(path)
 
 
 def resolve_commit(repo_id: str, revision: str = "main") -> HubCommit:
@@ -252,21 +246,6 @@ def resolve_commit(repo_id: str, revision: str = "main") -> HubCommit:
     return HubCommit(repo_id, info.sha, bool(info.private or info.gated))
 
 
-def download_commit(commit: HubCommit, patterns: Sequence[str], folder: Path | None = None) -> Path:
-    """Download the matching files of a commit to a folder, by default to the cache, and return the folder."""
-    try:
-        with set_hub_timeout(COMMIT_TIMEOUT):
-            path = retry(
-                lambda: snapshot_download(
-                    commit.repo_id, revision=commit.sha, local_dir=folder, allow_patterns=list(patterns)
-                ),
-                f"downloading {commit.repo_id}",
-            )
-    except HUB_ERRORS as error:
-        raise OSError(f"cannot download {commit.repo_id}: {format_hub_error(error)}") from error
-    return Path(path)
-
-
 def describe_missing_repo(name: str, repo_type: RepoType = "model") -> str:
     """Return the error message for a missing or private repository; the Hub does not distinguish the two cases."""
     path_noun = PATH_NOUNS[repo_type]
@@ -276,11 +255,6 @@ def describe_missing_repo(name: str, repo_type: RepoType = "model") -> str:
         f"{name} is not a {path_noun}, and the Hub has no such {repo_type} (or the {repo_type} is private and "
         "the token cannot read it). Check the name, log in with `hf auth login`, or set HF_TOKEN"
     )
-
-
-def describe_missing_revision(repo_id: str, revision: str | None) -> str:
-    """Return the error message for a revision that does not exist."""
-    return f"{repo_id} has no revision {revision}. Set the revision to an existing commit hash, branch or tag"
 
 
 def load_timm_model(name: str, pretrained: bool = True) -> tuple[nn.Module, str | None]:

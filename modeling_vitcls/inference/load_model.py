@@ -84,7 +84,7 @@ def load_model(
     if backends and not any(Path(folder).glob("*.safetensors")):
         raise ValueError(f"--backend torch requires weights, but {source} has none. Set --backend {backends[0]}")
     # Hide the warnings of transformers: missing weights raise ValueError, and an unused classifier is intended.
-    with silence_transformers(hide_progress_bars=False):
+    with silence_transformers():
         model, loading_info = model_class.from_pretrained(folder, output_loading_info=True, **arguments)
     if missing_weights := loading_info["missing_keys"]:
         weight_name = min(missing_weights)

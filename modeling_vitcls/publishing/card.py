@@ -1,7 +1,7 @@
 """The card (README.md) of a model folder, rendered from the files of the folder with one template per kind.
 
-    write_card(folder)                              README.md for the name of the folder
-    render_card(ModelFolder(folder), "me/mine")     the text for a repository, as a push publishes it
+    write_card(ModelFolder(path))                   README.md for the name of the folder
+    render_card(ModelFolder(path), "me/mine")       the text for a repository, as a push publishes it
 
     classifier.md.j2    a fine-tuned classifier: results.json and config.resolved.yaml of `vitcls finetune`
     encoder.md.j2       a pre-trained encoder: results.json and config.resolved.yaml of `vitcls pretrain`
@@ -64,21 +64,20 @@ FINETUNING_FLAGS = (
 # Cards ---------------------------------------------------------------------------------------------------------------
 
 
-def write_card(path: Path) -> None:
+def write_card(folder: ModelFolder) -> None:
     """Write the card of a model folder. An edited card is kept."""
-    folder = ModelFolder(path)
-    if not has_edited_card(path):
-        (path / CARD_FILE).write_text(render_card(folder), encoding="utf-8")
+    if not has_edited_card(folder):
+        (folder.path / CARD_FILE).write_text(render_card(folder), encoding="utf-8")
     flag, weights_license = folder.flags.get("license"), get_license_source(folder).license
     if flag is not None and flag != weights_license:
         warn_once(f"--license {flag} is ignored: the initial weights remain under the license {weights_license}")
 
 
-def has_edited_card(path: Path) -> bool:
+def has_edited_card(folder: ModelFolder) -> bool:
     """Return whether a folder has a card that was edited or not generated."""
-    if not (path / CARD_FILE).is_file():
+    if not (folder.path / CARD_FILE).is_file():
         return False
-    text = (path / CARD_FILE).read_text(encoding="utf-8")
+    text = (folder.path / CARD_FILE).read_text(encoding="utf-8")
     signature = SIGNATURE_PATTERN.search(text)
     return signature is None or signature[1] != compute_digest(text[: signature.start()])
 

@@ -11,6 +11,7 @@ from ..hub.model_files import CARD_FILE, REPORT_FILE
 from ..options import FinetuneOptions, PretrainOptions, RunOptions
 from .card import write_card
 from .checkpoint_uploads import build_checkpoint_uploader
+from .model_folder import ModelFolder
 from .push import prepare_repository, push_folder
 from .report import write_report
 from .verify import verify_push
@@ -28,37 +29,39 @@ def prepare_push(options: FinetuneOptions | PretrainOptions) -> str | None:
 
 def build_uploader(options: RunOptions, repo_id: str | None) -> Callable[[Path], None] | None:
     """Build the function that pushes each checkpoint to `--hub-checkpoint-branch`; None if the flag is not set."""
-    branch = options.hub_checkpoint_branch
-    if repo_id is None or branch is None or options.dry_run:
+    if repo_id is None or options.hub_checkpoint_branch is None or options.dry_run:
         return None
-    console = Console(soft_wrap=True, highlight=False)
-
-    def warn(message: str) -> None:
-        console.print(f"WARNING: {message}", style="bold yellow", markup=False)
-
-    return build_checkpoint_uploader(repo_id, branch, warn)
+    return build_checkpoint_uploader(repo_id, options.hub_checkpoint_branch, warn)
 
 
-def finish_run(folder: Path, options: RunOptions, repo_id: str | None) -> None:
+def finish_run(path: Path, options: RunOptions, repo_id: str | None) -> None:
     """Write the report and the card of a finished run, and push and verify the folder if `repo_id` is set.
 
     Raise OSError if a file cannot be written, or if the push or the verification fails. The message is a single line.
     """
-    console = Console(soft_wrap=True, highlight=False)
-    if options.report and not (folder / REPORT_FILE).exists():
-        with silence_transformers(hide_warnings=False):
-            diagnosis = write_report(
-                folder, lambda message: console.print(f"WARNING: {message}", style="bold yellow", markup=False)
-            )
+    folder, report = ModelFolder(path), path / REPORT_FILE
+    if options.report and not report.exists():
+        with silence_transformers():
+            diagnosis = write_report(folder, warn)
         if diagnosis is not None:
-            console.print(f"diagnosis {diagnosis}", markup=False)
+            print_line(f"diagnosis {diagnosis}")
     write_card(folder)
-    names = [CARD_FILE, *([REPORT_FILE] if (folder / REPORT_FILE).exists() else [])]
-    console.print(f"written   {', '.join(str(folder / name) for name in names)}", markup=False)
+    files = [path / CARD_FILE, *([report] if report.exists() else [])]
+    print_line(f"written   {', '.join(map(str, files))}")
     if repo_id is None:
         return
     push_result = push_folder(folder, repo_id, options.hub_private)
-    console.print(f"pushed    {push_result.summary}", markup=False)
+    print_line(f"pushed    {push_result.summary}")
     if options.hub_verify:
-        console.print("verifying loading the pushed model in a new process", markup=False)
-        console.print("\n".join(verify_push(push_result, folder).format_lines()), markup=False)
+        print_line("verifying loading the pushed model in a new process")
+        print_line(verify_push(push_result, folder))
+
+
+def print_line(text: str, style: str | None = None) -> None:
+    """Print a line without wrapping it."""
+    Console(soft_wrap=True, highlight=False).print(text, style=style, markup=False)
+
+
+def warn(message: str) -> None:
+    """Print a warning."""
+    print_line(f"WARNING: {message}", "bold yellow")

@@ -1,6 +1,6 @@
 """What predictions.parquet contains about the held-out images of a run, for the report and the card.
 
-Only a classifier with one label per image has prediction sets and wrong images.
+These results exist only for classifiers with one label per image.
 """
 
 from collections.abc import Sequence

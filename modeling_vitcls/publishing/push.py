@@ -1,7 +1,7 @@
 """Push a model folder to the Hub.
 
     repo_id = prepare_repository("mine", default_name="mine")           # before a training run
-    push_result = push_folder(Path("runs/mine"), repo_id)
+    push_result = push_folder(ModelFolder(Path("runs/mine")), repo_id)
     push_result.commit                                                  # the commit hash to pin
 
 Temporary failures are retried. Files that the Hub already has are not uploaded again. The folder is not changed.
@@ -9,7 +9,6 @@ Temporary failures are retried. Files that the Hub already has are not uploaded 
 
 import shlex
 import sys
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from ..hub.connection import (
     retry,
     set_hub_timeout,
 )
+from .model_folder import ModelFolder
 from .staging import DELETE_PATTERNS, stage_folder
 
 
@@ -82,14 +82,11 @@ def prepare_repository(
             ).repo_id
             api.auth_check(name, repo_type=repo_type, write=True)
             is_private = api.repo_info(name, repo_type=repo_type, timeout=TIMEOUT).private
-    except HfHubHTTPError as error:
-        if error.response.status_code >= 500:
+    except HUB_ERRORS as error:  # a ValueError for an invalid name, or if there is no token
+        is_refused = isinstance(error, HfHubHTTPError) and error.response.status_code < 500
+        if not is_refused and not isinstance(error, ValueError):
             raise OSError(f"{describe_no_response(error)}, or push later") from error
         raise ValueError(f"cannot push to {name}: {format_hub_error(error)}. {remedy}") from None
-    except ValueError as error:  # an invalid name, or no token
-        raise ValueError(f"cannot push to {name}: {format_hub_error(error)}. {remedy}") from None
-    except HUB_ERRORS as error:
-        raise OSError(f"{describe_no_response(error)}, or push later") from error
     if private and not is_private:
         raise ValueError(
             f"{name} exists and is public, but a private repository is required. Make the repository private in its "
@@ -99,7 +96,11 @@ def prepare_repository(
 
 
 def push_folder(
-    folder: Path, repo_id: str, private: bool = False, message: str = DEFAULT_MESSAGE, branch: str | None = None
+    folder: ModelFolder,
+    repo_id: str,
+    private: bool = False,
+    message: str = DEFAULT_MESSAGE,
+    branch: str | None = None,
 ) -> PushResult:
     """Push a model folder; create the repository if it does not exist.
 
@@ -116,35 +117,28 @@ def push_folder(
         ValueError: If the folder does not contain a complete model.
         PushError: If the push fails. The message is a single line and ends with the command that completes the push.
     """
-    command = build_push_command(folder, repo_id, private, branch, message)
-    advice = f"The model is saved in {folder}; finish with: {command}"
+    command = build_push_command(folder.path, repo_id, private, branch, message)
+    advice = f"The model is saved in {folder.path}; finish with: {command}"
     with stage_folder(folder, repo_id) as staged_folder:
-        api = HfApi()
-
-        def prepare() -> None:
-            api.create_repo(repo_id, private=private or None, exist_ok=True)  # None: the account's default visibility
-            if branch is not None:
-                api.create_branch(repo_id, branch=branch, exist_ok=True)
-
-        return upload_folder(staged_folder, repo_id, "model", branch, message, DELETE_PATTERNS, advice, prepare)
+        return upload_folder(staged_folder, repo_id, "model", message, DELETE_PATTERNS, advice, private, branch)
 
 
 def upload_folder(
     folder: Path,
     repo_id: str,
     repo_type: str,
-    branch: str | None,
     message: str,
     delete_patterns: list[str],
     advice: str,
-    prepare: Callable[[], None] = lambda: None,
+    private: bool = False,
+    branch: str | None = None,
 ) -> PushResult:
-    """Upload a folder in one commit. If nothing has changed, no commit is made.
+    """Upload a folder in one commit; create a model repository if it does not exist. If nothing has changed, no commit
+    is made.
 
     Args:
         delete_patterns: Patterns of files to remove from the repository unless they are in the folder.
         advice: How to finish a failed push.
-        prepare: Function that is called before each attempt.
 
     Raises:
         PushError: If the push fails. The message is a single line and ends with `advice`.
@@ -153,7 +147,10 @@ def upload_folder(
     api = HfApi()
 
     def push_once() -> PushResult:
-        prepare()
+        if repo_type == "model":
+            api.create_repo(repo_id, private=private or None, exist_ok=True)  # None: the account's default visibility
+        if branch is not None:
+            api.create_branch(repo_id, branch=branch, exist_ok=True)
         info = api.repo_info(repo_id, repo_type=repo_type, revision=branch, timeout=TIMEOUT)
         commit = api.upload_folder(
             repo_id=repo_id,

@@ -1,6 +1,6 @@
 """The report and the card's images of a model folder.
 
-    write_report(Path("runs/mine"))     report.html and images/, with the held-out images of the run
+    write_report(ModelFolder(Path("runs/mine")), warn)    report.html and images/, with the held-out images of the run
 
 The images are read from the dataset of the run again, so that the folder does not contain them. Their predictions are
 read from predictions.parquet.
@@ -9,7 +9,6 @@ read from predictions.parquet.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,13 +31,14 @@ NUM_STATISTICS_IMAGES = 64  # number of images for the statistics in the report
 NUM_STREAMED_IMAGES = 1000  # number of images of a streamed held-out split from which images are selected
 
 
-def write_report(path: Path, warn: Callable[[str], None], images: InspectionImages | None = None) -> str | None:
+def write_report(
+    folder: ModelFolder, warn: Callable[[str], None], images: InspectionImages | None = None
+) -> str | None:
     """Write report.html and the card's images, and return a summary of the diagnosis of the special tokens.
 
     Errors are passed to `warn`, and the missing files are not written. `images` are the images of the report; by
     default, the held-out images of the run that wrote the folder.
     """
-    folder = ModelFolder(path)
     inspection: Inspection | None = None
     with convert_errors(warn, f"{REPORT_FILE} could not be written"):
         data = load_run_data(folder) if images is None and folder.results else None
@@ -50,18 +50,19 @@ def write_report(path: Path, warn: Callable[[str], None], images: InspectionImag
             source = f"{folder.results['dataset']}, {folder.results['split']}"
             images = InspectionImages(data.held_out.images, names, labels, source)
         if images is not None:
-            model, processor = load_saved_model(folder)
+            model = getattr(modeling_vitcls, folder.architecture).from_pretrained(folder.path).eval()
             inspection = inspect_model(
-                model,
-                processor,
+                model.to("cuda" if torch.cuda.is_available() else "cpu"),
+                ViTCLSImageProcessor.from_pretrained(folder.path),
                 **images.build_arguments(NUM_REPORT_IMAGES, NUM_STATISTICS_IMAGES),
                 token_movement=folder.results.get("token_movement"),
             )
             predictions = None if data is None else describe_predictions(folder, data.held_out.images)
-            write_page(path / REPORT_FILE, inspection, path.resolve().name, images.source, predictions)
+            name = folder.path.resolve().name
+            write_page(folder.path / REPORT_FILE, inspection, name, images.source, predictions)
     if folder.config is not None:
         with convert_errors(warn, "the card has no images, because the images could not be drawn"):
-            write_card_images(path, folder.config, folder.results, inspection)
+            write_card_images(folder.path, folder.config, folder.results, inspection)
     return inspection.summary if inspection else None
 
 
@@ -72,13 +73,6 @@ def convert_errors(warn: Callable[[str], None], message: str) -> Iterator[None]:
         yield
     except Exception as error:
         warn(f"{message}: {' '.join(str(error).split()) or type(error).__name__}")
-
-
-def load_saved_model(folder: ModelFolder) -> tuple[Any, ViTCLSImageProcessor]:
-    """Load the model and the image processor of a folder."""
-    model = getattr(modeling_vitcls, folder.architecture).from_pretrained(folder.path)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return model.to(device).eval(), ViTCLSImageProcessor.from_pretrained(folder.path)
 
 
 def load_run_data(folder: ModelFolder) -> TrainingData | None:

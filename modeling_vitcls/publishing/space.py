@@ -27,7 +27,7 @@ from packaging.requirements import Requirement
 from ..configuration_vitcls import ViTCLSConfig
 from ..files import read_json
 from ..hub.connection import check_is_online
-from ..hub.loading import HubCommit, download_commit, resolve_commit
+from ..hub.loading import HubCommit, download_files, resolve_commit
 from ..hub.model_files import CONFIG_FILES
 from .model_folder import list_strings
 from .push import PushResult, build_push_command, upload_folder
@@ -80,7 +80,7 @@ def find_published_model(repo_id: str, revision: str = "main") -> HubCommit:
         )
     check_is_online()
     model = resolve_commit(repo_id, revision)
-    folder = download_commit(model, CONFIG_FILES)
+    folder = download_files(repo_id, model.sha, CONFIG_FILES)
     config_file, processor_config_file = (folder / name for name in CONFIG_FILES)
     config_dict = read_json(config_file) if config_file.is_file() else {}
     code_references = list_strings(config_dict.get("auto_map"))
@@ -174,4 +174,4 @@ def push_space(
     command = shlex.join(["vitcls", "space", *arguments, *(["--private"] if private else [])])
     message = f"Show {model.repo_id} at {model.sha[:7]}"
     delete_patterns = [f"{name}/*" for name in subfolders]
-    return upload_folder(folder, space_id, "space", None, message, delete_patterns, f"Finish with: {command}")
+    return upload_folder(folder, space_id, "space", message, delete_patterns, f"Finish with: {command}")

@@ -1,6 +1,6 @@
 """The files of a model folder that a push publishes, collected in a temporary folder.
 
-    with stage_folder(Path("runs/mine"), "me/mine") as staged:
+    with stage_folder(ModelFolder(Path("runs/mine")), "me/mine") as staged:
         api.upload_folder(folder_path=staged, delete_patterns=DELETE_PATTERNS, ...)
 
 Large files are links. README.md contains the id of the repository, config.resolved.yaml no local paths, and
@@ -12,7 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, distribution
+from importlib.metadata import distribution
 from pathlib import Path
 
 import yaml
@@ -49,11 +49,10 @@ DELETE_PATTERNS = [
 
 
 @contextmanager
-def stage_folder(path: Path, repo_id: str) -> Iterator[Path]:
+def stage_folder(folder: ModelFolder, repo_id: str) -> Iterator[Path]:
     """Yield a temporary folder with the files to publish. Raise ValueError if the model is incomplete."""
-    folder = ModelFolder(path)
     folder.check_is_complete()
-    files = list_published_files(folder)
+    path, files = folder.path, list_published_files(folder)
     with tempfile.TemporaryDirectory(prefix="vitcls-push-") as temporary_path:
         staged = Path(temporary_path)
         for name in files:
@@ -62,7 +61,7 @@ def stage_folder(path: Path, repo_id: str) -> Iterator[Path]:
                 (staged / name).symlink_to((path / name).resolve())
             except OSError:  # Windows without developer mode
                 shutil.copyfile(path / name, staged / name)
-        if has_edited_card(path):
+        if has_edited_card(folder):
             if repo_id not in (path / CARD_FILE).read_text(encoding="utf-8"):
                 warn_once(f"{path / CARD_FILE} was edited and does not mention {repo_id}")
         else:
@@ -102,10 +101,7 @@ def read_code_license() -> str:
     checkout_license = PACKAGE_FOLDER.parent / "LICENSE"
     if checkout_license.is_file():
         return checkout_license.read_text(encoding="utf-8")
-    try:
-        text = distribution("modeling_vitcls").read_text("licenses/LICENSE")
-    except PackageNotFoundError:
-        text = None
+    text = distribution("modeling_vitcls").read_text("licenses/LICENSE")
     if text is None:
         raise ValueError("the license of modeling_vitcls was not found. Reinstall the package")
     return text

@@ -10,7 +10,6 @@ transformers and other libraries, but not this package.
 import json
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from importlib.abc import MetaPathFinder
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,6 @@ AUTO_CLASSES = {
     "ViTCLSForMaskedImageModeling": "AutoModelForMaskedImageModeling",
     "ViTCLSBackbone": "AutoBackbone",
 }
-LOADING_OPTIONS: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True}
 
 Outputs = dict[str, torch.Tensor]
 
@@ -46,59 +44,38 @@ def main(repo_id: str, commit: str, trust_remote_code: bool, folder: Path) -> No
     """Load the model, and write report.json and outputs.safetensors to `folder`."""
     report: dict[str, Any]
     try:
-        outputs, report = collect_outputs(AutoLoader(repo_id, {"revision": commit}, trust_remote_code))
+        outputs, report = collect_outputs(repo_id, {"revision": commit, "trust_remote_code": trust_remote_code})
         save_file(outputs, folder / "outputs.safetensors")
     except Exception as error:  # published code may raise any error
         report = {"error": f"{type(error).__name__}: {' '.join(str(error).split())}"}
     (folder / "report.json").write_text(json.dumps(report), encoding="utf-8")
 
 
-@dataclass(frozen=True)
-class AutoLoader:
-    """Loads a model with the Auto classes of transformers."""
-
-    source: str  # id of a repository, or a folder
-    revision: dict[str, str]  # {"revision": commit}, or empty for a folder
-    trust_remote_code: bool
-
-    def load_config(self) -> Any:
-        """Load the model configuration."""
-        return self.load(transformers.AutoConfig)
-
-    def load_model(self, auto_class: str, config: Any) -> tuple[Any, dict[str, Any]]:
-        """Load the model in float32; return the model and transformers' loading info."""
-        return self.load(getattr(transformers, auto_class), **LOADING_OPTIONS)
-
-    def load_processor(self) -> Any:
-        """Load the image processor, or return None if the model has no image processor."""
-        options = {"_raise_exceptions_for_missing_entries": False, **self.revision}
-        has_processor = transformers.utils.cached_file(self.source, "preprocessor_config.json", **options) is not None
-        return self.load(transformers.AutoImageProcessor) if has_processor else None
-
-    def load(self, auto_class: Any, **options: Any) -> Any:
-        """Load an object at the pinned commit."""
-        options |= self.revision
-        return auto_class.from_pretrained(self.source, trust_remote_code=self.trust_remote_code, **options)
-
-
-def collect_outputs(loader: AutoLoader) -> tuple[Outputs, dict[str, Any]]:
+def collect_outputs(
+    source: str, options: dict[str, Any], backbone_class: Any = None
+) -> tuple[Outputs, dict[str, Any]]:
     """Process a fixed image and compute the outputs of the encoder and of the complete model.
 
     Args:
-        loader: An `AutoLoader`, or a `ReferenceLoader` from verify.py.
+        source: Id of a repository, or a folder.
+        options: Arguments of `from_pretrained`: the revision, and whether to trust the code of the repository.
+        backbone_class: Class that loads a backbone in a folder. Default: AutoBackbone.
 
     Returns:
         The outputs in float32 by name, such as `{"AutoModel/last_hidden_state": ...}`, and a report with
         the names of the loaded classes and of the weights that the checkpoint lacks.
     """
-    config = loader.load_config()
+    config = transformers.AutoConfig.from_pretrained(source, **options)
     size = config.image_size
     height, width = (size, size) if isinstance(size, int) else size
     generator = torch.Generator().manual_seed(0)
     pixel_values = torch.randn(2, config.num_channels, height, width, generator=generator)
     outputs: Outputs = {}
     report: dict[str, Any] = {"classes": {}, "missing": []}
-    if processor := loader.load_processor():
+    cache_options = {"revision": options.get("revision"), "_raise_exceptions_for_missing_entries": False}
+    has_processor = transformers.utils.cached_file(source, "preprocessor_config.json", **cache_options) is not None
+    if has_processor:
+        processor = transformers.AutoImageProcessor.from_pretrained(source, **options)
         num_channels = 3 if processor.do_convert_rgb else config.num_channels
         shape = (num_channels, height * 5 // 4 + 1, width * 3 // 2 + 1)
         image = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
@@ -108,14 +85,16 @@ def collect_outputs(loader: AutoLoader) -> tuple[Outputs, dict[str, Any]]:
     architecture = (config.architectures or ["ViTCLSModel"])[0]
     for auto_class in dict.fromkeys(["AutoModel", get_auto_class(architecture)]):
         torch.manual_seed(0)  # for a reproducible initialization of missing weights
-        model, loading_info = loader.load_model(auto_class, config)
+        is_local_backbone = backbone_class is not None and auto_class == "AutoBackbone"
+        model_class = backbone_class if is_local_backbone else getattr(transformers, auto_class)
+        model, info = model_class.from_pretrained(source, dtype=torch.float32, output_loading_info=True, **options)
         report["classes"][auto_class] = type(model).__name__
         if type(model).__name__ == architecture:  # other classes may have a head that the checkpoint lacks
-            report["missing"] = sorted(loading_info["missing_keys"])
+            report["missing"] = sorted(info["missing_keys"])
         with torch.inference_mode():
             model_output = model.eval()(pixel_values)
         outputs |= {f"{auto_class}/{name}": tensor for name, tensor in flatten_outputs(model_output)}
-    if processor:
+    if has_processor:
         report["classes"]["AutoImageProcessor"] = type(processor).__name__
     return {name: tensor.detach().clone().contiguous() for name, tensor in outputs.items()}, report
 

@@ -1,7 +1,6 @@
 """Verify that a published model loads without this package and that its outputs match a reference.
 
-    report = verify("someone/model", "0123abc...", folder)
-    print("\\n".join(report.format_lines()))
+    print(verify("someone/model", "0123abc...", ModelFolder(Path("runs/mine"))))
 
 1. The hashes of the files on the Hub must match the downloaded files and the files that a push of `folder` publishes.
 2. A new process, with an empty cache and without this package, loads the commit with the Auto classes
@@ -18,7 +17,6 @@ import site
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +31,7 @@ from ..hub.connection import (
     set_hub_timeout,
     silence_transformers,
 )
-from ..hub.loading import HubCommit, download_commit, resolve_commit
+from ..hub.loading import HubCommit, download_files, resolve_commit
 from ..hub.model_files import CARD_FILE, CODE_PATTERN, MODEL_PATTERNS, PARITY_REPORT_FILE
 from ..modeling_vitcls import ViTCLSBackbone
 from ..system import get_versions
@@ -42,7 +40,7 @@ from . import verification_script
 from .model_folder import ModelFolder
 from .push import TIMEOUT, PushResult
 from .staging import PACKAGE_FOLDER, stage_folder
-from .verification_script import LOADING_OPTIONS, AutoLoader, Outputs, collect_outputs
+from .verification_script import Outputs, collect_outputs
 
 
 # Maximum absolute difference from a reference tensor in float32, relative to the largest absolute value of the
@@ -66,50 +64,7 @@ class VerificationError(ValueError):
     """Raised if a published model does not load or differs from the reference. The message is a single line."""
 
 
-class ReferenceLoader(AutoLoader):
-    """Loads a model folder with the Auto classes, which in this process use the code of this package."""
-
-    def load_model(self, auto_class: str, config: Any) -> tuple[Any, dict[str, Any]]:
-        """Load the model in float32; return the model and transformers' loading info."""
-        if auto_class == "AutoBackbone":  # AutoBackbone asks the Hub, also for a local folder
-            return ViTCLSBackbone.from_pretrained(self.source, **LOADING_OPTIONS)
-        return super().load_model(auto_class, config)
-
-
-@dataclass(frozen=True)
-class VerificationReport:
-    """The result of a verification."""
-
-    commit: HubCommit
-    reference: str  # description of the reference model
-    num_files: int  # number of files whose hashes were checked
-    class_names: dict[str, str]  # Auto class, such as "AutoModel" -> name of the loaded class
-    differences: dict[str, float]  # Auto class -> maximum difference between the outputs
-    versions: dict[str, str]  # library -> version
-    code_comparison: str  # one line that compares the published code with the code of this package
-    is_native: bool = False  # whether the model classes are part of transformers, not of the repository
-
-    def format_lines(self) -> list[str]:
-        """Return the report as lines of text."""
-        width = max(map(len, self.differences))
-        auto_class = next(name for name in reversed(self.class_names) if name != "AutoImageProcessor")
-        trust_argument = "" if self.is_native else ", trust_remote_code=True"
-        advice = "" if self.is_native else " at a pinned commit, because loading runs the code in the repository"
-        return [
-            f"verified: {self.commit.repo_id} at {self.commit.sha}",
-            f"  {self.num_files} files match their hashes; {self.code_comparison}",
-            f"  outputs of a new process (empty cache, no modeling_vitcls), compared with {self.reference}:",
-            *(
-                f"    {name:{width}}  {self.class_names.get(name, ''):30}  largest difference {difference:.1e}"
-                for name, difference in self.differences.items()
-            ),
-            f"  limit {TOLERANCE:g}; " + ", ".join(f"{name} {version}" for name, version in self.versions.items()),
-            f"load the model{advice}:",
-            f'  {auto_class}.from_pretrained("{self.commit.repo_id}", revision="{self.commit.sha}"{trust_argument})',
-        ]
-
-
-def verify(repo_id: str, revision: str = "main", folder: Path | None = None) -> VerificationReport:
+def verify(repo_id: str, revision: str = "main", folder: ModelFolder | None = None) -> str:
     """Download a published model, run it in a new process, and compare its outputs with a reference.
 
     Args:
@@ -117,6 +72,9 @@ def verify(repo_id: str, revision: str = "main", folder: Path | None = None) -> 
         revision: Commit hash, branch or tag.
         folder: Local folder of the pushed model, which is loaded as the reference. By default, the reference is loaded
             from the downloaded files, with the code of this package.
+
+    Returns:
+        The report as lines of text.
 
     Raises:
         VerificationError: If files are damaged or differ from those in `folder`, if the model does not load without
@@ -126,36 +84,48 @@ def verify(repo_id: str, revision: str = "main", folder: Path | None = None) -> 
     check_is_online()
     commit = resolve_commit(repo_id, revision)
     with tempfile.TemporaryDirectory(prefix="vitcls-verify-") as temporary_path, silence_transformers():
-        download_folder = download_commit(commit, VERIFIED_PATTERNS, Path(temporary_path, "files"))
-        num_files = check_hashes(commit, download_folder)
+        downloaded = download_files(repo_id, commit.sha, VERIFIED_PATTERNS, folder=Path(temporary_path, "files"))
+        num_files = check_hashes(commit, downloaded)
         if folder is not None:
             with stage_folder(folder, repo_id) as staged_folder:
                 check_hashes(commit, staged_folder, folder)
         try:
-            is_native = ModelFolder(download_folder).is_native
+            is_native = ModelFolder(downloaded).is_native
         except ValueError:
             raise VerificationError(
                 f"{repo_id} at {commit.sha} does not contain a vitcls model. Check the id and the revision"
             ) from None
-        expected_outputs, _ = collect_outputs(ReferenceLoader(str(folder or download_folder), {}, False))
+        reference = downloaded if folder is None else folder.path
+        # AutoBackbone queries the Hub even for a local folder.
+        expected_outputs, _ = collect_outputs(str(reference), {"trust_remote_code": False}, ViTCLSBackbone)
         outputs, report = run_script(commit, Path(temporary_path), trust_remote_code=not is_native)
-        code_comparison = "no code" if is_native else describe_code_differences(download_folder)
+        code_comparison = "no code" if is_native else describe_code_differences(downloaded)
     if report["missing"]:
         raise VerificationError(f"{repo_id} at {commit.sha} lacks the weights {', '.join(report['missing'])}")
-    return VerificationReport(
-        commit=commit,
-        reference=f"{folder}" if folder else f"the same files with modeling_vitcls {__version__}",
-        num_files=num_files,
-        class_names=report["classes"],
-        differences=compare_outputs(repo_id, outputs, expected_outputs),
-        versions=get_versions("huggingface_hub"),
-        code_comparison=code_comparison,
-        is_native=is_native,
-    )
+    differences, class_names = compare_outputs(repo_id, outputs, expected_outputs), report["classes"]
+    width = max(map(len, differences))
+    auto_class = next(name for name in reversed(class_names) if name != "AutoImageProcessor")
+    trust_argument = "" if is_native else ", trust_remote_code=True"
+    advice = "" if is_native else " at a pinned commit, because loading runs the code in the repository"
+    reference_text = folder.path if folder else f"the same files with modeling_vitcls {__version__}"
+    lines = [
+        f"verified: {repo_id} at {commit.sha}",
+        f"  {num_files} files match their hashes; {code_comparison}",
+        f"  outputs of a new process (empty cache, no modeling_vitcls), compared with {reference_text}:",
+        *(
+            f"    {name:{width}}  {class_names.get(name, ''):30}  largest difference {difference:.1e}"
+            for name, difference in differences.items()
+        ),
+        f"  limit {TOLERANCE:g}; "
+        + ", ".join(f"{name} {version}" for name, version in get_versions("huggingface_hub").items()),
+        f"load the model{advice}:",
+        f'  {auto_class}.from_pretrained("{repo_id}", revision="{commit.sha}"{trust_argument})',
+    ]
+    return "\n".join(lines)
 
 
-def verify_push(push_result: PushResult, folder: Path) -> VerificationReport:
-    """Verify the model that was pushed from `folder`. Raise OSError if the verification fails.
+def verify_push(push_result: PushResult, folder: ModelFolder) -> str:
+    """Verify the model that was pushed from `folder`, and return the report. Raise OSError if the verification fails.
 
     The message is a single line and ends with the command that repeats the verification.
     """
@@ -164,33 +134,30 @@ def verify_push(push_result: PushResult, folder: Path) -> VerificationReport:
     except (ValueError, OSError) as error:
         command = f"vitcls push --verify-only {push_result.repo_id} --revision {push_result.commit}"
         raise OSError(
-            f"the model was pushed, but not verified: {error}. The model is saved in {folder} and published at "
+            f"the model was pushed, but not verified: {error}. The model is saved in {folder.path} and published at "
             f"{push_result.url}. Repeat the verification with: {command}"
         ) from error
 
 
-def check_hashes(commit: HubCommit, folder: Path, pushed_folder: Path | None = None) -> int:
-    """Compare the files in `folder` with the hashes on the Hub, and return the number of files.
+def check_hashes(commit: HubCommit, files: Path, pushed: ModelFolder | None = None) -> int:
+    """Compare the files in a folder with the hashes on the Hub, and return the number of files.
 
-    Raise VerificationError if a hash differs. `pushed_folder` is the folder whose staged files are in `folder`; all
-    of these files must be on the Hub.
+    Raise VerificationError if a hash differs. `pushed` is the model whose staged files are in the folder; all of these
+    files must be on the Hub.
     """
     try:
         with set_hub_timeout(TIMEOUT):
-            result = HfApi().verify_repo_checksums(commit.repo_id, revision=commit.sha, local_dir=folder)
+            result = HfApi().verify_repo_checksums(commit.repo_id, revision=commit.sha, local_dir=files)
     except HUB_ERRORS as error:
         raise OSError(f"cannot check {commit.repo_id}: {format_hub_error(error)}") from error
-    extra_names = [] if pushed_folder is None else result.extra_paths
-    names = ", ".join([*(mismatch["path"] for mismatch in result.mismatches), *extra_names])
-    if names and pushed_folder is not None:
-        raise VerificationError(
-            f"{names} in {commit.repo_id} is missing or differs from the file in {pushed_folder}. Push "
-            f"{pushed_folder} again"
-        )
+    names = [mismatch["path"] for mismatch in result.mismatches] + (result.extra_paths if pushed else [])
     if names:
+        problem = (
+            "is damaged on the Hub" if pushed is None else f"is missing or differs from the file in {pushed.path}"
+        )
         raise VerificationError(
-            f"{commit.repo_id} at {commit.sha} is damaged on the Hub: the hash of {names} does not match. Push the "
-            "model again"
+            f"{', '.join(names)} in {commit.repo_id} at {commit.sha} {problem}. Push "
+            f"{pushed.path if pushed else 'the model'} again"
         )
     return result.checked_count
 
@@ -248,21 +215,20 @@ def build_clean_environment(home_folder: str, needs_token: bool) -> dict[str, st
 def compare_outputs(repo_id: str, outputs: Outputs, expected_outputs: Outputs) -> dict[str, float]:
     """Return the maximum absolute difference between the outputs for each Auto class. Raise VerificationError if a
     difference exceeds the tolerance."""
-    for name in sorted(outputs.keys() | expected_outputs.keys()):
-        shapes = [each[name].shape if name in each else None for each in (outputs, expected_outputs)]
-        if shapes[0] != shapes[1]:
-            raise VerificationError(f"the outputs of {repo_id} and the reference differ in the shape of {name}")
     differences: dict[str, float] = {}
-    for name, expected_output in expected_outputs.items():
-        difference = compute_max_abs(outputs[name].double() - expected_output.double())
-        limit = TOLERANCE * max(1.0, compute_max_abs(expected_output.double()))
+    for name in [*expected_outputs, *(outputs.keys() - expected_outputs.keys())]:
+        output, expected = outputs.get(name), expected_outputs.get(name)
+        if output is None or expected is None or output.shape != expected.shape:
+            raise VerificationError(f"the outputs of {repo_id} and the reference differ in the shape of {name}")
+        difference = compute_max_abs(output.double() - expected.double())
+        limit = TOLERANCE * max(1.0, compute_max_abs(expected.double()))
         if not difference <= limit:  # NaN also raises the error
             raise VerificationError(
                 f"the outputs of {repo_id} differ from the reference: {name} by {difference:.2g}; the limit is "
                 f"{limit:.2g}"
             )
-        loader_name = name.partition("/")[0]
-        differences[loader_name] = max(differences.get(loader_name, 0.0), difference)
+        auto_class = name.partition("/")[0]
+        differences[auto_class] = max(differences.get(auto_class, 0.0), difference)
     return differences
 
 

@@ -192,7 +192,7 @@ def save_output(
 
     def write() -> None:
         try:
-            with stage_files(options.output_dir) as folder, silence_transformers(hide_warnings=False):
+            with stage_files(options.output_dir) as folder, silence_transformers():
                 if evaluator is not None:
                     write_predictions(folder / PREDICTIONS_FILE, evaluator)
                 write_model_files(task, folder, weights, results, options, initial)

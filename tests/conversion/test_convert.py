@@ -276,8 +276,8 @@ def test_a_non_square_source(tmp_path: Path) -> None:
     config = transformers.ViTConfig(**SIZES | {"image_size": [32, 48]})
     source = save_checkpoint(randomize_weights(transformers.ViTModel(config)), tmp_path / "source")
     made = convert_checkpoint(source, tmp_path / "made")
-    assert [comparison.image_size for comparison in made.comparisons] == [(32, 48)]
-    assert made.not_compared.startswith("the source does not support 24 x 64 pixels: ")
+    assert [comparison["image_size"] for comparison in made["comparisons"]] == [(32, 48)]
+    assert made["not_compared"].startswith("the source does not support 24 x 64 pixels: ")
     assert dict(ViTCLSImageProcessor.from_pretrained(tmp_path / "made").size) == {"height": 32, "width": 48}
 
 
@@ -295,8 +295,8 @@ def test_the_classifier(
     made = convert_checkpoint(
         save_checkpoint(build_vit_classifier(), tmp_path / "source"), tmp_path / "made", **options
     )
-    assert made.classifier == outcome
-    assert made.comparisons[0].differences.keys() == {"cls", "patches"} | compared
+    assert made["classifier"] == outcome
+    assert made["comparisons"][0]["differences"].keys() == {"cls", "patches"} | compared
     weights = load_file(tmp_path / "made" / "model.safetensors")
     found = [tuple(weight.shape) for name, weight in weights.items() if name == "classifier.weight"]
     assert found == ([shape] if shape else [])
@@ -307,7 +307,7 @@ def test_the_vision_part_of_a_larger_model(tmp_path: Path) -> None:
     config = transformers.CLIPConfig(vision_config=SIZES, text_config=text)
     clip = randomize_weights(transformers.CLIPModel(config))
     made = convert_checkpoint(save_checkpoint(clip, tmp_path / "source"), tmp_path / "made")
-    assert made.source_class == "CLIPVisionModel"
+    assert made["source_class"] == "CLIPVisionModel"
     model = ViTCLSModel.from_pretrained(tmp_path / "made")
     pixel_values = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
@@ -318,7 +318,7 @@ def test_the_vision_part_of_a_larger_model(tmp_path: Path) -> None:
 def test_a_missing_pooler_is_not_initialized(tmp_path: Path) -> None:
     model = randomize_weights(transformers.ViTModel(transformers.ViTConfig(**SIZES), add_pooling_layer=False))
     made = convert_checkpoint(save_checkpoint(model, tmp_path / "source"), tmp_path / "made")
-    assert "no pooler" in made.notes[0]
+    assert "no pooler" in made["notes"][0]
     assert ViTCLSModel.from_pretrained(tmp_path / "made").config.pooled_activation is None
 
 
@@ -380,7 +380,7 @@ def test_remote_code_is_never_run(file: str, tmp_path: Path, monkeypatch: pytest
             convert_checkpoint(source, tmp_path / "made")
     else:
         made = convert_checkpoint(source, tmp_path / "made")
-        assert "image processor" in made.preprocessing["assumed_because"]
+        assert "image processor" in made["preprocessing"]["assumed_because"]
     assert not (tmp_path / "ran").exists()
     assert not [
         file for file in tmp_path.rglob("*") if file.name.startswith("evil") and file.parent != tmp_path / "source"
@@ -390,7 +390,7 @@ def test_remote_code_is_never_run(file: str, tmp_path: Path, monkeypatch: pytest
 def test_half_precision_is_kept_if_conversion_is_exact(tmp_path: Path) -> None:
     half = build_vit_classifier().to(torch.bfloat16)
     made = convert_checkpoint(save_checkpoint(half, tmp_path / "source"), tmp_path / "made")
-    assert max(made.comparisons[0].differences.values()) <= LIMIT
+    assert max(made["comparisons"][0]["differences"].values()) <= LIMIT
     weights = load_file(tmp_path / "made" / "model.safetensors")
     assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
     convert_checkpoint(save_checkpoint(half, tmp_path / "source"), tmp_path / "new", classifier="new")
@@ -400,8 +400,8 @@ def test_half_precision_is_kept_if_conversion_is_exact(tmp_path: Path) -> None:
     made = convert_checkpoint(
         save_checkpoint(randomize_weights(radio).half(), tmp_path / "radio"), tmp_path / "radio made"
     )
-    assert "written in float32" in made.notes[0]  # its normalization of pixels is folded into the patch projection
-    assert set(made.comparisons[0].differences) == {"cls", "registers", "patches", "pooled"}
+    assert "written in float32" in made["notes"][0]  # its normalization of pixels is folded into the patch projection
+    assert set(made["comparisons"][0]["differences"]) == {"cls", "registers", "patches", "pooled"}
     weights = load_file(tmp_path / "radio made" / "model.safetensors")
     assert {weight.dtype for weight in weights.values()} == {torch.float32}
 
@@ -412,7 +412,7 @@ def test_the_limit_is_relative_to_the_largest_value(tmp_path: Path) -> None:
     with torch.no_grad():
         randomize_weights(aim).rms_norm.weight.mul_(300)
     report = convert_checkpoint(save_checkpoint(aim, tmp_path / "source"), tmp_path / "made")
-    assert max(max(comparison.differences.values()) for comparison in report.comparisons) > 1e-5
+    assert max(max(comparison["differences"].values()) for comparison in report["comparisons"]) > 1e-5
     source = load_source(f"transformers:{tmp_path / 'source'}")
     model: Any = source.convert("keep", None)
     with torch.no_grad():

@@ -2,12 +2,9 @@
 
 from typing import Any
 
-import torch
-from helpers.tiny_models import build_images, build_tiny_config, randomize
+from helpers.tiny_models import build_tiny_config
 
-from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
 from modeling_vitcls.conversion.parity_report import (
-    compute_model_outputs,
     describe_position_embeddings,
     get_non_square_size,
 )
@@ -46,18 +43,3 @@ def test_notes_on_positions() -> None:
 def test_the_second_size_has_fewer_rows_and_more_columns() -> None:
     for native_size, other_size in (((32, 48), (24, 64)), ((4, 8), (4, 16))):
         assert get_non_square_size(native_size, (4, 8)) == other_size
-
-
-@torch.no_grad()
-def test_outputs_by_token_group() -> None:
-    layout = {"num_distillation_tokens": 1, "num_register_tokens": 2}
-    model = randomize(ViTCLSForImageClassification(build_tiny_config(**layout)))
-    outputs = compute_model_outputs(model, build_images())
-    sequence, expected = model.vitcls(build_images()).last_hidden_state, model(build_images())
-    groups = {"cls": sequence[:, :1], "distillation": sequence[:, 1:2], "registers": sequence[:, 2:4]}
-    heads = {name: expected[name] for name in ("logits", "cls_logits", "distillation_logits")}
-    torch.testing.assert_close(outputs, groups | {"patches": sequence[:, 4:]} | heads)
-    encoder = randomize(ViTCLSModel(build_tiny_config()))
-    outputs = compute_model_outputs(encoder, build_images())
-    assert outputs.keys() == {"cls", "patches", "pooled"}
-    assert torch.equal(outputs["pooled"], encoder(build_images()).pooler_output)

@@ -7,14 +7,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from huggingface_hub import constants
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError
 from transformers.utils import logging as transformers_logging
 
 from modeling_vitcls.hub import connection
 from modeling_vitcls.hub.connection import (
     HTTPError,
-    describe_gated_repo,
     format_hub_error,
     is_temporary,
     retry,
@@ -105,23 +103,6 @@ def test_messages_of_causes_are_joined_without_repetition() -> None:
     assert format_hub_error(build_hub_error(502, reason="Bad Gateway")) == "HTTP 502, Bad Gateway"
 
 
-@pytest.mark.parametrize(
-    ("path", "repository"),
-    [
-        ("/api/models/ann/model", "ann/model"),
-        ("/api/models/ann/model/revision/main", "ann/model"),
-        ("/ann/model/resolve/main/config.json", "ann/model"),
-        ("/datasets/ann/data/resolve/main/x.parquet", "datasets/ann/data"),
-    ],
-)
-def test_the_page_of_a_gated_repository_is_named(path: str, repository: str) -> None:
-    response: Any = SimpleNamespace(headers={}, request=None, url=SimpleNamespace(path=path), status_code=403)
-    assert describe_gated_repo(GatedRepoError("403 Client Error", response=response)) == (
-        f"{repository} is gated. Accept the conditions at {constants.ENDPOINT}/{repository}, and log in with "
-        "`hf auth login` or set HF_TOKEN"
-    )
-
-
 # Silence -------------------------------------------------------------------------------------------------------------
 
 
@@ -129,17 +110,16 @@ def get_transformers_output() -> tuple[int, bool]:
     return transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
 
 
-@pytest.mark.parametrize(("warnings", "progress_bars"), [(True, True), (True, False), (False, True)])
-def test_transformers_is_silent_within_the_block(warnings: bool, progress_bars: bool) -> None:
+def test_transformers_is_silent_within_the_block() -> None:
     before = get_transformers_output()
     transformers_logging.set_verbosity(logging.INFO)
     transformers_logging.enable_progress_bar()
     try:
-        with silence_transformers(warnings, progress_bars):
-            assert get_transformers_output() == (logging.ERROR if warnings else logging.INFO, not progress_bars)
+        with silence_transformers():
+            assert get_transformers_output() == (logging.ERROR, False)
         assert get_transformers_output() == (logging.INFO, True)
         transformers_logging.disable_progress_bar()
-        with silence_transformers(warnings, progress_bars):
+        with silence_transformers():
             pass
         assert get_transformers_output() == (logging.INFO, False)
     finally:

@@ -7,7 +7,7 @@ from helpers.local_hub import LocalHub
 from helpers.tiny_models import raises_one_line
 from huggingface_hub import HfApi, constants
 
-from modeling_vitcls.hub.loading import HubCommit, download_commit, resolve_commit
+from modeling_vitcls.hub.loading import HubCommit, download_files, resolve_commit
 
 
 pytestmark = pytest.mark.integration
@@ -44,10 +44,10 @@ def test_a_revision_is_resolved_to_its_commit(hub: LocalHub) -> None:
 
 
 def test_only_the_matching_files_of_the_commit_are_downloaded(hub: LocalHub, tmp_path: Path) -> None:
-    folder = download_commit(resolve_commit("ann/model", "v1"), ["*.json"], tmp_path / "files")
+    folder = download_files("ann/model", "v1", ["*.json"], folder=tmp_path / "files")
     assert folder == tmp_path / "files" and (folder / "config.json").read_bytes() == b"old"
     assert not (folder / "notes.txt").exists()
     with raises_one_line("cannot download ann/none: HTTP 40", error=OSError):
-        download_commit(HubCommit("ann/none", "0" * 40, needs_token=False), ["*.json"])
-    cached = download_commit(resolve_commit("ann/model"), ["*.txt"])
+        download_files("ann/none", "0" * 40, ["*.json"])
+    cached = download_files("ann/model", None, ["*.txt"])
     assert (cached / "notes.txt").read_bytes() == b"new" and cached.is_relative_to(tmp_path / "cache")

@@ -161,9 +161,8 @@ def test_the_license_of_the_initial_weights_is_inherited(
 
 def test_an_ignored_license_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     provenance = {"name": "ann/base", "base_model": "ann/base", "license": "cc-by-4.0"}
-    write_card(
-        write_run_folder(tmp_path / "mine", {"provenance": provenance}, {"license": "mit", "model": "ann/base"})
-    )
+    flags = {"license": "mit", "model": "ann/base"}
+    write_card(ModelFolder(write_run_folder(tmp_path / "mine", {"provenance": provenance}, flags)))
     (message,) = caplog.messages
     assert "--license mit" in message and "cc-by-4.0" in message
 

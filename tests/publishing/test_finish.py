@@ -15,6 +15,7 @@ from modeling_vitcls.analysis.inspection import InspectionImages
 from modeling_vitcls.data.images import ArrayImages
 from modeling_vitcls.files import read_json
 from modeling_vitcls.publishing.card import write_card
+from modeling_vitcls.publishing.model_folder import ModelFolder
 from modeling_vitcls.publishing.report import write_report
 
 
@@ -43,8 +44,8 @@ def test_a_run_gets_a_report_and_a_card_from_its_folder(tmp_path: Path, capsys: 
     for file in (folder / "README.md", folder / "report.html", *(folder / "images").iterdir()):
         file.unlink()
     moved = folder.rename(tmp_path / "moved")
-    assert write_report(moved, fail)
-    write_card(moved)
+    assert write_report(ModelFolder(moved), fail)
+    write_card(ModelFolder(moved))
     text = ModelCard.load(moved / "README.md").text
     expected = card.replace("# run", "# moved").replace('"run"', '"moved"')
     assert text.rpartition("<!--")[0] == expected.rpartition("<!--")[0]
@@ -75,8 +76,8 @@ def test_a_model_saved_by_hand_gets_a_report_and_a_card(tmp_path: Path) -> None:
     save_with_processor(ViTCLSForImageClassification(config), tmp_path / "mine")
     pictures = ArrayImages(np.stack([np.full((32, 32), value, np.uint8) for value in range(0, 250, 50)]))
     images = InspectionImages(pictures, [str(index) for index in range(5)], None, "five images")
-    summary = write_report(tmp_path / "mine", fail, images)
-    write_card(tmp_path / "mine")
+    summary = write_report(ModelFolder(tmp_path / "mine"), fail, images)
+    write_card(ModelFolder(tmp_path / "mine"))
     assert summary is not None and (tmp_path / "mine" / "report.html").is_file()
     card = ModelCard.load(tmp_path / "mine" / "README.md")
     assert "for image classification with 3 classes" in card.text and card.data.eval_results is None

@@ -15,6 +15,7 @@ from huggingface_hub import HfApi
 import modeling_vitcls as vitcls
 from modeling_vitcls.hub import connection
 from modeling_vitcls.publishing.card import write_card
+from modeling_vitcls.publishing.model_folder import ModelFolder
 from modeling_vitcls.publishing.push import PushError, prepare_repository, push_folder
 
 
@@ -68,7 +69,7 @@ def take_snapshot(folder: Path) -> dict[str, str]:
 
 def test_a_push_is_one_commit_of_the_model_files(hub: LocalHub, folder: Path) -> None:
     before = take_snapshot(folder)
-    pushed = push_folder(folder, "ann/model", message="Trained")
+    pushed = push_folder(ModelFolder(folder), "ann/model", message="Trained")
     repository = hub.repositories["ann/model"]
     assert len(repository.commits) == 2 and repository.branches == {"main": pushed.commit}
     assert repository.commits[pushed.commit].message == "Trained" and not repository.private
@@ -80,7 +81,7 @@ def test_a_push_is_one_commit_of_the_model_files(hub: LocalHub, folder: Path) ->
     recipe = yaml.safe_load(hub.read("ann/model", "config.resolved.yaml"))
     assert recipe == {"output_dir": "my-model", "model": "vitcls-tiny", "dataset": "digits", "epochs": 3.0}
     assert take_snapshot(folder) == before
-    assert push_folder(folder, "ann/model").commit == pushed.commit  # nothing changed
+    assert push_folder(ModelFolder(folder), "ann/model").commit == pushed.commit  # nothing changed
 
 
 @pytest.mark.parametrize(
@@ -97,7 +98,7 @@ def test_images_of_local_datasets_are_published_only_on_request(
     hub: LocalHub, folder: Path, flags: dict[str, Any], is_published: bool
 ) -> None:
     (folder / "config.resolved.yaml").write_text(yaml.safe_dump({"model": "vitcls-tiny"} | flags))
-    push_folder(folder, "ann/model")
+    push_folder(ModelFolder(folder), "ann/model")
     card = hub.read("ann/model", "README.md").decode()
     for name in ("report.html", "images/attention.png"):
         assert (name in hub.files("ann/model")) is is_published and (name in card) is is_published
@@ -107,11 +108,11 @@ def test_images_of_local_datasets_are_published_only_on_request(
 def test_results_of_other_weights_are_not_published(
     hub: LocalHub, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    push_folder(folder, "ann/model")
+    push_folder(ModelFolder(folder), "ann/model")
     assert "98.33%" in hub.read("ann/model", "README.md").decode()
     config = build_tiny_config(num_register_tokens=1)
     save_with_processor(vitcls.ViTCLSForImageClassification(config), folder)
-    push_folder(folder, "ann/model")
+    push_folder(ModelFolder(folder), "ann/model")
     names = set(hub.files("ann/model"))
     assert names >= MODEL_FILES
     assert not names & {"results.json", "config.resolved.yaml", "report.html", "images/attention.png"}
@@ -129,12 +130,12 @@ def test_onnx_files_are_pushed_only_with_the_weights_they_were_created_from(hub:
     report = {"weights_sha256": {WEIGHTS: digest}, "comparisons": [comparison]}
     report["labeled"] = scores | {"files": {"model.onnx": 0.9725}}
     (folder / "onnx" / "report.json").write_text(json.dumps(report))
-    push_folder(folder, "ann/model")
+    push_folder(ModelFolder(folder), "ann/model")
     assert {"onnx/model.onnx", "onnx/report.json"} <= set(hub.files("ann/model"))
     card = hub.read("ann/model", "README.md").decode()
     assert "| `onnx/model.onnx` | 2.5e-07 | 100.00% | 97.25% |\n" in card and "97.40%" in card
     save_with_processor(vitcls.ViTCLSForImageClassification(build_tiny_config(num_register_tokens=2)), folder)
-    push_folder(folder, "ann/model")
+    push_folder(ModelFolder(folder), "ann/model")
     assert not [name for name in hub.files("ann/model") if name.startswith("onnx/")]
     assert "onnx" not in hub.read("ann/model", "README.md").decode()
 
@@ -155,14 +156,14 @@ def write_export(folder: Path, **values: Any) -> None:
 def test_exported_files_are_pushed_only_with_the_weights_they_were_created_from(hub: LocalHub, folder: Path) -> None:
     write_export(folder)
     (folder / "pytorch_model.bin").write_bytes(b"pickled")
-    push_folder(folder, "ann/model")
+    push_folder(ModelFolder(folder), "ann/model")
     names = set(hub.files("ann/model"))
     assert {"model.xml", "model.bin", "model.xml.json"} <= names and "pytorch_model.bin" not in names
     card = hub.read("ann/model", "README.md").decode()
     (row,) = (line for line in card.splitlines() if line.startswith("| `model.xml` |"))
     assert all(text in row for text in ("int8", "1.5 MiB", "97.25% (95.00% to 99.00%)", "97.40%", "359", "1,234"))
     save_with_processor(vitcls.ViTCLSForImageClassification(build_tiny_config(num_register_tokens=2)), folder)
-    push_folder(folder, "ann/model")
+    push_folder(ModelFolder(folder), "ann/model")
     assert not set(hub.files("ann/model")) & {"model.xml", "model.bin", "model.xml.json"}
     assert "model.xml" not in hub.read("ann/model", "README.md").decode()
 
@@ -173,7 +174,7 @@ def test_a_folder_of_exported_files_is_pushed_without_weights_and_code(hub: Loca
     for file in (*folder.glob("*.safetensors"), *folder.glob("*.py"), folder / "config.resolved.yaml"):
         file.unlink()
     (folder / "results.json").write_text('{"files": {}}')
-    push_folder(folder, "ann/export")
+    push_folder(ModelFolder(folder), "ann/export")
     assert set(hub.files("ann/export")) - {".gitattributes"} == {
         *("config.json", "preprocessor_config.json", "results.json", "README.md"),
         *("model.xml", "model.bin", "model.xml.json"),
@@ -185,14 +186,14 @@ def test_a_folder_of_exported_files_is_pushed_without_weights_and_code(hub: Loca
 
 def test_a_push_removes_outdated_files_of_its_branch_and_keeps_others(hub: LocalHub, folder: Path) -> None:
     """Shards replace a single file, and files of earlier versions are removed."""
-    push_folder(folder, "ann/model")
+    push_folder(ModelFolder(folder), "ann/model")
     for name in ("notes.md", "handler.py", "parity_report.json"):
         HfApi().upload_file(path_or_fileobj=b"mine", path_in_repo=name, repo_id="ann/model")
     main = hub.repositories["ann/model"].branches["main"]
     (folder / WEIGHTS).unlink()
     vitcls.ViTCLSForImageClassification(build_tiny_config()).save_pretrained(folder, max_shard_size="20KB")
     write_results(folder)
-    push_folder(folder, "ann/model", branch="new")
+    push_folder(ModelFolder(folder), "ann/model", branch="new")
     names = set(hub.files("ann/model", "new"))
     shards = {path.name for path in folder.glob("model-*.safetensors")}
     assert len(shards) > 1 and shards | {"notes.md", "results.json"} <= names
@@ -214,7 +215,7 @@ def test_a_push_removes_outdated_files_of_its_branch_and_keeps_others(hub: Local
 def test_an_incomplete_model_is_not_pushed(hub: LocalHub, folder: Path, spoil: Any, words: list[str]) -> None:
     spoil(folder)
     with raises_one_line(*words, error=(ValueError, OSError)):
-        push_folder(folder, "ann/model")
+        push_folder(ModelFolder(folder), "ann/model")
     assert not hub.repositories
 
 
@@ -222,33 +223,33 @@ def test_code_in_another_repository_is_not_pushed(hub: LocalHub, folder: Path) -
     config = (folder / "config.json").read_text().replace('": "modeling_vitcls.', '": "ann/code--modeling_vitcls.')
     (folder / "config.json").write_text(config)
     with raises_one_line("ann/code--modeling_vitcls", "another repository"):
-        push_folder(folder, "ann/model")
+        push_folder(ModelFolder(folder), "ann/model")
 
 
 # Cards ---------------------------------------------------------------------------------------------------------------
 
 
 def test_a_generated_card_names_the_repository(hub: LocalHub, folder: Path) -> None:
-    write_card(folder)
+    write_card(ModelFolder(folder))
     local_card = (folder / "README.md").read_text()
     assert "# my-run\n" in local_card and 'model="my-run"' in local_card
-    push_folder(folder, "ann/model")
+    push_folder(ModelFolder(folder), "ann/model")
     card = hub.read("ann/model", "README.md").decode()
     assert "# ann/model\n" in card and 'model="ann/model"' in card and "my-run" not in card
     assert (folder / "README.md").read_text() == local_card
 
 
 def test_an_edited_card_is_published_as_it_is(hub: LocalHub, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    write_card(folder)
+    write_card(ModelFolder(folder))
     text = (folder / "README.md").read_text().replace("# my-run", "# My model")
     (folder / "README.md").write_text(text)
-    push_folder(folder, "ann/model")
+    push_folder(ModelFolder(folder), "ann/model")
     assert hub.read("ann/model", "README.md").decode() == text and "ann/model" in caplog.text
-    write_card(folder)
+    write_card(ModelFolder(folder))
     assert (folder / "README.md").read_text() == text
     (folder / "README.md").write_text("---\nlicense: [\n---\n")  # invalid YAML
     with raises_one_line("README.md", "vitcls push", error=PushError):
-        push_folder(folder, "ann/model")
+        push_folder(ModelFolder(folder), "ann/model")
 
 
 # Permissions ---------------------------------------------------------------------------------------------------------
@@ -300,7 +301,7 @@ def test_a_push_that_is_not_permitted_is_an_error_before_a_run(
 def test_a_new_repository_has_the_default_visibility_of_the_account(hub: LocalHub, folder: Path) -> None:
     hub.private_by_default.add("ann")
     prepare_repository("ann/prepared", "my-run")
-    push_folder(folder, "ann/pushed")
+    push_folder(ModelFolder(folder), "ann/pushed")
     assert hub.repositories["ann/prepared"].private and hub.repositories["ann/pushed"].private
 
 
@@ -313,7 +314,7 @@ def test_a_public_repository_is_not_accepted_for_a_private_push(hub: LocalHub) -
 
 def test_offline_mode_is_an_error(hub: LocalHub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    for push in (lambda: prepare_repository("ann/model", "x"), lambda: push_folder(folder, "ann/model")):
+    for push in (lambda: prepare_repository("ann/model", "x"), lambda: push_folder(ModelFolder(folder), "ann/model")):
         with raises_one_line("HF_HUB_OFFLINE"):
             push()
 
@@ -333,7 +334,7 @@ def test_offline_mode_is_an_error(hub: LocalHub, folder: Path, monkeypatch: pyte
 )
 def test_temporary_failures_are_retried(hub: LocalHub, folder: Path, method: str, path: str, kind: Any) -> None:
     hub.fail(method, path, kind)
-    pushed = push_folder(folder, "ann/model")
+    pushed = push_folder(ModelFolder(folder), "ann/model")
     assert hub.repositories["ann/model"].branches["main"] == pushed.commit
     assert set(hub.files("ann/model")) >= MODEL_FILES and len(hub.repositories["ann/model"].commits) == 2
 
@@ -343,4 +344,4 @@ def test_a_failed_push_prints_the_command_that_completes_it(hub: LocalHub, folde
     hub.fail("POST", "/commit/", 403)
     command = f"vitcls push --model {folder} --hub-model-id ann/model --private --branch new"
     with raises_one_line("HTTP 403", command, error=PushError):
-        push_folder(folder, "ann/model", private=True, branch="new")
+        push_folder(ModelFolder(folder), "ann/model", private=True, branch="new")

@@ -25,6 +25,7 @@ from sklearn.datasets import load_sample_images
 
 import modeling_vitcls as vitcls
 from modeling_vitcls.hub import connection
+from modeling_vitcls.publishing.model_folder import ModelFolder
 from modeling_vitcls.publishing.push import push_folder
 from modeling_vitcls.publishing.space import find_published_model
 
@@ -171,12 +172,12 @@ def hub(hub: LocalHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Local
 
 def test_the_space_runs_without_this_package(hub: LocalHub, classifier: Path, photo: Path, tmp_path: Path) -> None:
     """Later commits of the model have no effect. Only uploaded files and examples are opened."""
-    push_folder(classifier, "ann/mine")
+    push_folder(ModelFolder(classifier), "ann/mine")
     model = find_published_model("ann/mine")
     space = tmp_path / "space"
     assert run_in_process("push_space.py", "--model", "ann/mine", "--output", space, "--examples", photo) == 0
     save_with_processor(vitcls.ViTCLSForImageClassification(build_tiny_config(num_labels=1)), tmp_path / "newer")
-    push_folder(tmp_path / "newer", "ann/mine")
+    push_folder(ModelFolder(tmp_path / "newer"), "ann/mine")
 
     assert model.sha in (space / "app.py").read_text()
     command = WITHOUT_PACKAGE.format(tests=str(Path(__file__).parents[1]), folder=str(space))

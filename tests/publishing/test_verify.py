@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import modeling_vitcls as vitcls
 from modeling_vitcls.hub import connection
+from modeling_vitcls.publishing.model_folder import ModelFolder
 from modeling_vitcls.publishing.push import push_folder
 from modeling_vitcls.publishing.verify import (
     VerificationError,
@@ -76,14 +77,13 @@ def test_the_script_pushes_and_verifies_a_private_model(hub: LocalHub, folder: P
 def test_each_kind_of_model_is_verified_at_an_old_tag(hub: LocalHub, tmp_path: Path, kind: str) -> None:
     model_class, fields, auto_classes = KINDS[kind]
     model = model_class(build_tiny_config(**fields))
-    first = push_folder(save_with_processor(model, tmp_path / kind), "ann/model").commit
+    first = push_folder(ModelFolder(save_with_processor(model, tmp_path / kind)), "ann/model").commit
     HfApi().create_tag("ann/model", tag="v1", revision=first)
-    push_folder(save_classifier(tmp_path / "other"), "ann/model")
+    push_folder(ModelFolder(save_classifier(tmp_path / "other")), "ann/model")
     report = verify("ann/model", "v1")
-    assert report.commit.sha == first and report.class_names[auto_classes[-1]] == model_class.__name__
-    assert set(report.differences) == {*auto_classes, "AutoImageProcessor"}
-    assert max(report.differences.values()) <= 1e-6
-    assert report.code_comparison == f"code of modeling_vitcls {vitcls.__version__}"
+    assert first in report and model_class.__name__ in report
+    assert all(f"    {name} " in report for name in (*auto_classes, "AutoImageProcessor"))
+    assert f"code of modeling_vitcls {vitcls.__version__}" in report
 
 
 # Untrusted code ------------------------------------------------------------------------------------------------------
@@ -99,11 +99,11 @@ def test_published_code_runs_in_another_process_and_other_logits_are_noticed(
     code, seen = folder / "heads_vitcls.py", tmp_path / "seen.json"
     spy = f"import json, os\njson.dump([os.getpid(), dict(os.environ)], open({str(seen)!r}, 'w'))\n"
     code.write_text(code.read_text() + CHANGED_CODE + spy)
-    pushed = push_folder(folder, "ann/model")
+    pushed = push_folder(ModelFolder(folder), "ann/model")
     assert not seen.exists()
     monkeypatch.setenv("MY_SECRET", "42")
     with raises_one_line("differ from the reference", "the limit", error=VerificationError):
-        verify("ann/model", pushed.commit, folder)
+        verify("ann/model", pushed.commit, ModelFolder(folder))
     process, environment = json.loads(seen.read_text())
     assert process != os.getpid()
     assert "hf_ann" not in environment.values() and "MY_SECRET" not in environment
@@ -136,13 +136,13 @@ def test_code_that_does_not_load_is_an_error(hub: LocalHub, folder: Path, code: 
     """Code that requires this package, raises an error, or ends the process."""
     file = folder / "modeling_vitcls.py"
     file.write_text(code + file.read_text())
-    pushed = push_folder(folder, "ann/model")
+    pushed = push_folder(ModelFolder(folder), "ann/model")
     with raises_one_line("ann/model", *words, error=VerificationError):
-        verify("ann/model", pushed.commit, folder)
+        verify("ann/model", pushed.commit, ModelFolder(folder))
     with raises_one_line(
         "was pushed, but not verified", f"--verify-only ann/model --revision {pushed.commit}", error=OSError
     ):
-        verify_push(pushed, folder)
+        verify_push(pushed, ModelFolder(folder))
 
 
 # Files ---------------------------------------------------------------------------------------------------------------
@@ -150,22 +150,22 @@ def test_code_that_does_not_load_is_an_error(hub: LocalHub, folder: Path, code: 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "modeling_vitcls.py", "config.json"])
 def test_a_file_that_is_corrupted_in_storage_is_named(hub: LocalHub, folder: Path, file: str) -> None:
-    pushed = push_folder(folder, "ann/model")
+    pushed = push_folder(ModelFolder(folder), "ann/model")
     hub.corrupt("ann/model", file)
     with raises_one_line("damaged", file, error=(VerificationError, OSError)):
         verify("ann/model", pushed.commit)
 
 
 def test_a_folder_that_changed_after_the_push_is_noticed(hub: LocalHub, folder: Path) -> None:
-    pushed = push_folder(folder, "ann/model")
+    pushed = push_folder(ModelFolder(folder), "ann/model")
     HfApi().delete_file("preprocessor_config.json", "ann/model")
     with raises_one_line("preprocessor_config.json", f"Push {folder} again", error=VerificationError):
-        verify("ann/model", "main", folder)
+        verify("ann/model", "main", ModelFolder(folder))
     weights = load_file(folder / "model.safetensors")
     weights["classifier.bias"] += 1
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with raises_one_line("model.safetensors", f"Push {folder} again", error=VerificationError):
-        verify("ann/model", pushed.commit, folder)
+        verify("ann/model", pushed.commit, ModelFolder(folder))
 
 
 def test_other_repositories_are_one_line_errors(hub: LocalHub) -> None:
