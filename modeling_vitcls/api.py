@@ -108,8 +108,7 @@ def predict(model: str | Path, images: Any = (), **flags: Any) -> list[dict[str,
         model: a folder, a Hub id or any other checkpoint that `--model` accepts.
         images: a path, a URL, or a list of paths, URLs, encoded images (bytes), PIL images or arrays. A folder path
             selects all images in the folder. To use a dataset instead, set `dataset`.
-        flags: other flags of `vitcls predict`, except `output`, `shard_size`, `shard`
-            and `merge`.
+        flags: other flags of `vitcls predict`, except `output`.
 
     Returns:
         A list with one dict per image: `index`, `image`, the predicted columns, and `error` (None, or the reason why
@@ -122,9 +121,8 @@ def predict(model: str | Path, images: Any = (), **flags: Any) -> list[dict[str,
 
     images = [images] if isinstance(images, str | bytes | Path) else list(images)
     placeholder_paths = tuple(map(str, range(len(images))))  # PredictOptions requires one path per image
-    fixed_flags: dict[str, Any] = {name: getattr(PredictOptions, name) for name in ("shard_size", "shard", "merge")}
-    fixed_flags["output"] = Path("not-written.json")
-    options = build_options(PredictOptions, fixed_flags, model=model, paths=placeholder_paths, **flags)
+    output = Path("not-written.json")  # features require a file
+    options = build_options(PredictOptions, model=model, paths=placeholder_paths, output=output, **flags)
     return predict_from_options(options, images)
 
 
@@ -151,11 +149,10 @@ def inspect_tokens(model: str | Path, images: Any = (), **flags: Any) -> Any:
 # Options -------------------------------------------------------------------------------------------------------------
 
 
-def build_options(options_class: type[Options], fixed_flags: dict[str, Any] | None = None, /, **flags: Any) -> Options:
-    """Build the options of a command from the user's `flags` and from `fixed_flags`, which users cannot set. An
-    in-memory dataset is registered under a generated name. Raise TypeError if a flag is unknown, and ValueError if a
-    value is not allowed."""
-    known_flags = get_flag_names(options_class) - {"config", *(fixed_flags or {})}
+def build_options(options_class: type[Options], /, **flags: Any) -> Options:
+    """Build the options of a command. An in-memory dataset is registered under a generated name. Raise TypeError if a
+    flag is unknown, and ValueError if a value is not allowed."""
+    known_flags = get_flag_names(options_class) - {"config"}
     for name in flags:
         if name not in known_flags:
             similar_names = difflib.get_close_matches(name, known_flags, n=1)
@@ -165,7 +162,7 @@ def build_options(options_class: type[Options], fixed_flags: dict[str, Any] | No
         from .data.in_memory import add_dataset
 
         flags["dataset"] = add_dataset(flags["dataset"])
-    return build_dataclass(options_class, flags | (fixed_flags or {}))
+    return build_dataclass(options_class, flags)
 
 
 def build_dataclass(dataclass_type: Any, flags: dict[str, Any]) -> Any:

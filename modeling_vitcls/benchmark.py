@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.benchmark import Timer, timer
 from transformers import PreTrainedModel
 
 from .configuration_vitcls import ViTCLSConfig
@@ -77,8 +78,8 @@ class Row:
         return statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
 
 
-def run_benchmarks(settings: BenchmarkOptions, report: Callable[[str], None] = print) -> list[Row]:
-    """Measure all rows. `report` receives one line about each row.
+def run_benchmarks(settings: BenchmarkOptions) -> list[Row]:
+    """Measure all rows, and print one line about each row.
 
     Raises:
         ValueError: If the model cannot be loaded, the device does not support a backend, or outputs differ by more
@@ -109,7 +110,7 @@ def run_benchmarks(settings: BenchmarkOptions, report: Callable[[str], None] = p
                 measure_rows(new_rows, functions, settings.rounds)
                 for row in new_rows:
                     speed = statistics.median(row.throughputs)
-                    report(f"{work}, batch {batch_size}: {row.engine} {row.precision}: {speed:.1f} images/s")
+                    print(f"{work}, batch {batch_size}: {row.engine} {row.precision}: {speed:.1f} images/s")
                 rows += new_rows
     return rows
 
@@ -273,27 +274,15 @@ def measure_rows(rows: list[Row], functions: list[Function], num_rounds: int) ->
 
 
 def measure_calls_per_second(function: Function) -> float:
-    """Return the number of calls per second, after a warm-up call."""
-    function()
-    synchronize_gpu()
-    read_clock = time.process_time if uses_cpu_time() else time.perf_counter
-    num_calls, start_time = 0, read_clock()
-    while num_calls == 0 or read_clock() - start_time < SECONDS_PER_MEASUREMENT:
-        function()
-        synchronize_gpu()
-        num_calls += 1
-    return num_calls / (read_clock() - start_time)
+    """Return the number of calls per second."""
+    clock = time.process_time if uses_cpu_time() else timer  # `timer` waits for the GPU
+    measurement = Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads(), timer=clock)
+    return 1 / measurement.blocked_autorange(min_run_time=SECONDS_PER_MEASUREMENT).median
 
 
 def uses_cpu_time() -> bool:
     """Return whether speed is measured per second of CPU time, which other programs hardly change: with one thread."""
     return torch.get_num_threads() == 1 and not torch.cuda.is_initialized()
-
-
-def synchronize_gpu() -> None:
-    """Wait until the GPU has finished all work, if this process uses a GPU."""
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
 
 
 @torch.no_grad()

@@ -33,8 +33,6 @@ Tensors = dict[str, torch.Tensor]
 
 STATE_FILE = "state.json"
 STEP_FOLDER_PATTERN = re.compile(r"step-(\d{8,})")
-# Suffixes of hidden folders that are incomplete or being replaced.
-PARTIAL_SUFFIX, REPLACED_SUFFIX = ".partial", ".replaced"
 WRITE_ERRORS = (OSError, SafetensorError)  # exceptions raised by failed writes
 
 
@@ -81,13 +79,16 @@ class CheckpointStore:
             OSError: if the checkpoint cannot be written; earlier checkpoints are left unchanged.
         """
         target = self.get_folder(step)
-        partial_folder = get_hidden_path(target, PARTIAL_SUFFIX)
+        partial_folder = get_partial_path(target)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.clean_up_interrupted_saves()
+            if target.exists():  # damaged: the run was resumed from an earlier checkpoint
+                remove_checkpoint(target)
             partial_folder.mkdir()
             write_checkpoint(partial_folder, step, tensor_groups, metadata, is_best)
-            move_into_place(partial_folder, target)
+            partial_folder.rename(target)
+            sync_to_disk(target.parent)
         except WRITE_ERRORS as error:
             shutil.rmtree(partial_folder, ignore_errors=True)
             raise OSError(
@@ -99,7 +100,7 @@ class CheckpointStore:
     def load_newest(self, warn: Callable[[str], None]) -> Checkpoint | None:
         """Return the newest undamaged checkpoint, or None if there are no checkpoints. Call `warn` with a message for
         each damaged checkpoint. Raise ValueError if all checkpoints are damaged."""
-        self.clean_up_interrupted_saves(warn)
+        self.clean_up_interrupted_saves()
         error_messages = []
         for step in reversed(self.list_steps()):
             try:
@@ -153,22 +154,10 @@ class CheckpointStore:
             if stored_step not in steps_to_keep:
                 remove_checkpoint(self.get_folder(stored_step))
 
-    def clean_up_interrupted_saves(self, warn: Callable[[str], None] = lambda message: None) -> None:
-        """Remove the partial folders of interrupted saves and removals, and restore checkpoints whose replacement was
-        interrupted. Links, which a run does not write, are skipped with a warning."""
-        for link in filter(Path.is_symlink, self.folder.glob(".step-*")):
-            warn(f"{link} is a link, which is not part of a run and is ignored")
-        for replaced_folder in self.folder.glob(f".step-*{REPLACED_SUFFIX}"):
-            if replaced_folder.is_symlink():
-                continue
-            target = self.folder / replaced_folder.name.removeprefix(".").removesuffix(REPLACED_SUFFIX)
-            if target.exists():
-                shutil.rmtree(replaced_folder)
-            else:
-                replaced_folder.rename(target)
-        for partial_folder in self.folder.glob(f".step-*{PARTIAL_SUFFIX}"):
-            if not partial_folder.is_symlink():
-                shutil.rmtree(partial_folder)
+    def clean_up_interrupted_saves(self) -> None:
+        """Remove the partial folders of interrupted saves and removals. Links are not followed."""
+        for partial_folder in self.folder.glob(get_partial_path(Path("step-*")).name):
+            shutil.rmtree(partial_folder, ignore_errors=True)
 
 
 # Checkpoint files ----------------------------------------------------------------------------------------------------
@@ -201,26 +190,12 @@ def read_state(folder: Path) -> dict[str, Any]:
     try:
         state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
         expected_digest = state.pop("sha256")
-        is_valid = compute_json_digest(state) == expected_digest and is_valid_state(state, folder)
+        is_valid = compute_json_digest(state) == expected_digest
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):  # other types of values
         is_valid = False
     if not is_valid:
         raise DamagedCheckpointError(folder, f"{STATE_FILE} is missing or not valid")
     return state
-
-
-def is_valid_state(state: dict[str, Any], folder: Path) -> bool:
-    """Return whether a JSON object has the fields of state.json, belongs to the step in the name of the folder, and
-    lists no files outside the folder."""
-    match = STEP_FOLDER_PATTERN.fullmatch(folder.name)
-    step, metadata = state["step"], state["metadata"]
-    return (
-        type(step) is int
-        and (match is None or step == int(match[1]))
-        and 0 <= step <= metadata.get("num_steps", step)
-        and isinstance(metadata.get("flags", {}), dict)
-        and all(Path(name).name == name and isinstance(sha256, str) for name, sha256 in state["files"].items())
-    )
 
 
 def format_state(state: dict[str, Any]) -> str:
@@ -248,26 +223,15 @@ def clone_shared_tensors(tensors: Tensors) -> Tensors:
     return cpu_tensors
 
 
-def move_into_place(partial_folder: Path, target: Path) -> None:
-    """Rename a complete folder to `target`. An earlier checkpoint of the same step is hidden first, then removed."""
-    replaced_folder = get_hidden_path(target, REPLACED_SUFFIX)
-    if target.exists():
-        target.rename(replaced_folder)
-    partial_folder.rename(target)
-    sync_to_disk(target.parent)
-    shutil.rmtree(replaced_folder, ignore_errors=True)
-
-
 def remove_checkpoint(folder: Path) -> None:
-    """Rename a checkpoint to a hidden path, then remove it. An interrupted removal does not leave a damaged
+    """Rename a checkpoint to its partial path, then remove it. An interrupted removal does not leave a damaged
     checkpoint."""
-    hidden_folder = folder.rename(get_hidden_path(folder, PARTIAL_SUFFIX))
-    shutil.rmtree(hidden_folder, ignore_errors=True)
+    shutil.rmtree(folder.rename(get_partial_path(folder)), ignore_errors=True)
 
 
-def get_hidden_path(folder: Path, suffix: str) -> Path:
-    """Return the hidden path of a folder that is incomplete, being replaced or being removed."""
-    return folder.with_name(f".{folder.name}{suffix}")
+def get_partial_path(folder: Path) -> Path:
+    """Return the hidden path of a checkpoint that is incomplete or being removed."""
+    return folder.with_name(f".{folder.name}.partial")
 
 
 def compute_file_digest(file: Path) -> str:

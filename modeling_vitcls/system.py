@@ -38,13 +38,6 @@ def get_peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * bytes_per_unit
 
 
-def reset_peak_memory(device: torch.device) -> None:
-    """Reset the peak memory statistics of a GPU. On other devices, the peak memory cannot be reset."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-
-
 def describe_device(accelerator: Accelerator) -> str:
     """Return the name of the device and, if the model is sharded, the sharding method."""
     name = format_device_name(accelerator.device) + (" per process" if accelerator.device.type == "cpu" else "")

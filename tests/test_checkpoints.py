@@ -205,40 +205,16 @@ def test_nothing_is_unpickled(store: CheckpointStore, tmp_path: Path) -> None:
     assert not ran.exists()
 
 
-OTHER_STATES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
-    "nothing": lambda state: {},
-    "no files": lambda state: {name: value for name, value in state.items() if name != "files"},
-    "files of another folder": lambda state: state | {"files": {"../../secret": "0" * 64}},
-    "no metadata": lambda state: state | {"metadata": None},
-    "a step that is true": lambda state: state | {"step": True},
-    "the step of another folder": lambda state: state | {"step": 10},
-    "a step after the last step": lambda state: state | {"metadata": {"num_steps": 19}},
-    "a number of steps in text": lambda state: state | {"metadata": {"num_steps": "20"}},
-}
-
-
-@pytest.mark.parametrize("shape", OTHER_STATES)
-def test_a_state_of_any_other_shape_is_damaged(store: CheckpointStore, shape: str) -> None:
-    """The checksum of the file is correct."""
-    save(store, 10, 20)
-    state = OTHER_STATES[shape](read_state(store.get_folder(20)))
-    (store.get_folder(20) / "state.json").write_text(format_state(state), encoding="utf-8")
-    step, (warning,) = get_newest(store)
-    assert step == 10 and "step-00000020 is damaged: state.json" in warning
-
-
-@pytest.mark.parametrize("name", [".step-00000009.partial", ".step-9.partial", ".step-00000010.replaced"])
-def test_a_link_is_named_and_skipped(store: CheckpointStore, tmp_path: Path, name: str) -> None:
+def test_a_link_is_not_followed(store: CheckpointStore, tmp_path: Path) -> None:
     """A run does not write links, and must not remove the files of a link's target."""
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").touch()
     save(store, 10)
-    (store.folder / name).symlink_to(tmp_path / "mine")
-    step, (warning,) = get_newest(store)
-    assert step == 10 and str(store.folder / name) in warning
+    (store.folder / ".step-00000009.partial").symlink_to(tmp_path / "mine")
+    assert get_newest(store) == (10, [])
     save(store, 20)
     store.clear()
-    assert list_files(store.folder) == [name] and list_files(tmp_path / "mine") == ["notes.txt"]
+    assert list_files(store.folder) == [".step-00000009.partial"] and list_files(tmp_path / "mine") == ["notes.txt"]
 
 
 class Trap:
@@ -255,7 +231,7 @@ class Trap:
 
 
 def save_and_die(folder: Path, calls: int) -> None:
-    """Save step 20 twice; exit when files or folders are flushed to disk for the `calls`-th time."""
+    """Save step 20; exit when files or folders are flushed to disk for the `calls`-th time."""
     count = 0
 
     def fsync(descriptor: int) -> None:
@@ -266,38 +242,21 @@ def save_and_die(folder: Path, calls: int) -> None:
 
     os.fsync = fsync
     torch.set_num_threads(1)
-    save(CheckpointStore(folder, num_kept=2), 20, 20)
+    save(CheckpointStore(folder, num_kept=2), 20)
 
 
 @pytest.mark.slow
 @needs_fork
-@pytest.mark.parametrize("calls", range(1, 12))
+@pytest.mark.parametrize("calls", range(1, 7))
 def test_a_save_killed_before_each_step_of_it(store: CheckpointStore, calls: int) -> None:
     save(store, 10)
     process = READY.Process(target=save_and_die, args=(store.folder, calls))
     process.start()
     process.join()
-    assert process.exitcode == (-signal.SIGKILL if calls <= 10 else 0)  # 2 x (3 files, their folder, all folders)
+    assert process.exitcode == (-signal.SIGKILL if calls <= 5 else 0)  # 3 files, their folder, all folders
     assert get_newest(store) == (10 if calls <= 4 else 20, [])
     save(store, 30)
     assert store.list_steps() == ([10, 30] if calls <= 4 else [20, 30])
-    assert not list(store.folder.glob(".*"))
-
-
-def test_a_save_killed_between_its_two_renames(store: CheckpointStore) -> None:
-    save(store, 10, 20)
-    store.get_folder(20).rename(store.folder / ".step-00000020.replaced")
-    shutil.copytree(store.get_folder(10), store.folder / ".step-00000020.partial")
-    assert get_newest(store) == (20, [])
-    assert not list(store.folder.glob(".*"))
-    # after both renames, before the replaced folder is removed
-    shutil.copytree(store.get_folder(10), store.folder / ".step-00000020.replaced")
-    assert get_newest(store) == (20, [])
-    assert not list(store.folder.glob(".*"))
-    # the next save removes the folder of the same step
-    shutil.copytree(store.get_folder(10), store.folder / ".step-00000030.partial")
-    save(store, 30)
-    assert get_newest(store) == (30, [])
     assert not list(store.folder.glob(".*"))
 
 

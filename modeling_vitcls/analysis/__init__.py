@@ -1,7 +1,8 @@
 """Attention, statistics and diagnosis of special tokens.
 
-from modeling_vitcls.analysis.report import write_report
-write_report("report.html", model, processor, images)
+from modeling_vitcls.analysis.inspection import inspect_model
+from modeling_vitcls.analysis.report import write_page
+write_page("report.html", inspect_model(model, processor, images))
 
 maps.py                 attention to patches as maps on the pixels of an image
 attribution.py          attention of every layer, attention rollout and gradient attribution

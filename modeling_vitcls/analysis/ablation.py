@@ -14,7 +14,7 @@ replaced with a random vector of the same norm. Effects, null distributions and 
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -35,6 +35,7 @@ from .model_utils import evaluation_mode, get_classifier_or_encoder, is_classifi
 # Callable that returns batches: pixel_values [B, C, H, W] on the model's device, and labels or None. Labels are [B, A]
 # with the columns of all tasks (see `Predictions`), or [B] if A is 1. Each call returns the same batches.
 Batches = Callable[[], Iterable[tuple[torch.Tensor, torch.Tensor | None]]]
+Watch = Callable[[Collection[Any], str], Iterable[Any]]  # (items, description) -> items, with a progress bar
 Outputs = dict[str, Any]  # name of a task or a feature -> `Predictions` or `Features`
 
 MIN_IMAGES = 16  # minimum number of images required to judge an effect
@@ -102,13 +103,14 @@ class Effect:
 Ablations = dict[str, dict[str, dict[str, Effect]]]  # kind -> token key or group name -> output name -> effect
 
 
-def compute_ablations(model: Any, batches: Batches) -> Ablations:
+def compute_ablations(model: Any, batches: Batches, watch: Watch = lambda items, description: items) -> Ablations:
     """Return the effects of each special token and of each group of several tokens, with their null distributions.
 
     Args:
         model: any ViTCLS model.
-        batches: callable that returns an iterable over batches of images and labels; it is called `count_passes`
-            times.
+        batches: callable that returns an iterable over batches of images and labels; it is called several times for
+            each token.
+        watch: function that returns the same items and shows the progress.
 
     Raises:
         ValueError: if there are no images, or labels have the wrong shape.
@@ -124,12 +126,12 @@ def compute_ablations(model: Any, batches: Batches) -> Ablations:
         return {name: compute_effect(output, after[name]) for name, output in before.items()}
 
     hidden = {}  # token key or group name -> outputs with these tokens hidden
-    for key, indices in targets.items():
+    for key, indices in watch(targets.items(), "ablating tokens"):
         with replace_by_means(model, indices, means[:, indices]):
             ablations["information"][key] = compute_effects(collect_outputs(model, batches))
         hidden[key] = collect_outputs(model, batches, indices)
         ablations["presence"][key] = compute_effects(hidden[key])
-    for keys, draws in plan_redraws(model):
+    for keys, draws in watch(list(plan_redraws(model)), "ablating random tokens"):
         sizes: dict[tuple[str, str], list[float]] = {}  # (kind, output name) -> null distribution
         drops: dict[tuple[str, str], list[torch.Tensor]] = {}  # (redrawn key, output name) -> drops [images] per draw
         for key in draws:
@@ -155,12 +157,6 @@ def compute_ablations(model: Any, batches: Batches) -> Ablations:
                 effects, drop = ablations[kind][key], intervals.get((key, name))
                 effects[name] = replace(effects[name], null_sizes=tuple(null_sizes), redraw_drop=drop)
     return ablations
-
-
-def count_passes(model: Any) -> int:
-    """Return the number of passes of `compute_ablations` over the images."""
-    targets = get_ablation_targets(model.config.token_layout)
-    return 1 + 2 * len(targets) + sum(2 * len(draws) for _, draws in plan_redraws(model)) if targets else 0
 
 
 def plan_redraws(model: Any) -> Iterator[tuple[list[str], list[str]]]:

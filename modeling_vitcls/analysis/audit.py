@@ -23,8 +23,9 @@ import torch
 from jinja2 import Environment, PackageLoader
 from PIL import Image
 from rich.console import Console
-from rich.progress import track
+from scipy.special import softmax
 from sklearn.model_selection import cross_val_predict
+from sklearn.neighbors import NearestNeighbors
 
 from ..conversion.any_checkpoint import resolve_checkpoint
 from ..data.held_out import RESULTS_FILE, read_held_out_record
@@ -33,8 +34,9 @@ from ..data.sources import load_splits
 from ..data.splits import load_evaluation_data
 from ..hub.loading import MODEL_FILE_PATTERNS
 from ..hub.model_files import PREDICTIONS_FILE
-from ..inference.evaluate import match_labels
-from ..inference.frozen import build_classifier
+from ..inference.evaluate import match_labels, set_up_evaluation
+from ..inference.evaluator import Evaluator, get_evaluator_arguments
+from ..inference.frozen import FeatureEvaluator, build_classifier
 from ..inference.load_model import load_model
 from ..options import EvaluateOptions
 
@@ -47,7 +49,7 @@ MAX_PIXEL_DISTANCE = 0.1  # maximum distance of near duplicates, 1 - correlation
 MAX_RELATIVE_DISTANCE = 0.25
 OUTLIER_FRACTION = 0.01  # fraction of the images that the page lists as outliers
 MAX_SHOWN = 100  # maximum number of rows of a table with thumbnails
-BLOCK_SIZE = 1024  # images per block of the similarity matrix
+BLOCK_SIZE = 1024  # images whose neighbors' pixels are compared at once
 
 
 @dataclass
@@ -76,13 +78,12 @@ def audit_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
         OSError: if the model or the dataset cannot be read, or the page cannot be written.
     """
     assert options.audit is not None
-    images, num_unreadable = load_audited_images(options)
+    images, num_unreadable, console = load_audited_images(options)
     audit = audit_dataset(images)
     title = f"Audit of {Path(options.data.dataset).name}"
     csv_file = write_audit(audit, images, options.audit, title)
     counts = {issue: len(rows) for issue, rows in audit.items()}
     across = count_pairs_across_splits(audit)
-    console = Console(soft_wrap=True, highlight=False)
     if across:
         console.print(f"WARNING: {across} pairs of near duplicates are in different splits", style="bold yellow")
     console.print(
@@ -93,70 +94,63 @@ def audit_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
     return counts | {"across_splits": across, "num_images": len(images.ids), "num_unreadable_images": num_unreadable}
 
 
-def load_audited_images(options: EvaluateOptions) -> tuple[AuditedImages, int]:
-    """Return the training and held-out images with features and probabilities, and the number of unreadable images."""
+def load_audited_images(options: EvaluateOptions) -> tuple[AuditedImages, int, Console]:
+    """Return the training and held-out images with features and probabilities, the number of unreadable images, and
+    the console of the main process."""
     folds = [] if options.frozen else sorted(Path(options.model).glob(f"fold-*/{PREDICTIONS_FILE}"))
     source = str(folds[0].parent) if folds else options.model
     model, processor = load_model(source, use_head=options.frozen is None, fit=options.fit)
     if options.frozen is None and not getattr(model.config, "num_labels", 0):
         raise ValueError("--audit requires a classifier, but the model has none. Set --frozen logreg")
-    splits: dict[str, Any] = {}
+    accelerator, console, warn = set_up_evaluation(options)
+    model = model.to(accelerator.device).eval()
+    num_channels = model.config.num_channels
+    arguments = get_evaluator_arguments(options.data, options.batch_size, num_channels, accelerator, warn)
     if folds:
         data = load_splits(options.data)
-        splits = {
-            name: match_labels(images, data.label_space, get_label_space(model.config))
-            for name, images in data.images_by_split.items()
-        }
+        splits = {name: (data.label_space, images) for name, images in data.images_by_split.items()}
     else:
         record = read_held_out_record(resolve_checkpoint(options.model, [*MODEL_FILE_PATTERNS, RESULTS_FILE]))
-    for split in () if folds else ("train", options.split):
-        label_space, images, name, _ = load_evaluation_data(options.data, split, record)
+        loaded = [load_evaluation_data(options.data, split, record) for split in ("train", options.split)]
+        splits = {data.split: (data.label_space, data.images) for data in loaded}
+    model_space, num_unreadable = get_label_space(model.config), 0
+    ids, split_names, labels, features, pixels, logits = [], [], [], [], [], []
+    for split, (label_space, images) in splits.items():
         if label_space.kind != "single_label_classification":
             raise ValueError("--audit requires one label per image. Set a single --label-column")
-        splits[name] = images if options.frozen else match_labels(images, label_space, get_label_space(model.config))
-    columns: dict[str, list[Any]] = {name: [] for name in ("ids", "splits", "labels", "features", "pixels")}
-    logits, num_unreadable = [], 0
-    model = model.eval()
-    for number, (split, images) in enumerate(splits.items()):
-        ids = images.images.get_names()
-        for start in track(range(0, len(images), options.batch_size), f"audit: {split}", transient=True):
-            pixel_values = []
-            for index in range(start, min(start + options.batch_size, len(images))):
-                try:
-                    image = images.images[index]
-                    pixel_values.append(processor(image, return_tensors="pt")["pixel_values"][0])
-                except ValueError:  # UnreadableImage, or an image that the processor does not support
-                    num_unreadable += 1
-                    continue
-                columns["pixels"].append(make_thumbnail(image))
-                columns["ids"].append(ids[index])
-                columns["splits"].append(split)
-                columns["labels"].append(images.labels[index])
-            if not pixel_values:
-                continue
-            batch = torch.stack(pixel_values)
-            with torch.inference_mode():
-                tokens = model.base_model(batch).tokens
-                vectors = [tokens["cls"].flatten(1), tokens["patches"].mean(dim=1)]
-                columns["features"].append(torch.cat(vectors, dim=1).float().numpy())
-                if options.frozen is None and not folds:
-                    was_trained_on = torch.full((len(batch), model.config.num_labels), torch.nan)
-                    logits.append(was_trained_on if number == 0 else model(batch).logits.float())
-    features, labels = np.concatenate(columns["features"]), np.array(columns["labels"])
+        if not options.frozen:
+            images, label_space = match_labels(images, label_space, model_space), model_space
+        evaluator = FeatureEvaluator(images, processor, label_space, **arguments)
+        output = evaluator(model.base_model, console)
+        if not options.frozen and not folds:
+            if not logits:  # the model was trained on the images of the first split
+                logits.append(np.full((len(output["labels"]), len(model_space.names)), np.nan))
+            else:
+                classifier = Evaluator(images, processor, label_space, **arguments)
+                classifier.keep_logits = True
+                classifier(model, console)
+                logits.append(torch.stack([row.logits for row in classifier.rows]).numpy())
+        tokens = output["features"]  # special tokens and the mean of the patches
+        vectors = np.concatenate([tokens[:, model.config.token_layout.cls], tokens[:, -1:]], axis=1)
+        features.append(vectors.reshape(len(vectors), -1))
+        labels.append(output["labels"])
+        ids += [row.name for row in evaluator.rows]
+        split_names += [split] * len(vectors)
+        pixels += [make_thumbnail(images.images[row.index]) for row in evaluator.rows]
+        num_unreadable += output["num_unreadable_images"]
+    all_features, all_labels = np.concatenate(features), np.concatenate(labels)
     if folds:
-        probabilities = read_fold_probabilities(folds, columns["ids"], model.config.num_labels)
+        probabilities = read_fold_probabilities(folds, ids, len(model_space.names))
     elif options.frozen is None:
-        probabilities = torch.cat(logits).softmax(dim=1).numpy()
+        probabilities = softmax(np.concatenate(logits), axis=1)
     else:
-        classifier = build_classifier(options.frozen, len(labels) * 4 // 5)
+        classifier = build_classifier(options.frozen, len(all_labels) * 4 // 5)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # classes with fewer than five images
-            probabilities = cross_val_predict(classifier, features, labels, cv=5, method="predict_proba")
-    names = label_space.names if options.frozen else get_label_space(model.config).names
-    audited = AuditedImages(
-        columns["ids"], columns["splits"], labels, probabilities, features, np.stack(columns["pixels"]), names
-    )
-    return audited, num_unreadable
+            probabilities = cross_val_predict(classifier, all_features, all_labels, cv=5, method="predict_proba")
+    names = label_space.names if options.frozen else model_space.names
+    audited = AuditedImages(ids, split_names, all_labels, probabilities, all_features, np.stack(pixels), names)
+    return audited, num_unreadable, console
 
 
 def read_fold_probabilities(files: list[Path], ids: Sequence[str], num_labels: int) -> np.ndarray:
@@ -188,24 +182,19 @@ def audit_dataset(images: AuditedImages) -> dict[str, pd.DataFrame]:
 
 
 def find_label_errors(images: AuditedImages) -> pd.DataFrame:
-    """Return the images whose label is likely wrong, from confident learning."""
+    """Return the images whose label is likely wrong, from confident learning. The score is the probability of the
+    label, by a model that did not see the image."""
     from cleanlab.filter import find_label_issues
+    from cleanlab.rank import get_label_quality_scores
 
     known = np.flatnonzero(np.isfinite(images.probabilities).all(axis=1))
     labels, probabilities = images.labels[known], images.probabilities[known]
-    scores = score_labels(labels, probabilities)
+    scores = get_label_quality_scores(labels, probabilities, method="self_confidence")
     is_issue = find_label_issues(labels, probabilities, n_jobs=1)
     order = np.argsort(scores, kind="stable")
     order = order[is_issue[order]]
     rows = build_rows(images, known[order], scores[order])
     return rows.assign(suggested=[images.names[index] for index in probabilities[order].argmax(axis=1)])
-
-
-def score_labels(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
-    """Return cleanlab's label quality [N]: the probability of the label, by a model that did not see the image."""
-    from cleanlab.rank import get_label_quality_scores
-
-    return get_label_quality_scores(labels, probabilities, method="self_confidence")
 
 
 def find_outliers(images: AuditedImages) -> pd.DataFrame:
@@ -228,24 +217,29 @@ def find_class_overlap(images: AuditedImages) -> pd.DataFrame:
 
 def find_near_duplicates(images: AuditedImages) -> pd.DataFrame:
     """Return pairs of images with the same content. Pairs across splits come first."""
-    features = images.features / np.maximum(np.linalg.norm(images.features, axis=1, keepdims=True), 1e-12)
-    gray = images.pixels.astype(np.float32).reshape(len(features), THUMBNAIL_SIZE, THUMBNAIL_SIZE, 3)
-    pixels, mirrored = standardize(gray), standardize(gray[:, :, ::-1])
-    cells = gray.reshape(len(gray), 8, THUMBNAIL_SIZE // 8, 8, THUMBNAIL_SIZE // 8, 3).mean(
-        axis=(2, 4)
-    )  # [N, 8, 8, 3]
+    colors, num_images = images.pixels.astype(np.float32), len(images.pixels)
+    pixels, mirrored = standardize(colors), standardize(colors[:, :, ::-1])
+    cell = THUMBNAIL_SIZE // 8
+    cells = colors.reshape(num_images, 8, cell, 8, cell, 3).mean(axis=(2, 4))  # [N, 8, 8, 3]
     coarse, coarse_mirrored = standardize(cells), standardize(cells[:, :, ::-1])
-    num_neighbors = min(NUM_NEIGHBORS, len(features) - 1)
-    closest = np.full(len(features), np.inf)  # smallest distance of each image to a neighbor
+    num_neighbors = min(NUM_NEIGHBORS + 1, num_images)  # including the image itself
+    searches = ((images.features, images.features), (coarse, coarse), (coarse_mirrored, coarse))
+    all_neighbors = np.hstack(
+        [
+            NearestNeighbors(n_neighbors=num_neighbors, metric="cosine").fit(vectors).kneighbors(queries)[1]
+            for queries, vectors in searches
+        ]
+    )  # [N, K]
+    closest = np.full(num_images, np.inf)  # smallest distance of each image to a neighbor
     pairs: dict[tuple[int, int], float] = {}
-    for start in range(0, len(features), BLOCK_SIZE):
-        rows = np.arange(start, min(start + BLOCK_SIZE, len(features)))
-        searches = ((features, features), (coarse, coarse), (coarse_mirrored, coarse))
-        neighbors = np.hstack([find_neighbors(a, b, rows, num_neighbors) for a, b in searches])  # [B, K]
+    for start in range(0, num_images, BLOCK_SIZE):
+        neighbors = all_neighbors[start : start + BLOCK_SIZE]  # [B, K]
+        rows = np.arange(start, start + len(neighbors))
         candidates = pixels[neighbors]  # [B, K, P]
         agreement = np.maximum(
             np.einsum("bp,bkp->bk", pixels[rows], candidates), np.einsum("bp,bkp->bk", mirrored[rows], candidates)
         )
+        agreement[neighbors == rows[:, None]] = -1
         closest[rows] = (1 - agreement).min(axis=1)
         for row, column in zip(*np.nonzero(1 - agreement <= MAX_PIXEL_DISTANCE), strict=True):
             first, second = sorted((int(rows[row]), int(neighbors[row, column])))
@@ -261,13 +255,6 @@ def find_near_duplicates(images: AuditedImages) -> pd.DataFrame:
         other_split=[images.splits[index] for index in others],
         other_row=others,
     )
-
-
-def find_neighbors(queries: np.ndarray, vectors: np.ndarray, rows: np.ndarray, count: int) -> np.ndarray:
-    """Return the indices [B, count] of the vectors most similar to the queries of the given rows, without the rows."""
-    similarities = queries[rows] @ vectors.T
-    similarities[np.arange(len(rows)), rows] = -np.inf
-    return np.argpartition(-similarities, count - 1, axis=1)[:, :count]
 
 
 def standardize(images: np.ndarray) -> np.ndarray:

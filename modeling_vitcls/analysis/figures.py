@@ -66,16 +66,9 @@ def plot_curve(config: ViTCLSConfig, findings: Findings, name: str) -> Figure:
         config: configuration of the model.
         findings: statistics over many images (`TokenStatistics`).
         name: name of the figure.
-
-    Raises:
-        ValueError: if the figure requires special tokens that the model does not have.
     """
     title, y_label, is_percentage = CURVES[name]
     values = getattr(findings, name)
-    if values.shape[-1] == 0:
-        raise ValueError(
-            f"Figure {name!r} requires special tokens, but the model has no special tokens. Choose patch_distance."
-        )
     is_patch_figure = name == "patch_distance"
     styles = [PATCH_STYLE] if is_patch_figure else get_token_styles(config)
     lines = values.unsqueeze(-1) if is_patch_figure else values  # [L, H, lines], or [L + 1, lines]

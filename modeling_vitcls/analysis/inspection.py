@@ -19,7 +19,6 @@ from PIL import Image
 from ..data.held_out import HeldOutRecord
 from ..data.images import ArrayImages, DatasetImages, check_channels
 from ..data.labels import get_label_space, is_multi_label
-from ..data.sources import load_splits
 from ..data.splits import load_evaluation_data
 from ..errors import format_error
 from ..heads_vitcls import IGNORED_LABEL
@@ -30,12 +29,11 @@ from ..options import DataOptions, InspectOptions
 from .ablation import (
     MIN_IMAGES,
     Ablations,
-    Batches,
     Outputs,
     Predictions,
+    Watch,
     compute_ablations,
     count_images,
-    count_passes,
     count_tokens,
     encode_labels,
     extract_outputs,
@@ -61,7 +59,6 @@ MAX_BATCH_BYTES = 2**29  # maximum memory of a batch in bytes (`get_max_batch_si
 MAX_ABLATION_IMAGES, MAX_ABLATION_FLOPS = 256, 2.5e11
 MIN_CHECKED_IMAGES, MAX_CHECKED_IMAGES = 5, 16  # minimum and maximum number of images for the checks of maps
 
-ProgressCallback = Callable[[str, int, int], None]  # (description, finished steps, total steps)
 WarningCallback = Callable[[str], None]
 
 
@@ -108,10 +105,6 @@ class Inspection:
         return summarize_diagnosis([*self.verdicts, *self.tasks, self.heads, self.patches])
 
 
-def do_nothing(*args: Any) -> None:
-    """Do nothing (the default callback)."""
-
-
 def inspect_model(
     model: Any,
     processor: Any,
@@ -122,8 +115,8 @@ def inspect_model(
     num_shown: int | None = None,
     token_movement: Mapping[str, float] | None = None,
     batch_size: int = 32,
-    on_warning: WarningCallback = do_nothing,
-    on_progress: ProgressCallback = do_nothing,
+    on_warning: WarningCallback = lambda message: None,
+    watch: Watch = lambda items, description: items,
 ) -> Inspection:
     """Measure the states, the attention and the effects of a model's special tokens. The model is not changed and
     stays on its device.
@@ -140,44 +133,26 @@ def inspect_model(
         token_movement: distance by which training moved each token (`token_movement` in results.json).
         batch_size: maximum number of images per forward pass.
         on_warning: called with a message for each skipped image.
-        on_progress: called with a description, the number of finished steps and the total number of steps.
+        watch: function that returns the same items and shows the progress, such as `rich.progress.track`.
 
     Raises:
         ValueError: if no image can be read, or the hidden states of the model are not finite.
     """
     model = unwrap_model(model)
     config, has_head = model.config, is_classifier(model)
-    pixels_by_index = read_pixels(processor, config.num_channels, images, on_warning, on_progress)
+    pixels_by_index = read_pixels(processor, config.num_channels, images, on_warning, watch)
     readable_indices, pixels = list(pixels_by_index), list(pixels_by_index.values())
     readable_labels = None if labels is None else [labels[index] for index in readable_indices]
     batches = InspectionBatches(model, pixels, encode_labels(readable_labels, model), batch_size)
     sample_batches = batches.sample(min(max(count_affordable_images(model, pixels), MIN_IMAGES), MAX_ABLATION_IMAGES))
-    num_sampled = len(sample_batches.order)
-    num_statistics_passes = 2 if config.num_register_tokens else 1
-    num_total = len(pixels) * num_statistics_passes + num_sampled * count_passes(model)
-    num_finished = 0  # images, counted once per forward pass, so that the remaining time can be estimated
-
-    def watch(batches: Batches, description: str, num_passes: int = 1) -> Batches:
-        """Return a function that yields the same batches and reports `num_passes` forward passes per batch."""
-
-        def iterate_with_progress() -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-            nonlocal num_finished
-            for pixel_values, labels in batches():
-                on_progress(description, num_finished, num_total)
-                yield pixel_values, labels
-                num_finished += num_passes * len(pixel_values)
-
-        return iterate_with_progress
-
-    findings, outputs = collect_statistics(model, watch(batches, "collecting statistics", num_statistics_passes))
-    ablations = compute_ablations(model, watch(sample_batches, "ablating tokens"))
+    findings, outputs = collect_statistics(model, batches, watch)
+    ablations = compute_ablations(model, sample_batches, watch)
     kinds_by_index = dict.fromkeys(readable_indices)
     if num_shown is not None:
         selected_images = select_images(outputs, config, num_shown)
         kinds_by_index = {readable_indices[batches.order[each]]: kind for each, kind in selected_images.items()}
     label_space, image_reports = get_label_space(config), []
-    for position, (index, kind) in enumerate(kinds_by_index.items()):
-        on_progress("computing maps", position, len(kinds_by_index))
+    for index, kind in watch(kinds_by_index.items(), "computing maps"):
         name = f"image {index + 1}" if names is None else names[index]
         truth = label_space.format_label(labels[index]) if has_head and labels is not None else None
         image_reports.append(build_image_report(model, processor, images[index], name, truth, kind))
@@ -188,26 +163,26 @@ def inspect_model(
         has_head=has_head,
         findings=findings,
         ablations=ablations,
-        num_ablation_images=num_sampled,
+        num_ablation_images=len(sample_batches.order),
         verdicts=diagnose_tokens(model, findings, ablations, token_movement),
         tasks=diagnose_tasks(outputs),
         heads=diagnose_heads(findings),
         patches=diagnose_patches(config, findings, has_head),
         image_reports=image_reports,
-        map_checks=check_sampled_maps(model, batches, on_progress),
+        map_checks=check_sampled_maps(model, batches, watch),
         num_unreadable=len(images) - len(pixels),
     )
 
 
-def check_sampled_maps(model: Any, batches: "InspectionBatches", on_progress: ProgressCallback) -> dict[str, MapCheck]:
+def check_sampled_maps(model: Any, batches: "InspectionBatches", watch: Watch) -> dict[str, MapCheck]:
     """Return the checks of rollout and attribution for a few images. Each image requires about 40 forward passes. The
     dict is empty for large models and for models other than single-label classifiers."""
     num_affordable = count_affordable_images(model, batches.pixels)
     if not is_classifier(model) or model.config.tasks or is_multi_label(model.config) or num_affordable < MIN_IMAGES:
         return {}
-    on_progress("checking maps", 0, 1)
     sample_batches = batches.sample(min(max(num_affordable // 8, MIN_CHECKED_IMAGES), MAX_CHECKED_IMAGES))
-    return check_maps(model, [image.unsqueeze(0) for pixel_values, _ in sample_batches() for image in pixel_values])
+    images = [image.unsqueeze(0) for pixel_values, _ in sample_batches() for image in pixel_values]
+    return check_maps(model, watch(images, "checking maps"))
 
 
 def select_images(outputs: Outputs, config: Any, num_selected: int) -> dict[int, str | None]:
@@ -247,10 +222,11 @@ def select_evenly_spaced(indices: Sequence[int], num_selected: int) -> list[int]
     return [indices[(2 * number + 1) * len(indices) // (2 * num_selected)] for number in range(num_selected)]
 
 
-def collect_statistics(model: Any, batches: Batches) -> tuple[Findings, Outputs]:
+def collect_statistics(model: Any, batches: "InspectionBatches", watch: Watch) -> tuple[Findings, Outputs]:
     """Return the statistics over all images, and the outputs of the same forward passes."""
     statistics, batch_outputs = TokenStatistics(model), []
-    for pixel_values, labels in batches():
+    for indices in watch(batches.index_batches, "collecting statistics"):
+        pixel_values, labels = batches.build(indices)
         batch_outputs.append(extract_outputs(model, statistics.update(pixel_values), labels))
     findings = statistics.compute()
     if not bool(findings.patch_norms.isfinite().all() and findings.token_norms.isfinite().all()):
@@ -266,13 +242,12 @@ def read_pixels(
     num_channels: int,
     images: Sequence[Image.Image],
     on_warning: WarningCallback,
-    on_progress: ProgressCallback,
+    watch: Watch,
 ) -> dict[int, torch.Tensor]:
     """Return a dict that maps indices to the pixels [C, H, W] of all usable images, and warn about each other image.
     Raise ValueError if no image is usable."""
     pixels_by_index, error_messages = {}, []
-    for index in range(len(images)):
-        on_progress("reading images", index, len(images))
+    for index in watch(range(len(images)), "reading images"):
         try:
             image = images[index]
             pixels = processor(image, return_tensors="pt")["pixel_values"][0]  # [C, H, W]
@@ -306,9 +281,12 @@ class InspectionBatches:
 
     def __call__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
         """Yield each batch of images and labels once."""
-        for batch_indices in self.index_batches:
-            pixel_values = torch.stack([self.pixels[index] for index in batch_indices])  # [B, C, H, W]
-            yield pixel_values.to(self.model.device), None if self.labels is None else self.labels[batch_indices]
+        yield from map(self.build, self.index_batches)
+
+    def build(self, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the images and labels of one batch."""
+        pixel_values = torch.stack([self.pixels[index] for index in indices])  # [B, C, H, W]
+        return pixel_values.to(self.model.device), None if self.labels is None else self.labels[indices]
 
     def sample(self, num_selected: int) -> "InspectionBatches":
         """Return the batches of a sample of at most `num_selected` evenly spaced images."""
@@ -404,24 +382,12 @@ def load_from_dataset(
 ) -> InspectionImages:
     """Load one split, with the label indices of the model, or without labels if the model is not a classifier."""
     column_options = {name: getattr(options, name) for name in ("image_column", "label_column", "label_separator")}
+    has_head = is_classifier(model)
     data_options = DataOptions(dataset, **column_options)
-    images: Any
+    label_space, examples, split, _ = load_evaluation_data(data_options, options.split, record, use_labels=has_head)
     labels: Sequence[Any] | None = None
-    if is_classifier(model):
-        label_space, examples, split, _ = load_evaluation_data(data_options, options.split, record)
-        examples = match_labels(examples, label_space, get_label_space(model.config))
-        images, labels = examples.images, examples.labels
-    else:
-        wanted = options.split or "test"
-
-        def select_split(names: list[str]) -> list[str]:
-            if wanted not in names and len(names) > 1:
-                raise ValueError(f"{dataset} has no split {wanted!r}. Choose one of {', '.join(names)}.")
-            return [wanted if wanted in names else names[0]]
-
-        splits = load_splits(data_options, use_labels=False, select=select_split).images_by_split
-        ((split, unlabeled_examples),) = splits.items()
-        images = unlabeled_examples.images
+    if has_head:
+        labels = match_labels(examples, label_space, get_label_space(model.config)).labels
     dataset_name = get_short_name(dataset)
-    names = [f"{dataset_name} {index}" for index in range(len(images))]
-    return InspectionImages(images, names, labels, f"{dataset_name}, split {split}")
+    names = [f"{dataset_name} {index}" for index in range(len(examples))]
+    return InspectionImages(examples.images, names, labels, f"{dataset_name}, split {split}")

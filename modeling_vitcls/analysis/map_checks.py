@@ -8,7 +8,7 @@ weights.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,7 +74,7 @@ class MapCheck:
         )
 
 
-def check_maps(model: Any, images: Sequence[torch.Tensor], seed: int = 0) -> dict[str, MapCheck]:
+def check_maps(model: Any, images: Iterable[torch.Tensor], seed: int = 0) -> dict[str, MapCheck]:
     """Check the rollout of the first special token that the head uses, and the attribution of the predicted class.
 
     Args:
@@ -107,12 +107,12 @@ def check_maps(model: Any, images: Sequence[torch.Tensor], seed: int = 0) -> dic
     random_means = random_curves.mean(dim=0).tolist()
     return {
         name: MapCheck(
-            num_images=len(images),
+            num_images=len(map_curves),
             deletion=means[name][0],
             insertion=means[name][1],
             random_deletion=random_means[0],
             random_insertion=random_means[1],
-            weight_correlation=sum(correlations[name]) / len(images),
+            weight_correlation=sum(correlations[name]) / len(map_curves),
             p_value=compare_curves(map_curves, random_curves),
         )
         for name, map_curves in curves_by_map.items()

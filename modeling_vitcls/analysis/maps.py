@@ -37,7 +37,7 @@ def is_used_by_head(config: ViTCLSConfig, group: str, index: int, has_head: bool
     tokens, distillation tokens and patches are used."""
     if not has_head:
         return group != "registers"
-    if is_masked_image_model(config):
+    if "ViTCLSForMaskedImageModeling" in (config.architectures or ()):
         return group == "patches"
     if config.pooling == "attention" and config.attention_pool_tokens == "all":
         return True
@@ -47,11 +47,6 @@ def is_used_by_head(config: ViTCLSConfig, group: str, index: int, has_head: bool
     if group == "distillation":
         return config.has_distillation_head and not config.tasks
     return group == "patches" and config.pooling != "cls"
-
-
-def is_masked_image_model(config: ViTCLSConfig) -> bool:
-    """Return whether the architecture of the model is ViTCLSForMaskedImageModeling."""
-    return "ViTCLSForMaskedImageModeling" in (config.architectures or ())
 
 
 def get_used_token_mask(config: ViTCLSConfig, has_head: bool = True) -> list[bool]:

@@ -1,9 +1,6 @@
 """The HTML report: one self-contained page about the special tokens of a model.
 
-    write_report("report.html", model, processor, images)   # inspects the model and writes the report
-
-    inspection = inspect_model(model, processor, images)    # the same report in two steps
-    write_page("report.html", inspection)
+    write_page("report.html", inspect_model(model, processor, images))
 
     inspection.py      measurements
     figures.py         figures, embedded as SVG
@@ -42,7 +39,7 @@ from .ablation import get_token_keys
 from .diagnosis import Verdict
 from .figures import plot_curve, plot_norm_histogram, plot_norms, render_svg
 from .image_report import IMAGE_KINDS, ImageReport, compute_patch_colors
-from .inspection import Inspection, inspect_model
+from .inspection import Inspection
 from .maps import COLORMAP, MIN_SCALE, count_used_layers, get_head_names, is_used_by_head, overlay, resize_with_region
 
 
@@ -56,34 +53,6 @@ MAX_MAP_BYTES = 11 * 2**20
 MAX_IMAGE_SIDE = 640  # maximum length of the longer side of an image in the page, in pixels
 MAX_PNG_SIDE = 96  # maximum length of the longer side of an image that is stored as PNG, in pixels
 SIGNS = {"good": "✓", "bad": "✕", "doubtful": "≈", "neutral": "○"}  # symbols distinguish ratings without color
-
-
-def write_report(
-    file: str | Path,
-    model: Any,
-    processor: Any,
-    images: Sequence[Image.Image],
-    *,
-    title: str | None = None,
-    source: str | None = None,
-    **arguments: Any,
-) -> Inspection:
-    """Inspect a model, write the report atomically, and return the measurements.
-
-    Args:
-        file: path of the HTML file.
-        model, processor, images: see `inspect_model`.
-        title, source: see `write_page`.
-        arguments: other arguments of `inspect_model`.
-
-    Raises:
-        TypeError: if `arguments` contains a name that is not an argument of `inspect_model`.
-        ValueError: if no image can be read, or the hidden states of the model are not finite.
-        OSError: if the file cannot be written.
-    """
-    inspection = inspect_model(model, processor, images, **arguments)
-    write_page(file, inspection, title, source)
-    return inspection
 
 
 def write_page(

@@ -33,14 +33,12 @@ OPTIONS_CLASS = DemoOptions
 def run(options: DemoOptions) -> None:
     """Load the model and serve the demo page."""
     from ..conversion.any_checkpoint import resolve_checkpoint
-    from ..hub.loading import check_is_vitcls, force_offline
+    from ..hub.loading import force_offline
     from ..inference.load_model import list_file_patterns, load_model
 
     folder = resolve_checkpoint(options.model, list_file_patterns(options.backend))
-    architectures = check_is_vitcls(options.model, folder).get("architectures") or []
-    has_head = any("Classification" in name for name in architectures)
     with force_offline():  # all files are local at this point
-        model, processor = load_model(folder, has_head, backend=options.backend)
+        model, processor = load_model(folder, use_head=None, backend=options.backend)
         from ..demo.page import serve_demo  # importing gradio is slow
 
         serve_demo(model.eval(), processor, options.model, options.examples, options.host, options.port)

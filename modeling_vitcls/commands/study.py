@@ -10,6 +10,7 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..options import check_minimum
 from .parsing import exit_with_message, find_recipe
 
 
@@ -30,9 +31,7 @@ class StudyOptions:
     """CPU threads per run."""
 
     def __post_init__(self) -> None:
-        for name in ("jobs", "threads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} is {getattr(self, name)}: set --{name} to 1 or more")
+        check_minimum(self, 1, "jobs", "threads")
 
 
 OPTIONS_CLASS = StudyOptions

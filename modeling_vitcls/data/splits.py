@@ -263,9 +263,9 @@ class EvaluationData(NamedTuple):
 
 
 def load_evaluation_data(
-    options: DataOptions, split: str | None, record: HeldOutRecord | None = None
+    options: DataOptions, split: str | None, record: HeldOutRecord | None = None, use_labels: bool = True
 ) -> EvaluationData:
-    """Load the images of one split.
+    """Load the images of one split. If `use_labels` is False, every label is -100.
 
     If the dataset has a single split, `"train"` selects the images of this split that training uses. `"test"` selects
     the images that training holds out, unless the split itself is named "test". `record` is the held-out record of the
@@ -278,7 +278,7 @@ def load_evaluation_data(
         return [choose_split(split, names, record, options)[1]]
 
     rule = choose_rule(options, record)
-    splits = open_streams(options) if options.streaming else load_splits(options, select=select)
+    splits = open_streams(options) if options.streaming else load_splits(options, use_labels, select)
     split, source_split = choose_split(split, splits.names, record, options)
     images = splits.images_by_split[source_split]
     if split == source_split and not (split == "train" and len(splits.names) == 1):  # all images of a split

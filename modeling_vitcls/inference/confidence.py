@@ -4,7 +4,7 @@
     find_energy_threshold(logits)                    an image with a higher energy shows none of the classes
     find_score_limit(probabilities, labels, ...)     the limit of split conformal prediction
     build_prediction_sets(probabilities, limit, ...) the labels that contain the true label with the chosen coverage
-    describe_prediction_sets(probabilities, ...)     their measured coverage, and their size for each class
+    measure_prediction_sets(probabilities, ...)      their measured coverage, and their size for each class
     measure_unknown(known, unknown, threshold)       how well the energy separates images of none of the classes
 
 All functions work on NumPy arrays: logits [N, L], probabilities [N, L] and label indices [N]. The temperature and the
@@ -12,7 +12,7 @@ energy threshold are stored in config.json (`temperature`, `energy_threshold`).
 """
 
 import math
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from scipy.optimize import minimize_scalar
@@ -20,9 +20,8 @@ from scipy.special import log_softmax, logsumexp
 
 
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.05, 20.0
+ALL_CLASSES = "all classes"  # name of the row that summarizes all images
 KNOWN_RECALL = 0.95  # fraction of images of the classes below the energy threshold
-
-SetMethod = Literal["lac", "aps"]
 
 
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
@@ -64,27 +63,10 @@ def measure_unknown(known_logits: np.ndarray, unknown_logits: np.ndarray, thresh
     }
 
 
-def compute_set_scores(probabilities: np.ndarray, method: SetMethod) -> np.ndarray:
-    """Return the score [N, L] of each label; a prediction set contains the labels with the lowest scores.
-
-    lac: one minus the probability (Sadinle et al. 2019, arXiv 1609.00451): the smallest sets
-    aps: the sum of all probabilities that are at least as large (Romano et al. 2020, arXiv 2006.02544, without
-        randomization): larger sets for difficult images
-    """
-    if method == "lac":
-        return 1 - probabilities
-    order = np.argsort(-probabilities, axis=1, kind="stable")
-    sums = np.cumsum(np.take_along_axis(probabilities, order, axis=1), axis=1)
-    scores = np.empty_like(sums)
-    np.put_along_axis(scores, order, sums, axis=1)
-    return scores
-
-
-def find_score_limit(
-    probabilities: np.ndarray, labels: np.ndarray, coverage: float, method: SetMethod = "lac"
-) -> float:
+def find_score_limit(probabilities: np.ndarray, labels: np.ndarray, coverage: float) -> float:
     """Return the limit of the scores for which new images' sets contain the true label with probability `coverage`:
-    the ceil((n + 1) * coverage)-th smallest score of the true labels of n images (split conformal prediction).
+    the ceil((n + 1) * coverage)-th smallest score of the true labels of n images (split conformal prediction). The
+    score of a label is one minus its probability ("lac", Sadinle et al. 2019, arXiv 1609.00451).
 
     Raises:
         ValueError: if there are too few images for this coverage.
@@ -96,34 +78,49 @@ def find_score_limit(
             f"--coverage {coverage} requires at least {required} labeled images, but there are {len(labels)}. "
             "Set a lower --coverage"
         )
-    scores = compute_set_scores(probabilities, method)[np.arange(len(labels)), labels]
-    return float(np.sort(scores)[rank - 1])
+    return float(np.sort(1 - probabilities[np.arange(len(labels)), labels])[rank - 1])
 
 
-def build_prediction_sets(probabilities: np.ndarray, limit: float, method: SetMethod = "lac") -> np.ndarray:
-    """Return whether each label is in the prediction set of each image, [N, L]. With `aps`, a set contains at least
-    the predicted label; with `lac`, it can be empty."""
-    sets = compute_set_scores(probabilities, method) <= limit
-    if method == "aps":
-        sets[np.arange(len(sets)), probabilities.argmax(axis=1)] = True
-    return sets
+def build_prediction_sets(probabilities: np.ndarray, limit: float) -> np.ndarray:
+    """Return whether each label is in the prediction set of each image, [N, L]. A set can be empty."""
+    return 1 - probabilities <= limit
 
 
 def describe_prediction_sets(
     probabilities: np.ndarray, labels: np.ndarray, names: list[str], coverage: float = 0.9
 ) -> dict[str, Any] | None:
-    """Return the measured coverage, the mean size and the mean size for each class of `lac` prediction sets. The limit
-    is found on half of the N images, and the sets are measured on the other half. None if there are too few images."""
-    fitted, measured = slice(0, None, 2), slice(1, None, 2)
-    try:
-        limit = find_score_limit(probabilities[fitted], labels[fitted], coverage)
-    except ValueError:
+    """Return the measured coverage, the mean size and the mean size for each class (`measure_prediction_sets`). None
+    if there are too few images."""
+    rows = measure_prediction_sets(probabilities, labels, names, coverage)
+    if not rows:
         return None
-    sets, labels = build_prediction_sets(probabilities[measured], limit), labels[measured]
-    sizes = sets.sum(axis=1)
-    return {
-        "coverage": coverage,
-        "measured": float(sets[np.arange(len(sets)), labels].mean()),
-        "mean_size": float(sizes.mean()),
-        "per_class": {names[label]: float(sizes[labels == label].mean()) for label in np.unique(labels)},
-    }
+    sizes = {row["class"]: float(row["size"]) for row in rows}
+    mean_size = sizes.pop(ALL_CLASSES)
+    measured = float(rows[0]["coverage"])
+    return {"coverage": coverage, "measured": measured, "mean_size": mean_size, "per_class": sizes}
+
+
+def measure_prediction_sets(
+    probabilities: np.ndarray, labels: np.ndarray, names: list[str], coverage: float
+) -> list[dict[str, Any]]:
+    """Return the number of labels in the prediction sets of all images and of each class, and how often a set contains
+    the true label. The limit is fitted to every second image, and the sets are those of the other images; empty if
+    there are too few images."""
+    try:
+        limit = find_score_limit(probabilities[::2], labels[::2], coverage)
+    except ValueError:
+        return []
+    sets, labels = build_prediction_sets(probabilities[1::2], limit), labels[1::2]
+    is_covered = sets[np.arange(len(sets)), labels]
+    groups = [(ALL_CLASSES, np.ones(len(labels), dtype=bool))]
+    groups += [(name, labels == index) for index, name in enumerate(names)]
+    return [
+        {
+            "class": name,
+            "images": int(chosen.sum()),
+            "size": sets[chosen].sum(axis=1).mean(),
+            "coverage": is_covered[chosen].mean(),
+        }
+        for name, chosen in groups
+        if chosen.any()
+    ]

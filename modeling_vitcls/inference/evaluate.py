@@ -42,7 +42,7 @@ from ..heads_vitcls import IGNORED_LABEL
 from ..options import DataOptions, EvaluateOptions
 from ..system import describe_device, get_versions
 from .confidence import describe_prediction_sets, measure_unknown
-from .evaluator import Evaluator, round_floats
+from .evaluator import Evaluator, get_evaluator_arguments, round_floats
 from .load_model import check_is_classifier, list_file_patterns, load_model
 from .metric_tables import build_class_tables, build_metric_rows
 from .metrics import select_scalars
@@ -78,8 +78,9 @@ def load_evaluation(
     if warning is not None:
         warn(warning)
     model_space = get_label_space(model.config)
-    arguments = get_evaluator_arguments(options, model, processor, accelerator, warn)
-    build_evaluator: Any = partial(Evaluator, label_space=model_space, **arguments)
+    num_channels = model.config.num_channels
+    arguments = get_evaluator_arguments(options.data, options.batch_size, num_channels, accelerator, warn)
+    build_evaluator: Any = partial(Evaluator, processor=processor, label_space=model_space, **arguments)
     evaluator = build_evaluator(match_labels(images, label_space, model_space))
     return EvaluationSetup(model, evaluator, build_evaluator, split, rule, warning)
 
@@ -159,21 +160,6 @@ def set_up_evaluation(options: EvaluateOptions) -> tuple[Accelerator, Console, C
         console.print(f"WARNING: {message}", style="bold yellow", markup=False)
 
     return accelerator, console, warn
-
-
-def get_evaluator_arguments(
-    options: EvaluateOptions, model: Any, processor: Any, accelerator: Accelerator, warn: Callable[[str], None]
-) -> dict[str, Any]:
-    """Return the arguments of `Evaluator` without the images and the labels."""
-    return {
-        "processor": processor,
-        "batch_size": options.batch_size,
-        "num_workers": options.data.num_workers,
-        "accelerator": accelerator,
-        "max_unreadable_images": options.data.max_unreadable_images,
-        "warn": warn,
-        "num_channels": model.config.num_channels,
-    }
 
 
 def describe_evaluation(

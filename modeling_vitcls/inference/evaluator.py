@@ -55,7 +55,7 @@ class OutputRow:
 
     index: int
     label: torch.Tensor  # class index, or [L] with several labels; on the CPU
-    logits: torch.Tensor  # [L] `float32`, on the CPU
+    logits: torch.Tensor  # [L] `float32`, on the CPU; features of any shape (frozen.py)
     name: str
 
 
@@ -196,7 +196,8 @@ class Evaluator:
             num_readable += len(batch.indices)
             error_messages |= batch.error_messages
             outputs = self.compute_outputs(model, batch)
-            metrics.update(outputs, send_to_device(batch.labels, self.accelerator.device))
+            if metrics is not None:
+                metrics.update(outputs, send_to_device(batch.labels, self.accelerator.device))
             if self.keep_logits:  # without padding
                 logits = outputs.logits.float().cpu()
                 rows += map(OutputRow, batch.indices, batch.labels, logits, batch.names or [""] * len(batch.indices))
@@ -210,7 +211,7 @@ class Evaluator:
         self.unreadable_counter.add(error_messages)
         if not sum(gather_object([num_readable])):
             raise ValueError(f"none of the {len(error_messages)} images can be read. Check the dataset")
-        values = round_floats(metrics.compute())
+        values = {"num_images": len(self.rows)} if metrics is None else round_floats(metrics.compute())
         return select_scalars(values) | {"num_unreadable_images": len(error_messages)} | values
 
     def synchronize(self, batches: Iterable[HeldOutBatch]) -> Iterator[HeldOutBatch]:
@@ -224,7 +225,7 @@ class Evaluator:
             yield self.batches.loader.dataset[[]] if batch is None else batch
 
     def build_metrics(self) -> Any:
-        """Build the metrics for the kind of labels."""
+        """Build the metrics for the kind of labels; None if only the rows are needed."""
         return METRICS[self.label_space.kind](self.label_space, self.accelerator.device)
 
     def compute_outputs(self, model: nn.Module, batch: HeldOutBatch) -> Any:
@@ -274,6 +275,20 @@ class CachedBatches:
                 cache.append(copy.deepcopy(batch))  # without a copy, shared memory would keep one file per tensor open
             yield batch
         self.cache = cache
+
+
+def get_evaluator_arguments(
+    options: DataOptions, batch_size: int, num_channels: int, accelerator: Accelerator, warn: Callable[[str], None]
+) -> dict[str, Any]:
+    """Return the arguments of `Evaluator` without the images, the labels and the image processor."""
+    return {
+        "batch_size": batch_size,
+        "num_workers": options.num_workers,
+        "accelerator": accelerator,
+        "max_unreadable_images": options.max_unreadable_images,
+        "warn": warn,
+        "num_channels": num_channels,
+    }
 
 
 def round_floats(value: Any) -> Any:

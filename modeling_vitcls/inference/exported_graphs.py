@@ -76,12 +76,7 @@ def open_openvino(file: Path, precision: str) -> Runner:
     hints = {"INFERENCE_PRECISION_HINT": OPENVINO_HINTS[precision], "INFERENCE_NUM_THREADS": torch.get_num_threads()}
     compiled_model = openvino.Core().compile_model(file, "CPU", hints)
     names = [output.get_any_name() for output in compiled_model.outputs]
-
-    def run(inputs: dict[str, Any]) -> dict[str, Any]:
-        arrays = compiled_model(inputs)
-        return {name: arrays[name] for name in names}
-
-    return run
+    return lambda inputs: dict(zip(names, compiled_model(inputs).to_tuple(), strict=True))
 
 
 class ExportedModel(nn.Module):

@@ -11,11 +11,11 @@ The features are the special tokens and the mean of the patch tokens after the f
 """
 
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object
 from rich.console import Console
 
 from ..conversion.any_checkpoint import resolve_checkpoint
@@ -28,46 +28,40 @@ from .evaluate import (
     build_table,
     describe_evaluation,
     describe_possible_overlap,
-    get_evaluator_arguments,
     set_up_evaluation,
     write_results,
 )
-from .evaluator import Evaluator, HeldOutBatch, round_floats
+from .evaluator import Evaluator, HeldOutBatch, get_evaluator_arguments, round_floats
 from .load_model import list_file_patterns, load_model
 from .metric_tables import format_percent
 
 
 class FeatureEvaluator(Evaluator):
-    """Computes the features of images on any number of processes, with a `ViTCLSModel`."""
+    """Computes the features of images on any number of processes, with a `ViTCLSModel`. `rows` contains the features
+    of each readable image in place of the logits."""
 
-    def build_metrics(self) -> "FeatureStore":
-        return FeatureStore()
+    keep_logits = True
 
-    def compute_outputs(self, model: torch.nn.Module, batch: HeldOutBatch) -> torch.Tensor:
-        """Return the special tokens and the mean of the patch tokens [G, tokens, D] of the G readable images."""
+    def __call__(self, model: torch.nn.Module, console: Console | None = None) -> dict[str, Any]:
+        """Return the features [N, ...], the class indices [N], and the numbers of images."""
+        counts = super().__call__(model, console)
+        features, labels = (torch.stack([getattr(row, name) for row in self.rows]) for name in ("logits", "label"))
+        return counts | {"features": features.numpy(), "labels": labels.numpy()}
+
+    def build_metrics(self) -> None:
+        return None
+
+    def compute_outputs(self, model: torch.nn.Module, batch: HeldOutBatch) -> SimpleNamespace:
+        """Return the features of a batch, which is padded with blank images."""
         with self.accelerator.autocast():
-            tokens = model(self.pad_batch(model, batch.pixel_values)).last_hidden_state
+            return SimpleNamespace(logits=self.compute_features(model, self.pad_batch(model, batch.pixel_values)))
+
+    def compute_features(self, model: Any, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Return the special tokens and the mean of the patch tokens [B, tokens, D] of images [B, C, H, W]."""
+        tokens = model(pixel_values).last_hidden_state
         num_prefix_tokens = self.accelerator.unwrap_model(model).config.token_layout.num_prefix_tokens
         mean = tokens[:, num_prefix_tokens:].mean(dim=1, keepdim=True)
-        return torch.cat([tokens[:, :num_prefix_tokens], mean], dim=1)[: len(batch.labels)]
-
-
-class FeatureStore:
-    """The features of all batches. The class has the same interface as the metrics in metrics.py."""
-
-    def __init__(self) -> None:
-        self.batches: list[tuple[np.ndarray, np.ndarray]] = []
-
-    def update(self, features: torch.Tensor, labels: torch.Tensor) -> None:
-        """Add the features [G, ...] and the class indices [G] of a batch."""
-        self.batches.append((features.float().cpu().numpy(), labels.cpu().numpy()))
-
-    def compute(self) -> dict[str, Any]:
-        """Return the features and labels of all processes in the order of the images."""
-        gathered_batches = gather_object([self.batches])  # one list per process; batches are assigned round-robin
-        ordered_batches = [batch for batches in zip(*gathered_batches, strict=True) for batch in batches]
-        features, labels = (np.concatenate(arrays) for arrays in zip(*ordered_batches, strict=True))
-        return {"num_images": len(labels), "features": features, "labels": labels}
+        return torch.cat([tokens[:, :num_prefix_tokens], mean], dim=1)
 
 
 def build_classifier(kind: str, num_training_images: int) -> Any:
@@ -117,11 +111,12 @@ def evaluate_frozen(options: EvaluateOptions) -> dict[str, Any]:
         if warning is not None:
             warn(warning)
     model = model.to(accelerator.device).eval()
-    arguments = get_evaluator_arguments(options, model, processor, accelerator, warn)
+    num_channels = model.config.num_channels
+    arguments = get_evaluator_arguments(options.data, options.batch_size, num_channels, accelerator, warn)
 
     def extract_features(data: EvaluationData) -> tuple[dict[str, Any], np.ndarray]:
         """Return the output of the evaluator, and the class name of each image."""
-        output = FeatureEvaluator(data.images, label_space=data.label_space, **arguments)(model, console)
+        output = FeatureEvaluator(data.images, processor, data.label_space, **arguments)(model, console)
         return output, np.array(data.label_space.names)[output["labels"]]
 
     start_time = time.perf_counter()

@@ -32,19 +32,14 @@ def is_preset(name: str) -> bool:
     return name.removeprefix("vitcls-") in PRESETS
 
 
-def format_preset_names() -> str:
-    """Return all preset names that `--model` accepts, separated by commas."""
-    return ", ".join(f"vitcls-{name}" for name in PRESETS)
-
-
 def load_model(
-    source: str, use_head: bool, fit: str | None = None, backend: str = "torch", mixed_precision: str = "no"
+    source: str, use_head: bool | None, fit: str | None = None, backend: str = "torch", mixed_precision: str = "no"
 ) -> tuple[Any, ViTCLSImageProcessor]:
     """Load a model and its image processor for prediction.
 
     Args:
         source: A folder, a Hub id or any other checkpoint that `--model` accepts.
-        use_head: Whether to load the classifier.
+        use_head: Whether to load the classifier; None to load it if there is one.
         fit: Fit of the image processor. Default: unchanged.
         backend: "torch", "onnx", "openvino" or an exported file. An exported file replaces the weights.
         mixed_precision: Precision of an exported file (exported_graphs.py).
@@ -66,9 +61,11 @@ def load_model(
     settings = check_is_vitcls(source, folder)
     model_class: Any = ViTCLSModel
     arguments = {"add_pooling_layer": False}
+    architectures = settings.get("architectures") or []
+    has_head = any(name.endswith("Classification") for name in architectures)
+    use_head = has_head if use_head is None else use_head
     if use_head:
-        architectures = settings.get("architectures") or []
-        if architectures and not any(name.endswith("Classification") for name in architectures):
+        if architectures and not has_head:
             raise ValueError(
                 f"labels require a classifier, but {source} contains {architectures[0]}. Fine-tune the model first, "
                 "or set --features in `vitcls predict`"

@@ -13,7 +13,7 @@ from ..analysis.maps import resize_with_region, to_upright_rgb
 from ..analysis.report import encode_data_url
 from ..data.labels import get_label_space
 from ..hub.model_files import PREDICTIONS_FILE
-from ..inference.confidence import build_prediction_sets, find_score_limit
+from ..inference.confidence import measure_prediction_sets
 from .model_folder import ModelFolder, warn_once
 
 
@@ -53,6 +53,8 @@ def describe_predictions(folder: ModelFolder, images: Sequence[Image.Image] | No
         except (IndexError, ValueError):  # the dataset has changed, or the image is unreadable
             continue
         row["url"] = encode_data_url(thumbnail)
+    names = get_label_space(config).names
+    targets = np.array([names.index(label) for label in rows["label"]])
     return {
         "num_images": len(rows),
         "num_wrong": len(wrong),
@@ -60,32 +62,5 @@ def describe_predictions(folder: ModelFolder, images: Sequence[Image.Image] | No
         "wrong": wrong_rows,
         "calibration": folder.results.get("calibration"),
         "coverage": COVERAGE,
-        "sets": measure_prediction_sets(
-            np.stack(rows["probabilities"]), rows["label"].tolist(), get_label_space(config).names
-        ),
+        "sets": measure_prediction_sets(np.stack(rows["probabilities"]), targets, names, COVERAGE),
     }
-
-
-def measure_prediction_sets(probabilities: np.ndarray, labels: list[str], names: list[str]) -> list[dict[str, Any]]:
-    """Return the number of labels in the prediction sets (LAC) of each class and of all images, and how often a set
-    contains the true label. The limit is fitted to every second image, and the sets are those of the other images;
-    empty if there are too few images."""
-    targets = np.array([names.index(label) for label in labels])
-    try:
-        limit = find_score_limit(probabilities[::2], targets[::2], COVERAGE)
-    except ValueError:
-        return []
-    sets, targets = build_prediction_sets(probabilities[1::2], limit), targets[1::2]
-    is_covered = sets[np.arange(len(sets)), targets]
-    groups = {"all classes": np.ones(len(targets), dtype=bool)}
-    groups |= {name: targets == index for index, name in enumerate(names)}
-    return [
-        {
-            "class": name,
-            "images": int(chosen.sum()),
-            "size": sets[chosen].sum(axis=1).mean(),
-            "coverage": is_covered[chosen].mean(),
-        }
-        for name, chosen in groups.items()
-        if chosen.any()
-    ]

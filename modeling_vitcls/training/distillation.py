@@ -26,7 +26,6 @@ import torch
 from torch import Tensor, nn
 
 from ..data.batches import Batch, Normalizer
-from ..inference.evaluator import HeldOutBatch
 from ..inference.frozen import FeatureEvaluator
 from ..modeling_vitcls import ViTCLSModel, ViTCLSPreTrainedModel
 from .teacher import Teacher, TeacherCache
@@ -116,15 +115,14 @@ class TeacherCosines(FeatureEvaluator):
         super().__init__(*args, **kwargs)
         self.teachers, self.normalize = teachers, normalize
 
-    def compute_outputs(self, model: nn.Module, batch: HeldOutBatch) -> Tensor:
-        """Return the cosines [G, teachers] of the G readable images of a batch."""
-        pixel_values = self.pad_batch(model, batch.pixel_values)
-        with self.accelerator.autocast():
-            predictions = model(pixel_values, project=True)
-        targets = self.teachers.compute_targets({"pixels": self.normalize.invert(pixel_values)})
+    def compute_features(self, model: Any, pixel_values: Tensor) -> Tensor:
+        """Return the cosines [B, teachers] of images [B, C, H, W]."""
+        predictions = model(pixel_values, project=True)
+        with torch.autocast(pixel_values.device.type, enabled=False):
+            targets = self.teachers.compute_targets({"pixels": self.normalize.invert(pixel_values)})
         pairs = zip(predictions[: len(self.teachers.teachers)], targets, strict=False)
         cosines = [nn.functional.cosine_similarity(prediction.float(), target) for prediction, target in pairs]
-        return torch.stack(cosines, dim=1)[: len(batch.labels)]
+        return torch.stack(cosines, dim=1)
 
 
 # Loss and targets ----------------------------------------------------------------------------------------------------

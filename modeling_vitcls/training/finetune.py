@@ -26,7 +26,7 @@ from ..data.sampling import compute_class_weights
 from ..data.splits import TrainingData, describe_missing_classes, load_training_data
 from ..files import read_json
 from ..hub.local_paths import strip_folders
-from ..inference.evaluator import Evaluator
+from ..inference.evaluator import Evaluator, get_evaluator_arguments
 from ..inference.load_model import is_preset
 from ..inference.metrics import SELECTION_METRICS
 from ..options import FinetuneOptions
@@ -34,7 +34,7 @@ from . import losses
 from .model import InitialModel, build_model, set_trainable_parameters, uses_patch_dropout
 from .probe import MAX_PROBE_IMAGES, Probe, explain_missing_probe
 from .reporter import Reporter
-from .task import Task, get_evaluator_arguments
+from .task import Task
 from .teacher import Teacher, TeacherCache, load_teacher
 
 
@@ -76,7 +76,9 @@ def build_task(options: FinetuneOptions, initial: InitialModel, data: TrainingDa
             f"{training_options.trainable} freezes both. Remove one of the two flags"
         )
 
-    arguments = get_evaluator_arguments(options, model, reporter) | {"processor": processor}
+    batch_size, num_channels = options.training.batch_size, model.config.num_channels
+    arguments = get_evaluator_arguments(options.data, batch_size, num_channels, accelerator, reporter.warn)
+    arguments["processor"] = processor
     missing_probe_reason: str | None = "the initial weights are random"
     if not initial.has_random_weights:
         missing_probe_reason = explain_missing_probe(options, model, new_parameter_names, labels.kind)

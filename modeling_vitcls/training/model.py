@@ -23,14 +23,14 @@ import torch
 from torch import nn
 
 from ..blocks_vitcls import EncoderLayer, ViTCLSEmbeddings
-from ..configuration_vitcls import ViTCLSConfig
+from ..configuration_vitcls import PRESETS, ViTCLSConfig
 from ..conversion.any_checkpoint import has_random_weights, resolve_checkpoint
 from ..data.fit import set_fit
 from ..data.labels import LabelSpace
 from ..hub.loading import MODEL_FILE_PATTERNS, check_is_vitcls
 from ..hub.model_files import PARITY_REPORT_FILE, RESULTS_FILE
 from ..image_processing_vitcls import ViTCLSImageProcessor
-from ..inference.load_model import CLASSIFIER_CLASSES, Classifier, format_preset_names, is_preset, load_processor
+from ..inference.load_model import CLASSIFIER_CLASSES, Classifier, is_preset, load_processor
 from ..modeling_vitcls import ViTCLSModel
 from ..options import ModelOptions
 
@@ -179,7 +179,7 @@ def get_added_token_names(stored_config: ViTCLSConfig, model: Classifier) -> set
 def check_preset_name(name: str) -> None:
     """Raise ValueError if a name starts with "vitcls-" but is not a preset, file or folder."""
     if name.startswith("vitcls-") and "/" not in name and not is_preset(name) and not Path(name).exists():
-        raise ValueError(f"--model {name} is not a preset. Use one of {format_preset_names()}")
+        raise ValueError(f"--model {name} is not a preset. Use vitcls-{', vitcls-'.join(PRESETS)}")
 
 
 # Trainable parameters ------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from ..data.splits import TrainingData, load_training_data
 from ..data.streaming import build_training_dataset
 from ..hub.local_paths import strip_folders
 from ..image_processing_vitcls import ViTCLSImageProcessor
-from ..inference.evaluator import HeldOutBatch
+from ..inference.evaluator import get_evaluator_arguments
 from ..inference.frozen import FeatureEvaluator, build_classifier
 from ..inference.load_model import is_preset, load_processor
 from ..modeling_vitcls import ViTCLSModel
@@ -42,7 +42,7 @@ from .losses import DistillationObjective, Objective
 from .mae import MAE, MAEObjective, build_decoder_config, draw_masks
 from .model import InitialModel
 from .reporter import Reporter
-from .task import Task, get_evaluator_arguments
+from .task import Task
 from .teacher import TeacherCache, load_feature_teacher
 
 
@@ -125,7 +125,8 @@ def build_task(options: PretrainOptions, initial: InitialModel, data: TrainingDa
         summary = f"LeJEPA: {lejepa.global_crops} global and {lejepa.local_crops} local crops per image"
     has_labels = data.label_space.kind == "single_label_classification" and bool(data.label_space.columns)
     arguments: dict[str, Any] = {"processor": processor, "label_space": data.label_space}
-    arguments |= get_evaluator_arguments(options, method, reporter)
+    batch_size, num_channels = options.training.batch_size, method.config.num_channels
+    arguments |= get_evaluator_arguments(options.data, batch_size, num_channels, reporter.accelerator, reporter.warn)
     neighbors = None
     if has_labels and isinstance(data.train, LabeledImages):
         order = np.random.default_rng(options.data.split_seed).permutation(len(data.train))
@@ -172,17 +173,16 @@ class TokenFeatures(FeatureEvaluator):
     it is the concatenation of all distillation tokens.
     """
 
-    def compute_outputs(self, model: torch.nn.Module, batch: HeldOutBatch) -> torch.Tensor:
-        """Return the features [G, token + D] of the G readable images of a batch."""
+    def compute_features(self, model: Any, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Return the features [B, token + D] of images [B, C, H, W]."""
         method = self.accelerator.unwrap_model(model)
         layout = method.config.token_layout
-        with self.accelerator.autocast():
-            states = model(self.pad_batch(model, batch.pixel_values)).last_hidden_state
+        states = model(pixel_values).last_hidden_state
         patches = states[:, layout.patches].mean(dim=1)
         token = states[:, layout.cls.start] if layout.cls.start < layout.cls.stop else patches
         if isinstance(method, Distillation) and method.num_tokens:
             token = states[:, layout.distillation].flatten(1)
-        return torch.cat([token, patches], dim=1)[: len(batch.labels)]
+        return torch.cat([token, patches], dim=1)
 
 
 @dataclass

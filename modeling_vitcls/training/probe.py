@@ -22,7 +22,6 @@ from torch import nn
 
 from ..data.splits import TrainingData
 from ..distributed import run_on_main
-from ..inference.evaluator import HeldOutBatch
 from ..inference.frozen import FeatureEvaluator, build_classifier
 from .reporter import Reporter
 
@@ -35,14 +34,13 @@ ABSENT_CLASS_MARGIN = 100.0  # difference of a class without training images to 
 class ProbeEvaluator(FeatureEvaluator):
     """Computes the features of a frozen classifier's encoder."""
 
-    def compute_outputs(self, model: Any, batch: HeldOutBatch) -> torch.Tensor:
-        """Return the features [G, P + 2 D] of the G readable images: own pooling, CLS tokens, mean of the patches."""
-        with self.accelerator.autocast():
-            outputs: Any = model.vitcls(self.pad_batch(model, batch.pixel_values))
+    def compute_features(self, model: Any, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Return the features [B, P + 2 D] of images: own pooling, CLS tokens, mean of the patches."""
+        outputs = model.vitcls(pixel_values)
         tokens = outputs.tokens
         cls = tokens["cls"] if tokens["cls"].shape[1] else tokens["patches"]
         vectors = [outputs.pooler_output, cls.mean(dim=1), tokens["patches"].mean(dim=1)]
-        return torch.cat([vector.float() for vector in vectors], dim=1)[: len(batch.labels)]
+        return torch.cat([vector.float() for vector in vectors], dim=1)
 
 
 def explain_missing_probe(options: Any, model: Any, new_parameter_names: set[str], label_kind: str) -> str | None:

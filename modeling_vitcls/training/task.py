@@ -12,7 +12,6 @@ from ..data.images import LabeledImages
 from ..image_processing_vitcls import ViTCLSImageProcessor
 from .losses import Objective
 from .probe import Probe
-from .reporter import Reporter
 
 
 @dataclass
@@ -37,15 +36,3 @@ class Task:
     probe: Probe | None = None  # sets the classifier from the features of the frozen encoder
     encoder: Any = None  # part of the model that is saved; None to save the model
     measure_features: Callable[[Any], dict[str, Any]] | None = None  # before and after pre-training
-
-
-def get_evaluator_arguments(options: Any, model: Any, reporter: Reporter) -> dict[str, Any]:
-    """Return the arguments that the evaluators of both kinds of runs share."""
-    return {
-        "batch_size": options.training.batch_size,
-        "num_workers": options.data.num_workers,
-        "accelerator": reporter.accelerator,
-        "max_unreadable_images": options.data.max_unreadable_images,
-        "warn": reporter.warn,
-        "num_channels": model.config.num_channels,
-    }

@@ -31,7 +31,6 @@ from modeling_vitcls.analysis.ablation import (
     compute_ablations,
     compute_effect,
     count_images,
-    count_passes,
     encode_labels,
     feeds_head_alone,
     get_token_keys,
@@ -48,13 +47,12 @@ LABELS = 12  # many labels, so that predictions differ
 
 
 class Batches:
-    """Images in two batches, with or without labels; counts the passes over the images."""
+    """Images in two batches, with or without labels; as a callable."""
 
     def __init__(self, labels: torch.Tensor | None = None) -> None:
-        self.labels, self.num_passes = labels, 0
+        self.labels = labels
 
     def __call__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-        self.num_passes += 1
         for part in (slice(0, 4), slice(4, None)):
             yield PIXELS[part], None if self.labels is None else self.labels[part]
 
@@ -122,11 +120,10 @@ def test_replacing_a_token_with_its_mean(fields: dict[str, Any]) -> None:
 
 
 def test_null_distributions_are_effects_of_redrawn_tokens() -> None:
-    """They use the same images, in the announced number of passes. Tokens that a head reads have none."""
-    model, batches = build_classifier(num_register_tokens=3), Batches()
+    """They use the same images. Tokens that a head reads have none."""
+    model = build_classifier(num_register_tokens=3)
     before = collect_outputs(model, Batches())[""].logits
-    found = compute_ablations(model, batches)
-    assert batches.num_passes == count_passes(model)
+    found = compute_ablations(model, Batches())
     assert torch.equal(collect_outputs(model, Batches())[""].logits, before)  # the model is unchanged
     for kind in ("information", "presence"):
         assert found[kind]["cls[0]"][""].null_sizes == ()
@@ -137,9 +134,9 @@ def test_null_distributions_are_effects_of_redrawn_tokens() -> None:
     generator, embeddings = torch.Generator().manual_seed(0), []
     model.vitcls.layers[0].register_forward_pre_hook(lambda layer, args: embeddings.append(args[0]))
     with redraw_tokens(model, [1], generator):
-        means, before = collect_mean_states(model, batches, [1])
+        means, before = collect_mean_states(model, Batches(), [1])
         with replace_by_means(model, [1], means):
-            after = collect_outputs(model, batches)
+            after = collect_outputs(model, Batches())
     old, new = (model.vitcls.embeddings.register_tokens[0, 0], embeddings[0][0, 1])
     assert new.norm().item() == pytest.approx(old.norm().item(), rel=1e-5)
     assert torch.nn.functional.cosine_similarity(new, old, dim=0).item() < 0.9

@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers.measured_encoders import TOKENS, measure
-from helpers.tiny_models import raises_one_line
 from matplotlib.colors import to_rgba
 
 from modeling_vitcls.analysis.diagnosis import find_second_mode
@@ -33,12 +32,6 @@ def test_curves_show_the_mean_over_heads_for_each_token(name):
         assert line.get_ydata().tolist() == pytest.approx(expected.tolist())
     baselines = [line for line in axes.get_lines() if len(line.get_xdata()) == 2]
     assert len(baselines) == (name != "variation")  # uniform attention
-
-
-def test_curves_of_tokens_require_tokens():
-    config, findings = measure(num_cls_tokens=0, pooling="mean")
-    with raises_one_line("special tokens"):
-        plot_curve(config, findings, "entropy")
 
 
 def test_norms_and_their_histogram():

@@ -20,7 +20,7 @@ from modeling_vitcls import (
     ViTCLSModel,
 )
 from modeling_vitcls.analysis import inspection
-from modeling_vitcls.analysis.ablation import MIN_IMAGES, Features, Predictions, count_passes
+from modeling_vitcls.analysis.ablation import MIN_IMAGES, Features, Predictions
 from modeling_vitcls.analysis.inspection import (
     InspectionBatches,
     InspectionImages,
@@ -50,24 +50,17 @@ def build_classifier(**fields: Any) -> ViTCLSForImageClassification:
     return center_logits(model, PROCESSOR(build_images(), return_tensors="pt")["pixel_values"])
 
 
-def test_progress_counts_all_forward_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Statistics, ablations and null distributions have one common total, from which the remaining time follows."""
-    model, reports, num_passes = build_classifier(), [], 0
+def test_progress_is_shown_and_large_models_use_fewer_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, descriptions = build_classifier(), []
 
-    def count(module: object, args: tuple, kwargs: dict, output: object) -> None:
-        nonlocal num_passes
-        num_passes += len(args[0] if args else kwargs["pixel_values"])
+    def watch(items: Any, description: str) -> Any:
+        descriptions.append((description, len(items)))
+        return items
 
-    model.base_model.register_forward_hook(count, with_kwargs=True)
     monkeypatch.setattr(inspection, "MAX_ABLATION_FLOPS", 1)
     monkeypatch.setattr(inspection, "build_image_report", lambda *_: None)
-    report = lambda *each: reports.append(each)  # noqa: E731
-    found = inspect_model(model, PROCESSOR, build_images(), num_shown=1, on_progress=report)
-    passes = [report for report in reports if report[0] in ("collecting statistics", "ablating tokens")]
-    (total,) = {total for *_, total in passes}
-    finished = [number for _, number, _ in passes]
-    assert total == num_passes == 2 * NUM_IMAGES + MIN_IMAGES * count_passes(model)
-    assert finished == sorted(finished) and max(finished) < total
+    found = inspect_model(model, PROCESSOR, build_images(), num_shown=1, watch=watch)
+    assert ("reading images", NUM_IMAGES) in descriptions and ("ablating tokens", 4) in descriptions
     # large models use fewer images for effects, null distributions and decisions, but never too few
     assert found.num_ablation_images == MIN_IMAGES < found.findings.num_images == NUM_IMAGES
     effects = [effect for by_key in found.ablations["information"].values() for effect in by_key.values()]
@@ -81,7 +74,7 @@ def test_maps_of_small_single_label_classifiers_are_checked(monkeypatch: pytest.
         model = build_classifier(**fields)
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
         monkeypatch.setattr(inspection, "MAX_ABLATION_FLOPS", (num_null + 0.5) * 2 * num_parameters * 19)
-        checks = check_sampled_maps(model, InspectionBatches(model, pixels, None, 32), lambda *_: None)
+        checks = check_sampled_maps(model, InspectionBatches(model, pixels, None, 32), lambda items, _: items)
         return checks["attribution"].num_images if checks else 0
 
     assert [count_checked(number) for number in (15, 16, 56)] == [0, 5, 7]

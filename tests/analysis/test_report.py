@@ -22,7 +22,7 @@ from modeling_vitcls import (
 from modeling_vitcls.analysis import report as report_module
 from modeling_vitcls.analysis.inspection import Inspection, inspect_model
 from modeling_vitcls.analysis.maps import overlay
-from modeling_vitcls.analysis.report import write_json_values, write_page, write_report
+from modeling_vitcls.analysis.report import write_json_values, write_page
 from modeling_vitcls.token_names import get_token_names
 from modeling_vitcls.version import __version__
 
@@ -162,7 +162,8 @@ def test_the_page_names_the_model_and_escapes_names(page: Page) -> None:
 def test_every_kind_of_model_has_a_report(model: Any, browser: Browser, tmp_path: Path) -> None:
     """Two images are sufficient for a page, but not for statements about effects."""
     file = tmp_path / "folder" / "report.html"
-    found = write_report(file, randomize(model), PROCESSOR, build_pil_images(2))
+    found = inspect_model(randomize(model), PROCESSOR, build_pil_images(2))
+    write_page(file, found)
     assert {verdict.numbers["outcome"] for verdict in found.verdicts} <= {"too few images to tell"}
     errors: list[Any] = []
     page = browser.new_page()

@@ -20,12 +20,11 @@ from sklearn.preprocessing import StandardScaler
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, ViTCLSModel
 from modeling_vitcls.data.held_out import HeldOutRecord, HeldOutRule
-from modeling_vitcls.data.images import LabeledImages
+from modeling_vitcls.data.images import ArrayImages, LabeledImages
 from modeling_vitcls.data.labels import LabelSpace
 from modeling_vitcls.data.splits import load_evaluation_data
 from modeling_vitcls.inference import frozen
-from modeling_vitcls.inference.evaluator import HeldOutBatch
-from modeling_vitcls.inference.frozen import FeatureEvaluator, FeatureStore, build_classifier, evaluate_frozen
+from modeling_vitcls.inference.frozen import FeatureEvaluator, build_classifier, evaluate_frozen
 from modeling_vitcls.intervals import compute_proportion_interval
 from modeling_vitcls.options import DataOptions, EvaluateOptions
 
@@ -93,7 +92,7 @@ def test_features_are_the_normalized_tokens(layout: dict[str, Any], fields: dict
     labeled = LabeledImages([Image.new("RGB", (32, 32))] * len(images), [0] * len(images))
     evaluator = FeatureEvaluator(labeled, ViTCLSImageProcessor(size=32), space, len(images), 0, Accelerator(cpu=True))
     with torch.no_grad():
-        found = evaluator.compute_outputs(model, HeldOutBatch(images, labeled.labels, [], {}))
+        found = evaluator.compute_features(model, images)
     tokens = outputs[0][0] if isinstance(outputs[0], tuple) else outputs[0]
     num_special = tokens.shape[1] - 16  # 4 x 4 patches
     expected = torch.cat([tokens[:, :num_special], tokens[:, num_special:].mean(dim=1, keepdim=True)], dim=1)
@@ -185,24 +184,13 @@ def test_a_warning_is_printed_if_the_held_out_images_differ_from_the_record(
 
 def test_features_are_computed_with_autocast(model: Path) -> None:
     pixels = np.random.default_rng(0).integers(256, size=(3, 16, 16, 3), dtype=np.uint8)
-    images, space = list(map(Image.fromarray, pixels)), LabelSpace("single_label_classification", {"label": ["a"]})
+    images, space = ArrayImages(pixels), LabelSpace("single_label_classification", {"label": ["a"]})
     processor, accelerator = ViTCLSImageProcessor(size=16), Accelerator(cpu=True, mixed_precision="bf16")
     encoder = ViTCLSModel.from_pretrained(model).eval()
     output = FeatureEvaluator(LabeledImages(images, [0, 0, 0]), processor, space, 3, 0, accelerator)(encoder)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        expected = encoder(processor(images, return_tensors="pt")["pixel_values"]).last_hidden_state[:, :6]
+        expected = encoder(processor(list(images), return_tensors="pt")["pixel_values"]).last_hidden_state[:, :6]
     np.testing.assert_array_equal(output["features"][:, :6], expected.float().numpy())
-
-
-def test_features_of_all_processes_are_in_the_order_of_the_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The batches are distributed over the processes in turn."""
-    stores = [FeatureStore(), FeatureStore()]
-    for number, labels in enumerate(torch.arange(7).split(2)):
-        stores[number % 2].update(labels.view(-1, 1, 1) / 2, labels)
-    monkeypatch.setattr(frozen, "gather_object", lambda _: [store.batches for store in stores])
-    found = stores[0].compute()
-    assert found["num_images"] == 7 and found["labels"].tolist() == list(range(7))
-    assert found["features"].tolist() == [[[index / 2]] for index in range(7)]
 
 
 def test_other_labels_are_an_error(model: Path, tmp_path: Path) -> None:
