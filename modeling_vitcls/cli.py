@@ -66,16 +66,13 @@ def run_command_line(arguments: list[str]) -> None:
 
     summaries = {name: summary for name, (_, summary) in COMMANDS.items()}
     name, options = parse_command_line(modules, summaries, arguments or ["--help"])
-    module = modules[name]
-    if hasattr(module, "check_options"):
-        module.check_options(options)
 
     from .configuration_vitcls import ViTCLSConfig
 
     ViTCLSConfig.register_auto_classes()  # __init__.py does not register the classes in a CLI process
     silence_libraries()
     with exit_on_error():
-        module.run(options)
+        modules[name].run(options)
 
 
 def load_modules() -> dict[str, ModuleType]:

@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from jinja2 import Environment, PackageLoader
 from PIL import Image
 from rich.console import Console
@@ -114,7 +113,8 @@ def load_audited_images(options: EvaluateOptions) -> tuple[AuditedImages, int, C
         loaded = [load_evaluation_data(options.data, split, record) for split in ("train", options.split)]
         splits = {data.split: (data.label_space, data.images) for data in loaded}
     model_space, num_unreadable = get_label_space(model.config), 0
-    ids, split_names, labels, features, pixels, logits = [], [], [], [], [], []
+    ids, split_names, labels, features, pixels = [], [], [], [], []
+    logits: list[np.ndarray] = []
     for split, (label_space, images) in splits.items():
         if label_space.kind != "single_label_classification":
             raise ValueError("--audit requires one label per image. Set a single --label-column")
@@ -129,7 +129,7 @@ def load_audited_images(options: EvaluateOptions) -> tuple[AuditedImages, int, C
                 classifier = Evaluator(images, processor, label_space, **arguments)
                 classifier.keep_logits = True
                 classifier(model, console)
-                logits.append(torch.stack([row.logits for row in classifier.rows]).numpy())
+                logits.append(np.stack([row.logits for row in classifier.rows]))
         tokens = output["features"]  # special tokens and the mean of the patches
         vectors = np.concatenate([tokens[:, model.config.token_layout.cls], tokens[:, -1:]], axis=1)
         features.append(vectors.reshape(len(vectors), -1))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from .parsing import exit_with_message
+from ..options import check_minimum
 
 
 if TYPE_CHECKING:
@@ -45,24 +45,19 @@ class ConvertOptions:
     """Model family of a state-dict file, such as dino, ibot, mae or dinov2. Default: detected from the parameter
     names."""
 
+    def __post_init__(self) -> None:
+        source, is_back = self.source, self.to == "transformers"
+        if (self.model is None) == is_back or (source is None) != is_back:
+            required, other = ("--model", "--source") if is_back else ("--source", "--model")
+            raise ValueError(f"--to {self.to} requires {required} and does not support {other}")
+        if source is not None and not source.startswith(("timm:", "transformers:")) and not Path(source).suffix:
+            raise ValueError(
+                f"--source {source} is not supported. Use timm:NAME, transformers:PATH_OR_ID or a state-dict file"
+            )
+        check_minimum(self, 1, "num_labels")
+
 
 OPTIONS_CLASS = ConvertOptions
-
-
-def check_options(options: ConvertOptions) -> None:
-    """Exit with status 2 if a flag has an invalid value or if flags contradict each other."""
-    source, is_back = options.source, options.to == "transformers"
-    if (options.model is None) == is_back or (source is None) != is_back:
-        required, other = ("--model", "--source") if is_back else ("--source", "--model")
-        exit_with_message(f"error: --to {options.to} requires {required} and does not support {other}")
-    if source is None:
-        return
-    if not source.startswith(("timm:", "transformers:")) and not Path(source).suffix:
-        exit_with_message(
-            f"error: --source {source} is not supported. Use timm:NAME, transformers:PATH_OR_ID or a state-dict file"
-        )
-    if options.num_labels is not None and options.num_labels < 1:
-        exit_with_message(f"error: --num-labels must be at least 1, but it is {options.num_labels}")
 
 
 def run(options: ConvertOptions) -> None:

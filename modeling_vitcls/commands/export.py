@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from .parsing import exit_with_message
-
 
 @dataclass(frozen=True)
 class ExportOptions:
@@ -47,29 +45,26 @@ class ExportOptions:
     split: str | None = None
     """Split of --dataset, as in `vitcls evaluate`."""
 
+    def __post_init__(self) -> None:
+        size, has_dataset, is_js = self.image_size, self.dataset is not None, self.format == "transformers.js"
+        has_graph_settings = (size, self.dynamic, self.dtype) != (None, True, "float32")
+        errors = {
+            f"--image-size must be two positive numbers, but it is {size}": size is not None and min(size) < 1,
+            "--format transformers.js supports none of --image-size, --no-dynamic and --dtype": has_graph_settings
+            and is_js,
+            "--dataset requires --format onnx, openvino or transformers.js": has_dataset and self.format == "torch",
+            "--int8 requires --format onnx or openvino, and --dataset": self.int8
+            and not (has_dataset and self.format in ("onnx", "openvino")),
+            "--int8 excludes --dtype and --no-dynamic": self.int8 and (not self.dynamic or self.dtype != "float32"),
+            "--exclude-layers requires --int8": bool(self.exclude_layers) and not self.int8,
+            "--split requires --dataset": self.split is not None and not has_dataset,
+        }
+        for message, is_wrong in errors.items():
+            if is_wrong:
+                raise ValueError(message)
+
 
 OPTIONS_CLASS = ExportOptions
-
-
-def check_options(options: ExportOptions) -> None:
-    """Exit with status 2 if a flag has an invalid value or if flags contradict each other."""
-    format_name, size, int8 = options.format, options.image_size, options.int8
-    has_dataset, is_dynamic = options.dataset is not None, options.dynamic
-    has_graph_settings = (size, is_dynamic, options.dtype) != (None, True, "float32")
-    is_runtime = format_name in ("onnx", "openvino")
-    errors = {
-        f"--image-size must be two positive numbers, but it is {size}": size is not None and min(size) < 1,
-        "--format transformers.js supports none of --image-size, --no-dynamic and --dtype": has_graph_settings
-        and format_name == "transformers.js",
-        "--dataset requires --format onnx, openvino or transformers.js": has_dataset and format_name == "torch",
-        "--int8 requires --format onnx or openvino, and --dataset": int8 and not (has_dataset and is_runtime),
-        "--int8 excludes --dtype and --no-dynamic": int8 and (not is_dynamic or options.dtype != "float32"),
-        "--exclude-layers requires --int8": bool(options.exclude_layers) and not int8,
-        "--split requires --dataset": options.split is not None and not has_dataset,
-    }
-    for message, is_wrong in errors.items():
-        if is_wrong:
-            exit_with_message(f"error: {message}")
 
 
 def run(options: ExportOptions) -> None:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, send_to_device
@@ -55,7 +56,7 @@ class OutputRow:
 
     index: int
     label: torch.Tensor  # class index, or [L] with several labels; on the CPU
-    logits: torch.Tensor  # [L] `float32`, on the CPU; features of any shape (frozen.py)
+    logits: np.ndarray  # [L] `float32`; features of any shape (frozen.py)
     name: str
 
 
@@ -199,7 +200,7 @@ class Evaluator:
             if metrics is not None:
                 metrics.update(outputs, send_to_device(batch.labels, self.accelerator.device))
             if self.keep_logits:  # without padding
-                logits = outputs.logits.float().cpu()
+                logits = outputs.logits.float().cpu().numpy()  # a row of a tensor would be pickled with its batch
                 rows += map(OutputRow, batch.indices, batch.labels, logits, batch.names or [""] * len(batch.indices))
 
         error_messages = dict(sorted(gather_object(list(error_messages.items()))))
@@ -278,7 +279,7 @@ class CachedBatches:
 
 
 def get_evaluator_arguments(
-    options: DataOptions, batch_size: int, num_channels: int, accelerator: Accelerator, warn: Callable[[str], None]
+    options: DataOptions, batch_size: Any, num_channels: int, accelerator: Accelerator, warn: Callable[[str], None]
 ) -> dict[str, Any]:
     """Return the arguments of `Evaluator` without the images, the labels and the image processor."""
     return {

@@ -45,8 +45,8 @@ class FeatureEvaluator(Evaluator):
     def __call__(self, model: torch.nn.Module, console: Console | None = None) -> dict[str, Any]:
         """Return the features [N, ...], the class indices [N], and the numbers of images."""
         counts = super().__call__(model, console)
-        features, labels = (torch.stack([getattr(row, name) for row in self.rows]) for name in ("logits", "label"))
-        return counts | {"features": features.numpy(), "labels": labels.numpy()}
+        features, labels = (np.stack([getattr(row, name) for row in self.rows]) for name in ("logits", "label"))
+        return counts | {"features": features, "labels": labels}
 
     def build_metrics(self) -> None:
         return None

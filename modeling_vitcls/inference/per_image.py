@@ -32,7 +32,8 @@ def write_predictions(file: Path, evaluator: Evaluator) -> None:
     rows = [row for row in evaluator.rows if is_labeled(row)]
     if not rows:
         raise ValueError("no evaluated image has a label")
-    logits, targets = torch.stack([row.logits for row in rows]), torch.stack([row.label for row in rows])
+    logits = torch.from_numpy(np.stack([row.logits for row in rows]))
+    targets = torch.stack([row.label for row in rows])
     columns: dict[str, Any] = {"index": [row.index for row in rows], "image": [row.name for row in rows]}
     if evaluator.label_space.kind == "single_label_classification":
         columns |= {
@@ -66,7 +67,7 @@ def get_outputs(evaluator: Evaluator, images: slice = slice(None)) -> tuple[np.n
     rows = [row for row in evaluator.rows[images] if is_labeled(row)]
     if not rows:
         return np.zeros((0, 1), np.float32), np.zeros(0, np.int64)
-    return torch.stack([row.logits for row in rows]).numpy(), torch.stack([row.label for row in rows]).numpy()
+    return np.stack([row.logits for row in rows]), torch.stack([row.label for row in rows]).numpy()
 
 
 def is_labeled(row: OutputRow) -> bool:
