@@ -123,6 +123,11 @@ def test_the_best_checkpoint_is_the_newest_that_was_saved_as_the_best(store: Che
     flip(store.get_folder(20) / "model.safetensors")
     with raises_one_line("step-00000020 is damaged", error=DamagedCheckpointError):
         store.load_best()
+    flip(store.get_folder(30) / "state.json")  # whether it was the best is unknown
+    save(store, 40)
+    assert store.list_steps() == [20, 30, 40]
+    save(store, 50, 60)
+    assert store.list_steps() == [20, 40, 50, 60]
 
 
 def test_the_same_step_is_replaced(store: CheckpointStore) -> None:

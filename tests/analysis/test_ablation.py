@@ -119,6 +119,16 @@ def test_replacing_a_token_with_its_mean(fields: dict[str, Any]) -> None:
         assert found[key][""].changed == pytest.approx(changed)
 
 
+def test_tokens_are_replaced_together_if_a_head_uses_only_one_of_them() -> None:
+    """The classifier then sees the mean of the CLS token after the last layer, which is the same for all images."""
+    model = build_classifier(num_register_tokens=2)
+    means = collect_means(model)
+    with torch.no_grad(), replace_by_means(model, [0, 1], means[:, [0, 1]]):
+        found = model(PIXELS).logits
+    expected = model.classifier(model.vitcls.layernorm(means[-1, 0].float()))
+    assert get_largest_difference(found, expected.expand_as(found)) <= 1e-5
+
+
 def test_null_distributions_are_effects_of_redrawn_tokens() -> None:
     """They use the same images. Tokens that a head reads have none."""
     model = build_classifier(num_register_tokens=3)

@@ -322,6 +322,14 @@ def test_a_missing_pooler_is_not_initialized(tmp_path: Path) -> None:
     assert ViTCLSModel.from_pretrained(tmp_path / "made").config.pooled_activation is None
 
 
+def test_unused_weights_of_a_checkpoint_are_noted(tmp_path: Path) -> None:
+    model = randomize_weights(transformers.ViTModel(transformers.ViTConfig(**SIZES)))
+    source = save_checkpoint(model, tmp_path / "source")
+    weights = load_file(tmp_path / "source" / "model.safetensors") | {"adapter.weight": torch.zeros(2)}
+    save_file(weights, tmp_path / "source" / "model.safetensors", metadata={"format": "pt"})
+    assert any("adapter.weight" in note for note in convert_checkpoint(source, tmp_path / "made")["notes"])
+
+
 def save_without_pooler(folder: Path, names: dict[str, str]) -> str:
     """Save a ViTModel without its pooler, with these weights renamed; return it as a source."""
     encoder = randomize_weights(transformers.ViTModel(transformers.ViTConfig(**SIZES)))

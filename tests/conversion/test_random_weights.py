@@ -33,6 +33,15 @@ def build_model() -> nn.Module:
     )
 
 
+def test_random_weights_are_reproducible() -> None:
+    """`vitcls convert --random-init` builds source and reloaded source independently; they must be equal."""
+    torch.manual_seed(0)
+    first = randomize_weights(build_model()).state_dict()
+    torch.manual_seed(1)
+    second = randomize_weights(build_model()).state_dict()
+    assert all(torch.equal(weight, second[name]) for name, weight in first.items())
+
+
 def test_distributions() -> None:
     model = build_model()
     assert randomize_weights(model) is model and not model.training

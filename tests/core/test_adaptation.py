@@ -194,6 +194,10 @@ def test_new_parameters_of_a_frozen_model_are_trainable() -> None:
         "distillation_classifier.weight",
         "distillation_classifier.bias",
     }
+    config = build_tiny_config(num_cls_tokens=2, cls_pooling="concat")
+    wider = ViTCLSForImageClassification(config).requires_grad_(False).adapt(num_cls_tokens=3)
+    trainable = {name for name, parameter in wider.named_parameters() if parameter.requires_grad}
+    assert "classifier.weight" in trainable and "vitcls.embeddings.cls_token" not in trainable
 
 
 # Tokens

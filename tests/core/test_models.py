@@ -237,10 +237,10 @@ def test_dropout_of_attention_weights(implementation: str) -> None:
     model = randomize(ViTCLSModel(build_tiny_config(attention_probs_dropout_prob=0.5, num_hidden_layers=1)))
     model.set_attn_implementation(implementation)
     attention = model.layers[0].attention
-    states = build_images().view(2, -1, 16)
+    states = build_images().view(2, -1, 16)[:, :24]
     whole = attention(states)[0]
     # The mean over many draws is the full value, but single draws differ from it.
-    draws = torch.stack([attention.train()(states)[0] for _ in range(400)])
+    draws = attention.train()(states.repeat(400, 1, 1))[0].unflatten(0, (400, 2))
     assert get_largest_difference(draws.mean(dim=0), whole) < 0.2 * draws.std(dim=0).max()
     assert draws.std(dim=0).min() > 0
 

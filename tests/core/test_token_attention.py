@@ -16,6 +16,7 @@ from helpers.tiny_models import (
 )
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
+from modeling_vitcls.token_attention_vitcls import record_attention
 
 
 TOKENS: dict[str, Any] = {"num_cls_tokens": 2, "num_distillation_tokens": 1, "num_register_tokens": 3}
@@ -133,9 +134,13 @@ def test_unknown_groups_and_layers_are_errors() -> None:
     assert_no_recording(model)
 
 
-def test_recorders_are_removed() -> None:
+def test_recorders_are_restored() -> None:
     model = randomize(ViTCLSForImageClassification(build_tiny_config()))
-    model.token_attention(build_images())
+    recorded: list[int] = []
+    with torch.no_grad(), record_attention(model.vitcls, [0, 1], lambda layer, *_: recorded.append(layer)):
+        model.token_attention(build_images(), layers=[0])
+        model(build_images())
+    assert recorded == [1, 0, 1]  # the recorder of the outer context is back after the inner one
     assert_no_recording(model)
 
 

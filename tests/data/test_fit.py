@@ -80,8 +80,8 @@ def test_a_crop_keeps_its_ratio_at_another_size_and_the_seen_share_is_measured()
     set_fit(processor, "crop", (64, 64))
     assert (processor.size.shortest_edge, processor.crop_size.height) == (72, 64)
     assert get_visible_share(processor, (160, 640)) == pytest.approx((64 / 72) ** 2 / 4)
-    text = describe_fit(processor, [Image.new("L", size) for size in ((640, 160), (100, 100), (100, 100))])
-    assert f"{100 * (64 / 72) ** 2:.0f} %" in text
+    text = describe_fit(processor, [Image.new("L", size) for size in ((640, 160), (100, 100), (100, 130))])
+    assert f"{100 * (64 / 72) ** 2 / 1.3:.0f} %" in text
 
 
 def test_prediction_and_evaluation_can_override_the_saved_fit(cropping_checkpoint: Path) -> None:

@@ -90,6 +90,12 @@ def test_the_folds_are_stratified(tmp_path: Path) -> None:
     assert len(set.union(*map(get_names, folds))) == 24
 
 
+def test_folds_of_small_classes_have_equal_sizes(tmp_path: Path) -> None:
+    """The images by which the classes exceed a multiple of the number of folds are divided among the folds."""
+    folder = write_photos(tmp_path / "photos", range(4), "ant", "bee", "cat")
+    assert [len(read(folder, folds=3, fold=fold).held_out) for fold in (1, 2, 3)] == [4, 4, 4]
+
+
 def test_the_split_of_tags_is_not_stratified(tmp_path: Path) -> None:
     paths = sorted(write_photos(tmp_path / "photos", range(30)).glob("*/*.png"))
     rows = [f"{path},{'x|y' if index % 2 else 'x'}" for index, path in enumerate(paths)]

@@ -44,6 +44,21 @@ def test_rows_equal_the_metrics_of_the_same_evaluation(folder: Path, tmp_path: P
     assert rows["image"].is_unique and rows["index"].tolist() == list(range(len(rows)))
 
 
+def test_rows_keep_the_index_of_their_image(folder: Path, tmp_path: Path) -> None:
+    """Unreadable images have no row, but they count."""
+    for split in ("train", "test"):
+        for label in (3, 5):
+            target = tmp_path / "photos" / split / str(label)
+            target.mkdir(parents=True)
+            for number, pixels in enumerate(load_digits().images[load_digits().target == label][:4]):
+                Image.fromarray(np.uint8(pixels * 15.9)).save(target / f"{number}.png")
+    (tmp_path / "photos" / "test" / "3" / "1.png").write_text("no image")
+    evaluate(folder, tmp_path / "photos", per_image=tmp_path / "rows.parquet")
+    rows = pd.read_parquet(tmp_path / "rows.parquet")
+    assert rows["index"].tolist() == [0, 2, 3, 4, 5, 6, 7]
+    assert rows["label"].tolist() == ["3"] * 3 + ["5"] * 4
+
+
 def test_a_temperature_changes_probabilities_only(folder: Path, tmp_path: Path) -> None:
     model = ViTCLSForImageClassification.from_pretrained(folder)
     model.config.temperature = 2.0

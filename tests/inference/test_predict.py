@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +182,12 @@ def test_several_tasks_have_separate_columns(models: Path, photos: Path, tmp_pat
         probability, index = logits[task].softmax(dim=1).max(dim=1)
         assert table[f"{task}_label"].to_pylist() == [names[one] for one in index]
         np.testing.assert_allclose(table[f"{task}_probability"], probability, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["several_labels", "several_tasks"])
+def test_prediction_sets_require_one_label_per_image(name: str, models: Path, photos: Path) -> None:
+    with raises_one_line("--coverage", "not multi_"):
+        predict_images(PredictOptions(str(models / name), (str(photos),), coverage=0.9))
 
 
 def test_several_labels_are_predicted_from_the_threshold(models: Path, photos: Path, tmp_path: Path) -> None:
@@ -486,9 +493,13 @@ def test_a_model_is_identified_by_everything_that_affects_predictions() -> None:
 
 
 def test_a_folder_with_other_files_is_an_error(models: Path, photos: Path, tmp_path: Path) -> None:
-    (tmp_path / "thesis.tex").write_text("", encoding="utf-8")
-    with raises_one_line("contains other files"):
-        predict_images(PredictOptions(str(models / "one_label"), (str(photos),), output=tmp_path))
+    options = PredictOptions(str(models / "one_label"), (str(photos / "a.jpg"),), output=tmp_path / "out")
+    predict_images(options)  # also next to shards
+    for folder in (tmp_path / "empty", tmp_path / "out"):
+        folder.mkdir(exist_ok=True)
+        (folder / "thesis.tex").write_text("", encoding="utf-8")
+        with raises_one_line("contains other files"):
+            predict_images(replace(options, output=folder))
 
 
 # Models --------------------------------------------------------------------------------------------------------------

@@ -278,6 +278,8 @@ def test_without_a_classifier() -> None:
         with torch.no_grad():
             assert type(ours) is ViTCLSModel
             assert (ours(images).pooler_output - model(images)).abs().max() <= TOLERANCE
+    two_outputs = convert_from_timm(peer("deit_tiny_distilled_patch16_224", **TINY | {"num_classes": 0}))
+    assert two_outputs.pooler is None
 
 
 def test_classifier_choices() -> None:

@@ -1,7 +1,6 @@
 """Run the image processor tests of transformers on the image processors of this package, with both backends.
 
-The built-in ViT's processors run the same tests. Tests of features that only this package has (sources, modes,
-messages) are in test_image_processing.py.
+Tests of features that only this package has (sources, modes, messages) are in test_image_processing.py.
 """
 
 import unittest
@@ -10,8 +9,6 @@ from typing import Any, ClassVar
 
 import pytest
 import sklearn.datasets
-from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
-from transformers.models.vit.image_processing_vit import ViTImageProcessor
 
 from modeling_vitcls import ViTCLSImageProcessor, ViTCLSImageProcessorPil
 from peers.transformers_suite import load
@@ -50,11 +47,14 @@ class SmallImages(common.ImageProcessingTester):
         return dict(self.settings)
 
 
-class ProcessorTests(common.ImageProcessingTestMixin):
+class ViTCLSTest(common.ImageProcessingTestMixin, unittest.TestCase):
     """The mixin with explicit `image_processing_classes`, which transformers derives from the folder of the file."""
 
     test_cast_dtype = True
-    image_processing_classes: ClassVar[dict[str, type]]
+    image_processing_classes: ClassVar[dict[str, type]] = {
+        "torchvision": ViTCLSImageProcessor,
+        "pil": ViTCLSImageProcessorPil,
+    }
 
     def setUp(self) -> None:
         self.image_processor_tester = SmallImages(self.image_processing_classes)
@@ -63,29 +63,7 @@ class ProcessorTests(common.ImageProcessingTestMixin):
     def image_processor_dict(self) -> dict[str, Any]:
         return self.image_processor_tester.prepare_image_processor_dict()
 
-
-class BuiltInViTTest(ProcessorTests, unittest.TestCase):
-    image_processing_classes: ClassVar[dict[str, type]] = {
-        "torchvision": ViTImageProcessor,
-        "pil": ViTImageProcessorPil,
-    }
-
-
-class ViTCLSTest(ProcessorTests, unittest.TestCase):
-    image_processing_classes: ClassVar[dict[str, type]] = {
-        "torchvision": ViTCLSImageProcessor,
-        "pil": ViTCLSImageProcessorPil,
-    }
-
     def test_call_numpy_4_channels(self) -> None:
         # In older versions of transformers, this test requires do_convert_rgb=False as the default.
         self.image_processor_tester.settings["do_convert_rgb"] = False
         super().test_call_numpy_4_channels()
-
-    def skipTest(self, reason: str) -> None:
-        result = unittest.TestResult()
-        BuiltInViTTest(self._testMethodName).run(result)
-        theirs = [other for _, other in result.skipped]
-        if reason not in theirs:
-            self.fail(f"skipped ({reason}), but for the built-in ViT: {', '.join(theirs) or 'not skipped'}")
-        super().skipTest(reason)

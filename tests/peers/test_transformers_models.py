@@ -1,6 +1,7 @@
 """Run the model tests of transformers on the model classes of this package, in every token layout.
 
 There is one class per layout and family of models; the tests are from transformers (transformers_suite.py).
+`make test` runs the layout with all kinds of tokens, `make test-all` all layouts.
 PipelineTesterMixin is excluded, because it requires checkpoints from the Hub.
 """
 
@@ -21,19 +22,15 @@ from modeling_vitcls import (
     ViTCLSForMultiTaskClassification,
     ViTCLSModel,
 )
-from peers.transformers_reference import (
-    BuiltInBackbone,
-    BuiltInViT,
-    ModelTests,
-    SkipsLikeReference,
-    SmallModel,
-    backbone_tests,
-    configuration_tests,
-)
+from peers.transformers_suite import load
 
 
 pytestmark = pytest.mark.integration
 
+
+backbone_tests = load("test_backbone_common")
+configuration_tests = load("test_configuration_common")
+modeling_tests = load("test_modeling_common")
 
 ONE_CLS = {"num_cls_tokens": 1}
 DISTILLED_WITH_REGISTERS = {"num_cls_tokens": 1, "num_distillation_tokens": 1, "num_register_tokens": 4}
@@ -48,21 +45,51 @@ AUTO_TABLES = {
     "MODEL_FOR_MASKED_IMAGE_MODELING_MAPPING_NAMES": "ViTCLSForMaskedImageModeling",
 }
 
+# 5 x 5 patches: enough for every mixin, and fast.
+SIZES: dict[str, int] = {
+    "image_size": 10,
+    "patch_size": 2,
+    "num_channels": 3,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 37,
+}
 
-class ViTCLSModelTests(SkipsLikeReference, ModelTests):
+
+class SmallModel:
+    """A small model with a token layout and its inputs, with the attributes that the mixins read."""
+
+    is_training = True
+    batch_size = 2
+
+    def __init__(self, layout: dict[str, Any]) -> None:
+        self.layout = layout
+        for name, size in SIZES.items():
+            setattr(self, name, size)
+        self.mask_length = (SIZES["image_size"] // SIZES["patch_size"]) ** 2
+        self.num_masks = self.mask_length // 2
+        self.seq_length = self.get_config().token_layout.num_prefix_tokens + self.mask_length
+
+    def get_config(self) -> ViTCLSConfig:
+        return ViTCLSConfig(**SIZES, **self.layout)
+
+    def prepare_config_and_inputs_for_common(self) -> tuple[ViTCLSConfig, dict[str, torch.Tensor]]:
+        size = SIZES["image_size"]
+        return self.get_config(), {"pixel_values": modeling_tests.floats_tensor([self.batch_size, 3, size, size])}
+
+
+class ViTCLSModelTests(modeling_tests.ModelTesterMixin):
     """Model tests for the token layout `layout`."""
 
-    reference = BuiltInViT
     all_model_classes = (ViTCLSModel, ViTCLSForImageClassification, ViTCLSForMaskedImageModeling, ViTCLSBackbone)
     # transformers runs this test only on models after 2022, which it identifies by the license header.
     test_can_init_all_missing_weights_before_2023 = True
-    # The built-in ViT renames weights between file and model, but ViTCLS does not.
-    own_skips = ("No conversion found for <class>",)
+    test_resize_embeddings = False
     layout: ClassVar[dict[str, Any]]
 
     def setUp(self) -> None:
-        num_prefix_tokens = ViTCLSConfig(**self.layout).token_layout.num_prefix_tokens
-        self.model_tester = SmallModel(ViTCLSConfig, num_prefix_tokens, **self.layout)
+        self.model_tester = SmallModel(self.layout)
         self.config_tester = configuration_tests.ConfigTester(
             self, config_class=ViTCLSConfig, has_text_modality=False, **self.layout
         )
@@ -71,7 +98,22 @@ class ViTCLSModelTests(SkipsLikeReference, ModelTests):
             entry.start()
             self.addCleanup(entry.stop)
 
+    def test_config(self) -> None:
+        self.config_tester.run_common_tests()
 
+    @unittest.skip(reason="ViT does not use inputs_embeds")
+    def test_inputs_embeds(self) -> None:
+        pass
+
+    def test_model_get_set_embeddings(self) -> None:
+        config, _ = self.model_tester.prepare_config_and_inputs_for_common()
+        for model_class in self.all_model_classes:
+            model = model_class(config)
+            self.assertIsInstance(model.get_input_embeddings(), torch.nn.Module)
+            self.assertIsInstance(model.get_output_embeddings(), torch.nn.Linear | None)
+
+
+@pytest.mark.slow
 class OneCLSTest(ViTCLSModelTests, unittest.TestCase):
     layout = ONE_CLS
 
@@ -90,9 +132,11 @@ class ThreeCLSTest(ViTCLSModelTests, unittest.TestCase):
     layout = THREE_CLS
 
 
-class MultiTaskTests(ViTCLSModelTests):
+@pytest.mark.slow
+class ThreeTasksTest(ViTCLSModelTests, unittest.TestCase):
     """Model tests for the multi-task class, which has one task per CLS token, and dicts of labels and logits."""
 
+    layout = THREE_CLS | {"tasks": {"digit": ["odd", "even"], "color": ["red", "green", "blue"], "size": ["any"]}}
     all_model_classes = (ViTCLSModel, ViTCLSForMultiTaskClassification)
 
     def setUp(self) -> None:
@@ -124,23 +168,18 @@ class MultiTaskTests(ViTCLSModelTests):
         return inputs
 
 
-class ThreeTasksTest(MultiTaskTests, unittest.TestCase):
-    layout = THREE_CLS | {"tasks": {"digit": ["odd", "even"], "color": ["red", "green", "blue"], "size": ["any"]}}
-
-
-class ViTCLSBackboneTests(SkipsLikeReference, backbone_tests.BackboneTesterMixin):
+class ViTCLSBackboneTests(backbone_tests.BackboneTesterMixin):
     """Backbone tests for the token layout `layout`."""
 
-    reference = BuiltInBackbone
     all_model_classes = (ViTCLSBackbone,)
     config_class = ViTCLSConfig
     layout: ClassVar[dict[str, Any]]
 
     def setUp(self) -> None:
-        num_prefix_tokens = ViTCLSConfig(**self.layout).token_layout.num_prefix_tokens
-        self.model_tester = SmallModel(ViTCLSConfig, num_prefix_tokens, **self.layout)
+        self.model_tester = SmallModel(self.layout)
 
 
+@pytest.mark.slow
 class OneCLSBackboneTest(ViTCLSBackboneTests, unittest.TestCase):
     layout = ONE_CLS
 
@@ -153,5 +192,6 @@ class NoCLSBackboneTest(ViTCLSBackboneTests, unittest.TestCase):
     layout = NO_CLS
 
 
+@pytest.mark.slow
 class ThreeCLSBackboneTest(ViTCLSBackboneTests, unittest.TestCase):
     layout = THREE_CLS

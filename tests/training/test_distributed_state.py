@@ -29,6 +29,8 @@ SIZES |= {"num_attention_heads": 4, "intermediate_size": 48, "num_register_token
 def build(kind: str, seed: int) -> nn.Module:
     torch.manual_seed(seed)
     model: Any = ViTCLSForImageClassification(ViTCLSConfig(**SIZES, num_labels=3))
+    if kind == "specialized":
+        model = ViTCLSForImageClassification(ViTCLSConfig(**SIZES, num_labels=3, specialized_layers={"qkv": [0]}))
     if kind == "head only":
         model.vitcls.requires_grad_(False)
     if kind == "LoRA":
@@ -87,6 +89,26 @@ def test_training_resumes_to_the_bit(store: CheckpointStore, kind: str) -> None:
         assert torch.equal(mine, theirs)
 
 
+def test_parameters_without_moments_have_none_after_a_resume(store: CheckpointStore) -> None:
+    """A parameter that had no gradient before the checkpoint starts at step 1 after it, as without a resume."""
+    accelerator, losses = Accelerator(cpu=True), []
+    for seed in (0, 1):
+        model: Any = build("plain", seed)
+        optimizer, ema = build_optimizer("plain", model), Ema(model, decay=0.9)
+        model.vitcls.layers[0].requires_grad_(False)
+        if seed == 0:
+            step_once(model, optimizer, ema, 0)
+            store.save(1, *gather_state(accelerator, model, optimizer, None), is_best=False)
+        else:
+            checkpoint = store.load_newest(pytest.fail)
+            assert checkpoint is not None
+            scatter_state(checkpoint, accelerator, model, optimizer, None)
+        assert not any(optimizer.state.get(parameter) for parameter in model.vitcls.layers[0].parameters())
+        model.vitcls.layers[0].requires_grad_(True)
+        losses.append([step_once(model, optimizer, ema, step) for step in (1, 2, 3)])
+    assert losses[0] == losses[1]
+
+
 @pytest.mark.parametrize("kind", ["plain", "LoRA", "compiled"])
 def test_names_are_the_models_own(kind: str) -> None:
     model = build(kind, seed=0)
@@ -138,25 +160,30 @@ def mesh() -> Iterator[distributed.DeviceMesh]:
     distributed.destroy_process_group()
 
 
-def build_sharded(seed: int, mesh: distributed.DeviceMesh) -> tuple[nn.Module, torch.optim.Optimizer, Ema]:
+def build_sharded(
+    seed: int, mesh: distributed.DeviceMesh, kind: str = "plain"
+) -> tuple[nn.Module, torch.optim.Optimizer, Ema]:
     """Return a model that is sharded with FSDP2, its optimizer and the moving average of its weights."""
-    model: Any = build("plain", seed)
+    model: Any = build(kind, seed)
     for layer in model.vitcls.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     return model, build_optimizer("plain", model), Ema(model, decay=0.9)
 
 
-def test_fsdp2_on_one_process_resumes_to_the_bit(store: CheckpointStore, mesh: distributed.DeviceMesh) -> None:
-    accelerator, (model, optimizer, ema) = Accelerator(cpu=True), build_sharded(0, mesh)
+@pytest.mark.parametrize("kind", ["plain", "specialized"])
+def test_fsdp2_on_one_process_resumes_to_the_bit(
+    kind: str, store: CheckpointStore, mesh: distributed.DeviceMesh
+) -> None:
+    accelerator, (model, optimizer, ema) = Accelerator(cpu=True), build_sharded(0, mesh, kind)
     for step in range(2):
         step_once(model, optimizer, ema, step)
     tensors, facts = gather_state(accelerator, model, optimizer, ema.shadow)
     assert not any(isinstance(tensor, DTensor) for group in tensors.values() for tensor in group.values())
-    assert tensors["model"].keys() == tensors["ema"].keys() == build("plain", 0).state_dict().keys()
+    assert tensors["model"].keys() == tensors["ema"].keys() == build(kind, 0).state_dict().keys()
     store.save(2, tensors, facts, is_best=False)
     expected = [step_once(model, optimizer, ema, step) for step in range(2, 4)]
-    other, other_optimizer, other_ema = build_sharded(1, mesh)
+    other, other_optimizer, other_ema = build_sharded(1, mesh, kind)
     checkpoint = store.load_newest(pytest.fail)
     assert checkpoint is not None
     scatter_state(checkpoint, accelerator, other, other_optimizer, other_ema.shadow)

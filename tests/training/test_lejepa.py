@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.tiny_models import build_images, build_tiny_config
+from helpers.warm_processes import METHOD
 from torch import distributed, multiprocessing
 
 from modeling_vitcls import ViTCLSModel
@@ -73,7 +74,7 @@ def compare_with_one_process(rank: int, folder: Path) -> None:
 
 @pytest.mark.integration
 def test_two_processes_equal_one(tmp_path: Path) -> None:
-    multiprocessing.spawn(compare_with_one_process, (tmp_path,), nprocs=2)
+    multiprocessing.start_processes(compare_with_one_process, (tmp_path,), nprocs=2, start_method=METHOD)
 
 
 def test_crops_are_parts_of_the_image() -> None:

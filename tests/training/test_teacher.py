@@ -13,6 +13,8 @@ from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import save_for_hf
 from torch import nn
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
@@ -138,6 +140,18 @@ def test_teachers_predict_as_with_their_own_image_processor(build: Any, tmp_path
             expected = alone(**processor(list(batch), return_tensors="pt")).logits
             assert get_largest_difference(teacher(batch), expected) <= 1e-5
     assert teacher.description.endswith(f"{size[0]} x {size[1]} pixels")
+
+
+@pytest.mark.parametrize(("resample", "mode"), [(0, "nearest-exact"), (1, "bicubic"), (2, "bilinear"), (3, "bicubic")])
+def test_teachers_resize_with_the_filter_of_their_processor(resample: int, mode: str, tmp_path: Path) -> None:
+    """Lanczos (1) is replaced by bicubic. The weights of a teacher in half precision are converted to float32."""
+    model = build_tiny_resnet().bfloat16()
+    teacher = load_labeled_teacher(save_teacher(tmp_path, model, build_half_processor(resample=resample)))
+    pixels = build_pixels(height=40, width=56)
+    expected = functional.resize(pixels, [24, 24], InterpolationMode(mode), antialias=True)
+    assert torch.equal(teacher.preprocessing(pixels), teacher.preprocessing(expected))
+    assert teacher(pixels).dtype == torch.float32
+    assert get_largest_difference(teacher(pixels), model.float()(teacher.preprocessing(pixels)).logits) <= 1e-6
 
 
 def test_the_whole_crop_is_used_without_a_center_crop(tmp_path: Path) -> None:
