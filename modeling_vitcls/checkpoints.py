@@ -79,22 +79,22 @@ class CheckpointStore:
             OSError: if the checkpoint cannot be written; earlier checkpoints are left unchanged.
         """
         target = self.get_folder(step)
-        partial_folder = get_partial_path(target)
+        old_folder = get_partial_path(target)
+        partial_folder = old_folder.with_suffix(".new.partial")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.clean_up_interrupted_saves()
-            if target.exists():  # damaged: the run was resumed from an earlier checkpoint
-                remove_checkpoint(target)
             partial_folder.mkdir()
             write_checkpoint(partial_folder, step, tensor_groups, metadata, is_best)
+            if target.exists():  # saved before the evaluation of this step, or damaged
+                target.rename(old_folder)
             partial_folder.rename(target)
             sync_to_disk(target.parent)
+            shutil.rmtree(old_folder, ignore_errors=True)
         except WRITE_ERRORS as error:
             shutil.rmtree(partial_folder, ignore_errors=True)
-            raise OSError(
-                f"cannot write the checkpoint of step {step} to {self.folder}: {format_error(error)}. Earlier "
-                "checkpoints are intact. Free disk space, then use --resume"
-            ) from error
+            message = f"cannot write the checkpoint of step {step} to {self.folder}: {format_error(error)}"
+            raise OSError(f"{message}. Free disk space, then use --resume") from error
         self.prune(step)
 
     def load_newest(self, warn: Callable[[str], None]) -> Checkpoint | None:

@@ -49,9 +49,7 @@ def build_accelerator(
     """
     for name in trackers:
         if importlib.util.find_spec(name) is None:  # Accelerate would ignore the tracker
-            raise ValueError(
-                f"--log-with {name} requires the package {name}, which is not installed. Run pip install {name}"
-            )
+            raise ValueError(f"--log-with {name} requires the package {name}. Run pip install {name}")
     if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         raise ValueError("DeepSpeed is not supported. Use FSDP2 (scripts/accelerate/fsdp2.yaml) instead")
     accelerator = Accelerator(
@@ -77,9 +75,7 @@ def enable_fsdp_on_cpu(accelerator: Accelerator) -> None:
     if accelerator.mixed_precision != "no":
         plugin.set_mixed_precision(accelerator.mixed_precision)
     accelerator.state.fsdp_plugin = plugin
-    accelerator.state.distributed_type = PartialState().distributed_type = (
-        DistributedType.FSDP
-    )  # shared by all instances
+    accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP  # of all instances
 
 
 def configure_layer_sharding(accelerator: Accelerator, model: nn.Module) -> None:

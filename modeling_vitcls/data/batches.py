@@ -55,11 +55,7 @@ class BatchBuilder:
         return self.augmentation.fixed_transform(pixels)
 
     def build(
-        self,
-        pixels: list[torch.Tensor],
-        labels: list[Any],
-        keys: list[ImageKey],
-        errors: dict[int, str],
+        self, pixels: list[torch.Tensor], labels: list[Any], keys: list[ImageKey], errors: dict[int, str]
     ) -> Batch:
         """Apply the random transforms to outputs of `prepare_image` and return a batch. `errors` are the error
         messages of the images that were replaced with other images."""

@@ -44,10 +44,7 @@ class HeldOutRule:
 
     def is_held_out(self, key: int) -> bool:
         """Return whether the image with this key is held out, if the classes are not known."""
-        return self.is_hash_held_out(self.hash_key(key))
-
-    def is_hash_held_out(self, hash_value: int) -> bool:
-        """Return whether an image whose key has this hash is held out, if the classes are not known."""
+        hash_value = self.hash_key(key)
         if self.num_folds is not None and self.fold is not None:
             return hash_value * self.num_folds >> 64 == self.fold - 1
         return hash_value / 2**64 < self.fraction
@@ -62,7 +59,7 @@ class HeldOutRule:
         for label in np.unique(key_labels).tolist():
             members = np.flatnonzero(key_labels == label)
             if label == IGNORED_LABEL:
-                is_held_out[members] = [self.is_hash_held_out(value) for value in hashes[members].tolist()]
+                is_held_out[members] = [self.is_held_out(key) for key in unique_keys[members].tolist()]
                 continue
             members = members[np.argsort(hashes[members], kind="stable")]
             if self.num_folds is not None and self.fold is not None:
@@ -117,8 +114,7 @@ def read_held_out_record(folder: str | Path) -> HeldOutRecord | None:
         record = read_json(file).get(HELD_OUT_RECORD_KEY)
         return None if record is None else HeldOutRecord(**record)
     except (ValueError, TypeError) as error:
-        remedy = "Remove the file to use the model without the record of its held-out images"
-        raise ValueError(f"{file} is damaged: {error}. {remedy}") from error
+        raise ValueError(f"{file} is damaged: {error}. Remove it to use the model without its record") from error
 
 
 def compute_image_key(content: bytes) -> int:

@@ -153,10 +153,9 @@ def divide_into_splits(folder: ImageFolder) -> dict[str, list[str]]:
             subfolders = sorted({image.split("/")[1] for image in images_by_folder[name] if image.count("/") > 1})
             if subfolders:
                 raise ValueError(
-                    f"{folder.path}: splits and classes cannot be distinguished, because the folder {name!r} has the "
-                    f"name of a split and contains folders ({format_name_list(subfolders)}), but {other_folders[0]!r} "
-                    f"does not have the name of a split ({', '.join(splits)}). Move {other_folders[0]!r} elsewhere, "
-                    f"or rename {name!r}"
+                    f"{folder.path}: {name!r} has the name of a split and contains folders "
+                    f"({format_name_list(subfolders)}), but {other_folders[0]!r} is not a split "
+                    f"({', '.join(splits)}). Move {other_folders[0]!r} elsewhere, or rename {name!r}"
                 )
         return {"": folder.images}
     split_folders.sort(key=lambda name: splits.index(SPLIT_BY_FOLDER_NAME[name.lower()]))
@@ -181,10 +180,9 @@ def build_labeled_splits(folder: ImageFolder, images_by_split: dict[str, list[st
         parent = folder.path / PurePosixPath(unlabeled_images[0]).parent
         tables = [folder.path / table for table in folder.tables]
         tables += sorted(file for file in folder.path.parent.iterdir() if file.suffix.lower() in TABLE_SUFFIXES)
-        table_text = f"{tables[0]}, which may contain the labels" if tables else "a table of images and labels"
         raise ValueError(
-            f"{parent} contains images, but no class folders. Move the images of each class into a separate folder "
-            f"({parent / 'CLASS' / 'IMAGE'}), or set --dataset to {table_text}"
+            f"{parent} contains images, but no class folders. Move the images of each class into a separate folder, "
+            f"or set --dataset to {tables[0] if tables else 'a table of images and labels'}"
         )
     note_unused_files(folder, unlabeled_images, "outside of class folders")
     parts, index_by_class = {}, {name: index for index, name in enumerate(classes)}

@@ -56,6 +56,12 @@ class LabeledImages:
             return LabeledImages(self.images.select(indices), self.labels.select(indices))
         return LabeledImages(self.images.select(indices), [self.labels[index] for index in indices])
 
+    def draw(self, num_images: int | None, seed: int = 0) -> "LabeledImages":
+        """Return at most `num_images` random images, in their order; None: all images. The first images would not do,
+        because datasets are often sorted by class."""
+        indices = np.random.default_rng(seed).permutation(len(self))[:num_images]
+        return self.select(np.sort(indices).tolist())
+
 
 @dataclass(frozen=True, eq=False)
 class ArrayImages(Sequence):
@@ -256,7 +262,5 @@ class UnreadableImageCounter:
             self.indices.add(index)
             self.warn(f"skipped an image: {message}")
             if len(self.indices) > self.limit:
-                raise ValueError(
-                    f"more than {self.limit} images cannot be read; the last unreadable image: {message}. "
-                    "Repair or remove these images, or set a larger --max-unreadable-images"
-                )
+                text = f"more than {self.limit} images cannot be read; the last: {message}"
+                raise ValueError(f"{text}. Remove these images, or set a larger --max-unreadable-images")

@@ -46,9 +46,7 @@ def add_dataset(data: Any) -> str:
 def get_dataset(name: str) -> Any:
     """Return the `datasets.DatasetDict` with this name. Raise ValueError if this process has no such dataset."""
     if name not in DATASETS:
-        raise ValueError(
-            f"{name} was a dataset in the memory of another process. Pass the data to the Python function again"
-        )
+        raise ValueError(f"{name} was a dataset in the memory of another process. Pass the data again")
     return DATASETS[name]
 
 
@@ -58,17 +56,12 @@ def convert_split(data: Any) -> Any:
 
     if isinstance(data, datasets.Dataset):
         if data.format["type"] == "custom":
-            raise ValueError(
-                "the dataset has a transform (`with_transform`), but images are read without it. Pass "
-                "dataset.with_format(None), and set augmentation flags"
-            )
+            raise ValueError("images are read without the dataset's transform. Pass dataset.with_format(None)")
         return data
-    if type(data).__name__ == "DataFrame":
-        raise TypeError("a pandas DataFrame is not supported. Pass datasets.Dataset.from_pandas(data)")
-    if not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
+    if type(data).__name__ == "DataFrame" or not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
         raise TypeError(
             "a dataset must be a path, a datasets.Dataset, a torch Dataset with a length, or a list of (image, label) "
-            f"pairs, but the type of the data is {type(data).__name__}. For a stream, pass its name and streaming=True"
+            f"pairs, but the type of the data is {type(data).__name__}"
         )
     rows = [convert_pair(data[index], index) for index in range(len(data))]
     if not rows:
@@ -83,10 +76,7 @@ def convert_split(data: Any) -> Any:
 def convert_pair(pair: Any, index: int) -> dict[str, Any]:
     """Convert an (image, label) pair to a row of a `datasets.Dataset`."""
     if not isinstance(pair, tuple | list) or len(pair) != 2:
-        raise ValueError(
-            f"item {index} of the dataset must be an (image, label) pair, but the type of the item is "
-            f"{type(pair).__name__}"
-        )
+        raise ValueError(f"item {index} of the dataset is not an (image, label) pair, but a {type(pair).__name__}")
     image, label = pair
     if hasattr(label, "tolist"):  # NumPy and torch values
         label = label.tolist()

@@ -27,7 +27,7 @@ from ..options import DataOptions
 
 IMAGE_COLUMN_NAMES = tuple("image img picture photo pixel_values file_name filename file path jpg png".split())
 LABEL_COLUMN_NAMES = ("label", "labels", "class", "target", "category", "fine_label", "cls")
-NO_LABELS = "nothing"  # text for an image without labels in a multi-label dataset
+NO_LABELS = "no label"  # text for an image without labels in a multi-label dataset
 
 LabelKind = Literal["single_label_classification", "multi_label_classification", "multi_task"]
 Features = dict[str, Any]  # type of each column, as in `datasets`
@@ -145,18 +145,16 @@ class LabelColumn:
         if self.has_class_indices and isinstance(value, int) and 0 <= value < len(self.classes):
             return value
         if str(value) not in self.index_by_name:
-            raise ValueError(f"{row_name} has the label {value!r}, which is none of the {len(self.classes)} classes")
+            raise ValueError(f"{row_name} has the label {value!r}, not one of the {len(self.classes)} classes")
         return self.index_by_name[str(value)]
 
-    def get_indices(self, values: Iterable[Any], name_row: Callable[[int], str]) -> list[int]:
+    def get_indices(self, values: Sequence[Any], name_row: Callable[[int], str]) -> list[int]:
         """Return the class index of each value."""
         known: dict[Any, int] = {}
-        indices = []
         for row, value in enumerate(values):
             if value not in known:
                 known[value] = self.get_index(value, name_row(row))
-            indices.append(known[value])
-        return indices
+        return [known[value] for value in values]
 
     @cached_property
     def has_class_indices(self) -> bool:
@@ -220,10 +218,7 @@ def build_label_reader(
     ]
     has_lists = bool(options.label_separator) or any(get_item_type(features[name]) is not None for name in names)
     if has_lists and len(names) > 1:
-        raise ValueError(
-            f"{options.dataset}: several label columns require one label per image in each column. Set one "
-            "--label-column, or remove --label-separator"
-        )
+        raise ValueError(f"{options.dataset}: several labels per image require a single --label-column")
     kind: LabelKind = "multi_label_classification" if has_lists else "single_label_classification"
     columns = [build_label_column(options, name, features[name], read_column) for name in names]
     return LabelReader("multi_task" if len(names) > 1 else kind, columns, options.label_separator)
@@ -241,9 +236,7 @@ def build_label_column(
     for value in read_column(name):
         for label in map(normalize_value, split_labels(value, options.label_separator)):
             if isinstance(label, float) or not isinstance(label, Hashable):
-                raise ValueError(
-                    f"{options.dataset}: the column {name!r} does not contain class labels. Set --label-column"
-                )
+                raise ValueError(f"{options.dataset}: the column {name!r} has no class labels. Set --label-column")
             distinct_values.add(label)
     distinct_values.discard(None)
     classes = [str(value) for value in sorted(distinct_values, key=lambda value: (isinstance(value, str), value))]
@@ -291,11 +284,10 @@ def find_column(
     matching_columns = [column for column, feature in features.items() if has_matching_type(feature)]
     if len(matching_columns) == 1:
         return matching_columns[0]
-    common_columns = [column for column in common_names if column in (matching_columns or features)]
-    if not common_columns:
-        columns = ", ".join(features)
-        raise ValueError(f"{dataset}: cannot identify the {kind} column among {columns}. Set --{kind}-column")
-    return common_columns[0]
+    for column in common_names:
+        if column in (matching_columns or features):
+            return column
+    raise ValueError(f"{dataset}: cannot identify the {kind} column among {', '.join(features)}. Set --{kind}-column")
 
 
 def is_image_feature(feature: Any) -> bool:

@@ -135,14 +135,10 @@ class BatchPlan:
 
     @classmethod
     def from_options(
-        cls,
-        num_images: int | None,
-        options: TrainingOptions,
-        num_processes: int,
-        labels: Sequence[int] | None = None,
+        cls, num_images: int | None, options: TrainingOptions, num_processes: int, labels: Sequence[int] | None = None
     ) -> "BatchPlan":
         """Build a plan of `max_steps` steps, or of `epochs` epochs rounded up to whole steps. Raise ValueError for a
-        stream without `max_steps` or with balanced classes.
+        stream without `max_steps`.
 
         Args:
             num_images: number of training images; None for a stream.
@@ -157,9 +153,7 @@ class BatchPlan:
             assert options.epochs is not None
             num_steps = math.ceil(options.epochs * num_images / images_per_step)
         order = None if num_images is None else ShuffledOrder(num_images, options.seed)
-        if options.class_balance == "sampling":
-            if labels is None:
-                raise ValueError("--class-balance sampling requires labels, which a stream lacks. Remove it")
+        if options.class_balance == "sampling" and labels is not None:
             order = BalancedOrder(labels, options.seed)
         accumulation_steps = options.gradient_accumulation_steps
         return cls(num_images, options.batch_size, accumulation_steps, num_processes, num_steps, options.seed, order)

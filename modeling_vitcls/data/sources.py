@@ -17,7 +17,7 @@ import logging
 import os
 import struct
 import zlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import chain
@@ -40,10 +40,7 @@ READERS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".parquet": "parquet"
 
 IDX_SPLITS = {"train": "train", "t10k": "test"}
 IDX_CLASSES = {
-    "fashion-mnist": [
-        *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
-        *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
-    ]
+    "fashion-mnist": "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot".split(","),
 }
 
 logger = logging.getLogger(__name__)
@@ -164,17 +161,15 @@ def load_with_datasets(options: DataOptions, use_labels: bool, select: SplitSele
         unlabeled_splits = {split: mark_as_unlabeled(images) for split, images in images_by_split.items()}
         return Splits(name, UNLABELED, unlabeled_splits, list(all_splits))
 
-    reader = build_label_reader(
-        options,
-        features,
-        lambda column: chain.from_iterable(read_column(dataset, column) for dataset in datasets.values()),
-    )
+    def read_all(column: str) -> Iterable[Any]:
+        return chain.from_iterable(read_column(dataset, column) for dataset in datasets.values())
+
+    reader = build_label_reader(options, features, read_all)
     labeled_splits = {}
     for split, dataset in datasets.items():
         name_row = partial("{}, split {!r}: row {}".format, options.dataset, split)
         labels = reader.read_columns([read_column(dataset, column.name) for column in reader.columns], name_row)
-        labeled_images = LabeledImages(images_by_split[split], labels)
-        labeled_splits[split] = drop_unlabeled_images(labeled_images, options, split)
+        labeled_splits[split] = drop_unlabeled_images(LabeledImages(images_by_split[split], labels), options, split)
     return Splits(name, reader.label_space, labeled_splits, list(all_splits))
 
 
@@ -183,14 +178,12 @@ def drop_unlabeled_images(images: LabeledImages, options: DataOptions, split: st
     label, or if more than --max-unreadable-images images have no label."""
     if not isinstance(images.labels, list):
         return images
-    unlabeled_rows = [str(index) for index, label in enumerate(images.labels) if label == IGNORED_LABEL]
-    if not unlabeled_rows:
+    rows = [str(index) for index, label in enumerate(images.labels) if label == IGNORED_LABEL]
+    if not rows:
         return images
-    message = (
-        f"{options.dataset}, split {split!r}: {len(unlabeled_rows):,} of {len(images):,} images have no label (rows "
-        f"{format_name_list(unlabeled_rows)})"
-    )
-    if len(unlabeled_rows) > options.max_unreadable_images or len(unlabeled_rows) == len(images):
+    message = f"{options.dataset}, split {split!r}: {len(rows):,} of {len(images):,} images have no label "
+    message += f"(rows {format_name_list(rows)})"
+    if len(rows) > options.max_unreadable_images or len(rows) == len(images):
         raise ValueError(f"{message}. Set a different --label-column or --split, or a larger --max-unreadable-images")
     warn_on_first_process(f"{message} and are skipped")
     return images.select(index for index, label in enumerate(images.labels) if label != IGNORED_LABEL)
@@ -239,10 +232,8 @@ def read_with_datasets(options: DataOptions) -> Any:
             return convert_to_streams(saved if isinstance(saved, dict) else {"train": saved}, options)
         return datasets.load_dataset(options.dataset, streaming=options.streaming)
     except Exception as error:  # the readers raise many types of errors on damaged data
-        raise ValueError(
-            f"cannot read the dataset {options.dataset!r} ({type(error).__name__}: {format_error(error)}). See --help "
-            "for the values of --dataset"
-        ) from error
+        reason = f"{type(error).__name__}: {format_error(error)}"
+        raise ValueError(f"cannot read the dataset {options.dataset!r} ({reason}). See --help") from error
 
 
 def convert_to_streams(splits: Any, options: DataOptions) -> Any:

@@ -100,7 +100,7 @@ class TrainingData:
         if not is_stratified(self.train):
             return 1.0
         sizes = Counter(self.train.labels).values()  # type: ignore
-        return max(sizes, default=1) / min(sizes, default=1)
+        return max(sizes) / min(sizes)
 
 
 def load_training_data(
@@ -193,14 +193,12 @@ def check_splits(
     if label_space.kind == "single_label_classification" and label_space.columns and len(label_space.names) == 1:
         raise ValueError(describe_single_class(options.dataset, label_space.names[0]))
     if options.folds is not None and training_splits.held_out is not None:
-        raise ValueError(
-            f"--folds requires a single split, but {options.dataset} has the held-out split "
-            f"{training_splits.held_out!r}. Remove --folds"
-        )
+        split = training_splits.held_out
+        raise ValueError(f"--folds requires one split, but {options.dataset} has the split {split!r}. Remove --folds")
     if lacks_selection and options.streaming:
         raise ValueError(
             f"--select best with --streaming requires a validation split and a test split, but {options.dataset} has "
-            f"only {', '.join(splits.names)}. Remove --streaming or --select best"
+            f"only {', '.join(splits.names)}. Remove one of the two flags"
         )
     if lacks_selection and not options.held_out_fraction:
         raise ValueError("--select best requires images, but --held-out-fraction is 0. Set a larger one")
@@ -228,8 +226,7 @@ def hold_out_images(images: Any, rule: HeldOutRule, options: DataOptions) -> tup
     if not len(train_indices) or (not len(held_out_indices) and rule.fraction > 0):
         amount, change = ("all", "smaller") if len(held_out_indices) else ("none of the", "larger")
         raise ValueError(
-            f"{options.dataset}: {amount} {len(keys)} images would be held out. Set a {change} --held-out-fraction, "
-            "or add images"
+            f"{options.dataset}: {amount} {len(keys)} images would be held out. Set a {change} --held-out-fraction"
         )
     record = HeldOutRecord.from_keys(rule, keys[is_held_out])
     return images.select(train_indices.tolist()), images.select(held_out_indices.tolist()), record
@@ -286,10 +283,7 @@ def load_evaluation_data(
     if split == "train" and options.streaming:
         raise ValueError(f"--split train is not supported for the stream {options.dataset}. Remove --streaming")
     if split != "train" and rule.fraction == 0:
-        raise ValueError(
-            "evaluation requires held-out images, but --held-out-fraction is 0. Set --dataset to a dataset that was "
-            "not used for training"
-        )
+        raise ValueError("--held-out-fraction is 0. Set --dataset to a dataset that was not used for training")
     train, held_out, _ = hold_out_images(images, rule, options)
     if split == "train":
         return EvaluationData(splits.label_space, train, split, None)

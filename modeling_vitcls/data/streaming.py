@@ -85,8 +85,7 @@ class StreamedImages:
                     yield replace(example, epoch=pass_index)
             if num_examples == 0:
                 raise ValueError(
-                    f"{self.name} has no training image for process {process_index} of {num_processes}. Add images or "
-                    "start fewer processes"
+                    f"{self.name} has no training image for process {process_index} of {num_processes}. Add images"
                 )
             num_passes, remaining_start = divmod(start, num_examples)  # all passes of a process have the same length
             pass_index, start = (pass_index + num_passes, remaining_start) if num_passes else (pass_index + 1, 0)
@@ -118,10 +117,9 @@ class StreamedImages:
         """Return the first images in the order of the stream, stored in memory without decoding. Raise ValueError if
         there are none."""
         examples = list(islice(self.iterate_in_order(), num_images))
-        if not examples and not self.is_held_out_part:
-            raise ValueError(f"{self.name}: the evaluation split contains no images. Add images, or remove the split")
         if not examples:
-            raise ValueError(f"{self.name}: no image is held out. Set a larger --held-out-fraction")
+            remedy = "Set a larger --held-out-fraction" if self.is_held_out_part else "Remove the evaluation split"
+            raise ValueError(f"{self.name} has no images for evaluation. {remedy}")
         labels: Any = [example.label for example in examples]
         if labels and isinstance(labels[0], list):
             labels = MultiHotLabels.from_indices(map(np.flatnonzero, labels), len(labels[0]))
@@ -183,10 +181,7 @@ def read_label_column(streams: Any, column: str, options: DataOptions) -> Iterat
     ValueError for WebDataset shards on the Hub, of which all images would be downloaded."""
     for stream in streams.values():
         if "__url__" in (stream.features or {}) and not Path(options.dataset).exists():
-            raise ValueError(
-                f"{options.dataset} does not declare the classes of {column!r}, and reading them would download all "
-                "images. Set --label-names to all class names"
-            )
+            raise ValueError(f"{options.dataset} does not declare the classes of {column!r}. Set --label-names")
         for row in stream.select_columns([column]):
             yield row[column]
 
@@ -197,10 +192,9 @@ def read_features(stream: Any, options: DataOptions) -> Features:
 
     if stream.features is not None:
         return stream.features
-    try:
-        return datasets.Dataset.from_list([next(iter(stream))]).features
-    except StopIteration:
-        raise ValueError(f"{options.dataset} is empty. Add images") from None
+    if not (rows := list(stream.take(1))):
+        raise ValueError(f"{options.dataset} is empty. Add images")
+    return datasets.Dataset.from_list(rows).features
 
 
 # Training ------------------------------------------------------------------------------------------------------------

@@ -135,8 +135,7 @@ def unwrap_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
 def gather_weights(model: nn.Module) -> Tensors:
     """Return parameters and persistent buffers as full CPU tensors on the main process, and an empty dictionary on the
     other processes. This function must be called on all processes."""
-    weights: dict[str, Any] = get_model_state_dict(model, options=FULL_STATE_DICT_OPTIONS)
-    return weights
+    return get_model_state_dict(model, options=FULL_STATE_DICT_OPTIONS)  # type: ignore[return-value]
 
 
 def gather_tensor(tensor: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,6 @@ The run prints the expected duration and memory of the full run, and keeps no fi
 
 import math
 import os
-import random
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -16,9 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints import CheckpointStore
-from ..data.images import LabeledImages
 from ..data.sampling import BatchPlan
-from ..data.streaming import StreamedImages
 from .loop import TrainingLoop
 from .output_folder import CHECKPOINTS_FOLDER, check_replaceable
 
@@ -42,19 +39,11 @@ def build_dry_run_options(options: Any) -> Iterator[Any]:
         yield replace(
             options,
             output_dir=folder / options.output_dir.name,
-            training=replace(options.training, max_steps=NUM_STEPS, log_every=1),
+            training=replace(options.training, log_every=1),
             run=replace(options.run, resume=False),
         )
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def draw_images(images: LabeledImages | StreamedImages, num_images: int) -> LabeledImages:
-    """Draw at most `num_images` images at random, with a fixed seed, because datasets are often sorted by class; or
-    return the first images of a stream."""
-    if isinstance(images, StreamedImages):
-        return images.read_first(num_images)
-    return images.select(sorted(random.Random(0).sample(range(len(images)), min(num_images, len(images)))))
 
 
 def describe_dry_run(

@@ -62,23 +62,17 @@ def build_task(options: FinetuneOptions, initial: InitialModel, data: TrainingDa
     model, processor, new_parameter_names = build_model(options.model, initial, labels)
     teacher = None
     if options.distillation.teacher is not None:
-        teacher = load_teacher(
-            options.distillation.teacher,
-            labels,
-            model.config.num_channels,
-            model.config.image_height_width,
-            accelerator.device,
-        )
+        teacher = load_teacher(options.distillation.teacher, labels, model.config, accelerator.device)
     set_trainable_parameters(model, training_options.trainable, training_options.lora_rank, new_parameter_names)
     if options.model.patch_drop_rate and not uses_patch_dropout(model.vitcls):
         raise ValueError(
-            "--patch-drop-rate requires trainable embeddings or a trainable first layer, but --trainable "
-            f"{training_options.trainable} freezes both. Remove one of the two flags"
+            f"--patch-drop-rate has no effect with --trainable {training_options.trainable}, which freezes the "
+            "embeddings and the first layer. Remove one of the two flags"
         )
 
     batch_size, num_channels = options.training.batch_size, model.config.num_channels
     arguments = get_evaluator_arguments(options.data, batch_size, num_channels, accelerator, reporter.warn)
-    arguments["processor"] = processor
+    arguments |= {"processor": processor, "label_space": labels}
     missing_probe_reason: str | None = "the initial weights are random"
     if not initial.has_random_weights:
         missing_probe_reason = explain_missing_probe(options, model, new_parameter_names, labels.kind)
@@ -86,18 +80,18 @@ def build_task(options: FinetuneOptions, initial: InitialModel, data: TrainingDa
     summary_lines = {} if missing_probe_reason is None else {"probe": f"off, because {missing_probe_reason}"}
     if teacher is not None:
         summary_lines["teacher"] = teacher.description
-    if data.class_ratio > MAX_CLASS_RATIO:
-        reporter.additional_metric = "macro_f1"
     normalize = Normalizer(processor, accelerator.device)
     warnings = [get_split_warning(initial, data), describe_imbalance(options, data)]
+    metric = SELECTION_METRICS[labels.kind]
     class_count_text = " + ".join(f"{len(names)} of {column!r}" for column, names in labels.columns.items())
     return Task(
         model,
         processor,
         build_objective(options, data, teacher, normalize, accelerator, model.config.num_head_tokens),
-        build_evaluator=lambda images: Evaluator(images, label_space=labels, **arguments),
-        selection_metric=SELECTION_METRICS[labels.kind],
-        result_metrics=(SELECTION_METRICS[labels.kind], "cls_accuracy", "distillation_accuracy"),
+        build_evaluator=lambda images: Evaluator(images, **arguments),
+        selection_metric=metric,
+        printed_metrics=(metric, "macro_f1") if data.class_ratio > MAX_CLASS_RATIO else (metric,),
+        result_metrics=(metric, "cls_accuracy", "distillation_accuracy"),
         evaluated_text="{num_images:,} held-out images",
         labels_text=f"classes: {class_count_text}, {labels.kind.replace('_', ' ')}",
         can_calibrate=labels.kind == "single_label_classification",
@@ -143,7 +137,7 @@ def build_objective(
     distillation = options.distillation
     predict = teacher.predict
     if num_views := distillation.teacher_views:
-        predict = TeacherCache(teacher, data.num_training_images or 0, num_views, len(labels.names)).predict
+        predict = TeacherCache(teacher, data.num_training_images, num_views, len(labels.names)).predict
 
     def compute_teacher_logits(batch: Batch) -> torch.Tensor:
         with accelerator.autocast():
@@ -181,31 +175,17 @@ def check_options(options: FinetuneOptions) -> FinetuneOptions:
     if options.distillation.teacher is not None and options.model.num_distillation_tokens is None:
         options = replace(options, model=replace(options.model, num_distillation_tokens=1))
     if options.distillation.teacher is not None and not options.model.num_distillation_tokens:
-        raise ValueError(
-            "--teacher requires a distillation token, but --num-distillation-tokens is 0. Set "
-            "--num-distillation-tokens 1, or remove --teacher"
-        )
+        raise ValueError("--teacher requires --num-distillation-tokens 1 or more. Change it, or remove --teacher")
     if training_options.trainable != "full" and is_preset(options.model.model):
         raise ValueError(
-            f"--trainable {training_options.trainable} requires a trained checkpoint, but {options.model.model} has "
-            "random weights. Set --model to a checkpoint"
-        )
-    if options.data.streaming and options.distillation.teacher_views:
-        raise ValueError(
-            "--teacher-views caches the teacher's logits for each image, but the number of images in a stream is "
-            "unknown. Remove --teacher-views or --streaming"
+            f"--trainable {training_options.trainable} requires trained weights, but {options.model.model} has random "
+            "weights. Set --model to a checkpoint"
         )
     if options.data.streaming and training_options.class_balance != "none":
-        raise ValueError(
-            "--class-balance requires all labels before training, but a stream provides labels only during training. "
-            "Remove --class-balance or --streaming"
-        )
+        raise ValueError("--class-balance requires all labels, which a stream lacks. Remove one of the two flags")
     for flag in ("mixup", "cutmix"):
         if options.distillation.teacher_views and getattr(options.augmentation, flag):
-            raise ValueError(
-                f"--teacher-views caches the logits of individual images, but --{flag} mixes images. "
-                "Remove one of the two flags"
-            )
+            raise ValueError(f"--teacher-views requires single images, but --{flag} mixes images. Remove one flag")
     return options
 
 
@@ -219,9 +199,7 @@ def check_label_kind(options: FinetuneOptions, kind: str) -> None:
     }
     for flag, is_set in flags.items():
         if is_set and kind != "single_label_classification":
-            raise ValueError(
-                f"{flag} requires one label per image, but the label kind of the dataset is {kind}. Remove {flag}"
-            )
+            raise ValueError(f"{flag} requires one label per image, but the labels are {kind}. Remove {flag}")
 
 
 def get_split_warning(initial: InitialModel, data: TrainingData) -> str | None:
@@ -234,8 +212,7 @@ def get_split_warning(initial: InitialModel, data: TrainingData) -> str | None:
     recorded_rule = None if record is None else record.rule
     if recorded_rule is None or read_json(Path(initial.folder, RESULTS_FILE)).get("dataset") != data.name:
         return None
-    is_same_fold = (rule.num_folds, rule.fold) == (recorded_rule.num_folds, recorded_rule.fold)
-    if rule.seed == recorded_rule.seed and is_same_fold and rule.fraction <= recorded_rule.fraction:
+    if rule.fraction <= recorded_rule.fraction and replace(rule, fraction=recorded_rule.fraction) == recorded_rule:
         return None
     flags_text = f"--folds {recorded_rule.num_folds} --fold {recorded_rule.fold}"
     if recorded_rule.num_folds is None:

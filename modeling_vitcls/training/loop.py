@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -183,9 +184,7 @@ class TrainingLoop:
         state.step += 1
         if state.ema is not None:
             state.ema.update(state.step)
-        state.recent_losses.append(
-            {name: math.fsum(loss[name] for loss in losses) / len(losses) for name in losses[0]}
-        )
+        state.recent_losses.append({name: fmean(loss[name].item() for loss in losses) for name in losses[0]})
         record: Metrics = {
             "step": state.step,
             "epoch": round(self.plan.count_epochs(state.step), 4),
@@ -208,14 +207,12 @@ class TrainingLoop:
         max_overflows = MAX_CONSECUTIVE_OVERFLOWS if self.accelerator.scaler is not None else 0
         are_losses_finite = all(math.isfinite(batch_losses["loss"]) for batch_losses in losses)
         is_finite = are_losses_finite and self.num_overflows <= max_overflows
-        if self.accelerator.num_processes > 1:
-            is_finite_tensor = torch.tensor(float(is_finite), device=self.accelerator.device)
-            is_finite = bool(self.accelerator.reduce(is_finite_tensor, "sum") == self.accelerator.num_processes)
-        if not is_finite:
+        is_finite_tensor = torch.tensor(float(is_finite), device=self.accelerator.device)
+        if self.accelerator.reduce(is_finite_tensor, "sum") < self.accelerator.num_processes:
             self.state.optimizer.zero_grad()
             raise RunStopped(
-                f"the loss or its gradient is not finite in step {self.state.step + 1}. Try a lower --learning-rate, "
-                "a longer --warmup, a smaller --max-gradient-norm, or --mixed-precision no"
+                f"the loss or its gradient is not finite in step {self.state.step + 1}. Set a lower --learning-rate, "
+                "a longer --warmup, or --mixed-precision no"
             )
 
     # Evaluation and records ------------------------------------------------------------------------------------------
@@ -247,9 +244,9 @@ class TrainingLoop:
             state.best_score = score
             state.margin = 0.0
             if not state.step:
-                steps = range(1, self.plan.num_steps + 1)
-                num_evaluations = sum(is_end_of_epochs(step, self.options.evaluate_every, self.plan) for step in steps)
-                num_errors = float(norm.isf(MAX_CHANCE / max(num_evaluations, 1)))
+                num_evaluations = self.plan.count_epochs(self.plan.num_steps) // self.options.evaluate_every
+                num_evaluations = max(min(num_evaluations, self.plan.num_steps), 1)
+                num_errors = float(norm.isf(MAX_CHANCE / num_evaluations))
                 state.margin = num_errors * math.sqrt(score * (1 - score) / metrics["num_images"])
         scalars = {f"{self.evaluated_images}_{name}": value for name, value in select_scalars(metrics).items()}
         if state.pending_record:  # empty before the first step
@@ -272,9 +269,7 @@ class TrainingLoop:
         """Return the losses (means over all processes and the steps since the last record), the speed of these steps
         (excluding evaluations and checkpoints), and the peak memory so far."""
         recent_losses = self.state.recent_losses
-        local_means = [
-            math.fsum(losses[name] for losses in recent_losses) / len(recent_losses) for name in recent_losses[0]
-        ]
+        local_means = [fmean(losses[name] for losses in recent_losses) for name in recent_losses[0]]
         seconds = self.step_seconds[self.num_logged_steps :]
         self.num_logged_steps = len(self.step_seconds)
         self.peak_memory = max(self.peak_memory, get_peak_memory(self.accelerator.device))

@@ -14,7 +14,6 @@ teacher.py implements the teachers, and distillation.py the distillation of thei
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -97,13 +96,8 @@ class MultiTaskLoss:
 
     def __call__(self, logits: dict[str, torch.Tensor], labels: dict[str, torch.Tensor]) -> torch.Tensor:
         """Return the sum of the mean losses of all tasks. The loss of an image without a label is 0."""
-        compute_loss = partial(
-            nn.functional.cross_entropy,
-            label_smoothing=self.label_smoothing,
-            ignore_index=IGNORED_LABEL,
-            reduction="none",
-        )
-        return torch.stack([compute_loss(logits[task].float(), labels[task]).mean() for task in logits]).sum()
+        loss = nn.CrossEntropyLoss(ignore_index=IGNORED_LABEL, label_smoothing=self.label_smoothing, reduction="none")
+        return torch.stack([loss(logits[task].float(), labels[task]).mean() for task in logits]).sum()
 
 
 # Objectives ----------------------------------------------------------------------------------------------------------
@@ -136,9 +130,7 @@ class DistillationObjective:
 
     prepare_batch: Callable[[Batch], Batch]  # adds the model's "inputs"
     compute_targets: Callable[[Batch], Any]  # returns the outputs of the teachers
-    distillation_loss: Callable[
-        [Any, Any], torch.Tensor
-    ]  # computes the mean loss from the model's outputs and targets
+    distillation_loss: Callable[[Any, Any], torch.Tensor]  # mean loss from the model's outputs and targets
     label_loss: LabelLossFunction | None = None
     alpha: float = 1.0  # weight of the distillation loss; the weight of the label loss is 1 - alpha
 

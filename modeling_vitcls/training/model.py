@@ -13,7 +13,6 @@ frozen and remains frozen.
 """
 
 import copy
-import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -169,11 +168,9 @@ def get_added_token_names(stored_config: ViTCLSConfig, model: Classifier) -> set
     """Return the names of the token parameters that contain more tokens than in the checkpoint."""
     groups = ("cls", "distillation", "registers")
     group_sizes = zip(groups, stored_config.token_counts, model.config.token_counts, strict=True)
-    larger_groups = [group for group, old_size, new_size in group_sizes if new_size > old_size]
     tokens = model.vitcls.embeddings.get_special_tokens()
-    return {
-        name for name, parameter in model.named_parameters() for group in larger_groups if parameter is tokens[group]
-    }
+    larger = [tokens[group] for group, old_size, new_size in group_sizes if new_size > old_size]
+    return {name for name, parameter in model.named_parameters() if any(parameter is each for each in larger)}
 
 
 def check_preset_name(name: str) -> None:
@@ -195,10 +192,16 @@ def set_trainable_parameters(
     if trainable == "full":
         return model
     parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
+    prefixes = ["vitcls.pooler."]
+    if trainable.startswith("last-"):
+        num_layers, num_trainable_layers = len(model.vitcls.layers), int(trainable.removeprefix("last-"))
+        if num_trainable_layers > num_layers:
+            raise ValueError(f"--trainable is {trainable}, but the model has {num_layers} layers. Use a smaller N")
+        layer_indices = range(num_layers - num_trainable_layers, num_layers)
+        prefixes += ["vitcls.layernorm.", *(f"vitcls.layers.{index}." for index in layer_indices)]
     trainable_names = {
-        name for name in parameters if not name.startswith("vitcls.") or name.startswith("vitcls.pooler.")
+        name for name in parameters if not name.startswith("vitcls.") or name.startswith(tuple(prefixes))
     }
-    trainable_names |= get_last_layers_parameter_names(model, trainable)
     tokens = model.vitcls.embeddings.get_special_tokens()
     token_names = {group: name for group, token in tokens.items() for name in parameters if parameters[name] is token}
     if trainable == "lora":
@@ -213,22 +216,6 @@ def set_trainable_parameters(
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trainable_names or ".lora_" in name)
     return model
-
-
-def get_last_layers_parameter_names(model: Any, trainable: str) -> set[str]:
-    """Return the names of the parameters that "last-N" trains in addition to the head (none for "head" and "lora")."""
-    if trainable in ("head", "lora"):
-        return set()
-    match = re.fullmatch(r"last-([1-9]\d*)", trainable)
-    assert match is not None
-    num_trainable_layers, num_layers = int(match[1]), len(model.vitcls.layers)
-    if num_trainable_layers > num_layers:
-        raise ValueError(
-            f"--trainable is {trainable}, but the model has {num_layers} layers. Use a smaller N, or full"
-        )
-    layer_indices = range(num_layers - num_trainable_layers, num_layers)
-    prefixes = (*(f"vitcls.layers.{index}." for index in layer_indices), "vitcls.layernorm.")
-    return {name for name, _ in model.named_parameters() if name.startswith(prefixes)}
 
 
 def set_train_mode(model: nn.Module) -> None:
@@ -264,9 +251,7 @@ def add_lora(model: Any, rank: int) -> None:
     except ImportError as error:
         raise ValueError("--trainable lora requires PEFT: pip install peft") from error
     if "qkv" in (model.config.specialized_layers or {}):
-        raise ValueError(
-            '--trainable lora requires shared projections, but specialized_layers contains "qkv". Use full'
-        )
+        raise ValueError('--trainable lora does not support specialized_layers with "qkv". Use --trainable full')
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=LORA_TARGET_MODULES), model)
 
 

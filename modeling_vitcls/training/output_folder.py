@@ -79,13 +79,11 @@ def check_replaceable(options: Any, store: CheckpointStore) -> None:
         check_sources_not_removed(options)
         return
     if (folder / RESULTS_FILE).exists() and (folder / CONFIG_FILE).exists():
-        raise ValueError(
-            f"{folder} contains a finished run. Set --overwrite to replace the run, or choose a different --output-dir"
-        )
+        raise ValueError(f"{folder} contains a finished run. Set --overwrite, or choose a different --output-dir")
     if steps := store.list_steps():
         raise ValueError(
-            f"{folder} contains an unfinished run (a checkpoint of step {steps[-1]:,}). Continue the run with "
-            "--resume, restart the run with --overwrite, or choose a different --output-dir"
+            f"{folder} contains an unfinished run (step {steps[-1]:,}). Set --resume or --overwrite, or choose a "
+            "different --output-dir"
         )
     check_no_unrelated_files(folder)
 
@@ -97,8 +95,8 @@ def check_no_unrelated_files(folder: Path) -> None:
         names.append(METRICS_FILE)
     if names:
         raise ValueError(
-            f"{folder} contains files that this run would overwrite ({format_name_list(names)}). Move the files, set "
-            "--overwrite, or choose a different --output-dir"
+            f"{folder} contains other files that this run would replace ({format_name_list(names)}). Move them, or "
+            "set --overwrite"
         )
 
 
@@ -109,10 +107,7 @@ def check_sources_not_removed(options: FinetuneOptions | PretrainOptions) -> Non
     def check(flag: str, source: str) -> str:
         path = Path(split_prefix(source)[1]).resolve()
         if is_local(source) and folder in (path, *path.parents):
-            raise ValueError(
-                f"the --{flag} path is in --output-dir {folder}, which --overwrite clears. Choose a different "
-                "--output-dir"
-            )
+            raise ValueError(f"--overwrite would remove the --{flag} in {folder}. Choose a different --output-dir")
         return source
 
     replace_sources(options, check)
@@ -202,10 +197,8 @@ def save_output(
     try:
         run_on_main(accelerator, write)
     except OSError as error:
-        raise RunStopped(
-            f"cannot write the model to {options.output_dir} ({error}). Free disk space, then repeat the command with "
-            "--resume"
-        ) from error
+        message = f"cannot write the model to {options.output_dir} ({error}). Free disk space, then use --resume"
+        raise RunStopped(message) from error
 
 
 def write_model_files(
@@ -221,23 +214,18 @@ def write_model_files(
     # FSDP2 replaces the model's class with a subclass. With the subclass, transformers would save PyTorch's source
     # files as the model's code.
     model = task.encoder or task.model
-    wrapped_class = type(model)
-    unsharded_class: Any = next(base for base in wrapped_class.__mro__ if not issubclass(base, FSDPModule))
+    unsharded_class: Any = next(base for base in type(model).__mro__ if not issubclass(base, FSDPModule))
     model.__class__ = unsharded_class
-    try:
-        model.save_pretrained(folder, state_dict=merge_lora(weights))
-    finally:
-        model.__class__ = wrapped_class
+    model.save_pretrained(folder, state_dict=merge_lora(weights))
     task.processor.save_pretrained(folder)
     results = results | {"weights_sha256": hash_weights(folder), "provenance": None}  # None: random weights
     if not initial.has_random_weights:
         provenance = find_provenance(initial.name)
         provenance.copy_license(folder)
         results["provenance"] = provenance.to_dict()
-    if isinstance(options, PretrainOptions):
-        if options.distillation.teachers:
-            results["teacher_licenses"] = [find_provenance(name).license for name in options.distillation.teachers]
-    elif options.distillation.teacher is not None:
+    if isinstance(options, PretrainOptions) and options.distillation.teachers:
+        results["teacher_licenses"] = [find_provenance(name).license for name in options.distillation.teachers]
+    elif isinstance(options, FinetuneOptions) and options.distillation.teacher is not None:
         results["teacher_provenance"] = find_provenance(options.distillation.teacher).to_dict()
     saved_model = unsharded_class.from_pretrained(folder).to(model.device).eval()  # `model` may be sharded
     results["inference"] = measure_inference_speed(saved_model, model.device)
@@ -261,10 +249,8 @@ class FolderLock:
         try:
             self.file_lock.acquire()
         except Timeout:
-            raise ValueError(
-                f"{self.folder} is in use by another run. Wait until that run has ended, or choose a different "
-                "--output-dir"
-            ) from None
+            message = f"{self.folder} is in use by another run. Wait for its end, or choose a different --output-dir"
+            raise ValueError(message) from None
 
     def __enter__(self) -> Self:
         return self

@@ -22,20 +22,18 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 
 from ..configuration_vitcls import ViTCLSConfig
-from ..data.augmentation import build_augmentation
 from ..data.batches import Normalizer, iterate_training_batches
 from ..data.fit import set_fit
 from ..data.images import LabeledImages
 from ..data.sampling import BatchPlan
 from ..data.splits import TrainingData, load_training_data
-from ..data.streaming import build_training_dataset
 from ..hub.local_paths import strip_folders
 from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..inference.evaluator import get_evaluator_arguments
 from ..inference.frozen import FeatureEvaluator, build_classifier
 from ..inference.load_model import is_preset, load_processor
 from ..modeling_vitcls import ViTCLSModel
-from ..options import ModelOptions, PretrainOptions
+from ..options import ModelOptions, PretrainOptions, to_flags
 from .distillation import Distillation, FeatureTeachers, TeacherCosines, compute_feature_loss
 from .lejepa import LeJEPA, LeJEPAObjective
 from .losses import DistillationObjective, Objective
@@ -64,25 +62,13 @@ def check_options(options: PretrainOptions) -> PretrainOptions:
         num_tokens = num_teachers
     if num_teachers and num_tokens not in (0, 1, num_teachers):
         raise ValueError(
-            f"--teachers requires a distillation token for each teacher, one token for all teachers, or none, but "
-            f"{num_teachers} teachers have {num_tokens} tokens. Set --num-distillation-tokens {num_teachers}"
+            f"--num-distillation-tokens is {num_tokens}, but {num_teachers} teachers require 0, 1 or {num_teachers}"
         )
-    model = replace(options.model, num_distillation_tokens=num_tokens)
-    options = replace(options, method=method, model=model)
-    flags = {
-        "--mixup": bool(options.augmentation.mixup),
-        "--cutmix": bool(options.augmentation.cutmix),
-        "--class-balance": options.training.class_balance != "none",
-        "--trainable": options.training.trainable != "full",
-    }
-    for flag, is_set in flags.items():
-        if is_set:
-            raise ValueError(f"{flag} is supported only in fine-tuning, but this is a pre-training run. Remove {flag}")
-    if options.data.streaming and options.distillation.teacher_views:
-        raise ValueError(
-            "--teacher-views stores one vector per image, but the number of images in a stream is unknown. Remove "
-            "--teacher-views or --streaming"
-        )
+    options = replace(options, method=method, model=replace(options.model, num_distillation_tokens=num_tokens))
+    flags = to_flags(options)
+    for name, default in {"mixup": 0, "cutmix": 0, "class_balance": "none", "trainable": "full"}.items():
+        if flags[name] != default:
+            raise ValueError(f"--{name.replace('_', '-')} is supported only in fine-tuning. Remove the flag")
     if options.method == "lejepa":  # draws its own crops
         augmentation = options.augmentation
         crop_scale, shift = augmentation.crop_scale or 1.0, augmentation.shift or 0.0
@@ -129,8 +115,7 @@ def build_task(options: PretrainOptions, initial: InitialModel, data: TrainingDa
     arguments |= get_evaluator_arguments(options.data, batch_size, num_channels, reporter.accelerator, reporter.warn)
     neighbors = None
     if has_labels and isinstance(data.train, LabeledImages):
-        order = np.random.default_rng(options.data.split_seed).permutation(len(data.train))
-        neighbors = TokenFeatures(data.train.select(sorted(order[:MAX_NEIGHBORS].tolist())), **arguments)
+        neighbors = TokenFeatures(data.train.draw(MAX_NEIGHBORS, options.data.split_seed), **arguments)
 
     def build_evaluator(images: LabeledImages, with_regression: bool = False) -> FeatureQuality:
         cosines = None if teachers is None else TeacherCosines(teachers, normalize, images, **arguments)
@@ -152,6 +137,7 @@ def build_task(options: PretrainOptions, initial: InitialModel, data: TrainingDa
         objective,
         build_evaluator,
         selection_metric=selection_metric,
+        printed_metrics=(selection_metric,),
         result_metrics=("teacher_cosine", "knn_accuracy", "knn_accuracy_of_patches", "effective_rank"),
         evaluated_text="{num_images:,} held-out images",
         labels_text="labels are used only to measure the features" if has_labels else "no labels",
@@ -216,8 +202,7 @@ class FeatureQuality:
             for (name, kind), (suffix, part) in itertools.product(kinds.items(), parts.items()):
                 classifier = build_classifier(kind, len(train["labels"]))
                 classifier.fit(train["features"][part], train["labels"])
-                predictions = classifier.predict(features[part])
-                metrics[name + suffix] = round(float((predictions == labels).mean()), 6)
+                metrics[name + suffix] = round(float(classifier.score(features[part], labels)), 6)
         rank, width = compute_effective_rank(features[parts[""]]), features.shape[-1] - patch_width
         if rank < max(MIN_RANK * width, 1.5):
             self.warn(
@@ -267,10 +252,7 @@ def build_encoder(options: ModelOptions, initial: InitialModel) -> tuple[ViTCLSM
         processor = load_processor(name, initial.folder)
     config = encoder.config
     if config.patch_drop_rate:
-        raise ValueError(
-            f"pre-training requires all patches, but the patch_drop_rate is {config.patch_drop_rate}. Set "
-            "--patch-drop-rate 0"
-        )
+        raise ValueError(f"pre-training requires --patch-drop-rate 0, but the rate is {config.patch_drop_rate}")
     if encoder.embeddings.mask_token is not None:
         encoder.embeddings.mask_token.requires_grad_(False)  # not used; DDP requires gradients of all parameters
     set_fit(processor, options.fit, config.image_height_width)
@@ -291,10 +273,7 @@ def load_teachers(
     num_images = NUM_DRY_RUN_STANDARDIZATION_IMAGES if options.run.dry_run else NUM_STANDARDIZATION_IMAGES
     num_images = min(num_images, data.num_training_images or num_images)
     plan = BatchPlan.from_options(data.num_training_images, options.training, num_processes=1)
-    augmentation, to_rgb = build_augmentation(options.augmentation, processor), bool(processor.do_convert_rgb)
-    images = build_training_dataset(
-        data.train, augmentation, to_rgb, options.training.seed, num_channels=config.num_channels
-    )
+    images = build_training_images(options, data, processor, config.num_channels, num_views=0)
     with closing(iterate_training_batches(images, plan, 0, num_workers=0)) as batches:
         first_batches = itertools.islice(batches, math.ceil(num_images / plan.batch_size))
         teachers.fit((send_to_device(batch, accelerator.device) for batch in first_batches), num_images)
@@ -307,7 +286,7 @@ def build_distillation_objective(
     """Build the loss of the encoder's predictions, with cached targets if the number of views is limited."""
     sources: list[Any] = teachers.teachers
     if num_views := options.distillation.teacher_views:
-        num_images = data.num_training_images or 0
+        num_images = data.num_training_images
         sources = [TeacherCache(each, num_images, num_views, each.model.config.pooled_size) for each in sources]
     return DistillationObjective(
         lambda batch: batch | {"inputs": {"pixel_values": normalize(batch["pixels"]), "project": True}},

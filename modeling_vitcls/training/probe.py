@@ -20,7 +20,6 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from ..data.splits import TrainingData
 from ..distributed import run_on_main
 from ..inference.frozen import FeatureEvaluator, build_classifier
 from .reporter import Reporter
@@ -63,19 +62,19 @@ class Probe:
 
     model: Any
     max_images: int | None
-    evaluator_arguments: dict[str, Any]
+    evaluator_arguments: dict[str, Any]  # of `ProbeEvaluator`, without the images
 
-    def run(self, data: TrainingData, reporter: Reporter) -> dict[str, Any]:
+    def run(self, data: Any, reporter: Reporter) -> dict[str, Any]:
         """Set the classifier to the logistic regression on the frozen features, print the accuracies of the frozen
         model, and return them for results.json. The accuracies are measured on the selection images, or the held-out
         images if there are no selection images."""
         config = self.model.config
-        features, labels = self.compute_features(data, self.draw_training_images(data))
+        features, labels = self.compute_features(data.train.draw(self.max_images))
         images = data.held_out if data.selection is None else data.selection
-        evaluation = self.compute_features(data, images, warn=reporter.warn) if len(images) else None
+        evaluation = self.compute_features(images, warn=reporter.warn) if len(images) else None
         size, width = config.pooled_size, config.hidden_size
 
-        def fit() -> dict[str, Any]:
+        def fit() -> tuple[dict[str, Any], tuple[np.ndarray, np.ndarray]]:
             own = slice(0, size)
             columns = {
                 "CLS": slice(size, size + width),
@@ -97,27 +96,20 @@ class Probe:
             }
             probe: dict[str, Any] = {"num_training_images": len(labels), "features": own_name}
             if evaluation is not None:
-                for kind in ("knn", "logreg"):
-                    probe[kind] = {
-                        name: round(
-                            float((classifiers[kind, name].predict(evaluation[0][:, part]) == evaluation[1]).mean()), 6
-                        )
-                        for name, part in columns.items()
-                    }
-            return {
-                "probe": probe,
-                "classifier": fold_standardization(classifiers["logreg", own_name], config.num_labels),
-            }
+                for (kind, name), classifier in classifiers.items():
+                    accuracy = classifier.score(evaluation[0][:, columns[name]], evaluation[1])
+                    probe.setdefault(kind, {})[name] = round(float(accuracy), 6)
+            return probe, fold_standardization(classifiers["logreg", own_name], config.num_labels)
 
-        fitted = run_on_main(reporter.accelerator, fit)
-        self.set_classifier(*fitted["classifier"])
-        if reporter.printed_metric is not None:  # None: a dry run
-            reporter.print_line("frozen", describe_probe(fitted["probe"]))
-        return fitted["probe"]
+        probe, classifier = run_on_main(reporter.accelerator, fit)
+        self.set_classifier(*classifier)
+        if reporter.printed_metrics:  # none in a dry run
+            reporter.print_line("frozen", describe_probe(probe))
+        return probe
 
-    def refit(self, data: TrainingData, accelerator: Accelerator) -> None:
+    def refit(self, data: Any, accelerator: Accelerator) -> None:
         """Fit the regression again, to the training and the selection images together."""
-        parts = [self.compute_features(data, images) for images in (self.draw_training_images(data), data.selection)]
+        parts = [self.compute_features(images) for images in (data.train.draw(self.max_images), data.selection)]
         features, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
         config = self.model.config
 
@@ -127,18 +119,11 @@ class Probe:
 
         self.set_classifier(*run_on_main(accelerator, fit))
 
-    def draw_training_images(self, data: TrainingData) -> Any:
-        images: Any = data.train
-        if self.max_images is None or len(images) <= self.max_images:
-            return images
-        return images.select(sorted(np.random.default_rng(0).permutation(len(images))[: self.max_images].tolist()))
-
     def compute_features(
-        self, data: TrainingData, images: Any, warn: Callable[[str], None] = lambda message: None
+        self, images: Any, warn: Callable[[str], None] = lambda message: None
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return features and labels. Training reports unreadable images, so that the default does not."""
-        arguments = self.evaluator_arguments | {"warn": warn}
-        evaluator = ProbeEvaluator(images, label_space=data.label_space, **arguments)
+        evaluator = ProbeEvaluator(images, **self.evaluator_arguments | {"warn": warn})
         was_training = self.model.training
         outputs = evaluator(self.model.to(evaluator.accelerator.device).eval())
         self.model.train(was_training)
@@ -168,11 +153,9 @@ def describe_probe(probe: dict[str, Any]) -> str:
     """Return the accuracies as text: "k-NN 78.9%, logistic regression 82.1% (CLS + mean)"."""
     if "knn" not in probe:
         return f"the classifier starts from logistic regression on {probe['features']}"
-    texts = []
-    for kind, kind_text in (("knn", "k-NN"), ("logreg", "logistic regression")):
-        name = max(probe[kind], key=probe[kind].__getitem__)
-        texts.append(f"{kind_text} {probe[kind][name]:.1%} ({name})")
+    best = {kind: max(probe[kind].items(), key=lambda item: item[1]) for kind in ("knn", "logreg")}
+    (knn_name, knn), (name, accuracy), own_name = best["knn"], best["logreg"], probe["features"]
     return (
-        f"{', '.join(texts)}; the classifier starts from the regression on {probe['features']} "
-        f"({probe['logreg'][probe['features']]:.1%})"
+        f"k-NN {knn:.1%} ({knn_name}), logistic regression {accuracy:.1%} ({name}); the classifier starts from the "
+        f"regression on {own_name} ({probe['logreg'][own_name]:.1%})"
     )

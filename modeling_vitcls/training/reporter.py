@@ -6,14 +6,14 @@ and writes.
 
 import json
 import math
-import time
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
 from ..configuration_vitcls import ViTCLSConfig
@@ -21,6 +21,7 @@ from ..data.fit import MAX_MEASURED_IMAGES, describe_fit
 from ..data.sampling import BatchPlan
 from ..data.splits import HELD_OUT_SPLITS, TrainingData
 from ..data.streaming import StreamedImages
+from ..files import write_atomically
 from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..system import describe_device, get_versions
 
@@ -36,17 +37,14 @@ class Reporter:
             TextColumn("{task.description}"),
             BarColumn(bar_width=20),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[remaining]}"),
+            TimeRemainingColumn(),
             console=self.console,
             disable=not (accelerator.is_main_process and self.console.is_terminal),
+            speed_estimate_period=math.inf,
         )
-        self.progress_task = self.progress.add_task("training", total=None, remaining="")
+        self.progress_task = self.progress.add_task("training", total=None)
         # metrics of evaluations that lines contain, set by the run; none in a dry run
-        self.printed_metric: str | None = None
-        self.additional_metric: str | None = None
-        self.num_steps = 0
-        self.first_step = 0
-        self.start_time = 0.0  # time at which the first step started
+        self.printed_metrics: tuple[str, ...] = ()
 
     def print_line(self, name: str, text: str) -> None:
         """Print one line of the summary."""
@@ -59,21 +57,20 @@ class Reporter:
     def start_after(self, step: int, num_steps: int) -> None:
         """Start the output of a run that continues after `step`. In metrics.jsonl, keep the records up to this
         step, and remove the records of later steps, which the resumed run repeats."""
-        self.num_steps = num_steps
-        self.first_step, self.start_time = step, time.perf_counter()
         if self.accelerator.is_main_process:
             lines = self.metrics_file.read_text(encoding="utf-8").splitlines() if self.metrics_file.exists() else []
-            earlier_lines = [
-                line for line in lines if (line_step := parse_step(line)) is not None and line_step <= step
-            ]
-            partial_file = self.metrics_file.with_name(f".{self.metrics_file.name}.partial")
-            partial_file.write_text("".join(f"{line}\n" for line in earlier_lines), encoding="utf-8")
-            partial_file.replace(self.metrics_file)
-        self.progress.update(self.progress_task, completed=step, total=num_steps)
+            earlier_lines = []
+            for line in lines:
+                with suppress(ValueError):  # the last line of a killed run may be truncated
+                    if json.loads(line)["step"] <= step:
+                        earlier_lines.append(f"{line}\n")
+            with write_atomically(self.metrics_file) as temporary_file:
+                temporary_file.write_text("".join(earlier_lines), encoding="utf-8")
+        self.progress.reset(self.progress_task, total=num_steps, completed=step)
 
     def show_step(self, step: int) -> None:
-        """Move the progress bar, and update the remaining time."""
-        self.progress.update(self.progress_task, completed=step, remaining=self.format_remaining_time(step))
+        """Move the progress bar."""
+        self.progress.update(self.progress_task, completed=step)
 
     def log(self, record: dict[str, Any]) -> None:
         """Append a record to metrics.jsonl, print the record, and send the numeric values of the record to the
@@ -87,42 +84,25 @@ class Reporter:
         text = f"epoch {record['epoch']:.1f}  loss {record['loss']:.3f}  lr {record['learning_rate']:.1e}  "
         text += f"{record['images_per_second']:.0f} images/s"
         score_text = ""
-        metrics = (self.printed_metric, self.additional_metric)
-        names = [name for name in metrics if name is not None and self.printed_metric is not None]
         for split in ("held_out", "selection"):
-            scores = {name: record[f"{split}_{name}"] for name in names if f"{split}_{name}" in record}
-            if scores:
-                score_text = f"{split.replace('_', ' ')}: {', '.join(map(format_metric, scores, scores.values()))}"
-        remaining_time = self.format_remaining_time(record["step"])
+            scores = {name: record.get(f"{split}_{name}", ...) for name in self.printed_metrics}
+            texts = [format_metric(name, score) for name, score in scores.items() if score is not ...]
+            if texts:
+                score_text = f"{split.replace('_', ' ')}: {', '.join(texts)}"
+        self.progress.update(self.progress_task, completed=record["step"], description=text)
+        task = self.progress.tasks[0]
         if self.progress.disable:
-            columns = [f"step {record['step']}/{self.num_steps}", text, remaining_time, score_text]
+            remaining_time = f"{timedelta(seconds=task.time_remaining)} left" if task.time_remaining else ""
+            columns = [f"step {record['step']}/{task.total}", text, remaining_time, score_text]
             self.console.print("  ".join(filter(None, columns)), markup=False)
-            return
-        self.progress.update(self.progress_task, completed=record["step"], description=text, remaining=remaining_time)
-        if score_text:
+        elif score_text:
             self.progress.console.print(f"epoch {record['epoch']:>5.1f}  {score_text}", markup=False)
-
-    def format_remaining_time(self, step: int) -> str:
-        """Format the remaining time, estimated from the speed so far. Return an empty string after the last step."""
-        num_completed_steps, num_remaining_steps = step - self.first_step, self.num_steps - step
-        if num_completed_steps <= 0 or num_remaining_steps <= 0:
-            return ""
-        seconds_per_step = (time.perf_counter() - self.start_time) / num_completed_steps
-        return f"{timedelta(seconds=math.ceil(seconds_per_step * num_remaining_steps))} left"
 
 
 def format_metric(name: str, value: float | None) -> str:
     formats = {"loss": ".4g", "rank": ".1f", "cosine": ".3f"}
     text = "unknown" if value is None else f"{value:{formats.get(name.rpartition('_')[2], '.2%')}}"
     return f"{name.replace('_', ' ')} {text}"
-
-
-def parse_step(line: str) -> int | None:
-    """Return the step in a line of metrics.jsonl, or None if the line is truncated."""
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return None
 
 
 def flatten_record(record: dict[str, Any], prefix: str = "") -> dict[str, float]:
@@ -144,19 +124,18 @@ def flatten_record(record: dict[str, Any], prefix: str = "") -> dict[str, float]
 
 def describe_splits(data: TrainingData, processor: ViTCLSImageProcessor, labels_text: str) -> dict[str, str]:
     """Return the summary lines about the data."""
-    size_text = "a stream of" if data.num_training_images is None else f"{data.num_training_images:,}"
+    train_text, held_out_text, selection_text = (
+        "a stream of" if images is None or isinstance(images, StreamedImages) else f"{len(images):,}"
+        for images in (data.train, data.held_out, data.selection)
+    )
     lines = {}
     if data.train_split in HELD_OUT_SPLITS:
-        lines["split"] = (
-            f"training uses the split named {data.train_split!r}, because {data.name} has no split named 'train'"
-        )
-    held_out_text = "a stream of" if data.num_held_out_images is None else f"{data.num_held_out_images:,}"
-    lines |= {
-        "data": f"{data.name}: {size_text} training images, {held_out_text} held-out images "
-        f"({data.held_out_name}); {labels_text}"
-    }
+        lines["split"] = f"training uses the split {data.train_split!r}, because no split is named 'train'"
+    lines["data"] = (
+        f"{data.name}: {train_text} training images, {held_out_text} held-out images ({data.held_out_name}); "
+        f"{labels_text}"
+    )
     if data.selection is not None:
-        selection_text = "a stream of" if isinstance(data.selection, StreamedImages) else f"{len(data.selection):,}"
         lines["selection"] = (
             f"the best checkpoint is selected on {selection_text} separate images ({data.selection_name})"
         )
@@ -193,16 +172,11 @@ def describe_model(source: str, model: Any, forward_flops: int) -> dict[str, str
     }
 
 
-def describe_batches(plan: BatchPlan, accelerator: Accelerator, has_no_steps: bool = False) -> dict[str, str | None]:
-    """Return the summary lines about the batches and the device."""
+def describe_batches(plan: BatchPlan) -> str:
+    """Return the summary line about the batches."""
     batch_text = f"{plan.batch_size} x {plan.accumulation_steps} accumulated x {plan.num_processes} process(es)"
     epoch_text = f" = {plan.count_epochs(plan.num_steps):.1f} epochs" if plan.num_images else ""
-    return {
-        "batches": None
-        if has_no_steps
-        else f"{plan.images_per_step} images per step = {batch_text}; {plan.num_steps:,} steps{epoch_text}",
-        "device": f"{describe_device(accelerator)}, mixed precision: {accelerator.mixed_precision}",
-    }
+    return f"{plan.images_per_step} images per step = {batch_text}; {plan.num_steps:,} steps{epoch_text}"
 
 
 def describe_run(

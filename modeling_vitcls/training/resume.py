@@ -61,16 +61,10 @@ def replace_sources(options: Any, convert: Callable[[str, str], str]) -> Any:
 def get_relative_flags(options: Any, should_strip: bool = False) -> dict[str, Any]:
     """Return all flags of the run, with paths relative to the current directory. If `should_strip` is set, local
     folders are replaced with placeholders, because the flags are published."""
-    flags = to_flags(options)
     convert = strip_folders if should_strip else make_relative
-    relative = {
-        name: list(map(convert, flags[name])) if name == "teachers" else convert(flags[name])
-        for name in PATH_FLAGS
-        if flags.get(name)
-    }
-    return (
-        flags | {"output_dir": flags["output_dir"] if should_strip else make_relative(flags["output_dir"])} | relative
-    )
+    options = replace_sources(options, lambda _, source: convert(source))
+    flags = to_flags(replace(options, data=replace(options.data, dataset=convert(options.data.dataset))))
+    return flags if should_strip else flags | {"output_dir": make_relative(flags["output_dir"])}
 
 
 def check_flags_unchanged(stored_flags: dict[str, Any], current_flags: dict[str, Any], folder: Path) -> None:
@@ -93,10 +87,7 @@ def check_flags_unchanged(stored_flags: dict[str, Any], current_flags: dict[str,
             continue
         advice = "Use the same flags, or choose a different --output-dir"
         if name in ("epochs", "max_steps"):
-            advice = (
-                "The number of steps is fixed, because the learning rate decays to 0 over these steps. To continue "
-                f"training, start another run with --model {folder}"
-            )
+            advice = f"To train for more steps, start another run with --model {folder}"
         raise ValueError(
             f"--resume: the run in {folder} was started with --{name.replace('_', '-')} "
             f"{format_flag_value(value)}, but the value in this run is {format_flag_value(current_value)}. {advice}"
@@ -113,15 +104,14 @@ def check_run_unchanged(metadata: dict[str, Any], current: dict[str, Any], folde
         )
     if metadata["mixed_precision"] != current["mixed_precision"]:
         raise ValueError(
-            f"--resume: the run in {folder} uses the mixed precision {metadata['mixed_precision']!r}, but the mixed "
-            f"precision of this run is {current['mixed_precision']!r}. Use the same mixed precision, or choose a "
-            "different --output-dir"
+            f"--resume: the run in {folder} requires --mixed-precision {metadata['mixed_precision']}, but the mixed "
+            f"precision of this run is {current['mixed_precision']}"
         )
     if any(metadata[name] != current[name] for name in ("images_per_step", "num_steps")):
         raise ValueError(
             f"--resume: the run in {folder} has {metadata['num_steps']:,} steps of {metadata['images_per_step']} "
             f"images, but this run has {current['num_steps']:,} steps of {current['images_per_step']} images. Do not "
-            "change the product of --batch-size, --gradient-accumulation-steps and the number of processes"
+            "change --batch-size x --gradient-accumulation-steps x processes"
         )
 
 

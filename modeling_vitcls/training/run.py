@@ -22,21 +22,21 @@ from accelerate.utils import set_seed
 from torch.distributed.fsdp import FSDPModule
 
 from ..checkpoints import Checkpoint, CheckpointStore
-from ..data.augmentation import build_augmentation
 from ..data.batches import Normalizer, iterate_training_batches
 from ..data.held_out import HELD_OUT_RECORD_KEY
 from ..data.images import LabeledImages, UnreadableImageCounter
 from ..data.sampling import BatchPlan
 from ..data.splits import TrainingData, describe_data, load_on_main
-from ..data.streaming import build_training_dataset
+from ..data.streaming import StreamedImages
 from ..distributed import build_accelerator, configure_layer_sharding, run_on_main
 from ..errors import RunStopped, is_raised_on_all_processes
 from ..options import FinetuneOptions, PretrainOptions, to_flags
+from ..system import describe_device
 from . import finetune, output_folder, pretrain
 from .calibration import FITTED, MIN_IMAGES, REPORTED, calibrate, compute_calibration_errors
 from .defaults import describe_random_weights, resolve_defaults
 from .distributed_state import reshard
-from .dry_run import NUM_PROBE_IMAGES, build_dry_run_options, describe_dry_run, draw_images
+from .dry_run import NUM_PROBE_IMAGES, NUM_STEPS, build_dry_run_options, describe_dry_run
 from .loop import TrainingLoop, TrainingState
 from .model import InitialModel, check_preset_name, choose_image_size, resolve_initial_model
 from .optimizer import Ema, build_optimizer
@@ -52,7 +52,7 @@ from .resume import (
     resolve_local_paths,
 )
 from .signals import SignalHandler
-from .task import Task
+from .task import Task, build_training_images
 
 
 DEFAULT_STREAM_SAVE_EVERY = 1000  # default of --save-every in steps for streams, which have no epochs
@@ -76,27 +76,25 @@ def train(options: FinetuneOptions | PretrainOptions, on_checkpoint: Callable[[P
     options = resolve_local_paths(kind.check_options(options))
     if options.run.dry_run:
         with build_dry_run_options(options) as dry_run_options:
-            return Run(kind, dry_run_options, None, options.training.max_steps).run()
+            return Run(kind, dry_run_options, None).run()
     return Run(kind, options, on_checkpoint).run()
 
 
 class Run:
-    """The stages of `train`, in the order of the methods. `kind` is the module finetune or pretrain. In a dry run,
-    `full_max_steps` is `--max-steps` of the full run."""
+    """The stages of `train`, in the order of the methods. `kind` is the module finetune or pretrain."""
 
     data: TrainingData
     task: Task
     plan: BatchPlan
+    full_plan: BatchPlan  # of the run that a dry run tests
     loop: TrainingLoop
     metrics: dict[str, Any]  # of the last evaluation
     evaluate: Any  # functions from a model to metrics; `Evaluator`s if there are images
     evaluate_held_out: Any
 
-    def __init__(
-        self, kind: Any, options: Any, on_checkpoint: Callable[[Path], None] | None, full_max_steps: int | None = None
-    ) -> None:
+    def __init__(self, kind: Any, options: Any, on_checkpoint: Callable[[Path], None] | None) -> None:
         self.kind, self.options, self.on_checkpoint = kind, options, on_checkpoint
-        self.folder, self.is_dry_run, self.full_max_steps = options.output_dir, options.run.dry_run, full_max_steps
+        self.folder, self.is_dry_run = options.output_dir, options.run.dry_run
         self.start_time = time.perf_counter()
         training, trackers = options.training, options.run.log_with
         self.accelerator = build_accelerator(
@@ -150,7 +148,9 @@ class Run:
             self.forward_flops = self.task.model.flops()
         if self.options.training.gradient_checkpointing:
             self.task.model.gradient_checkpointing_enable()
-        self.plan = build_plan(self.options, self.data, accelerator)
+        self.plan = self.full_plan = build_plan(self.options, self.data, accelerator)
+        if self.is_dry_run:
+            self.plan = replace(self.plan, num_steps=NUM_STEPS)
         self.metadata = {  # of checkpoints
             "images_per_step": self.plan.images_per_step,
             "num_steps": self.plan.num_steps,
@@ -176,12 +176,14 @@ class Run:
         self.has_no_steps = task.probe is not None and (is_head_only or has_few_images)
         if self.has_no_steps:
             lines["defaults"] = None
-            if has_few_images:
-                lines["selection"] = (
-                    f"{self.num_selection} separate images are too few to tell whether fine-tuning is better than "
-                    "the frozen model, so the frozen model is saved. Set --select last to fine-tune on all images"
-                )
-        for name, text in (lines | describe_batches(self.plan, self.accelerator, self.has_no_steps)).items():
+        if self.has_no_steps and has_few_images:
+            lines["selection"] = (
+                f"{self.num_selection} separate images are too few to compare fine-tuning with the frozen model, "
+                "which is saved. Set --select last to fine-tune on all images"
+            )
+        lines["batches"] = None if self.has_no_steps else describe_batches(self.plan)
+        lines["device"] = f"{describe_device(self.accelerator)}, mixed precision: {self.accelerator.mixed_precision}"
+        for name, text in lines.items():
             if text:
                 self.reporter.print_line(name, text)
         for warning in task.warnings:
@@ -189,18 +191,20 @@ class Run:
         if self.is_dry_run:
             self.draw_few_images()
         else:
-            self.reporter.printed_metric = task.selection_metric
+            self.reporter.printed_metrics = task.printed_metrics
 
     def draw_few_images(self) -> None:
         """Replace the evaluated images and those of the probe with a few images, for a dry run."""
         data, num_images = self.data, self.plan.batch_size * self.plan.num_processes
+        held_out, selection = (
+            images.read_first(num_images) if isinstance(images, StreamedImages) else images and images.draw(num_images)
+            for images in (data.held_out, data.selection)
+        )
         evaluated = data.held_out if data.selection is None else data.selection
         self.evaluated_fraction = 1.0
         if isinstance(evaluated, LabeledImages) and len(evaluated):
             self.evaluated_fraction = min(num_images / len(evaluated), 1.0)
-            num_images = min(num_images, len(evaluated))
-        selection = None if data.selection is None else draw_images(data.selection, num_images)
-        self.data = replace(data, held_out=draw_images(data.held_out, num_images), selection=selection)
+        self.data = replace(data, held_out=held_out, selection=selection)
         if self.task.probe is not None:
             self.task.probe = replace(self.task.probe, max_images=NUM_PROBE_IMAGES)
 
@@ -222,7 +226,7 @@ class Run:
         no_metrics = {"num_images": 0, "num_unreadable_images": 0}  # if no images are held out
         self.evaluate_held_out = task.build_evaluator(data.held_out) if self.has_held_out else lambda model: no_metrics
         self.evaluate = self.evaluate_held_out if data.selection is None else task.build_evaluator(data.selection)
-        images = build_training_images(options, data, task)
+        images = build_training_images(options, data, task.processor, task.model.config.num_channels, task.num_views)
         self.unreadable_images = UnreadableImageCounter(self.reporter.warn, options.data.max_unreadable_images)
         self.state = state = prepare_state(options, task, accelerator)
         with SignalHandler(accelerator) as signals, self.reporter.progress, stop_on_errors():
@@ -292,15 +296,13 @@ class Run:
             self.metrics = self.evaluate_held_out(model.eval())
             reshard(model)
         if self.calibration is not None:
-            temperature = self.calibration["temperature"]
-            self.calibration |= compute_calibration_errors(self.evaluate_held_out, temperature, reported_images)
-            self.metrics["calibration_error"] = self.calibration["calibration_error"]
-            self.reporter.print_line(
-                "calibration",
-                f"temperature {temperature:.2f}, from {self.calibration['num_images']:,} images that are not "
-                f"reported; calibration error {100 * self.calibration['calibration_error']:.1f} points, before: "
-                f"{100 * self.calibration['calibration_error_before']:.1f}",
-            )
+            temperature, num_images = self.calibration["temperature"], self.calibration["num_images"]
+            errors = compute_calibration_errors(self.evaluate_held_out, temperature, reported_images)
+            self.calibration |= errors
+            self.metrics["calibration_error"] = errors["calibration_error"]
+            before, after = (f"{100 * error:.1f}" for error in errors.values())
+            text = f"temperature {temperature:.2f}, from {num_images:,} images that are not reported; "
+            self.reporter.print_line("calibration", f"{text}calibration error {after} points, before: {before}")
 
     def save(self) -> None:
         """Write the model and its results, and print the result."""
@@ -341,10 +343,8 @@ class Run:
         evaluator = self.evaluate_held_out if self.keeps_predictions else None
         save_output(task, results, self.options, self.initial, self.accelerator, evaluator)
         if self.is_dry_run:
-            full_training = replace(self.options.training, max_steps=self.full_max_steps)
-            full_plan = build_plan(replace(self.options, training=full_training), data, self.accelerator)
             seconds = time.perf_counter() - self.start_time
-            text = describe_dry_run(loop, full_plan, self.options, self.evaluated_fraction, seconds)
+            text = describe_dry_run(loop, self.full_plan, self.options, self.evaluated_fraction, seconds)
             reporter.print_line("dry run", text)
             return
         reporter.print_line("result", format_result(self.metrics, task.result_metrics, task.evaluated_text))
@@ -371,20 +371,7 @@ def resolve_options(options: Any, initial: InitialModel, data: TrainingData) -> 
 
 def build_plan(options: Any, data: TrainingData, accelerator: Accelerator) -> BatchPlan:
     labels = data.train.labels if isinstance(data.train, LabeledImages) else None
-    return BatchPlan.from_options(
-        data.num_training_images,
-        options.training,
-        accelerator.num_processes,
-        labels,
-    )
-
-
-def build_training_images(options: Any, data: TrainingData, task: Task) -> Any:
-    """Build the augmented training images (`TrainingImages` or `TrainingStream`)."""
-    config, processor = task.model.config, task.processor
-    transform = build_augmentation(options.augmentation, processor)
-    to_rgb, seed = bool(processor.do_convert_rgb), options.training.seed
-    return build_training_dataset(data.train, transform, to_rgb, seed, task.num_views, config.num_channels)
+    return BatchPlan.from_options(data.num_training_images, options.training, accelerator.num_processes, labels)
 
 
 def prepare_state(options: Any, task: Task, accelerator: Accelerator) -> TrainingState:
@@ -400,9 +387,7 @@ def prepare_state(options: Any, task: Task, accelerator: Accelerator) -> Trainin
 
 def start_trackers(accelerator: Accelerator, options: Any) -> None:
     folder = options.output_dir / "trackers"
-    if accelerator.is_main_process:
-        folder.mkdir(exist_ok=True)
-    accelerator.wait_for_everyone()
+    run_on_main(accelerator, partial(folder.mkdir, exist_ok=True))
     # Flags are formatted as text, because TensorBoard does not accept lists.
     flags = {name: format_flag_value(value) for name, value in to_flags(options).items()}
     accelerator.init_trackers(

@@ -8,7 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..data.augmentation import build_augmentation
 from ..data.images import LabeledImages
+from ..data.splits import TrainingData
+from ..data.streaming import build_training_dataset
 from ..image_processing_vitcls import ViTCLSImageProcessor
 from .losses import Objective
 from .probe import Probe
@@ -25,6 +28,7 @@ class Task:
     build_evaluator: Callable[[LabeledImages], Callable[[Any], dict[str, Any]]]
     # Name of the metric that selects the best checkpoint. Lower values are better if the name ends with "loss".
     selection_metric: str
+    printed_metrics: tuple[str, ...]  # metrics of evaluations that are printed during training
     result_metrics: tuple[str, ...]  # metrics of the printed result
     evaluated_text: str  # format string; the argument is `num_images`
     labels_text: str
@@ -36,3 +40,9 @@ class Task:
     probe: Probe | None = None  # sets the classifier from the features of the frozen encoder
     encoder: Any = None  # part of the model that is saved; None to save the model
     measure_features: Callable[[Any], dict[str, Any]] | None = None  # before and after pre-training
+
+
+def build_training_images(options: Any, data: TrainingData, processor: Any, num_channels: int, num_views: int) -> Any:
+    """Build the augmented training images (`TrainingImages` or `TrainingStream`)."""
+    augmentation, to_rgb = build_augmentation(options.augmentation, processor), bool(processor.do_convert_rgb)
+    return build_training_dataset(data.train, augmentation, to_rgb, options.training.seed, num_views, num_channels)

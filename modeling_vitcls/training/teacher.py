@@ -29,16 +29,12 @@ import torch
 from torch import nn
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
-from transformers import (
-    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModelForImageClassification,
-)
+from transformers import AutoImageProcessor, AutoModelForImageClassification
 from transformers.image_utils import pil_torch_interpolation_mapping
 
 from ..configuration_vitcls import ViTCLSConfig
 from ..conversion.any_checkpoint import resolve_checkpoint
+from ..data.image_folder import format_name_list
 from ..data.labels import LabelSpace
 from ..errors import format_error
 from ..hub.connection import silence_transformers
@@ -48,7 +44,6 @@ from ..modeling_vitcls import ViTCLSModel, ViTCLSModelOutput
 
 
 TIMM_PREFIX = "timm:"
-NUM_RGB_CHANNELS = 3
 # Model, preprocessing, label names in the order of the logits (None if they have no names), and number of labels
 LoadedTeacher = tuple[nn.Module, "TeacherPreprocessing", list[str] | None, int]
 
@@ -108,10 +103,8 @@ class Teacher(nn.Module):
         return super().train(False)
 
 
-def load_teacher(
-    source: str, labels: LabelSpace, num_channels: int, height_width: tuple[int, int], device: torch.device
-) -> Teacher:
-    """Load a teacher for a student with the given labels, number of channels and image size. Raise ValueError if the
+def load_teacher(source: str, labels: LabelSpace, student: ViTCLSConfig, device: torch.device) -> Teacher:
+    """Load a teacher for a student with the given labels and configuration. Raise ValueError if the
     teacher is not an image classifier or lacks a label, and OSError if the teacher cannot be found or read.
 
     Labels are matched by name. If a teacher has no label names but the same number of labels, the labels are assumed
@@ -121,7 +114,7 @@ def load_teacher(
         model, preprocessing, names, num_labels = load_timm_teacher(source)
     else:
         folder = resolve_checkpoint(source) if Path(source).is_file() else source
-        model, preprocessing, names, num_labels = load_transformers_teacher(folder, num_channels, height_width)
+        model, preprocessing, names, num_labels = load_transformers_teacher(folder, student)
     label_indices, note = match_labels(source, names, num_labels, labels.names)
 
     def read_logits(outputs: Any) -> torch.Tensor:
@@ -151,9 +144,8 @@ def load_feature_teacher(source: str, student: ViTCLSConfig, with_patches: bool,
         model, loading_info = ViTCLSModel.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     if missing_names := loading_info["missing_keys"]:
         raise ValueError(f"the teacher {source} lacks the weight {min(missing_names)}. Use a trained model")
-    channels, height_width = student.num_channels, student.image_height_width
     processor = load_processor(source, folder)
-    preprocessing = build_processor_preprocessing(processor, model.config.num_channels, channels, height_width)
+    preprocessing = build_processor_preprocessing(processor, model.config.num_channels, student)
 
     def read_features(outputs: ViTCLSModelOutput) -> torch.Tensor:
         assert outputs.pooler_output is not None
@@ -177,10 +169,10 @@ def match_labels(
     if names == labels:
         return None, ""
     if missing_names := [name for name in labels if (names or []).count(name) != 1]:
-        names_text = f"{num_labels} labels without names" if names is None else ", ".join(names[:8])
+        names_text = f"{num_labels} labels without names" if names is None else format_name_list(names, 8)
         raise ValueError(
-            f"the teacher {source} requires exactly one label {missing_names[0]!r}, as the dataset, but has "
-            f"{names_text}{', ...' if num_labels > 8 else ''}. Use a teacher that was trained on the dataset's labels"
+            f"the teacher {source} must have one label {missing_names[0]!r}, as the dataset, but has {names_text}. "
+            "Use a teacher that was trained on the dataset's labels"
         )
     assert names is not None
     note = f"{len(labels)} of the teacher's {len(names)} labels are used" if len(names) > len(labels) else ""
@@ -190,27 +182,23 @@ def match_labels(
 # transformers --------------------------------------------------------------------------------------------------------
 
 
-def load_transformers_teacher(source: str, num_channels: int, height_width: tuple[int, int]) -> LoadedTeacher:
+def load_transformers_teacher(source: str, student: ViTCLSConfig) -> LoadedTeacher:
     """Load a transformers classifier in `float32`, and its image processor."""
     with explain_loading_errors(source):
         folder = get_external_model_folder(*split_revision(source.removeprefix("transformers:")))
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    if type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
-        raise ValueError(f"the teacher {source} is a model of type {config.model_type!r}. Use an image classifier")
-    with explain_loading_errors(source):
         model, loading_info = AutoModelForImageClassification.from_pretrained(
             folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
         )
         processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
     if missing_names := loading_info["missing_keys"]:
         raise ValueError(f"the teacher {source} lacks the weight {min(missing_names)}. Use a trained classifier")
+    config = model.config
     names = [config.id2label[index] for index in range(config.num_labels)]
     has_names = names != [f"LABEL_{index}" for index in range(config.num_labels)]
     if config.model_type == "timm_wrapper":
         preprocessing = build_timm_preprocessing(processor.data_config)
     else:
-        num_teacher_channels = getattr(config, "num_channels", NUM_RGB_CHANNELS)
-        preprocessing = build_processor_preprocessing(processor, num_teacher_channels, num_channels, height_width)
+        preprocessing = build_processor_preprocessing(processor, getattr(config, "num_channels", 3), student)
     return model, preprocessing, names if has_names else None, config.num_labels
 
 
@@ -227,16 +215,14 @@ def explain_loading_errors(source: str) -> Iterator[None]:
         raise OSError(f"cannot load the teacher {source} ({reason}){advice}") from error
 
 
-def build_processor_preprocessing(
-    processor: Any, num_channels: int, num_student_channels: int, height_width: tuple[int, int]
-) -> TeacherPreprocessing:
+def build_processor_preprocessing(processor: Any, num_channels: int, student: ViTCLSConfig) -> TeacherPreprocessing:
     """Build the preprocessing from a transformers image processor. The teacher's input size is the processor's output
     size for an image of the student's size."""
 
     def normalize(pixels: torch.Tensor) -> torch.Tensor:
         return run_processor(processor, pixels, do_resize=False)
 
-    blank_image = torch.zeros(1, num_student_channels, *height_width, dtype=torch.uint8)
+    blank_image = torch.zeros(1, student.num_channels, *student.image_height_width, dtype=torch.uint8)
     height, width = run_processor(processor, convert_channels(blank_image, num_channels)).shape[-2:]
     interpolation = get_interpolation(getattr(processor, "resample", None))
     return TeacherPreprocessing(num_channels, (height, width), interpolation, normalize)
@@ -246,20 +232,6 @@ def run_processor(processor: Any, pixels: torch.Tensor, **kwargs: Any) -> torch.
     """Run an image processor on a `uint8` batch [B, C, H, W], and return [B, C, H', W'] on the same device."""
     kwargs |= {"input_data_format": "channels_first", "return_tensors": "pt"}
     return processor(list(pixels), **kwargs)["pixel_values"]
-
-
-def load_component(source: str, component: str, load: Callable[..., Any], folder: str) -> Any:
-    """Load a component of the teacher with `load`. If loading fails, raise a one-line error that names `source`."""
-    try:
-        return load(folder, trust_remote_code=False)
-    except Exception as error:  # loading files of other projects may raise any error
-        if "trust_remote_code" in str(error):
-            raise ValueError(
-                f"the teacher {source} requires code from its repository, which is not executed. Use a model "
-                "that is part of transformers, or timm:NAME"
-            ) from error
-        reason = f"{type(error).__name__}: {format_error(error)}"
-        raise OSError(f"cannot load the {component} of the teacher {source} ({reason})") from error
 
 
 # timm ----------------------------------------------------------------------------------------------------------------
@@ -293,8 +265,7 @@ def build_timm_preprocessing(data_config: dict[str, Any]) -> TeacherPreprocessin
 def convert_channels(pixels: torch.Tensor, num_channels: int) -> torch.Tensor:
     """Convert the student's pixels to the teacher's number of channels: gray [B, 1, H, W] to color [B, 3, H, W], or
     color to gray. Raise ValueError for other numbers of channels."""
-    num_student_channels = pixels.shape[1]
-    match num_student_channels, num_channels:
+    match pixels.shape[1], num_channels:
         case same, other if same == other:
             return pixels
         case 1, 3:
@@ -302,8 +273,7 @@ def convert_channels(pixels: torch.Tensor, num_channels: int) -> torch.Tensor:
         case 3, 1:
             return transforms.rgb_to_grayscale(pixels)
     raise ValueError(
-        f"the teacher requires images with {num_channels} channel(s), but the student's images have "
-        f"{num_student_channels} channel(s). Use a teacher for gray or color images"
+        f"the teacher requires {num_channels} channel(s), but the student's images have {pixels.shape[1]}"
     )
 
 
@@ -324,7 +294,9 @@ class TeacherCache:
     cached.
     """
 
-    def __init__(self, teacher: Teacher, num_images: int, num_views: int, width: int) -> None:
+    def __init__(self, teacher: Teacher, num_images: int | None, num_views: int, width: int) -> None:
+        if num_images is None:
+            raise ValueError("--teacher-views requires the number of images, which a stream lacks. Remove one flag")
         self.teacher = teacher
         self.outputs = torch.empty(num_views, num_images, width, dtype=torch.float16)
         self.is_cached = torch.zeros(num_views, num_images, dtype=torch.bool)

@@ -179,7 +179,7 @@ def test_each_image_is_in_one_fold() -> None:
 
 def test_empty_parts_are_errors(tmp_path: Path) -> None:
     folder = write_photos(tmp_path, range(1))
-    with raises_one_line("--held-out-fraction", "add images"):
+    with raises_one_line("--held-out-fraction"):
         read(folder)
 
 
@@ -325,7 +325,7 @@ def test_damaged_records_are_named(tmp_path: Path) -> None:
     assert read_held_out_record(tmp_path) is None
     for text in ("{", "[]", '{"held_out": {"seed": 1}}', '{"held_out": 3}'):
         (tmp_path / "results.json").write_text(text, encoding="utf-8")
-        with raises_one_line("results.json is damaged", "Remove the file"):
+        with raises_one_line("results.json is damaged", "Remove it"):
             read_held_out_record(tmp_path)
     (tmp_path / "results.json").write_text('{"split": "20%, stratified"}', encoding="utf-8")
     assert read_held_out_record(tmp_path) is None

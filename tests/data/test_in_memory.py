@@ -170,7 +170,7 @@ def test_parts_can_be_sent_to_workers(tmp_path: Path) -> None:
             [make_image(0)],
             r"item 0 of the dataset must be an \(image, label\) pair, but the type of the item is Image",
         ),
-        ([(make_image(0), 1), (make_image(0), 1, 2)], r"item 1 of the dataset must be an \(image, label\) pair"),
+        ([(make_image(0), 1), (make_image(0), 1, 2)], r"item 1 of the dataset is not an \(image, label\) pair"),
         ([(np.zeros((2, 2, 7)), 1)], "item 0 of the dataset has no valid image"),
         ([(Image.open(io.BytesIO(encode(make_image(0))[:-100])), 1)], "item 0 of the dataset has no valid image"),
     ],
@@ -186,7 +186,7 @@ def test_unusable_kinds_are_errors() -> None:
             add_dataset(data)
     stream = datasets.Dataset.from_dict({"image": [1], "label": [1]}).to_iterable_dataset()
     for data in (stream, datasets.IterableDatasetDict({"train": stream})):
-        with pytest.raises(TypeError, match=r"IterableDataset.*streaming=True"):
+        with pytest.raises(TypeError, match="IterableDataset"):
             add_dataset(data)
     with pytest.raises(ValueError, match="was a dataset in the memory of another process"):
         load_splits(DataOptions("memory:0123456789abcdef"))
@@ -207,7 +207,7 @@ def test_folders_of_save_to_disk(tmp_path: Path) -> None:
 
 def test_data_that_would_be_misread_is_refused() -> None:
     rows = {"image": ["a.png", "b.png"], "label": ["x", "y"]}
-    with pytest.raises(TypeError, match=r"from_pandas"):
+    with pytest.raises(TypeError, match="DataFrame"):
         add_dataset(pandas.DataFrame(rows))
     with pytest.raises(ValueError, match=r"with_format"):
         add_dataset(datasets.Dataset.from_dict(rows).with_transform(lambda batch: batch))

@@ -42,7 +42,7 @@ def test_minus_one_is_a_class_unless_the_column_is_declared() -> None:
     assert read_all(reader, [-1, 0, 1]) == [0, 1, 2]
     declared = build_reader([], datasets.ClassLabel(names=["no", "yes"]))
     assert read_all(declared, [0, 1, -1]) == [0, 1, -100]  # -1 is a missing label
-    with raises_one_line("row has the label 7, which is none of the 2 classes"):  # an index, not a name
+    with raises_one_line("row has the label 7, not one of the 2 classes"):  # an index, not a name
         build_reader([], datasets.ClassLabel(names=["no", "7"])).read({"label": 7}, "row")
 
 
@@ -51,7 +51,7 @@ def test_undeclared_integers_are_names_sorted_by_value() -> None:
     assert reader.label_space.names == ["9", "10", "100"]
     assert read_all(reader, [9, 10, 100, 10.0, "9"]) == [0, 1, 2, 1, 0]
     for value in (0, 1, 2, -1, 3):  # not an index
-        with raises_one_line(f"row has the label {value}, which is none of the 3 classes"):
+        with raises_one_line(f"row has the label {value}, not one of the 3 classes"):
             reader.read({"label": value}, "row")
 
 
@@ -60,7 +60,7 @@ def test_integers_are_never_indices_if_any_name_is_an_integer(names: tuple[str, 
     reader = build_reader([], names=names)
     assert read_all(reader, ["cat", int(names[1]), names[1], "dog"]) == [0, 1, 1, 2]
     for value in (0, 1, 2, -1):
-        with raises_one_line(f"row has the label {value}, which is none of the 3 classes"):
+        with raises_one_line(f"row has the label {value}, not one of the 3 classes"):
             reader.read({"label": value}, "row")
 
 
@@ -68,7 +68,7 @@ def test_integers_are_indices_if_no_name_is_an_integer() -> None:
     reader = build_reader([], names=("cat", "dog"), label_column=("label",))
     assert read_all(reader, [0, 1, 1.0, "cat", "dog"]) == [0, 1, 1, 0, 1]
     for value in (-1, 2, "0", 0.5):
-        with raises_one_line(f"row has the label {value!r}, which is none of the 2 classes"):
+        with raises_one_line(f"row has the label {value!r}, not one of the 2 classes"):
             reader.read({"label": value}, "row")
 
 
@@ -103,7 +103,7 @@ def test_labels_as_text() -> None:
     assert [several.format_label(label) for label in ([1.0, 1.0], (0.0, 1.0), [0.0, 0.0])] == [
         "cat, dog",
         "dog",
-        "nothing",
+        "no label",
     ]
     tasks = LabelSpace("multi_task", {"kind": ["cat", "dog"], "age": ["young", "old"]})
     assert tasks.format_label({"kind": 0, "age": 1}) == "kind cat, age old"

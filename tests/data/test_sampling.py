@@ -98,8 +98,6 @@ def test_weights_are_inverse_to_frequency_with_mean_one() -> None:
 def test_streams_require_a_number_of_steps() -> None:
     with pytest.raises(ValueError, match=r"requires a number of steps.*Set --max-steps"):
         BatchPlan.from_options(None, TrainingOptions(batch_size=64), 1)
-    with pytest.raises(ValueError, match="--class-balance"):
-        BatchPlan.from_options(None, TrainingOptions(max_steps=3, batch_size=64, class_balance="sampling"), 1)
     assert BatchPlan.from_options(None, TrainingOptions(max_steps=3, batch_size=64), 1).count_epochs(2) == 0
 
 

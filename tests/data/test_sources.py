@@ -127,7 +127,7 @@ def test_class_names_match_labels_by_name_or_index(color_images: Path, tmp_path:
         assert data.label_space.names == list(names)
         for image, label in list_all(data):
             assert (names[label] in ("light", "noon")) == is_noon(image)
-    with pytest.raises(ValueError, match="split 'train': row 10 has the label 'noon', which is none of"):
+    with pytest.raises(ValueError, match="split 'train': row 10 has the label 'noon', not one of"):
         read(words, label_names=("dusk", "dawn"))
 
 

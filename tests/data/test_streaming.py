@@ -240,7 +240,7 @@ def test_a_batch_of_unreadable_images_is_an_error(tmp_path: Path, two_shards: Pa
 
 def test_a_process_without_images_is_an_error(two_shards: Path) -> None:
     source = read(two_shards).train
-    with raises_one_line("has no training image for process 63 of 64", "Add images or start fewer processes"):
+    with raises_one_line("has no training image for process 63 of 64"):
         next(source.iterate_examples(0, 63, 64))
 
 
@@ -264,7 +264,7 @@ def test_the_held_out_part_does_not_depend_on_order_or_files(shards: Path, two_s
 
 def test_a_stream_without_held_out_images_is_an_error(two_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(HeldOutRule, "is_held_out", lambda rule, index: False)
-    with pytest.raises(ValueError, match=r"no image is held out. Set a larger --held-out-fraction"):
+    with pytest.raises(ValueError, match="Set a larger --held-out-fraction"):
         read(two_shards)
 
 
@@ -272,7 +272,7 @@ def test_a_stream_with_an_empty_evaluation_split_is_an_error(tmp_path: Path) -> 
     folder = write_shards(tmp_path / "data", 1, datasets.ClassLabel(names=["a", "b", "c"]))
     train = datasets.Dataset.from_parquet(str(folder / "train-0.parquet"))
     train.select([]).to_parquet(folder / "test-0.parquet")
-    with pytest.raises(ValueError, match="the evaluation split contains no images"):
+    with pytest.raises(ValueError, match="Remove the evaluation split"):
         read(folder).held_out.read_first(1)
 
 
@@ -312,7 +312,7 @@ def test_undeclared_labels_are_collected(tmp_path: Path) -> None:
     data = read(folder, label_names=("c", "b", "a"))
     assert data.label_space.names == ["c", "b", "a"]
     assert list(data.held_out.labels) == [2 - number % 3 for number in get_held_out(data)]
-    with pytest.raises(ValueError, match="has the label 'c', which is none of the 2 classes"):
+    with pytest.raises(ValueError, match="has the label 'c', not one of the 2 classes"):
         read(folder, label_names=("a", "b"))
 
 

@@ -23,6 +23,7 @@ from huggingface_hub import constants
 from test_loading import assert_ends_with_one_line
 from timm.models import save_for_hf
 
+from modeling_vitcls import ViTCLSConfig
 from modeling_vitcls.commands.convert import ConvertOptions, run
 from modeling_vitcls.conversion.convert import convert_checkpoint
 from modeling_vitcls.conversion.random_weights import randomize_weights
@@ -124,7 +125,7 @@ def test_cached_timm_models_of_the_hub_are_pinned_and_load_without_the_hub(
         with raises_one_line(f"timm cannot load {source[5:]}", f"{DEAD} does not respond", error=OSError):
             convert_checkpoint(source, tmp_path / "none")
     with raises_one_line("timm:hf-hub:ann/none", f"{DEAD} does not respond", error=OSError):
-        load_teacher("timm:hf-hub:ann/none", DIGITS, 1, (8, 8), torch.device("cpu"))
+        load_teacher("timm:hf-hub:ann/none", DIGITS, ViTCLSConfig(), torch.device("cpu"))
     assert time.monotonic() - started < 20
 
 

@@ -106,9 +106,7 @@ def test_too_many_unreadable_images_are_an_error() -> None:
     accelerator = build_accelerator()
     pictures = build_labeled_images("single", unreadable=UNREADABLE)
     evaluator = build_evaluator("single", accelerator, pictures, max_unreadable_images=3)
-    with pytest.raises(
-        ValueError, match=r"more than 3 images cannot be read; the last unreadable image: .*'12\.png'"
-    ) as raised:
+    with pytest.raises(ValueError, match=r"more than 3 images cannot be read; the last: .*'12\.png'") as raised:
         evaluator(build_classifier("single"))
     assert "\n" not in str(raised.value)
     evaluator = build_evaluator("single", accelerator, build_labeled_images("single", number=2, unreadable=(0, 1)))

@@ -371,7 +371,7 @@ def test_a_non_finite_loss_stops_before_the_update(accumulation: int) -> None:
     before = copy_weights(bench.model)
     objective, factors = bench.loop.objective, iter([math.nan, 1.0])
     bench.loop.objective = lambda model, batch: {"loss": objective(model, batch)["loss"] * next(factors)}
-    with pytest.raises(RunStopped, match=r"not finite in step 2\. Try a lower --learning-rate"):
+    with pytest.raises(RunStopped, match=r"not finite in step 2\. Set a lower --learning-rate"):
         bench.loop.run_step(batches)
     assert all(torch.equal(before[name], weight) for name, weight in copy_weights(bench.model).items())
     assert all(parameter.grad is None for parameter in bench.model.parameters())
@@ -415,14 +415,11 @@ def test_non_finite_gradients_without_a_loss_scaler_stop_the_run() -> None:
 # Tokens --------------------------------------------------------------------------------------------------------------
 
 
-def test_a_token_without_gradient_is_named_once() -> None:
+def test_a_token_without_gradient_does_not_move() -> None:
     bench = LoopRecorder(
         prepare=lambda model: model.vitcls.embeddings.register_tokens.requires_grad_(False), max_steps=6, log_every=2
     )
     bench.run()
-    assert bench.warnings == [
-        f"the token registers[{index}] received no gradient in step 2 and is not trained" for index in (0, 1)
-    ]
     movement = bench.loop.monitor.compute_token_movement()
     assert movement["registers[0]"] == movement["registers[1]"] == 0 < movement["cls[0]"]
 

@@ -181,7 +181,6 @@ def test_patches_are_dropped_only_in_trained_layers(two_tasks: Path, tmp_path: P
     [
         ({"teacher": "t", "num_distillation_tokens": 0}, ("--teacher", "--num-distillation-tokens")),
         ({"streaming": True, "class_balance": "sampling"}, ("--class-balance", "--streaming")),
-        ({"streaming": True, "teacher_views": 1}, ("--teacher-views", "--streaming")),
         ({"teacher_views": 3, "mixup": 0.8}, ("--teacher-views", "--mixup")),
         ({"teacher_views": 3, "cutmix": 1.0}, ("--teacher-views", "--cutmix")),
         ({"model": "vitcls-tiny", "trainable": "last-1"}, ("--trainable last-1", "--model")),

@@ -147,7 +147,7 @@ def test_a_signal_saves_a_checkpoint_to_resume_from(
 
 # Changes between start and resume ------------------------------------------------------------------------------------
 
-LENGTH = "The number of steps is fixed, because the learning rate decays to 0"
+LENGTH = "To train for more steps, start another run with --model"
 CHANGES: list[tuple[dict[str, Any], str]] = [
     ({"learning_rate": 1e-3}, "--learning-rate 0.003, but the value in this run is 0.001. Use the same flags"),
     ({"ema_decay": None}, "--ema-decay 0.5, but the value in this run is unset"),

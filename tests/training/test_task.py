@@ -27,7 +27,7 @@ from modeling_vitcls.intervals import compute_mean_interval
 from modeling_vitcls.options import DataOptions, EvaluateOptions, ModelOptions
 from modeling_vitcls.training import finetune
 from modeling_vitcls.training.folds import run_folds
-from modeling_vitcls.training.run import build_training_images
+from modeling_vitcls.training.task import build_training_images
 
 
 DIGITS = DataOptions("digits", num_workers=0)
@@ -101,7 +101,9 @@ def test_the_flags_and_the_checkpoint_determine_the_batches(tmp_path: Path) -> N
     augmentation = build_augmentation(options.augmentation, ViTCLSImageProcessor(size=[24, 32], resample=0))
     images = build_training_dataset(train, augmentation, to_rgb=False, seed=5, num_views=0, num_channels=1)
     expected = next(iterate_training_batches(images, run.plan, 0, 0))
-    batch = next(iterate_training_batches(build_training_images(options, run.data, task), run.plan, 0, 0))
+    batch = next(
+        iterate_training_batches(build_training_images(options, run.data, task.processor, 1, 0), run.plan, 0, 0)
+    )
     assert batch["pixels"].shape == (16, 1, 24, 32) and batch.keys() == expected.keys()
     assert batch.pop("errors") == expected.pop("errors") == {}
     assert all(torch.equal(batch[name], expected[name]) for name in expected)

@@ -30,7 +30,7 @@ from transformers import (
     ViTImageProcessor,
 )
 
-from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
+from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification, ViTCLSImageProcessor
 from modeling_vitcls.data.labels import LabelSpace
 from modeling_vitcls.training.losses import compute_distillation_loss
 from modeling_vitcls.training.teacher import (
@@ -50,7 +50,8 @@ def build_label_space(*names: str) -> LabelSpace:
 
 def load_labeled_teacher(source: object, *names: str, channels: int = 3, size: tuple[int, int] = (32, 32)) -> Teacher:
     """Return the teacher of a student with these labels."""
-    return load_teacher(str(source), build_label_space(*(names or NAMES)), channels, size, CPU)
+    student = ViTCLSConfig(num_channels=channels, image_size=list(size))
+    return load_teacher(str(source), build_label_space(*(names or NAMES)), student, CPU)
 
 
 def build_pixels(batch: int = 2, channels: int = 3, height: int = 32, width: int = 32, seed: int = 0) -> torch.Tensor:
@@ -205,7 +206,7 @@ def test_gray_and_color_images_are_converted(channels: int, tmp_path: Path) -> N
 
 
 def test_other_channels_are_errors(resnet: Path) -> None:
-    with raises_one_line("3 channel(s)", "have 4"):
+    with raises_one_line("3 channel(s)", "4"):
         load_labeled_teacher(resnet, channels=4)
 
 
