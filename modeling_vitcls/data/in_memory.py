@@ -76,7 +76,9 @@ def convert_split(data: Any) -> Any:
 def convert_pair(pair: Any, index: int) -> dict[str, Any]:
     """Convert an (image, label) pair to a row of a `datasets.Dataset`."""
     if not isinstance(pair, tuple | list) or len(pair) != 2:
-        raise ValueError(f"item {index} of the dataset is not an (image, label) pair, but a {type(pair).__name__}")
+        raise ValueError(
+            f"item {index} of the dataset is not an (image, label) pair, but of type {type(pair).__name__}"
+        )
     image, label = pair
     if hasattr(label, "tolist"):  # NumPy and torch values
         label = label.tolist()

@@ -168,7 +168,7 @@ def test_parts_can_be_sent_to_workers(tmp_path: Path) -> None:
         ({}, "has no splits"),
         (
             [make_image(0)],
-            r"item 0 of the dataset must be an \(image, label\) pair, but the type of the item is Image",
+            r"item 0 of the dataset is not an \(image, label\) pair, but of type Image",
         ),
         ([(make_image(0), 1), (make_image(0), 1, 2)], r"item 1 of the dataset is not an \(image, label\) pair"),
         ([(np.zeros((2, 2, 7)), 1)], "item 0 of the dataset has no valid image"),
