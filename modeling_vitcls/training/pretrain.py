@@ -40,7 +40,7 @@ from .losses import DistillationObjective, Objective
 from .mae import MAE, MAEObjective, build_decoder_config, draw_masks
 from .model import InitialModel
 from .reporter import Reporter
-from .task import Task
+from .task import Task, build_training_images
 from .teacher import TeacherCache, load_feature_teacher
 
 
