@@ -218,7 +218,9 @@ def build_label_reader(
     ]
     has_lists = bool(options.label_separator) or any(get_item_type(features[name]) is not None for name in names)
     if has_lists and len(names) > 1:
-        raise ValueError(f"{options.dataset}: several labels per image require a single --label-column")
+        raise ValueError(
+            f"{options.dataset}: several --label-column require one label per image. Set one, or omit --label-separator"
+        )
     kind: LabelKind = "multi_label_classification" if has_lists else "single_label_classification"
     columns = [build_label_column(options, name, features[name], read_column) for name in names]
     return LabelReader("multi_task" if len(names) > 1 else kind, columns, options.label_separator)

@@ -182,7 +182,7 @@ def check_options(options: FinetuneOptions) -> FinetuneOptions:
             "weights. Set --model to a checkpoint"
         )
     if options.data.streaming and training_options.class_balance != "none":
-        raise ValueError("--class-balance requires all labels, which a stream lacks. Remove one of the two flags")
+        raise ValueError("--class-balance requires all labels, which --streaming does not read. Remove one flag")
     for flag in ("mixup", "cutmix"):
         if options.distillation.teacher_views and getattr(options.augmentation, flag):
             raise ValueError(f"--teacher-views requires single images, but --{flag} mixes images. Remove one flag")

@@ -332,7 +332,7 @@ def test_the_flags_determine_the_distillation(teacher: Path, tmp_path: Path) -> 
     flags |= {"batch_size": 480, "epochs": 3.0, "max_steps": None}  # three steps per epoch
     run = prepare_task(tiny_options(tmp_path, "digits", teacher=teacher, **flags))
     task, seen = run.task, []
-    images = build_training_images(run.options, run.data, task.processor, 1, task.num_views)
+    images = build_training_images(run.options, run.data, task.processor, 3, task.num_views)
     batch = next(iterate_training_batches(images, run.plan, 0, 0, 6))
     assert batch["epoch"].unique().tolist() == [2] and batch["view"].unique().tolist() == [0]
     handle = torch.nn.modules.module.register_module_forward_hook(

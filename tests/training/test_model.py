@@ -205,7 +205,7 @@ def test_a_teacher_adds_a_distillation_token() -> None:
     assert check_options(taught).model.num_distillation_tokens == 1
     two = replace(taught, model=replace(options.model, num_distillation_tokens=2))
     assert check_options(two) == two
-    with raises_one_line("--num-distillation-tokens is 0"):
+    with raises_one_line("--teacher", "--num-distillation-tokens"):
         check_options(replace(taught, model=replace(options.model, num_distillation_tokens=0)))
 
 
