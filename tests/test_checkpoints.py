@@ -293,8 +293,8 @@ def no_room_message(store: CheckpointStore) -> str:
 
 
 def test_files_that_may_not_grow(store: CheckpointStore) -> None:
-    """The system refuses to write, as with a quota."""
-    save(store, 5, 10)
+    """The system refuses to write, as with a quota. A checkpoint that is written again, after its evaluation, is kept."""
+    save(store, 10, 20)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
@@ -302,8 +302,8 @@ def test_files_that_may_not_grow(store: CheckpointStore) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "File too large" in message
-    assert sorted(path.name for path in store.folder.iterdir()) == ["step-00000005", "step-00000010"]
-    assert get_newest(store) == (10, [])
+    assert sorted(path.name for path in store.folder.iterdir()) == ["step-00000010", "step-00000020"]
+    assert get_newest(store) == (20, [])
 
 
 def test_a_full_disk(tmp_path: Path) -> None:
