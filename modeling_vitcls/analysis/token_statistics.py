@@ -208,7 +208,7 @@ class TokenStatistics:
         return {
             "uniform_entropy_by_token": is_visible.sum(dim=-1).log(),
             "maps": maps,
-            "map_squares": maps.square().sum(dim=-1),
+            "map_squares": maps.cpu().double().square().sum(dim=-1),
             "head_selectivity": (weights - 1 / weights.shape[-1]).abs().sum(dim=-1).mean(dim=-1) / 2,
             "head_outputs": compute_head_outputs(layer, attention),
             "map_distance": torch.cdist(special_rows, special_rows, p=1).mean(dim=1) / 2,

@@ -161,9 +161,6 @@ def check_onnx_file(file: Path, model: Any) -> None:
     for batch, height, width in ((1, 32, 32), (5, 24, 72), (2, 61, 30), (1, *get_smallest_size(model.config))):
         pixel_values = build_images(batch, height, width, seed=7)
         assert_close(run_onnx(file, pixel_values), compute_outputs(model, pixel_values))
-    program = "import sys; sys.modules['modeling_vitcls'] = None; import torch; graph = torch.export.load(sys.argv[1])"
-    program += "; graph.module()(torch.zeros(4, 3, 48, 24))"
-    subprocess.run([sys.executable, "-I", "-c", program, str(file)], check=True, timeout=300)
     assert str(ROOT).encode() not in file.read_bytes()
 
 

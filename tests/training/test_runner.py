@@ -82,14 +82,14 @@ def test_the_saved_model_has_the_averaged_weights(whole: Path) -> None:
 
 
 def test_a_resumed_run_has_the_same_results(whole: Path, killed: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Flags that do not affect the result may change. Times and metrics of earlier steps are included."""
+    """Flags that affect the result only by rounding may change. Times and metrics of earlier steps are included."""
     changes = {"batch_size": 4, "gradient_accumulation_steps": 2, "keep_checkpoints": 1, "save_every": 5}
     change_metadata(killed, training_seconds=1000.0)
     results = run_training(build_options(killed, resume=True, **changes))
     assert "resumed   after step 2 of 3" in capsys.readouterr().out
     found, expected = get_compared_values(killed), get_compared_values(whole)
     for one, other in zip(found, expected, strict=True):
-        assert one["loss"] == pytest.approx(other["loss"], abs=1e-5)
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
     assert found[0]["token_movement"] == pytest.approx(expected[0]["token_movement"], abs=1e-5)
     assert [record["step"] for record in found[1:]] == [3]
     assert 1000 < results["seconds"] < 1300 and results["images_per_second"] == round(24 / results["seconds"], 1)
