@@ -46,7 +46,7 @@ from .teacher import TeacherCache, load_feature_teacher
 
 MAX_NEIGHBORS = 10_000  # maximum number of training images for k-NN and logistic regression
 NUM_STANDARDIZATION_IMAGES, NUM_DRY_RUN_STANDARDIZATION_IMAGES = 2048, 64  # images for teachers' means and covariances
-MIN_RANK = 0.02  # effective rank below which the features have collapsed, as a fraction of their width
+MIN_RANK = 0.02  # effective rank below which the features have collapsed, as a fraction of the highest possible rank
 
 
 def check_options(options: PretrainOptions) -> PretrainOptions:
@@ -204,7 +204,7 @@ class FeatureQuality:
                 classifier.fit(train["features"][part], train["labels"])
                 metrics[name + suffix] = round(float(classifier.score(features[part], labels)), 6)
         rank, width = compute_effective_rank(features[parts[""]]), features.shape[-1] - patch_width
-        if rank < max(MIN_RANK * width, 1.5):
+        if rank < max(MIN_RANK * min(width, len(features) - 1), 1.5):  # n images have a rank of at most n - 1
             self.warn(
                 f"the features have collapsed: their effective rank is {rank:.1f} of {width} channels, so images "
                 "have nearly the same features. Set a larger --sigreg-weight or a lower --learning-rate"

@@ -170,6 +170,16 @@ def test_a_collapse_is_a_warning(tmp_path: Path) -> None:
     assert len(warnings) == 1 and "collapsed" in warnings[0] and "--sigreg-weight" in warnings[0]
 
 
+def test_few_images_are_no_collapse(tmp_path: Path) -> None:
+    """Four images have a rank of at most 3, which is less than 2% of 192 channels."""
+    warnings: list[str] = []
+    prepared = prepare_task(tiny_options(tmp_path / "out", hidden_size=192))
+    evaluate = prepared.task.build_evaluator(prepared.data.held_out.draw(4, 0))
+    evaluate.warn = warnings.append
+    assert 1.5 < evaluate(prepared.task.model.eval())["effective_rank"] <= 3
+    assert warnings == []
+
+
 def test_worse_features_are_named() -> None:
     good, bad = ({"knn_accuracy": value, "regression_accuracy": value, "num_images": 9} for value in (0.5, 0.4))
     assert "worse" in compare_features(good, bad)
