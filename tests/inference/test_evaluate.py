@@ -76,8 +76,9 @@ def test_two_processes_equal_one(by_one_process: dict[str, Any], two_process_fol
     measured = read_json(two_process_folder / "scenarios.json")
     assert measured.keys() == by_one_process.keys()
     for name, metrics in by_one_process.items():
-        assert measured[name] == metrics, name
         assert list(measured[name]) == list(metrics), name
+        for key, value in metrics.items():  # the losses depend on the batches' rounding
+            assert measured[name][key] == (close(value) if isinstance(value, float) else value), (name, key)
 
 
 def test_only_the_main_process_prints(two_process_folder: Path) -> None:
