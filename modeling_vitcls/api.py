@@ -108,7 +108,7 @@ def predict(model: str | Path, images: Any = (), **flags: Any) -> list[dict[str,
         model: a folder, a Hub id or any other checkpoint that `--model` accepts.
         images: a path, a URL, or a list of paths, URLs, encoded images (bytes), PIL images or arrays. A folder path
             selects all images in the folder. To use a dataset instead, set `dataset`.
-        flags: other flags of `vitcls predict`, except `output`.
+        flags: other flags of `vitcls predict`, except `output`, `shard_size`, `shard` and `merge`.
 
     Returns:
         A list with one dict per image: `index`, `image`, the predicted columns, and `error` (None, or the reason why
@@ -121,8 +121,10 @@ def predict(model: str | Path, images: Any = (), **flags: Any) -> list[dict[str,
 
     images = [images] if isinstance(images, str | bytes | Path) else list(images)
     placeholder_paths = tuple(map(str, range(len(images))))  # PredictOptions requires one path per image
-    output = Path("not-written.json")  # features require a file
-    options = build_options(PredictOptions, model=model, paths=placeholder_paths, output=output, **flags)
+    # Features require an output file. The other flags are about output folders.
+    fixed_flags: dict[str, Any] = {"paths": placeholder_paths, "output": Path("not-written.json")}
+    fixed_flags |= {name: getattr(PredictOptions, name) for name in ("shard_size", "shard", "merge")}
+    options = build_options(PredictOptions, model=model, **fixed_flags, **flags)
     return predict_from_options(options, images)
 
 

@@ -276,7 +276,7 @@ def measure_rows(rows: list[Row], functions: list[Function], num_rounds: int) ->
 
 def measure_calls_per_second(function: Function) -> float:
     """Return the number of calls per second."""
-    clock = time.process_time if uses_cpu_time() else timer  # `timer` waits for the GPU
+    clock = time.process_time if uses_cpu_time() else timer  # `timer` synchronizes the GPU
     measurement = Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads(), timer=clock)
     return 1 / measurement.blocked_autorange(min_run_time=SECONDS_PER_MEASUREMENT).median
 

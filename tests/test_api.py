@@ -100,7 +100,7 @@ def test_predict(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     assert from_bytes["label"] == rows[1]["label"] and from_bytes["error"] is None
     assert len(predict(folder, dataset="digits", features="cls")) == 1797
     assert len(predict(folder, images, features="registers")[0]["features"]) == 16
-    for flag in ("output", "config"):
+    for flag in ("output", "shard", "shard_size", "merge", "config"):
         with raises_one_line(flag, error=TypeError):
             predict(folder, images, **{flag: None})
 

@@ -57,8 +57,10 @@ class LabeledImages:
         return LabeledImages(self.images.select(indices), [self.labels[index] for index in indices])
 
     def draw(self, num_images: int | None, seed: int = 0) -> "LabeledImages":
-        """Return at most `num_images` random images, in their order; None: all images. The first images would not do,
-        because datasets are often sorted by class."""
+        """Return `num_images` random images in their order. Return all images if `num_images` is None or larger than
+        the dataset. The images are drawn at random because datasets are often sorted by class."""
+        if num_images is None or num_images >= len(self):
+            return self
         indices = np.random.default_rng(seed).permutation(len(self))[:num_images]
         return self.select(np.sort(indices).tolist())
 

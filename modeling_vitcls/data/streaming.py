@@ -85,7 +85,8 @@ class StreamedImages:
                     yield replace(example, epoch=pass_index)
             if num_examples == 0:
                 raise ValueError(
-                    f"{self.name} has no training image for process {process_index} of {num_processes}. Add images"
+                    f"{self.name} has no training image for process {process_index} of {num_processes}. Add images or "
+                    "start fewer processes"
                 )
             num_passes, remaining_start = divmod(start, num_examples)  # all passes of a process have the same length
             pass_index, start = (pass_index + num_passes, remaining_start) if num_passes else (pass_index + 1, 0)

@@ -207,8 +207,10 @@ class TrainingLoop:
         max_overflows = MAX_CONSECUTIVE_OVERFLOWS if self.accelerator.scaler is not None else 0
         are_losses_finite = all(math.isfinite(batch_losses["loss"]) for batch_losses in losses)
         is_finite = are_losses_finite and self.num_overflows <= max_overflows
-        is_finite_tensor = torch.tensor(float(is_finite), device=self.accelerator.device)
-        if self.accelerator.reduce(is_finite_tensor, "sum") < self.accelerator.num_processes:
+        if self.accelerator.num_processes > 1:
+            is_finite_tensor = torch.tensor(float(is_finite), device=self.accelerator.device)
+            is_finite = bool(self.accelerator.reduce(is_finite_tensor, "sum") == self.accelerator.num_processes)
+        if not is_finite:
             self.state.optimizer.zero_grad()
             raise RunStopped(
                 f"the loss or its gradient is not finite in step {self.state.step + 1}. Set a lower --learning-rate, "

@@ -85,8 +85,11 @@ class Reporter:
         text += f"{record['images_per_second']:.0f} images/s"
         score_text = ""
         for split in ("held_out", "selection"):
-            scores = {name: record.get(f"{split}_{name}", ...) for name in self.printed_metrics}
-            texts = [format_metric(name, score) for name, score in scores.items() if score is not ...]
+            texts = [
+                format_metric(name, record[f"{split}_{name}"])
+                for name in self.printed_metrics
+                if f"{split}_{name}" in record
+            ]
             if texts:
                 score_text = f"{split.replace('_', ' ')}: {', '.join(texts)}"
         self.progress.update(self.progress_task, completed=record["step"], description=text)

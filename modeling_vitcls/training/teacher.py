@@ -296,7 +296,7 @@ class TeacherCache:
 
     def __init__(self, teacher: Teacher, num_images: int | None, num_views: int, width: int) -> None:
         if num_images is None:
-            raise ValueError("--teacher-views requires the number of images, which a stream lacks. Remove one flag")
+            raise ValueError("--teacher-views requires a dataset of known size, not --streaming. Remove one flag")
         self.teacher = teacher
         self.outputs = torch.empty(num_views, num_images, width, dtype=torch.float16)
         self.is_cached = torch.zeros(num_views, num_images, dtype=torch.bool)

@@ -13,6 +13,7 @@ from modeling_vitcls.data.held_out import compute_image_key
 from modeling_vitcls.data.images import (
     ArrayImages,
     DatasetImages,
+    LabeledImages,
     UnreadableImage,
     decode_image,
 )
@@ -50,6 +51,14 @@ def test_arrays_are_named_by_their_checksums() -> None:
     contents = [bytes(range(12)), bytes(range(24, 36))]
     assert images.compute_keys().tolist() == [compute_image_key(content) for content in contents]
     assert images.get_names() == [f"{compute_image_key(content):x}" for content in contents]
+
+
+def test_drawn_images_are_random_and_keep_their_order() -> None:
+    images = LabeledImages(ArrayImages(np.zeros((50, 1, 1), np.uint8)), list(range(50)))
+    assert images.draw(None) is images and images.draw(50) is images
+    labels = images.draw(20).labels
+    assert len(set(labels)) == 20 and labels == sorted(labels) and labels != list(range(20))
+    assert labels == images.draw(20).labels != images.draw(20, seed=1).labels
 
 
 def test_images_are_named_in_errors(tmp_path: Path) -> None:
