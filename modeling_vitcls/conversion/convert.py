@@ -102,10 +102,11 @@ def write_parity_report(
     folder: Path, source_name: str, model: PreTrainedModel, config: ViTCLSConfig, *, random_init: bool, **fields: Any
 ) -> Report:
     """Write the parity report of a model in a folder and, unless the weights are random, copy the license of the
-    source. `config` is the configuration of the ViTCLS model, and `fields` are fields of the report.
+    source. `config` is the configuration of the ViTCLS model, and `fields` are further fields of the report.
 
-    These fields are not in docs/converting.md: `is_native` is True for a transformers model, with the lowest versions
-    that its class requires in `required_versions`; `provenance` contains the license and the base model.
+    docs/converting.md lists the fields. There are three more for the card: `is_native` (whether the model is a
+    transformers model), `required_versions` (the lowest versions that its class requires) and `provenance` (license
+    and base model).
     """
     provenance = find_provenance(source_name)
     if not random_init:

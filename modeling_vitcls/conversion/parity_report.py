@@ -45,8 +45,8 @@ def compare_models(
 
     Returns:
         One dict per size, and the reason why only the native size is compared (empty if both sizes are compared).
-        The dict contains the image size (height, width) in pixels, and by token group ("cls", ...), "logits" or
-        "pooled" the largest absolute differences and the largest absolute values of the source's outputs.
+        `image_size` is (height, width) in pixels. `differences` and `magnitudes` contain the largest absolute
+        differences and the largest absolute values of the source, by token group ("cls", ...), "logits" or "pooled".
     """
     uninstall_cpu_kernels(model)
     model.to(dtype=torch.float32)  # type: ignore[call-arg]  # `to` is untyped in transformers

@@ -57,7 +57,8 @@ def convert_to_transformers(model: ViTCLSPreTrainedModel, native_size_only: bool
         raise ConversionError(f"transformers has no class for the task of {name}. Convert the encoder, model.vitcls")
     best_match = find_best_match(name, model.config, native_size_only)
     if best_match.mismatches:
-        hint = "" if native_size_only else ". Set native_size_only=True (omit --any-size) if one size is enough"
+        is_native_size_enough = not find_best_match(name, model.config, native_size_only=True).mismatches
+        hint = ". Set native_size_only=True (omit --any-size) if one size is enough" if is_native_size_enough else ""
         raise ConversionError(
             f"{best_match.target.name}, the nearest class of transformers, does not support the model: "
             f"{', '.join(best_match.mismatches.values())}{hint}"

@@ -25,7 +25,6 @@ HUB_ERRORS: tuple[type[Exception], ...] = (HTTPError, OSError, RuntimeError, Val
 TEMPORARY_STATUSES = frozenset({408, 409, 412, 429, 500, 502, 503, 504})
 # Wait before each retry, in seconds. The Hub may request a longer wait, up to its rate limit window of five minutes.
 RETRY_WAITS = (1.0, 2.0, 4.0, 8.0)
-SHORT_RETRY_WAITS = (0.5, 1.0)  # wait before each retry of an interactive command, in seconds
 MAX_RETRY_WAIT = 300.0  # maximum wait before a retry, in seconds
 
 Result = TypeVar("Result")

@@ -135,7 +135,8 @@ def fetch_repo_info(repo_id: str, repo_type: RepoType = "model", revision: str |
     except RepositoryNotFoundError as error:
         raise OSError(f"{describe_missing_repo(repo_id, repo_type)} ({format_hub_error(error)})") from None
     except RevisionNotFoundError as error:
-        raise OSError(f"{repo_id} has no revision {revision} ({format_hub_error(error)})") from None
+        message = f"{repo_id} has no revision {revision} ({format_hub_error(error)})"
+        raise OSError(f"{message}. Set an existing commit hash, branch or tag") from None
     except HUB_ERRORS as error:
         raise HubUnreachableError(describe_no_response(error)) from error
 
@@ -211,6 +212,8 @@ def download_model(repo_id: str, patterns: Sequence[str], revision: str | None) 
     with nullcontext() if is_first_process else hide_hub_progress_bars():
         folder = download_files(repo_id, revision, patterns, TIMEOUT)
     if not (folder / CONFIG_FILE).is_file():
+        if is_offline_mode():  # only other files are in the cache
+            raise OSError(describe_incomplete_cache(repo_id))
         raise OSError(f"{repo_id} does not contain a model, because {CONFIG_FILE} is missing. Check the name")
     return str(folder)
 
@@ -230,11 +233,17 @@ def download_files(
     except HUB_ERRORS as error:
         if not is_offline_mode():
             raise OSError(f"cannot download {repo_id}: {format_hub_error(error)}") from error
-        raise OSError(
-            f"{repo_id} is not a folder and not complete in the cache, and HF_HUB_OFFLINE is set. Run `hf download "
-            f"{repo_id}` on a machine with network access, and set HF_HUB_CACHE to a copy of its cache"
-        ) from error
+        raise OSError(describe_incomplete_cache(repo_id)) from error
     return Path(path)
+
+
+def describe_incomplete_cache(repo_id: str) -> str:
+    """Return the error message, with remedy, for a model that is not complete in the cache in offline mode."""
+    return (
+        f"{repo_id} is not a folder and not complete in the cache, and HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) is "
+        f"set. Run `hf download {repo_id}` on a machine with network access, and set HF_HUB_CACHE to a copy of its "
+        "cache"
+    )
 
 
 def resolve_commit(repo_id: str, revision: str = "main") -> HubCommit:

@@ -12,7 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import distribution
+from importlib.metadata import distributions
 from pathlib import Path
 
 import yaml
@@ -101,7 +101,8 @@ def read_code_license() -> str:
     checkout_license = PACKAGE_FOLDER.parent / "LICENSE"
     if checkout_license.is_file():
         return checkout_license.read_text(encoding="utf-8")
-    text = distribution("modeling_vitcls").read_text("licenses/LICENSE")
+    installed = next(iter(distributions(name="modeling_vitcls")), None)
+    text = installed.read_text("licenses/LICENSE") if installed else None
     if text is None:
         raise ValueError("the license of modeling_vitcls was not found. Reinstall the package")
     return text

@@ -463,7 +463,7 @@ def test_incomplete_cached_models_are_not_used(hub: LocalHub, monkeypatch: pytes
     with monkeypatch.context() as online:
         online.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
         HfApi().snapshot_download("ann/notes")
-    with raises_one_line("ann/notes does not contain a model", error=OSError):
+    with raises_one_line("complete in the cache", "HF_HUB_OFFLINE", error=OSError):
         get_model_folder("ann/notes", CONFIG_FILES)
     with raises_one_line("HF_HUB_OFFLINE", error=OSError):
         get_model_folder("ann/model")
