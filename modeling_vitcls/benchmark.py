@@ -289,8 +289,8 @@ def uses_cpu_time() -> bool:
 @torch.no_grad()
 def measure_matrix_product(device: str, dtype: torch.dtype) -> float:
     """Return the highest throughput of large matrix products in FLOP/s. On the CPU, oneDNN's packed matrices are also
-    measured, because PyTorch's default may be half as fast. A dtype for which the CPU has no instructions is measured
-    in float32, in which such products are fastest."""
+    measured, because PyTorch's default may be half as fast. If the CPU has no instructions for the dtype, float32 is
+    measured instead, because its products are faster."""
     size = 1024 if device == "cpu" else 8192
     if device == "cpu" and dtype in EMULATED_DTYPES:
         dtype = torch.float32
@@ -339,7 +339,7 @@ def format_markdown(rows: list[Row], settings: BenchmarkOptions) -> str:
     caption = (
         f"{strip_folders(settings.model)}: images per {second}, medians of {settings.rounds} rounds, with quartiles. "
         f"{machine}, "
-        f"{torch.get_num_threads()} threads; best matrix product {', '.join(peak_texts)}; {versions}; "
+        f"{torch.get_num_threads()} thread(s); best matrix product {', '.join(peak_texts)}; {versions}; "
         f"{time.strftime('%Y-%m-%d')}."
     )
     return "\n".join([*lines, "", caption, ""])

@@ -293,7 +293,7 @@ def no_room_message(store: CheckpointStore) -> str:
 
 
 def test_files_that_may_not_grow(store: CheckpointStore) -> None:
-    """The system refuses to write, as with a quota. The checkpoint of step 20 is kept when it is written again."""
+    """Writing fails, as with a full quota. The earlier checkpoint of step 20 is kept if its replacement fails."""
     save(store, 10, 20)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))

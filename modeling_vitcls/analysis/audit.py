@@ -182,8 +182,10 @@ def audit_dataset(images: AuditedImages) -> dict[str, pd.DataFrame]:
 
 
 def find_label_errors(images: AuditedImages) -> pd.DataFrame:
-    """Return the images whose label is likely wrong, from confident learning. The score is the probability of the
-    label, by a model that did not see the image."""
+    """Return the images that confident learning marks as likely label errors.
+
+    The score is the label's probability, from a model that was not trained on the image.
+    """
     from cleanlab.filter import find_label_issues
     from cleanlab.rank import get_label_quality_scores
 

@@ -49,13 +49,15 @@ class ExportOptions:
         size, has_dataset, is_js = self.image_size, self.dataset is not None, self.format == "transformers.js"
         has_graph_settings = (size, self.dynamic, self.dtype) != (None, True, "float32")
         errors = {
-            f"--image-size must be two positive numbers, but it is {size}": size is not None and min(size) < 1,
-            "--format transformers.js supports none of --image-size, --no-dynamic and --dtype": has_graph_settings
-            and is_js,
+            f"--image-size requires positive numbers, but the value is {size}. Set HEIGHT WIDTH": size is not None
+            and min(size) < 1,
+            "--format transformers.js does not support --image-size, --no-dynamic or --dtype. Remove the flag": is_js
+            and has_graph_settings,
             "--dataset requires --format onnx, openvino or transformers.js": has_dataset and self.format == "torch",
             "--int8 requires --format onnx or openvino, and --dataset": self.int8
             and not (has_dataset and self.format in ("onnx", "openvino")),
-            "--int8 excludes --dtype and --no-dynamic": self.int8 and (not self.dynamic or self.dtype != "float32"),
+            "--int8 does not support --dtype or --no-dynamic. Remove the flag": self.int8
+            and (not self.dynamic or self.dtype != "float32"),
             "--exclude-layers requires --int8": bool(self.exclude_layers) and not self.int8,
             "--split requires --dataset": self.split is not None and not has_dataset,
         }

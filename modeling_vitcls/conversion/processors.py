@@ -135,7 +135,7 @@ def check_processor(
         if not difference <= MAX_PIXEL_DIFFERENCE:
             raise ValueError(f"the converted processor differs from {settings_name} by {difference:.3g} gray levels")
         largest_difference = max(largest_difference, difference)
-    return build_preprocessing_record(settings_name, "") | {"largest_difference_in_grey_levels": largest_difference}
+    return build_preprocessing_record(settings_name, "") | {"largest_difference_in_gray_levels": largest_difference}
 
 
 def build_test_image(height: int, width: int) -> PIL.Image.Image:
@@ -158,7 +158,7 @@ def build_preprocessing_record(settings_name: str, reason: str) -> dict[str, Any
     `reason` is the reason why the default processor is used."""
     return {
         "origin": settings_name,  # name of the settings from which the image processor was built
-        "largest_difference_in_grey_levels": None,
+        "largest_difference_in_gray_levels": None,
         "limit": MAX_PIXEL_DIFFERENCE,
         "assumed_because": reason,
     }

@@ -57,7 +57,7 @@ class LabeledImages:
         return LabeledImages(self.images.select(indices), [self.labels[index] for index in indices])
 
     def draw(self, num_images: int | None, seed: int = 0) -> "LabeledImages":
-        """Return `num_images` random images in their order. Return all images if `num_images` is None or larger than
+        """Return `num_images` random images in dataset order. Return all images if `num_images` is None or larger than
         the dataset. The images are drawn at random because datasets are often sorted by class."""
         if num_images is None or num_images >= len(self):
             return self

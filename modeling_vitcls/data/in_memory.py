@@ -46,7 +46,7 @@ def add_dataset(data: Any) -> str:
 def get_dataset(name: str) -> Any:
     """Return the `datasets.DatasetDict` with this name. Raise ValueError if this process has no such dataset."""
     if name not in DATASETS:
-        raise ValueError(f"{name} was a dataset in the memory of another process. Pass the data again")
+        raise ValueError(f"{name} exists only in the memory of another process. Pass the data again")
     return DATASETS[name]
 
 
@@ -56,7 +56,7 @@ def convert_split(data: Any) -> Any:
 
     if isinstance(data, datasets.Dataset):
         if data.format["type"] == "custom":
-            raise ValueError("images are read without the dataset's transform. Pass dataset.with_format(None)")
+            raise ValueError("the dataset has a transform, which would be ignored. Pass dataset.with_format(None)")
         return data
     if type(data).__name__ == "DataFrame" or not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
         raise TypeError(

@@ -219,7 +219,8 @@ def build_label_reader(
     has_lists = bool(options.label_separator) or any(get_item_type(features[name]) is not None for name in names)
     if has_lists and len(names) > 1:
         raise ValueError(
-            f"{options.dataset}: several --label-column need one label per image. Set one, or omit --label-separator"
+            f"{options.dataset}: several label columns require one label per image. Set one --label-column, or omit "
+            "--label-separator"
         )
     kind: LabelKind = "multi_label_classification" if has_lists else "single_label_classification"
     columns = [build_label_column(options, name, features[name], read_column) for name in names]

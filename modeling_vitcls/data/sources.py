@@ -233,7 +233,8 @@ def read_with_datasets(options: DataOptions) -> Any:
         return datasets.load_dataset(options.dataset, streaming=options.streaming)
     except Exception as error:  # the readers raise many types of errors on damaged data
         reason = f"{type(error).__name__}: {format_error(error)}"
-        raise ValueError(f"cannot read the dataset {options.dataset!r} ({reason}). See --help") from error
+        advice = "Check the path and the file format (--help lists the formats)"
+        raise ValueError(f"cannot read the dataset {options.dataset!r} ({reason}). {advice}") from error
 
 
 def convert_to_streams(splits: Any, options: DataOptions) -> Any:

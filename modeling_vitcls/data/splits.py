@@ -194,7 +194,9 @@ def check_splits(
         raise ValueError(describe_single_class(options.dataset, label_space.names[0]))
     if options.folds is not None and training_splits.held_out is not None:
         split = training_splits.held_out
-        raise ValueError(f"--folds requires one split, but {options.dataset} has the split {split!r}. Remove --folds")
+        raise ValueError(
+            f"--folds requires a dataset without a held-out split, but {options.dataset} has {split!r}. Remove --folds"
+        )
     if lacks_selection and options.streaming:
         raise ValueError(
             f"--select best with --streaming requires a validation split and a test split, but {options.dataset} has "
@@ -283,7 +285,9 @@ def load_evaluation_data(
     if split == "train" and options.streaming:
         raise ValueError(f"--split train is not supported for the stream {options.dataset}. Remove --streaming")
     if split != "train" and rule.fraction == 0:
-        raise ValueError("--held-out-fraction is 0. Set --dataset to a dataset that was not used for training")
+        raise ValueError(
+            "no images are held out (--held-out-fraction 0). Set --dataset to a dataset that was not used for training"
+        )
     train, held_out, _ = hold_out_images(images, rule, options)
     if split == "train":
         return EvaluationData(splits.label_space, train, split, None)

@@ -240,9 +240,9 @@ def download_files(
 def describe_incomplete_cache(repo_id: str) -> str:
     """Return the error message, with remedy, for a model that is not complete in the cache in offline mode."""
     return (
-        f"{repo_id} is not a folder and not complete in the cache, and HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) is "
-        f"set. Run `hf download {repo_id}` on a machine with network access, and set HF_HUB_CACHE to a copy of its "
-        "cache"
+        f"{repo_id} is not a folder and is missing or incomplete in the cache, and HF_HUB_OFFLINE (or "
+        f"TRANSFORMERS_OFFLINE) is set. Run `hf download {repo_id}` on a machine with network access, copy that "
+        "machine's cache to this machine, and set HF_HUB_CACHE to the copy"
     )
 
 

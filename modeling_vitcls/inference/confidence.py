@@ -103,9 +103,11 @@ def describe_prediction_sets(
 def measure_prediction_sets(
     probabilities: np.ndarray, labels: np.ndarray, names: list[str], coverage: float
 ) -> list[dict[str, Any]]:
-    """Return the number of labels in the prediction sets of all images and of each class, and how often a set contains
-    the true label. The limit is fitted to every second image, and the sets are those of the other images; empty if
-    there are too few images."""
+    """Return the mean size and the coverage of the prediction sets, of all images and of each class.
+
+    The limit is fitted to every second image, and the sets are those of the other images. The list is empty if there
+    are too few images.
+    """
     try:
         limit = find_score_limit(probabilities[::2], labels[::2], coverage)
     except ValueError:

@@ -152,11 +152,9 @@ def check_hashes(commit: HubCommit, files: Path, pushed: ModelFolder | None = No
         raise OSError(f"cannot check {commit.repo_id}: {format_hub_error(error)}") from error
     names = [mismatch["path"] for mismatch in result.mismatches] + (result.extra_paths if pushed else [])
     if names:
-        problem = (
-            "is damaged on the Hub" if pushed is None else f"is missing or differs from the file in {pushed.path}"
-        )
+        problem = "damaged on the Hub" if pushed is None else f"missing or different from {pushed.path}"
         raise VerificationError(
-            f"{', '.join(names)} in {commit.repo_id} at {commit.sha} {problem}. Push "
+            f"files in {commit.repo_id} at {commit.sha} are {problem}: {', '.join(names)}. Push "
             f"{pushed.path if pushed else 'the model'} again"
         )
     return result.checked_count

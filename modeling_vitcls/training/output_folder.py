@@ -237,7 +237,7 @@ def write_model_files(
 
 class FolderLock:
     """Lock of one output folder. The operating system releases the lock of a process that has ended for any reason,
-    also on another host that shares the file system."""
+    even if the process ran on another host that shares the file system."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -249,8 +249,9 @@ class FolderLock:
         try:
             self.file_lock.acquire()
         except Timeout:
-            message = f"{self.folder} is in use by another run. Wait for its end, or choose a different --output-dir"
-            raise ValueError(message) from None
+            raise ValueError(
+                f"{self.folder} is in use by another run. Wait until that run ends, or choose a different --output-dir"
+            ) from None
 
     def __enter__(self) -> Self:
         return self

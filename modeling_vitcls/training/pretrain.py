@@ -207,7 +207,8 @@ class FeatureQuality:
         if rank < max(MIN_RANK * min(width, len(features) - 1), 1.5):  # n images have a rank of at most n - 1
             self.warn(
                 f"the features have collapsed: their effective rank is {rank:.1f} of {width} channels, so images "
-                "have nearly the same features. Set a larger --sigreg-weight or a lower --learning-rate"
+                "have nearly the same features. Set a lower --learning-rate or, with --method lejepa, a larger "
+                "--sigreg-weight"
             )
         counts = {name: held_out[name] for name in ("num_images", "num_unreadable_images")}
         return metrics | {"effective_rank": round(rank, 2)} | counts

@@ -110,8 +110,8 @@ def check_run_unchanged(metadata: dict[str, Any], current: dict[str, Any], folde
     if any(metadata[name] != current[name] for name in ("images_per_step", "num_steps")):
         raise ValueError(
             f"--resume: the run in {folder} has {metadata['num_steps']:,} steps of {metadata['images_per_step']} "
-            f"images, but this run has {current['num_steps']:,} steps of {current['images_per_step']} images. Do not "
-            "change --batch-size x --gradient-accumulation-steps x processes"
+            f"images, but this run has {current['num_steps']:,} steps of {current['images_per_step']} images. "
+            "Restore the product of --batch-size, --gradient-accumulation-steps and the number of processes"
         )
 
 

@@ -301,8 +301,8 @@ class Run:
             self.calibration |= errors
             self.metrics["calibration_error"] = errors["calibration_error"]
             before, after = (f"{100 * error:.1f}" for error in errors.values())
-            text = f"temperature {temperature:.2f}, from {num_images:,} images that are not reported; "
-            self.reporter.print_line("calibration", f"{text}calibration error {after} points, before: {before}")
+            text = f"temperature {temperature:.2f}, fitted to {num_images:,} images that are not reported; "
+            self.reporter.print_line("calibration", f"{text}calibration error {before} -> {after} points")
 
     def save(self) -> None:
         """Write the model and its results, and print the result."""

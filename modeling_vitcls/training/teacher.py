@@ -171,7 +171,8 @@ def match_labels(
     if missing_names := [name for name in labels if (names or []).count(name) != 1]:
         names_text = f"{num_labels} labels without names" if names is None else format_name_list(names, 8)
         raise ValueError(
-            f"the teacher {source} must have one label {missing_names[0]!r}, as the dataset, but has {names_text}. "
+            f"the teacher {source} must have exactly one label {missing_names[0]!r}, like the dataset, but has "
+            f"{names_text}. "
             "Use a teacher that was trained on the dataset's labels"
         )
     assert names is not None
@@ -273,7 +274,8 @@ def convert_channels(pixels: torch.Tensor, num_channels: int) -> torch.Tensor:
         case 3, 1:
             return transforms.rgb_to_grayscale(pixels)
     raise ValueError(
-        f"the teacher requires {num_channels} channel(s), but the student's images have {pixels.shape[1]}"
+        f"the teacher requires {num_channels} channel(s), but the student's images have {pixels.shape[1]}. "
+        f"Use a teacher with {pixels.shape[1]} channel(s)"
     )
 
 

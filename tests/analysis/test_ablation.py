@@ -130,7 +130,7 @@ def test_tokens_are_replaced_together_if_a_head_uses_only_one_of_them() -> None:
 
 
 def test_null_distributions_are_effects_of_redrawn_tokens() -> None:
-    """They use the same images. Tokens that a head reads have none."""
+    """Redrawn tokens are ablated on the same images. Tokens that a head reads have no null distribution."""
     model = build_classifier(num_register_tokens=3)
     before = collect_outputs(model, Batches())[""].logits
     found = compute_ablations(model, Batches())

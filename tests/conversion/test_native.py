@@ -89,7 +89,7 @@ def test_a_model_without_an_image_processor(tmp_path: Path) -> None:
     (folder / "preprocessor_config.json").unlink()
     report = write_native_model(str(folder), tmp_path / "native")
     assert report["preprocessing"]["assumed_because"] == "the model has no image processor"
-    assert report["preprocessing"]["largest_difference_in_grey_levels"] is None
+    assert report["preprocessing"]["largest_difference_in_gray_levels"] is None
     assert not (tmp_path / "native" / "preprocessor_config.json").exists()
 
 

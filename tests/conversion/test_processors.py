@@ -43,7 +43,7 @@ def test_timm_preprocessing_is_equal(name: str, image: str, tmp_path: Path) -> N
     """Pixels are equal with PIL, which timm uses, and within 2 of 255 gray levels with torchvision."""
     model = PretrainedConfigOnly(name)
     processor, record = processors.convert_timm_preprocessing(model)
-    assert record["largest_difference_in_grey_levels"] == 0
+    assert record["largest_difference_in_gray_levels"] == 0
     assert not record["assumed_because"]
     processor.save_pretrained(tmp_path)
     config = resolve_data_config(pretrained_cfg=model.pretrained_cfg)
@@ -78,7 +78,7 @@ def test_transformers_preprocessing_is_equal(
     theirs.save_pretrained(tmp_path / "source")
     processor, record = processors.convert_transformers_preprocessing(str(tmp_path / "source"), (32, 32))
     assert not record["assumed_because"]
-    assert record["largest_difference_in_grey_levels"] <= limit
+    assert record["largest_difference_in_gray_levels"] <= limit
     processor.save_pretrained(tmp_path / "made")
     theirs = AutoImageProcessor.from_pretrained(tmp_path / "source")
     ours = ViTCLSImageProcessor.from_pretrained(tmp_path / "made")
@@ -103,7 +103,7 @@ def test_a_default_is_stated(theirs: Any, reason: str, tmp_path: Path) -> None:
         theirs.save_pretrained(tmp_path)
     processor, record = processors.convert_transformers_preprocessing(str(tmp_path), (32, 48))
     assert reason in record["assumed_because"]
-    assert record["largest_difference_in_grey_levels"] is None
+    assert record["largest_difference_in_gray_levels"] is None
     assert dict(processor.size) == {"height": 32, "width": 48}
 
 
@@ -125,7 +125,7 @@ def test_timm_images_are_squashed_before_the_crop() -> None:
     model = PretrainedConfigOnly(TIMM_CONFIGS["crop"])
     model.pretrained_cfg |= {"input_size": (3, 224, 192), "crop_pct": 0.875, "crop_mode": "squash"}
     processor, record = processors.convert_timm_preprocessing(model)
-    assert record["largest_difference_in_grey_levels"] == 0 and not record["assumed_because"]
+    assert record["largest_difference_in_gray_levels"] == 0 and not record["assumed_because"]
     assert dict(processor.size) == {"height": 256, "width": 219}
     assert dict(processor.crop_size) == {"height": 224, "width": 192}
 
@@ -134,7 +134,7 @@ def test_gray_images_of_timm() -> None:
     model = PretrainedConfigOnly(TIMM_CONFIGS["crop"])
     model.pretrained_cfg |= {"input_size": (1, 28, 28), "mean": (0.4,), "std": (0.3,)}
     processor, record = processors.convert_timm_preprocessing(model)
-    assert record["largest_difference_in_grey_levels"] == 0 and processor.do_convert_rgb is False
+    assert record["largest_difference_in_gray_levels"] == 0 and processor.do_convert_rgb is False
     assert (record["origin"], record["limit"]) == ("timm's pretrained_cfg", 1.0)
     pixels = processor(photograph("china.jpg").convert("L"), return_tensors="pt")["pixel_values"]
     assert pixels.shape == (1, 1, 28, 28)

@@ -45,7 +45,7 @@ def test_rows_equal_the_metrics_of_the_same_evaluation(folder: Path, tmp_path: P
 
 
 def test_rows_keep_the_index_of_their_image(folder: Path, tmp_path: Path) -> None:
-    """Unreadable images have no row, but they count."""
+    """Unreadable images have no row, but keep their index."""
     for split in ("train", "test"):
         for label in (3, 5):
             target = tmp_path / "photos" / split / str(label)

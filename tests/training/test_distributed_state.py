@@ -172,7 +172,7 @@ def build_sharded(
 
 
 @pytest.mark.parametrize("kind", ["plain", "specialized"])
-def test_fsdp2_on_one_process_resumes_to_the_bit(
+def test_fsdp2_on_one_process_resumes_bit_for_bit(
     kind: str, store: CheckpointStore, mesh: distributed.DeviceMesh
 ) -> None:
     accelerator, (model, optimizer, ema) = Accelerator(cpu=True), build_sharded(0, mesh, kind)

@@ -170,7 +170,7 @@ def test_a_collapse_is_a_warning(tmp_path: Path) -> None:
     assert len(warnings) == 1 and "collapsed" in warnings[0] and "--sigreg-weight" in warnings[0]
 
 
-def test_few_images_are_no_collapse(tmp_path: Path) -> None:
+def test_few_images_do_not_trigger_the_collapse_warning(tmp_path: Path) -> None:
     """Four images have a rank of at most 3, which is less than 2% of 192 channels."""
     warnings: list[str] = []
     prepared = prepare_task(tiny_options(tmp_path / "out", hidden_size=192))
