@@ -14,11 +14,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import sklearn.datasets
 from accelerate.utils import set_seed
 from helpers import local_hub
 from helpers.accelerate_state import reset_accelerate
 from helpers.fresh_processes import run_fresh
 from playwright.sync_api import Browser, Error, expect, sync_playwright
+from sklearn.utils import Bunch
 
 
 NO_BROWSER = "Chromium is required for tests of HTML pages: install it with `make browser`"
@@ -47,6 +49,16 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[local_hub.L
         running.tokens["hf_ann"] = local_hub.Token("ann")
         local_hub.point_client_at(running.url, "hf_ann", monkeypatch, tmp_path / "home")
         yield running
+
+
+@pytest.fixture(scope="module")
+def few_digits() -> Iterator[None]:
+    """Let the dataset `digits` have 450 images in this process: 360 for training and 90 held out."""
+    digits = sklearn.datasets.load_digits()
+    few = Bunch(images=digits.images[:450], target=digits.target[:450], target_names=digits.target_names)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sklearn.datasets.load_digits", lambda: few)
+        yield
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """The command scripts/inspect_tokens.py: folders of images, datasets, converted models, and one-line errors."""
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,9 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import timm
-from helpers.fresh_processes import SCRIPT_ENVIRONMENT, run_fresh
-from helpers.local_hub import local_hub, point_client_at
-from helpers.scripts_in_process import SCRIPTS, run_in_process
+from helpers.local_hub import point_client_at, running_hub
+from helpers.scripts_in_process import run_in_process
 from helpers.tiny_models import build_tiny_config, raises_one_line, save_with_processor
 from PIL import Image
 
@@ -54,17 +52,19 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_folder_of_images(model: str, image_folder: Path, tmp_path: Path) -> None:
+def test_a_folder_of_images(
+    model: str, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Folder names are labels, the unreadable file is named, and the printed table equals the page."""
     page, figures = tmp_path / "page.html", tmp_path / "figures.json"
     flags = ["--model", model, image_folder, "--output", page, "--json", figures, "--num-images", 4]
-    ran = run_fresh(SCRIPTS / "inspect_tokens.py", *flags, environment=os.environ | SCRIPT_ENVIRONMENT)
-    assert ran.returncode == 0, ran.stderr
-    assert ran.stderr.count("\n") == 1 and "skipped an image" in ran.stderr and "broken [old].png" in ran.stderr
+    assert run_in_process("inspect_tokens.py", *flags) == 0
+    printed, errors = capsys.readouterr()
+    assert errors.count("\n") == 1 and "skipped an image" in errors and "broken [old].png" in errors
     found = json.loads(figures.read_text())
     for verdict in [*found["tokens"], *found["tasks"], *found["heads"], found["patches"]]:
-        assert verdict["token"] in ran.stdout and verdict["word"] in ran.stdout and verdict["reason"] in ran.stdout
-    assert f"saved {page}" in ran.stdout and "statistics over 11 images" in ran.stdout
+        assert verdict["token"] in printed and verdict["word"] in printed and verdict["reason"] in printed
+    assert f"saved {page}" in printed and "statistics over 11 images" in printed
     text = page.read_text()
     assert found["tokens"][0]["reason"] in text.replace("&#39;", "'")
     assert found["tasks"]
@@ -102,8 +102,8 @@ def test_a_revision_of_a_model_on_the_hub(
     page, figures = tmp_path / "new" / "folders" / "report.html", tmp_path / "other" / "folders" / "figures.json"
     flags = ["--model", "ann/pets", str(image_folder / "owl"), "--output", str(page), "--json", str(figures)]
     monkeypatch.setattr("modeling_vitcls.analysis.report.MAX_MAP_BYTES", 0)
-    with local_hub(tmp_path / "hub") as url:
-        point_client_at(url, None, monkeypatch, tmp_path / "home")
+    with running_hub(tmp_path / "hub") as hub:
+        point_client_at(hub.url, None, monkeypatch, tmp_path / "home")
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
         assert run_in_process("inspect_tokens.py", *flags, "--revision", "main") == 0
         printed = capsys.readouterr().out

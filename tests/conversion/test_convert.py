@@ -1,7 +1,6 @@
 """Test scripts/convert.py: its files, its output, and that a failure writes nothing.
 
-The script runs in a separate process for a model of transformers, and in this process for other models. A test loads
-the written model in a process that cannot import this package.
+The script runs in this process. A test loads the written model in a process that cannot import this package.
 """
 
 import copy
@@ -9,7 +8,6 @@ import hashlib
 import io
 import json
 import os
-import subprocess
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -21,7 +19,7 @@ import torch
 import transformers
 from helpers.fresh_processes import run_fresh
 from helpers.sample_photographs import photograph
-from helpers.scripts_in_process import SCRIPTS, run_in_process
+from helpers.scripts_in_process import run_in_process
 from helpers.source_checkpoints import NAMES, SIZES, build_vit_classifier, save_checkpoint
 from helpers.tiny_models import build_tiny_config, raises_one_line
 from safetensors.torch import load_file, save_file
@@ -41,14 +39,14 @@ from modeling_vitcls.conversion.random_weights import randomize_weights
 from modeling_vitcls.conversion.weight_rules import ConversionError
 
 
-ROOT = Path(__file__).parents[2]
 LIMIT = 1e-5  # DESIGN.md
 
 
-def run(*flags: Any) -> subprocess.CompletedProcess[str]:
-    """Run the script in a separate process."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200", "HF_HUB_OFFLINE": "1"}
-    return run_fresh(SCRIPTS / "convert.py", *flags, environment=environment)
+def run(*flags: Any) -> str:
+    """Run the script in this process and return the printed text."""
+    with redirect_stdout(io.StringIO()) as printed:
+        assert run_in_process("convert.py", *flags) == 0
+    return printed.getvalue()
 
 
 def list_all(folder: Path) -> list[Path]:
@@ -63,9 +61,7 @@ def list_all(folder: Path) -> list[Path]:
 def from_timm(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """Return the folder and the printed text for a model of timm."""
     folder = tmp_path_factory.mktemp("timm") / "not" / "there"
-    with redirect_stdout(io.StringIO()) as printed:
-        assert run_in_process("convert.py", "--source", "timm:test_vit", "--output", folder, "--random-init") == 0
-    return folder, printed.getvalue()
+    return folder, run("--source", "timm:test_vit", "--output", folder, "--random-init")
 
 
 @pytest.fixture(scope="module")
@@ -74,9 +70,8 @@ def from_transformers(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, s
     base = tmp_path_factory.mktemp("transformers")
     save_checkpoint(build_vit_classifier(), base / "source")
     transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(base / "source")
-    done = run("--source", f"transformers:{base / 'source'}", "--output", base / "converted")
-    assert done.returncode == 0, done.stderr[-2000:]
-    return base / "converted", done.stdout, base / "source"
+    printed = run("--source", f"transformers:{base / 'source'}", "--output", base / "converted")
+    return base / "converted", printed, base / "source"
 
 
 def test_a_timm_model_with_random_weights(from_timm: tuple[Path, str]) -> None:

@@ -1,4 +1,4 @@
-"""Random configurations: a valid one builds a model that trains and can be saved, all others raise a ValueError.
+"""Random valid configurations build models that train and can be saved.
 
 The examples are the same in every run. `HYPOTHESIS_PROFILE=explore` draws other examples, and more of them.
 """
@@ -31,10 +31,9 @@ pytestmark = pytest.mark.integration
 
 
 SLOW_IS_FINE = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
-settings.register_profile("reproducible", derandomize=True, **SLOW_IS_FINE)
+settings.register_profile("reproducible", max_examples=100, derandomize=True, **SLOW_IS_FINE)
 settings.register_profile("explore", max_examples=2000, **SLOW_IS_FINE)
-PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "reproducible")
-settings.load_profile(PROFILE)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "reproducible"))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -54,13 +53,6 @@ CLASSES: list[type[ViTCLSPreTrainedModel]] = [
 ]
 # In an order that sorting changes. ModuleDict has attributes of two of these names.
 NAMES = ["species", "age", "colour", "type", "keys"]
-FIELDS = sorted(ViTCLSConfig.__annotations__.keys() - {"model_type", "_out_features", "_out_indices"})
-FIELDS = [name for name in FIELDS if not name.startswith(("base_model", "keys_to"))]
-
-
-def limited(max_examples: int) -> Any:
-    """Use `max_examples` in the reproducible profile, and the profile's own number in others."""
-    return settings(max_examples=max_examples) if PROFILE == "reproducible" else settings()
 
 
 @st.composite
@@ -181,7 +173,6 @@ def run_training_step(model: ViTCLSPreTrainedModel) -> None:
 
 
 @pytest.mark.slow
-@limited(100)
 @given(
     fields=valid_fields(), model_class=st.sampled_from(CLASSES), more=st.tuples(st.integers(0, 9), st.integers(0, 9))
 )
@@ -209,38 +200,3 @@ def test_valid_configurations_train_and_can_be_saved(
         inputs = build_inputs(model, height, width)
         for before, after in zip(list_tensors(model(**inputs)), list_tensors(loaded(**inputs)), strict=True):
             torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
-
-
-SMALL_INTEGERS = st.integers(-3, 9)
-FLOATS = st.sampled_from([float("nan"), float("inf"), -float("inf"), -1.0, 0.0, 0.5, 1.0, 2.5])
-WORDS = st.sampled_from(["", "cls", "image", "mean", "zeros", "learned", "mlp", "gelu", "regression", "stage1", "8"])
-SCALARS = st.one_of(st.none(), st.booleans(), SMALL_INTEGERS, FLOATS, WORDS)
-LISTS = st.lists(st.one_of(SCALARS, st.lists(SMALL_INTEGERS, max_size=4)), max_size=4)
-DICTS = st.dictionaries(st.one_of(WORDS, SMALL_INTEGERS), st.one_of(SCALARS, st.lists(WORDS, max_size=2)), max_size=2)
-ANYTHING = st.one_of(SCALARS, SMALL_INTEGERS, WORDS, LISTS, LISTS.map(tuple), DICTS, st.just(object()), st.just(int))
-LABEL_FIELDS = ["num_labels", "id2label", "label2id", "problem_type", "out_features", "out_indices"]
-
-
-@pytest.mark.slow
-@limited(400)
-@given(
-    fields=valid_fields(),
-    other=valid_fields(),
-    taken=st.sets(st.sampled_from(FIELDS + LABEL_FIELDS), max_size=8),
-    garbage=st.dictionaries(st.sampled_from(FIELDS + LABEL_FIELDS), ANYTHING, max_size=1),
-)
-def test_any_fields_work_or_raise_a_value_error(
-    fields: dict[str, Any], other: dict[str, Any], taken: set[str], garbage: dict[str, Any]
-) -> None:
-    """Mix two valid configurations, which may contradict each other, and set a field to any value."""
-    mixed = {**fields, **{name: other[name] for name in taken & other.keys()}, **garbage}
-    try:
-        config = ViTCLSConfig(**mixed)
-    except ValueError as error:
-        assert str(error)
-        assert "\n" not in str(error)
-        return
-    torch.manual_seed(0)
-    model = get_classifier_class(config)(config)
-    if config.problem_type is None:
-        run_training_step(model)

@@ -1,15 +1,17 @@
 """The shipped files: their number and length, the files that a forward pass executes, and their imports."""
 
 import ast
-import json
-import os
 import re
+import sys
 from pathlib import Path
+from types import FrameType
 
 import pytest
-from helpers.fresh_processes import run_fresh
+import torch
+from helpers.tiny_models import build_images, build_tiny_config
 
 import modeling_vitcls
+from modeling_vitcls import ViTCLSForImageClassification
 
 
 SHIPPED_FILES = sorted(Path(modeling_vitcls.__file__).parent.glob("*_vitcls.py"))
@@ -30,31 +32,6 @@ ORDER = (
     ("modeling",),
 )
 
-# Prints the shipped files whose code a forward pass executes, during inference and in a training step.
-FORWARD_PASS = """
-import json, sys
-from pathlib import Path
-import torch
-import modeling_vitcls
-from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification
-
-sizes = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)
-model = ViTCLSForImageClassification(ViTCLSConfig(image_size=32, patch_size=8, num_labels=3, **sizes))
-pixel_values, labels = torch.zeros(2, 3, 32, 32), torch.tensor([0, 2])
-folder = Path(modeling_vitcls.__file__).parent
-executed = set()
-
-def record(frame, event, argument):
-    if event == "call":
-        executed.add(frame.f_code.co_filename)
-
-sys.setprofile(record)
-model.eval()(pixel_values)
-model.train()(pixel_values, labels=labels)
-sys.setprofile(None)
-print(json.dumps(sorted(Path(file).name for file in executed if Path(file).parent == folder)))
-"""
-
 
 def test_number_and_length_of_the_shipped_files() -> None:
     assert len(SHIPPED_FILES) <= MAX_FILES, [file.name for file in SHIPPED_FILES]
@@ -62,16 +39,22 @@ def test_number_and_length_of_the_shipped_files() -> None:
     assert sum(lines.values()) <= MAX_LINES, lines
 
 
-def run_forward_pass(**environment: str) -> list[str]:
-    """Return the names of the shipped files that a forward pass of the default classifier executes."""
-    ran = run_fresh("-c", FORWARD_PASS, environment={**os.environ, **environment})
-    assert ran.returncode == 0, ran.stderr[-4000:]
-    return json.loads(ran.stdout.splitlines()[-1])
+def test_a_forward_pass_executes_at_most_5_files_and_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inference and a training step of the default classifier, without CPU kernels."""
+    monkeypatch.setenv("VITCLS_CPU_KERNELS", "0")
+    model = ViTCLSForImageClassification(build_tiny_config())
+    paths: set[str] = set()
 
+    def record(frame: FrameType, event: str, argument: object) -> None:
+        if event == "call":
+            paths.add(frame.f_code.co_filename)
 
-def test_a_forward_pass_executes_at_most_5_files_and_no_kernels() -> None:
-    executed = run_forward_pass(VITCLS_CPU_KERNELS="0")
-    assert {"modeling_vitcls.py", "blocks_vitcls.py"} <= set(executed)
+    sys.setprofile(record)
+    model.eval()(build_images())
+    model.train()(build_images(), labels=torch.tensor([0, 2]))
+    sys.setprofile(None)
+    executed = {file.name for file in map(Path, paths) if file.parent == SHIPPED_FILES[0].parent}
+    assert {"modeling_vitcls.py", "blocks_vitcls.py"} <= executed
     assert KERNEL_FILE not in executed
     assert len(executed) <= MAX_EXECUTED_FILES, executed
 

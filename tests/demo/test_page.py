@@ -1,10 +1,10 @@
 """The page of the demo: predictions, and the attention of each special token over the image that the model sees."""
 
+import importlib
 import socket
 from pathlib import Path
 from typing import Any
 
-import gradio as gr
 import numpy as np
 import pytest
 import torch
@@ -18,8 +18,6 @@ from modeling_vitcls import (
     ViTCLSImageProcessor,
     ViTCLSModel,
 )
-from modeling_vitcls.demo import page
-from modeling_vitcls.demo.page import build_page, compute_predictions, draw_attention, load_from_hub, serve_demo
 
 
 pytestmark = pytest.mark.integration
@@ -27,11 +25,17 @@ pytestmark = pytest.mark.integration
 PROCESSOR = ViTCLSImageProcessor(size=32)
 
 
+@pytest.fixture(scope="module")
+def page() -> Any:
+    """Return the module of the page. Importing gradio takes seconds in each test process."""
+    return importlib.import_module("modeling_vitcls.demo.page")
+
+
 def build_classifier(**fields: Any) -> Any:
     return randomize(ViTCLSForImageClassification(build_tiny_config(**fields)))
 
 
-def call_page(blocks: gr.Blocks, *inputs: Any) -> list[Any]:
+def call_page(blocks: Any, *inputs: Any) -> list[Any]:
     """Call the function of the page with decoded inputs."""
     (function,) = {each.fn for each in blocks.fns.values() if each.api_name == "predict"}
     assert function is not None
@@ -46,34 +50,34 @@ def uploads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "uploads"
 
 
-def test_the_page_shows_the_prediction_and_a_map_per_token(uploads: Path) -> None:
+def test_the_page_shows_the_prediction_and_a_map_per_token(page: Any, uploads: Path) -> None:
     model = build_classifier(num_register_tokens=2)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8))
     image.save(uploads / "image.png")
-    label, maps = call_page(build_page(model, PROCESSOR, "mine"), {"path": str(uploads / "image.png")}, 1)
+    label, maps = call_page(page.build_page(model, PROCESSOR, "mine"), {"path": str(uploads / "image.png")}, 1)
     with torch.no_grad():
         logits = model(PROCESSOR(image, return_tensors="pt")["pixel_values"]).logits[0]
     names = [model.config.id2label[index] for index in range(3)]
     assert label == pytest.approx(dict(zip(names, logits.softmax(0).tolist(), strict=True)))
     assert [name for _, name in maps] == ["CLS", "register 1", "register 2"]
-    assert call_page(build_page(model, PROCESSOR, "mine"), None, 1) == [None, []]
+    assert call_page(page.build_page(model, PROCESSOR, "mine"), None, 1) == [None, []]
 
 
-def test_a_map_has_the_attention_of_its_token_and_layer() -> None:
+def test_a_map_has_the_attention_of_its_token_and_layer(page: Any) -> None:
     """Over a white image, a patch is brighter the more attention it gets (averaged over heads)."""
     model = build_classifier(num_register_tokens=1)
     pixel_values = torch.randn(1, 3, 32, 32)
     white = ViTCLSImageProcessor(size=32, image_mean=[100.0] * 3, image_std=[1.0] * 3)
     for layer in (0, 1):
         expected = model.token_attention(pixel_values, layers=[layer])[0, 0].mean(0)[:, 2:].reshape(2, 4, 4)
-        maps = draw_attention(model, white, pixel_values, layer)
+        maps = page.draw_attention(model, white, pixel_values, layer)
         assert len(maps) == 2 and maps[0].size == (320, 320)
         for drawn, values in zip(maps, expected, strict=True):
             brightness = torch.tensor(np.asarray(drawn.convert("L")).astype(float)).reshape(4, 80, 4, 80).mean((1, 3))
             assert brightness.argmax() == values.argmax() and brightness.argmin() == values.argmin()
 
 
-def test_the_image_is_shown_as_the_model_sees_it() -> None:
+def test_the_image_is_shown_as_the_model_sees_it(page: Any) -> None:
     size, crop = {"shortest_edge": 40}, {"height": 32, "width": 32}
     processor = ViTCLSImageProcessor(size=size, do_center_crop=True, crop_size=crop)
     pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
@@ -82,60 +86,60 @@ def test_the_image_is_shown_as_the_model_sees_it() -> None:
     assert np.abs(shown - pixels[4:36, 14:46]).max() <= 1
 
 
-def test_each_problem_type_has_its_prediction() -> None:
+def test_each_problem_type_has_its_prediction(page: Any) -> None:
     tasks = {"species": ["oak", "elm"], "age": ["young", "old", "ancient"]}
     multi_task: Any = randomize(ViTCLSForMultiTaskClassification(build_tiny_config(num_cls_tokens=2, tasks=tasks)))
     images = torch.randn(1, 3, 32, 32)
-    predictions: Any = compute_predictions(multi_task, images)
+    predictions: Any = page.compute_predictions(multi_task, images)
     assert [list(each) for each in predictions] == list(multi_task.config.task_labels().values())
     assert all(sum(each.values()) == pytest.approx(1) for each in predictions)
     multi_label = build_classifier(problem_type="multi_label_classification")
-    (prediction,) = compute_predictions(multi_label, images)
+    (prediction,) = page.compute_predictions(multi_label, images)
     assert isinstance(prediction, dict)
     assert list(prediction.values()) == pytest.approx(multi_label(images).logits[0].sigmoid().tolist())
-    (text,) = compute_predictions(build_classifier(problem_type="regression", num_labels=1), images)
+    (text,) = page.compute_predictions(build_classifier(problem_type="regression", num_labels=1), images)
     assert isinstance(text, str) and text.startswith("LABEL_0: ")
-    (binary,) = compute_predictions(build_classifier(num_labels=1), images)
+    (binary,) = page.compute_predictions(build_classifier(num_labels=1), images)
     assert isinstance(binary, dict) and 0 < next(iter(binary.values())) < 1
 
 
-def test_only_uploaded_images_and_examples_are_opened(uploads: Path, tmp_path: Path) -> None:
+def test_only_uploaded_images_and_examples_are_opened(page: Any, uploads: Path, tmp_path: Path) -> None:
     secret, example, text = tmp_path / "secret.png", tmp_path / "example.png", uploads / "notes.png"
     for file in (secret, example):
         Image.new("RGB", (40, 40)).save(file)
     text.write_text("no image")
     (uploads / "link.png").symlink_to(secret)
-    blocks = build_page(build_classifier(), PROCESSOR, "mine", [example])
+    blocks = page.build_page(build_classifier(), PROCESSOR, "mine", [example])
     assert call_page(blocks, {"path": str(example)}, 1)[0]
     paths = (secret, f"{uploads}/../secret.png", uploads / "link.png", uploads, tmp_path / "missing.png", "a\0b", "")
     for path in (*map(str, paths), None, "http://127.0.0.1/image.png"):
-        with pytest.raises(gr.Error, match="upload an image"):
+        with pytest.raises(page.gr.Error, match="upload an image"):
             call_page(blocks, {"path": path}, 1)
-    with pytest.raises(gr.Error, match=r"mine\.png") as raised:
+    with pytest.raises(page.gr.Error, match=r"mine\.png") as raised:
         call_page(blocks, {"path": str(text), "orig_name": "mine.png"}, 1)
     assert str(uploads) not in str(raised.value)
 
 
-def test_encoders_and_gray_images(tmp_path: Path, uploads: Path) -> None:
+def test_encoders_and_gray_images(page: Any, tmp_path: Path, uploads: Path) -> None:
     encoder = randomize(ViTCLSModel(build_tiny_config(num_channels=1), add_pooling_layer=False))
     gray = ViTCLSImageProcessor(size=32, do_convert_rgb=False, image_mean=[0.5], image_std=[0.5])
     Image.new("L", (40, 40), 128).save(uploads / "gray.png")
-    (maps,) = call_page(build_page(encoder, gray, "encoder"), {"path": str(uploads / "gray.png")}, 2)
+    (maps,) = call_page(page.build_page(encoder, gray, "encoder"), {"path": str(uploads / "gray.png")}, 2)
     assert [name for _, name in maps] == ["CLS"]
     folder = save_with_processor(ViTCLSModel(build_tiny_config(), add_pooling_layer=False), tmp_path / "encoder")
-    model, _ = load_from_hub(str(folder), "main")
+    model, _ = page.load_from_hub(str(folder), "main")
     assert type(model).__name__ == "ViTCLSModel" and model.pooler is None
 
 
-def test_only_the_prediction_is_public() -> None:
-    blocks = build_page(build_classifier(), PROCESSOR, "mine")
+def test_only_the_prediction_is_public(page: Any) -> None:
+    blocks = page.build_page(build_classifier(), PROCESSOR, "mine")
     assert {each.api_name for each in blocks.fns.values() if each.api_visibility == "public"} == {"predict"}
 
 
-def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_errors_are_one_line(page: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_in_process("demo_app.py", "--model", tmp_path) == 1
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         with raises_one_line(f"port {port}", "--port", error=OSError):
-            serve_demo(build_classifier(), PROCESSOR, "mine", port=port, host="127.0.0.1")
+            page.serve_demo(build_classifier(), PROCESSOR, "mine", port=port, host="127.0.0.1")

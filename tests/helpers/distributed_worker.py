@@ -6,6 +6,8 @@ Start with: torchrun --nproc-per-node 2 distributed_worker.py FOLDER
 import functools
 import itertools
 import math
+import os
+import signal
 import sys
 from collections.abc import Callable
 from datetime import timedelta
@@ -27,12 +29,14 @@ from helpers.process_checks import write_report
 from modeling_vitcls.checkpoints import CheckpointStore
 from modeling_vitcls.data.batches import BatchPlan
 from modeling_vitcls.data.images import UnreadableImageCounter
+from modeling_vitcls.distributed import run_on_main
 from modeling_vitcls.errors import RunStopped
 from modeling_vitcls.options import TrainingOptions
 from modeling_vitcls.training.loop import TrainingLoop, TrainingState
 from modeling_vitcls.training.losses import Objective
 from modeling_vitcls.training.optimizer import build_parameter_groups
 from modeling_vitcls.training.reporter import Reporter
+from modeling_vitcls.training.signals import SignalHandler
 
 
 NUM_PROCESSES = 2
@@ -222,11 +226,35 @@ def non_finite_loss_stops_all_processes(folder: Path) -> None:
             assert torch.equal(parameter, value) and parameter.grad is None
 
 
+def signal_to_one_process_is_known_to_all(folder: Path) -> None:
+    for number, status in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        with SignalHandler(Accelerator(cpu=True)) as interruption:
+            assert interruption.get_signal() is None
+            if distributed.get_rank() == 1:
+                os.kill(os.getpid(), number)
+            assert interruption.get_signal() == number.name
+            assert interruption.exit_status == status
+
+
+def error_of_the_main_process_is_raised_by_all(folder: Path) -> None:
+    """Check a checkpoint that cannot be written."""
+    (folder / "a file").touch()
+    store = CheckpointStore(folder / "a file", num_kept=1)
+    try:
+        run_on_main(Accelerator(cpu=True), lambda: store.save(1, {"model": {"x": torch.ones(1)}}, {"step": 1}, False))
+    except OSError as error:
+        assert "cannot write the checkpoint of step 1" in str(error)
+    else:
+        raise AssertionError("no error on this process")
+
+
 CHECKS |= {
     function.__name__: function
     for function in (
         random_numbers_per_process,
         non_finite_loss_stops_all_processes,
+        signal_to_one_process_is_known_to_all,
+        error_of_the_main_process_is_raised_by_all,
     )
 }
 

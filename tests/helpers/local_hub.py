@@ -1,7 +1,7 @@
 """A local Hub for the real huggingface_hub client: repositories, tokens and faults.
 
-    with local_hub(folder) as url:     # each folder/ORGANIZATION/NAME is a repository
-        ...                            # run a process with HF_ENDPOINT=url
+    with running_hub(folder) as hub:   # each folder/ORGANIZATION/NAME is a repository
+        ...                            # run a process with HF_ENDPOINT=hub.url
 
     with running_hub() as hub:         # an empty Hub that accepts pushes
         hub.tokens["hf_ann"] = Token("ann")
@@ -105,8 +105,8 @@ class Repository:
 class Fault:
     """A fault of the next `times` requests with this method and a matching path.
 
-    Kinds: "drop" closes the connection before the request is handled. "cut" sends half of the response. "wait" sends
-    nothing for some seconds. A number is the status of the response.
+    Kinds: "drop" closes the connection before the request is handled. "cut" sends half of the response. A number is
+    the status of the response.
     """
 
     method: str
@@ -218,13 +218,6 @@ def running_hub(folder: Path | None = None) -> Iterator[LocalHub]:
     with serve(hub, server.HUB_ROUTES) as hub_port, serve(hub, server.STORAGE_ROUTES) as storage_port:
         hub.url, hub.storage_url = f"http://127.0.0.1:{hub_port}", f"http://localhost:{storage_port}"
         yield hub
-
-
-@contextmanager
-def local_hub(folder: Path) -> Iterator[str]:
-    """Serve the repositories in `folder` read-only, and yield the address."""
-    with running_hub(folder) as hub:
-        yield hub.url
 
 
 def point_client_at(url: str, token: str | None, monkeypatch: pytest.MonkeyPatch, home: Path) -> None:

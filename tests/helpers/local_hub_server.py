@@ -9,7 +9,6 @@ import hashlib
 import json
 import re
 import socket
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler
@@ -21,8 +20,6 @@ import yaml
 
 if TYPE_CHECKING:
     from helpers.local_hub import Commit, LocalHub, Repository, StoredFile, Token
-
-WAIT_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -158,22 +155,6 @@ def validate_card(hub: "LocalHub", match: re.Match[str], request: Request) -> Re
     if not isinstance(metadata, dict):
         return Response({"errors": [{"message": "the metadata is no object"}], "warnings": []}, 400)
     return Response({"errors": [], "warnings": []})
-
-
-def refs(hub: "LocalHub", match: re.Match[str], request: Request) -> Response:
-    """Return branches and tags."""
-    repository = get_readable(hub, match["repo"], request)
-
-    def list_refs(names: dict[str, str], kind: str) -> list[dict[str, str]]:
-        return [{"name": n, "ref": f"refs/{kind}/{n}", "targetCommit": commit} for n, commit in names.items()]
-
-    return Response(
-        {
-            "branches": list_refs(repository.branches, "heads"),
-            "tags": list_refs(repository.tags, "tags"),
-            "converts": [],
-        }
-    )
 
 
 def create_branch(hub: "LocalHub", match: re.Match[str], request: Request) -> Response:
@@ -383,7 +364,6 @@ HUB_ROUTES: Routes = [
     ("POST", re.compile(r"/api/repos/create"), create_repository),
     ("POST", re.compile(r"/api/validate-yaml"), validate_card),
     ("GET", re.compile(f"{ANY_REPO}/auth-check/write"), check_write_access),
-    ("GET", re.compile(f"{ANY_REPO}/refs"), refs),
     ("POST", re.compile(f"{ANY_REPO}/branch/(?P<name>[^/]+)"), create_branch),
     ("POST", re.compile(f"{ANY_REPO}/tag/(?P<name>[^/]+)"), create_tag),
     ("GET", re.compile(f"{ANY_REPO}(/revision/{REVISION})?"), repository_info),
@@ -410,9 +390,7 @@ def build_handler(hub: "LocalHub", routes: Routes) -> type[BaseHTTPRequestHandle
 
         def do_GET(self) -> None:
             fault = hub.next_fault(self.command, self.path)
-            if fault is not None and fault.kind in ("drop", "wait"):
-                if fault.kind == "wait":
-                    time.sleep(WAIT_SECONDS)
+            if fault is not None and fault.kind == "drop":
                 self.drop_connection()
                 return
             body = self.read_body()

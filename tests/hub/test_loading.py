@@ -1,13 +1,12 @@
 """Loading models from the Hub: converted from other projects, pinned, offline, with code in another repository.
 
-Real scripts and processes without the package use a local Hub. Processes take time to start: one loads all models
-online, one all models offline, and each script runs once with a full and once with an empty cache.
+Processes without the package use a local Hub. Processes take time to start: one loads all models online, and one all
+models offline.
 """
 
 import json
 import os
 import socket
-import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,12 +14,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import PIL.Image
 import pytest
 import torch
 import transformers
 from helpers.fresh_processes import run_fresh
 from helpers.local_hub import LocalHub, Token, point_client_at, running_hub
+from helpers.scripts_in_process import run_in_process
 from helpers.source_checkpoints import SIZES, save_checkpoint
 from helpers.tiny_models import build_tiny_config, raises_one_line, randomize
 from huggingface_hub import HfApi
@@ -43,7 +42,6 @@ pytestmark = pytest.mark.integration
 ROOT = Path(__file__).parents[2]
 CHILD = Path(__file__).parents[1] / "helpers" / "load_from_hub.py"
 LIMIT = 1e-5  # DESIGN.md
-SECONDS = 120.0  # seconds until a script must stop: ten or twenty, more if other processes use the processor
 NAMES = {index: str(index) for index in range(10)}  # as in the digits dataset
 
 # Models of other projects: class, and configuration fields in addition to the common sizes.
@@ -92,10 +90,6 @@ class PublishedModels:
         """Add a request for the first process."""
         self.wanted[name] = wanted
         self.requests.append({"name": name, "loader": loader, "source": source, "options": options})
-
-    def run(self, script: str, *flags: Any, **settings: str) -> subprocess.CompletedProcess[str]:
-        """Run a script of this repository."""
-        return run_fresh(ROOT / "scripts" / script, *flags, environment=self.environment(**settings))
 
     def load(self, requests: list[dict[str, Any]], **settings: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Return outputs and report of a process without the package."""
@@ -183,9 +177,7 @@ def convert_and_push(world: PublishedModels) -> None:
     for name in SOURCES:
         converted = world.folder / f"vitcls-{name}"
         if name == "dino":
-            done = world.run("convert.py", "--source", f"transformers:them/{name}", "--output", converted)
-            assert done.returncode == 0, done.stderr[-2000:]
-            assert f"vitcls push --model {converted} --hub-model-id" in done.stdout
+            assert run_in_process("convert.py", "--source", f"transformers:them/{name}", "--output", converted) == 0
         else:
             convert_checkpoint(f"transformers:them/{name}", converted)
         commit = push_folder(ModelFolder(converted), f"ann/{name}").commit
@@ -217,15 +209,6 @@ def publish_two_versions(world: PublishedModels, inputs: dict[str, torch.Tensor]
     world.add_request("main", new, classifier, "ann/versions")
     world.add_request("processor", pixel_values, "AutoImageProcessor", "ann/versions")
     world.add_request("pipeline", scores, "pipeline", "ann/versions", revision=commits["first"])
-
-
-def write_image(world: PublishedModels) -> Path:
-    """Write an image to a file."""
-    file = world.folder / "picture.png"
-    if not file.exists():
-        image = load_file(world.folder / "inputs.safetensors")["image"]
-        PIL.Image.fromarray(image.movedim(0, -1).numpy()).save(file)
-    return file
 
 
 # Online --------------------------------------------------------------------------------------------------------------
@@ -280,43 +263,6 @@ def test_cached_models_load_offline(world: PublishedModels, online: Any) -> None
     for name, answer in answers.items():
         assert torch.equal(answer, online[0][name]), name
     assert len(world.hub.requests) == asked
-
-
-def test_scripts_use_the_cache_offline(world: PublishedModels, online: Any) -> None:
-    file = world.folder / "labels.csv"
-    flags = ["--model", "ann/versions", write_image(world), "--output", file]
-    done = world.run("predict.py", *flags, HF_HUB_OFFLINE="1")
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "picture.png" in file.read_text()
-
-
-@pytest.mark.slow
-def test_scripts_use_the_cache_if_the_hub_does_not_respond(world: PublishedModels, online: Any) -> None:
-    flags = ["--model", "ann/versions", "--dataset", "digits"]
-    done = world.run("evaluate.py", *flags, HF_ENDPOINT="http://127.0.0.1:9")
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "ccuracy" in done.stdout
-    assert "does not respond" in done.stderr and ". Loading ann/versions from the cache" in done.stderr
-
-
-def test_scripts_explain_what_to_do_offline_with_an_empty_cache(world: PublishedModels) -> None:
-    settings = {"home": world.folder / "none", "HF_HUB_OFFLINE": "1"}
-    started = time.monotonic()
-    done = world.run("evaluate.py", "--model", "ann/versions", "--dataset", "digits", **settings)
-    assert time.monotonic() - started < SECONDS
-    remedies = ("Run `hf download ann/versions`", "set HF_HUB_CACHE")
-    assert_ends_with_one_line(done.returncode, done.stderr, "HF_HUB_OFFLINE", *remedies)
-
-
-@pytest.mark.slow
-def test_scripts_stop_at_a_closed_port(world: PublishedModels) -> None:
-    settings = {"home": world.folder / "none", "HF_ENDPOINT": "http://127.0.0.1:9"}
-    started = time.monotonic()
-    output = world.folder / "never"
-    done = world.run("convert.py", "--source", "transformers:them/vit", "--output", output, **settings)
-    assert time.monotonic() - started < SECONDS
-    assert_ends_with_one_line(done.returncode, done.stderr, "127.0.0.1:9 does not respond", "Check the network")
-    assert not output.exists()
 
 
 def assert_ends_with_one_line(status: int | None, errors: str, *words: str) -> None:

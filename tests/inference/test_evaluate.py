@@ -49,6 +49,7 @@ from modeling_vitcls.system import describe_device, get_versions
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 NUM_HELD_OUT_DIGITS = 359
+WORKER = Path(__file__).parents[1] / "helpers" / "evaluation_worker.py"
 MEASURED = ("images_per_second", "seconds", "num_processes", "device")  # differ from run to run
 by_one_process = evaluation_results.by_one_process  # a fixture
 
@@ -62,9 +63,7 @@ def two_process_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = ViTCLSConfig(**model.config.to_diff_dict() | labels.to_config_values())
     type(model)(config).save_pretrained(folder)
     ViTCLSImageProcessor(size=16).save_pretrained(folder)
-    worker = Path(__file__).parents[1] / "helpers" / "evaluation_worker.py"
-    run_together(worker, folder, log=folder / "stdout", environment=OFFLINE)
-    run_together(worker, folder, "frozen", log=folder / "stdout of frozen", environment=OFFLINE)
+    run_together(WORKER, folder, log=folder / "stdout", environment=OFFLINE)
     return folder
 
 
@@ -271,6 +270,7 @@ def test_two_processes_evaluate_a_saved_model(two_process_folder: Path) -> None:
 
 @pytest.mark.slow
 def test_two_processes_evaluate_frozen_features(two_process_folder: Path) -> None:
+    run_together(WORKER, two_process_folder, "frozen", log=two_process_folder / "log", environment=OFFLINE)
     two, one = read_json(two_process_folder / "frozen.json"), evaluate_frozen_digits(two_process_folder)
     assert (two["num_processes"], one["num_processes"]) == (2, 1)
     assert two["num_images"] == NUM_HELD_OUT_DIGITS

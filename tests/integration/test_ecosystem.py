@@ -12,7 +12,6 @@ from accelerate import cpu_offload
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from transformers import (
-    AutoModel,
     AutoModelForImageClassification,
     BertConfig,
     BertLMHeadModel,
@@ -123,10 +122,6 @@ def build_trainer(model: Any, dataset: Any, folder: Path, *, trainer: Any = None
     values = {"output_dir": str(folder), "use_cpu": True, "report_to": [], "disable_tqdm": True, "logging_steps": 1}
     settings = TrainingArguments(**(values | {"save_strategy": "no"} | arguments))
     return Trainer(model=model, args=settings, train_dataset=dataset, eval_dataset=dataset, **(trainer or {}))
-
-
-# One step of SGD without clipping: its weights are the weights of the gradient.
-ONE_STEP: dict[str, Any] = {"max_steps": 1, "optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.0}
 
 
 def test_trainer_trains_evaluates_and_saves(tmp_path: Path) -> None:
@@ -253,19 +248,6 @@ def test_vision_encoder_decoder(encoder: Path, tmp_path: Path) -> None:
 # Loading -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def saved(tmp_path: Path) -> Path:
-    """Return the folder of a saved classifier."""
-    build_tiny_classifier().save_pretrained(tmp_path)
-    return tmp_path
-
-
-def test_from_config() -> None:
-    assert type(AutoModel.from_config(build_tiny_config())) is ViTCLSModel
-    half = AutoModelForImageClassification.from_config(build_tiny_config(), dtype=torch.bfloat16)
-    assert type(half) is ViTCLSForImageClassification and half.dtype is torch.bfloat16
-
-
 def test_sharded_checkpoint(tmp_path: Path) -> None:
     build_tiny_classifier().save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
@@ -276,19 +258,6 @@ def test_checkpoint_in_a_subfolder(tmp_path: Path) -> None:
     build_tiny_classifier().save_pretrained(tmp_path / "vision")
     for model_class in (ViTCLSForImageClassification, AutoModelForImageClassification):
         assert_same_logits(model_class.from_pretrained(tmp_path, subfolder="vision"), rtol=0, atol=0)
-
-
-def test_device_map_load(saved: Path) -> None:
-    assert_same_logits(AutoModelForImageClassification.from_pretrained(saved, device_map="cpu"), rtol=0, atol=0)
-
-
-def test_eager_attention_returns_attentions(saved: Path) -> None:
-    model = AutoModelForImageClassification.from_pretrained(saved, attn_implementation="eager")
-    outputs = model(build_random_images(), output_attentions=True)
-    tokens = model.config.token_layout.num_prefix_tokens + 4
-    assert [tuple(weights.shape) for weights in outputs.attentions] == [(2, 4, tokens, tokens)] * 2
-    torch.testing.assert_close(outputs.attentions[0].sum(-1), torch.ones(2, 4, tokens))
-    assert_same_logits(model)
 
 
 def build_offload_map(model: ViTCLSForImageClassification) -> dict[str, str]:

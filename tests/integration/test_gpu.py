@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.fresh_processes import run_fresh
+from helpers.scripts_in_process import run_in_process
 
 from scripts import gpu
 
@@ -17,9 +18,8 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "gpu.py"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU: `make gpu` runs everything")
-def test_without_a_gpu_it_ends_with_a_message() -> None:
-    ended = run_fresh(SCRIPT)
-    assert ended.returncode == 0 and "no CUDA device" in ended.stdout
+def test_without_a_gpu_it_ends_with_a_message(capsys: pytest.CaptureFixture) -> None:
+    assert run_in_process("gpu.py") == 0 and "no CUDA device" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
 """Pre-training in two processes: stopped, killed and resumed runs, sharded weights and bfloat16, for each method.
 
-test_resume.py kills pre-training in one process.
+test_runner.py and test_pretrain.py resume runs in one process.
 """
 
 import json

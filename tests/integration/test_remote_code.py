@@ -1,7 +1,7 @@
 """Checkpoints with their own code, loaded in processes that cannot import this package.
 
 The child processes run load_without_package.py. One loads the checkpoints of this process and saves them, the next
-loads those. Their outputs must equal the outputs of this process, to the bit. A third process loads from a local Hub.
+loads those. Their outputs must equal the outputs of this process, to the bit.
 """
 
 import ast
@@ -16,7 +16,6 @@ import pytest
 import torch
 from helpers.fresh_processes import run_fresh
 from helpers.load_without_package import AUTO_CLASSES, BACKENDS, SEED, compute_outputs
-from helpers.local_hub import local_hub
 from safetensors.torch import load_file, save_file
 from transformers.dynamic_module_utils import get_imports, get_relative_imports
 
@@ -58,7 +57,7 @@ PROCESSORS: dict[str | None, Any] = {
     "torchvision": vitcls.ViTCLSImageProcessor,
     "pil": vitcls.ViTCLSImageProcessorPil,
 }
-GENERATIONS = ("first", *(pytest.param(name, marks=pytest.mark.slow) for name in ("second", "hub")))
+GENERATIONS = ("first", pytest.param("second", marks=pytest.mark.slow))
 
 each_generation = pytest.mark.parametrize("generation", GENERATIONS)
 each_checkpoint = pytest.mark.parametrize("name", CHECKPOINTS)
@@ -126,14 +125,6 @@ def second(first: LoadedCheckpoints, inputs: Path, tmp_path_factory: pytest.Temp
     """Load the checkpoints that the first process saved in another process."""
     sources = [str(first.folder / name) for name in CHECKPOINTS]
     return load_in_child(sources, inputs, tmp_path_factory, HF_HUB_OFFLINE="1")
-
-
-@pytest.fixture(scope="module")
-def hub(saved: Path, inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> LoadedCheckpoints:
-    """Load the checkpoints from a Hub in a third process."""
-    with local_hub(saved.parent) as url:
-        sources = [f"{saved.name}/{name}" for name in CHECKPOINTS]
-        return load_in_child(sources, inputs, tmp_path_factory, HF_ENDPOINT=url, HF_HUB_DISABLE_XET="1")
 
 
 def load_in_child(

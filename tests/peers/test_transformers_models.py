@@ -32,7 +32,6 @@ backbone_tests = load("test_backbone_common")
 configuration_tests = load("test_configuration_common")
 modeling_tests = load("test_modeling_common")
 
-ONE_CLS = {"num_cls_tokens": 1}
 DISTILLED_WITH_REGISTERS = {"num_cls_tokens": 1, "num_distillation_tokens": 1, "num_register_tokens": 4}
 NO_CLS = {"num_cls_tokens": 0, "num_register_tokens": 2, "pooling": "mean"}
 THREE_CLS = {"num_cls_tokens": 3}
@@ -113,11 +112,6 @@ class ViTCLSModelTests(modeling_tests.ModelTesterMixin):
             self.assertIsInstance(model.get_output_embeddings(), torch.nn.Linear | None)
 
 
-@pytest.mark.slow
-class OneCLSTest(ViTCLSModelTests, unittest.TestCase):
-    layout = ONE_CLS
-
-
 class DistilledWithRegistersTest(ViTCLSModelTests, unittest.TestCase):
     layout = DISTILLED_WITH_REGISTERS
 
@@ -125,11 +119,6 @@ class DistilledWithRegistersTest(ViTCLSModelTests, unittest.TestCase):
 @pytest.mark.slow
 class NoCLSTest(ViTCLSModelTests, unittest.TestCase):
     layout = NO_CLS
-
-
-@pytest.mark.slow
-class ThreeCLSTest(ViTCLSModelTests, unittest.TestCase):
-    layout = THREE_CLS
 
 
 @pytest.mark.slow
@@ -179,19 +168,9 @@ class ViTCLSBackboneTests(backbone_tests.BackboneTesterMixin):
         self.model_tester = SmallModel(self.layout)
 
 
-@pytest.mark.slow
-class OneCLSBackboneTest(ViTCLSBackboneTests, unittest.TestCase):
-    layout = ONE_CLS
-
-
 class DistilledWithRegistersBackboneTest(ViTCLSBackboneTests, unittest.TestCase):
     layout = DISTILLED_WITH_REGISTERS
 
 
 class NoCLSBackboneTest(ViTCLSBackboneTests, unittest.TestCase):
     layout = NO_CLS
-
-
-@pytest.mark.slow
-class ThreeCLSBackboneTest(ViTCLSBackboneTests, unittest.TestCase):
-    layout = THREE_CLS

@@ -19,6 +19,10 @@ from modeling_vitcls.publishing.model_folder import ModelFolder
 from modeling_vitcls.publishing.report import write_report
 
 
+SMALL: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+SMALL |= {"image_size": 16, "patch_size": 8, "num_workers": 0}
+
+
 def fail(message: str) -> None:
     """Fail the test: no warning is expected."""
     raise AssertionError(message)
@@ -28,8 +32,7 @@ def fail(message: str) -> None:
 @pytest.mark.usefixtures("fresh_accelerate")
 def test_a_run_gets_a_report_and_a_card_from_its_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "run"
-    flags = {"max_steps": 2, "image_size": 16, "patch_size": 8, "num_workers": 0, "num_register_tokens": 1}
-    finetune("vitcls-tiny", "digits", folder, **flags)
+    finetune("vitcls-tiny", "digits", folder, max_steps=2, num_register_tokens=1, **SMALL)
     output = capsys.readouterr().out
     assert f"written   {folder}/README.md, {folder}/report.html" in output and "diagnosis" in output
     results, card = read_json(folder / "results.json"), ModelCard.load(folder / "README.md").text
@@ -58,7 +61,7 @@ def test_a_run_is_pushed_and_verified(
     hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A token without permission stops the run before the training."""
-    flags: dict[str, Any] = {"max_steps": 1, "image_size": 16, "patch_size": 8, "num_workers": 0, "report": False}
+    flags: dict[str, Any] = {"max_steps": 1, "report": False, **SMALL}
     with raises_one_line("bob/mine"):
         finetune("vitcls-tiny", "digits", tmp_path / "run", push_to_hub=True, hub_model_id="bob/mine", **flags)
     assert not (tmp_path / "run").exists()

@@ -22,7 +22,7 @@ from modeling_vitcls.training.distillation import build_hadamard_matrix, compute
 from modeling_vitcls.training.teacher import load_feature_teacher
 
 
-pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("fresh_accelerate")]
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("fresh_accelerate", "few_digits")]
 
 TINY = replace(TINY_FINETUNING, patch_size=8)
 
@@ -52,7 +52,7 @@ def teachers(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 
 def tiny_options(folder: Path, teachers: tuple[str, ...], **flags: Any) -> PretrainOptions:
     """Return options of a short run on digits."""
-    settings = vars(TINY) | {"teachers": teachers, "max_steps": 45, "batch_size": 64, "learning_rate": 3e-3}
+    settings = vars(TINY) | {"teachers": teachers, "max_steps": 45, "batch_size": 32, "learning_rate": 3e-3}
     return build_tiny_options(
         folder, "digits", PretrainOptions, **settings | {"log_every": 10, "select": None} | flags
     )
@@ -95,7 +95,7 @@ def test_the_targets_are_those_of_phi_s(width: int) -> None:
         np.testing.assert_allclose(np.cov(targets.T, bias=True), expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("width", [1, 2, 12, 20, 96, 384, 1152, 1408])
+@pytest.mark.parametrize("width", [1, 2, 12, 20, 44, 96, 1152])
 def test_hadamard_matrices(width: int) -> None:
     matrix = build_hadamard_matrix(width)
     assert set(np.unique(matrix)) <= {-1, 1}

@@ -1,4 +1,4 @@
-"""The state of training as tensors, in one process and in two (checkpoint_worker.py has the checks of two)."""
+"""The state of training as tensors, in one process. tests/integration resumes runs in two processes."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -6,8 +6,6 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from helpers.checkpoint_worker import CHECKS, NUM_PROCESSES
-from helpers.warm_processes import run_checks
 from torch import distributed, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.fsdp import fully_shard
@@ -136,20 +134,7 @@ def test_the_loss_scaler_is_resumed(store: CheckpointStore) -> None:
     assert (state["scale"], state["growth_interval"], state["_growth_tracker"]) == (512.5, 5, 3)
 
 
-# Two processes -------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Return check -> error, "" if it passed."""
-    return run_checks("checkpoint_worker.py", tmp_path_factory.mktemp("two"), NUM_PROCESSES)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", CHECKS)
-def test_two_processes(name: str, report: dict[str, str]) -> None:
-    if report[name]:
-        pytest.fail(report[name], pytrace=False)
+# FSDP2 ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -56,13 +56,13 @@ from modeling_vitcls.training.task import build_training_images
 from modeling_vitcls.training.teacher import Teacher
 
 
-pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("fresh_accelerate")]
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("fresh_accelerate", "few_digits")]
 
 REPOSITORY = Path(__file__).parents[2]
 SCRIPTS = REPOSITORY / "scripts"
 RECIPE = SCRIPTS / "recipes" / "digits.yaml"
 ENVIRONMENT = os.environ | SCRIPT_ENVIRONMENT
-NUM_HELD_OUT_DIGITS = 359
+NUM_HELD_OUT_DIGITS, NUM_HELD_OUT_FEW_DIGITS = 359, 90
 CPU = torch.device("cpu")
 
 
@@ -72,7 +72,7 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("launched") / "my-model"
     sizes = ["--hidden-size", 32, "--num-hidden-layers", 2, "--num-attention-heads", 2, "--intermediate-size", 64]
     tokens = ["--num-cls-tokens", 2, "--num-distillation-tokens", 1, "--cls-pooling", "mean"]
-    steps = ["--max-steps", 7, "--batch-size", 14, "--log-every", 2]
+    steps = ["--max-steps", 7, "--batch-size", 14, "--log-every", 2, "--no-report"]
     flags = ["--config", RECIPE, "--output-dir", folder, *sizes, *tokens, *steps]
     ran = run_fresh(SCRIPTS / "finetune.py", *flags, environment=ENVIRONMENT)
     assert ran.returncode == 0, f"{ran.stdout}\n{ran.stderr}"
@@ -123,7 +123,8 @@ def test_run_leaves_results_of_every_held_out_image(launched: Path) -> None:
 def test_two_processes_train_and_evaluate_as_one(launched: Path, tmp_path: Path) -> None:
     """Use the resolved recipe with half the batch size. 359 images are not a multiple of 2 x 7."""
     flags = ("--config", launched / "config.resolved.yaml", "--output-dir", tmp_path / "run", "--batch-size", 7)
-    run_together("finetune.py", *flags, log=tmp_path / "log", environment=OFFLINE)
+    printed = run_together("finetune.py", *flags, log=tmp_path / "log", environment=OFFLINE)
+    assert printed.count(" on 359 held-out images") == 1  # only the main process prints
     one, two = read_json(launched / "results.json"), read_json(tmp_path / "run" / "results.json")
     assert two["num_processes"] == 2
     assert two["num_images"] == NUM_HELD_OUT_DIGITS
@@ -246,7 +247,7 @@ def test_linear_probing_trains_only_the_head(pretrained: Path, tmp_path: Path, c
     start = {"model": pretrained, "trainable": "head", "label_smoothing": 0.0}
     results = train(tmp_path, "digits", max_steps=20, **start)
     assert list_changed_weights(pretrained, tmp_path) == {"classifier.weight", "classifier.bias"}
-    assert results["num_images"] == NUM_HELD_OUT_DIGITS
+    assert results["num_images"] == NUM_HELD_OUT_FEW_DIGITS
     assert "WARNING" not in capsys.readouterr().out
 
 
@@ -293,7 +294,7 @@ def test_lora_is_merged_into_a_plain_model(pretrained: Path, tmp_path: Path) -> 
     results = train(tmp_path, "digits", trainable="lora", lora_rank=2, model=pretrained)
     names = {name for name in list_changed_weights(pretrained, tmp_path) if name.endswith("proj.weight")}
     assert names == {f"vitcls.layers.{layer}.attention.{name}_proj.weight" for layer in (0, 1) for name in "qv"}
-    assert results["num_images"] == NUM_HELD_OUT_DIGITS
+    assert results["num_images"] == NUM_HELD_OUT_FEW_DIGITS
     ViTCLSForImageClassification.from_pretrained(tmp_path)
 
 
@@ -329,7 +330,7 @@ def test_a_teacher_trains_the_distillation_token(
 def test_the_flags_determine_the_distillation(teacher: Path, tmp_path: Path) -> None:
     """With two views per image, the third epoch uses the first view again. The teacher predicts each view once."""
     flags = {"distillation": "soft", "distillation_alpha": 0.3, "distillation_tau": 2.0, "teacher_views": 2}
-    flags |= {"batch_size": 480, "epochs": 3.0, "max_steps": None}  # three steps per epoch
+    flags |= {"batch_size": 120, "epochs": 3.0, "max_steps": None}  # three steps per epoch
     run = prepare_task(tiny_options(tmp_path, "digits", teacher=teacher, **flags))
     task, seen = run.task, []
     images = build_training_images(run.options, run.data, task.processor, 3, task.num_views)
@@ -431,7 +432,7 @@ def test_an_unfinished_run_is_not_overwritten(tmp_path: Path) -> None:
 def test_a_failed_evaluation_is_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The disk with the held-out images may be removed, or a cluster may not wait for the evaluation."""
 
-    settings = {"max_steps": 6, "batch_size": 480, "log_every": 2, "ema_decay": 0.9}  # three steps per epoch
+    settings = {"max_steps": 6, "batch_size": 120, "log_every": 2, "ema_decay": 0.9}  # three steps per epoch
     whole = train(tmp_path / "whole", "digits", **settings)
     reset_accelerate()
     evaluate = Evaluator.__call__

@@ -33,7 +33,7 @@ from modeling_vitcls.training.reporter import Reporter
 from modeling_vitcls.training.resume import resolve_local_paths
 
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("few_digits")]
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from modeling_vitcls.options import FinetuneOptions
 from modeling_vitcls.training.reporter import Reporter
 
 
-pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("fresh_accelerate")]
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("fresh_accelerate", "few_digits")]
 
 NOT_COMPARED = ("images_per_second", "peak_memory_mb", "seconds", "inference", "versions")
 
