@@ -34,9 +34,7 @@ from .weight_rules import (
     build_model,
     convert_weights,
     repeat_kv,
-    split_halves,
     split_positions,
-    split_qkv,
 )
 
 
@@ -202,11 +200,11 @@ STEM_RULES = [
 BLOCK_RULES = [
     Rule("blocks.{i}.norm1.{rest}", "layers.{i}.layernorm_before.{rest}"),
     Rule("blocks.{i}.norm2.{rest}", "layers.{i}.layernorm_after.{rest}"),
-    Rule("blocks.{i}.attn.qkv.{rest}", QKV_NAMES, split_qkv),
+    Rule("blocks.{i}.attn.qkv.{rest}", QKV_NAMES),
     Rule("blocks.{i}.attn.q_proj.{rest}", "layers.{i}.attention.q_proj.{rest}"),
     Rule("blocks.{i}.attn.{x}_bias", "layers.{i}.attention.{x}_proj.bias"),
     Rule("blocks.{i}.attn.{x}_proj.{rest}", "layers.{i}.attention.{x}_proj.{rest}", repeat_kv),  # k_proj, v_proj
-    Rule("blocks.{i}.attn.sub_norm.{rest}", "layers.{i}.attention.head_norm.{rest}"),
+    Rule("blocks.{i}.(attn.)?sub_norm.{rest}", "layers.{i}.attention.head_norm.{rest}"),
     Rule("blocks.{i}.attn.proj.{rest}", "layers.{i}.attention.o_proj.{rest}"),
     Rule("blocks.{i}.attn.{rest}", "layers.{i}.attention.{rest}"),  # lambda_full, norm, q_norm, k_norm
     Rule("blocks.{i}.ls{n}.gamma", "layers.{i}.layer_scale{n}.lambda1"),  # VisionTransformer
@@ -220,7 +218,6 @@ PARALLEL_RULES = [
     Rule("blocks.{i}.in_norm.{rest}", "layers.{i}.layernorm_before.{rest}"),
     Rule("blocks.{i}.in_proj.{rest}", ["layers.{i}.mlp.fc1.{rest}", *QKV_NAMES], split_mlp_qkv),
     Rule("blocks.{i}.mlp_bias", "layers.{i}.mlp.fc1.bias"),
-    Rule("blocks.{i}.sub_norm.{rest}", "layers.{i}.attention.head_norm.{rest}"),
     Rule("blocks.{i}.{x}_norm.{rest}", "layers.{i}.attention.{x}_norm.{rest}"),  # q_norm, k_norm
     Rule("blocks.{i}.lambda_full", "layers.{i}.attention.lambda_full"),
     Rule("blocks.{i}.attn_out_proj.{rest}", "layers.{i}.attention.o_proj.{rest}"),
@@ -250,7 +247,7 @@ def build_attention_pool_rules(prefix: str) -> list[Rule]:
     return [
         Rule("attn_pool.latent", f"{prefix}.probe"),
         Rule("attn_pool.q.{rest}", f"{prefix}.q_proj.{{rest}}"),
-        Rule("attn_pool.kv.{rest}", [f"{prefix}.k_proj.{{rest}}", f"{prefix}.v_proj.{{rest}}"], split_halves),
+        Rule("attn_pool.kv.{rest}", [f"{prefix}.k_proj.{{rest}}", f"{prefix}.v_proj.{{rest}}"]),
         Rule("attn_pool.proj.{rest}", f"{prefix}.o_proj.{{rest}}"),
         Rule("attn_pool.norm.{rest}", f"{prefix}.transform.layernorm.{{rest}}"),
         Rule("attn_pool.mlp.{rest}", f"{prefix}.transform.{{rest}}"),
@@ -264,7 +261,7 @@ def build_mlp_rules(mlp: TimmModule) -> list[Rule]:
         return [Rule(f"blocks.{{i}}.mlp.fc{n}.{{rest}}", f"layers.{{i}}.mlp.fc{n}.{{rest}}") for n in (1, 2)]
     gated_names = ["layers.{i}.mlp.gate_proj.{rest}", "layers.{i}.mlp.up_proj.{rest}"]
     return [
-        Rule("blocks.{i}.mlp.fc1.{rest}", gated_names[:: -1 if getattr(mlp, "gate_last", False) else 1], split_halves),
+        Rule("blocks.{i}.mlp.fc1.{rest}", gated_names[:: -1 if getattr(mlp, "gate_last", False) else 1]),
         Rule("blocks.{i}.mlp.fc2.{rest}", "layers.{i}.mlp.down_proj.{rest}"),
     ]
 

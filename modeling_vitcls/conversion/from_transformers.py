@@ -59,9 +59,8 @@ def convert_from_transformers(
     convertible_class = find_convertible_class(model)
     family = convertible_class.family
     weights = strip_encoder_name(model.state_dict(), convertible_class.encoder_name)
-    fields = family.read_fields(getattr(model.config, "vision_config", model.config), weights)
-    fields |= family.fields | dict(convertible_class.fields)
-    config = ViTCLSConfig(**fields | convertible_class.read_labels(model.config))
+    fields = family.read_all_fields(getattr(model.config, "vision_config", model.config), weights)
+    config = ViTCLSConfig(**fields | dict(convertible_class.fields) | convertible_class.read_labels(model.config))
     rules = [*(Rule(name, []) for name in convertible_class.unused_patterns), *HEAD_RULES, *family.rules]
     weights = convert_weights(family.prepare_weights(weights), rules, config)
     has_classifier = convertible_class.encoder_name is not None
@@ -107,8 +106,7 @@ def strip_encoder_name(weights: Weights, encoder_name: str | None) -> Weights:
 
 
 HEAD_RULES = [
-    Rule("classifier.{rest}", "classifier.{rest}"),
-    Rule("cls_classifier.{rest}", "classifier.{rest}"),
+    Rule("(cls_)?classifier.{rest}", "classifier.{rest}"),
     Rule("distillation_classifier.{rest}", "distillation_classifier.{rest}"),
     Rule("visual_projection.weight", ["classifier.weight", "classifier.bias"], append_zero_bias),
 ]

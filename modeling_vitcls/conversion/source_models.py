@@ -38,23 +38,6 @@ from .weight_rules import ClassifierChoice, ConversionError
 
 Outputs = dict[str, torch.Tensor]
 
-# Name of the class that loads the encoder of a checkpoint, by architecture of the checkpoint.
-ENCODER_CLASS_NAMES = {
-    "CLIPModel": "CLIPVisionModel",
-    "MetaClip2Model": "MetaClip2VisionModel",
-    "SiglipModel": "SiglipVisionModel",
-    "Siglip2Model": "Siglip2VisionModel",
-    "Aimv2Model": "Aimv2VisionModel",
-    "ViTMAEForPreTraining": "ViTMAEModel",
-    "ViTForMaskedImageModeling": "ViTModel",
-    "DeiTForMaskedImageModeling": "DeiTModel",
-    "BeitForMaskedImageModeling": "BeitModel",
-    "Dinov2Backbone": "Dinov2Model",
-    "Dinov2WithRegistersBackbone": "Dinov2WithRegistersModel",
-    "DINOv3ViTBackbone": "DINOv3ViTModel",
-    "PixioBackbone": "PixioModel",
-}
-
 
 class Source:
     """What the sources of all projects have in common."""
@@ -223,9 +206,9 @@ SourceModel = TimmSource | TransformersSource
 def get_convertible_class(config: transformers.PreTrainedConfig) -> Any:
     """Return the transformers class that loads a checkpoint, or its encoder if only the encoder can be converted."""
     architecture = (config.architectures or [""])[0]
-    name = ENCODER_CLASS_NAMES.get(architecture, architecture)
-    if not architecture:
-        name = getattr(transformers.MODEL_MAPPING.get(type(config), None), "__name__", "")
+    encoder_config = getattr(config, "vision_config", config)
+    encoder_class = f"{type(encoder_config).__name__.removesuffix('Config')}Model"  # CLIPVisionModel, ViTModel, ...
+    name = architecture if architecture in CONVERTIBLE_CLASSES else encoder_class
     if name not in CONVERTIBLE_CLASSES:
         raise ConversionError(
             f"{architecture or type(config).__name__} cannot be converted. Use a plain ViT that docs/coverage.md lists"

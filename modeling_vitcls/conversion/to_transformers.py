@@ -185,9 +185,8 @@ def compare_with_target(target: TargetClass, config: ViTCLSConfig) -> TargetMatc
         with torch.device("meta"):
             target_model = target.build(config)
         weights = strip_encoder_name(target_model.state_dict(), convertible_class.encoder_name)
-        fields = convertible_class.family.read_fields(target_model.config, weights)
-        fields |= convertible_class.family.fields | dict(convertible_class.fields)
-        round_trip_config = ViTCLSConfig(**fields)
+        fields = convertible_class.family.read_all_fields(target_model.config, weights)
+        round_trip_config = ViTCLSConfig(**fields | dict(convertible_class.fields))
     except (TypeError, ValueError) as error:  # a value that the class or this version of transformers does not support
         return TargetMatch(target, config, {"error": format_error(error)})
     has_head = convertible_class.encoder_name is not None

@@ -25,9 +25,7 @@ from .weight_rules import (
     repeat_kv,
     reshape_token,
     simplify_size,
-    split_halves,
     split_positions,
-    split_qkv,
 )
 
 
@@ -41,6 +39,16 @@ class TransformersFamily:
     fields: Fields = field(default_factory=dict)  # fields of `ViTCLSConfig` that are the same for all models
     # function that prepares the weights for the rules, for example by merging several weights
     prepare_weights: Callable[[Weights], Weights] = dict
+    has_square_grid: bool = False  # whether transformers resamples the position embeddings as a square grid
+
+    def read_all_fields(self, config: Any, weights: Weights) -> Fields:
+        """Return the fields of `ViTCLSConfig`. Raise ConversionError if the model is not supported."""
+        if self.has_square_grid and not isinstance(round_to_patches(config.image_size, config.patch_size), int):
+            raise ConversionError(
+                f"image_size={config.image_size} is not square, but transformers resamples the position embeddings "
+                f"of {type(config).__name__} as a square grid"
+            )
+        return self.read_fields(config, weights) | self.fields
 
     @property
     def rules(self) -> list[Rule]:
@@ -48,49 +56,32 @@ class TransformersFamily:
         return [*self.family_rules, *COMMON_RULES]
 
 
-# Parameter names of the families -> parameter names of this package.
-LAYER_NAMES = {
-    **dict.fromkeys(("norm1", "layer_norm1", "rms_norm1"), "layernorm_before"),
-    **dict.fromkeys(("norm2", "layer_norm2", "rms_norm2"), "layernorm_after"),
-    "attention.attention.query": "attention.q_proj",
-    "attention.attention.key": "attention.k_proj",
-    "attention.attention.value": "attention.v_proj",
-    **dict.fromkeys(
-        ("attention.output.dense", "attention.out_proj", "attention.projection_layer", "self_attn.out_proj"),
-        "attention.o_proj",
-    ),
-    "self_attn": "attention",
-    "intermediate.dense": "mlp.fc1",
-    "output.dense": "mlp.fc2",
-    "mlp.weights_out": "mlp.down_proj",
-    "ffn": "mlp",
-}
 COMMON_RULES = [
     Rule("embeddings.class_embedding", "embeddings.cls_token", reshape_token),
     Rule("embeddings.mask_token", "embeddings.mask_token", reshape_token),
-    *(
-        Rule(f"embeddings.{name}", POSITIONS, split_positions, axis=1)
-        for name in ("position_embeddings", "position_embedding", "position_embedding.weight")
-    ),
-    *(
-        Rule(f"embeddings.{name}.{{rest}}", "embeddings.patch_embeddings.projection.{rest}")
-        for name in ("patch_embeddings.projection", "patch_embeddings", "patch_embedding", "patch_embed")
-    ),
+    Rule("embeddings.position_embedding(s|.weight)?", POSITIONS, split_positions, axis=1),
+    Rule("embeddings.patch_embed(dings?)?(.projection)?.{rest}", "embeddings.patch_embeddings.projection.{rest}"),
     Rule("embeddings.rms_norm.{rest}", "embeddings.patch_embeddings.norm.{rest}"),
     Rule("embeddings.{rest}", "embeddings.{rest}"),
     Rule("pre_layrnorm.{rest}", "embeddings.norm.{rest}"),
+    Rule("{stack}.{i}.(norm1|layer_norm1|rms_norm1).{rest}", "layers.{i}.layernorm_before.{rest}"),
+    Rule("{stack}.{i}.(norm2|layer_norm2|rms_norm2).{rest}", "layers.{i}.layernorm_after.{rest}"),
+    Rule("{stack}.{i}.attention.attention.query.{rest}", "layers.{i}.attention.q_proj.{rest}"),
+    Rule("{stack}.{i}.attention.attention.key.{rest}", "layers.{i}.attention.k_proj.{rest}"),
+    Rule("{stack}.{i}.attention.attention.value.{rest}", "layers.{i}.attention.v_proj.{rest}"),
     Rule(
-        "{stack}.{i}.mlp.weights_in.{rest}",
-        ["layers.{i}.mlp.gate_proj.{rest}", "layers.{i}.mlp.up_proj.{rest}"],
-        split_halves,
+        "{stack}.{i}.(attention|self_attn).(output.dense|out_proj|projection_layer).{rest}",
+        "layers.{i}.attention.o_proj.{rest}",
     ),
-    *(
-        Rule(f"{{stack}}.{{i}}.{name}.{{rest}}", f"layers.{{i}}.{target}.{{rest}}")
-        for name, target in LAYER_NAMES.items()
-    ),
+    Rule("{stack}.{i}.self_attn.{rest}", "layers.{i}.attention.{rest}"),
+    Rule("{stack}.{i}.intermediate.dense.{rest}", "layers.{i}.mlp.fc1.{rest}"),
+    Rule("{stack}.{i}.output.dense.{rest}", "layers.{i}.mlp.fc2.{rest}"),
+    Rule("{stack}.{i}.mlp.weights_in.{rest}", ["layers.{i}.mlp.gate_proj.{rest}", "layers.{i}.mlp.up_proj.{rest}"]),
+    Rule("{stack}.{i}.mlp.weights_out.{rest}", "layers.{i}.mlp.down_proj.{rest}"),
+    Rule("{stack}.{i}.ffn.{rest}", "layers.{i}.mlp.{rest}"),
     Rule("{stack}.{i}.lambda_{n}", "layers.{i}.layer_scale{n}.lambda1"),
     Rule("{stack}.{i}.{rest}", "layers.{i}.{rest}"),
-    *(Rule(f"{name}.{{rest}}", "layernorm.{rest}") for name in ("layernorm", "norm", "rms_norm")),
+    Rule("(layernorm|norm|rms_norm).{rest}", "layernorm.{rest}"),
     Rule("pooler.{rest}", "pooler.{rest}"),
 ]
 
@@ -113,6 +104,7 @@ RENAMED_FIELDS = {
     "num_registers": "num_register_tokens",
     "proj_bias": "projection_bias",
     "rms_norm_eps": "layer_norm_eps",
+    "use_qk_norm": "qk_norm",
 }
 
 
@@ -126,6 +118,8 @@ def read_common_fields(config: Any, weights: Weights) -> Fields:
         is_gated = getattr(config, "use_swiglu_ffn", False)
         fields["mlp_type"] = "swiglu" if is_gated else "mlp"
         fields["intermediate_size"] = compute_dinov2_mlp_size(config.hidden_size, config.mlp_ratio, is_gated)
+    if hasattr(config, "use_gated_mlp"):  # DINOv3 and Sapiens2
+        fields["mlp_type"] = get_glu_type(config) if config.use_gated_mlp else "mlp"
     if hasattr(config, "use_absolute_position_embeddings"):  # BEiT and InternViT
         fields["position_embedding_type"] = "learned" if config.use_absolute_position_embeddings else "none"
         fields["pooling"] = "mean" if config.use_mean_pooling else "cls"
@@ -146,13 +140,9 @@ def round_to_patches(image_size: Any, patch_size: Any) -> int | list[int]:
     return simplify_size(height, width)
 
 
-def check_square_image(config: Any) -> None:
-    """Raise ConversionError if the image size is not square, because transformers assumes a square position grid."""
-    if not isinstance(round_to_patches(config.image_size, config.patch_size), int):
-        raise ConversionError(
-            f"image_size={config.image_size} is not square, but transformers resamples the position embeddings "
-            f"of {type(config).__name__} as a square grid"
-        )
+def get_glu_type(config: Any) -> str:
+    """Return the `mlp_type` of a gated MLP."""
+    return "swiglu" if config.hidden_act in ("silu", "swish") else "glu"
 
 
 # ViT (arXiv 2010.11929), DeiT (2012.12877; a distillation token with a position embedding), ViTMSN (2204.07141),
@@ -186,19 +176,12 @@ def read_ijepa_fields(config: Any, weights: Weights) -> Fields:
     }
 
 
-def read_pixio_fields(config: Any, weights: Weights) -> Fields:
-    """Return the fields of Pixio, which averages several CLS tokens for pooling."""
-    check_square_image(config)
-    return read_common_fields(config, weights) | {"cls_pooling": "mean"}
-
-
 # DINOv2 (arXiv 2304.07193), DINOv2 with registers (2309.16588), TIPSv2 (2604.12012; bilinear).
 
 
 def read_dinov2_fields(config: Any, weights: Weights) -> Fields:
     """Return the fields of DINOv2, with or without registers. Unlike the authors' code, transformers resamples
     position embeddings without an offset. `Dinov2WithRegistersModel` resamples with antialiasing."""
-    check_square_image(config)
     fields = read_common_fields(config, weights)
     return fields | ({"position_antialias": True} if "num_register_tokens" in fields else {})
 
@@ -219,33 +202,13 @@ DINOV3_RULES = [
 ]
 
 
-def read_dinov3_fields(config: Any, weights: Weights) -> Fields:
-    """Return the fields of DINOv3, which has rotary position embeddings."""
-    return read_common_fields(config, weights) | {
-        "position_embedding_type": "rope_2d",
-        "mlp_type": get_glu_type(config) if config.use_gated_mlp else "mlp",
-    }
-
-
-def get_glu_type(config: Any) -> str:
-    """Return the `mlp_type` of a gated MLP."""
-    return "swiglu" if config.hidden_act in ("silu", "swish") else "glu"
-
-
 # Sapiens2 (arXiv 2604.21681): DINOv3 with RMS norms, grouped-query attention, and LayerScale after attention only.
 SAPIENS2_RULES = [
-    *(
-        Rule(f"model.layer.{{i}}.attention.{x}_proj.{{rest}}", f"layers.{{i}}.attention.{x}_proj.{{rest}}", repeat_kv)
-        for x in "kv"
-    ),
+    Rule("model.layer.{i}.attention.k_proj.{rest}", "layers.{i}.attention.k_proj.{rest}", repeat_kv),
+    Rule("model.layer.{i}.attention.v_proj.{rest}", "layers.{i}.attention.v_proj.{rest}", repeat_kv),
     Rule("model.layer.{i}.layer_scale1.lambda1", LAYER_SCALES, append_ones),
     *DINOV3_RULES,
 ]
-
-
-def read_sapiens2_fields(config: Any, weights: Weights) -> Fields:
-    """Return the fields of Sapiens2."""
-    return read_dinov3_fields(config, weights) | {"norm_type": "rmsnorm", "qk_norm": config.use_qk_norm}
 
 
 # CLIP (arXiv 2103.00020; with a norm before the first layer and a norm on the pooled output), MetaCLIP 2 (2507.22062),
@@ -255,7 +218,7 @@ def read_sapiens2_fields(config: Any, weights: Weights) -> Fields:
 SIGLIP_RULES = [
     Rule("post_layernorm.{rest}", "layernorm.{rest}"),
     Rule("head.probe", "pooler.probe"),
-    Rule("head.attention.in_proj_{rest}", [f"pooler.{x}_proj.{{rest}}" for x in "qkv"], split_qkv),
+    Rule("head.attention.in_proj_{rest}", [f"pooler.{x}_proj.{{rest}}" for x in "qkv"]),
     Rule("head.attention.out_proj.{rest}", "pooler.o_proj.{rest}"),
     Rule("head.layernorm.{rest}", "pooler.transform.layernorm.{rest}"),
     Rule("head.mlp.{rest}", "pooler.transform.{rest}"),
@@ -299,7 +262,6 @@ def read_internvl_fields(config: Any, weights: Weights) -> Fields:
     """Return the fields of InternViT, which has no pooler."""
     if config.use_qk_norm:
         raise ConversionError("ViTCLS does not support query and key norms over all heads (use_qk_norm)")
-    check_square_image(config)
     norm_type = "layernorm" if config.norm_type == "layer_norm" else "rmsnorm"
     return read_common_fields(config, weights) | {"norm_type": norm_type}
 
@@ -318,10 +280,8 @@ def append_missing_bias(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[
 # AIMv2 (arXiv 2411.14402).
 AIMV2_RULES = [
     Rule("head.cls_token", ["pooler.probe", "pooler.q_proj.weight", "pooler.q_proj.bias"], add_identity_projection),
-    *(
-        Rule(f"head.{x}_proj.weight", [f"pooler.{x}_proj.weight", f"pooler.{x}_proj.bias"], append_missing_bias)
-        for x in "kv"
-    ),
+    Rule("head.k_proj.weight", ["pooler.k_proj.weight", "pooler.k_proj.bias"], append_missing_bias),
+    Rule("head.v_proj.weight", ["pooler.v_proj.weight", "pooler.v_proj.bias"], append_missing_bias),
     Rule("head.output_proj.{rest}", "pooler.o_proj.{rest}"),
     Rule("head.{rest}", "pooler.{rest}"),
 ]
@@ -345,18 +305,13 @@ def read_aimv2_fields(config: Any, weights: Weights) -> Fields:
 
 # BEiT (arXiv 2106.08254), data2vec (2202.03555).
 BEIT_RULES = [
-    Rule("layers.{i}.relative_position_bias.relative_position_bias_table", "relative_position_bias.tables[{i}]"),
-    Rule(
-        "encoder.layer.{i}.attention.attention.relative_position_bias.relative_position_bias_table",
-        "relative_position_bias.tables[{i}]",
-    ),
-    Rule("{shared}position_bias.relative_position_bias_table", "relative_position_bias.tables[0]"),
+    Rule("{stack}.{i}.{name}_position_bias_table", "relative_position_bias.tables[{i}]"),
+    Rule("{name}_position_bias_table", "relative_position_bias.tables[0]"),  # shared by all layers
 ]
 
 
 def read_beit_fields(config: Any, weights: Weights) -> Fields:
     """Return the fields of BEiT, which has a relative position bias, position embeddings, or both."""
-    check_square_image(config)
     shared_bias_type = "shared" if config.use_shared_relative_position_bias else "none"
     return read_common_fields(config, weights) | {
         "key_bias": False,
@@ -429,11 +384,13 @@ def fold_pixel_normalization(weights: Weights) -> Weights:
 VIT = TransformersFamily(read_vit_fields)
 DEIT = TransformersFamily(read_vit_fields, fields={"num_distillation_tokens": 1, "position_embedding_tokens": "all"})
 IJEPA = TransformersFamily(read_ijepa_fields)
-PIXIO = TransformersFamily(read_pixio_fields)
-DINOV2 = TransformersFamily(read_dinov2_fields)
-TIPSV2 = TransformersFamily(read_dinov2_fields, fields={"position_interpolation": "bilinear"})
-DINOV3 = TransformersFamily(read_dinov3_fields, DINOV3_RULES)
-SAPIENS2 = TransformersFamily(read_sapiens2_fields, SAPIENS2_RULES)
+PIXIO = TransformersFamily(read_common_fields, fields={"cls_pooling": "mean"}, has_square_grid=True)
+DINOV2 = TransformersFamily(read_dinov2_fields, has_square_grid=True)
+TIPSV2 = TransformersFamily(read_dinov2_fields, fields={"position_interpolation": "bilinear"}, has_square_grid=True)
+DINOV3 = TransformersFamily(read_common_fields, DINOV3_RULES, {"position_embedding_type": "rope_2d"})
+SAPIENS2 = TransformersFamily(
+    read_common_fields, SAPIENS2_RULES, {"position_embedding_type": "rope_2d", "norm_type": "rmsnorm"}
+)
 CLIP = TransformersFamily(
     read_common_fields,
     [Rule("post_layernorm.{rest}", "pooler.layernorm.{rest}")],
@@ -442,6 +399,6 @@ CLIP = TransformersFamily(
 SIGLIP = TransformersFamily(read_siglip_fields, SIGLIP_RULES)
 SIGLIP2 = TransformersFamily(read_siglip2_fields, SIGLIP2_RULES)
 AIMV2 = TransformersFamily(read_aimv2_fields, AIMV2_RULES)
-BEIT = TransformersFamily(read_beit_fields, BEIT_RULES, prepare_weights=add_shared_bias)
-INTERNVL = TransformersFamily(read_internvl_fields)
+BEIT = TransformersFamily(read_beit_fields, BEIT_RULES, prepare_weights=add_shared_bias, has_square_grid=True)
+INTERNVL = TransformersFamily(read_internvl_fields, has_square_grid=True)
 RADIO = TransformersFamily(read_radio_fields, RADIO_RULES, prepare_weights=fold_pixel_normalization)

@@ -7,11 +7,13 @@ with the classifier of the source, with a new classifier or without a classifier
     rules = [
         Rule("pos_embed", POSITIONS, split_positions, axis=1),
         Rule("patch_embed.proj.{rest}", "embeddings.patch_embeddings.projection.{rest}"),
-        Rule("blocks.{i}.attn.qkv.{rest}", [f"layers.{{i}}.attention.{x}_proj.{{rest}}" for x in "qkv"], split_qkv),
+        Rule("blocks.{i}.attn.qkv.{rest}", [f"layers.{{i}}.attention.{x}_proj.{{rest}}" for x in "qkv"]),   # divided
+        Rule("(norm|layernorm).{rest}", "layernorm.{rest}"),
         Rule("head_drop.{rest}", []),                      # ignored
     ]
 
-In a pattern, `{i}` matches a number, and other placeholders match any text. The first matching rule applies.
+A pattern is a regular expression in which `.` is a period, `{i}` matches a number, and other placeholders match any
+text. The first matching rule applies.
 """
 
 import re
@@ -42,16 +44,6 @@ LAYER_SCALES = ["layers.{i}.layer_scale1.lambda1", "layers.{i}.layer_scale2.lamb
 
 class ConversionError(ValueError):
     """Raised if a checkpoint cannot be converted exactly. The message names the unsupported feature."""
-
-
-def split_qkv(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
-    """Split a fused query, key and value projection [3 * D, ...] into three tensors [D, ...]."""
-    return tensor.chunk(3)
-
-
-def split_halves(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
-    """Split a fused pair of projections [2 * D, ...] into two tensors [D, ...]."""
-    return tensor.chunk(2)
 
 
 def split_positions(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
@@ -93,17 +85,17 @@ def simplify_size(height: int, width: int) -> int | list[int]:
 class Rule:
     """Conversion of the parameters whose names match a pattern."""
 
-    pattern: str  # parameter name in the other project, with placeholders in braces
+    pattern: str  # pattern of parameter names in the other project
     targets: str | Sequence[str]  # parameter names in this package; empty if the parameter is ignored
     # function that returns one tensor per target; empty tensors are skipped, for example the position embeddings of a
-    # token group that the model does not have
-    transform: Transform = lambda tensor, config: [tensor]
+    # token group that the model does not have. Default: the tensor [n * D, ...] is divided among the n targets
+    transform: Transform | None = None
     axis: int = 0  # axis along which `revert_weights` concatenates the targets
 
     def match(self, name: str) -> list[str] | None:
         """Return the target names of the parameter `name`, or None if the pattern does not match."""
-        escaped_pattern = re.escape(self.pattern).replace(r"\{i\}", r"(?P<i>\d+)")
-        match = re.fullmatch(re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>.+)", escaped_pattern), name)
+        pattern = self.pattern.replace(".", r"\.").replace("{i}", r"(?P<i>\d+)")
+        match = re.fullmatch(re.sub(r"\{(\w+)\}", r"(?P<\1>.+)", pattern), name)
         targets = [self.targets] if isinstance(self.targets, str) else self.targets
         return [target.format(**match.groupdict()) for target in targets] if match else None
 
@@ -119,7 +111,7 @@ def convert_weights(weights: Weights, rules: Sequence[Rule], config: ViTCLSConfi
         if rule is None:
             unmatched_names.append(name)
             continue
-        converted_tensors = rule.transform(tensor, config) if targets else []
+        converted_tensors = rule.transform(tensor, config) if rule.transform else divide(tensor, len(targets))
         for target, converted_weight in zip(targets, converted_tensors, strict=True):
             if index_match := re.fullmatch(r"(.+)\[(\d+)\]", target):
                 weights_to_stack.setdefault(index_match[1], {})[index_match[2]] = converted_weight
@@ -149,6 +141,11 @@ def revert_weights(weights: Weights, rules: Sequence[Rule], reference: Weights) 
     if unused_names := sorted(weights.keys() - used_names):
         raise ConversionError(f"the target model has no counterparts of these weights: {join_names(unused_names)}")
     return reverted_weights
+
+
+def divide(tensor: torch.Tensor, num_parts: int) -> Sequence[torch.Tensor]:
+    """Divide a tensor, such as a fused projection [3 * D, ...], into equal parts [D, ...]."""
+    return tensor.chunk(num_parts) if num_parts > 1 else [tensor] * num_parts
 
 
 def find_rule(rules: Sequence[Rule], name: str) -> tuple[Rule | None, list[str]]:

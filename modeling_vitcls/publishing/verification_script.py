@@ -10,7 +10,6 @@ transformers and other libraries, but not this package.
 import json
 import sys
 from collections.abc import Iterator, Mapping
-from importlib.abc import MetaPathFinder
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ import transformers
 from safetensors.torch import save_file
 
 
-PACKAGE_NAME = "modeling_vitcls"
 # Model class -> Auto class that loads the complete model. AutoModel loads the encoder of any checkpoint.
 AUTO_CLASSES = {
     "ViTCLSForImageClassification": "AutoModelForImageClassification",
@@ -29,15 +27,6 @@ AUTO_CLASSES = {
 }
 
 Outputs = dict[str, torch.Tensor]
-
-
-class PackageBlocker(MetaPathFinder):
-    """Import hook that makes `import modeling_vitcls` fail as if the package were not installed."""
-
-    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> None:
-        """Raise ModuleNotFoundError for modeling_vitcls and its submodules; ignore all other modules."""
-        if fullname.partition(".")[0] == PACKAGE_NAME:
-            raise ModuleNotFoundError(f"No module named {fullname!r}")
 
 
 def main(repo_id: str, commit: str, trust_remote_code: bool, folder: Path) -> None:
@@ -116,7 +105,7 @@ def flatten_outputs(outputs: Any, prefix: str = "") -> Iterator[tuple[str, torch
 
 
 if __name__ == "__main__":
-    sys.meta_path.insert(0, PackageBlocker())
+    sys.modules["modeling_vitcls"] = None  # type: ignore[assignment]  # cannot be imported, as if not installed
     script_repo_id, script_commit, trust_text, thread_text, script_folder = sys.argv[1:]
     torch.set_num_threads(int(thread_text))  # the number of threads affects rounding
     main(script_repo_id, script_commit, trust_text == "True", Path(script_folder))
