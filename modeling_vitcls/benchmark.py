@@ -38,7 +38,7 @@ from .export.exporter import export_model
 from .export.quantization import quantize_graph
 from .hub.local_paths import strip_folders
 from .inference.exported_graphs import BACKEND_FILES, ExportedGraph
-from .options import BenchmarkOptions
+from .options import BenchmarkOptions, ExportOptions
 from .system import get_processor_name, get_versions
 
 
@@ -208,11 +208,11 @@ def build_engine(name: str, precision: str, model: Any, device: str, folder: Pat
     return FirstOutput(ours).eval(), engine.eval()
 
 
-def open_exported_graph(backend: str, precision: str, config: ViTCLSConfig, folder: Path) -> ExportedGraph:
+def open_exported_graph(backend: Any, precision: str, config: ViTCLSConfig, folder: Path) -> ExportedGraph:
     """Export the saved model in `folder` once, and open the graph."""
     file = folder / ("int8" if precision == "int8" else "fp32") / BACKEND_FILES[backend][0]
     if not file.exists():
-        export_model(str(folder / "model"), backend, file, dynamic=False)
+        export_model(ExportOptions(str(folder / "model"), backend, file, dynamic=False))
         if precision == "int8":
             images = build_random_images((NUM_CALIBRATION_IMAGES, *get_image_shape(config)))
             quantize_graph(file, list(images.split(1)))

@@ -689,6 +689,58 @@ class BenchmarkOptions:
         check_value(self, "batch_sizes", min(self.batch_sizes) >= 1, "1 or more")
 
 
+@dataclass(frozen=True)
+class ExportOptions:
+    """Export a model. Nothing is written if the outputs of the graph and the model differ by more than the limit."""
+
+    model: str
+    """A model folder, the id of a model on the Hub, or a preset (random weights)."""
+    format: Literal["torch", "onnx", "openvino", "transformers.js"]
+    """torch.export (.pt2), ONNX (.onnx), OpenVINO (.xml and .bin), or a folder for transformers.js."""
+    output: Path
+    """Output file, which must not exist yet, or a folder: model.onnx (or model.xml, model.pt2) and all files that
+    `predict` and `evaluate` with --backend require. With --format transformers.js: a new or empty folder."""
+    int8: bool = False
+    """With --format onnx or openvino: quantize the matrix products to int8 (NNCF), calibrated on training images of
+    --dataset. The image size is fixed."""
+    max_drop: float = 0.5
+    """With --int8: largest loss of accuracy, in points. If it is exceeded, nothing is written."""
+    exclude_layers: tuple[int, ...] = ()
+    """With --int8: numbers of the layers, from 1, that stay in float32."""
+    image_size: tuple[int, int] | None = None
+    """Height and width in pixels. With --no-dynamic, the graph accepts only this size; otherwise, the size is used
+    only in the comparison. Default: the image size of the model."""
+    dynamic: bool = True
+    """Accept images of different sizes, not only of --image-size. The batch size is always dynamic."""
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """dtype of the weights and computations. Inputs and outputs are always float32."""
+    dataset: str | None = None
+    """Images, as in `vitcls evaluate`, to measure the accuracy of the file. For images without labels, the outputs of
+    file and model are compared."""
+    split: str | None = None
+    """Split of --dataset, as in `vitcls evaluate`."""
+
+    def __post_init__(self) -> None:
+        size, has_dataset, is_js = self.image_size, self.dataset is not None, self.format == "transformers.js"
+        has_graph_settings = (size, self.dynamic, self.dtype) != (None, True, "float32")
+        errors = {
+            f"--image-size requires positive numbers, but the value is {size}. Set HEIGHT WIDTH": size is not None
+            and min(size) < 1,
+            "--format transformers.js does not support --image-size, --no-dynamic or --dtype. Remove the flag": is_js
+            and has_graph_settings,
+            "--dataset requires --format onnx, openvino or transformers.js": has_dataset and self.format == "torch",
+            "--int8 requires --format onnx or openvino, and --dataset": self.int8
+            and not (has_dataset and self.format in ("onnx", "openvino")),
+            "--int8 does not support --dtype or --no-dynamic. Remove the flag": self.int8
+            and (not self.dynamic or self.dtype != "float32"),
+            "--exclude-layers requires --int8": bool(self.exclude_layers) and not self.int8,
+            "--split requires --dataset": self.split is not None and not has_dataset,
+        }
+        for message, is_wrong in errors.items():
+            if is_wrong:
+                raise ValueError(message)
+
+
 def check_value(options: Any, name: str, is_valid: bool, requirement: str) -> None:
     """Raise ValueError with the value of a flag and the requirement if `is_valid` is False."""
     if not is_valid:

@@ -8,13 +8,10 @@ random images of the native size. If the source supports other sizes, the compar
 for which position embeddings are resampled.
 """
 
-from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..checkpoints import compute_file_digest
 from ..configuration_vitcls import ViTCLSConfig
 from ..cpu_kernels_vitcls import uninstall_cpu_kernels
 from ..errors import format_error
@@ -148,8 +145,3 @@ def split_token_groups(outputs: Outputs, model: ViTCLSPreTrainedModel) -> Output
 def get_max_magnitude(tensor: torch.Tensor) -> float:
     """Return the largest absolute value, or NaN if any value is NaN."""
     return tensor.abs().max().item()
-
-
-def hash_files(files: Iterable[Path]) -> dict[str, str]:
-    """Return the SHA-256 hash of each file, by file name."""
-    return {file.name: compute_file_digest(file) for file in sorted(files)}

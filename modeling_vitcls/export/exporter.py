@@ -1,6 +1,6 @@
 """Export a checkpoint and compare the outputs of the exported file with the outputs of the model.
 
-    report = export_model("runs/mine", "onnx", Path("mine.onnx"))      # also writes mine.onnx.json
+    report = export_model(ExportOptions("runs/mine", "onnx", Path("mine.onnx")))      # also writes mine.onnx.json
 
 The reference outputs are computed by the model in float32, in eager mode. The outputs of the file are computed by the
 runtime of the format, such as onnxruntime. If the outputs differ by more than the limit, nothing is written.
@@ -16,16 +16,17 @@ from transformers.image_utils import PILImageResampling
 
 from ..configuration_vitcls import ViTCLSConfig
 from ..conversion.any_checkpoint import resolve_checkpoint
-from ..conversion.parity_report import build_random_images, get_max_magnitude, get_non_square_size, hash_files
+from ..conversion.parity_report import build_random_images, get_max_magnitude, get_non_square_size
 from ..conversion.processors import SHARED_SETTINGS, select_settings
 from ..data.held_out import HELD_OUT_RECORD_KEY
 from ..files import read_json, write_json
 from ..hub.local_paths import resolve_name, strip_folders
-from ..hub.model_files import CONFIG_FILES, RESULTS_FILE, hash_weights
+from ..hub.model_files import CONFIG_FILES, RESULTS_FILE, hash_files, hash_weights
 from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..inference.exported_graphs import INPUT_NAME, ExportedModel
 from ..inference.speed import measure_inference_speed
 from ..modeling_vitcls import ViTCLSBackbone
+from ..options import ExportOptions
 from ..system import get_versions
 from .exportable import Outputs, compute_named_outputs, load_exportable_model
 from .formats import FORMATS
@@ -40,42 +41,16 @@ LIMITS: dict[str, tuple[float, float]] = {"float32": (1e-4, 0.0), "float16": (1e
 Report = dict[str, Any]
 
 
-def export_model(
-    source: str,
-    format_name: str,
-    output: Path,
-    image_size: tuple[int, int] | None = None,
-    dynamic: bool = True,
-    dtype: str = "float32",
-    output_attentions: bool = False,
-    int8: bool = False,
-    dataset: str | None = None,
-    split: str | None = None,
-    max_drop: float = 0.5,
-    exclude_layers: tuple[int, ...] = (),
-) -> Report:
+def export_model(options: ExportOptions, output_attentions: bool = False) -> Report:
     """Export a model to a file, such as mine.onnx, and write a report to mine.onnx.json.
 
     Args:
-        source: A model folder, a model on the Hub, or a preset, which has random weights.
-        format_name: "torch", "onnx" or "openvino".
-        output: Path of the exported file, with the suffix of the format, or a folder without a suffix, which gets
-            model.onnx (or model.xml, model.pt2) and the files that `--backend` requires. The file must not exist.
-        image_size: Image size (height, width) in pixels. If `dynamic` is True, the size is used only in the
-            comparison. Default: the native image size of the model.
-        dynamic: Whether the graph accepts images of different sizes. If a dynamic size is not possible, the report
-            states the reason. int8 graphs have a fixed size.
-        dtype: dtype of weights and computations. Inputs and outputs are always float32.
+        options: The flags of `vitcls export`. The format is "torch", "onnx" or "openvino".
         output_attentions: Whether the graph also outputs the attention of the CLS tokens (exportable.py).
-        int8: Whether to quantize the matrix products, calibrated on training images of `dataset`.
-        dataset: Images to measure the accuracy of the file, as in `vitcls evaluate`; without labels, only the outputs
-            are compared.
-        split: Split to evaluate, as in `vitcls evaluate`.
-        max_drop: With `int8`, the largest loss of the metric, in points.
-        exclude_layers: With `int8`, numbers of the layers (from 1) that stay in float32.
 
     Returns:
-        The contents of the report (docs/exporting.md).
+        The contents of the report (docs/exporting.md). If a dynamic image size is not possible, the report states the
+        reason.
 
     Raises:
         ValueError, OSError: If the model cannot be found or exported, if the outputs of the file differ from the
@@ -83,25 +58,27 @@ def export_model(
             are missing, or if `output` is invalid or exists. The message is a single line. Nothing is written if an
             error is raised.
     """
+    source, format_name, output, dtype = options.model, options.format, options.output, options.dtype
     file_format = FORMATS[format_name]
     target = output if output.suffix else output / f"model{file_format.suffix}"
     if target.suffix != file_format.suffix:
         raise ValueError(f"--output {output}: the file name must end in {file_format.suffix}, or have no suffix")
     check_files_do_not_exist(target, get_report_path(target))
-    packages = (*file_format.packages, *(["nncf"] if int8 else []))
+    packages = (*file_format.packages, *(["nncf"] if options.int8 else []))
     if missing_packages := [name for name in packages if find_spec(name) is None]:
         raise ValueError(
             f"--format {format_name} requires packages that are not installed: {', '.join(missing_packages)}. Run pip "
             "install 'modeling_vitcls[export]'"
         )
     model, processor, is_trained = load_exportable_model(source)
-    if max(exclude_layers, default=1) > model.config.num_hidden_layers or min(exclude_layers, default=1) < 1:
-        raise ValueError(f"--exclude-layers requires numbers from 1 to {model.config.num_hidden_layers}")
-    if dataset is not None and processor is None:
+    excluded_layers, num_layers = list(options.exclude_layers), model.config.num_hidden_layers
+    if not set(excluded_layers) <= set(range(1, num_layers + 1)):
+        raise ValueError(f"--exclude-layers requires numbers from 1 to {num_layers}")
+    if options.dataset is not None and processor is None:
         raise ValueError(f"--dataset requires an image processor, but {source} has none. Omit --dataset")
-    images = None if dataset is None else load_export_images(source, dataset, split)
-    dynamic = dynamic and not int8
-    graph_shape = select_graph_shape(model, image_size, dynamic, file_format.has_pytorch_antialias_filter)
+    images = None if options.dataset is None else load_export_images(source, options.dataset, options.split)
+    is_dynamic = options.dynamic and not options.int8  # int8 graphs have a fixed size
+    graph_shape = select_graph_shape(model, options.image_size, is_dynamic, file_format.has_pytorch_antialias_filter)
     batches = [build_random_images(shape) for shape in select_image_shapes(model.config, graph_shape)]
     reference_outputs = compute_named_outputs(model, batches, output_attentions)
     names = list(reference_outputs[0])
@@ -113,10 +90,10 @@ def export_model(
         written_opset = file_format.write(graph, graph_shape, names, file)
         comparisons = compare_outputs(batches, reference_outputs, file_format.run(file, batches, names), dtype)
         calibration_images: list[torch.Tensor] = []
-        if int8:
+        if options.int8:
             assert images is not None, "int8 requires a dataset"
             calibration_images = images.prepare(images.training, processor, NUM_CALIBRATION_IMAGES)
-            quantize_graph(file, calibration_images, exclude_layers)
+            quantize_graph(file, calibration_images, excluded_layers)
             comparisons = compare_outputs(batches, reference_outputs, file_format.run(file, batches, names), None)
         height_width = ["height", "width"] if graph_shape.is_dynamic else graph_shape.image_size
         report: Report = {
@@ -124,9 +101,9 @@ def export_model(
             "model": strip_folders(resolve_name(source, is_built_in=not is_trained)),
             "model_class": type(model).__name__,
             "weights": "trained" if is_trained else "random",
-            "dtype": "int8" if int8 else dtype,
+            "dtype": "int8" if options.int8 else dtype,
             "opset": written_opset,
-            "limit": None if int8 else LIMITS[dtype],
+            "limit": None if options.int8 else LIMITS[dtype],
             "largest_differences": {name: max(each["differences"][name] for each in comparisons) for name in names},
             "tried": comparisons,
             "input": {
@@ -144,7 +121,7 @@ def export_model(
             "versions": get_versions("timm", *packages),
             "sha256": hash_files(folder.iterdir()),
             "num_bytes": sum(each.stat().st_size for each in folder.iterdir()),
-            "excluded_layers": list(exclude_layers),
+            "excluded_layers": excluded_layers,
             "num_calibration_images": len(calibration_images),
             "evaluation": None,
             "comparison": None,
@@ -162,8 +139,8 @@ def export_model(
             outputs = file_format.run(file, pixels, names)
             report["comparison"] = compare_outputs_on_images(outputs, compute_named_outputs(model, pixels))
             report["evaluation"] = images.measure_file(file)
-            if int8:
-                check_drop(report, max_drop, model, torch.cat(calibration_images[:16]))
+            if options.int8:
+                check_drop(report, options.max_drop, model, torch.cat(calibration_images[:16]))
         if not output.suffix:
             write_model_files(source, folder, report)
         write_json(get_report_path(file), report)

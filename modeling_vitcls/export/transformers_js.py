@@ -18,18 +18,21 @@ attention of the CLS tokens, which static Spaces display (publishing/static_spac
 import json
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers.image_utils import PILImageResampling
 
-from ..conversion.parity_report import build_random_images, get_max_magnitude, hash_files
+from ..conversion.any_checkpoint import resolve_checkpoint
+from ..conversion.parity_report import build_random_images, get_max_magnitude
 from ..conversion.processors import select_settings
 from ..data.labels import is_multi_label
 from ..files import write_json
 from ..hub.local_paths import check_output_is_empty
+from ..hub.model_files import hash_files, hash_weights
 from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel, ViTCLSPreTrainedModel
+from ..options import ExportOptions
 from .exportable import Outputs, compute_named_outputs, load_exportable_model
 from .exporter import export_model, get_report_path, move_files
 from .formats import FORMATS
@@ -65,7 +68,7 @@ def export_for_transformers_js(
             model. The message is one line.
     """
     check_output_is_empty(output)
-    model, processor, _ = load_exportable_model(source)
+    model, processor, is_trained = load_exportable_model(source)
     is_supported = isinstance(model, ViTCLSForImageClassification | ViTCLSModel)
     if not is_supported or model.config.problem_type == "regression" or processor is None:
         raise ValueError(
@@ -85,18 +88,17 @@ def export_for_transformers_js(
     with tempfile.TemporaryDirectory() as temporary_folder:
         folder = Path(temporary_folder, "onnx")
         folder.mkdir()
-        for web_dtype, dtype in (("fp32", "float32"), ("fp16", "float16")):
+        dtypes: dict[str, Literal["float32", "float16"]] = {"fp32": "float32", "fp16": "float16"}
+        for web_dtype, dtype in dtypes.items():
             file = folder / FILE_NAMES[web_dtype]
-            export_model(
-                source, "onnx", file, dynamic=False, dtype=dtype, output_attentions=model.config.num_cls_tokens > 0
-            )
+            options = ExportOptions(source, "onnx", file, dynamic=False, dtype=dtype)
+            export_model(options, output_attentions=model.config.num_cls_tokens > 0)
             get_report_path(file).unlink()
         quantize_onnx_file(folder / FILE_NAMES["fp32"], folder / FILE_NAMES["q8"])
         labeled = None
         if dataset is not None:
             images = load_export_images(source, dataset, split, batch_size=1)
             labeled = images.measure_accuracy({file: folder / file for file in FILE_NAMES.values()})
-        weight_files = Path(source).glob("*.safetensors") if Path(source).is_dir() else iter(())
         report = {
             "comparisons": [
                 compare_file(folder / file, web_dtype, batches, reference_outputs)
@@ -104,7 +106,7 @@ def export_for_transformers_js(
             ],
             "num_images": NUM_IMAGES,
             "labeled": labeled,
-            "weights_sha256": hash_files(weight_files),
+            "weights_sha256": hash_weights(Path(resolve_checkpoint(source))) if is_trained else {},
             "sha256": hash_files(folder.glob("*.onnx")),
         }
         write_json(folder / "report.json", report)

@@ -5,7 +5,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from huggingface_hub import constants, get_session, is_offline_mode
 from huggingface_hub.errors import HfHubHTTPError
@@ -28,7 +28,6 @@ RETRY_WAITS = (1.0, 2.0, 4.0, 8.0)
 MAX_RETRY_WAIT = 300.0  # maximum wait before a retry, in seconds
 
 Result = TypeVar("Result")
-Error = TypeVar("Error", bound=BaseException)
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +95,9 @@ def retry(action: Callable[[], Result], description: str, waits: Sequence[float]
         except HUB_ERRORS as error:
             if not is_temporary(error):
                 raise
-            wait = min(max(wait, get_requested_wait(error)), MAX_RETRY_WAIT)
+            response = find_response(error)
+            requested_wait = response.headers.get("Retry-After", "") if response is not None else ""
+            wait = min(max(wait, float(requested_wait) if requested_wait.isdecimal() else 0.0), MAX_RETRY_WAIT)
             delay_text = f"in {wait:.0f} s" if wait >= 1 else "immediately"
             logger.warning("%s: %s; trying again %s", description, format_hub_error(error), delay_text)
             time.sleep(wait)
@@ -105,8 +106,8 @@ def retry(action: Callable[[], Result], description: str, waits: Sequence[float]
 
 def is_temporary(error: BaseException) -> bool:
     """Return whether an error is temporary, in which case a retry may succeed."""
-    if hub_error := find_cause(error, HfHubHTTPError):
-        return hub_error.response.status_code in TEMPORARY_STATUSES
+    if (response := find_response(error)) is not None:
+        return response.status_code in TEMPORARY_STATUSES
     # If the Hub is down, a proxy may return an HTML page instead of JSON.
     temporary_errors = (HTTPError, ConnectionError, TimeoutError, RuntimeError, json.JSONDecodeError)
     return any(isinstance(cause, temporary_errors) for cause in iter_causes(error))
@@ -119,16 +120,9 @@ def iter_causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__
 
 
-def find_cause(error: BaseException, error_class: type[Error]) -> Error | None:
-    """Return the first instance of `error_class` in the chain of `error` and its causes, or None."""
-    return next((cause for cause in iter_causes(error) if isinstance(cause, error_class)), None)
-
-
-def get_requested_wait(error: BaseException) -> float:
-    """Return the wait in seconds that the Hub requests before a retry; 0 if no wait is requested."""
-    hub_error = find_cause(error, HfHubHTTPError)
-    retry_after = hub_error.response.headers.get("Retry-After", "") if hub_error else ""
-    return float(retry_after) if retry_after.isdecimal() else 0.0
+def find_response(error: BaseException) -> Any:
+    """Return the response of the Hub in the chain of an error and its causes, or None."""
+    return next((cause.response for cause in iter_causes(error) if isinstance(cause, HfHubHTTPError)), None)
 
 
 def format_hub_error(error: BaseException) -> str:

@@ -67,4 +67,9 @@ def list_weight_files(folder: Path) -> list[str]:
 
 def hash_weights(folder: Path) -> dict[str, str]:
     """Return the SHA-256 of each weight file, by file name."""
-    return {name: compute_file_digest(folder / name) for name in list_weight_files(folder)}
+    return hash_files(folder / name for name in list_weight_files(folder))
+
+
+def hash_files(files: Iterable[Path]) -> dict[str, str]:
+    """Return the SHA-256 of each file, by file name."""
+    return {file.name: compute_file_digest(file) for file in sorted(files)}

@@ -22,6 +22,7 @@ from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, 
 from modeling_vitcls.export.exporter import export_model
 from modeling_vitcls.export.quantization import rank_layers
 from modeling_vitcls.inference.exported_graphs import ExportedGraph
+from modeling_vitcls.options import ExportOptions
 
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("fresh_accelerate")]
@@ -33,8 +34,8 @@ DIGITS_PROCESSOR = ViTCLSImageProcessor(size=8, do_convert_rgb=False, image_mean
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "mine"
     save_with_processor(randomize(ViTCLSForImageClassification(build_tiny_config(num_distillation_tokens=1))), folder)
-    export_model(str(folder), "onnx", folder / "model.onnx", dynamic=False)
-    export_model(str(folder), "openvino", folder / "model.xml", dynamic=False)
+    export_model(ExportOptions(str(folder), "onnx", folder / "model.onnx", dynamic=False))
+    export_model(ExportOptions(str(folder), "openvino", folder / "model.xml", dynamic=False))
     return folder
 
 
@@ -95,7 +96,7 @@ def test_graphs_and_the_pipeline_have_calibrated_probabilities(tmp_path: Path) -
     plain.config.temperature = 2.5
     plain.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
-    export_model(str(tmp_path), "openvino", tmp_path / "model.xml", dynamic=False)
+    export_model(ExportOptions(str(tmp_path), "openvino", tmp_path / "model.xml", dynamic=False))
     found = ExportedGraph(tmp_path / "model.xml")(pixel_values)["logits"].softmax(-1)[0].tolist()
     assert found == pytest.approx(expected, abs=1e-5)
     loaded: Any = ViTCLSForImageClassification.from_pretrained(tmp_path)
@@ -215,7 +216,9 @@ def test_the_layer_with_outliers_is_ranked_first() -> None:
 def test_without_labels_outputs_are_compared(tmp_path: Path) -> None:
     encoder = randomize(ViTCLSModel(build_tiny_config(num_channels=1, image_size=8, patch_size=4)))
     save_with_processor(encoder, tmp_path / "mine", DIGITS_PROCESSOR)
-    report = export_model(str(tmp_path / "mine"), "onnx", tmp_path / "int8.onnx", int8=True, dataset="digits")
+    report = export_model(
+        ExportOptions(str(tmp_path / "mine"), "onnx", tmp_path / "int8.onnx", int8=True, dataset="digits")
+    )
     assert report["evaluation"] is None and report["dtype"] == "int8"
     assert report["comparison"]["output"] == "last_hidden_state" and report["comparison"]["top1_agreement"] is None
     assert 0 < report["comparison"]["relative_error"] < 0.2 < report["comparison"]["cosine_similarity"] <= 1
@@ -223,7 +226,7 @@ def test_without_labels_outputs_are_compared(tmp_path: Path) -> None:
 
 def test_features_of_an_exported_encoder(tmp_path: Path) -> None:
     save_with_processor(ViTCLSModel(build_tiny_config(num_register_tokens=1)), tmp_path)
-    export_model(str(tmp_path), "openvino", tmp_path / "model.xml", dynamic=False)
+    export_model(ExportOptions(str(tmp_path), "openvino", tmp_path / "model.xml", dynamic=False))
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8))
     found, expected = (predict(tmp_path, [image], features="cls", backend=name)[0] for name in ("openvino", "torch"))
     assert found["features"] == pytest.approx(expected["features"], abs=1e-4)

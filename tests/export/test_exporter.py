@@ -36,6 +36,7 @@ from modeling_vitcls.export import exporter, formats
 from modeling_vitcls.export.exporter import export_model
 from modeling_vitcls.export.tracing import get_smallest_size
 from modeling_vitcls.hub.model_files import hash_weights
+from modeling_vitcls.options import ExportOptions
 
 
 pytestmark = pytest.mark.integration
@@ -170,7 +171,7 @@ def test_an_onnx_file_has_the_outputs_of_the_model(name: str, tmp_path: Path) ->
     """The model "tokens" is in `test_the_exported_file_has_the_outputs_of_the_model`."""
     model_class, fields, names = MODELS[name]
     model = checkpoint(tmp_path / "model", model_class, **fields)
-    report = export_model(str(tmp_path / "model"), "onnx", tmp_path / "model.onnx")
+    report = export_model(ExportOptions(str(tmp_path / "model"), "onnx", tmp_path / "model.onnx"))
     assert not report["fixed_because"]
     assert list(report["outputs"]) == names
     check_onnx_file(tmp_path / "model.onnx", model)
@@ -180,7 +181,7 @@ def test_an_onnx_file_has_the_outputs_of_the_model(name: str, tmp_path: Path) ->
 @pytest.mark.parametrize("fields", (LAYOUTS | BLOCKS).values(), ids=LAYOUTS | BLOCKS)
 def test_every_layout_and_block(fields: dict[str, Any], tmp_path: Path) -> None:
     model = checkpoint(tmp_path / "model", **fields)
-    export_model(str(tmp_path / "model"), "onnx", tmp_path / "model.onnx")
+    export_model(ExportOptions(str(tmp_path / "model"), "onnx", tmp_path / "model.onnx"))
     pixel_values = build_images(2, 48, 24, seed=7)
     assert_close(run_onnx(tmp_path / "model.onnx", pixel_values), compute_outputs(model, pixel_values))
 
@@ -188,7 +189,7 @@ def test_every_layout_and_block(fields: dict[str, Any], tmp_path: Path) -> None:
 def test_a_graph_of_one_size_contains_resampled_positions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = checkpoint(tmp_path / "model", num_hidden_layers=1)
     file = tmp_path / "model.onnx"
-    report = export_model(str(tmp_path / "model"), "onnx", file, image_size=(24, 56), dynamic=False)
+    report = export_model(ExportOptions(str(tmp_path / "model"), "onnx", file, image_size=(24, 56), dynamic=False))
     assert report["input"]["shape"] == ["batch", 3, 24, 56]
     assert not report["fixed_because"]  # a dynamic size was not requested
     pixel_values = build_images(4, 24, 56, seed=7)
@@ -218,7 +219,7 @@ def test_positions_that_a_graph_cannot_resample_fix_the_size(
     model = checkpoint(tmp_path / "model", **fields)
     for size in (model.config.image_height_width, (40, 24)):
         file = tmp_path / f"{size[0]}.onnx"
-        report = export_model(str(tmp_path / "model"), "onnx", file, image_size=size)
+        report = export_model(ExportOptions(str(tmp_path / "model"), "onnx", file, image_size=size))
         assert word in report["fixed_because"]
         assert report["input"]["shape"] == ["batch", 3, *size]
         assert_close(run_onnx(file, build_images(2, *size)), compute_outputs(model, build_images(2, *size)))
@@ -229,7 +230,7 @@ def test_positions_that_a_graph_cannot_resample_fix_the_size(
 def test_half_precision_has_another_limit(format_name: str, dtype: str, tmp_path: Path) -> None:
     model = checkpoint(tmp_path / "model", num_hidden_layers=1, num_register_tokens=1)
     file = tmp_path / f"half{formats.FORMATS[format_name].suffix}"
-    report = export_model(str(tmp_path / "model"), format_name, file, dtype=dtype)
+    report = export_model(ExportOptions(str(tmp_path / "model"), format_name, file, dtype=dtype))
     assert (
         LIMIT
         < report["largest_differences"]["logits"]
@@ -321,7 +322,7 @@ def test_the_torch_format_runs_without_this_package(tmp_path: Path) -> None:
     model_class, fields, names = MODELS["tasks"]
     model = checkpoint(tmp_path / "model", model_class, **fields)
     file = tmp_path / "vit.pt2"
-    export_model(str(tmp_path / "model"), "torch", file)
+    export_model(ExportOptions(str(tmp_path / "model"), "torch", file))
     report = json.loads((tmp_path / "vit.pt2.json").read_text())
     assert report["opset"] is None
     assert list(report["labels"]) == names
@@ -346,7 +347,7 @@ def test_every_model_in_the_other_formats(name: str, tmp_path: Path) -> None:
     model_class, fields, names = MODELS[name]
     checkpoint(tmp_path / "model", model_class, **fields)
     for format_name, suffix in (("torch", ".pt2"), ("openvino", ".xml")):
-        report = export_model(str(tmp_path / "model"), format_name, tmp_path / f"vit{suffix}")
+        report = export_model(ExportOptions(str(tmp_path / "model"), format_name, tmp_path / f"vit{suffix}"))
         assert list(report["largest_differences"]) == names
         assert bool(report["fixed_because"]) == (format_name == "openvino" and fields.get("position_antialias", False))
 
@@ -354,7 +355,7 @@ def test_every_model_in_the_other_formats(name: str, tmp_path: Path) -> None:
 def test_openvino(tmp_path: Path) -> None:
     openvino = pytest.importorskip("openvino")
     model = checkpoint(tmp_path / "model", num_hidden_layers=1, num_distillation_tokens=1)
-    export_model(str(tmp_path / "model"), "openvino", tmp_path / "vit.xml")
+    export_model(ExportOptions(str(tmp_path / "model"), "openvino", tmp_path / "vit.xml"))
     assert (tmp_path / "vit.bin").is_file()
     compiled = openvino.Core().compile_model(tmp_path / "vit.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     pixel_values = build_images(2, 56, 24, seed=7)
@@ -389,7 +390,9 @@ def test_a_difference_over_the_limit_leaves_nothing(tmp_path: Path, monkeypatch:
     checkpoint(tmp_path / "model", num_hidden_layers=1)
     monkeypatch.setitem(exporter.LIMITS, "float32", (-1.0, 0.0))
     with raises_one_line("differs", "logits", "the limit in float32 is -1"):
-        export_model(str(tmp_path / "model"), "torch", tmp_path / "not" / "there" / "vit.pt2", dynamic=False)
+        export_model(
+            ExportOptions(str(tmp_path / "model"), "torch", tmp_path / "not" / "there" / "vit.pt2", dynamic=False)
+        )
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
@@ -403,28 +406,30 @@ def test_other_names_or_shapes_raise_an_error() -> None:
 def test_unsupported_models(tmp_path: Path) -> None:
     checkpoint(tmp_path / "masked", ViTCLSForMaskedImageModeling)
     with raises_one_line("contains ViTCLSForMaskedImageModeling"):
-        export_model(str(tmp_path / "masked"), "torch", tmp_path / "vit.pt2")
+        export_model(ExportOptions(str(tmp_path / "masked"), "torch", tmp_path / "vit.pt2"))
     checkpoint(tmp_path / "incomplete", ViTCLSModel)
     settings = json.loads((tmp_path / "incomplete" / "config.json").read_text())
     settings["architectures"] = ["ViTCLSForImageClassification"]
     (tmp_path / "incomplete" / "config.json").write_text(json.dumps(settings))
     with raises_one_line("has no weights for classifier.bias"):
-        export_model(str(tmp_path / "incomplete"), "torch", tmp_path / "vit.pt2")
+        export_model(ExportOptions(str(tmp_path / "incomplete"), "torch", tmp_path / "vit.pt2"))
 
 
 def test_unsupported_sizes(tmp_path: Path) -> None:
     checkpoint(tmp_path / "model")
     with raises_one_line("41 is not a multiple"):
-        export_model(str(tmp_path / "model"), "onnx", tmp_path / "vit.onnx", image_size=(41, 32), dynamic=False)
+        export_model(
+            ExportOptions(str(tmp_path / "model"), "onnx", tmp_path / "vit.onnx", image_size=(41, 32), dynamic=False)
+        )
 
 
 def test_existing_files(tmp_path: Path) -> None:
     for name in ("vit.onnx", "other.onnx.json"):
         (tmp_path / name).touch()
         with raises_one_line(f"{tmp_path / name} exists"):
-            export_model("nowhere", "onnx", tmp_path / name.removesuffix(".json"))
+            export_model(ExportOptions("nowhere", "onnx", tmp_path / name.removesuffix(".json")))
     with raises_one_line("the file name must end in .pt2"):
-        export_model("nowhere", "torch", tmp_path / "vit.onnx")
+        export_model(ExportOptions("nowhere", "torch", tmp_path / "vit.onnx"))
 
 
 def test_packages_that_are_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -432,7 +437,7 @@ def test_packages_that_are_not_installed(tmp_path: Path, monkeypatch: pytest.Mon
     with raises_one_line(
         "--format onnx requires packages that are not installed: onnxruntime.", "pip install 'modeling_vitcls[export]'"
     ):
-        export_model("nowhere", "onnx", tmp_path / "vit.onnx")
+        export_model(ExportOptions("nowhere", "onnx", tmp_path / "vit.onnx"))
 
 
 def test_errors_end_with_one_line_and_status_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
