@@ -12,7 +12,8 @@ The following forms have the same outputs only at the native image size, where p
     position_antialias, ...            a different resampling policy
     position_embedding_type="sincos_2d"    learned position embeddings with the same values
 
-A `Rewrite` lists new values of configuration fields and changes the weights accordingly.
+A `Rewrite` names configuration fields that get the values of the transformers class, and changes the weights
+accordingly.
 """
 
 from collections.abc import Callable
@@ -22,7 +23,7 @@ import torch
 
 from ..blocks_vitcls import SinCosPositionEmbeddings
 from ..configuration_vitcls import ViTCLSConfig
-from .weight_rules import Fields, Weights
+from .weight_rules import Weights
 
 
 GROUPS_WITH_POSITIONS: dict[str, tuple[str, ...]] = {
@@ -36,17 +37,15 @@ TOKEN_WEIGHT_NAMES = {
     "registers": "embeddings.register_tokens",
 }
 POSITION_EMBEDDINGS = "embeddings.position_embeddings"
-RESAMPLING_POLICIES: list[Fields] = [
-    {"position_interpolation": "bicubic", "position_offset": 0.0, "position_antialias": antialias}
-    for antialias in (False, True)
-]
+RESAMPLING_FIELDS = ("position_interpolation", "position_offset", "position_antialias")
 
 
 @dataclass(frozen=True)
 class Rewrite:
     """A change of configuration fields and weights that preserves the outputs of a model."""
 
-    propose_changes: Callable[[ViTCLSConfig], list[Fields]]  # returns possible combinations of new field values
+    fields: tuple[str, ...]  # fields that get the values of the target
+    is_possible: Callable[[ViTCLSConfig, ViTCLSConfig], bool]  # function of the configurations of model and target
     # function (weights, old configuration, new configuration) that changes the weights of the model in place
     rewrite_weights: Callable[[Weights, ViTCLSConfig, ViTCLSConfig], None] = lambda *arguments: None
     is_native_size_only: bool = False  # whether the outputs are the same only for images of `config.image_size`
@@ -55,10 +54,10 @@ class Rewrite:
 # Classifiers ---------------------------------------------------------------------------------------------------------
 
 
-def propose_cls_mean_pooling(config: ViTCLSConfig) -> list[Fields]:
-    """Return DINOv2's `cls_mean` pooling if a linear classifier uses the CLS token or the mean of the patches."""
+def can_widen_classifier(config: ViTCLSConfig, target: ViTCLSConfig) -> bool:
+    """Return whether a linear classifier uses the CLS token or the mean of the patches, and the target uses both."""
     is_linear = bool(config.num_labels) and config.head_type == "linear" and config.num_cls_tokens > 0
-    return [{"pooling": "cls_mean"}] if is_linear and config.pooling in ("cls", "mean") else []
+    return is_linear and config.pooling in ("cls", "mean") and target.pooling == "cls_mean"
 
 
 def widen_classifier(weights: Weights, old_config: ViTCLSConfig, new_config: ViTCLSConfig) -> None:
@@ -67,10 +66,9 @@ def widen_classifier(weights: Weights, old_config: ViTCLSConfig, new_config: ViT
     weights["classifier.weight"] = torch.cat(halves if old_config.pooling == "cls" else halves[::-1], dim=1)
 
 
-def propose_temperature_removal(config: ViTCLSConfig) -> list[Fields]:
-    """Return a temperature of 1 if the logits of one linear classifier are divided by the temperature."""
-    is_foldable = bool(config.num_labels) and config.head_type == "linear" and not config.has_distillation_head
-    return [{"temperature": 1.0}] if is_foldable and config.temperature != 1 else []
+def can_fold_temperature(config: ViTCLSConfig, target: ViTCLSConfig) -> bool:
+    """Return whether the model has one linear classifier, whose weights can be divided by the temperature."""
+    return bool(config.num_labels) and config.head_type == "linear" and not config.has_distillation_head
 
 
 def fold_temperature(weights: Weights, old_config: ViTCLSConfig, new_config: ViTCLSConfig) -> None:
@@ -80,13 +78,6 @@ def fold_temperature(weights: Weights, old_config: ViTCLSConfig, new_config: ViT
 
 
 # Positions -----------------------------------------------------------------------------------------------------------
-
-
-def propose_position_embedding_tokens(config: ViTCLSConfig) -> list[Fields]:
-    """Return all values of `position_embedding_tokens` if the position embeddings are learned."""
-    if not config.position_embedding_type.startswith("learned"):
-        return []
-    return [{"position_embedding_tokens": tokens} for tokens in GROUPS_WITH_POSITIONS]
 
 
 def move_position_embeddings(weights: Weights, old_config: ViTCLSConfig, new_config: ViTCLSConfig) -> None:
@@ -99,17 +90,6 @@ def move_position_embeddings(weights: Weights, old_config: ViTCLSConfig, new_con
             weights[token_name] = weights[token_name] + weights.pop(f"{POSITION_EMBEDDINGS}.{group}")
         elif token_name in weights and group in new_groups and group not in old_groups:
             weights[f"{POSITION_EMBEDDINGS}.{group}"] = torch.zeros_like(weights[token_name])
-
-
-def propose_learned_positions(config: ViTCLSConfig) -> list[Fields]:
-    """Return the fields that replace sin-cos position embeddings with learned position embeddings."""
-    if config.position_embedding_type != "sincos_2d":
-        return []
-    return [
-        {"position_embedding_type": "learned", "position_embedding_tokens": tokens} | policy
-        for tokens in GROUPS_WITH_POSITIONS
-        for policy in RESAMPLING_POLICIES
-    ]
 
 
 def add_learned_positions(weights: Weights, old_config: ViTCLSConfig, new_config: ViTCLSConfig) -> None:
@@ -125,9 +105,20 @@ def add_learned_positions(weights: Weights, old_config: ViTCLSConfig, new_config
 
 # All rewrites, in the order in which to_transformers.py tries them.
 REWRITES = (
-    Rewrite(propose_temperature_removal, fold_temperature),
-    Rewrite(propose_cls_mean_pooling, widen_classifier),
-    Rewrite(propose_learned_positions, add_learned_positions, is_native_size_only=True),
-    Rewrite(propose_position_embedding_tokens, move_position_embeddings),
-    Rewrite(lambda config: RESAMPLING_POLICIES, is_native_size_only=True),
+    Rewrite(("temperature",), can_fold_temperature, fold_temperature),
+    Rewrite(("pooling",), can_widen_classifier, widen_classifier),
+    Rewrite(
+        ("position_embedding_type", "position_embedding_tokens", *RESAMPLING_FIELDS),
+        lambda config, target: (
+            (config.position_embedding_type, target.position_embedding_type) == ("sincos_2d", "learned")
+        ),
+        add_learned_positions,
+        is_native_size_only=True,
+    ),
+    Rewrite(
+        ("position_embedding_tokens",),
+        lambda config, target: config.position_embedding_type.startswith("learned"),
+        move_position_embeddings,
+    ),
+    Rewrite(RESAMPLING_FIELDS, lambda config, target: True, is_native_size_only=True),
 )

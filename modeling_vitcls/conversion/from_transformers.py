@@ -56,7 +56,13 @@ def convert_from_transformers(
         ConversionError: If the class or a feature is not supported, weights are missing or unexpected, or the value of
             `classifier` is not valid for the source.
     """
-    convertible_class = find_convertible_class(model)
+    if not is_convertible(model):
+        submodule_names = [name for name, module in model.named_children() if is_convertible(module)]
+        hint = (
+            f"Convert the submodule .{submodule_names[0]}" if submodule_names else "docs/coverage.md lists the classes"
+        )
+        raise ConversionError(f"{type(model).__name__} cannot be converted. {hint}")
+    convertible_class = CONVERTIBLE_CLASSES[type(model).__name__]
     family = convertible_class.family
     weights = strip_encoder_name(model.state_dict(), convertible_class.encoder_name)
     fields = family.read_all_fields(getattr(model.config, "vision_config", model.config), weights)
@@ -82,16 +88,6 @@ class ConvertibleClass:
     fields: Mapping[str, Any] = field(default_factory=dict)  # fields of `ViTCLSConfig` that depend on the class
     unused_patterns: tuple[str, ...] = ()  # name patterns of encoder weights that the class does not use
     read_labels: Callable[[Any], Fields] = read_labels  # function that reads the labels from the configuration
-
-
-def find_convertible_class(model: PreTrainedModel) -> ConvertibleClass:
-    """Return the `ConvertibleClass` of a model. Raise ConversionError if the class of the model is not supported."""
-    if is_convertible(model):
-        return CONVERTIBLE_CLASSES[type(model).__name__]
-    hint = "docs/coverage.md lists the supported classes"
-    if submodule_names := [name for name, module in model.named_children() if is_convertible(module)]:
-        hint = f"Convert the submodule .{submodule_names[0]}"
-    raise ConversionError(f"{type(model).__name__} cannot be converted. {hint}")
 
 
 def is_convertible(module: torch.nn.Module) -> bool:

@@ -48,24 +48,18 @@ def convert_timm_preprocessing(model: nn.Module) -> ConvertedPreprocessing:
     _, height, width = settings["input_size"]
     source_transform: Any = create_transform(**settings, is_training=False)
     try:
-        processor = ViTCLSImageProcessor(**convert_timm_settings(**settings), crop_rounding="even")
+        processor = ViTCLSImageProcessor(**convert_timm_settings(settings), crop_rounding="even")
         same_backend_processor = ViTCLSImageProcessorPil.from_dict(processor.to_dict())  # timm resizes with PIL
         return processor, check_processor(same_backend_processor, source_transform, "timm's pretrained_cfg")
     except ValueError as error:
         return build_default_preprocessing((height, width), str(error))
 
 
-def convert_timm_settings(
-    input_size: tuple[int, int, int],
-    interpolation: str,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    crop_pct: float,
-    crop_mode: str,
-) -> dict[str, Any]:
+def convert_timm_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """Convert the settings returned by `timm.data.resolve_data_config` to settings of the image processor."""
-    channels, height, width = input_size
-    scaled_height, scaled_width = math.floor(height / crop_pct), math.floor(width / crop_pct)
+    channels, height, width = settings["input_size"]
+    scaled_height, scaled_width = (math.floor(length / settings["crop_pct"]) for length in (height, width))
+    interpolation, crop_mode = settings["interpolation"], settings["crop_mode"]
     if interpolation not in RESAMPLING_FILTERS:
         raise ValueError(f"interpolation={interpolation!r} in timm's pretrained_cfg is not supported")
     if crop_mode == "squash":
@@ -82,8 +76,8 @@ def convert_timm_settings(
         "resample": RESAMPLING_FILTERS[interpolation],
         "do_center_crop": True,
         "crop_size": {"height": height, "width": width},
-        "image_mean": list(mean),
-        "image_std": list(std),
+        "image_mean": list(settings["mean"]),
+        "image_std": list(settings["std"]),
     }
 
 

@@ -148,6 +148,7 @@ class TargetMatch:
 
     target: TargetClass
     config: ViTCLSConfig  # configuration of the model after `applied_rewrites`
+    target_config: ViTCLSConfig  # configuration of the target, converted back; after an error, that of the model
     mismatches: dict[str, str]  # description of each field that the target does not support, or of an error, by name
     # rewrites, each with the configuration before and after the rewrite
     applied_rewrites: tuple[tuple[Rewrite, ViTCLSConfig, ViTCLSConfig], ...] = ()
@@ -163,18 +164,14 @@ def find_equivalent_match(target: TargetClass, config: ViTCLSConfig, native_size
     """Apply all rewrites that reduce the number of mismatches, and return the match of the new configuration."""
     match = compare_with_target(target, config)
     for rewrite in REWRITES:
-        if rewrite.is_native_size_only and not native_size_only:
-            continue
-        for changed_fields in rewrite.propose_changes(match.config):
-            if not changed_fields.keys() & match.mismatches.keys():
-                continue
-            rewritten_match = compare_with_target(target, replace_fields(match.config, changed_fields))
-            if len(rewritten_match.mismatches) < len(match.mismatches):
-                match = replace(
-                    rewritten_match,
-                    applied_rewrites=(*match.applied_rewrites, (rewrite, match.config, rewritten_match.config)),
-                )
-                break
+        changes = {name: getattr(match.target_config, name) for name in rewrite.fields}
+        is_allowed = native_size_only or not rewrite.is_native_size_only
+        is_useful = is_allowed and not match.mismatches.keys().isdisjoint(changes)
+        if is_useful and rewrite.is_possible(match.config, match.target_config):
+            new_match = compare_with_target(target, replace_fields(match.config, changes))
+            if len(new_match.mismatches) < len(match.mismatches):
+                applied_rewrites = (*match.applied_rewrites, (rewrite, match.config, new_match.config))
+                match = replace(new_match, applied_rewrites=applied_rewrites)
     return match
 
 
@@ -188,7 +185,7 @@ def compare_with_target(target: TargetClass, config: ViTCLSConfig) -> TargetMatc
         fields = convertible_class.family.read_all_fields(target_model.config, weights)
         round_trip_config = ViTCLSConfig(**fields | dict(convertible_class.fields))
     except (TypeError, ValueError) as error:  # a value that the class or this version of transformers does not support
-        return TargetMatch(target, config, {"error": format_error(error)})
+        return TargetMatch(target, config, config, {"error": format_error(error)})
     has_head = convertible_class.encoder_name is not None
     values, target_values = get_effective_fields(config, has_head), get_effective_fields(round_trip_config, has_head)
     # If pooling has no weights, users can pool the outputs of a model without a pooler.
@@ -201,7 +198,7 @@ def compare_with_target(target: TargetClass, config: ViTCLSConfig) -> TargetMatc
         for name, value in values.items()
         if name in target_values.keys() - ignored_fields and is_mismatch(name, value, target_values[name])
     }
-    return TargetMatch(target, config, mismatches)
+    return TargetMatch(target, config, round_trip_config, mismatches)
 
 
 def is_mismatch(name: str, value: Any, target_value: Any) -> bool:

@@ -203,7 +203,11 @@ def build_model(
             model, weights = ViTCLSModel(config, add_pooling_layer=add_pooling_layer), encoder_weights
     kernel = encoder_weights["embeddings.patch_embeddings.projection.weight"]
     model.to(device=kernel.device, dtype=kernel.dtype)  # type: ignore[call-arg]  # `to` is untyped in transformers
-    return load_converted_weights(model, weights)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:  # missing and unexpected weights, and weights of a different shape
+        raise ConversionError(format_error(error)) from None
+    return model.eval()
 
 
 def should_create_classifier(classifier: str, num_labels: int | None, num_source_labels: int | None) -> bool:
@@ -220,16 +224,6 @@ def should_create_classifier(classifier: str, num_labels: int | None, num_source
             'classifier="new" to create a new classifier, or "drop" to convert only the encoder'
         )
     return classifier == "new" or (num_source_labels is None and num_labels is not None)
-
-
-def load_converted_weights(model: ViTCLSPreTrainedModel, weights: Weights) -> ViTCLSPreTrainedModel:
-    """Load converted weights into a model and return the model in eval mode."""
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:  # missing and unexpected weights, and weights of a different shape
-        raise ConversionError(format_error(error)) from None
-    model.eval()
-    return model
 
 
 def join_names(names: Sequence[str], max_names: int = 8) -> str:

@@ -91,7 +91,11 @@ def trace_model(
     model.set_attn_implementation("sdpa")  # PyTorch's fused attention
     model.requires_grad_(False)  # attention masks that require gradients would select a different attention kernel
     model.to(dtype=dtype)  # type: ignore[call-arg]  # the wrapper of `to` in transformers is untyped
-    images = build_example_images(config, graph_shape)
+    height, width = graph_shape.image_size
+    if graph_shape.is_dynamic:  # not square, and not the native size
+        (patch_height, patch_width), num_patches = config.patch_height_width, max(config.grid_size)
+        height, width = (num_patches + 1) * patch_height, (num_patches + 3) * patch_width
+    images = torch.zeros(MIN_DYNAMIC_SIZE, config.num_channels, height, width)
     try:
         with torch.no_grad():
             graph = torch.export.export(
@@ -107,16 +111,6 @@ def trace_model(
     for node in graph.graph.nodes:
         node.meta.pop("stack_trace", None)  # stack traces contain local paths
     return graph
-
-
-def build_example_images(config: ViTCLSConfig, graph_shape: GraphShape) -> torch.Tensor:
-    """Build example images [B, C, H, W]. For a dynamic graph, the image size is not square and not the native size."""
-    height, width = graph_shape.image_size
-    if graph_shape.is_dynamic:
-        patch_height, patch_width = config.patch_height_width
-        rows, columns = config.grid_size
-        height, width = (max(rows, columns) + 1) * patch_height, (max(rows, columns) + 3) * patch_width
-    return torch.zeros(MIN_DYNAMIC_SIZE, config.num_channels, height, width)
 
 
 def build_dynamic_shapes(graph_shape: GraphShape) -> dict[str, Any]:

@@ -102,7 +102,20 @@ def write_space(folder: Path, model: HubCommit, title: str | None = None, exampl
     if len({file.name for file in examples}) < len(examples):
         raise ValueError(f"two examples have the same name ({', '.join(file.name for file in examples)}). Rename one")
     title = title or f"{model.repo_id.partition('/')[2]}: labels and attention"
-    card = build_gradio_card(model, title)
+    try:
+        gradio_version = importlib.metadata.version("gradio")
+    except importlib.metadata.PackageNotFoundError:
+        raise ValueError(
+            "the Space uses the installed version of gradio, but gradio is not installed. Run `pip install gradio`"
+        ) from None
+    settings = {
+        "sdk": "gradio",
+        "sdk_version": gradio_version,
+        # The default version on the Hub is too old.
+        "python_version": f"{sys.version_info.major}.{sys.version_info.minor}",
+        "app_file": "app.py",
+    }
+    card = build_space_card(model, title, DESCRIPTION_TEMPLATE, settings, gradio=gradio_version)
     requirements = [Requirement(line) for line in importlib.metadata.requires(PACKAGE_FOLDER.name) or ()]
     specifiers = {
         requirement.name: str(requirement.specifier) for requirement in requirements if requirement.specifier
@@ -117,26 +130,6 @@ def write_space(folder: Path, model: HubCommit, title: str | None = None, exampl
     (folder / "README.md").write_text(card, encoding="utf-8")
     requirements_text = "".join(f"{name}{specifiers[name]}\n" for name in REQUIRED_LIBRARIES)
     (folder / "requirements.txt").write_text(requirements_text, encoding="utf-8")
-
-
-def build_gradio_card(model: HubCommit, title: str) -> str:
-    """Return the text of README.md for a Space that runs the model with gradio.
-
-    The Space uses the Python version of this process, because the default version on the Hub is too old.
-    """
-    try:
-        gradio_version = importlib.metadata.version("gradio")
-    except importlib.metadata.PackageNotFoundError:
-        raise ValueError(
-            "the Space uses the installed version of gradio, but gradio is not installed. Run `pip install gradio`"
-        ) from None
-    settings = {
-        "sdk": "gradio",
-        "sdk_version": gradio_version,
-        "python_version": f"{sys.version_info.major}.{sys.version_info.minor}",
-        "app_file": "app.py",
-    }
-    return build_space_card(model, title, DESCRIPTION_TEMPLATE, settings, gradio=gradio_version)
 
 
 def build_space_card(model: HubCommit, title: str, description: str, settings: dict[str, Any], **fields: str) -> str:

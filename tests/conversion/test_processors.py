@@ -160,7 +160,7 @@ def test_differences_are_measured_in_gray_levels(fields: dict[str, Any], shifts:
 def test_a_processor_that_differs_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
     """The check on a test image detects a crop that is shifted by one pixel."""
     settings = processors.convert_timm_settings
-    monkeypatch.setattr(processors, "convert_timm_settings", lambda **values: settings(**values | {"crop_pct": 0.89}))
+    monkeypatch.setattr(processors, "convert_timm_settings", lambda values: settings(values | {"crop_pct": 0.89}))
     _processor, record = processors.convert_timm_preprocessing(PretrainedConfigOnly(TIMM_CONFIGS["crop"]))
     assert "gray levels" in record["assumed_because"]
 
