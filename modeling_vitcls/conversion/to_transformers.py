@@ -10,7 +10,6 @@ grid.
 """
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,13 +24,11 @@ from ..errors import format_error
 from ..modeling_vitcls import ViTCLSPreTrainedModel
 from .equivalent_models import REWRITES, Rewrite
 from .from_transformers import CONVERTIBLE_CLASSES, HEAD_RULES, read_labels, strip_encoder_name
-from .transformers_families import SHARED_FIELDS, compute_dinov2_mlp_size
+from .transformers_families import FIELD_NAMES, compute_dinov2_mlp_size
 from .weight_rules import ConversionError, revert_weights, simplify_size
 
 
 logger = logging.get_logger(__name__)
-
-Settings = dict[str, Any]  # fields of a transformers configuration
 
 
 def convert_to_transformers(model: ViTCLSPreTrainedModel, native_size_only: bool = False) -> PreTrainedModel:
@@ -72,17 +69,30 @@ class TargetClass:
 
     name: str
     min_version: str  # lowest version of transformers that contains the class
-    build_settings: Callable[[ViTCLSConfig], Settings]  # function that returns configuration fields of the class
     has_optional_pooler: bool = False  # whether the class has the arguments `add_pooling_layer` and `use_mask_token`
 
     def build(self, config: ViTCLSConfig) -> PreTrainedModel:
         """Build a newly initialized transformers model with the settings of a configuration."""
         model_class = getattr(transformers, self.name)
-        settings = {name: getattr(config, name) for name in SHARED_FIELDS} | {
+        biases, is_gated = get_qkv_biases(config), config.mlp_type != "mlp"
+        mlp_ratios = {
+            compute_dinov2_mlp_size(config.hidden_size, ratio, is_gated): ratio for ratio in range(16, 0, -1)
+        }
+        settings: dict[str, Any] = {name: getattr(config, target) for name, target in FIELD_NAMES.items()}
+        settings |= {
             "image_size": simplify_size(*config.image_height_width),
             "patch_size": simplify_size(*config.patch_height_width),
+            "qkv_bias": any(biases.values()),
+            "pooler_act": config.pooled_activation or "tanh",
+            "mlp_ratio": mlp_ratios.get(config.intermediate_size, 4),
+            "use_swiglu_ffn": is_gated,
+            "use_gated_mlp": is_gated,
+            "hidden_act": get_activation_name(config),
+            "layerscale_value": float(config.layer_scale_init_value or 1.0),
+            "use_mask_token": config.use_mask_token,  # DINOv2; with registers, a mask token always exists
+            **biases,
+            **read_labels(config),
         }
-        settings |= self.build_settings(config) | read_labels(config)
         supported_fields = {field.name for field in dataclasses.fields(model_class.config_class)}
         settings = {name: value for name, value in settings.items() if name in supported_fields}
         options = {}
@@ -93,50 +103,20 @@ class TargetClass:
         return model
 
 
-def build_vit_settings(config: ViTCLSConfig) -> Settings:
-    """Build the configuration of ViT and DeiT."""
-    return {"qkv_bias": any(get_qkv_biases(config).values()), "pooler_act": config.pooled_activation or "tanh"}
-
-
-def build_dinov2_settings(config: ViTCLSConfig) -> Settings:
-    """Build the configuration of DINOv2, with or without registers."""
-    is_gated = config.mlp_type != "mlp"
-    mlp_ratios = {compute_dinov2_mlp_size(config.hidden_size, ratio, is_gated): ratio for ratio in range(16, 0, -1)}
-    return {
-        "qkv_bias": any(get_qkv_biases(config).values()),
-        "mlp_ratio": mlp_ratios.get(config.intermediate_size, 4),
-        "use_swiglu_ffn": is_gated,
-        "layerscale_value": float(config.layer_scale_init_value or 1.0),
-        "use_mask_token": config.use_mask_token,  # only without registers; otherwise, a mask token always exists
-    }
-
-
-def build_dinov3_settings(config: ViTCLSConfig) -> Settings:
-    """Build the configuration of DINOv3."""
-    return {
-        **get_qkv_biases(config),
-        "proj_bias": config.projection_bias,
-        "use_gated_mlp": config.mlp_type != "mlp",
-        "hidden_act": get_activation_name(config),
-        "attention_dropout": config.attention_probs_dropout_prob,
-        "layerscale_value": float(config.layer_scale_init_value or 1.0),
-    }
-
-
 TARGETS: dict[str, list[TargetClass]] = {
     "ViTCLSModel": [
-        TargetClass("ViTModel", "4.30", build_vit_settings, has_optional_pooler=True),
-        TargetClass("DeiTModel", "4.30", build_vit_settings, has_optional_pooler=True),
-        TargetClass("Dinov2Model", "4.31", build_dinov2_settings),
-        TargetClass("Dinov2WithRegistersModel", "4.48", build_dinov2_settings),
-        TargetClass("DINOv3ViTModel", "4.56", build_dinov3_settings),
+        TargetClass("ViTModel", "4.30", has_optional_pooler=True),
+        TargetClass("DeiTModel", "4.30", has_optional_pooler=True),
+        TargetClass("Dinov2Model", "4.31"),
+        TargetClass("Dinov2WithRegistersModel", "4.48"),
+        TargetClass("DINOv3ViTModel", "4.56"),
     ],
     "ViTCLSForImageClassification": [
-        TargetClass("ViTForImageClassification", "4.30", build_vit_settings),
-        TargetClass("DeiTForImageClassificationWithTeacher", "4.30", build_vit_settings),
-        TargetClass("DeiTForImageClassification", "4.30", build_vit_settings),
-        TargetClass("Dinov2ForImageClassification", "4.31", build_dinov2_settings),
-        TargetClass("Dinov2WithRegistersForImageClassification", "4.48", build_dinov2_settings),
+        TargetClass("ViTForImageClassification", "4.30"),
+        TargetClass("DeiTForImageClassificationWithTeacher", "4.30"),
+        TargetClass("DeiTForImageClassification", "4.30"),
+        TargetClass("Dinov2ForImageClassification", "4.31"),
+        TargetClass("Dinov2WithRegistersForImageClassification", "4.48"),
     ],
 }
 MIN_TRANSFORMERS_VERSIONS = {target.name: target.min_version for targets in TARGETS.values() for target in targets}

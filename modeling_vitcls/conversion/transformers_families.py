@@ -86,14 +86,15 @@ COMMON_RULES = [
 ]
 
 
-# Fields with the same name and meaning in transformers configurations and in ViTCLSConfig.
-SHARED_FIELDS = (
-    "hidden_size num_hidden_layers num_attention_heads intermediate_size hidden_act layer_norm_eps qkv_bias "
-    "query_bias key_bias value_bias mlp_bias patch_size num_channels num_register_tokens rope_theta "
-    "hidden_dropout_prob attention_probs_dropout_prob drop_path_rate initializer_range"
-).split()
-# Fields with different names: name in transformers -> name in ViTCLSConfig.
-RENAMED_FIELDS = {
+# Field of transformers configurations -> field of ViTCLSConfig with the same meaning.
+FIELD_NAMES = {
+    name: name
+    for name in (
+        "hidden_size num_hidden_layers num_attention_heads intermediate_size hidden_act layer_norm_eps qkv_bias "
+        "query_bias key_bias value_bias mlp_bias patch_size num_channels num_register_tokens rope_theta "
+        "hidden_dropout_prob attention_probs_dropout_prob drop_path_rate initializer_range"
+    ).split()
+} | {
     "attention_dropout": "attention_probs_dropout_prob",
     "attention_bias": "qkv_bias",
     "head_dim": "attention_head_size",
@@ -110,8 +111,7 @@ RENAMED_FIELDS = {
 
 def read_common_fields(config: Any, weights: Weights) -> Fields:
     """Return the fields that most families share."""
-    names = {name: name for name in SHARED_FIELDS} | RENAMED_FIELDS
-    fields = {target: getattr(config, name) for name, target in names.items() if hasattr(config, name)}
+    fields = {target: getattr(config, name) for name, target in FIELD_NAMES.items() if hasattr(config, name)}
     if hasattr(config, "image_size"):
         fields["image_size"] = round_to_patches(config.image_size, config.patch_size)
     if hasattr(config, "mlp_ratio"):  # DINOv2 and families with the same layers

@@ -207,7 +207,8 @@ def build_model(
         model.load_state_dict(weights)
     except RuntimeError as error:  # missing and unexpected weights, and weights of a different shape
         raise ConversionError(format_error(error)) from None
-    return model.eval()
+    model.eval()
+    return model
 
 
 def should_create_classifier(classifier: str, num_labels: int | None, num_source_labels: int | None) -> bool:
