@@ -169,11 +169,7 @@ def read_ijepa_fields(config: Any, weights: Weights) -> Fields:
             "the pooler of IJepaModel uses the first patch instead of a CLS token. Load the model with "
             "add_pooling_layer=False"
         )
-    return read_common_fields(config, weights) | {
-        "num_cls_tokens": 0,
-        "pooling": "mean",
-        "position_embedding_tokens": "patches",
-    }
+    return read_common_fields(config, weights) | {"pooling": "mean"}
 
 
 # DINOv2 (arXiv 2304.07193), DINOv2 with registers (2309.16588), TIPSv2 (2604.12012; bilinear).
@@ -226,12 +222,12 @@ SIGLIP_RULES = [
 
 
 def read_siglip_fields(config: Any, weights: Weights) -> Fields:
-    """Return the fields of SigLIP, which has no special tokens and uses attention pooling if the model has a head."""
-    return read_common_fields(config, weights) | {
-        "num_cls_tokens": 0,
-        "position_embedding_tokens": "patches",
-        "pooling": "attention" if "head.probe" in weights else "mean",
-    }
+    """Return the fields of SigLIP, which has no special tokens and uses attention pooling if the model has a head. The
+    converted SigLIP 2 expects images instead of flattened patches."""
+    fields = read_common_fields(config, weights) | {"pooling": "attention" if "head.probe" in weights else "mean"}
+    if hasattr(config, "num_patches"):  # SigLIP 2
+        fields["image_size"] = isqrt(config.num_patches) * config.patch_size
+    return fields
 
 
 SIGLIP2_RULES = [
@@ -244,15 +240,6 @@ SIGLIP2_RULES = [
     ),
     *SIGLIP_RULES,
 ]
-
-
-def read_siglip2_fields(config: Any, weights: Weights) -> Fields:
-    """Return the fields of SigLIP 2. The converted model expects images instead of flattened patches."""
-    return read_siglip_fields(config, weights) | {
-        "image_size": isqrt(config.num_patches) * config.patch_size,
-        "position_interpolation": "bilinear",
-        "position_antialias": True,
-    }
 
 
 # InternViT (arXiv 2312.14238), which is part of InternVL and Qianfan-OCR.
@@ -291,9 +278,7 @@ def read_aimv2_fields(config: Any, weights: Weights) -> Fields:
     """Return the fields of AIMv2, which has RMS norms (also after the patch embedding), gated MLPs and no special
     tokens."""
     return read_common_fields(config, weights) | {
-        "num_cls_tokens": 0,
         "position_embedding_type": "sincos_2d" if config.is_native else "learned",
-        "position_embedding_tokens": "patches",
         "norm_type": "rmsnorm",
         "patch_norm": True,
         "projection_bias": config.qkv_bias,
@@ -381,9 +366,11 @@ def fold_pixel_normalization(weights: Weights) -> Weights:
     }
 
 
+NO_SPECIAL_TOKENS: Fields = {"num_cls_tokens": 0, "position_embedding_tokens": "patches"}
+
 VIT = TransformersFamily(read_vit_fields)
 DEIT = TransformersFamily(read_vit_fields, fields={"num_distillation_tokens": 1, "position_embedding_tokens": "all"})
-IJEPA = TransformersFamily(read_ijepa_fields)
+IJEPA = TransformersFamily(read_ijepa_fields, fields=NO_SPECIAL_TOKENS)
 PIXIO = TransformersFamily(read_common_fields, fields={"cls_pooling": "mean"}, has_square_grid=True)
 DINOV2 = TransformersFamily(read_dinov2_fields, has_square_grid=True)
 TIPSV2 = TransformersFamily(read_dinov2_fields, fields={"position_interpolation": "bilinear"}, has_square_grid=True)
@@ -396,9 +383,13 @@ CLIP = TransformersFamily(
     [Rule("post_layernorm.{rest}", "pooler.layernorm.{rest}")],
     {"patch_bias": False, "pre_norm": True, "final_norm": False},
 )
-SIGLIP = TransformersFamily(read_siglip_fields, SIGLIP_RULES)
-SIGLIP2 = TransformersFamily(read_siglip2_fields, SIGLIP2_RULES)
-AIMV2 = TransformersFamily(read_aimv2_fields, AIMV2_RULES)
+SIGLIP = TransformersFamily(read_siglip_fields, SIGLIP_RULES, NO_SPECIAL_TOKENS)
+SIGLIP2 = TransformersFamily(
+    read_siglip_fields,
+    SIGLIP2_RULES,
+    NO_SPECIAL_TOKENS | {"position_interpolation": "bilinear", "position_antialias": True},
+)
+AIMV2 = TransformersFamily(read_aimv2_fields, AIMV2_RULES, NO_SPECIAL_TOKENS)
 BEIT = TransformersFamily(read_beit_fields, BEIT_RULES, prepare_weights=add_shared_bias, has_square_grid=True)
 INTERNVL = TransformersFamily(read_internvl_fields, has_square_grid=True)
 RADIO = TransformersFamily(read_radio_fields, RADIO_RULES, prepare_weights=fold_pixel_normalization)
