@@ -68,6 +68,9 @@ TRANSFORMERS_KEYWORDS = frozenset(
 # Group of special tokens -> field with the number of tokens.
 COUNT_FIELDS = {"cls": "num_cls_tokens", "distillation": "num_distillation_tokens", "registers": "num_register_tokens"}
 
+# Value of `position_embedding_tokens` -> groups of special tokens that have position embeddings.
+GROUPS_WITH_POSITIONS: dict[str, tuple[str, ...]] = {"patches": (), "cls": ("cls",), "all": tuple(COUNT_FIELDS)}
+
 # Fields for which `from_pretrained(..., field=value)` adapts the weights of a checkpoint (adaptation_vitcls.py).
 ADAPTABLE_FIELDS = (
     *("image_size", "patch_size", *COUNT_FIELDS.values()),
@@ -597,9 +600,8 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     # Checks of the main options --------------------------------------------------------------------------------------
     def validate_token_init(self) -> None:
         """Check that special tokens cannot remain identical during training."""
-        groups_with_positions = {"patches": (), "cls": ("cls",), "all": ("cls", "distillation", "registers")}
         has_learned_positions = self.position_embedding_type.startswith("learned")
-        distinct_groups = groups_with_positions[self.position_embedding_tokens] if has_learned_positions else ()
+        distinct_groups = GROUPS_WITH_POSITIONS[self.position_embedding_tokens] if has_learned_positions else ()
         for group, field in COUNT_FIELDS.items():
             if self.token_init == "zeros" and group not in distinct_groups and getattr(self, field) > 1:
                 raise ValueError(

@@ -1,8 +1,9 @@
-"""Read and write JSON, write files atomically, replace unprintable characters, and detect closed pipes."""
+"""Read and write JSON, write files and folders atomically, replace unprintable characters, and detect closed pipes."""
 
 import json
 import os
 import select
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,6 +48,20 @@ def write_atomically(file: Path) -> Iterator[Path]:
     finally:
         temporary_file.unlink(missing_ok=True)
     sync_to_disk(file.parent)
+
+
+@contextmanager
+def create_output_folder(output: Path) -> Iterator[Path]:
+    """Create a temporary folder, and rename it to `output` on exit. After an error, nothing is left."""
+    existing_parent = next(folder for folder in output.absolute().parents if folder.is_dir())
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=existing_parent) as temporary_folder:
+        folder = Path(temporary_folder, output.name)
+        folder.mkdir()
+        yield folder
+        output.parent.mkdir(parents=True, exist_ok=True)
+        if output.exists():
+            output.rmdir()
+        folder.rename(output)
 
 
 def sync_to_disk(path: Path) -> None:

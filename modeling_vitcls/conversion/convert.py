@@ -7,9 +7,7 @@ report = write_native_model("runs/mine", Path("native"))    # a transformers cla
 """
 
 import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from ..configuration_vitcls import ViTCLSConfig
-from ..files import read_json, write_json
+from ..files import create_output_folder, read_json, write_json
 from ..hub.loading import check_is_vitcls, get_model_folder
 from ..hub.local_paths import check_output_is_empty, resolve_name, strip_folders
 from ..hub.model_files import PARITY_REPORT_FILE, RECIPE_FILE, RESULTS_FILE, hash_weights
@@ -162,20 +160,6 @@ def convert_source(source: SourceModel, classifier: ClassifierChoice, num_labels
         f"the weights are written in float32, because {saved_dtype} cannot represent all weights exactly"
     )
     return model
-
-
-@contextmanager
-def create_output_folder(output: Path) -> Iterator[Path]:
-    """Create a temporary folder, and rename it to `output` on exit. After an error, nothing is left."""
-    existing_parent = next(folder for folder in output.absolute().parents if folder.is_dir())
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=existing_parent) as temporary_folder:
-        folder = Path(temporary_folder, output.name)
-        folder.mkdir()
-        yield folder
-        output.parent.mkdir(parents=True, exist_ok=True)
-        if output.exists():
-            output.rmdir()
-        folder.rename(output)
 
 
 # Transformers classes ------------------------------------------------------------------------------------------------

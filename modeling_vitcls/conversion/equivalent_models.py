@@ -22,15 +22,10 @@ from dataclasses import dataclass
 import torch
 
 from ..blocks_vitcls import SinCosPositionEmbeddings
-from ..configuration_vitcls import ViTCLSConfig
+from ..configuration_vitcls import GROUPS_WITH_POSITIONS, ViTCLSConfig
 from .weight_rules import Weights
 
 
-GROUPS_WITH_POSITIONS: dict[str, tuple[str, ...]] = {
-    "patches": (),
-    "cls": ("cls",),
-    "all": ("cls", "distillation", "registers"),
-}
 TOKEN_WEIGHT_NAMES = {
     "cls": "embeddings.cls_token",
     "distillation": "embeddings.distillation_token",

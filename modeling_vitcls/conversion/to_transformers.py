@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from ..adaptation_vitcls import replace_fields
-from ..configuration_vitcls import ViTCLSConfig
+from ..configuration_vitcls import COUNT_FIELDS, GROUPS_WITH_POSITIONS, ViTCLSConfig
 from ..errors import format_error
 from ..modeling_vitcls import ViTCLSPreTrainedModel
 from .equivalent_models import REWRITES, Rewrite
@@ -217,11 +217,7 @@ def get_effective_fields(config: ViTCLSConfig, has_head: bool) -> dict[str, Any]
     inherited_fields = {field.name for field in dataclasses.fields(PreTrainedConfig)}
     names = [field.name for field in dataclasses.fields(config) if field.name not in inherited_fields | IGNORED_FIELDS]
     field_values = {name: getattr(config, name) for name in names}
-    position_embedding_tokens = config.position_embedding_tokens  # restricted below to tokens that the model has
-    if position_embedding_tokens == "all" and not config.num_distillation_tokens + config.num_register_tokens:
-        position_embedding_tokens = "cls"
-    if position_embedding_tokens == "cls" and not config.num_cls_tokens:
-        position_embedding_tokens = "patches"
+    groups_with_positions = GROUPS_WITH_POSITIONS[config.position_embedding_tokens]
     field_values |= {
         "image_size": list(config.image_height_width),
         "patch_size": list(config.patch_height_width),
@@ -229,7 +225,7 @@ def get_effective_fields(config: ViTCLSConfig, has_head: bool) -> dict[str, Any]
         **get_qkv_biases(config),
         "mlp_type": "mlp" if config.mlp_type == "mlp" else "glu",
         "hidden_act": get_activation_name(config),
-        "position_embedding_tokens": position_embedding_tokens,
+        "position_embedding_tokens": [name for name in groups_with_positions if getattr(config, COUNT_FIELDS[name])],
         "distillation_head": config.has_distillation_head,
         "cls_scopes": config.cls_scopes if any(scope != "image" for scope in config.cls_scopes or ()) else None,
     }

@@ -25,7 +25,7 @@ from typing import Any, Literal
 import torch
 from transformers.initialization import no_init_weights
 
-from ..configuration_vitcls import TokenLayout, ViTCLSConfig
+from ..configuration_vitcls import COUNT_FIELDS, GROUPS_WITH_POSITIONS, TokenLayout, ViTCLSConfig
 from ..errors import format_error
 from ..modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel, ViTCLSPreTrainedModel
 
@@ -49,9 +49,8 @@ class ConversionError(ValueError):
 def split_positions(tensor: torch.Tensor, config: ViTCLSConfig) -> Sequence[torch.Tensor]:
     """Split position embeddings [1, N, D] or [N, D] into the token groups of `POSITIONS`, [1, n, D] each."""
     positions = tensor.reshape(1, -1, config.hidden_size)
-    token_counts = [config.num_cls_tokens, config.num_distillation_tokens, config.num_register_tokens]
-    num_groups_with_positions = {"patches": 0, "cls": 1, "all": 3}[config.position_embedding_tokens]
-    token_counts[num_groups_with_positions:] = [0] * (3 - num_groups_with_positions)
+    groups = GROUPS_WITH_POSITIONS[config.position_embedding_tokens]
+    token_counts = [getattr(config, field) if group in groups else 0 for group, field in COUNT_FIELDS.items()]
     return [positions[:, group] for _, group in TokenLayout.from_counts(*token_counts).items()]
 
 

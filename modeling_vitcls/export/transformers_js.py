@@ -16,7 +16,6 @@ attention of the CLS tokens, which static Spaces display (publishing/static_spac
 """
 
 import json
-import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,14 +26,14 @@ from ..conversion.any_checkpoint import resolve_checkpoint
 from ..conversion.parity_report import build_random_images, get_max_magnitude
 from ..conversion.processors import select_settings
 from ..data.labels import is_multi_label
-from ..files import write_json
+from ..files import create_output_folder, write_json
 from ..hub.local_paths import check_output_is_empty
 from ..hub.model_files import hash_files, hash_weights
 from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel, ViTCLSPreTrainedModel
 from ..options import ExportOptions
 from .exportable import Outputs, compute_named_outputs, load_exportable_model
-from .exporter import export_model, get_report_path, move_files
+from .exporter import export_model, get_report_path
 from .formats import FORMATS
 from .measurement import compare_outputs_on_images, load_export_images
 
@@ -85,8 +84,8 @@ def export_for_transformers_js(
         for index in range(NUM_IMAGES // BATCH_SIZE)
     ]
     reference_outputs = compute_named_outputs(model, batches)
-    with tempfile.TemporaryDirectory() as temporary_folder:
-        folder = Path(temporary_folder, "onnx")
+    with create_output_folder(output) as output_folder:
+        folder = output_folder / "onnx"
         folder.mkdir()
         dtypes: dict[str, Literal["float32", "float16"]] = {"fp32": "float32", "fp16": "float16"}
         for web_dtype, dtype in dtypes.items():
@@ -110,9 +109,8 @@ def export_for_transformers_js(
             "sha256": hash_files(folder.glob("*.onnx")),
         }
         write_json(folder / "report.json", report)
-        move_files(folder, output / "onnx")
-    write_json(output / "config.json", build_config(model))
-    write_json(output / "preprocessor_config.json", preprocessor_config)
+        write_json(output_folder / "config.json", build_config(model))
+        write_json(output_folder / "preprocessor_config.json", preprocessor_config)
     return report
 
 
