@@ -74,6 +74,7 @@ class TargetClass:
     def build(self, config: ViTCLSConfig) -> PreTrainedModel:
         """Build a newly initialized transformers model with the settings of a configuration."""
         model_class = getattr(transformers, self.name)
+        supported_fields = {field.name for field in dataclasses.fields(model_class.config_class)}
         biases, is_gated = get_qkv_biases(config), config.mlp_type != "mlp"
         mlp_ratios = {
             compute_dinov2_mlp_size(config.hidden_size, ratio, is_gated): ratio for ratio in range(16, 0, -1)
@@ -87,13 +88,13 @@ class TargetClass:
             "mlp_ratio": mlp_ratios.get(config.intermediate_size, 4),
             "use_swiglu_ffn": is_gated,
             "use_gated_mlp": is_gated,
-            "hidden_act": get_activation_name(config),
+            # The gated MLP of DINOv2 ignores `hidden_act`.
+            "hidden_act": get_activation_name(config) if "use_gated_mlp" in supported_fields else config.hidden_act,
             "layerscale_value": float(config.layer_scale_init_value or 1.0),
             "use_mask_token": config.use_mask_token,  # DINOv2; with registers, a mask token always exists
             **biases,
             **read_labels(config),
         }
-        supported_fields = {field.name for field in dataclasses.fields(model_class.config_class)}
         settings = {name: value for name, value in settings.items() if name in supported_fields}
         options = {}
         if self.has_optional_pooler:
