@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import sklearn.datasets
 from helpers.accelerate_state import reset_accelerate
 from helpers.command_in_process import parse_flags
 from helpers.tiny_models import raises_one_line
 from PIL import Image
-from sklearn.datasets import load_digits
 from torch.utils.data import Dataset
 
 from modeling_vitcls import evaluate, finetune, inspect_tokens, predict, pretrain
@@ -24,7 +24,7 @@ from modeling_vitcls.publishing import finish
 from modeling_vitcls.training import run
 
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+pytestmark = pytest.mark.usefixtures("fresh_accelerate", "few_digits")
 
 MODEL: dict[str, Any] = {
     "image_size": 16,
@@ -41,7 +41,7 @@ RUN: dict[str, Any] = {"max_steps": 2, "batch_size": 32, "report": False}
 
 def get_digits() -> list[tuple[Image.Image, str]]:
     """Return scikit-learn's digits as images with labels."""
-    digits = load_digits()
+    digits = sklearn.datasets.load_digits()
     pixels = (digits.images * (255 / 16)).round().astype(np.uint8)
     return [(Image.fromarray(image), str(label)) for image, label in zip(pixels, digits.target, strict=True)]
 
@@ -98,7 +98,7 @@ def test_predict(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     assert from_path["label"] == rows[1]["label"]
     (from_bytes,) = predict(folder, (tmp_path / "1.png").read_bytes(), top_k=2)
     assert from_bytes["label"] == rows[1]["label"] and from_bytes["error"] is None
-    assert len(predict(folder, dataset="digits", features="cls")) == 1797
+    assert len(predict(folder, dataset="digits", features="cls")) == 450
     assert len(predict(folder, images, features="registers")[0]["features"]) == 16
     for flag in ("output", "shard", "shard_size", "merge", "config"):
         with raises_one_line(flag, error=TypeError):

@@ -18,7 +18,7 @@ from modeling_vitcls import predict
 from modeling_vitcls.files import read_json
 
 
-pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("fresh_accelerate", "fast_verification")]
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("fresh_accelerate", "few_digits", "fast_verification")]
 
 SIZES = "--hidden-size 32 --num-hidden-layers 2 --num-attention-heads 2 --intermediate-size 64 --num-register-tokens 1"
 SIZES += " --image-size 16 --patch-size 4"
