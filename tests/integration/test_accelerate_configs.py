@@ -148,8 +148,8 @@ def test_through_the_launcher(name: str, tmp_path: Path, request: pytest.Fixture
 
 
 @pytest.mark.slow
-def test_a_run_with_fsdp2_is_resumed_to_the_bit_with_ddp(fsdp2: Path, tmp_path: Path) -> None:
-    """Resume the checkpoint after four of six steps. test_resume.py resumes with FSDP2."""
+def test_a_run_with_fsdp2_is_resumed_with_ddp(fsdp2: Path, tmp_path: Path) -> None:
+    """Resume after four of six steps. DDP sums the gradients in another order; test_resume.py resumes with FSDP2."""
     folder = tmp_path / "resumed"
     shutil.copytree(fsdp2, folder)
     shutil.rmtree(folder / "checkpoints" / "step-00000006")
@@ -158,7 +158,7 @@ def test_a_run_with_fsdp2_is_resumed_to_the_bit_with_ddp(fsdp2: Path, tmp_path: 
     assert "after step 4 of 6" in launch(
         "ddp_cpu.yaml", "finetune.py", *TINY, *STEPS, "--output-dir", folder, "--resume"
     )
-    assert_same_run(fsdp2, folder, tolerance=0)
+    assert_same_run(fsdp2, folder, tolerance=1e-9)
 
 
 @pytest.mark.slow
