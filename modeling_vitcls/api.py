@@ -15,7 +15,7 @@ import types
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from .options import EvaluateOptions, FinetuneOptions, InspectOptions, PredictOptions, PretrainOptions, get_flag_names
+from .options import EvaluateOptions, FinetuneOptions, InspectOptions, PredictOptions, PretrainOptions, get_flag_fields
 
 
 Options = TypeVar("Options")
@@ -154,7 +154,7 @@ def inspect_tokens(model: str | Path, images: Any = (), **flags: Any) -> Any:
 def build_options(options_class: type[Options], /, **flags: Any) -> Options:
     """Build the options of a command. An in-memory dataset is registered under a generated name. Raise TypeError if a
     flag is unknown, and ValueError if a value is not allowed."""
-    known_flags = get_flag_names(options_class) - {"config"}
+    known_flags = get_flag_fields(options_class).keys() - {"config"}
     for name in flags:
         if name not in known_flags:
             similar_names = difflib.get_close_matches(name, known_flags, n=1)

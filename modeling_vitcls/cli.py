@@ -17,22 +17,8 @@ from types import ModuleType
 from .files import is_closed_pipe
 
 
-# Subcommand -> module in commands/, and summary
-COMMANDS = {
-    "finetune": ("finetune", "Fine-tune a ViT on labeled images"),
-    "pretrain": ("pretrain", "Pre-train a ViT on images without labels"),
-    "evaluate": ("evaluate", "Evaluate a model on labeled images"),
-    "predict": ("predict", "Predict the labels of images, or write their features"),
-    "convert": ("convert", "Convert a timm or transformers ViT, and write a parity report"),
-    "inspect": ("inspect_tokens", "Write an HTML report on what the special tokens of a model do"),
-    "push": ("push", "Push a model to the Hub and verify the pushed commit"),
-    "export": ("export", "Export a model to PyTorch (.pt2), ONNX, OpenVINO or transformers.js"),
-    "benchmark": ("benchmark", "Measure speed by backend and precision, next to timm and transformers"),
-    "study": ("study", "Compare settings by fine-tuning with each combination of settings and seeds"),
-    "demo": ("demo", "Serve a web page that shows the predictions and attention of a model"),
-    "space": ("space", "Publish the demo as a Space on the Hub"),
-    "env": ("env", "Print versions, devices and CPU kernels, for bug reports"),
-}
+# Names of the subcommands, which are the names of their modules in commands/, in the order of the help
+COMMANDS = "finetune pretrain evaluate predict convert inspect push export benchmark study demo space env".split()
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -64,8 +50,7 @@ def run_command_line(arguments: list[str]) -> None:
     modules = load_modules()
     from .commands.parsing import exit_on_error, parse_command_line, silence_libraries
 
-    summaries = {name: summary for name, (_, summary) in COMMANDS.items()}
-    name, options = parse_command_line(modules, summaries, arguments or ["--help"])
+    name, options = parse_command_line(modules, arguments or ["--help"])
 
     from .configuration_vitcls import ViTCLSConfig
 
@@ -78,10 +63,7 @@ def run_command_line(arguments: list[str]) -> None:
 def load_modules() -> dict[str, ModuleType]:
     """Import the modules of all subcommands. Exit with status 1 if the extra `cli` is not installed."""
     try:
-        return {
-            name: importlib.import_module(f"modeling_vitcls.commands.{module}")
-            for name, (module, _) in COMMANDS.items()
-        }
+        return {name: importlib.import_module(f"modeling_vitcls.commands.{name}") for name in COMMANDS}
     except ModuleNotFoundError as error:
         if error.name not in ("tyro", "yaml"):
             raise

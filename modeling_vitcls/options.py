@@ -754,12 +754,12 @@ def check_minimum(options: Any, minimum: int, *names: str) -> None:
         check_value(options, name, value is None or value >= minimum, f"{minimum} or more")
 
 
-def get_flag_names(options_class: Any) -> set[str]:
-    """Return the names of the flags of an options dataclass and its nested dataclasses, such as `batch_size`."""
-    names: set[str] = set()
+def get_flag_fields(options_class: Any) -> dict[str, dataclasses.Field[Any]]:
+    """Return the fields of an options dataclass and its nested dataclasses, by name, such as `batch_size`."""
+    fields: dict[str, dataclasses.Field[Any]] = {}
     for option in dataclasses.fields(options_class):
-        names |= get_flag_names(option.type) if dataclasses.is_dataclass(option.type) else {option.name}
-    return names
+        fields |= get_flag_fields(option.type) if dataclasses.is_dataclass(option.type) else {option.name: option}
+    return fields
 
 
 def to_flags(options: Any) -> dict[str, Any]:

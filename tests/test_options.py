@@ -21,7 +21,7 @@ from modeling_vitcls.options import (
     PretrainOptions,
     RunOptions,
     TrainingOptions,
-    get_flag_names,
+    get_flag_fields,
     parse_cls_scopes,
     to_arguments,
     to_flags,
@@ -162,7 +162,7 @@ def test_flags_of_a_run_are_those_of_a_recipe() -> None:
         Path("out"), DataOptions("digits", label_column=("a", "b")), ModelOptions("vitcls-tiny"), config=Path("a.yaml")
     )
     flags = to_flags(options)
-    assert flags.keys() == get_flag_names(FinetuneOptions) - {"config"}
+    assert flags.keys() == get_flag_fields(FinetuneOptions).keys() - {"config"}
     assert flags["output_dir"] == "out" and flags["label_column"] == ["a", "b"] and flags["model"] == "vitcls-tiny"
     assert flags["distillation_tau"] == 3.0 and flags["flip"] is True and flags["teacher"] is None
     arguments = [to_arguments(name, flags[name]) for name in ("output_dir", "label_column", "flip")]

@@ -1,8 +1,7 @@
 """The subcommands of `vitcls`: flags, one call into the package, and printed output.
 
-    parsing.py         recipes and flags -> options; one-line errors and exit statuses
-    inspect_tokens.py  vitcls inspect
-    NAME.py            vitcls NAME
+    parsing.py    recipes and flags -> options; one-line errors and exit statuses
+    NAME.py       vitcls NAME
 
 A subcommand defines OPTIONS_CLASS and `run(options)`. OPTIONS_CLASS is a dataclass whose fields are the flags, and
 whose `__post_init__` raises ValueError if flags contradict each other, before torch is imported. cli.py prints

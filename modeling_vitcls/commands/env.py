@@ -1,4 +1,4 @@
-"""`vitcls env`: versions, devices and CPU kernels, for bug reports.
+"""`vitcls env`: print versions, devices and CPU kernels, for bug reports.
 
 vitcls env --help
 """
@@ -22,14 +22,8 @@ ENVIRONMENT_VARIABLES = (
 )
 
 
-# Instructions that make bf16 and int8 fast: flag in /proc/cpuinfo -> name
-INSTRUCTIONS = {
-    "amx_bf16": "AMX bf16",
-    "amx_int8": "AMX int8",
-    "avx512_bf16": "AVX-512 bf16",
-    "avx512_vnni": "AVX-512 VNNI (int8)",
-    "avx_vnni": "AVX VNNI (int8)",
-}
+# Instructions that make bf16 and int8 fast, as in /proc/cpuinfo
+INSTRUCTIONS = "amx_bf16 amx_int8 avx512_bf16 avx512_vnni avx_vnni".split()
 
 
 @dataclass(frozen=True)
@@ -68,10 +62,10 @@ def format_environment() -> str:
 
 
 def list_instructions() -> list[str]:
-    """Return the names of the CPU's instructions for bf16 and int8, on Linux."""
+    """Return the CPU's instructions for bf16 and int8, on Linux."""
     file = Path("/proc/cpuinfo")
     flags = set(file.read_text(encoding="utf-8").split()) if file.is_file() else set()
-    return [name for flag, name in INSTRUCTIONS.items() if flag in flags]
+    return [name for name in INSTRUCTIONS if name in flags]
 
 
 def describe_devices() -> str:

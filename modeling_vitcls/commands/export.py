@@ -1,4 +1,4 @@
-"""`vitcls export`: export a model to a graph that runs without this package, and compare the outputs of both.
+"""`vitcls export`: export a model to PyTorch (.pt2), ONNX, OpenVINO or transformers.js, and compare the outputs.
 
     vitcls export --model runs/mine --format onnx --output mine.onnx
     vitcls export --model runs/mine --format torch --output mine.pt2 --no-dynamic --image-size 224 320

@@ -1,17 +1,15 @@
 """The command line: subcommands, flags and recipe files -> options; help; errors of one line.
 
-    name, options = parse_command_line(modules, summaries, ["finetune", "--config", "digits", "--epochs", "3"])
+    name, options = parse_command_line(modules, ["finetune", "--config", "digits", "--epochs", "3"])
 
 tyro parses the flags. A recipe is a YAML file of flags, which are inserted before the flags on the command line, so
 that tyro validates all flags and the command line overrides the recipe. Invalid flags are reported before torch is
 imported.
 """
 
-import ast
 import contextlib
 import dataclasses
 import difflib
-import inspect
 import io
 import itertools
 import os
@@ -23,15 +21,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn, Union
 
+import docstring_parser
 import tyro
 import yaml
-from tyro.extras import SubcommandApp
 
 from ..errors import is_raised_on_all_processes
 from ..files import is_closed_pipe
-from ..options import get_flag_names, to_arguments
+from ..options import get_flag_fields, to_arguments
 
 
 PACKAGE_FOLDER = Path(__file__).parents[1]
@@ -57,10 +55,9 @@ NOT_OF_TYPE = r"\1 requires \2, but got \3"
 TYRO_CONFIG = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
 
 
-def parse_command_line(
-    modules: dict[str, ModuleType], summaries: dict[str, str], arguments: list[str]
-) -> tuple[str, Any]:
-    """Return the name of the subcommand and its options.
+def parse_command_line(modules: dict[str, ModuleType], arguments: list[str]) -> tuple[str, Any]:
+    """Return the name of the subcommand and its options. `modules` maps names of subcommands to modules, whose
+    docstrings start with the name and a summary, followed by examples.
 
     Print the help and exit with status 0 if the help is requested; exit with status 2 if the command line is invalid.
     """
@@ -79,19 +76,25 @@ def parse_command_line(
         similar = difflib.get_close_matches(name, modules, n=1, cutoff=0.5)
         hint = f"did you mean {similar[0]}?" if similar else f"choose from {', '.join(modules)}"
         exit_with_message(f"error: vitcls has no command {name}: {hint}")
-    app = SubcommandApp()
+    subcommands: list[Any] = []
     for command, module in modules.items():
-        _, _, examples = str(module.__doc__).partition("\n\n")
-        description = f"{textwrap.dedent(str(module.OPTIONS_CLASS.__doc__))}\n\n{examples}".strip()
-        app.command(module.OPTIONS_CLASS, name=command, help=description if command == name else summaries[command])
+        title, _, examples = str(module.__doc__).partition("\n\n")
+        description = title.partition(": ")[2]
+        if command == name:
+            description = f"{textwrap.dedent(str(module.OPTIONS_CLASS.__doc__))}\n\n{examples}".strip()
+        subcommands.append(
+            Annotated[module.OPTIONS_CLASS, tyro.conf.subcommand(name=command, description=description)]
+        )
     with one_line_errors():
-        return name, app.cli(prog="vitcls", args=[name, *flags], config=TYRO_CONFIG)
+        union: Any = Union[tuple(subcommands)]  # noqa: UP007  # the number of types is not known here
+        return name, tyro.cli(union, prog="vitcls", args=[name, *flags], config=TYRO_CONFIG)
 
 
 def prepare_flags(command: str, options_class: type, flags: list[str]) -> list[str]:
     """Insert the flags of a recipe, and check the names of all flags. Exit with status 2 if a flag is unknown or
     missing."""
-    flag_names = get_flag_names(options_class)
+    flag_fields = get_flag_fields(options_class)
+    flag_names = set(flag_fields)
     has_recipes = "config" in flag_names and command != "study"  # a study file has a format of its own
     flag = "source" if "source" in flag_names else "model"
     if flags and not flags[0].startswith("-") and "paths" not in flag_names and flag in flag_names:
@@ -104,7 +107,11 @@ def prepare_flags(command: str, options_class: type, flags: list[str]) -> list[s
             exit_with_message(
                 f"error: vitcls {command} has no flag --{name.replace('_', '-')}; {hint(name, flag_names)}"
             )
-    missing = [f"--{name.replace('_', '-')}" for name in list_required_flags(options_class) if name not in names]
+    missing = [
+        f"--{name.replace('_', '-')}"
+        for name, field in flag_fields.items()
+        if field.default is field.default_factory is dataclasses.MISSING and name not in names
+    ]
     if missing:
         exit_with_message(
             f"error: vitcls {command} requires {', '.join(missing)}. `vitcls {command} --help` lists flags"
@@ -125,17 +132,6 @@ def read_value(flags: list[str], flag: str) -> str | None:
     values = [flags[index + 1] for index in range(len(flags) - 1) if flags[index] == flag]
     values += [each.partition("=")[2] for each in flags if each.startswith(f"{flag}=")]
     return values[-1] if values else None
-
-
-def list_required_flags(options_class: Any) -> list[str]:
-    """Return the names of the flags without a default, including those of nested dataclasses."""
-    names = []
-    for option in dataclasses.fields(options_class):
-        if dataclasses.is_dataclass(option.type):
-            names += list_required_flags(option.type)
-        elif option.default is option.default_factory is dataclasses.MISSING:
-            names.append(option.name)
-    return names
 
 
 @contextmanager
@@ -187,11 +183,8 @@ def read_help_texts(options_class: Any) -> dict[str, str]:
     """Return the docstrings below the fields of a dataclass, its base classes and its nested dataclasses."""
     texts: dict[str, str] = {}
     for base in reversed(options_class.__mro__[:-1]):
-        (definition,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
-        assert isinstance(definition, ast.ClassDef)
-        for field, text in zip(definition.body, definition.body[1:], strict=False):
-            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(field.target, ast.Name):
-                texts[field.target.id] = ast.literal_eval(text.value)
+        parameters = docstring_parser.parse_from_object(base).params
+        texts |= {parameter.arg_name: str(parameter.description) for parameter in parameters}
     for option in dataclasses.fields(options_class):
         if dataclasses.is_dataclass(option.type):
             texts |= read_help_texts(option.type)

@@ -10,7 +10,7 @@ from helpers.tiny_models import build_tiny_config, save_with_processor
 
 from modeling_vitcls import ViTCLSForImageClassification, cli
 from modeling_vitcls.commands.parsing import find_recipe, read_help_texts, silence_libraries
-from modeling_vitcls.options import FinetuneOptions, get_flag_names
+from modeling_vitcls.options import FinetuneOptions, get_flag_fields
 
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -89,13 +89,13 @@ def test_the_help_of_training_fits_on_a_screen(
     assert {"--model", "--dataset", "--output-dir", "--epochs", "--learning-rate", "--resume"} <= set(flags)
     assert run_here(command, "--help-all") == 0
     text = capsys.readouterr().out
-    names = get_flag_names(cli.load_modules()[command].OPTIONS_CLASS)
+    names = get_flag_fields(cli.load_modules()[command].OPTIONS_CLASS)
     assert all(f"--{name.replace('_', '-')}" in text for name in names)
 
 
 def test_every_flag_has_a_help_text() -> None:
     for name, module in cli.load_modules().items():
-        assert get_flag_names(module.OPTIONS_CLASS) <= read_help_texts(module.OPTIONS_CLASS).keys(), name
+        assert get_flag_fields(module.OPTIONS_CLASS).keys() <= read_help_texts(module.OPTIONS_CLASS).keys(), name
 
 
 def test_recipes_have_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
