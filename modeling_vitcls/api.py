@@ -89,15 +89,23 @@ def evaluate(model: str | Path, dataset: Any, **flags: Any) -> dict[str, Any]:
         flags: other flags of `vitcls evaluate`.
 
     Returns:
-        The metrics that `vitcls evaluate --output FILE` writes.
+        The metrics that `vitcls evaluate --output FILE` writes or, if `audit` is set, the numbers of issues.
 
     Raises:
         TypeError, ValueError, OSError: as in `finetune`.
     """
+    return run_evaluation(build_options(EvaluateOptions, model=model, dataset=dataset, **flags))
+
+
+def run_evaluation(options: EvaluateOptions) -> dict[str, Any]:
+    """Evaluate the classifier, or the frozen features if `frozen` is set; or audit the dataset if `audit` is set."""
     from .inference.evaluate import evaluate_checkpoint
     from .inference.frozen import evaluate_frozen
 
-    options = build_options(EvaluateOptions, model=model, dataset=dataset, **flags)
+    if options.audit is not None:
+        from .analysis.audit import audit_checkpoint
+
+        return audit_checkpoint(options)
     return evaluate_frozen(options) if options.frozen else evaluate_checkpoint(options)
 
 

@@ -9,8 +9,6 @@ must come from a model that was not trained on the image: held-out, or out-of-fo
 neighbors in the model's features, or in small copies of the images, whose pixels agree.
 """
 
-import base64
-import io
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,6 +36,7 @@ from ..inference.evaluator import Evaluator, get_evaluator_arguments
 from ..inference.frozen import FeatureEvaluator, build_classifier
 from ..inference.load_model import load_model
 from ..options import EvaluateOptions
+from .report import encode_data_url
 
 
 NUM_NEIGHBORS = 5  # neighbors in feature space whose pixels are compared
@@ -295,7 +294,7 @@ def write_audit(audit: dict[str, pd.DataFrame], images: AuditedImages, page: Pat
             counts={issue: len(rows) for issue, rows in audit.items()},
             across=count_pairs_across_splits(audit),
             num_images=len(images.ids),
-            thumbnail=lambda row: encode_thumbnail(images.pixels[row]),
+            thumbnail=lambda row: encode_data_url(Image.fromarray(images.pixels[row])),
             csv_name=csv_file.name,
         ),
         encoding="utf-8",
@@ -306,10 +305,3 @@ def write_audit(audit: dict[str, pd.DataFrame], images: AuditedImages, page: Pat
 def count_pairs_across_splits(audit: dict[str, pd.DataFrame]) -> int:
     """Return the number of near duplicates whose images are in different splits."""
     return int((audit["duplicate"]["split"] != audit["duplicate"]["other_split"]).sum())
-
-
-def encode_thumbnail(pixels: np.ndarray) -> str:
-    """Return an image as a data URL."""
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

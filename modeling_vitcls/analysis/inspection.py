@@ -322,7 +322,7 @@ def count_affordable_images(model: Any, pixels: Sequence[torch.Tensor]) -> int:
 class InspectionImages:
     """Images with names, labels (as in `inspect_model`; None if unknown) and a description of the source."""
 
-    images: ArrayImages | DatasetImages | list[Image.Image]
+    images: ArrayImages | DatasetImages
     names: Sequence[str]
     labels: Sequence[Any] | None
     source: str
@@ -331,12 +331,8 @@ class InspectionImages:
         """Return arguments of `inspect_model`: `num_measured` images for the statistics, of which `num_shown` are
         shown. The images are evenly spaced, because datasets are often sorted by class."""
         indices = select_evenly_spaced(range(len(self.names)), num_measured)
-        if isinstance(self.images, list):
-            images: Any = [self.images[index] for index in indices]
-        else:
-            images = self.images.select(indices)
         return {
-            "images": images,
+            "images": self.images.select(indices),
             "names": [self.names[index] for index in indices],
             "labels": None if self.labels is None else [self.labels[index] for index in indices],
             "num_shown": num_shown,

@@ -18,7 +18,6 @@ from torch import nn
 from ..configuration_vitcls import ViTCLSConfig
 from ..data.fit import Size, VisibleRegion
 from ..image_processing_vitcls import pil_to_tensor
-from ..token_names import get_token_names_by_group
 
 
 def get_head_names(config: ViTCLSConfig) -> list[str]:
@@ -32,51 +31,30 @@ def get_head_names(config: ViTCLSConfig) -> list[str]:
 # Tokens that are used ------------------------------------------------------------------------------------------------
 
 
-def is_used_by_head(config: ViTCLSConfig, group: str, index: int, has_head: bool = True) -> bool:
-    """Return whether the head uses the output of token `index` of a group. Without a head, the outputs of the CLS
-    tokens, distillation tokens and patches are used."""
-    if not has_head:
-        return group != "registers"
-    if "ViTCLSForMaskedImageModeling" in (config.architectures or ()):
-        return group == "patches"
-    if config.pooling == "attention" and config.attention_pool_tokens == "all":
-        return True
-    if group == "cls":
-        pooled_indices = config.pooled_cls_indices if config.cls_pooling != "first" else config.pooled_cls_indices[:1]
-        return bool(config.tasks) or (config.pooling in ("cls", "cls_mean") and index in pooled_indices)
-    if group == "distillation":
-        return config.has_distillation_head and not config.tasks
-    return group == "patches" and config.pooling != "cls"
-
-
-def get_used_token_mask(config: ViTCLSConfig, has_head: bool = True) -> list[bool]:
-    """Return whether the head uses each special token and, as the last value, the patches (`is_used_by_head`)."""
-    groups = get_token_names_by_group(config) | {"patches": ["patches"]}
-    return [
-        is_used_by_head(config, group, index, has_head)
-        for group, names in groups.items()
-        for index in range(len(names))
-    ]
-
-
 def get_head_readers(config: ViTCLSConfig, has_head: bool = True) -> dict[str, set[int]]:
     """Return a dict that maps each output of the model to the sequence indices of the special tokens that it is
     computed from directly; patches count as index -1. Outputs are named as in ablation.py; the distillation head
-    is "distillation"."""
+    is "distillation". The outputs of a model without a head are its CLS tokens, distillation tokens and patches."""
     layout = config.token_layout
-    members = {group: range(layout.num_prefix_tokens)[indices] for group, indices in layout.items()}
-    if config.tasks and has_head:
-        return {task: {members["cls"][index]} for index, task in enumerate(config.task_labels())}
+    special_indices = range(layout.num_prefix_tokens)
+    cls, distillation = special_indices[layout.cls], set(special_indices[layout.distillation])
     if not has_head:
-        return {group: set(members[group]) for group in ("cls", "distillation") if members[group]}
-    *is_used, uses_patches = get_used_token_mask(config)
-    used = {index for index in range(layout.num_prefix_tokens) if is_used[index]}
-    heads = {"": used | ({-1} if uses_patches else set())}
-    if config.has_distillation_head:
-        heads["distillation"] = used & set(members["distillation"])
-        if config.pooling != "attention" or config.attention_pool_tokens != "all":
-            heads[""] -= heads["distillation"]
-    return heads
+        return {"cls": set(cls), "distillation": distillation, "patches": {-1}}
+    if config.tasks:
+        return {task: {index} for task, index in zip(config.task_labels(), cls, strict=True)}
+    heads = {"": set() if config.pooling == "cls" else {-1}}
+    if config.pooling in ("cls", "cls_mean"):
+        num_pooled = 1 if config.cls_pooling == "first" else None
+        heads[""] |= {cls[index] for index in config.pooled_cls_indices[:num_pooled]}
+    elif config.pooling == "attention" and config.attention_pool_tokens == "all":
+        heads[""] |= set(special_indices)
+    return heads | ({"distillation": distillation} if config.has_distillation_head else {})
+
+
+def get_used_token_mask(config: ViTCLSConfig, has_head: bool = True) -> list[bool]:
+    """Return whether an output of the model reads each special token and, as the last value, the patches."""
+    used_indices = set().union(*get_head_readers(config, has_head).values())
+    return [index in used_indices for index in (*range(config.token_layout.num_prefix_tokens), -1)]
 
 
 def count_used_layers(config: ViTCLSConfig, has_head: bool) -> list[int]:
@@ -146,21 +124,19 @@ def overlay(
     image: Image.Image,
     values: torch.Tensor | np.ndarray,
     visible_region: VisibleRegion | None = None,
-    max_value: float | None = None,
     max_side: int | None = None,
     min_side: int | None = None,
 ) -> Image.Image:
     """Draw a map over an image; higher values are brighter and more opaque.
 
-    The image is gray and dimmed, so that all colors belong to the map. Pixels outside the visible region are dark.
+    The image is gray and dimmed, so that all colors belong to the map. Pixels outside the visible region are dark. The
+    brightest color is the maximum of the map, but at least MIN_SCALE times the mean, so that a uniform map is not
+    bright everywhere.
 
     Args:
         values: nonnegative values [gh, gw] of patches, or [h, w] of pixels. NaN marks values outside the visible
             region.
         visible_region: the region that a map [gh, gw] covers (`get_visible_region`). Default: the whole image.
-        max_value: the value that is drawn in the brightest color. Maps with the same `max_value` are comparable.
-            Default: the maximum of the map, but at least MIN_SCALE times the mean, so that a uniform map is not
-            bright everywhere.
         max_side: maximum length of the longer side in pixels; a larger image is scaled down.
         min_side: minimum length of the longer side in pixels; a smaller image is scaled up by an integer factor.
 
@@ -177,8 +153,7 @@ def overlay(
         map_values = upsample_maps(map_values, size, region)  # [h, w]
     finite_values = map_values.nan_to_num().numpy()  # [h, w]
     is_hidden = map_values.isnan().numpy()
-    if max_value is None:
-        max_value = max(finite_values.max(), MIN_SCALE * finite_values.sum() / max((~is_hidden).sum(), 1))
+    max_value = max(finite_values.max(), MIN_SCALE * finite_values.sum() / max((~is_hidden).sum(), 1))
     strength = (finite_values / max_value if max_value > 0 else finite_values).clip(0, 1)  # [h, w]
     colors, opacity = colormaps[COLORMAP](strength)[:, :, :3], (0.25 + 0.6 * strength)[:, :, None]
     gray = np.asarray(resized_image.convert("L"), dtype=np.float32)[:, :, None] / 255  # [h, w, 1]

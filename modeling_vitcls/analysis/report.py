@@ -40,7 +40,15 @@ from .diagnosis import Verdict
 from .figures import plot_curve, plot_norm_histogram, plot_norms, render_svg
 from .image_report import IMAGE_KINDS, ImageReport, compute_patch_colors
 from .inspection import Inspection
-from .maps import COLORMAP, MIN_SCALE, count_used_layers, get_head_names, is_used_by_head, overlay, resize_with_region
+from .maps import (
+    COLORMAP,
+    MIN_SCALE,
+    count_used_layers,
+    get_head_names,
+    get_used_token_mask,
+    overlay,
+    resize_with_region,
+)
 
 
 TEMPLATE_FOLDER = Path(__file__).parent
@@ -82,6 +90,7 @@ def write_page(
     )
     config = inspection.config
     groups = get_token_names_by_group(config) | {"patches": ["patches"]}
+    is_used = iter(get_used_token_mask(config))  # in sequence order
     text = environment.get_template("report.html.j2").render(
         title=title or get_model_name(config.name_or_path) or inspection.model_class,
         source=source,
@@ -92,10 +101,7 @@ def write_page(
         findings=inspection.findings,
         other_verdicts=[*inspection.tasks, inspection.heads, inspection.patches],
         layout={
-            group: [
-                (name, inspection.has_head and is_used_by_head(config, group, index))
-                for index, name in enumerate(names)
-            ]
+            group: [(name, next(is_used) and inspection.has_head) for name in names]
             for group, names in groups.items()
             if names
         },

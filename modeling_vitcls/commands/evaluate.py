@@ -15,14 +15,6 @@ OPTIONS_CLASS = EvaluateOptions
 def run(options: EvaluateOptions) -> None:
     """Evaluate the model, or its frozen features if --frozen is set, and print the metrics; or audit
     the dataset if --audit is set."""
-    from ..inference.evaluate import evaluate_checkpoint
-    from ..inference.frozen import evaluate_frozen
+    from ..api import run_evaluation
 
-    if options.audit is not None:
-        from ..analysis.audit import audit_checkpoint
-
-        audit_checkpoint(options)
-    elif options.frozen:
-        evaluate_frozen(options)
-    else:
-        evaluate_checkpoint(options)
+    run_evaluation(options)

@@ -31,6 +31,7 @@ from modeling_vitcls.analysis.inspection import (
     select_evenly_spaced,
     select_images,
 )
+from modeling_vitcls.data.images import ArrayImages
 from modeling_vitcls.heads_vitcls import IGNORED_LABEL
 from modeling_vitcls.options import InspectOptions
 
@@ -292,7 +293,7 @@ def test_an_encoder_reads_the_selected_split(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("has_labels", [False, True])
 def test_some_images_are_selected_at_regular_intervals(has_labels: bool) -> None:
-    images = [Image.new("L", (1, 1), value) for value in range(9)]
+    images = ArrayImages(np.arange(9, dtype=np.uint8).reshape(9, 1, 1))
     labels = [10 * value for value in range(9)] if has_labels else None
     found = InspectionImages(images, [f"image {value}" for value in range(9)], labels, "a test")
     arguments = found.build_arguments(2, 3)

@@ -12,7 +12,6 @@ from torch import nn
 from modeling_vitcls import (
     ViTCLSConfig,
     ViTCLSForImageClassification,
-    ViTCLSForMaskedImageModeling,
     ViTCLSForMultiTaskClassification,
     ViTCLSImageProcessor,
     ViTCLSImageProcessorPil,
@@ -23,7 +22,6 @@ from modeling_vitcls.analysis.maps import (
     extract_patch_maps,
     get_head_names,
     get_used_token_mask,
-    is_used_by_head,
     overlay,
     upsample_maps,
 )
@@ -73,10 +71,8 @@ def test_a_model_without_special_tokens_has_no_maps():
     assert upsample_maps(maps, (50, 60), VisibleRegion(0, 0, 60, 50)).shape == (2, 2, 2, 0, 50, 60)
 
 
-@pytest.mark.parametrize(("group", "is_output"), [("cls", True), ("distillation", True), ("registers", False)])
-def test_a_model_without_a_head_outputs_all_tokens_but_registers(group, is_output):
+def test_a_model_without_a_head_outputs_all_tokens_but_registers():
     config = build_tiny_config(num_cls_tokens=2, num_distillation_tokens=1, num_register_tokens=1)
-    assert is_used_by_head(config, group, 0, has_head=False) == is_output
     assert get_used_token_mask(config, has_head=False) == [True, True, True, False, True]
     assert count_used_layers(config, has_head=False) == [2, 2, 2, 1, 2]
 
@@ -92,16 +88,13 @@ FIELDS = {
     "attention": {"pooling": "attention", "num_register_tokens": 1},
     "attention to all": {"pooling": "attention", "attention_pool_tokens": "all", "num_register_tokens": 1},
     "tasks": {"num_cls_tokens": 2, "tasks": TASKS, "num_distillation_tokens": 1},
-    "masked": {"num_register_tokens": 1, "architectures": ["ViTCLSForMaskedImageModeling"]},
 }
 
 
 @pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS)
 def test_a_head_reads_the_tokens_with_a_gradient(fields: dict) -> None:
     config = build_tiny_config(**fields)
-    classes = {"tasks": ViTCLSForMultiTaskClassification, "architectures": ViTCLSForMaskedImageModeling}
-    model_class = next((classes[name] for name in classes if name in fields), ViTCLSForImageClassification)
-    model = randomize(model_class(config))
+    model = randomize((ViTCLSForMultiTaskClassification if config.tasks else ViTCLSForImageClassification)(config))
     sequences: list[torch.Tensor] = []
 
     def record(norm: nn.Module, args: tuple, sequence: torch.Tensor) -> None:
@@ -109,18 +102,13 @@ def test_a_head_reads_the_tokens_with_a_gradient(fields: dict) -> None:
         sequences.append(sequence)
 
     model.vitcls.layernorm.register_forward_hook(record)
-    outputs = model(build_images(batch=1))
-    outputs = outputs.reconstruction if model_class is ViTCLSForMaskedImageModeling else outputs.logits
+    outputs = model(build_images(batch=1)).logits
     tensors = outputs.values() if isinstance(outputs, dict) else [outputs]
     torch.stack([tensor.square().sum() for tensor in tensors]).sum().backward()
     gradient = sequences[0].grad[0].abs().sum(dim=1)  # one value per computed token
-    for group, tokens in config.token_layout.items():
-        if group == "patches":
-            assert is_used_by_head(config, group, 0) == bool(gradient[tokens].sum() > 0)
-            continue
-        for place, index in enumerate(range(config.token_layout.num_prefix_tokens)[tokens]):
-            is_read = index < len(gradient) and bool(gradient[index] > 0)
-            assert is_used_by_head(config, group, place) == is_read, (group, place)
+    layout = config.token_layout
+    is_read = [index < len(gradient) and bool(gradient[index] > 0) for index in range(layout.num_prefix_tokens)]
+    assert get_used_token_mask(config) == [*is_read, bool(gradient[layout.patches].sum() > 0)]
 
 
 # The visible part of the image ---------------------------------------------------------------------------------------
