@@ -393,14 +393,16 @@ def plot_summary(summary: "pandas.DataFrame", heading: str, file: Path) -> None:
     figure.savefig(file, dpi=120)
 
 
-def run_study(study: Study, folder: Path, command: str, **runner_settings: Any) -> list[dict[str, Any]]:
+def run_study(
+    study: Study, folder: Path, command: str, num_jobs: int = 1, num_threads: int = 1, dataset: str | None = None
+) -> list[dict[str, Any]]:
     """Run a study, write the results to `folder`, and return the rows of runs.parquet.
 
     Args:
         study: contents of the study file.
         folder: output folder. Finished runs in it are not repeated.
         command: command line that the page (README.md) shows.
-        runner_settings: additional arguments of `StudyRunner`.
+        num_jobs, num_threads, dataset: as in `StudyRunner`.
     """
     import pandas
 
@@ -410,7 +412,7 @@ def run_study(study: Study, folder: Path, command: str, **runner_settings: Any) 
     if settings_file.exists() and read_json(settings_file) != json.loads(json.dumps(study_settings)):
         raise ValueError(f"{folder} contains runs of a study with different flags. Set a different --output-dir")
     write_json(settings_file, study_settings)
-    runner = StudyRunner(study, folder, **runner_settings)
+    runner = StudyRunner(study, folder, num_jobs, num_threads, dataset)
     try:
         runner.execute()
     finally:

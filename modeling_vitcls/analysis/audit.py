@@ -280,11 +280,11 @@ def build_rows(images: AuditedImages, indices: np.ndarray, scores: np.ndarray) -
 
 def write_audit(audit: dict[str, pd.DataFrame], images: AuditedImages, page: Path, title: str) -> Path:
     """Write the page, and a CSV file with one row per issue to the same folder. Return the path of the file."""
-    table = pd.concat([rows.assign(issue=issue) for issue, rows in audit.items() if issue != "overlap"])
+    tables = {issue: rows for issue, rows in audit.items() if issue != "overlap"}
+    table = pd.concat(tables, names=["issue", None]).drop(columns=["row", "other_row"])
     page.parent.mkdir(parents=True, exist_ok=True)
     csv_file = page.with_suffix(".csv")
-    columns = [name for name in table.columns if name not in ("row", "other_row")]
-    table[["issue", *[name for name in columns if name != "issue"]]].to_csv(csv_file, index=False)
+    table.reset_index("issue").to_csv(csv_file, index=False)
     environment = Environment(loader=PackageLoader("modeling_vitcls.analysis", "."), autoescape=True)
     shown = {issue: rows.head(MAX_SHOWN).to_dict("records") for issue, rows in audit.items()}
     page.write_text(

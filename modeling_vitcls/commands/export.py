@@ -49,13 +49,15 @@ def silence_exporters() -> None:
 
 def print_report(report: dict[str, Any], output: Path) -> None:
     """Print the report and the code to run the exported file."""
+    from ..export.formats import FORMATS
+
     print(f"Largest differences between {report['format']} in {report['dtype']} and {report['model']}:")
     for comparison in report["tried"]:
         batch_size, _, height, width = comparison["shape"]
         differences = ", ".join(f"{name} {value:.1e}" for name, value in comparison["differences"].items())
         print(f"- {batch_size} images of {height} x {width}: {differences}")
     print("\n".join(format_notes(report)))
-    file = output if output.suffix else output / f"model{SUFFIXES[report['format']]}"
+    file = output if output.suffix else output / f"model{FORMATS[report['format']].suffix}"
     print(f"\nWrote the model to {file}, and its description to {file}.json. Run the exported model with")
     for line in USAGE[report["format"]]:
         print(f"  {line.format(file=file)}")
@@ -87,7 +89,6 @@ def format_notes(report: dict[str, Any]) -> list[str]:
     return [*lines, f"Size: {report['num_bytes'] / 2**20:.1f} MiB"]
 
 
-SUFFIXES = {"torch": ".pt2", "onnx": ".onnx", "openvino": ".xml"}
 USAGE = {
     "torch": ('outputs = torch.export.load("{file}").module()(pixel_values)',),
     "onnx": (

@@ -41,16 +41,10 @@ def run(options: StudyOptions) -> None:
     """Run the study. Exit with status 1 if a run fails."""
     from ..study import load_study, run_study
 
-    command = ["vitcls", "study", "--config", options.config, "--output-dir", options.output_dir]
-    command += ["--jobs", options.jobs, *(["--dataset", options.dataset] if options.dataset else [])]
-    rows = run_study(
-        load_study(find_recipe(options.config)),
-        options.output_dir,
-        shlex.join(map(str, command)),
-        num_jobs=options.jobs,
-        num_threads=options.threads,
-        dataset=options.dataset,
-    )
+    words = ["vitcls", "study", "--config", options.config, "--output-dir", options.output_dir]
+    words += ["--jobs", options.jobs, *(["--dataset", options.dataset] if options.dataset else [])]
+    study, command = load_study(find_recipe(options.config)), shlex.join(map(str, words))
+    rows = run_study(study, options.output_dir, command, options.jobs, options.threads, options.dataset)
     if num_unfinished := sum(row["status"] != "finished" for row in rows):
         message = f"error: {num_unfinished} of {len(rows)} runs failed. See log.txt in their folders"
         exit_with_message(message, status=1)

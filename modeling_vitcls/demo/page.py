@@ -61,8 +61,10 @@ def serve_demo(
         OSError: If the port is in use.
     """
     page = build_page(model, processor, title, examples)
+    options: dict[str, Any] = {"share": False, "ssr_mode": False, "prevent_thread_lock": True, "quiet": True}
+    options |= {"theme": gr.themes.Default(**FONTS), "footer_links": ["gradio"]}
     try:
-        address = launch_page(page, host, port)
+        _, address, _ = page.launch(server_name=host, server_port=port, **options)
     except OSError as error:  # gradio's message does not mention --port
         raise OSError(f"Cannot open port {port or '7860 or above'}. Set --port to a free port.") from error
     print(f"{title}: {address}", flush=True)
@@ -78,13 +80,6 @@ def load_from_hub(source: str, revision: str) -> tuple[Any, Any]:
     model = auto_class.from_pretrained(source, **options, **({} if is_classifier else {"add_pooling_layer": False}))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return model.eval().to(device), AutoImageProcessor.from_pretrained(source, **options)
-
-
-def launch_page(page: gr.Blocks, host: str | None = None, port: int | None = None) -> str:
-    """Serve the page in background threads and return its URL."""
-    theme = gr.themes.Default(**FONTS)
-    options: dict[str, Any] = {"share": False, "ssr_mode": False, "prevent_thread_lock": True, "quiet": True}
-    return page.launch(server_name=host, server_port=port, theme=theme, footer_links=["gradio"], **options)[1]
 
 
 def build_page(model: Any, processor: Any, title: str, examples: Sequence[str | Path] = ()) -> gr.Blocks:
