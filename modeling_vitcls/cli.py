@@ -65,7 +65,7 @@ def load_modules() -> dict[str, ModuleType]:
     try:
         return {name: importlib.import_module(f"modeling_vitcls.commands.{name}") for name in COMMANDS}
     except ModuleNotFoundError as error:
-        if error.name not in ("tyro", "yaml"):
+        if error.name not in ("docstring_parser", "tyro", "yaml"):
             raise
         message = f"error: the vitcls command requires {error.name}: run pip install 'modeling_vitcls[cli]'"
         print(message, file=sys.stderr)

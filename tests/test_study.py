@@ -180,7 +180,7 @@ def test_the_commands_of_a_study_in_the_repository_are_valid(file: Path) -> None
     for run in [first_run, *other_runs]:
         if run.seed == first_run.seed and len(set(run.levels.items()) - set(first_run.levels.items())) <= 1:
             for stage, flags in runner.build_commands(run):
-                _, options = parse_command_line(modules, dict.fromkeys(modules, ""), [stage, *flags])
+                _, options = parse_command_line(modules, [stage, *flags])
                 if stage == "pretrain":
                     check_options(options)
 

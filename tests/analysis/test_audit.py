@@ -12,7 +12,7 @@ from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import cross_val_predict
 
-from modeling_vitcls import ViTCLSModel
+from modeling_vitcls import ViTCLSModel, evaluate
 from modeling_vitcls.analysis.audit import (
     AuditedImages,
     audit_checkpoint,
@@ -129,10 +129,7 @@ def test_audit_of_a_folder_and_training_without_the_listed_images(tmp_path: Path
     model = ViTCLSModel(build_tiny_config(image_size=32, patch_size=8, hidden_size=64))
     save_with_processor(model, tmp_path / "model")
     page = tmp_path / "audit" / "page.html"
-    options = EvaluateOptions(
-        str(tmp_path / "model"), DataOptions(str(tmp_path / "photos")), frozen="logreg", audit=page
-    )
-    counts = audit_checkpoint(options)
+    counts = evaluate(tmp_path / "model", tmp_path / "photos", frozen="logreg", audit=page)
     assert counts["num_images"] == 405 and counts["across_splits"] >= 5
     table = pd.read_csv(page.with_suffix(".csv"), dtype=str)
     listed = set(table["id"][(table["split"] == "train") & (table["issue"] == "label")])

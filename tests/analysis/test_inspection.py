@@ -28,7 +28,6 @@ from modeling_vitcls.analysis.inspection import (
     compute_confidences,
     inspect_model,
     open_images,
-    select_evenly_spaced,
     select_images,
 )
 from modeling_vitcls.data.images import ArrayImages
@@ -176,13 +175,6 @@ def test_batches_fit_into_memory(fields: dict[str, Any], num_maps: int, monkeypa
 
 
 # Selection of images -------------------------------------------------------------------------------------------------
-
-
-def test_images_are_selected_at_regular_intervals() -> None:
-    assert select_evenly_spaced(range(10), 3) == [1, 5, 8]
-    assert select_evenly_spaced([7, 8, 9], 5) == [7, 8, 9]
-    assert select_evenly_spaced(range(10), 1) == [5]
-    assert select_evenly_spaced(range(10), 0) == select_evenly_spaced(range(10), -2) == []
 
 
 def build_predictions(margins: list[float], is_wrong: list[int | None]) -> Predictions:
