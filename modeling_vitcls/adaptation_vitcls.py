@@ -227,19 +227,10 @@ def adapt_weight(context: AdaptationContext) -> AdaptedWeight:
     return context.old_value, ""
 
 
-def adapt_tokens(context: AdaptationContext) -> AdaptedWeight:
-    """Keep the first tokens [1, n, D]; new tokens keep their initial values."""
-    initialization_note = f"initialized by token_init={context.new_config.token_init!r}"
-    return copy_prefix_tokens(context, context.initial_value.clone(), initialization_note)
-
-
-def adapt_token_positions(context: AdaptationContext) -> AdaptedWeight:
-    """Keep the position embeddings [1, n, D] of the first special tokens; embeddings of new tokens are zero."""
-    return copy_prefix_tokens(context, torch.zeros_like(context.initial_value), "initialized to zero")
-
-
-def copy_prefix_tokens(context: AdaptationContext, new_weight: Tensor, initialization_note: str) -> AdaptedWeight:
-    """Copy the first min(m, n) tokens of the old weight [1, m, D] to the first tokens of `new_weight` [1, n, D]."""
+def adapt_tokens(context: AdaptationContext, are_positions: bool = False) -> AdaptedWeight:
+    """Keep the first min(m, n) of m tokens, or their position embeddings, [1, m, D] -> [1, n, D]. New tokens keep
+    their initial values; the position embeddings of new tokens are zero."""
+    new_weight = torch.zeros_like(context.initial_value) if are_positions else context.initial_value.clone()
     num_old_tokens = 0 if context.old_value is None else context.old_value.shape[1]
     num_kept = min(num_old_tokens, new_weight.shape[1])
     if context.old_value is not None:
@@ -250,7 +241,8 @@ def copy_prefix_tokens(context: AdaptationContext, new_weight: Tensor, initializ
     if num_old_tokens > num_kept:
         notes.append(f"{num_old_tokens - num_kept} dropped")
     if new_weight.shape[1] > num_kept:
-        notes.append(f"{new_weight.shape[1] - num_kept} added, {initialization_note}")
+        initialization = "to zero" if are_positions else f"by token_init={context.new_config.token_init!r}"
+        notes.append(f"{new_weight.shape[1] - num_kept} added, initialized {initialization}")
     return new_weight, ", ".join(notes)
 
 
@@ -303,7 +295,7 @@ def adapt_gates(context: AdaptationContext) -> AdaptedWeight:
 ADAPTERS: dict[str, Callable[[AdaptationContext], AdaptedWeight]] = {
     **dict.fromkeys(("embeddings.cls_token", "embeddings.distillation_token", "embeddings.register_"), adapt_tokens),
     "position_embeddings.patches": partial(adapt_to_grid, resample_positions),
-    "position_embeddings.": adapt_token_positions,
+    "position_embeddings.": partial(adapt_tokens, are_positions=True),
     "patch_embeddings.projection.weight": partial(
         adapt_to_patch_size, lambda kernel, _, new: resize_patch_kernel(kernel, new)
     ),

@@ -117,13 +117,6 @@ def build_head(config: ViTCLSConfig, in_features: int, num_labels: int | None) -
     return nn.Sequential(nn.Linear(in_features, hidden_size), nn.GELU(), nn.Linear(hidden_size, num_labels))
 
 
-def combine_logits(cls_logits: Tensor, distillation_logits: Tensor, distillation_inference: str) -> Tensor:
-    """Return the logits that `config.distillation_inference` selects: the logits of one head, or the mean logits."""
-    if distillation_inference == "mean":
-        return (cls_logits + distillation_logits) / 2
-    return cls_logits if distillation_inference == "cls" else distillation_logits
-
-
 # Pixel decoder -------------------------------------------------------------------------------------------------------
 class PixelDecoder(nn.Module):
     """A linear layer that maps each encoded patch to its pixels (SimMIM, arXiv 2111.09886, section 3.4)."""

@@ -14,7 +14,6 @@ import difflib
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import cache
 from io import BytesIO
 from pathlib import Path
@@ -105,8 +104,10 @@ class ViTCLSBaseImageProcessor(BaseImageProcessor):
     def preprocess(self, images: Any, *args: Any, **kwargs: Unpack[ImagesKwargs]) -> BatchFeature:
         """Preprocess an image, a batch or a list of images; keyword arguments override the settings for this call."""
         check_setting_names(kwargs)
-        with raise_one_line_errors():
+        try:
             batch: BatchFeature = super().preprocess(images, *args, **kwargs)
+        except StrictDataclassError as error:  # the message has several lines
+            raise ValueError(" ".join(str(error.__cause__ or error).split())) from error
         return batch
 
     def fetch_images(self, images: Any) -> Any:
@@ -428,15 +429,6 @@ def composite_on_white(pixels: Tensor) -> Tensor:
 
 
 # Checks of settings --------------------------------------------------------------------------------------------------
-@contextmanager
-def raise_one_line_errors() -> Iterator[None]:
-    """Raise a `ValueError` with a one-line message instead of huggingface_hub's multi-line type errors."""
-    try:
-        yield
-    except StrictDataclassError as error:
-        raise ValueError(" ".join(str(error.__cause__ or error).split())) from error
-
-
 def check_setting_names(keywords: dict[str, Any] | ImagesKwargs) -> None:
     """Raise ValueError for misspelled settings. transformers handles other unknown keyword arguments."""
     settings = ImagesKwargs.__annotations__

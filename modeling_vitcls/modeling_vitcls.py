@@ -48,7 +48,6 @@ from .heads_vitcls import (
     PixelDecoder,
     build_head,
     build_pooler,
-    combine_logits,
     compute_classification_loss,
     compute_cross_entropy,
     compute_masked_pixel_loss,
@@ -406,7 +405,10 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
         if self.distillation_classifier is not None:
             tokens = outputs.last_hidden_state[:, self.config.token_layout.distillation]  # [B, n, D]
             distillation_logits = self.distillation_classifier(tokens.mean(dim=1))
-            logits = combine_logits(cls_logits, distillation_logits, self.config.distillation_inference)
+            if self.config.distillation_inference == "mean":
+                logits = (cls_logits + distillation_logits) / 2
+            elif self.config.distillation_inference == "distillation":
+                logits = distillation_logits
         elif torch.onnx.is_in_onnx_export():
             cls_logits = None  # would duplicate `logits` in the graph
         if self.config.temperature != 1 and not self.training:

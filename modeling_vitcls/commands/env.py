@@ -45,27 +45,22 @@ def format_environment() -> str:
 
     from ..system import get_processor_name, get_versions
 
-    num_threads = torch.get_num_threads()
+    num_threads, cpuinfo = torch.get_num_threads(), Path("/proc/cpuinfo")
+    cpu_flags = set(cpuinfo.read_text(encoding="utf-8").split()) if cpuinfo.is_file() else set()
+    instructions = [name for name in INSTRUCTIONS if name in cpu_flags]
     environment = {
         **get_versions(),
         **dict.fromkeys(OPTIONAL_LIBRARIES, "not installed"),
         **get_versions(*OPTIONAL_LIBRARIES),
         "platform": platform.platform(),
         "processor": f"{get_processor_name()}, {os.cpu_count()} logical cores, {num_threads} threads in PyTorch",
-        "instructions": ", ".join([torch.backends.cpu.get_cpu_capability(), *list_instructions()]),
+        "instructions": ", ".join([torch.backends.cpu.get_cpu_capability(), *instructions]),
         "devices": describe_devices(),
         "CPU kernels": describe_cpu_kernels(),
     }
     environment |= {name: os.environ[name] for name in ENVIRONMENT_VARIABLES if name in os.environ}
     width = max(map(len, environment))
     return "\n".join(f"{name:<{width}}  {value}" for name, value in environment.items())
-
-
-def list_instructions() -> list[str]:
-    """Return the CPU's instructions for bf16 and int8, on Linux."""
-    file = Path("/proc/cpuinfo")
-    flags = set(file.read_text(encoding="utf-8").split()) if file.is_file() else set()
-    return [name for name in INSTRUCTIONS if name in flags]
 
 
 def describe_devices() -> str:
