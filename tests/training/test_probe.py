@@ -17,7 +17,7 @@ from modeling_vitcls.checkpoints import CheckpointStore
 from modeling_vitcls.training.probe import fold_standardization
 
 
-pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("fresh_accelerate")]
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("fresh_accelerate", "few_digits")]
 
 
 @pytest.fixture(scope="module")
