@@ -32,7 +32,7 @@ from ..data.splits import load_evaluation_data
 from ..hub.loading import MODEL_FILE_PATTERNS
 from ..hub.model_files import PREDICTIONS_FILE
 from ..inference.evaluate import match_labels, set_up_evaluation
-from ..inference.evaluator import Evaluator, get_evaluator_arguments
+from ..inference.evaluator import Evaluator
 from ..inference.frozen import FeatureEvaluator, build_classifier
 from ..inference.load_model import load_model
 from ..options import EvaluateOptions
@@ -102,8 +102,7 @@ def load_audited_images(options: EvaluateOptions) -> tuple[AuditedImages, int, C
         raise ValueError("--audit requires a classifier, but the model has none. Set --frozen logreg")
     accelerator, console, warn = set_up_evaluation(options)
     model = model.to(accelerator.device).eval()
-    num_channels = model.config.num_channels
-    arguments = get_evaluator_arguments(options.data, options.batch_size, num_channels, accelerator, warn)
+    arguments = (options.data, options.batch_size, accelerator, model.config.num_channels, warn)
     if folds:
         data = load_splits(options.data)
         splits = {name: (data.label_space, images) for name, images in data.images_by_split.items()}
@@ -119,13 +118,13 @@ def load_audited_images(options: EvaluateOptions) -> tuple[AuditedImages, int, C
             raise ValueError("--audit requires one label per image. Set a single --label-column")
         if not options.frozen:
             images, label_space = match_labels(images, label_space, model_space), model_space
-        evaluator = FeatureEvaluator(images, processor, label_space, **arguments)
+        evaluator = FeatureEvaluator(images, processor, label_space, *arguments)
         output = evaluator(model.base_model, console)
         if not options.frozen and not folds:
             if not logits:  # the model was trained on the images of the first split
                 logits.append(np.full((len(output["labels"]), len(model_space.names)), np.nan))
             else:
-                classifier = Evaluator(images, processor, label_space, **arguments)
+                classifier = Evaluator(images, processor, label_space, *arguments)
                 classifier.keep_logits = True
                 classifier(model, console)
                 logits.append(np.stack([row.logits for row in classifier.rows]))

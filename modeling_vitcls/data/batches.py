@@ -12,7 +12,7 @@ A batch is a dict:
 import os
 import signal
 import threading
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,17 +136,12 @@ def iterate_training_batches(
     dataset: Any, plan: BatchPlan, process_index: int, num_workers: int, first_step: int = 0
 ) -> Generator[Batch, None, None]:
     """Yield the batches of one process from `TrainingImages` or a `TrainingStream`, starting at `first_step`. Raise
-    ValueError if no image can be read, or if the label of a streamed example is not one of the classes."""
-    yield from load_batches(dataset, dataset.iterate_keys(plan, process_index, first_step), num_workers)
-
-
-def load_batches(dataset: Any, keys: Iterable[Sequence[Any]], num_workers: int) -> Iterator[Batch]:
-    """Yield one batch on the CPU per list of keys, in order. Close the iterator to stop the workers. A
-    ValueError that `dataset` raises is propagated without the worker's traceback."""
+    ValueError, without the worker's traceback, if no image can be read, or if the label of a streamed example is not
+    one of the classes. Close the iterator to stop the workers."""
     loader = DataLoader(
         dataset,
         batch_size=None,
-        sampler=keys,
+        sampler=dataset.iterate_keys(plan, process_index, first_step),
         num_workers=num_workers,
         worker_init_fn=leave_signals_to_parent,
         pin_memory=torch.cuda.is_available(),

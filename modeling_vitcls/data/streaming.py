@@ -22,8 +22,7 @@ import torch
 
 from ..heads_vitcls import IGNORED_LABEL
 from ..options import DataOptions
-from .augmentation import Augmentation
-from .batches import Batch, BatchBuilder, TrainingImages
+from .batches import Batch, BatchBuilder
 from .held_out import HeldOutRule
 from .images import (
     DatasetImages,
@@ -244,19 +243,6 @@ class TrainingStream:
             [(example.epoch, example.index) for example in used_examples],
             errors,
         )
-
-
-def build_training_dataset(
-    source: LabeledImages | StreamedImages,
-    augmentation: Augmentation,
-    to_rgb: bool,
-    seed: int,
-    num_views: int = 0,
-    num_channels: int | None = None,
-) -> TrainingImages | TrainingStream:
-    """Build the dataset of augmented training images. See `BatchBuilder` for the arguments."""
-    builder = BatchBuilder(augmentation, to_rgb, seed, num_views, num_channels)
-    return TrainingStream(source, builder) if isinstance(source, StreamedImages) else TrainingImages(source, builder)
 
 
 def read_ahead(items: Iterator[Any], num_items: int) -> Iterator[Any]:

@@ -42,7 +42,7 @@ from ..heads_vitcls import IGNORED_LABEL
 from ..options import DataOptions, EvaluateOptions
 from ..system import describe_device, get_versions
 from .confidence import describe_prediction_sets, measure_unknown
-from .evaluator import Evaluator, get_evaluator_arguments, round_floats
+from .evaluator import Evaluator, round_floats
 from .load_model import check_is_classifier, list_file_patterns, load_model
 from .metric_tables import build_class_tables, build_metric_rows
 from .metrics import select_scalars
@@ -78,9 +78,16 @@ def load_evaluation(
     if warning is not None:
         warn(warning)
     model_space = get_label_space(model.config)
-    num_channels = model.config.num_channels
-    arguments = get_evaluator_arguments(options.data, options.batch_size, num_channels, accelerator, warn)
-    build_evaluator: Any = partial(Evaluator, processor=processor, label_space=model_space, **arguments)
+    build_evaluator: Any = partial(
+        Evaluator,
+        processor=processor,
+        label_space=model_space,
+        options=options.data,
+        batch_size=options.batch_size,
+        accelerator=accelerator,
+        num_channels=model.config.num_channels,
+        warn=warn,
+    )
     evaluator = build_evaluator(match_labels(images, label_space, model_space))
     return EvaluationSetup(model, evaluator, build_evaluator, split, rule, warning)
 
@@ -97,7 +104,7 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
     """
     accelerator, console, warn = set_up_evaluation(options)
     setup = load_evaluation(options, accelerator, warn)
-    model, evaluator, rule, kind = setup.model, setup.evaluator, setup.rule, setup.evaluator.label_space.kind
+    model, evaluator, kind = setup.model, setup.evaluator, setup.evaluator.label_space.kind
     if options.per_image is not None and kind == "multi_task":
         raise ValueError("--per-image requires a single task. Use `vitcls predict --dataset` for several tasks")
     if options.unknown_dataset is not None and kind != "single_label_classification":
@@ -107,8 +114,8 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
     metrics = evaluator(model, console)
     seconds = time.perf_counter() - start_time
     results = {
-        **describe_evaluation(options, setup.split, rule, metrics["num_images"], seconds, accelerator),
-        "is_recorded_part": None if rule is None else setup.warning is None,
+        **describe_evaluation(options, setup, metrics["num_images"], seconds, accelerator),
+        "is_recorded_part": None if setup.rule is None else setup.warning is None,
         **select_scalars(metrics),
         **metrics,
     }
@@ -163,19 +170,15 @@ def set_up_evaluation(options: EvaluateOptions) -> tuple[Accelerator, Console, C
 
 
 def describe_evaluation(
-    options: EvaluateOptions,
-    split: str,
-    rule: HeldOutRule | None,
-    num_images: int,
-    seconds: float,
-    accelerator: Accelerator,
+    options: EvaluateOptions, data: Any, num_images: int, seconds: float, accelerator: Accelerator
 ) -> dict[str, Any]:
-    """Return the results that describe the model, the images, the speed and the environment."""
+    """Return the results that describe the model, the images, the speed and the environment. `data` is an
+    `EvaluationSetup` or `EvaluationData`."""
     return {
         "model": options.model,
         "dataset": options.data.dataset,
-        "split": split,
-        "held_out_part": None if rule is None else str(rule),
+        "split": data.split,
+        "held_out_part": None if data.rule is None else str(data.rule),
         "images_per_second": round(num_images / seconds, 1),
         "seconds": round(seconds, 2),
         "device": describe_device(accelerator),

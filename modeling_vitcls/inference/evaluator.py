@@ -136,14 +136,13 @@ class Evaluator:
         images: all images and labels, the same on every process; or a streamed split.
         processor: image processor that returns `pixel_values`.
         label_space: names of the labels, in the order of the model's logits.
+        options: numbers of data loading workers and of unreadable images. Unreadable images are skipped; the
+            evaluation fails if more images are unreadable.
         batch_size: number of images per process and forward pass.
-        num_workers: number of data loading workers per process; with 0, no worker processes are started.
         accelerator: the accelerator, which defines the device, the precision and the processes.
-        max_unreadable_images: maximum number of unreadable images, which are skipped. The evaluation fails if more
-            images are unreadable.
-        warn: function that prints a warning; called on the main process, once for each unreadable image.
         num_channels: number of input channels of the model. Images with a different number of channels are
             counted as unreadable.
+        warn: function that prints a warning; called on the main process, once for each unreadable image.
 
     With `keep_logits = True`, `rows` contains the outputs of the last evaluation for all readable images, in their
     order, on every process.
@@ -156,23 +155,32 @@ class Evaluator:
         images: LabeledImages | StreamedImages,
         processor: ViTCLSImageProcessor,
         label_space: LabelSpace,
+        options: DataOptions,
         batch_size: int,
-        num_workers: int,
         accelerator: Accelerator,
-        max_unreadable_images: int = DataOptions.max_unreadable_images,
-        warn: Callable[[str], None] = print,
         num_channels: int | None = None,
+        warn: Callable[[str], None] = print,
     ) -> None:
         self.images = images
         self.label_space = label_space
         self.batch_size = batch_size
         self.accelerator = accelerator
-        self.unreadable_counter = UnreadableImageCounter(accelerator.on_main_process(warn), max_unreadable_images)
+        warn = accelerator.on_main_process(warn)
+        self.unreadable_counter = UnreadableImageCounter(warn, options.max_unreadable_images)
         process_index, num_processes = accelerator.process_index, accelerator.num_processes
-        local_batches = HeldOutBatches(
+        batches = HeldOutBatches(
             images, processor, label_space, batch_size, process_index, num_processes, num_channels
         )
-        self.batches = CachedBatches(local_batches, num_workers)
+        self.loader = DataLoader(
+            batches,
+            batch_size=None,
+            sampler=batches,
+            num_workers=options.num_workers,
+            worker_init_fn=leave_signals_to_parent,
+            generator=torch.Generator(),  # a separate generator, so that evaluations do not affect training
+        )
+        self.num_batches = None if isinstance(images, StreamedImages) else len(batches)
+        self.cache: list[HeldOutBatch] | None = None
         self.rows: list[OutputRow] = []
 
     @torch.no_grad()
@@ -186,9 +194,9 @@ class Evaluator:
         Raises:
             ValueError: if all images are unreadable, or if more than `max_unreadable_images` images are unreadable.
         """
-        batches: Iterable[HeldOutBatch] = self.batches
+        batches: Iterable[HeldOutBatch] = self.load_batches()
         if console is not None and console.is_terminal:
-            batches = track(batches, "evaluating", total=self.batches.num_batches, console=console, transient=True)
+            batches = track(batches, "evaluating", total=self.num_batches, console=console, transient=True)
         metrics = self.build_metrics()
         error_messages: dict[int, str] = {}
         num_readable = 0
@@ -223,7 +231,7 @@ class Evaluator:
             return
         iterator = iter(batches)
         while any(gather_object([(batch := next(iterator, None)) is not None])):
-            yield self.batches.loader.dataset[[]] if batch is None else batch
+            yield self.loader.dataset[[]] if batch is None else batch
 
     def build_metrics(self) -> Any:
         """Build the metrics for the kind of labels; None if only the rows are needed."""
@@ -245,24 +253,9 @@ class Evaluator:
             pixel_values = torch.cat([pixel_values, pixel_values.new_zeros(num_padding, *pixel_values.shape[1:])])
         return pixel_values.to(self.accelerator.device)
 
-
-class CachedBatches:
-    """Iterable over the batches of a process. The first pass caches batches of up to `MAX_CACHE_BYTES` in total; a
-    stream is not cached. `num_batches` is None for a stream."""
-
-    def __init__(self, batches: HeldOutBatches, num_workers: int) -> None:
-        self.loader = DataLoader(
-            batches,
-            batch_size=None,
-            sampler=batches,
-            num_workers=num_workers,
-            worker_init_fn=leave_signals_to_parent,
-            generator=torch.Generator(),  # a separate generator, so that evaluations do not affect training
-        )
-        self.cache: list[HeldOutBatch] | None = None
-        self.num_batches = None if isinstance(batches.source, StreamedImages) else len(batches)
-
-    def __iter__(self) -> Iterator[HeldOutBatch]:
+    def load_batches(self) -> Iterator[HeldOutBatch]:
+        """Yield the batches of this process. The first evaluation caches batches of up to `MAX_CACHE_BYTES` in total;
+        a stream is not cached."""
         if self.cache is not None:
             yield from self.cache
             return
@@ -276,20 +269,6 @@ class CachedBatches:
                 cache.append(copy.deepcopy(batch))  # without a copy, shared memory would keep one file per tensor open
             yield batch
         self.cache = cache
-
-
-def get_evaluator_arguments(
-    options: DataOptions, batch_size: Any, num_channels: int, accelerator: Accelerator, warn: Callable[[str], None]
-) -> dict[str, Any]:
-    """Return the arguments of `Evaluator` without the images, the labels and the image processor."""
-    return {
-        "batch_size": batch_size,
-        "num_workers": options.num_workers,
-        "accelerator": accelerator,
-        "max_unreadable_images": options.max_unreadable_images,
-        "warn": warn,
-        "num_channels": num_channels,
-    }
 
 
 def round_floats(value: Any) -> Any:

@@ -31,7 +31,7 @@ from .evaluate import (
     set_up_evaluation,
     write_results,
 )
-from .evaluator import Evaluator, HeldOutBatch, get_evaluator_arguments, round_floats
+from .evaluator import Evaluator, HeldOutBatch, round_floats
 from .load_model import list_file_patterns, load_model
 from .metric_tables import format_percent
 
@@ -111,12 +111,11 @@ def evaluate_frozen(options: EvaluateOptions) -> dict[str, Any]:
         if warning is not None:
             warn(warning)
     model = model.to(accelerator.device).eval()
-    num_channels = model.config.num_channels
-    arguments = get_evaluator_arguments(options.data, options.batch_size, num_channels, accelerator, warn)
+    arguments = (options.data, options.batch_size, accelerator, model.config.num_channels, warn)
 
     def extract_features(data: EvaluationData) -> tuple[dict[str, Any], np.ndarray]:
         """Return the output of the evaluator, and the class name of each image."""
-        output = FeatureEvaluator(data.images, processor, data.label_space, **arguments)(model, console)
+        output = FeatureEvaluator(data.images, processor, data.label_space, *arguments)(model, console)
         return output, np.array(data.label_space.names)[output["labels"]]
 
     start_time = time.perf_counter()
@@ -125,7 +124,7 @@ def evaluate_frozen(options: EvaluateOptions) -> dict[str, Any]:
     seconds = time.perf_counter() - start_time
     num_images = len(training_labels) + len(held_out_labels)
     results: dict[str, Any] = {
-        **describe_evaluation(options, held_out_data.split, held_out_data.rule, num_images, seconds, accelerator),
+        **describe_evaluation(options, held_out_data, num_images, seconds, accelerator),
         "frozen": options.frozen,
         "num_training_images": len(training_labels),
         "num_images": len(held_out_labels),

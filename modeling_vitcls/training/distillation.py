@@ -49,9 +49,6 @@ class Distillation(ViTCLSPreTrainedModel):
         if self.num_tokens and encoder.pooler is not None:
             encoder.pooler.requires_grad_(False)  # not part of the loss
 
-    def flops(self, *arguments: Any, **keyword_arguments: Any) -> int:
-        return self.vitcls.flops(*arguments, **keyword_arguments)
-
     def forward(self, pixel_values: Tensor, project: bool = False, **kwargs: Any) -> Any:
         """Return the predictions for all targets, in the order of `FeatureTeachers`. Without
         `project`, return the encoder's output."""

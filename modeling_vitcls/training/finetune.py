@@ -10,8 +10,10 @@ After the run, the output folder contains:
     checkpoints/, config.resolved.yaml                                       state for --resume, all flags
 """
 
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from ..data.sampling import compute_class_weights
 from ..data.splits import TrainingData, describe_missing_classes, load_training_data
 from ..files import read_json
 from ..hub.local_paths import strip_folders
-from ..inference.evaluator import Evaluator, get_evaluator_arguments
+from ..inference.evaluator import Evaluator
 from ..inference.load_model import is_preset
 from ..inference.metrics import SELECTION_METRICS
 from ..options import FinetuneOptions
@@ -70,9 +72,8 @@ def build_task(options: FinetuneOptions, initial: InitialModel, data: TrainingDa
             "embeddings and the first layer. Remove one of the two flags"
         )
 
-    batch_size, num_channels = options.training.batch_size, model.config.num_channels
-    arguments = get_evaluator_arguments(options.data, batch_size, num_channels, accelerator, reporter.warn)
-    arguments |= {"processor": processor, "label_space": labels}
+    batch_size, num_channels = training_options.batch_size, model.config.num_channels
+    arguments: Any = (processor, labels, options.data, batch_size, accelerator, num_channels)
     missing_probe_reason: str | None = "the initial weights are random"
     if not initial.has_random_weights:
         missing_probe_reason = explain_missing_probe(options, model, new_parameter_names, labels.kind)
@@ -88,7 +89,7 @@ def build_task(options: FinetuneOptions, initial: InitialModel, data: TrainingDa
         model,
         processor,
         build_objective(options, data, teacher, normalize, accelerator, model.config.num_head_tokens),
-        build_evaluator=lambda images: Evaluator(images, **arguments),
+        build_evaluator=lambda images: Evaluator(images, *arguments, warn=reporter.warn),
         selection_metric=metric,
         printed_metrics=(metric, "macro_f1") if data.class_ratio > MAX_CLASS_RATIO else (metric,),
         result_metrics=(metric, "cls_accuracy", "distillation_accuracy"),
@@ -124,45 +125,40 @@ def build_objective(
     teacher: Teacher | None,
     normalize: Normalizer,
     accelerator: Accelerator,
-    num_output_tokens: int | None = None,
-) -> losses.Objective:
+    num_output_tokens: int | None,
+) -> losses.LabelObjective:
     """Build the label loss, combined with the distillation loss if a teacher is set. `num_output_tokens` is the number
     of tokens that the heads read."""
     augmentation, labels = options.augmentation, data.label_space
     mixer = BatchMixer(augmentation, len(labels.names)) if augmentation.mixup or augmentation.cutmix else None
-    prepare_batch = losses.PixelTransform(normalize, mixer, num_output_tokens)
-    label_loss = build_label_loss(options, data, accelerator.device)
+    label_loss, distillation = build_label_loss(options, data, accelerator.device), options.distillation
     if teacher is None:
-        return losses.ClassificationObjective(prepare_batch, label_loss)
-    distillation = options.distillation
+        return losses.LabelObjective(normalize, label_loss, mixer, num_output_tokens)
     predict = teacher.predict
     if num_views := distillation.teacher_views:
         predict = TeacherCache(teacher, data.num_training_images, num_views, len(labels.names)).predict
 
-    def compute_teacher_logits(batch: Batch) -> torch.Tensor:
+    def compute_loss(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
         with accelerator.autocast():
-            return predict(batch)
-
-    def compute_loss(outputs: Any, teacher_logits: torch.Tensor) -> torch.Tensor:
+            teacher_logits = predict(batch)
         return losses.compute_distillation_loss(
-            distillation.distillation, outputs.distillation_logits, teacher_logits, distillation.distillation_tau
+            distillation.distillation, logits, teacher_logits, distillation.distillation_tau
         )
 
-    return losses.DistillationObjective(
-        prepare_batch, compute_teacher_logits, compute_loss, label_loss, distillation.distillation_alpha
-    )
+    alpha = distillation.distillation_alpha
+    return losses.LabelObjective(normalize, label_loss, mixer, num_output_tokens, compute_loss, alpha)
 
 
 def build_label_loss(options: FinetuneOptions, data: TrainingData, device: torch.device) -> losses.LabelLossFunction:
-    label_smoothing, labels = options.training.label_smoothing, data.label_space
-    if labels.kind == "multi_task":
-        return losses.MultiTaskLoss(label_smoothing)
-    if labels.kind == "multi_label_classification":
-        return losses.MultiLabelLoss(label_smoothing)
-    class_weights = None
+    labels, class_weights = data.label_space, None
     if options.training.class_balance == "weights" and isinstance(data.train, LabeledImages):
         class_weights = compute_class_weights(data.train.labels, len(labels.names)).to(device)
-    return losses.SingleLabelLoss(label_smoothing, class_weights)
+    functions: dict[str, Callable[..., torch.Tensor]] = {
+        "single_label_classification": partial(losses.compute_single_label_loss, class_weights=class_weights),
+        "multi_label_classification": losses.compute_multi_label_loss,
+        "multi_task": losses.compute_multi_task_loss,
+    }
+    return partial(functions[labels.kind], label_smoothing=options.training.label_smoothing)
 
 
 # Checks --------------------------------------------------------------------------------------------------------------

@@ -45,9 +45,6 @@ class LeJEPA(ViTCLSPreTrainedModel):
         self.post_init()
         self.vitcls = encoder  # after the initialization of the projector, which keeps these weights
 
-    def flops(self, *arguments: Any, **keyword_arguments: Any) -> int:
-        return self.vitcls.flops(*arguments, **keyword_arguments)
-
     def forward(self, *views: Tensor, **kwargs: Any) -> Any:
         """Return the projections [views, B, P] of images [views, B, C, H, W] of one or more sizes, or the encoder's
         output for images [B, C, H, W]."""

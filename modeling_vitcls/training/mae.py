@@ -93,9 +93,6 @@ class MAE(ViTCLSPreTrainedModel):
         else:
             super()._init_weights(module)
 
-    def flops(self, *arguments: Any, **keyword_arguments: Any) -> int:
-        return self.vitcls.flops(*arguments, **keyword_arguments)
-
     def forward(self, pixel_values: Tensor, bool_masked_pos: Tensor | None = None, **kwargs: Any) -> Any:
         """Reconstruct images from their visible patches.
 

@@ -13,7 +13,6 @@ import math
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,21 +21,20 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 
 from ..configuration_vitcls import ViTCLSConfig
-from ..data.batches import Normalizer, iterate_training_batches
+from ..data.batches import Batch, Normalizer, iterate_training_batches
 from ..data.fit import set_fit
 from ..data.images import LabeledImages
 from ..data.sampling import BatchPlan
 from ..data.splits import TrainingData, load_training_data
 from ..hub.local_paths import strip_folders
 from ..image_processing_vitcls import ViTCLSImageProcessor
-from ..inference.evaluator import get_evaluator_arguments
 from ..inference.frozen import FeatureEvaluator, build_classifier
 from ..inference.load_model import is_preset, load_processor
 from ..modeling_vitcls import ViTCLSModel
 from ..options import ModelOptions, PretrainOptions, to_flags
 from .distillation import Distillation, FeatureTeachers, TeacherCosines, compute_feature_loss
 from .lejepa import LeJEPA, LeJEPAObjective
-from .losses import DistillationObjective, Objective
+from .losses import Losses, Objective
 from .mae import MAE, MAEObjective, build_decoder_config, draw_masks
 from .model import InitialModel
 from .reporter import Reporter
@@ -110,16 +108,16 @@ def build_task(options: PretrainOptions, initial: InitialModel, data: TrainingDa
         objective = LeJEPAObjective(normalize, lejepa, config.patch_height_width)
         summary = f"LeJEPA: {lejepa.global_crops} global and {lejepa.local_crops} local crops per image"
     has_labels = data.label_space.kind == "single_label_classification" and bool(data.label_space.columns)
-    arguments: dict[str, Any] = {"processor": processor, "label_space": data.label_space}
-    batch_size, num_channels = options.training.batch_size, method.config.num_channels
-    arguments |= get_evaluator_arguments(options.data, batch_size, num_channels, reporter.accelerator, reporter.warn)
+    batch_size, accelerator = options.training.batch_size, reporter.accelerator
+    arguments: Any = (processor, data.label_space, options.data, batch_size, accelerator, config.num_channels)
+    arguments += (reporter.warn,)
     neighbors = None
     if has_labels and isinstance(data.train, LabeledImages):
-        neighbors = TokenFeatures(data.train.draw(MAX_NEIGHBORS, options.data.split_seed), **arguments)
+        neighbors = TokenFeatures(data.train.draw(MAX_NEIGHBORS, options.data.split_seed), *arguments)
 
     def build_evaluator(images: LabeledImages, with_regression: bool = False) -> FeatureQuality:
-        cosines = None if teachers is None else TeacherCosines(teachers, normalize, images, **arguments)
-        return FeatureQuality(TokenFeatures(images, **arguments), neighbors, cosines, reporter.warn, with_regression)
+        cosines = None if teachers is None else TeacherCosines(teachers, normalize, images, *arguments)
+        return FeatureQuality(TokenFeatures(images, *arguments), neighbors, cosines, reporter.warn, with_regression)
 
     selection_metric = "effective_rank" if neighbors is None else "knn_accuracy"
     summary_lines = {"method": summary}
@@ -283,14 +281,15 @@ def load_teachers(
 
 def build_distillation_objective(
     options: PretrainOptions, data: TrainingData, teachers: FeatureTeachers, normalize: Normalizer
-) -> DistillationObjective:
+) -> Objective:
     """Build the loss of the encoder's predictions, with cached targets if the number of views is limited."""
     sources: list[Any] = teachers.teachers
     if num_views := options.distillation.teacher_views:
         num_images = data.num_training_images
         sources = [TeacherCache(each, num_images, num_views, each.model.config.pooled_size) for each in sources]
-    return DistillationObjective(
-        lambda batch: batch | {"inputs": {"pixel_values": normalize(batch["pixels"]), "project": True}},
-        partial(teachers.compute_targets, sources=sources),
-        compute_feature_loss,
-    )
+
+    def compute_loss(model: Any, batch: Batch) -> Losses:
+        predictions = model(pixel_values=normalize(batch["pixels"]), project=True)
+        return {"loss": compute_feature_loss(predictions, teachers.compute_targets(batch, sources))}
+
+    return compute_loss

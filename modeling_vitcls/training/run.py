@@ -145,7 +145,7 @@ class Run:
         with accelerator.main_process_first():
             self.options, self.default_lines = resolve_options(self.options, self.initial, self.data)
             self.task = self.kind.build_task(self.options, self.initial, self.data, self.reporter)
-            self.forward_flops = self.task.model.flops()
+            self.forward_flops = (self.task.encoder or self.task.model).flops()
         if self.options.training.gradient_checkpointing:
             self.task.model.gradient_checkpointing_enable()
         self.plan = self.full_plan = build_plan(self.options, self.data, accelerator)

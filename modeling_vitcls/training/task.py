@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..data.augmentation import build_augmentation
+from ..data.batches import BatchBuilder, TrainingImages
 from ..data.images import LabeledImages
 from ..data.splits import TrainingData
-from ..data.streaming import build_training_dataset
+from ..data.streaming import StreamedImages, TrainingStream
 from ..image_processing_vitcls import ViTCLSImageProcessor
 from .losses import Objective
 from .probe import Probe
@@ -45,4 +46,7 @@ class Task:
 def build_training_images(options: Any, data: TrainingData, processor: Any, num_channels: int, num_views: int) -> Any:
     """Build the augmented training images (`TrainingImages` or `TrainingStream`)."""
     augmentation, to_rgb = build_augmentation(options.augmentation, processor), bool(processor.do_convert_rgb)
-    return build_training_dataset(data.train, augmentation, to_rgb, options.training.seed, num_views, num_channels)
+    builder = BatchBuilder(augmentation, to_rgb, options.training.seed, num_views, num_channels)
+    if isinstance(data.train, StreamedImages):
+        return TrainingStream(data.train, builder)
+    return TrainingImages(data.train, builder)

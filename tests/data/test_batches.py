@@ -17,9 +17,9 @@ from PIL import Image
 from modeling_vitcls import ViTCLSImageProcessor
 from modeling_vitcls.data import batches as batches_module
 from modeling_vitcls.data.augmentation import build_augmentation
-from modeling_vitcls.data.batches import Batch, Normalizer, TrainingImages, iterate_training_batches
+from modeling_vitcls.data.batches import Batch, BatchBuilder, Normalizer, TrainingImages, iterate_training_batches
 from modeling_vitcls.data.images import ArrayImages, DatasetImages, LabeledImages
-from modeling_vitcls.data.streaming import TrainingStream, build_training_dataset
+from modeling_vitcls.data.streaming import TrainingStream
 from modeling_vitcls.options import AugmentationOptions
 
 
@@ -28,7 +28,7 @@ def build_images(
 ) -> TrainingImages | TrainingStream:
     options = {"crop_scale": 1.0, "flip": False, "shift": 0.0} | options
     augmentation = build_augmentation(AugmentationOptions(**options), ViTCLSImageProcessor(size=[16, 16]))
-    return build_training_dataset(source, augmentation, to_rgb=True, seed=seed, num_views=num_views)
+    return TrainingImages(source, BatchBuilder(augmentation, to_rgb=True, seed=seed, num_views=num_views))
 
 
 def build_noise_images(count: int) -> list[Image.Image]:
@@ -233,7 +233,7 @@ def test_a_gray_model_skips_color_images(tmp_path: Path) -> None:
         AugmentationOptions(crop_scale=1.0, flip=False, shift=0.0), ViTCLSImageProcessor(size=[16, 16])
     )
     source = LabeledImages(images, [0, 1, 2, 3])
-    prepared = build_training_dataset(source, augmentation, to_rgb=False, seed=0, num_channels=1)
+    prepared = TrainingImages(source, BatchBuilder(augmentation, to_rgb=False, seed=0, num_channels=1))
     batch = prepared[[(0, 0), (0, 1), (0, 2), (0, 3)]]
     assert batch["pixels"].shape == (4, 1, 16, 16)
     assert batch["index"].tolist() == [0, 3, 3, 3] and batch["errors"].keys() == {1, 2}
@@ -243,9 +243,10 @@ def test_a_gray_model_skips_color_images(tmp_path: Path) -> None:
         gray = build_augmentation(
             AugmentationOptions(crop_scale=1.0, shift=0.0, **options), ViTCLSImageProcessor(size=[16, 16])
         )
-        assert build_training_dataset(arrays, gray, to_rgb=False, seed=0)[[(0, 0)]]["pixels"].shape == (1, 1, 16, 16)
+        prepared = TrainingImages(arrays, BatchBuilder(gray, to_rgb=False, seed=0))
+        assert prepared[[(0, 0)]]["pixels"].shape == (1, 1, 16, 16)
     images[1].save(tmp_path / "color.png")
     files = LabeledImages(DatasetImages.from_list([str(tmp_path / "color.png")]), [0])
-    named = build_training_dataset(files, augmentation, to_rgb=False, seed=0, num_channels=1)
+    named = TrainingImages(files, BatchBuilder(augmentation, to_rgb=False, seed=0, num_channels=1))
     with raises_one_line(f"'{tmp_path / 'color.png'}' has 3 channels"):
         named[[(0, 0)]]

@@ -19,11 +19,11 @@ from modeling_vitcls import ViTCLSImageProcessor
 from modeling_vitcls.data import splits as training_data
 from modeling_vitcls.data import streaming
 from modeling_vitcls.data.augmentation import build_augmentation
-from modeling_vitcls.data.batches import Batch, iterate_training_batches
+from modeling_vitcls.data.batches import Batch, BatchBuilder, iterate_training_batches
 from modeling_vitcls.data.held_out import HeldOutRule
 from modeling_vitcls.data.sampling import BatchPlan
 from modeling_vitcls.data.splits import TrainingData, load_evaluation_data, load_training_data
-from modeling_vitcls.data.streaming import StreamedImages, build_training_dataset, read_ahead
+from modeling_vitcls.data.streaming import StreamedImages, TrainingStream, read_ahead
 from modeling_vitcls.options import AugmentationOptions, DataOptions, TrainingOptions
 
 
@@ -87,7 +87,7 @@ def build_batches(
     augmentation = build_augmentation(
         AugmentationOptions(crop_scale=0.5, rotation=10, shift=0.0), ViTCLSImageProcessor(size=[8, 8])
     )
-    images = build_training_dataset(source, augmentation, True, plan.seed, views)
+    images = TrainingStream(source, BatchBuilder(augmentation, True, plan.seed, views))
     return list(iterate_training_batches(images, plan, process, num_workers, first_step))
 
 
@@ -210,12 +210,9 @@ def test_unreadable_images_are_described_by_their_path(tmp_path: Path) -> None:
         file.write_bytes(b"no image" if index == 7 else encode_example(index))
     source = read(tmp_path).train
     assert isinstance(source, StreamedImages)
-    images = build_training_dataset(
-        source,
-        build_augmentation(AugmentationOptions(crop_scale=0.5, shift=0.0), ViTCLSImageProcessor(size=[8, 8])),
-        True,
-        seed=0,
-    )
+    processor = ViTCLSImageProcessor(size=[8, 8])
+    augmentation = build_augmentation(AugmentationOptions(crop_scale=0.5, shift=0.0), processor)
+    images = TrainingStream(source, BatchBuilder(augmentation, True, seed=0))
     batches = list(iterate_training_batches(images, build_plan(max_steps=8, batch_size=4), 0, 0))
     messages = {message for batch in batches for message in batch["errors"].values()}
     assert len(messages) == 1 and "7.png" in messages.pop()
@@ -232,7 +229,9 @@ def test_a_batch_of_unreadable_images_is_an_error(tmp_path: Path, two_shards: Pa
         AugmentationOptions(crop_scale=0.5, shift=0.0), ViTCLSImageProcessor(size=[8, 8])
     )
     for num_channels in (1, 3):  # of the model; the images are color images
-        source = build_training_dataset(read(two_shards).train, augmentation, False, seed=0, num_channels=num_channels)
+        source = TrainingStream(
+            read(two_shards).train, BatchBuilder(augmentation, False, 0, num_channels=num_channels)
+        )
         batches = iterate_training_batches(source, build_plan(max_steps=1, batch_size=4), 0, 0)
         with raises_one_line(message) if num_channels == 1 else nullcontext():
             assert next(batches)["pixels"].shape == (4, 3, 8, 8)

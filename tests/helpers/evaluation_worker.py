@@ -85,12 +85,12 @@ def build_labeled_images(name: str, number: int = NUM_IMAGES, unreadable: tuple[
 
 
 def build_evaluator(
-    name: str, accelerator: Accelerator, images: LabeledImages | None = None, **options: Any
+    name: str, accelerator: Accelerator, images: LabeledImages | None = None, warn: Any = print, **options: Any
 ) -> Evaluator:
     """Return an evaluator for one kind of labels."""
-    images = images or build_labeled_images(name)
-    options = {"batch_size": BATCH_SIZE, "num_workers": 0} | options
-    return Evaluator(images, ViTCLSImageProcessor(size=16), SPACES[name], accelerator=accelerator, **options)
+    data_options = DataOptions("", **{"num_workers": 0} | options)
+    images, processor = images or build_labeled_images(name), ViTCLSImageProcessor(size=16)
+    return Evaluator(images, processor, SPACES[name], data_options, BATCH_SIZE, accelerator, warn=warn)
 
 
 def evaluate_all(accelerator: Accelerator) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from modeling_vitcls.data.labels import LabelSpace
 from modeling_vitcls.distributed import build_accelerator
 from modeling_vitcls.inference import evaluator as evaluator_module
 from modeling_vitcls.inference.evaluator import HeldOutBatches
+from modeling_vitcls.options import DataOptions
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -67,7 +68,7 @@ def test_blank_batches_have_the_shape_of_the_model() -> None:
     processor = ViTCLSImageProcessor(size={"height": 16, "width": 24}, do_convert_rgb=False)
     processor.image_mean = processor.image_std = [0.5]
     evaluator = evaluator_module.Evaluator(
-        LabeledImages(images, [0, 1]), processor, labels, 1, 0, Accelerator(cpu=True)
+        LabeledImages(images, [0, 1]), processor, labels, DataOptions("", num_workers=0), 1, Accelerator(cpu=True)
     )
     assert evaluator(model)["num_unreadable_images"] == 1
     assert shapes == [(1, 1, 16, 24)] * 2

@@ -90,7 +90,9 @@ def test_features_are_the_normalized_tokens(layout: dict[str, Any], fields: dict
     )
     images, space = build_images(), LabelSpace("single_label_classification", {"label": ["a"]})
     labeled = LabeledImages([Image.new("RGB", (32, 32))] * len(images), [0] * len(images))
-    evaluator = FeatureEvaluator(labeled, ViTCLSImageProcessor(size=32), space, len(images), 0, Accelerator(cpu=True))
+    evaluator = FeatureEvaluator(
+        labeled, ViTCLSImageProcessor(size=32), space, DIGITS, len(images), Accelerator(cpu=True)
+    )
     with torch.no_grad():
         found = evaluator.compute_features(model, images)
     tokens = outputs[0][0] if isinstance(outputs[0], tuple) else outputs[0]
@@ -187,7 +189,7 @@ def test_features_are_computed_with_autocast(model: Path) -> None:
     images, space = ArrayImages(pixels), LabelSpace("single_label_classification", {"label": ["a"]})
     processor, accelerator = ViTCLSImageProcessor(size=16), Accelerator(cpu=True, mixed_precision="bf16")
     encoder = ViTCLSModel.from_pretrained(model).eval()
-    output = FeatureEvaluator(LabeledImages(images, [0, 0, 0]), processor, space, 3, 0, accelerator)(encoder)
+    output = FeatureEvaluator(LabeledImages(images, [0, 0, 0]), processor, space, DIGITS, 3, accelerator)(encoder)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         expected = encoder(processor(list(images), return_tensors="pt")["pixel_values"]).last_hidden_state[:, :6]
     np.testing.assert_array_equal(output["features"][:, :6], expected.float().numpy())

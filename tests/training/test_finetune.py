@@ -50,7 +50,12 @@ from modeling_vitcls.options import FinetuneOptions
 from modeling_vitcls.training import finetune
 from modeling_vitcls.training import run as run_module
 from modeling_vitcls.training.finetune import build_label_loss, build_objective
-from modeling_vitcls.training.losses import MultiLabelLoss, MultiTaskLoss, SingleLabelLoss, compute_distillation_loss
+from modeling_vitcls.training.losses import (
+    compute_distillation_loss,
+    compute_multi_label_loss,
+    compute_multi_task_loss,
+    compute_single_label_loss,
+)
 from modeling_vitcls.training.run import describe_splits
 from modeling_vitcls.training.task import build_training_images
 from modeling_vitcls.training.teacher import Teacher
@@ -274,20 +279,24 @@ def test_images_are_mixed_and_classes_are_weighted_by_flags(color_images: Path, 
     options, data, normalize = run.options, run.data, Normalizer(run.task.processor, torch.device("cpu"))
     for flag in (None, "mixup", "cutmix"):
         changed = replace(options, augmentation=replace(options.augmentation, **({flag: 5.0} if flag else {})))
-        objective: Any = build_objective(changed, data, None, normalize, run.reporter.accelerator)
-        inputs = objective.prepare_batch(batch)
-        is_mixed = inputs["labels"].is_floating_point()
-        assert is_mixed == (not torch.equal(inputs["pixels"], batch["pixels"])) == (flag is not None)
+        objective: Any = build_objective(changed, data, None, normalize, run.reporter.accelerator, None)
+        assert (objective.mixer is not None) == (flag is not None)
+        if flag is not None:
+            pixels, mixed_labels = objective.mixer(batch["pixels"], batch["labels"])
+            assert mixed_labels.is_floating_point() and not torch.equal(pixels, batch["pixels"])
     counts = torch.bincount(torch.tensor(data.train.labels), minlength=2)
     logits, labels = torch.randn(6, 2), torch.tensor([0, 1, 1, 0, 1, 1])
     expected = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.1, reduction="none")
     weighted = (expected * (counts.sum() / (2 * counts))[labels]).mean()
     torch.testing.assert_close(build_label_loss(options, data, CPU)(logits, labels), weighted)
     plain = replace(options, training=replace(options.training, class_balance="sampling"))
-    assert build_label_loss(plain, data, CPU) == SingleLabelLoss(0.1)
-    for kind, loss in (("multi_task", MultiTaskLoss(0.1)), ("multi_label_classification", MultiLabelLoss(0.1))):
-        other = replace(data, label_space=LabelSpace(kind, {"label": ["dusk", "noon"]}))
-        assert build_label_loss(options, other, CPU) == loss
+    unweighted = compute_single_label_loss(logits, labels, label_smoothing=0.1)
+    torch.testing.assert_close(build_label_loss(plain, data, CPU)(logits, labels), unweighted)
+    losses = {"multi_task": compute_multi_task_loss, "multi_label_classification": compute_multi_label_loss}
+    for kind, loss in losses.items():
+        other: Any = replace(data, label_space=LabelSpace(kind, {"label": ["dusk", "noon"]}))  # type: ignore[arg-type]
+        built: Any = build_label_loss(options, other, CPU)
+        assert (built.func, built.keywords) == (loss, {"label_smoothing": 0.1})
 
 
 def test_lora_is_merged_into_a_plain_model(pretrained: Path, tmp_path: Path) -> None:

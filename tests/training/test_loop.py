@@ -10,6 +10,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -30,11 +31,16 @@ from modeling_vitcls import (
     ViTCLSImageProcessor,
 )
 from modeling_vitcls.data.augmentation import build_augmentation
-from modeling_vitcls.data.batches import Normalizer, iterate_training_batches, leave_signals_to_parent
+from modeling_vitcls.data.batches import (
+    BatchBuilder,
+    Normalizer,
+    TrainingImages,
+    iterate_training_batches,
+    leave_signals_to_parent,
+)
 from modeling_vitcls.data.images import UnreadableImageCounter
 from modeling_vitcls.data.sampling import BatchPlan
 from modeling_vitcls.data.splits import load_training_data
-from modeling_vitcls.data.streaming import build_training_dataset
 from modeling_vitcls.errors import RunStopped
 from modeling_vitcls.options import DataOptions, TrainingOptions
 from modeling_vitcls.training import loop as loop_module
@@ -44,13 +50,11 @@ from modeling_vitcls.training.loop import (
     is_end_of_epochs,
 )
 from modeling_vitcls.training.losses import (
-    ClassificationObjective,
-    DistillationObjective,
-    MultiLabelLoss,
-    MultiTaskLoss,
-    PixelTransform,
-    SingleLabelLoss,
+    LabelObjective,
     compute_distillation_loss,
+    compute_multi_label_loss,
+    compute_multi_task_loss,
+    compute_single_label_loss,
 )
 from modeling_vitcls.training.optimizer import (
     Ema,
@@ -97,7 +101,7 @@ class LoopRecorder:
         self.evaluations: list[dict[str, torch.Tensor]] = []
         self.accuracies = iter([0.5, 0.75, 0.6, 0.7, 0.8, 0.9])
         self.signal_at: int | None = None
-        classification = ClassificationObjective(PixelTransform(self.normalise), SingleLabelLoss(label_smoothing=0.1))
+        classification = LabelObjective(self.normalise, partial(compute_single_label_loss, label_smoothing=0.1))
         self.losses: list[float] = []  # loss of each batch
         self.seeds: list[int] = []  # random seed of each batch
 
@@ -148,9 +152,8 @@ class LoopRecorder:
         return {"loss": 1.0, "accuracy": next(self.accuracies), "num_images": 7, "per_class": []}
 
     def batches(self) -> Iterator[Any]:
-        pictures = build_training_dataset(
-            DIGITS.train, build_augmentation(PLAIN, ViTCLSImageProcessor(size=[32, 32])), to_rgb=True, seed=0
-        )
+        augmentation = build_augmentation(PLAIN, ViTCLSImageProcessor(size=[32, 32]))
+        pictures = TrainingImages(DIGITS.train, BatchBuilder(augmentation, to_rgb=True, seed=0))
         return iterate_training_batches(
             pictures, self.plan, process_index=0, num_workers=0, first_step=self.state.step
         )
@@ -451,30 +454,36 @@ def test_soft_and_hard_labels_agree() -> None:
     torch.manual_seed(0)
     logits, labels = torch.randn(6, 4), torch.randint(4, (6,))
     weights = torch.tensor([0.5, 1.0, 2.0, 0.1])
-    for loss in (SingleLabelLoss(0.1), SingleLabelLoss(0.0, weights)):
+    plain, weighted = (
+        partial(compute_single_label_loss, label_smoothing=0.1),
+        partial(compute_single_label_loss, label_smoothing=0.0, class_weights=weights),
+    )
+    for loss in (plain, weighted):
         soft = torch.nn.functional.one_hot(labels, 4).float()
         torch.testing.assert_close(loss(logits, soft), loss(logits, labels))
     expected = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.1)
-    torch.testing.assert_close(SingleLabelLoss(0.1)(logits, labels), expected)
+    torch.testing.assert_close(plain(logits, labels), expected)
     half = logits.bfloat16()
-    assert torch.equal(SingleLabelLoss(0.1)(half, labels), SingleLabelLoss(0.1)(half.float(), labels))
+    assert torch.equal(plain(half, labels), plain(half.float(), labels))
     other = labels.flip(0)
     mixed = 0.75 * soft + 0.25 * torch.nn.functional.one_hot(other, 4)
     image_losses = torch.nn.functional.cross_entropy(logits, mixed, reduction="none")
     expected = ((0.75 * weights[labels] + 0.25 * weights[other]) * image_losses).mean()
-    torch.testing.assert_close(SingleLabelLoss(0.0, weights)(logits, mixed), expected)
+    torch.testing.assert_close(weighted(logits, mixed), expected)
 
 
 def test_multi_label_loss_is_binary() -> None:
     torch.manual_seed(0)
     logits, labels = torch.randn(6, 4), torch.randint(2, (6, 4)).float()
     expected = torch.nn.functional.binary_cross_entropy_with_logits(logits, labels)
-    torch.testing.assert_close(MultiLabelLoss(0.0)(logits, labels), expected)
+    torch.testing.assert_close(compute_multi_label_loss(logits, labels, 0.0), expected)
     smooth = torch.where(labels == 1, 0.9, 0.1)
     expected = torch.nn.functional.binary_cross_entropy_with_logits(logits, smooth)
-    torch.testing.assert_close(MultiLabelLoss(0.2)(logits, labels), expected)
+    torch.testing.assert_close(compute_multi_label_loss(logits, labels, 0.2), expected)
     half = logits.bfloat16()
-    assert torch.equal(MultiLabelLoss(0.2)(half, labels), MultiLabelLoss(0.2)(half.float(), labels))
+    assert torch.equal(
+        compute_multi_label_loss(half, labels, 0.2), compute_multi_label_loss(half.float(), labels, 0.2)
+    )
 
 
 def test_multi_task_loss_ignores_missing_labels() -> None:
@@ -484,7 +493,8 @@ def test_multi_task_loss_ignores_missing_labels() -> None:
     labels = {"age": torch.tensor([0, -100]), "kind": torch.tensor([-100, -100])}
     normalise = lambda pixels: pixels / 255  # noqa: E731
     batch = {"pixels": torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8), "labels": labels}
-    loss = ClassificationObjective(PixelTransform(normalise), MultiTaskLoss(0.0))(model, batch)["loss"]
+    objective = LabelObjective(normalise, partial(compute_multi_task_loss, label_smoothing=0.0))  # type: ignore[arg-type]
+    loss = objective(model, batch)["loss"]
     outputs = model(normalise(batch["pixels"]), labels=labels)
     expected = torch.nn.functional.cross_entropy(outputs.logits["age"][:1], torch.tensor([0]))
     torch.testing.assert_close(loss, expected / 2)
@@ -493,9 +503,7 @@ def test_multi_task_loss_ignores_missing_labels() -> None:
     # DDP waits for the gradients of all parameters
     assert all(parameter.grad is not None for parameter in model.parameters())
     complete = {"age": torch.tensor([0, 2]), "kind": torch.tensor([1, 0])}
-    loss = ClassificationObjective(PixelTransform(normalise), MultiTaskLoss(0.0))(model, batch | {"labels": complete})[
-        "loss"
-    ]
+    loss = objective(model, batch | {"labels": complete})["loss"]
     torch.testing.assert_close(loss, model(normalise(batch["pixels"]), labels=complete).loss)
 
 
@@ -504,7 +512,8 @@ def test_every_head_is_trained_without_a_teacher() -> None:
     model = build_random_model(num_distillation_tokens=1, initializer_range=0.5)
     batch = {"pixels": torch.zeros(2, 3, 32, 32, dtype=torch.uint8), "labels": torch.tensor([0, 1])}
     normalise = lambda pixels: pixels / 255  # noqa: E731
-    loss = ClassificationObjective(PixelTransform(normalise), SingleLabelLoss(0.0))(model, batch)["loss"]
+    label_loss = partial(compute_single_label_loss, label_smoothing=0.0)
+    loss = LabelObjective(normalise, label_loss)(model, batch)["loss"]  # type: ignore[arg-type]
     loss.backward()
     without = [name for name, parameter in model.named_parameters() if parameter.grad is None]
     assert without == []
@@ -521,13 +530,17 @@ def test_a_teacher_trains_the_distillation_head_on_mixed_images() -> None:
     torch.manual_seed(0)
     model = build_random_model(num_distillation_tokens=1, num_labels=5, initializer_range=0.5)
     pixels, labels = torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8), torch.tensor([4, 0, 1])
-    inputs = PixelTransform(lambda values: values / 255, lambda values, targets: (values.flip(0), targets.roll(1)))
-    predict = lambda batch: batch["pixels"].flatten(1)[:, :5] / 50  # noqa: E731
 
-    def compute_loss(outputs: Any, logits: torch.Tensor) -> torch.Tensor:
-        return compute_distillation_loss("soft", outputs.distillation_logits, logits, 2.0)
+    def compute_loss(logits: torch.Tensor, batch: Any) -> torch.Tensor:
+        return compute_distillation_loss("soft", logits, batch["pixels"].flatten(1)[:, :5] / 50, 2.0)
 
-    objective = DistillationObjective(inputs, predict, compute_loss, SingleLabelLoss(0.1), alpha=0.3)
+    objective = LabelObjective(
+        lambda values: values / 255,  # type: ignore[arg-type]
+        partial(compute_single_label_loss, label_smoothing=0.1),
+        lambda values, targets: (values.flip(0), targets.roll(1)),
+        distillation_loss=compute_loss,
+        alpha=0.3,
+    )
     losses = objective(model, {"pixels": pixels, "labels": labels})
     outputs = model(pixels.flip(0) / 255)
     label_loss = torch.nn.functional.cross_entropy(outputs.cls_logits, labels.roll(1), label_smoothing=0.1)

@@ -17,10 +17,9 @@ from safetensors.torch import load_file
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
 from modeling_vitcls.checkpoints import CheckpointStore
 from modeling_vitcls.data.augmentation import build_augmentation
-from modeling_vitcls.data.batches import iterate_training_batches
+from modeling_vitcls.data.batches import BatchBuilder, TrainingImages, iterate_training_batches
 from modeling_vitcls.data.sampling import BatchPlan
 from modeling_vitcls.data.splits import load_evaluation_data, load_training_data
-from modeling_vitcls.data.streaming import build_training_dataset
 from modeling_vitcls.inference.evaluate import evaluate_checkpoint
 from modeling_vitcls.inference.evaluator import Evaluator
 from modeling_vitcls.intervals import compute_mean_interval
@@ -99,7 +98,7 @@ def test_the_flags_and_the_checkpoint_determine_the_batches(tmp_path: Path) -> N
     plan = BatchPlan.from_options(len(train), options.training, 1, train.labels)
     assert [*run.plan.iterate_keys(0)] == [*plan.iterate_keys(0)]
     augmentation = build_augmentation(options.augmentation, ViTCLSImageProcessor(size=[24, 32], resample=0))
-    images = build_training_dataset(train, augmentation, to_rgb=False, seed=5, num_views=0, num_channels=1)
+    images = TrainingImages(train, BatchBuilder(augmentation, to_rgb=False, seed=5, num_channels=1))
     expected = next(iterate_training_batches(images, run.plan, 0, 0))
     batch = next(
         iterate_training_batches(build_training_images(options, run.data, task.processor, 1, 0), run.plan, 0, 0)
