@@ -25,12 +25,12 @@ from sklearn.model_selection import cross_val_predict
 from sklearn.neighbors import NearestNeighbors
 
 from ..conversion.any_checkpoint import resolve_checkpoint
-from ..data.held_out import RESULTS_FILE, read_held_out_record
+from ..data.held_out import read_held_out_record
 from ..data.labels import get_label_space
 from ..data.sources import load_splits
 from ..data.splits import load_evaluation_data
 from ..hub.loading import MODEL_FILE_PATTERNS
-from ..hub.model_files import PREDICTIONS_FILE
+from ..hub.model_files import PREDICTIONS_FILE, RESULTS_FILE
 from ..inference.evaluate import match_labels, set_up_evaluation
 from ..inference.evaluator import Evaluator
 from ..inference.frozen import FeatureEvaluator, build_classifier

@@ -9,8 +9,9 @@ from rich.markup import escape
 from rich.progress import track
 
 from ..conversion.any_checkpoint import resolve_checkpoint
-from ..data.held_out import RESULTS_FILE, read_held_out_record
+from ..data.held_out import read_held_out_record
 from ..files import read_json
+from ..hub.model_files import RESULTS_FILE
 from ..inference.load_model import list_file_patterns, load_model
 from ..options import InspectOptions
 from .inspection import Inspection, inspect_model, open_images

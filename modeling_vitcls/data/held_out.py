@@ -24,9 +24,9 @@ import numpy as np
 
 from ..files import read_json
 from ..heads_vitcls import IGNORED_LABEL
+from ..hub.model_files import RESULTS_FILE
 
 
-RESULTS_FILE = "results.json"  # file with the results of the training run, in a model folder
 HELD_OUT_RECORD_KEY = "held_out"  # key of the held-out record in results.json
 
 

@@ -97,7 +97,7 @@ class StreamedImages:
         if has_own_shards and num_processes > 1:
             stream = stream.shard(num_processes, process_index)
         stream = stream.shuffle(seed=derive_seed(seed, pass_index), buffer_size=self.shuffle_buffer_size)
-        rows = (row for row in self.iterate_rows(stream) if not self.is_held_out(row))
+        rows = self.iterate_rows(stream, is_held_out=False)
         local_rows = rows if has_own_shards else islice(rows, process_index, None, num_processes)
         return self.build_examples(local_rows)
 
@@ -109,9 +109,7 @@ class StreamedImages:
         stream = self.stream
         if num_processes > 1:
             stream = split_dataset_by_node(stream, rank=process_index, world_size=num_processes)
-        return self.build_examples(
-            row for row in self.iterate_rows(stream) if self.is_held_out(row) == self.is_held_out_part
-        )
+        return self.build_examples(self.iterate_rows(stream, self.is_held_out_part))
 
     def read_first(self, num_images: int) -> LabeledImages:
         """Return the first images in the order of the stream, stored in memory without decoding. Raise ValueError if
@@ -127,16 +125,15 @@ class StreamedImages:
             DatasetImages.from_list([example.encoded_image for example in examples], self.folder), labels
         )
 
-    def iterate_rows(self, stream: Any) -> Iterator[StreamRow]:
-        """Yield the column values and the image key of each row. The image column contains inputs of
-        `decode_image`."""
+    def iterate_rows(self, stream: Any, is_held_out: bool) -> Iterator[StreamRow]:
+        """Yield the column values and the image key of each row that is held out, or of each row that is not. The
+        image column contains inputs of `decode_image`."""
+        rule = self.held_out_rule
         for values in stream:
             encoded_image = to_encoded_image(values[self.image_column], self.folder)
-            yield values | {self.image_column: encoded_image}, compute_encoded_image_key(encoded_image, self.folder)
-
-    def is_held_out(self, row: StreamRow) -> bool:
-        """Return whether the image of a row is held out."""
-        return self.held_out_rule is not None and self.held_out_rule.is_held_out(row[1])
+            key = compute_encoded_image_key(encoded_image, self.folder)
+            if (rule is not None and rule.is_held_out(key)) == is_held_out:
+                yield values | {self.image_column: encoded_image}, key
 
     def build_examples(self, rows: Iterable[StreamRow]) -> Iterator[Example]:
         """Yield an `Example` for each row. If labels are read, rows without a label are skipped."""

@@ -26,9 +26,7 @@ KNOWN_RECALL = 0.95  # fraction of images of the classes below the energy thresh
 
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     """Return the temperature that minimizes the cross-entropy of softmax(logits / temperature) (Guo et al. 2017, arXiv
-    1706.04599, section 4.2). Predicted labels do not depend on the temperature. Raise ValueError without images."""
-    if not len(labels):
-        raise ValueError("a temperature requires labeled images, but there are none. Set --held-out-fraction")
+    1706.04599, section 4.2). Predicted labels do not depend on the temperature."""
 
     def compute_loss(log_temperature: float) -> float:
         log_probabilities = log_softmax(logits / math.exp(log_temperature), axis=1)

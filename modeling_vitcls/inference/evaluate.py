@@ -24,7 +24,6 @@ from ..configuration_vitcls import ViTCLSConfig
 from ..conversion.any_checkpoint import resolve_checkpoint
 from ..data.held_out import (
     HELD_OUT_RECORD_KEY,
-    RESULTS_FILE,
     HeldOutRecord,
     HeldOutRule,
     compute_key_digest,
@@ -39,6 +38,7 @@ from ..data.streaming import StreamedImages
 from ..distributed import build_accelerator
 from ..files import read_json, write_json
 from ..heads_vitcls import IGNORED_LABEL
+from ..hub.model_files import RESULTS_FILE
 from ..options import DataOptions, EvaluateOptions
 from ..system import describe_device, get_versions
 from .confidence import describe_prediction_sets, measure_unknown
@@ -78,16 +78,11 @@ def load_evaluation(
     if warning is not None:
         warn(warning)
     model_space = get_label_space(model.config)
-    build_evaluator: Any = partial(
-        Evaluator,
-        processor=processor,
-        label_space=model_space,
-        options=options.data,
-        batch_size=options.batch_size,
-        accelerator=accelerator,
-        num_channels=model.config.num_channels,
-        warn=warn,
-    )
+    arguments = (options.data, options.batch_size, accelerator, model.config.num_channels, warn)
+
+    def build_evaluator(images: Any) -> Evaluator:
+        return Evaluator(images, processor, model_space, *arguments)
+
     evaluator = build_evaluator(match_labels(images, label_space, model_space))
     return EvaluationSetup(model, evaluator, build_evaluator, split, rule, warning)
 

@@ -204,7 +204,9 @@ class Evaluator:
         for batch in self.synchronize(batches):
             num_readable += len(batch.indices)
             error_messages |= batch.error_messages
-            outputs = self.compute_outputs(model, batch)
+            pixel_values = self.pad_batch(model, batch.pixel_values)
+            with self.accelerator.autocast():
+                outputs = self.compute_outputs(model, pixel_values)
             if metrics is not None:
                 metrics.update(outputs, send_to_device(batch.labels, self.accelerator.device))
             if self.keep_logits:  # without padding
@@ -237,11 +239,10 @@ class Evaluator:
         """Build the metrics for the kind of labels; None if only the rows are needed."""
         return METRICS[self.label_space.kind](self.label_space, self.accelerator.device)
 
-    def compute_outputs(self, model: nn.Module, batch: HeldOutBatch) -> Any:
-        """Return the model outputs for a batch, which is padded with blank images."""
+    def compute_outputs(self, model: nn.Module, pixel_values: torch.Tensor) -> Any:
+        """Return the model outputs for images [B, C, H, W]."""
         config = self.accelerator.unwrap_model(model).config
-        with self.accelerator.autocast():
-            return model(self.pad_batch(model, batch.pixel_values), num_output_tokens=config.num_head_tokens)
+        return model(pixel_values, num_output_tokens=config.num_head_tokens)
 
     def pad_batch(self, model: nn.Module, pixel_values: torch.Tensor | None) -> torch.Tensor:
         """Pad pixel values [G, C, H, W] with blank images to [B, C, H, W], and move the padded batch to the device."""

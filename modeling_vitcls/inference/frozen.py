@@ -31,7 +31,7 @@ from .evaluate import (
     set_up_evaluation,
     write_results,
 )
-from .evaluator import Evaluator, HeldOutBatch, round_floats
+from .evaluator import Evaluator, round_floats
 from .load_model import list_file_patterns, load_model
 from .metric_tables import format_percent
 
@@ -51,10 +51,8 @@ class FeatureEvaluator(Evaluator):
     def build_metrics(self) -> None:
         return None
 
-    def compute_outputs(self, model: torch.nn.Module, batch: HeldOutBatch) -> SimpleNamespace:
-        """Return the features of a batch, which is padded with blank images."""
-        with self.accelerator.autocast():
-            return SimpleNamespace(logits=self.compute_features(model, self.pad_batch(model, batch.pixel_values)))
+    def compute_outputs(self, model: torch.nn.Module, pixel_values: torch.Tensor) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.compute_features(model, pixel_values))
 
     def compute_features(self, model: Any, pixel_values: torch.Tensor) -> torch.Tensor:
         """Return the special tokens and the mean of the patch tokens [B, tokens, D] of images [B, C, H, W]."""

@@ -19,7 +19,6 @@ METRIC_NAMES = {
     "calibration_error": "Calibration error",
 }
 CLASS_COLUMNS = {"recall": "Recall", "precision": "Precision", "f1": "F1", "average_precision": "Average precision"}
-CONFIDENCE_LEVEL = 0.95  # confidence level of all intervals, as in inference/metrics.py
 MAX_CLASSES_IN_TABLE = 20
 MAX_NAME_LENGTH = 100  # maximum length of a name in a card, in characters
 

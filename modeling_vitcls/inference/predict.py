@@ -206,53 +206,51 @@ def predict_to_folder(
     folder = ShardFolder(options.output, options.shard_size, json.loads(json.dumps(settings)))
     folder.open()
     write_shards: Any = write_stream_shards if isinstance(source, StreamInput) else write_list_shards
-    local_counts = write_shards(folder, worker, source, predictor, accelerator.is_main_process)
-    counts = gather_object(local_counts)
-    return PredictionCounts(*map(sum, zip(PredictionCounts(0, 0), *counts, strict=True)))
+    shards = gather_object(write_shards(folder, worker, source, predictor, accelerator.is_main_process))
+    return PredictionCounts(*(sum(shard[name] for shard in shards) for name in ("images", "failed")))
 
 
 def write_list_shards(
     folder: ShardFolder, worker: Worker, source: Any, predictor: Predictor, is_shown: bool
-) -> list[PredictionCounts]:
-    """Write the missing shards of one worker, and return the counts of each shard."""
+) -> list[dict[str, Any]]:
+    """Write the missing shards of one worker, and return the metadata of each shard."""
     shards = list_shard_indices(source.num_images, folder.shard_size)
-    local_shards, counts = shards[worker.index :: worker.num_workers], []
+    local_shards, metadata = shards[worker.index :: worker.num_workers], []
     for indices in show_progress(local_shards, "files", len(local_shards), is_shown):
         file = folder.get_file(indices.start // folder.shard_size)
         finished = folder.read_finished(file)
         if finished is None:
             rows = list(predictor.iterate_rows(source.read_records([indices])))
             finished = folder.write(file, rows, predictor.columns.columns, num_shards=len(shards))
-        counts.append(PredictionCounts(finished["images"], finished["failed"]))
-    return counts
+        metadata.append(finished)
+    return metadata
 
 
 def write_stream_shards(
     folder: ShardFolder, worker: Worker, source: StreamInput, predictor: Predictor, is_shown: bool
-) -> list[PredictionCounts]:
+) -> list[dict[str, Any]]:
     """Continue the shards of one worker from the state of the stream in its last shard, as `write_list_shards`."""
-    stream, counts, first_shard = source.get_part(worker.index, worker.num_workers), [], 0
+    stream, metadata, first_shard = source.get_part(worker.index, worker.num_workers), [], 0
     while (finished := folder.read_finished(folder.get_file(first_shard, worker))) is not None:
-        counts.append(PredictionCounts(finished["images"], finished["failed"]))
+        metadata.append(finished)
         if finished["is_last"]:
-            return counts
+            return metadata
         stream.load_state_dict(finished["state"])
         first_shard += 1
-    examples, is_last = iter(stream), False
+    examples = iter(stream)
     indices = count(first_shard * folder.shard_size * worker.num_workers + worker.index, worker.num_workers)
     for shard_index in show_progress(count(first_shard), "files", None, is_shown):
         records = source.build_records(islice(examples, folder.shard_size), indices)
         rows = list(predictor.iterate_rows(records))
         state = stream.state_dict()  # before the next example is read
         next_example = list(islice(examples, 1))
-        is_last = not next_example
         examples = chain(next_example, examples)
         file = folder.get_file(shard_index, worker)
-        finished = folder.write(file, rows, predictor.columns.columns, is_last=is_last, state=state)
-        counts.append(PredictionCounts(finished["images"], finished["failed"]))
-        if is_last:
+        finished = folder.write(file, rows, predictor.columns.columns, is_last=not next_example, state=state)
+        metadata.append(finished)
+        if not next_example:
             break
-    return counts
+    return metadata
 
 
 def compute_model_digest(model: PreTrainedModel, processor: ViTCLSImageProcessor) -> str:

@@ -31,7 +31,6 @@ from ..hub.model_files import CARD_FILE, REPORT_FILE
 from ..hub.provenance import Provenance
 from ..inference.metric_tables import (
     CLASS_COLUMNS,
-    CONFIDENCE_LEVEL,
     METRIC_NAMES,
     build_class_tables,
     build_metric_rows,
@@ -39,6 +38,7 @@ from ..inference.metric_tables import (
     format_percent,
     get_metric_names,
 )
+from ..intervals import CONFIDENCE_LEVEL
 from ..options import LeJEPAOptions, MAEOptions, TeachersOptions
 from ..version import __version__
 from .held_out_predictions import describe_predictions

@@ -22,12 +22,13 @@ from accelerate import Accelerator
 
 from ..data.augmentation import BatchMixer
 from ..data.batches import Batch, Normalizer
-from ..data.held_out import RESULTS_FILE, read_held_out_record
+from ..data.held_out import read_held_out_record
 from ..data.images import LabeledImages
 from ..data.sampling import compute_class_weights
 from ..data.splits import TrainingData, describe_missing_classes, load_training_data
 from ..files import read_json
 from ..hub.local_paths import strip_folders
+from ..hub.model_files import RESULTS_FILE
 from ..inference.evaluator import Evaluator
 from ..inference.load_model import is_preset
 from ..inference.metrics import SELECTION_METRICS
@@ -89,11 +90,10 @@ def build_task(options: FinetuneOptions, initial: InitialModel, data: TrainingDa
         model,
         processor,
         build_objective(options, data, teacher, normalize, accelerator, model.config.num_head_tokens),
-        build_evaluator=lambda images: Evaluator(images, *arguments, warn=reporter.warn),
+        build_evaluator=lambda images: Evaluator(images, *arguments, warn=reporter.warn),  # type: ignore[misc]
         selection_metric=metric,
         printed_metrics=(metric, "macro_f1") if data.class_ratio > MAX_CLASS_RATIO else (metric,),
         result_metrics=(metric, "cls_accuracy", "distillation_accuracy"),
-        evaluated_text="{num_images:,} held-out images",
         labels_text=f"classes: {class_count_text}, {labels.kind.replace('_', ' ')}",
         can_calibrate=labels.kind == "single_label_classification",
         num_views=options.distillation.teacher_views,

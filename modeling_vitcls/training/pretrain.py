@@ -137,7 +137,6 @@ def build_task(options: PretrainOptions, initial: InitialModel, data: TrainingDa
         selection_metric=selection_metric,
         printed_metrics=(selection_metric,),
         result_metrics=("teacher_cosine", "knn_accuracy", "knn_accuracy_of_patches", "effective_rank"),
-        evaluated_text="{num_images:,} held-out images",
         labels_text="labels are used only to measure the features" if has_labels else "no labels",
         num_views=options.distillation.teacher_views,
         summary_lines=summary_lines,

@@ -123,7 +123,7 @@ class Probe:
         self, images: Any, warn: Callable[[str], None] = lambda message: None
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return features and labels. Training reports unreadable images, so that the default does not."""
-        evaluator = ProbeEvaluator(images, *self.evaluator_arguments, warn=warn)
+        evaluator = ProbeEvaluator(images, *self.evaluator_arguments, warn=warn)  # type: ignore[misc]
         was_training = self.model.training
         outputs = evaluator(self.model.to(evaluator.accelerator.device).eval())
         self.model.train(was_training)

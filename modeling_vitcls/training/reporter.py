@@ -151,13 +151,13 @@ def describe_splits(data: TrainingData, processor: ViTCLSImageProcessor, labels_
     return lines
 
 
-def format_result(metrics: dict[str, Any], names: tuple[str, ...], evaluated_text: str) -> str:
-    """Format the metrics `names` of the final evaluation as one line of text. `evaluated_text` names the images."""
+def format_result(metrics: dict[str, Any], names: tuple[str, ...]) -> str:
+    """Format the metrics `names` of the final evaluation as one line of text."""
     names = tuple(name for name in names if name in metrics)
     if not names:
         return "the model was trained on all images and not evaluated, because --held-out-fraction is 0"
     text = ", ".join(format_metric(name, metrics[name]) for name in names)
-    return f"{text} on {evaluated_text.format(num_images=metrics['num_images'])}"
+    return f"{text} on {metrics['num_images']:,} held-out images"
 
 
 def describe_model(source: str, model: Any, forward_flops: int) -> dict[str, str]:

@@ -347,7 +347,7 @@ class Run:
             text = describe_dry_run(loop, self.full_plan, self.options, self.evaluated_fraction, seconds)
             reporter.print_line("dry run", text)
             return
-        reporter.print_line("result", format_result(self.metrics, task.result_metrics, task.evaluated_text))
+        reporter.print_line("result", format_result(self.metrics, task.result_metrics))
         if "features" in results:
             reporter.print_line("features", results["features"]["summary"])
         reporter.print_line("saved", f"{self.folder} (model, image processor, {RESULTS_FILE})")

@@ -31,7 +31,6 @@ class Task:
     selection_metric: str
     printed_metrics: tuple[str, ...]  # metrics of evaluations that are printed during training
     result_metrics: tuple[str, ...]  # metrics of the printed result
-    evaluated_text: str  # format string; the argument is `num_images`
     labels_text: str
     can_calibrate: bool = False  # whether the model has a temperature: a classifier with one label per image
     num_views: int = 0  # number of different views per image, or 0 if every epoch uses a new view

@@ -49,11 +49,6 @@ def test_the_temperature_equals_the_one_that_torch_finds(temperature: float) -> 
     assert fitted == pytest.approx(log_temperature.exp().item(), rel=1e-4)
 
 
-def test_a_temperature_without_images_is_an_error() -> None:
-    with pytest.raises(ValueError, match="--held-out-fraction"):
-        fit_temperature(np.zeros((0, 3)), np.zeros(0, int))
-
-
 def test_the_model_divides_its_logits_in_evaluation_mode_only() -> None:
     model = ViTCLSForImageClassification(build_tiny_config(num_labels=NUM_LABELS)).eval()
     pixel_values = torch.randn(2, 3, *model.config.image_height_width)

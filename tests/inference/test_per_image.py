@@ -15,8 +15,7 @@ from sklearn.datasets import load_digits
 from sklearn.metrics import log_loss, roc_auc_score
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, evaluate, predict
-from modeling_vitcls.data.held_out import RESULTS_FILE
-from modeling_vitcls.hub.model_files import PREDICTIONS_FILE
+from modeling_vitcls.hub.model_files import PREDICTIONS_FILE, RESULTS_FILE
 from modeling_vitcls.inference.confidence import compute_energies
 
 
