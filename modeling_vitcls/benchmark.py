@@ -2,7 +2,7 @@
 
     torch        PyTorch with the CPU kernels of this package        fp32, bf16
     compiled     torch.compile                                       fp32, bf16
-    onnx         onnxruntime (CPU)                                   fp32
+    onnx         onnxruntime (CPU)                                   fp32, int8
     openvino     OpenVINO (CPU)                                      fp32, bf16, int8
     timm, transformers    the plain ViT of the same size             fp32, bf16
 
@@ -47,10 +47,11 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BACKENDS = {
     "torch": ("fp32", "bf16"),
     "compiled": ("fp32", "bf16"),
-    "onnx": ("fp32",),
+    "onnx": ("fp32", "int8"),
     "openvino": ("fp32", "bf16", "int8"),
 }
-PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnx", "onnxscript", "openvino", "nncf")}
+EXPORT_PACKAGES = ("onnx", "onnxscript", "nncf")
+PACKAGES = {"onnx": (*EXPORT_PACKAGES, "onnxruntime"), "openvino": (*EXPORT_PACKAGES, "openvino")}
 # Largest difference from the float32 output of the model, divided by the largest absolute value of this output. A
 # quantized graph is not checked: its error depends on the weights.
 LIMITS = {"fp32": 1e-4, "bf16": 0.08, "int8": float("inf")}

@@ -200,6 +200,8 @@ def test_int8_loses_at_most_0_3_points(
         nodes = importlib.import_module("onnx").load(file).graph.node
         int8_values = {name for node in nodes if node.op_type == "DequantizeLinear" for name in node.output}
         products = [node for node in nodes if node.op_type == "MatMul" and int8_values & set(node.input)]
+        (patch_projection,) = (node for node in nodes if node.op_type == "Conv")
+        assert not int8_values & set(patch_projection.input)
         layers = {node.name.partition("/")[0] for node in products}
         assert "layers.0" in layers and not {"layers.1", "layers.2"} & layers
 
