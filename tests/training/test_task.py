@@ -221,7 +221,7 @@ def test_training_on_all_images(tmp_path: Path, capsys: pytest.CaptureFixture) -
     assert (results["num_training_images"], results["num_images"]) == (450, 0)
     output = capsys.readouterr().out
     assert "accuracy" not in results and "not evaluated" in output and "WARNING" not in output
-    with pytest.raises(ValueError, match="--held-out-fraction is 0"):
+    with raises_one_line("--held-out-fraction", "--dataset"):
         evaluate_checkpoint(EvaluateOptions(str(tmp_path / "run"), DIGITS))
     assert len(load_evaluation_data(data, "train").images) == 450
     with pytest.raises(ValueError, match="--select best"):
