@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from helpers.accelerate_state import reset_accelerate
-from helpers.tiny_models import build_tiny_config
+from helpers.tiny_models import build_tiny_config, raises_one_line
 from helpers.tiny_options import build_tiny_options, prepare_task, read_metrics, run_dry, run_training
 from PIL import Image
 from safetensors.torch import load_file
