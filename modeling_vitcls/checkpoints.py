@@ -94,7 +94,7 @@ class CheckpointStore:
         except WRITE_ERRORS as error:
             shutil.rmtree(partial_folder, ignore_errors=True)
             message = f"cannot write the checkpoint of step {step} to {self.folder}: {format_error(error)}"
-            raise OSError(f"{message}. Free disk space, then use --resume") from error
+            raise OSError(f"{message}. Earlier checkpoints are intact. Free disk space, then use --resume") from error
         self.prune(step)
 
     def load_newest(self, warn: Callable[[str], None]) -> Checkpoint | None:
