@@ -724,7 +724,7 @@ class ExportOptions:
         size, has_dataset, is_js = self.image_size, self.dataset is not None, self.format == "transformers.js"
         has_graph_settings = (size, self.dynamic, self.dtype) != (None, True, "float32")
         errors = {
-            f"--image-size requires positive numbers, but the value is {size}. Set HEIGHT WIDTH": size is not None
+            f"--image-size requires positive numbers, but got {size}. Set --image-size HEIGHT WIDTH": size is not None
             and min(size) < 1,
             "--format transformers.js does not support --image-size, --no-dynamic or --dtype. Remove the flag": is_js
             and has_graph_settings,

@@ -1,4 +1,4 @@
-"""`vitcls benchmark`: measure speed by backend and precision, next to timm and transformers.
+"""`vitcls benchmark`: measure speed by backend and precision, and compare it with timm and transformers.
 
     vitcls benchmark --model runs/mine
     vitcls benchmark --work inference step --backends torch compiled --peers timm transformers --markdown speed.md

@@ -61,7 +61,8 @@ def convert_split(data: Any) -> Any:
     if type(data).__name__ == "DataFrame" or not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
         raise TypeError(
             "a dataset must be a path, a datasets.Dataset, a torch Dataset with a length, or a list of (image, label) "
-            f"pairs, but the type of the data is {type(data).__name__}"
+            f"pairs, but the type of the data is {type(data).__name__}. Convert a DataFrame with "
+            "datasets.Dataset.from_pandas. For a stream, pass its name and streaming=True"
         )
     rows = [convert_pair(data[index], index) for index in range(len(data))]
     if not rows:

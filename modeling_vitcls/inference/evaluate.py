@@ -33,7 +33,7 @@ from ..data.image_folder import format_name_list
 from ..data.images import LabeledImages
 from ..data.labels import LabelSpace, MultiHotLabels, get_label_space
 from ..data.sources import load_splits
-from ..data.splits import HELD_OUT_SPLITS, load_evaluation_data, load_on_main
+from ..data.splits import HELD_OUT_SPLITS, EvaluationData, load_evaluation_data, load_on_main
 from ..data.streaming import StreamedImages
 from ..distributed import build_accelerator
 from ..files import read_json, write_json
@@ -78,11 +78,16 @@ def load_evaluation(
     if warning is not None:
         warn(warning)
     model_space = get_label_space(model.config)
-    arguments = (options.data, options.batch_size, accelerator, model.config.num_channels, warn)
-
-    def build_evaluator(images: Any) -> Evaluator:
-        return Evaluator(images, processor, model_space, *arguments)
-
+    build_evaluator = partial(
+        Evaluator,
+        processor=processor,
+        label_space=model_space,
+        options=options.data,
+        batch_size=options.batch_size,
+        accelerator=accelerator,
+        num_channels=model.config.num_channels,
+        warn=warn,
+    )
     evaluator = build_evaluator(match_labels(images, label_space, model_space))
     return EvaluationSetup(model, evaluator, build_evaluator, split, rule, warning)
 
@@ -165,10 +170,13 @@ def set_up_evaluation(options: EvaluateOptions) -> tuple[Accelerator, Console, C
 
 
 def describe_evaluation(
-    options: EvaluateOptions, data: Any, num_images: int, seconds: float, accelerator: Accelerator
+    options: EvaluateOptions,
+    data: EvaluationSetup | EvaluationData,
+    num_images: int,
+    seconds: float,
+    accelerator: Accelerator,
 ) -> dict[str, Any]:
-    """Return the results that describe the model, the images, the speed and the environment. `data` is an
-    `EvaluationSetup` or `EvaluationData`."""
+    """Return the results that describe the model, the images, the speed and the environment."""
     return {
         "model": options.model,
         "dataset": options.data.dataset,

@@ -80,7 +80,7 @@ def open_openvino(file: Path, precision: str) -> Runner:
 
 
 class ExportedModel(nn.Module):
-    """An exported graph in the place of the model that was exported; no weights of the model are loaded.
+    """An exported graph with the interface of its model, whose weights are not loaded.
 
     Args:
         file: The exported file.

@@ -73,8 +73,14 @@ def build_task(options: FinetuneOptions, initial: InitialModel, data: TrainingDa
             "embeddings and the first layer. Remove one of the two flags"
         )
 
-    batch_size, num_channels = training_options.batch_size, model.config.num_channels
-    arguments: Any = (processor, labels, options.data, batch_size, accelerator, num_channels)
+    evaluator_arguments: dict[str, Any] = {
+        "processor": processor,
+        "label_space": labels,
+        "options": options.data,
+        "batch_size": training_options.batch_size,
+        "accelerator": accelerator,
+        "num_channels": model.config.num_channels,
+    }
     missing_probe_reason: str | None = "the initial weights are random"
     if not initial.has_random_weights:
         missing_probe_reason = explain_missing_probe(options, model, new_parameter_names, labels.kind)
@@ -90,7 +96,7 @@ def build_task(options: FinetuneOptions, initial: InitialModel, data: TrainingDa
         model,
         processor,
         build_objective(options, data, teacher, normalize, accelerator, model.config.num_head_tokens),
-        build_evaluator=lambda images: Evaluator(images, *arguments, warn=reporter.warn),  # type: ignore[misc]
+        build_evaluator=partial(Evaluator, **evaluator_arguments, warn=reporter.warn),
         selection_metric=metric,
         printed_metrics=(metric, "macro_f1") if data.class_ratio > MAX_CLASS_RATIO else (metric,),
         result_metrics=(metric, "cls_accuracy", "distillation_accuracy"),
@@ -105,7 +111,7 @@ def build_task(options: FinetuneOptions, initial: InitialModel, data: TrainingDa
             "label_column": list(labels.columns),
             "label_separator": options.data.label_separator,
         },
-        probe=None if missing_probe_reason else Probe(model, max_images, arguments),
+        probe=None if missing_probe_reason else Probe(model, max_images, evaluator_arguments),
     )
 
 

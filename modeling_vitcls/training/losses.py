@@ -86,7 +86,7 @@ class LabelObjective:
     alpha: float = 0.5  # weight of the distillation loss; the weight of the label loss is 1 - alpha
 
     def __call__(self, model: nn.Module, batch: Batch) -> Losses:
-        """Return the total loss, and its parts with a teacher, of a batch that is on the model's device."""
+        """Return the total loss of a batch on the model's device and, with a teacher, the parts of the loss."""
         if self.mixer is not None:
             pixels, mixed_labels = self.mixer(batch["pixels"], batch["labels"])
             batch = batch | {"pixels": pixels, "labels": mixed_labels}

@@ -108,16 +108,22 @@ def build_task(options: PretrainOptions, initial: InitialModel, data: TrainingDa
         objective = LeJEPAObjective(normalize, lejepa, config.patch_height_width)
         summary = f"LeJEPA: {lejepa.global_crops} global and {lejepa.local_crops} local crops per image"
     has_labels = data.label_space.kind == "single_label_classification" and bool(data.label_space.columns)
-    batch_size, accelerator = options.training.batch_size, reporter.accelerator
-    arguments: Any = (processor, data.label_space, options.data, batch_size, accelerator, config.num_channels)
-    arguments += (reporter.warn,)
+    arguments: dict[str, Any] = {
+        "processor": processor,
+        "label_space": data.label_space,
+        "options": options.data,
+        "batch_size": options.training.batch_size,
+        "accelerator": reporter.accelerator,
+        "num_channels": config.num_channels,
+        "warn": reporter.warn,
+    }
     neighbors = None
     if has_labels and isinstance(data.train, LabeledImages):
-        neighbors = TokenFeatures(data.train.draw(MAX_NEIGHBORS, options.data.split_seed), *arguments)
+        neighbors = TokenFeatures(data.train.draw(MAX_NEIGHBORS, options.data.split_seed), **arguments)
 
     def build_evaluator(images: LabeledImages, with_regression: bool = False) -> FeatureQuality:
-        cosines = None if teachers is None else TeacherCosines(teachers, normalize, images, *arguments)
-        return FeatureQuality(TokenFeatures(images, *arguments), neighbors, cosines, reporter.warn, with_regression)
+        cosines = None if teachers is None else TeacherCosines(teachers, normalize, images, **arguments)
+        return FeatureQuality(TokenFeatures(images, **arguments), neighbors, cosines, reporter.warn, with_regression)
 
     selection_metric = "effective_rank" if neighbors is None else "knn_accuracy"
     summary_lines = {"method": summary}

@@ -300,9 +300,9 @@ class Run:
             errors = compute_calibration_errors(self.evaluate_held_out, temperature, reported_images)
             self.calibration |= errors
             self.metrics["calibration_error"] = errors["calibration_error"]
-            before, after = (f"{100 * error:.1f}" for error in errors.values())
+            before, after = 100 * errors["calibration_error_before"], 100 * errors["calibration_error"]
             text = f"temperature {temperature:.2f}, fitted to {num_images:,} images that are not reported; "
-            self.reporter.print_line("calibration", f"{text}calibration error {before} -> {after} points")
+            self.reporter.print_line("calibration", f"{text}calibration error {before:.1f} -> {after:.1f} points")
 
     def save(self) -> None:
         """Write the model and its results, and print the result."""
