@@ -52,16 +52,20 @@ def write_atomically(file: Path) -> Iterator[Path]:
 
 @contextmanager
 def create_output_folder(output: Path) -> Iterator[Path]:
-    """Create a temporary folder, and rename it to `output` on exit. After an error, nothing is left."""
-    existing_parent = next(folder for folder in output.absolute().parents if folder.is_dir())
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=existing_parent) as temporary_folder:
+    """Create a temporary folder, and rename it to `output` on exit, or move its contents to an existing `output`.
+    After an error, nothing is left."""
+    output = output.resolve()
+    existing_folder = next(folder for folder in (output, *output.parents) if folder.is_dir())
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=existing_folder) as temporary_folder:
         folder = Path(temporary_folder, output.name)
         folder.mkdir()
         yield folder
-        output.parent.mkdir(parents=True, exist_ok=True)
-        if output.exists():
-            output.rmdir()
-        folder.rename(output)
+        if output.exists():  # possibly the working directory, or the root of another file system
+            for path in folder.iterdir():
+                path.rename(output / path.name)
+        else:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            folder.rename(output)
 
 
 def sync_to_disk(path: Path) -> None:

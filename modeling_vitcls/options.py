@@ -1,4 +1,4 @@
-"""Flags of `vitcls finetune`, `pretrain`, `evaluate`, `predict` and `inspect`.
+"""Flags of `vitcls finetune`, `pretrain`, `evaluate`, `predict`, `inspect`, `benchmark` and `export`.
 
 Each field is a flag (`batch_size` is `--batch-size`) and a key of a recipe file. The docstring below a field is the
 help text of the flag. This file imports only the standard library, so that `--help` and errors about flags appear

@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 from helpers.tiny_models import raises_one_line
 
-from modeling_vitcls.files import is_closed_pipe, read_json, replace_control_characters, write_atomically, write_json
+from modeling_vitcls.files import (
+    create_output_folder,
+    is_closed_pipe,
+    read_json,
+    replace_control_characters,
+    write_atomically,
+    write_json,
+)
 
 
 def test_json_is_read_and_written(tmp_path: Path) -> None:
@@ -49,6 +56,20 @@ def test_a_file_is_flushed_before_it_is_renamed(tmp_path: Path, monkeypatch: pyt
         assert unfinished_file.parent == tmp_path and unfinished_file.name.startswith(".results.json.")
         assert str(os.getpid()) in unfinished_file.name
     assert flushed == [(file.stat().st_ino, False), (tmp_path.stat().st_ino, True)]
+
+
+@pytest.mark.parametrize("output", ["new/made", "existing", "link", "."])
+def test_an_output_folder_is_new_or_empty(output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("work", "work/existing"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "work/link").symlink_to("existing")
+    monkeypatch.chdir(tmp_path / "work" if output != "." else tmp_path / "work" / "existing")
+    with pytest.raises(KeyError), create_output_folder(Path(output)) as folder:
+        raise KeyError
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["existing", "link", "work"]
+    with create_output_folder(Path(output)) as folder:
+        (folder / "model").touch()
+    assert [path.name for path in Path(output).iterdir()] == ["model"]
 
 
 def test_control_characters_and_invalid_bytes_are_replaced() -> None:

@@ -102,9 +102,9 @@ def write_parity_report(
     """Write the parity report of a model in a folder and, unless the weights are random, copy the license of the
     source. `config` is the configuration of the ViTCLS model, and `fields` are further fields of the report.
 
-    docs/converting.md lists the fields. There are three more for the card: `is_native` (whether the model is a
-    transformers model), `required_versions` (the lowest versions that its class requires) and `provenance` (license
-    and base model).
+    docs/converting.md describes the main fields. `is_native` (whether the model is a transformers model),
+    `required_versions` (the lowest versions that its class requires) and `provenance` (license and base model) are for
+    the card.
     """
     provenance = find_provenance(source_name)
     if not random_init:

@@ -1,4 +1,4 @@
-"""Compare the outputs of a source and the converted model, and write the parity report to parity_report.json.
+"""Compare the outputs of a source and the converted model, for the parity report.
 
     # Raises ConversionError if a difference exceeds MAX_DIFFERENCE.
     comparisons, reason = compare_models(source, model, has_source_classifier=True)

@@ -136,7 +136,8 @@ class TransformersSource(Source):
             )
         model_class = get_convertible_class(config)
         if random_init:
-            return cls(name_or_path, folder, randomize_weights(model_class(config)), [])
+            model_config = config if isinstance(config, model_class.config_class) else config.vision_config
+            return cls(name_or_path, folder, randomize_weights(model_class(model_config)), [])
         return cls(name_or_path, folder, *load_transformers_model(model_class, name_or_path, folder))
 
     def __init__(self, name_or_path: str, folder: str, model: nn.Module, notes: list[str]) -> None:
@@ -207,8 +208,11 @@ def get_convertible_class(config: transformers.PreTrainedConfig) -> Any:
     """Return the transformers class that loads a checkpoint, or its encoder if only the encoder can be converted."""
     architecture = (config.architectures or [""])[0]
     encoder_config = getattr(config, "vision_config", config)
-    encoder_class = f"{type(encoder_config).__name__.removesuffix('Config')}Model"  # CLIPVisionModel, ViTModel, ...
-    name = architecture if architecture in CONVERTIBLE_CLASSES else encoder_class
+    model_name, encoder_name = (
+        f"{type(each).__name__.removesuffix('Config')}Model" for each in (config, encoder_config)
+    )
+    has_encoder = encoder_config is config or architecture == model_name  # ViTForX, or CLIPModel but not LlavaForX
+    name = encoder_name if architecture not in CONVERTIBLE_CLASSES and has_encoder else architecture
     if name not in CONVERTIBLE_CLASSES:
         raise ConversionError(
             f"{architecture or type(config).__name__} cannot be converted. Use a plain ViT that docs/coverage.md lists"
@@ -235,7 +239,7 @@ def load_transformers_model(model_class: Any, name_or_path: str, folder: str) ->
             f"example {missing_names[0]}"
         )
     unexpected_names = sorted(loading_info["unexpected_keys"])
-    if unexpected_names and model_class.__name__ in (model.config.architectures or []):
+    if unexpected_names and model.config.architectures:  # not the vision model of a text-image model
         notes.append(
             f"{model_class.__name__} does not use {len(unexpected_names)} weights of the checkpoint, "
             f"for example {unexpected_names[0]}"

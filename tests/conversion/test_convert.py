@@ -303,11 +303,21 @@ def test_the_vision_part_of_a_larger_model(tmp_path: Path) -> None:
     clip = randomize_weights(transformers.CLIPModel(config))
     made = convert_checkpoint(save_checkpoint(clip, tmp_path / "source"), tmp_path / "made")
     assert made["source_class"] == "CLIPVisionModel"
+    assert not any("text_model" in note or "does not use" in note for note in made["notes"])
+    convert_checkpoint(f"transformers:{tmp_path / 'source'}", tmp_path / "random", random_init=True)
     model = ViTCLSModel.from_pretrained(tmp_path / "made")
     pixel_values = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         wanted = clip.vision_model(pixel_values).pooler_output
         assert (model(pixel_values).pooler_output - wanted).abs().max() <= LIMIT
+
+
+def test_the_encoder_of_a_model_with_another_head_is_converted_with_a_note(tmp_path: Path) -> None:
+    sizes = SIZES | {"num_hidden_layers": 4, "out_indices": [1, 2, 3, 4]}
+    model = randomize_weights(transformers.BeitForSemanticSegmentation(transformers.BeitConfig(**sizes)))
+    made = convert_checkpoint(save_checkpoint(model, tmp_path / "source"), tmp_path / "made")
+    assert made["source_class"] == "BeitModel"
+    assert any("auxiliary_head" in note for note in made["notes"])
 
 
 def test_a_missing_pooler_is_not_initialized(tmp_path: Path) -> None:
@@ -424,9 +434,17 @@ def test_the_limit_is_relative_to_the_largest_value(tmp_path: Path) -> None:
         compare_models(source, model, has_source_classifier=False)
 
 
+def save_config(config: transformers.PreTrainedConfig, folder: Path) -> str:
+    config.save_pretrained(folder)
+    return f"transformers:{folder}"
+
+
 UNSUPPORTED: dict[str, Callable[[Path], str]] = {
     "SwinModel cannot be converted": lambda folder: save_checkpoint(
         transformers.SwinModel(transformers.SwinConfig(embed_dim=8, depths=[1], num_heads=[1], image_size=32)), folder
+    ),
+    "LlavaForConditionalGeneration cannot be converted": lambda folder: save_config(
+        transformers.LlavaConfig(architectures=["LlavaForConditionalGeneration"]), folder
     ),
     "timm 1.* has no model vit_huuge": lambda folder: "timm:vit_huuge",
     "nowhere/at/all is not a folder": lambda folder: f"transformers:{folder}/nowhere/at/all",
