@@ -237,9 +237,8 @@ class TrainingOptions:
     weight decay. DeiT uses 0.05."""
     label_smoothing: float = 0.1
     """Label smoothing: probability that is distributed evenly over all classes. DeiT uses 0.1."""
-    class_balance: Literal["none", "weights", "sampling"] = "none"
-    """Method for imbalanced classes: weight the loss by the inverse class size (`weights`), or sample all classes
-    equally often (`sampling`)."""
+    class_balance: Literal["none", "weights"] = "none"
+    """Method for imbalanced classes: `weights` weights the loss of an image by the inverse size of its class."""
     max_gradient_norm: float = 1.0
     """Maximum norm of the gradients; gradients with a larger norm are scaled down. The ViT paper uses 1."""
     ema_decay: float | None = None

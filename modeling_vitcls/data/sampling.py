@@ -21,9 +21,7 @@ import torch
 from ..options import TrainingOptions
 
 
-# Index of the epoch and index of the image. If an image is used several times per epoch, the number of earlier uses
-# replaces the index of the epoch, so that each use has a different augmentation.
-ImageKey = tuple[int, int]
+ImageKey = tuple[int, int]  # index of the epoch and index of the image
 
 
 # Random numbers ------------------------------------------------------------------------------------------------------
@@ -61,53 +59,11 @@ def convert_to_fractions(bits: np.ndarray) -> np.ndarray:
 # Epochs --------------------------------------------------------------------------------------------------------------
 
 
-# (number of earlier uses of the image, image index) at each position of an epoch; two int64 arrays [images].
-Epoch = tuple[np.ndarray, np.ndarray]
-
-
-class ShuffledOrder:
-    """Endless sequence of image indices that contains every image once per epoch."""
-
-    def __init__(self, num_images: int, seed: int) -> None:
-        self.num_images = num_images
-        self.seed = seed
-        self.get_epoch = lru_cache(maxsize=2)(self.compute_epoch)  # a batch may span two epochs
-
-    def compute_epoch(self, epoch: int) -> Epoch:
-        """Return the (number of earlier uses, image index) arrays of an epoch in shuffled order."""
-        return np.full(self.num_images, epoch), self.get_permutation(epoch)
-
-    def get_permutation(self, epoch: int) -> np.ndarray:
-        """Return the indices of all images, shuffled with the seed of the epoch."""
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch))
-        return torch.randperm(self.num_images, generator=generator).numpy()
-
-
-class BalancedOrder(ShuffledOrder):
-    """Order in which all classes, and all images of a class, are equally frequent. Classes without images are skipped.
-
-    The positions of an epoch are assigned to the classes in rotation. Each class cycles through its images, which are
-    shuffled again for each cycle. The images of a rare class are therefore repeated within an epoch, and a frequent
-    class requires several epochs to use all of its images.
-    """
-
-    def __init__(self, labels: Sequence[int], seed: int) -> None:
-        super().__init__(len(labels), seed)
-        self.indices_by_class = [np.flatnonzero(np.asarray(labels) == label) for label in np.unique(labels)]
-
-    def compute_epoch(self, epoch: int) -> Epoch:
-        positions = np.arange(epoch * self.num_images, (epoch + 1) * self.num_images)
-        num_uses, indices = np.empty_like(positions), np.empty_like(positions)
-        for class_index, members in enumerate(self.indices_by_class):
-            is_member = positions % len(self.indices_by_class) == class_index
-            cycles, offsets = np.divmod(positions[is_member] // len(self.indices_by_class), len(members))
-            cycle_indices = np.arange(cycles.min(), cycles.max() + 1, dtype=np.uint64)
-            seeds = np.full_like(cycle_indices, derive_seed(self.seed, class_index, self.num_images))
-            orders = draw_random_bits(seeds, cycle_indices, len(members)).argsort(axis=1)  # [cycles, members]
-            num_uses[is_member] = cycles
-            indices[is_member] = members[orders[cycles - cycles[:1], offsets]]
-        order = self.get_permutation(epoch)
-        return num_uses[order], indices[order]
+@lru_cache(maxsize=4)  # a batch may span two epochs
+def shuffle_indices(num_images: int, seed: int, epoch: int) -> np.ndarray:
+    """Return the indices of all images, shuffled with the seed of the epoch."""
+    generator = torch.Generator().manual_seed(derive_seed(seed, epoch))
+    return torch.randperm(num_images, generator=generator).numpy()
 
 
 def compute_class_weights(labels: Sequence[int], num_classes: int) -> torch.Tensor:
@@ -131,19 +87,11 @@ class BatchPlan:
     num_processes: int
     num_steps: int
     seed: int
-    order: ShuffledOrder | None  # None for a stream
 
     @classmethod
-    def from_options(
-        cls, num_images: int | None, options: TrainingOptions, num_processes: int, labels: Sequence[int] | None = None
-    ) -> "BatchPlan":
-        """Build a plan of `max_steps` steps, or of `epochs` epochs rounded up to whole steps. Raise ValueError for a
-        stream without `max_steps`.
-
-        Args:
-            num_images: number of training images; None for a stream.
-            labels: class indices of the images, for `class_balance="sampling"`.
-        """
+    def from_options(cls, num_images: int | None, options: TrainingOptions, num_processes: int) -> "BatchPlan":
+        """Build a plan of `max_steps` steps, or of `epochs` epochs rounded up to whole steps. `num_images` is None for
+        a stream. Raise ValueError for a stream without `max_steps`."""
         assert options.batch_size is not None
         images_per_step = options.batch_size * options.gradient_accumulation_steps * num_processes
         num_steps = options.max_steps
@@ -152,11 +100,8 @@ class BatchPlan:
                 raise ValueError("a stream of unknown length requires a number of steps. Set --max-steps")
             assert options.epochs is not None
             num_steps = math.ceil(options.epochs * num_images / images_per_step)
-        order = None if num_images is None else ShuffledOrder(num_images, options.seed)
-        if options.class_balance == "sampling" and labels is not None:
-            order = BalancedOrder(labels, options.seed)
         accumulation_steps = options.gradient_accumulation_steps
-        return cls(num_images, options.batch_size, accumulation_steps, num_processes, num_steps, options.seed, order)
+        return cls(num_images, options.batch_size, accumulation_steps, num_processes, num_steps, options.seed)
 
     @property
     def images_per_step(self) -> int:
@@ -176,7 +121,6 @@ class BatchPlan:
 
     def compute_key(self, step: int, position: int) -> ImageKey:
         """Return the key of the image at a position in a step."""
-        assert self.order is not None and self.num_images is not None  # not a stream
+        assert self.num_images is not None  # not a stream
         epoch, position_in_epoch = divmod(step * self.images_per_step + position, self.num_images)
-        num_uses, indices = self.order.get_epoch(epoch)
-        return int(num_uses[position_in_epoch]), int(indices[position_in_epoch])
+        return epoch, int(shuffle_indices(self.num_images, self.seed, epoch)[position_in_epoch])

@@ -121,7 +121,7 @@ def describe_imbalance(options: FinetuneOptions, data: TrainingData) -> str | No
         return None
     return (
         f"the largest class has {data.class_ratio:.0f} times as many training images as the smallest. The accuracy "
-        "hardly depends on small classes: compare macro F1, and set --class-balance weights or sampling"
+        "hardly depends on small classes: compare macro F1, and set --class-balance weights"
     )
 
 

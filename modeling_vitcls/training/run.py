@@ -148,7 +148,9 @@ class Run:
             self.forward_flops = (self.task.encoder or self.task.model).flops()
         if self.options.training.gradient_checkpointing:
             self.task.model.gradient_checkpointing_enable()
-        self.plan = self.full_plan = build_plan(self.options, self.data, accelerator)
+        self.plan = self.full_plan = BatchPlan.from_options(
+            self.data.num_training_images, self.options.training, accelerator.num_processes
+        )
         if self.is_dry_run:
             self.plan = replace(self.plan, num_steps=NUM_STEPS)
         self.metadata = {  # of checkpoints
@@ -367,11 +369,6 @@ def resolve_options(options: Any, initial: InitialModel, data: TrainingData) -> 
     options, defaults_line = resolve_defaults(options, initial, data.num_training_images)
     lines = {"weights": describe_random_weights(initial), "image size": size_line, "defaults": defaults_line}
     return options, lines
-
-
-def build_plan(options: Any, data: TrainingData, accelerator: Accelerator) -> BatchPlan:
-    labels = data.train.labels if isinstance(data.train, LabeledImages) else None
-    return BatchPlan.from_options(data.num_training_images, options.training, accelerator.num_processes, labels)
 
 
 def prepare_state(options: Any, task: Task, accelerator: Accelerator) -> TrainingState:

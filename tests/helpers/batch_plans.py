@@ -7,5 +7,4 @@ from modeling_vitcls.options import TrainingOptions
 
 
 def build_plan(num_images: int, num_processes: int = 1, **options: Any) -> BatchPlan:
-    data = {name: options.pop(name) for name in ("labels",) if name in options}
-    return BatchPlan.from_options(num_images, TrainingOptions(**options), num_processes, **data)
+    return BatchPlan.from_options(num_images, TrainingOptions(**options), num_processes)

@@ -11,12 +11,13 @@ from accelerate import Accelerator
 from helpers.accelerate_state import reset_accelerate
 from modeling_vitcls.api import build_options
 from modeling_vitcls.data.labels import LabelSpace
+from modeling_vitcls.data.sampling import BatchPlan
 from modeling_vitcls.files import read_json
 from modeling_vitcls.options import AugmentationOptions, FinetuneOptions, ModelOptions, PretrainOptions
 from modeling_vitcls.training import finetune, pretrain
 from modeling_vitcls.training.model import build_model, resolve_initial_model
 from modeling_vitcls.training.reporter import Reporter
-from modeling_vitcls.training.run import build_plan, resolve_options, train
+from modeling_vitcls.training.run import resolve_options, train
 
 
 TINY = ModelOptions(
@@ -64,7 +65,8 @@ def prepare_task(options: Any) -> SimpleNamespace:
     reporter = Reporter(options.output_dir / "metrics.jsonl", accelerator)
     data = kind.load_data(options, initial)
     options = resolve_options(options, initial, data)[0]
-    task, plan = kind.build_task(options, initial, data, reporter), build_plan(options, data, accelerator)
+    task = kind.build_task(options, initial, data, reporter)
+    plan = BatchPlan.from_options(data.num_training_images, options.training, accelerator.num_processes)
     return SimpleNamespace(task=task, options=options, data=data, plan=plan, reporter=reporter)
 
 

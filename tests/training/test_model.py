@@ -180,7 +180,7 @@ def test_patches_are_dropped_only_in_trained_layers(two_tasks: Path, tmp_path: P
     ("flags", "named"),
     [
         ({"teacher": "t", "num_distillation_tokens": 0}, ("--teacher", "--num-distillation-tokens")),
-        ({"streaming": True, "class_balance": "sampling"}, ("--class-balance", "--streaming")),
+        ({"streaming": True, "class_balance": "weights"}, ("--class-balance", "--streaming")),
         ({"teacher_views": 3, "mixup": 0.8}, ("--teacher-views", "--mixup")),
         ({"teacher_views": 3, "cutmix": 1.0}, ("--teacher-views", "--cutmix")),
         ({"model": "vitcls-tiny", "trainable": "last-1"}, ("--trainable last-1", "--model")),
@@ -211,7 +211,7 @@ def test_a_teacher_adds_a_distillation_token() -> None:
 
 @pytest.mark.parametrize(
     "flags",
-    [{"mixup": 0.1}, {"cutmix": 0.1}, {"class_balance": "sampling"}, {"teacher": "t"}],
+    [{"mixup": 0.1}, {"cutmix": 0.1}, {"class_balance": "weights"}, {"teacher": "t"}],
     ids=lambda flags: next(iter(flags)),
 )
 def test_flags_that_require_one_label_per_image(flags: dict[str, Any]) -> None:

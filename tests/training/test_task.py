@@ -91,11 +91,11 @@ def test_the_flags_and_the_checkpoint_determine_the_batches(tmp_path: Path) -> N
     ViTCLSForImageClassification(build_tiny_config(num_channels=1, image_size=[24, 32])).save_pretrained(start)
     settings = {"image_mean": [0.4], "image_std": [0.2], "resample": 0, "do_convert_rgb": False}
     ViTCLSImageProcessor(size={"height": 24, "width": 32}, **settings).save_pretrained(start)
-    flags = {"crop_scale": 0.6, "shift": 0.1, "class_balance": "sampling", "seed": 5}
+    flags = {"crop_scale": 0.6, "shift": 0.1, "seed": 5}
     flags |= {"model": start, "max_steps": 2, "gradient_checkpointing": True, "max_unreadable_images": 0}
     run = prepare_task(build_options(tmp_path / "run", replace(DIGITS, split_seed=3), **flags))
     train, options, task = run.data.train, run.options, run.task
-    plan = BatchPlan.from_options(len(train), options.training, 1, train.labels)
+    plan = BatchPlan.from_options(len(train), options.training, 1)
     assert [*run.plan.iterate_keys(0)] == [*plan.iterate_keys(0)]
     augmentation = build_augmentation(options.augmentation, ViTCLSImageProcessor(size=[24, 32], resample=0))
     images = TrainingImages(train, BatchBuilder(augmentation, to_rgb=False, seed=5, num_channels=1))
