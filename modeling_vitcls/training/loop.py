@@ -37,7 +37,7 @@ from .model import set_train_mode
 from .optimizer import Ema, get_learning_rate
 from .reporter import Reporter
 from .signals import SignalHandler
-from .token_monitor import TokenMonitor, Tokens, measure_attention_entropy
+from .token_monitor import TokenMonitor, measure_attention_entropy
 
 
 Metrics = dict[str, Any]
@@ -103,8 +103,6 @@ class TrainingLoop:
     def __post_init__(self) -> None:
         self.model = self.accelerator.unwrap_model(self.state.model)
         self.monitor = TokenMonitor(self.model)  # stores the initial tokens, so a checkpoint is loaded later
-        # With other values of --trainable, some tokens are frozen.
-        self.should_warn_about_tokens = self.options.trainable in ("full", "lora")
 
     def run(self, batches: Iterator[Batch]) -> Metrics:
         """Run the remaining steps, and return the metrics of the final evaluation. `batches` yields the batches of
@@ -134,13 +132,13 @@ class TrainingLoop:
         should_save = should_evaluate if self.save_every is None else is_last_step or next_step % self.save_every == 0
 
         start_time = time.perf_counter()
-        record, batch = self.run_optimizer_step(batches, should_measure_tokens=should_log)
+        record, batch = self.run_optimizer_step(batches)
         self.step_seconds.append(time.perf_counter() - start_time)
         self.reporter.show_step(state.step)
 
         self.is_best = False
         if should_log:
-            record |= self.compute_recent_metrics()
+            record |= self.compute_recent_metrics() | {"token_norm": self.monitor.compute_norms()}
             attention_every = self.options.log_attention_every
             if self.normalize is not None and attention_every and next_step % attention_every == 0:
                 record |= measure_attention_entropy(self.model, self.normalize, batch)
@@ -153,16 +151,14 @@ class TrainingLoop:
             self.save(False)
         return self.evaluate_step() if should_evaluate else {}
 
-    def run_optimizer_step(self, batches: Iterator[Batch], should_measure_tokens: bool) -> tuple[Metrics, Batch]:
+    def run_optimizer_step(self, batches: Iterator[Batch]) -> tuple[Metrics, Batch]:
         """Run one optimizer step with gradients accumulated over several batches. Return the record of the step, and
-        the last batch, which is on the device. If `should_measure_tokens` is set, the record contains metrics of the
-        special tokens."""
+        the last batch, which is on the device."""
         state, options, accelerator = self.state, self.options, self.accelerator
         learning_rate = get_learning_rate(state.step, self.plan.num_steps, options)
         for group in state.optimizer.param_groups:
             group["lr"] = learning_rate * group["lr_scale"]
         losses: list[Losses] = []
-        tokens_and_gradients: tuple[Tokens, Tokens] | None = None  # before the update
         for batch_index in range(self.plan.accumulation_steps):
             batch = next(batches)
             self.unreported_errors |= batch["errors"]
@@ -177,8 +173,6 @@ class TrainingLoop:
                     parameters = [parameter for parameter in state.model.parameters() if parameter.requires_grad]
                     gradient_norm = float(accelerator.clip_grad_norm_(parameters, options.max_gradient_norm))
                     self.check_finite(losses, gradient_norm)
-                    if should_measure_tokens:
-                        tokens_and_gradients = self.monitor.copy_tokens(), self.monitor.copy_tokens(gradients=True)
                     state.optimizer.step()
                     state.optimizer.zero_grad()
         state.step += 1
@@ -191,12 +185,6 @@ class TrainingLoop:
             "learning_rate": learning_rate,
             "gradient_norm": round(gradient_norm, 6) if math.isfinite(gradient_norm) else None,
         }
-        if tokens_and_gradients:
-            token_metrics = self.monitor.compute_token_metrics(*tokens_and_gradients)
-            record |= token_metrics
-            names = self.monitor.find_new_tokens_without_gradient(token_metrics)
-            for token in names if self.should_warn_about_tokens else ():
-                self.reporter.warn(f"the token {token} received no gradient in step {state.step} and is not trained")
         return record, batch
 
     def check_finite(self, losses: list[Losses], gradient_norm: float) -> None:

@@ -317,8 +317,9 @@ class Run:
                 task.selection_metric: self.state.best_score,
             }
         token_movement = loop.monitor.compute_token_movement()
+        trains_tokens = self.options.training.trainable in ("full", "lora") and self.selected_step != 0
         for token, distance in token_movement.items():
-            if distance == 0 and self.selected_step != 0 and loop.should_warn_about_tokens:
+            if distance == 0 and trains_tokens:
                 reporter.warn(f"token {token} did not change during training")
         if num_unreadable := len(self.unreadable_images.indices):
             reporter.warn(f"{num_unreadable} training image(s) could not be read and were replaced with other images")

@@ -220,9 +220,7 @@ def test_logged_records() -> None:
         assert record["learning_rate"] == get_learning_rate(record["step"] - 1, 5, bench.options)
         assert record["loss"] > 0 and record["gradient_norm"] > 0
         assert record["images_per_second"] > 0 and record["peak_memory_mb"] > 10
-        for figure in ("token_norm", "token_gradient_norm", "token_update_ratio"):
-            assert record[figure].keys() == {"cls[0]", "registers[0]", "registers[1]"}
-            assert all(value > 0 for value in record[figure].values())
+        assert record["token_norm"].keys() == {"cls[0]", "registers[0]", "registers[1]"}
     assert bench.records[-1]["held_out_accuracy"] == metrics["accuracy"] == 0.5
     assert "held_out_per_class" not in bench.records[-1]
     json.dumps(bench.records, allow_nan=False)
@@ -398,7 +396,6 @@ def build_overflowing_loop(finite_every: int | None = None, **training: Any) -> 
 def test_overflowing_gradients_are_logged_as_null() -> None:
     bench = build_overflowing_loop(max_steps=2, log_every=1)
     bench.run()
-    assert [record["token_gradient_norm"]["cls[0]"] for record in bench.records] == [None, None]
     assert [record["gradient_norm"] for record in bench.records] == [None, None] and bench.warnings == []
     json.dumps(bench.records, allow_nan=False)
 
@@ -419,32 +416,17 @@ def test_non_finite_gradients_without_a_loss_scaler_stop_the_run() -> None:
 # Tokens --------------------------------------------------------------------------------------------------------------
 
 
-def test_a_token_without_gradient_is_named_once() -> None:
+def test_norms_and_movement_of_tokens() -> None:
     bench = LoopRecorder(
-        prepare=lambda model: model.vitcls.embeddings.register_tokens.requires_grad_(False), max_steps=6, log_every=2
+        prepare=lambda model: model.vitcls.embeddings.register_tokens.requires_grad_(False), max_steps=2, log_every=2
     )
-    bench.run()
-    assert len(bench.warnings) == 2 and "registers[0]" in bench.warnings[0] and "registers[1]" in bench.warnings[1]
-    movement = bench.loop.monitor.compute_token_movement()
-    assert movement["registers[0]"] == movement["registers[1]"] == 0 < movement["cls[0]"]
-
-
-def test_token_monitor_records_the_current_step() -> None:
-    bench = LoopRecorder(max_steps=1, max_gradient_norm=1e9, log_every=1)
     token = bench.model.vitcls.embeddings.cls_token
     before = token.detach().clone()
-    gradients: list[torch.Tensor] = []
-    token.register_hook(lambda gradient: gradients.append(gradient.clone()))
-    squares: list[float] = []
-    for parameter in bench.model.parameters():
-        parameter.register_hook(lambda gradient: squares.append(gradient.double().square().sum().item()))
     bench.run()
-    (record,) = bench.records
-    assert record["token_norm"]["cls[0]"] == pytest.approx(token.norm().item(), rel=1e-5)
-    assert record["token_gradient_norm"]["cls[0]"] == pytest.approx(gradients[0].norm().item(), rel=1e-5)
-    assert record["gradient_norm"] == pytest.approx(math.sqrt(sum(squares)), rel=1e-5)
-    update = (token.detach() - before).norm() / before.norm()
-    assert record["token_update_ratio"]["cls[0]"] == pytest.approx(update.item(), rel=1e-4)
+    movement = bench.loop.monitor.compute_token_movement()
+    assert movement["registers[0]"] == movement["registers[1]"] == 0
+    assert movement["cls[0]"] == pytest.approx((token.detach() - before).norm().item()) != 0
+    assert bench.records[-1]["token_norm"]["cls[0]"] == pytest.approx(token.norm().item(), rel=1e-5)
 
 
 # Losses --------------------------------------------------------------------------------------------------------------
