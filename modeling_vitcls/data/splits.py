@@ -357,23 +357,15 @@ def describe_change(stored_description: dict[str, Any], current_description: dic
 
 
 def describe_missing_classes(training_data: TrainingData) -> list[str]:
-    """Return warnings about classes without held-out images and classes without training images."""
-    if isinstance(training_data.train, StreamedImages) or not training_data.num_held_out_images:
-        return []
+    """Return warnings about classes without held-out images and classes without training images, if the images have
+    one label each."""
     parts = (training_data.train, training_data.held_out)
-    train, held_out = (find_classes(images.labels, training_data.label_space) for images in parts)
+    if not training_data.num_held_out_images or not all(map(is_stratified, parts)):
+        return []
+    names = training_data.label_space.names
+    train, held_out = ({names[label] for label in images.labels} for images in parts)
     return [
         f"{len(missing)} of the {len(train | held_out)} classes have no {images}: {format_name_list(sorted(missing))}"
         for missing, images in ((train - held_out, "held-out images"), (held_out - train, "training images"))
         if missing
     ]
-
-
-def find_classes(labels: Any, label_space: LabelSpace) -> set[str]:
-    """Return the names of the classes that occur in `labels`. In a multi-task dataset, each class name is
-    prefixed with the name of the task."""
-    if label_space.kind == "multi_task":
-        tasks = label_space.columns.items()
-        return {f"{task} {names[label[task]]}" for task, names in tasks for label in labels if label[task] >= 0}
-    indices = labels.indices.tolist() if isinstance(labels, MultiHotLabels) else labels
-    return {label_space.names[index] for index in set(indices)} if label_space.columns else set()

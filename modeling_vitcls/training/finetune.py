@@ -14,7 +14,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,13 +21,10 @@ from accelerate import Accelerator
 
 from ..data.augmentation import BatchMixer
 from ..data.batches import Batch, Normalizer
-from ..data.held_out import read_held_out_record
 from ..data.images import LabeledImages
 from ..data.sampling import compute_class_weights
 from ..data.splits import TrainingData, describe_missing_classes, load_training_data
-from ..files import read_json
 from ..hub.local_paths import strip_folders
-from ..hub.model_files import RESULTS_FILE
 from ..inference.evaluator import Evaluator
 from ..inference.load_model import is_preset
 from ..inference.metrics import SELECTION_METRICS
@@ -89,7 +85,6 @@ def build_task(options: FinetuneOptions, initial: InitialModel, data: TrainingDa
     if teacher is not None:
         summary_lines["teacher"] = teacher.description
     normalize = Normalizer(processor, accelerator.device)
-    warnings = [get_split_warning(initial, data), describe_imbalance(options, data)]
     metric = SELECTION_METRICS[labels.kind]
     class_count_text = " + ".join(f"{len(names)} of {column!r}" for column, names in labels.columns.items())
     return Task(
@@ -104,7 +99,7 @@ def build_task(options: FinetuneOptions, initial: InitialModel, data: TrainingDa
         can_calibrate=labels.kind == "single_label_classification",
         num_views=options.distillation.teacher_views,
         summary_lines=summary_lines,
-        warnings=[*describe_missing_classes(data), *filter(None, warnings)],
+        warnings=[*describe_missing_classes(data), *describe_imbalance(options, data)],
         results={
             "teacher": strip_folders(options.distillation.teacher) if options.distillation.teacher else None,
             "label_kind": labels.kind,
@@ -115,14 +110,14 @@ def build_task(options: FinetuneOptions, initial: InitialModel, data: TrainingDa
     )
 
 
-def describe_imbalance(options: FinetuneOptions, data: TrainingData) -> str | None:
+def describe_imbalance(options: FinetuneOptions, data: TrainingData) -> list[str]:
     """Return a warning if the largest class has more than `MAX_CLASS_RATIO` times the images of the smallest."""
     if data.class_ratio <= MAX_CLASS_RATIO or options.training.class_balance != "none":
-        return None
-    return (
+        return []
+    return [
         f"the largest class has {data.class_ratio:.0f} times as many training images as the smallest. The accuracy "
         "hardly depends on small classes: compare macro F1, and set --class-balance weights"
-    )
+    ]
 
 
 def build_objective(
@@ -202,24 +197,3 @@ def check_label_kind(options: FinetuneOptions, kind: str) -> None:
     for flag, is_set in flags.items():
         if is_set and kind != "single_label_classification":
             raise ValueError(f"{flag} requires one label per image, but the labels are {kind}. Remove {flag}")
-
-
-def get_split_warning(initial: InitialModel, data: TrainingData) -> str | None:
-    """Return a warning if the initial model may have been trained on held-out images of this run; otherwise
-    return None. Raise ValueError if its results.json is damaged."""
-    rule = data.record.rule
-    if initial.folder is None or rule is None:
-        return None
-    record = read_held_out_record(initial.folder)
-    recorded_rule = None if record is None else record.rule
-    if recorded_rule is None or read_json(Path(initial.folder, RESULTS_FILE)).get("dataset") != data.name:
-        return None
-    if rule.fraction <= recorded_rule.fraction and replace(rule, fraction=recorded_rule.fraction) == recorded_rule:
-        return None
-    flags_text = f"--folds {recorded_rule.num_folds} --fold {recorded_rule.fold}"
-    if recorded_rule.num_folds is None:
-        flags_text = f"--held-out-fraction {recorded_rule.fraction}"
-    return (
-        f"{initial.name} was trained on {data.name} with a different held-out split, so the held-out images of this "
-        f"run may include its training images. Use the same split with --split-seed {recorded_rule.seed} {flags_text}"
-    )

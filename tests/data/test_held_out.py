@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections import Counter
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ from helpers.tiny_models import raises_one_line
 from helpers.tiny_options import build_tiny_options, run_training
 
 from modeling_vitcls.analysis.inspection import open_images
-from modeling_vitcls.configuration_vitcls import ViTCLSConfig
 from modeling_vitcls.data.held_out import (
     HeldOutRecord,
     HeldOutRule,
@@ -39,8 +38,6 @@ from modeling_vitcls.options import (
 )
 from modeling_vitcls.publishing.model_folder import ModelFolder
 from modeling_vitcls.publishing.staging import list_published_files
-from modeling_vitcls.training.finetune import get_split_warning
-from modeling_vitcls.training.model import InitialModel
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -264,39 +261,6 @@ def test_evaluation_warns_of_images_that_may_be_training_images(tmp_path: Path, 
     (tmp_path / "run" / "results.json").unlink()
     (line,) = get_warnings(folder)
     assert "has no record of the held-out images" in line
-
-
-@pytest.mark.parametrize(
-    ("trained", "other", "flags"),
-    [
-        ({}, {}, None),
-        ({}, {"held_out_fraction": 0.1}, None),
-        ({}, {"split_seed": 1}, "--split-seed 0 --held-out-fraction 0.2"),
-        ({"folds": 3, "fold": 2}, {"folds": 3, "fold": 2}, None),
-        ({"folds": 3, "fold": 2}, {"folds": 3, "fold": 1}, "--split-seed 0 --folds 3 --fold 2"),
-        ({}, {"folds": 3, "fold": 2}, "--split-seed 0 --held-out-fraction 0.2"),
-    ],
-    ids=str,
-)
-def test_a_model_trained_on_held_out_images_is_named(
-    trained: dict[str, Any], other: dict[str, Any], flags: str | None, tmp_path: Path
-) -> None:
-    folder, model = write_photos(tmp_path / "photos", range(30)), tmp_path / "model"
-    model.mkdir()
-    initial = InitialModel(str(model), str(model), ViTCLSConfig(), has_random_weights=False)
-    first, second = read(folder, **trained), read(folder, **other)
-    results = {"dataset": first.name, "held_out": asdict(first.record)}
-    (model / "results.json").write_text(json.dumps(results), encoding="utf-8")
-    warning = get_split_warning(initial, second)
-    assert warning is None if flags is None else warning.endswith(f"Use the same split with {flags}")
-    assert bool(get_names(first.train) & get_names(second.held_out)) is (flags is not None)
-    assert get_split_warning(initial, replace(second, name="another dataset")) is None
-    assert get_split_warning(replace(initial, folder=None), second) is None
-    assert get_split_warning(initial, replace(second, record=HeldOutRecord("test", 5))) is None
-    (model / "results.json").write_text(json.dumps(results | {"held_out": {"split": "test", "num_images": 5}}))
-    assert get_split_warning(initial, second) is None
-    (model / "results.json").unlink()
-    assert get_split_warning(initial, second) is None
 
 
 def test_a_split_of_the_dataset_is_recorded_and_evaluated(tmp_path: Path) -> None:

@@ -15,13 +15,11 @@ from helpers.tiny_options import build_tiny_options, prepare_task, run_training
 
 from modeling_vitcls.data.held_out import HeldOutRecord, HeldOutRule
 from modeling_vitcls.data.images import DatasetImages, LabeledImages
-from modeling_vitcls.data.labels import LabelSpace, MultiHotLabels
+from modeling_vitcls.data.labels import MultiHotLabels
 from modeling_vitcls.data.splits import (
-    TrainingData,
     choose_training_splits,
     describe_change,
     describe_data,
-    describe_missing_classes,
     load_evaluation_data,
     load_training_data,
 )
@@ -204,23 +202,6 @@ def test_training_images_of_a_stream_are_not_evaluated(tmp_path: Path) -> None:
     evaluated = load_evaluation_data(DataOptions(str(photos)), "train")
     assert get_names(evaluated.images) == get_names(training_images) and evaluated.rule is None
     assert load_evaluation_data(DataOptions(str(photos)), "test").rule == HeldOutRule(0.2, 0)
-
-
-def test_missing_classes_of_tasks_and_tags_are_named() -> None:
-    def describe(space: LabelSpace, train: Any, held_out: Any) -> list[str]:
-        parts = [LabeledImages([None] * len(labels), labels) for labels in (train, held_out)]
-        record = HeldOutRecord("test", len(held_out))
-        return describe_missing_classes(TrainingData("mine", space, "train", *parts, "split 'test'", record))
-
-    tasks = LabelSpace("multi_task", {"light": ["dusk", "noon"], "place": ["sea", "wood"]})
-    train = [{"light": 0, "place": 0}, {"light": 1, "place": -100}]
-    first, second = describe(tasks, train, [{"light": 0, "place": 1}])
-    assert "2 of the 4" in first and "no held-out images: light noon, place sea" in first
-    assert "1 of the 4" in second and "no training images: place wood" in second
-    tags = LabelSpace("multi_label_classification", {"tags": ["sea", "wood", "town"]})
-    (warning,) = describe(tags, MultiHotLabels.from_indices([[0, 1]], 3), MultiHotLabels.from_indices([[0]], 3))
-    assert "1 of the 2" in warning and warning.endswith("no held-out images: wood")
-    assert describe(LabelSpace("single_label_classification", {}), [-100], [-100]) == []
 
 
 def test_training_on_a_split_named_test_is_reported(tmp_path: Path) -> None:
