@@ -84,20 +84,6 @@ def build_prediction_sets(probabilities: np.ndarray, limit: float) -> np.ndarray
     return 1 - probabilities <= limit
 
 
-def describe_prediction_sets(
-    probabilities: np.ndarray, labels: np.ndarray, names: list[str], coverage: float = 0.9
-) -> dict[str, Any] | None:
-    """Return the measured coverage, the mean size and the mean size for each class (`measure_prediction_sets`). None
-    if there are too few images."""
-    rows = measure_prediction_sets(probabilities, labels, names, coverage)
-    if not rows:
-        return None
-    sizes = {row["class"]: float(row["size"]) for row in rows}
-    mean_size = sizes.pop(ALL_CLASSES)
-    measured = float(rows[0]["coverage"])
-    return {"coverage": coverage, "measured": measured, "mean_size": mean_size, "per_class": sizes}
-
-
 def measure_prediction_sets(
     probabilities: np.ndarray, labels: np.ndarray, names: list[str], coverage: float
 ) -> list[dict[str, Any]]:

@@ -18,7 +18,6 @@ from accelerate import Accelerator
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from scipy.special import softmax
 
 from ..configuration_vitcls import ViTCLSConfig
 from ..conversion.any_checkpoint import resolve_checkpoint
@@ -41,7 +40,7 @@ from ..heads_vitcls import IGNORED_LABEL
 from ..hub.model_files import RESULTS_FILE
 from ..options import DataOptions, EvaluateOptions
 from ..system import describe_device, get_versions
-from .confidence import describe_prediction_sets, measure_unknown
+from .confidence import measure_unknown
 from .evaluator import Evaluator, round_floats
 from .load_model import check_is_classifier, list_file_patterns, load_model
 from .metric_tables import build_class_tables, build_metric_rows
@@ -109,7 +108,7 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
         raise ValueError("--per-image requires a single task. Use `vitcls predict --dataset` for several tasks")
     if options.unknown_dataset is not None and kind != "single_label_classification":
         raise ValueError(f"--unknown-dataset requires one label per image, not {kind}. Remove --unknown-dataset")
-    evaluator.keep_logits = kind == "single_label_classification" or options.per_image is not None
+    evaluator.keep_logits = options.unknown_dataset is not None or options.per_image is not None
     start_time = time.perf_counter()
     metrics = evaluator(model, console)
     seconds = time.perf_counter() - start_time
@@ -119,12 +118,8 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
         **select_scalars(metrics),
         **metrics,
     }
-    if kind == "single_label_classification":
-        logits, labels = get_outputs(evaluator)
-        probabilities = softmax(logits, axis=1)
-        results["prediction_sets"] = describe_prediction_sets(probabilities, labels, evaluator.label_space.names)
     if options.unknown_dataset is not None:
-        results["unknown"] = evaluate_unknown(options, setup, accelerator, logits)
+        results["unknown"] = evaluate_unknown(options, setup, accelerator, get_outputs(evaluator)[0])
     print_results(results, model.config, console)
     if accelerator.is_main_process:
         write_results(options, results, console)
@@ -283,11 +278,6 @@ def print_results(results: dict[str, Any], config: ViTCLSConfig, console: Consol
     summary = f"{results['num_images']:,} images of {results['dataset']} ({split_text}), each counted once"
     console.print(f"{summary}; {results['images_per_second']:,} images/s", markup=False)
     console.print(build_table("", ["Metric", "Value"], build_metric_rows(results, config)))
-    if sets := results.get("prediction_sets"):
-        console.print(
-            f"sets of labels that contain the true label with a probability of {sets['coverage']:.0%} (measured: "
-            f"{sets['measured']:.1%}) have {sets['mean_size']:.2f} labels on average"
-        )
     if unknown := results.get("unknown"):
         flagged = "" if unknown["flagged"] is None else f"; {unknown['flagged']:.1%} are flagged as unknown"
         console.print(
