@@ -168,7 +168,8 @@ def write_checkpoint(
 ) -> None:
     """Write the files of a checkpoint to an empty folder, and flush the files and the folder to the disk."""
     for name, tensors in tensor_groups.items():
-        save_file(clone_shared_tensors(tensors), folder / f"{name}.safetensors")
+        cpu_tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+        save_file(cpu_tensors, folder / f"{name}.safetensors")
     files = {path.name: compute_file_digest(path) for path in sorted(folder.iterdir())}
     state = {"format": 1, "step": step, "is_best": is_best, "metadata": metadata, "files": files}
     (folder / STATE_FILE).write_text(format_state(state), encoding="utf-8")
@@ -209,18 +210,6 @@ def is_best_checkpoint(folder: Path) -> bool:
         return bool(read_state(folder)["is_best"])
     except DamagedCheckpointError:
         return False
-
-
-def clone_shared_tensors(tensors: Tensors) -> Tensors:
-    """Return contiguous CPU tensors that share no memory, as Safetensors requires (tied weights share memory)."""
-    seen_addresses: set[int] = set()
-    cpu_tensors: Tensors = {}
-    for name, tensor in tensors.items():
-        tensor = tensor.detach().cpu().contiguous()
-        address = tensor.untyped_storage().data_ptr()
-        cpu_tensors[name] = tensor.clone() if address in seen_addresses else tensor
-        seen_addresses.add(address)
-    return cpu_tensors
 
 
 def remove_checkpoint(folder: Path) -> None:

@@ -59,12 +59,9 @@ def list_files(folder: Path) -> list[str]:
 
 
 def test_a_checkpoint_comes_back_to_the_bit(store: CheckpointStore) -> None:
-    shared = torch.randn(6, 4)
     tensors = {
-        "tied": shared,
-        "tied too": shared,
-        "a part": shared[2:4],
-        "transposed": shared.T,
+        "a part": torch.randn(6, 4)[2:4],
+        "transposed": torch.randn(6, 4).T,
         "half": torch.randn(3).bfloat16(),
         "scalar": torch.tensor(3.0),
         "empty": torch.empty(0, 5),

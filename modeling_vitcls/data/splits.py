@@ -36,17 +36,6 @@ from .streaming import MAX_HELD_OUT_IMAGES, StreamedImages, open_streams
 
 HELD_OUT_SPLITS = ("validation", "valid", "val", "dev", "test")  # names of held-out splits, in order of precedence
 
-# Fields of `describe_data` -> what has changed if they differ.
-CHANGES = {
-    "classes": "the classes",
-    "num_training_images": "the number of training images",
-    "num_held_out_images": "the number of held-out images",
-    "names_sha256": "the names or the order of the images",
-    "labels_sha256": "the labels",
-    "held_out": "the held-out images",
-}
-
-
 Data = TypeVar("Data")
 
 
@@ -329,30 +318,27 @@ def describe_data(training_data: TrainingData) -> dict[str, Any]:
     """Return a description of the training data, to be stored in checkpoints. The description of a stream contains
     only the classes and the stored held-out images."""
     description = {
+        "classes": training_data.label_space.columns,
         "num_training_images": training_data.num_training_images,
         "num_held_out_images": training_data.num_held_out_images,
-        "held_out": asdict(training_data.record),
-        "classes": training_data.label_space.columns,
     }
     images = training_data.held_out if isinstance(training_data.train, StreamedImages) else training_data.train
-    if isinstance(images, StreamedImages):
-        return description
-    labels = images.labels
-    if isinstance(labels, MultiHotLabels):
-        labels = [labels.offsets.tolist(), labels.indices.tolist()]
-    return description | {
-        "names_sha256": hashlib.sha256(images.images.compute_keys().tobytes()).hexdigest(),
-        "labels_sha256": hashlib.sha256(json.dumps(labels, sort_keys=True).encode()).hexdigest(),
-    }
+    if not isinstance(images, StreamedImages):
+        labels = images.labels
+        if isinstance(labels, MultiHotLabels):
+            labels = [labels.offsets.tolist(), labels.indices.tolist()]
+        digests = hashlib.sha256(images.images.compute_keys().tobytes()), hashlib.sha256(json.dumps(labels).encode())
+        description |= {"image_names_or_order": digests[0].hexdigest(), "labels": digests[1].hexdigest()}
+    return description | {"held_out_images": asdict(training_data.record)}
 
 
 def describe_change(stored_description: dict[str, Any], current_description: dict[str, Any]) -> str | None:
     """Return the first difference between two outputs of `describe_data` as text, or None if they are equal."""
-    for name, change in CHANGES.items():
-        stored, current = stored_description.get(name), current_description.get(name)
+    for name, current in current_description.items():
+        stored = stored_description.get(name)
         if stored != current:
             numbers = f" was {stored:,} and is {current:,}" if isinstance(stored, int) and current else " changed"
-            return change + numbers
+            return name.replace("num_", "number of ").replace("_", " ") + numbers
     return None
 
 

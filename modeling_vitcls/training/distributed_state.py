@@ -41,7 +41,7 @@ FULL_STATE_DICT_OPTIONS = StateDictOptions(full_state_dict=True, cpu_offload=Tru
 def gather_state(
     accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, shadow: Sequence[torch.Tensor] | None
 ) -> tuple[dict[str, Tensors], dict[str, Any]]:
-    """Return the full tensors of the training state, and a JSON-serializable dictionary with the non-tensor state.
+    """Return the full tensors of the training state, and a JSON-serializable dictionary with the loss scaler's state.
 
     The tensors are returned only on the main process. This function must be called on all processes. With a single
     process on the CPU, the returned tensors share memory with the training state and must be written to disk before
@@ -53,12 +53,7 @@ def gather_state(
         if torch_optimizer.state
         else {}
     )
-    moments: Tensors = {}
-    non_tensor_state: dict[str, Any] = {}
-    for name, state in parameter_states.items():
-        for key, value in state.items():
-            target = moments if isinstance(value, torch.Tensor) else non_tensor_state
-            target[f"{key}/{name}"] = value
+    moments = {f"{key}/{name}": value for name, state in parameter_states.items() for key, value in state.items()}
     tensors = {"model": gather_weights(model), "optimizer": moments}
     if shadow is not None:
         tensors["ema"] = {}
@@ -67,7 +62,7 @@ def gather_state(
             if accelerator.is_main_process:
                 tensors["ema"][name] = full_tensor.detach().cpu()
     scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else {}
-    return tensors, {"optimizer": non_tensor_state, "scaler": scaler}
+    return tensors, {"scaler": scaler}
 
 
 def scatter_state(
@@ -85,7 +80,7 @@ def scatter_state(
     """
     scatter_weights_and_ema(checkpoint, accelerator, model, shadow)
     moments = checkpoint.load_tensors("optimizer") if accelerator.is_main_process else None
-    scatter_optimizer_state(moments, checkpoint.metadata["optimizer"], accelerator, model, optimizer)
+    scatter_optimizer_state(moments, accelerator, model, optimizer)
     if accelerator.scaler is not None and checkpoint.metadata["scaler"]:
         accelerator.scaler.load_state_dict(checkpoint.metadata["scaler"])
 
@@ -170,11 +165,7 @@ def distribute_like(
 
 
 def scatter_optimizer_state(
-    full_tensors: Tensors | None,
-    non_tensor_state: dict[str, Any],
-    accelerator: Accelerator,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    full_tensors: Tensors | None, accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> None:
     """Load the optimizer state. Moments are sharded like their parameters, and step counts are copied."""
     parameters: Tensors = {**get_named_parameters(model)}
@@ -189,7 +180,7 @@ def scatter_optimizer_state(
         for name, tensor in (full_tensors or {}).items():
             parameter = parameters[name.split("/", 1)[1]]
             dtypes_and_steps[name] = tensor.dtype if tensor.ndim and tensor.shape == parameter.shape else tensor
-        return dtypes_and_steps | non_tensor_state
+        return dtypes_and_steps
 
     state: dict[int, dict[str, Any]] = {}
     for name, value in run_on_main(accelerator, describe_state).items():

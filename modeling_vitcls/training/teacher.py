@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import nn
@@ -69,7 +69,7 @@ class TeacherPreprocessing:
 
 
 class Teacher(nn.Module):
-    """Frozen model, always in eval mode."""
+    """Frozen model in eval mode."""
 
     def __init__(
         self,
@@ -97,10 +97,6 @@ class Teacher(nn.Module):
 
     def predict(self, batch: dict[str, Any]) -> torch.Tensor:
         return self(batch["pixels"])
-
-    def train(self, mode: bool = True) -> Self:
-        """Keep the teacher in eval mode, regardless of `mode`."""
-        return super().train(False)
 
 
 def load_teacher(source: str, labels: LabelSpace, student: ViTCLSConfig, device: torch.device) -> Teacher:

