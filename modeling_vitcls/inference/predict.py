@@ -38,7 +38,7 @@ from .load_model import load_model
 from .outputs import WRITERS, get_output_columns, print_table, show_progress, write_rows
 from .per_image import read_predictions
 from .prediction_rows import AutocastFactory, PredictionColumns, Row, build_prediction_columns, predict_rows
-from .shards import ShardFolder, Worker, list_shard_indices
+from .shards import ShardFolder, list_shard_indices
 
 
 @dataclass(frozen=True)
@@ -188,8 +188,8 @@ def predict_to_folder(
     """Write the missing shards of each process, and return the numbers of images of all processes of this job."""
     assert options.output is not None
     job, num_jobs = map(int, (options.shard or "1/1").split("/"))
-    num_processes = accelerator.num_processes
-    worker = Worker((job - 1) * num_processes + accelerator.process_index, num_jobs * num_processes)
+    worker_index = (job - 1) * accelerator.num_processes + accelerator.process_index
+    num_workers = num_jobs * accelerator.num_processes
     settings = {
         "shard_size": options.shard_size,
         "features": options.features,
@@ -202,20 +202,21 @@ def predict_to_folder(
         "model": compute_model_digest(predictor.model, predictor.processor),
     }
     if isinstance(source, StreamInput):
-        settings["num_workers"] = worker.num_workers
+        settings["num_workers"] = num_workers
     folder = ShardFolder(options.output, options.shard_size, json.loads(json.dumps(settings)))
     folder.open()
     write_shards: Any = write_stream_shards if isinstance(source, StreamInput) else write_list_shards
-    shards = gather_object(write_shards(folder, worker, source, predictor, accelerator.is_main_process))
+    is_shown = accelerator.is_main_process
+    shards = gather_object(write_shards(folder, worker_index, num_workers, source, predictor, is_shown))
     return PredictionCounts(*(sum(shard[name] for shard in shards) for name in ("images", "failed")))
 
 
 def write_list_shards(
-    folder: ShardFolder, worker: Worker, source: Any, predictor: Predictor, is_shown: bool
+    folder: ShardFolder, worker_index: int, num_workers: int, source: Any, predictor: Predictor, is_shown: bool
 ) -> list[dict[str, Any]]:
     """Write the missing shards of one worker, and return the metadata of each shard."""
     shards = list_shard_indices(source.num_images, folder.shard_size)
-    local_shards, metadata = shards[worker.index :: worker.num_workers], []
+    local_shards, metadata = shards[worker_index::num_workers], []
     for indices in show_progress(local_shards, "files", len(local_shards), is_shown):
         file = folder.get_file(indices.start // folder.shard_size)
         finished = folder.read_finished(file)
@@ -227,25 +228,25 @@ def write_list_shards(
 
 
 def write_stream_shards(
-    folder: ShardFolder, worker: Worker, source: StreamInput, predictor: Predictor, is_shown: bool
+    folder: ShardFolder, worker_index: int, num_workers: int, source: StreamInput, predictor: Predictor, is_shown: bool
 ) -> list[dict[str, Any]]:
     """Continue the shards of one worker from the state of the stream in its last shard, as `write_list_shards`."""
-    stream, metadata, first_shard = source.get_part(worker.index, worker.num_workers), [], 0
-    while (finished := folder.read_finished(folder.get_file(first_shard, worker))) is not None:
+    stream, metadata, first_shard = source.get_part(worker_index, num_workers), [], 0
+    while (finished := folder.read_finished(folder.get_file(first_shard, worker_index))) is not None:
         metadata.append(finished)
         if finished["is_last"]:
             return metadata
         stream.load_state_dict(finished["state"])
         first_shard += 1
     examples = iter(stream)
-    indices = count(first_shard * folder.shard_size * worker.num_workers + worker.index, worker.num_workers)
+    indices = count(first_shard * folder.shard_size * num_workers + worker_index, num_workers)
     for shard_index in show_progress(count(first_shard), "files", None, is_shown):
         records = source.build_records(islice(examples, folder.shard_size), indices)
         rows = list(predictor.iterate_rows(records))
         state = stream.state_dict()  # before the next example is read
         next_example = list(islice(examples, 1))
         examples = chain(next_example, examples)
-        file = folder.get_file(shard_index, worker)
+        file = folder.get_file(shard_index, worker_index)
         finished = folder.write(file, rows, predictor.columns.columns, is_last=not next_example, state=state)
         metadata.append(finished)
         if not next_example:

@@ -27,14 +27,6 @@ METADATA_KEY = b"vitcls"
 
 
 @dataclass(frozen=True)
-class Worker:
-    """One of the processes of all jobs."""
-
-    index: int
-    num_workers: int
-
-
-@dataclass(frozen=True)
 class ShardFolder:
     """An output folder, and the settings that are stored in all of its files."""
 
@@ -42,9 +34,9 @@ class ShardFolder:
     shard_size: int
     settings: dict[str, Any]
 
-    def get_file(self, shard_index: int, worker: Worker | None = None) -> Path:
-        """Return the path of a shard. `worker` is set for streams."""
-        prefix = "" if worker is None else f"{worker.index:04}-"
+    def get_file(self, shard_index: int, worker_index: int | None = None) -> Path:
+        """Return the path of a shard. `worker_index` is set for streams."""
+        prefix = "" if worker_index is None else f"{worker_index:04}-"
         return self.path / f"shard-{prefix}{shard_index:06}.parquet"
 
     def open(self) -> None:

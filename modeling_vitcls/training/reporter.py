@@ -83,15 +83,10 @@ class Reporter:
             file.write(line + "\n")
         text = f"epoch {record['epoch']:.1f}  loss {record['loss']:.3f}  lr {record['learning_rate']:.1e}  "
         text += f"{record['images_per_second']:.0f} images/s"
-        score_text = ""
-        for split in ("held_out", "selection"):
-            texts = [
-                format_metric(name, record[f"{split}_{name}"])
-                for name in self.printed_metrics
-                if f"{split}_{name}" in record
-            ]
-            if texts:
-                score_text = f"{split.replace('_', ' ')}: {', '.join(texts)}"
+        split = "selection" if any(name.startswith("selection_") for name in record) else "held_out"
+        names = [name for name in self.printed_metrics if f"{split}_{name}" in record]
+        scores = ", ".join(format_metric(name, record[f"{split}_{name}"]) for name in names)
+        score_text = f"{split.replace('_', ' ')}: {scores}" if scores else ""
         self.progress.update(self.progress_task, completed=record["step"], description=text)
         task = self.progress.tasks[0]
         if self.progress.disable:
