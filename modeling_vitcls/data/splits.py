@@ -317,7 +317,7 @@ def choose_rule(options: DataOptions, record: HeldOutRecord | None) -> HeldOutRu
 def describe_data(training_data: TrainingData) -> dict[str, Any]:
     """Return a description of the training data, to be stored in checkpoints. The description of a stream contains
     only the classes and the stored held-out images."""
-    description = {
+    description: dict[str, Any] = {
         "classes": training_data.label_space.columns,
         "num_training_images": training_data.num_training_images,
         "num_held_out_images": training_data.num_held_out_images,
@@ -345,7 +345,7 @@ def describe_change(stored_description: dict[str, Any], current_description: dic
 def describe_missing_classes(training_data: TrainingData) -> list[str]:
     """Return warnings about classes without held-out images and classes without training images, if the images have
     one label each."""
-    parts = (training_data.train, training_data.held_out)
+    parts: tuple[Any, Any] = (training_data.train, training_data.held_out)
     if not training_data.num_held_out_images or not all(map(is_stratified, parts)):
         return []
     names = training_data.label_space.names
