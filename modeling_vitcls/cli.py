@@ -18,13 +18,13 @@ from .files import is_closed_pipe
 
 
 # Names of the subcommands, which are the names of their modules in commands/, in the order of the help
-COMMANDS = "finetune pretrain evaluate predict convert inspect push export benchmark study demo space env".split()
+COMMANDS = "finetune pretrain evaluate predict convert inspect push export benchmark study demo space".split()
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run a subcommand. Exit with status 2 if the command line is invalid.
 
-    If the reader of the output closes the pipe (`vitcls env | head`), the program exits without a message.
+    If the reader of the output closes the pipe (`vitcls --help | head`), the program exits without a message.
 
     Args:
         arguments: The subcommand and its flags. Default: `sys.argv[1:]`.
