@@ -10,11 +10,8 @@ imports this file.
 """
 
 import importlib
-import os
 import sys
 from types import ModuleType
-
-from .files import is_closed_pipe
 
 
 # Names of the subcommands, which are the names of their modules in commands/, in the order of the help
@@ -22,26 +19,12 @@ COMMANDS = "finetune pretrain evaluate predict convert inspect push export bench
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run a subcommand. Exit with status 2 if the command line is invalid.
-
-    If the reader of the output closes the pipe (`vitcls --help | head`), the program exits without a message.
+    """Run a subcommand, or print the help or the version. Exit with status 2 if the command line is invalid.
 
     Args:
         arguments: The subcommand and its flags. Default: `sys.argv[1:]`.
     """
-    try:
-        run_command_line(sys.argv[1:] if arguments is None else arguments)
-    except BrokenPipeError:
-        if not is_closed_pipe(sys.stdout):
-            raise
-        raise SystemExit(1) from None
-    finally:
-        if is_closed_pipe(sys.stdout):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout at exit
-
-
-def run_command_line(arguments: list[str]) -> None:
-    """Parse the command line, register the Auto classes, and run the subcommand; or print the help or the version."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] in (["--version"], ["-V"]):
         from .version import __version__
 

@@ -1,13 +1,12 @@
-"""Read and write JSON, write files and folders atomically, replace unprintable characters, and detect closed pipes."""
+"""Read and write JSON, write files and folders atomically, and replace unprintable characters."""
 
 import json
 import os
-import select
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -77,16 +76,3 @@ def sync_to_disk(path: Path) -> None:
         os.fsync(file_descriptor)
     finally:
         os.close(file_descriptor)
-
-
-def is_closed_pipe(stream: TextIO) -> bool:
-    """Flush a stream, and return whether the stream is a pipe that the reader has closed."""
-    try:
-        stream.flush()
-        poller = select.poll()
-        poller.register(stream, 0)
-    except BrokenPipeError:
-        return True
-    except (OSError, ValueError, AttributeError):  # the stream is closed, or has no file descriptor; or Windows
-        return False
-    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poller.poll(0))

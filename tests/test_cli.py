@@ -1,13 +1,11 @@
 """The vitcls command: help, version, errors, completion, and the modules that importing the package loads."""
 
 import ast
-import os
 import runpy
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import pytest
 import transformers
@@ -17,7 +15,6 @@ from helpers.fresh_processes import run_fresh
 import modeling_vitcls
 from modeling_vitcls import cli
 from modeling_vitcls.commands import finetune, study
-from modeling_vitcls.commands.parsing import exit_on_error
 from modeling_vitcls.data.splits import load_evaluation_data
 from modeling_vitcls.errors import RunStopped
 from modeling_vitcls.options import DataOptions
@@ -49,38 +46,6 @@ finally:
 def run_command(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Run `vitcls` in a new process."""
     return subprocess.run([sys.executable, "-c", COMMAND, *arguments], capture_output=True, text=True, timeout=300)
-
-
-@pytest.fixture
-def closed_pipe() -> Iterator[TextIO]:
-    """Return a pipe whose reader is closed."""
-    reader, writer = os.pipe()
-    os.close(reader)
-    with os.fdopen(writer, "w") as stream:
-        yield stream
-
-
-@pytest.mark.parametrize(("arguments", "unbuffered"), [(("--help",), ""), (("finetune", "--help"), "1")])
-def test_commands_exit_quietly_on_a_closed_pipe(
-    arguments: tuple[str, ...], unbuffered: str, closed_pipe: TextIO
-) -> None:
-    command = [sys.executable, "-m", "modeling_vitcls.cli", *arguments]
-    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
-    ran = subprocess.run(
-        command, stdout=closed_pipe, stderr=subprocess.PIPE, env=environment, text=True, timeout=300, check=False
-    )
-    assert ran.stderr == "" and ran.returncode in (0, 1)
-
-
-def test_output_to_a_closed_pipe_stops_the_program(closed_pipe: TextIO, monkeypatch: pytest.MonkeyPatch) -> None:
-    def print_twice(arguments: list[str] | None) -> None:
-        with exit_on_error():
-            print("first", flush=True)
-            pytest.fail("the program continues")
-
-    monkeypatch.setattr(sys, "stdout", closed_pipe)
-    monkeypatch.setattr(cli, "run_command_line", print_twice)
-    assert run_here() == 1
 
 
 @pytest.mark.parametrize("arguments", [(), ("--help",), ("finetune", "--help"), ("finetune", "--epoch", "3")])

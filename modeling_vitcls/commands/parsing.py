@@ -28,7 +28,6 @@ import tyro
 import yaml
 
 from ..errors import is_raised_on_all_processes
-from ..files import is_closed_pipe
 from ..options import get_flag_fields, to_arguments
 
 
@@ -242,8 +241,6 @@ def exit_on_error() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        if isinstance(error, BrokenPipeError) and is_closed_pipe(sys.stdout):
-            raise  # cli.py handles closed pipes
         exit_with_message(f"error: {error}", status=1, is_on_all_processes=is_raised_on_all_processes(error))
 
 

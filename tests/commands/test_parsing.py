@@ -68,7 +68,6 @@ def test_errors_of_recipes_are_one_line(
         ("push runs/mine", ["--model runs/mine"]),
         ("benchmark --rounds 0", ["--rounds"]),
         ("space --model m --output o --private", ["--output", "--private"]),
-        ("env now", ["now"]),
     ],
 )
 def test_errors_of_flags_are_one_line(command: str, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
