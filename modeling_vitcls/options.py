@@ -636,8 +636,6 @@ class InspectOptions(ImageOptions):
     name."""
     label_separator: str | None = None
     """Separator of the labels in a text column with several labels per image (`cat|dog`)."""
-    revision: str | None = None
-    """Commit hash, branch or tag of a model on the Hub. Default: the newest commit."""
     output: Path = Path("report.html")
     """HTML file for the report."""
     json: Path | None = None

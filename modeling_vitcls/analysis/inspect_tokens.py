@@ -11,6 +11,7 @@ from rich.progress import track
 from ..conversion.any_checkpoint import resolve_checkpoint
 from ..data.held_out import read_held_out_record
 from ..files import read_json
+from ..hub.loading import split_revision
 from ..hub.model_files import RESULTS_FILE
 from ..inference.load_model import list_file_patterns, load_model
 from ..options import InspectOptions
@@ -30,9 +31,8 @@ def inspect_tokens(options: InspectOptions) -> Inspection:
     """
     console = Console(soft_wrap=True, highlight=False)
     error_console = Console(stderr=True, soft_wrap=True, highlight=False)
-    source = options.model if options.revision is None else f"{options.model}@{options.revision}"
-    model, processor = load_model(source, use_head=None)
-    folder = resolve_checkpoint(source, list_file_patterns("torch"))
+    model, processor = load_model(options.model, use_head=None)
+    folder = resolve_checkpoint(options.model, list_file_patterns("torch"))
     model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu")).eval()  # type: ignore[arg-type]  # `to` is decorated
     results = read_json(Path(folder, RESULTS_FILE)) if Path(folder, RESULTS_FILE).is_file() else {}
     images = open_images(options, model, read_held_out_record(folder))
@@ -48,9 +48,10 @@ def inspect_tokens(options: InspectOptions) -> Inspection:
         on_warning=lambda message: error_console.print(f"WARNING: {message}", style="bold yellow", markup=False),
         watch=partial(track, console=error_console, transient=True, disable=not error_console.is_terminal),
     )
-    write_page(options.output, inspection, get_model_name(options.model), images.source)
+    title = get_model_name(split_revision(options.model)[0])
+    write_page(options.output, inspection, title, images.source)
     if options.json is not None:
-        write_json_values(options.json, inspection, get_model_name(options.model))
+        write_json_values(options.json, inspection, title)
     print_inspection(inspection, options, console)
     return inspection
 

@@ -202,8 +202,6 @@ def build_figures(inspection: Inspection) -> list[Markup]:
 
 def get_model_name(source: str) -> str:
     """Return the name of a folder without its path, or the id of a model on the Hub."""
-    if get_cached_commit(source) is not None:  # Hub cache folder: models--NAMESPACE--NAME/snapshots/COMMIT
-        return Path(source).parents[1].name.removeprefix("models--").replace("--", "/")
     return Path(source).resolve().name if source and Path(source).is_dir() else source
 
 

@@ -1,7 +1,7 @@
 """`vitcls push`: push a model folder to the Hub and verify the pushed commit.
 
     vitcls push --model runs/mine --hub-model-id me/my-model
-    vitcls push --verify-only someone/their-model --revision COMMIT
+    vitcls push --verify-only someone/their-model@COMMIT
 
 A push requires a token: run `hf auth login`, or set HF_TOKEN. The push is implemented in modeling_vitcls/publishing/.
 """
@@ -22,25 +22,20 @@ class PushOptions:
     """If the repository does not exist, create it as a private repository."""
     branch: str | None = None
     """Branch to push to, created if it does not exist. Default: main."""
-    message: str = "Upload model"
-    """Commit message."""
     verify: bool = True
     """Load the model from the pushed commit in a new process, and compare its outputs with the outputs of --model."""
     verify_only: str | None = None
-    """Repository to verify without pushing. If --model is set, the outputs of the model in the repository are compared
-    with the outputs of --model. Verification runs the code in the repository."""
-    revision: str | None = None
-    """Commit hash, branch or tag to verify with --verify-only. Default: main."""
+    """Repository to verify without pushing (`ID@COMMIT` verifies a commit, branch or tag). If --model is set, the
+    outputs of the model in the repository are compared with the outputs of --model. Verification runs the code in the
+    repository."""
 
     def __post_init__(self) -> None:
         if self.verify_only is None:
             if self.model is None:
                 raise ValueError("Set --model FOLDER to push a model, or --verify-only ID to verify a repository")
-            if self.revision is not None:
-                raise ValueError("--revision requires --verify-only. To push to a branch, set --branch")
             return
         for field in fields(self):
-            is_push_flag = field.name not in ("verify_only", "revision", "model")
+            is_push_flag = field.name not in ("verify_only", "model")
             if is_push_flag and getattr(self, field.name) != field.default:
                 flag = "--no-verify" if field.name == "verify" else f"--{field.name.replace('_', '-')}"
                 raise ValueError(
@@ -53,19 +48,21 @@ OPTIONS_CLASS = PushOptions
 
 def run(options: PushOptions) -> None:
     """Push a model and verify the pushed commit, or verify a repository if --verify-only is set."""
+    from ..hub.loading import split_revision
     from ..publishing.model_folder import ModelFolder
     from ..publishing.push import prepare_repository, push_folder
     from ..publishing.verify import verify, verify_push
 
     if options.verify_only is not None:
         folder = None if options.model is None else ModelFolder(options.model)
-        print(verify(options.verify_only, options.revision or "main", folder))
+        repo_id, revision = split_revision(options.verify_only)
+        print(verify(repo_id, revision or "main", folder))
         return
     assert options.model is not None
     folder = ModelFolder(options.model)
     folder.check_is_complete()
     repo_id = prepare_repository(options.hub_model_id, options.model.resolve().name, options.private)
-    pushed_model = push_folder(folder, repo_id, options.private, options.message, options.branch)
+    pushed_model = push_folder(folder, repo_id, options.private, options.branch)
     print(f"pushed    {pushed_model.summary}", flush=True)
     if options.verify and folder.has_weights:  # adapters and exported files do not load without other files
         print("verifying the pushed commit in a new process", flush=True)

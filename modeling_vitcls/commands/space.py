@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..files import read_json
-from ..options import to_arguments
 from .export import silence_exporters
 
 
@@ -27,9 +26,8 @@ class SpaceOptions:
     """Publish a Space that shows the predictions and attention of a model on the Hub."""
 
     model: str
-    """Hub id of the model."""
-    revision: str = "main"
-    """Commit hash, branch or tag. For a branch or tag, the Space is pinned to the current commit."""
+    """Hub id of the model (`ID@COMMIT` for a commit, branch or tag). The Space is pinned to the current commit of the
+    branch or tag, by default `main`."""
     space_id: str | None = None
     """Id of the Space to push to. Default: a Space in your account, named after the model with the suffix -demo."""
     private: bool = False
@@ -41,9 +39,6 @@ class SpaceOptions:
     static: bool = False
     """Build a page that runs a copy of the model in the browser, with transformers.js. The model must have a
     classifier."""
-    node_modules: Path | None = None
-    """With --static: node_modules folder that contains @huggingface/transformers. The package is copied to the Space.
-    Default: the page loads transformers.js from a CDN."""
     output: Path | None = None
     """Write the files of the Space to this folder instead of pushing them."""
 
@@ -53,8 +48,6 @@ class SpaceOptions:
             raise ValueError(f"--output pushes nothing, but {flag} applies only to pushes. Omit one of these flags")
         if self.static and self.examples:
             raise ValueError("--static does not support --examples. Omit one of these flags")
-        if self.node_modules is not None and not self.static:
-            raise ValueError("--node-modules requires --static. Set --static")
 
 
 OPTIONS_CLASS = SpaceOptions
@@ -66,7 +59,7 @@ def run(options: SpaceOptions) -> None:
     from ..publishing.push import prepare_repository
     from ..publishing.space import find_published_model, push_space
 
-    model = find_published_model(options.model, options.revision)
+    model = find_published_model(options.model)
     if options.static and model.needs_token and not options.private and options.output is None:
         raise ValueError(
             f"a public static Space would publish the weights of {model.repo_id}, which is private or gated. "
@@ -79,12 +72,10 @@ def run(options: SpaceOptions) -> None:
         print(f"wrote {options.output}: to serve the page, run python {arguments}")
         return
     default_name, sdk = f"{model.repo_id.rpartition('/')[2]}-demo", "static" if options.static else "gradio"
-    flag_values = {name: getattr(options, name) for name in ("title", "examples", "static", "node_modules")}
-    flags = [argument for name, value in flag_values.items() if value for argument in to_arguments(name, value)]
     with tempfile.TemporaryDirectory() as folder:
         write_files(options, model, Path(folder))
         space_id = prepare_repository(options.space_id, default_name, options.private, sdk)
-        pushed_space = push_space(Path(folder), model, space_id, options.private, flags)
+        pushed_space = push_space(Path(folder), model, space_id)
     print(f"pushed a Space for {model.repo_id} at {model.sha}: {pushed_space.url}")
     if model.needs_token and not options.static:
         print(
@@ -107,4 +98,4 @@ def write_files(options: SpaceOptions, model: "HubCommit", folder: Path) -> None
     export_for_transformers_js(f"{model.repo_id}@{model.sha}", folder / MODEL_FOLDER)
     if "id2label" not in read_json(folder / MODEL_FOLDER / "config.json"):
         raise ValueError(f"--static requires a classifier, but {model.repo_id} is an encoder. Remove --static")
-    write_static_space(folder, model, options.title, options.node_modules)
+    write_static_space(folder, model, options.title)

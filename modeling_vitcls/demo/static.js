@@ -11,10 +11,6 @@ env.allowRemoteModels = false;
 env.allowLocalModels = true;
 env.useBrowserCache = false; // the cache would keep the files of an older model
 env.localModelPath = new URL("./", import.meta.url).pathname;
-const library = new URL(import.meta.resolve("transformers.js"));
-if (library.origin === location.origin) {
-  env.backends.onnx.wasm.wasmPaths = new URL("./", library).href; // default: a CDN
-}
 
 const dtype = new URLSearchParams(location.search).get("dtype") ?? "fp32";
 const loaded = Promise.all([

@@ -88,7 +88,7 @@ def get_model_folder(source: str, patterns: Sequence[str] = MODEL_FILE_PATTERNS,
     """
     if Path(source).exists():
         if revision is not None:
-            raise ValueError(f"--revision requires a model on the Hub, but {source} is a folder. Remove --revision")
+            raise ValueError(f"a revision requires a model on the Hub, but {source} is a folder. Remove @{revision}")
         return source
     if not is_hub_id(source):
         raise OSError(describe_missing_repo(source))

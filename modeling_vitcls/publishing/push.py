@@ -30,7 +30,6 @@ from .staging import DELETE_PATTERNS, stage_folder
 
 
 TIMEOUT = 120.0  # maximum time without a response, in seconds; the duration of an upload is not limited
-DEFAULT_MESSAGE = "Upload model"
 TOKEN_SETTINGS_URL = "https://huggingface.co/settings/tokens"
 
 
@@ -99,7 +98,6 @@ def push_folder(
     folder: ModelFolder,
     repo_id: str,
     private: bool = False,
-    message: str = DEFAULT_MESSAGE,
     branch: str | None = None,
 ) -> PushResult:
     """Push a model folder; create the repository if it does not exist.
@@ -110,17 +108,16 @@ def push_folder(
         folder: Folder with the configuration, weights, code, image processor and results of a model.
         repo_id: `namespace/name`.
         private: Whether a new repository must be private. Default: the account's default visibility.
-        message: Commit message.
         branch: Branch of the commit, created from `main` if it does not exist. Default: `main`.
 
     Raises:
         ValueError: If the folder does not contain a complete model.
         PushError: If the push fails. The message is a single line and ends with the command that completes the push.
     """
-    command = build_push_command(folder.path, repo_id, private, branch, message)
+    command = build_push_command(folder.path, repo_id, private, branch)
     advice = f"The model is saved in {folder.path}; finish with: {command}"
     with stage_folder(folder, repo_id) as staged_folder:
-        return upload_folder(staged_folder, repo_id, "model", message, DELETE_PATTERNS, advice, private, branch)
+        return upload_folder(staged_folder, repo_id, "model", "Upload model", DELETE_PATTERNS, advice, private, branch)
 
 
 def upload_folder(
@@ -173,12 +170,9 @@ def upload_folder(
         raise PushError(f"the push to {repo_id} failed: {format_hub_error(error)}. {advice}") from error
 
 
-def build_push_command(
-    folder: Path, repo_id: str, private: bool = False, branch: str | None = None, message: str = DEFAULT_MESSAGE
-) -> str:
+def build_push_command(folder: Path, repo_id: str, private: bool = False, branch: str | None = None) -> str:
     """Return the command line that pushes a model folder."""
     flags = ["--model", str(folder), "--hub-model-id", repo_id]
     flags += ["--private"] if private else []
     flags += ["--branch", branch] if branch else []
-    flags += ["--message", message] if message != DEFAULT_MESSAGE else []
     return f"vitcls push {shlex.join(flags)}"

@@ -1,6 +1,6 @@
 """A Space on the Hub that runs the page in modeling_vitcls/demo/: predictions and attention maps of a model.
 
-    model = find_published_model("someone/model", "main")
+    model = find_published_model("someone/model@COMMIT")
     write_space(folder, model, title="...")
     push_result = push_space(folder, model, "someone/model-demo")
 
@@ -14,7 +14,6 @@ The Space does not contain a copy of the model; the app loads the model at a pin
 """
 
 import importlib.metadata
-import shlex
 import shutil
 import sys
 from collections.abc import Sequence
@@ -27,7 +26,7 @@ from packaging.requirements import Requirement
 from ..configuration_vitcls import ViTCLSConfig
 from ..files import read_json
 from ..hub.connection import check_is_online
-from ..hub.loading import HubCommit, download_files, resolve_commit
+from ..hub.loading import HubCommit, download_files, resolve_commit, split_revision
 from ..hub.model_files import CONFIG_FILES
 from .model_folder import list_strings
 from .push import PushResult, build_push_command, upload_folder
@@ -67,19 +66,20 @@ To run this page on your own machine: `pip install gradio=={gradio} -r requireme
 """
 
 
-def find_published_model(repo_id: str, revision: str = "main") -> HubCommit:
-    """Look up a model on the Hub by its id and a commit hash, branch or tag.
+def find_published_model(source: str) -> HubCommit:
+    """Look up a model on the Hub by its id, with an optional `@REVISION` (commit hash, branch or tag).
 
-    Raise ValueError if `repo_id` is a local folder, if the model is not on the Hub, or if it is not a vitcls model
+    Raise ValueError if `source` is a local folder, if the model is not on the Hub, or if it is not a vitcls model
     with code and an image processor, and OSError if the Hub does not respond.
     """
+    repo_id, revision = split_revision(source)
     if Path(repo_id).is_dir():
         command = build_push_command(Path(repo_id), f"YOUR-NAME/{Path(repo_id).resolve().name}")
         raise ValueError(
             f"a Space requires a model on the Hub, but {repo_id} is a folder. Push the folder first: {command}"
         )
     check_is_online()
-    model = resolve_commit(repo_id, revision)
+    model = resolve_commit(repo_id, revision or "main")
     folder = download_files(repo_id, model.sha, CONFIG_FILES)
     config_file, processor_config_file = (folder / name for name in CONFIG_FILES)
     config_dict = read_json(config_file) if config_file.is_file() else {}
@@ -151,20 +151,13 @@ def build_space_card(model: HubCommit, title: str, description: str, settings: d
     return str(SpaceCard(f"---\n{header.to_yaml()}\n---\n# {title}\n{text}"))
 
 
-def push_space(
-    folder: Path, model: HubCommit, space_id: str, private: bool = False, flags: Sequence[str] = ()
-) -> PushResult:
+def push_space(folder: Path, model: HubCommit, space_id: str) -> PushResult:
     """Push the files of a Space. Outdated files in the same folders are removed, and all other files are kept.
 
     Call this function after `prepare_repository(..., space_sdk=...)`. If nothing has changed, no commit is made.
-    `flags` contains the other flags of `vitcls space` that were used to write the files; the command in the error
-    message includes these flags.
-
-    Raise PushError if the push fails. The message is a single line and ends with the command that completes the push.
+    Raise PushError if the push fails. The message is a single line and ends with the remedy.
     """
     subfolders = {PAGE_FOLDER, EXAMPLES_FOLDER, *(file.name for file in folder.iterdir() if file.is_dir())}
-    arguments = ["--model", model.repo_id, "--revision", model.sha, "--space-id", space_id, *flags]
-    command = shlex.join(["vitcls", "space", *arguments, *(["--private"] if private else [])])
     message = f"Show {model.repo_id} at {model.sha[:7]}"
     delete_patterns = [f"{name}/*" for name in subfolders]
-    return upload_folder(folder, space_id, "space", message, delete_patterns, f"Finish with: {command}")
+    return upload_folder(folder, space_id, "space", message, delete_patterns, "Run `vitcls space` again")

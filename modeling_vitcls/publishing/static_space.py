@@ -5,7 +5,6 @@ write_static_space(folder, model)       # space.py pushes the folder
 
 index.html, app.js   the page, from modeling_vitcls/demo/
 model/               the exported model
-transformers.js/     transformers.js and onnxruntime, if they are not loaded from a CDN
 README.md            the settings of the Space
 """
 
@@ -20,15 +19,8 @@ from .staging import PACKAGE_FOLDER
 
 
 MODEL_FOLDER = "model"
-LIBRARY_FOLDER = "transformers.js"
 TRANSFORMERS_JS_VERSION = "4.3.1"  # tested version of the npm package @huggingface/transformers
 TRANSFORMERS_JS_URL = f"https://cdn.jsdelivr.net/npm/@huggingface/transformers@{TRANSFORMERS_JS_VERSION}"
-# Files that the page loads, relative to the node_modules folder.
-LIBRARY_FILES = (
-    "@huggingface/transformers/dist/transformers.min.js",
-    "onnxruntime-web/dist/ort-wasm-simd-threaded.asyncify.mjs",
-    "onnxruntime-web/dist/ort-wasm-simd-threaded.asyncify.wasm",
-)
 
 DESCRIPTION_TEMPLATE = """
 Select an image to see the predictions of the Vision Transformer [{model}]({url}) and the attention of its CLS
@@ -39,29 +31,12 @@ from commit [`{commit}`]({url}/tree/{commit}).
 """
 
 
-def write_static_space(
-    folder: Path, model: HubCommit, title: str | None = None, node_modules: Path | None = None
-) -> None:
-    """Write the files of a static Space to the folder that contains the exported model in `MODEL_FOLDER`.
-
-    By default, the page loads transformers.js from a CDN. If `node_modules` is set, the required files of the npm
-    package `@huggingface/transformers` are copied from this folder to the Space instead. Raise ValueError if
-    `node_modules` lacks a required file.
-    """
+def write_static_space(folder: Path, model: HubCommit, title: str | None = None) -> None:
+    """Write the files of a static Space to the folder that contains the exported model in `MODEL_FOLDER`. The page
+    loads transformers.js from a CDN."""
     title = title or f"{model.repo_id.partition('/')[2]}: labels and attention in the browser"
-    library_url = TRANSFORMERS_JS_URL
-    if node_modules is not None:
-        library_url = f"./{LIBRARY_FOLDER}/{Path(LIBRARY_FILES[0]).name}"
-        (folder / LIBRARY_FOLDER).mkdir()
-        for name in LIBRARY_FILES:
-            if not (node_modules / name).is_file():
-                raise ValueError(
-                    f"--node-modules requires {name}, but {node_modules} does not contain this file. Run `npm install "
-                    f"@huggingface/transformers@{TRANSFORMERS_JS_VERSION}`"
-                )
-            shutil.copyfile(node_modules / name, folder / LIBRARY_FOLDER / Path(name).name)
     page_html = (PACKAGE_FOLDER / "demo" / "static.html").read_text(encoding="utf-8")
-    page_html = page_html.replace('"LIBRARY"', json.dumps(library_url)).replace("TITLE", html.escape(title))
+    page_html = page_html.replace('"LIBRARY"', json.dumps(TRANSFORMERS_JS_URL)).replace("TITLE", html.escape(title))
     (folder / "index.html").write_text(page_html, encoding="utf-8")
     shutil.copyfile(PACKAGE_FOLDER / "demo" / "static.js", folder / "app.js")
     card = build_space_card(model, title, DESCRIPTION_TEMPLATE, {"sdk": "static"}, folder=MODEL_FOLDER)

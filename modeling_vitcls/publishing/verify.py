@@ -2,7 +2,7 @@
 
     print(verify("someone/model", "0123abc...", ModelFolder(Path("runs/mine"))))
 
-1. The hashes of the files on the Hub must match the downloaded files and the files that a push of `folder` publishes.
+1. The hashes of the files on the Hub must match the files that a push of `folder` publishes, or the downloaded files.
 2. A new process, with an empty cache and without this package, loads the commit with the Auto classes
    (verification_script.py). Because the process may run code by an unknown author, it receives only a few
    environment variables, and it receives the user's token only if the repository is private or gated. The process is
@@ -84,22 +84,24 @@ def verify(repo_id: str, revision: str = "main", folder: ModelFolder | None = No
     check_is_online()
     commit = resolve_commit(repo_id, revision)
     with tempfile.TemporaryDirectory(prefix="vitcls-verify-") as temporary_path, silence_transformers():
-        downloaded = download_files(repo_id, commit.sha, VERIFIED_PATTERNS, folder=Path(temporary_path, "files"))
-        num_files = check_hashes(commit, downloaded)
-        if folder is not None:
+        if folder is None:
+            files = download_files(repo_id, commit.sha, VERIFIED_PATTERNS, folder=Path(temporary_path, "files"))
+            num_files, code = check_hashes(commit, files), describe_code_differences(files)
+            try:
+                reference = ModelFolder(files)
+            except ValueError:
+                raise VerificationError(
+                    f"{repo_id} at {commit.sha} does not contain a vitcls model. Check the id and the revision"
+                ) from None
+        else:
+            reference = folder
             with stage_folder(folder, repo_id) as staged_folder:
-                check_hashes(commit, staged_folder, folder)
-        try:
-            is_native = ModelFolder(downloaded).is_native
-        except ValueError:
-            raise VerificationError(
-                f"{repo_id} at {commit.sha} does not contain a vitcls model. Check the id and the revision"
-            ) from None
-        reference = downloaded if folder is None else folder.path
+                num_files = check_hashes(commit, staged_folder, folder)
+                code = describe_code_differences(staged_folder)
+        is_native = reference.is_native
         # AutoBackbone queries the Hub even for a local folder.
-        expected_outputs, _ = collect_outputs(str(reference), {"trust_remote_code": False}, ViTCLSBackbone)
+        expected_outputs, _ = collect_outputs(str(reference.path), {"trust_remote_code": False}, ViTCLSBackbone)
         outputs, report = run_script(commit, Path(temporary_path), trust_remote_code=not is_native)
-        code_comparison = "no code" if is_native else describe_code_differences(downloaded)
     if report["missing"]:
         raise VerificationError(f"{repo_id} at {commit.sha} lacks the weights {', '.join(report['missing'])}")
     differences, class_names = compare_outputs(repo_id, outputs, expected_outputs), report["classes"]
@@ -110,7 +112,7 @@ def verify(repo_id: str, revision: str = "main", folder: ModelFolder | None = No
     reference_text = folder.path if folder else f"the same files with modeling_vitcls {__version__}"
     lines = [
         f"verified: {repo_id} at {commit.sha}",
-        f"  {num_files} files match their hashes; {code_comparison}",
+        f"  {num_files} files match their hashes; {'no code' if is_native else code}",
         f"  outputs of a new process (empty cache, no modeling_vitcls), compared with {reference_text}:",
         *(
             f"    {name:{width}}  {class_names.get(name, ''):30}  largest difference {difference:.1e}"
@@ -132,7 +134,7 @@ def verify_push(push_result: PushResult, folder: ModelFolder) -> str:
     try:
         return verify(push_result.repo_id, push_result.commit, folder)
     except (ValueError, OSError) as error:
-        command = f"vitcls push --verify-only {push_result.repo_id} --revision {push_result.commit}"
+        command = f"vitcls push --verify-only {push_result.repo_id}@{push_result.commit}"
         raise OSError(
             f"the model was pushed, but not verified: {error}. The model is saved in {folder.path} and published at "
             f"{push_result.url}. Repeat the verification with: {command}"

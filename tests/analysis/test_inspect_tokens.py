@@ -100,14 +100,14 @@ def test_a_revision_of_a_model_on_the_hub(
     shutil.copytree(model, tmp_path / "hub" / "ann" / "pets")
     write_json(tmp_path / "hub" / "ann" / "pets" / "results.json", {"token_movement": {"registers[1]": 0.25}})
     page, figures = tmp_path / "new" / "folders" / "report.html", tmp_path / "other" / "folders" / "figures.json"
-    flags = ["--model", "ann/pets", str(image_folder / "owl"), "--output", str(page), "--json", str(figures)]
+    flags = [str(image_folder / "owl"), "--output", str(page), "--json", str(figures)]
     monkeypatch.setattr("modeling_vitcls.analysis.report.MAX_MAP_BYTES", 0)
     with running_hub(tmp_path / "hub") as hub:
         point_client_at(hub.url, None, monkeypatch, tmp_path / "home")
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-        assert run_in_process("inspect_tokens.py", *flags, "--revision", "main") == 0
+        assert run_in_process("inspect_tokens.py", "--model", "ann/pets@main", *flags) == 0
         printed = capsys.readouterr().out
-        assert run_in_process("inspect_tokens.py", *flags, "--revision", "v2") == 1
+        assert run_in_process("inspect_tokens.py", "--model", "ann/pets@v2", *flags) == 1
     assert "v2" in capsys.readouterr().err
     (commit,) = (tmp_path / "cache" / "models--ann--pets" / "snapshots").iterdir()
     text, found = page.read_text(), json.loads(figures.read_text())
@@ -155,8 +155,6 @@ def test_unusable_inputs(model: str, image_folder: Path, tmp_path: Path, capsys:
         inspect_tokens(build_options(str(tmp_path / "no" / "such" / "model"), tmp_path, image_folder))
     with raises_one_line("preset"):
         inspect_tokens(build_options("vitcls-tiny", tmp_path, image_folder))
-    with raises_one_line("--revision"):
-        inspect_tokens(build_options(model, tmp_path, image_folder, revision="main"))
     with raises_one_line("no images"):
         inspect_tokens(build_options(model, tmp_path, tmp_path))
     with raises_one_line("broken [old].png"):

@@ -13,6 +13,3 @@ def test_flags_that_only_apply_to_pushes_are_errors_of_other_spaces(tmp_path: Pa
             space.SpaceOptions("ann/model", output=tmp_path, **flags)
         assert space.SpaceOptions("ann/model", **flags).output is None
     assert space.SpaceOptions("ann/model", output=tmp_path).output == tmp_path
-    assert space.SpaceOptions("ann/model", static=True, node_modules=tmp_path).static
-    with raises_one_line("--node-modules requires --static"):
-        space.SpaceOptions("ann/model", node_modules=tmp_path)

@@ -6,13 +6,12 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from helpers.tiny_models import raises_one_line
 from huggingface_hub import SpaceCard
 from PIL import Image
 from playwright.sync_api import Browser, expect
 
 from modeling_vitcls.hub.loading import HubCommit
-from modeling_vitcls.publishing.static_space import LIBRARY_FILES, MODEL_FOLDER, write_static_space
+from modeling_vitcls.publishing.static_space import MODEL_FOLDER, TRANSFORMERS_JS_URL, write_static_space
 
 
 pytestmark = pytest.mark.integration
@@ -20,7 +19,7 @@ pytestmark = pytest.mark.integration
 MODEL = HubCommit("ann/mine", "0" * 40, needs_token=False)
 # A black image of 8 x 8 pixels; of its 2 x 2 patches, the first receives the most attention.
 LIBRARY = """
-export const env = { backends: { onnx: { wasm: {} } } };
+export const env = {};
 export const softmax = (logits) => logits.map((logit) => logit / 10);
 export const RawImage = { read: async () => null };
 const pixel_values = { data: new Float32Array(3 * 8 * 8), dims: [1, 3, 8, 8] };
@@ -33,31 +32,22 @@ export const AutoModelForImageClassification = {
   from_pretrained: async () => ({ config: { id2label: { 0: "dusk", 1: "noon" } }, forward: async () => outputs }),
 };
 """
+HEADERS = {"content-type": "text/javascript", "access-control-allow-origin": "*"}
 READ_CORNERS = """() => {
   const context = document.getElementById("map").getContext("2d");
   return [[0, 0], [7, 0]].map(([x, y]) => Array.from(context.getImageData(x, y, 1, 1).data.slice(0, 3)));
 }"""
 
 
-@pytest.fixture
-def packages(tmp_path: Path) -> Path:
-    """Return a folder of packages with a library of fixed outputs."""
-    for name in LIBRARY_FILES:
-        (tmp_path / "node_modules" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "node_modules" / name).write_text(LIBRARY)
-    return tmp_path / "node_modules"
-
-
-def test_attention_is_a_heat_map_that_is_visible_on_a_dark_image(
-    browser: Browser, packages: Path, tmp_path: Path
-) -> None:
+def test_attention_is_a_heat_map_that_is_visible_on_a_dark_image(browser: Browser, tmp_path: Path) -> None:
     space = tmp_path / "space"
     (space / MODEL_FOLDER).mkdir(parents=True)
-    write_static_space(space, MODEL, "Digits & more", packages)
+    write_static_space(space, MODEL, "Digits & more")
     Image.new("RGB", (8, 8)).save(tmp_path / "dark.png")
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=str(space)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     page = browser.new_page()
+    page.route(TRANSFORMERS_JS_URL, lambda route: route.fulfill(body=LIBRARY, headers=HEADERS))
     try:
         page.goto(f"http://127.0.0.1:{server.server_port}/index.html")
         expect(page.get_by_role("heading", name="Digits & more")).to_be_visible()
@@ -73,11 +63,7 @@ def test_attention_is_a_heat_map_that_is_visible_on_a_dark_image(
     assert most[0] > most[2] and least[2] > least[0]  # yellow and blue
 
 
-def test_the_card_has_a_license_and_missing_packages_are_named(packages: Path, tmp_path: Path) -> None:
+def test_the_card_has_a_license(tmp_path: Path) -> None:
     write_static_space(tmp_path, MODEL)
     card = SpaceCard.load(tmp_path / "README.md")
     assert (card.data.sdk, card.data.license, card.data.models) == ("static", "apache-2.0", ["ann/mine"])
-    (packages / LIBRARY_FILES[1]).unlink()
-    (tmp_path / "other").mkdir()
-    with raises_one_line("--node-modules", LIBRARY_FILES[1], "npm install"):
-        write_static_space(tmp_path / "other", MODEL, node_modules=packages)

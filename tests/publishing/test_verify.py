@@ -139,9 +139,7 @@ def test_code_that_does_not_load_is_an_error(hub: LocalHub, folder: Path, code: 
     pushed = push_folder(ModelFolder(folder), "ann/model")
     with raises_one_line("ann/model", *words, error=VerificationError):
         verify("ann/model", pushed.commit, ModelFolder(folder))
-    with raises_one_line(
-        "was pushed, but not verified", f"--verify-only ann/model --revision {pushed.commit}", error=OSError
-    ):
+    with raises_one_line("was pushed, but not verified", f"--verify-only ann/model@{pushed.commit}", error=OSError):
         verify_push(pushed, ModelFolder(folder))
 
 
