@@ -68,27 +68,24 @@ def run(options: ConvertOptions) -> None:
 
     if options.to == "transformers":
         report = write_native_model(str(options.model), options.output, options.any_size)
-        write_card(ModelFolder(options.output))
-        print_report(report, options.output, trust_argument="")
-        return
-    report = convert_checkpoint(
-        str(options.source),
-        options.output,
-        options.random_init,
-        options.classifier,
-        options.num_labels,
-        options.family,
-    )
+    else:
+        report = convert_checkpoint(
+            str(options.source),
+            options.output,
+            options.random_init,
+            options.classifier,
+            options.num_labels,
+            options.family,
+        )
     write_card(ModelFolder(options.output))
     print_report(report, options.output)
 
 
-def print_report(report: "Report", output: Path, trust_argument: str = ", trust_remote_code=True") -> None:
-    """Print the parity report, code that loads the model, and the command that pushes the model to the Hub."""
+def print_report(report: "Report", output: Path) -> None:
+    """Print the parity report, and the command that pushes the model to the Hub."""
     from ..publishing.push import build_push_command
 
-    model_class = report["model_class"]
-    print(f"Largest differences between {model_class} and {report['source']} (limit {report['limit']:g}):")
+    print(f"Largest differences between {report['model_class']} and {report['source']} (limit {report['limit']:g}):")
     for comparison in report["comparisons"]:
         differences = ", ".join(f"{name} {value:.1e}" for name, value in comparison["differences"].items())
         print("- {} x {} pixels: {}".format(*comparison["image_size"], differences))
@@ -97,9 +94,8 @@ def print_report(report: "Report", output: Path, trust_argument: str = ", trust_
     if reason := report["preprocessing"]["assumed_because"]:
         print(f"Image processor: the settings are assumed, because {reason}. Check them")
     print(*report["notes"], f"Classifier: {report['classifier']}", sep="\n")
-    auto_class = "AutoModelForImageClassification" if "Classification" in model_class else "AutoModel"
-    print(f"\nWritten to {output}, with the parity report. Load the model with")
-    print(f'  model = {auto_class}.from_pretrained("{output}"{trust_argument})')
-    print(f'  processor = AutoImageProcessor.from_pretrained("{output}"{trust_argument})')
+    print(
+        f"\nWritten to {output}, with the parity report. Its card, README.md, contains the code that loads the model"
+    )
     print("Push the model and its card to the Hub, and verify the pushed model, with")
     print(f"  {build_push_command(output, f'YOUR-NAME/{output.resolve().name}')}")

@@ -48,7 +48,7 @@ def silence_exporters() -> None:
 
 
 def print_report(report: dict[str, Any], output: Path) -> None:
-    """Print the report and the code to run the exported file."""
+    """Print the report, and the command that runs the exported file."""
     from ..export.formats import FORMATS
 
     print(f"Largest differences between {report['format']} in {report['dtype']} and {report['model']}:")
@@ -58,11 +58,9 @@ def print_report(report: dict[str, Any], output: Path) -> None:
         print(f"- {batch_size} images of {height} x {width}: {differences}")
     print("\n".join(format_notes(report)))
     file = output if output.suffix else output / f"model{FORMATS[report['format']].suffix}"
-    print(f"\nWrote the model to {file}, and its description to {file}.json. Run the exported model with")
-    for line in USAGE[report["format"]]:
-        print(f"  {line.format(file=file)}")
+    print(f"\nWrote the model to {file}, and its description to {file}.json")
     if not output.suffix:
-        print(f"or with `vitcls predict --model {output} --backend {report['format']} IMAGES`")
+        print(f"Run it with `vitcls predict --model {output} --backend {report['format']} IMAGES`")
 
 
 def format_notes(report: dict[str, Any]) -> list[str]:
@@ -87,16 +85,3 @@ def format_notes(report: dict[str, Any]) -> list[str]:
         speed = report["speed"]
         lines.append(f"{speed['images_per_second']:g} images/s in batches of {speed['batch_size']}, {speed['device']}")
     return [*lines, f"Size: {report['num_bytes'] / 2**20:.1f} MiB"]
-
-
-USAGE = {
-    "torch": ('outputs = torch.export.load("{file}").module()(pixel_values)',),
-    "onnx": (
-        'session = onnxruntime.InferenceSession("{file}")',
-        'outputs = session.run(None, {{"pixel_values": pixel_values}})',
-    ),
-    "openvino": (
-        'compiled = openvino.Core().compile_model("{file}", "CPU", {{"INFERENCE_PRECISION_HINT": "f32"}})',
-        'outputs = compiled({{"pixel_values": pixel_values}})',
-    ),
-}

@@ -35,7 +35,8 @@ from ..hub.provenance import Provenance, read_folder_provenance
 NATIVE_MODEL_TYPES = ("vit", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit")
 
 SOURCE_FLAGS = ("dataset", "model", "teacher")  # flags that may contain local paths
-PUSH_FLAGS = ("push_to_hub", "hub_")  # names or prefixes of the flags that set the destination of a push
+# Names or prefixes of the flags that are not published: the destination of a push, and how the run was started
+PRIVATE_FLAGS = ("push_to_hub", "hub_", "resume", "overwrite", "dry_run")
 
 logger = logging.getLogger(__name__)
 
@@ -164,7 +165,7 @@ class ModelFolder:
 
     @property
     def shareable_flags(self) -> dict[str, Any]:
-        """The flags for publication, without unset flags, local folders or push destinations."""
+        """The flags for publication, without unset flags, local folders or PRIVATE_FLAGS."""
         sources = {name: strip_folders(self.flags[name]) for name in SOURCE_FLAGS if self.flags.get(name)}
         shareable_paths: dict[str, Any] = sources | {"output_dir": "my-model"}
         if teachers := self.flags.get("teachers"):
@@ -172,7 +173,7 @@ class ModelFolder:
         return {
             name: shareable_paths.get(name, value)
             for name, value in self.flags.items()
-            if value is not None and not name.startswith(PUSH_FLAGS)
+            if value is not None and not name.startswith(PRIVATE_FLAGS)
         }
 
     @cached_property
