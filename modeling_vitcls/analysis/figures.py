@@ -44,11 +44,10 @@ DASHES = ("o-", "s--", "^:", "D-.")  # markers and dashes of the tokens of a gro
 MAX_WHITE_FRACTION = 0.55  # fraction of white in the color of the last token of a group
 
 # Attribute of `Findings` -> title, label of the y axis, and whether values are percentages. Shapes are [L, H, S] for
-# attention of tokens, [L, H] for attention of patches, and [L + 1, S] for states.
+# attention and [L + 1, S] for states.
 CURVES = {
     "entropy": ("Entropy of attention", "nats", False),
     "received": ("Attention received from patches", "fraction", True),
-    "patch_distance": ("Attention distance of patches", "pixels", False),
     "variation": ("Variation between images", "fraction of the norm", True),
 }
 
@@ -58,9 +57,10 @@ PATCH_STYLE: LineStyle = ("patches", to_rgb(GROUP_COLORS["patches"]), DASHES[0])
 
 
 def plot_curve(config: ViTCLSConfig, findings: Findings, name: str) -> Figure:
-    """Plot one of CURVES: "entropy", "received", "patch_distance" or "variation".
+    """Plot one of CURVES: "entropy", "received" or "variation".
 
-    Each line is the mean over heads, each band is the range over heads, and dashed lines show uniform attention.
+    Each line is the mean over heads, each band is the range over heads, and dashed lines show the entropy of uniform
+    attention.
 
     Args:
         config: configuration of the model.
@@ -68,17 +68,10 @@ def plot_curve(config: ViTCLSConfig, findings: Findings, name: str) -> Figure:
         name: name of the figure.
     """
     title, y_label, is_percentage = CURVES[name]
-    values = getattr(findings, name)
-    is_patch_figure = name == "patch_distance"
-    styles = [PATCH_STYLE] if is_patch_figure else get_token_styles(config)
-    lines = values.unsqueeze(-1) if is_patch_figure else values  # [L, H, lines], or [L + 1, lines]
+    styles, lines = get_token_styles(config), getattr(findings, name)  # [L, H, S] or [L + 1, S]
     first_layer = 0 if lines.ndim == 2 else 1
-    uniform_values = {
-        "received": [math.exp(-findings.uniform["entropy"])],  # 1 / N
-        "patch_distance": [findings.uniform["patch_distance"]],
-        "entropy": findings.uniform_entropy_by_token.tolist(),
-    }
-    baselines = sorted({float(f"{value:.5g}") for value in uniform_values.get(name, [])})
+    uniform_values = findings.uniform_entropy_by_token.tolist() if name == "entropy" else []
+    baselines = sorted({float(f"{value:.5g}") for value in uniform_values})
     figure, axes = create_axes(len(styles) + bool(baselines), title, y_label)
     for style, line in zip(styles, lines.unbind(dim=-1), strict=True):
         head_values = line if line.ndim == 2 else line.unsqueeze(1)  # [L, H]

@@ -33,7 +33,7 @@ from PIL import Image
 
 from ..files import write_atomically
 from ..hub.loading import get_cached_commit
-from ..token_names import get_token_names, get_token_names_by_group
+from ..token_names import get_token_names
 from ..version import __version__
 from .ablation import get_token_keys
 from .diagnosis import Verdict
@@ -45,7 +45,6 @@ from .maps import (
     MIN_SCALE,
     count_used_layers,
     get_head_names,
-    get_used_token_mask,
     overlay,
     resize_with_region,
 )
@@ -89,8 +88,6 @@ def write_page(
         lstrip_blocks=True,
     )
     config = inspection.config
-    groups = get_token_names_by_group(config) | {"patches": ["patches"]}
-    is_used = iter(get_used_token_mask(config))  # in sequence order
     text = environment.get_template("report.html.j2").render(
         title=title or get_model_name(config.name_or_path) or inspection.model_class,
         source=source,
@@ -100,11 +97,6 @@ def write_page(
         inspection=inspection,
         findings=inspection.findings,
         other_verdicts=[*inspection.tasks, inspection.heads, inspection.patches],
-        layout={
-            group: [(name, next(is_used) and inspection.has_head) for name in names]
-            for group, names in groups.items()
-            if names
-        },
         overview=build_overview(inspection),
         predictions=predictions,
         effects=build_effect_rows(inspection.verdicts),
@@ -192,8 +184,8 @@ def build_effect_rows(verdicts: Sequence[Verdict]) -> list[dict[str, str]]:
 def build_figures(inspection: Inspection) -> list[Markup]:
     """Return the figures of the page as SVG."""
     config, findings = inspection.config, inspection.findings
-    figures = [plot_curve(config, findings, "patch_distance"), plot_norms(config, findings)]
-    figures.append(plot_norm_histogram(config, findings, inspection.patches.numbers["layer"]))
+    histogram = plot_norm_histogram(config, findings, inspection.patches.numbers["layer"])
+    figures = [plot_norms(config, findings), histogram]
     if config.token_layout.num_prefix_tokens:
         curves = [plot_curve(config, findings, name) for name in ("entropy", "received", "variation")]
         figures = [*curves, *figures]

@@ -33,12 +33,9 @@ class Findings:
 
     Attributes:
         num_images: number of images.
-        uniform: values for uniform attention: `entropy` (ln N) over all tokens, `patch_distance` over all patches.
         uniform_entropy_by_token: [S], entropy of uniform attention to the tokens that each special token may attend
-            to. The value differs from `uniform` for CLS tokens that are restricted to a region (`config.cls_scopes`).
+            to: ln N, or less for CLS tokens that are restricted to a region (`config.cls_scopes`).
         entropy: [L, H, S], entropy of the attention of each special token, in nats.
-        patch_distance: [L, H], attention-weighted mean distance in pixels between two patches (mean attention
-            distance, Dosovitskiy et al. 2020, section 4.5).
         attention_fractions: [L, H, S, 4], fraction of attention to CLS, distillation, register and patch tokens.
         received: [L, H, S], mean fraction of a patch's attention that each special token receives.
         between_tokens: [L + 1, S, S], cosine similarity between the states of two special tokens.
@@ -71,10 +68,8 @@ class Findings:
     """
 
     num_images: int
-    uniform: dict[str, float]
     uniform_entropy_by_token: torch.Tensor
     entropy: torch.Tensor
-    patch_distance: torch.Tensor
     attention_fractions: torch.Tensor
     received: torch.Tensor
     between_tokens: torch.Tensor
@@ -116,10 +111,6 @@ class TokenStatistics:
             The output of the model, or of the encoder if the model is not a classifier. A second forward pass with the
             registers hidden from attention contributes to the patch norms.
         """
-        grid_size = self.model.base_model.embeddings.patch_embeddings.get_grid_size(pixel_values)
-        height, width = self.model.config.patch_height_width
-        rows, columns = (torch.arange(size) + 0.5 for size in grid_size)
-        centers = torch.cartesian_prod(rows * height, columns * width).to(pixel_values.device)  # [P, 2], in pixels
         layer_statistics: list[dict[str, torch.Tensor]] = []
         module = get_classifier_or_encoder(self.model)
         register_indices = range(self.layout.num_prefix_tokens)[self.layout.registers]
@@ -127,7 +118,7 @@ class TokenStatistics:
 
         def add_layer(layer: RecordedLayer) -> None:
             attention = self.model.base_model.layers[len(layer_statistics)].attention
-            layer_statistics.append(self.compute_layer_statistics(layer, attention, centers))
+            layer_statistics.append(self.compute_layer_statistics(layer, attention))
 
         with evaluation_mode(self.model):
             with process_attention_layers(self.model, add_layer):
@@ -140,11 +131,6 @@ class TokenStatistics:
         # All layers have the same visible tokens, and therefore the same entropy of uniform attention.
         statistics["uniform_entropy_by_token"] = statistics.pop("uniform_entropy_by_token")[:, 0]
         statistics |= self.compute_state_statistics(outputs.hidden_states)
-        uniform_values = {
-            "uniform_entropy": torch.tensor(self.layout.get_num_tokens(*grid_size)).log(),
-            "uniform_patch_distance": compute_distances(centers).mean(),
-        }
-        statistics |= {name: value.expand(len(pixel_values)) for name, value in uniform_values.items()}
         norms = self.compute_patch_norms(outputs.hidden_states)
         patch_statistics = {"norms": norms, "ratios": divide_by_median(norms)}
         statistics["outliers"] = (patch_statistics["ratios"] > OUTLIER_RATIO).float().mean(dim=-1)  # [B, L + 1]
@@ -187,16 +173,13 @@ class TokenStatistics:
             variation=(deviations.norm(dim=-1) / mean_states.norm(dim=-1).clamp(min=1e-12)).float(),
             channel_variation=(deviations / mean_states.abs().clamp(min=1e-12)).median(dim=-1).values.float(),
             state_distance=means.pop("squared_distances").sqrt().float(),
-            uniform={name: means.pop(f"uniform_{name}").item() for name in ("entropy", "patch_distance")},
             **{name: mean.float() for name, mean in means.items()},
             **{f"patch_{name}": torch.cat(batches, dim=1) for name, batches in self.patch_values.items()},
         )
 
     # Statistics of one batch, tensors [B, ...] -----------------------------------------------------------------------
 
-    def compute_layer_statistics(
-        self, layer: RecordedLayer, attention: Any, centers: torch.Tensor
-    ) -> dict[str, torch.Tensor]:
+    def compute_layer_statistics(self, layer: RecordedLayer, attention: Any) -> dict[str, torch.Tensor]:
         """Return the statistics of one layer's attention maps."""
         layout = self.layout
         weights = layer.compute_weights()  # [B, H, N, N]
@@ -218,7 +201,6 @@ class TokenStatistics:
                 [special_rows[..., group].sum(dim=-1) for _, group in layout.items()], dim=-1
             ),
             "received": patch_rows[..., : layout.num_prefix_tokens].mean(dim=2),
-            "patch_distance": compute_attention_distance(patch_rows[..., layout.patches], centers),
         }
 
     def compute_patch_norms(self, hidden_states: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -266,12 +248,6 @@ def compute_head_outputs(layer: RecordedLayer, attention: Any) -> torch.Tensor:
         return outputs.norm(dim=-1).mean(dim=1)
     weights = weight.unflatten(1, (num_maps, size)).unbind(dim=1)  # [D, d] each
     return torch.stack([(outputs[:, :, i] @ w.T).norm(dim=-1).mean(dim=1) for i, w in enumerate(weights)], dim=1)
-
-
-def compute_attention_distance(weights: torch.Tensor, centers: torch.Tensor) -> torch.Tensor:
-    """Return the mean attention distance [B, H] in pixels, for attention between patches [B, H, P, P]."""
-    fractions = weights / weights.sum(dim=-1, keepdim=True).clamp(min=1e-12)
-    return (fractions * compute_distances(centers)).sum(dim=-1).mean(dim=-1)
 
 
 def compute_distances(points: torch.Tensor) -> torch.Tensor:

@@ -23,15 +23,13 @@ def test_curves_show_the_mean_over_heads_for_each_token(name):
     config, findings = measure(**TOKENS)
     values = getattr(findings, name)
     means = values if name == "variation" else values.mean(dim=1)
-    means = means.unsqueeze(-1) if name == "patch_distance" else means
     axes = plot_curve(config, findings, name).axes[0]
     lines = [line for line in axes.get_lines() if len(line.get_xdata()) > 2]
-    names = ["patches"] if name == "patch_distance" else get_token_names(config)
-    assert [line.get_label() for line in lines] == names
+    assert [line.get_label() for line in lines] == get_token_names(config)
     for line, expected in zip(lines, means.T, strict=True):
         assert line.get_ydata().tolist() == pytest.approx(expected.tolist())
     baselines = [line for line in axes.get_lines() if len(line.get_xdata()) == 2]
-    assert len(baselines) == (name != "variation")  # uniform attention
+    assert len(baselines) == (name == "entropy")  # uniform attention
 
 
 def test_norms_and_their_histogram():
@@ -52,5 +50,5 @@ def test_norms_and_their_histogram():
 
 
 def test_figures_are_svg():
-    svg = render_svg(plot_curve(*measure(**TOKENS), "patch_distance"))
-    assert svg.startswith("<svg") and svg.rstrip().endswith("</svg>") and ">Attention distance of patches<" in svg
+    svg = render_svg(plot_curve(*measure(**TOKENS), "variation"))
+    assert svg.startswith("<svg") and svg.rstrip().endswith("</svg>") and ">Variation between images<" in svg

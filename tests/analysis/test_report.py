@@ -144,7 +144,7 @@ def test_the_page_names_the_model_and_escapes_names(page: Page) -> None:
     about = page.locator("#about").inner_text()
     assert f"{len(NAMES)} images of my photos" in about and __version__ in about
     page.locator("#figures summary").click()
-    assert page.locator("#figures svg").count() == 6
+    assert page.locator("#figures svg").count() == 5
 
 
 @pytest.mark.parametrize(

@@ -44,11 +44,6 @@ def run_eager(model: Any, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
     return torch.cat(outputs.attentions), torch.cat(outputs.hidden_states)
 
 
-def get_patch_centers(height: int, width: int) -> list[tuple[float, float]]:
-    """Return the centers of patches of 8 x 4 pixels, row by row."""
-    return [(8 * row + 4.0, 4 * column + 2.0) for row in range(height // 8) for column in range(width // 4)]
-
-
 def average(values: list[Any]) -> torch.Tensor:
     """Return the mean over the statistics of individual images."""
     return torch.stack([torch.as_tensor(value, dtype=torch.float64) for value in values]).mean(dim=0)
@@ -61,8 +56,9 @@ def cosine(first: torch.Tensor, second: torch.Tensor) -> float:
 def check_maps(found: Findings, model: Any, image: torch.Tensor) -> None:
     """Check the attention statistics of one image with loops."""
     maps, _ = run_eager(model, image)
-    layout, points = model.config.token_layout, get_patch_centers(*image.shape[-2:])
-    num_special, num_patches = layout.num_prefix_tokens, len(points)
+    layout = model.config.token_layout
+    num_special = layout.num_prefix_tokens
+    num_patches = maps.shape[-1] - num_special
     for layer, head in ((layer, head) for layer in range(maps.shape[0]) for head in range(maps.shape[1])):
         rows = maps[layer, head].tolist()
         for token in range(num_special):
@@ -73,12 +69,6 @@ def check_maps(found: Findings, model: Any, image: torch.Tensor) -> None:
                 assert found.attention_fractions[layer, head, token, group] == pytest.approx(share, abs=TOLERANCE)
             received = sum(rows[num_special + patch][token] for patch in range(num_patches)) / num_patches
             assert found.received[layer, head, token] == pytest.approx(received, abs=TOLERANCE)
-        distances = []
-        for point, row in zip(points, rows[num_special:], strict=True):
-            total = sum(row[num_special:])
-            steps = zip(row[num_special:], points, strict=True)
-            distances.append(sum(w / total * math.dist(point, other) for w, other in steps))
-        assert found.patch_distance[layer, head] == pytest.approx(sum(distances) / num_patches, abs=1e-4)
     for layer, token in ((layer, token) for layer in range(maps.shape[0]) for token in range(num_special)):
         rows = maps[layer, :, token].tolist()  # [H, N]
         uniform = [1 / len(rows[0])] * len(rows[0])
@@ -130,7 +120,6 @@ def test_statistics_of_an_image_equal_loops(layout: dict[str, Any]) -> None:
     assert found.variation.shape == (4, num_special) and found.variation.sum() <= 1e-4  # there is only one image
     assert (found.patch_ratios_without_registers is None) == (not model.config.num_register_tokens)
     assert found.entropy.shape == (3, 2, num_special)
-    assert found.patch_distance.shape == (3, 2)
 
 
 def test_statistics_over_images_are_means() -> None:
@@ -144,18 +133,22 @@ def test_statistics_over_images_are_means() -> None:
         for name, value in vars(together).items():
             if name == "map_variation":  # not defined for images of several sizes
                 continue
-            if (isinstance(value, torch.Tensor) and not name.startswith("patch_")) or name == "patch_distance":
+            if isinstance(value, torch.Tensor) and not name.startswith("patch_"):
                 assert get_largest_difference(getattr(found, name), value) <= TOLERANCE, name
-        assert found.uniform == pytest.approx(together.uniform)
         by_size = zip(found.patch_norms.sort().values, together.patch_norms.sort().values, strict=True)
         assert all(get_largest_difference(one, other) <= 1e-4 for one, other in by_size)
     singles = [collect_findings(model, image[None]) for image in [*pixels, *oblong]]
-    names = ("entropy", "patch_distance", "attention_fractions", "received", "between_tokens", "embedding_similarity")
+    names = (
+        "entropy",
+        "uniform_entropy_by_token",
+        "attention_fractions",
+        "received",
+        "between_tokens",
+        "embedding_similarity",
+    )
     for name in names:
         expected = average([getattr(single, name) for single in singles])
         assert get_largest_difference(getattr(together, name).double(), expected) <= TOLERANCE, name
-    for name in together.uniform:
-        assert together.uniform[name] == pytest.approx(average([single.uniform[name] for single in singles]).item())
 
 
 def test_variation_is_the_distance_from_the_mean() -> None:
@@ -226,13 +219,10 @@ def test_uniform_attention_equals_the_baselines(layout: dict[str, Any]) -> None:
                 part.weight.zero_()
                 part.bias.zero_()
     found = collect_findings(model, build_images(3, 24, 40))
-    num_special, points = model.config.token_layout.num_prefix_tokens, get_patch_centers(24, 40)
-    assert found.uniform["entropy"] == pytest.approx(math.log(num_special + len(points)))
-    pairs = [math.dist(point, other) for point in points for other in points]
-    assert found.uniform["patch_distance"] == pytest.approx(sum(pairs) / len(pairs), rel=1e-6)
-    assert get_largest_difference(found.entropy, torch.full_like(found.entropy, found.uniform["entropy"])) <= 1e-5
+    entropy = math.log(model.config.token_layout.get_num_tokens(3, 10))
+    assert found.uniform_entropy_by_token.tolist() == pytest.approx([entropy] * found.entropy.shape[-1])
+    assert get_largest_difference(found.entropy, torch.full_like(found.entropy, entropy)) <= 1e-5
     assert found.head_selectivity.max() <= 1e-6
-    assert get_largest_difference(found.patch_distance, torch.full((3, 2), found.uniform["patch_distance"])) <= 1e-5
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager", "flex_attention"])
