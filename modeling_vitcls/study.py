@@ -1,4 +1,4 @@
-"""Studies: grids of training runs over factors and seeds, and a page of tables and plots for each study.
+"""Studies: grids of training runs over factors and seeds, and a page of tables for each study.
 
 A study file (recipes/study_*.yaml) contains
     title, question    text for the page
@@ -17,7 +17,7 @@ In flags, `{run}` is replaced with the folder of the run, `{folder}` with the fo
 seed, and `{subset:NAME}` with the folder of a subset. The name of a subset may contain `{seed}`.
 
 The output folder contains
-    README.md, images/*.png    page of means with 95% confidence intervals and of differences paired by seed
+    README.md                  page of means with 95% confidence intervals and of differences paired by seed
     runs.parquet               one row per run: factor levels, seed, status, all numeric values in results.json, and
                                the first and last values of each numeric field in metrics.jsonl
     runs/NAME/                 the output folder of each stage, and log.txt
@@ -293,22 +293,18 @@ def flatten_numbers(value: Any, name: str) -> dict[str, float]:
 
 
 def write_page(runner: StudyRunner, rows: "pandas.DataFrame", command: str) -> Path:
-    """Write README.md and the plots. Return the path of README.md."""
+    """Write README.md and return its path."""
     from .system import format_count, get_processor_name, get_versions
 
     study = runner.study
     finished_rows = rows[rows["status"] == "finished"]
-    (runner.folder / "images").mkdir(exist_ok=True)
     sections = [f"# {study.title}", study.question]
     if study.answer:
         sections.append(f"**Answer:** {' '.join(study.answer.split())}")
     for metric, heading in study.metrics.items():
         table = summarize(study, finished_rows, metric)
         if not table.empty:
-            image_file = f"images/{to_file_name(f'{study.title.lower()} {metric}')}.png"
-            plot_summary(table, heading, runner.folder / image_file)
-            image = f"![{heading} per combination of levels]({image_file})"
-            sections += [f"## {heading}", format_table(table), image]
+            sections += [f"## {heading}", format_table(table)]
     training_seconds = finished_rows["seconds"].sum() if "seconds" in finished_rows else 0
     sections.append(
         f"## Method\n\n{len(finished_rows)} of {len(rows)} runs finished, seeds {', '.join(map(str, study.seeds))}; "
@@ -374,23 +370,6 @@ def format_table(summary: "pandas.DataFrame") -> str:
         difference = "baseline" if row["is_baseline"] else intervals[1]
         rows.append([*(row[key] for key in keys), str(len(row["runs"])), intervals[0], difference])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
-def plot_summary(summary: "pandas.DataFrame", heading: str, file: Path) -> None:
-    """Save a PNG plot of all runs, with the mean and 95% confidence interval of each combination of levels."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 1 + 0.35 * len(summary)), layout="constrained")
-    axes = figure.add_subplot()
-    keys = summary.columns[: list(summary.columns).index("runs")]
-    for index, values in enumerate(summary["runs"]):
-        axes.plot(values, [index] * len(values), "o", color="#9aa5b1", markersize=4)
-    axes.errorbar(summary["mean"], summary.index, xerr=summary["half_width"].fillna(0), fmt="D", color="#1f5fbf")
-    axes.set_yticks(summary.index, summary[keys].agg(", ".join, axis=1))
-    axes.invert_yaxis()
-    axes.set_xlabel(f"{heading}: dots are runs, diamonds are means with 95% intervals")
-    axes.grid(axis="x", alpha=0.3)
-    figure.savefig(file, dpi=120)
 
 
 def run_study(

@@ -5,7 +5,6 @@ The runs of slow tests are real fine-tuning processes. In the other tests, `PROG
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -18,7 +17,6 @@ import pytest
 import yaml
 from datasets import ClassLabel, Dataset
 from helpers.tiny_models import raises_one_line
-from PIL import Image
 from pyarrow import parquet
 from scipy import stats
 
@@ -290,8 +288,6 @@ def test_all_runs_are_executed_and_summarized(tmp_path: Path, capsys: pytest.Cap
     assert "The mean." in page and "\n## Accuracy (%)\n" in page and "F1" not in page
     assert "| mean | 2 | 78 ± 40 | +25 ± 0 |\n" in page  # only finished runs, and equal decimals
     assert f"vitcls study --config {file}" in page
-    images = re.findall(r"!\[.*\]\((.*)\)", page)
-    assert len(images) == 2 and all(Image.open(output / image).format == "PNG" for image in images)
 
     log = output / "runs" / "pooling-mean_seed-1" / "log.txt"
     assert [line for line in log.read_text().splitlines() if line.startswith("the")] == [

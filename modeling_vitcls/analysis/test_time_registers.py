@@ -39,20 +39,18 @@ def find_register_neurons(
     pixel_values: torch.Tensor,
     num_neurons: int = 10,
     ratio: float = OUTLIER_RATIO,
-    last_layer: int | None = None,
 ) -> list[list[int]]:
     """Return the MLP neurons with the largest activations at outlier patches (algorithm 1 of Jiang et al.), in
     descending order of activation.
 
-    Outliers are detected after the last layer. Only layers up to and including `last_layer` are searched. The
-    magnitudes of activations are averaged over the outliers of each image, and then over the images.
+    Outliers are detected after the last layer. Layers are searched up to the first layer whose output contains at
+    least half of these outliers. The magnitudes of activations are averaged over the outliers of each image, and then
+    over the images.
 
     Args:
         pixel_values: [B, C, H, W], a few dozen images similar to the images used at inference.
         num_neurons: number of neurons to return. Larger models require more neurons. Increase the number until the
             outlier fraction of the model with the register (`compute_outlier_fraction`) no longer decreases.
-        last_layer: index of the last layer to search. Default: the first layer whose output contains at least half of
-            the outliers of the last layer.
 
     Returns:
         `[[layer, neuron], ...]`, the `neurons` argument of `add_test_time_register`.
@@ -67,9 +65,8 @@ def find_register_neurons(
             f"Register neurons require outlier patches, but no patch has a norm above {ratio} times the median norm "
             "of the image. Decrease ratio or pass more images."
         )
-    if last_layer is None:
-        outlier_fractions = [is_outlier(patches, ratio)[outliers].float().mean() for patches in hidden_states[1:]]
-        last_layer = next(index for index, fraction in enumerate(outlier_fractions) if fraction >= 0.5)
+    outlier_fractions = [is_outlier(patches, ratio)[outliers].float().mean() for patches in hidden_states[1:]]
+    last_layer = next(index for index, fraction in enumerate(outlier_fractions) if fraction >= 0.5)
     scores = torch.stack([average_outlier_activations(outliers, states) for states in activations[: last_layer + 1]])
     top_indices = scores.flatten().topk(num_neurons).indices.tolist()
     return [list(divmod(index, scores.shape[1])) for index in top_indices]

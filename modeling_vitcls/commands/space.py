@@ -32,8 +32,6 @@ class SpaceOptions:
     """Id of the Space to push to. Default: a Space in your account, named after the model with the suffix -demo."""
     private: bool = False
     """If the Space does not exist, create it as a private Space."""
-    title: str | None = None
-    """Title of the Space. Default: derived from the name of the model."""
     examples: tuple[Path, ...] = ()
     """Image files to show as examples."""
     static: bool = False
@@ -89,7 +87,7 @@ def write_files(options: SpaceOptions, model: "HubCommit", folder: Path) -> None
     if not options.static:
         from ..publishing.space import write_space
 
-        write_space(folder, model, options.title, options.examples)
+        write_space(folder, model, options.examples)
         return
     from ..export.transformers_js import export_for_transformers_js
     from ..publishing.static_space import MODEL_FOLDER, write_static_space
@@ -98,4 +96,4 @@ def write_files(options: SpaceOptions, model: "HubCommit", folder: Path) -> None
     export_for_transformers_js(f"{model.repo_id}@{model.sha}", folder / MODEL_FOLDER)
     if "id2label" not in read_json(folder / MODEL_FOLDER / "config.json"):
         raise ValueError(f"--static requires a classifier, but {model.repo_id} is an encoder. Remove --static")
-    write_static_space(folder, model, options.title)
+    write_static_space(folder, model)

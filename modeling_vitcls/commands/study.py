@@ -16,8 +16,7 @@ from .parsing import exit_with_message, find_recipe
 
 @dataclass(frozen=True)
 class StudyOptions:
-    """Compare settings by fine-tuning with each combination of settings and seeds, and write a page of tables and
-    plots."""
+    """Compare settings by fine-tuning with each combination of settings and seeds, and write a page of tables."""
 
     config: Path
     """Study file, or the name of a study file in the package, such as study_digits."""

@@ -1,7 +1,7 @@
 """A Space on the Hub that runs the page in modeling_vitcls/demo/: predictions and attention maps of a model.
 
     model = find_published_model("someone/model@COMMIT")
-    write_space(folder, model, title="...")
+    write_space(folder, model)
     push_result = push_space(folder, model, "someone/model-demo")
 
     app.py              the model, the commit, and the call that serves the page
@@ -94,14 +94,13 @@ def find_published_model(source: str) -> HubCommit:
     return model
 
 
-def write_space(folder: Path, model: HubCommit, title: str | None = None, examples: Sequence[Path] = ()) -> None:
-    """Write the files of the Space to a folder. `title` is the title of the Space on the Hub and of the card.
+def write_space(folder: Path, model: HubCommit, examples: Sequence[Path] = ()) -> None:
+    """Write the files of the Space to a folder.
 
     Raise ValueError if two examples have the same name, or if gradio is not installed.
     """
     if len({file.name for file in examples}) < len(examples):
         raise ValueError(f"two examples have the same name ({', '.join(file.name for file in examples)}). Rename one")
-    title = title or f"{model.repo_id.partition('/')[2]}: labels and attention"
     try:
         gradio_version = importlib.metadata.version("gradio")
     except importlib.metadata.PackageNotFoundError:
@@ -115,7 +114,7 @@ def write_space(folder: Path, model: HubCommit, title: str | None = None, exampl
         "python_version": f"{sys.version_info.major}.{sys.version_info.minor}",
         "app_file": "app.py",
     }
-    card = build_space_card(model, title, DESCRIPTION_TEMPLATE, settings, gradio=gradio_version)
+    card = build_space_card(model, DESCRIPTION_TEMPLATE, settings, gradio=gradio_version)
     requirements = [Requirement(line) for line in importlib.metadata.requires(PACKAGE_FOLDER.name) or ()]
     specifiers = {
         requirement.name: str(requirement.specifier) for requirement in requirements if requirement.specifier
@@ -132,9 +131,10 @@ def write_space(folder: Path, model: HubCommit, title: str | None = None, exampl
     (folder / "requirements.txt").write_text(requirements_text, encoding="utf-8")
 
 
-def build_space_card(model: HubCommit, title: str, description: str, settings: dict[str, Any], **fields: str) -> str:
+def build_space_card(model: HubCommit, description: str, settings: dict[str, Any], **fields: str) -> str:
     """Return the text of README.md, whose header configures the Space. `description` is a template with the
     placeholders `model`, `commit`, `url` and the names in `fields`."""
+    title = f"{model.repo_id.partition('/')[2]}: labels and attention"
     header = SpaceCardData(
         title=title,
         emoji="🔎",

@@ -12,7 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import distributions
+from importlib.metadata import distribution
 from pathlib import Path
 
 import yaml
@@ -97,12 +97,8 @@ def replace_file(file: Path, text: str) -> None:
 
 
 def read_code_license() -> str:
-    """Return the text of the license of the code files. Raise ValueError if the license is not installed."""
+    """Return the text of the license of the code files."""
     checkout_license = PACKAGE_FOLDER.parent / "LICENSE"
     if checkout_license.is_file():
         return checkout_license.read_text(encoding="utf-8")
-    installed = next(iter(distributions(name="modeling_vitcls")), None)
-    text = installed.read_text("licenses/LICENSE") if installed else None
-    if text is None:
-        raise ValueError("the license of modeling_vitcls was not found. Reinstall the package")
-    return text
+    return str(distribution("modeling_vitcls").read_text("licenses/LICENSE"))

@@ -31,13 +31,14 @@ from commit [`{commit}`]({url}/tree/{commit}).
 """
 
 
-def write_static_space(folder: Path, model: HubCommit, title: str | None = None) -> None:
+def write_static_space(folder: Path, model: HubCommit) -> None:
     """Write the files of a static Space to the folder that contains the exported model in `MODEL_FOLDER`. The page
     loads transformers.js from a CDN."""
-    title = title or f"{model.repo_id.partition('/')[2]}: labels and attention in the browser"
     page_html = (PACKAGE_FOLDER / "demo" / "static.html").read_text(encoding="utf-8")
-    page_html = page_html.replace('"LIBRARY"', json.dumps(TRANSFORMERS_JS_URL)).replace("TITLE", html.escape(title))
+    page_html = page_html.replace('"LIBRARY"', json.dumps(TRANSFORMERS_JS_URL)).replace(
+        "TITLE", html.escape(model.repo_id)
+    )
     (folder / "index.html").write_text(page_html, encoding="utf-8")
     shutil.copyfile(PACKAGE_FOLDER / "demo" / "static.js", folder / "app.js")
-    card = build_space_card(model, title, DESCRIPTION_TEMPLATE, {"sdk": "static"}, folder=MODEL_FOLDER)
+    card = build_space_card(model, DESCRIPTION_TEMPLATE, {"sdk": "static"}, folder=MODEL_FOLDER)
     (folder / "README.md").write_text(card, encoding="utf-8")

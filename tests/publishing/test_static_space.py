@@ -42,7 +42,7 @@ READ_CORNERS = """() => {
 def test_attention_is_a_heat_map_that_is_visible_on_a_dark_image(browser: Browser, tmp_path: Path) -> None:
     space = tmp_path / "space"
     (space / MODEL_FOLDER).mkdir(parents=True)
-    write_static_space(space, MODEL, "Digits & more")
+    write_static_space(space, MODEL)
     Image.new("RGB", (8, 8)).save(tmp_path / "dark.png")
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=str(space)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -50,7 +50,7 @@ def test_attention_is_a_heat_map_that_is_visible_on_a_dark_image(browser: Browse
     page.route(TRANSFORMERS_JS_URL, lambda route: route.fulfill(body=LIBRARY, headers=HEADERS))
     try:
         page.goto(f"http://127.0.0.1:{server.server_port}/index.html")
-        expect(page.get_by_role("heading", name="Digits & more")).to_be_visible()
+        expect(page.get_by_role("heading", name="ann/mine")).to_be_visible()
         page.locator("#file").set_input_files(tmp_path / "dark.png")
         expect(page.locator("#labels tr").first).to_contain_text("noon80.0%")
         expect(page.locator("#number")).to_have_text("1 of 1")
