@@ -3,7 +3,8 @@
 # make pictures   draw docs/images/ again, from runs/digits and the encoder in HERO (default: runs/hero)
 # make site       build the documentation's site in site/, and fail if a link or an object is missing
 # make test-quick run the fastest test files of each folder, in under 60 s on two cores
-# make test       set up, lint, check types, run all tests except the slow ones (CI runs `make browser test`)
+# make check      lint and check types
+# make test       set up, lint, run all tests except the slow ones (CI runs `make browser check test`)
 # make test-all   like `make test`, including the slow tests
 # make test-floor run the tests with the lowest package versions that pyproject.toml allows
 # make browser    install Chromium for the tests of HTML pages, which are skipped without Chromium
@@ -75,13 +76,9 @@ QUICK := \
 test-quick: setup
 	$(RUN) -m pytest -n 2 --dist loadfile -m "not slow" $(QUICK:%=tests/%.py)
 
-# mypy runs at the same time as the tests, which do not always use all cores. The errors of mypy are printed last.
 test: TESTS := -m "not slow"
 test test-all: lint
-	@$(RUN) -m mypy >$(VENV)/types.txt 2>&1 & types=$$!; \
-	$(RUN) -m pytest -n $(WORKERS) --dist loadfile --durations 20 $(TESTS); tested=$$?; \
-	wait $$types; typed=$$?; [ $$typed = 0 ] || cat $(VENV)/types.txt; \
-	[ $$tested = 0 ] && [ $$typed = 0 ]
+	$(RUN) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 20 $(TESTS)
 
 check: lint
 	$(RUN) -m mypy

@@ -1,7 +1,7 @@
 """Fixtures that tests of several folders use, and the browser.
 
 A file whose tests start processes, a compiler, a browser or a local Hub, or train models, is marked `integration`; a
-test that takes more than 20 s is marked `slow`. `make test-quick` runs the files that the Makefile lists.
+test that only `make test-all` runs is marked `slow`. `make test-quick` runs the files that the Makefile lists.
 """
 
 import shutil
@@ -26,6 +26,11 @@ from sklearn.utils import Bunch
 NO_BROWSER = "Chromium is required for tests of HTML pages: install it with `make browser`"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 PAGE_TIMEOUT = 60_000  # timeout of expectations about a page in milliseconds; pages take seconds on a busy machine
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start with the files that take long, so that all processes end at the same time."""
+    items.sort(key=lambda item: item.get_closest_marker("integration") is None)
 
 
 @pytest.hookimpl(tryfirst=True)

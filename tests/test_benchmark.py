@@ -48,6 +48,7 @@ def test_backends_and_peers_have_the_outputs_of_the_model(model: str, capsys: py
     assert str(Path(model).parent) not in caption and torch.__version__ in caption
 
 
+@pytest.mark.slow
 def test_int8_and_encoders(tmp_path: Path) -> None:
     ViTCLSModel(build_tiny_config()).save_pretrained(tmp_path)
     settings = BenchmarkOptions(str(tmp_path), backends=("onnx", "openvino"), peers=(), precisions=("int8",), **SMALL)

@@ -76,7 +76,12 @@ def build_options(model: str, tmp_path: Path, *paths: Any, **fields: Any) -> Ins
 
 
 @pytest.mark.parametrize(
-    "name", ["vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "vit_small_patch14_reg4_dinov2"]
+    "name",
+    [
+        pytest.param("vit_tiny_patch16_224", marks=pytest.mark.slow),
+        "deit_tiny_distilled_patch16_224",
+        pytest.param("vit_small_patch14_reg4_dinov2", marks=pytest.mark.slow),
+    ],
 )
 def test_converted_models(name: str, image_folder: Path, tmp_path: Path) -> None:
     """Check models of other projects: with a distillation token, and with registers and no classifier."""

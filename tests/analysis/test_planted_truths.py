@@ -110,7 +110,7 @@ def test_an_untouched_random_register_does_not_matter(model: Any) -> None:
     assert found["register 2"].word == "not moved" and found["register 2"].numbers["outcome"] in UNIMPORTANT
 
 
-@pytest.mark.parametrize("num_registers", [1, 2])
+@pytest.mark.parametrize("num_registers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_registers_that_carry_all_information_have_an_effect(num_registers: int) -> None:
     """CLS attends to itself and the registers only. Two registers may share the information; the group is found."""
     torch.manual_seed(0)

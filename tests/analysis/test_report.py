@@ -151,8 +151,8 @@ def test_the_page_names_the_model_and_escapes_names(page: Page) -> None:
     "model",
     [
         ViTCLSModel(build_tiny_config(num_cls_tokens=0, pooling="mean")),
-        ViTCLSModel(build_tiny_config(num_register_tokens=2)),
-        ViTCLSForMaskedImageModeling(build_tiny_config()),
+        pytest.param(ViTCLSModel(build_tiny_config(num_register_tokens=2)), marks=pytest.mark.slow),
+        pytest.param(ViTCLSForMaskedImageModeling(build_tiny_config()), marks=pytest.mark.slow),
         ViTCLSForMultiTaskClassification(build_tiny_config(num_cls_tokens=2, tasks=TASKS)),
         ViTCLSForImageClassification(build_tiny_config(problem_type="multi_label_classification")),
         ViTCLSForImageClassification(build_tiny_config(attention_type="differential", num_distillation_tokens=1)),

@@ -231,6 +231,7 @@ def test_a_timm_model_that_cannot_be_loaded_names_a_remedy(
     assert "cached in" not in caplog.text
 
 
+@pytest.mark.slow
 def test_a_run_from_random_weights_records_no_source(tmp_path: Path) -> None:
     convert_checkpoint("timm:test_vit", tmp_path / "random", random_init=True)
     assert run(tmp_path / "run", str(tmp_path / "random"))["provenance"] is None

@@ -226,6 +226,7 @@ def test_without_labels_outputs_are_compared(tmp_path: Path) -> None:
     assert 0 < report["comparison"]["relative_error"] < 0.2 < report["comparison"]["cosine_similarity"] <= 1
 
 
+@pytest.mark.slow
 def test_features_of_an_exported_encoder(tmp_path: Path) -> None:
     save_with_processor(ViTCLSModel(build_tiny_config(num_register_tokens=1)), tmp_path)
     export_model(ExportOptions(str(tmp_path), "openvino", tmp_path / "model.xml", dynamic=False))

@@ -129,6 +129,7 @@ def test_the_files_have_the_logits_and_the_attention_of_the_model(web: Path) -> 
         assert found - {"INT64"} == dtypes, name
 
 
+@pytest.mark.slow
 def test_an_encoder_has_features_instead_of_labels(tmp_path: Path) -> None:
     model = randomize(ViTCLSModel(build_tiny_config(num_cls_tokens=0, pooling="mean")))
     save_with_processor(model, tmp_path / "mine")

@@ -309,7 +309,8 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize(
-    "variant", [name if name == "head" else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS]
+    "variant",
+    [name if name == "several kinds of tokens" else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS],
 )
 def test_killed_and_resumed(
     variant: str, image_folder: Path, folder: Path, uninterrupted: Callable[[str], Path]
