@@ -372,26 +372,18 @@ def format_table(summary: "pandas.DataFrame") -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def run_study(
-    study: Study, folder: Path, command: str, num_jobs: int = 1, num_threads: int = 1, dataset: str | None = None
-) -> list[dict[str, Any]]:
-    """Run a study, write the results to `folder`, and return the rows of runs.parquet.
-
-    Args:
-        study: contents of the study file.
-        folder: output folder. Finished runs in it are not repeated.
-        command: command line that the page (README.md) shows.
-        num_jobs, num_threads, dataset: as in `StudyRunner`.
-    """
+def run_study(runner: StudyRunner, command: str) -> list[dict[str, Any]]:
+    """Run a study, write the results to its folder, and return the rows of runs.parquet. Finished runs in the folder
+    are not repeated. The page (README.md) shows the command line `command`."""
     import pandas
 
+    study, folder = runner.study, runner.folder
     folder.mkdir(parents=True, exist_ok=True)
     settings_file = folder / "study.json"
     study_settings = {"stages": study.stages, "factors": study.factors, "subsets": study.subsets}
     if settings_file.exists() and read_json(settings_file) != json.loads(json.dumps(study_settings)):
         raise ValueError(f"{folder} contains runs of a study with different flags. Set a different --output-dir")
     write_json(settings_file, study_settings)
-    runner = StudyRunner(study, folder, num_jobs, num_threads, dataset)
     try:
         runner.execute()
     finally:

@@ -295,12 +295,12 @@ def test_all_runs_are_executed_and_summarized(tmp_path: Path, capsys: pytest.Cap
         "the stage evaluate",
     ]
     (log.parent / "evaluate.json").unlink()
-    run_study(load_study(file), output, "vitcls study")
+    run_study(StudyRunner(load_study(file), output), "vitcls study")
     assert [line for line in log.read_text().splitlines() if line.startswith("the")][2:] == ["the stage evaluate"]
     finished = output / "runs" / "pooling-cls_seed-0" / "log.txt"
     assert finished.read_text().count("the stage") == 2
     with raises_one_line("--output-dir"):
-        run_study(replace(load_study(file), subsets={"one": {}}), output, "vitcls study")
+        run_study(StudyRunner(replace(load_study(file), subsets={"one": {}}), output), "vitcls study")
 
 
 @pytest.mark.parametrize("name", ["jobs", "threads"])

@@ -38,12 +38,12 @@ OPTIONS_CLASS = StudyOptions
 
 def run(options: StudyOptions) -> None:
     """Run the study. Exit with status 1 if a run fails."""
-    from ..study import load_study, run_study
+    from ..study import StudyRunner, load_study, run_study
 
     words = ["vitcls", "study", "--config", options.config, "--output-dir", options.output_dir]
     words += ["--jobs", options.jobs, *(["--dataset", options.dataset] if options.dataset else [])]
     study, command = load_study(find_recipe(options.config)), shlex.join(map(str, words))
-    rows = run_study(study, options.output_dir, command, options.jobs, options.threads, options.dataset)
+    rows = run_study(StudyRunner(study, options.output_dir, options.jobs, options.threads, options.dataset), command)
     if num_unfinished := sum(row["status"] != "finished" for row in rows):
         message = f"error: {num_unfinished} of {len(rows)} runs failed. See log.txt in their folders"
         exit_with_message(message, status=1)

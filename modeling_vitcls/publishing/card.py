@@ -15,7 +15,6 @@ replaced: the last line of a generated card contains a digest of the card.
 
 import hashlib
 import re
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +105,7 @@ def render_card(folder: ModelFolder, name: str | None = None, hidden_files: set[
     template = "encoder" if "method" in folder.results else "classifier"
     variables |= describe_architecture(folder) | describe_use(folder) | (describe_run(folder) if is_run else {})
     if folder.parity_report:
-        template, variables = "conversion", variables | describe_conversion(folder, name)
+        template, variables = "conversion", variables | describe_conversion(folder)
     elif not is_run:
         template = "model" if folder.has_weights else "export"
     text = f"{TEMPLATES.get_template(f'{template}.md.j2').render(variables).rstrip()}\n\n"
@@ -224,25 +223,17 @@ def describe_run(folder: ModelFolder) -> dict[str, Any]:
     }
 
 
-def describe_conversion(folder: ModelFolder, name: str) -> dict[str, Any]:
+def describe_conversion(folder: ModelFolder) -> dict[str, Any]:
     """Return the variables about a conversion."""
     report, provenance = folder.parity_report, folder.provenance or Provenance(folder.parity_report["source"])
-    source, commit = report["source"], report["source_revision"]
-    flags = ["--source", f"{source.partition('@')[0]}@{commit}" if commit else source, "--output", name]
-    flags += ["--random-init"] if report["random_init"] else []
-    flags += ["--family", report["family"]] if report["family"] else []
-    flags += {
-        "new": ["--classifier", "new", "--num-labels", str(report["num_labels"])],
-        "dropped": ["--classifier", "drop"],
-    }.get(report["classifier"], [])
     return {
         "random_init": report["random_init"],
         "source_name": provenance.name,
         "base_model": provenance.base_model,
         # whether the base model in the card's header is the source itself, rather than the base model of the source
-        "is_copy": isinstance(provenance.base_model, str) and provenance.name in (provenance.base_model, source),
+        "is_copy": isinstance(provenance.base_model, str)
+        and provenance.name in (provenance.base_model, report["source"]),
         "image_size": " x ".join(map(str, report["image_size"])),
-        "command": f"vitcls convert {shlex.join(flags)}",
     }
 
 

@@ -29,7 +29,6 @@ from modeling_vitcls.data.fit import VisibleRegion, get_visible_region
 
 
 RAW = {"do_rescale": False, "do_normalize": False}
-ORIENTATION = 0x0112  # the EXIF tag
 
 
 def test_differential_attention_has_two_maps_per_head():
@@ -249,22 +248,3 @@ def test_overlays_of_large_and_small_images_are_scaled_on_request():
     )
     assert small.size == large.size
     assert (get_lightness(small)[:, :14] < 110).all()
-
-
-@pytest.mark.parametrize("mode", ["1", "LA", "P", "CMYK", "I;16"])
-def test_images_of_all_modes_are_drawn(mode):
-    picture = build_photograph().convert("L" if mode == "I;16" else mode)
-    if mode == "I;16":
-        picture = Image.fromarray(np.asarray(picture).astype(np.uint16) * 257)
-    drawn = overlay(picture, torch.zeros(4, 6))
-    assert drawn.mode == "RGB"
-    assert 20 < get_lightness(drawn).mean() < 120
-
-
-def test_a_rotated_photograph_is_drawn_upright():
-    picture = build_photograph()
-    picture.getexif()[ORIENTATION] = 6
-    drawn = overlay(picture, build_spot(6, 4, (5, 0)))
-    assert drawn.size == (60, 90)
-    y, x = np.nonzero(get_lightness(drawn) > 190)
-    assert y.min() >= 75 and x.max() < 15

@@ -4,7 +4,6 @@ norm.
 The neurons are planted in layer 1 of 3. The outliers start there and remain until the last layer.
 """
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,11 +14,10 @@ from helpers.tiny_models import (
     get_largest_difference,
     raises_one_line,
     randomize,
-    save_and_load,
 )
 from torch import nn
 
-from modeling_vitcls import ViTCLSBackbone, ViTCLSForImageClassification, ViTCLSModel
+from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
 from modeling_vitcls.analysis.test_time_registers import (
     add_test_time_register,
     compute_outlier_fraction,
@@ -184,19 +182,6 @@ def test_the_register_of_a_gated_group_is_open() -> None:
     better = add_test_time_register(model, [[LAYER, neuron] for neuron in PLANTED])
     assert better.gates.get_gate_values().tolist() == pytest.approx([1e-6, 1e-6, 1.0], abs=2e-7)
     assert compute_outlier_fraction(better, build_images()) == 0.0
-
-
-@pytest.mark.parametrize("model_class", [ViTCLSModel, ViTCLSBackbone])
-def test_saved_and_loaded_models_have_equal_outputs(model_class: type, tmp_path: Path) -> None:
-    model = build_planted_model(model_class)
-    neurons = find_register_neurons(model, build_images(), num_neurons=2)
-    better = add_test_time_register(model, neurons)
-    again = save_and_load(better, tmp_path)
-    assert again.config.register_neurons == neurons
-    assert compute_outlier_fraction(again, build_images()) == 0.0
-    with torch.no_grad():
-        found, wanted = (one(build_images(), output_hidden_states=True).hidden_states for one in (again, better))
-    assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
 
 
 def test_images_without_outliers_do_not_count() -> None:

@@ -203,7 +203,6 @@ def test_a_converted_model(tmp_path: Path) -> None:
     convert_checkpoint("timm:vit_tiny_patch16_224", tmp_path / "vit", random_init=True)
     card = load_card(tmp_path / "vit", "ann/vit")
     assert "All weights are random" in card.text and card.data.license is None and card.data.base_model is None
-    assert "vitcls convert --source timm:vit_tiny_patch16_224 --output ann/vit --random-init" in card.text
     assert "## Accuracy of the conversion" in card.text
 
 
