@@ -80,18 +80,13 @@ class HeldOutBatches(Dataset):
 
     def __iter__(self) -> Iterator[Sequence[Key]]:
         if isinstance(self.source, StreamedImages):
-            yield from read_ahead(self.iterate_stream(), num_items=2)
+            examples = self.source.iterate_in_order(self.process_index, self.num_processes)
+            keys = ((self.process_index + n * self.num_processes, example) for n, example in enumerate(examples))
+            yield from read_ahead(iter(lambda: list(islice(keys, self.batch_size)), []), num_items=2)
             return
         for batch_index in range(len(self)):
             start = (batch_index * self.num_processes + self.process_index) * self.batch_size
             yield range(start, min(start + self.batch_size, len(self.source)))
-
-    def iterate_stream(self) -> Iterator[Sequence[Key]]:
-        """Yield the keys of each batch of a stream."""
-        assert isinstance(self.source, StreamedImages)
-        examples = self.source.iterate_in_order(self.process_index, self.num_processes)
-        keys = ((self.process_index + n * self.num_processes, example) for n, example in enumerate(examples))
-        yield from iter(lambda: list(islice(keys, self.batch_size)), [])
 
     def __getitem__(self, keys: Sequence[Key]) -> HeldOutBatch:
         pixel_values, labels = [], []

@@ -137,8 +137,7 @@ def evaluate_frozen(options: EvaluateOptions) -> dict[str, Any]:
             interval = compute_proportion_interval(num_correct, len(held_out_labels))
             accuracy = num_correct / len(held_out_labels)
             rows.append({"token": token, "accuracy": accuracy, "accuracy_interval": interval})
-        best_row = max(rows, key=lambda row: row["accuracy"])
-        results |= {"best": round_floats(best_row), "rows": round_floats(rows)}
+        results["rows"] = round_floats(rows)
         print_accuracies(results, console)
         write_results(options, results, console)
     accelerator.end_training()
@@ -146,7 +145,7 @@ def evaluate_frozen(options: EvaluateOptions) -> dict[str, Any]:
 
 
 def print_accuracies(results: dict[str, Any], console: Console) -> None:
-    """Print the table of accuracies and the best row."""
+    """Print the table of accuracies."""
     console.print(
         f"{results['frozen']} on frozen features: {results['num_training_images']:,} training images, "
         f"evaluated on {results['num_images']:,} images of {results['dataset']} ({results['split']}); "
@@ -158,9 +157,3 @@ def print_accuracies(results: dict[str, Any], console: Console) -> None:
         interval_text = " to ".join(map(format_percent, row["accuracy_interval"]))
         table_rows.append([row["token"], format_percent(row["accuracy"]), interval_text])
     console.print(build_table("", ["Token", "Accuracy", "95% interval"], table_rows))
-    best_row = results["best"]
-    console.print(
-        f"best      {best_row['token']}: {format_percent(best_row['accuracy'])} (best of {len(results['rows'])} "
-        "rows, selected on the evaluated images)",
-        markup=False,
-    )

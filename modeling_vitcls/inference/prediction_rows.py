@@ -23,7 +23,6 @@ import torch
 from transformers import PreTrainedModel
 
 from ..data.labels import is_multi_label
-from ..modeling_vitcls import ViTCLSForImageClassification, ViTCLSForMultiTaskClassification
 from .confidence import build_prediction_sets, compute_energies
 from .inputs import PreparedImage
 from .load_model import check_is_classifier
@@ -35,7 +34,6 @@ Row = dict[str, Any]
 # Labels --------------------------------------------------------------------------------------------------------------
 
 
-CLASSIFIERS = (ViTCLSForImageClassification, ViTCLSForMultiTaskClassification)
 Label = tuple[str, float]  # name and probability
 DEFAULT_THRESHOLD = 0.5  # default minimum probability of a predicted label in multi-label classification
 
@@ -68,11 +66,8 @@ def build_labels(indices: torch.Tensor, probabilities: torch.Tensor, names: list
 
 
 def compute_logits(model: Any, pixel_values: torch.Tensor) -> Any:
-    """Return the logits of a classifier. The last layer of a vitcls model computes only the tokens of the head."""
-    arguments = {}
-    if isinstance(model, CLASSIFIERS):
-        arguments["num_output_tokens"] = model.config.num_head_tokens
-    return model(pixel_values, **arguments).logits
+    """Return the logits of a classifier. The last layer computes only the tokens of the head."""
+    return model(pixel_values, num_output_tokens=model.config.num_head_tokens).logits
 
 
 class TopLabelColumns:
