@@ -16,7 +16,6 @@ from .version import __version__
 if TYPE_CHECKING:
     from .api import evaluate, finetune, inspect_tokens, predict, pretrain
     from .configuration_vitcls import TokenLayout, ViTCLSConfig
-    from .conversion.from_state_dict import convert_state_dict
     from .conversion.from_timm import convert_from_timm
     from .conversion.from_transformers import convert_from_transformers
     from .conversion.to_transformers import convert_to_transformers
@@ -46,7 +45,6 @@ __all__ = [
     "__version__",
     "convert_from_timm",
     "convert_from_transformers",
-    "convert_state_dict",
     "convert_to_transformers",
     "evaluate",
     "finetune",
@@ -59,7 +57,6 @@ __all__ = [
 IMPORT_STRUCTURE = {
     "api": ("evaluate", "finetune", "inspect_tokens", "predict", "pretrain"),
     "configuration_vitcls": ("TokenLayout", "ViTCLSConfig"),
-    "conversion.from_state_dict": ("convert_state_dict",),
     "conversion.from_timm": ("convert_from_timm",),
     "conversion.from_transformers": ("convert_from_transformers",),
     "conversion.to_transformers": ("convert_to_transformers",),

@@ -167,9 +167,7 @@ def measure_timm_model(name: str) -> tuple[float | None, str]:
     try:
         model = build_timm_model(name)
         converted_model = convert_from_timm(model)
-        comparisons, reason = compare_models(
-            TimmSource(f"timm:{name}", model, None, []), converted_model, has_source_classifier=True
-        )
+        comparisons, reason = compare_models(TimmSource(f"timm:{name}", model, None, []), converted_model)
     except ConversionError as error:
         return None, shorten_message(str(error))
     except Exception as error:  # unsupported modules may raise any exception
@@ -257,9 +255,7 @@ def measure_transformers_class(name: str) -> tuple[float | None, str]:
         source = TransformersSource(
             "small", ".", randomize_weights(model_class(build_config(model_class.config_class))), []
         )
-        comparisons, _ = compare_models(
-            source, source.convert("keep", None), has_source_classifier=source.has_classifier
-        )
+        comparisons, _ = compare_models(source, source.convert())
     except Exception as error:  # some classes do not support the small sizes
         return None, shorten_message(f"{type(error).__name__}: {error}")
     return max(value for comparison in comparisons for value in comparison.differences.values()), ""

@@ -1,7 +1,7 @@
 """`vitcls convert`: convert a timm or transformers ViT, or convert a model back, and write a parity report.
 
     vitcls convert --source timm:vit_base_patch14_reg4_dinov2.lvd142m --output converted
-    vitcls convert --source transformers:facebook/dinov2-base@COMMIT --output converted --num-labels 10
+    vitcls convert --source transformers:facebook/dinov2-base@COMMIT --output converted
     vitcls convert --source dinov2_vits14_reg4_pretrain.pth --output converted
     vitcls convert --to transformers --model runs/mine --output native
 
@@ -11,8 +11,6 @@ The conversions are implemented in modeling_vitcls/conversion/convert.py.
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
-
-from ..options import check_minimum
 
 
 if TYPE_CHECKING:
@@ -27,8 +25,8 @@ class ConvertOptions:
     output: Path
     """Output folder, which must be empty or must not exist."""
     source: str | None = None
-    """timm:NAME, transformers:PATH_OR_ID or a state-dict file. An id may end with @REVISION (commit, branch or
-    tag)."""
+    """timm:NAME, timm:NAME@FILE with a file of weights, transformers:PATH_OR_ID or a state-dict file. An id may end
+    with @REVISION (commit, branch or tag)."""
     to: Literal["vitcls", "transformers"] = "vitcls"
     """Convert --source to a vitcls model, or --model to a transformers model, which requires no remote code."""
     model: str | None = None
@@ -37,10 +35,6 @@ class ConvertOptions:
     """With --to transformers: require the same outputs for images of any size, not only of the native size."""
     random_init: bool = False
     """Initialize the source with random weights, to test the conversion without trained weights."""
-    classifier: Literal["keep", "new", "drop"] = "keep"
-    """Keep the classifier of the source, replace it with a new classifier, or drop it."""
-    num_labels: int | None = None
-    """Number of labels of a new classifier. The source does not need to have a classifier."""
     family: str | None = None
     """Model family of a state-dict file, such as dino, ibot, mae or dinov2. Default: detected from the parameter
     names."""
@@ -54,7 +48,6 @@ class ConvertOptions:
             raise ValueError(
                 f"--source {source} is not supported. Use timm:NAME, transformers:PATH_OR_ID or a state-dict file"
             )
-        check_minimum(self, 1, "num_labels")
 
 
 OPTIONS_CLASS = ConvertOptions
@@ -69,14 +62,7 @@ def run(options: ConvertOptions) -> None:
     if options.to == "transformers":
         report = write_native_model(str(options.model), options.output, options.any_size)
     else:
-        report = convert_checkpoint(
-            str(options.source),
-            options.output,
-            options.random_init,
-            options.classifier,
-            options.num_labels,
-            options.family,
-        )
+        report = convert_checkpoint(str(options.source), options.output, options.random_init, options.family)
     write_card(ModelFolder(options.output))
     print_report(report, options.output)
 

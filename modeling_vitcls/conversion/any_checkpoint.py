@@ -31,6 +31,7 @@ from ..hub.loading import (
     get_model_folder,
     split_revision,
 )
+from ..hub.local_paths import split_prefix
 from ..hub.model_files import PARITY_REPORT_FILE
 from ..version import __version__
 
@@ -109,7 +110,7 @@ def has_random_weights(folder: str) -> bool:
 def compute_cache_name(source: str) -> str:
     """Return the folder name of a conversion. The name depends on the revision or the local files of the source,
     and on the package version."""
-    path = Path(source.partition(":")[2] if source.startswith(SOURCE_PREFIXES) else source)
+    path = Path(split_prefix(source)[1] or source.removeprefix("timm:"))
     cache_key: list[object] = [pin_revision(source), __version__]
     if path.exists():
         files = sorted(path.iterdir()) if path.is_dir() else [path]

@@ -1,16 +1,17 @@
-"""Convert published state dicts through timm: DINO, DINOv2, DINOv3, DeiT, MAE, TIPS, CLIP, big_vision, ...
+"""Convert published state dicts through timm: DINO, iBOT, MSN, I-JEPA, DINOv2, DINOv3, TIPS, DeiT, MAE and big_vision.
 
-    weights = torch.load("dinov2_vits14_reg4_pretrain.pth", weights_only=True)
-    model = convert_state_dict(weights, family="dinov2")
+    weights = prepare_weights(torch.load("dinov2_vits14_reg4_pretrain.pth", weights_only=True), "dinov2")
+    model = convert_family_model(build_timm_model(weights, "dinov2"), weights, "dinov2")
 
 1. The architecture is inferred from the weight shapes, and timm builds the model (`build_timm_model`). The number of
    heads cannot be inferred; it is known for the published widths.
 2. timm's `checkpoint_filter_fn` renames the weights. For big_vision, timm's `load_pretrained` reads the Flax arrays.
 3. The timm model is converted as in from_timm.py.
 4. `apply_family` restores what timm leaves out or does differently from the authors' code: resampling of position
-   embeddings, stored rotary periods, mask tokens, the second CLS token of TIPS and the linear classifier of DINOv2.
+   embeddings, stored rotary periods, mask tokens and the second CLS token of TIPS.
 
-timm's name of a family also selects the preprocessing of the family.
+timm's name of a family also selects the preprocessing of the family. Files of other families, whose models are the
+same in timm and in the authors' code, are read by timm alone (`timm:NAME@FILE`).
 """
 
 import io
@@ -30,7 +31,7 @@ from ..errors import format_error
 from ..files import replace_control_characters
 from ..modeling_vitcls import ViTCLSPreTrainedModel
 from .from_timm import has_pooler, read_timm_model
-from .weight_rules import ClassifierChoice, ConversionError, Fields, Weights, build_model
+from .weight_rules import ConversionError, Fields, Weights, build_model
 
 
 # Resampling of learned position embeddings in the authors' code, as differences from timm's configuration (bicubic
@@ -57,7 +58,7 @@ class FileFamily:
     """timm model of a family, and the resampling of the authors' code."""
 
     timm_name: str  # timm model with the preprocessing of the family; its sizes are replaced
-    resampling: Fields | None  # None for rotary position embeddings, or if timm's resampling is kept
+    resampling: Fields | None  # None for rotary position embeddings
     # other timm names, by the weight that selects them; the first match is used
     timm_names: Mapping[str, str] | None = None
 
@@ -105,32 +106,8 @@ FAMILIES = {
         BILINEAR_ALIGNED,
         {"MAPHead_0/probe": "vit_base_patch16_siglip_224.webli"},
     ),
-    "clip": FileFamily("", None),
-    "eva02": FileFamily("", None),
-    "aimv2": FileFamily("", None),
 }
 FAMILY_NAMES = tuple(name for name in FAMILIES if " " not in name)  # values of --family
-
-# Families whose published sizes have one timm model each, by (width, patch size).
-TIMM_NAMES_BY_SIZE: dict[str, dict[tuple[int, int], str]] = {
-    "clip": {
-        (768, 32): "vit_base_patch32_clip_quickgelu_224.openai",
-        (768, 16): "vit_base_patch16_clip_quickgelu_224.openai",
-        (1024, 14): "vit_large_patch14_clip_quickgelu_224.openai",
-    },
-    "eva02": {
-        (192, 14): "eva02_tiny_patch14_224.mim_in22k",
-        (384, 14): "eva02_small_patch14_224.mim_in22k",
-        (768, 14): "eva02_base_patch14_224.mim_in22k",
-        (1024, 14): "eva02_large_patch14_224.mim_in22k",
-    },
-    "aimv2": {
-        (1024, 14): "aimv2_large_patch14_224.apple_pt",
-        (1536, 14): "aimv2_huge_patch14_224.apple_pt",
-        (2048, 14): "aimv2_1b_patch14_224.apple_pt",
-        (3072, 14): "aimv2_3b_patch14_224.apple_pt",
-    },
-}
 # Number of heads by width, for the published models. DINOv3 has 20 heads for the width 1280.
 NUM_HEADS = {192: 3, 384: 6, 512: 8, 768: 12, 1024: 16, 1152: 16, 1280: 16, 1408: 16, 1536: 24, 4096: 32}
 # Preprocessing of the authors that differs from timm's settings for the model, or that timm does not have (MSN).
@@ -140,51 +117,11 @@ PREPROCESSING: dict[str, dict[str, Any]] = {
 }
 
 
-def convert_state_dict(
-    weights: Mapping[str, Any],
-    family: str,
-    *,
-    classifier: ClassifierChoice = "keep",
-    num_labels: int | None = None,
-    num_attention_heads: int | None = None,
-    **fields: Any,
-) -> ViTCLSPreTrainedModel:
-    """Convert a published state dict, including the classifier if there is one, to a model in eval mode.
-
-    Args:
-        weights: Mapping from names to tensors or arrays, as published, optionally nested as `{"model": ...}`.
-        family: One of `FAMILY_NAMES`, such as `"dinov2"`, `"dinov3"`, `"tips"` or `"deit"` (also DeiT III). A DINOv2
-            state dict with `linear_head.weight` and `linear_head.bias` becomes a classifier.
-        classifier: "keep" keeps the classifier of the source, "new" creates a new classifier, and "drop" removes the
-            classifier and returns a `ViTCLSModel`.
-        num_labels: Number of labels of a new classifier.
-        num_attention_heads: Number of heads, for widths that were not published.
-        fields: Fields of `ViTCLSConfig` to set, such as `id2label`. With `rope_periods=None`, the periods of DINOv3
-            are computed in float32, as in timm and transformers, and the stored periods are ignored.
-
-    Raises:
-        ConversionError: If the family is unknown, or the weights do not belong to the family.
-    """
-    if not isinstance(weights, Mapping):
-        raise ConversionError(f"weights must be a state dict, but the type is {type(weights).__name__}")
-    tensors = prepare_weights(weights.get("model", weights), family)
-    model = build_timm_model(tensors, family, num_attention_heads)
-    return convert_family_model(model, tensors, family, classifier, num_labels, fields)
-
-
-def convert_family_model(
-    model: Any,
-    weights: Weights,
-    family: str,
-    classifier: ClassifierChoice,
-    num_labels: int | None,
-    fields: Fields | None = None,
-) -> ViTCLSPreTrainedModel:
-    """Convert a timm model that was built from the weights of a family. `fields` contains fields to set."""
+def convert_family_model(model: Any, weights: Weights, family: str) -> ViTCLSPreTrainedModel:
+    """Convert a timm model that was built from the weights of a family."""
     config, converted_weights = read_timm_model(model)
-    family_fields = apply_family(converted_weights, weights, family)
-    config = replace_fields(config, family_fields | (fields or {}))
-    return build_model(config, converted_weights, classifier, num_labels, add_pooling_layer=has_pooler(model))
+    config = replace_fields(config, apply_family(converted_weights, weights, family))
+    return build_model(config, converted_weights, add_pooling_layer=has_pooler(model))
 
 
 def apply_family(converted_weights: Weights, weights: Weights, family: str) -> Fields:
@@ -201,11 +138,6 @@ def apply_family(converted_weights: Weights, weights: Weights, family: str) -> F
     if mask_token is not None and family in ("dinov2", "tips", "dinov3", "ibot"):
         converted_weights["embeddings.mask_token"] = mask_token.float().reshape(1, 1, -1)
         fields["use_mask_token"] = True
-    if "linear_head.weight" in weights:
-        converted_weights |= {
-            f"classifier.{name}": weights[f"linear_head.{name}"].float() for name in ("weight", "bias")
-        }
-        fields |= {"pooling": "cls_mean", "num_labels": len(weights["linear_head.weight"])}
     return fields
 
 
@@ -233,8 +165,6 @@ def prepare_weights(weights: Mapping[str, Any], family: str) -> Weights:
         for name, bias in tensors.items():
             if name.endswith("attn.qkv.bias") and f"{name}_mask" not in tensors and bias.chunk(3)[1].any():
                 raise ConversionError(f"{name} contains nonzero key biases, but DINOv3 has no key biases")
-    if family == "clip" and "class_embedding" in tensors:
-        tensors = {f"visual.{name}": tensor for name, tensor in tensors.items()}
     if family == "big_vision":
         # Prefixes of the image model in two-tower models (SigLIP), and in files with optimizer state.
         prefixes = ("params/img/", "params/", "opt/target/img/", "opt/target/", "img/")
@@ -273,27 +203,24 @@ def import_timm() -> Any:
     return timm
 
 
-def build_timm_model(weights: Weights, family: str, num_attention_heads: int | None = None) -> Any:
+def build_timm_model(weights: Weights, family: str) -> Any:
     """Build a timm model with the sizes and values of prepared weights, in float32. Raise ConversionError if the
     weights do not belong to the family."""
     timm = import_timm()
     try:
-        if family in TIMM_NAMES_BY_SIZE:
-            name, options = read_published_size(weights, family)
-        else:
-            entry = get_family(family, weights)
-            names = (entry.timm_names or {}).items()
-            name = next((name for keys, name in names if weights.keys() >= set(keys.split())), entry.timm_name)
-            options = read_big_vision_options(weights) if family == "big_vision" else read_vit_options(weights, family)
-            options["num_heads"] = num_attention_heads or options["num_heads"]
-        if options.get("num_heads", 1) is None:
-            raise ConversionError("the number of heads is unknown for this width. Set num_attention_heads in Python")
+        entry = get_family(family, weights)
+        names = (entry.timm_names or {}).items()
+        name = next((name for keys, name in names if weights.keys() >= set(keys.split())), entry.timm_name)
+        options = read_big_vision_options(weights) if family == "big_vision" else read_vit_options(weights, family)
         model = timm.create_model(name, pretrained=False, **options)
         load_timm_weights(model, weights, family)
     except ConversionError:
         raise
     except (LookupError, RuntimeError, ValueError, AssertionError) as error:  # weights that do not match the model
-        raise ConversionError(f"the weights do not match the family {family}: {format_error(error)}") from error
+        raise ConversionError(
+            f"the weights do not match the family {family}: {format_error(error)}. Set --family to another family, or "
+            "use timm:NAME@FILE"
+        ) from error
     model.pretrained_cfg |= PREPROCESSING.get(family, {})
     return model.eval()
 
@@ -301,7 +228,7 @@ def build_timm_model(weights: Weights, family: str, num_attention_heads: int | N
 def load_timm_weights(model: Any, weights: Weights, family: str) -> None:
     """Load prepared weights into a timm model with timm's own rules for parameter names."""
     # In half precision, the sums of tokens and position embeddings in timm would be rounded.
-    tensors = {name: weight.float() for name, weight in weights.items() if not name.startswith("linear_head.")}
+    tensors = {name: weight.float() for name, weight in weights.items()}
     if family == "big_vision":
         file = io.BytesIO()
         prefix = "params/" if "pos_embedding" in tensors else ""  # timm detects big_vision by this prefix
@@ -323,6 +250,12 @@ def load_timm_weights(model: Any, weights: Weights, family: str) -> None:
 def read_vit_options(weights: Weights, family: str) -> dict[str, Any]:
     """Return the arguments of `timm.create_model` for weights with the parameter names of timm or DINOv2."""
     width, channels, *patch_size = find_weight(weights, "patch_embed.proj.weight").shape
+    num_heads = 20 if (family, width) == ("dinov3", 1280) else NUM_HEADS.get(width)
+    if num_heads is None:
+        raise ConversionError(
+            f"the number of heads is unknown for the width {width}. Build the model with timm.create_model, and use "
+            "convert_from_timm"
+        )
     if GATE in weights:  # timm's DINOv2 fuses the gate and the values
         hidden_size = weights[GATE].shape[1] * (1 if family == "dinov3" else 2)
     else:
@@ -333,7 +266,7 @@ def read_vit_options(weights: Weights, family: str) -> dict[str, Any]:
         "in_chans": channels,
         "embed_dim": width,
         "depth": count_blocks(weights, r"blocks\.(\d+)\."),
-        "num_heads": 20 if (family, width) == ("dinov3", 1280) else NUM_HEADS.get(width),
+        "num_heads": num_heads,
         "mlp_ratio": (hidden_size + 0.5) / width,  # timm rounds down
         "num_classes": len(weights["head.weight"]) if "head.weight" in weights else 0,
     }
@@ -343,30 +276,10 @@ def read_vit_options(weights: Weights, family: str) -> dict[str, Any]:
     if family == "mae" and "fc_norm.weight" in weights:
         options["global_pool"] = "avg"
     if family != "dinov3":
-        num_positions = find_weight(weights, "pos_embed").shape[1]
         has_cls_position = family != "ijepa" and not (family == "deit" and "blocks.0.gamma_1" in weights)
-        num_positions -= has_cls_position + ("dist_token" in weights)
-        options["img_size"] = compute_image_size(num_positions, patch_size)
+        num_patches = find_weight(weights, "pos_embed").shape[1] - has_cls_position - ("dist_token" in weights)
+        options["img_size"] = compute_image_size(num_patches, patch_size)
     return options
-
-
-def read_published_size(weights: Weights, family: str) -> tuple[str, dict[str, Any]]:
-    """Return the timm name of a family in `TIMM_NAMES_BY_SIZE`, and the arguments of `timm.create_model`."""
-    patch_kernel = find_weight(weights, r".*(conv1|patch_embed\.proj|patchifier\.proj)\.weight")
-    position_embeddings = find_weight(weights, r".*(positional_embedding|pos_embed)")
-    names, (width, patch_size) = TIMM_NAMES_BY_SIZE[family], (patch_kernel.shape[0], patch_kernel.shape[-1])
-    if (width, patch_size) not in names:
-        raise ConversionError(
-            f"{family} files require a (width, patch size) of {', '.join(map(str, names))}, but this file has "
-            f"({width}, {patch_size}). Use timm:NAME"
-        )
-    projection = weights.get("visual.proj")  # [D, num_classes]
-    head_weight = weights.get("head.weight", None if projection is None else projection.T)
-    return names[width, patch_size], {
-        "img_size": math.isqrt(position_embeddings.shape[-2]) * patch_size,
-        "depth": count_blocks(weights, r".*blocks\.(\d+)\."),
-        "num_classes": 0 if head_weight is None else len(head_weight),
-    }
 
 
 def read_big_vision_options(weights: Weights) -> dict[str, Any]:

@@ -25,7 +25,6 @@ from .timm_modules import TimmModule, get_class_name, is_present, read_config_fi
 from .weight_rules import (
     LAYER_SCALES,
     POSITIONS,
-    ClassifierChoice,
     ConversionError,
     Rule,
     Weights,
@@ -41,9 +40,7 @@ from .weight_rules import (
 TIMM_CLASSES = ("VisionTransformer", "VisionTransformerDistilled", "Eva")
 
 
-def convert_from_timm(
-    model: nn.Module, *, classifier: ClassifierChoice = "keep", num_labels: int | None = None
-) -> ViTCLSPreTrainedModel:
+def convert_from_timm(model: nn.Module) -> ViTCLSPreTrainedModel:
     """Convert a timm ViT to a vitcls model in eval mode with the same outputs, dtype and device.
 
     The source is left unchanged. A model with a classifier becomes a `ViTCLSForImageClassification`. A model without a
@@ -51,17 +48,11 @@ def convert_from_timm(
     model. For image sizes other than the native size, the outputs equal those that the source returns after a
     call to its `set_input_size`.
 
-    Args:
-        classifier: "keep" keeps the classifier of the source, "new" creates a new classifier, and "drop" removes the
-            classifier and returns a `ViTCLSModel`.
-        num_labels: Number of labels of a new classifier.
-
     Raises:
-        ConversionError: If the class or a feature is not supported, or the value of `classifier` is not valid for the
-            source.
+        ConversionError: If the class or a feature is not supported.
     """
     config, weights = read_timm_model(model)
-    return build_model(config, weights, classifier, num_labels, add_pooling_layer=has_pooler(model))
+    return build_model(config, weights, add_pooling_layer=has_pooler(model))
 
 
 def read_timm_model(model: nn.Module) -> tuple[ViTCLSConfig, Weights]:

@@ -1,8 +1,6 @@
 """Convert transformers models to ViTCLS models with the same outputs.
 
     model = convert_from_transformers(AutoModel.from_pretrained("facebook/dinov2-base"))
-    model = convert_from_transformers(model, num_labels=10)                       # with a new classifier
-    model = convert_from_transformers(classifier, classifier="new", num_labels=10)
 
 This file lists the supported classes. The parameter names and configurations of each family are in
 transformers_families.py.
@@ -19,7 +17,6 @@ from ..configuration_vitcls import ViTCLSConfig
 from ..modeling_vitcls import ViTCLSPreTrainedModel
 from . import transformers_families as families
 from .weight_rules import (
-    ClassifierChoice,
     ConversionError,
     Fields,
     Rule,
@@ -30,31 +27,20 @@ from .weight_rules import (
 )
 
 
-def convert_from_transformers(
-    model: PreTrainedModel, *, classifier: ClassifierChoice = "keep", num_labels: int | None = None
-) -> ViTCLSPreTrainedModel:
+def convert_from_transformers(model: PreTrainedModel) -> ViTCLSPreTrainedModel:
     """Convert a transformers ViT to a vitcls model in eval mode with the same outputs, dtype and device.
 
     The source is left unchanged. A classifier becomes a `ViTCLSForImageClassification` with the same labels. An image
     embedding model (CLIP with projection) also becomes a `ViTCLSForImageClassification`, with the embeddings as
-    logits. Any other model becomes a `ViTCLSModel`. If transformers has no image classification class for the model
-    (DINOv3, MAE, Pixio, AIMv2, RADIO), set `num_labels` to add a classifier.
+    logits. Any other model becomes a `ViTCLSModel`.
 
     For image sizes other than the native size, the outputs equal the outputs of the source with
     `interpolate_pos_encoding=True`. The converted MAE encoder uses all patches in order, without random masking. The
     `image_size` of a converted RADIO model is the maximum image size, because RADIO stores position embeddings for
     that size.
 
-    Args:
-        classifier: "keep" keeps the classifier of the source, "new" creates a new classifier, and "drop" removes the
-            classifier and returns a `ViTCLSModel`.
-        num_labels: Number of labels of a new classifier. The input of the classifier is the pooled output of the
-            source. If the source has no pooler, the input is the CLS token or, without CLS tokens, the mean of the
-            patches.
-
     Raises:
-        ConversionError: If the class or a feature is not supported, weights are missing or unexpected, or the value of
-            `classifier` is not valid for the source.
+        ConversionError: If the class or a feature is not supported, or weights are missing or unexpected.
     """
     if not is_convertible(model):
         submodule_names = [name for name, module in model.named_children() if is_convertible(module)]
@@ -70,7 +56,7 @@ def convert_from_transformers(
     rules = [*(Rule(name, []) for name in convertible_class.unused_patterns), *HEAD_RULES, *family.rules]
     weights = convert_weights(family.prepare_weights(weights), rules, config)
     has_classifier = convertible_class.encoder_name is not None
-    return build_model(config, weights, classifier, num_labels, has_classifier=has_classifier)
+    return build_model(config, weights, has_classifier=has_classifier)
 
 
 def read_labels(config: Any) -> Fields:

@@ -1,7 +1,7 @@
 """Compare the outputs of a source and the converted model, for the parity report.
 
     # Raises ConversionError if a difference exceeds MAX_DIFFERENCE.
-    comparisons, reason = compare_models(source, model, has_source_classifier=True)
+    comparisons, reason = compare_models(source, model)
 
 The comparison covers all token groups of the final hidden state, and the logits or the pooled output. The inputs are
 random images of the native size. If the source supports other sizes, the comparison is repeated at a non-square size,
@@ -28,7 +28,7 @@ Report = dict[str, Any]  # content of parity_report.json, or of one of its compa
 
 @torch.no_grad()
 def compare_models(
-    source: SourceModel, model: ViTCLSPreTrainedModel, has_source_classifier: bool, native_size_reason: str = ""
+    source: SourceModel, model: ViTCLSPreTrainedModel, native_size_reason: str = ""
 ) -> tuple[list[Report], str]:
     """Compare the outputs at the native size and at a non-square size. Raise ConversionError if a difference exceeds
     `MAX_DIFFERENCE`.
@@ -37,7 +37,6 @@ def compare_models(
         source: Source whose model is in float32.
         model: The converted model. It is cast to float32, and its CPU kernels are removed, because their rounding
             errors grow with the magnitude of the values (docs/speed.md).
-        has_source_classifier: Whether the model has the classifier of the source.
         native_size_reason: Reason why only the native size is compared. If empty, both sizes are compared.
 
     Returns:
@@ -58,12 +57,7 @@ def compare_models(
             return comparisons, f"the source does not support {height} x {width} pixels: {format_error(error)}"
         source_groups = split_token_groups(source_outputs, model)
         outputs = compute_model_outputs(model, pixel_values)
-        names = [name for name in source_groups if name in outputs and (has_source_classifier or "logits" not in name)]
-        if has_source_classifier and "logits" not in names:
-            raise ConversionError(
-                f"the logits of {source.name} cannot be compared, because the source or the converted model returns "
-                "no logits"
-            )
+        names = [name for name in source_groups if name in outputs]
         differences = {name: get_max_magnitude(outputs[name] - source_groups[name]) for name in names}
         magnitudes = {name: get_max_magnitude(source_groups[name]) for name in names}
         # `not value <= limit` is also true for NaN.

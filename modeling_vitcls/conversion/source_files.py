@@ -34,8 +34,8 @@ from .from_state_dict import (
     resample_as_authors,
 )
 from .processors import ConvertedPreprocessing, convert_timm_preprocessing
-from .source_models import Outputs, TimmSource, raise_if_unsafe_pickle
-from .weight_rules import ClassifierChoice, ConversionError, Weights
+from .source_models import TimmSource, raise_if_unsafe_pickle
+from .weight_rules import ConversionError, Weights
 
 
 FILE_SUFFIXES = (".npz", ".safetensors", ".pth", ".pt", ".bin")
@@ -48,9 +48,6 @@ WRAPPER_PREFIXES = ("module.", "_orig_mod.", "backbone.")
 FAMILY_PATTERNS = {
     "big_vision": r"(.*/)?embedding/kernel",
     "dinov3": r"storage_tokens|rope_embed\.periods",
-    "aimv2": r"(image_encoder\.)?preprocessor\.patchifier\.proj\.weight",
-    "clip": r"(visual\.)?class_embedding",
-    "eva02": r"rope\.freqs_cos|blocks\.0\.(attn\.inner_attn_ln|mlp\.ffn_ln|attn\.q_proj)\..*",
     "dinov2": r"register_tokens|blocks\.0(\.0)?\.(ls1\.gamma|mlp\.w12\.weight)",
     "ibot": r"masked_embed",
     "mae": r"decoder_embed\.weight|fc_norm\.weight",
@@ -91,19 +88,9 @@ class FileSource(TimmSource):
             raise ConversionError(f"cannot convert {file}: {error}") from error
         return cls(file, family, weights, model, notes)
 
-    @property
-    def has_linear_head(self) -> bool:
-        """Return whether the file contains DINOv2's linear classifier, which timm does not have."""
-        return "linear_head.weight" in self.weights
-
-    @property
-    def has_classifier(self) -> bool:
-        """Return whether the file contains a classifier or a projection."""
-        return self.has_linear_head or super().has_classifier
-
-    def convert(self, classifier: ClassifierChoice, num_labels: int | None) -> ViTCLSPreTrainedModel:
+    def convert(self) -> ViTCLSPreTrainedModel:
         """Convert the timm model, with the resampling of the authors' code."""
-        return convert_family_model(self.model, self.weights, self.family, classifier, num_labels)
+        return convert_family_model(self.model, self.weights, self.family)
 
     def build_resized_model(self, size: tuple[int, int]) -> Any:
         """Return the timm model for another image size, with position embeddings resampled as in the authors' code."""
@@ -115,16 +102,6 @@ class FileSource(TimmSource):
             maps = resample_as_authors(maps, model.patch_embed.grid_size, self.resampling)
             model.pos_embed.data = torch.cat([prefix_positions, maps.flatten(2).transpose(1, 2)], dim=1)
         return model
-
-    def compute_outputs(self, pixel_values: torch.Tensor) -> Outputs:
-        """Return the outputs of the timm model, and the logits of DINOv2's linear classifier."""
-        outputs = super().compute_outputs(pixel_values)
-        if not self.has_linear_head:
-            return outputs
-        sequence = outputs["sequence"]
-        pooled = torch.cat([sequence[:, 0], sequence[:, self.model.num_prefix_tokens :].mean(dim=1)], dim=1)
-        weight, bias = (self.weights[f"linear_head.{name}"].float() for name in ("weight", "bias"))
-        return {"sequence": sequence, "logits": nn.functional.linear(pooled, weight, bias)}
 
     def convert_preprocessing(self) -> ConvertedPreprocessing:
         """Convert the preprocessing of the family, at the image size of the weights."""
@@ -174,7 +151,7 @@ def unwrap_weights(weights: Mapping[str, Any], notes: list[str]) -> tuple[Weight
     is_array = (torch.Tensor, np.ndarray)
     tensors: dict[str, Any] = {str(name): value for name, value in weights.items() if isinstance(value, is_array)}
     while prefix := next((prefix for prefix in WRAPPER_PREFIXES if has_encoder(tensors, prefix)), None):
-        kept = {name: tensor for name, tensor in tensors.items() if name.startswith((prefix, "linear_head."))}
+        kept = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
         if other_names := [name for name in tensors if name not in kept]:
             notes.append(
                 f"{len(other_names)} weights outside of {prefix}* are not converted, for example {other_names[0]}"
@@ -185,9 +162,7 @@ def unwrap_weights(weights: Mapping[str, Any], notes: list[str]) -> tuple[Weight
 
 def has_encoder(weights: Weights, prefix: str) -> bool:
     """Return whether the weights contain an image encoder whose parameter names start with `prefix`."""
-    return any(
-        re.match(rf"{re.escape(prefix)}.*(patch_embed\.proj|conv1|patchifier\.proj)\.weight", name) for name in weights
-    )
+    return any(re.match(rf"{re.escape(prefix)}.*patch_embed\.proj\.weight", name) for name in weights)
 
 
 def detect_family(weights: Weights, container_key: str | None, file: Path) -> str:
@@ -201,11 +176,11 @@ def detect_family(weights: Weights, container_key: str | None, file: Path) -> st
     if family == "dinov2" and registers is not None and registers.shape[-2] == 1:
         # TIPS has the parameter names of DINOv2 and one register, which is its second CLS token.
         family, candidates = "tips" if file.suffix == ".npz" else None, ["tips", "dinov2"]
-    elif family is None and "patch_embed.proj.weight" not in weights:
+    elif family is None and not {"patch_embed.proj.weight", "blocks.0.attn.qkv.weight"} <= weights.keys():
         names = f"weights such as {', '.join(list(weights)[:3])}" if weights else "no weights"
         raise ConversionError(
-            f"{file} does not contain a supported image encoder; it contains {names}. Use timm:NAME or "
-            "transformers:PATH_OR_ID"
+            f"{file} does not contain a supported image encoder; it contains {names}. Use timm:NAME@FILE "
+            "or transformers:PATH_OR_ID"
         )
     elif family is None and container_key == "target_encoder":
         family = "msn" if "cls_token" in weights else "ijepa"

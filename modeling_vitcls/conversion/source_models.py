@@ -33,7 +33,7 @@ from .from_timm import convert_from_timm
 from .from_transformers import CONVERTIBLE_CLASSES, convert_from_transformers
 from .processors import ConvertedPreprocessing, convert_timm_preprocessing, convert_transformers_preprocessing
 from .random_weights import randomize_weights
-from .weight_rules import ClassifierChoice, ConversionError
+from .weight_rules import ConversionError
 
 
 Outputs = dict[str, torch.Tensor]
@@ -61,16 +61,17 @@ class TimmSource(Source):
 
     @classmethod
     def load(cls, name: str, random_init: bool) -> "TimmSource":
-        """Load a model by its timm name, with or without a tag, or with timm's prefix `hf-hub:` or `local-dir:`."""
+        """Load a model by its timm name, with or without a tag and `@FILE`, or with timm's prefix `hf-hub:` or
+        `local-dir:`."""
         timm = import_timm()
-        if ":" not in name and not timm.is_model(architecture := name.partition(".")[0]):
+        if ":" not in name and not timm.is_model(architecture := name.partition("@")[0].partition(".")[0]):
             raise ConversionError(f"timm {timm.__version__} has no model {architecture}. Run timm.list_models()")
         try:
             model, commit = load_timm_model(name, pretrained=not random_init)
         except Exception as error:  # downloads raise errors of many types
             raise OSError(
-                f"timm cannot load {name}: {format_error(error)}. Use a machine with access to the Hub, or a folder "
-                "with the model (timm:local-dir:FOLDER)"
+                f"timm cannot load {name}: {format_error(error)}. Use a machine with access to the Hub, a folder with "
+                "the model (timm:local-dir:FOLDER) or a file with its weights (timm:NAME@FILE)"
             ) from error
         return cls(f"timm:{name}", randomize_weights(model) if random_init else model, commit, [])
 
@@ -85,9 +86,9 @@ class TimmSource(Source):
         """Return whether the model returns logits."""
         return bool(self.model.num_classes)
 
-    def convert(self, classifier: ClassifierChoice, num_labels: int | None) -> ViTCLSPreTrainedModel:
+    def convert(self) -> ViTCLSPreTrainedModel:
         """Convert the model. Raise ConversionError if the conversion cannot be exact."""
-        return convert_from_timm(self.model, classifier=classifier, num_labels=num_labels)
+        return convert_from_timm(self.model)
 
     def compute_outputs(self, pixel_values: torch.Tensor) -> Outputs:
         """Return a dict with "sequence" and either "logits" or "pooled" for images [B, C, H, W]. timm may raise any
@@ -156,9 +157,9 @@ class TransformersSource(Source):
         """Return whether the model outputs logits or an image embedding, which is treated as logits."""
         return self.encoder is not self.model
 
-    def convert(self, classifier: ClassifierChoice, num_labels: int | None) -> ViTCLSPreTrainedModel:
+    def convert(self) -> ViTCLSPreTrainedModel:
         """Convert the model with `convert_from_transformers`."""
-        return convert_from_transformers(self.model, classifier=classifier, num_labels=num_labels)
+        return convert_from_transformers(self.model)
 
     def compute_outputs(self, pixel_values: torch.Tensor) -> Outputs:
         """Return the outputs for images [B, C, H, W]. At sizes other than the native size, the position embeddings are

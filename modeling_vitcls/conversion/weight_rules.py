@@ -1,8 +1,7 @@
 """Use tables of rules to convert weights between other projects and this package.
 
 Each family of checkpoints has a table of rules and a function that builds a `ViTCLSConfig`. The rules map parameter
-names of the family to parameter names of this package. This file applies the rules of any family and builds the model
-with the classifier of the source, with a new classifier or without a classifier.
+names of the family to parameter names of this package. This file applies the rules of any family and builds the model.
 
     rules = [
         Rule("pos_embed", POSITIONS, split_positions, axis=1),
@@ -18,9 +17,8 @@ text. The first matching rule applies.
 
 import re
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers.initialization import no_init_weights
@@ -32,7 +30,6 @@ from ..modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel, ViTCLSP
 
 Weights = dict[str, torch.Tensor]
 Fields = dict[str, Any]  # fields of ViTCLSConfig
-ClassifierChoice = Literal["keep", "new", "drop"]
 Transform = Callable[[torch.Tensor, ViTCLSConfig], Sequence[torch.Tensor]]
 
 # Names of the weights that `split_positions` returns.
@@ -159,48 +156,28 @@ def find_rule(rules: Sequence[Rule], name: str) -> tuple[Rule | None, list[str]]
 
 
 def build_model(
-    config: ViTCLSConfig,
-    weights: Weights,
-    classifier: ClassifierChoice,
-    num_labels: int | None,
-    add_pooling_layer: bool = True,
-    has_classifier: bool | None = None,
+    config: ViTCLSConfig, weights: Weights, add_pooling_layer: bool = True, has_classifier: bool | None = None
 ) -> ViTCLSPreTrainedModel:
     """Build a model in eval mode from converted weights, with the dtype and device of these weights.
 
     Args:
         weights: Encoder weights, named as in `ViTCLSModel`, and classifier weights.
-        classifier: "keep", "new", or "drop" to return a `ViTCLSModel`. "keep" creates a new classifier if the source
-            has no classifier and `num_labels` is set.
-        num_labels: Number of labels of a new classifier.
         add_pooling_layer: Whether a `ViTCLSModel` has a pooler.
-        has_classifier: Whether the source has a classifier. Default: whether `weights` contains classifier weights.
+        has_classifier: Whether to build a `ViTCLSForImageClassification`. Default: whether `weights` contains
+            classifier weights.
 
     Raises:
-        ConversionError: If the value of `classifier` is not valid for the source, or the weights do not match the
-            model.
+        ConversionError: If the weights do not match the model.
     """
     head_names = {name for name in weights if name.partition(".")[0].endswith("classifier")}
-    if has_classifier is None:
-        has_classifier = bool(head_names)
-    has_new_classifier = should_create_classifier(
-        classifier, num_labels, config.num_labels if has_classifier else None
-    )
-    if num_labels is not None:
-        config.num_labels = num_labels
-    encoder_weights = {name: weight for name, weight in weights.items() if name not in head_names}
+    kernel = weights["embeddings.patch_embeddings.projection.weight"]
     model: ViTCLSPreTrainedModel
-    with nullcontext() if has_new_classifier else no_init_weights():
-        if has_new_classifier or (classifier == "keep" and has_classifier):
+    with no_init_weights():
+        if has_classifier or (has_classifier is None and head_names):
             model = ViTCLSForImageClassification(config)
-            head_weights = {name: weights[name] for name in head_names}
-            if has_new_classifier:
-                state_dict = model.state_dict()
-                head_weights = {name: state_dict[name] for name in state_dict if not name.startswith("vitcls.")}
-            weights = {f"vitcls.{name}": weight for name, weight in encoder_weights.items()} | head_weights
+            weights = {name if name in head_names else f"vitcls.{name}": weight for name, weight in weights.items()}
         else:
-            model, weights = ViTCLSModel(config, add_pooling_layer=add_pooling_layer), encoder_weights
-    kernel = encoder_weights["embeddings.patch_embeddings.projection.weight"]
+            model = ViTCLSModel(config, add_pooling_layer=add_pooling_layer)
     model.to(device=kernel.device, dtype=kernel.dtype)  # type: ignore[call-arg]  # `to` is untyped in transformers
     try:
         model.load_state_dict(weights)
@@ -208,22 +185,6 @@ def build_model(
         raise ConversionError(format_error(error)) from None
     model.eval()
     return model
-
-
-def should_create_classifier(classifier: str, num_labels: int | None, num_source_labels: int | None) -> bool:
-    """Return whether to create a new classifier. `num_source_labels` is None for a source without a classifier."""
-    if classifier not in ("keep", "new", "drop"):
-        raise ConversionError(f'classifier={classifier!r} is not supported. Use "keep", "new" or "drop"')
-    if classifier == "drop" and num_labels is not None:
-        raise ConversionError(f'classifier="drop" does not support num_labels={num_labels}. Remove num_labels')
-    if classifier == "new" and num_labels is None and num_source_labels is None:
-        raise ConversionError('classifier="new" requires num_labels, because the source has no classifier')
-    if classifier == "keep" and num_source_labels is not None and num_labels not in (None, num_source_labels):
-        raise ConversionError(
-            f"the classifier of the source has {num_source_labels} labels, but num_labels={num_labels}. Set "
-            'classifier="new" to create a new classifier, or "drop" to convert only the encoder'
-        )
-    return classifier == "new" or (num_source_labels is None and num_labels is not None)
 
 
 def join_names(names: Sequence[str], max_names: int = 8) -> str:

@@ -5,6 +5,7 @@
     with fall_back_to_cache("someone/their-data", "dataset"):
         ...                                             # the same rule for downloads by other libraries
     model, commit = load_timm_model("vit_small_patch16_224")          # timm chooses the repository and the commit
+    model, commit = load_timm_model("vit_small_patch16_224@weights.pth")
     model, commit = load_timm_model("hf-hub:someone/their-model")     # also with @REVISION
     folder = download_files("someone/their-model", "v1", ["config.json"])
 
@@ -268,12 +269,17 @@ def describe_missing_repo(name: str, repo_type: RepoType = "model") -> str:
 
 def load_timm_model(name: str, pretrained: bool = True) -> tuple[nn.Module, str | None]:
     """Return a timm model and the commit hash of its repository. The hash is None unless `name` starts with `hf-hub:`.
+    In NAME@FILE, `FILE` is a file with weights of the model that timm can read.
 
     Raise OSError if the Hub does not have the repository or does not respond. Other timm errors are not caught.
     """
     import timm
 
     kind, separator, location = name.partition(":")
+    if not separator and "@" in name:
+        name, _, file = name.partition("@")
+        overlay = {"file": file, "custom_load": False}
+        return timm.create_model(name, pretrained=pretrained, pretrained_cfg_overlay=overlay), None
     if not separator:
         config = timm.get_pretrained_cfg(name) if pretrained else None
         with fall_back_to_cache(config.hf_hub_id) if config is not None and config.hf_hub_id else nullcontext():

@@ -5,7 +5,6 @@ package.
 """
 
 import argparse
-import copy
 import hashlib
 import json
 import os
@@ -37,8 +36,14 @@ from torch import nn
 from torch.nn.functional import interpolate
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
-from modeling_vitcls.conversion.convert import convert_checkpoint
-from modeling_vitcls.conversion.from_state_dict import NUM_HEADS, convert_state_dict
+from modeling_vitcls.conversion.any_checkpoint import compute_cache_name
+from modeling_vitcls.conversion.convert import convert_checkpoint, load_source
+from modeling_vitcls.conversion.from_state_dict import (
+    NUM_HEADS,
+    build_timm_model,
+    convert_family_model,
+    prepare_weights,
+)
 from modeling_vitcls.conversion.parity_report import compare_models
 from modeling_vitcls.conversion.random_weights import randomize_weights
 from modeling_vitcls.conversion.source_files import FileSource
@@ -70,6 +75,12 @@ def resample_dinov2_reg4(maps: torch.Tensor, grid: tuple[int, int]) -> torch.Ten
 def resample_tips(maps: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     """google-deepmind/tips, pytorch/image_encoder.py."""
     return interpolate(maps, size=grid, mode="bilinear", antialias=True)
+
+
+def convert_state_dict(weights: Weights, family: str) -> Any:
+    """Convert a published state dict."""
+    tensors = prepare_weights(weights, family)
+    return convert_family_model(build_timm_model(tensors, family), tensors, family)
 
 
 def add_token(weights: Weights, **tokens: tuple[int, ...]) -> Weights:
@@ -224,7 +235,7 @@ def test_tips_files(tmp_path: Path) -> None:
     """Two CLS tokens, images in 0..1 that are resized to a square, and the family must be unambiguous."""
     weights = FILES["tips.npz"][2]()
     source = FileSource.load(save(weights, tmp_path / "tips.npz"))
-    model = source.convert("keep", None)
+    model = source.convert()
     images = torch.rand(1, 3, GRID * PATCH, GRID * PATCH)
     outputs = model(images)
     expected = run_authors_vit(weights, images)
@@ -241,8 +252,9 @@ def test_tips_files(tmp_path: Path) -> None:
 def test_an_encoder_of_two_pooled_tokens_has_no_pooler() -> None:
     """A distilled DeiT outputs its CLS and its distillation token."""
     weights = FILES["deit_distilled.pth"][2]()
-    assert convert_state_dict(weights, "deit", classifier="drop").pooler is None
-    assert convert_state_dict(FILES["deit.pth"][2](), "deit", classifier="drop").pooler is not None
+    heads = ("head.", "head_dist.")
+    assert convert_state_dict({n: w for n, w in weights.items() if not n.startswith(heads)}, "deit").pooler is None
+    assert convert_state_dict(build_vit_weights(), "deit").pooler is not None
 
 
 @torch.no_grad()
@@ -250,7 +262,7 @@ def test_dinov3_with_stored_and_with_computed_periods(tmp_path: Path) -> None:
     """Both variants are exact: as the authors run the weights, and as timm and transformers do."""
     weights = build_dinov3_weights()
     stored = convert_state_dict(weights, "dinov3")
-    computed = convert_state_dict(weights, "dinov3", rope_periods=None)
+    computed = convert_state_dict({n: w for n, w in weights.items() if n != "rope_embed.periods"}, "dinov3")
     periods = weights["rope_embed.periods"]
     assert periods.dtype == torch.bfloat16 and stored.config.rope_periods == periods.float().tolist()
     assert torch.equal(stored.embeddings.mask_token[0], weights["mask_token"])
@@ -278,25 +290,18 @@ def test_key_biases_of_dinov3_are_refused() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("registers", [0, 4])
-def test_the_linear_classifier_of_dinov2(registers: int, tmp_path: Path) -> None:
-    """It uses the CLS token and the mean of the patches; the converted weights have the dtype of the file."""
+def test_half_precision(registers: int, tmp_path: Path) -> None:
+    """The converted weights have the dtype of the file if this dtype represents them. Weights outside of the backbone,
+    such as a linear classifier, are named."""
     backbone = build_vit_weights(1, "ls{}.gamma", width=384)
     if registers:
         backbone = add_token(backbone, register_tokens=(1, registers, 384))
-    head = fill({"weight": (LABELS, 768), "bias": (LABELS,)})
     weights = {f"backbone.{name}": tensor.half() for name, tensor in backbone.items()}
-    weights |= {f"linear_head.{name}": tensor.half() for name, tensor in head.items()}
+    weights["linear_head.bias"] = torch.zeros(LABELS)
     report = convert_checkpoint(str(save(weights, tmp_path / "lc.pth")), tmp_path / "made")
-    assert report["classifier"] == "kept" and all("logits" in row["differences"] for row in report["comparisons"])
-    saved_weights = load_file(tmp_path / "made" / "model.safetensors")
-    dtypes = {weight.dtype for weight in saved_weights.values()}
+    assert report["classifier"] == "none" and "linear_head.bias" in report["notes"][0]
+    dtypes = {weight.dtype for weight in load_file(tmp_path / "made" / "model.safetensors").values()}
     assert dtypes == {torch.float32 if registers else torch.float16}  # the sum of the CLS token and its position
-    model: Any = ViTCLSForImageClassification.from_pretrained(tmp_path / "made", dtype=torch.float32)
-    images = torch.randn(2, 3, GRID * PATCH, GRID * PATCH)
-    tokens = run_authors_vit({name: tensor.half().float() for name, tensor in backbone.items()}, images)
-    pooled = torch.cat([tokens[:, 0], tokens[:, 1 + registers :].mean(dim=1)], dim=1)
-    expected = pooled @ head["weight"].half().float().T + head["bias"].half().float()
-    torch.testing.assert_close(model(images).logits, expected, atol=LIMIT, rtol=LIMIT)
 
 
 @torch.no_grad()
@@ -306,7 +311,7 @@ def test_a_fine_tuned_mae(tmp_path: Path) -> None:
     weights = build_vit_weights(width=768, extra=extra)
     del weights["norm.weight"], weights["norm.bias"]
     source = FileSource.load(save({"model": weights}, tmp_path / "mae.pth"))
-    model: Any = source.convert("keep", None)
+    model: Any = source.convert()
     assert source.family == "mae"
     images = torch.randn(2, 3, GRID * PATCH, GRID * PATCH)
     pooled = run_authors_vit(weights, images)[:, 1:].mean(dim=1)
@@ -316,14 +321,12 @@ def test_a_fine_tuned_mae(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-def test_rectangular_patches_and_other_arguments() -> None:
+def test_rectangular_patches_of_gray_images() -> None:
     shapes = {"patch_embed.proj.weight": (192, 1, PATCH, 2 * PATCH)}
     weights = build_vit_weights(extra=shapes)
-    model = convert_state_dict({"model": weights}, "deit")
+    model = convert_state_dict(weights, "deit")
     images = torch.randn(2, 1, GRID * PATCH, 2 * GRID * PATCH)
     torch.testing.assert_close(model(images).last_hidden_state, run_authors_vit(weights, images), atol=1e-5, rtol=1e-5)
-    labeled = convert_state_dict(weights, "deit", classifier="new", num_labels=3, id2label=dict(enumerate("abc")))
-    assert labeled.config.id2label[2] == "c" and labeled.classifier.out_features == 3
 
 
 # Architectures of the published sizes, by family.
@@ -371,7 +374,7 @@ def test_npz_files_of_big_vision(name: str, tmp_path: Path) -> None:
             blocks = [arrays.pop(key.replace("encoderblock_0", f"encoderblock_{index}")) for index in range(2)]
             arrays[key.replace("encoderblock_0", "encoderblock")] = torch.stack(blocks)
     source = FileSource.load(save(arrays, tmp_path / "vit.npz"))
-    model: Any = source.convert("keep", None)
+    model: Any = source.convert()
     images = torch.randn(2, 3, *source.image_size)
     expected = run_big_vision(weights, images)
     assert (model(images).logits - expected).abs().max() <= LIMIT * expected.abs().max()
@@ -390,96 +393,35 @@ def test_resampling_that_is_not_supported_is_not_compared(tmp_path: Path) -> Non
         FileSource.load(save(FLAX_FILES["cls"]() | fill({"pre_logits/kernel": (48, 48)}), tmp_path / "pre.npz"))
 
 
-# Families by way of timm's names -------------------------------------------------------------------------------------
+# Files that timm reads -----------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(
-    ("family", "name", "depth"),
-    [
-        ("clip", "vit_base_patch32_clip_quickgelu_224", 2),
-        ("eva02", "eva02_tiny_patch14_224", 12),
-        ("aimv2", "aimv2_large_patch14_224", 2),
-    ],
-)
-def test_families_that_timm_reads(family: str, name: str, depth: int, tmp_path: Path) -> None:
-    """From files with the authors' names, of the published widths."""
-    source: Any = randomize_weights(timm.create_model(name, depth=depth, num_classes=0 if family == "aimv2" else 7))
-    if family == "clip":
-        source.head.bias.zero_()
-    weights = AUTHORS_NAMES[family](dict(source.state_dict()))
-    loaded = FileSource.load(save(weights, tmp_path / "weights.safetensors"))
-    assert loaded.family == family
+def test_a_file_of_eva02(tmp_path: Path) -> None:
+    """timm:NAME@FILE with the authors' parameter names."""
+    name = "eva02_tiny_patch14_224.mim_in22k"
+    source: Any = randomize_weights(timm.create_model(name))
+    file = save(name_as_baai(dict(source.state_dict())), tmp_path / "eva02.safetensors")
+    model: Any = load_source(f"timm:{name}@{file}").convert()
     images = torch.randn(1, 3, *source.patch_embed.img_size)
-    height, width = source.patch_embed.patch_size
-    wide = torch.randn(1, 3, 3 * height, 5 * width)
-    resized = copy.deepcopy(source)
-    resized.set_input_size(img_size=wide.shape[-2:])
-    model: Any = loaded.convert("keep", None)
-    for reference, inputs in ((source, images), (resized, wide)):
-        expected = reference.forward_features(inputs)
-        tokens = model.base_model(inputs).last_hidden_state
-        assert (tokens - expected).abs().max() <= LIMIT * expected.abs().max()
-    if family != "aimv2":
-        torch.testing.assert_close(model(images).logits, source(images), atol=1e-5, rtol=1e-5)
-        assert loaded.convert("new", 3).config.num_labels == 3
-    if family == "clip":  # a file with only the image encoder
-        weights = {name.removeprefix("visual."): tensor for name, tensor in weights.items() if "visual" in name}
-        image_encoder = FileSource.load(save(weights, tmp_path / "visual.safetensors"))
-        assert image_encoder.family == "clip"
-        assert torch.equal(image_encoder.model(images), loaded.model(images))
+    expected = source.forward_features(images)
+    assert (model(images).last_hidden_state - expected).abs().max() <= LIMIT * expected.abs().max()
+    with raises_one_line("timm:NAME@FILE", error=ConversionError):
+        FileSource.load(file)
+    with raises_one_line("missing.pth", error=OSError):
+        load_source(f"timm:{name}@{tmp_path}/missing.pth")
+    cache_name = compute_cache_name(f"timm:{name}@{file}")
+    save({"x": torch.zeros(1)}, file)
+    assert compute_cache_name(f"timm:{name}@{file}") != cache_name
 
 
-def rename(weights: Weights, swaps: dict[str, str]) -> Weights:
-    """Replace parts of the names."""
-    renamed: Weights = {}
-    for name, tensor in weights.items():
-        for part, theirs in swaps.items():
-            name = re.sub(part, theirs, name)
-        renamed[name] = tensor
-    return renamed
-
-
-def name_as_openai(weights: Weights) -> Weights:
-    """Return OpenAI's names and shapes of a CLIP image encoder, next to weights of the text encoder."""
-    weights = {name: tensor for name, tensor in weights.items() if name != "head.bias"}
-    weights |= {
-        "class_embedding": weights.pop("cls_token").flatten(),
-        "positional_embedding": weights.pop("pos_embed")[0],
-        "proj": weights.pop("head.weight").T,
-    }
-    swaps = {r"^patch_embed\.proj": "conv1", r"^norm_pre": "ln_pre", r"^norm\.": "ln_post."}
-    swaps |= {r"^blocks\.": "transformer.resblocks.", r"norm(\d)": r"ln_\1", r"mlp\.fc1": "mlp.c_fc"}
-    swaps |= {r"mlp\.fc2": "mlp.c_proj", r"attn\.proj": "attn.out_proj", r"attn\.qkv\.": "attn.in_proj_"}
-    renamed = rename(weights, swaps)
-    return {f"visual.{name}": tensor for name, tensor in renamed.items()} | {"logit_scale": torch.ones(1)}
-
-
-AUTHORS_NAMES: dict[str, Callable[[Weights], Weights]] = {
-    "clip": name_as_openai,
-    "eva02": lambda weights: rename(  # baaivision/EVA
-        weights | {"rope.freqs_cos": torch.ones(1)},
-        {
-            r"mlp\.fc1_g": "mlp.w1",
-            r"mlp\.fc1_x": "mlp.w2",
-            r"mlp\.norm": "mlp.ffn_ln",
-            r"mlp\.fc2": "mlp.w3",
-            r"attn\.(q|v)_proj\.bias": r"attn.\1_bias",
-        },
-    ),
-    "aimv2": lambda weights: rename(  # apple/ml-aim
-        weights,
-        {
-            r"^patch_embed": "preprocessor.patchifier",
-            r"^pos_embed": "preprocessor.pos_embed",
-            r"^blocks": "trunk.blocks",
-            r"^norm\.": "trunk.post_trunk_norm.",
-            r"norm(\d)": r"norm_\1",
-            r"mlp\.fc1_g": "mlp.fc1",
-            r"mlp\.fc1_x": "mlp.fc3",
-        },
-    ),
-}
+def name_as_baai(weights: Weights) -> Weights:
+    """Return the names of baaivision/EVA."""
+    swaps = {r"mlp\.fc1_g": "mlp.w1", r"mlp\.fc1_x": "mlp.w2", r"mlp\.norm": "mlp.ffn_ln", r"mlp\.fc2": "mlp.w3"}
+    swaps[r"attn\.(q|v)_proj\.bias"] = r"attn.\1_bias"
+    for part, theirs in swaps.items():
+        weights = {re.sub(part, theirs, name): tensor for name, tensor in weights.items()}
+    return weights
 
 
 # Refusals ------------------------------------------------------------------------------------------------------------
@@ -507,15 +449,6 @@ REFUSED: dict[str, tuple[Any, str | None, tuple[str, ...]]] = {
         None,
         ("blocks.0.attn.qkv.weight", "int8"),
     ),
-    "width": (
-        {
-            "visual.class_embedding": torch.zeros(3),
-            "visual.conv1.weight": torch.zeros(3, 3, 8, 8),
-            "visual.positional_embedding": torch.zeros(5, 3),
-        },
-        None,
-        ("clip", "(768, 32)", "timm:NAME"),
-    ),
     "no positions": ({n: t for n, t in PLAIN.items() if n != "pos_embed"}, "deit", ("pos_embed", "--family")),
     "no MLP": ({n: t for n, t in PLAIN.items() if "mlp" not in n}, "deit", ("blocks.0.mlp.fc1.weight",)),
     "no final norm": ({n: t for n, t in PLAIN.items() if n != "norm.weight"}, "deit", ("norm.weight",)),
@@ -525,7 +458,7 @@ REFUSED: dict[str, tuple[Any, str | None, tuple[str, ...]]] = {
         "deit",
         ("the family deit", "blocks."),
     ),
-    "heads": (build_vit_weights(width=48), "deit", ("num_attention_heads",)),
+    "heads": (build_vit_weights(width=48), "deit", ("the width 48", "convert_from_timm")),
     "grid": (PLAIN | {"pos_embed": torch.zeros(1, 1 + 3 * 6, 192)}, "mae", ("pos_embed",)),
     "shape": (PLAIN | {"blocks.0.attn.qkv.bias": torch.tensor(0.0)}, "deit", ("blocks.0.attn.qkv.bias",)),
     "Flax": (PLAIN, "big_vision", ("embedding/kernel",)),
@@ -549,8 +482,6 @@ def test_values_that_are_not_numbers_are_refused() -> None:
     for weights in ({"cls_token": None}, {"cls_token": np.zeros(2, dtype="V2")}):
         with raises_one_line("cls_token", "float32", error=ConversionError):
             convert_state_dict(weights, "deit")
-    with raises_one_line("state dict", "list", error=ConversionError):
-        convert_state_dict([torch.zeros(1)], "deit")  # type: ignore[arg-type]
 
 
 def test_unreadable_files_are_refused(tmp_path: Path) -> None:
@@ -587,10 +518,10 @@ def test_no_code_in_a_file_runs(tmp_path: Path) -> None:
 def test_a_file_as_a_model_of_other_commands(tmp_path: Path) -> None:
     file = save({"model": build_vit_weights(extra=HEAD)}, tmp_path / "deit.pth")
     source = FileSource.load(file)
-    model, processor = source.convert("keep", None), source.convert_preprocessing()[0]
+    model, processor = source.convert(), source.convert_preprocessing()[0]
     assert isinstance(model, ViTCLSForImageClassification) and model.config.num_labels == LABELS
     assert (processor.crop_size.height, processor.crop_size.width) == (GRID * PATCH, GRID * PATCH)
     provenance = find_provenance(str(file))
     assert provenance.name == "deit.pth" and provenance.license is None
-    comparisons, _ = compare_models(source, model, has_source_classifier=True)
+    comparisons, _ = compare_models(source, model)
     assert [set(comparison["differences"]) for comparison in comparisons] == [{"cls", "patches", "logits"}] * 2

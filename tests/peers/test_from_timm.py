@@ -282,17 +282,6 @@ def test_without_a_classifier() -> None:
     assert two_outputs.pooler is None
 
 
-def test_classifier_choices() -> None:
-    model = peer("deit_tiny_distilled_patch16_224", **TINY)
-    new = convert_from_timm(model, classifier="new", num_labels=3)
-    assert new.classifier.out_features == new.distillation_classifier.out_features == 3
-    assert type(convert_from_timm(model, classifier="drop")) is ViTCLSModel
-    with pytest.raises(ConversionError, match="7 labels, but num_labels=3"):
-        convert_from_timm(model, num_labels=3)
-    headless = peer("vit_small_patch16_dinov3", **TINY | {"num_classes": 0})
-    assert convert_from_timm(headless, num_labels=5).classifier.out_features == 5
-
-
 def test_dtype_labels_and_the_source_are_kept() -> None:
     model = peer("vit_tiny_patch16_224", **TINY, drop_path_rate=0.2, attn_drop_rate=0.1).to(torch.bfloat16)
     model.pretrained_cfg["label_names"] = list("abcdefg")

@@ -5,14 +5,13 @@ The models are in transformers_cases.py.
 
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import transformers
 from torch import nn
 
-from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel, convert_from_transformers
+from modeling_vitcls import convert_from_transformers
 from modeling_vitcls.conversion.from_transformers import CONVERTIBLE_CLASSES
 from modeling_vitcls.conversion.parity_report import compare_models
 from modeling_vitcls.conversion.source_models import TransformersSource
@@ -68,7 +67,7 @@ def test_outputs_in_the_parity_report(name: str, outputs: set[str]) -> None:
     """`TransformersSource` computes the outputs of the source for the parity report, at both sizes."""
     source = TransformersSource(name, "", CASES[name].build(), [])
     assert source.image_size == CASES[name].sizes[0]
-    comparisons, reason = compare_models(source, source.convert("keep", None), source.has_classifier)
+    comparisons, reason = compare_models(source, source.convert())
     assert [set(comparison["differences"]) for comparison in comparisons] == [outputs] * (1 if reason else 2)
     assert bool(reason) == (name == "vit of rectangles")
     assert source.has_classifier == ("logits" in outputs)
@@ -127,53 +126,6 @@ def test_initial_values_and_the_problem_type_are_kept() -> None:
     labels = {"num_labels": 3, "problem_type": "multi_label_classification"}
     source = Case("ViTForImageClassification", "ViTConfig", PLAIN | labels).build()
     assert convert_from_transformers(source).config.problem_type == "multi_label_classification"
-
-
-# Without a classification class in transformers.
-@pytest.mark.parametrize("name", ["dinov3", "mae", "pixio", "aimv2", "radio"])
-@torch.no_grad()
-def test_new_classifier_on_an_exact_encoder(name: str) -> None:
-    case = CASES[name]
-    source = case.build()
-    model = convert_from_transformers(source, num_labels=10)
-    assert isinstance(model, ViTCLSForImageClassification)
-    outputs = compute_outputs(model, images(case.sizes[0]))
-    assert_same(outputs, compute_source_outputs(case, source, images(case.sizes[0])))
-    assert outputs["logits"].shape == (2, 10)
-    assert not model.classifier.bias.any()
-    assert model.classifier.weight.std() == pytest.approx(model.config.initializer_range, rel=0.3)
-    assert len(model.config.id2label) == 10
-
-
-class TestClassifierOfTheSource:
-    def test_new(self) -> None:
-        source = CASES["deit distilled"].build()
-        model = convert_from_transformers(source, classifier="new", num_labels=7)
-        assert model.classifier.weight.shape == model.distillation_classifier.weight.shape == (7, 32)
-        assert model.config.num_labels == 7
-        assert torch.equal(model.vitcls.embeddings.cls_token, source.deit.embeddings.cls_token)
-
-    @torch.no_grad()
-    def test_dropped(self) -> None:
-        source = CASES["dinov2 classifier"].build()
-        model = convert_from_transformers(source, classifier="drop")
-        assert isinstance(model, ViTCLSModel)
-        wanted = source.dinov2(images((32, 32))).last_hidden_state
-        assert_same(model(images((32, 32))), {"last_hidden_state": wanted})
-
-    @pytest.mark.parametrize(
-        ("name", "options", "message"),
-        [
-            ("vit classifier", {"num_labels": 7}, 'has 3 labels, but num_labels=7. Set classifier="new"'),
-            ("vit classifier", {"num_labels": 2}, 'has 3 labels, but num_labels=2. Set classifier="new"'),
-            ("vit classifier", {"classifier": "drop", "num_labels": 7}, "does not support num_labels=7"),
-            ("vit classifier", {"classifier": "replace"}, "classifier='replace' is not supported"),
-            ("dinov3", {"classifier": "new"}, "requires num_labels"),
-        ],
-    )
-    def test_never_changed_silently(self, name: str, options: dict[str, Any], message: str) -> None:
-        with pytest.raises(ConversionError, match=re.escape(message)):
-            convert_from_transformers(CASES[name].build(), **options)
 
 
 class Subclass(transformers.ViTModel):
