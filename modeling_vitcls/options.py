@@ -692,10 +692,10 @@ class ExportOptions:
 
     model: str
     """A model folder, the id of a model on the Hub, or a preset (random weights)."""
-    format: Literal["torch", "onnx", "openvino", "transformers.js"]
-    """torch.export (.pt2), ONNX (.onnx), OpenVINO (.xml and .bin), or a folder for transformers.js."""
+    format: Literal["onnx", "openvino", "transformers.js"]
+    """ONNX (.onnx), OpenVINO (.xml and .bin), or a folder for transformers.js."""
     output: Path
-    """Output file, which must not exist yet, or a folder: model.onnx (or model.xml, model.pt2) and all files that
+    """Output file, which must not exist yet, or a folder: model.onnx (or model.xml) and all files that
     `predict` and `evaluate` with --backend require. With --format transformers.js: a new or empty folder."""
     int8: bool = False
     """With --format onnx or openvino: quantize the matrix products to int8 (NNCF), calibrated on training images of
@@ -709,7 +709,7 @@ class ExportOptions:
     only in the comparison. Default: the image size of the model."""
     dynamic: bool = True
     """Accept images of different sizes, not only of --image-size. The batch size is always dynamic."""
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    dtype: Literal["float32", "float16"] = "float32"
     """dtype of the weights and computations. Inputs and outputs are always float32."""
     dataset: str | None = None
     """Images, as in `vitcls evaluate`, to measure the accuracy of the file. For images without labels, the outputs of
@@ -725,9 +725,7 @@ class ExportOptions:
             and min(size) < 1,
             "--format transformers.js does not support --image-size, --no-dynamic or --dtype. Remove the flag": is_js
             and has_graph_settings,
-            "--dataset requires --format onnx, openvino or transformers.js": has_dataset and self.format == "torch",
-            "--int8 requires --format onnx or openvino, and --dataset": self.int8
-            and not (has_dataset and self.format in ("onnx", "openvino")),
+            "--int8 requires --format onnx or openvino, and --dataset": self.int8 and (is_js or not has_dataset),
             "--int8 does not support --dtype or --no-dynamic. Remove the flag": self.int8
             and (not self.dynamic or self.dtype != "float32"),
             "--exclude-layers requires --int8": bool(self.exclude_layers) and not self.int8,

@@ -1,6 +1,5 @@
 """Write a graph to a file and run the file in the runtime of its format.
 
-torch     .pt2     torch.export.load
 onnx      .onnx    onnxruntime; weights of more than 1.9 GB are written to a second file, FILE.data
 openvino  .xml     OpenVINO, with weights in FILE.bin; converted from the ONNX graph
 """
@@ -30,24 +29,11 @@ class Format:
 
     suffix: str
     packages: tuple[str, ...]  # names of the required packages
-    # Function (graph, image sizes, names of the outputs, file) that writes a graph and returns the ONNX opset, or None
-    # if the format is not based on ONNX
-    write: Callable[[ExportedProgram, GraphShape, list[str], Path], int | None]
-    # Function that runs a file on batches of images and returns the outputs of each batch
-    run: Callable[[Path, Sequence[torch.Tensor], list[str]], list[Outputs]]
+    # Function (graph, image sizes, names of the outputs, file) that writes a graph and returns the ONNX opset
+    write: Callable[[ExportedProgram, GraphShape, list[str], Path], int]
     # Whether the antialiasing filter of the runtime equals PyTorch's filter. OpenVINO uses a different filter, which
     # changes outputs by 1e-4 to 1e-3.
     has_pytorch_antialias_filter: bool = True
-
-
-# torch ---------------------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def run_torch(file: Path, batches: Sequence[torch.Tensor], names: list[str]) -> list[Outputs]:
-    """Load and run a file, and return the outputs of each batch."""
-    graph = torch.export.load(file).module()
-    return [graph(images) for images in batches]
 
 
 # ONNX ----------------------------------------------------------------------------------------------------------------
@@ -103,7 +89,6 @@ ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 OPENVINO_PACKAGES = ("onnx", "onnxscript", "openvino")
 
 FORMATS: dict[str, Format] = {
-    "torch": Format(".pt2", (), lambda graph, shape, names, file: torch.export.save(graph, file), run_torch),
-    "onnx": Format(".onnx", ONNX_PACKAGES, write_onnx, run_graph),
-    "openvino": Format(".xml", OPENVINO_PACKAGES, write_openvino, run_graph, has_pytorch_antialias_filter=False),
+    "onnx": Format(".onnx", ONNX_PACKAGES, write_onnx),
+    "openvino": Format(".xml", OPENVINO_PACKAGES, write_openvino, has_pytorch_antialias_filter=False),
 }

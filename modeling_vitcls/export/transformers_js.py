@@ -34,7 +34,7 @@ from ..modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel, ViTCLSP
 from ..options import ExportOptions
 from .exportable import Outputs, compute_named_outputs, load_exportable_model
 from .exporter import export_model, get_report_path
-from .formats import FORMATS
+from .formats import run_graph
 from .measurement import compare_outputs_on_images, load_export_images
 
 
@@ -160,7 +160,7 @@ def compare_file(
 ) -> dict[str, Any]:
     """Run a file with onnxruntime and compare the logits of a classifier [B, labels], or the final hidden state of an
     encoder [B, N, D], with those of the model. `dtype` is that of transformers.js."""
-    outputs = FORMATS["onnx"].run(file, batches, list(reference_outputs[0]))
+    outputs = run_graph(file, batches, list(reference_outputs[0]))
     difference = max(
         get_max_magnitude(next(iter(found.values())) - next(iter(expected.values())))
         for found, expected in zip(outputs, reference_outputs, strict=True)

@@ -14,4 +14,4 @@ pytestmark = pytest.mark.integration
 def test_files_that_do_not_run(tmp_path: Path) -> None:
     (tmp_path / "vit.onnx").write_text("damaged")
     with raises_one_line("vit.onnx"):
-        formats.FORMATS["onnx"].run(tmp_path / "vit.onnx", [build_images()], ["logits"])
+        formats.run_graph(tmp_path / "vit.onnx", [build_images()], ["logits"])

@@ -17,7 +17,7 @@ from helpers.transformers_js import install_transformers_js, load_digit_images, 
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, ViTCLSModel
 from modeling_vitcls.export.exportable import compute_named_outputs
-from modeling_vitcls.export.formats import FORMATS
+from modeling_vitcls.export.formats import run_graph
 from modeling_vitcls.export.transformers_js import (
     export_for_transformers_js,
 )
@@ -119,7 +119,7 @@ def test_the_files_have_the_logits_and_the_attention_of_the_model(web: Path) -> 
     pixel_values = build_images(4)
     (reference,) = compute_named_outputs(model, [pixel_values], output_attentions=True)
     for name, limit in (("model.onnx", 1e-4), ("model_fp16.onnx", 0.1), ("model_quantized.onnx", 1.0)):
-        (outputs,) = FORMATS["onnx"].run(web / "onnx" / name, [pixel_values], ["logits", "cls_attention"])
+        (outputs,) = run_graph(web / "onnx" / name, [pixel_values], ["logits", "cls_attention"])
         for output, expected in reference.items():
             assert outputs[output].shape == expected.shape
             assert (outputs[output] - expected).abs().max() <= limit, (name, output)
@@ -138,7 +138,7 @@ def test_an_encoder_has_features_instead_of_labels(tmp_path: Path) -> None:
     assert config["architectures"] == ["ViTModel"] and "id2label" not in config
     assert all(comparison["top1_agreement"] is None for comparison in report["comparisons"])
     names = ["last_hidden_state", "pooler_output"]
-    (outputs,) = FORMATS["onnx"].run(tmp_path / "web" / "onnx" / "model.onnx", [build_images()], names)
+    (outputs,) = run_graph(tmp_path / "web" / "onnx" / "model.onnx", [build_images()], names)
     with torch.no_grad():
         assert (outputs["pooler_output"] - model(build_images()).pooler_output).abs().max() <= 1e-4
     with raises_one_line("--dataset"):
@@ -194,7 +194,7 @@ def test_files_are_evaluated_on_labeled_images(web: Path, tmp_path: Path, capsys
     labeled = json.loads((tmp_path / "web" / "onnx" / "report.json").read_text())["labeled"]
     assert (labeled["dataset"], labeled["split"], labeled["num_images"]) == ("path/to/images", "test", 40)
     assert labeled["metric"] == "accuracy" and labeled["model"] == labeled["files"]["model.onnx"] == 0.75
-    outputs = FORMATS["onnx"].run(web / "onnx" / "model_quantized.onnx", list(pixel_values.split(1)), ["logits"])
+    outputs = run_graph(web / "onnx" / "model_quantized.onnx", list(pixel_values.split(1)), ["logits"])
     logits = torch.cat([output["logits"] for output in outputs])
     correct = (logits.argmax(-1) == torch.tensor(labels)).float().mean().item()
     assert labeled["files"]["model_quantized.onnx"] == pytest.approx(correct)
@@ -224,7 +224,7 @@ def test_node_predicts_the_same_labels_for_500_digits(
             logits = model(pixel_values).logits
     else:
         batches = list(pixel_values.split(1))  # int8 inputs are scaled by the largest value of a batch
-        outputs = FORMATS["onnx"].run(web / "onnx" / "model_quantized.onnx", batches, ["logits"])
+        outputs = run_graph(web / "onnx" / "model_quantized.onnx", batches, ["logits"])
         logits = torch.cat([output["logits"] for output in outputs])
     assert len(set(labels)) > 1
     assert labels == [f"digit {index}" for index in logits.argmax(-1).tolist()]
