@@ -279,7 +279,6 @@ class ViTCLSAttention(nn.Module):
 
     def project_qkv(self, hidden_states: Tensor, num_queries: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries [B, heads, n, head_dim], keys and values [B, heads, N, head_dim], before rotary embedding."""
-        # -1 infers the number of heads, because with tensor parallelism, each process has only some of the heads.
         # torch.cat copies the tokens: with a view, torch.onnx would fix the batch size if the example has one image.
         queries = hidden_states if num_queries is None else torch.cat([hidden_states[:, :num_queries]], dim=1)
         query = self.q_proj(queries).unflatten(-1, (-1, self.qk_head_dim))

@@ -46,10 +46,6 @@ AUTO_MAP = {
     "AutoBackbone": "modeling_vitcls.ViTCLSBackbone",
 }
 
-# `mlp_type` -> tensor parallel plan: how each linear layer is split.
-GLU_TP_PLAN = {"gate_proj": "colwise", "up_proj": "colwise", "down_proj": "rowwise"}
-MLP_TP_PLANS = {"mlp": {"fc1": "colwise", "fc2": "rowwise"}, "glu": GLU_TP_PLAN, "swiglu": GLU_TP_PLAN}
-
 PRESETS: dict[str, dict[str, int]] = {
     "tiny": {"hidden_size": 192, "num_attention_heads": 3, "num_hidden_layers": 12, "intermediate_size": 768},
     "small": {"hidden_size": 384, "num_attention_heads": 6, "num_hidden_layers": 12, "intermediate_size": 1536},
@@ -285,10 +281,6 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     keys_to_ignore_at_inference: ClassVar[list[str]] = (
         "cls_logits distillation_logits losses hidden_states attentions".split()
     )
-    base_model_tp_plan: ClassVar[dict[str, str]] = {
-        **{f"layers.*.attention.{name}_proj": "colwise" for name in "qkv"},
-        "layers.*.attention.o_proj": "rowwise",
-    }
     base_model_fsdp_plan: ClassVar[dict[Any, str]] = {
         "embeddings": "free_full_weight",
         "layers.*": "free_full_weight",
@@ -387,8 +379,6 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         self.auto_map = kwargs.pop("auto_map", None) or self.build_auto_map()
         # AutoModelForImageClassification selects one of two classes by `architectures`, which must not be None.
         self.architectures = self.architectures or []
-        # transformers requires an instance attribute for a plan that depends on the configuration.
-        setattr(self, "base_model_tp_plan", self._build_tensor_parallel_plan())  # noqa: B010
         self.stage_names = ["stem", *(f"stage{index}" for index in range(1, self.num_hidden_layers + 1))]
         kwargs.pop("stage_names", None)
         self.set_output_features_output_indices(
@@ -572,17 +562,6 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             name: [f"LABEL_{index}" for index in range(labels)] if isinstance(labels, int) else labels
             for name, labels in sorted((self.tasks or {}).items())
         }
-
-    def _build_tensor_parallel_plan(self) -> dict[str, str]:
-        """Build the tensor parallel plan, without specialized modules and modules with a norm over the split axis."""
-        plan: dict[str, str] = {}
-        if not self.attention_norm and "qkv" not in (self.specialized_layers or {}):
-            plan |= type(self).base_model_tp_plan
-            if self.qk_norm:  # processes have different heads, but all heads share the norms
-                plan |= {f"layers.*.attention.{name}_norm": "replicated_with_grad_allreduce" for name in "qk"}
-        if not self.mlp_norm:
-            plan |= {f"layers.*.mlp.{name}": style for name, style in MLP_TP_PLANS[self.mlp_type].items()}
-        return plan
 
     # Size checks, which the other checks require -------------------------------------------------------------------
     def validate_architecture(self) -> None:

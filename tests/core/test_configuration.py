@@ -94,7 +94,7 @@ WRONG_VALUES: list[tuple[str, Any]] = [
     *((name, largest + 1) for name, (_, largest) in SIZE_LIMITS.items()),
 ]
 
-CLASS_VARIABLES = {"_skip_validation", "keys_to_ignore_at_inference", "base_model_tp_plan", "base_model_fsdp_plan"}
+CLASS_VARIABLES = {"_skip_validation", "keys_to_ignore_at_inference", "base_model_fsdp_plan"}
 
 
 # Numbers of parameters with 1,000 labels in the papers' code (timm's vit_*_patch16_224 and deit_*_patch16_224).

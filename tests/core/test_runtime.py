@@ -20,7 +20,6 @@ from helpers.tiny_models import (
     randomize,
     save_and_load,
 )
-from torch import nn
 from transformers.utils.import_utils import is_kernels_available
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
@@ -197,28 +196,7 @@ def test_export_of_each_class(model_class: type, fields: dict[str, Any], inputs:
 # Parallelism plans
 
 
-@pytest.mark.parametrize("mlp_type", ["mlp", "swiglu"])
-def test_plans_contain_only_existing_modules(mlp_type: str) -> None:
-    model = ViTCLSModel(build_tiny_config(mlp_type=mlp_type))
-    modules = {re.sub(r"\.\d+", ".*", name): module for name, module in model.named_modules()}
-    assert set(model.config.base_model_fsdp_plan) <= modules.keys()
-    linear = {name for name, module in modules.items() if name.startswith("layers") and isinstance(module, nn.Linear)}
-    assert set(model.config.base_model_tp_plan) == linear  # every projection of a layer is split
-
-
-def test_modules_with_norms_over_the_split_dimension_are_not_split() -> None:
-    attention = {f"layers.*.attention.{name}_proj": "colwise" for name in "qkv"}
-    attention["layers.*.attention.o_proj"] = "rowwise"
-    head_norms = {f"layers.*.attention.{name}_norm": "replicated_with_grad_allreduce" for name in "qk"}
-    mlp = {"layers.*.mlp.fc1": "colwise", "layers.*.mlp.fc2": "rowwise"}
-    gated_mlp = {f"layers.*.mlp.{name}_proj": "colwise" for name in ("gate", "up")}
-    gated_mlp["layers.*.mlp.down_proj"] = "rowwise"
-    plans = {
-        "plain": ({}, attention | mlp),
-        "head norms": ({"qk_norm": True, "mlp_type": "glu"}, attention | head_norms | gated_mlp),
-        "attention norm": ({"attention_norm": True, "qk_norm": True}, mlp),
-        "specialized": ({"specialized_layers": {"qkv": [0]}}, mlp),
-        "MLP norm": ({"mlp_norm": True, "mlp_type": "swiglu"}, attention),
-    }
-    found = {name: build_tiny_config(**fields).base_model_tp_plan for name, (fields, _) in plans.items()}
-    assert found == {name: plan for name, (_, plan) in plans.items()}
+def test_the_fsdp_plan_contains_only_existing_modules() -> None:
+    model = ViTCLSModel(build_tiny_config())
+    modules = {re.sub(r"\.\d+", ".*", name) for name, _ in model.named_modules()}
+    assert set(model.config.base_model_fsdp_plan) <= modules

@@ -82,31 +82,6 @@ def check(function: Callable) -> Callable:
 
 
 @check
-def tensor_parallel(layout: str, folder: Path) -> None:
-    """Check loss, gradients and the saved model with transformers' tensor parallelism."""
-    model, path = save_model(layout, folder)
-    parallel = type(model).from_pretrained(path, distributed_config=DistributedConfig(tp_size=NUM_PROCESSES)).train()
-    queries = next(weight for name, weight in parallel.named_parameters() if name.endswith("q_proj.weight"))
-    assert queries.to_local().shape == (SIZES["hidden_size"] // NUM_PROCESSES, SIZES["hidden_size"])
-
-    loss = compute_loss(model, layout, build_all_images())
-    parallel_loss = compute_loss(parallel, layout, build_all_images())
-    torch.testing.assert_close(parallel_loss, loss, rtol=1e-5, atol=1e-6)
-    loss.backward()
-    parallel_loss.backward()
-    for (name, expected), actual in zip(model.named_parameters(), parallel.parameters(), strict=True):
-        assert (expected.grad is None) == (actual.grad is None), name
-        if expected.grad is not None:
-            torch.testing.assert_close(gather(actual.grad), expected.grad, rtol=1e-4, atol=1e-6)
-
-    parallel.save_pretrained(folder / "parallel")
-    distributed.barrier()
-    again = type(model).from_pretrained(folder / "parallel")
-    for (name, expected), actual in zip(model.named_parameters(), again.parameters(), strict=True):
-        assert torch.equal(actual, expected), name
-
-
-@check
 def fsdp_by_plan(layout: str, folder: Path) -> None:
     """Check a training step with FSDP2 as set up by transformers."""
     if layout == "backbone":
