@@ -31,8 +31,6 @@ class ConvertOptions:
     """Convert --source to a vitcls model, or --model to a transformers model, which requires no remote code."""
     model: str | None = None
     """With --to transformers: folder or Hub id of a vitcls model."""
-    any_size: bool = False
-    """With --to transformers: require the same outputs for images of any size, not only of the native size."""
     random_init: bool = False
     """Initialize the source with random weights, to test the conversion without trained weights."""
     family: str | None = None
@@ -60,7 +58,7 @@ def run(options: ConvertOptions) -> None:
     from ..publishing.model_folder import ModelFolder
 
     if options.to == "transformers":
-        report = write_native_model(str(options.model), options.output, options.any_size)
+        report = write_native_model(str(options.model), options.output)
     else:
         report = convert_checkpoint(str(options.source), options.output, options.random_init, options.family)
     write_card(ModelFolder(options.output))

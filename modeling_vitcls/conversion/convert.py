@@ -147,17 +147,16 @@ def convert_source(source: SourceModel) -> ViTCLSPreTrainedModel:
 # Transformers classes ------------------------------------------------------------------------------------------------
 
 
-def write_native_model(source: str, output: Path, any_size: bool = False) -> Report:
+def write_native_model(source: str, output: Path) -> Report:
     """Convert a vitcls model to a transformers class, and write the model, image processor, parity report, license and
     the results of the training run.
 
-    Unless the model is a `ViTCLSForImageClassification`, only the encoder is converted.
+    Unless the model is a `ViTCLSForImageClassification`, only the encoder is converted. If no transformers class has
+    the same outputs for images of any size, a class with the same outputs at the native size is sufficient.
 
     Args:
         source: Folder or Hub id of a vitcls model.
         output: A folder that does not exist or is empty.
-        any_size: Whether the outputs must be equal for images of any size. If False, a transformers class with equal
-            outputs at the native size is sufficient.
 
     Raises:
         ValueError, OSError: If the model does not exist, no transformers class supports the model, the outputs differ
@@ -174,8 +173,6 @@ def write_native_model(source: str, output: Path, any_size: bool = False) -> Rep
     try:
         converted_model = convert_to_transformers(model)
     except ConversionError:
-        if any_size:
-            raise
         converted_model = convert_to_transformers(model, native_size_only=True)
         native_size_reason = "at other image sizes, the two models resample position embeddings differently"
     with create_output_folder(output) as output_folder:

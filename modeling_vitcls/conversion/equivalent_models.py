@@ -7,10 +7,9 @@ These forms have the same outputs for images of any size:
                                        added to the tokens
     temperature                        a classifier whose weights are divided by the temperature
 
-The following forms have the same outputs only at the native image size, where position embeddings are not resampled:
+The following form has the same outputs only at the native image size, where position embeddings are not resampled:
 
     position_antialias, ...            a different resampling policy
-    position_embedding_type="sincos_2d"    learned position embeddings with the same values
 
 A `Rewrite` names configuration fields that get the values of the transformers class, and changes the weights
 accordingly.
@@ -21,7 +20,6 @@ from dataclasses import dataclass
 
 import torch
 
-from ..blocks_vitcls import SinCosPositionEmbeddings
 from ..configuration_vitcls import GROUPS_WITH_POSITIONS, ViTCLSConfig
 from .weight_rules import Weights
 
@@ -87,29 +85,10 @@ def move_position_embeddings(weights: Weights, old_config: ViTCLSConfig, new_con
             weights[f"{POSITION_EMBEDDINGS}.{group}"] = torch.zeros_like(weights[token_name])
 
 
-def add_learned_positions(weights: Weights, old_config: ViTCLSConfig, new_config: ViTCLSConfig) -> None:
-    """Add learned position embeddings [1, rows * columns, D] with the sin-cos values, and zeros for special tokens."""
-    rows, columns = old_config.grid_size
-    projection = weights["embeddings.patch_embeddings.projection.weight"]
-    positions = projection.new_zeros(1, rows * columns, old_config.hidden_size)
-    _, weights[f"{POSITION_EMBEDDINGS}.patches"] = SinCosPositionEmbeddings(old_config)({}, positions, (rows, columns))
-    for group in GROUPS_WITH_POSITIONS[new_config.position_embedding_tokens]:
-        if TOKEN_WEIGHT_NAMES[group] in weights:
-            weights[f"{POSITION_EMBEDDINGS}.{group}"] = torch.zeros_like(weights[TOKEN_WEIGHT_NAMES[group]])
-
-
 # All rewrites, in the order in which to_transformers.py tries them.
 REWRITES = (
     Rewrite(("temperature",), can_fold_temperature, fold_temperature),
     Rewrite(("pooling",), can_widen_classifier, widen_classifier),
-    Rewrite(
-        ("position_embedding_type", "position_embedding_tokens", *RESAMPLING_FIELDS),
-        lambda config, target: (
-            (config.position_embedding_type, target.position_embedding_type) == ("sincos_2d", "learned")
-        ),
-        add_learned_positions,
-        is_native_size_only=True,
-    ),
     Rewrite(
         ("position_embedding_tokens",),
         lambda config, target: config.position_embedding_type.startswith("learned"),

@@ -139,12 +139,6 @@ DEMO = {"num_register_tokens": 2}
 NATIVE_SIZE = [
     (ViTCLSForImageClassification, DEMO, "Dinov2WithRegistersForImageClassification", "registers classifier"),
     (ViTCLSModel, {"position_interpolation": "bilinear"}, "ViTModel", "vit without pooler"),
-    (
-        ViTCLSModel,
-        {"position_embedding_type": "sincos_2d", "image_size": [32, 48]},
-        "ViTModel",
-        "vit of rectangles",
-    ),
 ]
 
 
