@@ -17,7 +17,6 @@ import dataclasses
 import io
 import itertools
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -111,14 +110,16 @@ def write_page(
 
 
 def write_json_values(file: str | Path, inspection: Inspection, title: str | None = None) -> None:
-    """Write the values of an inspection as JSON (`build_json_values`), with the name and commit of the model.
+    """Write the values of an inspection as JSON (`build_json_values`), with the name and commit of the model. Numbers
+    that are not finite become null.
 
     Raises:
         OSError: if the file cannot be written.
     """
     model, commit = title or get_model_name(inspection.config.name_or_path), get_commit(inspection.config)
     values = {"model": model, "commit": commit, "version": __version__} | build_json_values(inspection)
-    write_text(file, json.dumps(values, indent=1, allow_nan=False) + "\n")
+    text = json.dumps(values, default=torch.Tensor.tolist)
+    write_text(file, json.dumps(json.loads(text, parse_constant=lambda constant: None), indent=1) + "\n")
 
 
 def write_text(file: str | Path, text: str) -> None:
@@ -305,33 +306,17 @@ def build_json_values(inspection: Inspection) -> dict[str, Any]:
         values = dataclasses.asdict(verdict)
         return values | values.pop("numbers")
 
-    return round_values(
-        {
-            "diagnosis": inspection.summary,
-            "tokens": list(map(build_record, inspection.verdicts)),
-            "tasks": list(map(build_record, inspection.tasks)),
-            "heads": [build_record(inspection.heads)],
-            "patches": build_record(inspection.patches),
-            "num_ablation_images": inspection.num_ablation_images,
-            "map_checks": {
-                name: {"statement": check.describe(name), "is_faithful": check.is_faithful} | dataclasses.asdict(check)
-                for name, check in inspection.map_checks.items()
-            },
-            "findings": findings,
-            "num_unreadable": inspection.num_unreadable,
-        }
-    )
-
-
-def round_values(values: Any) -> Any:
-    """Convert tensors in nested dicts and lists to lists, round numbers to five significant digits, and replace
-    non-finite numbers with None."""
-    if isinstance(values, torch.Tensor):
-        return round_values(values.tolist())
-    if isinstance(values, dict):
-        return {name: round_values(value) for name, value in values.items()}
-    if isinstance(values, list | tuple):
-        return [round_values(value) for value in values]
-    if isinstance(values, float):
-        return float(f"{values:.5g}") if math.isfinite(values) else None
-    return values
+    return {
+        "diagnosis": inspection.summary,
+        "tokens": list(map(build_record, inspection.verdicts)),
+        "tasks": list(map(build_record, inspection.tasks)),
+        "heads": [build_record(inspection.heads)],
+        "patches": build_record(inspection.patches),
+        "num_ablation_images": inspection.num_ablation_images,
+        "map_checks": {
+            name: {"statement": check.describe(name), "is_faithful": check.is_faithful} | dataclasses.asdict(check)
+            for name, check in inspection.map_checks.items()
+        },
+        "findings": findings,
+        "num_unreadable": inspection.num_unreadable,
+    }

@@ -99,7 +99,7 @@ def prepare_flags(command: str, options_class: type, flags: list[str]) -> list[s
     if flags and not flags[0].startswith("-") and "paths" not in flag_names and flag in flag_names:
         exit_with_message(f"error: vitcls {command} has no positional arguments. Set --{flag} {flags[0]}")
     if has_recipes and (recipe := read_value(flags, "--config")) is not None:
-        flags = [*read_recipe(find_recipe(Path(recipe)), flag_names), *flags]
+        flags = [*read_recipe(find_recipe(Path(recipe))), *flags]
     names = [flag.partition("=")[0].removeprefix("--").replace("-", "_") for flag in flags if flag.startswith("--")]
     for name in names:
         if not {name, name.removeprefix("no_")} & flag_names and not name.startswith("tyro_"):
@@ -201,23 +201,17 @@ def find_recipe(path: Path) -> Path:
     return next((file for file in recipe_files if file.is_file()), path)
 
 
-def read_recipe(path: Path, flag_names: set[str]) -> list[str]:
-    """Read a recipe and return its flags. Exit with status 2 if the file cannot be read or a key is not a flag."""
+def read_recipe(path: Path) -> list[str]:
+    """Read a recipe and return its flags. Exit with status 2 if the file cannot be read."""
     if not path.is_file() and not path.suffix:
         names = sorted({file.stem for folder in RECIPE_FOLDERS for file in folder.glob("[!s]*.yaml")})
         exit_with_message(f"error: there is no recipe {path}: set --config to a file, or to one of {', '.join(names)}")
     try:
-        text = path.read_text(encoding="utf-8")
-        recipe = yaml.safe_load(text) or {}
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         exit_with_message(f"error: cannot read the recipe {path}: {' '.join(str(error).split())}")
     if not isinstance(recipe, dict):
         exit_with_message(f"error: the recipe {path} must contain lines of the form `flag: value`")
-    for key, _ in yaml.compose(text).value if recipe else ():
-        name = str(key.value).replace("-", "_")
-        if name not in flag_names and name.removeprefix("no_") not in flag_names:
-            message = f"{path}, line {key.start_mark.line + 1}: unknown flag {key.value}; {hint(name, flag_names)}"
-            exit_with_message(f"error: {message}")
     return [argument for name, value in recipe.items() for argument in to_arguments(str(name), value)]
 
 

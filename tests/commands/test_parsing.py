@@ -31,21 +31,20 @@ def test_recipes_are_flags_that_the_command_line_overrides(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"\xff\xfe\xff", "cannot read"),
-        (b"epochs: [3", "cannot read"),
-        (b"- epochs", "flag: value"),
-        (b"epochs: 3\nlr: 0.1", "line 2: unknown flag lr; use --learning-rate"),
-        (b"xyzzy: 1", "line 1: unknown flag xyzzy"),
+        (b"\xff\xfe\xff", ["cannot read", "recipe.yaml"]),
+        (b"epochs: [3", ["cannot read", "recipe.yaml"]),
+        (b"- epochs", ["flag: value", "recipe.yaml"]),
+        (b"epochs: 3\nlr: 0.1", ["--lr", "use --learning-rate"]),
     ],
 )
 def test_errors_of_recipes_are_one_line(
-    content: bytes, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    content: bytes, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_bytes(content)
     assert run_here("finetune", "--config", str(recipe), "--output-dir", "out") == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and str(recipe) in error and words in error and error.count("\n") == 1
+    assert error.startswith("error: ") and error.count("\n") == 1 and all(word in error for word in words)
 
 
 @pytest.mark.parametrize(
