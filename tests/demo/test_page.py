@@ -1,5 +1,6 @@
 """The page of the demo: predictions, and the attention of each special token over the image that the model sees."""
 
+import asyncio
 import importlib
 import socket
 from pathlib import Path
@@ -108,6 +109,8 @@ def test_only_uploaded_images_and_examples_are_opened(page: Any, uploads: Path, 
     for file in (secret, example):
         Image.new("RGB", (40, 40)).save(file)
     text.write_text("no image")
+    with pytest.raises(page.gr.Error, match="upload an image"):  # gradio would download the image to the server
+        asyncio.run(page.build_image_input().async_move_resource_to_block_cache("http://127.0.0.1/image.png"))
     (uploads / "link.png").symlink_to(secret)
     blocks = page.build_page(build_classifier(), PROCESSOR, "mine", [example])
     assert call_page(blocks, {"path": str(example)}, 1)[0]

@@ -4,14 +4,10 @@ import json
 import os
 import subprocess
 import sys
-import threading
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from typing import Any
-from urllib.request import Request, urlopen
+from urllib.request import urlopen
 
 import pytest
 import torch
@@ -106,59 +102,6 @@ def run_page(command: list[str], folder: Path, **environment: str) -> Iterator[s
         child.communicate(timeout=60)
 
 
-def upload(at: str, file: Path) -> str:
-    """Upload a file as the page does, and return its path on the server."""
-    form = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\nContent-Type: image/png\r\n\r\n'
-    body = form + file.read_bytes() + b"\r\n--x--\r\n"
-    request = Request(f"{at.rstrip('/')}/gradio_api/upload", body, {"Content-Type": "multipart/form-data; boundary=x"})
-    with urlopen(request, timeout=60) as answer:
-        return json.load(answer)[0]
-
-
-def request_prediction(at: str, file: dict[str, Any]) -> Any:
-    """Return the server's response for a file, through its queue."""
-    at = at.rstrip("/")
-    with urlopen(f"{at}/config", timeout=60) as answer:
-        events = {event["api_name"]: event["id"] for event in json.load(answer)["dependencies"]}
-    session = uuid.uuid4().hex
-    event = {"data": [file, 1], "fn_index": events["predict"], "session_hash": session}
-    request = Request(f"{at}/gradio_api/queue/join", json.dumps(event).encode(), {"Content-Type": "application/json"})
-    with urlopen(request, timeout=60):
-        pass
-    with urlopen(f"{at}/gradio_api/queue/data?session_hash={session}", timeout=60) as lines:
-        for line in lines:
-            if line.startswith(b"data:"):
-                message = json.loads(line[5:])
-                if message["msg"] == "process_completed":
-                    return message["output"]
-    raise AssertionError("no answer")
-
-
-@contextmanager
-def record_requests() -> Iterator[tuple[str, list[str]]]:
-    """Start a server to which no requests should be sent; yield its address and the received requests."""
-    requests: list[str] = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            requests.append(self.path)
-            self.send_error(404)
-
-        do_HEAD = do_GET
-
-        def log_message(self, *args: object) -> None:
-            """Log nothing."""
-
-    server = HTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}", requests
-    finally:
-        server.shutdown()
-        server.server_close()
-
-
 # The Space ---------------------------------------------------------------------------------------------------------
 
 
@@ -171,7 +114,7 @@ def hub(hub: LocalHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Local
 
 
 def test_the_space_runs_without_this_package(hub: LocalHub, classifier: Path, photo: Path, tmp_path: Path) -> None:
-    """Later commits of the model have no effect. Only uploaded files and examples are opened."""
+    """Later commits of the model have no effect."""
     push_folder(ModelFolder(classifier), "ann/mine")
     model = find_published_model("ann/mine")
     space = tmp_path / "space"
@@ -188,13 +131,3 @@ def test_the_space_runs_without_this_package(hub: LocalHub, classifier: Path, ph
         confidences = {entry["label"]: entry["confidence"] for entry in label["confidences"]}
         assert confidences == pytest.approx(predict_top_labels(classifier, photo), abs=1e-4)
         assert [each["caption"] for each in maps] == ["CLS 1", "CLS 2", "distillation", "register 1", "register 2"]
-        secret = tmp_path / "secret.png"
-        secret.write_bytes(photo.read_bytes())
-        with record_requests() as (address, requests):
-            for path in (str(secret), f"{address}/picture.png"):
-                for more in ({}, {"meta": {"_type": "gradio.FileData"}}):
-                    assert "confidences" not in json.dumps(request_prediction(at, {"path": path} | more))
-            assert not requests
-        assert "confidences" in json.dumps(
-            request_prediction(at, {"path": upload(at, photo), "meta": {"_type": "gradio.FileData"}})
-        )
