@@ -289,19 +289,6 @@ def test_the_fingerprint_depends_on_files_and_labels(tmp_path: Path) -> None:
     assert len(set(found)) == len(found)
 
 
-def test_a_folder_of_tables_is_read_by_datasets(tmp_path: Path) -> None:
-    write_class(tmp_path, "images", 8)
-    (tmp_path / "tables").mkdir()
-    for split, count in (("train", 8), ("test", 4)):
-        rows = {
-            "image": [str(tmp_path / "images" / f"{number}.png") for number in range(count)],
-            "label": ["a", "b"] * (count // 2),
-        }
-        datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "tables" / f"{split}.parquet")
-    data = load(tmp_path / "tables")
-    assert (len(data.train), len(data.held_out), data.held_out_name) == (8, 4, "split 'test'")
-
-
 def test_predictions_are_for_every_image(tmp_path: Path) -> None:
     write_images(tmp_path, "1.png", "test_2.png", "deep/3.png")
     source = open_input(PredictOptions("model", dataset=str(tmp_path)))

@@ -337,13 +337,6 @@ def test_a_split_given_by_name_is_used_as_a_whole(
     assert len(list(images.iterate_in_order()) if streaming else images) == 20
 
 
-def test_parts_of_the_only_split(color_images: Path) -> None:
-    options = DataOptions(dataset=str(color_images))
-    data = load_training_data(options)
-    for part, name in ((data.train, "train"), (data.held_out, "test")):
-        assert load_evaluation_data(options, name)[1].images.get_names() == part.images.get_names()
-
-
 def test_unlabeled_images(color_images: Path, tmp_path: Path) -> None:
     for path in list_paths(color_images):
         (tmp_path / f"{Path(path).parent.name}-{Path(path).name}").symlink_to(path)
