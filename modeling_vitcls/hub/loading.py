@@ -230,7 +230,13 @@ def download_files(
     huggingface_hub retries each request."""
     try:
         with set_hub_timeout(timeout):
-            path = snapshot_download(repo_id, revision=revision, local_dir=folder, allow_patterns=list(patterns))
+            path = snapshot_download(
+                repo_id,
+                revision=revision,
+                local_dir=folder,
+                allow_patterns=list(patterns),
+                local_files_only=is_offline_mode(),  # otherwise, huggingface_hub 1 looks for a commit on the Hub
+            )
     except HUB_ERRORS as error:
         if not is_offline_mode():
             raise OSError(f"cannot download {repo_id}: {format_hub_error(error)}") from error
