@@ -11,7 +11,6 @@ is adapted, and every change is logged in one line:
     token positions        the first position embeddings are kept; new position embeddings are zero
     patch positions        resampled (`config.position_interpolation`)
     patch projection       resized with FlexiViT's pseudo-inverse
-    pixel decoder          resized bilinearly
     distillation head      a new head is initialized as a copy of the classifier
     gates                  a gate is kept if the gated token is kept
     specialized weights    copies of the shared weights; shared weights are copies of those of the patches
@@ -33,7 +32,7 @@ from transformers.utils import logging
 
 from .attention_masks_vitcls import TokenGates, list_gated_tokens, resample_bias_tables
 from .configuration_vitcls import ADAPTABLE_FIELDS, COUNT_FIELDS, ViTCLSConfig, update_gated_tokens
-from .positions_vitcls import resample_positions, resize_decoder_weight, resize_patch_kernel
+from .positions_vitcls import resample_positions, resize_patch_kernel
 
 
 logger = logging.get_logger(__name__)
@@ -255,13 +254,13 @@ def adapt_to_grid(resample: Callable[..., Tensor], context: AdaptationContext) -
     return resample(context.old_weights[context.name], old_grid, new_grid, context.new_config), note
 
 
-def adapt_to_patch_size(resize: Callable[..., Tensor], context: AdaptationContext) -> AdaptedWeight:
-    """Resize a weight with one element per pixel of a patch, if the patch size changes."""
+def adapt_to_patch_size(context: AdaptationContext) -> AdaptedWeight:
+    """Resize the kernel of the patch projection, if the patch size changes."""
     old_size, new_size = context.old_config.patch_height_width, context.new_config.patch_height_width
     if old_size == new_size:
         return context.old_weights[context.name], ""
     note = f"resized from {old_size[0]} x {old_size[1]} to {new_size[0]} x {new_size[1]} pixels per patch"
-    return resize(context.old_weights[context.name], old_size, new_size), note
+    return resize_patch_kernel(context.old_weights[context.name], new_size), note
 
 
 def adapt_distillation_head(context: AdaptationContext) -> AdaptedWeight:
@@ -296,15 +295,12 @@ ADAPTERS: dict[str, Callable[[AdaptationContext], AdaptedWeight]] = {
     **dict.fromkeys(("embeddings.cls_token", "embeddings.distillation_token", "embeddings.register_"), adapt_tokens),
     "position_embeddings.patches": partial(adapt_to_grid, resample_positions),
     "position_embeddings.": partial(adapt_tokens, are_positions=True),
-    "patch_embeddings.projection.weight": partial(
-        adapt_to_patch_size, lambda kernel, _, new: resize_patch_kernel(kernel, new)
-    ),
+    "patch_embeddings.projection.weight": adapt_to_patch_size,
     "relative_position_bias.tables": partial(
         adapt_to_grid, lambda tables, old, new, _: resample_bias_tables(tables, old, new)
     ),
     "gates.gates": adapt_gates,
     "distillation_classifier": adapt_distillation_head,
-    "decoder.projection.": partial(adapt_to_patch_size, resize_decoder_weight),
 }
 
 

@@ -160,10 +160,3 @@ def resize_patch_kernel(kernel: Tensor, new_size: tuple[int, int]) -> Tensor:
     inverse = torch.linalg.pinv(resized_basis.flatten(1))  # [new pixels, old pixels]: the pseudo-inverse of B^T
     new_kernel: Tensor = (kernel.cpu().double().flatten(2) @ inverse.T).unflatten(2, new_size)  # [D, C, *new_size]
     return new_kernel.to(device=kernel.device, dtype=kernel.dtype)
-
-
-def resize_decoder_weight(weight: Tensor, size: tuple[int, int], new_size: tuple[int, int]) -> Tensor:
-    """Resize the weight or bias [C * height * width, ...] of a linear layer that outputs the pixels of patches."""
-    patches = weight.float().reshape(weight.shape[0], -1).T.unflatten(1, (-1, *size))  # [inputs or 1, C, *size]
-    patches = nn.functional.interpolate(patches, size=new_size, mode="bilinear", align_corners=False, antialias=True)
-    return patches.flatten(1).T.reshape(-1, *weight.shape[1:]).to(weight.dtype)
