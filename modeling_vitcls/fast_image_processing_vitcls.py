@@ -7,13 +7,10 @@
 call has checked the settings. The overhead of transformers (checks, grouping by shape, layout copies) takes as long as
 the image operations. The image processor resizes and crops images; torchvision decodes JPEG files.
 
-Images are normalized in one thread, because several threads are slower for a single image on a busy machine. A
-list of files is read with `torch.get_num_threads()` Python threads, one image per thread.
+Images are normalized in one thread, because several threads are slower for a single image on a busy machine.
 """
 
 import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -112,12 +109,3 @@ def scale_statistics(
     """Return mean and standard deviation for pixels in [0, 255], float32 [C, 1, 1], computed as in transformers."""
     scaled_statistics = [torch.tensor(values).float() * (1.0 / rescale_factor) for values in (mean, std)]
     return scaled_statistics[0].view(-1, 1, 1).numpy(), scaled_statistics[1].view(-1, 1, 1).numpy()
-
-
-def map_in_threads(prepare: Callable[[Any], Tensor], sources: list[Any]) -> list[Tensor]:
-    """Return `prepare(source)` for each source, in order. Each thread prepares one source at a time."""
-    num_threads = min(torch.get_num_threads(), len(sources))
-    if num_threads == 1:
-        return [prepare(source) for source in sources]
-    with ThreadPoolExecutor(num_threads) as executor:
-        return list(executor.map(prepare, sources))

@@ -44,7 +44,6 @@ from .fast_image_processing_vitcls import (
     URL_PREFIXES,
     can_use_fast_path,
     get_settings,
-    map_in_threads,
     normalize_batch,
     read_jpeg,
     resize_and_crop,
@@ -236,8 +235,7 @@ class ViTCLSImageProcessor(ViTCLSBaseImageProcessor, TorchvisionBackend):  # typ
 
     def _fast_preprocess(self, images: list[Any]) -> BatchFeature:
         """Return the output of `preprocess` for validated settings that the fast path supports."""
-        use_threads = all(isinstance(image, SOURCE_TYPES) for image in images)
-        tensors = map_in_threads(self._load_image, images) if use_threads else list(map(self._load_image, images))
+        tensors = [self._load_image(image) for image in images]
         check_same_shape(tensors)
         return BatchFeature(data={"pixel_values": normalize_batch(self, tensors)})
 
