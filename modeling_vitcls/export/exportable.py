@@ -10,7 +10,6 @@ attention of the CLS tokens to the patches, averaged over the heads.
 """
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -116,18 +115,9 @@ def load_exportable_model(source: str) -> tuple[ViTCLSPreTrainedModel, ViTCLSIma
             f"export requires one of {', '.join(MODEL_CLASSES)}, but {source} contains {class_name}. Set --model to a "
             "model of a supported class"
         )
-    model = load_complete_model(MODEL_CLASSES[class_name], source, folder)
-    has_processor = Path(folder, "preprocessor_config.json").is_file()
-    return model, ViTCLSImageProcessor.from_pretrained(folder) if has_processor else None, True
-
-
-def load_complete_model(model_class: Any, source: str, folder: str) -> ViTCLSPreTrainedModel:
-    """Load a model in float32, without a pooler if the checkpoint has no pooler."""
-    load = partial(load_checkpoint, model_class.from_pretrained, folder, dtype=torch.float32, output_loading_info=True)
-    model, loading_info = load()
-    missing_weights = loading_info["missing_keys"]
-    if missing_weights and model_class is ViTCLSModel and all(name.startswith("pooler.") for name in missing_weights):
-        model, loading_info = load(add_pooling_layer=False)
+    model_class = MODEL_CLASSES[class_name]
+    model, loading_info = model_class.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     if missing_weights := sorted(loading_info["missing_keys"]):
         raise ValueError(f"the checkpoint {source} has no weights for {missing_weights[0]}. Train the model first")
-    return model.eval()
+    has_processor = Path(folder, "preprocessor_config.json").is_file()
+    return model.eval(), ViTCLSImageProcessor.from_pretrained(folder) if has_processor else None, True

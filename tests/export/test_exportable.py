@@ -14,17 +14,14 @@ from modeling_vitcls.export.exportable import NamedOutputsModel, compute_named_o
 pytestmark = pytest.mark.integration
 
 
-def test_an_encoder_without_pooler(tmp_path: Path) -> None:
-    """A model that was saved without a pooler is exported without a pooler."""
-    model = randomize(ViTCLSModel(build_tiny_config(pooling="attention"), add_pooling_layer=False))
-    model.save_pretrained(tmp_path / "model")
-    loaded, processor, _ = load_exportable_model(str(tmp_path / "model"))
-    assert processor is None
+def test_an_encoder_in_half_precision(tmp_path: Path) -> None:
+    model = randomize(ViTCLSModel(build_tiny_config())).bfloat16()
+    model.save_pretrained(tmp_path)
+    loaded, processor, _ = load_exportable_model(str(tmp_path))
+    assert processor is None and loaded.dtype == torch.float32 and not loaded.training
     outputs = NamedOutputsModel(loaded)(build_images())
-    assert list(outputs) == ["last_hidden_state"]
-    assert torch.equal(outputs["last_hidden_state"], model(build_images()).last_hidden_state)
-    model.bfloat16().save_pretrained(tmp_path / "half")
-    assert load_exportable_model(str(tmp_path / "half"))[0].dtype == torch.float32
+    assert list(outputs) == ["last_hidden_state", "pooler_output"]
+    assert torch.equal(outputs["last_hidden_state"], model.float()(build_images()).last_hidden_state)
 
 
 @torch.no_grad()
