@@ -42,10 +42,6 @@ class ConvertOptions:
         if (self.model is None) == is_back or (source is None) != is_back:
             required, other = ("--model", "--source") if is_back else ("--source", "--model")
             raise ValueError(f"--to {self.to} requires {required} and does not support {other}")
-        if source is not None and not source.startswith(("timm:", "transformers:")) and not Path(source).suffix:
-            raise ValueError(
-                f"--source {source} is not supported. Use timm:NAME, transformers:PATH_OR_ID or a state-dict file"
-            )
 
 
 OPTIONS_CLASS = ConvertOptions

@@ -130,11 +130,6 @@ class TransformersSource(Source):
             is_remote = "trust_remote_code" in str(error)
             reason = "it requires remote code, which is never run" if is_remote else format_error(error)
             raise OSError(f"transformers cannot read the configuration of {name_or_path}: {reason}") from error
-        if config.model_type == "vitcls":
-            raise ConversionError(
-                f"{name_or_path} is already a ViTCLS model. Use --model {name_or_path}, or convert the model to a "
-                "transformers class with --to transformers --model"
-            )
         model_class = get_convertible_class(config)
         if random_init:
             model_config = config if isinstance(config, model_class.config_class) else config.vision_config
