@@ -33,8 +33,7 @@ DARK_GRAY = "#222222"
 
 # Curves over depth ---------------------------------------------------------------------------------------------------
 
-AXES_WIDTH, AXES_HEIGHT = 5.6, 2.8  # size of the axes in inches, without the legend
-LEGEND_LINE_HEIGHT, LEGEND_COLUMN_WIDTH = 0.2, 1.6  # height of a line and width of a column in a legend, in inches
+FIGURE_SIZE = 7.0, 3.0  # width and height in inches
 MAX_LEGEND_NAME = 24  # maximum length of a name in a legend, in characters
 MIN_RATIO_FOR_LOG_SCALE = 30.0  # minimum ratio of largest to smallest norm for a logarithmic scale
 PATCH_QUANTILES = (0.05, 0.5, 0.95)  # quantiles of the patch norms: lower edge of the band, line, upper edge
@@ -72,7 +71,7 @@ def plot_curve(config: ViTCLSConfig, findings: Findings, name: str) -> Figure:
     first_layer = 0 if lines.ndim == 2 else 1
     uniform_values = findings.uniform_entropy_by_token.tolist() if name == "entropy" else []
     baselines = sorted({float(f"{value:.5g}") for value in uniform_values})
-    figure, axes = create_axes(len(styles) + bool(baselines), title, y_label)
+    figure, axes = create_axes(title, y_label)
     for style, line in zip(styles, lines.unbind(dim=-1), strict=True):
         head_values = line if line.ndim == 2 else line.unsqueeze(1)  # [L, H]
         draw_line(axes, style, head_values.mean(dim=1), head_values.amin(dim=1), head_values.amax(dim=1), first_layer)
@@ -117,7 +116,7 @@ def plot_norms(config: ViTCLSConfig, findings: Findings) -> Figure:
     (Darcet et al. 2023, arXiv 2309.16588).
     """
     styles = get_token_styles(config)
-    figure, axes = create_axes(len(styles) + 1, "Norms of tokens and patches", "norm")
+    figure, axes = create_axes("Norms of tokens and patches", "norm")
     low, median, high = findings.patch_norms.float().quantile(torch.tensor(PATCH_QUANTILES), dim=1)  # [L + 1] each
     draw_line(axes, PATCH_STYLE, median, low, high, 0)
     for style, line in zip(styles, findings.token_norms.unbind(dim=-1), strict=True):
@@ -143,7 +142,7 @@ def plot_norm_histogram(config: ViTCLSConfig, findings: Findings, layer: int = -
     low, high = min(ratios.min().item(), 0.5, *registers), max(ratios.max().item(), 2.0, *registers)
     mode, edges = find_second_mode(findings.patch_ratios[layer]), np.geomspace(low, high, NUM_BINS + 1)
     title = f"Norms of the patches, after layer {range(len(findings.patch_norms))[layer]}"
-    figure, axes = create_axes(bool(registers), title, "patches, logarithmic")
+    figure, axes = create_axes(title, "patches, logarithmic")
     is_outlier = np.sqrt(edges[1:] * edges[:-1]) >= (math.inf if mode is None else mode.threshold)
     colors = [OUTLIER_COLOR if each else GROUP_COLORS["patches"] for each in is_outlier]
     counts, _ = np.histogram(ratios.numpy(), edges)
@@ -157,17 +156,16 @@ def plot_norm_histogram(config: ViTCLSConfig, findings: Findings, layer: int = -
         registers, [0.97] * len(registers), "v", transform=transform, color=color, label="registers", clip_on=False
     )
     if registers:
-        figure.legend(loc="outside lower center", frameon=False, fontsize=8.5)
+        figure.legend(loc="outside right upper", frameon=False, fontsize=8.5)
     return figure
 
 
 # Axes ----------------------------------------------------------------------------------------------------------------
 
 
-def create_axes(num_names: int, title: str, y_label: str) -> tuple[Figure, Axes]:
-    """Create a figure with a title, above the space for a legend of `num_names` names."""
-    num_legend_lines = math.ceil(num_names / int(AXES_WIDTH / LEGEND_COLUMN_WIDTH))
-    figure = create_figure(AXES_WIDTH, AXES_HEIGHT + LEGEND_LINE_HEIGHT * num_legend_lines)
+def create_axes(title: str, y_label: str) -> tuple[Figure, Axes]:
+    """Create a figure with a title."""
+    figure = create_figure(*FIGURE_SIZE)
     axes = figure.add_subplot()
     axes.set_title(title, fontsize=11, color=DARK_GRAY)
     axes.set_ylabel(y_label)
@@ -184,8 +182,7 @@ def format_layer_axis(figure: Figure, axes: Axes, num_values: int, first_layer: 
     axes.set_axisbelow(True)
     lines, _ = axes.get_legend_handles_labels()
     if len(lines) > 1:
-        num_columns = min(len(lines), int(AXES_WIDTH / LEGEND_COLUMN_WIDTH))
-        figure.legend(handles=lines, loc="outside lower center", ncols=num_columns, frameon=False, fontsize=8.5)
+        figure.legend(handles=lines, loc="outside right upper", frameon=False, fontsize=8.5)
 
 
 def create_figure(width: float, height: float) -> Figure:

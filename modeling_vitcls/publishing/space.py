@@ -95,12 +95,7 @@ def find_published_model(source: str) -> HubCommit:
 
 
 def write_space(folder: Path, model: HubCommit, examples: Sequence[Path] = ()) -> None:
-    """Write the files of the Space to a folder.
-
-    Raise ValueError if two examples have the same name, or if gradio is not installed.
-    """
-    if len({file.name for file in examples}) < len(examples):
-        raise ValueError(f"two examples have the same name ({', '.join(file.name for file in examples)}). Rename one")
+    """Write the files of the Space to a folder. Raise ValueError if gradio is not installed."""
     try:
         gradio_version = importlib.metadata.version("gradio")
     except importlib.metadata.PackageNotFoundError:
@@ -120,7 +115,7 @@ def write_space(folder: Path, model: HubCommit, examples: Sequence[Path] = ()) -
         requirement.name: str(requirement.specifier) for requirement in requirements if requirement.specifier
     }
     files = {f"{PAGE_FOLDER}/{name}": PACKAGE_FOLDER / name for name in PAGE_FILES}
-    files |= {f"{EXAMPLES_FOLDER}/{file.name}": file for file in examples}
+    files |= {f"{EXAMPLES_FOLDER}/{index}_{file.name}": file for index, file in enumerate(examples)}
     for name, file in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, folder / name)

@@ -33,7 +33,7 @@ from ..hub.model_files import (
     is_match,
 )
 from .card import has_edited_card, render_card
-from .model_folder import ModelFolder, warn_once
+from .model_folder import ModelFolder
 
 
 PACKAGE_FOLDER = Path(__file__).parents[1]
@@ -61,10 +61,7 @@ def stage_folder(folder: ModelFolder, repo_id: str) -> Iterator[Path]:
                 (staged / name).symlink_to((path / name).resolve())
             except OSError:  # Windows without developer mode
                 shutil.copyfile(path / name, staged / name)
-        if has_edited_card(folder):
-            if repo_id not in (path / CARD_FILE).read_text(encoding="utf-8"):
-                warn_once(f"{path / CARD_FILE} was edited and does not mention {repo_id}")
-        else:
+        if not has_edited_card(folder):
             replace_file(staged / CARD_FILE, render_card(folder, repo_id, folder.private_files))
         if RECIPE_FILE in files:
             replace_file(staged / RECIPE_FILE, yaml.safe_dump(folder.shareable_flags, sort_keys=False))
