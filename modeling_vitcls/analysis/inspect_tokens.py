@@ -16,7 +16,7 @@ from ..hub.model_files import RESULTS_FILE
 from ..inference.load_model import list_file_patterns, load_model
 from ..options import InspectOptions
 from .inspection import Inspection, inspect_model, open_images
-from .report import SIGNS, count_images_with_heads, get_model_name, write_json_values, write_page
+from .report import SIGNS, get_model_name, write_json_values, write_page
 
 
 RATING_STYLES = {"good": "green", "bad": "red", "doubtful": "yellow", "neutral": "dim"}
@@ -68,11 +68,7 @@ def print_inspection(inspection: Inspection, options: InspectOptions, console: C
         console.print(f"[bold]{escape(verdict.token)}[/]: {headline}. {escape(verdict.reason)}")
     for name, check in inspection.map_checks.items():
         console.print(check.describe(name), markup=False)
-    num_with_heads, num_shown = count_images_with_heads(inspection.image_reports), len(inspection.image_reports)
-    console.print(
-        f"saved {options.output} (statistics over {inspection.findings.num_images:,} images, {num_shown} shown, "
-        f"{num_with_heads} with individual heads)",
-        markup=False,
-    )
+    num_images, num_shown = inspection.findings.num_images, len(inspection.image_reports)
+    console.print(f"saved {options.output} ({num_images:,} images, {num_shown} shown)", markup=False)
     if options.json is not None:
         console.print(f"saved {options.json}", markup=False)

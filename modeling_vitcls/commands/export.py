@@ -30,13 +30,9 @@ def run(options: ExportOptions) -> None:
             agreement = comparison["top1_agreement"]
             text = "" if agreement is None else f", same top-1 label: {agreement:.1%}"
             print(f"{comparison['file']:26} largest difference {comparison['largest_difference']:.1e}{text}")
-        if (scores := web_report["labeled"]) is not None:
-            print(f"{scores['metric']} on {scores['num_images']} images of {scores['dataset']} ({scores['split']}):")
-            for name, score in {"PyTorch": scores["model"], **scores["files"]}.items():
-                print(f"{name:26} {score:.2%}")
+        print(f"Wrote the files to {options.output}; onnx/report.json contains all comparisons and scores")
         return
-    report = export_model(options)
-    print_report(report, options.output)
+    print_report(export_model(options), options.output)
 
 
 def silence_exporters() -> None:
@@ -49,16 +45,13 @@ def silence_exporters() -> None:
 
 def print_report(report: dict[str, Any], output: Path) -> None:
     """Print the report, and the command that runs the exported file."""
-    from ..export.formats import FORMATS
-
     print(f"Largest differences between {report['format']} in {report['dtype']} and {report['model']}:")
     for comparison in report["tried"]:
         batch_size, _, height, width = comparison["shape"]
         differences = ", ".join(f"{name} {value:.1e}" for name, value in comparison["differences"].items())
         print(f"- {batch_size} images of {height} x {width}: {differences}")
     print("\n".join(format_notes(report)))
-    file = output if output.suffix else output / f"model{FORMATS[report['format']].suffix}"
-    print(f"\nWrote the model to {file}, and its description to {file}.json")
+    print(f"\nWrote the model and its description (.json) to {output}")
     if not output.suffix:
         print(f"Run it with `vitcls predict --model {output} --backend {report['format']} IMAGES`")
 
@@ -71,8 +64,6 @@ def format_notes(report: dict[str, Any]) -> list[str]:
     lines = [f"Accepts any batch size{sizes}"]
     if report["fixed_because"]:
         lines.append(f"The image size is fixed: {report['fixed_because']}")
-    if report["weights"] == "random":
-        lines.append("The weights are random, because presets are untrained")
     if (comparison := report["comparison"]) is not None:
         lines.append(
             f"{comparison['output']} of {comparison['num_images']} held-out images: relative error "

@@ -62,7 +62,6 @@ def test_errors_of_recipes_are_one_line(
         ("push", ["--model", "--verify-only"]),
         ("push --token x", ["--token"]),
         ("export --model m --format tflite --output o", ["--format", "tflite", "onnx"]),
-        ("convert --source resnet50 --output o", ["--source", "timm:NAME"]),
         ("convert timm:test_vit --output o", ["--source timm:test_vit"]),
         ("push runs/mine", ["--model runs/mine"]),
         ("benchmark --rounds 0", ["--rounds"]),
