@@ -87,7 +87,7 @@ def export_model(options: ExportOptions, output_attentions: bool = False) -> Rep
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=existing_parent) as temporary_folder:
         folder = Path(temporary_folder)
         file = folder / target.name
-        written_opset = file_format.write(graph, graph_shape, names, file)
+        file_format.write(graph, graph_shape, names, file)
         comparisons = compare_outputs(batches, reference_outputs, run_graph(file, batches, names), dtype)
         calibration_images: list[torch.Tensor] = []
         if options.int8:
@@ -102,7 +102,6 @@ def export_model(options: ExportOptions, output_attentions: bool = False) -> Rep
             "model_class": type(model).__name__,
             "weights": "trained" if is_trained else "random",
             "dtype": "int8" if options.int8 else dtype,
-            "opset": written_opset,
             "limit": None if options.int8 else LIMITS[dtype],
             "largest_differences": {name: max(each["differences"][name] for each in comparisons) for name in names},
             "tried": comparisons,

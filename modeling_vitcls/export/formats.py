@@ -29,8 +29,8 @@ class Format:
 
     suffix: str
     packages: tuple[str, ...]  # names of the required packages
-    # Function (graph, image sizes, names of the outputs, file) that writes a graph and returns the ONNX opset
-    write: Callable[[ExportedProgram, GraphShape, list[str], Path], int]
+    # Function (graph, image sizes, names of the outputs, file) that writes a graph
+    write: Callable[[ExportedProgram, GraphShape, list[str], Path], None]
     # Whether the antialiasing filter of the runtime equals PyTorch's filter. OpenVINO uses a different filter, which
     # changes outputs by 1e-4 to 1e-3.
     has_pytorch_antialias_filter: bool = True
@@ -39,8 +39,8 @@ class Format:
 # ONNX ----------------------------------------------------------------------------------------------------------------
 
 
-def write_onnx(graph: ExportedProgram, graph_shape: GraphShape, names: list[str], file: Path) -> int:
-    """Write a graph to an ONNX file with torch.onnx and return the opset."""
+def write_onnx(graph: ExportedProgram, graph_shape: GraphShape, names: list[str], file: Path) -> None:
+    """Write a graph to an ONNX file with torch.onnx."""
     try:
         program = torch.onnx.export(
             graph,
@@ -58,7 +58,6 @@ def write_onnx(graph: ExportedProgram, graph_shape: GraphShape, names: list[str]
             node.name = f"{match[0]}/{node.name}"
     num_weight_bytes = sum(weight.nbytes for weight in graph.state_dict.values())
     program.save(file, external_data=num_weight_bytes > MAX_ONNX_WEIGHTS)
-    return program.model.opset_imports[""]
 
 
 def run_graph(file: Path, batches: Sequence[torch.Tensor], names: list[str]) -> list[Outputs]:
@@ -71,18 +70,17 @@ def run_graph(file: Path, batches: Sequence[torch.Tensor], names: list[str]) -> 
 # OpenVINO ------------------------------------------------------------------------------------------------------------
 
 
-def write_openvino(graph: ExportedProgram, graph_shape: GraphShape, names: list[str], file: Path) -> int:
-    """Write a graph to an ONNX file, convert the file with OpenVINO, and return the ONNX opset."""
+def write_openvino(graph: ExportedProgram, graph_shape: GraphShape, names: list[str], file: Path) -> None:
+    """Write a graph to an ONNX file, and convert the file with OpenVINO."""
     import openvino
 
     with tempfile.TemporaryDirectory() as folder:
         onnx_file = Path(folder, "model.onnx")
-        opset = write_onnx(graph, graph_shape, names, onnx_file)
+        write_onnx(graph, graph_shape, names, onnx_file)
         try:
             openvino.save_model(openvino.Core().read_model(onnx_file), file, compress_to_fp16=False)
         except RuntimeError as error:
             raise ValueError(f"OpenVINO cannot read this model: {format_error(error)}") from error
-    return opset
 
 
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
