@@ -194,19 +194,11 @@ def convert_to_tensor(name: str, array: Any) -> torch.Tensor:
 # timm models ---------------------------------------------------------------------------------------------------------
 
 
-def import_timm() -> Any:
-    """Import timm and return the module. Raise ConversionError if timm is not installed."""
-    try:
-        import timm
-    except ImportError as error:
-        raise ConversionError("the source requires timm, but timm is not installed. Run pip install timm") from error
-    return timm
-
-
 def build_timm_model(weights: Weights, family: str) -> Any:
     """Build a timm model with the sizes and values of prepared weights, in float32. Raise ConversionError if the
     weights do not belong to the family."""
-    timm = import_timm()
+    import timm
+
     try:
         entry = get_family(family, weights)
         names = (entry.timm_names or {}).items()

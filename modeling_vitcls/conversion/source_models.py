@@ -28,7 +28,6 @@ from ..hub.loading import (
     split_revision,
 )
 from ..modeling_vitcls import ViTCLSPreTrainedModel
-from .from_state_dict import import_timm
 from .from_timm import convert_from_timm
 from .from_transformers import CONVERTIBLE_CLASSES, convert_from_transformers
 from .processors import ConvertedPreprocessing, convert_timm_preprocessing, convert_transformers_preprocessing
@@ -63,7 +62,8 @@ class TimmSource(Source):
     def load(cls, name: str, random_init: bool) -> "TimmSource":
         """Load a model by its timm name, with or without a tag and `@FILE`, or with timm's prefix `hf-hub:` or
         `local-dir:`."""
-        timm = import_timm()
+        import timm
+
         if ":" not in name and not timm.is_model(architecture := name.partition("@")[0].partition(".")[0]):
             raise ConversionError(f"timm {timm.__version__} has no model {architecture}. Run timm.list_models()")
         try:

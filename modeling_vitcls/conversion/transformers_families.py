@@ -153,11 +153,6 @@ def read_vit_fields(config: Any, weights: Weights) -> Fields:
     """Return the fields of ViT. The optional pooler of `ViTModel` is a dense layer on the CLS token."""
     fields = read_common_fields(config, weights)
     if "pooler.dense.weight" in weights:
-        if config.pooler_output_size != config.hidden_size:
-            raise ConversionError(
-                f"pooler_output_size={config.pooler_output_size} differs from hidden_size={config.hidden_size}, but "
-                "ViTCLS requires equal sizes. Load the model with add_pooling_layer=False"
-            )
         fields["pooled_activation"] = config.pooler_act
     return fields
 
@@ -337,8 +332,6 @@ RADIO_RULES = [
 
 def read_radio_fields(config: Any, weights: Weights) -> Fields:
     """Return the fields of RADIO, which concatenates CLS tokens and crops position embeddings to the image size."""
-    if "embeddings.video_patch_projection.weight" in weights:
-        raise ConversionError("ViTCLS does not support video_patch_projection, a second patch projection for videos")
     return read_common_fields(config, weights) | {
         "image_size": round_to_patches(config.max_img_size, config.patch_size),
         "cls_pooling": "concat",

@@ -144,7 +144,7 @@ REFUSED = {
         "SwinModel cannot be converted",
     ),
     "another task": ("ViTForMaskedImageModeling", "ViTConfig", PLAIN, {}, "Convert the submodule .vit"),
-    "a wider pooler": ("ViTModel", "ViTConfig", PLAIN | {"pooler_output_size": 64}, {}, "pooler_output_size=64"),
+    "a wider pooler": ("ViTModel", "ViTConfig", PLAIN | {"pooler_output_size": 64}, {}, "pooler.dense.weight"),
     "a pooler on a patch": ("IJepaModel", "IJepaConfig", PLAIN, {"add_pooling_layer": True}, "uses the first patch"),
     "videos": ("RadioModel", "RadioConfig", RADIO | {"video_temporal_patch_size": 2}, {}, "video_patch_projection"),
     "rectangular positions": (
