@@ -204,7 +204,7 @@ def build_timm_model(weights: Weights, family: str) -> Any:
         names = (entry.timm_names or {}).items()
         name = next((name for keys, name in names if weights.keys() >= set(keys.split())), entry.timm_name)
         options = read_big_vision_options(weights) if family == "big_vision" else read_vit_options(weights, family)
-        model = timm.create_model(name, pretrained=False, **options)
+        model: Any = timm.create_model(name, pretrained=False, **options)
         load_timm_weights(model, weights, family)
     except ConversionError:
         raise
