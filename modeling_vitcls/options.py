@@ -189,9 +189,8 @@ class AugmentationOptions:
     zoom: float = 0.0
     """Maximum relative change of scale. For example, 0.1 scales images by a random factor from 0.9 to 1.1."""
     auto_augment: Literal["none", "rand", "trivial"] = "none"
-    """Automatic augmentation: RandAugment (Cubuk et al. 2020) or TrivialAugment (Müller and Hutter 2021)."""
-    rand_augment_magnitude: int = 9
-    """Magnitude of RandAugment, 0 to 30. DeiT uses 9."""
+    """Automatic augmentation: RandAugment (Cubuk et al. 2020; magnitude 9, as in DeiT) or TrivialAugment (Müller and
+    Hutter 2021)."""
     random_erasing: float = 0.0
     """Probability of replacing a random rectangle of an image with noise (Zhong et al. 2020)."""
     mixup: float = 0.0
@@ -202,7 +201,6 @@ class AugmentationOptions:
     def __post_init__(self) -> None:
         check_value(self, "crop_scale", self.crop_scale is None or 0 < self.crop_scale <= 1, "above 0 and at most 1")
         check_value(self, "rotation", 0 <= self.rotation <= 180, "from 0 to 180")
-        check_value(self, "rand_augment_magnitude", 0 <= self.rand_augment_magnitude <= 30, "from 0 to 30")
         check_value(self, "random_erasing", 0 <= self.random_erasing <= 1, "from 0 to 1")
         check_value(self, "shift", self.shift is None or 0 <= self.shift < 1, "at least 0 and below 1")
         check_value(self, "zoom", 0 <= self.zoom < 1, "at least 0 and below 1")
@@ -406,11 +404,9 @@ class LeJEPAOptions:
     """Weight of SIGReg, the loss that keeps the features from collapsing."""
     projector_width: int = 1024
     """Channels of the projector's two hidden layers."""
-    projector_features: int = 64
-    """Channels of the projector's output."""
 
     def __post_init__(self) -> None:
-        check_minimum(self, 1, "global_crops", "projector_width", "projector_features")
+        check_minimum(self, 1, "global_crops", "projector_width")
         check_minimum(self, 0, "local_crops")
         check_value(self, "global_crop_scale", 0.05 < self.global_crop_scale <= 1, "above 0.05 and at most 1")
         check_value(self, "sigreg_weight", 0 < self.sigreg_weight < 1, "between 0 and 1")

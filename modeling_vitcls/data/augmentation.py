@@ -21,7 +21,7 @@ from torchvision.transforms import InterpolationMode, v2
 
 from ..options import AugmentationOptions
 from .fit import FitTransform, get_output_size
-from .sampling import convert_to_fractions, draw_random_bits
+from .sampling import draw_random_bits
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Augmentation:
             pixels = transformed_images
         if not isinstance(pixels, torch.Tensor):
             pixels = torch.stack(list(pixels))
-        return self.batch_transform(pixels, convert_to_fractions(random_bits[:, 1:]))
+        return self.batch_transform(pixels, (random_bits[:, 1:] >> np.uint64(11)) * 2.0**-53)  # in [0, 1)
 
 
 def build_augmentation(options: AugmentationOptions, processor: Any) -> Augmentation:
@@ -66,8 +66,7 @@ def build_augmentation(options: AugmentationOptions, processor: Any) -> Augmenta
             v2.RandomResizedCrop(height_width, scale=(options.crop_scale, 1.0), interpolation=processor.resample)
         )
     if options.auto_augment == "rand":
-        magnitude = options.rand_augment_magnitude
-        transforms.append(v2.RandAugment(magnitude=magnitude, interpolation=InterpolationMode.BILINEAR))
+        transforms.append(v2.RandAugment(magnitude=9, interpolation=InterpolationMode.BILINEAR))  # as in DeiT
     elif options.auto_augment == "trivial":
         transforms.append(v2.TrivialAugmentWide(interpolation=InterpolationMode.BILINEAR))
     if options.random_erasing:

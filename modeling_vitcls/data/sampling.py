@@ -51,11 +51,6 @@ def mix_bits(counters: np.ndarray) -> np.ndarray:
     return counters ^ (counters >> np.uint64(31))
 
 
-def convert_to_fractions(bits: np.ndarray) -> np.ndarray:
-    """Convert random bits to `float64` numbers in [0, 1)."""
-    return (bits >> np.uint64(11)) * 2.0**-53
-
-
 # Epochs --------------------------------------------------------------------------------------------------------------
 
 

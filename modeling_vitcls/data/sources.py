@@ -30,7 +30,7 @@ from ..errors import format_error
 from ..heads_vitcls import IGNORED_LABEL
 from ..hub.loading import describe_missing_repo, fall_back_to_cache, is_hub_id
 from ..options import DataOptions
-from .image_folder import format_name_list, read_image_folder, scan_folder
+from .image_folder import read_image_folder, scan_folder
 from .images import ArrayImages, DatasetImages, LabeledImages
 from .in_memory import MEMORY_PREFIX, get_dataset
 from .labels import UNLABELED, LabelSpace, build_label_reader, find_image_column, is_image_feature
@@ -175,18 +175,17 @@ def load_with_datasets(options: DataOptions, use_labels: bool, select: SplitSele
 
 def drop_unlabeled_images(images: LabeledImages, options: DataOptions, split: str) -> LabeledImages:
     """Return the labeled images and log a warning about images without a label. Raise ValueError if no image has a
-    label, or if more than --max-unreadable-images images have no label."""
+    label."""
     if not isinstance(images.labels, list):
         return images
-    rows = [str(index) for index, label in enumerate(images.labels) if label == IGNORED_LABEL]
-    if not rows:
+    labeled = [index for index, label in enumerate(images.labels) if label != IGNORED_LABEL]
+    if len(labeled) == len(images):
         return images
-    message = f"{options.dataset}, split {split!r}: {len(rows):,} of {len(images):,} images have no label "
-    message += f"(rows {format_name_list(rows)})"
-    if len(rows) > options.max_unreadable_images or len(rows) == len(images):
-        raise ValueError(f"{message}. Set a different --label-column or --split, or a larger --max-unreadable-images")
-    warn_on_first_process(f"{message} and are skipped")
-    return images.select(index for index, label in enumerate(images.labels) if label != IGNORED_LABEL)
+    name = f"{options.dataset}, split {split!r}"
+    if not labeled:
+        raise ValueError(f"{name}: no image has a label. Set a different --label-column or --split")
+    warn_on_first_process(f"{name}: skipped {len(images) - len(labeled):,} of {len(images):,} images without a label")
+    return images.select(labeled)
 
 
 @cache

@@ -162,12 +162,6 @@ class StreamInput:
         """Return the options of the dataset."""
         return self.settings
 
-    def get_part(self, worker_index: int, num_workers: int) -> Any:
-        """Return the part of one worker: its own shards of the dataset, or every n-th row."""
-        from datasets.distributed import split_dataset_by_node
-
-        return split_dataset_by_node(self.dataset, worker_index, num_workers) if num_workers > 1 else self.dataset
-
     def build_records(self, rows: Iterable[dict[str, Any]], indices: Iterable[int]) -> Iterator[ImageRecord]:
         """Yield the records of rows of the dataset."""
         for row, index in zip(rows, indices, strict=False):

@@ -231,7 +231,9 @@ def write_stream_shards(
     folder: ShardFolder, worker_index: int, num_workers: int, source: StreamInput, predictor: Predictor, is_shown: bool
 ) -> list[dict[str, Any]]:
     """Continue the shards of one worker from the state of the stream in its last shard, as `write_list_shards`."""
-    stream, metadata, first_shard = source.get_part(worker_index, num_workers), [], 0
+    from datasets.distributed import split_dataset_by_node
+
+    stream, metadata, first_shard = split_dataset_by_node(source.dataset, worker_index, num_workers), [], 0
     while (finished := folder.read_finished(folder.get_file(first_shard, worker_index))) is not None:
         metadata.append(finished)
         if finished["is_last"]:

@@ -102,7 +102,6 @@ def build_task(options: FinetuneOptions, initial: InitialModel, data: TrainingDa
         warnings=[*describe_missing_classes(data), *describe_imbalance(options, data)],
         results={
             "teacher": strip_folders(options.distillation.teacher) if options.distillation.teacher else None,
-            "label_kind": labels.kind,
             "label_column": list(labels.columns),
             "label_separator": options.data.label_separator,
         },

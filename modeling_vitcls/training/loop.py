@@ -10,7 +10,7 @@ images, and the random numbers in the model are computed from the step and are n
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -66,9 +66,6 @@ class TrainingState:
     @property
     def shadow(self) -> list[torch.Tensor] | None:
         return None if self.ema is None else self.ema.shadow
-
-    def use_averaged_weights(self) -> AbstractContextManager[None]:
-        return nullcontext() if self.ema is None else self.ema.use_averaged_weights()
 
 
 @dataclass
@@ -211,7 +208,7 @@ class TrainingLoop:
         """Return the metrics of an evaluation. If EMA is used, the averaged weights are evaluated."""
         start_time = time.perf_counter()
         self.state.model.eval()
-        with self.state.use_averaged_weights():
+        with nullcontext() if self.state.ema is None else self.state.ema.use_averaged_weights():
             metrics = self.evaluate_model(self.state.model)
         reshard(self.state.model)
         set_train_mode(self.state.model)

@@ -72,8 +72,9 @@ LOCK_TIMEOUT = 10.0
 
 
 def check_replaceable(options: Any, store: CheckpointStore) -> None:
-    """Raise ValueError if a new run would replace files without --overwrite, or if --overwrite would remove the
-    initial model or the teacher. `store` contains the checkpoints in the output folder."""
+    """Raise ValueError if a new run would replace files without --overwrite, also files that were not written by a
+    run, or if --overwrite would remove the initial model or the teacher. `store` contains the checkpoints in the
+    output folder."""
     folder = options.output_dir
     if options.run.overwrite:
         check_sources_not_removed(options)
@@ -85,11 +86,6 @@ def check_replaceable(options: Any, store: CheckpointStore) -> None:
             f"{folder} contains an unfinished run (step {steps[-1]:,}). Set --resume or --overwrite, or choose a "
             "different --output-dir"
         )
-    check_no_unrelated_files(folder)
-
-
-def check_no_unrelated_files(folder: Path) -> None:
-    """Raise ValueError if this run would replace files that were not written by an earlier run."""
     names = list_final_files(folder)
     if (folder / METRICS_FILE).exists() and not (folder / RECIPE_FILE).exists():
         names.append(METRICS_FILE)

@@ -104,7 +104,7 @@ def build_task(options: PretrainOptions, initial: InitialModel, data: TrainingDa
         summary = f"MAE: {num_masked} of {rows} x {columns} patches are masked"
     else:
         lejepa = options.lejepa
-        method = LeJEPA(encoder, lejepa.projector_width, lejepa.projector_features)
+        method = LeJEPA(encoder, lejepa.projector_width)
         objective = LeJEPAObjective(normalize, lejepa, config.patch_height_width)
         summary = f"LeJEPA: {lejepa.global_crops} global and {lejepa.local_crops} local crops per image"
     has_labels = data.label_space.kind == "single_label_classification" and bool(data.label_space.columns)

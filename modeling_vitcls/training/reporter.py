@@ -190,7 +190,6 @@ def describe_run(
         "images_per_second": round(num_steps * plan.images_per_step / seconds, 1),
         "num_parameters": count_parameters(model),
         "token_layout": token_counts,
-        "sequence_length": sum(token_counts.values()),
         "device": describe_device(accelerator),
         "mixed_precision": accelerator.mixed_precision,
         "num_processes": accelerator.num_processes,

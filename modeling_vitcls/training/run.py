@@ -130,8 +130,6 @@ class Run:
             output_folder.check_replaceable(self.options, self.store)
             return False
         check_flags_unchanged(self.checkpoint.metadata["flags"], to_flags(self.options), self.folder)
-        if not (self.folder / output_folder.CONFIG_FILE).exists() and not self.options.run.overwrite:
-            output_folder.check_no_unrelated_files(self.folder)
         return (self.folder / RESULTS_FILE).exists()
 
     def load(self) -> None:
