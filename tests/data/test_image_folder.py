@@ -195,15 +195,15 @@ def test_one_class_can_be_evaluated(tmp_path: Path) -> None:
     assert found[0].names == ["cat"] and len(found[1]) == 4
 
 
-def test_links_are_followed_without_cycles(tmp_path: Path) -> None:
+def test_links_are_followed_without_cycles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_class(tmp_path, "elsewhere/felis", 2)
     write_class(tmp_path, "photos/dog", 2)
     (tmp_path / "photos" / "cat").symlink_to(tmp_path / "elsewhere" / "felis")
     for name, target in (("all", "photos"), ("self", "photos/dog")):
         (tmp_path / "photos" / "dog" / name).symlink_to(tmp_path / target)
-    assert read(tmp_path / "photos") == {
-        "train": {"cat": ["cat/0.png", "cat/1.png"], "dog": ["dog/0.png", "dog/1.png"]}
-    }
+    monkeypatch.chdir(tmp_path)
+    for folder in (tmp_path / "photos", Path("photos")):
+        assert read(folder) == {"train": {"cat": ["cat/0.png", "cat/1.png"], "dog": ["dog/0.png", "dog/1.png"]}}
 
 
 # Other readers of folders --------------------------------------------------------------------------------------------

@@ -16,12 +16,13 @@ pytestmark = pytest.mark.integration
 def test_the_graph_has_fused_attention_for_any_attn_implementation() -> None:
     model = randomize(ViTCLSForImageClassification(build_tiny_config(num_register_tokens=1, num_hidden_layers=1)))
     model.set_attn_implementation("eager")
-    graph = trace_model(model, select_graph_shape(model, None, dynamic=True), torch.float32)
+    graph = trace_model(model, select_graph_shape(model, (48, 24), dynamic=True), torch.float32)
     operators = {str(node.target) for node in graph.graph.nodes}
     assert "aten.scaled_dot_product_attention.default" in operators
     assert model.config._attn_implementation == "eager"  # the caller's model stays as it was
-    pixel_values = build_images(3, 24, 48)
-    torch.testing.assert_close(graph.module()(pixel_values)["logits"], model(pixel_values).logits)
+    for size in ((24, 48), model.config.image_height_width):
+        pixel_values = build_images(3, *size)
+        torch.testing.assert_close(graph.module()(pixel_values)["logits"], model(pixel_values).logits)
 
 
 def test_the_smallest_size_contains_the_grids_of_cls_tokens() -> None:

@@ -177,14 +177,16 @@ def test_files_of_other_file_systems_are_fetched() -> None:
 
 
 class FlakyServer(BaseHTTPRequestHandler):
-    """A web server whose first two answers to each path are temporary errors. Only /photo.png exists."""
+    """A web server whose first two answers to each path are temporary errors. Only /photo.png exists, and there are
+    always too many requests for /busy.png."""
 
     num_requests: ClassVar[Counter[str]] = Counter()
 
     def do_GET(self) -> None:
         self.num_requests[self.path] += 1
         exists = self.path == "/photo.png"
-        self.send_response(503 if self.num_requests[self.path] <= 2 else 200 if exists else 404)
+        status = 429 if self.path == "/busy.png" else 200 if exists else 404
+        self.send_response(503 if self.num_requests[self.path] <= 2 else status)
         self.end_headers()
         self.wfile.write(b"encoded" if exists else b"")
 
@@ -203,6 +205,8 @@ def test_a_network_failure_is_retried_and_is_not_an_unreadable_image(monkeypatch
     address = f"http://127.0.0.1:{server.server_port}"
     assert prepare(f"{address}/photo.png") == PreparedImage(ImageRecord(0, "name", f"{address}/photo.png"), b"encoded")
     assert "404" in (prepare(f"{address}/missing.png").error or "")
+    with raises_one_line(f"{address}/busy.png", error=FetchError):
+        prepare(f"{address}/busy.png")
     server.shutdown()
     server.server_close()
     with pytest.raises(FetchError, match=f"{address}/photo.png") as caught:
