@@ -32,7 +32,7 @@ GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)  # increment of SplitMix64: 2**64 d
 
 def derive_seed(*numbers: int) -> int:
     """Return a 63-bit seed from several non-negative integers. Different integers result in unrelated seeds."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
 
 
 def draw_random_bits(seeds: np.ndarray, indices: np.ndarray, num_per_image: int) -> np.ndarray:
