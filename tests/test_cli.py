@@ -115,7 +115,7 @@ def test_a_study_of_the_package_has_a_name(tmp_path: Path, monkeypatch: pytest.M
 def test_scripts_run_the_same_programs(
     command: str, script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert set(WRAPPERS) == set(cli.COMMANDS)
+    assert {*WRAPPERS, "env"} == set(cli.COMMANDS)
     monkeypatch.setattr(sys, "argv", [f"{script}.py", "--help"])
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(SCRIPTS / f"{script}.py"), run_name="__main__")
@@ -173,9 +173,9 @@ def test_the_command_registers_the_auto_classes_after_flags_are_checked(tmp_path
 @pytest.mark.parametrize(
     ("arguments", "command", "expected"),
     [
-        (["bin/vitcls", "demo"], [], True),
+        (["bin/vitcls", "env"], [], True),
         (["C:/Scripts/vitcls.exe"], [], True),
-        (["-m", "demo"], ["python", "-m", "modeling_vitcls.cli", "demo"], True),
+        (["-m", "env"], ["python", "-m", "modeling_vitcls.cli", "env"], True),
         (["-m"], ["python", "-m", "pytest"], False),
         (["scripts/train.py"], ["python", "scripts/train.py", "modeling_vitcls.cli"], False),
         (["vitcls/train.py"], [], False),

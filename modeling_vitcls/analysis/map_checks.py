@@ -66,11 +66,9 @@ class MapCheck:
         elif not self.is_faithful:
             verdict = "depends little on the weights of the model"
         return (
-            f"{name.capitalize()} {verdict} ({self.num_images} images). The area under the deletion curve is "
-            f"{areas[0]:.2f} ({areas[1]:.2f} for a random order; lower is better), and the area under the insertion "
-            f"curve is {areas[2]:.2f} ({areas[3]:.2f} for a random order; higher is better; p = {self.p_value:.2g} "
-            "for both curves). The rank correlation between this map and the map for shuffled weights is "
-            f"{self.weight_correlation:.2f}."
+            f"{name.capitalize()} {verdict} ({self.num_images} images). Area under the deletion curve {areas[0]:.2f} "
+            f"(random order: {areas[1]:.2f}), insertion curve {areas[2]:.2f} (random order: {areas[3]:.2f}), "
+            f"p = {self.p_value:.2g}; rank correlation with the map of shuffled weights {self.weight_correlation:.2f}."
         )
 
 

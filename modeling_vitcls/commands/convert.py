@@ -74,8 +74,5 @@ def print_report(report: "Report", output: Path) -> None:
     if reason := report["preprocessing"]["assumed_because"]:
         print(f"Image processor: the settings are assumed, because {reason}. Check them")
     print(*report["notes"], f"Classifier: {report['classifier']}", sep="\n")
-    print(
-        f"\nWritten to {output}, with the parity report. Its card, README.md, contains the code that loads the model"
-    )
-    print("Push the model and its card to the Hub, and verify the pushed model, with")
+    print(f"\nWritten to {output}; README.md has the code that loads the model. Push and verify the model with")
     print(f"  {build_push_command(output, f'YOUR-NAME/{output.resolve().name}')}")

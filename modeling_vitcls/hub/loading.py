@@ -230,13 +230,9 @@ def download_files(
     huggingface_hub retries each request."""
     try:
         with set_hub_timeout(timeout):
-            path = snapshot_download(
-                repo_id,
-                revision=revision,
-                local_dir=folder,
-                allow_patterns=list(patterns),
-                local_files_only=is_offline_mode(),  # otherwise, huggingface_hub 1 looks for a commit on the Hub
-            )
+            # In offline mode, huggingface_hub 1 would look for the files of a commit on the Hub.
+            target: dict[str, Any] = {"local_dir": folder, "local_files_only": is_offline_mode()}
+            path = snapshot_download(repo_id, revision=revision, allow_patterns=list(patterns), **target)
     except HUB_ERRORS as error:
         if not is_offline_mode():
             raise OSError(f"cannot download {repo_id}: {format_hub_error(error)}") from error

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,10 +22,13 @@ from accelerate import Accelerator
 
 from ..data.augmentation import BatchMixer
 from ..data.batches import Batch, Normalizer
+from ..data.held_out import read_held_out_record
 from ..data.images import LabeledImages
 from ..data.sampling import compute_class_weights
 from ..data.splits import TrainingData, describe_missing_classes, load_training_data
+from ..files import read_json
 from ..hub.local_paths import strip_folders
+from ..hub.model_files import RESULTS_FILE
 from ..inference.evaluator import Evaluator
 from ..inference.load_model import is_preset
 from ..inference.metrics import SELECTION_METRICS
@@ -99,7 +103,7 @@ def build_task(options: FinetuneOptions, initial: InitialModel, data: TrainingDa
         can_calibrate=labels.kind == "single_label_classification",
         num_views=options.distillation.teacher_views,
         summary_lines=summary_lines,
-        warnings=[*describe_missing_classes(data), *describe_imbalance(options, data)],
+        warnings=describe_missing_classes(data) + describe_imbalance(options, data) + describe_overlap(initial, data),
         results={
             "teacher": strip_folders(options.distillation.teacher) if options.distillation.teacher else None,
             "label_column": list(labels.columns),
@@ -196,3 +200,17 @@ def check_label_kind(options: FinetuneOptions, kind: str) -> None:
     for flag, is_set in flags.items():
         if is_set and kind != "single_label_classification":
             raise ValueError(f"{flag} requires one label per image, but the labels are {kind}. Remove {flag}")
+
+
+def describe_overlap(initial: InitialModel, data: TrainingData) -> list[str]:
+    """Return a warning if the initial model may have been trained on held-out images of this run. Raise ValueError if
+    its results.json is damaged."""
+    record = None if initial.folder is None else read_held_out_record(initial.folder)
+    rules = {None if record is None else record.rule, data.record.rule}
+    results = {} if None in rules or len(rules) == 1 else read_json(Path(initial.folder or "", RESULTS_FILE))
+    if results.get("dataset") != data.name:
+        return []
+    return [
+        f"{initial.name} was trained on {data.name} with another held-out split, so held-out images of this run may "
+        "be among its training images. Use the same split"
+    ]

@@ -8,6 +8,7 @@ images, and the random numbers in the model are computed from the step and are n
 """
 
 import math
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -100,6 +101,8 @@ class TrainingLoop:
     def __post_init__(self) -> None:
         self.model = self.accelerator.unwrap_model(self.state.model)
         self.monitor = TokenMonitor(self.model)  # stores the initial tokens, so a checkpoint is loaded later
+        # With other values of --trainable, some tokens are frozen.
+        self.should_warn_about_tokens = self.options.trainable in ("full", "lora")
 
     def run(self, batches: Iterator[Batch]) -> Metrics:
         """Run the remaining steps, and return the metrics of the final evaluation. `batches` yields the batches of
@@ -114,7 +117,7 @@ class TrainingLoop:
                 self.save(self.is_best)
                 raise RunStopped(
                     f"stopped by {name}; a checkpoint was saved. Repeat the command with --resume to continue the run",
-                    self.signals.exit_status,
+                    128 + signal.Signals[name],  # the exit status that shells use, such as 143 for SIGTERM
                 )
         return metrics or self.evaluate()
 
@@ -129,13 +132,13 @@ class TrainingLoop:
         should_save = should_evaluate if self.save_every is None else is_last_step or next_step % self.save_every == 0
 
         start_time = time.perf_counter()
-        record, batch = self.run_optimizer_step(batches)
+        record, batch = self.run_optimizer_step(batches, should_measure_tokens=should_log)
         self.step_seconds.append(time.perf_counter() - start_time)
         self.reporter.show_step(state.step)
 
         self.is_best = False
         if should_log:
-            record |= self.compute_recent_metrics() | {"token_norm": self.monitor.compute_norms()}
+            record |= self.compute_recent_metrics()
             attention_every = self.options.log_attention_every
             if self.normalize is not None and attention_every and next_step % attention_every == 0:
                 record |= measure_attention_entropy(self.model, self.normalize, batch)
@@ -148,9 +151,10 @@ class TrainingLoop:
             self.save(False)
         return self.evaluate_step() if should_evaluate else {}
 
-    def run_optimizer_step(self, batches: Iterator[Batch]) -> tuple[Metrics, Batch]:
+    def run_optimizer_step(self, batches: Iterator[Batch], should_measure_tokens: bool) -> tuple[Metrics, Batch]:
         """Run one optimizer step with gradients accumulated over several batches. Return the record of the step, and
-        the last batch, which is on the device."""
+        the last batch, which is on the device. If `should_measure_tokens` is set, the record contains metrics of the
+        special tokens."""
         state, options, accelerator = self.state, self.options, self.accelerator
         learning_rate = get_learning_rate(state.step, self.plan.num_steps, options)
         for group in state.optimizer.param_groups:
@@ -170,6 +174,8 @@ class TrainingLoop:
                     parameters = [parameter for parameter in state.model.parameters() if parameter.requires_grad]
                     gradient_norm = float(accelerator.clip_grad_norm_(parameters, options.max_gradient_norm))
                     self.check_finite(losses, gradient_norm)
+                    if should_measure_tokens:
+                        token_gradients = self.monitor.copy_tokens(gradients=True)
                     state.optimizer.step()
                     state.optimizer.zero_grad()
         state.step += 1
@@ -182,6 +188,11 @@ class TrainingLoop:
             "learning_rate": learning_rate,
             "gradient_norm": round(gradient_norm, 6) if math.isfinite(gradient_norm) else None,
         }
+        if should_measure_tokens:
+            record |= self.monitor.compute_norms(token_gradients)
+            for token, norm in record["token_gradient_norm"].items():
+                if norm == 0 and self.should_warn_about_tokens and state.step <= options.log_every:  # the first record
+                    self.reporter.warn(f"the token {token} received no gradient and is not trained")
         return record, batch
 
     def check_finite(self, losses: list[Losses], gradient_norm: float) -> None:

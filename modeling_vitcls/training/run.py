@@ -314,11 +314,6 @@ class Run:
                 "step": self.selected_step,
                 task.selection_metric: self.state.best_score,
             }
-        token_movement = loop.monitor.compute_token_movement()
-        trains_tokens = self.options.training.trainable in ("full", "lora") and self.selected_step != 0
-        for token, distance in token_movement.items():
-            if distance == 0 and trains_tokens:
-                reporter.warn(f"token {token} did not change during training")
         if num_unreadable := len(self.unreadable_images.indices):
             reporter.warn(f"{num_unreadable} training image(s) could not be read and were replaced with other images")
         results = {
@@ -334,7 +329,7 @@ class Run:
             **describe_run(self.plan, self.state.step, task.model, self.accelerator, self.training_seconds),
             **self.metrics,
             "num_unreadable_training_images": num_unreadable,
-            "token_movement": token_movement,
+            "token_movement": loop.monitor.compute_token_movement(),
         }
         if task.measure_features is not None:
             after = task.measure_features(self.state.model.eval())

@@ -31,9 +31,9 @@ class SignalHandler:
         accelerate, N processes   torchrun's agent forwards both signals to all processes, including DataLoader
                                   workers, and kills the processes after 30 s
 
-    The launcher's exit status may differ from `exit_status`: torchrun's agent exits with 1 after any signal. Signal
-    handlers are installed only in the main thread, because Python does not allow other threads to install handlers.
-    Signals that are already ignored, for example Ctrl-C in background jobs of a shell, remain ignored.
+    The launcher's exit status may differ: torchrun's agent exits with 1 after any signal. Signal handlers are
+    installed only in the main thread, because Python does not allow other threads to install handlers. Signals that
+    are already ignored, for example Ctrl-C in background jobs of a shell, remain ignored.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
@@ -43,7 +43,6 @@ class SignalHandler:
         self.parent_pid = os.getppid() if any(name in os.environ for name in LAUNCHER_ENVIRONMENT_VARIABLES) else None
         # A process group for CPU tensors avoids synchronization with the device.
         self.process_group: Any = distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
-        self.synchronized_signal: signal.Signals | None = None
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
@@ -77,10 +76,4 @@ class SignalHandler:
             max_signum = torch.tensor(signum)
             distributed.all_reduce(max_signum, op=distributed.ReduceOp.MAX, group=self.process_group)
             signum = int(max_signum)
-        self.synchronized_signal = signal.Signals(signum) if signum else None
-        return self.synchronized_signal.name if self.synchronized_signal else None
-
-    @property
-    def exit_status(self) -> int:
-        """Return the exit status: 128 plus the number of the signal (143 for SIGTERM), or 0 without a signal."""
-        return 128 + self.synchronized_signal if self.synchronized_signal else 0
+        return signal.Signals(signum).name if signum else None

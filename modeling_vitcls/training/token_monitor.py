@@ -1,10 +1,12 @@
 """Metrics of the special tokens, to detect tokens that are not trained.
 
-norm        norm of the token
-movement    norm of the token's change since the start of training
-entropy     entropy of the CLS attention in nats, per layer; ln(number of tokens) for uniform attention
+norm              norm of the token
+gradient_norm     norm of the token's gradient after clipping
+movement          norm of the token's change since the start of training
+entropy           entropy of the CLS attention in nats, per layer; ln(number of tokens) for uniform attention
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +17,8 @@ from ..blocks_vitcls import ViTCLSEmbeddings
 from .distributed_state import gather_tensor
 from .model import set_train_mode
 
+
+Tokens = dict[str, torch.Tensor]  # token name (for example "cls[0]") -> token [D]
 
 MAX_ATTENTION_IMAGES = 8  # maximum number of images for the attention entropy
 
@@ -28,17 +32,22 @@ class TokenMonitor:
         self.parameters = embeddings[0].get_special_tokens() if embeddings else {}
         self.initial_tokens = self.copy_tokens()
 
-    def copy_tokens(self) -> dict[str, torch.Tensor]:
-        """Return a copy [D] of each token on the CPU, by name, such as "cls[0]"."""
+    def copy_tokens(self, gradients: bool = False) -> Tokens:
+        """Return a copy of each token, or of the gradient of each token that has one, on the CPU."""
+        tensors = {group: each.grad if gradients else each.detach() for group, each in self.parameters.items()}
         return {
             f"{group}[{index}]": token
-            for group, tensor in self.parameters.items()
-            for index, token in enumerate(gather_tensor(tensor.detach()).float().cpu().squeeze(0).clone())
+            for group, tensor in tensors.items()
+            if tensor is not None
+            for index, token in enumerate(gather_tensor(tensor).float().cpu().squeeze(0).clone())
         }
 
-    def compute_norms(self) -> dict[str, float]:
-        """Return the norm of each token."""
-        return {name: round(token.norm().item(), 6) for name, token in self.copy_tokens().items()}
+    def compute_norms(self, gradients: Tokens) -> dict[str, dict[str, float | None]]:
+        """Return the norm of each token and of its gradient (0 if it has none) for metrics.jsonl."""
+        norms = {name: token.norm().item() for name, token in self.copy_tokens().items()}
+        gradient_norms = {name: gradients[name].norm().item() if name in gradients else 0.0 for name in norms}
+        metrics = {"token_norm": norms, "token_gradient_norm": gradient_norms}
+        return {key: {name: round_finite(value) for name, value in values.items()} for key, values in metrics.items()}
 
     def compute_token_movement(self) -> dict[str, float]:
         """Return the Euclidean norm of each token's change since the start of training."""
@@ -57,3 +66,8 @@ def measure_attention_entropy(
     set_train_mode(model)
     entropy = torch.special.entr(attention_weights.float()).sum(-1)  # [B, layers, heads, CLS]
     return {"cls_attention_entropy": [round(value, 4) for value in entropy.mean(dim=(0, 2, 3)).tolist()]}
+
+
+def round_finite(value: float) -> float | None:
+    """Round a number to six significant digits. Return None if the number is not finite, which may happen in fp16."""
+    return float(f"{value:.6g}") if math.isfinite(value) else None

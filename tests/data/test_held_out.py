@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from helpers.tiny_models import raises_one_line
 from helpers.tiny_options import build_tiny_options, run_training
 
 from modeling_vitcls.analysis.inspection import open_images
+from modeling_vitcls.configuration_vitcls import ViTCLSConfig
 from modeling_vitcls.data.held_out import (
     HeldOutRecord,
     HeldOutRule,
@@ -38,6 +39,8 @@ from modeling_vitcls.options import (
 )
 from modeling_vitcls.publishing.model_folder import ModelFolder
 from modeling_vitcls.publishing.staging import list_published_files
+from modeling_vitcls.training.finetune import describe_overlap
+from modeling_vitcls.training.model import InitialModel
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -261,6 +264,28 @@ def test_evaluation_warns_of_images_that_may_be_training_images(tmp_path: Path, 
     (tmp_path / "run" / "results.json").unlink()
     (line,) = get_warnings(folder)
     assert "has no record of the held-out images" in line
+
+
+@pytest.mark.parametrize(
+    ("trained", "other", "overlaps"),
+    [({}, {}, False), ({}, {"split_seed": 1}, True), ({"folds": 3, "fold": 2}, {"folds": 3, "fold": 1}, True)],
+    ids=str,
+)
+def test_a_model_trained_on_held_out_images_is_named(
+    trained: dict[str, Any], other: dict[str, Any], overlaps: bool, tmp_path: Path
+) -> None:
+    folder, model = write_photos(tmp_path / "photos", range(30)), tmp_path / "model"
+    model.mkdir()
+    initial = InitialModel(str(model), str(model), ViTCLSConfig(), has_random_weights=False)
+    first, second = read(folder, **trained), read(folder, **other)
+    assert not describe_overlap(initial, second)  # no results.json
+    results = {"dataset": first.name, "held_out": asdict(first.record)}
+    (model / "results.json").write_text(json.dumps(results), encoding="utf-8")
+    assert bool(describe_overlap(initial, second)) == overlaps
+    assert bool(get_names(first.train) & get_names(second.held_out)) == overlaps
+    assert not describe_overlap(initial, replace(second, name="another dataset"))
+    assert not describe_overlap(replace(initial, folder=None), second)
+    assert not describe_overlap(initial, replace(second, record=HeldOutRecord("test", 5)))
 
 
 def test_a_split_of_the_dataset_is_recorded_and_evaluated(tmp_path: Path) -> None:

@@ -173,7 +173,7 @@ def random_numbers_per_process(folder: Path) -> None:
         drawn: list[torch.Tensor] = []
         loop = build_training_loop(folder, draw)
         for _ in range(2):
-            loop.run_optimizer_step(itertools.repeat(NO_IMAGES))
+            loop.run_optimizer_step(itertools.repeat(NO_IMAGES), should_measure_tokens=False)
         numbers: list[Any] = [None] * NUM_PROCESSES
         distributed.all_gather_object(numbers, drawn)
         runs.append([tuple(each.tolist()) for process in numbers for each in process])
@@ -192,7 +192,7 @@ def non_finite_loss_stops_all_processes(folder: Path) -> None:
         loop = build_training_loop(folder, get_loss)
         before = [parameter.detach().clone() for parameter in loop.state.model.parameters()]
         try:
-            loop.run_optimizer_step(itertools.repeat(NO_IMAGES))
+            loop.run_optimizer_step(itertools.repeat(NO_IMAGES), should_measure_tokens=False)
         except RunStopped:
             pass
         else:
@@ -202,13 +202,12 @@ def non_finite_loss_stops_all_processes(folder: Path) -> None:
 
 
 def signal_to_one_process_is_known_to_all(folder: Path) -> None:
-    for number, status in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+    for number in (signal.SIGTERM, signal.SIGINT):
         with SignalHandler(Accelerator(cpu=True)) as interruption:
             assert interruption.get_signal() is None
             if distributed.get_rank() == 1:
                 os.kill(os.getpid(), number)
             assert interruption.get_signal() == number.name
-            assert interruption.exit_status == status
 
 
 def error_of_the_main_process_is_raised_by_all(folder: Path) -> None:

@@ -1,0 +1,25 @@
+"""The report of `vitcls env` for bug reports."""
+
+import importlib.metadata
+import sys
+
+import pytest
+import torch
+from helpers.command_in_process import run_here
+
+from modeling_vitcls.version import __version__
+
+
+def test_the_environment_of_a_bug_report(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("VITCLS_CPU_KERNELS", "0")
+    assert run_here("env") == 0
+    printed = capsys.readouterr().out
+    facts = {name: text.strip() for name, text in (line.split("  ", maxsplit=1) for line in printed.splitlines())}
+    assert facts["modeling_vitcls"] == __version__ and facts["timm"] == importlib.metadata.version("timm")
+    assert facts["CPU kernels"] == "off" and "hf_secret" not in printed
+    if not torch.cuda.is_available():
+        assert facts["device"] == f"CPU, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
+    if sys.platform.startswith("linux"):
+        named = ("avx512_bf16" in facts["instructions"], "amx_bf16" in facts["instructions"])
+        assert named == (torch.cpu._is_avx512_bf16_supported(), torch.cpu._is_amx_tile_supported())
