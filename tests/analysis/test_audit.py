@@ -125,21 +125,27 @@ def test_audit_of_a_folder_and_training_without_the_listed_images(tmp_path: Path
     for index in range(5):
         folder = tmp_path / "photos" / "test" / f"digit {digits.target[index]}"
         folder.mkdir(exist_ok=True)
-        Image.fromarray(np.uint8(digits.images[index] * 15)).resize((32, 32)).save(folder / f"copy {index}.png")
+        pixels = np.uint8(digits.images[index] * 15)
+        Image.fromarray(np.fliplr(pixels) if index == 4 else pixels).resize((32, 32)).save(
+            folder / f"copy {index}.png"
+        )
+    (tmp_path / "photos" / "train" / "digit 0" / "broken.png").write_bytes(b"broken")
     model = ViTCLSModel(build_tiny_config(image_size=32, patch_size=8, hidden_size=64))
     save_with_processor(model, tmp_path / "model")
     page = tmp_path / "audit" / "page.html"
     counts = evaluate(tmp_path / "model", tmp_path / "photos", frozen="logreg", audit=page)
-    assert counts["num_images"] == 405 and counts["across_splits"] >= 5
+    assert (counts["num_images"], counts["num_unreadable_images"]) == (405, 1) and counts["across_splits"] >= 5
     table = pd.read_csv(page.with_suffix(".csv"), dtype=str)
+    pairs = {(Path(row["id"]).stem, Path(row["other"]).stem) for _, row in table.dropna(subset="other").iterrows()}
+    assert {(str(index), f"copy {index}") for index in range(5)} <= pairs | {pair[::-1] for pair in pairs}
     listed = set(table["id"][(table["split"] == "train") & (table["issue"] == "label")])
     found = {index for index in wrong if any(Path(name).stem == str(index) for name in listed)}
     assert len(found) >= 5
     without = load_training_data(DataOptions(str(tmp_path / "photos"), exclude=page.with_suffix(".csv")))
     excluded = set(table["id"][table["split"] == "train"])
-    assert without.num_excluded == len(excluded) == 300 - len(without.train)
+    assert without.num_excluded == len(excluded) == 301 - len(without.train)
     selecting = load_training_data(DataOptions(str(tmp_path / "photos"), exclude=page.with_suffix(".csv")), True)
-    assert selecting.num_excluded == len(excluded) < 300 - len(selecting.train)
+    assert selecting.num_excluded == len(excluded) < 301 - len(selecting.train)
     assert not excluded & set(without.train.images.get_names())
     assert len(without.held_out) == 105
 

@@ -1,14 +1,19 @@
 """Models loaded for export: their named outputs, the attention of CLS tokens, and presets."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
-from helpers.tiny_models import build_images, build_tiny_config, randomize
+from helpers.tiny_models import build_images, build_tiny_config, randomize, save_with_processor
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
+from modeling_vitcls.data.splits import load_training_data
 from modeling_vitcls.export import exporter
 from modeling_vitcls.export.exportable import NamedOutputsModel, compute_named_outputs, load_exportable_model
+from modeling_vitcls.export.measurement import load_export_images
+from modeling_vitcls.files import write_json
+from modeling_vitcls.options import DataOptions
 
 
 pytestmark = pytest.mark.integration
@@ -38,6 +43,16 @@ def test_the_attention_of_cls_tokens_is_an_output() -> None:
     torch.testing.assert_close(outputs["cls_attention"], maps)
     assert NamedOutputsModel(model.bfloat16())(pixel_values.bfloat16())["logits"].dtype == torch.float32
     assert list(compute_named_outputs(model.float(), [pixel_values], True)[0]) == ["logits", "cls_attention"]
+
+
+def test_calibration_uses_the_training_images_of_the_run(tmp_path: Path) -> None:
+    config = build_tiny_config(num_labels=10, id2label={label: str(label) for label in range(10)})
+    save_with_processor(ViTCLSForImageClassification(config), tmp_path)
+    record = load_training_data(DataOptions("digits", split_seed=5)).record
+    write_json(tmp_path / "results.json", {"dataset": "digits", "held_out": asdict(record)})
+    images = load_export_images(str(tmp_path), "digits")
+    keys = [set(part.compute_keys().tolist()) for part in (images.training, images.held_out)]
+    assert len(keys[1]) == 359 and not keys[0] & keys[1]
 
 
 def test_a_preset_has_random_weights() -> None:

@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 from modeling_vitcls import ViTCLSForImageClassification, finetune
 from modeling_vitcls.analysis.inspection import InspectionImages
 from modeling_vitcls.data.images import ArrayImages
-from modeling_vitcls.files import read_json
+from modeling_vitcls.files import read_json, write_json
 from modeling_vitcls.publishing.card import write_card
 from modeling_vitcls.publishing.model_folder import ModelFolder
 from modeling_vitcls.publishing.report import write_report
@@ -55,7 +55,6 @@ def test_a_run_gets_a_report_and_a_card_from_its_folder(tmp_path: Path, capsys: 
 
 
 @pytest.mark.integration
-@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_accelerate", "fast_verification")
 def test_a_run_is_pushed_and_verified(
     hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -85,3 +84,7 @@ def test_a_model_saved_by_hand_gets_a_report_and_a_card(tmp_path: Path) -> None:
     card = ModelCard.load(tmp_path / "mine" / "README.md")
     assert "for image classification with 3 classes" in card.text and card.data.eval_results is None
     assert 'model="mine"' in card.text
+    write_json(
+        tmp_path / "mine" / "config.json", read_json(tmp_path / "mine" / "config.json") | {"architectures": None}
+    )
+    assert ModelFolder(tmp_path / "mine").architecture == "ViTCLSModel"  # as in from_pretrained
