@@ -211,18 +211,19 @@ def test_links_are_followed_without_cycles(tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
 def test_metadata_files_name_the_labels(tmp_path: Path, kind: str) -> None:
-    """Each split folder has its metadata file; names of splits may be in upper case."""
+    """Each split folder has its metadata file; names of splits may be in upper case, and brackets are no pattern."""
+    folder = tmp_path / "photos [1]"
     for split, shades in (("Train", "abab"), ("TEST", "ba")):
-        write_class(tmp_path, split, 5)
+        write_class(folder, split, 5)
         table = pandas.DataFrame({"file_name": [f"{index}.png" for index in range(len(shades))], "shade": [*shades]})
-        file = tmp_path / split / f"metadata.{kind}"
+        file = folder / split / f"metadata.{kind}"
         if kind == "csv":
             table.to_csv(file, index=False)
         elif kind == "jsonl":
             table.to_json(file, orient="records", lines=True)
         else:
             table.to_parquet(file)
-    data = load(tmp_path, label_column=("shade",))
+    data = load(folder, label_column=("shade",))
     assert (list(data.train.labels), list(data.held_out.labels)) == ([0, 1, 0, 1], [1, 0])
     assert data.held_out_name == "split 'test'"
     assert data.held_out.images.get_names() == ["TEST/0.png", "TEST/1.png"]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.tiny_models import build_images, build_tiny_config, randomize, save_with_processor
+from helpers.tiny_models import build_images, build_tiny_config, raises_one_line, randomize, save_with_processor
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
 from modeling_vitcls.data.splits import load_training_data
@@ -53,6 +53,9 @@ def test_calibration_uses_the_training_images_of_the_run(tmp_path: Path) -> None
     images = load_export_images(str(tmp_path), "digits")
     keys = [set(part.compute_keys().tolist()) for part in (images.training, images.held_out)]
     assert len(keys[1]) == 359 and not keys[0] & keys[1]
+    with raises_one_line("LABEL_0"):  # labels of a requested split are required
+        save_with_processor(ViTCLSForImageClassification(build_tiny_config(num_labels=3)), tmp_path / "other")
+        load_export_images(str(tmp_path / "other"), "digits", split="test")
 
 
 def test_a_preset_has_random_weights() -> None:
