@@ -14,6 +14,7 @@ from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
 
 import modeling_vitcls as vitcls
+from modeling_vitcls.commands.push import PushOptions
 from modeling_vitcls.hub import connection
 from modeling_vitcls.publishing.model_folder import ModelFolder
 from modeling_vitcls.publishing.push import push_folder
@@ -196,3 +197,11 @@ def test_outputs_are_compared_with_a_tolerance(value: float, is_equal: bool) -> 
 def test_missing_and_unexpected_outputs_are_noticed(found: dict[str, torch.Tensor]) -> None:
     with raises_one_line("shape", error=VerificationError):
         compare_outputs("ann/model", found, {"a": torch.ones(2)})
+
+
+def test_a_verification_takes_a_folder_but_no_flags_of_a_push() -> None:
+    flags: dict[str, Any] = {"branch": "other", "private": True, "verify": False}
+    assert PushOptions(verify_only="ann/mine@main", model=Path("mine")).model == Path("mine")
+    for flag, value in flags.items():
+        with raises_one_line(flag):
+            PushOptions(verify_only="ann/mine", **{flag: value})
