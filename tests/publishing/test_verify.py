@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import modeling_vitcls as vitcls
 from modeling_vitcls.commands.push import PushOptions
+from modeling_vitcls.commands.push import run as run_push
 from modeling_vitcls.hub import connection
 from modeling_vitcls.publishing.model_folder import ModelFolder
 from modeling_vitcls.publishing.push import push_folder
@@ -197,6 +198,12 @@ def test_outputs_are_compared_with_a_tolerance(value: float, is_equal: bool) -> 
 def test_missing_and_unexpected_outputs_are_noticed(found: dict[str, torch.Tensor]) -> None:
     with raises_one_line("shape", error=VerificationError):
         compare_outputs("ann/model", found, {"a": torch.ones(2)})
+
+
+def test_the_commit_to_verify_is_part_of_the_id(hub: LocalHub) -> None:
+    hub.create("ann/mine", private=False, files={"config.json": b"{}"})
+    with raises_one_line("other-branch", error=OSError):
+        run_push(PushOptions(verify_only="ann/mine@other-branch"))
 
 
 def test_a_verification_takes_a_folder_but_no_flags_of_a_push() -> None:

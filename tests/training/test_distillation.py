@@ -157,7 +157,7 @@ def test_the_folder_contains_the_encoder_and_the_names_of_the_teachers(
     assert any(name.startswith("patch_projectors.1.") for name in load_file(max(pretrained.glob("*/step*/model.s*"))))
 
 
-@pytest.mark.parametrize("num_tokens", [pytest.param(1, marks=pytest.mark.slow), 0])
+@pytest.mark.parametrize("num_tokens", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_teachers_share_a_token_or_the_pooled_token(
     num_tokens: int, teachers: tuple[str, str], tmp_path: Path
 ) -> None:
