@@ -63,6 +63,8 @@ def test_errors_of_recipes_are_one_line(
         ("push --token x", ["--token"]),
         ("export --model m --format tflite --output o", ["--format", "tflite", "onnx"]),
         ("convert timm:test_vit --output o", ["--source timm:test_vit"]),
+        ("convert --output o", ["--source", "--model"]),
+        ("convert --to transformers --model m --source timm:test_vit --output o", ["--source", "--model"]),
         ("push runs/mine", ["--model runs/mine"]),
         ("benchmark --rounds 0", ["--rounds"]),
         ("space --model m --output o --private", ["--output", "--private"]),

@@ -46,6 +46,7 @@ CONTRADICTIONS: list[dict[str, Any]] = [
     {"token_init": "zeros", "num_cls_tokens": 2, "position_embedding_type": "rope_2d"},
     {"hidden_size": 12, "position_embedding_type": "rope_2d"},
     {"hidden_size": 18, "position_embedding_type": "sincos_2d"},
+    {"num_cls_tokens": 0, "pooling": "cls_mean"},
     {"cls_scopes": ["image"], "num_cls_tokens": 2},
     {"cls_scopes": ["whole"]},
     {"cls_scopes": [[2, 2, 0]]},
