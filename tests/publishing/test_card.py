@@ -132,6 +132,8 @@ def test_tasks_have_no_pipeline(tmp_path: Path) -> None:
     card = load_card(folder)
     assert "| species: Accuracy | 75.00% |" in card.text and "pipeline(" not in card.text
     assert card.data.pipeline_tag == "image-feature-extraction"
+    save_with_processor(ViTCLSForMultiTaskClassification(config), tmp_path / "by hand")
+    assert "species (2 classes)" in load_card(tmp_path / "by hand").text
 
 
 @pytest.mark.parametrize(
