@@ -78,7 +78,7 @@ test-quick: setup
 
 test: TESTS := -m "not slow"
 test test-all: lint
-	$(RUN) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 20 $(TESTS)
+	$(RUN) -m pytest -n $(WORKERS) --dist loadfile --durations 20 $(TESTS)
 
 check: lint
 	$(RUN) -m mypy

@@ -165,8 +165,7 @@ def build_options(options_class: type[Options], /, **flags: Any) -> Options:
     known_flags = get_flag_fields(options_class).keys() - {"config"}
     for name in flags:
         if name not in known_flags:
-            similar_names = difflib.get_close_matches(name, known_flags, n=1)
-            hint = f". Use {similar_names[0]}" if similar_names else ""
+            hint = "".join(f". Use {similar}" for similar in difflib.get_close_matches(name, known_flags, n=1))
             raise TypeError(f"unknown keyword argument {name!r}{hint}")
     if "dataset" in flags and not isinstance(flags["dataset"], str | Path):
         from .data.in_memory import add_dataset
@@ -200,4 +199,6 @@ def convert_value(name: str, value: Any, type_hint: Any) -> Any:
         return (value,)  # the flag accepts several values
     if isinstance(value, str) and Path in value_types:
         return Path(value)
+    if isinstance(value, str) and not choices and str not in value_types:
+        raise ValueError(f"{name} is the text {value!r}. Set {name} to a {value_types[0].__name__} without quotes")
     return str(value) if isinstance(value, Path) and Path not in value_types else value

@@ -28,11 +28,6 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stab
 PAGE_TIMEOUT = 60_000  # timeout of expectations about a page in milliseconds; pages take seconds on a busy machine
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Start with the files that take long, so that all processes end at the same time."""
-    items.sort(key=lambda item: item.get_closest_marker("integration") is None)
-
-
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Seed each test with a hash of its id, so that its random numbers do not depend on other tests."""

@@ -42,8 +42,7 @@ class SpaceOptions:
 
     def __post_init__(self) -> None:
         if self.output is not None and (self.space_id is not None or self.private):
-            flag = "--space-id" if self.space_id is not None else "--private"
-            raise ValueError(f"--output pushes nothing, but {flag} applies only to pushes. Omit one of these flags")
+            raise ValueError("--output pushes nothing, but --space-id and --private apply to pushes. Remove --output")
         if self.static and self.examples:
             raise ValueError("--static does not support --examples. Omit one of these flags")
 

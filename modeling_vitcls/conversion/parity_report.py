@@ -57,6 +57,8 @@ def compare_models(
             return comparisons, f"the source does not support {height} x {width} pixels: {format_error(error)}"
         source_groups = split_token_groups(source_outputs, model)
         outputs = compute_model_outputs(model, pixel_values)
+        if ("logits" in source_groups) != ("logits" in outputs):
+            raise ConversionError(f"only one of {source.name} and the converted model has logits")
         names = [name for name in source_groups if name in outputs]
         differences = {name: get_max_magnitude(outputs[name] - source_groups[name]) for name in names}
         magnitudes = {name: get_max_magnitude(source_groups[name]) for name in names}

@@ -69,6 +69,7 @@ class TimmSource(Source):
         try:
             model, commit = load_timm_model(name, pretrained=not random_init)
         except Exception as error:  # downloads raise errors of many types
+            raise_if_unsafe_pickle(name, error)
             raise OSError(
                 f"timm cannot load {name}: {format_error(error)}. Use a machine with access to the Hub, a folder with "
                 "the model (timm:local-dir:FOLDER) or a file with its weights (timm:NAME@FILE)"

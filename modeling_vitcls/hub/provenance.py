@@ -9,6 +9,7 @@ values that are not in the cache are unknown; no error is raised.
 """
 
 import shutil
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
@@ -128,12 +129,11 @@ def find_timm_provenance(name: str) -> Provenance:
     name, _, file = name.partition("@")
     if file:
         return Provenance(f"timm:{name}")
-    try:
-        import timm
+    import timm
 
+    config = None
+    with suppress(RuntimeError):  # there is no timm model with this name
         config = timm.get_pretrained_cfg(name)
-    except (ImportError, RuntimeError):  # timm is not installed, or there is no timm model with this name
-        config = None
     if config is None:
         return Provenance(f"timm:{name}")
     provenance = Provenance(f"timm:{name}", base_model=config.hf_hub_id)

@@ -122,10 +122,9 @@ def build_metadata(folder: ModelFolder, name: str) -> dict[str, Any]:
     base_model = folder.provenance.base_model if folder.provenance and not is_random else None
     relation = None if report else "finetune"  # the Hub has no relation for exact copies
     is_classifier = "ForImageClassification" in folder.architecture
-    has_classifier = is_classifier and report.get("classifier", "kept") == "kept"
     metadata = {
         "library_name": "transformers",
-        "pipeline_tag": "image-classification" if has_classifier else "image-feature-extraction",
+        "pipeline_tag": "image-classification" if is_classifier else "image-feature-extraction",
         "tags": [tag for tag in TAGS if tag != "vitcls" or not folder.is_native],
         "datasets": [flags["dataset"]] if results and is_hub_dataset(flags.get("dataset")) else None,
         "base_model": base_model,
@@ -193,7 +192,7 @@ def describe_use(folder: ModelFolder) -> dict[str, Any]:
     """Return the variables of the section "Use". A pipeline supports classifiers with one task and trained weights."""
     report, auto_class = folder.parity_report, get_auto_class(folder.architecture)
     is_classifier = auto_class == "AutoModelForImageClassification"
-    is_trained = report.get("classifier", "kept") == "kept" and not report.get("random_init")
+    is_trained = not report.get("random_init")
     min_transformers = ".".join(map(str, MIN_TRANSFORMERS_VERSION))
     if folder.is_native:
         min_transformers = report["required_versions"]["transformers"].lstrip(">=")

@@ -61,8 +61,7 @@ def describe_dry_run(
     epochs = full_plan.count_epochs(full_plan.num_steps) if full_plan.num_images else 1.0
     num_evaluations = math.ceil(epochs / options.training.evaluate_every)
     # The first step is slower than later steps. `--trainable head` runs no steps.
-    seconds_per_step = min(loop.step_seconds[1:] or loop.step_seconds, default=0.0)
-    full_seconds = full_plan.num_steps * seconds_per_step
+    full_seconds = full_plan.num_steps * min(loop.step_seconds[1:] or loop.step_seconds, default=0.0)
     full_seconds += num_evaluations * min(loop.evaluation_seconds) / evaluated_fraction
     return (
         f"ran {len(loop.step_seconds)} steps and an evaluation, and saved a checkpoint and the model, in "

@@ -206,11 +206,12 @@ def describe_overlap(initial: InitialModel, data: TrainingData) -> list[str]:
     """Return a warning if the initial model may have been trained on held-out images of this run. Raise ValueError if
     its results.json is damaged."""
     record = None if initial.folder is None else read_held_out_record(initial.folder)
-    rules = {None if record is None else record.rule, data.record.rule}
-    results = {} if None in rules or len(rules) == 1 else read_json(Path(initial.folder or "", RESULTS_FILE))
-    if results.get("dataset") != data.name:
+    old, new = None if record is None else record.rule, data.record.rule
+    if old is None or new is None or (new.fraction <= old.fraction and replace(new, fraction=old.fraction) == old):
+        return []  # no other image is held out
+    if read_json(Path(initial.folder or "", RESULTS_FILE)).get("dataset") != data.name:
         return []
     return [
         f"{initial.name} was trained on {data.name} with another held-out split, so held-out images of this run may "
-        "be among its training images. Use the same split"
+        f"be among its training images. Use the same split: {old}"
     ]

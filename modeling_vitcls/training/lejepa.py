@@ -29,18 +29,19 @@ LOCAL_SIZE = 0.43  # side length of local crops, as a fraction of the image size
 MAX_ASPECT_RATIO = 4 / 3
 JITTER_PROBABILITY, JITTER = 0.8, 0.4  # brightness, contrast and saturation change by a factor of 1 - 0.4 to 1 + 0.4
 GRAY_PROBABILITY = 0.2
+NUM_FEATURES = 64  # of a projection
 
 
 class LeJEPA(ViTCLSPreTrainedModel):
     """An encoder with a projector on its pooled token. The projector is dropped after pre-training."""
 
-    def __init__(self, encoder: ViTCLSModel, width: int = 1024, num_features: int = 64) -> None:
+    def __init__(self, encoder: ViTCLSModel, width: int = 1024) -> None:
         super().__init__(encoder.config)
         # LayerNorm instead of BatchNorm: no image depends on the other images of its process.
         self.projector = nn.Sequential(
             nn.Linear(encoder.config.pooled_size, width), nn.LayerNorm(width), nn.GELU(),
             nn.Linear(width, width), nn.LayerNorm(width), nn.GELU(),
-            nn.Linear(width, num_features),
+            nn.Linear(width, NUM_FEATURES),
         )  # fmt: skip
         self.post_init()
         self.vitcls = encoder  # after the initialization of the projector, which keeps these weights

@@ -192,8 +192,9 @@ class TrainingLoop:
             record |= self.monitor.compute_norms(token_gradients)
             for token, norm in record["token_gradient_norm"].items():
                 if norm == 0 and self.should_warn_about_tokens:
-                    self.reporter.warn(f"the token {token} received no gradient and is not trained")
-            self.should_warn_about_tokens = False  # once per run
+                    self.reporter.warn(f"the token {token} received no gradient in step {state.step}: is it trained?")
+            if math.isfinite(gradient_norm):
+                self.should_warn_about_tokens = False  # once per run
         return record, batch
 
     def check_finite(self, losses: list[Losses], gradient_norm: float) -> None:

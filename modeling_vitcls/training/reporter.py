@@ -19,7 +19,7 @@ from torch import nn
 from ..configuration_vitcls import ViTCLSConfig
 from ..data.fit import MAX_MEASURED_IMAGES, describe_fit
 from ..data.sampling import BatchPlan
-from ..data.splits import HELD_OUT_SPLITS, TrainingData
+from ..data.splits import TrainingData
 from ..data.streaming import StreamedImages
 from ..files import write_atomically
 from ..image_processing_vitcls import ViTCLSImageProcessor
@@ -126,13 +126,10 @@ def describe_splits(data: TrainingData, processor: ViTCLSImageProcessor, labels_
         "a stream of" if images is None or isinstance(images, StreamedImages) else f"{len(images):,}"
         for images in (data.train, data.held_out, data.selection)
     )
-    lines = {}
-    if data.train_split in HELD_OUT_SPLITS:
-        lines["split"] = f"training uses the split {data.train_split!r}, because no split is named 'train'"
-    lines["data"] = (
-        f"{data.name}: {train_text} training images, {held_out_text} held-out images ({data.held_out_name}); "
-        f"{labels_text}"
-    )
+    lines = {
+        "data": f"{data.name} ({data.train_split}): {train_text} training images, {held_out_text} held-out images "
+        f"({data.held_out_name}); {labels_text}"
+    }
     if data.selection is not None:
         lines["selection"] = (
             f"the best checkpoint is selected on {selection_text} separate images ({data.selection_name})"

@@ -94,7 +94,7 @@ def test_crops_are_parts_of_the_image() -> None:
 
 @pytest.mark.parametrize("fields", [{}, {"pooling": "mean"}, {"num_cls_tokens": 2, "num_register_tokens": 3}])
 def test_gradients_reach_the_tokens(fields: dict) -> None:
-    model = LeJEPA(ViTCLSModel(build_tiny_config(**fields)), width=32, num_features=8)
+    model = LeJEPA(ViTCLSModel(build_tiny_config(**fields)), width=32)
     objective = LeJEPAObjective(Normalizer(ViTCLSImageProcessor(), torch.device("cpu")), LeJEPAOptions(), (8, 8))
     losses = objective(model, {"pixels": (build_images(4).sigmoid() * 255).to(torch.uint8)})
     losses["loss"].backward()
