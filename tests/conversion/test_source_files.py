@@ -415,13 +415,48 @@ def test_a_file_of_eva02(tmp_path: Path) -> None:
     assert compute_cache_name(f"timm:{name}@{file}") != cache_name
 
 
-def name_as_baai(weights: Weights) -> Weights:
-    """Return the names of baaivision/EVA."""
-    swaps = {r"mlp\.fc1_g": "mlp.w1", r"mlp\.fc1_x": "mlp.w2", r"mlp\.norm": "mlp.ffn_ln", r"mlp\.fc2": "mlp.w3"}
-    swaps[r"attn\.(q|v)_proj\.bias"] = r"attn.\1_bias"
+@torch.no_grad()
+def test_a_file_of_openai(tmp_path: Path) -> None:
+    """A CLIP image encoder with its projection; and a pickle with code, which is not run."""
+    name = "vit_xsmall_patch16_clip_224"
+    source: Any = randomize_weights(timm.create_model(name))
+    source.head.bias.zero_()
+    file = save(name_as_openai(dict(source.state_dict())), tmp_path / "clip.safetensors")
+    model: Any = load_source(f"timm:{name}@{file}").convert()
+    images = torch.randn(1, 3, 224, 224)
+    torch.testing.assert_close(model(images).logits, source(images), atol=1e-5, rtol=1e-5)
+    torch.save({"model": RunWhenUnpickled(tmp_path / "ran")}, tmp_path / "evil.pth")
+    with raises_one_line("safetensors", error=ConversionError):
+        load_source(f"timm:{name}@{tmp_path}/evil.pth")
+    assert not (tmp_path / "ran").exists()
+
+
+def rename(weights: Weights, swaps: dict[str, str]) -> Weights:
+    """Replace parts of the names."""
     for part, theirs in swaps.items():
         weights = {re.sub(part, theirs, name): tensor for name, tensor in weights.items()}
     return weights
+
+
+def name_as_baai(weights: Weights) -> Weights:
+    """Return the names of baaivision/EVA."""
+    swaps = {r"mlp\.fc1_g": "mlp.w1", r"mlp\.fc1_x": "mlp.w2", r"mlp\.norm": "mlp.ffn_ln", r"mlp\.fc2": "mlp.w3"}
+    return rename(weights, swaps | {r"attn\.(q|v)_proj\.bias": r"attn.\1_bias"})
+
+
+def name_as_openai(weights: Weights) -> Weights:
+    """Return OpenAI's names and shapes of a CLIP image encoder, next to weights of the text encoder."""
+    weights = {name: tensor for name, tensor in weights.items() if name != "head.bias"}
+    weights |= {
+        "class_embedding": weights.pop("cls_token").flatten(),
+        "positional_embedding": weights.pop("pos_embed")[0],
+        "proj": weights.pop("head.weight").T.contiguous(),
+    }
+    swaps = {r"^patch_embed\.proj": "conv1", r"^norm_pre": "ln_pre", r"^norm\.": "ln_post."}
+    swaps |= {r"^blocks\.": "transformer.resblocks.", r"norm(\d)": r"ln_\1", r"mlp\.fc1": "mlp.c_fc"}
+    swaps |= {r"mlp\.fc2": "mlp.c_proj", r"attn\.proj": "attn.out_proj", r"attn\.qkv\.": "attn.in_proj_"}
+    renamed = rename(weights, swaps)
+    return {f"visual.{name}": tensor for name, tensor in renamed.items()} | {"logit_scale": torch.ones(1)}
 
 
 # Refusals ------------------------------------------------------------------------------------------------------------
