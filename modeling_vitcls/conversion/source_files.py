@@ -131,9 +131,7 @@ def read_state_dict(file: Path) -> Mapping[str, Any]:
             weights = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load may raise any exception for a damaged file
         raise_if_unsafe_pickle(str(file), error)
-        is_script = "TorchScript" in str(error)
-        reason = "it is a TorchScript archive. Save its state dict" if is_script else format_error(error)
-        raise ConversionError(f"cannot read the weights in {file}: {reason}") from error
+        raise ConversionError(f"cannot read the weights in {file}: {format_error(error)}") from error
     if not isinstance(weights, Mapping):
         raise ConversionError(f"{file} contains an object of type {type(weights).__name__} instead of a state dict")
     return weights

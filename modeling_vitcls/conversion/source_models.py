@@ -245,7 +245,9 @@ def load_transformers_model(model_class: Any, name_or_path: str, folder: str) ->
 
 
 def raise_if_unsafe_pickle(name_or_path: str, error: BaseException) -> None:
-    """Raise ConversionError if loading failed because a pickle contains objects other than tensors."""
+    """Raise ConversionError if loading failed because a file contains code or objects other than tensors."""
+    if "TorchScript" in str(error):
+        raise ConversionError(f"{name_or_path} is a TorchScript archive. Save its state dict") from error
     if any(isinstance(cause, pickle.UnpicklingError) for cause in iter_causes(error)):
         raise ConversionError(
             f"{name_or_path} is a pickle with objects other than tensors. Loading such objects could run code. Save "

@@ -426,8 +426,10 @@ def test_a_file_of_openai(tmp_path: Path) -> None:
     images = torch.randn(1, 3, 224, 224)
     torch.testing.assert_close(model(images).logits, source(images), atol=1e-5, rtol=1e-5)
     torch.save({"model": RunWhenUnpickled(tmp_path / "ran")}, tmp_path / "evil.pth")
-    with raises_one_line("safetensors", error=ConversionError):
-        load_source(f"timm:{name}@{tmp_path}/evil.pth")
+    torch.jit.script(nn.Linear(2, 2)).save(str(tmp_path / "script.pt"))  # as OpenAI publishes CLIP
+    for file_name, remedy in (("evil.pth", "safetensors"), ("script.pt", "state dict")):
+        with raises_one_line(file_name, remedy, error=ConversionError):
+            load_source(f"timm:{name}@{tmp_path / file_name}")
     assert not (tmp_path / "ran").exists()
 
 
