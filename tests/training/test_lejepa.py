@@ -92,6 +92,13 @@ def test_crops_are_parts_of_the_image() -> None:
     assert whole[:, 0].max() - whole[:, 0].min() > 23  # at most the aspect ratio is cropped
 
 
+def test_a_fifth_of_the_images_become_gray() -> None:
+    images = lejepa.jitter(torch.rand(400, 3, 8, 8))
+    is_gray = (images.amax(1) - images.amin(1)).amax(dim=(1, 2)) < 1e-5
+    assert 0.1 < is_gray.float().mean() < 0.3
+    assert images[is_gray].std(dim=(1, 2, 3)).min() > 0.02  # the pattern remains
+
+
 @pytest.mark.parametrize("fields", [{}, {"pooling": "mean"}, {"num_cls_tokens": 2, "num_register_tokens": 3}])
 def test_gradients_reach_the_tokens(fields: dict) -> None:
     model = LeJEPA(ViTCLSModel(build_tiny_config(**fields)), width=32)
