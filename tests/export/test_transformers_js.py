@@ -187,7 +187,7 @@ def save_labeled_images(web: Path, output: Path) -> tuple[torch.Tensor, list[int
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("fresh_accelerate")
-def test_files_are_evaluated_on_labeled_images(web: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_files_are_evaluated_on_labeled_images(web: Path, tmp_path: Path) -> None:
     pixel_values, labels = save_labeled_images(web, tmp_path / "images")
     flags = ["--model", web.parent / "mine", "--format", "transformers.js", "--output", tmp_path / "web"]
     assert run_in_process("export.py", *flags, "--dataset", tmp_path / "images") == 0
@@ -198,7 +198,6 @@ def test_files_are_evaluated_on_labeled_images(web: Path, tmp_path: Path, capsys
     logits = torch.cat([output["logits"] for output in outputs])
     correct = (logits.argmax(-1) == torch.tensor(labels)).float().mean().item()
     assert labeled["files"]["model_quantized.onnx"] == pytest.approx(correct)
-    assert "75.00%" in capsys.readouterr().out
 
 
 @pytest.mark.slow

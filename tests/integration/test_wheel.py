@@ -63,7 +63,7 @@ def test_the_installed_wheel_trains_outside_the_checkout(wheel: Path, tmp_path: 
     vitcls = programs / "vitcls"
     version = run(vitcls, "--version", cwd=tmp_path).split()[1]
     assert wheel.name.startswith(f"modeling_vitcls-{version}-")
-    assert f"modeling_vitcls  {version}" in run(vitcls, "env", cwd=tmp_path)
+    assert run(vitcls, "env", cwd=tmp_path).split()[:2] == ["modeling_vitcls", version]
 
     flags = ("--dataset", "digits", "--max-steps", 5, "--output-dir", "out")
     run(vitcls, "finetune", "--config", "digits", *flags, cwd=tmp_path)
