@@ -12,6 +12,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+import transformers
 from transformers.models.auto import modeling_auto
 
 from modeling_vitcls import (
@@ -88,6 +89,7 @@ class ViTCLSModelTests(modeling_tests.ModelTesterMixin):
     layout: ClassVar[dict[str, Any]]
 
     def setUp(self) -> None:
+        transformers.logging.set_verbosity_warning()  # commands that earlier tests ran in this process are silent
         self.model_tester = SmallModel(self.layout)
         self.config_tester = configuration_tests.ConfigTester(
             self, config_class=ViTCLSConfig, has_text_modality=False, **self.layout
@@ -165,6 +167,7 @@ class ViTCLSBackboneTests(backbone_tests.BackboneTesterMixin):
     layout: ClassVar[dict[str, Any]]
 
     def setUp(self) -> None:
+        transformers.logging.set_verbosity_warning()  # commands that earlier tests ran in this process are silent
         self.model_tester = SmallModel(self.layout)
 
 
