@@ -44,7 +44,10 @@ cards: setup
 	set -e; for name in $(RECIPES); do \
 		OMP_NUM_THREADS=1 $(RUN) scripts/finetune.py --config scripts/recipes/$$name.yaml --output-dir runs/$$name --overwrite; \
 		mkdir -p model_cards/$$name/images; \
-		cp runs/$$name/README.md runs/$$name/results.json runs/$$name/config.resolved.yaml model_cards/$$name/; \
+		cp runs/$$name/README.md runs/$$name/results.json model_cards/$$name/; \
+		$(RUN) -c "import yaml; from pathlib import Path; from modeling_vitcls.publishing.model_folder import ModelFolder; \
+			print(yaml.safe_dump(ModelFolder(Path('runs/$$name')).shareable_flags, sort_keys=False), end='')" \
+			> model_cards/$$name/config.resolved.yaml; \
 		cp runs/$$name/images/*.png model_cards/$$name/images/; \
 		sed -i.bak '/^\[report.html\]/,+1d' model_cards/$$name/README.md && rm model_cards/$$name/README.md.bak; \
 	done

@@ -52,14 +52,14 @@ def write_atomically(file: Path) -> Iterator[Path]:
 @contextmanager
 def create_output_folder(output: Path) -> Iterator[Path]:
     """Create a temporary folder, and rename it to `output` on exit, or move its contents to an existing `output`.
-    After an error, nothing is left."""
+    If the block raises an error, nothing is left."""
     output = output.resolve()
     existing_folder = next(folder for folder in (output, *output.parents) if folder.is_dir())
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=existing_folder) as temporary_folder:
         folder = Path(temporary_folder, output.name)
         folder.mkdir()
         yield folder
-        if output.exists():  # possibly the working directory, or the root of another file system
+        if output.exists():  # it may be the working directory or a mount point, which cannot be replaced
             for path in folder.iterdir():
                 path.rename(output / path.name)
         else:

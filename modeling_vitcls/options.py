@@ -236,7 +236,8 @@ class TrainingOptions:
     label_smoothing: float = 0.1
     """Label smoothing: probability that is distributed evenly over all classes. DeiT uses 0.1."""
     class_balance: Literal["none", "weights"] = "none"
-    """Method for imbalanced classes: `weights` weights the loss of an image by the inverse size of its class."""
+    """Method for imbalanced classes: `weights` multiplies the loss of each image by a factor
+    that is inversely proportional to the size of its class."""
     max_gradient_norm: float = 1.0
     """Maximum norm of the gradients; gradients with a larger norm are scaled down. The ViT paper uses 1."""
     ema_decay: float | None = None
@@ -656,7 +657,7 @@ class InspectOptions(ImageOptions):
 
 @dataclass(frozen=True)
 class BenchmarkOptions:
-    """Measure the speed of a model on this machine, by backend and precision, next to timm and transformers."""
+    """Measure the speed of a model by backend and precision, and compare it with timm and transformers."""
 
     model: str = "vitcls-small"
     """A model folder, the id of a model on the Hub, or a preset (random weights)."""

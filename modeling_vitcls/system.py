@@ -67,9 +67,7 @@ def get_versions(*libraries: str) -> dict[str, str]:
 
 def get_processor_name() -> str:
     """Return the model name of the CPU from /proc/cpuinfo, or from Python if the file does not exist."""
-    cpuinfo_file = Path("/proc/cpuinfo")
-    if cpuinfo_file.is_file():
-        for line in cpuinfo_file.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

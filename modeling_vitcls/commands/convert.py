@@ -25,7 +25,7 @@ class ConvertOptions:
     output: Path
     """Output folder, which must be empty or must not exist."""
     source: str | None = None
-    """timm:NAME, timm:NAME@FILE with a file of weights, transformers:PATH_OR_ID or a state-dict file. An id may end
+    """timm:NAME, timm:NAME@FILE (weights from a file), transformers:PATH_OR_ID or a state-dict file. An id may end
     with @REVISION (commit, branch or tag)."""
     to: Literal["vitcls", "transformers"] = "vitcls"
     """Convert --source to a vitcls model, or --model to a transformers model, which requires no remote code."""
@@ -74,5 +74,5 @@ def print_report(report: "Report", output: Path) -> None:
     if reason := report["preprocessing"]["assumed_because"]:
         print(f"Image processor: the settings are assumed, because {reason}. Check them")
     print(*report["notes"], f"Classifier: {report['classifier']}", sep="\n")
-    print(f"\nWritten to {output}; README.md has the code that loads the model. Push and verify the model with")
+    print(f"\nWritten to {output}. README.md contains the code that loads the model. To push and verify it, run")
     print(f"  {build_push_command(output, f'YOUR-NAME/{output.resolve().name}')}")

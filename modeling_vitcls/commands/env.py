@@ -1,4 +1,4 @@
-"""`vitcls env`: print versions, devices and CPU kernels, for bug reports.
+"""`vitcls env`: print versions, the device and CPU kernels, for bug reports.
 
 vitcls env --help
 """
@@ -13,7 +13,7 @@ INSTRUCTIONS = {"amx_bf16", "amx_int8", "avx512_bf16", "avx512_vnni", "avx_vnni"
 
 @dataclass(frozen=True)
 class EnvOptions:
-    """Print versions, devices and CPU kernels, for bug reports."""
+    """Print versions, the device and CPU kernels, for bug reports."""
 
 
 OPTIONS_CLASS = EnvOptions
@@ -38,7 +38,7 @@ def run(options: EnvOptions) -> None:
         "instructions": ", ".join([torch.backends.cpu.get_cpu_capability(), *sorted(INSTRUCTIONS & cpu_flags)]),
         "device": format_device_name(accelerator or torch.device("cpu")),
         "CPU kernels": "on" if kernels.can_use_cpu_kernels() else "off",
-        "oneDNN products": ", ".join(sorted(onednn_dtypes)) or "none on this CPU",
+        "oneDNN products": ", ".join(sorted(onednn_dtypes)) or "none",
     }
     for name, value in environment.items():
         print(f"{name:<16}  {value}")

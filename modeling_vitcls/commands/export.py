@@ -44,14 +44,14 @@ def silence_exporters() -> None:
 
 
 def print_report(report: dict[str, Any], output: Path) -> None:
-    """Print the report, and the command that runs the exported file."""
+    """Print the report and, for an output folder, the command that runs the exported model."""
     print(f"Largest differences between {report['format']} in {report['dtype']} and {report['model']}:")
     for comparison in report["tried"]:
         batch_size, _, height, width = comparison["shape"]
         differences = ", ".join(f"{name} {value:.1e}" for name, value in comparison["differences"].items())
         print(f"- {batch_size} images of {height} x {width}: {differences}")
     print("\n".join(format_notes(report)))
-    print(f"\nWrote the model and its description (.json) to {output}")
+    print(f"\nWrote the model to {output}, with a description (.json)")
     if not output.suffix:
         print(f"Run it with `vitcls predict --model {output} --backend {report['format']} IMAGES`")
 

@@ -25,9 +25,9 @@ class PushOptions:
     verify: bool = True
     """Load the model from the pushed commit in a new process, and compare its outputs with the outputs of --model."""
     verify_only: str | None = None
-    """Repository to verify without pushing (`ID@COMMIT` verifies a commit, branch or tag). If --model is set, the
-    outputs of the model in the repository are compared with the outputs of --model. Verification runs the code in the
-    repository."""
+    """Repository to verify without pushing, optionally with @REVISION (commit, branch or tag; default: main). If
+    --model is set, the outputs of the model in the repository are compared with the outputs of --model. Verification
+    runs the code in the repository."""
 
     def __post_init__(self) -> None:
         if self.verify_only is None:

@@ -26,8 +26,8 @@ class SpaceOptions:
     """Publish a Space that shows the predictions and attention of a model on the Hub."""
 
     model: str
-    """Hub id of the model (`ID@COMMIT` for a commit, branch or tag). The Space is pinned to the current commit of the
-    branch or tag, by default `main`."""
+    """Hub id of the model, optionally with @REVISION (commit, branch or tag; default: main). The Space is pinned to
+    the commit."""
     space_id: str | None = None
     """Id of the Space to push to. Default: a Space in your account, named after the model with the suffix -demo."""
     private: bool = False
@@ -42,7 +42,7 @@ class SpaceOptions:
 
     def __post_init__(self) -> None:
         if self.output is not None and (self.space_id is not None or self.private):
-            raise ValueError("--output pushes nothing, but --space-id and --private apply to pushes. Remove --output")
+            raise ValueError("--output pushes nothing, but --space-id and --private apply to pushes. Remove either")
         if self.static and self.examples:
             raise ValueError("--static does not support --examples. Omit one of these flags")
 

@@ -10,8 +10,8 @@
 4. `apply_family` restores what timm leaves out or does differently from the authors' code: resampling of position
    embeddings, stored rotary periods, mask tokens and the second CLS token of TIPS.
 
-timm's name of a family also selects the preprocessing of the family. Files of other families, whose models are the
-same in timm and in the authors' code, are read by timm alone (`timm:NAME@FILE`).
+timm's name of a family also selects the preprocessing of the family. timm alone reads the files of other models
+(`timm:NAME@FILE`); their conversion follows timm.
 """
 
 import io
@@ -58,7 +58,7 @@ class FileFamily:
     """timm model of a family, and the resampling of the authors' code."""
 
     timm_name: str  # timm model with the preprocessing of the family; its sizes are replaced
-    resampling: Fields | None  # None for rotary position embeddings
+    resampling: Fields | None  # None if position embeddings are not resampled (rotary)
     # other timm names, by the weight that selects them; the first match is used
     timm_names: Mapping[str, str] | None = None
 

@@ -338,7 +338,7 @@ def describe_change(stored_description: dict[str, Any], current_description: dic
         stored = stored_description.get(name)
         if stored != current:
             numbers = f" was {stored:,} and is {current:,}" if isinstance(stored, int) and current else " changed"
-            return name.replace("num_", "number of ").replace("_", " ") + numbers
+            return name.replace("num_", "number of ").replace("held_out", "held-out").replace("_", " ") + numbers
     return None
 
 

@@ -1,4 +1,4 @@
-"""Export a model to a graph that runs without this package: ONNX or OpenVINO.
+"""Export a model to a graph that runs without this package: ONNX, OpenVINO or transformers.js.
 
     exportable.py         load the model and its image processor, and name the model's outputs
     tracing.py            trace the model to a graph, with a dynamic image size if possible

@@ -230,7 +230,7 @@ def download_files(
     huggingface_hub retries each request."""
     try:
         with set_hub_timeout(timeout):
-            # In offline mode, huggingface_hub 1 would look for the files of a commit on the Hub.
+            # Without `local_files_only`, huggingface_hub looks for a commit's files on the Hub even in offline mode.
             target: dict[str, Any] = {"local_dir": folder, "local_files_only": is_offline_mode()}
             path = snapshot_download(repo_id, revision=revision, allow_patterns=list(patterns), **target)
     except HUB_ERRORS as error:
@@ -271,7 +271,7 @@ def describe_missing_repo(name: str, repo_type: RepoType = "model") -> str:
 
 def load_timm_model(name: str, pretrained: bool = True) -> tuple[nn.Module, str | None]:
     """Return a timm model and the commit hash of its repository. The hash is None unless `name` starts with `hf-hub:`.
-    In NAME@FILE, `FILE` is a file with weights of the model that timm can read.
+    In NAME@FILE, `FILE` contains weights for the model, in a format that timm can read.
 
     Raise OSError if the Hub does not have the repository or does not respond. Other timm errors are not caught.
     """

@@ -155,4 +155,4 @@ def push_space(folder: Path, model: HubCommit, space_id: str) -> PushResult:
     subfolders = {PAGE_FOLDER, EXAMPLES_FOLDER, *(file.name for file in folder.iterdir() if file.is_dir())}
     message = f"Show {model.repo_id} at {model.sha[:7]}"
     delete_patterns = [f"{name}/*" for name in subfolders]
-    return upload_folder(folder, space_id, "space", message, delete_patterns, "Run `vitcls space` again")
+    return upload_folder(folder, space_id, "space", message, delete_patterns, "Repeat the command")

@@ -2,7 +2,8 @@
 
     print(verify("someone/model", "0123abc...", ModelFolder(Path("runs/mine"))))
 
-1. The hashes of the files on the Hub must match the files that a push of `folder` publishes, or the downloaded files.
+1. The hashes of the files on the Hub must match those of the files that a push of `folder` publishes or, without
+   `folder`, those of the downloaded files.
 2. A new process, with an empty cache and without this package, loads the commit with the Auto classes
    (verification_script.py). Because the process may run code by an unknown author, it receives only a few
    environment variables, and it receives the user's token only if the repository is private or gated. The process is

@@ -15,7 +15,6 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -37,7 +36,7 @@ from . import losses
 from .model import InitialModel, build_model, set_trainable_parameters, uses_patch_dropout
 from .probe import MAX_PROBE_IMAGES, Probe, explain_missing_probe
 from .reporter import Reporter
-from .task import Task
+from .task import Task, build_evaluator_arguments
 from .teacher import Teacher, TeacherCache, load_teacher
 
 
@@ -73,14 +72,7 @@ def build_task(options: FinetuneOptions, initial: InitialModel, data: TrainingDa
             "embeddings and the first layer. Remove one of the two flags"
         )
 
-    evaluator_arguments: dict[str, Any] = {
-        "processor": processor,
-        "label_space": labels,
-        "options": options.data,
-        "batch_size": training_options.batch_size,
-        "accelerator": accelerator,
-        "num_channels": model.config.num_channels,
-    }
+    evaluator_arguments = build_evaluator_arguments(options, data, processor, model.config.num_channels, reporter)
     missing_probe_reason: str | None = "the initial weights are random"
     if not initial.has_random_weights:
         missing_probe_reason = explain_missing_probe(options, model, new_parameter_names, labels.kind)
@@ -95,7 +87,7 @@ def build_task(options: FinetuneOptions, initial: InitialModel, data: TrainingDa
         model,
         processor,
         build_objective(options, data, teacher, normalize, accelerator, model.config.num_head_tokens),
-        build_evaluator=partial(Evaluator, **evaluator_arguments, warn=reporter.warn),
+        build_evaluator=partial(Evaluator, **evaluator_arguments),
         selection_metric=metric,
         printed_metrics=(metric, "macro_f1") if data.class_ratio > MAX_CLASS_RATIO else (metric,),
         result_metrics=(metric, "cls_accuracy", "distillation_accuracy"),
@@ -208,10 +200,11 @@ def describe_overlap(initial: InitialModel, data: TrainingData) -> list[str]:
     record = None if initial.folder is None else read_held_out_record(initial.folder)
     old, new = None if record is None else record.rule, data.record.rule
     if old is None or new is None or (new.fraction <= old.fraction and replace(new, fraction=old.fraction) == old):
-        return []  # no other image is held out
+        return []  # this run holds out only images that the earlier run held out
     if read_json(Path(initial.folder or "", RESULTS_FILE)).get("dataset") != data.name:
         return []
+    size = f"--held-out-fraction {old.fraction}" if old.fold is None else f"--folds {old.num_folds} --fold {old.fold}"
     return [
-        f"{initial.name} was trained on {data.name} with another held-out split, so held-out images of this run may "
-        f"be among its training images. Use the same split: {old}"
+        f"{initial.name} was trained on {data.name} with a different held-out split, so its training images may "
+        f"include held-out images of this run. Set {size} --split-seed {old.seed}"
     ]

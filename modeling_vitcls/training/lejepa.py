@@ -29,7 +29,7 @@ LOCAL_SIZE = 0.43  # side length of local crops, as a fraction of the image size
 MAX_ASPECT_RATIO = 4 / 3
 JITTER_PROBABILITY, JITTER = 0.8, 0.4  # brightness, contrast and saturation change by a factor of 1 - 0.4 to 1 + 0.4
 GRAY_PROBABILITY = 0.2
-NUM_FEATURES = 64  # of a projection
+NUM_FEATURES = 64  # channels of the projector's output
 
 
 class LeJEPA(ViTCLSPreTrainedModel):

@@ -192,9 +192,8 @@ class TrainingLoop:
             record |= self.monitor.compute_norms(token_gradients)
             for token, norm in record["token_gradient_norm"].items():
                 if norm == 0 and self.should_warn_about_tokens:
-                    self.reporter.warn(f"the token {token} received no gradient in step {state.step}: is it trained?")
-            if math.isfinite(gradient_norm):
-                self.should_warn_about_tokens = False  # once per run
+                    self.reporter.warn(f"the token {token} received no gradient in step {state.step}")
+            self.should_warn_about_tokens &= not math.isfinite(gradient_norm)  # warn in the first finite step only
         return record, batch
 
     def check_finite(self, losses: list[Losses], gradient_norm: float) -> None:

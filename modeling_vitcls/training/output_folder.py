@@ -72,8 +72,8 @@ LOCK_TIMEOUT = 10.0
 
 
 def check_replaceable(options: Any, store: CheckpointStore) -> None:
-    """Raise ValueError if a new run would replace files without --overwrite, also files that were not written by a
-    run, or if --overwrite would remove the initial model or the teacher. `store` contains the checkpoints in the
+    """Raise ValueError if a new run would replace files without --overwrite, including files that no run
+    wrote, or if --overwrite would remove the initial model or the teacher. `store` contains the checkpoints in the
     output folder."""
     folder = options.output_dir
     if options.run.overwrite:

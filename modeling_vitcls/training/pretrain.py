@@ -38,7 +38,7 @@ from .losses import Losses, Objective
 from .mae import MAE, MAEObjective, build_decoder_config, draw_masks
 from .model import InitialModel
 from .reporter import Reporter
-from .task import Task, build_training_images
+from .task import Task, build_evaluator_arguments, build_training_images
 from .teacher import TeacherCache, load_feature_teacher
 
 
@@ -108,15 +108,7 @@ def build_task(options: PretrainOptions, initial: InitialModel, data: TrainingDa
         objective = LeJEPAObjective(normalize, lejepa, config.patch_height_width)
         summary = f"LeJEPA: {lejepa.global_crops} global and {lejepa.local_crops} local crops per image"
     has_labels = data.label_space.kind == "single_label_classification" and bool(data.label_space.columns)
-    arguments: dict[str, Any] = {
-        "processor": processor,
-        "label_space": data.label_space,
-        "options": options.data,
-        "batch_size": options.training.batch_size,
-        "accelerator": reporter.accelerator,
-        "num_channels": config.num_channels,
-        "warn": reporter.warn,
-    }
+    arguments = build_evaluator_arguments(options, data, processor, config.num_channels, reporter)
     neighbors = None
     if has_labels and isinstance(data.train, LabeledImages):
         neighbors = TokenFeatures(data.train.draw(MAX_NEIGHBORS, options.data.split_seed), **arguments)

@@ -62,7 +62,7 @@ class Probe:
 
     model: Any
     max_images: int | None
-    evaluator_arguments: dict[str, Any]  # of `ProbeEvaluator`, without the images and `warn`
+    evaluator_arguments: dict[str, Any]  # of `ProbeEvaluator`, except for the images
 
     def run(self, data: Any, reporter: Reporter) -> dict[str, Any]:
         """Set the classifier to the logistic regression on the frozen features, print the accuracies of the frozen
@@ -123,7 +123,7 @@ class Probe:
         self, images: Any, warn: Callable[[str], None] = lambda message: None
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return features and labels. Training reports unreadable images, so that the default does not."""
-        evaluator = ProbeEvaluator(images, **self.evaluator_arguments, warn=warn)
+        evaluator = ProbeEvaluator(images, **(self.evaluator_arguments | {"warn": warn}))
         was_training = self.model.training
         outputs = evaluator(self.model.to(evaluator.accelerator.device).eval())
         self.model.train(was_training)

@@ -19,7 +19,7 @@ from torch import nn
 from ..configuration_vitcls import ViTCLSConfig
 from ..data.fit import MAX_MEASURED_IMAGES, describe_fit
 from ..data.sampling import BatchPlan
-from ..data.splits import TrainingData
+from ..data.splits import HELD_OUT_SPLITS, TrainingData
 from ..data.streaming import StreamedImages
 from ..files import write_atomically
 from ..image_processing_vitcls import ViTCLSImageProcessor
@@ -78,9 +78,8 @@ class Reporter:
         self.accelerator.log(flatten_record(record), step=record["step"])
         if not self.accelerator.is_main_process:
             return
-        line = json.dumps(record, allow_nan=False)
         with self.metrics_file.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+            file.write(json.dumps(record, allow_nan=False) + "\n")
         text = f"epoch {record['epoch']:.1f}  loss {record['loss']:.3f}  lr {record['learning_rate']:.1e}  "
         text += f"{record['images_per_second']:.0f} images/s"
         split = "selection" if any(name.startswith("selection_") for name in record) else "held_out"
@@ -126,10 +125,13 @@ def describe_splits(data: TrainingData, processor: ViTCLSImageProcessor, labels_
         "a stream of" if images is None or isinstance(images, StreamedImages) else f"{len(images):,}"
         for images in (data.train, data.held_out, data.selection)
     )
-    lines = {
-        "data": f"{data.name} ({data.train_split}): {train_text} training images, {held_out_text} held-out images "
-        f"({data.held_out_name}); {labels_text}"
-    }
+    lines = {}
+    if data.train_split in HELD_OUT_SPLITS:
+        lines["split"] = f"training uses the split {data.train_split!r}, because no split is named 'train'"
+    lines["data"] = (
+        f"{data.name}: {train_text} training images, {held_out_text} held-out images ({data.held_out_name}); "
+        f"{labels_text}"
+    )
     if data.selection is not None:
         lines["selection"] = (
             f"the best checkpoint is selected on {selection_text} separate images ({data.selection_name})"

@@ -31,9 +31,10 @@ class SignalHandler:
         accelerate, N processes   torchrun's agent forwards both signals to all processes, including DataLoader
                                   workers, and kills the processes after 30 s
 
-    The launcher's exit status may differ: torchrun's agent exits with 1 after any signal. Signal handlers are
-    installed only in the main thread, because Python does not allow other threads to install handlers. Signals that
-    are already ignored, for example Ctrl-C in background jobs of a shell, remain ignored.
+    The launcher's exit status may differ from that of the run (128 plus the signal's number): torchrun's agent exits
+    with 1 after any signal. Signal handlers are installed only in the main thread, because Python does not allow
+    other threads to install handlers. Signals that are already ignored, for example Ctrl-C in background jobs of a
+    shell, remain ignored.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:

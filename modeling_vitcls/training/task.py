@@ -16,6 +16,7 @@ from ..data.streaming import StreamedImages, TrainingStream
 from ..image_processing_vitcls import ViTCLSImageProcessor
 from .losses import Objective
 from .probe import Probe
+from .reporter import Reporter
 
 
 @dataclass
@@ -40,6 +41,21 @@ class Task:
     probe: Probe | None = None  # sets the classifier from the features of the frozen encoder
     encoder: Any = None  # part of the model that is saved; None to save the model
     measure_features: Callable[[Any], dict[str, Any]] | None = None  # before and after pre-training
+
+
+def build_evaluator_arguments(
+    options: Any, data: TrainingData, processor: Any, num_channels: int, reporter: Reporter
+) -> dict[str, Any]:
+    """Return the keyword arguments of the evaluators of a run, except for the images."""
+    return {
+        "processor": processor,
+        "label_space": data.label_space,
+        "options": options.data,
+        "batch_size": options.training.batch_size,
+        "accelerator": reporter.accelerator,
+        "num_channels": num_channels,
+        "warn": reporter.warn,
+    }
 
 
 def build_training_images(options: Any, data: TrainingData, processor: Any, num_channels: int, num_views: int) -> Any:

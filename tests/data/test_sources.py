@@ -254,7 +254,7 @@ def test_rows_without_a_label_are_skipped_and_counted(
         caplog.clear()
         data = read(file)
         assert len(list_all(data)) == 15 and data.label_space.names == classes
-        assert "5 of 20 images without a label" in caplog.text
+        assert "5 of 20" in caplog.text
     caplog.clear()
     monkeypatch.setenv("RANK", "1")  # only the first process prints the warning
     assert len(list_all(read(table))) == 15 and not caplog.records

@@ -3,6 +3,7 @@
 import asyncio
 import importlib
 import socket
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -109,8 +110,9 @@ def test_only_uploaded_images_and_examples_are_opened(page: Any, uploads: Path, 
     for file in (secret, example):
         Image.new("RGB", (40, 40)).save(file)
     text.write_text("no image")
-    with pytest.raises(page.gr.Error, match="upload an image"):  # gradio would download the image to the server
-        asyncio.run(page.build_image_input().async_move_resource_to_block_cache("http://127.0.0.1/image.png"))
+    cached = page.build_image_input().async_move_resource_to_block_cache("http://127.0.0.1/image.png")
+    with pytest.raises(page.gr.Error, match="upload an image"), ThreadPoolExecutor() as pool:
+        pool.submit(asyncio.run, cached).result()  # gradio would download the image to the server
     (uploads / "link.png").symlink_to(secret)
     blocks = page.build_page(build_classifier(), PROCESSOR, "mine", [example])
     assert call_page(blocks, {"path": str(example)}, 1)[0]
