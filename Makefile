@@ -14,8 +14,8 @@
 
 PYTHON ?= python3
 VENV   ?= .venv
-# Number of test processes on two cores. Tests that wait for servers, browsers or subprocesses leave a core idle.
-WORKERS ?= 3
+# Number of test processes on two cores; each imports the libraries, in 16 s of CPU time
+WORKERS ?= 2
 RUN    := $(VENV)/bin/python
 
 export TOKENIZERS_PARALLELISM := false

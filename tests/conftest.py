@@ -21,10 +21,15 @@ from helpers.accelerate_state import reset_accelerate
 from helpers.fresh_processes import run_fresh
 from playwright.sync_api import Browser, Error, expect, sync_playwright
 from sklearn.utils import Bunch
+from xdist.scheduler import LoadFileScheduling
 
 
 NO_BROWSER = "Chromium is required for tests of HTML pages: install it with `make browser`"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+GROUPS = {
+    "processes": ("fresh_processes", "fast_verification", "warm_processes"),
+    "graphs": ("onnx", "openvino", "demo.page"),
+}
 PAGE_TIMEOUT = 60_000  # timeout of expectations about a page in milliseconds; pages take seconds on a busy machine
 
 
@@ -32,6 +37,21 @@ PAGE_TIMEOUT = 60_000  # timeout of expectations about a page in milliseconds; p
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Seed each test with a hash of its id, so that its random numbers do not depend on other tests."""
     set_seed(zlib.crc32(item.nodeid.encode()))
+
+
+class GroupScheduling(LoadFileScheduling):
+    """Give files that start the same servers, or import the same large libraries, to one test process."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = super()._split_scope(nodeid)
+        text = (Path(__file__).parents[1] / file).read_text(encoding="utf-8")
+        return next((name for name, words in GROUPS.items() if any(word in text for word in words)), file)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileScheduling | None:
+    """Group the files of the fast tests; the slow tests of a group would take half of the time."""
+    return GroupScheduling(config, log) if config.option.markexpr == "not slow" else None
 
 
 @pytest.fixture

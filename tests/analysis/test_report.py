@@ -104,11 +104,11 @@ def test_the_table_contains_effects_intervals_and_limits(page: Page, inspection:
     assert f"{inspection.ablations['information']['registers[0]'][''].limit:.2g}" in register
 
 
-@pytest.mark.parametrize("width", [390, 1280])
-def test_nothing_is_wider_than_the_window(page: Page, width: int) -> None:
-    page.set_viewport_size({"width": width, "height": 844})
-    page.evaluate("document.querySelectorAll('details').forEach(details => details.open = true)")
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
+def test_nothing_is_wider_than_the_window(page: Page) -> None:
+    for width in (390, 1280):
+        page.set_viewport_size({"width": width, "height": 844})
+        page.evaluate("document.querySelectorAll('details').forEach(details => details.open = true)")
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
 def test_maps_of_layers_and_heads(page: Page, inspection: Inspection) -> None:
@@ -147,22 +147,24 @@ def test_the_page_names_the_model_and_escapes_names(page: Page) -> None:
     assert page.locator("#figures svg").count() == 5
 
 
-@pytest.mark.parametrize(
-    "model",
-    [
-        ViTCLSModel(build_tiny_config(num_cls_tokens=0, pooling="mean")),
-        pytest.param(ViTCLSModel(build_tiny_config(num_register_tokens=2)), marks=pytest.mark.slow),
-        pytest.param(ViTCLSForMaskedImageModeling(build_tiny_config()), marks=pytest.mark.slow),
-        ViTCLSForMultiTaskClassification(build_tiny_config(num_cls_tokens=2, tasks=TASKS)),
-        ViTCLSForImageClassification(build_tiny_config(problem_type="multi_label_classification")),
-        ViTCLSForImageClassification(build_tiny_config(attention_type="differential", num_distillation_tokens=1)),
-    ],
-    ids=["no tokens", "encoder", "masked", "tasks", "multi-label", "differential"],
-)
-def test_every_kind_of_model_has_a_report(model: Any, browser: Browser, tmp_path: Path) -> None:
+KINDS = {
+    "tasks": ViTCLSForMultiTaskClassification(build_tiny_config(num_cls_tokens=2, tasks=TASKS)),
+    "no tokens": ViTCLSModel(build_tiny_config(num_cls_tokens=0, pooling="mean")),
+    "encoder": ViTCLSModel(build_tiny_config(num_register_tokens=2)),
+    "masked": ViTCLSForMaskedImageModeling(build_tiny_config()),
+    "multi-label": ViTCLSForImageClassification(build_tiny_config(problem_type="multi_label_classification")),
+    "differential": ViTCLSForImageClassification(
+        build_tiny_config(attention_type="differential", num_distillation_tokens=1)
+    ),
+}
+FAST, *SLOW = KINDS
+
+
+@pytest.mark.parametrize("name", [FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+def test_every_kind_of_model_has_a_report(name: str, browser: Browser, tmp_path: Path) -> None:
     """Two images are sufficient for a page, but not for statements about effects."""
     file = tmp_path / "folder" / "report.html"
-    found = inspect_model(randomize(model), PROCESSOR, build_pil_images(2))
+    found = inspect_model(randomize(KINDS[name]), PROCESSOR, build_pil_images(2))
     write_page(file, found)
     assert {verdict.numbers["outcome"] for verdict in found.verdicts} <= {"too few images to tell"}
     errors: list[Any] = []

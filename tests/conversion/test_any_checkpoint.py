@@ -41,6 +41,8 @@ from modeling_vitcls.inference.load_model import load_model
 from modeling_vitcls.options import DataOptions, FinetuneOptions, ModelOptions, RunOptions, TrainingOptions
 
 
+pytestmark = pytest.mark.usefixtures("few_digits")
+
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 

@@ -238,7 +238,9 @@ def collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
     return batch
 
 
-@pytest.mark.parametrize("kind", ["some_ignored", "probabilities", "tasks", "masks"])
+@pytest.mark.parametrize(
+    "kind", [pytest.param("some_ignored", marks=pytest.mark.slow), "probabilities", "tasks", "masks"]
+)
 def test_trainer_accumulates_to_the_same_step(kind: str, tmp_path: Path) -> None:
     def build() -> PreTrainedModel:
         if kind == "tasks":

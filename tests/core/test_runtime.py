@@ -149,8 +149,9 @@ def merge_blocks(name: str) -> dict[str, Any]:
     return {field: value for block in TOGETHER[name] for field, value in BLOCKS[block].items()}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("name", ["bare", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW_TO_TRACE)])
+@pytest.mark.parametrize("name", TOGETHER)
 def test_options_compile_into_one_graph_with_gradients(name: str) -> None:
     model = randomize(ViTCLSForImageClassification(build_tiny_config(**merge_blocks(name))))
     model.train(name != "random")

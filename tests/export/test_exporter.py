@@ -183,6 +183,7 @@ def test_every_layout_and_block(fields: dict[str, Any], tmp_path: Path) -> None:
     assert_close(run_onnx(tmp_path / "model.onnx", pixel_values), compute_outputs(model, pixel_values))
 
 
+@pytest.mark.slow
 def test_a_graph_of_one_size_contains_resampled_positions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = checkpoint(tmp_path / "model", num_hidden_layers=1)
     file = tmp_path / "model.onnx"
@@ -303,6 +304,7 @@ def test_every_model_in_openvino(name: str, tmp_path: Path) -> None:
     assert bool(report["fixed_because"]) == fields.get("position_antialias", False)
 
 
+@pytest.mark.slow
 def test_openvino(tmp_path: Path) -> None:
     openvino = pytest.importorskip("openvino")
     model = checkpoint(tmp_path / "model", num_hidden_layers=1, num_distillation_tokens=1)

@@ -78,12 +78,12 @@ def test_prediction_adds_sets_and_unknown_images(folder: Path, tmp_path: Path) -
     """On images that were not used for the limit, sets contain the label as often as requested."""
     calibrated = tmp_path / "calibrated"
     shutil.copytree(folder, calibrated)
-    images = [Image.fromarray(np.uint8(pixels * 15.9)) for pixels in load_digits().images]
+    images = [Image.fromarray(np.uint8(pixels * 15.9)) for pixels in load_digits().images[::3]]
     with pytest.raises(ValueError, match="--per-image"):
         predict(calibrated, images[:1], coverage=0.9)
     evaluate(calibrated, "digits", per_image=calibrated / PREDICTIONS_FILE)
     rows = predict(calibrated, images, coverage=0.9)
-    is_covered = [str(label) in row["label_set"] for row, label in zip(rows, load_digits().target, strict=True)]
+    is_covered = [str(label) in row["label_set"] for row, label in zip(rows, load_digits().target[::3], strict=True)]
     assert 0.85 < np.mean(is_covered) < 0.96
     assert "unknown" not in rows[0]
 

@@ -90,6 +90,7 @@ class ViTCLSModelTests(modeling_tests.ModelTesterMixin):
 
     def setUp(self) -> None:
         transformers.logging.set_verbosity_warning()  # commands that earlier tests ran in this process are silent
+        transformers.logging.get_logger("transformers.modeling_utils").filters.clear()
         self.model_tester = SmallModel(self.layout)
         self.config_tester = configuration_tests.ConfigTester(
             self, config_class=ViTCLSConfig, has_text_modality=False, **self.layout
@@ -112,6 +113,12 @@ class ViTCLSModelTests(modeling_tests.ModelTesterMixin):
             model = model_class(config)
             self.assertIsInstance(model.get_input_embeddings(), torch.nn.Module)
             self.assertIsInstance(model.get_output_embeddings(), torch.nn.Linear | None)
+
+
+for name in dir(ViTCLSModelTests):  # 28 combinations of dtype, padding and kernels
+    is_combination = name.startswith("test_eager_matches_sdpa_inference_") and "fp32_pad_left" not in name
+    if is_combination or name == "test_bc_torch_dtype":
+        pytest.mark.slow(getattr(ViTCLSModelTests, name))
 
 
 class DistilledWithRegistersTest(ViTCLSModelTests, unittest.TestCase):

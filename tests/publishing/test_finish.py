@@ -29,7 +29,7 @@ def fail(message: str) -> None:
 
 
 @pytest.mark.integration
-@pytest.mark.usefixtures("fresh_accelerate")
+@pytest.mark.usefixtures("fresh_accelerate", "few_digits")
 def test_a_run_gets_a_report_and_a_card_from_its_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "run"
     finetune("vitcls-tiny", "digits", folder, max_steps=2, num_register_tokens=1, **SMALL)
@@ -55,7 +55,7 @@ def test_a_run_gets_a_report_and_a_card_from_its_folder(tmp_path: Path, capsys: 
 
 
 @pytest.mark.integration
-@pytest.mark.usefixtures("fresh_accelerate", "fast_verification")
+@pytest.mark.usefixtures("fresh_accelerate", "few_digits", "fast_verification")
 def test_a_run_is_pushed_and_verified(
     hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

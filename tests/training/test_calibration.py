@@ -20,7 +20,7 @@ pytestmark = pytest.mark.integration
 
 @pytest.mark.parametrize("select", ["last", pytest.param("best", marks=pytest.mark.slow)])
 def test_calibration_uses_images_that_are_not_reported(select: str, tmp_path: Path) -> None:
-    flags = {"image_size": 8, "patch_size": 2, "select": select, "max_steps": 60, "batch_size": 32}
+    flags = {"image_size": 8, "patch_size": 2, "select": select, "max_steps": 20, "batch_size": 32}
     folder = train(build_tiny_options(tmp_path / "run", "digits", **flags))
     results = json.loads((folder / "results.json").read_text())
     model, calibration = ViTCLSForImageClassification.from_pretrained(folder), results["calibration"]

@@ -169,7 +169,7 @@ def test_teachers_share_a_token_or_the_pooled_token(
 
 
 def test_cached_vectors_train_the_token(teachers: tuple[str, str], tmp_path: Path) -> None:
-    results = run_training(tiny_options(tmp_path / "out", teachers[:1], teacher_views=1, crop_scale=0.9))
+    results = run_training(tiny_options(tmp_path / "out", teachers[:1], teacher_views=1, crop_scale=0.9, max_steps=25))
     (before,), (after,) = (results["features"][name]["teacher_cosines"] for name in ("before", "after"))
     assert after > before + 0.2 and results["token_layout"]["distillation"] == 1
 

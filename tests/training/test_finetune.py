@@ -1,8 +1,7 @@
 """Fine-tuning runs: the command line, the files of a run, and runs of every kind.
 
-Two runs start the real script: one process with batches of 14, and two processes with batches of 7. Their metrics must
-agree. test_accelerate_configs.py starts the real `accelerate launch`. All other runs use the test process. Single
-modules are tested in test_data, test_batches, test_loop, ...
+A run with batches of 14, and a run in two processes with batches of 7, must agree. test_accelerate_configs.py starts
+the real `accelerate launch`. All other runs use the test process. Single modules are tested in test_batches, ...
 """
 
 import math
@@ -20,6 +19,7 @@ import torch
 import yaml
 from helpers.accelerate_state import reset_accelerate
 from helpers.fresh_processes import SCRIPT_ENVIRONMENT, run_fresh
+from helpers.scripts_in_process import run_in_process
 from helpers.tiny_models import raises_one_line
 from helpers.tiny_options import (
     TINY,
@@ -67,21 +67,21 @@ REPOSITORY = Path(__file__).parents[2]
 SCRIPTS = REPOSITORY / "scripts"
 RECIPE = SCRIPTS / "recipes" / "digits.yaml"
 ENVIRONMENT = os.environ | SCRIPT_ENVIRONMENT
-NUM_HELD_OUT_DIGITS, NUM_HELD_OUT_FEW_DIGITS = 359, 90
+NUM_HELD_OUT_DIGITS, NUM_HELD_OUT_FEW_DIGITS, NUM_HELD_OUT_COLORS = 359, 90, 10
 CPU = torch.device("cpu")
+SIZES = (
+    "--hidden-size 32 --num-hidden-layers 2 --num-attention-heads 2 --intermediate-size 64 --num-cls-tokens 2 "
+    "--num-distillation-tokens 1 --cls-pooling mean --max-steps 7 --log-every 2 --no-report"
+)
 
 
 @pytest.fixture(scope="module")
-def launched(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Run one process with batches of 14, and two CLS tokens, a distillation token and registers."""
-    folder = tmp_path_factory.mktemp("launched") / "my-model"
-    sizes = ["--hidden-size", 32, "--num-hidden-layers", 2, "--num-attention-heads", 2, "--intermediate-size", 64]
-    tokens = ["--num-cls-tokens", 2, "--num-distillation-tokens", 1, "--cls-pooling", "mean"]
-    steps = ["--max-steps", 7, "--batch-size", 14, "--log-every", 2, "--no-report"]
-    flags = ["--config", RECIPE, "--output-dir", folder, *sizes, *tokens, *steps]
-    ran = run_fresh(SCRIPTS / "finetune.py", *flags, environment=ENVIRONMENT)
-    assert ran.returncode == 0, f"{ran.stdout}\n{ran.stderr}"
-    (folder.parent / "stdout").write_text(ran.stdout, encoding="utf-8")
+def recipe_run(color_images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run a recipe with batches of 14, and two CLS tokens, a distillation token and registers."""
+    folder = tmp_path_factory.mktemp("recipe") / "my-model"
+    reset_accelerate()
+    flags = ["--config", RECIPE, "--dataset", color_images, "--batch-size", 14, *SIZES.split()]
+    assert run_in_process("finetune.py", *flags, "--output-dir", folder) == 0
     return folder
 
 
@@ -109,32 +109,31 @@ def train(output_dir: Path, dataset: object, **others: Any) -> dict[str, Any]:
     return run_training(tiny_options(output_dir, dataset, **others))
 
 
-# A run through accelerate launch -------------------------------------------------------------------------------------
+# A run of a recipe ---------------------------------------------------------------------------------------------------
 
 
-def test_run_leaves_results_of_every_held_out_image(launched: Path) -> None:
-    results = read_json(launched / "results.json")
-    assert results["num_images"] == NUM_HELD_OUT_DIGITS and results["selection_metric"] == "accuracy"
-    right = results["accuracy"] * NUM_HELD_OUT_DIGITS
-    assert right == pytest.approx(round(right), abs=1e-3)
-    assert 0 <= results["accuracy"] <= results["top_5_accuracy"] <= 1
-    assert results["num_training_images"] == 1797 - NUM_HELD_OUT_DIGITS
+def test_run_leaves_results_of_every_held_out_image(recipe_run: Path) -> None:
+    results = read_json(recipe_run / "results.json")
+    assert results["num_images"] == NUM_HELD_OUT_COLORS and results["selection_metric"] == "accuracy"
+    right = results["accuracy"] * NUM_HELD_OUT_COLORS
+    assert right == pytest.approx(round(right), abs=1e-3) and 0 <= results["accuracy"] <= 1
+    assert results["num_training_images"] == 46 - NUM_HELD_OUT_COLORS
     assert results["steps"] == 7
     assert results["token_layout"] == {"cls": 2, "distillation": 1, "registers": 2, "patches": 16}
     assert results["versions"]["torch"] == torch.__version__
 
 
-def test_two_processes_train_and_evaluate_as_one(launched: Path, tmp_path: Path) -> None:
-    """Use the resolved recipe with half the batch size. 359 images are not a multiple of 2 x 7."""
-    flags = ("--config", launched / "config.resolved.yaml", "--output-dir", tmp_path / "run", "--batch-size", 7)
+def test_two_processes_train_and_evaluate_as_one(recipe_run: Path, tmp_path: Path) -> None:
+    """Use the resolved recipe with half the batch size. The number of held-out images is not a multiple of 2 x 7."""
+    flags = ("--config", recipe_run / "config.resolved.yaml", "--output-dir", tmp_path / "run", "--batch-size", 7)
     printed = run_together("finetune.py", *flags, log=tmp_path / "log", environment=OFFLINE)
-    assert printed.count(" on 359 held-out images") == 1  # only the main process prints
-    one, two = read_json(launched / "results.json"), read_json(tmp_path / "run" / "results.json")
+    assert printed.count(f" on {NUM_HELD_OUT_COLORS} held-out images") == 1  # only the main process prints
+    one, two = read_json(recipe_run / "results.json"), read_json(tmp_path / "run" / "results.json")
     assert two["num_processes"] == 2
-    assert two["num_images"] == NUM_HELD_OUT_DIGITS
+    assert two["num_images"] == NUM_HELD_OUT_COLORS
     assert two["accuracy"] == one["accuracy"]
     assert two["loss"] == pytest.approx(one["loss"], abs=1e-4)
-    for first, second in zip(read_metrics(launched), read_metrics(tmp_path / "run"), strict=True):
+    for first, second in zip(read_metrics(recipe_run), read_metrics(tmp_path / "run"), strict=True):
         assert second["step"] == first["step"]
         assert second["loss"] == pytest.approx(first["loss"], abs=1e-4)
         assert second["gradient_norm"] == pytest.approx(first["gradient_norm"], rel=1e-3)
@@ -150,17 +149,17 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 @pytest.mark.slow
-def test_the_folder_loads_without_the_package(launched: Path) -> None:
+def test_the_folder_loads_without_the_package(tmp_path: Path) -> None:
     """Run the second half of the demo, which checks the accuracy in results.json."""
+    flags = ["--config", RECIPE, *SIZES.split(), "--output-dir", tmp_path / "run"]
+    ran = run_fresh(SCRIPTS / "finetune.py", *flags, environment=ENVIRONMENT)
+    assert ran.returncode == 0, f"{ran.stdout}\n{ran.stderr}"
     environment = {name: value for name, value in ENVIRONMENT.items() if name != "PYTHONPATH"}
-    words = ("-P", "-c", WITHOUT_PACKAGE, SCRIPTS / "demo_load.py", launched)
-    ran = run_fresh(*words, environment=environment, cwd=launched.parent)
+    words = ("-P", "-c", WITHOUT_PACKAGE, SCRIPTS / "demo_load.py", tmp_path / "run")
+    ran = run_fresh(*words, environment=environment, cwd=tmp_path)
     assert ran.returncode == 0, f"{ran.stdout}\n{ran.stderr}"
     assert "on 359 held-out images" in ran.stdout
     assert "This is also the accuracy in results.json" in ran.stdout
-
-
-# Flags ---------------------------------------------------------------------------------------------------------------
 
 
 # Runs of every kind --------------------------------------------------------------------------------------------------
@@ -501,8 +500,8 @@ def test_every_trained_parameter_gets_a_gradient(tmp_path: Path) -> None:
 # The recipe ----------------------------------------------------------------------------------------------------------
 
 
-def test_resolved_recipe_names_every_flag(launched: Path) -> None:
-    resolved = yaml.safe_load((launched / "config.resolved.yaml").read_text(encoding="utf-8"))
+def test_resolved_recipe_names_every_flag(recipe_run: Path) -> None:
+    resolved = yaml.safe_load((recipe_run / "config.resolved.yaml").read_text(encoding="utf-8"))
     recipe = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))
     assert resolved["hidden_size"] == 32 and resolved["batch_size"] == 14  # flags override the file
     assert resolved["learning_rate"] == float(recipe["learning_rate"])

@@ -399,7 +399,7 @@ def test_a_merged_model_has_equal_outputs_and_plain_modules(tmp_path: Path) -> N
     ("native", "patch", "flag", "expected"),
     [
         (518, 14, None, (224, 224)),
-        (384, 16, None, (224, 224)),
+        pytest.param(384, 16, None, (224, 224), marks=pytest.mark.slow),
         (288, 18, None, (216, 216)),
         ((288, 576), 16, None, (112, 224)),
         (256, 16, None, (256, 256)),

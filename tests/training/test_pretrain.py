@@ -73,12 +73,13 @@ def test_the_encoder_is_fine_tuned(pretrained: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_a_resumed_run_equals_an_uninterrupted_run(method: str, tmp_path: Path) -> None:
     """The newest checkpoint is removed; its projector or decoder, crops and masks come back to the bit."""
-    whole = run_to_folder(tiny_options(tmp_path / "whole", method=method, save_every=2, keep_checkpoints=3))
+    flags = {"method": method, "save_every": 2, "keep_checkpoints": 3, "batch_size": 24}
+    whole = run_to_folder(tiny_options(tmp_path / "whole", **flags))
     shutil.copytree(whole, resumed := tmp_path / "resumed")
     shutil.rmtree(resumed / "checkpoints" / "step-00000006")
     for name in ("results.json", "model.safetensors"):
         (resumed / name).unlink()
-    run_to_folder(tiny_options(resumed, method=method, save_every=2, keep_checkpoints=3, resume=True))
+    run_to_folder(tiny_options(resumed, **flags, resume=True))
     for file in ("model.safetensors", "checkpoints/step-00000006/model.safetensors"):
         expected, found = load_file(whole / file), load_file(resumed / file)
         assert expected.keys() == found.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
@@ -92,7 +93,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "mean of patches": {"num_cls_tokens": 0, "pooling": "mean", "num_register_tokens": 0},
     "not square": {"image_size": [32, 48], "patch_size": 16},
     "bfloat16": {"mixed_precision": "bf16"},
-    "average": {"ema_decay": 0.5, "gradient_accumulation_steps": 2, "batch_size": 50},
+    "average": {"ema_decay": 0.5, "gradient_accumulation_steps": 2, "batch_size": 12},
 }
 
 
@@ -100,7 +101,9 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     ("method", "name"), [*(("lejepa", name) for name in LAYOUTS), ("mae", "several tokens"), ("mae", "not square")]
 )
 def test_any_layout_is_trained(method: str, name: str, tmp_path: Path) -> None:
-    results = run_training(tiny_options(tmp_path / "out", method=method, max_steps=2, **LAYOUTS[name]))
+    results = run_training(
+        tiny_options(tmp_path / "out", **{"method": method, "max_steps": 2, "batch_size": 24} | LAYOUTS[name])
+    )
     assert results["knn_accuracy"] > 0.2
 
 
