@@ -136,12 +136,11 @@ def peer(name: str, **arguments: Any) -> nn.Module:
     return model
 
 
-def peer_of_own_width(name: str) -> nn.Module:
-    """Build a `peer` with the width of the architecture, or with eight heads if the width is above 1024."""
+def build_narrow_peer(name: str) -> nn.Module:
+    """Build a `peer` with the head size of the architecture, and at most six heads."""
     original = timm.create_model(name, device="meta")
     heads = next(module.num_heads for module in original.modules() if hasattr(module, "num_heads"))
-    head_dim = original.embed_dim // heads
-    heads = heads if original.embed_dim <= 1024 else 8
+    head_dim, heads = original.embed_dim // heads, min(heads, 6)
     return peer(name, embed_dim=heads * head_dim, num_heads=heads)
 
 
@@ -304,7 +303,7 @@ def test_every_architecture() -> None:
     names = all_names()
     exact, refused, wrong = [], [], {}
     for name in names:
-        model = peer_of_own_width(name)
+        model = build_narrow_peer(name)
         try:
             ours = convert_from_timm(model)
         except ConversionError:
