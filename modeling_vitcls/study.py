@@ -182,7 +182,7 @@ class StudyRunner:
 
     def get_subset_folder(self, name: str) -> Path:
         """Return the folder of a training subset."""
-        return self.folder / "subsets" / to_file_name(name)
+        return self.folder / "subsets" / to_file_name(str(name))  # YAML reads 100 as a number
 
     def get_result_file(self, run: StudyRun, stage: str) -> Path:
         """Return the path of the JSON file with the results of a stage."""

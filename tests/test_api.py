@@ -96,8 +96,11 @@ def test_predict(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     images[1].save(tmp_path / "1.png")
     (from_path,) = predict(folder, tmp_path / "1.png", top_k=2)
     assert from_path["label"] == rows[1]["label"]
+    images[2].save(tmp_path / "2.png")
+    rows = predict(folder, [tmp_path, images[1]], top_k=2)  # images in memory are named by their position
+    assert [row["image"] for row in rows] == [str(tmp_path / "1.png"), str(tmp_path / "2.png"), "1"]
     (from_bytes,) = predict(folder, (tmp_path / "1.png").read_bytes(), top_k=2)
-    assert from_bytes["label"] == rows[1]["label"] and from_bytes["error"] is None
+    assert from_bytes["label"] == from_path["label"] and from_bytes["error"] is None
     assert len(predict(folder, dataset="digits", features="cls")) == 450
     assert len(predict(folder, images, features="registers")[0]["features"]) == 16
     for flag in ("output", "shard", "shard_size", "merge", "config"):

@@ -264,8 +264,9 @@ def test_all_runs_are_executed_and_summarized(tmp_path: Path, capsys: pytest.Cap
     factors = {"pooling": {"cls": {}, "mean": {"pooling": "mean"}, "median": {"pooling": "median"}}}
     metrics = {"accuracy": "Accuracy (%)", "evaluate.accuracy": "Accuracy", "f1": "F1"}
     stages = {"finetune": {"model": "vitcls-tiny"}, "evaluate": None}
-    file = write_study(tmp_path, factors=factors, stages=stages, answer="The\nmean.", metrics=metrics)
+    file = write_study(tmp_path, factors=factors, stages=stages, answer="The\nmean.", metrics=metrics, subsets=subsets)
     output = tmp_path / "out"
+    (output / "subsets" / "100").mkdir(parents=True)
     with pytest.raises(SystemExit) as ended:
         run_command(StudyOptions(file, output, jobs=2, threads=3))
     printed = capsys.readouterr()

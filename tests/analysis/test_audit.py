@@ -1,6 +1,7 @@
 """The audit of a dataset: planted label errors and duplicates are found, and the results are cleanlab's."""
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +71,13 @@ def test_planted_duplicates_are_found_and_none_is_invented(planted: tuple[Audite
     assert (rows["split"] != rows["other_split"]).tolist() == sorted(
         rows["split"] != rows["other_split"], reverse=True
     )  # errors of the split come first
+
+
+def test_identical_images_are_found_if_every_image_has_a_copy(planted: tuple[AuditedImages, ...]) -> None:
+    rows, arrays = np.tile(np.arange(100), 2), ("labels", "probabilities", "features", "pixels")
+    twice = {name: getattr(planted[0], name)[rows] for name in arrays} | {"splits": ["train"] * 100 + ["test"] * 100}
+    found = audit_dataset(replace(planted[0], ids=[str(index) for index in range(200)], **twice))["duplicate"]
+    assert {(index, index + 100) for index in range(100)} <= set(zip(found["row"], found["other_row"], strict=True))
 
 
 def test_wrong_labels_are_found(planted: tuple[AuditedImages, ...]) -> None:

@@ -71,27 +71,20 @@ def test_states_that_are_not_used_are_not_judged() -> None:
     assert plant_layer(2) == ["not measured", "identical", "identical", "same for all images"]
 
 
+SELECTIVE = {"map_selectivity": lambda values: values[:, 0].fill_(0.3)}
+LARGE = {"token_norms": lambda values: values[0, 0].fill_(1e3)}
+
+
 @pytest.mark.parametrize(
     ("planted", "word"),
     [
         ({"attention_fractions": lambda values: values[:, :, 0, 3].fill_(0.009)}, "cut off from the patches"),
         ({"attention_fractions": lambda values: values[:, :, 0, 3].fill_(0.011)}, "not measured"),
-        ({"map_selectivity": lambda values: values[:, 0].fill_(0.3)}, "not measured"),
-        (
-            {
-                "map_selectivity": lambda values: values[:, 0].fill_(0.3),
-                "map_variation": lambda values: values[:, 0].fill_(0.05),
-            },
-            "same attention for all images",
-        ),
-        (
-            {
-                "token_norms": lambda values: values[0, 0].fill_(1e3),
-                "embedding_similarity": lambda values: values[:, 0].fill_(0.9),
-            },
-            "norm too large",
-        ),
-        ({"token_norms": lambda values: values[0, 0].fill_(1e3)}, "not measured"),
+        (SELECTIVE, "not measured"),
+        (SELECTIVE | {"map_variation": lambda values: values[:, 0].fill_(0.05)}, "same attention for all images"),
+        (SELECTIVE | {"map_variation": lambda values: values[0, 0].fill_(0.05)}, "not measured"),  # in one layer
+        (LARGE | {"embedding_similarity": lambda values: values[:, 0].fill_(0.9)}, "norm too large"),
+        (LARGE, "not measured"),
         ({"map_distance": lambda values: values[:, 0, 2].fill_(0.0)}, "equal attention"),
     ],
 )

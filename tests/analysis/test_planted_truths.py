@@ -21,6 +21,7 @@ from modeling_vitcls.analysis.diagnosis import (
     diagnose_tasks,
     diagnose_tokens,
 )
+from modeling_vitcls.analysis.report import build_effect_rows
 
 
 NUM_EPOCHS = 5
@@ -249,6 +250,8 @@ def test_each_task_has_its_own_effects(trained_tasks: Any) -> None:
         assert found[f"CLS {task}"].word == "read by the classifier" and found[f"CLS {task}"].headline == "matters"
         assert found[f"CLS {task}"].numbers["heads"] == [task]
         assert found[f"task {task}"].word == "better than chance"
+    decided = [row["token"] for row in build_effect_rows(list(found.values())) if "•" in row["ablation"]]
+    assert decided == [name for name, verdict in found.items() if "decided_by" in verdict.numbers]
     with torch.no_grad():
         trained_tasks.classifiers["task_size"].weight *= 10
         scaled = judge_tasks(trained_tasks)

@@ -38,6 +38,8 @@ def test_notes_on_positions() -> None:
         source: Any = StubSource(name, "timm")
         notes = describe_position_embeddings(source, build_tiny_config(**fields))
         assert len(notes) == len(parts) and all(part in note for part, note in zip(parts, notes, strict=True))
+    source.name, source.native_size_reason = "timm:vit", "the source supports only one size"
+    assert describe_position_embeddings(source, build_tiny_config()) == []
 
 
 def test_the_second_size_has_fewer_rows_and_more_columns() -> None:

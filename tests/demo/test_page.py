@@ -67,15 +67,15 @@ def test_the_page_shows_the_prediction_and_a_map_per_token(page: Any, uploads: P
 
 def test_a_map_has_the_attention_of_its_token_and_layer(page: Any) -> None:
     """Over a white image, a patch is brighter the more attention it gets (averaged over heads)."""
-    model = build_classifier(num_register_tokens=1)
-    pixel_values = torch.randn(1, 3, 32, 32)
+    model = build_classifier(num_register_tokens=1, image_size=[32, 40])
+    pixel_values = torch.randn(1, 3, 32, 40)
     white = ViTCLSImageProcessor(size=32, image_mean=[100.0] * 3, image_std=[1.0] * 3)
     for layer in (0, 1):
-        expected = model.token_attention(pixel_values, layers=[layer])[0, 0].mean(0)[:, 2:].reshape(2, 4, 4)
+        expected = model.token_attention(pixel_values, layers=[layer])[0, 0].mean(0)[:, 2:].reshape(2, 4, 5)
         maps = page.draw_attention(model, white, pixel_values, layer)
-        assert len(maps) == 2 and maps[0].size == (320, 320)
+        assert len(maps) == 2 and maps[0].size == (320, 256)
         for drawn, values in zip(maps, expected, strict=True):
-            brightness = torch.tensor(np.asarray(drawn.convert("L")).astype(float)).reshape(4, 80, 4, 80).mean((1, 3))
+            brightness = torch.tensor(np.asarray(drawn.convert("L")).astype(float)).reshape(4, 64, 5, 64).mean((1, 3))
             assert brightness.argmax() == values.argmax() and brightness.argmin() == values.argmin()
 
 

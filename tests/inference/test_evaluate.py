@@ -138,6 +138,10 @@ def test_a_multi_label_model(models: Path, tmp_path: Path, by_one_process: dict[
     assert sum(parts["num_images"]) == 2 * NUM_IMAGES
     assert average(parts, "loss") == close(expected["loss"])
     assert [row["name"] for row in parts["per_class"][0]] == CLASSES
+    reset_accelerate()
+    data = DataOptions(str(table), label_column=("tags",), label_separator="|")
+    with raises_one_line("--unknown-dataset"):
+        evaluate_checkpoint(EvaluateOptions(str(models / "multi_label"), data, unknown_dataset="digits"))
 
 
 def test_a_multi_task_model(models: Path, tmp_path: Path, by_one_process: dict[str, Any]) -> None:

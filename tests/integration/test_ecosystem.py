@@ -258,6 +258,8 @@ def test_checkpoint_in_a_subfolder(tmp_path: Path) -> None:
     build_tiny_classifier().save_pretrained(tmp_path / "vision")
     for model_class in (ViTCLSForImageClassification, AutoModelForImageClassification):
         assert_same_logits(model_class.from_pretrained(tmp_path, subfolder="vision"), rtol=0, atol=0)
+    adapted = ViTCLSForImageClassification.from_pretrained(tmp_path, subfolder="vision", num_register_tokens=3)
+    assert adapted.config.num_register_tokens == 3
 
 
 def build_offload_map(model: ViTCLSForImageClassification) -> dict[str, str]:

@@ -188,6 +188,7 @@ def test_a_mask_token_is_dropped_with_a_warning(caplog: pytest.LogCaptureFixture
 UNSUPPORTED = [
     (ViTCLSModel, {"num_cls_tokens": 3}, "num_cls_tokens=3"),
     (ViTCLSModel, {"num_cls_tokens": 0, "pooling": "mean"}, "num_cls_tokens=0"),
+    (ViTCLSModel, {"pooling": "attention"}, "pooling='attention'"),
     (ViTCLSModel, {"norm_type": "rmsnorm"}, "norm_type='rmsnorm'"),
     (ViTCLSModel, {"layer_type": "parallel"}, "layer_type='parallel'"),
     (ViTCLSModel, {"position_antialias": True, "pooled_activation": "tanh"}, "position_antialias=True"),

@@ -206,6 +206,12 @@ def test_a_converted_model(tmp_path: Path) -> None:
     card = load_card(tmp_path / "vit", "ann/vit")
     assert "All weights are random" in card.text and card.data.license is None and card.data.base_model is None
     assert "## Accuracy of the conversion" in card.text
+    report = json.loads((tmp_path / "vit" / "parity_report.json").read_text()) | {"random_init": False}
+    for name in (report["source"], "timm/vit", "mine"):  # the source, or a model that was made from the base model
+        report["provenance"] = {"name": name, "base_model": "timm/vit"}
+        (tmp_path / "vit" / "parity_report.json").write_text(json.dumps(report))
+        is_linked = f"[`{name}`](https://huggingface.co/timm/vit)" in load_card(tmp_path / "vit").text
+        assert is_linked == (name != "mine")
 
 
 def test_a_native_model_keeps_the_results_of_its_run(tmp_path: Path) -> None:

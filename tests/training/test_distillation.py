@@ -18,7 +18,7 @@ from transformers import ViTConfig, ViTImageProcessor, ViTModel
 from modeling_vitcls import ViTCLSConfig, ViTCLSImageProcessor, ViTCLSModel
 from modeling_vitcls.files import read_json
 from modeling_vitcls.options import PretrainOptions
-from modeling_vitcls.training.distillation import build_hadamard_matrix, compute_feature_loss, fit_phi_s
+from modeling_vitcls.training.distillation import Distillation, build_hadamard_matrix, compute_feature_loss, fit_phi_s
 from modeling_vitcls.training.teacher import load_feature_teacher
 
 
@@ -155,6 +155,21 @@ def test_the_folder_contains_the_encoder_and_the_names_of_the_teachers(
     assert model.adapt(num_distillation_tokens=1).config.distillation_teachers == names[:1]
     assert ViTCLSModel.from_pretrained(pretrained, num_distillation_tokens=3).config.distillation_teachers == names
     assert any(name.startswith("patch_projectors.1.") for name in load_file(max(pretrained.glob("*/step*/model.s*"))))
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 2])
+def test_the_targets_are_predicted_from_the_tokens(num_tokens: int, teachers: tuple[str, str]) -> None:
+    config = build_tiny_config(num_distillation_tokens=num_tokens, pooling="mean")
+    loaded = [load_feature_teacher(name, config, True, torch.device("cpu")) for name in teachers]
+    model = Distillation(randomize(ViTCLSModel(config)), loaded, True).eval()
+    outputs, predictions = model(build_images()), model(build_images(), project=True)
+    tokens = [outputs.pooler_output] * 2
+    if num_tokens:
+        tokens = list(outputs.tokens["distillation"].unbind(dim=1)) * (2 // num_tokens)
+    for prediction, projector, token in zip(predictions[:2], model.projectors, tokens, strict=True):
+        torch.testing.assert_close(prediction, projector(token))
+    for prediction, projector in zip(predictions[2:], model.patch_projectors, strict=True):
+        torch.testing.assert_close(prediction, projector(outputs.tokens["patches"]))
 
 
 @pytest.mark.parametrize("num_tokens", [1, pytest.param(0, marks=pytest.mark.slow)])

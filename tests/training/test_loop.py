@@ -417,12 +417,17 @@ def test_non_finite_gradients_without_a_loss_scaler_stop_the_run() -> None:
 # Tokens --------------------------------------------------------------------------------------------------------------
 
 
-def test_a_token_without_gradient_is_named_once() -> None:
+@pytest.mark.parametrize(("trainable", "tokens"), [("full", "01"), ("lora", "01"), ("head", ""), ("last-1", "")])
+def test_a_token_without_gradient_is_named_once_unless_tokens_are_frozen(trainable: str, tokens: str) -> None:
     bench = LoopRecorder(
-        prepare=lambda model: model.vitcls.embeddings.register_tokens.requires_grad_(False), max_steps=6, log_every=2
+        prepare=lambda model: model.vitcls.embeddings.register_tokens.requires_grad_(False),
+        max_steps=6,
+        log_every=2,
+        trainable=trainable,
     )
     bench.run()
-    assert len(bench.warnings) == 2 and "registers[0]" in bench.warnings[0] and "registers[1]" in bench.warnings[1]
+    assert len(bench.warnings) == len(tokens)
+    assert all(f"registers[{index}]" in message for index, message in zip(tokens, bench.warnings, strict=True))
     movement = bench.loop.monitor.compute_token_movement()
     assert movement["registers[0]"] == movement["registers[1]"] == 0 < movement["cls[0]"]
 
