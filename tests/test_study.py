@@ -264,9 +264,11 @@ def test_all_runs_are_executed_and_summarized(tmp_path: Path, capsys: pytest.Cap
     factors = {"pooling": {"cls": {}, "mean": {"pooling": "mean"}, "median": {"pooling": "median"}}}
     metrics = {"accuracy": "Accuracy (%)", "evaluate.accuracy": "Accuracy", "f1": "F1"}
     stages = {"finetune": {"model": "vitcls-tiny"}, "evaluate": None}
-    file = write_study(tmp_path, factors=factors, stages=stages, answer="The\nmean.", metrics=metrics, subsets=subsets)
+    file = write_study(
+        tmp_path, factors=factors, stages=stages, answer="The\nmean.", metrics=metrics, subsets={100: {}}
+    )
     output = tmp_path / "out"
-    (output / "subsets" / "100").mkdir(parents=True)
+    (output / "subsets" / "100").mkdir(parents=True)  # drawn before
     with pytest.raises(SystemExit) as ended:
         run_command(StudyOptions(file, output, jobs=2, threads=3))
     printed = capsys.readouterr()

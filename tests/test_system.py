@@ -9,12 +9,7 @@ import psutil
 import torch
 from accelerate import DistributedType
 
-from modeling_vitcls.system import (
-    describe_device,
-    format_device_name,
-    get_peak_memory,
-    get_versions,
-)
+from modeling_vitcls.system import describe_device, format_device_name, get_peak_memory, get_versions
 from modeling_vitcls.version import __version__
 
 

@@ -8,13 +8,7 @@ from helpers.measured_encoders import TOKENS, measure
 from matplotlib.colors import to_rgba
 
 from modeling_vitcls.analysis.diagnosis import find_second_mode
-from modeling_vitcls.analysis.figures import (
-    CURVES,
-    plot_curve,
-    plot_norm_histogram,
-    plot_norms,
-    render_svg,
-)
+from modeling_vitcls.analysis.figures import CURVES, plot_curve, plot_norm_histogram, plot_norms, render_svg
 from modeling_vitcls.token_names import get_token_names
 
 

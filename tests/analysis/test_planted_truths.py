@@ -12,7 +12,7 @@ from helpers.varied_models import center_logits, collect_findings
 from torch.nn import functional as F
 
 from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification, ViTCLSForMultiTaskClassification
-from modeling_vitcls.analysis.ablation import MIN_IMAGES, collect_outputs, compute_ablations
+from modeling_vitcls.analysis.ablation import MIN_IMAGES, Predictions, collect_outputs, compute_ablations
 from modeling_vitcls.analysis.diagnosis import (
     MIN_PATCHES,
     Verdict,
@@ -22,6 +22,7 @@ from modeling_vitcls.analysis.diagnosis import (
     diagnose_tokens,
 )
 from modeling_vitcls.analysis.report import build_effect_rows
+from modeling_vitcls.intervals import compute_proportion_interval
 
 
 NUM_EPOCHS = 5
@@ -283,6 +284,14 @@ def test_a_task_with_random_labels(trained_tasks: Any) -> None:
     found = judge_tasks(trained_tasks, labels)
     assert found["task size"].word == "not better than chance"
     assert found["task parity"].word == "better than chance"
+
+
+def test_the_interval_of_a_task_is_that_of_its_counts() -> None:
+    labels = torch.zeros(100, 1, dtype=torch.long)
+    for num_right in range(100):
+        predicted = (torch.arange(100) >= num_right).long().unsqueeze(1)
+        (verdict,) = diagnose_tasks({"": Predictions(torch.zeros(100, 2), predicted, labels)})
+        assert verdict.numbers["interval"] == compute_proportion_interval(num_right, 100)
 
 
 # Constructed and random models ---------------------------------------------------------------------------------------

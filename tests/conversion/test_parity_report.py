@@ -4,10 +4,7 @@ from typing import Any
 
 from helpers.tiny_models import build_tiny_config
 
-from modeling_vitcls.conversion.parity_report import (
-    describe_position_embeddings,
-    get_non_square_size,
-)
+from modeling_vitcls.conversion.parity_report import describe_position_embeddings, get_non_square_size
 
 
 class StubSource:

@@ -226,6 +226,15 @@ def test_drop_path_drops_whole_branches_of_single_images(layer_type: str, num_ki
         assert any(get_largest_difference(kind, branch.flatten()) < 2e-3 for kind in kinds)
 
 
+@torch.no_grad()
+def test_post_norm_layers_scale_each_branch() -> None:
+    layer = randomize(ViTCLSModel(build_tiny_config(layer_type="post", layer_scale_init_value=1.0))).layers[0].eval()
+    layer.layer_scale2.lambda1.zero_()
+    states = torch.randn(2, 17, 16)
+    expected = states + layer.layer_scale1(layer.layernorm_before(layer.attention(states)[0]))
+    torch.testing.assert_close(layer(states), expected)
+
+
 @pytest.mark.parametrize("fields", [{}, {"layer_type": "post"}, {"layer_type": "parallel"}], ids=str)
 def test_dropout_is_on_the_embeddings_and_on_both_branches_of_each_layer(fields: dict[str, Any]) -> None:
     torch.manual_seed(0)

@@ -121,3 +121,5 @@ def test_kept_patches_are_random_and_reproducible() -> None:
     torch.manual_seed(99)
     model(build_images(4))
     assert kept[-1].equal(kept[-2])
+    model = randomize(ViTCLSModel(build_tiny_config(patch_drop_rate=0.99))).train()
+    assert model(build_images()).tokens["patches"].shape == (2, 1, 16)

@@ -4,14 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.tiny_models import (
-    LAYOUTS,
-    POSITIONS,
-    build_images,
-    build_tiny_config,
-    get_largest_difference,
-    randomize,
-)
+from helpers.tiny_models import LAYOUTS, POSITIONS, build_images, build_tiny_config, get_largest_difference, randomize
 from timm.layers.pos_embed_sincos import init_random_2d_freqs
 from torch import nn
 

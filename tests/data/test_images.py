@@ -10,13 +10,7 @@ from helpers.tiny_models import raises_one_line
 from PIL import Image
 
 from modeling_vitcls.data.held_out import compute_image_key
-from modeling_vitcls.data.images import (
-    ArrayImages,
-    DatasetImages,
-    LabeledImages,
-    UnreadableImage,
-    decode_image,
-)
+from modeling_vitcls.data.images import ArrayImages, DatasetImages, LabeledImages, UnreadableImage, decode_image
 
 
 def encode(shade: int) -> bytes:

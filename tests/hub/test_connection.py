@@ -11,13 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from transformers.utils import logging as transformers_logging
 
 from modeling_vitcls.hub import connection
-from modeling_vitcls.hub.connection import (
-    HTTPError,
-    format_hub_error,
-    is_temporary,
-    retry,
-    silence_transformers,
-)
+from modeling_vitcls.hub.connection import HTTPError, format_hub_error, is_temporary, retry, silence_transformers
 
 
 def build_hub_error(status: int, message: str | None = None, reason: str = "", **headers: str) -> HfHubHTTPError:

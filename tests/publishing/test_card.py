@@ -13,11 +13,7 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
 import modeling_vitcls as vitcls
-from modeling_vitcls import (
-    ViTCLSForImageClassification,
-    ViTCLSForMultiTaskClassification,
-    ViTCLSModel,
-)
+from modeling_vitcls import ViTCLSForImageClassification, ViTCLSForMultiTaskClassification, ViTCLSModel
 from modeling_vitcls.conversion.convert import convert_checkpoint, write_native_model
 from modeling_vitcls.publishing.card import render_card, write_card
 from modeling_vitcls.publishing.model_folder import ModelFolder

@@ -83,6 +83,8 @@ def test_the_attention_of_each_token_is_drawn_over_its_image() -> None:
     assert len(grid) == 4 * 4  # at most four images, each with three maps
     assert [axes.get_title() for axes in grid[1:4]] == names
     assert np.asarray(grid[0].images[0].get_array()).shape == (320, 320, 3)
+    square, wide = (inspect_model(model, PROCESSOR, [images[0].resize((width, 8))]) for width in (8, 16))
+    assert plot_attention(wide).get_figheight() < plot_attention(square).get_figheight()
 
 
 def test_a_model_without_special_tokens_has_no_attention_figure(tmp_path: Path) -> None:

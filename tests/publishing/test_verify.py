@@ -164,7 +164,7 @@ def test_a_folder_that_changed_after_the_push_is_noticed(hub: LocalHub, folder: 
     weights = load_file(folder / "model.safetensors")
     weights["classifier.bias"] += 1
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with raises_one_line("model.safetensors", f"Push {folder} again", error=VerificationError):
+    with raises_one_line(f": model.safetensors. Push {folder} again", error=VerificationError):
         verify("ann/model", pushed.commit, ModelFolder(folder))
 
 

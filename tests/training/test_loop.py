@@ -44,11 +44,7 @@ from modeling_vitcls.data.splits import load_training_data
 from modeling_vitcls.errors import RunStopped
 from modeling_vitcls.options import DataOptions, TrainingOptions
 from modeling_vitcls.training import loop as loop_module
-from modeling_vitcls.training.loop import (
-    TrainingLoop,
-    TrainingState,
-    is_end_of_epochs,
-)
+from modeling_vitcls.training.loop import TrainingLoop, TrainingState, is_end_of_epochs
 from modeling_vitcls.training.losses import (
     LabelObjective,
     compute_distillation_loss,
@@ -56,12 +52,7 @@ from modeling_vitcls.training.losses import (
     compute_multi_task_loss,
     compute_single_label_loss,
 )
-from modeling_vitcls.training.optimizer import (
-    Ema,
-    build_optimizer,
-    build_parameter_groups,
-    get_learning_rate,
-)
+from modeling_vitcls.training.optimizer import Ema, build_optimizer, build_parameter_groups, get_learning_rate
 from modeling_vitcls.training.signals import LAUNCHER_ENVIRONMENT_VARIABLES, SignalHandler
 
 

@@ -32,11 +32,7 @@ from transformers import (
 from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification, ViTCLSImageProcessor
 from modeling_vitcls.data.labels import LabelSpace
 from modeling_vitcls.training.losses import compute_distillation_loss
-from modeling_vitcls.training.teacher import (
-    Teacher,
-    TeacherCache,
-    load_teacher,
-)
+from modeling_vitcls.training.teacher import Teacher, TeacherCache, load_teacher
 
 
 CPU = torch.device("cpu")
