@@ -124,9 +124,7 @@ class Probe:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return features and labels. Training reports unreadable images, so that the default does not."""
         evaluator = ProbeEvaluator(images, **(self.evaluator_arguments | {"warn": warn}))
-        was_training = self.model.training
         outputs = evaluator(self.model.to(evaluator.accelerator.device).eval())
-        self.model.train(was_training)
         return outputs["features"], outputs["labels"]
 
     def set_classifier(self, weight: np.ndarray, bias: np.ndarray) -> None:

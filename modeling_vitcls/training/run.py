@@ -121,6 +121,8 @@ class Run:
             self.train()
             self.calibrate()
             self.save()
+            del self.loop  # DDP must not outlive its process group: with torch 2.11, gloo may wait forever
+            self.accelerator.free_memory()
             self.accelerator.end_training()
             return self.folder
 
