@@ -7,7 +7,7 @@
     torch.backends.mkldnn.flags(enabled=False)    plain PyTorch while the context is active
 
     nn.Linear             -> CPULinear             oneDNN: float32 on CPUs with AVX-512 but not AMX, bfloat16 with AMX
-    ViTCLSMLP             -> CPUMLP                linear + GELU fused; the backward pass recomputes GELU
+    ViTCLSMLP             -> CPUMLP                GELU fused with a linear layer or in place; recomputed in backward
     nn.Conv2d (patches)   -> CPUPatchProjection    float32 on CPUs without half-precision instructions
     attention classes     -> CPUAttention, ...     float32 on CPUs without half-precision instructions
 
