@@ -129,7 +129,7 @@ class CPUMLP(CPUKernel, ViTCLSMLP):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Apply the MLP, [B, N, D] -> [B, N, D]."""
-        is_plain = self.register_neurons is None and self.norm is None
+        is_plain = hidden_states.is_cpu and self.register_neurons is None and self.norm is None
         if not is_plain or is_capturing_graph() or not can_fuse_gelu(self) or not torch.backends.mkldnn.enabled:
             return super().forward(hidden_states)
         if not torch.is_grad_enabled():

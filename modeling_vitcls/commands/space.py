@@ -42,7 +42,7 @@ class SpaceOptions:
 
     def __post_init__(self) -> None:
         if self.output is not None and (self.space_id is not None or self.private):
-            raise ValueError("--output pushes nothing, but --space-id and --private apply to pushes. Remove either")
+            raise ValueError("--space-id and --private apply to pushes. Remove --output, which prevents the push")
         if self.static and self.examples:
             raise ValueError("--static does not support --examples. Omit one of these flags")
 
