@@ -14,7 +14,7 @@
 
 PYTHON ?= python3
 VENV   ?= .venv
-# Number of test processes on two cores; each imports the libraries, in 16 s of CPU time
+# Number of test processes for two cores. Each one imports the libraries, which takes 16 s of CPU time.
 WORKERS ?= 2
 RUN    := $(VENV)/bin/python
 

@@ -200,5 +200,5 @@ def convert_value(name: str, value: Any, type_hint: Any) -> Any:
     if isinstance(value, str) and Path in value_types:
         return Path(value)
     if isinstance(value, str) and not choices and str not in value_types:
-        raise ValueError(f"{name} is the text {value!r}. Set {name} to a {value_types[0].__name__} without quotes")
+        raise ValueError(f"{name} must be of type {value_types[0].__name__}, but it is the string {value!r}")
     return str(value) if isinstance(value, Path) and Path not in value_types else value

@@ -125,7 +125,7 @@ class CPUPatchProjection(CPUKernel, nn.Conv2d):
 
 
 class CPUMLP(CPUKernel, ViTCLSMLP):
-    """ViTCLSMLP with a fused GELU. Autograd stores the GELU input, but not the GELU output."""
+    """ViTCLSMLP with GELU fused with a linear layer or, without gradients, in place. Autograd stores its input."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Apply the MLP, [B, N, D] -> [B, N, D]."""

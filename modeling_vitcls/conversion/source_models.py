@@ -67,7 +67,7 @@ class TimmSource(Source):
         if ":" not in name and not timm.is_model(architecture := name.partition("@")[0].partition(".")[0]):
             raise ConversionError(f"timm {timm.__version__} has no model {architecture}. Run timm.list_models()")
         if random_init and "@" in name and ":" not in name:
-            raise ConversionError(f"--random-init excludes a file with weights, but the source is timm:{name}")
+            raise ConversionError(f"--random-init reads no file, but the source is timm:{name}. Remove one of them")
         try:
             model, commit = load_timm_model(name, pretrained=not random_init)
         except Exception as error:  # downloads raise errors of many types

@@ -193,7 +193,7 @@ class TrainingLoop:
             for token, norm in record["token_gradient_norm"].items():
                 if norm == 0 and self.should_warn_about_tokens:
                     self.reporter.warn(f"the token {token} received no gradient in step {state.step}")
-            self.should_warn_about_tokens &= not math.isfinite(gradient_norm)  # warn in the first finite step only
+            self.should_warn_about_tokens &= not math.isfinite(gradient_norm)  # warns once
         return record, batch
 
     def check_finite(self, losses: list[Losses], gradient_norm: float) -> None:

@@ -410,7 +410,7 @@ UNSUPPORTED: dict[str, Callable[[Path], str]] = {
     "cannot read the configuration of": lambda folder: f"transformers:{folder.parent}",  # without config.json
     "source 'keras:resnet' is not supported": lambda folder: "keras:resnet",
     "--random-init requires timm:NAME or transformers:PATH_OR_ID, but the source is": lambda folder: "weights.pth",
-    "--random-init excludes a file": lambda folder: "timm:test_vit@weights.pth",
+    "--random-init reads no file": lambda folder: "timm:test_vit@weights.pth",
     "ViTCLSModel cannot be converted": lambda folder: save_checkpoint(ViTCLSModel(build_tiny_config()), folder),
 }
 
