@@ -29,12 +29,7 @@ from modeling_vitcls import (
     convert_from_timm,
 )
 from modeling_vitcls.conversion import any_checkpoint
-from modeling_vitcls.conversion.any_checkpoint import (
-    compute_cache_name,
-    is_pinned,
-    pin_revision,
-    resolve_checkpoint,
-)
+from modeling_vitcls.conversion.any_checkpoint import compute_cache_name, is_pinned, pin_revision, resolve_checkpoint
 from modeling_vitcls.conversion.convert import convert_checkpoint
 from modeling_vitcls.conversion.weight_rules import ConversionError
 from modeling_vitcls.inference.load_model import load_model

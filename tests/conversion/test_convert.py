@@ -26,12 +26,7 @@ from safetensors.torch import load_file, save_file
 from timm.data import create_transform, resolve_data_config
 from transformers import AutoImageProcessor
 
-from modeling_vitcls import (
-    ViTCLSForImageClassification,
-    ViTCLSImageProcessor,
-    ViTCLSModel,
-    convert_from_timm,
-)
+from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, ViTCLSModel, convert_from_timm
 from modeling_vitcls.conversion import source_models
 from modeling_vitcls.conversion.convert import convert_checkpoint, load_source
 from modeling_vitcls.conversion.parity_report import compare_models

@@ -22,7 +22,7 @@ def test_notes_on_positions() -> None:
         (
             "timm:vit",
             {"position_interpolation": "bilinear", "position_offset": 0.1},
-            ["bilinear without antialiasing"],
+            ["bilinear without antialiasing, offset 0.1"],
         ),
         (
             "timm:vit",

@@ -1,6 +1,5 @@
 """The conversion of image processors of timm and transformers: equal pixels on real photographs, and defaults."""
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +140,7 @@ def test_gray_images_of_timm() -> None:
 
 
 @pytest.mark.parametrize("fields", [{"image_std": [0.2, 0.4, 0.5]}, {"do_normalize": False}])
-@pytest.mark.parametrize("shifts", [(0.5, 3), (3, 0.5)])
+@pytest.mark.parametrize("shifts", [(0.5, -3), (3, 0.5)])
 def test_differences_are_measured_in_gray_levels(fields: dict[str, Any], shifts: tuple[float, float]) -> None:
     """Both test images are compared."""
     processor = ViTCLSImageProcessorPil(size={"height": 8, "width": 8}, **fields)
@@ -163,12 +162,3 @@ def test_a_processor_that_differs_is_not_written(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(processors, "convert_timm_settings", lambda values: settings(values | {"crop_pct": 0.89}))
     _processor, record = processors.convert_timm_preprocessing(PretrainedConfigOnly(TIMM_CONFIGS["crop"]))
     assert "gray levels" in record["assumed_because"]
-
-
-def test_brighter_and_darker_pixels_are_noticed() -> None:
-    """The difference of a processor is an absolute value."""
-    processor = ViTCLSImageProcessor(size={"height": 32, "width": 32})
-    for offset in (-0.1, 0.1):
-        shifted = ViTCLSImageProcessor(size={"height": 32, "width": 32}, image_mean=[0.5 + offset] * 3)
-        with raises_one_line("gray levels", error=ValueError):
-            processors.check_processor(processor, partial(processors.apply_processor, shifted), "theirs")

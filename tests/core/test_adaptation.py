@@ -13,18 +13,9 @@ from typing import Any
 import pytest
 import torch
 from helpers.adaptation_cases import adapt_with_loader, get_logged_lines
-from helpers.tiny_models import (
-    build_images,
-    build_tiny_config,
-    get_largest_difference,
-    raises_one_line,
-    randomize,
-)
+from helpers.tiny_models import build_images, build_tiny_config, get_largest_difference, raises_one_line, randomize
 from torch import nn
-from transformers import (
-    AutoModel,
-    AutoModelForImageClassification,
-)
+from transformers import AutoModel, AutoModelForImageClassification
 
 from modeling_vitcls import (
     ViTCLSBackbone,

@@ -5,13 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.tiny_models import (
-    build_images,
-    build_tiny_config,
-    get_largest_difference,
-    randomize,
-    save_and_load,
-)
+from helpers.tiny_models import build_images, build_tiny_config, get_largest_difference, randomize, save_and_load
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
 from modeling_vitcls.variants_vitcls import ViTCLSDifferentialAttention

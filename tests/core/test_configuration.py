@@ -17,9 +17,7 @@ import pytest
 import torch
 from helpers.fresh_processes import run_fresh
 from helpers.tiny_models import SIZES, build_tiny_config, raises_one_line
-from transformers import (
-    AutoConfig,
-)
+from transformers import AutoConfig
 from transformers.testing_utils import CaptureLogger
 from transformers.utils import logging
 
@@ -41,7 +39,7 @@ CONTRADICTIONS: list[dict[str, Any]] = [
     {"num_attention_heads": 4, "hidden_size": 18},
     {"image_size": [32, 20]},
     {"distillation_head": True},
-    {"distillation_inference": "distillation"},
+    {"distillation_inference": "distillation", "num_distillation_tokens": 1, "distillation_head": False},
     {"token_init": "zeros", "num_register_tokens": 2},
     {"token_init": "zeros", "num_cls_tokens": 2, "position_embedding_type": "rope_2d"},
     {"hidden_size": 12, "position_embedding_type": "rope_2d"},
@@ -59,8 +57,10 @@ CONTRADICTIONS: list[dict[str, Any]] = [
     {"cls_scopes": ["image", [2, 2, 0, 0]], "num_cls_tokens": 2, "tasks": {"species": 2, "age": 2}},
     {"gated_tokens": {"patches": 1}},
     {"gated_tokens": {"cls": 2}},
+    {"gated_tokens": {"cls": 0}},
     {"register_neurons": [[0, 0]]},
     {"register_neurons": [[2, 0]], "num_register_tokens": 1},
+    {"register_neurons": [[0, 24]], "num_register_tokens": 1},
     {"specialized_layers": {"mlp": [0]}},
     {"specialized_layers": {"norm": [0, 2]}},
     {"specialized_layers": {"qkv": [1, 1]}},
@@ -86,6 +86,7 @@ WRONG_VALUES: list[tuple[str, Any]] = [
     ("id2label", {5: "cat"}),
     *(("cls_scopes", value) for value in ("image", [[2, 2, 0, 0.5]])),
     ("layer_norm_eps", math.inf),
+    ("temperature", 0.0),
     ("pooling", "other"),
     ("qkv_bias", 1),
     ("layer_scale_init_value", NAN),

@@ -8,12 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.tiny_models import (
-    assert_same_outputs,
-    build_images,
-    build_tiny_config,
-    randomize,
-)
+from helpers.tiny_models import assert_same_outputs, build_images, build_tiny_config, randomize
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.profiler import profile

@@ -3,12 +3,7 @@
 import pytest
 import torch
 from helpers.tiny_models import build_images, build_tiny_config, get_largest_difference, randomize, record_outputs
-from transformers import (
-    DPTConfig,
-    DPTForDepthEstimation,
-    UperNetConfig,
-    UperNetForSemanticSegmentation,
-)
+from transformers import DPTConfig, DPTForDepthEstimation, UperNetConfig, UperNetForSemanticSegmentation
 
 from modeling_vitcls import ViTCLSModel
 

@@ -12,13 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from helpers.tiny_models import (
-    SIZES,
-    build_images,
-    build_tiny_config,
-    get_largest_difference,
-    randomize,
-)
+from helpers.tiny_models import SIZES, build_images, build_tiny_config, get_largest_difference, randomize
 from timm.layers import build_sincos2d_pos_embed
 
 from modeling_vitcls import ViTCLSBackbone, ViTCLSForImageClassification, ViTCLSForMaskedImageModeling, ViTCLSModel

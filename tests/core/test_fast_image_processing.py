@@ -27,7 +27,7 @@ SIZES: list[dict[str, Any]] = [
         "crop_size": {"height": 24, "width": 30},
     },
     {"size": {"max_height": 40, "max_width": 50}, "do_center_crop": True, "crop_size": 20},
-    {"do_resize": False, "do_center_crop": True, "crop_size": 60},
+    {"size": 50, "do_resize": False, "do_center_crop": True, "crop_size": 60},
 ]
 
 
@@ -120,6 +120,7 @@ def test_errors_are_those_of_the_slow_path(tmp_path: Path) -> None:
         [whole, str(tmp_path / "text.jpg")],
         "a\0b.jpg",
         None,
+        [],
         [whole, build_photograph(20, 20)],  # images of two shapes
         np.full((8, 8, 3), 300.0),
         PIL.Image.new("F", (5, 5)),

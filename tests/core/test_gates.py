@@ -9,14 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.adaptation_cases import adapt_with_loader
-from helpers.tiny_models import (
-    build_images,
-    build_tiny_config,
-    get_largest_difference,
-    raises_one_line,
-    randomize,
-    save_and_load,
-)
+from helpers.tiny_models import build_images, build_tiny_config, get_largest_difference, raises_one_line, randomize
 from transformers import AutoModel, AutoModelForImageClassification
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
@@ -93,17 +86,6 @@ def test_attention_without_bias_support_is_an_error(implementation: str) -> None
     gated.config._attn_implementation_internal = implementation  # the package of flash attention need not be installed
     with raises_one_line("gated_tokens", implementation, "sdpa"), torch.no_grad():
         gated(build_images())
-
-
-def test_gates_are_saved_and_loaded(tmp_path: Path) -> None:
-    gated = randomize(ViTCLSModel(build_tiny_config())).adapt(num_register_tokens=3, gate_new_tokens=True)
-    with torch.no_grad():
-        gated.gates.gates.copy_(torch.tensor([0.1, 0.5, 2.0]))
-    again = save_and_load(gated, tmp_path)
-    assert again.config.gated_tokens == {"registers": 3}
-    assert torch.equal(again.gates.gates, gated.gates.gates)
-    with torch.no_grad():
-        assert torch.equal(again(build_images()).last_hidden_state, gated(build_images()).last_hidden_state)
 
 
 @pytest.mark.parametrize("loader", [None, ViTCLSModel, AutoModel])

@@ -170,7 +170,7 @@ def test_paths_bytes_images_arrays_and_tensors_are_the_same_image(backend: type,
         values[::-1][::-1],  # negative strides
         values.astype(np.int64),
         values.astype(np.uint32),
-        values.astype(np.float64),
+        np.maximum(values - 0.4, 0),  # floats are rounded
         np.moveaxis(values, -1, 0),
         torch.from_numpy(values),
         torch.from_numpy(values).permute(2, 0, 1),
@@ -318,7 +318,7 @@ def test_without_rgb_an_image_keeps_its_own_channels(backend: type, tmp_path: Pa
 
 def test_a_gray_model_gets_one_channel(backend: type) -> None:
     processor = backend(do_convert_rgb=False, image_mean=[0.5], image_std=[0.5], size=28)
-    digits = [build_gradient().convert("L"), build_gradient().convert("LA"), np.zeros((8, 8), dtype=np.uint8)]
+    digits = [build_gradient().convert("L"), build_gradient().convert("LA"), np.zeros((8, 8))]
     pixel_values = processor(digits, return_tensors="pt").pixel_values
     assert pixel_values.shape == (3, 1, 28, 28)
     assert (pixel_values[2] == -1).all()
@@ -351,13 +351,12 @@ def test_supported_formats_are_read(backend: type, file_format: str, tmp_path: P
 
 
 @pytest.mark.parametrize("file_format", ["EPS", "TGA", "PCX", "PDF"])
-@pytest.mark.parametrize("suffix", [".png"])
 def test_other_formats_are_errors(
-    backend: type, file_format: str, suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    backend: type, file_format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """PIL would start Ghostscript to decode EPS."""
     monkeypatch.setattr(PIL.EpsImagePlugin, "Ghostscript", lambda *_args: pytest.fail("Ghostscript was started"))
-    path = tmp_path / f"image{suffix}"
+    path = tmp_path / "image.png"
     path.write_bytes(encode(build_gradient(), file_format))
     for source in (path, path.read_bytes()):
         message = get_error(backend, source)
@@ -421,6 +420,7 @@ UNUSABLE: list[tuple[object, dict, str]] = [
     (np.full((4, 4), 0.5), {}, "do_rescale=False"),
     (PIL.Image.new("F", (4, 4)), {}, "mode F"),
     (PIL.Image.new("I", (4, 4), 70_000), {}, "70000"),
+    (PIL.Image.new("I", (4, 4), -1), {}, "-1"),
     (build_gradient().convert("L"), {"do_convert_rgb": False}, "image_mean"),
     ([build_gradient(), build_gradient(9, 4)], {"do_resize": False}, "[(3, 5, 6), (3, 9, 4)]"),
 ]
@@ -438,6 +438,7 @@ def test_unusable_images_are_errors(backend: type, image: object, settings: dict
         {"size": {"height": 224, "width": 0}},
         {"crop_size": None, "do_center_crop": True},
         {"crop_size": {"height": 8, "width": 225}, "do_center_crop": True},
+        {"crop_size": 225, "do_center_crop": True, "size": {"shortest_edge": 224}},
         {"resample": "bicubic"},
         {"do_centre_crop": True},
     ],

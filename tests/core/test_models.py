@@ -118,13 +118,6 @@ def test_initial_weights() -> None:
     assert {"cls_token", "mask_token", "cls", "patches", "probe", "weight"} == set(seen)
 
 
-def test_initial_weights_of_differential_attention() -> None:
-    """Ye et al. 2024 (arXiv 2410.05258): lambda starts at 0.8, and the normalized heads are multiplied by 1 - 0.8."""
-    attention = ViTCLSModel(build_tiny_config(attention_type="differential")).layers[0].attention
-    assert torch.allclose(attention.lambda_full, torch.tensor(0.8))
-    assert torch.allclose(attention.head_norm.weight, torch.tensor(0.2))
-
-
 @pytest.mark.parametrize("fields", [{}, BLOCKS["layer_scale"], BLOCKS["attention_pooling"]], ids=str)
 def test_missing_weights_of_a_checkpoint_are_initialized_as_in_a_new_model(
     fields: dict[str, Any], tmp_path: Path

@@ -14,10 +14,7 @@ from helpers.tiny_models import (
     save_and_load,
 )
 
-from modeling_vitcls import (
-    ViTCLSForImageClassification,
-    ViTCLSModel,
-)
+from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
 
 
 TOKENS: dict[str, Any] = {"num_cls_tokens": 2, "num_distillation_tokens": 1, "num_register_tokens": 3}

@@ -50,13 +50,6 @@ def test_which_tokens_have_learned_positions(tokens: str, groups: list[str]) -> 
         assert (change[:, group].abs().amax(dim=(0, 2)) > 1e-3).all() == (name in groups)
 
 
-@pytest.mark.parametrize("tokens", ["patches", "cls", "all"])
-def test_groups_without_tokens_have_no_learned_positions(tokens: str) -> None:
-    model = ViTCLSModel(build_tiny_config(num_cls_tokens=0, pooling="mean", position_embedding_tokens=tokens))
-    assert [name for name, _ in model.embeddings.position_embeddings.named_parameters()] == ["patches"]
-    assert model(build_images()).last_hidden_state.shape == (2, 16, 16)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("fields", [{"position_interpolation": "bilinear"}, {"position_antialias": True}, {}], ids=str)
 def test_learned_positions_are_resampled_as_configured(fields: dict[str, Any], dtype: torch.dtype) -> None:

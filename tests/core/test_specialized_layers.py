@@ -14,14 +14,13 @@ from helpers.tiny_models import (
     build_images,
     build_tiny_config,
     get_largest_difference,
-    raises_one_line,
     randomize,
     save_and_load,
 )
 from torch.nn.functional import gelu, layer_norm, linear
 from transformers import AutoModelForImageClassification
 
-from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel, convert_to_transformers
+from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
 
 
 SPECIALIZED = {"norm": [0, 1], "qkv": [1]}
@@ -111,10 +110,3 @@ def test_saving_and_removing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -
 def test_frozen_weights_stay_frozen() -> None:
     model = ViTCLSForImageClassification(build_tiny_config()).requires_grad_(False)
     assert not any(weight.requires_grad for weight in model.adapt(specialized_layers=SPECIALIZED).parameters())
-
-
-def test_conversion_to_transformers_is_an_error() -> None:
-    for model_class in (ViTCLSModel, ViTCLSForImageClassification):
-        model = model_class(build_tiny_config(specialized_layers={"norm": [0]}))
-        with raises_one_line("specialized_layers"):
-            convert_to_transformers(model)

@@ -13,15 +13,17 @@ import torch
 from helpers.accelerate_state import reset_accelerate
 from helpers.command_in_process import run_here
 from helpers.digits_models import train_digits_model
-from helpers.tiny_models import build_images, build_tiny_config, randomize, save_with_processor
+from helpers.tiny_models import build_images, build_tiny_config, raises_one_line, randomize, save_with_processor
 from helpers.warm_processes import OFFLINE, run_together
 from PIL import Image
 from transformers import pipeline
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, ViTCLSModel, evaluate, predict
-from modeling_vitcls.export.exporter import export_model
+from modeling_vitcls.export.exporter import check_drop, export_model
 from modeling_vitcls.export.quantization import rank_layers
+from modeling_vitcls.hub.model_files import hash_weights
 from modeling_vitcls.inference.exported_graphs import ExportedGraph
+from modeling_vitcls.intervals import compute_proportion_interval
 from modeling_vitcls.options import ExportOptions
 
 
@@ -32,12 +34,35 @@ DIGITS_PROCESSOR = ViTCLSImageProcessor(size=8, do_convert_rgb=False, image_mean
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "mine"
+    """Return the folder of an exported model with its weights. The labeled images of the export are next to it."""
+    parent = tmp_path_factory.mktemp("models")
+    for index in range(25):
+        folder = parent / "images" / ("test" if index < 12 else "train") / f"LABEL_{index % 3}"
+        folder.mkdir(parents=True, exist_ok=True)
+        image = Image.fromarray(np.random.default_rng(index).integers(0, 256, (40, 40, 3), dtype=np.uint8))
+        image.save(folder / f"{index}.png")
     config = build_tiny_config(num_distillation_tokens=1, temperature=2.5)
-    save_with_processor(randomize(ViTCLSForImageClassification(config)), folder)
-    export_model(ExportOptions(str(folder), "onnx", folder / "model.onnx", dynamic=False))
-    export_model(ExportOptions(str(folder), "openvino", folder / "model.xml", dynamic=False))
-    return folder
+    source = str(save_with_processor(randomize(ViTCLSForImageClassification(config)), parent / "mine"))
+    (parent / "mine" / "results.json").write_text('{"dataset": "digits", "accuracy": 0.5}')
+    dataset = str(parent / "images")
+    export_model(ExportOptions(source, "openvino", parent / "exported", dynamic=False, dataset=dataset))
+    export_model(ExportOptions(source, "onnx", parent / "exported" / "model.onnx", dynamic=False))
+    shutil.copy(parent / "mine" / "model.safetensors", parent / "exported")
+    return parent / "exported"
+
+
+def test_the_export_measures_the_file_on_labeled_images(model: Path) -> None:
+    report = json.loads((model / "model.xml.json").read_text())
+    evaluation, comparison = report["evaluation"], report["comparison"]
+    assert (evaluation["dataset"], evaluation["split"], evaluation["num_images"]) == ("path/to/images", "test", 12)
+    assert (evaluation["metric"], evaluation["model"], evaluation["file"]) == ("accuracy", 0.333333, 0.333333)
+    assert evaluation["interval"] == compute_proportion_interval(4, 12)
+    assert (comparison["num_images"], comparison["output"], comparison["top1_agreement"]) == (12, "logits", 1)
+    assert json.loads((model / "results.json").read_text()) == {
+        "dataset": "digits",
+        "weights_sha256": hash_weights(model),
+        "files": {"model.xml": report},
+    }
 
 
 @pytest.mark.parametrize("backend", ["onnx", "openvino"])
@@ -60,28 +85,23 @@ def test_a_folder_without_weights_is_evaluated_and_shown(
     """The graph, the configuration and the image processor are enough; --backend torch names the remedy."""
     folder = tmp_path / "exported"
     shutil.copytree(model, folder, ignore=shutil.ignore_patterns("*.safetensors"))
-    for index in range(12):
-        image = Image.fromarray(np.random.default_rng(index).integers(0, 256, (40, 40, 3), dtype=np.uint8))
-        (tmp_path / "images" / f"LABEL_{index % 3}").mkdir(parents=True, exist_ok=True)
-        image.save(tmp_path / "images" / f"LABEL_{index % 3}" / f"{index}.png")
     page: Any = importlib.import_module("modeling_vitcls.demo.page")  # gradio
-    dataset = {"split": "train", "held_out_fraction": 0.0}
+    images = model.parent / "images"
     results = [
-        evaluate(str(source), str(tmp_path / "images"), backend=name, **dataset)
-        for source, name in ((model, "torch"), (folder, backend))
+        evaluate(str(source), str(images), backend=name) for source, name in ((model, "torch"), (folder, backend))
     ]
     assert results[0]["confusion_matrix"] == results[1]["confusion_matrix"]
     served: list[Any] = []
     monkeypatch.setattr(page, "serve_demo", lambda *arguments: served.append(arguments))
     assert run_here("demo", "--model", str(folder), "--backend", backend) == 0
     exported_model, processor = served[0][:2]
-    pixel_values = processor(image, return_tensors="pt")["pixel_values"]
+    pixel_values = processor(next(images.rglob("*.png")), return_tensors="pt")["pixel_values"]
     loaded: Any = ViTCLSForImageClassification.from_pretrained(model)
     expected, found = (page.compute_predictions(each, pixel_values)[0] for each in (loaded, exported_model))
     assert found == pytest.approx(expected, abs=1e-5)
     assert page.build_page(exported_model, processor, "exported") is not None
     capsys.readouterr()
-    assert run_here("predict", "--model", str(folder), str(tmp_path / "images")) == 1
+    assert run_here("predict", "--model", str(folder), str(images)) == 1
     error = capsys.readouterr().err
     assert "--backend onnx" in error and error.count("\n") == 1
 
@@ -210,6 +230,12 @@ def test_the_layer_with_outliers_is_ranked_first() -> None:
     assert sorted(rank_layers(model, build_images())) == [1, 2, 3]
     model.vitcls.layers[1].layernorm_after.bias.data[0] = 300.0
     assert rank_layers(model, build_images())[0] == 2
+    scores = {"metric": "accuracy", "model": 0.75, "file": 0.5, "num_images": 4, "interval": None}
+    for excluded_layers, remedy in (([], "--exclude-layers 2,"), ([2, 3], "--exclude-layers 1 2 3,")):
+        report = {"evaluation": scores, "excluded_layers": excluded_layers}
+        check_drop(report, 25.0, model, build_images())
+        with raises_one_line("from 75.0% to 50.0% on", remedy):
+            check_drop(report, 24.9, model, build_images())
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -45,6 +46,13 @@ def test_the_attention_of_cls_tokens_is_an_output() -> None:
     assert list(compute_named_outputs(model.float(), [pixel_values], True)[0]) == ["logits", "cls_attention"]
 
 
+def read_number(image: int | None, return_tensors: str) -> dict[str, Any]:
+    """Stand in for an image processor; None is an unreadable image."""
+    if image is None:
+        raise ValueError
+    return {"pixel_values": image}
+
+
 def test_calibration_uses_the_training_images_of_the_run(tmp_path: Path) -> None:
     config = build_tiny_config(num_labels=10, id2label={label: str(label) for label in range(10)})
     save_with_processor(ViTCLSForImageClassification(config), tmp_path)
@@ -53,6 +61,11 @@ def test_calibration_uses_the_training_images_of_the_run(tmp_path: Path) -> None
     images = load_export_images(str(tmp_path), "digits")
     keys = [set(part.compute_keys().tolist()) for part in (images.training, images.held_out)]
     assert len(keys[1]) == 359 and not keys[0] & keys[1]
+    assert images.prepare([0, None, 2, 3, 4, 5, 6, 7], read_number, 4) == [0, 2, 4, 6]
+    assert images.prepare([0, None, 2], read_number, 4) == [0, 2]
+    save_with_processor(ViTCLSModel(config), tmp_path / "encoder")
+    unlabeled = load_export_images(str(tmp_path / "encoder"), "digits")
+    assert len(unlabeled.training) > len(unlabeled.held_out) > 300 and unlabeled.measure_file(tmp_path) is None
     with raises_one_line("LABEL_0"):  # labels of a requested split are required
         save_with_processor(ViTCLSForImageClassification(build_tiny_config(num_labels=3)), tmp_path / "other")
         load_export_images(str(tmp_path / "other"), "digits", split="test")

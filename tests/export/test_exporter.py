@@ -31,7 +31,8 @@ from modeling_vitcls import (
 from modeling_vitcls.commands.export import print_report
 from modeling_vitcls.export import exporter
 from modeling_vitcls.export.exporter import export_model
-from modeling_vitcls.export.tracing import get_smallest_size
+from modeling_vitcls.export.measurement import compare_outputs_on_images
+from modeling_vitcls.export.tracing import GraphShape, get_smallest_size
 from modeling_vitcls.hub.model_files import hash_weights
 from modeling_vitcls.options import ExportOptions
 
@@ -267,28 +268,38 @@ def test_the_report_describes_inputs_and_outputs(exported: tuple[Any, Path, str]
     assert str(file.parents[2]) not in json.dumps(report)
     heads = MODELS["tokens"][2]
     versions, tried, largest = (report.pop(name) for name in ("versions", "tried", "largest_differences"))
-    expected = {
+    preprocessing, speed = report.pop("preprocessing"), report.pop("speed")
+    assert report == {
         "format": "onnx",
         "model": "path/to/model",
         "model_class": "ViTCLSForImageClassification",
         "weights": "trained",
         "dtype": "float32",
         "limit": [LIMIT, 0.0],
+        "input": {
+            "name": "pixel_values",
+            "dtype": "float32",
+            "shape": ["batch", 3, "height", "width"],
+            "image_size": [32, 32],
+            "smallest_image_size": [16, 16],
+            "patch_size": [8, 8],
+        },
         "outputs": {name: ["batch", 3] for name in heads},
+        "fixed_because": "",
         "labels": {name: list(NAMES.values()) for name in heads},
         "sha256": {"vit.onnx": hashlib.sha256(file.read_bytes()).hexdigest()},
         "num_bytes": file.stat().st_size,
         "weights_sha256": hash_weights(file.parents[2] / "model"),
+        "excluded_layers": [],
+        "num_calibration_images": 0,
+        "evaluation": None,
+        "comparison": None,
     }
-    assert {key: report[key] for key in expected} == expected
-    assert report["input"]["shape"] == ["batch", 3, "height", "width"]
-    assert report["input"]["smallest_image_size"] == [16, 16]
-    assert report["preprocessing"]["image_mean"] == [0.5, 0.4, 0.3] and report["speed"]["images_per_second"] > 0
+    assert preprocessing["image_mean"] == [0.5, 0.4, 0.3] and speed["images_per_second"] > 0
+    assert (preprocessing["resample"], preprocessing["crop_rounding"]) == ("bicubic", "down")
     assert versions.keys() >= {"torch", "timm", "onnx", "onnxruntime", "onnxscript", "transformers"}
     shapes = [tuple(trial["shape"]) for trial in tried]
-    assert len({shape[0] for shape in shapes}) > 1
-    assert any(height < width for _, _, height, width in shapes)
-    assert any(height > width for _, _, height, width in shapes)
+    assert shapes == [(3, 3, 32, 32), (2, 3, 24, 48), (1, 3, 48, 25), (1, 3, 16, 16)]
     for name in heads:
         assert largest[name] == max(trial["differences"][name] for trial in tried) <= LIMIT
         assert all(trial["magnitudes"][name] > 0.01 for trial in tried)
@@ -349,6 +360,26 @@ def test_a_difference_over_the_limit_leaves_nothing(tmp_path: Path, monkeypatch:
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+def test_shapes_and_labels_of_other_models() -> None:
+    outputs = {"tokens": torch.zeros(2, 17, 8), "maps": torch.zeros(2, 8, 4, 4), "logits": torch.zeros(2, 3)}
+    dynamic, fixed = (GraphShape((32, 32), (8, 8), is_dynamic) for is_dynamic in (True, False))
+    axes = {"tokens": ["batch", "tokens", 8], "maps": ["batch", 8, "rows", "columns"], "logits": ["batch", 3]}
+    assert exporter.get_output_shapes(outputs, dynamic) == axes
+    assert exporter.get_output_shapes(outputs, fixed)["maps"] == ["batch", 8, 4, 4]
+    config = build_tiny_config(num_cls_tokens=2, tasks={"b": ["x", "y"], "a": 1})
+    assert exporter.get_label_names(config, ["a", "b"]) == {"a": ["LABEL_0"], "b": ["x", "y"]}
+    shapes = exporter.select_image_shapes(build_tiny_config(image_size=[32, 64]), GraphShape((8, 8), (16, 24), True))
+    assert shapes == [(1, 3, 32, 64), (3, 3, 16, 24), (2, 3, 16, 24), (1, 3, 16, 24), (1, 3, 16, 24)]
+    expected, found = ([{"logits": torch.tensor(values)}] for values in ([[3.0, 4.0]], [[3.0, 0.0]]))
+    assert compare_outputs_on_images(found * 2, expected * 2) == {
+        "num_images": 2,
+        "output": "logits",
+        "relative_error": pytest.approx(0.8),
+        "cosine_similarity": pytest.approx(0.6),
+        "top1_agreement": 0.0,
+    }
+
+
 def test_other_names_or_shapes_raise_an_error() -> None:
     wanted = [{"logits": torch.zeros(2, 3)}]
     for found in ({"logits": torch.zeros(1, 3)}, {"output": torch.zeros(2, 3)}):
@@ -370,10 +401,15 @@ def test_unsupported_models(tmp_path: Path) -> None:
 
 def test_unsupported_sizes(tmp_path: Path) -> None:
     checkpoint(tmp_path / "model")
+    target = (str(tmp_path / "model"), "onnx", tmp_path / "vit.onnx")
+    for layers in ((0, 1), (3,)):
+        with raises_one_line("--exclude-layers", "from 1 to 2"):
+            export_model(ExportOptions(*target, int8=True, dataset="digits", exclude_layers=layers))
+    (tmp_path / "model" / "preprocessor_config.json").unlink()
+    with raises_one_line("--dataset", "image processor"):
+        export_model(ExportOptions(*target, int8=True, dataset="digits"))
     with raises_one_line("41 is not a multiple"):
-        export_model(
-            ExportOptions(str(tmp_path / "model"), "onnx", tmp_path / "vit.onnx", image_size=(41, 32), dynamic=False)
-        )
+        export_model(ExportOptions(*target, image_size=(41, 32), dynamic=False))
 
 
 def test_existing_files(tmp_path: Path) -> None:
@@ -391,11 +427,3 @@ def test_packages_that_are_not_installed(tmp_path: Path, monkeypatch: pytest.Mon
         "--format onnx requires packages that are not installed: onnxruntime.", "pip install 'modeling_vitcls[export]'"
     ):
         export_model(ExportOptions("nowhere", "onnx", tmp_path / "vit.onnx"))
-
-
-def test_errors_end_with_one_line_and_status_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ["--model", tmp_path / "nowhere", "--format", "onnx", "--output", tmp_path / "vit.onnx"]
-    assert run_in_process("export.py", *flags) == 1
-    assert capsys.readouterr().err == (
-        f"error: {tmp_path / 'nowhere'} is not a folder and not a valid id of a model on the Hub. Check the path\n"
-    )

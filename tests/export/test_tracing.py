@@ -1,5 +1,6 @@
 """Graphs in memory: fused attention, dynamic and fixed sizes, and example images."""
 
+import re
 from typing import Any
 
 import pytest
@@ -23,6 +24,10 @@ def test_the_graph_has_fused_attention_for_any_attn_implementation() -> None:
     for size in ((24, 48), model.config.image_height_width):
         pixel_values = build_images(3, *size)
         torch.testing.assert_close(graph.module()(pixel_values)["logits"], model(pixel_values).logits)
+    model.classifier.register_forward_hook(lambda *_: 1 / 0)
+    for is_dynamic, ending in ((True, "Set --no-dynamic"), (False, ")")):
+        with pytest.raises(ValueError, match=f"torch.export cannot trace .*{re.escape(ending)}$"):
+            trace_model(model, select_graph_shape(model, None, is_dynamic), torch.float32)
 
 
 def test_the_smallest_size_contains_the_grids_of_cls_tokens() -> None:
@@ -39,7 +44,6 @@ def test_the_smallest_size_contains_the_grids_of_cls_tokens() -> None:
     [
         ({}, ""),
         ({"position_offset": 0.1}, "position_offset"),
-        ({"position_offset": 0.1, "position_embedding_type": "none"}, ""),
         ({"position_interpolation": "crop"}, ""),
         ({"position_interpolation": "crop", "image_size": [32, 48]}, "crops position embeddings of a non-square grid"),
         ({"position_antialias": True}, "position_antialias=True"),

@@ -18,9 +18,7 @@ from helpers.transformers_js import install_transformers_js, load_digit_images, 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, ViTCLSModel
 from modeling_vitcls.export.exportable import compute_named_outputs
 from modeling_vitcls.export.formats import run_graph
-from modeling_vitcls.export.transformers_js import (
-    export_for_transformers_js,
-)
+from modeling_vitcls.export.transformers_js import export_for_transformers_js
 
 
 pytestmark = pytest.mark.integration
@@ -109,8 +107,6 @@ def test_the_report_describes_the_files(web: Path) -> None:
     assert fp32["largest_difference"] <= 1e-4 and fp32["top1_agreement"] == 1
     assert fp32["largest_difference"] < fp16["largest_difference"] < int8["largest_difference"]
     assert int8["top1_agreement"] > 0.5
-    sizes = [(web / each["file"]).stat().st_size for each in report["comparisons"]]
-    assert sizes[0] > sizes[1]
 
 
 def test_the_files_have_the_logits_and_the_attention_of_the_model(web: Path) -> None:
@@ -141,8 +137,6 @@ def test_an_encoder_has_features_instead_of_labels(tmp_path: Path) -> None:
     (outputs,) = run_graph(tmp_path / "web" / "onnx" / "model.onnx", [build_images()], names)
     with torch.no_grad():
         assert (outputs["pooler_output"] - model(build_images()).pooler_output).abs().max() <= 1e-4
-    with raises_one_line("--dataset"):
-        export_for_transformers_js(str(tmp_path / "mine"), tmp_path / "other", dataset="digits")
 
 
 def test_other_models_and_gray_images_are_refused(tmp_path: Path) -> None:
@@ -160,6 +154,9 @@ def test_other_models_and_gray_images_are_refused(tmp_path: Path) -> None:
             export_for_transformers_js(str(tmp_path / name), tmp_path / "web")
     with raises_one_line("not empty"):
         export_for_transformers_js(str(tmp_path / "tasks"), tmp_path / "regression")
+    encoder = save_with_processor(ViTCLSModel(build_tiny_config()), tmp_path / "encoder")
+    with raises_one_line("--dataset"):
+        export_for_transformers_js(str(encoder), tmp_path / "web", dataset="digits")
     folder = save_digits_classifier(tmp_path / "gray", num_channels=1)
     ViTCLSImageProcessor(size=32, do_convert_rgb=False, image_mean=[0.5], image_std=[0.5]).save_pretrained(folder)
     with raises_one_line("do_convert_rgb is False"):

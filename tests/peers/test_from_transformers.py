@@ -16,16 +16,7 @@ from modeling_vitcls.conversion.from_transformers import CONVERTIBLE_CLASSES
 from modeling_vitcls.conversion.parity_report import compare_models
 from modeling_vitcls.conversion.source_models import TransformersSource
 from modeling_vitcls.conversion.weight_rules import ConversionError
-from peers.transformers_cases import (
-    CASES,
-    PLAIN,
-    RADIO,
-    RATIO,
-    Case,
-    compute_outputs,
-    compute_source_outputs,
-    images,
-)
+from peers.transformers_cases import CASES, PLAIN, RADIO, RATIO, Case, compute_outputs, compute_source_outputs, images
 
 
 pytestmark = pytest.mark.integration

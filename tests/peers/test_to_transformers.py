@@ -85,7 +85,6 @@ SUPPORTED = [
         "DINOv3ViTModel",
         "dinov3",
     ),
-    (ViTCLSForImageClassification, {}, "ViTForImageClassification", "vit classifier"),
     (ViTCLSForImageClassification, DISTILLED, "DeiTForImageClassificationWithTeacher", "deit distilled"),
     (
         ViTCLSForImageClassification,
@@ -195,6 +194,7 @@ UNSUPPORTED = [
     (ViTCLSModel, {"position_embedding_type": "sincos_2d"}, "position_embedding_type='sincos_2d'"),
     (ViTCLSModel, {"cls_scopes": [[2, 2, 0, 0]]}, "cls_scopes=[[2, 2, 0, 0]]"),
     (ViTCLSModel, REGISTERS | {"gated_tokens": {"registers": 2}}, "gated_tokens={'registers': 2}"),
+    (ViTCLSModel, {"specialized_layers": {"norm": [0]}}, "specialized_layers={'norm': [0]}"),
     (ViTCLSForImageClassification, {"head_type": "mlp"}, "head_type='mlp'"),
     (
         ViTCLSForImageClassification,
