@@ -16,7 +16,6 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
 from modeling_vitcls.commands.convert import ConvertOptions, run
 from modeling_vitcls.conversion.convert import write_native_model
-from modeling_vitcls.conversion.weight_rules import ConversionError
 from modeling_vitcls.hub.model_files import hash_weights
 from modeling_vitcls.publishing.model_folder import ModelFolder
 from modeling_vitcls.publishing.push import push_folder
@@ -118,13 +117,6 @@ def test_wrong_sources_and_outputs_are_errors(tmp_path: Path) -> None:
         write_native_model(str(folder), tmp_path / "other")
     assert not (tmp_path / "other").exists()
     assert [path.name for path in (tmp_path / "native").iterdir()] == ["notes.txt"]
-
-
-def test_unsupported_features_are_named(tmp_path: Path) -> None:
-    folder = save(tmp_path / "mine", qk_norm=True)
-    with raises_one_line("qk_norm=True", "ViTForImageClassification", error=ConversionError):
-        write_native_model(str(folder), tmp_path / "native")
-    assert not (tmp_path / "native").exists()
 
 
 @pytest.mark.slow

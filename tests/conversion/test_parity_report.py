@@ -2,9 +2,15 @@
 
 from typing import Any
 
-from helpers.tiny_models import build_tiny_config
+import pytest
+from helpers.tiny_models import build_tiny_config, raises_one_line
 
-from modeling_vitcls.conversion.parity_report import describe_position_embeddings, get_non_square_size
+from modeling_vitcls import ViTCLSForImageClassification
+from modeling_vitcls.conversion.parity_report import (
+    compare_models,
+    describe_position_embeddings,
+    get_non_square_size,
+)
 
 
 class StubSource:
@@ -12,6 +18,7 @@ class StubSource:
 
     def __init__(self, name: str, project: str) -> None:
         self.name, self.project, self.model, self.native_size_reason = name, project, None, ""
+        self.image_size = (32, 32)
 
 
 def test_notes_on_positions() -> None:
@@ -37,6 +44,17 @@ def test_notes_on_positions() -> None:
         assert len(notes) == len(parts) and all(part in note for part, note in zip(parts, notes, strict=True))
     source.name, source.native_size_reason = "timm:vit", "the source supports only one size"
     assert describe_position_embeddings(source, build_tiny_config()) == []
+
+
+def test_sources_without_the_same_outputs_are_errors() -> None:
+    model = ViTCLSForImageClassification(build_tiny_config())
+    source: Any = StubSource("timm:vit", "timm")
+    source.compute_outputs = lambda images: {"sequence": model.vitcls(images).last_hidden_state}
+    with raises_one_line("only one of timm:vit"):
+        compare_models(source, model)
+    source.compute_outputs = lambda images: 1 / 0  # fails at the native size
+    with pytest.raises(ZeroDivisionError):
+        compare_models(source, model)
 
 
 def test_the_second_size_has_fewer_rows_and_more_columns() -> None:

@@ -108,7 +108,7 @@ FILES: dict[str, tuple[str, str | None, Callable[[], Weights], Callable[[Weights
         "ibot",
         None,
         lambda: add_token(build_vit_weights(), masked_embed=(1, 192)),
-        lambda weights: {"state_dict": weights | {"epoch": 3}},
+        lambda weights: {"model": {"state_dict": weights | {"epoch": 3}}},
         resample_dino,
     ),
     "msn.pth": (
@@ -527,6 +527,8 @@ def test_values_that_are_not_numbers_are_refused() -> None:
 def test_unreadable_files_are_refused(tmp_path: Path) -> None:
     with raises_one_line("is not a file", error=OSError):
         FileSource.load(tmp_path / "missing.pth")
+    with raises_one_line("--family dino", "timm:test_vit", error=ConversionError):
+        load_source("timm:test_vit", family="dino")
     (tmp_path / "weights.ckpt").touch()
     with raises_one_line("weights.ckpt", ".npz .safetensors", error=ConversionError):
         FileSource.load(tmp_path / "weights.ckpt")

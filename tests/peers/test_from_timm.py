@@ -89,6 +89,7 @@ OWN_ARGUMENTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "an MLP gated by gelu": ("vit_tiny_patch16_224", {"mlp_layer": GluMlp}),
+    "global_pool='')": ("vit_tiny_patch16_224", {"global_pool": ""}),
     "global_pool='avgmax'": ("vit_tiny_patch16_224", {"global_pool": "avgmax"}),
     "mean pooling that includes special": (
         "vit_tiny_patch16_224",
@@ -212,6 +213,11 @@ CHANGES: dict[str, tuple[str, Callable[[Any], Any], str]] = {
         lambda model: setattr(model.rope, "in_pixels", True),
         "rotary positions in pixels",
     ),
+    "coordinates": (
+        "vit_small_patch16_dinov3",
+        lambda model: setattr(model.rope, "normalize_coords", "max"),
+        "normalize_coords='max'",
+    ),
     "periods": (
         "vit_small_patch16_dinov3",
         lambda model: vars(model.rope).update(min_period=1.0, max_period=9.0),
@@ -279,16 +285,18 @@ def test_without_a_classifier() -> None:
             assert (ours(images).pooler_output - model(images)).abs().max() <= TOLERANCE
     two_outputs = convert_from_timm(peer("deit_tiny_distilled_patch16_224", **TINY | {"num_classes": 0}))
     assert two_outputs.pooler is None
+    for name, pooling in (("vit_tiny_patch16_224", "cls"), ("vit_base_patch16_siglip_224", "mean")):
+        unpooled = convert_from_timm(peer(name, **TINY | {"num_classes": 0, "global_pool": ""}))
+        assert (unpooled.config.pooling, unpooled.pooler) == (pooling, None)
 
 
 def test_dtype_labels_and_the_source_are_kept() -> None:
-    model = peer("vit_tiny_patch16_224", **TINY, drop_path_rate=0.2, attn_drop_rate=0.1).to(torch.bfloat16)
+    model = peer("vit_tiny_patch16_224", **TINY).to(torch.bfloat16)
     model.pretrained_cfg["label_names"] = list("abcdefg")
     before = copy.deepcopy(model.state_dict())
     ours = convert_from_timm(model)
     assert ours.dtype == torch.bfloat16 and not ours.training
     assert ours.config.id2label[1] == "b" and ours.config.label2id["g"] == 6
-    assert ours.config.drop_path_rate == pytest.approx(0.2) and ours.config.attention_probs_dropout_prob == 0.1
     model.pretrained_cfg["label_names"] = list("abc")  # of another number of classes
     assert convert_from_timm(model).config.num_labels == 7
     with torch.no_grad():

@@ -136,6 +136,7 @@ REFUSED = {
     ),
     "another task": ("ViTForMaskedImageModeling", "ViTConfig", PLAIN, {}, "Convert the submodule .vit"),
     "a wider pooler": ("ViTModel", "ViTConfig", PLAIN | {"pooler_output_size": 64}, {}, "pooler.dense.weight"),
+    "norms over heads": ("InternVLVisionModel", "InternVLVisionConfig", PLAIN | {"use_qk_norm": True}, {}, "qk_norm"),
     "a pooler on a patch": ("IJepaModel", "IJepaConfig", PLAIN, {"add_pooling_layer": True}, "uses the first patch"),
     "videos": ("RadioModel", "RadioConfig", RADIO | {"video_temporal_patch_size": 2}, {}, "video_patch_projection"),
     "rectangular positions": (
