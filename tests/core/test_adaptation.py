@@ -129,6 +129,7 @@ def test_the_source_model_is_unchanged() -> None:
             parameter.add_(1)
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
     assert model.config.to_dict() == config
+    assert ViTCLSModel(build_tiny_config(), add_pooling_layer=False).adapt(num_cls_tokens=2).pooler is None
 
 
 def test_nothing_changes_without_a_change(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
@@ -156,10 +157,11 @@ def test_each_change_is_logged_once_in_a_line_of_its_own(caplog: pytest.LogCaptu
 
 
 def test_other_arguments_are_applied(tmp_path: Path) -> None:
-    randomize(ViTCLSForImageClassification(build_tiny_config())).save_pretrained(tmp_path)
+    randomize(ViTCLSForImageClassification(build_tiny_config())).save_pretrained(tmp_path / "step 2")
     for loader in (ViTCLSForImageClassification, AutoModelForImageClassification):
         model, info = loader.from_pretrained(
             tmp_path,
+            subfolder="step 2",
             num_register_tokens=2,
             dtype=torch.bfloat16,
             attn_implementation="eager",

@@ -39,6 +39,7 @@ CONTRADICTIONS: list[dict[str, Any]] = [
     {"num_attention_heads": 4, "hidden_size": 18},
     {"image_size": [32, 20]},
     {"distillation_head": True},
+    {"distillation_teachers": ["a"]},
     {"distillation_inference": "distillation", "num_distillation_tokens": 1, "distillation_head": False},
     {"token_init": "zeros", "num_register_tokens": 2},
     {"token_init": "zeros", "num_cls_tokens": 2, "position_embedding_type": "rope_2d"},

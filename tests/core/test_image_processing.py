@@ -170,7 +170,7 @@ def test_paths_bytes_images_arrays_and_tensors_are_the_same_image(backend: type,
         values[::-1][::-1],  # negative strides
         values.astype(np.int64),
         values.astype(np.uint32),
-        np.maximum(values - 0.4, 0),  # floats are rounded
+        values.astype(np.float64),
         np.moveaxis(values, -1, 0),
         torch.from_numpy(values),
         torch.from_numpy(values).permute(2, 0, 1),
@@ -318,10 +318,10 @@ def test_without_rgb_an_image_keeps_its_own_channels(backend: type, tmp_path: Pa
 
 def test_a_gray_model_gets_one_channel(backend: type) -> None:
     processor = backend(do_convert_rgb=False, image_mean=[0.5], image_std=[0.5], size=28)
-    digits = [build_gradient().convert("L"), build_gradient().convert("LA"), np.zeros((8, 8))]
+    digits = [build_gradient().convert("L"), build_gradient().convert("LA"), np.zeros((8, 8)), np.full((8, 8), 254.6)]
     pixel_values = processor(digits, return_tensors="pt").pixel_values
-    assert pixel_values.shape == (3, 1, 28, 28)
-    assert (pixel_values[2] == -1).all()
+    assert pixel_values.shape == (4, 1, 28, 28)
+    assert pixel_values[2:].flatten(1).unique(dim=1).tolist() == [[-1], [1]]
 
 
 # Errors --------------------------------------------------------------------------------------------------------------
@@ -422,6 +422,8 @@ UNUSABLE: list[tuple[object, dict, str]] = [
     (PIL.Image.new("I", (4, 4), 70_000), {}, "70000"),
     (PIL.Image.new("I", (4, 4), -1), {}, "-1"),
     (build_gradient().convert("L"), {"do_convert_rgb": False}, "image_mean"),
+    (np.zeros((2, 5, 6), dtype=np.uint8), {"input_data_format": "channels_first"}, "2 channels"),
+    (build_gradient(), {"crop_rounding": "up"}, "crop_rounding"),
     ([build_gradient(), build_gradient(9, 4)], {"do_resize": False}, "[(3, 5, 6), (3, 9, 4)]"),
 ]
 

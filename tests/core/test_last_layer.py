@@ -24,6 +24,7 @@ TOKENS: dict[str, Any] = {"num_cls_tokens": 2, "num_distillation_tokens": 1, "nu
 # Fields, and the number of tokens that the classifiers read; None means all.
 NUM_READ: list[tuple[dict[str, Any], int | None]] = [
     ({"num_hidden_layers": 1, "num_register_tokens": 3}, 1),
+    ({"position_embedding_type": "rope_2d"}, 1),
     (TOKENS, 3),
     (TOKENS | {"distillation_head": False, "cls_pooling": "concat", "mlp_type": "swiglu"}, 2),
     (TOKENS | {"pooled_cls_tokens": [1], "cls_scopes": ["image", [2, 2, 0, 1]]}, 3),

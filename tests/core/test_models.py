@@ -412,6 +412,27 @@ def test_images_of_a_wrong_shape_are_errors(model_class: type, fields: dict[str,
             model(build_images(batch, height, width, channels))
 
 
+def test_wrong_inputs_are_errors() -> None:
+    model = ViTCLSForImageClassification(build_tiny_config(num_labels=0))
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"pixel_values": build_images(0)}, "(0, 3, 32, 32)"),
+        ({"pixel_values": build_images()[0]}, "(3, 32, 32)"),
+        ({"pixel_values": [0.5]}, "list"),
+        ({"pixel_values": build_images(), "labels": torch.tensor([0, 0])}, "num_labels"),
+        ({"pixel_values": build_images(), "bool_masked_pos": torch.ones(2, 16)}, "use_mask_token"),
+    ]
+    for inputs, word in cases:
+        with raises_one_line(word):
+            model(**inputs)
+    for model_class in (ViTCLSForMaskedImageModeling, ViTCLSBackbone):
+        config = build_tiny_config(patch_drop_rate=0.5)
+        dropping = model_class(config).eval()
+        dropping(build_images())
+        with raises_one_line(model_class.__name__, "patch_drop_rate"):
+            dropping.train()(build_images())
+        assert not config.use_mask_token  # the caller's configuration does not change
+
+
 @each_kind
 def test_an_unknown_argument_is_an_error(model_class: type, fields: dict[str, Any], inputs: dict[str, Any]) -> None:
     with raises_one_line("pixel_value", error=TypeError):
