@@ -14,8 +14,10 @@
 
 PYTHON ?= python3
 VENV   ?= .venv
-# Number of test processes for two cores. Each one imports the libraries, which takes 16 s of CPU time.
+# Number of test processes for two cores. Each one imports the libraries, which takes 16 s of CPU time. The slow tests
+# wait for processes that they start, so that a third process shortens them.
 WORKERS ?= 2
+test-all: WORKERS = 3
 RUN    := $(VENV)/bin/python
 
 export TOKENIZERS_PARALLELISM := false
@@ -80,6 +82,8 @@ test-quick: setup
 	$(RUN) -m pytest -n 2 --dist loadfile -m "not slow" $(QUICK:%=tests/%.py)
 
 test: TESTS := -m "not slow"
+# in the order of the folders: xdist would start long files with few tests last
+test-all: TESTS := --no-loadscope-reorder
 test test-all: lint
 	$(RUN) -m pytest -n $(WORKERS) --dist loadfile --durations 20 $(TESTS)
 

@@ -67,7 +67,7 @@ class MapCheck:
             verdict = "depends little on the weights of the model"
         return (
             f"{name.capitalize()} {verdict} ({self.num_images} images). The area under the deletion curve is "
-            f"{areas[0]:.2f} (random order: {areas[1]:.2f}; lower is better), under the insertion curve "
+            f"{areas[0]:.2f} (random order: {areas[1]:.2f}; lower is better), and that under the insertion curve is "
             f"{areas[2]:.2f} (random order: {areas[3]:.2f}; higher is better); p = {self.p_value:.2g}; "
             f"rank correlation with the map of shuffled weights {self.weight_correlation:.2f}."
         )

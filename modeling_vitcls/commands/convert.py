@@ -74,5 +74,5 @@ def print_report(report: "Report", output: Path) -> None:
     if reason := report["preprocessing"]["assumed_because"]:
         print(f"Image processor: the settings are assumed, because {reason}. Check them")
     print(*report["notes"], f"Classifier: {report['classifier']}", sep="\n")
-    print(f"\nWritten to {output}. README.md contains the code that loads the model. To push and verify it, run")
+    print(f"\nWritten to {output}. README.md has the code that loads the model. To push and verify the model, run")
     print(f"  {build_push_command(output, f'YOUR-NAME/{output.resolve().name}')}")

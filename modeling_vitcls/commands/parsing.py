@@ -121,7 +121,7 @@ def prepare_flags(command: str, options_class: type, flags: list[str]) -> list[s
 def hint(name: str, flag_names: set[str]) -> str:
     """Return what to use instead of an unknown flag."""
     if name == "revision" and "model" in flag_names:
-        return f"to pin a commit, set --{'verify-only' if 'verify_only' in flag_names else 'model'} ID@COMMIT"
+        return "use --branch" if "branch" in flag_names else "to pin a commit, set --model ID@COMMIT"
     similar = EQUIVALENT_FLAGS.get(name) or next(iter(difflib.get_close_matches(name, flag_names, n=1)), None)
     return f"use --{similar.replace('_', '-')}" if similar in flag_names else "`--help` lists the flags"
 

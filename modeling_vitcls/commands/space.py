@@ -27,7 +27,7 @@ class SpaceOptions:
 
     model: str
     """Hub id of the model, optionally with @REVISION (commit, branch or tag; default: main). The Space is pinned to
-    the commit."""
+    that commit."""
     space_id: str | None = None
     """Id of the Space to push to. Default: a Space in your account, named after the model with the suffix -demo."""
     private: bool = False

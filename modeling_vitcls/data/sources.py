@@ -184,7 +184,7 @@ def drop_unlabeled_images(images: LabeledImages, options: DataOptions, split: st
     name = f"{options.dataset}, split {split!r}"
     if not labeled:
         raise ValueError(f"{name}: no image has a label. Set a different --label-column or --split")
-    warn_on_first_process(f"{name}: skipped unlabeled images: {len(images) - len(labeled):,} of {len(images):,}")
+    warn_on_first_process(f"{name}: skipped {len(images) - len(labeled):,} of {len(images):,} images (no label)")
     return images.select(labeled)
 
 

@@ -80,7 +80,7 @@ def open_openvino(file: Path, precision: str) -> Runner:
 
 
 class ExportedModel(nn.Module):
-    """An exported graph with the interface of the exported model. The weights of that model are not loaded.
+    """An exported graph with the interface of the model that was exported, whose weights are not loaded.
 
     Args:
         file: The exported file.

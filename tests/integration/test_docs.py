@@ -4,6 +4,7 @@ Fast tests resolve the imports of Python blocks; slow tests run the blocks. The
 blocks of a page run one after the other in one process, offline, in a folder with
     photos/cat/*.png, photos/dog/*.png, photo.jpg    real digits as images
     runs/photos                                      a small classifier of cat and dog, with random weights
+    study_digits                                     the recipe with two seeds, and two training steps per run
 
 An HTML comment in the line before a block changes what happens to it:
     <!-- not run: REASON -->                     the block requires the network, a GPU or minutes
@@ -369,6 +370,9 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )  # fmt: skip
     ViTCLSForImageClassification(config).save_pretrained(folder / "runs" / "photos")
     ViTCLSImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder / "runs" / "photos")
+    study = yaml.safe_load((ROOT / "scripts" / "recipes" / "study_digits.yaml").read_text(encoding="utf-8"))
+    study["stages"]["finetune"]["max_steps"], study["seeds"] = 2, [0, 1]
+    (folder / "study_digits").write_text(yaml.safe_dump(study), encoding="utf-8")
     return folder
 
 

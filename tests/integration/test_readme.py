@@ -50,7 +50,7 @@ def checkout(tmp_path: Path) -> Path:
     digits = load_digits()
     for label, name in enumerate(("cat", "dog")):
         (folder / "photos" / name).mkdir(parents=True)
-        for index, pixels in enumerate(digits.images[digits.target == label][:20]):
+        for index, pixels in enumerate(digits.images[digits.target == label][:10]):
             Image.fromarray((pixels * 15).astype(np.uint8)).resize((64, 64)).save(
                 folder / f"photos/{name}/{index}.png"
             )
