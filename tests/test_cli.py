@@ -136,25 +136,12 @@ def test_the_demo_evaluates_the_held_out_digits() -> None:
 
 # Importing the package -----------------------------------------------------------------------------------------------
 
-OPTIONAL_LIBRARIES = {"timm", "datasets", "accelerate", "matplotlib", "sklearn", "rich", "tyro"}
-IMPORTED = """
-import sys
-import {}
-print(*sys.modules)
-"""
-
-
-def get_imported(module: str) -> set[str]:
-    """Return the optional libraries that importing a module loads."""
-    ran = subprocess.run([sys.executable, "-c", IMPORTED.format(module)], capture_output=True, text=True, timeout=300)
-    assert ran.returncode == 0, ran.stderr
-    return OPTIONAL_LIBRARIES & set(ran.stdout.split())
-
 
 @pytest.mark.slow
 def test_importing_the_package_loads_only_what_transformers_loads() -> None:
-    """Exclude accelerate, which transformers' PreTrainedModel imports."""
-    assert get_imported("modeling_vitcls") <= get_imported("transformers.modeling_utils") <= {"accelerate"}
+    command = [sys.executable, "-c", "import modeling_vitcls, sys; print(*sys.modules)"]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    assert not {"timm", "datasets", "matplotlib", "sklearn", "rich", "tyro"} & set(ran.stdout.split())
 
 
 def test_importing_the_package_registers_the_auto_classes() -> None:

@@ -6,12 +6,14 @@ from typing import Any
 import pytest
 from helpers.tiny_models import raises_one_line
 
+from modeling_vitcls.commands.study import StudyOptions
 from modeling_vitcls.options import (
     AugmentationOptions,
     BenchmarkOptions,
     DataOptions,
     DistillationOptions,
     EvaluateOptions,
+    ExportOptions,
     FinetuneOptions,
     InspectOptions,
     LeJEPAOptions,
@@ -20,6 +22,7 @@ from modeling_vitcls.options import (
     PredictOptions,
     PretrainOptions,
     RunOptions,
+    TeachersOptions,
     TrainingOptions,
     get_flag_fields,
     parse_cls_scopes,
@@ -33,54 +36,97 @@ REQUIRED: dict[type, dict[str, Any]] = {
     DataOptions: {"dataset": "digits"},
     ModelOptions: {"model": "vitcls-tiny"},
     EvaluateOptions: {"model": "m", "data": DataOptions("digits")},
-    PredictOptions: {"model": "m", "paths": ("a.jpg",)},
+    PredictOptions: {"model": "m", "paths": ("a.jpg",), "output": Path("out")},
     InspectOptions: {"model": "m", "paths": ("a.jpg",)},
+    StudyOptions: {"config": Path("c"), "output_dir": Path("o")},
+    ExportOptions: {"model": "m", "format": "onnx", "output": Path("o"), "dataset": "d"},
 }
 
-# Class, flag, accepted values, rejected values
+# Class, flags, accepted values, rejected values
 LIMITS: list[tuple[type, str, list[Any], list[Any]]] = [
     (DataOptions, "held_out_fraction", [0.0, 0.99], [-0.1, 1.0]),
     (DataOptions, "folds", [None, 2], [1]),
+    (DataOptions, "shuffle_buffer", [1], [0]),
+    (DataOptions, "split_seed max_unreadable_images num_workers", [0], [-1]),
     (AugmentationOptions, "crop_scale", [None, 0.01, 1], [0, 1.1]),
-    (AugmentationOptions, "shift", [None, 0, 0.9], [-0.1, 1]),
-    (TrainingOptions, "epochs", [None, 0.1], [0]),
+    (AugmentationOptions, "rotation", [0, 180], [-1, 181]),
+    (AugmentationOptions, "random_erasing", [0, 1], [-0.1, 1.1]),
+    (AugmentationOptions, "shift zoom", [0, 0.9], [-0.1, 1]),
+    (AugmentationOptions, "mixup cutmix", [0], [-0.1]),
+    (TrainingOptions, "epochs learning_rate max_gradient_norm", [0.1], [0]),
+    (TrainingOptions, "max_steps batch_size gradient_accumulation_steps lora_rank", [1], [0]),
+    (TrainingOptions, "log_every evaluate_every", [1], [0]),
+    (TrainingOptions, "weight_decay seed log_attention_every", [0], [-1]),
+    (TrainingOptions, "warmup label_smoothing", [0, 0.9], [-0.1, 1]),
     (TrainingOptions, "layer_decay", [None, 0.1, 1], [0, 1.1]),
     (TrainingOptions, "ema_decay", [None, 0.1, 0.9], [0, 1]),
     (TrainingOptions, "trainable", ["full", "head", "lora", "last-12"], ["none", "last", "last-0", "last-1x"]),
     (DistillationOptions, "distillation_alpha", [0.1, 1], [0, 1.1]),
+    (DistillationOptions, "distillation_tau", [0.1], [0]),
+    (DistillationOptions, "teacher_views", [0], [-1]),
+    (TeachersOptions, "teacher_views", [0], [-1]),
     (MAEOptions, "mask_ratio", [0.1, 0.9], [0, 1]),
+    (MAEOptions, "decoder_layers", [1], [0]),
+    (LeJEPAOptions, "global_crops projector_width", [1], [0]),
+    (LeJEPAOptions, "local_crops", [0], [-1]),
     (LeJEPAOptions, "global_crop_scale", [0.06, 1], [0.05, 1.1]),
+    (LeJEPAOptions, "sigreg_weight", [0.1, 0.9], [0, 1]),
     (RunOptions, "license", [None, "cc-by-4.0"], ["CC BY", "", "-mit", "MIT"]),
+    (RunOptions, "save_every keep_checkpoints", [1], [0]),
+    (RunOptions, "hub_checkpoint_branch", [None], ["", "main"]),
+    (EvaluateOptions, "batch_size", [1], [0]),
     (PredictOptions, "threshold", [0, 1], [-0.1, 1.1]),
-    (InspectOptions, "num_images", [1], [0]),
+    (PredictOptions, "coverage", [None, 0.1, 0.9], [0, 1]),
+    (PredictOptions, "shard_size batch_size top_k num_workers", [1], [0]),
+    (PredictOptions, "shard", ["1/1", "2/12"], ["0/2", "3/2", "2", "1/0"]),
+    (PredictOptions, "features", [("mean",), ("cls@10", "patches")], [("cls@0",), ("cls", "token"), ("mean@",)]),
+    (InspectOptions, "num_images max_images batch_size", [1], [0]),
     (BenchmarkOptions, "batch_sizes", [(1,)], [(4, 0)]),
+    (StudyOptions, "jobs threads", [1], [0]),
 ]
 
 
-@pytest.mark.parametrize(
-    ("kind", "name", "accepted", "rejected"), LIMITS, ids=[f"{case[0].__name__}-{case[1]}" for case in LIMITS]
-)
-def test_limits_of_values(kind: type, name: str, accepted: list[Any], rejected: list[Any]) -> None:
-    for value in accepted:
-        assert getattr(kind(**REQUIRED.get(kind, {}) | {name: value}), name) == value
-    for value in rejected:
-        with raises_one_line(f"--{name.replace('_', '-')} is {value}, but it must be "):
-            kind(**REQUIRED.get(kind, {}) | {name: value})
+@pytest.mark.parametrize(("kind", "names", "accepted", "rejected"), LIMITS)
+def test_limits_of_values(kind: type, names: str, accepted: list[Any], rejected: list[Any]) -> None:
+    for name in names.split():
+        for value in accepted:
+            assert getattr(kind(**REQUIRED.get(kind, {}) | {name: value}), name) == value
+        for value in rejected:
+            with raises_one_line(f"--{name.replace('_', '-')} is {value}, but it must be "):
+                kind(**REQUIRED.get(kind, {}) | {name: value})
 
 
 # Class, flags that are accepted, changes that are rejected, and the flag in the error message.
 COMBINATIONS: list[tuple[type, dict[str, Any], dict[str, Any], str]] = [
     (DataOptions, {"folds": 3, "fold": 3}, {"fold": 4}, "--fold is 4"),
+    (DataOptions, {"folds": 3, "fold": 1}, {"fold": 0}, "--fold is 0"),
+    (DataOptions, {"exclude": Path("a.csv")}, {"streaming": True}, "--exclude"),
     (RunOptions, {"hub_checkpoint_branch": "dev", "push_to_hub": True}, {"push_to_hub": False}, "--push-to-hub"),
+    (TeachersOptions, {"distill_patches": True}, {"teacher_views": 1}, "--teacher-views"),
     (EvaluateOptions, {"frozen": "knn"}, {"backend": "onnx"}, "--backend"),
+    (EvaluateOptions, {"audit": Path("a.html")}, {"backend": "onnx"}, "--backend"),
+    (PredictOptions, {"coverage": 0.9}, {"features": ("cls",)}, "--coverage"),
+    (PredictOptions, {"merge": Path("a"), "model": None, "paths": ()}, {"merge": None, "paths": ("a",)}, "--model"),
     (PredictOptions, {"paths": ("a",)}, {"paths": ()}, "PATHS"),
     (PredictOptions, {"paths": (), "list": Path("b")}, {"dataset": "c"}, "PATHS"),
-    (PredictOptions, {"paths": (), "dataset": "c", "split": "test"}, {"paths": ("a",), "dataset": None}, "--dataset"),
     (PredictOptions, {"output": Path("a.JSON")}, {"output": Path("a.txt")}, "--output a.txt"),
-    (PredictOptions, {"features": ("cls",), "output": Path("a.parquet")}, {"output": None}, "--features"),
+    (PredictOptions, {"shard": "1/2"}, {"output": Path("a.csv")}, "--shard"),
+    (PredictOptions, {"features": ("cls",), "output": Path("a.json")}, {"output": None}, "--features"),
     (PredictOptions, {"features": ("cls",), "output": Path("a")}, {"output": Path("a.csv")}, "--features"),
     (InspectOptions, {"paths": (), "dataset": "c"}, {"paths": ("a",)}, "PATHS"),
     (InspectOptions, {"output": Path("a.HTM")}, {"output": Path("a.json")}, "--output a.json"),
+    (InspectOptions, {"json": Path("a.JSON")}, {"json": Path("a.html")}, "--json a.html"),
+    (ExportOptions, {"image_size": (1, 8)}, {"image_size": (8, 0)}, "--image-size"),
+    (ExportOptions, {"format": "transformers.js"}, {"image_size": (8, 8)}, "--image-size"),
+    (ExportOptions, {"dynamic": False}, {"format": "transformers.js"}, "--no-dynamic"),
+    (ExportOptions, {"dtype": "float16"}, {"format": "transformers.js"}, "--dtype"),
+    (ExportOptions, {"int8": True}, {"format": "transformers.js"}, "--int8"),
+    (ExportOptions, {"int8": True}, {"dynamic": False}, "--no-dynamic"),
+    (ExportOptions, {"int8": True}, {"dtype": "float16"}, "--dtype"),
+    (ExportOptions, {"int8": True, "exclude_layers": (1,)}, {"int8": False}, "--exclude-layers"),
+    (ExportOptions, {"split": "test"}, {"dataset": None}, "--split"),
+    *((PredictOptions, {}, {name: "a"}, "--dataset") for name in ("split", "image_column", "streaming")),
+    *((InspectOptions, {}, {name: "a"}, "--dataset") for name in ("image_column", "label_column", "label_separator")),
 ]
 
 
@@ -91,7 +137,10 @@ def test_combinations_of_flags(kind: type, accepted: dict[str, Any], changes: di
         kind(**REQUIRED.get(kind, {}) | accepted | changes)
 
 
-def test_the_output_folder_of_a_run_is_not_a_file(tmp_path: Path) -> None:
+def test_output_folders(tmp_path: Path) -> None:
+    """The output folder of a run is not a file; the name of an existing folder may contain a dot."""
+    (tmp_path / "v1.0").mkdir()
+    PredictOptions("m", ("a",), output=tmp_path / "v1.0", shard="1/2")
     (tmp_path / "out").write_text("", encoding="utf-8")
     with raises_one_line("--output-dir"):
         FinetuneOptions(tmp_path / "out", DataOptions("digits"), ModelOptions("m"))
@@ -115,7 +164,7 @@ def test_specialized_layers() -> None:
 
 def test_fields_of_the_configuration() -> None:
     assert ModelOptions("vitcls-tiny").get_config_values() == {}
-    options = ModelOptions("vitcls-tiny", num_register_tokens=0, cls_scopes=("image", "2x1"))
+    options = ModelOptions("vitcls-tiny", num_register_tokens=0, cls_scopes=("image", "2x1"), image_size="native")
     scopes = ["image", [2, 1, 0, 0], [2, 1, 1, 0]]
     assert options.get_config_values() == {"num_register_tokens": 0, "cls_scopes": scopes, "num_cls_tokens": 3}
     assert ModelOptions("m", cls_scopes=("image",), num_cls_tokens=2).get_config_values()["num_cls_tokens"] == 2

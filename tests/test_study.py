@@ -306,12 +306,6 @@ def test_all_runs_are_executed_and_summarized(tmp_path: Path, capsys: pytest.Cap
         run_study(StudyRunner(replace(load_study(file), subsets={"one": {}}), output), "vitcls study")
 
 
-@pytest.mark.parametrize("name", ["jobs", "threads"])
-def test_the_numbers_of_jobs_and_threads_are_positive(name: str) -> None:
-    with raises_one_line(f"--{name}"):
-        StudyOptions(Path("study.yaml"), Path("out"), **{name: 0})
-
-
 @pytest.mark.slow
 def test_a_killed_study_resumes_its_runs(tmp_path: Path) -> None:
     stages = {"finetune": {**STUDY["stages"]["finetune"], "max_steps": 60, "save_every": 5}}

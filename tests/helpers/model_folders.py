@@ -34,6 +34,7 @@ FLAGS: dict[str, Any] = {
     "model": "vitcls-tiny",
     "dataset": "digits",
     "epochs": 3.0,
+    "max_steps": None,
     "push_to_hub": True,
     "hub_model_id": "ann/model",
 }

@@ -14,10 +14,8 @@ import PIL.Image
 import pytest
 import timm
 import torch
-import transformers
 from helpers.local_hub import LocalHub
 from helpers.scripts_in_process import run_in_process
-from helpers.source_checkpoints import SIZES, save_checkpoint
 from helpers.tiny_models import raises_one_line
 from huggingface_hub import constants
 from test_loading import assert_ends_with_one_line
@@ -126,22 +124,6 @@ def test_cached_timm_models_of_the_hub_are_pinned_and_load_without_the_hub(
     with raises_one_line("timm:hf-hub:ann/none", f"{DEAD} does not respond", error=OSError):
         load_teacher("timm:hf-hub:ann/none", DIGITS, ViTCLSConfig(), torch.device("cpu"))
     assert time.monotonic() - started < 20
-
-
-def test_a_hub_source_is_converted_at_the_given_commit(hub: LocalHub, tmp_path: Path) -> None:
-    source = randomize_weights(transformers.ViTForImageClassification(transformers.ViTConfig(**SIZES)))
-    save_checkpoint(source, tmp_path / "theirs")
-    files = {file.name: file.read_bytes() for file in (tmp_path / "theirs").iterdir()}
-    repository = hub.create("ann/vit", private=False, files=files)
-    commit = repository.branches["main"]
-    repository.commit("main", "broken", {"config.json": hub.store("config.json", b"{}")})
-    run(ConvertOptions(tmp_path / "mine", f"transformers:ann/vit@{commit}"))
-    certificate = json.loads((tmp_path / "mine" / "parity_report.json").read_text())
-    assert (certificate["source"], certificate["source_revision"]) == ("transformers:ann/vit", commit)
-    card = (tmp_path / "mine" / "README.md").read_text()
-    assert commit in card
-    assert "base_model: ann/vit\n" in card and "base_model_relation" not in card
-    assert "may list the converted model as fine-tuned from its source" in card
 
 
 @pytest.mark.parametrize(

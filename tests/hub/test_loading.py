@@ -1,7 +1,6 @@
 """Loading models from the Hub: converted from other projects, pinned, offline, with code in another repository.
 
-Processes without the package use a local Hub. Processes take time to start: one loads all models online, and one all
-models offline.
+Processes without the package, which take time to start, use a local Hub.
 """
 
 import json
@@ -9,260 +8,45 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 import transformers
 from helpers.fresh_processes import run_fresh
-from helpers.local_hub import LocalHub, Token, point_client_at, running_hub
+from helpers.local_hub import LocalHub, Token
 from helpers.scripts_in_process import run_in_process
 from helpers.source_checkpoints import SIZES, save_checkpoint
-from helpers.tiny_models import build_tiny_config, raises_one_line, randomize
+from helpers.tiny_models import raises_one_line, save_classifier
 from huggingface_hub import HfApi
 from huggingface_hub.utils import _http as hub_http
-from safetensors.torch import load_file, save_file
 
 import modeling_vitcls as vitcls
-from modeling_vitcls.conversion.convert import convert_checkpoint
 from modeling_vitcls.conversion.random_weights import randomize_weights
 from modeling_vitcls.hub import loading
 from modeling_vitcls.hub.loading import get_cached_commit, get_model_folder
 from modeling_vitcls.hub.model_files import CONFIG_FILES
 from modeling_vitcls.publishing.model_folder import ModelFolder
 from modeling_vitcls.publishing.push import push_folder
+from modeling_vitcls.publishing.verify import verify_push
 
 
 pytestmark = pytest.mark.integration
 
 
-ROOT = Path(__file__).parents[2]
-CHILD = Path(__file__).parents[1] / "helpers" / "load_from_hub.py"
-LIMIT = 1e-5  # DESIGN.md
-NAMES = {index: str(index) for index in range(10)}  # as in the digits dataset
-
-# Models of other projects: class, and configuration fields in addition to the common sizes.
-SOURCES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
-    "vit": (transformers.ViTForImageClassification, transformers.ViTConfig, {}),
-    "deit": (transformers.DeiTForImageClassificationWithTeacher, transformers.DeiTConfig, {}),
-    "dino": (
-        transformers.Dinov2WithRegistersForImageClassification,
-        transformers.Dinov2WithRegistersConfig,
-        {"num_register_tokens": 3},
-    ),
-}
+NAMES = {index: str(index) for index in range(10)}
 CARD = "---\nlicense: other\nlicense_name: dinov3-license\nlicense_link: LICENSE.md\n---\n# A model of theirs\n"
-
 # A change in a later release of the code: same weights, other outputs.
 OTHER_CODE = "pool = TokenPooler.forward\nTokenPooler.forward = lambda self, sequence: 2 * pool(self, sequence)\n"
-
-
-# Models that are also loaded without the Hub.
-CACHED = ["dino", "old code", "main", "processor", "pipeline"]
-
-
-@dataclass
-class PublishedModels:
-    """A Hub with models, and their expected outputs.
-
-    Attributes:
-        home: home folder of a user, with the cache that the first process fills.
-        commits: name in this file -> commit.
-        wanted: expected output of each request.
-        requests: requests of the first process.
-    """
-
-    hub: LocalHub
-    folder: Path
-    home: Path
-    commits: dict[str, str] = field(default_factory=dict)
-    wanted: dict[str, torch.Tensor] = field(default_factory=dict)
-    requests: list[dict[str, Any]] = field(default_factory=list)
-
-    def environment(self, home: Path | None = None, **settings: str) -> dict[str, str]:
-        """Return the environment of a process that uses this Hub as ann; `settings` override variables."""
-        return get_environment_of_ann(self.hub.url, home or self.home) | settings
-
-    def add_request(self, name: str, wanted: torch.Tensor, loader: str, source: str, **options: Any) -> None:
-        """Add a request for the first process."""
-        self.wanted[name] = wanted
-        self.requests.append({"name": name, "loader": loader, "source": source, "options": options})
-
-    def load(self, requests: list[dict[str, Any]], **settings: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """Return outputs and report of a process without the package."""
-        target = self.folder / f"answers-{len(list(self.folder.iterdir()))}"
-        target.mkdir()
-        file = target / "requests.json"
-        file.write_text(json.dumps({"inputs": str(self.folder / "inputs.safetensors"), "requests": requests}))
-        environment = self.environment(**settings)
-        environment["PYTHONPATH"] = str(CHILD.parents[1])
-        child = run_fresh("-P", CHILD, file, target, environment=environment, cwd=target)
-        assert child.returncode == 0, child.stderr[-4000:]
-        return load_file(target / "answers.safetensors"), json.loads((target / "report.json").read_text())
-
-
-def get_environment_of_ann(url: str, home: Path) -> dict[str, str]:
-    """Return the environment of a process that uses the Hub at this address as ann, with this home folder."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
-    own = {"HF_ENDPOINT": url, "HF_HOME": str(home), "HF_TOKEN": "hf_ann"}
-    own |= {"HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1,localhost", "PYTHONPATH": str(ROOT)}
-    return kept | own
-
-
-def save_inputs(folder: Path) -> dict[str, torch.Tensor]:
-    """Save and return the inputs of all requests: pixel values [2, 3, 32, 32] and an image [3, 40, 50]."""
-    generator = torch.Generator().manual_seed(0)
-    inputs = {
-        "pixel_values": torch.randn(2, 3, 32, 32, generator=generator),
-        "image": torch.randint(0, 256, (3, 40, 50), generator=generator, dtype=torch.uint8),
-    }
-    save_file(inputs, folder / "inputs.safetensors")
-    return inputs
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PublishedModels]:
-    """Publish all models, and return the requests of the process that loads them."""
-    folder = tmp_path_factory.mktemp("world")
-    with running_hub() as hub, pytest.MonkeyPatch.context() as patch:
-        hub.tokens |= {"hf_ann": Token("ann"), "hf_them": Token("them")}
-        world = PublishedModels(hub, folder, tmp_path_factory.mktemp("home"))
-        point_client_at(hub.url, "hf_ann", patch, tmp_path_factory.mktemp("own-home"))
-        patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(world.home / "own"))
-        inputs = save_inputs(folder)
-        publish_theirs(world, inputs["pixel_values"])
-        convert_and_push(world)
-        publish_two_versions(world, inputs)
-        yield world
-
-
-@pytest.fixture(scope="module")
-def online(world: PublishedModels) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Return the results of the process that loads all models."""
-    return world.load(world.requests)
-
-
-@pytest.fixture(scope="module")
-def silent() -> Iterator[str]:
-    """Yield the address of a server that accepts connections but never responds."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen(50)
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-
-
-def publish_theirs(world: PublishedModels, pixel_values: torch.Tensor) -> None:
-    """Push models of transformers, one of them with its own license."""
-    for name, (model_class, config_class, fields) in SOURCES.items():
-        model = randomize_weights(model_class(config_class(**SIZES, **fields, id2label=NAMES)))
-        folder = world.folder / f"their-{name}"
-        save_checkpoint(model, folder)
-        transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
-        if name == "dino":
-            (folder / "README.md").write_text(CARD)
-            (folder / "LICENSE.md").write_text("You may.\n")
-        api = HfApi(token="hf_them")
-        api.create_repo(f"them/{name}")
-        commit = api.upload_folder(repo_id=f"them/{name}", folder_path=folder)
-        world.commits[f"them/{name}"] = commit.oid
-        with torch.no_grad():
-            world.wanted[name] = model(pixel_values).logits
-
-
-def convert_and_push(world: PublishedModels) -> None:
-    """Convert and push one model with the script, and the others with its functions."""
-    for name in SOURCES:
-        converted = world.folder / f"vitcls-{name}"
-        if name == "dino":
-            assert run_in_process("convert.py", "--source", f"transformers:them/{name}", "--output", converted) == 0
-        else:
-            convert_checkpoint(f"transformers:them/{name}", converted)
-        commit = push_folder(ModelFolder(converted), f"ann/{name}").commit
-        world.add_request(name, world.wanted[name], "AutoModelForImageClassification", f"ann/{name}", revision=commit)
-
-
-def publish_two_versions(world: PublishedModels, inputs: dict[str, torch.Tensor]) -> None:
-    """Push a model twice, the second time with other code."""
-    config = build_tiny_config(num_register_tokens=1, num_labels=len(NAMES), id2label=NAMES)
-    model = randomize(vitcls.ViTCLSForImageClassification(config))
-    processor = vitcls.ViTCLSImageProcessor(size={"height": 32, "width": 32})
-    folder = world.folder / "versions"
-    with torch.no_grad():
-        old = model(inputs["pixel_values"]).logits
-        new = 2 * (old - model.classifier.bias) + model.classifier.bias
-        pixel_values = processor(inputs["image"], return_tensors="pt")["pixel_values"]
-        scores = model(pixel_values).logits.softmax(-1)[0]
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    commits = {"first": push_folder(ModelFolder(folder), "ann/versions").commit}
-    with (folder / "heads_vitcls.py").open("a") as file:
-        file.write(OTHER_CODE)
-    commits["second"] = push_folder(ModelFolder(folder), "ann/versions").commit
-    world.commits |= commits
-
-    classifier = "AutoModelForImageClassification"
-    world.add_request("old code", old, classifier, "ann/versions", revision=commits["first"])
-    world.add_request("new code", new, classifier, "ann/versions", revision=commits["second"])
-    world.add_request("main", new, classifier, "ann/versions")
-    world.add_request("processor", pixel_values, "AutoImageProcessor", "ann/versions")
-    world.add_request("pipeline", scores, "pipeline", "ann/versions", revision=commits["first"])
-
-
-# Online --------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", SOURCES)
-def test_models_of_other_projects_are_converted_pushed_and_loaded_by_commit(
-    world: PublishedModels, online: Any, name: str
-) -> None:
-    answers, report = online
-    assert report[name]["module"].startswith("transformers_modules.ann.")
-    assert world.wanted[name].abs().max() > 0.1
-    assert (answers[name] - world.wanted[name]).abs().max() <= LIMIT
-
-
-def test_card_and_license_are_converted_with_the_model(world: PublishedModels) -> None:
-    card = world.hub.read("ann/dino", "README.md").decode()
-    for line in ("base_model: them/dino", "license: other", "license_name: dinov3-license"):
-        assert f"\n{line}\n" in card
-    assert f"at commit `{world.commits['them/dino']}`" in card
-    assert 'from_pretrained("ann/dino", revision=revision, trust_remote_code=True)' in card
-    assert world.hub.read("ann/dino", "LICENSE.md") == b"You may.\n"
-    assert "No license was found" in world.hub.read("ann/vit", "README.md").decode()
-    certificate = json.loads(world.hub.read("ann/dino", "parity_report.json"))
-    assert certificate["source_revision"] == world.commits["them/dino"]
-
-
-VERSIONS = ["old code", "new code", "main", "processor", "pipeline"]
-
-
-@pytest.mark.parametrize("name", VERSIONS)
-def test_each_commit_predicts_with_its_own_code(world: PublishedModels, online: Any, name: str) -> None:
-    answers, report = online
-    assert "error" not in report[name], report[name]
-    assert report[name]["module"].startswith("transformers_modules.ann.")
-    torch.testing.assert_close(answers[name], world.wanted[name], rtol=1e-5, atol=1e-5)
-    assert (world.wanted["old code"] - world.wanted["new code"]).abs().max() > 0.1
-
-
-# Offline, or without a Hub -------------------------------------------------------------------------------------------
-
-
-def test_cached_models_load_offline(world: PublishedModels, online: Any) -> None:
-    asked = len(world.hub.requests)
-    unknown = {"name": "unknown", "loader": "AutoModel", "source": "ann/unknown", "options": {}}
-    known = [request for request in world.requests if request["name"] in CACHED]
-    answers, report = world.load([*known, unknown], HF_HUB_OFFLINE="1")
-    errors = {name: found["error"] for name, found in report.items() if "error" in found}
-    assert list(errors) == ["unknown"], errors
-    assert report["unknown"]["seconds"] < 10
-    assert answers.keys() == set(CACHED)
-    for name, answer in answers.items():
-        assert torch.equal(answer, online[0][name]), name
-    assert len(world.hub.requests) == asked
+# Prints the logits of several commits.
+LOAD_COMMITS = """
+import json, sys, torch, transformers
+sys.modules["modeling_vitcls"] = None
+auto_class, options = transformers.AutoModelForImageClassification, {"trust_remote_code": True}
+models = [auto_class.from_pretrained("ann/model", revision=commit, **options).eval() for commit in sys.argv[1:]]
+print(json.dumps([model(torch.ones(1, 3, 32, 32)).logits[0].tolist() for model in models]))
+"""
 
 
 def assert_ends_with_one_line(status: int | None, errors: str, *words: str) -> None:
@@ -275,7 +59,13 @@ def assert_ends_with_one_line(status: int | None, errors: str, *words: str) -> N
         assert word in last
 
 
-# In this process -----------------------------------------------------------------------------------------------------
+@pytest.fixture
+def silent() -> Iterator[str]:
+    """Yield the address of a server that accepts connections but never responds."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(50)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
 
 
 @pytest.fixture
@@ -286,6 +76,54 @@ def hub(hub: LocalHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Local
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(loading, "RETRY_WAIT", 0.01)
     return hub
+
+
+def test_each_commit_runs_its_own_code_in_a_process_without_the_package(hub: LocalHub, tmp_path: Path) -> None:
+    """Both commits are loaded in one process; the second process loads them from the cache."""
+    folder = save_classifier(tmp_path / "mine")
+    commits = [push_folder(ModelFolder(folder), "ann/model").commit]
+    with (folder / "heads_vitcls.py").open("a") as file:
+        file.write(OTHER_CODE)
+    commits.append(push_folder(ModelFolder(folder), "ann/model").commit)
+    model = vitcls.ViTCLSForImageClassification.from_pretrained(folder).eval()
+    with torch.no_grad():
+        old, bias = model(torch.ones(1, 3, 32, 32)).logits[0], model.classifier.bias
+        expected = [old.tolist(), (2 * (old - bias) + bias).tolist()]
+    settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
+    for offline in ("0", "1"):
+        environment = os.environ | settings | {"HF_HUB_OFFLINE": offline, "HF_HUB_CACHE": str(tmp_path / "home")}
+        child = run_fresh("-P", "-c", LOAD_COMMITS, *commits, environment=environment, cwd=tmp_path)
+        assert child.returncode == 0, child.stderr[-4000:]
+        for found, logits in zip(json.loads(child.stdout), expected, strict=True):
+            assert found == pytest.approx(logits, rel=1e-5, abs=1e-5)
+        asked = len(hub.requests)
+    assert len(hub.requests) == asked
+
+
+@pytest.mark.usefixtures("fast_verification")
+def test_card_and_license_are_converted_with_the_model(hub: LocalHub, tmp_path: Path) -> None:
+    config = transformers.Dinov2WithRegistersConfig(**SIZES, num_register_tokens=3, id2label=NAMES)
+    save_checkpoint(
+        randomize_weights(transformers.Dinov2WithRegistersForImageClassification(config)), tmp_path / "theirs"
+    )
+    transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "theirs")
+    (tmp_path / "theirs" / "README.md").write_text(CARD)
+    (tmp_path / "theirs" / "LICENSE.md").write_text("You may.\n")
+    files = {file.name: file.read_bytes() for file in (tmp_path / "theirs").iterdir()}
+    repository, folder = hub.create("them/dino", private=False, files=files), tmp_path / "mine"
+    commit = repository.branches["main"]
+    repository.commit("main", "broken", hub.files("them/dino") | {"config.json": hub.store("config.json", b"{}")})
+    assert run_in_process("convert.py", "--source", f"transformers:them/dino@{commit}", "--output", folder) == 0
+    pushed = push_folder(ModelFolder(folder), "ann/dino")
+    assert f"verified: ann/dino at {pushed.commit}" in verify_push(pushed, ModelFolder(folder))
+    card = hub.read("ann/dino", "README.md").decode()
+    for line in ("base_model: them/dino", "license: other", "license_name: dinov3-license"):
+        assert f"\n{line}\n" in card
+    assert "base_model_relation" not in card
+    assert f"at commit `{commit}`" in card and 'from_pretrained("ann/dino", revision=revision,' in card
+    assert hub.read("ann/dino", "LICENSE.md") == b"You may.\n"
+    report = json.loads(hub.read("ann/dino", "parity_report.json"))
+    assert (report["source"], report["source_revision"]) == ("transformers:them/dino", commit)
 
 
 def test_folders_are_local_and_impossible_ids_are_not_resolved(hub: LocalHub, tmp_path: Path) -> None:

@@ -14,8 +14,16 @@ from markdown_it import MarkdownIt
 
 import modeling_vitcls as vitcls
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSForMultiTaskClassification, ViTCLSModel
+from modeling_vitcls.configuration_vitcls import MIN_TRANSFORMERS_VERSION
 from modeling_vitcls.conversion.convert import convert_checkpoint, write_native_model
-from modeling_vitcls.publishing.card import render_card, write_card
+from modeling_vitcls.publishing.card import (
+    describe_architecture,
+    describe_run,
+    describe_use,
+    format_class_list,
+    render_card,
+    write_card,
+)
 from modeling_vitcls.publishing.model_folder import ModelFolder
 from modeling_vitcls.version import __version__
 
@@ -68,10 +76,25 @@ def test_a_classifier(tmp_path: Path) -> None:
     assert card.data.license is None and "did not specify a license" in text
 
 
-def test_a_step_contains_the_images_of_all_processes(tmp_path: Path) -> None:
-    flags = {"batch_size": 32, "gradient_accumulation_steps": 3}
-    card = load_card(write_run_folder(tmp_path / "mine", {"num_processes": 20}, flags))
-    assert "used 1,920 images" in card.text
+def test_the_numbers_of_a_card(tmp_path: Path) -> None:
+    config = build_tiny_config(num_cls_tokens=2, num_register_tokens=3, image_size=[32, 40])
+    flags = {"batch_size": 32, "gradient_accumulation_steps": 3, "teacher": "timm:resnet18@/home/ann/w.pt"}
+    folder = ModelFolder(write_run_folder(tmp_path / "mine", {"num_processes": 20}, flags, config=config))
+    card, run, model = load_card(folder.path).text, describe_run(folder), ViTCLSForImageClassification(config)
+    assert "used 1,920 images" in card and run["images_per_step"] == 32 * 3 * 20
+    assert run["teacher"] == "`timm:resnet18@path/to/w.pt`" and run["from_scratch"]
+    assert describe_architecture(folder) == {
+        "num_parameters": model.num_parameters(),
+        "sequence_length": 2 + 3 + 20,
+        "layout": "[ CLS x 2 | register x 3 | patch x 20 ]",
+        "image_size": "32 x 40",
+        "is_classifier": True,
+    }
+    use = {"auto_class": "AutoModelForImageClassification", "has_pipeline": True, "can_be_finetuned": False}
+    assert describe_use(folder) == use | {"min_transformers": ".".join(map(str, MIN_TRANSFORMERS_VERSION))}
+    names = [f"`{number}`" for number in range(52)]
+    assert format_class_list(list(map(str, range(50)))) == ", ".join(names[:50])
+    assert format_class_list(list(map(str, range(52)))).startswith(", ".join(names[:50]) + " and 2 more")
 
 
 @pytest.mark.parametrize(("dataset", "is_on_hub"), [("acme/photos", True), ("digits", False), ("./photos", False)])
@@ -83,8 +106,9 @@ def test_the_model_index_names_datasets_of_the_hub_only(tmp_path: Path, dataset:
         assert card.data.eval_results is None and "98.33%" in card.text
         return
     (result,) = card.data.eval_results
-    assert (result.dataset_type, result.dataset_split) == ("acme/photos", "test")
-    assert (result.metric_type, result.metric_value) == ("accuracy", 0.983333)
+    assert (result.dataset_type, result.dataset_split, result.dataset_name) == ("acme/photos", "test", "photos")
+    assert (result.metric_type, result.metric_name, result.metric_value) == ("accuracy", "Accuracy", 0.983333)
+    assert result.dataset_args == {"num_images": 360} and card.data.metrics == ["accuracy"]
     assert yaml.safe_load(str(card).split("---")[1])["model-index"][0]["name"] == "ann/mine"
 
 
@@ -127,7 +151,10 @@ def test_tasks_have_no_pipeline(tmp_path: Path) -> None:
     folder = write_run_folder(tmp_path / "mine", results, None, ViTCLSForMultiTaskClassification, config)
     card = load_card(folder)
     assert "| species: Accuracy | 75.00% |" in card.text and "pipeline(" not in card.text
-    assert card.data.pipeline_tag == "image-feature-extraction"
+    assert (
+        card.data.pipeline_tag == "image-feature-extraction"
+        and describe_architecture(ModelFolder(folder))["is_classifier"]
+    )
     save_with_processor(ViTCLSForMultiTaskClassification(config), tmp_path / "by hand")
     assert "species (2 classes)" in load_card(tmp_path / "by hand").text
 
@@ -156,8 +183,9 @@ def test_the_license_of_the_initial_weights_is_inherited(
 
 def test_an_ignored_license_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     provenance = {"name": "ann/base", "base_model": "ann/base", "license": "cc-by-4.0"}
-    flags = {"license": "mit", "model": "ann/base"}
-    write_card(ModelFolder(write_run_folder(tmp_path / "mine", {"provenance": provenance}, flags)))
+    for name, flag in (("mine", "mit"), ("unset", None), ("same", "cc-by-4.0")):
+        flags = {"license": flag, "model": "ann/base"}
+        write_card(ModelFolder(write_run_folder(tmp_path / name, {"provenance": provenance}, flags)))
     (message,) = caplog.messages
     assert "--license mit" in message and "cc-by-4.0" in message
 
@@ -171,6 +199,9 @@ def test_the_recipe_has_no_local_paths_and_no_destination(tmp_path: Path) -> Non
     assert recipe["dataset"] == "path/to/photos" and recipe["model"] == "path/to/base"
     assert recipe["teachers"] == ["ann/a", "path/to/b"] and not {"hub_model_id", "resume"} & recipe.keys()
     assert "secret" not in render_card(folder) and "`path/to/base`" in render_card(folder)
+    for unreadable in (b"[", b"- dataset", b"\xff"):
+        (folder.path / "config.resolved.yaml").write_bytes(unreadable)
+        assert ModelFolder(folder.path).flags == {}
 
 
 def test_names_from_a_dataset_cannot_change_the_card(tmp_path: Path) -> None:
@@ -201,13 +232,15 @@ def test_a_converted_model(tmp_path: Path) -> None:
     convert_checkpoint("timm:vit_tiny_patch16_224", tmp_path / "vit", random_init=True)
     card = load_card(tmp_path / "vit", "ann/vit")
     assert "All weights are random" in card.text and card.data.license is None and card.data.base_model is None
+    assert "pipeline(" not in card.text and "vitcls finetune --model ann/vit" in card.text
     assert "## Accuracy of the conversion" in card.text
-    report = json.loads((tmp_path / "vit" / "parity_report.json").read_text()) | {"random_init": False}
+    report = json.loads((tmp_path / "vit" / "parity_report.json").read_text())
+    report |= {"random_init": False, "image_size": [224, 160]}
     for name in (report["source"], "timm/vit", "mine"):  # the source, or a model that was made from the base model
         report["provenance"] = {"name": name, "base_model": "timm/vit"}
         (tmp_path / "vit" / "parity_report.json").write_text(json.dumps(report))
         is_linked = f"[`{name}`](https://huggingface.co/timm/vit)" in load_card(tmp_path / "vit").text
-        assert is_linked == (name != "mine")
+        assert is_linked == (name != "mine") and "224 x 160" in load_card(tmp_path / "vit").text
 
 
 def test_a_native_model_keeps_the_results_of_its_run(tmp_path: Path) -> None:
@@ -221,6 +254,7 @@ def test_a_native_model_keeps_the_results_of_its_run(tmp_path: Path) -> None:
     card = load_card(native, "ann/native")
     assert card.data.eval_results[0].metric_value == RESULTS["accuracy"] and "98.33%" in card.text
     assert card.data.tags == ["vision", "vit"] and "trust_remote_code" not in card.text
+    assert "vitcls finetune" not in card.text
     required = json.loads((native / "parity_report.json").read_text())["required_versions"]["transformers"]
     assert f'"transformers>={required.lstrip(">=")}"' in card.text
 

@@ -1,36 +1,53 @@
 """Checkpoints on a branch of the run's repository."""
 
-import threading
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers.local_hub import LocalHub
+from huggingface_hub import HfApi
 
+from modeling_vitcls.options import RunOptions
 from modeling_vitcls.publishing.checkpoint_uploads import build_checkpoint_uploader
+from modeling_vitcls.publishing.finish import build_uploader
 
 
 pytestmark = pytest.mark.integration
 
 
-def wait_for_uploads() -> None:
-    """Wait for the threads of huggingface_hub."""
-    for thread in threading.enumerate():
-        if thread.name.startswith("ThreadPoolExecutor"):
-            thread.join(0.5)
+def test_the_newest_checkpoint_replaces_the_earlier_one_on_the_branch(
+    hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The files are uploaded at once, and the test ends each upload."""
+    upload_folder, uploads = HfApi.upload_folder, []
 
+    def start_upload(api: HfApi, *, run_as_future: bool, **arguments: Any) -> "Future[None]":
+        upload_folder(api, **arguments)
+        uploads.append(Future())
+        return uploads[-1]
 
-def test_the_newest_checkpoint_replaces_the_earlier_one_on_the_branch(hub: LocalHub, tmp_path: Path) -> None:
+    monkeypatch.setattr(HfApi, "upload_folder", start_upload)
     hub.create("ann/model", private=False)
     warnings: list[str] = []
     upload = build_checkpoint_uploader("ann/model", "live", warnings.append)
-    for step in (1, 2):
+    for step, uploaded in ((1, 1), (2, 1), (3, 3)):  # the second is saved during the upload of the first
         (tmp_path / f"step-{step}").mkdir()
         (tmp_path / f"step-{step}" / "state.json").write_text(f"{step}")
         upload(tmp_path / f"step-{step}")
-        wait_for_uploads()
-    assert set(hub.files("ann/model", "live")) - {".gitattributes"} == {"checkpoints/step-2/state.json"}
+        assert set(hub.files("ann/model", "live")) - {".gitattributes"} == {f"checkpoints/step-{uploaded}/state.json"}
+        if step == 2:
+            uploads[0].set_result(None)
     assert not warnings and set(hub.files("ann/model")) == {".gitattributes"}
-    hub.fail("POST", "/commit/", 403)
+    uploads[1].set_exception(OSError("no\nroom"))
+    hub.fail("POST", "/branch/live", 500)
     upload(tmp_path / "step-1")
-    wait_for_uploads()
-    assert len(warnings) == 1 and "live" in warnings[0] and "\n" not in warnings[0]
+    assert len(warnings) == len(uploads) == 2
+    assert all("live" in warning and "ann/model" in warning and "\n" not in warning for warning in warnings)
+
+
+def test_checkpoints_are_uploaded_by_the_run_that_pushes_to_a_branch() -> None:
+    flags: dict[str, Any] = {"push_to_hub": True, "hub_checkpoint_branch": "dev"}
+    assert build_uploader(RunOptions(**flags), "ann/mine") is not None
+    for options, repo_id in ((flags, None), (flags | {"dry_run": True}, "ann/mine"), ({}, "ann/mine")):
+        assert build_uploader(RunOptions(**options), repo_id) is None

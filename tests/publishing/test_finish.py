@@ -12,9 +12,12 @@ from huggingface_hub import ModelCard
 
 from modeling_vitcls import ViTCLSForImageClassification, finetune
 from modeling_vitcls.analysis.inspection import InspectionImages
+from modeling_vitcls.api import build_options
 from modeling_vitcls.data.images import ArrayImages
 from modeling_vitcls.files import read_json, write_json
+from modeling_vitcls.options import FinetuneOptions, RunOptions
 from modeling_vitcls.publishing.card import write_card
+from modeling_vitcls.publishing.finish import finish_run, prepare_push
 from modeling_vitcls.publishing.model_folder import ModelFolder
 from modeling_vitcls.publishing.report import write_report
 
@@ -48,7 +51,8 @@ def test_a_run_gets_a_report_and_a_card_from_its_folder(tmp_path: Path, capsys: 
         file.unlink()
     moved = folder.rename(tmp_path / "moved")
     assert write_report(ModelFolder(moved), fail)
-    write_card(ModelFolder(moved))
+    finish_run(moved, RunOptions(), None)  # the report is not written again
+    assert "diagnosis" not in capsys.readouterr().out
     text = ModelCard.load(moved / "README.md").text
     expected = card.replace("# run", "# moved").replace('"run"', '"moved"')
     assert text.rpartition("<!--")[0] == expected.rpartition("<!--")[0]
@@ -64,13 +68,22 @@ def test_a_run_is_pushed_and_verified(
     with raises_one_line("bob/mine"):
         finetune("vitcls-tiny", "digits", tmp_path / "run", push_to_hub=True, hub_model_id="bob/mine", **flags)
     assert not (tmp_path / "run").exists()
-    finetune("vitcls-tiny", "digits", tmp_path / "run", push_to_hub=True, hub_model_id="mine", **flags)
+    finetune(
+        "vitcls-tiny", "digits", tmp_path / "run", push_to_hub=True, hub_model_id="mine", hub_private=True, **flags
+    )
     commit = hub.repositories["ann/mine"].branches["main"]
     output = capsys.readouterr().out
-    assert f"pushed    {hub.url}/ann/mine/commit/{commit} (public)" in output and "verified: ann/mine at" in output
+    assert f"pushed    {hub.url}/ann/mine/commit/{commit} (private)" in output and "verified: ann/mine at" in output
     assert "# ann/mine" in hub.read("ann/mine", "README.md").decode()
     lines = [line for line in output.splitlines() if line.strip()]
     assert len(lines) == len(set(lines))  # nothing is printed twice
+    finish_run(tmp_path / "run", RunOptions(report=False, hub_verify=False), "ann/mine")
+    output = capsys.readouterr().out
+    assert f"{commit} (private)" in output and "verified:" not in output
+    monkeypatch.setenv("RANK", "1")  # another process of a run
+    assert (
+        prepare_push(build_options(FinetuneOptions, model="m", dataset="d", output_dir="o", push_to_hub=True)) is None
+    )
 
 
 def test_a_model_saved_by_hand_gets_a_report_and_a_card(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from urllib.request import urlopen
 
 import numpy as np
 import pandas as pd
@@ -33,20 +34,24 @@ def folder(tmp_path: Path) -> Path:
         "probabilities": list(probabilities),
         "loss": -np.log(probabilities[range(400), labels]),
     }
-    target = write_run_folder(tmp_path / "mine")
+    calibration = {"temperature": 0.651, "num_images": 180, "calibration_error_before": 0.0871}
+    target = write_run_folder(tmp_path / "mine", {"calibration": calibration, "calibration_error": 0.0123})
     pd.DataFrame(columns).to_parquet(target / "predictions.parquet")
     return target
 
 
 def test_wrong_images_and_prediction_sets_are_counted(folder: Path) -> None:
     rows = pd.read_parquet(folder / "predictions.parquet")
-    wrong = rows[rows["label"] != rows["prediction"]]
-    images = [Image.new("RGB", (300, 200)) for _ in range(rows["index"][0] + 399)]  # the last image is missing
-    found = describe_predictions(ModelFolder(folder), images)
-    assert found["num_wrong"] == len(wrong) > 12 == len(found["wrong"])
+    wrong = rows[rows["label"] != rows["prediction"]].sort_values("loss")
+    num_images = wrong["index"].tolist()[-1]  # the image with the highest loss is missing
+    found = describe_predictions(ModelFolder(folder), [Image.new("RGB", (300, 200))] * num_images)
+    assert found["num_wrong"] == len(wrong) > 12 == len(found["wrong"]) and found["num_images"] == 400
+    assert found["calibration"]["num_images"] == 180
     assert found["num_confident_errors"] == sum(max(values) > 0.9 for values in wrong["probabilities"])
-    assert [row["index"] for row in found["wrong"]] == wrong.sort_values("loss")["index"].tolist()[:-13:-1]
-    assert all(row["url"].startswith("data:image/") for row in found["wrong"] if row["index"] < 399)
+    assert [row["index"] for row in found["wrong"]] == wrong["index"].tolist()[:-13:-1]
+    assert [row["index"] < num_images for row in found["wrong"]] == ["url" in row for row in found["wrong"]]
+    urls = [row["url"] for row in found["wrong"] if "url" in row]
+    assert urls and all(Image.open(urlopen(url)).size == (96, 64) for url in urls)
     # Split conformal prediction by hand.
     probabilities, targets = np.stack(rows["probabilities"]), np.array([NAMES.index(name) for name in rows["label"]])
     scores = np.sort(1 - probabilities[::2][range(200), targets[::2]])
@@ -71,6 +76,8 @@ def test_predictions_of_other_weights_or_kinds_are_not_shown(folder: Path) -> No
     assert describe_predictions(ModelFolder(folder))["sets"] == []  # too few images for a limit
     few.assign(label=[["dusk"]] * 10).to_parquet(folder / "predictions.parquet")
     assert describe_predictions(ModelFolder(folder)) is None  # several labels per image
+    few.head(0).to_parquet(folder / "predictions.parquet")
+    assert describe_predictions(ModelFolder(folder)) is None  # no images
     few.to_parquet(folder / "predictions.parquet")
     save_with_processor(ViTCLSForImageClassification(build_tiny_config(num_register_tokens=1)), folder)
     assert describe_predictions(ModelFolder(folder)) is None

@@ -80,6 +80,7 @@ def test_a_push_is_one_commit_of_the_model_files(hub: LocalHub, folder: Path) ->
     assert hub.files("ann/model")[WEIGHTS].is_lfs
     recipe = yaml.safe_load(hub.read("ann/model", "config.resolved.yaml"))
     assert recipe == {"output_dir": "my-model", "model": "vitcls-tiny", "dataset": "digits", "epochs": 3.0}
+    assert b"Apache License" in hub.read("ann/model", "CODE_LICENSE")
     assert take_snapshot(folder) == before
     assert push_folder(ModelFolder(folder), "ann/model").commit == pushed.commit  # nothing changed
 
@@ -112,10 +113,17 @@ def test_results_of_other_weights_are_not_published(
     assert "98.33%" in hub.read("ann/model", "README.md").decode()
     config = build_tiny_config(num_register_tokens=1)
     save_with_processor(vitcls.ViTCLSForImageClassification(config), folder)
+    (folder / "parity_report.json").write_text('{"sha256": {}}')
     push_folder(ModelFolder(folder), "ann/model")
     names = set(hub.files("ann/model"))
     assert names >= MODEL_FILES
-    assert not names & {"results.json", "config.resolved.yaml", "report.html", "images/attention.png"}
+    assert not names & {
+        "results.json",
+        "config.resolved.yaml",
+        "report.html",
+        "images/attention.png",
+        "parity_report.json",
+    }
     assert "98.33%" not in hub.read("ann/model", "README.md").decode()
     (message,) = (text for text in caplog.messages if "results.json" in text)
     assert "\n" not in message
@@ -174,20 +182,22 @@ def test_a_folder_of_exported_files_is_pushed_without_weights_and_code(hub: Loca
     for file in (*folder.glob("*.safetensors"), *folder.glob("*.py"), folder / "config.resolved.yaml"):
         file.unlink()
     (folder / "results.json").write_text('{"files": {}}')
+    (folder / "LICENSE").write_text("You may.")
     push_folder(ModelFolder(folder), "ann/export")
-    assert set(hub.files("ann/export")) - {".gitattributes"} == {
+    assert set(hub.files("ann/export")) - {".gitattributes", "LICENSE"} == {
         *("config.json", "preprocessor_config.json", "results.json", "README.md"),
         *("model.xml", "model.bin", "model.xml.json"),
     }
     card = hub.read("ann/export", "README.md").decode()
     assert "1.2e-02" in card and "98.44%" in card and "--backend my-model/model.xml" in card
-    assert "trust_remote_code" not in card and "None" not in card
+    assert "trust_remote_code" not in card and "None" not in card and "Apache-2.0" not in card
+    assert "LICENSE" in hub.files("ann/export")
 
 
 def test_a_push_removes_outdated_files_of_its_branch_and_keeps_others(hub: LocalHub, folder: Path) -> None:
     """Shards replace a single file, and files of earlier versions are removed."""
     push_folder(ModelFolder(folder), "ann/model")
-    for name in ("notes.md", "handler.py", "parity_report.json"):
+    for name in ("notes.md", "handler.py", "parity_report.json", "checkpoints/step-1/state.json"):
         HfApi().upload_file(path_or_fileobj=b"mine", path_in_repo=name, repo_id="ann/model")
     main = hub.repositories["ann/model"].branches["main"]
     (folder / WEIGHTS).unlink()
@@ -197,7 +207,8 @@ def test_a_push_removes_outdated_files_of_its_branch_and_keeps_others(hub: Local
     names = set(hub.files("ann/model", "new"))
     shards = {path.name for path in folder.glob("model-*.safetensors")}
     assert len(shards) > 1 and shards | {"notes.md", "results.json"} <= names
-    assert not names & {WEIGHTS, "handler.py", "parity_report.json"}
+    assert not names & {WEIGHTS, "handler.py", "parity_report.json", "checkpoints/step-1/state.json"}
+    assert push_folder(ModelFolder(folder), "ann/model", branch="new").commit != main  # the branch exists
     assert hub.repositories["ann/model"].branches["main"] == main
 
 
@@ -207,6 +218,7 @@ def test_a_push_removes_outdated_files_of_its_branch_and_keeps_others(hub: Local
         (lambda folder: (folder / "config.json").unlink(), ["does not contain a model", "config.json"]),
         (lambda folder: (folder / WEIGHTS).unlink(), ["lacks model.safetensors"]),
         (lambda folder: (folder / "modeling_vitcls.py").unlink(), ["lacks modeling_vitcls.py"]),
+        (lambda folder: [write_export(folder), (folder / "heads_vitcls.py").unlink()], ["lacks heads_vitcls.py"]),
         (lambda folder: (folder / "config.json").write_text('{"model_type": "vit"}'), ["'vit'", "vitcls convert"]),
         (lambda folder: (folder / "config.json").write_text("{"), ["cannot read", "config.json"]),
         (lambda folder: folder.rename(folder.with_name("other")), ["is not a folder"]),
@@ -220,10 +232,11 @@ def test_an_incomplete_model_is_not_pushed(hub: LocalHub, folder: Path, spoil: A
 
 
 def test_code_in_another_repository_is_not_pushed(hub: LocalHub, folder: Path) -> None:
-    config = (folder / "config.json").read_text().replace('": "modeling_vitcls.', '": "ann/code--modeling_vitcls.')
-    (folder / "config.json").write_text(config)
-    with raises_one_line("ann/code--modeling_vitcls", "another repository"):
-        push_folder(ModelFolder(folder), "ann/model")
+    for name, module in (("preprocessor_config.json", "fast_image_processing"), ("config.json", "modeling")):
+        text = (folder / name).read_text().replace(f'": "{module}_vitcls.', f'": "ann/code--{module}_vitcls.')
+        (folder / name).write_text(text)
+        with raises_one_line(f"ann/code--{module}_vitcls", "another repository"):
+            push_folder(ModelFolder(folder), "ann/model")
 
 
 # Cards ---------------------------------------------------------------------------------------------------------------
@@ -301,7 +314,7 @@ def test_a_push_that_is_not_permitted_is_an_error_before_a_run(
 def test_a_new_repository_has_the_default_visibility_of_the_account(hub: LocalHub, folder: Path) -> None:
     hub.private_by_default.add("ann")
     prepare_repository("ann/prepared", "my-run")
-    push_folder(ModelFolder(folder), "ann/pushed")
+    assert push_folder(ModelFolder(folder), "ann/pushed").summary.endswith("(private)")
     assert hub.repositories["ann/prepared"].private and hub.repositories["ann/pushed"].private
 
 
@@ -312,7 +325,12 @@ def test_a_public_repository_is_not_accepted_for_a_private_push(hub: LocalHub) -
     assert prepare_repository("ann/new", "my-run", private=True) == "ann/new" and hub.repositories["ann/new"].private
 
 
-def test_offline_mode_is_an_error(hub: LocalHub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_mode_and_an_unavailable_hub_are_errors(
+    hub: LocalHub, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.fail("POST", "/api/repos/create", 503)
+    with raises_one_line("HTTP 503", "push later", error=OSError):
+        prepare_repository("ann/model", "x")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for push in (lambda: prepare_repository("ann/model", "x"), lambda: push_folder(ModelFolder(folder), "ann/model")):
         with raises_one_line("HF_HUB_OFFLINE"):

@@ -10,7 +10,6 @@ from pathlib import Path
 from urllib.request import urlopen
 
 import pytest
-import torch
 from gradio_client import Client, handle_file
 from helpers.local_hub import LocalHub
 from helpers.scripts_in_process import run_in_process
@@ -20,10 +19,8 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 import modeling_vitcls as vitcls
-from modeling_vitcls.hub import connection
 from modeling_vitcls.publishing.model_folder import ModelFolder
 from modeling_vitcls.publishing.push import push_folder
-from modeling_vitcls.publishing.space import find_published_model
 
 
 NAMES = ["temple", "flower", "cat", "seven", "bird", "ship"]
@@ -40,45 +37,6 @@ sys.meta_path.insert(0, PackageBlocker())
 sys.path[0] = {folder!r}
 runpy.run_path("app.py", run_name="__main__")
 """
-
-
-# Test inputs and helpers ---------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a real photograph of 640 x 427 pixels."""
-    file = tmp_path_factory.mktemp("pictures") / "temple.png"
-    Image.fromarray(load_sample_images().images[0]).save(file)
-    return file
-
-
-@pytest.fixture(scope="module")
-def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a classifier with special tokens of all kinds, whose image processor crops images."""
-    config = build_tiny_config(
-        num_cls_tokens=2,
-        num_distillation_tokens=1,
-        num_register_tokens=2,
-        num_hidden_layers=3,
-        id2label=dict(enumerate(NAMES)),
-        num_labels=len(NAMES),
-    )
-    processor = vitcls.ViTCLSImageProcessor(
-        size={"shortest_edge": 40}, do_center_crop=True, crop_size={"height": 32, "width": 32}
-    )
-    return save_with_processor(
-        vitcls.ViTCLSForImageClassification(config), tmp_path_factory.mktemp("models") / "mine", processor
-    )
-
-
-def predict_top_labels(folder: Path, picture: Path) -> dict[str, float]:
-    """Return the model's prediction without the demo: the five most probable labels."""
-    model = vitcls.ViTCLSForImageClassification.from_pretrained(folder).eval()
-    pixel_values = vitcls.ViTCLSImageProcessor.from_pretrained(folder)(picture, return_tensors="pt")["pixel_values"]
-    with torch.no_grad():
-        top = model(pixel_values).logits[0].softmax(dim=0).topk(5)
-    return {NAMES[index]: value for index, value in zip(top.indices.tolist(), top.values.tolist(), strict=True)}
 
 
 @contextmanager
@@ -102,32 +60,25 @@ def run_page(command: list[str], folder: Path, **environment: str) -> Iterator[s
         child.communicate(timeout=60)
 
 
-# The Space ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def hub(hub: LocalHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> LocalHub:
-    """Start an empty Hub for this process, as ann."""
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
-    monkeypatch.setattr(connection, "RETRY_WAITS", (0.01, 0.02))
-    return hub
-
-
-def test_the_space_runs_without_this_package(hub: LocalHub, classifier: Path, photo: Path, tmp_path: Path) -> None:
+def test_the_space_runs_without_this_package(hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Later commits of the model have no effect."""
-    push_folder(ModelFolder(classifier), "ann/mine")
-    model = find_published_model("ann/mine")
-    space = tmp_path / "space"
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
+    names = {index: f"class {index}" for index in range(5)}  # as many as the page shows
+    config = build_tiny_config(num_cls_tokens=2, num_distillation_tokens=1, num_register_tokens=2, id2label=names)
+    model, photo, space = tmp_path / "mine", tmp_path / "photo.png", tmp_path / "space"
+    save_with_processor(vitcls.ViTCLSForImageClassification(config), model)
+    Image.fromarray(load_sample_images().images[0]).save(photo)
+    push_folder(ModelFolder(model), "ann/mine")
     assert run_in_process("push_space.py", "--model", "ann/mine", "--output", space, "--examples", photo) == 0
     save_with_processor(vitcls.ViTCLSForImageClassification(build_tiny_config(num_labels=1)), tmp_path / "newer")
     push_folder(ModelFolder(tmp_path / "newer"), "ann/mine")
-
-    assert model.sha in (space / "app.py").read_text()
     command = WITHOUT_PACKAGE.format(tests=str(Path(__file__).parents[1]), folder=str(space))
     with run_page(["-P", "-c", command], space, HF_HOME=str(tmp_path / "empty")) as at:
         with urlopen(f"{at.rstrip('/')}/gradio_api/info", timeout=60) as answer:
             assert set(json.load(answer)["named_endpoints"]) == {"/predict"}
         label, maps = Client(at, verbose=False).predict(handle_file(photo), 1, api_name="/predict")
         confidences = {entry["label"]: entry["confidence"] for entry in label["confidences"]}
-        assert confidences == pytest.approx(predict_top_labels(classifier, photo), abs=1e-4)
+        (row,) = vitcls.predict(model, photo, top_k=5)
+        found = [(row[f"label{end}"], row[f"probability{end}"]) for end in ("", "_2", "_3", "_4", "_5")]
+        assert confidences == pytest.approx(dict(found), abs=1e-4)
         assert [each["caption"] for each in maps] == ["CLS 1", "CLS 2", "distillation", "register 1", "register 2"]

@@ -6,12 +6,10 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from huggingface_hub import SpaceCard
 from PIL import Image
 from playwright.sync_api import Browser, expect
 
 from modeling_vitcls.hub.loading import HubCommit
-from modeling_vitcls.publishing.space import write_space
 from modeling_vitcls.publishing.static_space import MODEL_FOLDER, TRANSFORMERS_JS_URL, write_static_space
 
 
@@ -62,17 +60,3 @@ def test_attention_is_a_heat_map_that_is_visible_on_a_dark_image(browser: Browse
         server.server_close()
     assert sum(most) > 250 > 150 > sum(least) > 0
     assert most[0] > most[2] and least[2] > least[0]  # yellow and blue
-
-
-def test_examples_with_equal_names_are_kept(tmp_path: Path) -> None:
-    for name in "ab":
-        (tmp_path / name).mkdir()
-        Image.new("L", (8, 8)).save(tmp_path / name / "photo.png")
-    write_space(tmp_path, MODEL, [tmp_path / name / "photo.png" for name in "ab"])
-    assert len(list((tmp_path / "examples").iterdir())) == 2
-
-
-def test_the_card_has_a_license(tmp_path: Path) -> None:
-    write_static_space(tmp_path, MODEL)
-    card = SpaceCard.load(tmp_path / "README.md")
-    assert (card.data.sdk, card.data.license, card.data.models) == ("static", "apache-2.0", ["ann/mine"])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import site
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from helpers.fresh_processes import run_fresh
 from helpers.local_hub import LocalHub, Token
-from helpers.tiny_models import build_tiny_config, raises_one_line, save_classifier, save_with_processor
+from helpers.tiny_models import build_tiny_config, each_kind, raises_one_line, save_classifier, save_with_processor
 from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
 
@@ -19,10 +20,12 @@ from modeling_vitcls.commands.push import run as run_push
 from modeling_vitcls.hub import connection
 from modeling_vitcls.publishing.model_folder import ModelFolder
 from modeling_vitcls.publishing.push import push_folder
+from modeling_vitcls.publishing.verification_script import collect_outputs, get_auto_class
 from modeling_vitcls.publishing.verify import (
     VerificationError,
     build_clean_environment,
     compare_outputs,
+    describe_code_differences,
     verify,
     verify_push,
 )
@@ -32,16 +35,6 @@ pytestmark = pytest.mark.integration
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "push_to_hub.py"
 TASKS = {"species": ["cat", "dog"], "coat": ["short", "long", "none"]}
-KINDS: dict[str, tuple[type, dict[str, Any], list[str]]] = {
-    "encoder": (vitcls.ViTCLSModel, {}, ["AutoModel"]),
-    "masked": (vitcls.ViTCLSForMaskedImageModeling, {}, ["AutoModel", "AutoModelForMaskedImageModeling"]),
-    "tasks": (
-        vitcls.ViTCLSForMultiTaskClassification,
-        {"num_cls_tokens": 2, "tasks": TASKS},
-        ["AutoModel", "AutoModelForImageClassification"],
-    ),
-    "backbone": (vitcls.ViTCLSBackbone, {}, ["AutoModel", "AutoBackbone"]),
-}
 
 
 @pytest.fixture
@@ -75,16 +68,18 @@ def test_the_script_pushes_and_verifies_a_private_model(hub: LocalHub, folder: P
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("fast_verification")
-@pytest.mark.parametrize("kind", KINDS)
-def test_each_kind_of_model_is_verified_at_an_old_tag(hub: LocalHub, tmp_path: Path, kind: str) -> None:
-    model_class, fields, auto_classes = KINDS[kind]
+@each_kind
+def test_each_kind_of_model_is_verified_at_an_old_tag(
+    hub: LocalHub, tmp_path: Path, model_class: Any, fields: dict[str, Any], inputs: dict[str, Any]
+) -> None:
     model = model_class(build_tiny_config(**fields))
-    first = push_folder(ModelFolder(save_with_processor(model, tmp_path / kind)), "ann/model").commit
+    first = push_folder(ModelFolder(save_with_processor(model, tmp_path / "mine")), "ann/model").commit
     HfApi().create_tag("ann/model", tag="v1", revision=first)
     push_folder(ModelFolder(save_classifier(tmp_path / "other")), "ann/model")
     report = verify("ann/model", "v1")
     assert first in report and model_class.__name__ in report
-    assert all(f"    {name} " in report for name in (*auto_classes, "AutoImageProcessor"))
+    names = ("AutoModel", get_auto_class(model_class.__name__), "AutoImageProcessor")
+    assert all(f"    {name} " in report for name in names)
     assert f"code of modeling_vitcls {vitcls.__version__}" in report
 
 
@@ -94,6 +89,7 @@ def test_each_kind_of_model_is_verified_at_an_old_tag(hub: LocalHub, tmp_path: P
 CHANGED_CODE = "pool = TokenPooler.forward\nTokenPooler.forward = lambda self, tokens: 1.001 * pool(self, tokens)\n"
 
 
+@pytest.mark.usefixtures("fast_verification")
 def test_published_code_runs_in_another_process_and_other_logits_are_noticed(
     hub: LocalHub, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -123,25 +119,34 @@ def test_only_private_repositories_are_loaded_with_the_token(
     assert found["HF_HOME"] == found["HOME"] == str(tmp_path)
     assert found["no_proxy"] == "a" and found["OMP_NUM_THREADS"] == "1"
     assert build_clean_environment(str(tmp_path), needs_token=True) == found | {"HF_TOKEN": "hf_ann"}
+    assert found["PYTHONUSERBASE"] == site.getuserbase()
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("fast_verification")
 @pytest.mark.parametrize(
     ("code", "words"),
     [
-        ("try:\n    import modeling_vitcls\nexcept ValueError:\n    pass\n", ["cannot load", "modeling_vitcls"]),
+        ("", ["lacks the weights classifier.bias"]),
         ("raise KeyError('x')\n", ["cannot load", "KeyError"]),
-        ("import os\nos._exit(3)\n", ["cannot load", "exit status 3"]),
+        *(
+            pytest.param(code, ["cannot load", word], marks=pytest.mark.slow)
+            for code, word in {
+                "try:\n    import modeling_vitcls\nexcept ValueError:\n    pass\n": "modeling_vitcls",
+                "import os\nos._exit(3)\n": "exit status 3",
+            }.items()
+        ),
     ],
 )
 def test_code_that_does_not_load_is_an_error(hub: LocalHub, folder: Path, code: str, words: list[str]) -> None:
-    """Code that requires this package, raises an error, or ends the process."""
+    """Code without all weights, or that requires this package, raises an error, or ends the process."""
     file = folder / "modeling_vitcls.py"
     file.write_text(code + file.read_text())
+    if not code:
+        weights = load_file(folder / "model.safetensors")
+        del weights["classifier.bias"]
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     pushed = push_folder(ModelFolder(folder), "ann/model")
-    with raises_one_line("ann/model", *words, error=VerificationError):
-        verify("ann/model", pushed.commit, ModelFolder(folder))
-    with raises_one_line("was pushed, but not verified", f"--verify-only ann/model@{pushed.commit}", error=OSError):
+    with raises_one_line("was pushed, but not verified", *words, f"only ann/model@{pushed.commit}", error=OSError):
         verify_push(pushed, ModelFolder(folder))
 
 
@@ -192,6 +197,31 @@ def test_outputs_are_compared_with_a_tolerance(value: float, is_equal: bool) -> 
     else:
         with raises_one_line("AutoModel/logits", error=VerificationError):
             compare_outputs("ann/model", found, expected)
+
+
+def test_the_largest_difference_may_grow_with_the_largest_value() -> None:
+    expected = {"A/x": torch.tensor([100.0, 0.0]), "A/y": torch.zeros(2), "A/empty": torch.ones(0)}
+    found = expected | {"A/x": torch.tensor([100.0, 5e-5]), "A/y": torch.tensor([0.0, -5e-7])}
+    assert compare_outputs("ann/model", found, expected) == {"A": pytest.approx(5e-5)}
+
+
+def test_outputs_and_classes_of_a_folder(folder: Path, tmp_path: Path) -> None:
+    _, report = collect_outputs(str(folder), {})
+    classes = {"AutoModel": "ViTCLSModel", "AutoModelForImageClassification": "ViTCLSForImageClassification"}
+    assert report == {"classes": classes | {"AutoImageProcessor": "ViTCLSImageProcessor"}, "missing": []}
+    config = build_tiny_config(num_cls_tokens=2, tasks=TASKS, image_size=[32, 40], num_channels=1)
+    vitcls.ViTCLSForMultiTaskClassification(config).save_pretrained(tmp_path / "tasks")
+    outputs, _ = collect_outputs(str(tmp_path / "tasks"), {})
+    assert outputs["AutoModel/last_hidden_state"].shape == (2, 2 + 20, 16)
+    assert {f"AutoModelForImageClassification/logits.{task}" for task in TASKS} < outputs.keys()
+
+
+def test_code_is_compared_with_the_package(folder: Path) -> None:
+    assert describe_code_differences(folder) == f"code of modeling_vitcls {vitcls.__version__}"
+    (folder / "heads_vitcls.py").unlink()
+    for name in ("blocks_vitcls.py", "other.py"):
+        (folder / name).write_text("")
+    assert describe_code_differences(folder).endswith(": blocks_vitcls.py, heads_vitcls.py, other.py")
 
 
 @pytest.mark.parametrize("found", [{}, {"a": torch.ones(3)}, {"a": torch.ones(2), "b": torch.ones(1)}])
