@@ -63,8 +63,7 @@ def run_page(command: list[str], folder: Path, **environment: str) -> Iterator[s
 def test_the_space_runs_without_this_package(hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Later commits of the model have no effect."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
-    names = {index: f"class {index}" for index in range(5)}  # as many as the page shows
-    config = build_tiny_config(num_cls_tokens=2, num_distillation_tokens=1, num_register_tokens=2, id2label=names)
+    config = build_tiny_config(num_cls_tokens=2, num_distillation_tokens=1, num_register_tokens=2, num_labels=5)
     model, photo, space = tmp_path / "mine", tmp_path / "photo.png", tmp_path / "space"
     save_with_processor(vitcls.ViTCLSForImageClassification(config), model)
     Image.fromarray(load_sample_images().images[0]).save(photo)
