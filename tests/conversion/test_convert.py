@@ -28,6 +28,7 @@ from transformers import AutoImageProcessor
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, ViTCLSModel, convert_from_timm
 from modeling_vitcls.conversion import source_models
+from modeling_vitcls.conversion.any_checkpoint import has_random_weights
 from modeling_vitcls.conversion.convert import convert_checkpoint, load_source
 from modeling_vitcls.conversion.parity_report import compare_models
 from modeling_vitcls.conversion.random_weights import randomize_weights
@@ -120,7 +121,7 @@ def test_the_parity_report(from_timm: Path, from_transformers: tuple[Path, Path]
         assert rectangle["image_size"][0] < rectangle["image_size"][1]
     assert report["source_class"] == "ViTForImageClassification"
     assert report["source"].startswith("transformers:")
-    assert not report["random_init"]
+    assert [has_random_weights(str(folder)) for folder in (from_timm, from_transformers[0])] == [True, False]
 
 
 CHILD = """
