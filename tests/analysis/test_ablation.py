@@ -37,9 +37,9 @@ from modeling_vitcls.analysis.ablation import (
     redraw_tokens,
     replace_by_means,
 )
-from modeling_vitcls.analysis.maps import get_head_readers
 from modeling_vitcls.attention_masks_vitcls import build_attention_mask
 from modeling_vitcls.heads_vitcls import IGNORED_LABEL
+from modeling_vitcls.intervals import compute_bootstrap_interval
 
 
 PIXELS = build_images(6)
@@ -130,28 +130,40 @@ def test_tokens_are_replaced_together_if_a_head_uses_only_one_of_them() -> None:
 
 
 def test_null_distributions_are_effects_of_redrawn_tokens() -> None:
-    """Redrawn tokens are ablated on the same images. Tokens that a head reads have no null distribution."""
-    model = build_classifier(num_register_tokens=3)
-    before = collect_outputs(model, Batches())[""].logits
-    found = compute_ablations(model, Batches())
-    assert torch.equal(collect_outputs(model, Batches())[""].logits, before)  # the model is unchanged
-    for kind in ("information", "presence"):
-        assert found[kind]["cls[0]"][""].null_sizes == ()
-        for key in ("registers[0]", "registers[1]", "registers"):
-            effect = found[kind][key][""]
-            assert len(effect.null_sizes) == NUM_NULL_DRAWS and effect.num_images == len(PIXELS)
-            assert effect.limit is not None and effect.limit > max(effect.null_sizes)
+    """Redrawn tokens are ablated on the same images, without dropout. The draws cycle through the registers."""
+    model = build_classifier(num_register_tokens=3, hidden_dropout_prob=0.5)
+    labels = collect_outputs(model, Batches())[""].predicted
+    found = compute_ablations(model.train(), Batches(labels))
+    assert torch.equal(collect_outputs(model, Batches())[""].predicted, labels)  # the model is unchanged
+    mask = torch.ones(6, 20)
+    mask[:, 1] = 0
+    with torch.no_grad():
+        hidden, before = (model.eval()(PIXELS, attention_mask=each).logits for each in (mask, None))
+    size = compute_effect(Predictions(before, labels, labels), Predictions(hidden, labels, labels)).size
+    assert found["presence"]["registers[0]"][""].size == pytest.approx(size, rel=1e-4)
     generator, embeddings = torch.Generator().manual_seed(0), []
     model.vitcls.layers[0].register_forward_pre_hook(lambda layer, args: embeddings.append(args[0]))
-    with redraw_tokens(model, [1], generator):
-        means, before = collect_mean_states(model, Batches(), [1])
-        with replace_by_means(model, [1], means):
-            after = collect_outputs(model, Batches())
+    sizes: dict[str, list[float]] = {kind: [] for kind in found}
+    drops = []
+    for draw in range(NUM_NULL_DRAWS):
+        index = 1 + draw % 3
+        with redraw_tokens(model, [index], generator):
+            means, redrawn = collect_mean_states(model, Batches(labels), [index])
+            with replace_by_means(model, [index], means):
+                replaced = collect_outputs(model, Batches())[""]
+        for kind, after in (("information", replaced), ("presence", collect_outputs(model, Batches(), [index])[""])):
+            sizes[kind].append(compute_effect(redrawn[""], after).size)
+        drops.append((redrawn[""].predicted != labels).float()[:, 0])
     old, new = (model.vitcls.embeddings.register_tokens[0, 0], embeddings[0][0, 1])
     assert new.norm().item() == pytest.approx(old.norm().item(), rel=1e-5)
     assert torch.nn.functional.cosine_similarity(new, old, dim=0).item() < 0.9
-    first = found["information"]["registers[0]"][""].null_sizes[0]
-    assert first == pytest.approx(compute_effect(before[""], after[""]).size, rel=1e-5)
+    for kind, null_sizes in sizes.items():
+        assert found[kind]["cls[0]"][""].null_sizes == ()  # the head reads the token
+        assert len(found[kind]["registers"][""].null_sizes) == NUM_NULL_DRAWS
+        for index in range(3):
+            effect = found[kind][f"registers[{index}]"][""]
+            drop = compute_bootstrap_interval(torch.stack(drops[index::3]).mean(dim=0).tolist())
+            assert effect.null_sizes == pytest.approx(null_sizes, rel=1e-4) and effect.redraw_drop == drop
 
 
 @pytest.mark.parametrize(
@@ -161,6 +173,11 @@ def test_null_distributions_are_effects_of_redrawn_tokens() -> None:
         ({"num_register_tokens": 1}, [1], []),
         ({"num_distillation_tokens": 1}, [1], ["distillation"]),
         ({"num_distillation_tokens": 1, "pooling": "attention"}, [1], ["distillation"]),
+        (
+            {"num_distillation_tokens": 1, "pooling": "attention", "attention_pool_tokens": "all"},
+            [0, 1],
+            ["distillation"],
+        ),
         ({"num_cls_tokens": 3, "cls_pooling": "mean"}, [1], []),
         ({"num_cls_tokens": 3, "cls_pooling": "mean"}, [0, 1, 2], [""]),
         ({"num_cls_tokens": 3}, [0], [""]),  # only the first CLS token is pooled
@@ -170,15 +187,6 @@ def test_null_distributions_are_effects_of_redrawn_tokens() -> None:
 )
 def test_tokens_that_alone_feed_a_head(fields: dict[str, Any], indices: list[int], heads: list[str]) -> None:
     assert feeds_head_alone(build_classifier(**fields), indices) == heads
-
-
-def test_attention_pooling_of_all_tokens_reads_the_distillation_token_too() -> None:
-    """-1 are the patches."""
-    fields = {"num_distillation_tokens": 1, "num_register_tokens": 1, "pooling": "attention"}
-    for tokens, read in (("all", {0, 1, 2, -1}), ("patches", {-1})):
-        model = build_classifier(**fields, attention_pool_tokens=tokens)
-        assert model.distillation_classifier is not None
-        assert get_head_readers(model.config) == {"": read, "distillation": {1}}
 
 
 # Effects in numbers --------------------------------------------------------------------------------------------------
@@ -194,6 +202,9 @@ def test_effects_in_numbers() -> None:
     assert found.changed_interval == pytest.approx((0.0945, 0.9055), abs=1e-4)  # Wilson
     assert found.interval == pytest.approx((0.0, 8**0.5))
     assert found.is_measurable and not found.is_beyond_limit
+    labels, constant_labels, better = ([[0, 0], row] * 20 for row in ([1, 1], [0, 0], [1, 0]))
+    improved = compute_effect(build_predictions(constant_labels, labels), build_predictions(better, labels))
+    assert (improved.changed, improved.accuracy_change, improved.is_better_than_chance) == (0.5, 0.25, True)
     same = compute_effect(before, before)
     assert (same.changed, same.size, same.is_measurable) == (0.0, 0.0, False)
     constant = Predictions(torch.full((2, 2), 100.0), before.predicted, before.labels)
@@ -217,7 +228,7 @@ def test_features_change_by_their_cosine_distance() -> None:
     found = compute_effect(Features([unit] * 4), Features([turned] * 4))
     assert found.size == pytest.approx(0.4) and found.interval == pytest.approx((0.4, 0.4))
     assert found.changed is None and found.is_measurable
-    assert not compute_effect(Features([unit] * 4), Features([unit] * 4)).is_measurable
+    assert not replace(found, interval=(0.0, 0.6)).is_measurable
 
 
 def test_an_effect_is_beyond_its_limit() -> None:
@@ -228,8 +239,9 @@ def test_an_effect_is_beyond_its_limit() -> None:
     assert not replace(effect, null_sizes=(0.1, 0.6)).is_beyond_limit
     assert not replace(effect, changed=0.0).is_beyond_limit
     assert not replace(effect, null_sizes=()).is_beyond_limit
-    assert replace(effect, null_sizes=(0.1, 0.6), redraw_drop=(0.2, 0.3)).is_beyond_limit
-    assert not replace(effect, null_sizes=(0.1, 0.6), redraw_drop=(-0.01, 0.3)).is_beyond_limit
+    assert replace(effect, null_sizes=(0.1, 0.6), redraw_drop=(0.06, 0.3)).is_beyond_limit
+    assert not replace(effect, null_sizes=(0.1, 0.6), redraw_drop=(0.04, 0.3)).is_beyond_limit
+    assert replace(effect, null_sizes=(0.0,) * NUM_NULL_DRAWS).limit == MIN_CHANGE
 
 
 # Outputs -------------------------------------------------------------------------------------------------------------
@@ -237,7 +249,7 @@ def test_an_effect_is_beyond_its_limit() -> None:
 
 def test_each_task_has_its_own_output() -> None:
     """The tasks are in alphabetical order. Each has its own CLS token, labels and accuracy."""
-    config = build_tiny_config(num_cls_tokens=2, tasks={"species": 9, "age": 7})
+    config = build_tiny_config(num_cls_tokens=2, num_register_tokens=1, tasks={"species": 9, "age": 7})
     model = center_logits(ViTCLSForMultiTaskClassification(config), PIXELS)
     with torch.no_grad():
         logits = model(PIXELS).logits
@@ -251,6 +263,8 @@ def test_each_task_has_its_own_output() -> None:
     known = collect_outputs(model, Batches(labels))
     assert known["age"].compute_accuracy() == pytest.approx(2 / 3) and known["species"].compute_accuracy() == 1
     effects = compute_ablations(model, Batches(labels))["information"]
+    drops = {task: effect.redraw_drop is not None for task, effect in effects["registers[0]"].items()}
+    assert drops == {"age": False, "species": True} and effects["cls"]["age"].null_sizes == ()
     for index, key in enumerate(("cls[0]", "cls[1]")):
         with replace_by_means(model, [index], collect_means(model)[:, [index]]):
             after = collect_outputs(model, Batches(labels))
@@ -293,6 +307,7 @@ def test_a_task_without_labels_does_not_change_chance() -> None:
     unknown = IGNORED_LABEL
     found = build_predictions([[0, 1]] * 4, [[0, unknown], [0, unknown], [1, unknown], [unknown, unknown]])
     assert found.compute_chance() == pytest.approx(2 / 3) == pytest.approx(found.compute_accuracy())
+    assert build_predictions([[0]], [[unknown]]).is_better_than_chance() is None
 
 
 def test_each_image_with_a_known_label_counts_as_one_image() -> None:
@@ -317,7 +332,7 @@ def test_each_image_with_a_known_label_counts_as_one_image() -> None:
 @pytest.mark.parametrize(
     ("fields", "has_pooler"),
     [
-        ({"num_cls_tokens": 2, "num_register_tokens": 1}, True),
+        ({"num_cls_tokens": 2, "num_distillation_tokens": 1, "num_register_tokens": 1}, True),
         ({"num_register_tokens": 1}, False),
         ({"num_cls_tokens": 0, "pooling": "mean"}, False),
     ],
@@ -328,7 +343,9 @@ def test_features_are_the_tokens_and_the_pooled_vector(fields: dict[str, Any], h
     found = collect_outputs(model, lambda: [(batch, None) for batch in batches])
     with torch.no_grad():
         outputs = [model(batch) for batch in batches]
-    tokens = {name: torch.cat([output.tokens[name] for output in outputs]) for name in ("cls", "patches")}
+    tokens = {
+        name: torch.cat([output.tokens[name] for output in outputs]) for name in ("cls", "distillation", "patches")
+    }
     tokens = {name: values for name, values in tokens.items() if values.shape[1]}
     maximum, mean = tokens["patches"].amax(dim=1, keepdim=True), tokens["patches"].mean(dim=1, keepdim=True)
     expected = tokens | {"pooled": maximum if has_pooler else mean}
@@ -352,6 +369,7 @@ MULTI_TASK: dict[str, Any] = {"num_cls_tokens": 2, "tasks": TASKS}
         (MULTI_LABEL, [0.0, 1.0, 1.0], [0, 1, 1]),
         (MULTI_LABEL, 2, [0, 0, 1]),  # the only label of the image
         (MULTI_LABEL, None, [IGNORED_LABEL] * 3),
+        (MULTI_LABEL, IGNORED_LABEL, [IGNORED_LABEL] * 3),
         ({"num_labels": 1}, 0, [1]),
         ({"num_labels": 1}, 1, [0]),
         ({"num_labels": 1}, [0.0], [0]),

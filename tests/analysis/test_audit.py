@@ -7,19 +7,21 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from helpers.tiny_models import build_tiny_config, save_with_processor
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import cross_val_predict
+from sklearn.neighbors import NearestNeighbors
 
-from modeling_vitcls import ViTCLSModel, evaluate
+from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, ViTCLSModel, evaluate
 from modeling_vitcls.analysis.audit import (
     AuditedImages,
     audit_checkpoint,
     audit_dataset,
+    load_audited_images,
     make_thumbnail,
-    read_fold_probabilities,
     write_audit,
 )
 from modeling_vitcls.data.splits import load_training_data
@@ -60,56 +62,67 @@ def planted() -> tuple[AuditedImages, np.ndarray, np.ndarray]:
     return audited, flipped, copied
 
 
-def test_planted_duplicates_are_found_and_none_is_invented(planted: tuple[AuditedImages, ...]) -> None:
-    audited, _, copied = planted
-    rows = audit_dataset(audited)["duplicate"]
+@pytest.fixture(scope="module")
+def audit(planted: tuple[AuditedImages, ...]) -> dict[str, pd.DataFrame]:
+    return audit_dataset(planted[0])
+
+
+def test_planted_duplicates_are_found_and_none_is_invented(
+    planted: tuple[AuditedImages, ...], audit: dict[str, pd.DataFrame]
+) -> None:
+    _, _, copied = planted
+    rows = audit["duplicate"]
     across = rows[rows["split"] != rows["other_split"]]
     assert set(zip(across["row"], across["other_row"], strict=True)) == {
         (index, 1797 + number) for number, index in enumerate(copied)
     }
     assert len(rows) - len(across) <= 5  # of 1,797 digits of 8 x 8 pixels, some of which agree by chance
     assert (rows["split"] != rows["other_split"]).is_monotonic_decreasing  # errors of the split come first
+    assert across["score"].is_monotonic_increasing and 0 < rows["score"].max() <= 0.1
 
 
-def test_identical_images_are_found_if_every_image_has_a_copy(planted: tuple[AuditedImages, ...]) -> None:
+def test_copies_of_all_images_and_images_that_the_model_was_trained_on(planted: tuple[AuditedImages, ...]) -> None:
+    """Pixels decide, also those of mirrored images. Images without probabilities have no label score."""
     rows, arrays = np.tile(np.arange(100), 2), ("labels", "probabilities", "features", "pixels")
     twice = {name: getattr(planted[0], name)[rows] for name in arrays} | {"splits": ["train"] * 100 + ["test"] * 100}
-    found = audit_dataset(replace(planted[0], ids=[str(index) for index in range(200)], **twice))["duplicate"]
-    assert {(index, index + 100) for index in range(100)} <= set(zip(found["row"], found["other_row"], strict=True))
+    twice["features"] = np.random.default_rng(0).random((200, 4))
+    twice["pixels"][150:] = twice["pixels"][150:, :, ::-1]
+    twice["probabilities"][::2] = np.nan
+    found = audit_dataset(replace(planted[0], ids=[str(index) for index in range(200)], **twice))
+    pairs = set(zip(found["duplicate"]["row"], found["duplicate"]["other_row"], strict=True))
+    assert {(index, index + 100) for index in range(100)} <= pairs
+    listed = found["label"]["row"]
+    assert len(listed) and (listed % 2 == 1).all()
+    suggested = np.array(planted[0].names)[twice["probabilities"][listed].argmax(axis=1)]
+    assert found["label"]["suggested"].tolist() == suggested.tolist()
 
 
-def test_wrong_labels_are_found(planted: tuple[AuditedImages, ...]) -> None:
-    audited, flipped, _ = planted
-    rows = audit_dataset(audited)["label"]
-    assert np.isin(flipped, rows["row"]).mean() > 0.75 and len(rows) < 80
-    assert (rows["suggested"] != rows["label"]).mean() > 0.9
-
-
-def test_results_equal_cleanlab(planted: tuple[AuditedImages, ...]) -> None:
+def test_results_equal_cleanlab(planted: tuple[AuditedImages, ...], audit: dict[str, pd.DataFrame]) -> None:
+    """The score is the probability of the label. Outliers have the largest distance to their ten nearest neighbors."""
     from cleanlab import Datalab
 
-    audited, _, _ = planted
+    audited, flipped, _ = planted
     lab = Datalab({"label": audited.labels}, label_name="label", verbosity=0)
     lab.find_issues(pred_probs=audited.probabilities, issue_types={"label": {}})
     expected = np.flatnonzero(lab.get_issues("label")["is_label_issue"])
-    assert sorted(audit_dataset(audited)["label"]["row"]) == expected.tolist()
+    scores = audited.probabilities[np.arange(len(audited.labels)), audited.labels]
+    expected = expected[np.argsort(scores[expected], kind="stable")]
+    rows, names = audit["label"], np.array(audited.names)
+    assert rows["row"].tolist() == expected.tolist() and np.isin(flipped, expected).mean() > 0.75 and len(rows) < 80
+    assert rows["score"].tolist() == pytest.approx(scores[expected].tolist(), abs=1e-4)
+    assert rows["suggested"].tolist() == names[audited.probabilities[expected].argmax(axis=1)].tolist()
+    assert rows["label"].tolist() == names[audited.labels[expected]].tolist()
+    neighbors = NearestNeighbors(n_neighbors=11, metric="cosine").fit(audited.features)
+    distances = neighbors.kneighbors(audited.features)[0][:, 1:].mean(axis=1)
+    assert audit["outlier"]["row"].tolist() == np.argsort(-distances)[:18].tolist()  # 1 % of 1,817
+    assert (audit["overlap"]["Num Overlapping Examples"] > 0).all()
 
 
-def test_images_the_model_was_trained_on_have_no_label_score(planted: tuple[AuditedImages, ...]) -> None:
-    audited, _, _ = planted
-    probabilities = audited.probabilities.copy()
-    probabilities[::2] = np.nan
-    without = AuditedImages(**{**vars(audited), "probabilities": probabilities})
-    rows = audit_dataset(without)["label"]["row"]
-    assert len(rows) and (rows % 2 == 1).all()
-
-
-def test_page_and_table(planted: tuple[AuditedImages, ...], tmp_path: Path) -> None:
-    audited, _, _ = planted
-    audit = audit_dataset(audited)
-    table = pd.read_csv(write_audit(audit, audited, tmp_path / "audit.html", "Digits"), dtype=str)
-    assert (table["issue"] == "label").sum() == len(audit["label"])
-    page = (tmp_path / "audit.html").read_text()
+def test_page_and_table(planted: tuple[AuditedImages, ...], audit: dict[str, pd.DataFrame], tmp_path: Path) -> None:
+    table = pd.read_csv(write_audit(audit, planted[0], tmp_path / "new" / "audit.html", "Digits"), dtype=str)
+    listed = {issue: rows["id"].tolist() for issue, rows in table.groupby("issue")}
+    assert listed == {issue: audit[issue]["id"].tolist() for issue in ("duplicate", "label", "outlier")}
+    page = (tmp_path / "new" / "audit.html").read_text()
     assert page.count("<img") == 2 * len(audit["duplicate"]) + len(audit["label"]) + len(audit["outlier"])
     assert page.index("different") < page.index("digit ")  # the error of the split is said first
 
@@ -163,10 +176,36 @@ def test_audit_needs_a_classifier_or_frozen_features(tmp_path: Path) -> None:
         audit_checkpoint(options)
 
 
-def test_folds_give_probabilities_for_all_images(tmp_path: Path) -> None:
-    ids = ["a.png", "b.png", "c.png"]
-    for fold, rows in ((1, {"b.png": [0.9, 0.1]}), (2, {"a.png": [0.2, 0.8]})):
-        file = tmp_path / f"{fold}.parquet"
-        pd.DataFrame({"image": list(rows), "probabilities": list(rows.values())}).to_parquet(file)
-    found = read_fold_probabilities([tmp_path / "1.parquet", tmp_path / "2.parquet"], ids, 2)
-    assert found[:2].tolist() == [[0.2, 0.8], [0.9, 0.1]] and np.isnan(found[2]).all()
+def test_probabilities_are_of_models_that_were_not_trained_on_the_image(tmp_path: Path) -> None:
+    """They are the model's for the held-out split and, for a run with folds, the recorded ones of both splits. Labels
+    are those of the model, whose classes have another order than the folders."""
+    generator = np.random.default_rng(0)
+    for split, name in (("train", "ant"), ("train", "bee"), ("test", "ant"), ("test", "bee")):
+        (tmp_path / "photos" / split / name).mkdir(parents=True)
+        for index in range(3):
+            pixels = generator.integers(256, size=(32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "photos" / split / name / f"{index}.png")
+    config = build_tiny_config(id2label={0: "bee", 1: "ant"}, num_labels=2, num_cls_tokens=2, num_register_tokens=1)
+    folder = save_with_processor(ViTCLSForImageClassification(config), tmp_path / "run" / "fold-1")
+    options = EvaluateOptions(str(folder), DataOptions(str(tmp_path / "photos"), num_workers=0), batch_size=4)
+    found, num_unreadable, _ = load_audited_images(options)
+    assert (found.splits, found.names, num_unreadable) == (["train"] * 6 + ["test"] * 6, ["bee", "ant"], 0)
+    assert found.labels.tolist() == [1, 1, 1, 0, 0, 0] * 2
+    images = [Image.open(tmp_path / "photos" / name) for name in found.ids]
+    assert np.array_equal(found.pixels, np.stack([make_thumbnail(image) for image in images]))
+    model = ViTCLSForImageClassification.from_pretrained(folder).eval()
+    pixel_values = ViTCLSImageProcessor.from_pretrained(folder)(images, return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        tokens, expected = model.vitcls(pixel_values).tokens, model(pixel_values).logits.softmax(dim=1).numpy()
+    features = torch.cat([tokens["cls"].flatten(1), tokens["patches"].mean(dim=1)], dim=1).numpy()
+    assert found.features == pytest.approx(features, abs=1e-5)
+    assert np.isnan(found.probabilities[:6]).all() and found.probabilities[6:] == pytest.approx(expected[6:], abs=1e-5)
+    recorded = generator.random((12, 2))
+    for fold, rows in (("fold-1", slice(8, None)), ("fold-2", slice(1, 8))):  # the first image has no prediction
+        (tmp_path / "run" / fold).mkdir(exist_ok=True)
+        columns = {"image": found.ids[rows], "probabilities": list(recorded[rows])}
+        pd.DataFrame(columns).to_parquet(tmp_path / "run" / fold / "predictions.parquet")
+    by_fold, _, _ = load_audited_images(replace(options, model=str(tmp_path / "run")))
+    assert (by_fold.ids, by_fold.splits, by_fold.names) == (found.ids, found.splits, found.names)
+    assert np.array_equal(by_fold.features, found.features) and np.array_equal(by_fold.labels, found.labels)
+    assert np.isnan(by_fold.probabilities[0]).all() and np.array_equal(by_fold.probabilities[1:], recorded[1:])

@@ -11,7 +11,7 @@ from helpers.tiny_models import build_images, build_tiny_config, randomize
 from helpers.varied_models import center_logits, collect_findings
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
-from modeling_vitcls.analysis.ablation import MIN_IMAGES, compute_ablations
+from modeling_vitcls.analysis.ablation import MIN_IMAGES, Effect, compute_ablations, get_ablation_targets
 from modeling_vitcls.analysis.diagnosis import (
     Verdict,
     diagnose_heads,
@@ -25,7 +25,7 @@ from modeling_vitcls.analysis.token_statistics import Findings
 
 PIXELS = build_images(MIN_IMAGES)
 TOKENS: dict[str, Any] = {"num_distillation_tokens": 1, "num_register_tokens": 3}
-NAMES = ["CLS", "distillation", "register 1", "register 2", "register 3"]
+ALL = slice(None)
 
 
 def build_classifier(**fields: Any) -> ViTCLSForImageClassification:
@@ -41,6 +41,11 @@ def plant(findings: Findings, **values: Callable[[torch.Tensor], Any]) -> Findin
     return dataclasses.replace(findings, **changed)
 
 
+def fill(value: float, *place: Any) -> Callable[[torch.Tensor], None]:
+    """Return a function that sets the values at a place of a tensor, or all values."""
+    return lambda values: values.__setitem__(place or ..., value)
+
+
 def judge(model: Any, findings: Findings) -> list[str]:
     """Return the words of the verdicts on tokens, without effects."""
     return [verdict.word for verdict in diagnose_tokens(model, findings)][: len(findings.token_norms[0])]
@@ -51,46 +56,80 @@ def test_states_that_are_not_used_are_not_judged() -> None:
     model = build_classifier(num_distillation_tokens=0)
     findings = collect_findings(model, PIXELS)
 
-    def set_pair(layer: int, value: float) -> Callable[[torch.Tensor], None]:
-        def change(values: torch.Tensor) -> None:
-            values[layer, 1, 2] = values[layer, 2, 1] = value
-
-        return change
-
-    def plant_layer(layer: int) -> list[str]:
+    def plant_layer(layer: int, *pair: int) -> list[str]:
         planted = plant(
             findings,
-            between_tokens=set_pair(layer, 1.0),
-            state_distance=set_pair(layer, 0.0),
-            variation=lambda values: values[layer, 3:].fill_(0),
-            channel_variation=lambda values: values[layer, 3:].fill_(0),
+            between_tokens=fill(1.0, layer, pair, pair[::-1]),
+            state_distance=fill(0.0, layer, pair, pair[::-1]),
+            variation=fill(0.0, layer, slice(3, None)),
+            channel_variation=fill(0.0, layer, slice(3, None)),
         )
         return judge(model, planted)
 
-    assert plant_layer(3) == ["not measured"] * 4
-    assert plant_layer(2) == ["not measured", "identical", "identical", "same for all images"]
+    assert plant_layer(3, 1, 2) == plant_layer(3, 0, 2) == ["not measured"] * 4
+    assert plant_layer(2, 1, 2) == ["not measured", "identical", "identical", "same for all images"]
+    assert plant_layer(2, 0, 2) == ["identical", "not measured", "identical", "same for all images"]
 
 
-SELECTIVE = {"map_selectivity": lambda values: values[:, 0].fill_(0.3)}
-LARGE = {"token_norms": lambda values: values[0, 0].fill_(1e3)}
+SELECTIVE = {"map_selectivity": fill(0.3, ALL, 0)}
+LARGE = {"token_norms": fill(1e3, 0, 0)}
+SIMILAR = {"between_tokens": fill(1.0, ALL, 0, 3), "variation": fill(0.0, ALL, 3)}
 
 
 @pytest.mark.parametrize(
-    ("planted", "word"),
+    ("token", "planted", "word"),
     [
-        ({"attention_fractions": lambda values: values[:, :, 0, 3].fill_(0.009)}, "cut off from the patches"),
-        ({"attention_fractions": lambda values: values[:, :, 0, 3].fill_(0.011)}, "not measured"),
-        (SELECTIVE, "not measured"),
-        (SELECTIVE | {"map_variation": lambda values: values[:, 0].fill_(0.05)}, "same attention for all images"),
-        (SELECTIVE | {"map_variation": lambda values: values[0, 0].fill_(0.05)}, "not measured"),  # in one layer
-        (LARGE | {"embedding_similarity": lambda values: values[:, 0].fill_(0.9)}, "norm too large"),
-        (LARGE, "not measured"),
-        ({"map_distance": lambda values: values[:, 0, 2].fill_(0.0)}, "equal attention"),
+        (0, {"attention_fractions": fill(0.009, ALL, ALL, 0, 3)}, "cut off from the patches"),
+        (0, {"attention_fractions": fill(0.011, ALL, ALL, 0, 3)}, "not measured"),
+        (2, {"attention_fractions": fill(0.0, ALL, ALL, 2, 3)}, "not measured"),  # no output reads the token
+        (0, {"variation": fill(0.0, ALL, 0)}, "not measured"),  # only one channel does not vary
+        (0, SELECTIVE, "not measured"),
+        (0, SELECTIVE | {"map_variation": fill(0.05, ALL, 0)}, "same attention for all images"),
+        (0, SELECTIVE | {"map_variation": fill(0.05, 0, 0)}, "not measured"),  # in one layer
+        (0, LARGE | {"embedding_similarity": fill(0.9, ALL, 0), "patch_norms": fill(1e6, -1)}, "norm too large"),
+        (0, LARGE, "not measured"),
+        (2, {"token_norms": fill(1e3, 0, 2), "embedding_similarity": fill(0.9, 2, 2)}, "norm too large"),
+        (0, SIMILAR | {"state_distance": fill(0.0, ALL, 0, 3)}, "identical"),
+        (0, SIMILAR | {"state_distance": fill(1e-4, ALL, 0, 3)}, "not measured"),  # one of them varies less
+        (0, {"state_distance": fill(0.0, ALL, 0, 3)}, "not measured"),
+        (0, {"map_distance": fill(0.0, slice(2), 0, 2)}, "equal attention"),  # in the layers of both tokens
+        (0, {"map_distance": fill(0.06), "map_selectivity": fill(0.5)}, "not measured"),
     ],
 )
-def test_limits_of_single_measurements(planted: dict[str, Any], word: str) -> None:
+def test_limits_of_single_measurements(token: int, planted: dict[str, Any], word: str) -> None:
     model = build_classifier()
-    assert judge(model, plant(collect_findings(model, PIXELS), **planted))[0] == word
+    assert judge(model, plant(collect_findings(model, PIXELS), **planted))[token] == word
+
+
+def test_the_effect_that_decides() -> None:
+    """An effect beyond its limit, then a measurable one, then the largest ratio to its limit; for a token that alone
+    feeds a head, its replacement. Harm is significant for all 16 tests together. Other tokens are read in part."""
+    tokens = {"num_distillation_tokens": 0, "num_register_tokens": 2}
+    model, mixed = build_classifier(**tokens), build_classifier(**tokens, pooling="cls_mean")
+    findings, change = collect_findings(model, PIXELS), dataclasses.replace
+    effect = Effect(0.5, (0.4, 0.6), MIN_IMAGES, 0.2, (0.1, 0.3), 0.1, null_sizes=(0.5,) * 8)  # equals its limit
+    unmeasurable = change(effect, size=0.9, changed=0.0)
+
+    def judge_effects(information: Effect, presence: Effect, judged: Any = model, **moved: float) -> list[Verdict]:
+        keys = get_ablation_targets(model.config.token_layout)
+        kinds = {"information": information, "presence": presence}
+        effects = {kind: {key: {"": found, "other": unmeasurable} for key in keys} for kind, found in kinds.items()}
+        return diagnose_tokens(judged, findings, effects, {f"{key}[0]": value for key, value in moved.items()})
+
+    for information, presence, outcome in (
+        (effect, change(effect, size=0.4, redraw_drop=(0.2, 0.3)), "has an effect"),
+        (change(effect, size=0.9), change(effect, size=0.2, null_sizes=(0.1,) * 8), "has an effect"),
+        (unmeasurable, effect, "replaceable"),
+    ):
+        cls, register, *_ = judge_effects(information, presence)
+        assert (register.word, register.numbers["decided_by"]["ablation"]) == (outcome, "presence")
+        assert (cls.word, cls.numbers["decided_by"]["ablation"]) == ("read by the classifier", "information")
+    assert judge_effects(effect, effect, mixed)[0].word == "has an effect"
+    assert judge_effects(effect, effect, cls=1.0, registers=0.0)[1].word == "not moved"
+    assert judge_effects(effect, effect, cls=0.0, registers=0.0)[1].word == "replaceable"
+    for p_value, is_better in ((0.04 / 16, True), (0.06 / 16, True), (0.04 / 16, False)):
+        found = judge_effects(effect, change(effect, improvement=p_value, is_better_than_chance=is_better))[1].word
+        assert (found == "harmful") == (is_better and p_value < 0.05 / 16)
 
 
 def test_encoders_are_judged_by_their_features() -> None:
@@ -110,14 +149,13 @@ def test_a_model_without_special_tokens_has_no_verdicts() -> None:
     assert diagnose_heads(findings).rating == "good"
 
 
-def test_all_uniform_heads_are_named() -> None:
+def test_uniform_heads_are_named() -> None:
+    """The limit is 2% of the median selectivity, but at least 0.001."""
     model = build_classifier()
-    with torch.no_grad():
-        for layer in model.vitcls.layers:
-            layer.attention.q_proj.weight.zero_()
-            layer.attention.q_proj.bias.zero_()
     findings = collect_findings(model, PIXELS)
-    assert len(diagnose_heads(findings).numbers["uniform"]) == findings.head_selectivity.numel()
+    for median, selectivity, uniform in ((0.5, 0.009, [[1, 0]]), (0.5, 0.011, []), (0.01, 0.0009, [[1, 0]])):
+        planted = plant(plant(findings, head_selectivity=fill(median)), head_selectivity=fill(selectivity, 1, 0))
+        assert diagnose_heads(planted).numbers["uniform"] == uniform
 
 
 def test_the_summary_is_one_line() -> None:
@@ -227,8 +265,10 @@ def test_the_last_layers_that_are_used_are_decisive() -> None:
 def test_the_patches_of_a_single_layer_are_judged_in_the_embeddings() -> None:
     """The head does not use the patches of the last layer."""
     model = build_classifier(num_hidden_layers=1)
-    found = diagnose_patches(model.config, replace_ratios(collect_findings(model, PIXELS), {0: 0.02}))
+    findings = collect_findings(model, PIXELS)
+    found = diagnose_patches(model.config, replace_ratios(findings, {0: 0.02}))
     assert (found.word, found.numbers["layer"]) == ("artifacts", 0)
+    assert judge(model, findings) == ["not measured"] * 5  # the registers are the same for all images
 
 
 def test_registers_absorb_outliers_only_if_outliers_increase_without_them() -> None:

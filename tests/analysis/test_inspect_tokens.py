@@ -157,14 +157,8 @@ def test_unusable_inputs(model: str, image_folder: Path, tmp_path: Path, capsys:
     assert error.startswith("error: ") and "missing.png" in error and error.count("\n") == 1
     with raises_one_line("model", error=OSError):
         inspect_tokens(build_options(str(tmp_path / "no" / "such" / "model"), tmp_path, image_folder))
-    with raises_one_line("preset"):
-        inspect_tokens(build_options("vitcls-tiny", tmp_path, image_folder))
-    with raises_one_line("no images"):
-        inspect_tokens(build_options(model, tmp_path, tmp_path))
     with raises_one_line("broken [old].png"):
         inspect_tokens(build_options(model, tmp_path, image_folder / "cat" / "broken [old].png"))
     with raises_one_line("cat, dog, owl"):
         inspect_tokens(build_options(model, tmp_path, dataset="digits"))
-    with raises_one_line("nothing"):
-        inspect_tokens(build_options(model, tmp_path, dataset="digits", split="nothing"))
     assert not (tmp_path / "report.html").exists()

@@ -143,27 +143,6 @@ def test_a_token_that_no_token_attends_to_has_no_measurable_effect(model: Any) -
     assert found.word == "no measurable effect" and low == 0 and 0.01 < high < 0.05
 
 
-@pytest.mark.parametrize("factor", [20, pytest.param(100, marks=pytest.mark.slow)])
-def test_a_cls_token_with_a_large_norm(model: Any, factor: int) -> None:
-    with torch.no_grad():
-        model.vitcls.embeddings.cls_token *= factor
-    found = judge(model)["CLS"]
-    assert found.numbers["norm_ratio"] > 3
-    assert found.rating == "bad" and "The norm of its embedding" in found.reason
-
-
-def test_a_harmful_register(model: Any) -> None:
-    """The embedding of a register increases the loss (gradient ascent): accuracy is higher without it."""
-    tokens = model.vitcls.embeddings.register_tokens
-    for _ in range(25):
-        model.zero_grad()
-        model(HELD_OUT[0][:64], labels=HELD_OUT[1][:64]).loss.backward()
-        with torch.no_grad():
-            tokens[:, 1] += tokens.grad[:, 1] / tokens.grad[:, 1].norm()
-    found = judge(model)["register 2"]
-    assert (found.word, found.rating) == ("harmful", "bad")
-
-
 def test_dead_and_uniform_heads(model: Any) -> None:
     assert diagnose_heads(collect_findings(model, HELD_OUT[0])).rating == "good"
     head_size = model.config.hidden_size // 2
@@ -210,10 +189,7 @@ def test_artifact_patches(model: Any, fraction: float) -> None:
 @pytest.mark.parametrize("num_images", [1, 2, MIN_IMAGES - 1])
 def test_too_few_images_and_patches(model: Any, num_images: int) -> None:
     found = judge(model, HELD_OUT[0][:num_images], HELD_OUT[1][:num_images])
-    assert {verdict.numbers["outcome"] for name, verdict in found.items() if name != "predictions"} == {
-        "too few images to tell"
-    }
-    assert found["predictions"].word == "too few images to tell"
+    assert {verdict.word for verdict in found.values()} == {"too few images to tell"}
     assert str(num_images) in found["register 1"].reason and str(MIN_IMAGES) in found["register 1"].reason
     patches = diagnose_patches(model.config, collect_findings(model, HELD_OUT[0][:num_images]))
     assert patches.word == "too few patches to tell" and f"{MIN_PATCHES:,}" in patches.reason
@@ -276,14 +252,6 @@ def test_a_useless_and_a_healthy_task(trained_tasks: Any) -> None:
     assert found["CLS parity"].headline == "matters" and found["task parity"].rating == "good"
     assert found["CLS size"].headline != "matters" and found["CLS size"].rating == "doubtful"
     assert (found["task size"].word, found["task size"].rating) == ("not better than chance", "bad")
-
-
-def test_a_task_with_random_labels(trained_tasks: Any) -> None:
-    labels = get_task_labels(HELD_OUT[1])
-    labels[:, 1] = torch.randint(2, (len(labels),), generator=torch.Generator().manual_seed(0))
-    found = judge_tasks(trained_tasks, labels)
-    assert found["task size"].word == "not better than chance"
-    assert found["task parity"].word == "better than chance"
 
 
 def test_the_interval_of_a_task_is_that_of_its_counts() -> None:

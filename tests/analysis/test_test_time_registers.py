@@ -11,7 +11,6 @@ import torch
 from helpers.tiny_models import (
     build_images,
     build_tiny_config,
-    get_largest_difference,
     raises_one_line,
     randomize,
 )
@@ -35,7 +34,7 @@ all_mlps = pytest.mark.parametrize("fields", MLPS.values(), ids=MLPS)
 
 
 @torch.no_grad()
-def build_planted_model(model_class: type = ViTCLSModel, sign: float = 1.0, **fields: Any) -> Any:
+def build_planted_model(model_class: type = ViTCLSModel, **fields: Any) -> Any:
     """Return a model in which each planted neuron is active at one patch, identified by a channel of its position.
 
     This channel is zero at all other tokens up to layer 1. The neuron writes a large value to channel 2.
@@ -56,11 +55,11 @@ def build_planted_model(model_class: type = ViTCLSModel, sign: float = 1.0, **fi
         for positions in base.embeddings.position_embeddings.parameters():
             positions[..., channel] = 0
         base.embeddings.position_embeddings.patches[:, patch, channel] = 5
-        plant_neuron(layer.mlp, neuron, channel, sign)
+        plant_neuron(layer.mlp, neuron, channel)
     return model
 
 
-def plant_neuron(mlp: Any, neuron: int, channel: int, sign: float) -> None:
+def plant_neuron(mlp: Any, neuron: int, channel: int) -> None:
     """After the norm, the channel is above 2 at one patch and near 0 elsewhere."""
     inner = mlp.fc1 if hasattr(mlp, "fc1") else mlp.gate_proj
     inner.weight[neuron] = 0
@@ -68,7 +67,7 @@ def plant_neuron(mlp: Any, neuron: int, channel: int, sign: float) -> None:
     inner.bias[neuron] = -20
     if hasattr(mlp, "up_proj"):
         mlp.up_proj.weight[neuron] = 0
-        mlp.up_proj.bias[neuron] = sign
+        mlp.up_proj.bias[neuron] = 1
     _outer(mlp).weight[:, neuron] = 0
     _outer(mlp).weight[2, neuron] = 8
 
@@ -135,21 +134,6 @@ def test_neurons_are_ordered_by_their_mean_activation_at_outliers(ratio: float) 
     assert found == [list(place) for place in expected]
 
 
-def test_neurons_with_large_negative_activations_are_found_and_moved() -> None:
-    """A gated MLP can write an artifact with a negative activation."""
-    model = build_planted_model(mlp_type="swiglu", sign=-1.0)
-    neurons = find_register_neurons(model, build_images(), num_neurons=2)
-    assert sorted(neurons) == [[LAYER, neuron] for neuron in PLANTED]
-    better = add_test_time_register(model, neurons)
-    assert compute_outlier_fraction(better, build_images()) == 0.0
-    before = _record_activations(model)[:, model.config.token_layout.patches]
-    after = _record_activations(better)[:, better.config.token_layout.registers]
-    for neuron, patch in zip(PLANTED, PATCHES, strict=True):
-        assert before[:, patch, neuron].max() < -5
-        # attention has changed slightly
-        assert get_largest_difference(after[:, 0, neuron], before[:, patch, neuron]) < 1
-
-
 @all_mlps
 def test_only_planted_activations_of_patches_and_the_register_change(fields: dict[str, Any]) -> None:
     model = build_planted_model(**fields)
@@ -163,7 +147,8 @@ def test_only_planted_activations_of_patches_and_the_register_change(fields: dic
     assert torch.equal(moved[:, layout.cls], activations[:, layout.cls])
     assert not moved[:, layout.patches][..., PLANTED].any()
     of_patches = activations[:, layout.patches][..., PLANTED]
-    assert torch.equal(moved[:, layout.registers][:, 0][:, PLANTED].abs(), of_patches.abs().amax(dim=1))
+    strongest = of_patches.gather(1, of_patches.abs().argmax(dim=1, keepdim=True))  # activations may be negative
+    assert torch.equal(moved[:, layout.registers][..., PLANTED], strongest)
 
 
 def test_the_register_starts_at_zero_and_other_weights_are_not_changed() -> None:
@@ -208,14 +193,3 @@ def test_unsupported_models_are_errors() -> None:
     better = add_test_time_register(build_planted_model(), [[LAYER, 5]])
     with raises_one_line("test-time register"):
         add_test_time_register(better, [[LAYER, 17]])
-
-
-def _record_activations(model: ViTCLSModel) -> torch.Tensor:
-    """Return the input of the second linear layer of the planted MLP, [B, N, neurons]."""
-    caught: list[torch.Tensor] = []
-    mlp = model.layers[LAYER].mlp
-    hook = mlp.down_proj.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
-    with torch.no_grad():
-        model(build_images())
-    hook.remove()
-    return caught[0]

@@ -25,6 +25,7 @@ from modeling_vitcls import (
     ViTCLSModel,
 )
 from modeling_vitcls.analysis import token_statistics
+from modeling_vitcls.analysis.attribution import compute_attention_rollout
 from modeling_vitcls.analysis.token_statistics import Findings, TokenStatistics
 
 
@@ -61,6 +62,8 @@ def check_maps(found: Findings, model: Any, image: torch.Tensor) -> None:
     num_patches = maps.shape[-1] - num_special
     for layer, head in ((layer, head) for layer in range(maps.shape[0]) for head in range(maps.shape[1])):
         rows = maps[layer, head].tolist()
+        distances = [get_total_variation(row, [1 / len(row)] * len(row)) for row in rows]
+        assert found.head_selectivity[layer, head] == pytest.approx(sum(distances) / len(rows), abs=TOLERANCE)
         for token in range(num_special):
             row = rows[token]
             assert found.entropy[layer, head, token] == pytest.approx(-sum(p * math.log(p) for p in row), abs=1e-5)
@@ -138,21 +141,16 @@ def test_statistics_over_images_are_means() -> None:
         by_size = zip(found.patch_norms.sort().values, together.patch_norms.sort().values, strict=True)
         assert all(get_largest_difference(one, other) <= 1e-4 for one, other in by_size)
     singles = [collect_findings(model, image[None]) for image in [*pixels, *oblong]]
-    names = (
-        "entropy",
-        "uniform_entropy_by_token",
-        "attention_fractions",
-        "received",
-        "between_tokens",
-        "embedding_similarity",
-    )
-    for name in names:
+    for name in ("entropy", "uniform_entropy_by_token", "attention_fractions", "received", "between_tokens"):
         expected = average([getattr(single, name) for single in singles])
         assert get_largest_difference(getattr(together, name).double(), expected) <= TOLERANCE, name
 
 
-def test_variation_is_the_distance_from_the_mean() -> None:
+def test_variation_and_distances_between_tokens() -> None:
+    """Variation is the distance from the mean; distances are means over images and all channels."""
     model = randomize(ViTCLSModel(build_tiny_config(**PATCH | TOKENS)))
+    with torch.no_grad():
+        model.embeddings.register_tokens[:, 2] = model.embeddings.register_tokens[:, 0]
     found = collect_findings(model, build_images(4)[:3], build_images(4)[3:])
     states = torch.stack([run_eager(model, image)[1][:, :6] for image in build_images(4)]).double()  # [B, L + 1, S, D]
     means = states.mean(dim=0)
@@ -163,19 +161,8 @@ def test_variation_is_the_distance_from_the_mean() -> None:
     assert get_largest_difference(found.variation.double(), expected) <= TOLERANCE
     assert get_largest_difference(found.mean_states.double(), means) <= TOLERANCE
     assert found.variation[0].max() <= 1e-6 < 1e-2 < found.variation[1:].min()  # embeddings do not depend on the image
-
-
-def test_distances_between_tokens_are_relative_to_the_mean() -> None:
-    """The mean is over images and all channels."""
-    model = randomize(ViTCLSModel(build_tiny_config(**PATCH | TOKENS)))
-    with torch.no_grad():
-        model.embeddings.register_tokens[:, 2] = model.embeddings.register_tokens[:, 0]
-    found = collect_findings(model, build_images(4)[:3], build_images(4)[3:])
-    states = torch.stack([run_eager(model, image)[1][:, :6] for image in build_images(4)]).double()  # [B, L + 1, S, D]
-    for one, other in ((0, 1), (2, 5), (3, 4)):
-        expected = (states[:, :, one] - states[:, :, other]).square().sum(dim=-1).mean(dim=0).sqrt()  # [L + 1]
-        assert get_largest_difference(found.state_distance[:, one, other].double(), expected) <= 1e-4
-        assert torch.equal(found.state_distance[:, one, other], found.state_distance[:, other, one])
+    pairs = (states.unsqueeze(3) - states.unsqueeze(2)).square().sum(dim=-1).mean(dim=0).sqrt()  # [L + 1, S, S]
+    assert get_largest_difference(found.state_distance.double(), pairs) <= 1e-4
     assert found.state_distance[:, 3, 5].max() == 0 < 0.1 < found.state_distance[:, 3, 4].min()
 
 
@@ -276,17 +263,20 @@ def test_outliers_without_registers(fields: dict[str, Any]) -> None:
     assert not hidden[:, :, registers].any() and hidden[:, first:, first:].all()
 
 
-@pytest.mark.parametrize("name", ["classifier", "masked", "backbone"])
+@pytest.mark.parametrize("name", ["classifier", "masked", "backbone", "differential"])
 def test_every_class_has_statistics(name: str) -> None:
     models: dict[str, nn.Module] = {
         "classifier": ViTCLSForImageClassification(build_tiny_config(num_register_tokens=2)),
         "masked": ViTCLSForMaskedImageModeling(build_tiny_config()),
         "backbone": ViTCLSBackbone(build_tiny_config(out_indices=[1])),
+        "differential": ViTCLSModel(build_tiny_config(attention_type="differential")),
     }
     model = randomize(models[name])
     state = {key: value.clone() for key, value in model.state_dict().items()}
     found = collect_findings(model.train(), build_images())
     assert model.training and found.entropy.isfinite().all()
+    assert found.head_outputs.shape == found.entropy.shape[:2] and found.head_outputs.std(dim=1).min() > 0
+    assert (compute_attention_rollout(model, build_images()).sum(dim=-1) - 1).abs().max() <= TOLERANCE
     encoder = randomize(ViTCLSModel(model.config))
     encoder.load_state_dict(getattr(model, "vitcls", model).state_dict(), strict=False)
     assert get_largest_difference(found.entropy, collect_findings(encoder, build_images()).entropy) <= TOLERANCE

@@ -106,8 +106,3 @@ def test_ray_workers_equal_predict_even_if_one_is_killed(
             np.testing.assert_allclose(row["cls"], expected[row["path"]], atol=1e-6)
     finally:
         ray.shutdown()
-
-
-def test_the_ray_script_is_short() -> None:
-    lines = (SCRIPTS / "ray_features.py").read_text(encoding="utf-8").splitlines()
-    assert sum(1 for line in lines if line.strip()) <= 40

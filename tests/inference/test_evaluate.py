@@ -40,7 +40,6 @@ from modeling_vitcls.data.labels import LabelSpace
 from modeling_vitcls.distributed import build_accelerator
 from modeling_vitcls.files import read_json
 from modeling_vitcls.inference import evaluate as evaluate_module
-from modeling_vitcls.inference import load_model
 from modeling_vitcls.inference.evaluate import evaluate_checkpoint, match_labels
 from modeling_vitcls.options import DataOptions, EvaluateOptions
 from modeling_vitcls.system import describe_device, get_versions
@@ -293,8 +292,6 @@ def test_an_unfinished_run_names_resume(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     with raises_one_line("--resume"):
         evaluate_checkpoint(EvaluateOptions(model=str(tmp_path), data=DataOptions("digits")))
-    with raises_one_line("--resume"):
-        load_model.load_model(str(tmp_path), use_head=True)
 
 
 def test_names_in_brackets_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:

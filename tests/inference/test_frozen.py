@@ -71,15 +71,6 @@ def encode(model: Path, images: Any, token: str) -> np.ndarray:
     return np.array(rows)
 
 
-def test_the_output_is_written(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    results = run(model, "knn", output=tmp_path / "new" / "frozen.json")
-    written = json.loads((tmp_path / "new" / "frozen.json").read_text(encoding="utf-8"))
-    assert written["rows"] == results["rows"] and written["frozen"] == "knn" and "versions" in written
-    printed = capsys.readouterr().out
-    assert all(token in printed for token in TOKENS)
-    assert all(f"{row['accuracy']:.2%}" in printed for row in results["rows"])
-
-
 @each_layout
 @pytest.mark.parametrize("fields", [{}, {"pre_norm": True}, {"final_norm": False}], ids=str)
 def test_features_are_the_normalized_tokens(layout: dict[str, Any], fields: dict[str, Any]) -> None:
@@ -148,12 +139,16 @@ def write_noise(folder: Path, counts: dict[str, tuple[int, ...]]) -> Path:
 
 
 @pytest.mark.parametrize("frozen", CLASSIFIERS)
-def test_results_equal_scikit_learn(model: Path, frozen: str, tmp_path: Path) -> None:
+def test_results_equal_scikit_learn(
+    model: Path, frozen: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The evaluated split lacks the first class."""
     dataset = str(write_noise(tmp_path, {"train": (4, 5, 6), "val": (0, 4, 3)}))
     data = DataOptions(dataset=dataset, num_workers=0)
-    results = run(model, frozen, data=data, split="validation")
-    rows = results["rows"]
+    results = run(model, frozen, data=data, split="validation", output=tmp_path / "new" / "frozen.json")
+    assert json.loads((tmp_path / "new" / "frozen.json").read_text(encoding="utf-8")) == results | {"frozen": frozen}
+    printed, rows = capsys.readouterr().out, results["rows"]
+    assert all(row["token"] in printed and f"{row['accuracy']:.2%}" in printed for row in rows)
     assert [row["token"] for row in rows] == TOKENS
     assert (results["num_training_images"], results["num_images"]) == (15, 7)
     assert len({row["accuracy"] for row in rows}) > 1

@@ -147,24 +147,12 @@ def test_labels_equal_those_of_the_model_and_the_pipeline(models: Path, photos: 
         assert row["error"] is None
 
 
-def test_all_formats_have_the_same_contents(models: Path, unreadable: Path, tmp_path: Path) -> None:
-    for suffix in (".json", ".csv", ".jsonl", ".parquet"):
-        flags: dict[str, Any] = {"output": tmp_path / f"out{suffix}", "top_k": 7}  # of three labels
-        counts = predict_images(PredictOptions(str(models / "one_label"), (str(unreadable),), **flags))
-        assert counts == PredictionCounts(num_images=3, num_failed=2)
-        reset_accelerate()
-    rows = read_json(tmp_path / "out.json")
-    assert list(rows[0]) == [
+def test_there_are_columns_for_the_three_labels_of_the_model(models: Path, unreadable: Path, tmp_path: Path) -> None:
+    options = PredictOptions(str(models / "one_label"), (str(unreadable),), output=tmp_path / "out.json", top_k=7)
+    assert predict_images(options) == PredictionCounts(num_images=3, num_failed=2)
+    assert list(read_json(tmp_path / "out.json")[0]) == [
         *("index", "image", "label", "probability", "label_2", "probability_2", "label_3", "probability_3", "error")
     ]
-    assert rows == [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert rows == pq.read_table(tmp_path / "out.parquet").to_pylist()
-    for row, cells in zip(rows, csv.DictReader((tmp_path / "out.csv").open()), strict=True):
-        expected = {name: "" if value is None else value for name, value in row.items()}
-        numbers = {name: float(cells[name]) for name, value in expected.items() if isinstance(value, float)}
-        assert cells | numbers == {name: str(value) for name, value in expected.items()} | {
-            name: pytest.approx(expected[name], rel=1e-6) for name in numbers
-        }
 
 
 def test_several_tasks_have_separate_columns(models: Path, photos: Path, tmp_path: Path) -> None:
@@ -207,13 +195,6 @@ def test_several_labels_are_predicted_from_the_threshold(models: Path, photos: P
     predict_images(options)
     cells = [row["labels"] for row in csv.DictReader((tmp_path / "a.csv").open())]
     assert all(sorted(cell.split("|")) == NAMES for cell in cells)
-
-
-def test_a_non_finite_output_is_an_error(photos: Path) -> None:
-    model = randomize(ViTCLSForImageClassification(build_tiny_config()))
-    model.classifier.bias.data[1] = float("nan")
-    rows = predict(model, ViTCLSImageProcessor(size=32), [photos / "a.jpg"])
-    assert rows[0]["label"] is None and "not finite" in rows[0]["error"]
 
 
 # Features ------------------------------------------------------------------------------------------------------------
