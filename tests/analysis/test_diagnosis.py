@@ -120,6 +120,7 @@ def test_the_effect_that_decides() -> None:
         (effect, change(effect, size=0.4, redraw_drop=(0.2, 0.3)), "has an effect"),
         (change(effect, size=0.9), change(effect, size=0.2, null_sizes=(0.1,) * 8), "has an effect"),
         (unmeasurable, effect, "replaceable"),
+        (unmeasurable, change(unmeasurable, size=1.0), "no measurable effect"),
     ):
         cls, register, *_ = judge_effects(information, presence)
         assert (register.word, register.numbers["decided_by"]["ablation"]) == (outcome, "presence")

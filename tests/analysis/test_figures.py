@@ -2,26 +2,44 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from helpers.measured_encoders import TOKENS, measure
-from matplotlib.colors import to_rgba
+from matplotlib.colors import to_rgb, to_rgba
+from matplotlib.ticker import PercentFormatter
 
 from modeling_vitcls.analysis.diagnosis import find_second_mode
-from modeling_vitcls.analysis.figures import CURVES, plot_curve, plot_norm_histogram, plot_norms, render_svg
+from modeling_vitcls.analysis.figures import (
+    CURVES,
+    GROUP_COLORS,
+    plot_curve,
+    plot_norm_histogram,
+    plot_norms,
+    render_svg,
+)
 from modeling_vitcls.token_names import get_token_names
 
 
 @pytest.mark.parametrize("name", CURVES)
 def test_curves_show_the_mean_over_heads_for_each_token(name):
     config, findings = measure(**TOKENS)
-    values = getattr(findings, name)
+    values, first_layer = getattr(findings, name), int(name != "variation")
     means = values if name == "variation" else values.mean(dim=1)
     axes = plot_curve(config, findings, name).axes[0]
     lines = [line for line in axes.get_lines() if len(line.get_xdata()) > 2]
     assert [line.get_label() for line in lines] == get_token_names(config)
     for line, expected in zip(lines, means.T, strict=True):
         assert line.get_ydata().tolist() == pytest.approx(expected.tolist())
+        assert list(line.get_xdata()) == list(range(first_layer, 4))
+    ranges = torch.stack([values.amin(dim=(0, 1)), values.amax(dim=(0, 1))], dim=-1).tolist() if first_layer else []
+    bands = [band.get_paths()[0].vertices[:, 1] for band in axes.collections]
+    assert [[band.min(), band.max()] for band in bands] == [pytest.approx(each) for each in ranges]
+    green = np.array(to_rgb(GROUP_COLORS["registers"]))
+    for line, color in ((lines[3], green), (lines[5], 0.55 + 0.45 * green)):  # the last one of three is the lightest
+        assert line.get_color() == pytest.approx(color)
+    assert axes.get_xlim() == pytest.approx((first_layer - 0.3, 3.3)) and axes.get_ylim()[0] <= 0
+    assert isinstance(axes.yaxis.get_major_formatter(), PercentFormatter) == CURVES[name][2]
     baselines = [line for line in axes.get_lines() if len(line.get_xdata()) == 2]
     assert len(baselines) == (name == "entropy")  # uniform attention
 
@@ -31,15 +49,20 @@ def test_norms_and_their_histogram():
     (norms,) = plot_norms(config, findings).axes
     medians = findings.patch_norms.quantile(0.5, dim=1).tolist()
     assert norms.get_lines()[0].get_ydata().tolist() == pytest.approx(medians)
+    band = norms.collections[0].get_paths()[0].vertices[:, 1]
+    low, high = findings.patch_norms.quantile(torch.tensor([0.05, 0.95]), dim=1)
+    assert [band.min(), band.max()] == pytest.approx([low.min().item(), high.max().item()])
     ratios = torch.linspace(0.9, 1.1, 2000).repeat(len(findings.patch_ratios), 1)
-    ratios[:, :60] = 5.0
-    planted = replace(findings, patch_ratios=ratios)
-    (axes,) = plot_norm_histogram(config, planted).axes
+    ratios[1, :60] = 5.0
+    planted = replace(findings, patch_ratios=ratios, token_norms=100 * findings.token_norms)
+    assert (norms.get_yscale(), plot_norms(config, planted).axes[0].get_yscale()) == ("linear", "log")
+    (axes,) = plot_norm_histogram(config, planted, layer=1).axes
     triangles = next(line for line in axes.get_lines() if line.get_label() == "registers").get_xdata()
-    medians = findings.token_norms[-1, config.token_layout.registers] / findings.patch_norms[-1].median()
-    assert triangles == pytest.approx(medians.tolist())
-    mode, red = find_second_mode(ratios[-1]), to_rgba("#B3261E")
-    assert mode is not None and sum(bar.get_height() for bar in axes.patches) == 2000
+    medians = 100 * findings.token_norms[1, config.token_layout.registers] / findings.patch_norms[1].median()
+    assert triangles == pytest.approx(medians.tolist()) and max(triangles) <= axes.get_xlim()[1]
+    mode, red = find_second_mode(ratios[1]), to_rgba("#B3261E")
+    assert mode is not None and mode.threshold in [line.get_xdata()[0] for line in axes.get_lines()]
+    assert sum(bar.get_height() for bar in axes.patches) == 2000
     assert sum(bar.get_height() for bar in axes.patches if bar.get_facecolor() == red) == 60
 
 

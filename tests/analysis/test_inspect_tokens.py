@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import timm
 from helpers.local_hub import point_client_at, running_hub
 from helpers.scripts_in_process import run_in_process
 from helpers.tiny_models import build_tiny_config, raises_one_line, save_with_processor
@@ -15,10 +14,8 @@ from PIL import Image
 
 from modeling_vitcls import (
     ViTCLSForImageClassification,
-    ViTCLSImageProcessor,
 )
 from modeling_vitcls.analysis.inspect_tokens import inspect_tokens
-from modeling_vitcls.conversion.from_timm import convert_from_timm
 from modeling_vitcls.data.held_out import HELD_OUT_RECORD_KEY
 from modeling_vitcls.files import write_json
 from modeling_vitcls.options import InspectOptions
@@ -73,29 +70,6 @@ def test_a_folder_of_images(
 
 def build_options(model: str, tmp_path: Path, *paths: Any, **fields: Any) -> InspectOptions:
     return InspectOptions(model, tuple(map(str, paths)), output=tmp_path / "report.html", **fields)
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param("vit_tiny_patch16_224", marks=pytest.mark.slow),
-        "deit_tiny_distilled_patch16_224",
-        pytest.param("vit_small_patch14_reg4_dinov2", marks=pytest.mark.slow),
-    ],
-)
-def test_converted_models(name: str, image_folder: Path, tmp_path: Path) -> None:
-    """Check models of other projects: with a distillation token, and with registers and no classifier."""
-    source = timm.create_model(name, img_size=56, depth=2, num_classes=0 if "dinov2" in name else 5)
-    converted = convert_from_timm(source)
-    converted.save_pretrained(tmp_path / "model")
-    size = {"height": 56, "width": 56} if "14" in name.split("_")[2] else {"height": 48, "width": 48}
-    ViTCLSImageProcessor(size=size).save_pretrained(tmp_path / "model")
-    found = inspect_tokens(
-        build_options(str(tmp_path / "model"), tmp_path, image_folder / "cat", max_images=4, num_images=1)
-    )
-    assert len(found.findings.token_norms[0]) == converted.config.token_layout.num_prefix_tokens
-    assert found.has_head != ("dinov2" in name)
-    assert found.num_unreadable == 1
 
 
 def test_a_revision_of_a_model_on_the_hub(

@@ -68,7 +68,7 @@ def test_progress_is_shown_and_large_models_use_fewer_images(monkeypatch: pytest
 
 
 def test_maps_of_small_single_label_classifiers_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
-    pixels = list(PROCESSOR(build_images(), return_tensors="pt")["pixel_values"])
+    pixels = [torch.zeros(3, 16, 16), *PROCESSOR(build_images(), return_tensors="pt")["pixel_values"]]
 
     def count_checked(num_null: int, **fields: Any) -> int:
         model = build_classifier(**fields)
@@ -100,6 +100,7 @@ def test_labels_and_names_stay_with_their_images(monkeypatch: pytest.MonkeyPatch
     labels = [int(probabilities[index].argmax()) if index in readable else 0 for index in range(8)]
     labels[4], labels[5], labels[6] = (labels[4] + 1) % 8, (labels[5] + 1) % 8, IGNORED_LABEL
     monkeypatch.setattr(inspection, "check_sampled_maps", lambda *_: {})
+    monkeypatch.setattr(inspection, "MAX_ABLATION_IMAGES", 5)
     monkeypatch.setattr("modeling_vitcls.analysis.ablation.NUM_NULL_DRAWS", 2)
     warnings: list[str] = []
     found = inspect_model(
@@ -113,6 +114,7 @@ def test_labels_and_names_stay_with_their_images(monkeypatch: pytest.MonkeyPatch
         on_warning=warnings.append,
     )
     assert found.tasks[0].numbers["accuracy"] == pytest.approx(4 / 6) and found.findings.num_images == 7
+    assert (found.num_ablation_images, found.num_parameters) == (5, model.num_parameters())
     assert found.num_unreadable == 1 and len(warnings) == 1 and "mode F" in warnings[0]
     confidences = {index: values.max().item() for index, values in probabilities.items()}
     wrong = sorted([4, 5], key=lambda index: -confidences[index])
@@ -132,8 +134,8 @@ def test_unreadable_images_are_skipped_everywhere(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("modeling_vitcls.analysis.ablation.NUM_NULL_DRAWS", 2)
     encoder = ViTCLSModel(build_tiny_config(num_cls_tokens=2, num_register_tokens=1)).eval()
     images, warnings = [Image.new("F", (32, 32)), *build_images()[:2]], []
-    found = inspect_model(encoder, PROCESSOR, images, on_warning=warnings.append)
-    assert [report.name for report in found.image_reports] == ["image 2", "image 3"]
+    found = inspect_model(encoder, PROCESSOR, images, labels=["cat"] * 3, on_warning=warnings.append)
+    assert [(report.name, report.truth) for report in found.image_reports] == [("image 2", None), ("image 3", None)]
     assert (found.num_unreadable, len(warnings), found.tasks) == (1, 1, [])
     assert [verdict.numbers["read_layers"] for verdict in found.verdicts[:3]] == [2, 2, 1]
     assert found.patches.numbers["layer"] == 2  # the last layer

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.tiny_models import TASKS, build_images, build_tiny_config, raises_one_line, randomize
+from matplotlib import colormaps
 from PIL import Image
 from torch import nn
 
@@ -227,12 +228,13 @@ def test_an_overlay_is_brightest_at_the_maximum_of_the_map():
     assert y.min() >= 15 and y.max() < 30 and x.min() >= 60 and x.max() < 75  # the cell
 
 
-def test_the_invisible_part_is_dark():
-    drawn = get_lightness(
-        overlay(Image.new("RGB", (90, 60), (200, 200, 200)), torch.zeros(4, 4), VisibleRegion(15, 0, 75, 60))
-    )
-    assert drawn[:, :15].max() < 110 < drawn[:, 15:75].min()
-    assert drawn[:, 75:].max() < 110
+def test_the_invisible_part_is_dark_and_uniform_maps_are_not_bright():
+    """The value of the brightest color is at least three times the mean over the visible part."""
+    gray = Image.new("RGB", (90, 60), (200, 200, 200))
+    drawn = np.asarray(overlay(gray, torch.ones(4, 4), VisibleRegion(15, 0, 75, 60)), dtype=float)
+    color = np.array(colormaps["inferno"](1 / 3)[:3]) * 255
+    assert np.abs(drawn[:, 15:75] - (200 * 0.75 * 0.55 + color * 0.45)).max() < 1
+    assert (drawn[:, :15] == 70).all() and (drawn[:, 75:] == 70).all()
 
 
 def test_overlays_of_large_and_small_images_are_scaled_on_request():

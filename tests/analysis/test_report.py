@@ -1,5 +1,6 @@
 """The report in a real browser, and its values for programs."""
 
+import base64
 import json
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,8 @@ def test_the_table_contains_effects_intervals_and_limits(page: Page, inspection:
     assert rows.count() == 2 * len(inspection.verdicts)
     first = rows.first.inner_text()
     effect = inspection.ablations["information"]["cls[0]"][""]
-    assert f"{effect.changed:.1%}" in first and "no test" in first
+    low, high = effect.changed_interval
+    assert f"{effect.changed:.1%} ({low:.1%} to {high:.1%})" in first and "no test" in first
     register = rows.nth(2).inner_text()
     assert f"{inspection.ablations['information']['registers[0]'][''].limit:.2g}" in register
 
@@ -198,3 +200,21 @@ def test_large_pages_omit_the_maps_of_heads(inspection: Inspection, monkeypatch:
     data = report_module.build_page_data(inspection)
     assert [image["num_heads"] for image in data["images"]] == [2, 2] + [0] * (len(sizes) - 2)
     assert len(data["heads"]) == 2
+
+
+def test_values_and_maps_of_the_page(inspection: Inspection) -> None:
+    """The head uses only CLS after the last layer. The processor crops the first image of 90 x 60 pixels."""
+    data, report = report_module.build_page_data(inspection), inspection.image_reports[0]
+    assert [(token["name"], token["group"], token["used"]) for token in data["tokens"]] == [
+        ("CLS", "cls", 3),
+        *((f"register {number}", "registers", 2) for number in (1, 2, 3)),
+    ]
+    assert (data["layers"], data["patch_layers"], data["images"][0]["grid"]) == (3, 2, [4, 4])
+    first, label = data["images"][0], report.predictions[0].top_label
+    assert (first["width"], first["height"], first["attributed"]) == (90, 60, [label])
+    assert first["visible_region"] == pytest.approx([21 / 90, 6 / 60, 69 / 90, 54 / 60])
+    assert max(base64.b64decode(first["patch_colors"])) > 200
+    shown, caption, maps = next(report_module.iterate_overview(inspection, 1))
+    assert (shown, caption, list(maps)) == (report, f"LABEL_0 → {label}", get_token_names(inspection.config))
+    for name, layer, token in (("CLS", 2, 0), ("register 2", 1, 2)):
+        assert torch.equal(maps[name], report.attention[layer, :, token].mean(dim=0))

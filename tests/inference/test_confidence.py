@@ -16,6 +16,8 @@ from modeling_vitcls.inference.confidence import (
     find_energy_threshold,
     find_score_limit,
     fit_temperature,
+    measure_prediction_sets,
+    measure_unknown,
 )
 
 
@@ -101,6 +103,21 @@ def test_prediction_sets_equal_mapie() -> None:
 
 
 def test_coverage_requires_enough_images() -> None:
-    probabilities = np.full((5, 2), 0.5)
-    with pytest.raises(ValueError, match="--coverage"):
-        find_score_limit(probabilities, np.zeros(5, int), 0.9)
+    assert find_score_limit(np.full((9, 2), 0.5), np.zeros(9, int), 0.9) == 0.5
+    with pytest.raises(ValueError, match=r"--coverage 0\.9 requires at least 9 .* 8"):
+        find_score_limit(np.full((8, 2), 0.5), np.zeros(8, int), 0.9)
+
+
+def test_measured_sets_and_unknown_images() -> None:
+    """The limit is fitted to every second image: for a coverage of 0.5, it is the second of the scores 0.1, 0.3, 0.4.
+    The sets of the others have 1 (wrong), 1 and 0 labels."""
+    labels, probabilities = np.array([0, 0, 0, 1, 0, 1]), np.zeros((6, 3))
+    probabilities[np.arange(6), labels] = [0.9, 0.2, 0.7, 0.95, 0.6, 0.65]
+    probabilities[np.arange(6), 1 - labels] = [0.1, 0.8, 0.3, 0.05, 0.4, 0.35]
+    rows = [list(row.values()) for row in measure_prediction_sets(probabilities, labels, ["a", "b", "c"], 0.5)]
+    assert [row[:2] for row in rows] == [["all classes", 3], ["a", 1], ["b", 2]]
+    assert [row[2:] for row in rows] == [pytest.approx(each) for each in ([2 / 3, 1 / 3], [1, 0], [0.5, 0.5])]
+    assert measure_prediction_sets(probabilities, labels, ["a", "b", "c"], 0.9) == []
+    known, unknown = (np.array([[value, -99.0] for value in values]) for values in ([5.0, 4.0, 1.0], [2.0, 0.0]))
+    measured = {"num_images": 2, "auroc": pytest.approx(5 / 6), "flagged": 0.5}
+    assert measure_unknown(known, unknown, threshold=-1.5) == measured

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from helpers import evaluation_results
@@ -139,6 +140,13 @@ def test_a_multi_label_model(models: Path, tmp_path: Path, by_one_process: dict[
     assert [row["name"] for row in parts["per_class"][0]] == CLASSES
     reset_accelerate()
     data = DataOptions(str(table), label_column=("tags",), label_separator="|")
+    options = EvaluateOptions(str(models / "multi_label"), data, per_image=tmp_path / "new" / "rows.parquet")
+    results, rows = evaluate_checkpoint(options), pd.read_parquet(options.per_image)
+    is_predicted = np.stack(rows["probabilities"]) > 0.5
+    assert [list(names) for names in rows["prediction"]] == [list(np.array(CLASSES)[row]) for row in is_predicted]
+    is_exact = [list(one) == list(other) for one, other in zip(rows["label"], rows["prediction"], strict=True)]
+    assert (np.mean(is_exact), rows["loss"].mean()) == (close(results["exact_match"]), close(results["loss"]))
+    reset_accelerate()
     with raises_one_line("--unknown-dataset"):
         evaluate_checkpoint(EvaluateOptions(str(models / "multi_label"), data, unknown_dataset="digits"))
 
@@ -292,12 +300,6 @@ def test_an_unfinished_run_names_resume(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     with raises_one_line("--resume"):
         evaluate_checkpoint(EvaluateOptions(model=str(tmp_path), data=DataOptions("digits")))
-
-
-def test_names_in_brackets_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
-    """Rich would interpret them as markup."""
-    Console().print(evaluate_module.build_table("", ["Class", "F1"], [["[b]cat[/b]", "[/b]"]]))
-    assert "[b]cat[/b]" in (printed := capsys.readouterr().out) and "│ [/b] │" in printed
 
 
 def test_a_model_without_a_classifier_is_an_error(tmp_path: Path) -> None:

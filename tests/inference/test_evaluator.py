@@ -146,11 +146,3 @@ def test_evaluation_draws_no_random_numbers() -> None:
     before = torch.get_rng_state()
     evaluator(model)
     assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_mixed_precision(by_one_process: dict[str, Any]) -> None:
-    in_float32 = by_one_process["single"]
-    metrics = build_evaluator("single", Accelerator(cpu=True, mixed_precision="bf16"))(build_classifier("single"))
-    assert metrics["num_images"] == NUM_IMAGES
-    assert metrics["loss"] != in_float32["loss"]
-    assert metrics["loss"] == pytest.approx(in_float32["loss"], abs=0.05)

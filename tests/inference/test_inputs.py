@@ -78,6 +78,7 @@ def test_rows_of_a_dataset_keep_their_index_in_any_ranges(tmp_path: Path) -> Non
     ranges = [range(1, 3), range(60, 150)]
     records = list(source.read_records(ranges))
     assert [record.index for record in records] == [1, 2, *range(60, 150)] and source.num_images == 150
+    assert "2" in (prepare_image(None, records[1]).error or "")
     for record in records:
         path = str(tmp_path / f"{record.index}.png")
         assert (record.name, record.content) == (("2", None) if record.index == 2 else (f"{record.index}.png", path))

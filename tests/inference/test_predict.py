@@ -217,16 +217,6 @@ def test_features_equal_the_tokens_of_the_model(
     assert rows[0].keys() == {"index", "image", "features", "error"}
 
 
-def test_an_unreadable_image_has_no_features(models: Path, unreadable: Path, tmp_path: Path) -> None:
-    for kind in ("cls", "registers"):
-        file = tmp_path / f"{kind}.parquet"
-        options = PredictOptions(str(models / "encoder"), (str(unreadable),), output=file, features=(kind,))
-        predict_images(options)
-        reset_accelerate()
-        features = pq.read_table(file)["features"].to_pylist()
-        assert features[0] is not None and features[1:] == [None, None]
-
-
 def test_missing_tokens_are_errors() -> None:
     with raises_one_line("--features registers", "cls, mean"):
         predict(ViTCLSModel(build_tiny_config()), ViTCLSImageProcessor(size=32), ["a.jpg"], features="registers")
