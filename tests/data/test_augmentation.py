@@ -13,15 +13,8 @@ from modeling_vitcls.data.sampling import draw_random_bits
 from modeling_vitcls.options import AugmentationOptions
 
 
-ALL = {
-    "crop_scale": 0.5,
-    "flip": True,
-    "rotation": 20.0,
-    "shift": 0.1,
-    "zoom": 0.2,
-    "auto_augment": "rand",
-    "random_erasing": 0.5,
-}
+ALL = {"crop_scale": 0.5, "flip": True, "rotation": 20.0, "shift": 0.1, "zoom": 0.2}
+ALL |= {"auto_augment": "rand", "random_erasing": 0.5}
 STILL = {"crop_scale": 1.0, "flip": False}
 
 
@@ -143,10 +136,7 @@ PER_IMAGE: dict[str, tuple[dict[str, Any], list[Any]]] = {
         {"crop_scale": 0.9},
         [v2.RandomResizedCrop((24, 32), scale=(0.9, 1.0), interpolation=InterpolationMode.BICUBIC)],
     ),
-    "rand": (
-        STILL | {"auto_augment": "rand"},
-        [v2.RandAugment(num_ops=2, magnitude=9, interpolation=BILINEAR)],
-    ),
+    "rand": (STILL | {"auto_augment": "rand"}, [v2.RandAugment(num_ops=2, magnitude=9, interpolation=BILINEAR)]),
     "trivial": (STILL | {"auto_augment": "trivial"}, [v2.TrivialAugmentWide(interpolation=BILINEAR)]),
     "all": (
         {"crop_scale": 0.5, "auto_augment": "rand", "random_erasing": 1.0},

@@ -120,8 +120,9 @@ def test_pixels_match_the_image_processor(settings: dict[str, Any]) -> None:
     prepared = build_images(LabeledImages(images, [0] * 9))
     keys = [(0, index) for index in range(9)]
     expected = processor(images, return_tensors="pt")["pixel_values"]
-    measured = Normalizer(processor, torch.device("cpu"))(prepared[keys]["pixels"])
-    torch.testing.assert_close(measured, expected, atol=1e-5, rtol=0)
+    pixels, normalizer = prepared[keys]["pixels"], Normalizer(processor, torch.device("cpu"))
+    torch.testing.assert_close(normalizer(pixels), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(normalizer.invert(expected), pixels.float(), atol=1e-2, rtol=0)
 
 
 def test_only_small_datasets_are_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,7 +216,7 @@ def test_workers_ignore_the_signals_that_stop_a_run() -> None:
         next(batches)  # one batch from each worker: both have started
     workers = [child for child in multiprocessing.active_children() if child not in before]
     assert len(workers) == 2
-    for name in ("INT", "TERM"):
+    for name in ("INT", "TERM", "USR1"):
         subprocess.run(["kill", f"-{name}", *(str(worker.pid) for worker in workers)], check=True)
     time.sleep(0.2)
     assert len(list(islice(batches, 50))) == 50

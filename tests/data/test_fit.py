@@ -11,6 +11,7 @@ from PIL import Image
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, ViTCLSImageProcessorPil
 from modeling_vitcls.data.augmentation import build_augmentation
+from modeling_vitcls.data.batches import Normalizer
 from modeling_vitcls.data.fit import describe_fit, get_visible_share, set_fit
 from modeling_vitcls.data.labels import LabelSpace
 from modeling_vitcls.inference.load_model import load_model
@@ -61,6 +62,9 @@ def test_a_white_square_at_each_edge_reaches_the_input(
         for backend in (ViTCLSImageProcessor, ViTCLSImageProcessorPil):
             values = backend.from_pretrained(tmp_path)(image, return_tensors="pt")["pixel_values"]
             assert values.shape[-2:] == (image_size or (32, 32))
+            if backend is ViTCLSImageProcessor:
+                normalized = Normalizer(processor, torch.device("cpu"))(seen_in_training[None])
+                torch.testing.assert_close(normalized, values, atol=0.01, rtol=0)
             is_seen.append(bool((values > 1.5).any()))  # white is above 2 after normalization
         assert is_seen == [is_seen[0]] * 3
         assert is_seen[0] or fit == "crop"
@@ -76,12 +80,19 @@ def test_random_crops_of_padded_images_have_the_aspect_ratio_of_the_input() -> N
 
 
 def test_a_crop_keeps_its_ratio_at_another_size_and_the_seen_share_is_measured() -> None:
-    processor = ViTCLSImageProcessor(**CROP)
-    set_fit(processor, "crop", (64, 64))
-    assert (processor.size.shortest_edge, processor.crop_size.height) == (72, 64)
+    for size, crop, share, edge in (
+        ({"height": 40, "width": 40}, 32, (32 / 40) ** 2, 80),
+        ({"shortest_edge": 36}, 32, (32 / 36) ** 2, 72),
+    ):
+        processor = ViTCLSImageProcessor(size=size, do_center_crop=True, crop_size={"height": crop, "width": crop})
+        assert get_visible_share(processor, (100, 100)) == pytest.approx(share)
+        set_fit(processor, "crop", (64, 64))
+        assert (processor.size.shortest_edge, processor.crop_size.height) == (edge, 64)
     assert get_visible_share(processor, (160, 640)) == pytest.approx((64 / 72) ** 2 / 4)
     text = describe_fit(processor, [Image.new("L", size) for size in ((640, 160), (100, 100), (100, 130))])
-    assert f"{100 * (64 / 72) ** 2 / 1.3:.0f} %" in text
+    assert f"{100 * (64 / 72) ** 2 / 1.3:.0f} %" in text and describe_fit(processor, []) == "crop"
+    set_fit(processor, "crop", (20, 28))
+    assert (processor.size.shortest_edge, processor.crop_size.width) == (31, 28)  # 31.5, rounded down
 
 
 def test_prediction_and_evaluation_can_override_the_saved_fit(cropping_checkpoint: Path) -> None:

@@ -26,17 +26,10 @@ from modeling_vitcls.data.held_out import (
     read_held_out_record,
 )
 from modeling_vitcls.data.in_memory import add_dataset
-from modeling_vitcls.data.splits import (
-    load_evaluation_data,
-    load_training_data,
-)
+from modeling_vitcls.data.splits import load_evaluation_data, load_training_data
 from modeling_vitcls.inference.evaluate import evaluate_checkpoint
 from modeling_vitcls.inference.load_model import load_model
-from modeling_vitcls.options import (
-    DataOptions,
-    EvaluateOptions,
-    InspectOptions,
-)
+from modeling_vitcls.options import DataOptions, EvaluateOptions, InspectOptions
 from modeling_vitcls.publishing.model_folder import ModelFolder
 from modeling_vitcls.publishing.staging import list_published_files
 from modeling_vitcls.training.finetune import describe_overlap
@@ -85,9 +78,10 @@ def test_the_split_is_stratified(fraction: float, tmp_path: Path) -> None:
 
 def test_the_folds_are_stratified(tmp_path: Path) -> None:
     folder = write_photos(tmp_path / "photos", range(12), "ant", "cat")
-    folds = [read(folder, folds=3, fold=fold).held_out for fold in (1, 2, 3)]
-    assert [Counter(fold.labels) for fold in folds] == [{0: 4, 1: 4}] * 3
-    assert len(set.union(*map(get_names, folds))) == 24
+    folds = [read(folder, folds=3, fold=fold) for fold in (1, 2, 3)]
+    assert [Counter(fold.held_out.labels) for fold in folds] == [{0: 4, 1: 4}] * 3
+    assert len(set.union(*(get_names(fold.held_out) for fold in folds))) == 24
+    assert folds[1].record.rule == HeldOutRule(1 / 3, 0, num_folds=3, fold=2)
 
 
 def test_folds_of_small_classes_have_equal_sizes(tmp_path: Path) -> None:
@@ -122,7 +116,8 @@ def test_the_split_depends_only_on_names(tmp_path: Path, monkeypatch: pytest.Mon
     folder.rename(tmp_path / "there")
     assert get_names(read(tmp_path / "there", split_seed=3).held_out) == held_out
     monkeypatch.chdir(tmp_path)
-    assert get_names(read("there", split_seed=3).held_out) == held_out
+    moved = read("there/cat/..", split_seed=3)
+    assert get_names(moved.held_out) == held_out and moved.name == "there"
     rows = [f"there/{path.relative_to(tmp_path / 'there')},x" for path in (tmp_path / "there").glob("*/*.png")]
     (tmp_path / "list.csv").write_text("\n".join(["image,label", *rows[:40], "a.png,y", *rows[40:]]), encoding="utf-8")
     listed = get_names(read("list.csv", split_seed=3).held_out)
@@ -159,8 +154,10 @@ def test_the_held_out_images_of_a_dataset_never_change() -> None:
         held_out = {key for key in range(200) if HeldOutRule(0.3, 3, purpose).is_held_out(key)}
         assert held_out == {key for key in range(200) if hash_text(f"{prefix} {key}") < 0.3 * 2**64}
     assert [compute_image_key(name.encode()) for name in "abc"] == [hash_text(name) // 2 for name in "abc"]
-    for path, name in (("/photos/cat/1.png", "cat/1.png"), ("", ""), ("https://a.org/1.png", "https://a.org/1.png")):
-        assert get_relative_path(path, Path("/photos")) == name
+    for path in ("/photos/cat/1.png", "/photos/./cat//1.png", "cat/1.png"):
+        assert get_relative_path(path, Path("/photos")) == "cat/1.png"
+    for path in ("", "https://a.org/1.png"):
+        assert get_relative_path(path, Path("/photos")) == path
 
 
 def test_each_image_is_in_one_fold() -> None:
@@ -179,7 +176,7 @@ def test_each_image_is_in_one_fold() -> None:
 
 def test_empty_parts_are_errors(tmp_path: Path) -> None:
     folder = write_photos(tmp_path, range(1))
-    with raises_one_line("--held-out-fraction"):
+    with raises_one_line("none of the 2 images", "Set a larger --held-out-fraction"):
         read(folder)
 
 
@@ -203,6 +200,8 @@ def test_evaluation_uses_the_held_out_images_of_the_run(tmp_path: Path, capsys: 
         evaluate(tmp_path / "run", folder, split_seed=3)
     with raises_one_line("--held-out-fraction is 0.5", "0.3"):
         evaluate(tmp_path / "run", folder, held_out_fraction=0.5)
+    same = DataOptions(str(folder), split_seed=7, held_out_fraction=0.3)
+    assert get_names(load_evaluation_data(same, "test", expected).images) == get_names(held_out)
 
 
 def test_the_label_columns_of_a_run_are_used_in_its_evaluation(tmp_path: Path) -> None:
@@ -267,12 +266,17 @@ def test_evaluation_warns_of_images_that_may_be_training_images(tmp_path: Path, 
 
 
 @pytest.mark.parametrize(
-    ("trained", "other", "overlaps"),
-    [({}, {}, False), ({}, {"split_seed": 1}, True), ({"folds": 3, "fold": 2}, {"folds": 3, "fold": 1}, True)],
-    ids=str,
+    ("trained", "other", "flags"),
+    [
+        ({}, {}, ""),
+        ({"held_out_fraction": 0.4}, {}, ""),
+        ({}, {"held_out_fraction": 0.4}, "--held-out-fraction 0.2 --split-seed 0"),
+        ({}, {"split_seed": 1}, "--held-out-fraction 0.2 --split-seed 0"),
+        ({"folds": 3, "fold": 2}, {"folds": 3, "fold": 1}, "--folds 3 --fold 2 --split-seed 0"),
+    ],
 )
 def test_a_model_trained_on_held_out_images_is_named(
-    trained: dict[str, Any], other: dict[str, Any], overlaps: bool, tmp_path: Path
+    trained: dict[str, Any], other: dict[str, Any], flags: str, tmp_path: Path
 ) -> None:
     folder, model = write_photos(tmp_path / "photos", range(30)), tmp_path / "model"
     model.mkdir()
@@ -281,8 +285,9 @@ def test_a_model_trained_on_held_out_images_is_named(
     assert not describe_overlap(initial, second)  # no results.json
     results = {"dataset": first.name, "held_out": asdict(first.record)}
     (model / "results.json").write_text(json.dumps(results), encoding="utf-8")
-    assert bool(describe_overlap(initial, second)) == overlaps
-    assert bool(get_names(first.train) & get_names(second.held_out)) == overlaps
+    warnings = describe_overlap(initial, second)
+    assert len(warnings) == bool(flags) and all(flags in warning for warning in warnings)
+    assert bool(get_names(first.train) & get_names(second.held_out)) == bool(flags)
     assert not describe_overlap(initial, replace(second, name="another dataset"))
     assert not describe_overlap(replace(initial, folder=None), second)
     assert not describe_overlap(initial, replace(second, record=HeldOutRecord("test", 5)))
@@ -297,6 +302,8 @@ def test_a_split_of_the_dataset_is_recorded_and_evaluated(tmp_path: Path) -> Non
     assert (measured["split"], measured["num_images"], measured["held_out_part"]) == ("validation", 20, None)
     assert measured["accuracy"] == trained["accuracy"]
     assert evaluate(tmp_path / "run", tmp_path / "photos", "train")["num_images"] == 40
+    with raises_one_line("has no split 'test'. Choose one of train, validation"):
+        evaluate(tmp_path / "run", tmp_path / "photos", "test")
 
 
 def test_the_record_is_published_and_inspection_uses_it(tmp_path: Path) -> None:

@@ -134,7 +134,7 @@ def test_a_split_without_class_folders_is_skipped_and_named(tmp_path: Path) -> N
     assert list(read(tmp_path)) == ["train"]
     write_images(tmp_path, "stray.png")
     notes = get_notes(tmp_path)
-    assert "skipped 5 files outside of class folders: test/0.png, test/1.png" in notes
+    assert "skipped 5 files outside of class folders: test/0.png, test/1.png, test/2.png and 2 more" in notes
     assert "skipped 1 file next to the split folders: stray.png" in notes
     assert {split: len(found[""]) for split, found in read(tmp_path, use_labels=False).items()} == {
         "train": 4,
@@ -209,31 +209,25 @@ def test_links_are_followed_without_cycles(tmp_path: Path, monkeypatch: pytest.M
 # Other readers of folders --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
-def test_metadata_files_name_the_labels(tmp_path: Path, kind: str) -> None:
+def test_metadata_files_name_the_labels(tmp_path: Path) -> None:
     """Each split folder has its metadata file; names of splits may be in upper case, and brackets are no pattern."""
     folder = tmp_path / "photos [1]"
     for split, shades in (("Train", "abab"), ("TEST", "ba")):
         write_class(folder, split, 5)
         table = pandas.DataFrame({"file_name": [f"{index}.png" for index in range(len(shades))], "shade": [*shades]})
-        file = folder / split / f"metadata.{kind}"
-        if kind == "csv":
-            table.to_csv(file, index=False)
-        elif kind == "jsonl":
-            table.to_json(file, orient="records", lines=True)
-        else:
-            table.to_parquet(file)
+        table.to_csv(folder / split / "metadata.csv", index=False)
     data = load(folder, label_column=("shade",))
     assert (list(data.train.labels), list(data.held_out.labels)) == ([0, 1, 0, 1], [1, 0])
     assert data.held_out_name == "split 'test'"
     assert data.held_out.images.get_names() == ["TEST/0.png", "TEST/1.png"]
 
 
-def test_folders_with_metadata_are_never_ambiguous(tmp_path: Path) -> None:
-    write_images(tmp_path, "train/cat/0.png", "other/0.png")
-    (tmp_path / "metadata.csv").write_text("file_name,label\ntrain/cat/0.png,a\nother/0.png,b\n", encoding="utf-8")
+@pytest.mark.parametrize("other", ["other", "test"])
+def test_folders_with_metadata_are_never_ambiguous(tmp_path: Path, other: str) -> None:
+    write_images(tmp_path, *(names := ["train/cat/0.png", f"{other}/0.png"]))
+    (tmp_path / "metadata.csv").write_text(f"file_name,label\n{names[0]},a\n{names[1]},b\n", encoding="utf-8")
     images = load_evaluation_data(DataOptions(str(tmp_path), held_out_fraction=0.0), "train").images
-    assert list(images.labels) == [0, 1] and images.images.get_names() == ["train/cat/0.png", "other/0.png"]
+    assert list(images.labels) == [0, 1] and images.images.get_names() == names
     (tmp_path / "metadata.csv").write_text("label\na\n", encoding="utf-8")
     with raises_one_line("metadata.csv"):
         load(tmp_path)
@@ -247,7 +241,7 @@ def test_folders_with_metadata_are_never_ambiguous(tmp_path: Path) -> None:
         (1, [], True),
         *((1, [f"a.{suffix}"], False) for suffix in ("CSV", "jsonl", "tar")),
         (2, ["a.parquet"], True),
-        (1, ["a.parquet", "b.csv", "metadata.csv"], True),
+        *((1, ["a.parquet", "b.csv", f"metadata.{suffix}"], True) for suffix in ("csv", "jsonl", "parquet")),
     ],
 )
 def test_folders_of_tables_are_not_image_folders(

@@ -88,6 +88,8 @@ def test_empty_text_between_separators_is_not_a_label() -> None:
     reader = build_reader(["b|a", None, "|b||", " "], datasets.Value("string"), label_separator="|")
     assert reader.label_space == LabelSpace("multi_label_classification", {"label": ["a", "b"]})
     assert read_all(reader, ["b | a", None, "|b|| ", ""]) == [[1.0, 1.0], [0.0, 0.0], [0.0, 1.0], [0.0, 0.0]]
+    with raises_one_line("row 1 has the label 'c'"):
+        reader.read_columns([["a", "b|c"]], "row {}".format)
 
 
 @pytest.mark.parametrize("value", [0.5, {"x": 1}, [["a"], ["b"]]])
@@ -100,11 +102,8 @@ def test_labels_as_text() -> None:
     single = LabelSpace("single_label_classification", {"label": ["cat", "dog"]})
     assert [single.format_label(label) for label in (0, 1, -100, -1, None)] == ["cat", "dog", None, None, None]
     several = LabelSpace("multi_label_classification", {"label": ["cat", "dog"]})
-    assert [several.format_label(label) for label in ([1.0, 1.0], (0.0, 1.0), [0.0, 0.0])] == [
-        "cat, dog",
-        "dog",
-        "no label",
-    ]
+    texts = [several.format_label(label) for label in ([1.0, 1.0], (0.0, 1.0), [0.0, 0.0])]
+    assert texts == ["cat, dog", "dog", "no label"]
     tasks = LabelSpace("multi_task", {"kind": ["cat", "dog"], "age": ["young", "old"]})
     assert tasks.format_label({"kind": 0, "age": 1}) == "kind cat, age old"
     assert tasks.format_label({"kind": -100, "age": 0}) == "age young"

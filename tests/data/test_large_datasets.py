@@ -14,7 +14,6 @@ from helpers.photo_folders import write_photos
 
 from modeling_vitcls.data import image_folder, splits
 from modeling_vitcls.data.images import DatasetImages
-from modeling_vitcls.data.labels import MultiHotLabels
 from modeling_vitcls.data.splits import load_on_main, load_training_data
 from modeling_vitcls.options import DataOptions
 
@@ -45,6 +44,10 @@ def test_the_main_process_scans_a_folder_once_for_all_processes(
     assert not any(path.startswith(str(photos)) for path in scanned)
     assert other.record == main.record and other.train.images.get_names() == main.train.images.get_names()
     assert other.train.images[0].tobytes() == main.train.images[0].tobytes()
+    Path(main.train.images.dataset.cache_files[0]["filename"]).unlink()  # the processes do not share the cache
+    alone = load_on_main(SimpleNamespace(num_processes=2), str(photos), load)  # type: ignore[arg-type]
+    assert alone.record == main.record and scanned
+    assert load_on_main(SimpleNamespace(num_processes=2), "memory:0", lambda: "loaded") == "loaded"  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("has_paths", [False, True])
@@ -60,16 +63,6 @@ def test_keys_of_a_table_are_computed_once_without_its_images(
     monkeypatch.setattr(DatasetImages, "get_encoded_image", None)  # no image is read
     first, second = (load_training_data(DataOptions(str(tmp_path / "table.parquet"))) for _ in range(2))
     assert first.record == second.record and first.record.num_images == 10 and len(computed) == 1
-
-
-def test_labels_of_many_classes_are_stored_as_class_indices(tmp_path: Path) -> None:
-    photos = sorted(write_photos(tmp_path / "photos", range(10)).glob("*/*.png"))
-    rows = [f"{path},tag {index}|tag {index + 1}" for index, path in enumerate(photos)]
-    (tmp_path / "tags.csv").write_text("\n".join(["image,label", *rows]), encoding="utf-8")
-    data = load_training_data(DataOptions(str(tmp_path / "tags.csv"), label_separator="|"))
-    for part in (data.train, data.held_out):
-        assert isinstance(part.labels, MultiHotLabels) and part.labels.indices.size == 2 * len(part)
-        assert all(len(label) == 21 and sum(label) == 2 for label in part.labels)
 
 
 @pytest.mark.parametrize("is_folder", [True, False])

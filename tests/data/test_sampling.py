@@ -5,12 +5,7 @@ import pytest
 import torch
 from helpers.batch_plans import build_plan
 
-from modeling_vitcls.data.sampling import (
-    BatchPlan,
-    compute_class_weights,
-    derive_seed,
-    draw_random_bits,
-)
+from modeling_vitcls.data.sampling import BatchPlan, compute_class_weights, derive_seed, draw_random_bits
 from modeling_vitcls.options import TrainingOptions
 
 

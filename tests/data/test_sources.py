@@ -16,19 +16,13 @@ from helpers.tiny_models import raises_one_line
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from modeling_vitcls.data.images import (
-    LabeledImages,
-    UnreadableImage,
-    UnreadableImageCounter,
-)
+from modeling_vitcls.data.images import LabeledImages, UnreadableImage, UnreadableImageCounter
 from modeling_vitcls.data.in_memory import add_dataset
+from modeling_vitcls.data.labels import MultiHotLabels
 from modeling_vitcls.data.sources import load_splits
 from modeling_vitcls.data.splits import load_evaluation_data, load_training_data
 from modeling_vitcls.image_processing_vitcls import pil_to_tensor
 from modeling_vitcls.options import DataOptions
-
-
-FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
 
 @pytest.fixture(scope="module")
@@ -158,12 +152,12 @@ def write_mnist(folder: Path, ending: str = "") -> np.ndarray:
     return images
 
 
-@pytest.mark.parametrize("ending", ["", ".gz"])
-def test_folder_in_the_format_of_mnist(tmp_path: Path, ending: str) -> None:
-    images = write_mnist(tmp_path / "mine", ending)
-    data = read(tmp_path / "mine")
-    assert (data.name, data.held_out_name, len(data.train), len(data.held_out)) == ("mine", "split 'test'", 12, 4)
-    assert data.label_space.names == [str(digit) for digit in range(10)]
+@pytest.mark.parametrize(("name", "ending", "first"), [("mine", "", "0"), ("fashion-mnist", ".gz", "T-shirt/top")])
+def test_folder_in_the_format_of_mnist(tmp_path: Path, name: str, ending: str, first: str) -> None:
+    images = write_mnist(tmp_path / name, ending)
+    data = read(tmp_path / name)
+    assert (data.name, data.held_out_name, len(data.train), len(data.held_out)) == (name, "split 'test'", 12, 4)
+    assert data.label_space.names[0] == first and len(data.label_space.names) == 10
     assert list(data.train.labels) == [*range(10), 0, 1]
     assert np.array_equal(np.asarray(data.train.images[11]), images[11])
     assert data.train.images[0].size == (7, 5)
@@ -219,7 +213,7 @@ def test_lists_of_declared_labels_are_several_labels(color_images: Path, tmp_pat
     feature = datasets.List(datasets.ClassLabel(names=["sun", "moon", "sky"]))
     data = read(write_table(tmp_path / "table.parquet", rows, image=datasets.Image(), tags=feature))
     assert data.label_space.kind == "multi_label_classification"
-    assert data.label_space.names == ["sun", "moon", "sky"]
+    assert data.label_space.names == ["sun", "moon", "sky"] and isinstance(data.train.labels, MultiHotLabels)
     for image, label in list_all(data):
         assert label == ([1.0, 0.0, 1.0] if is_noon(image) else [0.0, 0.0, 0.0])
 
@@ -256,8 +250,9 @@ def test_rows_without_a_label_are_skipped_and_counted(
         assert len(list_all(data)) == 15 and data.label_space.names == classes
         assert "5 of 20" in caplog.text
     caplog.clear()
+    assert len(list_all(read(table))) == 15 and not caplog.records  # once per process
     monkeypatch.setenv("RANK", "1")  # only the first process prints the warning
-    assert len(list_all(read(table))) == 15 and not caplog.records
+    assert len(list_all(read(table.rename(tmp_path / "c.parquet")))) == 15 and not caplog.records
 
 
 def test_contradictory_labels_are_named(color_images: Path, tmp_path: Path) -> None:
@@ -306,7 +301,7 @@ def write_splits(folder: Path, color_images: Path, **labels: int | None) -> Path
 
 
 def test_classes_are_collected_from_all_splits_that_are_read(color_images: Path, tmp_path: Path) -> None:
-    for split, label in (("train", "b"), ("test", "a")):
+    for split, label in (("train", "b"), ("validation", "a"), ("test", "c")):
         write_table(tmp_path / f"{split}.parquet", {"image": list_paths(color_images), "label": [label] * 20})
     data = read(tmp_path)
     assert data.label_space.names == ["a", "b"]
@@ -341,7 +336,7 @@ def test_unlabeled_images(color_images: Path, tmp_path: Path) -> None:
     for folder in (tmp_path, color_images):  # without and with sub-folders
         data = load_training_data(DataOptions(dataset=str(folder)), use_labels=False)
         assert len(data.train) + len(data.held_out) == 20
-        assert data.label_space.columns == {}
+        assert data.label_space.columns == {} and "stratified" not in data.held_out_name
         assert {label for _, label in list_all(data)} == {-100}
         assert len({np.asarray(image.convert("RGB")).tobytes() for image, _ in list_all(data)}) == 20
     digits = load_training_data(DataOptions(dataset="digits"), use_labels=False)

@@ -20,13 +20,11 @@ from modeling_vitcls.data.splits import (
     choose_training_splits,
     describe_change,
     describe_data,
+    exclude_images,
     load_evaluation_data,
     load_training_data,
 )
-from modeling_vitcls.options import (
-    DataOptions,
-    FinetuneOptions,
-)
+from modeling_vitcls.options import DataOptions, FinetuneOptions
 from modeling_vitcls.training.reporter import describe_splits
 
 
@@ -95,9 +93,8 @@ def test_the_description_of_the_data(tmp_path: Path) -> None:
     data = load_training_data(DataOptions(str(photos)))
     description = describe_data(data)
     assert (description["num_training_images"], description["num_held_out_images"]) == (48, 12)
-    assert description["held_out_images"] == asdict(data.record) and description["classes"] == {
-        "label": ["cat", "dog"]
-    }
+    assert description["held_out_images"] == asdict(data.record)
+    assert description["classes"] == {"label": ["cat", "dog"]}
     write_photos(photos, [3, 7], "cat")  # the same files
     assert describe_data(load_training_data(DataOptions(str(photos)))) == description
     assert describe_change(description, description) is None
@@ -204,6 +201,17 @@ def test_training_images_of_a_stream_are_not_evaluated(tmp_path: Path) -> None:
     evaluated = load_evaluation_data(DataOptions(str(photos)), "train")
     assert get_names(evaluated.images) == get_names(training_images) and evaluated.rule is None
     assert load_evaluation_data(DataOptions(str(photos)), "test").rule == HeldOutRule(0.2, 0)
+
+
+def test_listed_images_of_the_training_split_are_excluded(tmp_path: Path) -> None:
+    """The names of these images are row numbers, which remain text."""
+    images = LabeledImages(DatasetImages.from_list([{"path": None, "bytes": b"image"}] * 4), [0, 1, 2, 3])
+    (tmp_path / "audit.csv").write_text("id,split\n1,train\n2,test\n3,train\n", encoding="utf-8")
+    assert exclude_images(images, "train", tmp_path / "audit.csv").labels == [0, 2]
+    for name in ("id", "split"):
+        (tmp_path / "audit.csv").write_text(f"{name}\n1\n", encoding="utf-8")
+        with raises_one_line("--exclude", "audit.csv"):
+            exclude_images(images, "train", tmp_path / "audit.csv")
 
 
 def test_training_on_a_split_named_test_is_reported(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ and a held-out part that is not used for training.
 
 import io
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -210,11 +211,7 @@ def test_unreadable_images_are_described_by_their_path(tmp_path: Path) -> None:
         file.parent.mkdir(exist_ok=True)
         file.write_bytes(b"no image" if index == 7 else encode_example(index))
     source = read(tmp_path).train
-    assert isinstance(source, StreamedImages)
-    processor = ViTCLSImageProcessor(size=[8, 8])
-    augmentation = build_augmentation(AugmentationOptions(crop_scale=0.5, shift=0.0), processor)
-    images = TrainingStream(source, BatchBuilder(augmentation, True, seed=0))
-    batches = list(iterate_training_batches(images, build_plan(max_steps=8, batch_size=4), 0, 0))
+    batches = build_batches(source, build_plan(max_steps=8, batch_size=4))
     messages = {message for batch in batches for message in batch["errors"].values()}
     assert len(messages) == 1 and "7.png" in messages.pop()
 
@@ -312,6 +309,8 @@ def test_undeclared_labels_are_collected(tmp_path: Path) -> None:
     data = read(folder, label_names=("c", "b", "a"))
     assert data.label_space.names == ["c", "b", "a"]
     assert list(data.held_out.labels) == [2 - number % 3 for number in get_held_out(data)]
+    converted = replace(data.train, convert_label=lambda label: label + 5)
+    assert {example.label for example in converted.iterate_pass(0, 0, 0, 1)} == {5, 6, 7}
     with pytest.raises(ValueError, match="has the label 'c', not one of the 2 classes"):
         read(folder, label_names=("a", "b"))
 
@@ -346,6 +345,9 @@ def test_table_of_paths(tmp_path: Path) -> None:
     with raises_one_line(f"list.csv: the image {tmp_path / '1.png'} has the label 'odd'"):
         read(tmp_path / "list.csv", label_names=("even", "none"), label_column=("kind",), held_out_fraction=0.999)
     assert list(data.held_out.labels) == [number % 2 for number in get_held_out(data)]
+    assert data.held_out.images.get_names() == [f"{number}.png" for number in get_held_out(data)]
+    tags = read(tmp_path / "list.csv", label_names=("odd", "even"), label_column=("kind",), label_separator="|")
+    assert list(tags.held_out.labels) == [[number % 2, 1 - number % 2] for number in get_held_out(data)]
     for batch in build_batches(data.train, build_plan(max_steps=3, batch_size=4)):
         assert torch.equal(batch["pixels"].amax(dim=(1, 2, 3)) % 2, batch["labels"])
 
