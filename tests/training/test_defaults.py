@@ -45,7 +45,7 @@ HEAD, LORA = (build_options(training=TrainingOptions(trainable=trainable)) for t
             None,
             {"hidden_size": 4096, "image_size": 65},
             9,
-            {"initializer_range": 0.02, "crop_scale": 0.35, "shift": 0.0},
+            {"initializer_range": 0.02, "crop_scale": 0.35, "shift": 0},
         ),
         (None, {}, 9_999, {"batch_size": 32, "epochs": 30.0, "shift": 0.04}),
         (None, {}, 10_000, {"batch_size": 64, "epochs": 30.0}),

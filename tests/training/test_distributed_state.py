@@ -70,6 +70,8 @@ def test_training_resumes_to_the_bit(store: CheckpointStore, kind: str) -> None:
         step_once(model, optimizer, ema, step)
     tensors, facts = gather_state(accelerator, model, optimizer, ema.shadow)
     store.save(3, tensors, facts, is_best=False)
+    if kind != "LoRA":
+        assert tensors["model"].keys() == build("plain", seed=0).state_dict().keys() >= tensors["ema"].keys()
     expected = [step_once(model, optimizer, ema, step) for step in range(3, 6)]
 
     other = build(kind, seed=1)
@@ -103,15 +105,6 @@ def test_parameters_without_moments_have_none_after_a_resume(store: CheckpointSt
         model.vitcls.layers[0].requires_grad_(True)
         losses.append([step_once(model, optimizer, ema, step) for step in (1, 2, 3)])
     assert losses[0] == losses[1]
-
-
-@pytest.mark.parametrize("kind", ["plain", "LoRA", "compiled"])
-def test_names_are_the_models_own(kind: str) -> None:
-    model = build(kind, seed=0)
-    names = get_model_state_dict(model).keys()
-    assert all(name.startswith(("vitcls.", "classifier.")) for name in names)
-    if kind != "LoRA":
-        assert names == get_model_state_dict(build("plain", seed=0)).keys()
 
 
 def test_the_loss_scaler_is_resumed(store: CheckpointStore) -> None:

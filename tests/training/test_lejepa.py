@@ -92,6 +92,37 @@ def test_crops_are_parts_of_the_image() -> None:
     assert whole[:, 0].max() - whole[:, 0].min() > 23  # at most the aspect ratio is cropped
 
 
+def test_global_crops_are_large_and_local_crops_are_small() -> None:
+    """The images have 24 vertical stripes. The model returns the mean colors of the views."""
+    views: list[torch.Tensor] = []
+
+    def model(*arguments: torch.Tensor) -> torch.Tensor:
+        views.extend(arguments)
+        return torch.cat([each.mean((-1, -2)) for each in arguments])
+
+    pixels = (255 * (torch.arange(96) // 4 % 2)).to(torch.uint8).expand(40, 3, 64, 96)
+    options = LeJEPAOptions(local_crops=3, global_crop_scale=0.5)
+    normalize = Normalizer(ViTCLSImageProcessor(), torch.device("cpu"))
+    losses = LeJEPAObjective(normalize, options, (8, 32))(model, {"pixels": pixels})  # type: ignore[arg-type]
+    assert [list(each.shape) for each in views] == [[2, 40, 3, 64, 96], [3, 40, 3, 24, 64]]  # at least two patches
+    for each, low, high in zip(views, (13, 3), (24, 20), strict=True):
+        row = each[:, :, 0, 8]
+        stripes = (row > row.mean(-1, keepdim=True)).int().diff(dim=-1).abs().sum(-1)
+        assert low <= stripes.min() < low + 5 and high - 5 < stripes.max() <= high
+    assert views[0].min() < -1.5 and views[0].max() > 1.5  # normalized
+    means = torch.cat([each.mean((-1, -2)) for each in views])
+    expected = torch.nn.functional.mse_loss(means, means[:2].mean(dim=0).expand_as(means))
+    torch.testing.assert_close(losses["invariance_loss"], expected)
+
+
+def test_brightness_and_contrast_change_by_up_to_two_fifths() -> None:
+    images = lejepa.jitter(torch.tensor([0.4, 0.6]).expand(400, 3, 1, 2))
+    brightness = images.mean((1, 2, 3)) / 0.5
+    for factors in (brightness, (images[..., 1] - images[..., 0]).mean((1, 2)) / 0.2 / brightness):
+        assert 0.599 < factors.min() < 0.65 and 1.35 < factors.max() < 1.401
+        assert 0.1 < ((factors - 1).abs() < 1e-5).float().mean() < 0.3
+
+
 def test_a_fifth_of_the_images_become_gray() -> None:
     images = lejepa.jitter(torch.rand(400, 3, 8, 8))
     is_gray = (images.amax(1) - images.amin(1)).amax(dim=(1, 2)) < 1e-5

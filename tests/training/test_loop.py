@@ -60,7 +60,6 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 DIGITS = load_training_data(DataOptions(dataset="digits"))
 DIGITS = replace(DIGITS, train=DIGITS.train.draw(360, seed=0))
-needs_fork = pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="needs fork")
 
 
 class LoopRecorder:
@@ -207,8 +206,7 @@ def test_logged_records() -> None:
     for record in bench.records:
         assert record["epoch"] == round(record["step"] * 8 / 360, 4)
         assert record["learning_rate"] == get_learning_rate(record["step"] - 1, 5, bench.options)
-        assert record["loss"] > 0 and record["gradient_norm"] > 0
-        assert record["images_per_second"] > 0 and record["peak_memory_mb"] > 10
+        assert record["gradient_norm"] > 0 and record["peak_memory_mb"] > 10
         for figure in ("token_norm", "token_gradient_norm"):
             assert record[figure].keys() == {"cls[0]", "registers[0]", "registers[1]"}
             assert all(value > 0 for value in record[figure].values())
@@ -333,11 +331,11 @@ def test_fine_tuning_must_exceed_the_frozen_model_by_more_than_chance() -> None:
     bench.run()
     assert bench.saved == [(0, True), (3, False), (6, False), (6, True), (9, False)]
     reset_accelerate()
-    single = LoopRecorder(epochs=1, max_steps=None, batch_size=120)
+    single = LoopRecorder(max_steps=1, batch_size=720)  # one step of two epochs
     single.accuracies = iter([0.5, 0.82])
     single.loop.evaluate_step()
     single.run()
-    assert single.saved == [(0, True), (3, False), (3, True)]
+    assert single.saved == [(0, True), (1, False), (1, True)]
 
 
 @pytest.mark.parametrize("step", [3, 4])
@@ -356,21 +354,6 @@ def test_a_signal_after_the_last_step_stops_nothing() -> None:
     assert bench.saved == [(3, False), (3, True)]
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_a_non_finite_loss_stops_before_the_update(accumulation: int) -> None:
-    bench = LoopRecorder(max_steps=4, gradient_accumulation_steps=accumulation)
-    batches = bench.batches()
-    bench.loop.run_step(batches)
-    before = copy_weights(bench.model)
-    objective, factors = bench.loop.objective, iter([math.nan, 1.0])
-    bench.loop.objective = lambda model, batch: {"loss": objective(model, batch)["loss"] * next(factors)}
-    with pytest.raises(RunStopped, match=r"not finite in step 2\. Set a lower --learning-rate"):
-        bench.loop.run_step(batches)
-    assert all(torch.equal(before[name], weight) for name, weight in copy_weights(bench.model).items())
-    assert all(parameter.grad is None for parameter in bench.model.parameters())
-    assert bench.state.step == 1
-
-
 def build_overflowing_loop(finite_every: int | None = None, **training: Any) -> LoopRecorder:
     """Return a loop as with fp16: gradients are infinite except in every `finite_every`-th step, and the loss scaler
     skips the other steps."""
@@ -382,6 +365,21 @@ def build_overflowing_loop(finite_every: int | None = None, **training: Any) -> 
             lambda gradient: gradient if finite_every and bench.state.step % finite_every == 0 else gradient * math.inf
         )
     return bench
+
+
+@pytest.mark.parametrize(("accumulation", "build"), [(1, LoopRecorder), (2, build_overflowing_loop)])
+def test_a_non_finite_loss_stops_before_the_update(accumulation: int, build: Any) -> None:
+    bench = build(max_steps=4, gradient_accumulation_steps=accumulation)
+    batches = bench.batches()
+    bench.loop.run_step(batches)
+    before = copy_weights(bench.model)
+    objective, factors = bench.loop.objective, iter([math.nan, 1.0])
+    bench.loop.objective = lambda model, batch: {"loss": objective(model, batch)["loss"] * next(factors)}
+    with pytest.raises(RunStopped, match=r"not finite in step 2\. Set a lower --learning-rate"):
+        bench.loop.run_step(batches)
+    assert all(torch.equal(before[name], weight) for name, weight in copy_weights(bench.model).items())
+    assert all(parameter.grad is None for parameter in bench.model.parameters())
+    assert bench.state.step == 1
 
 
 def test_overflowing_gradients_are_logged_as_null() -> None:
@@ -396,6 +394,10 @@ def test_permanently_non_finite_gradients_stop_the_run() -> None:
     bench = build_overflowing_loop(max_steps=40, log_every=40)
     with pytest.raises(RunStopped, match="not finite in step 20"):
         bench.run()
+    reset_accelerate()
+    bench = build_overflowing_loop(finite_every=2, max_steps=2)
+    bench.loop.num_overflows = 19
+    bench.run()  # the first step is finite
 
 
 def test_non_finite_gradients_without_a_loss_scaler_stop_the_run() -> None:
@@ -448,10 +450,8 @@ def test_soft_and_hard_labels_agree() -> None:
     torch.manual_seed(0)
     logits, labels = torch.randn(6, 4), torch.randint(4, (6,))
     weights = torch.tensor([0.5, 1.0, 2.0, 0.1])
-    plain, weighted = (
-        partial(compute_single_label_loss, label_smoothing=0.1),
-        partial(compute_single_label_loss, label_smoothing=0.0, class_weights=weights),
-    )
+    plain = partial(compute_single_label_loss, label_smoothing=0.1)
+    weighted = partial(compute_single_label_loss, label_smoothing=0.0, class_weights=weights)
     for loss in (plain, weighted):
         soft = torch.nn.functional.one_hot(labels, 4).float()
         torch.testing.assert_close(loss(logits, soft), loss(logits, labels))
@@ -474,10 +474,8 @@ def test_multi_label_loss_is_binary() -> None:
     smooth = torch.where(labels == 1, 0.9, 0.1)
     expected = torch.nn.functional.binary_cross_entropy_with_logits(logits, smooth)
     torch.testing.assert_close(compute_multi_label_loss(logits, labels, 0.2), expected)
-    half = logits.bfloat16()
-    assert torch.equal(
-        compute_multi_label_loss(half, labels, 0.2), compute_multi_label_loss(half.float(), labels, 0.2)
-    )
+    half, loss = logits.bfloat16(), partial(compute_multi_label_loss, labels=labels, label_smoothing=0.2)
+    assert torch.equal(loss(half), loss(half.float()))
 
 
 def test_multi_task_loss_ignores_missing_labels() -> None:
@@ -549,9 +547,8 @@ def test_a_teacher_trains_the_distillation_head_on_mixed_images() -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_stop_training_at_the_next_check(number: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "modeling_vitcls.training.signals.MAX_FORWARDING_SECONDS", SECONDS
-    )  # a busy machine may pause here
+    """A busy machine may pause between the signals."""
+    monkeypatch.setattr("modeling_vitcls.training.signals.MAX_FORWARDING_SECONDS", SECONDS)
     before = signal.getsignal(number)
     with SignalHandler(Accelerator(cpu=True)) as interruption:
         assert interruption.get_signal() is None

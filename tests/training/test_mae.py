@@ -19,15 +19,9 @@ def build_mae(**fields: Any) -> MAE:
 def test_loss_and_reconstruction_equal_transformers() -> None:
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
     decoder = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 3, "intermediate_size": 40}
-    theirs = ViTMAEForPreTraining(
-        ViTMAEConfig(
-            image_size=32,
-            patch_size=8,
-            norm_pix_loss=True,
-            **sizes,
-            **{f"decoder_{name}": value for name, value in decoder.items()},
-        )
-    ).eval()
+    sizes |= {f"decoder_{name}": value for name, value in decoder.items()}
+    config = ViTMAEConfig(image_size=32, patch_size=8, norm_pix_loss=True, **sizes)
+    theirs = ViTMAEForPreTraining(config).eval()
     randomize(theirs).decoder.initialize_weights(16)  # sets the fixed positions, which a new model leaves at zero
     encoder = convert_from_transformers(theirs.vit)
     decoder_config = ViTCLSConfig(image_size=32, patch_size=8, layer_norm_eps=theirs.config.layer_norm_eps, **decoder)
@@ -73,6 +67,18 @@ def test_only_visible_patches_are_encoded(name: str) -> None:
 
 
 def test_every_parameter_is_trained() -> None:
-    model = randomize(build_mae(num_register_tokens=1)).train()
-    model(build_images(2), draw_masks(2, 16, 0.5, torch.device("cpu"))).loss.backward()
-    assert [name for name, weight in model.named_parameters() if weight.grad is None] == []
+    """The pooler is frozen, because DDP would wait for its gradients. At least one patch is visible."""
+    model = build_mae(num_register_tokens=1, pooling="attention")
+    masks = draw_masks(2, 16, 0.99, torch.device("cpu"))
+    assert 0 < model.mask_token.abs().max() < 0.1 and masks.sum(dim=1).tolist() == [15, 15]
+    randomize(model).train()(build_images(2), masks).loss.backward()
+    frozen = {name for name, weight in model.named_parameters() if not weight.requires_grad}
+    assert {name for name, weight in model.named_parameters() if weight.grad is None} == frozen
+    assert frozen and all(name.startswith("vitcls.pooler.") for name in frozen)
+
+
+def test_the_decoder_has_two_thirds_of_the_width() -> None:
+    fields: dict[str, Any] = {"layer_norm_eps": 1e-3, "image_size": [32, 48], "patch_size": 16, "num_channels": 1}
+    config = build_decoder_config(ViTCLSConfig(hidden_size=768, **fields), num_layers=5)
+    fields |= {"hidden_size": 512, "num_hidden_layers": 5, "num_attention_heads": 16, "intermediate_size": 2048}
+    assert {name: getattr(config, name) for name in fields} == fields

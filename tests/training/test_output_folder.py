@@ -194,7 +194,10 @@ def test_the_old_model_is_never_next_to_the_new_configuration(earlier: Path, mon
 
 
 def test_a_resumed_run_that_is_finished_changes_nothing(earlier: Path) -> None:
+    """Except for an earlier attempt to save the model."""
     before = contents(earlier)
+    (earlier / ".model.partial").mkdir()
+    (earlier / ".model.partial" / "model.safetensors").touch()
     run(earlier, resume=True, keep_checkpoints=5)  # a flag that may change
     assert contents(earlier) == before
 
@@ -221,17 +224,9 @@ def test_sources_in_the_output_folder_are_not_removed(tmp_path: Path, monkeypatc
         check_replaceable(pretraining, CheckpointStore(folder / "checkpoints", num_kept=1))
 
 
-@pytest.mark.parametrize(
-    "names",
-    [
-        ["config.json"],
-        ["results.json"],
-        ["images/cat.png"],
-        ["README.md", "LICENSE", "metrics.jsonl"],
-    ],
-    ids=" ".join,
-)
-def test_files_of_other_programs_are_kept(folder: Path, names: list[str]) -> None:
+@pytest.mark.parametrize("text", ["config.json", "results.json", "images/cat.png", "README.md LICENSE metrics.jsonl"])
+def test_files_of_other_programs_are_kept(folder: Path, text: str) -> None:
+    names = text.split()
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("mine")
@@ -265,6 +260,17 @@ def test_only_folders_of_runs_and_models_are_cleared(folder: Path, name: str | N
         (folder / name).touch()
     remove_run_files(folder, store)
     assert contents(folder) == {}
+
+
+def test_the_configuration_is_moved_first_and_the_results_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names, moved, replace = ["config.json", "README.md", "model.safetensors", "results.json"], [], Path.replace
+    monkeypatch.setattr(Path, "replace", lambda path, target: moved.append(path.name) or replace(path, target))
+    with output_folder.stage_files(tmp_path) as folder:
+        for name in names:
+            (folder / name).touch()
+    assert moved == names and set(contents(tmp_path)) == set(names)
 
 
 # A kill in the final save --------------------------------------------------------------------------------------------

@@ -11,8 +11,8 @@ import pytest
 import torch
 from helpers.photo_folders import write_photos
 from helpers.tiny_models import build_tiny_config, raises_one_line
+from helpers.tiny_options import PLAIN, build_tiny_options, prepare_task, read_metrics, run_to_folder, run_training
 from helpers.tiny_options import TINY as TINY_FINETUNING
-from helpers.tiny_options import build_tiny_options, prepare_task, read_metrics, run_to_folder, run_training
 from safetensors.torch import load_file
 from sklearn.neighbors import KNeighborsClassifier
 from transformers import AutoModel
@@ -20,7 +20,7 @@ from transformers import AutoModel
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, ViTCLSModel
 from modeling_vitcls.files import read_json
 from modeling_vitcls.options import PretrainOptions
-from modeling_vitcls.training.pretrain import FeatureQuality, compare_features, compute_effective_rank
+from modeling_vitcls.training.pretrain import FeatureQuality, check_options, compare_features, compute_effective_rank
 from modeling_vitcls.training.reporter import format_metric
 
 
@@ -41,7 +41,8 @@ def tiny_options(folder: Path, dataset: object = "digits", **flags: Any) -> Pret
 @pytest.fixture(scope="module", params=METHODS)
 def pretrained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the output folder of a short run of a method."""
-    return run_to_folder(tiny_options(tmp_path_factory.mktemp("run") / "encoder", method=request.param))
+    folder = tmp_path_factory.mktemp("run") / "encoder"
+    return run_to_folder(tiny_options(folder, method=request.param, drop_path_rate=0.2))  # not in evaluations
 
 
 def test_the_folder_contains_the_encoder_and_the_measured_features(pretrained: Path) -> None:
@@ -50,6 +51,7 @@ def test_the_folder_contains_the_encoder_and_the_measured_features(pretrained: P
     assert not info["missing_keys"] and not info["unexpected_keys"] and weights.keys() == model.state_dict().keys()
     assert type(AutoModel.from_pretrained(pretrained)) is ViTCLSModel
     results = read_json(pretrained / "results.json")
+    assert results["forward_flops_per_image"] == model.flops()
     before, after = results["features"]["before"], results["features"]["after"]
     assert after["num_images"] == results["num_images"] == NUM_HELD_OUT_DIGITS
     for name in ("knn_accuracy", "regression_accuracy"):
@@ -107,10 +109,12 @@ def test_any_layout_is_trained(method: str, name: str, tmp_path: Path) -> None:
     assert results["knn_accuracy"] > 0.2
 
 
-def test_images_without_labels_are_measured_by_rank(tmp_path: Path) -> None:
+def test_images_without_labels_are_measured_by_rank(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_photos(tmp_path / "photos", range(24), "photos")
     folder = tmp_path / "photos" / "photos"
-    results = run_training(tiny_options(tmp_path / "out", folder, max_steps=2, batch_size=8))
+    results = run_training(tiny_options(tmp_path / "out", folder, max_steps=2, batch_size=8, select="best"))
+    rank = results["selection"]["effective_rank"]
+    assert rank >= 1 and f"selection: effective rank {rank:.1f}" in capsys.readouterr().out
     assert results["selection_metric"] == "effective_rank" and "knn_accuracy" not in results
     assert 1 <= results["features"]["after"]["effective_rank"] <= TINY.hidden_size
 
@@ -155,9 +159,9 @@ def test_the_effective_rank() -> None:
         features = generator.normal(size=(4000, rank)) @ directions[:rank] + 5
         assert compute_effective_rank(features) == pytest.approx(rank, rel=0.03)
     shares = np.array([0.75, 0.25])  # of the singular values
-    features = np.array([[1, 0], [-1, 0], [0, 1], [0, -1]]) * [3, 1]
+    features = np.array([[1, 0, 0], [-1, 0, 0], [0, 1, 0], [0, -1, 0]]) * [3, 1, 1]
     assert compute_effective_rank(features) == pytest.approx(math.exp(-(shares * np.log(shares)).sum()))
-    assert compute_effective_rank(np.ones((9, 4))) == 1
+    assert compute_effective_rank(generator.normal(size=(9, 4)) * 1e-9 - 1) == 1
 
 
 def test_a_collapse_is_a_warning(tmp_path: Path) -> None:
@@ -186,8 +190,13 @@ def test_few_images_do_not_trigger_the_collapse_warning(tmp_path: Path) -> None:
 def test_worse_features_are_named() -> None:
     good, bad = ({"knn_accuracy": value, "regression_accuracy": value, "num_images": 9} for value in (0.5, 0.4))
     assert "worse" in compare_features(good, bad)
-    assert "worse" not in compare_features(bad, good)
+    assert "worse" not in compare_features(bad, good) + compare_features(good, bad | {"knn_accuracy": 0.5})
     assert format_metric("effective_rank", 12.345) == "effective rank 12.3"
+
+
+def test_lejepa_replaces_the_crops_of_the_augmentation() -> None:
+    options = check_options(tiny_options(Path("out"), crop_scale=None, shift=None))
+    assert (options.method, options.augmentation) == ("lejepa", PLAIN)
 
 
 # Flags ---------------------------------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """Probe of the frozen encoder: the classifier equals scikit-learn's regression, and fine-tuning is never worse."""
 
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from sklearn.preprocessing import StandardScaler
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, ViTCLSModel
 from modeling_vitcls.checkpoints import CheckpointStore
-from modeling_vitcls.training.probe import fold_standardization
+from modeling_vitcls.training.probe import explain_missing_probe, fold_standardization
 
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("fresh_accelerate", "few_digits")]
@@ -46,11 +48,21 @@ def compute_features(encoder: Path, images: Any) -> np.ndarray:
     return torch.cat([tokens["cls"][:, 0], tokens["patches"].mean(dim=1)], dim=1).numpy()
 
 
+def score_regression(encoder: Path, data: Any) -> float:
+    """Return the accuracy of scikit-learn's regression that is fitted to the training and selection images."""
+    features = [compute_features(encoder, part.images) for part in (data.train, data.selection, data.held_out)]
+    regression = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+    regression.fit(np.concatenate(features[:2]), [*data.train.labels, *data.selection.labels])
+    return regression.score(features[2], data.held_out.labels)
+
+
 def test_the_frozen_model_equals_the_regression_of_scikit_learn(encoder: Path, tmp_path: Path) -> None:
     """`--trainable head` stops after the probe."""
     options = build_options(tmp_path / "head", encoder, trainable="head")
     results = run_training(options)
-    data = prepare_task(options).data
+    prepared = prepare_task(options)
+    data = prepared.data
+    assert data.selection is None and prepared.task.probe.max_images is None  # all images
     train, held_out = (compute_features(encoder, part.images) for part in (data.train, data.held_out))
     regression = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)).fit(train, data.train.labels)
     assert results["steps"] == 0
@@ -79,28 +91,22 @@ def test_a_learning_rate_that_is_too_large_ends_with_the_frozen_model(encoder: P
     assert results["selection"]["accuracy"] == results["frozen"]["logreg"]["CLS + mean"]
     best = CheckpointStore(tmp_path / "run" / "checkpoints", num_kept=9).load_best()
     assert best.step == 0
-    data = prepare_task(options).data
-    assert data.selection is not None
-    train, selection, held_out = (
-        compute_features(encoder, part.images) for part in (data.train, data.selection, data.held_out)
-    )
-    regression = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
-    regression.fit(np.concatenate([train, selection]), [*data.train.labels, *data.selection.labels])
-    assert results["accuracy"] == pytest.approx(regression.score(held_out, data.held_out.labels), abs=1e-6)
+    assert results["accuracy"] == pytest.approx(score_regression(encoder, prepare_task(options).data), abs=1e-6)
 
 
-def test_nothing_is_trained_with_too_few_selection_images(encoder: Path, tmp_path: Path) -> None:
+def test_nothing_is_trained_with_too_few_selection_images(
+    encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The classifier is the regression on training and selection images."""
     options = build_options(tmp_path / "run", encoder, held_out_fraction=0.02)
     results = run_training(options)
+    printed = capsys.readouterr().out
+    assert "are too few to compare" in printed and not re.search(
+        "^(defaults|batches|selected) ", printed, re.MULTILINE
+    )
     data = prepare_task(options).data
-    assert data.selection is not None and len(data.selection) < 50
-    assert results["steps"] == 0 and results["selection"]["step"] == 0
-    train, held_out = (compute_features(encoder, part.images) for part in (data.train, data.held_out))
-    selection = compute_features(encoder, data.selection.images)
-    regression = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
-    regression.fit(np.concatenate([train, selection]), [*data.train.labels, *data.selection.labels])
-    assert results["accuracy"] == pytest.approx(regression.score(held_out, data.held_out.labels), abs=1e-6)
+    assert len(data.selection) < 50 and results["steps"] == results["selection"]["step"] == 0
+    assert results["accuracy"] == pytest.approx(score_regression(encoder, data), abs=1e-6)
     last = run_training(build_options(tmp_path / "last", encoder, held_out_fraction=0.02, select="last"))
     assert last["steps"] == 4
 
@@ -111,6 +117,7 @@ def test_fine_tuning_starts_from_the_regression(
     results = run_training(build_options(tmp_path / "run", encoder, max_steps=2, log_every=1))
     printed = capsys.readouterr().out
     assert "frozen    k-NN " in printed and "logistic regression " in printed and "selection: accuracy" in printed
+    assert "selected  the " in printed and results["selection"]["num_images"] >= 50
     random = run_training(build_options(tmp_path / "random", encoder, max_steps=2, log_every=1, probe=False, seed=7))
     first, first_random = (read_metrics(tmp_path / name)[0]["loss"] for name in ("run", "random"))
     assert first < 0.6 * first_random and "frozen" in results and "frozen" not in random
@@ -134,6 +141,12 @@ def test_random_weights_have_no_probe(tmp_path: Path) -> None:
     run = prepare_task(build_tiny_options(tmp_path / "run", "digits", probe=True, select=None))
     assert run.task.probe is None and run.options.training.select == "last"
     assert run.task.summary_lines["probe"] == "off, because the initial weights are random"
+    stream = replace(run.options, data=replace(run.options.data, streaming=True))
+    for options, kind, reason in (
+        (stream, "single_label_classification", "stream"),
+        (run.options, "multi_task", "one"),
+    ):
+        assert reason in str(explain_missing_probe(options, run.task.model, {"classifier.weight"}, kind))
 
 
 @pytest.mark.parametrize("classes", [[0, 1], [0, 2], [1, 2, 3]])

@@ -91,11 +91,5 @@ def test_brackets_are_not_markup(tmp_path: Path) -> None:
 
 
 def test_trackers_get_only_numbers() -> None:
-    record = {
-        "step": 3,
-        "norms": {"cls[0]": 1.5, "cls[1]": None},
-        "entropy": [0.25, {"a": 2}],
-        "name": "x",
-        "loss": None,
-    }
+    record = {"step": 3, "norms": {"cls[0]": 1.5, "cls[1]": None}, "entropy": [0.25, {"a": 2}], "name": "x"}
     assert flatten_record(record) == {"step": 3, "norms/cls[0]": 1.5, "entropy/00": 0.25, "entropy/01/a": 2}

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,6 +26,8 @@ from modeling_vitcls.inference.evaluator import Evaluator
 from modeling_vitcls.intervals import compute_mean_interval
 from modeling_vitcls.options import DataOptions, EvaluateOptions, ModelOptions
 from modeling_vitcls.training import finetune
+from modeling_vitcls.training import run as run_module
+from modeling_vitcls.training.dry_run import describe_dry_run
 from modeling_vitcls.training.folds import run_folds
 from modeling_vitcls.training.task import build_training_images
 
@@ -66,16 +69,14 @@ def test_defaults_are_printed_and_recorded(tmp_path: Path, capsys: pytest.Captur
     options = build_tiny_options(tmp_path / "run", "digits", **flags)
     run_training(options)
     printed = capsys.readouterr().out
-    assert (
-        "weights   random, because vitcls-tiny is a preset" in printed
-        and "set --model to a checkpoint, for example timm:" in printed
-    )
+    assert "weights   random, because vitcls-tiny is a preset" in printed and "for example timm:" in printed
     assert "random weights, width 32: learning rate 0.001, initializer range 0.141" in printed
     assert "random weights, 360 images: batch size 32" in printed
     assert "image size 32: crop scale 1, shift 0.04" in printed
     resolved = yaml.safe_load((tmp_path / "run" / "config.resolved.yaml").read_text(encoding="utf-8"))
     expected = {"learning_rate": 0.001, "batch_size": 32, "layer_decay": 1.0, "crop_scale": 1.0, "weight_decay": 0.1}
-    assert {name: resolved[name] for name in expected} == expected and "config" not in resolved
+    assert {name: resolved[name] for name in expected} == expected
+    assert not resolved.keys() & {"config", "resume", "overwrite", "dry_run"}
 
     reset_accelerate()
     start = replace(options, output_dir=tmp_path / "next", model=ModelOptions(str(tmp_path / "run")))
@@ -100,9 +101,8 @@ def test_the_flags_and_the_checkpoint_determine_the_batches(tmp_path: Path) -> N
     augmentation = build_augmentation(options.augmentation, ViTCLSImageProcessor(size=[24, 32], resample=0))
     images = TrainingImages(train, BatchBuilder(augmentation, to_rgb=False, seed=5, num_channels=1))
     expected = next(iterate_training_batches(images, run.plan, 0, 0))
-    batch = next(
-        iterate_training_batches(build_training_images(options, run.data, task.processor, 1, 0), run.plan, 0, 0)
-    )
+    images = build_training_images(options, run.data, task.processor, 1, 0)
+    batch = next(iterate_training_batches(images, run.plan, 0, 0))
     assert batch["pixels"].shape == (16, 1, 24, 32) and batch.keys() == expected.keys()
     assert batch.pop("errors") == expected.pop("errors") == {}
     assert all(torch.equal(batch[name], expected[name]) for name in expected)
@@ -164,8 +164,13 @@ def test_a_validation_split_selects_and_the_test_split_is_reported(tmp_path: Pat
 def test_a_dry_run_evaluates_random_images_and_prints_no_result(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first held-out images are all of one class."""
+    """The first selection images are all of one class. The full run evaluates five times as many images."""
     data = write_images(tmp_path / "data", {split: {"dusk": 40, "noon": 40} for split in ("train", "val")})
+    write_images(tmp_path / "data", {"test": {"dusk": 2, "noon": 2}})
+    describe, fractions = run_module.describe_dry_run, []
+    monkeypatch.setattr(
+        run_module, "describe_dry_run", lambda *values: fractions.append(values[3]) or describe(*values)
+    )
     evaluated: list[Any] = []
 
     class RecordingEvaluator(Evaluator):
@@ -174,10 +179,22 @@ def test_a_dry_run_evaluates_random_images_and_prints_no_result(
             super().__init__(images, *arguments, **others)
 
     monkeypatch.setattr(finetune, "Evaluator", RecordingEvaluator)
-    run_dry(build_options(tmp_path / "run", data, report=False))
-    assert set(evaluated[0].labels) == {0, 1} and len(evaluated[0]) == 16
+    run_dry(build_options(tmp_path / "run", data, report=False, select="best"))
+    assert set(evaluated[1].labels) == {0, 1} and len(evaluated[1]) == 16
+    assert fractions == [0.2]
     printed = capsys.readouterr().out
     assert "accuracy" not in printed and "WARNING" not in printed and "ran 3 steps" in printed
+
+
+def test_the_expected_duration_of_a_full_run() -> None:
+    """25 steps of 2 s, and three evaluations of 8 s: 4 s with half of the images. The first step does not count."""
+    loop: Any = SimpleNamespace(step_seconds=[1.0, 3.0, 2.0], evaluation_seconds=[9.0, 4.0], peak_memory=5 * 2**20)
+    options = build_options(Path("run"))
+    for num_images, duration in ((100, "0:01:14"), (None, "0:00:58")):  # a stream is evaluated once
+        plan = BatchPlan(num_images, 10, accumulation_steps=1, num_processes=1, num_steps=25, seed=0)
+        text = describe_dry_run(loop, plan, options, 0.5, 61.4)
+        for part in ("ran 3 steps", "in 61 s", "25 steps", duration, " 5 MiB"):
+            assert part in text
 
 
 # Cross-validation, and training on all images ------------------------------------------------------------------------
@@ -236,4 +253,4 @@ def test_a_class_that_only_the_validation_split_has(tmp_path: Path, capsys: pyte
     data = write_images(tmp_path / "data", splits)
     results = run_training(build_options(tmp_path / "run", data, max_steps=2))
     assert [row["name"] for row in results["per_class"]] == ["dusk", "night", "noon"]
-    assert "no training images: night" in capsys.readouterr().out
+    assert "1 of the 3 classes have no training images: night" in capsys.readouterr().out
