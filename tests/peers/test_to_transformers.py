@@ -69,7 +69,7 @@ def test_round_trips_are_bit_identical(name: str) -> None:
 UNUSED_FIELDS = {"rope_theta": 50.0, "head_hidden_size": 7, "cls_pooling": "mean", "distillation_inference": "cls"}
 # Model class, fields, class of transformers, and a case of that class.
 SUPPORTED = [
-    (ViTCLSModel, {"pooled_activation": "relu", "cls_scopes": ["image"]}, "ViTModel", "vit"),
+    (ViTCLSModel, {"pooled_activation": "relu", "cls_scopes": ["image"], "attention_head_size": 8}, "ViTModel", "vit"),
     (ViTCLSModel, {"position_embedding_tokens": "all"}, "ViTModel", "vit without pooler"),
     (ViTCLSModel, UNUSED_FIELDS | {"head_type": "mlp", "attention_pool_heads": 2}, "ViTModel", "vit without pooler"),
     (ViTCLSForImageClassification, UNUSED_FIELDS, "ViTForImageClassification", "vit classifier"),
