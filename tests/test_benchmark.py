@@ -40,6 +40,8 @@ def test_backends_and_peers_have_the_outputs_of_the_model(model: str, capsys: py
     names = [("inference", *each) for each in (*ours, *exported, *peers)] + [("step", *each) for each in ours + peers]
     assert [(row.work, row.engine, row.precision) for row in rows] == names
     assert all(row.difference < (1e-4 if row.precision == "fp32" else 0.08) for row in rows)
+    flops = {row.flops_per_image for row in rows if row.work == "inference"}
+    assert {row.flops_per_image for row in rows if row.work == "step"} == {3 * one for one in flops}
     assert all(len(row.throughputs) == 2 and min(row.throughputs) > 0 for row in rows)
     assert capsys.readouterr().out.count("images/s") == len(rows)
     header, _, *lines, _, caption = format_markdown(rows, settings).strip().splitlines()
@@ -87,6 +89,20 @@ def test_ratios_compare_measurements_of_the_same_round() -> None:
     )
     assert ours.compute_ratios(theirs) == [2.5, 3.0, 3.5]  # of 2, 3 and 4
     assert Row("", "", "", 1, 1, 0.0, [6.0]).compute_ratios(Row("", "", "", 1, 1, 0.0, [2.0])) == [3.0] * 3
+
+
+def test_the_table_compares_rows_of_the_same_batch_and_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark, "measure_matrix_product", lambda device, dtype: 1e9)
+    speeds = {("torch", "fp32", 2): 100, ("torch", "bf16", 2): 200, ("timm", "fp32", 2): 50, ("torch", "fp32", 4): 400}
+    rows = [Row("step", *each, 10**6, 0.0, [speed - 1, speed, speed + 50]) for each, speed in speeds.items()]
+    text = format_markdown(rows, BenchmarkOptions("m", backends=("torch",), peers=("timm",)))
+    cells = [[cell.split(" (")[0].strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[2:6]]
+    assert cells == [
+        ["step, batch 2", "torch fp32", "100.0", "1.00", "timm 2.00", "10%"],
+        ["step, batch 2", "torch bf16", "200.0", "2.00", "", "20%"],
+        ["step, batch 2", "timm fp32", "50.0", "0.50", "", "5%"],
+        ["step, batch 4", "torch fp32", "400.0", "1.00", "", "40%"],
+    ]
 
 
 def test_the_throughput_counts_images(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -290,7 +290,8 @@ def test_all_runs_are_executed_and_summarized(tmp_path: Path, capsys: pytest.Cap
     page = (output / "README.md").read_text()
     assert "The mean." in page and "\n## Accuracy (%)\n" in page and "F1" not in page
     assert "| mean | 2 | 78 ± 40 | +25 ± 0 |\n" in page  # only finished runs, and equal decimals
-    assert "| median |" not in page and f"vitcls study --config {file}" in page
+    assert "| median |" not in page and f"vitcls study --config {file} --output-dir {output} --jobs 2" in page
+    assert "4 of 6 runs" in page and "; 6 minutes" in page and "3 threads" in page
 
     log = output / "runs" / "pooling-mean_seed-1" / "log.txt"
     assert [line for line in log.read_text().splitlines() if line.startswith("the")] == [

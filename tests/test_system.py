@@ -9,7 +9,7 @@ import psutil
 import torch
 from accelerate import DistributedType
 
-from modeling_vitcls.system import describe_device, format_device_name, get_peak_memory, get_versions
+from modeling_vitcls.system import describe_device, get_peak_memory, get_versions
 from modeling_vitcls.version import __version__
 
 
@@ -35,5 +35,3 @@ def test_names_of_devices() -> None:
     ):
         accelerator: Any = SimpleNamespace(device=torch.device(name), distributed_type=kind)
         assert describe_device(accelerator) == expected
-    assert format_device_name(torch.device("cpu")) == threads
-    assert format_device_name(torch.device("mps")) == "mps"

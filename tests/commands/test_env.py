@@ -1,12 +1,14 @@
 """The report of `vitcls env` for bug reports."""
 
 import importlib.metadata
+import platform
 import sys
 
 import pytest
 import torch
 from helpers.command_in_process import run_here
 
+from modeling_vitcls.system import get_processor_name
 from modeling_vitcls.version import __version__
 
 
@@ -17,6 +19,7 @@ def test_the_environment_of_a_bug_report(monkeypatch: pytest.MonkeyPatch, capsys
     printed = capsys.readouterr().out
     facts = {name: text.strip() for name, text in (line.split("  ", maxsplit=1) for line in printed.splitlines())}
     assert facts["modeling_vitcls"] == __version__ and facts["timm"] == importlib.metadata.version("timm")
+    assert (facts["platform"], facts["processor"]) == (platform.platform(), get_processor_name())
     assert facts["CPU kernels"] == "off" and "hf_secret" not in printed
     if not torch.cuda.is_available():
         assert facts["device"] == f"CPU, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"

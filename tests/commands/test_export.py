@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from helpers.command_in_process import run_here
 
+from modeling_vitcls.commands import export
 from modeling_vitcls.export import exporter
 from modeling_vitcls.options import ExportOptions
 
@@ -13,15 +14,15 @@ from modeling_vitcls.options import ExportOptions
 def test_every_flag_reaches_the_exporter(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """A real quantization takes minutes (tests/export/test_backends.py)."""
     passed: list[ExportOptions] = []
-    report = {
+    report: dict[str, Any] = {
         "format": "onnx",
         "dtype": "float32",
         "model": "m",
-        "tried": [],
+        "tried": [{"shape": [2, 3, 32, 48], "differences": {"cls": 1e-6, "logits": 2e-6}}],
         "input": {"image_size": [32, 48], "smallest_image_size": [8, 8], "shape": ["batch", 3, 32, 48]},
-        "fixed_because": "",
-        "weights": "trained",
-        "comparison": None,
+        "fixed_because": "the positions are learned",
+        "comparison": {"output": "cls", "num_images": 64, "relative_error": 0.0123, "cosine_similarity": 0.98765},
+        "speed": {"images_per_second": 123.5, "batch_size": 16, "device": "CPU"},
         "evaluation": {"metric": "accuracy", "file": 0.875, "model": 0.9375, "num_images": 321},
         "num_bytes": 3 * 2**20,
     }
@@ -35,5 +36,10 @@ def test_every_flag_reaches_the_exporter(monkeypatch: pytest.MonkeyPatch, capsys
     assert run_here("export", *flags.split(), "--image-size", "32", "48") == 0
     assert passed == [ExportOptions("m", "onnx", Path("o.onnx"), True, 2.5, (1, 3), (32, 48), dataset="d", split="s")]
     printed = capsys.readouterr().out
-    for number in ("87.50%", "93.75%", "321", "32 x 48", "3.0 MiB"):
-        assert number in printed
+    accuracies = ("file 87.50%", "model 93.75%", "321", "cls of 64", "1.2e-02", "0.9877", "positions are learned")
+    for fact in (*accuracies, "cls 1.0e-06, logits 2.0e-06", "only images of 32 x 48", "123.5 images/s", "3.0 MiB"):
+        assert fact in printed
+    report["input"] |= {"shape": ["batch", 3, "height", "width"]}
+    export.print_report(report | {"evaluation": None, "comparison": None}, Path("folder"))
+    printed = capsys.readouterr().out
+    assert "at least 8 x 8" in printed and "--model folder --backend onnx" in printed and "321" not in printed

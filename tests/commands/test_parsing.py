@@ -54,7 +54,6 @@ def test_errors_of_recipes_are_one_line(
         ("finetun --model x", ["finetune"]),
         (f"finetune {RUN} --lr 3", ["--lr", "--learning-rate"]),
         (f"finetune {RUN} --epochs abc", ["--epochs", "abc"]),
-        (f"finetune {RUN} --epochs 0", ["--epochs"]),
         ("finetune --model m", ["--dataset", "--output-dir"]),
         ("finetune --config nosuch --output-dir o", ["nosuch", "digits"]),
         ("evaluate --model m --dataset d --batch-size", ["--batch-size"]),

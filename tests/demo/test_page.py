@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.scripts_in_process import run_in_process
-from helpers.tiny_models import build_tiny_config, raises_one_line, randomize, save_with_processor
+from helpers.tiny_models import build_tiny_config, raises_one_line, randomize, save_classifier, save_with_processor
 from PIL import Image
 
 from modeling_vitcls import (
@@ -134,6 +134,10 @@ def test_encoders_and_gray_images(page: Any, tmp_path: Path, uploads: Path) -> N
     folder = save_with_processor(ViTCLSModel(build_tiny_config(), add_pooling_layer=False), tmp_path / "encoder")
     model, _ = page.load_from_hub(str(folder), "main")
     assert type(model).__name__ == "ViTCLSModel" and model.pooler is None
+    model, processor = page.load_from_hub(str(save_classifier(tmp_path / "classifier")), "main")
+    assert (
+        type(model).__name__ == "ViTCLSForImageClassification" and not model.training and processor.size.height == 32
+    )
 
 
 def test_only_the_prediction_is_public(page: Any) -> None:

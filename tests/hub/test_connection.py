@@ -7,7 +7,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from huggingface_hub import get_session
 from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils import are_progress_bars_disabled
 from transformers.utils import logging as transformers_logging
 
 from modeling_vitcls.hub import connection
@@ -102,6 +104,13 @@ def test_messages_of_causes_are_joined_without_repetition() -> None:
 
 def get_transformers_output() -> tuple[int, bool]:
     return transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+
+
+def test_timeouts_and_progress_bars_are_restored() -> None:
+    before, were_hidden = get_session().timeout, are_progress_bars_disabled()
+    with connection.set_hub_timeout(3.5), connection.hide_hub_progress_bars():
+        assert get_session().timeout.read == 3.5 and are_progress_bars_disabled()
+    assert (get_session().timeout, are_progress_bars_disabled()) == (before, were_hidden)
 
 
 def test_transformers_is_silent_within_the_block() -> None:

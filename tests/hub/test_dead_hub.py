@@ -150,11 +150,7 @@ def test_a_mistyped_folder_is_named_in_one_line(
     for name, words in {
         "runs/none": [", and the Hub has no such"],
         "runs/my/none": ["not a valid id of a"],
-        "runs/gone": [
-            "missing or incomplete in the cache",
-            f"{DEAD} does not respond",
-            "Check the network",
-        ],
+        "runs/gone": ["missing or incomplete in the cache", f"{DEAD} does not respond", "Check the network"],
     }.items():
         if name == "runs/gone":
             stop_hub(monkeypatch)

@@ -7,7 +7,6 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -57,15 +56,6 @@ def assert_ends_with_one_line(status: int | None, errors: str, *words: str) -> N
     assert last.startswith("error: ")
     for word in words:
         assert word in last
-
-
-@pytest.fixture
-def silent() -> Iterator[str]:
-    """Yield the address of a server that accepts connections but never responds."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen(50)
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
 
 
 @pytest.fixture
@@ -186,12 +176,15 @@ def test_the_cache_is_used_if_the_port_is_closed(
         get_model_folder("ann/other")
 
 
-def test_a_silent_hub_times_out(hub: LocalHub, silent: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", silent)
+def test_a_silent_hub_times_out(hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server accepts connections but never responds."""
     monkeypatch.setattr(loading, "TIMEOUT", 0.5)
-    started = time.monotonic()
-    with raises_one_line(f"{silent} does not respond", "timed out", error=OSError):
-        get_model_folder("ann/model")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+        started = time.monotonic()
+        with raises_one_line(f"{address} does not respond", "timed out", error=OSError):
+            get_model_folder("ann/model")
     assert 1.0 <= time.monotonic() - started < 10
 
 

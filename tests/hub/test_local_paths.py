@@ -33,14 +33,7 @@ from modeling_vitcls.training.resume import check_flags_unchanged, get_relative_
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return a working folder that contains folders with misleading names, next to a data folder."""
-    for name in (
-        "here/digits",
-        "here/vitcls-tiny",
-        "here/acme/data",
-        "here/data/teach",
-        "here/.hidden",
-        "clinic/scans",
-    ):
+    for name in "here/digits here/vitcls-tiny here/acme/data here/data/teach here/.hidden clinic/scans".split():
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "here" / "weights.pt").touch()
     monkeypatch.chdir(tmp_path / "here")

@@ -54,6 +54,7 @@ def test_a_confusion_matrix_shows_counts_and_shares_of_the_true_class() -> None:
     assert get_matrix_texts(figure) == ["8", "2", "0", "0", "0", "0", "1", "0", "3"]
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted", "true")
     assert np.allclose(axes.images[0].get_array(), [[0.8, 0.2, 0], [0, 0, 0], [0.25, 0, 0.75]])
+    assert axes.images[0].norm.vmax == 1 and axes.get_xticklabels()[0].get_rotation() == 90
     names = [label.get_text() for label in axes.get_yticklabels()]
     assert names == [label.get_text() for label in axes.get_xticklabels()]
     assert names[:2] == ["cat", "dog"] and len(names[2]) == 18

@@ -26,11 +26,6 @@ SMALL: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attenti
 SMALL |= {"image_size": 16, "patch_size": 8, "num_workers": 0}
 
 
-def fail(message: str) -> None:
-    """Fail the test: no warning is expected."""
-    raise AssertionError(message)
-
-
 @pytest.mark.integration
 @pytest.mark.usefixtures("fresh_accelerate", "few_digits")
 def test_a_run_gets_a_report_and_a_card_from_its_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -50,7 +45,7 @@ def test_a_run_gets_a_report_and_a_card_from_its_folder(tmp_path: Path, capsys: 
     for file in (folder / "README.md", folder / "report.html", *(folder / "images").iterdir()):
         file.unlink()
     moved = folder.rename(tmp_path / "moved")
-    assert write_report(ModelFolder(moved), fail)
+    assert write_report(ModelFolder(moved), pytest.fail)
     finish_run(moved, RunOptions(), None)  # the report is not written again
     assert "diagnosis" not in capsys.readouterr().out
     text = ModelCard.load(moved / "README.md").text
@@ -91,7 +86,7 @@ def test_a_model_saved_by_hand_gets_a_report_and_a_card(tmp_path: Path) -> None:
     save_with_processor(ViTCLSForImageClassification(config), tmp_path / "mine")
     pictures = ArrayImages(np.stack([np.full((32, 32), value, np.uint8) for value in range(0, 250, 50)]))
     images = InspectionImages(pictures, [str(index) for index in range(5)], None, "five images")
-    summary = write_report(ModelFolder(tmp_path / "mine"), fail, images)
+    summary = write_report(ModelFolder(tmp_path / "mine"), pytest.fail, images)
     write_card(ModelFolder(tmp_path / "mine"))
     assert summary is not None and (tmp_path / "mine" / "report.html").is_file()
     card = ModelCard.load(tmp_path / "mine" / "README.md")
