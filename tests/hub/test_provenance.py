@@ -43,11 +43,8 @@ def test_the_metadata_of_a_card_is_inherited(tmp_path: Path, monkeypatch: pytest
     assert find_provenance(".").name == "mine"
 
 
-def test_links_to_missing_files_are_removed(tmp_path: Path) -> None:
-    assert find_provenance(str(write_folder(tmp_path / "mine", DINOV3))).license_link is None
-
-
-def test_other_licenses_link_to_their_file(tmp_path: Path) -> None:
+def test_other_licenses_link_to_their_file_if_it_exists(tmp_path: Path) -> None:
+    assert find_provenance(str(write_folder(tmp_path / "missing", DINOV3))).license_link is None
     source = write_folder(tmp_path / "mine", "license: other\nlicense_name: x\n", LICENSE="the text")
     assert find_provenance(str(source)).license_link == "LICENSE"
     write_folder(source, "license: other\nlicense_name: x\nlicense_link: https://x.org/license\n")
