@@ -149,7 +149,9 @@ def test_the_folder_contains_the_encoder_and_the_names_of_the_teachers(
     model, info = ViTCLSModel.from_pretrained(pretrained, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]  # no linear layers
     names = [f"path/to/{Path(name).name}" for name in teachers]
-    assert model.config.distillation_teachers == names == read_json(pretrained / "results.json")["teachers"]
+    results = read_json(pretrained / "results.json")
+    assert model.config.distillation_teachers == names == results["teachers"]
+    assert results["teacher_licenses"] == [None, None]
     assert model.adapt(num_distillation_tokens=1).config.distillation_teachers == names[:1]
     assert ViTCLSModel.from_pretrained(pretrained, num_distillation_tokens=3).config.distillation_teachers == names
     assert any(name.startswith("patch_projectors.1.") for name in load_file(max(pretrained.glob("*/step*/model.s*"))))

@@ -291,7 +291,7 @@ def test_lora_is_merged_into_a_plain_model(pretrained: Path, tmp_path: Path) -> 
     (pretrained / "README.md").write_text("---\nlicense: mit\n---\n")
     (pretrained / "LICENSE").touch()
     results = train(tmp_path, "digits", trainable="lora", lora_rank=2, model=pretrained)
-    assert (tmp_path / "LICENSE").is_file()
+    assert (tmp_path / "LICENSE").is_file() and results["provenance"]["license"] == "mit"
     names = {name for name in list_changed_weights(pretrained, tmp_path) if name.endswith("proj.weight")}
     assert names == {f"vitcls.layers.{layer}.attention.{name}_proj.weight" for layer in (0, 1) for name in "qv"}
     assert results["num_images"] == NUM_HELD_OUT_FEW_DIGITS

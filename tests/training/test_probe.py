@@ -65,9 +65,10 @@ def test_the_frozen_model_equals_the_regression_of_scikit_learn(encoder: Path, t
     assert data.selection is None and prepared.task.probe.max_images is None  # all images
     train, held_out = (compute_features(encoder, part.images) for part in (data.train, data.held_out))
     regression = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)).fit(train, data.train.labels)
-    assert results["steps"] == 0
+    assert results["steps"] == results["epochs"] == 0
     assert results["accuracy"] == pytest.approx(regression.score(held_out, data.held_out.labels), abs=1e-6)
     assert results["frozen"]["logreg"]["CLS + mean"] == results["accuracy"]
+    assert results["frozen"]["features"] == "CLS + mean"
     neighbors = KNeighborsClassifier(10, weights="distance", metric="cosine").fit(train, data.train.labels)
     assert results["frozen"]["knn"]["CLS + mean"] == pytest.approx(
         neighbors.score(held_out, data.held_out.labels), abs=3e-3
