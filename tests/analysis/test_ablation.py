@@ -94,9 +94,7 @@ def compute_logits(model: Any, index: int | None, means: torch.Tensor) -> torch.
     "fields",
     [
         *(LAYOUTS[name] for name in ("one_cls", "no_cls", "several_of_each")),
-        {"position_embedding_type": "rope_2d", "num_register_tokens": 2},
         {"num_cls_tokens": 2, "cls_scopes": ["image", [2, 2, 0, 1]]},
-        {"gated_tokens": {"registers": 1}, "layer_type": "parallel", "num_register_tokens": 2},
         {"attention_type": "differential", "layer_type": "post", "num_register_tokens": 2},
     ],
     ids=str,

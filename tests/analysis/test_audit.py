@@ -185,11 +185,12 @@ def test_probabilities_are_of_models_that_were_not_trained_on_the_image(tmp_path
         for index in range(3):
             pixels = generator.integers(256, size=(32, 32, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(tmp_path / "photos" / split / name / f"{index}.png")
+    (tmp_path / "photos" / "train" / "ant" / "broken.png").write_bytes(b"broken")
     config = build_tiny_config(id2label={0: "bee", 1: "ant"}, num_labels=2, num_cls_tokens=2, num_register_tokens=1)
     folder = save_with_processor(ViTCLSForImageClassification(config), tmp_path / "run" / "fold-1")
     options = EvaluateOptions(str(folder), DataOptions(str(tmp_path / "photos"), num_workers=0), batch_size=4)
     found, num_unreadable, _ = load_audited_images(options)
-    assert (found.splits, found.names, num_unreadable) == (["train"] * 6 + ["test"] * 6, ["bee", "ant"], 0)
+    assert (found.splits, found.names, num_unreadable) == (["train"] * 6 + ["test"] * 6, ["bee", "ant"], 1)
     assert found.labels.tolist() == [1, 1, 1, 0, 0, 0] * 2
     images = [Image.open(tmp_path / "photos" / name) for name in found.ids]
     assert np.array_equal(found.pixels, np.stack([make_thumbnail(image) for image in images]))

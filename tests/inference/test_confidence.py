@@ -5,11 +5,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.tiny_models import build_tiny_config
 from scipy.special import softmax
 from sklearn.base import BaseEstimator, ClassifierMixin
 
-from modeling_vitcls import ViTCLSForImageClassification
 from modeling_vitcls.inference.confidence import (
     build_prediction_sets,
     compute_energies,
@@ -49,18 +47,6 @@ def test_the_temperature_equals_the_one_that_torch_finds(temperature: float) -> 
 
     optimizer.step(compute_loss)
     assert fitted == pytest.approx(log_temperature.exp().item(), rel=1e-4)
-
-
-def test_the_model_divides_its_logits_in_evaluation_mode_only() -> None:
-    model = ViTCLSForImageClassification(build_tiny_config(num_labels=NUM_LABELS)).eval()
-    pixel_values = torch.randn(2, 3, *model.config.image_height_width)
-    with torch.no_grad():
-        logits = model(pixel_values).logits
-        model.config.temperature = 0.5
-        assert torch.equal(model(pixel_values).logits, logits / 0.5)
-        assert torch.allclose(model.train()(pixel_values).logits, logits, atol=1e-6)
-    with pytest.raises(ValueError, match="temperature"):
-        build_tiny_config(temperature=0.0)
 
 
 def test_energy_separates_images_of_other_classes() -> None:

@@ -51,7 +51,8 @@ def test_features_equal_those_of_predict(encoder: Path, photos: Path) -> None:
 
 
 def test_unreadable_images_have_an_error(encoder: Path, photos: Path) -> None:
-    outputs = EmbedImages(encoder, dtype="float16")({"bytes": [b"broken", (photos / "a.jpg").read_bytes()]})
+    embed = EmbedImages(encoder, image_column="photo", dtype="float16")
+    outputs = embed({"path": ["x", "y"], "photo": [b"broken", (photos / "a.jpg").read_bytes()]})
     assert outputs["cls"].dtype == np.float16 and np.isnan(outputs["cls"]).all(axis=1).tolist() == [True, False]
     assert outputs["error"][0] and not outputs["error"][1]
     with raises_one_line("image_column", "photo"):

@@ -107,12 +107,13 @@ def test_unknown_images_are_measured_and_recorded(folder: Path, tmp_path: Path) 
     (model / RESULTS_FILE).write_text('{"dataset": "digits"}')
     for index in range(30):
         noise = np.random.default_rng(index).integers(0, 256, (8, 8), dtype=np.uint8)
-        (tmp_path / "noise").mkdir(exist_ok=True)
-        Image.fromarray(noise).save(tmp_path / "noise" / f"{index}.png")
+        for split in ("test", "validation", "train")[: 1 + 2 * (index == 0)]:  # only one image in the other splits
+            (tmp_path / "noise" / split).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(noise).save(tmp_path / "noise" / split / f"{index}.png")
     results = evaluate(model, "digits", unknown_dataset=str(tmp_path / "noise"), per_image=tmp_path / "rows.parquet")
     found = results["unknown"]
-    assert (found["dataset"], found["split"], found["num_images"], found["flagged"]) == ("noise", "train", 30, None)
-    images = [Image.open(tmp_path / "noise" / f"{index}.png") for index in range(30)]
+    assert (found["dataset"], found["split"], found["num_images"], found["flagged"]) == ("noise", "test", 30, None)
+    images = [Image.open(tmp_path / "noise" / "test" / f"{index}.png") for index in range(30)]
     pixels = ViTCLSImageProcessor.from_pretrained(model)(images, return_tensors="pt")["pixel_values"]
     logits = ViTCLSForImageClassification.from_pretrained(model).eval()(pixels).logits.detach().numpy()
     known = pd.read_parquet(tmp_path / "rows.parquet")["energy"]

@@ -244,8 +244,9 @@ def test_several_features_of_any_layer(models: Path, photos: Path, tmp_path: Pat
         found = np.array(table[name].to_pylist())
         assert found.dtype == np.float16 or str(table.schema.field(name).type).count("halffloat")
         np.testing.assert_array_equal(found.astype(np.float16), values.half().numpy())
-    with raises_one_line("--features cls@3", "cls@2"):
-        predict(model, ViTCLSImageProcessor(size=32), photos, features="cls@3")
+    for wrong in ("cls@0", "cls@3"):
+        with raises_one_line(f"--features {wrong}", "cls@2"):
+            predict(model, ViTCLSImageProcessor(size=32), photos, features=wrong)
 
 
 # Inputs --------------------------------------------------------------------------------------------------------------
@@ -420,6 +421,7 @@ def test_a_second_start_must_have_the_same_options(models: Path, photos: Path, t
     for change, words in {
         "--shard-size": {"shard_size": 5},
         "--threshold": {"threshold": 0.6},
+        "--top-k": {"top_k": 2},
         "--features": {"features": ("mean",)},
         "--mixed-precision": {"mixed_precision": "bf16"},
         "another model": {"model": "several_labels"},

@@ -1,18 +1,30 @@
 """The inference speed in results.json, cards and the description of exported files."""
 
+from itertools import count
+from types import SimpleNamespace
+
+import pytest
 import torch
 from helpers.tiny_models import build_tiny_config
 
 from modeling_vitcls import ViTCLSModel
-from modeling_vitcls.inference.speed import MAX_BATCH_SIZE, measure_inference_speed
+from modeling_vitcls.inference import speed
+from modeling_vitcls.system import format_device_name
 
 
-def test_a_small_model_is_measured_with_the_largest_batch() -> None:
-    batch_sizes: list[int] = []
+@pytest.mark.parametrize(("seconds", "batch_size"), [(0.001, 32), (0.025, 13), (9.0, 1)])
+def test_the_batch_is_as_large_as_the_time_permits(
+    seconds: float, batch_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each forward pass takes the same time: six passes take about two seconds."""
+    monkeypatch.setattr(speed, "time", SimpleNamespace(perf_counter=count(0, seconds).__next__))
+    device = torch.device("cpu")
     model = ViTCLSModel(build_tiny_config()).eval()
-    model.register_forward_pre_hook(lambda module, inputs: batch_sizes.append(len(inputs[0])))
-    with torch.no_grad():
-        speed = measure_inference_speed(model, torch.device("cpu"))
-    assert speed["batch_size"] == max(batch_sizes) == MAX_BATCH_SIZE
-    assert batch_sizes.count(MAX_BATCH_SIZE) == speed["repeats"] + 1  # one to warm up
-    assert speed["images_per_second"] > 0 and speed["dtype"] == "float32"
+    found = speed.measure_inference_speed(model, device)
+    assert found == {
+        "images_per_second": pytest.approx(batch_size / seconds, abs=0.1),
+        "batch_size": batch_size,
+        "repeats": 5,
+        "dtype": "float32",
+        "device": format_device_name(device),
+    }
