@@ -265,6 +265,11 @@ def test_streamed_images(models: Path, tmp_path: Path, by_one_process: dict[str,
     metrics = evaluate_checkpoint(options)
     assert metrics["num_images"] == 2 * NUM_IMAGES
     assert metrics["loss"] == close(by_one_process["single"]["loss"])
+    (tmp_path / "data" / "test" / "zebra").mkdir()
+    (tmp_path / "data" / "test" / "zebra" / "0.png").symlink_to(tmp_path / "single0.png")
+    reset_accelerate()
+    with raises_one_line("'zebra'"):
+        evaluate_checkpoint(options)
 
 
 def test_two_processes_evaluate_a_saved_model(two_process_folder: Path) -> None:

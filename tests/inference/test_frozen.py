@@ -19,6 +19,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, ViTCLSModel
+from modeling_vitcls.data.fit import set_fit
 from modeling_vitcls.data.held_out import HeldOutRecord, HeldOutRule
 from modeling_vitcls.data.images import ArrayImages, LabeledImages
 from modeling_vitcls.data.labels import LabelSpace
@@ -64,6 +65,7 @@ def encode(model: Path, images: Any, token: str) -> np.ndarray:
     """Return the features of one token [images, D], from a plain loop over the images."""
     encoder = ViTCLSModel.from_pretrained(model).eval()
     processor = ViTCLSImageProcessor.from_pretrained(model)
+    set_fit(processor, "pad", (16, 16))
     rows = []
     for image in images:
         tokens = encoder(processor(image, return_tensors="pt")["pixel_values"]).last_hidden_state[0]
@@ -133,7 +135,7 @@ def write_noise(folder: Path, counts: dict[str, tuple[int, ...]]) -> Path:
         for name, number in zip("abc", numbers, strict=False):
             (folder / split / name).mkdir(parents=True)
             for index in range(number):
-                pixels = generator.integers(256, size=(16, 16, 3), dtype=np.uint8)
+                pixels = generator.integers(256, size=(16, 20, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(folder / split / name / f"{index}.png")
     return folder
 
@@ -145,7 +147,7 @@ def test_results_equal_scikit_learn(
     """The evaluated split lacks the first class."""
     dataset = str(write_noise(tmp_path, {"train": (4, 5, 6), "val": (0, 4, 3)}))
     data = DataOptions(dataset=dataset, num_workers=0)
-    results = run(model, frozen, data=data, split="validation", output=tmp_path / "new" / "frozen.json")
+    results = run(model, frozen, data=data, split="validation", fit="pad", output=tmp_path / "new" / "frozen.json")
     assert json.loads((tmp_path / "new" / "frozen.json").read_text(encoding="utf-8")) == results | {"frozen": frozen}
     printed, rows = capsys.readouterr().out, results["rows"]
     assert all(row["token"] in printed and f"{row['accuracy']:.2%}" in printed for row in rows)

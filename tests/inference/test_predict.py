@@ -383,7 +383,7 @@ def test_a_stream_is_divided_among_jobs_and_continued(
     for shard in ("1/2", "2/2"):
         predict_images(PredictOptions(str(models / "one_label"), shard=shard, **options))
         reset_accelerate()
-    expected = {row["image"]: row["label"] for row in read_shards(output)}
+    expected = {row["image"]: (row["index"], row["label"]) for row in read_shards(output)}
     assert len(expected) == 21 and len({row["index"] for row in read_shards(output)}) == 21
     files = sorted(output.glob("shard-0001-*"))
     kept = files[0].read_bytes()
@@ -392,7 +392,7 @@ def test_a_stream_is_divided_among_jobs_and_continued(
     with raises_one_line("lacks", "shard-0001-000001.parquet"):
         merge_shards(output, None)
     predict_images(PredictOptions(str(models / "one_label"), shard="2/2", **options))
-    assert {row["image"]: row["label"] for row in read_shards(output)} == expected
+    assert {row["image"]: (row["index"], row["label"]) for row in read_shards(output)} == expected
     assert files[0].read_bytes() == kept and "21 images" in merge_shards(output, None)
 
 
