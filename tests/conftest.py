@@ -7,6 +7,7 @@ test that only `make test-all` runs is marked `slow`. `make test-quick` runs the
 import shutil
 import signal
 import subprocess
+import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -100,7 +101,8 @@ def enable_ctrl_c() -> None:
 def fast_verification(monkeypatch: pytest.MonkeyPatch) -> None:
     """Verify pushed models in forks that have already imported torch."""
 
-    def run(command: list[str], cwd: str, env: dict[str, str], **_: Any) -> subprocess.CompletedProcess[str]:
+    def run(command: list[str], cwd: str, env: dict[str, str], **options: Any) -> subprocess.CompletedProcess[str]:
+        assert command[0] == sys.executable and options == {"capture_output": True, "text": True, "check": False}
         return run_fresh(*command[1:], environment=env, cwd=Path(cwd))
 
     monkeypatch.setattr("modeling_vitcls.publishing.verify.subprocess", SimpleNamespace(run=run))

@@ -30,6 +30,16 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
+def test_calls_have_the_threads_of_this_process() -> None:
+    num_threads, seen = torch.get_num_threads(), set()
+    torch.set_num_threads(num_threads + 1)
+    try:
+        assert benchmark.measure_calls_per_second(lambda: seen.add(torch.get_num_threads())) > 0
+    finally:
+        torch.set_num_threads(num_threads)
+    assert seen == {num_threads + 1}
+
+
 def test_backends_and_peers_have_the_outputs_of_the_model(model: str, capsys: pytest.CaptureFixture) -> None:
     settings = BenchmarkOptions(model, ("inference", "step"), ("torch", "onnx", "openvino"), **SMALL)
     settings = BenchmarkOptions(**vars(settings) | {"precisions": ("fp32", "bf16")})
@@ -41,6 +51,7 @@ def test_backends_and_peers_have_the_outputs_of_the_model(model: str, capsys: py
     assert [(row.work, row.engine, row.precision) for row in rows] == names
     assert all(row.difference < (1e-4 if row.precision == "fp32" else 0.08) for row in rows)
     flops = {row.flops_per_image for row in rows if row.work == "inference"}
+    assert flops and min(flops) > 0
     assert {row.flops_per_image for row in rows if row.work == "step"} == {3 * one for one in flops}
     assert all(len(row.throughputs) == 2 and min(row.throughputs) > 0 for row in rows)
     assert capsys.readouterr().out.count("images/s") == len(rows)

@@ -286,8 +286,10 @@ def test_files_that_may_not_grow(store: CheckpointStore, large: str) -> None:
     try:
         words = (f"cannot write the checkpoint of step 20 to {store.folder}", "File too large", "--resume")
         with raises_one_line(*words, error=OSError):
-            store.save(20, tensors, {"notes": "x" * 200_000 * (large == "metadata")}, is_best=False)
+            store.save(20, tensors, {"notes": "x" * (200_000 if large == "metadata" else 0)}, is_best=False)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert sorted(path.name for path in store.folder.iterdir()) == ["step-00000010", "step-00000020"]
     assert get_newest(store) == (20, [])
+    save(store, 30)
+    assert get_newest(store) == (30, [])

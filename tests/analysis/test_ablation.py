@@ -130,9 +130,10 @@ def test_tokens_are_replaced_together_if_a_head_uses_only_one_of_them() -> None:
 def test_null_distributions_are_effects_of_redrawn_tokens() -> None:
     """Redrawn tokens are ablated on the same images, without dropout. The draws cycle through the registers."""
     model = build_classifier(num_register_tokens=3, hidden_dropout_prob=0.5)
-    labels = collect_outputs(model, Batches())[""].predicted
+    outputs = collect_outputs(model, Batches())[""]
+    labels = outputs.predicted
     found = compute_ablations(model.train(), Batches(labels))
-    assert torch.equal(collect_outputs(model, Batches())[""].predicted, labels)  # the model is unchanged
+    assert torch.equal(collect_outputs(model, Batches())[""].logits, outputs.logits)  # the model is unchanged
     mask = torch.ones(6, 20)
     mask[:, 1] = 0
     with torch.no_grad():
@@ -152,6 +153,7 @@ def test_null_distributions_are_effects_of_redrawn_tokens() -> None:
         for kind, after in (("information", replaced), ("presence", collect_outputs(model, Batches(), [index])[""])):
             sizes[kind].append(compute_effect(redrawn[""], after).size)
         drops.append((redrawn[""].predicted != labels).float()[:, 0])
+    assert torch.stack(drops).any()
     old, new = (model.vitcls.embeddings.register_tokens[0, 0], embeddings[0][0, 1])
     assert new.norm().item() == pytest.approx(old.norm().item(), rel=1e-5)
     assert torch.nn.functional.cosine_similarity(new, old, dim=0).item() < 0.9
@@ -171,11 +173,6 @@ def test_null_distributions_are_effects_of_redrawn_tokens() -> None:
         ({"num_register_tokens": 1}, [1], []),
         ({"num_distillation_tokens": 1}, [1], ["distillation"]),
         ({"num_distillation_tokens": 1, "pooling": "attention"}, [1], ["distillation"]),
-        (
-            {"num_distillation_tokens": 1, "pooling": "attention", "attention_pool_tokens": "all"},
-            [0, 1],
-            ["distillation"],
-        ),
         ({"num_cls_tokens": 3, "cls_pooling": "mean"}, [1], []),
         ({"num_cls_tokens": 3, "cls_pooling": "mean"}, [0, 1, 2], [""]),
         ({"num_cls_tokens": 3}, [0], [""]),  # only the first CLS token is pooled

@@ -17,11 +17,7 @@ from helpers.tiny_models import (
 )
 from torch import nn
 
-from modeling_vitcls import (
-    ViTCLSForImageClassification,
-    ViTCLSForMultiTaskClassification,
-    ViTCLSModel,
-)
+from modeling_vitcls import ViTCLSForImageClassification, ViTCLSForMultiTaskClassification, ViTCLSModel
 from modeling_vitcls.analysis.attribution import compute_attention_rollout, compute_attribution
 
 

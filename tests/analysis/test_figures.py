@@ -64,6 +64,8 @@ def test_norms_and_their_histogram():
     assert mode is not None and mode.threshold in [line.get_xdata()[0] for line in axes.get_lines()]
     assert sum(bar.get_height() for bar in axes.patches) == 2000
     assert sum(bar.get_height() for bar in axes.patches if bar.get_facecolor() == red) == 60
+    (axes,) = plot_norm_histogram(config, planted, layer=0).axes  # has one mode
+    assert red not in {bar.get_facecolor() for bar in axes.patches}
 
 
 def test_figures_are_svg():

@@ -12,9 +12,7 @@ from helpers.scripts_in_process import run_in_process
 from helpers.tiny_models import build_tiny_config, raises_one_line, save_with_processor
 from PIL import Image
 
-from modeling_vitcls import (
-    ViTCLSForImageClassification,
-)
+from modeling_vitcls import ViTCLSForImageClassification
 from modeling_vitcls.analysis.inspect_tokens import inspect_tokens
 from modeling_vitcls.data.held_out import HELD_OUT_RECORD_KEY
 from modeling_vitcls.files import write_json

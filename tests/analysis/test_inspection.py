@@ -68,6 +68,7 @@ def test_progress_is_shown_and_large_models_use_fewer_images(monkeypatch: pytest
 
 
 def test_maps_of_small_single_label_classifiers_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    # the largest image decides
     pixels = [torch.zeros(3, 16, 16), *PROCESSOR(build_images(), return_tensors="pt")["pixel_values"]]
 
     def count_checked(num_null: int, **fields: Any) -> int:

@@ -86,7 +86,8 @@ FIELDS = {
     "mean": {"pooling": "mean", "num_register_tokens": 2},
     "cls_mean": {"pooling": "cls_mean", "num_cls_tokens": 2},
     "attention": {"pooling": "attention", "num_register_tokens": 1},
-    "attention to all": {"pooling": "attention", "attention_pool_tokens": "all", "num_register_tokens": 1},
+    "attention to all": {"pooling": "attention", "attention_pool_tokens": "all", "num_register_tokens": 1}
+    | {"num_distillation_tokens": 1, "distillation_head": False},
     "tasks": {"num_cls_tokens": 2, "tasks": TASKS, "num_distillation_tokens": 1},
 }
 

@@ -22,6 +22,7 @@ from modeling_vitcls.analysis.diagnosis import (
     diagnose_tokens,
 )
 from modeling_vitcls.analysis.report import build_effect_rows
+from modeling_vitcls.heads_vitcls import IGNORED_LABEL
 from modeling_vitcls.intervals import compute_proportion_interval
 
 
@@ -124,6 +125,35 @@ def test_registers_that_carry_all_information_have_an_effect(num_registers: int)
     verdict = found["register" if num_registers == 1 else "all 2 registers"]
     assert verdict.word == "has an effect" and verdict.headline == "matters"
     assert verdict.numbers["decided_by"]["limit"] is not None
+
+
+def test_a_token_that_no_token_attends_to_has_no_measurable_effect(model: Any) -> None:
+    """The interval includes no change. 96 images give the upper bound of the interval."""
+
+    def hide(attention: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        states = args[0] if args else kwargs["hidden_states"]
+        mask = torch.ones(1, 1, states.shape[1], states.shape[1], dtype=torch.bool)
+        mask[:, :, :, 2] = False
+        return (states, mask, *args[2:]), kwargs
+
+    with ExitStack() as hooks:
+        for layer in model.vitcls.layers:
+            hooks.enter_context(layer.attention.register_forward_pre_hook(hide, with_kwargs=True))
+        found = judge(model, HELD_OUT[0][:96], HELD_OUT[1][:96])["register 2"]
+    low, high = found.numbers["information"][""]["changed_interval"]
+    assert found.word == "no measurable effect" and low == 0 and 0.01 < high < 0.05
+
+
+def test_a_harmful_register(model: Any) -> None:
+    """The embedding of a register increases the loss (gradient ascent): accuracy is higher without it."""
+    tokens = model.vitcls.embeddings.register_tokens
+    for _ in range(25):
+        model.zero_grad()
+        model(HELD_OUT[0][:64], labels=HELD_OUT[1][:64]).loss.backward()
+        with torch.no_grad():
+            tokens[:, 1] += tokens.grad[:, 1] / tokens.grad[:, 1].norm()
+    found = judge(model)["register 2"]
+    assert (found.word, found.rating) == ("harmful", "bad")
 
 
 def test_dead_and_uniform_heads(model: Any) -> None:
@@ -238,11 +268,14 @@ def test_a_useless_and_a_healthy_task(trained_tasks: Any) -> None:
 
 
 def test_the_interval_of_a_task_is_that_of_its_counts() -> None:
-    labels = torch.zeros(100, 1, dtype=torch.long)
+    """The last 20 images have no label."""
+    labels = torch.zeros(120, 1, dtype=torch.long)
+    labels[100:] = IGNORED_LABEL
     for num_right in range(100):
-        predicted = (torch.arange(100) >= num_right).long().unsqueeze(1)
-        (verdict,) = diagnose_tasks({"": Predictions(torch.zeros(100, 2), predicted, labels)})
+        predicted = (torch.arange(120) >= num_right).long().unsqueeze(1)
+        (verdict,) = diagnose_tasks({"": Predictions(torch.zeros(120, 2), predicted, labels)})
         assert verdict.numbers["interval"] == compute_proportion_interval(num_right, 100)
+        assert verdict.numbers["num_labels"] == 100
 
 
 # Constructed and random models ---------------------------------------------------------------------------------------

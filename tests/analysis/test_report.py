@@ -62,7 +62,8 @@ def inspection() -> Inspection:
 @pytest.fixture(scope="module")
 def report(inspection: Inspection, tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("report") / "report.html"
-    write_page(file, inspection, "A & B", "my photos")
+    write_page(file, inspection, "A & <B>", "my photos")
+    assert "A &amp; &lt;B&gt;" in file.read_text(encoding="utf-8")
     return file
 
 
@@ -142,7 +143,7 @@ def test_maps_of_layers_and_heads(page: Page, inspection: Inspection) -> None:
 
 
 def test_the_page_names_the_model_and_escapes_names(page: Page) -> None:
-    assert "A & B" in page.locator("h1").inner_text() and page.locator("b").count() == 0
+    assert "A & <B>" in page.locator("h1").inner_text() and page.locator("b").count() == 0
     about = page.locator("#about").inner_text()
     assert f"{len(NAMES)} images of my photos" in about and __version__ in about
     page.locator("#figures summary").click()

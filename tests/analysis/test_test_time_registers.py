@@ -8,12 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.tiny_models import (
-    build_images,
-    build_tiny_config,
-    raises_one_line,
-    randomize,
-)
+from helpers.tiny_models import build_images, build_tiny_config, raises_one_line, randomize
 from torch import nn
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel

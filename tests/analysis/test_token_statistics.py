@@ -18,12 +18,7 @@ from helpers.tiny_models import (
 from helpers.varied_models import collect_findings
 from torch import nn
 
-from modeling_vitcls import (
-    ViTCLSBackbone,
-    ViTCLSForImageClassification,
-    ViTCLSForMaskedImageModeling,
-    ViTCLSModel,
-)
+from modeling_vitcls import ViTCLSBackbone, ViTCLSForImageClassification, ViTCLSForMaskedImageModeling, ViTCLSModel
 from modeling_vitcls.analysis import token_statistics
 from modeling_vitcls.analysis.attribution import compute_attention_rollout
 from modeling_vitcls.analysis.token_statistics import Findings, TokenStatistics
@@ -141,7 +136,8 @@ def test_statistics_over_images_are_means() -> None:
         by_size = zip(found.patch_norms.sort().values, together.patch_norms.sort().values, strict=True)
         assert all(get_largest_difference(one, other) <= 1e-4 for one, other in by_size)
     singles = [collect_findings(model, image[None]) for image in [*pixels, *oblong]]
-    for name in ("entropy", "uniform_entropy_by_token", "attention_fractions", "received", "between_tokens"):
+    means = ("entropy", "uniform_entropy_by_token", "attention_fractions", "received", "between_tokens")
+    for name in (*means, "embedding_similarity"):
         expected = average([getattr(single, name) for single in singles])
         assert get_largest_difference(getattr(together, name).double(), expected) <= TOLERANCE, name
 

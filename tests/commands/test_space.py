@@ -45,7 +45,9 @@ def test_a_space_shows_a_commit_of_a_model(hub: LocalHub, tmp_path: Path, capsys
     assert (card.models, card.license, card.app_file) == (["ann/mine"], "apache-2.0", "app.py")
     assert f"{hub.url}/ann/mine/tree/{first}" in space["README.md"]
     minimum = {each.name: each for each in map(Requirement, importlib.metadata.requires("modeling_vitcls") or ())}
-    for requirement in map(Requirement, space["requirements.txt"].split()):
+    requirements = [Requirement(line) for line in space["requirements.txt"].split()]
+    assert {"torch", "transformers"} <= {requirement.name for requirement in requirements}
+    for requirement in requirements:
         assert requirement.specifier == minimum[requirement.name].specifier
     assert capsys.readouterr().out.endswith(f" {hub.url}/spaces/ann/mine-demo\n")
     run(SpaceOptions("ann/mine", output=tmp_path / "space"))

@@ -6,11 +6,7 @@ import pytest
 from helpers.tiny_models import build_tiny_config, raises_one_line
 
 from modeling_vitcls import ViTCLSForImageClassification
-from modeling_vitcls.conversion.parity_report import (
-    compare_models,
-    describe_position_embeddings,
-    get_non_square_size,
-)
+from modeling_vitcls.conversion.parity_report import compare_models, describe_position_embeddings, get_non_square_size
 
 
 class StubSource:

@@ -145,8 +145,11 @@ def test_emulated_products_are_rounded_once(
             expected = nn.functional.conv2d(rounded, weight, bias, stride=4)
         with torch.autocast("cpu", dtype=dtype, enabled=autocast):
             found = layer(inputs) if autocast else layer.to(dtype)(inputs.to(dtype))
-            assert layer.double()(inputs.double()).dtype == torch.float64  # autocast ignores float64
+            in_float64 = layer.double()(inputs.double())  # autocast ignores float64
         assert torch.equal(found, expected.to(dtype))
+        with torch.autocast("cpu", enabled=False):
+            base = nn.Linear if layer is linear else nn.Conv2d
+            assert torch.equal(in_float64, base.forward(layer, inputs.double()))
 
 
 @pytest.mark.parametrize(("shape", "out"), [((2, 7, 48), 80), ((3, 48), 16), ((48,), 80)], ids=str)
@@ -293,10 +296,9 @@ def test_plain_pytorch_where_onednn_does_not_apply() -> None:
     assert layer.to("meta")(inputs.to("meta")).shape == (2, 7, 80)
     doubled = CPULinear(48, 80)
     before = doubled(inputs)
-    for name in ("bias", "weight"):
+    for name, expected in (("bias", before + doubled.bias), ("weight", 2 * before)):
         nn.utils.parametrize.register_parametrization(doubled, name, Doubled())
-        result = doubled(inputs)
-    torch.testing.assert_close(result, 2 * before)
+        torch.testing.assert_close(doubled(inputs), expected)
 
 
 class Doubled(nn.Module):
@@ -306,12 +308,12 @@ class Doubled(nn.Module):
         return 2 * values
 
 
-@pytest.mark.parametrize("name", ["norm", "activation_fn", "fc1", "fc2"])
-def test_hooks_inside_an_mlp_are_called_once(name: str) -> None:
+@pytest.mark.parametrize("name", ["norm", "activation_fn", "fc1", "fc2", "fc2.forward"])
+def test_hooks_and_replaced_forwards_inside_an_mlp_are_called_once(name: str) -> None:
     model, plain = build_models(mlp_norm=name == "norm")
-    module = model.vitcls.layers[0].mlp.get_submodule(name)
-    seen = record_outputs(module) if name == "fc2" else []  # replaces `forward`
-    if name != "fc2":
+    module = model.vitcls.layers[0].mlp.get_submodule(name.partition(".")[0])
+    seen = record_outputs(module) if name == "fc2.forward" else []
+    if name != "fc2.forward":
         module.register_forward_hook(lambda module, inputs, output: seen.append(output))
     assert_equal_in_float32(run_step(model, build_images()), run_step(plain, build_images()))
     with torch.no_grad():

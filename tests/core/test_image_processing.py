@@ -285,7 +285,7 @@ def test_other_modes_become_rgb(backend: type, mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["I;16", "I;16B", "I", "array"])
-def test_sixteen_bits_are_scaled_not_clipped(backend: type, mode: str, tmp_path: Path) -> None:
+def test_sixteen_bits_are_scaled_not_clipped(backend: type, mode: str) -> None:
     values = np.linspace(0, 65535, 24).astype(np.uint16).reshape(4, 6)
     if mode == "array":
         source: object = values
@@ -298,7 +298,7 @@ def test_sixteen_bits_are_scaled_not_clipped(backend: type, mode: str, tmp_path:
     np.testing.assert_array_equal(result, np.stack([np.round(values / 257)] * 3))
 
 
-def test_without_rgb_an_image_keeps_its_own_channels(backend: type, tmp_path: Path) -> None:
+def test_without_rgb_an_image_keeps_its_own_channels(backend: type) -> None:
     gray = build_gradient().convert("L")
     channels = {
         "gray file": (encode(gray), 1),
@@ -318,7 +318,8 @@ def test_without_rgb_an_image_keeps_its_own_channels(backend: type, tmp_path: Pa
 
 def test_a_gray_model_gets_one_channel(backend: type) -> None:
     processor = backend(do_convert_rgb=False, image_mean=[0.5], image_std=[0.5], size=28)
-    digits = [build_gradient().convert("L"), build_gradient().convert("LA"), np.zeros((8, 8)), np.full((8, 8), 254.6)]
+    arrays = [np.zeros((8, 8), dtype=np.uint8), np.full((8, 8), 254.6)]
+    digits = [build_gradient().convert("L"), build_gradient().convert("LA"), *arrays]
     pixel_values = processor(digits, return_tensors="pt").pixel_values
     assert pixel_values.shape == (4, 1, 28, 28)
     assert pixel_values[2:].flatten(1).unique(dim=1).tolist() == [[-1], [1]]

@@ -37,6 +37,8 @@ def test_which_tokens_have_learned_positions(tokens: str, groups: list[str]) -> 
     model = randomize(ViTCLSModel(build_tiny_config(**layout, position_embedding_tokens=tokens)))
     positions = dict(model.embeddings.position_embeddings.named_parameters())
     assert list(positions) == groups
+    without_cls = ViTCLSModel(build_tiny_config(num_cls_tokens=0, pooling="mean", position_embedding_tokens=tokens))
+    assert list(dict(without_cls.embeddings.position_embeddings.named_parameters())) == ["patches"]
     counts = {"cls": 2, "distillation": 2, "registers": 3, "patches": 16}
     assert {name: parameter.shape for name, parameter in positions.items()} == {
         name: (1, counts[name], 16) for name in groups

@@ -116,10 +116,7 @@ def _mean_of_patches(tokens: dict[str, torch.Tensor]) -> torch.Tensor:
 POOLED: dict[str, tuple[dict[str, Any], Callable[[dict[str, torch.Tensor]], torch.Tensor]]] = {
     "cls": ({}, lambda tokens: tokens["cls"][:, 0]),
     "first": ({"num_cls_tokens": 3}, lambda tokens: tokens["cls"][:, 0]),
-    "mean_of_cls": (
-        {"num_cls_tokens": 3, "cls_pooling": "mean"},
-        lambda tokens: sum(tokens["cls"].unbind(1)) / 3,
-    ),
+    "mean_of_cls": ({"num_cls_tokens": 3, "cls_pooling": "mean"}, lambda tokens: sum(tokens["cls"].unbind(1)) / 3),
     "selected_cls": (
         {"num_cls_tokens": 3, "cls_pooling": "concat", "pooled_cls_tokens": [2, 0]},
         lambda tokens: torch.cat([tokens["cls"][:, 2], tokens["cls"][:, 0]], dim=-1),

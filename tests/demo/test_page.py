@@ -6,6 +6,7 @@ import socket
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import numpy as np
 import pytest
@@ -152,3 +153,15 @@ def test_errors_are_one_line(page: Any, tmp_path: Path, capsys: pytest.CaptureFi
         port = server.getsockname()[1]
         with raises_one_line(f"port {port}", "--port", error=OSError):
             page.serve_demo(build_classifier(), PROCESSOR, "mine", port=port, host="127.0.0.1")
+
+
+def test_the_page_is_served_until_the_process_is_stopped(
+    page: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    served: list[Any] = []
+    monkeypatch.setattr("gradio.Blocks.block_thread", lambda blocks: served.append(blocks))
+    page.serve_demo(build_classifier(), PROCESSOR, "mine", host="127.0.0.1")
+    (blocks,) = served
+    with urlopen(blocks.local_url, timeout=60) as answer:
+        assert answer.status == 200 and f"mine: {blocks.local_url}" in capsys.readouterr().out
+    blocks.close()

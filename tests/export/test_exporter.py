@@ -368,7 +368,10 @@ def test_shapes_and_labels_of_other_models() -> None:
     assert exporter.get_output_shapes(outputs, fixed)["maps"] == ["batch", 8, 4, 4]
     config = build_tiny_config(num_cls_tokens=2, tasks={"b": ["x", "y"], "a": 1})
     assert exporter.get_label_names(config, ["a", "b"]) == {"a": ["LABEL_0"], "b": ["x", "y"]}
-    shapes = exporter.select_image_shapes(build_tiny_config(image_size=[32, 64]), GraphShape((8, 8), (16, 24), True))
+    config = build_tiny_config(image_size=[32, 64])  # the patch size is 8
+    shapes = exporter.select_image_shapes(config, GraphShape((32, 48), (16, 16), True))
+    assert shapes == [(1, 3, 32, 64), (3, 3, 32, 48), (2, 3, 24, 64), (1, 3, 48, 33), (1, 3, 16, 16)]
+    shapes = exporter.select_image_shapes(config, GraphShape((8, 8), (16, 24), True))
     assert shapes == [(1, 3, 32, 64), (3, 3, 16, 24), (2, 3, 16, 24), (1, 3, 16, 24), (1, 3, 16, 24)]
     expected, found = ([{"logits": torch.tensor(values)}] for values in ([[3.0, 4.0]], [[3.0, 0.0]]))
     assert compare_outputs_on_images(found * 2, expected * 2) == {

@@ -104,6 +104,8 @@ def test_the_report_describes_the_files(web: Path) -> None:
         ("onnx/model_fp16.onnx", "fp16"),
         ("onnx/model_quantized.onnx", "q8"),
     ]
+    sizes = [(web / each["file"]).stat().st_size for each in (fp32, fp16)]
+    assert sizes[1] < sizes[0]
     assert fp32["largest_difference"] <= 1e-4 and fp32["top1_agreement"] == 1
     assert fp32["largest_difference"] < fp16["largest_difference"] < int8["largest_difference"]
     assert int8["top1_agreement"] > 0.5

@@ -81,7 +81,7 @@ def test_prediction_sets_equal_mapie() -> None:
 
 def test_coverage_requires_enough_images() -> None:
     assert find_score_limit(np.full((9, 2), 0.5), np.zeros(9, int), 0.9) == 0.5
-    with pytest.raises(ValueError, match=r"--coverage 0\.9 requires at least 9 .* 8"):
+    with pytest.raises(ValueError, match=r"--coverage.*\b9\b.*\b8\b"):
         find_score_limit(np.full((8, 2), 0.5), np.zeros(8, int), 0.9)
 
 

@@ -149,6 +149,7 @@ def test_results_equal_scikit_learn(
     data = DataOptions(dataset=dataset, num_workers=0)
     results = run(model, frozen, data=data, split="validation", fit="pad", output=tmp_path / "new" / "frozen.json")
     assert json.loads((tmp_path / "new" / "frozen.json").read_text(encoding="utf-8")) == results | {"frozen": frozen}
+    assert "versions" in results
     printed, rows = capsys.readouterr().out, results["rows"]
     assert all(row["token"] in printed and f"{row['accuracy']:.2%}" in printed for row in rows)
     assert [row["token"] for row in rows] == TOKENS

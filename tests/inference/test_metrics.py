@@ -179,6 +179,9 @@ def test_a_task_without_labeled_images_has_no_effect() -> None:
     assert (values["num_images"], values["age_num_images"], values["species_num_images"]) == (3, 2, 0)
     loss = nn.functional.cross_entropy(logits["age"][:2], labels["age"][:2]).item()
     assert values["loss"] == close(loss) == values["age_loss"]
+    metrics.update(SimpleNamespace(logits=logits), labels | {"species": torch.tensor([0, 3, 6])})
+    values = metrics.compute()
+    assert values["species_loss"] > 0 and values["loss"] == close(values["age_loss"] + values["species_loss"])
 
 
 def test_means_of_many_batches_are_exact() -> None:

@@ -41,11 +41,7 @@ from modeling_vitcls import (
 )
 from modeling_vitcls.inference import predict as predict_module
 from modeling_vitcls.inference.inputs import FetchError
-from modeling_vitcls.inference.predict import (
-    PredictionCounts,
-    compute_model_digest,
-    predict_images,
-)
+from modeling_vitcls.inference.predict import PredictionCounts, compute_model_digest, predict_images
 from modeling_vitcls.inference.shards import merge_shards
 from modeling_vitcls.options import PredictOptions
 
@@ -153,6 +149,9 @@ def test_there_are_columns_for_the_three_labels_of_the_model(models: Path, unrea
     assert list(read_json(tmp_path / "out.json")[0]) == [
         *("index", "image", "label", "probability", "label_2", "probability_2", "label_3", "probability_3", "error")
     ]
+    output, encoder = tmp_path / "a.parquet", str(models / "encoder")
+    predict_images(PredictOptions(encoder, (str(unreadable),), output=output, features=("registers",)))
+    assert [row is None for row in pq.read_table(output)["features"].to_pylist()] == [False, True, True]
 
 
 def test_several_tasks_have_separate_columns(models: Path, photos: Path, tmp_path: Path) -> None:

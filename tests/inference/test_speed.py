@@ -19,7 +19,8 @@ def test_the_batch_is_as_large_as_the_time_permits(
     """Each forward pass takes the same time: six passes take about two seconds."""
     monkeypatch.setattr(speed, "time", SimpleNamespace(perf_counter=count(0, seconds).__next__))
     device = torch.device("cpu")
-    model = ViTCLSModel(build_tiny_config()).eval()
+    model, sizes = ViTCLSModel(build_tiny_config()).eval(), []
+    model.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
     found = speed.measure_inference_speed(model, device)
     assert found == {
         "images_per_second": pytest.approx(batch_size / seconds, abs=0.1),
@@ -28,3 +29,4 @@ def test_the_batch_is_as_large_as_the_time_permits(
         "dtype": "float32",
         "device": format_device_name(device),
     }
+    assert sizes[-6:] == [batch_size] * 6 and set(sizes[:-6]) == {1}

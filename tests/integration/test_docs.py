@@ -93,11 +93,8 @@ FLAG = re.compile(r"--[a-z][a-z0-9_-]*")
 PRINTED = re.compile(r"^# (?=[{(\[])", re.MULTILINE)  # comments that show the output of the line before
 FILE = re.compile(r"[\w./-]+\.(?:py|toml|j2)|(?:modeling_vitcls|scripts|tests|docs|model_cards)/[\w./-]*")
 FOLDERS = (ROOT, PACKAGE, ROOT / "tests")  # start of relative paths in the pages
-OTHER_FILES = {
-    "docs/speed-gpu.md",
-    "handler.py",
-    "train.py",
-}  # written by `make gpu` and `vitcls push`; timm's program
+# written by `make gpu` and `vitcls push`; timm's program
+OTHER_FILES = {"docs/speed-gpu.md", "handler.py", "train.py"}
 
 
 @dataclass(frozen=True)
@@ -370,6 +367,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )  # fmt: skip
     ViTCLSForImageClassification(config).save_pretrained(folder / "runs" / "photos")
     ViTCLSImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder / "runs" / "photos")
+    # found before the study of this name in the package, which takes minutes
     study = yaml.safe_load((ROOT / "scripts" / "recipes" / "study_digits.yaml").read_text(encoding="utf-8"))
     study["stages"]["finetune"]["max_steps"], study["seeds"] = 2, [0, 1]
     (folder / "study_digits").write_text(yaml.safe_dump(study), encoding="utf-8")

@@ -102,10 +102,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "norms inside parallel": ("vit_small_patch16_18x2_224", {"scale_attn_norm": True}),
     "differential branches": ("vit_small_patch16_18x2_224", {"attn_layer": "diff"}),
-    "different activations in attention pooling and blocks": (
-        "vit_pe_core_tiny_patch16_384",
-        {"swiglu_mlp": False},
-    ),
+    "different activations in attention pooling and blocks": ("vit_pe_core_tiny_patch16_384", {"swiglu_mlp": False}),
     "multiple of 4": ("vit_small_patch16_dinov3", {"embed_dim": 24}),
 }
 

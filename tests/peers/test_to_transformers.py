@@ -193,7 +193,8 @@ UNSUPPORTED = [
     (ViTCLSModel, {"position_embedding_type": "sincos_2d"}, "position_embedding_type='sincos_2d'"),
     (ViTCLSModel, {"cls_scopes": [[2, 2, 0, 0]]}, "cls_scopes=[[2, 2, 0, 0]]"),
     (ViTCLSModel, REGISTERS | {"gated_tokens": {"registers": 2}}, "gated_tokens={'registers': 2}"),
-    (ViTCLSModel, {"specialized_layers": {"norm": [0]}}, "specialized_layers={'norm': [0]}"),
+    (ViTCLSForImageClassification, {"specialized_layers": {"norm": [0]}}, "specialized_layers={'norm': [0]}"),
+    (ViTCLSModel, {"qk_norm": True}, "qk_norm=True"),
     (ViTCLSForImageClassification, {"head_type": "mlp"}, "head_type='mlp'"),
     (
         ViTCLSForImageClassification,

@@ -151,10 +151,8 @@ def test_tasks_have_no_pipeline(tmp_path: Path) -> None:
     folder = write_run_folder(tmp_path / "mine", results, None, ViTCLSForMultiTaskClassification, config)
     card = load_card(folder)
     assert "| species: Accuracy | 75.00% |" in card.text and "pipeline(" not in card.text
-    assert (
-        card.data.pipeline_tag == "image-feature-extraction"
-        and describe_architecture(ModelFolder(folder))["is_classifier"]
-    )
+    assert card.data.pipeline_tag == "image-feature-extraction"
+    assert describe_architecture(ModelFolder(folder))["is_classifier"]
     save_with_processor(ViTCLSForMultiTaskClassification(config), tmp_path / "by hand")
     assert "species (2 classes)" in load_card(tmp_path / "by hand").text
 

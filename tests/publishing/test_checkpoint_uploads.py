@@ -23,6 +23,7 @@ def test_the_newest_checkpoint_replaces_the_earlier_one_on_the_branch(
     upload_folder, uploads = HfApi.upload_folder, []
 
     def start_upload(api: HfApi, *, run_as_future: bool, **arguments: Any) -> "Future[None]":
+        assert run_as_future
         upload_folder(api, **arguments)
         uploads.append(Future())
         return uploads[-1]

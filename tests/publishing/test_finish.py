@@ -58,7 +58,7 @@ def test_a_run_gets_a_report_and_a_card_from_its_folder(tmp_path: Path, capsys: 
 def test_a_run_is_pushed_and_verified(
     hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A token without permission stops the run before the training."""
+    """A token without permission stops the run before the training. Other processes of a run do not push."""
     flags: dict[str, Any] = {"max_steps": 1, "report": False, **SMALL}
     with raises_one_line("bob/mine"):
         finetune("vitcls-tiny", "digits", tmp_path / "run", push_to_hub=True, hub_model_id="bob/mine", **flags)
@@ -74,7 +74,7 @@ def test_a_run_is_pushed_and_verified(
     assert len(lines) == len(set(lines))  # nothing is printed twice
     finish_run(tmp_path / "run", RunOptions(report=False, hub_verify=False), "ann/mine")
     output = capsys.readouterr().out
-    assert f"{commit} (private)" in output and "verified:" not in output
+    assert f"{commit} (private)" in output and "verified:" not in output and "report.html" not in output
     monkeypatch.setenv("RANK", "1")  # another process of a run
     assert (
         prepare_push(build_options(FinetuneOptions, model="m", dataset="d", output_dir="o", push_to_hub=True)) is None

@@ -16,7 +16,7 @@ import modeling_vitcls as vitcls
 from modeling_vitcls.hub import connection
 from modeling_vitcls.publishing.card import write_card
 from modeling_vitcls.publishing.model_folder import ModelFolder
-from modeling_vitcls.publishing.push import PushError, prepare_repository, push_folder
+from modeling_vitcls.publishing.push import PushError, build_push_command, prepare_repository, push_folder
 
 
 pytestmark = pytest.mark.integration
@@ -67,7 +67,7 @@ def test_a_push_is_one_commit_of_the_model_files(hub: LocalHub, folder: Path) ->
     pushed = push_folder(ModelFolder(folder), "ann/model")
     repository = hub.repositories["ann/model"]
     assert len(repository.commits) == 2 and repository.branches == {"main": pushed.commit}
-    assert not repository.private
+    assert not repository.private and pushed.summary == f"{hub.url}/ann/model/commit/{pushed.commit} (public)"
     accompanying = {"README.md", "results.json", "config.resolved.yaml", "images/attention.png", "report.html"}
     assert set(hub.files("ann/model")) == {".gitattributes", "CODE_LICENSE"} | MODEL_FILES | accompanying
     for name in MODEL_FILES | {"results.json"}:
@@ -179,14 +179,13 @@ def test_a_folder_of_exported_files_is_pushed_without_weights_and_code(hub: Loca
     (folder / "results.json").write_text('{"files": {}}')
     (folder / "LICENSE").write_text("You may.")
     push_folder(ModelFolder(folder), "ann/export")
-    assert set(hub.files("ann/export")) - {".gitattributes", "LICENSE"} == {
-        *("config.json", "preprocessor_config.json", "results.json", "README.md"),
+    assert set(hub.files("ann/export")) - {".gitattributes"} == {
+        *("config.json", "preprocessor_config.json", "results.json", "README.md", "LICENSE"),
         *("model.xml", "model.bin", "model.xml.json"),
     }
     card = hub.read("ann/export", "README.md").decode()
     assert "1.2e-02" in card and "98.44%" in card and "--backend my-model/model.xml" in card
     assert "trust_remote_code" not in card and "None" not in card and "Apache-2.0" not in card
-    assert "LICENSE" in hub.files("ann/export")
 
 
 def test_a_push_removes_outdated_files_of_its_branch_and_keeps_others(hub: LocalHub, folder: Path) -> None:
@@ -350,6 +349,7 @@ def test_temporary_failures_are_retried(hub: LocalHub, folder: Path, method: str
 
 
 def test_a_failed_push_prints_the_command_that_completes_it(hub: LocalHub, folder: Path) -> None:
+    assert build_push_command(Path("my run"), "a/b") == "vitcls push --model 'my run' --hub-model-id a/b"
     hub.create("ann/model", private=False)
     hub.fail("POST", "/commit/", 403)
     command = f"vitcls push --model {folder} --hub-model-id ann/model --private --branch new"

@@ -1,4 +1,4 @@
-"""The page of the demo in a real browser: on this machine, and as a Space that is pushed to a local Hub."""
+"""A Space that shows a model of a local Hub, in a process that cannot import this package."""
 
 import json
 import os
@@ -23,10 +23,7 @@ from modeling_vitcls.publishing.model_folder import ModelFolder
 from modeling_vitcls.publishing.push import push_folder
 
 
-NAMES = ["temple", "flower", "cat", "seven", "bird", "ship"]
-PATIENCE = 60_000  # timeout of the browser in milliseconds
-
-pytestmark = pytest.mark.slow  # each demo is a process of its own, and most tests push to a local Hub
+pytestmark = pytest.mark.slow  # the demo is a process of its own
 
 # Runs a file like `python FILE`, in a process that cannot import modeling_vitcls.
 WITHOUT_PACKAGE = """
@@ -63,7 +60,7 @@ def run_page(command: list[str], folder: Path, **environment: str) -> Iterator[s
 def test_the_space_runs_without_this_package(hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Later commits of the model have no effect."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
-    config = build_tiny_config(num_cls_tokens=2, num_distillation_tokens=1, num_register_tokens=2, num_labels=5)
+    config = build_tiny_config(num_cls_tokens=2, num_distillation_tokens=1, num_register_tokens=2, num_labels=6)
     model, photo, space = tmp_path / "mine", tmp_path / "photo.png", tmp_path / "space"
     save_with_processor(vitcls.ViTCLSForImageClassification(config), model)
     Image.fromarray(load_sample_images().images[0]).save(photo)

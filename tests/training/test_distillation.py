@@ -45,6 +45,7 @@ def teachers(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     config = ViTCLSConfig(hidden_size=24, image_size=48, patch_size=8, pooling="mean", num_register_tokens=1, **sizes)
     randomize(ViTCLSModel(config)).save_pretrained(folder / "ours")
     ViTCLSImageProcessor(size=48).save_pretrained(folder / "ours")
+    (folder / "ours" / "README.md").write_text("---\nlicense: mit\n---\n", encoding="utf-8")
     theirs = ViTModel(ViTConfig(hidden_size=16, image_size=32, patch_size=16, **sizes))
     randomize(theirs).save_pretrained(folder / "theirs")
     ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder / "theirs")
@@ -151,7 +152,7 @@ def test_the_folder_contains_the_encoder_and_the_names_of_the_teachers(
     names = [f"path/to/{Path(name).name}" for name in teachers]
     results = read_json(pretrained / "results.json")
     assert model.config.distillation_teachers == names == results["teachers"]
-    assert results["teacher_licenses"] == [None, None]
+    assert results["teacher_licenses"] == ["mit", None]
     assert model.adapt(num_distillation_tokens=1).config.distillation_teachers == names[:1]
     assert ViTCLSModel.from_pretrained(pretrained, num_distillation_tokens=3).config.distillation_teachers == names
     assert any(name.startswith("patch_projectors.1.") for name in load_file(max(pretrained.glob("*/step*/model.s*"))))

@@ -130,7 +130,7 @@ def test_a_fifth_of_the_images_become_gray() -> None:
     assert images[is_gray].std(dim=(1, 2, 3)).min() > 0.02  # the pattern remains
 
 
-@pytest.mark.parametrize("fields", [{}, {"pooling": "mean"}, {"num_cls_tokens": 2, "num_register_tokens": 3}])
+@pytest.mark.parametrize("fields", [{}, {"pooling": "mean"}, {"num_cls_tokens": 2, "cls_pooling": "concat"}])
 def test_gradients_reach_the_tokens(fields: dict) -> None:
     model = LeJEPA(ViTCLSModel(build_tiny_config(**fields)), width=32)
     objective = LeJEPAObjective(Normalizer(ViTCLSImageProcessor(), torch.device("cpu")), LeJEPAOptions(), (8, 8))

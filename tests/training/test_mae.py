@@ -75,6 +75,7 @@ def test_every_parameter_is_trained() -> None:
     frozen = {name for name, weight in model.named_parameters() if not weight.requires_grad}
     assert {name for name, weight in model.named_parameters() if weight.grad is None} == frozen
     assert frozen and all(name.startswith("vitcls.pooler.") for name in frozen)
+    assert (model.vitcls.config.mim_loss, model.vitcls.config.norm_pixel_target) == ("l1", False)  # of SimMIM
 
 
 def test_the_decoder_has_two_thirds_of_the_width() -> None:

@@ -145,7 +145,7 @@ def test_random_weights_have_no_probe(tmp_path: Path) -> None:
     stream = replace(run.options, data=replace(run.options.data, streaming=True))
     for options, kind, reason in (
         (stream, "single_label_classification", "stream"),
-        (run.options, "multi_task", "one"),
+        (run.options, "multi_task", "label"),
     ):
         assert reason in str(explain_missing_probe(options, run.task.model, {"classifier.weight"}, kind))
 

@@ -32,7 +32,7 @@ from transformers import (
 from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification, ViTCLSImageProcessor
 from modeling_vitcls.data.labels import LabelSpace
 from modeling_vitcls.training.losses import compute_distillation_loss
-from modeling_vitcls.training.teacher import Teacher, TeacherCache, load_teacher
+from modeling_vitcls.training.teacher import Teacher, TeacherCache, get_interpolation, load_teacher
 
 
 CPU = torch.device("cpu")
@@ -138,14 +138,15 @@ def test_teachers_predict_as_with_their_own_image_processor(build: Any, tmp_path
     assert teacher.description.endswith(f"{size[0]} x {size[1]} pixels")
 
 
-@pytest.mark.parametrize(("resample", "mode"), [(0, "nearest-exact"), (1, "bicubic"), (2, "bilinear"), (3, "bicubic")])
-def test_teachers_resize_with_the_filter_of_their_processor(resample: int, mode: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("resample", "mode"), [(0, "nearest-exact"), (1, "bicubic"), (2, "bilinear")])
+def test_teachers_resize_with_the_filter_of_their_processor(resample: Any, mode: str, tmp_path: Path) -> None:
     """Lanczos (1) is replaced by bicubic. The weights of a teacher in half precision are converted to float32."""
     model = build_tiny_resnet().bfloat16()
     teacher = load_labeled_teacher(save_teacher(tmp_path, model, build_half_processor(resample=resample)))
     pixels = build_pixels(height=40, width=56)
     expected = functional.resize(pixels, [24, 24], InterpolationMode(mode), antialias=True)
     assert torch.equal(teacher.preprocessing(pixels), teacher.preprocessing(expected))
+    assert get_interpolation("random") is InterpolationMode.BILINEAR  # of timm's configurations
     assert teacher(pixels).dtype == torch.float32
     assert get_largest_difference(teacher(pixels), model.float()(teacher.preprocessing(pixels)).logits) <= 1e-6
 
@@ -189,6 +190,9 @@ def test_gray_and_color_images_are_converted(channels: int, tmp_path: Path) -> N
     as_grey = torch.stack([torch.from_numpy(np.array(picture.convert("L"))).float()[None] for picture in pictures])
     found, expected = (load_labeled_teacher(grey, channels=each.shape[1])(each) for each in (batch, as_grey))
     assert get_largest_difference(found, expected) <= 2e-2
+    in_color = batch.expand(-1, 3, -1, -1)
+    found, expected = (load_labeled_teacher(colour, channels=each.shape[1])(each) for each in (batch, in_color))
+    assert get_largest_difference(found, expected) <= 1e-5
 
 
 def test_other_channels_are_errors(resnet: Path) -> None:
