@@ -14,10 +14,8 @@
 
 PYTHON ?= python3
 VENV   ?= .venv
-# Number of test processes for two cores. Each one imports the libraries, which takes 16 s of CPU time. The slow tests
-# wait for processes that they start, so that a third process shortens them.
+# Number of test processes for two cores. Each one imports the libraries, which takes 16 s of CPU time.
 WORKERS ?= 2
-test-all: WORKERS = 3
 RUN    := $(VENV)/bin/python
 
 export TOKENIZERS_PARALLELISM := false
