@@ -56,7 +56,7 @@ def get_layer(module: str) -> str:
     return "*_vitcls.py" if module.endswith(("_vitcls", ".version")) else "top level"
 
 
-def test_folders_import_only_lower_folders_and_files_no_rings() -> None:
+def test_folders_import_only_lower_folders_and_no_ring_joins_files() -> None:
     graph = load_import_graph()
     graph.pop("modeling_vitcls")  # has the public names of several folders
     assert len(graph) > 100

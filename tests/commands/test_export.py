@@ -11,7 +11,7 @@ from modeling_vitcls.export import exporter
 from modeling_vitcls.options import ExportOptions
 
 
-def test_every_flag_reaches_the_exporter(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_flags_and_report_of_an_export(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """A real quantization takes minutes (tests/export/test_backends.py)."""
     passed: list[ExportOptions] = []
     report: dict[str, Any] = {
@@ -36,8 +36,8 @@ def test_every_flag_reaches_the_exporter(monkeypatch: pytest.MonkeyPatch, capsys
     assert run_here("export", *flags.split(), "--image-size", "32", "48") == 0
     assert passed == [ExportOptions("m", "onnx", Path("o.onnx"), True, 2.5, (1, 3), (32, 48), dataset="d", split="s")]
     printed = capsys.readouterr().out
-    accuracies = ("file 87.50%", "model 93.75%", "321", "cls of 64", "1.2e-02", "0.9877", "positions are learned")
-    for fact in (*accuracies, "cls 1.0e-06, logits 2.0e-06", "32 x 48", "123.5 images/s", "3.0 MiB"):
+    measured = ("file 87.50%", "model 93.75%", "321", "cls of 64", "1.2e-02", "0.9877", "positions are learned")
+    for fact in (*measured, "cls 1.0e-06, logits 2.0e-06", "32 x 48", "123.5 images/s", "3.0 MiB"):
         assert fact in printed
     report["input"] |= {"shape": ["batch", 3, "height", "width"]}
     export.print_report(report | {"evaluation": None, "comparison": None}, Path("folder"))

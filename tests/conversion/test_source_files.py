@@ -419,7 +419,7 @@ def test_a_file_of_eva02(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-def test_a_file_of_openai(tmp_path: Path) -> None:
+def test_an_openai_clip_file(tmp_path: Path) -> None:
     """A CLIP image encoder with its projection; and a pickle with code, which is not run."""
     name = "vit_xsmall_patch16_clip_224"
     source: Any = randomize_weights(timm.create_model(name))
@@ -524,7 +524,7 @@ def test_values_that_are_not_numbers_are_refused() -> None:
             convert_state_dict(weights, "deit")
 
 
-def test_unreadable_files_are_refused(tmp_path: Path) -> None:
+def test_unreadable_files_and_unused_families_are_refused(tmp_path: Path) -> None:
     with raises_one_line("is not a file", error=OSError):
         FileSource.load(tmp_path / "missing.pth")
     with raises_one_line("--family dino", "timm:test_vit", error=ConversionError):

@@ -224,7 +224,8 @@ def test_metadata_files_name_the_labels(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("other", ["other", "test"])
 def test_folders_with_metadata_are_never_ambiguous(tmp_path: Path, other: str) -> None:
-    write_images(tmp_path, *(names := ["train/cat/0.png", f"{other}/0.png"]))
+    names = ["train/cat/0.png", f"{other}/0.png"]
+    write_images(tmp_path, *names)
     (tmp_path / "metadata.csv").write_text(f"file_name,label\n{names[0]},a\n{names[1]},b\n", encoding="utf-8")
     images = load_evaluation_data(DataOptions(str(tmp_path), held_out_fraction=0.0), "train").images
     assert list(images.labels) == [0, 1] and images.images.get_names() == names

@@ -126,7 +126,7 @@ def test_only_uploaded_images_and_examples_are_opened(page: Any, uploads: Path, 
     assert str(uploads) not in str(raised.value)
 
 
-def test_encoders_and_gray_images(page: Any, tmp_path: Path, uploads: Path) -> None:
+def test_encoders_gray_images_and_models_of_the_hub(page: Any, tmp_path: Path, uploads: Path) -> None:
     encoder = randomize(ViTCLSModel(build_tiny_config(num_channels=1), add_pooling_layer=False))
     gray = ViTCLSImageProcessor(size=32, do_convert_rgb=False, image_mean=[0.5], image_std=[0.5])
     Image.new("L", (40, 40), 128).save(uploads / "gray.png")
@@ -136,9 +136,8 @@ def test_encoders_and_gray_images(page: Any, tmp_path: Path, uploads: Path) -> N
     model, _ = page.load_from_hub(str(folder), "main")
     assert type(model).__name__ == "ViTCLSModel" and model.pooler is None
     model, processor = page.load_from_hub(str(save_classifier(tmp_path / "classifier")), "main")
-    assert (
-        type(model).__name__ == "ViTCLSForImageClassification" and not model.training and processor.size.height == 32
-    )
+    assert type(model).__name__ == "ViTCLSForImageClassification" and not model.training
+    assert processor.size.height == 32
 
 
 def test_only_the_prediction_is_public(page: Any) -> None:

@@ -227,7 +227,7 @@ def test_int8_loses_at_most_0_3_points(
         assert "layers.0" in layers and not {"layers.1", "layers.2"} & layers
 
 
-def test_the_layer_with_outliers_is_ranked_first() -> None:
+def test_the_layer_with_outliers_is_ranked_first_and_named_if_the_metric_falls() -> None:
     """A large input of one layer leaves few of the 255 int8 values for the others."""
     model: Any = randomize(ViTCLSForImageClassification(build_tiny_config(num_hidden_layers=3)))
     assert sorted(rank_layers(model, build_images())) == [1, 2, 3]

@@ -360,7 +360,7 @@ def test_a_difference_over_the_limit_leaves_nothing(tmp_path: Path, monkeypatch:
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_shapes_and_labels_of_other_models() -> None:
+def test_shapes_labels_and_differences_of_other_models() -> None:
     outputs = {"tokens": torch.zeros(2, 17, 8), "maps": torch.zeros(2, 8, 4, 4), "logits": torch.zeros(2, 3)}
     dynamic, fixed = (GraphShape((32, 32), (8, 8), is_dynamic) for is_dynamic in (True, False))
     axes = {"tokens": ["batch", "tokens", 8], "maps": ["batch", 8, "rows", "columns"], "logits": ["batch", 3]}
@@ -402,7 +402,7 @@ def test_unsupported_models(tmp_path: Path) -> None:
         export_model(ExportOptions(str(tmp_path / "incomplete"), "onnx", tmp_path / "vit.onnx"))
 
 
-def test_unsupported_sizes(tmp_path: Path) -> None:
+def test_unsupported_options_and_sizes(tmp_path: Path) -> None:
     checkpoint(tmp_path / "model")
     target = (str(tmp_path / "model"), "onnx", tmp_path / "vit.onnx")
     for layers in ((0, 1), (3,)):

@@ -1,4 +1,4 @@
-"""Retries, temporary errors and error messages of requests to the Hub. test_publish.py tests the timeouts."""
+"""Retries, temporary errors and error messages of requests to the Hub."""
 
 import itertools
 import json

@@ -76,7 +76,7 @@ def test_a_classifier(tmp_path: Path) -> None:
     assert card.data.license is None and "did not specify a license" in text
 
 
-def test_the_numbers_of_a_card(tmp_path: Path) -> None:
+def test_the_variables_of_a_card(tmp_path: Path) -> None:
     config = build_tiny_config(num_cls_tokens=2, num_register_tokens=3, image_size=[32, 40])
     flags = {"batch_size": 32, "gradient_accumulation_steps": 3, "teacher": "timm:resnet18@/home/ann/w.pt"}
     folder = ModelFolder(write_run_folder(tmp_path / "mine", {"num_processes": 20}, flags, config=config))

@@ -62,7 +62,7 @@ RECIPE = SCRIPTS / "recipes" / "digits.yaml"
 ENVIRONMENT = os.environ | SCRIPT_ENVIRONMENT
 NUM_HELD_OUT_DIGITS, NUM_HELD_OUT_FEW_DIGITS, NUM_HELD_OUT_COLORS = 359, 90, 10
 CPU = torch.device("cpu")
-SIZES = (
+SHORT_RUN_FLAGS = (
     "--hidden-size 32 --num-hidden-layers 2 --num-attention-heads 2 --intermediate-size 64 --num-cls-tokens 2 "
     "--num-distillation-tokens 1 --cls-pooling mean --max-steps 7 --log-every 2 --no-report"
 )
@@ -73,7 +73,7 @@ def recipe_run(color_images: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     """Run a recipe with batches of 14, and two CLS tokens, a distillation token and registers."""
     folder = tmp_path_factory.mktemp("recipe") / "my-model"
     reset_accelerate()
-    flags = ["--config", RECIPE, "--dataset", color_images, "--batch-size", 14, *SIZES.split()]
+    flags = ["--config", RECIPE, "--dataset", color_images, "--batch-size", 14, *SHORT_RUN_FLAGS.split()]
     assert run_in_process("finetune.py", *flags, "--output-dir", folder) == 0
     return folder
 
@@ -144,7 +144,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 @pytest.mark.slow
 def test_the_folder_loads_without_the_package(tmp_path: Path) -> None:
     """Run the second half of the demo, which checks the accuracy in results.json."""
-    flags = ["--config", RECIPE, *SIZES.split(), "--output-dir", tmp_path / "run"]
+    flags = ["--config", RECIPE, *SHORT_RUN_FLAGS.split(), "--output-dir", tmp_path / "run"]
     ran = run_fresh(SCRIPTS / "finetune.py", *flags, environment=ENVIRONMENT)
     assert ran.returncode == 0, f"{ran.stdout}\n{ran.stderr}"
     environment = {name: value for name, value in ENVIRONMENT.items() if name != "PYTHONPATH"}

@@ -194,7 +194,7 @@ def test_the_old_model_is_never_next_to_the_new_configuration(earlier: Path, mon
 
 
 def test_a_resumed_run_that_is_finished_changes_nothing(earlier: Path) -> None:
-    """Except for an earlier attempt to save the model."""
+    """An earlier attempt to save the model is removed."""
     before = contents(earlier)
     (earlier / ".model.partial").mkdir()
     (earlier / ".model.partial" / "model.safetensors").touch()
@@ -265,7 +265,8 @@ def test_only_folders_of_runs_and_models_are_cleared(folder: Path, name: str | N
 def test_the_configuration_is_moved_first_and_the_results_last(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    names, moved, replace = ["config.json", "README.md", "model.safetensors", "results.json"], [], Path.replace
+    names, moved = ["config.json", "README.md", "model.safetensors", "results.json"], []
+    replace = Path.replace
     monkeypatch.setattr(Path, "replace", lambda path, target: moved.append(path.name) or replace(path, target))
     with output_folder.stage_files(tmp_path) as folder:
         for name in (*names[2:], *names[:2]):
