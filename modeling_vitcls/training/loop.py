@@ -236,7 +236,7 @@ class TrainingLoop:
         """
         state = self.state
         metrics = self.evaluate()
-        score = get_score(metrics, self.selection_metric)
+        score = metrics.get(self.selection_metric)
         self.is_best = False
         if score is not None and (state.best_score is None or score > state.best_score + state.margin):
             self.is_best = True
@@ -332,9 +332,3 @@ class TrainingLoop:
 def is_end_of_epochs(step: int, num_epochs: int, plan: BatchPlan) -> bool:
     """Return whether the number of completed epochs reaches a multiple of `num_epochs` in this step."""
     return math.floor(plan.count_epochs(step) / num_epochs) > math.floor(plan.count_epochs(step - 1) / num_epochs)
-
-
-def get_score(metrics: Metrics, selection_metric: str) -> float | None:
-    """Return the selection metric, negated if the metric is a loss, or None if the metric is missing."""
-    value = metrics.get(selection_metric)
-    return -value if value is not None and selection_metric.endswith("loss") else value

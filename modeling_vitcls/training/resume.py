@@ -107,7 +107,7 @@ def check_run_unchanged(metadata: dict[str, Any], current: dict[str, Any], folde
             f"--resume: the run in {folder} requires --mixed-precision {metadata['mixed_precision']}, but the mixed "
             f"precision of this run is {current['mixed_precision']}"
         )
-    if any(metadata[name] != current[name] for name in ("images_per_step", "num_steps")):
+    if metadata["images_per_step"] != current["images_per_step"]:
         raise ValueError(
             f"--resume: the run in {folder} has {metadata['num_steps']:,} steps of {metadata['images_per_step']} "
             f"images, but this run has {current['num_steps']:,} steps of {current['images_per_step']} images. "

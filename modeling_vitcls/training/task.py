@@ -28,7 +28,7 @@ class Task:
     objective: Objective
     # Returns a function from a model to metrics; an `Evaluator` if the model can be calibrated.
     build_evaluator: Callable[[LabeledImages], Callable[[Any], dict[str, Any]]]
-    # Name of the metric that selects the best checkpoint. Lower values are better if the name ends with "loss".
+    # Name of the metric that selects the best checkpoint. Higher values are better.
     selection_metric: str
     printed_metrics: tuple[str, ...]  # metrics of evaluations that are printed during training
     result_metrics: tuple[str, ...]  # metrics of the printed result

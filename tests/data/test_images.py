@@ -4,6 +4,7 @@ import io
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 from helpers.tiny_models import raises_one_line
@@ -38,6 +39,7 @@ def test_a_subset_has_the_names_bytes_and_checksums_of_its_images(tmp_path: Path
     assert subset.compute_keys().tolist() == list(map(compute_image_key, [encode(3), b"a.png", encode(2)]))
     assert [image.filename for image in images] == [rows[0]["path"], "row 1", rows[2]["path"]]
     assert [image.filename for image in subset] == [rows[2]["path"], rows[0]["path"], "row 1"]
+    assert DatasetImages(datasets.Dataset.from_dict({"image": [encode(7)]}))[0].getpixel((0, 0)) == 7
 
 
 def test_arrays_are_named_by_their_checksums() -> None:

@@ -47,7 +47,7 @@ def start(options: FinetuneOptions) -> FinetuneOptions:
 
 
 CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "grown": (lambda photos: write_photos(photos, range(20, 60), "cat"), "training images"),
+    "grown": (lambda photos: write_photos(photos, range(20, 60), "cat"), "training images was 32 and is 64"),
     "class added": (lambda photos: write_photos(photos, range(20), "ant"), "classes"),
     "renamed": (lambda photos: (photos / "cat" / "1.png").rename(photos / "cat" / "0a.png"), "names"),
 }

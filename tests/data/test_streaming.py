@@ -160,12 +160,6 @@ def test_two_processes_have_the_same_images_per_step_as_one(tmp_path: Path) -> N
         assert sorted(pieces.tolist()) == sorted(batch["index"].tolist())
 
 
-def test_batches_equal_those_of_stored_images(two_shards: Path) -> None:
-    (batch,) = build_batches(read(two_shards).train, build_plan(max_steps=1, batch_size=4))
-    assert batch["pixels"].shape == (4, 3, 8, 8) and batch["pixels"].dtype == torch.uint8 and batch["errors"] == {}
-    assert torch.equal(batch["pixels"].amax(dim=(1, 2, 3)) % 3, batch["labels"])  # other pixels may be set to black
-
-
 @pytest.mark.parametrize(("first_step", "num_workers"), [(2, 0), (17, 0), (40, 0), (40, 2)])
 def test_a_restart_continues_with_the_same_batches(two_shards: Path, first_step: int, num_workers: int) -> None:
     """Check the first pass, the second, and the fourth or later."""
@@ -201,7 +195,7 @@ def test_the_next_image_of_the_batch_replaces_an_unreadable_one(tmp_path: Path, 
             replacement = next(at % 8 for at in range(place, place + 8) if not is_broken[at % 8])
             assert batch["index"][place] == chosen[replacement].index
             assert batch["labels"][place] == chosen[replacement].label
-            assert (example.index in batch["errors"]) is is_broken[place]
+            assert (f"{example.index:x}" in batch["errors"].get(example.index, "")) is is_broken[place]
     assert found > 4
 
 

@@ -110,7 +110,7 @@ def test_a_width_without_hadamard_matrix_is_an_error() -> None:
         build_hadamard_matrix(36)
 
 
-def test_a_teacher_returns_its_pooled_vector_and_its_patches(teachers: tuple[str, str]) -> None:
+def test_a_teacher_returns_its_pooled_vector_and_its_patches(teachers: tuple[str, str], tmp_path: Path) -> None:
     """The pixels have the teacher's size; the patches are resampled from a grid of 6 x 6 to 3 x 3."""
     student = build_tiny_config(image_size=48, patch_size=16)
     teacher = load_feature_teacher(teachers[0], student, True, torch.device("cpu"))
@@ -120,6 +120,10 @@ def test_a_teacher_returns_its_pooled_vector_and_its_patches(teachers: tuple[str
     with torch.no_grad():
         outputs = model(processor(list(pixels), return_tensors="pt")["pixel_values"])
     features = teacher(pixels)
+    ViTCLSModel(ViTCLSConfig.from_pretrained(teachers[0], num_hidden_layers=3)).config.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").symlink_to(Path(teachers[0]) / "model.safetensors")
+    with raises_one_line(f"the teacher {tmp_path} lacks the weight layers.2."):
+        load_feature_teacher(str(tmp_path), student, True, torch.device("cpu"))
     assert get_largest_difference(features[:, :24], outputs.pooler_output) <= 1e-5
     patches = resize(outputs.last_hidden_state[:, -36:].mT.unflatten(2, (6, 6)), [3, 3])  # [2, 24, 3, 3]
     assert get_largest_difference(features[:, 24:], patches.flatten(2).mT.flatten(1)) <= 1e-5

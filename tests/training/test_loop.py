@@ -3,10 +3,8 @@
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -22,7 +20,6 @@ from helpers.random_classifiers import build_random_model
 from helpers.tiny_options import PLAIN, TINY, build_initial_model
 from helpers.warm_processes import SECONDS
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader
 
 from modeling_vitcls import (
     ViTCLSConfig,
@@ -31,13 +28,7 @@ from modeling_vitcls import (
     ViTCLSImageProcessor,
 )
 from modeling_vitcls.data.augmentation import build_augmentation
-from modeling_vitcls.data.batches import (
-    BatchBuilder,
-    Normalizer,
-    TrainingImages,
-    iterate_training_batches,
-    leave_signals_to_parent,
-)
+from modeling_vitcls.data.batches import BatchBuilder, Normalizer, TrainingImages, iterate_training_batches
 from modeling_vitcls.data.images import UnreadableImageCounter
 from modeling_vitcls.data.sampling import BatchPlan
 from modeling_vitcls.data.splits import load_training_data
@@ -212,6 +203,7 @@ def test_logged_records() -> None:
             assert all(value > 0 for value in record[figure].values())
     assert bench.records[-1]["held_out_accuracy"] == metrics["accuracy"] == 0.5
     assert "held_out_per_class" not in bench.records[-1]
+    assert bench.records[-1]["peak_memory_mb"] == round(bench.loop.peak_memory / 2**20, 1)
     json.dumps(bench.records, allow_nan=False)
 
 
@@ -596,19 +588,3 @@ def test_a_change_of_the_parent_process_is_a_signal(
     assert handler.get_signal() is None
     parent[0] = 1
     assert handler.get_signal() == name
-
-
-@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="needs sigwaitinfo")
-def test_workers_ignore_signals_of_other_processes() -> None:
-    loader = DataLoader(range(1000), num_workers=1, prefetch_factor=2, worker_init_fn=leave_signals_to_parent)  # type: ignore[arg-type]
-    before = multiprocessing.active_children()
-    batches = iter(loader)
-    next(batches)
-    (worker,) = [child for child in multiprocessing.active_children() if child not in before]
-    for name in ("TERM", "INT"):
-        subprocess.run(["sh", "-c", f"kill -{name} {worker.pid}"], check=True)
-    for _ in range(20):
-        next(batches)
-    worker.terminate()
-    worker.join(timeout=SECONDS)
-    assert worker.exitcode == 0

@@ -301,6 +301,8 @@ def test_added_tokens_are_trained_with_their_positions_and_gates(choice: str, tm
 def test_invalid_choices_are_errors() -> None:
     with raises_one_line("last-3", "2 layers"):
         set_trainable_parameters(build_random_model(), "last-3")
+    with raises_one_line("--trainable lora does not support", "qkv"):
+        set_trainable_parameters(build_random_model(specialized_layers={"qkv": [0]}), "lora")
 
 
 def test_lora_requires_peft(monkeypatch: pytest.MonkeyPatch) -> None:

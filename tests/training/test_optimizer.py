@@ -7,7 +7,7 @@ import pytest
 from helpers.random_classifiers import build_random_model
 
 from modeling_vitcls.options import TrainingOptions
-from modeling_vitcls.training.optimizer import build_parameter_groups, get_learning_rate
+from modeling_vitcls.training.optimizer import build_optimizer, get_learning_rate
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -27,7 +27,8 @@ def test_learning_rate_rises_then_falls() -> None:
 def test_only_weights_of_linear_layers_and_patches_decay() -> None:
     model = build_random_model(num_distillation_tokens=1, pooling="attention", layer_scale_init_value=0.1)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    groups = build_parameter_groups(model, weight_decay=0.05)
+    options = TrainingOptions(learning_rate=1.0, weight_decay=0.05, layer_decay=1.0)
+    groups = build_optimizer(model, options).param_groups
     assert len(groups) == 2
     by_decay = {group["weight_decay"]: [names[id(one)] for one in group["params"]] for group in groups}
     decayed, rest = by_decay[0.05], by_decay[0.0]
@@ -44,7 +45,7 @@ def test_learning_rates_decrease_from_the_head_to_the_tokens() -> None:
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     scale_of = {
         names[id(parameter)]: group["lr_scale"]
-        for group in build_parameter_groups(model, weight_decay=0.05, layer_decay=0.5)
+        for group in build_optimizer(model, TrainingOptions(learning_rate=1.0, layer_decay=0.5)).param_groups
         for parameter in group["params"]
     }
     assert scale_of.keys() == set(names.values())

@@ -22,6 +22,7 @@ from modeling_vitcls.modeling_vitcls import ViTCLSModel
 from modeling_vitcls.options import FinetuneOptions, PretrainOptions
 from modeling_vitcls.training import output_folder
 from modeling_vitcls.training import run as run_module
+from modeling_vitcls.training.dry_run import build_dry_run_options
 from modeling_vitcls.training.output_folder import (
     LOCK_FILE,
     FolderLock,
@@ -162,6 +163,9 @@ def test_a_finished_run_is_replaced_only_with_overwrite(earlier: Path) -> None:
     assert contents(earlier) == before
     with raises_one_line(f"{earlier} contains a finished run"):
         run_dry(options_of(earlier))
+    with build_dry_run_options(options_of(earlier, resume=True)) as options:  # next to the folder
+        assert options.output_dir.parent.parent == earlier.parent and not options.output_dir.exists()
+    assert list(earlier.parent.iterdir()) == [earlier]
     assert run(earlier, max_steps=2, overwrite=True)["steps"] == 2
 
 
@@ -193,13 +197,16 @@ def test_the_old_model_is_never_next_to_the_new_configuration(earlier: Path, mon
     assert not any("results.json" in names for names in states[1:])
 
 
-def test_a_resumed_run_that_is_finished_changes_nothing(earlier: Path) -> None:
-    """An earlier attempt to save the model is removed."""
+def test_a_resumed_run_that_is_finished_changes_nothing(earlier: Path, capsys: pytest.CaptureFixture) -> None:
+    """An earlier attempt to save the model is removed, if there is one."""
     before = contents(earlier)
     (earlier / ".model.partial").mkdir()
     (earlier / ".model.partial" / "model.safetensors").touch()
-    run(earlier, resume=True, keep_checkpoints=5)  # a flag that may change
-    assert contents(earlier) == before
+    for _ in range(2):
+        run(earlier, resume=True, keep_checkpoints=5)  # a flag that may change
+        assert contents(earlier) == before and capsys.readouterr().out.startswith("finished ")
+    with raises_one_line("--max-steps 1, but the value in this run is 2"):
+        run(earlier, resume=True, max_steps=2)
 
 
 def test_sources_in_the_output_folder_are_not_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

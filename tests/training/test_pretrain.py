@@ -1,6 +1,7 @@
 """Pre-training runs with LeJEPA and MAE: measured features, the saved encoder, resumption, and any tokens and data."""
 
 import math
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -120,11 +121,13 @@ def test_images_without_labels_are_measured_by_rank(tmp_path: Path, capsys: pyte
 
 
 def test_a_converted_checkpoint_is_continued(tmp_path: Path) -> None:
-    ViTCLSModel(build_tiny_config(num_register_tokens=1)).save_pretrained(tmp_path / "model")
+    """It is trained in float32, here on all images."""
+    ViTCLSModel(build_tiny_config(num_register_tokens=1)).bfloat16().save_pretrained(tmp_path / "model")
     ViTCLSImageProcessor(size=32).save_pretrained(tmp_path / "model")
     model = {"model": str(tmp_path / "model"), **dict.fromkeys(name for name in vars(TINY) if name != "model")}
     before = load_file(tmp_path / "model" / "model.safetensors")
-    folder = run_to_folder(tiny_options(tmp_path / "out", **model, max_steps=1, learning_rate=1e-5))
+    flags = {"max_steps": 1, "learning_rate": 1e-5, "held_out_fraction": 0.0}
+    folder = run_to_folder(tiny_options(tmp_path / "out", **model, **flags))
     for name, weight in load_file(folder / "model.safetensors").items():
         assert 0 < (weight - before[name]).abs().max() < 1e-4, name
 
@@ -166,7 +169,8 @@ def test_the_effective_rank() -> None:
 
 def test_a_collapse_is_a_warning(tmp_path: Path) -> None:
     warnings: list[str] = []
-    prepared = prepare_task(tiny_options(tmp_path / "out"))
+    prepared = prepare_task(tiny_options(tmp_path / "out", local_crops=3))
+    assert re.findall(r"\d+", prepared.task.summary_lines["method"]) == ["2", "3"]  # crops
     evaluate: FeatureQuality = prepared.task.build_evaluator(prepared.data.held_out)
     evaluate.warn = warnings.append
     evaluate(prepared.task.model.eval())
@@ -174,13 +178,15 @@ def test_a_collapse_is_a_warning(tmp_path: Path) -> None:
     with torch.no_grad():
         prepared.task.model.vitcls.layernorm.weight.zero_()
     assert evaluate(prepared.task.model)["effective_rank"] == 1
-    assert len(warnings) == 1 and "collapsed" in warnings[0] and "--sigreg-weight" in warnings[0]
+    assert len(warnings) == 1 and "1.0 of 32 channels" in warnings[0] and "--sigreg-weight" in warnings[0]
 
 
 def test_few_images_do_not_trigger_the_collapse_warning(tmp_path: Path) -> None:
     """Four images have a rank of at most 3, which is less than 2% of 192 channels."""
     warnings: list[str] = []
-    prepared = prepare_task(tiny_options(tmp_path / "out", hidden_size=192))
+    flags = {"hidden_size": 192, "method": "mae", "image_size": [32, 48], "patch_size": 16}
+    prepared = prepare_task(tiny_options(tmp_path / "out", **flags))
+    assert re.findall(r"\d+", prepared.task.summary_lines["method"]) == ["5", "2", "3"]  # 5 of 2 x 3 are masked
     evaluate = prepared.task.build_evaluator(prepared.data.held_out.draw(4, 0))
     evaluate.warn = warnings.append
     assert 1.5 < evaluate(prepared.task.model.eval())["effective_rank"] <= 3
@@ -189,7 +195,8 @@ def test_few_images_do_not_trigger_the_collapse_warning(tmp_path: Path) -> None:
 
 def test_worse_features_are_named() -> None:
     good, bad = ({"knn_accuracy": value, "regression_accuracy": value, "num_images": 9} for value in (0.5, 0.4))
-    assert "worse" in compare_features(good, bad)
+    text = compare_features(good, bad)
+    assert "worse" in text and re.findall(r"\d+\.\d%", text) == ["50.0%", "40.0%"] * 2
     assert "worse" not in compare_features(bad, good) + compare_features(good, bad | {"knn_accuracy": 0.5})
     assert format_metric("effective_rank", 12.345) == "effective rank 12.3"
 

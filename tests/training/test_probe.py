@@ -1,5 +1,6 @@
 """Probe of the frozen encoder: the classifier equals scikit-learn's regression, and fine-tuning is never worse."""
 
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, ViTCLSModel
-from modeling_vitcls.checkpoints import CheckpointStore
+from modeling_vitcls.checkpoints import CheckpointStore, format_state, read_state
 from modeling_vitcls.training.probe import explain_missing_probe, fold_standardization
 
 
@@ -115,19 +116,51 @@ def test_nothing_is_trained_with_too_few_selection_images(
 def test_fine_tuning_starts_from_the_regression(
     encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    results = run_training(build_options(tmp_path / "run", encoder, max_steps=2, log_every=1))
+    """The frozen model takes part in the selection. A resumed run does not evaluate the step after which it starts:
+    here step 1, because the checkpoint of step 2 is damaged."""
+    flags = {"max_steps": 2, "learning_rate": 1e-6, "log_every": 1, "save_every": 1, "keep_checkpoints": 3}
+    options = build_options(tmp_path / "run", encoder, **flags)
+    results = run_training(options)
+    printed, frozen = capsys.readouterr().out, results["frozen"]
+    for text in (f"k-NN {max(frozen['knn'].values()):.1%} (", f"on CLS + mean ({frozen['logreg']['CLS + mean']:.1%})"):
+        assert text in printed
+    assert "selection: accuracy" in printed and "selected  the frozen model" in printed
+    assert f"selected on {results['selection']['num_images']} separate images" in printed
+    assert read_metrics(tmp_path / "run")[0]["loss"] < 0.6 * math.log(10)  # the loss of a random classifier
+    (tmp_path / "run" / "results.json").unlink()
+    weights = tmp_path / "run" / "checkpoints" / "step-00000002" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-7])
+    file = tmp_path / "run" / "checkpoints" / "step-00000001" / "state.json"
+    state = read_state(file.parent)
+    state["metadata"] |= {"best_score": 0.0, "margin": 0.0}  # any evaluation is better
+    file.write_text(format_state(state), encoding="utf-8")
+    resumed = run_training(replace(options, run=replace(options.run, resume=True)))
+    assert resumed["frozen"] == frozen and resumed["selection"]["step"] == 2
     printed = capsys.readouterr().out
-    assert "frozen    k-NN " in printed and "logistic regression " in printed and "selection: accuracy" in printed
-    assert "selected  the " in printed and results["selection"]["num_images"] >= 50
-    random = run_training(build_options(tmp_path / "random", encoder, max_steps=2, log_every=1, probe=False, seed=7))
-    first, first_random = (read_metrics(tmp_path / name)[0]["loss"] for name in ("run", "random"))
-    assert first < 0.6 * first_random and "frozen" in results and "frozen" not in random
-    assert "probe     off, because --no-probe is set" in capsys.readouterr().out
+    assert f"WARNING: the checkpoint {weights.parent} is damaged: model.safetensors" in printed
+    assert "resumed   after step 1 of 2" in printed and "selected  the checkpoint of step 2" in printed
+
+
+@pytest.mark.parametrize(
+    ("flags", "names"),
+    [
+        ({"num_cls_tokens": 0, "pooling": "mean"}, ["mean of the patches"]),
+        ({"pooling": "max"}, ["CLS", "mean of the patches", "CLS + mean", "pooling max"]),
+    ],
+)
+def test_the_probe_measures_the_features_of_the_model(
+    encoder: Path, tmp_path: Path, flags: dict[str, Any], names: list[str]
+) -> None:
+    run = prepare_task(build_options(tmp_path / "run", encoder, **flags))
+    probe = replace(run.task.probe, max_images=64).run(run.data, run.reporter)
+    assert list(probe["logreg"]) == list(probe["knn"]) == names
+    assert (probe["num_training_images"], probe["features"]) == (64, names[-1])
 
 
 @pytest.mark.parametrize(
     ("flags", "reason"),
     [
+        ({"probe": False}, "--no-probe is set"),
         ({"head_type": "mlp"}, "the head is an MLP"),
         ({"num_distillation_tokens": 1}, "the model has a distillation head"),
         ({"pooling": "attention"}, "the pooler has random weights"),

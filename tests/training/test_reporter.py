@@ -44,13 +44,14 @@ def test_a_line_shows_the_learning_rate_and_the_remaining_time(tmp_path: Path) -
 
 
 def test_the_bar_moves_at_every_step(tmp_path: Path) -> None:
-    reporter, output = build_reporter(tmp_path, force_terminal=True, width=200)
+    reporter, output = build_reporter(tmp_path, force_terminal=True, highlight=False, width=200)
     reporter.progress.disable = False
     reporter.start_after(0, 20)
     with reporter.progress:
         reporter.show_step(1)
         reporter.progress.refresh()
-    assert "1/20" in output.getvalue()
+        reporter.log(RECORD | {"step": 1, "held_out_accuracy": 0.25})
+    assert "1/20" in output.getvalue() and "held out: accuracy 25.00%\n" in output.getvalue()
 
 
 def test_records_of_repeated_steps_are_removed(tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ import torch
 from helpers.accelerate_state import reset_accelerate
 from helpers.tiny_models import raises_one_line
 from helpers.tiny_options import build_tiny_options, read_metrics, run_to_folder, run_training
-from PIL import Image
 from safetensors.torch import load_file
 
 from modeling_vitcls.checkpoints import CheckpointStore, format_state, read_state
@@ -87,7 +86,8 @@ def test_a_resumed_run_has_the_same_results(whole: Path, killed: Path, capsys: p
     changes = {"batch_size": 4, "gradient_accumulation_steps": 2, "keep_checkpoints": 1, "save_every": 5}
     change_metadata(killed, training_seconds=1000.0)
     results = run_training(build_options(killed, resume=True, **changes))
-    assert "resumed   after step 2 of 3" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "resumed   after step 2 of 3" in printed and "step 3/3  " in printed
     found, expected = get_compared_values(killed), get_compared_values(whole)
     for one, other in zip(found, expected, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
@@ -109,20 +109,6 @@ def test_unreadable_images_and_evaluations_of_earlier_steps_are_counted(killed: 
     state = read_json(killed / "checkpoints" / "step-00000003" / "state.json")
     assert state["metadata"]["unreadable_images"] == [3, 7]
     assert (state["metadata"]["best_score"], state["metadata"]["margin"]) == (2.0, 0.25)
-
-
-def test_checkpoints_contain_unreadable_images_that_are_not_logged_yet(tmp_path: Path) -> None:
-    for index in range(8):
-        image = tmp_path / "images" / ("dusk" if index % 2 else "noon") / f"{index}.png"
-        image.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (16, 16), (30 * index, 0, 0)).save(image)
-    image.write_bytes(b"not an image")
-    flags = {"held_out_fraction": 0.0, "max_steps": 2, "log_every": 100}
-    options = build_tiny_options(tmp_path / "run", tmp_path / "images", batch_size=8, save_every=1, **flags)
-    run_training(options)
-    state = read_json(tmp_path / "run" / "checkpoints" / "step-00000001" / "state.json")
-    (index,) = state["metadata"]["unreadable_images"]
-    assert 0 <= index < 8
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
@@ -149,7 +135,7 @@ def test_a_signal_saves_a_checkpoint_to_resume_from(
 
 LENGTH = "To train for more steps, start another run with --model"
 CHANGES: list[tuple[dict[str, Any], str]] = [
-    ({"learning_rate": 1e-3}, "--learning-rate 0.003, but the value in this run is 0.001. Use the same flags"),
+    ({"learning_rate": None}, "--learning-rate 0.003, but the value in this run is 0.001. Use the same flags"),
     ({"ema_decay": None}, "--ema-decay 0.5, but the value in this run is unset"),
     ({"max_steps": 9}, f"--max-steps 3, but the value in this run is 9. {LENGTH}"),
     ({"epochs": 9.0}, LENGTH),
@@ -168,7 +154,7 @@ def test_teachers_of_a_run_may_be_pinned_but_not_changed() -> None:
     flags = {"teachers": [f"acme/vit@{'0' * 40}", "acme/other"], "select": "best"}
     check_flags_unchanged(flags, {"teachers": ["acme/vit", "acme/other"]}, Path("run"))
     for teachers in (["acme/other", "acme/vit"], ["acme/vit"]):
-        with raises_one_line("--teachers"):
+        with raises_one_line(f"--teachers {flags['teachers'][0]} acme/other, but", f"is {' '.join(teachers)}."):
             check_flags_unchanged(flags, {"teachers": teachers}, Path("run"))
 
 

@@ -142,7 +142,8 @@ def test_teachers_predict_as_with_their_own_image_processor(build: Any, tmp_path
 def test_teachers_resize_with_the_filter_of_their_processor(resample: Any, mode: str, tmp_path: Path) -> None:
     """Lanczos (1) is replaced by bicubic. The weights of a teacher in half precision are converted to float32."""
     model = build_tiny_resnet().bfloat16()
-    teacher = load_labeled_teacher(save_teacher(tmp_path, model, build_half_processor(resample=resample)))
+    folder = save_teacher(tmp_path, model, build_half_processor(resample=resample))
+    teacher = load_labeled_teacher(f"transformers:{folder}")
     pixels = build_pixels(height=40, width=56)
     expected = functional.resize(pixels, [24, 24], InterpolationMode(mode), antialias=True)
     assert torch.equal(teacher.preprocessing(pixels), teacher.preprocessing(expected))
@@ -335,6 +336,8 @@ def test_the_cache_predicts_each_view_once(resnet: Path) -> None:
             assert get_largest_difference(answer, Teacher.predict(teacher, batch)) <= rounding
             calls.pop()
         assert len(calls) == 5
+    with raises_one_line("--teacher-views", "--streaming"):
+        TeacherCache(teacher, None, num_views=2, width=3)
 
 
 def test_cached_predictions_do_not_depend_on_the_batch(resnet: Path) -> None:
