@@ -49,6 +49,8 @@ def test_the_main_process_scans_a_folder_once_for_all_processes(
     alone = load_on_main(SimpleNamespace(num_processes=2), str(photos), load)  # type: ignore[arg-type]
     assert alone.record == main.record and any(path.startswith(str(photos)) for path in scanned)
     assert load_on_main(SimpleNamespace(num_processes=2), "memory:0", lambda: "loaded") == "loaded"  # type: ignore[arg-type]
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(photos / "cat" / "0.png"))  # cannot be written
+    assert load().record == main.record
 
 
 @pytest.mark.parametrize("has_paths", [False, True])

@@ -21,6 +21,7 @@ from modeling_vitcls.data.splits import (
     describe_change,
     describe_data,
     exclude_images,
+    hold_out_images,
     load_evaluation_data,
     load_training_data,
 )
@@ -163,7 +164,8 @@ def test_selection_images_of_a_single_split_are_not_used_for_anything_else(tmp_p
     assert get_names(data.held_out) == get_names(plain.held_out)
     train, selection = get_names(data.train), get_names(data.selection)
     assert train | selection == get_names(plain.train) and not train & selection
-    assert len(selection) == 16  # 8 of the 30 training images of each class
+    selected = hold_out_images(plain.train, HeldOutRule(0.25, 3, "selection"), options)[1]
+    assert selection == get_names(selected) and len(selection) == 16  # 8 of the 30 training images of each class
     assert data.selection_name == "about 25%, by checksum, split seed 3; from the training images"
     assert plain.selection is None
 

@@ -84,12 +84,12 @@ def build_plan(num_processes: int = 1, **options: Any) -> BatchPlan:
 
 
 def build_batches(
-    source: Any, plan: BatchPlan, process: int = 0, num_workers: int = 0, first_step: int = 0, views: int = 0
+    source: Any, plan: BatchPlan, process: int = 0, num_workers: int = 0, first_step: int = 0
 ) -> list[Batch]:
     augmentation = build_augmentation(
         AugmentationOptions(crop_scale=0.5, rotation=10, shift=0.0), ViTCLSImageProcessor(size=[8, 8])
     )
-    images = TrainingStream(source, BatchBuilder(augmentation, True, plan.seed, views))
+    images = TrainingStream(source, BatchBuilder(augmentation, True, plan.seed))
     return list(iterate_training_batches(images, plan, process, num_workers, first_step))
 
 
@@ -172,12 +172,6 @@ def test_a_restart_continues_with_the_same_batches(two_shards: Path, first_step:
     assert all(are_equal(*pair) for pair in zip(whole[2 * first_step :], resumed, strict=True))
 
 
-def test_views_repeat(two_shards: Path) -> None:
-    batches = build_batches(read(two_shards).train, build_plan(max_steps=40, batch_size=6), views=2)
-    assert max(batch["epoch"].max() for batch in batches) >= 3
-    assert all(torch.equal(batch["view"], batch["epoch"] % 2) for batch in batches)
-
-
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_the_next_image_of_the_batch_replaces_an_unreadable_one(tmp_path: Path, num_workers: int) -> None:
     broken = (3, 4, 5, 30, 31, 32, 33, 34)
@@ -249,8 +243,6 @@ def test_the_held_out_part_does_not_depend_on_order_or_files(shards: Path, two_s
     options = DataOptions(dataset=str(two_shards), streaming=True)
     space, images, *_ = load_evaluation_data(options, "test")
     assert space.names == ["a", "b", "c"] and len(images) == len(held_out)
-    with pytest.raises(ValueError, match=r"no split 'tset'. Choose one of train"):
-        load_evaluation_data(options, "tset")
 
 
 def test_a_stream_without_held_out_images_is_an_error(two_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:

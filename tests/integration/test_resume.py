@@ -169,18 +169,13 @@ def finish(folder: Path, flags: str) -> str:
     return run.output
 
 
-def kill(folder: Path, flags: str, step: int) -> None:
-    """Start a run, and kill it with -9 after it has logged a step."""
-    run = start(folder, flags)
-    run.wait_for_step(step)
-    run.kill()
-    assert not (folder / "results.json").exists()
-
-
 def kill_and_resume(folder: Path, flags: str, kills: list[int]) -> str:
     """Kill a run with -9 after each of these steps, then let it finish; return the last printed text."""
     for number, step in enumerate(kills):
-        kill(folder, f"{flags} --resume" if number else flags, step)
+        run = start(folder, f"{flags} --resume" if number else flags)
+        run.wait_for_step(step)
+        run.kill()
+        assert not (folder / "results.json").exists()
     return finish(folder, f"{flags} --resume")
 
 

@@ -1,6 +1,7 @@
 """Distillation of features without labels: the loss, the standardization of targets, and runs with two teachers."""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from modeling_vitcls import ViTCLSConfig, ViTCLSImageProcessor, ViTCLSModel
 from modeling_vitcls.files import read_json
 from modeling_vitcls.options import PretrainOptions
 from modeling_vitcls.training.distillation import Distillation, build_hadamard_matrix, compute_feature_loss, fit_phi_s
+from modeling_vitcls.training.pretrain import FeatureTeachers
 from modeling_vitcls.training.teacher import load_feature_teacher
 
 
@@ -114,7 +116,7 @@ def test_a_teacher_returns_its_pooled_vector_and_its_patches(teachers: tuple[str
     """The pixels have the teacher's size; the patches are resampled from a grid of 6 x 6 to 3 x 3."""
     student = build_tiny_config(image_size=48, patch_size=16)
     teacher = load_feature_teacher(teachers[0], student, True, torch.device("cpu"))
-    pixels = (build_images(2, 48, 48) * 255).clamp(0, 255).to(torch.uint8)
+    pixels = (build_images(3, 48, 48) * 255).clamp(0, 255).to(torch.uint8)
     model = ViTCLSModel.from_pretrained(teachers[0]).eval()
     processor = ViTCLSImageProcessor.from_pretrained(teachers[0])
     with torch.no_grad():
@@ -125,8 +127,12 @@ def test_a_teacher_returns_its_pooled_vector_and_its_patches(teachers: tuple[str
     with raises_one_line(f"the teacher {tmp_path} lacks the weight layers.2."):
         load_feature_teacher(str(tmp_path), student, True, torch.device("cpu"))
     assert get_largest_difference(features[:, :24], outputs.pooler_output) <= 1e-5
-    patches = resize(outputs.last_hidden_state[:, -36:].mT.unflatten(2, (6, 6)), [3, 3])  # [2, 24, 3, 3]
-    assert get_largest_difference(features[:, 24:], patches.flatten(2).mT.flatten(1)) <= 1e-5
+    patches = resize(outputs.last_hidden_state[:, -36:].mT.unflatten(2, (6, 6)), [3, 3]).flatten(2).mT  # [3, 9, 24]
+    assert get_largest_difference(features[:, 24:], patches.flatten(1)) <= 1e-5
+    standardized = FeatureTeachers([teacher], True, nullcontext)
+    standardized.fit([{"pixels": image[None]} for image in pixels], num_images=2)  # one patch of each image
+    mean = patches[[0, 1], [0, 1]].mean(dim=0)
+    torch.testing.assert_close(standardized.standardizations[1][0], mean, atol=1e-5, rtol=0)
 
 
 # Runs ----------------------------------------------------------------------------------------------------------------

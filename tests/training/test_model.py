@@ -298,14 +298,11 @@ def test_added_tokens_are_trained_with_their_positions_and_gates(choice: str, tm
     assert ("embeddings.cls_token" in found) == (choice == "lora")
 
 
-def test_invalid_choices_are_errors() -> None:
+def test_invalid_choices_are_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     with raises_one_line("last-3", "2 layers"):
         set_trainable_parameters(build_random_model(), "last-3")
     with raises_one_line("--trainable lora does not support", "qkv"):
         set_trainable_parameters(build_random_model(specialized_layers={"qkv": [0]}), "lora")
-
-
-def test_lora_requires_peft(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
     with raises_one_line("--trainable lora requires PEFT: pip install peft"):
         set_trainable_parameters(build_random_model(), "lora")
