@@ -1,5 +1,6 @@
 """vitcls benchmark: rows, ratios, and errors if outputs differ."""
 
+import contextlib
 import itertools
 import time
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.tiny_models import build_tiny_config, raises_one_line
+from helpers.tiny_models import SIZES, build_tiny_config, raises_one_line
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel, benchmark
 from modeling_vitcls.benchmark import BenchmarkOptions, Row, format_markdown, run_benchmarks
@@ -31,16 +32,25 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_calls_have_the_threads_of_this_process() -> None:
-    num_threads, seen = torch.get_num_threads(), set()
-    torch.set_num_threads(num_threads + 1)
+    """With one thread, the calls per second of CPU time are measured."""
+    before, seen = torch.get_num_threads(), []
     try:
-        assert benchmark.measure_calls_per_second(lambda: seen.add(torch.get_num_threads())) > 0
+        for num_threads in (1, 2):
+            torch.set_num_threads(num_threads)
+            speed = benchmark.measure_calls_per_second(
+                lambda: seen.append(torch.get_num_threads()) or time.sleep(0.01)
+            )
+            assert set(seen) == {num_threads} and (speed > 150) == benchmark.uses_cpu_time() == (num_threads == 1)
+            seen.clear()
     finally:
-        torch.set_num_threads(num_threads)
-    assert seen == {num_threads + 1}
+        torch.set_num_threads(before)
 
 
-def test_backends_and_peers_have_the_outputs_of_the_model(model: str, capsys: pytest.CaptureFixture) -> None:
+def test_backends_and_peers_have_the_outputs_of_the_model(
+    model: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outputs: list[Any] = []
+    monkeypatch.setattr(benchmark, "measure_calls_per_second", lambda function: outputs.append(function()) or 5.0)
     settings = BenchmarkOptions(model, ("inference", "step"), ("torch", "onnx", "openvino"), **SMALL)
     settings = BenchmarkOptions(**vars(settings) | {"precisions": ("fp32", "bf16")})
     rows = run_benchmarks(settings)
@@ -50,11 +60,15 @@ def test_backends_and_peers_have_the_outputs_of_the_model(model: str, capsys: py
     names = [("inference", *each) for each in (*ours, *exported, *peers)] + [("step", *each) for each in ours + peers]
     assert [(row.work, row.engine, row.precision) for row in rows] == names
     assert all(row.difference < (1e-4 if row.precision == "fp32" else 0.08) for row in rows)
-    flops = {row.flops_per_image for row in rows if row.work == "inference"}
-    assert flops and min(flops) > 0
-    assert {row.flops_per_image for row in rows if row.work == "step"} == {3 * one for one in flops}
-    assert all(len(row.throughputs) == 2 and min(row.throughputs) > 0 for row in rows)
-    assert capsys.readouterr().out.count("images/s") == len(rows)
+    assert all(row.difference > 1e-4 for row in rows if row.precision == "bf16" and row.engine != "openvino")
+    num_flops = ViTCLSForImageClassification.from_pretrained(model).flops()
+    assert all(row.flops_per_image == num_flops * (3 if row.work == "step" else 1) for row in rows)
+    assert all(row.throughputs == [10.0, 10.0] for row in rows)  # two rounds
+    assert [output is None or (len(output), output.is_inference()) for output in outputs] == [(2, True)] * 18 + [
+        True
+    ] * 12
+    printed = capsys.readouterr().out.splitlines()
+    assert all(f"{row.engine} {row.precision}: 10.0 " in line for row, line in zip(rows, printed, strict=True))
     header, _, *lines, _, caption = format_markdown(rows, settings).strip().splitlines()
     assert len(lines) == len(rows) and len({line.count("|") for line in (header, *lines)}) == 1
     assert lines[0].startswith("| inference, batch 2 | torch fp32 |") and "timm" in lines[0] and "%" in lines[0]
@@ -88,6 +102,40 @@ def test_models_with_different_outputs_are_not_compared(model: str, monkeypatch:
 def test_exported_files_are_measured_on_the_cpu(model: str) -> None:
     with raises_one_line("openvino", "CPU"):
         run_benchmarks(BenchmarkOptions(model, backends=("openvino",), device="cuda"))
+    for device, exported in (("cpu", ("onnx", "openvino")), ("cuda", ())):
+        settings = benchmark.set_default_engines(BenchmarkOptions(model, device=device))
+        assert (settings.backends, settings.peers) == (("torch", "compiled", *exported), ("timm", "transformers"))
+
+
+def test_peers_have_the_size_of_the_model() -> None:
+    fields = {"image_size": [16, 24], "patch_size": [8, 4], "num_channels": 1, "num_attention_heads": 4}
+    names = ("image_height_width", "patch_height_width", "num_channels", *SIZES.keys() - {"image_size", "patch_size"})
+    config = build_tiny_config(**fields)
+    for built in (
+        benchmark.convert_from_timm(benchmark.build_timm_vit(config)),
+        benchmark.convert_from_transformers(benchmark.build_transformers_vit(config)),
+    ):
+        assert all(getattr(built.config, name) == getattr(config, name) for name in names)
+
+
+def test_the_best_matrix_product_counts_multiplications_and_additions(monkeypatch: pytest.MonkeyPatch) -> None:
+    dtypes: list[torch.dtype] = []
+    monkeypatch.setattr(
+        benchmark, "measure_calls_per_second", lambda function: dtypes.append(function().dtype) or len(dtypes)
+    )
+    monkeypatch.setattr(benchmark, "EMULATED_DTYPES", {torch.float16})
+    assert benchmark.measure_matrix_product("cpu", torch.float16) == 2 * 1024**3 * len(dtypes)  # the last is faster
+    assert set(dtypes) == {torch.float32}
+
+
+def test_a_training_step_changes_the_weights() -> None:
+    engine = torch.nn.Linear(4, 3)
+    before, images = engine.weight.detach().clone(), torch.randn(4, 4)
+    loss = torch.nn.functional.cross_entropy(engine(images), torch.tensor([0, 1, 2, 0]))
+    (gradient,) = torch.autograd.grad(loss, engine.weight)
+    benchmark.take_step(engine, torch.optim.SGD(engine.parameters(), lr=0.1), images, contextlib.nullcontext)
+    torch.testing.assert_close(engine.weight, before - 0.1 * gradient)
+    assert engine.weight.grad is None
 
 
 def test_ratios_compare_measurements_of_the_same_round() -> None:
@@ -114,6 +162,8 @@ def test_the_table_compares_rows_of_the_same_batch_and_precision(monkeypatch: py
         ["step, batch 2", "timm fp32", "50.0", "0.50", "", "5%"],
         ["step, batch 4", "torch fp32", "400.0", "1.00", "", "40%"],
     ]
+    assert "2.00 (1.83 to 2.01)" in text and "1 GFLOP/s in bf16" in text
+    assert f"images per {'CPU ' * benchmark.uses_cpu_time()}second, medians of 7 rounds" in text
 
 
 def test_the_throughput_counts_images(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,10 +14,11 @@ from helpers.fresh_processes import run_fresh
 
 import modeling_vitcls
 from modeling_vitcls import cli
-from modeling_vitcls.commands import finetune, study
+from modeling_vitcls.commands import finetune
 from modeling_vitcls.data.splits import load_evaluation_data
 from modeling_vitcls.errors import RunStopped
 from modeling_vitcls.options import DataOptions
+from modeling_vitcls.study import StudyRunner, load_study
 from modeling_vitcls.version import __version__
 from scripts.demo_load import load_held_out_digits
 
@@ -104,11 +105,12 @@ def test_a_run_that_stops_early_ends_with_its_status(
 
 
 def test_a_study_of_the_package_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    files: list[Path] = []
-    monkeypatch.setattr("modeling_vitcls.study.load_study", files.append)
-    monkeypatch.setattr("modeling_vitcls.study.run_study", lambda *arguments, **keyword_arguments: [])
-    study.run(study.StudyOptions(Path("study_digits"), tmp_path))
-    assert [file.read_text() for file in files] == [(SCRIPTS / "recipes" / "study_digits.yaml").read_text()]
+    runners: list[StudyRunner] = []
+    monkeypatch.setattr("modeling_vitcls.study.run_study", lambda runner, command: runners.append(runner) or [])
+    flags = f"study --config study_digits --output-dir {tmp_path} --jobs 2 --threads 3 --dataset other"
+    assert run_here(*flags.split()) == 0
+    study = load_study(SCRIPTS / "recipes" / "study_digits.yaml")
+    assert runners == [StudyRunner(study, tmp_path, 2, 3, "other")]
 
 
 @pytest.mark.parametrize(("command", "script"), WRAPPERS.items())

@@ -32,7 +32,6 @@ from modeling_vitcls.study import (
     load_study,
     run_study,
     summarize,
-    write_subset,
 )
 from modeling_vitcls.training.pretrain import check_options
 
@@ -53,7 +52,7 @@ STUDY_OBJECT = Study(**STUDY)
 
 # Writes the outputs of a stage. Evaluation fails for the pooling "median".
 PROGRAM = """#!{python} -IS
-import json, os, pathlib, sys
+import json, os, pathlib, signal, sys, time
 arguments = sys.argv[3:]
 flags = dict(zip(arguments[1::2], arguments[2::2]))
 folder = pathlib.Path(flags.get("--output-dir") or flags["--model"]).parent
@@ -62,7 +61,10 @@ pooling = flags.get("--pooling", "cls")
 if arguments[0] == "finetune":
     seed = int(flags["--seed"])
     accuracy = {{"cls": 0.5, "mean": 0.75}}.get(pooling, 0.25) + seed / 16
-    threads = int(os.environ["OMP_NUM_THREADS"])
+    threads = int(os.environ["OMP_NUM_THREADS"] + os.environ["MKL_NUM_THREADS"])
+    signal.alarm(20)
+    while len(list(folder.parent.glob("*/log.txt"))) < 2:  # two runs start at the same time
+        time.sleep(0.01)
     output = folder / "finetune"
     output.mkdir()
     results = {{"accuracy": accuracy, "seconds": 90, "threads": threads}}
@@ -100,7 +102,7 @@ def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_grid_combines_levels_seeds_and_stages(tmp_path: Path) -> None:
     factors = {
         "pretraining": {"none": {"pretrain": None}, "masked": {"model": "{run}/pretrain"}},
-        "pooling": {"cls": {}, "mean": {"pooling": "mean"}},
+        "pooling": {"cls": {}, "mean": {"pooling": "mean", "finetune": {"epochs": 3}}},
     }
     stages = {"finetune": {"model": "vitcls-tiny"}, "pretrain": {"epochs": 2}}
     file = write_study(tmp_path, factors=factors, stages=stages, baseline={"pretraining": "none"})
@@ -110,7 +112,7 @@ def test_the_grid_combines_levels_seeds_and_stages(tmp_path: Path) -> None:
     assert by_levels["none", "cls", 1] == {"finetune": {"model": "vitcls-tiny", "seed": 1}}
     assert by_levels["masked", "mean", 0] == {
         "pretrain": {"epochs": 2, "seed": 0},
-        "finetune": {"model": "{run}/pretrain", "pooling": "mean", "seed": 0},
+        "finetune": {"model": "{run}/pretrain", "pooling": "mean", "epochs": 3, "seed": 0},
     }
     runner = StudyRunner(load_study(file), tmp_path / "out")
     masked = next(run for run in runs if run.levels["pretraining"] == "masked")
@@ -122,7 +124,7 @@ def test_the_grid_combines_levels_seeds_and_stages(tmp_path: Path) -> None:
 def test_flags_of_each_stage(tmp_path: Path) -> None:
     stages = {
         "pretrain": {"dataset": "{subset:few images}"},
-        "finetune": {"model": "{folder}/{run}", "flip": False, "image_size": [32, 48], "folds": 2},
+        "finetune": {"model": "{folder}/{run}", "flip": False, "image_size": [32, "{seed}8"], "folds": 2},
         "evaluate": {"dataset": "digits"},
         "inspect": {"num_images": 4, "model": "{run}/pretrain"},  # by default, the fine-tuned model
     }
@@ -139,7 +141,7 @@ def test_flags_of_each_stage(tmp_path: Path) -> None:
     (folder / "finetune" / "checkpoints").mkdir(parents=True)  # killed before the first checkpoint
     assert {stage: " ".join(flags) for stage, flags in runner.build_commands(run)} == {
         "pretrain": f"--dataset {out}/subsets/few-images --seed 0 --output-dir {folder}/pretrain --resume",
-        "finetune": f"--model {out}/{folder} --no-flip --image-size 32 48 --folds 2 --seed 0 "
+        "finetune": f"--model {out}/{folder} --no-flip --image-size 32 08 --folds 2 --seed 0 "
         f"--output-dir {folder}/finetune --overwrite",
         "evaluate": f"--dataset digits --model {folder}/finetune --output {folder}/evaluate.json",
         "inspect": f"--num-images 4 --model {folder}/pretrain --json {folder}/inspect.json "
@@ -183,20 +185,25 @@ def test_the_commands_of_a_study_in_the_repository_are_valid(file: Path) -> None
                     check_options(options)
 
 
-def test_a_subset_has_random_training_images_and_all_other_images(tmp_path: Path) -> None:
+def test_a_subset_has_random_training_images_and_all_other_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for split, numbers in {"train": range(20), "test": range(100, 105)}.items():
         images = Dataset.from_dict({"label": [number % 2 for number in numbers], "number": list(numbers)})
         images = images.cast_column("label", ClassLabel(names=["cat", "ship"]))
         images.to_parquet(tmp_path / "data" / f"{split}.parquet")
-    subset = {"dataset": str(tmp_path / "data"), "num_images": 6}
+    monkeypatch.setenv("DATA", str(tmp_path / "data"))
+    subset = {"dataset": "$DATA", "num_images": 6}
     groups = {"kind": {"vehicle": ["ship"], "animal": ["cat"]}}
-    (tmp_path / ".a.partial").mkdir()
-    (tmp_path / ".a.partial" / "validation.parquet").touch()  # the rest of a killed study
-    for name, changes in {"a": {}, "b": {"seed": 0}, "c": {"seed": 1, "groups": groups}}.items():
-        write_subset(tmp_path / name, subset | changes, None)
+    folder = tmp_path / "subsets"
+    (folder / ".a.partial").mkdir(parents=True)
+    (folder / ".a.partial" / "validation.parquet").touch()  # the rest of a killed study
+    subsets = {"a": subset, "b": subset | {"seed": 0}, "c": subset | {"seed": 1, "groups": groups}}
+    study = replace(STUDY_OBJECT, seeds=[], subsets=subsets)
+    StudyRunner(study, tmp_path).execute()
 
     def read(name: str, split: str) -> dict[str, list[int]]:
-        return parquet.read_table(tmp_path / name / f"{split}.parquet").to_pydict()
+        return parquet.read_table(folder / name / f"{split}.parquet").to_pydict()
 
     numbers = [read(name, "train")["number"] for name in "abc"]
     assert numbers[0] == numbers[1] != numbers[2]
@@ -204,10 +211,14 @@ def test_a_subset_has_random_training_images_and_all_other_images(tmp_path: Path
         assert len(set(one)) == 6 and set(one) < set(range(20)) and sorted(one) != list(range(6))
     assert read("c", "train")["kind"] == [1 - number % 2 for number in numbers[2]]
     assert read("c", "test")["kind"] == [1, 0, 1, 0, 1]
-    assert not (tmp_path / "a" / "validation.parquet").exists()
+    assert (
+        b'"names": ["vehicle", "animal"]'
+        in parquet.read_schema(folder / "c" / "test.parquet").metadata[b"huggingface"]
+    )
+    assert not (folder / "a" / "validation.parquet").exists()
     with pytest.raises(FileNotFoundError):
-        write_subset(tmp_path / "d", subset, str(tmp_path / "absent"))
-    assert not (tmp_path / "d").exists()
+        StudyRunner(replace(study, subsets={"d": subset}), tmp_path, dataset=str(tmp_path / "absent")).execute()
+    assert not (folder / "d").exists()
 
 
 def test_a_row_has_the_first_and_the_last_value_of_the_training_log(tmp_path: Path) -> None:
@@ -215,17 +226,24 @@ def test_a_row_has_the_first_and_the_last_value_of_the_training_log(tmp_path: Pa
     run = runner.study.plan_runs()[0]
     folder = runner.get_run_folder(run) / "finetune"
     folder.mkdir(parents=True)
-    results = {"accuracy": 0.5, "dataset": "digits", "resumed": True, "counts": [1, 2, 3], "pixels": [1] * 33}
+    results = {
+        "accuracy": 0.5,
+        "dataset": "digits",
+        "resumed": True,
+        "loss": 0.25,
+        "counts": [7] * 32,
+        "pixels": [1] * 33,
+    }
     (folder / "results.json").write_text(json.dumps(results | {"tokens": {"cls": {"norm": 2}}}))
     records = [{"loss": 2.5, "entropy": [1.0, 2.0], "name": "a"}, {"loss": 1.5, "entropy": [3, 4]}, {"accuracy": 0.5}]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     expected = {"pooling": "cls", "seed": 0, "status": "finished", "accuracy": 0.5, "tokens.cls.norm": 2.0}
-    expected |= {"counts.0": 1.0, "counts.1": 2.0, "counts.2": 3.0}
+    expected |= {"loss": 0.25, **{f"counts.{index}": 7.0 for index in range(32)}}
     expected |= {"first.loss": 2.5, "first.entropy.0": 1.0, "first.entropy.1": 2.0, "first.accuracy": 0.5}
     expected |= {"last.loss": 1.5, "last.entropy.0": 3.0, "last.entropy.1": 4.0, "last.accuracy": 0.5}
     assert build_row(runner, run) == expected
     one_task = replace(run, stages={"finetune": {"label_column": "kind"}})
-    assert build_row(runner, one_task) == expected | {"kind_accuracy": 0.5}
+    assert build_row(runner, one_task) == expected | {"kind_accuracy": 0.5, "kind_loss": 0.25}
 
 
 def test_differences_are_paired_by_seed_within_the_other_levels() -> None:
@@ -254,9 +272,14 @@ def test_a_list_has_one_row_per_number() -> None:
         for level in ("cls", "mean")
         for seed in (0, 1)
     )
-    summary = summarize(replace(STUDY_OBJECT, metrics={"entropy.*": "Entropy per layer"}), rows, "entropy.*")
-    found = {(row["pooling"], row["layer"]): row["mean"] for row in summary.to_dict("records")}
-    assert found == {(level, index): mean for level in ("cls", "mean") for index, mean in (("1", 1.5), ("2", 2.0))}
+    for heading, column in (("Entropy per layer, in nats", "layer"), ("Entropy", "index")):
+        study = replace(STUDY_OBJECT, metrics={"entropy.*": heading})
+        summary = summarize(study, rows, "entropy.*")
+        found = {(row["pooling"], row[column]): row["mean"] for row in summary.to_dict("records")}
+        assert found == {(level, index): mean for level in ("cls", "mean") for index, mean in (("1", 1.5), ("2", 2.0))}
+    assert "| mean | 1 | 2 | 1.5 ± 6.4 | +0.0 ± 0.0 |" in format_table(summary)  # two digits of the interval
+    table = format_table(summarize(study, rows[rows["seed"] == 0], "entropy.*"))
+    assert "| mean | 1 | 1 | 1.000 | +0.000 |" in table  # without intervals
 
 
 @pytest.mark.usefixtures("program")
@@ -267,12 +290,12 @@ def test_all_runs_are_executed_and_summarized(tmp_path: Path, capsys: pytest.Cap
     file = write_study(
         tmp_path, factors=factors, stages=stages, answer="The\nmean.", metrics=metrics, subsets={100: {}}
     )
-    output = tmp_path / "out"
+    output = tmp_path / "the output"
     (output / "subsets" / "100").mkdir(parents=True)  # drawn before
     with pytest.raises(SystemExit) as ended:
-        run_command(StudyOptions(file, output, jobs=2, threads=3))
+        run_command(StudyOptions(file, output, "other", jobs=2, threads=3))
     printed = capsys.readouterr()
-    assert ended.value.code == 1 and "2 of 6" in printed.err
+    assert ended.value.code == 1 and "2 of 6" in printed.err and "6 runs (0 " in printed.out
     rows = parquet.read_table(output / "runs.parquet").to_pylist()
     assert [(row["pooling"], row["seed"], row["status"], row["accuracy"]) for row in rows] == [
         ("cls", 0, "finished", 0.5),
@@ -282,29 +305,29 @@ def test_all_runs_are_executed_and_summarized(tmp_path: Path, capsys: pytest.Cap
         ("median", 0, "unfinished", 0.25),
         ("median", 1, "unfinished", 0.3125),
     ]
-    assert all(row["threads"] == 3 for row in rows)
+    assert all(row["threads"] == 33 for row in rows)
     assert [row["evaluate.accuracy"] for row in rows[:4]] == [1.0] * 4 and "evaluate.is_frozen" not in rows[0]
     progress = set(printed.out.splitlines())
     assert "pooling-cls_seed-1: accuracy 0.5625, evaluate.accuracy 1" in progress
     assert "pooling-median_seed-0: failed: error: no median" in progress
     page = (output / "README.md").read_text()
-    assert "The mean." in page and "\n## Accuracy (%)\n" in page and "F1" not in page
+    assert page.startswith("# Pooling\n\nWhich pooling?\n\n") and "The mean." in page
+    assert "\n## Accuracy (%)\n" in page and "F1" not in page
     assert "| mean | 2 | 78 ± 40 | +25 ± 0 |\n" in page  # only finished runs, and equal decimals
-    assert "| median |" not in page and f"vitcls study --config {file} --output-dir {output} --jobs 2" in page
-    assert "4 of 6 runs" in page and "; 6 minutes" in page and "3 threads" in page
+    assert "| median |" not in page and f"{file} --output-dir '{output}' --jobs 2 --dataset other\n" in page
+    assert all(fact in page for fact in ("4 of 6 runs", "seeds 0, 1;", "; 6 minutes", "3 threads", "transformers "))
 
     log = output / "runs" / "pooling-mean_seed-1" / "log.txt"
-    assert [line for line in log.read_text().splitlines() if line.startswith("the")] == [
-        "the stage finetune",
-        "the stage evaluate",
-    ]
+    lines = [" ".join(line.split()[:3]) for line in log.read_text().splitlines()]
+    assert lines == ["$ vitcls finetune", "the stage finetune", "$ vitcls evaluate", "the stage evaluate"]
     (log.parent / "evaluate.json").unlink()
     run_study(StudyRunner(load_study(file), output), "vitcls study")
     assert [line for line in log.read_text().splitlines() if line.startswith("the")][2:] == ["the stage evaluate"]
     finished = output / "runs" / "pooling-cls_seed-0" / "log.txt"
     assert finished.read_text().count("the stage") == 2
-    with raises_one_line("--output-dir"):
-        run_study(StudyRunner(replace(load_study(file), subsets={"one": {}}), output), "vitcls study")
+    for changes in ({"subsets": {"one": {}}}, {"stages": {}}, {"factors": {}}):
+        with raises_one_line("--output-dir"):
+            run_study(StudyRunner(replace(load_study(file), **changes), output), "vitcls study")
 
 
 @pytest.mark.slow
