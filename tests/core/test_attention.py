@@ -56,9 +56,3 @@ def test_a_new_differential_model_starts_as_in_the_paper() -> None:
     attention = ViTCLSModel(build_tiny_config(attention_type="differential")).layers[0].attention
     assert attention.lambda_full.item() == pytest.approx(0.8)
     assert attention.head_norm.weight.mean().item() == pytest.approx(0.2)
-
-
-def test_head_width_is_independent_of_hidden_size() -> None:
-    model = ViTCLSModel(build_tiny_config(hidden_size=18, num_attention_heads=4, attention_head_size=8))
-    assert model.layers[0].attention.q_proj.weight.shape == (32, 18)
-    assert model.layers[0].attention.o_proj.weight.shape == (18, 32)

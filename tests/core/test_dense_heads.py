@@ -1,9 +1,8 @@
-"""Dense prediction heads of transformers on `ViTCLSBackbone`: every patch is at its correct position."""
+"""A dense prediction head of transformers on `ViTCLSBackbone`: every patch is at its correct position."""
 
 import pytest
-import torch
 from helpers.tiny_models import build_images, build_tiny_config, get_largest_difference, randomize, record_outputs
-from transformers import DPTConfig, DPTForDepthEstimation, UperNetConfig, UperNetForSemanticSegmentation
+from transformers import DPTConfig, DPTForDepthEstimation
 
 from modeling_vitcls import ViTCLSModel
 
@@ -32,20 +31,3 @@ def test_depth(tokens: dict[str, int], size: tuple[int, int]) -> None:
     last = received[0].feature_maps[-1]
     assert get_largest_difference(last[:, 0], expected["cls"][:, 0]) <= 1e-6
     assert get_largest_difference(last[:, 1:], expected["patches"]) <= 1e-6
-
-
-@each_layout
-def test_segmentation_with_upernet(tokens: dict[str, int]) -> None:
-    config = build_tiny_config(out_indices=[1, 2], **tokens)
-    settings = UperNetConfig(
-        backbone_config=config, hidden_size=16, pool_scales=[1, 2], num_labels=3, use_auxiliary_head=False
-    )
-    model = randomize(UperNetForSemanticSegmentation(settings))
-    received = record_outputs(model.backbone)
-    logits = model(build_images(2, 24, 48)).logits
-    assert logits.shape == (2, 3, 24, 48) and torch.isfinite(logits).all() and logits.std() > 0
-    assert [list(feature_map.shape) for feature_map in received[0].feature_maps] == [[2, 16, 3, 6]] * 2
-    encoder = ViTCLSModel(config, add_pooling_layer=False).eval()
-    encoder.load_state_dict(model.backbone.state_dict())
-    expected = encoder(build_images(2, 24, 48)).tokens["patches"].transpose(1, 2).unflatten(2, (3, 6))
-    assert get_largest_difference(received[0].feature_maps[-1], expected) <= 1e-6

@@ -60,14 +60,6 @@ def test_a_tuple_ends_with_the_pooler_output() -> None:
     assert [value.ndim for value in built_in(build_images(), return_dict=False)] == [value.ndim for value in values]
 
 
-@torch.no_grad()
-def test_tokens_of_models_with_different_layouts() -> None:
-    """The layout belongs to an output, not to the class."""
-    first = build_model()(build_images())
-    second = randomize(ViTCLSModel(build_tiny_config(num_register_tokens=5)))(build_images())
-    assert (first.tokens["registers"].shape[1], second.tokens["registers"].shape[1]) == (2, 5)
-
-
 def rebuild_by_data_parallel(output: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Return the output that DataParallel gathers from two devices. Only the copy between devices is replaced."""
 

@@ -1,4 +1,4 @@
-"""The shipped files: their number and length, the files that a forward pass executes, and their imports."""
+"""The shipped files: their number and length, the files that a forward pass executes, and private names."""
 
 import ast
 import re
@@ -21,16 +21,6 @@ PRIVATE_NAME = re.compile(r"\btorch(\.\w+)*\._[a-zA-Z]|from torch(\.\w+)* import
 MAX_FILES = 12
 MAX_LINES = 4300
 MAX_EXECUTED_FILES = 5
-
-# Each file imports only files of earlier rows. tests/test_import_order.py checks for import cycles.
-ORDER = (
-    ("configuration",),
-    ("positions",),
-    ("blocks", "attention_masks"),
-    ("heads", "variants"),
-    ("cpu_kernels", "adaptation", "token_attention"),
-    ("modeling",),
-)
 
 
 def test_number_and_length_of_the_shipped_files() -> None:
@@ -70,15 +60,3 @@ def test_private_names_of_pytorch_are_in_one_guarded_block() -> None:
                 found.append(line)
                 assert any(number in lines for lines in guarded), f"{file.name}, line {number}: {line}"
     assert len(found) >= 3  # the search finds them
-
-
-@pytest.mark.parametrize("file", SHIPPED_FILES, ids=lambda file: file.name)
-def test_imports_follow_the_order(file: Path) -> None:
-    rows = {f"{name}_vitcls": row for row, names in enumerate(ORDER) for name in names}
-    imported = re.findall(r"^from \.(\w+) import", file.read_text(), re.MULTILINE)
-    own_row = rows.get(file.stem, -1)
-    if own_row < 0:  # image processors
-        assert "modeling_vitcls" not in imported
-        return
-    for name in imported:
-        assert rows[name] < own_row, f"{file.name} imports {name}.py"
