@@ -51,11 +51,9 @@ def test_dinov2_backbone(apply_layernorm: bool, reshape: bool) -> None:
     peer_config = transformers.Dinov2WithRegistersConfig(**sizes, mlp_ratio=2, num_register_tokens=3, **options)
     peer = randomize(transformers.Dinov2WithRegistersBackbone(peer_config))
     weights = rename_weights(peer.state_dict(), DINOV2)
-    cls, patches = weights.pop("embeddings.position_embeddings").split([1, 16], dim=1)
-    weights |= {
-        "embeddings.position_embeddings.cls": cls_position,
-        "embeddings.position_embeddings.patches": positions,
-    }
+    parts = weights.pop("embeddings.position_embeddings").split([1, 16], dim=1)
+    for group, part in zip(("cls", "patches"), parts, strict=True):
+        weights[f"embeddings.position_embeddings.{group}"] = part.clone()
     weights["embeddings.mask_token"] = weights["embeddings.mask_token"][None]
     config = build_tiny_config(
         num_register_tokens=3,
