@@ -118,8 +118,9 @@ def test_inspect_tokens(trained: tuple[Path, dict[str, Any]], tmp_path: Path) ->
 def test_errors_name_the_argument(tmp_path: Path) -> None:
     with raises_one_line("learning_rat", "learning_rate", error=TypeError):
         finetune("vitcls-tiny", "digits", tmp_path, learning_rat=1e-3)
-    with raises_one_line("auto_augment", "trivial"):
-        finetune("vitcls-tiny", "digits", tmp_path, auto_augment="random")
+    for value in ("random", 3):
+        with raises_one_line("auto_augment", "trivial"):
+            finetune("vitcls-tiny", "digits", tmp_path, auto_augment=value)
     with raises_one_line("config", error=TypeError):
         finetune("vitcls-tiny", "digits", tmp_path, config="digits.yaml")
     with raises_one_line("learning_rate"):

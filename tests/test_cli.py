@@ -1,6 +1,7 @@
 """The vitcls command: help, version, errors, completion, and the modules that importing the package loads."""
 
 import ast
+import contextlib
 import runpy
 import subprocess
 import sys
@@ -11,12 +12,15 @@ import pytest
 import transformers
 from helpers.command_in_process import run_here
 from helpers.fresh_processes import run_fresh
+from helpers.tiny_models import SIZES
 
 import modeling_vitcls
 from modeling_vitcls import cli
 from modeling_vitcls.commands import finetune
+from modeling_vitcls.commands.parsing import exit_on_error
+from modeling_vitcls.configuration_vitcls import AUTO_MAP
 from modeling_vitcls.data.splits import load_evaluation_data
-from modeling_vitcls.errors import RunStopped
+from modeling_vitcls.errors import RunStopped, mark_errors_of_all_processes
 from modeling_vitcls.options import DataOptions
 from modeling_vitcls.study import StudyRunner, load_study
 from modeling_vitcls.version import __version__
@@ -102,6 +106,10 @@ def test_a_run_that_stops_early_ends_with_its_status(
     with pytest.raises(SystemExit, match="143"):
         finetune.run(None)  # type: ignore[arg-type]
     assert capsys.readouterr().err == "process 1: stopped by a signal\n"
+    for mark, printed in ((contextlib.nullcontext, "process 1: error: wrong\n"), (mark_errors_of_all_processes, "")):
+        with pytest.raises(SystemExit, match="1"), exit_on_error(), mark():
+            raise ValueError("wrong")
+        assert capsys.readouterr().err == printed
 
 
 def test_a_study_of_the_package_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,7 +155,10 @@ def test_importing_the_package_loads_no_optional_library() -> None:
 
 
 def test_importing_the_package_registers_the_auto_classes() -> None:
-    assert type(transformers.AutoConfig.for_model("vitcls")) is modeling_vitcls.ViTCLSConfig
+    config = transformers.AutoConfig.for_model("vitcls", **SIZES)
+    for auto_class, path in AUTO_MAP.items():
+        built = config if auto_class == "AutoConfig" else getattr(transformers, auto_class).from_config(config)
+        assert type(built) is getattr(modeling_vitcls, path.partition(".")[2])
 
 
 def test_the_command_registers_the_auto_classes_after_flags_are_checked(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Settings of the Accelerator that depend on the device and the configuration of `accelerate launch`."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -32,14 +33,15 @@ def arguments(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("has_gpu", [False, True])
-def test_the_device(has_gpu: bool, arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_device(has_gpu: bool, arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: has_gpu)
-    accelerator: Any = build_accelerator(3, "bf16", trackers=("json",))
+    accelerator: Any = build_accelerator(3, "bf16", trackers=("json",), tracker_folder=tmp_path)
     (handler,) = arguments["kwargs_handlers"]
     assert arguments["cpu"] == (not has_gpu)
     assert handler.timeout.total_seconds() == 12 * 3600
     assert (arguments["mixed_precision"], arguments["log_with"]) == ("bf16", ["json"])
     assert accelerator.gradient_accumulation_steps == 3
+    assert arguments["project_config"].logging_dir == str(tmp_path)
 
 
 def test_fsdp_on_cpus_is_enabled(arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,7 +72,10 @@ def test_fsdp_on_cpus_is_enabled(arguments: dict[str, Any], monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("is_fsdp2", [False, True])
-def test_only_version_2_of_fsdp_is_supported(is_fsdp2: bool, arguments: dict[str, Any]) -> None:
+def test_only_version_2_of_fsdp_is_supported(
+    is_fsdp2: bool, arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # Accelerate has enabled FSDP on GPUs
     arguments["result"] = {"distributed_type": DistributedType.FSDP, "is_fsdp2": is_fsdp2}
     if is_fsdp2:
         build_accelerator()

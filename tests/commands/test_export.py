@@ -37,6 +37,7 @@ def test_flags_and_report_of_an_export(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert passed == [ExportOptions("m", "onnx", Path("o.onnx"), True, 2.5, (1, 3), (32, 48), dataset="d", split="s")]
     printed = capsys.readouterr().out
     measured = ("file 87.50%", "model 93.75%", "321", "cls of 64", "1.2e-02", "0.9877", "positions are learned")
+    assert "--backend" not in printed  # a file
     for fact in (*measured, "cls 1.0e-06, logits 2.0e-06", "32 x 48", "123.5 images/s", "3.0 MiB"):
         assert fact in printed
     report["input"] |= {"shape": ["batch", 3, "height", "width"]}

@@ -59,6 +59,7 @@ def test_errors_of_recipes_are_one_line(
         ("evaluate --model m --dataset d --batch-size", ["--batch-size"]),
         ("predict --model m a.png --revision abc", ["--revision", "ID@COMMIT"]),
         ("push", ["--model", "--verify-only"]),
+        ("push --model m --revision x", ["--revision", "--branch"]),
         ("push --token x", ["--token"]),
         ("export --model m --format tflite --output o", ["--format", "tflite", "onnx"]),
         ("convert timm:test_vit --output o", ["--source timm:test_vit"]),
@@ -81,7 +82,9 @@ def test_the_help_of_training_fits_on_a_screen(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "90")
     assert run_here(command, "--help") == 0
-    lines = capsys.readouterr().out.splitlines()
+    short_help = capsys.readouterr().out
+    assert run_here(command, "-h") == 0 and capsys.readouterr().out == short_help
+    lines = short_help.splitlines()
     flags = [line.split()[0] for line in lines if line.startswith("  --")]
     assert 15 <= len(flags) <= 30 and len(lines) <= 45 and max(map(len, lines)) <= 90
     assert {"--model", "--dataset", "--output-dir", "--epochs", "--learning-rate", "--resume"} <= set(flags)
@@ -89,6 +92,7 @@ def test_the_help_of_training_fits_on_a_screen(
     text = capsys.readouterr().out
     names = get_flag_fields(cli.load_modules()[command].OPTIONS_CLASS)
     assert all(f"--{name.replace('_', '-')}" in text for name in names)
+    assert f" {len(names) - len(flags)} flags" in lines[-1] and f"    vitcls {command} " in text  # an example
 
 
 def test_every_flag_has_a_help_text() -> None:

@@ -52,6 +52,7 @@ def test_a_space_shows_a_commit_of_a_model(hub: LocalHub, tmp_path: Path, capsys
     assert capsys.readouterr().out.endswith(f" {hub.url}/spaces/ann/mine-demo\n")
     run(SpaceOptions("ann/mine", output=tmp_path / "space"))
     assert f"COMMIT = '{newest}'\n" in (tmp_path / "space" / "app.py").read_text()
+    assert f"python {tmp_path / 'space' / 'app.py'}\n" in capsys.readouterr().out
     with raises_one_line("not empty"):
         run(SpaceOptions("ann/mine", output=tmp_path / "space"))
 

@@ -279,15 +279,7 @@ def test_impossible_changes_are_errors(tmp_path: Path) -> None:
 # Grids and patches
 
 
-def test_a_grid_with_equal_patch_count_and_another_shape_is_resampled() -> None:
-    model = randomize(ViTCLSModel(build_tiny_config(image_size=[32, 48])))
-    turned = model.adapt(image_size=[48, 32])
-    positions = turned.embeddings.position_embeddings.patches
-    assert positions.shape == model.embeddings.position_embeddings.patches.shape
-    assert torch.equal(positions, resample(model.embeddings.position_embeddings.patches, (4, 6), (6, 4)))
-
-
-@pytest.mark.parametrize("size", [(48, 24), (16, 64)], ids=str)
+@pytest.mark.parametrize("size", [(48, 32), (16, 64)], ids=str)
 def test_positions_are_resampled_with_an_offset_or_cropped(size: tuple[int, int]) -> None:
     """DINO adds the offset to the new grid size in the scale factors. RADIO crops a square."""
     rows, columns = size[0] // 8, size[1] // 8

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.tiny_models import build_images, build_tiny_config, each_kind, raises_one_line, randomize
+from helpers.tiny_models import build_images, build_tiny_config, each_kind, randomize
 from torch.utils.flop_counter import FlopCounterMode
 
 from modeling_vitcls import ViTCLSConfig, ViTCLSModel
@@ -35,8 +35,3 @@ def test_flops_of_vit_base() -> None:
     with torch.device("meta"):
         model = ViTCLSModel(ViTCLSConfig())
     assert round(model.flops() / 2e9, 1) == 17.6
-
-
-def test_images_that_are_too_small() -> None:
-    with raises_one_line("32 x 7", "8 x 8"):
-        ViTCLSModel(build_tiny_config()).flops((32, 7))

@@ -53,7 +53,7 @@ def test_dinov2_backbone(apply_layernorm: bool, reshape: bool) -> None:
     weights = rename_weights(peer.state_dict(), DINOV2)
     parts = weights.pop("embeddings.position_embeddings").split([1, 16], dim=1)
     for group, part in zip(("cls", "patches"), parts, strict=True):
-        weights[f"embeddings.position_embeddings.{group}"] = part.clone()
+        weights[f"embeddings.position_embeddings.{group}"] = part
     weights["embeddings.mask_token"] = weights["embeddings.mask_token"][None]
     config = build_tiny_config(
         num_register_tokens=3,

@@ -142,6 +142,7 @@ def test_settings_may_change_between_calls() -> None:
         check_same(processor, image, name)
     processor.size["height"] = 24
     assert processor(image, return_tensors="pt")["pixel_values"].shape == (1, 3, 24, 30)
+    assert isinstance(processor(image, return_tensors="np")["pixel_values"], np.ndarray)
     processor.size["height"] = -1
     with raises_one_line("must contain positive integers"):
         processor(image, return_tensors="pt")

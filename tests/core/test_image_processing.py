@@ -115,6 +115,8 @@ def test_margins_of_a_center_crop_are_rounded(
     processor = backend(**RAW, do_center_crop=True, crop_size=size, crop_rounding=rounding)
     cropped = as_hwc(processor(values, return_tensors="np")["pixel_values"][0])
     np.testing.assert_array_equal(cropped, values[top : top + crop[0], left : left + crop[1]])
+    padded = processor(values[:5], return_tensors="np")["pixel_values"][0]  # the image is too small
+    assert padded.shape == (3, *crop)
 
 
 @pytest.mark.parametrize("settings", SIZES, ids=str)
@@ -269,6 +271,10 @@ def test_transparency_is_composited_on_white(backend: type) -> None:
     for to_rgb, channels in ((True, 3), (False, 1)):
         values = get_raw_values(backend, half_gray, do_convert_rgb=to_rgb)
         assert values.shape == (channels, 4, 6) and (values == round(50 * 100 / 255 + 155)).all()
+    rgba = np.array(build_rgba(100), dtype=np.float32) / 255
+    np.testing.assert_allclose(as_hwc(get_raw_values(backend, rgba)) * 255, expected, atol=1)
+    for one_bit in (PIL.Image.new("1", (6, 4), 1), np.ones((4, 6), dtype=bool)):
+        assert (get_raw_values(backend, one_bit) == 255).all()
     one_shade = PIL.Image.open(BytesIO(encode(PIL.Image.new("L", (6, 4), 7), transparency=7)))
     assert (get_raw_values(backend, one_shade) == 255).all()
     palette = get_raw_values(backend, build_palette_with_transparency())
@@ -415,6 +421,7 @@ def test_objects_that_are_not_images_are_named(backend: type, bad: object) -> No
 UNUSABLE: list[tuple[object, dict, str]] = [
     ([], {}, "empty"),
     (np.zeros(5), {}, "[5]"),
+    (np.zeros((0, 8, 3)), {}, "[0, 8, 3]"),
     (np.zeros((7, 8, 9), dtype=np.uint8), {}, "channel"),
     (np.full((4, 4), 300), {}, "300"),
     (np.full((4, 4), np.nan), {}, "nan"),

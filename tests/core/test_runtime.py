@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,11 +15,8 @@ from helpers.tiny_models import (
     each_kind,
     get_largest_difference,
     list_tensors,
-    raises_one_line,
     randomize,
-    save_and_load,
 )
-from transformers.utils.import_utils import is_kernels_available
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
 
@@ -80,14 +76,6 @@ def test_automatic_mixed_precision(model_class: type, fields: dict[str, Any], in
         assert all(weight.grad.isfinite().all() for weight in model.parameters() if weight.grad is not None)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_checkpoints_load_in_their_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
-    model = randomize(ViTCLSModel(build_tiny_config())).to(dtype)
-    loaded = save_and_load(model, tmp_path)
-    assert {parameter.dtype for parameter in loaded.parameters()} == {dtype}
-    assert_same_outputs(loaded(build_images()), model(build_images()))
-
-
 # Attention implementations
 
 MASKED = torch.ones(2, 6 + 16, dtype=torch.long)
@@ -109,19 +97,6 @@ def test_attention_implementations_agree(fields: dict[str, Any], mask: torch.Ten
             outputs.append(model(build_images(), attention_mask=mask).last_hidden_state)
     assert get_largest_difference(outputs[0], outputs[1]) < 1e-5
     assert get_largest_difference(outputs[0], outputs[2]) < 1e-5
-
-
-@torch.no_grad()
-def test_use_kernels(tmp_path: Path) -> None:
-    """Without a mapping for `ViTCLSMLP`, nothing is replaced. Without the package `kernels`, the error is one line."""
-    model = randomize(ViTCLSForImageClassification(build_tiny_config()))
-    model.save_pretrained(tmp_path)
-    if not is_kernels_available():
-        with raises_one_line("pip install kernels"):
-            ViTCLSForImageClassification.from_pretrained(tmp_path, use_kernels=True)
-        return
-    loaded = ViTCLSForImageClassification.from_pretrained(tmp_path, use_kernels=True)
-    assert loaded.use_kernels and torch.equal(loaded(build_images()).logits, model(build_images()).logits)
 
 
 # Compilation and export

@@ -66,19 +66,12 @@ def check_maps(ours: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
 @pytest.mark.parametrize("name", REPRESENTATIVES)
 @torch.no_grad()
 def test_of_transformers(name: str) -> None:
-    case = with_eager_attention(CASES[name])
+    case = replace(CASES[name], values=CASES[name].values | {"attn_implementation": "eager"})
     source = case.build()
     pixels = images(case.sizes[-1])
     maps = check_maps(convert_from_transformers(source), pixels)
     for ours, theirs in zip(maps, compute_source_maps(source, case, pixels), strict=True):
         assert get_largest_difference(ours, theirs) <= LIMIT
-
-
-def with_eager_attention(case: Case) -> Case:
-    """Return the case with eager attention, so that the source returns its attention maps."""
-    values = dict(case.values)
-    values["attn_implementation"] = "eager"
-    return replace(case, values=values)
 
 
 def compute_source_maps(source: nn.Module, case: Case, pixels: torch.Tensor) -> list[torch.Tensor]:
@@ -95,14 +88,10 @@ def compute_source_maps(source: nn.Module, case: Case, pixels: torch.Tensor) -> 
 
 
 @pytest.mark.parametrize("name", timm_cases.REPRESENTATIVES)
-def test_of_timm(name: str) -> None:
-    check_timm(name, {})
-
-
 @torch.no_grad()
-def check_timm(name: str, arguments: dict[str, Any]) -> None:
-    """Check the attention maps of a timm model at another size than its native size."""
-    model = timm_cases.peer(name, **timm_cases.TINY | arguments)
+def test_of_timm(name: str) -> None:
+    """The size differs from the native size."""
+    model = timm_cases.peer(name, **timm_cases.TINY)
     size = timm_cases.pixels(model, timm_cases.RECTANGLE)
     model.set_input_size(img_size=size)
     check_maps(
