@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -21,7 +22,6 @@ from transformers import pipeline
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, ViTCLSModel, evaluate, predict
 from modeling_vitcls.export.exporter import check_drop, export_model
 from modeling_vitcls.export.quantization import rank_layers
-from modeling_vitcls.hub.model_files import hash_weights
 from modeling_vitcls.inference.exported_graphs import ExportedGraph
 from modeling_vitcls.intervals import compute_proportion_interval
 from modeling_vitcls.options import ExportOptions
@@ -43,7 +43,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         image.save(folder / f"{index}.png")
     config = build_tiny_config(num_distillation_tokens=1, temperature=2.5)
     source = str(save_with_processor(randomize(ViTCLSForImageClassification(config)), parent / "mine"))
-    (parent / "mine" / "results.json").write_text('{"dataset": "digits", "accuracy": 0.5}')
     dataset = str(parent / "images")
     export_model(ExportOptions(source, "openvino", parent / "exported", dynamic=False, dataset=dataset))
     export_model(ExportOptions(source, "onnx", parent / "exported" / "model.onnx", dynamic=False))
@@ -61,11 +60,7 @@ def test_the_export_measures_the_file_on_labeled_images(model: Path) -> None:
     assert (evaluation["metric"], evaluation["model"], evaluation["file"]) == ("accuracy", accuracy, accuracy)
     assert evaluation["interval"] == compute_proportion_interval(num_right, 12)
     assert (comparison["num_images"], comparison["output"], comparison["top1_agreement"]) == (12, "logits", 1)
-    assert json.loads((model / "results.json").read_text()) == {
-        "dataset": "digits",
-        "weights_sha256": hash_weights(model),
-        "files": {"model.xml": report},
-    }
+    assert json.loads((model / "results.json").read_text())["files"] == {"model.xml": report}
 
 
 @pytest.mark.parametrize("backend", ["onnx", "openvino"])
@@ -214,17 +209,20 @@ def test_int8_loses_at_most_0_3_points(
     reset_accelerate()
     results = evaluate(str(output), "digits", backend=format_name)
     assert results["accuracy"] == pytest.approx(scores["file"], abs=1e-3)
-    if format_name == "onnx":
-        reset_accelerate()
-        file = tmp_path / "excluded.onnx"
-        assert run_here(*words, "--output", str(file), "--exclude-layers", "2", "3") == 0
-        nodes = importlib.import_module("onnx").load(file).graph.node
-        int8_values = {name for node in nodes if node.op_type == "DequantizeLinear" for name in node.output}
-        products = [node for node in nodes if node.op_type == "MatMul" and int8_values & set(node.input)]
-        (patch_projection,) = (node for node in nodes if node.op_type == "Conv")
-        assert not int8_values & set(patch_projection.input)
-        layers = {node.name.partition("/")[0] for node in products}
-        assert "layers.0" in layers and not {"layers.1", "layers.2"} & layers
+
+
+def test_int8_leaves_the_patch_projection_and_excluded_layers_in_float32(model: Path, tmp_path: Path) -> None:
+    source, images, file = str(model.parent / "mine"), str(model.parent / "images"), tmp_path / "int8.onnx"
+    flags: dict[str, Any] = {"int8": True, "max_drop": 100.0, "exclude_layers": (2,), "dataset": images}
+    report = export_model(ExportOptions(source, "onnx", file, **flags))
+    assert (report["dtype"], report["limit"], report["excluded_layers"]) == ("int8", None, [2])
+    assert report["num_calibration_images"] == 13 and report["input"]["shape"] == ["batch", 3, 32, 32]
+    assert report["largest_differences"]["logits"] > 1e-3 and report["comparison"]["relative_error"] > 1e-3
+    nodes = onnx.load(file).graph.node
+    int8_values = {name for node in nodes if node.op_type == "DequantizeLinear" for name in node.output}
+    products = [node for node in nodes if node.op_type in ("MatMul", "Conv")]
+    assert [node.name[:8] for node in products if int8_values & set(node.input)] == ["layers.0"] * 7
+    assert (len(products), file.stat().st_size == report["num_bytes"]) == (17, True)
 
 
 def test_the_layer_with_outliers_is_ranked_first_and_named_if_the_metric_falls() -> None:

@@ -5,11 +5,8 @@ the script in this process for several tests. A slow test runs the script in a s
 its functions.
 """
 
-import hashlib
-import io
 import json
 import shutil
-from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +26,11 @@ from modeling_vitcls import (
     ViTCLSModel,
 )
 from modeling_vitcls.commands.export import print_report
-from modeling_vitcls.export import exporter
+from modeling_vitcls.export import exporter, formats
 from modeling_vitcls.export.exporter import export_model
 from modeling_vitcls.export.measurement import compare_outputs_on_images
 from modeling_vitcls.export.tracing import GraphShape, get_smallest_size
-from modeling_vitcls.hub.model_files import hash_weights
+from modeling_vitcls.hub.model_files import hash_files, hash_weights
 from modeling_vitcls.options import ExportOptions
 
 
@@ -44,6 +41,7 @@ ROOT = Path(__file__).parents[2]
 LIMIT = 1e-4
 TASKS = {"age": 2, "species": 4}
 NAMES = {0: "cow", 1: "ant", 2: "bee"}
+RUN = {"dataset": "d", "held_out": {"split": "test"}, "label_column": "kind", "label_separator": ","}
 
 # Models that together have every token, position, pooling, mask and block type: class, fields, names of the outputs.
 MODELS: dict[str, tuple[type, dict[str, Any], list[str]]] = {
@@ -243,29 +241,35 @@ def test_half_precision_has_another_limit(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path, str]:
-    """Return the model "tokens", its ONNX file, and the text that the script prints."""
+def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    """Return the model "tokens" and its ONNX file. The weights are in a second file, like those of a large model."""
     folder = tmp_path_factory.mktemp("exported")
     model_class, fields, _ = MODELS["tokens"]
     model = checkpoint(folder / "model", model_class, id2label=NAMES, **fields)
-    file = folder / "new" / "folder" / "vit.onnx"
-    with redirect_stdout(io.StringIO()) as printed:
-        status = run_in_process("export.py", "--model", folder / "model", "--format", "onnx", "--output", file)
-    assert status == 0
-    return model, file, printed.getvalue()
+    (folder / "model" / "results.json").write_text(json.dumps(RUN | {"accuracy": 0.5}))
+    output = folder / "new" / "folder"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(formats, "MAX_ONNX_WEIGHTS", 0)
+        assert run_in_process("export.py", "--model", folder / "model", "--format", "onnx", "--output", output) == 0
+    return model, output / "model.onnx"
 
 
-def test_the_exported_file_has_the_outputs_of_the_model(exported: tuple[Any, Path, str]) -> None:
-    model, file, _ = exported
+def test_the_exported_file_has_the_outputs_of_the_model(exported: tuple[Any, Path]) -> None:
+    model, file = exported
     check_onnx_file(file, model)
-    assert sorted(path.name for path in file.parent.iterdir()) == ["vit.onnx", "vit.onnx.json"]
+    files = ["model.onnx", "model.onnx.data", "model.onnx.json", "preprocessor_config.json", "results.json"]
+    assert sorted(path.name for path in file.parent.iterdir()) == ["config.json", *files]
     assert sorted(path.name for path in file.parents[2].iterdir()) == ["model", "new"]  # no temporary folder is left
 
 
-def test_the_report_describes_inputs_and_outputs(exported: tuple[Any, Path, str]) -> None:
-    _, file, _ = exported
-    report = json.loads((file.parent / "vit.onnx.json").read_text())
+def test_the_report_describes_inputs_and_outputs(exported: tuple[Any, Path]) -> None:
+    _, file = exported
+    report = json.loads((file.parent / "model.onnx.json").read_text())
+    weights_sha256 = hash_weights(file.parents[2] / "model")
+    results = RUN | {"weights_sha256": weights_sha256, "files": {"model.onnx": report}}
+    assert json.loads((file.parent / "results.json").read_text()) == results
     assert str(file.parents[2]) not in json.dumps(report)
+    names = ("model.onnx", "model.onnx.data")
     heads = MODELS["tokens"][2]
     versions, tried, largest = (report.pop(name) for name in ("versions", "tried", "largest_differences"))
     preprocessing, speed = report.pop("preprocessing"), report.pop("speed")
@@ -287,9 +291,9 @@ def test_the_report_describes_inputs_and_outputs(exported: tuple[Any, Path, str]
         "outputs": {name: ["batch", 3] for name in heads},
         "fixed_because": "",
         "labels": {name: list(NAMES.values()) for name in heads},
-        "sha256": {"vit.onnx": hashlib.sha256(file.read_bytes()).hexdigest()},
-        "num_bytes": file.stat().st_size,
-        "weights_sha256": hash_weights(file.parents[2] / "model"),
+        "sha256": hash_files(file.with_name(name) for name in names),
+        "num_bytes": sum(file.with_name(name).stat().st_size for name in names),
+        "weights_sha256": weights_sha256,
         "excluded_layers": [],
         "num_calibration_images": 0,
         "evaluation": None,
@@ -347,19 +351,6 @@ def test_limits_are_absolute_and_relative_to_the_largest_value(dtype: str, limit
         exporter.compare_outputs(images, reference, above, dtype)
 
 
-# Errors
-
-
-def test_a_difference_over_the_limit_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoint(tmp_path / "model", num_hidden_layers=1)
-    monkeypatch.setitem(exporter.LIMITS, "float32", (-1.0, 0.0))
-    with raises_one_line("differs", "logits", "the limit in float32 is -1"):
-        export_model(
-            ExportOptions(str(tmp_path / "model"), "onnx", tmp_path / "not" / "there" / "vit.onnx", dynamic=False)
-        )
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
-
-
 def test_shapes_labels_and_differences_of_other_models() -> None:
     outputs = {"tokens": torch.zeros(2, 17, 8), "maps": torch.zeros(2, 8, 4, 4), "logits": torch.zeros(2, 3)}
     dynamic, fixed = (GraphShape((32, 32), (8, 8), is_dynamic) for is_dynamic in (True, False))
@@ -381,6 +372,9 @@ def test_shapes_labels_and_differences_of_other_models() -> None:
         "cosine_similarity": pytest.approx(0.6),
         "top1_agreement": 0.0,
     }
+
+
+# Errors
 
 
 def test_other_names_or_shapes_raise_an_error() -> None:
