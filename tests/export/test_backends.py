@@ -21,7 +21,7 @@ from transformers import pipeline
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, ViTCLSModel, evaluate, predict
 from modeling_vitcls.export.exporter import check_drop, export_model
-from modeling_vitcls.export.quantization import rank_layers
+from modeling_vitcls.export.quantization import rank_layers, round_to_int8
 from modeling_vitcls.inference.exported_graphs import ExportedGraph
 from modeling_vitcls.intervals import compute_proportion_interval
 from modeling_vitcls.options import ExportOptions
@@ -227,15 +227,17 @@ def test_int8_leaves_the_patch_projection_and_excluded_layers_in_float32(model: 
 
 def test_the_layer_with_outliers_is_ranked_first_and_named_if_the_metric_falls() -> None:
     """A large input of one layer leaves few of the 255 int8 values for the others."""
-    model: Any = randomize(ViTCLSForImageClassification(build_tiny_config(num_hidden_layers=3)))
-    assert sorted(rank_layers(model, build_images())) == [1, 2, 3]
-    model.vitcls.layers[1].layernorm_after.bias.data[0] = 300.0
-    assert rank_layers(model, build_images())[0] == 2
-    scores = {"metric": "accuracy", "model": 0.75, "file": 0.5, "num_images": 4, "interval": None}
-    for excluded_layers, remedy in (([], "--exclude-layers 2,"), ([2, 3], "--exclude-layers 1 2 3,")):
+    model: Any = randomize(ViTCLSForImageClassification(build_tiny_config(num_hidden_layers=4)))
+    model.vitcls.layers[2].layernorm_after.bias.data[0] = 300.0
+    first, *others = rank_layers(model, build_images())
+    assert (first, sorted(others)) == (3, [1, 2, 4])
+    assert round_to_int8(torch.tensor([1, 0.5, 0]), torch.tensor(1.0)).tolist() == pytest.approx([1, 64 / 127, 0])
+    assert not round_to_int8(torch.zeros(2), torch.tensor(0.0)).any()
+    scores = {"metric": "accuracy", "model": 0.75, "file": 0.5, "num_images": 4, "interval": [0.25, 0.625]}
+    for excluded_layers, remedy in (([], "--exclude-layers 3,"), ([2, 3, 4], "--exclude-layers 1 2 3 4,")):
         report = {"evaluation": scores, "excluded_layers": excluded_layers}
         check_drop(report, 25.0, model, build_images())
-        with raises_one_line("from 75.0% to 50.0% on", remedy):
+        with raises_one_line("from 75.0% to 50.0% (25.0% to 62.5%) on", remedy):
             check_drop(report, 24.9, model, build_images())
 
 

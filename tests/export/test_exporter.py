@@ -49,6 +49,8 @@ MODELS: dict[str, tuple[type, dict[str, Any], list[str]]] = {
         ViTCLSForImageClassification,
         {
             "num_hidden_layers": 1,
+            "image_size": [32, 48],
+            "patch_size": [8, 4],
             "num_distillation_tokens": 1,
             "num_register_tokens": 4,
             "position_antialias": True,
@@ -284,9 +286,9 @@ def test_the_report_describes_inputs_and_outputs(exported: tuple[Any, Path]) -> 
             "name": "pixel_values",
             "dtype": "float32",
             "shape": ["batch", 3, "height", "width"],
-            "image_size": [32, 32],
-            "smallest_image_size": [16, 16],
-            "patch_size": [8, 8],
+            "image_size": [32, 48],
+            "smallest_image_size": [16, 8],
+            "patch_size": [8, 4],
         },
         "outputs": {name: ["batch", 3] for name in heads},
         "fixed_because": "",
@@ -303,7 +305,7 @@ def test_the_report_describes_inputs_and_outputs(exported: tuple[Any, Path]) -> 
     assert (preprocessing["resample"], preprocessing["crop_rounding"]) == ("bicubic", "down")
     assert versions.keys() >= {"torch", "timm", "onnx", "onnxruntime", "onnxscript", "transformers"}
     shapes = [tuple(trial["shape"]) for trial in tried]
-    assert shapes == [(3, 3, 32, 32), (2, 3, 24, 48), (1, 3, 48, 25), (1, 3, 16, 16)]
+    assert shapes == [(3, 3, 32, 48), (2, 3, 24, 64), (1, 3, 48, 37), (1, 3, 16, 8)]
     for name in heads:
         assert largest[name] == max(trial["differences"][name] for trial in tried) <= LIMIT
         assert all(trial["magnitudes"][name] > 0.01 for trial in tried)
@@ -372,6 +374,9 @@ def test_shapes_labels_and_differences_of_other_models() -> None:
         "cosine_similarity": pytest.approx(0.6),
         "top1_agreement": 0.0,
     }
+    encoded = [{"last_hidden_state": torch.ones(1, 2, 3)}]
+    assert compare_outputs_on_images(encoded, encoded)["top1_agreement"] is None
+    assert exporter.get_label_names(config, list(encoded[0])) == {}
 
 
 # Errors

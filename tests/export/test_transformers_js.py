@@ -18,7 +18,7 @@ from helpers.transformers_js import install_transformers_js, load_digit_images, 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, ViTCLSModel
 from modeling_vitcls.export.exportable import compute_named_outputs
 from modeling_vitcls.export.formats import run_graph
-from modeling_vitcls.export.transformers_js import export_for_transformers_js
+from modeling_vitcls.export.transformers_js import build_config, export_for_transformers_js
 
 
 pytestmark = pytest.mark.integration
@@ -132,8 +132,6 @@ def test_an_encoder_has_features_instead_of_labels(tmp_path: Path) -> None:
     model = randomize(ViTCLSModel(build_tiny_config(num_cls_tokens=0, pooling="mean")))
     save_with_processor(model, tmp_path / "mine")
     report = export_for_transformers_js(str(tmp_path / "mine"), tmp_path / "web")
-    config = json.loads((tmp_path / "web" / "config.json").read_text())
-    assert config["architectures"] == ["ViTModel"] and "id2label" not in config
     assert all(comparison["top1_agreement"] is None for comparison in report["comparisons"])
     names = ["last_hidden_state", "pooler_output"]
     (outputs,) = run_graph(tmp_path / "web" / "onnx" / "model.onnx", [build_images()], names)
@@ -157,6 +155,9 @@ def test_other_models_and_gray_images_are_refused(tmp_path: Path) -> None:
     with raises_one_line("not empty"):
         export_for_transformers_js(str(tmp_path / "tasks"), tmp_path / "regression")
     encoder = save_with_processor(ViTCLSModel(build_tiny_config()), tmp_path / "encoder")
+    config = build_config(ViTCLSModel(build_tiny_config(problem_type="multi_label_classification")))
+    assert config["architectures"] == ["ViTModel"] and "id2label" not in config
+    assert config["problem_type"] == "multi_label_classification"
     with raises_one_line("--dataset"):
         export_for_transformers_js(str(encoder), tmp_path / "web", dataset="digits")
     folder = save_digits_classifier(tmp_path / "gray", num_channels=1)
