@@ -120,6 +120,8 @@ def test_the_parity_report(from_timm: Path, from_transformers: tuple[Path, Path]
         assert native["image_size"][0] == native["image_size"][1]
         assert rectangle["image_size"][0] < rectangle["image_size"][1]
     assert report["source_class"] == "ViTForImageClassification"
+    num_parameters = ViTCLSForImageClassification.from_pretrained(folder).num_parameters()
+    assert (report["num_parameters"], report["num_labels"]) == (num_parameters, 3)
     assert report["source"].startswith("transformers:")
     assert [has_random_weights(str(folder)) for folder in (from_timm, from_transformers[0])] == [True, False]
 

@@ -35,7 +35,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.functional import interpolate
 
-from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel
+from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, ViTCLSModel
 from modeling_vitcls.conversion.any_checkpoint import compute_cache_name
 from modeling_vitcls.conversion.convert import convert_checkpoint, load_source
 from modeling_vitcls.conversion.from_state_dict import (
@@ -43,10 +43,11 @@ from modeling_vitcls.conversion.from_state_dict import (
     build_timm_model,
     convert_family_model,
     prepare_weights,
+    read_vit_options,
 )
 from modeling_vitcls.conversion.parity_report import compare_models
 from modeling_vitcls.conversion.random_weights import randomize_weights
-from modeling_vitcls.conversion.source_files import FileSource
+from modeling_vitcls.conversion.source_files import FileSource, detect_family, unwrap_weights
 from modeling_vitcls.conversion.weight_rules import ConversionError
 from modeling_vitcls.hub.provenance import find_provenance
 
@@ -210,6 +211,8 @@ def test_files_are_converted_exactly(name: str, tmp_path: Path) -> None:
     assert saved_report["source_sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
     assert str(tmp_path) not in json.dumps(saved_report)
     assert not report["preprocessing"]["assumed_because"]
+    processor = ViTCLSImageProcessor.from_pretrained(tmp_path / "made")
+    assert processor.resample == (2 if family in ("msn", "tips") else 3)
     is_classifier = "head.weight" in weights
     assert report["classifier"] == ("kept" if is_classifier else "none")
     model_class = ViTCLSForImageClassification if is_classifier else ViTCLSModel
@@ -247,6 +250,14 @@ def test_tips_files(tmp_path: Path) -> None:
     assert dict(processor.size) == {"height": GRID * PATCH, "width": GRID * PATCH}
     with raises_one_line("--family", "tips", "dinov2", error=ConversionError):
         FileSource.load(save(weights, tmp_path / "unknown.pth"))
+
+
+def test_containers_are_read_in_order_and_tell_the_family(tmp_path: Path) -> None:
+    for key, family in (("teacher", "dino"), ("student", "dino"), ("model", "mae"), ("target_encoder", "msn")):
+        assert detect_family(PLAIN, key, tmp_path) == family
+    averaged, latest = ({"cls_token": torch.full((1,), value)} for value in (0.0, 1.0))
+    weights, key = unwrap_weights({"model": latest, "model_ema": averaged, "module": latest}, [])
+    assert (weights, key) == (averaged, "model_ema")
 
 
 def test_an_encoder_of_two_pooled_tokens_has_no_pooler() -> None:
@@ -350,8 +361,8 @@ def test_published_widths_have_the_published_number_of_heads() -> None:
             assert NUM_HEADS[model.embed_dim] == model.blocks[0].attn.num_heads
     for size in ("small", "base", "large", "huge_plus", "7b"):
         model = timm.create_model(f"vit_{size}_patch16_dinov3", device="meta", depth=1)
-        num_heads = 20 if model.embed_dim == 1280 else NUM_HEADS[model.embed_dim]
-        assert num_heads == model.blocks[0].attn.num_heads
+        weights = {"patch_embed.proj.weight": model.patch_embed.proj.weight, "blocks.0.mlp.fc1.weight": torch.ones(1)}
+        assert read_vit_options(weights, "dinov3")["num_heads"] == model.blocks[0].attn.num_heads
 
 
 # big_vision ----------------------------------------------------------------------------------------------------------

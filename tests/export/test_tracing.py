@@ -61,4 +61,4 @@ def test_reasons_for_a_fixed_size(fields: dict[str, Any], word: str) -> None:
     assert word in shape.fixed_size_reason and bool(shape.fixed_size_reason) == bool(word)
     assert shape.is_dynamic == (not word) and shape.image_size == native_size
     assert shape.smallest_size == (native_size if word else (16, 16))
-    assert select_graph_shape(model, None, dynamic=False).fixed_size_reason == ""
+    assert select_graph_shape(model, (40, 24), dynamic=False) == GraphShape((40, 24), (40, 24), is_dynamic=False)

@@ -110,6 +110,8 @@ def test_timeouts_and_progress_bars_are_restored() -> None:
     enable_progress_bars()  # commands in this process turn them off
     before = get_session().timeout
     with connection.set_hub_timeout(3.5), connection.hide_hub_progress_bars():
+        with connection.hide_hub_progress_bars():
+            pass
         assert get_session().timeout.read == 3.5 and are_progress_bars_disabled()
     assert get_session().timeout == before and not are_progress_bars_disabled()
 

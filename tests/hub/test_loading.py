@@ -20,6 +20,7 @@ from helpers.source_checkpoints import SIZES, save_checkpoint
 from helpers.tiny_models import raises_one_line, save_classifier
 from huggingface_hub import HfApi
 from huggingface_hub.utils import _http as hub_http
+from huggingface_hub.utils import enable_progress_bars
 
 import modeling_vitcls as vitcls
 from modeling_vitcls.conversion.random_weights import randomize_weights
@@ -94,7 +95,17 @@ def test_card_and_license_are_converted_with_the_model(hub: LocalHub, tmp_path: 
     repository.commit("main", "broken", hub.files("them/dino") | {"config.json": hub.store("config.json", b"{}")})
     assert run_in_process("convert.py", "--source", f"transformers:them/dino@{commit}", "--output", folder) == 0
     pushed = push_folder(ModelFolder(folder), "ann/dino")
-    assert f"verified: ann/dino at {pushed.commit}" in verify_push(pushed, ModelFolder(folder))
+    first, files_and_code, _, *rows, limit, _, call = verify_push(pushed, ModelFolder(folder)).splitlines()
+    assert first == f"verified: ann/dino at {pushed.commit}" and limit.startswith("  limit 1e-06; ")
+    num_files = len(hub.files("ann/dino").keys() - {".gitattributes"})
+    assert files_and_code == f"  {num_files} files match their hashes; code of modeling_vitcls {vitcls.__version__}"
+    assert [row.split()[:2] for row in rows] == [
+        ["AutoImageProcessor", "ViTCLSImageProcessor"],
+        ["AutoModel", "ViTCLSModel"],
+        ["AutoModelForImageClassification", "ViTCLSForImageClassification"],
+    ]
+    arguments = f'"ann/dino", revision="{pushed.commit}", trust_remote_code=True'
+    assert call == f"  AutoModelForImageClassification.from_pretrained({arguments})"
     card = hub.read("ann/dino", "README.md").decode()
     for line in ("base_model: them/dino", "license: other", "license_name: dinov3-license"):
         assert f"\n{line}\n" in card
@@ -134,8 +145,14 @@ def test_given_revisions_are_used(hub: LocalHub, monkeypatch: pytest.MonkeyPatch
         get_model_folder("ann/model", revision="gone")
 
 
-def test_files_are_downloaded_once_and_the_newest_is_used(hub: LocalHub) -> None:
-    folder = get_model_folder("ann/model")
+def test_files_are_downloaded_once_and_the_newest_is_used(
+    hub: LocalHub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    enable_progress_bars()
+    for rank in (0, 1):  # only the first process shows progress bars
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        folder = get_model_folder("ann/model")
+        assert ("%" in capsys.readouterr().err) is (rank == 0)
     assert sorted(file.name for file in Path(folder).iterdir()) == ["config.json", "model.safetensors"]
     assert get_cached_commit(folder) == hub.repositories["ann/model"].branches["main"]
     hub.requests.clear()

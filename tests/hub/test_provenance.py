@@ -1,6 +1,7 @@
 """Provenance of models: licenses are inherited without changes, and never invented."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,9 @@ def test_the_metadata_of_a_card_is_inherited(tmp_path: Path, monkeypatch: pytest
     output.mkdir()
     found.copy_license(output)
     assert (output / "LICENSE.md").read_text() == "the text"
+    assert Provenance.from_dict(found.to_dict(), output) == replace(found, license_files=(output / "LICENSE.md",))
+    assert Provenance.from_dict(found.to_dict(), tmp_path) == replace(found, license_files=())
+    assert Provenance("mine", license=["mit", "gemma"]).license_label == "mit, gemma"
     monkeypatch.chdir(source)
     found.copy_license(Path())  # a run that writes into the folder that it started from
     assert (source / "LICENSE.md").read_text() == "the text"

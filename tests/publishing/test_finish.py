@@ -7,19 +7,21 @@ import numpy as np
 import pandas as pd
 import pytest
 from helpers.local_hub import LocalHub
+from helpers.model_folders import write_run_folder
 from helpers.tiny_models import build_tiny_config, raises_one_line, save_with_processor
 from huggingface_hub import ModelCard
 
-from modeling_vitcls import ViTCLSForImageClassification, finetune
+from modeling_vitcls import ViTCLSForImageClassification, ViTCLSForMaskedImageModeling, finetune
 from modeling_vitcls.analysis.inspection import InspectionImages
 from modeling_vitcls.api import build_options
 from modeling_vitcls.data.images import ArrayImages
+from modeling_vitcls.data.splits import load_training_data
 from modeling_vitcls.files import read_json, write_json
-from modeling_vitcls.options import FinetuneOptions, RunOptions
+from modeling_vitcls.options import DataOptions, FinetuneOptions, RunOptions
 from modeling_vitcls.publishing.card import write_card
 from modeling_vitcls.publishing.finish import finish_run, prepare_push
 from modeling_vitcls.publishing.model_folder import ModelFolder
-from modeling_vitcls.publishing.report import write_report
+from modeling_vitcls.publishing.report import load_run_data, write_report
 
 
 SMALL: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
@@ -45,12 +47,31 @@ def test_a_run_gets_a_report_and_a_card_from_its_folder(tmp_path: Path, capsys: 
     for file in (folder / "README.md", folder / "report.html", *(folder / "images").iterdir()):
         file.unlink()
     moved = folder.rename(tmp_path / "moved")
+    write_json(moved / "results.json", results | {"token_movement": {"cls[0]": 1.0, "registers[0]": 0.0}})
     assert write_report(ModelFolder(moved), pytest.fail)
     finish_run(moved, RunOptions(), None)  # the report is not written again
     assert "diagnosis" not in capsys.readouterr().out
+    assert "not moved" in (moved / "report.html").read_text() and "not moved" not in report
     text = ModelCard.load(moved / "README.md").text
     expected = card.replace("# run", "# moved").replace('"run"', '"moved"')
     assert text.rpartition("<!--")[0] == expected.rpartition("<!--")[0]
+
+
+@pytest.mark.usefixtures("few_digits")
+def test_the_data_of_a_run_are_loaded_again(tmp_path: Path) -> None:
+    """The checkpoint may have been selected on other images, and masked image modeling uses no labels."""
+    for model_class, select, is_labeled in (
+        (ViTCLSForImageClassification, "best", True),
+        (ViTCLSForMaskedImageModeling, "last", False),
+    ):
+        flags = {"split_seed": 5, "select": select, "output_dir": "./runs/out"}
+        folder = ModelFolder(write_run_folder(tmp_path / select, None, flags, model_class))
+        found: Any = load_run_data(folder)
+        expected = load_training_data(DataOptions("digits", split_seed=5), select == "best", is_labeled)
+        assert (found.record, found.label_space) == (expected.record, expected.label_space)
+        assert (len(found.train), len(found.held_out)) == (len(expected.train), len(expected.held_out))
+    (folder.path / "config.resolved.yaml").unlink()
+    assert load_run_data(ModelFolder(folder.path)) is None
 
 
 @pytest.mark.integration

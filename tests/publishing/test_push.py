@@ -11,6 +11,7 @@ from helpers.local_hub import LocalHub, Token
 from helpers.model_folders import write_results, write_run_folder
 from helpers.tiny_models import build_tiny_config, raises_one_line, save_with_processor
 from huggingface_hub import HfApi
+from huggingface_hub.utils import enable_progress_bars
 
 import modeling_vitcls as vitcls
 from modeling_vitcls.hub import connection
@@ -62,9 +63,13 @@ def take_snapshot(folder: Path) -> dict[str, str]:
 # Files ---------------------------------------------------------------------------------------------------------------
 
 
-def test_a_push_is_one_commit_of_the_model_files(hub: LocalHub, folder: Path) -> None:
+def test_a_push_is_one_commit_of_the_model_files(
+    hub: LocalHub, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = take_snapshot(folder)
+    enable_progress_bars()
     pushed = push_folder(ModelFolder(folder), "ann/model")
+    assert "%" not in capsys.readouterr().err  # progress bars
     repository = hub.repositories["ann/model"]
     assert len(repository.commits) == 2 and repository.branches == {"main": pushed.commit}
     assert not repository.private and pushed.summary == f"{hub.url}/ann/model/commit/{pushed.commit} (public)"
