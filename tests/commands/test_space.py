@@ -1,6 +1,7 @@
 """`vitcls space`: the files of a Space, pushes to a local Hub, and flags that contradict each other."""
 
 import importlib.metadata
+import sys
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,7 @@ def test_a_space_shows_a_commit_of_a_model(hub: LocalHub, tmp_path: Path, capsys
     assert "MODEL = 'ann/mine'\n" in space["app.py"] and f"COMMIT = '{first}'\n" in space["app.py"]
     card = SpaceCard(space["README.md"]).data
     assert (card.sdk, card.sdk_version) == ("gradio", importlib.metadata.version("gradio"))
+    assert card.python_version == "{}.{}".format(*sys.version_info)
     assert (card.models, card.license, card.app_file) == (["ann/mine"], "apache-2.0", "app.py")
     assert f"{hub.url}/ann/mine/tree/{first}" in space["README.md"]
     minimum = {each.name: each for each in map(Requirement, importlib.metadata.requires("modeling_vitcls") or ())}

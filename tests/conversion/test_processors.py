@@ -77,7 +77,7 @@ def test_transformers_preprocessing_is_equal(
     theirs.save_pretrained(tmp_path / "source")
     processor, record = processors.convert_transformers_preprocessing(str(tmp_path / "source"), (32, 32))
     assert not record["assumed_because"]
-    assert record["largest_difference_in_gray_levels"] <= limit
+    assert record["largest_difference_in_gray_levels"] <= limit <= 3 * record["largest_difference_in_gray_levels"]
     processor.save_pretrained(tmp_path / "made")
     theirs = AutoImageProcessor.from_pretrained(tmp_path / "source")
     ours = ViTCLSImageProcessor.from_pretrained(tmp_path / "made")

@@ -9,6 +9,7 @@ import yaml
 from helpers.tiny_models import raises_one_line
 
 from modeling_vitcls.checkpoints import CheckpointStore
+from modeling_vitcls.hub.loading import split_revision
 from modeling_vitcls.hub.local_paths import (
     check_output_is_empty,
     is_local,
@@ -50,6 +51,9 @@ def test_paths_become_absolute(here: Path) -> None:
     for other in ("acme/none", "timm:weights.pt", "timm:hf-hub:acme/data@main", "timm:resnet18@none.pt"):
         assert resolve_name(other) == other
     assert resolve_name("digits", is_built_in=True) == "digits"
+    (here / "at@home").mkdir()
+    for name in ("at@home", "@v1", "acme/data@"):
+        assert split_revision(name) == (name, None)
     (here / "link").symlink_to(here / "data")
     assert resolve_name("link/teach") == f"{here}/link/teach"
 

@@ -59,7 +59,7 @@ def test_other_licenses_link_to_their_file_if_it_exists(tmp_path: Path) -> None:
 
 def test_files_that_a_license_requires_are_copied(tmp_path: Path) -> None:
     source = write_folder(tmp_path / "mine", "license: other\nlicense_name: x\n")
-    taken = ["COPYING", "LICENCE.txt", "LICENSE-APACHE", "NOTICE", "licence-weights.md", "license"]
+    taken = ["COPYING", "LICENCE.txt", "LICENSE-APACHE", "NOTICE", "licence-weights.md", "license", "license.rst"]
     for name in (*taken, "license_plates.pkl", "noticed.bin", "copying.py", "about.md"):
         (source / name).write_text(name)
     found = find_provenance(str(source))

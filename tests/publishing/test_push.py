@@ -200,7 +200,9 @@ def test_a_push_removes_outdated_files_of_its_branch_and_keeps_others(hub: Local
         HfApi().upload_file(path_or_fileobj=b"mine", path_in_repo=name, repo_id="ann/model")
     main = hub.repositories["ann/model"].branches["main"]
     (folder / WEIGHTS).unlink()
-    vitcls.ViTCLSForImageClassification(build_tiny_config()).save_pretrained(folder, max_shard_size="20KB")
+    model = vitcls.ViTCLSForImageClassification(build_tiny_config())
+    model.save_pretrained(folder, max_shard_size="20KB")
+    assert ModelFolder(folder).num_parameters == model.num_parameters()
     write_results(folder)
     push_folder(ModelFolder(folder), "ann/model", branch="new")
     names = set(hub.files("ann/model", "new"))
@@ -304,6 +306,8 @@ def test_a_push_that_is_not_permitted_is_an_error_before_a_run(
         monkeypatch.setenv("HF_TOKEN", token)
     with raises_one_line(*words):
         prepare_repository(repo_id, "my-run")
+    with raises_one_line("--space-id"):
+        prepare_repository(repo_id, "my-run", space_sdk="static")
     assert set(hub.repositories) == {"ann/there"}
 
 
