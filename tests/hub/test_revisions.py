@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 from helpers.local_hub import LocalHub
 from helpers.tiny_models import raises_one_line
-from huggingface_hub import HfApi, constants
+from huggingface_hub import HfApi, constants, get_session
 
+from modeling_vitcls.hub import loading
 from modeling_vitcls.hub.loading import HubCommit, download_files, resolve_commit
 
 
@@ -43,7 +44,9 @@ def test_a_revision_is_resolved_to_its_commit(hub: LocalHub) -> None:
         resolve_commit("no id at all")
 
 
-def test_only_the_matching_files_of_the_commit_are_downloaded(hub: LocalHub, tmp_path: Path) -> None:
+def test_only_the_matching_files_of_the_commit_are_downloaded(
+    hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = download_files("ann/model", "v1", ["*.json"], folder=tmp_path / "files")
     assert folder == tmp_path / "files" and (folder / "config.json").read_bytes() == b"old"
     assert not (folder / "notes.txt").exists()
@@ -51,3 +54,5 @@ def test_only_the_matching_files_of_the_commit_are_downloaded(hub: LocalHub, tmp
         download_files("ann/none", "0" * 40, ["*.json"])
     cached = download_files("ann/model", None, ["*.txt"])
     assert (cached / "notes.txt").read_bytes() == b"new" and cached.is_relative_to(tmp_path / "cache")
+    monkeypatch.setattr(loading, "snapshot_download", lambda *_, **__: f"{get_session().timeout.read}")
+    assert [download_files("ann/model", None, [], *given).name for given in ((), (3.0,))] == ["60.0", "3.0"]

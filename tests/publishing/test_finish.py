@@ -1,5 +1,7 @@
 """A training run: the folder is complete, and publishing adds the report and the card from the folder alone."""
 
+import html
+import re
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,7 @@ def test_a_run_gets_a_report_and_a_card_from_its_folder(tmp_path: Path, capsys: 
     results, card = read_json(folder / "results.json"), ModelCard.load(folder / "README.md").text
     assert f"{results['accuracy']:.2%}" in card and "images/attention.png" in card and "[report.html]" in card
     report = (folder / "report.html").read_text()
+    assert f"{results['dataset']}, {results['split']}" in html.unescape(report) and re.search(r"\d → \d", report)
     rows = pd.read_parquet(folder / "predictions.parquet")
     num_wrong = (rows["label"] != rows["prediction"]).sum()
     assert f"{num_wrong} of {len(rows)} predictions are wrong" in report and f"- {num_wrong} of {len(rows)} " in card
