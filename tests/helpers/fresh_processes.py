@@ -2,6 +2,7 @@
 
     ran = run_fresh(script, "--flag", environment=environment)    as subprocess.run([sys.executable, script, "--flag"])
     ran = run_fresh("-I", "-c", code, folder)                     the same, in isolated mode
+    ran = run_fresh("-m", "modeling_vitcls.cli", "predict")
 
 The forks import this package, transformers and the other libraries that read environment variables at import. Tests of
 the first import start real processes, for example in test_predict.py. Tests that need no new import use
@@ -53,7 +54,7 @@ def run_fresh(
     """Run a Python process and return its exit status and output.
 
     Args:
-        arguments: options `-I` or `-P`, then a script or `-c CODE`, then its flags.
+        arguments: options `-I` or `-P`, then a script, `-m MODULE` or `-c CODE`, then its flags.
         environment: all environment variables of the process. Default: the variables of this process.
         cwd: working directory. Default: the working directory of this process.
     """
@@ -116,8 +117,10 @@ def run_request(words: list[str], environment: dict[str, str], cwd: str, outputs
     if "-I" not in options:
         sys.path[:0] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
     if not options:
-        sys.path.insert(0, "" if script == "-c" else str(Path(script).parent))
-    if script == "-c":
+        sys.path.insert(0, "" if script in ("-c", "-m") else str(Path(script).parent))
+    if script == "-m":
+        runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
+    elif script == "-c":
         exec(sys.argv.pop(1), {"__name__": "__main__"})
     else:
         runpy.run_path(script, run_name="__main__")

@@ -24,7 +24,6 @@ import runpy
 import shlex
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -34,6 +33,7 @@ import numpy as np
 import pytest
 import yaml
 from accelerate.commands.launch import launch_command_parser
+from helpers.fresh_processes import run_fresh
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -379,16 +379,14 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture
 def run(prepared: Path, tmp_path: Path) -> Run:
-    """Return a function that runs a command offline in a copy of the prepared folder, and returns its output."""
+    """Return a function that runs Python with flags, offline in a copy of the prepared folder."""
     shutil.copytree(prepared, tmp_path, dirs_exist_ok=True)
     (tmp_path / "scripts").symlink_to(ROOT / "scripts")
     hub = {"HF_HOME": str(tmp_path / "huggingface"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
 
     def start(command: list[str], variables: list[str] = []) -> subprocess.CompletedProcess[str]:  # noqa: B006
         environment = os.environ | hub | dict(each.split("=", 1) for each in variables)
-        done = subprocess.run(
-            command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=600
-        )
+        done = run_fresh(*command, environment=environment, cwd=tmp_path)
         assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
         return done
 
@@ -419,7 +417,7 @@ def test_python_blocks_run(page: Path, run: Run, tmp_path: Path) -> None:
         config = ViTCLSConfig.from_preset("tiny", distillation_teachers=["photos", "small"], **student)
         ViTCLSModel(config).save_pretrained(tmp_path / "runs" / "student")
     (tmp_path / "page.py").write_text(source, encoding="utf-8")
-    done = run([sys.executable, "page.py"])
+    done = run(["page.py"])
     for line in source.splitlines():
         if PRINTED.match(line):
             assert line.removeprefix("# ") in done.stdout.splitlines()
@@ -437,4 +435,4 @@ def test_commands_run(page: Path, run: Run) -> None:
         )
         quick = QUICK.get(command.name, "").split() + (SMALL_MODEL.split() if is_new else [])
         launcher = ["-m", "accelerate.commands.launch", *command.launcher[2:]] if command.launcher else []
-        run([sys.executable, *launcher, *MODULE, command.name, *command.arguments, *quick], command.variables)
+        run([*launcher, *MODULE, command.name, *command.arguments, *quick], command.variables)

@@ -50,7 +50,7 @@ def checkout(tmp_path: Path) -> Path:
     digits = load_digits()
     for label, name in enumerate(("cat", "dog")):
         (folder / "photos" / name).mkdir(parents=True)
-        for index, pixels in enumerate(digits.images[digits.target == label][:10]):
+        for index, pixels in enumerate(digits.images[digits.target == label][:4]):
             Image.fromarray((pixels * 15).astype(np.uint8)).resize((64, 64)).save(
                 folder / f"photos/{name}/{index}.png"
             )
@@ -94,7 +94,7 @@ def test_every_block_runs_after_the_printed_installation(
 
     accuracy = json.loads((checkout / "runs/digits/results.json").read_text())["accuracy"]
     (printed_accuracy,) = re.findall(r"\*\*([\d.]+)% on 359 held-out images\*\*", README)
-    assert accuracy == pytest.approx(float(printed_accuracy) / 100, abs=0.015)
+    assert accuracy == pytest.approx(float(printed_accuracy) / 100, abs=0.015) and accuracy >= 0.97
     assert (checkout / "report.html").stat().st_size > 100_000
     assert "model.safetensors" in hub.files("ME/photos")
 

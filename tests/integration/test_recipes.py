@@ -30,10 +30,9 @@ def finetune_digits(output: Path, *flags: object) -> dict[str, Any]:
     return json.loads((output / "results.json").read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("pooling", ["mean", "attention"])
-def test_each_pooling_learns_the_digits(tmp_path: Path, pooling: str) -> None:
-    """The run of `make demo` in test_finetune.py has a CLS token."""
-    results = finetune_digits(tmp_path, "--pooling", pooling, "--num-cls-tokens", 0)
+def test_attention_pooling_learns_the_digits(tmp_path: Path) -> None:
+    """The run of README.md in test_readme.py has a CLS token."""
+    results = finetune_digits(tmp_path, "--pooling", "attention", "--num-cls-tokens", 0)
     assert results["num_images"] == 359
     assert results["accuracy"] >= 0.97
 
@@ -45,14 +44,6 @@ def test_a_cnn_trains_the_distillation_token(tmp_path: Path) -> None:
     assert results["accuracy"] >= 0.97
     assert min(results["cls_accuracy"], results["distillation_accuracy"]) >= 0.96
     assert results["token_movement"]["distillation[0]"] > 0
-
-
-def test_a_larger_vit_is_a_teacher(tmp_path: Path) -> None:
-    """The same script trains the teacher."""
-    teacher = finetune_digits(tmp_path / "teacher", "--hidden-size", 96, "--intermediate-size", 384)
-    results = finetune_digits(tmp_path / "student", "--teacher", tmp_path / "teacher")
-    assert results["num_parameters"] < teacher["num_parameters"]
-    assert results["accuracy"] >= 0.97
 
 
 def test_a_dual_encoder_classifies_digits_by_captions(tmp_path: Path) -> None:

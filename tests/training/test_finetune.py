@@ -464,14 +464,14 @@ def test_resolved_recipe_names_every_flag(recipe_run: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_demo_reaches_97_percent(tmp_path: Path) -> None:
-    """Its second half, which checks the accuracy in results.json, runs again without the package."""
-    command = [sys.executable, SCRIPTS / "demo.py", "--output-dir", tmp_path]
+def test_the_demo_trains_and_loads_a_model(tmp_path: Path) -> None:
+    """With few epochs; test_readme.py checks the accuracy. The model is loaded without the package, too."""
+    command = [sys.executable, SCRIPTS / "demo.py", "--output-dir", tmp_path, "--epochs", 8]
     ran = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=ENVIRONMENT, check=False)
     assert ran.returncode == 0, f"{ran.stdout}\n{ran.stderr}"
     results = read_json(tmp_path / "results.json")
     assert results["num_images"] == NUM_HELD_OUT_DIGITS
-    assert results["accuracy"] >= 0.97
+    assert results["accuracy"] >= 0.5
     assert f"accuracy {results['accuracy']:.2%} on 359 held-out images" in ran.stdout
     assert ran.stdout.index("1. Fine-tune") < ran.stdout.index("2. Load the model") < ran.stdout.index("Done in")
     environment = {name: value for name, value in ENVIRONMENT.items() if name != "PYTHONPATH"}
