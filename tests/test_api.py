@@ -174,18 +174,21 @@ def test_flags_select_one_run_all_folds_or_a_dry_run(
     function: Any, flags: dict[str, Any], names: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing is trained: the stages of a run are replaced."""
-    finished: list[Path] = []
+    finished: list[tuple[str, str]] = []
 
     def train(options: Any, on_checkpoint: Any) -> Path:
+        assert on_checkpoint == (options.run, "ann/mine")
         assert isinstance(options, FinetuneOptions if function is finetune else PretrainOptions)
         options.output_dir.mkdir(parents=True)
         write_json(options.output_dir / "results.json", {"accuracy": 1.0, "selection_metric": "accuracy"})
         return options.output_dir
 
     monkeypatch.setattr(run, "train", train)
-    monkeypatch.setattr(finish, "finish_run", lambda folder, *others: finished.append(folder))
+    monkeypatch.setattr(finish, "prepare_push", lambda options: "ann/mine")
+    monkeypatch.setattr(finish, "build_uploader", lambda *arguments: arguments)
+    monkeypatch.setattr(finish, "finish_run", lambda folder, run, repo_id: finished.append((folder.name, repo_id)))
     results = function("vitcls-tiny", "digits", tmp_path / "out", **flags)
-    assert [folder.name for folder in finished] == names
+    assert finished == [(name, "ann/mine") for name in names]
     assert len(results.get("folds", [])) == (3 if len(names) == 3 else 0)
     assert bool(results) == ("dry_run" not in flags)
 

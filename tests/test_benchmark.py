@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.command_in_process import run_here
 from helpers.tiny_models import SIZES, build_tiny_config, raises_one_line
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSModel, benchmark
@@ -40,7 +41,7 @@ def test_calls_have_the_threads_of_this_process() -> None:
             speed = benchmark.measure_calls_per_second(
                 lambda: seen.append(torch.get_num_threads()) or time.sleep(0.01)
             )
-            assert set(seen) == {num_threads} and (speed > 150) == benchmark.uses_cpu_time() == (num_threads == 1)
+            assert set(seen) == {num_threads} and (speed > 110) == benchmark.uses_cpu_time() == (num_threads == 1)
             seen.clear()
     finally:
         torch.set_num_threads(before)
@@ -166,9 +167,10 @@ def test_the_table_compares_rows_of_the_same_batch_and_precision(monkeypatch: py
     assert f"images per {'CPU ' * benchmark.uses_cpu_time()}second, medians of 7 rounds" in text
 
 
-def test_the_throughput_counts_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmark, "SECONDS_PER_MEASUREMENT", 0.05)
-    monkeypatch.setattr(benchmark, "uses_cpu_time", lambda: False)
-    row = Row("inference", "torch", "fp32", 4, 1, 0.0)
-    benchmark.measure_rows([row], [lambda: time.sleep(0.02)], num_rounds=1)
-    assert 50 < row.throughputs[0] <= 200
+def test_the_table_is_printed_and_written(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(benchmark, "run_benchmarks", lambda settings: [settings.rounds])
+    monkeypatch.setattr(benchmark, "format_markdown", lambda rows, settings: f"table {rows} {settings.rounds}")
+    assert run_here("benchmark", "--rounds", "3", "--markdown", str(tmp_path / "new" / "speed.md")) == 0
+    assert (tmp_path / "new" / "speed.md").read_text() == capsys.readouterr().out.strip() == "table [3] 3"

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.command_in_process import run_here
+from transformers.utils import logging
 
 from modeling_vitcls.version import __version__
 
@@ -15,7 +16,8 @@ from modeling_vitcls.version import __version__
 def test_the_environment_of_a_bug_report(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     monkeypatch.setenv("VITCLS_CPU_KERNELS", "0")
-    assert run_here("env") == 0
+    logging.enable_progress_bar()
+    assert run_here("env") == 0 and not logging.is_progress_bar_enabled()
     printed = capsys.readouterr().out
     facts = {name: text.strip() for name, text in (line.split("  ", maxsplit=1) for line in printed.splitlines())}
     assert facts["modeling_vitcls"] == __version__ and facts["timm"] == importlib.metadata.version("timm")

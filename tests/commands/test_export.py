@@ -44,3 +44,17 @@ def test_flags_and_report_of_an_export(monkeypatch: pytest.MonkeyPatch, capsys: 
     export.print_report(report | {"evaluation": None, "comparison": None}, Path("folder"))
     printed = capsys.readouterr().out
     assert "8 x 8" in printed and "--model folder --backend onnx" in printed and "321" not in printed
+
+
+def test_flags_and_report_of_an_export_for_transformers_js(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    passed: list[Any] = []
+    comparisons = [{"file": "model.onnx", "largest_difference": 0.00123, "top1_agreement": 0.875}]
+    comparisons.append({"file": "model_q8.onnx", "largest_difference": 0.5, "top1_agreement": None})
+    name = "modeling_vitcls.export.transformers_js.export_for_transformers_js"
+    monkeypatch.setattr(name, lambda *arguments: passed.append(arguments) or {"comparisons": comparisons})
+    flags = "--model m --format transformers.js --output web --dataset d --split s"
+    assert run_here("export", *flags.split()) == 0 and passed == [("m", Path("web"), "d", "s")]
+    first, second = capsys.readouterr().out.splitlines()[:2]
+    assert "1.2e-03" in first and "87.5%" in first and "5.0e-01" in second and "%" not in second

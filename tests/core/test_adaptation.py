@@ -7,6 +7,7 @@ tested in test_gates.py.
 """
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -149,11 +150,13 @@ def test_each_change_is_logged_once_in_a_line_of_its_own(caplog: pytest.LogCaptu
     randomize(ViTCLSForImageClassification(build_tiny_config(**FIELDS))).save_pretrained(tmp_path)
     change = {"num_cls_tokens": 1, "num_distillation_tokens": 0, "num_register_tokens": 6, "patch_size": 16}
     AutoModelForImageClassification.from_pretrained(tmp_path, **change)
-    changed = ["cls_token", "distillation_token", "patch_embeddings.projection.weight", "register_tokens"]
-    changed += [f"position_embeddings.{group}" for group in ("cls", "distillation", "patches", "registers")]
-    names = [f"vitcls.embeddings.{name}" for name in changed]
-    names += ["distillation_classifier.bias", "distillation_classifier.weight"]
-    assert sorted(line.split(":")[0] for line in get_logged_lines(caplog)) == sorted(names)
+    numbers = {"patch_embeddings.projection.weight": "8 8 16 16", "position_embeddings.patches": "4 6 2 3"}
+    for group, kept_and_changed in (("cls", "1 1"), ("distillation", ""), ("registers", "2 4")):
+        numbers |= dict.fromkeys((GROUPS[group], f"position_embeddings.{group}"), kept_and_changed)
+    expected = {f"vitcls.embeddings.{name}": number.split() for name, number in numbers.items()}
+    expected |= {"distillation_classifier.bias": [], "distillation_classifier.weight": []}
+    lines = [line.partition(": ") for line in get_logged_lines(caplog)]
+    assert {name: re.findall(r"\d+", note) for name, _, note in lines} == expected and len(lines) == len(expected)
 
 
 def test_other_arguments_are_applied(tmp_path: Path) -> None:

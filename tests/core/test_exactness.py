@@ -15,7 +15,7 @@ import transformers
 from helpers.tiny_models import SIZES, build_images, build_tiny_config, get_largest_difference, randomize
 from timm.layers import build_sincos2d_pos_embed
 
-from modeling_vitcls import ViTCLSBackbone, ViTCLSForImageClassification, ViTCLSModel
+from modeling_vitcls import ViTCLSBackbone, ViTCLSModel
 from modeling_vitcls.heads_vitcls import compute_masked_pixel_loss
 
 
@@ -72,14 +72,6 @@ def test_dinov2_backbone(apply_layernorm: bool, reshape: bool) -> None:
             if not reshape:
                 peer_map = torch.cat([peer_map[:, :1], peer_map[:, 4:]], dim=1)
             assert get_largest_difference(our_map, peer_map) <= TOLERANCE
-
-
-@pytest.mark.parametrize("choice", ["cls", "distillation"])
-def test_deit_with_one_head(choice: str) -> None:
-    config = build_tiny_config(num_distillation_tokens=1, distillation_inference=choice)
-    output = randomize(ViTCLSForImageClassification(config))(build_images())
-    assert torch.equal(output.logits, getattr(output, f"{choice}_logits"))
-    assert get_largest_difference(output.cls_logits, output.distillation_logits) > 0.01
 
 
 @pytest.mark.parametrize("size", [NATIVE, RECTANGLE])

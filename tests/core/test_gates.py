@@ -3,12 +3,13 @@ gates.
 """
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers.adaptation_cases import adapt_with_loader
+from helpers.adaptation_cases import adapt_with_loader, get_logged_lines
 from helpers.tiny_models import build_images, build_tiny_config, get_largest_difference, raises_one_line, randomize
 from transformers import AutoModel, AutoModelForImageClassification
 
@@ -89,19 +90,22 @@ def test_attention_without_bias_support_is_an_error(implementation: str) -> None
 
 
 @pytest.mark.parametrize("loader", [None, ViTCLSModel, AutoModel])
-def test_gates_stay_with_their_tokens(loader: Any, tmp_path: Path) -> None:
+def test_gates_stay_with_their_tokens(loader: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Check two open registers followed by two gated registers, and one CLS token followed by a gated one."""
     model = randomize(ViTCLSModel(build_tiny_config(num_register_tokens=2)))
     gated = model.adapt(num_cls_tokens=2, num_register_tokens=4, gate_new_tokens=True)
     with torch.no_grad():
         gated.gates.gates.copy_(torch.tensor([0.5, 0.2, 0.3]) * TokenGates.OPEN)
-    for change, gated_tokens, values in (
-        ({"num_register_tokens": 5}, {"cls": 1, "registers": 3}, [0.5, 0.2, 0.3, 1e-6]),
-        ({"num_register_tokens": 3}, {"cls": 1, "registers": 1}, [0.5, 0.2]),
-        ({"num_register_tokens": 2}, {"cls": 1}, [0.5]),
-        ({"num_cls_tokens": 1}, {"registers": 2}, [0.2, 0.3]),
-        ({"num_distillation_tokens": 1}, {"cls": 1, "registers": 2}, [0.5, 0.2, 0.3]),
+    for change, gated_tokens, values, logged in (  # numbers of kept, dropped and closed gates
+        ({"num_register_tokens": 5}, {"cls": 1, "registers": 3}, [0.5, 0.2, 0.3, 1e-6], ["3", "0", "1"]),
+        ({"num_register_tokens": 3}, {"cls": 1, "registers": 1}, [0.5, 0.2], ["2", "1", "0"]),
+        ({"num_register_tokens": 2}, {"cls": 1}, [0.5], ["1", "2", "0"]),
+        ({"num_cls_tokens": 1}, {"registers": 2}, [0.2, 0.3], ["2", "1", "0"]),
+        ({"num_distillation_tokens": 1}, {"cls": 1, "registers": 2}, [0.5, 0.2, 0.3], []),
     ):
+        caplog.clear()
         changed = adapt_with_loader(gated, loader, tmp_path, **change)
         assert changed.config.gated_tokens == gated_tokens
+        notes = [line for line in get_logged_lines(caplog) if line.startswith("gates.gates")]
+        assert re.findall(r"\d+", " ".join(notes)) == logged
         assert changed.gates.get_gate_values().tolist() == pytest.approx(values, abs=2e-7)

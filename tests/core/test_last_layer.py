@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-from captum.attr import LayerIntegratedGradients
 from helpers.tiny_models import (
     TASKS,
     assert_same_outputs,
@@ -109,21 +108,3 @@ def test_hooks_receive_all_tokens(fields: dict[str, Any]) -> None:
         module.register_full_backward_hook(see)
     model(build_images()).logits.sum().backward()
     assert set(counts) == {22} and len(counts) >= len(modules)
-
-
-# Explanations --------------------------------------------------------------------------------------------------------
-
-
-def test_captum_integrated_gradients() -> None:
-    """The attributions of the last layer's tokens sum to the change of the logit (Sundararajan et al. 2017)."""
-    model = randomize(ViTCLSForImageClassification(build_tiny_config(**TOKENS)))
-    attribution = LayerIntegratedGradients(lambda pixel_values: model(pixel_values).logits, model.vitcls.layers[-1])
-    found, error = attribution.attribute(
-        build_images(), torch.zeros(2, 3, 32, 32), target=1, n_steps=200, return_convergence_delta=True
-    )
-    assert found.shape == (2, 22, 16)
-    with torch.no_grad():
-        change = (model(build_images()).logits - model(torch.zeros(2, 3, 32, 32)).logits)[:, 1]
-    assert error.abs().max() <= 0.01 * change.abs().max()
-    assert get_largest_difference(found.sum(dim=(1, 2)).float(), change) <= 0.01 * change.abs().max().item()
-    assert (found[:, 3:] == 0).all()  # the classifiers read only the CLS and the distillation token
