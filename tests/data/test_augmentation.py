@@ -65,12 +65,6 @@ def test_images_of_different_sizes_become_one_batch() -> None:
             assert torch.equal(batch[index], augment(build(**options), [source], 0, [index])[0])
 
 
-def test_without_changes_images_are_resized() -> None:
-    (source,) = build_pil_images(1)
-    resize = v2.Resize((24, 32), interpolation=InterpolationMode.BICUBIC)
-    assert torch.equal(augment(build(**STILL), [source], 0, [0])[0], resize(source))
-
-
 def test_half_of_the_images_are_mirrored() -> None:
     (source,) = build_pil_images(1, (24, 32))
     results = augment(build(crop_scale=1.0, flip=True), [source] * 400, 3, list(range(400)))

@@ -36,11 +36,6 @@ def test_batches_do_not_depend_on_their_division() -> None:
         assert sorted(pieces) == sorted(batch)
 
 
-def test_batches_can_start_at_any_step() -> None:
-    plan, again = (build_plan(10, max_steps=9, batch_size=3) for _ in range(2))
-    assert list(plan.iterate_keys(process_index=0, first_step=4)) == list(again.iterate_keys(process_index=0))[4:]
-
-
 def test_the_order_of_images_never_changes() -> None:
     """A run that is resumed with a later version of the package uses the same images."""
     expected = []

@@ -17,7 +17,7 @@ from sklearn.preprocessing import StandardScaler
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, ViTCLSModel
 from modeling_vitcls.checkpoints import CheckpointStore, format_state, read_state
-from modeling_vitcls.training.probe import explain_missing_probe, fold_standardization
+from modeling_vitcls.training.probe import describe_probe, explain_missing_probe, fold_standardization
 
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("fresh_accelerate", "few_digits")]
@@ -152,9 +152,13 @@ def test_the_probe_measures_the_features_of_the_model(
     encoder: Path, tmp_path: Path, flags: dict[str, Any], names: list[str]
 ) -> None:
     run = prepare_task(build_options(tmp_path / "run", encoder, **flags))
-    probe = replace(run.task.probe, max_images=64).run(run.data, run.reporter)
+    probe_model = replace(run.task.probe, max_images=64).run
+    probe = probe_model(run.data, run.reporter)
     assert list(probe["logreg"]) == list(probe["knn"]) == names
     assert (probe["num_training_images"], probe["features"]) == (64, names[-1])
+    unmeasured = probe_model(replace(run.data, selection=None, held_out=run.data.held_out.select([])), run.reporter)
+    assert unmeasured == {"num_training_images": 64, "features": names[-1]}
+    assert describe_probe(unmeasured).endswith(names[-1])
 
 
 @pytest.mark.parametrize(

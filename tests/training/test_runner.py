@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from modeling_vitcls.errors import RunStopped
 from modeling_vitcls.files import read_json
 from modeling_vitcls.options import FinetuneOptions
 from modeling_vitcls.training.reporter import Reporter
-from modeling_vitcls.training.resume import check_flags_unchanged, check_run_unchanged
+from modeling_vitcls.training.resume import check_flags_unchanged, check_run_unchanged, pin_models
 
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("fresh_accelerate", "few_digits")]
@@ -156,6 +157,13 @@ def test_teachers_of_a_run_may_be_pinned_but_not_changed() -> None:
     for teachers in (["acme/other", "acme/vit"], ["acme/vit"]):
         with raises_one_line(f"--teachers {flags['teachers'][0]} acme/other, but", f"is {' '.join(teachers)}."):
             check_flags_unchanged(flags, {"teachers": teachers}, Path("run"))
+
+
+def test_a_resumed_run_uses_the_commits_of_its_checkpoint() -> None:
+    stored = {"model": f"acme/vit@{'0' * 40}", "teacher": f"acme/other@{'1' * 40}"}
+    checkpoint: Any = SimpleNamespace(metadata={"flags": stored})
+    pinned = pin_models(build_options(Path("run"), model="acme/vit", teacher="acme/other"), checkpoint)
+    assert {"model": pinned.model.model, "teacher": pinned.distillation.teacher} == stored
 
 
 def test_another_precision_is_an_error() -> None:

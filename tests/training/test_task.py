@@ -143,18 +143,21 @@ def test_a_validation_split_selects_and_the_test_split_is_reported(tmp_path: Pat
 
     def note(model: Any, _: Any, output: Any) -> None:
         if isinstance(model, ViTCLSForImageClassification) and output.logits.device.type != "meta":
-            forwards.append((model.training, len(output.logits.unique(dim=0))))
+            is_checkpointed = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+            forwards.append((model.training and is_checkpointed, len(output.logits.unique(dim=0))))
 
     handle = torch.nn.modules.module.register_module_forward_hook(note)
     try:
-        results = run_training(build_options(tmp_path / "run", data, max_steps=2, select="best"))
+        options = build_options(tmp_path / "run", data, max_steps=2, select="best", gradient_checkpointing=True)
+        results = run_training(options)
     finally:
         handle.remove()
     forwards = [forward for forward in forwards if forward[1] > 1 or forward[0]]  # without FLOPs and speed
     # The validation split is evaluated after each epoch, and the test split for the temperature, because the
     # validation images are few, and at the end. Empty rows have equal logits.
     assert [count for is_training, count in forwards if not is_training] == [7, 7, 10 + 1, 10 + 1] and forwards[0][0]
-    assert (results["split"], results["num_images"], results["selection"]["num_images"]) == ("split 'test'", 10, 6)
+    assert (results["split"], results["num_images"], results["dataset"]) == ("split 'test'", 10, "data")
+    assert (results["selection"]["images"], results["selection"]["num_images"]) == ("split 'validation'", 6)
 
 
 def test_a_dry_run_evaluates_random_images_and_prints_no_result(
@@ -237,8 +240,6 @@ def test_training_on_all_images(tmp_path: Path, capsys: pytest.CaptureFixture) -
     with raises_one_line("--held-out-fraction", "--dataset"):
         evaluate_checkpoint(EvaluateOptions(str(tmp_path / "run"), DIGITS))
     assert len(load_evaluation_data(data, "train").images) == 450
-    with pytest.raises(ValueError, match="--select best"):
-        load_training_data(data, use_selection_split=True)
 
 
 # Classes -------------------------------------------------------------------------------------------------------------
