@@ -8,6 +8,7 @@ import pytest
 from helpers.local_hub import LocalHub, point_client_at, running_hub
 from helpers.tiny_models import build_tiny_config, randomize
 from huggingface_hub import constants
+from huggingface_hub.utils import enable_progress_bars
 
 from modeling_vitcls import ViTCLSForImageClassification
 from modeling_vitcls.hub import loading
@@ -141,8 +142,10 @@ def test_a_model_on_the_hub_passes_its_license_on(hub: LocalHub, tmp_path: Path,
     assert (tmp_path / "LICENSE.md").read_text() == "the text"
 
 
-def test_a_link_within_the_repository_becomes_an_address(hub: LocalHub) -> None:
+def test_a_link_within_the_repository_becomes_an_address(hub: LocalHub, capsys: pytest.CaptureFixture[str]) -> None:
+    enable_progress_bars()
     assert find_provenance("ann/linked").license_link == f"{hub.url}/ann/linked/blob/main/LICENSE.md"
+    assert "%" not in capsys.readouterr().err  # progress bars
 
 
 def test_a_missing_model_has_an_unknown_license(hub: LocalHub) -> None:
