@@ -35,8 +35,6 @@ KINDS_OF_LAYERS: dict[str, dict[str, Any]] = {
     "gates": TWO_CLS | {"gated_tokens": {"registers": 1}},
     "relative positions": {"relative_position_bias": "layer"},
     "differential": {"attention_type": "differential"},
-    "differential, swiglu, gates": TWO_CLS
-    | {"attention_type": "differential", "mlp_type": "swiglu", "gated_tokens": {"cls": 1}},
 }
 each_kind_of_layers = pytest.mark.parametrize("fields", KINDS_OF_LAYERS.values(), ids=KINDS_OF_LAYERS)
 

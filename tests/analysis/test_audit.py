@@ -1,6 +1,7 @@
 """The audit of a dataset: planted label errors and duplicates are found, and the results are cleanlab's."""
 
 import io
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,9 +14,10 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import cross_val_predict
-from sklearn.neighbors import NearestNeighbors
+from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, ViTCLSModel, evaluate
+from modeling_vitcls.analysis import audit as audit_module
 from modeling_vitcls.analysis.audit import (
     AuditedImages,
     audit_checkpoint,
@@ -24,6 +26,7 @@ from modeling_vitcls.analysis.audit import (
     make_thumbnail,
     write_audit,
 )
+from modeling_vitcls.data.fit import set_fit
 from modeling_vitcls.data.splits import load_training_data
 from modeling_vitcls.options import DataOptions, EvaluateOptions
 
@@ -82,15 +85,17 @@ def test_planted_duplicates_are_found_and_none_is_invented(
 
 
 def test_copies_of_all_images_and_images_that_the_model_was_trained_on(planted: tuple[AuditedImages, ...]) -> None:
-    """Pixels decide, also those of mirrored images. Images without probabilities have no label score."""
+    """Pixels decide, also those of mirrored images. Constant images are no duplicates. Images without probabilities
+    have no label score."""
     rows, arrays = np.tile(np.arange(100), 2), ("labels", "probabilities", "features", "pixels")
     twice = {name: getattr(planted[0], name)[rows] for name in arrays} | {"splits": ["train"] * 100 + ["test"] * 100}
     twice["features"] = np.random.default_rng(0).random((200, 4))
+    twice["pixels"][[0, 100]] = 7
     twice["pixels"][150:] = twice["pixels"][150:, :, ::-1]
     twice["probabilities"][::2] = np.nan
     found = audit_dataset(replace(planted[0], ids=[str(index) for index in range(200)], **twice))
     pairs = set(zip(found["duplicate"]["row"], found["duplicate"]["other_row"], strict=True))
-    assert {(index, index + 100) for index in range(100)} <= pairs
+    assert {(index, index + 100) for index in range(1, 100)} <= pairs and (0, 100) not in pairs
     listed = found["label"]["row"]
     assert len(listed) and (listed % 2 == 1).all()
     suggested = np.array(planted[0].names)[twice["probabilities"][listed].argmax(axis=1)]
@@ -119,19 +124,30 @@ def test_results_equal_cleanlab(planted: tuple[AuditedImages, ...], audit: dict[
     assert len(overlap) and overlap.min() > 0 and overlap.is_monotonic_decreasing
 
 
-def test_page_and_table(planted: tuple[AuditedImages, ...], audit: dict[str, pd.DataFrame], tmp_path: Path) -> None:
+def test_page_and_table(
+    planted: tuple[AuditedImages, ...],
+    audit: dict[str, pd.DataFrame],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(audit_module, "MAX_SHOWN", 15)
     table = pd.read_csv(write_audit(audit, planted[0], tmp_path / "new" / "audit.html", "Digits"), dtype=str)
     listed = {issue: rows["id"].tolist() for issue, rows in table.groupby("issue")}
     assert listed == {issue: audit[issue]["id"].tolist() for issue in ("duplicate", "label", "outlier")}
     page = (tmp_path / "new" / "audit.html").read_text()
-    assert page.count("<img") == 2 * len(audit["duplicate"]) + len(audit["label"]) + len(audit["outlier"])
+    assert page.count("<img") == 4 * 15 and "1,817 images" in page and "--exclude audit.csv" in page
+    assert [int(number) for number in re.findall(r"<h2>.*[(](.*)[)]</h2>", page)] == [
+        len(rows) for rows in listed.values()
+    ]
     assert page.index("different") < page.index("digit ")  # the error of the split is said first
 
 
 # From the command to the training run --------------------------------------------------------------------------------
 
 
-def test_audit_of_a_folder_and_training_without_the_listed_images(tmp_path: Path) -> None:
+def test_audit_of_a_folder_and_training_without_the_listed_images(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Ten wrong labels and five copies in another split of 400 digits: the listed training images are left out."""
     digits = load_digits()
     generator = np.random.default_rng(0)
@@ -156,6 +172,11 @@ def test_audit_of_a_folder_and_training_without_the_listed_images(tmp_path: Path
     counts = evaluate(tmp_path / "model", tmp_path / "photos", frozen="logreg", audit=page)
     assert (counts["num_images"], counts["num_unreadable_images"]) == (405, 1) and counts["across_splits"] >= 5
     table = pd.read_csv(page.with_suffix(".csv"), dtype=str)
+    assert {issue: counts[issue] for issue in table["issue"]} == table["issue"].value_counts().to_dict()
+    *_, warning, summary, _ = capsys.readouterr().out.splitlines()
+    kinds = ("num_images", "duplicate", "label", "outlier", "overlap")
+    assert re.findall(r"\d+", f"{warning} {summary}") == [str(counts[kind]) for kind in ("across_splits", *kinds)]
+    assert "of photos</h1>" in page.read_text()
     pairs = {(Path(row["id"]).stem, Path(row["other"]).stem) for _, row in table.dropna(subset="other").iterrows()}
     assert {(str(index), f"copy {index}") for index in range(5)} <= pairs | {pair[::-1] for pair in pairs}
     listed = set(table["id"][(table["split"] == "train") & (table["issue"] == "label")])
@@ -164,10 +185,7 @@ def test_audit_of_a_folder_and_training_without_the_listed_images(tmp_path: Path
     without = load_training_data(DataOptions(str(tmp_path / "photos"), exclude=page.with_suffix(".csv")))
     excluded = set(table["id"][table["split"] == "train"])
     assert without.num_excluded == len(excluded) == 301 - len(without.train)
-    selecting = load_training_data(DataOptions(str(tmp_path / "photos"), exclude=page.with_suffix(".csv")), True)
-    assert selecting.num_excluded == len(excluded) < 301 - len(selecting.train)
     assert not excluded & set(without.train.images.get_names())
-    assert len(without.held_out) == 105
 
 
 def test_audit_needs_a_classifier_or_frozen_features(tmp_path: Path) -> None:
@@ -179,29 +197,38 @@ def test_audit_needs_a_classifier_or_frozen_features(tmp_path: Path) -> None:
 
 def test_probabilities_are_of_models_that_were_not_trained_on_the_image(tmp_path: Path) -> None:
     """They are the model's for the held-out split and, for a run with folds, the recorded ones of both splits. Labels
-    are those of the model, whose classes have another order than the folders."""
+    are those of the model, whose classes have another order than the folders. With `frozen`, they are out-of-fold."""
     generator = np.random.default_rng(0)
-    for split, name in (("train", "ant"), ("train", "bee"), ("test", "ant"), ("test", "bee")):
+    for split, name in (("train", "ant"), ("train", "bee"), ("val", "ant"), ("val", "bee")):
         (tmp_path / "photos" / split / name).mkdir(parents=True)
         for index in range(3):
-            pixels = generator.integers(256, size=(32, 32, 3), dtype=np.uint8)
+            pixels = generator.integers(256, size=(32, 40, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(tmp_path / "photos" / split / name / f"{index}.png")
     (tmp_path / "photos" / "train" / "ant" / "broken.png").write_bytes(b"broken")
     config = build_tiny_config(id2label={0: "bee", 1: "ant"}, num_labels=2, num_cls_tokens=2, num_register_tokens=1)
     folder = save_with_processor(ViTCLSForImageClassification(config), tmp_path / "run" / "fold-1")
-    options = EvaluateOptions(str(folder), DataOptions(str(tmp_path / "photos"), num_workers=0), batch_size=4)
+    data = DataOptions(str(tmp_path / "photos"), num_workers=0)
+    options = EvaluateOptions(str(folder), data, split="validation", batch_size=4, fit="pad")
     found, num_unreadable, _ = load_audited_images(options)
-    assert (found.splits, found.names, num_unreadable) == (["train"] * 6 + ["test"] * 6, ["bee", "ant"], 1)
+    assert (found.splits, found.names, num_unreadable) == (["train"] * 6 + ["validation"] * 6, ["bee", "ant"], 1)
     assert found.labels.tolist() == [1, 1, 1, 0, 0, 0] * 2
     images = [Image.open(tmp_path / "photos" / name) for name in found.ids]
-    assert np.array_equal(found.pixels, np.stack([make_thumbnail(image) for image in images]))
+    areas = [np.asarray(image.resize((32, 32), Image.Resampling.BOX)) for image in images]
+    assert np.array_equal(found.pixels, np.stack(areas))
     model = ViTCLSForImageClassification.from_pretrained(folder).eval()
-    pixel_values = ViTCLSImageProcessor.from_pretrained(folder)(images, return_tensors="pt")["pixel_values"]
+    processor = ViTCLSImageProcessor.from_pretrained(folder)
+    set_fit(processor, "pad", (32, 32))
+    pixel_values = processor(images, return_tensors="pt")["pixel_values"]
     with torch.no_grad():
         tokens, expected = model.vitcls(pixel_values).tokens, model(pixel_values).logits.softmax(dim=1).numpy()
     features = torch.cat([tokens["cls"].flatten(1), tokens["patches"].mean(dim=1)], dim=1).numpy()
     assert found.features == pytest.approx(features, abs=1e-5)
     assert np.isnan(found.probabilities[:6]).all() and found.probabilities[6:] == pytest.approx(expected[6:], abs=1e-5)
+    frozen, _, _ = load_audited_images(replace(options, frozen="knn"))
+    knn = KNeighborsClassifier(9, weights="distance", metric="cosine")  # four fifths of the images
+    expected = cross_val_predict(knn, features, frozen.labels, cv=5, method="predict_proba")
+    assert frozen.probabilities == pytest.approx(expected, abs=1e-4)
+    assert (frozen.names, frozen.labels.tolist()) == (["ant", "bee"], [0, 0, 0, 1, 1, 1] * 2)
     recorded = generator.random((12, 2))
     for fold, rows in (("fold-1", slice(8, None)), ("fold-2", slice(1, 8))):  # the first image has no prediction
         (tmp_path / "run" / fold).mkdir(exist_ok=True)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -41,7 +42,7 @@ def plant(findings: Findings, **values: Callable[[torch.Tensor], Any]) -> Findin
     return dataclasses.replace(findings, **changed)
 
 
-def fill(value: float, *place: Any) -> Callable[[torch.Tensor], None]:
+def fill(value: Any, *place: Any) -> Callable[[torch.Tensor], None]:
     """Return a function that sets the values at a place of a tensor, or all values."""
     return lambda values: values.__setitem__(place or ..., value)
 
@@ -73,6 +74,12 @@ def test_states_that_are_not_used_are_not_judged() -> None:
 
 SELECTIVE = {"map_selectivity": fill(0.3, ALL, 0)}
 LARGE = {"token_norms": fill(1e3, 0, 0)}
+DISTANCES = torch.tensor([0.0, 3e-7, 2e-7, 1e-7, 2e-7])  # between CLS and each token
+REASONS = {
+    "identical": "register 2",
+    "same attention for all images": "layers 1, 2, 3",
+    "equal attention": "register 1",
+}
 SIMILAR = {"between_tokens": fill(1.0, ALL, 0, 3), "variation": fill(0.0, ALL, 3)}
 
 
@@ -89,7 +96,8 @@ SIMILAR = {"between_tokens": fill(1.0, ALL, 0, 3), "variation": fill(0.0, ALL, 3
         (0, LARGE | {"embedding_similarity": fill(0.9, ALL, 0), "patch_norms": fill(1e6, -1)}, "norm too large"),
         (0, LARGE, "not measured"),
         (2, {"token_norms": fill(1e3, 0, 2), "embedding_similarity": fill(0.9, 2, 2)}, "norm too large"),
-        (0, SIMILAR | {"state_distance": fill(0.0, ALL, 0, 3)}, "identical"),
+        (0, SIMILAR | {"state_distance": fill(3e-7, ALL, 0, 3)}, "identical"),  # within the rounding error
+        (0, {"between_tokens": fill(1.0), "state_distance": fill(DISTANCES, ALL, 0)}, "identical"),  # the nearest
         (0, SIMILAR | {"state_distance": fill(1e-4, ALL, 0, 3)}, "not measured"),  # one of them varies less
         (0, {"state_distance": fill(0.0, ALL, 0, 3)}, "not measured"),
         (0, {"map_distance": fill(0.0, slice(2), 0, 2)}, "equal attention"),  # in the layers of both tokens
@@ -98,7 +106,8 @@ SIMILAR = {"between_tokens": fill(1.0, ALL, 0, 3), "variation": fill(0.0, ALL, 3
 )
 def test_limits_of_single_measurements(token: int, planted: dict[str, Any], word: str) -> None:
     model = build_classifier()
-    assert judge(model, plant(collect_findings(model, PIXELS), **planted))[token] == word
+    found = diagnose_tokens(model, plant(collect_findings(model, PIXELS), **planted))[token]
+    assert found.word == word and REASONS.get(word, "") in found.reason
 
 
 def test_the_effect_that_decides() -> None:
@@ -124,13 +133,18 @@ def test_the_effect_that_decides() -> None:
     ):
         cls, register, *_ = judge_effects(information, presence)
         assert (register.word, register.numbers["decided_by"]["ablation"]) == (outcome, "presence")
+        assert (register.headline == "matters") == (outcome == "has an effect")
+        assert ("accuracy" in register.reason) == (presence.redraw_drop is not None)
         assert (cls.word, cls.numbers["decided_by"]["ablation"]) == ("read by the classifier", "information")
     assert judge_effects(effect, effect, mixed)[0].word == "has an effect"
-    assert judge_effects(effect, effect, cls=1.0, registers=0.0)[1].word == "not moved"
+    _, register, _, group = judge_effects(effect, effect, cls=1.0, registers=0.0)
+    assert register.word == "not moved" and re.findall(r"\d+%", register.reason) == ["20%", "10%", "30%"]
+    assert "them" in group.reason and "them" not in register.reason
+    assert judge_effects(effect, change(effect, size=0.9), cls=1.0, registers=0.0)[1].word == "has an effect"
     assert judge_effects(effect, effect, cls=0.0, registers=0.0)[1].word == "replaceable"
     for p_value, is_better in ((0.04 / 16, True), (0.06 / 16, True), (0.04 / 16, False)):
-        found = judge_effects(effect, change(effect, improvement=p_value, is_better_than_chance=is_better))[1].word
-        assert (found == "harmful") == (is_better and p_value < 0.05 / 16)
+        found = judge_effects(effect, change(effect, improvement=p_value, is_better_than_chance=is_better))[1]
+        assert (found.word == "harmful") == ("+10.0" in found.reason) == (is_better and p_value < 0.05 / 16)
 
 
 def test_encoders_are_judged_by_their_features() -> None:
@@ -141,13 +155,6 @@ def test_encoders_are_judged_by_their_features() -> None:
     assert group.token == "all 2 registers"
     for verdict in registers:
         assert verdict.word in ("has an effect", "replaceable", "no measurable effect")
-
-
-def test_a_model_without_special_tokens_has_no_verdicts() -> None:
-    none = randomize(ViTCLSModel(build_tiny_config(num_cls_tokens=0, pooling="mean")))
-    findings = collect_findings(none, PIXELS)
-    assert diagnose_tokens(none, findings, compute_ablations(none, lambda: [(PIXELS, None)])) == []
-    assert diagnose_heads(findings).rating == "good"
 
 
 def test_uniform_heads_are_named() -> None:

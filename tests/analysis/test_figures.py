@@ -17,6 +17,7 @@ from modeling_vitcls.analysis.figures import (
     plot_norm_histogram,
     plot_norms,
     render_svg,
+    shorten_text,
 )
 from modeling_vitcls.token_names import get_token_names
 
@@ -39,6 +40,7 @@ def test_curves_show_the_mean_over_heads_for_each_token(name):
     for line, color in ((lines[3], green), (lines[5], 0.55 + 0.45 * green)):  # the last one of three is the lightest
         assert line.get_color() == pytest.approx(color)
     assert axes.get_xlim() == pytest.approx((first_layer - 0.3, 3.3)) and axes.get_ylim()[0] <= 0
+    assert axes.get_xlabel() == ("layer" if first_layer else "after layer")
     assert isinstance(axes.yaxis.get_major_formatter(), PercentFormatter) == CURVES[name][2]
     baselines = [line for line in axes.get_lines() if len(line.get_xdata()) == 2]
     assert len(baselines) == (name == "entropy")  # uniform attention
@@ -47,8 +49,8 @@ def test_curves_show_the_mean_over_heads_for_each_token(name):
 def test_norms_and_their_histogram():
     config, findings = measure(**TOKENS)
     (norms,) = plot_norms(config, findings).axes
-    medians = findings.patch_norms.quantile(0.5, dim=1).tolist()
-    assert norms.get_lines()[0].get_ydata().tolist() == pytest.approx(medians)
+    expected = torch.cat([findings.patch_norms.quantile(0.5, dim=1)[:, None], findings.token_norms], dim=1).T.tolist()
+    assert [line.get_ydata().tolist() for line in norms.get_lines()] == [pytest.approx(each) for each in expected]
     band = norms.collections[0].get_paths()[0].vertices[:, 1]
     low, high = findings.patch_norms.quantile(torch.tensor([0.05, 0.95]), dim=1)
     assert [band.min(), band.max()] == pytest.approx([low.min().item(), high.max().item()])
@@ -60,6 +62,7 @@ def test_norms_and_their_histogram():
     triangles = next(line for line in axes.get_lines() if line.get_label() == "registers").get_xdata()
     medians = 100 * findings.token_norms[1, config.token_layout.registers] / findings.patch_norms[1].median()
     assert triangles == pytest.approx(medians.tolist()) and max(triangles) <= axes.get_xlim()[1]
+    assert "layer 1" in axes.get_title()
     mode, red = find_second_mode(ratios[1]), to_rgba("#B3261E")
     assert mode is not None and mode.threshold in [line.get_xdata()[0] for line in axes.get_lines()]
     assert sum(bar.get_height() for bar in axes.patches) == 2000
@@ -70,4 +73,5 @@ def test_norms_and_their_histogram():
 
 def test_figures_are_svg():
     svg = render_svg(plot_curve(*measure(**TOKENS), "variation"))
+    assert [shorten_text("abcdefghi", length) for length in (6, 9)] == ["abc…hi", "abcdefghi"]
     assert svg.startswith("<svg") and svg.rstrip().endswith("</svg>") and ">Variation between images<" in svg

@@ -12,7 +12,6 @@ from modeling_vitcls import (
     ViTCLSForImageClassification,
     ViTCLSForMultiTaskClassification,
     ViTCLSImageProcessor,
-    ViTCLSModel,
 )
 from modeling_vitcls.analysis.attribution import compute_attention_rollout, compute_attribution
 from modeling_vitcls.analysis.image_report import build_image_report, compute_patch_colors
@@ -92,13 +91,6 @@ def test_each_task_has_a_prediction_and_an_attribution() -> None:
         assert prediction.top_label == prediction.labels[0][0] == f"LABEL_{index}"
         rows = compute_attribution(model, PIXELS, task=prediction.task)[0]
         assert get_largest_difference(attribution, extract_patch_maps(rows, model.config, (32, 40))) < 1e-5
-
-
-def test_an_encoder_has_no_predictions() -> None:
-    encoder = randomize(ViTCLSModel(build_tiny_config(**TOKENS)))
-    report = build_image_report(encoder, PROCESSOR, PHOTO)
-    assert report.predictions == report.attributions == []
-    assert report.attention.shape == (3, 2, 3, 4, 5)
 
 
 def draw_features(*sizes: tuple[int, int], width: int = 12) -> list[torch.Tensor]:

@@ -124,7 +124,6 @@ def build_coordinates(height: int, width: int) -> Image.Image:
 
 
 PROCESSORS = {
-    "enlarged": {"size": {"height": 300, "width": 310}},
     "half_pixel_even": {
         "size": {"shortest_edge": 64},
         "do_center_crop": True,
@@ -132,7 +131,6 @@ PROCESSORS = {
         "crop_rounding": "even",
     },
     "longest_edge_pads": {"size": {"shortest_edge": 64, "longest_edge": 72}, "do_center_crop": True, "crop_size": 64},
-    "max_sides": {"size": {"max_height": 70, "max_width": 60}},
     "crop_pads_one_side": {"do_resize": False, "do_center_crop": True, "crop_size": {"height": 195, "width": 101}},
     "pad": {"size": {"height": 48, "width": 40}, "do_pad": True, "pad_size": {"height": 64, "width": 60}},
 }
@@ -156,13 +154,6 @@ def test_the_visible_part_equals_the_input_of_the_model(settings, backend, size)
         whole = (expected > edge) & (expected < size[1 - axis] - 1 - edge)
         assert whole.sum() > 10
         assert (values[whole] - BLACK - expected[whole]).abs().max() < 0.76  # rounded to integer gray levels
-
-
-def test_only_whole_patches_count():
-    processor = ViTCLSImageProcessor(size={"height": 70, "width": 90})
-    assert get_visible_region(processor, (140, 180), (16, 20)) == VisibleRegion(0, 0, 160, 128)
-    cropping = ViTCLSImageProcessor(size={"shortest_edge": 80}, do_center_crop=True, crop_size=70)
-    assert get_visible_region(cropping, (160, 160), (16, 16)) == VisibleRegion(10, 10, 138, 138)
 
 
 # Maps on the image ---------------------------------------------------------------------------------------------------
@@ -218,15 +209,6 @@ def build_spot(rows: int = 4, columns: int = 6, place: tuple[int, int] = (1, 4))
 def get_lightness(picture: Image.Image) -> np.ndarray:
     """Return the lightness of an image [h, w]."""
     return np.asarray(picture.convert("L"), dtype=float)
-
-
-def test_an_overlay_is_brightest_at_the_maximum_of_the_map():
-    drawn = overlay(build_photograph(), build_spot())
-    assert (drawn.size, drawn.mode) == ((90, 60), "RGB")
-    bright = get_lightness(drawn) > 150
-    y, x = np.nonzero(bright)
-    assert bright.sum() > 20
-    assert y.min() >= 15 and y.max() < 30 and x.min() >= 60 and x.max() < 75  # the cell
 
 
 def test_the_invisible_part_is_dark_and_uniform_maps_are_not_bright():

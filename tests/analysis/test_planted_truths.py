@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.digits_models import HELD_OUT, LABELS, NUM_TRAINED, PIXELS, train_digits_model
+from helpers.digits_models import HELD_OUT, LABELS, NUM_TRAINED, PIXELS, build_digits_config, train_digits_model
 from helpers.tiny_models import build_images, build_tiny_config, randomize
 from helpers.varied_models import center_logits, collect_findings
 from torch.nn import functional as F
 
-from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification, ViTCLSForMultiTaskClassification
+from modeling_vitcls import ViTCLSForImageClassification, ViTCLSForMultiTaskClassification
 from modeling_vitcls.analysis.ablation import MIN_IMAGES, Predictions, collect_outputs, compute_ablations
 from modeling_vitcls.analysis.diagnosis import (
     MIN_PATCHES,
@@ -45,13 +45,13 @@ def judge(
 
 
 @contextmanager
-def hide_from_cls(model: Any, hidden: slice) -> Iterator[None]:
-    """Mask the keys `hidden` for the CLS token in all layers."""
+def hide_keys(model: Any, hidden: slice, queries: slice = slice(1)) -> Iterator[None]:
+    """Mask the keys `hidden` for tokens, by default the CLS token, in all layers."""
 
     def mask_keys(attention: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         states = args[0] if args else kwargs["hidden_states"]
         mask = torch.ones(1, 1, states.shape[1], states.shape[1], dtype=torch.bool)
-        mask[:, :, 0, hidden] = False
+        mask[:, :, queries, hidden] = False
         return (states, mask, *args[2:]), kwargs
 
     with ExitStack() as hooks:
@@ -69,12 +69,6 @@ def train(model: Any, compute_loss: Callable[[Any, torch.Tensor], torch.Tensor])
             compute_loss(model(PIXELS[indices]), indices).backward()
             optimizer.step()
     return model.eval()
-
-
-def build_digits_config(**fields: Any) -> ViTCLSConfig:
-    sizes = {"image_size": 8, "patch_size": 2, "num_channels": 1, "hidden_size": 32, "intermediate_size": 64}
-    settings = {"num_hidden_layers": 3, "num_attention_heads": 2, "initializer_range": 0.08}
-    return ViTCLSConfig(**(sizes | settings | fields))
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +93,7 @@ def test_a_token_that_alone_feeds_the_head_is_read_by_the_classifier(model: Any)
     assert (found.word, found.headline) == ("read by the classifier", "matters")
     assert effect["limit"] is None and effect["changed"] > 0.5  # there is no test
     assert effect["changed_interval"][0] < effect["changed"] < effect["changed_interval"][1]
-    with hide_from_cls(model, slice(1, None)):
+    with hide_keys(model, slice(1, None)):
         cut_off = judge(model)["CLS"]
     assert cut_off.word == "cut off from the patches" and cut_off.rating == "bad"
 
@@ -119,7 +113,7 @@ def test_registers_that_carry_all_information_have_an_effect(num_registers: int)
     torch.manual_seed(0)
     config = build_digits_config(num_register_tokens=num_registers, num_labels=10)
     model = ViTCLSForImageClassification(config)
-    with hide_from_cls(model, slice(1 + num_registers, None)):
+    with hide_keys(model, slice(1 + num_registers, None)):
         train(model, lambda outputs, indices: F.cross_entropy(outputs.logits, LABELS[indices]))
         found = judge(model)
     verdict = found["register" if num_registers == 1 else "all 2 registers"]
@@ -129,16 +123,7 @@ def test_registers_that_carry_all_information_have_an_effect(num_registers: int)
 
 def test_a_token_that_no_token_attends_to_has_no_measurable_effect(model: Any) -> None:
     """The interval includes no change. 96 images give the upper bound of the interval."""
-
-    def hide(attention: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-        states = args[0] if args else kwargs["hidden_states"]
-        mask = torch.ones(1, 1, states.shape[1], states.shape[1], dtype=torch.bool)
-        mask[:, :, :, 2] = False
-        return (states, mask, *args[2:]), kwargs
-
-    with ExitStack() as hooks:
-        for layer in model.vitcls.layers:
-            hooks.enter_context(layer.attention.register_forward_pre_hook(hide, with_kwargs=True))
+    with hide_keys(model, slice(2, 3), slice(None)):
         found = judge(model, HELD_OUT[0][:96], HELD_OUT[1][:96])["register 2"]
     low, high = found.numbers["information"][""]["changed_interval"]
     assert found.word == "no measurable effect" and low == 0 and 0.01 < high < 0.05
@@ -166,6 +151,7 @@ def test_dead_and_uniform_heads(model: Any) -> None:
     found = diagnose_heads(collect_findings(model, HELD_OUT[0]))
     assert found.numbers == {"dead": [[1, 0]], "uniform": [[0, 1]]}
     assert found.rating == "bad" and "dead" in found.word and "uniform" in found.word
+    assert "layer 2 head 1" in found.reason and "layer 1 head 2" in found.reason
 
 
 def test_a_cls_token_that_looks_at_one_corner(model: Any) -> None:
@@ -240,6 +226,7 @@ def test_each_task_has_its_own_effects(trained_tasks: Any) -> None:
         assert found[f"CLS {task}"].word == "read by the classifier" and found[f"CLS {task}"].headline == "matters"
         assert found[f"CLS {task}"].numbers["heads"] == [task]
         assert found[f"task {task}"].word == "better than chance"
+    assert "all 2 CLS tokens" in found
     decided = [row["token"] for row in build_effect_rows(list(found.values())) if "•" in row["ablation"]]
     assert decided == [name for name, verdict in found.items() if "decided_by" in verdict.numbers]
     with torch.no_grad():
@@ -274,8 +261,8 @@ def test_the_interval_of_a_task_is_that_of_its_counts() -> None:
     for num_right in range(100):
         predicted = (torch.arange(120) >= num_right).long().unsqueeze(1)
         (verdict,) = diagnose_tasks({"": Predictions(torch.zeros(120, 2), predicted, labels)})
-        assert verdict.numbers["interval"] == compute_proportion_interval(num_right, 100)
-        assert verdict.numbers["num_labels"] == 100
+        counts = {"interval": compute_proportion_interval(num_right, 100), "chance": 1.0, "num_labels": 100}
+        assert verdict.numbers == {"accuracy": pytest.approx(num_right / 100)} | counts
 
 
 # Constructed and random models ---------------------------------------------------------------------------------------
@@ -307,5 +294,6 @@ def test_random_models_raise_no_false_alarm(seed: int) -> None:
     found = judge(model, pixels, torch.arange(len(pixels)) % 8)
     for name in ("register 1", "register 2", "all 2 registers"):
         assert found[name].word in UNIMPORTANT, found[name]
+    assert found["predictions"].word != "too few images to tell"
     assert diagnose_heads(collect_findings(model, pixels)).rating == "good"
     assert diagnose_patches(model.config, collect_findings(model, pixels)).rating != "bad"

@@ -1,7 +1,9 @@
 """The report in a real browser, and its values for programs."""
 
 import base64
+import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +87,7 @@ def test_the_first_screen_shows_six_images_then_one_line_per_token(page: Page, i
     for index in range(6):
         expect(rows.nth(index).locator("img")).to_have_count(1 + len(names))
         widths = rows.nth(index).locator("img").evaluate_all("images => images.map(image => image.naturalWidth)")
-        assert all(widths)
+        assert set(widths) == {160 if index else 180}  # small images are enlarged by an integer
     assert rows.first.bounding_box()["y"] < page.locator("#verdicts").bounding_box()["y"] < 900
     lines = page.locator("#verdicts li")
     verdicts = [*inspection.verdicts, *inspection.tasks, inspection.heads, inspection.patches]
@@ -103,6 +105,7 @@ def test_the_table_contains_effects_intervals_and_limits(page: Page, inspection:
     effect = inspection.ablations["information"]["cls[0]"][""]
     low, high = effect.changed_interval
     assert f"{effect.changed:.1%} ({low:.1%} to {high:.1%})" in first and "no test" in first
+    assert "{:.2g} ({:.2g} to {:.2g})".format(effect.size, *effect.interval) in first
     register = rows.nth(2).inner_text()
     assert f"{inspection.ablations['information']['registers[0]'][''].limit:.2g}" in register
 
@@ -142,12 +145,13 @@ def test_maps_of_layers_and_heads(page: Page, inspection: Inspection) -> None:
     expect(page.locator("#enlarged-title")).to_contain_text("CLS, layer 2, head 2")
 
 
-def test_the_page_names_the_model_and_escapes_names(page: Page) -> None:
+def test_the_page_names_the_model_and_escapes_names(page: Page, inspection: Inspection) -> None:
     assert "A & <B>" in page.locator("h1").inner_text() and page.locator("b").count() == 0
     about = page.locator("#about").inner_text()
     assert f"{len(NAMES)} images of my photos" in about and __version__ in about
     page.locator("#figures summary").click()
     assert page.locator("#figures svg").count() == 5
+    assert f"after layer {inspection.patches.numbers['layer']}" in page.locator("#figures svg").last.inner_html()
 
 
 KINDS = {
@@ -182,8 +186,13 @@ def test_every_kind_of_model_has_a_report(name: str, browser: Browser, tmp_path:
 
 
 def test_values_for_programs(inspection: Inspection, tmp_path: Path) -> None:
-    write_json_values(tmp_path / "values.json", inspection, "mine")
+    """Values that are not finite are null. Norms of single patches are omitted."""
+    findings = replace(inspection.findings, map_variation=torch.tensor([torch.inf, 1.0]))
+    changed = replace(inspection, findings=findings, num_ablation_images=7)
+    write_json_values(tmp_path / "values.json", changed, "mine")
     found = json.loads((tmp_path / "values.json").read_text())
+    assert found["findings"]["map_variation"] == [None, 1.0]
+    assert not [name for name in found["findings"] if name.startswith(("patch_", "mean_"))]
     assert (found["model"], found["version"], found["diagnosis"]) == ("mine", __version__, inspection.summary)
     assert [each["token"] for each in found["tokens"]] == [verdict.token for verdict in inspection.verdicts]
     effect = inspection.ablations["presence"]["registers[1]"][""]
@@ -192,7 +201,7 @@ def test_values_for_programs(inspection: Inspection, tmp_path: Path) -> None:
     assert values["limit"] == pytest.approx(effect.limit, rel=1e-4)
     assert found["tasks"][0]["accuracy"] == pytest.approx(inspection.tasks[0].numbers["accuracy"], rel=1e-4)
     assert np.shape(found["findings"]["entropy"]) == inspection.findings.entropy.shape
-    assert found["num_unreadable"] == 0
+    assert (found["num_unreadable"], found["num_ablation_images"]) == (0, 7)
 
 
 def test_large_pages_omit_the_maps_of_heads(inspection: Inspection, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,7 +224,18 @@ def test_values_and_maps_of_the_page(inspection: Inspection) -> None:
     assert (first["width"], first["height"], first["attributed"]) == (90, 60, [label])
     assert first["visible_region"] == pytest.approx([21 / 90, 6 / 60, 69 / 90, 54 / 60])
     assert max(base64.b64decode(first["patch_colors"])) > 200
+    assert len({image["patch_colors"] for image in data["images"]}) == len(NAMES)
+    sums = np.frombuffer(base64.b64decode(first["rollout"]["sum"]), np.float32)
+    assert sums == pytest.approx(report.rollout.sum(dim=(-2, -1)).numpy())
     shown, caption, maps = next(report_module.iterate_overview(inspection, 1))
     assert (shown, caption, list(maps)) == (report, f"LABEL_0 → {label}", get_token_names(inspection.config))
     for name, layer, token in (("CLS", 2, 0), ("register 2", 1, 2)):
         assert torch.equal(maps[name], report.attention[layer, :, token].mean(dim=0))
+
+
+def test_large_images_are_scaled_down_and_encoded_as_jpeg() -> None:
+    for width, file_type, size in ((96, "png", (96, 48)), (98, "jpeg", (98, 49)), (1000, "jpeg", (640, 320))):
+        image = Image.new("RGB", (width, width // 2))
+        header, _, content = report_module.encode_data_url(image).partition(",")
+        assert header == f"data:image/{file_type};base64" and image.width == width
+        assert Image.open(io.BytesIO(base64.b64decode(content))).size == size

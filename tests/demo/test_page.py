@@ -13,6 +13,7 @@ import pytest
 import torch
 from helpers.scripts_in_process import run_in_process
 from helpers.tiny_models import build_tiny_config, raises_one_line, randomize, save_classifier, save_with_processor
+from matplotlib import colormaps
 from PIL import Image
 
 from modeling_vitcls import (
@@ -67,10 +68,11 @@ def test_the_page_shows_the_prediction_and_a_map_per_token(page: Any, uploads: P
 
 
 def test_a_map_has_the_attention_of_its_token_and_layer(page: Any) -> None:
-    """Over a white image, a patch is brighter the more attention it gets (averaged over heads)."""
+    """Over a white image, a patch is brighter the more attention it gets (averaged over heads). The map covers 60%."""
     model = build_classifier(num_register_tokens=1, image_size=[32, 40])
     pixel_values = torch.randn(1, 3, 32, 40)
     white = ViTCLSImageProcessor(size=32, image_mean=[100.0] * 3, image_std=[1.0] * 3)
+    brightest = 0.4 * 255 + 0.6 * 255 * np.array(colormaps["inferno"](1.0)[:3])
     for layer in (0, 1):
         expected = model.token_attention(pixel_values, layers=[layer])[0, 0].mean(0)[:, 2:].reshape(2, 4, 5)
         maps = page.draw_attention(model, white, pixel_values, layer)
@@ -78,15 +80,18 @@ def test_a_map_has_the_attention_of_its_token_and_layer(page: Any) -> None:
         for drawn, values in zip(maps, expected, strict=True):
             brightness = torch.tensor(np.asarray(drawn.convert("L")).astype(float)).reshape(4, 64, 5, 64).mean((1, 3))
             assert brightness.argmax() == values.argmax() and brightness.argmin() == values.argmin()
+            row, column = divmod(int(values.argmax()), 5)
+            assert np.asarray(drawn)[64 * row + 32, 64 * column + 32] == pytest.approx(brightest, abs=1)
 
 
 def test_the_image_is_shown_as_the_model_sees_it(page: Any) -> None:
     size, crop = {"shortest_edge": 40}, {"height": 32, "width": 32}
-    processor = ViTCLSImageProcessor(size=size, do_center_crop=True, crop_size=crop)
     pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
-    pixel_values = processor(Image.fromarray(pixels), return_tensors="pt")["pixel_values"]
-    shown = np.asarray(page.undo_normalization(processor, pixel_values)).astype(int)
-    assert np.abs(shown - pixels[4:36, 14:46]).max() <= 1
+    for fields in ({}, {"do_normalize": False}, {"do_normalize": False, "do_rescale": False}):
+        processor = ViTCLSImageProcessor(size=size, do_center_crop=True, crop_size=crop, **fields)
+        pixel_values = processor(Image.fromarray(pixels), return_tensors="pt")["pixel_values"]
+        shown = np.asarray(page.undo_normalization(processor, pixel_values)).astype(int)
+        assert np.abs(shown - pixels[4:36, 14:46]).max() <= 1
 
 
 def test_each_problem_type_has_its_prediction(page: Any) -> None:
@@ -100,8 +105,8 @@ def test_each_problem_type_has_its_prediction(page: Any) -> None:
     (prediction,) = page.compute_predictions(multi_label, images)
     assert isinstance(prediction, dict)
     assert list(prediction.values()) == pytest.approx(multi_label(images).logits[0].sigmoid().tolist())
-    (text,) = page.compute_predictions(build_classifier(problem_type="regression", num_labels=1), images)
-    assert isinstance(text, str) and text.startswith("LABEL_0: ")
+    regression = build_classifier(problem_type="regression", num_labels=1)
+    assert page.compute_predictions(regression, images) == [f"LABEL_0: {regression(images).logits.item():.4g}"]
     (binary,) = page.compute_predictions(build_classifier(num_labels=1), images)
     assert isinstance(binary, dict) and 0 < next(iter(binary.values())) < 1
 
@@ -111,9 +116,10 @@ def test_only_uploaded_images_and_examples_are_opened(page: Any, uploads: Path, 
     for file in (secret, example):
         Image.new("RGB", (40, 40)).save(file)
     text.write_text("no image")
-    cached = page.build_image_input().async_move_resource_to_block_cache("http://127.0.0.1/image.png")
-    with pytest.raises(page.gr.Error, match="upload an image"), ThreadPoolExecutor() as pool:
-        pool.submit(asyncio.run, cached).result()  # gradio would download the image to the server
+    for url in ("http://127.0.0.1/image.png", "https://127.0.0.1/image.png"):
+        cached = page.build_image_input().async_move_resource_to_block_cache(url)
+        with pytest.raises(page.gr.Error, match="upload an image"), ThreadPoolExecutor() as pool:
+            pool.submit(asyncio.run, cached).result()  # gradio would download the image to the server
     (uploads / "link.png").symlink_to(secret)
     blocks = page.build_page(build_classifier(), PROCESSOR, "mine", [example])
     assert call_page(blocks, {"path": str(example)}, 1)[0]
@@ -141,7 +147,11 @@ def test_encoders_gray_images_and_models_of_the_hub(page: Any, tmp_path: Path, u
 
 
 def test_only_the_prediction_is_public(page: Any) -> None:
+    """The functions receive the uploaded files. The slider starts at the last layer."""
     blocks = page.build_page(build_classifier(), PROCESSOR, "mine")
+    (slider,) = (each for each in blocks.blocks.values() if isinstance(each, page.gr.Slider))
+    assert (slider.minimum, slider.maximum, slider.value, slider.visible) == (1, 2, 2, True)
+    assert [each.preprocess for each in blocks.fns.values()] == [False, False]
     assert {each.api_name for each in blocks.fns.values() if each.api_visibility == "public"} == {"predict"}
 
 

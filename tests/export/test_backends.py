@@ -19,10 +19,18 @@ from helpers.warm_processes import OFFLINE, run_together
 from PIL import Image
 from transformers import pipeline
 
-from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, ViTCLSModel, evaluate, predict
+from modeling_vitcls import (
+    ViTCLSConfig,
+    ViTCLSForImageClassification,
+    ViTCLSImageProcessor,
+    ViTCLSModel,
+    evaluate,
+    predict,
+)
 from modeling_vitcls.export.exporter import check_drop, export_model
 from modeling_vitcls.export.quantization import rank_layers, round_to_int8
-from modeling_vitcls.inference.exported_graphs import ExportedGraph
+from modeling_vitcls.inference.exported_graphs import ExportedGraph, ExportedModel
+from modeling_vitcls.inference.predict import compute_model_digest
 from modeling_vitcls.intervals import compute_proportion_interval
 from modeling_vitcls.options import ExportOptions
 
@@ -172,6 +180,24 @@ def test_missing_and_damaged_files_are_one_line(
         assert run_here("predict", "--model", str(model), str(tmp_path / "a.png"), "--backend", backend) == 1
         error = capsys.readouterr().err
         assert backend in error and error.strip().count("\n") == 0, error
+
+
+def test_graphs_are_identified_by_all_their_files(model: Path, tmp_path: Path) -> None:
+    """Large ONNX files have their weights in a second file. The graphs of a classifier have logits only."""
+    shutil.copy(model / "model.onnx", tmp_path)
+    (tmp_path / "model.onnx.data").write_bytes(b"weights")
+    config, processor = ViTCLSConfig.from_pretrained(model), ViTCLSImageProcessor.from_pretrained(model)
+    names = (["model.onnx"], ["model.xml", "model.bin"], ["model.onnx", "model.onnx.data"])
+    digests = set()
+    for folder, files in zip((model, model, tmp_path), names, strict=True):
+        graph = ExportedModel(folder / files[0], config, use_head=False)
+        assert [file.name for file in graph.files] == files
+        digests.add(compute_model_digest(graph, processor))
+        with raises_one_line("no output last_hidden_state"):
+            graph(build_images(1))
+    assert len(digests) == 3
+    with raises_one_line("--backend torch"):
+        graph(build_images(1), output_hidden_states=True)
 
 
 def test_int8_requires_a_dataset(model: Path, capsys: pytest.CaptureFixture[str]) -> None:

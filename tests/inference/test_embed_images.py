@@ -17,6 +17,7 @@ from helpers.scripts_in_process import SCRIPTS
 from helpers.tiny_models import build_tiny_config, raises_one_line, save_with_processor
 
 from modeling_vitcls import EmbedImages, ViTCLSImageProcessor, ViTCLSModel
+from modeling_vitcls.data.fit import set_fit
 
 
 photos = prediction_photos.photos  # a fixture
@@ -29,7 +30,7 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_features_equal_those_of_predict(encoder: Path, photos: Path) -> None:
-    """Batches contain paths, bytes or encoded images. The other columns are kept."""
+    """Batches contain paths, bytes or encoded images. The other columns are kept. The model is not pickled."""
     names = ["cls", "registers@1", "mean"]
     paths = sorted_photos(photos)
     model, processor = ViTCLSModel.from_pretrained(encoder).eval(), ViTCLSImageProcessor.from_pretrained(encoder)
@@ -37,10 +38,11 @@ def test_features_equal_those_of_predict(encoder: Path, photos: Path) -> None:
     embed = EmbedImages(encoder, names)
     embed({"path": paths[:1]})
     restored = pickle.loads(pickle.dumps(embed))
+    assert embed.predictor is not None and restored.predictor is None
     contents = [Path(path).read_bytes() for path in paths]
     for batch in (
         {"path": np.array(paths)},
-        {"bytes": contents, "id": list(range(9))},
+        {"bytes": contents, "path": ["renamed.png"] * 9, "id": list(range(9))},
         {"image": [{"bytes": content, "path": None} for content in contents]},
     ):
         outputs = restored(batch)
@@ -51,10 +53,14 @@ def test_features_equal_those_of_predict(encoder: Path, photos: Path) -> None:
 
 
 def test_unreadable_images_have_an_error(encoder: Path, photos: Path) -> None:
-    embed = EmbedImages(encoder, image_column="photo", dtype="float16")
+    embed = EmbedImages(encoder, image_column="photo", dtype="float16", fit="pad")
     outputs = embed({"path": ["x", "y"], "photo": [b"broken", (photos / "a.jpg").read_bytes()]})
     assert outputs["cls"].dtype == np.float16 and np.isnan(outputs["cls"]).all(axis=1).tolist() == [True, False]
     assert outputs["error"][0] and not outputs["error"][1]
+    model, processor = ViTCLSModel.from_pretrained(encoder).eval(), ViTCLSImageProcessor.from_pretrained(encoder)
+    set_fit(processor, "pad", (32, 32))
+    (row,) = predict(model, processor, photos / "a.jpg", features="cls")
+    np.testing.assert_allclose(outputs["cls"][1], row["features"], atol=1e-3)
     with raises_one_line("image_column", "photo"):
         EmbedImages(encoder)({"photo": []})
 

@@ -35,13 +35,15 @@ from helpers.warm_processes import OFFLINE, run_together
 from PIL import Image
 from rich.console import Console
 
-from modeling_vitcls import ViTCLSConfig, ViTCLSForMaskedImageModeling, ViTCLSImageProcessor, ViTCLSModel
+from modeling_vitcls import ViTCLSConfig, ViTCLSImageProcessor
+from modeling_vitcls.data.fit import set_fit
 from modeling_vitcls.data.images import LabeledImages
 from modeling_vitcls.data.labels import LabelSpace
 from modeling_vitcls.distributed import build_accelerator
 from modeling_vitcls.files import read_json
 from modeling_vitcls.inference import evaluate as evaluate_module
 from modeling_vitcls.inference.evaluate import evaluate_checkpoint, match_labels
+from modeling_vitcls.inference.metric_tables import build_class_tables
 from modeling_vitcls.options import DataOptions, EvaluateOptions
 from modeling_vitcls.system import describe_device, get_versions
 
@@ -181,7 +183,6 @@ def test_a_single_label_model(
     assert sum(parts["num_images"]) == 2 * NUM_IMAGES
     for name in ("accuracy", "cls_accuracy", "loss"):
         assert average(parts, name) == close(by_one_process["single"][name])
-    assert parts["dataset"] == [str(table)] * 2 and parts["split"] == ["train", "test"]
     printed = capsys.readouterr().out
     assert f"({parts['split'][1]}: {parts['held_out_part'][1]}), each" in printed
     for words in ("each counted once", "Balanced accuracy", "95% interval", "distillation head", "gnu"):
@@ -198,7 +199,8 @@ def test_the_results_describe_the_evaluation(
     model.save_pretrained(tmp_path / "model")
     processor = ViTCLSImageProcessor(size=16, do_convert_rgb=False, image_mean=0.5, image_std=0.5)
     processor.save_pretrained(tmp_path / "model")
-    images = [Image.new("L", (16, 16), 40 * index) for index in range(6)]
+    set_fit(processor, "pad", (16, 16))
+    images = [Image.new("L", (32, 16), 40 * index) for index in range(6)]
     data, output = tmp_path / "data", tmp_path / "results.json"
     for index, image in enumerate([*images, Image.new("RGB", (16, 16))]):
         folder = data / ("validation" if index else "train") / names[index % 2]
@@ -208,6 +210,7 @@ def test_the_results_describe_the_evaluation(
         str(tmp_path / "model"),
         DataOptions(str(data), num_workers=0, max_unreadable_images=1),
         split="validation",
+        fit="pad",
         batch_size=4,
         mixed_precision="bf16",
         output=output,
@@ -220,7 +223,8 @@ def test_the_results_describe_the_evaluation(
     pixel_values = processor(images[1:], return_tensors="pt")["pixel_values"].to(accelerator.device)
     with torch.no_grad(), accelerator.autocast():
         logits = model.to(accelerator.device)(pixel_values).logits.cpu()
-    is_correct = (logits.argmax(1) == torch.tensor([1, 0, 1, 0, 1])).tolist()
+    targets = torch.tensor([1, 0, 1, 0, 1])
+    is_correct = (logits.argmax(1) == targets).tolist()
     light, dark = is_correct[::2], is_correct[1::2]
     assert 0 < sum(is_correct) < 5
     expected = {
@@ -236,6 +240,7 @@ def test_the_results_describe_the_evaluation(
         "versions": get_versions(),
         "is_recorded_part": None,
         "accuracy": np.mean(is_correct),
+        "loss": close(torch.nn.functional.cross_entropy(logits.float(), targets).item()),
         "num_images": 5,
         "num_unreadable_images": 1,
     }
@@ -247,8 +252,6 @@ def test_the_results_describe_the_evaluation(
     cells = [[cell.strip() for cell in line.split("│")] for line in printed.splitlines()]
     for name, values in (("`[b]dark`", dark), ("`light`", light)):
         assert any(row[1:4] == [name, str(len(values)), f"{np.mean(values):.2%}"] for row in cells), printed
-    with pytest.raises(ValueError, match="more than 0 images cannot be read"):
-        evaluate_checkpoint(replace(options, data=replace(options.data, max_unreadable_images=0)))
 
 
 def test_streamed_images(models: Path, tmp_path: Path, by_one_process: dict[str, Any]) -> None:
@@ -261,9 +264,10 @@ def test_streamed_images(models: Path, tmp_path: Path, by_one_process: dict[str,
             folder.mkdir(parents=True, exist_ok=True)
             (folder / f"{index}.png").symlink_to(tmp_path / row["path"])
     data = DataOptions(dataset=str(tmp_path / "data"), num_workers=0, streaming=True)
-    options = EvaluateOptions(model=str(models / "single"), data=data, batch_size=4)
-    metrics = evaluate_checkpoint(options)
-    assert metrics["num_images"] == 2 * NUM_IMAGES
+    options = EvaluateOptions(str(models / "single"), data, batch_size=4, per_image=tmp_path / "rows.parquet")
+    metrics, rows = evaluate_checkpoint(options), pd.read_parquet(options.per_image)
+    assert metrics["num_images"] == 2 * NUM_IMAGES and rows["index"].tolist() == list(range(2 * NUM_IMAGES))
+    assert {Path(name).stem for name in rows["image"]} == set(map(str, range(2 * NUM_IMAGES)))
     assert metrics["loss"] == close(by_one_process["single"]["loss"])
     (tmp_path / "data" / "test" / "zebra").mkdir()
     (tmp_path / "data" / "test" / "zebra" / "0.png").symlink_to(tmp_path / "single0.png")
@@ -293,6 +297,17 @@ def test_two_processes_evaluate_frozen_features(two_process_folder: Path) -> Non
     assert {**two, **dict.fromkeys(MEASURED)} == {**one, **dict.fromkeys(MEASURED)}
 
 
+def test_classes_in_tables() -> None:
+    """Names are one line of Markdown code. More than 20 classes have no table."""
+    values = {"recall": 0.5, "precision": None, "f1": 0.0}
+    rows = [{"name": name, "images": 1200} | values for name in ("`a`\n", "x" * 100, "x" * 101)]
+    (table,) = build_class_tables({"per_class": rows}, None).values()
+    cells = {"Images": "1,200", "Recall": "50.00%", "Precision": "–", "F1": "0.00%"}
+    names = ["`'a' `", f"`{'x' * 100}`", f"`{'x' * 99}…`"]
+    assert table == [{"Class": name} | cells for name in names]
+    assert [len(build_class_tables({"per_class": rows[:1] * number}, None)) for number in (0, 20, 21)] == [0, 1, 0]
+
+
 @pytest.mark.parametrize("is_terminal", [True, False])
 def test_progress_is_shown_on_a_terminal(is_terminal: bool) -> None:
     console = Console(file=io.StringIO(), force_terminal=is_terminal)
@@ -307,19 +322,12 @@ def test_an_unfinished_run_names_resume(tmp_path: Path) -> None:
         evaluate_checkpoint(EvaluateOptions(model=str(tmp_path), data=DataOptions("digits")))
 
 
-def test_a_model_without_a_classifier_is_an_error(tmp_path: Path) -> None:
-    config = ViTCLSConfig(**build_classifier("multi_label").config.to_diff_dict())
-    options = EvaluateOptions(model=str(tmp_path), data=DataOptions(dataset="digits"))
-    for model_class in (ViTCLSModel, ViTCLSForMaskedImageModeling):
-        model_class(config).save_pretrained(tmp_path)
-        ViTCLSImageProcessor(size=16).save_pretrained(tmp_path)
-        with raises_one_line(model_class.__name__):
-            evaluate_checkpoint(options)
-    regression = ViTCLSConfig(**SIZES, problem_type="regression", num_labels=1)
-    for saved, word in ((regression, "regression"), (ViTCLSConfig(**SIZES, num_labels=0), "classifier")):
-        type(build_classifier("single"))(saved).save_pretrained(tmp_path)
-        with raises_one_line(word):
-            evaluate_checkpoint(options)
+def test_a_regression_is_an_error(tmp_path: Path) -> None:
+    config = ViTCLSConfig(**SIZES, problem_type="regression", num_labels=1)
+    type(build_classifier("single"))(config).save_pretrained(tmp_path)
+    ViTCLSImageProcessor(size=16).save_pretrained(tmp_path)
+    with raises_one_line("regression"):
+        evaluate_checkpoint(EvaluateOptions(model=str(tmp_path), data=DataOptions(dataset="digits")))
 
 
 # Labels by name ------------------------------------------------------------------------------------------------------

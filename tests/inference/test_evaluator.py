@@ -9,7 +9,6 @@ from accelerate import Accelerator
 from helpers import evaluation_results
 from helpers.evaluation_results import close, compute_outputs
 from helpers.evaluation_worker import (
-    BATCH_SIZE,
     NUM_IMAGES,
     SIZES,
     SPACES,
@@ -54,7 +53,7 @@ def test_each_image_is_evaluated_by_one_process(num_images: int, batch_size: int
 
 
 def test_blank_batches_have_the_shape_of_the_model() -> None:
-    """Sharded models run a batch also without a readable image."""
+    """Sharded models run batches of equal sizes, also without a readable image."""
     labels = LabelSpace("single_label_classification", {"label": ["a", "b"]})
     sizes = SIZES | {"image_size": (16, 24), "num_channels": 1}
     model = type(build_classifier("single"))(ViTCLSConfig(**sizes, **labels.to_config_values())).eval()
@@ -63,23 +62,15 @@ def test_blank_batches_have_the_shape_of_the_model() -> None:
     file = io.BytesIO()
     Image.new("L", (24, 16)).save(file, "PNG")
     images = DatasetImages.from_list(
-        [{"path": name, "bytes": file.getvalue()[:end]} for name, end in (("a", None), ("b", 40))]
+        [{"path": name, "bytes": file.getvalue()[:end]} for name, end in (("a", None), ("b", 40), ("c", 40))]
     )
     processor = ViTCLSImageProcessor(size={"height": 16, "width": 24}, do_convert_rgb=False)
     processor.image_mean = processor.image_std = [0.5]
     evaluator = evaluator_module.Evaluator(
-        LabeledImages(images, [0, 1]), processor, labels, DataOptions("", num_workers=0), 1, Accelerator(cpu=True)
+        LabeledImages(images, [0, 1, 0]), processor, labels, DataOptions("", num_workers=0), 2, Accelerator(cpu=True)
     )
-    assert evaluator(model)["num_unreadable_images"] == 1
-    assert shapes == [(1, 1, 16, 24)] * 2
-
-
-def test_batches_have_equal_sizes() -> None:
-    sizes = []
-    model = build_classifier("single")
-    model.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
-    build_evaluator("single", build_accelerator())(model)
-    assert sizes == [BATCH_SIZE] * 5
+    assert evaluator(model)["num_unreadable_images"] == 2
+    assert shapes == [(2, 1, 16, 24)] * 2
 
 
 def test_unreadable_images_are_named_once_and_not_counted(by_one_process: dict[str, Any]) -> None:

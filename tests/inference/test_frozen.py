@@ -1,6 +1,7 @@
 """Accuracy of frozen features equals scikit-learn on features of a plain loop, for every token and layer."""
 
 import json
+import re
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from helpers.tiny_models import LAYOUTS, build_images, build_tiny_config, each_layout, randomize
+from helpers.tiny_models import LAYOUTS, build_tiny_config, randomize
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
@@ -19,6 +20,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, ViTCLSModel
+from modeling_vitcls.analysis.audit import load_audited_images
 from modeling_vitcls.data.fit import set_fit
 from modeling_vitcls.data.held_out import HeldOutRecord, HeldOutRule
 from modeling_vitcls.data.images import ArrayImages, LabeledImages
@@ -73,59 +75,8 @@ def encode(model: Path, images: Any, token: str) -> np.ndarray:
     return np.array(rows)
 
 
-@each_layout
-@pytest.mark.parametrize("fields", [{}, {"pre_norm": True}, {"final_norm": False}], ids=str)
-def test_features_are_the_normalized_tokens(layout: dict[str, Any], fields: dict[str, Any]) -> None:
-    model = randomize(ViTCLSModel(build_tiny_config(**fields, **layout), add_pooling_layer=False)).eval()
-    outputs: list[torch.Tensor] = []
-    (model.layers[-1] if model.layernorm is None else model.layernorm).register_forward_hook(
-        lambda module, inputs, output: outputs.append(output)
-    )
-    images, space = build_images(), LabelSpace("single_label_classification", {"label": ["a"]})
-    labeled = LabeledImages([Image.new("RGB", (32, 32))] * len(images), [0] * len(images))
-    evaluator = FeatureEvaluator(
-        labeled, ViTCLSImageProcessor(size=32), space, DIGITS, len(images), Accelerator(cpu=True)
-    )
-    with torch.no_grad():
-        found = evaluator.compute_features(model, images)
-    tokens = outputs[0][0] if isinstance(outputs[0], tuple) else outputs[0]
-    num_special = tokens.shape[1] - 16  # 4 x 4 patches
-    expected = torch.cat([tokens[:, :num_special], tokens[:, num_special:].mean(dim=1, keepdim=True)], dim=1)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
-
-
 def test_few_images_have_few_neighbors() -> None:
     assert [build_classifier("knn", count).n_neighbors for count in (7, 10, 11)] == [7, 10, 10]
-
-
-def write_folder(folder: Path) -> Path:
-    """Write an image folder with two classes of one color each, and one unreadable image in each split."""
-    for split, number in (("train", 6), ("val", 4)):
-        for color in ("red", "blue"):
-            (folder / split / color).mkdir(parents=True)
-            for index in range(number):
-                Image.new("RGB", (16, 16), color).save(folder / split / color / f"{index}.png")
-        (folder / split / "red" / "0.png").write_bytes(b"no image")
-    return folder
-
-
-def test_splits_of_the_data_set_and_unreadable_images(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    data = DataOptions(dataset=str(write_folder(tmp_path)), num_workers=0)
-    monkeypatch.setattr(frozen, "time", SimpleNamespace(perf_counter=iter([10.0, 14.0, 20.0]).__next__))
-    results = run(model, "knn", data=data, split="validation")
-    assert (results["seconds"], results["images_per_second"]) == (4.0, (11 + 7) / 4)
-    assert (results["split"], results["num_training_images"], results["num_images"]) == ("validation", 11, 7)
-    assert results["num_unreadable_images"] == 2
-    assert max(row["accuracy"] for row in results["rows"]) == 1.0
-    gray = save_model(tmp_path / "gray", num_channels=1)
-    processor = ViTCLSImageProcessor(size=16, do_convert_rgb=False, image_mean=0.5, image_std=0.5)
-    processor.save_pretrained(gray)
-    with pytest.raises(ValueError, match=r"more than 0 images cannot be read.* has 3 channels"):
-        run(gray, "knn", data=replace(data, max_unreadable_images=0), split="validation")
-    with pytest.raises(ValueError, match=r"--frozen does not support streams\. Remove --streaming"):
-        run(model, "knn", data=replace(data, streaming=True))
 
 
 def write_noise(folder: Path, counts: dict[str, tuple[int, ...]]) -> Path:
@@ -140,6 +91,27 @@ def write_noise(folder: Path, counts: dict[str, tuple[int, ...]]) -> Path:
     return folder
 
 
+def test_splits_of_the_data_set_and_unreadable_images(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = write_noise(tmp_path / "noise", {"train": (6, 6), "val": (4, 4)})
+    for split in ("train", "val"):
+        (dataset / split / "a" / "3.png").write_bytes(b"no image")
+    data = DataOptions(dataset=str(dataset), num_workers=0)
+    monkeypatch.setattr(frozen, "time", SimpleNamespace(perf_counter=iter([10.0, 14.0, 20.0]).__next__))
+    results = run(model, "knn", data=data, split="validation")
+    assert (results["seconds"], results["images_per_second"]) == (4.0, (11 + 7) / 4)
+    assert (results["split"], results["num_training_images"], results["num_images"]) == ("validation", 11, 7)
+    assert results["num_unreadable_images"] == 2
+    gray = save_model(tmp_path / "gray", num_channels=1)
+    processor = ViTCLSImageProcessor(size=16, do_convert_rgb=False, image_mean=0.5, image_std=0.5)
+    processor.save_pretrained(gray)
+    with pytest.raises(ValueError, match=r"more than 0 images cannot be read.* has 3 channels"):
+        run(gray, "knn", data=replace(data, max_unreadable_images=0), split="validation")
+    with pytest.raises(ValueError, match=r"--frozen does not support streams\. Remove --streaming"):
+        run(model, "knn", data=replace(data, streaming=True))
+
+
 @pytest.mark.parametrize("frozen", CLASSIFIERS)
 def test_results_equal_scikit_learn(
     model: Path, frozen: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -151,6 +123,7 @@ def test_results_equal_scikit_learn(
     assert json.loads((tmp_path / "new" / "frozen.json").read_text(encoding="utf-8")) == results | {"frozen": frozen}
     assert "versions" in results
     printed, rows = capsys.readouterr().out, results["rows"]
+    assert re.findall(r"\d+", printed.partition(dataset)[0]) == ["15", "7"]
     assert all(row["token"] in printed and f"{row['accuracy']:.2%}" in printed for row in rows)
     assert [row["token"] for row in rows] == TOKENS
     assert (results["num_training_images"], results["num_images"]) == (15, 7)
@@ -188,8 +161,9 @@ def test_features_are_computed_with_autocast(model: Path) -> None:
     encoder = ViTCLSModel.from_pretrained(model).eval()
     output = FeatureEvaluator(LabeledImages(images, [0, 0, 0]), processor, space, DIGITS, 3, accelerator)(encoder)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        expected = encoder(processor(list(images), return_tensors="pt")["pixel_values"]).last_hidden_state[:, :6]
-    np.testing.assert_array_equal(output["features"][:, :6], expected.float().numpy())
+        tokens = encoder(processor(list(images), return_tensors="pt")["pixel_values"]).last_hidden_state
+        expected = torch.cat([tokens[:, :6], tokens[:, 6:].mean(dim=1, keepdim=True)], dim=1)
+    np.testing.assert_array_equal(output["features"], expected.float().numpy())
 
 
 def test_other_labels_are_an_error(model: Path, tmp_path: Path) -> None:
@@ -198,3 +172,5 @@ def test_other_labels_are_an_error(model: Path, tmp_path: Path) -> None:
     data = DataOptions(dataset=str(table), label_column=("a", "b"), num_workers=0)
     with pytest.raises(ValueError, match=r"--frozen knn requires one label per image.* --label-column"):
         run(model, "knn", data=data)
+    with pytest.raises(ValueError, match=r"--audit requires one label per image.* --label-column"):
+        load_audited_images(EvaluateOptions(str(model), data, frozen="knn", audit=tmp_path / "page.html"))

@@ -13,7 +13,6 @@ import datasets
 import fsspec
 import numpy as np
 import pytest
-import torch
 from helpers import prediction_photos
 from helpers.prediction_photos import sorted_photos
 from helpers.tiny_models import raises_one_line
@@ -95,14 +94,17 @@ def test_an_input_is_identified_by_its_content(photos: Path, tmp_path: Path) -> 
         {"paths": (str(folder),)},
         {"dataset": str(folder.parent)},
         {"dataset": str(table)},
-        {"dataset": str(table), "streaming": True},
+        {"dataset": str(table), "streaming": True, "split": "train"},
     ]
 
     def identities() -> list[dict[str, Any]]:
         return [open_input(PredictOptions("model", **options)).compute_fingerprint() for options in given]
 
-    first = identities()
+    first, stat = identities(), table.stat()
     assert identities() == first
+    settings = {"dataset": str(table), "column": "image", "bytes and time": [stat.st_size, stat.st_mtime_ns]}
+    assert first[3] == settings | {"split": "train"}
+    assert first[2] == settings | {"split": None, "images": 1, "fingerprint": first[2]["fingerprint"]}
     Image.new("L", (8, 8), 30).save(folder / "10.bmp")
     table.write_text("image\nc.png\n", encoding="utf-8")
     assert all(now != then for now, then in zip(identities(), first, strict=True))
@@ -129,27 +131,11 @@ def test_files_are_identified_by_their_size_and_time(tmp_path: Path) -> None:
     assert urls[0] != urls[1]
 
 
-def test_streams_are_identified_by_split_and_column(tmp_path: Path) -> None:
-    for split in ("train", "test"):
-        (tmp_path / "data" / split / "cat").mkdir(parents=True)
-        Image.new("L", (4, 4)).save(tmp_path / "data" / split / "cat" / "1.png")
-    table = tmp_path / "table.csv"
-    table.write_text("first,second\na.png,b.png\n", encoding="utf-8")
-    for dataset, changes in (
-        (tmp_path / "data", [{"split": "train"}, {"split": "test"}]),
-        (table, [{"image_column": "first"}, {"image_column": "second"}]),
-    ):
-        first, second = (
-            open_input(PredictOptions("model", dataset=str(dataset), streaming=True, **change)).compute_fingerprint()
-            for change in changes
-        )
-        assert first != second
-
-
 def test_values_of_a_column_are_paths_bytes_or_images(tmp_path: Path) -> None:
     image = Image.new("L", (4, 4))
     for value, name, content in (
         ("a.png", "a.png", str(tmp_path / "a.png")),
+        ("memory://a.png", "memory://a.png", "memory://a.png"),
         ("a\udcff.png", "a\ufffd.png", str(tmp_path / "a\udcff.png")),
         ({"path": "a.png", "bytes": None}, "a.png", "a.png"),
         ({"path": "a.png", "bytes": b"encoded"}, "a.png", b"encoded"),
@@ -164,32 +150,24 @@ def test_files_of_other_file_systems_are_fetched() -> None:
     """The image processor reads files, and URLs of web servers."""
     with fsspec.open("memory://fetched.png", "wb") as file:
         file.write(b"encoded")
-    contents = []
-
-    def process(content: Any, return_tensors: str) -> dict[str, torch.Tensor]:
-        contents.append(content)
-        return {"pixel_values": torch.zeros(1, 3, 4, 4)}
-
-    given = ["a.png", "memory://fetched.png", b"bytes"]
-    for content in given:
-        prepared = prepare_image(process, ImageRecord(0, "name", content))
-        assert prepared.error is None and prepared.pixels is not None and prepared.pixels.shape == (3, 4, 4)
-    assert contents == ["a.png", b"encoded", b"bytes"]
+    for content, read in (("a.png", "a.png"), ("memory://fetched.png", b"encoded"), (b"bytes", b"bytes")):
+        record = ImageRecord(0, "name", content)
+        prepared = prepare_image(lambda given, return_tensors: {"pixel_values": [given]}, record)
+        assert prepared == PreparedImage(record, read)
 
 
 class FlakyServer(BaseHTTPRequestHandler):
-    """A web server whose first two answers to each path are temporary errors. Only /photo.png exists, and there are
-    always too many requests for /busy.png."""
+    """A web server whose first two answers to each path are temporary errors. Only /photo.png exists."""
 
     num_requests: ClassVar[Counter[str]] = Counter()
+    statuses: ClassVar = {"/photo.png": 200, "/moved.png": 302, "/slow.png": 408, "/busy.png": 429, "/down.png": 503}
 
     def do_GET(self) -> None:
         self.num_requests[self.path] += 1
-        exists = self.path == "/photo.png"
-        status = 429 if self.path == "/busy.png" else 200 if exists else 404
-        self.send_response(503 if self.num_requests[self.path] <= 2 else status)
+        self.send_response(503 if self.num_requests[self.path] <= 2 else self.statuses.get(self.path, 404))
+        self.send_header("Location", "/photo.png")
         self.end_headers()
-        self.wfile.write(b"encoded" if exists else b"")
+        self.wfile.write(b"encoded" if self.path == "/photo.png" else b"")
 
     def log_message(self, *args: Any) -> None: ...
 
@@ -204,10 +182,12 @@ def test_a_network_failure_is_retried_and_is_not_an_unreadable_image(monkeypatch
     server = ThreadingHTTPServer(("127.0.0.1", 0), FlakyServer)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}"
-    assert prepare(f"{address}/photo.png") == PreparedImage(ImageRecord(0, "name", f"{address}/photo.png"), b"encoded")
+    for url in (f"{address}/photo.png", f"{address}/moved.png"):
+        assert prepare(url) == PreparedImage(ImageRecord(0, "name", url), b"encoded")
     assert "404" in (prepare(f"{address}/missing.png").error or "")
-    with raises_one_line(f"{address}/busy.png", error=FetchError):
-        prepare(f"{address}/busy.png")
+    for name in ("slow.png", "busy.png", "down.png"):
+        with raises_one_line(f"{address}/{name}", error=FetchError):
+            prepare(f"{address}/{name}")
     server.shutdown()
     server.server_close()
     with pytest.raises(FetchError, match=f"{address}/photo.png") as caught:
@@ -236,6 +216,9 @@ def test_datasets_that_cannot_be_used_are_named(tmp_path: Path) -> None:
         open_input(PredictOptions("model", dataset=str(tmp_path / "table.csv"), image_column="c"))
     with raises_one_line("--split", "train"):
         open_input(PredictOptions("model", dataset=str(tmp_path / "table.csv"), split="test"))
+    datasets.Dataset.from_dict({"image": ["a.png"]}).filter(lambda row: False).save_to_disk(tmp_path / "empty")
+    with raises_one_line("empty is empty"):
+        open_input(PredictOptions("model", dataset=str(tmp_path / "empty")))
     with raises_one_line("there are no images in"):
         open_input(PredictOptions("model", (str(tmp_path),)))
 

@@ -14,6 +14,7 @@ from helpers import evaluation_results
 from helpers.evaluation_results import close, compute_outputs
 from helpers.evaluation_worker import CLASSES, NUM_IMAGES, SPACES
 from torch import nn
+from torch.utils._pytree import tree_map
 
 from modeling_vitcls.data.labels import LabelSpace
 from modeling_vitcls.inference.evaluator import collate_labels
@@ -213,12 +214,9 @@ def test_half_precision_logits_are_evaluated_in_float32(name: str) -> None:
     outputs, values = compute_outputs(name)
     kind, found = SPACES[name].kind, []
     labels = collate_labels(values, SPACES[name])
-    for dtype in (torch.bfloat16, torch.float32):
-        logits = outputs.logits
-        if isinstance(logits, dict):
-            logits = {task: each.bfloat16().to(dtype) for task, each in logits.items()}
-        else:
-            logits = logits.bfloat16().to(dtype)
+    halves = tree_map(torch.Tensor.bfloat16, outputs.logits)
+    for convert in (torch.Tensor.bfloat16, torch.Tensor.float):
+        logits = tree_map(convert, halves)
         metrics = METRICS[kind](SPACES[name], CPU)
         metrics.update(SimpleNamespace(logits=logits, distillation_logits=None), labels)
         found.append(metrics.compute())

@@ -2,36 +2,20 @@
 
 import csv
 import json
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
 from helpers.tiny_models import raises_one_line
 
-from modeling_vitcls.inference.outputs import get_output_columns, print_table, write_rows
+from modeling_vitcls.inference.outputs import get_output_columns, print_table, show_progress, write_rows
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 # Files ---------------------------------------------------------------------------------------------------------------
-
-
-def test_files_are_written_atomically(tmp_path: Path) -> None:
-    def rows() -> Iterator[dict[str, Any]]:
-        yield {"index": 0, "image": "a", "error": None}
-        raise ValueError("the input ends early")
-
-    for suffix in (".csv", ".json", ".jsonl", ".parquet"):
-        file = tmp_path / f"out{suffix}"
-        file.write_text("from before", encoding="utf-8")
-        with pytest.raises(ValueError, match="ends early"):
-            write_rows(rows(), get_output_columns({}), file)
-        assert file.read_text(encoding="utf-8") == "from before"
-    assert len(list(tmp_path.iterdir())) == 4
 
 
 def test_lists_and_half_precision_are_written_to_every_format(tmp_path: Path) -> None:
@@ -53,6 +37,16 @@ def test_lists_and_half_precision_are_written_to_every_format(tmp_path: Path) ->
     assert json.loads((tmp_path / "out.json").read_text(encoding="utf-8")) == expected
     lines = (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()
     assert list(map(json.loads, lines)) == expected
+
+
+@pytest.mark.parametrize(("is_terminal", "is_shown"), [("1", True), ("1", False), ("", True)])
+def test_progress_is_shown_on_a_terminal(
+    is_terminal: str, is_shown: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", is_terminal)
+    assert list(show_progress(iter(range(3)), "images", 3, is_shown)) == [0, 1, 2]
+    printed, shown = capsys.readouterr()
+    assert ("100%" in shown) is bool(is_terminal and is_shown) and not printed
 
 
 def test_tables_show_errors_only_if_there_are_any_and_no_index(capsys: pytest.CaptureFixture) -> None:

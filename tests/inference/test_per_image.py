@@ -9,15 +9,18 @@ import pandas as pd
 import pytest
 import torch
 from helpers.digits_models import train_digits_model
+from helpers.evaluation_worker import CLASSES, UNREADABLE, build_classifier, build_evaluator, build_labeled_images
+from helpers.tiny_models import raises_one_line
 from PIL import Image
-from pyarrow import parquet
-from scipy.special import softmax
 from sklearn.datasets import load_digits
 from sklearn.metrics import log_loss, roc_auc_score
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, evaluate, predict
+from modeling_vitcls.data.images import LabeledImages
+from modeling_vitcls.distributed import build_accelerator
 from modeling_vitcls.hub.model_files import PREDICTIONS_FILE, RESULTS_FILE
 from modeling_vitcls.inference.confidence import compute_energies
+from modeling_vitcls.inference.per_image import get_outputs, write_predictions
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +38,6 @@ def test_rows_equal_the_metrics_of_the_same_evaluation(folder: Path, tmp_path: P
     results = evaluate(folder, "digits", per_image=tmp_path / "rows.parquet")
     rows = pd.read_parquet(tmp_path / "rows.parquet")
     assert len(rows) == results["num_images"]
-    assert parquet.read_schema(tmp_path / "rows.parquet").names == list(rows.columns)  # for readers without pandas
     assert (rows["label"] == rows["prediction"]).mean() == pytest.approx(results["accuracy"], abs=1e-6)
     assert rows["loss"].mean() == pytest.approx(results["loss"], abs=1e-5)
     probabilities = np.stack(rows["probabilities"])
@@ -44,34 +46,24 @@ def test_rows_equal_the_metrics_of_the_same_evaluation(folder: Path, tmp_path: P
     assert rows["image"].is_unique and rows["index"].tolist() == list(range(len(rows)))
 
 
-def test_rows_keep_the_index_of_their_image(folder: Path, tmp_path: Path) -> None:
-    """Unreadable images have no row, but keep their index."""
-    for split in ("train", "test"):
-        for label in (3, 5):
-            target = tmp_path / "photos" / split / str(label)
-            target.mkdir(parents=True)
-            for number, pixels in enumerate(load_digits().images[load_digits().target == label][:4]):
-                Image.fromarray(np.uint8(pixels * 15.9)).save(target / f"{number}.png")
-    (tmp_path / "photos" / "test" / "3" / "1.png").write_text("no image")
-    evaluate(folder, tmp_path / "photos", per_image=tmp_path / "rows.parquet")
-    rows = pd.read_parquet(tmp_path / "rows.parquet")
-    assert rows["index"].tolist() == [0, 2, 3, 4, 5, 6, 7]
-    assert rows["label"].tolist() == ["3"] * 3 + ["5"] * 4
-
-
-def test_a_temperature_changes_probabilities_only(folder: Path, tmp_path: Path) -> None:
-    model = ViTCLSForImageClassification.from_pretrained(folder)
-    model.config.temperature = 2.0
-    model.save_pretrained(tmp_path / "calibrated")
-    ViTCLSImageProcessor.from_pretrained(folder).save_pretrained(tmp_path / "calibrated")
-    tables = {}
-    for name in (folder, tmp_path / "calibrated"):
-        evaluate(name, "digits", per_image=tmp_path / "rows.parquet")
-        tables[name] = pd.read_parquet(tmp_path / "rows.parquet")
-    before, after = tables.values()
-    assert (before["prediction"] == after["prediction"]).all()
-    logits = np.log(np.stack(before["probabilities"]))
-    assert np.stack(after["probabilities"]) == pytest.approx(softmax(logits / 2, axis=1), abs=1e-5)
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_rows_keep_the_index_of_their_image(tmp_path: Path) -> None:
+    """Unreadable images and images without a label have no row, but keep their index."""
+    pictures = build_labeled_images("single", unreadable=UNREADABLE)
+    labels = [-100 if index < 3 else label for index, label in enumerate(pictures.labels)]
+    images, rows = LabeledImages(pictures.images, labels), [3, 4, 6, 7, 8, 9, 10]
+    evaluator = build_evaluator("single", build_accelerator(), images, max_unreadable_images=4)
+    evaluator.keep_logits = True
+    evaluator(build_classifier("single"))
+    write_predictions(tmp_path / "rows.parquet", evaluator)
+    table = pd.read_parquet(tmp_path / "rows.parquet")
+    assert table["index"].tolist() == rows and table["label"].tolist() == [CLASSES[labels[index]] for index in rows]
+    logits, found = get_outputs(evaluator, slice(1, 4))
+    assert (len(logits), found.tolist()) == (2, labels[3:5])
+    evaluator.rows = evaluator.rows[:2]
+    assert [len(part) for part in get_outputs(evaluator)] == [0, 0]
+    with raises_one_line("label"):
+        write_predictions(tmp_path / "rows.parquet", evaluator)
 
 
 def test_prediction_adds_sets_and_unknown_images(folder: Path, tmp_path: Path) -> None:
@@ -88,8 +80,6 @@ def test_prediction_adds_sets_and_unknown_images(folder: Path, tmp_path: Path) -
     assert "unknown" not in rows[0]
 
     model = ViTCLSForImageClassification.from_pretrained(folder)
-    energies = compute_energies(np.log(np.stack(pd.read_parquet(calibrated / PREDICTIONS_FILE)["probabilities"])))
-    assert np.allclose(energies, 0, atol=1e-5)  # probabilities have no energy: it is a column of its own
     threshold = float(pd.read_parquet(calibrated / PREDICTIONS_FILE)["energy"].quantile(0.95))
     model.config.energy_threshold = threshold
     model.save_pretrained(calibrated)
@@ -100,23 +90,32 @@ def test_prediction_adds_sets_and_unknown_images(folder: Path, tmp_path: Path) -
     assert 0.01 < is_unknown.float().mean() < 0.1
 
 
-def test_unknown_images_are_measured_and_recorded(folder: Path, tmp_path: Path) -> None:
+def test_unknown_images_are_measured_and_recorded(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The areas under the curve of noise and of the known images themselves, and the record for the card."""
     model = tmp_path / "model"
     shutil.copytree(folder, model)
+    classifier = ViTCLSForImageClassification.from_pretrained(model)
+    classifier.config.energy_threshold = -3.0
+    classifier.save_pretrained(model)
     (model / RESULTS_FILE).write_text('{"dataset": "digits"}')
     for index in range(30):
         noise = np.random.default_rng(index).integers(0, 256, (8, 8), dtype=np.uint8)
         for split in ("test", "validation", "train") if index == 0 else ("test",):
             (tmp_path / "noise" / split).mkdir(parents=True, exist_ok=True)
             Image.fromarray(noise).save(tmp_path / "noise" / split / f"{index}.png")
-    results = evaluate(model, "digits", unknown_dataset=str(tmp_path / "noise"), per_image=tmp_path / "rows.parquet")
-    found = results["unknown"]
-    assert (found["dataset"], found["split"], found["num_images"], found["flagged"]) == ("noise", "test", 30, None)
+    evaluate(model, "digits", per_image=tmp_path / "rows.parquet")
+    found = evaluate(model, "digits", unknown_dataset=str(tmp_path / "noise"))["unknown"]
+    assert (found["dataset"], found["split"], found["num_images"]) == ("noise", "test", 30)
+    printed = capsys.readouterr().out
+    assert f"AUROC {found['auroc']:.4f}" in printed and f"{found['flagged']:.1%}" in printed
     images = [Image.open(tmp_path / "noise" / "test" / f"{index}.png") for index in range(30)]
     pixels = ViTCLSImageProcessor.from_pretrained(model)(images, return_tensors="pt")["pixel_values"]
-    logits = ViTCLSForImageClassification.from_pretrained(model).eval()(pixels).logits.detach().numpy()
+    logits = classifier.eval()(pixels).logits.detach().numpy()
     known = pd.read_parquet(tmp_path / "rows.parquet")["energy"]
     energies = np.concatenate([known, compute_energies(logits)])
+    flagged = (energies[-30:] > -3.0).mean()
+    assert found["flagged"] == pytest.approx(flagged, abs=1e-6) and 0 < flagged < 1
     assert found["auroc"] == pytest.approx(roc_auc_score(np.arange(len(energies)) >= len(known), energies), abs=1e-5)
     assert json.loads((model / RESULTS_FILE).read_text()) == {"dataset": "digits", "unknown": found}

@@ -17,6 +17,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import sklearn.datasets
@@ -40,7 +41,6 @@ from modeling_vitcls import (
     api,
 )
 from modeling_vitcls.inference import predict as predict_module
-from modeling_vitcls.inference.inputs import FetchError
 from modeling_vitcls.inference.predict import PredictionCounts, compute_model_digest, predict_images
 from modeling_vitcls.inference.shards import merge_shards
 from modeling_vitcls.options import PredictOptions
@@ -275,15 +275,6 @@ def test_datasets_are_read_like_files(models: Path, photos: Path, tmp_path: Path
     assert len(expected or []) == 9
 
 
-def test_a_network_failure_is_not_an_unreadable_image(models: Path, tmp_path: Path, photos: Path) -> None:
-    (tmp_path / "table.csv").write_text("image\nmemory://absent.jpg\n", encoding="utf-8")
-    output = tmp_path / "out.csv"
-    options = PredictOptions(str(models / "one_label"), dataset=str(tmp_path / "table.csv"), output=output)
-    with raises_one_line("cannot fetch memory://absent.jpg", error=FetchError):
-        predict_images(options)
-    assert [file.name for file in tmp_path.iterdir()] == ["table.csv"]
-
-
 # Folders of shards ---------------------------------------------------------------------------------------------------
 
 
@@ -356,10 +347,9 @@ def test_array_jobs_write_every_shard_once(models: Path, photos: Path, tmp_path:
             options = {"output": output, "shard_size": 2, "shard": shard}
             predict_images(PredictOptions(str(models / "one_label"), (str(photos),), **options))
             reset_accelerate()
-        assert "9 images, 0 without" in merge_shards(output, tmp_path / "out.jsonl")
+        assert f"{tmp_path / 'out.jsonl'}: 9 images, 0 without" in merge_shards(output, tmp_path / "out.jsonl")
         rows[output] = (tmp_path / "out.jsonl").read_text(encoding="utf-8")
     assert rows[folder] == rows[tmp_path / "whole"]
-    assert len(read_shards(folder)) == 9
     flags = ["--merge", folder, "--output", tmp_path / "merged.csv"]
     assert run_in_process("predict.py", *flags) == 0
     assert len(list(csv.DictReader((tmp_path / "merged.csv").open()))) == 9
@@ -390,9 +380,11 @@ def test_a_stream_is_divided_among_jobs_and_continued(
         file.unlink()
     with raises_one_line("lacks", "shard-0001-000001.parquet"):
         merge_shards(output, None)
-    predict_images(PredictOptions(str(models / "one_label"), shard="2/2", **options))
+    for shard in ("1/2", "2/2"):  # the first job was finished
+        predict_images(PredictOptions(str(models / "one_label"), shard=shard, **options))
+        reset_accelerate()
     assert {row["image"]: (row["index"], row["label"]) for row in read_shards(output)} == expected
-    assert files[0].read_bytes() == kept and "21 images" in merge_shards(output, None)
+    assert files[0].read_bytes() == kept and f"{output}: 21 images, 1 without" in merge_shards(output, None)
 
 
 @pytest.mark.parametrize(
@@ -414,6 +406,8 @@ def test_a_second_start_must_have_the_same_options(models: Path, photos: Path, t
         options: dict[str, Any] = {"shard_size": 4, **others}
         return predict_images(PredictOptions(str(models / model), (str(path),), output=folder, **options))
 
+    predictions = {"label": ["ant"] * 9, "probabilities": [[0.5, 0.25, 0.25]] * 9}
+    pq.write_table(pa.table(predictions), models / "one_label" / "predictions.parquet")  # for --coverage
     assert again() == PredictionCounts(9, 0)
     written = {file: file.stat().st_mtime_ns for file in folder.iterdir()}
     assert len(written) == 3
@@ -422,6 +416,8 @@ def test_a_second_start_must_have_the_same_options(models: Path, photos: Path, t
         "--threshold": {"threshold": 0.6},
         "--top-k": {"top_k": 2},
         "--features": {"features": ("mean",)},
+        "--feature-dtype": {"feature_dtype": "float16"},
+        "--coverage": {"coverage": 0.5},
         "--mixed-precision": {"mixed_precision": "bf16"},
         "another model": {"model": "several_labels"},
         "another input": {"path": photos / "inner"},
@@ -440,6 +436,12 @@ def test_a_second_start_must_have_the_same_options(models: Path, photos: Path, t
     assert {file: file.stat().st_mtime_ns for file in kept} == kept  # only the missing shard is written
     assert [row["index"] for row in read_shards(folder)] == list(range(9))
     assert len(list(folder.iterdir())) == 3
+    shard = folder / "shard-000001.parquet"
+    table, fields = pq.read_table(shard), json.loads(pq.read_schema(shard).metadata[b"vitcls"])
+    for change, words in (({"images": 3}, "4 of 3 rows"), ({"settings": {}}, "other flags")):
+        pq.write_table(table.replace_schema_metadata({"vitcls": json.dumps(fields | change)}), shard)
+        with raises_one_line(str(shard), words):
+            merge_shards(folder, None)
     (folder / "shard-000002.parquet").write_bytes(b"half")
     with raises_one_line("shard-000002.parquet", "Delete the file"):
         again()
@@ -539,8 +541,6 @@ def test_images_of_several_shapes_share_a_batch(photos: Path) -> None:
         (alone,) = predict(model, processor, path)
         assert alone["label"] == row["label"]
         assert alone["probability"] == pytest.approx(row["probability"], abs=1e-5)
-    small = predict(model, ViTCLSImageProcessor(do_resize=False), [np.zeros((4, 4, 3), np.uint8)])
-    assert small[0]["error"]  # smaller than a patch
 
 
 def test_wrong_flags_end_before_torch_is_imported() -> None:
