@@ -284,7 +284,7 @@ def test_columns_of_a_dataset(tmp_path: Path) -> None:
     columns: dict[str, Any] = {"image_column": "thumbnail", "label_column": ("tags",), "label_separator": "|"}
     options = InspectOptions("model", dataset=str(tmp_path / "table.csv"), split="train", **columns)
     found = open_images(options, build_named_classifier(CLASSES, problem_type="multi_label_classification"))
-    assert found.labels == [[1.0, 0.0, 1.0]] * len(found.names)
+    assert found.labels and list(found.labels) == [[1.0, 0.0, 1.0]] * len(found.names)
 
 
 def test_an_encoder_reads_the_selected_split(tmp_path: Path) -> None:
