@@ -120,7 +120,7 @@ def test_errors_name_the_argument(tmp_path: Path) -> None:
         finetune("vitcls-tiny", "digits", tmp_path, learning_rat=1e-3)
     for value in ("random", 3):
         with raises_one_line("auto_augment", "trivial"):
-            finetune("vitcls-tiny", "digits", tmp_path, auto_augment=value)
+            build_options(FinetuneOptions, model="m", dataset="digits", output_dir="o", auto_augment=value)
     with raises_one_line("config", error=TypeError):
         finetune("vitcls-tiny", "digits", tmp_path, config="digits.yaml")
     with raises_one_line("learning_rate"):

@@ -314,7 +314,9 @@ def test_all_runs_are_executed_and_summarized(tmp_path: Path, capsys: pytest.Cap
     assert page.startswith("# Pooling\n\nWhich pooling?\n\n") and "The mean." in page
     assert "\n## Accuracy (%)\n" in page and "F1" not in page
     assert "| mean | 2 | 78 ± 40 | +25 ± 0 |\n" in page  # only finished runs, and equal decimals
-    assert "| median |" not in page and f"{file} --output-dir '{output}' --jobs 2 --dataset other\n" in page
+    assert (
+        "| median |" not in page and f"{file} --output-dir '{output}' --jobs 2 --threads 3 --dataset other\n" in page
+    )
     assert all(fact in page for fact in ("4 of 6 runs", "seeds 0, 1;", "; 6 minutes", "3 threads", "transformers "))
 
     log = output / "runs" / "pooling-mean_seed-1" / "log.txt"

@@ -41,7 +41,8 @@ def run(options: StudyOptions) -> None:
     from ..study import StudyRunner, load_study, run_study
 
     words = ["vitcls", "study", "--config", options.config, "--output-dir", options.output_dir]
-    words += ["--jobs", options.jobs, *(["--dataset", options.dataset] if options.dataset else [])]
+    words += ["--jobs", options.jobs, "--threads", options.threads]
+    words += ["--dataset", options.dataset] if options.dataset else []
     study, command = load_study(find_recipe(options.config)), shlex.join(map(str, words))
     rows = run_study(StudyRunner(study, options.output_dir, options.jobs, options.threads, options.dataset), command)
     if num_unfinished := sum(row["status"] != "finished" for row in rows):

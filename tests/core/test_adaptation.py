@@ -147,11 +147,12 @@ FIELDS_THAT_ADAPT = {name: value for name, value in FIELDS.items() if name != "p
 
 
 def test_each_change_is_logged_once_in_a_line_of_its_own(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
-    randomize(ViTCLSForImageClassification(build_tiny_config(**FIELDS))).save_pretrained(tmp_path)
+    config = build_tiny_config(**FIELDS | {"num_cls_tokens": 3})
+    randomize(ViTCLSForImageClassification(config)).save_pretrained(tmp_path)
     change = {"num_cls_tokens": 1, "num_distillation_tokens": 0, "num_register_tokens": 6, "patch_size": 16}
     AutoModelForImageClassification.from_pretrained(tmp_path, **change)
     numbers = {"patch_embeddings.projection.weight": "8 8 16 16", "position_embeddings.patches": "4 6 2 3"}
-    for group, kept_and_changed in (("cls", "1 1"), ("distillation", ""), ("registers", "2 4")):
+    for group, kept_and_changed in (("cls", "1 2"), ("distillation", ""), ("registers", "2 4")):
         numbers |= dict.fromkeys((GROUPS[group], f"position_embeddings.{group}"), kept_and_changed)
     expected = {f"vitcls.embeddings.{name}": number.split() for name, number in numbers.items()}
     expected |= {"distillation_classifier.bias": [], "distillation_classifier.weight": []}
