@@ -44,7 +44,7 @@ def test_progress_is_shown_on_a_terminal(
     is_terminal: str, is_shown: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", is_terminal)
-    assert list(show_progress(iter(range(3)), "images", 3, is_shown)) == [0, 1, 2]
+    assert list(show_progress((index for index in range(3)), "images", 3, is_shown)) == [0, 1, 2]
     printed, shown = capsys.readouterr()
     assert ("100%" in shown) is bool(is_terminal and is_shown) and not printed
 

@@ -374,7 +374,7 @@ def test_a_stream_is_divided_among_jobs_and_continued(
         reset_accelerate()
     expected = {row["image"]: (row["index"], row["label"]) for row in read_shards(output)}
     assert len(expected) == 21 and len({row["index"] for row in read_shards(output)}) == 21
-    files = sorted(output.glob("shard-0001-*"))
+    files, written = sorted(output.glob("shard-0001-*")), set(output.iterdir())
     kept = files[0].read_bytes()
     for file in files[1:]:
         file.unlink()
@@ -384,6 +384,7 @@ def test_a_stream_is_divided_among_jobs_and_continued(
         predict_images(PredictOptions(str(models / "one_label"), shard=shard, **options))
         reset_accelerate()
     assert {row["image"]: (row["index"], row["label"]) for row in read_shards(output)} == expected
+    assert set(output.iterdir()) == written
     assert files[0].read_bytes() == kept and f"{output}: 21 images, 1 without" in merge_shards(output, None)
 
 
