@@ -319,6 +319,15 @@ def test_shapes_labels_and_differences_of_other_models() -> None:
 # Errors
 
 
+def test_a_difference_over_the_limit_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint(tmp_path / "model", num_hidden_layers=1)
+    monkeypatch.setitem(exporter.LIMITS, "float32", (-1.0, 0.0))
+    options = ExportOptions(str(tmp_path / "model"), "onnx", tmp_path / "not" / "there" / "vit.onnx", dynamic=False)
+    with raises_one_line("differs", "logits", "float32"):
+        export_model(options)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 def test_other_names_or_shapes_raise_an_error() -> None:
     wanted = [{"logits": torch.zeros(2, 3)}]
     for found in ({"logits": torch.zeros(1, 3)}, {"output": torch.zeros(2, 3)}):
