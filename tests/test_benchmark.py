@@ -35,12 +35,15 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_calls_have_the_threads_of_this_process() -> None:
     """With one thread, the calls per second of CPU time are measured."""
     before, seen = torch.get_num_threads(), []
+
+    def note() -> None:
+        seen.append(torch.get_num_threads())
+        time.sleep(0.01)
+
     try:
         for num_threads in (1, 2):
             torch.set_num_threads(num_threads)
-            speed = benchmark.measure_calls_per_second(
-                lambda: seen.append(torch.get_num_threads()) or time.sleep(0.01)
-            )
+            speed = benchmark.measure_calls_per_second(note)
             assert set(seen) == {num_threads} and (speed > 110) == benchmark.uses_cpu_time() == (num_threads == 1)
             seen.clear()
     finally:

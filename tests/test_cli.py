@@ -107,7 +107,7 @@ def test_a_run_that_stops_early_ends_with_its_status(
         finetune.run(None)  # type: ignore[arg-type]
     assert capsys.readouterr().err == "process 1: stopped by a signal\n"
     for mark, printed in ((contextlib.nullcontext, "process 1: error: wrong\n"), (mark_errors_of_all_processes, "")):
-        with pytest.raises(SystemExit, match="1"), exit_on_error(), mark():
+        with pytest.raises(SystemExit, match=r"^1$"), exit_on_error(), mark():
             raise ValueError("wrong")
         assert capsys.readouterr().err == printed
 

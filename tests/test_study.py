@@ -24,15 +24,7 @@ from modeling_vitcls import cli
 from modeling_vitcls.commands.parsing import parse_command_line
 from modeling_vitcls.commands.study import StudyOptions
 from modeling_vitcls.commands.study import run as run_command
-from modeling_vitcls.study import (
-    Study,
-    StudyRunner,
-    build_row,
-    format_table,
-    load_study,
-    run_study,
-    summarize,
-)
+from modeling_vitcls.study import Study, StudyRunner, build_row, format_table, load_study, run_study, summarize
 from modeling_vitcls.training.pretrain import check_options
 
 
@@ -231,14 +223,14 @@ def test_a_row_has_the_first_and_the_last_value_of_the_training_log(tmp_path: Pa
         "dataset": "digits",
         "resumed": True,
         "loss": 0.25,
-        "counts": [7] * 32,
+        "counts": list(range(32)),
         "pixels": [1] * 33,
     }
     (folder / "results.json").write_text(json.dumps(results | {"tokens": {"cls": {"norm": 2}}}))
     records = [{"loss": 2.5, "entropy": [1.0, 2.0], "name": "a"}, {"loss": 1.5, "entropy": [3, 4]}, {"accuracy": 0.5}]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     expected = {"pooling": "cls", "seed": 0, "status": "finished", "accuracy": 0.5, "tokens.cls.norm": 2.0}
-    expected |= {"loss": 0.25, **{f"counts.{index}": 7.0 for index in range(32)}}
+    expected |= {"loss": 0.25, **{f"counts.{index}": float(index) for index in range(32)}}
     expected |= {"first.loss": 2.5, "first.entropy.0": 1.0, "first.entropy.1": 2.0, "first.accuracy": 0.5}
     expected |= {"last.loss": 1.5, "last.entropy.0": 3.0, "last.entropy.1": 4.0, "last.accuracy": 0.5}
     assert build_row(runner, run) == expected

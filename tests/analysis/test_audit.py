@@ -125,10 +125,7 @@ def test_results_equal_cleanlab(planted: tuple[AuditedImages, ...], audit: dict[
 
 
 def test_page_and_table(
-    planted: tuple[AuditedImages, ...],
-    audit: dict[str, pd.DataFrame],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    planted: tuple[AuditedImages, ...], audit: dict[str, pd.DataFrame], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(audit_module, "MAX_SHOWN", 15)
     table = pd.read_csv(write_audit(audit, planted[0], tmp_path / "new" / "audit.html", "Digits"), dtype=str)
@@ -185,7 +182,7 @@ def test_audit_of_a_folder_and_training_without_the_listed_images(
     without = load_training_data(DataOptions(str(tmp_path / "photos"), exclude=page.with_suffix(".csv")))
     excluded = set(table["id"][table["split"] == "train"])
     assert without.num_excluded == len(excluded) == 301 - len(without.train)
-    assert not excluded & set(without.train.images.get_names())
+    assert not excluded & set(without.train.images.get_names()) and len(without.held_out) == 105
 
 
 def test_audit_needs_a_classifier_or_frozen_features(tmp_path: Path) -> None:

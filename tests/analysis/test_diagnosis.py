@@ -101,6 +101,7 @@ SIMILAR = {"between_tokens": fill(1.0, ALL, 0, 3), "variation": fill(0.0, ALL, 3
         (0, SIMILAR | {"state_distance": fill(1e-4, ALL, 0, 3)}, "not measured"),  # one of them varies less
         (0, {"state_distance": fill(0.0, ALL, 0, 3)}, "not measured"),
         (0, {"map_distance": fill(0.0, slice(2), 0, 2)}, "equal attention"),  # in the layers of both tokens
+        (0, {"map_distance": fill(0.04, ALL, 0, 2), "map_selectivity": fill(0.5)}, "equal attention"),
         (0, {"map_distance": fill(0.06), "map_selectivity": fill(0.5)}, "not measured"),
     ],
 )

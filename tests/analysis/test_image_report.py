@@ -8,11 +8,7 @@ import torch
 from helpers.tiny_models import TASKS, build_tiny_config, get_largest_difference, randomize
 from PIL import Image
 
-from modeling_vitcls import (
-    ViTCLSForImageClassification,
-    ViTCLSForMultiTaskClassification,
-    ViTCLSImageProcessor,
-)
+from modeling_vitcls import ViTCLSForImageClassification, ViTCLSForMultiTaskClassification, ViTCLSImageProcessor
 from modeling_vitcls.analysis.attribution import compute_attention_rollout, compute_attribution
 from modeling_vitcls.analysis.image_report import build_image_report, compute_patch_colors
 from modeling_vitcls.analysis.maps import VisibleRegion, extract_patch_maps

@@ -211,13 +211,15 @@ def get_lightness(picture: Image.Image) -> np.ndarray:
     return np.asarray(picture.convert("L"), dtype=float)
 
 
-def test_the_invisible_part_is_dark_and_uniform_maps_are_not_bright():
+def test_the_maximum_is_bright_the_invisible_part_is_dark_and_uniform_maps_are_not_bright():
     """The value of the brightest color is at least three times the mean over the visible part."""
     gray = Image.new("RGB", (90, 60), (200, 200, 200))
     drawn = np.asarray(overlay(gray, torch.ones(4, 4), VisibleRegion(15, 0, 75, 60)), dtype=float)
     color = np.array(colormaps["inferno"](1 / 3)[:3]) * 255
     assert np.abs(drawn[:, 15:75] - (200 * 0.75 * 0.55 + color * 0.45)).max() < 1
     assert (drawn[:, :15] == 70).all() and (drawn[:, 75:] == 70).all()
+    y, x = np.nonzero(get_lightness(overlay(build_photograph(), build_spot())) > 150)
+    assert len(y) > 20 and y.min() >= 15 and y.max() < 30 and x.min() >= 60 and x.max() < 75
 
 
 def test_overlays_of_large_and_small_images_are_scaled_on_request():

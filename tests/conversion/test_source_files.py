@@ -140,8 +140,7 @@ FILES: dict[str, tuple[str, str | None, Callable[[], Weights], Callable[[Weights
         "deit",
         None,
         lambda: build_vit_weights(
-            2,
-            extra=HEAD | {"dist_token": (1, 1, 192), "head_dist.weight": (LABELS, 192), "head_dist.bias": (LABELS,)},
+            2, extra=HEAD | {"dist_token": (1, 1, 192), "head_dist.weight": (LABELS, 192), "head_dist.bias": (LABELS,)}
         ),
         lambda weights: {"model": weights},
         resample_bicubic,

@@ -95,8 +95,7 @@ CLASS_VARIABLES = {"_skip_validation", "keys_to_ignore_at_inference", "base_mode
 
 # Numbers of parameters with 1,000 labels in the papers' code (timm's vit_*_patch16_224 and deit_*_patch16_224).
 @pytest.mark.parametrize(
-    ("name", "parameters"),
-    [("tiny", 5_717_416), ("small", 22_050_664), ("base", 86_567_656), ("large", 304_326_632)],
+    ("name", "parameters"), [("tiny", 5_717_416), ("small", 22_050_664), ("base", 86_567_656), ("large", 304_326_632)]
 )
 def test_presets_have_the_published_sizes(name: str, parameters: int) -> None:
     with torch.device("meta"):
@@ -217,6 +216,7 @@ def test_stages_at_load(tmp_path: Path) -> None:
     """The stored stages apply only to models with the same number of layers."""
     build_tiny_config(out_features=["stem", "stage2"]).save_pretrained(tmp_path)
     assert ViTCLSConfig.from_pretrained(tmp_path, num_hidden_layers=2).out_features == ["stem", "stage2"]
+    assert ViTCLSConfig.from_pretrained(tmp_path, out_indices=[0, 1]).out_features == ["stem", "stage1"]
     for num_layers in (1, 3):
         config = ViTCLSConfig.from_pretrained(tmp_path, num_hidden_layers=num_layers)
         assert (config.out_features, config.out_indices) == ([f"stage{num_layers}"], [num_layers])

@@ -179,8 +179,9 @@ def test_the_next_image_replaces_an_unreadable_one(half_unreadable: LabeledImage
 
 
 def test_an_image_of_an_unsupported_mode_is_unreadable() -> None:
-    floats = build_images(LabeledImages([Image.new("F", (9, 9)), *build_noise_images(1)], [0, 1]))
-    assert "mode F" in floats[[(0, 0)]]["errors"][0]  # can be decoded, but not used
+    unsupported = Image.new("F", (9, 9))  # can be decoded, but not used
+    batch = build_images(LabeledImages([unsupported, *build_noise_images(1), unsupported], [0, 1, 2]))[[(0, 2)]]
+    assert batch["labels"].tolist() == [1] and "mode F" in batch["errors"][2]
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

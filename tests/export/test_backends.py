@@ -248,8 +248,8 @@ def test_int8_leaves_the_patch_projection_and_excluded_layers_in_float32(model: 
     nodes = onnx.load(file).graph.node
     int8_values = {name for node in nodes if node.op_type == "DequantizeLinear" for name in node.output}
     products = [node for node in nodes if node.op_type in ("MatMul", "Conv")]
-    assert [node.name[:8] for node in products if int8_values & set(node.input)] == ["layers.0"] * 7
-    assert (len(products), file.stat().st_size == report["num_bytes"]) == (17, True)
+    assert {node.name.partition("/")[0] for node in products if int8_values & set(node.input)} == {"layers.0"}
+    assert file.stat().st_size == report["num_bytes"]
 
 
 def test_the_layer_with_outliers_is_ranked_first_and_named_if_the_metric_falls() -> None:
@@ -266,6 +266,7 @@ def test_the_layer_with_outliers_is_ranked_first_and_named_if_the_metric_falls()
         check_drop(report, 25.0, model, build_images())
         with raises_one_line("from 75.0% to 50.0% (25.0% to 62.5%) on", remedy):
             check_drop(report, 24.9, model, build_images())
+    check_drop({"evaluation": None, "excluded_layers": []}, 0.0, model, build_images())  # images without labels
 
 
 @pytest.mark.slow

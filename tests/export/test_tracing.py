@@ -61,4 +61,5 @@ def test_reasons_for_a_fixed_size(fields: dict[str, Any], word: str) -> None:
     assert word in shape.fixed_size_reason and bool(shape.fixed_size_reason) == bool(word)
     assert shape.is_dynamic == (not word) and shape.image_size == native_size
     assert shape.smallest_size == (native_size if word else (16, 16))
+    assert not word or select_graph_shape(model, (40, 24), True, False).image_size == (40, 24)
     assert select_graph_shape(model, (40, 24), dynamic=False) == GraphShape((40, 24), (40, 24), is_dynamic=False)

@@ -151,6 +151,9 @@ def test_an_encoder_has_features_instead_of_labels(tmp_path: Path) -> None:
     save_with_processor(model, tmp_path / "mine")
     report = export_for_transformers_js(str(tmp_path / "mine"), tmp_path / "web")
     assert all(comparison["top1_agreement"] is None for comparison in report["comparisons"])
+    config = build_config(ViTCLSModel(build_tiny_config(problem_type="multi_label_classification")))
+    assert config["architectures"] == ["ViTModel"] and "id2label" not in config
+    assert config["problem_type"] == "multi_label_classification"
     names = ["last_hidden_state", "pooler_output"]
     (outputs,) = run_graph(tmp_path / "web" / "onnx" / "model.onnx", [build_images()], names)
     with torch.no_grad():
@@ -173,9 +176,6 @@ def test_other_models_and_gray_images_are_refused(tmp_path: Path) -> None:
     with raises_one_line("not empty"):
         export_for_transformers_js(str(tmp_path / "tasks"), tmp_path / "regression")
     encoder = save_with_processor(ViTCLSModel(build_tiny_config()), tmp_path / "encoder")
-    config = build_config(ViTCLSModel(build_tiny_config(problem_type="multi_label_classification")))
-    assert config["architectures"] == ["ViTModel"] and "id2label" not in config
-    assert config["problem_type"] == "multi_label_classification"
     with raises_one_line("--dataset"):
         export_for_transformers_js(str(encoder), tmp_path / "web", dataset="digits")
     folder = save_digits_classifier(tmp_path / "gray", num_channels=1)

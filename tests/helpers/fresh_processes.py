@@ -24,14 +24,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 
-PRELOADED = (
-    "torch",
-    "torchvision.transforms.v2",
-    "scipy.optimize",
-    "sklearn.datasets",
-    "rich.console",
-    "tyro",
-)
+PRELOADED = ("torch", "torchvision.transforms.v2", "scipy.optimize", "sklearn.datasets", "rich.console", "tyro")
 NOT_LOADED = {"modeling_vitcls", "transformers", "huggingface_hub", "datasets", "accelerate"}
 SECONDS = 300  # timeout of a process
 OPTIONS = {"-I", "-P"}

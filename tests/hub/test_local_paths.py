@@ -41,7 +41,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "here"
 
 
-def test_paths_become_absolute(here: Path) -> None:
+def test_paths_become_absolute_and_names_with_at_are_kept(here: Path) -> None:
     for name in ("acme/data", "data/teach", "weights.pt"):
         assert resolve_name(name) == resolve_name(resolve_name(name)) == str(here / name)
     assert resolve_name("timm:resnet18@weights.pt") == f"timm:resnet18@{here}/weights.pt"

@@ -356,9 +356,9 @@ def test_labels_are_matched_to_the_model_by_name() -> None:
 
 def test_several_labels_are_matched_by_name() -> None:
     kind = "multi_label_classification"
-    given, known = LabelSpace(kind, {"tags": ["b", "c", "a"]}), LabelSpace(kind, {"label": ["a", "b", "d"]})
+    given, known = LabelSpace(kind, {"tags": ["b", "c", "a"]}), LabelSpace(kind, {"label": ["a", "b", "d", "e"]})
     matched = match_labels(LabeledImages([], [[1.0, 0.0, 0.0], [1.0, 0.0, 1.0], [0.0, 0.0, 0.0]]), given, known)
-    assert matched.labels == [[0.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 0.0]]
+    assert matched.labels == [[0.0, 1.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0], [0.0] * 4]
     with pytest.raises(ValueError, match="the label 'c', but the model has only the labels"):
         match_labels(LabeledImages([], [[0.0, 1.0, 0.0]]), given, known)
 

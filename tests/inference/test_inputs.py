@@ -154,6 +154,8 @@ def test_files_of_other_file_systems_are_fetched() -> None:
         record = ImageRecord(0, "name", content)
         prepared = prepare_image(lambda given, return_tensors: {"pixel_values": [given]}, record)
         assert prepared == PreparedImage(record, read)
+    with raises_one_line("memory://absent.png", error=FetchError):
+        prepare_image(lambda given, return_tensors: {}, ImageRecord(0, "name", "memory://absent.png"))
 
 
 class FlakyServer(BaseHTTPRequestHandler):

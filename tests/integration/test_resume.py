@@ -33,7 +33,6 @@ pytestmark = [
     pytest.mark.skipif(sys.platform == "win32", reason="needs sessions of processes"),
 ]
 
-REPOSITORY = Path(__file__).parents[2]
 ENVIRONMENT = SCRIPT_ENVIRONMENT | {"GLOO_SOCKET_IFNAME": get_loopback()}
 TINY = (
     "--model vitcls-tiny --hidden-size 32 --num-hidden-layers 2 --num-attention-heads 2 --intermediate-size 64 "

@@ -56,7 +56,7 @@ def test_a_confusion_matrix_shows_counts_and_shares_of_the_true_class() -> None:
     assert np.allclose(axes.images[0].get_array(), [[0.8, 0.2, 0], [0, 0, 0], [0.25, 0, 0.75]])
     assert axes.images[0].norm.vmax == 1 and axes.get_xticklabels()[0].get_rotation() == 90
     names = [label.get_text() for label in axes.get_yticklabels()]
-    assert figure.get_figheight() == 4
+    assert figure.get_figheight() <= 4
     assert names == [label.get_text() for label in axes.get_xticklabels()]
     assert names[:2] == ["cat", "dog"] and len(names[2]) == 18
 
@@ -66,7 +66,7 @@ def test_counts_and_names_are_shown_if_there_is_space(num_classes: int, has_coun
     figure = plot_confusion_matrix(np.eye(num_classes, dtype=int), [f"class {i}" for i in range(num_classes)])
     assert len(get_matrix_texts(figure)) == has_counts * num_classes**2
     assert len(figure.axes[0].get_xticks()) == has_names * num_classes
-    assert (figure.get_figwidth(), figure.get_figheight()) == (8.6, 8)
+    assert figure.get_figheight() == 8  # inches, for any number of classes
 
 
 def test_the_attention_of_each_token_is_drawn_over_its_image() -> None:

@@ -180,8 +180,7 @@ def test_other_repositories_are_one_line_errors(hub: LocalHub) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "is_equal"),
-    [(1.0, True), (1.0 + 5e-7, True), (1.0 + 5e-6, False), (float("nan"), False)],
+    ("value", "is_equal"), [(1.0, True), (1.0 + 5e-7, True), (1.0 + 5e-6, False), (float("nan"), False)]
 )
 def test_outputs_are_compared_with_a_tolerance(value: float, is_equal: bool) -> None:
     expected, found = {"AutoModel/logits": torch.ones(2, 3)}, {"AutoModel/logits": torch.full((2, 3), value)}

@@ -110,7 +110,8 @@ def test_nothing_is_trained_with_too_few_selection_images(
     assert len(data.selection) < 50 and results["steps"] == results["selection"]["step"] == 0
     assert results["accuracy"] == pytest.approx(score_regression(encoder, data), abs=1e-6)
     run_dry(build_options(tmp_path / "last", encoder, held_out_fraction=0.02, select="last"))
-    assert "ran 3 steps" in (printed := capsys.readouterr().out) and "frozen" not in printed
+    printed = capsys.readouterr().out
+    assert "ran 3 steps" in printed and "frozen" not in printed
 
 
 def test_fine_tuning_starts_from_the_regression(

@@ -155,7 +155,7 @@ def test_a_validation_split_selects_and_the_test_split_is_reported(tmp_path: Pat
     forwards = [forward for forward in forwards if forward[1] > 1 or forward[0]]  # without FLOPs and speed
     # The validation split is evaluated after each epoch, and the test split for the temperature, because the
     # validation images are few, and at the end. Empty rows have equal logits.
-    assert [count for is_training, count in forwards if not is_training] == [7, 7, 10 + 1, 10 + 1] and forwards[0][0]
+    assert [count for is_trained, count in forwards if not is_trained] == [7, 7, 10 + 1, 10 + 1] and forwards[0][0]
     assert (results["split"], results["num_images"], results["dataset"]) == ("split 'test'", 10, "data")
     assert (results["selection"]["images"], results["selection"]["num_images"]) == ("split 'validation'", 6)
 
