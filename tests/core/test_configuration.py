@@ -212,6 +212,10 @@ def test_labels_at_load(tmp_path: Path) -> None:
     assert (renamed.num_labels, renamed.label2id) == (3, {"a": 0, "b": 1, "c": 2})
 
 
+def test_the_grid_of_patches_that_are_not_square() -> None:
+    assert build_tiny_config(image_size=[32, 48], patch_size=[8, 4]).grid_size == (4, 12)  # rows, columns
+
+
 def test_stages_at_load(tmp_path: Path) -> None:
     """The stored stages apply only to models with the same number of layers."""
     build_tiny_config(out_features=["stem", "stage2"]).save_pretrained(tmp_path)

@@ -94,7 +94,8 @@ def test_card_and_license_are_converted_with_the_model(hub: LocalHub, tmp_path: 
     commit = repository.branches["main"]
     repository.commit("main", "broken", hub.files("them/dino") | {"config.json": hub.store("config.json", b"{}")})
     assert run_in_process("convert.py", "--source", f"transformers:them/dino@{commit}", "--output", folder) == 0
-    pushed = push_folder(ModelFolder(folder), "ann/dino")
+    pushed, ours = push_folder(ModelFolder(folder), "ann/dino"), hub.repositories["ann/dino"]
+    ours.commit("main", "broken", hub.files("ann/dino") | {"config.json": hub.store("config.json", b"{}")})
     first, files_and_code, _, *rows, limit, _, call = verify_push(pushed, ModelFolder(folder)).splitlines()
     assert first == f"verified: ann/dino at {pushed.commit}" and "1e-06" in limit
     num_files = len(hub.files("ann/dino").keys() - {".gitattributes"})
