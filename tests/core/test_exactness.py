@@ -15,7 +15,7 @@ import transformers
 from helpers.tiny_models import SIZES, build_images, build_tiny_config, get_largest_difference, randomize
 from timm.layers import build_sincos2d_pos_embed
 
-from modeling_vitcls import ViTCLSBackbone, ViTCLSModel
+from modeling_vitcls import ViTCLSBackbone, ViTCLSForMaskedImageModeling, ViTCLSModel, convert_from_transformers
 from modeling_vitcls.heads_vitcls import compute_masked_pixel_loss
 
 
@@ -89,6 +89,17 @@ def test_sincos_positions(size: tuple[int, int]) -> None:
     added = (with_positions - without)[0]
     assert torch.equal(added[:3], torch.zeros(3, 16))
     assert get_largest_difference(added[3:], expected) <= TOLERANCE
+
+
+def test_masked_image_modeling_equals_simmim() -> None:
+    peer = randomize(transformers.ViTForMaskedImageModeling(transformers.ViTConfig(**SIZES, encoder_stride=8)))
+    encoder, decoder = convert_from_transformers(peer.vit), peer.decoder[0]
+    ours = ViTCLSForMaskedImageModeling(encoder.config).eval()
+    ours.vitcls.load_state_dict(encoder.state_dict())
+    ours.decoder.projection.load_state_dict({"weight": decoder.weight.flatten(1), "bias": decoder.bias})
+    mask = torch.arange(32).view(2, 16) % 3 == 0
+    got, expected = (model(build_images(), bool_masked_pos=mask) for model in (ours, peer))
+    assert all(get_largest_difference(got[name], expected[name]) <= TOLERANCE for name in ("reconstruction", "loss"))
 
 
 @pytest.mark.parametrize("normalised", [False, True])
