@@ -95,8 +95,8 @@ def check_flags_unchanged(stored_flags: dict[str, Any], current_flags: dict[str,
 
 
 def check_run_unchanged(metadata: dict[str, Any], current: dict[str, Any], folder: Path) -> None:
-    """Raise ValueError if --resume would continue the run with other data, another precision, or other steps.
-    `metadata` and `current` are the values in the checkpoint and in this run."""
+    """Raise ValueError if --resume would continue the run with other data, another precision, or another
+    number of images per step. `metadata` and `current` are the values in the checkpoint and in this run."""
     if change := describe_change(metadata["data"], current["data"]):
         raise ValueError(
             f"--resume: the dataset has changed since the run in {folder} was started: {change}. Restore the dataset, "
@@ -109,9 +109,9 @@ def check_run_unchanged(metadata: dict[str, Any], current: dict[str, Any], folde
         )
     if metadata["images_per_step"] != current["images_per_step"]:
         raise ValueError(
-            f"--resume: the run in {folder} has {metadata['num_steps']:,} steps of {metadata['images_per_step']} "
-            f"images, but this run has {current['num_steps']:,} steps of {current['images_per_step']} images. "
-            "Restore the product of --batch-size, --gradient-accumulation-steps and the number of processes"
+            f"--resume: the run in {folder} has {metadata['images_per_step']} images per step, but this run has "
+            f"{current['images_per_step']}. Restore the product of --batch-size, --gradient-accumulation-steps and "
+            "the number of processes"
         )
 
 

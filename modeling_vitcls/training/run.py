@@ -155,7 +155,6 @@ class Run:
             self.plan = replace(self.plan, num_steps=NUM_STEPS)
         self.metadata = {  # of checkpoints
             "images_per_step": self.plan.images_per_step,
-            "num_steps": self.plan.num_steps,
             "mixed_precision": accelerator.mixed_precision,
             "data": run_on_main(accelerator, partial(describe_data, self.data)),
             "flags": get_relative_flags(self.options, self.options.run.hub_checkpoint_branch is not None),

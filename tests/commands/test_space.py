@@ -1,9 +1,8 @@
-"""`vitcls space`: the files of a Space, pushes to a local Hub, and flags that contradict each other. `vitcls push`."""
+"""`vitcls space`: the files of a Space, pushes to a local Hub, and flags that contradict each other."""
 
 import importlib.metadata
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from helpers.local_hub import LocalHub
@@ -11,11 +10,8 @@ from helpers.tiny_models import raises_one_line, save_classifier
 from huggingface_hub import SpaceCard
 from packaging.requirements import Requirement
 
-from modeling_vitcls.commands.push import PushOptions
-from modeling_vitcls.commands.push import run as run_push
 from modeling_vitcls.commands.space import SpaceOptions, run
 from modeling_vitcls.files import write_json
-from modeling_vitcls.publishing import push, verify
 from modeling_vitcls.publishing.model_folder import ModelFolder
 from modeling_vitcls.publishing.push import push_folder
 from modeling_vitcls.publishing.space import find_published_model
@@ -91,19 +87,6 @@ def test_spaces_of_private_models(
     config.clear()
     with raises_one_line("ann/mine is an encoder"):
         run(SpaceOptions("ann/mine", static=True, output=tmp_path / "encoder"))
-
-
-def test_flags_of_a_push(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder, calls = save_classifier(tmp_path / "mine"), []
-    pushed = SimpleNamespace(summary="sent")
-    monkeypatch.setattr(push, "prepare_repository", lambda *arguments: calls.append(arguments) or "ann/new")
-    monkeypatch.setattr(push, "push_folder", lambda folder, *arguments: calls.append(arguments) or pushed)
-    monkeypatch.setattr(verify, "verify_push", lambda pushed, folder: f"verified {folder.path}")
-    for is_verified in (True, False):
-        run_push(PushOptions(folder, "new", private=True, branch="dev", verify=is_verified))
-        assert calls == [("new", "mine", True), ("ann/new", True, "dev")]
-        calls.clear()
-        assert (f"verified {folder}" in capsys.readouterr().out) == is_verified
 
 
 @pytest.mark.integration

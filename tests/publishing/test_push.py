@@ -3,17 +3,20 @@
 import hashlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 from helpers.local_hub import LocalHub, Token
 from helpers.model_folders import write_results, write_run_folder
-from helpers.tiny_models import build_tiny_config, raises_one_line, save_with_processor
+from helpers.tiny_models import build_tiny_config, raises_one_line, save_classifier, save_with_processor
 from huggingface_hub import HfApi
 from huggingface_hub.utils import enable_progress_bars
 
 import modeling_vitcls as vitcls
+from modeling_vitcls.commands.push import PushOptions
+from modeling_vitcls.commands.push import run as run_push
 from modeling_vitcls.hub import connection
 from modeling_vitcls.publishing.card import write_card
 from modeling_vitcls.publishing.model_folder import ModelFolder
@@ -24,6 +27,7 @@ pytestmark = pytest.mark.integration
 
 CODE = {file.name for file in Path(vitcls.__file__).parent.glob("*_vitcls.py")}
 WEIGHTS = "model.safetensors"
+PUBLISHING = "modeling_vitcls.publishing"
 MODEL_FILES = CODE | {WEIGHTS, "config.json", "preprocessor_config.json"}
 
 TOKENS = {
@@ -364,3 +368,17 @@ def test_a_failed_push_prints_the_command_that_completes_it(hub: LocalHub, folde
     command = f"vitcls push --model {folder} --hub-model-id ann/model --private --branch new"
     with raises_one_line("HTTP 403", command, error=PushError):
         push_folder(ModelFolder(folder), "ann/model", private=True, branch="new")
+
+
+def test_flags_of_a_push(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, calls, pushed = save_classifier(tmp_path / "mine"), [], SimpleNamespace(summary="sent")
+    monkeypatch.setattr(
+        f"{PUBLISHING}.push.prepare_repository", lambda *arguments: calls.append(arguments) or "ann/new"
+    )
+    monkeypatch.setattr(f"{PUBLISHING}.push.push_folder", lambda folder, *arguments: calls.append(arguments) or pushed)
+    monkeypatch.setattr(f"{PUBLISHING}.verify.verify_push", lambda pushed, folder: f"verified {folder.path}")
+    for is_verified in (True, False):
+        run_push(PushOptions(folder, "new", private=True, branch="dev", verify=is_verified))
+        assert calls == [("new", "mine", True), ("ann/new", True, "dev")]
+        calls.clear()
+        assert (f"verified {folder}" in capsys.readouterr().out) == is_verified

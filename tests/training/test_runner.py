@@ -140,7 +140,7 @@ CHANGES: list[tuple[dict[str, Any], str]] = [
     ({"ema_decay": None}, "--ema-decay 0.5, but the value in this run is unset"),
     ({"max_steps": 9}, f"--max-steps 3, but the value in this run is 9. {LENGTH}"),
     ({"epochs": 9.0}, LENGTH),
-    ({"batch_size": 4}, "has 3 steps of 8 images, but this run has 3 steps of 4 images"),
+    ({"batch_size": 4}, "has 8 images per step, but this run has 4"),
 ]
 
 
@@ -168,7 +168,7 @@ def test_a_resumed_run_uses_the_commits_of_its_checkpoint() -> None:
 
 def test_another_precision_is_an_error() -> None:
     """The launcher of the resumed run may set it."""
-    metadata = {"data": {}, "mixed_precision": "no", "images_per_step": 8, "num_steps": 3}
+    metadata = {"data": {}, "mixed_precision": "no", "images_per_step": 8}
     check_run_unchanged(metadata, metadata, Path("run"))
     with raises_one_line("--mixed-precision bf16"):
         check_run_unchanged(metadata | {"mixed_precision": "bf16"}, metadata, Path("run"))
