@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.batch_plans import build_plan
+from helpers.photo_folders import CountedImages
 from helpers.tiny_models import raises_one_line
 from PIL import Image
 
@@ -19,6 +20,7 @@ from modeling_vitcls.data import batches as batches_module
 from modeling_vitcls.data.augmentation import build_augmentation
 from modeling_vitcls.data.batches import Batch, BatchBuilder, Normalizer, TrainingImages, iterate_training_batches
 from modeling_vitcls.data.images import ArrayImages, DatasetImages, LabeledImages
+from modeling_vitcls.data.sampling import derive_seed
 from modeling_vitcls.data.streaming import TrainingStream
 from modeling_vitcls.options import AugmentationOptions
 
@@ -45,7 +47,8 @@ def are_equal(first: Batch, second: Batch) -> bool:
 
 def test_a_batch_contains_its_keys() -> None:
     source = LabeledImages(build_noise_images(5), [0, 1, 2, 3, 4])
-    batch = build_images(source)[[(3, 4), (0, 2)]]
+    images = build_images(source, seed=7, rotation=20)
+    batch = images[[(3, 4), (0, 2)]]
     assert batch.pop("errors") == {}
     assert {name: (list(value.shape), value.dtype) for name, value in batch.items()} == {
         "pixels": ([2, 3, 16, 16], torch.uint8),
@@ -56,6 +59,9 @@ def test_a_batch_contains_its_keys() -> None:
     }
     assert batch["labels"].tolist() == batch["index"].tolist() == [4, 2]
     assert batch["epoch"].tolist() == batch["view"].tolist() == [3, 0]
+    seeds = np.array([derive_seed(7, 3), derive_seed(7, 0)], np.uint64)  # never changes, so that runs can be resumed
+    prepared = [images.builder.prepare_image(source.images[index]) for index in (4, 2)]
+    assert torch.equal(batch["pixels"], images.builder.augmentation(prepared, seeds, np.array([4, 2], np.uint64)))
 
 
 @pytest.mark.parametrize(
@@ -68,29 +74,6 @@ def test_a_batch_contains_its_keys() -> None:
 def test_labels_of_any_kind(labels: list[Any], expected: Any) -> None:
     images = build_images(LabeledImages(build_noise_images(2), labels))
     torch.testing.assert_close(images[[(0, 0), (0, 1)]]["labels"], expected)
-
-
-@pytest.mark.parametrize("as_arrays", [True, False])
-@pytest.mark.parametrize(
-    "options", [{"rotation": 20, "shift": 0.1}, {"crop_scale": 0.4}, {"auto_augment": "rand"}, {"random_erasing": 1.0}]
-)
-def test_pixels_depend_only_on_seed_epoch_and_image(as_arrays: bool, options: dict[str, Any]) -> None:
-    values = np.random.default_rng(0).integers(0, 256, (4, 10, 12), dtype=np.uint8)
-    arrays = ArrayImages(values)
-    source = LabeledImages(arrays if as_arrays else list(arrays), [0] * 4)
-
-    def pixels(seed: int, epoch: int) -> torch.Tensor:
-        torch.rand(1)  # the state of the global generator must not matter
-        return build_images(source, seed, **options)[[(epoch, 3)]]["pixels"][0]
-
-    assert pixels(0, 0).shape == (3, 16, 16)
-    assert torch.equal(pixels(0, 0), pixels(0, 0))
-    assert not torch.equal(pixels(0, 0), pixels(0, 1))
-    assert not torch.equal(pixels(0, 0), pixels(1, 0))
-    whole = build_images(source, **options)[[(1, 2), (0, 3), (2, 0)]]["pixels"]
-    assert torch.equal(whole[1], pixels(0, 0))
-    other = LabeledImages(list(arrays) if as_arrays else arrays, [0] * 4)
-    assert torch.equal(build_images(other, **options)[[(0, 3)]]["pixels"][0], pixels(0, 0))  # for any kind of storage
 
 
 def test_views_repeat_after_the_last_one() -> None:
@@ -125,26 +108,14 @@ def test_pixels_match_the_image_processor(settings: dict[str, Any]) -> None:
     torch.testing.assert_close(normalizer.invert(expected), pixels.float(), atol=1e-2, rtol=0)
 
 
-def test_only_small_datasets_are_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    paths = [tmp_path / f"{index}.png" for index in range(3)]
-    for path, image in zip(paths, build_noise_images(3), strict=True):
-        image.save(path)
-    source = LabeledImages(DatasetImages.from_list(list(map(str, paths))), [0, 1, 2])
+def test_only_small_datasets_are_decoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     keys = [(5, 0), (5, 1), (5, 2)]
     num_bytes = 3 * 12 * 10 * 3  # three images before the random crop
-    for limit, is_stored in ((num_bytes, True), (num_bytes - 1, False)):
+    for limit, num_reads in ((num_bytes, 3), (num_bytes - 1, 6)):
         monkeypatch.setattr(batches_module, "MAX_CACHE_BYTES", limit)
-        images = build_images(source, crop_scale=0.5)
-        before = images[keys]
-        for path in paths:
-            path.rename(path.with_suffix(".moved"))
-        if is_stored:
-            assert are_equal(images[keys], before)
-        else:
-            with pytest.raises(ValueError, match="none of the 3 images can be read"):
-                images[keys]
-        for path in paths:
-            path.with_suffix(".moved").rename(path)
+        counted = CountedImages(build_noise_images(3))
+        images = build_images(LabeledImages(counted, [0, 1, 2]), crop_scale=0.5)
+        assert are_equal(images[keys], images[keys]) and counted.num_reads == num_reads
 
 
 # Unreadable images ---------------------------------------------------------------------------------------------------

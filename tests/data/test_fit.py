@@ -13,6 +13,7 @@ from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, 
 from modeling_vitcls.data.augmentation import build_augmentation
 from modeling_vitcls.data.batches import Normalizer
 from modeling_vitcls.data.fit import describe_fit, get_visible_share, set_fit
+from modeling_vitcls.data.images import DatasetImages
 from modeling_vitcls.data.labels import LabelSpace
 from modeling_vitcls.inference.load_model import load_model
 from modeling_vitcls.options import AugmentationOptions, ModelOptions
@@ -76,7 +77,7 @@ def test_random_crops_of_padded_images_have_the_aspect_ratio_of_the_input() -> N
     set_fit(processor, "pad", (32, 48))
     augmentation = build_augmentation(AugmentationOptions(crop_scale=0.5, shift=0.0), processor)
     assert augmentation.fixed_transform(torch.zeros(3, 40, 30, dtype=torch.uint8)).shape == (3, 40, 60)
-    assert augmentation.fixed_transform(torch.zeros(3, 20, 90, dtype=torch.uint8)).shape == (3, 60, 90)
+    assert augmentation.fixed_transform(torch.zeros(1, 20, 90, dtype=torch.uint8)).shape == (1, 60, 90)
 
 
 def test_a_crop_keeps_its_ratio_at_another_size_and_the_seen_share_is_measured() -> None:
@@ -90,7 +91,9 @@ def test_a_crop_keeps_its_ratio_at_another_size_and_the_seen_share_is_measured()
         assert (processor.size.shortest_edge, processor.crop_size.height) == (edge, 64)
     assert get_visible_share(processor, (160, 640)) == pytest.approx((64 / 72) ** 2 / 4)
     text = describe_fit(processor, [Image.new("L", size) for size in ((640, 160), (100, 100), (100, 130))])
-    assert f"{100 * (64 / 72) ** 2 / 1.3:.0f} %" in text and describe_fit(processor, []) == "crop"
+    assert f"{100 * (64 / 72) ** 2 / 1.3:.0f} %" in text
+    for images in ([], DatasetImages.from_list(["absent.png"])):
+        assert describe_fit(processor, images) == "crop"
     set_fit(processor, "crop", (20, 28))
     assert (processor.size.shortest_edge, processor.crop_size.width) == (31, 28)  # 31.5, rounded down
 

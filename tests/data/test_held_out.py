@@ -151,6 +151,7 @@ def test_the_held_out_images_of_a_dataset_never_change() -> None:
     assert [compute_image_key(name.encode()) for name in "abc"] == [hash_text(name) // 2 for name in "abc"]
     for path in ("/photos/cat/1.png", "/photos/./cat//1.png", "cat/1.png"):
         assert get_relative_path(path, Path("/photos")) == "cat/1.png"
+    assert get_relative_path("/other/1.png", Path("/photos")) == "../other/1.png"
     for path in ("", "https://a.org/1.png"):
         assert get_relative_path(path, Path("/photos")) == path
 
@@ -171,7 +172,7 @@ def test_each_image_is_in_one_fold() -> None:
 
 def test_empty_parts_are_errors(tmp_path: Path) -> None:
     folder = write_photos(tmp_path, range(1))
-    with raises_one_line("2 images", "--held-out-fraction"):
+    with raises_one_line("2 images", "larger --held-out-fraction"):
         read(folder)
 
 
@@ -212,6 +213,8 @@ def test_the_label_columns_of_a_run_are_used_in_its_evaluation(tmp_path: Path) -
         results = run(tmp_path / name, tmp_path / "table.csv", **flags)
         metric = results["selection_metric"]
         assert evaluate(tmp_path / name, tmp_path / "table.csv")[metric] == pytest.approx(results[metric], abs=1e-5)
+    with raises_one_line("--label-column"):  # the flags are used as a whole
+        evaluate(tmp_path / "tags", tmp_path / "table.csv", label_separator="|")
 
 
 def test_rare_classes_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -243,7 +246,7 @@ def test_evaluation_warns_of_images_that_may_be_training_images(tmp_path: Path, 
     assert get_warnings(folder) == []
     write_photos(folder, range(30, 60))
     (line,) = get_warnings(folder)
-    assert "held-out images are not the" in line
+    assert "held-out images are not the 12 images" in line
     (line,) = get_warnings(write_photos(tmp_path / "others", range(1000, 1030)))
     assert "held-out images are not the" in line
 

@@ -11,10 +11,12 @@ from typing import Any
 import datasets
 import pytest
 from helpers.photo_folders import write_photos
+from helpers.tiny_models import raises_one_line
 
 from modeling_vitcls.data import image_folder, splits
 from modeling_vitcls.data.images import DatasetImages
 from modeling_vitcls.data.splits import load_on_main, load_training_data
+from modeling_vitcls.data.streaming import read_label_column
 from modeling_vitcls.options import DataOptions
 
 
@@ -85,3 +87,6 @@ def test_web_dataset_shards_need_no_flags(is_folder: bool, tmp_path: Path) -> No
     examples = [*data.train.iterate_pass(0, 0, 0, 1)]
     assert {int(Path(example.name).stem.split("/")[-1]) % 3 == example.label for example in examples} == {True}
     assert len(examples) + len(data.held_out) == 40
+    on_the_hub = {"train": SimpleNamespace(features={"__url__": datasets.Value("string")})}
+    with raises_one_line("'cls'", "--label-names"):  # otherwise, all images would be downloaded
+        next(read_label_column(on_the_hub, "cls", DataOptions("owner/name", streaming=True)))

@@ -1,9 +1,20 @@
-"""Write image folders with one sub-folder per class."""
+"""Image folders with one sub-folder per class, and images that count how often they are read."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
+
+
+class CountedImages(list):
+    """Images that count how often they are loaded."""
+
+    num_reads = 0
+
+    def __getitem__(self, index: Any) -> Any:
+        self.num_reads += 1
+        return super().__getitem__(index)
 
 
 def write_photos(root: Path, numbers: range, *names: str) -> Path:

@@ -60,7 +60,8 @@ def test_prediction_sets_equal_mapie() -> None:
 
 
 def test_coverage_requires_enough_images() -> None:
-    assert find_score_limit(np.full((9, 2), 0.5), np.zeros(9, int), 0.9) == 0.5
+    limit = find_score_limit(np.full((9, 2), 0.5), np.zeros(9, int), 0.9)
+    assert limit == 0.5 and build_prediction_sets(np.full((1, 2), 0.5), limit).all()
     with pytest.raises(ValueError, match=r"--coverage.*\b9\b.*\b8\b"):
         find_score_limit(np.full((8, 2), 0.5), np.zeros(8, int), 0.9)
 
@@ -77,5 +78,5 @@ def test_measured_sets_and_unknown_images() -> None:
     assert measure_prediction_sets(probabilities, labels, ["a", "b", "c"], 0.9) == []
     known, unknown = (np.array([[value, -99.0] for value in values]) for values in ([5.0, 4.0, 1.0], [2.0, 0.0]))
     measured = {"num_images": 2, "auroc": pytest.approx(5 / 6), "flagged": 0.5}
-    assert measure_unknown(known, unknown, threshold=-1.5) == measured
+    assert measure_unknown(known, unknown, threshold=-2.0) == measured  # an energy at the threshold is not flagged
     assert measure_unknown(known, unknown, threshold=None) == measured | {"flagged": None}

@@ -26,19 +26,20 @@ photos = prediction_photos.photos  # a fixture
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return an encoder with two register tokens."""
-    return save_with_processor(ViTCLSModel(build_tiny_config(num_register_tokens=2)), tmp_path_factory.mktemp("model"))
+    model = ViTCLSModel(build_tiny_config(num_register_tokens=2, image_size=(32, 48)))
+    return save_with_processor(model, tmp_path_factory.mktemp("model"), ViTCLSImageProcessor(size=[32, 48]))
 
 
 def test_features_equal_those_of_predict(encoder: Path, photos: Path) -> None:
     """Batches contain paths, bytes or encoded images. The other columns are kept. The model is not pickled."""
-    names = ["cls", "registers@1", "mean"]
+    names = ["cls", "registers@1", "mean", "patches"]
     paths = sorted_photos(photos)
     model, processor = ViTCLSModel.from_pretrained(encoder).eval(), ViTCLSImageProcessor.from_pretrained(encoder)
     expected = predict(model, processor, paths, features=names)
-    embed = EmbedImages(encoder, names)
+    embed: Any = EmbedImages(encoder, names, batch_size=4)
     embed({"path": paths[:1]})
     restored = pickle.loads(pickle.dumps(embed))
-    assert embed.predictor is not None and restored.predictor is None
+    assert embed.predictor.batch_size == 4 and restored.predictor is None
     contents = [Path(path).read_bytes() for path in paths]
     for batch in (
         {"path": np.array(paths)},
@@ -58,11 +59,12 @@ def test_unreadable_images_have_an_error(encoder: Path, photos: Path) -> None:
     assert outputs["cls"].dtype == np.float16 and np.isnan(outputs["cls"]).all(axis=1).tolist() == [True, False]
     assert outputs["error"][0] and not outputs["error"][1]
     model, processor = ViTCLSModel.from_pretrained(encoder).eval(), ViTCLSImageProcessor.from_pretrained(encoder)
-    set_fit(processor, "pad", (32, 32))
+    set_fit(processor, "pad", (32, 48))
     (row,) = predict(model, processor, photos / "a.jpg", features="cls")
     np.testing.assert_allclose(outputs["cls"][1], row["features"], atol=1e-3)
-    with raises_one_line("image_column", "photo"):
-        EmbedImages(encoder)({"photo": []})
+    for unusable in (embed, EmbedImages(encoder)):
+        with raises_one_line("image_column", "picture"):
+            unusable({"picture": []})
 
 
 def test_datasets_map_adds_features(encoder: Path, photos: Path) -> None:

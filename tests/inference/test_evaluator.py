@@ -11,12 +11,12 @@ from helpers.evaluation_results import close, compute_outputs
 from helpers.evaluation_worker import (
     NUM_IMAGES,
     SIZES,
-    SPACES,
     UNREADABLE,
     build_classifier,
     build_evaluator,
     build_labeled_images,
 )
+from helpers.photo_folders import CountedImages
 from PIL import Image
 
 from modeling_vitcls import ViTCLSConfig, ViTCLSImageProcessor
@@ -24,7 +24,6 @@ from modeling_vitcls.data.images import DatasetImages, LabeledImages
 from modeling_vitcls.data.labels import LabelSpace
 from modeling_vitcls.distributed import build_accelerator
 from modeling_vitcls.inference import evaluator as evaluator_module
-from modeling_vitcls.inference.evaluator import HeldOutBatches
 from modeling_vitcls.options import DataOptions
 
 
@@ -32,24 +31,6 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 CPU = torch.device("cpu")
 by_one_process = evaluation_results.by_one_process  # a fixture
-
-
-@pytest.mark.parametrize(
-    ("num_images", "batch_size", "num_processes"), [(10, 3, 1), (10, 3, 2), (1, 4, 3), (12, 3, 2)]
-)
-def test_each_image_is_evaluated_by_one_process(num_images: int, batch_size: int, num_processes: int) -> None:
-    pictures = build_labeled_images("single", num_images)
-    numbered = LabeledImages(pictures.images, range(num_images))
-    processor = ViTCLSImageProcessor(size=16)
-    shares = [
-        HeldOutBatches(numbered, processor, SPACES["single"], batch_size, process, num_processes)
-        for process in range(num_processes)
-    ]
-    # sharded models require equal numbers of batches on all processes
-    assert len({len(share) for share in shares}) == 1
-    batches = [share[keys] for share in shares for keys in share]
-    assert sorted(label for batch in batches for label in batch.labels.tolist()) == list(range(num_images))
-    assert all(len(batch.labels) <= batch_size for batch in batches)
 
 
 def test_blank_batches_have_the_shape_of_the_model() -> None:
@@ -106,16 +87,6 @@ def test_too_many_unreadable_images_are_an_error() -> None:
         evaluator(build_classifier("single"))
 
 
-class CountedImages(list):
-    """Images that count how often they are loaded."""
-
-    num_reads = 0
-
-    def __getitem__(self, index: Any) -> Any:
-        self.num_reads += 1
-        return super().__getitem__(index)
-
-
 @pytest.mark.parametrize(("free_bytes", "num_reads"), [(0, 1), (-1, 3)])
 def test_small_datasets_are_preprocessed_once(
     free_bytes: int, num_reads: int, monkeypatch: pytest.MonkeyPatch, by_one_process: dict[str, Any]
@@ -136,4 +107,4 @@ def test_evaluation_draws_no_random_numbers() -> None:
     model = build_classifier("single")
     before = torch.get_rng_state()
     evaluator(model)
-    assert torch.equal(torch.get_rng_state(), before)
+    assert evaluator.loader.num_workers == 1 and torch.equal(torch.get_rng_state(), before)

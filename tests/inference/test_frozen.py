@@ -98,9 +98,9 @@ def test_splits_of_the_data_set_and_unreadable_images(
     for split in ("train", "val"):
         (dataset / split / "a" / "3.png").write_bytes(b"no image")
     data = DataOptions(dataset=str(dataset), num_workers=0)
-    monkeypatch.setattr(frozen, "time", SimpleNamespace(perf_counter=iter([10.0, 14.0, 20.0]).__next__))
+    monkeypatch.setattr(frozen, "time", SimpleNamespace(perf_counter=iter([10.0, 11.234, 20.0]).__next__))
     results = run(model, "knn", data=data, split="validation")
-    assert (results["seconds"], results["images_per_second"]) == (4.0, (11 + 7) / 4)
+    assert (results["seconds"], results["images_per_second"]) == (1.23, 14.6)  # 18 images
     assert (results["split"], results["num_training_images"], results["num_images"]) == ("validation", 11, 7)
     assert results["num_unreadable_images"] == 2
     gray = save_model(tmp_path / "gray", num_channels=1)
@@ -123,8 +123,11 @@ def test_results_equal_scikit_learn(
     assert json.loads((tmp_path / "new" / "frozen.json").read_text(encoding="utf-8")) == results | {"frozen": frozen}
     assert "versions" in results
     printed, rows = capsys.readouterr().out, results["rows"]
-    assert re.findall(r"\d+", printed.partition(dataset)[0]) == ["15", "7"]
-    assert all(row["token"] in printed and f"{row['accuracy']:.2%}" in printed for row in rows)
+    before, _, after = printed.partition(dataset)
+    assert re.findall(r"\d+", before) == ["15", "7"] and f"(validation); {results['images_per_second']:,} " in after
+    for row in rows:
+        cells = [row["token"], f"{row['accuracy']:.2%}", "{:.2%} to {:.2%}".format(*row["accuracy_interval"])]
+        assert re.search("│ {} +│ +{} │ +{} │".format(*cells), printed)
     assert [row["token"] for row in rows] == TOKENS
     assert (results["num_training_images"], results["num_images"]) == (15, 7)
     assert len({row["accuracy"] for row in rows}) > 1
@@ -144,8 +147,10 @@ def test_a_warning_is_printed_if_the_held_out_images_differ_from_the_record(
     folder = tmp_path / "model"
     shutil.copytree(model, folder)
     data = DataOptions(dataset=str(write_noise(tmp_path / "data", {".": (8, 8)})), num_workers=0)
-    rule = HeldOutRule(data.held_out_fraction, data.split_seed)
-    keys = load_evaluation_data(data, "test").images.images.compute_keys()
+    rule = HeldOutRule(0.5, 7)  # not the default
+    keys = load_evaluation_data(
+        replace(data, held_out_fraction=0.5, split_seed=7), "test"
+    ).images.images.compute_keys()
     for record, is_warned in ((None, False), (list(keys), False), ([*keys, 1], True)):
         if record is not None:
             results = {"held_out": asdict(HeldOutRecord.from_keys(rule, record))}

@@ -29,6 +29,7 @@ from modeling_vitcls.inference.inputs import (
     build_record,
     open_input,
     prepare_image,
+    prepare_images,
 )
 from modeling_vitcls.options import PredictOptions
 
@@ -127,7 +128,7 @@ def test_files_are_identified_by_their_size_and_time(tmp_path: Path) -> None:
         os.utime(file, (seconds, seconds))
         digests.append(ListInput([file.name], [str(file)]).compute_fingerprint()["sha256"])
     assert len(set(digests)) == 3 and digests[2] == digests[3]
-    urls = [ListInput([url], [url]).compute_fingerprint() for url in ("https://host/a.png", "https://host/b.png")]
+    urls = [ListInput([url], [url]).compute_fingerprint() for url in ("https://host/a.png", "https://host/b\0.png")]
     assert urls[0] != urls[1]
 
 
@@ -154,6 +155,9 @@ def test_files_of_other_file_systems_are_fetched() -> None:
         record = ImageRecord(0, "name", content)
         prepared = prepare_image(lambda given, return_tensors: {"pixel_values": [given]}, record)
         assert prepared == PreparedImage(record, read)
+    records = iter([ImageRecord(index, "name", None) for index in range(9)])
+    next(prepare_images(records, None, num_workers=1, num_ahead=4))
+    assert len(list(records)) == 9 - (1 + 4)  # four images are read ahead
     with raises_one_line("memory://absent.png", error=FetchError):
         prepare_image(lambda given, return_tensors: {}, ImageRecord(0, "name", "memory://absent.png"))
 
@@ -190,6 +194,7 @@ def test_a_network_failure_is_retried_and_is_not_an_unreadable_image(monkeypatch
     for name in ("slow.png", "busy.png", "down.png"):
         with raises_one_line(f"{address}/{name}", error=FetchError):
             prepare(f"{address}/{name}")
+    assert FlakyServer.num_requests["/down.png"] == 5
     server.shutdown()
     server.server_close()
     with pytest.raises(FetchError, match=f"{address}/photo.png") as caught:
@@ -223,6 +228,8 @@ def test_datasets_that_cannot_be_used_are_named(tmp_path: Path) -> None:
         open_input(PredictOptions("model", dataset=str(tmp_path / "empty")))
     with raises_one_line("there are no images in"):
         open_input(PredictOptions("model", (str(tmp_path),)))
+    with raises_one_line("--streaming"):
+        open_input(PredictOptions("model", dataset="digits", streaming=True))
 
 
 def test_one_of_several_splits_has_to_be_named(tmp_path: Path) -> None:

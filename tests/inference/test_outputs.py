@@ -21,22 +21,22 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 def test_lists_and_half_precision_are_written_to_every_format(tmp_path: Path) -> None:
     """In CSV files, the labels of an image are in one cell. A missing prediction is empty or null."""
     types = {"labels": pa.list_(pa.string()), "p": pa.list_(pa.float16()), "unknown": pa.bool_()}
-    rows = [{"index": 0, "image": "a\nb,c", "labels": ["x", "y"], "p": np.float16([0.5, 0.25]), "unknown": True}]
+    rows = [{"index": 0, "image": "a\nb,c", "labels": ["x", "ü"], "p": np.float16([0.5, 0.25]), "unknown": True}]
     rows += [{"index": 1, "image": "d", "labels": None, "p": None, "unknown": None, "error": "unreadable"}]
     for suffix in (".csv", ".json", ".jsonl"):
         write_rows(rows, get_output_columns(types), tmp_path / f"out{suffix}")
     with (tmp_path / "out.csv").open(newline="", encoding="utf-8") as file:
         header, *found = csv.reader(file)
     assert header == ["index", "image", "labels", "p", "unknown", "error"]
-    assert found == [["0", "a\nb,c", "x|y", "0.5|0.25", "True", ""], ["1", "d", "", "", "", "unreadable"]]
+    assert found == [["0", "a\nb,c", "x|ü", "0.5|0.25", "True", ""], ["1", "d", "", "", "", "unreadable"]]
     expected = [
-        {"index": 0, "image": "a\nb,c", "labels": ["x", "y"], "p": [0.5, 0.25]},
+        {"index": 0, "image": "a\nb,c", "labels": ["x", "ü"], "p": [0.5, 0.25]},
         {"index": 1, "image": "d", "labels": None, "p": None, "unknown": None, "error": "unreadable"},
     ]
     expected[0] |= {"unknown": True, "error": None}
     assert json.loads((tmp_path / "out.json").read_text(encoding="utf-8")) == expected
     lines = (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()
-    assert list(map(json.loads, lines)) == expected
+    assert list(map(json.loads, lines)) == expected and "ü" in lines[0]
 
 
 @pytest.mark.parametrize(("is_terminal", "is_shown"), [("1", True), ("1", False), ("", True)])
@@ -69,6 +69,7 @@ def test_tables_show_numbers_with_four_decimals_and_lists_in_one_cell(capsys: py
     lines = [line for line in capsys.readouterr().out.splitlines() if "1.png" in line]
     cells = [[cell.strip() for cell in line.strip("│").split("│")] for line in lines]
     assert cells == [["1.png", "ant, bee", "0.7500, 0.5000", "0.1235"], ["1.png", "", "", ""]]
+    assert lines[0].endswith("│      0.1235 │")  # numbers are right-aligned
 
 
 def test_tables_show_no_control_characters(capsys: pytest.CaptureFixture) -> None:

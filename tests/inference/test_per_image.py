@@ -99,17 +99,18 @@ def test_unknown_images_are_measured_and_recorded(
     classifier = ViTCLSForImageClassification.from_pretrained(model)
     classifier.config.energy_threshold = -3.0
     classifier.save_pretrained(model)
-    (model / RESULTS_FILE).write_text('{"dataset": "digits"}')
     for index in range(30):
         noise = np.random.default_rng(index).integers(0, 256, (8, 8), dtype=np.uint8)
         for split in ("test", "validation", "train") if index == 0 else ("test",):
             (tmp_path / "noise" / split).mkdir(parents=True, exist_ok=True)
             Image.fromarray(noise).save(tmp_path / "noise" / split / f"{index}.png")
-    evaluate(model, "digits", per_image=tmp_path / "rows.parquet")
+    evaluate(model, "digits", per_image=tmp_path / "rows.parquet", unknown_dataset=str(tmp_path / "noise"))
+    (model / RESULTS_FILE).write_text('{"dataset": "digits"}')
     found = evaluate(model, "digits", unknown_dataset=str(tmp_path / "noise"))["unknown"]
     assert (found["dataset"], found["split"], found["num_images"]) == ("noise", "test", 30)
     printed = capsys.readouterr().out
     assert f"AUROC {found['auroc']:.4f}" in printed and f"{found['flagged']:.1%}" in printed
+    assert f"saved {tmp_path / 'rows.parquet'}" in printed and printed.count(str(model / RESULTS_FILE)) == 1
     images = [Image.open(tmp_path / "noise" / "test" / f"{index}.png") for index in range(30)]
     pixels = ViTCLSImageProcessor.from_pretrained(model)(images, return_tensors="pt")["pixel_values"]
     logits = classifier.eval()(pixels).logits.detach().numpy()

@@ -40,6 +40,7 @@ from modeling_vitcls import (
     ViTCLSModel,
     api,
 )
+from modeling_vitcls.distributed import build_accelerator
 from modeling_vitcls.inference import predict as predict_module
 from modeling_vitcls.inference.predict import PredictionCounts, compute_model_digest, predict_images
 from modeling_vitcls.inference.shards import merge_shards
@@ -527,7 +528,9 @@ def test_rows_of_options_have_the_settings_of_the_options(models: Path, photos: 
     with torch.no_grad():
         threshold = model(pixel_values(photos)).logits.sigmoid().median().item()
     flags: dict[str, Any] = {"threshold": threshold, "top_k": 2}
-    options = PredictOptions(source, (str(photos),), mixed_precision="bf16", num_workers=1, **flags)
+    options = PredictOptions(source, (str(photos),), mixed_precision="bf16", num_workers=1, batch_size=7, **flags)
+    predictor = predict_module.build_predictor(options, build_accelerator(mixed_precision="bf16"))
+    assert (predictor.num_workers, predictor.batch_size) == (1, 7)
     with torch.autocast("cpu", torch.bfloat16):
         expected = predict(model, processor, photos, **flags)
     assert predict_module.predict_from_options(options, []) == expected
