@@ -40,14 +40,14 @@ HEAD, LORA = (build_options(training=TrainingOptions(trainable=trainable)) for t
     ("options", "initial", "num_images", "expected"),
     [
         (None, {}, 2000, {"learning_rate": 1e-3, "layer_decay": 1.0, "initializer_range": 0.082, "crop_scale": 1.0}),
-        (None, {"hidden_size": 192, "image_size": 224}, 9, {"initializer_range": 0.058, "crop_scale": 0.35}),
+        (None, {"hidden_size": 192, "image_size": 224}, 9, {"learning_rate": 5e-4, "initializer_range": 0.058}),
         (
             None,
             {"hidden_size": 4096, "image_size": 65},
             9,
-            {"initializer_range": 0.02, "crop_scale": 0.35, "shift": 0},
+            {"learning_rate": 2.3e-5, "initializer_range": 0.02, "crop_scale": 0.35, "shift": 0},
         ),
-        (None, {}, 9_999, {"batch_size": 32, "epochs": 30.0, "shift": 0.04}),
+        (None, {"image_size": 64}, 9_999, {"batch_size": 32, "epochs": 30.0, "shift": 0.04}),
         (None, {}, 10_000, {"batch_size": 64, "epochs": 30.0}),
         (
             None,

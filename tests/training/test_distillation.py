@@ -93,6 +93,7 @@ def test_the_targets_are_those_of_phi_s(width: int) -> None:
     np.testing.assert_allclose(targets.var(axis=0), 1, atol=1e-6)
     distances = [np.linalg.norm(each[:100] - each[100:], axis=1) for each in (features, targets)]
     np.testing.assert_allclose(distances[1], scale * distances[0], atol=1e-6)
+    assert fit_phi_s(torch.ones(3, width))[1].isfinite().all()  # equal images
     if width == 16:
         hadamard = scipy.linalg.hadamard(width) / np.sqrt(width)
         expected = scale**2 * hadamard @ np.diag(eigenvalues) @ hadamard.T
@@ -168,15 +169,20 @@ def test_the_folder_contains_the_encoder_and_the_names_of_the_teachers(
     assert any(name.startswith("patch_projectors.1.") for name in load_file(max(pretrained.glob("*/step*/model.s*"))))
 
 
-@pytest.mark.parametrize("num_tokens", [0, 1, 2])
-def test_the_targets_are_predicted_from_the_tokens(num_tokens: int, teachers: tuple[str, str]) -> None:
-    config = build_tiny_config(num_distillation_tokens=num_tokens, pooling="attention" if num_tokens else "cls_mean")
+@pytest.mark.parametrize(
+    ("num_tokens", "pooling"), [(0, "cls_mean"), (0, "attention"), (1, "attention"), (2, "attention")]
+)
+def test_the_targets_are_predicted_from_the_tokens(num_tokens: int, pooling: str, teachers: tuple[str, str]) -> None:
+    """The projections are initialized as in the encoder. The pooler is trained if it is part of the loss."""
+    config = build_tiny_config(num_distillation_tokens=num_tokens, pooling=pooling)
     loaded = [load_feature_teacher(name, config, True, torch.device("cpu")) for name in teachers]
     model = Distillation(randomize(ViTCLSModel(config)), loaded, True).eval()
     outputs, predictions = model(build_images()), model(build_images(), project=True)
     tokens = [outputs.pooler_output] * 2
+    assert not any(projector.bias.any() for projector in (*model.projectors, *model.patch_projectors))
+    if pooling == "attention":
+        assert {weight.requires_grad for weight in model.vitcls.pooler.parameters()} == {not num_tokens}
     if num_tokens:
-        assert not any(weight.requires_grad for weight in model.vitcls.pooler.parameters())  # not part of the loss
         tokens = list(outputs.tokens["distillation"].unbind(dim=1)) * (2 // num_tokens)
     for prediction, projector, token in zip(predictions[:2], model.projectors, tokens, strict=True):
         torch.testing.assert_close(prediction, projector(token))

@@ -61,6 +61,7 @@ KINDS = ("plain", "fused", "SGD", "head only", "LoRA", "compiled")
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@torch.compiler.set_stance("force_eager")  # tracing takes seconds
 def test_training_resumes_to_the_bit(store: CheckpointStore, kind: str) -> None:
     accelerator = Accelerator(cpu=True)
     model = build(kind, seed=0)

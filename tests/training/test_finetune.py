@@ -1,7 +1,8 @@
 """Fine-tuning runs: the command line, the files of a run, and runs of every kind.
 
-A run with batches of 14, and a run in two processes with batches of 7, must agree. test_accelerate_configs.py starts
-the real `accelerate launch`. All other runs use the test process. Single modules are tested in test_batches, ...
+A run with batches of 14, and the same run continued in two processes with batches of 7, must agree.
+test_accelerate_configs.py starts the real `accelerate launch`. All other runs use the test process. Single modules are
+tested in test_batches, ...
 """
 
 import math
@@ -13,7 +14,6 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,17 +23,15 @@ from helpers.accelerate_state import reset_accelerate
 from helpers.fresh_processes import SCRIPT_ENVIRONMENT, run_fresh
 from helpers.scripts_in_process import run_in_process
 from helpers.tiny_models import raises_one_line
-from helpers.tiny_options import TINY, build_tiny_options, prepare_task, read_metrics, run_dry, run_training
+from helpers.tiny_options import build_tiny_options, prepare_task, read_metrics, run_dry, run_training
 from helpers.warm_processes import OFFLINE, run_together
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
 
 from modeling_vitcls import (
-    ViTCLSConfig,
     ViTCLSForImageClassification,
     ViTCLSForMultiTaskClassification,
-    ViTCLSImageProcessor,
 )
 from modeling_vitcls.checkpoints import CheckpointStore
 from modeling_vitcls.data.batches import Normalizer, iterate_training_batches
@@ -44,13 +42,14 @@ from modeling_vitcls.hub.model_files import hash_weights
 from modeling_vitcls.inference.evaluator import Evaluator
 from modeling_vitcls.options import FinetuneOptions
 from modeling_vitcls.training import run as run_module
-from modeling_vitcls.training.finetune import build_label_loss, build_objective, describe_imbalance
+from modeling_vitcls.training.finetune import build_label_loss, build_objective, build_task, describe_imbalance
 from modeling_vitcls.training.losses import (
     compute_distillation_loss,
     compute_multi_label_loss,
     compute_multi_task_loss,
     compute_single_label_loss,
 )
+from modeling_vitcls.training.model import resolve_initial_model
 from modeling_vitcls.training.run import describe_splits
 from modeling_vitcls.training.task import build_training_images
 from modeling_vitcls.training.teacher import Teacher
@@ -66,7 +65,8 @@ NUM_HELD_OUT_DIGITS, NUM_HELD_OUT_COLORS = 359, 10
 CPU = torch.device("cpu")
 SHORT_RUN_FLAGS = (
     "--hidden-size 32 --num-hidden-layers 2 --num-attention-heads 2 --intermediate-size 64 --num-cls-tokens 2 "
-    "--num-distillation-tokens 1 --cls-pooling mean --max-steps 7 --log-every 2 --no-report"
+    "--num-distillation-tokens 1 --cls-pooling mean --max-steps 7 --log-every 2 --no-report --save-every 5 "
+    "--ema-decay 0.9 --select best"
 )
 
 
@@ -111,16 +111,22 @@ def test_run_leaves_results_of_every_held_out_image(recipe_run: Path) -> None:
     results = read_json(recipe_run / "results.json")
     assert results["num_images"] == NUM_HELD_OUT_COLORS and results["selection_metric"] == "accuracy"
     assert results["weights_sha256"] == hash_weights(recipe_run)
-    assert (results["num_training_images"], results["steps"]) == (46 - NUM_HELD_OUT_COLORS, 7)
+    assert (results["num_training_images"], results["steps"]) == (46 - NUM_HELD_OUT_COLORS - 8, 7)
     assert results["token_layout"] == {"cls": 2, "distillation": 1, "registers": 2, "patches": 16}
     assert results["versions"]["torch"] == torch.__version__
+    evaluated = {record["step"]: "selection_accuracy" in record for record in read_metrics(recipe_run)}
+    assert evaluated == {2: False, 4: False, 6: False, 7: True}
 
 
 def test_two_processes_train_and_evaluate_as_one(recipe_run: Path, tmp_path: Path) -> None:
-    """Use the resolved recipe with half the batch size. The number of held-out images is not a multiple of 2 x 7."""
+    """Continue after step 5 with half the batch size. The number of held-out images is not a multiple of 2 x 7."""
+    shutil.copytree(recipe_run, tmp_path / "run")
+    (tmp_path / "run" / "results.json").unlink()
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000007")
     flags = ("--config", recipe_run / "config.resolved.yaml", "--output-dir", tmp_path / "run", "--batch-size", 7)
-    printed = run_together("finetune.py", *flags, log=tmp_path / "log", environment=OFFLINE)
+    printed = run_together("finetune.py", *flags, "--resume", log=tmp_path / "log", environment=OFFLINE)
     assert printed.count(f" on {NUM_HELD_OUT_COLORS} held-out images") == 1  # only the main process prints
+    assert "resumed   after step 5 of 7" in printed
     one, two = read_json(recipe_run / "results.json"), read_json(tmp_path / "run" / "results.json")
     assert two["num_processes"] == 2
     assert two["num_images"] == NUM_HELD_OUT_COLORS
@@ -271,8 +277,12 @@ def test_images_are_mixed_and_classes_are_weighted_by_flags(color_images: Path, 
     weighted = (expected * (counts.sum() / (2 * counts))[labels]).mean()
     torch.testing.assert_close(build_label_loss(options, data, CPU)(logits, labels), weighted)
     plain = replace(options, training=replace(options.training, class_balance="none"))
-    rare: Any = SimpleNamespace(class_ratio=11.0)
-    assert len(describe_imbalance(plain, rare)) == 1 and describe_imbalance(options, rare) == []
+    dusk, noon = ([index for index, label in enumerate(data.train.labels) if label == each] for each in (0, 1))
+    for num_images, is_imbalanced in ((10, False), (11, True)):  # and one image of the other class
+        rare = replace(data, train=data.train.select([*dusk[:num_images], noon[0]]))
+        task = build_task(plain, resolve_initial_model("vitcls-tiny"), rare, run.reporter)
+        assert ("macro_f1" in task.printed_metrics) == is_imbalanced == len(task.warnings)
+    assert describe_imbalance(options, rare) == []
     unweighted = compute_single_label_loss(logits, labels, label_smoothing=0.1)
     torch.testing.assert_close(build_label_loss(plain, data, CPU)(logits, labels), unweighted)
     losses = {"multi_task": compute_multi_task_loss, "multi_label_classification": compute_multi_label_loss}
@@ -289,6 +299,8 @@ def test_lora_is_merged_into_a_plain_model(pretrained: Path, tmp_path: Path) -> 
     assert (tmp_path / "LICENSE").is_file() and results["provenance"]["license"] == "mit"
     names = {name for name in list_changed_weights(pretrained, tmp_path) if name.endswith("proj.weight")}
     assert names == {f"vitcls.layers.{layer}.attention.{name}_proj.weight" for layer in (0, 1) for name in "qv"}
+    num_merged = sum(map(torch.numel, load_file(tmp_path / "model.safetensors").values()))
+    assert results["num_parameters"] - num_merged == 2 * 2 * 2 * (32 + 32)  # layers, q and v, rank, widths
     ViTCLSForImageClassification.from_pretrained(tmp_path)
 
 
@@ -346,13 +358,16 @@ def test_the_flags_determine_the_distillation(teacher: Path, tmp_path: Path, mon
     assert task.summary_lines["teacher"].startswith(f"{teacher}: ")
 
 
-def test_all_options_at_once(tmp_path: Path) -> None:
-    """Combine all options that are possible with one label per image."""
+def test_all_options_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Combine all options that are possible with one label per image. Compiling itself takes a minute."""
+    compiled: list[torch.nn.Module] = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda model: compiled.append(model))
     flags = {"mixup": 0.4, "cutmix": 1.0, "auto_augment": "rand", "random_erasing": 0.3, "class_balance": "weights"}
     flags |= {"ema_decay": 0.9, "layer_decay": 0.7, "drop_path_rate": 0.1, "gradient_accumulation_steps": 2}
-    flags |= {"gradient_checkpointing": True, "mixed_precision": "bf16", "pooling": "attention"}
+    flags |= {"gradient_checkpointing": True, "mixed_precision": "bf16", "pooling": "attention", "compile": True}
     results = train(tmp_path, "digits", **flags)
     assert results["mixed_precision"] == "bf16" and math.isfinite(results["loss"])
+    assert [type(model) for model in compiled] == [ViTCLSForImageClassification]
 
 
 @pytest.mark.slow
@@ -372,7 +387,8 @@ def test_trackers_get_the_numbers(tmp_path: Path) -> None:
     events.Reload()
     tags = events.Tags()["scalars"]
     assert {"loss", "learning_rate", "token_norm/cls[0]", "held_out_accuracy", "cls_attention_entropy/00"} <= set(tags)
-    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3]
+    steps = [[event.step for event in events.Scalars(name)] for name in ("loss", "cls_attention_entropy/00")]
+    assert steps == [[1, 2, 3], [2]]
     flags = yaml.safe_load(next((tmp_path / "trackers").rglob("hparams.yml")).read_text())
     assert (flags["learning_rate"], flags["log_with"], flags["exclude"]) == ("0.003", "tensorboard", "unset")
 
@@ -434,23 +450,6 @@ def test_a_dry_run_executes_all_steps_and_keeps_nothing(
     assert re.search(r"ran 3 steps and an evaluation, and saved a checkpoint and the model, in \d+ s", output)
     assert re.search(r"The full run has 50 steps, takes about \d:\d\d:\d\d, and needs about [\d,]+ MiB", output)
     assert list(tmp_path.iterdir()) == [tmp_path / "data"]
-
-
-# Starting from a checkpoint ------------------------------------------------------------------------------------------
-
-
-def test_every_trained_parameter_gets_a_gradient(tmp_path: Path) -> None:
-    """Check also a mask token and the class head as the only predictor: DDP would wait for missing gradients."""
-    config = ViTCLSConfig(**TINY.get_config_values(), num_distillation_tokens=1, use_mask_token=True, num_labels=10)
-    config.distillation_inference = "cls"
-    ViTCLSForImageClassification(config).save_pretrained(tmp_path)
-    ViTCLSImageProcessor(size=32).save_pretrained(tmp_path)
-    train(tmp_path / "out", "digits", model=tmp_path)
-    after = load_file(tmp_path / "out" / "model.safetensors")
-    before = ViTCLSForImageClassification.from_pretrained(tmp_path).state_dict()
-    assert {name for name, value in after.items() if torch.equal(before[name], value)} == {
-        "vitcls.embeddings.mask_token"
-    }
 
 
 # The recipe ----------------------------------------------------------------------------------------------------------

@@ -38,6 +38,7 @@ from modeling_vitcls.training.model import (
     set_train_mode,
     set_trainable_parameters,
 )
+from modeling_vitcls.training.pretrain import build_encoder
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -137,13 +138,18 @@ def test_a_new_classifier_of_a_pretrained_encoder_reads_cls_and_the_patches(
 
 @pytest.mark.parametrize("names", [["ant", "bee", "cat"], ["bee", "cat"]], ids=["same labels", "other labels"])
 def test_checkpoints_in_bfloat16_are_trained_in_float32(names: list[str], tmp_path: Path) -> None:
-    """Parameters that the checkpoint lacks are new."""
-    config = build_tiny_config(id2label={0: "ant", 1: "bee", 2: "cat"}, num_register_tokens=2)
+    """Parameters that the checkpoint lacks are new. The mask token is frozen, because DDP would wait for its gradient,
+    also in pre-training."""
+    config = build_tiny_config(id2label={0: "ant", 1: "bee", 2: "cat"}, num_register_tokens=2, use_mask_token=True)
     randomize(ViTCLSForImageClassification(config)).bfloat16().save_pretrained(tmp_path)
     ViTCLSImageProcessor(size=32).save_pretrained(tmp_path)
     options = ModelOptions(model=str(tmp_path), num_distillation_tokens=1, num_register_tokens=1, pooling="attention")
     model, _, new_names = build_initial_model(options, LabelSpace("single_label_classification", {"label": names}))
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    encoder, _ = build_encoder(options, resolve_initial_model(options.model))
+    for vit in (model.vitcls, encoder):
+        assert {parameter.dtype for parameter in vit.parameters()} == {torch.float32}
+        frozen = [name for name, parameter in vit.named_parameters() if not parameter.requires_grad]
+        assert frozen == ["embeddings.mask_token"]
     heads = [] if len(names) == 3 else ["classifier", "distillation_classifier"]
     new = {f"{head}.{name}" for head in heads for name in ("weight", "bias")}
     new |= {name for name, _ in model.named_parameters() if name.startswith("vitcls.pooler.")}
@@ -398,18 +404,17 @@ def test_a_merged_model_has_equal_outputs_and_plain_modules(tmp_path: Path) -> N
     ("native", "patch", "flag", "expected"),
     [
         (518, 14, None, (224, 224)),
-        pytest.param(384, 16, None, (224, 224), marks=pytest.mark.slow),
         (288, 18, None, (216, 216)),
-        ((288, 576), 16, None, (112, 224)),
+        ((16, 576), 16, None, (16, 224)),
         (256, 16, None, (256, 256)),
-        (518, 14, "native", (518, 518)),
-        (518, 14, 28, (28, 28)),
+        (280, 14, "native", (280, 280)),
+        (280, 14, 28, (28, 28)),
     ],
 )
 def test_large_checkpoints_are_fine_tuned_at_224_pixels(
     native: Any, patch: int, flag: Any, expected: tuple[int, int], tmp_path: Path
 ) -> None:
-    config = build_tiny_config(image_size=native, patch_size=patch)
+    config = build_tiny_config(image_size=native, patch_size=patch, position_embedding_type="sincos_2d")
     encoder = ViTCLSModel(config)
     encoder.save_pretrained(tmp_path)
     ViTCLSImageProcessor(size=config.image_height_width).save_pretrained(tmp_path)
@@ -420,7 +425,7 @@ def test_large_checkpoints_are_fine_tuned_at_224_pixels(
     assert model.config.image_height_width == expected == (processor.size.height, processor.size.width)
     if flag is None and expected != config.image_height_width:
         assert line is not None
-        for text in (*(f"{encoder.flops(size) / 1e9:.1f}" for size in (native, expected)), "--image-size native"):
-            assert text in line
+        assert re.findall(r"\d+\.\d", line) == [f"{encoder.flops(size) / 1e9:.1f}" for size in (expected, native)]
+        assert "--image-size native" in line
     else:
         assert line is None

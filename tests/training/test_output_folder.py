@@ -30,7 +30,6 @@ from modeling_vitcls.training.output_folder import (
     list_final_files,
     remove_run_files,
 )
-from modeling_vitcls.training.reporter import Reporter
 from modeling_vitcls.training.resume import resolve_local_paths
 
 
@@ -78,12 +77,6 @@ def is_locked(folder: Path) -> bool:
         return False
     except ValueError:
         return True
-
-
-def test_a_second_process_gets_an_error(folder: Path, lock_holder: Any) -> None:
-    with raises_one_line(f"{folder} is in use", "a different --output-dir"):
-        FolderLock(folder).acquire()
-    assert is_locked(folder)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
@@ -135,17 +128,9 @@ def earlier(finished: Path, folder: Path) -> Path:
     return folder
 
 
-def test_a_run_locks_its_folder_until_it_ends(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[bool] = []
-    monkeypatch.setattr(Reporter, "show_step", lambda reporter, step: seen.append((folder / LOCK_FILE).exists()))
-    run(folder)
-    assert seen == [True]
-    assert not (folder / LOCK_FILE).exists()
-
-
 def test_a_run_is_refused_while_another_uses_the_folder(folder: Path, lock_holder: Any) -> None:
     for changes in ({}, {"resume": True}, {"overwrite": True}):
-        with raises_one_line(f"{folder} is in use by another run"):
+        with raises_one_line(f"{folder} is in use by another run", "a different --output-dir"):
             run(folder, **changes)
     assert [path.name for path in folder.iterdir()] == [LOCK_FILE]
 
@@ -182,6 +167,7 @@ def test_the_old_model_is_never_next_to_the_new_configuration(earlier: Path, mon
         unlink(path, missing_ok)
 
     def stop(*arguments: Any) -> None:
+        assert (earlier / LOCK_FILE).exists()
         raise ValueError("stop")
 
     monkeypatch.setattr(Path, "unlink", note)
@@ -191,6 +177,8 @@ def test_the_old_model_is_never_next_to_the_new_configuration(earlier: Path, mon
     monkeypatch.undo()
     assert set(contents(earlier)) == {"config.resolved.yaml", "notes.txt"}
     assert (earlier / "config.resolved.yaml").read_bytes() != config
+    (earlier / "metrics.jsonl").touch()  # a run that was killed before its first checkpoint is replaced
+    check_replaceable(options_of(earlier), CheckpointStore(earlier / "checkpoints", num_kept=1))
     assert len(states) > 10 and "results.json" in states[0]
     # an incomplete run is never recognized as finished
     assert not any("results.json" in names for names in states[1:])
@@ -256,17 +244,19 @@ def test_only_the_files_of_a_run_are_removed(earlier: Path) -> None:
 @pytest.mark.parametrize("name", ["results.json", "config.json", "config.resolved.yaml", None])
 def test_only_folders_of_runs_and_models_are_cleared(folder: Path, name: str | None) -> None:
     """A folder with checkpoints is the folder of a run, too."""
-    folder.mkdir(parents=True)
-    (folder / "README.md").write_text("mine")
+    names = ["README.md", "images/a.png", "onnx/model.onnx"]
     store = CheckpointStore(folder / "checkpoints", num_kept=1)
+    for each in names:
+        (folder / each).parent.mkdir(parents=True, exist_ok=True)
+        (folder / each).touch()
     remove_run_files(folder, store)
-    assert contents(folder) == {"README.md": b"mine"}
+    assert set(contents(folder)) == set(names)
     if name is None:
         store.save(1, {"model": {"weight": torch.zeros(1)}}, {"step": 1}, is_best=False)
     else:
         (folder / name).touch()
     remove_run_files(folder, store)
-    assert contents(folder) == {}
+    assert contents(folder) == {} and not (folder / "images").exists()
 
 
 def test_the_configuration_is_moved_first_and_the_results_last(

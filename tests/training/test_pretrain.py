@@ -113,7 +113,8 @@ def test_images_without_labels_are_measured_by_rank(tmp_path: Path, capsys: pyte
     assert rank >= 1 and f"selection: effective rank {rank:.1f}" in printed
     assert results["selection_metric"] == "effective_rank" and "knn_accuracy" not in results
     before, after = (results["features"][name]["effective_rank"] for name in ("before", "after"))
-    assert f"\nfeatures  effective rank {before} -> {after} " in printed and 1 <= after <= TINY.hidden_size
+    assert f"\nfeatures  effective rank {before} -> {after} " in printed and "worse" not in printed
+    assert 1 <= after <= TINY.hidden_size
 
 
 def test_a_converted_checkpoint_is_continued(tmp_path: Path) -> None:
@@ -132,7 +133,8 @@ def test_a_converted_checkpoint_is_continued(tmp_path: Path) -> None:
 
 
 def test_the_accuracy_is_that_of_scikit_learn(tmp_path: Path) -> None:
-    prepared = prepare_task(tiny_options(tmp_path / "out"))
+    """The token is the first CLS token."""
+    prepared = prepare_task(tiny_options(tmp_path / "out", num_cls_tokens=2))
     task, data = prepared.task, prepared.data
     found = task.build_evaluator(data.held_out)(task.model.eval())
 
@@ -143,7 +145,7 @@ def test_the_accuracy_is_that_of_scikit_learn(tmp_path: Path) -> None:
 
     train, held_out = encode(data.train.images), encode(data.held_out.images)
     layout = task.model.vitcls.config.token_layout
-    for name, tokens in {"knn_accuracy": layout.cls, "knn_accuracy_of_patches": layout.patches}.items():
+    for name, tokens in {"knn_accuracy": slice(0, 1), "knn_accuracy_of_patches": layout.patches}.items():
         classifier = KNeighborsClassifier(10, weights="distance", metric="cosine")
         classifier.fit(train[:, tokens].mean(dim=1).numpy(), data.train.labels)
         expected = classifier.score(held_out[:, tokens].mean(dim=1).numpy(), data.held_out.labels)
@@ -194,7 +196,8 @@ def test_worse_features_are_named() -> None:
     text = compare_features(good, bad)
     assert "worse" in text and re.findall(r"\d+\.\d%", text) == ["50.0%", "40.0%"] * 2
     assert "worse" not in compare_features(bad, good) + compare_features(good, bad | {"knn_accuracy": 0.5})
-    assert format_metric("effective_rank", 12.345) == "effective rank 12.3"
+    found = [format_metric(name, 12.3456) for name in ("effective_rank", "teacher_cosine", "loss", "macro_f1")]
+    assert found == ["effective rank 12.3", "teacher cosine 12.346", "loss 12.35", "macro f1 1234.56%"]
 
 
 def test_lejepa_replaces_the_crops_of_the_augmentation() -> None:

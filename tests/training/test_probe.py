@@ -123,8 +123,9 @@ def test_fine_tuning_starts_from_the_regression(
     options = build_options(tmp_path / "run", encoder, **flags)
     results = run_training(options)
     printed, frozen = capsys.readouterr().out, results["frozen"]
-    for text in (f"k-NN {max(frozen['knn'].values()):.1%} (", f"on CLS + mean ({frozen['logreg']['CLS + mean']:.1%})"):
-        assert text in printed
+    best = {kind: max(frozen[kind].values()) for kind in ("knn", "logreg")}
+    assert f"k-NN {best['knn']:.1%} (" in printed and f"logistic regression {best['logreg']:.1%} (" in printed
+    assert f"on CLS + mean ({frozen['logreg']['CLS + mean']:.1%})" in printed
     assert "selection: accuracy" in printed and "selected  the frozen model" in printed
     assert f"selected on {results['selection']['num_images']} separate images" in printed
     assert read_metrics(tmp_path / "run")[0]["loss"] < 0.6 * math.log(10)  # the loss of a random classifier
