@@ -167,6 +167,9 @@ def test_commits_are_pinned(cached_hub_model: str) -> None:
     load_model(pinned, use_head=True)
     with pytest.raises(OSError, match="ann/mine"):
         resolve_checkpoint(f"{cached_hub_model}@{'f' * 40}")
+    Path(constants.HF_HUB_CACHE, "models--ann--mine", "refs", "main").unlink()  # only the commit can be loaded
+    adapted = ViTCLSModel.from_pretrained(cached_hub_model, revision=COMMIT, num_register_tokens=1)
+    assert adapted.config.num_register_tokens == 1
 
 
 def run(folder: Path, model: str, **run_options: Any) -> dict[str, Any]:

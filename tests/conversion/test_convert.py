@@ -144,6 +144,7 @@ torch.save(logits, sys.argv[2])
 """
 
 
+@pytest.mark.slow
 def test_it_loads_without_the_package(from_timm: Path, tmp_path: Path) -> None:
     """Compare the logits of a photograph with timm's model and transform."""
     photograph("china.jpg").save(tmp_path / "china.png")

@@ -130,7 +130,8 @@ def test_the_source_model_is_unchanged() -> None:
             parameter.add_(1)
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
     assert model.config.to_dict() == config
-    assert ViTCLSModel(build_tiny_config(), add_pooling_layer=False).adapt(num_cls_tokens=2).pooler is None
+    bare = ViTCLSModel(build_tiny_config(), add_pooling_layer=False).to("meta").adapt(num_cls_tokens=2)
+    assert bare.pooler is None and bare.device.type == "meta"
 
 
 def test_nothing_changes_without_a_change(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
@@ -260,6 +261,18 @@ def test_adapting_with_a_configuration_object(loader: Any, tmp_path: Path) -> No
     assert config.to_dict() == before
 
 
+def test_a_checkpoint_whose_configuration_is_in_another_folder(tmp_path: Path) -> None:
+    model = randomize(ViTCLSModel(build_tiny_config()))
+    model.save_pretrained(tmp_path)
+    (tmp_path / "settings").mkdir()
+    (tmp_path / "config.json").rename(tmp_path / "settings" / "config.json")
+    for _ in range(2):
+        loaded = ViTCLSModel.from_pretrained(tmp_path, config=str(tmp_path / "settings"), num_register_tokens=1)
+        assert loaded.config.num_register_tokens == 1
+        assert torch.equal(loaded.embeddings.cls_token, model.embeddings.cls_token)
+        (tmp_path / "config.json").write_text("{")  # a damaged file is not read either
+
+
 def test_impossible_changes_are_errors(tmp_path: Path) -> None:
     model = randomize(ViTCLSModel(build_tiny_config(tasks={"age": 2})))
     with raises_one_line("hidden_size", "num_register_tokens"):
@@ -276,8 +289,9 @@ def test_impossible_changes_are_errors(tmp_path: Path) -> None:
             loader.from_pretrained(tmp_path, num_register_tokens=-1)
         with raises_one_line("patch"):
             loader.from_pretrained(tmp_path, patch_size=[8, 8, 8])
-    with raises_one_line("nowhere", error=OSError):
-        ViTCLSModel.from_pretrained(tmp_path / "nowhere", num_register_tokens=2)
+    for folder in (tmp_path / "nowhere", "./nowhere", "~/nowhere", "no/such/folder"):
+        with raises_one_line(f"no folder {folder}", error=OSError):
+            ViTCLSModel.from_pretrained(folder, num_register_tokens=2)
 
 
 # Grids and patches

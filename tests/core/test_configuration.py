@@ -15,9 +15,10 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from helpers.fresh_processes import run_fresh
 from helpers.tiny_models import SIZES, build_tiny_config, raises_one_line
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoImageProcessor
 from transformers.testing_utils import CaptureLogger
 from transformers.utils import logging
 
@@ -26,6 +27,7 @@ from modeling_vitcls import (
     ViTCLSConfig,
     ViTCLSForImageClassification,
     ViTCLSImageProcessor,
+    ViTCLSImageProcessorPil,
     ViTCLSModel,
 )
 from modeling_vitcls.configuration_vitcls import AUTO_MAP, SIZE_LIMITS
@@ -247,9 +249,9 @@ def test_labels_at_construction() -> None:
 SAVED_CONFIGS = [
     {},
     {"image_size": (24, 64), "patch_size": [4, 16]},
-    {"num_labels": 1, "problem_type": "regression"},
+    {"num_labels": 1, "problem_type": "regression", "num_register_tokens": 1, "token_init": "zeros"},
     {"id2label": {0: "cat", 1: "dog", 2: "cow"}},
-    {"num_cls_tokens": 2, "tasks": {"age": 3, "species": 2}, "cls_scopes": ["image", [2, 2, 0, 1]]},
+    {"num_cls_tokens": 2, "tasks": {"age": 1, "species": 2}, "cls_scopes": ["image", [4, 4, 0, 1]]},
     {"num_distillation_tokens": 1, "distillation_head": True, "distillation_inference": "distillation"},
     {"out_indices": [0, 1]},
     {"position_embedding_type": "rope_2d", "rope_periods": [1.0, 100.0], "rope_reference_grid": [1, 4]},
@@ -281,6 +283,18 @@ def test_tasks_are_ordered_by_name() -> None:
             ("species", ["LABEL_0", "LABEL_1"]),
         ]
         config.tasks = tasks
+
+
+def test_auto_classes_and_the_map_of_remote_code_agree(tmp_path: Path) -> None:
+    config = build_tiny_config()
+    for auto_class in ("AutoModel", *[name for name in AUTO_MAP if "For" in name], "AutoBackbone"):
+        model = getattr(transformers, auto_class).from_config(config)
+        assert config.auto_map[auto_class] == f"modeling_vitcls.{type(model).__name__}"
+    ViTCLSImageProcessor().save_pretrained(tmp_path)
+    processors = [AutoImageProcessor.from_pretrained(tmp_path, backend=name) for name in ("torchvision", "pil")]
+    assert [type(processor) for processor in processors] == [ViTCLSImageProcessor, ViTCLSImageProcessorPil]
+    with_tasks = build_tiny_config(tasks={"age": 2}).auto_map["AutoModelForImageClassification"]
+    assert with_tasks == "modeling_vitcls.ViTCLSForMultiTaskClassification"
 
 
 def test_configurations_share_no_mutable_values() -> None:

@@ -35,7 +35,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "swiglu": {"mlp_type": "swiglu"},
     "norms": {"mlp_norm": True, "hidden_act": "gelu_pytorch_tanh", "relative_position_bias": "layer"},
     "differential": {"attention_type": "differential", "layer_type": "parallel"},
-    "register_neurons": {"num_register_tokens": 1, "register_neurons": [[0, 3]]},
+    "register_neurons": {"num_register_tokens": 1, "register_neurons": [[0, 3]], "cls_scopes": [[2, 2, 0, 1]]},
 }
 each_variant = pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS)
 each_dtype = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -108,7 +108,7 @@ def infer(model: Any, dtype: torch.dtype) -> Tensors:
     ("name", "dtype", "run"),
     [
         ("default", torch.bfloat16, train),
-        ("default", torch.bfloat16, infer),
+        ("register_neurons", torch.bfloat16, infer),
         ("differential", torch.float16, train_under_autocast),
     ],
 )
@@ -308,22 +308,26 @@ class Doubled(nn.Module):
         return 2 * values
 
 
-@pytest.mark.parametrize("name", ["norm", "activation_fn", "fc1", "fc2", "fc2.forward"])
-def test_hooks_and_replaced_forwards_inside_an_mlp_are_called_once(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [(name, "forward_hook") for name in ("norm", "activation_fn", "fc1", "fc2")]
+    + [("fc2", kind) for kind in ("forward", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook")],
+)
+def test_hooks_and_replaced_forwards_inside_an_mlp_are_called_once(name: str, kind: str) -> None:
     model, plain = build_models(mlp_norm=name == "norm")
-    module = model.vitcls.layers[0].mlp.get_submodule(name.partition(".")[0])
-    seen = record_outputs(module) if name == "fc2.forward" else []
-    if name != "fc2.forward":
-        module.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    module = model.vitcls.layers[0].mlp.get_submodule(name)
+    seen = record_outputs(module) if kind == "forward" else []
+    if kind != "forward":
+        getattr(module, f"register_{kind}")(lambda *values: seen.append(values))
     assert_equal_in_float32(run_step(model, build_images()), run_step(plain, build_images()))
     with torch.no_grad():
         model(build_images())
-    assert len(seen) == 2 and (seen[0] - seen[1]).abs().max() <= 1e-5 * seen[0].abs().max()
+    assert len(seen) == (1 if "backward" in kind else 2)
 
 
-@pytest.mark.parametrize("settings", [{"stride": 2}, {"stride": 4, "padding": 1}, {"stride": 4, "groups": 3}], ids=str)
-def test_other_convolutions_are_not_replaced(settings: dict[str, int]) -> None:
-    layer = nn.Conv2d(3, 24, kernel_size=4, **settings)
+@pytest.mark.parametrize("change", [{"stride": 2}, {"padding": 1}, {"dilation": 2}, {"groups": 3}], ids=str)
+def test_other_convolutions_are_not_replaced(change: dict[str, int]) -> None:
+    layer = nn.Conv2d(3, 24, kernel_size=4, **{"stride": 4} | change)
     install_cpu_kernels(layer)
     assert type(layer) is nn.Conv2d
 

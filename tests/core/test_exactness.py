@@ -5,42 +5,24 @@ Tokens, logits and losses agree within 1e-5 in float32, at the native size and, 
 rectangular size.
 """
 
-import re
-from collections.abc import Mapping
-from typing import Any
-
 import pytest
 import torch
 import transformers
 from helpers.tiny_models import SIZES, build_images, build_tiny_config, get_largest_difference, randomize
 from timm.layers import build_sincos2d_pos_embed
 
-from modeling_vitcls import ViTCLSBackbone, ViTCLSForMaskedImageModeling, ViTCLSModel, convert_from_transformers
+from modeling_vitcls import (
+    ViTCLSBackbone,
+    ViTCLSConfig,
+    ViTCLSForMaskedImageModeling,
+    ViTCLSModel,
+    convert_from_transformers,
+)
 from modeling_vitcls.heads_vitcls import compute_masked_pixel_loss
 
 
 TOLERANCE = 1e-5
 NATIVE, RECTANGLE = (32, 32), (24, 56)
-Weights = dict[str, torch.Tensor]
-
-# Rules (regular expression, replacement) that map parameter names of the other model to ours, applied in order.
-DINOV2 = {
-    r"encoder\.layer\.": "layers.",
-    r"norm1": "layernorm_before",
-    r"norm2": "layernorm_after",
-    r"attention\.attention\.(query|key|value)": lambda match: f"attention.{match[1][0]}_proj",  # before 5.23
-    r"attention\.output\.dense": "attention.o_proj",
-}
-
-
-def rename_weights(weights: Mapping[str, torch.Tensor], rules: Mapping[str, Any]) -> Weights:
-    """Return the weights under our names."""
-    result = {}
-    for name, weight in weights.items():
-        for pattern, replacement in rules.items():
-            name = re.sub(pattern, replacement, name)
-        result[name] = weight.clone()
-    return result
 
 
 @pytest.mark.parametrize(("apply_layernorm", "reshape"), [(True, True), (False, True), (True, False)])
@@ -49,23 +31,11 @@ def test_dinov2_backbone(apply_layernorm: bool, reshape: bool) -> None:
     sizes = {name: size for name, size in SIZES.items() if name != "intermediate_size"}
     options = {"apply_layernorm": apply_layernorm, "reshape_hidden_states": reshape, "out_indices": [0, 1]}
     peer_config = transformers.Dinov2WithRegistersConfig(**sizes, mlp_ratio=2, num_register_tokens=3, **options)
-    peer = randomize(transformers.Dinov2WithRegistersBackbone(peer_config))
-    weights = rename_weights(peer.state_dict(), DINOV2)
-    parts = weights.pop("embeddings.position_embeddings").split([1, 16], dim=1)
-    for group, part in zip(("cls", "patches"), parts, strict=True):
-        weights[f"embeddings.position_embeddings.{group}"] = part
-    weights["embeddings.mask_token"] = weights["embeddings.mask_token"][None]
-    config = build_tiny_config(
-        num_register_tokens=3,
-        layer_scale_init_value=1.0,
-        use_mask_token=True,
-        position_antialias=True,
-        intermediate_size=32,
-        layer_norm_eps=peer_config.layer_norm_eps,
-        **options,
-    )
-    ours = ViTCLSBackbone(config).eval()
-    ours.load_state_dict(weights)
+    peer, model = (getattr(transformers, f"Dinov2WithRegisters{kind}")(peer_config) for kind in ("Backbone", "Model"))
+    model.load_state_dict(randomize(peer).state_dict())
+    encoder = convert_from_transformers(model)
+    ours = ViTCLSBackbone(ViTCLSConfig.from_dict(encoder.config.to_dict(), **options)).eval()
+    ours.load_state_dict(encoder.state_dict())
     for size in (NATIVE, RECTANGLE):
         got, expected = ours(build_images(2, *size)).feature_maps, peer(build_images(2, *size)).feature_maps
         for our_map, peer_map in zip(got, expected, strict=True):

@@ -119,6 +119,7 @@ def test_errors_are_those_of_the_slow_path(tmp_path: Path) -> None:
         tmp_path / "cut.jpg",
         [whole, str(tmp_path / "text.jpg")],
         "a\0b.jpg",
+        "x" * 5000,  # too long for a name
         None,
         [],
         [whole, build_photograph(20, 20)],  # images of two shapes

@@ -21,7 +21,8 @@ import torch
 from helpers.tiny_models import raises_one_line
 from sklearn.datasets import load_sample_images
 
-from modeling_vitcls import ViTCLSImageProcessor, ViTCLSImageProcessorPil
+from modeling_vitcls import ViTCLSImageProcessor, ViTCLSImageProcessorPil, image_processing_vitcls
+from modeling_vitcls.fast_image_processing_vitcls import read_jpeg_bytes
 from modeling_vitcls.image_processing_vitcls import IMAGE_FORMATS, image_to_tensor
 
 
@@ -183,7 +184,7 @@ def test_paths_bytes_images_arrays_and_tensors_are_the_same_image(backend: type,
     assert batch.shape == (len(sources), 3, 5, 6)
 
 
-def test_urls(backend: type, tmp_path: Path, web_server: str) -> None:
+def test_urls(backend: type, tmp_path: Path, web_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "folder").mkdir()
     for name in ("image.png", "folder/index.html"):
         (tmp_path / name).write_bytes(encode(build_gradient()))
@@ -192,6 +193,10 @@ def test_urls(backend: type, tmp_path: Path, web_server: str) -> None:
         np.testing.assert_array_equal(found, np.array(build_gradient()))
     assert f"{web_server}/missing.png" in (message := get_error(backend, f"{web_server}/missing.png"))
     assert "404" in message
+    monkeypatch.setattr(image_processing_vitcls, "DOWNLOAD_TIMEOUT", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts connections and never answers
+        threading.Timer(1, silent.close).start()
+        assert "timed out" in get_error(backend, f"http://127.0.0.1:{silent.getsockname()[1]}")
 
 
 def test_nested_lists_and_batches_keep_their_order(backend: type) -> None:
@@ -324,11 +329,13 @@ def test_without_rgb_an_image_keeps_its_own_channels(backend: type) -> None:
 
 def test_a_gray_model_gets_one_channel(backend: type) -> None:
     processor = backend(do_convert_rgb=False, image_mean=[0.5], image_std=[0.5], size=28)
-    arrays = [np.zeros((8, 8), dtype=np.uint8), np.full((8, 8), 254.6)]
+    arrays = [np.zeros((8, 8)), np.linspace(254.6, 255, 64).reshape(8, 8)]
     digits = [build_gradient().convert("L"), build_gradient().convert("LA"), *arrays]
     pixel_values = processor(digits, return_tensors="pt").pixel_values
     assert pixel_values.shape == (4, 1, 28, 28)
     assert pixel_values[2:].flatten(1).unique(dim=1).tolist() == [[-1], [1]]
+    with raises_one_line("image_mean"):
+        processor(build_gradient(), return_tensors="pt")
 
 
 # Errors --------------------------------------------------------------------------------------------------------------
@@ -344,8 +351,8 @@ def test_unreadable_sources_are_named(backend: type, tmp_path: Path) -> None:
     assert truncated.name in get_error(backend, PIL.Image.open(truncated))
     for broken in (b"", b"not an image", photo[:1000]):
         assert f"{len(broken)} bytes" in get_error(backend, broken)
-    for long in ("x" * 100_000, "data:image/png;base64," + "A" * 100_000):
-        assert len(get_error(backend, long)) < 1000
+    for start in ("x", "data:image/png;base64,"):  # the end of a long name is kept
+        assert len(message := get_error(backend, start + "A" * 100_000 + "/cat.png")) < 1000 and "/cat.png" in message
 
 
 @pytest.mark.parametrize("file_format", IMAGE_FORMATS)
@@ -379,6 +386,7 @@ def test_pipes_sockets_and_devices_are_errors(backend: type, tmp_path: Path) -> 
     messages: dict[str, str] = {}
 
     def process() -> None:
+        assert read_jpeg_bytes(pipe) is None
         for path in (pipe, listening, device, link, tmp_path):
             messages[path.name] = get_error(backend, path)
 
@@ -424,8 +432,9 @@ UNUSABLE: list[tuple[object, dict, str]] = [
     (np.zeros((0, 8, 3)), {}, "[0, 8, 3]"),
     (np.zeros((7, 8, 9), dtype=np.uint8), {}, "channel"),
     (np.full((4, 4), 300), {}, "300"),
+    (np.full((4, 4), -1), {}, "-1"),
     (np.full((4, 4), np.nan), {}, "nan"),
-    (np.full((4, 4), 0.5), {}, "do_rescale=False"),
+    (np.ones((4, 4)), {}, "do_rescale=False"),
     (PIL.Image.new("F", (4, 4)), {}, "mode F"),
     (PIL.Image.new("I", (4, 4), 70_000), {}, "70000"),
     (PIL.Image.new("I", (4, 4), -1), {}, "-1"),
@@ -463,6 +472,11 @@ def test_contradictory_settings_are_errors(backend: type, settings: dict) -> Non
     ):
         with raises_one_line(next(iter(settings))):
             attempt(**settings)
+
+
+def test_a_setting_of_a_wrong_type_is_an_error(backend: type) -> None:
+    with raises_one_line("do_resize"):
+        backend()(build_gradient(), do_resize="yes")
 
 
 # Saving and loading --------------------------------------------------------------------------------------------------

@@ -176,25 +176,6 @@ def test_every_parameter_has_a_gradient_in_every_step(
     assert not [name for name, parameter in model.named_parameters() if parameter.grad is None]
 
 
-@pytest.mark.parametrize(
-    ("fields", "unbiased"),
-    [
-        ({"qkv_bias": False}, "qkv"),
-        ({"key_bias": False}, "k"),
-        ({"qkv_bias": False, "value_bias": True}, "qk"),
-        ({"projection_bias": False}, "o"),
-        ({"mlp_bias": False}, "12"),
-        ({"patch_bias": False}, "p"),
-    ],
-)
-def test_biases_are_separate(fields: dict[str, Any], unbiased: str) -> None:
-    model = ViTCLSModel(build_tiny_config(**fields))
-    attention, mlp = model.layers[1].attention, model.layers[1].mlp
-    modules = dict(zip("qkvo", (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj), strict=True))
-    modules |= {"1": mlp.fc1, "2": mlp.fc2, "p": model.embeddings.patch_embeddings.projection}
-    assert "".join(letter for letter, module in modules.items() if module.bias is None) == unbiased
-
-
 def test_drop_path_increases_linearly_over_the_layers(tmp_path: Path) -> None:
     ViTCLSModel(build_tiny_config(num_hidden_layers=5, drop_path_rate=0.4)).save_pretrained(tmp_path)
     layers = ViTCLSModel.from_pretrained(tmp_path).layers  # built on the meta device

@@ -72,6 +72,7 @@ OWN_ARGUMENTS: dict[str, tuple[str, dict[str, Any]]] = {
         "vit_tiny_patch16_224",
         {"block_fn": ParallelThingsBlock, "norm_layer": RmsNorm, "qkv_bias": False, "proj_bias": False},
     ),
+    "scaled branches": ("vit_tiny_patch16_224", {"block_fn": ParallelThingsBlock, "init_values": 0.1}),
     "DINOv3, neighbouring channels": (
         "vit_small_patch16_dinov3",
         {"rope_rotate_half": False, "rope_grid_indexing": "xy"},
@@ -103,6 +104,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "norms inside parallel": ("vit_small_patch16_18x2_224", {"scale_attn_norm": True}),
     "differential branches": ("vit_small_patch16_18x2_224", {"attn_layer": "diff"}),
     "different activations in attention pooling and blocks": ("vit_pe_core_tiny_patch16_384", {"swiglu_mlp": False}),
+    "registers together with a distillation token": ("deit_tiny_distilled_patch16_224", {"reg_tokens": 2}),
     "multiple of 4": ("vit_small_patch16_dinov3", {"embed_dim": 24}),
 }
 

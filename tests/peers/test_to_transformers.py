@@ -171,6 +171,8 @@ def test_everything_about_the_model_is_kept() -> None:
     assert (dinov2.config.layerscale_value, dinov2.config.attention_probs_dropout_prob) == (0.1, 0.2)
     assert (dinov3.config.layerscale_value, dinov3.config.attention_dropout) == (0.1, 0.2)
     assert dinov3.config.rope_theta == 50
+    exact = convert_to_transformers(ViTCLSModel(ViTCLSConfig(**BASE, position_antialias=True)), native_size_only=True)
+    assert type(exact).__name__ == "Dinov2WithRegistersModel"  # at all sizes, unlike ViTModel
 
 
 def test_a_mask_token_is_dropped_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:

@@ -105,7 +105,7 @@ CASES = {
     "internvl cls": Case(
         "InternVLVisionModel", "InternVLVisionConfig", PLAIN | {"attention_bias": True, "use_mean_pooling": False}
     ),
-    "qianfan ocr": Case("QianfanOCRVisionModel", "QianfanOCRVisionConfig", PLAIN),
+    "qianfan ocr": Case("QianfanOCRVisionModel", "QianfanOCRVisionConfig", PLAIN | {"norm_type": "rms_norm"}),
     "chinese clip": Case("ChineseCLIPVisionModel", "ChineseCLIPVisionConfig", PLAIN, interpolates=True),
     "clip": Case("CLIPVisionModel", "CLIPVisionConfig", PLAIN, interpolates=True),
     "clip projection": Case(
