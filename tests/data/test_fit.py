@@ -73,8 +73,9 @@ def test_a_white_square_at_each_edge_reaches_the_input(
 
 
 def test_random_crops_of_padded_images_have_the_aspect_ratio_of_the_input() -> None:
-    processor = ViTCLSImageProcessor()
+    processor = ViTCLSImageProcessor(do_resize=False)
     set_fit(processor, "pad", (32, 48))
+    assert processor.do_resize  # in prediction
     augmentation = build_augmentation(AugmentationOptions(crop_scale=0.5, shift=0.0), processor)
     assert augmentation.fixed_transform(torch.zeros(3, 40, 30, dtype=torch.uint8)).shape == (3, 40, 60)
     assert augmentation.fixed_transform(torch.zeros(1, 20, 90, dtype=torch.uint8)).shape == (1, 60, 90)
@@ -83,6 +84,7 @@ def test_random_crops_of_padded_images_have_the_aspect_ratio_of_the_input() -> N
 def test_a_crop_keeps_its_ratio_at_another_size_and_the_seen_share_is_measured() -> None:
     for size, share, edge in (
         ({"height": 40, "width": 40}, (32 / 40) ** 2, 80),
+        ({"max_height": 40, "max_width": 50}, (32 / 40) ** 2, 80),
         ({"shortest_edge": 36}, (32 / 36) ** 2, 72),
     ):
         processor = ViTCLSImageProcessor(size=size, do_center_crop=True, crop_size={"height": 32, "width": 32})

@@ -76,8 +76,6 @@ def test_names_of_files_are_not_splits(tmp_path: Path) -> None:
         write_class(tmp_path, name, 32, "img_")
         write_class(tmp_path, name, 8, "test_")
     write_images(tmp_path, "dog/eye-test-1.png", "cat/train/steam.png")
-    data = load(tmp_path)
-    assert len(data.train) + len(data.held_out) == 82
     assert {split: {name: len(files) for name, files in found.items()} for split, found in read(tmp_path).items()} == {
         "train": {"cat": 41, "dog": 41}
     }
@@ -103,7 +101,6 @@ def test_split_folders_are_recognized_in_any_case(tmp_path: Path, train: str, ot
         "train": {"cat": 3, "cow": 0, "dog": 4},
         split: {"cat": 2, "cow": 1, "dog": 0},
     }
-    assert load(tmp_path).held_out_name == f"split {split!r}"
 
 
 def test_a_folder_called_train_among_classes_is_a_class(tmp_path: Path) -> None:

@@ -53,13 +53,6 @@ class ListedLabels(TorchDataset):
         return pixels, [label]
 
 
-class Stream(torch.utils.data.IterableDataset):
-    """A dataset without a length."""
-
-    def __iter__(self) -> Any:
-        return iter([(make_image(0), 1)])
-
-
 def encode(image: Image.Image) -> bytes:
     """Return an image as PNG."""
     image.save(file := io.BytesIO(), "PNG")
@@ -173,7 +166,7 @@ def test_unusable_data_is_an_error(data: Any, message: str) -> None:
 
 def test_unusable_kinds_are_errors() -> None:
     rows = {"image": ["a.png"], "label": ["x"]}
-    for data in (3, {1, 2}, Stream(), iter([(make_image(0), 1)]), pandas.DataFrame(rows)):
+    for data in (3, {1, 2}, iter([(make_image(0), 1)]), pandas.DataFrame(rows)):
         with pytest.raises(TypeError, match=f"but the type of the data is {type(data).__name__}"):
             add_dataset(data)
     stream = datasets.Dataset.from_dict({"image": [1], "label": [1]}).to_iterable_dataset()

@@ -282,10 +282,13 @@ def test_streamed_images(models: Path, tmp_path: Path, by_one_process: dict[str,
         evaluate_checkpoint(options)
 
 
-def test_two_processes_evaluate_a_saved_model(two_process_folder: Path) -> None:
+def test_two_processes_evaluate_a_saved_model(
+    two_process_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
     two, one = read_json(two_process_folder / "new" / "digits.json"), evaluate_digits(two_process_folder)
     assert (two["num_processes"], one["num_processes"]) == (2, 1)
-    assert two["num_images"] == NUM_HELD_OUT_DIGITS
+    assert two["num_images"] == NUM_HELD_OUT_DIGITS and "100%" in capsys.readouterr().out
     assert two.pop("calibration_error") == close(one.pop("calibration_error"))  # depends on the batches' rounding
     assert {**two, **dict.fromkeys(MEASURED)} == {**one, **dict.fromkeys(MEASURED)}
     assert two.keys() >= {"model", "dataset", "split", "images_per_second", "versions", "per_class", "accuracy"}

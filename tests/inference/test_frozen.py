@@ -142,8 +142,9 @@ def test_results_equal_scikit_learn(
 
 
 def test_a_warning_is_printed_if_the_held_out_images_differ_from_the_record(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
     folder = tmp_path / "model"
     shutil.copytree(model, folder)
     data = DataOptions(dataset=str(write_noise(tmp_path / "data", {".": (8, 8)})), num_workers=0)
@@ -156,7 +157,10 @@ def test_a_warning_is_printed_if_the_held_out_images_differ_from_the_record(
             results = {"held_out": asdict(HeldOutRecord.from_keys(rule, record))}
             (folder / "results.json").write_text(json.dumps(results), encoding="utf-8")
         run(folder, "knn", data=data)
-        assert ("WARNING" in capsys.readouterr().out) is is_warned
+        printed = capsys.readouterr().out
+        assert ("WARNING" in printed) is is_warned and "100%" in printed
+    run(folder, "knn", data=data, split="train")  # no held-out images
+    assert "WARNING" not in capsys.readouterr().out
 
 
 def test_features_are_computed_with_autocast(model: Path) -> None:

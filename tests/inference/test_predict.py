@@ -217,13 +217,8 @@ def test_features_equal_the_tokens_of_the_model(
     assert rows[0].keys() == {"index", "image", "features", "error"}
 
 
-def test_missing_tokens_are_errors() -> None:
-    with raises_one_line("--features registers", "cls, mean"):
-        predict(ViTCLSModel(build_tiny_config()), ViTCLSImageProcessor(size=32), ["a.jpg"], features="registers")
-
-
 def test_several_features_of_any_layer(models: Path, photos: Path, tmp_path: Path) -> None:
-    """Layers are outputs after the final norm. The last layer is the default."""
+    """Layers are outputs after the final norm, if there is one. The last layer is the default."""
     names = ("cls", "cls@1", "mean@2", "patches")
     options = PredictOptions(
         str(models / "encoder"),
@@ -247,6 +242,11 @@ def test_several_features_of_any_layer(models: Path, photos: Path, tmp_path: Pat
     for wrong in ("cls@0", "cls@3"):
         with raises_one_line(f"--features {wrong}", "cls@2"):
             predict(model, ViTCLSImageProcessor(size=32), photos, features=wrong)
+    model = ViTCLSModel(build_tiny_config(final_norm=False))
+    (row,) = predict(model, ViTCLSImageProcessor(size=32), photos / "a.jpg", features=["cls", "cls@2"])
+    np.testing.assert_array_equal(row["cls"], row["cls@2"])
+    with raises_one_line("--features registers", "cls, mean"):
+        predict(model, ViTCLSImageProcessor(size=32), photos, features="registers")
 
 
 # Inputs --------------------------------------------------------------------------------------------------------------
@@ -337,8 +337,11 @@ def test_two_processes_write_the_same_file_as_one(models: Path, streamed: Path, 
     assert (tmp_path / "one.csv").read_bytes() == (tmp_path / "two.csv").read_bytes()
 
 
-def test_array_jobs_write_every_shard_once(models: Path, photos: Path, tmp_path: Path) -> None:
+def test_array_jobs_write_every_shard_once(
+    models: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Three jobs of one process write the rows of one job. Missing shards are named."""
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
     rows, folder = {}, tmp_path / "jobs"
     for output, shards in ((tmp_path / "whole", [None]), (folder, ["1/3", "3/3", "2/3"])):
         for shard in shards:
@@ -347,6 +350,7 @@ def test_array_jobs_write_every_shard_once(models: Path, photos: Path, tmp_path:
                     merge_shards(folder, tmp_path / "out.csv")
             options = {"output": output, "shard_size": 2, "shard": shard}
             predict_images(PredictOptions(str(models / "one_label"), (str(photos),), **options))
+            assert "100%" in capsys.readouterr().err
             reset_accelerate()
         assert f"{tmp_path / 'out.jsonl'}: 9 images, 0 without" in merge_shards(output, tmp_path / "out.jsonl")
         rows[output] = (tmp_path / "out.jsonl").read_text(encoding="utf-8")
