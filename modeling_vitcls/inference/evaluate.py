@@ -44,7 +44,6 @@ from .confidence import measure_unknown
 from .evaluator import Evaluator, round_floats
 from .load_model import check_is_classifier, list_file_patterns, load_model
 from .metric_tables import build_class_tables, build_metric_rows
-from .metrics import select_scalars
 from .per_image import get_outputs, write_predictions
 
 
@@ -115,7 +114,6 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
     results = {
         **describe_evaluation(options, setup, metrics["num_images"], seconds, accelerator),
         "is_recorded_part": None if setup.rule is None else setup.warning is None,
-        **select_scalars(metrics),
         **metrics,
     }
     if options.unknown_dataset is not None:

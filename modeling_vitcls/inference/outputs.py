@@ -57,7 +57,7 @@ def write_csv(table: pa.Table, file: Path) -> None:
     for column in table.schema:
         if pa.types.is_list(column.type):
             values = table[column.name].to_pylist()
-            frame[column.name] = [value and LABEL_SEPARATOR.join(map(str, value)) for value in values]
+            frame[column.name] = [None if value is None else LABEL_SEPARATOR.join(map(str, value)) for value in values]
     frame.to_csv(file, index=False)
 
 

@@ -8,7 +8,6 @@ import csv
 import io
 import json
 import re
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -45,7 +44,7 @@ from modeling_vitcls.distributed import build_accelerator
 from modeling_vitcls.files import read_json
 from modeling_vitcls.inference import evaluate as evaluate_module
 from modeling_vitcls.inference.evaluate import evaluate_checkpoint, load_evaluation, match_labels
-from modeling_vitcls.inference.metric_tables import build_class_tables
+from modeling_vitcls.inference.metric_tables import build_class_tables, get_metric_names
 from modeling_vitcls.options import DataOptions, EvaluateOptions
 from modeling_vitcls.system import describe_device, get_versions
 
@@ -216,6 +215,7 @@ def test_the_results_describe_the_evaluation(
         batch_size=4,
         mixed_precision="bf16",
         output=output,
+        per_image=tmp_path / "rows.parquet",
     )
     clock = SimpleNamespace(perf_counter=iter([10.0, 10.0043] * 2).__next__)
     monkeypatch.setattr(evaluate_module, "time", clock)
@@ -315,6 +315,11 @@ def test_classes_in_tables() -> None:
     names = ["`'a' `", f"`{'x' * 100}`", f"`{'x' * 99}…`"]
     assert table == [{"Class": name} | cells for name in names]
     assert [len(build_class_tables({"per_class": rows[:1] * number}, None)) for number in (0, 20, 21)] == [0, 1, 0]
+    config = ViTCLSConfig(tasks={"age": ["old", "young"], "size": ["small", "large"]}, num_cls_tokens=2)
+    tables = build_class_tables({"size_per_class": rows, "age_per_class": rows[:2]}, config)
+    assert {title.split(",")[0]: len(rows) for title, rows in tables.items()} == {"age": 2, "size": 3}
+    keys = get_metric_names({"size_accuracy": 0.0, "accuracy": 0.0, "macro_f1": None}, config)
+    assert list(keys) == ["accuracy", "size_accuracy"]
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])
@@ -356,9 +361,7 @@ def test_labels_are_matched_to_the_model_by_name() -> None:
         with pytest.raises(ValueError, match=f"'noon'.*{shown}"):
             match_labels(pictures, build_single_label_space("noon"), build_single_label_space(*many[:number]))
     # an unused name has no effect
-    match_labels(
-        replace(pictures, labels=[1]), build_single_label_space("noon", "dusk"), build_single_label_space("dusk")
-    )
+    match_labels(LabeledImages([], [1]), build_single_label_space("noon", "dusk"), build_single_label_space("dusk"))
 
 
 def test_several_labels_are_matched_by_name() -> None:

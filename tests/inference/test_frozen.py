@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
 from helpers.tiny_models import LAYOUTS, build_tiny_config, randomize
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
@@ -23,11 +22,9 @@ from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, 
 from modeling_vitcls.analysis.audit import load_audited_images
 from modeling_vitcls.data.fit import set_fit
 from modeling_vitcls.data.held_out import HeldOutRecord, HeldOutRule
-from modeling_vitcls.data.images import ArrayImages, LabeledImages
-from modeling_vitcls.data.labels import LabelSpace
 from modeling_vitcls.data.splits import load_evaluation_data
 from modeling_vitcls.inference import frozen
-from modeling_vitcls.inference.frozen import FeatureEvaluator, build_classifier, evaluate_frozen
+from modeling_vitcls.inference.frozen import build_classifier, evaluate_frozen
 from modeling_vitcls.intervals import compute_proportion_interval
 from modeling_vitcls.options import DataOptions, EvaluateOptions
 
@@ -75,7 +72,8 @@ def encode(model: Path, images: Any, token: str) -> np.ndarray:
     return np.array(rows)
 
 
-def test_few_images_have_few_neighbors() -> None:
+def test_settings_of_classifiers() -> None:
+    assert build_classifier("logreg", 7)[-1].max_iter == 1000
     assert [build_classifier("knn", count).n_neighbors for count in (7, 10, 11)] == [7, 10, 10]
 
 
@@ -161,18 +159,6 @@ def test_a_warning_is_printed_if_the_held_out_images_differ_from_the_record(
         assert ("WARNING" in printed) is is_warned and "100%" in printed
     run(folder, "knn", data=data, split="train")  # no held-out images
     assert "WARNING" not in capsys.readouterr().out
-
-
-def test_features_are_computed_with_autocast(model: Path) -> None:
-    pixels = np.random.default_rng(0).integers(256, size=(3, 16, 16, 3), dtype=np.uint8)
-    images, space = ArrayImages(pixels), LabelSpace("single_label_classification", {"label": ["a"]})
-    processor, accelerator = ViTCLSImageProcessor(size=16), Accelerator(cpu=True, mixed_precision="bf16")
-    encoder = ViTCLSModel.from_pretrained(model).eval()
-    output = FeatureEvaluator(LabeledImages(images, [0, 0, 0]), processor, space, DIGITS, 3, accelerator)(encoder)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        tokens = encoder(processor(list(images), return_tensors="pt")["pixel_values"]).last_hidden_state
-        expected = torch.cat([tokens[:, :6], tokens[:, 6:].mean(dim=1, keepdim=True)], dim=1)
-    np.testing.assert_array_equal(output["features"], expected.float().numpy())
 
 
 def test_other_labels_are_an_error(model: Path, tmp_path: Path) -> None:

@@ -197,9 +197,8 @@ def test_a_network_failure_is_retried_and_is_not_an_unreadable_image(monkeypatch
     assert FlakyServer.num_requests["/down.png"] == 5
     server.shutdown()
     server.server_close()
-    with pytest.raises(FetchError, match=f"{address}/photo.png") as caught:
+    with raises_one_line(f"{address}/photo.png", error=FetchError):
         prepare(f"{address}/photo.png")
-    assert "\n" not in str(caught.value)
 
 
 def test_idx_files_are_read(tmp_path: Path) -> None:

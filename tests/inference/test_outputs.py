@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from helpers.tiny_models import raises_one_line
 
@@ -35,6 +36,8 @@ def test_lists_and_half_precision_are_written_to_every_format(tmp_path: Path) ->
     ]
     expected[0] |= {"unknown": True, "error": None}
     assert json.loads((tmp_path / "out.json").read_text(encoding="utf-8")) == expected
+    write_rows([{"index": 0}] * 1025, get_output_columns({}), tmp_path / "out.parquet")
+    assert pq.read_metadata(tmp_path / "out.parquet").num_row_groups == 2
     lines = (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()
     assert list(map(json.loads, lines)) == expected and "ü" in lines[0]
 
