@@ -64,7 +64,7 @@ def get_relative_flags(options: Any, should_strip: bool = False) -> dict[str, An
     convert = strip_folders if should_strip else make_relative
     options = replace_sources(options, lambda _, source: convert(source))
     flags = to_flags(replace(options, data=replace(options.data, dataset=convert(options.data.dataset))))
-    return flags if should_strip else flags | {"output_dir": make_relative(flags["output_dir"])}
+    return flags | {"output_dir": convert(flags["output_dir"])}
 
 
 def check_flags_unchanged(stored_flags: dict[str, Any], current_flags: dict[str, Any], folder: Path) -> None:

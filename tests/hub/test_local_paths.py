@@ -102,6 +102,8 @@ def test_files_of_a_run_contain_no_local_paths(here: Path, tmp_path: Path, monke
     assert again.distillation == options.distillation
     assert Path(again.data.dataset).resolve() == Path(options.data.dataset)
     check_flags_unchanged(get_relative_flags(options), to_flags(options), folder)
+    published = get_relative_flags(options, should_strip=True)
+    assert (published["output_dir"], published["dataset"]) == ("path/to/mine", "path/to/scans")
     monkeypatch.chdir(tmp_path / "clinic")  # the dataset is a local folder, from any working folder
     assert is_local(flags["dataset"]) and is_local(flags["teacher"]) and not is_local(flags["model"])
     assert strip_folders(flags["teacher"]) == "timm:resnet18@path/to/weights.pt"

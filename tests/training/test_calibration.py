@@ -52,4 +52,5 @@ def test_calibration_uses_images_that_are_not_reported(
     error = multiclass_calibration_error(probabilities, labels, 10, n_bins=15).item()
     assert calibration["calibration_error_before"] == pytest.approx(error, abs=1e-3)
     before, after = 100 * calibration["calibration_error_before"], 100 * results["calibration_error"]
-    assert f"calibration error {before:.1f} -> {after:.1f} points" in capsys.readouterr().out
+    text = f"temperature {calibration['temperature']:.2f}, fitted to {len(fitted)} images that are not reported; "
+    assert f"{text}calibration error {before:.1f} -> {after:.1f} points" in capsys.readouterr().out

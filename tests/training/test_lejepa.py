@@ -117,22 +117,17 @@ def test_global_crops_are_large_and_local_crops_are_small() -> None:
 
 
 def test_brightness_contrast_and_saturation_change_by_up_to_two_fifths() -> None:
-    """The images have a gray and a colored pixel."""
+    """The images have a gray and a colored pixel. A fifth of the images become gray."""
     pixels = torch.tensor([[0.4, 0.58], [0.4, 0.6], [0.4, 0.62]])[:, None]
     images = lejepa.jitter(pixels.expand(400, 3, 1, 2))
     brightness = images.mean((1, 2, 3)) / 0.5
     contrast = (images[..., 1] - images[..., 0]).mean((1, 2)) / 0.2 / brightness
     saturation = (images[:, 2] - images[:, 0])[:, 0, 1] / 0.04 / brightness / contrast
-    for factors in (brightness, contrast, saturation[saturation > 0.1]):
+    is_gray = saturation < 0.1
+    assert 0.1 < is_gray.float().mean() < 0.3
+    for factors in (brightness, contrast, saturation[~is_gray]):
         assert 0.599 < factors.min() < 0.65 and 1.35 < factors.max() < 1.401
         assert 0.1 < ((factors - 1).abs() < 1e-4).float().mean() < 0.3
-
-
-def test_a_fifth_of_the_images_become_gray() -> None:
-    images = lejepa.jitter(torch.rand(400, 3, 8, 8))
-    is_gray = (images.amax(1) - images.amin(1)).amax(dim=(1, 2)) < 1e-5
-    assert 0.1 < is_gray.float().mean() < 0.3
-    assert images[is_gray].std(dim=(1, 2, 3)).min() > 0.02  # the pattern remains
 
 
 @pytest.mark.parametrize("fields", [{}, {"pooling": "mean"}, {"num_cls_tokens": 2, "cls_pooling": "concat"}])

@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -562,6 +563,12 @@ def test_ignored_signals_stay_ignored() -> None:
             assert interruption.get_signal() is None
     finally:
         signal.signal(signal.SIGINT, old)
+
+
+def test_signals_are_not_handled_in_other_threads() -> None:
+    handler = SignalHandler(Accelerator(cpu=True))
+    with ThreadPoolExecutor() as threads:
+        assert threads.submit(handler.__enter__).result() is handler
 
 
 @pytest.mark.parametrize(

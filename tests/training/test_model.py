@@ -62,7 +62,6 @@ def two_tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
         LabelSpace("multi_task", {"colour": ["red", "green"]}),
         LabelSpace("single_label_classification", {"label": ["yes", "no"]}),
     ],
-    ids=["more tasks", "one task", "no tasks"],
 )
 def test_a_checkpoint_of_several_tasks_is_trained_on_other_labels(two_tasks: Path, label_space: LabelSpace) -> None:
     saved = ViTCLSForMultiTaskClassification.from_pretrained(two_tasks)

@@ -96,11 +96,13 @@ def test_a_resumed_run_has_the_same_results(whole: Path, killed: Path, capsys: p
 def test_unreadable_images_and_evaluations_of_earlier_steps_are_counted(killed: Path) -> None:
     change_metadata(killed, unreadable_images=[7, 3], best_score=2.0, margin=0.25)
     folders: list[Path] = []
-    results = read_json(train(build_options(killed, resume=True), folders.append) / "results.json")
+    options = build_options(killed, resume=True, push_to_hub=True, hub_checkpoint_branch="dev")
+    results = read_json(train(options, folders.append) / "results.json")
     assert results["num_unreadable_training_images"] == 2 and folders == [killed / "checkpoints" / "step-00000003"]
     state = read_json(killed / "checkpoints" / "step-00000003" / "state.json")
     assert state["metadata"]["unreadable_images"] == [3, 7]
     assert (state["metadata"]["best_score"], state["metadata"]["margin"]) == (2.0, 0.25)
+    assert state["metadata"]["flags"]["output_dir"] == "path/to/killed"  # will be uploaded
 
 
 def test_a_signal_saves_a_checkpoint_to_resume_from(
