@@ -177,6 +177,7 @@ def test_several_labels_per_image(tasks: Path, tmp_path: Path) -> None:
     options = {"label_column": ("tags",), "label_separator": "|", "max_steps": 30}
     results = train(tmp_path, tasks, **options)
     assert results[results["selection_metric"]] == results["mean_average_precision"] == 1.0
+    assert (results["label_column"], results["label_separator"]) == (["tags"], "|")
     model = ViTCLSForImageClassification.from_pretrained(tmp_path)
     assert model.config.problem_type == "multi_label_classification"
     assert set(model.config.label2id) == {"all", "dusk", "noon"}

@@ -86,14 +86,6 @@ def test_the_lock_of_a_process_that_has_ended_is_taken_over(folder: Path, lock_h
     assert not is_locked(folder)
 
 
-def test_folders_of_the_lock_are_removed_if_they_are_empty(folder: Path) -> None:
-    assert not is_locked(folder) and not folder.exists()
-    with FolderLock(folder) as lock:
-        lock.acquire()
-        (folder / "metrics.jsonl").touch()
-    assert [path.name for path in folder.iterdir()] == ["metrics.jsonl"]
-
-
 # Runs ----------------------------------------------------------------------------------------------------------------
 
 
