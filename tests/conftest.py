@@ -2,8 +2,12 @@
 
 A file whose tests start processes, a compiler, a browser or a local Hub, or train models, is marked `integration`; a
 test that only `make test-all` runs is marked `slow`. `make test-quick` runs the files that the Makefile lists.
+
+Large libraries are imported in the fixtures: pytest-xdist imports this file first in a process that runs no tests.
 """
 
+import atexit
+import gc
 import shutil
 import signal
 import subprocess
@@ -15,13 +19,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import sklearn.datasets
-from accelerate.utils import set_seed
-from helpers import local_hub
-from helpers.accelerate_state import reset_accelerate
 from helpers.fresh_processes import run_fresh
 from playwright.sync_api import Browser, Error, expect, sync_playwright
-from sklearn.utils import Bunch
 from xdist.scheduler import LoadFileScheduling
 
 
@@ -34,9 +33,21 @@ GROUPS = {
 PAGE_TIMEOUT = 60_000  # timeout of expectations about a page in milliseconds; pages take seconds on a busy machine
 
 
+gc.disable()  # while the libraries are imported
+
+
+def pytest_collection_finish() -> None:
+    """Collect garbage of the tests only: each search of the imported libraries takes 0.4 s."""
+    gc.freeze()
+    atexit.register(gc.unfreeze)
+    gc.enable()
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Seed each test with a hash of its id, so that its random numbers do not depend on other tests."""
+    from accelerate.utils import set_seed
+
     set_seed(zlib.crc32(item.nodeid.encode()))
 
 
@@ -58,14 +69,18 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileSche
 @pytest.fixture
 def fresh_accelerate() -> Iterator[None]:
     """Reset the singletons in which Accelerate keeps its settings, before and after the test."""
+    from helpers.accelerate_state import reset_accelerate
+
     reset_accelerate()
     yield
     reset_accelerate()
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[local_hub.LocalHub]:
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
     """Start an empty Hub on this machine, to which the client of this process is logged in as `ann`."""
+    from helpers import local_hub
+
     with local_hub.running_hub() as running:
         running.tokens["hf_ann"] = local_hub.Token("ann")
         local_hub.point_client_at(running.url, "hf_ann", monkeypatch, tmp_path / "home")
@@ -74,9 +89,12 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[local_hub.L
 
 @pytest.fixture(scope="module")
 def few_digits() -> Iterator[None]:
-    """Let the dataset `digits` have 450 images in this process: 360 for training and 90 held out."""
+    """Let the dataset `digits` have 300 images in this process: 240 for training and 60 held out."""
+    import sklearn.datasets
+    from sklearn.utils import Bunch
+
     digits = sklearn.datasets.load_digits()
-    few = Bunch(images=digits.images[:450], target=digits.target[:450], target_names=digits.target_names)
+    few = Bunch(images=digits.images[:300], target=digits.target[:300], target_names=digits.target_names)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sklearn.datasets.load_digits", lambda: few)
         yield

@@ -11,6 +11,7 @@ warm_processes.py.
 
 import atexit
 import functools
+import gc
 import importlib
 import json
 import multiprocessing
@@ -123,4 +124,5 @@ if __name__ == "__main__":
     for library in PRELOADED:
         importlib.import_module(library)
     assert not NOT_LOADED & sys.modules.keys(), NOT_LOADED & sys.modules.keys()
+    gc.freeze()
     serve()

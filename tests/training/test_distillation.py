@@ -56,7 +56,7 @@ def teachers(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 
 def tiny_options(folder: Path, teachers: tuple[str, ...], **flags: Any) -> PretrainOptions:
     """Return options of a short run on digits."""
-    settings = vars(TINY) | {"teachers": teachers, "max_steps": 45, "batch_size": 32, "learning_rate": 3e-3}
+    settings = vars(TINY) | {"teachers": teachers, "max_steps": 40, "batch_size": 32, "learning_rate": 4e-3}
     return build_tiny_options(
         folder, "digits", PretrainOptions, **settings | {"log_every": 10, "select": None} | flags
     )
@@ -194,9 +194,11 @@ def test_the_targets_are_predicted_from_the_tokens(num_tokens: int, pooling: str
 def test_teachers_share_a_token_or_the_pooled_token(
     num_tokens: int, teachers: tuple[str, str], tmp_path: Path
 ) -> None:
-    folder = run_to_folder(tiny_options(tmp_path / "out", teachers, num_distillation_tokens=num_tokens))
-    results = read_json(folder / "results.json")
-    assert min(results["features"]["after"]["teacher_cosines"]) > 0.2
+    flags = {"num_distillation_tokens": num_tokens, "max_steps": 12}
+    folder = run_to_folder(tiny_options(tmp_path / "out", teachers, **flags))
+    features = read_json(folder / "results.json")["features"]
+    before, after = (features[name]["teacher_cosines"] for name in ("before", "after"))
+    assert min(after) > max(before) + 0.03
     config = ViTCLSModel.from_pretrained(folder).config
     assert config.num_distillation_tokens == num_tokens and config.distillation_teachers is None
 
@@ -208,7 +210,7 @@ def test_targets_are_standardized_with_fewer_images_than_a_batch(teachers: tuple
 
 
 def test_cached_vectors_train_the_token(teachers: tuple[str, str], tmp_path: Path) -> None:
-    results = run_training(tiny_options(tmp_path / "out", teachers[:1], teacher_views=1, crop_scale=0.9, max_steps=25))
+    results = run_training(tiny_options(tmp_path / "out", teachers[:1], teacher_views=1, crop_scale=0.9, max_steps=15))
     (before,), (after,) = (results["features"][name]["teacher_cosines"] for name in ("before", "after"))
     assert after > before + 0.2 and results["token_layout"]["distillation"] == 1
 

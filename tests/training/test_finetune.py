@@ -234,12 +234,12 @@ def test_linear_probing_trains_only_the_head(pretrained: Path, tmp_path: Path, c
     assert list_changed_weights(pretrained, tmp_path) == {"classifier.weight", "classifier.bias"}
     assert results["num_parameters"] == sum(map(torch.numel, load_file(tmp_path / "model.safetensors").values()))
     printed = capsys.readouterr().out
-    assert "WARNING" not in printed and f"accuracy {results['accuracy']:.2%} on 90 " in printed
-    assert results["calibration"] is None and results["selection_metric"] == "accuracy"  # 45 images are too few
+    assert "WARNING" not in printed and f"accuracy {results['accuracy']:.2%} on 60 " in printed
+    assert results["calibration"] is None and results["selection_metric"] == "accuracy"  # 30 images are too few
     assert ViTCLSForImageClassification.from_pretrained(tmp_path).config.temperature == 1
     lines = {line.split(" ")[0]: re.findall(r"\d+(?:[.,]\d+)*", line) for line in printed.splitlines()}
     assert {"data", "fit", "model", "tokens", "probe", "batches", "step"} <= lines.keys()
-    assert lines["data"][:2] == ["360", "90"] and lines["batches"] == ["8", "8", "1", "1", "20", "0.4"]
+    assert lines["data"][:2] == ["240", "60"] and lines["batches"] == ["8", "8", "1", "1", "20", "0.7"]
     assert lines["model"][-4:] == [f"{results['num_parameters']:,}", "330", "2", "32"]
     assert lines["tokens"] == ["1", "2", "4", "7", "32", "32", f"{results['forward_flops_per_image'] / 1e9:.3g}"]
 
@@ -339,7 +339,7 @@ def test_the_flags_determine_the_distillation(teacher: Path, tmp_path: Path, mon
     the precision of the run."""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     flags = {"distillation": "soft", "distillation_alpha": 0.3, "distillation_tau": 2.0, "teacher_views": 2}
-    flags |= {"batch_size": 120, "epochs": 3.0, "max_steps": None}  # three steps per epoch
+    flags |= {"batch_size": 80, "epochs": 3.0, "max_steps": None}  # three steps per epoch
     run = prepare_task(tiny_options(tmp_path, "digits", teacher=teacher, **flags))
     task, seen = run.task, []
     images = build_training_images(run.options, run.data, task.processor, 3, task.num_views)
@@ -408,7 +408,7 @@ def test_an_unfinished_run_is_not_overwritten(tmp_path: Path) -> None:
 def test_a_failed_evaluation_is_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The disk with the held-out images may be removed, or a cluster may not wait for the evaluation."""
 
-    settings = {"max_steps": 6, "batch_size": 120, "log_every": 2, "ema_decay": 0.9}  # three steps per epoch
+    settings = {"max_steps": 6, "batch_size": 80, "log_every": 2, "ema_decay": 0.9}  # three steps per epoch
     whole = train(tmp_path / "whole", "digits", **settings)
     reset_accelerate()
     evaluate = Evaluator.__call__

@@ -71,7 +71,7 @@ def test_defaults_are_printed_and_recorded(tmp_path: Path, capsys: pytest.Captur
     printed = capsys.readouterr().out
     assert "weights   random, because vitcls-tiny is a preset" in printed and "for example timm:" in printed
     assert "random weights, width 32: learning rate 0.001, initializer range 0.141" in printed
-    assert "random weights, 360 images: batch size 32" in printed
+    assert "random weights, 240 images: batch size 32" in printed
     assert "image size 32: crop scale 1, shift 0.04" in printed
     resolved = yaml.safe_load((tmp_path / "run" / "config.resolved.yaml").read_text(encoding="utf-8"))
     expected = {"learning_rate": 0.001, "batch_size": 32, "layer_decay": 1.0, "crop_scale": 1.0, "weight_decay": 0.1}
@@ -115,7 +115,7 @@ def test_the_flags_and_the_checkpoint_determine_the_batches(tmp_path: Path) -> N
 def test_the_best_checkpoint_is_saved_and_reported(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """The learning rate is far too high, so that a later evaluation is worse than an earlier one."""
     folder = tmp_path / "run"
-    flags = {"epochs": 4.0, "batch_size": 100, "learning_rate": 0.2, "warmup": 0.0, "ema_decay": 0.5}
+    flags = {"epochs": 4.0, "batch_size": 60, "learning_rate": 0.2, "warmup": 0.0, "ema_decay": 0.5}
     flags |= {"drop_path_rate": 0.5}  # not in evaluations
     results = run_training(build_options(folder, select="best", **flags))
     records = read_records(folder)
@@ -203,7 +203,7 @@ def test_folds(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     data = replace(DIGITS, folds=3)
     summary = run_folds(build_options(tmp_path / "run", data, max_steps=2), run_training)
     parts = [json.loads((tmp_path / "run" / f"fold-{fold}" / "results.json").read_text()) for fold in (1, 2, 3)]
-    assert sum(part["num_images"] for part in parts) == 450
+    assert sum(part["num_images"] for part in parts) == 300
     accuracies = [part["accuracy"] for part in parts]
     assert summary["mean"] == pytest.approx(sum(accuracies) / 3, abs=1e-6)
     assert summary == json.loads((tmp_path / "run" / "folds.json").read_text(encoding="utf-8"))
@@ -234,12 +234,12 @@ def test_training_on_all_images(tmp_path: Path, capsys: pytest.CaptureFixture) -
     run_dry(options)
     reset_accelerate()
     results = run_training(options)
-    assert (results["num_training_images"], results["num_images"]) == (450, 0)
+    assert (results["num_training_images"], results["num_images"]) == (300, 0)
     output = capsys.readouterr().out
     assert "accuracy" not in results and "not evaluated" in output and "WARNING" not in output
     with raises_one_line("--held-out-fraction", "--dataset"):
         evaluate_checkpoint(EvaluateOptions(str(tmp_path / "run"), DIGITS))
-    assert len(load_evaluation_data(data, "train").images) == 450
+    assert len(load_evaluation_data(data, "train").images) == 300
 
 
 # Classes -------------------------------------------------------------------------------------------------------------
