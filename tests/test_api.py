@@ -62,9 +62,7 @@ def test_finetune_and_evaluate_data_in_memory(trained: tuple[Path, dict[str, Any
     assert (evaluated["accuracy"], evaluated["is_recorded_part"]) == (results["accuracy"], True)
     speed = evaluated["num_images"] / evaluated["seconds"]
     assert evaluated["images_per_second"] == pytest.approx(speed, rel=0.1)  # the duration is rounded
-    frozen = evaluate(
-        folder, {"train": get_digits()[:200], "test": get_digits()[200:]}, frozen="knn", num_workers=0
-    )
+    frozen = evaluate(folder, {"train": get_digits()[:200], "test": get_digits()[200:]}, frozen="knn", num_workers=0)
     assert (frozen["num_training_images"], frozen["num_images"]) == (200, 100)
 
 
