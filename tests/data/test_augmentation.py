@@ -101,6 +101,8 @@ def test_a_mirrored_image_is_placed_like_other_images() -> None:
     of_mirrored = BatchTransform(options)(source.flip(-1), numbers)
     mirrored = BatchTransform(options)(source, numbers * [0, 1, 1, 1, 1])
     torch.testing.assert_close(mirrored.float(), of_mirrored.float(), atol=1.0, rtol=0)
+    gray = source[:, :1].expand_as(source)  # one channel is computed
+    assert torch.equal(BatchTransform(options)(gray, numbers)[:, 2:], BatchTransform(options)(source, numbers)[:, :1])
 
 
 def test_erasing_changes_only_a_rectangle() -> None:

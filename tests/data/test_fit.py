@@ -69,7 +69,7 @@ def test_a_white_square_at_each_edge_reaches_the_input(
             is_seen.append(bool((values > 1.5).any()))  # white is above 2 after normalization
         assert is_seen == [is_seen[0]] * 3
         assert is_seen[0] or fit == "crop"
-    assert ("100 %" in describe_fit(processor, build_edge_images())) is (fit != "crop")
+    assert ("sees 100 %" in describe_fit(processor, build_edge_images())) is (fit != "crop")
 
 
 def test_random_crops_of_padded_images_have_the_aspect_ratio_of_the_input() -> None:
@@ -93,7 +93,7 @@ def test_a_crop_keeps_its_ratio_at_another_size_and_the_seen_share_is_measured()
         assert (processor.size.shortest_edge, processor.crop_size.height) == (edge, 64)
     assert get_visible_share(processor, (160, 640)) == pytest.approx((64 / 72) ** 2 / 4)
     text = describe_fit(processor, [Image.new("L", size) for size in ((640, 160), (100, 100), (100, 130))])
-    assert f"{100 * (64 / 72) ** 2 / 1.3:.0f} %" in text
+    assert f"median of {100 * (64 / 72) ** 2 / 1.3:.0f} %" in text
     for images in ([], DatasetImages.from_list(["absent.png"])):
         assert describe_fit(processor, images) == "crop"
     set_fit(processor, "crop", (20, 28))

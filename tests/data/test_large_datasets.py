@@ -24,7 +24,7 @@ def test_the_main_process_scans_a_folder_once_for_all_processes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     photos = write_photos(tmp_path / "photos", range(20))
-    monkeypatch.setattr(image_folder, "MIN_STORED_IMAGES", 10)
+    monkeypatch.setattr(image_folder, "MIN_STORED_IMAGES", 40)
     scanned: list[str] = []
     scandir = os.scandir
     monkeypatch.setattr(os, "scandir", lambda path: scanned.append(str(path)) or scandir(path))

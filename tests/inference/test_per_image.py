@@ -109,7 +109,8 @@ def test_unknown_images_are_measured_and_recorded(
     found = evaluate(model, "digits", unknown_dataset=str(tmp_path / "noise"))["unknown"]
     assert (found["dataset"], found["split"], found["num_images"]) == ("noise", "test", 30)
     printed = capsys.readouterr().out
-    assert f"AUROC {found['auroc']:.4f}" in printed and f"{found['flagged']:.1%}" in printed
+    assert f"AUROC {found['auroc']:.4f}" in printed
+    assert f"30 images of noise (test); {found['flagged']:.1%}" in printed
     assert f"saved {tmp_path / 'rows.parquet'}" in printed and printed.count(str(model / RESULTS_FILE)) == 1
     images = [Image.open(tmp_path / "noise" / "test" / f"{index}.png") for index in range(30)]
     pixels = ViTCLSImageProcessor.from_pretrained(model)(images, return_tensors="pt")["pixel_values"]
