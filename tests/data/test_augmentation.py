@@ -154,12 +154,6 @@ def test_transforms_of_single_images_are_those_of_torchvision(options: dict[str,
 # Mixing --------------------------------------------------------------------------------------------------------------
 
 
-def build_mixed_batch(**options: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return four images with one value each, of four classes."""
-    pixels = torch.tensor([0, 80, 160, 240], dtype=torch.uint8)[:, None, None, None].expand(4, 3, 16, 16)
-    return BatchMixer(AugmentationOptions(**options), num_classes=5)(pixels, torch.arange(4))
-
-
 @pytest.mark.parametrize(("name", "mixer"), [("mixup", v2.MixUp), ("cutmix", v2.CutMix)])
 @pytest.mark.parametrize("alpha", [0.2, 5.0])
 def test_the_fractions_follow_alpha(name: str, mixer: Any, alpha: float) -> None:
@@ -172,6 +166,8 @@ def test_the_fractions_follow_alpha(name: str, mixer: Any, alpha: float) -> None
 
 
 def test_each_batch_gets_mixup_or_cutmix_if_both_are_on() -> None:
+    pixels = torch.tensor([0, 80, 160, 240], dtype=torch.uint8)[:, None, None, None].expand(4, 3, 16, 16)
+    mixer = BatchMixer(AugmentationOptions(mixup=1.0, cutmix=1.0), num_classes=5)
     torch.manual_seed(0)
-    is_mixup = [len(build_mixed_batch(mixup=1.0, cutmix=1.0)[0][0].unique()) == 1 for _ in range(40)]
+    is_mixup = [len(mixer(pixels, torch.arange(4))[0][0].unique()) == 1 for _ in range(40)]
     assert 8 < sum(is_mixup) < 32
