@@ -5,7 +5,6 @@ process.
 """
 
 import csv
-import io
 import json
 import re
 from pathlib import Path
@@ -26,7 +25,6 @@ from helpers.evaluation_worker import (
     SPACES,
     UNREADABLE,
     build_classifier,
-    build_evaluator,
     build_labeled_images,
     evaluate_digits,
     evaluate_frozen_digits,
@@ -34,7 +32,6 @@ from helpers.evaluation_worker import (
 from helpers.tiny_models import raises_one_line
 from helpers.warm_processes import OFFLINE, run_together
 from PIL import Image
-from rich.console import Console
 
 from modeling_vitcls import ViTCLSConfig, ViTCLSImageProcessor
 from modeling_vitcls.data.fit import set_fit
@@ -185,6 +182,7 @@ def test_a_single_label_model(
         assert average(parts, name) == close(by_one_process["single"][name])
     printed = capsys.readouterr().out
     assert f"({parts['split'][1]}: {parts['held_out_part'][1]}), each" in printed
+    assert "100%" not in printed  # progress is shown on terminals only
     for words in ("each counted once", "Balanced accuracy", "95% interval", "distillation head", "Per class", "gnu"):
         assert words in printed
 
@@ -320,14 +318,6 @@ def test_classes_in_tables() -> None:
     assert {title.split(",")[0]: len(rows) for title, rows in tables.items()} == {"age": 2, "size": 3}
     keys = get_metric_names({"size_accuracy": 0.0, "accuracy": 0.0, "macro_f1": None}, config)
     assert list(keys) == ["accuracy", "size_accuracy"]
-
-
-@pytest.mark.parametrize("is_terminal", [True, False])
-def test_progress_is_shown_on_a_terminal(is_terminal: bool) -> None:
-    console = Console(file=io.StringIO(), force_terminal=is_terminal)
-    metrics = build_evaluator("single", build_accelerator())(build_classifier("single"), console)
-    assert metrics["num_images"] == NUM_IMAGES
-    assert ("100%" in console.file.getvalue()) is is_terminal
 
 
 def test_an_unfinished_run_names_resume(tmp_path: Path) -> None:
