@@ -162,15 +162,16 @@ def tasks(color_images: Path) -> Path:
     return color_images.parent / "tasks.csv"
 
 
-def test_several_tasks(tasks: Path, tmp_path: Path) -> None:
+def test_several_tasks(tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     results = train(tmp_path, tasks, label_column=("time", "kind"), max_steps=20)
     assert results["time_accuracy"] == 1.0
     assert results["kind_num_images"] < results["time_num_images"] == results["num_images"]
     assert results["token_layout"]["cls"] == 2
     model = ViTCLSForMultiTaskClassification.from_pretrained(tmp_path)
     assert model.config.task_labels() == {"kind": ["kind 0", "kind 1", "kind 2"], "time": ["dusk", "noon"]}
-    again = train(tmp_path / "again", tasks, label_column=("time", "kind"), model=tmp_path)
+    again = train(tmp_path / "again", tasks, label_column=("time", "kind"), model=tmp_path, split_seed=1)
     assert again["time_accuracy"] == 1.0  # with the saved heads
+    assert "--split-seed 0" in capsys.readouterr().out  # of the earlier run, which held out other images
 
 
 def test_several_labels_per_image(tasks: Path, tmp_path: Path) -> None:
