@@ -105,9 +105,7 @@ def test_unreadable_images_and_evaluations_of_earlier_steps_are_counted(killed: 
     assert state["metadata"]["flags"]["output_dir"] == "path/to/killed"  # will be uploaded
 
 
-def test_a_signal_saves_a_checkpoint_to_resume_from(
-    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_signal_saves_a_checkpoint(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, flags = tmp_path / "run", {"save_every": 100, "log_every": 1}
     show_step = Reporter.show_step
     monkeypatch.setattr(
