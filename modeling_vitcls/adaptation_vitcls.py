@@ -219,9 +219,7 @@ def adapt_weight(context: AdaptationContext) -> AdaptedWeight:
     for substring, adapt in ADAPTERS.items():
         if substring in context.name:
             return adapt(context)
-    if context.old_value is None:
-        return context.initial_value, "newly initialized"
-    if context.old_value.shape != context.initial_value.shape:
+    if context.old_value is None or context.old_value.shape != context.initial_value.shape:
         return context.initial_value, "newly initialized, because the shape changed"
     return context.old_value, ""
 

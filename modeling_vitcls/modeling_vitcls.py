@@ -239,7 +239,7 @@ class ViTCLSPreTrainedModel(AdaptableModel):
         config._attn_implementation = "eager"  # the counter supports fused kernels only on some devices
         with torch.device("meta"):
             model = self.new_like(config).eval()
-            pixel_values = torch.empty(batch_size, config.num_channels, height, width, dtype=model.dtype)
+            pixel_values = torch.empty(batch_size, config.num_channels, height, width)
             with FlopCounterMode(display=False) as counter:
                 model(pixel_values)
         return int(counter.get_total_flops())

@@ -255,6 +255,7 @@ def test_modules_are_those_of_plain_pytorch() -> None:
     fast, plain = build_models()
     assert list(fast.state_dict()) == list(plain.state_dict())
     for module, plain_module in zip(fast.modules(), plain.modules(), strict=True):
+        assert type(module) is KERNEL_CLASSES.get(type(plain_module), type(plain_module))
         assert isinstance(module, type(plain_module))
         assert vars(module).keys() == vars(plain_module).keys()  # the subclasses have no state
 
