@@ -7,7 +7,6 @@ import copy
 import hashlib
 import io
 import json
-import os
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -20,7 +19,7 @@ import transformers
 from helpers.fresh_processes import run_fresh
 from helpers.sample_photographs import photograph
 from helpers.scripts_in_process import run_in_process
-from helpers.source_checkpoints import NAMES, SIZES, build_vit_classifier, save_checkpoint
+from helpers.source_checkpoints import NAMES, SIZES, RunWhenUnpickled, build_vit_classifier, save_checkpoint
 from helpers.tiny_models import build_tiny_config, raises_one_line
 from safetensors.torch import load_file, save_file
 from timm.data import create_transform, resolve_data_config
@@ -302,16 +301,6 @@ def test_a_checkpoint_without_a_pooler_must_have_all_other_weights(tmp_path: Pat
     ):
         convert_checkpoint(source, tmp_path / "made")
     assert not (tmp_path / "made").exists()
-
-
-class RunWhenUnpickled:
-    """Creates a file when it is unpickled."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, (str(self.file),)
 
 
 def test_pickles_with_code_are_errors(tmp_path: Path) -> None:

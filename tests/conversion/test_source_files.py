@@ -7,7 +7,6 @@ package.
 import argparse
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +29,7 @@ from helpers.published_weights import (
     run_authors_vit,
     run_big_vision,
 )
+from helpers.source_checkpoints import RunWhenUnpickled
 from helpers.tiny_models import raises_one_line
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -545,16 +545,6 @@ def test_unreadable_files_and_unused_families_are_refused(tmp_path: Path) -> Non
     (tmp_path / "damaged.pth").write_bytes(b"damaged")
     with raises_one_line("damaged.pth", error=ConversionError):
         FileSource.load(tmp_path / "damaged.pth")
-
-
-class RunWhenUnpickled:
-    """Creates a folder when it is unpickled."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, (str(self.folder),)
 
 
 def test_no_code_in_a_file_runs(tmp_path: Path) -> None:

@@ -57,15 +57,12 @@ FIELDS: dict[str, Any] = {**COUNTS, "image_size": [32, 48], "position_embedding_
 
 GROUPS = {"cls": "cls_token", "distillation": "distillation_token", "registers": "register_tokens"}
 
-all_loaders = pytest.mark.parametrize(("saver", "loader"), LOADERS.values(), ids=LOADERS)
-all_changes = pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-
 
 # All weights
 
 
-@all_changes
-@all_loaders
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize(("saver", "loader"), LOADERS.values(), ids=LOADERS)
 def test_adapted_weights(saver: Any, loader: Any, change: dict[str, Any], tmp_path: Path) -> None:
     old = randomize(saver(build_tiny_config(**FIELDS)))
     new = adapt_with_loader(old, loader, tmp_path, **change)

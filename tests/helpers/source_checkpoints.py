@@ -1,5 +1,6 @@
 """Small transformers models in folders, for tests of conversion."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -24,3 +25,13 @@ def build_vit_classifier(**fields: Any) -> transformers.PreTrainedModel:
     return randomize_weights(
         transformers.ViTForImageClassification(transformers.ViTConfig(**SIZES, id2label=NAMES, **fields))
     )
+
+
+class RunWhenUnpickled:
+    """Creates a folder when it is unpickled."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.folder),)
