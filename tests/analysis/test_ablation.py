@@ -123,7 +123,8 @@ def test_tokens_are_replaced_together_if_a_head_uses_only_one_of_them() -> None:
     with torch.no_grad(), replace_by_means(model, [0, 1], means[:, [0, 1]]):
         found = model(PIXELS).logits
     expected = model.classifier(model.vitcls.layernorm(means[-1, 0].float()))
-    assert get_largest_difference(found, expected.expand_as(found)) <= 1e-5 and not means.requires_grad
+    assert get_largest_difference(found, expected.expand_as(found)) <= 1e-5
+    assert (means.dtype, means.requires_grad) == (torch.float64, False)
 
 
 def test_null_distributions_are_effects_of_redrawn_tokens() -> None:
@@ -171,12 +172,9 @@ def test_null_distributions_are_effects_of_redrawn_tokens() -> None:
         ({"num_register_tokens": 1}, [0], [""]),
         ({"num_register_tokens": 1}, [1], []),
         ({"num_distillation_tokens": 1}, [1], ["distillation"]),
-        ({"num_distillation_tokens": 1, "pooling": "attention"}, [1], ["distillation"]),
         ({"num_cls_tokens": 3, "cls_pooling": "mean"}, [1], []),
         ({"num_cls_tokens": 3, "cls_pooling": "mean"}, [0, 1, 2], [""]),
-        ({"num_cls_tokens": 3}, [0], [""]),  # only the first CLS token is pooled
         ({"pooling": "cls_mean"}, [0], []),
-        ({"pooling": "mean"}, [0], []),
     ],
 )
 def test_tokens_that_alone_feed_a_head(fields: dict[str, Any], indices: list[int], heads: list[str]) -> None:

@@ -122,6 +122,7 @@ def test_results_equal_cleanlab(planted: tuple[AuditedImages, ...], audit: dict[
     assert audit["outlier"]["row"].tolist() == np.argsort(-distances)[:18].tolist()  # 1 % of 1,817
     overlap = audit["overlap"]["Num Overlapping Examples"]
     assert len(overlap) and overlap.min() > 0 and overlap.is_monotonic_decreasing
+    assert set(audit["overlap"]["Class Name A"]) <= set(names)
 
 
 def test_page_and_table(
@@ -165,12 +166,13 @@ def test_audit_of_a_folder_and_training_without_the_listed_images(
     (tmp_path / "photos" / "train" / "digit 0" / "broken.png").write_bytes(b"broken")
     model = ViTCLSModel(build_tiny_config(image_size=32, patch_size=8, hidden_size=64))
     save_with_processor(model, tmp_path / "model")
-    page = tmp_path / "audit" / "page.html"
+    page = tmp_path / "audit [1]" / "page.html"
     counts = evaluate(tmp_path / "model", tmp_path / "photos", frozen="logreg", audit=page)
     assert (counts["num_images"], counts["num_unreadable_images"]) == (405, 1) and counts["across_splits"] >= 5
     table = pd.read_csv(page.with_suffix(".csv"), dtype=str)
     assert {issue: counts[issue] for issue in table["issue"]} == table["issue"].value_counts().to_dict()
-    *_, warning, summary, _ = capsys.readouterr().out.splitlines()
+    *_, warning, summary, saved = capsys.readouterr().out.splitlines()
+    assert saved.split() == ["saved", *str(page).split(), "and", "page.csv"]
     kinds = ("num_images", "duplicate", "label", "outlier", "overlap")
     assert re.findall(r"\d+", f"{warning} {summary}") == [str(counts[kind]) for kind in ("across_splits", *kinds)]
     assert "of photos</h1>" in page.read_text()
@@ -205,7 +207,8 @@ def test_probabilities_are_of_models_that_were_not_trained_on_the_image(tmp_path
     config = build_tiny_config(id2label={0: "bee", 1: "ant"}, num_labels=2, num_cls_tokens=2, num_register_tokens=1)
     folder = save_with_processor(ViTCLSForImageClassification(config), tmp_path / "run" / "fold-1")
     data = DataOptions(str(tmp_path / "photos"), num_workers=0)
-    options = EvaluateOptions(str(folder), data, split="validation", batch_size=4, fit="pad")
+    (folder / "results.json").write_text('{"held_out": {"split": "validation", "num_images": 6}}')
+    options = EvaluateOptions(str(folder), data, batch_size=4, fit="pad")
     found, num_unreadable, _ = load_audited_images(options)
     assert (found.splits, found.names, num_unreadable) == (["train"] * 6 + ["validation"] * 6, ["bee", "ant"], 1)
     assert found.labels.tolist() == [1, 1, 1, 0, 0, 0] * 2
@@ -221,7 +224,8 @@ def test_probabilities_are_of_models_that_were_not_trained_on_the_image(tmp_path
     features = torch.cat([tokens["cls"].flatten(1), tokens["patches"].mean(dim=1)], dim=1).numpy()
     assert found.features == pytest.approx(features, abs=1e-5)
     assert np.isnan(found.probabilities[:6]).all() and found.probabilities[6:] == pytest.approx(expected[6:], abs=1e-5)
-    frozen, _, _ = load_audited_images(replace(options, frozen="knn"))
+    frozen, _, _ = load_audited_images(replace(options, frozen="knn", split="validation"))
+    assert len(audit_dataset(frozen)["outlier"]) == 1  # of 12 images
     knn = KNeighborsClassifier(9, weights="distance", metric="cosine")  # four fifths of the images
     expected = cross_val_predict(knn, features, frozen.labels, cv=5, method="predict_proba")
     assert frozen.probabilities == pytest.approx(expected, abs=1e-4)
@@ -231,7 +235,7 @@ def test_probabilities_are_of_models_that_were_not_trained_on_the_image(tmp_path
         (tmp_path / "run" / fold).mkdir(exist_ok=True)
         columns = {"image": found.ids[rows], "probabilities": list(recorded[rows])}
         pd.DataFrame(columns).to_parquet(tmp_path / "run" / fold / "predictions.parquet")
-    by_fold, _, _ = load_audited_images(replace(options, model=str(tmp_path / "run")))
+    by_fold, _, _ = load_audited_images(replace(options, model=str(tmp_path / "run"), split="validation"))
     assert (by_fold.ids, by_fold.splits, by_fold.names) == (found.ids, found.splits, found.names)
     assert np.array_equal(by_fold.features, found.features) and np.array_equal(by_fold.labels, found.labels)
     assert np.isnan(by_fold.probabilities[0]).all() and np.array_equal(by_fold.probabilities[1:], recorded[1:])

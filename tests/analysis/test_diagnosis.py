@@ -21,6 +21,7 @@ from modeling_vitcls.analysis.diagnosis import (
     find_second_mode,
     summarize_diagnosis,
 )
+from modeling_vitcls.analysis.report import build_effect_rows
 from modeling_vitcls.analysis.token_statistics import Findings
 
 
@@ -109,6 +110,7 @@ def test_limits_of_single_measurements(token: int, planted: dict[str, Any], word
     model = build_classifier()
     found = diagnose_tokens(model, plant(collect_findings(model, PIXELS), **planted))[token]
     assert found.word == word and REASONS.get(word, "") in found.reason
+    assert found.rating == {"not measured": "neutral", "equal attention": "doubtful"}.get(word, "bad")
 
 
 def test_the_effect_that_decides() -> None:
@@ -154,8 +156,12 @@ def test_encoders_are_judged_by_their_features() -> None:
     cls, *registers, group = found
     assert cls.word == "an output of the encoder" and set(cls.numbers["information"]) == {"cls", "pooled", "patches"}
     assert group.token == "all 2 registers"
+    assert {row["changed predictions"] for row in build_effect_rows(found)} == {"–"}
     for verdict in registers:
-        assert verdict.word in ("has an effect", "replaceable", "no measurable effect")
+        name = verdict.numbers["decided_by"]["output"]
+        effect = verdict.numbers[verdict.numbers["decided_by"]["ablation"]][name]
+        values = [f"{value:.2g}" for value in (effect["size"], *effect["interval"])]
+        assert f'"{name}"' in verdict.reason and re.findall(r"\d[\d.e-]*", verdict.reason)[:3] == values
 
 
 def test_uniform_heads_are_named() -> None:

@@ -27,7 +27,8 @@ def test_curves_show_the_mean_over_heads_for_each_token(name):
     config, findings = measure(**TOKENS)
     values, first_layer = getattr(findings, name), int(name != "variation")
     means = values if name == "variation" else values.mean(dim=1)
-    axes = plot_curve(config, findings, name).axes[0]
+    figure = plot_curve(config, findings, name)
+    (axes,), (legend,) = figure.axes, figure.legends
     lines = [line for line in axes.get_lines() if len(line.get_xdata()) > 2]
     assert [line.get_label() for line in lines] == get_token_names(config)
     for line, expected in zip(lines, means.T, strict=True):
@@ -37,13 +38,16 @@ def test_curves_show_the_mean_over_heads_for_each_token(name):
     bands = [band.get_paths()[0].vertices[:, 1] for band in axes.collections]
     assert [[band.min(), band.max()] for band in bands] == [pytest.approx(each) for each in ranges]
     green = np.array(to_rgb(GROUP_COLORS["registers"]))
-    for line, color in ((lines[3], green), (lines[5], 0.55 + 0.45 * green)):  # the last one of three is the lightest
+    for line, color in ((lines[3], green), (lines[7], 0.55 + 0.45 * green)):  # the last one of five is the lightest
         assert line.get_color() == pytest.approx(color)
     assert axes.get_xlim() == pytest.approx((first_layer - 0.3, 3.3)) and axes.get_ylim()[0] <= 0
     assert axes.get_xlabel() == ("layer" if first_layer else "after layer")
     assert isinstance(axes.yaxis.get_major_formatter(), PercentFormatter) == CURVES[name][2]
-    baselines = [line for line in axes.get_lines() if len(line.get_xdata()) == 2]
-    assert len(baselines) == (name == "entropy")  # uniform attention
+    assert len({line.get_marker() for line in lines[3:]}) == 4  # the fifth register has the marker of the first
+    baselines = [line.get_ydata()[0] for line in axes.get_lines() if len(line.get_xdata()) == 2]
+    uniform = [findings.uniform_entropy_by_token[0].item()] if name == "entropy" else []
+    assert baselines == pytest.approx(uniform, rel=1e-4)
+    assert [text.get_text() for text in legend.texts] == get_token_names(config) + ["uniform"] * len(uniform)
 
 
 def test_norms_and_their_histogram():
@@ -51,6 +55,7 @@ def test_norms_and_their_histogram():
     (norms,) = plot_norms(config, findings).axes
     expected = torch.cat([findings.patch_norms.quantile(0.5, dim=1)[:, None], findings.token_norms], dim=1).T.tolist()
     assert [line.get_ydata().tolist() for line in norms.get_lines()] == [pytest.approx(each) for each in expected]
+    assert [line.get_label() for line in norms.get_lines()] == ["patches", *get_token_names(config)]
     band = norms.collections[0].get_paths()[0].vertices[:, 1]
     low, high = findings.patch_norms.quantile(torch.tensor([0.05, 0.95]), dim=1)
     assert [band.min(), band.max()] == pytest.approx([low.min().item(), high.max().item()])
@@ -58,7 +63,7 @@ def test_norms_and_their_histogram():
     ratios[1, :60] = 5.0
     planted = replace(findings, patch_ratios=ratios, token_norms=100 * findings.token_norms)
     assert (norms.get_yscale(), plot_norms(config, planted).axes[0].get_yscale()) == ("linear", "log")
-    (axes,) = plot_norm_histogram(config, planted, layer=1).axes
+    (axes,) = plot_norm_histogram(config, planted, layer=-3).axes
     triangles = next(line for line in axes.get_lines() if line.get_label() == "registers").get_xdata()
     medians = 100 * findings.token_norms[1, config.token_layout.registers] / findings.patch_norms[1].median()
     assert triangles == pytest.approx(medians.tolist()) and max(triangles) <= axes.get_xlim()[1]
@@ -74,4 +79,5 @@ def test_norms_and_their_histogram():
 def test_figures_are_svg():
     svg = render_svg(plot_curve(*measure(**TOKENS), "variation"))
     assert [shorten_text("abcdefghi", length) for length in (6, 9)] == ["abc…hi", "abcdefghi"]
-    assert svg.startswith("<svg") and svg.rstrip().endswith("</svg>") and ">Variation between images<" in svg
+    assert svg.startswith("<svg") and svg.rstrip().endswith("</svg>") and "<dc:date>" not in svg
+    assert ">Variation between images<" in svg and ">fraction of the norm<" in svg

@@ -97,7 +97,7 @@ def test_a_revision_of_a_model_on_the_hub(
     assert str(page) in lines[-2] and "5 shown" in lines[-2] and lines[-1] == f"saved {figures}"
 
 
-def test_the_split_that_training_held_out_is_read(image_folder: Path, tmp_path: Path) -> None:
+def test_the_split_that_training_held_out_is_read(image_folder: Path, tmp_path: Path, capsys: Any) -> None:
     """The held-out record is part of results.json."""
     for split in ("test", "validation"):
         for name in ("cat", "owl"):
@@ -105,7 +105,7 @@ def test_the_split_that_training_held_out_is_read(image_folder: Path, tmp_path: 
     model = save_classifier(tmp_path / "model", ["cat", "owl"], num_cls_tokens=0, pooling="mean")
     write_json(tmp_path / "model" / "results.json", {HELD_OUT_RECORD_KEY: {"split": "validation", "num_images": 10}})
     options = build_options(model, tmp_path, dataset=str(tmp_path / "photos"), max_images=2, num_images=1)
-    assert inspect_tokens(options).verdicts == []
+    assert inspect_tokens(options).verdicts == [] and "no special tokens" in capsys.readouterr().out
     assert "2 images of photos, split validation" in (tmp_path / "report.html").read_text()
 
 

@@ -60,7 +60,8 @@ def test_progress_is_shown_and_large_models_use_fewer_images(monkeypatch: pytest
     monkeypatch.setattr(inspection, "MAX_ABLATION_FLOPS", 1)
     monkeypatch.setattr(inspection, "build_image_report", lambda *_: None)
     found = inspect_model(model, PROCESSOR, build_images(), num_shown=1, watch=watch)
-    assert ("reading images", NUM_IMAGES) in descriptions and ("ablating tokens", 4) in descriptions
+    # images, batches, tokens and groups, their null distributions, and shown images
+    assert [number for _, number in descriptions] == [NUM_IMAGES, 1, 4, 2, 1]
     # large models use fewer images for effects, null distributions and decisions, but never too few
     assert found.num_ablation_images == MIN_IMAGES < found.findings.num_images == NUM_IMAGES
     effects = [effect for by_key in found.ablations["information"].values() for effect in by_key.values()]
@@ -116,6 +117,7 @@ def test_labels_and_names_stay_with_their_images(monkeypatch: pytest.MonkeyPatch
     )
     assert found.tasks[0].numbers["accuracy"] == pytest.approx(4 / 6) and found.findings.num_images == 7
     assert (found.num_ablation_images, found.num_parameters) == (5, model.num_parameters())
+    assert (found.model_class, found.has_head) == ("ViTCLSForImageClassification", True)
     assert found.num_unreadable == 1 and len(warnings) == 1 and "mode F" in warnings[0]
     confidences = {index: values.max().item() for index, values in probabilities.items()}
     wrong = sorted([4, 5], key=lambda index: -confidences[index])

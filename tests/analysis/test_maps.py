@@ -11,7 +11,6 @@ from PIL import Image
 from torch import nn
 
 from modeling_vitcls import (
-    ViTCLSConfig,
     ViTCLSForImageClassification,
     ViTCLSForMultiTaskClassification,
     ViTCLSImageProcessor,
@@ -24,6 +23,7 @@ from modeling_vitcls.analysis.maps import (
     get_head_names,
     get_used_token_mask,
     overlay,
+    resize_with_region,
     upsample_maps,
 )
 from modeling_vitcls.data.fit import VisibleRegion, get_visible_region
@@ -159,36 +159,13 @@ def test_the_visible_part_equals_the_input_of_the_model(settings, backend, size)
 # Maps on the image ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("place", [(60, 250), (400, 300), (230, 460)], ids=str)
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"size": {"height": 96, "width": 160}},
-        {"size": {"shortest_edge": 140}, "do_center_crop": True, "crop_size": 125},
-    ],
-    ids=["rectangle", "crop"],
-)
-def test_a_spot_is_mapped_to_its_position_in_the_image(settings, place):
-    """Real pixels are processed with the real processor; the mean of each patch replaces its attention."""
-    config = ViTCLSConfig(image_size=96, patch_size=[2, 3])
-    picture = np.zeros((480, 640, 3), np.uint8)
-    picture[place[0] - 9 : place[0] + 9, place[1] - 9 : place[1] + 9] = 255
-    processor = ViTCLSImageProcessor(**RAW, **settings)
-    shown = processor(picture, return_tensors="pt")["pixel_values"]
-    maps = torch.nn.functional.avg_pool2d(shown[:, :1].float(), config.patch_height_width)[0]
-    drawn = upsample_maps(maps, (480, 640), get_visible_region(processor, (480, 640), config.patch_height_width))
-    assert drawn.shape == (1, 480, 640)
-    weight = drawn[0].nan_to_num().clamp(min=0)
-    y, x = torch.meshgrid(torch.arange(480) + 0.5, torch.arange(640) + 0.5, indexing="ij")
-    centre = ((weight * y).sum() / weight.sum(), (weight * x).sum() / weight.sum())
-    assert math.dist(centre, place) < 3  # pixels of 480 x 640; patches are 7 to 12 pixels wide
-
-
 def test_maps_are_bilinear_between_centers_and_nan_outside():
-    maps = torch.tensor([[1.0, 3.0]])
-    drawn = upsample_maps(maps, (2, 8), VisibleRegion(1, 0, 7, 2))  # cells of 3 pixels, with centers at 2.5 and 5.5
-    expected = torch.tensor([math.nan, 1, 1, 1 + 2 / 3, 1 + 4 / 3, 3, 3, math.nan])
-    assert torch.allclose(drawn, expected.expand(2, 8), equal_nan=True, atol=1e-5)
+    """Cells are 3 pixels wide, with centers at 2.5 and 5.5, and 2 pixels high, with centers at 1 and 3."""
+    maps = torch.tensor([[1.0, 3.0], [10.0, 30.0]])
+    drawn = upsample_maps(maps, (5, 8), VisibleRegion(1, 0, 7, 4))
+    x = torch.tensor([math.nan, 1, 1, 1 + 2 / 3, 1 + 4 / 3, 3, 3, math.nan])
+    y = torch.tensor([1, 3.25, 7.75, 10, math.nan])
+    assert torch.allclose(drawn, torch.outer(y, x), equal_nan=True, atol=1e-5)
 
 
 # Overlays --------------------------------------------------------------------------------------------------------
@@ -214,10 +191,11 @@ def get_lightness(picture: Image.Image) -> np.ndarray:
 def test_the_maximum_is_bright_the_invisible_part_is_dark_and_uniform_maps_are_not_bright():
     """The value of the brightest color is at least three times the mean over the visible part."""
     gray = Image.new("RGB", (90, 60), (200, 200, 200))
-    drawn = np.asarray(overlay(gray, torch.ones(4, 4), VisibleRegion(15, 0, 75, 60)), dtype=float)
-    color = np.array(colormaps["inferno"](1 / 3)[:3]) * 255
-    assert np.abs(drawn[:, 15:75] - (200 * 0.75 * 0.55 + color * 0.45)).max() < 1
-    assert (drawn[:, :15] == 70).all() and (drawn[:, 75:] == 70).all()
+    for value, strength in ((1.0, 1 / 3), (0.0, 0.0)):
+        drawn = np.asarray(overlay(gray, torch.full((4, 4), value), VisibleRegion(15, 0, 75, 60)), dtype=float)
+        color, opacity = np.array(colormaps["inferno"](strength)[:3]) * 255, 0.25 + 0.6 * strength
+        assert np.abs(drawn[:, 15:75] - (200 * 0.75 * (1 - opacity) + color * opacity)).max() < 1
+        assert (drawn[:, :15] == 70).all() and (drawn[:, 75:] == 70).all()
     y, x = np.nonzero(get_lightness(overlay(build_photograph(), build_spot())) > 150)
     assert len(y) > 20 and y.min() >= 15 and y.max() < 30 and x.min() >= 60 and x.max() < 75
 
@@ -228,6 +206,9 @@ def test_overlays_of_large_and_small_images_are_scaled_on_request():
     assert overlay(build_photograph(1, 900), build_spot(), max_side=300).size == (300, 1)
     assert overlay(build_photograph(900, 1), build_spot(), max_side=300).size == (1, 300)
     assert overlay(build_photograph(), build_spot(), max_side=300, min_side=40).size == (90, 60)
+    stripes = Image.fromarray(np.uint8([[0, 200] * 300] * 400))
+    assert resize_with_region(stripes, None, 300, None)[0].getcolors() == [(300 * 200, 100)]  # averages
+    assert resize_with_region(stripes.crop((0, 0, 4, 4)), None, None, 8)[0].getcolors() == [(32, 0), (32, 200)]
     seen = VisibleRegion(150, 0, 750, 600)
     small, large = (
         overlay(build_photograph(600, 900), build_spot(), seen, max_side=90),

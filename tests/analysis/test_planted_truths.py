@@ -1,5 +1,6 @@
 """The diagnosis finds planted truths in small trained and constructed models, and raises no false alarms."""
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -152,37 +153,7 @@ def test_dead_and_uniform_heads(model: Any) -> None:
     assert found.numbers == {"dead": [[1, 0]], "uniform": [[0, 1]]}
     assert found.rating == "bad" and "dead" in found.word and "uniform" in found.word
     assert "layer 2 head 1" in found.reason and "layer 1 head 2" in found.reason
-
-
-def test_a_cls_token_that_looks_at_one_corner(model: Any) -> None:
-    """All queries match the key of the first patch, whose position embedding is large."""
-    direction = F.normalize(torch.arange(32.0) - 15.5, dim=0)
-    with torch.no_grad():
-        model.vitcls.embeddings.position_embeddings.patches[:, 0] += 50 * direction
-        for layer in model.vitcls.layers:
-            layer.attention.k_proj.weight.copy_(torch.outer(torch.ones(32), direction))
-            layer.attention.q_proj.weight.zero_()
-            layer.attention.q_proj.bias.fill_(1.0)
-    found = judge(model)["CLS"]
-    assert "same attention for all images" in (found.word, *found.reason.split(". ")) or "same patches" in found.reason
-    assert found.rating == "bad"
-
-
-@pytest.mark.parametrize("fraction", [0.03, 0.3])
-def test_artifact_patches(model: Any, fraction: float) -> None:
-    """Random patches have about five times the norm after layer 2, the last layer whose patches are used."""
-    is_artifact = torch.rand(len(HELD_OUT[0]), 16, generator=torch.Generator().manual_seed(0)) < fraction
-
-    def grow(layer: Any, args: tuple) -> tuple:
-        scale = torch.ones(len(args[0]), args[0].shape[1])
-        scale[:, 3:][is_artifact] = 6  # the layer adds some more to every patch
-        return (args[0] * scale.unsqueeze(-1), *args[1:])
-
-    assert diagnose_patches(model.config, collect_findings(model, HELD_OUT[0])).word == "no artifacts"
-    with model.vitcls.layers[1].register_forward_pre_hook(grow):
-        found = diagnose_patches(model.config, collect_findings(model, HELD_OUT[0]))
-    assert found.word == "artifacts" and 3.5 < found.numbers["second_mode"]["ratio"] < 7
-    assert found.numbers["second_mode"]["fraction"] == pytest.approx(fraction, abs=0.02)
+    assert found.reason.count("1 of 6") == 2
 
 
 @pytest.mark.parametrize("num_images", [1, 2, MIN_IMAGES - 1])
@@ -224,7 +195,7 @@ def test_each_task_has_its_own_effects(trained_tasks: Any) -> None:
     found = judge_tasks(trained_tasks)
     for task in TASKS:
         assert found[f"CLS {task}"].word == "read by the classifier" and found[f"CLS {task}"].headline == "matters"
-        assert found[f"CLS {task}"].numbers["heads"] == [task]
+        assert found[f"CLS {task}"].numbers["heads"] == [task] and f"({task})" in found[f"CLS {task}"].reason
         assert found[f"task {task}"].word == "better than chance"
     assert "all 2 CLS tokens" in found
     decided = [row["token"] for row in build_effect_rows(list(found.values())) if "•" in row["ablation"]]
@@ -258,11 +229,13 @@ def test_the_interval_of_a_task_is_that_of_its_counts() -> None:
     """The last 20 images have no label."""
     labels = torch.zeros(120, 1, dtype=torch.long)
     labels[100:] = IGNORED_LABEL
-    for num_right in range(100):
+    for num_right in (0, 1, 57, 99):
         predicted = (torch.arange(120) >= num_right).long().unsqueeze(1)
         (verdict,) = diagnose_tasks({"": Predictions(torch.zeros(120, 2), predicted, labels)})
         counts = {"interval": compute_proportion_interval(num_right, 100), "chance": 1.0, "num_labels": 100}
         assert verdict.numbers == {"accuracy": pytest.approx(num_right / 100)} | counts
+        values = (num_right / 100, *counts["interval"], 1.0)
+        assert re.findall(r"[\d.]+%", verdict.reason.replace("95% ", "")) == [f"{value:.1%}" for value in values]
 
 
 # Constructed and random models ---------------------------------------------------------------------------------------
@@ -273,18 +246,6 @@ def build_random_model(seed: int, **fields: Any) -> Any:
     torch.manual_seed(seed)
     config = build_tiny_config(**(tokens | fields))
     return center_logits(randomize(ViTCLSForImageClassification(config), seed), build_images(MIN_IMAGES))
-
-
-def test_equal_tokens_are_identical() -> None:
-    model = build_random_model(0)
-    embeddings = model.vitcls.embeddings
-    with torch.no_grad():
-        embeddings.register_tokens[:, 1] = embeddings.register_tokens[:, 0]
-        embeddings.distillation_token.copy_(embeddings.cls_token + embeddings.position_embeddings.cls)
-    found = judge(model, build_images(MIN_IMAGES), None)
-    pairs = {"register 1": "register 2", "register 2": "register 1", "CLS": "distillation", "distillation": "CLS"}
-    for name, other in pairs.items():
-        assert found[name].word == "identical" and other in found[name].reason
 
 
 @pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 10))])

@@ -179,6 +179,7 @@ def test_every_kind_of_model_has_a_report(name: str, browser: Browser, tmp_path:
     page.on("pageerror", lambda error: errors.append(error))
     page.goto(file.as_uri())
     expect(page.locator("#overview figure")).to_have_count(2)
+    assert found.model_class in page.locator("h1").inner_text()
     page.locator(".image summary").first.click()
     expect(page.locator("[data-maps='0'] canvas").first).to_be_visible()
     page.close()
@@ -206,10 +207,11 @@ def test_values_for_programs(inspection: Inspection, tmp_path: Path) -> None:
 
 def test_large_pages_omit_the_maps_of_heads(inspection: Inspection, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = [report.attention.numel() for report in inspection.image_reports]
-    monkeypatch.setattr(report_module, "MAX_MAP_BYTES", sum(sizes[:2]))
-    data = report_module.build_page_data(inspection)
-    assert [image["num_heads"] for image in data["images"]] == [2, 2] + [0] * (len(sizes) - 2)
-    assert len(data["heads"]) == 2
+    for num_images, num_heads in ((2, 2), (0, 0)):
+        monkeypatch.setattr(report_module, "MAX_MAP_BYTES", sum(sizes[:num_images]))
+        data = report_module.build_page_data(inspection)
+        assert [image["num_heads"] for image in data["images"]] == [2] * num_images + [0] * (len(sizes) - num_images)
+        assert len(data["heads"]) == num_heads
 
 
 def test_values_and_maps_of_the_page(inspection: Inspection) -> None:
@@ -227,6 +229,10 @@ def test_values_and_maps_of_the_page(inspection: Inspection) -> None:
     assert len({image["patch_colors"] for image in data["images"]}) == len(NAMES)
     sums = np.frombuffer(base64.b64decode(first["rollout"]["sum"]), np.float32)
     assert sums == pytest.approx(report.rollout.sum(dim=(-2, -1)).numpy())
+    roots = np.frombuffer(base64.b64decode(first["rollout"]["values"]), np.uint8).reshape(-1, 4, 4) / 255
+    largest = np.frombuffer(base64.b64decode(first["rollout"]["largest"]), np.float32)
+    assert largest == pytest.approx(report.rollout.amax(dim=(1, 2)).numpy())
+    assert roots == pytest.approx((report.rollout.numpy() / largest[:, None, None]) ** 0.5, abs=0.003)
     shown, caption, maps = next(report_module.iterate_overview(inspection, 1))
     assert (shown, caption, list(maps)) == (report, f"LABEL_0 → {label}", get_token_names(inspection.config))
     for name, layer, token in (("CLS", 2, 0), ("register 2", 1, 2)):

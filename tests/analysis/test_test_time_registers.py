@@ -166,7 +166,7 @@ def test_the_register_of_a_gated_group_is_open() -> None:
 
 def test_images_without_outliers_do_not_count() -> None:
     """The mean is over the images that have outliers."""
-    model = build_planted_model()
+    model = build_planted_model(hidden_dropout_prob=0.5).train()  # without dropout
     with torch.no_grad():
         model.embeddings.position_embeddings.patches[:, PATCHES, :2] = 0
         model.embeddings.patch_embeddings.projection.weight[0] = 1.0  # now brightness activates the neuron at a patch

@@ -284,9 +284,12 @@ def test_norms_are_stored_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_no_images_are_an_error() -> None:
-    collected = TokenStatistics(randomize(ViTCLSModel(build_tiny_config(**LAYOUTS["three_cls"]))))
+    model = randomize(ViTCLSModel(build_tiny_config(**LAYOUTS["three_cls"]))).train()
+    collected = TokenStatistics(model)
     with raises_one_line("pixel_values"):
         collected.update(build_images(channels=4))
+    assert model.training  # after the error
+    assert_no_recording(model)
     with raises_one_line("no images"):
         collected.compute()
 

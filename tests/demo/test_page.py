@@ -67,7 +67,7 @@ def test_the_page_shows_the_prediction_and_a_map_per_token(page: Any, uploads: P
     assert call_page(page.build_page(model, PROCESSOR, "mine"), None, 1) == [None, []]
 
 
-def test_a_map_has_the_attention_of_its_token_and_layer(page: Any) -> None:
+def test_a_map_has_the_attention_of_its_token_and_layer(page: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Over a white image, a patch is brighter the more attention it gets (averaged over heads). The map covers 60%."""
     model = build_classifier(num_register_tokens=1, image_size=[32, 40])
     pixel_values = torch.randn(1, 3, 32, 40)
@@ -82,6 +82,8 @@ def test_a_map_has_the_attention_of_its_token_and_layer(page: Any) -> None:
             assert brightness.argmax() == values.argmax() and brightness.argmin() == values.argmin()
             row, column = divmod(int(values.argmax()), 5)
             assert np.asarray(drawn)[64 * row + 32, 64 * column + 32] == pytest.approx(brightest, abs=1)
+    monkeypatch.setattr(page, "MIN_SIDE", 16)  # large images are not scaled
+    assert page.draw_attention(model, white, pixel_values, 0)[0].size == (40, 32)
 
 
 def test_the_image_is_shown_as_the_model_sees_it(page: Any) -> None:
@@ -151,6 +153,9 @@ def test_only_the_prediction_is_public(page: Any) -> None:
     blocks = page.build_page(build_classifier(), PROCESSOR, "mine")
     (slider,) = (each for each in blocks.blocks.values() if isinstance(each, page.gr.Slider))
     assert (slider.minimum, slider.maximum, slider.value, slider.visible) == (1, 2, 2, True)
+    (label,) = (each for each in blocks.blocks.values() if isinstance(each, page.gr.Label))
+    assert (label.label, label.num_top_classes) == ("Prediction", 5)
+    assert (blocks.title, blocks.delete_cache) == ("mine", (3600, 3600))  # uploads are deleted after an hour
     assert [each.preprocess for each in blocks.fns.values()] == [False, False]
     assert {each.api_name for each in blocks.fns.values() if each.api_visibility == "public"} == {"predict"}
 

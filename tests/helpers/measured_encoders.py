@@ -8,7 +8,7 @@ from modeling_vitcls import ViTCLSModel
 from modeling_vitcls.analysis.token_statistics import Findings
 
 
-TOKENS = {"num_cls_tokens": 2, "num_distillation_tokens": 1, "num_register_tokens": 3}
+TOKENS = {"num_cls_tokens": 2, "num_distillation_tokens": 1, "num_register_tokens": 5}
 
 
 def measure(**fields: Any) -> tuple[Any, Findings]:

@@ -51,7 +51,7 @@ def write_run_folder(
     replace values of RESULTS and FLAGS."""
     save_with_processor(model_class(config or build_tiny_config(id2label={0: "dusk", 1: "noon", 2: "x"})), folder)
     write_results(folder, results)
-    (folder / "config.resolved.yaml").write_text(yaml.safe_dump(FLAGS | (flags or {})))
+    (folder / "config.resolved.yaml").write_text(yaml.safe_dump(FLAGS | (flags or {}), sort_keys=False))
     return folder
 
 

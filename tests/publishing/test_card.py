@@ -237,8 +237,10 @@ def test_a_converted_model(tmp_path: Path) -> None:
     for name in (report["source"], "timm/vit", "mine"):  # the source, or a model that was made from the base model
         report["provenance"] = {"name": name, "base_model": "timm/vit"}
         (tmp_path / "vit" / "parity_report.json").write_text(json.dumps(report))
-        is_linked = f"[`{name}`](https://huggingface.co/timm/vit)" in load_card(tmp_path / "vit").text
-        assert is_linked == (name != "mine") and "224 x 160" in load_card(tmp_path / "vit").text
+        card = load_card(tmp_path / "vit")
+        is_linked = f"[`{name}`](https://huggingface.co/timm/vit)" in card.text
+        assert is_linked == (name != "mine") and "224 x 160" in card.text
+        assert (card.data.base_model, getattr(card.data, "base_model_relation", None)) == ("timm/vit", None)
 
 
 def test_a_native_model_keeps_the_results_of_its_run(tmp_path: Path) -> None:

@@ -12,12 +12,13 @@ from sklearn.datasets import load_digits
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
 from modeling_vitcls.analysis.inspection import inspect_model
+from modeling_vitcls.analysis.maps import overlay
 from modeling_vitcls.analysis.report import iterate_overview
 from modeling_vitcls.publishing.card_images import plot_attention, plot_confusion_matrix, write_card_images
 from modeling_vitcls.token_names import get_token_names
 
 
-PROCESSOR = ViTCLSImageProcessor(size={"height": 32, "width": 32})
+PROCESSOR = ViTCLSImageProcessor(size={"height": 40, "width": 40}, do_center_crop=True, crop_size=32)
 
 
 def load_digit_images(count: int) -> list[Image.Image]:
@@ -54,7 +55,9 @@ def test_a_confusion_matrix_shows_counts_and_shares_of_the_true_class() -> None:
     assert get_matrix_texts(figure) == ["8", "2", "0", "0", "0", "0", "1", "0", "3"]
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted", "true")
     assert np.allclose(axes.images[0].get_array(), [[0.8, 0.2, 0], [0, 0, 0], [0.25, 0, 0.75]])
-    assert axes.images[0].norm.vmax == 1 and axes.get_xticklabels()[0].get_rotation() == 90
+    norm, short = axes.images[0].norm, plot_confusion_matrix(np.eye(2, dtype=int), ["cat", "dog"]).axes[0]
+    assert (norm.gamma, norm.vmin, norm.vmax) == (0.5, 0, 1)
+    assert [each.get_xticklabels()[0].get_rotation() for each in (axes, short)] == [90, 0]
     names = [label.get_text() for label in axes.get_yticklabels()]
     assert figure.get_figheight() <= 4
     assert names == [label.get_text() for label in axes.get_xticklabels()]
@@ -74,7 +77,8 @@ def test_the_attention_of_each_token_is_drawn_over_its_image() -> None:
     model = randomize(ViTCLSForImageClassification(build_tiny_config(num_register_tokens=2)))
     images, names = load_digit_images(8), get_token_names(model.config)
     inspection = inspect_model(model, PROCESSOR, images, labels=[0, 1, 2, 0, 1, 2, 0, 1])
-    for image, (_, caption, maps) in zip(images, iterate_overview(inspection, 8), strict=True):
+    overview = list(iterate_overview(inspection, 8))
+    for image, (_, caption, maps) in zip(images, overview, strict=True):
         pixel_values = PROCESSOR(image, return_tensors="pt")["pixel_values"]
         with torch.no_grad():
             rows = model.token_attention(pixel_values)[0].mean(dim=1)  # [L, S, key]
@@ -86,6 +90,8 @@ def test_the_attention_of_each_token_is_drawn_over_its_image() -> None:
     assert len(grid) == 4 * 4  # at most four images, each with three maps
     assert [axes.get_title() for axes in grid[1:4]] == names
     assert np.asarray(grid[0].images[0].get_array()).shape == (320, 320, 3)
+    expected = overlay(images[1], overview[1][2]["CLS"], overview[1][0].visible_region, 320, 320)
+    assert np.array_equal(grid[4 + 1].images[0].get_array(), np.asarray(expected))
     square, wide = (inspect_model(model, PROCESSOR, [images[0].resize((width, 8))]) for width in (8, 16))
     assert plot_attention(wide).get_figheight() < plot_attention(square).get_figheight()
 

@@ -68,12 +68,14 @@ def test_the_data_of_a_run_are_loaded_again(tmp_path: Path) -> None:
         (ViTCLSForImageClassification, "best", True),
         (ViTCLSForMaskedImageModeling, "last", False),
     ):
-        flags = {"split_seed": 5, "select": select, "output_dir": "./runs/out"}
+        flags: dict[str, Any] = {"split_seed": 5, "select": select, "output_dir": "./runs/out"}
         folder = ModelFolder(write_run_folder(tmp_path / select, None, flags, model_class))
         found: Any = load_run_data(folder)
         expected = load_training_data(DataOptions("digits", split_seed=5), select == "best", is_labeled)
         assert (found.record, found.label_space) == (expected.record, expected.label_space)
         assert (len(found.train), len(found.held_out)) == (len(expected.train), len(expected.held_out))
+    (folder.path / "config.resolved.yaml").write_text("{dataset: digits, held_out_fraction: 0}")
+    assert write_report(ModelFolder(folder.path), pytest.fail) is None  # no images are held out
     (folder.path / "config.resolved.yaml").unlink()
     assert load_run_data(ModelFolder(folder.path)) is None
 
@@ -88,22 +90,31 @@ def test_a_run_is_pushed_and_verified(
     with raises_one_line("bob/mine"):
         finetune("vitcls-tiny", "digits", tmp_path / "run", push_to_hub=True, hub_model_id="bob/mine", **flags)
     assert not (tmp_path / "run").exists()
-    finetune(
-        "vitcls-tiny", "digits", tmp_path / "run", push_to_hub=True, hub_model_id="mine", hub_private=True, **flags
-    )
+    finetune("vitcls-tiny", "digits", tmp_path / "mine", push_to_hub=True, hub_private=True, **flags)
     commit = hub.repositories["ann/mine"].branches["main"]
     output = capsys.readouterr().out
     assert f"pushed    {hub.url}/ann/mine/commit/{commit} (private)" in output and "verified: ann/mine at" in output
     assert "# ann/mine" in hub.read("ann/mine", "README.md").decode()
     lines = [line for line in output.splitlines() if line.strip()]
     assert len(lines) == len(set(lines))  # nothing is printed twice
-    finish_run(tmp_path / "run", RunOptions(report=False, hub_verify=False), "ann/mine")
+    load = f'AutoModelForImageClassification.from_pretrained("ann/mine", revision="{commit}", trust_remote_code=True)'
+    assert load in output and f"  {len(hub.files('ann/mine')) - 1} files match their hashes; code of " in output
+    finish_run(tmp_path / "mine", RunOptions(report=False, hub_verify=False), "ann/mine")
     output = capsys.readouterr().out
     assert f"{commit} (private)" in output and "verified:" not in output and "report.html" not in output
     monkeypatch.setenv("RANK", "1")  # another process of a run
     assert (
         prepare_push(build_options(FinetuneOptions, model="m", dataset="d", output_dir="o", push_to_hub=True)) is None
     )
+
+
+def test_a_run_without_a_report_is_finished(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The dataset was moved. Warnings and paths are printed as they are."""
+    folder = write_run_folder(tmp_path / "mine [1]", {"confusion_matrix": [[3, 0, 0]] * 3}, {"dataset": "./gone [1]"})
+    finish_run(folder, RunOptions(), None)
+    warning, written = capsys.readouterr().out.splitlines()
+    assert "report.html" in warning and "gone [1]" in warning and written.endswith(f" {folder}/README.md")
+    assert (folder / "images" / "confusion_matrix.png").is_file()
 
 
 def test_a_model_saved_by_hand_gets_a_report_and_a_card(tmp_path: Path) -> None:

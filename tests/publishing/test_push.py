@@ -83,7 +83,8 @@ def test_a_push_is_one_commit_of_the_model_files(
         assert hub.read("ann/model", name) == (folder / name).read_bytes()
     assert hub.files("ann/model")[WEIGHTS].is_lfs
     recipe = yaml.safe_load(hub.read("ann/model", "config.resolved.yaml"))
-    assert recipe == {"output_dir": "my-model", "model": "vitcls-tiny", "dataset": "digits", "epochs": 3.0}
+    flags = {"output_dir": "my-model", "model": "vitcls-tiny", "dataset": "digits", "epochs": 3.0}
+    assert list(recipe.items()) == list(flags.items())  # in this order
     assert b"Apache License" in hub.read("ann/model", "CODE_LICENSE")
     assert take_snapshot(folder) == before
     assert push_folder(ModelFolder(folder), "ann/model").commit == pushed.commit  # nothing changed
@@ -298,7 +299,6 @@ def test_the_repository_exists_before_a_run(
         ("hf_ann", "bob/model", ["bob/model", "--hub-model-id"]),
         ("hf_ann", "school/model", ["school/model", "--hub-model-id"]),
         ("hf_ann", "ann/my model", ["ann/my model", "--hub-model-id"]),
-        ("hf_ann", "a/b/c", ["a/b/c", "--hub-model-id"]),
     ],
 )
 def test_a_push_that_is_not_permitted_is_an_error_before_a_run(
