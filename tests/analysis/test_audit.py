@@ -166,7 +166,7 @@ def test_audit_of_a_folder_and_training_without_the_listed_images(
     (tmp_path / "photos" / "train" / "digit 0" / "broken.png").write_bytes(b"broken")
     model = ViTCLSModel(build_tiny_config(image_size=32, patch_size=8, hidden_size=64))
     save_with_processor(model, tmp_path / "model")
-    page = tmp_path / "audit [1]" / "page.html"
+    page = tmp_path / "audit [old]" / "page.html"
     counts = evaluate(tmp_path / "model", tmp_path / "photos", frozen="logreg", audit=page)
     assert (counts["num_images"], counts["num_unreadable_images"]) == (405, 1) and counts["across_splits"] >= 5
     table = pd.read_csv(page.with_suffix(".csv"), dtype=str)

@@ -80,6 +80,7 @@ REASONS = {
     "identical": "register 2",
     "same attention for all images": "layers 1, 2, 3",
     "equal attention": "register 1",
+    "same for all images": "layer 2",
 }
 SIMILAR = {"between_tokens": fill(1.0, ALL, 0, 3), "variation": fill(0.0, ALL, 3)}
 
@@ -91,6 +92,7 @@ SIMILAR = {"between_tokens": fill(1.0, ALL, 0, 3), "variation": fill(0.0, ALL, 3
         (0, {"attention_fractions": fill(0.011, ALL, ALL, 0, 3)}, "not measured"),
         (2, {"attention_fractions": fill(0.0, ALL, ALL, 2, 3)}, "not measured"),  # no output reads the token
         (0, {"variation": fill(0.0, ALL, 0)}, "not measured"),  # only one channel does not vary
+        (2, {"variation": fill(0.0, 2, 2), "channel_variation": fill(0.0, 2, 2)}, "same for all images"),
         (0, SELECTIVE, "not measured"),
         (0, SELECTIVE | {"map_variation": fill(0.05, ALL, 0)}, "same attention for all images"),
         (0, SELECTIVE | {"map_variation": fill(0.05, 0, 0)}, "not measured"),  # in one layer

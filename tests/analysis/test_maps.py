@@ -160,11 +160,11 @@ def test_the_visible_part_equals_the_input_of_the_model(settings, backend, size)
 
 
 def test_maps_are_bilinear_between_centers_and_nan_outside():
-    """Cells are 3 pixels wide, with centers at 2.5 and 5.5, and 2 pixels high, with centers at 1 and 3."""
+    """Cells are 3 pixels wide, with centers at 2.5 and 5.5, and 2 pixels high, with centers at 2 and 4."""
     maps = torch.tensor([[1.0, 3.0], [10.0, 30.0]])
-    drawn = upsample_maps(maps, (5, 8), VisibleRegion(1, 0, 7, 4))
+    drawn = upsample_maps(maps, (6, 8), VisibleRegion(1, 1, 7, 5))
     x = torch.tensor([math.nan, 1, 1, 1 + 2 / 3, 1 + 4 / 3, 3, 3, math.nan])
-    y = torch.tensor([1, 3.25, 7.75, 10, math.nan])
+    y = torch.tensor([math.nan, 1, 3.25, 7.75, 10, math.nan])
     assert torch.allclose(drawn, torch.outer(y, x), equal_nan=True, atol=1e-5)
 
 

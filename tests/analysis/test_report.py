@@ -205,13 +205,15 @@ def test_values_for_programs(inspection: Inspection, tmp_path: Path) -> None:
     assert (found["num_unreadable"], found["num_ablation_images"]) == (0, 7)
 
 
-def test_large_pages_omit_the_maps_of_heads(inspection: Inspection, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_pages_omit_maps(inspection: Inspection, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = [report.attention.numel() for report in inspection.image_reports]
     for num_images, num_heads in ((2, 2), (0, 0)):
         monkeypatch.setattr(report_module, "MAX_MAP_BYTES", sum(sizes[:num_images]))
         data = report_module.build_page_data(inspection)
         assert [image["num_heads"] for image in data["images"]] == [2] * num_images + [0] * (len(sizes) - num_images)
         assert len(data["heads"]) == num_heads
+    monkeypatch.setattr(report_module, "MAX_OVERVIEW_TOKENS", 2)
+    assert len(next(report_module.iterate_overview(inspection, 1))[2]) == 2
 
 
 def test_values_and_maps_of_the_page(inspection: Inspection) -> None:

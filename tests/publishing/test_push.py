@@ -351,7 +351,6 @@ def test_offline_mode_and_an_unavailable_hub_are_errors(
         ("GET", "/api/models/ann/model", "drop"),
         ("PUT", "/objects/", "drop"),
         ("POST", "/commit/", 502),
-        ("POST", "/commit/", 412),
     ],
 )
 def test_temporary_failures_are_retried(hub: LocalHub, folder: Path, method: str, path: str, kind: Any) -> None:
@@ -359,6 +358,20 @@ def test_temporary_failures_are_retried(hub: LocalHub, folder: Path, method: str
     pushed = push_folder(ModelFolder(folder), "ann/model")
     assert hub.repositories["ann/model"].branches["main"] == pushed.commit
     assert set(hub.files("ann/model")) >= MODEL_FILES and len(hub.repositories["ann/model"].commits) == 2
+
+
+def test_another_push_in_the_meantime_is_noticed(hub: LocalHub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Hub rejects a commit whose parent is outdated (HTTP 412), and the retry starts again."""
+    upload = HfApi.upload_folder
+
+    def upload_second(api: HfApi, **arguments: Any) -> Any:
+        monkeypatch.setattr(HfApi, "upload_folder", upload)
+        api.upload_file(path_or_fileobj=b"mine", path_in_repo="notes.md", repo_id="ann/model")
+        return upload(api, **arguments)
+
+    monkeypatch.setattr(HfApi, "upload_folder", upload_second)
+    push_folder(ModelFolder(folder), "ann/model")
+    assert hub.count_requests("POST", "/commit/") == 3  # of the file, the rejected one, and the retry
 
 
 def test_a_failed_push_prints_the_command_that_completes_it(hub: LocalHub, folder: Path) -> None:
