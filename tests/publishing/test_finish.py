@@ -110,7 +110,7 @@ def test_a_run_is_pushed_and_verified(
 
 def test_a_run_without_a_report_is_finished(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The dataset was moved. Warnings and paths are printed as they are."""
-    folder = write_run_folder(tmp_path / "mine [old]", {"confusion_matrix": [[3, 0, 0]] * 3}, {"dataset": "./gone [old]"})
+    folder = write_run_folder(tmp_path / "[old]", {"confusion_matrix": [[3, 0, 0]] * 3}, {"dataset": "./gone [old]"})
     finish_run(folder, RunOptions(), None)
     warning, written = capsys.readouterr().out.splitlines()
     assert "report.html" in warning and "gone [old]" in warning and written.endswith(f" {folder}/README.md")
