@@ -293,7 +293,6 @@ def test_the_repository_exists_before_a_run(
     ("token", "repo_id", "words"),
     [
         (None, "ann/model", ["hf auth login", "HF_TOKEN"]),
-        ("hf_wrong", "ann/model", ["hf auth login"]),
         ("hf_read", "ann/there", ["ann/there", "hf auth login"]),
         ("hf_one_model", "ann/other", ["ann/other", "hf auth login"]),
         ("hf_ann", "bob/model", ["bob/model", "--hub-model-id"]),
