@@ -1,8 +1,8 @@
 """vitcls benchmark: rows, ratios, and errors if outputs differ."""
 
-import contextlib
 import itertools
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,11 +70,13 @@ def test_backends_and_peers_have_the_outputs_of_the_model(
     inferred, stepped = outputs[:18], outputs[18:]
     assert all(len(output) == 2 and output.is_inference() for output in inferred) and stepped == [None] * 12
     printed = capsys.readouterr().out.splitlines()
-    assert all(f"{row.engine} {row.precision}: 10.0 " in line for row, line in zip(rows, printed, strict=True))
+    lines = [f"{row.work}, batch 2: {row.engine} {row.precision}: 10.0 images/s" for row in rows]
+    assert printed == lines
     header, _, *lines, _, caption = format_markdown(rows, settings).strip().splitlines()
     assert len(lines) == len(rows) and len({line.count("|") for line in (header, *lines)}) == 1
     assert lines[0].startswith("| inference, batch 2 | torch fp32 |") and "timm" in lines[0] and "%" in lines[0]
     assert str(Path(model).parent) not in caption and torch.__version__ in caption
+    assert " onnxruntime " in caption and " openvino " in caption
 
 
 @pytest.mark.slow
@@ -87,13 +89,16 @@ def test_int8_and_encoders(tmp_path: Path) -> None:
     assert "| openvino int8 |" in format_markdown(rows, settings)
 
 
-def test_models_with_different_outputs_are_not_compared(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [0.01, float("nan")])
+def test_models_with_different_outputs_are_not_compared(
+    error: float, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     convert = benchmark.convert_from_timm
 
     def convert_wrongly(timm_model: Any) -> Any:
         converted: Any = convert(timm_model)
         with torch.no_grad():
-            converted.classifier.bias += 0.01
+            converted.classifier.bias += error
         return converted
 
     monkeypatch.setattr(benchmark, "convert_from_timm", convert_wrongly)
@@ -109,9 +114,25 @@ def test_exported_files_are_measured_on_the_cpu(model: str) -> None:
         assert (settings.backends, settings.peers) == (("torch", "compiled", *exported), ("timm", "transformers"))
 
 
+def test_only_the_engine_of_this_name_is_compiled(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[torch.nn.Module] = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda engine: compiled.append(engine))
+    loaded = benchmark.load_model(model, tmp_path)
+    engines = [benchmark.build_engine(name, "fp32", loaded, "cpu", tmp_path)[1] for name in ("torch", "compiled")]
+    assert compiled == engines[1:]
+    expected = ViTCLSForImageClassification.from_pretrained(model).state_dict()  # trained weights are not replaced
+    assert all(tensor.equal(expected[name]) for name, tensor in loaded.state_dict().items())
+
+
 def test_peers_have_the_size_of_the_model() -> None:
     fields = {"image_size": [16, 24], "patch_size": [8, 4], "num_channels": 1, "num_attention_heads": 4}
-    names = ("image_height_width", "patch_height_width", "num_channels", *SIZES.keys() - {"image_size", "patch_size"})
+    names = (
+        "image_height_width",
+        "patch_height_width",
+        "num_channels",
+        "num_labels",
+        *SIZES.keys() - {"image_size", "patch_size"},
+    )
     config = build_tiny_config(**fields)
     for built in (
         benchmark.convert_from_timm(benchmark.build_timm_vit(config)),
@@ -131,11 +152,12 @@ def test_the_best_matrix_product_counts_multiplications_and_additions(monkeypatc
 
 
 def test_a_training_step_changes_the_weights() -> None:
-    engine = torch.nn.Linear(4, 3)
+    engine, autocast = torch.nn.Linear(4, 3), partial(torch.autocast, "cpu", torch.bfloat16)
     before, images = engine.weight.detach().clone(), torch.randn(4, 4)
-    loss = torch.nn.functional.cross_entropy(engine(images), torch.tensor([0, 1, 2, 0]))
+    with autocast():
+        loss = torch.nn.functional.cross_entropy(engine(images).float(), torch.tensor([0, 1, 2, 0]))
     (gradient,) = torch.autograd.grad(loss, engine.weight)
-    benchmark.take_step(engine, torch.optim.SGD(engine.parameters(), lr=0.1), images, contextlib.nullcontext)
+    benchmark.take_step(engine, torch.optim.SGD(engine.parameters(), lr=0.1), images, autocast)
     torch.testing.assert_close(engine.weight, before - 0.1 * gradient)
     assert engine.weight.grad is None
 
@@ -155,14 +177,16 @@ def test_ratios_compare_measurements_of_the_same_round() -> None:
 def test_the_table_compares_rows_of_the_same_batch_and_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark, "measure_matrix_product", lambda device, dtype: 1e9)
     speeds = {("torch", "fp32", 2): 100, ("torch", "bf16", 2): 200, ("timm", "fp32", 2): 50, ("torch", "fp32", 4): 400}
+    speeds["onnx", "int8", 4] = 600
     rows = [Row("step", *each, 10**6, 0.0, [speed - 1, speed, speed + 50]) for each, speed in speeds.items()]
     text = format_markdown(rows, BenchmarkOptions("m", backends=("torch",), peers=("timm",)))
-    cells = [[cell.split(" (")[0].strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[2:6]]
+    cells = [[cell.split(" (")[0].strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[2:7]]
     assert cells == [
         ["step, batch 2", "torch fp32", "100.0", "1.00", "timm 2.00", "10%"],
         ["step, batch 2", "torch bf16", "200.0", "2.00", "", "20%"],
         ["step, batch 2", "timm fp32", "50.0", "0.50", "", "5%"],
         ["step, batch 4", "torch fp32", "400.0", "1.00", "", "40%"],
+        ["step, batch 4", "onnx int8", "600.0", "1.50", "", ""],
     ]
     assert "2.00 (1.83 to 2.01)" in text and "1 GFLOP/s in bf16" in text
     assert f"images per {'CPU ' * benchmark.uses_cpu_time()}second, medians of 7 rounds" in text

@@ -133,12 +133,14 @@ def test_the_same_step_is_replaced(store: CheckpointStore) -> None:
     assert checkpoint is not None and checkpoint.metadata["again"]
 
 
-def test_clear_removes_the_rest_of_a_killed_removal(store: CheckpointStore) -> None:
-    save(store, 10)
-    left = store.folder / ".step-00000010.partial"
-    left.mkdir()
-    (left / "model.safetensors").touch()
-    store.clear()
+def test_the_rest_of_a_killed_save_is_removed(store: CheckpointStore) -> None:
+    for act in (lambda: save(store, 20), lambda: get_newest(store), store.clear):
+        save(store, 10)
+        for left in (".step-00000010.partial", ".step-00000020.new.partial"):
+            (store.folder / left).mkdir()
+            (store.folder / left / "model.safetensors").touch()
+        act()
+        assert not list(store.folder.glob(".*"))
     assert not store.folder.exists()
 
 
@@ -167,6 +169,9 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "edited state": ("state.json", edit),
     "missing state": ("state.json", Path.unlink),
     "deep state": ("state.json", lambda file: file.write_text("[" * 100_000)),
+    "a list as state": ("state.json", lambda file: file.write_text("[]")),
+    "a state without checksum": ("state.json", lambda file: file.write_text("{}")),
+    "null as state": ("state.json", lambda file: file.write_text("null")),
     "a state that is not text": ("state.json", lambda file: file.write_bytes(b"\xff\xfe")),
 }
 

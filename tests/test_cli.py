@@ -53,7 +53,7 @@ def run_command(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", COMMAND, *arguments], capture_output=True, text=True, timeout=300)
 
 
-@pytest.mark.parametrize("arguments", [(), ("--help",), ("finetune", "--help"), ("finetune", "--epoch", "3")])
+@pytest.mark.parametrize("arguments", [("--help",), ("finetune", "--help"), ("finetune", "--epoch", "3")])
 def test_help_and_wrong_flags_do_not_load_torch(arguments: tuple[str, ...]) -> None:
     ran = run_command(*arguments)
     assert "modeling_vitcls.cli" in ran.stderr.split(), ran.stderr
@@ -78,14 +78,20 @@ def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
         assert capsys.readouterr().out == f"vitcls {__version__}\n"
 
 
-def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("missing", ["docstring_parser", "tyro", "yaml"])
+def test_a_missing_extra_is_named(
+    missing: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name in ("predict", "parsing"):
         monkeypatch.delitem(sys.modules, f"modeling_vitcls.commands.{name}", raising=False)
-    monkeypatch.setitem(sys.modules, "tyro", None)  # importing it fails
+    with monkeypatch.context() as other, pytest.raises(ModuleNotFoundError, match="textwrap"):
+        other.setitem(sys.modules, "textwrap", None)  # importing it fails
+        run_here()
+    monkeypatch.setitem(sys.modules, missing, None)
     for arguments in ((), ("predict", "--help")):
         assert run_here(*arguments) == 1
         error = capsys.readouterr().err
-        assert "pip install 'modeling_vitcls[cli]'" in error and error.count("\n") == 1
+        assert f"requires {missing}: run pip install 'modeling_vitcls[cli]'" in error and error.count("\n") == 1
 
 
 def test_completion_includes_all_commands_and_their_flags(capsys: pytest.CaptureFixture[str]) -> None:

@@ -100,6 +100,7 @@ def test_limits_of_values(kind: type, names: str, accepted: list[Any], rejected:
 COMBINATIONS: list[tuple[type, dict[str, Any], dict[str, Any], str]] = [
     (DataOptions, {"folds": 3, "fold": 3}, {"fold": 4}, "--fold is 4"),
     (DataOptions, {"folds": 3, "fold": 1}, {"fold": 0}, "--fold is 0"),
+    (DataOptions, {"folds": 3, "fold": 2}, {"folds": None}, "--fold is 2"),
     (DataOptions, {"exclude": Path("a.csv")}, {"streaming": True}, "--exclude"),
     (RunOptions, {"hub_checkpoint_branch": "dev", "push_to_hub": True}, {"push_to_hub": False}, "--push-to-hub"),
     (TeachersOptions, {"distill_patches": True}, {"teacher_views": 1}, "--teacher-views"),

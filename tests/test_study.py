@@ -16,12 +16,12 @@ import pandas
 import pytest
 import yaml
 from datasets import ClassLabel, Dataset
+from helpers.command_in_process import parse_flags
 from helpers.tiny_models import raises_one_line
 from pyarrow import parquet
 from scipy import stats
 
 from modeling_vitcls import cli
-from modeling_vitcls.commands.parsing import parse_command_line
 from modeling_vitcls.commands.study import StudyOptions
 from modeling_vitcls.commands.study import run as run_command
 from modeling_vitcls.study import Study, StudyRunner, build_row, format_table, load_study, run_study, summarize
@@ -172,7 +172,7 @@ def test_the_commands_of_a_study_in_the_repository_are_valid(file: Path) -> None
     for run in [first_run, *other_runs]:
         if run.seed == first_run.seed and len(set(run.levels.items()) - set(first_run.levels.items())) <= 1:
             for stage, flags in runner.build_commands(run):
-                _, options = parse_command_line(modules, [stage, *flags])
+                options = parse_flags(modules[stage].OPTIONS_CLASS, flags)
                 if stage == "pretrain":
                     check_options(options)
 
@@ -241,21 +241,21 @@ def test_a_row_has_the_first_and_the_last_value_of_the_training_log(tmp_path: Pa
 def test_differences_are_paired_by_seed_within_the_other_levels() -> None:
     values = {("cls", "s"): [50, 70, 90], ("mean", "s"): [60, 80, 98], ("cls", "l"): [75], ("mean", "l"): [None, 50]}
     rows = pandas.DataFrame(
-        {"pooling": pooling, "size": size, "seed": seed, "accuracy": value and value / 100}
+        {"pooling": pooling, "size": size, "seed": seed, "accuracy": value and value / 10}
         for (pooling, size), column in values.items()
         for seed, value in enumerate(column)
     )
     study = replace(STUDY_OBJECT, factors={"pooling": {"cls": {}, "mean": {}}, "size": {"s": {}, "l": {}}})
     summary = summarize(study, rows, "accuracy")
-    high = stats.t.interval(0.95, 2, loc=70, scale=stats.sem([50, 70, 90]))[1]
-    assert summary.loc[0, "mean"] == pytest.approx(70) and summary.loc[0, "half_width"] == pytest.approx(high - 70)
-    paired = stats.ttest_rel([60, 80, 98], [50, 70, 90]).confidence_interval(0.95)
+    high = stats.t.interval(0.95, 2, loc=700, scale=stats.sem([500, 700, 900]))[1]
+    assert summary.loc[0, "mean"] == pytest.approx(700) and summary.loc[0, "half_width"] == pytest.approx(high - 700)
+    paired = stats.ttest_rel([600, 800, 980], [500, 700, 900]).confidence_interval(0.95)
     found = summary.loc[1, "difference"], summary.loc[1, "difference_half_width"]
     assert found == pytest.approx(((paired.low + paired.high) / 2, (paired.high - paired.low) / 2))
     table = [[cell.strip() for cell in line.strip("|").split("|")] for line in format_table(summary).splitlines()[2:]]
     assert [row[:3] for row in table] == [["cls", "s", "3"], ["mean", "s", "3"], ["cls", "l", "1"], ["mean", "l", "1"]]
-    assert [row[4] for row in table] == ["baseline", "+9 ± 3", "baseline", ""]  # no seed in common
-    assert table[0][3] == "70 ± 50" and table[2][3] == "75"
+    assert [row[4] for row in table] == ["baseline", "+93 ± 29", "baseline", ""]  # no seed in common
+    assert table[0][3] == "700 ± 497" and table[2][3] == "750"
 
 
 def test_a_list_has_one_row_per_number() -> None:
@@ -272,6 +272,8 @@ def test_a_list_has_one_row_per_number() -> None:
     assert "| mean | 1 | 2 | 1.5 ± 6.4 | +0.0 ± 0.0 |" in format_table(summary)  # two digits of the interval
     table = format_table(summarize(study, rows[rows["seed"] == 0], "entropy.*"))
     assert "| mean | 1 | 1 | 1.000 | +0.000 |" in table  # without intervals
+    zeros = rows[rows["seed"] == 0].assign(**{"entropy.0": 0.0, "entropy.1": 0.0})
+    assert "| mean | 1 | 1 | 0.0 | +0.0 |" in format_table(summarize(study, zeros, "entropy.*"))
 
 
 @pytest.mark.usefixtures("program")
@@ -319,6 +321,9 @@ def test_all_runs_are_executed_and_summarized(tmp_path: Path, capsys: pytest.Cap
     assert [line for line in log.read_text().splitlines() if line.startswith("the")][2:] == ["the stage evaluate"]
     finished = output / "runs" / "pooling-cls_seed-0" / "log.txt"
     assert finished.read_text().count("the stage") == 2
+    failing = {"factors": {"pooling": {"median": {}}}, "stages": {"evaluate": {}}, "baseline": {}}
+    run_study(StudyRunner(replace(load_study(file), **failing, subsets={}), tmp_path / "failed"), "vitcls study")
+    assert "0 of 2 runs finished, seeds 0, 1; 0 minutes" in (tmp_path / "failed" / "README.md").read_text()
     for changes in ({"subsets": {"one": {}}}, {"stages": {}}, {"factors": {}}):
         with raises_one_line("--output-dir"):
             run_study(StudyRunner(replace(load_study(file), **changes), output), "vitcls study")

@@ -4,6 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from helpers.command_in_process import run_here
 
 from modeling_vitcls.commands import convert
 
@@ -33,6 +35,13 @@ def test_the_parity_report_is_printed(capsys: pytest.CaptureFixture[str]) -> Non
     ]
     assert lines[-1] == "  vitcls push --model out --hub-model-id YOUR-NAME/out"
     changes: dict[str, Any] = {"not_compared": "fixed size", "preprocessing": {"assumed_because": "there is none"}}
-    convert.print_report(report | changes, Path("out"))
+    convert.print_report(report | changes, Path())
     printed = capsys.readouterr().out
     assert "fixed size" in printed and "assumed, because there is none" in printed
+    assert f" YOUR-NAME/{Path.cwd().name}\n" in printed
+
+
+def test_the_family_of_a_file_is_passed_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save({"cls_token": torch.zeros(1, 1, 8)}, tmp_path / "a.pth")
+    words = ("--source", str(tmp_path / "a.pth"), "--output", str(tmp_path / "out"), "--family", "swin")
+    assert run_here("convert", *words) == 1 and "swin" in capsys.readouterr().err

@@ -38,7 +38,8 @@ def test_flags_and_report_of_an_export(monkeypatch: pytest.MonkeyPatch, capsys: 
     printed = capsys.readouterr().out
     measured = ("file 87.50%", "model 93.75%", "321", "cls of 64", "1.2e-02", "0.9877", "positions are learned")
     assert "--backend" not in printed  # a file
-    for fact in (*measured, "cls 1.0e-06, logits 2.0e-06", "32 x 48", "123.5 images/s", "3.0 MiB"):
+    measured += ("123.5 images/s in batches of 16, CPU", "3.0 MiB", "only images of 32 x 48")
+    for fact in (*measured, "2 images of 32 x 48: cls 1.0e-06, logits 2.0e-06"):
         assert fact in printed
     report["input"] |= {"shape": ["batch", 3, "height", "width"]}
     export.print_report(report | {"evaluation": None, "comparison": None}, Path("folder"))

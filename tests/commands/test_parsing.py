@@ -21,7 +21,7 @@ def test_recipes_are_flags_that_the_command_line_overrides(tmp_path: Path) -> No
     recipe = tmp_path / "recipe.yaml"
     flags = ["--config", str(recipe), "--output-dir", "out", "--model", "vitcls-tiny", "--dataset", "data"]
     recipe.write_text("epochs: 3\nbatch_size: 7\n", encoding="utf-8")
-    options = parse_flags(FinetuneOptions, [*flags, "--epochs", "5"])
+    options = parse_flags(FinetuneOptions, ["--config", "replaced", *flags, "--epochs", "5"])
     assert (options.training.epochs, options.training.batch_size, options.data.dataset) == (5, 7, "data")
     recipe.write_text("# no flags\n", encoding="utf-8")
     assert replace(parse_flags(FinetuneOptions, flags), config=None) == parse_flags(FinetuneOptions, flags[2:])

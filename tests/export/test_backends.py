@@ -27,6 +27,7 @@ from modeling_vitcls import (
     evaluate,
     predict,
 )
+from modeling_vitcls.export import exporter
 from modeling_vitcls.export.exporter import check_drop, export_model
 from modeling_vitcls.export.quantization import rank_layers, round_to_int8
 from modeling_vitcls.inference.exported_graphs import ExportedGraph, ExportedModel
@@ -49,10 +50,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         image = Image.fromarray(np.random.default_rng(index).integers(0, 256, (40, 40, 3), dtype=np.uint8))
         image.save(folder / f"{index}.png")
-    config = build_tiny_config(num_distillation_tokens=1, temperature=2.5)
+    config = build_tiny_config(num_distillation_tokens=1, temperature=2.5, position_antialias=True)
     source = str(save_with_processor(randomize(ViTCLSForImageClassification(config)), parent / "mine"))
     dataset = str(parent / "images")
-    export_model(ExportOptions(source, "openvino", parent / "exported", dynamic=False, dataset=dataset))
+    export_model(ExportOptions(source, "openvino", parent / "exported", dataset=dataset))
     export_model(ExportOptions(source, "onnx", parent / "exported" / "model.onnx", dynamic=False))
     shutil.copy(parent / "mine" / "model.safetensors", parent / "exported")
     return parent / "exported"
@@ -69,6 +70,7 @@ def test_the_export_measures_the_file_on_labeled_images(model: Path) -> None:
     assert evaluation["interval"] == compute_proportion_interval(num_right, 12)
     assert (comparison["num_images"], comparison["output"], comparison["top1_agreement"]) == (12, "logits", 1)
     assert json.loads((model / "results.json").read_text())["files"] == {"model.xml": report}
+    assert "position_antialias" in report["fixed_because"] and {"openvino"} <= report["versions"].keys()
     assert str(model.parent).encode() not in (model / "model.xml").read_bytes()
 
 
@@ -100,7 +102,9 @@ def test_a_folder_without_weights_is_evaluated_and_shown(
     assert results[0]["confusion_matrix"] == results[1]["confusion_matrix"]
     served: list[Any] = []
     monkeypatch.setattr(page, "serve_demo", lambda *arguments: served.append(arguments))
-    assert run_here("demo", "--model", str(folder), "--backend", backend) == 0
+    flags = ("--examples", "a.png", "--host", "0.0.0.0", "--port", "8000")
+    assert run_here("demo", "--model", str(folder), "--backend", backend, *flags) == 0
+    assert served[0][2:] == (str(folder), (Path("a.png"),), "0.0.0.0", 8000)
     exported_model, processor = served[0][:2]
     pixel_values = processor(images / "test" / "LABEL_0" / "0.png", return_tensors="pt")["pixel_values"]
     loaded: Any = ViTCLSForImageClassification.from_pretrained(model)
@@ -238,12 +242,21 @@ def test_int8_loses_at_most_0_3_points(
     assert results["accuracy"] == pytest.approx(scores["file"], abs=1e-3)
 
 
-def test_int8_leaves_the_patch_projection_and_excluded_layers_in_float32(model: Path, tmp_path: Path) -> None:
+def test_int8_leaves_the_patch_projection_and_excluded_layers_in_float32(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source, images, file = str(model.parent / "mine"), str(model.parent / "images"), tmp_path / "int8.onnx"
-    flags: dict[str, Any] = {"int8": True, "max_drop": 100.0, "exclude_layers": (2,), "dataset": images}
-    report = export_model(ExportOptions(source, "onnx", file, **flags))
+    flags: dict[str, Any] = {"int8": True, "max_drop": 9.0, "exclude_layers": (2,), "dataset": images}
+    checked: list[Any] = []
+    monkeypatch.setattr(exporter, "check_drop", lambda *arguments: checked.append(arguments))
+    monkeypatch.setattr(exporter, "NUM_CALIBRATION_IMAGES", 8)
+    monkeypatch.setattr(exporter, "NUM_COMPARED_IMAGES", 5)
+    report = export_model(ExportOptions(source, "onnx", file, split="train", **flags))
     assert (report["dtype"], report["limit"], report["excluded_layers"]) == ("int8", None, [2])
-    assert report["num_calibration_images"] == 13 and report["input"]["shape"] == ["batch", 3, 32, 32]
+    assert (report["evaluation"]["split"], report["evaluation"]["num_images"]) == ("train", 13)
+    assert (report["num_calibration_images"], report["comparison"]["num_images"]) == (8, 5)
+    ((*arguments, pixels),) = checked
+    assert arguments[:2] == [report, 9.0] and pixels.shape == (8, *report["input"]["shape"][1:]) == (8, 3, 32, 32)
     assert report["largest_differences"]["logits"] > 1e-3 and report["comparison"]["relative_error"] > 1e-3
     nodes = onnx.load(file).graph.node
     int8_values = {name for node in nodes if node.op_type == "DequantizeLinear" for name in node.output}
@@ -255,7 +268,7 @@ def test_int8_leaves_the_patch_projection_and_excluded_layers_in_float32(model: 
 def test_the_layer_with_outliers_is_ranked_first_and_named_if_the_metric_falls() -> None:
     """A large input of one layer leaves few of the 255 int8 values for the others."""
     model: Any = randomize(ViTCLSForImageClassification(build_tiny_config(num_hidden_layers=4)))
-    model.vitcls.layers[2].layernorm_after.bias.data[0] = 300.0
+    model.vitcls.layers[2].layernorm_after.bias.data[0] = -300.0
     first, *others = rank_layers(model, build_images())
     assert (first, sorted(others)) == (3, [1, 2, 4])
     assert round_to_int8(torch.tensor([1, 0.5, 0]), torch.tensor(1.0)).tolist() == pytest.approx([1, 64 / 127, 0])
@@ -264,8 +277,11 @@ def test_the_layer_with_outliers_is_ranked_first_and_named_if_the_metric_falls()
     for excluded_layers, remedy in (([], "--exclude-layers 3,"), ([2, 3, 4], "--exclude-layers 1 2 3 4,")):
         report = {"evaluation": scores, "excluded_layers": excluded_layers}
         check_drop(report, 25.0, model, build_images())
-        with raises_one_line("from 75.0% to 50.0% (25.0% to 62.5%) on", remedy):
+        with raises_one_line("from 75.0% to 50.0% (25.0% to 62.5%) on 4 images", "24.9 points", remedy):
             check_drop(report, 24.9, model, build_images())
+    report["evaluation"] = scores | {"metric": "mean_average_precision", "interval": None}
+    with raises_one_line("from 75.0% to 50.0% on 4 images"):
+        check_drop(report, 24.9, model, build_images())
     check_drop({"evaluation": None, "excluded_layers": []}, 0.0, model, build_images())  # images without labels
 
 

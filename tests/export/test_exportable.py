@@ -25,8 +25,10 @@ def test_an_encoder_in_half_precision(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     loaded, processor, _ = load_exportable_model(str(tmp_path))
     assert processor is None and loaded.dtype == torch.float32 and not loaded.training
-    outputs = NamedOutputsModel(loaded)(build_images())
-    assert list(outputs) == ["last_hidden_state", "pooler_output"]
+    (outputs,) = compute_named_outputs(loaded, [build_images()])
+    assert list(outputs) == ["last_hidden_state", "pooler_output"] and not outputs["pooler_output"].requires_grad
+    no_pooler = ViTCLSModel(build_tiny_config(), add_pooling_layer=False)
+    assert list(NamedOutputsModel(no_pooler)(build_images())) == ["last_hidden_state"]
     assert torch.equal(outputs["last_hidden_state"], model.float()(build_images()).last_hidden_state)
 
 
@@ -35,7 +37,7 @@ def test_the_attention_of_cls_tokens_is_an_output() -> None:
     model = randomize(ViTCLSForImageClassification(build_tiny_config(num_cls_tokens=2, num_register_tokens=3)))
     pixel_values = build_images(2, 24, 40)
     outputs = NamedOutputsModel(model, output_attentions=True)(pixel_values)
-    assert list(outputs) == ["logits", "cls_attention"]
+    assert list(outputs) == ["logits", "cls_attention"] and not model._forward_hooks
     expected = model(pixel_values)
     torch.testing.assert_close(outputs["logits"], expected.logits)
     model.set_attn_implementation("eager")
@@ -58,10 +60,10 @@ def test_calibration_uses_the_training_images_of_the_run(tmp_path: Path) -> None
     save_with_processor(ViTCLSForImageClassification(config), tmp_path)
     record = load_training_data(DataOptions("digits", split_seed=5)).record
     write_json(tmp_path / "results.json", {"dataset": "digits", "held_out": asdict(record)})
-    images = load_export_images(str(tmp_path), "digits")
+    images = load_export_images(str(tmp_path), "digits", batch_size=7)
     keys = [set(part.compute_keys().tolist()) for part in (images.training, images.held_out)]
-    assert len(keys[1]) == 359 and not keys[0] & keys[1]
-    assert images.prepare([0, None, 2, 3, 4, 5, 6, 7], read_number, 4) == [0, 2, 4, 6]
+    assert len(keys[1]) == 359 and not keys[0] & keys[1] and images.setup.evaluator.batch_size == 7
+    assert images.prepare([0, None, 2, 3, 4, 5, 6], read_number, 3) == [0, 2, 4]
     assert images.prepare([0, None, 2], read_number, 4) == [0, 2]
     save_with_processor(ViTCLSModel(config), tmp_path / "encoder")
     unlabeled = load_export_images(str(tmp_path / "encoder"), "digits")
@@ -75,3 +77,4 @@ def test_a_preset_has_random_weights() -> None:
     model, processor, is_trained = load_exportable_model("vitcls-tiny")
     assert not is_trained and not model.training and model.config.hidden_size == 192
     assert exporter.describe_preprocessing(processor)["size"] == {"height": 224, "width": 224}
+    assert exporter.describe_preprocessing(None) is None

@@ -27,7 +27,7 @@ def test_the_graph_has_fused_attention_for_any_attn_implementation() -> None:
 
 def test_models_that_cannot_be_traced_are_errors() -> None:
     model = ViTCLSForImageClassification(build_tiny_config())
-    model.classifier.register_forward_hook(lambda *_: 1 / 0)
+    model.vitcls.embeddings.register_forward_pre_hook(lambda *_: 1 / 0)
     for is_dynamic in (True, False):
         with pytest.raises(ValueError, match="cannot trace") as error:
             trace_model(model, select_graph_shape(model, None, is_dynamic), torch.float32)
@@ -47,7 +47,7 @@ def test_the_smallest_size_contains_the_grids_of_cls_tokens() -> None:
     ("fields", "word"),
     [
         ({}, ""),
-        ({"position_offset": 0.1}, "position_offset"),
+        ({"position_offset": 0.1, "position_embedding_type": "learned_rope_2d"}, "position_offset"),
         ({"position_interpolation": "crop"}, ""),
         ({"position_interpolation": "crop", "image_size": [32, 48]}, "crops position embeddings of a non-square grid"),
         ({"position_antialias": True}, "position_antialias=True"),

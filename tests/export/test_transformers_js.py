@@ -5,6 +5,7 @@ The npm package is installed into a folder of its own by the slow test, which is
 
 import json
 import os
+import shutil
 import subprocess
 from hashlib import sha256
 from pathlib import Path
@@ -18,7 +19,7 @@ from PIL import Image
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, ViTCLSModel, predict
 from modeling_vitcls.export.exportable import compute_named_outputs
 from modeling_vitcls.export.formats import run_graph
-from modeling_vitcls.export.transformers_js import build_config, export_for_transformers_js
+from modeling_vitcls.export.transformers_js import build_config, compare_file, export_for_transformers_js
 
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("fresh_accelerate")]
@@ -55,9 +56,10 @@ def web(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source, digits = save_digits_classifier(folder / "mine"), load_digit_images()[:6]
     for number, (digit, row) in enumerate(zip(digits, predict(source, digits), strict=True)):
         label = row["label"] if number < 4 else f"digit {(int(row['label'][-1]) + 1) % 10}"
-        (folder / "images" / "test" / label).mkdir(parents=True, exist_ok=True)
-        digit.save(folder / "images" / "test" / label / f"{number}.png")
-    export_for_transformers_js(str(source), folder / "web", str(folder / "images"))
+        (folder / "images" / "train" / label).mkdir(parents=True, exist_ok=True)
+        digit.save(folder / "images" / "train" / label / f"{number}.png")
+    shutil.copytree(folder / "images" / "train" / label, folder / "images" / "test" / label)  # the default
+    export_for_transformers_js(str(source), folder / "web", str(folder / "images"), split="train")
     return folder / "web"
 
 
@@ -81,6 +83,9 @@ def test_the_folder_has_the_layout_of_transformers_js(web: Path) -> None:
         "num_channels": 3,
         "problem_type": "single_label_classification",
     }
+    config = build_config(ViTCLSModel(build_tiny_config(problem_type="multi_label_classification")))
+    assert config["architectures"] == ["ViTModel"] and "id2label" not in config
+    assert config["problem_type"] == "multi_label_classification"
     assert json.loads((web / "preprocessor_config.json").read_text()) == {
         "image_processor_type": "ViTImageProcessor",
         "do_convert_rgb": True,
@@ -98,13 +103,13 @@ def test_the_folder_has_the_layout_of_transformers_js(web: Path) -> None:
 def test_the_report_describes_the_files(web: Path) -> None:
     report = json.loads((web / "onnx" / "report.json").read_text())
     processor = ViTCLSImageProcessor.from_pretrained(web.parent / "mine")
-    images = list((web.parent / "images").rglob("*.png"))
+    images = list((web.parent / "images" / "train").rglob("*.png"))
     pixels = [processor(Image.open(image), return_tensors="pt")["pixel_values"] for image in images]
     int8_outputs = run_graph(web / "onnx" / "model_quantized.onnx", pixels, ["logits"])  # one image per batch
     labels = [f"digit {outputs['logits'].argmax()}" for outputs in int8_outputs]
     int8_accuracy = sum(label == image.parent.name for label, image in zip(labels, images, strict=True)) / 6
     accuracies = {"model.onnx": 4 / 6, "model_fp16.onnx": 4 / 6, "model_quantized.onnx": int8_accuracy}
-    scores = {"dataset": "path/to/images", "split": "test", "num_images": 6, "metric": "accuracy"}
+    scores = {"dataset": "path/to/images", "split": "train", "num_images": 6, "metric": "accuracy"}
     assert report["labeled"].pop("files") == pytest.approx(accuracies, abs=1e-6)
     assert report["labeled"] == scores | {"model": pytest.approx(4 / 6, abs=1e-6)} and report["num_images"] == 64
     folders = {"sha256": web / "onnx", "weights_sha256": web.parent / "mine"}
@@ -137,6 +142,9 @@ def test_the_files_have_the_logits_and_the_attention_of_the_model(web: Path) -> 
         for output, expected in reference.items():
             assert outputs[output].shape == expected.shape
             assert (outputs[output] - expected).abs().max() <= limit, (name, output)
+    other = [reference, {"logits": reference["logits"] + 1}, reference]
+    compared = compare_file(web / "onnx" / "model.onnx", "fp32", [pixel_values] * 3, other)
+    assert compared["largest_difference"] == pytest.approx(1, abs=1e-4)
     (graph_input,) = onnx.load(web / "onnx" / "model.onnx").graph.input
     assert [axis.dim_value for axis in graph_input.type.tensor_type.shape.dim] == [0, 3, 32, 32]  # 0 is any
     for name, dtypes in (("model_fp16.onnx", {"FLOAT16"}), ("model_quantized.onnx", {"INT8"})):
@@ -151,9 +159,6 @@ def test_an_encoder_has_features_instead_of_labels(tmp_path: Path) -> None:
     save_with_processor(model, tmp_path / "mine")
     report = export_for_transformers_js(str(tmp_path / "mine"), tmp_path / "web")
     assert all(comparison["top1_agreement"] is None for comparison in report["comparisons"])
-    config = build_config(ViTCLSModel(build_tiny_config(problem_type="multi_label_classification")))
-    assert config["architectures"] == ["ViTModel"] and "id2label" not in config
-    assert config["problem_type"] == "multi_label_classification"
     names = ["last_hidden_state", "pooler_output"]
     (outputs,) = run_graph(tmp_path / "web" / "onnx" / "model.onnx", [build_images()], names)
     with torch.no_grad():

@@ -43,19 +43,19 @@ def test_failed_attempts_are_repeated_after_the_given_waits(
     waits: list[float] = []
     monkeypatch.setattr(connection, "time", SimpleNamespace(sleep=waits.append))
     errors: list[Exception] = [build_hub_error(503, reason="Down"), build_hub_error(503)]
-    errors += [build_hub_error(429, reason="Busy", Retry_After=seconds) for seconds in ("2", "3", "86400")]
+    errors += [build_hub_error(429, reason="Busy", Retry_After=wait) for wait in ("2", "3", "86400", "Mon, 1 Jan")]
 
     def act() -> str:
         if errors:
             raise errors.pop(0)
         return "done"
 
-    assert retry(act, "looking", waits=(0.5, 1.0, 1.0, 4.0, 4.0)) == "done"
-    assert waits == [0.5, 1.0, 2.0, 4.0, 300.0]
+    assert retry(act, "looking", waits=(0.5, 1.0, 1.0, 4.0, 4.0, 4.0)) == "done"
+    assert waits == [0.5, 1.0, 2.0, 4.0, 300.0, 4.0]
     messages = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert messages[0] == "looking: HTTP 503, Down; trying again immediately"
     assert messages[1].endswith("; trying again in 1 s")
-    assert messages[2] == "looking: HTTP 429, Busy; trying again in 2 s" and len(messages) == 5
+    assert messages[2] == "looking: HTTP 429, Busy; trying again in 2 s" and len(messages) == 6
     waits.clear()
     errors += [build_hub_error(503)] * 5
     with pytest.raises(HfHubHTTPError):
@@ -72,11 +72,11 @@ def test_failed_attempts_are_repeated_after_the_given_waits(
 @pytest.mark.parametrize(
     ("error", "expected"),
     [
-        (build_hub_error(503), True),
-        (build_hub_error(404), False),
+        *((build_hub_error(status), True) for status in (408, 409, 412, 429, 500, 502, 503, 504)),
+        *((build_hub_error(status), False) for status in (401, 403, 404)),
         (chain(build_hub_error(403), build_hub_error(500)), False),  # the status of the outer error
         (HTTPError("x"), True),
-        (TimeoutError("x"), True),
+        *((error("x"), True) for error in (TimeoutError, ConnectionResetError, RuntimeError)),
         (chain(OSError("x"), HTTPError("y")), True),
         (json.JSONDecodeError("x", "<html>", 0), True),
         (PermissionError("x"), False),
@@ -117,10 +117,9 @@ def test_timeouts_and_progress_bars_are_restored() -> None:
 
 
 def test_transformers_is_silent_within_the_block() -> None:
-    before = get_transformers_output()
-    transformers_logging.set_verbosity(logging.INFO)
-    transformers_logging.enable_progress_bar()
-    try:
+    with silence_transformers():  # for the other tests
+        transformers_logging.set_verbosity(logging.INFO)
+        transformers_logging.enable_progress_bar()
         with silence_transformers():
             assert get_transformers_output() == (logging.ERROR, False)
         assert get_transformers_output() == (logging.INFO, True)
@@ -128,7 +127,3 @@ def test_transformers_is_silent_within_the_block() -> None:
         with silence_transformers():
             pass
         assert get_transformers_output() == (logging.INFO, False)
-    finally:
-        transformers_logging.set_verbosity(before[0])
-        if before[1]:
-            transformers_logging.enable_progress_bar()

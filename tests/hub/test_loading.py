@@ -18,14 +18,14 @@ from helpers.local_hub import LocalHub, Token
 from helpers.scripts_in_process import run_in_process
 from helpers.source_checkpoints import SIZES, save_checkpoint
 from helpers.tiny_models import raises_one_line, save_classifier
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, get_session
 from huggingface_hub.utils import _http as hub_http
 from huggingface_hub.utils import enable_progress_bars
 
 import modeling_vitcls as vitcls
 from modeling_vitcls.conversion.random_weights import randomize_weights
 from modeling_vitcls.hub import loading
-from modeling_vitcls.hub.loading import get_cached_commit, get_model_folder
+from modeling_vitcls.hub.loading import download_files, get_cached_commit, get_model_folder, resolve_commit
 from modeling_vitcls.hub.model_files import CONFIG_FILES
 from modeling_vitcls.publishing.model_folder import ModelFolder
 from modeling_vitcls.publishing.push import push_folder
@@ -127,7 +127,9 @@ def test_folders_are_local_and_impossible_ids_are_not_resolved(hub: LocalHub, tm
     assert not hub.requests
 
 
-def test_given_revisions_are_used(hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_given_revisions_are_used(
+    hub: LocalHub, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     repository = hub.repositories["ann/model"]
     old = repository.branches["main"]
     repository.commit("main", "newer", repository.commits[old].files | {"config.json": hub.store("config.json", b"1")})
@@ -138,12 +140,55 @@ def test_given_revisions_are_used(hub: LocalHub, monkeypatch: pytest.MonkeyPatch
         get_model_folder("ann/model", revision="gone")
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     assert get_cached_commit(get_model_folder("ann/model", revision=old)) == old
-    with raises_one_line("127.0.0.1:9 does not respond", error=OSError):
+    assert "127.0.0.1:9 does not respond" in caplog.text and ". Loading ann/model from the cache" in caplog.text
+    with raises_one_line("127.0.0.1:9 does not respond", "refused", "Check the network", error=OSError):
         get_model_folder("ann/model", revision="gone")
+    assert get_cached_commit(get_model_folder("ann/model")) == newest
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert get_cached_commit(get_model_folder("ann/model", revision=old)) == old
     with raises_one_line("HF_HUB_OFFLINE", error=OSError):
         get_model_folder("ann/model", revision="gone")
+
+
+def test_a_revision_is_resolved_to_its_commit(hub: LocalHub) -> None:
+    model = hub.repositories["ann/model"]
+    old = model.branches["main"]
+    HfApi().create_tag("ann/model", tag="v1")
+    model.commit("main", "new", {"config.json": hub.store("config.json", b"new")})
+    model.commit("branch", "other", {"config.json": hub.store("config.json", b"branch")})
+    revisions = {"main": model.branches["main"], "branch": model.branches["branch"], "v1": old, old: old}
+    assert len(set(revisions.values())) == 3
+    for revision, commit in revisions.items():
+        assert resolve_commit("ann/model", revision) == loading.HubCommit(
+            "ann/model", commit, needs_token=True
+        )  # private
+    assert resolve_commit("ann/model") == resolve_commit("ann/model", "main")
+    hub.create("ann/public", private=False)
+    assert not resolve_commit("ann/public").needs_token
+    hub.gated.add("ann/public")
+    assert resolve_commit("ann/public").needs_token
+    with raises_one_line("ann/model", "v2", error=OSError):
+        resolve_commit("ann/model", "v2")
+    with raises_one_line("no id at all", error=OSError):
+        resolve_commit("no id at all")
+
+
+def test_only_the_matching_files_of_the_commit_are_downloaded(
+    hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = hub.repositories["ann/model"]
+    old = model.branches["main"]
+    model.commit("main", "new", {name: hub.store(name, b"new") for name in ("config.json", "notes.txt")})
+    folder = download_files("ann/model", old, ["*.json"], folder=tmp_path / "files")
+    assert folder == tmp_path / "files" and (folder / "config.json").read_bytes() == b"{}"
+    assert not (folder / "model.safetensors").exists()
+    with raises_one_line("cannot download ann/none: HTTP 40", error=OSError):
+        download_files("ann/none", "0" * 40, ["*.json"])
+    cached = download_files("ann/model", None, ["*.txt"])
+    assert (cached / "notes.txt").read_bytes() == b"new" and cached.is_relative_to(tmp_path / "cache")
+    monkeypatch.setattr(loading, "snapshot_download", lambda *_, **__: f"{get_session().timeout.read}")
+    for given, timeout in (((), loading.COMMIT_TIMEOUT), ((3.0,), 3.0)):
+        assert download_files("ann/model", None, [], *given).name == str(timeout)
 
 
 def test_files_are_downloaded_once_and_the_newest_is_used(
@@ -170,17 +215,6 @@ def test_temporary_failures_are_retried(hub: LocalHub) -> None:
     hub.fail("GET", "/api/models/ann/model", 503)
     hub.fail("GET", "/objects/", "cut")
     assert Path(get_model_folder("ann/model"), "model.safetensors").read_bytes() == b"weights"
-
-
-def test_the_cache_is_used_if_the_port_is_closed(
-    hub: LocalHub, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    folder = get_model_folder("ann/model")
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    assert get_model_folder("ann/model") == folder
-    assert "127.0.0.1:9 does not respond" in caplog.text and ". Loading ann/model from the cache" in caplog.text
-    with raises_one_line("127.0.0.1:9 does not respond", "refused", "Check the network", error=OSError):
-        get_model_folder("ann/other")
 
 
 def test_a_silent_hub_times_out(hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,6 +54,7 @@ def test_paths_become_absolute_and_names_with_at_are_kept(here: Path) -> None:
     (here / "at@home").mkdir()
     for name in ("at@home", "@v1", "acme/data@"):
         assert split_revision(name) == (name, None)
+    assert split_revision("me@home/vit@v1") == ("me@home/vit", "v1")
     (here / "link").symlink_to(here / "data")
     assert resolve_name("link/teach") == f"{here}/link/teach"
 

@@ -33,7 +33,9 @@ def test_the_metadata_of_a_card_is_inherited(tmp_path: Path, monkeypatch: pytest
     source = write_folder(tmp_path / "mine", f"{DINOV3}base_model: timm/dinov3\n", LICENSE_md="the text")
     found = find_provenance(str(source))
     expected = Provenance("mine", "timm/dinov3", "other", "dinov3-license", "LICENSE.md", (source / "LICENSE.md",))
-    assert found == expected == find_provenance(f"transformers:{source}")
+    assert (
+        found == expected == find_provenance(f"transformers:{source}") == find_provenance(f"timm:local-dir:{source}")
+    )
     assert found.license_label == "dinov3-license"
     output = tmp_path / "out"
     output.mkdir()

@@ -49,28 +49,9 @@ PACKAGE = ROOT / "modeling_vitcls"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 MODULE = ["-m", "modeling_vitcls.cli"]
-OTHER_COMMANDS = (
-    "cd",
-    "git",
-    "hf",
-    "sbatch",
-    "torchrun",
-    "make",
-    "pip",
-    ".venv/bin/pip",
-    ".venv/bin/python",
-    "pre-commit",
-)
+OTHER_COMMANDS = "cd git hf sbatch torchrun make pip .venv/bin/pip .venv/bin/python pre-commit".split()
 # flags of pip, hf and pytest that the text mentions
-OTHER_FLAGS = {
-    "--help",
-    "--help-all",
-    "--tyro-print-completion",
-    "--node-rank",
-    "--version",
-    "--include",
-    "--local-dir",
-}
+OTHER_FLAGS = set("--help --help-all --tyro-print-completion --node-rank --version --include --local-dir".split())
 OTHER_SUBCOMMANDS = {"--version", "--tyro-print-completion", "env"}
 
 # Added to commands so that they take only seconds.

@@ -31,6 +31,7 @@ from modeling_vitcls import (
     ViTCLSImageProcessorPil,
     ViTCLSModel,
 )
+from modeling_vitcls.hub.model_files import hash_weights
 
 
 pytestmark = pytest.mark.integration
@@ -250,7 +251,8 @@ def test_vision_encoder_decoder(encoder: Path, tmp_path: Path) -> None:
 
 def test_sharded_checkpoint(tmp_path: Path) -> None:
     build_tiny_classifier().save_pretrained(tmp_path, max_shard_size="20KB")
-    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    names = {file.name for file in tmp_path.glob("model-*.safetensors")}
+    assert len(names) > 1 and hash_weights(tmp_path).keys() == names
     assert_same_logits(ViTCLSForImageClassification.from_pretrained(tmp_path), rtol=0, atol=0)
 
 
