@@ -236,7 +236,9 @@ def find_faults(
     layer = "After the last layer" if last == num_layers else f"After layer {last}, the last layer that is used"
     faults = {}
     if (identical := find_identical_token(model, findings, index)) is not None:
-        faults["identical"] = f"{layer}, its state is identical to the state of {names[identical]}."
+        faults["identical"] = (
+            f"In the last layer that uses both tokens, its state is identical to the state of {names[identical]}."
+        )
     if last == num_layers and numbers["patch_mass"] < MIN_PATCH_MASS:
         faults["cut off from the patches"] = (
             f"At most {numbers['patch_mass']:.2%} of its attention goes to patches, in each layer and head."
