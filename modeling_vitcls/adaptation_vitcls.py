@@ -220,7 +220,7 @@ def adapt_weight(context: AdaptationContext) -> AdaptedWeight:
         if substring in context.name:
             return adapt(context)
     if context.old_value is None or context.old_value.shape != context.initial_value.shape:
-        return context.initial_value, "newly initialized, because the shape changed"
+        return context.initial_value, "newly initialized"
     return context.old_value, ""
 
 

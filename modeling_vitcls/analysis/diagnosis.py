@@ -236,9 +236,8 @@ def find_faults(
     layer = "After the last layer" if last == num_layers else f"After layer {last}, the last layer that is used"
     faults = {}
     if (identical := find_identical_token(model, findings, index)) is not None:
-        faults["identical"] = (
-            f"In the last layer that uses both tokens, its state is identical to the state of {names[identical]}."
-        )
+        other, shared = identical
+        faults["identical"] = f"After layer {shared}, its state is identical to the state of {names[other]}."
     if last == num_layers and numbers["patch_mass"] < MIN_PATCH_MASS:
         faults["cut off from the patches"] = (
             f"At most {numbers['patch_mass']:.2%} of its attention goes to patches, in each layer and head."
@@ -282,9 +281,9 @@ def collect_numbers(model: Any, findings: Findings, index: int) -> dict[str, Any
     }
 
 
-def find_identical_token(model: Any, findings: Findings, index: int) -> int | None:
-    """Return the index of the nearest token with the same state in the last layer in which both tokens are used, or
-    None."""
+def find_identical_token(model: Any, findings: Findings, index: int) -> tuple[int, int] | None:
+    """Return the index of the nearest token with the same state in the last layer in which both tokens are used, and
+    this layer, or None."""
     *used_layers, _ = count_used_layers(model.config, is_classifier(model))
     candidates = []
     for other in range(len(used_layers)):
@@ -295,8 +294,8 @@ def find_identical_token(model: Any, findings: Findings, index: int) -> int | No
         distance = findings.state_distance[last, index, other]
         is_similar = findings.between_tokens[last, index, other] >= MIN_IDENTICAL_SIMILARITY
         if other != index and is_similar and distance <= limit:
-            candidates.append((distance.item(), other))
-    return min(candidates)[1] if candidates else None
+            candidates.append((distance.item(), other, last))
+    return min(candidates)[1:] if candidates else None
 
 
 def find_equal_attention(model: Any, findings: Findings, index: int) -> tuple[int | None, float]:

@@ -58,19 +58,21 @@ def test_states_that_are_not_used_are_not_judged() -> None:
     model = build_classifier(num_distillation_tokens=0)
     findings = collect_findings(model, PIXELS)
 
-    def plant_layer(layer: int, *pair: int) -> list[str]:
-        planted = plant(
+    def plant_layer(layer: int, *pair: int) -> Any:
+        return plant(
             findings,
             between_tokens=fill(1.0, layer, pair, pair[::-1]),
             state_distance=fill(0.0, layer, pair, pair[::-1]),
             variation=fill(0.0, layer, slice(3, None)),
             channel_variation=fill(0.0, layer, slice(3, None)),
         )
-        return judge(model, planted)
 
-    assert plant_layer(3, 1, 2) == plant_layer(3, 0, 2) == ["not measured"] * 4
-    assert plant_layer(2, 1, 2) == ["not measured", "identical", "identical", "same for all images"]
-    assert plant_layer(2, 0, 2) == ["identical", "not measured", "identical", "same for all images"]
+    for pair in ((1, 2), (0, 2)):
+        assert judge(model, plant_layer(3, *pair)) == ["not measured"] * 4
+    assert judge(model, plant_layer(2, 1, 2)) == ["not measured", "identical", "identical", "same for all images"]
+    equal = plant_layer(2, 0, 2)  # CLS is used in three layers
+    assert judge(model, equal) == ["identical", "not measured", "identical", "same for all images"]
+    assert "After layer 2," in diagnose_tokens(model, equal)[0].reason
 
 
 SELECTIVE = {"map_selectivity": fill(0.3, ALL, 0)}
@@ -160,6 +162,7 @@ def test_encoders_are_judged_by_their_features() -> None:
     assert group.token == "all 2 registers"
     assert {row["changed predictions"] for row in build_effect_rows(found)} == {"–"}
     for verdict in registers:
+        assert verdict.word in ("has an effect", "replaceable", "no measurable effect")
         name = verdict.numbers["decided_by"]["output"]
         effect = verdict.numbers[verdict.numbers["decided_by"]["ablation"]][name]
         values = [f"{value:.2g}" for value in (effect["size"], *effect["interval"])]

@@ -62,6 +62,7 @@ def test_progress_is_shown_and_large_models_use_fewer_images(monkeypatch: pytest
     found = inspect_model(model, PROCESSOR, build_images(), num_shown=1, watch=watch)
     # images, batches, tokens and groups, their null distributions, and shown images
     assert [number for _, number in descriptions] == [NUM_IMAGES, 1, 4, 2, 1]
+    assert descriptions[0] == ("reading images", NUM_IMAGES) and ("ablating tokens", 4) in descriptions
     # large models use fewer images for effects, null distributions and decisions, but never too few
     assert found.num_ablation_images == MIN_IMAGES < found.findings.num_images == NUM_IMAGES
     effects = [effect for by_key in found.ablations["information"].values() for effect in by_key.values()]

@@ -131,7 +131,7 @@ def test_neurons_are_ordered_by_their_mean_activation_at_outliers(ratio: float) 
 
 @all_mlps
 def test_only_planted_activations_of_patches_and_the_register_change(fields: dict[str, Any]) -> None:
-    model = build_planted_model(**fields)
+    model = build_planted_model(**fields, num_register_tokens=2)
     better = add_test_time_register(model, [[LAYER, neuron] for neuron in PLANTED])
     register_neurons = better.layers[LAYER].mlp.register_neurons
     layout = better.config.token_layout
@@ -139,11 +139,12 @@ def test_only_planted_activations_of_patches_and_the_register_change(fields: dic
     moved = register_neurons(activations)
     others = [neuron for neuron in range(32) if neuron not in PLANTED]
     assert torch.equal(moved[..., others], activations[..., others])
-    assert torch.equal(moved[:, layout.cls], activations[:, layout.cls])
+    before = slice(layout.registers.stop - 1)  # CLS and the other registers
+    assert torch.equal(moved[:, before], activations[:, before])
     assert not moved[:, layout.patches][..., PLANTED].any()
     of_patches = activations[:, layout.patches][..., PLANTED]
     strongest = of_patches.gather(1, of_patches.abs().argmax(dim=1, keepdim=True))  # activations may be negative
-    assert torch.equal(moved[:, layout.registers][..., PLANTED], strongest)
+    assert torch.equal(moved[:, [layout.registers.stop - 1]][..., PLANTED], strongest)
 
 
 def test_the_register_starts_at_zero_and_other_weights_are_not_changed() -> None:
@@ -166,7 +167,7 @@ def test_the_register_of_a_gated_group_is_open() -> None:
 
 def test_images_without_outliers_do_not_count() -> None:
     """The mean is over the images that have outliers."""
-    model = build_planted_model(hidden_dropout_prob=0.5).train()  # without dropout
+    model = build_planted_model(hidden_dropout_prob=0.5).train()  # measured in evaluation mode
     with torch.no_grad():
         model.embeddings.position_embeddings.patches[:, PATCHES, :2] = 0
         model.embeddings.patch_embeddings.projection.weight[0] = 1.0  # now brightness activates the neuron at a patch

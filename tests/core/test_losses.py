@@ -223,8 +223,9 @@ def test_pixel_losses_are_computed_in_float32(fields: dict[str, Any], dtype: tor
 def test_normalized_targets_of_a_uniform_patch_are_zero() -> None:
     """The standard deviation of a uniform patch is zero."""
     for patch_size in (8, 1):  # with a single value, the corrected variance is not defined
-        config = build_tiny_config(norm_pixel_target=True, mim_loss="l2", patch_size=patch_size)
-        grey, mask = torch.full((1, 1, 32, 32), 0.7), torch.ones(1, (32 // patch_size) ** 2)
+        config = build_tiny_config(norm_pixel_target=True, mim_loss="l2", patch_size=patch_size, num_channels=1)
+        grey = torch.full((1, 1, 32, 32), 0.7)
+        mask = torch.ones(1, (32 // patch_size) ** 2, dtype=torch.bool)
         loss = compute_masked_pixel_loss(torch.zeros(1, 1, 32, 32), grey, mask, config)
         assert loss.item() == pytest.approx(0.0, abs=1e-6)
 

@@ -16,7 +16,12 @@ from helpers.tiny_models import (
     randomize,
 )
 
-from modeling_vitcls import TokenLayout, ViTCLSForImageClassification, ViTCLSModel
+from modeling_vitcls import (
+    TokenLayout,
+    ViTCLSForImageClassification,
+    ViTCLSForMaskedImageModeling,
+    ViTCLSModel,
+)
 
 
 PARAMETERS = {"cls": "cls_token", "distillation": "distillation_token", "registers": "register_tokens"}
@@ -88,13 +93,9 @@ def test_every_special_token_gets_gradient_and_moves(layout: dict[str, Any], tok
         optimizer.step()
     for name, token in tokens.items():
         assert ((token.detach() - starts[name]).norm(dim=-1) > 1e-4).all(), f"did not move: {name}"
-
-
-def test_register_neurons_move_the_largest_activation_to_the_last_register() -> None:
-    model = ViTCLSModel(build_tiny_config(num_register_tokens=3, register_neurons=[[0, 3]]))
-    activations = torch.arange(1.0, 21.0).view(1, 20, 1).expand(1, 20, 24)  # CLS, three registers, 16 patches
-    moved = model.layers[0].mlp.register_neurons(activations)
-    assert moved[0, :, 3].tolist() == [1, 2, 3, 20, *16 * [0]] and torch.equal(moved[..., 4:], activations[..., 4:])
+    masked = ViTCLSForMaskedImageModeling(build_tiny_config(**layout, token_init=token_init)).train()
+    masked(build_images(), bool_masked_pos=torch.arange(32).view(2, 16) % 3 == 0).loss.backward()
+    assert masked.vitcls.embeddings.mask_token.grad.any()
 
 
 # Pooling: the head reads only the tokens of its pooling

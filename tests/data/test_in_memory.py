@@ -166,7 +166,7 @@ def test_unusable_data_is_an_error(data: Any, message: str) -> None:
 
 def test_unusable_kinds_are_errors() -> None:
     rows = {"image": ["a.png"], "label": ["x"]}
-    for data in (3, {1, 2}, iter([(make_image(0), 1)]), pandas.DataFrame(rows)):
+    for data in (3, {1, 2}, torch.utils.data.Dataset(), iter([(make_image(0), 1)]), pandas.DataFrame(rows)):
         with pytest.raises(TypeError, match=f"but the type of the data is {type(data).__name__}"):
             add_dataset(data)
     stream = datasets.Dataset.from_dict({"image": [1], "label": [1]}).to_iterable_dataset()

@@ -176,7 +176,8 @@ def test_every_layout_and_block(fields: dict[str, Any], tmp_path: Path) -> None:
     assert_close(run_onnx(tmp_path / "model.onnx", pixel_values), compute_outputs(model, pixel_values))
 
 
-def test_a_graph_of_one_size_contains_resampled_positions(tmp_path: Path) -> None:
+def test_a_graph_of_one_size_contains_resampled_positions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An export whose outputs differ is an error, and leaves nothing."""
     model = checkpoint(tmp_path / "model", num_hidden_layers=1)
     file = tmp_path / "model.onnx"
     report = export_model(ExportOptions(str(tmp_path / "model"), "onnx", file, image_size=(24, 56), dynamic=False))
@@ -187,6 +188,10 @@ def test_a_graph_of_one_size_contains_resampled_positions(tmp_path: Path) -> Non
     assert b"Resize" not in file.read_bytes()
     with pytest.raises(Exception, match="index: 3 Got: 48 Expected: 56"):
         run_onnx(file, build_images(1, 24, 48))
+    monkeypatch.setitem(exporter.LIMITS, "float32", (-1.0, 0.0))
+    with raises_one_line("differs", "logits", "float32"):
+        export_model(ExportOptions(str(tmp_path / "model"), "onnx", tmp_path / "not" / "a.onnx", dynamic=False))
+    assert not (tmp_path / "not").exists() and not list(tmp_path.glob(".*"))
 
 
 # The script
@@ -324,7 +329,9 @@ def test_a_folder_has_the_files_that_its_model_has(tmp_path: Path) -> None:
     report = {"weights": "trained", "weights_sha256": {}, "sha256": {"model.xml": "a", "model.bin": "b"}}
     exporter.write_model_files(str(tmp_path / "model"), tmp_path, report)
     assert [file.name for file in sorted(tmp_path.glob("*.json"))] == ["config.json", "results.json"]
-    exporter.write_model_files("vitcls-tiny", tmp_path / "none", report | {"weights": "random"})  # writes nothing
+    (tmp_path / "none").mkdir()
+    exporter.write_model_files("vitcls-tiny", tmp_path / "none", report | {"weights": "random"})
+    assert not list((tmp_path / "none").iterdir())
 
 
 def test_other_names_or_shapes_raise_an_error() -> None:

@@ -293,6 +293,7 @@ def test_the_repository_exists_before_a_run(
     ("token", "repo_id", "words"),
     [
         (None, "ann/model", ["hf auth login", "HF_TOKEN"]),
+        ("hf_wrong", "ann/model", ["hf auth login"]),
         ("hf_read", "ann/there", ["ann/there", "hf auth login"]),
         ("hf_one_model", "ann/other", ["ann/other", "hf auth login"]),
         ("hf_ann", "bob/model", ["bob/model", "--hub-model-id"]),
@@ -369,8 +370,10 @@ def test_another_push_in_the_meantime_is_noticed(hub: LocalHub, folder: Path, mo
         return upload(api, **arguments)
 
     monkeypatch.setattr(HfApi, "upload_folder", upload_second)
-    push_folder(ModelFolder(folder), "ann/model")
+    pushed = push_folder(ModelFolder(folder), "ann/model")
     assert hub.count_requests("POST", "/commit/") == 3  # of the file, the rejected one, and the retry
+    assert hub.repositories["ann/model"].branches["main"] == pushed.commit
+    assert set(hub.files("ann/model")) >= MODEL_FILES | {"notes.md"}
 
 
 def test_a_failed_push_prints_the_command_that_completes_it(hub: LocalHub, folder: Path) -> None:

@@ -29,10 +29,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
 
-from modeling_vitcls import (
-    ViTCLSForImageClassification,
-    ViTCLSForMultiTaskClassification,
-)
+from modeling_vitcls import ViTCLSForImageClassification, ViTCLSForMultiTaskClassification
 from modeling_vitcls.checkpoints import CheckpointStore
 from modeling_vitcls.data.batches import Normalizer, iterate_training_batches
 from modeling_vitcls.data.labels import LabelSpace
@@ -121,7 +118,8 @@ def test_run_leaves_results_of_every_held_out_image(recipe_run: Path) -> None:
 def test_two_processes_train_and_evaluate_as_one(recipe_run: Path, tmp_path: Path) -> None:
     """Continue after step 5 with half the batch size. The number of held-out images is not a multiple of 2 x 7."""
     shutil.copytree(recipe_run, tmp_path / "run")
-    (tmp_path / "run" / "results.json").unlink()
+    for name in ("results.json", "model.safetensors"):
+        (tmp_path / "run" / name).unlink()
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000007")
     flags = ("--config", recipe_run / "config.resolved.yaml", "--output-dir", tmp_path / "run", "--batch-size", 7)
     printed = run_together("finetune.py", *flags, "--resume", log=tmp_path / "log", environment=OFFLINE)
@@ -132,8 +130,10 @@ def test_two_processes_train_and_evaluate_as_one(recipe_run: Path, tmp_path: Pat
     assert two["num_images"] == NUM_HELD_OUT_COLORS
     assert two["accuracy"] == one["accuracy"]
     assert two["loss"] == pytest.approx(one["loss"], abs=1e-4)
-    for first, second in zip(read_metrics(recipe_run), read_metrics(tmp_path / "run"), strict=True):
-        assert second["step"] == first["step"]
+    assert two["weights_sha256"] == hash_weights(tmp_path / "run")
+    pairs = [*zip(read_metrics(recipe_run), read_metrics(tmp_path / "run"), strict=True)][-2:]
+    for step, (first, second) in zip((6, 7), pairs, strict=True):
+        assert second["step"] == first["step"] == step
         assert second["loss"] == pytest.approx(first["loss"], abs=1e-4)
         assert second["gradient_norm"] == pytest.approx(first["gradient_norm"], rel=1e-3)
 

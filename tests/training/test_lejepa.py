@@ -133,7 +133,7 @@ def test_brightness_contrast_and_saturation_change_by_up_to_two_fifths() -> None
 @pytest.mark.parametrize("fields", [{}, {"pooling": "mean"}, {"num_cls_tokens": 2, "cls_pooling": "concat"}])
 def test_gradients_reach_the_tokens(fields: dict) -> None:
     model = LeJEPA(ViTCLSModel(build_tiny_config(**fields)), width=32)
-    normalize, options = Normalizer(ViTCLSImageProcessor(), torch.device("cpu")), LeJEPAOptions(local_crops=0)
+    normalize, options = Normalizer(ViTCLSImageProcessor(), torch.device("cpu")), LeJEPAOptions(local_crops=1)
     objective = LeJEPAObjective(normalize, options, (8, 8))
     losses = objective(model, {"pixels": (build_images(4).sigmoid() * 255).to(torch.uint8)})
     losses["loss"].backward()
