@@ -63,6 +63,8 @@ def test_norms_and_their_histogram():
     ratios[1, :60] = 5.0
     planted = replace(findings, patch_ratios=ratios, token_norms=100 * findings.token_norms)
     assert (norms.get_yscale(), plot_norms(config, planted).axes[0].get_yscale()) == ("linear", "log")
+    without = replace(planted, token_norms=0 * findings.token_norms)  # zero has no logarithm
+    assert plot_norms(config, without).axes[0].get_yscale() == "linear"
     (axes,) = plot_norm_histogram(config, planted, layer=-3).axes
     triangles = next(line for line in axes.get_lines() if line.get_label() == "registers").get_xdata()
     medians = 100 * findings.token_norms[1, config.token_layout.registers] / findings.patch_norms[1].median()

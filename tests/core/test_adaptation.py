@@ -329,7 +329,7 @@ def test_relative_position_biases_are_resampled(shared: str) -> None:
         assert get_largest_difference(turned(build_images(2, 48, 32)).last_hidden_state, wanted) < 1e-5
 
 
-@pytest.mark.parametrize("patch", [(16, 16), (10, 13)])
+@pytest.mark.parametrize("patch", [(16, 16), (10, 13), (8, 16)])
 def test_growing_patches_are_exact(patch: tuple[int, int]) -> None:
     """Check that images whose patches are enlarged bilinearly, each separately, have the same tokens."""
     model = randomize(ViTCLSForImageClassification(build_tiny_config()))

@@ -103,6 +103,7 @@ def test_the_description_of_the_data(tmp_path: Path) -> None:
     numbers = describe_change(description, description | {"num_held_out_images": 1012})
     assert numbers is not None and "12" in numbers and "1,012" in numbers
     sparse = MultiHotLabels.from_indices([[1], [0, 2]], 3)
+    assert sparse[-1] == [1, 0, 1]
     images = DatasetImages.from_list(["a.png", "a.png"])
     changed = [
         describe_data(replace(data, train=LabeledImages(images, labels))) for labels in (sparse, sparse.select([1, 0]))

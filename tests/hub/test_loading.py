@@ -159,9 +159,8 @@ def test_a_revision_is_resolved_to_its_commit(hub: LocalHub) -> None:
     revisions = {"main": model.branches["main"], "branch": model.branches["branch"], "v1": old, old: old}
     assert len(set(revisions.values())) == 3
     for revision, commit in revisions.items():
-        assert resolve_commit("ann/model", revision) == loading.HubCommit(
-            "ann/model", commit, needs_token=True
-        )  # private
+        private = loading.HubCommit("ann/model", commit, needs_token=True)
+        assert resolve_commit("ann/model", revision) == private
     assert resolve_commit("ann/model") == resolve_commit("ann/model", "main")
     hub.create("ann/public", private=False)
     assert not resolve_commit("ann/public").needs_token

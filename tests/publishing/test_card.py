@@ -190,11 +190,11 @@ def test_an_ignored_license_is_reported(tmp_path: Path, caplog: pytest.LogCaptur
 
 def test_the_recipe_has_no_local_paths_and_no_destination(tmp_path: Path) -> None:
     flags = {"dataset": "/home/ann/secret/photos", "model": "../secret/base", "output_dir": "/home/ann/secret/out"}
-    flags |= {"teachers": ["ann/a", "/home/ann/secret/b"], "hub_model_id": "ann/mine", "resume": True}
+    flags |= {"teachers": ["ann/a", "/home/ann/secret/b"], "hub_model_id": "ann/mine", "resume": True, "shift": 0.0}
     results = {"provenance": {"name": "base"}, "dataset": "photos"}
     folder = ModelFolder(write_run_folder(tmp_path / "mine", results, flags))
     recipe = folder.shareable_flags
-    assert recipe["dataset"] == "path/to/photos" and recipe["model"] == "path/to/base"
+    assert (recipe["dataset"], recipe["model"], recipe["shift"]) == ("path/to/photos", "path/to/base", 0)
     assert recipe["teachers"] == ["ann/a", "path/to/b"] and not {"hub_model_id", "resume"} & recipe.keys()
     assert "secret" not in render_card(folder) and "`path/to/base`" in render_card(folder)
     for unreadable in (b"[", b"- dataset", b"\xff"):
