@@ -53,7 +53,12 @@ def test_backends_and_peers_have_the_outputs_of_the_model(
     model: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     outputs: list[Any] = []
-    monkeypatch.setattr(benchmark, "measure_calls_per_second", lambda function: outputs.append(function()) or 5.0)
+
+    def measure(function: Any) -> float:
+        outputs.append(function())
+        return 5.0
+
+    monkeypatch.setattr(benchmark, "measure_calls_per_second", measure)
     settings = BenchmarkOptions(model, ("inference", "step"), ("torch", "onnx", "openvino"), **SMALL)
     settings = BenchmarkOptions(**vars(settings) | {"precisions": ("fp32", "bf16")})
     rows = run_benchmarks(settings)

@@ -207,11 +207,11 @@ def test_values_for_programs(inspection: Inspection, tmp_path: Path) -> None:
 
 def test_large_pages_omit_maps(inspection: Inspection, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = [report.attention.numel() for report in inspection.image_reports]
-    for num_images, num_heads in ((2, 2), (0, 0)):
-        monkeypatch.setattr(report_module, "MAX_MAP_BYTES", sum(sizes[:num_images]))
+    for count in (2, 0):
+        monkeypatch.setattr(report_module, "MAX_MAP_BYTES", sum(sizes[:count]))
         data = report_module.build_page_data(inspection)
-        assert [image["num_heads"] for image in data["images"]] == [2] * num_images + [0] * (len(sizes) - num_images)
-        assert len(data["heads"]) == num_heads
+        assert [image["num_heads"] for image in data["images"]] == [2] * count + [0] * (len(sizes) - count)
+        assert len(data["heads"]) == count
     monkeypatch.setattr(report_module, "MAX_OVERVIEW_TOKENS", 2)
     assert len(next(report_module.iterate_overview(inspection, 1))[2]) == 2
 

@@ -89,9 +89,6 @@ def test_attention_without_bias_support_is_an_error(implementation: str) -> None
         gated(build_images())
 
 
-MORE_REGISTERS = {"num_register_tokens": 5, "gate_new_tokens": True}  # without a second set of gates for the new one
-
-
 @pytest.mark.parametrize("loader", [None, ViTCLSModel, AutoModel])
 def test_gates_stay_with_their_tokens(loader: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Check two open registers followed by two gated registers, and one CLS token followed by a gated one."""
@@ -100,7 +97,12 @@ def test_gates_stay_with_their_tokens(loader: Any, tmp_path: Path, caplog: pytes
     with torch.no_grad():
         gated.gates.gates.copy_(torch.tensor([0.5, 0.2, 0.3]) * TokenGates.OPEN)
     for change, gated_tokens, values, logged in (  # numbers of kept, dropped and closed gates
-        (MORE_REGISTERS, {"cls": 1, "registers": 3}, [0.5, 0.2, 0.3, 1e-6], ["3", "0", "1"]),
+        (
+            {"num_register_tokens": 5, "gate_new_tokens": True},  # the added register gets one gate, not two
+            {"cls": 1, "registers": 3},
+            [0.5, 0.2, 0.3, 1e-6],
+            ["3", "0", "1"],
+        ),
         ({"num_register_tokens": 3}, {"cls": 1, "registers": 1}, [0.5, 0.2], ["2", "1", "0"]),
         ({"num_register_tokens": 2}, {"cls": 1}, [0.5], ["1", "2", "0"]),
         ({"gated_tokens": {"registers": 3}}, {"registers": 3}, [1.0, 0.2, 0.3], ["2", "1", "0"]),

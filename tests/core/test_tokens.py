@@ -16,12 +16,7 @@ from helpers.tiny_models import (
     randomize,
 )
 
-from modeling_vitcls import (
-    TokenLayout,
-    ViTCLSForImageClassification,
-    ViTCLSForMaskedImageModeling,
-    ViTCLSModel,
-)
+from modeling_vitcls import TokenLayout, ViTCLSForImageClassification, ViTCLSForMaskedImageModeling, ViTCLSModel
 
 
 PARAMETERS = {"cls": "cls_token", "distillation": "distillation_token", "registers": "register_tokens"}

@@ -59,7 +59,7 @@ def test_a_batch_contains_its_keys() -> None:
     }
     assert batch["labels"].tolist() == batch["index"].tolist() == [4, 2]
     assert batch["epoch"].tolist() == batch["view"].tolist() == [3, 0]
-    seeds = np.array([derive_seed(7, 3), derive_seed(7, 0)], np.uint64)  # never changes, so that runs can be resumed
+    seeds = np.array([derive_seed(7, 3), derive_seed(7, 0)], np.uint64)
     prepared = [images.builder.prepare_image(source.images[index]) for index in (4, 2)]
     assert torch.equal(batch["pixels"], images.builder.augmentation(prepared, seeds, np.array([4, 2], np.uint64)))
 

@@ -55,7 +55,8 @@ def test_a_confusion_matrix_shows_counts_and_shares_of_the_true_class() -> None:
     assert get_matrix_texts(figure) == ["8", "2", "0", "0", "0", "0", "1", "0", "3"]
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted", "true")
     assert np.allclose(axes.images[0].get_array(), [[0.8, 0.2, 0], [0, 0, 0], [0.25, 0, 0.75]])
-    norm, short = axes.images[0].norm, plot_confusion_matrix(np.eye(2, dtype=int), ["cat", "dog"]).axes[0]
+    norm = axes.images[0].norm
+    short = plot_confusion_matrix(np.eye(2, dtype=int), ["cat", "dog"]).axes[0]
     assert (norm.gamma, norm.vmin, norm.vmax) == (0.5, 0, 1)
     assert [each.get_xticklabels()[0].get_rotation() for each in (axes, short)] == [90, 0]
     names = [label.get_text() for label in axes.get_yticklabels()]

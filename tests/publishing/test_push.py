@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import yaml
@@ -387,14 +388,12 @@ def test_a_failed_push_prints_the_command_that_completes_it(hub: LocalHub, folde
 
 
 def test_flags_of_a_push(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder, calls, pushed = save_classifier(tmp_path / "mine"), [], SimpleNamespace(summary="sent")
-    monkeypatch.setattr(
-        f"{PUBLISHING}.push.prepare_repository", lambda *arguments: calls.append(arguments) or "ann/new"
-    )
-    monkeypatch.setattr(f"{PUBLISHING}.push.push_folder", lambda folder, *arguments: calls.append(arguments) or pushed)
+    folder = save_classifier(tmp_path / "mine")
+    prepare, push = Mock(return_value="ann/new"), Mock(return_value=SimpleNamespace(summary="sent"))
+    monkeypatch.setattr(f"{PUBLISHING}.push.prepare_repository", prepare)
+    monkeypatch.setattr(f"{PUBLISHING}.push.push_folder", push)
     monkeypatch.setattr(f"{PUBLISHING}.verify.verify_push", lambda pushed, folder: f"verified {folder.path}")
     for is_verified in (True, False):
         run_push(PushOptions(folder, "new", private=True, branch="dev", verify=is_verified))
-        assert calls == [("new", "mine", True), ("ann/new", True, "dev")]
-        calls.clear()
+        assert prepare.call_args.args == ("new", "mine", True) and push.call_args.args[1:] == ("ann/new", True, "dev")
         assert (f"verified {folder}" in capsys.readouterr().out) == is_verified

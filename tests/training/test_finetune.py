@@ -283,7 +283,7 @@ def test_images_are_mixed_and_classes_are_weighted_by_flags(color_images: Path, 
     for num_images, is_imbalanced in ((10, False), (11, True)):  # and one image of the other class
         rare = replace(data, train=data.train.select([*dusk[:num_images], noon[0]]))
         task = build_task(plain, resolve_initial_model("vitcls-tiny"), rare, run.reporter)
-        assert ("macro_f1" in task.printed_metrics) == is_imbalanced == len(task.warnings)
+        assert ("macro_f1" in task.printed_metrics, len(task.warnings)) == (is_imbalanced, is_imbalanced)
     assert describe_imbalance(options, rare) == []
     unweighted = compute_single_label_loss(logits, labels, label_smoothing=0.1)
     torch.testing.assert_close(build_label_loss(plain, data, CPU)(logits, labels), unweighted)
