@@ -36,10 +36,11 @@ def test_bootstrap_intervals_approach_the_normal_approximation() -> None:
     standard_error = values.std() / 20
     assert low == pytest.approx(values.mean() - 1.96 * standard_error, abs=0.3 * standard_error)
     assert high == pytest.approx(values.mean() + 1.96 * standard_error, abs=0.3 * standard_error)
-    assert compute_bootstrap_interval([2.0]) == (2.0, 2.0)
+    assert compute_bootstrap_interval(values) == (low, high) and compute_bootstrap_interval([2.0]) == (2.0, 2.0)
+    assert compute_bootstrap_interval([0.0] * 9 + [1.0]) == pytest.approx((0, 0.3))  # quantiles of a binomial variable
 
 
 def test_limits_of_null_distributions() -> None:
     """The limit is the upper bound of the prediction interval (2.5 + 3.182 * 1.291 * 1.25 ** 0.5), or the maximum."""
     assert compute_prediction_limit([1.0, 2.0, 3.0, 4.0], 0.975) == pytest.approx(7.093, abs=1e-3)
-    assert compute_prediction_limit([0.2, 0.2], 0.975) == compute_prediction_limit([0.2], 0.975) == 0.2
+    assert compute_prediction_limit([0.2], 0.975) == 0.2 and compute_prediction_limit([0.0] * 20 + [9.0], 0.975) == 9

@@ -64,7 +64,7 @@ LIMITS: list[tuple[type, str, list[Any], list[Any]]] = [
     (DistillationOptions, "distillation_alpha", [0.1, 1], [0, 1.1]),
     (DistillationOptions, "distillation_tau", [0.1], [0]),
     (DistillationOptions, "teacher_views", [0], [-1]),
-    (TeachersOptions, "teacher_views", [0], [-1]),
+    (TeachersOptions, "teacher_views", [0, 1], [-1]),
     (MAEOptions, "mask_ratio", [0.1, 0.9], [0, 1]),
     (MAEOptions, "decoder_layers", [1], [0]),
     (LeJEPAOptions, "global_crops projector_width", [1], [0]),
@@ -82,6 +82,7 @@ LIMITS: list[tuple[type, str, list[Any], list[Any]]] = [
     (PredictOptions, "features", [("mean",), ("cls@10", "patches")], [("cls@0",), ("cls", "token"), ("mean@",)]),
     (InspectOptions, "num_images max_images batch_size", [1], [0]),
     (BenchmarkOptions, "batch_sizes", [(1,)], [(4, 0)]),
+    (BenchmarkOptions, "rounds", [1], [0]),
     (StudyOptions, "jobs threads", [1], [0]),
 ]
 
@@ -112,9 +113,11 @@ COMBINATIONS: list[tuple[type, dict[str, Any], dict[str, Any], str]] = [
     (PredictOptions, {"paths": (), "list": Path("b")}, {"dataset": "c"}, "PATHS"),
     (PredictOptions, {"output": Path("a.JSON")}, {"output": Path("a.txt")}, "--output a.txt"),
     (PredictOptions, {"shard": "1/2"}, {"output": Path("a.csv")}, "--shard"),
+    (PredictOptions, {"shard": "1/2"}, {"output": None}, "--shard"),
     (PredictOptions, {"features": ("cls",), "output": Path("a.json")}, {"output": None}, "--features"),
     (PredictOptions, {"features": ("cls",), "output": Path("a")}, {"output": Path("a.csv")}, "--features"),
     (InspectOptions, {"paths": (), "dataset": "c"}, {"paths": ("a",)}, "PATHS"),
+    (InspectOptions, {"paths": ("a",)}, {"paths": ()}, "PATHS"),
     (InspectOptions, {"output": Path("a.HTM")}, {"output": Path("a.json")}, "--output a.json"),
     (InspectOptions, {"json": Path("a.JSON")}, {"json": Path("a.html")}, "--json a.html"),
     (ExportOptions, {"image_size": (1, 8)}, {"image_size": (8, 0)}, "--image-size"),
@@ -124,6 +127,7 @@ COMBINATIONS: list[tuple[type, dict[str, Any], dict[str, Any], str]] = [
     (ExportOptions, {"int8": True}, {"format": "transformers.js"}, "--int8"),
     (ExportOptions, {"int8": True}, {"dynamic": False}, "--no-dynamic"),
     (ExportOptions, {"int8": True}, {"dtype": "float16"}, "--dtype"),
+    (ExportOptions, {"int8": True}, {"dataset": None}, "--int8"),
     (ExportOptions, {"int8": True, "exclude_layers": (1,)}, {"int8": False}, "--exclude-layers"),
     (ExportOptions, {"split": "test"}, {"dataset": None}, "--split"),
     *((PredictOptions, {}, {name: "a"}, "--dataset") for name in ("split", "image_column", "streaming")),
@@ -156,9 +160,9 @@ def test_regions_of_cls_tokens() -> None:
 
 
 def test_specialized_layers() -> None:
-    options = ModelOptions("vitcls-tiny", specialized_layers=("norm:3", "qkv:1"))
-    assert options.get_config_values() == {"specialized_layers": {"norm": [0, 1, 2], "qkv": [0]}}
-    for text in ("norm", "mlp:2", "qkv:0", "norm:1:2"):
+    options = ModelOptions("vitcls-tiny", specialized_layers=("norm:100", "qkv:1"))
+    assert options.get_config_values() == {"specialized_layers": {"norm": list(range(100)), "qkv": [0]}}
+    for text in ("norm", "mlp:2", "qkv:0", "norm:1:2", "norm:1000"):
         with raises_one_line("--specialized-layers", text):
             ModelOptions("vitcls-tiny", specialized_layers=(text,))
 

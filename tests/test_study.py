@@ -123,12 +123,12 @@ def test_flags_of_each_stage(tmp_path: Path) -> None:
     subsets = {"few images": {"dataset": "digits", "num_images": 4}}
     study = load_study(
         write_study(
-            tmp_path, stages=stages, subsets=subsets, factors={"lr 1/2": {"a b": None}}, baseline={"lr 1/2": "a b"}
+            tmp_path, stages=stages, subsets=subsets, factors={"lr_1/2": {0.5: None}}, baseline={"lr_1/2": 0.5}
         )
     )
     out = tmp_path / "out"
     run, runner = study.plan_runs()[0], StudyRunner(study, out)
-    folder = out / "runs" / "lr-1-2-a-b_seed-0"
+    folder = out / "runs" / "lr-1-2-0.5_seed-0"
     (folder / "pretrain" / "checkpoints" / "step-00000001").mkdir(parents=True)
     (folder / "finetune" / "checkpoints").mkdir(parents=True)  # killed before the first checkpoint
     assert {stage: " ".join(flags) for stage, flags in runner.build_commands(run)} == {
@@ -241,21 +241,22 @@ def test_a_row_has_the_first_and_the_last_value_of_the_training_log(tmp_path: Pa
 def test_differences_are_paired_by_seed_within_the_other_levels() -> None:
     values = {("cls", "s"): [50, 70, 90], ("mean", "s"): [60, 80, 98], ("cls", "l"): [75], ("mean", "l"): [None, 50]}
     rows = pandas.DataFrame(
-        {"pooling": pooling, "size": size, "seed": seed, "accuracy": value and value / 10}
+        {"pooling": pooling, "size": size, "seed": seed, "accuracy": value and value * 10}
         for (pooling, size), column in values.items()
         for seed, value in enumerate(column)
     )
     study = replace(STUDY_OBJECT, factors={"pooling": {"cls": {}, "mean": {}}, "size": {"s": {}, "l": {}}})
     summary = summarize(study, rows, "accuracy")
-    high = stats.t.interval(0.95, 2, loc=700, scale=stats.sem([500, 700, 900]))[1]
-    assert summary.loc[0, "mean"] == pytest.approx(700) and summary.loc[0, "half_width"] == pytest.approx(high - 700)
-    paired = stats.ttest_rel([600, 800, 980], [500, 700, 900]).confidence_interval(0.95)
+    high = stats.t.interval(0.95, 2, loc=70_000, scale=stats.sem([50_000, 70_000, 90_000]))[1]
+    assert summary.loc[0, ["mean", "half_width"]].tolist() == pytest.approx([70_000, high - 70_000])
+    paired = stats.ttest_rel([60_000, 80_000, 98_000], [50_000, 70_000, 90_000]).confidence_interval(0.95)
     found = summary.loc[1, "difference"], summary.loc[1, "difference_half_width"]
     assert found == pytest.approx(((paired.low + paired.high) / 2, (paired.high - paired.low) / 2))
     table = [[cell.strip() for cell in line.strip("|").split("|")] for line in format_table(summary).splitlines()[2:]]
     assert [row[:3] for row in table] == [["cls", "s", "3"], ["mean", "s", "3"], ["cls", "l", "1"], ["mean", "l", "1"]]
-    assert [row[4] for row in table] == ["baseline", "+93 ± 29", "baseline", ""]  # no seed in common
-    assert table[0][3] == "700 ± 497" and table[2][3] == "750"
+    assert [row[4] for row in table] == ["baseline", "+9,333 ± 2,868", "baseline", ""]  # no seed in common
+    assert table[0][3] == "70,000 ± 49,683" and table[2][3] == "75,000"
+    assert summarize(study, rows[rows["pooling"] == "mean"], "accuracy")["difference"].isna().all()  # no baseline
 
 
 def test_a_list_has_one_row_per_number() -> None:

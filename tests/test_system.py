@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import psutil
+import pytest
 import torch
 from accelerate import DistributedType
 
@@ -26,12 +27,14 @@ def test_versions_of_installed_libraries() -> None:
     assert versions == expected
 
 
-def test_names_of_devices() -> None:
+def test_names_of_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
     threads = f"CPU, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
     for name, kind, expected in (
         ("cpu", DistributedType.NO, f"{threads} per process"),
         ("cpu", DistributedType.FSDP, f"{threads} per process, weights sharded by FSDP"),
         ("mps", DistributedType.NO, "mps"),
+        ("cuda:1", DistributedType.FSDP, "GPU 1, weights sharded by FSDP"),
     ):
         accelerator: Any = SimpleNamespace(device=torch.device(name), distributed_type=kind)
         assert describe_device(accelerator) == expected

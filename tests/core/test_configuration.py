@@ -74,10 +74,11 @@ CONTRADICTIONS: list[dict[str, Any]] = [
 
 # Values of a wrong type or out of range.
 WRONG_VALUES: list[tuple[str, Any]] = [
-    *(("hidden_size", value) for value in (0, 16.0, "16", None, True)),
+    *(("hidden_size", value) for value in (16.0, "16", None, True)),
     *(("drop_path_rate", value) for value in (-0.1, 1.0, NAN)),
     *(("patch_size", value) for value in (0, [8], [8, 0])),
     *(("hidden_act", value) for value in ("geluu", None)),
+    ("pooled_activation", "tan"),
     ("id2label", {5: "cat"}),
     *(("cls_scopes", value) for value in ("image", [[2, 2, 0, 0.5]])),
     ("layer_norm_eps", math.inf),
@@ -89,7 +90,7 @@ WRONG_VALUES: list[tuple[str, Any]] = [
     ("problem_type", "classification"),
     ("num_labels", -1),
     ("tasks", {"species": 1.5}),
-    *((name, largest + 1) for name, (_, largest) in SIZE_LIMITS.items()),
+    *((name, value) for name, (low, high) in SIZE_LIMITS.items() for value in (low - 1, high + 1)),
 ]
 
 CLASS_VARIABLES = {"_skip_validation", "keys_to_ignore_at_inference", "base_model_fsdp_plan"}
@@ -102,12 +103,13 @@ CLASS_VARIABLES = {"_skip_validation", "keys_to_ignore_at_inference", "base_mode
 def test_presets_have_the_published_sizes(name: str, parameters: int) -> None:
     with torch.device("meta"):
         model = ViTCLSForImageClassification(ViTCLSConfig.from_preset(name, num_labels=1000))
-    assert model.num_parameters() == parameters
+    assert (model.num_parameters(), model.config.head_dim) == (parameters, 64)
 
 
 def test_presets_accept_overrides_and_names_of_the_command_line() -> None:
     config = ViTCLSConfig.from_preset("vitcls-tiny", hidden_size=96, num_register_tokens=4)
     assert (config.hidden_size, config.num_attention_heads, config.num_register_tokens) == (96, 3, 4)
+    assert ViTCLSConfig(num_channels=100_000).num_channels == 100_000  # the largest value
     with raises_one_line("huge", "tiny, small, base, large"):
         ViTCLSConfig.from_preset("huge")
 

@@ -81,12 +81,13 @@ def test_a_gate_at_zero_or_below_still_learns(value: float) -> None:
     assert gated.vitcls.gates.gates.grad.abs().min() > 1e-5
 
 
-@pytest.mark.parametrize("implementation", ["flex_attention", "flash_attention_2", "flash_attention_3"])
-def test_attention_without_bias_support_is_an_error(implementation: str) -> None:
-    gated = randomize(ViTCLSModel(build_tiny_config())).adapt(num_register_tokens=1, gate_new_tokens=True)
-    gated.config._attn_implementation_internal = implementation  # the package of flash attention need not be installed
-    with raises_one_line("gated_tokens", implementation, "sdpa"), torch.no_grad():
-        gated(build_images())
+@pytest.mark.parametrize("fields", [{"gated_tokens": {"cls": 1}}, {"relative_position_bias": "layer"}], ids=str)
+@pytest.mark.parametrize("implementation", ["flex_attention", "flash_attention_2"])
+def test_attention_without_bias_support_is_an_error(implementation: str, fields: dict[str, Any]) -> None:
+    model = randomize(ViTCLSModel(build_tiny_config(**fields)))
+    model.config._attn_implementation_internal = implementation  # the package of flash attention need not be installed
+    with raises_one_line(*fields, implementation, "sdpa"), torch.no_grad():
+        model(build_images())
 
 
 @pytest.mark.parametrize("loader", [None, ViTCLSModel, AutoModel])

@@ -457,11 +457,11 @@ def test_unusable_images_are_errors(backend: type, image: object, settings: dict
     "settings",
     [
         {"size": {"height": 224}},
-        {"size": {"height": 224, "width": 0}},
+        *({"size": {"height": 224, "width": width}} for width in (0, 224.5)),
         {"crop_size": None, "do_center_crop": True},
         {"crop_size": {"height": 8, "width": 225}, "do_center_crop": True},
         {"crop_size": 225, "do_center_crop": True, "size": {"shortest_edge": 224}},
-        {"resample": "bicubic"},
+        *({"resample": resample} for resample in ("bicubic", 4)),
         {"do_centre_crop": True},
     ],
     ids=str,
