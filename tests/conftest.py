@@ -8,6 +8,8 @@ Large libraries are imported in the fixtures: pytest-xdist imports this file fir
 
 import atexit
 import gc
+import importlib
+import os
 import shutil
 import signal
 import subprocess
@@ -34,6 +36,9 @@ PAGE_TIMEOUT = 60_000  # timeout of expectations about a page in milliseconds; p
 
 
 gc.disable()  # while the libraries are imported
+if os.environ.get("PYTEST_XDIST_WORKER") == "gw1":  # the first processes of a new environment compile different files
+    for library in ("sympy", "scipy.signal", "pandas", "sklearn.linear_model", "matplotlib.pyplot"):
+        importlib.import_module(library)
 
 
 def pytest_collection_finish() -> None:

@@ -29,6 +29,11 @@ from modeling_vitcls.training.pretrain import check_options
 
 
 RECIPES = Path(__file__).parents[1] / "scripts" / "recipes"
+FAST = ("study_pretraining", "study_teachers")
+STUDIES = [
+    pytest.param(file, id=file.stem, marks=() if file.stem in FAST else pytest.mark.slow)
+    for file in sorted(RECIPES.glob("study_*.yaml"))
+]
 SIZES = {"model": "vitcls-tiny", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 FINETUNE = {"dataset": "digits", **SIZES, "image_size": 32, "patch_size": 16, "intermediate_size": 16, "report": False}
 STUDY = {
@@ -165,7 +170,7 @@ def test_a_wrong_study_file_gets_one_line(tmp_path: Path, named: str, content: b
         load_study(tmp_path / "study.yaml")
 
 
-@pytest.mark.parametrize("file", sorted(RECIPES.glob("study_*.yaml")), ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", STUDIES)
 def test_the_commands_of_a_study_in_the_repository_are_valid(file: Path) -> None:
     runner, modules = StudyRunner(load_study(file), Path("runs/study")), cli.load_modules()
     first_run, *other_runs = runner.study.plan_runs()

@@ -162,7 +162,7 @@ FILES: dict[str, tuple[str, str | None, Callable[[], Weights], Callable[[Weights
     "dinov2_giant_reg4.pth": (  # block names with chunk indices
         "dinov2",
         None,
-        lambda: add_token(build_vit_weights(1, "ls{}.gamma", width=1536, mlp="fused"), register_tokens=(1, 4, 1536)),
+        lambda: add_token(build_vit_weights(1, "ls{}.gamma", width=384, mlp="fused"), register_tokens=(1, 4, 384)),
         lambda weights: {re.sub(r"^blocks\.(\d+)\.", r"blocks.\1.\1.", name): t for name, t in weights.items()},
         resample_dinov2_reg4,
     ),
@@ -178,7 +178,7 @@ FILES: dict[str, tuple[str, str | None, Callable[[], Weights], Callable[[Weights
     "tips_giant.safetensors": (
         "tips",
         "tips",
-        lambda: add_token(build_vit_weights(1, "ls{}.gamma", width=1536, mlp="fused"), register_tokens=(1, 1, 1536)),
+        lambda: add_token(build_vit_weights(1, "ls{}.gamma", width=384, mlp="fused"), register_tokens=(1, 1, 384)),
         dict,
         resample_tips,
     ),

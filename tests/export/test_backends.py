@@ -72,6 +72,8 @@ def test_the_export_measures_the_file_on_labeled_images(model: Path) -> None:
     assert json.loads((model / "results.json").read_text())["files"] == {"model.xml": report}
     assert "position_antialias" in report["fixed_because"] and {"openvino"} <= report["versions"].keys()
     assert str(model.parent).encode() not in (model / "model.xml").read_bytes()
+    fixed = json.loads((model / "model.onnx.json").read_text())
+    assert fixed["input"]["shape"] == ["batch", 3, 32, 32] and not fixed["fixed_because"]  # a fixed size was requested
 
 
 @pytest.mark.parametrize("backend", ["onnx", "openvino"])
