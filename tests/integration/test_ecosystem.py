@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import cpu_offload
+from helpers.tiny_models import build_images, build_tiny_config
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from transformers import (
@@ -24,13 +25,7 @@ from transformers import (
     pipeline,
 )
 
-from modeling_vitcls import (
-    ViTCLSConfig,
-    ViTCLSForImageClassification,
-    ViTCLSImageProcessor,
-    ViTCLSImageProcessorPil,
-    ViTCLSModel,
-)
+from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, ViTCLSImageProcessorPil, ViTCLSModel
 from modeling_vitcls.hub.model_files import hash_weights
 
 
@@ -38,30 +33,19 @@ pytestmark = pytest.mark.integration
 
 
 LABELS = {0: "cat", 1: "dog", 2: "owl"}
-
-
-def build_tiny_config(**overrides: Any) -> ViTCLSConfig:
-    """Return a configuration with every kind of token, whose model runs in a millisecond."""
-    values = {"image_size": 16, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-    values |= {"intermediate_size": 48, "id2label": LABELS, "num_distillation_tokens": 1, "num_register_tokens": 2}
-    return ViTCLSConfig(**(values | overrides))
+FIELDS: dict[str, Any] = {"id2label": LABELS, "num_distillation_tokens": 1, "num_register_tokens": 2}
 
 
 def build_tiny_classifier(**overrides: Any) -> ViTCLSForImageClassification:
-    """Return a classifier with reproducible weights."""
+    """Return a classifier with every kind of token, and with reproducible weights."""
     torch.manual_seed(0)
-    return ViTCLSForImageClassification(build_tiny_config(**overrides))
-
-
-def build_random_images(count: int = 2) -> torch.Tensor:
-    """Return pixel values [count, 3, 16, 16]."""
-    return torch.rand(count, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    return ViTCLSForImageClassification(build_tiny_config(**FIELDS, **overrides))
 
 
 def assert_same_logits(model: Any, wanted: Any = None, **tolerance: float) -> None:
     """Check that a model has the logits of another model, by default of the tiny classifier."""
-    wanted = (wanted or build_tiny_classifier()).eval()(build_random_images()).logits
-    torch.testing.assert_close(model.eval()(build_random_images()).logits, wanted, **tolerance)
+    wanted = (wanted or build_tiny_classifier()).eval()(build_images()).logits
+    torch.testing.assert_close(model.eval()(build_images()).logits, wanted, **tolerance)
 
 
 def build_pil_image() -> Image.Image:
@@ -72,7 +56,7 @@ def build_pil_image() -> Image.Image:
 @pytest.fixture(params=[ViTCLSImageProcessor, ViTCLSImageProcessorPil])
 def processor(request: pytest.FixtureRequest) -> Any:
     """Return the image processor of each backend."""
-    return request.param(size=16)
+    return request.param(size=32)
 
 
 # Pipelines -----------------------------------------------------------------------------------------------------------
@@ -92,7 +76,7 @@ def test_image_classification_pipeline(processor: Any) -> None:
 
 def test_image_feature_extraction_pipeline(processor: Any) -> None:
     torch.manual_seed(0)
-    model = ViTCLSModel(build_tiny_config()).eval()
+    model = ViTCLSModel(build_tiny_config(**FIELDS)).eval()
     with torch.no_grad():
         outputs = model(**processor(build_pil_image(), return_tensors="pt"))
     tokens = pipeline("image-feature-extraction", model=model, image_processor=processor)(build_pil_image())
@@ -108,7 +92,7 @@ class Examples(torch.utils.data.Dataset):
     """Random images with the given labels."""
 
     def __init__(self, labels: torch.Tensor) -> None:
-        self.images = build_random_images(len(labels))
+        self.images = build_images(len(labels))
         self.labels = labels
 
     def __len__(self) -> int:
@@ -136,7 +120,7 @@ def test_trainer_trains_evaluates_and_saves(tmp_path: Path) -> None:
         build_tiny_classifier(),
         Examples(torch.arange(12) % 3),
         tmp_path,
-        trainer={"processing_class": ViTCLSImageProcessor(size=16), "compute_metrics": compute_metrics},
+        trainer={"processing_class": ViTCLSImageProcessor(size=32), "compute_metrics": compute_metrics},
         max_steps=30,
         learning_rate=3e-3,
         per_device_train_batch_size=12,
@@ -171,7 +155,7 @@ def test_lora_trains_saves_loads_and_merges(tmp_path: Path) -> None:
 
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=0.1)
     for _ in range(2):
-        model(pixel_values=build_random_images(), labels=torch.tensor([0, 2])).loss.backward()
+        model(pixel_values=build_images(), labels=torch.tensor([0, 2])).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     assert all(torch.equal(model.get_parameter(name), value) for name, value in frozen.items())
@@ -179,13 +163,13 @@ def test_lora_trains_saves_loads_and_merges(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     model.eval()
     with torch.no_grad():
-        wanted = model(pixel_values=build_random_images()).logits
+        wanted = model(pixel_values=build_images()).logits
         again = PeftModel.from_pretrained(build_tiny_classifier(), tmp_path).eval()
-        torch.testing.assert_close(again(pixel_values=build_random_images()).logits, wanted)
+        torch.testing.assert_close(again(pixel_values=build_images()).logits, wanted)
         merged = again.merge_and_unload()
         assert type(merged) is ViTCLSForImageClassification
-        torch.testing.assert_close(merged(build_random_images()).logits, wanted, rtol=1e-4, atol=1e-5)
-        assert not torch.allclose(build_tiny_classifier().eval()(build_random_images()).logits, wanted)
+        torch.testing.assert_close(merged(build_images()).logits, wanted, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(build_tiny_classifier().eval()(build_images()).logits, wanted)
 
 
 # With a text model ---------------------------------------------------------------------------------------------------
@@ -199,7 +183,7 @@ BERT_SIZES |= {"intermediate_size": 32}
 def encoder(tmp_path: Path) -> Path:
     """Return the folder of a saved image encoder."""
     torch.manual_seed(0)
-    ViTCLSModel(build_tiny_config()).save_pretrained(tmp_path / "encoder")
+    ViTCLSModel(build_tiny_config(**FIELDS)).save_pretrained(tmp_path / "encoder")
     return tmp_path / "encoder"
 
 
@@ -209,7 +193,7 @@ def test_vision_text_dual_encoder(encoder: Path, tmp_path: Path) -> None:
     inputs = {
         "input_ids": torch.tensor([[2, 7, 9, 3], [2, 8, 5, 3]]),
         "attention_mask": torch.ones(2, 4, dtype=torch.long),
-        "pixel_values": build_random_images(),
+        "pixel_values": build_images(),
     }
     outputs = model(**inputs, return_loss=True)
     outputs.loss.backward()
@@ -223,8 +207,8 @@ def test_vision_text_dual_encoder(encoder: Path, tmp_path: Path) -> None:
     assert type(again.vision_model) is ViTCLSModel
     with torch.no_grad():
         torch.testing.assert_close(again(**inputs).logits_per_image, model(**inputs).logits_per_image)
-        cls_token = ViTCLSModel.from_pretrained(encoder)(build_random_images()).tokens["cls"][:, 0]
-        features = model.get_image_features(pixel_values=build_random_images()).pooler_output
+        cls_token = ViTCLSModel.from_pretrained(encoder)(build_images()).tokens["cls"][:, 0]
+        features = model.get_image_features(pixel_values=build_images()).pooler_output
         torch.testing.assert_close(features, model.visual_projection(cls_token))
 
 
@@ -233,7 +217,7 @@ def test_vision_encoder_decoder(encoder: Path, tmp_path: Path) -> None:
     model = VisionEncoderDecoderModel.from_encoder_decoder_pretrained(encoder, tmp_path / "decoder")
     model.config.decoder_start_token_id = 1
     model.config.pad_token_id = 0
-    model(pixel_values=build_random_images(), labels=torch.tensor([[5, 6, 2], [7, 8, 2]])).loss.backward()
+    model(pixel_values=build_images(), labels=torch.tensor([[5, 6, 2], [7, 8, 2]])).loss.backward()
     assert model.encoder.embeddings.cls_token.grad.abs().sum() > 0
 
     model.eval()
@@ -241,16 +225,16 @@ def test_vision_encoder_decoder(encoder: Path, tmp_path: Path) -> None:
     again = VisionEncoderDecoderModel.from_pretrained(tmp_path / "both").eval()
     assert type(again.encoder) is ViTCLSModel
     options = {"max_new_tokens": 4, "do_sample": False, "decoder_start_token_id": 1}
-    written = model.generate(pixel_values=build_random_images(), **options)
+    written = model.generate(pixel_values=build_images(), **options)
     assert written.shape[0] == 2 and written.shape[1] > 1
-    torch.testing.assert_close(again.generate(pixel_values=build_random_images(), **options), written)
+    torch.testing.assert_close(again.generate(pixel_values=build_images(), **options), written)
 
 
 # Loading -------------------------------------------------------------------------------------------------------------
 
 
 def test_sharded_checkpoint(tmp_path: Path) -> None:
-    build_tiny_classifier().save_pretrained(tmp_path, max_shard_size="20KB")
+    build_tiny_classifier().save_pretrained(tmp_path, max_shard_size="10KB")
     names = {file.name for file in tmp_path.glob("model-*.safetensors")}
     assert len(names) > 1 and hash_weights(tmp_path).keys() == names
     assert_same_logits(ViTCLSForImageClassification.from_pretrained(tmp_path), rtol=0, atol=0)
