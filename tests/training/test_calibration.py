@@ -18,13 +18,18 @@ from modeling_vitcls.options import DataOptions
 from modeling_vitcls.training.run import train
 
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("few_digits")]
 
 
 @pytest.mark.parametrize("select", ["last", "best"])
 def test_calibration_uses_images_that_are_not_reported(
-    select: str, tmp_path: Path, capsys: pytest.CaptureFixture
+    select: str, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """With just enough images."""
+    data = load_training_data(DataOptions("digits"), use_selection_split=select == "best")
+    fitted = data.held_out.select(range(0, len(data.held_out), 2)) if select == "last" else data.selection
+    for module in ("calibration", "run"):
+        monkeypatch.setattr(f"modeling_vitcls.training.{module}.MIN_IMAGES", len(fitted))
     flags = {"image_size": 8, "patch_size": 4, "select": select, "max_steps": 20, "batch_size": 32}
     folder = train(build_tiny_options(tmp_path / "run", "digits", drop_path_rate=0.5, **flags))
     results = json.loads((folder / "results.json").read_text())
@@ -36,8 +41,6 @@ def test_calibration_uses_images_that_are_not_reported(
     assert len(rows) == results["num_images"]
     assert (rows["label"] == rows["prediction"]).mean() == pytest.approx(results["accuracy"], abs=1e-6)
     reported = rows[1::2] if select == "last" else rows  # the other half was used for the temperature
-    data = load_training_data(DataOptions("digits"), use_selection_split=select == "best")
-    fitted = data.held_out.select(range(0, len(rows), 2)) if select == "last" else data.selection
     assert calibration["num_images"] == len(fitted)
     pixels = ViTCLSImageProcessor.from_pretrained(folder)(list(fitted.images), return_tensors="pt")["pixel_values"]
     with torch.no_grad():

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 from helpers.tiny_models import build_tiny_config, randomize
+from helpers.tiny_options import build_tiny_options
 
 from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification, ViTCLSImageProcessor
 from modeling_vitcls.conversion.convert import convert_checkpoint
@@ -33,7 +34,7 @@ def get_values(options: Any) -> dict[str, Any]:
     return {name: flags[name] for name in DEFAULT_FLAGS}
 
 
-HEAD, LORA = (build_options(training=TrainingOptions(trainable=trainable)) for trainable in ("head", "lora"))
+HEAD, LORA, LAST = (build_options(training=TrainingOptions(trainable=each)) for each in ("head", "lora", "last-2"))
 
 
 @pytest.mark.parametrize(
@@ -51,12 +52,12 @@ HEAD, LORA = (build_options(training=TrainingOptions(trainable=trainable)) for t
         (None, {}, 10_000, {"batch_size": 64, "epochs": 30.0}),
         (
             None,
-            PRETRAINED | {"hidden_size": 768},
+            PRETRAINED | {"hidden_size": 384},
             9_999,
-            {"learning_rate": 5e-5, "layer_decay": 0.75, "initializer_range": None, "epochs": 30.0},
+            {"learning_rate": 1e-4, "layer_decay": 0.75, "initializer_range": None, "epochs": 30.0},
         ),
         (None, PRETRAINED | {"hidden_size": 48}, 10_000, {"learning_rate": 4e-4, "epochs": 10.0}),
-        (None, PRETRAINED | {"hidden_size": 1536}, None, {"learning_rate": 5e-5, "epochs": 10.0, "batch_size": 64}),
+        (LAST, PRETRAINED | {"hidden_size": 1536}, None, {"learning_rate": 5e-5, "epochs": 10.0, "batch_size": 64}),
         (HEAD, PRETRAINED, 10_000, {"learning_rate": 1e-3, "layer_decay": 1.0, "epochs": 30.0}),
         (LORA, PRETRAINED, 9, {"learning_rate": 5e-4, "layer_decay": 1.0}),
         (build_options(PretrainOptions), {}, 9, {"learning_rate": 5e-4, "initializer_range": 0.082}),
@@ -69,8 +70,9 @@ def test_values(options: Any, initial: dict[str, Any], num_images: int | None, e
 
 def test_every_default_can_be_overridden_and_the_reasons_are_printed() -> None:
     initial = build_initial()
-    options, line = resolve_defaults(build_options(training=TrainingOptions(learning_rate=0.3)), initial, 2000)
-    assert options.training.learning_rate == 0.3
+    flags = {"model": "vitcls-tiny", "learning_rate": 0.3, "crop_scale": None, "shift": 0.0}
+    options, line = resolve_defaults(build_tiny_options(Path("out"), "digits", **flags), initial, 2000)
+    assert (options.training.learning_rate, options.augmentation.shift) == (0.3, 0.0)
     assert "random weights, width 96: initializer range 0.082" in line
     assert "image size 28: crop scale 1" in line
     assert "learning rate" not in line

@@ -1,15 +1,17 @@
 """Distillation of features without labels: the loss, the standardization of targets, and runs with two teachers."""
 
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from accelerate import Accelerator
 from helpers.tiny_models import build_images, build_tiny_config, get_largest_difference, raises_one_line, randomize
 from helpers.tiny_options import TINY as TINY_FINETUNING
 from helpers.tiny_options import build_tiny_options, prepare_task, run_to_folder, run_training
@@ -21,7 +23,7 @@ from modeling_vitcls import ViTCLSConfig, ViTCLSImageProcessor, ViTCLSModel
 from modeling_vitcls.files import read_json
 from modeling_vitcls.options import PretrainOptions
 from modeling_vitcls.training.distillation import Distillation, build_hadamard_matrix, compute_feature_loss, fit_phi_s
-from modeling_vitcls.training.pretrain import FeatureTeachers
+from modeling_vitcls.training.pretrain import FeatureTeachers, TokenFeatures
 from modeling_vitcls.training.teacher import load_feature_teacher
 
 
@@ -130,10 +132,13 @@ def test_a_teacher_returns_its_pooled_vector_and_its_patches(teachers: tuple[str
     assert get_largest_difference(features[:, :24], outputs.pooler_output) <= 1e-5
     patches = resize(outputs.last_hidden_state[:, -36:].mT.unflatten(2, (6, 6)), [3, 3]).flatten(2).mT  # [3, 9, 24]
     assert get_largest_difference(features[:, 24:], patches.flatten(1)) <= 1e-5
-    standardized = FeatureTeachers([teacher], True, nullcontext)
+    autocast = MagicMock()
+    standardized = FeatureTeachers([teacher], True, autocast)
     standardized.fit([{"pixels": image[None]} for image in pixels], num_images=2)  # one patch of each image
-    mean = patches[[0, 1], [0, 1]].mean(dim=0)
-    torch.testing.assert_close(standardized.standardizations[1][0], mean, atol=1e-5, rtol=0)
+    first, second = standardized.compute_targets({"pixels": pixels[:2]})[1][[0, 1], [0, 1]]
+    assert autocast.return_value.__enter__.call_count == 4
+    torch.testing.assert_close(first.abs(), torch.ones(24), atol=1e-3, rtol=0)  # two vectors with the variance 1
+    torch.testing.assert_close(second, -first, atol=1e-3, rtol=0)
 
 
 # Runs ----------------------------------------------------------------------------------------------------------------
@@ -188,25 +193,30 @@ def test_the_targets_are_predicted_from_the_tokens(num_tokens: int, pooling: str
         torch.testing.assert_close(prediction, projector(token))
     for prediction, projector in zip(predictions[2:], model.patch_projectors, strict=True):
         torch.testing.assert_close(prediction, projector(outputs.tokens["patches"]))
+    evaluator: Any = SimpleNamespace(accelerator=Accelerator(cpu=True))
+    token = outputs.tokens["distillation"].flatten(1) if num_tokens else outputs.tokens["cls"][:, 0]
+    expected = torch.cat([token, outputs.tokens["patches"].mean(dim=1)], dim=1)
+    torch.testing.assert_close(TokenFeatures.compute_features(evaluator, model, build_images()), expected)
 
 
-@pytest.mark.parametrize("num_tokens", [1, pytest.param(0, marks=pytest.mark.slow)])
-def test_teachers_share_a_token_or_the_pooled_token(
-    num_tokens: int, teachers: tuple[str, str], tmp_path: Path
+@pytest.mark.parametrize(
+    ("batch_size", "dry_run", "num_batches", "num_images"), [(512, False, 1, 240), (48, True, 2, 64)]
+)
+def test_targets_are_standardized_with_the_first_images(
+    batch_size: int, dry_run: bool, num_batches: int, num_images: int, teachers: Any, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    flags = {"num_distillation_tokens": num_tokens, "max_steps": 12}
-    folder = run_to_folder(tiny_options(tmp_path / "out", teachers, **flags))
-    features = read_json(folder / "results.json")["features"]
-    before, after = (np.array(features[name]["teacher_cosines"]) for name in ("before", "after"))
-    assert min(after - before) > 0.03
-    config = ViTCLSModel.from_pretrained(folder).config
-    assert config.num_distillation_tokens == num_tokens and config.distillation_teachers is None
+    """Also with fewer images than a batch. A dry run uses 64 images. The teachers run in the precision of the run."""
+    fitted = []
 
+    def fit(teachers: FeatureTeachers, batches: Iterator[Any], num_images: int) -> None:
+        fitted.append((len(list(batches)), num_images, teachers.autocast))
 
-def test_targets_are_standardized_with_fewer_images_than_a_batch(teachers: tuple[str, str], tmp_path: Path) -> None:
-    task = prepare_task(tiny_options(tmp_path / "out", teachers[:1], batch_size=512)).task
-    pixels = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
-    assert task.objective(task.model, {"pixels": pixels})["loss"] > 0
+    monkeypatch.setattr(FeatureTeachers, "fit", fit)
+    flags = {"batch_size": batch_size, "dry_run": dry_run, "num_distillation_tokens": 1}
+    run = prepare_task(tiny_options(tmp_path / "out", teachers, **flags))
+    assert fitted == [(num_batches, num_images, run.reporter.accelerator.autocast)]
+    assert run.task.summary_lines.keys() == {"method", "teacher 0", "teacher 1"}
+    assert run.task.encoder.config.distillation_teachers is None  # the teachers share a token
 
 
 def test_cached_vectors_train_the_token(teachers: tuple[str, str], tmp_path: Path) -> None:

@@ -79,8 +79,7 @@ def test_training_resumes_to_the_bit(store: CheckpointStore, kind: str) -> None:
     other = build(kind, seed=1)
     other, other_optimizer = accelerator.prepare(other, build_optimizer(kind, other))
     other_ema = Ema(other, decay=0.9)
-    checkpoint = store.load_newest(pytest.fail)
-    assert checkpoint is not None
+    checkpoint: Any = store.load_newest(pytest.fail)
     scatter_state(checkpoint, accelerator, other, other_optimizer, other_ema.shadow)
     assert [step_once(other, other_optimizer, other_ema, step) for step in range(3, 6)] == expected
     for name, tensor in get_model_state_dict(model).items():
@@ -100,8 +99,7 @@ def test_parameters_without_moments_have_none_after_a_resume(store: CheckpointSt
             step_once(model, optimizer, ema, 0)
             store.save(1, *gather_state(accelerator, model, optimizer, None), is_best=False)
         else:
-            checkpoint = store.load_newest(pytest.fail)
-            assert checkpoint is not None
+            checkpoint: Any = store.load_newest(pytest.fail)
             scatter_state(checkpoint, accelerator, model, optimizer, None)
         assert not any(optimizer.state.get(parameter) for parameter in model.vitcls.layers[0].parameters())
         model.vitcls.layers[0].requires_grad_(True)
@@ -119,8 +117,7 @@ def test_the_loss_scaler_is_resumed(store: CheckpointStore) -> None:
     tensors, facts = gather_state(accelerator, model, optimizer, None)
     assert tensors.keys() == {"model", "optimizer"}
     store.save(1, tensors, facts, is_best=False)
-    checkpoint = store.load_newest(pytest.fail)
-    assert checkpoint is not None
+    checkpoint: Any = store.load_newest(pytest.fail)
     accelerator.scaler = torch.amp.GradScaler("cpu")
     scatter_state(checkpoint, accelerator, model, optimizer, None)
     state = accelerator.scaler.state_dict()
@@ -162,8 +159,7 @@ def test_fsdp2_on_one_process_resumes_bit_for_bit(
     store.save(2, tensors, facts, is_best=False)
     expected = [step_once(model, optimizer, ema, step) for step in range(2, 4)]
     other, other_optimizer, other_ema = build_sharded(1, mesh, kind)
-    checkpoint = store.load_newest(pytest.fail)
-    assert checkpoint is not None
+    checkpoint: Any = store.load_newest(pytest.fail)
     scatter_state(checkpoint, accelerator, other, other_optimizer, other_ema.shadow)
     assert [step_once(other, other_optimizer, other_ema, step) for step in range(2, 4)] == expected
     for mine, theirs in zip(ema.shadow, other_ema.shadow, strict=True):

@@ -45,7 +45,8 @@ def test_sigreg_measures_the_distance_from_a_gaussian() -> None:
     integral, _ = integrate.quad(get_error, -3, 3)
     found = compute_sigreg(values.float(), torch.ones(1, 1))
     assert float(found) == pytest.approx(40 * integral, rel=0.02)
-    gaussian, directions = torch.randn(1, 2000, 8), torch.nn.functional.normalize(torch.randn(8, 64), dim=0)
+    gaussian = torch.randn(1, 2000, 8)
+    directions = lejepa.draw_directions(gaussian, 64)
     collapsed, scaled = torch.zeros(1, 2000, 8), 2 * gaussian
     near, *far = (float(compute_sigreg(each, directions)) for each in (gaussian, collapsed, scaled, gaussian + 1))
     assert near < 2 and min(far) > 20 * near
@@ -128,12 +129,14 @@ def test_brightness_contrast_and_saturation_change_by_up_to_two_fifths() -> None
     for factors in (brightness, contrast, saturation[~is_gray]):
         assert 0.599 < factors.min() < 0.65 and 1.35 < factors.max() < 1.401
         assert 0.1 < ((factors - 1).abs() < 1e-4).float().mean() < 0.3
+    extremes = lejepa.jitter(torch.eye(2).expand(50, 3, 2, 2))  # black and white
+    assert (extremes.min(), extremes.max()) == (0, 1)
 
 
 @pytest.mark.parametrize("fields", [{}, {"pooling": "mean"}, {"num_cls_tokens": 2, "cls_pooling": "concat"}])
 def test_gradients_reach_the_tokens(fields: dict) -> None:
     model = LeJEPA(ViTCLSModel(build_tiny_config(**fields)), width=32)
-    normalize, options = Normalizer(ViTCLSImageProcessor(), torch.device("cpu")), LeJEPAOptions(local_crops=1)
+    normalize, options = Normalizer(ViTCLSImageProcessor(), torch.device("cpu")), LeJEPAOptions(local_crops=0)
     objective = LeJEPAObjective(normalize, options, (8, 8))
     losses = objective(model, {"pixels": (build_images(4).sigmoid() * 255).to(torch.uint8)})
     losses["loss"].backward()

@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ from modeling_vitcls.options import (
     PretrainOptions,
     TrainingOptions,
 )
+from modeling_vitcls.training import model as model_module
 from modeling_vitcls.training.finetune import check_label_kind, check_options
 from modeling_vitcls.training.model import (
     check_preset_name,
@@ -105,6 +107,7 @@ def test_a_classifier_is_kept_only_for_the_same_labels(
     assert new_names == (set() if is_same else {"classifier.weight", "classifier.bias"})
     assert torch.equal(model.classifier.weight, saved.classifier.weight) is is_same
     assert model.config.problem_type == (stored_kind if is_same else kind)
+    assert model.config.pooling == ("cls_mean" if kind == SINGLE and not is_same else "cls")
     assert (model.config.temperature, model.config.energy_threshold) == (1.0, None)  # fitted after training
 
 
@@ -171,6 +174,16 @@ def test_only_names_that_look_like_presets_must_be_presets(tmp_path: Path, monke
         check_preset_name(name)
     with raises_one_line("--model vitcls-yours is not a preset", "vitcls-tiny, vitcls-small"):
         check_preset_name("vitcls-yours")
+
+
+def test_the_history_of_a_model_is_downloaded(two_tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The parity report tells whether weights are random, and the results tell which images were held out."""
+    resolve = Mock(return_value=str(two_tasks))
+    monkeypatch.setattr(model_module, "resolve_checkpoint", resolve)
+    resolve_initial_model("acme/model")
+    source, patterns = resolve.call_args.args
+    assert source == "acme/model"
+    assert {"config.json", "model.safetensors", "parity_report.json", "results.json"} <= set(patterns)
 
 
 def test_patches_are_dropped_only_in_trained_layers(two_tasks: Path, tmp_path: Path) -> None:
@@ -269,7 +282,7 @@ def compute_loss(model: Any) -> torch.Tensor:
 # Trainable parameters ------------------------------------------------------------------------------------------------
 
 
-HEADS = {"classifier", "distillation_classifier"}
+HEADS = {"classifier", "distillation_classifier", "pooler"}
 TOKENS = {f"embeddings.{name}" for name in ("cls_token", "distillation_token", "register_tokens")}
 EXPECTED = {
     "head": HEADS,
@@ -281,13 +294,14 @@ EXPECTED = {
 
 @pytest.mark.parametrize(("choice", "expected"), EXPECTED.items())
 def test_what_is_trained(choice: str, expected: set[str]) -> None:
-    assert group_trainable(set_trainable_parameters(build_random_model(**LAYOUT), choice, 4)) == expected
+    model = build_random_model(**LAYOUT, pooling="attention")
+    assert group_trainable(set_trainable_parameters(model, choice, 4)) == expected
 
 
 @pytest.mark.parametrize("choice", ["head", "last-1", "lora"])
 def test_added_tokens_are_trained_with_their_positions_and_gates(choice: str, tmp_path: Path) -> None:
     """All new tokens of an adapted checkpoint are trained."""
-    fields = {"position_embedding_tokens": "all", "num_register_tokens": 1}
+    fields = {"position_embedding_tokens": "all", "num_register_tokens": 1, "gated_tokens": {"registers": 1}}
     names = ["ant", "bee", "cat"]
     saved = ViTCLSForImageClassification(build_tiny_config(**fields, id2label=dict(enumerate(names))))
     randomize(saved).save_pretrained(tmp_path)
@@ -296,7 +310,7 @@ def test_added_tokens_are_trained_with_their_positions_and_gates(choice: str, tm
     options = ModelOptions(model=str(tmp_path), num_distillation_tokens=1, num_register_tokens=3)
     model, _, new_names = build_initial_model(options, labels)
     found = group_trainable(set_trainable_parameters(model, choice, 4, new_names))
-    new = {f"embeddings.{name}" for name in ("distillation_token", "register_tokens")}
+    new = {"gates.gates"} | {f"embeddings.{name}" for name in ("distillation_token", "register_tokens")}
     new |= {f"embeddings.position_embeddings.{group}" for group in ("distillation", "registers")}
     assert new <= found
     assert "embeddings.position_embeddings.cls" not in found
@@ -374,29 +388,12 @@ def test_frozen_first_layers_compute_all_patches(choice: str, fresh: set[str], d
 # LoRA ----------------------------------------------------------------------------------------------------------------
 
 
-def build_lora_model(**fields: Any) -> Any:
-    """Return a model with LoRA weights that are not zero."""
-    model = set_trainable_parameters(build_random_model(**fields), "lora", 4)
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            torch.nn.init.normal_(parameter, std=0.3, generator=generator)
-    return model.eval()
-
-
-def test_a_merged_model_has_equal_outputs_and_plain_modules(tmp_path: Path) -> None:
-    model = build_lora_model(**LAYOUT)
-    expected = model(build_images()).logits
-    assert get_largest_difference(expected, build_random_model(**LAYOUT)(build_images()).logits) > 1e-3
-    weights = merge_lora(model.state_dict())
+def test_a_merged_model_has_equal_outputs_and_plain_modules() -> None:
+    model = randomize(set_trainable_parameters(build_random_model(**LAYOUT), "lora", 4))
     plain = ViTCLSForImageClassification(build_tiny_config(**LAYOUT)).eval()
-    plain.load_state_dict(weights)
+    plain.load_state_dict(merge_lora(model.state_dict()))
+    expected = model(build_images()).logits
     assert get_largest_difference(plain(build_images()).logits, expected) <= 1e-5
-
-    model.save_pretrained(tmp_path, state_dict=weights)
-    loaded, info = ViTCLSForImageClassification.from_pretrained(tmp_path, output_loading_info=True)
-    assert not info["missing_keys"] and not info["unexpected_keys"]
-    assert torch.equal(loaded(build_images()).logits, plain(build_images()).logits)
 
 
 @pytest.mark.parametrize(
@@ -424,7 +421,9 @@ def test_large_checkpoints_are_fine_tuned_at_224_pixels(
     assert model.config.image_height_width == expected == (processor.size.height, processor.size.width)
     if flag is None and expected != config.image_height_width:
         assert line is not None
-        assert re.findall(r"\d+\.\d", line) == [f"{encoder.flops(size) / 1e9:.1f}" for size in (expected, native)]
+        sizes = [" x ".join(dict.fromkeys(map(str, size))) for size in (expected, config.image_height_width)]
+        costs = [f"{encoder.flops(size) / 1e9:.1f}" for size in (expected, native)]
+        assert re.findall(r"(\d+|\d+ x \d+) px: ([\d.]*\d)", line) == list(zip(sizes, costs, strict=True))
         assert "--image-size native" in line
     else:
         assert line is None

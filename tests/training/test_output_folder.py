@@ -9,10 +9,10 @@ import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
-from helpers.accelerate_state import reset_accelerate
 from helpers.tiny_models import build_tiny_config, raises_one_line, save_with_processor
 from helpers.tiny_options import build_tiny_options, run_dry, run_training
 from helpers.warm_processes import READY, SECONDS
@@ -69,21 +69,12 @@ def lock_holder(folder: Path) -> Any:
     process.join()
 
 
-def is_locked(folder: Path) -> bool:
-    """Return whether another process holds the lock."""
-    try:
-        with FolderLock(folder) as lock:
-            lock.acquire()
-        return False
-    except ValueError:
-        return True
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_the_lock_of_a_process_that_has_ended_is_taken_over(folder: Path, lock_holder: Any, number: int) -> None:
     os.kill(lock_holder.pid, number)
     lock_holder.join(SECONDS)
-    assert not is_locked(folder)
+    with FolderLock(folder) as lock:
+        lock.acquire()
 
 
 # Runs ----------------------------------------------------------------------------------------------------------------
@@ -94,7 +85,6 @@ def options_of(folder: Path, dataset: str = "digits", **flags: Any) -> FinetuneO
 
 
 def run(folder: Path, **changes: Any) -> dict[str, Any]:
-    reset_accelerate()
     return run_training(options_of(folder, **changes))
 
 
@@ -114,10 +104,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def earlier(finished: Path, folder: Path) -> Path:
     """Return a copy of the folder, which tests may change."""
-    for name, content in contents(finished).items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(content)
-    return folder
+    return shutil.copytree(finished, folder)
 
 
 def test_a_run_is_refused_while_another_uses_the_folder(folder: Path, lock_holder: Any) -> None:
@@ -133,7 +120,7 @@ def test_a_run_that_fails_releases_its_lock(folder: Path) -> None:
     assert not folder.exists()
 
 
-def test_a_finished_run_is_replaced_only_with_overwrite(earlier: Path) -> None:
+def test_a_finished_run_is_replaced_only_with_overwrite(earlier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = contents(earlier)
     with raises_one_line(f"{earlier} contains a finished run. Set --overwrite"):
         run(earlier)
@@ -146,6 +133,10 @@ def test_a_finished_run_is_replaced_only_with_overwrite(earlier: Path) -> None:
     with build_dry_run_options(options_of(earlier / "new" / "run")):
         assert len(list((earlier / "new").iterdir())) == 1  # the temporary folder
     assert not list((earlier / "new").iterdir())
+    monkeypatch.setenv("RANK", "1")  # the first process creates its own folder
+    with build_dry_run_options(options_of(earlier / "new" / "run")):
+        assert not list((earlier / "new").iterdir())
+    monkeypatch.delenv("RANK")
     assert run(earlier, max_steps=2, overwrite=True)["steps"] == 2
 
 
@@ -239,16 +230,19 @@ def test_only_the_files_of_a_run_are_removed(earlier: Path) -> None:
 
 @pytest.mark.parametrize("name", ["results.json", "config.json", "config.resolved.yaml", None])
 def test_only_folders_of_runs_and_models_are_cleared(folder: Path, name: str | None) -> None:
-    """A folder with checkpoints is the folder of a run, too."""
-    names = ["README.md", "images/a.png", "onnx/model.onnx"]
-    store = CheckpointStore(folder / "checkpoints", num_kept=1)
+    """A folder with checkpoints is the folder of a run, too, which is not replaced without a flag."""
+    names = ["README.md", "images/a.png", "onnx/model.onnx", "report.html", "parity_report.json"]
+    store = CheckpointStore(folder / "checkpoints", num_kept=2)
     for each in names:
         (folder / each).parent.mkdir(parents=True, exist_ok=True)
         (folder / each).touch()
     remove_run_files(folder, store)
     assert set(contents(folder)) == set(names)
     if name is None:
-        store.save(1, {"model": {"weight": torch.zeros(1)}}, {"step": 1}, is_best=False)
+        for step in (1, 2):
+            store.save(step, {"model": {"weight": torch.zeros(1)}}, {"step": step}, is_best=False)
+        with raises_one_line("an unfinished run (step 2). Set --resume or --overwrite"):
+            check_replaceable(options_of(folder), store)
     else:
         (folder / name).touch()
     remove_run_files(folder, store)
@@ -258,14 +252,23 @@ def test_only_folders_of_runs_and_models_are_cleared(folder: Path, name: str | N
 def test_the_configuration_is_moved_first_and_the_results_last(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    names, moved = ["config.json", "README.md", "model.safetensors", "results.json"], []
-    replace = Path.replace
-    monkeypatch.setattr(Path, "replace", lambda path, target: moved.append(path.name) or replace(path, target))
+    """All files and both folders are written to the disk."""
+    names, moved = ["config.json", "README.md", "model.safetensors", "onnx/a.onnx", "results.json"], []
+    move, sync = Path.replace, Mock()
+
+    def note(path: Path, target: Path) -> Path:
+        moved.append(path.relative_to(folder).as_posix())
+        return move(path, target)
+
+    monkeypatch.setattr(Path, "replace", note)
+    monkeypatch.setattr(output_folder, "sync_to_disk", sync)
     (tmp_path / ".model.partial" / "of an earlier attempt").mkdir(parents=True)
     with output_folder.stage_files(tmp_path) as folder:
+        (folder / "onnx").mkdir()
         for name in (*names[2:], *names[:2]):
             (folder / name).touch()
-    assert moved == names and {path.name for path in tmp_path.iterdir()} == set(names)
+    assert moved == names and set(contents(tmp_path)) == set(names) and not folder.exists()
+    assert {call.args[0] for call in sync.call_args_list} == {tmp_path, folder, *(folder / name for name in names)}
 
 
 # A kill in the final save --------------------------------------------------------------------------------------------

@@ -128,25 +128,27 @@ def test_a_converted_checkpoint_is_continued(tmp_path: Path) -> None:
 # Quality of the features ---------------------------------------------------------------------------------------------
 
 
-def test_the_accuracy_is_that_of_scikit_learn(tmp_path: Path) -> None:
-    """The token is the first CLS token."""
-    prepared = prepare_task(tiny_options(tmp_path / "out", num_cls_tokens=2))
-    task, data = prepared.task, prepared.data
-    found = task.build_evaluator(data.held_out)(task.model.eval())
+def test_the_accuracy_is_that_of_scikit_learn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The token is the first CLS token. The neighbors are some of the training images."""
+    monkeypatch.setattr("modeling_vitcls.training.pretrain.MAX_NEIGHBORS", 150)
+    prepared = prepare_task(tiny_options(tmp_path / "out", num_cls_tokens=2, select="best", split_seed=3))
+    task, selection = prepared.task, prepared.data.selection
+    train = prepared.data.train.draw(150, 3)
+    found = task.build_evaluator(selection)(task.model.eval())
 
     def encode(images: Any) -> torch.Tensor:
         pixels = task.processor([image.convert("RGB") for image in images], return_tensors="pt")["pixel_values"]
         with torch.no_grad():
             return task.model.vitcls(pixels).last_hidden_state
 
-    train, held_out = encode(data.train.images), encode(data.held_out.images)
+    features = [encode(each.images) for each in (train, selection)]
     layout = task.model.vitcls.config.token_layout
     for name, tokens in {"knn_accuracy": slice(0, 1), "knn_accuracy_of_patches": layout.patches}.items():
         classifier = KNeighborsClassifier(10, weights="distance", metric="cosine")
-        classifier.fit(train[:, tokens].mean(dim=1).numpy(), data.train.labels)
-        expected = classifier.score(held_out[:, tokens].mean(dim=1).numpy(), data.held_out.labels)
+        neighbors, images = (each[:, tokens].mean(dim=1).numpy() for each in features)
+        expected = classifier.fit(neighbors, train.labels).score(images, selection.labels)
         assert found[name] == pytest.approx(expected, abs=1e-6)
-    assert found["num_images"] == NUM_HELD_OUT_DIGITS
+    assert found["num_images"] == len(selection)
 
 
 def test_the_effective_rank() -> None:
@@ -199,6 +201,9 @@ def test_worse_features_are_named() -> None:
 def test_lejepa_replaces_the_crops_of_the_augmentation() -> None:
     options = check_options(tiny_options(Path("out"), crop_scale=None, shift=None))
     assert (options.method, options.augmentation) == ("lejepa", PLAIN)
+    crops = replace(PLAIN, crop_scale=0.5, shift=0.1)
+    assert check_options(tiny_options(Path("out"), **vars(crops))).augmentation == crops
+    assert check_options(tiny_options(Path("out"), crop_scale=None, method="mae")).augmentation.crop_scale is None
 
 
 # Flags ---------------------------------------------------------------------------------------------------------------

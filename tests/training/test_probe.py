@@ -5,6 +5,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from sklearn.preprocessing import StandardScaler
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, ViTCLSModel
 from modeling_vitcls.checkpoints import CheckpointStore, format_state, read_state
+from modeling_vitcls.training import probe as probe_module
 from modeling_vitcls.training.probe import describe_probe, explain_missing_probe, fold_standardization
 
 
@@ -117,8 +119,8 @@ def test_nothing_is_trained_with_too_few_selection_images(
 def test_fine_tuning_starts_from_the_regression(
     encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The frozen model takes part in the selection. A resumed run does not evaluate the step after which it starts:
-    here step 1, because the checkpoint of step 2 is damaged."""
+    """The frozen model takes part in the selection, with just enough images. A resumed run does not evaluate the step
+    after which it starts: here step 1, because the checkpoint of step 2 is damaged."""
     flags = {"max_steps": 2, "learning_rate": 1e-6, "log_every": 1, "save_every": 1, "keep_checkpoints": 3}
     options = build_options(tmp_path / "run", encoder, **flags)
     results = run_training(options)
@@ -127,7 +129,7 @@ def test_fine_tuning_starts_from_the_regression(
     assert f"k-NN {best['knn']:.1%} (" in printed and f"logistic regression {best['logreg']:.1%} (" in printed
     assert f"on CLS + mean ({frozen['logreg']['CLS + mean']:.1%})" in printed
     assert "selection: accuracy" in printed and "selected  the frozen model" in printed
-    assert f"selected on {results['selection']['num_images']} separate images" in printed
+    assert "selected on 50 separate images" in printed and results["selection"]["num_images"] == 50
     assert read_metrics(tmp_path / "run")[0]["loss"] < 0.6 * math.log(10)  # the loss of a random classifier
     (tmp_path / "run" / "results.json").unlink()
     weights = tmp_path / "run" / "checkpoints" / "step-00000002" / "model.safetensors"
@@ -151,13 +153,17 @@ def test_fine_tuning_starts_from_the_regression(
     ],
 )
 def test_the_probe_measures_the_features_of_the_model(
-    encoder: Path, tmp_path: Path, flags: dict[str, Any], names: list[str]
+    encoder: Path, tmp_path: Path, flags: dict[str, Any], names: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Unreadable images are named, except for training images, which training names."""
+    evaluators = Mock(wraps=probe_module.ProbeEvaluator)
+    monkeypatch.setattr(probe_module, "ProbeEvaluator", evaluators)
     run = prepare_task(build_options(tmp_path / "run", encoder, **flags))
     probe_model = replace(run.task.probe, max_images=64).run
     probe = probe_model(run.data, run.reporter)
     assert list(probe["logreg"]) == list(probe["knn"]) == names
-    assert (probe["num_training_images"], probe["features"]) == (64, names[-1])
+    assert (run.task.probe.max_images, probe["num_training_images"], probe["features"]) == (10_000, 64, names[-1])
+    assert [call.kwargs["warn"] == run.reporter.warn for call in evaluators.call_args_list] == [False, True]
     unmeasured = probe_model(replace(run.data, selection=None, held_out=run.data.held_out.select([])), run.reporter)
     assert unmeasured == {"num_training_images": 64, "features": names[-1]}
     assert describe_probe(unmeasured).endswith(names[-1])
@@ -182,11 +188,12 @@ def test_random_weights_have_no_probe(tmp_path: Path) -> None:
     assert run.task.probe is None and run.options.training.select == "last"
     assert run.task.summary_lines["probe"] == "off, because the initial weights are random"
     stream = replace(run.options, data=replace(run.options.data, streaming=True))
-    for options, kind, reason in (
-        (stream, "single_label_classification", "stream"),
-        (run.options, "multi_task", "label"),
+    for options, names, kind, reason in (
+        (stream, {"classifier.weight"}, "single_label_classification", "stream"),
+        (run.options, {"classifier.weight"}, "multi_task", "label"),
+        (run.options, set(), "single_label_classification", "checkpoint has a classifier"),
     ):
-        assert reason in str(explain_missing_probe(options, run.task.model, {"classifier.weight"}, kind))
+        assert reason in str(explain_missing_probe(options, run.task.model, names, kind))
 
 
 @pytest.mark.parametrize("classes", [[0, 1], [0, 2], [1, 2, 3]])

@@ -11,7 +11,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from helpers.accelerate_state import reset_accelerate
 from helpers.tiny_models import raises_one_line
 from helpers.tiny_options import build_tiny_options, read_metrics, run_to_folder, run_training
 
@@ -87,7 +86,6 @@ def test_a_resumed_run_has_the_same_results(whole: Path, killed: Path, capsys: p
     assert 1000 < results["seconds"] < 1300 and results["images_per_second"] == round(24 / results["seconds"], 1)
     checkpoints = CheckpointStore(killed / "checkpoints", num_kept=1)
     assert checkpoints.list_steps() == [3]
-    reset_accelerate()
     metadata = read_json(checkpoints.get_folder(3) / "state.json")["metadata"]
     assert 1000 < metadata["training_seconds"] <= results["seconds"] and metadata["flags"]["batch_size"] == 4
     assert metadata["images_per_step"] == 8
@@ -145,6 +143,8 @@ def test_teachers_of_a_run_may_be_pinned_but_not_changed() -> None:
     """Flags that do not affect the result may change."""
     flags = {"teachers": [f"acme/vit@{'0' * 40}", "acme/other"], "select": "best"}
     flags |= {"log_with": ["wandb"], "report": True, "push_to_hub": True, "license": "mit", "card_samples": 3}
+    flags |= {"num_workers": 3, "max_unreadable_images": 3, "hub_model_id": "a/b", "hub_private": True}
+    flags |= {"hub_verify": True}
     check_flags_unchanged(flags, {"teachers": ["acme/vit", "acme/other"]}, Path("run"))
     for teachers in (["acme/other", "acme/vit"], ["acme/vit"]):
         with raises_one_line(f"--teachers {flags['teachers'][0]} acme/other, but", f"is {' '.join(teachers)}."):

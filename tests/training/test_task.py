@@ -24,11 +24,12 @@ from modeling_vitcls.data.splits import load_evaluation_data, load_training_data
 from modeling_vitcls.inference.evaluate import evaluate_checkpoint
 from modeling_vitcls.inference.evaluator import Evaluator
 from modeling_vitcls.intervals import compute_mean_interval
-from modeling_vitcls.options import DataOptions, EvaluateOptions, ModelOptions
+from modeling_vitcls.options import DataOptions, EvaluateOptions
 from modeling_vitcls.training import finetune
-from modeling_vitcls.training import run as run_module
 from modeling_vitcls.training.dry_run import describe_dry_run
 from modeling_vitcls.training.folds import run_folds
+from modeling_vitcls.training.probe import Probe
+from modeling_vitcls.training.run import Run
 from modeling_vitcls.training.task import build_training_images
 
 
@@ -41,11 +42,6 @@ def build_options(folder: Path, data: DataOptions = DIGITS, **training: Any) -> 
     """Return the options of a run of a tiny model."""
     settings = {"batch_size": 16, "learning_rate": 3e-3, "log_attention_every": 0} | training
     return build_tiny_options(folder, **vars(data) | settings)
-
-
-def read_records(folder: Path) -> list[dict[str, Any]]:
-    """Return the records of the evaluated steps."""
-    return [record for record in read_metrics(folder) if "selection_accuracy" in record]
 
 
 def write_images(folder: Path, splits: dict[str, dict[str, int]]) -> DataOptions:
@@ -77,13 +73,6 @@ def test_defaults_are_printed_and_recorded(tmp_path: Path, capsys: pytest.Captur
     expected = {"learning_rate": 0.001, "batch_size": 32, "layer_decay": 1.0, "crop_scale": 1.0, "weight_decay": 0.1}
     assert {name: resolved[name] for name in expected} == expected
     assert not resolved.keys() & {"config", "resume", "overwrite", "dry_run"}
-
-    reset_accelerate()
-    start = replace(options, output_dir=tmp_path / "next", model=ModelOptions(str(tmp_path / "run")))
-    run_training(start)
-    printed = capsys.readouterr().out
-    assert "random" not in printed
-    assert "pre-trained weights, width 32: learning rate 0.0004; pre-trained weights: layer decay 0.75" in printed
 
 
 def test_the_flags_and_the_checkpoint_determine_the_batches(tmp_path: Path) -> None:
@@ -118,7 +107,7 @@ def test_the_best_checkpoint_is_saved_and_reported(tmp_path: Path, capsys: pytes
     flags = {"epochs": 4.0, "batch_size": 60, "learning_rate": 0.2, "warmup": 0.0, "ema_decay": 0.5}
     flags |= {"drop_path_rate": 0.5}  # not in evaluations
     results = run_training(build_options(folder, select="best", **flags))
-    records = read_records(folder)
+    records = [record for record in read_metrics(folder) if "selection_accuracy" in record]
     best = max(records, key=lambda record: record["selection_accuracy"])
     assert results["selection"]["step"] == best["step"] and best is not records[-1]
     assert results["selection"]["accuracy"] == best["selection_accuracy"]
@@ -163,13 +152,9 @@ def test_a_validation_split_selects_and_the_test_split_is_reported(tmp_path: Pat
 def test_a_dry_run_evaluates_random_images_and_prints_no_result(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first selection images are all of one class. The full run evaluates five times as many images."""
+    """The first selection images are all of one class."""
     data = write_images(tmp_path / "data", {split: {"dusk": 40, "noon": 40} for split in ("train", "val")})
     write_images(tmp_path / "data", {"test": {"dusk": 2, "noon": 2}})
-    describe, fractions = run_module.describe_dry_run, []
-    monkeypatch.setattr(
-        run_module, "describe_dry_run", lambda *values: fractions.append(values[3]) or describe(*values)
-    )
     evaluated: list[Any] = []
 
     class RecordingEvaluator(Evaluator):
@@ -180,20 +165,36 @@ def test_a_dry_run_evaluates_random_images_and_prints_no_result(
     monkeypatch.setattr(finetune, "Evaluator", RecordingEvaluator)
     run_dry(build_options(tmp_path / "run", data, report=False, select="best"))
     assert set(evaluated[1].labels) == {0, 1} and len(evaluated[1]) == 16
-    assert fractions == [0.2]
     printed = capsys.readouterr().out
     assert "accuracy" not in printed and "WARNING" not in printed and "ran 3 steps" in printed
 
 
+@pytest.mark.parametrize(("batch_size", "fraction"), [(8, 0.4), (30, 1.0)])
+def test_a_dry_run_of_two_processes_evaluates_a_batch_of_each(
+    batch_size: int, fraction: float, tmp_path: Path
+) -> None:
+    """The full run evaluates 40 images, and the probe may use 500 images."""
+    data = write_images(tmp_path, {"train": {"dusk": 2, "noon": 2}, "val": {"dusk": 20, "noon": 20}})
+    task = SimpleNamespace(probe=Probe(None, 500, {}))
+    plan = SimpleNamespace(batch_size=batch_size, num_processes=2)
+    run: Any = SimpleNamespace(data=load_training_data(data), task=task, plan=plan)
+    Run.draw_few_images(run)
+    assert (run.evaluated_fraction, len(run.data.held_out)) == (fraction, 40 * fraction)
+    assert task.probe.max_images == 256
+
+
 def test_the_expected_duration_of_a_full_run() -> None:
-    """25 steps of 2 s, and two evaluations of 8 s: 4 s with half of the images. The first step does not count."""
-    loop: Any = SimpleNamespace(step_seconds=[1.0, 3.0, 2.0], evaluation_seconds=[9.0, 4.0], peak_memory=5 * 2**20)
+    """25 steps of 2 s, and two evaluations of 7.8 s: 3.9 s with half of the images. The first step does not
+    count. The head alone is trained without steps."""
+    loop: Any = SimpleNamespace(step_seconds=[1.0, 3.0, 2.0], evaluation_seconds=[9.0, 3.9], peak_memory=5 * 2**20)
     options = build_options(Path("run"), evaluate_every=2)
     for num_images, duration in ((100, "0:01:06"), (None, "0:00:58")):  # a stream is evaluated once
         plan = BatchPlan(num_images, 10, accumulation_steps=1, num_processes=1, num_steps=25, seed=0)
         text = describe_dry_run(loop, plan, options, 0.5, 61.4)
         for part in ("ran 3 steps", "in 61 s", "25 steps", duration, " 5 MiB"):
             assert part in text
+    loop.step_seconds = []
+    assert "takes about 0:00:16" in describe_dry_run(loop, replace(plan, num_images=100), options, 0.5, 61.4)
 
 
 # Cross-validation, and training on all images ------------------------------------------------------------------------
@@ -214,8 +215,6 @@ def test_folds(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert (summary["metric"], summary["folds"]) == ("accuracy", folds)
     line = f"mean accuracy {summary['mean']:.2%} (95% interval: {interval[0]:.2%} to {interval[1]:.2%}) over 3 folds"
     assert line in capsys.readouterr().out
-    keys = [load_training_data(replace(data, fold=fold)).held_out.images.compute_keys() for fold in (1, 2, 3)]
-    assert len(set().union(*keys)) == sum(map(len, keys))
     reset_accelerate()
     evaluated = evaluate_checkpoint(EvaluateOptions(str(tmp_path / "run" / "fold-2"), DIGITS, batch_size=16))
     assert (evaluated["accuracy"], evaluated["is_recorded_part"]) == (accuracies[1], True)
@@ -232,7 +231,6 @@ def test_training_on_all_images(tmp_path: Path, capsys: pytest.CaptureFixture) -
     data = replace(DIGITS, held_out_fraction=0.0)
     options = build_options(tmp_path / "run", data, max_steps=2, report=True)
     run_dry(options)
-    reset_accelerate()
     results = run_training(options)
     assert (results["num_training_images"], results["num_images"]) == (300, 0)
     output = capsys.readouterr().out
@@ -245,9 +243,8 @@ def test_training_on_all_images(tmp_path: Path, capsys: pytest.CaptureFixture) -
 # Classes -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_class_that_only_the_validation_split_has(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_class_that_only_the_validation_split_has(tmp_path: Path) -> None:
     splits = {"train": {"dusk": 6, "noon": 6}, "val": {"dusk": 2, "noon": 2, "night": 2}}
     data = write_images(tmp_path / "data", splits)
-    results = run_training(build_options(tmp_path / "run", data, max_steps=2))
-    assert [row["name"] for row in results["per_class"]] == ["dusk", "night", "noon"]
-    assert "1 of the 3 classes have no training images: night" in capsys.readouterr().out
+    (warning,) = prepare_task(build_options(tmp_path / "run", data)).task.warnings
+    assert "1 of the 3 classes have no training images: night" in warning
