@@ -120,12 +120,12 @@ def test_the_grid_combines_levels_seeds_and_stages(tmp_path: Path) -> None:
 
 def test_flags_of_each_stage(tmp_path: Path) -> None:
     stages = {
-        "pretrain": {"dataset": "{subset:few images}"},
+        "pretrain": {"dataset": "{subset:few images {seed}}"},
         "finetune": {"model": "{folder}/{run}", "flip": False, "image_size": [32, "{seed}8"], "folds": 2},
         "evaluate": {"dataset": "digits"},
         "inspect": {"num_images": 4, "model": "{run}/pretrain"},  # by default, the fine-tuned model
     }
-    subsets = {"few images": {"dataset": "digits", "num_images": 4}}
+    subsets = {"few images 0": {"dataset": "digits", "num_images": 4}}
     study = load_study(
         write_study(
             tmp_path, stages=stages, subsets=subsets, factors={"lr_1/2": {0.5: None}}, baseline={"lr_1/2": 0.5}
@@ -137,7 +137,7 @@ def test_flags_of_each_stage(tmp_path: Path) -> None:
     (folder / "pretrain" / "checkpoints" / "step-00000001").mkdir(parents=True)
     (folder / "finetune" / "checkpoints").mkdir(parents=True)  # killed before the first checkpoint
     assert {stage: " ".join(flags) for stage, flags in runner.build_commands(run)} == {
-        "pretrain": f"--dataset {out}/subsets/few-images --seed 0 --output-dir {folder}/pretrain --resume",
+        "pretrain": f"--dataset {out}/subsets/few-images-0 --seed 0 --output-dir {folder}/pretrain --resume",
         "finetune": f"--model {out}/{folder} --no-flip --image-size 32 08 --folds 2 --seed 0 "
         f"--output-dir {folder}/finetune --overwrite",
         "evaluate": f"--dataset digits --model {folder}/finetune --output {folder}/evaluate.json",
@@ -156,6 +156,7 @@ WRONG_FILES = {
     "seeds": yaml.safe_dump({name: value for name, value in STUDY.items() if name != "seeds"}).encode(),
     "metric": yaml.safe_dump(STUDY | {"metric": ["loss"]}).encode(),
     "max": yaml.safe_dump(STUDY | {"baseline": {"pooling": "max"}}).encode(),
+    "size": yaml.safe_dump(STUDY | {"baseline": {"size": "cls"}}).encode(),
     "train": yaml.safe_dump(STUDY | {"stages": {"train": {}}}).encode(),
     "mapping": b"- a",
     "study.yaml": b"title: [",
@@ -239,8 +240,10 @@ def test_a_row_has_the_first_and_the_last_value_of_the_training_log(tmp_path: Pa
     expected |= {"first.loss": 2.5, "first.entropy.0": 1.0, "first.entropy.1": 2.0, "first.accuracy": 0.5}
     expected |= {"last.loss": 1.5, "last.entropy.0": 3.0, "last.entropy.1": 4.0, "last.accuracy": 0.5}
     assert build_row(runner, run) == expected
-    one_task = replace(run, stages={"finetune": {"label_column": "kind"}})
-    assert build_row(runner, one_task) == expected | {"kind_accuracy": 0.5, "kind_loss": 0.25}
+    of_one_task = {"kind_accuracy": 0.5, "kind_loss": 0.25}
+    for label_column, more in (("kind", of_one_task), (["kind", "age"], {})):
+        tasks = replace(run, stages={"finetune": {"label_column": label_column}})
+        assert build_row(runner, tasks) == expected | more
 
 
 def test_differences_are_paired_by_seed_within_the_other_levels() -> None:
@@ -266,7 +269,7 @@ def test_differences_are_paired_by_seed_within_the_other_levels() -> None:
 
 def test_a_list_has_one_row_per_number() -> None:
     rows = pandas.DataFrame(
-        {"pooling": level, "seed": seed, "entropy.0": 1.0 + seed, "entropy.1": 2.0, "entropy.largest": 9.0}
+        {"pooling": level, "seed": seed, "entropy.0": 1.0 + seed, "entropy.1": -20.0, "entropy.largest": 9.0}
         for level in ("cls", "mean")
         for seed in (0, 1)
     )
@@ -274,10 +277,12 @@ def test_a_list_has_one_row_per_number() -> None:
         study = replace(STUDY_OBJECT, metrics={"entropy.*": heading})
         summary = summarize(study, rows, "entropy.*")
         found = {(row["pooling"], row[column]): row["mean"] for row in summary.to_dict("records")}
-        assert found == {(level, index): mean for level in ("cls", "mean") for index, mean in (("1", 1.5), ("2", 2.0))}
+        assert found == {
+            (level, index): mean for level in ("cls", "mean") for index, mean in (("1", 1.5), ("2", -20.0))
+        }
     assert "| mean | 1 | 2 | 1.5 ± 6.4 | +0.0 ± 0.0 |" in format_table(summary)  # two digits of the interval
     table = format_table(summarize(study, rows[rows["seed"] == 0], "entropy.*"))
-    assert "| mean | 1 | 1 | 1.000 | +0.000 |" in table  # without intervals
+    assert "| mean | 1 | 1 | 1.00 | +0.00 |" in table  # without intervals
     zeros = rows[rows["seed"] == 0].assign(**{"entropy.0": 0.0, "entropy.1": 0.0})
     assert "| mean | 1 | 1 | 0.0 | +0.0 |" in format_table(summarize(study, zeros, "entropy.*"))
 
@@ -285,7 +290,7 @@ def test_a_list_has_one_row_per_number() -> None:
 @pytest.mark.usefixtures("program")
 def test_all_runs_are_executed_and_summarized(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     factors = {"pooling": {"cls": {}, "mean": {"pooling": "mean"}, "median": {"pooling": "median"}}}
-    metrics = {"accuracy": "Accuracy (%)", "evaluate.accuracy": "Accuracy", "f1": "F1"}
+    metrics = {"evaluate.accuracy": "Accuracy", "accuracy": "Accuracy (%)", "f1": "F1"}
     stages = {"finetune": {"model": "vitcls-tiny"}, "evaluate": None}
     file = write_study(
         tmp_path, factors=factors, stages=stages, answer="The\nmean.", metrics=metrics, subsets={100: {}}
@@ -308,7 +313,7 @@ def test_all_runs_are_executed_and_summarized(tmp_path: Path, capsys: pytest.Cap
     assert all(row["threads"] == 33 for row in rows)
     assert [row["evaluate.accuracy"] for row in rows[:4]] == [1.0] * 4 and "evaluate.is_frozen" not in rows[0]
     progress = set(printed.out.splitlines())
-    assert "pooling-cls_seed-1: accuracy 0.5625, evaluate.accuracy 1" in progress
+    assert "pooling-cls_seed-1: evaluate.accuracy 1, accuracy 0.5625" in progress
     assert "pooling-median_seed-0: failed: error: no median" in progress
     page = (output / "README.md").read_text()
     assert page.startswith("# Pooling\n\nWhich pooling?\n\n") and "The mean." in page
@@ -317,7 +322,7 @@ def test_all_runs_are_executed_and_summarized(tmp_path: Path, capsys: pytest.Cap
     assert (
         "| median |" not in page and f"{file} --output-dir '{output}' --jobs 2 --threads 3 --dataset other\n" in page
     )
-    assert all(fact in page for fact in ("4 of 6 runs", "seeds 0, 1;", "; 6 minutes", "3 threads", "transformers "))
+    assert all(fact in page for fact in ("4 of 6 runs", "seeds 0, 1;", "; 6 minutes", "3 threads", "timm "))
 
     log = output / "runs" / "pooling-mean_seed-1" / "log.txt"
     lines = [" ".join(line.split()[:3]) for line in log.read_text().splitlines()]
@@ -327,9 +332,11 @@ def test_all_runs_are_executed_and_summarized(tmp_path: Path, capsys: pytest.Cap
     assert [line for line in log.read_text().splitlines() if line.startswith("the")][2:] == ["the stage evaluate"]
     finished = output / "runs" / "pooling-cls_seed-0" / "log.txt"
     assert finished.read_text().count("the stage") == 2
-    failing = {"factors": {"pooling": {"median": {}}}, "stages": {"evaluate": {}}, "baseline": {}}
-    run_study(StudyRunner(replace(load_study(file), **failing, subsets={}), tmp_path / "failed"), "vitcls study")
-    assert "0 of 2 runs finished, seeds 0, 1; 0 minutes" in (tmp_path / "failed" / "README.md").read_text()
+    assert "6 runs (3 " in capsys.readouterr().out
+    subsets = {"one": {"dataset": str(tmp_path / "absent")}}
+    with pytest.raises(FileNotFoundError):
+        run_study(StudyRunner(replace(load_study(file), subsets=subsets), tmp_path / "failed"), "vitcls study")
+    assert "0 of 6 runs finished, seeds 0, 1; 0 minutes" in (tmp_path / "failed" / "README.md").read_text()
     for changes in ({"subsets": {"one": {}}}, {"stages": {}}, {"factors": {}}):
         with raises_one_line("--output-dir"):
             run_study(StudyRunner(replace(load_study(file), **changes), output), "vitcls study")

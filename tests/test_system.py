@@ -14,9 +14,11 @@ from modeling_vitcls.system import describe_device, get_peak_memory, get_version
 from modeling_vitcls.version import __version__
 
 
-def test_the_peak_memory_of_this_process_is_in_bytes() -> None:
+def test_the_peak_memory_of_this_process_or_of_a_gpu_is_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     peak = get_peak_memory(torch.device("cpu"))
     assert 0.9 * psutil.Process().memory_info().rss < peak < psutil.virtual_memory().total
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: device.index)
+    assert get_peak_memory(torch.device("cuda:1")) == 1
 
 
 def test_versions_of_installed_libraries() -> None:
