@@ -64,7 +64,6 @@ def test_errors_of_recipes_are_one_line(
         ("inspect --model m a.png --label-column x", ["--label-column", "--dataset"]),
         ("push", ["--model", "--verify-only"]),
         ("push --model m --revision x", ["--revision", "--branch"]),
-        ("push --token x", ["--token"]),
         ("export --model m --format tflite --output o", ["--format", "tflite", "onnx"]),
         ("convert timm:test_vit --output o", ["--source timm:test_vit"]),
         ("convert --output o", ["--source", "--model"]),

@@ -79,16 +79,22 @@ def test_random_crops_of_padded_images_have_the_aspect_ratio_of_the_input() -> N
     augmentation = build_augmentation(AugmentationOptions(crop_scale=0.5, shift=0.0), processor)
     assert augmentation.fixed_transform(torch.zeros(3, 40, 30, dtype=torch.uint8)).shape == (3, 40, 60)
     assert augmentation.fixed_transform(torch.zeros(1, 20, 90, dtype=torch.uint8)).shape == (1, 60, 90)
+    processor.do_normalize = False
+    assert augmentation.fixed_transform(torch.ones(3, 40, 30, dtype=torch.uint8)).sum() == 3 * 40 * 30  # black
 
 
 def test_a_crop_keeps_its_ratio_at_another_size_and_the_seen_share_is_measured() -> None:
-    for size, share, edge in (
-        ({"height": 40, "width": 40}, (32 / 40) ** 2, 80),
-        ({"max_height": 40, "max_width": 50}, (32 / 40) ** 2, 80),
-        ({"shortest_edge": 36}, (32 / 36) ** 2, 72),
+    for settings, share, edge in (
+        ({"size": {"height": 40, "width": 40}}, (32 / 40) ** 2, 80),
+        ({"size": {"max_height": 40, "max_width": 50}}, (32 / 40) ** 2, 80),
+        ({"size": {"height": 40, "width": 40}, "do_resize": False}, (32 / 100) ** 2, 64),
+        ({"size": {"max_height": 24, "max_width": 24}}, 1, 64),  # padded by the crop
+        ({"size": {"shortest_edge": 36}}, (32 / 36) ** 2, 72),
     ):
-        processor = ViTCLSImageProcessor(size=size, do_center_crop=True, crop_size={"height": 32, "width": 32})
+        processor = ViTCLSImageProcessor(**settings, do_center_crop=True, crop_size={"height": 32, "width": 32})
         assert get_visible_share(processor, (100, 100)) == pytest.approx(share)
+        set_fit(processor, "crop", (32, 32))  # the same crop
+        assert dict(processor.size) == settings["size"]
         set_fit(processor, "crop", (64, 64))
         assert (processor.size.shortest_edge, processor.crop_size.height) == (edge, 64)
     assert get_visible_share(processor, (160, 640)) == pytest.approx((64 / 72) ** 2 / 4)

@@ -87,7 +87,7 @@ def test_the_folds_are_stratified(tmp_path: Path) -> None:
 
 def test_the_split_of_tags_is_not_stratified(tmp_path: Path) -> None:
     paths = sorted(write_photos(tmp_path / "photos", range(30)).glob("*/*.png"))
-    rows = [f"{path},{'x|y' if index % 2 else 'x'}" for index, path in enumerate(paths)]
+    rows = [f"{path},{'x' if index % 2 else ''}" for index, path in enumerate(paths)]  # one tag is enough
     (tmp_path / "tags.csv").write_text("\n".join(["image,label", *rows]), encoding="utf-8")
     assert "not stratified" in read(tmp_path / "tags.csv", label_separator="|").held_out_name
 
@@ -174,13 +174,15 @@ def test_empty_parts_are_errors(tmp_path: Path) -> None:
     folder = write_photos(tmp_path, range(1))
     with raises_one_line("2 images", "larger --held-out-fraction"):
         read(folder)
+    with raises_one_line("all 2 images", "smaller --held-out-fraction"):
+        load_training_data(DataOptions(str(folder), held_out_fraction=0.999), use_labels=False)
 
 
 # The record ----------------------------------------------------------------------------------------------------------
 
 
 def test_evaluation_uses_the_held_out_images_of_the_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """Evaluate without --split-seed, for any --split-seed of the run."""
+    """Evaluate and inspect without --split-seed, for any --split-seed of the run. The record is published."""
     folder = write_photos(tmp_path / "photos", range(50))
     trained = run(tmp_path / "run", folder, split_seed=7, held_out_fraction=0.3)
     held_out = read(folder, split_seed=7, held_out_fraction=0.3).held_out
@@ -198,6 +200,11 @@ def test_evaluation_uses_the_held_out_images_of_the_run(tmp_path: Path, capsys: 
         evaluate(tmp_path / "run", folder, held_out_fraction=0.5)
     same = DataOptions(str(folder), split_seed=7, held_out_fraction=0.3)
     assert get_names(load_evaluation_data(same, "test", expected).images) == get_names(held_out)
+    assert "results.json" in list_published_files(ModelFolder(tmp_path / "run"))
+    model, _ = load_model(str(tmp_path / "run"), use_head=True)
+    options = InspectOptions(str(tmp_path / "run"), dataset=str(folder))
+    images = open_images(options, model, read_held_out_record(tmp_path / "run"))
+    assert images.images.get_names() == held_out.images.get_names()
 
 
 def test_the_label_columns_of_a_run_are_used_in_its_evaluation(tmp_path: Path) -> None:
@@ -302,17 +309,6 @@ def test_a_split_of_the_dataset_is_recorded_and_evaluated(tmp_path: Path) -> Non
     assert evaluate(tmp_path / "run", tmp_path / "photos", "train")["num_images"] == 40
     with raises_one_line("'test'", "train, validation"):
         evaluate(tmp_path / "run", tmp_path / "photos", "test")
-
-
-def test_the_record_is_published_and_inspection_uses_it(tmp_path: Path) -> None:
-    folder = write_photos(tmp_path / "photos", range(50))
-    run(tmp_path / "run", folder, split_seed=7)
-    assert "results.json" in list_published_files(ModelFolder(tmp_path / "run"))
-    model, _ = load_model(str(tmp_path / "run"), use_head=True)
-    options = InspectOptions(str(tmp_path / "run"), dataset=str(folder))
-    images = open_images(options, model, read_held_out_record(tmp_path / "run"))
-    expected = load_evaluation_data(DataOptions(str(folder), split_seed=7), "test").images
-    assert images.images.get_names() == expected.images.get_names()
 
 
 def test_damaged_records_are_named(tmp_path: Path) -> None:

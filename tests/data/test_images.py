@@ -40,6 +40,8 @@ def test_a_subset_has_the_names_bytes_and_checksums_of_its_images(tmp_path: Path
     assert [image.filename for image in images] == [rows[0]["path"], "row 1", rows[2]["path"]]
     assert [image.filename for image in subset] == [rows[2]["path"], rows[0]["path"], "row 1"]
     assert DatasetImages(datasets.Dataset.from_dict({"image": [encode(7)]}))[0].getpixel((0, 0)) == 7
+    same_path = DatasetImages.from_list([{"path": "c.png", "bytes": encode(shade)} for shade in (3, 4)])
+    assert same_path.compute_keys().tolist() == [compute_image_key(encode(shade)) for shade in (3, 4)]
 
 
 def test_arrays_are_named_by_their_checksums() -> None:
@@ -55,6 +57,13 @@ def test_drawn_images_are_random_and_keep_their_order() -> None:
     labels = images.draw(20).labels
     assert len(set(labels)) == 20 and labels == sorted(labels) and labels != list(range(20))
     assert labels == images.draw(20).labels != images.draw(20, seed=1).labels
+
+
+def test_images_on_the_hub_are_read_by_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
+    path, image = "hf://datasets/ann/photos/a.png", Image.new("L", (5, 1))
+    monkeypatch.setattr(datasets.Image, "decode_example", lambda feature, value: image)
+    assert decode_image({"path": path, "bytes": None}, "row 1") is image and image.filename == path
+    assert decode_image({"path": path, "bytes": encode(7)}, "row 1").size == (3, 2)
 
 
 def test_images_are_named_in_errors(tmp_path: Path) -> None:

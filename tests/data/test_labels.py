@@ -147,9 +147,9 @@ def test_the_image_column_contains_images() -> None:
         assert find_image_column(options, {"image": text, "thumbnail": feature}) == "thumbnail"
         assert find_image_column(options, {"file": feature, "photo": feature, "img": feature}) == "img"
     assert find_image_column(options, {"box": {"path": text}, "id": text, "file": text}) == "file"
-    for name in "image img picture photo pixel_values file_name filename file path".split():
+    for name in "image img picture photo pixel_values file_name filename file path jpg png".split():
         assert find_image_column(options, {"a": text, name: text}) == name
-    for name in "label labels class target category fine_label".split():
+    for name in "label labels class target category fine_label cls".split():
         features = {"image": image, "a": text, name: INTEGERS}
         assert build_label_reader(DataOptions("table"), features, lambda column: [1]).label_space.columns == {
             name: ["1"]

@@ -172,8 +172,9 @@ def test_without_a_held_out_part_all_images_are_trained_on(tmp_path: Path, strea
     else:
         assert data.num_training_images == 20
         assert len(load_evaluation_data(options, "train").images) == 20
-    with raises_one_line("--held-out-fraction"):
-        load_evaluation_data(options, "test")
+    for given, record in ((options, None), (replace(options, held_out_fraction=0.2), data.record)):
+        with raises_one_line("--held-out-fraction"):
+            load_evaluation_data(given, "test", record)
 
 
 def test_training_images_of_a_stream_are_not_evaluated(tmp_path: Path) -> None:

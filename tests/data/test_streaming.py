@@ -124,7 +124,7 @@ def test_every_pass_contains_each_image_once_in_another_order(shards: Path) -> N
     assert get_indices(islice(data.train.iterate_examples(1, 0, 1), length)) != passes[0]
 
 
-@pytest.mark.parametrize("num_processes", [2, 3, 4])
+@pytest.mark.parametrize("num_processes", [2, 3])
 def test_processes_share_each_pass(shards: Path, num_processes: int) -> None:
     data = read(shards)
     parts = [
@@ -160,25 +160,23 @@ def test_two_processes_have_the_same_images_per_step_as_one(tmp_path: Path) -> N
         assert sorted(pieces.tolist()) == sorted(batch["index"].tolist())
 
 
-@pytest.mark.parametrize(("first_step", "num_workers"), [(2, 0), (17, 0), (40, 0), (40, 2)])
-def test_a_restart_continues_with_the_same_batches(two_shards: Path, first_step: int, num_workers: int) -> None:
+def test_a_restart_continues_with_the_same_batches(two_shards: Path) -> None:
     """Check the first pass, the second, and the fourth or later."""
     source = read(two_shards).train
     plan = build_plan(max_steps=44, batch_size=2, gradient_accumulation_steps=2, num_processes=2)
     whole = build_batches(source, plan, process=1)
-    resumed = build_batches(source, plan, 1, num_workers, first_step)
-    assert whole[-1]["epoch"].max() >= 3
-    assert len(resumed) == 2 * (44 - first_step)
-    assert all(are_equal(*pair) for pair in zip(whole[2 * first_step :], resumed, strict=True))
+    assert len(whole) == 2 * 44 and whole[-1]["epoch"].max() >= 3
+    for first_step, num_workers in ((2, 0), (17, 0), (40, 2)):
+        resumed = build_batches(source, plan, 1, num_workers, first_step)
+        assert all(are_equal(*pair) for pair in zip(whole[2 * first_step :], resumed, strict=True))
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_the_next_image_of_the_batch_replaces_an_unreadable_one(tmp_path: Path, num_workers: int) -> None:
+def test_the_next_image_of_the_batch_replaces_an_unreadable_one(tmp_path: Path) -> None:
     broken = (3, 4, 5, 30, 31, 32, 33, 34)
     folder = write_shards(tmp_path / "data", 2, datasets.ClassLabel(names=["a", "b", "c"]), broken)
     source = read(folder).train
     plan = build_plan(max_steps=10, batch_size=8)
-    batches = build_batches(source, plan, num_workers=num_workers)
+    batches = build_batches(source, plan, num_workers=2)
     examples = source.iterate_examples(plan.seed, 0, 1)
     found = 0
     for batch in batches:
@@ -191,17 +189,6 @@ def test_the_next_image_of_the_batch_replaces_an_unreadable_one(tmp_path: Path, 
             assert batch["labels"][place] == chosen[replacement].label
             assert (f"{example.index:x}" in batch["errors"].get(example.index, "")) is is_broken[place]
     assert found > 4
-
-
-def test_unreadable_images_are_described_by_their_path(tmp_path: Path) -> None:
-    for index in range(12):
-        file = tmp_path / "xy"[index % 2] / f"{index}.png"
-        file.parent.mkdir(exist_ok=True)
-        file.write_bytes(b"no image" if index == 7 else encode_example(index))
-    source = read(tmp_path).train
-    batches = build_batches(source, build_plan(max_steps=8, batch_size=4))
-    messages = {message for batch in batches for message in batch["errors"].values()}
-    assert len(messages) == 1 and "7.png" in messages.pop()
 
 
 def test_a_batch_of_unreadable_images_is_an_error(tmp_path: Path, two_shards: Path) -> None:

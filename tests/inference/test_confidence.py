@@ -36,6 +36,8 @@ def test_the_temperature_minimizes_the_cross_entropy(temperature: float) -> None
     divided = [torch.from_numpy(logits / (factor * fitted)) for factor in (0.999, 1, 1.001)]
     losses = [torch.nn.functional.cross_entropy(each, torch.from_numpy(labels)).item() for each in divided]
     assert min(losses) == losses[1]
+    assert fit_temperature(logits, logits.argmax(axis=1)) == pytest.approx(0.05, rel=1e-3)  # the limits
+    assert fit_temperature(logits, logits.argmin(axis=1)) == pytest.approx(20, rel=1e-3)
 
 
 def test_energy_separates_images_of_other_classes() -> None:

@@ -57,7 +57,8 @@ def test_unreadable_images_have_an_error(encoder: Path, photos: Path) -> None:
     embed = EmbedImages(encoder, image_column="photo", dtype="float16", fit="pad")
     outputs = embed({"path": ["x", "y"], "photo": [b"broken", (photos / "a.jpg").read_bytes()]})
     assert outputs["cls"].dtype == np.float16 and np.isnan(outputs["cls"]).all(axis=1).tolist() == [True, False]
-    assert outputs["error"][0] and not outputs["error"][1]
+    assert outputs["error"][0] and not outputs["error"][1] and list(outputs) == ["path", "cls", "error"]
+    assert EmbedImages(encoder, device="meta").build_predictor().model.device.type == "meta"
     model, processor = ViTCLSModel.from_pretrained(encoder).eval(), ViTCLSImageProcessor.from_pretrained(encoder)
     set_fit(processor, "pad", (32, 48))
     (row,) = predict(model, processor, photos / "a.jpg", features="cls")

@@ -38,9 +38,9 @@ from modeling_vitcls.data.fit import set_fit
 from modeling_vitcls.data.images import LabeledImages
 from modeling_vitcls.data.labels import LabelSpace
 from modeling_vitcls.distributed import build_accelerator
-from modeling_vitcls.files import read_json
+from modeling_vitcls.files import read_json, write_json
 from modeling_vitcls.inference import evaluate as evaluate_module
-from modeling_vitcls.inference.evaluate import evaluate_checkpoint, load_evaluation, match_labels
+from modeling_vitcls.inference.evaluate import evaluate_checkpoint, load_evaluation, match_labels, set_label_columns
 from modeling_vitcls.inference.metric_tables import build_class_tables, get_metric_names
 from modeling_vitcls.options import DataOptions, EvaluateOptions
 from modeling_vitcls.system import describe_device, get_versions
@@ -335,6 +335,18 @@ def test_a_regression_is_an_error(tmp_path: Path) -> None:
 
 
 # Labels by name ------------------------------------------------------------------------------------------------------
+
+
+def test_only_models_of_several_labels_use_the_columns_in_their_results(tmp_path: Path) -> None:
+    options, tags = DataOptions("data"), ViTCLSConfig(problem_type="multi_label_classification")
+    assert set_label_columns(options, tags, str(tmp_path)) == options  # no results.json
+    for columns in (["tags"], None):
+        write_json(tmp_path / "results.json", {"label_column": columns, "label_separator": ";"})
+        found = set_label_columns(options, tags, str(tmp_path))
+        assert (found.label_column, found.label_separator) == (columns and ("tags",), ";")
+    assert set_label_columns(options, ViTCLSConfig(), str(tmp_path)) == options
+    given = DataOptions("data", label_column=("other",))
+    assert set_label_columns(given, tags, str(tmp_path)) == given
 
 
 def build_single_label_space(*names: str) -> LabelSpace:

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import datasets
@@ -166,11 +167,11 @@ class FlakyServer(BaseHTTPRequestHandler):
     """A web server whose first two answers to each path are temporary errors. Only /photo.png exists."""
 
     num_requests: ClassVar[Counter[str]] = Counter()
-    statuses: ClassVar = {"/photo.png": 200, "/moved.png": 302, "/slow.png": 408, "/busy.png": 429, "/down.png": 503}
+    statuses: ClassVar = {"/photo.png": 200, "/moved.png": 302, "/slow.png": 408, "/busy.png": 429, "/down.png": 500}
 
     def do_GET(self) -> None:
         self.num_requests[self.path] += 1
-        self.send_response(503 if self.num_requests[self.path] <= 2 else self.statuses.get(self.path, 404))
+        self.send_response(503 if self.num_requests[self.path] <= 2 else self.statuses.get(self.path, 400))
         self.send_header("Location", "/photo.png")
         self.end_headers()
         self.wfile.write(b"encoded" if self.path == "/photo.png" else b"")
@@ -190,7 +191,7 @@ def test_a_network_failure_is_retried_and_is_not_an_unreadable_image(monkeypatch
     address = f"http://127.0.0.1:{server.server_port}"
     for url in (f"{address}/photo.png", f"{address}/moved.png"):
         assert prepare(url) == PreparedImage(ImageRecord(0, "name", url), b"encoded")
-    assert "404" in (prepare(f"{address}/missing.png").error or "")
+    assert "400" in (prepare(f"{address}/missing.png").error or "")
     for name in ("slow.png", "busy.png", "down.png"):
         with raises_one_line(f"{address}/{name}", error=FetchError):
             prepare(f"{address}/{name}")
@@ -200,14 +201,19 @@ def test_a_network_failure_is_retried_and_is_not_an_unreadable_image(monkeypatch
     with raises_one_line(f"{address}/photo.png", error=FetchError):
         prepare(f"{address}/photo.png")
 
+    def request(method: str, url: str, **settings: Any) -> Any:
+        assert (method, settings["timeout"]) == ("GET", 60)
+        return SimpleNamespace(raise_for_status=lambda: None, content=url.encode())
+
+    monkeypatch.setattr(inputs, "http_backoff", request)
+    assert prepare("https://host/a.png").pixels == b"https://host/a.png"
+
 
 def test_idx_files_are_read(tmp_path: Path) -> None:
     pixels = np.arange(2 * 4 * 4, dtype=np.uint8).reshape(2, 4, 4)
-    for name, header, values in (
-        ("train-images-idx3-ubyte", [0x803, 2, 4, 4], pixels),
-        ("train-labels-idx1-ubyte", [0x801, 2], np.zeros(2, dtype=np.uint8)),
-    ):
-        (tmp_path / name).write_bytes(np.array(header, dtype=">i4").tobytes() + values.tobytes())
+    for name, header in (("images-idx3", [0x803, 2, 4, 4]), ("labels-idx1", [0x801, 2])):
+        content = np.array(header, dtype=">i4").tobytes() + pixels.tobytes()[: np.prod(header[1:])]
+        (tmp_path / f"train-{name}-ubyte").write_bytes(content)
     source = open_input(PredictOptions("model", dataset=str(tmp_path)))
     (record,) = source.read_records([range(1, 2)])
     assert source.num_images == 2 and record.name == f"{tmp_path.name}/1"

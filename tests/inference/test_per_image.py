@@ -20,7 +20,7 @@ from modeling_vitcls.data.images import LabeledImages
 from modeling_vitcls.distributed import build_accelerator
 from modeling_vitcls.hub.model_files import PREDICTIONS_FILE, RESULTS_FILE
 from modeling_vitcls.inference.confidence import compute_energies
-from modeling_vitcls.inference.per_image import get_outputs, write_predictions
+from modeling_vitcls.inference.per_image import get_outputs, select_names, write_predictions
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +64,7 @@ def test_rows_keep_the_index_of_their_image(tmp_path: Path) -> None:
     assert [len(part) for part in get_outputs(evaluator)] == [0, 0]
     with raises_one_line("label"):
         write_predictions(tmp_path / "rows.parquet", evaluator)
+    assert select_names(["a", "b"], torch.tensor([0.5, 0.6])) == ["b"]
 
 
 def test_prediction_adds_sets_and_unknown_images(folder: Path, tmp_path: Path) -> None:

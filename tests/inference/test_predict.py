@@ -1,15 +1,12 @@
 """Prediction: scripts/predict.py and its modules.
 
-Most runs use the test process. Two start real processes: a run that is killed and resumed by two processes, and a
-mistyped flag.
+Most runs use the test process. Slow tests start real processes: a run that is killed and resumed by two processes.
 """
 
 import csv
 import io
 import json
 import os
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -25,9 +22,8 @@ import sklearn.datasets
 import torch
 from helpers import prediction_photos
 from helpers.accelerate_state import reset_accelerate
-from helpers.fresh_processes import SCRIPT_ENVIRONMENT
 from helpers.prediction_photos import predict, sorted_photos
-from helpers.scripts_in_process import SCRIPTS, run_in_process
+from helpers.scripts_in_process import run_in_process
 from helpers.tiny_models import build_tiny_config, raises_one_line, randomize
 from helpers.warm_processes import OFFLINE, READY, run_script, run_together
 from PIL import Image
@@ -50,7 +46,6 @@ from modeling_vitcls.options import PredictOptions
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
-ENVIRONMENT = os.environ | SCRIPT_ENVIRONMENT
 NAMES = ["ant", "bee", "cat"]
 LABELS = {"id2label": dict(enumerate(NAMES)), "label2id": {name: index for index, name in enumerate(NAMES)}}
 TOKENS = {"num_cls_tokens": 1, "num_distillation_tokens": 2, "num_register_tokens": 3}
@@ -200,8 +195,7 @@ def test_several_labels_are_predicted_from_the_threshold(models: Path, photos: P
 # Features ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("source", ["one_label", "encoder"])
-@pytest.mark.parametrize("kind", ["cls", "mean", "registers", "distillation"])
+@pytest.mark.parametrize(("source", "kind"), [("one_label", "cls"), ("encoder", "mean"), ("encoder", "registers")])
 def test_features_equal_the_tokens_of_the_model(
     models: Path, photos: Path, tmp_path: Path, source: str, kind: str
 ) -> None:
@@ -331,6 +325,25 @@ def test_a_killed_job_is_continued(models: Path, streamed: Path, tmp_path: Path,
     assert merged[0] == merged[1]
 
 
+def test_processes_take_batches_and_shards_in_turn(
+    models: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second process of three predicts every third batch. In the second job of two, it writes every sixth file."""
+    monkeypatch.setattr(predict_module, "gather_object", lambda rows: rows[::-1])  # of all processes
+    options = PredictOptions(str(models / "one_label"), (str(photos),), output=tmp_path / "a.jsonl", batch_size=2)
+    source = predict_module.open_input(options)
+    predictor = predict_module.build_predictor(options, build_accelerator())
+    for is_main, output in ((True, tmp_path / "a.jsonl"), (False, tmp_path / "b.jsonl")):
+        process = SimpleNamespace(num_processes=3, process_index=1, is_main_process=is_main, mixed_precision="no")
+        predict_module.predict_to_file(replace(options, output=output), process, source, predictor)
+    lines = (tmp_path / "a.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["index"] for line in lines] == [2, 3, 8] and not output.exists()
+    process.is_main_process = True  # computes the fingerprint
+    folder = replace(options, output=tmp_path / "folder", shard="2/2", shard_size=1)
+    assert predict_module.predict_to_folder(folder, process, source, predictor) == PredictionCounts(1, 0)
+    assert [file.name for file in folder.output.iterdir()] == ["shard-000004.parquet"]
+
+
 @pytest.mark.slow
 def test_two_processes_write_the_same_file_as_one(models: Path, streamed: Path, tmp_path: Path) -> None:
     flags = ["--model", models / "one_label", "--dataset", streamed, "--batch-size", 30]
@@ -344,7 +357,7 @@ def test_two_processes_write_the_same_file_as_one(models: Path, streamed: Path, 
 def test_array_jobs_write_every_shard_once(
     models: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Three jobs of one process write the rows of one job. Missing shards are named."""
+    """Three jobs of one process write the features of one job. Missing shards are named."""
     monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
     rows, folder = {}, tmp_path / "jobs"
     for output, shards in ((tmp_path / "whole", [None]), (folder, ["1/3", "3/3", "2/3"])):
@@ -352,8 +365,8 @@ def test_array_jobs_write_every_shard_once(
             if shard == "2/3":
                 with raises_one_line(str(folder), "shard-000001.parquet, shard-000004.parquet"):
                     merge_shards(folder, tmp_path / "out.csv")
-            options = {"output": output, "shard_size": 2, "shard": shard}
-            predict_images(PredictOptions(str(models / "one_label"), (str(photos),), **options))
+            options = {"output": output, "shard_size": 2, "shard": shard, "features": ("cls",)}
+            predict_images(PredictOptions(str(models / "encoder"), (str(photos),), **options))
             assert "100%" in capsys.readouterr().err
             reset_accelerate()
         assert f"{tmp_path / 'out.jsonl'}: 9 images, 0 without" in merge_shards(output, tmp_path / "out.jsonl")
@@ -398,7 +411,8 @@ def test_a_stream_is_divided_among_jobs_and_continued(
 
 
 @pytest.mark.parametrize(
-    ("num_cores", "num_processes", "expected"), [(4, "1", 4), (32, "1", 8), (32, "16", 2), (2, "4", 1)]
+    ("num_cores", "num_processes", "expected"),
+    [(4, "1", 4), (32, "1", 8), (32, "16", 2), (2, "4", 1), (None, "1", 1)],
 )
 def test_threads_are_divided_among_the_processes(
     num_cores: int | None, num_processes: str, expected: int, monkeypatch: pytest.MonkeyPatch
@@ -479,9 +493,9 @@ def test_a_model_is_identified_by_everything_that_affects_predictions() -> None:
 def test_a_folder_with_other_files_is_an_error(models: Path, photos: Path, tmp_path: Path) -> None:
     options = PredictOptions(str(models / "one_label"), (str(photos / "a.jpg"),), output=tmp_path / "out")
     predict_images(options)  # also next to shards
-    for folder in (tmp_path / "empty", tmp_path / "out"):
+    for folder, name in ((tmp_path / "empty", "table.parquet"), (tmp_path / "out", "shard-1.tex")):
         folder.mkdir(exist_ok=True)
-        (folder / "thesis.tex").write_text("", encoding="utf-8")
+        (folder / name).write_text("", encoding="utf-8")
         with raises_one_line("contains other files"):
             predict_images(replace(options, output=folder))
 
@@ -554,12 +568,3 @@ def test_images_of_several_shapes_share_a_batch(photos: Path) -> None:
         (alone,) = predict(model, processor, path)
         assert alone["label"] == row["label"]
         assert alone["probability"] == pytest.approx(row["probability"], abs=1e-5)
-
-
-def test_wrong_flags_end_before_torch_is_imported() -> None:
-    command = [sys.executable, "-X", "importtime", SCRIPTS / "predict.py", "--model", "m", "a.png", "--tok-k", "3"]
-    ran = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=ENVIRONMENT, check=False)
-    assert ran.returncode == 2
-    assert "--tok-k" in ran.stderr and "--top-k" in ran.stderr
-    imported = {line.rsplit("|", 1)[-1].strip() for line in ran.stderr.splitlines() if line.startswith("import time")}
-    assert "tyro" in imported and not imported & {"torch", "transformers", "numpy", "datasets"}

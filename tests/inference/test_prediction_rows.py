@@ -87,7 +87,12 @@ def test_images_of_an_unsupported_shape_are_errors() -> None:
 
 
 def test_labels_are_in_the_order_of_their_indices() -> None:
+    """An image whose energy equals the threshold is known."""
     names = {2: "cat", 0: "ant", 1: "bee"}
-    config = build_tiny_config(id2label=names, label2id={name: index for index, name in names.items()})
+    label2id = {name: index for index, name in names.items()}
+    config = build_tiny_config(id2label=names, label2id=label2id, energy_threshold=0.0)
     columns: Any = build_prediction_columns(ViTCLSForImageClassification(config), None, 0.5, None)
     assert columns.names == {"": ["ant", "bee", "cat"]}
+    rows = columns.build_rows({"": torch.tensor([[-torch.inf, 0.0, -torch.inf], [-1.0, -torch.inf, -torch.inf]])})
+    known, unknown = ({"label": name, "probability": 1.0, "unknown": name == "ant"} for name in ("bee", "ant"))
+    assert rows == [known, unknown]
