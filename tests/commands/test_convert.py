@@ -2,9 +2,9 @@
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
-import torch
 from helpers.command_in_process import run_here
 
 from modeling_vitcls.commands import convert
@@ -41,7 +41,11 @@ def test_the_parity_report_is_printed(capsys: pytest.CaptureFixture[str]) -> Non
     assert f" YOUR-NAME/{Path.cwd().name}\n" in printed
 
 
-def test_the_family_of_a_file_is_passed_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    torch.save({"cls_token": torch.zeros(1, 1, 8)}, tmp_path / "a.pth")
-    words = ("--source", str(tmp_path / "a.pth"), "--output", str(tmp_path / "out"), "--family", "swin")
-    assert run_here("convert", *words) == 1 and "swin" in capsys.readouterr().err
+def test_flags_are_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    stop = Mock(side_effect=ValueError("stopped"))
+    for name in ("convert_checkpoint", "write_native_model"):
+        monkeypatch.setattr(f"modeling_vitcls.conversion.convert.{name}", stop)
+    assert run_here(*"convert --source a.pth --output out --random-init --family dino".split()) == 1
+    assert run_here(*"convert --to transformers --model mine --output native".split()) == 1
+    passed = [("a.pth", Path("out"), True, "dino"), ("mine", Path("native"))]
+    assert [call.args for call in stop.call_args_list] == passed

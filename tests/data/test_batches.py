@@ -6,6 +6,7 @@ import time
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -165,6 +166,15 @@ def test_a_dataset_without_any_readable_image_is_a_one_line_error(tmp_path: Path
 
 
 # Workers -------------------------------------------------------------------------------------------------------------
+
+
+def test_batches_for_a_gpu_are_in_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    loader = Mock(return_value=[])
+    monkeypatch.setattr(batches_module, "DataLoader", loader)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    images, plan = build_images(LabeledImages(build_noise_images(2), [0, 1])), build_plan(2, batch_size=2, max_steps=1)
+    assert not list(iterate_training_batches(images, plan, 0, num_workers=3))
+    assert loader.call_args.kwargs["pin_memory"] and loader.call_args.kwargs["num_workers"] == 3
 
 
 def test_workers_ignore_the_signals_that_stop_a_run() -> None:
