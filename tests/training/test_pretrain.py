@@ -196,6 +196,7 @@ def test_worse_features_are_named() -> None:
     assert "worse" not in compare_features(bad, good) + compare_features(good, bad | {"knn_accuracy": 0.5})
     found = [format_metric(name, 12.3456) for name in ("effective_rank", "teacher_cosine", "loss", "macro_f1")]
     assert found == ["effective rank 12.3", "teacher cosine 12.346", "loss 12.35", "macro f1 1234.56%"]
+    assert format_metric("macro_f1", None).startswith("macro f1 ")  # if no image has a label
 
 
 def test_lejepa_replaces_the_crops_of_the_augmentation() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from helpers.accelerate_state import reset_accelerate
-from helpers.tiny_models import build_tiny_config, raises_one_line
+from helpers.tiny_models import build_tiny_config, raises_one_line, save_with_processor
 from helpers.tiny_options import build_tiny_options, prepare_task, read_metrics, run_dry, run_training
 from PIL import Image
 from safetensors.torch import load_file
@@ -244,7 +244,11 @@ def test_training_on_all_images(tmp_path: Path, capsys: pytest.CaptureFixture) -
 
 
 def test_a_class_that_only_the_validation_split_has(tmp_path: Path) -> None:
-    splits = {"train": {"dusk": 6, "noon": 6}, "val": {"dusk": 2, "noon": 2, "night": 2}}
+    """The training images of a trained model are too few for a selection split, which would be the default."""
+    model = save_with_processor(ViTCLSForImageClassification(build_tiny_config()), tmp_path / "model")
+    splits = {"train": {"dusk": 1, "noon": 1}, "val": {"dusk": 2, "noon": 2, "night": 2}}
     data = write_images(tmp_path / "data", splits)
-    (warning,) = prepare_task(build_options(tmp_path / "run", data)).task.warnings
+    run = prepare_task(build_options(tmp_path / "run", data, model=model, select=None))
+    (warning,) = run.task.warnings
     assert "1 of the 3 classes have no training images: night" in warning
+    assert (run.data.selection, run.options.training.select) == (None, "last")
