@@ -196,7 +196,7 @@ def is_mismatch(name: str, value: Any, target_value: Any) -> bool:
 
 
 POOLING_FIELDS = {"pooling", "cls_pooling", "pooled_cls_tokens"}
-HEAD_FIELDS = {"head_type", "head_hidden_size", "distillation_head", "distillation_inference"}
+HEAD_FIELDS = {"head_type", "head_hidden_size", "distillation_head", "distillation_inference", "temperature"}
 LEARNED_POSITION_FIELDS = {
     "position_embedding_tokens",
     "position_interpolation",

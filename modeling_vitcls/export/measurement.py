@@ -23,7 +23,7 @@ from ..data.images import LabeledImages
 from ..data.splits import load_evaluation_data, load_training_data
 from ..distributed import build_accelerator
 from ..hub.loading import MODEL_FILE_PATTERNS
-from ..hub.local_paths import strip_folders
+from ..hub.local_paths import BUILT_IN_DATASET, resolve_name, strip_folders
 from ..hub.model_files import RESULTS_FILE
 from ..inference.evaluate import EvaluationSetup, load_evaluation, set_label_columns
 from ..inference.exported_graphs import INPUT_NAME, ExportedModel
@@ -63,7 +63,7 @@ class ExportImages:
         metrics = evaluator(self.setup.model)
         metric = next(iter(metrics))
         return {
-            "dataset": strip_folders(self.dataset),
+            "dataset": strip_folders(resolve_name(self.dataset, self.dataset == BUILT_IN_DATASET)),
             "split": self.setup.split,
             "num_images": metrics["num_images"],
             "metric": metric,

@@ -276,14 +276,6 @@ def test_a_missing_pooler_is_not_initialized(tmp_path: Path) -> None:
     assert ViTCLSModel.from_pretrained(tmp_path / "made").config.pooled_activation is None
 
 
-def test_unused_weights_of_a_checkpoint_are_noted(tmp_path: Path) -> None:
-    model = randomize_weights(transformers.ViTModel(transformers.ViTConfig(**SIZES)))
-    source = save_checkpoint(model, tmp_path / "source")
-    weights = load_file(tmp_path / "source" / "model.safetensors") | {"adapter.weight": torch.zeros(2)}
-    save_file(weights, tmp_path / "source" / "model.safetensors", metadata={"format": "pt"})
-    assert any("adapter.weight" in note for note in convert_checkpoint(source, tmp_path / "made")["notes"])
-
-
 def save_without_pooler(folder: Path, names: dict[str, str]) -> str:
     """Save a ViTModel without its pooler, with these weights renamed; return it as a source."""
     encoder = randomize_weights(transformers.ViTModel(transformers.ViTConfig(**SIZES)))
@@ -387,6 +379,7 @@ UNSUPPORTED: dict[str, Callable[[Path], str]] = {
     "nowhere/at/all is not a folder": lambda folder: f"transformers:{folder}/nowhere/at/all",
     "cannot read the configuration of": lambda folder: f"transformers:{folder.parent}",  # without config.json
     "source 'keras:resnet' is not supported": lambda folder: "keras:resnet",
+    "source 'timm:' is not supported": lambda folder: "timm:",
     "--random-init requires timm:NAME or transformers:PATH_OR_ID, but the source is": lambda folder: "weights.pth",
     "--random-init reads no file": lambda folder: "timm:test_vit@weights.pth",
     "ViTCLSModel cannot be converted": lambda folder: save_checkpoint(ViTCLSModel(build_tiny_config()), folder),

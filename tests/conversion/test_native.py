@@ -15,7 +15,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
 from modeling_vitcls.commands.convert import ConvertOptions, run
-from modeling_vitcls.conversion.convert import write_native_model
+from modeling_vitcls.conversion.convert import copy_results, write_native_model
 from modeling_vitcls.hub.model_files import hash_weights
 from modeling_vitcls.publishing.model_folder import ModelFolder
 from modeling_vitcls.publishing.push import push_folder
@@ -59,8 +59,9 @@ def test_only_the_encoder_of_other_models_is_written(tmp_path: Path, kind: str) 
     assert report["model_class"] == "ViTModel" and report["classifier"] == "none"
 
 
-def test_the_card_requires_no_remote_code(tmp_path: Path) -> None:
-    run(ConvertOptions(tmp_path / "native", to="transformers", model=str(save(tmp_path / "mine", **DEMO))))
+def test_the_card_requires_no_remote_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run(ConvertOptions(tmp_path / "native", to="transformers", model=str(save(Path("mine"), **DEMO))))
     card = ModelCard.load(tmp_path / "native" / "README.md")
     assert card.data.license == "mit" and card.data.pipeline_tag == "image-classification"
     assert card.data.tags == ["vision", "vit"] and "path/to/images" not in card.text
@@ -155,6 +156,11 @@ def test_results_of_the_same_weights_are_kept(tmp_path: Path) -> None:
     kept = json.loads((tmp_path / "native" / "results.json").read_text())
     assert kept == {"accuracy": 0.5, "weights_sha256": hash_weights(tmp_path / "native")}
     assert (tmp_path / "native" / "config.resolved.yaml").is_file()
+    for name in ("results.json", "config.resolved.yaml"):
+        (tmp_path / "native" / name).unlink()
+    (folder / "config.resolved.yaml").unlink()  # results are kept without the flags
+    copy_results(folder, tmp_path / "native")
+    (tmp_path / "native" / "results.json").unlink()
     (folder / "results.json").write_text(json.dumps(results | {"weights_sha256": {"model.safetensors": "other"}}))
-    write_native_model(str(folder), tmp_path / "other")
-    assert not (tmp_path / "other" / "results.json").exists()
+    copy_results(folder, tmp_path / "native")
+    assert not (tmp_path / "native" / "results.json").exists()

@@ -38,7 +38,9 @@ def test_notes_on_positions() -> None:
         source: Any = StubSource(name, "timm")
         notes = describe_position_embeddings(source, build_tiny_config(**fields))
         assert len(notes) == len(parts) and all(part in note for part, note in zip(parts, notes, strict=True))
-    source.name, source.native_size_reason = "timm:vit", "the source supports only one size"
+    source.name, source.model = "mine", type("Sapiens2Model", (), {})()
+    assert "bfloat16" in str(describe_position_embeddings(source, build_tiny_config(**fields)))
+    source.model, source.native_size_reason = None, "the source supports only one size"
     assert describe_position_embeddings(source, build_tiny_config()) == []
 
 

@@ -17,7 +17,6 @@ from modeling_vitcls import ViTCLSImageProcessor, ViTCLSImageProcessorPil
 from modeling_vitcls.conversion import processors
 
 
-PHOTOGRAPHS = ("china.jpg", "flower.jpg")
 TIMM_CONFIGS = {
     "crop": "vit_tiny_patch16_224.augreg_in21k_ft_in1k",
     "clip": "vit_base_patch16_clip_224.openai",
@@ -36,9 +35,8 @@ class PretrainedConfigOnly(torch.nn.Module):
         self.pretrained_cfg = timm.get_pretrained_cfg(name).to_dict()
 
 
-@pytest.mark.parametrize("image", PHOTOGRAPHS)
 @pytest.mark.parametrize("name", TIMM_CONFIGS.values(), ids=TIMM_CONFIGS)
-def test_timm_preprocessing_is_equal(name: str, image: str, tmp_path: Path) -> None:
+def test_timm_preprocessing_is_equal(name: str, tmp_path: Path) -> None:
     """Pixels are equal with PIL, which timm uses, and within 2 of 255 gray levels with torchvision."""
     model = PretrainedConfigOnly(name)
     processor, record = processors.convert_timm_preprocessing(model)
@@ -46,10 +44,10 @@ def test_timm_preprocessing_is_equal(name: str, image: str, tmp_path: Path) -> N
     assert not record["assumed_because"]
     processor.save_pretrained(tmp_path)
     config = resolve_data_config(pretrained_cfg=model.pretrained_cfg)
-    wanted = create_transform(**config, is_training=False)(photograph(image))
+    wanted = create_transform(**config, is_training=False)(photograph("china.jpg"))
     std = torch.tensor(config["std"]).view(3, 1, 1)
     for backend, limit in ((ViTCLSImageProcessorPil, 1e-3), (ViTCLSImageProcessor, 2.01)):
-        found = backend.from_pretrained(tmp_path)(photograph(image), return_tensors="pt")["pixel_values"][0]
+        found = backend.from_pretrained(tmp_path)(photograph("china.jpg"), return_tensors="pt")["pixel_values"][0]
         assert found.shape == wanted.shape
         assert ((found - wanted).abs() * std * 255).max() <= limit
 
@@ -60,8 +58,6 @@ THEIRS: dict[str, tuple[str, dict[str, Any], float]] = {
     "deit": ("DeiTImageProcessor", {}, 0.0),
     "beit": ("BeitImageProcessor", {}, 0.0),
     "clip": ("CLIPImageProcessor", {}, 0.0),
-    "clip with pil": ("CLIPImageProcessorPil", {}, 0.0),
-    "siglip": ("SiglipImageProcessor", {}, 0.0),
     "dinov2": ("BitImageProcessor", {"size": {"shortest_edge": 256}}, 0.0),
     "dinov3": ("DINOv3ViTImageProcessor", {}, 1.0),  # resizes before rounding
     "not normalized": ("CLIPImageProcessor", {"do_normalize": False}, 0.0),
@@ -81,10 +77,9 @@ def test_transformers_preprocessing_is_equal(
     processor.save_pretrained(tmp_path / "made")
     theirs = AutoImageProcessor.from_pretrained(tmp_path / "source")
     ours = ViTCLSImageProcessor.from_pretrained(tmp_path / "made")
-    for image in map(photograph, PHOTOGRAPHS):
-        wanted, found = (one(image, return_tensors="pt")["pixel_values"][0] for one in (theirs, ours))
-        std = torch.tensor(ours.image_std if ours.do_normalize else [1.0]).view(-1, 1, 1)
-        assert ((found - wanted).abs() * std * 255).max() <= limit + 1e-4
+    wanted, found = (one(photograph("flower.jpg"), return_tensors="pt")["pixel_values"][0] for one in (theirs, ours))
+    std = torch.tensor(ours.image_std if ours.do_normalize else [1.0]).view(-1, 1, 1)
+    assert ((found - wanted).abs() * std * 255).max() <= limit + 1e-4
 
 
 @pytest.mark.parametrize(

@@ -149,7 +149,7 @@ FILES: dict[str, tuple[str, str | None, Callable[[], Weights], Callable[[Weights
         "deit",
         None,
         lambda: build_vit_weights(0, "gamma_{}", extra=HEAD),
-        lambda weights: {"model": weights},
+        lambda weights: {"model": {f"_orig_mod.{name}": tensor for name, tensor in weights.items()}},
         resample_bicubic,
     ),
     "dinov2.pth": (
@@ -198,12 +198,13 @@ def save(content: Any, file: Path) -> Path:
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", FILES)
-def test_files_are_converted_exactly(name: str, tmp_path: Path) -> None:
+def test_files_are_converted_exactly(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All tokens equal those of the authors' code, at the native size and at a non-square size."""
+    monkeypatch.chdir(tmp_path)
     family, option, build, wrap, resample = FILES[name]
     weights = build()
-    file = save(wrap(weights), tmp_path / name)
-    report = convert_checkpoint(str(file), tmp_path / "made", family=option)
+    file = save(wrap(weights), Path(name))
+    report = convert_checkpoint(name, tmp_path / "made", family=option)
     assert report["family"] == family and report["source"] == f"path/to/{name}"
     assert len(report["comparisons"]) == 2 and "as in the authors' code" in report["notes"][-1]
     saved_report = json.loads((tmp_path / "made" / "parity_report.json").read_text())
@@ -212,6 +213,7 @@ def test_files_are_converted_exactly(name: str, tmp_path: Path) -> None:
     assert not report["preprocessing"]["assumed_because"]
     processor = ViTCLSImageProcessor.from_pretrained(tmp_path / "made")
     assert processor.resample == (2 if family in ("msn", "tips") else 3)
+    assert family != "msn" or processor.size.shortest_edge == int(GRID * PATCH / 0.875)
     is_classifier = "head.weight" in weights
     assert report["classifier"] == ("kept" if is_classifier else "none")
     model_class = ViTCLSForImageClassification if is_classifier else ViTCLSModel
@@ -287,6 +289,7 @@ def test_dinov3_with_stored_and_with_computed_periods(tmp_path: Path) -> None:
         file = save(build_dinov3_weights(mlp, bias), tmp_path / f"{mlp}{bias}.pth")
         report = convert_checkpoint(str(file), tmp_path / f"made {mlp} {bias}")
         assert len(report["comparisons"]) == 2 and "stored in the file" in report["notes"][-1]
+        assert report["image_size"] == (16 * PATCH, 16 * PATCH)
 
 
 def test_key_biases_of_dinov3_are_refused() -> None:
@@ -400,6 +403,13 @@ def test_npz_files_of_big_vision(name: str, tmp_path: Path) -> None:
     assert is_rectangular or list(processor.image_mean) == [0.5, 0.5, 0.5]
 
 
+def test_the_image_model_of_a_flax_file_is_found() -> None:
+    """Files may contain a text model or the state of the optimizer."""
+    for prefix in ("", "img/", "params/", "params/img/", "opt/target/", "opt/target/img/"):
+        arrays = {f"{prefix}{name}": torch.ones(1) for name in ("embedding/kernel", "cls")} | {"txt": torch.ones(1)}
+        assert prepare_weights(arrays, "big_vision").keys() - {"txt"} == {"embedding/kernel", "cls"}
+
+
 def test_resampling_that_is_not_supported_is_not_compared(tmp_path: Path) -> None:
     """big_vision aligns the corners, so that only the native size is compared."""
     file = save(FLAX_FILES["mean"](), tmp_path / "vit.npz")
@@ -431,44 +441,12 @@ def test_a_file_of_eva02(tmp_path: Path) -> None:
     assert compute_cache_name(f"timm:{name}@{file}") != cache_name
 
 
-@torch.no_grad()
-def test_an_openai_clip_file(tmp_path: Path) -> None:
-    """A CLIP image encoder with its projection."""
-    name = "vit_xsmall_patch16_clip_224"
-    source: Any = randomize_weights(timm.create_model(name))
-    source.head.bias.zero_()
-    file = save(name_as_openai(dict(source.state_dict())), tmp_path / "clip.safetensors")
-    model: Any = load_source(f"timm:{name}@{file}").convert()
-    images = torch.randn(1, 3, 224, 224)
-    torch.testing.assert_close(model(images).logits, source(images), atol=1e-5, rtol=1e-5)
-
-
-def rename(weights: Weights, swaps: dict[str, str]) -> Weights:
-    """Replace parts of the names."""
-    for part, theirs in swaps.items():
-        weights = {re.sub(part, theirs, name): tensor for name, tensor in weights.items()}
-    return weights
-
-
 def name_as_baai(weights: Weights) -> Weights:
     """Return the names of baaivision/EVA."""
     swaps = {r"mlp\.fc1_g": "mlp.w1", r"mlp\.fc1_x": "mlp.w2", r"mlp\.norm": "mlp.ffn_ln", r"mlp\.fc2": "mlp.w3"}
-    return rename(weights, swaps | {r"attn\.(q|v)_proj\.bias": r"attn.\1_bias"})
-
-
-def name_as_openai(weights: Weights) -> Weights:
-    """Return OpenAI's names and shapes of a CLIP image encoder, next to weights of the text encoder."""
-    weights = {name: tensor for name, tensor in weights.items() if name != "head.bias"}
-    weights |= {
-        "class_embedding": weights.pop("cls_token").flatten(),
-        "positional_embedding": weights.pop("pos_embed")[0],
-        "proj": weights.pop("head.weight").T.contiguous(),
-    }
-    swaps = {r"^patch_embed\.proj": "conv1", r"^norm_pre": "ln_pre", r"^norm\.": "ln_post."}
-    swaps |= {r"^blocks\.": "transformer.resblocks.", r"norm(\d)": r"ln_\1", r"mlp\.fc1": "mlp.c_fc"}
-    swaps |= {r"mlp\.fc2": "mlp.c_proj", r"attn\.proj": "attn.out_proj", r"attn\.qkv\.": "attn.in_proj_"}
-    renamed = rename(weights, swaps)
-    return {f"visual.{name}": tensor for name, tensor in renamed.items()} | {"logit_scale": torch.ones(1)}
+    for part, theirs in (swaps | {r"attn\.(q|v)_proj\.bias": r"attn.\1_bias"}).items():
+        weights = {re.sub(part, theirs, name): tensor for name, tensor in weights.items()}
+    return weights
 
 
 # Refusals ------------------------------------------------------------------------------------------------------------
@@ -497,7 +475,6 @@ REFUSED: dict[str, tuple[Any, str | None, tuple[str, ...]]] = {
         ("blocks.0.attn.qkv.weight", "int8"),
     ),
     "no positions": ({n: t for n, t in PLAIN.items() if n != "pos_embed"}, "deit", ("pos_embed", "--family")),
-    "no MLP": ({n: t for n, t in PLAIN.items() if "mlp" not in n}, "deit", ("blocks.0.mlp.fc1.weight",)),
     "no final norm": ({n: t for n, t in PLAIN.items() if n != "norm.weight"}, "deit", ("norm.weight",)),
     "another weight": (PLAIN | {"blocks.0.extra\nname": torch.zeros(1)}, "deit", ("blocks.0.extra name",)),
     "no block 2": (
@@ -509,10 +486,15 @@ REFUSED: dict[str, tuple[Any, str | None, tuple[str, ...]]] = {
     "grid": (PLAIN | {"pos_embed": torch.zeros(1, 1 + 3 * 6, 192)}, "mae", ("pos_embed",)),
     "shape": (PLAIN | {"blocks.0.attn.qkv.bias": torch.tensor(0.0)}, "deit", ("blocks.0.attn.qkv.bias",)),
     "Flax": (PLAIN, "big_vision", ("embedding/kernel",)),
-    "Flax without blocks": (
-        {name: part for name, part in build_flax_weights(GRID**2).items() if "block_0" not in name},
+    "Flax without a layer": (
+        {name: part for name, part in build_flax_weights(GRID**2).items() if "Dense_1" not in name},
         "big_vision",
-        ("encoderblock",),
+        ("the family big_vision", "Dense_1"),
+    ),
+    "Flax with five heads": (
+        {n: t[:, :1].expand(-1, 5, -1) if "query/kernel" in n else t for n, t in build_flax_weights(GRID**2).items()},
+        "big_vision",
+        ("the family big_vision", "heads"),
     ),
 }
 
@@ -551,6 +533,8 @@ def test_no_code_in_a_file_runs(tmp_path: Path) -> None:
     for name, remedy in (("evil.pth", "safetensors"), ("script.pt", "state dict"), ("evil.npz", "")):
         with raises_one_line(name, remedy, error=ConversionError):
             FileSource.load(tmp_path / name)
+    with raises_one_line("evil.pth", "safetensors", error=ConversionError):
+        load_source(f"timm:test_vit@{tmp_path / 'evil.pth'}")
     assert not (tmp_path / "ran").exists()
 
 

@@ -1,7 +1,8 @@
 """Models loaded for export: their named outputs, the attention of CLS tokens, and presets."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -55,7 +56,7 @@ def read_number(image: int | None, return_tensors: str) -> dict[str, Any]:
     return {"pixel_values": image}
 
 
-def test_calibration_uses_the_training_images_of_the_run(tmp_path: Path) -> None:
+def test_calibration_uses_the_training_images_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = build_tiny_config(num_labels=10, id2label={label: str(label) for label in range(10)})
     save_with_processor(ViTCLSForImageClassification(config), tmp_path)
     record = load_training_data(DataOptions("digits", split_seed=5)).record
@@ -65,6 +66,12 @@ def test_calibration_uses_the_training_images_of_the_run(tmp_path: Path) -> None
     assert len(keys[1]) == 359 and not keys[0] & keys[1] and images.setup.evaluator.batch_size == 7
     assert images.prepare([0, None, 2, 3, 4, 5, 6], read_number, 3) == [0, 2, 4]
     assert images.prepare([0, None, 2], read_number, 4) == [0, 2]
+    setup: Any = SimpleNamespace(split="test", model=images.setup.model, evaluator=lambda model: {"num_images": 2})
+    monkeypatch.chdir(tmp_path.parent)
+    for dataset, published in (("digits", "digits"), (tmp_path.name, f"path/to/{tmp_path.name}")):
+        (tmp_path.parent / dataset).mkdir(exist_ok=True)  # "digits" is not the folder
+        scores: Any = replace(images, dataset=dataset, setup=setup).measure_accuracy({})
+        assert scores["dataset"] == published
     save_with_processor(ViTCLSModel(config), tmp_path / "encoder")
     unlabeled = load_export_images(str(tmp_path / "encoder"), "digits")
     assert len(unlabeled.training) > len(unlabeled.held_out) > 300 and unlabeled.measure_file(tmp_path) is None

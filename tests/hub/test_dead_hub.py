@@ -79,7 +79,7 @@ def test_cached_hub_datasets_load_without_the_hub(
     assert "127.0.0.1:9 does not respond" in caplog.text and ". Loading ann/pictures from the cache" in caplog.text
     for streaming in (False, True):
         with raises_one_line(
-            "ann/none", "missing or incomplete in the cache", f"{DEAD} does not respond", error=OSError
+            "ann/none is not a file or folder and is missing", f"{DEAD} does not respond", error=OSError
         ):
             load_training_data(DataOptions("ann/none", streaming=streaming))
     with raises_one_line(f"{DEAD} does not respond", "Check the network", error=OSError):

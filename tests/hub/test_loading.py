@@ -9,6 +9,7 @@ import socket
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from huggingface_hub.utils import _http as hub_http
 from huggingface_hub.utils import enable_progress_bars
 
 import modeling_vitcls as vitcls
+from modeling_vitcls.conversion.any_checkpoint import resolve_checkpoint
 from modeling_vitcls.conversion.random_weights import randomize_weights
 from modeling_vitcls.hub import loading
 from modeling_vitcls.hub.loading import download_files, get_cached_commit, get_model_folder, resolve_commit
@@ -183,11 +185,19 @@ def test_only_the_matching_files_of_the_commit_are_downloaded(
     assert not (folder / "model.safetensors").exists()
     with raises_one_line("cannot download ann/none: HTTP 40", error=OSError):
         download_files("ann/none", "0" * 40, ["*.json"])
-    cached = download_files("ann/model", None, ["*.txt"])
+    cached = Path(resolve_checkpoint("ann/model", ["config.json", "*.txt"]))
     assert (cached / "notes.txt").read_bytes() == b"new" and cached.is_relative_to(tmp_path / "cache")
-    monkeypatch.setattr(loading, "snapshot_download", lambda *_, **__: f"{get_session().timeout.read}")
-    for given, timeout in (((), loading.COMMIT_TIMEOUT), ((3.0,), 3.0)):
-        assert download_files("ann/model", None, [], *given).name == str(timeout)
+    timeouts: list[float] = []
+
+    def download(*_: Any, **__: Any) -> Path:
+        timeouts.append(get_session().timeout.read)
+        return cached
+
+    monkeypatch.setattr(loading, "snapshot_download", download)
+    download_files("ann/model", None, [])
+    download_files("ann/model", None, [], 3.0)
+    assert get_model_folder("ann/model") == str(cached)
+    assert timeouts == [loading.COMMIT_TIMEOUT, 3.0, loading.TIMEOUT] and loading.TIMEOUT < loading.COMMIT_TIMEOUT
 
 
 def test_files_are_downloaded_once_and_the_newest_is_used(
@@ -256,20 +266,29 @@ def test_failed_downloads_are_named(hub: LocalHub, method: str, words: str, monk
 
 
 def test_pickled_weights_are_downloaded_only_if_there_are_no_others(hub: LocalHub, tmp_path: Path) -> None:
-    files = {"config.json": b"{}", "pytorch_model.bin": b"pickled", "notes.txt": b"x"}
+    names = ("pytorch_model-1-of-2.bin", "pytorch_model.bin.index.json", "preprocessor_config.json")
+    files = dict.fromkeys(names, b"{}") | {"config.json": b"{}", "pytorch_model.bin": b"pickled", "notes.txt": b"x"}
     hub.create("ann/old", private=False, files=files)
     folder = Path(loading.get_external_model_folder("ann/old"))
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == {
         name: content for name, content in files.items() if name != "notes.txt"
     }
-    hub.create("ann/new", private=False, files=files | {"model.safetensors": b"weights"})
+    shards = dict.fromkeys(("model-1-of-2.safetensors", "model.safetensors.index.json"), b"{}")
+    hub.create("ann/new", private=False, files=files | shards)
     folder = Path(loading.get_external_model_folder("ann/new"))
-    assert {file.name for file in folder.iterdir()} == {"config.json", "model.safetensors"}
+    assert {file.name for file in folder.iterdir()} == {"config.json", "preprocessor_config.json", *shards}
     assert loading.get_external_model_folder(str(tmp_path)) == str(tmp_path)
     old = hub.repositories["ann/old"].branches["main"]
     hub.repositories["ann/old"].commit("main", "newer", {"config.json": hub.store("config.json", b"{}")})
     assert Path(loading.get_external_model_folder("ann/old", old), "pytorch_model.bin").read_bytes() == b"pickled"
     assert not Path(loading.get_external_model_folder("ann/old"), "pytorch_model.bin").exists()
+
+
+def test_a_file_replaces_the_weights_of_timm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With `custom_load`, timm reads only files in the format of its own weights."""
+    monkeypatch.setattr("timm.create_model", lambda name, **options: (name, options))
+    options = {"pretrained": True, "pretrained_cfg_overlay": {"file": "a@b.pth", "custom_load": False}}
+    assert loading.load_timm_model("vit@a@b.pth") == (("vit", options), None)
 
 
 def test_incomplete_cached_models_are_not_used(hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> None:

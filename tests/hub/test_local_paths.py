@@ -11,6 +11,7 @@ from helpers.tiny_models import raises_one_line
 from modeling_vitcls.checkpoints import CheckpointStore
 from modeling_vitcls.hub.loading import split_revision
 from modeling_vitcls.hub.local_paths import (
+    can_publish_images,
     check_output_is_empty,
     is_local,
     is_same_source,
@@ -162,6 +163,18 @@ def test_a_folder_has_moved_only_if_its_old_path_is_gone(here: Path) -> None:
         assert is_same_source(old, f"{here}/new/teach") is is_same
     assert is_same_source("timm:resnet18@/gone/w.pt", "timm:resnet18@/new/w.pt")
     assert not is_same_source("timm:resnet18@/gone/w.pt", "timm:resnet50@/new/w.pt")
+
+
+def test_images_of_local_datasets_are_published_only_if_requested() -> None:
+    for dataset, is_public in (
+        ("digits", True),
+        ("acme/data", True),
+        ("./data", False),
+        ("csv:x", False),
+        (None, False),
+    ):
+        assert can_publish_images({"dataset": dataset}) is is_public
+        assert can_publish_images({"dataset": dataset, "card_samples": True})
 
 
 def test_a_folder_in_use_is_not_written_to(tmp_path: Path) -> None:

@@ -44,6 +44,8 @@ def test_the_metadata_of_a_card_is_inherited(tmp_path: Path, monkeypatch: pytest
     assert Provenance.from_dict(found.to_dict(), output) == replace(found, license_files=(output / "LICENSE.md",))
     assert Provenance.from_dict(found.to_dict(), tmp_path) == replace(found, license_files=())
     assert Provenance("mine", license=["mit", "gemma"]).license_label == "mit, gemma"
+    assert replace(found, license="mit").license_label == "mit"
+    assert replace(found, license_name=None).license_label == "other"
     monkeypatch.chdir(source)
     found.copy_license(Path())  # a run that writes into the folder that it started from
     assert (source / "LICENSE.md").read_text() == "the text"

@@ -4,7 +4,6 @@ The models are in transformers_cases.py.
 """
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -68,20 +67,6 @@ def test_outputs_in_the_parity_report(name: str, outputs: set[str]) -> None:
 
 def test_every_class_is_tested() -> None:
     assert {case.model for case in CASES.values()} == set(CONVERTIBLE_CLASSES)
-
-
-@pytest.mark.parametrize("name", ["deit distilled", "beit shared and per layer", "radio", "siglip", "clip projection"])
-@torch.no_grad()
-def test_saved_and_loaded_again(name: str, tmp_path: Path) -> None:
-    case = CASES[name]
-    source = case.build()
-    model = convert_from_transformers(source)
-    model.save_pretrained(tmp_path)
-    size = case.sizes[-1]
-    assert_same(
-        compute_outputs(type(model).from_pretrained(tmp_path), images(size)),
-        compute_source_outputs(case, source, images(size)),
-    )
 
 
 def test_the_source_is_unchanged_and_shares_no_memory() -> None:
@@ -161,18 +146,4 @@ def test_unexpected_weights_are_listed() -> None:
     for index in range(5):
         source.add_module(f"adapter{index}", nn.Linear(2, 2))
     with pytest.raises(ConversionError, match=r"unexpected weights: adapter0\.weight, .*3\.bias and 2 more$"):
-        convert_from_transformers(source)
-
-
-def test_missing_weights_are_listed() -> None:
-    source = CASES["vit"].build()
-    source.layers[1].mlp.fc2.bias = None
-    with pytest.raises(ConversionError, match=re.escape("layers.1.mlp.fc2.bias")):
-        convert_from_transformers(source)
-
-
-def test_weights_of_another_shape_are_listed() -> None:
-    source = CASES["vit"].build()
-    source.layers[0].mlp = type(source.layers[0].mlp)(transformers.ViTConfig(**PLAIN | {"intermediate_size": 40}))
-    with pytest.raises(ConversionError, match=r"size mismatch for layers.0.mlp.fc1.bias: .*\[40\].*\[48\]"):
         convert_from_transformers(source)
