@@ -228,20 +228,20 @@ def test_stages_at_load(tmp_path: Path) -> None:
         assert config.stage_names == ["stem", "stage1", "stage2", "stage3"][: num_layers + 1]
 
 
-def test_gated_tokens_at_load(tmp_path: Path) -> None:
-    """Gates stay with their tokens, the last of a group."""
-    build_tiny_config(num_register_tokens=3, gated_tokens={"registers": 2}).save_pretrained(tmp_path)
+def test_gated_tokens_and_teachers_at_load(tmp_path: Path) -> None:
+    """Gates stay with their tokens, the last of a group, and teachers with the first distillation tokens."""
+    teachers = {"num_distillation_tokens": 2, "distillation_teachers": ["a", "b"]}
+    build_tiny_config(num_register_tokens=3, gated_tokens={"registers": 2}, **teachers).save_pretrained(tmp_path)
     expected = {1: None, 2: {"registers": 1}, 3: {"registers": 2}, 5: {"registers": 4}}
     for num_registers, gated_tokens in expected.items():
-        config = ViTCLSConfig.from_pretrained(tmp_path, num_register_tokens=num_registers, num_cls_tokens=2)
-        assert config.gated_tokens == gated_tokens
+        counts = {"num_register_tokens": num_registers, "num_cls_tokens": 2, "num_distillation_tokens": 1}
+        config = ViTCLSConfig.from_pretrained(tmp_path, **counts)
+        assert (config.gated_tokens, config.distillation_teachers) == (gated_tokens, ["a"])
 
 
 def test_labels_at_construction() -> None:
     config = ViTCLSConfig(id2label={0: "cat", 1: "dog", 2: "cow"})
     assert (config.num_labels, config.label2id) == (3, {"cat": 0, "dog": 1, "cow": 2})
-    assert ViTCLSConfig(num_labels=2, id2label={0: "cat", 1: "dog"}).num_labels == 2
-    assert ViTCLSConfig(num_labels=0).num_labels == 0
     assert ViTCLSConfig(id2label={0: "crane", 1: "crane"}).num_labels == 2  # two ImageNet classes have this name
 
 
