@@ -213,8 +213,8 @@ def find_harm(effects: dict[str, dict[str, Effect]], num_tests: int, is_group: b
     a constant prediction."""
     for kind, by_name in effects.items():
         for name, effect in by_name.items():
-            is_significant = (effect.improvement or 1.0) < MAX_HARM_P_VALUE / (num_tests * len(by_name))
-            if is_significant and effect.is_better_than_chance and effect.improvement is not None:
+            limit = MAX_HARM_P_VALUE / (num_tests * len(by_name))
+            if effect.improvement is not None and effect.improvement < limit and effect.is_better_than_chance:
                 change = 100 * (effect.accuracy_change or 0)
                 return {
                     "harmful": f"{describe_ablation(kind, is_group).capitalize()} changes the accuracy"

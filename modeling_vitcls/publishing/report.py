@@ -31,17 +31,16 @@ NUM_STATISTICS_IMAGES = 64  # number of images for the statistics in the report
 NUM_STREAMED_IMAGES = 1000  # number of images of a streamed held-out split from which images are selected
 
 
-def write_report(
-    folder: ModelFolder, warn: Callable[[str], None], images: InspectionImages | None = None
-) -> str | None:
-    """Write report.html and the card's images, and return a summary of the diagnosis of the special tokens.
+def write_report(folder: ModelFolder, warn: Callable[[str], None]) -> str | None:
+    """Write report.html and the card's images, and return a summary of the diagnosis of the special tokens; None
+    without a report.
 
-    Errors are passed to `warn`, and the missing files are not written. `images` are the images of the report; by
-    default, the held-out images of the run that wrote the folder.
+    The images of the report are the held-out images of the run that wrote the folder. Errors are passed to `warn`, and
+    the missing files are not written.
     """
     inspection: Inspection | None = None
     with convert_errors(warn, f"{REPORT_FILE} could not be written"):
-        data = load_run_data(folder) if images is None and folder.results else None
+        data = load_run_data(folder) if folder.results else None
         if data is not None and isinstance(data.held_out, StreamedImages):
             data = replace(data, held_out=data.held_out.read_first(NUM_STREAMED_IMAGES))
         if data is not None and len(data.held_out):
@@ -49,7 +48,6 @@ def write_report(
             names = [f"held out, {index}" for index in range(len(data.held_out))]
             source = f"{folder.results['dataset']}, {folder.results['split']}"
             images = InspectionImages(data.held_out.images, names, labels, source)
-        if images is not None:
             model = getattr(modeling_vitcls, folder.architecture).from_pretrained(folder.path).eval()
             inspection = inspect_model(
                 model.to("cuda" if torch.cuda.is_available() else "cpu"),
@@ -57,7 +55,7 @@ def write_report(
                 **images.build_arguments(NUM_REPORT_IMAGES, NUM_STATISTICS_IMAGES),
                 token_movement=folder.results.get("token_movement"),
             )
-            predictions = None if data is None else describe_predictions(folder, data.held_out.images)
+            predictions = describe_predictions(folder, data.held_out.images)
             name = folder.path.resolve().name
             write_page(folder.path / REPORT_FILE, inspection, name, images.source, predictions)
     if folder.config is not None:

@@ -284,8 +284,9 @@ def test_each_of_several_labels_is_a_prediction() -> None:
 
 def test_wrong_inputs_are_one_line_errors() -> None:
     model = build_classifier()
-    with raises_one_line("labels"):
-        compute_ablations(model, Batches(torch.zeros(6, 2)))
+    for labels in (torch.zeros(6, 2), torch.zeros(2, 2)):
+        with raises_one_line("labels"):
+            compute_ablations(model, Batches(labels))
     with raises_one_line("at least one image"):
         compute_ablations(model, list)
 
@@ -377,11 +378,3 @@ def test_labels_of_datasets_are_converted(fields: dict[str, Any], label: Any, ex
     found = encode_labels([label, label], model)
     assert found is not None and found.tolist() == [expected] * 2
     assert encode_labels(None, model) is None
-
-
-@pytest.mark.parametrize("problem_type", [None, "regression"])
-def test_models_that_are_not_classifiers_have_no_labels(problem_type: str | None) -> None:
-    """Such labels cannot be encoded as class indices."""
-    config = build_tiny_config(problem_type=problem_type)
-    model = ViTCLSForImageClassification(config) if problem_type else ViTCLSModel(config)
-    assert encode_labels([[0.5, 1.5, 2.5], {"species": 1}, None], model) is None

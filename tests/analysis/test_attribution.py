@@ -36,7 +36,6 @@ KINDS_OF_LAYERS: dict[str, dict[str, Any]] = {
     "relative positions": {"relative_position_bias": "layer"},
     "differential": {"attention_type": "differential"},
 }
-each_kind_of_layers = pytest.mark.parametrize("fields", KINDS_OF_LAYERS.values(), ids=KINDS_OF_LAYERS)
 
 # Tokens that the head uses: fields, and the share of each token; "p" is the share of each patch.
 HEADS: dict[str, tuple[dict[str, Any], list[float], str]] = {
@@ -50,7 +49,6 @@ HEADS: dict[str, tuple[dict[str, Any], list[float], str]] = {
     "first of three": ({"num_cls_tokens": 3}, [1, 0, 0], ""),
     "two of three": ({"num_cls_tokens": 3, "cls_pooling": "concat", "pooled_cls_tokens": [2, 0]}, [1, 0, 1], ""),
 }
-each_head = pytest.mark.parametrize(("fields", "special", "patches"), HEADS.values(), ids=HEADS)
 
 
 def build_classifier(**fields: Any) -> ViTCLSForImageClassification:
@@ -137,14 +135,6 @@ def test_rollout_equals_the_product_of_all_layers(layout: dict[str, Any], implem
         assert not found.requires_grad
 
 
-@each_kind_of_layers
-def test_rollout_of_every_kind_of_layers(fields: dict[str, Any]) -> None:
-    model = randomize(ViTCLSModel(build_tiny_config(**LAYERS | fields)))
-    found = compute_attention_rollout(model, build_images())
-    expected = compute_rollout(model, build_images())[:, : found.shape[1]]
-    assert get_largest_difference(found, expected) <= TOLERANCE
-
-
 @pytest.mark.parametrize("share", [0.0, 0.8, 2.0])
 def test_rollout_of_differential_attention(share: float) -> None:
     """A negative difference does not flow. If both maps are equal, the token keeps its own value."""
@@ -167,7 +157,7 @@ def test_rollout_of_differential_attention(share: float) -> None:
 # Attribution ---------------------------------------------------------------------------------------------------------
 
 
-@each_head
+@pytest.mark.parametrize(("fields", "special", "patches"), HEADS.values(), ids=HEADS)
 def test_attribution_starts_at_the_tokens_that_the_head_reads(
     fields: dict[str, Any], special: list[float], patches: str
 ) -> None:
@@ -179,12 +169,14 @@ def test_attribution_starts_at_the_tokens_that_the_head_reads(
     assert found.min() >= 0 and not found.requires_grad
 
 
-@each_kind_of_layers
-def test_attribution_of_every_kind_of_layers(fields: dict[str, Any]) -> None:
+@pytest.mark.parametrize("fields", KINDS_OF_LAYERS.values(), ids=KINDS_OF_LAYERS)
+def test_attribution_and_rollout_of_every_kind_of_layers(fields: dict[str, Any]) -> None:
     model = build_classifier(**fields)
     found = compute_attribution(model, build_images(), target=2)
-    expected = compute_relevance(model, build_images(), target=2)[0][:, 0]
-    assert_same_relevance(found, expected)
+    assert_same_relevance(found, compute_relevance(model, build_images(), target=2)[0][:, 0])
+    rollout = compute_attention_rollout(model, build_images())
+    expected = compute_rollout(model, build_images())[:, : rollout.shape[1]]
+    assert get_largest_difference(rollout, expected) <= TOLERANCE
 
 
 def test_attribution_of_tasks() -> None:

@@ -149,7 +149,7 @@ def test_the_effect_that_decides() -> None:
     assert "them" in group.reason and "them" not in register.reason
     assert judge_effects(effect, change(effect, size=0.9), cls=1.0, registers=0.0)[1].word == "has an effect"
     assert judge_effects(effect, effect, cls=0.0, registers=0.0)[1].word == "replaceable"
-    for p_value, is_better in ((0.04 / 16, True), (0.06 / 16, True), (0.04 / 16, False)):
+    for p_value, is_better in ((0.0, True), (0.04 / 16, True), (0.06 / 16, True), (0.04 / 16, False)):
         found = judge_effects(effect, change(effect, improvement=p_value, is_better_than_chance=is_better))[1]
         assert (found.word == "harmful") == ("+10.0" in found.reason) == (is_better and p_value < 0.05 / 16)
 
@@ -276,6 +276,7 @@ def test_the_last_layers_that_are_used_are_decisive() -> None:
         found = diagnose_patches(model.config, replace_ratios(findings, dict.fromkeys(layers, 0.02)))
         assert found.word == word, layers
     assert found.numbers["second_mode"]["ratio"] == pytest.approx(6, rel=0.05)
+    assert re.findall(r"[\d.]+\d|\d", found.reason)[:3] == ["7", "2.0", "6.0"] and "more reg" not in found.reason
     assert (found.rating, found.numbers["layer"], found.numbers["num_patches"]) == ("bad", 7, 4096)
     encoder = diagnose_patches(model.config, replace_ratios(findings, {9: 0.02}), has_head=False)
     assert (encoder.word, encoder.numbers["layer"]) == ("artifacts", 9)
@@ -302,6 +303,7 @@ def test_registers_absorb_outliers_only_if_outliers_increase_without_them() -> N
         assert ("absorb outliers" in found.reason) == is_increase
     for by_layer, without in (({2: 0.03}, {}), ({}, {}), ({2: 0.03}, {2: 0.03})):
         same = diagnose_patches(model.config, replace_ratios(findings, by_layer, without))
+        assert ("more registers" in same.reason) == bool(by_layer)
         assert "absorb outliers" not in same.reason and (same.numbers["second_mode_without_registers"] is None) == (
             not without
         )

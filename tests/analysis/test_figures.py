@@ -64,18 +64,19 @@ def test_norms_and_their_histogram():
     planted = replace(findings, patch_ratios=ratios, token_norms=100 * findings.token_norms)
     assert (norms.get_yscale(), plot_norms(config, planted).axes[0].get_yscale()) == ("linear", "log")
     without = replace(planted, token_norms=0 * findings.token_norms)  # zero has no logarithm
-    assert plot_norms(config, without).axes[0].get_yscale() == "linear"
+    (linear,) = plot_norms(config, without).axes
+    assert linear.get_yscale() == "linear" and linear.get_ylim()[0] == 0
     (axes,) = plot_norm_histogram(config, planted, layer=-3).axes
     triangles = next(line for line in axes.get_lines() if line.get_label() == "registers").get_xdata()
     medians = 100 * findings.token_norms[1, config.token_layout.registers] / findings.patch_norms[1].median()
-    assert triangles == pytest.approx(medians.tolist()) and max(triangles) <= axes.get_xlim()[1]
+    assert triangles == pytest.approx(medians.tolist()) and axes.get_xlim() == pytest.approx((0.5, max(triangles)))
     assert "layer 1" in axes.get_title()
     mode, red = find_second_mode(ratios[1]), to_rgba("#B3261E")
     assert mode is not None and mode.threshold in [line.get_xdata()[0] for line in axes.get_lines()]
     assert sum(bar.get_height() for bar in axes.patches) == 2000
     assert sum(bar.get_height() for bar in axes.patches if bar.get_facecolor() == red) == 60
-    (axes,) = plot_norm_histogram(config, planted, layer=0).axes  # has one mode
-    assert red not in {bar.get_facecolor() for bar in axes.patches}
+    (axes,) = plot_norm_histogram(config, without, layer=0).axes  # has one mode
+    assert red not in {bar.get_facecolor() for bar in axes.patches} and axes.get_xlim() == pytest.approx((1e-3, 2))
 
 
 def test_figures_are_svg():

@@ -116,13 +116,10 @@ def test_colors_are_the_principal_components() -> None:
         assert torch.allclose(small, one, atol=1e-4)
 
 
-def test_few_patches_and_channels_have_colors_too() -> None:
+@pytest.mark.filterwarnings("error")
+def test_few_patches_and_equal_patches_have_colors_too() -> None:
+    """For example, the patches of a black image are equal."""
     (colors,) = compute_patch_colors([torch.randn(1, 2, 4)])
     assert colors.isfinite().all() and (colors[..., 2] == 0.5).all()
-
-
-@pytest.mark.filterwarnings("error")
-def test_equal_patches_have_one_color() -> None:
-    """For example, of a black image."""
-    (colors,) = compute_patch_colors([torch.ones(3, 4, 8)])
-    assert colors.isfinite().all() and len(colors.flatten(0, 1).unique(dim=0)) == 1
+    (equal,) = compute_patch_colors([torch.ones(3, 4, 8)])
+    assert equal.isfinite().all() and len(equal.flatten(0, 1).unique(dim=0)) == 1

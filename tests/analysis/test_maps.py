@@ -63,14 +63,6 @@ def test_maps_of_another_image_size_are_errors():
         extract_patch_maps(torch.zeros(1, 3, 19), config, (64, 32))
 
 
-def test_a_model_without_special_tokens_has_no_maps():
-    config = build_tiny_config(num_cls_tokens=0, pooling="mean")
-    rows = ViTCLSForImageClassification(config).token_attention(build_images())
-    maps = extract_patch_maps(rows, config, (32, 32))
-    assert maps.shape == (2, 2, 2, 0, 4, 4)
-    assert upsample_maps(maps, (50, 60), VisibleRegion(0, 0, 60, 50)).shape == (2, 2, 2, 0, 50, 60)
-
-
 def test_a_model_without_a_head_outputs_all_tokens_but_registers():
     config = build_tiny_config(num_cls_tokens=2, num_distillation_tokens=1, num_register_tokens=1)
     assert get_used_token_mask(config, has_head=False) == [True, True, True, False, True]

@@ -112,18 +112,6 @@ def test_registers_that_carry_all_information_have_an_effect(num_registers: int)
     assert verdict.numbers["decided_by"]["limit"] is not None
 
 
-def test_a_harmful_register(model: Any) -> None:
-    """The embedding of a register increases the loss (gradient ascent): accuracy is higher without it."""
-    tokens = model.vitcls.embeddings.register_tokens
-    for _ in range(25):
-        model.zero_grad()
-        model(HELD_OUT[0][:64], labels=HELD_OUT[1][:64]).loss.backward()
-        with torch.no_grad():
-            tokens[:, 1] += tokens.grad[:, 1] / tokens.grad[:, 1].norm()
-    found = judge(model)["register 2"]
-    assert (found.word, found.rating) == ("harmful", "bad")
-
-
 def test_dead_and_uniform_heads(model: Any) -> None:
     findings = collect_findings(model, HELD_OUT[0])
     assert (diagnose_heads(findings).rating, diagnose_patches(model.config, findings).word) == ("good", "no artifacts")

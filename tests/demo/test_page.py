@@ -6,6 +6,7 @@ import socket
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 from urllib.request import urlopen
 
 import numpy as np
@@ -134,25 +135,35 @@ def test_only_uploaded_images_and_examples_are_opened(page: Any, uploads: Path, 
     assert str(uploads) not in str(raised.value)
 
 
-def test_encoders_gray_images_and_models_of_the_hub(page: Any, tmp_path: Path, uploads: Path) -> None:
+def test_encoders_and_gray_images(page: Any, uploads: Path) -> None:
     encoder = randomize(ViTCLSModel(build_tiny_config(num_channels=1), add_pooling_layer=False))
     gray = ViTCLSImageProcessor(size=32, do_convert_rgb=False, image_mean=[0.5], image_std=[0.5])
     Image.new("L", (40, 40), 128).save(uploads / "gray.png")
     (maps,) = call_page(page.build_page(encoder, gray, "encoder"), {"path": str(uploads / "gray.png")}, 2)
     assert [name for _, name in maps] == ["CLS"]
+
+
+def test_models_of_the_hub(page: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("AutoConfig", "AutoModel", "AutoModelForImageClassification", "AutoImageProcessor")
+    loaders = {name: Mock(wraps=getattr(page, name)) for name in names}
+    for name, loader in loaders.items():
+        monkeypatch.setattr(page, name, loader)
     folder = save_with_processor(ViTCLSModel(build_tiny_config(), add_pooling_layer=False), tmp_path / "encoder")
-    model, _ = page.load_from_hub(str(folder), "main")
+    model, _ = page.load_from_hub(str(folder), "v1")
     assert type(model).__name__ == "ViTCLSModel" and model.pooler is None
-    model, processor = page.load_from_hub(str(save_classifier(tmp_path / "classifier")), "main")
+    model, processor = page.load_from_hub(str(save_classifier(tmp_path / "classifier")), "v1")
     assert type(model).__name__ == "ViTCLSForImageClassification" and not model.training
     assert processor.size.height == 32
+    for loader in loaders.values():
+        options = loader.from_pretrained.call_args.kwargs
+        assert (options["revision"], options["trust_remote_code"]) == ("v1", True)
 
 
 def test_only_the_prediction_is_public(page: Any) -> None:
     """The functions receive the uploaded files. The slider starts at the last layer."""
     blocks = page.build_page(build_classifier(), PROCESSOR, "mine")
     (slider,) = (each for each in blocks.blocks.values() if isinstance(each, page.gr.Slider))
-    assert (slider.minimum, slider.maximum, slider.value, slider.visible) == (1, 2, 2, True)
+    assert (slider.minimum, slider.maximum, slider.value, slider.step) == (1, 2, 2, 1) and slider.visible
     (label,) = (each for each in blocks.blocks.values() if isinstance(each, page.gr.Label))
     assert (label.label, label.num_top_classes) == ("Prediction", 5)
     assert (blocks.title, blocks.delete_cache) == ("mine", (3600, 3600))  # uploads are deleted after an hour
@@ -170,12 +181,14 @@ def test_errors_are_one_line(page: Any, tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_the_page_is_served_until_the_process_is_stopped(
-    page: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    page: Any, uploads: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    Image.new("RGB", (40, 40)).save(uploads / "example.png")
     served: list[Any] = []
     monkeypatch.setattr("gradio.Blocks.block_thread", lambda blocks: served.append(blocks))
-    page.serve_demo(build_classifier(), PROCESSOR, "mine", host="127.0.0.1")
+    page.serve_demo(build_classifier(), PROCESSOR, "mine", [uploads / "example.png"], host="127.0.0.1")
     (blocks,) = served
+    assert any(isinstance(each, page.gr.Dataset) for each in blocks.blocks.values())  # the examples
     with urlopen(blocks.local_url, timeout=60) as answer:
         assert answer.status == 200 and f"mine: {blocks.local_url}" in capsys.readouterr().out
     blocks.close()

@@ -17,6 +17,7 @@ from modeling_vitcls import ViTCLSForImageClassification, ViTCLSForMultiTaskClas
 from modeling_vitcls.configuration_vitcls import MIN_TRANSFORMERS_VERSION
 from modeling_vitcls.conversion.convert import convert_checkpoint, write_native_model
 from modeling_vitcls.publishing.card import (
+    build_metadata,
     describe_architecture,
     describe_run,
     describe_use,
@@ -73,7 +74,7 @@ def test_a_classifier(tmp_path: Path) -> None:
     assert "trained from scratch on `digits`" in text
     assert f"These files belong to modeling_vitcls {__version__}." in text and "sha256sum" not in text
     assert card.data.library_name == "transformers" and card.data.pipeline_tag == "image-classification"
-    assert card.data.license is None and "did not specify a license" in text
+    assert card.data.license is None and "did not specify a license" in text and "report.html" not in text
 
 
 def test_the_variables_of_a_card(tmp_path: Path) -> None:
@@ -99,7 +100,7 @@ def test_the_variables_of_a_card(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("dataset", "is_on_hub"), [("acme/photos", True), ("digits", False), ("./photos", False)])
 def test_the_model_index_names_datasets_of_the_hub_only(tmp_path: Path, dataset: str, is_on_hub: bool) -> None:
-    folder = write_run_folder(tmp_path / "mine", {"dataset": "photos"}, {"dataset": dataset})
+    folder = write_run_folder(tmp_path / "mine", {"dataset": "photos", "accuracy": 0.98333333}, {"dataset": dataset})
     card = load_card(folder, "ann/mine")
     assert (card.data.datasets == ["acme/photos"]) is is_on_hub
     if not is_on_hub:
@@ -110,6 +111,9 @@ def test_the_model_index_names_datasets_of_the_hub_only(tmp_path: Path, dataset:
     assert (result.metric_type, result.metric_name, result.metric_value) == ("accuracy", "Accuracy", 0.983333)
     assert result.dataset_args == {"num_images": 360} and card.data.metrics == ["accuracy"]
     assert yaml.safe_load(str(card).split("---")[1])["model-index"][0]["name"] == "ann/mine"
+    several_labels = ModelFolder(folder)
+    several_labels.results["mean_average_precision"] = several_labels.results.pop("accuracy")
+    assert build_metadata(several_labels, "ann/mine")["metrics"] == ["mean_average_precision"]
 
 
 def test_an_encoder_shows_its_features_before_and_after_pre_training(tmp_path: Path) -> None:
@@ -190,12 +194,11 @@ def test_an_ignored_license_is_reported(tmp_path: Path, caplog: pytest.LogCaptur
 
 def test_the_recipe_has_no_local_paths_and_no_destination(tmp_path: Path) -> None:
     flags = {"dataset": "/home/ann/secret/photos", "model": "../secret/base", "output_dir": "/home/ann/secret/out"}
-    flags |= {"teachers": ["ann/a", "/home/ann/secret/b"], "hub_model_id": "ann/mine", "resume": True, "shift": 0.0}
+    flags |= {"teachers": ["ann/a", "/home/ann/secret/b"], "overwrite": True, "resume": True, "shift": 0.0}
     results = {"provenance": {"name": "base"}, "dataset": "photos"}
     folder = ModelFolder(write_run_folder(tmp_path / "mine", results, flags))
-    recipe = folder.shareable_flags
-    assert (recipe["dataset"], recipe["model"], recipe["shift"]) == ("path/to/photos", "path/to/base", 0)
-    assert recipe["teachers"] == ["ann/a", "path/to/b"] and not {"hub_model_id", "resume"} & recipe.keys()
+    sources = {"dataset": "path/to/photos", "model": "path/to/base", "teachers": ["ann/a", "path/to/b"]}
+    assert folder.shareable_flags == {"output_dir": "my-model", "epochs": 3.0, "shift": 0.0} | sources
     assert "secret" not in render_card(folder) and "`path/to/base`" in render_card(folder)
     for unreadable in (b"[", b"- dataset", b"\xff"):
         (folder.path / "config.resolved.yaml").write_bytes(unreadable)

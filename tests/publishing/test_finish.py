@@ -3,19 +3,18 @@
 import html
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
-import numpy as np
 import pandas as pd
 import pytest
 from helpers.local_hub import LocalHub
 from helpers.model_folders import write_run_folder
+from helpers.photo_folders import write_photos
 from helpers.tiny_models import build_tiny_config, raises_one_line, save_with_processor
 from huggingface_hub import ModelCard
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSForMaskedImageModeling, finetune
-from modeling_vitcls.analysis.inspection import InspectionImages
 from modeling_vitcls.api import build_options
-from modeling_vitcls.data.images import ArrayImages
 from modeling_vitcls.data.splits import load_training_data
 from modeling_vitcls.files import read_json, write_json
 from modeling_vitcls.options import DataOptions, FinetuneOptions, RunOptions
@@ -80,6 +79,20 @@ def test_the_data_of_a_run_are_loaded_again(tmp_path: Path) -> None:
     assert load_run_data(ModelFolder(folder.path)) is None
 
 
+def test_the_report_shows_held_out_images_of_a_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It measures 64 of at most 80 images, and shows six. An error of the measurement is a warning."""
+    measure, warnings = Mock(side_effect=RuntimeError), []
+    monkeypatch.setattr("modeling_vitcls.publishing.report.inspect_model", measure)
+    monkeypatch.setattr("modeling_vitcls.publishing.report.NUM_STREAMED_IMAGES", 80)
+    for split, numbers in (("train", range(1)), ("test", range(30))):
+        write_photos(tmp_path / "photos" / split, numbers, "dusk", "noon", "x")
+    flags = {"dataset": str(tmp_path / "photos"), "streaming": True}
+    assert write_report(ModelFolder(write_run_folder(tmp_path / "run", None, flags)), warnings.append) is None
+    found = measure.call_args.kwargs
+    assert [len(found[name]) for name in ("images", "labels", "names")] == [64] * 3 and found["num_shown"] == 6
+    assert found["names"][-1] == "held out, 79" and len(warnings) == 1 and "RuntimeError" in warnings[0]
+
+
 @pytest.mark.integration
 @pytest.mark.usefixtures("fresh_accelerate", "few_digits", "fast_verification")
 def test_a_run_is_pushed_and_verified(
@@ -99,9 +112,9 @@ def test_a_run_is_pushed_and_verified(
     assert len(lines) == len(set(lines))  # nothing is printed twice
     load = f'AutoModelForImageClassification.from_pretrained("ann/mine", revision="{commit}", trust_remote_code=True)'
     assert load in output and f"  {len(hub.files('ann/mine')) - 1} files match their hashes; code of " in output
-    finish_run(tmp_path / "mine", RunOptions(report=False, hub_verify=False), "ann/mine")
+    finish_run(tmp_path / "mine", RunOptions(report=False, hub_verify=False, hub_private=True), "ann/new")
     output = capsys.readouterr().out
-    assert f"{commit} (private)" in output and "verified:" not in output and "report.html" not in output
+    assert hub.repositories["ann/new"].private and "verified:" not in output and "report.html" not in output
     monkeypatch.setenv("RANK", "1")  # another process of a run
     assert (
         prepare_push(build_options(FinetuneOptions, model="m", dataset="d", output_dir="o", push_to_hub=True)) is None
@@ -117,14 +130,11 @@ def test_a_run_without_a_report_is_finished(tmp_path: Path, capsys: pytest.Captu
     assert (folder / "images" / "confusion_matrix.png").is_file()
 
 
-def test_a_model_saved_by_hand_gets_a_report_and_a_card(tmp_path: Path) -> None:
+def test_a_model_saved_by_hand_gets_a_card(tmp_path: Path) -> None:
     config = build_tiny_config(num_register_tokens=1, id2label={0: "a", 1: "b", 2: "c"})
     save_with_processor(ViTCLSForImageClassification(config), tmp_path / "mine")
-    pictures = ArrayImages(np.stack([np.full((32, 32), value, np.uint8) for value in range(0, 250, 50)]))
-    images = InspectionImages(pictures, [str(index) for index in range(5)], None, "five images")
-    summary = write_report(ModelFolder(tmp_path / "mine"), pytest.fail, images)
+    assert write_report(ModelFolder(tmp_path / "mine"), pytest.fail) is None
     write_card(ModelFolder(tmp_path / "mine"))
-    assert summary is not None and (tmp_path / "mine" / "report.html").is_file()
     card = ModelCard.load(tmp_path / "mine" / "README.md")
     assert "for image classification with 3 classes" in card.text and card.data.eval_results is None
     assert 'model="mine"' in card.text

@@ -74,10 +74,10 @@ def test_predictions_of_other_weights_or_kinds_are_not_shown(folder: Path) -> No
     few = pd.read_parquet(folder / "predictions.parquet").head(10)
     few.to_parquet(folder / "predictions.parquet")
     assert describe_predictions(ModelFolder(folder))["sets"] == []  # too few images for a limit
-    few.assign(label=[["dusk"]] * 10).to_parquet(folder / "predictions.parquet")
-    assert describe_predictions(ModelFolder(folder)) is None  # several labels per image
-    few.head(0).to_parquet(folder / "predictions.parquet")
-    assert describe_predictions(ModelFolder(folder)) is None  # no images
+    # several labels per image, no images, and a file of another program
+    for rows in (few.assign(label=[["dusk"]] * 10), few.head(0), few.drop(columns="loss")):
+        rows.to_parquet(folder / "predictions.parquet")
+        assert describe_predictions(ModelFolder(folder)) is None
     few.to_parquet(folder / "predictions.parquet")
     save_with_processor(ViTCLSForImageClassification(build_tiny_config(num_register_tokens=1)), folder)
     assert describe_predictions(ModelFolder(folder)) is None

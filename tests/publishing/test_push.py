@@ -53,6 +53,7 @@ def folder(tmp_path: Path) -> Path:
     (target / "images").mkdir()
     (target / "images" / "attention.png").write_bytes(b"\x89PNG")
     (target / "report.html").write_text("<html>")
+    (target / "LICENSE").write_text("You may.")
     checkpoint_file = "checkpoints/step-1/model.safetensors"
     for name in (".vitcls.lock", "predictions.parquet", "model.pkl", "notes.txt", checkpoint_file):
         (target / name).parent.mkdir(parents=True, exist_ok=True)
@@ -79,7 +80,7 @@ def test_a_push_is_one_commit_of_the_model_files(
     assert len(repository.commits) == 2 and repository.branches == {"main": pushed.commit}
     assert not repository.private and pushed.summary == f"{hub.url}/ann/model/commit/{pushed.commit} (public)"
     accompanying = {"README.md", "results.json", "config.resolved.yaml", "images/attention.png", "report.html"}
-    assert set(hub.files("ann/model")) == {".gitattributes", "CODE_LICENSE"} | MODEL_FILES | accompanying
+    assert set(hub.files("ann/model")) == {".gitattributes", "CODE_LICENSE", "LICENSE"} | MODEL_FILES | accompanying
     for name in MODEL_FILES | {"results.json"}:
         assert hub.read("ann/model", name) == (folder / name).read_bytes()
     assert hub.files("ann/model")[WEIGHTS].is_lfs
@@ -188,7 +189,6 @@ def test_a_folder_of_exported_files_is_pushed_without_weights_and_code(hub: Loca
     for file in (*folder.glob("*.safetensors"), *folder.glob("*.py"), folder / "config.resolved.yaml"):
         file.unlink()
     (folder / "results.json").write_text('{"files": {}}')
-    (folder / "LICENSE").write_text("You may.")
     push_folder(ModelFolder(folder), "ann/export")
     assert set(hub.files("ann/export")) - {".gitattributes"} == {
         *("config.json", "preprocessor_config.json", "results.json", "README.md", "LICENSE"),
@@ -333,8 +333,8 @@ def test_a_public_repository_is_not_accepted_for_a_private_push(hub: LocalHub) -
 def test_offline_mode_and_an_unavailable_hub_are_errors(
     hub: LocalHub, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hub.fail("POST", "/api/repos/create", 503)
-    with raises_one_line("HTTP 503", "push later", error=OSError):
+    hub.fail("POST", "/api/repos/create", 500)
+    with raises_one_line("HTTP 500", "push later", error=OSError):
         prepare_repository("ann/model", "x")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for push in (lambda: prepare_repository("ann/model", "x"), lambda: push_folder(ModelFolder(folder), "ann/model")):

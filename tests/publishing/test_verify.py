@@ -206,6 +206,9 @@ def test_outputs_and_classes_of_a_folder(folder: Path, tmp_path: Path) -> None:
     outputs, _ = collect_outputs(str(tmp_path / "tasks"), {})
     assert outputs["AutoModel/last_hidden_state"].shape == (2, 2 + 20, 16)
     assert {f"AutoModelForImageClassification/logits.{task}" for task in TASKS} < outputs.keys()
+    vitcls.ViTCLSBackbone(build_tiny_config(out_indices=[1])).save_pretrained(tmp_path / "backbone")
+    outputs, report = collect_outputs(str(tmp_path / "backbone"), {}, vitcls.ViTCLSBackbone)
+    assert report["classes"]["AutoBackbone"] == "ViTCLSBackbone" and "AutoBackbone/feature_maps.0" in outputs
 
 
 def test_code_is_compared_with_the_package(folder: Path) -> None:
