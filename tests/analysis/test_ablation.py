@@ -284,9 +284,9 @@ def test_each_of_several_labels_is_a_prediction() -> None:
 
 def test_wrong_inputs_are_one_line_errors() -> None:
     model = build_classifier()
-    for labels in (torch.zeros(6, 2), torch.zeros(2, 2)):
+    for batches in (Batches(torch.zeros(6, 2)), lambda: [(PIXELS[:2], torch.zeros(1, 2))]):
         with raises_one_line("labels"):
-            compute_ablations(model, Batches(labels))
+            compute_ablations(model, batches)
     with raises_one_line("at least one image"):
         compute_ablations(model, list)
 
