@@ -15,7 +15,6 @@ from modeling_vitcls.data.batches import Normalizer
 from modeling_vitcls.data.fit import describe_fit, get_visible_share, set_fit
 from modeling_vitcls.data.images import DatasetImages
 from modeling_vitcls.data.labels import LabelSpace
-from modeling_vitcls.inference.load_model import load_model
 from modeling_vitcls.options import AugmentationOptions, ModelOptions
 
 
@@ -104,10 +103,3 @@ def test_a_crop_keeps_its_ratio_at_another_size_and_the_seen_share_is_measured()
         assert describe_fit(processor, images) == "crop"
     set_fit(processor, "crop", (20, 28))
     assert (processor.size.shortest_edge, processor.crop_size.width) == (31, 28)  # 31.5, rounded down
-
-
-def test_prediction_and_evaluation_can_override_the_saved_fit(cropping_checkpoint: Path) -> None:
-    for fit, is_seen in ((None, False), ("squash", True), ("pad", True)):
-        _, processor = load_model(str(cropping_checkpoint), use_head=True, fit=fit)
-        values = processor(build_edge_images()[:1], return_tensors="pt")["pixel_values"]
-        assert bool((values > 1.5).any()) is is_seen

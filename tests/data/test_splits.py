@@ -121,7 +121,8 @@ def get_names(part: Any) -> set[str]:
 def test_splits_are_used_for_their_purposes(tmp_path: Path, streaming: bool) -> None:
     for split, numbers in (("train", range(5)), ("val", range(5, 8)), ("test", range(8, 12))):
         write_photos(tmp_path / "photos" / split, numbers)
-    data = load_training_data(DataOptions(str(tmp_path / "photos"), streaming=streaming), use_selection_split=True)
+    options = DataOptions(str(tmp_path / "photos"), streaming=streaming, held_out_fraction=0.0)
+    data = load_training_data(options, use_selection_split=True)
     assert (data.held_out_name, data.selection_name) == ("split 'test'", "split 'validation'")
     assert data.record == HeldOutRecord("test", None if streaming else 8)
     if streaming:  # read in each evaluation

@@ -120,6 +120,7 @@ def evaluate_stream(accelerator: Accelerator) -> dict[str, Any]:
     evaluator = build_evaluator("single", accelerator, streamed)
     evaluator.keep_logits = True
     metrics = evaluator(build_classifier("single"))
+    assert evaluator.cache is None  # a stream is read in every evaluation
     return metrics | {"rows": [[row.index, row.name] for row in evaluator.rows]}
 
 

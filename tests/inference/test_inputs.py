@@ -218,6 +218,7 @@ def test_idx_files_are_read(tmp_path: Path) -> None:
     (record,) = source.read_records([range(1, 2)])
     assert source.num_images == 2 and record.name == f"{tmp_path.name}/1"
     np.testing.assert_array_equal(np.asarray(record.content), pixels[1])
+    assert open_input(PredictOptions("model", dataset="digits")).names[-1] == "digits/1796"
 
 
 def test_datasets_that_cannot_be_used_are_named(tmp_path: Path) -> None:

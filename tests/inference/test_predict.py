@@ -462,6 +462,7 @@ def test_a_second_start_must_have_the_same_options(models: Path, photos: Path, t
     assert len(list(folder.iterdir())) == 3
     shard = folder / "shard-000001.parquet"
     table, fields = pq.read_table(shard), json.loads(pq.read_schema(shard).metadata[b"vitcls"])
+    assert fields["settings"]["mixed_precision"] == "no"  # of the accelerator
     for change, words in (({"images": 3}, "4 of 3 rows"), ({"settings": {}}, "other flags")):
         pq.write_table(table.replace_schema_metadata({"vitcls": json.dumps(fields | change)}), shard)
         with raises_one_line(str(shard), words):
