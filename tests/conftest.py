@@ -3,7 +3,8 @@
 A file whose tests start processes, a compiler, a browser or a local Hub, or train models, is marked `integration`; a
 test that only `make test-all` runs is marked `slow`. `make test-quick` runs the files that the Makefile lists.
 
-Large libraries are imported in the fixtures: pytest-xdist imports this file first in a process that runs no tests.
+Large libraries are imported in the fixtures, except in one test process (below): pytest-xdist imports this file
+first in a process that runs no tests.
 """
 
 import atexit

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY, Mock
 
 import pytest
 import transformers
@@ -119,12 +120,12 @@ def test_a_run_that_stops_early_ends_with_its_status(
 
 
 def test_a_study_of_the_package_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    runners: list[StudyRunner] = []
-    monkeypatch.setattr("modeling_vitcls.study.run_study", lambda runner, command: runners.append(runner) or [])
+    run_study = Mock(return_value=[])
+    monkeypatch.setattr("modeling_vitcls.study.run_study", run_study)
     flags = f"study --config study_digits --output-dir {tmp_path} --jobs 2 --threads 3 --dataset other"
     assert run_here(*flags.split()) == 0
     study = load_study(SCRIPTS / "recipes" / "study_digits.yaml")
-    assert runners == [StudyRunner(study, tmp_path, 2, 3, "other")]
+    run_study.assert_called_once_with(StudyRunner(study, tmp_path, 2, 3, "other"), ANY)
 
 
 @pytest.mark.parametrize(("command", "script"), WRAPPERS.items())

@@ -32,11 +32,10 @@ NUM_STREAMED_IMAGES = 1000  # number of images of a streamed held-out split from
 
 
 def write_report(folder: ModelFolder, warn: Callable[[str], None]) -> str | None:
-    """Write report.html and the card's images, and return a summary of the diagnosis of the special tokens; None
-    without a report.
+    """Write report.html and the card's images, and return a summary of the diagnosis of the special tokens.
 
-    The images of the report are the held-out images of the run that wrote the folder. Errors are passed to `warn`, and
-    the missing files are not written.
+    Returns None without a report. The images of the report are the held-out images of the run that wrote the folder.
+    Errors are passed to `warn`, and the missing files are not written.
     """
     inspection: Inspection | None = None
     with convert_errors(warn, f"{REPORT_FILE} could not be written"):

@@ -2,12 +2,13 @@
 
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
+from unittest.mock import create_autospec
 
 import pytest
 from helpers.command_in_process import run_here
 
 from modeling_vitcls.commands import convert
+from modeling_vitcls.conversion.convert import convert_checkpoint, write_native_model
 
 
 def test_the_parity_report_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -42,10 +43,11 @@ def test_the_parity_report_is_printed(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_flags_are_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    stop = Mock(side_effect=ValueError("stopped"))
-    for name in ("convert_checkpoint", "write_native_model"):
-        monkeypatch.setattr(f"modeling_vitcls.conversion.convert.{name}", stop)
+    forward = create_autospec(convert_checkpoint, side_effect=ValueError)
+    back = create_autospec(write_native_model, side_effect=ValueError)
+    monkeypatch.setattr("modeling_vitcls.conversion.convert.convert_checkpoint", forward)
+    monkeypatch.setattr("modeling_vitcls.conversion.convert.write_native_model", back)
     assert run_here(*"convert --source a.pth --output out --random-init --family dino".split()) == 1
     assert run_here(*"convert --to transformers --model mine --output native".split()) == 1
-    passed = [("a.pth", Path("out"), True, "dino"), ("mine", Path("native"))]
-    assert [call.args for call in stop.call_args_list] == passed
+    forward.assert_called_once_with("a.pth", Path("out"), random_init=True, family="dino")
+    back.assert_called_once_with("mine", Path("native"))

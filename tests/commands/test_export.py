@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from helpers.command_in_process import run_here
@@ -50,12 +51,12 @@ def test_flags_and_report_of_an_export(monkeypatch: pytest.MonkeyPatch, capsys: 
 def test_flags_and_report_of_an_export_for_transformers_js(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    passed: list[Any] = []
     comparisons = [{"file": "model.onnx", "largest_difference": 0.00123, "top1_agreement": 0.875}]
     comparisons.append({"file": "model_q8.onnx", "largest_difference": 0.5, "top1_agreement": None})
-    name = "modeling_vitcls.export.transformers_js.export_for_transformers_js"
-    monkeypatch.setattr(name, lambda *arguments: passed.append(arguments) or {"comparisons": comparisons})
+    write = Mock(return_value={"comparisons": comparisons})
+    monkeypatch.setattr("modeling_vitcls.export.transformers_js.export_for_transformers_js", write)
     flags = "--model m --format transformers.js --output web --dataset d --split s"
-    assert run_here("export", *flags.split()) == 0 and passed == [("m", Path("web"), "d", "s")]
+    assert run_here("export", *flags.split()) == 0
+    write.assert_called_once_with("m", Path("web"), "d", "s")
     first, second = capsys.readouterr().out.splitlines()[:2]
     assert "1.2e-03" in first and "87.5%" in first and "5.0e-01" in second and "%" not in second

@@ -17,7 +17,7 @@ import yaml
 from helpers.accelerate_state import reset_accelerate
 from helpers.source_checkpoints import build_vit_classifier, save_checkpoint
 from helpers.tiny_models import build_tiny_config, raises_one_line, randomize
-from helpers.tiny_options import PLAIN, run_training
+from helpers.tiny_options import build_tiny_options, run_training
 from huggingface_hub import constants
 from timm.models import save_for_hf
 
@@ -33,7 +33,6 @@ from modeling_vitcls.conversion.any_checkpoint import compute_cache_name, is_pin
 from modeling_vitcls.conversion.convert import convert_checkpoint, load_source
 from modeling_vitcls.conversion.weight_rules import ConversionError
 from modeling_vitcls.inference.load_model import load_model
-from modeling_vitcls.options import DataOptions, FinetuneOptions, ModelOptions, RunOptions, TrainingOptions
 
 
 pytestmark = pytest.mark.usefixtures("few_digits")
@@ -178,16 +177,7 @@ def test_commits_are_pinned(cached_hub_model: str) -> None:
 
 def run(folder: Path, model: str) -> dict[str, Any]:
     """Fine-tune a model on digits for one step."""
-    reset_accelerate()
-    options = FinetuneOptions(
-        output_dir=folder,
-        data=DataOptions("digits", num_workers=0),
-        model=ModelOptions(model),
-        augmentation=PLAIN,
-        training=TrainingOptions(max_steps=1, batch_size=8, log_attention_every=0),
-        run=RunOptions(report=False),
-    )
-    return run_training(options)
+    return run_training(build_tiny_options(folder, "digits", model=model, max_steps=1, batch_size=8))
 
 
 def test_a_run_records_the_commit(cached_hub_model: str, tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def build_masked_modeler(**fields: Any) -> ViTCLSForMaskedImageModeling:
 
 KINDS: dict[str, tuple[dict[str, Any], torch.Tensor, Any]] = {
     "classes": ({}, torch.tensor([0, 2, 1, 2]), functional.cross_entropy),
-    "some_ignored": (
+    "ignored_int32": (
         {},
         torch.tensor([[0], [-100], [-100], [2]], dtype=torch.int32),
         lambda logits, labels: functional.cross_entropy(logits, labels[:, 0].long()),
@@ -229,7 +229,7 @@ def collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     "kind",
-    ["probabilities", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("some_ignored", "tasks", "masks"))],
+    ["probabilities", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("ignored_int32", "tasks", "masks"))],
 )
 def test_trainer_accumulates_to_the_same_step(kind: str, tmp_path: Path) -> None:
     def build() -> PreTrainedModel:

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock, create_autospec
 
 import datasets
 import pytest
@@ -25,9 +26,8 @@ def test_the_main_process_scans_a_folder_once_for_all_processes(
 ) -> None:
     photos = write_photos(tmp_path / "photos", range(20))
     monkeypatch.setattr(image_folder, "MIN_STORED_IMAGES", 40)
-    scanned: list[str] = []
-    scandir = os.scandir
-    monkeypatch.setattr(os, "scandir", lambda path: scanned.append(str(path)) or scandir(path))
+    scandir = Mock(wraps=os.scandir)
+    monkeypatch.setattr(os, "scandir", scandir)
     sent: list[bytes] = []
 
     def send(accelerator: Any, load: Any) -> bytes:
@@ -39,17 +39,17 @@ def test_the_main_process_scans_a_folder_once_for_all_processes(
     monkeypatch.setattr(splits, "run_on_main", send)
     load = partial(load_training_data, DataOptions(str(photos)))
     main = load_on_main(SimpleNamespace(num_processes=2), str(photos), load)  # type: ignore[arg-type]
-    class_folders = [path for path in scanned if Path(path).parent == photos]
-    assert sorted(class_folders) == sorted(map(str, photos.iterdir())) and len(sent[0]) < 10_000
-    scanned.clear()
+    class_folders = [Path(path) for (path,), _ in scandir.call_args_list if Path(path).parent == photos]
+    assert sorted(class_folders) == sorted(photos.iterdir()) and len(sent[0]) < 10_000
+    scandir.reset_mock()
     other = load_on_main(SimpleNamespace(num_processes=2), str(photos), load)  # type: ignore[arg-type]
-    assert not any(path.startswith(str(photos)) for path in scanned)
+    assert str(photos) not in str(scandir.call_args_list)
     assert other.record == main.record and other.train.images.get_names() == main.train.images.get_names()
     assert other.train.images[0].tobytes() == main.train.images[0].tobytes()
     Path(main.train.images.dataset.cache_files[0]["filename"]).unlink()  # the processes do not share the cache
-    scanned.clear()
+    scandir.reset_mock()
     alone = load_on_main(SimpleNamespace(num_processes=2), str(photos), load)  # type: ignore[arg-type]
-    assert alone.record == main.record and any(path.startswith(str(photos)) for path in scanned)
+    assert alone.record == main.record and str(photos) in str(scandir.call_args_list)
     assert load_on_main(SimpleNamespace(num_processes=2), "memory:0", lambda: "loaded") == "loaded"  # type: ignore[arg-type]
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(photos / "cat" / "0.png"))  # cannot be written
     assert load().record == main.record
@@ -62,12 +62,11 @@ def test_keys_of_a_table_are_computed_once_without_its_images(
     rows = [{"path": f"{index}.png" if has_paths else None, "bytes": b"unreadable"} for index in range(50)]
     table = datasets.Dataset.from_dict({"image": rows, "label": [index % 2 for index in range(50)]})
     table.to_parquet(tmp_path / "table.parquet")
-    computed: list[DatasetImages] = []
-    compute = DatasetImages.compute_all_keys
-    monkeypatch.setattr(DatasetImages, "compute_all_keys", lambda images: computed.append(images) or compute(images))
+    compute = create_autospec(DatasetImages.compute_all_keys, side_effect=DatasetImages.compute_all_keys)
+    monkeypatch.setattr(DatasetImages, "compute_all_keys", compute)
     monkeypatch.setattr(DatasetImages, "get_encoded_image", None)  # no image is read
     first, second = (load_training_data(DataOptions(str(tmp_path / "table.parquet"))) for _ in range(2))
-    assert first.record == second.record and first.record.num_images == 10 and len(computed) == 1
+    assert first.record == second.record and first.record.num_images == 10 and compute.call_count == 1
 
 
 @pytest.mark.parametrize("is_folder", [True, False])

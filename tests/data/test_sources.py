@@ -320,7 +320,8 @@ def test_a_split_given_by_name_is_used_as_a_whole(
 ) -> None:
     options = DataOptions(str(write_splits(tmp_path / "data", color_images, **{only: None})), streaming=streaming)
     images = load_evaluation_data(options, only)[1]
-    assert len(list(images.iterate_in_order()) if streaming else images) == 20
+    names = [each.name for each in images.iterate_in_order()] if streaming else images.images.get_names()
+    assert len(names) == 20 and all(name.endswith(".png") for name in names)
 
 
 def test_unlabeled_images(color_images: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
+from unittest.mock import create_autospec
 
 import datasets
 import numpy as np
@@ -252,12 +253,13 @@ def test_only_the_first_images_of_a_large_held_out_part_are_kept(
     whole = get_held_out(read(two_shards))
     for module in (streaming, training_data):
         monkeypatch.setattr(module, "MAX_HELD_OUT_IMAGES", 3)
-    passed: list[int] = []
     holds = HeldOutRule.is_held_out
-    monkeypatch.setattr(HeldOutRule, "is_held_out", lambda part, index: passed.append(index) or holds(part, index))
+    compared = create_autospec(holds, side_effect=holds)
+    monkeypatch.setattr(HeldOutRule, "is_held_out", compared)
     data = read(two_shards)
     assert get_held_out(data) == whole[:3]
-    assert sum(holds(data.train.held_out_rule, index) for index in passed) == 3 and len(passed) < NUM_IMAGES
+    results = [holds(*arguments) for arguments, _ in compared.call_args_list]
+    assert sum(results) == 3 and len(results) < NUM_IMAGES
     assert data.held_out_name == "about 20%, by checksum, split seed 0, evaluated on the first 3 images"
     trained = get_indices(islice(data.train.iterate_examples(0, 0, 1), NUM_IMAGES - len(whole)))
     assert sorted([*trained, *whole]) == list(range(NUM_IMAGES))  # no held-out images

@@ -67,9 +67,9 @@ def test_calibration_uses_the_training_images_of_the_run(tmp_path: Path, monkeyp
     assert images.prepare([0, None, 2, 3, 4, 5, 6], read_number, 3) == [0, 2, 4]
     assert images.prepare([0, None, 2], read_number, 4) == [0, 2]
     setup: Any = SimpleNamespace(split="test", model=images.setup.model, evaluator=lambda model: {"num_images": 2})
-    monkeypatch.chdir(tmp_path.parent)
-    for dataset, published in (("digits", "digits"), (tmp_path.name, f"path/to/{tmp_path.name}")):
-        (tmp_path.parent / dataset).mkdir(exist_ok=True)  # "digits" is not the folder
+    monkeypatch.chdir(tmp_path)
+    for dataset, published in (("digits", "digits"), ("mine", "path/to/mine")):
+        Path(dataset).mkdir()  # "digits" is not the folder
         scores: Any = replace(images, dataset=dataset, setup=setup).measure_accuracy({})
         assert scores["dataset"] == published
     save_with_processor(ViTCLSModel(config), tmp_path / "encoder")

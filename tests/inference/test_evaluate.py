@@ -340,10 +340,10 @@ def test_a_regression_is_an_error(tmp_path: Path) -> None:
 def test_only_models_of_several_labels_use_the_columns_in_their_results(tmp_path: Path) -> None:
     options, tags = DataOptions("data"), ViTCLSConfig(problem_type="multi_label_classification")
     assert set_label_columns(options, tags, str(tmp_path)) == options  # no results.json
-    for columns in (["tags"], None):
+    for columns, expected in ((["tags"], ("tags",)), (None, None)):
         write_json(tmp_path / "results.json", {"label_column": columns, "label_separator": ";"})
         found = set_label_columns(options, tags, str(tmp_path))
-        assert (found.label_column, found.label_separator) == (columns and ("tags",), ";")
+        assert (found.label_column, found.label_separator) == (expected, ";")
     assert set_label_columns(options, ViTCLSConfig(), str(tmp_path)) == options
     given = DataOptions("data", label_column=("other",))
     assert set_label_columns(given, tags, str(tmp_path)) == given

@@ -329,7 +329,7 @@ def test_processes_take_batches_and_shards_in_turn(
     models: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second process of three predicts every third batch. In the second job of two, it writes every sixth file."""
-    monkeypatch.setattr(predict_module, "gather_object", lambda rows: rows[::-1])  # of all processes
+    monkeypatch.setattr(predict_module, "gather_object", lambda rows: rows[::-1])  # processes are not in order
     options = PredictOptions(str(models / "one_label"), (str(photos),), output=tmp_path / "a.jsonl", batch_size=2)
     source = predict_module.open_input(options)
     predictor = predict_module.build_predictor(options, build_accelerator())

@@ -135,8 +135,9 @@ def test_a_teacher_returns_its_pooled_vector_and_its_patches(teachers: tuple[str
     autocast = MagicMock()
     standardized = FeatureTeachers([teacher], True, autocast)
     standardized.fit([{"pixels": image[None]} for image in pixels], num_images=2)  # one patch of each image
+    num_fitted = autocast.return_value.__enter__.call_count
     first, second = standardized.compute_targets({"pixels": pixels[:2]})[1][[0, 1], [0, 1]]
-    assert autocast.return_value.__enter__.call_count == 4
+    assert 0 < num_fitted < autocast.return_value.__enter__.call_count
     torch.testing.assert_close(first.abs(), torch.ones(24), atol=1e-3, rtol=0)  # two vectors with the variance 1
     torch.testing.assert_close(second, -first, atol=1e-3, rtol=0)
 
@@ -208,8 +209,8 @@ def test_targets_are_standardized_with_the_first_images(
     """Also with fewer images than a batch. A dry run uses 64 images. The teachers run in the precision of the run."""
     fitted = []
 
-    def fit(teachers: FeatureTeachers, batches: Iterator[Any], num_images: int) -> None:
-        fitted.append((len(list(batches)), num_images, teachers.autocast))
+    def fit(fitting: FeatureTeachers, batches: Iterator[Any], count: int) -> None:
+        fitted.append((len(list(batches)), count, fitting.autocast))
 
     monkeypatch.setattr(FeatureTeachers, "fit", fit)
     flags = {"batch_size": batch_size, "dry_run": dry_run, "num_distillation_tokens": 1}

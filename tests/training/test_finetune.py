@@ -15,6 +15,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -398,11 +399,10 @@ def test_trackers_get_the_numbers(tmp_path: Path) -> None:
 
 def test_a_failed_evaluation_is_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The disk with the held-out images may be removed, or a cluster may not wait for the evaluation."""
-
     settings = {"max_steps": 6, "batch_size": 80, "log_every": 2, "ema_decay": 0.9}  # three steps per epoch
     whole = train(tmp_path / "whole", "digits", **settings)
     evaluate = Evaluator.__call__
-    monkeypatch.setattr(Evaluator, "__call__", lambda *arguments: (_ for _ in ()).throw(OSError("the disk is gone")))
+    monkeypatch.setattr(Evaluator, "__call__", Mock(side_effect=OSError("the disk is gone")))
     with pytest.raises(RunStopped, match="the disk is gone"):
         train(tmp_path / "cut", "digits", **settings)
     monkeypatch.setattr(Evaluator, "__call__", evaluate)
