@@ -5,6 +5,7 @@ logits = ExportedModel(Path("model.xml"), config, use_head=True)(pixel_values).l
 """
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -69,12 +70,22 @@ def open_onnx(file: Path) -> Runner:
     return lambda inputs: dict(zip(names, session.run(names, inputs), strict=True))
 
 
-def open_openvino(file: Path, precision: str) -> Runner:
-    """Compile an OpenVINO file for the CPU."""
+@cache
+def get_openvino_core() -> Any:
+    """Return OpenVINO's core, which is never released.
+
+    On CPUs with AMX, the core installs a signal stack for the thread that creates it. When another thread releases the
+    core, for example while it collects garbage, the stack is unmapped and the next signal crashes the process.
+    """
     import openvino
 
+    return openvino.Core()
+
+
+def open_openvino(file: Path, precision: str) -> Runner:
+    """Compile an OpenVINO file for the CPU."""
     hints = {"INFERENCE_PRECISION_HINT": OPENVINO_HINTS[precision], "INFERENCE_NUM_THREADS": torch.get_num_threads()}
-    compiled_model = openvino.Core().compile_model(file, "CPU", hints)
+    compiled_model = get_openvino_core().compile_model(file, "CPU", hints)
     names = [output.get_any_name() for output in compiled_model.outputs]
     return lambda inputs: dict(zip(names, compiled_model(inputs).to_tuple(), strict=True))
 

@@ -14,6 +14,7 @@ import torch
 from helpers.accelerate_state import reset_accelerate
 from helpers.command_in_process import run_here
 from helpers.digits_models import train_digits_model
+from helpers.fresh_processes import run_fresh
 from helpers.tiny_models import build_images, build_tiny_config, raises_one_line, randomize, save_with_processor
 from helpers.warm_processes import OFFLINE, run_together
 from PIL import Image
@@ -145,6 +146,23 @@ def test_the_hint_in_the_report_has_the_outputs_of_the_model(model: Path) -> Non
     openvino = importlib.import_module("openvino")
     found = openvino.Core().compile_model(model / "model.xml", "CPU", hint)(images.numpy())["logits"]
     assert np.abs(found - expected).max() <= 1e-4 and "compile_config" not in (model / "model.onnx.json").read_text()
+
+
+RELEASE_IN_A_THREAD = """
+import pathlib, signal, sys, threading
+from modeling_vitcls.inference.exported_graphs import ExportedGraph
+graphs = [ExportedGraph(pathlib.Path(sys.argv[1]))]
+thread = threading.Thread(target=graphs.clear)
+thread.start()
+thread.join()
+signal.signal(signal.SIGTERM, lambda number, frame: None)
+signal.raise_signal(signal.SIGTERM)
+"""
+
+
+def test_signals_after_a_graph_was_released(model: Path) -> None:
+    """Garbage is collected in any thread. OpenVINO installs a signal stack on CPUs with AMX."""
+    assert run_fresh("-c", RELEASE_IN_A_THREAD, model / "model.xml").returncode == 0
 
 
 def test_the_precision_of_a_graph_is_checked(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
