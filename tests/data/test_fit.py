@@ -82,7 +82,7 @@ def test_random_crops_of_padded_images_have_the_aspect_ratio_of_the_input() -> N
     assert augmentation.fixed_transform(torch.ones(3, 40, 30, dtype=torch.uint8)).sum() == 3 * 40 * 30  # black
 
 
-def test_a_crop_keeps_its_ratio_at_another_size_and_the_seen_share_is_measured() -> None:
+def test_a_crop_keeps_its_ratio_at_another_size_and_the_seen_share_is_measured(tmp_path: Path) -> None:
     for settings, share, edge in (
         ({"size": {"height": 40, "width": 40}}, (32 / 40) ** 2, 80),
         ({"size": {"max_height": 40, "max_width": 50}}, (32 / 40) ** 2, 80),
@@ -97,9 +97,11 @@ def test_a_crop_keeps_its_ratio_at_another_size_and_the_seen_share_is_measured()
         set_fit(processor, "crop", (64, 64))
         assert (processor.size.shortest_edge, processor.crop_size.height) == (edge, 64)
     assert get_visible_share(processor, (160, 640)) == pytest.approx((64 / 72) ** 2 / 4)
-    text = describe_fit(processor, [Image.new("L", size) for size in ((640, 160), (100, 100), (100, 130))])
+    for size in ((640, 160), (100, 100), (100, 130)):
+        Image.new("L", size).save(tmp_path / f"{size}.png")
+    text = describe_fit(processor, DatasetImages.from_list(["absent.png", *map(str, tmp_path.iterdir())]))
     assert f"median of {100 * (64 / 72) ** 2 / 1.3:.0f} %" in text
-    for images in ([], DatasetImages.from_list(["absent.png"])):
-        assert describe_fit(processor, images) == "crop"
+    for none_readable in ([], DatasetImages.from_list(["absent.png"])):
+        assert describe_fit(processor, none_readable) == "crop"
     set_fit(processor, "crop", (20, 28))
     assert (processor.size.shortest_edge, processor.crop_size.width) == (31, 28)  # 31.5, rounded down

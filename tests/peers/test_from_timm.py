@@ -6,13 +6,13 @@ size and, after `set_input_size`, at a rectangle.
 
 import copy
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import partial, partialmethod
 from typing import Any
 
 import pytest
 import timm
 import torch
-from timm.layers import GluMlp, LayerNorm, RmsNorm
+from timm.layers import Attention, GluMlp, LayerNorm, RmsNorm
 from timm.models.vision_transformer import DiffParallelScalingBlock, ParallelScalingBlock, ParallelThingsBlock
 from torch import nn
 
@@ -53,6 +53,7 @@ REPRESENTATIVES = [
     "vit_7b_patch16_dinov3",
     "vit_base_patch16_sapiens2",
 ]
+SMALL_HEADS = type("Attention", (Attention,), {"__init__": partialmethod(Attention.__init__, attn_head_dim=6)})
 
 # What no name has, but a user may ask `timm.create_model` for.
 OWN_ARGUMENTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -67,6 +68,7 @@ OWN_ARGUMENTS: dict[str, tuple[str, dict[str, Any]]] = {
     "attention pool, then norm": ("vit_tiny_patch16_224", {"global_pool": "map", "fc_norm": True}),
     "parallel, with biases": ("vit_tiny_patch16_224", {"block_fn": ParallelScalingBlock, "init_values": 0.1}),
     "parallel differential, normed": ("vit_tiny_patch16_224", {"block_fn": DiffParallelScalingBlock, "qk_norm": True}),
+    "heads of another size": ("vit_tiny_patch16_224", {"attn_layer": SMALL_HEADS}),
     "tanh GELU": ("vit_tiny_patch16_224", {"act_layer": partial(nn.GELU, approximate="tanh")}),
     "gate last": ("vit_tiny_patch16_224", {"mlp_layer": GluMlp, "act_layer": "silu", "scale_mlp_norm": True}),
     "branches without biases": (
@@ -288,8 +290,9 @@ def test_dtype_labels_and_the_source_are_kept() -> None:
     ours = convert_from_timm(model)
     assert ours.dtype == torch.bfloat16 and not ours.training
     assert ours.config.id2label[1] == "b" and ours.config.label2id["g"] == 6
-    model.pretrained_cfg["label_names"] = list("abc")  # of another number of classes
-    assert convert_from_timm(model).config.num_labels == 7
+    for other in ("abc", "abcdefgh"):  # of another number of classes
+        model.pretrained_cfg["label_names"] = list(other)
+        assert convert_from_timm(model).config.num_labels == 7
     del model.pretrained_cfg  # as in a model without `timm.create_model`
     assert convert_from_timm(model).config.num_labels == 7
     with torch.no_grad():

@@ -115,10 +115,11 @@ def test_a_run_is_pushed_and_verified(
     finish_run(tmp_path / "mine", RunOptions(report=False, hub_verify=False, hub_private=True), "ann/new")
     output = capsys.readouterr().out
     assert hub.repositories["ann/new"].private and "verified:" not in output and "report.html" not in output
+    monkeypatch.chdir(tmp_path / "mine")
+    options = build_options(FinetuneOptions, model="m", dataset="d", output_dir=".", push_to_hub=True)
+    assert prepare_push(options) == "ann/mine"
     monkeypatch.setenv("RANK", "1")  # another process of a run
-    assert (
-        prepare_push(build_options(FinetuneOptions, model="m", dataset="d", output_dir="o", push_to_hub=True)) is None
-    )
+    assert prepare_push(options) is None
 
 
 def test_a_run_without_a_report_is_finished(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
