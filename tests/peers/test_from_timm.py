@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from timm.layers import Attention, GluMlp, LayerNorm, RmsNorm
+from timm.layers import Attention, GluMlp, LayerNorm, RmsNorm, SwiGLU
 from timm.models.vision_transformer import DiffParallelScalingBlock, ParallelScalingBlock, ParallelThingsBlock
 from torch import nn
 
@@ -93,6 +93,7 @@ OWN_ARGUMENTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "an MLP gated by gelu": ("vit_tiny_patch16_224", {"mlp_layer": GluMlp}),
+    "MLP gated by gelu": ("vit_tiny_patch16_224", {"mlp_layer": SwiGLU}),
     "global_pool='')": ("vit_tiny_patch16_224", {"global_pool": ""}),
     "global_pool='avgmax'": ("vit_tiny_patch16_224", {"global_pool": "avgmax"}),
     "mean pooling that includes special": (

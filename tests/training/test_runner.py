@@ -101,6 +101,7 @@ def test_unreadable_images_and_evaluations_of_earlier_steps_are_counted(killed: 
     assert state["metadata"]["unreadable_images"] == [3, 7]
     assert (state["metadata"]["best_score"], state["metadata"]["margin"]) == (2.0, 0.25)
     assert state["metadata"]["flags"]["output_dir"] == "path/to/killed"  # will be uploaded
+    assert "path/to" not in (killed / "config.resolved.yaml").read_text(encoding="utf-8")
 
 
 def test_a_signal_saves_a_checkpoint(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
