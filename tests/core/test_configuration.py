@@ -308,6 +308,8 @@ def test_assigning_a_wrong_type_is_an_error() -> None:
     config = build_tiny_config()
     with raises_one_line("num_register_tokens"):
         config.num_register_tokens = "4"
+    with raises_one_line("str"):
+        config.num_labels = "3"
     assert config.num_register_tokens == 0
 
 

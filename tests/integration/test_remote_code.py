@@ -59,7 +59,6 @@ PROCESSORS: dict[str | None, Any] = {
 }
 GENERATIONS = ("first", pytest.param("second", marks=pytest.mark.slow))
 
-each_generation = pytest.mark.parametrize("generation", GENERATIONS)
 each_checkpoint = pytest.mark.parametrize("name", CHECKPOINTS)
 each_auto_class = pytest.mark.parametrize("auto_class", AUTO_CLASSES)
 
@@ -127,6 +126,12 @@ def second(first: LoadedCheckpoints, inputs: Path, tmp_path_factory: pytest.Temp
     return load_in_child(sources, inputs, tmp_path_factory, HF_HUB_OFFLINE="1")
 
 
+@pytest.fixture(params=GENERATIONS)
+def child(request: pytest.FixtureRequest) -> LoadedCheckpoints:
+    """Return the outputs of the first process, and those of the second one."""
+    return request.getfixturevalue(request.param)
+
+
 def load_in_child(
     sources: list[str], inputs: Path, folders: pytest.TempPathFactory, **settings: str
 ) -> LoadedCheckpoints:
@@ -156,13 +161,11 @@ def assert_same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor])
         assert torch.equal(found[name], value), name
 
 
-@each_generation
 @each_checkpoint
 @each_auto_class
 def test_every_auto_class_loads_every_checkpoint_without_the_package(
-    generation: str, name: str, auto_class: str, saved: Path, inputs: Path, request: pytest.FixtureRequest
+    child: LoadedCheckpoints, name: str, auto_class: str, saved: Path, inputs: Path
 ) -> None:
-    child: LoadedCheckpoints = request.getfixturevalue(generation)
     model_class = get_expected_class(name, auto_class)
     torch.manual_seed(SEED)
     model, loading = model_class.from_pretrained(saved / name, output_loading_info=True)
@@ -177,33 +180,21 @@ def test_every_auto_class_loads_every_checkpoint_without_the_package(
     assert_same(child.get_outputs(f"{name}/{auto_class}"), compute_outputs(model, load_file(inputs)["pixel_values"]))
 
 
-@each_generation
 @each_checkpoint
-def test_a_checkpoint_saved_without_the_package_has_equal_outputs(
-    generation: str, name: str, inputs: Path, request: pytest.FixtureRequest
+def test_a_checkpoint_is_saved_and_adapted_without_the_package(
+    child: LoadedCheckpoints, name: str, saved: Path, inputs: Path
 ) -> None:
-    child: LoadedCheckpoints = request.getfixturevalue(generation)
     wanted = compute_outputs(build_random_model(name), load_file(inputs)["pixel_values"])
     # Not equal to the bit: weights of a memory-mapped file are aligned differently, and kernels depend on alignment.
     torch.testing.assert_close(child.get_outputs(f"{name}/again"), wanted, rtol=1e-5, atol=1e-6)
-
-
-@each_generation
-@each_checkpoint
-def test_a_checkpoint_is_adapted_at_load_without_the_package(
-    generation: str, name: str, saved: Path, inputs: Path, request: pytest.FixtureRequest
-) -> None:
-    child: LoadedCheckpoints = request.getfixturevalue(generation)
     model = vitcls.ViTCLSModel.from_pretrained(saved / name, image_size=[24, 32])
     assert_same(child.get_outputs(f"{name}/larger"), compute_outputs(model, load_file(inputs)["larger_pixel_values"]))
 
 
-@each_generation
 @each_checkpoint
 def test_configuration_and_image_processor_load_without_the_package(
-    generation: str, name: str, inputs: Path, request: pytest.FixtureRequest
+    child: LoadedCheckpoints, name: str, inputs: Path
 ) -> None:
-    child: LoadedCheckpoints = request.getfixturevalue(generation)
     report = child.report[name]
     assert report["AutoConfig"]["class"] == "ViTCLSConfig"
     assert report["AutoConfig"]["module"].startswith("transformers_modules.")
@@ -215,11 +206,9 @@ def test_configuration_and_image_processor_load_without_the_package(
         assert torch.equal(child.outputs[f"{name}/processor/{backend}"], pixel_values)
 
 
-@each_generation
 def test_the_classification_pipeline_loads_without_the_package(
-    generation: str, saved: Path, inputs: Path, request: pytest.FixtureRequest
+    child: LoadedCheckpoints, saved: Path, inputs: Path
 ) -> None:
-    child: LoadedCheckpoints = request.getfixturevalue(generation)
     model = vitcls.ViTCLSForImageClassification.from_pretrained(saved / "classifier").eval()
     processor = vitcls.ViTCLSImageProcessor.from_pretrained(saved / "classifier")
     with torch.no_grad():
@@ -241,12 +230,8 @@ def test_a_checkpoint_contains_all_its_code_and_no_pickle(name: str, saved: Path
         assert (saved / name / file.name).read_bytes() == file.read_bytes()
 
 
-@each_generation
 @each_checkpoint
-def test_saving_without_the_package_writes_the_same_files(
-    generation: str, name: str, saved: Path, request: pytest.FixtureRequest
-) -> None:
-    child: LoadedCheckpoints = request.getfixturevalue(generation)
+def test_saving_without_the_package_writes_the_same_files(child: LoadedCheckpoints, name: str, saved: Path) -> None:
     folder = child.folder / name
     assert {file.name for file in folder.iterdir()} == {file.name for file in (saved / name).iterdir()}
     for file in SHIPPED_FILES:
