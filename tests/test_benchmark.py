@@ -59,6 +59,7 @@ def test_backends_and_peers_have_the_outputs_of_the_model(
         return 5.0
 
     monkeypatch.setattr(benchmark, "measure_calls_per_second", measure)
+    monkeypatch.setattr(benchmark, "NUM_CHECKED_IMAGES", 1)
     settings = BenchmarkOptions(model, ("inference", "step"), ("torch", "openvino"), **SMALL)
     settings = BenchmarkOptions(**vars(settings) | {"precisions": ("fp32", "bf16")})
     rows = run_benchmarks(settings)
