@@ -106,6 +106,7 @@ def test_jpeg_files_and_bytes_are_read_once_and_completely(tmp_path: Path) -> No
     (tmp_path / "a.jpg").write_bytes(content)
     (tmp_path / "a.png").write_bytes(b"no JPEG")
     assert read_jpeg_bytes(tmp_path / "a.jpg") == read_jpeg_bytes(content) == content
+    assert isinstance(read_jpeg_bytes(content), bytearray)  # PyTorch warns about read-only buffers
     assert read_jpeg_bytes(tmp_path / "a.png") is None
 
 

@@ -205,6 +205,8 @@ def test_evaluation_uses_the_held_out_images_of_the_run(tmp_path: Path, capsys: 
     options = InspectOptions(str(tmp_path / "run"), dataset=str(folder))
     images = open_images(options, model, read_held_out_record(tmp_path / "run"))
     assert images.images.get_names() == held_out.images.get_names()
+    (tmp_path / "run" / "results.json").unlink()
+    assert "metrics.jsonl" in list_published_files(ModelFolder(tmp_path / "run"))
 
 
 def test_the_label_columns_of_a_run_are_used_in_its_evaluation(tmp_path: Path) -> None:
