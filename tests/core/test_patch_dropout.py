@@ -26,7 +26,7 @@ MASK[1, 8:14] = 0
 SOURCES: dict[str, dict[str, Any]] = {
     "learned": {},
     "rotary": {"position_embedding_type": "rope_2d"},
-    "mixed rotary": {"position_embedding_type": "rope_mixed"},
+    "mixed rotary": {"position_embedding_type": "rope_mixed", "attention_head_size": 12},
     "scopes": {"cls_scopes": [[2, 2, 0, 1], [2, 2, 1, 0]]},
     "gates": {"gated_tokens": {"registers": 2}, "position_embedding_type": "sincos_2d"},
     "distances": {"relative_position_bias": "layer"},
