@@ -120,6 +120,7 @@ def test_exported_files_are_measured_on_the_cpu(model: str) -> None:
     for device, exported in (("cpu", ("onnx", "openvino")), ("cuda", ())):
         settings = benchmark.set_default_engines(BenchmarkOptions(model, device=device))
         assert (settings.backends, settings.peers) == (("torch", "compiled", *exported), ("timm", "transformers"))
+    assert benchmark.set_default_engines(BenchmarkOptions(model, peers=())).peers == ()
 
 
 def test_only_the_engine_of_this_name_is_compiled(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """The conversion of image processors of timm and transformers: equal pixels on real photographs, and defaults."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +142,7 @@ def test_differences_are_measured_in_gray_levels(fields: dict[str, Any], shifts:
     processor = ViTCLSImageProcessorPil(size={"height": 8, "width": 8}, **fields)
     std = torch.tensor(fields.get("image_std", [1.0])).view(-1, 1, 1)
 
-    def shift_pixels(image: PIL.Image.Image) -> torch.Tensor:
+    def shift_pixels(image: PIL.Image.Image, shifts: tuple[float, float] = shifts) -> torch.Tensor:
         pixels = processors.apply_processor(processor, image)
         return pixels - shifts[image.width > image.height] / 255 / std
 
@@ -149,6 +150,9 @@ def test_differences_are_measured_in_gray_levels(fields: dict[str, Any], shifts:
         processors.check_processor(processor, shift_pixels, "theirs")
     with raises_one_line("by nan gray levels"):
         processors.check_processor(processor, lambda image: shift_pixels(image) * torch.nan, "theirs")
+    for small in ((0.25, 0.5), (0.5, 0.25)):
+        record = processors.check_processor(processor, partial(shift_pixels, shifts=small), "theirs")
+        assert record["largest_difference_in_gray_levels"] == pytest.approx(0.5, abs=1e-3)
 
 
 def test_a_processor_that_differs_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:

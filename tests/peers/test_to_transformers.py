@@ -181,9 +181,8 @@ def test_a_mask_token_is_dropped_with_a_warning(caplog: pytest.LogCaptureFixture
     with caplog.at_level("WARNING"):
         converted = convert_to_transformers(model)
     assert not [name for name in converted.state_dict() if "mask" in name]
-    assert [record.getMessage() for record in caplog.records] == [
-        "ViTForImageClassification has no mask token, so the mask token is dropped"
-    ]
+    (record,) = caplog.records
+    assert "mask token" in record.getMessage()
 
 
 UNSUPPORTED = [
