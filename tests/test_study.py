@@ -261,7 +261,9 @@ def test_differences_are_paired_by_seed_within_the_other_levels() -> None:
     paired = stats.ttest_rel([60_000, 80_000, 98_000], [50_000, 70_000, 90_000]).confidence_interval(0.95)
     found = summary.loc[1, "difference"], summary.loc[1, "difference_half_width"]
     assert found == pytest.approx(((paired.low + paired.high) / 2, (paired.high - paired.low) / 2))
-    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in format_table(summary).splitlines()[2:]]
+    lines = format_table(summary).splitlines()
+    assert len({line.count("|") for line in lines}) == 1
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
     assert [row[:3] for row in table] == [["cls", "s", "3"], ["mean", "s", "3"], ["cls", "l", "1"], ["mean", "l", "1"]]
     assert [row[4] for row in table] == ["baseline", "+9,333 ± 2,868", "baseline", ""]  # no seed in common
     assert table[0][3] == "70,000 ± 49,683" and table[2][3] == "75,000"

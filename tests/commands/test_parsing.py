@@ -35,6 +35,7 @@ def test_recipes_are_flags_that_the_command_line_overrides(tmp_path: Path) -> No
         (b"epochs: [3", ["cannot read", "recipe.yaml"]),
         (b"- epochs", ["flag: value", "recipe.yaml"]),
         (b"epochs: 3\nlr: 0.1", ["--lr", "use --learning-rate"]),
+        (b"qqqq: 1", ["--qqqq", "--help"]),
     ],
 )
 def test_errors_of_recipes_are_one_line(
