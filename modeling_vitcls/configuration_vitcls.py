@@ -170,6 +170,10 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
             al. 2022, arXiv 2106.04560, section 3.3).
         cls_pooling (`"first"`, `"mean"` or `"concat"`, defaults to `"first"`): How several CLS tokens are combined.
         pooled_cls_tokens (`list[int]`, *optional*): Indices of the CLS tokens that are pooled. Default: all.
+        pooled_layers (`list[int]`, *optional*): Layers whose tokens are pooled, each after the final norm. The input
+            of the head is the concatenation, in this order. Indices are those of `hidden_states` and `out_indices`:
+            1 is the first layer, -1 the last. `[-4, -3, -2, -1]` is the order of DINOv2's linear evaluation
+            (`n_last_blocks` in dinov2/eval/linear.py; Oquab et al. 2023, arXiv 2304.07193). Default: the last layer.
         head_type (`"linear"` or `"mlp"`, defaults to `"linear"`): Type of the head. `"mlp"` is Linear, GELU, Linear.
         head_hidden_size (`int`, *optional*): Hidden size of the MLP head. Default: `hidden_size`.
         distillation_head (`bool`, *optional*): Whether the distillation token has a classifier. Default: `True`.
@@ -302,6 +306,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     pooling: Literal["cls", "mean", "cls_mean", "max", "attention"] = "cls"
     cls_pooling: Literal["first", "mean", "concat"] = "first"
     pooled_cls_tokens: list[int] | None = None
+    pooled_layers: list[int] | None = None
     head_type: Literal["linear", "mlp"] = "linear"
     head_hidden_size: int | None = None
     distillation_head: bool | None = None
@@ -523,14 +528,27 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         return list(range(self.num_cls_tokens)) if self.pooled_cls_tokens is None else self.pooled_cls_tokens
 
     @property
+    def pooled_layer_indices(self) -> list[int]:
+        """Return the indices of the pooled layers, from 1 to `num_hidden_layers`, in the order of concatenation."""
+        return self.resolve_layers(self.pooled_layers)
+
+    def resolve_layers(self, layers: Sequence[int] | None) -> list[int]:
+        """Return layer indices from 1 to `num_hidden_layers`; -1 and None are the last layer."""
+        return [layer + (self.num_hidden_layers + 1) * (layer < 0) for layer in layers or [-1]]
+
+    @property
     def pooled_size(self) -> int:
         """Return the size of the pooled vector, the input of the head."""
-        if self.pooling not in ("cls", "cls_mean"):
-            return self.hidden_size
-        num_vectors = len(self.pooled_cls_indices) if self.cls_pooling == "concat" else 1
-        if self.pooling == "cls_mean":
+        return self.compute_pooled_size(self.pooling, len(self.pooled_layer_indices))
+
+    def compute_pooled_size(self, pooling: str, num_layers: int) -> int:
+        """Return the size of the vector that `pooling` computes from the tokens of `num_layers` layers."""
+        num_vectors = 1
+        if pooling in ("cls", "cls_mean") and self.cls_pooling == "concat":
+            num_vectors = len(self.pooled_cls_indices)
+        if pooling == "cls_mean":
             num_vectors += 1
-        return num_vectors * self.hidden_size
+        return num_layers * num_vectors * self.hidden_size
 
     @property
     def has_rotary_positions(self) -> bool:
@@ -667,6 +685,27 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         pooled = self.pooled_cls_tokens
         if pooled is not None and not (pooled and set(pooled) <= set(range(self.num_cls_tokens))):
             raise ValueError(f"`pooled_cls_tokens` is {pooled}. Set indices from 0 to {self.num_cls_tokens - 1}.")
+
+    def validate_pooled_layers(self) -> None:
+        """Check that the pooled layers exist and differ, and that several layers are not pooled by attention."""
+        self._check_layers("`pooled_layers`", self.pooled_layers)
+        if self.pooling == "attention" and len(self.pooled_layer_indices) > 1:
+            raise ValueError(
+                '`pooling="attention"` supports one layer, but `pooled_layers` has several. Set pooling="cls_mean" '
+                "or one layer."
+            )
+
+    def _check_layers(self, owner: str, layers: list[int] | None) -> None:
+        """Check that layer indices exist and differ. The message names the `owner` of the indices."""
+        if layers is None:
+            return
+        indices = self.resolve_layers(layers)
+        are_layers = bool(layers) and set(indices) <= set(range(1, self.num_hidden_layers + 1))
+        if not are_layers or len(set(indices)) != len(indices):
+            raise ValueError(
+                f"{owner} must be different layers from 1 to {self.num_hidden_layers}, or from "
+                f"-{self.num_hidden_layers} to -1, but it is {layers}."
+            )
 
     def validate_distillation(self) -> None:
         """Check that a distillation head and each named teacher have a distillation token."""

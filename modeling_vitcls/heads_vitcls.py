@@ -8,6 +8,7 @@ Unlike the `loss_function` of transformers, the losses do not set `config.proble
 """
 
 from collections import OrderedDict
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +51,20 @@ class TokenPooler(nn.Module):
         if self.cls_pooling == "first":
             return tokens[:, 0]
         return tokens.mean(dim=1) if self.cls_pooling == "mean" else tokens.flatten(1)
+
+
+class MultiLayerPooler(nn.Module):
+    """Pooling of several layers (`config.pooled_layers`), concatenated. List of [B, N, D] -> [B, layers * P].
+
+    This is the input of DINOv2's linear evaluation (Oquab et al. 2023, arXiv 2304.07193).
+    """
+
+    def __init__(self, pooler: nn.Module) -> None:
+        super().__init__()
+        self.pooler = pooler
+
+    def forward(self, layer_tokens: Sequence[Tensor]) -> Tensor:
+        return torch.cat([self.pooler(tokens) for tokens in layer_tokens], dim=-1)
 
 
 class AttentionPooler(nn.Module):
@@ -95,8 +110,13 @@ class PooledMLP(nn.Module):
 
 
 def build_pooler(config: ViTCLSConfig) -> nn.Module:
-    """Build the pooler for `config.pooling`, [B, N, D] -> [B, P], followed by an optional norm and dense layer."""
-    pooler = AttentionPooler(config) if config.pooling == "attention" else TokenPooler(config)
+    """Build the pooler for `config.pooling`, followed by an optional norm and dense layer.
+
+    The pooler maps tokens [B, N, D] to [B, P]; with several `pooled_layers`, it maps a list of tokens, one per layer.
+    """
+    pooler: nn.Module = AttentionPooler(config) if config.pooling == "attention" else TokenPooler(config)
+    if len(config.pooled_layer_indices) > 1:
+        pooler = MultiLayerPooler(pooler)
     layers: dict[str, nn.Module] = {}
     if config.pooled_norm:
         layers["layernorm"] = build_norm(config, config.pooled_size)

@@ -15,7 +15,7 @@ adaptation_vitcls.py (different special tokens and sizes), token_attention_vitcl
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -72,7 +72,8 @@ class ViTCLSModelOutput(BaseModelOutputWithPooling):
 
     Attributes:
         last_hidden_state: [B, N, D], after the final norm. During training, N is smaller if `patch_drop_rate` > 0.
-        pooler_output: [B, P], the input of a classifier (`config.pooling`); None if the model has no pooler.
+        pooler_output: [B, P], the input of a classifier (`config.pooling`, `config.pooled_layers`); None if the model
+            has no pooler.
         hidden_states: the embeddings and the output of each layer before the final norm, [B, N, D] each, if requested.
         attentions: the attention weights [B, heads, N, N] of each layer, if requested; requires eager attention.
     """
@@ -80,6 +81,8 @@ class ViTCLSModelOutput(BaseModelOutputWithPooling):
     # Set by the model; not fields, because fields are tensors.
     token_layout: ClassVar[TokenLayout | None] = None
     grid_size: ClassVar[tuple[int, int] | None] = None  # number of patch rows and columns
+    layer_tokens: ClassVar[Mapping[int, Tensor]] = {}  # layer -> tokens after the final norm, see `output_layers`
+    pooled_tokens: ClassVar[Mapping[int, Tensor]] = {}  # layer -> tokens after the final norm that the pooler reads
 
     @property
     def tokens(self) -> dict[str, Tensor]:
@@ -285,6 +288,7 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
         attention_mask: Tensor | None = None,
         num_output_tokens: int | None = None,
         interpolate_pos_encoding: bool = True,
+        output_layers: Collection[int] = (),
         **kwargs: Unpack[TransformersKwargs],
     ) -> ViTCLSModelOutput:
         """Encode images.
@@ -296,6 +300,8 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
             num_output_tokens: number of special tokens to compute in the last layer and return. Default: all tokens.
                 Classifiers are faster with `num_output_tokens=config.num_head_tokens`; the logits do not change.
             interpolate_pos_encoding: has no effect, because positions are always interpolated to the image size.
+            output_layers: indices of layers, from 1 to `num_hidden_layers`, whose tokens after the final norm are
+                returned as `layer_tokens` (index -> [B, N, D]). Other layers are not kept in memory.
             output_hidden_states, output_attentions, return_dict: as in all transformers models.
 
         Raises:
@@ -320,33 +326,41 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
         if self.patch_dropout is not None:
             hidden_states, mask, position_embeddings = self.patch_dropout(hidden_states, mask, position_embeddings)
 
-        hidden_states = self.run_layers(hidden_states, mask, position_embeddings, num_output_tokens, **kwargs)
-        if self.layernorm is not None:
-            hidden_states = self.layernorm(hidden_states)  # [B, N, D]
-        pooler_output = self.pooler(hidden_states) if self.pooler is not None else None  # [B, P]
-        output = ViTCLSModelOutput(last_hidden_state=hidden_states, pooler_output=pooler_output)
-        output.token_layout = self.config.token_layout  # type: ignore[misc]  # set on this instance
-        output.grid_size = grid_size  # type: ignore[misc]
-        return output
-
-    def run_layers(
-        self,
-        hidden_states: Tensor,
-        mask: Any,
-        position_embeddings: Any,
-        num_output_tokens: int | None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> Tensor:
-        """Run the layers. Return hidden states [B, N or num_output_tokens, D]."""
-        for index, layer in enumerate(self.layers):
+        pooled_layers = self.config.pooled_layer_indices if self.pooler is not None else []
+        pooled_tokens: dict[int, Tensor] = {}
+        layer_tokens: dict[int, Tensor] = {}
+        for index, layer in enumerate(self.layers, start=1):
+            is_last = index == len(self.layers)
             hidden_states = layer(
                 hidden_states,
-                mask[index] if isinstance(mask, list) else mask,
-                position_embeddings[index] if isinstance(position_embeddings, list) else position_embeddings,
-                num_output_tokens if index == len(self.layers) - 1 else None,
+                mask[index - 1] if isinstance(mask, list) else mask,
+                position_embeddings[index - 1] if isinstance(position_embeddings, list) else position_embeddings,
+                num_output_tokens if is_last else None,
                 **kwargs,
             )
-        return hidden_states
+            if is_last or index in pooled_layers or index in output_layers:
+                tokens = self.normalize(hidden_states)  # [B, N, D]
+            if index in output_layers:
+                layer_tokens[index] = tokens
+            if index in pooled_layers and self.config.pooling == "cls" and not is_last:
+                pooled_tokens[index] = tokens[:, self.config.token_layout.cls].clone()  # does not keep all tokens
+            elif index in pooled_layers:
+                pooled_tokens[index] = tokens
+
+        pooler_output = None
+        if self.pooler is not None:
+            pooler_inputs = [pooled_tokens[index] for index in pooled_layers]
+            pooler_output = self.pooler(pooler_inputs if len(pooler_inputs) > 1 else pooler_inputs[0])  # [B, P]
+        output = ViTCLSModelOutput(last_hidden_state=tokens, pooler_output=pooler_output)
+        output.token_layout = self.config.token_layout  # type: ignore[misc]  # set on this instance
+        output.grid_size = grid_size  # type: ignore[misc]
+        output.layer_tokens = layer_tokens  # type: ignore[misc]
+        output.pooled_tokens = pooled_tokens  # type: ignore[misc]
+        return output
+
+    def normalize(self, hidden_states: Tensor) -> Tensor:
+        """Apply the final norm, if the model has one, to the output of a layer."""
+        return hidden_states if self.layernorm is None else self.layernorm(hidden_states)
 
     def new_like(self, config: ViTCLSConfig) -> Self:
         """Return a newly initialized model for another configuration, with a pooler if this model has one."""
@@ -434,16 +448,21 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
 
 
 class ViTCLSForMultiTaskClassification(ViTCLSPreTrainedModel):
-    """A ViT with one CLS token, one classifier and one loss for each task in `config.tasks`."""
+    """A ViT with one CLS token, one classifier and one loss for each task in `config.tasks`.
+
+    Classifier i reads CLS token i of the `config.pooled_layers`.
+    """
 
     def __init__(self, config: ViTCLSConfig) -> None:
         super().__init__(config)
         if not config.tasks:
             raise ValueError('ViTCLSForMultiTaskClassification requires config.tasks, such as tasks={"species": 12}')
         self.vitcls = ViTCLSModel(config, add_pooling_layer=False)
+        num_pooled_layers = len(config.pooled_layer_indices)
         self.classifiers = nn.ModuleDict(
             {
-                f"task_{name}": build_head(config, config.hidden_size, len(labels))  # nn.Module has a method `type`
+                # nn.Module has a method `type`
+                f"task_{name}": build_head(config, config.hidden_size * num_pooled_layers, len(labels))
                 for name, labels in config.task_labels().items()
             }
         )
@@ -465,8 +484,10 @@ class ViTCLSForMultiTaskClassification(ViTCLSPreTrainedModel):
         Raises:
             ValueError: if a task is unknown, or if a label is not a class index of the task.
         """
-        outputs = self.vitcls(pixel_values, attention_mask=attention_mask, **kwargs)
-        cls_tokens = outputs.last_hidden_state[:, self.config.token_layout.cls].unbind(dim=1)  # [B, D] each
+        pooled_layers = self.config.pooled_layer_indices
+        outputs = self.vitcls(pixel_values, attention_mask=attention_mask, output_layers=pooled_layers, **kwargs)
+        layer_tokens = [outputs.layer_tokens[index][:, self.config.token_layout.cls] for index in pooled_layers]
+        cls_tokens = torch.cat(layer_tokens, dim=-1).unbind(dim=1)  # [B, layers * D] each
         classifiers = zip(self.config.task_labels(), self.classifiers.values(), cls_tokens, strict=True)
         logits = {name: classifier(token) for name, classifier, token in classifiers}
         loss = losses = None

@@ -113,7 +113,7 @@ class AttentionTrace:
     outputs: Any  # outputs of the model, with hidden states
     layers: list[RecordedLayer]
     attention_modules: list[Any]  # one per layer
-    last_hidden_state: Any  # [B, N, D], the output of the encoder; None for a backbone
+    read_tokens: dict[int, Any]  # layer -> tokens [B, n, D] that the heads read; the last layer may be None (backbone)
 
     @torch.no_grad()
     def compute_token_attention(self) -> torch.Tensor:
@@ -134,16 +134,24 @@ class AttentionTrace:
     def compute_attribution(self, target: torch.Tensor | int | None = None, task: str | None = None) -> torch.Tensor:
         """Return the attribution [B, N] of a class (`compute_attribution`). The trace must be recorded with
         `needs_gradients=True`."""
-        recorded_outputs = [*(layer.attention_output for layer in self.layers), self.last_hidden_state]
+        attention_outputs = [layer.attention_output for layer in self.layers]
         with torch.inference_mode(False), torch.enable_grad():
             logits = select_logits(self.outputs, target, task)  # [B]
-            *gradients, token_gradient = torch.autograd.grad(logits.sum(), recorded_outputs, retain_graph=True)
+            gradients = torch.autograd.grad(
+                logits.sum(), [*attention_outputs, *self.read_tokens.values()], retain_graph=True, allow_unused=True
+            )  # None for layers above the last layer that the head reads
+        token_gradients = dict(zip(self.read_tokens, gradients[len(self.layers) :], strict=True))
         with torch.no_grad():
-            start_weights = relevance = compute_start_weights(token_gradient, self.config)  # [B, 1, N]
-            for layer, gradient in zip(reversed(self.layers), reversed(gradients), strict=True):
-                map_gradient = gradient.transpose(1, 2) @ layer.value.transpose(2, 3)  # [B, maps, N, N]
-                weighted_map = (map_gradient * layer.compute_weights()).clamp(min=0).mean(dim=1)
-                relevance = relevance + relevance @ weighted_map
+            relevance = start_weights = attention_outputs[0].new_zeros(1, 1, self.layers[0].key.shape[2]).float()
+            for index in range(len(self.layers), 0, -1):
+                layer, gradient = self.layers[index - 1], gradients[index - 1]
+                if token_gradients.get(index) is not None:
+                    layer_weights = compute_start_weights(token_gradients[index], self.config, relevance.shape[-1])
+                    relevance, start_weights = relevance + layer_weights, start_weights + layer_weights  # [B, 1, N]
+                if gradient is not None:
+                    map_gradient = gradient.transpose(1, 2) @ layer.value.transpose(2, 3)  # [B, maps, N, N]
+                    weighted_map = (map_gradient * layer.compute_weights()).clamp(min=0).mean(dim=1)
+                    relevance = relevance + relevance @ weighted_map
             return (relevance - start_weights).squeeze(1)  # the start weights do not depend on attention
 
 
@@ -159,8 +167,13 @@ def trace_attention(model: Any, pixel_values: torch.Tensor, needs_gradients: boo
         with process_attention_layers(model, layers.append):
             outputs = model(inputs, output_hidden_states=True)
     attention_modules = [layer.attention for layer in model.base_model.layers]
-    last_hidden_state = getattr(encoder_outputs[-1], "last_hidden_state", None)  # None for a backbone
-    return AttentionTrace(model.config, outputs, layers, attention_modules, last_hidden_state)
+    encoder_output = encoder_outputs[-1]
+    read_tokens = {
+        **getattr(encoder_output, "layer_tokens", {}),
+        **getattr(encoder_output, "pooled_tokens", {}),
+        len(layers): getattr(encoder_output, "last_hidden_state", None),  # None for a backbone
+    }
+    return AttentionTrace(model.config, outputs, layers, attention_modules, read_tokens)
 
 
 def select_logits(outputs: Any, target: torch.Tensor | int | None, task: str | None) -> torch.Tensor:
@@ -173,10 +186,12 @@ def select_logits(outputs: Any, target: torch.Tensor | int | None, task: str | N
     return logits.gather(1, classes[:, None]).squeeze(1)
 
 
-def compute_start_weights(gradient: torch.Tensor, config: ViTCLSConfig) -> torch.Tensor:
+def compute_start_weights(gradient: torch.Tensor, config: ViTCLSConfig, num_tokens: int) -> torch.Tensor:
     """Return the start weight [B, 1, N] of each token: 1 for a special token that the head uses, 1 in total for all
-    patches that the head uses, and 0 for other tokens. The head uses tokens with a nonzero `gradient` [B, N, D]."""
-    weights = (gradient != 0).any(dim=-1).float()  # [B, N]
+    patches that the head uses, and 0 for other tokens. The head uses tokens with a nonzero `gradient` [B, n, D], in
+    which the tokens after the first n may be missing."""
+    weights = (gradient != 0).any(dim=-1).float()  # [B, n]
+    weights = torch.nn.functional.pad(weights, (0, num_tokens - weights.shape[1]))  # [B, N]
     patches = config.token_layout.patches
     weights[:, patches] /= weights[:, patches].sum(dim=-1, keepdim=True).clamp(min=1)
     return weights.unsqueeze(1)

@@ -59,8 +59,17 @@ def get_used_token_mask(config: ViTCLSConfig, has_head: bool = True) -> list[boo
 
 def count_used_layers(config: ViTCLSConfig, has_head: bool) -> list[int]:
     """Return, for each special token and then for the patches, the number of layers whose output is used.
-    The last layer is counted only if the head uses the token. The attention of a token is used in the same layers."""
-    return [config.num_hidden_layers - (not is_used) for is_used in get_used_token_mask(config, has_head)]
+    The last layer that a head reads is counted only if a head reads the token there. The attention of a token is used
+    in the same layers."""
+    readers = get_head_readers(config, has_head)
+    last_layers = dict.fromkeys(readers, max(config.pooled_layer_indices) if has_head else config.num_hidden_layers)
+    if has_head and "distillation" in readers:
+        last_layers["distillation"] = config.num_hidden_layers
+    used_layers = [max(last_layers.values()) - 1] * (config.token_layout.num_prefix_tokens + 1)
+    for head, indices in readers.items():
+        for index in indices:
+            used_layers[index] = max(used_layers[index], last_layers[head])
+    return used_layers
 
 
 # Maps ----------------------------------------------------------------------------------------------------------------

@@ -228,6 +228,7 @@ def get_effective_fields(config: ViTCLSConfig, has_head: bool) -> dict[str, Any]
         "hidden_act": get_activation_name(config),
         "position_embedding_tokens": [name for name in groups_with_positions if getattr(config, COUNT_FIELDS[name])],
         "distillation_head": config.has_distillation_head,
+        "pooled_layers": None if config.pooled_layer_indices == [config.num_hidden_layers] else config.pooled_layers,
         "cls_scopes": config.cls_scopes if any(scope != "image" for scope in config.cls_scopes or ()) else None,
     }
     unused_fields = get_unused_fields(config, has_head)

@@ -18,7 +18,7 @@ from helpers.tiny_models import (
 from torch import nn
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSForMultiTaskClassification, ViTCLSModel
-from modeling_vitcls.analysis.attribution import compute_attention_rollout, compute_attribution
+from modeling_vitcls.analysis.attribution import compute_attention_rollout, compute_attribution, trace_attention
 
 
 TOLERANCE = 1e-5
@@ -177,6 +177,32 @@ def test_attribution_and_rollout_of_every_kind_of_layers(fields: dict[str, Any])
     rollout = compute_attention_rollout(model, build_images())
     expected = compute_rollout(model, build_images())[:, : rollout.shape[1]]
     assert get_largest_difference(rollout, expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize("pooling", ["cls", "cls_mean", "max"])
+def test_attribution_of_a_head_on_an_earlier_layer_equals_that_of_the_model_without_later_layers(pooling: str) -> None:
+    deep = build_classifier(num_hidden_layers=3, pooled_layers=[2], pooling=pooling)
+    shallow = build_classifier(num_hidden_layers=2, pooling=pooling)
+    shallow.load_state_dict({name: deep.state_dict()[name] for name in shallow.state_dict()})
+    found, expected = (compute_attribution(model, build_images(), target=1) for model in (deep, shallow))
+    assert get_largest_difference(found, expected) <= TOLERANCE
+
+
+def test_attribution_starts_at_every_pooled_layer() -> None:
+    """The relevance of a CLS token that is read twice is the sum of both paths."""
+    model = build_classifier(num_hidden_layers=2, pooled_layers=[1, 2])
+    found = compute_attribution(model, build_images(), target=1)
+    first = torch.eye(17)[:1].expand(2, 1, -1)
+    maps = []
+    trace = trace_attention(model, build_images(), needs_gradients=True)
+    logits = trace.outputs.logits[:, 1].sum()
+    for layer in trace.layers:
+        (gradient,) = torch.autograd.grad(logits, layer.attention_output, retain_graph=True)
+        map_gradient = gradient.transpose(1, 2) @ layer.value.transpose(2, 3)
+        maps.append((map_gradient * layer.compute_weights()).clamp(min=0).mean(dim=1))
+    above = first + first @ maps[1] + first  # read in layer 2, then in layer 1
+    expected = above + above @ maps[0] - 2 * first
+    assert get_largest_difference(found, expected[:, 0]) <= TOLERANCE
 
 
 def test_attribution_of_tasks() -> None:

@@ -69,6 +69,17 @@ def test_a_model_without_a_head_outputs_all_tokens_but_registers():
     assert count_used_layers(config, has_head=False) == [2, 2, 2, 1, 2]
 
 
+def test_layers_above_the_pooled_layers_are_not_used() -> None:
+    config = build_tiny_config(num_hidden_layers=4, pooled_layers=[1, 3], num_register_tokens=1)
+    assert count_used_layers(config, has_head=True) == [3, 2, 2]
+    assert count_used_layers(config, has_head=False) == [4, 3, 4]
+
+
+def test_a_distillation_head_uses_all_layers() -> None:
+    config = build_tiny_config(num_hidden_layers=4, pooled_layers=[2], num_distillation_tokens=1)
+    assert count_used_layers(config, has_head=True) == [3, 4, 3]
+
+
 FIELDS = {
     "cls": {},
     "first of pooled": {"num_cls_tokens": 3, "pooled_cls_tokens": [1, 2]},

@@ -52,6 +52,8 @@ CONTRADICTIONS: list[dict[str, Any]] = [
     *({"cls_scopes": [scope]} for scope in ("whole", [2, 2, 0], [2, 2, 2, 0], [2, 2, 0, 2], [2, 2, -1, 0])),
     *({"cls_scopes": [scope]} for scope in ([2, 2, 0, -1], [1, 5, 0, 0], [5, 1, 0, 0])),
     {"tasks": {"species": 2}, "pooling": "mean"},
+    *({"pooled_layers": layers} for layers in ([], [0], [3], [-3], [2, -1], [1, 1])),
+    {"pooled_layers": [1, 2], "pooling": "attention"},
     *({"tasks": tasks} for tasks in ({"species": 2, "age": 2}, {"species": ["cat", "cat"]}, {"a b": 2}, {"age": 0})),
     {"cls_scopes": ["image", [2, 2, 0, 0]], "num_cls_tokens": 2, "tasks": {"species": 2, "age": 2}},
     *({"gated_tokens": counts} for counts in ({"patches": 1}, {"cls": 2}, {"cls": 0})),

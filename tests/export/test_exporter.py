@@ -96,6 +96,11 @@ MODELS: dict[str, tuple[type, dict[str, Any], list[str]]] = {
         },
         ["logits"],
     ),
+    "layers": (
+        ViTCLSForImageClassification,
+        {"pooled_layers": [-2, -1], "pooling": "cls_mean", "num_register_tokens": 1},
+        ["logits"],
+    ),
     "backbone": (
         ViTCLSBackbone,
         {"out_indices": [0, 2], "position_embedding_type": "learned_rope_mixed", "layer_type": "post"},
