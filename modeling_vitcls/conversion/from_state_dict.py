@@ -8,7 +8,7 @@
 2. timm's `checkpoint_filter_fn` renames the weights. For big_vision, timm's `load_pretrained` reads the Flax arrays.
 3. The timm model is converted as in from_timm.py.
 4. `apply_family` restores what timm leaves out or does differently from the authors' code: resampling of position
-   embeddings, stored rotary periods, mask tokens and the second CLS token of TIPS.
+   embeddings, stored rotary periods, mask tokens, the second CLS token of TIPS and the linear classifiers of DINOv2.
 
 timm's name of a family also selects the preprocessing of the family. timm alone reads the files of other models
 (`timm:NAME@FILE`); their conversion follows timm.
@@ -64,6 +64,7 @@ class FileFamily:
 
 
 GATE = "blocks.0.mlp.w3.weight"  # weight of a gated MLP
+LINEAR_HEAD = "linear_head.weight"  # classifier of DINOv2's hub models
 FAMILIES = {
     "dinov2": FileFamily(
         "vit_small_patch14_dinov2.lvd142m",
@@ -134,11 +135,47 @@ def apply_family(converted_weights: Weights, weights: Weights, family: str) -> F
         tokens = [converted_weights["embeddings.cls_token"], converted_weights.pop("embeddings.register_tokens")]
         converted_weights["embeddings.cls_token"] = torch.cat(tokens, dim=1)
         fields |= {"num_cls_tokens": 2, "num_register_tokens": 0, "pooled_cls_tokens": [0]}
+    if LINEAR_HEAD in weights:
+        fields |= convert_linear_head(converted_weights, weights)
     mask_token = weights.get("mask_token", weights.get("masked_embed"))
     if mask_token is not None and family in ("dinov2", "tips", "dinov3", "ibot"):
         converted_weights["embeddings.mask_token"] = mask_token.float().reshape(1, 1, -1)
         fields["use_mask_token"] = True
     return fields
+
+
+def convert_linear_head(converted_weights: Weights, weights: Weights) -> Fields:
+    """Convert the linear classifier of DINOv2's hub models, and return fields of the configuration.
+
+    The input of the classifier is the CLS tokens of the last n layers and the mean of the patches of the last layer
+    (dinov2/hub/classifiers.py). The converted classifier also reads the means of the earlier layers, with weights of
+    zero.
+    """
+    weight, bias = weights[LINEAR_HEAD].float(), weights["linear_head.bias"].float()
+    *cls_columns, mean_columns = split_linear_head(weights)
+    columns = []
+    for index, cls_column in enumerate(cls_columns, start=1):
+        columns += [cls_column, mean_columns if index == len(cls_columns) else torch.zeros_like(mean_columns)]
+    converted_weights["classifier.weight"] = torch.cat(columns, dim=1).float()
+    converted_weights["classifier.bias"] = bias
+    return {
+        "pooling": "cls_mean",
+        "pooled_layers": list(range(-len(cls_columns), 0)) if len(cls_columns) > 1 else None,
+        "num_labels": len(weight),
+    }
+
+
+def split_linear_head(weights: Weights) -> tuple[torch.Tensor, ...]:
+    """Split the weight of DINOv2's linear classifier into matrices [labels, D]: one per CLS token, then the mean."""
+    weight, width = weights[LINEAR_HEAD], find_weight(weights, "patch_embed.proj.weight").shape[0]
+    num_vectors = weight.shape[1] // width
+    depth = count_blocks(weights, r"blocks\.(\d+)\.")
+    if weight.shape[1] != num_vectors * width or not 2 <= num_vectors <= depth + 1:
+        raise ConversionError(
+            f"{LINEAR_HEAD} has {weight.shape[1]} inputs instead of (1 + layers) * {width}. Remove linear_head.* from "
+            "the file to convert the encoder"
+        )
+    return tuple(weight.split(width, dim=1))  # type: ignore[no-untyped-call]
 
 
 def get_family(family: str, weights: Weights) -> FileFamily:
@@ -229,7 +266,8 @@ def load_timm_weights(model: Any, weights: Weights, family: str) -> None:
         file.seek(0)
         model.load_pretrained(file)
         return
-    tensors.pop("masked_embed", None)
+    for name in ("masked_embed", LINEAR_HEAD, "linear_head.bias"):
+        tensors.pop(name, None)
     if "rope_embed.periods" in tensors:  # timm computes the periods
         model.rope._compute_periods = lambda device="cpu", dtype=None: tensors["rope_embed.periods"].to(device, dtype)
         model.rope.reset_parameters()

@@ -234,6 +234,53 @@ def test_files_are_converted_exactly(name: str, tmp_path: Path, monkeypatch: pyt
     assert (unused in report["notes"]) is (name == "dino_full.pth")
 
 
+def build_linear_classifier(num_layers: int, num_registers: int = 0) -> Weights:
+    """Return the state dict of a classifier of DINOv2's hub, with six blocks and random weights."""
+    encoder = build_vit_weights(1, "ls{}.gamma", width=384, depth=6)
+    if num_registers:
+        encoder = add_token(encoder, register_tokens=(1, num_registers, 384))
+    head = fill({"linear_head.weight": (LABELS, (1 + num_layers) * 384), "linear_head.bias": (LABELS,)})
+    return {f"backbone.{name}": weight for name, weight in encoder.items()} | head
+
+
+def run_linear_classifier(weights: Weights, images: torch.Tensor, num_layers: int, num_prefix: int) -> torch.Tensor:
+    """Return the logits of DINOv2's hub classifiers (dinov2/hub/classifiers.py)."""
+    encoder = {name.removeprefix("backbone."): weight for name, weight in weights.items() if "linear" not in name}
+    inputs = []
+    for depth in range(7 - num_layers, 7):
+        deeper = tuple(f"blocks.{index}." for index in range(depth, 6))
+        shallow = {name: weight for name, weight in encoder.items() if not name.startswith(deeper)}
+        tokens = run_authors_vit(shallow, images)
+        inputs.append(tokens[:, 0])
+    inputs.append(tokens[:, num_prefix:].mean(dim=1))
+    return torch.cat(inputs, dim=1) @ weights["linear_head.weight"].T + weights["linear_head.bias"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("num_layers", "num_registers"), [(1, 0), (4, 0), (4, 4)])
+def test_linear_classifiers_of_dinov2_are_converted_exactly(
+    num_layers: int, num_registers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    weights = build_linear_classifier(num_layers, num_registers)
+    save(weights, Path("dinov2_vits14_lc.pth"))
+    report = convert_checkpoint("dinov2_vits14_lc.pth", tmp_path / "made")
+    assert report["classifier"] == "kept"
+    assert all("logits" in comparison["differences"] for comparison in report["comparisons"])
+    model = ViTCLSForImageClassification.from_pretrained(tmp_path / "made")
+    images = torch.randn(2, 3, GRID * PATCH, GRID * PATCH)
+    expected = run_linear_classifier(weights, images, num_layers, 1 + num_registers)
+    assert (model(images).logits - expected).abs().max() <= LIMIT * expected.abs().max()
+
+
+def test_a_linear_classifier_of_another_width_is_refused(tmp_path: Path) -> None:
+    weights = build_linear_classifier(4)
+    weights["linear_head.weight"] = weights["linear_head.weight"][:, :-1]
+    file = save(weights, tmp_path / "dinov2_vits14_lc.pth")
+    with raises_one_line("linear_head.weight", "384", error=ConversionError):
+        convert_checkpoint(str(file), tmp_path / "made")
+
+
 @torch.no_grad()
 def test_tips_files(tmp_path: Path) -> None:
     """Two CLS tokens, images in 0..1 that are resized to a square, and the family must be unambiguous."""

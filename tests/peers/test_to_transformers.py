@@ -188,6 +188,8 @@ def test_a_mask_token_is_dropped_with_a_warning(caplog: pytest.LogCaptureFixture
 UNSUPPORTED = [
     (ViTCLSModel, {"num_cls_tokens": 0, "pooling": "mean"}, "num_cls_tokens=0"),
     (ViTCLSModel, {"pooling": "attention"}, "pooling='attention'"),
+    (ViTCLSModel, {"pooled_layers": [-2, -1]}, "pooled_layers=[-2, -1]"),
+    (ViTCLSForImageClassification, LAYER_SCALE | {"pooled_layers": [1], "pooling": "cls_mean"}, "pooled_layers=[1]"),
     (ViTCLSModel, {"pooling": "mean", "pooled_activation": "tanh"}, "pooling='mean'"),
     (ViTCLSModel, {"position_antialias": True, "pooled_activation": "tanh"}, "position_antialias=True"),
     (ViTCLSModel, REGISTERS | {"gated_tokens": {"registers": 2}}, "gated_tokens={'registers': 2}"),
