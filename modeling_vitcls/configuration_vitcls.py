@@ -179,6 +179,8 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         distillation_head (`bool`, *optional*): Whether the distillation token has a classifier. Default: `True`.
         distillation_inference (`"mean"`, `"cls"` or `"distillation"`, defaults to `"mean"`): Logits that a model with
             two heads returns: the mean of both heads' logits (DeiT, section 5.2), or the logits of one head.
+        compute_all_tokens (`bool`, defaults to `False`): Whether the last layer of a classifier computes all tokens. By
+            default, it computes only the tokens that its heads read, which is faster; the logits are the same.
 
     Image and patches:
         image_size (`int` or `[height, width]`, defaults to 224): Image size in pixels, a multiple of the patch size.
@@ -311,6 +313,7 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
     head_hidden_size: int | None = None
     distillation_head: bool | None = None
     distillation_inference: Literal["mean", "cls", "distillation"] = "mean"
+    compute_all_tokens: bool = False
     image_size: int | list[int] | tuple[int, int] = 224
     patch_size: int | list[int] | tuple[int, int] = 16
     num_channels: int = 3
@@ -561,16 +564,22 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         return self.num_distillation_tokens > 0 and self.distillation_head is not False
 
     @property
-    def num_head_tokens(self) -> int | None:
-        """Return the number of leading tokens that the classifiers read, or None if they require all tokens.
+    def can_trim_last_layer(self) -> bool:
+        """Return whether the last layer can compute only the first tokens.
 
-        With `forward(..., num_output_tokens=config.num_head_tokens)`, the last layer computes only these tokens.
         Register neurons in the last layer, flash and flex attention require all tokens.
         """
         edited_layers = {layer for layer, _ in self.register_neurons or ()}
-        if self.pooling != "cls" or self.num_hidden_layers - 1 in edited_layers:
-            return None
-        if self._attn_implementation not in (None, "sdpa", "eager"):
+        has_supported_attention = self._attn_implementation in (None, "sdpa", "eager")
+        return has_supported_attention and self.num_hidden_layers - 1 not in edited_layers
+
+    @property
+    def num_head_tokens(self) -> int | None:
+        """Return the number of leading tokens that the classifiers read, or None if they require all tokens.
+
+        In the last layer, a classifier computes only these tokens unless `compute_all_tokens` is True.
+        """
+        if self.pooling != "cls" or not self.can_trim_last_layer:
             return None
         return self.num_cls_tokens + self.num_distillation_tokens * self.has_distillation_head
 

@@ -6,16 +6,16 @@
     VITCLS_CPU_KERNELS=0            environment variable that prevents installation
     torch.backends.mkldnn.flags(enabled=False)    plain PyTorch while the context is active
 
-    nn.Linear             -> CPULinear             oneDNN: float32 on CPUs with AVX-512 but not AMX, bfloat16 with AMX
+    nn.Linear             -> CPULinear             oneDNN: float32 with AVX-512 but not AMX, bfloat16 in inference
     ViTCLSMLP             -> CPUMLP                GELU fused with a linear layer or in place; recomputed in backward
     nn.Conv2d (patches)   -> CPUPatchProjection    float32 on CPUs without half-precision instructions
-    attention classes     -> CPUAttention, ...     float32 on CPUs without half-precision instructions
+    attention classes     -> CPUAttention, ...     bfloat16: a few heads at a time, and one cast of the input
 
-Each kernel is at least 10% faster on a row of docs/speed.md. On CPUs without bfloat16 or float16 instructions,
-half-precision products are computed in float32 and then rounded. The subclasses add no state. Parameters, state dicts,
-`isinstance` checks, copying and pickling work as in plain modules. Plain PyTorch is used on other devices, in exported
-and traced programs, under torch.func, for modules with hooks, for quantized, sharded or parametrized weights, and if a
-private PyTorch API is missing. oneDNN is not used under autocast.
+On CPUs without bfloat16 or float16 instructions, half-precision products, including those of attention, are computed in
+float32 and then rounded. The subclasses add no state. Parameters, state dicts, `isinstance` checks, copying and pickling
+work as in plain modules. Plain PyTorch is used on other devices, in exported and traced programs, under torch.func, for
+modules with hooks, for quantized, sharded or parametrized weights, and if a private PyTorch API is missing. oneDNN is
+not used under autocast. docs/speed.md shows what each kernel is worth in the whole model, together with the others.
 """
 
 import os
@@ -45,6 +45,7 @@ try:
         torch.float16: getattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", None),
     }
     HAS_AMX = torch.cpu._is_amx_tile_supported()  # in float32, MKL is as fast as oneDNN or faster on these CPUs
+    HAS_AVX512_BFLOAT16 = torch.cpu._is_avx512_bf16_supported()
 
     def is_functorch_active() -> bool:
         """Return whether torch.func or forward-mode AD is active; oneDNN's operators support neither."""
@@ -144,6 +145,12 @@ class CPUMLP(CPUKernel, ViTCLSMLP):
 
 class CPUAttention(CPUKernel, ViTCLSAttention):
     """CPU kernel of `ViTCLSAttention`, and base class of the other attention kernels."""
+
+    def project_qkv(self, hidden_states: Tensor, num_queries: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values. Under autocast, the three projections share one cast of the input."""
+        if hidden_states.dtype == torch.float32 and hidden_states.is_cpu and not is_capturing_graph():
+            hidden_states = hidden_states.to(get_matmul_dtype(hidden_states))
+        return super().project_qkv(hidden_states, num_queries)
 
     def get_attention_function(self) -> Callable[..., tuple[Tensor, Tensor | None]]:
         """Return `sdpa_attention` for "sdpa", and the function of `ViTCLSAttention` for other implementations."""
@@ -303,10 +310,10 @@ def is_onednn_correct() -> bool:
 MIN_MULTIPLICATIONS: dict[tuple[torch.dtype, bool], int] = {}
 HAS_ONEDNN = HAS_PRIVATE_NAMES and torch.backends.mkldnn.is_available() and onednn_pointwise is not None
 if HAS_ONEDNN and torch.backends.cpu.get_cpu_capability().startswith("AVX512") and is_onednn_correct():
-    if HAS_AMX:
-        MIN_MULTIPLICATIONS = {(torch.bfloat16, False): 0}
-    else:
-        MIN_MULTIPLICATIONS = {(torch.float32, False): 1_500_000, (torch.float32, True): 8_000_000}
+    if HAS_AMX or HAS_AVX512_BFLOAT16:
+        MIN_MULTIPLICATIONS[torch.bfloat16, False] = 0
+    if not HAS_AMX:
+        MIN_MULTIPLICATIONS |= {(torch.float32, False): 1_500_000, (torch.float32, True): 8_000_000}
 
 
 # Half precision on CPUs without half-precision instructions ----------------------------------------------------------
@@ -355,6 +362,11 @@ def linear_in_float32(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Te
     return LinearFunction.apply(partial(compute_in_float32, nn.functional.linear), *tensors)
 
 
+# Attention -----------------------------------------------------------------------------------------------------------
+MAX_CHUNKED_KEYS = 1200  # chunked attention stores its weights for the backward pass, which takes memory
+SCORES_PER_THREAD = 2**19  # number of attention scores per chunk and thread: 1 MiB in bfloat16, about one L2 cache
+
+
 def sdpa_attention(
     module: nn.Module,
     query: Tensor,
@@ -365,10 +377,49 @@ def sdpa_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Return (output [B, n, heads, head_dim], None); the output is computed by SDPA, emulated where necessary."""
+    """Return (output [B, n, heads, head_dim], None), computed by chunked attention or by SDPA."""
+    is_plain = attention_mask is None and dropout == 0 and not kwargs.get("is_causal")
+    if is_plain and can_chunk_attention(query, key):
+        return attend_in_chunks(query, key, value, scaling), None
 
     def call_sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         return sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, **kwargs)[0]
 
     attend = partial(compute_in_float32, call_sdpa) if is_emulated(query) else call_sdpa
     return attend(query, key, value, attention_mask), None
+
+
+def can_chunk_attention(query: Tensor, key: Tensor) -> bool:
+    """Return whether `attend_in_chunks` is faster than SDPA. With AMX, it has not been measured."""
+    return (
+        HAS_AVX512_BFLOAT16
+        and not HAS_AMX
+        and query.dtype == torch.bfloat16
+        and query.is_cpu
+        and key.shape[2] <= MAX_CHUNKED_KEYS
+        and not is_capturing_graph()
+        and bool(torch.backends.mkldnn.enabled)
+    )
+
+
+def attend_in_chunks(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    """Return softmax(query @ key.T * scaling) @ value, computed for a few heads at a time so that scores stay in cache.
+
+    Scores are rounded to the dtype of the inputs before the softmax, as in transformers' eager attention. Subtracting
+    the mean of the keys does not change the softmax, but makes scores smaller, so that less is lost by rounding.
+
+    Args:
+        query: [B, heads, n, head_dim].
+        key, value: [B, heads, N, head_dim].
+
+    Returns:
+        [B, n, heads, head_dim].
+    """
+    key = key - key.mean(dim=2, keepdim=True)
+    query = query * scaling
+    scores_per_head = query.shape[2] * key.shape[2]
+    chunk_size = max(1, SCORES_PER_THREAD * torch.get_num_threads() // scores_per_head)  # in heads of all images
+    chunks = zip(*(states.flatten(0, 1).split(chunk_size) for states in (query, key, value)), strict=True)
+
+    outputs = [torch.bmm(torch.bmm(q, k.mT).softmax(dim=-1), v) for q, k, v in chunks]
+    return torch.cat(outputs).unflatten(0, query.shape[:2]).transpose(1, 2)

@@ -298,7 +298,7 @@ class ViTCLSModel(ViTCLSPreTrainedModel):
             bool_masked_pos: [B, rows * columns]; True for patches that are replaced with the mask token.
             attention_mask: [B, N] for all tokens, special tokens first; 1 for visible tokens, 0 for hidden tokens.
             num_output_tokens: number of special tokens to compute in the last layer and return. Default: all tokens.
-                Classifiers are faster with `num_output_tokens=config.num_head_tokens`; the logits do not change.
+                Classifiers pass the number of tokens that their heads read (`count_output_tokens`).
             interpolate_pos_encoding: has no effect, because positions are always interpolated to the image size.
             output_layers: indices of layers, from 1 to `num_hidden_layers`, whose tokens after the final norm are
                 returned as `layer_tokens` (index -> [B, N, D]). Other layers are not kept in memory.
@@ -402,6 +402,7 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
         pixel_values: Tensor,
         labels: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        compute_all_tokens: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> ViTCLSImageClassifierOutput:
         """Classify images.
@@ -411,9 +412,11 @@ class ViTCLSForImageClassification(ViTCLSPreTrainedModel):
 
         Args:
             labels, num_items_in_batch: as in `compute_classification_loss`.
+            compute_all_tokens: as in `count_output_tokens`. Default: `config.compute_all_tokens`.
             pixel_values, attention_mask and other arguments: as in `ViTCLSModel.forward`.
         """
-        outputs = self.vitcls(pixel_values, attention_mask=attention_mask, **kwargs)
+        num_tokens = count_output_tokens(self.vitcls, compute_all_tokens, kwargs)
+        outputs = self.vitcls(pixel_values, attention_mask=attention_mask, num_output_tokens=num_tokens, **kwargs)
         logits = cls_logits = self.classifier(outputs.pooler_output)  # [B, num_labels]
         distillation_logits = None
         if self.distillation_classifier is not None:
@@ -474,18 +477,26 @@ class ViTCLSForMultiTaskClassification(ViTCLSPreTrainedModel):
         pixel_values: Tensor,
         labels: dict[str, Tensor] | None = None,
         attention_mask: Tensor | None = None,
+        compute_all_tokens: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> ViTCLSMultiTaskOutput:
         """Classify images for every task.
 
         Args:
             labels: dict that maps task names to class indices [B]. Tasks may be omitted. Labels of -100 are ignored.
+            compute_all_tokens: as in `count_output_tokens`. Default: `config.compute_all_tokens`.
 
         Raises:
             ValueError: if a task is unknown, or if a label is not a class index of the task.
         """
         pooled_layers = self.config.pooled_layer_indices
-        outputs = self.vitcls(pixel_values, attention_mask=attention_mask, output_layers=pooled_layers, **kwargs)
+        outputs = self.vitcls(
+            pixel_values,
+            attention_mask=attention_mask,
+            num_output_tokens=count_output_tokens(self.vitcls, compute_all_tokens, kwargs),
+            output_layers=pooled_layers,
+            **kwargs,
+        )
         layer_tokens = [outputs.layer_tokens[index][:, self.config.token_layout.cls] for index in pooled_layers]
         cls_tokens = torch.cat(layer_tokens, dim=-1).unbind(dim=1)  # [B, layers * D] each
         classifiers = zip(self.config.task_labels(), self.classifiers.values(), cls_tokens, strict=True)
@@ -510,6 +521,37 @@ class ViTCLSForMultiTaskClassification(ViTCLSPreTrainedModel):
                 task_labels = torch.full((task_logits.shape[0],), IGNORED_LABEL)  # all parameters must get gradients
             losses[name] = compute_cross_entropy(task_logits, task_labels, owner=f"task {name!r}")
         return losses
+
+
+def count_output_tokens(
+    encoder: ViTCLSModel, compute_all_tokens: bool | None, kwargs: Mapping[str, Any]
+) -> int | None:
+    """Return the number of special tokens that the last layer computes for a classifier, or None for all tokens.
+
+    The last layer computes only the tokens that the heads read; the logits do not change. It computes all tokens if
+    `compute_all_tokens` or `config.compute_all_tokens` is True, if hidden states or attentions are requested, or if the
+    encoder, its last layer, final norm or pooler has a hook or recorder, which may read all tokens.
+    """
+    config = encoder.config
+    if config.compute_all_tokens if compute_all_tokens is None else compute_all_tokens:
+        return None
+    if any(kwargs.get(name, getattr(config, name, False)) for name in ("output_hidden_states", "output_attentions")):
+        return None
+    last_layer: Any = encoder.layers[-1]
+    if last_layer.attention.recorder is not None:
+        return None
+    readers = [encoder, encoder.layers, encoder.layernorm, *last_layer.modules()]
+    if encoder.pooler is not None:
+        readers += encoder.pooler.modules()
+    return None if any(map(has_user_hooks, readers)) else config.num_head_tokens
+
+
+def has_user_hooks(module: nn.Module | None) -> bool:
+    """Return whether a module has hooks that neither transformers nor torch.distributed registered."""
+    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    hooks = [hook for name in names for hook in (getattr(module, name, None) or {}).values()]
+    module_names = (str(getattr(hook, "__module__", "")) for hook in hooks)
+    return any(not name.startswith(("transformers.", "torch.distributed.")) for name in module_names)
 
 
 # Masked image modeling -----------------------------------------------------------------------------------------------

@@ -236,8 +236,7 @@ class Evaluator:
 
     def compute_outputs(self, model: nn.Module, pixel_values: torch.Tensor) -> Any:
         """Return the model outputs for images [B, C, H, W]."""
-        config = self.accelerator.unwrap_model(model).config
-        return model(pixel_values, num_output_tokens=config.num_head_tokens)
+        return model(pixel_values)
 
     def pad_batch(self, model: nn.Module, pixel_values: torch.Tensor | None) -> torch.Tensor:
         """Pad pixel values [G, C, H, W] with blank images to [B, C, H, W], and move the padded batch to the device."""

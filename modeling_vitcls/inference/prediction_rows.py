@@ -65,11 +65,6 @@ def build_labels(indices: torch.Tensor, probabilities: torch.Tensor, names: list
     ]
 
 
-def compute_logits(model: Any, pixel_values: torch.Tensor) -> Any:
-    """Return the logits of a classifier. The last layer computes only the tokens of the head."""
-    return model(pixel_values, num_output_tokens=model.config.num_head_tokens).logits
-
-
 class TopLabelColumns:
     """Output columns of a single-label or multi-task classifier: the `top_k` most probable labels of each task. A
     single-label classifier has one task with an empty name."""
@@ -102,7 +97,7 @@ class TopLabelColumns:
 
     def predict(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the logits [B, num_labels] of each task."""
-        logits = compute_logits(self.model, pixel_values)
+        logits: Any = self.model(pixel_values).logits
         logits_by_task = logits if isinstance(logits, dict) else {"": logits}
         return {task: task_logits.float() for task, task_logits in logits_by_task.items()}
 
@@ -137,7 +132,7 @@ class LabelListColumns:
 
     def predict(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the logits [B, num_labels]."""
-        return {"logits": compute_logits(self.model, pixel_values).float()}
+        return {"logits": self.model(pixel_values).logits.float()}
 
     def build_rows(self, outputs: dict[str, torch.Tensor]) -> list[Row]:
         """Return one row per image with the predicted labels. The most probable label comes first."""
@@ -210,8 +205,17 @@ class FeatureColumns:
     def predict(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return each feature as [B, D], or [B, n, D] if there are n > 1 tokens."""
         has_layers = any(feature.layer is not None for feature in self.features.values())
-        outputs = self.encoder(pixel_values, output_hidden_states=has_layers)
+        num_tokens = None if has_layers else self.count_special_tokens()
+        outputs = self.encoder(pixel_values, output_hidden_states=has_layers, num_output_tokens=num_tokens)
         return {name: feature.select(self.encoder, outputs).to(self.dtype) for name, feature in self.features.items()}
+
+    def count_special_tokens(self) -> int | None:
+        """Return the number of leading special tokens that contain all features, or None if patches are required."""
+        config = self.encoder.config
+        groups = {feature.group for feature in self.features.values()}
+        if groups & {"mean", "patches"} or not config.can_trim_last_layer:
+            return None
+        return max(getattr(config.token_layout, group).stop for group in groups)
 
     def build_rows(self, outputs: dict[str, torch.Tensor]) -> list[Row]:
         """Return one row per image with the features: one array, or a list with one array per token."""

@@ -86,7 +86,7 @@ def build_task(options: FinetuneOptions, initial: InitialModel, data: TrainingDa
     return Task(
         model,
         processor,
-        build_objective(options, data, teacher, normalize, accelerator, model.config.num_head_tokens),
+        build_objective(options, data, teacher, normalize, accelerator),
         build_evaluator=partial(Evaluator, **evaluator_arguments),
         selection_metric=metric,
         printed_metrics=(metric, "macro_f1") if data.class_ratio > MAX_CLASS_RATIO else (metric,),
@@ -121,15 +121,13 @@ def build_objective(
     teacher: Teacher | None,
     normalize: Normalizer,
     accelerator: Accelerator,
-    num_output_tokens: int | None,
 ) -> losses.LabelObjective:
-    """Build the label loss, combined with the distillation loss if a teacher is set. `num_output_tokens` is the number
-    of tokens that the heads read."""
+    """Build the label loss, combined with the distillation loss if a teacher is set."""
     augmentation, labels = options.augmentation, data.label_space
     mixer = BatchMixer(augmentation, len(labels.names)) if augmentation.mixup or augmentation.cutmix else None
     label_loss, distillation = build_label_loss(options, data, accelerator.device), options.distillation
     if teacher is None:
-        return losses.LabelObjective(normalize, label_loss, mixer, num_output_tokens)
+        return losses.LabelObjective(normalize, label_loss, mixer)
     predict = teacher.predict
     if num_views := distillation.teacher_views:
         predict = TeacherCache(teacher, data.num_training_images, num_views, len(labels.names)).predict
@@ -142,7 +140,7 @@ def build_objective(
         )
 
     alpha = distillation.distillation_alpha
-    return losses.LabelObjective(normalize, label_loss, mixer, num_output_tokens, compute_loss, alpha)
+    return losses.LabelObjective(normalize, label_loss, mixer, compute_loss, alpha)
 
 
 def build_label_loss(options: FinetuneOptions, data: TrainingData, device: torch.device) -> losses.LabelLossFunction:

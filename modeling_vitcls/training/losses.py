@@ -80,7 +80,6 @@ class LabelObjective:
     normalize: Normalizer
     label_loss: LabelLossFunction
     mixer: Callable[[Any, Any], tuple[Any, Any]] | None = None  # mixes images and labels
-    num_output_tokens: int | None = None  # number of tokens that the last layer computes; default: all
     # mean distillation loss from the logits of the distillation head and the batch; None without a teacher
     distillation_loss: Callable[[torch.Tensor, Batch], torch.Tensor] | None = None
     alpha: float = 0.5  # weight of the distillation loss; the weight of the label loss is 1 - alpha
@@ -91,7 +90,7 @@ class LabelObjective:
             pixels, mixed_labels = self.mixer(batch["pixels"], batch["labels"])
             batch = batch | {"pixels": pixels, "labels": mixed_labels}
         labels = batch["labels"]
-        outputs = model(pixel_values=self.normalize(batch["pixels"]), num_output_tokens=self.num_output_tokens)
+        outputs = model(pixel_values=self.normalize(batch["pixels"]))
         if self.distillation_loss is not None:
             distillation_loss = self.distillation_loss(outputs.distillation_logits, batch)
             label_loss = self.label_loss(outputs.cls_logits, labels)

@@ -4,6 +4,7 @@ computed by plain PyTorch."""
 import copy
 import pickle
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,12 +14,14 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
+from transformers.models.vit.modeling_vit import eager_attention_forward
 
 from modeling_vitcls import ViTCLSForImageClassification, cpu_kernels_vitcls
 from modeling_vitcls.cpu_kernels_vitcls import (
     KERNEL_CLASSES,
     CPULinear,
     CPUPatchProjection,
+    attend_in_chunks,
     install_cpu_kernels,
     uninstall_cpu_kernels,
 )
@@ -27,6 +30,7 @@ from .compare import Tensors, assert_as_exact_in_half_precision, assert_equal_in
 
 
 ONEDNN = "mkldnn::_linear_pointwise"
+SDPA = "aten::scaled_dot_product_attention"
 KERNELS = set(KERNEL_CLASSES.values())
 NUM_MODELS = 8  # number of models over which rounding errors are compared
 
@@ -49,6 +53,14 @@ def use_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setitem(cpu_kernels_vitcls.MIN_MULTIPLICATIONS, (torch.float32, has_gradients), 0)
         if torch.ops.mkldnn._is_mkldnn_bf16_supported():
             monkeypatch.setitem(cpu_kernels_vitcls.MIN_MULTIPLICATIONS, (torch.bfloat16, False), 0)
+
+
+@pytest.fixture(autouse=True)
+def use_chunked_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Use chunked attention on all CPUs, with three heads per chunk of a tiny model."""
+    monkeypatch.setattr(cpu_kernels_vitcls, "HAS_AVX512_BFLOAT16", True)
+    monkeypatch.setattr(cpu_kernels_vitcls, "HAS_AMX", False)
+    monkeypatch.setattr(cpu_kernels_vitcls, "SCORES_PER_THREAD", 3 * 17**2 // torch.get_num_threads())
 
 
 requires_onednn = pytest.mark.skipif(not cpu_kernels_vitcls.HAS_ONEDNN, reason="this CPU or PyTorch has no oneDNN")
@@ -79,10 +91,14 @@ def list_operators(function: Callable[..., Any], *args: Any) -> set[str]:
 
 @each_variant
 def test_float32(fields: dict[str, Any]) -> None:
-    fast, plain = build_models(**fields)
-    assert_equal_in_float32(run_step(fast, build_images()), run_step(plain, build_images()))
+    steps: list[list[Tensors]] = [[], []]
+    for seed in range(NUM_MODELS):
+        models = build_models(seed, **fields)
+        for results, model in zip(steps, models, strict=True):
+            results.append(run_step(model, build_images()))
+    assert_equal_in_float32(*map(stack_models, steps))
     with torch.no_grad():
-        logits = [{"logits": model(build_images()).logits} for model in (fast, plain)]
+        logits = [{"logits": model(build_images()).logits} for model in models]
     assert_equal_in_float32(*logits)
 
 
@@ -108,6 +124,7 @@ def infer(model: Any, dtype: torch.dtype) -> Tensors:
     ("name", "dtype", "run"),
     [
         ("default", torch.bfloat16, train),
+        ("differential", torch.bfloat16, train_under_autocast),
         ("register_neurons", torch.bfloat16, infer),
         ("differential", torch.float16, train_under_autocast),
     ],
@@ -125,6 +142,68 @@ def test_half_precision(
         found.append(run(fast, dtype))
         expected.append(run(plain, dtype))
     assert_as_exact_in_half_precision(stack_models(found), stack_models(expected), stack_models(exact))
+
+
+Attention = Callable[..., Any]
+
+
+def attend_in_eager_mode(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
+    """Return the output of transformers' eager attention, [B, n, heads, head_dim]."""
+    output: torch.Tensor = eager_attention_forward(nn.Identity(), query, key, value, None, scaling)[0]
+    return output
+
+
+def attend_with_sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
+    """Return the output of SDPA, [B, n, heads, head_dim]."""
+    return nn.functional.scaled_dot_product_attention(query, key, value, scale=scaling).transpose(1, 2)
+
+
+def compute_attention(attend: Attention, states: Tensors, dtype: torch.dtype) -> Tensors:
+    """Return the output of an attention function, and the gradients with respect to queries, keys and values."""
+    inputs = {name: state.to(dtype).requires_grad_() for name, state in states.items()}
+    output = attend(*inputs.values(), 8**-0.5)
+    output_grad = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    gradients = torch.autograd.grad(output, list(inputs.values()), output_grad)
+    return {"output": output.detach(), **dict(zip(inputs, gradients, strict=True))}
+
+
+def build_states(num_queries: int, score_scale: float = 1.0, key_offset: float = 0.0) -> Tensors:
+    """Return random queries [4, 2, num_queries, 8], and keys and values [4, 2, 23, 8], exact in bfloat16."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"query": num_queries, "key": 23, "value": 23}
+    states = {name: torch.randn(4, 2, length, 8, generator=generator) for name, length in shapes.items()}
+    states["query"] *= score_scale
+    states["key"] += key_offset
+    return {name: state.bfloat16().float() for name, state in states.items()}
+
+
+@pytest.mark.parametrize("num_queries", [23, 1])
+def test_chunked_attention_in_float32_equals_eager_attention(num_queries: int) -> None:
+    states = build_states(num_queries)
+    found, expected = (
+        compute_attention(attend, states, torch.float32) for attend in (attend_in_chunks, attend_in_eager_mode)
+    )
+    assert_equal_in_float32(found, expected)
+
+
+@pytest.mark.parametrize("score_scale", [1.0, 16.0])
+def test_chunked_attention_in_bfloat16_is_as_exact_as_eager_attention(score_scale: float) -> None:
+    states = build_states(23, score_scale)
+    exact = compute_attention(attend_in_eager_mode, states, torch.float64)
+    found, expected = (
+        compute_attention(attend, states, torch.bfloat16) for attend in (attend_in_chunks, attend_in_eager_mode)
+    )
+    assert_as_exact_in_half_precision(found, expected, exact)
+
+
+def test_a_common_offset_of_all_keys_does_not_make_chunked_attention_less_exact() -> None:
+    """The keys of trained ViTs have one, which makes scores large. SDPA computes scores in float32."""
+    states = build_states(23, key_offset=30.0)
+    exact = compute_attention(attend_in_eager_mode, states, torch.float64)
+    found, expected = (
+        compute_attention(attend, states, torch.bfloat16) for attend in (attend_in_chunks, attend_with_sdpa)
+    )
+    assert_as_exact_in_half_precision(found, expected, exact)
 
 
 @each_dtype
@@ -180,6 +259,29 @@ def test_only_the_gradients_that_are_needed_are_computed() -> None:
     assert torch.equal(layer.bias.grad, torch.full((80,), 3.0)) and layer.weight.grad is None
     layer(inputs).sum().backward()
     torch.testing.assert_close(inputs.grad, layer.weight.sum(0).expand(3, 48))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"dtype": torch.float32},
+        {"attention_mask": torch.arange(34).view(2, 17) < 33},
+        {"fields": {"attention_probs_dropout_prob": 0.1}},
+        {"fields": {"num_register_tokens": 1184}},
+    ],
+    ids=["float32", "mask", "dropout", "1201 keys"],
+)
+@torch.no_grad()
+def test_sdpa_computes_what_chunked_attention_does_not(change: dict[str, Any]) -> None:
+    fast, _ = build_models(**change.pop("fields", {}))
+    images = build_images().to(change.pop("dtype", torch.bfloat16))
+    assert SDPA in list_operators(partial(fast.to(images.dtype).train(), images, **change))
+
+
+@torch.no_grad()
+def test_attention_in_bfloat16_is_computed_in_chunks() -> None:
+    fast, _ = build_models()
+    assert SDPA not in list_operators(fast.bfloat16(), build_images().bfloat16())
 
 
 # Transformations -----------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The last layer: hooks receive all tokens; on request, only the tokens that the classifiers read are computed."""
+"""The last layer of a classifier computes only the tokens that the heads read, unless others can read all tokens."""
 
 from typing import Any
 
@@ -11,7 +11,6 @@ from helpers.tiny_models import (
     build_tiny_config,
     get_largest_difference,
     randomize,
-    record_outputs,
 )
 from torch.nn.functional import cross_entropy
 
@@ -60,10 +59,9 @@ def test_outputs_and_gradients_equal_those_of_all_tokens(fields: dict[str, Any],
     for implementation in ("sdpa", "eager"):
         model.set_attn_implementation(implementation)
         for mask in (None, MASK) if fields.items() >= TOKENS.items() else (None,):
-            outputs = record_outputs(model.vitcls.layers[-1])
-            found = compute_losses_and_gradients(model, attention_mask=mask, num_output_tokens=num_read)
-            wanted = compute_losses_and_gradients(model, attention_mask=mask)
-            assert [output.shape[1] for output in outputs] == [num_read or num_tokens, num_tokens]
+            found = compute_losses_and_gradients(model, attention_mask=mask)
+            wanted = compute_losses_and_gradients(model, attention_mask=mask, compute_all_tokens=True)
+            assert count_computed_tokens(model, attention_mask=mask) == (num_read or num_tokens)
             assert_same_outputs(found[0], wanted[0], 1e-5)
             for one, other in zip(found[1], wanted[1], strict=True):
                 assert get_largest_difference(one, other) <= 1e-5 * max(1.0, other.abs().max().item())
@@ -72,10 +70,66 @@ def test_outputs_and_gradients_equal_those_of_all_tokens(fields: dict[str, Any],
 @torch.no_grad()
 def test_several_tasks() -> None:
     model = randomize(ViTCLSForMultiTaskClassification(build_tiny_config(num_cls_tokens=2, tasks=TASKS)))
+    assert count_computed_tokens(model) == 2
+    found = model(build_images()).logits
+    for task, expected in model(build_images(), compute_all_tokens=True).logits.items():
+        assert get_largest_difference(found[task], expected) <= 1e-5 * expected.abs().max().item()
+
+
+def count_computed_tokens(model: Any, **inputs: Any) -> int:
+    """Return the number of tokens that the last layer returns. A replaced `forward` is not a hook."""
+    layer, counts = model.vitcls.layers[-1], []
+    forward = layer.forward
+
+    def count(*args: Any, **kwargs: Any) -> torch.Tensor:
+        output: torch.Tensor = forward(*args, **kwargs)
+        counts.append(output.shape[1])
+        return output
+
+    layer.forward = count
+    model(build_images(), **inputs)
+    layer.forward = forward
+    return counts[0]
+
+
+@torch.no_grad()
+def test_all_tokens_are_computed_on_request() -> None:
+    model = ViTCLSForImageClassification(build_tiny_config(**TOKENS))
+    assert count_computed_tokens(model) == 3
+    assert count_computed_tokens(model, compute_all_tokens=True) == 22
+    model.config.compute_all_tokens = True
+    assert count_computed_tokens(model) == 22
+    assert count_computed_tokens(model, compute_all_tokens=False) == 3
+
+
+@pytest.mark.parametrize("output", ["output_hidden_states", "output_attentions"])
+@torch.no_grad()
+def test_requested_outputs_contain_all_tokens(output: str) -> None:
+    config = build_tiny_config(**TOKENS)
+    config._attn_implementation = "eager"
+    model = ViTCLSForImageClassification(config)
+    assert count_computed_tokens(model, **{output: True}) == 22
+    setattr(model.config, output, True)
+    assert count_computed_tokens(model) == 22
+
+
+@torch.no_grad()
+def test_recorders_receive_all_tokens() -> None:
+    model = ViTCLSForImageClassification(build_tiny_config(**TOKENS))
+    queries: list[torch.Tensor] = []
+    model.vitcls.layers[-1].attention.recorder = lambda query, *others: queries.append(query)
+    model(build_images())
+    assert queries[0].shape[2] == 22
+
+
+def test_gradients_of_the_first_norm_of_the_last_layer_reach_all_tokens() -> None:
+    """As Grad-CAM reads them, with hooks on that norm."""
+    model = randomize(ViTCLSForImageClassification(build_tiny_config(**TOKENS)))
+    activations: list[torch.Tensor] = []
+    model.vitcls.layers[-1].layernorm_before.register_forward_hook(lambda *call: activations.append(call[2]))
     logits = model(build_images()).logits
-    fewer_tokens = model(build_images(), num_output_tokens=model.config.num_head_tokens).logits
-    for task, expected in logits.items():
-        assert get_largest_difference(fewer_tokens[task], expected) <= 1e-5 * expected.abs().max().item()
+    (gradient,) = torch.autograd.grad(logits[:, 0].sum(), activations)
+    assert (gradient.abs().sum(dim=(0, 2)) > 0).all()
 
 
 @pytest.mark.parametrize("implementation", ["flex_attention", "flash_attention_2"])
@@ -102,7 +156,7 @@ def test_hooks_receive_all_tokens(fields: dict[str, Any]) -> None:
         tensors = output if isinstance(output, tuple) else (output,)
         counts.extend(tensor.shape[1] for tensor in tensors if isinstance(tensor, torch.Tensor) and tensor.ndim >= 3)
 
-    modules = [model.vitcls.layernorm, *model.vitcls.layers[-1].modules()]
+    modules = [model.vitcls, model.vitcls.layernorm, *model.vitcls.layers[-1].modules()]
     for module in modules:
         module.register_forward_hook(see)
         module.register_full_backward_hook(see)
