@@ -81,8 +81,11 @@ class ModelOptions:
     num_register_tokens: int | None = None
     """Number of register tokens."""
     pooling: Literal["cls", "mean", "cls_mean", "max", "attention"] | None = None
-    """Pooling of the tokens for the classifier. Default: the pooling of the preset or checkpoint, but a new classifier
-    of a pre-trained encoder reads CLS and the mean of the patches (`cls_mean`) instead of `cls`."""
+    """Pooling of the tokens for the classifier. Default: the pooling of the preset or checkpoint, or chosen by the
+    probe of a pre-trained encoder."""
+    pooled_layers: tuple[int, ...] | None = None
+    """Layers that the classifier reads, such as -4 -3 -2 -1 for the last four; their features are concatenated.
+    Default: the last layer, or chosen by the probe."""
     cls_pooling: Literal["first", "mean", "concat"] | None = None
     """Reduction of several CLS tokens to one vector."""
     cls_scopes: tuple[str, ...] | None = None
@@ -97,9 +100,10 @@ class ModelOptions:
     """Image height and width in pixels; one number sets both. `native` keeps the size of the checkpoint. Default: the
     size of the preset or checkpoint, but fine-tuning uses 224 pixels for checkpoints of more than 256 pixels per
     side."""
-    fit: Literal["squash", "crop", "pad"] = "squash"
+    fit: Literal["squash", "crop", "pad"] | None = None
     """How images of other aspect ratios become the input: resize the whole image (`squash`), crop the center (`crop`)
-    or add gray (`pad`). Saved in the image processor, for evaluation and prediction."""
+    or add gray (`pad`). Saved in the image processor, for evaluation and prediction. Default: as the checkpoint does,
+    or `squash` if the probe measures that it is better."""
     patch_size: int | tuple[int, int] | None = None
     """Patch height and width in pixels; one number sets both."""
     position_embedding_type: Literal["learned", "sincos_2d", "rope_2d", "none"] | None = None
@@ -134,6 +138,8 @@ class ModelOptions:
             for name, value in vars(self).items()
             if name not in ("model", "fit") and value not in (None, "native")
         }
+        if self.pooled_layers:
+            config_values["pooled_layers"] = list(self.pooled_layers)
         if self.cls_scopes:
             config_values["cls_scopes"] = parse_cls_scopes(self.cls_scopes)
             config_values.setdefault("num_cls_tokens", len(config_values["cls_scopes"]))

@@ -239,12 +239,14 @@ class Evaluator:
         return model(pixel_values)
 
     def pad_batch(self, model: nn.Module, pixel_values: torch.Tensor | None) -> torch.Tensor:
-        """Pad pixel values [G, C, H, W] with blank images to [B, C, H, W], and move the padded batch to the device."""
+        """Move pixel values [G, C, H, W] to the device. Pad them with blank images to [B, C, H, W] if the model is
+        shared by several processes or compiled for a batch size, or if no image is readable."""
         if pixel_values is None:
             config = self.accelerator.unwrap_model(model).config
             pixel_values = torch.zeros(0, config.num_channels, *config.image_height_width)
+        is_compiled = getattr(model, "_compiled_call_impl", None) is not None
         num_padding = self.batch_size - len(pixel_values)
-        if num_padding:
+        if num_padding and (self.accelerator.num_processes > 1 or is_compiled or not len(pixel_values)):
             pixel_values = torch.cat([pixel_values, pixel_values.new_zeros(num_padding, *pixel_values.shape[1:])])
         return pixel_values.to(self.accelerator.device)
 

@@ -1,43 +1,113 @@
 """Calibration of a trained classifier: the temperature and the energy threshold in its configuration.
 
-They are fitted to the selection images or, without selection images, to half of the held-out images. The calibration
-error is reported for the other half, or for all held-out images.
+    frozen model          logits of the images that each fold of the cross-validation leaves out
+    fine-tuned model      logits of the selection images
+    no selection images   logits of half of the held-out images; the error is reported for the other half
+
+A temperature that makes the calibration error of these images larger is not kept.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from scipy.special import log_softmax
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from ..inference.confidence import find_energy_threshold, fit_temperature
-from ..inference.evaluator import Evaluator
-from ..inference.per_image import get_outputs
 
 
 MIN_IMAGES = 100  # minimum number of images for a temperature; with fewer, it is mostly noise
-FITTED, REPORTED = slice(0, None, 2), slice(1, None, 2)  # the halves of the held-out images
+MIN_ERROR_IMAGES = 100  # minimum number of images for a comparison of calibration errors
 
 
-def calibrate(config: Any, evaluator: Evaluator, images: slice = slice(None)) -> dict[str, Any] | None:
-    """Set `temperature` and `energy_threshold` of the configuration, and return both and the number of images; None if
-    there are too few. `images` selects images of the evaluator's last evaluation, which kept the logits."""
-    logits, labels = get_outputs(evaluator, images)
-    if len(labels) < MIN_IMAGES:
-        return None
-    config.temperature = round(fit_temperature(logits, labels), 4)
-    config.energy_threshold = round(find_energy_threshold(logits / config.temperature), 6)
+@dataclass(frozen=True)
+class Calibration:
+    """Temperature and energy threshold, or the reason why there are none."""
+
+    num_images: int
+    images: str  # "cross-validation", "selection" or "held-out"
+    text: str  # for the printed line
+    temperature: float | None = None
+    energy_threshold: float | None = None
+
+    @property
+    def is_fitted(self) -> bool:
+        return self.temperature is not None
+
+    def apply(self, config: Any) -> None:
+        """Write both values to a model's configuration."""
+        config.temperature = self.temperature
+        config.energy_threshold = self.energy_threshold
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "temperature": self.temperature,
+            "energy_threshold": self.energy_threshold,
+            "num_images": self.num_images,
+            "images": self.images,
+        }
+
+
+def find_calibration(logits: np.ndarray, labels: np.ndarray, images: str) -> Calibration:
+    """Fit the temperature and the energy threshold to logits [N, L] and labels [N] of images that the classifier was
+    not fitted to. `images` says which they are."""
+    num_images = len(labels)
+    if num_images < MIN_IMAGES:
+        return explain_missing_calibration(num_images, images)
+
+    temperature = round(fit_temperature(logits, labels), 4)
+    text = f"temperature {temperature:.2f}, from {describe_images(images, num_images)}"
+    if not is_improvement(logits, labels, temperature):
+        text = f"temperature 1, because {temperature:.2f} made the error of {num_images:,} {images} images larger"
+        temperature = 1.0
+    threshold = round(find_energy_threshold(logits / temperature), 6)
+    return Calibration(num_images, images, text, temperature, threshold)
+
+
+def explain_missing_calibration(num_images: int, images: str) -> Calibration:
+    """Return a calibration that says why there is none."""
+    return Calibration(num_images, images, f"not calibrated: {num_images:,} images, {MIN_IMAGES} needed")
+
+
+def is_improvement(logits: np.ndarray, labels: np.ndarray, temperature: float) -> bool:
+    """Return whether a temperature lowers the log loss of images that it was not fitted to, in two halves, and does
+    not make the calibration error larger. That of fewer than `MIN_ERROR_IMAGES` images is mostly noise."""
+    halves = np.arange(len(labels)) % 2
+    loss_before, loss_after = 0.0, 0.0
+    for half in (0, 1):
+        fitted, measured = halves == half, halves != half
+        half_temperature = fit_temperature(logits[fitted], labels[fitted])
+        loss_before += compute_loss(logits[measured], labels[measured])
+        loss_after += compute_loss(logits[measured] / half_temperature, labels[measured])
+    if loss_after > loss_before:
+        return False
+    has_error = len(labels) >= MIN_ERROR_IMAGES
+    return not has_error or compute_error(logits / temperature, labels) <= compute_error(logits, labels)
+
+
+def compute_loss(logits: np.ndarray, labels: np.ndarray) -> float:
+    """Return the summed log loss of logits [N, L] and labels [N]."""
+    return -float(log_softmax(logits, axis=1)[np.arange(len(labels)), labels].sum())
+
+
+def describe_images(images: str, num_images: int) -> str:
+    if images == "cross-validation":
+        return f"{num_images:,} training images, each by a regression that was not fitted to it"
+    return f"{num_images:,} {images} images that are not reported"
+
+
+def compute_calibration_errors(logits: np.ndarray, labels: np.ndarray, temperature: float) -> dict[str, float]:
+    """Return the expected calibration error (15 bins) of calibrated logits, and what it was before calibration."""
     return {
-        "temperature": config.temperature,
-        "energy_threshold": config.energy_threshold,
-        "num_images": len(labels),
+        "calibration_error_before": compute_error(logits * temperature, labels),
+        "calibration_error": compute_error(logits, labels),
     }
 
 
-def compute_calibration_errors(evaluator: Evaluator, temperature: float, images: slice) -> dict[str, float]:
-    """Return the expected calibration error (15 bins) of the last evaluation, and what it was before calibration."""
-    logits, labels = map(torch.from_numpy, get_outputs(evaluator, images))
-
-    def compute(scaled: torch.Tensor) -> float:
-        return round(float(multiclass_calibration_error(scaled.softmax(dim=1), labels, scaled.shape[1], n_bins=15)), 6)
-
-    return {"calibration_error_before": compute(logits * temperature), "calibration_error": compute(logits)}
+def compute_error(logits: np.ndarray, labels: np.ndarray) -> float:
+    """Return the expected calibration error (15 bins; Guo et al. 2017, arXiv 1706.04599, section 2)."""
+    probabilities = torch.from_numpy(logits).float().softmax(dim=1)
+    error = multiclass_calibration_error(probabilities, torch.from_numpy(labels), logits.shape[1], n_bins=15)
+    return round(float(error), 6)

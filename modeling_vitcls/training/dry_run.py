@@ -60,7 +60,7 @@ def describe_dry_run(
     """
     epochs = full_plan.count_epochs(full_plan.num_steps) if full_plan.num_images else 1.0
     num_evaluations = math.ceil(epochs / options.training.evaluate_every)
-    # The first step is slower than later steps. `--trainable head` runs no steps.
+    # The first step is slower than later steps.
     full_seconds = full_plan.num_steps * min(loop.step_seconds[1:] or loop.step_seconds, default=0.0)
     full_seconds += num_evaluations * min(loop.evaluation_seconds) / evaluated_fraction
     return (
@@ -68,4 +68,15 @@ def describe_dry_run(
         f"{seconds:.0f} s; no files were kept. The full run has {full_plan.num_steps:,} steps, takes about "
         f"{timedelta(seconds=math.ceil(full_seconds))}, and needs about {loop.peak_memory / 2**20:,.0f} MiB of "
         "memory per process"
+    )
+
+
+def describe_dry_probe(results: dict[str, Any], full_plan: BatchPlan, seconds: float) -> str:
+    """Return the expected duration of a full run without steps as text. `results` are those of the dry run."""
+    record = results["frozen"]
+    scale = (full_plan.num_images or 0) / record["num_training_images"]
+    duration = timedelta(seconds=math.ceil(max(scale, 1.0) * record["seconds"]))
+    return (
+        f"computed the features of {record['num_training_images']:,} training images and fitted the classifier, in "
+        f"{seconds:.0f} s; no files were kept. The full run has no steps, and takes about {duration}"
     )

@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -76,7 +77,6 @@ def build_task(options: FinetuneOptions, initial: InitialModel, data: TrainingDa
     missing_probe_reason: str | None = "the initial weights are random"
     if not initial.has_random_weights:
         missing_probe_reason = explain_missing_probe(options, model, new_parameter_names, labels.kind)
-    max_images = None if training_options.trainable == "head" else MAX_PROBE_IMAGES
     summary_lines = {} if missing_probe_reason is None else {"probe": f"off, because {missing_probe_reason}"}
     if teacher is not None:
         summary_lines["teacher"] = teacher.description
@@ -101,7 +101,19 @@ def build_task(options: FinetuneOptions, initial: InitialModel, data: TrainingDa
             "label_column": list(labels.columns),
             "label_separator": options.data.label_separator,
         },
-        probe=None if missing_probe_reason else Probe(model, max_images, evaluator_arguments),
+        probe=None if missing_probe_reason else build_probe(options, model, evaluator_arguments),
+    )
+
+
+def build_probe(options: FinetuneOptions, model: Any, evaluator_arguments: dict[str, Any]) -> Probe:
+    """Build the probe, which chooses what the user has not set."""
+    return Probe(
+        model=model,
+        arguments=evaluator_arguments,
+        max_images=None if options.training.trainable == "head" else MAX_PROBE_IMAGES,
+        fit=options.model.fit,
+        pooling=options.model.pooling,
+        pooled_layers=None if options.model.pooled_layers is None else list(options.model.pooled_layers),
     )
 
 

@@ -24,7 +24,7 @@ from torch import nn
 from ..blocks_vitcls import EncoderLayer, ViTCLSEmbeddings
 from ..configuration_vitcls import PRESETS, ViTCLSConfig
 from ..conversion.any_checkpoint import has_random_weights, resolve_checkpoint
-from ..data.fit import set_fit
+from ..data.fit import get_fit, set_fit
 from ..data.labels import LabelSpace
 from ..hub.loading import MODEL_FILE_PATTERNS, check_is_vitcls
 from ..hub.model_files import PARITY_REPORT_FILE, RESULTS_FILE
@@ -80,7 +80,7 @@ def build_model(
     if (mask_token := model.vitcls.embeddings.mask_token) is not None:
         mask_token.requires_grad_(False)  # not used in fine-tuning; DDP requires gradients of all trainable parameters
     model.config.temperature, model.config.energy_threshold = 1.0, None  # fitted again after training (calibration.py)
-    set_fit(processor, options.fit, model.config.image_height_width)
+    set_fit(processor, options.fit or get_fit(processor), model.config.image_height_width)
     return model, processor, new_parameter_names
 
 

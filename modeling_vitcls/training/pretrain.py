@@ -22,7 +22,7 @@ from accelerate.utils import send_to_device
 
 from ..configuration_vitcls import ViTCLSConfig
 from ..data.batches import Batch, Normalizer, iterate_training_batches
-from ..data.fit import set_fit
+from ..data.fit import get_fit, set_fit
 from ..data.images import LabeledImages
 from ..data.sampling import BatchPlan
 from ..data.splits import TrainingData, load_training_data
@@ -251,7 +251,7 @@ def build_encoder(options: ModelOptions, initial: InitialModel) -> tuple[ViTCLSM
         raise ValueError(f"pre-training requires --patch-drop-rate 0, but the rate is {config.patch_drop_rate}")
     if encoder.embeddings.mask_token is not None:
         encoder.embeddings.mask_token.requires_grad_(False)  # not used; DDP requires gradients of all parameters
-    set_fit(processor, options.fit, config.image_height_width)
+    set_fit(processor, options.fit or get_fit(processor), config.image_height_width)
     return encoder, processor
 
 

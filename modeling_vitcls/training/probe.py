@@ -1,45 +1,65 @@
-"""Probe of the frozen encoder before fine-tuning: k-NN and logistic regression on the features of the images.
+"""Probe of the frozen encoder before fine-tuning: a logistic regression whose inputs are chosen by cross-validation.
 
-    images -> frozen encoder, once -> CLS | mean of the patches | CLS + mean | the model's own pooling
-                                      -> k-NN, logistic regression -> accuracies
-                                      -> weights of the classifier (regression on the model's own pooling)
+    training images -> frozen encoder, once -> choice of geometry, layers, tokens, scale, C -> classifier
+    selection and held-out images -> the same encoder, once -> selection, result
 
-Fine-tuning then starts from the regression instead of a random classifier (linear probing, then fine-tuning: Kumar et
-al. 2022, arXiv 2202.10054). With `--select best`, the frozen model takes part in the selection: fine-tuning must be
-better than the frozen model by more than chance, and nothing is trained if there are too few
-selection images to tell. If the frozen model is selected, the regression is fitted again, to the training and
-selection images. The classifiers are those of `vitcls evaluate --frozen` (inference/frozen.py).
+The choice is made in inference/linear_probe.py, from features of inference/frozen_features.py. Fine-tuning then starts
+from the regression instead of a random classifier (linear probing, then fine-tuning: Kumar et al. 2022, arXiv
+2202.10054). With `--select best`, the frozen model takes part in the selection: fine-tuning must be better than the
+frozen model by more than chance. If the frozen model is the result, its classifier is fitted to the training and
+selection images, and its temperature comes from the images that each fold leaves out.
 """
 
+import math
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from torch import nn
 
+from ..data.fit import get_fit, set_fit
+from ..data.images import LabeledImages
 from ..distributed import run_on_main
-from ..inference.frozen import FeatureEvaluator, build_classifier
+from ..heads_vitcls import build_pooler
+from ..inference.evaluator import round_floats
+from ..inference.frozen_features import (
+    OWN_POOLING,
+    FeatureLayout,
+    Features,
+    FrozenPass,
+    concatenate_features,
+    ignore_message,
+)
+from ..inference.linear_probe import (
+    NUM_FOLDS,
+    NUM_SINGLE_LAYERS,
+    Candidate,
+    LinearClassifier,
+    ProbeChoice,
+    Score,
+    choose_probe,
+    describe_candidate,
+    fit_classifier,
+    is_clearly_worse,
+    list_candidates,
+)
 from .reporter import Reporter
 
 
-MAX_PROBE_IMAGES = 10_000  # maximum number of training images for the probe, drawn at random
+MAX_PROBE_IMAGES = 10_000  # maximum number of training images for the probe of a run with steps, drawn at random
+MAX_CHOICE_IMAGES = 5_000  # maximum number of images for the choice by cross-validation
+MAX_SQUASHED_IMAGES, SQUASHED_FRACTION = 500, 0.4  # images whose features are computed with both geometries
 MIN_SELECTION_IMAGES = 50  # with fewer images, the accuracy of the frozen model has a standard error of up to 7 points
-ABSENT_CLASS_MARGIN = 100.0  # difference of a class without training images to the smallest bias, in logits
-
-
-class ProbeEvaluator(FeatureEvaluator):
-    """Computes the features of a frozen classifier's encoder."""
-
-    def compute_features(self, model: Any, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Return the features [B, P + 2 D] of images: own pooling, CLS tokens, mean of the patches."""
-        outputs = model.vitcls(pixel_values)
-        tokens = outputs.tokens
-        cls = tokens["cls"] if tokens["cls"].shape[1] else tokens["patches"]
-        vectors = [outputs.pooler_output, cls.mean(dim=1), tokens["patches"].mean(dim=1)]
-        return torch.cat([vector.float() for vector in vectors], dim=1)
+FLOPS_OF_STEP = 3  # forward and backward pass of an image, relative to its forward pass
+CPU_FLOPS_PER_MINUTE = 60 * 150e9  # of two cores with AVX-512; the estimate of a duration is within a factor of 3
+MAX_CPU_FLOPS = 10 * CPU_FLOPS_PER_MINUTE  # of a run on a CPU whose length the user has not set
+NUM_MEASURED_SHAPES = 64  # images whose aspect ratio is read
+MIN_ASPECT_RATIO = 1.05  # median of the longer side divided by the shorter, from which two geometries are compared
+SQUASH = "squash"
 
 
 def explain_missing_probe(options: Any, model: Any, new_parameter_names: set[str], label_kind: str) -> str | None:
@@ -56,104 +76,337 @@ def explain_missing_probe(options: Any, model: Any, new_parameter_names: set[str
     return next((reason for reason, is_true in reasons.items() if is_true), None)
 
 
+def explain_missing_steps(
+    options: Any, data: Any, forward_flops: int, device: torch.device, is_length_set: bool
+) -> str | None:
+    """Return why a run ends at its probe, or None if it trains.
+
+    Args:
+        options: options of the run, with all defaults.
+        data: training data.
+        forward_flops: floating-point operations of a forward pass of one image.
+        device: device of the run.
+        is_length_set: whether the user has set the number of epochs or steps.
+    """
+    training = options.training
+    if training.trainable == "head":
+        return "none: --trainable head keeps the encoder, and the classifier is the regression"
+
+    num_selection = None if data.selection is None else len(data.selection)
+    if num_selection is not None and num_selection < MIN_SELECTION_IMAGES:
+        return (
+            f"none: {num_selection} separate images are too few to compare fine-tuning with the frozen model, which "
+            "is saved. Set --select last to fine-tune on all images"
+        )
+
+    flops = FLOPS_OF_STEP * forward_flops * data.num_training_images * training.epochs
+    if device.type == "cpu" and not is_length_set and flops > MAX_CPU_FLOPS:
+        minutes = math.ceil(flops / CPU_FLOPS_PER_MINUTE)
+        return (
+            f"none: {training.epochs:g} epochs would take about {minutes:,} minutes on this CPU, so that the frozen "
+            f"model is saved. Set --epochs {training.epochs:g} to fine-tune"
+        )
+    return None
+
+
+@dataclass(frozen=True)
+class FittedProbe:
+    """The choice of a probe, and the features that its regression is fitted to and evaluated on."""
+
+    choice: ProbeChoice
+    record: dict[str, Any]  # for results.json
+    features: np.ndarray  # [N, F] of the training images; the first ones are those of the choice
+    labels: np.ndarray  # [N]
+    selection: FrozenPass | None
+    held_out: FrozenPass | None
+
+    def fit(self, num_labels: int, with_selection: bool) -> LinearClassifier:
+        """Fit the regression to the training images, and to the selection images if `with_selection` is set."""
+        features, labels = self.features, self.labels
+        if with_selection and self.selection is not None:
+            selected = self.selection.features
+            features = np.concatenate([features, selected.select(self.choice.candidate)])
+            labels = np.concatenate([labels, selected.labels])
+        return fit_classifier(
+            features.astype(np.float64), labels, num_labels, self.choice.candidate.scale, self.choice.strength
+        )
+
+    def get_held_out_logits(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """Return logits [M, L] and labels [M] of images that the regression of a fold was not fitted to; None without
+        cross-validation."""
+        if self.choice.score is None:
+            return None
+        is_predicted = np.isfinite(self.choice.score.losses)
+        labels = self.labels[: len(is_predicted)]
+        return self.choice.score.logits[is_predicted].astype(np.float32), labels[is_predicted]
+
+
 @dataclass(frozen=True)
 class Probe:
-    """The probe of a classifier. At most `max_images` training images are used."""
+    """The probe of a classifier.
+
+    Attributes:
+        model: the classifier. The probe replaces its pooler and its classifier.
+        arguments: arguments of `FrozenPass`, except for the images and the layout.
+        max_images: maximum number of training images; None for all.
+        fit, pooling, pooled_layers: settings of the user, which are not searched; None to choose.
+    """
 
     model: Any
+    arguments: dict[str, Any]
     max_images: int | None
-    evaluator_arguments: dict[str, Any]  # of `ProbeEvaluator`, except for the images
+    fit: str | None = None
+    pooling: str | None = None
+    pooled_layers: list[int] | None = None
 
-    def run(self, data: Any, reporter: Reporter) -> dict[str, Any]:
-        """Set the classifier to the logistic regression on the frozen features, print the accuracies of the frozen
-        model, and return them for results.json. The accuracies are measured on the selection images, or the held-out
-        images if there are no selection images."""
-        config = self.model.config
-        features, labels = self.compute_features(data.train.draw(self.max_images))
-        images = data.held_out if data.selection is None else data.selection
-        evaluation = self.compute_features(images, warn=reporter.warn) if len(images) else None
-        size, width = config.pooled_size, config.hidden_size
+    @property
+    def processor(self) -> Any:
+        return self.arguments["processor"]
 
-        def fit() -> tuple[dict[str, Any], tuple[np.ndarray, np.ndarray]]:
-            own = slice(0, size)
-            columns = {
-                "CLS": slice(size, size + width),
-                "mean of the patches": slice(size + width, None),
-                "CLS + mean": slice(size, None),
-            }
-            if not config.num_cls_tokens:
-                columns = {"mean of the patches": columns["mean of the patches"]}
-            own_name = next(
-                (name for name, part in columns.items() if np.array_equal(features[:, part], features[:, own])), None
-            )
-            if own_name is None:
-                columns[own_name := f"pooling {config.pooling}"] = own
-            classifiers = {
-                (kind, name): build_classifier(kind, len(labels)).fit(features[:, part], labels)
-                for name, part in columns.items()
-                for kind in ("knn", "logreg")
-                if evaluation is not None or (kind, name) == ("logreg", own_name)
-            }
-            probe: dict[str, Any] = {"num_training_images": len(labels), "features": own_name}
-            if evaluation is not None:
-                for (kind, name), classifier in classifiers.items():
-                    accuracy = classifier.score(evaluation[0][:, columns[name]], evaluation[1])
-                    probe.setdefault(kind, {})[name] = round(float(accuracy), 6)
-            return probe, fold_standardization(classifiers["logreg", own_name], config.num_labels)
+    @property
+    def accelerator(self) -> Any:
+        return self.arguments["accelerator"]
 
-        probe, classifier = run_on_main(reporter.accelerator, fit)
-        self.set_classifier(*classifier)
+    def run(self, data: Any, reporter: Reporter, is_final: bool) -> FittedProbe:
+        """Choose and fit the regression, and set it as the classifier of the model.
+
+        Args:
+            data: training data. Selection and held-out images pass the encoder once, too.
+            reporter: prints the choice.
+            is_final: whether no training follows. The regression is then also fitted to the selection images.
+        """
+        start_time = time.perf_counter()
+        layout = FeatureLayout.from_config(self.model.config, NUM_SINGLE_LAYERS)
+        images = data.train.draw(self.max_images)
+        first_images, other_images = split_at_random(images, MAX_CHOICE_IMAGES)
+
+        # Geometry, on training images
+        features = self.compute_features(first_images, layout).features
+        comparison = None
+        if self.fit is None and get_fit(self.processor) != SQUASH and has_various_shapes(first_images):
+            features, comparison = self.compare_with_squash(first_images, features)
+
+        # Layers, tokens, scale and strength, on all images that are not held out if no training follows
+        selection = None
+        if data.selection is not None and len(data.selection):
+            selection = self.compute_features(data.selection, layout, warn=reporter.warn)
+            if is_final:
+                features, selection = concatenate_features(features, selection.features), None
+        choice = self.choose(features)
+        self.set_pooling(choice.candidate)
+
+        # The other images
+        parts = [features]
+        if len(other_images):
+            parts.append(self.compute_features(other_images, layout).features)
+        held_out = None
+        if len(data.held_out):
+            held_out = self.compute_features(data.held_out, layout, warn=reporter.warn)
+        probe = FittedProbe(
+            choice=choice,
+            record=build_record(choice, get_fit(self.processor), comparison, parts),
+            features=np.concatenate([part.select(choice.candidate) for part in parts]),
+            labels=np.concatenate([part.labels for part in parts]),
+            selection=selection,
+            held_out=held_out,
+        )
+        self.fit_classifier(probe, with_selection=False)
+        probe.record["seconds"] = round(time.perf_counter() - start_time, 1)
         if reporter.printed_metrics:  # none in a dry run
-            reporter.print_line("frozen", describe_probe(probe))
+            if geometry_text := describe_geometry(probe.record):
+                reporter.print_line("fit", geometry_text)
+            reporter.print_line("frozen", describe_probe(probe.record))
         return probe
 
-    def refit(self, data: Any, accelerator: Accelerator) -> None:
-        """Fit the regression again, to the training and the selection images together."""
-        parts = [self.compute_features(images) for images in (data.train.draw(self.max_images), data.selection)]
-        features, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-        config = self.model.config
-
-        def fit() -> tuple[np.ndarray, np.ndarray]:
-            pipeline = build_classifier("logreg", len(labels)).fit(features[:, : config.pooled_size], labels)
-            return fold_standardization(pipeline, config.num_labels)
-
-        self.set_classifier(*run_on_main(accelerator, fit))
-
     def compute_features(
-        self, images: Any, warn: Callable[[str], None] = lambda message: None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Return features and labels. Training reports unreadable images, so that the default does not."""
-        evaluator = ProbeEvaluator(images, **(self.evaluator_arguments | {"warn": warn}))
-        outputs = evaluator(self.model.to(evaluator.accelerator.device).eval())
-        return outputs["features"], outputs["labels"]
+        self, images: LabeledImages, layout: FeatureLayout, warn: Callable[[str], None] = ignore_message
+    ) -> FrozenPass:
+        """Pass images through the encoder. Training reports unreadable images, so that the default does not."""
+        frozen_pass = FrozenPass(images, layout, **(self.arguments | {"warn": warn}))
+        frozen_pass(self.model.to(self.accelerator.device).eval())
+        return frozen_pass
 
-    def set_classifier(self, weight: np.ndarray, bias: np.ndarray) -> None:
+    def choose(self, features: Features) -> ProbeChoice:
+        """Choose what the classifier reads, by cross-validation on the main process."""
+        layout = features.layout
+        candidates = list_candidates(layout.num_layers, self.pooled_layers, self.list_token_choices(layout))
+
+        def select(candidate: Candidate) -> np.ndarray:
+            return features.select(candidate).astype(np.float64)
+
+        return run_on_main(
+            self.accelerator,
+            lambda: choose_probe(select, features.labels, self.model.config.num_labels, candidates),
+        )
+
+    def list_token_choices(self, layout: FeatureLayout) -> tuple[str, ...]:
+        """Return the kinds of tokens to choose from: that of the user, or CLS with and without the patches."""
+        if OWN_POOLING in layout.token_choices:
+            return layout.token_choices
+        if self.pooling is not None:
+            return (self.pooling,)
+        if self.model.config.pooling == "mean" and "mean" not in layout.token_choices:
+            return ("mean", *layout.token_choices)
+        return layout.token_choices
+
+    # Geometry ----------------------------------------------------------------------------------------------------
+
+    def compare_with_squash(self, images: LabeledImages, own: Features) -> tuple[Features, dict[str, Any]]:
+        """Compare the checkpoint's own geometry with squashing, on a part of the images.
+
+        Squashing is chosen only if its loss is lower by more than one standard error. The image processor is set to
+        the chosen geometry.
+
+        Args:
+            images: images of the choice.
+            own: their features with the checkpoint's own geometry.
+
+        Returns:
+            The features of all images with the chosen geometry, and the record of the comparison.
+        """
+        own_fit = get_fit(self.processor)
+        num_compared = min(MAX_SQUASHED_IMAGES, round(SQUASHED_FRACTION * len(images)))
+        is_compared = np.zeros(len(images), dtype=bool)
+        is_compared[np.random.default_rng(0).permutation(len(images))[:num_compared]] = True
+        self.set_geometry(SQUASH)
+        squashed = self.compute_part(images, is_compared, own.layout)
+
+        choices = {}
+        shared = np.intersect1d(own.indices[is_compared[own.indices]], squashed.indices)
+        for fit, features in ((own_fit, own), (SQUASH, squashed)):
+            choices[fit] = self.choose(features.take(np.isin(features.indices, shared)))
+        scores = {fit: choice.score for fit, choice in choices.items()}
+        if any(score is None for score in scores.values()):  # too few images to compare
+            self.set_geometry(own_fit)
+            return own, {}
+
+        is_squashed = is_clearly_worse(scores[own_fit].losses, scores[SQUASH].losses, 1.0)
+        record = {
+            "num_images": len(shared),
+            "losses": {fit: float(score.losses.mean()) for fit, score in scores.items()},
+        }
+        if not is_squashed:
+            self.set_geometry(own_fit)
+            return own, record
+        return concatenate_features(squashed, self.compute_part(images, ~is_compared, own.layout)), record
+
+    def compute_part(self, images: LabeledImages, is_chosen: np.ndarray, layout: FeatureLayout) -> Features:
+        """Compute the features of some of the images; the indices are those among all images."""
+        indices = np.flatnonzero(is_chosen)
+        features = self.compute_features(images.select(indices.tolist()), layout).features
+        return replace(features, indices=indices[features.indices])
+
+    def set_geometry(self, fit: str) -> None:
+        set_fit(self.processor, fit, self.model.config.image_height_width)
+
+    # Model ---------------------------------------------------------------------------------------------------------
+
+    def restore(self, record: dict[str, Any]) -> None:
+        """Set the geometry and the pooling that an interrupted run chose."""
+        self.set_geometry(record["fit"])
+        self.set_pooling(Candidate(tuple(record["layers"]), record["tokens"], record["scale"]))
+
+    def set_pooling(self, candidate: Candidate) -> None:
+        """Give the model a pooler and a classifier that read the tokens of a candidate."""
+        config = self.model.config
+        if candidate.tokens != OWN_POOLING:
+            config.pooling = candidate.tokens
+            config.pooled_layers = None if candidate.layers == (-1,) else list(candidate.layers)
+            self.model.vitcls.pooler = build_pooler(config)
+        self.model.build_classifiers()
+        self.model.to(self.accelerator.device)
+
+    def fit_classifier(self, probe: FittedProbe, with_selection: bool) -> None:
+        """Set the classifier to the regression of a probe."""
+        num_labels = self.model.config.num_labels
+        fitted = run_on_main(self.accelerator, lambda: probe.fit(num_labels, with_selection))
         with torch.no_grad():
-            self.model.classifier.weight.copy_(torch.from_numpy(weight))
-            self.model.classifier.bias.copy_(torch.from_numpy(bias))
+            self.model.classifier.weight.copy_(torch.from_numpy(fitted.weight))
+            self.model.classifier.bias.copy_(torch.from_numpy(fitted.bias))
 
 
-def fold_standardization(pipeline: Any, num_labels: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the weight [L, F] and the bias [L] of the linear layer that predicts the same classes and probabilities
-    as a `StandardScaler` followed by a `LogisticRegression`. Classes without training images are never predicted."""
-    scaler, regression = pipeline[0], pipeline[1]
-    coefficients, intercepts = regression.coef_, regression.intercept_
-    if len(regression.classes_) == 2:  # the sigmoid of z is the softmax of [-z / 2, z / 2]
-        coefficients, intercepts = np.vstack([-coefficients, coefficients]) / 2, np.append(-intercepts, intercepts) / 2
-    weight = np.zeros((num_labels, coefficients.shape[1]))
-    bias = np.full(num_labels, intercepts.min() - ABSENT_CLASS_MARGIN)
-    weight[regression.classes_] = coefficients / scaler.scale_
-    bias[regression.classes_] = intercepts - weight[regression.classes_] @ scaler.mean_
-    return weight.astype(np.float32), bias.astype(np.float32)
+def has_various_shapes(images: LabeledImages) -> bool:
+    """Return whether the median image of a sample is clearly not square."""
+    ratios = []
+    for index in range(0, len(images), -(-len(images) // NUM_MEASURED_SHAPES) or 1):
+        try:
+            width, height = images.images[index].size
+        except ValueError:  # an unreadable image, which is reported when it is used
+            continue
+        ratios.append(max(width, height) / min(width, height))
+    return bool(ratios) and median(ratios) >= MIN_ASPECT_RATIO
 
 
-def describe_probe(probe: dict[str, Any]) -> str:
-    """Return the accuracies as text: "k-NN 78.9%, logistic regression 82.1% (CLS + mean)"."""
-    if "knn" not in probe:
-        return f"the classifier starts from logistic regression on {probe['features']}"
-    best = {kind: max(probe[kind].items(), key=lambda item: item[1]) for kind in ("knn", "logreg")}
-    (knn_name, knn), (name, accuracy), own_name = best["knn"], best["logreg"], probe["features"]
-    return (
-        f"k-NN {knn:.1%} ({knn_name}), logistic regression {accuracy:.1%} ({name}); the classifier starts from the "
-        f"regression on {own_name} ({probe['logreg'][own_name]:.1%})"
+def split_at_random(images: LabeledImages, num_images: int) -> tuple[LabeledImages, LabeledImages]:
+    """Return `num_images` random images, and the other images."""
+    order = np.random.default_rng(0).permutation(len(images))
+    first, others = np.sort(order[:num_images]), np.sort(order[num_images:])
+    return images.select(first.tolist()), images.select(others.tolist())
+
+
+# Record --------------------------------------------------------------------------------------------------------------
+
+
+def build_record(
+    choice: ProbeChoice, fit: str, comparison: dict[str, Any] | None, parts: list[Features]
+) -> dict[str, Any]:
+    """Return the choice and the results of all candidates for results.json."""
+    labels = parts[0].labels
+    rows = [build_score_record(score, labels) for score in choice.scores]
+    candidate = choice.candidate
+    record: dict[str, Any] = {
+        "num_training_images": sum(len(part.labels) for part in parts),
+        "num_images_of_choice": len(labels),
+        "num_folds": NUM_FOLDS,
+        "fit": fit,
+        "layers": list(candidate.layers),
+        "tokens": candidate.tokens,
+        "scale": candidate.scale,
+        "strength": choice.strength,
+    }
+    if choice.score is not None:
+        chosen = build_score_record(choice.score, labels)
+        record |= {"accuracy": chosen["accuracy"], "loss": chosen["loss"]}
+    if comparison:
+        record["geometry"] = comparison
+    return round_floats(record | {"candidates": rows})
+
+
+def build_score_record(score: Score, labels: np.ndarray) -> dict[str, Any]:
+    """Return a row of the table of candidates. A candidate that was not continued has results of one fold only."""
+    is_predicted = np.isfinite(score.losses)
+    is_right = score.logits[is_predicted].argmax(axis=1) == labels[is_predicted]
+    return {
+        "layers": list(score.candidate.layers),
+        "tokens": score.candidate.tokens,
+        "scale": score.candidate.scale,
+        "strength": score.strength,
+        "loss": float(score.losses[is_predicted].mean()),
+        "accuracy": float(is_right.mean()),
+        "num_images": int(is_predicted.sum()),
+    }
+
+
+def describe_probe(record: dict[str, Any]) -> str:
+    """Return the choice as text, with the result of the simplest candidate for comparison."""
+    chosen = describe_candidate(record)
+    if "accuracy" not in record:
+        return f"logistic regression on {chosen}: too few images to choose by cross-validation"
+    text = (
+        f"logistic regression on {chosen}, chosen from {len(record['candidates'])} candidates by "
+        f"{record['num_folds']}-fold cross-validation on {record['num_images_of_choice']:,} images: "
+        f"{record['accuracy']:.1%}, log loss {record['loss']:.2f}"
     )
+    default = record["candidates"][0]
+    is_other = any(default[name] != record[name] for name in ("layers", "tokens", "scale"))
+    if is_other and default["num_images"] == record["num_images_of_choice"]:
+        text += f" ({describe_candidate(default)}: {default['accuracy']:.1%}, {default['loss']:.2f})"
+    return text
+
+
+def describe_geometry(record: dict[str, Any]) -> str | None:
+    """Return the comparison of the two geometries as text, or None if they were not compared."""
+    if "geometry" not in record:
+        return None
+    losses = ", ".join(f"{fit} {loss:.2f}" for fit, loss in record["geometry"]["losses"].items())
+    return f"{record['fit']}; log loss on {record['geometry']['num_images']:,} images: {losses}. Set --fit to choose"

@@ -1,22 +1,23 @@
-"""One training run, from options to a model folder.
+"""One training run, from options to a model folder. `run` reads from top to bottom.
 
-    folder = train(options)
+    options -> load -> describe -> probe of the frozen encoder -> steps -> calibration -> folder
 
-A run has two collaborators: the task is what is trained (finetune.py, pretrain.py), and the loop is how the steps run
-(loop.py). The run writes weights, configuration, code, image processor, config.resolved.yaml, metrics.jsonl,
-checkpoints and finally results.json, which marks the folder as complete. publishing/ builds the report and the card
-from the folder, and pushes the folder.
+What is trained is a `Task` (finetune.py, pretrain.py); how the steps run is a `TrainingLoop` (loop.py). The run writes
+weights, configuration, code, image processor, config.resolved.yaml, metrics.jsonl, checkpoints and finally
+results.json, which marks the folder as complete. publishing/ builds the report and the card from the folder.
 """
 
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch.distributed.fsdp import FSDPModule
@@ -30,18 +31,25 @@ from ..data.splits import TrainingData, describe_data, load_on_main
 from ..data.streaming import StreamedImages
 from ..distributed import build_accelerator, configure_layer_sharding, run_on_main
 from ..errors import RunStopped, is_raised_on_all_processes
+from ..inference.frozen_features import HeadEvaluator
+from ..inference.per_image import get_outputs
 from ..options import FinetuneOptions, PretrainOptions, to_flags
 from ..system import describe_device
 from . import finetune, output_folder, pretrain
-from .calibration import FITTED, MIN_IMAGES, REPORTED, calibrate, compute_calibration_errors
+from .calibration import (
+    MIN_IMAGES,
+    compute_calibration_errors,
+    explain_missing_calibration,
+    find_calibration,
+)
 from .defaults import describe_random_weights, resolve_defaults
 from .distributed_state import reshard
-from .dry_run import NUM_PROBE_IMAGES, NUM_STEPS, build_dry_run_options, describe_dry_run
+from .dry_run import NUM_PROBE_IMAGES, NUM_STEPS, build_dry_run_options, describe_dry_probe, describe_dry_run
 from .loop import TrainingLoop, TrainingState
 from .model import InitialModel, check_preset_name, choose_image_size, resolve_initial_model
 from .optimizer import Ema, build_optimizer
 from .output_folder import CHECKPOINTS_FOLDER, RESULTS_FILE, FolderLock, save_output
-from .probe import MIN_SELECTION_IMAGES
+from .probe import FittedProbe, explain_missing_steps
 from .reporter import Reporter, describe_batches, describe_model, describe_run, describe_splits, format_result
 from .resume import (
     check_flags_unchanged,
@@ -56,6 +64,72 @@ from .task import Task, build_training_images
 
 
 DEFAULT_STREAM_SAVE_EVERY = 1000  # default of --save-every in steps for streams, which have no epochs
+ALL, FIRST_HALF, SECOND_HALF = slice(None), slice(0, None, 2), slice(1, None, 2)  # of the held-out images
+
+Options = Any  # FinetuneOptions or PretrainOptions
+Evaluate = Callable[[Any], dict[str, Any]]  # from a model to metrics; an `Evaluator` if there are images
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Where and how a run takes place."""
+
+    folder: Path
+    accelerator: Accelerator
+    reporter: Reporter
+    store: CheckpointStore
+    checkpoint: Checkpoint | None  # to resume from
+    is_dry_run: bool
+    start_time: float
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a run trains on, with all defaults resolved."""
+
+    options: Options
+    initial: InitialModel
+    data: TrainingData
+    task: Task
+    plan: BatchPlan
+    full_plan: BatchPlan  # of the run that a dry run tests
+    evaluated_fraction: float  # of the images that the full run evaluates, evaluated in a dry run
+    missing_steps_reason: str | None  # why the run ends at the probe; None if it trains
+    lines: dict[str, str | None]  # of the printed summary
+    forward_flops: int
+    metadata: dict[str, Any]  # of checkpoints
+
+    @property
+    def has_steps(self) -> bool:
+        return self.missing_steps_reason is None
+
+
+@dataclass(frozen=True)
+class Evaluators:
+    """The evaluations of a run. Without held-out images, they return no metrics."""
+
+    selection: Evaluate  # of the selection images or, without them, of the held-out images
+    held_out: Evaluate
+    has_held_out: bool
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The model after the last step, with the selected weights."""
+
+    loop: TrainingLoop
+    metrics: dict[str, Any]  # of the last evaluation; empty if the run has no steps
+    selected_step: int | None  # None if no step was selected; 0 for the frozen model
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """The metrics of the model that is saved, and its calibration."""
+
+    metrics: dict[str, Any]
+    calibration: dict[str, Any] | None
+    evaluator: Any  # whose outputs are written to predictions.parquet; None without predictions
 
 
 def train(options: FinetuneOptions | PretrainOptions, on_checkpoint: Callable[[Path], None] | None = None) -> Path:
@@ -72,285 +146,160 @@ def train(options: FinetuneOptions | PretrainOptions, on_checkpoint: Callable[[P
         RunStopped: after a signal, a non-finite loss, too many unreadable images, or a full disk.
     """
     check_preset_name(options.model.model)
-    kind: Any = pretrain if isinstance(options, PretrainOptions) else finetune
-    options = resolve_local_paths(kind.check_options(options))
+    kind = pretrain if isinstance(options, PretrainOptions) else finetune
+    options = resolve_local_paths(kind.check_options(options))  # type: ignore[arg-type]
     if options.run.dry_run:
         with build_dry_run_options(options) as dry_run_options:
-            return Run(kind, dry_run_options, None).run()
-    return Run(kind, options, on_checkpoint).run()
+            return run(kind, dry_run_options, None)
+    return run(kind, options, on_checkpoint)
 
 
-class Run:
-    """The stages of `train`, in the order of the methods. `kind` is the module finetune or pretrain."""
+def run(kind: ModuleType, options: Options, on_checkpoint: Callable[[Path], None] | None) -> Path:
+    """Run all stages, and return the output folder."""
+    folder = options.output_dir
+    with FolderLock(folder) as lock:
+        environment = set_up(options, lock)
+        accelerator, reporter = environment.accelerator, environment.reporter
+        if run_on_main(accelerator, partial(check_folder, options, environment)):
+            shutil.rmtree(folder / output_folder.STAGING_FOLDER, ignore_errors=True)  # killed at the end
+            reporter.print_line("finished", f"{folder} already contains the results of this run")
+            return folder
 
-    data: TrainingData
-    task: Task
-    plan: BatchPlan
-    full_plan: BatchPlan  # of the run that a dry run tests
-    loop: TrainingLoop
-    metrics: dict[str, Any]  # of the last evaluation
-    evaluate: Any  # functions from a model to metrics; `Evaluator`s if there are images
-    evaluate_held_out: Any
+        loaded = load(kind, options, environment)
+        print_summary(loaded, environment)
 
-    def __init__(self, kind: Any, options: Any, on_checkpoint: Callable[[Path], None] | None) -> None:
-        self.kind, self.options, self.on_checkpoint = kind, options, on_checkpoint
-        self.folder, self.is_dry_run = options.output_dir, options.run.dry_run
-        self.start_time = time.perf_counter()
-        training, trackers = options.training, options.run.log_with
-        self.accelerator = build_accelerator(
-            training.gradient_accumulation_steps, training.mixed_precision, trackers, self.folder / "trackers"
-        )
-        set_seed(training.seed)
-        self.reporter = Reporter(self.folder / output_folder.METRICS_FILE, self.accelerator)
-        self.store = CheckpointStore(self.folder / CHECKPOINTS_FOLDER, options.run.keep_checkpoints)
-        self.checkpoint: Checkpoint | None = None  # to resume from
+        frozen = fit_probe(loaded, environment)
+        features_before = measure_features(loaded, environment)
 
-    def run(self) -> Path:
-        """Run all stages, and return the output folder."""
-        with FolderLock(self.folder) as lock:
-            run_on_main(self.accelerator, lock.acquire)
-            if self.options.run.resume:
-                self.checkpoint = run_on_main(self.accelerator, partial(self.store.load_newest, self.reporter.warn))
-            if run_on_main(self.accelerator, self.check_folder):
-                shutil.rmtree(self.folder / output_folder.STAGING_FOLDER, ignore_errors=True)  # killed at the end
-                self.reporter.print_line("finished", f"{self.folder} already contains the results of this run")
-                return self.folder
-            self.load()
-            self.describe()
-            self.fit_probe()
-            self.train()
-            self.calibrate()
-            self.save()
-            del self.loop  # DDP must not outlive its process group: with torch 2.11, gloo may wait forever
-            self.accelerator.free_memory()
-            self.accelerator.end_training()
-            return self.folder
+        evaluators = build_evaluators(loaded)
+        trained = train_steps(loaded, frozen, evaluators, environment, on_checkpoint)
+        result = finish_model(loaded, frozen, evaluators, trained, environment)
 
-    def check_folder(self) -> bool:
-        """Check the output folder, and return whether the resumed run is already finished."""
-        if self.checkpoint is None:
-            output_folder.check_replaceable(self.options, self.store)
-            return False
-        check_flags_unchanged(self.checkpoint.metadata["flags"], to_flags(self.options), self.folder)
-        return (self.folder / RESULTS_FILE).exists()
+        features_after = measure_features(loaded, environment, trained.loop.state.model)
+        results = build_results(loaded, trained, result, environment, features_before, features_after)
+        save_output(loaded.task, results, loaded.options, loaded.initial, accelerator, result.evaluator)
+        print_result(results, loaded, trained, environment)
 
-    def load(self) -> None:
-        """Load the data and the models, resolve all defaults, and prepare the output folder."""
-        accelerator = self.accelerator
-        with accelerator.main_process_first():  # only the main process downloads files
-            self.options = pin_models(self.options, self.checkpoint)
-            self.initial = resolve_initial_model(self.options.model.model)
-        load_data = partial(self.kind.load_data, self.options, self.initial)
-        self.data = load_on_main(accelerator, self.options.data.dataset, load_data)
-        with accelerator.main_process_first():
-            self.options, self.default_lines = resolve_options(self.options, self.initial, self.data)
-            self.task = self.kind.build_task(self.options, self.initial, self.data, self.reporter)
-            self.forward_flops = (self.task.encoder or self.task.model).flops()
-        if self.options.training.gradient_checkpointing:
-            self.task.model.gradient_checkpointing_enable()
-        self.plan = self.full_plan = BatchPlan.from_options(
-            self.data.num_training_images, self.options.training, accelerator.num_processes
-        )
-        if self.is_dry_run:
-            self.plan = replace(self.plan, num_steps=NUM_STEPS)
-        self.metadata = {  # of checkpoints
-            "images_per_step": self.plan.images_per_step,
-            "mixed_precision": accelerator.mixed_precision,
-            "data": run_on_main(accelerator, partial(describe_data, self.data)),
-            "flags": get_relative_flags(self.options, self.options.run.hub_checkpoint_branch is not None),
-        }
-        if self.checkpoint is not None:
-            check_flags_unchanged(self.checkpoint.metadata["flags"], to_flags(self.options), self.folder)
-            check_run_unchanged(self.checkpoint.metadata, self.metadata, self.folder)
-        flags = get_relative_flags(self.options)
-        run_on_main(accelerator, lambda: output_folder.prepare(self.folder, self.store, flags, self.checkpoint))
-
-    def describe(self) -> None:
-        """Print the summary, and decide whether the probe is followed by training steps."""
-        data, task = self.data, self.task
-        lines: dict[str, str | None] = {**describe_splits(data, task.processor, task.labels_text)}
-        lines |= describe_model(self.initial.name, task.model, self.forward_flops)
-        lines |= self.default_lines | task.summary_lines
-        self.num_selection = len(data.selection) if isinstance(data.selection, LabeledImages) else None
-        has_few_images = self.num_selection is not None and self.num_selection < MIN_SELECTION_IMAGES
-        is_head_only = self.options.training.trainable == "head"
-        self.has_no_steps = task.probe is not None and (is_head_only or has_few_images)
-        if self.has_no_steps:
-            lines["defaults"] = None
-        if self.has_no_steps and has_few_images:
-            lines["selection"] = (
-                f"{self.num_selection} separate images are too few to compare fine-tuning with the frozen model, "
-                "which is saved. Set --select last to fine-tune on all images"
-            )
-        lines["batches"] = None if self.has_no_steps else describe_batches(self.plan)
-        lines["device"] = f"{describe_device(self.accelerator)}, mixed precision: {self.accelerator.mixed_precision}"
-        for name, text in lines.items():
-            if text:
-                self.reporter.print_line(name, text)
-        for warning in task.warnings:
-            self.reporter.warn(warning)
-        if self.is_dry_run:
-            self.draw_few_images()
-        else:
-            self.reporter.printed_metrics = task.printed_metrics
-
-    def draw_few_images(self) -> None:
-        """Replace the evaluated images and those of the probe with a few images, for a dry run."""
-        data, num_images = self.data, self.plan.batch_size * self.plan.num_processes
-        held_out, selection = (
-            images.read_first(num_images) if isinstance(images, StreamedImages) else images and images.draw(num_images)
-            for images in (data.held_out, data.selection)
-        )
-        evaluated = data.held_out if data.selection is None else data.selection
-        self.evaluated_fraction = 1.0
-        if isinstance(evaluated, LabeledImages) and len(evaluated):
-            self.evaluated_fraction = min(num_images / len(evaluated), 1.0)
-        self.data = replace(data, held_out=held_out, selection=selection)
-        if self.task.probe is not None:
-            self.task.probe = replace(self.task.probe, max_images=NUM_PROBE_IMAGES)
-
-    def fit_probe(self) -> None:
-        """Start the classifier from the probe, unless the run is resumed; and measure features before pre-training."""
-        if self.checkpoint is not None:
-            self.metadata["probe"] = self.checkpoint.metadata["probe"]
-        else:
-            self.metadata["probe"] = self.task.probe and self.task.probe.run(self.data, self.reporter)
-        self.has_held_out = self.data.num_held_out_images != 0
-        if self.is_dry_run or not self.has_held_out:
-            self.task.measure_features = None
-        if self.task.measure_features is not None:
-            self.features_before = self.task.measure_features(self.task.model.to(self.accelerator.device).eval())
-
-    def train(self) -> None:
-        """Run the remaining steps, and load the selected weights."""
-        options, data, task, accelerator = self.options, self.data, self.task, self.accelerator
-        no_metrics = {"num_images": 0, "num_unreadable_images": 0}  # if no images are held out
-        self.evaluate_held_out = task.build_evaluator(data.held_out) if self.has_held_out else lambda model: no_metrics
-        self.evaluate = self.evaluate_held_out if data.selection is None else task.build_evaluator(data.selection)
-        images = build_training_images(options, data, task.processor, task.model.config.num_channels, task.num_views)
-        self.unreadable_images = UnreadableImageCounter(self.reporter.warn, options.data.max_unreadable_images)
-        self.state = state = prepare_state(options, task, accelerator)
-        with SignalHandler(accelerator) as signals, self.reporter.progress, stop_on_errors():
-            self.loop = loop = TrainingLoop(
-                state,
-                task.objective,
-                self.evaluate,
-                self.plan,
-                options.training,
-                accelerator,
-                self.reporter,
-                self.store,
-                task.selection_metric,
-                self.unreadable_images,
-                options.run.save_every or (None if self.plan.num_images else DEFAULT_STREAM_SAVE_EVERY),
-                "held_out" if data.selection is None else "selection",
-                Normalizer(task.processor, accelerator.device) if task.model.config.num_cls_tokens else None,
-                signals,
-                self.metadata,
-                self.on_checkpoint,
-            )
-            if self.checkpoint is not None:
-                loop.restore(self.checkpoint)
-                self.reporter.print_line("resumed", f"after step {state.step:,} of {self.plan.num_steps:,}")
-            self.reporter.start_after(state.step - bool(state.pending_record), self.plan.num_steps)
-            accelerator.wait_for_everyone()
-            if options.run.log_with:
-                start_trackers(accelerator, options)
-            is_frozen_selectable = self.checkpoint is None and task.probe is not None and data.selection is not None
-            batches = iterate_training_batches(
-                images, self.plan, accelerator.process_index, options.data.num_workers, state.step
-            )
-            with closing(batches):  # closing stops the data loading workers
-                if self.has_no_steps or is_frozen_selectable:
-                    self.metrics = loop.evaluate_step()  # the frozen model takes part in the selection
-                if not self.has_no_steps:
-                    self.metrics = loop.run(batches)
-            self.selected_step = None
-            if options.training.select == "best":
-                self.selected_step = loop.load_best_weights()
-                text = f"the checkpoint of step {self.selected_step:,}, with the best evaluation"
-                if self.selected_step == 0:
-                    text = "the frozen model: fine-tuning was not clearly better"
-                if not self.has_no_steps:
-                    self.reporter.print_line("selected", text)
-            self.training_seconds = loop.get_training_seconds()
-        if state.ema is not None:
-            state.ema.copy_to_model(state.ema.shadow)
-
-    def calibrate(self) -> None:
-        """Calibrate the classifier, and measure the metrics of the held-out images unless the loop has done so."""
-        data, task, model = self.data, self.task, self.state.model
-        self.calibration: dict[str, Any] | None = None
-        fitted, fitted_images, reported_images = self.evaluate, slice(None), slice(None)
-        if data.selection is None or (self.num_selection is not None and self.num_selection < MIN_IMAGES):
-            fitted, fitted_images, reported_images = self.evaluate_held_out, FITTED, REPORTED
-        self.keeps_predictions = task.can_calibrate and self.has_held_out and not self.is_dry_run
-        if self.keeps_predictions:
-            fitted.keep_logits = self.evaluate_held_out.keep_logits = True
-            fitted(model.eval())
-            self.calibration = calibrate(task.model.config, fitted, fitted_images)
-            reshard(model)
-        can_refit = self.selected_step == 0 and not self.is_dry_run and not isinstance(model, FSDPModule)
-        if can_refit and task.probe is not None:
-            task.probe.refit(data, self.accelerator)
-        if data.selection is not None or self.calibration is not None:
-            self.metrics = self.evaluate_held_out(model.eval())
-            reshard(model)
-        if self.calibration is not None:
-            temperature, num_images = self.calibration["temperature"], self.calibration["num_images"]
-            errors = compute_calibration_errors(self.evaluate_held_out, temperature, reported_images)
-            self.calibration |= errors
-            self.metrics["calibration_error"] = errors["calibration_error"]
-            before, after = 100 * errors["calibration_error_before"], 100 * errors["calibration_error"]
-            text = f"temperature {temperature:.2f}, fitted to {num_images:,} images that are not reported; "
-            self.reporter.print_line("calibration", f"{text}calibration error {before:.1f} -> {after:.1f} points")
-
-    def save(self) -> None:
-        """Write the model and its results, and print the result."""
-        data, task, loop, reporter = self.data, self.task, self.loop, self.reporter
-        if data.selection is not None:
-            self.metrics["selection"] = {
-                "images": data.selection_name,
-                "num_images": self.num_selection,
-                "step": self.selected_step,
-                task.selection_metric: self.state.best_score,
-            }
-        if num_unreadable := len(self.unreadable_images.indices):
-            reporter.warn(f"{num_unreadable} training image(s) could not be read and were replaced with other images")
-        results = {
-            "dataset": data.name,
-            "split": data.held_out_name,
-            HELD_OUT_RECORD_KEY: asdict(data.record),
-            "num_training_images": data.num_training_images,
-            **task.results,
-            **({"frozen": self.metadata["probe"]} if self.metadata["probe"] else {}),
-            "calibration": self.calibration,
-            "selection_metric": task.selection_metric,
-            "forward_flops_per_image": self.forward_flops,
-            **describe_run(self.plan, self.state.step, task.model, self.accelerator, self.training_seconds),
-            **self.metrics,
-            "num_unreadable_training_images": num_unreadable,
-            "token_movement": loop.monitor.compute_token_movement(),
-        }
-        if task.measure_features is not None:
-            after = task.measure_features(self.state.model.eval())
-            reshard(self.state.model)
-            summary = pretrain.compare_features(self.features_before, after)
-            results["features"] = {"before": self.features_before, "after": after, "summary": summary}
-        evaluator = self.evaluate_held_out if self.keeps_predictions else None
-        save_output(task, results, self.options, self.initial, self.accelerator, evaluator)
-        if self.is_dry_run:
-            seconds = time.perf_counter() - self.start_time
-            text = describe_dry_run(loop, self.full_plan, self.options, self.evaluated_fraction, seconds)
-            reporter.print_line("dry run", text)
-            return
-        reporter.print_line("result", format_result(self.metrics, task.result_metrics))
-        if "features" in results:
-            reporter.print_line("features", results["features"]["summary"])
-        reporter.print_line("saved", f"{self.folder} (model, image processor, {RESULTS_FILE})")
+        del trained  # DDP must not outlive its process group: with torch 2.11, gloo may wait forever
+        accelerator.free_memory()
+        accelerator.end_training()
+        return folder
 
 
-# Stages --------------------------------------------------------------------------------------------------------------
+# Start ---------------------------------------------------------------------------------------------------------------
+
+
+def set_up(options: Options, lock: FolderLock) -> Environment:
+    """Build the accelerator, lock the output folder, and load the checkpoint of a resumed run."""
+    start_time = time.perf_counter()
+    folder, training = options.output_dir, options.training
+    accelerator = build_accelerator(
+        training.gradient_accumulation_steps, training.mixed_precision, options.run.log_with, folder / "trackers"
+    )
+    set_seed(training.seed)
+    reporter = Reporter(folder / output_folder.METRICS_FILE, accelerator)
+    store = CheckpointStore(folder / CHECKPOINTS_FOLDER, options.run.keep_checkpoints)
+    run_on_main(accelerator, lock.acquire)
+    checkpoint = None
+    if options.run.resume:
+        checkpoint = run_on_main(accelerator, partial(store.load_newest, reporter.warn))
+    return Environment(
+        folder=folder,
+        accelerator=accelerator,
+        reporter=reporter,
+        store=store,
+        checkpoint=checkpoint,
+        is_dry_run=options.run.dry_run,
+        start_time=start_time,
+    )
+
+
+def check_folder(options: Options, environment: Environment) -> bool:
+    """Check the output folder, and return whether the resumed run is already finished."""
+    if environment.checkpoint is None:
+        output_folder.check_replaceable(options, environment.store)
+        return False
+    check_flags_unchanged(environment.checkpoint.metadata["flags"], to_flags(options), environment.folder)
+    return (environment.folder / RESULTS_FILE).exists()
+
+
+def load(kind: Any, options: Options, environment: Environment) -> Loaded:
+    """Load the data and the models, resolve all defaults, and prepare the output folder."""
+    accelerator, checkpoint, folder = environment.accelerator, environment.checkpoint, environment.folder
+    with accelerator.main_process_first():  # only the main process downloads files
+        options = pin_models(options, checkpoint)
+        initial = resolve_initial_model(options.model.model)
+    data = load_on_main(accelerator, options.data.dataset, partial(kind.load_data, options, initial))
+    is_length_set = options.training.epochs is not None or options.training.max_steps is not None
+    with accelerator.main_process_first():
+        options, default_lines = resolve_options(options, initial, data)
+        task = kind.build_task(options, initial, data, environment.reporter)
+        forward_flops = (task.encoder or task.model).flops()
+    if options.training.gradient_checkpointing:
+        task.model.gradient_checkpointing_enable()
+
+    plan = BatchPlan.from_options(data.num_training_images, options.training, accelerator.num_processes)
+    metadata = {
+        "images_per_step": plan.images_per_step,
+        "mixed_precision": accelerator.mixed_precision,
+        "data": run_on_main(accelerator, partial(describe_data, data)),
+        "flags": get_relative_flags(options, options.run.hub_checkpoint_branch is not None),
+    }
+    if checkpoint is not None:
+        check_flags_unchanged(checkpoint.metadata["flags"], to_flags(options), folder)
+        check_run_unchanged(checkpoint.metadata, metadata, folder)
+    flags = get_relative_flags(options)
+    run_on_main(accelerator, lambda: output_folder.prepare(folder, environment.store, flags, checkpoint))
+
+    lines = {
+        **describe_splits(data, task.processor, task.labels_text),
+        **describe_model(initial.name, task.model, forward_flops),
+        **default_lines,
+        **task.summary_lines,
+    }
+    reason = None
+    if task.probe is not None:
+        reason = explain_missing_steps(options, data, forward_flops, accelerator.device, is_length_set)
+    loaded = Loaded(
+        options=options,
+        initial=initial,
+        data=data,
+        task=task,
+        plan=plan,
+        full_plan=plan,
+        evaluated_fraction=1.0,
+        missing_steps_reason=reason,
+        lines=lines,
+        forward_flops=forward_flops,
+        metadata=metadata,
+    )
+    return reduce_for_dry_run(loaded) if environment.is_dry_run else loaded
+
+
+def reduce_for_dry_run(loaded: Loaded) -> Loaded:
+    """Return the inputs of a dry run: a few steps, and a few images for evaluations and for the probe."""
+    data, evaluated_fraction = draw_few_images(loaded.data, loaded.plan)
+    task = loaded.task
+    task.measure_features = None
+    if task.probe is not None:
+        task.probe = replace(task.probe, max_images=NUM_PROBE_IMAGES)
+    return replace(
+        loaded, data=data, plan=replace(loaded.plan, num_steps=NUM_STEPS), evaluated_fraction=evaluated_fraction
+    )
+
+
+def draw_few_images(data: TrainingData, plan: BatchPlan) -> tuple[TrainingData, float]:
+    """Return data with one batch of held-out and selection images, and the fraction of the evaluated images."""
+    num_images = plan.batch_size * plan.num_processes
+    held_out, selection = (
+        images.read_first(num_images) if isinstance(images, StreamedImages) else images and images.draw(num_images)
+        for images in (data.held_out, data.selection)
+    )
+    evaluated = data.held_out if data.selection is None else data.selection
+    fraction = 1.0
+    if isinstance(evaluated, LabeledImages) and len(evaluated):
+        fraction = min(num_images / len(evaluated), 1.0)
+    return replace(data, held_out=held_out, selection=selection), fraction
 
 
 def resolve_options(options: Any, initial: InitialModel, data: TrainingData) -> tuple[Any, dict[str, str | None]]:
@@ -364,6 +313,302 @@ def resolve_options(options: Any, initial: InitialModel, data: TrainingData) -> 
     options, defaults_line = resolve_defaults(options, initial, data.num_training_images)
     lines = {"weights": describe_random_weights(initial), "image size": size_line, "defaults": defaults_line}
     return options, lines
+
+
+def print_summary(loaded: Loaded, environment: Environment) -> None:
+    """Print what the run does, before it starts."""
+    accelerator, reporter = environment.accelerator, environment.reporter
+    lines = dict(loaded.lines)
+    if loaded.has_steps:
+        lines["batches"] = describe_batches(loaded.plan)
+    else:
+        lines |= {"defaults": None, "selection": None, "steps": loaded.missing_steps_reason}
+    lines["device"] = f"{describe_device(accelerator)}, mixed precision: {accelerator.mixed_precision}"
+    for name, text in lines.items():
+        if text:
+            reporter.print_line(name, text)
+    for warning in loaded.task.warnings:
+        reporter.warn(warning)
+    if not environment.is_dry_run:
+        reporter.printed_metrics = loaded.task.printed_metrics
+
+
+# Stages --------------------------------------------------------------------------------------------------------------
+
+
+def fit_probe(loaded: Loaded, environment: Environment) -> FittedProbe | None:
+    """Start the classifier from a regression on the frozen encoder. A resumed run restores what the regression reads;
+    the weights are those of the checkpoint."""
+    checkpoint, probe = environment.checkpoint, loaded.task.probe
+    if checkpoint is not None:
+        record = loaded.metadata["probe"] = checkpoint.metadata["probe"]
+        if record and probe is not None:
+            probe.restore(record)
+        return None
+    frozen = None
+    if probe is not None:
+        frozen = probe.run(loaded.data, environment.reporter, is_final=not loaded.has_steps)
+    loaded.metadata["probe"] = frozen and frozen.record
+    return frozen
+
+
+def measure_features(loaded: Loaded, environment: Environment, model: Any = None) -> dict[str, Any] | None:
+    """Measure the features of an encoder before and after pre-training; None if there is nothing to measure."""
+    measure = loaded.task.measure_features
+    if measure is None or loaded.data.num_held_out_images == 0:
+        return None
+    model = loaded.task.model.to(environment.accelerator.device) if model is None else model
+    features = measure(model.eval())
+    reshard(model)
+    return features
+
+
+def build_evaluators(loaded: Loaded) -> Evaluators:
+    """Build the evaluations of selection and held-out images."""
+    data, task = loaded.data, loaded.task
+    has_held_out = data.num_held_out_images != 0
+    held_out: Evaluate = evaluate_nothing
+    if has_held_out:
+        held_out = task.build_evaluator(data.held_out)
+    selection = held_out if data.selection is None else task.build_evaluator(data.selection)
+    return Evaluators(selection, held_out, has_held_out)
+
+
+def evaluate_nothing(model: Any) -> dict[str, Any]:
+    """Return the metrics of a run without held-out images."""
+    return {"num_images": 0, "num_unreadable_images": 0}
+
+
+def train_steps(
+    loaded: Loaded,
+    frozen: FittedProbe | None,
+    evaluators: Evaluators,
+    environment: Environment,
+    on_checkpoint: Callable[[Path], None] | None,
+) -> Trained:
+    """Run the remaining steps, and load the selected weights. Without steps, the frozen model is selected."""
+    options, data, task, plan = loaded.options, loaded.data, loaded.task, loaded.plan
+    accelerator, reporter, checkpoint = environment.accelerator, environment.reporter, environment.checkpoint
+    images = build_training_images(options, data, task.processor, task.model.config.num_channels, task.num_views)
+    state = prepare_state(options, task, accelerator)
+    metrics: dict[str, Any] = {}
+    selected_step = None
+
+    with SignalHandler(accelerator) as signals, reporter.progress, stop_on_errors():
+        loop = TrainingLoop(
+            state=state,
+            objective=task.objective,
+            evaluate_model=evaluators.selection,
+            plan=plan,
+            options=options.training,
+            accelerator=accelerator,
+            reporter=reporter,
+            store=environment.store,
+            selection_metric=task.selection_metric,
+            unreadable_images=UnreadableImageCounter(reporter.warn, options.data.max_unreadable_images),
+            save_every=options.run.save_every or (None if plan.num_images else DEFAULT_STREAM_SAVE_EVERY),
+            evaluated_images="held_out" if data.selection is None else "selection",
+            normalize=Normalizer(task.processor, accelerator.device) if task.model.config.num_cls_tokens else None,
+            signals=signals,
+            run_metadata=loaded.metadata,
+            on_checkpoint=on_checkpoint,
+        )
+        if checkpoint is not None:
+            loop.restore(checkpoint)
+            reporter.print_line("resumed", f"after step {state.step:,} of {plan.num_steps:,}")
+        reporter.start_after(state.step - bool(state.pending_record), plan.num_steps)
+        accelerator.wait_for_everyone()
+        if options.run.log_with:
+            start_trackers(accelerator, options)
+
+        if not loaded.has_steps:
+            return Trained(loop, metrics, 0, loop.get_training_seconds())
+        if frozen is not None and frozen.selection is not None:
+            evaluate_frozen_model(loop, frozen)
+        batches = iterate_training_batches(
+            images, plan, accelerator.process_index, options.data.num_workers, state.step
+        )
+        with closing(batches):  # closing stops the data loading workers
+            metrics = loop.run(batches)
+        if options.training.select == "best":
+            selected_step = loop.load_best_weights()
+            text = f"the checkpoint of step {selected_step:,}, with the best evaluation"
+            if selected_step == 0:
+                text = "the frozen model: fine-tuning was not clearly better"
+            reporter.print_line("selected", text)
+        seconds = loop.get_training_seconds()
+    if state.ema is not None:
+        state.ema.copy_to_model(state.ema.shadow)
+    return Trained(loop, metrics, selected_step, seconds)
+
+
+def evaluate_frozen_model(loop: TrainingLoop, frozen: FittedProbe) -> None:
+    """Let the frozen model take part in the selection, as step 0, with the features of the probe."""
+    evaluate = loop.evaluate_model
+    loop.evaluate_model = HeadEvaluator(frozen.selection, frozen.choice.candidate)
+    loop.evaluate_step()
+    loop.evaluate_model = evaluate
+
+
+def finish_model(
+    loaded: Loaded,
+    frozen: FittedProbe | None,
+    evaluators: Evaluators,
+    trained: Trained,
+    environment: Environment,
+) -> Result:
+    """Fit the classifier of a frozen model to all images that are not held out, calibrate the classifier, and measure
+    the metrics of the held-out images."""
+    data, task, model = loaded.data, loaded.task, trained.loop.state.model
+    model.eval()
+    is_frozen = trained.selected_step == 0
+    frozen = refit_frozen_model(loaded, frozen, model, environment) if is_frozen else None
+    evaluate = evaluators.held_out
+    if frozen is not None and frozen.held_out is not None:
+        evaluate = HeadEvaluator(frozen.held_out, frozen.choice.candidate)
+
+    can_calibrate = task.can_calibrate and not environment.is_dry_run
+    calibration, reported = None, ALL
+    if can_calibrate and frozen is not None and (outputs := frozen.get_held_out_logits()) is not None:
+        calibration = find_calibration(*outputs, images="cross-validation")
+    elif can_calibrate and data.selection is not None and loaded.has_steps:
+        outputs = None
+        if isinstance(data.selection, StreamedImages) or len(data.selection) >= MIN_IMAGES:
+            outputs = compute_outputs(evaluators.selection, model)
+        calibration = (
+            explain_missing_calibration(len(data.selection), "selection")
+            if outputs is None
+            else find_calibration(*outputs, images="selection")
+        )
+    elif can_calibrate and evaluators.has_held_out:
+        logits, labels = compute_outputs(evaluate, model)
+        calibration = find_calibration(logits[FIRST_HALF], labels[FIRST_HALF], images="held-out")
+        reported = SECOND_HALF
+    if calibration is not None and calibration.is_fitted:
+        calibration.apply(task.model.config)
+
+    keeps_predictions = can_calibrate and evaluators.has_held_out
+    metrics = trained.metrics
+    if keeps_predictions or data.selection is not None or frozen is not None:
+        if keeps_predictions:
+            evaluate.keep_logits = True  # type: ignore[attr-defined]
+        metrics = evaluate(model)
+        reshard(model)
+    record = None
+    if calibration is not None:
+        text = calibration.text
+        record = calibration.to_dict() if calibration.is_fitted else None
+        if record is not None and evaluators.has_held_out:
+            errors = compute_calibration_errors(*get_outputs(evaluate, reported), calibration.temperature)  # type: ignore[arg-type]
+            record |= errors
+            metrics["calibration_error"] = errors["calibration_error"]
+            before, after = 100 * errors["calibration_error_before"], 100 * errors["calibration_error"]
+            text += f"; calibration error {before:.1f} -> {after:.1f} points"
+        environment.reporter.print_line("calibration", text)
+    return Result(metrics, record, evaluate if keeps_predictions else None)
+
+
+def refit_frozen_model(
+    loaded: Loaded, frozen: FittedProbe | None, model: Any, environment: Environment
+) -> FittedProbe | None:
+    """Fit the classifier of the frozen model to the training and selection images.
+
+    A resumed run computes the features again. Returns None for a sharded model, whose classifier is kept.
+    """
+    probe = loaded.task.probe
+    if probe is None or isinstance(model, FSDPModule):
+        return None
+    if frozen is None:
+        return probe.run(loaded.data, environment.reporter, is_final=True)
+    if loaded.has_steps:
+        probe.fit_classifier(frozen, with_selection=True)
+    return frozen
+
+
+def compute_outputs(evaluate: Any, model: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Return logits [N, L] and labels [N] of the images of an evaluator."""
+    evaluate.keep_logits = True
+    evaluate(model)
+    reshard(model)
+    return get_outputs(evaluate)
+
+
+# Results -------------------------------------------------------------------------------------------------------------
+
+
+def build_results(
+    loaded: Loaded,
+    trained: Trained,
+    result: Result,
+    environment: Environment,
+    features_before: dict[str, Any] | None,
+    features_after: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """Return the content of results.json."""
+    data, task, loop = loaded.data, loaded.task, trained.loop
+    results: dict[str, Any] = {
+        "dataset": data.name,
+        "split": data.held_out_name,
+        HELD_OUT_RECORD_KEY: asdict(data.record),
+        "num_training_images": count_training_images(loaded),
+        **task.results,
+    }
+    seconds = trained.seconds
+    if probe_record := loaded.metadata["probe"]:
+        results["frozen"] = probe_record
+        if not loaded.has_steps:
+            seconds = probe_record["seconds"]
+    results |= {
+        "calibration": result.calibration,
+        "selection_metric": task.selection_metric,
+        "forward_flops_per_image": loaded.forward_flops,
+        **describe_run(loaded.plan, loop.state.step, task.model, environment.accelerator, seconds),
+        **result.metrics,
+        "num_unreadable_training_images": len(loop.unreadable_images.indices),
+        "token_movement": loop.monitor.compute_token_movement(),
+    }
+    if data.selection is not None and loaded.has_steps:
+        results["selection"] = {
+            "images": data.selection_name,
+            "num_images": len(data.selection) if isinstance(data.selection, LabeledImages) else None,
+            "step": trained.selected_step,
+            task.selection_metric: loop.state.best_score,
+        }
+    if features_before is not None and features_after is not None:
+        summary = pretrain.compare_features(features_before, features_after)
+        results["features"] = {"before": features_before, "after": features_after, "summary": summary}
+    return results
+
+
+def count_training_images(loaded: Loaded) -> int | None:
+    """Return the number of images that the model was fitted to, which includes the selection images of a run without
+    steps; None for a stream."""
+    data = loaded.data
+    if loaded.has_steps or data.selection is None or data.num_training_images is None:
+        return data.num_training_images
+    return data.num_training_images + len(data.selection)
+
+
+def print_result(results: dict[str, Any], loaded: Loaded, trained: Trained, environment: Environment) -> None:
+    """Print the last lines of the run."""
+    reporter, loop = environment.reporter, trained.loop
+    if environment.is_dry_run:
+        seconds = time.perf_counter() - environment.start_time
+        if loaded.has_steps:
+            text = describe_dry_run(loop, loaded.full_plan, loaded.options, loaded.evaluated_fraction, seconds)
+        else:
+            text = describe_dry_probe(results, loaded.full_plan, seconds)
+        reporter.print_line("dry run", text)
+        return
+    if num_unreadable := len(loop.unreadable_images.indices):
+        reporter.warn(f"{num_unreadable} training image(s) could not be read and were replaced with other images")
+    reporter.print_line("result", format_result(results, loaded.task.result_metrics))
+    if "features" in results:
+        reporter.print_line("features", results["features"]["summary"])
+    reporter.print_line("saved", f"{environment.folder} (model, image processor, {RESULTS_FILE})")
+
+
+# Parts ---------------------------------------------------------------------------------------------------------------
 
 
 def prepare_state(options: Any, task: Task, accelerator: Accelerator) -> TrainingState:

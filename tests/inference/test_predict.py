@@ -207,7 +207,8 @@ def test_features_equal_the_tokens_of_the_model(
     group = tokens["patches"].mean(dim=1) if kind == "mean" else tokens[kind]
     expected = group[:, 0] if kind == "cls" else group
     measured = np.array([row["features"] for row in rows], dtype=np.float32)
-    np.testing.assert_array_equal(measured, expected.numpy())
+    # A classifier computes fewer tokens in its last layer, which changes the order of sums.
+    np.testing.assert_allclose(measured, expected.numpy(), rtol=0, atol=1e-6)
     assert rows[0].keys() == {"index", "image", "features", "error"}
 
 

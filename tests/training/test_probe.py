@@ -1,25 +1,26 @@
 """Probe of the frozen encoder: the classifier equals scikit-learn's regression, and fine-tuning is never worse."""
 
 import math
-import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 from helpers.tiny_options import build_tiny_options, prepare_task, read_metrics, run_dry, run_training
+from PIL import Image
+from scipy.special import softmax
 from sklearn.linear_model import LogisticRegression
-from sklearn.neighbors import KNeighborsClassifier
-from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, ViTCLSModel
-from modeling_vitcls.checkpoints import CheckpointStore, format_state, read_state
+from modeling_vitcls.checkpoints import format_state, read_state
+from modeling_vitcls.data.fit import get_fit, set_fit
+from modeling_vitcls.training import output_folder
 from modeling_vitcls.training import probe as probe_module
-from modeling_vitcls.training.probe import describe_probe, explain_missing_probe, fold_standardization
+from modeling_vitcls.training.probe import explain_missing_probe
 
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("fresh_accelerate", "few_digits")]
@@ -43,44 +44,69 @@ def build_options(folder: Path, encoder: Path, **flags: Any) -> Any:
 
 
 @torch.no_grad()
-def compute_features(encoder: Path, images: Any) -> np.ndarray:
-    """Compute CLS and the mean of the patches with the model's public interface."""
-    model, processor = ViTCLSModel.from_pretrained(encoder).eval(), ViTCLSImageProcessor.from_pretrained(encoder)
+def compute_logits(run: Path, images: Any) -> np.ndarray:
+    """Compute the logits of a saved model with its public interface."""
+    model, processor = (
+        ViTCLSForImageClassification.from_pretrained(run).eval(),
+        ViTCLSImageProcessor.from_pretrained(run),
+    )
     pixel_values = processor([images[index] for index in range(len(images))], return_tensors="pt")["pixel_values"]
-    tokens = model(pixel_values).tokens
-    return torch.cat([tokens["cls"][:, 0], tokens["patches"].mean(dim=1)], dim=1).numpy()
+    return model(pixel_values).logits.numpy()
 
 
-def score_regression(encoder: Path, data: Any) -> float:
-    """Return the accuracy of scikit-learn's regression that is fitted to the training and selection images."""
-    features = [compute_features(encoder, part.images) for part in (data.train, data.selection, data.held_out)]
-    regression = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
-    regression.fit(np.concatenate(features[:2]), [*data.train.labels, *data.selection.labels])
-    return regression.score(features[2], data.held_out.labels)
+def fit_reference(run: Path, frozen: dict[str, Any], parts: list[Any], images: Any) -> np.ndarray:
+    """Return the probabilities of scikit-learn's regression on the input of the saved model's classifier."""
+
+    @torch.no_grad()
+    def compute_features(part: Any) -> np.ndarray:
+        model, processor = ViTCLSModel.from_pretrained(run).eval(), ViTCLSImageProcessor.from_pretrained(run)
+        pixel_values = processor([part[index] for index in range(len(part))], return_tensors="pt")["pixel_values"]
+        return model(pixel_values).pooler_output.double().numpy()
+
+    features = np.concatenate([compute_features(part.images) for part in parts])
+    labels = np.concatenate([part.labels for part in parts])
+    scaler = StandardScaler(with_std=frozen["scale"] == "standardized").fit(features)
+    scaled = scaler.transform(features)
+    norm = np.sqrt((scaled**2).sum(axis=1).mean())
+    regression = LogisticRegression(C=frozen["strength"], max_iter=1000).fit(scaled / norm, labels)
+    return regression.predict_proba(scaler.transform(compute_features(images)) / norm)
 
 
-def test_the_frozen_model_equals_the_regression_of_scikit_learn(encoder: Path, tmp_path: Path) -> None:
-    """`--trainable head` stops after the probe."""
+def test_the_frozen_model_is_the_regression_of_scikit_learn(encoder: Path, tmp_path: Path) -> None:
     options = build_options(tmp_path / "head", encoder, trainable="head")
     results = run_training(options)
-    prepared = prepare_task(options)
-    data = prepared.data
-    assert data.selection is None and prepared.task.probe.max_images is None  # all images
-    train, held_out = (compute_features(encoder, part.images) for part in (data.train, data.held_out))
-    regression = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)).fit(train, data.train.labels)
-    assert results["steps"] == results["epochs"] == 0
-    assert results["accuracy"] == pytest.approx(regression.score(held_out, data.held_out.labels), abs=1e-6)
-    assert results["frozen"]["logreg"]["CLS + mean"] == results["accuracy"]
-    assert results["frozen"]["features"] == "CLS + mean"
-    neighbors = KNeighborsClassifier(10, weights="distance", metric="cosine").fit(train, data.train.labels)
-    assert results["frozen"]["knn"]["CLS + mean"] == pytest.approx(
-        neighbors.score(held_out, data.held_out.labels), abs=3e-3
-    )
-    assert {"CLS", "mean of the patches", "CLS + mean"} == set(results["frozen"]["logreg"])
-    model = ViTCLSForImageClassification.from_pretrained(tmp_path / "head")
-    probabilities = (torch.from_numpy(held_out) @ model.classifier.weight.T + model.classifier.bias).softmax(-1)
-    expected = regression.predict_proba(held_out)
-    np.testing.assert_allclose(probabilities.detach().numpy(), expected, atol=1e-4)
+    data = prepare_task(options).data
+    assert results["steps"] == 0
+    expected = fit_reference(tmp_path / "head", results["frozen"], [data.train], data.held_out.images)
+    logits = compute_logits(tmp_path / "head", data.held_out.images) * results["calibration"]["temperature"]
+    np.testing.assert_allclose(softmax(logits, axis=1), expected, atol=5e-3)
+
+
+def test_the_reported_accuracy_is_that_of_the_saved_model(encoder: Path, tmp_path: Path) -> None:
+    options = build_options(tmp_path / "head", encoder, trainable="head")
+    results = run_training(options)
+    held_out = prepare_task(options).data.held_out
+    predictions = compute_logits(tmp_path / "head", held_out.images).argmax(axis=1)
+    assert results["num_images"] == len(held_out)
+    assert results["accuracy"] == pytest.approx((predictions == held_out.labels).mean(), abs=1e-6)
+
+
+def test_no_image_passes_the_frozen_encoder_twice(
+    encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Except in the measurement of the speed, whose images are random."""
+    monkeypatch.setattr(output_folder, "measure_inference_speed", lambda model, device: {})
+    counts = []
+    forward = ViTCLSModel.forward
+
+    def count(self: Any, pixel_values: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        counts.append(len(pixel_values) if pixel_values.device.type == "cpu" else 0)  # FLOPs are counted without data
+        return forward(self, pixel_values, *args, **kwargs)
+
+    monkeypatch.setattr(ViTCLSModel, "forward", count)
+    options = build_options(tmp_path / "head", encoder, trainable="head")
+    results = run_training(options)
+    assert sum(counts) == results["num_training_images"] + results["num_images"]
 
 
 def test_a_learning_rate_that_is_too_large_ends_with_the_frozen_model(encoder: Path, tmp_path: Path) -> None:
@@ -92,45 +118,52 @@ def test_a_learning_rate_that_is_too_large_ends_with_the_frozen_model(encoder: P
     records = [record for record in read_metrics(tmp_path / "run") if "selection_accuracy" in record]
     assert all(record["selection_accuracy"] <= results["selection"]["accuracy"] for record in records)
     assert results["selection"]["step"] == 0
-    assert results["selection"]["accuracy"] == results["frozen"]["logreg"]["CLS + mean"]
-    best = CheckpointStore(tmp_path / "run" / "checkpoints", num_kept=9).load_best()
-    assert best.step == 0
-    assert results["accuracy"] == pytest.approx(score_regression(encoder, prepare_task(options).data), abs=1e-6)
+    data = prepare_task(options).data
+    expected = fit_reference(tmp_path / "run", results["frozen"], [data.train, data.selection], data.held_out.images)
+    logits = compute_logits(tmp_path / "run", data.held_out.images) * results["calibration"]["temperature"]
+    np.testing.assert_allclose(softmax(logits, axis=1), expected, atol=5e-3)
 
 
-def test_nothing_is_trained_with_too_few_selection_images(
-    encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_nothing_is_trained_with_too_few_selection_images(encoder: Path, tmp_path: Path) -> None:
     """The classifier is the regression on training and selection images."""
     options = build_options(tmp_path / "run", encoder, held_out_fraction=0.02)
     results = run_training(options)
-    printed = capsys.readouterr().out
-    assert "are too few to compare" in printed and not re.search(
-        "^(defaults|batches|selected) ", printed, re.MULTILINE
-    )
     data = prepare_task(options).data
-    assert len(data.selection) < 50 and results["steps"] == results["selection"]["step"] == 0
-    assert results["accuracy"] == pytest.approx(score_regression(encoder, data), abs=1e-6)
+    assert len(data.selection) < 50
+    assert results["steps"] == 0
+    assert results["num_training_images"] == len(data.train) + len(data.selection)
+    assert not list((tmp_path / "run").rglob("checkpoints/*/*.safetensors"))  # no second copy of the weights
+    expected = fit_reference(tmp_path / "run", results["frozen"], [data.train, data.selection], data.held_out.images)
+    logits = compute_logits(tmp_path / "run", data.held_out.images) * results["calibration"]["temperature"]
+    np.testing.assert_allclose(softmax(logits, axis=1), expected, atol=5e-3)
+
+
+def test_select_last_trains_on_few_images(encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_dry(build_options(tmp_path / "last", encoder, held_out_fraction=0.02, select="last"))
-    printed = capsys.readouterr().out
-    assert "ran 3 steps" in printed and "frozen" not in printed
+    assert "ran 3 steps" in capsys.readouterr().out
+
+
+def test_a_long_run_on_a_cpu_ends_at_the_probe(encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe_module, "MAX_CPU_FLOPS", 1.0)
+    default = run_training(build_options(tmp_path / "default", encoder, max_steps=None))
+    assert default["steps"] == 0
+    with_length = run_training(build_options(tmp_path / "length", encoder, max_steps=1))
+    assert with_length["steps"] == 1
 
 
 def test_fine_tuning_starts_from_the_regression(
     encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The frozen model takes part in the selection, with just enough images. A resumed run does not evaluate the step
-    after which it starts: here step 1, because the checkpoint of step 2 is damaged."""
+    """The frozen model takes part in the selection. A resumed run does not evaluate the step after which it starts:
+    here step 1, because the checkpoint of step 2 is damaged."""
     flags = {"max_steps": 2, "learning_rate": 1e-6, "log_every": 1, "save_every": 1, "keep_checkpoints": 3}
     options = build_options(tmp_path / "run", encoder, **flags)
     results = run_training(options)
-    printed, frozen = capsys.readouterr().out, results["frozen"]
-    best = {kind: max(frozen[kind].values()) for kind in ("knn", "logreg")}
-    assert f"k-NN {best['knn']:.1%} (" in printed and f"logistic regression {best['logreg']:.1%} (" in printed
-    assert f"on CLS + mean ({frozen['logreg']['CLS + mean']:.1%})" in printed
-    assert "selection: accuracy" in printed and "selected  the frozen model" in printed
-    assert "selected on 50 separate images" in printed and results["selection"]["num_images"] == 50
+    frozen = results["frozen"]
+    assert results["selection"]["step"] == 0
+    assert results["selection"]["num_images"] == 50
     assert read_metrics(tmp_path / "run")[0]["loss"] < 0.6 * math.log(10)  # the loss of a random classifier
+    capsys.readouterr()
     (tmp_path / "run" / "results.json").unlink()
     weights = tmp_path / "run" / "checkpoints" / "step-00000002" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-7])
@@ -139,34 +172,61 @@ def test_fine_tuning_starts_from_the_regression(
     state["metadata"] |= {"best_score": 0.0, "margin": 0.0}  # any evaluation is better
     file.write_text(format_state(state), encoding="utf-8")
     resumed = run_training(replace(options, run=replace(options.run, resume=True)))
-    assert resumed["frozen"] == frozen and resumed["selection"]["step"] == 2
+    assert resumed["frozen"] == frozen
+    assert resumed["selection"]["step"] == 2
     printed = capsys.readouterr().out
-    assert f"WARNING: the checkpoint {weights.parent} is damaged: model.safetensors" in printed
-    assert "resumed   after step 1 of 2" in printed and "selected  the checkpoint of step 2" in printed
+    assert f"the checkpoint {weights.parent} is damaged" in printed
+    assert "resumed   after step 1 of 2" in printed
+
+
+def test_a_resumed_run_keeps_what_the_regression_reads(encoder: Path, tmp_path: Path) -> None:
+    options = build_options(tmp_path / "run", encoder, pooled_layers=(-2, -1), pooling="cls_mean", max_steps=2)
+    run_training(replace(options, training=replace(options.training, select="last")))
+    (tmp_path / "run" / "results.json").unlink()
+    resume = replace(options, run=replace(options.run, resume=True))
+    run_training(replace(resume, training=replace(options.training, select="last")))
+    config = ViTCLSForImageClassification.from_pretrained(tmp_path / "run").config
+    assert config.pooled_layers == [-2, -1]
+    assert config.pooling == "cls_mean"
 
 
 @pytest.mark.parametrize(
-    ("flags", "names"),
+    ("flags", "tokens"),
     [
-        ({"num_cls_tokens": 0, "pooling": "mean"}, ["mean of the patches"]),
-        ({"pooling": "max"}, ["CLS", "mean of the patches", "CLS + mean", "pooling max"]),
+        ({"num_cls_tokens": 0, "pooling": "mean"}, {"mean"}),
+        ({"pooling": "max"}, {"own"}),
+        ({"pooling": "cls"}, {"cls"}),
+        ({}, {"cls", "cls_mean"}),
     ],
 )
-def test_the_probe_measures_the_features_of_the_model(
-    encoder: Path, tmp_path: Path, flags: dict[str, Any], names: list[str], monkeypatch: pytest.MonkeyPatch
+def test_the_probe_chooses_what_the_user_has_not_set(
+    encoder: Path, tmp_path: Path, flags: dict[str, Any], tokens: set[str]
 ) -> None:
-    """Unreadable images are named, except for training images, which training names."""
-    evaluators = Mock(wraps=probe_module.ProbeEvaluator)
-    monkeypatch.setattr(probe_module, "ProbeEvaluator", evaluators)
-    run = prepare_task(build_options(tmp_path / "run", encoder, **flags))
-    probe_model = replace(run.task.probe, max_images=64).run
-    probe = probe_model(run.data, run.reporter)
-    assert list(probe["logreg"]) == list(probe["knn"]) == names
-    assert (run.task.probe.max_images, probe["num_training_images"], probe["features"]) == (10_000, 64, names[-1])
-    assert [call.kwargs["warn"] == run.reporter.warn for call in evaluators.call_args_list] == [False, True]
-    unmeasured = probe_model(replace(run.data, selection=None, held_out=run.data.held_out.select([])), run.reporter)
-    assert unmeasured == {"num_training_images": 64, "features": names[-1]}
-    assert describe_probe(unmeasured).endswith(names[-1])
+    prepared = prepare_task(build_options(tmp_path / "run", encoder, **flags))
+    probe = replace(prepared.task.probe, max_images=64).run(prepared.data, prepared.reporter, is_final=False)
+    assert {row["tokens"] for row in probe.record["candidates"]} == tokens
+    assert probe.record["num_training_images"] == 64
+
+
+def test_the_better_geometry_is_chosen(encoder: Path, tmp_path: Path) -> None:
+    """The classes differ only at the left and right edges, which a center crop removes."""
+    folder = tmp_path / "photos"
+    generator = np.random.default_rng(0)
+    for name, column in (("left", 0), ("right", -8)):
+        (folder / name).mkdir(parents=True)
+        for index in range(40):
+            pixels = generator.integers(0, 60, (32, 96), dtype=np.uint8)
+            pixels[:, slice(column, column + 8 or None)] = 255
+            Image.fromarray(pixels).save(folder / name / f"{index}.png")
+    own = tmp_path / "own"
+    shutil.copytree(encoder, own)
+    processor = ViTCLSImageProcessor.from_pretrained(own)
+    set_fit(processor, "crop", (32, 32))
+    processor.save_pretrained(own)
+    results = run_training(build_tiny_options(tmp_path / "run", folder, model=own, probe=True, select=None))
+    assert results["frozen"]["fit"] == "squash"
+    assert get_fit(ViTCLSImageProcessor.from_pretrained(tmp_path / "run")) == "squash"
+    assert results["accuracy"] == 1
 
 
 @pytest.mark.parametrize(
@@ -194,15 +254,3 @@ def test_random_weights_have_no_probe(tmp_path: Path) -> None:
         (run.options, set(), "single_label_classification", "checkpoint has a classifier"),
     ):
         assert reason in str(explain_missing_probe(options, run.task.model, names, kind))
-
-
-@pytest.mark.parametrize("classes", [[0, 1], [0, 2], [1, 2, 3]])
-def test_the_standardization_is_part_of_the_linear_layer(classes: list[int]) -> None:
-    """Two classes have one row of coefficients, and classes without images are never predicted."""
-    generator = np.random.default_rng(0)
-    labels = generator.choice(classes, 80)
-    features = 3 + generator.normal(size=(80, 5)) * [1, 10, 0.1, 2, 1] + labels[:, None] * [1, 0, 0.1, 1, 0]
-    pipeline = make_pipeline(StandardScaler(), LogisticRegression()).fit(features, labels)
-    weight, bias = fold_standardization(pipeline, 5)
-    logits = torch.from_numpy(features @ weight.T + bias)
-    np.testing.assert_allclose(logits.softmax(-1).numpy()[:, classes], pipeline.predict_proba(features), atol=1e-5)

@@ -1,0 +1,205 @@
+"""One pass of images through a frozen encoder, whose features serve everything that follows.
+
+    images -> encoder, once -> per layer: final norm, CLS and mean of the patches -> FrozenPass
+                               FrozenPass.features             for fits, on every process
+                               HeadEvaluator(pass, ...)(model) metrics of a classifier, without the encoder
+
+The features of a layer are what a classifier with `config.pooled_layers` reads, so that a regression on them is the
+model's classifier.
+"""
+
+import copy
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..configuration_vitcls import ViTCLSConfig
+from ..heads_vitcls import TokenPooler
+from .evaluator import Evaluator, HeldOutBatch
+from .linear_probe import Candidate
+
+
+OWN_POOLING = "own"  # tokens of a candidate that reads the output of the model's pooler
+
+
+@dataclass(frozen=True)
+class FeatureLayout:
+    """Where the features of each layer and kind of token are in a vector of features."""
+
+    num_layers: int  # the last layers, the earliest first
+    widths: dict[str, int]  # kind of token -> number of features; the same in each layer
+
+    @classmethod
+    def from_config(cls, config: ViTCLSConfig, num_layers: int | None = None) -> "FeatureLayout":
+        """Return the layout for an encoder: all layers, or the last `num_layers`.
+
+        A pooler with weights, and the maximum, read the last layer as a whole. They are the only kind of token then.
+        """
+        if not has_searchable_pooling(config):
+            return cls(1, {OWN_POOLING: config.pooled_size})
+        kinds = ("cls", "mean") if config.num_cls_tokens else ("mean",)
+        widths = {kind: build_kind_config(config, kind).pooled_size for kind in kinds}
+        return cls(min(num_layers or config.num_hidden_layers, config.num_hidden_layers), widths)
+
+    @property
+    def token_choices(self) -> tuple[str, ...]:
+        """Return the values of `pooling` that a classifier can have, the simplest first."""
+        if OWN_POOLING in self.widths:
+            return (OWN_POOLING,)
+        return ("cls", "cls_mean") if "cls" in self.widths else ("mean",)
+
+    def select(self, features: np.ndarray, candidate: Candidate) -> np.ndarray:
+        """Return the features [N, F] that a candidate reads, from features [N, all]."""
+        kinds = [kind for kind in self.widths if candidate.tokens in (kind, f"cls_{kind}", f"{kind}_mean")]
+        layer_width = sum(self.widths.values())
+        parts = []
+        for layer in candidate.layers:
+            start = (self.num_layers + layer) * layer_width
+            for kind, width in self.widths.items():
+                if kind in kinds:
+                    parts.append(features[:, start : start + width])
+                start += width
+        return np.concatenate(parts, axis=1)
+
+
+def has_searchable_pooling(config: ViTCLSConfig) -> bool:
+    """Return whether the pooler has no weights, and reads CLS or the mean of the patches."""
+    is_plain = config.pooled_activation is None and not config.pooled_norm
+    return is_plain and config.pooling in ("cls", "mean", "cls_mean")
+
+
+def build_kind_config(config: ViTCLSConfig, kind: str) -> ViTCLSConfig:
+    """Return the configuration of a model that pools one kind of token of the last layer."""
+    kind_config = copy.deepcopy(config)
+    kind_config.pooling = kind
+    kind_config.pooled_layers = None
+    return kind_config
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features and labels of the readable images of a pass."""
+
+    layout: FeatureLayout
+    values: np.ndarray  # [N, all] float32
+    labels: np.ndarray  # [N] class indices, or [N, L] with several labels per image
+    indices: np.ndarray  # [N] indices of the images among those of the pass
+
+    def select(self, candidate: Candidate) -> np.ndarray:
+        """Return the features [N, F] that a candidate reads."""
+        return self.layout.select(self.values, candidate)
+
+    def take(self, is_taken: np.ndarray) -> "Features":
+        """Return the features of some images."""
+        return replace(
+            self, values=self.values[is_taken], labels=self.labels[is_taken], indices=self.indices[is_taken]
+        )
+
+
+def concatenate_features(first: Features, second: Features) -> Features:
+    """Return the features of two parts of the same images."""
+    return Features(
+        first.layout,
+        values=np.concatenate([first.values, second.values]),
+        labels=np.concatenate([first.labels, second.labels]),
+        indices=np.concatenate([first.indices, second.indices]),
+    )
+
+
+class FrozenPass(Evaluator):
+    """One pass of images through an encoder. Calling it with a model computes the features, once.
+
+    Attributes:
+        features: of the readable images, in their order, the same on every process.
+        batches: batches of this process, with features in place of pixels.
+    """
+
+    keep_logits = True
+
+    def __init__(self, images: Any, layout: FeatureLayout, **arguments: Any) -> None:
+        super().__init__(images, **arguments)
+        self.arguments = arguments
+        self.layout = layout
+        self.batches: list[HeldOutBatch] = []
+        self.poolers: dict[str, nn.Module] = {}
+
+    def __call__(self, model: nn.Module, console: Any = None) -> dict[str, Any]:
+        """Compute the features with a classifier or an encoder, and return the numbers of images."""
+        encoder = getattr(model, "vitcls", model)
+        self.poolers = {
+            kind: TokenPooler(build_kind_config(encoder.config, kind))
+            for kind in self.layout.widths
+            if kind != OWN_POOLING
+        }
+        counts = super().__call__(encoder, console)
+        self.features = Features(
+            self.layout,
+            values=np.stack([row.logits for row in self.rows]),
+            labels=np.stack([row.label.numpy() for row in self.rows]),
+            indices=np.array([row.index for row in self.rows]),
+        )
+        self.rows = []
+        return counts
+
+    def build_metrics(self) -> None:
+        return None
+
+    def load_batches(self) -> Any:
+        """Yield the batches, and keep them without the pixels."""
+        for batch in super().load_batches():
+            self.batches.append(copy.copy(batch))
+            yield batch
+
+    def compute_outputs(self, model: Any, pixel_values: torch.Tensor) -> SimpleNamespace:
+        """Return the features [B, all] of images [B, C, H, W] as `logits`."""
+        if OWN_POOLING in self.layout.widths:
+            features = model(pixel_values).pooler_output.float()
+        else:
+            outputs = model(pixel_values, output_hidden_states=True)
+            norm = nn.Identity() if model.layernorm is None else model.layernorm
+            parts = []
+            for states in outputs.hidden_states[-self.layout.num_layers :]:
+                normalized = norm(states)
+                parts += [pooler(normalized).float() for pooler in self.poolers.values()]
+            features = torch.cat(parts, dim=1)
+
+        batch = self.batches[-1]
+        if batch.pixel_values is not None:
+            batch.pixel_values = features[: len(batch.indices)].cpu()
+        return SimpleNamespace(logits=features)
+
+
+class HeadEvaluator(Evaluator):
+    """Evaluates the classifier of a model on the features of a `FrozenPass`, without computing them again."""
+
+    def __init__(self, frozen_pass: FrozenPass, candidate: Candidate) -> None:
+        super().__init__(frozen_pass.images, **frozen_pass.arguments | {"warn": ignore_message})
+        self.cache = [self.select_columns(batch, frozen_pass.layout, candidate) for batch in frozen_pass.batches]
+
+    def select_columns(self, batch: HeldOutBatch, layout: FeatureLayout, candidate: Candidate) -> HeldOutBatch:
+        """Return a batch whose "pixels" are the features [G, F] that the classifier reads."""
+        if batch.pixel_values is None:
+            return batch
+        features = layout.select(batch.pixel_values.numpy(), candidate)
+        return replace(batch, pixel_values=torch.from_numpy(features))
+
+    def pad_batch(self, model: nn.Module, pixel_values: torch.Tensor | None) -> torch.Tensor:
+        """Return features [G, F] on the device; the classifier needs no padding."""
+        if pixel_values is None:
+            pixel_values = torch.zeros(0, self.accelerator.unwrap_model(model).config.pooled_size)
+        return pixel_values.to(self.accelerator.device)
+
+    def compute_outputs(self, model: nn.Module, pixel_values: torch.Tensor) -> SimpleNamespace:
+        """Return the logits [B, L], in single precision."""
+        classifier = self.accelerator.unwrap_model(model)
+        with torch.autocast(pixel_values.device.type, enabled=False):
+            logits = classifier.classifier(pixel_values) / classifier.config.temperature
+        return SimpleNamespace(logits=logits, cls_logits=logits, distillation_logits=None)
+
+
+def ignore_message(message: str) -> None:
+    """Ignore a warning that the pass over the images has printed."""
