@@ -54,7 +54,7 @@ def find_calibration(logits: np.ndarray, labels: np.ndarray, images: str) -> Cal
     """Fit the temperature and the energy threshold to logits [N, L] and labels [N] of images that the classifier was
     not fitted to. `images` says which they are."""
     num_images = len(labels)
-    if num_images < MIN_IMAGES:
+    if not has_enough_images(num_images):
         return explain_missing_calibration(num_images, images)
 
     temperature = round(fit_temperature(logits, labels), 4)
@@ -64,6 +64,10 @@ def find_calibration(logits: np.ndarray, labels: np.ndarray, images: str) -> Cal
         temperature = 1.0
     threshold = round(find_energy_threshold(logits / temperature), 6)
     return Calibration(num_images, images, text, temperature, threshold)
+
+
+def has_enough_images(num_images: int) -> bool:
+    return num_images >= MIN_IMAGES
 
 
 def explain_missing_calibration(num_images: int, images: str) -> Calibration:

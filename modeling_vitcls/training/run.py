@@ -37,10 +37,10 @@ from ..options import FinetuneOptions, PretrainOptions, to_flags
 from ..system import describe_device
 from . import finetune, output_folder, pretrain
 from .calibration import (
-    MIN_IMAGES,
     compute_calibration_errors,
     explain_missing_calibration,
     find_calibration,
+    has_enough_images,
 )
 from .defaults import describe_random_weights, resolve_defaults
 from .distributed_state import reshard
@@ -472,14 +472,10 @@ def finish_model(
     if can_calibrate and frozen is not None and (outputs := frozen.get_held_out_logits()) is not None:
         calibration = find_calibration(*outputs, images="cross-validation")
     elif can_calibrate and data.selection is not None and loaded.has_steps:
-        outputs = None
-        if isinstance(data.selection, StreamedImages) or len(data.selection) >= MIN_IMAGES:
-            outputs = compute_outputs(evaluators.selection, model)
-        calibration = (
-            explain_missing_calibration(len(data.selection), "selection")
-            if outputs is None
-            else find_calibration(*outputs, images="selection")
-        )
+        if isinstance(data.selection, StreamedImages) or has_enough_images(len(data.selection)):
+            calibration = find_calibration(*compute_outputs(evaluators.selection, model), images="selection")
+        else:
+            calibration = explain_missing_calibration(len(data.selection), images="selection")
     elif can_calibrate and evaluators.has_held_out:
         logits, labels = compute_outputs(evaluate, model)
         calibration = find_calibration(logits[FIRST_HALF], labels[FIRST_HALF], images="held-out")
