@@ -471,9 +471,10 @@ class EvaluateOptions:
     (`timm:NAME`, `transformers:ID`, a folder, a Hub id, a file)."""
     data: DataOptions
     split: str | None = None
-    """Dataset split to evaluate. If the dataset has a single split that is not named `test`, `test` selects the
-    held-out split of fine-tuning. Default: the held-out split that was used in training, or `test` if there is no such
-    split."""
+    """Dataset split, of which all images are evaluated. Default: `test` or, if there is none, `validation` or the only
+    split, without the images that the model was trained on."""
+    max_images: int | None = None
+    """Maximum number of images to evaluate, drawn at random (--split-seed)."""
     fit: Literal["squash", "crop", "pad"] | None = None
     """How images of other aspect ratios become the input: resize the whole image (`squash`), crop the center (`crop`)
     or add gray (`pad`). Default: the setting of the image processor."""
@@ -491,7 +492,7 @@ class EvaluateOptions:
     """JSON file for the metrics, including the metrics of each class and the confusion matrix."""
     unknown_dataset: str | None = None
     """Dataset with images of none of the classes: measures how well the energy separates these images from the
-    evaluated images (AUROC). The result is also written to results.json in the model's folder, for the card."""
+    evaluated images (AUROC)."""
     per_image: Path | None = None
     """Parquet file with one row per image: label, prediction, probabilities and loss."""
     audit: Path | None = None
@@ -502,7 +503,7 @@ class EvaluateOptions:
     """Recipe: a YAML file of flags. Flags on the command line override flags in the recipe."""
 
     def __post_init__(self) -> None:
-        check_minimum(self, 1, "batch_size")
+        check_minimum(self, 1, "batch_size", "max_images")
         if self.backend != "torch" and (self.frozen or self.audit):
             raise ValueError("--frozen and --audit require --backend torch. Remove --backend")
 
@@ -625,9 +626,8 @@ class InspectOptions(ImageOptions):
     """Folder or Hub id of a vitcls model (`ID@COMMIT` pins the model), or another ViT, which is converted once
     (`timm:NAME`, `transformers:ID`, a folder, a Hub id, a file)."""
     split: str | None = None
-    """Dataset split to inspect. If the dataset has a single split that is not named `test`, `test` selects the
-    held-out split of fine-tuning. Default: the held-out split that was used in training, or `test` if there is no such
-    split."""
+    """Dataset split to inspect. Default: `test` or, if there is none, `validation` or the only split, without the
+    images that the model was trained on."""
     label_column: tuple[str, ...] | None = None
     """Column with the labels; several columns define several tasks. By default, the column is detected by type or
     name."""
@@ -640,8 +640,7 @@ class InspectOptions(ImageOptions):
     num_images: int = 8
     """Number of images in the report: wrong predictions, then the least confident predictions, then typical images."""
     max_images: int = 256
-    """Maximum number of images for the statistics. The images are sampled at regular intervals and stored in
-    memory."""
+    """Maximum number of images for the statistics. The images are drawn at random and stored in memory."""
 
     def __post_init__(self) -> None:
         check_minimum(self, 1, "num_images", "max_images", "batch_size")

@@ -59,7 +59,7 @@ def test_finetune_and_evaluate_data_in_memory(trained: tuple[Path, dict[str, Any
     folder, results = trained
     assert results == json.loads((folder / "results.json").read_text(encoding="utf-8"))
     evaluated = evaluate(folder, get_digits(), num_workers=0)
-    assert (evaluated["accuracy"], evaluated["is_recorded_part"]) == (results["accuracy"], True)
+    assert (evaluated["accuracy"], evaluated["images"]) == (results["accuracy"], "held_out")
     assert evaluated["mixed_precision"] == "no"
     seconds = evaluated["num_images"] / evaluated["images_per_second"]
     assert evaluated["seconds"] == pytest.approx(seconds, abs=0.006)  # the duration is rounded

@@ -320,7 +320,7 @@ class Run:
         results = {
             "dataset": data.name,
             "split": data.held_out_name,
-            HELD_OUT_RECORD_KEY: asdict(data.record),
+            HELD_OUT_RECORD_KEY: run_on_main(self.accelerator, lambda: asdict(data.build_record())),
             "num_training_images": data.num_training_images,
             **task.results,
             **({"frozen": self.metadata["probe"]} if self.metadata["probe"] else {}),

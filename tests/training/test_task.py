@@ -19,8 +19,9 @@ from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
 from modeling_vitcls.checkpoints import CheckpointStore
 from modeling_vitcls.data.augmentation import build_augmentation
 from modeling_vitcls.data.batches import BatchBuilder, TrainingImages, iterate_training_batches
+from modeling_vitcls.data.evaluated_images import load_evaluation_data
 from modeling_vitcls.data.sampling import BatchPlan
-from modeling_vitcls.data.splits import load_evaluation_data, load_training_data
+from modeling_vitcls.data.splits import load_training_data
 from modeling_vitcls.inference.evaluate import evaluate_checkpoint
 from modeling_vitcls.inference.evaluator import Evaluator
 from modeling_vitcls.intervals import compute_mean_interval
@@ -122,7 +123,7 @@ def test_the_best_checkpoint_is_saved_and_reported(tmp_path: Path, capsys: pytes
     assert saved.keys() == selected.keys() and all(torch.equal(saved[name], selected[name]) for name in saved)
     reset_accelerate()
     evaluated = evaluate_checkpoint(EvaluateOptions(str(folder), DIGITS, batch_size=16))
-    assert evaluated["accuracy"] == results["accuracy"] and evaluated["is_recorded_part"]
+    assert evaluated["accuracy"] == results["accuracy"] and evaluated["images"] == "held_out"
 
 
 def test_a_validation_split_selects_and_the_test_split_is_reported(tmp_path: Path) -> None:
@@ -217,7 +218,7 @@ def test_folds(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert line in capsys.readouterr().out
     reset_accelerate()
     evaluated = evaluate_checkpoint(EvaluateOptions(str(tmp_path / "run" / "fold-2"), DIGITS, batch_size=16))
-    assert (evaluated["accuracy"], evaluated["is_recorded_part"]) == (accuracies[1], True)
+    assert (evaluated["accuracy"], evaluated["images"]) == (accuracies[1], "held_out")
 
 
 def test_folds_are_not_pushed(tmp_path: Path) -> None:
@@ -235,7 +236,7 @@ def test_training_on_all_images(tmp_path: Path, capsys: pytest.CaptureFixture) -
     assert (results["num_training_images"], results["num_images"]) == (300, 0)
     output = capsys.readouterr().out
     assert "accuracy" not in results and "not evaluated" in output and "WARNING" not in output
-    with raises_one_line("--held-out-fraction", "--dataset"):
+    with raises_one_line("all 300 images", "--dataset"):
         evaluate_checkpoint(EvaluateOptions(str(tmp_path / "run"), DIGITS))
     assert len(load_evaluation_data(data, "train").images) == 300
 
