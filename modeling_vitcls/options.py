@@ -264,6 +264,8 @@ class TrainingOptions:
     """Logged steps whose number is a multiple of this value contain each layer's CLS attention entropy. 0: off."""
     evaluate_every: int = 1
     """Number of epochs between evaluations on held-out images. The model is always evaluated after the last step."""
+    early_stopping: int | None = None
+    """Stop after this number of evaluations without improvement. Requires --select best. Default: run all steps."""
     select: Literal["last", "best"] | None = None
     """Checkpoint to save and report: the last checkpoint, or the checkpoint with the best metric, which may be the
     frozen model of the probe. The best checkpoint is selected on the validation split if there is also a test split,
@@ -272,7 +274,9 @@ class TrainingOptions:
 
     def __post_init__(self) -> None:
         check_minimum(self, 1, "max_steps", "batch_size", "gradient_accumulation_steps", "log_every", "evaluate_every")
-        check_minimum(self, 1, "lora_rank")
+        check_minimum(self, 1, "lora_rank", "early_stopping")
+        if self.early_stopping is not None and self.select == "last":
+            raise ValueError("--early-stopping requires --select best. Remove --select last or --early-stopping")
         check_minimum(self, 0, "weight_decay", "seed", "log_attention_every")
         for name in ("epochs", "learning_rate", "max_gradient_norm"):
             check_value(self, name, getattr(self, name) is None or getattr(self, name) > 0, "above 0")
@@ -284,6 +288,11 @@ class TrainingOptions:
         check_value(self, "ema_decay", self.ema_decay is None or 0 < self.ema_decay < 1, "between 0 and 1")
         is_valid_trainable = bool(re.fullmatch(r"full|head|lora|last-[1-9]\d*", self.trainable))
         check_value(self, "trainable", is_valid_trainable, "full, head, lora or last-N such as last-2")
+
+    @property
+    def needs_selection(self) -> bool:
+        """Return whether evaluations are compared, which requires images that are not reported."""
+        return self.select == "best" or self.early_stopping is not None
 
 
 @dataclass(frozen=True)

@@ -63,8 +63,11 @@ def test_finetune_and_evaluate_data_in_memory(trained: tuple[Path, dict[str, Any
     assert evaluated["mixed_precision"] == "no"
     seconds = evaluated["num_images"] / evaluated["images_per_second"]
     assert evaluated["seconds"] == pytest.approx(seconds, abs=0.006)  # the duration is rounded
-    frozen = evaluate(folder, {"train": get_digits()[:200], "test": get_digits()[200:]}, frozen="knn", num_workers=0)
+    splits = {"train": get_digits()[:200], "test": get_digits()[200:]}
+    frozen = evaluate(folder, splits, frozen="knn", split="test", num_workers=0)
     assert (frozen["num_training_images"], frozen["num_images"]) == (200, 100)
+    frozen = evaluate(folder, splits, frozen="knn", num_workers=0)
+    assert frozen["num_images"] + frozen["num_trained_images"] == 100
 
 
 class TorchDigits(Dataset):
