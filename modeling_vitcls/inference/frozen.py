@@ -42,6 +42,7 @@ class FeatureEvaluator(Evaluator):
     of each readable image in place of the logits."""
 
     keep_logits = True
+    pass_name = "features"
 
     def __call__(self, model: torch.nn.Module, console: Console | None = None) -> dict[str, Any]:
         """Return the features [N, ...], the class indices [N], and the numbers of images."""

@@ -152,6 +152,8 @@ class TrainingLoop:
         record, batch = self.run_optimizer_step(batches, should_measure_tokens=should_log)
         self.step_seconds.append(time.perf_counter() - start_time)
         self.reporter.show_step(state.step)
+        if not should_log:
+            self.reporter.print_if_due(state.step)
 
         self.is_best = False
         if should_log:

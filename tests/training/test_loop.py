@@ -98,6 +98,7 @@ class LoopRecorder:
 
         self.lines: list[str] = []
         self.print_line = lambda name, text: self.lines.append(name)
+        self.print_if_due = lambda step: None
         self.steps: list[int] = []
         self.show_step = self.steps.append
         self.loop = TrainingLoop(
