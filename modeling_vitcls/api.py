@@ -84,8 +84,8 @@ def evaluate(model: str | Path, dataset: Any, **flags: Any) -> dict[str, Any]:
 
     Args:
         model: a folder, a Hub id or any other checkpoint that `--model` accepts.
-        dataset: as in `finetune`. If the dataset has no splits, only the images that `finetune` holds out are
-            evaluated. To evaluate all images, pass `{"test": images}`.
+        dataset: as in `finetune`. All images of the split `test` are evaluated or, if there is none, of `validation`
+            or the only split, except those that the model was trained on.
         flags: other flags of `vitcls evaluate`.
 
     Returns:

@@ -270,6 +270,8 @@ class TrainingOptions:
     """Logged steps whose number is a multiple of this value contain each layer's CLS attention entropy. 0: off."""
     evaluate_every: int = 1
     """Number of epochs between evaluations on held-out images. The model is always evaluated after the last step."""
+    early_stopping: int | None = None
+    """Stop after this number of evaluations without improvement. Requires --select best. Default: run all steps."""
     select: Literal["last", "best"] | None = None
     """Checkpoint to save and report: the last checkpoint, or the checkpoint with the best metric, which may be the
     frozen model of the probe. The best checkpoint is selected on the validation split if there is also a test split,
@@ -278,7 +280,9 @@ class TrainingOptions:
 
     def __post_init__(self) -> None:
         check_minimum(self, 1, "max_steps", "batch_size", "gradient_accumulation_steps", "log_every", "evaluate_every")
-        check_minimum(self, 1, "lora_rank")
+        check_minimum(self, 1, "lora_rank", "early_stopping")
+        if self.early_stopping is not None and self.select == "last":
+            raise ValueError("--early-stopping requires --select best. Remove --select last or --early-stopping")
         check_minimum(self, 0, "weight_decay", "seed", "log_attention_every")
         for name in ("epochs", "learning_rate", "max_gradient_norm"):
             check_value(self, name, getattr(self, name) is None or getattr(self, name) > 0, "above 0")
@@ -290,6 +294,11 @@ class TrainingOptions:
         check_value(self, "ema_decay", self.ema_decay is None or 0 < self.ema_decay < 1, "between 0 and 1")
         is_valid_trainable = bool(re.fullmatch(r"full|head|lora|last-[1-9]\d*", self.trainable))
         check_value(self, "trainable", is_valid_trainable, "full, head, lora or last-N such as last-2")
+
+    @property
+    def needs_selection(self) -> bool:
+        """Return whether evaluations are compared, which requires images that are not reported."""
+        return self.select == "best" or self.early_stopping is not None
 
 
 @dataclass(frozen=True)
@@ -477,9 +486,10 @@ class EvaluateOptions:
     (`timm:NAME`, `transformers:ID`, a folder, a Hub id, a file)."""
     data: DataOptions
     split: str | None = None
-    """Dataset split to evaluate. If the dataset has a single split that is not named `test`, `test` selects the
-    held-out split of fine-tuning. Default: the held-out split that was used in training, or `test` if there is no such
-    split."""
+    """Dataset split, of which all images are evaluated. Default: `test` or, if there is none, `validation` or the only
+    split, without the images that the model was trained on."""
+    max_images: int | None = None
+    """Maximum number of images to evaluate, drawn at random (--split-seed)."""
     fit: Literal["squash", "crop", "pad"] | None = None
     """How images of other aspect ratios become the input: resize the whole image (`squash`), crop the center (`crop`)
     or add gray (`pad`). Default: the setting of the image processor."""
@@ -497,7 +507,7 @@ class EvaluateOptions:
     """JSON file for the metrics, including the metrics of each class and the confusion matrix."""
     unknown_dataset: str | None = None
     """Dataset with images of none of the classes: measures how well the energy separates these images from the
-    evaluated images (AUROC). The result is also written to results.json in the model's folder, for the card."""
+    evaluated images (AUROC)."""
     per_image: Path | None = None
     """Parquet file with one row per image: label, prediction, probabilities and loss."""
     audit: Path | None = None
@@ -508,7 +518,7 @@ class EvaluateOptions:
     """Recipe: a YAML file of flags. Flags on the command line override flags in the recipe."""
 
     def __post_init__(self) -> None:
-        check_minimum(self, 1, "batch_size")
+        check_minimum(self, 1, "batch_size", "max_images")
         if self.backend != "torch" and (self.frozen or self.audit):
             raise ValueError("--frozen and --audit require --backend torch. Remove --backend")
 
@@ -631,9 +641,8 @@ class InspectOptions(ImageOptions):
     """Folder or Hub id of a vitcls model (`ID@COMMIT` pins the model), or another ViT, which is converted once
     (`timm:NAME`, `transformers:ID`, a folder, a Hub id, a file)."""
     split: str | None = None
-    """Dataset split to inspect. If the dataset has a single split that is not named `test`, `test` selects the
-    held-out split of fine-tuning. Default: the held-out split that was used in training, or `test` if there is no such
-    split."""
+    """Dataset split to inspect. Default: `test` or, if there is none, `validation` or the only split, without the
+    images that the model was trained on."""
     label_column: tuple[str, ...] | None = None
     """Column with the labels; several columns define several tasks. By default, the column is detected by type or
     name."""
@@ -646,8 +655,7 @@ class InspectOptions(ImageOptions):
     num_images: int = 8
     """Number of images in the report: wrong predictions, then the least confident predictions, then typical images."""
     max_images: int = 256
-    """Maximum number of images for the statistics. The images are sampled at regular intervals and stored in
-    memory."""
+    """Maximum number of images for the statistics. The images are drawn at random and stored in memory."""
 
     def __post_init__(self) -> None:
         check_minimum(self, 1, "num_images", "max_images", "batch_size")

@@ -59,12 +59,15 @@ def test_finetune_and_evaluate_data_in_memory(trained: tuple[Path, dict[str, Any
     folder, results = trained
     assert results == json.loads((folder / "results.json").read_text(encoding="utf-8"))
     evaluated = evaluate(folder, get_digits(), num_workers=0)
-    assert (evaluated["accuracy"], evaluated["is_recorded_part"]) == (results["accuracy"], True)
+    assert (evaluated["accuracy"], evaluated["images"]) == (results["accuracy"], "held_out")
     assert evaluated["mixed_precision"] == "no"
     seconds = evaluated["num_images"] / evaluated["images_per_second"]
     assert evaluated["seconds"] == pytest.approx(seconds, abs=0.006)  # the duration is rounded
-    frozen = evaluate(folder, {"train": get_digits()[:200], "test": get_digits()[200:]}, frozen="knn", num_workers=0)
+    splits = {"train": get_digits()[:200], "test": get_digits()[200:]}
+    frozen = evaluate(folder, splits, frozen="knn", split="test", num_workers=0)
     assert (frozen["num_training_images"], frozen["num_images"]) == (200, 100)
+    frozen = evaluate(folder, splits, frozen="knn", num_workers=0)
+    assert frozen["num_images"] + frozen["num_trained_images"] == 100
 
 
 class TorchDigits(Dataset):

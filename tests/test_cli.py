@@ -20,7 +20,7 @@ from modeling_vitcls import cli
 from modeling_vitcls.commands import finetune
 from modeling_vitcls.commands.parsing import exit_on_error
 from modeling_vitcls.configuration_vitcls import AUTO_MAP
-from modeling_vitcls.data.splits import load_evaluation_data
+from modeling_vitcls.data.splits import load_training_data
 from modeling_vitcls.errors import RunStopped, mark_errors_of_all_processes
 from modeling_vitcls.options import DataOptions
 from modeling_vitcls.study import StudyRunner, load_study
@@ -145,9 +145,9 @@ def test_scripts_run_the_same_programs(
 def test_the_demo_evaluates_the_held_out_digits() -> None:
     """scripts/demo_load.py selects the images without this package."""
     images, labels = load_held_out_digits()
-    evaluated = load_evaluation_data(DataOptions("digits"), "test")
-    assert labels == [evaluated.label_space.names[label] for label in evaluated.images.labels]
-    assert [image.tobytes() for image in images] == [image.tobytes() for image in evaluated.images.images]
+    data = load_training_data(DataOptions("digits"))
+    assert labels == [data.label_space.names[label] for label in data.held_out.labels]
+    assert [image.tobytes() for image in images] == [image.tobytes() for image in data.held_out.images]
     assert len(images) == 359
 
 

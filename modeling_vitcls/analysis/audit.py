@@ -12,6 +12,7 @@ neighbors in the model's features, or in small copies of the images, whose pixel
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,15 @@ from sklearn.model_selection import cross_val_predict
 from sklearn.neighbors import NearestNeighbors
 
 from ..conversion.any_checkpoint import resolve_checkpoint
+from ..data.evaluated_images import (
+    choose_evaluation_split,
+    choose_fitting_split,
+    draw,
+    find_evaluated_images,
+)
 from ..data.held_out import read_held_out_record
 from ..data.labels import get_label_space
 from ..data.sources import load_splits
-from ..data.splits import load_evaluation_data
 from ..hub.loading import MODEL_FILE_PATTERNS
 from ..hub.model_files import PREDICTIONS_FILE, RESULTS_FILE
 from ..inference.evaluate import match_labels, set_up_evaluation
@@ -103,31 +109,40 @@ def load_audited_images(options: EvaluateOptions) -> tuple[AuditedImages, int, C
     accelerator, console, warn = set_up_evaluation(options)
     model = model.to(accelerator.device).eval()
     arguments = (options.data, options.batch_size, accelerator, model.config.num_channels, warn)
-    if folds:
-        data = load_splits(options.data)
-        splits = {name: (data.label_space, images) for name, images in data.images_by_split.items()}
-    else:
+    record = None
+    if not folds:
         record = read_held_out_record(resolve_checkpoint(options.model, [*MODEL_FILE_PATTERNS, RESULTS_FILE]))
-        loaded = [load_evaluation_data(options.data, split, record) for split in ("train", options.split)]
-        splits = {data.split: (data.label_space, data.images) for data in loaded}
+    data = load_splits(options.data, select=list if folds else partial(choose_audited_splits, options))
+    label_space = data.label_space
     model_space, num_unreadable = get_label_space(model.config), 0
+    audited_space = label_space if options.frozen else model_space
     ids, split_names, labels, features, pixels = [], [], [], [], []
     logits: list[np.ndarray] = []
-    for split, (label_space, images) in splits.items():
+    for split, all_images in data.images_by_split.items():
+        images = draw(all_images, options.max_images, options.data)
         if label_space.kind != "single_label_classification":
             raise ValueError("--audit requires one label per image. Set a single --label-column")
         if not options.frozen:
-            images, label_space = match_labels(images, label_space, model_space), model_space
-        evaluator = FeatureEvaluator(images, processor, label_space, *arguments)
+            images = match_labels(images, label_space, model_space)
+        evaluator = FeatureEvaluator(images, processor, audited_space, *arguments)
         output = evaluator(model.base_model, console)
         if not options.frozen and not folds:
-            if not logits:  # the model was trained on the images of the first split
-                logits.append(np.full((len(output["labels"]), len(model_space.names)), np.nan))
-            else:
-                classifier = Evaluator(images, processor, label_space, *arguments)
+            is_evaluated, part = find_evaluated_images(images, record, options.data, data.name)
+            is_training_split = split != list(data.images_by_split)[-1]
+            if is_training_split and record is not None and record.training_images is None:
+                is_evaluated[:] = False  # the record does not tell which of the images training used
+            split_logits = np.full((len(images), len(model_space.names)), np.nan)
+            if is_evaluated.any():  # an image that the model was trained on has no probabilities
+                evaluated = np.flatnonzero(is_evaluated)
+                classifier = Evaluator(images.select(evaluated.tolist()), processor, model_space, *arguments)
                 classifier.keep_logits = True
                 classifier(model, console)
-                logits.append(np.stack([row.logits for row in classifier.rows]))
+                split_logits[evaluated[[row.index for row in classifier.rows]]] = [
+                    row.logits for row in classifier.rows
+                ]
+            logits.append(split_logits[[row.index for row in evaluator.rows]])
+            num_evaluated = int(is_evaluated.sum())
+            console.print(f"labels checked: {num_evaluated:,} images, {part.describe(split)}", markup=False)
         tokens = output["features"]  # special tokens and the mean of the patches
         vectors = np.concatenate([tokens[:, model.config.token_layout.cls], tokens[:, -1:]], axis=1)
         features.append(vectors.reshape(len(vectors), -1))
@@ -146,9 +161,15 @@ def load_audited_images(options: EvaluateOptions) -> tuple[AuditedImages, int, C
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # classes with fewer than five images
             probabilities = cross_val_predict(classifier, all_features, all_labels, cv=5, method="predict_proba")
-    names = label_space.names if options.frozen else model_space.names
+    names = audited_space.names
     audited = AuditedImages(ids, split_names, all_labels, probabilities, all_features, np.stack(pixels), names)
     return audited, num_unreadable, console
+
+
+def choose_audited_splits(options: EvaluateOptions, names: list[str]) -> list[str]:
+    """Return the names of the training split and the split to evaluate, which may be the same."""
+    evaluated = choose_evaluation_split(options.split, names, options.data)
+    return list(dict.fromkeys([choose_fitting_split(evaluated, names), evaluated]))
 
 
 def read_fold_probabilities(files: list[Path], ids: Sequence[str], num_labels: int) -> np.ndarray:

@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import track
 
 from ..conversion.any_checkpoint import resolve_checkpoint
 from ..data.held_out import read_held_out_record
@@ -15,6 +14,7 @@ from ..hub.loading import split_revision
 from ..hub.model_files import RESULTS_FILE
 from ..inference.load_model import list_file_patterns, load_model
 from ..options import InspectOptions
+from ..progress import track
 from .inspection import Inspection, inspect_model, open_images
 from .report import SIGNS, get_model_name, write_json_values, write_page
 
@@ -46,7 +46,7 @@ def inspect_tokens(options: InspectOptions) -> Inspection:
         token_movement=results.get("token_movement"),
         batch_size=options.batch_size,
         on_warning=lambda message: error_console.print(f"WARNING: {message}", style="bold yellow", markup=False),
-        watch=partial(track, console=error_console, transient=True, disable=not error_console.is_terminal),
+        watch=partial(track, console=error_console, unit=""),
     )
     title = get_model_name(split_revision(options.model)[0])
     write_page(options.output, inspection, title, images.source)

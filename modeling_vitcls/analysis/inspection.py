@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
+from ..data.evaluated_images import load_evaluation_data
 from ..data.held_out import HeldOutRecord
 from ..data.images import ArrayImages, DatasetImages, check_channels
 from ..data.labels import get_label_space, is_multi_label
-from ..data.splits import load_evaluation_data
 from ..errors import format_error
 from ..heads_vitcls import IGNORED_LABEL
 from ..inference.evaluate import match_labels
@@ -329,8 +330,9 @@ class InspectionImages:
 
     def build_arguments(self, num_shown: int, num_measured: int) -> dict[str, Any]:
         """Return arguments of `inspect_model`: `num_measured` images for the statistics, of which `num_shown` are
-        shown. The images are evenly spaced, because datasets are often sorted by class."""
-        indices = select_evenly_spaced(range(len(self.names)), num_measured)
+        shown. The images are drawn at random, because datasets are often sorted by class."""
+        drawn = np.random.default_rng(0).permutation(len(self.names))[:num_measured]
+        indices = np.sort(drawn).tolist()
         return {
             "images": self.images.select(indices),
             "names": [self.names[index] for index in indices],
@@ -380,10 +382,10 @@ def load_from_dataset(
     column_options = {name: getattr(options, name) for name in ("image_column", "label_column", "label_separator")}
     has_head = is_classifier(model)
     data_options = DataOptions(dataset, **column_options)
-    label_space, examples, split, _ = load_evaluation_data(data_options, options.split, record, use_labels=has_head)
+    data = load_evaluation_data(data_options, options.split, record, use_labels=has_head)
     labels: Sequence[Any] | None = None
     if has_head:
-        labels = match_labels(examples, label_space, get_label_space(model.config)).labels
+        labels = match_labels(data.images, data.label_space, get_label_space(model.config)).labels
     dataset_name = get_short_name(dataset)
-    names = [f"{dataset_name} {index}" for index in range(len(examples))]
-    return InspectionImages(examples.images, names, labels, f"{dataset_name}, split {split}")
+    names = [f"{dataset_name} {index}" for index in range(len(data.images))]
+    return InspectionImages(data.images.images, names, labels, f"{dataset_name}, {data.part.describe(data.split)}")

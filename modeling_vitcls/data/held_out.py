@@ -12,13 +12,17 @@ with several labels per image, whether an image is held out does not depend on o
 class is only approximate. Training prints a warning if a class has no held-out images or no training images.
 
 A training run writes a `HeldOutRecord` to results.json under the key "held_out". results.json is published with the
-model. `vitcls evaluate` reads the record, holds out the same images, and compares the digest of the image keys.
+model. The record also contains a key of the content of each training image, so that `vitcls evaluate` recognizes
+training images in a dataset of any name (evaluated_images.py).
 """
 
+import base64
 import hashlib
+import io
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -28,6 +32,9 @@ from ..hub.model_files import RESULTS_FILE
 
 
 HELD_OUT_RECORD_KEY = "held_out"  # key of the held-out record in results.json
+CONTENT_KEY_BYTES = 5  # two of a million different images have equal keys with a probability of 1e-6 for each image
+CONTENT_PART_BYTES = 16_384  # an image file larger than three parts is identified by its size, start, middle and end
+MAX_RECORDED_IMAGES = 100_000  # of more training images, this many are drawn at random for the record
 
 
 @dataclass(frozen=True)
@@ -91,6 +98,9 @@ class HeldOutRecord:
     sha256: str | None = None  # digest of the keys of the selected images
     num_folds: int | None = None  # number of folds of the `HeldOutRule`
     fold: int | None = None  # held-out fold of the `HeldOutRule`
+    dataset: str | None = None  # name of the dataset
+    num_training_images: int | None = None  # None for a stream
+    training_images: str | None = None  # `encode_content_keys`; None for a stream
 
     @classmethod
     def from_keys(cls, rule: HeldOutRule, keys: np.ndarray) -> "HeldOutRecord":
@@ -104,6 +114,14 @@ class HeldOutRecord:
             return None
         return HeldOutRule(self.fraction, self.split_seed, num_folds=self.num_folds, fold=self.fold)
 
+    def decode_training_images(self) -> tuple[np.ndarray, float]:
+        """Return the sorted content keys of the recorded training images, and the recorded fraction of them."""
+        content = np.frombuffer(base64.b64decode(self.training_images or ""), np.uint8)
+        padded = np.zeros((len(content) // CONTENT_KEY_BYTES, 8), np.uint8)
+        padded[:, :CONTENT_KEY_BYTES] = content.reshape(-1, CONTENT_KEY_BYTES)
+        num_images = self.num_training_images or 0
+        return padded.view("<u8")[:, 0], min(1.0, MAX_RECORDED_IMAGES / max(num_images, 1))
+
 
 def read_held_out_record(folder: str | Path) -> HeldOutRecord | None:
     """Return the held-out record in a model folder, or None. Raise ValueError if results.json is damaged."""
@@ -111,8 +129,9 @@ def read_held_out_record(folder: str | Path) -> HeldOutRecord | None:
     if not file.is_file():
         return None
     try:
-        record = read_json(file).get(HELD_OUT_RECORD_KEY)
-        return None if record is None else HeldOutRecord(**record)
+        results = read_json(file)
+        record = results.get(HELD_OUT_RECORD_KEY)
+        return None if record is None else HeldOutRecord(**{"dataset": results.get("dataset"), **record})
     except (ValueError, TypeError) as error:
         raise ValueError(f"{file} is damaged: {error}. Remove it to use the model without its record") from error
 
@@ -120,6 +139,26 @@ def read_held_out_record(folder: str | Path) -> HeldOutRecord | None:
 def compute_image_key(content: bytes) -> int:
     """Compute the 63-bit key of an image from its bytes or its path."""
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big") >> 1
+
+
+def compute_content_key(stream: BinaryIO) -> int:
+    """Compute the 40-bit key of an image from its encoded content, of which at most 48 KiB are read."""
+    size = stream.seek(0, io.SEEK_END)
+    digest = hashlib.blake2b(size.to_bytes(8, "little"), digest_size=CONTENT_KEY_BYTES)
+    if size <= 3 * CONTENT_PART_BYTES:
+        stream.seek(0)
+        digest.update(stream.read())
+    else:
+        for start in (0, size // 2, size - CONTENT_PART_BYTES):
+            stream.seek(start)
+            digest.update(stream.read(CONTENT_PART_BYTES))
+    return int.from_bytes(digest.digest(), "little")
+
+
+def encode_content_keys(keys: np.ndarray) -> str:
+    """Return content keys, sorted and each once, as base64 of `CONTENT_KEY_BYTES` bytes per key."""
+    content = np.unique(keys).astype("<u8").view(np.uint8).reshape(-1, 8)[:, :CONTENT_KEY_BYTES]
+    return base64.b64encode(content.tobytes()).decode()
 
 
 def get_relative_path(path: str, folder: Path) -> str:

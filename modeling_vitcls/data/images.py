@@ -9,10 +9,14 @@ Both return PIL images and raise `UnreadableImage` for unreadable images. Three 
     get_names()      the path of each image within the dataset, a checksum (arrays), or the row number
     compute_keys()   a checksum of the path, row number or bytes of each image, which selects the held-out images
                      (held_out.py)
+
+`compute_content_keys()` reads images, without decoding them, to recognize training images under other names.
 """
 
+import io
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,7 +29,7 @@ from PIL import Image
 from ..errors import format_error
 from ..files import write_atomically
 from ..image_processing_vitcls import read_image, shorten_text
-from .held_out import compute_image_key, get_relative_path
+from .held_out import compute_content_key, compute_image_key, get_relative_path
 from .labels import MultiHotLabels
 
 
@@ -86,6 +90,10 @@ class ArrayImages(Sequence):
     def compute_keys(self) -> np.ndarray:
         return np.fromiter((compute_image_key(array.tobytes()) for array in self.pixels), np.int64, len(self))
 
+    def compute_content_keys(self) -> np.ndarray:
+        streams = (io.BytesIO(array.tobytes()) for array in self.pixels)
+        return np.fromiter(map(compute_content_key, streams), np.uint64, len(self))
+
 
 @dataclass(frozen=True, eq=False)
 class DatasetImages(Sequence):
@@ -138,6 +146,18 @@ class DatasetImages(Sequence):
             keys = np.load(file) if file.is_file() else self.compute_all_keys()
         return keys if self.rows is None else keys[self.rows]
 
+    def compute_content_keys(self) -> np.ndarray:
+        """Return a key of the content of each image. Files are read by several threads."""
+        rows = np.arange(len(self.dataset)) if self.rows is None else self.rows
+        column = self.dataset.column_names[0]
+        keys: list[int] = []
+        with ThreadPoolExecutor() as pool:
+            for start in range(0, len(rows), ROWS_PER_READ):
+                values = self.dataset[rows[start : start + ROWS_PER_READ]][column]
+                images = (to_encoded_image(value, self.folder) for value in values)
+                keys += pool.map(compute_encoded_content_key, images)
+        return np.array(keys, np.uint64)
+
     def compute_all_keys(self) -> np.ndarray:
         """Return the keys of all rows: a checksum of the path if all paths differ or the rows contain only paths;
         otherwise of the row number, or of the bytes if the rows are in memory."""
@@ -188,6 +208,18 @@ def compute_encoded_image_key(encoded_image: dict[str, Any], folder: Path) -> in
     if encoded_image["bytes"] is not None:
         return compute_image_key(encoded_image["bytes"])
     return compute_image_key(get_relative_path(encoded_image["path"] or "", folder).encode())
+
+
+def compute_encoded_content_key(encoded_image: dict[str, Any]) -> int:
+    """Return the key of the content of an encoded image or, if it is not in memory or a local file, of its path."""
+    content, path = encoded_image["bytes"], encoded_image["path"] or ""
+    if content is not None:
+        return compute_content_key(io.BytesIO(content))
+    try:
+        with Path(path).open("rb", buffering=0) as stream:
+            return compute_content_key(stream)
+    except OSError:  # a URL, a file in an archive, or a missing file
+        return compute_content_key(io.BytesIO(path.encode()))
 
 
 def check_channels(image: Image.Image, pixels: torch.Tensor, num_channels: int | None) -> None:

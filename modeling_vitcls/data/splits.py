@@ -25,7 +25,7 @@ from accelerate import Accelerator
 from ..distributed import run_on_main
 from ..heads_vitcls import IGNORED_LABEL
 from ..options import DataOptions
-from .held_out import HeldOutRecord, HeldOutRule
+from .held_out import MAX_RECORDED_IMAGES, HeldOutRecord, HeldOutRule, encode_content_keys
 from .image_folder import describe_single_class, format_name_list
 from .images import DatasetImages, LabeledImages
 from .in_memory import MEMORY_PREFIX
@@ -35,6 +35,7 @@ from .streaming import MAX_HELD_OUT_IMAGES, StreamedImages, open_streams
 
 
 HELD_OUT_SPLITS = ("validation", "valid", "val", "dev", "test")  # names of held-out splits, in order of precedence
+EVALUATION_SPLITS = ("test", *HELD_OUT_SPLITS[:-1])  # splits that `vitcls evaluate` reads, in order of precedence
 
 Data = TypeVar("Data")
 
@@ -82,6 +83,22 @@ class TrainingData:
     def num_held_out_images(self) -> int | None:
         """Return the number of held-out images; None for a streamed split, whose length is unknown."""
         return None if isinstance(self.held_out, StreamedImages) else len(self.held_out)
+
+    def build_record(self) -> HeldOutRecord:
+        """Return the record for results.json, which identifies the training and selection images by their content.
+        Up to `MAX_RECORDED_IMAGES` images are read, without decoding them."""
+        parts = [images for images in (self.train, self.selection) if isinstance(images, LabeledImages)]
+        if not isinstance(self.train, LabeledImages):
+            return replace(self.record, dataset=self.name)
+        num_images = sum(map(len, parts))
+        drawn = [part.draw(len(part) * MAX_RECORDED_IMAGES // max(num_images, MAX_RECORDED_IMAGES)) for part in parts]
+        keys = np.concatenate([part.images.compute_content_keys() for part in drawn])
+        return replace(
+            self.record,
+            dataset=self.name,
+            num_training_images=num_images,
+            training_images=encode_content_keys(keys),
+        )
 
     @property
     def class_ratio(self) -> float:
@@ -210,17 +227,28 @@ def hold_out_images(images: Any, rule: HeldOutRule, options: DataOptions) -> tup
         if rule.fraction:
             held_out = replace(train, is_held_out_part=True).read_first(MAX_HELD_OUT_IMAGES)
         return train, held_out, HeldOutRecord.from_keys(rule, held_out.images.compute_keys())
+    is_held_out, record = select_held_out(images, rule)
+    check_both_parts(is_held_out, rule, options)
+    train_indices, held_out_indices = np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
+    return images.select(train_indices.tolist()), images.select(held_out_indices.tolist()), record
+
+
+def select_held_out(images: LabeledImages, rule: HeldOutRule) -> tuple[np.ndarray, HeldOutRecord]:
+    """Return whether the rule holds out each image, and the record of the held-out images."""
     keys = images.images.compute_keys()
     labels = np.array(images.labels) if is_stratified(images) else np.full(len(keys), IGNORED_LABEL)
     is_held_out = rule.select(keys, labels)
-    train_indices, held_out_indices = np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
-    if not len(train_indices) or (not len(held_out_indices) and rule.fraction > 0):
-        amount, change = ("all", "smaller") if len(held_out_indices) else ("none of the", "larger")
+    return is_held_out, HeldOutRecord.from_keys(rule, keys[is_held_out])
+
+
+def check_both_parts(is_held_out: np.ndarray, rule: HeldOutRule, options: DataOptions) -> None:
+    """Raise ValueError if none or all of the images would be held out."""
+    if is_held_out.all() or (not is_held_out.any() and rule.fraction > 0):
+        amount, change = ("all", "smaller") if is_held_out.all() else ("none of the", "larger")
         raise ValueError(
-            f"{options.dataset}: {amount} {len(keys)} images would be held out. Set a {change} --held-out-fraction"
+            f"{options.dataset}: {amount} {len(is_held_out)} images would be held out. "
+            f"Set a {change} --held-out-fraction"
         )
-    record = HeldOutRecord.from_keys(rule, keys[is_held_out])
-    return images.select(train_indices.tolist()), images.select(held_out_indices.tolist()), record
 
 
 def is_stratified(images: Any) -> bool:
@@ -236,79 +264,6 @@ def describe_rule(rule: HeldOutRule, images: Any) -> str:
         return f"{rule}, stratified by class"
     has_several_labels = not isinstance(images, StreamedImages) and isinstance(images.labels[0], dict | list)
     return f"{rule}, not stratified: several labels per image" if has_several_labels else str(rule)
-
-
-# Evaluation ----------------------------------------------------------------------------------------------------------
-
-
-class EvaluationData(NamedTuple):
-    """Images and labels for the evaluation of a model."""
-
-    label_space: LabelSpace
-    images: Any  # `LabeledImages`, or `StreamedImages` with --streaming
-    split: str
-    rule: HeldOutRule | None  # rule that held out `images`; None if `images` are a whole split or training images
-
-
-def load_evaluation_data(
-    options: DataOptions, split: str | None, record: HeldOutRecord | None = None, use_labels: bool = True
-) -> EvaluationData:
-    """Load the images of one split. If `use_labels` is False, every label is -100.
-
-    If the dataset has a single split, `"train"` selects the images of this split that training uses. `"test"` selects
-    the images that training holds out, unless the split itself is named "test". `record` is the held-out record of the
-    model. If `split` is None, the recorded split is used or, if there is none, "test". A recorded rule takes
-    precedence over the options. Raise ValueError if the split does not exist or cannot be evaluated, or if the options
-    contradict `record`.
-    """
-
-    def select(names: list[str]) -> list[str]:
-        return [choose_split(split, names, record, options)[1]]
-
-    rule = choose_rule(options, record)
-    splits = open_streams(options) if options.streaming else load_splits(options, use_labels, select)
-    split, source_split = choose_split(split, splits.names, record, options)
-    images = splits.images_by_split[source_split]
-    if split == source_split and not (split == "train" and len(splits.names) == 1):  # all images of a split
-        return EvaluationData(splits.label_space, images, split, None)
-    if split == "train" and options.streaming:
-        raise ValueError(f"--split train is not supported for the stream {options.dataset}. Remove --streaming")
-    if split != "train" and rule.fraction == 0:
-        raise ValueError(
-            "no images are held out (--held-out-fraction 0). Set --dataset to a dataset that was not used for training"
-        )
-    train, held_out, _ = hold_out_images(images, rule, options)
-    if split == "train":
-        return EvaluationData(splits.label_space, train, split, None)
-    return EvaluationData(splits.label_space, held_out, split, rule)
-
-
-def choose_split(
-    split: str | None, names: list[str], record: HeldOutRecord | None, options: DataOptions
-) -> tuple[str, str]:
-    """Return the split to evaluate and the split of the dataset that contains its images. The default is the recorded
-    split or, if there is none, "test". Raise ValueError if there is no such split."""
-    if split is None:
-        split = record.split if record is not None and record.split and record.split in names else "test"
-    if split in names:
-        return split, split
-    if len(names) == 1 and split in ("train", "test"):
-        return split, names[0]
-    raise ValueError(f"{options.dataset} has no split {split!r}. Choose one of {', '.join(names)}")
-
-
-def choose_rule(options: DataOptions, record: HeldOutRecord | None) -> HeldOutRule:
-    """Return the recorded rule or, if no rule is recorded, the rule from the options. Raise ValueError if the options
-    contradict the recorded rule."""
-    rule = None if record is None else record.rule
-    if rule is None:
-        return build_held_out_rule(options)
-    for name, recorded_value in (("split_seed", rule.seed), ("held_out_fraction", rule.fraction)):
-        value = getattr(options, name)
-        if value not in (recorded_value, getattr(DataOptions, name)):
-            flag = f"--{name.replace('_', '-')}"
-            raise ValueError(f"{flag} is {value}, but training held out images with {recorded_value}. Remove {flag}")
-    return rule
 
 
 # Changes of the data -------------------------------------------------------------------------------------------------

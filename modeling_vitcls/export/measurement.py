@@ -18,9 +18,10 @@ import torch
 from torch.nn import functional as F
 
 from ..conversion.any_checkpoint import resolve_checkpoint
+from ..data.evaluated_images import load_fitting_and_evaluation_data
 from ..data.held_out import read_held_out_record
 from ..data.images import LabeledImages
-from ..data.splits import load_evaluation_data, load_training_data
+from ..data.splits import load_training_data
 from ..distributed import build_accelerator
 from ..hub.loading import MODEL_FILE_PATTERNS
 from ..hub.local_paths import BUILT_IN_DATASET, resolve_name, strip_folders
@@ -107,10 +108,10 @@ def load_export_images(source: str, dataset: str, split: str | None = None, batc
         return ExportImages(dataset, getattr(data.train, "images", ()), data.held_out.images, None)
     folder = resolve_checkpoint(source, [*MODEL_FILE_PATTERNS, RESULTS_FILE])
     data_options = set_label_columns(options.data, setup.model.config, folder)
-    training = load_evaluation_data(data_options, "train", read_held_out_record(folder))[1]
+    training, _ = load_fitting_and_evaluation_data(data_options, split, read_held_out_record(folder))
     held_out = setup.evaluator.images
     assert isinstance(held_out, LabeledImages)  # nothing is streamed
-    return ExportImages(dataset, training.images, held_out.images, setup)
+    return ExportImages(dataset, training.images.images, held_out.images, setup)
 
 
 def compare_outputs_on_images(found: list[Outputs], expected: list[Outputs]) -> dict[str, Any]:

@@ -2,8 +2,7 @@
 
 options -> model, data -> labels matched by name -> Evaluator (evaluator.py) -> tables, and a JSON file
 
-If the dataset has no split for evaluation, the model is evaluated on the images that were held out during training
-(data/held_out.py). A warning is printed if the model may have been trained on the evaluated images.
+Images that the model was trained on are not evaluated unless --split is set (data/evaluated_images.py).
 """
 
 import time
@@ -21,18 +20,13 @@ from rich.table import Table
 
 from ..configuration_vitcls import ViTCLSConfig
 from ..conversion.any_checkpoint import resolve_checkpoint
-from ..data.held_out import (
-    HELD_OUT_RECORD_KEY,
-    HeldOutRecord,
-    HeldOutRule,
-    compute_key_digest,
-    read_held_out_record,
-)
+from ..data.evaluated_images import EvaluatedPart, EvaluationData, load_evaluation_data
+from ..data.held_out import read_held_out_record
 from ..data.image_folder import format_name_list
 from ..data.images import LabeledImages
 from ..data.labels import LabelSpace, MultiHotLabels, get_label_space
 from ..data.sources import load_splits
-from ..data.splits import HELD_OUT_SPLITS, EvaluationData, load_evaluation_data, load_on_main
+from ..data.splits import EVALUATION_SPLITS, load_on_main
 from ..data.streaming import StreamedImages
 from ..distributed import build_accelerator
 from ..files import read_json, write_json
@@ -54,8 +48,7 @@ class EvaluationSetup(NamedTuple):
     evaluator: Evaluator
     build_evaluator: Callable[[LabeledImages], Evaluator]  # for other images with the labels of the model
     split: str
-    rule: HeldOutRule | None  # rule that selected the held-out images; None if the dataset has an evaluation split
-    warning: str | None  # warning that the model may have been trained on the images, or None
+    part: EvaluatedPart  # of the split
 
 
 def load_evaluation(
@@ -69,12 +62,10 @@ def load_evaluation(
         record = read_held_out_record(folder)
     model = model.to(accelerator.device).eval()
     data_options = set_label_columns(options.data, model.config, folder)
-    label_space, images, split, rule = load_on_main(
-        accelerator, data_options.dataset, partial(load_evaluation_data, data_options, options.split, record)
-    )
-    warning = None if rule is None else describe_possible_overlap(options.model, record, images)
-    if warning is not None:
-        warn(warning)
+    load_data = partial(load_evaluation_data, data_options, options.split, record, max_images=options.max_images)
+    data = load_on_main(accelerator, data_options.dataset, load_data)
+    if data.part.warning is not None:
+        warn(data.part.warning)
     model_space = get_label_space(model.config)
     build_evaluator = partial(
         Evaluator,
@@ -86,17 +77,17 @@ def load_evaluation(
         num_channels=model.config.num_channels,
         warn=warn,
     )
-    evaluator = build_evaluator(match_labels(images, label_space, model_space))
-    return EvaluationSetup(model, evaluator, build_evaluator, split, rule, warning)
+    evaluator = build_evaluator(match_labels(data.images, data.label_space, model_space))
+    return EvaluationSetup(model, evaluator, build_evaluator, data.split, data.part)
 
 
 def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
     """Evaluate a saved model, print the results, write the results to `--output` if it is set, and return the results.
 
     Raises:
-        ValueError: if the model type is not supported, if the split does not exist, if the options of the
-            held-out split differ from the options that were used in training, if an image has a label that the model
-            lacks, or if too many images are unreadable.
+        ValueError: if the model type is not supported, if the split does not exist, if training used all of its
+            images, if the options of the held-out split differ from the options that were used in training, if an
+            image has a label that the model lacks, or if too many images are unreadable.
         OSError: if the checkpoint cannot be found or read, if the dataset cannot be found, or if the output cannot be
             written.
     """
@@ -113,22 +104,17 @@ def evaluate_checkpoint(options: EvaluateOptions) -> dict[str, Any]:
     seconds = time.perf_counter() - start_time
     results = {
         **describe_evaluation(options, setup, metrics["num_images"], seconds, accelerator),
-        "is_recorded_part": None if setup.rule is None else setup.warning is None,
         **metrics,
     }
     if options.unknown_dataset is not None:
         results["unknown"] = evaluate_unknown(options, setup, accelerator, get_outputs(evaluator)[0])
-    print_results(results, model.config, console)
+    print_results(results, setup.part, model.config, console)
     if accelerator.is_main_process:
         write_results(options, results, console)
         if options.per_image is not None:
             options.per_image.parent.mkdir(parents=True, exist_ok=True)
             write_predictions(options.per_image, evaluator)
             console.print(f"saved {options.per_image}", markup=False)
-        run_results = Path(options.model, RESULTS_FILE)
-        if "unknown" in results and run_results.is_file():
-            write_json(run_results, read_json(run_results) | {"unknown": results["unknown"]})
-            console.print(f"added the result of --unknown-dataset to {run_results}", markup=False)
     accelerator.end_training()
     return results
 
@@ -141,7 +127,7 @@ def evaluate_unknown(
     assert options.unknown_dataset is not None
     data_options = replace(options.data, dataset=options.unknown_dataset, streaming=False)
     splits = load_on_main(accelerator, data_options.dataset, partial(load_splits, data_options, use_labels=False))
-    split = next((name for name in reversed(HELD_OUT_SPLITS) if name in splits.names), splits.names[0])
+    split = next((name for name in EVALUATION_SPLITS if name in splits.names), splits.names[0])
     images = splits.images_by_split[split].images
     evaluator = setup.build_evaluator(LabeledImages(images, [0] * len(images)))  # the labels are not used
     evaluator.keep_logits = True
@@ -174,7 +160,7 @@ def describe_evaluation(
         "model": options.model,
         "dataset": options.data.dataset,
         "split": data.split,
-        "held_out_part": None if data.rule is None else str(data.rule),
+        **data.part.build_record(),
         "images_per_second": round(num_images / seconds, 1),
         "seconds": round(seconds, 2),
         "device": describe_device(accelerator),
@@ -190,20 +176,6 @@ def write_results(options: EvaluateOptions, results: dict[str, Any], console: Co
         options.output.parent.mkdir(parents=True, exist_ok=True)
         write_json(options.output, results)
         console.print(f"saved {options.output}", markup=False)
-
-
-def describe_possible_overlap(model: str, record: HeldOutRecord | None, held_out_images: Any) -> str | None:
-    """Return a warning that the model may have been trained on `held_out_images`, or None if the same images
-    were held out during training."""
-    if record is None:
-        reason = f"{model} has no record of the held-out images ({HELD_OUT_RECORD_KEY!r} in {RESULTS_FILE})"
-    elif record.rule is None:
-        reason = f"the dataset lacks the held-out split {record.split!r} of the training of {model}"
-    elif compute_key_digest(held_out_images.images.compute_keys()) == record.sha256:
-        return None
-    else:
-        reason = f"the held-out images are not the {record.num_images:,} images held out in the training of {model}"
-    return f"{reason}. The model may have been trained on the evaluated images"
 
 
 def set_label_columns(options: DataOptions, config: ViTCLSConfig, folder: str) -> DataOptions:
@@ -270,10 +242,10 @@ def convert_label(data_space: LabelSpace, model_space: LabelSpace, label: Any, t
 # Output --------------------------------------------------------------------------------------------------------------
 
 
-def print_results(results: dict[str, Any], config: ViTCLSConfig, console: Console) -> None:
+def print_results(results: dict[str, Any], part: EvaluatedPart, config: ViTCLSConfig, console: Console) -> None:
     """Print the metrics, and the metrics of each class if there are few classes."""
-    split_text = ": ".join(filter(None, [results["split"], results["held_out_part"]]))
-    summary = f"{results['num_images']:,} images of {results['dataset']} ({split_text}), each counted once"
+    images_text = f"{results['num_images']:,} images of {results['dataset']}"
+    summary = f"{images_text} ({part.describe(results['split'])}), each counted once"
     console.print(f"{summary}; {results['images_per_second']:,} images/s", markup=False)
     console.print(build_table("", ["Metric", "Value"], build_metric_rows(results, config)))
     if unknown := results.get("unknown"):

@@ -23,7 +23,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, send_to_device
 from rich.console import Console
-from rich.progress import track
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -33,6 +32,7 @@ from ..data.labels import LabelSpace
 from ..data.streaming import Example, StreamedImages, read_ahead
 from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..options import DataOptions
+from ..progress import track
 from .metrics import METRICS, select_scalars
 
 
@@ -144,6 +144,7 @@ class Evaluator:
     """
 
     keep_logits = False
+    pass_name = "evaluating"  # what a pass over the images does, for the progress
 
     def __init__(
         self,
@@ -184,14 +185,20 @@ class Evaluator:
 
         In the returned dict, numbers come before lists and dicts, and the first number is the metric for comparing
         models. `num_unreadable_images` is the number of unreadable images, which `num_images` excludes. Floats are
-        rounded to six decimals. If `console` is a terminal, it shows a progress bar.
+        rounded to six decimals. `console` shows the progress (progress.py).
 
         Raises:
             ValueError: if all images are unreadable, or if more than `max_unreadable_images` images are unreadable.
         """
         batches: Iterable[HeldOutBatch] = self.load_batches()
-        if console is not None and console.is_terminal:
-            batches = track(batches, "evaluating", total=self.num_batches, console=console, transient=True)
+        batches = track(
+            batches,
+            self.pass_name,
+            len(self.images) if isinstance(self.images, LabeledImages) else None,
+            count=lambda batch: (len(batch.indices) + len(batch.error_messages)) * self.accelerator.num_processes,
+            console=console or Console(quiet=not self.accelerator.is_main_process, soft_wrap=True, highlight=False),
+            has_bar=console is not None,
+        )
         metrics = self.build_metrics()
         error_messages: dict[int, str] = {}
         num_readable = 0

@@ -11,6 +11,7 @@ The features are the special tokens and the mean of the patch tokens after the f
 """
 
 import time
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,15 +20,15 @@ import torch
 from rich.console import Console
 
 from ..conversion.any_checkpoint import resolve_checkpoint
+from ..data.evaluated_images import EvaluationData, load_fitting_and_evaluation_data
 from ..data.held_out import read_held_out_record
-from ..data.splits import EvaluationData, load_evaluation_data, load_on_main
+from ..data.splits import load_on_main
 from ..intervals import compute_proportion_interval
 from ..options import EvaluateOptions
 from ..token_names import get_token_names
 from .evaluate import (
     build_table,
     describe_evaluation,
-    describe_possible_overlap,
     set_up_evaluation,
     write_results,
 )
@@ -41,6 +42,7 @@ class FeatureEvaluator(Evaluator):
     of each readable image in place of the logits."""
 
     keep_logits = True
+    pass_name = "features"
 
     def __call__(self, model: torch.nn.Module, console: Console | None = None) -> dict[str, Any]:
         """Return the features [N, ...], the class indices [N], and the numbers of images."""
@@ -96,7 +98,7 @@ def evaluate_frozen(options: EvaluateOptions) -> dict[str, Any]:
     training_data, held_out_data = load_on_main(
         accelerator,
         options.data.dataset,
-        lambda: [load_evaluation_data(options.data, split, record) for split in ("train", options.split)],
+        partial(load_fitting_and_evaluation_data, options.data, options.split, record, options.max_images),
     )
     kind = held_out_data.label_space.kind
     if kind != "single_label_classification":
@@ -104,10 +106,12 @@ def evaluate_frozen(options: EvaluateOptions) -> dict[str, Any]:
             f"--frozen {options.frozen} requires one label per image, but {options.data.dataset} has "
             f"labels for {kind}. Set a single --label-column"
         )
-    if held_out_data.rule is not None and record is not None:
-        warning = describe_possible_overlap(options.model, record, held_out_data.images)
-        if warning is not None:
-            warn(warning)
+    if held_out_data.split == training_data.split and held_out_data.part.kind == "whole":
+        raise ValueError(
+            f"--frozen {options.frozen} fits to the split {training_data.split!r}. Remove --split, or set another one"
+        )
+    if held_out_data.part.warning is not None:
+        warn(held_out_data.part.warning)
     model = model.to(accelerator.device).eval()
     arguments = (options.data, options.batch_size, accelerator, model.config.num_channels, warn)
 
@@ -138,17 +142,18 @@ def evaluate_frozen(options: EvaluateOptions) -> dict[str, Any]:
             accuracy = num_correct / len(held_out_labels)
             rows.append({"token": token, "accuracy": accuracy, "accuracy_interval": interval})
         results["rows"] = round_floats(rows)
-        print_accuracies(results, console)
+        print_accuracies(results, held_out_data, console)
         write_results(options, results, console)
     accelerator.end_training()
     return results
 
 
-def print_accuracies(results: dict[str, Any], console: Console) -> None:
+def print_accuracies(results: dict[str, Any], data: EvaluationData, console: Console) -> None:
     """Print the table of accuracies."""
     console.print(
         f"{results['frozen']} on frozen features: {results['num_training_images']:,} training images, "
-        f"evaluated on {results['num_images']:,} images of {results['dataset']} ({results['split']}); "
+        f"evaluated on {results['num_images']:,} images of {results['dataset']} "
+        f"({data.part.describe(data.split)}); "
         f"{results['images_per_second']:,} images/s",
         markup=False,
     )

@@ -8,11 +8,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
 from ..files import replace_control_characters, write_atomically
+from ..progress import track
 from .prediction_rows import Row
 
 
@@ -29,10 +29,9 @@ def get_output_columns(columns: Columns) -> Columns:
 
 
 def show_progress(items: Iterable[Any], unit: str, total: int | None, is_shown: bool) -> Iterable[Any]:
-    """Yield the items, and show a progress bar if the standard error is a terminal."""
-    console = Console(stderr=True)
-    is_disabled = not (is_shown and console.is_terminal)
-    return track(items, f"predicting ({unit})", total=total, console=console, disable=is_disabled)
+    """Yield the items, and show the progress on the standard error."""
+    console = Console(stderr=True, quiet=not is_shown, soft_wrap=True, highlight=False)
+    return track(items, "predicting", total, unit=unit, console=console)
 
 
 # Files ---------------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from ..data.streaming import StreamedImages
 from ..hub.model_files import REPORT_FILE
 from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..options import DataOptions
+from ..progress import track
 from .card_images import write_card_images
 from .held_out_predictions import describe_predictions
 from .model_folder import ModelFolder
@@ -53,6 +54,7 @@ def write_report(folder: ModelFolder, warn: Callable[[str], None]) -> str | None
                 ViTCLSImageProcessor.from_pretrained(folder.path),
                 **images.build_arguments(NUM_REPORT_IMAGES, NUM_STATISTICS_IMAGES),
                 token_movement=folder.results.get("token_movement"),
+                watch=lambda items, description: track(items, f"report, {description}", unit="", has_bar=False),
             )
             predictions = describe_predictions(folder, data.held_out.images)
             name = folder.path.resolve().name

@@ -5,6 +5,7 @@ learning_rate      1e-3 at width 96           5e-5 at width 768          5e-4   
 layer_decay        1                          0.75                       1                  1
 initializer_range  0.8 / sqrt(width)          checkpoint's value         checkpoint's value checkpoint's value
 epochs             30                         30, or 10 (large dataset)  30                 30
+                   On CPUs, the epochs of a run have at most `MAX_CPU_FLOPS`, but there is at least one epoch.
 
 flag               at most 64 pixels per side larger images
 crop_scale         1                          0.35
@@ -26,7 +27,11 @@ import math
 from dataclasses import replace
 from typing import Literal, TypeVar
 
-from ..configuration_vitcls import to_pair
+import torch
+from accelerate import PartialState
+
+from ..configuration_vitcls import ViTCLSConfig, to_pair
+from ..modeling_vitcls import ViTCLSModel
 from ..options import FinetuneOptions, PretrainOptions
 from .model import InitialModel
 
@@ -40,7 +45,9 @@ TrainingMethod = Literal[
 EXAMPLE_CHECKPOINT = "timm:vit_small_patch14_reg4_dinov2.lvd142m"
 MAX_SMALL_IMAGE_SIZE = 64  # maximum length of the longer side of a small image, in pixels
 MIN_LARGE_DATASET_SIZE = 10_000  # minimum number of training images in a large dataset
+MAX_CPU_FLOPS = 1e15  # of all training steps; about an hour at 300 GFLOP/s
 # Flags with defaults of this file
+SIZE_FLAGS = "image_size patch_size hidden_size num_hidden_layers num_attention_heads intermediate_size".split()
 DEFAULT_FLAGS = "learning_rate initializer_range layer_decay epochs batch_size crop_scale shift".split()
 
 
@@ -57,11 +64,17 @@ def resolve_defaults(options: Options, initial: InitialModel, num_training_image
     initializer_range = max(round(0.8 / math.sqrt(width), 3), 0.02) if initial.folder is None else None
     width_reason, size_reason = f"{method}, width {width}", f"image size {image_size}"
     dataset_reason = f"{method}, " + ("a stream" if num_training_images is None else f"{num_training_images:,} images")
+    epochs = 10.0 if is_pretrained and is_large else 30.0
+    notes = {}
+    max_epochs = compute_max_epochs(options, initial, num_training_images)
+    if max_epochs < epochs:
+        notes["epochs"] = f" (limited on CPUs; --epochs {epochs:g} is the default on GPUs)"
+        epochs = max_epochs
     defaults = (
         ("training", "learning_rate", choose_learning_rate(method, width), width_reason),
         ("model", "initializer_range", initializer_range, width_reason),
         ("training", "layer_decay", 0.75 if is_pretrained else 1.0, method),
-        ("training", "epochs", 10.0 if is_pretrained and is_large else 30.0, dataset_reason),
+        ("training", "epochs", epochs, dataset_reason),
         ("training", "batch_size", 64 if is_large else 32, dataset_reason),
         ("augmentation", "crop_scale", 1.0 if has_small_images else 0.35, size_reason),
         ("augmentation", "shift", 0.04 if has_small_images else 0.0, size_reason),
@@ -73,8 +86,22 @@ def resolve_defaults(options: Options, initial: InitialModel, num_training_image
             continue
         options = replace(options, **{group_name: replace(group, **{name: value})})
         if name != "epochs" or options.training.max_steps is None:
-            values_by_reason.setdefault(reason, []).append(f"{name.replace('_', ' ')} {value:g}")
+            text = f"{name.replace('_', ' ')} {value:g}{notes.get(name, '')}"
+            values_by_reason.setdefault(reason, []).append(text)
     return options, "; ".join(f"{reason}: {', '.join(values)}" for reason, values in values_by_reason.items())
+
+
+def compute_max_epochs(options: Options, initial: InitialModel, num_training_images: int | None) -> float:
+    """Return the maximum default number of epochs: infinite on GPUs, for streams, and if no step is run."""
+    has_number = options.training.epochs is not None or options.training.max_steps is not None
+    if has_number or not num_training_images or PartialState().device.type != "cpu":
+        return math.inf
+    sizes = {name: value for name, value in options.model.get_config_values().items() if name in SIZE_FLAGS}
+    config = ViTCLSConfig(**(initial.config.to_diff_dict() | sizes))
+    with torch.device("meta"):
+        model = ViTCLSModel(config)
+    step_flops = 3 * model.flops()  # for each image; a backward pass is two forward passes
+    return max(1.0, MAX_CPU_FLOPS // (step_flops * num_training_images))
 
 
 def get_training_method(options: FinetuneOptions | PretrainOptions, has_random_weights: bool) -> TrainingMethod:

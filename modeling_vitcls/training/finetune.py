@@ -54,7 +54,7 @@ def load_data(options: FinetuneOptions, initial: InitialModel) -> TrainingData:
         with suppress(ValueError):  # too few images; other errors are raised again below
             data = load_training_data(options.data, True)
     if data is None:
-        data = load_training_data(options.data, options.training.select == "best")
+        data = load_training_data(options.data, options.training.needs_selection)
     check_label_kind(options, data.label_space.kind)
     return data
 

@@ -33,6 +33,7 @@ from ..inference.metrics import select_scalars
 from ..options import TrainingOptions
 from ..system import get_peak_memory
 from .distributed_state import gather_state, reshard, scatter_state, scatter_weights_and_ema
+from .duration import describe_duration
 from .losses import Losses, Objective
 from .model import set_train_mode
 from .optimizer import Ema, get_learning_rate
@@ -59,6 +60,7 @@ class TrainingState:
     step: int = 0  # number of completed optimizer steps
     best_score: float | None = None  # best score of all evaluations so far
     margin: float = 0.0  # by which an evaluation must exceed the best score: see `evaluate_step`
+    scores: list[float] = field(default_factory=list)  # scores of all evaluations after the first step, in order
     recent_losses: list[dict[str, float]] = field(default_factory=list)  # losses of the steps since the last record
     # metrics of a step that has not been evaluated yet; otherwise empty
     pending_record: Metrics = field(default_factory=dict)
@@ -110,7 +112,10 @@ class TrainingLoop:
         checkpoint and raise RunStopped. Raise RunStopped, too, if a loss or gradient is not finite."""
         set_train_mode(self.state.model)
         metrics = self.evaluate_step() if self.state.pending_record else {}
-        while self.state.step < self.plan.num_steps:
+        batches, duration = describe_duration(self, batches)
+        if duration is not None:
+            self.reporter.print_line("duration", duration)
+        while self.state.step < self.plan.num_steps and not self.should_stop_early():
             metrics = self.run_step(batches)
             is_last_step = self.state.step == self.plan.num_steps
             if self.signals is not None and not is_last_step and (name := self.signals.get_signal()):
@@ -119,7 +124,19 @@ class TrainingLoop:
                     f"stopped by {name}; a checkpoint was saved. Repeat the command with --resume to continue the run",
                     128 + signal.Signals[name],  # the exit status that shells use, such as 143 for SIGTERM
                 )
+        if self.state.step < self.plan.num_steps:
+            steps = f"after step {self.state.step:,} of {self.plan.num_steps:,}"
+            reason = f"{self.options.early_stopping} evaluation(s) without improvement"
+            self.reporter.print_line("stopped", f"{steps}: {reason}")
         return metrics or self.evaluate()
+
+    def should_stop_early(self) -> bool:
+        """Return whether none of the last `early_stopping` evaluations exceeds all earlier ones."""
+        patience, scores = self.options.early_stopping, self.state.scores
+        if patience is None or not scores:
+            return False
+        num_evaluations_since_best = len(scores) - 1 - scores.index(max(scores))
+        return num_evaluations_since_best >= patience
 
     def run_step(self, batches: Iterator[Batch]) -> Metrics:
         """Run one step and the actions that are due after this step. Return the metrics of the evaluation; empty if no
@@ -135,6 +152,8 @@ class TrainingLoop:
         record, batch = self.run_optimizer_step(batches, should_measure_tokens=should_log)
         self.step_seconds.append(time.perf_counter() - start_time)
         self.reporter.show_step(state.step)
+        if not should_log:
+            self.reporter.print_if_due(state.step)
 
         self.is_best = False
         if should_log:
@@ -238,6 +257,8 @@ class TrainingLoop:
         metrics = self.evaluate()
         score = metrics.get(self.selection_metric)
         self.is_best = False
+        if score is not None and state.step:
+            state.scores.append(score)
         if score is not None and (state.best_score is None or score > state.best_score + state.margin):
             self.is_best = True
             state.best_score = score
@@ -295,6 +316,7 @@ class TrainingLoop:
             "step": state.step,
             "best_score": state.best_score,
             "margin": state.margin,
+            "scores": state.scores,
             "training_seconds": self.get_training_seconds(),
             "recent_losses": gather_object([state.recent_losses]),
             "pending_record": state.pending_record,
@@ -315,6 +337,7 @@ class TrainingLoop:
         scatter_state(checkpoint, self.accelerator, state.model, state.optimizer, state.shadow)
         state.step = checkpoint.step
         state.best_score, state.margin = metadata["best_score"], metadata["margin"]
+        state.scores = metadata["scores"]
         losses_by_process = metadata["recent_losses"]
         state.recent_losses = losses_by_process[self.accelerator.process_index % len(losses_by_process)]
         state.pending_record = metadata["pending_record"]

@@ -76,7 +76,7 @@ def check_options(options: PretrainOptions) -> PretrainOptions:
 
 def load_data(options: PretrainOptions, initial: InitialModel) -> TrainingData:
     """Load the training images and the held-out images, with labels if the dataset has any."""
-    should_select = options.training.select == "best"
+    should_select = options.training.needs_selection
     try:
         return load_training_data(options.data, should_select)
     except ValueError:  # no labels, or another problem, which the next call reports

@@ -23,6 +23,7 @@ from ..data.splits import HELD_OUT_SPLITS, TrainingData
 from ..data.streaming import StreamedImages
 from ..files import write_atomically
 from ..image_processing_vitcls import ViTCLSImageProcessor
+from ..progress import LINE_SECONDS
 from ..system import describe_device, get_versions
 
 
@@ -43,6 +44,7 @@ class Reporter:
             speed_estimate_period=math.inf,
         )
         self.progress_task = self.progress.add_task("training", total=None)
+        self.last_line_time = self.progress.get_time()  # of the last line about steps
         # metrics of evaluations that lines contain, set by the run; none in a dry run
         self.printed_metrics: tuple[str, ...] = ()
 
@@ -67,10 +69,20 @@ class Reporter:
             with write_atomically(self.metrics_file) as temporary_file:
                 temporary_file.write_text("".join(earlier_lines), encoding="utf-8")
         self.progress.reset(self.progress_task, total=num_steps, completed=step)
+        self.last_line_time = self.progress.get_time()
 
     def show_step(self, step: int) -> None:
         """Move the progress bar."""
         self.progress.update(self.progress_task, completed=step)
+
+    def print_if_due(self, step: int) -> None:
+        """Print the step in a log file if the last line is older than 30 seconds."""
+        is_due = self.progress.get_time() - self.last_line_time >= LINE_SECONDS
+        if self.progress.disable and is_due and self.accelerator.is_main_process:
+            task = self.progress.tasks[0]
+            remaining_time = f"  {timedelta(seconds=task.time_remaining)} left" if task.time_remaining else ""
+            self.console.print(f"step {step}/{task.total}{remaining_time}", markup=False)
+            self.last_line_time = self.progress.get_time()
 
     def log(self, record: dict[str, Any]) -> None:
         """Append a record to metrics.jsonl, print the record, and send the numeric values of the record to the
@@ -92,6 +104,7 @@ class Reporter:
             remaining_time = f"{timedelta(seconds=task.time_remaining)} left" if task.time_remaining else ""
             columns = [f"step {record['step']}/{task.total}", text, remaining_time, score_text]
             self.console.print("  ".join(filter(None, columns)), markup=False)
+            self.last_line_time = self.progress.get_time()
         elif score_text:
             self.progress.console.print(f"epoch {record['epoch']:>5.1f}  {score_text}", markup=False)
 

@@ -545,7 +545,7 @@ def build_results(
     results: dict[str, Any] = {
         "dataset": data.name,
         "split": data.held_out_name,
-        HELD_OUT_RECORD_KEY: asdict(data.record),
+        HELD_OUT_RECORD_KEY: run_on_main(environment.accelerator, lambda: asdict(data.build_record())),
         "num_training_images": count_training_images(loaded),
         **task.results,
     }

@@ -1,5 +1,6 @@
 """The command scripts/inspect_tokens.py: folders of images, datasets, converted models, and one-line errors."""
 
+import html
 import json
 import shutil
 from pathlib import Path
@@ -14,7 +15,6 @@ from PIL import Image
 
 from modeling_vitcls import ViTCLSForImageClassification
 from modeling_vitcls.analysis.inspect_tokens import inspect_tokens
-from modeling_vitcls.data.held_out import HELD_OUT_RECORD_KEY
 from modeling_vitcls.files import write_json
 from modeling_vitcls.options import InspectOptions
 
@@ -97,16 +97,14 @@ def test_a_revision_of_a_model_on_the_hub(
     assert str(page) in lines[-2] and "5 shown" in lines[-2] and lines[-1] == f"saved {figures}"
 
 
-def test_the_split_that_training_held_out_is_read(image_folder: Path, tmp_path: Path, capsys: Any) -> None:
-    """The held-out record is part of results.json."""
-    for split in ("test", "validation"):
+def test_the_evaluation_split_is_read(image_folder: Path, tmp_path: Path, capsys: Any) -> None:
+    for split in ("train", "validation"):
         for name in ("cat", "owl"):
             shutil.copytree(image_folder / name, tmp_path / "photos" / split / name)
     model = save_classifier(tmp_path / "model", ["cat", "owl"], num_cls_tokens=0, pooling="mean")
-    write_json(tmp_path / "model" / "results.json", {HELD_OUT_RECORD_KEY: {"split": "validation", "num_images": 10}})
     options = build_options(model, tmp_path, dataset=str(tmp_path / "photos"), max_images=2, num_images=1)
     assert inspect_tokens(options).verdicts == [] and "no special tokens" in capsys.readouterr().out
-    assert "2 images of photos, split validation" in (tmp_path / "report.html").read_text()
+    assert "'validation'" in html.unescape((tmp_path / "report.html").read_text())
 
 
 def test_unusable_inputs(model: str, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

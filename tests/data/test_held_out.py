@@ -18,6 +18,7 @@ from helpers.tiny_options import build_tiny_options, run_training
 
 from modeling_vitcls.analysis.inspection import open_images
 from modeling_vitcls.configuration_vitcls import ViTCLSConfig
+from modeling_vitcls.data.evaluated_images import load_evaluation_data
 from modeling_vitcls.data.held_out import (
     HeldOutRecord,
     HeldOutRule,
@@ -26,7 +27,7 @@ from modeling_vitcls.data.held_out import (
     read_held_out_record,
 )
 from modeling_vitcls.data.in_memory import add_dataset
-from modeling_vitcls.data.splits import load_evaluation_data, load_training_data
+from modeling_vitcls.data.splits import load_training_data
 from modeling_vitcls.inference.evaluate import evaluate_checkpoint
 from modeling_vitcls.inference.load_model import load_model
 from modeling_vitcls.options import DataOptions, EvaluateOptions, InspectOptions
@@ -187,19 +188,21 @@ def test_evaluation_uses_the_held_out_images_of_the_run(tmp_path: Path, capsys: 
     trained = run(tmp_path / "run", folder, split_seed=7, held_out_fraction=0.3)
     held_out = read(folder, split_seed=7, held_out_fraction=0.3).held_out
     expected = HeldOutRecord.from_keys(HeldOutRule(0.3, 7), held_out.images.compute_keys())
-    assert trained["held_out"] == asdict(expected)
+    recorded = read_held_out_record(tmp_path / "run")
+    assert recorded == read(folder, split_seed=7, held_out_fraction=0.3).build_record()
+    assert recorded.sha256 == expected.sha256
     measured = evaluate(tmp_path / "run", folder)
     for name in ("num_images", "accuracy", "confusion_matrix"):
         assert measured[name] == trained[name]
     assert measured["loss"] == pytest.approx(trained["loss"], abs=1e-5)
-    assert measured["held_out_part"] == "about 30%, by checksum, split seed 7" and measured["is_recorded_part"] is True
+    assert measured["images"] == "held_out"
     assert "WARNING" not in capsys.readouterr().out
     with raises_one_line("--split-seed is 3", "7"):
         evaluate(tmp_path / "run", folder, split_seed=3)
     with raises_one_line("--held-out-fraction is 0.5", "0.3"):
         evaluate(tmp_path / "run", folder, held_out_fraction=0.5)
     same = DataOptions(str(folder), split_seed=7, held_out_fraction=0.3)
-    assert get_names(load_evaluation_data(same, "test", expected).images) == get_names(held_out)
+    assert get_names(load_evaluation_data(same, None, recorded).images) == get_names(held_out)
     assert "results.json" in list_published_files(ModelFolder(tmp_path / "run"))
     model, _ = load_model(str(tmp_path / "run"), use_head=True)
     options = InspectOptions(str(tmp_path / "run"), dataset=str(folder))
@@ -241,37 +244,6 @@ def test_rare_classes_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture
         assert steps and all(("macro f1" in line) is is_rare for line in steps)
 
 
-def test_evaluation_warns_of_images_that_may_be_training_images(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    folder = write_photos(tmp_path / "photos", range(30))
-    run(tmp_path / "run", folder, split_seed=7)
-
-    def get_warnings(dataset: Path) -> list[str]:
-        capsys.readouterr()
-        measured = evaluate(tmp_path / "run", dataset)
-        lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("WARNING")]
-        assert measured["is_recorded_part"] in (None, not lines)
-        return lines
-
-    assert get_warnings(folder) == []
-    write_photos(folder, range(30, 60))
-    (line,) = get_warnings(folder)
-    assert "held-out images are not the 12 images" in line
-    (line,) = get_warnings(write_photos(tmp_path / "others", range(1000, 1030)))
-    assert "held-out images are not the" in line
-
-    split = write_photos(tmp_path / "split" / "test", range(5)).parent
-    assert get_warnings(split) == []  # the whole dataset is evaluated
-    results = json.loads((tmp_path / "run" / "results.json").read_text(encoding="utf-8"))
-    (tmp_path / "run" / "results.json").write_text(
-        json.dumps(results | {"held_out": {"split": "validation", "num_images": 3}}), encoding="utf-8"
-    )
-    (line,) = get_warnings(folder)
-    assert "lacks the held-out split 'validation'" in line
-    (tmp_path / "run" / "results.json").unlink()
-    (line,) = get_warnings(folder)
-    assert "has no record of the held-out images" in line
-
-
 @pytest.mark.parametrize(
     ("trained", "other", "flags"),
     [
@@ -304,9 +276,10 @@ def test_a_split_of_the_dataset_is_recorded_and_evaluated(tmp_path: Path) -> Non
     write_photos(tmp_path / "photos" / "train", range(20))
     write_photos(tmp_path / "photos" / "val", range(20, 30))
     trained = run(tmp_path / "run", tmp_path / "photos")
-    assert read_held_out_record(tmp_path / "run") == HeldOutRecord("validation", 20)
+    record = read_held_out_record(tmp_path / "run")
+    assert record is not None and (record.split, record.num_images, record.rule) == ("validation", 20, None)
     measured = evaluate(tmp_path / "run", tmp_path / "photos")
-    assert (measured["split"], measured["num_images"], measured["held_out_part"]) == ("validation", 20, None)
+    assert (measured["split"], measured["num_images"], measured["images"]) == ("validation", 20, "whole")
     assert measured["accuracy"] == trained["accuracy"]
     assert evaluate(tmp_path / "run", tmp_path / "photos", "train")["num_images"] == 40
     with raises_one_line("'test'", "train, validation"):

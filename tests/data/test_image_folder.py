@@ -10,8 +10,9 @@ import pytest
 from helpers.tiny_models import raises_one_line
 from PIL import Image
 
+from modeling_vitcls.data.evaluated_images import load_evaluation_data
 from modeling_vitcls.data.image_folder import read_image_folder, scan_folder
-from modeling_vitcls.data.splits import load_evaluation_data, load_training_data
+from modeling_vitcls.data.splits import load_training_data
 from modeling_vitcls.image_processing_vitcls import get_image_formats
 from modeling_vitcls.inference.inputs import open_input
 from modeling_vitcls.options import DataOptions, PredictOptions
@@ -170,7 +171,7 @@ def test_a_table_beside_images_is_named(tmp_path: Path) -> None:
 
 
 def test_one_class_can_be_evaluated(tmp_path: Path) -> None:
-    found = load_evaluation_data(DataOptions(str(write_class(tmp_path, "test/cat", 4))), "test")
+    found = load_evaluation_data(DataOptions(str(write_class(tmp_path, "test/cat", 4))), None)
     assert found[0].names == ["cat"] and len(found[1]) == 4
 
 

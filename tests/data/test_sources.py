@@ -16,11 +16,12 @@ from helpers.tiny_models import raises_one_line
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from modeling_vitcls.data.evaluated_images import load_evaluation_data
 from modeling_vitcls.data.images import LabeledImages, UnreadableImage, UnreadableImageCounter
 from modeling_vitcls.data.in_memory import add_dataset
 from modeling_vitcls.data.labels import MultiHotLabels
 from modeling_vitcls.data.sources import load_splits
-from modeling_vitcls.data.splits import load_evaluation_data, load_training_data
+from modeling_vitcls.data.splits import load_training_data
 from modeling_vitcls.image_processing_vitcls import pil_to_tensor
 from modeling_vitcls.options import DataOptions
 

@@ -11,6 +11,7 @@ from helpers.photo_folders import write_photos
 from helpers.tiny_models import raises_one_line
 from helpers.tiny_options import build_tiny_options, prepare_task, run_training
 
+from modeling_vitcls.data.evaluated_images import load_evaluation_data
 from modeling_vitcls.data.held_out import HeldOutRecord, HeldOutRule
 from modeling_vitcls.data.images import DatasetImages, LabeledImages
 from modeling_vitcls.data.labels import MultiHotLabels
@@ -20,7 +21,6 @@ from modeling_vitcls.data.splits import (
     describe_data,
     exclude_images,
     hold_out_images,
-    load_evaluation_data,
     load_training_data,
 )
 from modeling_vitcls.options import DataOptions
@@ -172,20 +172,8 @@ def test_without_a_held_out_part_all_images_are_trained_on(tmp_path: Path, strea
         assert {example.epoch for example in first_pass} == {0} and next(examples).epoch == 1
     else:
         assert data.num_training_images == 20
-        assert len(load_evaluation_data(options, "train").images) == 20
-    for given, record in ((options, None), (replace(options, held_out_fraction=0.2), data.record)):
-        with raises_one_line("--held-out-fraction"):
-            load_evaluation_data(given, "test", record)
-
-
-def test_training_images_of_a_stream_are_not_evaluated(tmp_path: Path) -> None:
-    photos = write_photos(tmp_path / "photos", range(10))
-    with raises_one_line("--split train", "--streaming"):
-        load_evaluation_data(DataOptions(str(photos), streaming=True), "train")
-    training_images = load_training_data(DataOptions(str(photos))).train
-    evaluated = load_evaluation_data(DataOptions(str(photos)), "train")
-    assert get_names(evaluated.images) == get_names(training_images) and evaluated.rule is None
-    assert load_evaluation_data(DataOptions(str(photos)), "test").rule == HeldOutRule(0.2, 0)
+        with raises_one_line("all 20 images", "--split train"):
+            load_evaluation_data(options, None, data.build_record())
 
 
 def test_listed_images_of_the_training_split_are_excluded(tmp_path: Path) -> None:

@@ -23,9 +23,10 @@ from modeling_vitcls.data import splits as training_data
 from modeling_vitcls.data import streaming
 from modeling_vitcls.data.augmentation import build_augmentation
 from modeling_vitcls.data.batches import Batch, BatchBuilder, iterate_training_batches
+from modeling_vitcls.data.evaluated_images import load_evaluation_data
 from modeling_vitcls.data.held_out import HeldOutRule
 from modeling_vitcls.data.sampling import BatchPlan
-from modeling_vitcls.data.splits import TrainingData, load_evaluation_data, load_training_data
+from modeling_vitcls.data.splits import TrainingData, load_training_data
 from modeling_vitcls.data.streaming import StreamedImages, TrainingStream, read_ahead
 from modeling_vitcls.options import AugmentationOptions, DataOptions, TrainingOptions
 
@@ -229,8 +230,11 @@ def test_the_held_out_part_does_not_depend_on_order_or_files(shards: Path, two_s
     assert sorted(held_out) == sorted(get_held_out(read(two_shards)))
     assert sorted(get_held_out(read(two_shards, split_seed=1))) != sorted(held_out)
     options = DataOptions(dataset=str(two_shards), streaming=True)
-    space, images, *_ = load_evaluation_data(options, "test")
+    space, images, *_ = load_evaluation_data(options, None, read(two_shards).build_record())
     assert space.names == ["a", "b", "c"] and len(images) == len(held_out)
+    other = replace(read(two_shards).build_record(), dataset="other")
+    images = load_evaluation_data(options, None, other).images
+    assert sum(1 for _ in images.iterate_in_order()) == NUM_IMAGES
 
 
 def test_a_stream_without_held_out_images_is_an_error(two_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,7 +59,7 @@ def read_number(image: int | None, return_tensors: str) -> dict[str, Any]:
 def test_calibration_uses_the_training_images_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = build_tiny_config(num_labels=10, id2label={label: str(label) for label in range(10)})
     save_with_processor(ViTCLSForImageClassification(config), tmp_path)
-    record = load_training_data(DataOptions("digits", split_seed=5)).record
+    record = load_training_data(DataOptions("digits", split_seed=5)).build_record()
     write_json(tmp_path / "results.json", {"dataset": "digits", "held_out": asdict(record)})
     images = load_export_images(str(tmp_path), "digits", batch_size=7)
     keys = [set(part.compute_keys().tolist()) for part in (images.training, images.held_out)]
@@ -77,7 +77,7 @@ def test_calibration_uses_the_training_images_of_the_run(tmp_path: Path, monkeyp
     assert len(unlabeled.training) > len(unlabeled.held_out) > 300 and unlabeled.measure_file(tmp_path) is None
     with raises_one_line("LABEL_0"):  # labels of a requested split are required
         save_with_processor(ViTCLSForImageClassification(build_tiny_config(num_labels=3)), tmp_path / "other")
-        load_export_images(str(tmp_path / "other"), "digits", split="test")
+        load_export_images(str(tmp_path / "other"), "digits", split="train")
 
 
 def test_a_preset_has_random_weights() -> None:

@@ -48,7 +48,7 @@ from modeling_vitcls.system import describe_device, get_versions
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
-NUM_HELD_OUT_DIGITS = 359
+NUM_DIGITS = 1797
 WORKER = Path(__file__).parents[1] / "helpers" / "evaluation_worker.py"
 MEASURED = ("images_per_second", "seconds", "num_processes", "device")  # differ from run to run
 by_one_process = evaluation_results.by_one_process  # a fixture
@@ -111,18 +111,9 @@ def write_table(folder: Path, name: str, header: list[str], text: Any) -> Path:
 
 
 def evaluate(model: Path, dataset: object, **data: Any) -> dict[str, Any]:
-    """Evaluate the held-out part of a table, and the rest."""
-    options = DataOptions(dataset=str(dataset), num_workers=0, held_out_fraction=0.5, **data)
-    parts = [
-        evaluate_checkpoint(EvaluateOptions(model=str(model), data=options, batch_size=4, split=split))
-        for split in ("train", "test")
-    ]
-    return {name: [part[name] for part in parts] for name in parts[0]}
-
-
-def average(parts: dict[str, Any], name: str, count: str = "num_images") -> float:
-    """Return the mean over images, from the means of the parts."""
-    return np.average(parts[name], weights=parts[count])
+    """Evaluate all images of a table."""
+    options = DataOptions(dataset=str(dataset), num_workers=0, **data)
+    return evaluate_checkpoint(EvaluateOptions(model=str(model), data=options, batch_size=4))
 
 
 def test_a_multi_label_model(models: Path, tmp_path: Path, by_one_process: dict[str, Any]) -> None:
@@ -132,11 +123,11 @@ def test_a_multi_label_model(models: Path, tmp_path: Path, by_one_process: dict[
         return ["|".join(name for name, value in reversed([*zip(CLASSES, label, strict=True)]) if value)]
 
     table = write_table(tmp_path, "multi_label", ["tags"], text)
-    parts = evaluate(models / "multi_label", table, label_column=("tags",), label_separator="|")
+    found = evaluate(models / "multi_label", table, label_column=("tags",), label_separator="|")
     expected = by_one_process["multi_label"]
-    assert sum(parts["num_images"]) == 2 * NUM_IMAGES
-    assert average(parts, "loss") == close(expected["loss"])
-    assert [row["name"] for row in parts["per_class"][0]] == CLASSES
+    assert found["num_images"] == 2 * NUM_IMAGES
+    assert found["loss"] == close(expected["loss"])
+    assert [row["name"] for row in found["per_class"]] == CLASSES
     reset_accelerate()
     data = DataOptions(str(table), label_column=("tags",), label_separator="|")
     options = EvaluateOptions(str(models / "multi_label"), data, per_image=tmp_path / "new" / "rows.parquet")
@@ -158,12 +149,12 @@ def test_a_multi_task_model(models: Path, tmp_path: Path, by_one_process: dict[s
         return [columns[task][label[task]] if label[task] >= 0 else "" for task in ("species", "age")]
 
     table = write_table(tmp_path, "multi_task", ["species", "age"], text)
-    parts = evaluate(models / "multi_task", table)  # the columns of the model
+    found = evaluate(models / "multi_task", table)  # the columns of the model
     expected = by_one_process["multi_task"]
-    assert sum(parts["num_images"]) == 2 * NUM_IMAGES
+    assert found["num_images"] == 2 * NUM_IMAGES
     for task in ("species", "age"):
-        assert sum(parts[f"{task}_num_images"]) == 2 * expected[f"{task}_num_images"]
-        assert average(parts, f"{task}_loss", f"{task}_num_images") == close(expected[f"{task}_loss"])
+        assert found[f"{task}_num_images"] == 2 * expected[f"{task}_num_images"]
+        assert found[f"{task}_loss"] == close(expected[f"{task}_loss"])
     with raises_one_line("multi_task", "--label-column"):
         evaluate(models / "multi_task", table, label_column=("age",))
     reset_accelerate()
@@ -176,12 +167,11 @@ def test_a_single_label_model(
     models: Path, tmp_path: Path, by_one_process: dict[str, Any], capsys: pytest.CaptureFixture
 ) -> None:
     table = write_table(tmp_path, "single", ["animal"], lambda label: [CLASSES[label]])
-    parts = evaluate(models / "single", table, label_column=("animal",))
-    assert sum(parts["num_images"]) == 2 * NUM_IMAGES
+    found = evaluate(models / "single", table, label_column=("animal",))
+    assert found["num_images"] == 2 * NUM_IMAGES
     for name in ("accuracy", "cls_accuracy", "loss"):
-        assert average(parts, name) == close(by_one_process["single"][name])
+        assert found[name] == close(by_one_process["single"][name])
     printed = capsys.readouterr().out
-    assert f"({parts['split'][1]}: {parts['held_out_part'][1]}), each" in printed
     assert "100%" not in printed  # progress is shown on terminals only
     for words in ("each counted once", "Balanced accuracy", "95% interval", "distillation head", "Per class", "gnu"):
         assert words in printed
@@ -231,14 +221,15 @@ def test_the_results_describe_the_evaluation(
         "model": options.model,
         "dataset": str(data),
         "split": "validation",
-        "held_out_part": None,
+        "images": "whole",
+        "num_given_images": 6,
+        "num_trained_images": None,
         "images_per_second": 1162.8,
         "seconds": 0.0,
         "device": describe_device(accelerator),
         "mixed_precision": "bf16",
         "num_processes": 1,
         "versions": get_versions(),
-        "is_recorded_part": None,
         "accuracy": np.mean(is_correct),
         "loss": close(torch.nn.functional.cross_entropy(logits.float(), targets).item()),
         "num_images": 5,
@@ -248,7 +239,7 @@ def test_the_results_describe_the_evaluation(
     printed = capsys.readouterr().out
     (warning,) = (line for line in printed.splitlines() if line.startswith("WARNING: "))
     assert "[b]dark/6.png' has 3 channels, but the model requires 1" in warning and f"saved {output}" in printed
-    assert f"5 images of {data} (validation), each counted once; 1,162.8 images/s" in printed
+    assert f"5 images of {data} (" in printed and "each counted once; 1,162.8 images/s" in printed
     for name, values in (("`[b]dark`", dark), ("`light`", light)):  # numbers are right-aligned
         assert re.search(rf"│ {re.escape(name)} *│ {len(values):>6} │ +{np.mean(values):.2%} │", printed), printed
     assert load_evaluation(options, accelerator, print).evaluator.batch_size == 4
@@ -286,7 +277,7 @@ def test_two_processes_evaluate_a_saved_model(
     monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
     two, one = read_json(two_process_folder / "new" / "digits.json"), evaluate_digits(two_process_folder)
     assert (two["num_processes"], one["num_processes"]) == (2, 1)
-    assert two["num_images"] == NUM_HELD_OUT_DIGITS and "100%" in capsys.readouterr().out
+    assert two["num_images"] == NUM_DIGITS and "100%" in capsys.readouterr().out
     assert two.pop("calibration_error") == close(one.pop("calibration_error"))  # depends on the batches' rounding
     assert {**two, **dict.fromkeys(MEASURED)} == {**one, **dict.fromkeys(MEASURED)}
     assert two.keys() >= {"model", "dataset", "split", "images_per_second", "versions", "per_class", "accuracy"}
@@ -300,7 +291,7 @@ def test_two_processes_evaluate_frozen_features(two_process_folder: Path) -> Non
     run_together(WORKER, two_process_folder, "frozen", log=two_process_folder / "log", environment=OFFLINE)
     two, one = read_json(two_process_folder / "frozen.json"), evaluate_frozen_digits(two_process_folder)
     assert (two["num_processes"], one["num_processes"]) == (2, 1)
-    assert two["num_images"] == NUM_HELD_OUT_DIGITS
+    assert two["num_images"] == 359
     assert {**two, **dict.fromkeys(MEASURED)} == {**one, **dict.fromkeys(MEASURED)}
 
 

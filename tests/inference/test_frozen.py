@@ -2,8 +2,7 @@
 
 import json
 import re
-import shutil
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.tiny_models import LAYOUTS, build_tiny_config, randomize
+from helpers.tiny_models import LAYOUTS, build_tiny_config, raises_one_line, randomize
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
@@ -20,9 +19,8 @@ from sklearn.preprocessing import StandardScaler
 
 from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, ViTCLSModel
 from modeling_vitcls.analysis.audit import load_audited_images
+from modeling_vitcls.data.evaluated_images import load_evaluation_data
 from modeling_vitcls.data.fit import set_fit
-from modeling_vitcls.data.held_out import HeldOutRecord, HeldOutRule
-from modeling_vitcls.data.splits import load_evaluation_data
 from modeling_vitcls.inference import frozen
 from modeling_vitcls.inference.frozen import build_classifier, evaluate_frozen
 from modeling_vitcls.intervals import compute_proportion_interval
@@ -122,7 +120,7 @@ def test_results_equal_scikit_learn(
     assert "versions" in results
     printed, rows = capsys.readouterr().out, results["rows"]
     before, _, after = printed.partition(dataset)
-    assert re.findall(r"\d+", before) == ["15", "7"] and f"(validation); {results['images_per_second']:,} " in after
+    assert re.findall(r"\d+", before) == ["15", "7"] and f"; {results['images_per_second']:,} " in after
     for row in rows:
         cells = [row["token"], f"{row['accuracy']:.2%}", "{:.2%} to {:.2%}".format(*row["accuracy_interval"])]
         assert re.search("│ {} +│ +{} │ +{} │".format(*cells), printed)
@@ -139,26 +137,12 @@ def test_results_equal_scikit_learn(
         assert row["accuracy_interval"] == pytest.approx(interval, abs=1e-6)
 
 
-def test_a_warning_is_printed_if_the_held_out_images_differ_from_the_record(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
-    folder = tmp_path / "model"
-    shutil.copytree(model, folder)
+def test_the_images_that_a_classifier_is_fitted_to_are_not_evaluated(model: Path, tmp_path: Path) -> None:
     data = DataOptions(dataset=str(write_noise(tmp_path / "data", {".": (8, 8)})), num_workers=0)
-    rule = HeldOutRule(0.5, 7)  # not the default
-    keys = load_evaluation_data(
-        replace(data, held_out_fraction=0.5, split_seed=7), "test"
-    ).images.images.compute_keys()
-    for record, is_warned in ((None, False), (list(keys), False), ([*keys, 1], True)):
-        if record is not None:
-            results = {"held_out": asdict(HeldOutRecord.from_keys(rule, record))}
-            (folder / "results.json").write_text(json.dumps(results), encoding="utf-8")
-        run(folder, "knn", data=data)
-        printed = capsys.readouterr().out
-        assert ("WARNING" in printed) is is_warned and "100%" in printed
-    run(folder, "knn", data=data, split="train")  # no held-out images
-    assert "WARNING" not in capsys.readouterr().out
+    results = run(model, "knn", data=data)
+    assert results["num_training_images"] + results["num_images"] == 16
+    with raises_one_line("--split"):
+        run(model, "knn", data=data, split="train")
 
 
 def test_other_labels_are_an_error(model: Path, tmp_path: Path) -> None:

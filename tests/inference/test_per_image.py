@@ -94,7 +94,7 @@ def test_prediction_adds_sets_and_unknown_images(folder: Path, tmp_path: Path) -
 def test_unknown_images_are_measured_and_recorded(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The areas under the curve of noise and of the known images themselves, and the record for the card."""
+    """The areas under the curve of noise and of the known images themselves. The model's folder is not changed."""
     model = tmp_path / "model"
     shutil.copytree(folder, model)
     classifier = ViTCLSForImageClassification.from_pretrained(model)
@@ -112,7 +112,7 @@ def test_unknown_images_are_measured_and_recorded(
     printed = capsys.readouterr().out
     assert f"AUROC {found['auroc']:.4f}" in printed
     assert f"30 images of noise (test); {found['flagged']:.1%}" in printed
-    assert f"saved {tmp_path / 'rows.parquet'}" in printed and printed.count(str(model / RESULTS_FILE)) == 1
+    assert f"saved {tmp_path / 'rows.parquet'}" in printed
     images = [Image.open(tmp_path / "noise" / "test" / f"{index}.png") for index in range(30)]
     pixels = ViTCLSImageProcessor.from_pretrained(model)(images, return_tensors="pt")["pixel_values"]
     logits = classifier.eval()(pixels).logits.detach().numpy()
@@ -121,4 +121,4 @@ def test_unknown_images_are_measured_and_recorded(
     flagged = (energies[-30:] > -3.0).mean()
     assert found["flagged"] == pytest.approx(flagged, abs=1e-6) and 0 < flagged < 1
     assert found["auroc"] == pytest.approx(roc_auc_score(np.arange(len(energies)) >= len(known), energies), abs=1e-5)
-    assert json.loads((model / RESULTS_FILE).read_text()) == {"dataset": "digits", "unknown": found}
+    assert json.loads((model / RESULTS_FILE).read_text()) == {"dataset": "digits"}

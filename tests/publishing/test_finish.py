@@ -90,7 +90,8 @@ def test_the_report_shows_held_out_images_of_a_stream(tmp_path: Path, monkeypatc
     assert write_report(ModelFolder(write_run_folder(tmp_path / "run", None, flags)), warnings.append) is None
     found = measure.call_args.kwargs
     assert [len(found[name]) for name in ("images", "labels", "names")] == [64] * 3 and found["num_shown"] == 6
-    assert found["names"][-1] == "held out, 79" and len(warnings) == 1 and "RuntimeError" in warnings[0]
+    assert all(name.startswith("held out, ") for name in found["names"])
+    assert len(warnings) == 1 and "RuntimeError" in warnings[0]
 
 
 @pytest.mark.integration

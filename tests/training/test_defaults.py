@@ -1,15 +1,18 @@
 """Defaults that depend on the weights, the image size and the number of images."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from helpers.tiny_models import build_tiny_config, randomize
 from helpers.tiny_options import build_tiny_options
 
 from modeling_vitcls import ViTCLSConfig, ViTCLSForImageClassification, ViTCLSImageProcessor
 from modeling_vitcls.conversion.convert import convert_checkpoint
 from modeling_vitcls.options import DataOptions, FinetuneOptions, ModelOptions, PretrainOptions, TrainingOptions
+from modeling_vitcls.training import defaults
 from modeling_vitcls.training.defaults import DEFAULT_FLAGS, describe_random_weights, resolve_defaults
 from modeling_vitcls.training.model import InitialModel, resolve_initial_model
 
@@ -22,9 +25,12 @@ def build_options(kind: Any = FinetuneOptions, **groups: Any) -> Any:
     return kind(Path("out"), DataOptions("digits"), **({"model": ModelOptions("vitcls-tiny")} | groups))
 
 
-def build_initial(hidden_size: int = 96, image_size: int = 28, **fields: Any) -> InitialModel:
-    """Return an initial model; by default with random weights."""
-    config = ViTCLSConfig(hidden_size=hidden_size, num_attention_heads=1, image_size=image_size, patch_size=1)
+def build_initial(
+    hidden_size: int = 96, image_size: int = 28, config_values: dict[str, Any] | None = None, **fields: Any
+) -> InitialModel:
+    """Return an initial model with one patch per image; by default with random weights."""
+    sizes = {"image_size": image_size, "patch_size": image_size, "num_attention_heads": 1}
+    config = ViTCLSConfig(hidden_size=hidden_size, **sizes | (config_values or {}))
     return InitialModel(**{"name": "model", "folder": None, "config": config, "has_random_weights": True} | fields)
 
 
@@ -79,9 +85,29 @@ def test_every_default_can_be_overridden_and_the_reasons_are_printed() -> None:
     assert "random weights, 2,000 images: epochs 30, batch size 32" in line
     assert "random weights, a stream: " in resolve_defaults(build_options(), initial, None)[1]
     assert resolve_defaults(options, initial, 2000) == (options, "")
-    sizes = ModelOptions("vitcls-tiny", hidden_size=192, image_size=(32, 96))
+    sizes = ModelOptions("vitcls-tiny", hidden_size=192, image_size=(32, 96), patch_size=32)
     line = resolve_defaults(build_options(model=sizes), initial, 2000)[1]
     assert "width 192: " in line and "image size 96: " in line
+
+
+def set_device(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    monkeypatch.setattr(defaults, "PartialState", lambda: SimpleNamespace(device=torch.device(device)))
+
+
+def test_the_default_epochs_are_limited_on_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ViT-S/16 of 224 pixels computes 9.2 GFLOP per image, and three times as many in a training step."""
+    set_device(monkeypatch, "cpu")
+    sizes = {"patch_size": 16, "num_attention_heads": 6, "intermediate_size": 1536}
+    initial = build_initial(384, 224, sizes, **PRETRAINED)
+    options, line = resolve_defaults(build_options(), initial, 9_000)
+    assert options.training.epochs == 1e15 // (3 * 9.2e9 * 9_000) == 4
+    assert "CPUs" in line and "--epochs 30" in line
+    assert resolve_defaults(build_options(), initial, 900)[0].training.epochs == 30
+    assert resolve_defaults(build_options(), initial, 10**6)[0].training.epochs == 1
+    given = build_options(training=TrainingOptions(epochs=20.0))
+    assert resolve_defaults(given, initial, 9_000)[0].training.epochs == 20
+    set_device(monkeypatch, "cuda")
+    assert resolve_defaults(build_options(), initial, 9_000)[0].training.epochs == 30
 
 
 def test_max_steps_replace_the_epochs() -> None:

@@ -34,6 +34,7 @@ from modeling_vitcls.data.sampling import BatchPlan
 from modeling_vitcls.data.splits import load_training_data
 from modeling_vitcls.errors import RunStopped
 from modeling_vitcls.options import DataOptions, TrainingOptions
+from modeling_vitcls.training import duration
 from modeling_vitcls.training import loop as loop_module
 from modeling_vitcls.training.loop import TrainingLoop, TrainingState, is_end_of_epochs
 from modeling_vitcls.training.losses import (
@@ -95,6 +96,9 @@ class LoopRecorder:
             self.losses.append(losses["loss"].item())
             return losses
 
+        self.lines: list[str] = []
+        self.print_line = lambda name, text: self.lines.append(name)
+        self.print_if_due = lambda step: None
         self.steps: list[int] = []
         self.show_step = self.steps.append
         self.loop = TrainingLoop(
@@ -316,6 +320,38 @@ def test_fine_tuning_must_exceed_the_frozen_model_by_more_than_chance() -> None:
     single.loop.evaluate_step()
     single.run()
     assert single.saved == [(0, True), (1, False), (1, True)]
+
+
+def test_early_stopping_counts_evaluations_since_the_best_one() -> None:
+    bench = LoopRecorder(epochs=6, max_steps=None, batch_size=120, early_stopping=2)
+    bench.accuracies = iter([0.5, 0.75, 0.6, 0.7, 0.8])
+    assert bench.run()["accuracy"] == 0.7
+    assert bench.state.step == 12
+    assert "stopped" in bench.lines
+
+
+def test_early_stopping_does_not_compare_with_the_frozen_model() -> None:
+    """The frozen model is better than all evaluations, which improve."""
+    bench = LoopRecorder(epochs=4, max_steps=None, batch_size=120, early_stopping=1)
+    bench.accuracies = iter([0.9, 0.1, 0.2, 0.3, 0.4])
+    bench.loop.evaluate_step()
+    bench.run()
+    assert bench.state.step == 12
+    assert bench.lines == []
+
+
+def test_the_measured_duration_does_not_change_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = LoopRecorder(max_steps=9)
+    whole.run()
+    monkeypatch.setattr(duration, "MIN_BATCHES", 1)
+    monkeypatch.setattr(duration, "MIN_SECONDS", 0)
+    reset_accelerate()
+    measured = LoopRecorder(max_steps=9)
+    measured.run()
+    assert measured.lines == ["duration"]
+    assert measured.losses[2:] == whole.losses
+    weights = copy_weights(measured.model)
+    assert all(torch.equal(weights[name], weight) for name, weight in copy_weights(whole.model).items())
 
 
 @pytest.mark.parametrize("step", [3, 4])

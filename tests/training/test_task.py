@@ -19,12 +19,14 @@ from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor
 from modeling_vitcls.checkpoints import CheckpointStore
 from modeling_vitcls.data.augmentation import build_augmentation
 from modeling_vitcls.data.batches import BatchBuilder, TrainingImages, iterate_training_batches
+from modeling_vitcls.data.evaluated_images import load_evaluation_data
 from modeling_vitcls.data.sampling import BatchPlan
-from modeling_vitcls.data.splits import load_evaluation_data, load_training_data
+from modeling_vitcls.data.splits import load_training_data
 from modeling_vitcls.inference.evaluate import evaluate_checkpoint
 from modeling_vitcls.inference.evaluator import Evaluator
 from modeling_vitcls.intervals import compute_mean_interval
 from modeling_vitcls.options import DataOptions, EvaluateOptions
+from modeling_vitcls.training import duration as duration_module
 from modeling_vitcls.training import finetune
 from modeling_vitcls.training.dry_run import describe_dry_run
 from modeling_vitcls.training.folds import run_folds
@@ -121,7 +123,30 @@ def test_the_best_checkpoint_is_saved_and_reported(tmp_path: Path, capsys: pytes
     assert saved.keys() == selected.keys() and all(torch.equal(saved[name], selected[name]) for name in saved)
     reset_accelerate()
     evaluated = evaluate_checkpoint(EvaluateOptions(str(folder), DIGITS, batch_size=16))
-    assert evaluated["accuracy"] == results["accuracy"] and evaluated["is_recorded_part"]
+    assert evaluated["accuracy"] == results["accuracy"] and evaluated["images"] == "held_out"
+
+
+def test_early_stopping_is_resumed_exactly(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """With a tiny learning rate, no evaluation improves. The run is killed before it writes its results."""
+    flags: dict[str, Any] = {"epochs": 8.0, "learning_rate": 1e-12, "warmup": 0.0, "early_stopping": 2}
+    first = run_training(build_options(tmp_path / "run", select=None, **flags))
+    assert "stopped" in capsys.readouterr().out
+    assert first["epochs"] == pytest.approx(3, abs=0.1)
+    assert first["selection"]["num_images"] > 0
+    (tmp_path / "run" / "results.json").unlink()
+    again = run_training(build_options(tmp_path / "run", select=None, resume=True, **flags))
+    assert (again["steps"], again["accuracy"]) == (first["steps"], first["accuracy"])
+    with raises_one_line("--early-stopping", "--select best"):
+        build_options(tmp_path / "other", select="last", **flags)
+
+
+def test_a_long_run_says_how_long_it_takes_before_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(duration_module, "MIN_SECONDS", 0)
+    run_training(build_options(tmp_path / "run", max_steps=20))
+    printed = capsys.readouterr().out
+    assert 0 < printed.index("\nduration") < printed.index("\nstep ")
 
 
 def test_a_validation_split_selects_and_the_test_split_is_reported(tmp_path: Path) -> None:
@@ -211,7 +236,7 @@ def test_folds(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert line in capsys.readouterr().out
     reset_accelerate()
     evaluated = evaluate_checkpoint(EvaluateOptions(str(tmp_path / "run" / "fold-2"), DIGITS, batch_size=16))
-    assert (evaluated["accuracy"], evaluated["is_recorded_part"]) == (accuracies[1], True)
+    assert (evaluated["accuracy"], evaluated["images"]) == (accuracies[1], "held_out")
 
 
 def test_folds_are_not_pushed(tmp_path: Path) -> None:
@@ -229,7 +254,7 @@ def test_training_on_all_images(tmp_path: Path, capsys: pytest.CaptureFixture) -
     assert (results["num_training_images"], results["num_images"]) == (300, 0)
     output = capsys.readouterr().out
     assert "accuracy" not in results and "not evaluated" in output and "WARNING" not in output
-    with raises_one_line("--held-out-fraction", "--dataset"):
+    with raises_one_line("all 300 images", "--dataset"):
         evaluate_checkpoint(EvaluateOptions(str(tmp_path / "run"), DIGITS))
     assert len(load_evaluation_data(data, "train").images) == 300
 

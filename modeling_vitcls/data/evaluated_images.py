@@ -1,0 +1,241 @@
+"""Images of a dataset that an evaluation reads.
+
+    --split NAME                                        all images of this split
+    default: `test`, else `validation`, else            all images of this split,
+    the only split                                      except those that the model was trained on
+
+If the split is the one that the model was trained on, the evaluated images are those that training held out. Training
+images are recognized by their content (`HeldOutRecord`), so the dataset may have been renamed, moved, extended or
+divided since training. The images of streams, and of runs whose training images were streamed, are not compared:
+the recorded rule selects the held-out images if the dataset has the same name.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from ..options import DataOptions
+from .held_out import HeldOutRecord, HeldOutRule
+from .images import LabeledImages
+from .labels import LabelSpace
+from .sources import Splits, load_splits
+from .splits import EVALUATION_SPLITS, build_held_out_rule, check_both_parts, hold_out_images, select_held_out
+from .streaming import StreamedImages, open_streams
+
+
+@dataclass(frozen=True)
+class EvaluatedPart:
+    """Which of the given images are evaluated, and why."""
+
+    # whole: all of them. held_out: those that training held out. untrained: those that training did not use.
+    # fraction: those that a rule selects, because the others fit a classifier.
+    kind: Literal["whole", "held_out", "untrained", "fraction"]
+    num_given: int | None  # None for a stream
+    num_trained: int | None = None  # number of given images that training used; None if unknown
+    warning: str | None = None  # reason why training images may be among the evaluated images
+
+    def describe(self, split: str) -> str:
+        """Return the description of the part of a split as text."""
+        if self.kind == "whole" and self.num_trained:
+            return f"all images of split {split!r}, of which training used {self.num_trained:,}"
+        given = f"of the {self.num_given:,} images" if self.num_given is not None else "of the images"
+        return {
+            "whole": f"all images of split {split!r}",
+            "held_out": f"those {given} of split {split!r} that training held out",
+            "untrained": f"those {given} of split {split!r} that training did not use",
+            "fraction": f"selected by checksum; the others {given} of split {split!r} fit the classifier",
+        }[self.kind]
+
+    def build_record(self) -> dict[str, Any]:
+        """Return the entries of the results."""
+        return {"images": self.kind, "num_given_images": self.num_given, "num_trained_images": self.num_trained}
+
+
+class EvaluationData(NamedTuple):
+    """Images and labels for the evaluation of a model."""
+
+    label_space: LabelSpace
+    images: Any  # `LabeledImages`, or `StreamedImages` with --streaming
+    split: str
+    part: EvaluatedPart
+
+
+# Loading -------------------------------------------------------------------------------------------------------------
+
+
+def load_evaluation_data(
+    options: DataOptions,
+    split: str | None,
+    record: HeldOutRecord | None = None,
+    use_labels: bool = True,
+    max_images: int | None = None,
+) -> EvaluationData:
+    """Load the images to evaluate.
+
+    Args:
+        options: the dataset.
+        split: the split, of which all images are evaluated. None: chosen as described above.
+        record: the held-out record of the model.
+        use_labels: whether labels are read. If False, every label is -100.
+        max_images: number of images to draw at random (`options.split_seed`).
+
+    Raises:
+        ValueError: if the split does not exist, if training used all of its images, or if the options contradict
+            the record.
+    """
+
+    def select(names: list[str]) -> list[str]:
+        return [choose_evaluation_split(split, names, options)]
+
+    splits = open_streams(options, use_labels) if options.streaming else load_splits(options, use_labels, select)
+    (name,) = select(splits.names)
+    images = splits.images_by_split[name]
+    if isinstance(images, StreamedImages):
+        images, part = select_streamed_images(images, splits, split, record, options)
+    else:
+        is_evaluated, part = find_evaluated_images(images, record, options, splits.name)
+        if split is not None:
+            part = EvaluatedPart("whole", part.num_given, part.num_trained)
+        else:
+            check_any_evaluated(is_evaluated, options, name)
+            images = images.select(np.flatnonzero(is_evaluated).tolist())
+    return EvaluationData(splits.label_space, draw(images, max_images, options), name, part)
+
+
+def load_fitting_and_evaluation_data(
+    options: DataOptions, split: str | None, record: HeldOutRecord | None = None, max_images: int | None = None
+) -> tuple[EvaluationData, EvaluationData]:
+    """Load images to fit a classifier or to calibrate a graph, and the images to evaluate, as `load_evaluation_data`.
+
+    If the dataset has only one split, the images are fitted to that are not evaluated; if training did not use the
+    dataset, a rule divides it (`options.held_out_fraction`). With --split, an only split is both.
+    """
+
+    def select(names: list[str]) -> list[str]:
+        evaluated = choose_evaluation_split(split, names, options)
+        return list(dict.fromkeys([choose_fitting_split(evaluated, names), evaluated]))
+
+    splits = load_splits(options, select=select)
+    fitting_name, name = (select(splits.names) * 2)[:2]
+    images, fitting_images = splits.images_by_split[name], splits.images_by_split[fitting_name]
+    is_evaluated, part = find_evaluated_images(images, record, options, splits.name)
+    if split is not None:
+        part = EvaluatedPart("whole", part.num_given, part.num_trained)
+    else:
+        if fitting_name == name and part.kind == "whole":
+            rule = build_held_out_rule(options)
+            is_evaluated, _ = select_held_out(images, rule)
+            check_both_parts(is_evaluated, rule, options)
+            part = replace(part, kind="fraction")
+        check_any_evaluated(is_evaluated, options, name)
+        if fitting_name == name:
+            fitting_images = images.select(np.flatnonzero(~is_evaluated).tolist())
+        images = images.select(np.flatnonzero(is_evaluated).tolist())
+    whole = EvaluatedPart("whole", len(fitting_images))
+    return (
+        EvaluationData(splits.label_space, fitting_images, fitting_name, whole),
+        EvaluationData(splits.label_space, draw(images, max_images, options), name, part),
+    )
+
+
+def draw(images: Any, num_images: int | None, options: DataOptions) -> Any:
+    """Return `num_images` images, drawn at random; all of them if `num_images` is None."""
+    if num_images is not None and isinstance(images, StreamedImages):
+        stream = images.stream.shuffle(seed=options.split_seed, buffer_size=options.shuffle_buffer)
+        return replace(images, stream=stream).read_first(num_images)
+    return images if num_images is None else images.draw(num_images, options.split_seed)
+
+
+# Splits --------------------------------------------------------------------------------------------------------------
+
+
+def choose_evaluation_split(split: str | None, names: Sequence[str], options: DataOptions) -> str:
+    """Return the name of the split to evaluate. Raise ValueError if there is no such split."""
+    if split is None:
+        split = next((name for name in EVALUATION_SPLITS if name in names), names[0] if len(names) == 1 else None)
+    if split is not None and split in names:
+        return split
+    problem = f"has no split {split!r}" if split is not None else "has several splits, none of them for evaluation"
+    raise ValueError(f"{options.dataset} {problem}. Set --split to one of {', '.join(names)}")
+
+
+def choose_fitting_split(evaluated: str, names: Sequence[str]) -> str:
+    """Return the name of the split that a classifier of frozen features is fitted to."""
+    others = [name for name in names if name != evaluated]
+    if "train" in names or not others:
+        return "train" if "train" in names else evaluated
+    return others[0]
+
+
+# Training images -----------------------------------------------------------------------------------------------------
+
+
+def find_evaluated_images(
+    images: LabeledImages, record: HeldOutRecord | None, options: DataOptions, dataset: str
+) -> tuple[np.ndarray, EvaluatedPart]:
+    """Return whether each image is evaluated by default, and the part that these images are. `dataset` is the name of
+    the dataset. Raise ValueError if the options contradict the record."""
+    num_images = len(images)
+    everything = np.ones(num_images, bool)
+    if record is None:
+        return everything, EvaluatedPart("whole", num_images)
+
+    is_training_image, recorded_fraction = np.zeros(num_images, bool), 0.0
+    if record.training_images is not None:
+        keys, recorded_fraction = record.decode_training_images()
+        is_training_image = np.isin(images.images.compute_content_keys(), keys)
+        if not is_training_image.any():
+            return everything, EvaluatedPart("whole", num_images, 0)
+    elif record.dataset != dataset:
+        return everything, EvaluatedPart("whole", num_images)
+
+    # The recorded rule selects exactly the images that training held out if the names of all images are the same.
+    if record.rule is not None:
+        is_held_out, found = select_held_out(images, check_rule(record.rule, options))
+        is_same_dataset = is_training_image[~is_held_out].sum() > recorded_fraction / 2 * (~is_held_out).sum()
+        if found.sha256 == record.sha256 and (is_same_dataset or record.training_images is None):
+            return is_held_out, EvaluatedPart("held_out", num_images, int((~is_held_out).sum()))
+        if record.training_images is None or (recorded_fraction < 1 and is_same_dataset):
+            warning = (
+                f"the images of {dataset} have changed since training, and the record of the model does not list all "
+                "training images, so some of them may be among the evaluated images"
+            )
+            return is_held_out, EvaluatedPart("held_out", num_images, None, warning)
+    num_trained = int(is_training_image.sum())
+    return ~is_training_image, EvaluatedPart("untrained" if num_trained else "whole", num_images, num_trained)
+
+
+def select_streamed_images(
+    images: StreamedImages, splits: Splits, split: str | None, record: HeldOutRecord | None, options: DataOptions
+) -> tuple[Any, EvaluatedPart]:
+    """Return the images of a stream to evaluate: those that the recorded rule holds out, if the stream is the only
+    split of a dataset with the name of the training data; otherwise all images."""
+    rule = None if record is None or record.dataset != splits.name else record.rule
+    if split is not None or rule is None or len(splits.names) > 1:
+        return images, EvaluatedPart("whole", None)
+    _, held_out, found = hold_out_images(images, check_rule(rule, options), options)
+    warning = None
+    if record is not None and found.sha256 != record.sha256:
+        warning = "the held-out images of the stream are not those of the training run"
+    return held_out, EvaluatedPart("held_out", None, None, warning)
+
+
+def check_any_evaluated(is_evaluated: np.ndarray, options: DataOptions, split: str) -> None:
+    """Raise ValueError if no image is left for the evaluation."""
+    if not is_evaluated.any():
+        raise ValueError(
+            f"the model was trained on all {len(is_evaluated):,} images of {options.dataset}. Set --dataset to other "
+            f"images, or --split {split} to evaluate these"
+        )
+
+
+def check_rule(rule: HeldOutRule, options: DataOptions) -> HeldOutRule:
+    """Return the recorded rule. Raise ValueError if the options contradict it."""
+    for name, recorded_value in (("split_seed", rule.seed), ("held_out_fraction", rule.fraction)):
+        value = getattr(options, name)
+        if value not in (recorded_value, getattr(DataOptions, name)):
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{flag} is {value}, but training held out images with {recorded_value}. Remove {flag}")
+    return rule

@@ -1,0 +1,102 @@
+"""Progress of long work: a bar in a terminal, and at least one line every 30 seconds in a log file.
+
+    for batch in track(batches, "features", 245, count=len):       features 120 of 245 images
+    with report_work("writing report.html"):                       writing report.html, for 0:00:30
+
+All passes over images use `track`. A thread prints the lines, so that a single slow item doesn't delay them.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import Progress
+
+
+LINE_SECONDS = 30  # seconds between lines
+
+Item = TypeVar("Item")
+
+
+def track(
+    items: Iterable[Item],
+    description: str,
+    total: int | None = None,
+    *,
+    count: Callable[[Item], int] = lambda item: 1,
+    unit: str = "images",
+    console: Console | None = None,
+    has_bar: bool = True,
+) -> Iterator[Item]:
+    """Yield the items, and show how many have been processed.
+
+    Args:
+        items: what is processed.
+        description: what is done with the items, such as "evaluating".
+        total: number of images. Default: the number of items, if it is known.
+        count: returns the number of images of an item.
+        unit: name of what is counted, which may be empty.
+        console: where the progress is shown; a quiet console shows nothing. Default: the standard output.
+        has_bar: whether a terminal shows a bar. If False, it shows nothing.
+    """
+    console = console or Console(soft_wrap=True, highlight=False)
+    if total is None and isinstance(items, Sized):
+        total = len(items)
+    if console.quiet or (console.is_terminal and not has_bar):
+        yield from items
+        return
+    num_processed = 0
+    if console.is_terminal:
+        with Progress(console=console, transient=True) as progress:
+            task = progress.add_task(description, total=total)
+            for item in items:
+                yield item
+                progress.advance(task, count(item))
+        return
+
+    def describe() -> str:
+        total_text = "" if total is None else f" of {total:,}"
+        return f"{description} {num_processed:,}{total_text} {unit}".rstrip()
+
+    with print_regularly(describe, console):
+        for item in items:
+            yield item
+            num_processed += count(item)
+
+
+@contextmanager
+def report_work(description: str, console: Console | None = None) -> Iterator[None]:
+    """Print a line every 30 seconds of the `with` block, unless the console is a terminal."""
+    console = console or Console(soft_wrap=True, highlight=False)
+    start_time = time.monotonic()
+
+    def describe() -> str:
+        return f"{description}, for {timedelta(seconds=round(time.monotonic() - start_time))}"
+
+    if console.quiet or console.is_terminal:
+        yield
+        return
+    with print_regularly(describe, console):
+        yield
+
+
+@contextmanager
+def print_regularly(describe: Callable[[], str], console: Console) -> Iterator[None]:
+    """Print the text that `describe` returns every 30 seconds of the `with` block."""
+    is_finished = threading.Event()
+
+    def print_lines() -> None:
+        while not is_finished.wait(LINE_SECONDS):
+            console.print(describe(), markup=False)
+
+    thread = threading.Thread(target=print_lines, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_finished.set()
+        thread.join()

@@ -1,0 +1,83 @@
+"""Expected duration of a run, measured before its first step with a forward and backward pass of the first batches.
+
+The measurement leaves no trace: gradients are discarded, buffers are restored, and the steps use the batches again.
+"""
+
+import itertools
+import math
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate.utils import send_to_device
+
+from ..data.batches import Batch
+from ..data.streaming import StreamedImages
+
+
+if TYPE_CHECKING:
+    from .loop import TrainingLoop
+
+
+MIN_SECONDS = 600  # runs that take longer print their expected duration
+MIN_BATCHES = 20  # in shorter runs, the measurement would take too large a part of the time
+
+
+def describe_duration(loop: "TrainingLoop", batches: Iterator[Batch]) -> tuple[Iterator[Batch], str | None]:
+    """Return the batches, and the expected duration of the remaining steps as text; None if it is below `MIN_SECONDS`
+    or not measured."""
+    num_steps = loop.plan.num_steps - loop.state.step
+    num_batches = num_steps * loop.plan.accumulation_steps
+    if num_batches < MIN_BATCHES or loop.options.compile:  # the first passes of a compiled model are compiled
+        return batches, None
+
+    first = next(batches)
+    batch_seconds = measure_pass(loop, iter([first]))  # slower than later passes
+    if estimate_seconds(loop, batch_seconds) < MIN_SECONDS:
+        return itertools.chain([first], batches), None
+    batches, again = itertools.tee(batches)
+    batch_seconds = measure_pass(loop, again)
+    del again  # otherwise, all batches would be kept
+    batches = itertools.chain([first], batches)
+
+    seconds = estimate_seconds(loop, batch_seconds)
+    duration = timedelta(minutes=math.ceil(seconds / 60))
+    step_seconds = batch_seconds * loop.plan.accumulation_steps
+    text = f"about {duration} (hours:minutes:seconds): {num_steps:,} steps of {step_seconds:.1f} s, and evaluations"
+    return batches, text if seconds >= MIN_SECONDS else None
+
+
+def measure_pass(loop: "TrainingLoop", batches: Iterator[Batch]) -> float:
+    """Return the seconds of reading a batch and its forward and backward pass, the mean of all processes."""
+    model, accelerator = loop.state.model, loop.accelerator
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    start_time = time.perf_counter()
+    batch = send_to_device(next(batches), accelerator.device)
+    accelerator.backward(loop.objective(model, batch)["loss"])
+    if accelerator.device.type == "cuda":
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - start_time
+
+    model.zero_grad()
+    with torch.no_grad():
+        for buffer, value in buffers:
+            buffer.copy_(value)
+    return float(accelerator.reduce(torch.tensor(seconds, device=accelerator.device), "mean"))
+
+
+def estimate_seconds(loop: "TrainingLoop", batch_seconds: float) -> float:
+    """Return the expected duration of the remaining steps and evaluations."""
+    plan = loop.plan
+    num_steps = plan.num_steps - loop.state.step
+    seconds = num_steps * plan.accumulation_steps * batch_seconds
+    num_evaluations = max(math.ceil(plan.count_epochs(num_steps) / loop.options.evaluate_every), 1)
+    if loop.evaluation_seconds:  # of the frozen model
+        return seconds + num_evaluations * loop.evaluation_seconds[-1]
+    images = getattr(loop.evaluate_model, "images", None)
+    if images is None or isinstance(images, StreamedImages):
+        return seconds
+    # A backward pass takes twice as long as a forward pass.
+    forward_seconds = batch_seconds / 3 / (plan.batch_size * plan.num_processes)
+    return seconds + num_evaluations * len(images) * forward_seconds

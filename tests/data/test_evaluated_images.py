@@ -1,0 +1,253 @@
+"""Which images `vitcls evaluate` evaluates: all that it is given, except those that the model was trained on."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers.accelerate_state import reset_accelerate
+from helpers.command_in_process import run_here
+from helpers.photo_folders import write_photos
+from helpers.tiny_models import raises_one_line
+from helpers.tiny_options import build_tiny_options, run_training
+
+from modeling_vitcls import evaluate, inspect_tokens
+from modeling_vitcls.data import held_out, splits
+from modeling_vitcls.data.evaluated_images import load_evaluation_data, load_fitting_and_evaluation_data
+from modeling_vitcls.data.held_out import HeldOutRecord, encode_content_keys
+from modeling_vitcls.data.images import DatasetImages
+from modeling_vitcls.data.splits import load_training_data
+from modeling_vitcls.files import read_json
+from modeling_vitcls.options import DataOptions
+
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
+
+def train(folder: Path, dataset: Path, **flags: Any) -> Path:
+    """Fine-tune a tiny model for two steps."""
+    run_training(build_tiny_options(folder, dataset, max_steps=2, batch_size=8, **flags))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder of 60 photos without splits, `train`, next to `run`, a model that was trained on it."""
+    root = tmp_path_factory.mktemp("photos")
+    write_photos(root / "train", range(30))
+    train(root / "run", root / "train")
+    return root
+
+
+def run_evaluate(tmp_path: Path, model: Path, dataset: Path, *flags: str) -> dict[str, Any]:
+    """Run `vitcls evaluate` and return what it writes."""
+    reset_accelerate()
+    output = tmp_path / "evaluation.json"
+    arguments = ["--model", str(model), "--dataset", str(dataset), "--output", str(output), "--num-workers", "0"]
+    assert run_here("evaluate", *arguments, *flags) == 0
+    return read_json(output)
+
+
+# Images that the model was not trained on ----------------------------------------------------------------------------
+
+
+def test_other_photos_are_evaluated_whole(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The files have the same names as the training images."""
+    other = write_photos(tmp_path / "test", range(100, 130))
+    for path in other.glob("*/*.png"):
+        path.rename(path.with_stem(str(int(path.stem) - 100)))
+    found = run_evaluate(tmp_path, photos / "run", other)
+    assert (found["num_images"], found["images"], found["num_trained_images"]) == (60, "whole", 0)
+    assert "60 images of" in capsys.readouterr().out
+
+
+def test_the_validation_split_is_evaluated_if_there_is_no_test_split(photos: Path, tmp_path: Path) -> None:
+    write_photos(tmp_path / "AB" / "train", range(40, 45))
+    write_photos(tmp_path / "AB" / "val", range(50, 57))
+    found = run_evaluate(tmp_path, photos / "run", tmp_path / "AB")
+    assert (found["split"], found["num_images"]) == ("validation", 14)
+
+
+def test_the_test_split_is_evaluated_before_the_validation_split(photos: Path, tmp_path: Path) -> None:
+    for split, numbers in (("train", range(40, 45)), ("val", range(50, 57)), ("test", range(60, 63))):
+        write_photos(tmp_path / "AB" / split, numbers)
+    assert run_evaluate(tmp_path, photos / "run", tmp_path / "AB")["num_images"] == 6
+
+
+def test_a_model_without_a_record_is_evaluated_on_all_images(photos: Path, tmp_path: Path) -> None:
+    shutil.copytree(photos / "run", tmp_path / "run")
+    (tmp_path / "run" / "results.json").unlink()
+    assert run_evaluate(tmp_path, tmp_path / "run", photos / "train")["num_images"] == 60
+
+
+def test_splits_without_an_evaluation_split_are_an_error(photos: Path) -> None:
+    pairs = [(str(path), path.parent.name) for path in (photos / "train").glob("*/1.png")]
+    with raises_one_line("--split", "a, b"):
+        evaluate(photos / "run", {"a": pairs, "b": pairs})
+
+
+# Images that the model was trained on --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flags", [{}, {"folds": 3, "fold": 2}, {"select": "best"}])
+def test_the_training_folder_is_evaluated_on_the_images_that_training_held_out(
+    flags: dict[str, Any], photos: Path, tmp_path: Path
+) -> None:
+    model = train(tmp_path / "run", photos / "train", **flags)
+    trained = read_json(model / "results.json")
+    found = run_evaluate(tmp_path, model, photos / "train")
+    assert found["images"] == "held_out"
+    assert found["num_images"] == trained["num_images"]
+    assert found["accuracy"] == trained["accuracy"]
+    assert found["num_trained_images"] == 60 - trained["num_images"]
+
+
+def test_the_training_folder_is_recognized_under_another_name(photos: Path, tmp_path: Path) -> None:
+    shutil.copytree(photos / "train", tmp_path / "other")
+    found = run_evaluate(tmp_path, photos / "run", tmp_path / "other")
+    assert (found["images"], found["num_images"]) == ("held_out", 12)
+
+
+def test_renamed_training_images_are_not_evaluated(photos: Path, tmp_path: Path) -> None:
+    for path in (photos / "train").glob("*/*.png"):
+        (tmp_path / "other" / path.parent.name).mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, tmp_path / "other" / path.parent.name / f"photo {path.name}")
+    found = run_evaluate(tmp_path, photos / "run", tmp_path / "other")
+    assert (found["images"], found["num_images"], found["num_trained_images"]) == ("untrained", 12, 48)
+
+
+def test_images_added_to_the_training_folder_are_evaluated(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(photos / "train", tmp_path / "more")
+    write_photos(tmp_path / "more", range(30, 35))
+    found = run_evaluate(tmp_path, photos / "run", tmp_path / "more")
+    assert (found["num_given_images"], found["num_images"], found["num_trained_images"]) == (70, 22, 48)
+    printed = capsys.readouterr().out
+    assert "22 images" in printed and "70 images" in printed
+
+
+def test_a_part_of_the_training_folder_is_evaluated_without_training_images(photos: Path, tmp_path: Path) -> None:
+    held_out_names = set(load_training_data(DataOptions(str(photos / "train"))).held_out.images.get_names())
+    shutil.copytree(photos / "train", tmp_path / "part", ignore=shutil.ignore_patterns("1*.png"))
+    found = run_evaluate(tmp_path, photos / "run", tmp_path / "part")
+    is_left = [not Path(name).name.startswith("1") for name in held_out_names]
+    assert 0 < found["num_images"] == sum(is_left) < 12
+
+
+def test_training_images_in_a_test_split_are_left_out(photos: Path, tmp_path: Path) -> None:
+    write_photos(tmp_path / "AB" / "test", range(30, 40))
+    trained = load_training_data(DataOptions(str(photos / "train"))).train.images.get_names()
+    shutil.copy(photos / "train" / trained[0], tmp_path / "AB" / "test" / "cat" / "again.png")
+    write_photos(tmp_path / "AB" / "train", range(50, 55))
+    found = run_evaluate(tmp_path, photos / "run", tmp_path / "AB")
+    assert (found["num_images"], found["num_trained_images"]) == (20, 1)
+
+
+def test_only_training_images_are_an_error(photos: Path, tmp_path: Path) -> None:
+    write_photos(tmp_path / "AB" / "train", range(20))
+    write_photos(tmp_path / "AB" / "val", range(20, 30))
+    model = train(tmp_path / "run", tmp_path / "AB")
+    assert run_evaluate(tmp_path, model, tmp_path / "AB")["num_images"] == 20
+    with raises_one_line("all 40 images", "--split train"):
+        evaluate(model, tmp_path / "AB" / "train")
+
+
+# Flags ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_named_split_is_evaluated_whole(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = run_evaluate(tmp_path, photos / "run", photos / "train", "--split", "train")
+    assert (found["num_images"], found["images"], found["num_trained_images"]) == (60, "whole", 48)
+    assert "training used 48" in capsys.readouterr().out
+
+
+def test_images_are_drawn_at_random(photos: Path, tmp_path: Path) -> None:
+    other = write_photos(tmp_path / "test", range(100, 130))
+    flags = ("--max-images", "20", "--per-image", str(tmp_path / "rows.parquet"))
+    drawn = [run_evaluate(tmp_path, photos / "run", other, *flags, "--split-seed", seed) for seed in ("1", "1", "2")]
+    assert {found["num_images"] for found in drawn} == {20}
+    assert {row["images"] for row in drawn[0]["per_class"]} != {0, 20}  # not only the first class
+    assert drawn[0]["loss"] == drawn[1]["loss"] != drawn[2]["loss"]
+
+
+def test_frozen_features_are_evaluated_on_the_same_images(photos: Path, tmp_path: Path) -> None:
+    """A new folder without splits is divided, because the classifier needs images."""
+    other = write_photos(tmp_path / "other", range(100, 130))
+    for dataset, kind in ((photos / "train", "held_out"), (other, "fraction")):
+        found = run_evaluate(tmp_path, photos / "run", dataset, "--frozen", "knn")
+        assert (found["images"], found["num_images"], found["num_training_images"]) == (kind, 12, 48)
+
+
+def test_the_audit_checks_the_labels_of_all_images_that_the_model_was_not_trained_on(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = write_photos(tmp_path / "other", range(100, 110))
+    for dataset, count in ((photos / "train", 12), (other, 20)):
+        capsys.readouterr()
+        reset_accelerate()
+        evaluate(photos / "run", dataset, audit=tmp_path / "audit.html", num_workers=0)
+        assert f"labels checked: {count} images" in capsys.readouterr().out
+
+
+def test_other_photos_are_inspected_whole(photos: Path, tmp_path: Path) -> None:
+    other = write_photos(tmp_path / "other", range(100, 110))
+    for dataset, count in ((photos / "train", 12), (other, 20)):
+        found = inspect_tokens(photos / "run", dataset=dataset, output=tmp_path / "report.html")
+        assert found.findings.num_images == count
+
+
+# The record ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_record_identifies_the_training_images_by_content(photos: Path) -> None:
+    record = HeldOutRecord(**read_json(photos / "run" / "results.json")["held_out"])
+    data = load_training_data(DataOptions(str(photos / "train")))
+    keys, fraction = record.decode_training_images()
+    assert (len(keys), record.num_training_images, fraction) == (48, 48, 1.0)
+    assert np.isin(data.train.images.compute_content_keys(), keys).all()
+    assert not np.isin(data.held_out.images.compute_content_keys(), keys).any()
+    assert encode_content_keys(keys) == record.training_images
+
+
+def test_of_many_training_images_some_are_recorded(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are enough to recognize the dataset, not to recognize each image."""
+    for module in (held_out, splits):
+        monkeypatch.setattr(module, "MAX_RECORDED_IMAGES", 12)
+    options = DataOptions(str(photos / "train"))
+    data = load_training_data(options)
+    record = data.build_record()
+    assert record.decode_training_images()[1] == 0.25
+    found = load_evaluation_data(options, None, record)
+    assert found.images.images.get_names() == data.held_out.images.get_names()
+    other = write_photos(tmp_path / "other", range(100, 130))
+    assert len(load_evaluation_data(DataOptions(str(other)), None, record).images) == 60
+    shutil.copytree(photos / "train", tmp_path / "more")
+    write_photos(tmp_path / "more", range(30, 35))
+    more = load_evaluation_data(DataOptions(str(tmp_path / "more")), None, record)
+    assert more.part.warning is not None and len(more.images) == 14
+
+
+def test_large_files_are_read_in_part(tmp_path: Path) -> None:
+    """Files of the same size differ if their start, middle or end differs."""
+    contents = [bytearray(100_000) for _ in range(4)]
+    for content, position in zip(contents[1:], (0, 50_000, 99_999), strict=True):
+        content[position] = 1
+    paths = [tmp_path / f"{index}.png" for index in range(4)]
+    for path, content in zip(paths, contents, strict=True):
+        path.write_bytes(content)
+    keys = DatasetImages.from_list(list(map(str, paths))).compute_content_keys()
+    assert len(set(keys.tolist())) == 4
+    encoded = DatasetImages.from_list([{"path": None, "bytes": bytes(content)} for content in contents])
+    assert encoded.compute_content_keys().tolist() == keys.tolist()
+
+
+def test_a_classifier_of_an_only_split_is_fitted_to_the_other_images(photos: Path) -> None:
+    options = DataOptions(str(photos / "train"))
+    for record in (None, load_training_data(options).build_record()):
+        fitted, evaluated = load_fitting_and_evaluation_data(options, None, record)
+        names = [*fitted.images.images.get_names(), *evaluated.images.images.get_names()]
+        assert len(set(names)) == len(names) == 60
