@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,8 +35,10 @@ def write_json(file: Path, content: dict[str, Any]) -> None:
 @contextmanager
 def write_atomically(file: Path) -> Iterator[Path]:
     """Yield the path of a temporary file to write. After the block, rename the temporary file to `file`, or remove
-    the temporary file if an error is raised. Raise OSError with `file` in the message if writing fails."""
-    temporary_file = file.with_name(f".{file.name}.{os.getpid()}.unfinished")
+    the temporary file if an error is raised. Raise OSError with `file` in the message if writing fails.
+
+    The name of the temporary file is random, because processes on other hosts may have the same process id."""
+    temporary_file = file.with_name(f".{file.name}.{secrets.token_hex(8)}.unfinished")
     try:
         yield temporary_file
         sync_to_disk(temporary_file)

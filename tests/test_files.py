@@ -45,15 +45,22 @@ def test_a_failed_write_keeps_the_file(tmp_path: Path) -> None:
 
 
 def test_a_file_is_flushed_before_it_is_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Otherwise, the file may be empty after a power failure. Two processes may write the same file."""
+    """Otherwise, the file may be empty after a power failure."""
     flushed: list[tuple[int, bool]] = []
     file = tmp_path / "results.json"
     monkeypatch.setattr(os, "fsync", lambda opened: flushed.append((os.fstat(opened).st_ino, file.exists())))
     with write_atomically(file) as unfinished_file:
         unfinished_file.touch()
         assert unfinished_file.parent == tmp_path and unfinished_file.name.startswith(".results.json.")
-        assert str(os.getpid()) in unfinished_file.name
     assert flushed == [(file.stat().st_ino, False), (tmp_path.stat().st_ino, True)]
+
+
+def test_two_writers_of_a_file_do_not_share_a_temporary_file(tmp_path: Path) -> None:
+    """Process ids are not enough: on two hosts, they may be equal."""
+    with write_atomically(tmp_path / "a.txt") as first, write_atomically(tmp_path / "a.txt") as second:
+        first.write_text("first")
+        second.write_text("second")
+        assert first.read_text() == "first"
 
 
 @pytest.mark.parametrize("output", ["new/made", "existing", "link", "."])

@@ -82,9 +82,16 @@ def scan_folder(path: Path) -> ImageFolder:
 
 def list_files(root: str | Path) -> Iterator[str]:
     """Yield the paths of the files in a folder and its subfolders, relative to the folder and sorted within each
-    folder. Hidden files are ignored. Symbolic links to folders are followed, except cycles."""
+    folder. Hidden files are ignored. Symbolic links to folders are followed, except cycles. Raise OSError if a folder
+    cannot be read."""
+
+    def stop(error: OSError) -> None:
+        raise OSError(
+            f"cannot read the folder {error.filename}: {error.strerror}. Change its permissions, or move it elsewhere"
+        ) from error
+
     visited = set()
-    for parent, folders, files in os.walk(root, followlinks=True):
+    for parent, folders, files in os.walk(root, onerror=stop, followlinks=True):
         visited.add(Path(parent).resolve())
         visible = sorted(name for name in folders if not is_hidden(name))
         folders[:] = [name for name in visible if Path(parent, name).resolve() not in visited]

@@ -49,6 +49,8 @@ RESULT_IMAGE_PATTERNS = (SAMPLE_IMAGES_FILE, f"{IMAGES_FOLDER}/confusion_matrix*
 # Files of `vitcls export`; FILE.json is the report of FILE.
 EXPORT_SUFFIXES = (".onnx", ".xml")
 EXPORT_PATTERNS = ("*.onnx", "*.onnx.json", "*.xml", "*.xml.json", "model.bin")
+# Files that `--backend onnx` and `--backend openvino` read, and their reports.
+DEFAULT_EXPORT_PATTERNS = ("model.onnx", "model.onnx.*", "model.xml", "model.xml.json", "model.bin")
 # Files of `vitcls export --format transformers.js`.
 ONNX_REPORT_FILE = "onnx/report.json"
 ONNX_PATTERNS = ("onnx/*.onnx", ONNX_REPORT_FILE)
@@ -68,6 +70,31 @@ def list_weight_files(folder: Path) -> list[str]:
 def hash_weights(folder: Path) -> dict[str, str]:
     """Return the SHA-256 of each weight file, by file name."""
     return hash_files(folder / name for name in list_weight_files(folder))
+
+
+def list_export_files(folder: Path) -> list[str]:
+    """Return the names of the files that `vitcls export` wrote to a folder: its reports (model.xml.json), and the
+    listed files with the name of the graph (model.xml, model.bin). Other XML files are not among them."""
+    names = []
+    for suffix in EXPORT_SUFFIXES:
+        for report_file in sorted(folder.glob(f"*{suffix}.json")):
+            try:
+                files = read_json(report_file).get("sha256")
+            except ValueError:  # not a report
+                continue
+            stem = report_file.name.removesuffix(f"{suffix}.json")
+            if isinstance(files, dict):
+                names += [report_file.name, *(name for name in files if name.startswith(f"{stem}."))]
+    return [name for name in names if "/" not in name and (folder / name).is_file()]
+
+
+def find_weights_hash(folder: Path) -> dict[str, str] | None:
+    """Return the SHA-256 of each weight file of a model. A folder without weights has them in results.json; None if
+    there is neither."""
+    if all((folder / name).is_file() for name in list_weight_files(folder)):
+        return hash_weights(folder)
+    results_file = folder / RESULTS_FILE
+    return read_json(results_file).get("weights_sha256") if results_file.is_file() else None
 
 
 def hash_files(files: Iterable[Path]) -> dict[str, str]:

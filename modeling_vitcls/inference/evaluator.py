@@ -188,7 +188,8 @@ class Evaluator:
         rounded to six decimals. `console` shows the progress (progress.py).
 
         Raises:
-            ValueError: if all images are unreadable, or if more than `max_unreadable_images` images are unreadable.
+            ValueError: if all images are unreadable, if more than `max_unreadable_images` images are unreadable, or if
+                the outputs of the model for any image are not finite.
         """
         batches: Iterable[HeldOutBatch] = self.load_batches()
         batches = track(
@@ -202,6 +203,7 @@ class Evaluator:
         metrics = self.build_metrics()
         error_messages: dict[int, str] = {}
         num_readable = 0
+        num_not_finite = torch.zeros((), dtype=torch.int64, device=self.accelerator.device)
         rows: list[OutputRow] = []
         for batch in self.synchronize(batches):
             num_readable += len(batch.indices)
@@ -209,6 +211,7 @@ class Evaluator:
             pixel_values = self.pad_batch(model, batch.pixel_values)
             with self.accelerator.autocast():
                 outputs = self.compute_outputs(model, pixel_values)
+            num_not_finite += count_not_finite(outputs.logits, len(batch.indices))
             if metrics is not None:
                 metrics.update(outputs, send_to_device(batch.labels, self.accelerator.device))
             if self.keep_logits:  # without padding
@@ -222,8 +225,14 @@ class Evaluator:
                 names = self.images.images.get_names()
                 self.rows = [replace(row, name=names[row.index]) for row in self.rows]
         self.unreadable_counter.add(error_messages)
-        if not sum(gather_object([num_readable])):
+        num_readable, num_wrong = map(sum, zip(*gather_object([(num_readable, num_not_finite.item())]), strict=True))
+        if not num_readable:
             raise ValueError(f"none of the {len(error_messages)} images can be read. Check the dataset")
+        if num_wrong:
+            raise ValueError(
+                f"the outputs of the model are not finite for {num_wrong:,} of {num_readable:,} images. Check the "
+                "weights, or set --mixed-precision no"
+            )
         values = {"num_images": len(self.rows)} if metrics is None else round_floats(metrics.compute())
         return select_scalars(values) | {"num_unreadable_images": len(error_messages)} | values
 
@@ -273,6 +282,14 @@ class Evaluator:
                 cache.append(copy.deepcopy(batch))  # without a copy, shared memory would keep one file per tensor open
             yield batch
         self.cache = cache
+
+
+def count_not_finite(outputs: Any, num_images: int) -> torch.Tensor:
+    """Return the number of images whose outputs contain NaN or infinity, given a tensor [B, ...], or one by task, of
+    which the first `num_images` rows are images."""
+    tensors = outputs.values() if isinstance(outputs, dict) else [outputs]
+    are_finite = [tensor[:num_images].flatten(1).isfinite().all(dim=1) for tensor in tensors]
+    return (~torch.stack(are_finite).all(dim=0)).sum()
 
 
 def round_floats(value: Any) -> Any:

@@ -2,6 +2,9 @@
 
 outputs = ExportedGraph(Path("model.xml"), precision="bf16")(pixel_values)    # {"logits": [B, labels]}
 logits = ExportedModel(Path("model.xml"), config, use_head=True)(pixel_values).logits
+
+`load_exported_model` checks a graph once, before the first image: that it was exported from the weights of the folder
+(the hash in its report, FILE.json), and that its outputs have the shapes and the dtype of the model.
 """
 
 from collections.abc import Callable
@@ -15,6 +18,9 @@ from torch import nn
 
 from ..configuration_vitcls import ViTCLSConfig
 from ..errors import format_error
+from ..files import read_json
+from ..hub.model_files import find_weights_hash, hash_files
+from ..image_processing_vitcls import ViTCLSImageProcessor
 
 
 INPUT_NAME = "pixel_values"
@@ -22,6 +28,12 @@ INPUT_NAME = "pixel_values"
 BACKEND_FILES = {"onnx": ("model.onnx", "model.onnx.data"), "openvino": ("model.xml", "model.bin")}
 # Precision -> OpenVINO's hint. Without a hint, OpenVINO computes in bfloat16 wherever the CPU supports it.
 OPENVINO_HINTS = {"fp32": "f32", "bf16": "bf16"}
+
+
+class GraphError(ValueError):
+    """Raised if a graph cannot be run, or is not a graph of the model. It does not depend on the image, so that
+    prediction stops instead of writing an error for each image."""
+
 
 Runner = Callable[[dict[str, Any]], dict[str, Any]]  # arrays by input name -> arrays by output name
 
@@ -48,11 +60,12 @@ class ExportedGraph(nn.Module):
             raise ValueError(f"{file} cannot be read: {format_error(error)}") from error
 
     def forward(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return the outputs [B, ...] by name, for images [B, C, H, W]."""
+        """Return the outputs [B, ...] by name, for images [B, C, H, W]. Raise GraphError if the graph does not support
+        the images."""
         try:
             outputs = self.run({INPUT_NAME: pixel_values.float().cpu().numpy()})
         except Exception as error:
-            raise ValueError(
+            raise GraphError(
                 f"{self.file} cannot be run on images of shape {list(pixel_values.shape)}: {format_error(error)}"
             ) from error
         return {name: torch.from_numpy(array.copy()) for name, array in outputs.items()}
@@ -131,8 +144,97 @@ class ExportedModel(nn.Module):
         tasks = self.config.task_labels() if self.use_head else {}
         for name in tasks or ["logits" if self.use_head else "last_hidden_state"]:
             if name not in outputs:
-                raise ValueError(f"{self.graph.file} has no output {name}. Export the model that --model names")
+                raise GraphError(f"{self.graph.file} has no output {name}. Export the model that --model names")
+            if len(outputs[name]) != len(pixel_values):
+                raise GraphError(
+                    f"{self.graph.file} has {len(outputs[name])} rows of {name} for {len(pixel_values)} images. "
+                    "Export the model that --model names"
+                )
         return SimpleNamespace(**{"logits": outputs} if tasks else {"distillation_logits": None} | outputs)
+
+
+def load_exported_model(
+    backend: str,
+    folder: Path,
+    config: ViTCLSConfig,
+    processor: ViTCLSImageProcessor,
+    use_head: bool,
+    mixed_precision: str = "no",
+) -> ExportedModel:
+    """Load a graph, and check that it is one of the model in a folder.
+
+    Args:
+        backend: "onnx", "openvino" or the path of an exported file.
+        folder: Folder of the model.
+        config: Configuration of the model.
+        processor: Image processor of the model.
+        use_head: Whether the logits are required, or the final hidden state.
+        mixed_precision: "no", or "bf16" for OpenVINO.
+
+    Raises:
+        ValueError: If there is no such graph, if it cannot be run, if it was exported from other weights, or if its
+            outputs are not those of the model.
+    """
+    file = find_exported_file(backend, folder)
+    check_weights(file, folder, requires_report=backend in BACKEND_FILES)
+    model = ExportedModel(file, config, use_head, mixed_precision)
+    check_outputs(model, processor)
+    return model
+
+
+def check_weights(file: Path, folder: Path, requires_report: bool) -> None:
+    """Raise GraphError if a graph was exported from other weights than those in `folder`.
+
+    The report of the graph contains the hash of the weights. A graph without a report cannot be checked: this is an
+    error if `requires_report` is set. Nothing is checked if the folder has only the graph.
+    """
+    weights_hash = find_weights_hash(folder)
+    if weights_hash is None:
+        return
+    report_file = file.with_name(f"{file.name}.json")
+    remedy = f"Remove {file} and {report_file.name}, and repeat `{format_export_command(file, folder)}`"
+    if not report_file.is_file():
+        if requires_report:
+            raise GraphError(f"{file} may belong to other weights, because {report_file.name} is missing. {remedy}")
+        return
+    report = read_json(report_file)
+    if report.get("weights_sha256") != weights_hash:
+        raise GraphError(f"{file} was exported from other weights than those in {folder}. {remedy}")
+    file_hashes = report.get("sha256", {})
+    if file_hashes != hash_files(file.with_name(name) for name in file_hashes if file.with_name(name).is_file()):
+        raise GraphError(f"{file} has changed since {report_file.name} was written. {remedy}")
+
+
+def check_outputs(model: ExportedModel, processor: ViTCLSImageProcessor) -> None:
+    """Run a graph on a blank image. Raise GraphError if the outputs do not have the shapes of the model's outputs, or
+    are not floating-point numbers."""
+    config = model.config
+    image = torch.zeros(config.num_channels, *config.image_height_width, dtype=torch.uint8)
+    pixel_values = processor(image, input_data_format="channels_first", return_tensors="pt")[INPUT_NAME]
+    outputs = model.graph(pixel_values)
+    if model.use_head:
+        label_counts = {task: len(labels) for task, labels in config.task_labels().items()}
+        shapes = {name: [1, count] for name, count in (label_counts or {"logits": config.num_labels}).items()}
+        if "distillation_logits" in outputs:
+            shapes["distillation_logits"] = [1, config.num_labels]
+    else:
+        rows, columns = (
+            pixels // patch for pixels, patch in zip(pixel_values.shape[2:], config.patch_height_width, strict=True)
+        )
+        shapes = {"last_hidden_state": [1, config.token_layout.get_num_tokens(rows, columns), config.hidden_size]}
+    for name, shape in shapes.items():
+        output = outputs.get(name)
+        remedy = "Export the model that --model names"
+        if output is None:
+            raise GraphError(f"{model.graph.file} has no output {name}. {remedy}")
+        if list(output.shape) != shape:
+            raise GraphError(
+                f"{model.graph.file} has an output {name} of shape {list(output.shape)} for one image, but the model "
+                f"has {shape}. {remedy}"
+            )
+        if not output.is_floating_point():
+            dtype = str(output.dtype).removeprefix("torch.")
+            raise GraphError(f"{model.graph.file} has an output {name} of type {dtype}, not of floats. {remedy}")
 
 
 def find_exported_file(backend: str, folder: Path) -> Path:
@@ -147,6 +249,12 @@ def find_exported_file(backend: str, folder: Path) -> Path:
     """
     file = folder / BACKEND_FILES[backend][0] if backend in BACKEND_FILES else Path(backend)
     if not file.is_file() or file.suffix not in (".onnx", ".xml"):
-        command = f"vitcls export --model {folder} --output {file}"
+        command = format_export_command(file, folder)
         raise ValueError(f"--backend {backend} requires {file}, written by `{command}`")
     return file
+
+
+def format_export_command(file: Path, folder: Path) -> str:
+    """Return the command that writes a graph of the model in a folder."""
+    file_format = "openvino" if file.suffix == ".xml" else "onnx"
+    return f"vitcls export --model {folder} --format {file_format} --output {file}"

@@ -16,7 +16,7 @@ from ..modeling_vitcls import (
     ViTCLSForMultiTaskClassification,
     ViTCLSModel,
 )
-from .exported_graphs import BACKEND_FILES, ExportedModel, find_exported_file
+from .exported_graphs import BACKEND_FILES, load_exported_model
 
 
 Classifier = ViTCLSForImageClassification | ViTCLSForMultiTaskClassification
@@ -46,7 +46,7 @@ def load_model(
 
     Raises:
         ValueError: If the checkpoint is not a vitcls model, has no trained weights, or has no classifier although one
-            is requested.
+            is requested, or if an exported file is not one of the model (exported_graphs.py).
         OSError: If the checkpoint cannot be found or read.
     """
     if is_preset(source):
@@ -76,7 +76,15 @@ def load_model(
     if fit is not None:
         set_fit(processor, fit, config.image_height_width)
     if backend != "torch":
-        return ExportedModel(find_exported_file(backend, Path(folder)), config, use_head, mixed_precision), processor
+        graph = load_exported_model(
+            backend=backend,
+            folder=Path(folder),
+            config=config,
+            processor=processor,
+            use_head=use_head,
+            mixed_precision=mixed_precision,
+        )
+        return graph, processor
     backends = [name for name, (file, _) in BACKEND_FILES.items() if Path(folder, file).is_file()]
     if backends and not any(Path(folder).glob("*.safetensors")):
         raise ValueError(f"--backend torch requires weights, but {source} has none. Set --backend {backends[0]}")
@@ -101,8 +109,10 @@ def check_is_classifier(config: ViTCLSConfig) -> None:
 
 def list_file_patterns(backend: str) -> tuple[str, ...]:
     """Return the patterns of the model files that a backend reads, and results.json."""
-    patterns = (*CONFIG_FILES, *BACKEND_FILES[backend]) if backend in BACKEND_FILES else MODEL_FILE_PATTERNS
-    return (*patterns, RESULTS_FILE)
+    if backend not in BACKEND_FILES:
+        return (*MODEL_FILE_PATTERNS, RESULTS_FILE)
+    graph_files = BACKEND_FILES[backend]
+    return (*CONFIG_FILES, *graph_files, f"{graph_files[0]}.json", RESULTS_FILE)
 
 
 def load_processor(source: str, folder: str) -> ViTCLSImageProcessor:

@@ -203,7 +203,10 @@ def predict_to_folder(
     }
     if isinstance(source, StreamInput):
         settings["num_workers"] = num_workers
-    folder = ShardFolder(options.output, options.shard_size, json.loads(json.dumps(settings)))
+    num_shards = None
+    if not isinstance(source, StreamInput):
+        num_shards = len(list_shard_indices(source.num_images, options.shard_size))
+    folder = ShardFolder(options.output, options.shard_size, json.loads(json.dumps(settings)), num_shards)
     folder.open()
     write_shards: Any = write_stream_shards if isinstance(source, StreamInput) else write_list_shards
     is_shown = accelerator.is_main_process
@@ -216,15 +219,14 @@ def write_list_shards(
 ) -> list[dict[str, Any]]:
     """Write the missing shards of one worker, and return the metadata of each shard."""
     shards = list_shard_indices(source.num_images, folder.shard_size)
-    local_shards, metadata = shards[worker_index::num_workers], []
-    for indices in show_progress(local_shards, "files", len(local_shards), is_shown):
-        file = folder.get_file(indices.start // folder.shard_size)
-        finished = folder.read_finished(file)
-        if finished is None:
-            rows = list(predictor.iterate_rows(source.read_records([indices])))
-            finished = folder.write(file, rows, predictor.columns.columns, num_shards=len(shards))
-        metadata.append(finished)
-    return metadata
+    local_shards = shards[worker_index::num_workers]
+    files = [folder.get_file(indices.start // folder.shard_size) for indices in local_shards]
+    metadata = [folder.read_finished(file) for file in files]  # all are checked before the first image
+    for position in show_progress(range(len(files)), "files", len(files), is_shown):
+        if metadata[position] is None:
+            rows = list(predictor.iterate_rows(source.read_records([local_shards[position]])))
+            metadata[position] = folder.write(files[position], rows, predictor.columns.columns, num_shards=len(shards))
+    return [fields for fields in metadata if fields is not None]
 
 
 def write_stream_shards(

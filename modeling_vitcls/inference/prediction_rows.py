@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from ..data.labels import is_multi_label
 from .confidence import build_prediction_sets, compute_energies
+from .exported_graphs import GraphError
 from .inputs import PreparedImage
 from .load_model import check_is_classifier
 
@@ -280,10 +281,12 @@ def group_by_shape(pixels: Mapping[int, torch.Tensor]) -> list[dict[int, torch.T
 
 def predict_batch(pixel_values: torch.Tensor, columns: PredictionColumns, autocast: AutocastFactory) -> list[Row]:
     """Return one row for each of the images [B, C, H, W]. A row contains an error if the model does not support the
-    image or the outputs are not finite."""
+    image or the outputs are not finite. Raise GraphError if an exported graph cannot be run."""
     try:
         with torch.inference_mode(), autocast():
             outputs = columns.predict(pixel_values)
+    except GraphError:
+        raise
     except ValueError as error:  # sizes or channels that the model does not support
         return [{"error": str(error)}] * len(pixel_values)
     is_finite = torch.stack([output.flatten(1).isfinite().all(dim=1) for output in outputs.values()]).all(dim=0)  # [B]

@@ -32,6 +32,7 @@ from ..hub.local_paths import is_local, split_prefix
 from ..hub.model_files import (
     CARD_FILE,
     CONFIG_FILE,
+    DEFAULT_EXPORT_PATTERNS,
     IMAGES_FOLDER,
     LICENSE_PATTERNS,
     METRICS_FILE,
@@ -44,6 +45,7 @@ from ..hub.model_files import (
     RESULTS_FILE,
     hash_weights,
     is_match,
+    list_export_files,
 )
 from ..hub.provenance import find_provenance
 from ..inference.evaluator import Evaluator
@@ -56,12 +58,14 @@ from .resume import replace_sources
 from .task import Task
 
 
-# Files that a run writes at the end, in the order in which they are removed; the results and the model come first.
+# Files that a run writes at the end, and exports of them, in the order in which they are removed; the results and the
+# model come first.
 FINAL_FILE_PATTERNS = (
     RESULTS_FILE,
     *MODEL_PATTERNS,
     *(PREDICTIONS_FILE, CARD_FILE, *LICENSE_PATTERNS, REPORT_FILE, PARITY_REPORT_FILE, *ONNX_PATTERNS),
     f"{IMAGES_FOLDER}/*.png",
+    *DEFAULT_EXPORT_PATTERNS,
 )
 CHECKPOINTS_FOLDER = "checkpoints"
 
@@ -137,7 +141,7 @@ def list_final_files(folder: Path) -> list[str]:
     files = (path for pattern in patterns for path in sorted(folder.glob(pattern)) if path.is_file())
     names = [path.relative_to(folder).as_posix() for path in files]
     matches = [name for pattern in FINAL_FILE_PATTERNS for name in names if is_match(name, (pattern,))]
-    return list(dict.fromkeys(matches))
+    return list(dict.fromkeys([*matches, *list_export_files(folder)]))
 
 
 # Model ---------------------------------------------------------------------------------------------------------------

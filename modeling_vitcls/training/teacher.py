@@ -39,6 +39,7 @@ from ..data.labels import LabelSpace
 from ..errors import format_error
 from ..hub.connection import silence_transformers
 from ..hub.loading import check_is_vitcls, get_external_model_folder, load_timm_model, split_revision
+from ..inference.evaluator import count_not_finite
 from ..inference.load_model import load_processor
 from ..modeling_vitcls import ViTCLSModel, ViTCLSModelOutput
 
@@ -80,6 +81,7 @@ class Teacher(nn.Module):
         note: str = "",
     ) -> None:
         super().__init__()
+        self.source = source
         self.model: Any = model.requires_grad_(False)
         self.preprocessing = preprocessing
         self.read_outputs = read_outputs  # model's outputs -> logits of the student's labels, or features
@@ -92,8 +94,10 @@ class Teacher(nn.Module):
     @torch.no_grad()
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """Return the logits [B, L] or features [B, F] for the student's pixels [B, C, H, W], which are `uint8` or
-        floats in [0, 255]."""
-        return self.read_outputs(self.model(self.preprocessing(pixels)))
+        floats in [0, 255]. Raise ValueError if any output is not finite."""
+        outputs = self.read_outputs(self.model(self.preprocessing(pixels)))
+        check_teacher_outputs(outputs, self.source)
+        return outputs
 
     def predict(self, batch: dict[str, Any]) -> torch.Tensor:
         return self(batch["pixels"])
@@ -256,6 +260,15 @@ def build_timm_preprocessing(data_config: dict[str, Any]) -> TeacherPreprocessin
     return TeacherPreprocessing(num_channels, (height, width), interpolation, normalize)
 
 
+def check_teacher_outputs(outputs: torch.Tensor, source: str) -> None:
+    """Raise ValueError if a teacher's outputs [B, ...] contain NaN or infinity."""
+    if num_wrong := int(count_not_finite(outputs, len(outputs))):
+        raise ValueError(
+            f"the outputs of the teacher {source} are not finite for {num_wrong} of {len(outputs)} images. "
+            "Use another teacher, or set --mixed-precision no"
+        )
+
+
 # Image conversion and cache ------------------------------------------------------------------------------------------
 
 
@@ -305,6 +318,7 @@ class TeacherCache:
         is_missing = ~self.is_cached[views, indices]  # [B]
         if is_missing.any():
             outputs = self.teacher.predict(batch).to("cpu", torch.float16)
+            check_teacher_outputs(outputs, self.teacher.source)  # float16 has a smaller range
             self.outputs[views[is_missing], indices[is_missing]] = outputs[is_missing]
             self.is_cached[views, indices] = True
         return self.outputs[views, indices].to(batch["pixels"].device, torch.float32)

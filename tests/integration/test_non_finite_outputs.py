@@ -1,0 +1,95 @@
+"""Outputs that are NaN are an error of every command that would publish a number about them."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.command_in_process import run_here
+from helpers.photo_folders import write_photos
+from helpers.tiny_models import build_tiny_config, randomize
+
+from modeling_vitcls import ViTCLSForImageClassification, ViTCLSImageProcessor, ViTCLSModel
+
+
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("fresh_accelerate")]
+
+LABELS = {"id2label": {0: "cat", 1: "dog"}, "label2id": {"cat": 0, "dog": 1}, "num_labels": 2}
+SMALL = "--hidden-size 16 --num-hidden-layers 1 --num-attention-heads 2 --image-size 32 --patch-size 8".split()
+TRAINING = [*SMALL, "--max-steps", "2", "--batch-size", "4", "--num-workers", "0"]
+
+
+def save_nan_model(model: Any, weight: str, folder: Path) -> Path:
+    """Save a model in which one weight is NaN."""
+    model.get_parameter(weight).data.fill_(torch.nan)
+    model.save_pretrained(folder)
+    ViTCLSImageProcessor(size=32).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_photos(tmp_path_factory.mktemp("photos"), range(8))
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model = randomize(ViTCLSForImageClassification(build_tiny_config(**LABELS)))
+    return save_nan_model(model, "classifier.weight", tmp_path_factory.mktemp("models") / "classifier")
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model = randomize(ViTCLSModel(build_tiny_config()))
+    return save_nan_model(model, "layernorm.weight", tmp_path_factory.mktemp("models") / "encoder")
+
+
+def check_error(capsys: pytest.CaptureFixture[str], *words: str) -> None:
+    """Check that the command printed an error with these words, and no accuracy."""
+    printed = capsys.readouterr()
+    error = printed.err.splitlines()[-1]
+    assert "not finite" in error, error
+    assert all(word in error for word in words), error
+    assert "Traceback" not in printed.err
+    assert "Accuracy" not in printed.out
+
+
+def test_evaluate_reports_no_accuracy(
+    classifier: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--per-image", str(tmp_path / "rows.parquet"), "--output", str(tmp_path / "results.json")]
+    held_out = ["--held-out-fraction", "0.5", "--num-workers", "0"]
+    assert run_here("evaluate", "--model", str(classifier), "--dataset", str(photos), *held_out, *flags) == 1
+    check_error(capsys, "8 of 8 images")
+    assert not list(tmp_path.iterdir())
+
+
+def test_evaluate_frozen_fits_no_classifier(encoder: Path, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--frozen", "knn", "--held-out-fraction", "0.5", "--num-workers", "0"]
+    assert run_here("evaluate", "--model", str(encoder), "--dataset", str(photos), *flags) == 1
+    check_error(capsys, "8 of 8 images")
+
+
+def test_finetune_does_not_learn_from_a_teacher(
+    classifier: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--model", "vitcls-tiny", "--dataset", str(photos), "--output-dir", str(tmp_path / "run")]
+    assert run_here("finetune", *flags, *TRAINING, "--teacher", str(classifier)) == 1
+    check_error(capsys, str(classifier), "4 of 4 images")
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_pretrain_does_not_learn_from_a_teacher(
+    encoder: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--model", "vitcls-tiny", "--dataset", str(photos), "--output-dir", str(tmp_path / "run")]
+    assert run_here("pretrain", *flags, *TRAINING, "--method", "distillation", "--teachers", str(encoder)) == 1
+    check_error(capsys, str(encoder), "4 of 4 images")
+
+
+def test_finetune_fits_no_probe(
+    encoder: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--model", str(encoder), "--dataset", str(photos), "--output-dir", str(tmp_path / "run")]
+    assert run_here("finetune", *flags, "--batch-size", "4", "--num-workers", "0", "--trainable", "head") == 1
+    check_error(capsys, "images")
