@@ -25,12 +25,13 @@ from accelerate.utils import gather_object, send_to_device
 from rich.console import Console
 from rich.progress import track
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from ..data.batches import leave_signals_to_parent
+from ..data.fit import get_output_size
 from ..data.images import LabeledImages, UnreadableImageCounter, check_channels, decode_image
 from ..data.labels import LabelSpace
 from ..data.streaming import Example, StreamedImages, read_ahead
+from ..data.workers import build_loader, explain_worker_errors
 from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..options import DataOptions
 from .metrics import METRICS, select_scalars
@@ -166,12 +167,13 @@ class Evaluator:
         batches = HeldOutBatches(
             images, processor, label_space, batch_size, process_index, num_processes, num_channels
         )
-        self.loader = DataLoader(
+        height, width = get_output_size(processor)
+        self.num_workers = options.num_workers
+        self.loader = build_loader(
             batches,
-            batch_size=None,
+            self.num_workers,
+            batch_bytes=batch_size * (num_channels or 3) * (height or 0) * (width or 0) * torch.float32.itemsize,
             sampler=batches,
-            num_workers=options.num_workers,
-            worker_init_fn=leave_signals_to_parent,
             generator=torch.Generator(),  # a separate generator, so that evaluations do not affect training
         )
         self.num_batches = None if isinstance(images, StreamedImages) else len(batches)
@@ -196,17 +198,19 @@ class Evaluator:
         error_messages: dict[int, str] = {}
         num_readable = 0
         rows: list[OutputRow] = []
-        for batch in self.synchronize(batches):
-            num_readable += len(batch.indices)
-            error_messages |= batch.error_messages
-            pixel_values = self.pad_batch(model, batch.pixel_values)
-            with self.accelerator.autocast():
-                outputs = self.compute_outputs(model, pixel_values)
-            if metrics is not None:
-                metrics.update(outputs, send_to_device(batch.labels, self.accelerator.device))
-            if self.keep_logits:  # without padding
-                logits = outputs.logits.float().cpu().numpy()  # a row of a tensor would be pickled with its batch
-                rows += map(OutputRow, batch.indices, batch.labels, logits, batch.names or [""] * len(batch.indices))
+        with explain_worker_errors(self.num_workers):
+            for batch in self.synchronize(batches):
+                num_readable += len(batch.indices)
+                error_messages |= batch.error_messages
+                pixel_values = self.pad_batch(model, batch.pixel_values)
+                with self.accelerator.autocast():
+                    outputs = self.compute_outputs(model, pixel_values)
+                if metrics is not None:
+                    metrics.update(outputs, send_to_device(batch.labels, self.accelerator.device))
+                if self.keep_logits:  # without padding
+                    logits = outputs.logits.float().cpu().numpy()  # a row of a tensor would be pickled with its batch
+                    names = batch.names or [""] * len(batch.indices)
+                    rows += map(OutputRow, batch.indices, batch.labels, logits, names)
 
         error_messages = dict(sorted(gather_object(list(error_messages.items()))))
         if self.keep_logits:

@@ -28,6 +28,7 @@ from ..data.images import LabeledImages, UnreadableImageCounter
 from ..data.sampling import BatchPlan
 from ..data.splits import TrainingData, describe_data, load_on_main
 from ..data.streaming import StreamedImages
+from ..data.workers import explain_worker_errors
 from ..distributed import build_accelerator, configure_layer_sharding, run_on_main
 from ..errors import RunStopped, is_raised_on_all_processes
 from ..options import FinetuneOptions, PretrainOptions, to_flags
@@ -230,7 +231,7 @@ class Run:
         images = build_training_images(options, data, task.processor, task.model.config.num_channels, task.num_views)
         self.unreadable_images = UnreadableImageCounter(self.reporter.warn, options.data.max_unreadable_images)
         self.state = state = prepare_state(options, task, accelerator)
-        with SignalHandler(accelerator) as signals, self.reporter.progress, stop_on_errors():
+        with SignalHandler(accelerator) as signals, self.reporter.progress, stop_on_errors(options.data.num_workers):
             self.loop = loop = TrainingLoop(
                 state,
                 task.objective,
@@ -388,10 +389,11 @@ def start_trackers(accelerator: Accelerator, options: Any) -> None:
 
 
 @contextmanager
-def stop_on_errors() -> Iterator[None]:
-    """Convert OSError and ValueError inside the `with` block to RunStopped: a full disk, unreadable images, or a
-    checkpoint of another model."""
+def stop_on_errors(num_workers: int) -> Iterator[None]:
+    """Convert OSError and ValueError inside the `with` block to RunStopped: a full disk, unreadable images, data
+    loading processes that do not answer, or a checkpoint of another model."""
     try:
-        yield
+        with explain_worker_errors(num_workers):
+            yield
     except (OSError, ValueError) as error:
         raise RunStopped(str(error), is_on_all_processes=is_raised_on_all_processes(error)) from error
