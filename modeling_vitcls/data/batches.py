@@ -9,21 +9,18 @@ A batch is a dict:
     errors   {index: message}        error message of each unreadable image, which another image replaces
 """
 
-import os
-import signal
-import threading
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 
 from ..image_processing_vitcls import pil_to_tensor
 from .augmentation import Augmentation
 from .images import LabeledImages, UnreadableImage, check_channels
 from .sampling import BatchPlan, ImageKey, derive_seed
+from .workers import build_loader
 
 
 MAX_CACHE_BYTES = 256 * 2**20  # maximum size of the cache of prepared images per worker, in bytes
@@ -43,6 +40,7 @@ class BatchBuilder:
     seed: int  # seed of the augmentation
     num_views: int = 0  # number of augmented views of each image; 0: a new view for each epoch
     num_channels: int | None = None  # number of channels that the model requires; None: not checked
+    image_bytes: int = 0  # size of an augmented image in bytes; 0 if unknown
 
     def prepare_image(self, image: Any) -> torch.Tensor:
         """Convert a PIL image to `uint8` pixels [C, H, W] and apply the fixed transform of the augmentation. Raise
@@ -138,12 +136,11 @@ def iterate_training_batches(
     """Yield the batches of one process from `TrainingImages` or a `TrainingStream`, starting at `first_step`. Raise
     ValueError, without the worker's traceback, if no image can be read, or if the label of a streamed example is not
     one of the classes. Close the iterator to stop the workers."""
-    loader = DataLoader(
+    loader = build_loader(
         dataset,
-        batch_size=None,
+        num_workers,
+        batch_bytes=plan.batch_size * dataset.builder.image_bytes,
         sampler=dataset.iterate_keys(plan, process_index, first_step),
-        num_workers=num_workers,
-        worker_init_fn=leave_signals_to_parent,
         pin_memory=torch.cuda.is_available(),
     )
     try:
@@ -153,28 +150,6 @@ def iterate_training_batches(
         message = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
         error.__traceback__ = None  # the traceback references the loader and would keep the workers alive
     raise ValueError(message)
-
-
-def leave_signals_to_parent(worker_index: int) -> None:
-    """Make a DataLoader worker ignore signals that are sent to all processes.
-
-    Use this function as `worker_init_fn`. Otherwise, such a signal would stop the workers while the training process
-    still needs batches. SIGTERM from the training process stops a worker, unless a SIGTERM from another process is
-    pending. To stop the workers without a signal, close the iterator of the loader.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "SIGUSR1"):  # not available on Windows
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # not available on macOS
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # inherited by the thread below
-        threading.Thread(target=wait_for_parent_signal, daemon=True).start()
-
-
-def wait_for_parent_signal() -> None:
-    """Exit after a SIGTERM from the parent process, and ignore SIGTERM from other processes."""
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
-    os._exit(0)
 
 
 class Normalizer:

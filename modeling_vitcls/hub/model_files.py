@@ -26,7 +26,9 @@ REPORT_FILE = "report.html"  # HTML report with held-out images
 IMAGES_FOLDER = "images"
 SAMPLE_IMAGES_FILE = f"{IMAGES_FOLDER}/attention.png"  # the only figure that shows images of the dataset
 CODE_PATTERN = "*_vitcls.py"
-WEIGHTS_PATTERNS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = f"{WEIGHTS_FILE}.index.json"  # which file contains which weight, if there are several
+WEIGHTS_PATTERNS = (WEIGHTS_FILE, "model-*-of-*.safetensors", INDEX_FILE)
 
 
 def iter_license_patterns() -> Iterator[str]:
@@ -41,10 +43,12 @@ def iter_license_patterns() -> Iterator[str]:
 
 
 LICENSE_PATTERNS = tuple(iter_license_patterns())
+# License files of a model that was not fine-tuned or converted with this package.
+LICENSE_FILES = tuple(f"{name}{ending}" for name in ("LICENSE", "NOTICE") for ending in ("", ".md", ".txt"))
 # Files that define the model.
 MODEL_PATTERNS = (*CONFIG_FILES, *WEIGHTS_PATTERNS, CODE_PATTERN)
 # Files of a training run, which belong to certain weights.
-RUN_PATTERNS = (RESULTS_FILE, METRICS_FILE, RECIPE_FILE, REPORT_FILE)
+RUN_FILES = (RESULTS_FILE, METRICS_FILE, RECIPE_FILE, REPORT_FILE)
 RESULT_IMAGE_PATTERNS = (SAMPLE_IMAGES_FILE, f"{IMAGES_FOLDER}/confusion_matrix*.png")
 # Files of `vitcls export`; FILE.json is the report of FILE.
 EXPORT_SUFFIXES = (".onnx", ".xml")
@@ -53,6 +57,7 @@ EXPORT_PATTERNS = ("*.onnx", "*.onnx.json", "*.xml", "*.xml.json", "model.bin")
 DEFAULT_EXPORT_PATTERNS = ("model.onnx", "model.onnx.*", "model.xml", "model.xml.json", "model.bin")
 # Files of `vitcls export --format transformers.js`.
 ONNX_REPORT_FILE = "onnx/report.json"
+ONNX_FILES = tuple(f"onnx/{name}.onnx" for name in ("model", "model_fp16", "model_quantized"))
 ONNX_PATTERNS = ("onnx/*.onnx", ONNX_REPORT_FILE)
 
 
@@ -62,9 +67,19 @@ def is_match(name: str, patterns: Iterable[str]) -> bool:
 
 
 def list_weight_files(folder: Path) -> list[str]:
-    """Return the names of the weight files."""
-    index_file = folder / "model.safetensors.index.json"
-    return sorted(set(read_json(index_file)["weight_map"].values())) if index_file.is_file() else ["model.safetensors"]
+    """Return the names of the weight files. Raise ValueError if the index of the weights does not contain names of
+    files in the same folder."""
+    index_file = folder / INDEX_FILE
+    if not index_file.is_file():
+        return [WEIGHTS_FILE]
+    weight_map = read_json(index_file).get("weight_map")
+    names = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    if not names or not all(isinstance(name, str) and is_match(name, WEIGHTS_PATTERNS) for name in names):
+        raise ValueError(
+            f"cannot read {index_file}: `weight_map` must contain a file such as model-00001-of-00002.safetensors for "
+            "each weight. Save or download the model again"
+        )
+    return sorted(set(names))
 
 
 def hash_weights(folder: Path) -> dict[str, str]:

@@ -19,7 +19,7 @@ from huggingface_hub import constants, metadata_load
 
 from .connection import hide_hub_progress_bars
 from .loading import get_model_folder, is_hub_id, split_revision
-from .model_files import CARD_FILE, CONFIG_FILE, LICENSE_PATTERNS
+from .model_files import CARD_FILE, CONFIG_FILE, LICENSE_PATTERNS, is_match
 
 
 # timm's license identifiers that the Hub supports. Any other license is `other` on the Hub, with a name and a link.
@@ -57,7 +57,8 @@ class Provenance:
     @classmethod
     def from_dict(cls, values: dict[str, Any], folder: Path) -> Self:
         """Return the provenance that `to_dict` stored in the results.json of a model folder."""
-        files = tuple(folder / name for name in values.get("license_files", ()))
+        names = [name for name in values.get("license_files", ()) if is_match(name, LICENSE_PATTERNS)]
+        files = (folder / name for name in names)
         return cls(**values | {"license_files": tuple(file for file in files if file.is_file())})
 
     def copy_license(self, folder: Path) -> None:

@@ -24,12 +24,13 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object, send_to_device
 from rich.console import Console
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from ..data.batches import leave_signals_to_parent
+from ..data.fit import get_output_size
 from ..data.images import LabeledImages, UnreadableImageCounter, check_channels, decode_image
 from ..data.labels import LabelSpace
 from ..data.streaming import Example, StreamedImages, read_ahead
+from ..data.workers import build_loader, explain_worker_errors
 from ..image_processing_vitcls import ViTCLSImageProcessor
 from ..options import DataOptions
 from ..progress import track
@@ -167,12 +168,13 @@ class Evaluator:
         batches = HeldOutBatches(
             images, processor, label_space, batch_size, process_index, num_processes, num_channels
         )
-        self.loader = DataLoader(
+        height, width = get_output_size(processor)
+        self.num_workers = options.num_workers
+        self.loader = build_loader(
             batches,
-            batch_size=None,
+            self.num_workers,
+            batch_bytes=batch_size * (num_channels or 3) * (height or 0) * (width or 0) * torch.float32.itemsize,
             sampler=batches,
-            num_workers=options.num_workers,
-            worker_init_fn=leave_signals_to_parent,
             generator=torch.Generator(),  # a separate generator, so that evaluations do not affect training
         )
         self.num_batches = None if isinstance(images, StreamedImages) else len(batches)
@@ -274,13 +276,14 @@ class Evaluator:
             return
         cache: list[HeldOutBatch] | None = None if self.num_batches is None else []
         num_bytes = 0
-        for batch in self.loader:
-            num_bytes += 0 if batch.pixel_values is None else batch.pixel_values.nbytes
-            if num_bytes > MAX_CACHE_BYTES:
-                cache = None
-            elif cache is not None:
-                cache.append(copy.deepcopy(batch))  # without a copy, shared memory would keep one file per tensor open
-            yield batch
+        with explain_worker_errors(self.num_workers):
+            for batch in self.loader:
+                num_bytes += 0 if batch.pixel_values is None else batch.pixel_values.nbytes
+                if num_bytes > MAX_CACHE_BYTES:
+                    cache = None
+                elif cache is not None:  # without a copy, shared memory would keep one file per tensor open
+                    cache.append(copy.deepcopy(batch))
+                yield batch
         self.cache = cache
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 from safetensors import safe_open
+from transformers.dynamic_module_utils import get_relative_imports
 
 from ..configuration_vitcls import ViTCLSConfig
 from ..files import read_json
@@ -19,13 +20,18 @@ from ..hub.model_files import (
     CONFIG_FILES,
     EXPORT_SUFFIXES,
     IMAGES_FOLDER,
+    INDEX_FILE,
+    LICENSE_FILES,
+    LICENSE_PATTERNS,
     ONNX_REPORT_FILE,
     PARITY_REPORT_FILE,
     RECIPE_FILE,
     REPORT_FILE,
     RESULTS_FILE,
     SAMPLE_IMAGES_FILE,
+    WEIGHTS_FILE,
     hash_weights,
+    is_match,
     list_weight_files,
 )
 from ..hub.provenance import Provenance, read_folder_provenance
@@ -74,6 +80,18 @@ class ModelFolder:
         return [text for file in files for text in list_strings(read_json(file).get("auto_map"))]
 
     @cached_property
+    def code_files(self) -> set[str]:
+        """The names of the code files that the model requires, including those that other code files import."""
+        modules = [reference.partition(".")[0] for reference in self.code_references]
+        names: set[str] = set()
+        while modules:
+            name = f"{modules.pop()}.py"
+            if name not in names and (self.path / name).is_file():
+                modules += get_relative_imports(self.path / name)
+            names.add(name)
+        return names
+
+    @cached_property
     def config(self) -> ViTCLSConfig | None:
         """The configuration of a vitcls model; None for a class of transformers."""
         return None if self.is_native else ViTCLSConfig.from_pretrained(self.path)
@@ -93,8 +111,7 @@ class ModelFolder:
     @cached_property
     def has_weights(self) -> bool:
         """Whether the folder contains a model in safetensors, and not only exported files."""
-        names = ("model.safetensors", "model.safetensors.index.json")
-        return any((self.path / name).is_file() for name in names)
+        return any((self.path / name).is_file() for name in (WEIGHTS_FILE, INDEX_FILE))
 
     def check_is_complete(self) -> None:
         """Raise ValueError if files are missing or refer to other repositories or to local paths."""
@@ -106,8 +123,7 @@ class ModelFolder:
                     f"{self.path} has the code {reference} in another repository, but a push requires the code next "
                     "to the weights. Load the model with modeling_vitcls and save it again"
                 )
-        code_files = {f"{reference.partition('.')[0]}.py" for reference in self.code_references}
-        for name in sorted(code_files | set(list_weight_files(self.path))):
+        for name in sorted(self.code_files | set(list_weight_files(self.path))):
             if not (self.path / name).is_file():
                 raise ValueError(
                     f"{self.path} lacks {name}, which is required to load the model. Save the model again"
@@ -198,10 +214,23 @@ class ModelFolder:
         return set() if self.flags and can_publish_images(self.flags) else {REPORT_FILE, SAMPLE_IMAGES_FILE}
 
     @property
+    def license_files(self) -> set[str]:
+        """The names of the license files: those that were copied with the initial weights, and the usual names."""
+        files = (self.path / name for name in (RESULTS_FILE, PARITY_REPORT_FILE))
+        records = [read_json(file).get("provenance") or {} for file in files if file.is_file()]
+        copied_files = {name for record in records for name in record.get("license_files", ())}
+        return {*LICENSE_FILES, *(name for name in copied_files if is_match(name, LICENSE_PATTERNS))}
+
+    @property
     def images(self) -> dict[str, str]:
-        """The names of the card's images, such as "attention", and their paths in the folder."""
-        files = (self.path / IMAGES_FOLDER).glob("*.png") if self.results else ()
-        return {file.stem: f"{IMAGES_FOLDER}/{file.name}" for file in files}
+        """The names of the card's images, such as "attention", and their paths in the folder. Images of results that
+        belong to other weights are omitted."""
+        if not self.results:
+            return {}
+        tasks = self.config.task_labels() if self.config is not None else {}
+        names = ["attention", "confusion_matrix", *(f"confusion_matrix_{task}" for task in tasks)]
+        files = {name: f"{IMAGES_FOLDER}/{name}.png" for name in names}
+        return {name: file for name, file in files.items() if (self.path / file).is_file()}
 
 
 @cache

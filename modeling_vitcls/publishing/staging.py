@@ -3,11 +3,14 @@
     with stage_folder(ModelFolder(Path("runs/mine")), "me/mine") as staged:
         api.upload_folder(folder_path=staged, delete_patterns=DELETE_PATTERNS, ...)
 
+Only files that this package writes are published, each by its name: other files in the folder stay on the machine.
 Large files are links. README.md contains the id of the repository, config.resolved.yaml no local paths, and
 CODE_LICENSE the license of the code. There are no pickle files, no results of other weights, and no images of a
 dataset that may not be published.
 """
 
+import logging
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -22,15 +25,17 @@ from ..hub.model_files import (
     CONFIG_FILES,
     EXPORT_PATTERNS,
     IMAGES_FOLDER,
-    LICENSE_PATTERNS,
+    INDEX_FILE,
     MODEL_PATTERNS,
+    ONNX_FILES,
     ONNX_PATTERNS,
+    ONNX_REPORT_FILE,
     PARITY_REPORT_FILE,
     RECIPE_FILE,
     RESULT_IMAGE_PATTERNS,
     RESULTS_FILE,
-    RUN_PATTERNS,
-    is_match,
+    RUN_FILES,
+    list_weight_files,
 )
 from .card import has_edited_card, render_card
 from .model_folder import ModelFolder
@@ -39,18 +44,20 @@ from .model_folder import ModelFolder
 PACKAGE_FOLDER = Path(__file__).parents[1]
 # License file of the code. Other license files in a model folder apply to the weights.
 CODE_LICENSE_FILE = "CODE_LICENSE"
-IMAGE_PATTERNS = tuple(f"{IMAGES_FOLDER}/*.{extension}" for extension in ("png", "jpg", "jpeg", "svg", "webp"))
 # A push removes these files from the repository unless the folder contains them: an old model.safetensors would be
 # loaded instead of new shards, and old results describe other weights.
 DELETE_PATTERNS = [
-    *(*MODEL_PATTERNS, *RUN_PATTERNS, *RESULT_IMAGE_PATTERNS, *ONNX_PATTERNS, *EXPORT_PATTERNS, PARITY_REPORT_FILE),
+    *(*MODEL_PATTERNS, *RUN_FILES, *RESULT_IMAGE_PATTERNS, *ONNX_PATTERNS, *EXPORT_PATTERNS, PARITY_REPORT_FILE),
     *("handler.py", "checkpoints/step-*"),
 ]
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
 def stage_folder(folder: ModelFolder, repo_id: str) -> Iterator[Path]:
-    """Yield a temporary folder with the files to publish. Raise ValueError if the model is incomplete."""
+    """Yield a temporary folder with the files to publish. Raise ValueError if the model is incomplete, or if one of
+    the files is a link to a file elsewhere."""
     folder.check_is_complete()
     path, files = folder.path, list_published_files(folder)
     with tempfile.TemporaryDirectory(prefix="vitcls-push-") as temporary_path:
@@ -61,7 +68,9 @@ def stage_folder(folder: ModelFolder, repo_id: str) -> Iterator[Path]:
                 (staged / name).symlink_to((path / name).resolve())
             except OSError:  # Windows without developer mode
                 shutil.copyfile(path / name, staged / name)
-        if not has_edited_card(folder):
+        if has_edited_card(folder):
+            warn_about_images(folder, files)
+        else:
             replace_file(staged / CARD_FILE, render_card(folder, repo_id, folder.private_files))
         if RECIPE_FILE in files:
             replace_file(staged / RECIPE_FILE, yaml.safe_dump(folder.shareable_flags, sort_keys=False))
@@ -71,20 +80,44 @@ def stage_folder(folder: ModelFolder, repo_id: str) -> Iterator[Path]:
 
 
 def list_published_files(folder: ModelFolder) -> set[str]:
-    """Return the names of the files to publish."""
-    names = {path.relative_to(folder.path).as_posix() for path in folder.path.rglob("*") if path.is_file()}
-    exported_names = {name for file, report in folder.exports.items() for name in (f"{file}.json", *report["sha256"])}
-    if not folder.has_weights:
-        exported_names |= {name for name in names if is_match(name, (*CONFIG_FILES, RESULTS_FILE, *LICENSE_PATTERNS))}
-        return names & (exported_names | {CARD_FILE})
-    patterns = [*MODEL_PATTERNS, *LICENSE_PATTERNS, *IMAGE_PATTERNS, CARD_FILE]
-    patterns += [PARITY_REPORT_FILE] if folder.parity_report else []
-    patterns += ONNX_PATTERNS if folder.onnx_report else []
-    patterns += RUN_PATTERNS if folder.results or not (folder.path / RESULTS_FILE).is_file() else []
-    hidden_files = folder.private_files
-    if not folder.results:
-        hidden_files |= {name for name in names if is_match(name, RESULT_IMAGE_PATTERNS)}
-    return ({name for name in names if is_match(name, patterns)} | names & exported_names) - hidden_files
+    """Return the names of the files to publish: those of the files that this package writes which are in the folder.
+
+    Raise ValueError if one of them is a link, because its target is not a file of the folder.
+    """
+    names = {CARD_FILE, *folder.license_files}
+    for file, report in folder.exports.items():
+        data_files = {Path(file).with_suffix(".bin").name, f"{file}.data"}
+        names |= {file, f"{file}.json"} | data_files & set(report["sha256"])
+    if folder.has_weights:
+        names |= {*CONFIG_FILES, *list_weight_files(folder.path), INDEX_FILE, *folder.code_files}
+        names |= {PARITY_REPORT_FILE} if folder.parity_report else set()
+        names |= {ONNX_REPORT_FILE, *ONNX_FILES} if folder.onnx_report else set()
+        names |= set(RUN_FILES) if folder.results or not (folder.path / RESULTS_FILE).is_file() else set()
+        names |= set(folder.images.values())
+        names -= folder.private_files
+    else:
+        names |= {*CONFIG_FILES, RESULTS_FILE}
+    files = {name for name in names if (folder.path / name).is_file()}
+    root = folder.path.resolve()
+    for name in sorted(files):
+        if (folder.path / name).resolve() != root / name:
+            raise ValueError(
+                f"{folder.path / name} is a link, but a push publishes only files of the folder itself. Copy the "
+                f"folder (cp -rL {folder.path} COPY), and push the copy"
+            )
+    return files
+
+
+def warn_about_images(folder: ModelFolder, files: set[str]) -> None:
+    """Log a warning if an edited card shows images of the folder that are not published."""
+    card = (folder.path / CARD_FILE).read_text(encoding="utf-8")
+    shown_images = set(re.findall(rf"\b{IMAGES_FOLDER}/[\w.-]+", card))
+    if missing_images := sorted(name for name in shown_images - files if (folder.path / name).is_file()):
+        logger.warning(
+            "%s shows images that vitcls did not write, and that are not pushed: %s. Upload them with `hf upload`",
+            CARD_FILE,
+            ", ".join(missing_images),
+        )
 
 
 def replace_file(file: Path, text: str) -> None:

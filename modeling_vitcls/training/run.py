@@ -29,6 +29,7 @@ from ..data.images import LabeledImages, UnreadableImageCounter
 from ..data.sampling import BatchPlan
 from ..data.splits import TrainingData, describe_data, load_on_main
 from ..data.streaming import StreamedImages
+from ..data.workers import explain_worker_errors
 from ..distributed import build_accelerator, configure_layer_sharding, run_on_main
 from ..errors import RunStopped, is_raised_on_all_processes
 from ..inference.frozen_features import HeadEvaluator
@@ -394,7 +395,7 @@ def train_steps(
     metrics: dict[str, Any] = {}
     selected_step = None
 
-    with SignalHandler(accelerator) as signals, reporter.progress, stop_on_errors():
+    with SignalHandler(accelerator) as signals, reporter.progress, stop_on_errors(options.data.num_workers):
         loop = TrainingLoop(
             state=state,
             objective=task.objective,
@@ -629,10 +630,11 @@ def start_trackers(accelerator: Accelerator, options: Any) -> None:
 
 
 @contextmanager
-def stop_on_errors() -> Iterator[None]:
-    """Convert OSError and ValueError inside the `with` block to RunStopped: a full disk, unreadable images, or a
-    checkpoint of another model."""
+def stop_on_errors(num_workers: int) -> Iterator[None]:
+    """Convert OSError and ValueError inside the `with` block to RunStopped: a full disk, unreadable images, data
+    loading processes that do not answer, or a checkpoint of another model."""
     try:
-        yield
+        with explain_worker_errors(num_workers):
+            yield
     except (OSError, ValueError) as error:
         raise RunStopped(str(error), is_on_all_processes=is_raised_on_all_processes(error)) from error

@@ -1,4 +1,4 @@
-"""Signals that stop a run after a checkpoint: Ctrl-C, SIGTERM and SIGUSR1."""
+"""Signals that stop a run after a checkpoint: Ctrl-C, SIGTERM, SIGHUP and SIGUSR1."""
 
 import os
 import signal
@@ -14,12 +14,14 @@ from torch import distributed
 
 # environment variables that accelerate and torchrun set
 LAUNCHER_ENVIRONMENT_VARIABLES = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
-MAX_FORWARDING_SECONDS = 1.0  # maximum delay in seconds between a Ctrl-C and the same signal forwarded by a launcher
-STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM] + [signal.SIGUSR1] * hasattr(signal, "SIGUSR1")  # not on Windows
+MAX_FORWARDING_SECONDS = 1.0  # maximum delay in seconds between a signal and the same signal forwarded by a launcher
+# Windows has only the first two. A terminal that is closed sends SIGHUP.
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
 
 
 class SignalHandler:
-    """Context manager that stores the first Ctrl-C, SIGTERM or SIGUSR1. A second Ctrl-C raises KeyboardInterrupt.
+    """Context manager that stores the first Ctrl-C, SIGTERM, SIGHUP or SIGUSR1. A second Ctrl-C raises
+    KeyboardInterrupt, and a second SIGTERM ends the process, both without a checkpoint.
 
     Clusters send SIGTERM, or SIGUSR1 (`sbatch --signal=USR1@120`), some time before the machine is stopped. The
     launcher determines which processes receive a signal:
@@ -39,7 +41,7 @@ class SignalHandler:
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.received_signal: signal.Signals | None = None
-        self.signal_time = 0.0
+        self.signal_times: dict[int, float] = {}  # when each signal was received first
         self.old_handlers: dict[signal.Signals, Any] = {}
         self.parent_pid = os.getppid() if any(name in os.environ for name in LAUNCHER_ENVIRONMENT_VARIABLES) else None
         # A process group for CPU tensors avoids synchronization with the device.
@@ -60,12 +62,17 @@ class SignalHandler:
         self.old_handlers.clear()
 
     def handle_signal(self, signum: int, frame: FrameType | None) -> None:
-        """Store the first signal. Raise KeyboardInterrupt on a later Ctrl-C, but not if a launcher only forwards the
-        first Ctrl-C."""
+        """Store the first signal. End the run on a later Ctrl-C or a second SIGTERM, but not if a launcher only
+        forwards the first one."""
+        now = time.monotonic()
         if self.received_signal is None:
-            self.received_signal, self.signal_time = signal.Signals(signum), time.monotonic()
-        elif signum == signal.SIGINT and time.monotonic() - self.signal_time > MAX_FORWARDING_SECONDS:
+            self.received_signal = signal.Signals(signum)
+        first_time = self.signal_times.setdefault(signum, now)
+        if signum == signal.SIGINT and now - min(self.signal_times.values()) > MAX_FORWARDING_SECONDS:
             raise KeyboardInterrupt
+        if signum == signal.SIGTERM and now - first_time > MAX_FORWARDING_SECONDS:
+            signal.signal(signum, signal.SIG_DFL)
+            signal.raise_signal(signum)
 
     def get_signal(self) -> str | None:
         """Return the name of the received stop signal, or None if no signal was received. The result is the same on

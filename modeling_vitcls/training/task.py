@@ -4,12 +4,14 @@ Each of the two files has three functions: `check_options(options)`, `load_data(
 `build_task(options, initial, data, reporter)`.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..data.augmentation import build_augmentation
 from ..data.batches import BatchBuilder, TrainingImages
+from ..data.fit import get_output_size
 from ..data.images import LabeledImages
 from ..data.splits import TrainingData
 from ..data.streaming import StreamedImages, TrainingStream
@@ -61,7 +63,14 @@ def build_evaluator_arguments(
 def build_training_images(options: Any, data: TrainingData, processor: Any, num_channels: int, num_views: int) -> Any:
     """Build the augmented training images (`TrainingImages` or `TrainingStream`)."""
     augmentation, to_rgb = build_augmentation(options.augmentation, processor), bool(processor.do_convert_rgb)
-    builder = BatchBuilder(augmentation, to_rgb, options.training.seed, num_views, num_channels)
+    builder = BatchBuilder(
+        augmentation,
+        to_rgb,
+        seed=options.training.seed,
+        num_views=num_views,
+        num_channels=num_channels,
+        image_bytes=num_channels * math.prod(get_output_size(processor)),
+    )
     if isinstance(data.train, StreamedImages):
         return TrainingStream(data.train, builder)
     return TrainingImages(data.train, builder)

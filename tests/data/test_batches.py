@@ -18,6 +18,7 @@ from PIL import Image
 
 from modeling_vitcls import ViTCLSImageProcessor
 from modeling_vitcls.data import batches as batches_module
+from modeling_vitcls.data import workers as workers_module
 from modeling_vitcls.data.augmentation import build_augmentation
 from modeling_vitcls.data.batches import Batch, BatchBuilder, Normalizer, TrainingImages, iterate_training_batches
 from modeling_vitcls.data.images import ArrayImages, DatasetImages, LabeledImages
@@ -170,7 +171,7 @@ def test_a_dataset_without_any_readable_image_is_a_one_line_error(tmp_path: Path
 
 def test_batches_for_a_gpu_are_in_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     loader = Mock(return_value=[])
-    monkeypatch.setattr(batches_module, "DataLoader", loader)
+    monkeypatch.setattr(workers_module, "DataLoader", loader)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     images, plan = build_images(LabeledImages(build_noise_images(2), [0, 1])), build_plan(2, batch_size=2, max_steps=1)
     assert not list(iterate_training_batches(images, plan, 0, num_workers=3))

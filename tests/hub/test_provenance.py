@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from helpers.local_hub import LocalHub, point_client_at, running_hub
+from helpers.model_folders import write_results
 from helpers.tiny_models import build_tiny_config, randomize
 from huggingface_hub import constants
 from huggingface_hub.utils import enable_progress_bars
@@ -73,10 +74,11 @@ def test_files_that_a_license_requires_are_copied(tmp_path: Path) -> None:
     output = tmp_path / "out"
     randomize(ViTCLSForImageClassification(build_tiny_config())).save_pretrained(output)
     found.copy_license(output)
+    write_results(output, {"provenance": found.to_dict()})
     (output / "license_plates.pkl").write_text("")
-    assert {
-        name for name in list_published_files(ModelFolder(output)) if "." not in name or "lic" in name.lower()
-    } == set(taken)
+    (output / "LICENSE-of-another-model").write_text("")
+    published = list_published_files(ModelFolder(output))
+    assert {name for name in published if "." not in name or "lic" in name.lower()} == set(taken)
 
 
 @pytest.mark.parametrize("card", ["", "license: unknown\n", "license: [unclosed\n", "- mit\n", "tags:\n- vit\n"])

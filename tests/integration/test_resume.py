@@ -25,7 +25,7 @@ from helpers.warm_processes import READY, SCRIPTS, find_free_port, get_loopback,
 from PIL import Image
 from safetensors.torch import load_file
 
-from modeling_vitcls.data import batches
+from modeling_vitcls.data import workers
 
 
 pytestmark = [
@@ -136,8 +136,8 @@ def finetune(flags: list[str], log: Path, environment: dict[str, str]) -> None:
 
 def finetune_with_late_workers(flags: list[str], log: Path, environment: dict[str, str]) -> None:
     """Simulate a busy machine: the thread of a worker that waits for SIGTERM is delayed."""
-    wait = batches.wait_for_parent_signal
-    batches.wait_for_parent_signal = lambda: (time.sleep(3), wait())
+    wait = workers.wait_for_parent_signal
+    workers.wait_for_parent_signal = lambda: (time.sleep(3), wait())
     finetune(flags, log, environment)
 
 

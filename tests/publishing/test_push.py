@@ -9,6 +9,7 @@ from unittest.mock import Mock
 
 import pytest
 import yaml
+from helpers.command_in_process import run_here
 from helpers.local_hub import LocalHub, Token
 from helpers.model_folders import write_results, write_run_folder
 from helpers.tiny_models import build_tiny_config, raises_one_line, save_classifier, save_with_processor
@@ -19,6 +20,7 @@ import modeling_vitcls as vitcls
 from modeling_vitcls.commands.push import PushOptions
 from modeling_vitcls.commands.push import run as run_push
 from modeling_vitcls.hub import connection
+from modeling_vitcls.hub.model_files import hash_weights
 from modeling_vitcls.publishing.card import write_card
 from modeling_vitcls.publishing.model_folder import ModelFolder
 from modeling_vitcls.publishing.push import PushError, build_push_command, prepare_repository, push_folder
@@ -90,6 +92,59 @@ def test_a_push_is_one_commit_of_the_model_files(
     assert b"Apache License" in hub.read("ann/model", "CODE_LICENSE")
     assert take_snapshot(folder) == before
     assert push_folder(ModelFolder(folder), "ann/model").commit == pushed.commit  # nothing changed
+
+
+def test_only_files_that_the_package_wrote_are_pushed(hub: LocalHub, folder: Path) -> None:
+    (folder / "onnx").mkdir()
+    (folder / "onnx" / "model.onnx").write_bytes(b"graph")
+    (folder / "onnx" / "report.json").write_text(json.dumps({"weights_sha256": hash_weights(folder)}))
+    write_export(folder, sha256={"model.xml": "", "model.bin": "", "notes.txt": ""})
+    assert run_here("push", "--model", str(folder), "--hub-model-id", "ann/model", "--no-verify") == 0
+    published = set(hub.files("ann/model"))
+    assert {"images/attention.png", "onnx/model.onnx", "model.bin", "LICENSE"} <= published
+    planted = ["LICENSE-secret.txt", "NOTICE.env", "images/private.png", "evil_vitcls.py", "onnx/other.onnx"]
+    planted += ["model-00001-of-00002.safetensors", "other.onnx", "other.bin", "images/confusion_matrix_other.png"]
+    for name in planted:
+        (folder / name).write_bytes(b"private")
+    (folder / "LICENSE.link").symlink_to("/etc/hostname")
+    assert run_here("push", "--model", str(folder), "--hub-model-id", "ann/model", "--no-verify") == 0
+    assert set(hub.files("ann/model")) == published
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "images", "config.json"])
+def test_the_target_of_a_link_is_not_pushed(
+    hub: LocalHub, folder: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / name).rename(folder.parent / "elsewhere")
+    (folder / name).symlink_to(folder.parent / "elsewhere")
+    assert run_here("push", "--model", str(folder), "--hub-model-id", "ann/model", "--no-verify") == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert name in error
+    assert "is a link" in error
+    assert hub.count_requests("POST", "/commit/") == 0
+
+
+@pytest.mark.parametrize("weight_map", ['"model.safetensors"', '["model.safetensors"]', '{"a": "../x.safetensors"}'])
+def test_an_index_that_names_no_weight_files_is_one_line(
+    hub: LocalHub, folder: Path, weight_map: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / WEIGHTS).rename(folder.parent / "x.safetensors")
+    (folder / "model.safetensors.index.json").write_text(f'{{"weight_map": {weight_map}}}')
+    assert run_here("push", "--model", str(folder), "--hub-model-id", "ann/model", "--no-verify") == 1
+    error = capsys.readouterr().err
+    assert "weight_map" in error
+    assert error.strip().count("\n") == 0
+    assert hub.count_requests("POST", "/commit/") == 0
+
+
+def test_images_of_an_edited_card_that_stay_local_are_named(
+    hub: LocalHub, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (folder / "images" / "mine.png").write_bytes(b"")
+    (folder / "README.md").write_text("![my image](images/mine.png)")
+    push_folder(ModelFolder(folder), "ann/model")
+    assert "images/mine.png" not in hub.files("ann/model")
+    assert any("images/mine.png" in message for message in caplog.messages)
 
 
 @pytest.mark.parametrize(

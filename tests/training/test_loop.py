@@ -18,7 +18,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from helpers.accelerate_state import reset_accelerate
 from helpers.random_classifiers import build_random_model
 from helpers.tiny_options import PLAIN, TINY, build_initial_model
-from helpers.warm_processes import SECONDS
+from helpers.warm_processes import READY, SECONDS
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from modeling_vitcls import (
@@ -45,7 +45,7 @@ from modeling_vitcls.training.losses import (
     compute_single_label_loss,
 )
 from modeling_vitcls.training.optimizer import Ema, build_optimizer, build_parameter_groups, get_learning_rate
-from modeling_vitcls.training.signals import LAUNCHER_ENVIRONMENT_VARIABLES, SignalHandler
+from modeling_vitcls.training.signals import LAUNCHER_ENVIRONMENT_VARIABLES, STOP_SIGNALS, SignalHandler
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -555,7 +555,7 @@ def test_a_teacher_trains_the_distillation_head_on_mixed_images() -> None:
 # Signals -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_signals_stop_training_at_the_next_check(number: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
     """A busy machine may pause between the signals."""
     monkeypatch.setattr("modeling_vitcls.training.signals.MAX_FORWARDING_SECONDS", SECONDS)
@@ -572,11 +572,31 @@ def test_signals_stop_training_at_the_next_check(number: signal.Signals, monkeyp
 def test_a_second_interrupt_ends_at_once() -> None:
     with SignalHandler(Accelerator(cpu=True)) as interruption:
         os.kill(os.getpid(), signal.SIGTERM)
-        interruption.signal_time -= 2
-        os.kill(os.getpid(), signal.SIGTERM)  # a repeated signal of the launcher does not interrupt the checkpoint
+        os.kill(os.getpid(), signal.SIGTERM)  # a launcher forwards the signal: the checkpoint is still saved
+        interruption.signal_times[signal.SIGTERM] -= 2
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(1)
+
+
+def wait_for_two_signals(ready: Any) -> None:
+    """Never reach the next step of a run."""
+    with SignalHandler(Accelerator(cpu=True)) as interruption:
+        os.kill(os.getpid(), signal.SIGTERM)
+        interruption.signal_times[signal.SIGTERM] -= 2
+        ready.set()
+        while True:
+            time.sleep(0.01)
+
+
+def test_a_second_termination_ends_at_once() -> None:
+    ready = READY.Event()
+    process = READY.Process(target=wait_for_two_signals, args=(ready,))
+    process.start()
+    assert ready.wait(SECONDS)
+    process.terminate()
+    process.join(timeout=5)
+    assert process.exitcode == -signal.SIGTERM
 
 
 def test_ignored_signals_stay_ignored() -> None:

@@ -1,0 +1,152 @@
+"""Data loading processes: limits that are checked before they start, their signals, and errors of one line.
+
+    loader = build_loader(dataset, num_workers, batch_bytes, sampler=sampler)
+    with explain_worker_errors(num_workers):
+        for batch in loader: ...
+
+The processes pass batches on through shared memory (/dev/shm on Linux). If a batch does not fit there, or if a limit
+such as `ulimit -n` is reached, PyTorch waits forever. Here, the process that cannot pass on a batch ends, and the
+training process raises an error.
+"""
+
+import math
+import multiprocessing.queues
+import os
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+from torch.utils.data import DataLoader
+
+from ..errors import format_error
+
+
+TIMEOUT = 600.0  # maximum time without a batch, in seconds
+PREFETCH_FACTOR = 2  # number of batches that each process loads in advance
+FILES_PER_WORKER = 8  # number of files that the training process opens for each data loading process, and some more
+SHARED_MEMORY = Path("/dev/shm")  # on Linux
+
+# Beginnings of PyTorch's messages for a process that has ended, does not answer, or cannot open files
+WORKER_ERRORS = ("DataLoader worker (pid", "DataLoader timed out", "Too many open files")
+
+
+def build_loader(dataset: Any, num_workers: int, batch_bytes: int, **options: Any) -> DataLoader:
+    """Build a DataLoader whose data loading processes end with an error instead of waiting forever.
+
+    Args:
+        dataset: dataset whose items are batches.
+        num_workers: number of data loading processes; 0 loads the batches in this process.
+        batch_bytes: size of a batch in bytes; 0 if unknown.
+        options: other arguments of DataLoader.
+
+    Raises:
+        ValueError: if /dev/shm or the limit of open files is too small for this number of processes.
+    """
+    if num_workers:
+        check_open_files(num_workers)
+        check_shared_memory(num_workers, batch_bytes)
+        options |= {"timeout": TIMEOUT, "prefetch_factor": PREFETCH_FACTOR, "worker_init_fn": prepare_worker}
+    return DataLoader(dataset, batch_size=None, num_workers=num_workers, **options)
+
+
+@contextmanager
+def explain_worker_errors(num_workers: int) -> Iterator[None]:
+    """Convert the errors of data loading processes that ended or do not answer to an OSError of one line.
+
+    PyTorch raises these errors at any time, also while the training process computes.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not num_workers or not str(error).startswith(WORKER_ERRORS):
+            raise
+        reason = " ".join(str(error).split()).partition(". ")[0].rstrip(".")
+        causes = "too little memory, a limit (ulimit), or storage that does not respond"
+        if SHARED_MEMORY.is_dir():
+            free_bytes = shutil.disk_usage(SHARED_MEMORY).free
+            causes = f"a full {SHARED_MEMORY} ({format_megabytes(free_bytes)} are free now), {causes}"
+        raise OSError(f"{reason}. Possible causes: {causes}. Set --num-workers 0") from error
+
+
+# Limits --------------------------------------------------------------------------------------------------------------
+
+
+def check_shared_memory(num_workers: int, batch_bytes: int) -> None:
+    """Raise ValueError if /dev/shm cannot contain all batches that are loaded in advance."""
+    if not SHARED_MEMORY.is_dir():
+        return
+    num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    needed = (PREFETCH_FACTOR * num_workers + 1) * num_processes * batch_bytes
+    free = shutil.disk_usage(SHARED_MEMORY).free
+    if free < needed:
+        raise ValueError(
+            f"{num_workers} data loading processes require {format_megabytes(needed)} in {SHARED_MEMORY}, but "
+            f"{format_megabytes(free)} are free. Set --num-workers 0 or a smaller --batch-size, or enlarge "
+            f"{SHARED_MEMORY} (in Docker: --shm-size)"
+        )
+
+
+def check_open_files(num_workers: int) -> None:
+    """Raise ValueError if the limit of open files is too low for the data loading processes."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    num_open = len(list(Path("/dev/fd").iterdir()))
+    needed = num_open + FILES_PER_WORKER * (num_workers + 1)
+    if limit != resource.RLIM_INFINITY and limit < needed:
+        raise ValueError(
+            f"{num_workers} data loading processes require about {needed} open files, but the limit is {limit}. Set "
+            f"--num-workers 0, or raise the limit (ulimit -n {needed})"
+        )
+
+
+def format_megabytes(num_bytes: int) -> str:
+    """Return a size in megabytes; sizes below 10 MB have one decimal."""
+    megabytes = num_bytes / 1e6
+    return f"{megabytes:.1f} MB" if megabytes < 10 else f"{math.ceil(megabytes):,} MB"
+
+
+# In the data loading processes ---------------------------------------------------------------------------------------
+
+
+def prepare_worker(worker_index: int) -> None:
+    """Prepare a data loading process; the `worker_init_fn` of the loader."""
+    leave_signals_to_parent()
+    # Python's thread that passes batches on would only print the error, and the parent would wait for the batch.
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(end_worker)  # type: ignore[attr-defined]
+
+
+def end_worker(error: BaseException, item: Any) -> NoReturn:
+    """End this process, because it cannot pass on a batch. PyTorch raises an error in the parent process."""
+    print(f"a data loading process cannot pass on a batch: {format_error(error)}", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+def leave_signals_to_parent() -> None:
+    """Make a DataLoader worker ignore signals that are sent to all processes.
+
+    Otherwise, such a signal would stop the workers while the training process still needs batches. SIGTERM from the
+    training process stops a worker, unless a SIGTERM from another process is pending. To stop the workers without a
+    signal, close the iterator of the loader.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for name in ("SIGUSR1", "SIGHUP"):  # not available on Windows
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not available on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # inherited by the thread below
+        threading.Thread(target=wait_for_parent_signal, daemon=True).start()
+
+
+def wait_for_parent_signal() -> None:
+    """Exit after a SIGTERM from the parent process, and ignore SIGTERM from other processes."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)

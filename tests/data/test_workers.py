@@ -1,0 +1,77 @@
+"""Data loading processes that cannot work: errors of one line instead of runs that wait forever."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers.tiny_models import save_classifier
+
+
+pytestmark = pytest.mark.slow  # each test starts a process
+
+# Loads batches of 1 MB in two processes, whose size is not known before.
+LOAD_BATCHES = """
+import torch
+from modeling_vitcls.data.workers import build_loader, explain_worker_errors
+
+class Batches(torch.utils.data.Dataset):
+    def __len__(self):
+        return 50
+    def __getitem__(self, index):
+        return torch.zeros(250_000)
+
+if __name__ == "__main__":
+    try:
+        with explain_worker_errors(2):
+            print(len(list(build_loader(Batches(), 2, batch_bytes=0))))
+    except (OSError, ValueError) as error:
+        print("error:", error)
+"""
+SECONDS = 240  # limit of a process on a busy machine; without the limits, PyTorch waits forever
+
+
+def run_with_shared_memory(size: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run Python in a process with its own /dev/shm of the given size. Skip the test where this is not permitted."""
+    unshare = shutil.which("unshare")
+    if unshare is None or subprocess.run([unshare, "-m", "true"], capture_output=True, check=False).returncode:
+        pytest.skip("another /dev/shm requires Linux and the permission to mount (unshare -m)")
+    mount = f'mount -t tmpfs -o size={size} tmpfs /dev/shm && exec "$@"'
+    command = [unshare, "-m", "sh", "-c", mount, "sh", sys.executable, *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, env=environment, check=False)
+
+
+def test_a_tiny_shared_memory_is_an_error_before_training(tmp_path: Path) -> None:
+    flags = ["--config", "digits", "--output-dir", tmp_path / "run", "--max-steps", 2, "--num-workers", 2]
+    ran = run_with_shared_memory("64k", "-m", "modeling_vitcls.cli", "finetune", *flags)
+    assert ran.returncode == 1
+    (error,) = ran.stderr.strip().splitlines()
+    assert "/dev/shm" in error
+    assert "--num-workers 0" in error
+
+
+def test_a_tiny_shared_memory_is_an_error_of_evaluate(tmp_path: Path) -> None:
+    flags = ["--model", save_classifier(tmp_path / "model"), "--dataset", "digits", "--num-workers", 2]
+    ran = run_with_shared_memory("64k", "-m", "modeling_vitcls.cli", "evaluate", *flags)
+    assert ran.returncode == 1
+    (error,) = ran.stderr.strip().splitlines()
+    assert "/dev/shm" in error
+    assert "--num-workers 0" in error
+
+
+def test_a_full_shared_memory_ends_the_loading() -> None:
+    ran = run_with_shared_memory("64k", "-c", LOAD_BATCHES)
+    assert "error: DataLoader worker" in ran.stdout, ran.stderr
+    assert "--num-workers 0" in ran.stdout
+    assert "Traceback" not in ran.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no ulimit")
+@pytest.mark.parametrize("limit", ["-f 100", "-n 24"])
+def test_a_limit_of_the_shell_is_an_error(limit: str) -> None:
+    command = ["sh", "-c", f'ulimit {limit}; exec "$@"', "sh", sys.executable, "-c", LOAD_BATCHES]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
+    assert "--num-workers 0" in ran.stdout + ran.stderr

@@ -1,0 +1,48 @@
+"""The workflows of GitHub Actions: which code they run, and with which permissions."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+
+FOLDER = Path(__file__).parents[1] / ".github" / "workflows"
+WORKFLOWS = {file.stem: yaml.safe_load(file.read_text(encoding="utf-8")) for file in sorted(FOLDER.glob("*.yml"))}
+JOBS = [
+    pytest.param(job, id=f"{name}-{job_name}")
+    for name, workflow in WORKFLOWS.items()
+    for job_name, job in workflow["jobs"].items()
+]
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_actions_are_pinned_to_commits(job: dict[str, Any]) -> None:
+    actions = [step["uses"] for step in job.get("steps", []) if "uses" in step]
+    assert all(re.fullmatch(r"[\w.-]+/[\w.-]+@[0-9a-f]{40}", action) for action in actions)
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_a_checkout_keeps_no_credentials(job: dict[str, Any]) -> None:
+    checkouts = [step for step in job.get("steps", []) if step.get("uses", "").startswith("actions/checkout@")]
+    assert all(step["with"]["persist-credentials"] is False for step in checkouts)
+
+
+@pytest.mark.parametrize("workflow", WORKFLOWS.values(), ids=WORKFLOWS)
+def test_a_workflow_may_only_read(workflow: dict[str, Any]) -> None:
+    assert workflow["permissions"] == {"contents": "read"}
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_a_job_with_more_permissions_runs_no_code_of_the_checkout(job: dict[str, Any]) -> None:
+    may_write = "write" in job.get("permissions", {}).values()
+    commands = [step for step in job.get("steps", []) if "run" in step or "checkout" in step["uses"]]
+    assert not (may_write and commands)
+
+
+def test_a_release_is_published_only_after_the_tests() -> None:
+    jobs = WORKFLOWS["release"]["jobs"]
+    assert jobs["publish"]["needs"] == "build"
+    assert jobs["build"]["needs"] == "test"
+    assert jobs["test"]["uses"] == "./.github/workflows/test.yml"
