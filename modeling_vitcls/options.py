@@ -1,5 +1,4 @@
-"""Flags of `vitcls finetune`, `pretrain`, `evaluate`, `predict`, `inspect`, `look`, `benchmark` and
-`export`.
+"""Flags of `vitcls finetune`, `pretrain`, `evaluate`, `predict`, `inspect`, `look`, `benchmark` and `export`.
 
 Each field is a flag (`batch_size` is `--batch-size`) and a key of a recipe file. The docstring below a field is the
 help text of the flag. This file imports only the standard library, so that `--help` and errors about flags appear
@@ -658,7 +657,8 @@ class InspectOptions(ImageOptions):
 
 @dataclass(frozen=True)
 class LookOptions:
-    """Draw one sheet per photo: attention of each special token by head and by layer, features and norms of the patches.
+    """Draw one sheet per photo: attention of each special token by head and by layer, and features and norms of the
+    patches.
 
     The photos are image files, folders or URLs. Each frame of an animated image has a sheet of its own.
     """
@@ -669,7 +669,8 @@ class LookOptions:
     paths: tuple[str, ...] = ()
     """Image files, folders (including subfolders), or URLs."""
     output: Path = Path("look.png")
-    """Image file for the sheet, or a folder. For several photos, the name of the photo is appended to the file name."""
+    """Image file for the sheet, or a folder. For several photos, the name of each photo is appended to the file
+    name."""
     json: Path | None = None
     """JSON file for the numbers: attention by head, token and layer, patch norms, and explained variance."""
     image_size: int | tuple[int, int] | None = None

@@ -104,16 +104,16 @@ def iterate_frames(name: str, source: str) -> Iterator[tuple[str, Image.Image]]:
             yield name, image
             return
         path = Path(name)
-        for index, frame in enumerate(ImageSequence.Iterator(file), start=1):
-            yield (
-                str(path.with_name(f"{path.stem}-{index:0{len(str(num_frames))}}{path.suffix}")),
-                frame.convert("RGB"),
-            )
+        num_digits = len(str(num_frames))
+        for number, frame in enumerate(ImageSequence.Iterator(file), start=1):
+            frame_path = path.with_name(f"{path.stem}-{number:0{num_digits}}{path.suffix}")
+            yield str(frame_path), frame.convert("RGBA")
 
 
 def choose_file(output: Path, stem: str, is_single: bool, written: list[Path]) -> Path:
-    """Return the file for a sheet: `output` itself, `output`-NAME, or NAME.png in the folder `output`. If there is such
-    a sheet already, a number is appended."""
+    """Return the file for a sheet: `output` itself, `output`-STEM, or STEM.png in the folder `output`.
+
+    A number is appended if the command has already written a sheet with this name."""
     is_folder = not output.suffix
     if is_single and not is_folder:
         return output

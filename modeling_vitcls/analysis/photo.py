@@ -47,7 +47,7 @@ class PhotoMeasurements:
         patch_layer: last layer in which the patches are used, numbered from 1.
         norms: [L, gh, gw], norms of the patches after each layer, before the final norm.
         colors: [L, gh, gw, 3], the first three principal components of the patches after each layer, 0 to 1.
-        explained_variance: [L][3], fraction of the variance that each principal component explains, in descending order.
+        explained_variance: [L][3], fraction of the variance that each component explains, in descending order.
     """
 
     config: ViTCLSConfig
@@ -132,8 +132,8 @@ def compute_patch_attention(trace: AttentionTrace) -> torch.Tensor:
 def match_colors(colors: torch.Tensor, last_layer: int) -> torch.Tensor:
     """Return the colors [L, gh, gw, 3] with the components of each layer in the channels of similar components.
 
-    The order and the sign of principal components differ between layers. From `last_layer` to the first layer,
-    each component gets the channel and the sign with which it correlates with a component of the next layer. The layers
+    The order and the sign of principal components differ between layers. From `last_layer` to the first layer, each
+    component gets the channel and the sign of the component of the next layer with which it correlates most. Layers
     after `last_layer` are compared with the previous layer.
     """
     matched = list(colors)

@@ -178,11 +178,10 @@ def draw_header(sheet: Sheet, measurements: PhotoMeasurements, title: str) -> No
 
 def draw_overview(sheet: Sheet, measurements: PhotoMeasurements) -> None:
     """Draw the photo as the model sees it, the attention of the first token, and the features and norms of patches."""
-    token, token_layer = measurements.token_names[:1], measurements.token_layers[0]
+    token, token_layer = measurements.token_names[0], measurements.token_layers[0]
     attention = measurements.maps[token_layer - 1, :, 0].mean(dim=0)  # [gh, gw]
     layer = measurements.patch_layer
     norms = measurements.norms[layer - 1]
-    shares = ", ".join(f"{share:.0%}" for share in measurements.explained_variance[layer - 1])
     sheet.y += 0.42
     pitch = (WIDTH - 2 * MARGIN + 0.25) / 4
     picture = draw_visible_part(measurements, LARGE_SIDE)
@@ -190,7 +189,7 @@ def draw_overview(sheet: Sheet, measurements: PhotoMeasurements) -> None:
     height = width * picture.height / picture.width
     tiles = [
         Tile(picture, "What the model sees"),
-        Tile(draw_overlay(measurements, attention), f"Attention of {token[0]}, layer {token_layer}"),
+        Tile(draw_overlay(measurements, attention), f"Attention of {token}, layer {token_layer}"),
         Tile(draw_colors(measurements, layer - 1, LARGE_SIDE), f"Patch features, layer {layer}"),
         Tile(draw_norms(measurements, layer - 1, LARGE_SIDE), f"Patch norms, layer {layer}"),
     ]
@@ -201,8 +200,9 @@ def draw_overview(sheet: Sheet, measurements: PhotoMeasurements) -> None:
     sheet.y += height + 0.08
     draw_color_bar(sheet, MARGIN + pitch, width, COLORMAP, "0", f"{attention.max():.1%} in one patch")
     draw_color_bar(sheet, MARGIN + 3 * pitch, width, NORM_COLORMAP, f"{norms.min():.3g}", f"{norms.max():.3g}")
-    sheet.write(MARGIN + 2 * pitch, sheet.y + 0.1, "red, green, blue: principal components", size=8)
-    sheet.write(MARGIN + 2 * pitch, sheet.y + 0.25, f"with {shares} of the variance", size=8)
+    share = sum(measurements.explained_variance[layer - 1])
+    sheet.write(MARGIN + 2 * pitch, sheet.y + 0.08, "red, green, blue: 3 principal components,", size=8)
+    sheet.write(MARGIN + 2 * pitch, sheet.y + 0.22, f"which explain {share:.0%} of the variance", size=8)
     sheet.y += 0.28
 
 
@@ -237,8 +237,8 @@ def draw_heads(sheet: Sheet, measurements: PhotoMeasurements) -> None:
 def draw_layers(sheet: Sheet, measurements: PhotoMeasurements) -> None:
     """Draw the attention of each token, the features and the norms after each layer."""
     explanation = (
-        "Attention: mean over heads. Features: variance of the components, whose colors are matched between layers. "
-        "Norms: smallest and largest"
+        "Attention: mean over heads, with the percentage on patches. Features: 3 components per layer, with the "
+        "variance that they explain; their colors are matched between layers"
     )
     sheet.write_heading("Layer by layer", explanation)
     layers = range(len(measurements.maps))
@@ -248,9 +248,10 @@ def draw_layers(sheet: Sheet, measurements: PhotoMeasurements) -> None:
         captions = [f"{values.sum():.0%}" for values in maps]
         if index == 0:
             captions = [f"layer {layer + 1}  {caption}" for layer, caption in zip(layers, captions, strict=True)]
-        tiles = [Tile(draw_attention(measurements, values), caption) for values, caption in zip(maps, captions)]
+        pictures = [draw_attention(measurements, values) for values in maps]
+        tiles = [Tile(picture, caption) for picture, caption in zip(pictures, captions, strict=True)]
         rows.append(Row(name, "attention", color, tiles))
-    shares = [", ".join(f"{share:.0%}" for share in each) for each in measurements.explained_variance]
+    shares = [f"{sum(each):.0%} explained" for each in measurements.explained_variance]
     tiles = [Tile(draw_colors(measurements, layer, SMALL_SIDE), shares[layer]) for layer in layers]
     rows.append(Row("features", "of patches", DARK_GRAY, tiles))
     ranges = [f"{norms.min():.3g} to {norms.max():.3g}" for norms in measurements.norms]
