@@ -96,7 +96,7 @@ def measure_photo(model: Any, processor: Any, image: Image.Image) -> PhotoMeasur
     token_groups = [group for group, names in names_by_group.items() for _ in names]
     attention = trace.compute_token_attention()[0].float().cpu()  # [L, H, S, N]
     if not names_by_group["cls"]:
-        token_names.insert(0, "mean of patches")
+        token_names.insert(0, "patch mean")
         token_groups.insert(0, "patches")
         token_layers.insert(0, patch_layer)
         attention = torch.cat([compute_patch_attention(trace), attention], dim=2)

@@ -23,7 +23,7 @@ from ..configuration_vitcls import ViTCLSConfig
 from ..data.fit import VisibleRegion
 from ..token_names import SINGLE_TOKEN_NAMES
 from .figures import DARK_GRAY, GROUP_COLORS, shorten_text
-from .maps import COLORMAP, MIN_SCALE, get_head_names, overlay, resize_with_region
+from .maps import COLORMAP, MIN_SCALE, overlay, resize_with_region
 from .photo import PhotoMeasurements
 
 
@@ -31,12 +31,12 @@ WIDTH = 12.0  # width of the sheet
 DPI = 150
 MARGIN = 0.3
 GAP = 0.07  # between tiles
-NAME_WIDTH = 1.05  # width of the names of rows
-CAPTION_HEIGHT = 0.165
+NAME_WIDTH = 1.15  # width of the names of rows
+CAPTION_HEIGHT = 0.155
 
 LARGE_SIDE, SMALL_SIDE = 640, 256  # longer side of a tile, in pixels
 MAX_LARGE_HEIGHT = 3.4  # of the tiles in the first row
-MAX_COLUMNS = 13  # maximum number of tiles per line: the mean and 12 heads
+MAX_COLUMNS = 17  # maximum number of tiles per line: the mean and 16 heads
 MIN_COLUMNS, MIN_COLUMNS_OF_MANY = 7, 12  # tiles are not larger than a line of this number of tiles
 MANY_TOKENS = 3  # minimum number of tokens for MIN_COLUMNS_OF_MANY
 MAX_TOKENS = 9  # maximum number of tokens with a row
@@ -104,26 +104,30 @@ class Sheet:
         self.write(MARGIN, self.y, heading, size=11.5, color=DARK_GRAY, weight="bold")
         self.y += 0.19
         self.write(MARGIN, self.y, explanation)
-        self.y += 0.08
+        self.y += 0.06
 
-    def draw_rows(self, rows: Sequence[Row], min_columns: int) -> None:
-        """Draw rows with the same number of tiles. If there are too many tiles, all rows continue on further lines."""
-        num_tiles = len(rows[0].tiles)
-        num_lines = -(-num_tiles // MAX_COLUMNS)
-        num_columns = -(-num_tiles // num_lines)
+    def draw_rows(self, headers: Sequence[str], rows: Sequence[Row], min_columns: int) -> None:
+        """Draw rows of tiles with headers above the columns. If there are too many columns, all rows continue on
+        further lines."""
+        num_lines = -(-len(headers) // MAX_COLUMNS)
+        num_columns = -(-len(headers) // num_lines)
         width = (WIDTH - 2 * MARGIN - NAME_WIDTH + GAP) / max(num_columns, min_columns) - GAP
-        for start in range(0, num_tiles, num_columns):
+        for start in range(0, len(headers), num_columns):
+            columns = slice(start, start + num_columns)
+            self.y += 0.17
+            for index, header in enumerate(headers[columns]):
+                self.write(MARGIN + NAME_WIDTH + index * (width + GAP), self.y, header, size=7.5, color=DARK_GRAY)
             for row in rows:
-                self.draw_line(row, row.tiles[start : start + num_columns], width)
-            self.y += 0.04
+                self.draw_line(row, row.tiles[columns], width)
+            self.y += 0.05
 
     def draw_line(self, row: Row, tiles: Sequence[Tile], width: float) -> None:
         """Draw one line of tiles and the name of the row."""
         picture = tiles[0].picture
         height = width * picture.height / picture.width
         self.y += CAPTION_HEIGHT
-        lines = textwrap.wrap(shorten_text(row.name, 36), 14)
-        y = self.y + height / 2 - 0.08 * len(lines) + 0.08
+        lines = textwrap.wrap(shorten_text(row.name, 36), 13)
+        y = self.y + height / 2 - 0.075 * len(lines) + 0.07
         for line in lines:
             self.write(MARGIN, y, line, color=row.color, weight="bold")
             y += 0.15
@@ -189,7 +193,7 @@ def draw_overview(sheet: Sheet, measurements: PhotoMeasurements) -> None:
     height = width * picture.height / picture.width
     tiles = [
         Tile(picture, "What the model sees"),
-        Tile(draw_overlay(measurements, attention), f"Attention of {token}, layer {token_layer}"),
+        Tile(draw_overlay(measurements, attention), f"Attention of {shorten_text(token, 12)}, layer {token_layer}"),
         Tile(draw_colors(measurements, layer - 1, LARGE_SIDE), f"Patch features, layer {layer}"),
         Tile(draw_norms(measurements, layer - 1, LARGE_SIDE), f"Patch norms, layer {layer}"),
     ]
@@ -198,7 +202,8 @@ def draw_overview(sheet: Sheet, measurements: PhotoMeasurements) -> None:
         sheet.write(x, sheet.y - 0.08, tile.caption, size=10, color=DARK_GRAY, weight="bold")
         sheet.place(tile.picture, x, sheet.y, width, height)
     sheet.y += height + 0.08
-    draw_color_bar(sheet, MARGIN + pitch, width, COLORMAP, "0", f"{attention.max():.1%} in one patch")
+    brightest = max(attention.max().item(), MIN_SCALE * attention.mean().item())  # as in `overlay`
+    draw_color_bar(sheet, MARGIN + pitch, width, COLORMAP, "0", f"{brightest:.2%} in one patch")
     draw_color_bar(sheet, MARGIN + 3 * pitch, width, NORM_COLORMAP, f"{norms.min():.3g}", f"{norms.max():.3g}")
     share = sum(measurements.explained_variance[layer - 1])
     sheet.write(MARGIN + 2 * pitch, sheet.y + 0.08, "red, green, blue: 3 principal components,", size=8)
@@ -215,23 +220,23 @@ def draw_color_bar(sheet: Sheet, x: float, width: float, colormap: str, low: str
 
 def draw_heads(sheet: Sheet, measurements: PhotoMeasurements) -> None:
     """Draw the mean and the heads of each token in the last layer in which the token is used."""
+    num_tokens = len(measurements.token_names)
+    heading = "Attention by head" + (f", first {MAX_TOKENS} of {num_tokens} tokens" if num_tokens > MAX_TOKENS else "")
     explanation = (
-        "The last layer that uses the token. Percentages: attention on patches; the rest is on special tokens. "
+        "In the last layer that uses the token. Percentages: attention on patches; the rest is on special tokens. "
         "Each map has its own scale: black is 0, bright is the highest 1% of its values"
     )
-    if (num_omitted := len(measurements.token_names) - MAX_TOKENS) > 0:
-        explanation += f". {num_omitted} more tokens are not shown"
-    sheet.write_heading("Attention by head", explanation)
-    names = ["mean", *get_head_names(measurements.config)]
+    sheet.write_heading(heading, explanation)
+    noun = "map" if measurements.config.attention_type == "differential" else "head"
+    headers = ["mean", *(f"{noun} {number}" for number in range(1, measurements.maps.shape[1] + 1))]
+    rows = []
     for name, color, index in list_tokens(measurements):
         layer = measurements.token_layers[index]
         maps = measurements.maps[layer - 1, :, index]  # [H, gh, gw]
         maps = torch.cat([maps.mean(dim=0, keepdim=True), maps])
-        tiles = [
-            Tile(draw_attention(measurements, values), f"{name}  {values.sum():.0%}")
-            for name, values in zip(names, maps, strict=True)
-        ]
-        sheet.draw_rows([Row(name, f"layer {layer}", color, tiles)], get_min_columns(measurements))
+        tiles = [Tile(draw_attention(measurements, values), f"{values.sum():.0%}") for values in maps]
+        rows.append(Row(name, f"layer {layer}", color, tiles))
+    sheet.draw_rows(headers, rows, get_min_columns(measurements))
 
 
 def draw_layers(sheet: Sheet, measurements: PhotoMeasurements) -> None:
@@ -245,19 +250,15 @@ def draw_layers(sheet: Sheet, measurements: PhotoMeasurements) -> None:
     rows = []
     for name, color, index in list_tokens(measurements):
         maps = measurements.maps[:, :, index].mean(dim=1)  # [L, gh, gw]
-        captions = [f"{values.sum():.0%}" for values in maps]
-        if index == 0:
-            captions = [f"layer {layer + 1}  {caption}" for layer, caption in zip(layers, captions, strict=True)]
-        pictures = [draw_attention(measurements, values) for values in maps]
-        tiles = [Tile(picture, caption) for picture, caption in zip(pictures, captions, strict=True)]
+        tiles = [Tile(draw_attention(measurements, values), f"{values.sum():.0%}") for values in maps]
         rows.append(Row(name, "attention", color, tiles))
-    shares = [f"{sum(each):.0%} explained" for each in measurements.explained_variance]
+    shares = [f"{sum(each):.0%}" for each in measurements.explained_variance]
     tiles = [Tile(draw_colors(measurements, layer, SMALL_SIDE), shares[layer]) for layer in layers]
-    rows.append(Row("features", "of patches", DARK_GRAY, tiles))
+    rows.append(Row("patches", "features", DARK_GRAY, tiles))
     ranges = [f"{norms.min():.3g} to {norms.max():.3g}" for norms in measurements.norms]
     tiles = [Tile(draw_norms(measurements, layer, SMALL_SIDE), ranges[layer]) for layer in layers]
-    rows.append(Row("norms", "of patches", DARK_GRAY, tiles))
-    sheet.draw_rows(rows, get_min_columns(measurements))
+    rows.append(Row("patches", "norms", DARK_GRAY, tiles))
+    sheet.draw_rows([f"layer {layer + 1}" for layer in layers], rows, get_min_columns(measurements))
 
 
 def list_tokens(measurements: PhotoMeasurements) -> list[tuple[str, str, int]]:
