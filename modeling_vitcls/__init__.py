@@ -14,7 +14,7 @@ from .version import __version__
 
 
 if TYPE_CHECKING:
-    from .api import evaluate, finetune, inspect_tokens, predict, pretrain
+    from .api import evaluate, finetune, inspect_tokens, look, predict, pretrain
     from .configuration_vitcls import TokenLayout, ViTCLSConfig
     from .conversion.from_timm import convert_from_timm
     from .conversion.from_transformers import convert_from_transformers
@@ -49,13 +49,14 @@ __all__ = [
     "evaluate",
     "finetune",
     "inspect_tokens",
+    "look",
     "predict",
     "pretrain",
 ]
 
 # Module -> names of its public objects.
 IMPORT_STRUCTURE = {
-    "api": ("evaluate", "finetune", "inspect_tokens", "predict", "pretrain"),
+    "api": ("evaluate", "finetune", "inspect_tokens", "look", "predict", "pretrain"),
     "configuration_vitcls": ("TokenLayout", "ViTCLSConfig"),
     "conversion.from_timm": ("convert_from_timm",),
     "conversion.from_transformers": ("convert_from_transformers",),

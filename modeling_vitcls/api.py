@@ -1,9 +1,10 @@
 """The commands as Python functions, for notebooks and other programs.
 
-    from modeling_vitcls import evaluate, finetune, inspect_tokens, predict, pretrain
+    from modeling_vitcls import evaluate, finetune, inspect_tokens, look, predict, pretrain
 
     results = finetune("timm:vit_tiny_patch16_224", train_images, "runs/mine", epochs=5, batch_size=32)
     rows = predict("runs/mine", [image, "photo.jpg"], top_k=3)
+    look("runs/mine", "photo.jpg")      # a PIL image, which a notebook shows
 
 Keyword arguments are the flags of the commands: `learning_rate=1e-4` is `--learning-rate 1e-4`. A dataset is
 a path, a Hub id, or data in memory (data/in_memory.py).
@@ -15,7 +16,15 @@ import types
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from .options import EvaluateOptions, FinetuneOptions, InspectOptions, PredictOptions, PretrainOptions, get_flag_fields
+from .options import (
+    EvaluateOptions,
+    FinetuneOptions,
+    InspectOptions,
+    LookOptions,
+    PredictOptions,
+    PretrainOptions,
+    get_flag_fields,
+)
 
 
 Options = TypeVar("Options")
@@ -154,6 +163,26 @@ def inspect_tokens(model: str | Path, images: Any = (), **flags: Any) -> Any:
 
     paths = [images] if isinstance(images, str | Path) else images
     return inspect_tokens(build_options(InspectOptions, model=model, paths=tuple(map(str, paths)), **flags))
+
+
+def look(model: str | Path, image: Any, **flags: Any) -> Any:
+    """Draw what a model sees in a photo, as `vitcls look` does.
+
+    Args:
+        model: a folder, a Hub id or any other checkpoint that `--model` accepts.
+        image: a path, a URL, encoded bytes or a PIL image.
+        flags: `image_size` and `fit`, as in `vitcls look`.
+
+    Returns:
+        The sheet as a PIL image, 1,800 pixels wide. A notebook displays the image.
+
+    Raises:
+        TypeError, ValueError, OSError: as in `finetune`.
+    """
+    from .analysis.look import draw_photo
+
+    fixed_flags: dict[str, Any] = {"paths": ("image",), "output": LookOptions.output, "json": None}
+    return draw_photo(build_options(LookOptions, model=model, **fixed_flags, **flags), image)
 
 
 # Options -------------------------------------------------------------------------------------------------------------

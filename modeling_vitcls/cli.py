@@ -15,7 +15,7 @@ from types import ModuleType
 
 
 # Names of the subcommands, which are the names of their modules in commands/, in the order of the help
-COMMANDS = "finetune pretrain evaluate predict convert inspect push export benchmark study demo space env".split()
+COMMANDS = "finetune pretrain evaluate predict convert inspect look push export benchmark study demo space env".split()
 
 
 def main(arguments: list[str] | None = None) -> None:

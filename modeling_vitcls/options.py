@@ -1,4 +1,4 @@
-"""Flags of `vitcls finetune`, `pretrain`, `evaluate`, `predict`, `inspect`, `benchmark` and `export`.
+"""Flags of `vitcls finetune`, `pretrain`, `evaluate`, `predict`, `inspect`, `look`, `benchmark` and `export`.
 
 Each field is a flag (`batch_size` is `--batch-size`) and a key of a recipe file. The docstring below a field is the
 help text of the flag. This file imports only the standard library, so that `--help` and errors about flags appear
@@ -665,6 +665,43 @@ class InspectOptions(ImageOptions):
             raise ValueError("--image-column, --label-column and --label-separator require --dataset. Set --dataset.")
         if self.output.suffix.lower() not in (".html", ".htm"):
             raise ValueError(f"--output {self.output}: the file name must end in .html")
+        if self.json is not None and self.json.suffix.lower() != ".json":
+            raise ValueError(f"--json {self.json}: the file name must end in .json")
+
+
+@dataclass(frozen=True)
+class LookOptions:
+    """Draw one sheet per photo: attention of each special token by head and by layer, and features and norms of the
+    patches.
+
+    The photos are image files, folders or URLs. Each frame of an animated image has a sheet of its own.
+    """
+
+    model: str
+    """Folder or Hub id of a vitcls model (`ID@COMMIT` pins the model), or another ViT, which is converted once
+    (`timm:NAME`, `transformers:ID`, a folder, a Hub id, a file)."""
+    paths: tuple[str, ...] = ()
+    """Image files, folders (including subfolders), or URLs."""
+    output: Path = Path("look.png")
+    """Image file for the sheet, or a folder. For several photos, the name of each photo is appended to the file
+    name."""
+    json: Path | None = None
+    """JSON file for the numbers: attention by head, token and layer, patch norms, and explained variance."""
+    image_size: int | tuple[int, int] | None = None
+    """Image height and width in pixels; one number sets both. Default: the size of the image processor. Larger images
+    have more patches and finer maps."""
+    fit: Literal["squash", "crop", "pad"] | None = None
+    """How photos of other aspect ratios become the input: resize the whole photo (`squash`), crop the center (`crop`)
+    or add gray (`pad`). Default: the setting of the image processor."""
+
+    def __post_init__(self) -> None:
+        if not self.paths:
+            raise ValueError("Name at least one photo, folder or URL: vitcls look photo.jpg --model M")
+        sizes = self.image_size if isinstance(self.image_size, tuple) else (self.image_size,)
+        check_value(self, "image_size", all(size is None or size >= 1 for size in sizes), "1 or more")
+        suffixes = ("", ".png", ".jpg", ".jpeg", ".webp")
+        if self.output.suffix.lower() not in suffixes:
+            raise ValueError(f"--output {self.output}: set a .png, .jpg or .webp file, or a folder without a suffix")
         if self.json is not None and self.json.suffix.lower() != ".json":
             raise ValueError(f"--json {self.json}: the file name must end in .json")
 

@@ -17,5 +17,8 @@ test_time_registers.py  neuron activations moved from patches to a register, wit
 inspection.py           images of an inspection, and all measurements for a model and images
 report.py               the HTML report, and its values for programs
 inspect_tokens.py       the command `vitcls inspect`
+photo.py                attention of the tokens and features of the patches in one photo
+sheet.py                the sheet of one photo as an image
+look.py                 the command `vitcls look`
 audit.py                wrong labels, duplicates and unusual images of a dataset
 """

@@ -138,13 +138,23 @@ def compute_patch_colors(features: Sequence[torch.Tensor]) -> list[torch.Tensor]
     Returns:
         [gh, gw, 3] for each image, values from 0 to 1.
     """
+    colors, _ = decompose_patches(features)
+    return colors
+
+
+def decompose_patches(features: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], list[float]]:
+    """Return the colors of `compute_patch_colors`, and the fraction of the variance that each component explains."""
     rows = torch.cat([image.flatten(0, 1) for image in features]).numpy()  # [patches, D]
     num_components = min(NUM_COLOR_CHANNELS, *rows.shape)
+    pca = PCA(num_components, random_state=0)
     with np.errstate(invalid="ignore"):  # the variance of equal patches is 0
-        components = PCA(num_components, random_state=0).fit_transform(rows)
+        components = pca.fit_transform(rows)
     low, high = np.quantile(components, COLOR_QUANTILES, axis=0)
     # 0.5 is the value of missing components if there are fewer than three components.
     colors = np.full((len(rows), NUM_COLOR_CHANNELS), 0.5, dtype=np.float32)
     colors[:, :num_components] = ((components - low) / np.maximum(high - low, 1e-12)).clip(0, 1)
     pixels_by_image = torch.from_numpy(colors).split([image.shape[0] * image.shape[1] for image in features])
-    return [rows.unflatten(0, image.shape[:2]) for rows, image in zip(pixels_by_image, features, strict=True)]
+    return (
+        [rows.unflatten(0, image.shape[:2]) for rows, image in zip(pixels_by_image, features, strict=True)],
+        np.nan_to_num(pca.explained_variance_ratio_).tolist(),
+    )

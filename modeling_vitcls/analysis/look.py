@@ -1,0 +1,135 @@
+"""Draw one sheet per photo: `vitcls look`, and the function `look`.
+
+PATHS -> frames -> measure_photo (photo.py) -> draw_sheet (sheet.py) -> image files, and JSON values
+"""
+
+import mimetypes
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageSequence
+from rich.console import Console
+from rich.progress import track
+
+from ..configuration_vitcls import to_pair
+from ..data.fit import get_fit, get_output_size, set_fit
+from ..files import write_atomically, write_json
+from ..hub.loading import split_revision
+from ..image_processing_vitcls import read_image
+from ..inference.inputs import build_list_input
+from ..inference.load_model import load_model
+from ..options import LookOptions
+from .photo import build_json_record, measure_photo
+from .report import get_model_name
+from .sheet import draw_sheet
+
+
+def draw_photo(options: LookOptions, image: Any) -> Image.Image:
+    """Return the sheet of one photo: a path, a URL, encoded bytes or a PIL image."""
+    model, processor = load_adjusted_model(options)
+    is_source = isinstance(image, str | bytes | Path)
+    photo = read_image(image) if is_source else image
+    title = get_model_name(split_revision(options.model)[0])
+    if is_source and not isinstance(image, bytes):
+        title += f" · {Path(image).name}"
+    return draw_sheet(measure_photo(model, processor, photo), title)
+
+
+def write_sheets(options: LookOptions) -> list[Path]:
+    """Write the sheets of all photos, print the names of the files, and return them. Photos that cannot be read are
+    named in a warning.
+
+    Raises:
+        ValueError, OSError: if the model or all photos cannot be read, or a file cannot be written.
+    """
+    console = Console(soft_wrap=True, highlight=False)
+    error_console = Console(stderr=True, soft_wrap=True, highlight=False)
+    sources = build_list_input(options.paths)
+    model, processor = load_adjusted_model(options)
+    model_name = get_model_name(split_revision(options.model)[0])
+    is_single = len(sources.names) == 1
+    records: list[dict[str, Any]] = []
+    written: list[Path] = []
+    watch = track(sources.names, console=error_console, transient=True, disable=not error_console.is_terminal)
+    for name, source in zip(watch, sources.contents, strict=True):
+        try:
+            for frame_name, photo in iterate_frames(name, source):
+                measurements = measure_photo(model, processor, photo)
+                file = choose_file(options.output, Path(frame_name).stem, is_single and frame_name == name, written)
+                save_image(draw_sheet(measurements, f"{model_name} · {Path(frame_name).name}"), file)
+                written.append(file)
+                records.append({"photo": frame_name, "sheet": str(file), **build_json_record(measurements)})
+                console.print(f"saved {file}", markup=False)
+        except ValueError as error:
+            if is_single:
+                raise
+            error_console.print(f"WARNING: skipped a photo: {error}", style="bold yellow", markup=False)
+    if not records:
+        raise ValueError(f"none of the {len(sources.names)} photos can be read. Pass other image files")
+    if options.json is not None:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        write_json(options.json, {"model": model_name, "photos": records})
+        console.print(f"saved {options.json}", markup=False)
+    return written
+
+
+def load_adjusted_model(options: LookOptions) -> tuple[Any, Any]:
+    """Load the model and its image processor, and set the image size and the fit of the options."""
+    model, processor = load_model(options.model, use_head=None)
+    if options.image_size is not None or options.fit is not None:
+        fit = options.fit or get_fit(processor)
+        size = get_output_size(processor) if options.image_size is None else to_pair(options.image_size)
+        set_fit(processor, fit, size)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return model.to(device).eval(), processor  # type: ignore[arg-type]  # `to` is decorated
+
+
+def iterate_frames(name: str, source: str) -> Iterator[tuple[str, Image.Image]]:
+    """Yield the name and the frames of an image file or a URL. Most files have one frame, with the name of the file.
+
+    Raises:
+        ValueError: if the source is a video, or cannot be read.
+    """
+    if (mimetypes.guess_type(source)[0] or "").startswith("video/"):
+        raise ValueError(f"{name} is a video. Extract its frames first: ffmpeg -i {name} frames/%04d.png")
+    image = read_image(source)
+    if "://" in source:
+        yield name, image
+        return
+    with Image.open(source) as file:
+        num_frames = getattr(file, "n_frames", 1)
+        if num_frames == 1:
+            yield name, image
+            return
+        path = Path(name)
+        num_digits = len(str(num_frames))
+        for number, frame in enumerate(ImageSequence.Iterator(file), start=1):
+            frame_path = path.with_name(f"{path.stem}-{number:0{num_digits}}{path.suffix}")
+            yield str(frame_path), frame.convert("RGBA")
+
+
+def choose_file(output: Path, stem: str, is_single: bool, written: list[Path]) -> Path:
+    """Return the file for a sheet: `output` itself, `output`-STEM, or STEM.png in the folder `output`.
+
+    A number is appended if the command has already written a sheet with this name."""
+    is_folder = not output.suffix
+    if is_single and not is_folder:
+        return output
+    base = output / stem if is_folder else output.with_name(f"{output.stem}-{stem}")
+    suffix = ".png" if is_folder else output.suffix
+    file, number = base.with_name(f"{base.name}{suffix}"), 1
+    while file in written:
+        number += 1
+        file = base.with_name(f"{base.name}-{number}{suffix}")
+    return file
+
+
+def save_image(image: Image.Image, file: Path) -> None:
+    """Write an image file in the format of its suffix."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with write_atomically(file) as temporary_file:
+        image.save(
+            temporary_file, format=Image.registered_extensions()[file.suffix.lower()], optimize=True, quality=90
+        )

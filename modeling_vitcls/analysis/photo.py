@@ -1,0 +1,185 @@
+"""What each special token of a model attends to in one photo, and what its patches contain: `vitcls look`.
+
+    measurements = measure_photo(model, processor, photo)
+    draw_sheet(measurements, "mine")        # a PIL image (sheet.py)
+    build_json_record(measurements)         # the numbers
+
+The report on many images is in report.py.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from PIL import Image
+from scipy.optimize import linear_sum_assignment
+
+from ..configuration_vitcls import ViTCLSConfig
+from ..data.fit import Size, VisibleRegion, get_visible_region
+from ..token_names import get_token_names_by_group
+from .attribution import AttentionTrace, trace_attention
+from .image_report import ImagePrediction, build_image_predictions, decompose_patches
+from .maps import count_used_layers, extract_patch_maps, get_head_names, to_upright_rgb
+from .model_utils import is_classifier, unwrap_model
+from .test_time_registers import OUTLIER_RATIO
+
+
+@dataclass(frozen=True)
+class PhotoMeasurements:
+    """Attention and patch features of one photo. Shapes: L layers, H heads, S tokens, N keys, gh x gw patches.
+
+    The tokens are the special tokens. In a model without CLS tokens, the mean over the patches comes first, because
+    the features of an image are the mean of its patches.
+
+    Attributes:
+        config: configuration of the model.
+        image: the photo, upright and in RGB.
+        visible_region: the region of the photo that the patches cover.
+        input_size: height and width of the preprocessed photo, in pixels.
+        predictions: one prediction, or one per task; empty for an encoder.
+        token_names: [S], name of each token.
+        token_groups: [S], group of each token in `config.token_layout`.
+        token_layers: [S], last layer in which each token is used, numbered from 1.
+        attention: [L, H, S, N], attention of each token to all tokens.
+        maps: [L, H, S, gh, gw], the part of `attention` on the patches.
+        patch_layer: last layer in which the patches are used, numbered from 1.
+        norms: [L, gh, gw], norms of the patches after each layer, before the final norm.
+        colors: [L, gh, gw, 3], the first three principal components of the patches after each layer, 0 to 1.
+        explained_variance: [L][3], fraction of the variance that each component explains, in descending order.
+    """
+
+    config: ViTCLSConfig
+    image: Image.Image
+    visible_region: VisibleRegion
+    input_size: Size
+    predictions: list[ImagePrediction]
+    token_names: list[str]
+    token_groups: list[str]
+    token_layers: list[int]
+    attention: torch.Tensor
+    maps: torch.Tensor
+    patch_layer: int
+    norms: torch.Tensor
+    colors: torch.Tensor
+    explained_variance: list[list[float]]
+
+
+def measure_photo(model: Any, processor: Any, image: Image.Image) -> PhotoMeasurements:
+    """Run the model once on a photo, and return the attention of its tokens and the features of its patches.
+
+    Args:
+        model: any ViTCLS classifier or encoder, with or without special tokens.
+        processor: the image processor of the model.
+
+    Raises:
+        ValueError: if the processor or the model does not accept the photo, or the features are not finite.
+    """
+    model = unwrap_model(model)
+    config: ViTCLSConfig = model.config
+    pixel_values = processor(image, return_tensors="pt")["pixel_values"].to(model.device)  # [1, C, H, W]
+    input_size = tuple(pixel_values.shape[-2:])
+    trace = trace_attention(model, pixel_values)
+
+    states = torch.stack([state[0].detach().float().cpu() for state in trace.outputs.hidden_states[1:]])  # [L, N, D]
+    if not states.isfinite().all():
+        raise ValueError("the features of the model are not finite. Load the model in float32, or train it again")
+    features = extract_patch_maps(states.mT, config, input_size).movedim(1, -1)  # [L, gh, gw, D]
+    decompositions = [decompose_patches([layer]) for layer in features]
+    colors = torch.stack([layer_colors for (layer_colors,), _ in decompositions])  # [L, gh, gw, 3]
+
+    has_head = is_classifier(model)
+    *token_layers, patch_layer = [max(count, 1) for count in count_used_layers(config, has_head)]
+    names_by_group = get_token_names_by_group(config)
+    token_names = [name for names in names_by_group.values() for name in names]
+    token_groups = [group for group, names in names_by_group.items() for _ in names]
+    attention = trace.compute_token_attention()[0].float().cpu()  # [L, H, S, N]
+    if not names_by_group["cls"]:
+        token_names.insert(0, "patch mean")
+        token_groups.insert(0, "patches")
+        token_layers.insert(0, patch_layer)
+        attention = torch.cat([compute_patch_attention(trace), attention], dim=2)
+
+    upright_image = to_upright_rgb(image)
+    image_size = (upright_image.height, upright_image.width)
+    return PhotoMeasurements(
+        config=config,
+        image=upright_image,
+        visible_region=get_visible_region(processor, image_size, config.patch_height_width),
+        input_size=input_size,
+        predictions=build_image_predictions(trace.outputs.logits, config) if has_head else [],
+        token_names=token_names,
+        token_groups=token_groups,
+        token_layers=token_layers,
+        attention=attention,
+        maps=extract_patch_maps(attention, config, input_size),
+        patch_layer=patch_layer,
+        norms=features.norm(dim=-1),
+        colors=match_colors(colors, patch_layer - 1),
+        explained_variance=[variance for _, variance in decompositions],
+    )
+
+
+@torch.no_grad()
+def compute_patch_attention(trace: AttentionTrace) -> torch.Tensor:
+    """Return the attention of the patches, averaged over the patches: [L, H, 1, N]."""
+    patches = trace.config.token_layout.patches
+    rows = [layer.compute_weights()[0, :, patches].mean(dim=1, keepdim=True) for layer in trace.layers]
+    return torch.stack(rows).cpu()
+
+
+def match_colors(colors: torch.Tensor, last_layer: int) -> torch.Tensor:
+    """Return the colors [L, gh, gw, 3] with the components of each layer in the channels of similar components.
+
+    The order and the sign of principal components differ between layers. From `last_layer` to the first layer, each
+    component gets the channel and the sign of the component of the next layer with which it correlates most. Layers
+    after `last_layer` are compared with the previous layer.
+    """
+    matched = list(colors)
+    earlier = [(layer, layer + 1) for layer in reversed(range(last_layer))]
+    later = [(layer, layer - 1) for layer in range(last_layer + 1, len(colors))]
+    for layer, neighbor in (*earlier, *later):
+        channels = torch.cat([matched[neighbor].flatten(0, 1), matched[layer].flatten(0, 1)], dim=1)  # [patches, 6]
+        correlation = channels.T.corrcoef()[:3, 3:].nan_to_num()  # a channel without variation has no correlation
+        _, order = linear_sum_assignment(correlation.abs(), maximize=True)
+        is_opposite = correlation[range(3), order] < 0
+        reordered = matched[layer][..., order]
+        matched[layer] = torch.where(is_opposite, 1 - reordered, reordered)
+    return torch.stack(matched)
+
+
+# Numbers ---------------------------------------------------------------------------------------------------------
+
+
+def build_json_record(measurements: PhotoMeasurements) -> dict[str, Any]:
+    """Return the numbers of a sheet. Entropies are in nats, and fractions of attention sum to 1."""
+    config = measurements.config
+    tokens = []
+    for index, name in enumerate(measurements.token_names):
+        layer = measurements.token_layers[index]
+        rows = measurements.attention[:, :, index]  # [L, H, N]
+        heads = dict(zip(get_head_names(config), map(partial(summarize_row, config), rows[layer - 1]), strict=True))
+        by_layer = [summarize_row(config, row) for row in rows.mean(dim=1)]
+        tokens.append({"token": name, "layer": layer, "heads": heads, "mean_by_layer": by_layer})
+
+    patches_by_layer = []
+    for norms, variance in zip(measurements.norms, measurements.explained_variance, strict=True):
+        statistics = {name: getattr(norms, name)().item() for name in ("min", "median", "max")}
+        outliers = (norms > OUTLIER_RATIO * norms.median()).float().mean().item()
+        patches_by_layer.append({"norm": statistics, "outliers": outliers, "explained_variance": variance})
+    return {
+        "input_size": list(measurements.input_size),
+        "patch_grid": list(measurements.norms.shape[1:]),
+        "visible_region": list(measurements.visible_region),
+        "predictions": [{"task": each.task, "labels": each.labels} for each in measurements.predictions],
+        "uniform_entropy": math.log(measurements.attention.shape[-1]),
+        "tokens": tokens,
+        "patches": {"layer": measurements.patch_layer, "by_layer": patches_by_layer},
+    }
+
+
+def summarize_row(config: ViTCLSConfig, row: torch.Tensor) -> dict[str, float]:
+    """Return the entropy of one row of attention [N], and the fraction of attention to each group of tokens."""
+    fractions = {name: row[group].sum().item() for name, group in config.token_layout.items()}
+    return {"entropy": torch.special.entr(row).sum().item(), **fractions}
