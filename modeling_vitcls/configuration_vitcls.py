@@ -179,8 +179,8 @@ class ViTCLSConfig(BackboneConfigMixin, PreTrainedConfig):
         distillation_head (`bool`, *optional*): Whether the distillation token has a classifier. Default: `True`.
         distillation_inference (`"mean"`, `"cls"` or `"distillation"`, defaults to `"mean"`): Logits that a model with
             two heads returns: the mean of both heads' logits (DeiT, section 5.2), or the logits of one head.
-        compute_all_tokens (`bool`, defaults to `False`): Whether the last layer of a classifier computes all tokens. By
-            default, it computes only the tokens that its heads read, which is faster; the logits are the same.
+        compute_all_tokens (`bool`, defaults to `False`): Whether the last layer of a classifier computes all tokens.
+            By default, it computes only the tokens that its heads read, which is faster; the logits are the same.
 
     Image and patches:
         image_size (`int` or `[height, width]`, defaults to 224): Image size in pixels, a multiple of the patch size.

@@ -11,9 +11,9 @@
     nn.Conv2d (patches)   -> CPUPatchProjection    float32 on CPUs without half-precision instructions
     attention classes     -> CPUAttention, ...     bfloat16: a few heads at a time, and one cast of the input
 
-On CPUs without bfloat16 or float16 instructions, half-precision products, including those of attention, are computed in
-float32 and then rounded. The subclasses add no state. Parameters, state dicts, `isinstance` checks, copying and pickling
-work as in plain modules. Plain PyTorch is used on other devices, in exported and traced programs, under torch.func, for
+On CPUs without bfloat16 or float16 instructions, half-precision products, including those of attention, are computed
+in float32 and then rounded. The subclasses add no state. Parameters, state dicts, `isinstance` checks, copying and
+pickling work as in plain modules. Plain PyTorch is used on other devices, in exported and traced programs, under torch.func, for
 modules with hooks, for quantized, sharded or parametrized weights, and if a private PyTorch API is missing. oneDNN is
 not used under autocast. docs/speed.md shows what each kernel is worth in the whole model, together with the others.
 """
@@ -403,7 +403,7 @@ def can_chunk_attention(query: Tensor, key: Tensor) -> bool:
 
 
 def attend_in_chunks(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-    """Return softmax(query @ key.T * scaling) @ value, computed for a few heads at a time so that scores stay in cache.
+    """Return softmax(query @ key.T * scaling) @ value, a few heads at a time, so that scores stay in the cache.
 
     Scores are rounded to the dtype of the inputs before the softmax, as in transformers' eager attention. Subtracting
     the mean of the keys does not change the softmax, but makes scores smaller, so that less is lost by rounding.

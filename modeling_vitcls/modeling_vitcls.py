@@ -529,8 +529,8 @@ def count_output_tokens(
     """Return the number of special tokens that the last layer computes for a classifier, or None for all tokens.
 
     The last layer computes only the tokens that the heads read; the logits do not change. It computes all tokens if
-    `compute_all_tokens` or `config.compute_all_tokens` is True, if hidden states or attentions are requested, or if the
-    encoder, its last layer, final norm or pooler has a hook or recorder, which may read all tokens.
+    `compute_all_tokens` or `config.compute_all_tokens` is True, if hidden states or attentions are requested, or if
+    the encoder, its last layer, final norm or pooler has a hook or recorder, which may read all tokens.
     """
     config = encoder.config
     if config.compute_all_tokens if compute_all_tokens is None else compute_all_tokens:

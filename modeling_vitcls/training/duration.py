@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Iterator
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
@@ -17,15 +17,11 @@ from ..data.batches import Batch
 from ..data.streaming import StreamedImages
 
 
-if TYPE_CHECKING:
-    from .loop import TrainingLoop
-
-
 MIN_SECONDS = 600  # runs that take longer print their expected duration
 MIN_BATCHES = 20  # in shorter runs, the measurement would take too large a part of the time
 
 
-def describe_duration(loop: "TrainingLoop", batches: Iterator[Batch]) -> tuple[Iterator[Batch], str | None]:
+def describe_duration(loop: Any, batches: Iterator[Batch]) -> tuple[Iterator[Batch], str | None]:
     """Return the batches, and the expected duration of the remaining steps as text; None if it is below `MIN_SECONDS`
     or not measured."""
     num_steps = loop.plan.num_steps - loop.state.step
@@ -49,7 +45,7 @@ def describe_duration(loop: "TrainingLoop", batches: Iterator[Batch]) -> tuple[I
     return batches, text if seconds >= MIN_SECONDS else None
 
 
-def measure_pass(loop: "TrainingLoop", batches: Iterator[Batch]) -> float:
+def measure_pass(loop: Any, batches: Iterator[Batch]) -> float:
     """Return the seconds of reading a batch and its forward and backward pass, the mean of all processes."""
     model, accelerator = loop.state.model, loop.accelerator
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
@@ -67,7 +63,7 @@ def measure_pass(loop: "TrainingLoop", batches: Iterator[Batch]) -> float:
     return float(accelerator.reduce(torch.tensor(seconds, device=accelerator.device), "mean"))
 
 
-def estimate_seconds(loop: "TrainingLoop", batch_seconds: float) -> float:
+def estimate_seconds(loop: Any, batch_seconds: float) -> float:
     """Return the expected duration of the remaining steps and evaluations."""
     plan = loop.plan
     num_steps = plan.num_steps - loop.state.step
