@@ -114,6 +114,7 @@ def inspect_model(
     names: Sequence[str] | None = None,
     labels: Sequence[Any] | None = None,
     num_shown: int | None = None,
+    has_map_checks: bool = True,
     token_movement: Mapping[str, float] | None = None,
     batch_size: int = 32,
     on_warning: WarningCallback = lambda message: None,
@@ -131,6 +132,7 @@ def inspect_model(
         labels: labels of the images: class indices, lists with 0.0 or 1.0 per class, or {task: class index}; None or
             -100 if unknown.
         num_shown: number of images to show, selected by their predictions (`select_images`). Default: all images.
+        has_map_checks: whether to check rollout and attribution, which takes 40 passes per image (`check_maps`).
         token_movement: distance by which training moved each token (`token_movement` in results.json).
         batch_size: maximum number of images per forward pass.
         on_warning: called with a message for each skipped image.
@@ -170,7 +172,7 @@ def inspect_model(
         heads=diagnose_heads(findings),
         patches=diagnose_patches(config, findings, has_head),
         image_reports=image_reports,
-        map_checks=check_sampled_maps(model, batches, watch),
+        map_checks=check_sampled_maps(model, batches, watch) if has_map_checks else {},
         num_unreadable=len(images) - len(pixels),
     )
 

@@ -243,7 +243,7 @@ def describe_probe(results: dict[str, Any]) -> dict[str, Any]:
         "is_frozen": True,
         "probe": {
             "description": f"{describe_candidate(record)}; images: {record['fit']}",
-            "reason": reason,
+            "reason": f" {reason}" if reason else "",
             "rows": [row | {"name": describe_candidate(row)} for row in rows],
         },
     }

@@ -53,6 +53,7 @@ def write_report(folder: ModelFolder, warn: Callable[[str], None]) -> str | None
                 model.to("cuda" if torch.cuda.is_available() else "cpu"),
                 ViTCLSImageProcessor.from_pretrained(folder.path),
                 **images.build_arguments(NUM_REPORT_IMAGES, NUM_STATISTICS_IMAGES),
+                has_map_checks=False,  # they would take longer than the features of a small dataset
                 token_movement=folder.results.get("token_movement"),
                 watch=lambda items, description: track(items, f"report, {description}", unit="", has_bar=False),
             )
